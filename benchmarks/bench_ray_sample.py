@@ -1,0 +1,49 @@
+"""ray_sample: kernels and reference, sorting and compiled.   python -m benchmarks.bench_ray_sample"""
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.harness import DEVICE, Case, compare
+from kernels.ray_sample import (
+    clip_rays,
+    clip_rays_ref,
+    resample,
+    resample_ref,
+    stratified_starts,
+    stratified_starts_ref,
+)
+
+# Rays, samples, new samples. UniPAD: 6 cameras x 512 rays, 72 + 24; on the CPU the tiny preset's 6 x 64 rays, 48 + 16
+GPU_SIZES = [(3072, 72, 24), (24576, 72, 24), (24576, 128, 128)]
+CPU_SIZES = [(384, 48, 16), (3072, 72, 24)]
+
+
+def clip_case(R):
+    origins = torch.rand(R, 3, device=DEVICE) - 0.5
+    directions = F.normalize(torch.randn(R, 3, device=DEVICE), dim=1)
+    box = ((-1.0, -1.0, -0.1), (1.0, 1.0, 0.06), 0.02)
+    return Case(name=f"R={R}", inputs=(origins, directions, *box), fwd_bytes=(6 * 4 + 2 * 4 + 1) * R)
+
+
+def start_case(R, S):
+    near, jitter = torch.rand(R, device=DEVICE), torch.rand(R, device=DEVICE)
+    return Case(name=f"R={R} S={S}", inputs=(near, near + 1, S, jitter), fwd_bytes=4 * R * (3 + S + 1))
+
+
+def resample_case(R, S, n):
+    edges = torch.rand(R, S + 1, device=DEVICE).sort(dim=1).values
+    weights = torch.rand(R, S, device=DEVICE) ** 4 + 0.01  # peaked; no mass so small that rounding moves samples
+    inputs = (edges, weights, n, torch.rand(R, device=DEVICE))
+    return Case(name=f"R={R} S={S} n={n}", inputs=inputs, fwd_bytes=4 * R * (2 * S + 2 + S + n + 1))
+
+
+def peers(reference):
+    return {"torch.compile": torch.compile(reference)} if DEVICE == "cuda" else {}
+
+
+if __name__ == "__main__":
+    sizes = GPU_SIZES if DEVICE == "cuda" else CPU_SIZES
+    compare("clip_rays", clip_rays_ref, clip_rays, peers(clip_rays_ref), [clip_case(R) for R, _, _ in sizes[:2]])
+    starts = [start_case(R, S) for R, S, _ in sizes[:2]]
+    compare("stratified_starts", stratified_starts_ref, stratified_starts, peers(stratified_starts_ref), starts)
+    compare("resample", resample_ref, resample, peers(resample_ref), [resample_case(*size) for size in sizes])

@@ -1,0 +1,55 @@
+"""sdf_alpha: kernels and reference, eager and compiled.   python -m benchmarks.bench_sdf_alpha"""
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.harness import DEVICE, Case, compare
+from kernels.sdf_alpha import (
+    interval_alpha,
+    interval_alpha_ref,
+    neus_alpha,
+    neus_alpha_ref,
+    volsdf_alpha,
+    volsdf_alpha_ref,
+)
+
+# Rays, samples. UniPAD: 6 cameras x 512 rays, 72 + 24 samples; on the CPU the tiny preset's 6 x 64 rays, 48 + 16
+GPU_SIZES = [(3072, 96), (24576, 96)]
+CPU_SIZES = [(384, 64), (3072, 96)]
+
+
+def sdf_and_deltas(R, S):
+    """Rays that meet a surface half-way, with noise on the SDF."""
+    deltas = torch.rand(R, S, device=DEVICE) * 2 / S
+    return 0.5 - deltas.cumsum(dim=1) + 0.01 * torch.randn(R, S, device=DEVICE), deltas
+
+
+def neus_case(R, S):
+    sdf, deltas = sdf_and_deltas(R, S)
+    directions = F.normalize(torch.randn(R, 3, device=DEVICE), dim=1)
+    gradient = 0.2 * torch.randn(R, S, 3, device=DEVICE) - directions[:, None]
+    inv_s = torch.full((1,), 20.0, device=DEVICE)
+    inputs = (sdf.requires_grad_(), gradient.requires_grad_(), directions, deltas, inv_s.requires_grad_())
+    return Case(name=f"R={R} S={S}", inputs=inputs, fwd_bytes=4 * R * (6 * S + 3))
+
+
+def interval_case(R, S):
+    return Case(name=f"R={R} S={S}", inputs=(*sdf_and_deltas(R, S), 64.0), fwd_bytes=4 * R * 3 * S)
+
+
+def volsdf_case(R, S):
+    sdf, deltas = sdf_and_deltas(R, S)
+    beta = torch.full((1,), 0.1, device=DEVICE)
+    inputs = (sdf.requires_grad_(), deltas, beta.requires_grad_())
+    return Case(name=f"R={R} S={S}", inputs=inputs, fwd_bytes=4 * R * 3 * S)
+
+
+if __name__ == "__main__":
+    sizes = GPU_SIZES if DEVICE == "cuda" else CPU_SIZES
+    for reference, op, case in [
+        (neus_alpha_ref, neus_alpha, neus_case),
+        (interval_alpha_ref, interval_alpha, interval_case),
+        (volsdf_alpha_ref, volsdf_alpha, volsdf_case),
+    ]:
+        peers = {"torch.compile": torch.compile(reference)} if DEVICE == "cuda" else {}
+        compare(op.__name__, reference, op, peers, [case(*size) for size in sizes])

@@ -1,0 +1,107 @@
+"""A whole training step: ours, and the same model built from the original's formulas.   python -m benchmarks.bench_step
+
+The eager twin shares the weights, the encoder, the rays and the random numbers; its lift samples every view densely,
+its render projection is `nn.Conv3d`, its renderer differentiates twice through autograd. Both losses are asserted to
+agree before anything is timed. Forward, backward and the optimiser; the data is random.
+"""
+
+import argparse
+from copy import deepcopy
+
+import torch
+
+from benchmarks.eager import EagerRenderer, eager_lift
+from benchmarks.harness import DEVICE, Case, compare
+from unipad.batch import Batch
+from unipad.config import PRESETS
+from unipad.model.pretrain import Pretrain
+from unipad.runtime import generators
+
+# Six cameras around the vehicle, 60 degrees apart, 1.5 m above the ground of a flat world
+HEIGHT, FOCAL, POINTS = 1.5, 0.8, 12_000  # metres, image widths, LiDAR points
+
+
+def random_batch(recipe):
+    """One sample of noise seen by six cameras, and LiDAR points on flat ground."""
+    H, W = recipe.data.image_size or (900, 1600)
+    padded = [-(-s // 32) * 32 for s in (H, W)]
+    images = torch.zeros(1, 6, 3, *padded)
+    images[..., :H, :W] = torch.rand(1, 6, 3, H, W)
+    yaw = torch.arange(6) * (-torch.pi / 3)  # clockwise from ahead (y)
+    right = torch.stack([yaw.cos(), yaw.sin(), 0 * yaw], dim=1)
+    ahead = torch.stack([-yaw.sin(), yaw.cos(), 0 * yaw], dim=1)
+    down = torch.tensor([0.0, 0, -1]).expand(6, 3)
+    lidar2camera = torch.eye(4).repeat(6, 1, 1)
+    lidar2camera[:, :3, :3] = torch.stack([right, down, ahead], dim=1)
+    pinhole = torch.eye(4)
+    pinhole[:3, :3] = torch.tensor([[FOCAL * W, 0, W / 2], [0, FOCAL * W, H / 2], [0, 0, 1]])
+    azimuth, radius = 2 * torch.pi * torch.rand(POINTS), 4 + 30 * torch.rand(POINTS)
+    ground = torch.full((POINTS,), -HEIGHT)
+    points = torch.stack([radius * azimuth.cos(), radius * azimuth.sin(), ground, 0 * ground, 0 * ground], dim=1)
+    return Batch(
+        images=images,
+        image_sizes=torch.tensor([H, W]).expand(1, 6, 2),
+        lidar2image=(pinhole @ lidar2camera)[None],
+        lidar2camera=lidar2camera[None],
+        points=points,
+        point_counts=torch.tensor([POINTS]),
+        boxes=torch.zeros(0, 9),
+        labels=torch.zeros(0, dtype=torch.int64),
+        box_counts=torch.tensor([0]),
+        point_labels=None,
+        tokens=("random",),
+    ).to(DEVICE)
+
+
+class EagerLift(torch.nn.Module):
+    """`GatherLift` by `eager_lift`."""
+
+    def __init__(self, lift):
+        super().__init__()
+        self.grid, self.depth_range = lift.grid, lift.depth_range
+
+    def forward(self, features, depths, lidar2image, image_size):
+        grid = self.grid
+        volume = eager_lift(
+            features, depths, lidar2image, grid.low, grid.cell, grid.shape, image_size, self.depth_range
+        )
+        return volume.permute(0, 4, 1, 2, 3)
+
+
+def eager_twin(net):
+    """The same weights under the original's formulas."""
+    twin = deepcopy(net)
+    twin.lift = EagerLift(twin.lift)
+    conv = twin.project[0]
+    twin.project[0] = torch.nn.Conv3d(conv.in_channels, conv.out_channels, 3, padding=1)
+    twin.project[0].load_state_dict(conv.state_dict())
+    twin.renderer = EagerRenderer(twin.renderer)
+    return twin.to(DEVICE)
+
+
+def step_of(net, batch):
+    """A function that makes one training step and returns its loss; every call draws the same random numbers."""
+    optimiser = torch.optim.AdamW(net.parameters(), lr=0.0)  # the same weights at every call
+
+    def step():
+        losses, _ = net(batch, generators(0, 0, [0], DEVICE))
+        loss = sum(losses.values())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 35.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", default="tiny", choices=PRESETS)
+    recipe = PRESETS[parser.parse_args().preset]
+    torch.manual_seed(0)
+    batch, net = random_batch(recipe), Pretrain(recipe).to(DEVICE)
+    steps = {"ours": step_of(net, batch), "eager": step_of(eager_twin(net), batch)}
+    case = Case(f"{recipe.rays.per_view} rays a view", (), batch.images.nbytes)
+    peers = {"ours": steps["ours"]} if DEVICE == "cpu" else {}
+    compare("step", steps["eager"], steps["ours"], peers, [case])

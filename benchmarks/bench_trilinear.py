@@ -1,0 +1,62 @@
+"""trilinear: kernel, reference, and the double backward they replace.   python -m benchmarks.bench_trilinear
+
+What is timed is what the renderer needs: the features at the points and, for an upstream gradient of the features (as
+an MLP would give it), the gradient with respect to the points; then the backward of both.
+"""
+
+import torch
+from torch.nn import functional as F
+
+from benchmarks.harness import DEVICE, Case, compare
+from kernels.trilinear import trilinear, trilinear_ref, trilinear_value, trilinear_value_ref
+
+# (Z, Y, X, C), R, S. UniPAD: 6 cameras x 512 rays, 72 + 24 samples; on the CPU the tiny preset's 6 x 64 rays
+GPU_SIZES = [((5, 128, 128, 32), 3072, 96), ((5, 128, 128, 32), 24576, 96), ((5, 180, 180, 256), 3072, 96)]
+CPU_SIZES = [((5, 64, 64, 32), 384, 64), ((5, 64, 64, 32), 384, 96)]
+
+
+def case(shape, R, S, gradients=True):
+    """Rays from the middle of one volume outwards."""
+    *size, C = shape
+    volume = torch.randn(1, *shape, device=DEVICE, requires_grad=gradients)
+    size = torch.tensor(size[::-1], device=DEVICE)
+    way = F.normalize(torch.randn(R, 1, 3, device=DEVICE), dim=-1) * torch.linspace(0, 1, S, device=DEVICE)[:, None]
+    points = (size - 1) / 2 * (1 + way)
+    # away from the faces, where the rounding of normalised coordinates may pick the other cell
+    points = points.floor() + 0.05 + 0.9 * points.frac()
+    volume_idx = torch.zeros(R, dtype=torch.int32, device=DEVICE)
+    across = torch.randn(R, S, C, device=DEVICE)
+    moved = volume.nbytes + points.nbytes + across.nbytes * (4 if gradients else 1)
+    inputs = (volume, points, volume_idx) + ((across,) if gradients else ())
+    return Case(name=f"ZYXC={shape} R={R} S={S}", inputs=inputs, fwd_bytes=moved)
+
+
+def with_gradient(op):
+    def run(volume, points, volume_idx, across):
+        value, gradient = op(volume, points, volume_idx)
+        return value, torch.einsum("rsdc,rsc->rsd", gradient, across)
+
+    return run
+
+
+def grid_sample(volume, points, volume_idx):
+    Z, Y, X = volume.shape[1:4]
+    normalised = points * (2 / torch.tensor([X - 1, Y - 1, Z - 1], device=points.device)) - 1
+    value = F.grid_sample(volume.permute(0, 4, 1, 2, 3), normalised[None, None], align_corners=True)
+    return value[0, :, 0].permute(1, 2, 0)
+
+
+def double_backward(volume, points, volume_idx, across):
+    """As the original: differentiate the lookup, and let the loss differentiate that."""
+    points = points.detach().requires_grad_()
+    value = grid_sample(volume, points, volume_idx)
+    return value, torch.autograd.grad(value, points, across, create_graph=True)[0]
+
+
+if __name__ == "__main__":
+    sizes = GPU_SIZES if DEVICE == "cuda" else CPU_SIZES
+    # torch's own double backward of grid_sample exists from 2.13 on
+    peers = {"grid_sample, double backward": double_backward} if torch.__version__ >= (2, 13) else {}
+    compare("trilinear", with_gradient(trilinear_ref), with_gradient(trilinear), peers, [case(*s) for s in sizes])
+    without = [case(*s, gradients=False) for s in sizes]
+    compare("trilinear_value", trilinear_value_ref, trilinear_value, {"grid_sample": grid_sample}, without)

@@ -1,0 +1,182 @@
+"""The peers: parts of the model as the original's formulas read in eager PyTorch, on the parameters of ours.
+
+They are what our speed is compared with, and what the tests hold our gradients against: nothing here knows a kernel,
+a folded weight or a derivative by hand.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from unipad.model.render import Rendered
+
+
+def eager_lift(features, depths, lidar2image, low, cell, shape, image_size, depth_range):
+    """`kernels.lift.lift` view by view: `F.grid_sample` of what each sees, scattered into a volume per view, summed.
+
+    Samples in fp32, as `F.grid_sample` does under autocast.
+    """
+    B, N = lidar2image.shape[:2]
+    (H, W), (near, far) = image_size, depth_range
+    axes = [l + c * torch.arange(n, device=lidar2image.device) for l, c, n in zip(low, cell, shape, strict=True)]
+    points = F.pad(torch.cartesian_prod(*axes), (0, 1), value=1.0)  # [V, 4], x slowest
+    ud, vd, d, _ = (points @ lidar2image.flatten(0, 1).mT).unbind(-1)  # [B * N, V]
+    u, v = ud / d.clamp(min=1e-5) / W, vd / d.clamp(min=1e-5) / H
+    place = torch.stack([u, v, (d - near) / (far - near)], dim=-1) * 2 - 1
+    seen = (d > 1e-5) & (place.abs() < 1).all(-1)
+    voxels = [s.nonzero()[:, 0] for s in seen]
+    place = nn.utils.rnn.pad_sequence([p[i] for p, i in zip(place, voxels, strict=True)], batch_first=True)
+    volume = 0
+    for feature, depth in zip(features, depths, strict=True):
+        feature, depth = (t.flatten(0, 1).permute(0, 3, 1, 2).float() for t in (feature, depth))
+        sampled = F.grid_sample(feature, place[:, :, None, :2], align_corners=True)[..., 0]  # [B * N, C, longest]
+        probability = F.grid_sample(depth[:, None], place[:, :, None, None], align_corners=True)[:, :, :, 0, 0]
+        views = sampled.new_zeros(B * N, len(points), feature.shape[1])
+        for n, values in enumerate((sampled * probability).mT):
+            views[n, voxels[n]] = values[: len(voxels[n])]
+        volume = volume + views.view(B, N, *shape, -1).sum(1)
+    return volume.permute(0, 3, 2, 1, 4).to(features[0].dtype)
+
+
+class EagerRenderer(nn.Module):
+    """NeuS one sample after the other: `F.grid_sample`, MLPs layer by layer, the gradient of the distance by autograd.
+
+    Takes the place of the `Renderer` it is made from and shares its parameters. Training it differentiates
+    `torch.autograd.grad(create_graph=True)`, so `F.grid_sample` must be twice differentiable: torch >= 2.13.
+    """
+
+    def __init__(self, renderer):
+        super().__init__()
+        assert renderer.cfg.method == "neus", f"no eager peer of {renderer.cfg.method}"
+        self.field, self.cfg, self.scale, self.jitters = renderer.field, renderer.cfg, renderer.scale, 2
+        self.low, self.high = renderer.box  # scaled metres
+
+    def forward(self, volume, rays, jitter=None, points=None):
+        """As `Renderer.forward`, without `points`."""
+        with torch.autocast(volume.device.type, enabled=False):
+            volume = volume.to(self.field.cells_per_unit.dtype)
+            mine = [(rays.volume_idx == b).nonzero()[:, 0] for b in range(len(volume))]
+            parts = [
+                self._render(volume[b], rays.origins[i], rays.directions[i], None if jitter is None else jitter[i])
+                for b, i in enumerate(mine)
+            ]
+        back = torch.cat(mine).argsort()
+        joined = {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
+        of_sample = (rays.volume_idx == torch.arange(len(volume), device=volume.device)[:, None]) & joined["hit"]
+        return Rendered(**joined, points_sdf=None, of_sample=of_sample.to(volume), points_of_sample=None)
+
+    def loss(self, rendered, rays):
+        """As `Renderer.loss`, sample by sample."""
+        terms = [self._loss(rendered, rays, mine.bool()) for mine in rendered.of_sample]
+        return {name: torch.stack([t[name] for t in terms]).mean() for name in terms[0]}
+
+    def _render(self, volume, origins, directions, jitter):
+        cfg, dtype = self.cfg, volume.dtype
+        origins, directions = origins.to(dtype) * self.scale, directions.to(dtype)
+        low, high = origins.new_tensor(self.low), origins.new_tensor(self.high)
+        walls = torch.stack([low - origins, high - origins]) / (directions + 1e-6)  # [2, R, 3]
+        near = walls.amin(0).amax(1, keepdim=True).clamp(min=cfg.near * self.scale)
+        far = walls.amax(0).amin(1, keepdim=True)
+        hit = near < far
+        near = torch.where(hit, near, cfg.near * self.scale)
+        far = torch.where(hit, torch.maximum(far, near + 1e-6), near + 1)
+
+        x = torch.linspace(0, 1, cfg.samples + 1, device=volume.device, dtype=dtype).expand(len(origins), -1)
+        if jitter is not None:
+            middle = (x[:, 1:] + x[:, :-1]) / 2
+            lower, upper = torch.cat([x[:, :1], middle], 1), torch.cat([middle, x[:, -1:]], 1)
+            x = lower + (upper - lower) * jitter[:, :1]
+        with torch.no_grad():
+            weights = self._search(volume, origins, directions, near + x * (far - near))
+            new = _inverse_cdf(x, weights, cfg.importance, None if jitter is None else jitter[:, 1:])
+        starts = torch.cat([x[:, :-1], new[:, :-1]], 1).sort(1).values
+        edges = near + torch.cat([starts, torch.maximum(x[:, -1:], new[:, -1:])], 1) * (far - near)
+        starts, deltas = edges[:, :-1], edges.diff(dim=1)
+
+        points = origins[:, None] + directions[:, None] * starts[..., None]
+        sdf, gradient, rgb = self._field(volume, points, directions)
+        slope = -F.relu(-(directions[:, None] * gradient).sum(-1))
+        before = torch.sigmoid((sdf - slope * deltas / 2) * self.field.inv_s)
+        after = torch.sigmoid((sdf + slope * deltas / 2) * self.field.inv_s)
+        alpha = ((before - after + 1e-5) / (before + 1e-5)).clip(0, 1) * hit
+        weights = _weights(alpha)
+        depth = (weights * starts).sum(1) / (weights.sum(1) + 1e-10)
+        seen = starts[hit[:, 0]]
+        depth = torch.where(hit[:, 0], depth.clip(seen.min(), seen.max()), 0) / self.scale
+        rgb = (weights[..., None] * rgb).sum(1)
+        return dict(
+            rgb=rgb if self.training else rgb.clamp(0, 1), depth=depth, hit=hit[:, 0], weights=weights,
+            starts=starts, sdf=sdf, gradient=gradient,
+        )  # fmt: skip
+
+    def _search(self, volume, origins, directions, edges):
+        """Weights of the stratified samples under a fixed, sharp NeuS."""
+        starts, deltas = edges[:, :-1], edges.diff(dim=1)[:, :-1]
+        sdf = self._decode(volume, origins[:, None] + directions[:, None] * starts[..., None])[0][..., 0]
+        slope = sdf.diff(dim=1) / (deltas + 1e-5)
+        slope = torch.minimum(slope, F.pad(slope[:, :-1], (1, 0))).clip(-1e3, 0)
+        middle = (sdf[:, 1:] + sdf[:, :-1]) / 2
+        before = torch.sigmoid((middle - slope * deltas / 2) * 64)
+        after = torch.sigmoid((middle + slope * deltas / 2) * 64)
+        return F.pad(_weights((before - after + 1e-5) / (before + 1e-5)), (0, 1))
+
+    def _field(self, volume, points, directions):
+        points = points.detach().requires_grad_()
+        with torch.enable_grad():
+            out, feature = self._decode(volume, points)
+            sdf, geometry = out[..., :1], out[..., 1:]
+            (gradient,) = torch.autograd.grad(sdf, points, torch.ones_like(sdf), create_graph=True)
+        seen = torch.cat([directions[:, None].expand_as(points), feature, gradient, geometry], dim=-1)
+        rgb = torch.sigmoid(_mlp(self.field.rgb_decoder, points, seen, F.relu))
+        return sdf[..., 0], gradient, rgb
+
+    def _decode(self, volume, points):
+        """Output of the SDF decoder and the feature at points [R, S, 3]."""
+        low, high = points.new_tensor(self.low), points.new_tensor(self.high)
+        grid = (points - low) / (high - low) * 2 - 1
+        feature = F.grid_sample(volume[None], grid[None, None], align_corners=True)[0, :, 0].permute(1, 2, 0)
+        return _mlp(self.field.sdf_decoder, points, feature, nn.Softplus(beta=100)), feature
+
+    def _loss(self, rendered, rays, mine):
+        cfg, trunc = self.cfg, self.cfg.truncation * self.scale
+        target = rays.depth[mine, None] * self.scale
+        valid = target > 0
+        starts, sdf = rendered.starts[mine], rendered.sdf[mine]
+        front, back = valid & (starts < target - trunc), valid & (starts > target + trunc)
+        around = valid & ~front & ~back
+        depth = rendered.depth[mine, None] * self.scale
+        terms = {
+            "rgb": F.l1_loss(rendered.rgb[mine], rays.rgb[mine]),
+            "depth": (valid * (target - depth).abs()).sum() / valid.sum().clamp(min=1),
+            "free_space": (F.relu(trunc - sdf) * front).sum() / front.sum().clamp(min=1),
+            "sdf": ((starts + sdf - target).abs() * around).sum() / around.sum().clamp(min=1),
+            "eikonal": ((rendered.gradient[mine].norm(dim=-1) - 1) ** 2).mean(),
+        }
+        return {k: getattr(cfg, f"{k}_weight") * v for k, v in terms.items() if getattr(cfg, f"{k}_weight") > 0}
+
+
+def _mlp(decoder, points, condition, activation):
+    x = decoder.fc_p(points)
+    for l, fc_c in enumerate(decoder.fc_c):
+        x = getattr(decoder, f"lin{l}")(x + fc_c(condition))
+        if l < len(decoder.fc_c) - 1:
+            x = activation(x)
+    return x
+
+
+def _weights(alpha):
+    passed = torch.cumprod(torch.cat([torch.ones_like(alpha[:, :1]), 1 - alpha + 1e-7], 1), 1)
+    return alpha * passed[:, :-1]
+
+
+def _inverse_cdf(x, weights, n, jitter):
+    total = weights.sum(1, keepdim=True)
+    pad = F.relu(1e-5 - total)
+    cdf = F.pad(((weights + pad / weights.shape[1]) / (total + pad)).cumsum(1).clamp(max=1), (1, 0))
+    u = torch.linspace(0, 1 - 1 / (n + 1), n + 1, device=x.device, dtype=x.dtype)
+    u = (u + (0.5 if jitter is None else jitter) / (n + 1)).expand(len(x), -1).contiguous()
+    i = torch.searchsorted(cdf, u, right=True)
+    below, above = (i - 1).clamp(0, x.shape[1] - 1), i.clamp(0, x.shape[1] - 1)
+    share = cdf.gather(1, above) - cdf.gather(1, below)
+    t = (u - cdf.gather(1, below)) / torch.where(share < 1e-5, 1, share)
+    return x.gather(1, below) + t.clip(0, 1) * (x.gather(1, above) - x.gather(1, below))

@@ -1,0 +1,13 @@
+"""Hand-written Triton kernels: tensors in, tensors out, nothing else known. One file an op.
+
+    backend.py      which path runs: Triton on a GPU, the reference elsewhere
+    lift.py         voxel <- sum over views and levels of bilinear feature x trilinear depth probability
+    ray_sample.py   ray-box clipping, stratified starts, inverse-CDF resampling with rank merge
+    trilinear.py    a feature volume at points, with its spatial gradient as an output
+    sdf_alpha.py    signed distance to opacity: NeuS, VolSDF, UniSurf
+    composite.py    front-to-back compositing of samples along rays
+
+A file holds the op, its PyTorch reference (same name and signature, `_ref` behind; it is the CPU path),
+the autograd Function and the kernels. Import from the file (`from kernels.composite import composite`);
+nothing is re-exported here, since an op that bears its file's name would hide the file.
+"""

@@ -1,0 +1,40 @@
+"""Which path an op takes: Triton kernels for tensors on a GPU, the PyTorch reference everywhere else.
+
+Kernel files import `triton` and `tl` from here, so that they import on machines without Triton too
+(macOS, Windows), where only the references run.
+"""
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError:  # Triton has wheels for Linux only
+
+    class _Absent:
+        """Takes the place of `triton` and `tl` while kernel files are read; never runs anything."""
+
+        constexpr = int
+
+        def jit(self, kernel):
+            return kernel
+
+    triton = tl = _Absent()
+
+# Tests set this: tensors on the CPU then take the kernels too, in Triton's interpreter (TRITON_INTERPRET=1).
+interpret = False
+
+
+def on_triton(tensor, deterministic=True):
+    """True if an op on `tensor` runs its Triton kernels.
+
+    deterministic: False for an op whose kernels add atomically; it takes its reference
+        under `torch.use_deterministic_algorithms(True)`.
+    """
+    if not deterministic and _strictly_deterministic():
+        return False
+    return tensor.is_cuda or interpret
+
+
+def _strictly_deterministic():
+    return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()

@@ -1,0 +1,311 @@
+"""Lift image features into a volume of voxels: every voxel gathers what the views see at its corner.
+
+    volume[x] = sum_{n, l} F_nl(u, v) * P_nl(u, v, d)        (u d, v d, d, 1) = lidar2image_n @ (x, 1)
+
+    dL/dF_nl = P_nl * g,   dL/dP_nl = <g, F_nl>,   g = dL/dvolume[x]
+
+F_nl(u, v) is the bilinear feature of level l of view n, P_nl(u, v, d) the trilinear probability that the surface seen
+there lies at depth d; both gradients spread over the taps by the shares that the forward gathered with.
+In a rig of six cameras about 1.05 views see a voxel: views x voxels are projected, only what is seen is gathered.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from kernels.backend import on_triton, tl, triton
+
+
+def lift(features, depths, lidar2image, low, cell, shape, image_size, depth_range):
+    """Sum feature times depth probability over all views and levels, at the lower corner of each voxel.
+
+    Args:
+        features:    one [B, N, h, w, C] per level: image features of N views.
+        depths:      one [B, N, h, w, D] per level: probability of each depth bin; the first bin's stands at
+                     depth_range[0], the last one's at depth_range[1].
+        lidar2image: [B, N, 4, 4] LiDAR metres -> (u*d, v*d, d, 1), pixels of an image of `image_size`.
+        low, cell:   (x, y, z) metres, LiDAR frame: lower corner of the grid, size of a voxel.
+        shape:       voxels (X, Y, Z).
+        image_size:  (H, W) pixels; u = 0 and u = W stand at the centres of a level's first and last column.
+        depth_range: (nearest, farthest) metres along the optical axis.
+
+    Returns:
+        [B, Z, Y, X, C] in the features' type. A view counts where the corner lies strictly inside its image and the
+        depth range, and farther than 1e-5 m; a voxel that no view sees is 0.
+
+    Differentiable once in `features` and `depths`. Accumulates in fp32 (fp64 for fp64 features); projects in fp32.
+    The backward adds atomically: its last bits vary from run to run. Strict determinism takes the reference.
+    Follows Uni3DViewTrans of the original.
+    """
+    assert len(features) == len(depths), f"{len(features)} levels of features, {len(depths)} of depths"
+    (B, N, _, _, C), D = features[0].shape, depths[0].shape[4]
+    assert lidar2image.shape == (B, N, 4, 4), f"lidar2image {tuple(lidar2image.shape)} does not fit {B} x {N} views"
+    for feature, depth in zip(features, depths, strict=True):
+        h, w = feature.shape[2:4]
+        assert feature.shape == (B, N, h, w, C), f"level {tuple(feature.shape)} is not [{B}, {N}, h, w, {C}]"
+        assert depth.shape == (B, N, h, w, D), f"depth {tuple(depth.shape)} does not fit {tuple(feature.shape)}"
+        assert h * w * D, f"level of {h} x {w} pixels, {D} depth bins"
+    if not on_triton(features[0], deterministic=False):
+        return lift_ref(features, depths, lidar2image, low, cell, shape, image_size, depth_range)
+    return Lift.apply(lidar2image, low, cell, shape, image_size, depth_range, *features, *depths)
+
+
+def lift_ref(features, depths, lidar2image, low, cell, shape, image_size, depth_range):
+    """`lift` in plain PyTorch: a voxel is a weighted sum of 4 rows per level and view that sees it."""
+    (B, N, _, _, C), D = features[0].shape, depths[0].shape[4]
+    X, Y, Z = shape
+    acc_type = torch.float64 if features[0].dtype == torch.float64 else torch.float32
+    place, seen = _project_ref(lidar2image, low, cell, shape, image_size, depth_range)
+    b, voxel, n = seen.transpose(1, 2).nonzero(as_tuple=True)  # [P] pairs of voxel and view, a voxel's side by side
+    u, v, d = place[:, b, n, voxel].to(acc_type)  # [P]
+    view = b * N + n
+
+    tables, rows, weights, first_row = [], [], [], 0
+    for feature, depth in zip(features, depths, strict=True):
+        h, w = feature.shape[2:4]
+        x, x_share = _nodes_ref(u, w)  # [2, P] each
+        y, y_share = _nodes_ref(v, h)
+        z, z_share = _nodes_ref(d, D)
+        pixel = ((view * h + y)[:, None] * w + x).flatten(0, 1)  # [4, P]
+        share = (y_share[:, None] * x_share).flatten(0, 1)  # [4, P]
+        at_nodes = depth.flatten().index_select(0, (pixel[:, None] * D + z).flatten()).view(4, 2, -1)
+        probability = (share[:, None] * z_share * at_nodes).sum(dim=(0, 1))  # [P]
+        tables.append(feature.flatten(0, 3).to(acc_type))
+        rows.append(first_row + pixel)
+        weights.append(share * probability)
+        first_row += B * N * h * w
+
+    taps = 4 * len(features) * seen.sum(dim=1).flatten()  # [B * V]
+    volume = F.embedding_bag(
+        torch.cat(rows).T.flatten(),
+        torch.cat(tables),
+        offsets=taps.cumsum(dim=0) - taps,
+        mode="sum",
+        per_sample_weights=torch.cat(weights).T.flatten(),
+    )
+    return volume.view(B, Z, Y, X, C).to(features[0].dtype)
+
+
+def _project_ref(lidar2image, low, cell, shape, image_size, depth_range):
+    """Where each view sees the voxels' lower corners.
+
+    Returns:
+        place: [3, B, N, V] fp32 u, v, depth; the image and the depth range span -1 to 1.
+        seen:  [B, N, V] bool, True strictly inside both.
+    """
+    X, Y, Z = shape
+    low, cell = (torch.tensor(t, dtype=torch.float32, device=lidar2image.device).double() for t in (low, cell))
+    index = torch.arange(max(shape), device=lidar2image.device)[:, None]
+    x, y, z = (index * cell + low).float().T  # rounded once, as a GPU's fused multiply-add does in torch.arange
+    x, y, z = x[:X], y[:Y, None], z[:Z, None, None]  # [X], [Y, 1], [Z, 1, 1]
+
+    rows = lidar2image.float()[..., None, None, None]  # [B, N, 4, 4, 1, 1, 1]
+    ud, vd, d = (
+        (rows[:, :, i, 0] * x + rows[:, :, i, 1] * y + rows[:, :, i, 2] * z + rows[:, :, i, 3]).flatten(2)
+        for i in range(3)
+    )  # [B, N, V]
+    (H, W), (near, far) = image_size, depth_range
+    in_front = d > 1e-5
+    clamped = d.clamp(min=1e-5)
+    place = torch.stack([ud / clamped / W, vd / clamped / H, (d - near) / (far - near)]) * 2 - 1
+    return place, in_front & (place.abs() < 1).all(dim=0)
+
+
+def _nodes_ref(place, size):
+    """The two of `size` nodes from -1 to 1 around each place: their indices [2, P] and shares [2, P]."""
+    position = (place + 1) / 2 * (size - 1)
+    first = position.floor()
+    share = position - first
+    first = first.long()
+    return torch.stack([first, (first + 1).clamp(max=size - 1)]), torch.stack([1 - share, share])
+
+
+class Lift(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, lidar2image, low, cell, shape, image_size, depth_range, *levels):
+        levels = [level.contiguous() for level in levels]
+        features, depths = levels[: len(levels) // 2], levels[len(levels) // 2 :]
+        lidar2image = lidar2image.float().contiguous()
+        B, _, _, _, C = features[0].shape
+        volume = features[0].new_empty(B, *reversed(shape), C)
+        ctx.save_for_backward(lidar2image, *levels)
+        # what a compiled kernel receives; the interpreter would hand it fp64
+        low, cell = (tuple(torch.tensor(t, dtype=torch.float32).tolist()) for t in (low, cell))
+        ctx.geometry = low, cell, tuple(shape), tuple(image_size), tuple(depth_range)
+        if volume.numel():
+            _launch(_lift_fwd_kernel, features, depths, (volume,), lidar2image, *ctx.geometry)
+        return volume
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_volume):
+        lidar2image, *levels = ctx.saved_tensors
+        acc_type = torch.float64 if levels[0].dtype == torch.float64 else torch.float32
+        d_levels = [torch.zeros_like(level, dtype=acc_type) for level in levels]
+        half = len(levels) // 2
+        if d_volume.numel():
+            outs = d_volume.contiguous(), tuple(d_levels[:half]), tuple(d_levels[half:])
+            _launch(_lift_bwd_kernel, levels[:half], levels[half:], outs, lidar2image, *ctx.geometry)
+        d_levels = [d.to(level.dtype) for d, level in zip(d_levels, levels, strict=True)]
+        return None, None, None, None, None, None, *d_levels
+
+
+TILE = 1024  # voxels x channels per program; without spills on sm_90, where twice that spills in the backward
+MAX_VOXELS = 32  # per program: each also carries its place in every view, which few channels would not outweigh
+
+
+def _launch(kernel, features, depths, volumes, lidar2image, low, cell, shape, image_size, depth_range):
+    B, N, _, _, C = features[0].shape
+    BLOCK_C = triton.next_power_of_2(C)
+    BLOCK_V = min(max(TILE // BLOCK_C, 1), MAX_VOXELS)
+    X, Y, Z = shape
+    kernel[(triton.cdiv(X * Y * Z, BLOCK_V), B)](
+        tuple(features), tuple(depths), *volumes, lidar2image,
+        tuple(tuple(feature.shape[2:4]) for feature in features), low, cell, shape, image_size, depth_range,
+        N, C, depths[0].shape[4],
+        BLOCK_V=BLOCK_V, BLOCK_C=BLOCK_C,
+    )  # fmt: skip
+
+
+@triton.jit
+def _lift_fwd_kernel(
+    feature_ptrs, depth_ptrs,  # per level [B, N, h, w, C], [B, N, h, w, D]
+    volume_ptr, lidar2image_ptr,  # [B, Z, Y, X, C], [B, N, 4, 4]
+    sizes, low, cell, shape, image_size, depth_range,  # per level (h, w); the rest as in `lift`
+    N, C, D,
+    BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    acc_ty: tl.constexpr = tl.float64 if volume_ptr.dtype.element_ty == tl.float64 else tl.float32
+    i = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)  # [BLOCK_V]
+    c = tl.arange(0, BLOCK_C)  # [BLOCK_C]
+    b = tl.program_id(1).to(tl.int64)
+    x, y, z, i_ok = _corners(i, low, cell, shape)
+    c_ok = c < C
+
+    acc = tl.zeros((BLOCK_V, BLOCK_C), acc_ty)
+    for n in range(N):
+        view = b * N + n
+        u, v, d, seen = _project(lidar2image_ptr + view * 16, x, y, z, i_ok, image_size, depth_range)
+        if tl.max(seen.to(tl.int32), axis=0) > 0:
+            mask = seen[:, None] & c_ok[None, :]
+            z0, z1, z_share = _nodes(d, D)
+            for l in tl.static_range(len(feature_ptrs)):
+                h, w = sizes[l]
+                pixels, shares = _taps(view, u, v, h, w)
+                feature, probability = _gather(
+                    feature_ptrs[l], depth_ptrs[l], pixels, shares, z0, z1, z_share, seen, mask, c, C, D, acc_ty
+                )
+                acc += feature * probability[:, None]
+    row = b * shape[0] * shape[1] * shape[2] + i
+    tl.store(volume_ptr + row[:, None] * C + c[None, :], acc, mask=i_ok[:, None] & c_ok[None, :])
+
+
+@triton.jit
+def _lift_bwd_kernel(
+    feature_ptrs, depth_ptrs,  # per level [B, N, h, w, C], [B, N, h, w, D]
+    d_volume_ptr,  # [B, Z, Y, X, C]
+    d_feature_ptrs, d_depth_ptrs,  # as feature_ptrs and depth_ptrs, added to
+    lidar2image_ptr,  # [B, N, 4, 4]
+    sizes, low, cell, shape, image_size, depth_range,  # per level (h, w); the rest as in `lift`
+    N, C, D,
+    BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    acc_ty: tl.constexpr = tl.float64 if d_volume_ptr.dtype.element_ty == tl.float64 else tl.float32
+    i = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)  # [BLOCK_V]
+    c = tl.arange(0, BLOCK_C)  # [BLOCK_C]
+    b = tl.program_id(1).to(tl.int64)
+    x, y, z, i_ok = _corners(i, low, cell, shape)
+    c_ok = c < C
+
+    row = b * shape[0] * shape[1] * shape[2] + i
+    g = tl.load(d_volume_ptr + row[:, None] * C + c[None, :], mask=i_ok[:, None] & c_ok[None, :], other=0.0).to(acc_ty)
+    for n in range(N):
+        view = b * N + n
+        u, v, d, seen = _project(lidar2image_ptr + view * 16, x, y, z, i_ok, image_size, depth_range)
+        if tl.max(seen.to(tl.int32), axis=0) > 0:
+            mask = seen[:, None] & c_ok[None, :]
+            z0, z1, z_share = _nodes(d, D)
+            for l in tl.static_range(len(feature_ptrs)):
+                h, w = sizes[l]
+                pixels, shares = _taps(view, u, v, h, w)
+                feature, probability = _gather(
+                    feature_ptrs[l], depth_ptrs[l], pixels, shares, z0, z1, z_share, seen, mask, c, C, D, acc_ty
+                )
+                _scatter(
+                    d_feature_ptrs[l], d_depth_ptrs[l], g * probability[:, None], tl.sum(g * feature, axis=1),
+                    pixels, shares, z0, z1, z_share, seen, mask, c, C, D,
+                )  # fmt: skip
+
+
+@triton.jit
+def _corners(i, low, cell, shape):
+    """Lower corners of the voxels i in metres [BLOCK_V] each, and whether they exist."""
+    x = i % shape[0]
+    y = i // shape[0] % shape[1]
+    z = i // (shape[0] * shape[1])
+    # rounded once, as a fused multiply-add is: a corner an ulp off could cross the border of an image
+    x = (x.to(tl.float64) * cell[0] + low[0]).to(tl.float32)
+    y = (y.to(tl.float64) * cell[1] + low[1]).to(tl.float32)
+    z = (z.to(tl.float64) * cell[2] + low[2]).to(tl.float32)
+    return x, y, z, i < shape[0] * shape[1] * shape[2]
+
+
+@triton.jit
+def _project(p, x, y, z, ok, image_size, depth_range):
+    """Where the view with matrix p sees the points: u, v, depth in (-1, 1), and whether it does; 0 where not."""
+    ud = tl.load(p) * x + tl.load(p + 1) * y + tl.load(p + 2) * z + tl.load(p + 3)
+    vd = tl.load(p + 4) * x + tl.load(p + 5) * y + tl.load(p + 6) * z + tl.load(p + 7)
+    d = tl.load(p + 8) * x + tl.load(p + 9) * y + tl.load(p + 10) * z + tl.load(p + 11)
+    clamped = tl.maximum(d, 1e-5)
+    u = ud / clamped / image_size[1] * 2 - 1
+    v = vd / clamped / image_size[0] * 2 - 1
+    place = (d - depth_range[0]) / (depth_range[1] - depth_range[0]) * 2 - 1
+    seen = ok & (d > 1e-5) & (tl.abs(u) < 1) & (tl.abs(v) < 1) & (tl.abs(place) < 1)
+    return tl.where(seen, u, 0.0), tl.where(seen, v, 0.0), tl.where(seen, place, 0.0), seen
+
+
+@triton.jit
+def _taps(view, u, v, h, w):
+    """The four pixels around (u, v), counted over all views, and their bilinear shares."""
+    x0, x1, x_share = _nodes(u, w)
+    y0, y1, y_share = _nodes(v, h)
+    y0, y1 = (view * h + y0) * w, (view * h + y1) * w
+    shares = (1 - y_share) * (1 - x_share), (1 - y_share) * x_share, y_share * (1 - x_share), y_share * x_share
+    return (y0 + x0, y0 + x1, y1 + x0, y1 + x1), shares
+
+
+@triton.jit
+def _nodes(place, size):
+    """The two of `size` nodes from -1 to 1 around each place, and the second one's share."""
+    position = (place + 1) / 2 * (size - 1)
+    first = tl.floor(position)
+    share = position - first
+    first = first.to(tl.int32)
+    return first, tl.minimum(first + 1, size - 1), share
+
+
+@triton.jit
+def _gather(feature_ptr, depth_ptr, pixels, shares, z0, z1, z_share, seen, mask, c, C, D, acc_ty: tl.constexpr):
+    """One level's bilinear features [BLOCK_V, BLOCK_C] and trilinear probabilities [BLOCK_V]; 0 where not seen."""
+    feature = tl.zeros(mask.shape, acc_ty)
+    probability = tl.zeros(seen.shape, acc_ty)
+    for k in tl.static_range(4):
+        row = tl.load(feature_ptr + pixels[k][:, None] * C + c[None, :], mask=mask, other=0.0).to(acc_ty)
+        near = tl.load(depth_ptr + pixels[k] * D + z0, mask=seen, other=0.0).to(acc_ty)
+        far = tl.load(depth_ptr + pixels[k] * D + z1, mask=seen, other=0.0).to(acc_ty)
+        feature += shares[k][:, None] * row
+        probability += shares[k] * (near * (1 - z_share) + far * z_share)
+    return feature, probability
+
+
+@triton.jit
+def _scatter(
+    d_feature_ptr, d_depth_ptr, d_feature, d_probability, pixels, shares, z0, z1, z_share, seen, mask, c, C, D
+):  # fmt: skip
+    """Add the gradients of what `_gather` returned to one level's features and depths."""
+    for k in tl.static_range(4):
+        # relaxed: only so does the compiler emit reductions of four channels that nobody waits for
+        row = pixels[k][:, None] * C + c[None, :]
+        tl.atomic_add(d_feature_ptr + row, shares[k][:, None] * d_feature, mask=mask, sem="relaxed")
+        d_tap = shares[k] * d_probability
+        tl.atomic_add(d_depth_ptr + pixels[k] * D + z0, d_tap * (1 - z_share), mask=seen, sem="relaxed")
+        tl.atomic_add(d_depth_ptr + pixels[k] * D + z1, d_tap * z_share, mask=seen, sem="relaxed")

@@ -1,0 +1,345 @@
+"""Where rays are sampled: clipped to a box, stratified, then resampled where the weights are.
+
+    clip:        t = (wall - origin) / (direction + 1e-6) for six walls; inside from the last entry to the first exit
+    stratified:  edge_s = near + x_s (far - near), x_s = s / S or moved between the neighbouring middles
+    resampling:  new_j = CDF^-1((j + jitter) / (n + 1)), piecewise linear over the intervals; both lists merged by rank
+
+An *edge list* [R, S + 1] holds the starts of S samples and the end of the last one, ascending; a sample stands at its
+start and reaches to the next: `starts = edges[:, :-1]`, `deltas = edges.diff(dim=1)`. Edges are distances along the
+ray. The original resamples in [0, 1] and maps to [near, far] afterwards; the map is affine and both the inverse CDF and
+the merge commute with it, so near and far need not be carried along and results differ by rounding only.
+
+Ranks are counted, not sorted: a new start lies in the interval that its CDF value selected, so one sweep along the ray
+inverts the CDF and merges. Nothing here is differentiable: it chooses where the field is read.
+
+Sizes: R rays, S samples on each before resampling, N (n) new ones.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from kernels.backend import on_triton, tl, triton
+
+
+@torch.no_grad()
+def clip_rays(origins, directions, low, high, near):
+    """The part of each ray inside a box, no closer than `near`; units are the caller's.
+
+    Args:
+        origins:    [R, 3] (x, y, z).
+        directions: [R, 3] unit vectors; components may be 0.
+        low, high:  3 floats each, the box.
+        near:       float, distance from the origin where a ray starts at the earliest.
+
+    Returns:
+        near, far: [R] distances, far >= near + 1e-6. A ray that misses gets [near, near + 1], to stay finite.
+        hit:       [R] bool; False where the ray passes the box, starts behind it, or leaves it before `near`.
+
+    1 / (d + 1e-6) is the original's guard against zero components; it biases every distance by about 1e-6 / d.
+    Computes in fp32.
+    """
+    if not on_triton(origins):
+        return clip_rays_ref(origins, directions, low, high, near)
+    R = origins.shape[0]
+    assert origins.shape == directions.shape == (R, 3), f"{tuple(origins.shape)} and {tuple(directions.shape)} rays"
+    enter, leave = origins.new_empty(R), origins.new_empty(R)
+    hit = origins.new_empty(R, dtype=torch.bool)
+    if R:
+        _clip_rays_kernel[(triton.cdiv(R, BLOCK),)](
+            origins.contiguous(), directions.contiguous(), enter, leave, hit,
+            R, *map(float, low), *map(float, high), float(near), BLOCK=BLOCK,
+        )  # fmt: skip
+    return enter, leave, hit
+
+
+@torch.no_grad()
+def clip_rays_ref(origins, directions, low, high, near):
+    """`clip_rays` in plain PyTorch."""
+    low, high = (torch.as_tensor(wall, dtype=origins.dtype, device=origins.device) for wall in (low, high))
+    inverse = 1 / (directions + 1e-6)  # [R, 3]
+    at_low, at_high = (low - origins) * inverse, (high - origins) * inverse  # [R, 3]
+    enter = torch.minimum(at_low, at_high).amax(dim=1).clamp(min=near)  # [R]
+    leave = torch.maximum(at_low, at_high).amin(dim=1)  # [R]
+    hit = enter < leave
+    far = torch.maximum(leave, enter + 1e-6)
+    return torch.where(hit, enter, near), torch.where(hit, far, near + 1), hit
+
+
+@torch.no_grad()
+def stratified_starts(near, far, S, jitter=None):
+    """Edges of S intervals that divide [near, far] evenly.
+
+    Args:
+        near, far: [R] distances.
+        S:         number of samples, at least 1.
+        jitter:    [R] in [0, 1), one number a ray: every edge moves to that share of the way between the middles of its
+                   two intervals (the first edge from near on, the last one up to far). None: even intervals.
+
+    Returns:
+        edges: [R, S + 1] ascending.
+    """
+    if not on_triton(near):
+        return stratified_starts_ref(near, far, S, jitter)
+    assert S >= 1, "a ray needs at least one sample"
+    R = near.shape[0]
+    edges = near.new_empty(R, S + 1)
+    if R:
+        _stratified_starts_kernel[(triton.cdiv(edges.numel(), BLOCK),)](
+            near.contiguous(), far.contiguous(), near if jitter is None else jitter.contiguous(), edges,
+            R, S, JITTER=jitter is not None, BLOCK=BLOCK,
+        )  # fmt: skip
+    return edges
+
+
+@torch.no_grad()
+def stratified_starts_ref(near, far, S, jitter=None):
+    """`stratified_starts` in plain PyTorch."""
+    x = torch.linspace(0, 1, S + 1, dtype=near.dtype, device=near.device)[None]  # [1, S + 1]
+    if jitter is not None:
+        middles = (x[:, 1:] + x[:, :-1]) / 2  # [1, S]
+        lower, upper = torch.cat([x[:, :1], middles], dim=1), torch.cat([middles, x[:, -1:]], dim=1)  # [1, S + 1]
+        x = lower + (upper - lower) * jitter[:, None]  # [R, S + 1]
+    # x far + (1 - x) near would leave near ~ far out of order by rounding
+    return near[:, None] + x * (far - near)[:, None]
+
+
+@torch.no_grad()
+def sample_pdf(edges, weights, n, jitter=None):
+    """Draw n samples by inverse transform from a density that is constant on each interval.
+
+    Args:
+        edges:   [R, S + 1] ascending, S at least 1.
+        weights: [R, S] mass of each interval, >= 0, of any sum; rows that sum to less than 1e-5 are padded evenly.
+        n:       number of samples drawn.
+        jitter:  [R] in [0, 1), one number a ray: the position inside each of the n + 1 equal shares of the mass.
+                 None: their middles.
+
+    Returns:
+        new_edges: [R, n + 1] ascending, within `edges`: n starts and the end of the last.
+
+    The CDF is summed in fp64: it is divided by as little as 1e-5, so an fp32 sum would move samples visibly.
+    """
+    if not on_triton(edges):
+        return sample_pdf_ref(edges, weights, n, jitter)
+    return _resample(edges, weights, n, jitter, merge=False)
+
+
+@torch.no_grad()
+def sample_pdf_ref(edges, weights, n, jitter=None):
+    """`sample_pdf` in plain PyTorch."""
+    (R, S), weights = weights.shape, weights.to(edges.dtype)
+    total = weights.sum(dim=1, keepdim=True)  # [R, 1]
+    pad = F.relu(1e-5 - total)
+    cdf = ((weights + pad / S) / (total + pad)).cumsum(dim=1).clamp(max=1)  # [R, S]
+    cdf = F.pad(cdf, (1, 0))  # [R, S + 1]
+
+    jitter = edges.new_full((R,), 0.5) if jitter is None else jitter
+    u = (torch.arange(n + 1, device=edges.device) + jitter[:, None]) / (n + 1)  # [R, n + 1]
+    below = torch.searchsorted(cdf, u, right=True) - 1
+    above = (below + 1).clamp(max=S)  # u may round to 1, where nothing is above
+    cdf_below, cdf_above = cdf.gather(1, below), cdf.gather(1, above)
+    low, high = edges.gather(1, below), edges.gather(1, above)
+    mass = cdf_above - cdf_below
+    t = ((u - cdf_below) / torch.where(mass < 1e-5, 1, mass)).clamp(0, 1)
+    return torch.minimum(low + t * (high - low), high)
+
+
+@torch.no_grad()
+def merge(edges, new_edges):
+    """Merge two edge lists of the same rays by start; of equal starts the old one comes first.
+
+    Args:
+        edges:     [R, S + 1] ascending.
+        new_edges: [R, n + 1] ascending.
+
+    Returns:
+        merged: [R, S + n + 1] ascending; its last edge is the larger of the two last ones.
+        order:  [R, S + n] int64: `torch.cat([old, new], dim=1).gather(1, order)` brings what is known of the samples
+                into the merged order.
+    """
+    if not on_triton(edges):
+        return merge_ref(edges, new_edges)
+    (R, S), n = edges[:, 1:].shape, new_edges.shape[1] - 1
+    assert new_edges.shape[0] == R, f"{R} and {new_edges.shape[0]} rays"
+    merged, order = edges.new_empty(R, S + n + 1), edges.new_empty(R, S + n, dtype=torch.int64)
+    if R:
+        block_r, block_n = _tile(n)
+        _merge_kernel[(triton.cdiv(R, block_r),)](
+            edges.contiguous(), new_edges.contiguous(), merged, order, R, S, n, BLOCK_R=block_r, BLOCK_N=block_n
+        )
+    return merged, order
+
+
+@torch.no_grad()
+def merge_ref(edges, new_edges):
+    """`merge` in plain PyTorch."""
+    starts, order = torch.cat([edges[:, :-1], new_edges[:, :-1]], dim=1).sort(dim=1, stable=True)
+    last = torch.maximum(edges[:, -1:], new_edges[:, -1:])
+    return torch.cat([starts, last], dim=1), order
+
+
+@torch.no_grad()
+def resample(edges, weights, n, jitter=None):
+    """`sample_pdf`, merged with the edges it drew from: [R, S + n + 1], in one launch."""
+    if not on_triton(edges):
+        return resample_ref(edges, weights, n, jitter)
+    return _resample(edges, weights, n, jitter, merge=True)
+
+
+@torch.no_grad()
+def resample_ref(edges, weights, n, jitter=None):
+    """`resample` in plain PyTorch."""
+    return merge_ref(edges, sample_pdf_ref(edges, weights, n, jitter))[0]
+
+
+def _resample(edges, weights, n, jitter, merge):
+    R, S = weights.shape
+    assert S >= 1 and edges.shape == (R, S + 1), f"edges {tuple(edges.shape)} do not fit weights {tuple(weights.shape)}"
+    out = edges.new_empty(R, (S if merge else 0) + n + 1)
+    if R:
+        jitter = edges.new_full((R,), 0.5) if jitter is None else jitter.contiguous()
+        block_r, block_n = _tile(n)
+        _resample_kernel[(triton.cdiv(R, block_r),)](
+            edges.contiguous(), weights.contiguous(), jitter, out,
+            R, S, n, MERGE=merge, BLOCK_R=block_r, BLOCK_N=block_n,
+        )  # fmt: skip
+    return out
+
+
+BLOCK = 512  # rays or edges per program
+PAIRS = 256  # pairs of a ray and a new edge per program
+
+
+def _tile(n):
+    """Rays and new edges per program."""
+    block_n = triton.next_power_of_2(n + 1)
+    return max(1, PAIRS // block_n), block_n
+
+
+@triton.jit
+def _clip_rays_kernel(
+    origins_ptr, directions_ptr,  # [R, 3], [R, 3]
+    enter_ptr, leave_ptr, hit_ptr,  # [R], [R], [R] bool
+    R, low_x, low_y, low_z, high_x, high_y, high_z, near,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    r = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    r_ok = r < R
+    enter_x, leave_x = _slab(origins_ptr, directions_ptr, 3 * r, r_ok, low_x, high_x)
+    enter_y, leave_y = _slab(origins_ptr, directions_ptr, 3 * r + 1, r_ok, low_y, high_y)
+    enter_z, leave_z = _slab(origins_ptr, directions_ptr, 3 * r + 2, r_ok, low_z, high_z)
+    enter = tl.maximum(tl.maximum(enter_x, enter_y), tl.maximum(enter_z, near))
+    leave = tl.minimum(tl.minimum(leave_x, leave_y), leave_z)
+    hit = enter < leave
+    tl.store(enter_ptr + r, tl.where(hit, enter, near), mask=r_ok)
+    tl.store(leave_ptr + r, tl.where(hit, tl.maximum(leave, enter + 1e-6), near + 1), mask=r_ok)
+    tl.store(hit_ptr + r, hit, mask=r_ok)
+
+
+@triton.jit
+def _slab(origins_ptr, directions_ptr, i, i_ok, low, high):
+    """Distances at which rays enter and leave the space between two walls of one axis."""
+    origin = tl.load(origins_ptr + i, mask=i_ok, other=0.0).to(tl.float32)
+    direction = tl.load(directions_ptr + i, mask=i_ok, other=1.0).to(tl.float32)
+    inverse = 1.0 / (direction + 1e-6)
+    at_low, at_high = (low - origin) * inverse, (high - origin) * inverse
+    return tl.minimum(at_low, at_high), tl.maximum(at_low, at_high)
+
+
+@triton.jit
+def _stratified_starts_kernel(
+    near_ptr, far_ptr, jitter_ptr,  # [R], [R], [R] (not read without JITTER)
+    edges_ptr,  # [R, S + 1]
+    R, S,
+    JITTER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    acc_ty: tl.constexpr = tl.float64 if near_ptr.dtype.element_ty == tl.float64 else tl.float32
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    r, s = i // (S + 1), (i % (S + 1)).to(acc_ty)
+    r_ok = r < R
+    near = tl.load(near_ptr + r, mask=r_ok, other=0.0).to(acc_ty)
+    far = tl.load(far_ptr + r, mask=r_ok, other=0.0).to(acc_ty)
+    if JITTER:
+        lower, upper = tl.maximum(s - 0.5, 0.0), tl.minimum(s + 0.5, S)
+        s = lower + (upper - lower) * tl.load(jitter_ptr + r, mask=r_ok, other=0.0).to(acc_ty)
+    tl.store(edges_ptr + i, near + s / S * (far - near), mask=r_ok)
+
+
+@triton.jit
+def _resample_kernel(
+    edges_ptr, weights_ptr, jitter_ptr,  # [R, S + 1], [R, S], [R]
+    out_ptr,  # [R, N + 1]; with MERGE [R, S + N + 1]
+    R, S, N,
+    MERGE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    acc_ty: tl.constexpr = tl.float64 if edges_ptr.dtype.element_ty == tl.float64 else tl.float32
+    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
+    j = tl.arange(0, BLOCK_N)[None, :]  # [1, BLOCK_N]
+    r_ok = r < R
+    out_row = out_ptr + r * (N + 1 + (S if MERGE else 0))  # [BLOCK_R]
+
+    total = tl.zeros((BLOCK_R,), tl.float64)
+    for s in range(S):
+        total += tl.load(weights_ptr + r * S + s, mask=r_ok, other=0.0).to(tl.float64)
+    total = total.to(acc_ty)
+    pad = tl.maximum(1e-5 - total, 0.0)
+    total += pad
+
+    jitter = tl.load(jitter_ptr + r, mask=r_ok, other=0.0).to(acc_ty)
+    u = (j + jitter[:, None]) / (N + 1)  # [BLOCK_R, BLOCK_N]
+    new = tl.full((BLOCK_R, BLOCK_N), float("inf"), acc_ty)  # inf until the sweep reaches its interval
+    rank = j + tl.zeros((BLOCK_R, BLOCK_N), tl.int32)  # place of a new start: new and old ones before it
+    mass = tl.zeros((BLOCK_R,), tl.float64)
+    cdf = tl.zeros((BLOCK_R,), acc_ty)
+    low = tl.load(edges_ptr + r * (S + 1), mask=r_ok, other=0.0).to(acc_ty)
+    for s in range(S):
+        if MERGE:  # a new start that is still inf cannot lie before this old one
+            before = (new < low[:, None]) & (j < N)
+            tl.store(out_row + s + tl.sum(before.to(tl.int32), axis=1), low, mask=r_ok)
+            rank += (low[:, None] <= new).to(tl.int32)
+        weight = tl.load(weights_ptr + r * S + s, mask=r_ok, other=0.0).to(acc_ty) + pad / S
+        mass += (weight / total).to(tl.float64)
+        high = tl.load(edges_ptr + r * (S + 1) + s + 1, mask=r_ok, other=0.0).to(acc_ty)
+        next_cdf = tl.minimum(mass.to(acc_ty), 1.0)
+        share = next_cdf - cdf
+        t = (u - cdf[:, None]) / tl.where(share < 1e-5, 1.0, share)[:, None]
+        t = tl.minimum(tl.maximum(t, 0.0), 1.0)
+        # rounding must not carry a sample past its interval: ranks rely on the order
+        point = tl.minimum(low[:, None] + t * (high - low)[:, None], high[:, None])
+        new = tl.where((cdf[:, None] <= u) & (u < next_cdf[:, None]), point, new)
+        cdf, low = next_cdf, high
+    new = tl.where(new == float("inf"), low[:, None], new)  # the sum of all shares may round to less than u
+    if MERGE:
+        tl.store(out_row[:, None] + rank, new, mask=r_ok[:, None] & (j < N))
+        tl.store(out_row + S + N, low, mask=r_ok)
+    else:
+        tl.store(out_row[:, None] + j, new, mask=r_ok[:, None] & (j <= N))
+
+
+@triton.jit
+def _merge_kernel(
+    edges_ptr, new_edges_ptr,  # [R, S + 1], [R, N + 1]
+    merged_ptr, order_idx_ptr,  # [R, S + N + 1], [R, S + N] int64
+    R, S, N,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
+    j = tl.arange(0, BLOCK_N)[None, :]  # [1, BLOCK_N]
+    r_ok = r < R
+    rj_ok = r_ok[:, None] & (j < N)
+    merged_row, order_row = merged_ptr + r * (S + N + 1), order_idx_ptr + r * (S + N)
+
+    new = tl.load(new_edges_ptr + r[:, None] * (N + 1) + j, mask=rj_ok, other=float("inf"))
+    rank = j + tl.zeros((BLOCK_R, BLOCK_N), tl.int32)
+    for s in range(S):
+        old = tl.load(edges_ptr + r * (S + 1) + s, mask=r_ok, other=0.0)
+        old_rank = s + tl.sum((new < old[:, None]).to(tl.int32), axis=1)
+        tl.store(merged_row + old_rank, old, mask=r_ok)
+        tl.store(order_row + old_rank, s, mask=r_ok)
+        rank += (old[:, None] <= new).to(tl.int32)
+    tl.store(merged_row[:, None] + rank, new, mask=rj_ok)
+    tl.store(order_row[:, None] + rank, S + j, mask=rj_ok)
+
+    last = tl.load(edges_ptr + r * (S + 1) + S, mask=r_ok, other=0.0)
+    new_last = tl.load(new_edges_ptr + r * (N + 1) + N, mask=r_ok, other=0.0)
+    tl.store(merged_row + S + N, tl.maximum(last, new_last), mask=r_ok)

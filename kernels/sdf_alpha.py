@@ -1,0 +1,324 @@
+"""Signed distance to opacity: NeuS, VolSDF, UniSurf.
+
+NeuS (eq. 13, as UniPAD's get_alpha has it): along the ray the SDF falls by `slope` per unit; sigma is the sigmoid.
+
+    slope = min(direction . gradient, 0),   prev, next = sdf -+ slope * delta / 2
+    P = sigma(prev * inv_s),   N = sigma(next * inv_s),   alpha = clip((P - N + e) / (P + e), 0, 1),   e = 1e-5
+
+    a = dL/dprev / inv_s =  d_alpha * N / (P + e)^2 * P (1 - P)
+    b = dL/dnext / inv_s = -d_alpha / (P + e) * N (1 - N)
+    d_sdf = inv_s (a + b),   d_slope = inv_s (b - a) delta / 2,   d_inv_s = sum(prev * a + next * b)
+
+VolSDF (eq. 2): density = Laplace CDF of -sdf / beta, over beta; alpha = 1 - exp(-density * delta).
+UniSurf: occupancy sigma(-10 sdf).
+
+Sizes: R rays, S samples on each. Sigmoids are taken of |x|, so nothing overflows for any inv_s.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from kernels.backend import on_triton, tl, triton
+
+
+def neus_alpha(sdf, gradient, directions, deltas, inv_s):
+    """Opacity of each sample from the SDF and its gradient there.
+
+    Args:
+        sdf:        [R, S] signed distance at the samples.
+        gradient:   [R, S, 3] d sdf / d point, (x, y, z).
+        directions: [R, 3] unit vectors.
+        deltas:     [R, S] length of the sample's interval, in the unit of sdf.
+        inv_s:      [1] inverse deviation of the logistic density.
+
+    Returns:
+        alpha: [R, S] in [0, 1].
+
+    Differentiable once in `sdf`, `gradient` and `inv_s`; clipped values pass no gradient. Accumulates in fp32 (fp64 for
+    fp64 inputs). Deterministic.
+    """
+    if not on_triton(sdf):
+        return neus_alpha_ref(sdf, gradient, directions, deltas, inv_s)
+    return NeusAlpha.apply(sdf, gradient, directions, deltas, inv_s)
+
+
+def neus_alpha_ref(sdf, gradient, directions, deltas, inv_s):
+    """`neus_alpha` in plain PyTorch."""
+    slope = -F.relu(-torch.einsum("rsi,ri->rs", gradient, directions.detach()))  # [R, S]
+    half = slope * deltas.detach() / 2
+    prev_cdf, next_cdf = torch.sigmoid((sdf - half) * inv_s), torch.sigmoid((sdf + half) * inv_s)
+    return ((prev_cdf - next_cdf + 1e-5) / (prev_cdf + 1e-5)).clip(0, 1)
+
+
+class NeusAlpha(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, sdf, gradient, directions, deltas, inv_s):
+        R, S = sdf.shape
+        assert gradient.shape == (R, S, 3), f"gradient {tuple(gradient.shape)} does not fit sdf {(R, S)}"
+        assert directions.shape == (R, 3), f"directions {tuple(directions.shape)} do not fit sdf {(R, S)}"
+        assert deltas.shape == (R, S), f"deltas {tuple(deltas.shape)} do not fit sdf {(R, S)}"
+        inputs = [t.contiguous() for t in (sdf, gradient, directions, deltas, inv_s)]
+        alpha = torch.empty_like(inputs[0])
+        if sdf.numel():
+            _neus_alpha_fwd_kernel[_grid(sdf)](*inputs, alpha, R, S, BLOCK=BLOCK)
+        ctx.save_for_backward(*inputs)
+        return alpha
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_alpha):
+        sdf, gradient, directions, deltas, inv_s = ctx.saved_tensors
+        d_sdf, d_gradient, d_inv_s = torch.empty_like(sdf), torch.empty_like(gradient), _partial_sums(sdf)
+        if sdf.numel():
+            _neus_alpha_bwd_kernel[_grid(sdf)](
+                *ctx.saved_tensors, d_alpha.contiguous(), d_sdf, d_gradient, d_inv_s, *sdf.shape, BLOCK=BLOCK
+            )
+        return d_sdf, d_gradient, None, None, d_inv_s.sum().to(inv_s.dtype).reshape(inv_s.shape)
+
+
+@torch.no_grad()
+def interval_alpha(sdf, deltas, inv_s):
+    """Opacity of the intervals between samples, from SDF values alone: where NeuS draws its importance samples.
+
+    The slope of an interval is the smaller of its own and its predecessor's difference quotient (0 before the first),
+    clipped to [-1000, 0]; the value is not clipped.
+
+    Args:
+        sdf:    [R, S] signed distance at the samples, S at least 1.
+        deltas: [R, S] length of the intervals, in the unit of sdf; the last is not read.
+        inv_s:  float, fixed (64 in the original).
+
+    Returns:
+        alpha: [R, S]; the last column is 0, since S samples have S - 1 intervals between them.
+
+    Not differentiable.
+    """
+    if not on_triton(sdf):
+        return interval_alpha_ref(sdf, deltas, inv_s)
+    assert sdf.shape == deltas.shape, f"deltas {tuple(deltas.shape)} do not fit sdf {tuple(sdf.shape)}"
+    sdf = sdf.contiguous()
+    alpha = torch.empty_like(sdf)
+    if sdf.numel():
+        _interval_alpha_kernel[_grid(sdf)](sdf, deltas.contiguous(), alpha, *sdf.shape, float(inv_s), BLOCK=BLOCK)
+    return alpha
+
+
+@torch.no_grad()
+def interval_alpha_ref(sdf, deltas, inv_s):
+    """`interval_alpha` in plain PyTorch."""
+    deltas = deltas[:, :-1]
+    slope = sdf.diff(dim=1) / (deltas + 1e-5)  # [R, S - 1]
+    slope = torch.minimum(slope, F.pad(slope[:, :-1], (1, 0))).clip(-1000, 0)
+    middle, half = (sdf[:, :-1] + sdf[:, 1:]) / 2, slope * deltas / 2
+    prev_cdf, next_cdf = torch.sigmoid((middle - half) * inv_s), torch.sigmoid((middle + half) * inv_s)
+    return F.pad((prev_cdf - next_cdf + 1e-5) / (prev_cdf + 1e-5), (0, 1))
+
+
+def volsdf_alpha(sdf, deltas, beta):
+    """Opacity of each sample under VolSDF's Laplace density.
+
+    Args:
+        sdf:    [R, S] signed distance at the samples.
+        deltas: [R, S] length of the sample's interval, in the unit of sdf.
+        beta:   [1] > 0, scale of the Laplace density, in the unit of sdf.
+
+    Returns:
+        alpha: [R, S] in [0, 1).
+
+    Differentiable once in `sdf` and `beta`. Accumulates in fp32 (fp64 for fp64 inputs). Deterministic.
+    """
+    if not on_triton(sdf):
+        return volsdf_alpha_ref(sdf, deltas, beta)
+    return VolsdfAlpha.apply(sdf, deltas, beta)
+
+
+def volsdf_alpha_ref(sdf, deltas, beta):
+    """`volsdf_alpha` in plain PyTorch."""
+    return 1 - torch.exp(-laplace_density(sdf, beta) * deltas.detach())
+
+
+def laplace_density(sdf, beta):
+    """Density of VolSDF per unit of sdf; `beta` broadcasts. In [0, 1 / beta], half of that at the surface."""
+    tail = torch.exp(-torch.where(sdf < 0, -sdf, sdf) / beta) / 2  # abs() would have no gradient at 0
+    return torch.where(sdf < 0, 1 - tail, tail) / beta
+
+
+class VolsdfAlpha(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, sdf, deltas, beta):
+        assert sdf.shape == deltas.shape, f"deltas {tuple(deltas.shape)} do not fit sdf {tuple(sdf.shape)}"
+        inputs = [t.contiguous() for t in (sdf, deltas, beta)]
+        alpha = torch.empty_like(inputs[0])
+        if sdf.numel():
+            _volsdf_alpha_fwd_kernel[_grid(sdf)](*inputs, alpha, *sdf.shape, BLOCK=BLOCK)
+        ctx.save_for_backward(*inputs)
+        return alpha
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_alpha):
+        sdf, deltas, beta = ctx.saved_tensors
+        d_sdf, d_beta = torch.empty_like(sdf), _partial_sums(sdf)
+        if sdf.numel():
+            _volsdf_alpha_bwd_kernel[_grid(sdf)](
+                sdf, deltas, beta, d_alpha.contiguous(), d_sdf, d_beta, *sdf.shape, BLOCK=BLOCK
+            )
+        return d_sdf, None, d_beta.sum().to(beta.dtype).reshape(beta.shape)
+
+
+def unisurf_alpha(sdf):
+    """Opacity of each sample under UniSurf: [R, S] -> [R, S]. One sigmoid: PyTorch's own kernel on every device."""
+    return torch.sigmoid(-10 * sdf)
+
+
+BLOCK = 512  # samples per program
+
+
+def _grid(sdf):
+    return (triton.cdiv(sdf.numel(), BLOCK),)
+
+
+def _partial_sums(sdf):
+    """One number a program, summed afterwards: the gradient of a scalar without atomics."""
+    return torch.empty(_grid(sdf), dtype=torch.promote_types(sdf.dtype, torch.float32), device=sdf.device)
+
+
+@triton.jit
+def _sigmoid(x):
+    decay = tl.exp(-tl.abs(x))
+    return tl.where(x < 0, decay, 1.0) / (1.0 + decay)
+
+
+@triton.jit
+def _neus_section(sdf_ptr, gradient_ptr, directions_ptr, deltas_ptr, i, r, ok, acc_ty: tl.constexpr):
+    """The section of the ray that sample i stands for.
+
+    Returns the SDF extrapolated to its two ends, and what d_slope is multiplied by to give d_gradient: delta / 2 * the
+    direction, (x, y, z); 0 where the ray does not approach the surface.
+    """
+    sdf = tl.load(sdf_ptr + i, mask=ok, other=0.0).to(acc_ty)
+    half = tl.load(deltas_ptr + i, mask=ok, other=0.0).to(acc_ty) / 2
+    dir_x = tl.load(directions_ptr + 3 * r, mask=ok, other=0.0).to(acc_ty)
+    dir_y = tl.load(directions_ptr + 3 * r + 1, mask=ok, other=0.0).to(acc_ty)
+    dir_z = tl.load(directions_ptr + 3 * r + 2, mask=ok, other=0.0).to(acc_ty)
+    slope = tl.load(gradient_ptr + 3 * i, mask=ok, other=0.0).to(acc_ty) * dir_x
+    slope += tl.load(gradient_ptr + 3 * i + 1, mask=ok, other=0.0).to(acc_ty) * dir_y
+    slope += tl.load(gradient_ptr + 3 * i + 2, mask=ok, other=0.0).to(acc_ty) * dir_z
+    half = tl.where(slope < 0, half, 0.0)
+    return sdf - slope * half, sdf + slope * half, half * dir_x, half * dir_y, half * dir_z
+
+
+@triton.jit
+def _neus_alpha_fwd_kernel(
+    sdf_ptr, gradient_ptr, directions_ptr, deltas_ptr, inv_s_ptr,  # [R, S], [R, S, 3], [R, 3], [R, S], [1]
+    alpha_ptr,  # [R, S]
+    R, S,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    acc_ty: tl.constexpr = tl.float64 if sdf_ptr.dtype.element_ty == tl.float64 else tl.float32
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    r = i // S
+    ok = r < R
+    prev_sdf, next_sdf, _, _, _ = _neus_section(sdf_ptr, gradient_ptr, directions_ptr, deltas_ptr, i, r, ok, acc_ty)
+    inv_s = tl.load(inv_s_ptr).to(acc_ty)
+    prev_cdf, next_cdf = _sigmoid(prev_sdf * inv_s), _sigmoid(next_sdf * inv_s)
+    alpha = (prev_cdf - next_cdf + 1e-5) / (prev_cdf + 1e-5)
+    tl.store(alpha_ptr + i, tl.minimum(tl.maximum(alpha, 0.0), 1.0), mask=ok)
+
+
+@triton.jit
+def _neus_alpha_bwd_kernel(
+    sdf_ptr, gradient_ptr, directions_ptr, deltas_ptr, inv_s_ptr,  # [R, S], [R, S, 3], [R, 3], [R, S], [1]
+    d_alpha_ptr,  # [R, S]
+    d_sdf_ptr, d_gradient_ptr, d_inv_s_ptr,  # [R, S], [R, S, 3], [programs]
+    R, S,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    acc_ty: tl.constexpr = tl.float64 if sdf_ptr.dtype.element_ty == tl.float64 else tl.float32
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    r = i // S
+    ok = r < R
+    prev_sdf, next_sdf, x, y, z = _neus_section(sdf_ptr, gradient_ptr, directions_ptr, deltas_ptr, i, r, ok, acc_ty)
+    inv_s = tl.load(inv_s_ptr).to(acc_ty)
+    prev_cdf, next_cdf = _sigmoid(prev_sdf * inv_s), _sigmoid(next_sdf * inv_s)
+
+    d_alpha = tl.load(d_alpha_ptr + i, mask=ok, other=0.0).to(acc_ty)
+    alpha = (prev_cdf - next_cdf + 1e-5) / (prev_cdf + 1e-5)
+    d_alpha = tl.where((alpha >= 0) & (alpha <= 1), d_alpha, 0.0) / (prev_cdf + 1e-5)
+    a = d_alpha * next_cdf / (prev_cdf + 1e-5) * prev_cdf * (1.0 - prev_cdf)
+    b = -d_alpha * next_cdf * (1.0 - next_cdf)
+    tl.store(d_sdf_ptr + i, inv_s * (a + b), mask=ok)
+    d_slope = inv_s * (b - a)
+    tl.store(d_gradient_ptr + 3 * i, d_slope * x, mask=ok)
+    tl.store(d_gradient_ptr + 3 * i + 1, d_slope * y, mask=ok)
+    tl.store(d_gradient_ptr + 3 * i + 2, d_slope * z, mask=ok)
+    tl.store(d_inv_s_ptr + tl.program_id(0), tl.sum(prev_sdf * a + next_sdf * b, axis=0))
+
+
+@triton.jit
+def _interval_alpha_kernel(
+    sdf_ptr, deltas_ptr,  # [R, S], [R, S]
+    alpha_ptr,  # [R, S]
+    R, S, inv_s,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    acc_ty: tl.constexpr = tl.float64 if sdf_ptr.dtype.element_ty == tl.float64 else tl.float32
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    s = i % S
+    ok = i // S < R
+    here, there = ok & (s < S - 1), ok & (s > 0)  # the interval exists; so does the one before it
+
+    before = tl.load(sdf_ptr + i - 1, mask=there, other=0.0).to(acc_ty)
+    sdf = tl.load(sdf_ptr + i, mask=ok, other=0.0).to(acc_ty)
+    behind = tl.load(sdf_ptr + i + 1, mask=here, other=0.0).to(acc_ty)
+    delta_before = tl.load(deltas_ptr + i - 1, mask=there, other=0.0).to(acc_ty)
+    delta = tl.load(deltas_ptr + i, mask=here, other=0.0).to(acc_ty)
+    slope_before = tl.where(there, (sdf - before) / (delta_before + 1e-5), 0.0)
+    slope = tl.minimum((behind - sdf) / (delta + 1e-5), slope_before)
+    half = tl.minimum(tl.maximum(slope, -1000.0), 0.0) * delta / 2
+    middle = (sdf + behind) / 2
+    prev_cdf, next_cdf = _sigmoid((middle - half) * inv_s), _sigmoid((middle + half) * inv_s)
+    alpha = (prev_cdf - next_cdf + 1e-5) / (prev_cdf + 1e-5)
+    tl.store(alpha_ptr + i, tl.where(here, alpha, 0.0), mask=ok)
+
+
+@triton.jit
+def _volsdf_alpha_fwd_kernel(
+    sdf_ptr, deltas_ptr, beta_ptr,  # [R, S], [R, S], [1]
+    alpha_ptr,  # [R, S]
+    R, S,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    acc_ty: tl.constexpr = tl.float64 if sdf_ptr.dtype.element_ty == tl.float64 else tl.float32
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    ok = i // S < R
+    sdf = tl.load(sdf_ptr + i, mask=ok, other=0.0).to(acc_ty)
+    delta = tl.load(deltas_ptr + i, mask=ok, other=0.0).to(acc_ty)
+    beta = tl.load(beta_ptr).to(acc_ty)
+    tail = tl.exp(-tl.abs(sdf) / beta) / 2
+    density = tl.where(sdf < 0, 1.0 - tail, tail) / beta
+    tl.store(alpha_ptr + i, 1.0 - tl.exp(-density * delta), mask=ok)
+
+
+@triton.jit
+def _volsdf_alpha_bwd_kernel(
+    sdf_ptr, deltas_ptr, beta_ptr,  # [R, S], [R, S], [1]
+    d_alpha_ptr,  # [R, S]
+    d_sdf_ptr, d_beta_ptr,  # [R, S], [programs]
+    R, S,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    acc_ty: tl.constexpr = tl.float64 if sdf_ptr.dtype.element_ty == tl.float64 else tl.float32
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    ok = i // S < R
+    sdf = tl.load(sdf_ptr + i, mask=ok, other=0.0).to(acc_ty)
+    delta = tl.load(deltas_ptr + i, mask=ok, other=0.0).to(acc_ty)
+    beta = tl.load(beta_ptr).to(acc_ty)
+    tail = tl.exp(-tl.abs(sdf) / beta) / 2
+    density = tl.where(sdf < 0, 1.0 - tail, tail) / beta
+
+    d_alpha = tl.load(d_alpha_ptr + i, mask=ok, other=0.0).to(acc_ty)
+    d_density = d_alpha * delta * tl.exp(-density * delta)
+    d_sdf = -d_density * tail / (beta * beta)
+    tl.store(d_sdf_ptr + i, d_sdf, mask=ok)
+    tl.store(d_beta_ptr + tl.program_id(0), tl.sum(-(d_density * density + d_sdf * sdf) / beta, axis=0))

@@ -1,0 +1,268 @@
+"""A feature volume at points, with its spatial gradient as an output.
+
+A point lies between 8 voxel centres. With the fraction f and, per axis, the shares a = (1 - f, f) of the two corners
+and their slopes b = (-1, 1),
+
+    value = sum_ijk az_i ay_j ax_k V_ijk,   d/dx = sum_ijk az_i ay_j bx_k V_ijk,   d/dy, d/dz alike
+
+so four sums over the same 8 rows. A corner outside the volume has no share and no slope (zero padding, as
+F.grid_sample with align_corners=True). Both outputs are differentiable: of the gradient, dL/dV takes the four weights
+above and dL/dpoint takes the mixed second derivatives (bx ay' ...); the pure ones are 0. That is what double backward
+of an interpolation would give, at the price of a single one.
+"""
+
+import torch
+from torch.nn import functional as F
+
+from kernels.backend import on_triton, tl, triton
+
+
+def trilinear(volume, points, volume_idx):
+    """Interpolate `volume` at `points`.
+
+    Args:
+        volume:     [B, Z, Y, X, C] features, at least one voxel.
+        points:     [R, S, 3] finite (x, y, z) in cells: 0 = centre of the first voxel, X - 1 = of the last; fp32 or
+                    fp64.
+        volume_idx: [R] int32, the volume each ray reads, in [0, B); not checked.
+
+    Returns:
+        value:    [R, S, C].
+        gradient: [R, S, 3, C] d value / d (x, y, z), per cell; on a face between cells, of the upper cell.
+
+    Outputs have the promoted type of `volume` and `points` and are accumulated in it.
+    Differentiable once in `volume` and `points`, through both outputs. The kernel adds atomically into the gradient of
+    `volume`, so its last bits vary from run to run; under strict determinism the reference runs instead.
+    Raises AssertionError if shapes or types do not fit.
+    """
+    _check(volume, points, volume_idx)
+    if not on_triton(volume, deterministic=False):
+        return trilinear_ref(volume, points, volume_idx)
+    return Trilinear.apply(volume, points, volume_idx)
+
+
+def trilinear_ref(volume, points, volume_idx):
+    """`trilinear` in plain PyTorch: the definition the kernels answer to."""
+    rows, share, slope = _corners(volume, points, volume_idx)
+    (ax, ay, az), (bx, by, bz) = share.unbind(1), slope.unbind(1)  # [2, N] each
+    wx = torch.stack([ax, bx, ax, ax])  # [4, 2, N]: for the value, d/dx, d/dy, d/dz
+    wy = torch.stack([ay, ay, by, ay])
+    wz = torch.stack([az, az, az, bz])
+    weights = wz[:, :, None, None] * wy[:, None, :, None] * wx[:, None, None]  # [4, 2, 2, 2, N]
+    # contiguous, or the batched product below runs matrix by matrix
+    weights = weights.flatten(1, 3).permute(2, 0, 1).contiguous()  # [N, 4, 8]
+    features = volume.flatten(0, 3).index_select(0, rows.flatten()).unflatten(0, rows.shape)  # [N, 8, C]
+    out = torch.bmm(weights, features.to(weights.dtype)).unflatten(0, points.shape[:2])  # [R, S, 4, C]
+    return out[:, :, 0], out[:, :, 1:]
+
+
+def trilinear_value(volume, points, volume_idx):
+    """The value of `trilinear` alone, for searches along rays that need no gradient: not differentiable."""
+    _check(volume, points, volume_idx)
+    if not on_triton(volume):
+        return trilinear_value_ref(volume, points, volume_idx)
+    return _forward(volume.detach(), points.detach(), volume_idx, with_gradient=False)[0]
+
+
+@torch.no_grad()
+def trilinear_value_ref(volume, points, volume_idx):
+    """`trilinear_value` in plain PyTorch."""
+    rows, share, _ = _corners(volume, points, volume_idx)
+    ax, ay, az = share.unbind(1)  # [2, N] each
+    weights = (az[:, None, None] * ay[:, None] * ax).flatten(0, 2).t().contiguous()  # [N, 8]
+    if not points.numel() or not volume.shape[4]:  # embedding_bag refuses, at random, a table without columns
+        return weights.new_zeros(*points.shape[:2], volume.shape[4])
+    # a bag is a weighted sum of table rows: the 8 rows are never written out
+    value = F.embedding_bag(rows, volume.flatten(0, 3).to(weights.dtype), per_sample_weights=weights, mode="sum")
+    return value.unflatten(0, points.shape[:2])
+
+
+def _check(volume, points, volume_idx):
+    fits = volume.dim() == 5 and points.shape[2:] == (3,) and volume_idx.shape == points.shape[:1]
+    assert fits, f"{tuple(volume.shape)=}, {tuple(points.shape)=} and {tuple(volume_idx.shape)=} do not fit"
+    assert points.dtype in (torch.float32, torch.float64), f"points of {points.dtype} lie too coarsely"
+    assert min(volume.shape[1:4]) > 0, f"no voxel in volume {tuple(volume.shape)}"
+
+
+def _corners(volume, points, volume_idx):
+    """The 8 voxels around each of the N = R * S points.
+
+    Returns:
+        rows:  [N, 8] int64 rows of `volume.flatten(0, 3)`; a corner outside is clamped.
+        share: [2, 3, N] of the lower and upper corner along x, y, z; 0 outside.
+        slope: [2, 3, N] d share / d point: -1, 1; 0 outside.
+    """
+    Z, Y, X = volume.shape[1:4]
+    dtype = torch.promote_types(volume.dtype, points.dtype)
+    point = points.to(dtype).flatten(0, 1).t().contiguous()  # [3, N]
+    size = point.new_tensor([X, Y, Z])[:, None]
+    low = point.detach().floor()
+    fraction = point - low
+    corner = torch.stack([low, low + 1])  # [2, 3, N]
+    inside = ((corner >= 0) & (corner < size)).to(dtype)
+    share = torch.stack([1 - fraction, fraction]) * inside
+    slope = torch.stack([-inside[0], inside[1]])
+    x, y, z = corner.clamp(min=0).minimum(size - 1).long().unbind(1)  # [2, N] each
+    first = volume_idx.long().repeat_interleave(points.shape[1]) * Z  # [N]
+    rows = ((first + z[:, None, None]) * Y + y[:, None]) * X + x  # [2, 2, 2, N]
+    return rows.flatten(0, 2).t().contiguous(), share, slope
+
+
+class Trilinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, volume, points, volume_idx):
+        ctx.save_for_backward(volume, points, volume_idx)
+        return _forward(volume, points, volume_idx, with_gradient=True)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_value, d_gradient):
+        volume, points, volume_idx = (t.contiguous() for t in ctx.saved_tensors)
+        d_value, d_gradient = d_value.contiguous(), d_gradient.contiguous()
+        for_volume, for_points, _ = ctx.needs_input_grad
+        # both summed in the accumulation type
+        d_volume = torch.zeros_like(volume, dtype=d_value.dtype) if for_volume else d_value
+        d_points = torch.zeros_like(points, dtype=d_value.dtype) if for_points else d_value
+        if d_value.numel():
+            sizes, grid, blocks = _launch(volume, points)
+            _trilinear_bwd_kernel[grid](
+                volume, points, volume_idx, d_value, d_gradient, d_volume, d_points, *sizes,
+                FOR_VOLUME=for_volume, FOR_POINTS=for_points, **blocks,
+            )  # fmt: skip
+        return (
+            d_volume.to(volume.dtype) if for_volume else None,
+            d_points.to(points.dtype) if for_points else None,
+            None,
+        )
+
+
+def _forward(volume, points, volume_idx, with_gradient):
+    R, S, _ = points.shape
+    C = volume.shape[4]
+    value = volume.new_empty(R, S, C, dtype=torch.promote_types(volume.dtype, points.dtype))
+    gradient = value.new_empty(R, S, 3, C) if with_gradient else value
+    if value.numel():
+        sizes, grid, blocks = _launch(volume, points)
+        _trilinear_fwd_kernel[grid](
+            volume.contiguous(), points.contiguous(), volume_idx.contiguous(), value, gradient, *sizes,
+            WITH_GRADIENT=with_gradient, **blocks,
+        )  # fmt: skip
+    return value, gradient
+
+
+TILE = 1024  # points x channels per program: 8 of each of the four sums a thread
+
+
+def _launch(volume, points):
+    """Sizes, grid and block sizes, the same for both kernels."""
+    _, Z, Y, X, C = volume.shape
+    R, S, _ = points.shape
+    block_c = triton.next_power_of_2(C)
+    block_n = max(1, TILE // block_c)
+    return (R * S, S, Z, Y, X, C), (triton.cdiv(R * S, block_n),), dict(BLOCK_C=block_c, BLOCK_N=block_n)
+
+
+@triton.jit
+def _trilinear_fwd_kernel(
+    volume_ptr, points_ptr, volume_idx_ptr,  # [B, Z, Y, X, C], [N, 3], [R]
+    value_ptr, gradient_ptr,  # [N, C], [N, 3, C]
+    N, S, Z, Y, X, C,  # N = R * S points
+    WITH_GRADIENT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    acc_ty: tl.constexpr = value_ptr.dtype.element_ty
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    c = tl.arange(0, BLOCK_C)[None, :]
+    n_ok = n < N
+    nc_ok = n_ok[:, None] & (c < C)
+    px, py, pz, first = _load_points(points_ptr, volume_idx_ptr, n, n_ok, S, Z, acc_ty)
+
+    value = tl.zeros((BLOCK_N, BLOCK_C), acc_ty)
+    gx, gy, gz = value, value, value
+    for k in tl.static_range(8):
+        z, z_ok, az, bz = _corner(pz, Z, k // 4)
+        y, y_ok, ay, by = _corner(py, Y, k // 2 % 2)
+        x, x_ok, ax, bx = _corner(px, X, k % 2)
+        row = ((first + z) * Y + y) * X + x
+        row_ok = (z_ok & y_ok & x_ok)[:, None] & nc_ok
+        feature = tl.load(volume_ptr + row[:, None] * C + c, mask=row_ok, other=0.0).to(acc_ty)
+        value += (az * ay * ax)[:, None] * feature
+        if WITH_GRADIENT:
+            gx += (az * ay * bx)[:, None] * feature
+            gy += (az * by * ax)[:, None] * feature
+            gz += (bz * ay * ax)[:, None] * feature
+    tl.store(value_ptr + n[:, None] * C + c, value, mask=nc_ok)
+    if WITH_GRADIENT:
+        at = gradient_ptr + n[:, None] * 3 * C + c
+        tl.store(at, gx, mask=nc_ok)
+        tl.store(at + C, gy, mask=nc_ok)
+        tl.store(at + 2 * C, gz, mask=nc_ok)
+
+
+@triton.jit
+def _trilinear_bwd_kernel(
+    volume_ptr, points_ptr, volume_idx_ptr,  # [B, Z, Y, X, C], [N, 3], [R]
+    d_value_ptr, d_gradient_ptr,  # [N, C], [N, 3, C]
+    d_volume_ptr, d_points_ptr,  # [B, Z, Y, X, C] zeros, [N, 3]
+    N, S, Z, Y, X, C,  # N = R * S points
+    FOR_VOLUME: tl.constexpr, FOR_POINTS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    acc_ty: tl.constexpr = d_value_ptr.dtype.element_ty
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    c = tl.arange(0, BLOCK_C)[None, :]
+    n_ok = n < N
+    nc_ok = n_ok[:, None] & (c < C)
+    px, py, pz, first = _load_points(points_ptr, volume_idx_ptr, n, n_ok, S, Z, acc_ty)
+
+    at = d_gradient_ptr + n[:, None] * 3 * C + c
+    d_value = tl.load(d_value_ptr + n[:, None] * C + c, mask=nc_ok, other=0.0)
+    d_gx = tl.load(at, mask=nc_ok, other=0.0)
+    d_gy = tl.load(at + C, mask=nc_ok, other=0.0)
+    d_gz = tl.load(at + 2 * C, mask=nc_ok, other=0.0)
+
+    d_px = tl.zeros((BLOCK_N,), acc_ty)
+    d_py, d_pz = d_px, d_px
+    for k in range(8):  # rolled: unrolled it spills, and an atomic add has no latency to hide
+        z, z_ok, az, bz = _corner(pz, Z, k // 4)
+        y, y_ok, ay, by = _corner(py, Y, k // 2 % 2)
+        x, x_ok, ax, bx = _corner(px, X, k % 2)
+        row = ((first + z) * Y + y) * X + x
+        row_ok = (z_ok & y_ok & x_ok)[:, None] & nc_ok
+        if FOR_VOLUME:
+            d_feature = (az * ay * ax)[:, None] * d_value + (az * ay * bx)[:, None] * d_gx
+            d_feature += (az * by * ax)[:, None] * d_gy + (bz * ay * ax)[:, None] * d_gz
+            tl.atomic_add(d_volume_ptr + row[:, None] * C + c, d_feature, mask=row_ok, sem="relaxed")
+        if FOR_POINTS:
+            feature = tl.load(volume_ptr + row[:, None] * C + c, mask=row_ok, other=0.0).to(acc_ty)
+            v = tl.sum(feature * d_value, axis=1)  # dL / d weight of this corner, through the value
+            vx = tl.sum(feature * d_gx, axis=1)  # ... and through each component of the gradient
+            vy = tl.sum(feature * d_gy, axis=1)
+            vz = tl.sum(feature * d_gz, axis=1)
+            d_px += bx * (az * ay * v + az * by * vy + bz * ay * vz)
+            d_py += by * (az * ax * v + az * bx * vx + bz * ax * vz)
+            d_pz += bz * (ay * ax * v + ay * bx * vx + by * ax * vy)
+    if FOR_POINTS:
+        tl.store(d_points_ptr + n * 3, d_px, mask=n_ok)
+        tl.store(d_points_ptr + n * 3 + 1, d_py, mask=n_ok)
+        tl.store(d_points_ptr + n * 3 + 2, d_pz, mask=n_ok)
+
+
+@triton.jit
+def _load_points(points_ptr, volume_idx_ptr, n, n_ok, S, Z, acc_ty: tl.constexpr):
+    """Coordinates of the points and the first (z) slice of the volumes they lie in."""
+    px = tl.load(points_ptr + n * 3, mask=n_ok, other=0.0).to(acc_ty)
+    py = tl.load(points_ptr + n * 3 + 1, mask=n_ok, other=0.0).to(acc_ty)
+    pz = tl.load(points_ptr + n * 3 + 2, mask=n_ok, other=0.0).to(acc_ty)
+    first = tl.load(volume_idx_ptr + n // S, mask=n_ok, other=0).to(tl.int64) * Z
+    return px, py, pz, first
+
+
+@triton.jit
+def _corner(p, size, upper):
+    """Along one axis: index of the lower or upper corner, whether it is inside, its share and slope (0 outside)."""
+    low = tl.floor(p)
+    corner = low + upper
+    inside = (corner >= 0) & (corner < size)
+    index = tl.where(inside, corner, 0.0).to(tl.int64)
+    sign = 2 * upper - 1  # share: 1 - f or f
+    one = inside.to(p.dtype)
+    return index, inside, one * (1 - upper + sign * (p - low)), one * sign

@@ -1,0 +1,117 @@
+"""Compile kernels for GPUs that are not there, and read off the machine code what they cost.
+
+    python -m tests.ahead_of_time composite      prints one JSON line per kernel, element type and target
+
+Runs in a process of its own, without TRITON_INTERPRET: Triton carries its assemblers, so no GPU is needed.
+"""
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One way the code launches a kernel, and what that may cost on sm_90.
+
+    Types of runtime arguments are read off their names: `*_idx_ptr` points to int32, any other `*_ptr` to the element
+    type; UPPER CASE sizes are int32, other scalars fp32. `types` says otherwise.
+    """
+
+    kernel: str
+    constexprs: dict = field(default_factory=dict)
+    types: dict = field(default_factory=dict)  # argument -> "i64", "*fp32", "*" (to an element) or a tuple of such
+    divisible: tuple = ()  # sizes that are multiples of 16 in this launch; Triton compiles these apart
+    elements: tuple = ("fp32", "bf16")  # element types to compile for
+    num_warps: int = 4
+    registers: int = 255  # at most, per thread
+    shared: int = 0  # at most, bytes per program
+    stack: int = 0  # at most, bytes per thread; above 0 means spills and wants a written reason
+
+
+def compile_launches(kernel_file):
+    """Print what every row of tests/kernels/test_<kernel_file>.py's LAUNCHES costs, one JSON object a line."""
+    module = importlib.import_module(f"kernels.{kernel_file}")
+    for launch in importlib.import_module(f"tests.kernels.test_{kernel_file}").LAUNCHES:
+        kernel = getattr(module, launch.kernel)
+        for element in launch.elements:
+            for target in TARGETS:
+                cost = _compile(kernel, launch, element, target)
+                print(json.dumps(dict(kernel=launch.kernel, element=element, target=target, **cost)), flush=True)
+
+
+def _compile(kernel, launch, element, target):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {a: _type(a, launch, element) for a in kernel.arg_names}
+    aligned = [
+        path
+        for i, name in enumerate(kernel.arg_names)
+        for path, type_ in _paths(signature[name], (i,))
+        if type_.startswith("*") or name in launch.divisible
+    ]
+    source = ASTSource(
+        kernel,
+        signature,
+        {(kernel.arg_names.index(a),): v for a, v in launch.constexprs.items()},
+        {path: [["tt.divisibility", 16]] for path in aligned},
+    )
+    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options={"num_warps": launch.num_warps})
+    return _cost(compiled) if target == "sm_90" else {}
+
+
+def _type(name, launch, element):
+    if name in launch.constexprs:
+        return "constexpr"
+    if name in launch.types:
+        return _of_element(launch.types[name], element)
+    if name.endswith("_ptr"):
+        return "*i32" if name.endswith("_idx_ptr") else f"*{element}"
+    return "i32" if name.isupper() else "fp32"
+
+
+def _of_element(type_, element):
+    if isinstance(type_, tuple):
+        return tuple(_of_element(t, element) for t in type_)
+    return f"*{element}" if type_ == "*" else type_
+
+
+def _paths(type_, path):
+    """Every scalar of an argument's type with the path Triton knows it by: (argument, place in the tuple, ...)."""
+    if isinstance(type_, tuple):
+        for i, t in enumerate(type_):
+            yield from _paths(t, (*path, i))
+    else:
+        yield path, type_
+
+
+def _cost(compiled):
+    """Registers and stack bytes per thread, shared bytes per program."""
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run(
+            [cuobjdump, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
+    used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    return {
+        "registers": int(used["REG"]),
+        "stack": max(int(used["STACK"]), int(used["LOCAL"])),
+        "shared": compiled.metadata.shared,
+    }
+
+
+if __name__ == "__main__":
+    compile_launches(*sys.argv[1:])

@@ -1,0 +1,93 @@
+"""The comparisons that every kernel test uses."""
+
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+
+SLACK = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # share of the largest true value
+
+
+def check_against_ref(op, ref, inputs, dtype, wrt=None):
+    """Outputs and gradients of `op` may be at most twice as far from the fp64 truth as `ref` run in `dtype` is.
+
+    op, ref: same signature, return a tensor or a tuple of tensors; integer and bool outputs must be equal.
+    inputs:  dict name -> value. fp64 tensors are cast to `dtype`; fp32 ones are geometry and stay what they are;
+             lists of tensors are taken element by element; anything else is passed through.
+    wrt:     names of the inputs whose gradients are compared; None: all floating ones.
+
+    Also asserts that `op` launched a kernel, and that it launched none when all its outputs are empty.
+    """
+    truth = _run(ref, inputs, torch.float64, wrt)
+    plain = _run(ref, inputs, dtype, wrt)
+    with launches() as launched:
+        ours = _run(op, inputs, dtype, wrt)
+    if all(t.numel() for t in truth.values()):
+        assert launched, "the op took its reference, not its kernels"
+    if not any(t.numel() for name, t in truth.items() if name.startswith("out")):
+        assert not launched, f"nothing to do, yet launched {launched}"
+    assert ours.keys() == truth.keys()
+    for name in truth:
+        assert ours[name].dtype == plain[name].dtype and ours[name].shape == plain[name].shape, name
+        if not truth[name].is_floating_point():
+            assert torch.equal(ours[name], truth[name]), name
+            continue
+        assert torch.isfinite(ours[name]).all(), f"{name}: not finite"
+        scale = truth[name].abs().max().item() if truth[name].numel() else 0.0
+        bound = 2 * _err(plain[name], truth[name]) + SLACK[dtype] * scale
+        assert _err(ours[name], truth[name]) <= bound, f"{name}: {_err(ours[name], truth[name]):.2e} > {bound:.2e}"
+
+
+@contextmanager
+def launches():
+    """Collects the names of the kernels launched inside: `with launches() as names`."""
+    from triton.runtime.jit import KernelInterface
+
+    names = []
+    plain = KernelInterface.__getitem__
+
+    def recording(kernel, grid):
+        names.append(kernel.__name__)
+        return plain(kernel, grid)
+
+    with mock.patch.object(KernelInterface, "__getitem__", recording):
+        yield names
+
+
+def _run(fn, inputs, dtype, wrt):
+    """Outputs as out0, out1, ...; gradients as d_<name>, under one fixed random upstream gradient per output."""
+    inputs = {name: _cast(value, dtype) for name, value in inputs.items()}
+    leaves = {}
+    for name, value in inputs.items():
+        if wrt is None or name in wrt:
+            many = isinstance(value, (list, tuple))
+            items = {f"{name}[{i}]": v for i, v in enumerate(value)} if many else {name: value}
+            leaves |= {k: v.requires_grad_() for k, v in items.items() if _is_float(v)}
+    outs = fn(**inputs)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    results = {f"out{i}": o.detach() for i, o in enumerate(outs)}
+    outs = [o for o in outs if o.requires_grad]
+    if outs:
+        gen = torch.Generator().manual_seed(1)
+        ups = [torch.randn(o.shape, generator=gen, dtype=torch.float64).to(o) for o in outs]
+        grads = torch.autograd.grad(outs, list(leaves.values()), ups)
+        results |= {f"d_{name}": g for name, g in zip(leaves, grads, strict=True)}
+    return results
+
+
+def _cast(value, dtype):
+    """A detached copy of `value`: fp64 becomes `dtype`, fp32 stays fp32 unless `dtype` is fp64."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(_cast(v, dtype) for v in value)
+    if not _is_float(value):
+        return value
+    keep = value.dtype == torch.float32 and dtype != torch.float64
+    return value.detach().clone() if keep else value.detach().to(dtype, copy=True)
+
+
+def _is_float(value):
+    return torch.is_tensor(value) and value.is_floating_point()
+
+
+def _err(a, b):
+    return (a.double() - b.double()).abs().max().item() if a.numel() else 0.0

@@ -1,0 +1,30 @@
+"""One switch for the whole suite: with a GPU the kernels run compiled, without one they run in Triton's interpreter."""
+
+import os
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # must be set before the first `import triton`
+
+
+@pytest.fixture
+def device():
+    return "cuda" if HAS_GPU else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def city(tmp_path_factory):
+    """Root of a small synthetic set, v1.0-mini: to be read, not to be damaged."""
+    from unipad.data.synthetic import generate
+
+    root = tmp_path_factory.mktemp("data") / "city"
+    generate(root, scenes=2, keyframes=3, image_size=(72, 128), workers=2)
+    return root

@@ -1,0 +1,216 @@
+import pytest
+import torch
+
+import kernels.lift
+from kernels.lift import lift, lift_ref
+from tests import golden
+from tests.ahead_of_time import Launch
+from tests.check import check_against_ref, launches
+from tests.conftest import HAS_GPU
+
+
+def launch(kernel, levels, channels, divisible, elements, registers, shared):
+    types = dict(
+        feature_ptrs=("*",) * levels,
+        depth_ptrs=("*fp32",) * levels,
+        d_feature_ptrs=("*fp32",) * levels,
+        d_depth_ptrs=("*fp32",) * levels,
+        lidar2image_ptr="*fp32",
+        sizes=(("i32", "i32"),) * levels,
+        low=("fp32",) * 3,
+        cell=("fp32",) * 3,
+        shape=("i32",) * 3,
+        image_size=("i32",) * 2,
+        depth_range=("fp32",) * 2,
+    )
+    blocks = dict(BLOCK_V=min(1024 // channels, 32), BLOCK_C=channels)
+    return Launch(kernel, blocks, types, divisible, elements, registers=registers, shared=shared)
+
+
+LAUNCHES = [
+    launch("_lift_fwd_kernel", 4, 128, ("C", "D"), ("bf16",), 144, 0),
+    launch("_lift_bwd_kernel", 4, 128, ("C", "D"), ("bf16",), 192, 4096),
+    launch("_lift_fwd_kernel", 1, 16, (), ("fp32",), 136, 0),
+    launch("_lift_bwd_kernel", 1, 16, (), ("fp32",), 168, 128),
+]
+
+IMAGE = (24, 40)  # pixels
+
+
+def views(B, N, device):
+    """[B, N, 4, 4] cameras in the origin that look along y, turned and scaled a little; rows in fp32."""
+    intrinsics = torch.tensor([[20.0, 0, 20, 0], [0, 20, 12, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    extrinsics = torch.tensor([[1.0, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]])  # x right, y ahead, z up
+    turned = extrinsics + 0.05 * torch.randn(B, N, 4, 4) * torch.tensor([1.0, 1, 1, 0])[:, None]
+    return (intrinsics @ turned).to(device)
+
+
+def make_inputs(B, N, sizes, C, D, shape, device):
+    """A grid of 12 x 12 x 4 m ahead of the cameras; they see its first corner and about half of it."""
+    extent = 12.0, 12.0, 4.0
+    return dict(
+        features=[torch.randn(B, N, h, w, C, device=device, dtype=torch.float64) for h, w in sizes],
+        depths=[torch.rand(B, N, h, w, D, device=device, dtype=torch.float64) for h, w in sizes],
+        lidar2image=views(B, N, device),
+        low=(-1.3, 1.9, -0.7),
+        cell=tuple(e / max(n, 1) for e, n in zip(extent, shape, strict=True)),
+        shape=shape,
+        image_size=IMAGE,
+        depth_range=(1.0, 9.0),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "B, N, sizes, C, D, shape",
+    [
+        (1, 1, [(1, 1)], 1, 1, (1, 1, 1)),
+        (3, 2, [(5, 7), (3, 5)], 3, 5, (5, 7, 1)),  # odd everywhere
+        (1, 2, [(3, 5)], 4, 8, (4, 4, 2)),  # exactly one block
+        (1, 1, [(6, 10), (3, 5), (2, 3), (1, 2)], 32, 16, (11, 3, 1)),  # one voxel over, all four levels
+        (1, 1, [(3, 5)], 65, 4, (3, 3, 1)),  # fewer voxels a program, so that its tile stays small
+        (0, 2, [(3, 5)], 3, 4, (2, 2, 2)),  # no samples
+        (2, 0, [(3, 5)], 3, 4, (2, 2, 2)),  # no views
+        (1, 2, [(3, 5)], 0, 4, (2, 2, 2)),  # no channels
+        (1, 2, [(3, 5)], 3, 4, (2, 0, 2)),  # no voxels
+    ],
+)
+def test_matches_reference(B, N, sizes, C, D, shape, dtype, device):
+    inputs = make_inputs(B, N, sizes, C, D, shape, device)
+    assert lift_ref(**inputs).any() or not B * N * C * min(shape), "nothing is seen"
+    check_against_ref(lift, lift_ref, inputs, dtype, wrt=("features", "depths"))
+
+
+RECORDED = dict(  # geometry of the record view_trans_2lvl
+    low=(-54.0, -54.0, -5.0),
+    cell=(5.4, 6.0, 1.6),
+    shape=(20, 18, 5),
+    image_size=(256, 448),
+    depth_range=(0.0, 64.0),
+)
+
+
+@pytest.mark.parametrize("op", [lift, lift_ref])
+def test_reproduces_the_original(op, device, monkeypatch):
+    """Volume and gradients of Uni3DViewTrans: 2 samples, 6 views, 2 levels."""
+    if not HAS_GPU:  # the interpreter's time goes with the number of programs
+        monkeypatch.setattr(kernels.lift, "TILE", 2**15)
+        monkeypatch.setattr(kernels.lift, "MAX_VOXELS", 2**11)
+    arrays = {name: array.to(device) for name, array in golden.load("view_trans_2lvl")[0].items()}
+    features = [arrays[f"in/feat_{l}"].permute(0, 1, 3, 4, 2).requires_grad_() for l in range(2)]
+    depths = [arrays[f"in/depth_{l}"].unflatten(0, (2, 6)).permute(0, 1, 3, 4, 2).requires_grad_() for l in range(2)]
+    volume = op(features, depths, arrays["in/lidar2img"][:, :, 0], **RECORDED)
+    golden.assert_close_to_max(volume, arrays["out/volume"].permute(0, 2, 3, 4, 1), 1e-5, "volume")
+    grads = torch.autograd.grad(volume, features + depths, arrays["in/w_out"].permute(0, 2, 3, 4, 1))
+    for l in range(2):
+        golden.assert_close_to_max(grads[l].permute(0, 1, 4, 2, 3), arrays[f"grad/feat_{l}"], 1e-5, f"feat_{l}")
+        d_depth = grads[2 + l].permute(0, 1, 4, 2, 3).flatten(0, 1)
+        golden.assert_close_to_max(d_depth, arrays[f"grad/depth_{l}"], 1e-5, f"depth_{l}")
+
+
+def test_projection_is_that_of_the_original_to_the_bit():
+    """What a view sees has sharp borders, so it must not depend on the last bit: 3854 pairs of voxel and view."""
+    arrays, _ = golden.load("view_trans_2lvl")
+    place, seen = kernels.lift._project_ref(arrays["in/lidar2img"][:, :, 0], **RECORDED)
+    xyz = RECORDED["shape"]
+    expected = arrays["out/mask"][:, :, 0].unflatten(2, xyz).permute(0, 1, 4, 3, 2).flatten(2)
+    assert torch.equal(seen, expected) and seen.sum() == 3854
+    expected = arrays["out/reference_voxel_cam"][:, :, 0].unflatten(2, xyz).permute(5, 0, 1, 4, 3, 2).flatten(3)
+    assert torch.equal(place[:, seen], expected[:, seen])
+
+
+def flat_view(device):
+    """[1, 1, 4, 4]: x and y are the pixel, the depth is 1 everywhere."""
+    return torch.tensor([[[[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 1]]]], device=device)
+
+
+@pytest.mark.parametrize("op", [lift, lift_ref])
+def test_by_hand(op, device):
+    """Worked on paper: 4 x 4 pixels on 3 x 3 nodes holding 10 row + column, so 5 y + x / 2 at pixel (x, y);
+    depth 1 of (0, 2) is the middle of two bins, 0.375. Corners on the border count as outside."""
+    row, column = torch.meshgrid(torch.arange(3.0), torch.arange(3.0), indexing="ij")
+    feature = (10 * row + column).view(1, 1, 3, 3, 1).to(device).requires_grad_()
+    depth = torch.tensor([0.25, 0.5], device=device).expand(1, 1, 3, 3, 2).contiguous().requires_grad_()
+    volume = op([feature], [depth], flat_view(device), (0, 0, 0), (1, 1, 1), (5, 5, 1), (4, 4), (0, 2))
+
+    y, x = torch.meshgrid(torch.arange(5.0), torch.arange(5.0), indexing="ij")
+    inside = (x > 0) & (x < 4) & (y > 0) & (y < 4)
+    expected = torch.where(inside, 0.375 * (5 * y + x / 2), 0).view(1, 1, 5, 5, 1).to(device)
+    torch.testing.assert_close(volume, expected, rtol=0, atol=0)
+
+    d_feature, d_depth = torch.autograd.grad(volume[0, 0, 2, 1, 0], (feature, depth))  # between nodes (1, 0) and (1, 1)
+    expected = torch.zeros(3, 3, device=device)
+    expected[1, :2] = 0.5 * 0.375
+    torch.testing.assert_close(d_feature[0, 0, ..., 0], expected, rtol=0, atol=0)
+    expected = torch.zeros(3, 3, 2, device=device)
+    expected[1, :2] = 0.5 * 0.5 * 10.5
+    torch.testing.assert_close(d_depth[0, 0], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("op", [lift, lift_ref])
+def test_corners_are_those_of_a_float32_arange(op, device):
+    """Corner 179 of -54, -53.4, ... is 53.400005, not the nearer 53.4: an image that begins between them sees it."""
+    view = flat_view(device).clone()
+    view[..., 0, 3] = -53.4
+    view[..., 1, 3] = 0.5
+    ones = [torch.ones(1, 1, 1, 1, 1, device=device)]
+    volume = op(ones, ones, view, (-54.0, 0.0, 0.0), (0.6, 1.0, 1.0), (180, 1, 1), (1, 1), (0.0, 2.0))
+    assert volume.flatten().nonzero().flatten().tolist() == [179]
+
+
+@pytest.mark.parametrize("op", [lift, lift_ref])
+def test_what_no_camera_can_see_is_zero(op, device):
+    """Corners behind the camera, in it, on the limits of the depth range; a view that is not a number."""
+    view = torch.eye(4, device=device).expand(1, 2, 4, 4).clone()  # depth is z, pixel (x, y) / z
+    view[:, 1] = torch.nan
+    ones = [torch.ones(1, 2, 1, 1, 1, device=device)]
+    volume = op(ones, ones, view, (0.5, 0.5, -1.0), (1.0, 1.0, 1.0), (1, 1, 6), (2, 2), (1.0, 4.0))
+    assert volume.flatten().tolist() == [0, 0, 0, 1, 1, 0]  # depth -1, 0, 1, 2, 3, 4
+
+
+def test_views_of_one_voxel_add_up(device):
+    """Every view hits the same taps with the same voxels, so the atomic sums collide."""
+    inputs = make_inputs(1, 1, [(2, 2)], 4, 2, (4, 4, 2), device)
+    inputs["lidar2image"] = inputs["lidar2image"].expand(1, 3, 4, 4)
+    for name in ("features", "depths"):
+        inputs[name] = [level.expand(1, 3, *level.shape[2:]) for level in inputs[name]]
+    check_against_ref(lift, lift_ref, inputs, torch.float32, wrt=("features", "depths"))
+
+
+def test_half_precision_features_with_fp32_depths(device):
+    """As under autocast, where softmax stays in fp32."""
+    inputs = make_inputs(1, 1, [(3, 5)], 8, 4, (4, 4, 2), device)
+    features = [level.to(torch.bfloat16).requires_grad_() for level in inputs.pop("features")]
+    depths = [level.float().requires_grad_() for level in inputs.pop("depths")]
+    ours, truth = (op(features, depths, **inputs) for op in (lift, lift_ref))
+    assert ours.dtype == truth.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, truth, rtol=1e-2, atol=1e-2)
+    d_ours, d_truth = (torch.autograd.grad(out.float().sum(), (*features, *depths)) for out in (ours, truth))
+    assert [d.dtype for d in d_ours] == [torch.bfloat16, torch.float32]
+    for a, b in zip(d_ours, d_truth, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+
+
+def test_gradcheck(device):
+    inputs = make_inputs(1, 1, [(2, 3), (1, 2)], 2, 2, (2, 2, 1), device)
+    features, depths = inputs.pop("features"), inputs.pop("depths")
+    leaves = [level.requires_grad_() for level in features + depths]
+    torch.autograd.gradcheck(lambda *levels: lift(levels[:2], levels[2:], **inputs), leaves)
+
+
+def test_strict_determinism_takes_the_reference(device):
+    inputs = make_inputs(1, 1, [(3, 5)], 3, 4, (2, 2, 2), device)
+    torch.use_deterministic_algorithms(True)  # the fixture's mode only warns
+    with launches() as launched:
+        lift(**inputs)
+    assert not launched
+
+
+def test_rejects_mismatched_shapes(device):
+    inputs = make_inputs(1, 2, [(3, 5)], 3, 4, (2, 2, 2), device)
+    with pytest.raises(AssertionError, match="does not fit"):
+        lift(**inputs | dict(lidar2image=views(1, 3, device)))
+    with pytest.raises(AssertionError, match="does not fit"):
+        lift(**inputs | dict(depths=[torch.rand(1, 2, 3, 4, 4, device=device)]))
+    with pytest.raises(AssertionError, match="levels"):
+        lift(**inputs | dict(depths=[]))

@@ -1,0 +1,200 @@
+import pytest
+import torch
+
+from kernels.ray_sample import (
+    clip_rays,
+    clip_rays_ref,
+    merge,
+    merge_ref,
+    resample,
+    resample_ref,
+    sample_pdf,
+    sample_pdf_ref,
+    stratified_starts,
+    stratified_starts_ref,
+)
+from tests.ahead_of_time import Launch
+from tests.check import check_against_ref
+
+LAUNCHES = [
+    Launch("_clip_rays_kernel", dict(BLOCK=512), types={"hit_ptr": "*i1"}, registers=40),
+    Launch("_stratified_starts_kernel", dict(JITTER=False, BLOCK=512), registers=40),
+    Launch("_stratified_starts_kernel", dict(JITTER=True, BLOCK=512), registers=40),
+    Launch("_resample_kernel", dict(MERGE=False, BLOCK_R=4, BLOCK_N=64), registers=40, shared=32),
+    Launch("_resample_kernel", dict(MERGE=True, BLOCK_R=8, BLOCK_N=32), registers=64, shared=2048),
+    Launch("_merge_kernel", dict(BLOCK_R=4, BLOCK_N=64), types={"order_idx_ptr": "*i64"}, registers=48, shared=2048),
+]
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+JITTERED = pytest.mark.parametrize("jittered", [False, True], ids=["even", "jittered"])
+SHAPES = pytest.mark.parametrize(
+    "R, S, n",
+    [
+        (1, 1, 1),
+        (7, 5, 3),  # odd everywhere
+        (32, 24, 7),  # exactly one block
+        (33, 9, 7),  # one ray over
+        (3, 6, 8),  # one new edge over a power of two
+        (3, 6, 0),  # no new samples
+        (1, 2, 300),  # one ray a program
+        (0, 24, 7),  # no rays
+    ],
+)
+
+
+def uniform(*shape, device):
+    return torch.rand(*shape, device=device, dtype=torch.float64)
+
+
+def resample_inputs(R, S, n, jittered, device):
+    """Edges and jitter are geometry and stay fp32; the weights are peaked, with exact zeros among them."""
+    weights = uniform(R, S, device=device) ** 4
+    weights[:, 1::3] = 0
+    edges = uniform(R, S + 1, device=device).sort(dim=1).values.float()
+    return dict(edges=edges, weights=weights, n=n, jitter=uniform(R, device=device).float() if jittered else None)
+
+
+@DTYPES
+@pytest.mark.parametrize("R", [1, 7, 512, 513, 0])
+def test_clip_rays_matches_reference(R, dtype, device):
+    origins = uniform(R, 3, device=device)
+    directions = torch.nn.functional.normalize(uniform(R, 3, device=device) - 0.5, dim=1)
+    inputs = dict(origins=origins, directions=directions, low=(-2, -4, -1), high=(2, 4, 3), near=0.1)
+    check_against_ref(clip_rays, clip_rays_ref, inputs, dtype, wrt=[])
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero")  # the fourth ray, in the interpreter
+@pytest.mark.parametrize("fn", [clip_rays, clip_rays_ref])
+@pytest.mark.parametrize(
+    "origin, direction, expected",
+    [
+        ((0, 0, 0), (1, 0, 0), (1, 2)),  # from inside, parallel to four walls
+        ((0, 0, 0), (-1, 0, 0), (1, 2)),
+        ((0, 0, 0), (0.6, 0.8, 0), (1, 2 / 0.6)),  # through the nearer wall
+        ((0, 0, 0), (1, -1e-6, 0), (1, 2)),  # the guard turns this component into 0: walls at infinity
+        ((-5, 0, 0), (1, 0, 0), (3, 7)),  # from outside
+        ((-2.5, 0, 0), (1, 0, 0), (1, 4.5)),  # enters before `near`
+        ((5, 0, 0), (1, 0, 0), None),  # the box lies behind
+        ((0, 5, 0), (1, 0, 0), None),  # passes it, parallel to its walls
+        ((-6, 0, 0), (0.6, 0.8, 0), None),  # passes it
+        ((1.5, 0, 0), (1, 0, 0), None),  # leaves it before `near`
+    ],
+)
+def test_clip_rays_by_hand(fn, origin, direction, expected, device):
+    origins, directions = (torch.tensor([v], device=device, dtype=torch.float32) for v in (origin, direction))
+    near, far, hit = fn(origins, directions, (-2, -4, -1), (2, 4, 3), near=1.0)
+    assert hit.tolist() == [expected is not None]
+    found = torch.stack([near, far]).flatten().cpu()
+    torch.testing.assert_close(found, torch.tensor(expected or (1, 2), dtype=torch.float32), rtol=3e-6, atol=0)
+
+
+@DTYPES
+@JITTERED
+@pytest.mark.parametrize(
+    "R, S",
+    [
+        (1, 1),
+        (7, 5),  # odd everywhere
+        (32, 15),  # 32 * 16 edges: exactly one block
+        (27, 18),  # 27 * 19 edges: one over
+        (0, 24),  # no rays
+    ],
+)
+def test_stratified_starts_matches_reference(R, S, jittered, dtype, device):
+    near = uniform(R, device=device)
+    jitter = uniform(R, device=device) if jittered else None
+    inputs = dict(near=near, far=near + uniform(R, device=device), S=S, jitter=jitter)
+    check_against_ref(stratified_starts, stratified_starts_ref, inputs, dtype, wrt=[])
+
+
+@pytest.mark.parametrize("fn", [stratified_starts, stratified_starts_ref])
+def test_stratified_starts_by_hand(fn, device):
+    near, far = torch.tensor([1.0, 2.0], device=device), torch.tensor([5.0, 10.0], device=device)
+    assert fn(near, far, 4).tolist() == [[1, 2, 3, 4, 5], [2, 4, 6, 8, 10]]
+    jitter = torch.tensor([0.0, 0.5], device=device)
+    assert fn(near, far, 4, jitter).tolist() == [[1, 1.5, 2.5, 3.5, 4.5], [2.5, 4, 6, 8, 9.5]]
+
+
+@pytest.mark.parametrize("fn", [stratified_starts, stratified_starts_ref])
+def test_edges_of_the_shortest_ray_ascend(fn, device):
+    """far - near is a few steps of fp32: 33 edges fall on few numbers, yet none before its predecessor."""
+    near = uniform(16, device=device).float()
+    far = torch.maximum(near, near + 1e-6)
+    for jitter in (None, uniform(16, device=device).float()):
+        assert (fn(near, far, 32, jitter).diff(dim=1) >= 0).all()
+
+
+@DTYPES
+@JITTERED
+@SHAPES
+def test_sample_pdf_matches_reference(R, S, n, jittered, dtype, device):
+    check_against_ref(sample_pdf, sample_pdf_ref, resample_inputs(R, S, n, jittered, device), dtype, wrt=[])
+
+
+@DTYPES
+@JITTERED
+@SHAPES
+def test_resample_matches_reference(R, S, n, jittered, dtype, device):
+    check_against_ref(resample, resample_ref, resample_inputs(R, S, n, jittered, device), dtype, wrt=[])
+
+
+@pytest.mark.parametrize("draw", [sample_pdf, sample_pdf_ref])
+@pytest.mark.parametrize("both", [resample, resample_ref])
+def test_resample_by_hand(draw, both, device):
+    """Weights 1, 0, 1: the CDF is 0, 1/2, 1/2, 1 at the edges."""
+    edges, weights = torch.tensor([[0.0, 1, 2, 4]], device=device), torch.tensor([[1.0, 0, 1]], device=device)
+    assert draw(edges, weights, 1).tolist() == [[0.5, 3]]  # u = 1/4, 3/4
+    assert both(edges, weights, 1).tolist() == [[0, 0.5, 1, 2, 4]]
+    start = torch.zeros(1, device=device)
+    assert draw(edges, weights, 1, start).tolist() == [[0, 2]]  # u = 0, 1/2: past the empty interval
+    assert both(edges, weights, 1, start).tolist() == [[0, 0, 1, 2, 4]]
+
+
+@pytest.mark.parametrize("fn", [sample_pdf, sample_pdf_ref])
+def test_weightless_rays_are_sampled_evenly(fn, device):
+    edges = torch.linspace(0, 1, 5, device=device).repeat(3, 1)
+    weights = torch.zeros(3, 4, device=device)
+    weights[1] = 1e-8  # padded up to 1e-5
+    weights[2] = torch.tensor([0.0, 5e-6, 0.0, 0.0])  # half of what is missing to 1e-5: 1/8, 5/8, 1/8, 1/8
+    new = fn(edges, weights, 3)
+    even = torch.tensor([1, 3, 5, 7], device=device) / 8
+    torch.testing.assert_close(new[:2], even.repeat(2, 1), rtol=1e-3, atol=0)
+    torch.testing.assert_close(new[2], torch.tensor([0.25, 0.35, 0.45, 0.75], device=device), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("fn", [sample_pdf, sample_pdf_ref])
+def test_samples_stay_between_the_edges_when_u_rounds_to_one(fn, device):
+    """The largest jitter below 1 makes the last u 1 in fp32; the CDF may end below it by rounding."""
+    edges = torch.linspace(0.1, 0.7, 8, device=device).repeat(20, 1)
+    jitter = torch.tensor(1.0).nextafter(torch.tensor(0.0)).expand(20).to(device)
+    new = fn(edges, uniform(20, 7, device=device).float(), 24, jitter)
+    assert (new.diff(dim=1) >= 0).all() and (new >= 0.1).all() and (new <= edges[:, -1:]).all()
+    torch.testing.assert_close(new[:, -1], edges[:, -1], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("fn", [resample, resample_ref])
+def test_a_spike_is_sampled_alone(fn, device):
+    """All mass between two edges that coincide: all new samples fall on them, and nothing moves."""
+    edges = torch.tensor([[0.0, 0.25, 0.25, 1.0]], device=device)
+    weights = torch.tensor([[0.0, 1.0, 0.0]], device=device)
+    assert fn(edges, weights, 3).tolist() == [[0, 0.25, 0.25, 0.25, 0.25, 0.25, 1]]
+
+
+@pytest.mark.parametrize("R, S, n", [(1, 1, 1), (7, 5, 3), (16, 24, 8), (17, 9, 8), (3, 5, 9), (3, 4, 0), (0, 4, 4)])
+def test_merge_matches_reference(R, S, n, device):
+    """Values from 0 to 9, so that most starts coincide: the order tells old from new."""
+    old, new = (torch.randint(10, (R, k + 1), device=device).sort(dim=1).values.double() for k in (S, n))
+    check_against_ref(merge, merge_ref, dict(edges=old, new_edges=new), torch.float32, wrt=[])
+
+
+@pytest.mark.parametrize("fn", [merge, merge_ref])
+def test_merge_by_hand(fn, device):
+    merged, order = fn(torch.tensor([[0.0, 1, 2, 3]], device=device), torch.tensor([[1.0, 1, 5]], device=device))
+    assert merged.tolist() == [[0, 1, 1, 1, 2, 5]]
+    assert order.tolist() == [[0, 1, 3, 4, 2]]
+
+
+@pytest.mark.parametrize("fn", [resample, sample_pdf])
+def test_rejects_mismatched_shapes(fn, device):
+    with pytest.raises(AssertionError, match="do not fit"):
+        fn(torch.rand(2, 4, device=device), torch.rand(2, 4, device=device), 3)

@@ -1,0 +1,137 @@
+"""The batch and the stream of batches, on samples that are made up."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from unipad.batch import CAMERAS
+from unipad.data.loader import held_out_batches, step_batches
+from unipad.data.nuscenes import BadFrame, Sample, collate
+
+
+def sample(token, points=3, boxes=2, size=(40, 33), labelled=True):
+    """A sample whose every value is `token`, a number."""
+    views = len(CAMERAS)
+    return Sample(
+        images=[np.full((*size, 3), token + view, np.uint8) for view in range(views)],
+        lidar2image=np.full((views, 4, 4), token, np.float32),
+        lidar2camera=np.full((views, 4, 4), token, np.float32),
+        points=np.full((points, 5), token, np.float32),
+        point_labels=np.full(points, token, np.uint8) if labelled else None,
+        boxes=np.full((boxes, 9), token, np.float32),
+        labels=np.full(boxes, token, np.int64),
+        token=str(token),
+    )
+
+
+class Made(torch.utils.data.Dataset):
+    """n samples; those in `bad` cannot be read."""
+
+    def __init__(self, n, bad=()):
+        self.n, self.bad = n, bad
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        if i in self.bad:
+            raise BadFrame(f"frame-{i}", "is missing")
+        return sample(i, points=i, size=(8, 8))
+
+
+def seen(n, passes, **stream):
+    """Tokens of each of the first passes."""
+    batches = itertools.islice(step_batches(Made(n), **stream), passes)
+    return [tuple(int(t) for t in batch.tokens) for batch, _ in batches]
+
+
+def test_images_are_padded_at_the_right_and_bottom():
+    batch = collate([sample(7), sample(200, size=(20, 70))])
+    assert batch.images.shape == (2, 6, 3, 64, 96)
+    assert batch.image_sizes[:, 0].tolist() == [[40, 33], [20, 70]]
+    for i, (token, h, w) in enumerate([(7, 40, 33), (200, 20, 70)]):
+        for view in range(6):
+            image = batch.images[i, view]
+            assert (image[:, :h, :w] == torch.tensor((token + view) / 255)).all()
+            assert image.count_nonzero() == 3 * h * w
+
+
+def test_an_image_that_fits_is_not_padded():
+    assert collate([sample(1, size=(32, 64))]).images.shape == (1, 6, 3, 32, 64)
+
+
+def test_ragged_fields_are_concatenated_with_counts():
+    batch = collate([sample(1, points=3, boxes=0), sample(2, points=0, boxes=4)])
+    assert batch.points[:, 0].tolist() == [1, 1, 1]
+    assert batch.point_counts.tolist() == [3, 0] and batch.box_counts.tolist() == [0, 4]
+    assert batch.boxes.shape == (4, 9) and batch.labels.tolist() == [2] * 4
+    assert batch.point_labels.tolist() == [1, 1, 1]
+    assert batch.tokens == ("1", "2") and len(batch) == 2
+    assert batch.points.dtype == batch.boxes.dtype == batch.lidar2image.dtype == batch.images.dtype == torch.float32
+    assert batch.labels.dtype == batch.image_sizes.dtype == batch.point_counts.dtype == torch.int64
+    assert batch.point_labels.dtype == torch.uint8
+
+
+def test_samples_without_point_labels():
+    batch = collate([sample(1, labelled=False)])
+    assert batch.point_labels is None
+    assert batch.to("cpu").point_labels is None
+
+
+def test_to_moves_all_but_the_counts():
+    batch = collate([sample(1)]).to("meta")
+    devices = {name: v.device.type for name, v in vars(batch).items() if isinstance(v, torch.Tensor)}
+    assert len(devices) == 10
+    assert {name for name, device in devices.items() if device == "cpu"} == {"point_counts", "box_counts"}
+    assert batch.tokens == ("1",)
+
+
+def test_an_epoch_shows_every_frame_once_and_drops_none():
+    order = sum(seen(5, passes=5, share=2), ())
+    assert sorted(order[:5]) == sorted(order[5:]) == list(range(5))
+    assert order[:5] != order[5:]
+    assert order != sum(seen(5, passes=5, share=2, seed=1), ())
+
+
+def test_a_stream_that_starts_later_goes_on_where_the_other_was():
+    assert seen(7, passes=9, share=3)[4:] == seen(7, passes=5, share=3, start=4)
+
+
+def test_two_processes_see_what_one_sees():
+    one = seen(7, passes=6, share=4)
+    parts = [seen(7, passes=6, share=2, rank=rank, world=2) for rank in range(2)]
+    assert one == [a + b for a, b in zip(*parts, strict=True)]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(workers):
+    assert seen(7, passes=5, share=3, workers=workers) == seen(7, passes=5, share=3)
+
+
+def test_a_pass_may_be_larger_than_the_dataset():
+    (order,) = seen(2, passes=1, share=5)
+    assert sorted(order[:2]) == sorted(order[2:4]) == [0, 1]
+
+
+def test_the_stream_leaves_the_global_random_numbers_alone():
+    state = torch.get_rng_state()
+    seen(3, passes=1, share=1, workers=1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_frames_are_replaced_by_the_next_and_named(workers):
+    stream = step_batches(Made(5, bad={1, 2, 4}), share=5, workers=workers)
+    batch, bad_frames = next(stream)
+    assert sorted(batch.tokens) == ["0", "0", "3", "3", "3"]
+    assert sorted(bad_frames) == [f"frame-{i}: is missing" for i in (1, 2, 2, 4)]
+
+
+def test_held_out_frames_are_spread_and_shared():
+    frames = [(p, batch.tokens) for p, batch in held_out_batches(Made(10), 4)]
+    assert frames == [(0, ("0",)), (1, ("2",)), (2, ("5",)), (3, ("7",))]
+    shared = [list(held_out_batches(Made(10), 4, rank, 2)) for rank in range(2)]
+    assert [[p for p, _ in part] for part in shared] == [[0, 2], [1, 3]]
+    assert len(list(held_out_batches(Made(3), 8))) == 3

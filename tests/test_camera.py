@@ -1,0 +1,229 @@
+import pytest
+import torch
+
+from tests.golden import assert_close_to_max, load, under
+from unipad.config import PRESETS, Camera
+from unipad.model.camera import FPN, MEAN, STD, CameraEncoder, ConvNeXt, draw_mask
+
+DEPTHS, WIDTHS = (1, 2, 3, 1), (8, 16, 32, 64)  # of the records
+SMALL = Camera(
+    depths=(1, 1, 2, 1), widths=(4, 8, 16, 32), drop_path=0.0, frozen_stages=0, channels=8, fpn_levels=4, depth_bins=5
+)
+
+
+@pytest.mark.parametrize("name", ["convnext_mask", "convnext_nomask"])
+def test_convnext_is_the_original(name):
+    arrays, _ = load(name)
+    net = ConvNeXt(DEPTHS, WIDTHS)
+    net.load_state_dict(under(arrays, "state/img_backbone."))
+    image = arrays["in/img"].requires_grad_()
+    outs = net(image, arrays.get("in/mask"))
+    for i, out in enumerate(outs):
+        assert_close_to_max(out, arrays[f"out/stage{i}"], 1e-5, f"stage {i}")
+    sum((out * arrays[f"in/w_{i}"]).sum() for i, out in enumerate(outs)).backward()
+    assert_close_to_max(image.grad, arrays["grad/img"], 1e-5, "image")
+    gradients = under(arrays, "grad/img_backbone.")
+    assert gradients.keys() == dict(net.named_parameters()).keys()
+    for key, param in net.named_parameters():
+        assert_close_to_max(param.grad, gradients[key], 1e-5, key)
+
+
+def test_fpn_is_mmdets():
+    arrays, _ = load("fpn_vs01")
+    net = FPN([16, 32, 64], 24, 4)
+    net.load_state_dict({k.replace(".conv.", "."): v for k, v in under(arrays, "state/img_neck.").items()})
+    inputs = [arrays[f"in/x_{i}"].requires_grad_() for i in (1, 2, 3)]
+    outs = net(inputs)
+    for i, out in enumerate(outs):
+        assert_close_to_max(out, arrays[f"out/out_{i}"], 1e-5, f"level {i}")
+    sum((out * arrays[f"in/w_{i}"]).sum() for i, out in enumerate(outs)).backward()
+    for i, x in enumerate(inputs, start=1):
+        assert_close_to_max(x.grad, arrays[f"grad/x_{i}"], 1e-5, f"input {i}")
+    gradients = {k.replace(".conv.", "."): v for k, v in under(arrays, "grad/img_neck.").items()}
+    for key, param in net.named_parameters():
+        assert_close_to_max(param.grad, gradients[key], 1e-5, key)
+
+
+def test_mask_is_the_originals():
+    arrays, _ = load("convnext_mask")
+    assert torch.equal(draw_mask(arrays["in/rand_masking"], 3, 5, 0.3), arrays["in/mask"])
+
+
+@pytest.mark.parametrize("ratio, kept", [(0.0, 15), (0.3, 10), (0.5, 8), (0.1, 14)])  # 10.5, 7.5, 13.5
+def test_mask_keeps_a_fixed_share(ratio, kept):
+    mask = draw_mask(torch.rand(4, 15), 3, 5, ratio)
+    assert mask.shape == (4, 1, 3, 5) and mask.flatten(1).sum(1).tolist() == [kept] * 4
+
+
+def test_fpn_takes_the_relu_before_the_second_further_level_only():
+    net = FPN([3], 4, 3)
+    x = torch.randn(1, 3, 8, 8)
+    first, second, third = net([x])
+    torch.testing.assert_close(second, net.fpn_convs[1](first), rtol=0, atol=0)
+    torch.testing.assert_close(third, net.fpn_convs[2](second.relu()), rtol=0, atol=0)
+    assert (first < 0).any() and (second < 0).any()  # so the ReLU makes a difference
+
+
+def test_fpn_upsamples_to_odd_sizes():
+    shapes = [(1, 2, 7, 5), (1, 2, 4, 3), (1, 2, 2, 2)]
+    outs = FPN([2, 2, 2], 6, 3)([torch.randn(s) for s in shapes])
+    assert [tuple(o.shape) for o in outs] == [(1, 6, 7, 5), (1, 6, 4, 3), (1, 6, 2, 2)]
+
+
+def make_encoder(cfg=SMALL):
+    """An encoder whose blocks all matter (at the start gamma is 1e-6)."""
+    encoder = CameraEncoder(cfg)
+    for name, param in encoder.named_parameters():
+        if name.endswith("gamma"):
+            torch.nn.init.uniform_(param, 0.5, 1.0)
+    return encoder
+
+
+def make_images(B=2, N=3, size=(64, 96), unpadded=(50, 90)):
+    images = torch.zeros(B, N, 3, *size)
+    images[..., : unpadded[0], : unpadded[1]] = torch.rand(B, N, 3, *unpadded)
+    return images, torch.tensor(unpadded).expand(B, N, 2)
+
+
+def test_levels_and_shapes():
+    features, depths = make_encoder()(*make_images())
+    assert [tuple(f.shape) for f in features] == [(2, 3, 8, 12, 8), (2, 3, 4, 6, 8), (2, 3, 2, 3, 8), (2, 3, 1, 2, 8)]
+    for feature, depth in zip(features, depths, strict=True):
+        assert depth.shape == (*feature.shape[:-1], 5)
+        assert feature.is_contiguous() and depth.is_contiguous()
+        torch.testing.assert_close(depth.sum(-1), torch.ones(depth.shape[:-1]))
+
+
+def test_depth_reads_the_projected_features():
+    encoder = make_encoder()
+    (feature, *_), (depth, *_) = encoder(*make_images())
+    weight, bias = encoder.depth_net.weight[:, :, 0, 0], encoder.depth_net.bias
+    torch.testing.assert_close(depth, (feature @ weight.T + bias).softmax(-1))
+
+
+def test_padding_is_zero_after_normalisation():
+    images, sizes = make_images()
+    images[0, 0, :, 0, 0] = torch.tensor([1.0, 0.5, 0.0])
+    out = make_encoder().normalize(images, sizes)
+    assert (out[..., 50:, :] == 0).all() and (out[..., 90:] == 0).all()
+    by_hand = [(v - m) / s for v, m, s in zip((1.0, 0.5, 0.0), MEAN, STD, strict=True)]
+    torch.testing.assert_close(out[0, 0, :, 0, 0], torch.tensor(by_hand))
+
+
+def test_each_image_has_its_own_padding():
+    sizes = torch.tensor([[[32, 20], [10, 64]]])
+    out = make_encoder().normalize(torch.ones(1, 2, 3, 32, 64), sizes)
+    assert [int((view != 0).all(0).sum()) for view in out[0]] == [32 * 20, 10 * 64]
+
+
+def test_hidden_blocks_are_not_seen():
+    encoder = make_encoder()
+    images, sizes = make_images(1, 1, (64, 96), (64, 96))
+    mask = torch.tensor([[[[True, False, True], [False, True, True]]]])
+    hidden = ~mask.repeat_interleave(32, 2).repeat_interleave(32, 3)[None]
+    features, depths = encoder(images, sizes, mask)
+    others, other_depths = encoder(images.where(~hidden, torch.rand_like(images)), sizes, mask)
+    torch.testing.assert_close(features + depths, others + other_depths, rtol=0, atol=0)
+
+
+def test_visible_blocks_are_seen_as_if_alone():
+    """A block among hidden ones gives what it gives in an image of its own size: zeros surround it both times."""
+    net = make_encoder().backbone
+    image = torch.randn(1, 3, 64, 96)
+    mask = torch.zeros(1, 1, 2, 3, dtype=torch.bool)
+    mask[..., 1, 2] = True
+    alone = net(image[..., 32:, 64:])
+    for whole, part in zip(net(image, mask), alone, strict=True):
+        h, w = part.shape[-2:]
+        torch.testing.assert_close(whole[..., -h:, -w:], part)
+        assert whole.count_nonzero() == part.count_nonzero()
+
+
+def test_mask_of_ratio_zero_changes_nothing():
+    encoder, images = make_encoder(), make_images(1, 2)
+    everything = draw_mask(torch.rand(2, 6), 2, 3, 0.0)
+    torch.testing.assert_close(encoder(*images, everything), encoder(*images), rtol=0, atol=0)
+
+
+def test_frozen_stages_get_no_gradient():
+    net = ConvNeXt(DEPTHS, WIDTHS, drop_path=0.9, frozen_stages=2, out_stages=(1, 2, 3)).train()
+    frozen = ("downsample_layers.0", "downsample_layers.1", "stages.0", "stages.1")
+    images = torch.randn(4, 3, 32, 32)
+    outs = net(images, drop_noise=torch.rand(4, 7))
+    sum(out.sum() for out in outs).backward()
+    for name, param in net.named_parameters():
+        assert (param.grad is None) == name.startswith(frozen), name
+    assert [block.drop_path for stage in net.stages[:2] for block in stage] == [0, 0, 0]
+    assert net.train() is net
+
+
+def test_drop_path_rates_rise_linearly_to_the_last_block():
+    net = ConvNeXt((3, 3, 27, 3), (2, 2, 2, 2), drop_path=0.2)
+    rates = torch.tensor([block.drop_path for stage in net.stages for block in stage])
+    torch.testing.assert_close(rates, torch.linspace(0, 0.2, 36))
+
+
+def test_drop_path_skips_or_amplifies_a_branch():
+    net = ConvNeXt((1, 1), (4, 4), drop_path=0.25, out_stages=(0,)).train()
+    torch.nn.init.ones_(net.stages[0][0].gamma)
+    net.stages[0][0].drop_path = 0.25
+    net.norm0 = torch.nn.Identity()
+    image = torch.randn(1, 3, 32, 32).expand(2, -1, -1, -1)
+    dropped, kept = net(image, drop_noise=torch.tensor([[0.2499, 0.0], [0.25, 0.0]]))[0]
+    skipped = net.downsample_layers[0](image[:1])[0]
+    whole = net.eval()(image[:1], drop_noise=torch.zeros(1, 2))[0][0]  # noise counts in training only
+    torch.testing.assert_close(dropped, skipped)
+    torch.testing.assert_close(kept, skipped + (whole - skipped) / 0.75)
+
+
+def test_drop_path_keeps_the_expectation():
+    """Averaged over an even grid of noise, the branch is as strong as without drop path."""
+    net = ConvNeXt((1, 1), (4, 4), out_stages=(0,)).train()
+    block = net.stages[0][0]
+    torch.nn.init.ones_(block.gamma)
+    net.norm0 = torch.nn.Identity()
+    image = torch.randn(1, 3, 32, 32)
+    whole = net(image)[0][0]
+    block.drop_path = 0.3
+    noise = (torch.arange(20) / 20)[:, None].expand(-1, 2)
+    averaged = net(image.expand(20, -1, -1, -1), drop_noise=noise)[0].mean(0)
+    torch.testing.assert_close(averaged, whole)
+
+
+def test_views_are_independent():
+    """A view's features do not depend on which others are in the batch."""
+    encoder = make_encoder()
+    images, sizes = make_images()
+    mask = draw_mask(torch.rand(6, 6), 2, 3, 0.3)
+    features, _ = encoder(images, sizes, mask)
+    alone, _ = encoder(images[1:, 2:], sizes[1:, 2:], mask[5:])
+    for whole, part in zip(features, alone, strict=True):
+        torch.testing.assert_close(whole[1, 2], part[0, 0])
+
+
+def test_autocast_keeps_one_dtype():
+    encoder = make_encoder()
+    images, sizes = make_images()
+    mask = draw_mask(torch.rand(6, 6), 2, 3, 0.3)
+    exact, _ = encoder(images, sizes, mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        features, depths = encoder(images, sizes, mask, torch.rand(6, 5))
+    assert {t.dtype for t in features + depths} == {torch.bfloat16}
+    for half, full in zip(features, exact, strict=True):
+        assert_close_to_max(half, full, 0.1)
+    sum(t.float().square().sum() for t in features + depths).backward()
+    for name, param in encoder.named_parameters():
+        assert param.grad.dtype == torch.float32 and param.grad.isfinite().all(), name
+
+
+def test_every_trained_parameter_gets_a_gradient():
+    """DDP waits for each of them."""
+    encoder = make_encoder(PRESETS["tiny"].camera)
+    features, depths = encoder(*make_images(1, 2), draw_mask(torch.rand(2, 6), 2, 3, 0.3))
+    sum(t.square().sum() for t in features + depths).backward()
+    assert all(p.grad is not None for p in encoder.parameters() if p.requires_grad)
+
+
+def test_more_levels_than_the_fpn_gives_are_refused():
+    with pytest.raises(AssertionError, match="start the FPN"):
+        FPN([8, 16, 32], 4, 2)

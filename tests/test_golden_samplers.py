@@ -1,0 +1,122 @@
+"""The collider, the samplers and the opacities against records of the original, by references and by kernels."""
+
+import pytest
+import torch
+
+from kernels import backend
+from kernels.ray_sample import clip_rays, merge, resample, sample_pdf, stratified_starts
+from kernels.sdf_alpha import laplace_density, neus_alpha, volsdf_alpha
+from tests.check import launches
+from tests.conftest import HAS_GPU
+from tests.golden import assert_close_to_max, load
+
+# Of the largest distance. An interval of little weight magnifies the rounding of the CDF, and the original maps to
+# distances after resampling, not before.
+EDGES = 3e-6
+
+
+@pytest.fixture(params=["reference", "kernels"])
+def device(request, monkeypatch):
+    """Every test runs twice, by references and by kernels; asserts that kernels ran where they were meant."""
+    if request.param == "reference":
+        yield "cpu"
+        return
+    pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+    monkeypatch.setattr(backend, "interpret", not HAS_GPU)
+    with launches() as launched:
+        yield "cuda" if HAS_GPU else "cpu"
+    assert launched, "the ops took their references"
+
+
+def record(name, device):
+    """Arrays of a record without their last axis where it has length 1."""
+    arrays = load(name)[0]
+    return {k: (v.squeeze(-1) if v.ndim > 1 else v).to(device) for k, v in arrays.items()}
+
+
+def assert_edges(edges, arrays, case):
+    assert_close_to_max(edges[:, :-1], arrays[f"out/{case}_starts"], EDGES, f"{case} starts")
+    assert_close_to_max(edges[:, 1:], arrays[f"out/{case}_ends"], EDGES, f"{case} ends")
+
+
+def test_collider(device):
+    rec = record("render_collider", device)
+    box = rec["in/scene_box_scaled"].tolist()
+    near_plane = (rec["in/near_plane"] * rec["in/scale_factor"]).item()
+    near, far, hit = clip_rays(rec["in/origins"], rec["in/directions"], box[:3], box[3:], near_plane)
+    assert hit.all()
+    assert_close_to_max(near, rec["out/nears"], 1e-6, "near")
+    assert_close_to_max(far, rec["out/fars"], 1e-6, "far")
+
+
+def test_rays_at_which_the_original_stops_are_marked(device):
+    rec = record("render_collider", device)
+    assert rec["out/miss_assert_fired"].all()
+    box = rec["in/scene_box_scaled"].tolist()
+    near_plane = (rec["in/near_plane"] * rec["in/scale_factor"]).item()
+    near, far, hit = clip_rays(rec["in/miss_origins"], rec["in/miss_directions"], box[:3], box[3:], near_plane)
+    assert not hit.any()
+    torch.testing.assert_close(far - near, torch.ones_like(near))
+
+
+def test_even_samples(device):
+    rec = record("render_samplers", device)
+    edges = stratified_starts(rec["in/nears"], rec["in/fars"], 12)
+    assert_edges(edges, rec, "UniformSampler_eval")
+
+
+def test_samples_by_weight(device):
+    rec = record("render_samplers", device)
+    edges = stratified_starts(rec["in/nears"], rec["in/fars"], 40)
+    new = sample_pdf(edges, rec["in/pdf_weights"], 24)
+    assert_edges(new, rec, "PDFSampler_eval")
+    assert_edges(merge(edges, new)[0], rec, "merge_uniform40_pdf24")
+    assert_edges(resample(edges, rec["in/pdf_weights"], 24), rec, "merge_uniform40_pdf24")
+
+
+def test_order_of_merged_samples(device):
+    """The order may differ from the original's only between samples that coincide but for rounding."""
+    rec = record("render_samplers", device)
+    edges = stratified_starts(rec["in/nears"], rec["in/fars"], 40)
+    new = sample_pdf(edges, rec["in/pdf_weights"], 24)
+    merged, order = merge(edges, new)
+    starts = torch.cat([edges[:, :-1], new[:, :-1]], dim=1)
+    assert torch.equal(starts.gather(1, order), merged[:, :-1])
+    original = starts.gather(1, rec["out/merge_sorted_index"])
+    assert_close_to_max(original, merged[:, :-1], EDGES)
+    assert (order != rec["out/merge_sorted_index"]).double().mean() < 0.01
+
+
+def test_jittered_samples(device):
+    rec = record("render_samplers", device)
+    edges = stratified_starts(rec["in/nears"], rec["in/fars"], 40, rec["in/rand_uniform_single_jitter"])
+    assert_edges(edges, rec, "UniformSampler_train_single_jitter")
+    new = sample_pdf(edges, rec["in/pdf_weights"], 24, rec["in/rand_pdf_single_jitter"])
+    assert_edges(new, rec, "PDFSampler_train_single_jitter")
+
+
+def test_importance_samples_of_neus(device):
+    """From the recorded weights of 72 even samples to the 96 samples that are rendered."""
+    rec = record("render_neus_eval", device)
+    even = stratified_starts(rec["out/nears"], rec["out/fars"], 72)
+    points = rec["in/ray_o"][:, None] + even[:, :-1, None] * rec["in/ray_d"][:, None]
+    assert_close_to_max(points, rec["out/init_sampled_points"], 1e-6)
+    edges = resample(even, rec["out/init_weights"], 24)
+    assert_close_to_max(edges[:, :-1], rec["out/z_vals"], EDGES)
+    assert_close_to_max(edges[:, 1:], rec["out/ends"], EDGES)
+
+
+def test_opacity_of_neus(device):
+    rec = record("render_neus_eval", device)
+    inv_s = torch.exp(10 * rec["state/pts_bbox_head.render_model.field.deviation_network.variance"])
+    alpha = neus_alpha(rec["out/sdf"], rec["out/gradients"], rec["in/ray_d"], rec["out/deltas"], inv_s)
+    assert_close_to_max(alpha, rec["out/alphas"], 1e-6)
+
+
+def test_density_of_volsdf(device):
+    rec = record("render_volsdf_eval", device)
+    field = "state/pts_bbox_head.render_model.field.laplace_density."
+    beta = rec[field + "beta"].abs() + rec[field + "beta_min"]
+    assert_close_to_max(laplace_density(rec["out/sdf"], beta), rec["out/density"], 1e-6)
+    alpha = volsdf_alpha(rec["out/sdf"], rec["out/deltas"], beta)
+    assert_close_to_max(alpha, 1 - torch.exp(-rec["out/density"] * rec["out/deltas"]), 1e-6)

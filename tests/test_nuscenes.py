@@ -1,0 +1,412 @@
+"""Reading nuScenes: geometry against the devkit's own functions, the index, both layouts, and what can be wrong."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from nuscenes import NuScenes
+from nuscenes.eval.detection.utils import category_to_detection_name
+from nuscenes.eval.lidarseg.utils import LidarsegClassMapper
+from nuscenes.utils.data_classes import Box, LidarPointCloud
+from nuscenes.utils.geometry_utils import BoxVisibility, points_in_box, view_points
+from PIL import Image
+from pyquaternion import Quaternion
+
+from unipad.batch import CAMERAS
+from unipad.config import Data
+from unipad.data import tables
+from unipad.data.loader import held_out_batches, step_batches
+from unipad.data.nuscenes import BadFrame, DataError, NuScenesDataset, collate
+from unipad.data.tables import CLASSES
+
+VERSION = "v1.0-mini"
+
+
+@pytest.fixture(scope="module")
+def nusc(city):
+    return NuScenes(VERSION, str(city), verbose=False)
+
+
+@pytest.fixture(scope="module")
+def dataset(city):
+    return NuScenesDataset(city, VERSION, "mini_val", Data(sweeps=10))
+
+
+@pytest.fixture
+def copy(city, tmp_path):
+    """A city of one's own to damage."""
+    return shutil.copytree(city, tmp_path / "city", ignore=shutil.ignore_patterns("unipad-index"))
+
+
+@pytest.fixture(autouse=True)
+def own_user_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def boxes_of(sample):
+    """The devkit's `Box` for each box of a sample, in the LiDAR frame."""
+    return [Box(b[:3], b[3:6], Quaternion(axis=[0, 0, 1], radians=b[6])) for b in sample.boxes.astype(float)]
+
+
+def annotations_of(nusc, sample):
+    """The annotations that a sample's boxes should come from, in the order of the tables."""
+    records = (nusc.get("sample_annotation", t) for t in nusc.get("sample", sample.token)["anns"])
+    return [
+        a
+        for a in records
+        if category_to_detection_name(a["category_name"]) and a["num_lidar_pts"] + a["num_radar_pts"] > 0
+    ]
+
+
+def project(matrix, points):
+    """[2, P] pixels and [P] depths of [P, 3] points."""
+    u, v, d, _ = matrix.astype(float) @ np.c_[points, np.ones(len(points))].T
+    return np.stack([u, v]) / d, d
+
+
+def test_frames_are_the_keyframes_of_the_split_in_time(nusc, dataset):
+    stamps = [nusc.get("sample", dataset[i].token)["timestamp"] for i in range(len(dataset))]
+    names = {
+        nusc.get("scene", nusc.get("sample", dataset[i].token)["scene_token"])["name"] for i in range(len(dataset))
+    }
+    assert stamps == sorted(stamps)
+    assert names <= {"scene-0103", "scene-0916"}
+    assert len(dataset) == sum(s["nbr_samples"] for s in nusc.scene if s["name"] in names)
+
+
+def test_boxes_are_the_devkits(nusc, dataset):
+    for i in range(len(dataset)):
+        sample = dataset[i]
+        annotations = annotations_of(nusc, sample)
+        keep = {a["token"] for a in annotations}
+        _, truth, _ = nusc.get_sample_data(nusc.get("sample", sample.token)["data"]["LIDAR_TOP"])
+        truth = [b for b in truth if b.token in keep]
+        assert len(truth) == len(sample.boxes) > 0
+        for ours, theirs, label in zip(boxes_of(sample), truth, sample.labels, strict=True):
+            np.testing.assert_allclose(ours.center, theirs.center, atol=1e-4)
+            np.testing.assert_allclose(ours.wlh, theirs.wlh, atol=1e-5)
+            heading = theirs.orientation.rotation_matrix[:2, 0]
+            np.testing.assert_allclose(
+                ours.orientation.rotation_matrix[:2, 0], heading / np.linalg.norm(heading), atol=1e-5
+            )
+            assert CLASSES[label] == category_to_detection_name(theirs.name)
+
+
+def test_velocity_moves_a_box_to_its_next_keyframe(nusc, dataset):
+    """global(box of a moving object) + global(velocity) * dt = its next annotation, at the first keyframe."""
+    sample = dataset[0]
+    record = nusc.get("sample_data", nusc.get("sample", sample.token)["data"]["LIDAR_TOP"])
+    ego = nusc.get("ego_pose", record["ego_pose_token"])
+    sensor = nusc.get("calibrated_sensor", record["calibrated_sensor_token"])
+    lidar2global = Quaternion(ego["rotation"]) * Quaternion(sensor["rotation"])
+    speeds = []
+    for box, annotation in zip(sample.boxes, annotations_of(nusc, sample), strict=True):
+        following = nusc.get("sample_annotation", annotation["next"])
+        times = [nusc.get("sample", a["sample_token"])["timestamp"] for a in (annotation, following)]
+        moved = lidar2global.rotate(np.array([*box[7:], 0.0])) * (times[1] - times[0]) * 1e-6
+        path = np.subtract(following["translation"], annotation["translation"])
+        np.testing.assert_allclose(moved[:2], path[:2], atol=1e-2)
+        speeds.append(np.hypot(*box[7:]))
+    assert max(speeds) > 1
+
+
+def test_points_counted_by_the_tables_lie_in_the_boxes(nusc, dataset):
+    sample = dataset[0]
+    keyframe = sample.points[sample.points[:, 4] == 0]
+    for box, annotation in zip(boxes_of(sample), annotations_of(nusc, sample), strict=True):
+        inside = points_in_box(box, keyframe[:, :3].T, wlh_factor=1.15).sum()
+        assert inside >= 0.9 * annotation["num_lidar_pts"]
+
+
+def test_box_centres_project_as_in_the_devkit(nusc, dataset):
+    """Through lidar2image, against the devkit's boxes in each camera's frame."""
+    seen = 0
+    for i in range(len(dataset)):
+        sample = dataset[i]
+        tokens = [a["token"] for a in annotations_of(nusc, sample)]
+        for view, camera in enumerate(CAMERAS):
+            camera_token = nusc.get("sample", sample.token)["data"][camera]
+            _, truth, intrinsic = nusc.get_sample_data(camera_token, box_vis_level=BoxVisibility.ANY)
+            for box in truth:
+                if box.token in tokens and box.center[2] > 1:
+                    centre = sample.boxes[tokens.index(box.token)][None, :3]
+                    pixel, depth = project(sample.lidar2image[view], centre)
+                    np.testing.assert_allclose(depth, box.center[2], atol=1e-3)
+                    np.testing.assert_allclose(pixel, view_points(box.center[:, None], intrinsic, True)[:2], atol=0.05)
+                    camera_frame = sample.lidar2camera[view] @ [*centre[0], 1]
+                    np.testing.assert_allclose(camera_frame[:3], box.center, atol=1e-3)
+                    seen += 1
+    assert seen > 10
+
+
+def test_lidar_points_project_as_in_the_devkit(nusc, city):
+    sample = NuScenesDataset(city, VERSION, "mini_val", Data())[1]
+    data = nusc.get("sample", sample.token)["data"]
+    compared = 0
+    for view, camera in enumerate(CAMERAS):
+        truth, depths, image = nusc.explorer.map_pointcloud_to_image(data["LIDAR_TOP"], data[camera])
+        pixels, d = project(sample.lidar2image[view], sample.points[:, :3])
+        w, h = image.size
+        (u, v), margin = pixels, 1
+        ok = (d > 1) & (u > margin) & (u < w - margin) & (v > margin) & (v < h - margin)
+        if ok.sum() == len(depths):  # rounding may move a point over the margin
+            np.testing.assert_allclose(pixels[:, ok], truth[:2], atol=0.02)
+            np.testing.assert_allclose(d[ok], depths, atol=1e-3)
+            compared += ok.sum() > 0
+    assert compared >= 5
+
+
+def test_images_are_the_files(nusc, dataset):
+    sample = dataset[0]
+    for image, camera in zip(sample.images, CAMERAS, strict=True):
+        path = nusc.get_sample_data_path(nusc.get("sample", sample.token)["data"][camera])
+        truth = np.asarray(Image.open(path)).astype(int)
+        assert np.abs(image - truth).max() <= 4  # two JPEG decoders
+
+
+def test_resized_images_keep_their_geometry(city):
+    """A point's place relative to the image does not change; the picture is the same but for its sampling."""
+    full = NuScenesDataset(city, VERSION, "mini_val", Data())[0]
+    small = NuScenesDataset(city, VERSION, "mini_val", Data(image_size=(36, 96)))[0]
+    h, w = full.images[0].shape[:2]
+    for view in range(len(CAMERAS)):
+        assert small.images[view].shape == (36, 96, 3)
+        pixels, d = project(full.lidar2image[view], full.points[:, :3])
+        scaled, d_scaled = project(small.lidar2image[view], full.points[:, :3])
+        ahead = d > 1
+        np.testing.assert_allclose(d_scaled, d, atol=1e-3)
+        np.testing.assert_allclose((scaled / [[96], [36]])[:, ahead], (pixels / [[w], [h]])[:, ahead], atol=1e-3)
+        np.testing.assert_allclose(small.images[view].mean((0, 1)), full.images[view].mean((0, 1)), atol=3)
+    np.testing.assert_array_equal(small.lidar2camera, full.lidar2camera)
+
+
+@pytest.mark.parametrize("sweeps", [1, 3, 10])
+def test_sweeps_are_the_devkits(nusc, city, sweeps):
+    """But for the keyframe's points on the car itself, which stay."""
+    dataset = NuScenesDataset(city, VERSION, "mini_val", Data(sweeps=sweeps))
+    for i in range(len(dataset)):
+        sample = dataset[i]
+        record = nusc.get("sample", sample.token)
+        truth, lags = LidarPointCloud.from_file_multisweep(nusc, record, "LIDAR_TOP", "LIDAR_TOP", sweeps)
+        on_the_car = (sample.points[:, 4] == 0) & (np.abs(sample.points[:, :2]) < 1).all(axis=1)
+        points = sample.points[~on_the_car]
+        np.testing.assert_allclose(points[:, :4], truth.points.T, atol=1e-3)
+        np.testing.assert_allclose(points[:, 4], lags[0], atol=1e-6)
+    whole = LidarPointCloud.from_file(nusc.get_sample_data_path(record["data"]["LIDAR_TOP"]))
+    np.testing.assert_array_equal(sample.points[: whole.nbr_points(), :4], whole.points.T)
+
+
+def test_a_scene_starts_without_sweeps(dataset):
+    assert set(dataset[0].points[:, 4]) == {0}
+    assert len(set(dataset[1].points[:, 4])) > 1
+
+
+def test_sweeps_leave_the_ground_in_place(dataset):
+    """Static ground, seen from a moving car, is one plane after compensation."""
+    points = dataset[len(dataset) - 1].points
+    lags = np.unique(points[:, 4])
+    assert len(lags) >= 3
+    near = points[np.hypot(points[:, 0], points[:, 1]) < 15]
+    heights = [near[near[:, 4] == lag][:, 2] for lag in lags]
+    ground = [np.median(z[z < -1.4]) for z in heights]
+    np.testing.assert_allclose(ground, ground[0], atol=0.05)
+
+
+def test_point_labels_are_the_devkits(nusc, dataset):
+    mapper = LidarsegClassMapper(nusc)
+    sample = dataset[1]
+    token = nusc.get("sample", sample.token)["data"]["LIDAR_TOP"]
+    raw = np.fromfile(os.path.join(nusc.dataroot, nusc.get("lidarseg", token)["filename"]), np.uint8)
+    truth = np.vectorize(mapper.fine_idx_2_coarse_idx_mapping.get)(raw)
+    keyframe = sample.points[:, 4] == 0
+    np.testing.assert_array_equal(sample.point_labels[keyframe], truth)
+    assert len(set(truth)) > 5
+    assert not sample.point_labels[~keyframe].any()
+
+
+def test_a_set_without_lidarseg_has_no_point_labels(copy):
+    (copy / VERSION / "lidarseg.json").unlink()
+    assert NuScenesDataset(copy, VERSION, "mini_val", Data())[0].point_labels is None
+
+
+def test_a_set_without_annotations_has_no_boxes(copy):
+    """As the test split of the real set."""
+    for table in ("sample_annotation", "instance"):
+        (copy / VERSION / f"{table}.json").write_text("[]")
+    sample = NuScenesDataset(copy, VERSION, "mini_val", Data())[0]
+    assert sample.boxes.shape == (0, 9) and sample.labels.shape == (0,)
+    assert collate([sample, sample]).box_counts.tolist() == [0, 0]
+
+
+def test_points_outside_the_range_are_left_out(city):
+    every = NuScenesDataset(city, VERSION, "mini_val", Data())[0]
+    some = NuScenesDataset(city, VERSION, "mini_val", Data(), point_range=((-20, -20, -5), (20, 20, 3)))[0]
+    inside = (np.abs(every.points[:, :2]) < 20).all(axis=1) & (every.points[:, 2] > -5) & (every.points[:, 2] < 3)
+    assert 0 < inside.sum() < len(inside)
+    np.testing.assert_array_equal(some.points, every.points[inside])
+    np.testing.assert_array_equal(some.point_labels, every.point_labels[inside])
+
+
+def test_label_fraction_keeps_every_kth_frame(city):
+    def tokens(fraction):
+        dataset = NuScenesDataset(city, VERSION, "mini_train", Data(), fraction)
+        return [dataset[i].token for i in range(len(dataset))]
+
+    every = tokens(1.0)
+    assert tokens(0.5) == every[::2] and tokens(0.2) == every[::5]
+    for wrong in (0.0, 0.7, 1.5):
+        with pytest.raises(DataError, match="--label-fraction"):
+            tokens(wrong)
+
+
+def test_both_layouts_read_the_same(city, copy, tmp_path):
+    (tmp_path / "nested").mkdir()
+    copy.rename(tmp_path / "nested" / VERSION)
+    nested = NuScenesDataset(tmp_path / "nested", VERSION, "mini_val", Data())[1]
+    flat = NuScenesDataset(city, VERSION, "mini_val", Data())[1]
+    assert nested.token == flat.token
+    np.testing.assert_array_equal(nested.points, flat.points)
+    np.testing.assert_array_equal(nested.images, flat.images)
+
+
+def count_builds(monkeypatch):
+    builds, build = [], tables._build
+    monkeypatch.setattr(tables, "_build", lambda *a, **k: builds.append(a) or build(*a, **k))
+    return builds
+
+
+def test_the_index_is_built_once_for_all_splits(copy, monkeypatch):
+    builds = count_builds(monkeypatch)
+    first = NuScenesDataset(copy, VERSION, "mini_val", Data())
+    again = NuScenesDataset(copy, VERSION, "mini_val", Data())
+    NuScenesDataset(copy, VERSION, "mini_train", Data())
+    assert len(builds) == 1
+    for name, array in vars(first.index).items():
+        np.testing.assert_array_equal(array, getattr(again.index, name))
+    assert not list(copy.glob("unipad-index/*.part"))
+
+
+def test_the_index_is_built_again_when_the_tables_change(copy, monkeypatch):
+    builds = count_builds(monkeypatch)
+    before = NuScenesDataset(copy, VERSION, "mini_val", Data())[0]
+    table = copy / VERSION / "sample_annotation.json"
+    records = json.loads(table.read_text())
+    for record in records:
+        record["size"][2] += 1
+    table.write_text(json.dumps(records))
+    after = NuScenesDataset(copy, VERSION, "mini_val", Data())[0]
+    assert len(builds) == 2
+    np.testing.assert_allclose(after.boxes[:, 5], before.boxes[:, 5] + 1, atol=1e-5)
+
+
+def test_a_damaged_index_is_built_again(copy, monkeypatch):
+    builds = count_builds(monkeypatch)
+    NuScenesDataset(copy, VERSION, "mini_val", Data())
+    path = copy / "unipad-index" / f"{VERSION}-mini_val.npz"
+    path.write_bytes(path.read_bytes()[:1000])
+    NuScenesDataset(copy, VERSION, "mini_val", Data())
+    assert len(builds) == 2
+
+
+def test_a_root_that_cannot_be_written_uses_the_users_cache(copy, tmp_path, monkeypatch):
+    builds = count_builds(monkeypatch)
+    (copy / "unipad-index").write_text("a file where the folder should be")
+    for _ in range(2):
+        NuScenesDataset(copy, VERSION, "mini_val", Data())
+    assert len(builds) == 1
+    assert list((tmp_path / "cache" / "unipad").rglob("*.npz"))
+
+
+def refuse(words, root, version=VERSION, split="mini_val"):
+    """The set is refused in one sentence that holds all of `words`."""
+    with pytest.raises(DataError) as refused:
+        NuScenesDataset(root, version, split, Data())
+    sentence = str(refused.value)
+    assert all(str(w) in sentence for w in words), sentence
+    assert "\n" not in sentence and sentence.endswith(".")
+
+
+def test_each_fault_of_a_set_is_one_sentence(city, copy, tmp_path):
+    (tmp_path / "empty").mkdir()
+    refuse(["--data-root", tmp_path / "nowhere"], tmp_path / "nowhere")
+    refuse([tmp_path / "empty", "no nuScenes tables", f"{VERSION}/scene.json"], tmp_path / "empty")
+    refuse([city / VERSION, "the one above"], city / VERSION)
+    refuse([city, "--version v1.0-trainval", f"it has {VERSION}"], city, "v1.0-trainval", "train")
+    refuse(["no split val", "mini_train and mini_val", "v1.0-trainval"], city, VERSION, "val")
+    refuse(["no split nonsense", "mini_train and mini_val"], city, VERSION, "nonsense")
+
+    shutil.rmtree(copy / "maps")
+    refuse([copy / VERSION, "map mask"], copy)
+    (copy / VERSION / "ego_pose.json").unlink()
+    refuse([copy / VERSION, "lacks ego_pose.json"], copy)
+
+
+def test_a_split_without_scenes_is_refused(copy):
+    table = copy / VERSION / "scene.json"
+    table.write_text(table.read_text().replace("scene-0103", "scene-9103").replace("scene-0916", "scene-9916"))
+    refuse(["no scene of split mini_val"], copy)
+
+
+def first_file(root, dataset, kind):
+    """Path of a file of the dataset's frame 0: an image, the LiDAR frame or its labels."""
+    index = dataset.index
+    name = {
+        "image": index.image_files[0, 2],
+        "lidar": index.lidar_files[index.frame_lidar[0]],
+        "labels": index.lidarseg_files[0],
+    }[kind]
+    return root / name.decode()
+
+
+def cut(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+@pytest.mark.parametrize(
+    "kind, damage, reason",
+    [
+        ("lidar", lambda p: cut(p, -7), "truncated"),
+        ("lidar", lambda p: cut(p, 0), "empty"),
+        ("lidar", lambda p: p.unlink(), "missing"),
+        ("lidar", lambda p: np.full((9, 5), np.nan, np.float32).tofile(p), "not finite"),
+        ("image", lambda p: p.unlink(), "missing"),
+        ("image", lambda p: cut(p, -100), "truncated"),
+        ("image", lambda p: p.write_bytes(b"not a picture \xff\xd9"), "not an image"),
+        ("labels", lambda p: cut(p, -1), "labels for"),
+    ],
+)
+def test_a_bad_frame_is_named_and_replaced_by_the_next(copy, kind, damage, reason):
+    dataset = NuScenesDataset(copy, VERSION, "mini_val", Data())
+    path = first_file(copy, dataset, kind)
+    damage(path)
+    with pytest.raises(BadFrame, match=reason) as bad:
+        dataset[0]
+    assert str(bad.value).startswith(f"{path}: ")
+
+    batch, bad_frames = next(step_batches(dataset, share=len(dataset)))
+    tokens = [t.decode() for t in dataset.index.tokens]
+    assert set(batch.tokens) == set(tokens[1:])
+    assert batch.tokens.count(tokens[1]) == 2
+    assert bad_frames == [str(bad.value)]
+    assert [b.tokens for _, b in held_out_batches(dataset, 1)] == [(tokens[1],)]
+
+
+def test_a_broken_sweep_spoils_only_the_frames_that_use_it(copy):
+    dataset = NuScenesDataset(copy, VERSION, "mini_val", Data(sweeps=2))
+    sweep = dataset.index.lidar_prev[dataset.index.frame_lidar[1]]
+    (copy / dataset.index.lidar_files[sweep].decode()).unlink()
+    with pytest.raises(BadFrame, match="missing"):
+        dataset[1]
+    assert len(dataset[0].points) and len(dataset[2].points)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_no_readable_frame_is_one_sentence(copy, workers):
+    shutil.rmtree(copy / "samples" / "LIDAR_TOP")
+    dataset = NuScenesDataset(copy, VERSION, "mini_val", Data())
+    with pytest.raises(DataError, match=r"none of the \d+ frames can be read \(.*: is missing\)"):
+        next(step_batches(dataset, share=1, workers=workers))
+    with pytest.raises(DataError, match="none of the"):
+        next(held_out_batches(dataset, 1))

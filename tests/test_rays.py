@@ -1,0 +1,275 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from tests.golden import assert_close_to_max, load
+from unipad.batch import Batch
+from unipad.config import RayChoice
+from unipad.model.rays import cast_rays, choose_rays, lidar_rays, pixel_grid, pixel_rays, project_points
+
+ALL_RADII = RayChoice(per_view=8, near_radius=0.0, far_radius=1e3)
+FOCAL = 10.0  # pixels
+
+
+def make_batch(point_lists, views=2, size=(16, 32), unpadded=(12, 30)):
+    """View 0 looks along +y from (0, 1, 2), view 1 along -y from there; principal point (16, 8), focal length 10.
+
+    Pixel (i, j) of every view has the colour (j / 32, i / 16, view).
+    """
+    intrinsics = torch.tensor([[FOCAL, 0, 16, 0], [0, FOCAL, 8, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    forward = torch.tensor([[1.0, 0, 0, 0], [0, 0, -1, 2], [0, 1, 0, -1], [0, 0, 0, 1]])
+    backward = torch.tensor([[-1.0, 0, 0, 0], [0, 0, -1, 2], [0, -1, 0, 1], [0, 0, 0, 1]])
+    B = len(point_lists)
+    lidar2camera = torch.stack([forward, backward][:views]).expand(B, views, 4, 4)
+    (H, W), none = size, torch.zeros(0)
+    rows, cols = torch.arange(H)[:, None] / 16, torch.arange(W) / 32
+    images = [torch.stack([cols.expand(H, W), rows.expand(H, W), torch.full((H, W), float(n))]) for n in range(views)]
+    points = [torch.nn.functional.pad(torch.as_tensor(p).reshape(-1, 3), (0, 2)) for p in point_lists]
+    return Batch(
+        images=torch.stack(images).expand(B, -1, -1, -1, -1),
+        image_sizes=torch.tensor(unpadded).expand(B, views, 2),
+        lidar2image=intrinsics @ lidar2camera,
+        lidar2camera=lidar2camera,
+        points=torch.cat(points),
+        point_counts=torch.tensor([len(p) for p in points]),
+        boxes=none,
+        labels=none,
+        box_counts=none,
+        point_labels=None,
+        tokens=("",) * B,
+    )
+
+
+def generators(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def point_cloud(count, seed=0):
+    """Points all around, in view of one of the two cameras or of none."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.rand(count, 3, generator=generator) - 0.5) * torch.tensor([20.0, 20.0, 6.0])
+
+
+def test_rays_are_the_originals():
+    arrays, sidecar = load("sample_rays_default")
+    cfg = RayChoice(per_view=64, near_radius=3.0, far_radius=100.0)
+    scale = 1 / max(map(abs, sidecar["pc_range"]))
+    lidar2image, lidar2camera = arrays["in/lidar2img"][:, :, 0], arrays["in/lidar2cam"][:, :, 0]
+    batch = replace(
+        make_batch([[], []]),
+        images=arrays["in/raw_image_uint8"].float() / 255,
+        image_sizes=arrays["in/pad_before_shape"][..., :2],
+        lidar2image=lidar2image,
+        lidar2camera=lidar2camera,
+    )
+    H, W = batch.images.shape[-2:]
+    draws = iter(arrays[f"in/choice_{i}"] for i in range(24))
+    for b in range(2):
+        points = arrays[f"in/points_{b}"][:, :3]
+        radius = points[:, :2].norm(dim=1)
+        points = points[(radius > cfg.near_radius) & (radius < cfg.far_radius)]
+        assert_close_to_max(points * scale, arrays[f"out/scaled_points_{b}"], 1e-7)
+        seen, visible = project_points(points, lidar2image[b], batch.image_sizes[b])
+        pixels, inside = pixel_grid(batch.image_sizes[b], H, W, cfg.pixel_interval, cfg.sky)
+        chosen = [
+            torch.cat([seen[n][visible[n]][next(draws)], pixels[n][inside[n]][next(draws)]]) for n in range(len(seen))
+        ]
+        rays = cast_rays(batch, b, torch.stack(chosen))
+        assert_close_to_max(rays.origins * scale, arrays[f"out/ray_o_{b}"], 1e-6)
+        assert_close_to_max(rays.directions, arrays[f"out/ray_d_{b}"], 1e-6)
+        assert_close_to_max(rays.rgb, arrays[f"out/rgb_{b}"], 1e-6)
+        depth = torch.where(rays.depth > 0, rays.depth * scale, -1.0)
+        assert torch.equal(depth > 0, arrays[f"out/depth_{b}"][:, 0] > 0)
+        assert_close_to_max(depth, arrays[f"out/depth_{b}"][:, 0], 1e-6)
+        assert (rays.volume_idx == b).all()
+
+
+def test_a_point_straight_ahead():
+    """5 m ahead of view 0, which stands at y = 1: on the axis, so its depth is its distance."""
+    rays = lidar_rays(make_batch([[0.0, 6.0, 2.0]]), ALL_RADII, 1, generators(0))
+    torch.testing.assert_close(rays.origins, torch.tensor([[0.0, 1.0, 2.0]]).expand(2, 3))
+    torch.testing.assert_close(rays.directions[0], torch.tensor([0.0, 1.0, 0.0]))
+    assert rays.depth.tolist() == [5.0, -1.0]  # view 1 looks the other way
+    torch.testing.assert_close(rays.rgb[0], torch.tensor([16 / 32, 8 / 16, 0.0]))
+
+
+def test_depth_is_the_distance_along_the_ray():
+    """3 m to the right and 4 m ahead of view 0 is 5 m away; its pixel is (16 + 10 * 3 / 4, 8), truncated."""
+    rays = lidar_rays(make_batch([[3.0, 5.0, 2.0]]), ALL_RADII, 1, generators(0))
+    torch.testing.assert_close(rays.depth[0], torch.tensor(5.0))
+    torch.testing.assert_close(rays.directions[0], torch.tensor([0.6, 0.8, 0.0]))
+    torch.testing.assert_close(rays.rgb[0], torch.tensor([23 / 32, 8 / 16, 0.0]))
+
+
+@pytest.mark.parametrize(
+    "pixel, depth, visible",
+    [
+        ((1.0, 1.0), 1.0, True),
+        ((0.0, 1.0), 1.0, False),  # on the left border
+        ((1.0, 0.0), 1.0, False),
+        ((29.0, 1.0), 1.0, False),  # width 30 before padding
+        ((28.75, 10.75), 1.0, True),
+        ((1.0, 11.0), 1.0, False),  # height 12
+        ((1.0, 1.0), -1.0, False),  # behind the camera
+        ((16.0, 8.0), 0.0, False),  # in its centre
+    ],
+)
+def test_only_points_strictly_inside_the_unpadded_image_are_visible(pixel, depth, visible):
+    batch = make_batch([[]])
+    x, z = (pixel[0] - 16) * depth / FOCAL, -(pixel[1] - 8) * depth / FOCAL
+    lidar2image = batch.lidar2image[0, :1].double()
+    point = torch.tensor([[x, depth + 1, z + 2]], dtype=torch.float64)
+    seen, ok = project_points(point, lidar2image, batch.image_sizes[0, :1])
+    assert ok.item() == visible
+    if visible:
+        torch.testing.assert_close(seen[0, 0], torch.tensor([*pixel, depth], dtype=torch.float64))
+
+
+def test_radius_limits_are_strict():
+    batch = make_batch([[[0.0, 3.0, 2.0], [0.0, 4.0, 2.0], [0.0, 5.0, 2.0]]], views=1)
+    cfg = replace(ALL_RADII, near_radius=3.0, far_radius=5.0)
+    rays = choose_rays(batch, cfg, generators(0))
+    assert rays.depth[rays.depth > 0].tolist() == [3.0]  # y = 4, seen from y = 1
+
+
+def test_points_first_then_pixels_of_the_grid_below_the_sky():
+    batch = make_batch([point_cloud(40)])
+    seen, visible = project_points(batch.points[:, :3], batch.lidar2image[0], batch.image_sizes[0])
+    counts = visible.sum(1)
+    cfg = replace(ALL_RADII, per_view=int(counts.max()) + 6, pixel_interval=3, sky=0.5)
+    rays = choose_rays(batch, cfg, generators(0))
+    depth, rgb = rays.depth.view(2, -1), rays.rgb.view(2, -1, 3)
+    for n, count in enumerate(counts.tolist()):
+        assert (depth[n, :count] > 0).all() and (depth[n, count:] == -1).all()
+        columns, rows = rgb[n, count:, 0] * 32, rgb[n, count:, 1] * 16
+        assert (columns % 3 == 0).all() and (columns < 30).all()
+        assert set(rows.tolist()) <= {6.0, 9.0}  # from int(0.5 * 12) every third row, below 12
+
+
+def test_points_are_drawn_without_replacement():
+    batch = make_batch([point_cloud(200)])
+    _, visible = project_points(batch.points[:, :3], batch.lidar2image[0], batch.image_sizes[0])
+    everything = int(visible.sum(1).min())
+    depth = choose_rays(batch, replace(ALL_RADII, per_view=everything), generators(3)).depth.view(2, -1)
+    for n in range(2):
+        assert len(set(depth[n].tolist())) == everything
+
+
+def test_every_point_is_drawn_equally_often():
+    """Of 6 points 3 are drawn, 600 times: 300 each, give or take 5 standard deviations of 12."""
+    points = torch.tensor([[x, 6.0, 2.0] for x in (-2.5, -1.5, -0.5, 0.5, 1.5, 2.5)])
+    batch = make_batch([points] * 600, views=1)
+    rays = choose_rays(batch, replace(ALL_RADII, per_view=3), generators(*range(600)))
+    drawn = (rays.origins + rays.directions * rays.depth[:, None])[:, 0]  # x
+    counts = (drawn[:, None] - points[:, 0]).abs().lt(1e-3).sum(0)
+    assert counts.sum() == 1800 and (counts - 300).abs().max() < 60
+
+
+@pytest.mark.parametrize("points", [[], [[0.0, 6.0, 2.0]]], ids=["no points", "one, in the other view"])
+def test_a_view_without_points_casts_pixels(points):
+    rays = choose_rays(make_batch([points]), ALL_RADII, generators(0))
+    assert len(rays) == 16 and (rays.depth[8:] == -1).all()
+    torch.testing.assert_close(rays.directions.norm(dim=1), torch.ones(16))
+    assert (rays.rgb[:, 1] >= 4 / 16).all()  # int(0.4 * 12)
+
+
+def test_a_view_short_of_candidates_repeats_them():
+    cfg = replace(ALL_RADII, per_view=11, pixel_interval=16)
+    rays = choose_rays(make_batch([[]], views=1), cfg, generators(0))  # two columns of one row
+    columns = rays.rgb[:, 0] * 32
+    assert len(rays) == 11 and sorted((columns == x).sum().item() for x in (0, 16)) == [5, 6]
+
+
+def test_generators_decide():
+    batch = make_batch([point_cloud(300)])
+    for strategy in ("depth", "random", "dilation"):
+        cfg = replace(ALL_RADII, strategy=strategy, dilation=2)
+        first, again, other = (choose_rays(batch, cfg, generators(seed)) for seed in (5, 5, 6))
+        assert torch.equal(first.directions, again.directions)
+        assert not torch.equal(first.directions, other.directions)
+
+
+@pytest.mark.parametrize("strategy", ["depth", "random", "dilation"])
+def test_a_sample_gets_the_same_rays_alone(strategy):
+    clouds = [point_cloud(70, 1), point_cloud(110, 2)]
+    cfg = replace(ALL_RADII, strategy=strategy)
+    both = choose_rays(make_batch(clouds), cfg, generators(1, 2))
+    half = len(both) // 2
+    for b in range(2):
+        alone = choose_rays(make_batch(clouds[b : b + 1]), cfg, generators(b + 1))
+        mine = both[b * half : (b + 1) * half]
+        assert (mine.volume_idx == b).all() and (alone.volume_idx == 0).all()
+        for name in ("origins", "directions", "depth", "rgb"):
+            assert torch.equal(getattr(mine, name), getattr(alone, name)), name
+
+
+@pytest.mark.parametrize("strategy", ["depth", "random", "dilation"])
+def test_nothing_waits_for_the_gpu(strategy):
+    """Tensors without values: whatever needs one on the host, or a shape that depends on one, raises."""
+    batch, mode = make_batch([point_cloud(9), point_cloud(5)]), FakeTensorMode(allow_non_fake_inputs=True)
+    names = ("images", "image_sizes", "lidar2image", "lidar2camera", "points")
+    fake = replace(batch, **{name: mode.from_tensor(getattr(batch, name)) for name in names})
+    with mode:
+        choose_rays(fake, replace(ALL_RADII, strategy=strategy), generators(0, 1))
+        rays = lidar_rays(fake, ALL_RADII, 8, generators(0, 1))
+        assert rays.directions.shape == (32, 3)
+        with pytest.raises(DataDependentOutputException):
+            rays.depth.max().item()
+
+
+def test_random_pixels_cover_the_unpadded_image():
+    cfg = replace(ALL_RADII, strategy="random", per_view=4000)
+    rays = choose_rays(make_batch([[]], views=1), cfg, generators(0))
+    columns, rows = (rays.rgb[:, 0] * 32).long(), (rays.rgb[:, 1] * 16).long()
+    assert torch.equal(columns.unique(), torch.arange(30)) and torch.equal(rows.unique(), torch.arange(12))
+    assert (rays.depth == -1).all()
+
+
+def test_dilation_takes_every_pixel_of_its_grid():
+    cfg = replace(ALL_RADII, strategy="dilation", dilation=5)
+    rays = choose_rays(make_batch([[]], views=1), cfg, generators(0))
+    assert len(rays) == 4 * 7  # the grid over 16 x 32; 3 x 6 of it lie in the image
+    pixels = {(round(u * 32), round(v * 16)) for u, v, _ in rays.rgb.tolist()}
+    assert pixels == {(u, v) for u in range(0, 30, 5) for v in range(0, 12, 5)}
+
+
+def test_pixels_get_the_depth_of_the_nearest_point_in_them():
+    """Pixel (16, 8) of view 0 is its axis: points at 9 m, and at 4 m a little aside in the same pixel."""
+    batch = make_batch([[[0.0, 10.0, 2.0], [0.2, 5.0, 1.9]]])
+    cfg = replace(ALL_RADII, strategy="dilation", dilation=8)
+    rays = choose_rays(batch, cfg, generators(0))
+    on_axis = (rays.directions - torch.tensor([0.0, 1.0, 0.0])).norm(dim=1) < 1e-5
+    assert on_axis.any() and (rays.depth[~on_axis] == -1).all()
+    torch.testing.assert_close(rays.depth[on_axis], torch.full_like(rays.depth[on_axis], 4.0))
+
+
+def test_lidar_rays_all_have_depth():
+    batch = make_batch([point_cloud(30)])
+    rays = lidar_rays(batch, ALL_RADII, 50, generators(0))
+    assert len(rays) == 100 and (rays.depth > 0).all()
+    ends = rays.origins + rays.directions * rays.depth[:, None]
+    assert (ends[:, None] - batch.points[:, :3]).norm(dim=-1).amin(1).max() < 1e-4
+
+
+def test_lidar_rays_of_an_empty_sample_have_no_depth():
+    rays = lidar_rays(make_batch([[], [[0.0, 6.0, 2.0]]]), ALL_RADII, 4, generators(0, 1))
+    assert rays.depth.tolist() == [-1.0] * 8 + [5.0] * 4 + [-1.0] * 4
+    assert rays.directions.isfinite().all()
+
+
+def test_pixel_rays_lie_on_the_grid():
+    batch = make_batch([[], []])
+    rays, shape = pixel_rays(batch, 1, 5)
+    assert shape == (2, 3, 6) and len(rays) == 36
+    assert (rays.depth == -1).all() and (rays.volume_idx == 1).all()
+    rgb = rays.rgb.view(2, 3, 6, 3)
+    torch.testing.assert_close(rgb[1, 2, 3], torch.tensor([15 / 32, 10 / 16, 1.0]))
+    seen, _ = project_points(rays.origins + 7 * rays.directions, batch.lidar2image[1], batch.image_sizes[1])
+    torch.testing.assert_close(seen.view(2, 2, 3, 6, 3)[1, 1, 2, 3, :2], torch.tensor([15.0, 10.0]))
+
+
+def test_unknown_strategy_is_refused():
+    with pytest.raises(ValueError, match="no ray strategy 'all'"):
+        choose_rays(make_batch([[]]), replace(ALL_RADII, strategy="all"), generators(0))

@@ -1,0 +1,408 @@
+"""The renderer against records of the original, against double backward of its formulas, and by hand."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.eager import EagerRenderer
+from kernels import backend
+from kernels.lift import lift
+from kernels.sdf_alpha import laplace_density, neus_alpha
+from tests.check import launches
+from tests.golden import assert_close_to_max, load, under
+from unipad.config import Grid, Render
+from unipad.model.field import Field, Softplus
+from unipad.model.rays import Rays
+from unipad.model.render import Renderer
+from unipad.model.samplers import unisurf_edges
+from unipad.model.volume import RenderProjection
+
+FIELD = "pts_bbox_head.render_model.field."
+RECORDED = Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(5.4, 6.0, 1.6))
+ALL_LOSSES = dict(free_space_weight=1.0, sdf_weight=10.0, eikonal_weight=0.01)
+SMALL = Grid(low=(-8.0, -8.0, -2.0), high=(8.0, 8.0, 2.0), cell=(2.0, 2.0, 1.0))
+FEW = Render(samples=12, importance=6, channels=8, truncation=1.5, **ALL_LOSSES)
+
+
+def recorded_rays(record, sample=""):
+    """Rays and targets of a record, back in metres."""
+    unscale = 1 / RECORDED.scale
+    names = ("ray_o", "ray_d", "target_depth", "target_rgb") if not sample else ("ray_o", "ray_d", "depth", "rgb")
+    origins, directions, depth, rgb = (record[f"in/{name}{sample}"] for name in names)
+    idx = torch.full((len(depth),), int(sample[1:] or 0), dtype=torch.int32)
+    return Rays(origins * unscale, directions, depth[:, 0] * unscale, rgb, idx)
+
+
+def random_scene(B=2, per_sample=(9, 14), channels=8, grid=SMALL, dtype=torch.float32):
+    """A random volume and rays from near its middle, shuffled over the samples; a third of them without depth."""
+    X, Y, Z = grid.shape
+    volume = torch.randn(B, channels, Z, Y, X, dtype=dtype)
+    idx = torch.cat([torch.full((n,), b) for b, n in enumerate(per_sample)]).int()
+    idx = idx[torch.randperm(len(idx))]
+    R = len(idx)
+    directions = torch.nn.functional.normalize(torch.randn(R, 3, dtype=dtype) * torch.tensor([1, 1, 0.2]), dim=1)
+    depth = torch.where(torch.rand(R) < 0.3, -1, 1 + 6 * torch.rand(R)).to(dtype)
+    return volume, Rays(torch.randn(R, 3, dtype=dtype) * 0.3, directions, depth, torch.rand(R, 3, dtype=dtype), idx)
+
+
+def gradients(losses, renderer, volume):
+    """Gradient of the total by the volume and every parameter that asks for one, by name."""
+    named = {"volume": volume} | {name: p for name, p in renderer.named_parameters() if p.requires_grad}
+    return dict(zip(named, torch.autograd.grad(sum(losses.values()), list(named.values())), strict=True))
+
+
+def test_field_equals_the_original():
+    record, _ = load("render_sdf_field")
+    field = Field(Render(), RECORDED)
+    field.load_state_dict(under(record, f"state/{FIELD}"))
+    volume = record["in/feature_volume"].requires_grad_()
+    starts, deltas = record["in/starts"][..., 0], record["in/deltas"][..., 0]
+    directions = record["in/directions"]
+    points = record["in/origins"][:, None] + directions[:, None] * starts[..., None]
+    inputs = volume.permute(1, 2, 3, 0)[None], points
+    idx = torch.zeros(len(starts), dtype=torch.int32)
+
+    sdf, gradient, rgb = field(*inputs, directions, idx)
+    out = dict(sdf=sdf[..., None], gradients=gradient, rgb=rgb)
+    out["alphas"] = neus_alpha(sdf, gradient, directions, deltas, field.inv_s)[..., None]
+    out["density"] = laplace_density(sdf, field.beta)[..., None]
+    for name, value in out.items():
+        assert_close_to_max(value, record[f"out/{name}"], 1e-5, name)
+    assert_close_to_max(field.sdf(*inputs, idx), record["out/sdf"][..., 0], 1e-5, "sdf alone")
+    with torch.no_grad():
+        assert_close_to_max(field.sdf(*inputs, idx), record["out/sdf"][..., 0], 1e-5, "sdf alone, without gradients")
+
+    sum((value * record[f"in/w_{name}"]).sum() for name, value in out.items()).backward()
+    assert_close_to_max(volume.grad, record["grad/feature_volume"], 1e-4, "volume")
+    for name, expected in under(record, f"grad/{FIELD}").items():
+        assert_close_to_max(field.get_parameter(name).grad, expected, 1e-3, name)
+
+
+@pytest.mark.parametrize(
+    "name, cfg, weights_rel",
+    [
+        ("render_neus_eval", Render(**ALL_LOSSES), 5e-3),
+        ("render_volsdf_eval", Render(method="volsdf", samples=16, importance=48, search=64, **ALL_LOSSES), 2e-2),
+    ],
+)
+def test_rendering_equals_the_original(name, cfg, weights_rel):
+    """Outputs, every loss under two truncations, and the gradients of all that has one."""
+    record, sidecar = load(name)
+    renderer = Renderer(replace(cfg, truncation=1.5), RECORDED).eval()
+    renderer.field.load_state_dict(under(record, f"state/{FIELD}"))
+    volume = record["in/feature_volume"].requires_grad_()
+    rays = recorded_rays(record)
+
+    out = renderer(volume[None], rays)
+    assert out.hit.all()
+    assert_close_to_max(out.rgb, record["out/rgb"], 1e-4, "rgb")
+    assert_close_to_max(out.depth * RECORDED.scale, record["out/depth"][:, 0], 1e-4, "depth")
+    assert_close_to_max(out.starts, record["out/z_vals"][..., 0], 1e-3, "starts")
+    assert_close_to_max(out.sdf, record["out/sdf"][..., 0], 1e-3, "sdf")
+    assert_close_to_max(out.gradient, record["out/gradients"], 1e-3, "gradient")
+    # samples that nearly coincide trade weights; sidecar, fp32_noise_floor
+    assert_close_to_max(out.weights, record["out/weights"][..., 0], weights_rel, "weights")
+
+    losses = renderer.loss(out, rays)
+    assert list(losses) == ["rgb", "depth", "free_space", "sdf", "eikonal"]
+    for term, value in losses.items():
+        assert_close_to_max(value, record[f"out/{term}_loss"], 1e-5, term)
+    narrow = Renderer(replace(cfg, truncation=0.1), RECORDED)
+    for term, value in narrow.loss(out, rays).items():
+        assert_close_to_max(value, record[f"out/trunc0.1_{term}_loss"], 1e-5, f"{term}, truncation 0.1")
+
+    found = gradients(losses, renderer, volume)
+    expected = {"volume": record["grad/feature_volume"]}
+    expected |= {f"field.{key}": value for key, value in under(record, f"grad/{FIELD}").items()}
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert_close_to_max(found[key], value, 1e-3, key)
+    frozen = {n for n, p in renderer.field.named_parameters() if not p.requires_grad}
+    assert frozen == {key.removeprefix(FIELD) for key in sidecar["params_without_grad"]}
+
+
+def test_unisurf_places_samples_as_the_original():
+    record, _ = load("render_unisurf_sampler")
+    cfg = Render(method="unisurf", samples=24, importance=16, search=48)
+    field = Field(cfg, RECORDED)
+    field.load_state_dict(under(record, f"state/{FIELD}"))
+    volume = record["in/feature_volume"].permute(1, 2, 3, 0)[None]
+    origins, directions = record["in/origins"], record["in/directions"]
+    idx = torch.zeros(len(origins), dtype=torch.int32)
+    near, far = record["in/nears"][:, 0], record["in/fars"][:, 0]
+    with torch.no_grad():
+        edges = unisurf_edges(
+            cfg, lambda t: field.sdf(volume, origins[:, None] + directions[:, None] * t[..., None], idx),
+            near, far, [None] * 3, None,
+        )  # fmt: skip
+    assert_close_to_max(edges[:, :-1], record["out/starts"][..., 0], 1e-4, "starts")
+    assert_close_to_max(edges[:, 1:], record["out/ends"][..., 0], 1e-4, "ends")
+    # where the field changes sign on the way in, samples crowd around the change
+    assert (edges.diff(dim=1).amin(dim=1) < (far - near) / 240).any()
+
+
+def test_training_step_of_the_render_head_equals_the_original():
+    """Lift over two levels, projection with batch statistics, two samples rendered with the recorded jitter."""
+    record, _ = load("render_head_viewtrans_train")
+    levels = [record[f"in/{kind}_{l}"].requires_grad_() for kind in ("feat", "depth_map") for l in (0, 1)]
+    features = [f.permute(0, 1, 3, 4, 2) for f in levels[:2]]  # [B, N, h, w, C]
+    depths = [d.unflatten(0, (2, 6)).permute(0, 1, 3, 4, 2) for d in levels[2:]]  # [B, N, h, w, D]
+    H, W = record["in/img_shape"][0, 0, :2].tolist()
+    lidar2image = record["in/lidar2img"][:, :, 0]
+    low, cell, shape = RECORDED.low, RECORDED.cell, RECORDED.shape
+    volume = lift(features, depths, lidar2image, low, cell, shape, (H, W), (0.0, 64.0)).permute(0, 4, 1, 2, 3)
+    assert_close_to_max(volume, record["out/unified_volume"], 1e-5, "unified volume")
+
+    head = torch.nn.ModuleDict({"render_conv": RenderProjection(12, 32), "render_model": Renderer(Render(), RECORDED)})
+    head.load_state_dict(under(record, "state/pts_bbox_head."))
+    volume = head["render_conv"](volume)
+    assert_close_to_max(volume, record["out/render_volume"], 1e-5, "render volume")
+    parts = [recorded_rays(record, f"_{b}") for b in range(2)]
+    rays = Rays(*(torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])))
+    jitter = torch.cat([torch.cat([record[f"in/rand_{2 * b + i}"] for i in range(2)], dim=1) for b in range(2)])
+    out = head["render_model"](volume, rays, jitter)
+    for name, rel in (("rgb", 1e-4), ("depth", 1e-4), ("sdf", 5e-3), ("weights", 5e-3)):
+        expected = torch.cat([record[f"out/{name}_{b}"] for b in range(2)]).squeeze(-1)
+        actual = out.depth * RECORDED.scale if name == "depth" else getattr(out, name)
+        assert_close_to_max(actual, expected, rel, name)
+    losses = head["render_model"].loss(out, rays)
+    assert list(losses) == ["rgb", "depth"]
+    for term, value in losses.items():
+        assert_close_to_max(value, record[f"out/{term}_loss"], 1e-5, term)
+
+    sum(losses.values()).backward()
+    for name, leaf in zip(("feat_0", "feat_1", "depth_map_0", "depth_map_1"), levels, strict=True):
+        assert_close_to_max(leaf.grad, record[f"grad/{name}"], 1e-3, name)
+    for name, expected in under(record, "grad/pts_bbox_head.").items():
+        if name != "render_conv.0.bias":  # in front of batch statistics: mathematically 0
+            assert_close_to_max(head.get_parameter(name).grad, expected, 5e-3, name)
+    for name, expected in under(record, "out/after/pts_bbox_head.").items():
+        assert_close_to_max(head.state_dict()[name], expected, 1e-5, name)
+
+
+def test_rays_that_the_original_refuses_do_not_hit():
+    record, _ = load("render_collider")
+    hits, misses = len(record["in/origins"]), len(record["in/miss_origins"])
+    assert record["out/miss_assert_fired"].all()
+    origins = torch.cat([record["in/origins"], record["in/miss_origins"]]) / RECORDED.scale
+    directions = torch.cat([record["in/directions"], record["in/miss_directions"]])
+    R = len(origins)
+    rays = Rays(origins, directions, torch.full((R,), 5.0), torch.rand(R, 3), torch.zeros(R, dtype=torch.int32))
+    renderer = Renderer(replace(FEW, channels=4), RECORDED)
+    out = renderer(torch.randn(1, 4, 5, 18, 20), rays)
+    assert out.hit.tolist() == [True] * hits + [False] * misses
+    assert_close_to_max(out.starts[:hits, 0], record["out/nears"][:, 0], 1e-6, "near")
+    assert (out.starts[:hits, -1] < record["out/fars"][:, 0] * (1 + 1e-6)).all()
+    assert (out.rgb[hits:] == 0).all() and (out.depth[hits:] == 0).all() and (out.weights[hits:] == 0).all()
+    assert all(torch.isfinite(value) for value in renderer.loss(out, rays).values())
+
+
+def double_backward_of_grid_sample():
+    """F.grid_sample over volumes is twice differentiable from some torch release on."""
+    volume, grid = torch.randn(1, 1, 2, 2, 2, requires_grad=True), torch.zeros(1, 1, 1, 1, 3, requires_grad=True)
+    out = torch.nn.functional.grid_sample(volume, grid, align_corners=True)
+    try:
+        torch.autograd.grad(torch.autograd.grad(out.sum(), grid, create_graph=True)[0].sum(), volume)
+    except RuntimeError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not double_backward_of_grid_sample(), reason="this torch's grid_sample has no double backward")
+def test_gradients_equal_double_backward():
+    """In fp64: one reverse pass by hand and first-order autograd give what the original's double backward gives."""
+    volume, rays = random_scene(dtype=torch.float64)
+    volume.requires_grad_()
+    jitter = torch.rand(len(rays.depth), 2, dtype=torch.float64)
+    renderer = Renderer(FEW, SMALL).double()
+    eager = EagerRenderer(renderer)
+    ours, theirs = renderer(volume, rays, jitter), eager(volume, rays, jitter)
+    for name in ("rgb", "depth", "weights", "starts", "sdf", "gradient"):
+        assert_close_to_max(getattr(ours, name), getattr(theirs, name), 1e-8, name)
+    losses, expected = renderer.loss(ours, rays), eager.loss(theirs, rays)
+    for name in expected:
+        assert_close_to_max(losses[name], expected[name], 1e-8, name)
+    expected = gradients(expected, renderer, volume)
+    for name, value in gradients(losses, renderer, volume).items():
+        assert_close_to_max(value, expected[name], 1e-8, name)
+
+
+def test_gradient_is_the_derivative_of_the_distance():
+    """In fp64, against first-order autograd of the distance alone; half of the points are outside the volume's edge."""
+    field = Field(FEW, SMALL).double()
+    volume, _ = random_scene(dtype=torch.float64)
+    volume = volume.permute(0, 2, 3, 4, 1).contiguous()
+    points = (torch.rand(6, 20, 3, dtype=torch.float64) * 2.2 - 1.1).requires_grad_()
+    idx = torch.arange(6).int() % 2
+    _, gradient, _ = field(volume, points, torch.zeros(6, 3, dtype=torch.float64), idx)
+    (expected,) = torch.autograd.grad(field.sdf(volume, points, idx).sum(), points)
+    assert_close_to_max(gradient, expected, 1e-12)
+
+
+def test_softplus_is_linear_beyond_the_threshold():
+    """As torch's: value, slope and curvature; from 0.2 on exactly z, 1 and 0."""
+    z = torch.tensor([-3.0, -0.2, -0.01, 0.0, 0.01, 0.199, 0.201, 0.3, 5.0], dtype=torch.float64, requires_grad=True)
+    out, slope = Softplus.apply(z)
+    expected = torch.nn.functional.softplus(z, beta=100)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-16)
+    (expected_slope,) = torch.autograd.grad(expected.sum(), z, create_graph=True)
+    torch.testing.assert_close(slope, expected_slope, rtol=0, atol=1e-15)
+    assert slope[-3:].tolist() == [1, 1, 1] and out[-3:].tolist() == z[-3:].tolist()
+    (curvature,) = torch.autograd.grad(slope.sum(), z)
+    (expected_curvature,) = torch.autograd.grad(expected_slope.sum(), z)
+    torch.testing.assert_close(curvature, expected_curvature, rtol=0, atol=1e-13)
+    assert curvature[-3:].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("method", ["neus", "volsdf", "unisurf"])
+def test_rays_that_miss_count_for_nothing(method):
+    cfg = replace(FEW, method=method, search=16)
+    volume, rays = random_scene(dtype=torch.float64)
+    volume.requires_grad_()
+    away = Rays(rays.origins[:3] + 30, rays.directions[:3], rays.depth[:3].abs(), rays.rgb[:3], rays.volume_idx[:3])
+    both = Rays(*(torch.cat([a, b]) for a, b in zip(vars(away).values(), vars(rays).values(), strict=True)))
+    renderer = Renderer(cfg, SMALL).double()
+    jitter = torch.rand(len(both), renderer.jitters, dtype=torch.float64)
+    alone, mixed = renderer(volume, rays, jitter[3:]), renderer(volume, both, jitter)
+    assert alone.hit.all() and not mixed.hit[:3].any() and mixed.hit[3:].all()
+    losses, with_misses = renderer.loss(alone, rays), renderer.loss(mixed, both)
+    for name in losses:
+        torch.testing.assert_close(with_misses[name], losses[name], rtol=1e-10, atol=0)
+    expected = gradients(losses, renderer, volume)
+    for name, value in gradients(with_misses, renderer, volume).items():
+        assert_close_to_max(value, expected[name], 1e-8, name)
+
+
+def test_nothing_but_misses_and_no_rays_at_all():
+    volume, rays = random_scene()
+    volume.requires_grad_()
+    renderer = Renderer(FEW, SMALL)
+    away = replace(rays, origins=rays.origins + 30)
+    for some in (away, rays[:0]):
+        out = renderer(volume, some)
+        assert out.rgb.shape == (len(some), 3) and not out.hit.any()
+        losses = renderer.loss(out, some)
+        assert all(value == 0 for value in losses.values())
+        assert all((g == 0).all() for g in gradients(losses, renderer, volume).values())
+
+
+@pytest.mark.parametrize("method", ["neus", "unisurf"])
+def test_a_batch_is_the_mean_of_its_samples(method):
+    """Of two samples with unequal numbers of rays; (VolSDF's rays decide together when to stop searching)."""
+    volume, rays = random_scene()
+    renderer = Renderer(replace(FEW, method=method, search=16), SMALL)
+    jitter = torch.rand(len(rays), renderer.jitters)
+    losses = renderer.loss(renderer(volume, rays, jitter), rays)
+    singles = []
+    for b in range(2):
+        mine = rays.volume_idx == b
+        alone = replace(rays[mine], volume_idx=torch.zeros(int(mine.sum()), dtype=torch.int32))
+        singles.append(renderer.loss(renderer(volume[b : b + 1], alone, jitter[mine]), alone))
+    for name, value in losses.items():
+        torch.testing.assert_close(value, (singles[0][name] + singles[1][name]) / 2, rtol=1e-5, atol=0)
+
+
+def test_losses_by_hand():
+    """Scale 1/8. Ray 0 sees depth 4 m = 0.5, truncation 1.6 m = 0.2; ray 1 has no depth; ray 2 misses."""
+    cfg = replace(
+        FEW, truncation=1.6, points_weight=3.0, rgb_weight=2.0, depth_weight=8.0, sdf_weight=1.0, eikonal_weight=1.0
+    )
+    renderer = Renderer(cfg, SMALL)
+    out = renderer(torch.zeros(1, 8, 4, 8, 8), random_scene(B=1, per_sample=(3,))[1])
+    out = replace(
+        out,
+        rgb=torch.tensor([[0.5, 0.5, 0.5], [0.0, 0.0, 0.0], [9.0, 9.0, 9.0]]),
+        depth=torch.tensor([3.0, 7.0, 9.0]),
+        starts=torch.tensor([[0.1, 0.25, 0.4, 0.6, 0.9]]).expand(3, 5),
+        sdf=torch.tensor([[0.3, 0.15, 0.2, -0.2, -9.0]]).expand(3, 5),
+        gradient=torch.tensor([3.0, 0.0, 4.0]).expand(3, 5, 3),
+        of_sample=torch.tensor([[1.0, 1.0, 0.0]]),
+        points_sdf=torch.tensor([0.5, -0.25, 100.0]),
+        points_of_sample=torch.tensor([[1.0, 1.0, 0.0]]),
+    )
+    rays = Rays(
+        origins=torch.zeros(3, 3), directions=torch.zeros(3, 3), depth=torch.tensor([4.0, -1.0, 4.0]),
+        rgb=torch.tensor([[0.5, 0.25, 1.0], [0.0, 0.0, 0.3], [0.0, 0.0, 0.0]]), volume_idx=torch.zeros(3).int(),
+    )  # fmt: skip
+    expected = {
+        "rgb": 2 * (0.25 + 0.5 + 0.3) / 6,
+        "depth": 8 * (4 - 3) / 8,
+        "free_space": 0.05 / 2,  # starts 0.1 and 0.25 lie before 0.3: relu(0.2 - 0.3), relu(0.2 - 0.15)
+        "sdf": (0.1 + 0.1) / 2,  # |0.4 + 0.2 - 0.5|, |0.6 - 0.2 - 0.5|
+        "eikonal": (5 - 1) ** 2,
+        "points": 3 * (0.5 + 0.25) / 2,
+    }
+    losses = renderer.loss(out, rays)
+    assert losses.keys() == expected.keys()
+    for name, value in expected.items():
+        assert losses[name].item() == pytest.approx(value, rel=1e-6), name
+
+
+def test_points_on_the_surface():
+    """The distances are those of the field at the points of each volume, and they train it."""
+    volume, rays = random_scene()
+    volume.requires_grad_()
+    renderer = Renderer(replace(FEW, points_weight=1.0), SMALL)
+    position, idx = torch.rand(7, 3) * 4 - 2, torch.tensor([0, 0, 0, 1, 1, -1, -1]).int()
+    out = renderer(volume, rays, points=(position, idx))
+    sdf = renderer.field.sdf(
+        volume.permute(0, 2, 3, 4, 1), (position * SMALL.scale)[:, None], idx.clamp(min=0)
+    )[:, 0].abs()  # fmt: skip
+    loss = renderer.loss(out, rays)["points"]
+    torch.testing.assert_close(loss, (sdf[:3].mean() + sdf[3:5].mean()) / 2)
+    assert torch.autograd.grad(loss, volume)[0].abs().amax(dim=(1, 2, 3, 4)).min() > 0
+    with pytest.raises(AssertionError, match="needs points"):
+        renderer.loss(renderer(volume, rays), rays)
+
+
+@pytest.mark.parametrize("method", ["neus", "volsdf", "unisurf"])
+def test_jitter_alone_moves_samples(method):
+    volume, rays = random_scene()
+    renderer = Renderer(replace(FEW, method=method, search=16), SMALL)
+    first, again = renderer(volume, rays), renderer(volume, rays)
+    assert all(torch.equal(getattr(first, name), getattr(again, name)) for name in ("rgb", "depth", "starts"))
+    assert first.starts.shape == (len(rays), FEW.samples + FEW.importance)
+    jitter = torch.rand(len(rays), renderer.jitters)
+    moved, again = renderer(volume, rays, jitter), renderer(volume, rays, jitter)
+    assert torch.equal(moved.starts, again.starts) and not torch.equal(moved.starts, first.starts)
+    for out in (first, moved):
+        assert (out.starts.diff(dim=1) >= 0).all() and torch.isfinite(out.depth).all()
+
+
+def test_half_precision_is_kept_out():
+    volume, rays = random_scene()
+    renderer = Renderer(FEW, SMALL)
+    plain = renderer.loss(renderer(volume, rays), rays)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = renderer.loss(renderer(volume, rays), rays)
+    assert all(torch.equal(plain[name], mixed[name]) for name in plain)
+    assert renderer(volume.bfloat16(), rays).rgb.dtype == torch.float32
+
+
+@pytest.mark.parametrize("method", ["neus", "volsdf", "unisurf"])
+def test_kernels_render_what_the_references_render(method, monkeypatch):
+    """All ops take their kernels and fit together. In fp64: in fp32, rounding may move samples."""
+    pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+    volume, rays = random_scene(per_sample=(2, 3), dtype=torch.float64)
+    volume.requires_grad_()
+    renderer = Renderer(replace(FEW, method=method, search=16), SMALL).double()
+    jitter = torch.rand(len(rays), renderer.jitters, dtype=torch.float64)
+
+    def step():
+        out = renderer(volume, rays, jitter)
+        losses = renderer.loss(out, rays)
+        return {"rgb": out.rgb, "depth": out.depth, "starts": out.starts} | gradients(losses, renderer, volume)
+
+    expected = step()
+    monkeypatch.setattr(backend, "interpret", True)
+    with launches() as names:
+        found = step()
+    assert {"_clip_rays_kernel", "_trilinear_fwd_kernel", "_trilinear_bwd_kernel", "_composite_bwd_kernel"} <= {*names}
+    for name, value in expected.items():
+        assert_close_to_max(found[name], value, 1e-4, name)
+
+
+def test_unknown_method_is_named():
+    with pytest.raises(ValueError, match="no renderer 'nerf': choose neus, volsdf, unisurf"):
+        Renderer(replace(FEW, method="nerf"), SMALL)

@@ -1,0 +1,318 @@
+"""The synthetic city: the unmodified devkit takes it for nuScenes, its sensors agree, its seed decides all."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from nuscenes import NuScenes
+from nuscenes.eval.common.config import config_factory
+from nuscenes.eval.detection.evaluate import DetectionEval
+from nuscenes.eval.detection.utils import category_to_detection_name
+from nuscenes.eval.lidarseg.evaluate import LidarSegEval
+from nuscenes.eval.lidarseg.utils import LidarsegClassMapper
+from nuscenes.utils.data_classes import LidarPointCloud
+from nuscenes.utils.geometry_utils import points_in_box
+from nuscenes.utils.splits import create_splits_scenes
+from pyquaternion import Quaternion
+
+from unipad.data import synthetic
+from unipad.data.city import rig
+from unipad.data.city.raycast import GROUND, SKY, CameraView, LidarView, cast
+from unipad.data.city.solids import CATEGORIES, CATEGORY, SOLID, solid
+from unipad.data.city.traffic import Scene
+
+SMALL = {"scenes": 3, "keyframes": 3, "image_size": (72, 128), "workers": 2}
+TINY = {"scenes": 2, "keyframes": 2, "image_size": (32, 48), "columns": 60, "progress": False}
+USED = {"use_camera": True, "use_lidar": True, "use_radar": False, "use_map": False, "use_external": False}
+
+
+@pytest.fixture(scope="module")
+def city(tmp_path_factory):
+    """Root of a set with both scenes of mini_val, since LidarSegEval wants every scene of a split."""
+    return synthetic.generate(tmp_path_factory.mktemp("data") / "city", **SMALL, progress=False)
+
+
+@pytest.fixture(scope="module")
+def nusc(city):
+    return NuScenes(version="v1.0-mini", dataroot=str(city), verbose=False)
+
+
+@pytest.fixture(scope="module")
+def scene():
+    """A drive that turns left, of 2 seconds."""
+    return Scene(0, 1, 2.0)
+
+
+def validation(nusc):
+    names = create_splits_scenes()["mini_val"]
+    return [s for s in nusc.sample if nusc.get("scene", s["scene_token"])["name"] in names]
+
+
+def test_devkit_loads_and_draws_it(nusc, tmp_path):
+    assert {t for t in nusc.table_names} >= {
+        "attribute", "calibrated_sensor", "category", "ego_pose", "instance", "log", "map", "sample",
+        "sample_annotation", "sample_data", "scene", "sensor", "visibility", "lidarseg",
+    }  # fmt: skip
+    assert [len(nusc.scene), len(nusc.sample)] == [3, 9]
+    assert len(nusc.sample_data) == 3 * (6 * 3 + 3 + 2 * 9)
+    assert len(nusc.lidarseg) == 9
+    assert all((Path(nusc.dataroot) / d["filename"]).is_file() for d in nusc.sample_data)
+    sample = nusc.sample[1]
+    lidar = sample["data"]["LIDAR_TOP"]
+    nusc.render_sample_data(lidar, nsweeps=3, out_path=str(tmp_path / "sweeps.png"), verbose=False)
+    nusc.render_sample_data(lidar, show_lidarseg=True, out_path=str(tmp_path / "labels.png"), verbose=False)
+    nusc.render_sample_data(sample["data"]["CAM_BACK"], out_path=str(tmp_path / "back.png"), verbose=False)
+    nusc.render_pointcloud_in_image(sample["token"], out_path=str(tmp_path / "points.png"), verbose=False)
+    for name in ("sweeps", "labels", "back", "points"):
+        picture = cv2.imread(str(tmp_path / f"{name}.png"))
+        assert picture.std() > 20, name
+
+
+def test_it_says_that_it_is_synthetic(nusc, city):
+    assert synthetic.is_synthetic(city)
+    assert "Synthetic" in (city / "README.txt").read_text()
+    assert all(log["vehicle"] == "synthetic" and "synthetic" in log["location"] for log in nusc.log)
+    assert all("Synthetic" in scene["description"] for scene in nusc.scene)
+
+
+def test_chains_and_times_are_as_in_the_real_set(nusc):
+    for scene in nusc.scene:
+        first, last = nusc.get("sample", scene["first_sample_token"]), nusc.get("sample", scene["last_sample_token"])
+        assert first["prev"] == last["next"] == ""
+        frames = follow(nusc, "sample_data", first["data"]["LIDAR_TOP"])
+        assert [f["is_key_frame"] for f in frames] == [True] + ([False] * 9 + [True]) * 2
+        assert set(np.diff([f["timestamp"] for f in frames])) == {50_000}
+        keyframe = first
+        for frame in frames:  # a sweep belongs to the keyframe after it
+            if frame["timestamp"] > keyframe["timestamp"]:
+                keyframe = nusc.get("sample", keyframe["next"])
+            assert frame["sample_token"] == keyframe["token"]
+            assert not frame["is_key_frame"] or frame["timestamp"] == keyframe["timestamp"]
+        for channel in rig.CAMERAS:
+            frames = follow(nusc, "sample_data", first["data"][channel])
+            assert len(frames) == 3
+            early = [keyframe_time(nusc, f) - f["timestamp"] for f in frames]
+            assert all(0 < e < 50_000 for e in early)
+    for instance in nusc.instance:
+        chain = follow(nusc, "sample_annotation", instance["first_annotation_token"])
+        assert len(chain) == instance["nbr_annotations"]
+        assert chain[-1]["token"] == instance["last_annotation_token"]
+
+
+def follow(nusc, table, token):
+    records = []
+    while token:
+        records.append(nusc.get(table, token))
+        assert records[-1]["prev"] == (records[-2]["token"] if len(records) > 1 else "")
+        token = records[-1]["next"]
+    return records
+
+
+def keyframe_time(nusc, frame):
+    return nusc.get("sample", frame["sample_token"])["timestamp"]
+
+
+def test_ego_and_traffic_move_at_plausible_speeds(nusc):
+    for scene in nusc.scene:
+        frames = follow(nusc, "sample_data", nusc.get("sample", scene["first_sample_token"])["data"]["LIDAR_TOP"])
+        track = np.array([nusc.get("ego_pose", f["ego_pose_token"])["translation"] for f in frames])
+        speed = np.linalg.norm(np.diff(track, axis=0), axis=1) / 0.05
+        assert (speed > 4).all() and (speed < 10).all()
+        assert (track[:, :2] > 0).all()
+    speeds = {}
+    for annotation in nusc.sample_annotation:
+        speed = np.linalg.norm(nusc.box_velocity(annotation["token"]))
+        speeds.setdefault(annotation["category_name"], []).append(np.nan_to_num(speed))
+    assert 2 < max(speeds["vehicle.car"]) < 12
+    assert 0.5 < max(speeds["human.pedestrian.adult"]) < 2
+    assert max(speeds["movable_object.trafficcone"] + speeds["vehicle.trailer"]) == 0
+
+
+def test_tables_say_where_the_sensors_were(nusc):
+    for record in validation(nusc)[:2]:
+        name = nusc.get("scene", record["scene_token"])["name"]
+        scene = Scene(0, synthetic.SCENES.index(name), (SMALL["keyframes"] - 1) * 0.5)
+        start = nusc.get("sample", nusc.get("scene", record["scene_token"])["first_sample_token"])["timestamp"]
+        for channel in rig.CAMERAS:
+            frame = nusc.get("sample_data", record["data"][channel])
+            calibration = nusc.get("calibrated_sensor", frame["calibrated_sensor_token"])
+            pose = nusc.get("ego_pose", frame["ego_pose_token"])
+            turn = Quaternion(pose["rotation"])
+            view = rig.camera_view(scene, channel, SMALL["image_size"], (frame["timestamp"] - start) / 1e6)
+            origin = turn.rotate(np.array(calibration["translation"])) + pose["translation"]
+            np.testing.assert_allclose(view.origin, origin, atol=1e-6)
+            rotation = (turn * Quaternion(calibration["rotation"])).rotation_matrix
+            np.testing.assert_allclose(view.rotation, rotation, atol=1e-6)
+            np.testing.assert_allclose(view.intrinsic, calibration["camera_intrinsic"])
+
+
+def test_points_lie_on_the_ground_and_in_their_boxes(nusc):
+    for record in nusc.sample:
+        token = record["data"]["LIDAR_TOP"]
+        path, boxes, _ = nusc.get_sample_data(token)
+        points = LidarPointCloud.from_file(path).points
+        labels = np.fromfile(Path(nusc.dataroot) / nusc.get("lidarseg", token)["filename"], np.uint8)
+        assert len(labels) == points.shape[1]
+        assert points[3].min() >= 0 and points[3].max() <= 255
+        flat = np.isin(labels, [CATEGORY[n] for n in CATEGORIES if n.startswith("flat")])
+        assert np.abs(points[2, flat] + rig.LIDAR_POSITION[2]).max() < 0.06
+        owned = np.zeros(len(labels), bool)
+        for box in boxes:
+            mine = points_in_box(box, points[:3], wlh_factor=1.1) & (labels == CATEGORY[box.name])
+            assert mine.sum() >= nusc.get("sample_annotation", box.token)["num_lidar_pts"]
+            owned |= mine
+        actors = np.isin(labels, [CATEGORY[box.name] for box in boxes])
+        assert owned[actors].mean() > 0.99
+
+
+def test_perfect_detector_scores_one(nusc, tmp_path):
+    results = {}
+    for sample in validation(nusc):
+        results[sample["token"]] = [
+            {
+                "sample_token": sample["token"],
+                **{key: annotation[key] for key in ("translation", "size", "rotation")},
+                "velocity": np.nan_to_num(nusc.box_velocity(annotation["token"])[:2]).tolist(),
+                "detection_name": category_to_detection_name(annotation["category_name"]),
+                "detection_score": 1.0,
+                "attribute_name": "".join(nusc.get("attribute", a)["name"] for a in annotation["attribute_tokens"]),
+            }
+            for annotation in (nusc.get("sample_annotation", token) for token in sample["anns"])
+            if annotation["num_lidar_pts"]
+        ]
+    path = tmp_path / "results_nusc.json"
+    path.write_text(json.dumps({"meta": USED, "results": results}))
+    config = config_factory("detection_cvpr_2019")
+    evaluation = DetectionEval(nusc, config, str(path), "mini_val", str(tmp_path), verbose=False)
+    metrics = evaluation.main(plot_examples=0, render_curves=False)
+    assert metrics["nd_score"] == pytest.approx(1.0, abs=1e-4)
+    assert min(metrics["mean_dist_aps"].values()) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_perfect_labeller_scores_one_on_all_classes(nusc, tmp_path):
+    mapper = LidarsegClassMapper(nusc)
+    folder = tmp_path / "lidarseg" / "mini_val"
+    folder.mkdir(parents=True)
+    (tmp_path / "mini_val").mkdir()
+    (tmp_path / "mini_val" / "submission.json").write_text(json.dumps({"meta": USED}))
+    seen = set()
+    for sample in validation(nusc):
+        record = nusc.get("lidarseg", sample["data"]["LIDAR_TOP"])
+        truth = mapper.convert_label(np.fromfile(Path(nusc.dataroot) / record["filename"], np.uint8))
+        seen |= set(truth.tolist())
+        np.maximum(truth, 1).astype(np.uint8).tofile(folder / f"{record['sample_data_token']}_lidarseg.bin")
+    assert seen == set(range(17))  # 0, to be ignored, is the ego vehicle
+    assert LidarSegEval(nusc, str(tmp_path), "mini_val").evaluate()["miou"] == pytest.approx(1.0)
+
+
+def test_lidar_and_cameras_agree(scene):
+    """At one instant every LiDAR point is a camera's surface, but for what hides it from the camera."""
+    t, size = 1.0, (450, 800)
+    scan = rig.scan(scene, t, 360, np.random.default_rng(0))
+    points = scan.points[scan.category != CATEGORY["vehicle.ego"], :3].astype(np.float64)
+    rotation, translation = rig.ego_pose(scene, t)
+    points = points @ (rotation * rig.LIDAR_ROTATION).rotation_matrix.T
+    points += rotation.rotate(np.array(rig.LIDAR_POSITION)) + translation
+    compared = 0
+    for channel in rig.CAMERAS:
+        view = rig.camera_view(scene, channel, size, t)
+        distance, _ = cast(view, scene.solids(t))
+        depth = (distance * view.cosine).reshape(size)
+        x, y, z = ((points - view.origin) @ view.rotation).T
+        focal, u0, v0 = view.intrinsic[0, 0], *view.intrinsic[:2, 2]
+        u, v = (np.floor(c).astype(int) for c in (focal * x / z + u0, view.intrinsic[1, 1] * y / z + v0))
+        seen = (z > 1) & (u > 0) & (u < size[1] - 1) & (v > 0) & (v < size[0] - 1)
+        u, v, z = u[seen], v[seen], z[seen]
+        around = np.stack([depth[v + dv, u + du] for dv in (-1, 0, 1) for du in (-1, 0, 1)])
+        slack = 0.1 + 0.01 * z  # range noise, and half a pixel on slanted surfaces
+        assert (z < around.max(axis=0) + slack).mean() > 0.9, channel  # the rest is hidden from the camera
+        assert (z > around.min(axis=0) - slack).mean() > 0.999, channel  # none floats in front of its surface
+        compared += len(z)
+    assert compared > 3000
+
+
+def test_cast_by_hand():
+    box = solid((10, 0, 0), 0.0, (2, 2, 2), "plain", (1, 1, 1), "static.manmade")
+    ball = solid((0, 10, 0), 0.0, (2, 4, 2), "plain", (1, 1, 1), "static.vegetation", is_round=True)
+    wedge = solid((-10, 0, 0), 0.0, (4, 4, 2), "plain", (1, 1, 1), "static.manmade", taper=(1, 0, 0))
+    solids = np.array([box, ball, wedge], dtype=SOLID)
+    view = LidarView(np.array([0.0, 0, 1]), 0.0, np.radians([-45.0, 0, 45]), 4)
+    distance, hit = (a.reshape(view.shape) for a in cast(view, solids))
+    # level, towards +x, +y, -x, -y: the box's face, the ball's near pole, the wedge's face at half its height
+    np.testing.assert_allclose(distance[1, :3], [9, 8, 9], atol=1e-5)
+    assert hit[1].tolist() == [0, 1, 2, SKY]
+    np.testing.assert_allclose(distance[0], 2**0.5, atol=1e-5)
+    assert (hit[0] == GROUND).all() and (hit[2] == SKY).all()
+
+
+@pytest.mark.parametrize("kind", ["camera", "lidar"])
+def test_windows_lose_no_hit(scene, kind, monkeypatch):
+    """Testing each solid against its window of rays only gives what testing it against all gives."""
+    solids = scene.solids(0.5)
+    if kind == "camera":
+        view = rig.camera_view(scene, "CAM_FRONT_LEFT", (40, 64), 0.5)
+    else:
+        view = rig.lidar_view(scene, 90, 0.5)
+    found = cast(view, solids)
+    n, (rows, columns) = len(solids), view.shape
+    every = np.arange(n), np.zeros(n, int), np.full(n, rows), np.zeros(n, int), np.full(n, columns)
+    monkeypatch.setattr(CameraView if kind == "camera" else LidarView, "windows", lambda self, solids: every)
+    for windowed, full in zip(found, cast(view, solids), strict=True):
+        np.testing.assert_array_equal(windowed, full)
+
+
+def test_seed_decides_all_and_workers_nothing(tmp_path):
+    alone = synthetic.generate(tmp_path / "alone", workers=1, **TINY)
+    pair = synthetic.generate(tmp_path / "pair", workers=2, **TINY)
+    other = synthetic.generate(tmp_path / "other", workers=1, seed=1, **TINY)
+    assert contents(alone) == contents(pair)
+    mine, others = contents(alone), contents(other)
+    images = [name for name in mine if name.endswith(".jpg")]
+    assert images and all(mine[name] != others[name] for name in images)
+
+
+def contents(root):
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_a_failure_leaves_nothing_and_the_old_set_in_place(tmp_path, monkeypatch):
+    root = synthetic.generate(tmp_path / "set", workers=1, **TINY)
+    before = contents(root)
+    monkeypatch.setattr(synthetic, "_tables", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        synthetic.generate(root, workers=1, seed=1, **TINY)
+    assert contents(root) == before
+    assert list(tmp_path.iterdir()) == [root]
+    monkeypatch.undo()
+    synthetic.generate(root, workers=1, seed=1, **TINY)
+    assert contents(root) != before
+    assert list(tmp_path.iterdir()) == [root]
+
+
+def test_both_splits_are_in_any_number_of_scenes():
+    splits = create_splits_scenes()
+    assert synthetic.scene_names(10) == sorted(splits["mini_train"] + splits["mini_val"])
+    for count in range(2, 10):
+        names = synthetic.scene_names(count)
+        assert len(names) == count
+        assert set(names) & set(splits["mini_train"]) and set(names) & set(splits["mini_val"])
+
+
+@pytest.mark.parametrize("setting", [{"scenes": 1}, {"keyframes": 1}, {"image_size": (8, 8)}, {"workers": 0}])
+def test_senseless_settings_are_refused(tmp_path, setting):
+    with pytest.raises(synthetic.SettingError, match=next(iter(setting)).replace("_", "-")):
+        synthetic.generate(tmp_path / "set", **setting)
+    assert not (tmp_path / "set").exists()
+
+
+def test_command_line_keeps_its_hands_off_other_folders(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    command = [sys.executable, "-m", "unipad.data.synthetic", "--out", str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert run.returncode == 2
+    assert run.stderr.count("\n") == 1 and str(tmp_path) in run.stderr
+    assert list(tmp_path.iterdir()) == [tmp_path / "thesis.tex"]

@@ -1,0 +1,195 @@
+"""The training script as a user runs it: by subprocess, on a small city, on the CPU."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from train import Args
+
+REPO = Path(__file__).parent.parent
+SMALL = ["--device", "cpu", "--rays-per-view", "8", "--val-samples", "1", "--workers", "0", "--log-every", "1"]
+
+
+def train(*flags, cwd, launcher=(sys.executable,), check=True):
+    """Run train.py with SMALL settings in `cwd`; returns the finished process."""
+    done = subprocess.run(
+        [*launcher, str(REPO / "train.py"), *SMALL, *map(str, flags)],
+        cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    if check:
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+def environment():
+    """Ours without what the test suite adds for the kernels; compiled paths need no interpreter."""
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return clean | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+
+
+def curve(run, name="train/loss"):
+    """step -> value of one scalar in a run's log."""
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return {r["step"]: r[name] for r in records if name in r}
+
+
+def checkpoint(run):
+    return torch.load(run / "checkpoints" / "last.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def straight(city, tmp_path_factory):
+    """A run of eight steps without interruption: (run folder, finished process)."""
+    run = tmp_path_factory.mktemp("straight") / "run"
+    return run, train("--data-root", city, "--preset", "tiny", "--steps", 8, "--out", run, cwd=run.parent)
+
+
+def test_a_run_leaves_all_it_promises(straight):
+    run, done = straight
+    config = json.loads((run / "config.json").read_text())
+    assert config["steps"] == 8 and config["recipe"]["rays"]["per_view"] == 8
+    first = json.loads((run / "log.jsonl").read_text().splitlines()[0])
+    assert {"command", "commit", "versions", "gpu", "config"} <= first.keys()
+    assert sorted(curve(run)) == list(range(1, 9))
+    assert sorted(curve(run, "val/psnr")) == [0, 2, 4, 6, 8]
+    assert list((run / "tensorboard").iterdir())
+    assert (run / "images" / "val_000008.png").stat().st_size > 10_000
+    assert (run / "checkpoints" / "step_8.pt").exists()
+    assert "depth_abs_rel" in done.stdout and "tensorboard --logdir" in done.stdout
+
+
+def test_tensorboard_holds_the_promised_tags(straight):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(straight[0] / "tensorboard")).Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"train/loss", "train/rgb", "train/depth", "train/lr", "train/samples_per_s", "train/rays_per_s"} <= tags
+    assert {"val/psnr", "val/depth_abs_rel", "val/depth_rmse", "val/depth_delta1"} <= tags
+    assert events.Tags()["images"] == ["val"]
+
+
+def test_stopped_and_resumed_is_bit_equal_to_straight(straight, city, tmp_path):
+    flags = ["--data-root", city, "--preset", "tiny", "--steps", 8, "--out", tmp_path / "run"]
+    train(*flags, "--stop-at", 3, cwd=tmp_path)
+    assert checkpoint(tmp_path / "run")["step"] == 3
+    train(*flags, "--resume", "auto", cwd=tmp_path)
+    assert_same_weights(tmp_path / "run", straight[0])
+
+
+def test_killed_and_resumed_is_bit_equal_to_straight(straight, city, tmp_path):
+    """kill -9 in the middle; the newest run is found by itself."""
+    flags = ["--data-root", str(city), "--preset", "tiny", "--steps", "8", "--save-every", "1"]
+    command = [sys.executable, str(REPO / "train.py"), *SMALL, *flags]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL)
+    last = wait_for(lambda: list(tmp_path.glob("outputs/train-camera/*/checkpoints/last.pt")), process)[0]
+    process.kill()
+    process.wait()
+    run = last.parent.parent
+    killed_after = checkpoint(run)["step"]
+    assert 0 < killed_after < 8
+    done = train(*flags, "--resume", "auto", cwd=tmp_path)
+    assert f"steps {killed_after} to 8" in done.stdout
+    assert sorted(curve(run)) == list(range(1, 9))
+    assert_same_weights(run, straight[0])
+
+
+def test_ctrl_c_saves(city, tmp_path):
+    flags = ["--data-root", str(city), "--preset", "tiny", "--steps", "500", "--out", str(tmp_path / "run")]
+    command = [sys.executable, str(REPO / "train.py"), *SMALL, *flags]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: (tmp_path / "run").exists() and curve(tmp_path / "run"), process)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "saved" in out
+    assert checkpoint(tmp_path / "run")["step"] == max(curve(tmp_path / "run"))
+
+
+def test_two_processes_have_the_losses_of_one(city, tmp_path):
+    flags = ["--data-root", city, "--preset", "tiny", "--steps", 4, "--batch-size", 2]
+    train(*flags, "--out", tmp_path / "one", cwd=tmp_path)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    train(*flags, "--out", tmp_path / "two", cwd=tmp_path, launcher=torchrun)
+    for name in ("train/loss", "train/rgb", "train/depth", "train/grad_norm", "val/psnr", "val/depth_abs_rel"):
+        one, two = curve(tmp_path / "one", name), curve(tmp_path / "two", name)
+        assert one.keys() == two.keys()
+        assert all(one[s] == pytest.approx(two[s], rel=2e-3) for s in one), (name, one, two)
+
+
+def test_accumulated_passes_give_the_gradient_of_one_step(city, tmp_path):
+    """Batch norm sees half the samples, so the losses agree roughly, the schedule and the order exactly."""
+    flags = ["--data-root", city, "--preset", "tiny", "--steps", 2, "--batch-size", 2, "--val-every", 10]
+    train(*flags, "--out", tmp_path / "whole", cwd=tmp_path)
+    train(*flags, "--out", tmp_path / "halves", "--accumulate", 2, cwd=tmp_path)
+    for name in ("train/loss", "train/grad_norm"):
+        whole, halves = curve(tmp_path / "whole", name), curve(tmp_path / "halves", name)
+        assert whole[1] == pytest.approx(halves[1], rel=0.3), name
+    assert curve(tmp_path / "whole", "train/lr") == curve(tmp_path / "halves", "train/lr")
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--modality", "radar"], ["--modality radar", "camera"]),
+        (["--preset", "huge"], ["--preset huge", "tiny"]),
+        (["--version", "v1.0-test"], ["--version v1.0-test", "v1.0-mini"]),
+        (["--version", "v1.0-trainval"], ["v1.0-trainval", "v1.0-mini"]),
+        (["--data-root", "nowhere"], ["nowhere"]),
+        (["--data-root", "."], ["tables"]),
+        (["--device", "cuda"], ["--device cuda", "--device cpu"]),
+        (["--resume", "nowhere"], ["--resume nowhere"]),
+        (["--batch-size", "3", "--accumulate", "2"], ["--batch-size 3"]),
+        (["--steps", "0"], ["--steps 0"]),
+    ],
+    ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
+)
+def test_a_users_mistake_is_one_sentence(flags, words, city, tmp_path):
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU: asking for it is no mistake")
+    first = [] if "--data-root" in flags else ["--data-root", city]
+    done = train(*first, "--steps", 1, *flags, cwd=tmp_path, check=False)
+    assert done.returncode == 2, done.stderr[-2000:]
+    sentence = done.stderr.strip().splitlines()[-1]
+    assert sentence.startswith("error: ") and all(word in sentence for word in words), sentence
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_is_not_continued_under_other_settings(straight, city, tmp_path):
+    run, _ = straight
+    flags = ["--data-root", city, "--preset", "tiny", "--steps", 8, "--out", run]
+    again = train(*flags, cwd=tmp_path, check=False)
+    assert again.returncode == 2 and "holds a run already" in again.stderr
+    other = train(*flags, "--seed", 1, "--resume", "auto", cwd=tmp_path, check=False)
+    assert other.returncode == 2 and "--seed (0 there, 1 now)" in other.stderr
+
+
+def test_help_explains_every_flag():
+    command = [sys.executable, "train.py", "--help"]
+    done = subprocess.run(command, cwd=REPO, env=environment(), capture_output=True, text=True)
+    for name in Args.__dataclass_fields__:
+        assert "--" + name.replace("_", "-") in done.stdout
+    assert "default" in done.stdout and done.returncode == 0
+
+
+def wait_for(condition, process, seconds=120):
+    """Poll until `condition()` is true; the process must not end before."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := condition():
+            return found
+        assert process.poll() is None, "the run ended before it could be interrupted"
+        time.sleep(0.02)
+    raise AssertionError("nothing happened in time")
+
+
+def assert_same_weights(a, b):
+    a, b = checkpoint(a), checkpoint(b)
+    assert a["step"] == b["step"]
+    assert a["model"].keys() == b["model"].keys()
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])

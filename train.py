@@ -1,0 +1,291 @@
+"""Pre-train an encoder by rendering what it saw.
+
+    python train.py --modality camera                               # no data, no GPU: a synthetic city, a tiny model
+    python train.py --modality camera --data-root /data/nuscenes --version v1.0-trainval
+    torchrun --nproc-per-node 4 train.py --modality camera --data-root /data/nuscenes --version v1.0-trainval
+    python train.py --modality camera --steps 4 --device cpu        # is everything in place?
+
+The first line takes a few minutes on two CPU cores and ends with pictures of what the model renders on frames
+that it was never trained on. The paper's recipe (--preset camera-0.1, the default with --data-root) is 12 epochs
+at four samples a step.
+"""
+
+import math
+import resource
+import sys
+import time
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import torch
+import tyro
+
+from unipad.batch import CAMERAS
+from unipad.config import CONVNEXT, PRESETS
+from unipad.data.loader import held_out_batches, step_batches
+from unipad.data.nuscenes import NuScenesDataset
+from unipad.data.synthetic import generate
+from unipad.draw import rendered_views
+from unipad.evaluate import evaluate_rendering
+from unipad.model.pretrain import Pretrain
+from unipad.runtime import (
+    RunFolder,
+    StopOnSignal,
+    UserError,
+    as_plain,
+    generators,
+    mean_over_processes,
+    one_sentence_errors,
+    start,
+)
+
+
+@dataclass(frozen=True)
+class Args:
+    modality: str = "camera"  # what the encoder sees: camera
+    preset: str | None = None  # recipe: tiny or camera-0.1 (default: camera-0.1 with --data-root, tiny without)
+    data_root: Path | None = None  # folder of a nuScenes set (default: a synthetic city, made in data/synthetic)
+    version: str = "v1.0-mini"  # version of the set: v1.0-mini or v1.0-trainval
+    label_fraction: float = 1.0  # share of the training frames that is used, 0 to 1: every k-th frame
+    out: Path | None = None  # run folder (default: outputs/train-<modality>/<time>)
+    resume: str = "never"  # never; auto: go on with --out, or with the newest unfinished run; or a run folder
+    seed: int = 0  # seed of weights, order of samples, masks and rays
+    steps: int | None = None  # optimiser steps that the schedule spans (default: from --epochs)
+    stop_at: int | None = None  # optimiser step to save and stop at, the schedule unchanged (default: the last)
+    epochs: float | None = None  # passes over the training frames (default: the recipe's)
+    batch_size: int | None = None  # samples a step, over all processes (default: the recipe's)
+    accumulate: int = 1  # passes that a step is split into, to save memory
+    lr: float | None = None  # peak learning rate (default: the recipe's)
+    backbone: str | None = None  # ConvNeXt tiny, small, base or large (default: the recipe's)
+    mask_ratio: float | None = None  # share of 32-pixel image blocks hidden, 0 to 1 (default: the recipe's)
+    ray_choice: str | None = None  # depth, random or dilation (default: the recipe's)
+    rays_per_view: int | None = None  # rays a camera and step (default: the recipe's)
+    renderer: str | None = None  # neus, volsdf or unisurf (default: the recipe's)
+    workers: int | None = None  # data loading processes of each training process (default: 4 with a GPU, 1 without)
+    precision: str | None = None  # bf16, fp16 or fp32, of the encoder (default: bf16 with a GPU, fp32 without)
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    deterministic: bool = False  # bit-equal runs on a GPU too, by slower kernels
+    log_every: int = 10  # steps between progress lines
+    val_every: int | None = None  # steps between validations (default: a quarter of the run)
+    val_samples: int = 12  # held-out frames that a validation renders
+    save_every: int | None = None  # steps between checkpoints (default: a twentieth of the run, at most 1000)
+
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SPLITS = {"v1.0-mini": ("mini_train", "mini_val"), "v1.0-trainval": ("train", "val")}
+
+
+def main(args: Args):
+    recipe = recipe_of(args)
+    optim = recipe.optim
+    with start(args.device, args.deterministic) as world:
+        device = world.device
+        say = partial(print, flush=True) if world.is_main else lambda *_: None
+
+        # Data
+        root = args.data_root or synthetic_city(world)
+        train_split, val_split = SPLITS[args.version]
+        box = (recipe.grid.low, recipe.grid.high)  # points outside are no targets: no ray reaches them
+        with world.main_first():  # the first to come builds the index
+            train_set = NuScenesDataset(root, args.version, train_split, recipe.data, args.label_fraction, box)
+        val_set = NuScenesDataset(root, args.version, val_split, recipe.data, point_range=box)
+        steps = args.steps or max(1, round(optim.epochs * len(train_set) / optim.batch_size))
+        passes = world.size * args.accumulate
+        if optim.batch_size % passes:
+            raise UserError(
+                f"--batch-size {optim.batch_size} cannot be split over {world.size} processes x {args.accumulate} "
+                f"passes; use a multiple of {passes}."
+            )
+        share = optim.batch_size // passes  # samples of one pass of one process
+        workers = args.workers if args.workers is not None else (4 if device.type == "cuda" else 1)
+
+        # Model and optimiser
+        torch.manual_seed(args.seed)
+        net = Pretrain(recipe).to(device)
+        model = torch.nn.parallel.DistributedDataParallel(net) if world.size > 1 else net
+        backbone = [p for p in net.camera.backbone.parameters() if p.requires_grad]
+        rest = [p for n, p in net.named_parameters() if p.requires_grad and not n.startswith("camera.backbone.")]
+        groups = [{"params": rest, "scale": 1.0}, {"params": backbone, "scale": optim.backbone_lr}]
+        optimiser = torch.optim.AdamW(groups, optim.lr, weight_decay=optim.weight_decay, fused=device.type == "cuda")
+        dtype = PRECISIONS[args.precision or ("bf16" if device.type == "cuda" else "fp32")]
+        autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        parts = {"model": net, "optimiser": optimiser, "scaler": scaler}
+
+        def lr_at(step):
+            """Factor of the peak rate: linear warm-up, cosine decay."""
+            warm = optim.warmup_start + (1 - optim.warmup_start) * min(1.0, step / optim.warmup_steps)
+            return warm * (optim.final + (1 - optim.final) * (1 + math.cos(math.pi * step / steps)) / 2)
+
+        # A new run, or one to go on with
+        config = {"args": as_plain(args), "recipe": as_plain(recipe), "steps": steps}
+        run, saved = RunFolder.new_or_resumed(f"train-{args.modality}", args.out, args.resume, config, world)
+        first, before = 0, None  # before: metrics of the untrained model
+        if saved:
+            first, before = saved["step"], saved["before"]
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+        last = min(steps, args.stop_at or steps)
+        millions = sum(p.numel() for p in net.parameters()) / 1e6
+        say(f"{run.path}: {len(train_set)} frames, {millions:.1f} M weights, steps {first} to {last}, {device}")
+
+        def save(step, keep=False):
+            state = {name: part.state_dict() for name, part in parts.items()}
+            run.save(state | {"step": step, "before": before, "config": config}, keep)
+
+        def look(step):
+            """Render held-out frames: metrics and a picture."""
+            with autocast:
+                frames = held_out_batches(val_set, args.val_samples, world.rank, world.size)
+                metrics = evaluate_rendering(net, frames, args.seed, device)
+                if world.is_main:
+                    _, frame = next(held_out_batches(val_set, 1))
+                    picture = rendered_views(net, frame.to(device), generators(args.seed, 0, [0], device))
+                    run.picture("val", picture, step)
+            run.scalars({f"val/{name}": value for name, value in metrics.items()}, step)
+            say(f"step {step}/{steps}  held-out frames: {spelled(metrics)}")
+            return metrics
+
+        if not saved:
+            before = look(0)
+        after = None
+        val_every = args.val_every or math.ceil(steps / 4)
+        save_every = args.save_every or min(1000, math.ceil(steps / 20))
+        # What a step sees is a function of (seed, step), its order and its random numbers too: none of it needs saving.
+        batches = step_batches(train_set, share, first * args.accumulate, args.seed, world.rank, world.size, workers)
+        unreadable = set()
+        stop = StopOnSignal()
+        since, clock = first, time.perf_counter()
+
+        for step in range(first, last):
+            for group in optimiser.param_groups:
+                group["lr"] = optim.lr * group["scale"] * lr_at(step)
+            values = {}
+            for part in range(args.accumulate):
+                batch, bad_frames = next(batches)
+                position = (part * world.size + world.rank) * share  # of these samples among the step's
+                draws = generators(args.seed, step, range(position, position + share), device)
+                with autocast:
+                    losses, rays_missed = model(batch.to(device), draws)
+                loss = sum(losses.values())
+                scaler.scale(loss / args.accumulate).backward()
+                for name, value in {"loss": loss, **losses, "rays_missed": rays_missed}.items():
+                    values[name] = values.get(name, 0) + value.detach() / args.accumulate
+                for frame in set(bad_frames) - unreadable:
+                    print(f"skipped {frame}", file=sys.stderr)
+                unreadable.update(bad_frames)
+            scaler.unscale_(optimiser)
+            values["grad_norm"] = torch.nn.utils.clip_grad_norm_(net.parameters(), optim.clip)
+            scaler.step(optimiser)
+            scaler.update()
+            optimiser.zero_grad()
+
+            done = step + 1
+            report = done % args.log_every == 0 or done == last
+            look_now = done % val_every == 0 or done == last
+            stopped = (report or world.size == 1) and stop.asked(world)
+            save_now = done % save_every == 0 or look_now or stopped
+            if report or save_now:  # the only places where the host waits for the device
+                values = mean_over_processes(values)
+                # fp16 skips a step whose gradient overflows; anything else that is not finite would be saved
+                if not math.isfinite(values["loss"] + (0 if scaler.is_enabled() else values["grad_norm"])):
+                    raise UserError(f"the loss is not finite at step {done}: lower --lr or use --precision fp32.")
+            if report:
+                speed = optim.batch_size * (done - since) / (time.perf_counter() - clock)
+                since, clock = done, time.perf_counter()
+                rates = {"lr": optim.lr * lr_at(step), "samples_per_s": speed, **memory_mb(device)}
+                rates["rays_per_s"] = speed * len(CAMERAS) * recipe.rays.per_view
+                run.scalars({f"train/{name}": value for name, value in (values | rates).items()}, done)
+                left = timedelta(seconds=round((last - done) * optim.batch_size / speed))
+                say(f"step {done}/{steps}  {spelled(values)}  {spelled(rates)}  {left} to go")
+            if save_now:
+                save(done, keep=look_now)
+            if stopped:
+                say(f"stopped after step {done}, saved; go on with --resume {run.path}")
+                break
+            if look_now:
+                after = look(done)
+                since, clock = done, time.perf_counter()
+
+        run.close()
+        if unreadable:
+            say(f"{len(unreadable)} frames could not be read and were replaced; they are named above.")
+        say(summary(before, after, run.path) if after else f"checkpoint   {run.path / 'checkpoints' / 'last.pt'}")
+
+
+def recipe_of(args):
+    """The preset with the flags' changes."""
+    if args.modality != "camera":
+        raise UserError(f"--modality {args.modality} is not known; use camera.")
+    name = args.preset or ("camera-0.1" if args.data_root else "tiny")
+    known = {
+        "preset": (name, PRESETS),
+        "version": (args.version, SPLITS),
+        "precision": (args.precision, PRECISIONS),
+        "backbone": (args.backbone, CONVNEXT),
+        "ray-choice": (args.ray_choice, ("depth", "random", "dilation")),
+        "renderer": (args.renderer, ("neus", "volsdf", "unisurf")),
+    }
+    for flag, (value, choices) in known.items():
+        if value is not None and value not in choices:
+            raise UserError(f"--{flag} {value} is not known; use {', '.join(choices)}.")
+    if args.mask_ratio is not None and not 0 <= args.mask_ratio < 1:
+        raise UserError(f"--mask-ratio {args.mask_ratio} must be from 0 to below 1.")
+    for flag in ("workers", "seed"):
+        if (getattr(args, flag) or 0) < 0:
+            raise UserError(f"--{flag} {getattr(args, flag)} must not be below 0.")
+    for flag in ("steps", "stop_at", "epochs", "batch_size", "accumulate", "rays_per_view", "log_every", "val_every",
+                 "val_samples", "save_every", "lr"):  # fmt: skip
+        value = getattr(args, flag)
+        if value is not None and value <= 0:
+            raise UserError(f"--{flag.replace('_', '-')} {value} must be above 0.")
+    recipe = PRESETS[name]
+    depths, widths = CONVNEXT[args.backbone] if args.backbone else (None, None)
+    return replace(
+        recipe,
+        camera=changed(recipe.camera, depths=depths, widths=widths, mask_ratio=args.mask_ratio),
+        rays=changed(recipe.rays, strategy=args.ray_choice, per_view=args.rays_per_view),
+        render=changed(recipe.render, method=args.renderer),
+        optim=changed(recipe.optim, lr=args.lr, epochs=args.epochs, batch_size=args.batch_size),
+    )
+
+
+def changed(settings, **flags):
+    """`settings` with the flags that were given."""
+    return replace(settings, **{name: value for name, value in flags.items() if value is not None})
+
+
+def synthetic_city(world):
+    """The embedded data set, made once."""
+    root = Path("data/synthetic")
+    with world.main_first():
+        if not root.exists():
+            print(f"no --data-root: making a synthetic city in {root}, once")
+            generate(root)
+    return root
+
+
+def spelled(values):
+    return "  ".join(f"{name} {value:.3g}" for name, value in values.items())
+
+
+def memory_mb(device):
+    """Peak memory so far: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return {"gpu_mem_mb": torch.cuda.max_memory_allocated(device) / 2**20}
+    return {"mem_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10}
+
+
+def summary(before, after, path):
+    """What the run improved and where to look."""
+    lines = [f"{'held-out frames':<20}{'before':>10}{'after':>10}"]
+    lines += [f"{name:<20}{before[name]:>10.3f}{after[name]:>10.3f}" for name in before]
+    lines += [f"pictures     {path / 'images'}", f"checkpoint   {path / 'checkpoints' / 'last.pt'}"]
+    return "\n".join([*lines, f"curves       tensorboard --logdir {path.parent}"])
+
+
+if __name__ == "__main__":
+    with one_sentence_errors():
+        main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,10 @@
+"""UniPAD: self-supervised pre-training for autonomous driving by neural rendering.
+
+config.py    every setting as frozen dataclasses; the recipes of the paper as PRESETS
+batch.py     what the data hands to the model
+runtime.py   device, processes, random numbers, run folder, checkpoints
+evaluate.py  how good the renderings are: PSNR and depth errors
+draw.py      pictures of real beside rendered
+data/        nuScenes and the synthetic city, read into batches
+model/       encoders, volumes, rays, renderer
+"""

@@ -1,0 +1,53 @@
+"""The batch: the one interface between data and model.
+
+Frames: LiDAR x right, y forward, z up; camera x right, y down, z forward. Metres, seconds, pixels.
+Ragged fields are concatenated over the samples, with counts beside them.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+from torch import Tensor
+
+CAMERAS = (
+    "CAM_FRONT",
+    "CAM_FRONT_RIGHT",
+    "CAM_BACK_RIGHT",
+    "CAM_BACK",
+    "CAM_BACK_LEFT",
+    "CAM_FRONT_LEFT",
+)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B samples, N cameras in the order of `CAMERAS`."""
+
+    images: Tensor  # [B, N, 3, H, W] RGB in [0, 1], zero-padded at the right and bottom to a multiple of 32
+    image_sizes: Tensor  # [B, N, 2] int64 height, width before padding
+    lidar2image: Tensor  # [B, N, 4, 4] LiDAR metres -> (u*d, v*d, d, 1), pixels of `images`
+    lidar2camera: Tensor  # [B, N, 4, 4] LiDAR metres -> camera metres
+    points: Tensor  # [P, 5] x, y, z metres (LiDAR frame of the keyframe), intensity, time lag seconds
+    point_counts: Tensor  # [B] int64, on the host
+    boxes: Tensor  # [M, 9] x, y, z centre, w, l, h metres, yaw, vx, vy in the LiDAR frame
+    labels: Tensor  # [M] int64 detection class 0-9
+    box_counts: Tensor  # [B] int64, on the host
+    point_labels: Tensor | None  # [P] uint8 lidarseg class 0-16, 0 is ignore; None where the set has no labels
+    tokens: tuple[str, ...]  # sample tokens
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def to(self, device):
+        """The same batch on `device`; from pinned memory the copies overlap with the host's work.
+
+        The counts stay on the host, which slices by them.
+        """
+        moved = {k: t.to(device, non_blocking=True) for k, t in self._tensors().items() if not k.endswith("_counts")}
+        return replace(self, **moved)
+
+    def pin_memory(self):
+        return replace(self, **{k: t.pin_memory() for k, t in self._tensors().items()})
+
+    def _tensors(self):
+        named = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {k: v for k, v in named.items() if isinstance(v, Tensor)}

@@ -1,0 +1,297 @@
+"""How the city looks: colours and textures by what is hit and where, sun with shadows on the ground, sky.
+
+Colours are RGB in [0, 1]. Light = sky light from above + sun by Lambert's law; distance fades into haze.
+"""
+
+import cv2
+import numpy as np
+
+from unipad.data.city.raycast import CHUNK, GROUND, SKY, surface
+from unipad.data.city.solids import CATEGORY, MATERIALS, corners
+from unipad.data.city.streets import KERB, WHITE, YELLOW
+
+HAZE = np.array([0.76, 0.82, 0.88], np.float32)
+ZENITH = np.array([0.32, 0.52, 0.82], np.float32)
+HAZE_LENGTH = 320.0  # metres after which 1/e of a colour is left
+SUN, SKYLIGHT = np.float32(0.75), np.float32(0.42)
+FLOORS = {  # base colours of the ground
+    "flat.driveable_surface": (0.34, 0.34, 0.36),
+    "flat.other": (0.60, 0.47, 0.40),
+    "flat.sidewalk": (0.63, 0.61, 0.57),
+    "flat.terrain": (0.33, 0.43, 0.19),
+}
+MARKS = {WHITE: (0.92, 0.92, 0.90), YELLOW: (0.85, 0.66, 0.18), KERB: (0.74, 0.73, 0.70)}
+GLASS = np.array([0.13, 0.17, 0.21], np.float32)
+
+
+def photograph(scene, view, solids, distance, hit, shadow):
+    """[h, w, 3] uint8 image of what `cast` found; shadow: of `Shadows.at` the same moment."""
+    image = np.empty((len(hit), 3), np.uint8)
+    for begin in range(0, len(hit), CHUNK):
+        part = slice(begin, begin + CHUNK)
+        rgb = _light(scene, view.origin, view.directions[:, part], solids, distance[part], hit[part], shadow)
+        image[part] = (rgb.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+    return image.reshape(*view.shape, 3)
+
+
+def _light(scene, origin, directions, solids, distance, hit, shadow):
+    """[n, 3] colours that arrive along rays; directions: [3, n]."""
+    rgb = np.empty((len(hit), 3), np.float32)
+    above, floor, walls = (np.nonzero(chosen)[0] for chosen in (hit == SKY, hit == GROUND, hit >= 0))
+    rgb[above] = sky(directions[:, above], scene.sun)
+
+    x, y = (np.float32(origin[i]) + directions[i, floor] * distance[floor] for i in range(2))
+    light = SKYLIGHT + SUN * np.float32(scene.sun[2]) * (1 - shadow(x, y))
+    rgb[floor] = ground_colour(scene.city, x, y, distance[floor]) * light[:, None]
+
+    points = origin + (directions[:, walls] * distance[walls]).T  # [k, 3]
+    struck = hit[walls]
+    local, normal = surface(solids, struck, points)
+    c, s = np.cos(solids["yaw"]), np.sin(solids["yaw"])
+    sun = np.stack([c * scene.sun[0] + s * scene.sun[1], c * scene.sun[1] - s * scene.sun[0], scene.sun[2] + 0 * c])
+    facing = sum(normal[:, i] * sun[i].astype(np.float32)[struck] for i in range(3))
+    # little sky light reaches what is low or looks down
+    open_sky = (0.75 + 0.25 * normal[:, 2]) * np.clip(0.65 + 0.35 * points[:, 2].astype(np.float32), 0, 1)
+    light = SKYLIGHT * 1.25 * open_sky + SUN * np.maximum(facing, 0)
+    rgb[walls] = solid_colour(solids, struck, local, normal) * light[:, None]
+
+    seen = np.nonzero(hit != SKY)[0]
+    clear = np.exp(-distance[seen] / np.float32(HAZE_LENGTH))[:, None]
+    rgb[seen] = rgb[seen] * clear + HAZE * (1 - clear)
+    return rgb
+
+
+def sky(directions, sun):
+    """[n, 3] float32: haze at the horizon, blue above, light clouds, a glow around the sun."""
+    up = np.maximum(directions[2], 0.02)
+    rgb = HAZE + (ZENITH - HAZE) * np.minimum(up * 1.6, 1)[:, None]
+    x, y = 3 * directions[0] / up, 3 * directions[1] / up
+    cloud = noise(x, y) + noise(3 * x, 3 * y) / 2
+    rgb += (np.clip(cloud - 0.25, 0, 0.5) * np.minimum(up * 4, 1))[:, None] * (1 - rgb)
+    glow = np.maximum(directions[0] * sun[0] + directions[1] * sun[1] + directions[2] * sun[2], 0) ** 24
+    return (rgb + 0.35 * glow[:, None]).astype(np.float32)
+
+
+def ground_colour(city, x, y, distance):
+    """[n, 3] of the ground at world x, y: [n] float32; fine grain fades with distance."""
+    category, mark, depth = city.ground(x, y)
+    rgb = FLOOR_TABLE[category]
+    grass, walk = category == CATEGORY["flat.terrain"], category == CATEGORY["flat.sidewalk"]
+    grain = noise(x * 24, y * 24) * np.minimum(9 / np.maximum(distance, 1), 1)
+    rough = np.where(grass, 0.22, 0.10) * grain + np.where(grass, 0.16, 0.07) * noise(x * 2, y * 2)
+    rgb = rgb * (1 + rough)[:, None]
+    joint = walk & ((depth % 1.2 < 0.05) | ((x + y) % 1.7 < 0.05)) & (distance < 25)
+    rgb[joint] *= 0.8
+    tile = (category == CATEGORY["flat.other"]) & (((x % 1.0) < 0.5) == ((y % 1.0) < 0.5)) & (distance < 40)
+    rgb[tile] *= 0.9
+    painted = mark > 0
+    wear = 1 + 0.5 * rough[painted]
+    rgb[painted] = MARK_TABLE[mark[painted]] * wear[:, None]
+    return rgb.astype(np.float32)
+
+
+def solid_colour(solids, struck, local, normal):
+    """[n, 3] of points on `solids[struck]`; local, normal: [n, 3] as `surface` gives them."""
+    x, y, z = local.T
+    rgb = solids["colour"][struck] * (1 + np.float32(0.06) * noise(x * 9 + z * 7, y * 9 + z * 5))[:, None]
+    material = solids["material"][struck]
+    for index, name in enumerate(MATERIALS):
+        if name in TEXTURES:
+            chosen = np.nonzero(material == index)[0]
+            half = solids["half"][struck[chosen]]
+            rgb[chosen] = TEXTURES[name](rgb[chosen], local[chosen], normal[chosen], half)
+    return rgb
+
+
+def _facade(rgb, p, normal, half):
+    """Windows in storeys of 3.1 m and bays of 2.7 m, some lit or curtained; shop windows at the bottom."""
+    side = np.abs(normal[:, 0]) > 0.5
+    along, width = np.where(side, p[:, 1], p[:, 0]), np.where(side, half[:, 1], half[:, 0])
+    z, storey = p[:, 2] + half[:, 2], (p[:, 2] + half[:, 2]) // 3.1
+    bay = (along + width) // 2.7
+    u, v = (along + width) % 2.7, z % 3.1
+    shop = storey == 0
+    tall, wide = (v > np.where(shop, 0.5, 0.9)) & (v < np.where(shop, 2.6, 2.4)), np.where(shop, 1.05, 0.6)
+    pane = tall & (np.abs(u - 1.35) < wide)
+    pane &= (z < 2 * half[:, 2] - 0.6) & (width - np.abs(along) > 0.4)
+    frame = pane & ((np.abs(u - 1.35) < 0.05) | (np.abs(v - 1.7) < 0.04))
+    tint = noise(bay * 37 + half[:, 0] * 91, storey * 53 + half[:, 1] * 77)
+    glass = GLASS * 1.3 + (0.18 + 0.22 * tint)[:, None] * np.array([0.9, 1.0, 1.1], np.float32)
+    rgb = rgb * np.where((v < 0.12) & ~shop, 0.85, 1)[:, None]
+    rgb[pane] = glass[pane]
+    rgb[frame] = 0.8
+    return rgb
+
+
+def _foliage(rgb, p, normal, half):
+    x, y, z = p.T
+    leaves = noise(x * 7 + z * 5, y * 7 - z * 6) + noise(x * 19, z * 19 + y * 17)
+    return rgb * (0.95 + 0.25 * z / half[:, 2] + 0.28 * leaves)[:, None]
+
+
+def _signal(rgb, p, normal, half):
+    """Three lamps, the lowest lit."""
+    z = p[:, 2] / half[:, 2]
+    lamps = ((0.62, (0.35, 0.08, 0.06)), (0.0, (0.35, 0.26, 0.06)), (-0.62, (0.15, 0.85, 0.35)))
+    lateral = np.where(np.abs(normal[:, 0]) > 0.5, p[:, 1], p[:, 0]) / half[:, 0]
+    for middle, colour in lamps:
+        rgb[(z - middle) ** 2 * 7 + lateral**2 * 2 < 0.7] = colour
+    return rgb
+
+
+def _body(rgb, p, normal, half):
+    """The lower half of a vehicle: wheels, sill, lights, plates."""
+    side = np.abs(normal[:, 1]) > 0.5
+    z = p[:, 2] + half[:, 2]
+    rgb[z < 0.14] = 0.08
+    for axle in (-0.62, 0.62):
+        square = (p[:, 0] - axle * half[:, 0]) ** 2 + (z - 0.20) ** 2
+        rgb[side & (square < 0.36**2)] = 0.06
+        rgb[side & (square < 0.17**2)] = 0.55
+    front, back = normal[:, 0] > 0.5, normal[:, 0] < -0.5
+    lamp = (np.abs(p[:, 1]) > 0.6 * half[:, 1]) & (np.abs(p[:, 2] - 0.25 * half[:, 2]) < 0.35 * half[:, 2])
+    rgb[front & lamp] = (0.95, 0.95, 0.88)
+    rgb[back & lamp] = (0.75, 0.06, 0.05)
+    plate = (np.abs(p[:, 1]) < 0.27) & (np.abs(p[:, 2] + 0.2 * half[:, 2]) < 0.07)
+    rgb[(front | back) & plate] = 0.85
+    return rgb
+
+
+def _cabin(rgb, p, normal, half):
+    """Glass all round between pillars, under a painted roof."""
+    glass = (normal[:, 2] < 0.95) & (np.abs(p[:, 2]) < 0.78 * half[:, 2])
+    side = np.abs(normal[:, 1]) > 0.5
+    glass &= ~(side & (np.abs(p[:, 0]) < 0.05)) & ~(side & (np.abs(p[:, 0]) > 0.9 * half[:, 0]))
+    shine = 0.25 * np.clip(normal[:, 2] + 0.3 * noise(p[:, 0] * 3, p[:, 1] * 3 + p[:, 2] * 4), 0, 1)
+    rgb[glass] = GLASS + shine[glass, None]
+    return rgb
+
+
+def _coach(rgb, p, normal, half):
+    """A bus: a band of windows, a white stripe, wheels and lights."""
+    rgb = _body(rgb, p, normal, half)
+    share = (p[:, 2] + half[:, 2]) / (2 * half[:, 2])
+    side = np.abs(normal[:, 1]) > 0.5
+    along = np.where(side, p[:, 0] % 1.45, np.abs(p[:, 1]))
+    wall = normal[:, 2] < 0.5
+    pane = wall & (share > 0.44) & (share < 0.84) & np.where(side, along > 0.12, along < half[:, 1] - 0.15)
+    rgb[wall & (share > 0.34) & (share < 0.39)] = 0.9
+    rgb[pane] = GLASS + 0.06
+    return rgb
+
+
+def _cargo(rgb, p, normal, half):
+    """Corrugated sheet with a dark frame."""
+    side = np.abs(normal[:, 1]) > 0.5
+    rib = np.where(side, p[:, 0], p[:, 1]) % 0.6 < 0.12
+    frame = (half[:, 2] - np.abs(p[:, 2]) < 0.12) | (side & (half[:, 0] - np.abs(p[:, 0]) < 0.12))
+    rgb = rgb * np.where(rib, 0.85, 1)[:, None]
+    rgb[frame & (normal[:, 2] < 0.5)] *= 0.6
+    return rgb
+
+
+def _stripes(rgb, p, normal, half):
+    """Reflecting white bands, level on a cone and slanted on a barrier."""
+    slanted = half[:, 1] > 0.6
+    phase = np.where(slanted, p[:, 1] + p[:, 2], p[:, 2]) % np.where(slanted, 0.5, 0.4)
+    rgb[phase < np.where(slanted, 0.25, 0.16)] = 0.92
+    return rgb
+
+
+TEXTURES = {
+    "facade": _facade, "foliage": _foliage, "signal": _signal, "body": _body,
+    "cabin": _cabin, "coach": _coach, "cargo": _cargo, "stripes": _stripes,
+}  # fmt: skip
+
+
+def _table(colours, length):
+    table = np.zeros((length, 3), np.float32)
+    for index, colour in colours.items():
+        table[index] = colour
+    return table
+
+
+FLOOR_TABLE = _table({CATEGORY[name]: colour for name, colour in FLOORS.items()}, 32)
+MARK_TABLE = _table(MARKS, 4)
+
+
+def _noise_table():
+    """[256, 256] smooth noise of a few octaves, periodic, about -1 to 1."""
+    rng = np.random.default_rng(7)
+    spectrum = np.fft.rfft2(rng.normal(size=(256, 256)))
+    frequency = np.hypot(np.fft.fftfreq(256)[:, None], np.fft.rfftfreq(256)[None])
+    field = np.fft.irfft2(spectrum / (frequency + 0.02), s=(256, 256))
+    return (field / (2 * field.std())).clip(-1, 1).astype(np.float32)
+
+
+NOISE = _noise_table()
+
+
+def noise(x, y):
+    """Noise at x, y: [n] in cells of its table."""
+    return NOISE[np.floor(x).astype(np.int64) & 255, np.floor(y).astype(np.int64) & 255]
+
+
+def intensity(city, view, solids, distance, hit):
+    """[n] float32 LiDAR intensity in [0, 255] of what `cast` found: brightness at the surface, without its texture.
+
+    Also returns [n] uint8, the lidarseg index of what was hit; 0 for the sky.
+    """
+    category = np.zeros(len(hit), np.uint8)
+    bright = np.zeros(len(hit), np.float32)
+    floor, struck = np.nonzero(hit == GROUND)[0], np.nonzero(hit >= 0)[0]
+    x, y = (np.float32(view.origin[i]) + view.directions[i, floor] * distance[floor] for i in range(2))
+    category[floor], mark, _ = city.ground(x, y)
+    rgb = np.where((mark > 0)[:, None], MARK_TABLE[mark], FLOOR_TABLE[category[floor]])
+    bright[floor] = rgb.mean(axis=1)
+    category[struck] = solids["category"][hit[struck]]
+    bright[struck] = solids["colour"][hit[struck]].mean(axis=1)
+    return 70 * bright**1.5, category
+
+
+class Shadows:
+    """Shadows on the ground: 1 where the sun does not reach, on a raster around a scene's track."""
+
+    CELL = 0.125  # metres
+    REACH = 60.0  # metres around the track; beyond there are none
+
+    def __init__(self, scene):
+        self.sun = scene.sun
+        track = scene.track
+        self.low = track.min(axis=0) - self.REACH
+        width, height = np.ceil((track.max(axis=0) + self.REACH - self.low) / self.CELL).astype(int)
+        self.fixed = np.zeros((height, width), np.uint8)
+        self._draw(self.fixed, scene.fixed)
+        self.fixed = cv2.GaussianBlur(self.fixed, (5, 5), 1.2)
+
+    def at(self, solids):
+        """Function of world x, y: [n] giving the shade [n] in [0, 1], with the movers among `solids`."""
+        raster = self.fixed.copy()
+        self._draw(raster, solids[solids["owner"] >= 0])
+        height, width = raster.shape
+
+        def shade(x, y):
+            column = ((x - self.low[0]) / self.CELL).astype(np.int64)
+            row = ((y - self.low[1]) / self.CELL).astype(np.int64)
+            inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+            found = raster[row.clip(0, height - 1), column.clip(0, width - 1)]
+            return np.where(inside, found, 0).astype(np.float32) / 255
+
+        return shade
+
+    def _draw(self, raster, solids):
+        for outline in self._outlines(solids):
+            cv2.fillConvexPoly(raster, cv2.convexHull(outline), 255, shift=4)
+
+    def _outlines(self, solids):
+        """[n, 8, 2] int32 corners of each solid thrown on the ground, in 1/16 cells."""
+        p = corners(solids)  # [n, 8, 3]
+        top = p[..., 2:] > solids["centre"][:, None, 2:]
+        # an ellipsoid as the box of equal shadow area, a tapered box as one narrowed at the top
+        lean = solids["taper"].mean(axis=1) * 2 * solids["half"][:, 2] / solids["half"][:, :2].max(axis=1)
+        shrink = np.where(solids["round"], 0.78, 1)[:, None, None]
+        narrow = np.where(top, 1 - lean.clip(0, 1)[:, None, None], 1)
+        middle = solids["centre"][:, None]
+        p = middle + (p - middle) * shrink * np.concatenate([narrow, narrow, np.ones_like(narrow)], axis=-1)
+        thrown = p[..., :2] - p[..., 2:] * (self.sun[:2] / self.sun[2])
+        return ((thrown - self.low) / self.CELL * 16).round().astype(np.int32)

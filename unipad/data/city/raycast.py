@@ -1,0 +1,230 @@
+"""Exact ray casting of upright convex solids on flat ground, in numpy.
+
+A solid is a tapered box {p : n_i . p <= h_i} of six planes, or an ellipsoid. A ray o + t d enters the box at
+the largest t = (h_i - n_i . o) / (n_i . d) over the planes it runs against, and leaves it at the smallest
+over the others. A view lays its rays out as a grid, so that a solid can touch only a rectangle of them: all
+(ray, solid) pairs of these rectangles are tested at once and the nearest hit of every ray is kept.
+
+World frame: x, y in the ground plane, z up, ground at z = 0; metres. Element-wise arithmetic only (no BLAS),
+so results do not depend on the number of threads.
+"""
+
+import numpy as np
+
+from unipad.data.city.solids import EDGES, corners, to_local
+
+GROUND, SKY = -1, -2  # in place of a solid's index
+NEAR = 0.05  # metres from the origin within which nothing is hit
+
+
+class CameraView:
+    """The pixels of a pinhole camera, each looked at through its middle."""
+
+    def __init__(self, origin, rotation, intrinsic, size):
+        """origin: [3] and rotation: [3, 3] camera -> world; intrinsic: [3, 3] pixels; size: (height, width)."""
+        self.origin, self.rotation, self.intrinsic, self.shape = origin, rotation, intrinsic, size
+        v, u = np.mgrid[: size[0], : size[1]].astype(np.float32).reshape(2, -1) + np.float32(0.5)
+        x, y = (u - intrinsic[0, 2]) / intrinsic[0, 0], (v - intrinsic[1, 2]) / intrinsic[1, 1]
+        norm = np.sqrt(x * x + y * y + 1)
+        self.cosine = (1 / norm).astype(np.float32)  # [n] depth along the optical axis per metre of ray
+        r = rotation
+        self.directions = np.stack([(r[i, 0] * x + r[i, 1] * y + r[i, 2]) / norm for i in range(3)]).astype(np.float32)
+
+    def windows(self, solids):
+        """Rectangles of pixels that can see each solid: (solid, row begin, end, column begin, end), each [w]."""
+        corner = np.einsum("nkj,ji->nki", corners(solids) - self.origin, self.rotation)  # [n, 8, 3] camera
+        a, b = corner[:, EDGES[0]], corner[:, EDGES[1]]  # [n, 12, 3]
+        za, zb = a[..., 2:], b[..., 2:]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            s = (NEAR - za) / (zb - za)  # where an edge passes the near plane
+            a, b = np.where(za < NEAR, a + s * (b - a), a), np.where(zb < NEAR, a + s * (b - a), b)
+            p = np.concatenate([a, b], axis=1)  # [n, 24, 3]
+            u = self.intrinsic[0, 0] * p[..., 0] / p[..., 2] + self.intrinsic[0, 2]
+            v = self.intrinsic[1, 1] * p[..., 1] / p[..., 2] + self.intrinsic[1, 2]
+        hidden = np.concatenate([(za < NEAR) & (zb < NEAR)] * 2, axis=1)[..., 0]
+        h, w = self.shape
+        low, high = np.where(hidden, np.inf, (v, u)).min(axis=2), np.where(hidden, -np.inf, (v, u)).max(axis=2)
+        limit = np.array([[h], [w]])
+        begin = np.clip(np.floor(low), 0, limit).astype(np.int64)
+        end = np.clip(np.ceil(high), 0, limit).astype(np.int64)
+        seen = np.nonzero((end > begin).all(axis=0))[0]
+        return seen, begin[0, seen], end[0, seen], begin[1, seen], end[1, seen]
+
+
+class LidarView:
+    """The beams of an upright spinning LiDAR: one row a ring, one column an azimuth, counter-clockwise."""
+
+    def __init__(self, origin, yaw, elevations, columns):
+        """origin: [3]; yaw: radians of column 0 in the world; elevations: [rings] radians, ascending."""
+        self.origin, self.yaw, self.elevations = origin, yaw, elevations
+        self.shape = (len(elevations), columns)
+        self.step = 2 * np.pi / columns
+        azimuth = yaw + self.step * np.arange(columns)
+        flat, up = np.cos(elevations)[:, None], np.sin(elevations)[:, None] + np.zeros(columns)
+        directions = np.stack([flat * np.cos(azimuth), flat * np.sin(azimuth), up])
+        self.directions = directions.reshape(3, -1).astype(np.float32)
+
+    def windows(self, solids):
+        corner = corners(solids) - self.origin
+        middle = np.arctan2(solids["centre"][:, 1] - self.origin[1], solids["centre"][:, 0] - self.origin[0])
+        turn = np.arctan2(corner[..., 1], corner[..., 0]) - middle[:, None]
+        turn = (turn + np.pi) % (2 * np.pi) - np.pi
+        # the distance from the footprint bounds the elevations under which the solid is seen
+        local = to_local(solids, self.origin)[:, :2]
+        near = np.hypot(*np.maximum(np.abs(local) - solids["half"][:, :2], 0).T)
+        far = np.hypot(corner[..., 0], corner[..., 1]).max(axis=1)
+        top, bottom = corner[..., 2].max(axis=1), corner[..., 2].min(axis=1)
+        up = np.arctan2(top, np.where(top > 0, np.maximum(near, 1e-3), far))
+        down = np.arctan2(bottom, np.where(bottom > 0, far, np.maximum(near, 1e-3)))
+        margin = 1e-4  # radians, far above the rounding of the directions
+        row0 = np.searchsorted(self.elevations, down - margin)
+        row1 = np.searchsorted(self.elevations, up + margin)
+        columns = self.shape[1]
+        around = near == 0
+        col0 = np.floor((middle + turn.min(axis=1) - self.yaw - margin) / self.step).astype(np.int64)
+        col1 = np.ceil((middle + turn.max(axis=1) - self.yaw + margin) / self.step).astype(np.int64) + 1
+        begin = np.where(around, 0, col0 % columns)
+        end = begin + np.where(around, columns, np.minimum(col1 - col0, columns))
+        # a window over the seam is two windows
+        index = np.tile(np.arange(len(solids)), 2)
+        begin = np.concatenate([begin, np.zeros_like(begin)])
+        end = np.concatenate([np.minimum(end, columns), end - columns])
+        row0, row1 = np.tile(row0, 2), np.tile(row1, 2)
+        seen = (end > begin) & (row1 > row0)
+        return index[seen], row0[seen], row1[seen], begin[seen], end[seen]
+
+
+def cast(view, solids):
+    """The nearest surface along every ray of `view`.
+
+    Returns:
+        distance: [n] float32 metres along the ray, inf where there is only sky.
+        hit:      [n] int64 index into `solids`, GROUND or SKY.
+    """
+    n = view.directions.shape[1]
+    # Distance and index share a key: the bits of positive floats are ordered as the floats are.
+    with np.errstate(divide="ignore"):
+        ground = -np.float32(view.origin[2]) / view.directions[2]
+    ground = np.where(ground > 0, ground, np.float32(np.inf))
+    nearest = _key(ground, np.full(n, len(solids), np.uint64))
+    for ray, solid, distance in crossings(view, solids):
+        np.minimum.at(nearest, ray, _key(distance, solid.astype(np.uint64)))
+    distance = (nearest >> np.uint64(32)).astype(np.uint32).view(np.float32)
+    hit = (nearest & np.uint64(0xFFFFFFFF)).astype(np.int64)
+    hit[hit == len(solids)] = GROUND
+    hit[np.isinf(distance)] = SKY
+    return distance, hit
+
+
+def crossings(view, solids):
+    """Yields (ray, solid, distance), each [k], for every solid that a ray would hit were it alone."""
+    solid, row0, row1, col0, col1 = view.windows(solids)
+    area = (row1 - row0) * (col1 - col0)
+    for is_round, entry in ((False, _box_entry), (True, _ellipsoid_entry)):
+        chosen = np.nonzero(solids["round"][solid] == is_round)[0]
+        chunk = np.cumsum(area[chosen]) // CHUNK
+        for part in np.split(chosen, np.nonzero(np.diff(chunk))[0] + 1):
+            if len(part):
+                ray = _rays(row0[part], row1[part], col0[part], col1[part], view.shape[1])
+                d = [axis[ray] for axis in view.directions]
+                distance = entry(solids[solid[part]], view.origin, d, area[part])
+                met = np.nonzero(np.isfinite(distance))[0]
+                yield ray[met], np.repeat(solid[part], area[part])[met], distance[met]
+
+
+CHUNK = 1 << 16  # pairs tested (rays painted) together: their temporaries stay in the processor's caches
+
+
+def surface(solids, struck, points):
+    """Points on the surface of solids, seen from within.
+
+    Args:
+        solids: [n] SOLID.
+        struck: [k] index into `solids` of each point.
+        points: [k, 3] world.
+
+    Returns:
+        local:  [k, 3] float32 from the solid's centre, x along its heading.
+        normal: [k, 3] float32 outward, unit, in the solid's axes.
+    """
+    c, s = (f(solids["yaw"]).astype(np.float32)[struck] for f in (np.cos, np.sin))
+    x, y, z = (points - solids["centre"][struck]).astype(np.float32).T
+    local = np.stack([c * x + s * y, c * y - s * x, z], axis=1)
+    half, taper, ball = (solids[field][struck] for field in ("half", "taper", "round"))
+    lift = local[:, 2] + half[:, 2]
+    front, back, side = taper.T
+    slack = np.stack(  # metres inside each plane; the face hit is the one with least
+        [
+            half[:, 0] - front * lift - local[:, 0],
+            half[:, 0] - back * lift + local[:, 0],
+            half[:, 1] - side * lift - np.abs(local[:, 1]),
+            half[:, 2] - np.abs(local[:, 2]),
+        ]
+    )
+    face = np.abs(slack).argmin(axis=0)
+    sign = np.sign(local)
+    normal = np.zeros_like(local)
+    normal[:, 0] = np.select([face == 0, face == 1], [1, -1], 0)
+    normal[:, 1] = np.where(face == 2, sign[:, 1], 0)
+    normal[:, 2] = np.select([face == 0, face == 1, face == 2], [front, back, side], sign[:, 2])
+    normal[ball] = local[ball] / half[ball] ** 2
+    return local, normal / np.maximum(np.sqrt((normal * normal).sum(axis=1, keepdims=True)), 1e-9)
+
+
+def _key(distance, index):
+    return (distance.astype(np.float32).view(np.uint32).astype(np.uint64) << np.uint64(32)) | index
+
+
+def _rays(row0, row1, col0, col1, width):
+    """Indices of the rays of rectangles, one after the other."""
+    rows = row1 - row0
+    row = np.arange(rows.sum()) + np.repeat(row0 - np.cumsum(rows) + rows, rows)
+    length = np.repeat(col1 - col0, rows)
+    begin = row * width + np.repeat(col0, rows)
+    return np.arange(length.sum()) + np.repeat(begin - np.cumsum(length) + length, length)
+
+
+def _local_rays(solids, d, count):
+    c, s = (np.repeat(f(solids["yaw"]).astype(np.float32), count) for f in (np.cos, np.sin))
+    return c * d[0] + s * d[1], c * d[1] - s * d[0], d[2]
+
+
+def _box_entry(solids, origin, d, count):
+    """Distances [pairs] at which rays `d` (three [pairs]) enter; `count` rays belong to each solid; inf is a miss."""
+    o, half = to_local(solids, origin), solids["half"]
+    lift = o[:, 2] + half[:, 2]
+    front, back, side = solids["taper"].T
+    dx, dy, dz = _local_rays(solids, d, count)
+    enter = np.full(len(dx), NEAR, np.float32)
+    leave = np.full(len(dx), np.inf, np.float32)
+    for along, inwards, room in (
+        (dx, front, half[:, 0] - front * lift - o[:, 0]),
+        (-dx, back, half[:, 0] - back * lift + o[:, 0]),
+        (dy, side, half[:, 1] - side * lift - o[:, 1]),
+        (-dy, side, half[:, 1] - side * lift + o[:, 1]),
+        (dz, None, half[:, 2] - o[:, 2]),
+        (-dz, None, half[:, 2] + o[:, 2]),
+    ):
+        if inwards is not None and inwards.any():
+            along = along + np.repeat(inwards.astype(np.float32), count) * dz
+        # a ray parallel to the plane leaves it at +-infinity, by the side it runs on
+        along = np.where(np.abs(along) < 1e-12, np.float32(1e-12), along)
+        t = np.repeat(room.astype(np.float32), count) / along
+        against = along < 0
+        np.maximum(enter, t, out=enter, where=against)
+        np.minimum(leave, t, out=leave, where=~against)
+    # a ray that starts inside has no entry
+    return np.where((enter < leave) & (enter > NEAR), enter, np.float32(np.inf))
+
+
+def _ellipsoid_entry(solids, origin, d, count):
+    half = solids["half"]
+    q = to_local(solids, origin) / half
+    v = [axis / np.repeat(half[:, i], count) for i, axis in enumerate(_local_rays(solids, d, count))]
+    q_i = [np.repeat(q[:, i].astype(np.float32), count) for i in range(3)]
+    a = v[0] * v[0] + v[1] * v[1] + v[2] * v[2]
+    b = v[0] * q_i[0] + v[1] * q_i[1] + v[2] * q_i[2]
+    c = np.repeat(((q * q).sum(axis=1) - 1).astype(np.float32), count)
+    under = b * b - a * c
+    t = (-b - np.sqrt(np.maximum(under, 0))) / a
+    return np.where((under > 0) & (t > NEAR), t, np.float32(np.inf))

@@ -1,0 +1,151 @@
+"""The sensors on the ego vehicle: six cameras and a spinning LiDAR, as on the real nuScenes cars.
+
+Frames: ego x forward, y left, z up, at the middle of the rear axle on the ground; LiDAR x right, y forward,
+z up; camera x right, y down, z forward. Metres, seconds; pixels with the first one's middle at (0.5, 0.5).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from pyquaternion import Quaternion
+
+from unipad.data.city.paint import intensity
+from unipad.data.city.raycast import CameraView, LidarView, cast, crossings
+from unipad.data.city.solids import SOLID, solid, to_local
+
+
+@dataclass(frozen=True)
+class Camera:
+    """The real one, rounded."""
+
+    position: tuple[float, float, float]  # ego frame
+    yaw: float  # degrees to the left
+    pitch: float  # degrees up
+    focal: float  # pixels at 900 x 1600, as is the principal point
+    principal: tuple[float, float]
+    early: float  # seconds it fires before the LiDAR's time: the LiDAR triggers it as it sweeps past
+
+
+CAMERAS = {
+    "CAM_FRONT": Camera((1.70, 0.02, 1.51), 0.3, -0.3, 1266.4, (816.3, 491.5), 0.0355),
+    "CAM_FRONT_RIGHT": Camera((1.55, -0.49, 1.50), -56.4, 0.1, 1260.8, (808.0, 495.3), 0.0275),
+    "CAM_BACK_RIGHT": Camera((1.01, -0.48, 1.56), -110.8, -0.9, 1259.5, (807.3, 501.2), 0.0198),
+    "CAM_BACK": Camera((0.03, 0.00, 1.58), 179.9, 1.0, 809.2, (829.2, 481.8), 0.0104),
+    "CAM_BACK_LEFT": Camera((1.04, 0.48, 1.59), 108.6, -0.9, 1256.7, (792.1, 492.8), 0.0005),
+    "CAM_FRONT_LEFT": Camera((1.52, 0.49, 1.51), 55.2, 0.1, 1272.6, (826.6, 479.8), 0.0431),
+}
+FULL_SIZE = (900, 1600)
+CAMERA_AXES = Quaternion(0.5, -0.5, 0.5, -0.5)  # camera -> ego for one that looks ahead
+
+LIDAR = "LIDAR_TOP"
+LIDAR_POSITION = (0.94, 0.0, 1.84)
+LIDAR_ROTATION = Quaternion(axis=(0, 0, 1), degrees=-90)  # LiDAR -> ego
+BEAMS = np.radians(np.linspace(-30.67, 10.67, 32))  # elevations, ring 0 first
+LIDAR_RANGE = 70.0
+RANGE_NOISE, INTENSITY_NOISE, DROPOUT = 0.01, 2.0, 0.02  # standard deviations in metres and of 255; share of beams
+
+# The ego vehicle in its own frame. Only the LiDAR sees it: the cameras are on its outside and look away.
+EGO = np.array(
+    [
+        solid((1.39, 0, 0.2), 0.0, (4.08, 1.73, 0.7), "body", (0.9,) * 3, "vehicle.ego"),
+        solid((0.8, 0, 0.9), 0.0, (2.7, 1.6, 0.5), "cabin", (0.9,) * 3, "vehicle.ego", (1.2, 0.8, 0.5)),
+    ],
+    dtype=SOLID,
+)
+
+
+def ego_pose(scene, t):
+    """Ego -> world at time t: rotation, translation [3]."""
+    x, y, yaw = scene.ego.pose(t)
+    return Quaternion(axis=(0, 0, 1), radians=yaw), np.array([x, y, 0.0])
+
+
+def camera_rotation(channel):
+    """Camera -> ego."""
+    camera = CAMERAS[channel]
+    turn = Quaternion(axis=(0, 0, 1), degrees=camera.yaw) * Quaternion(axis=(0, 1, 0), degrees=-camera.pitch)
+    return turn * CAMERA_AXES
+
+
+def intrinsic(channel, size):
+    """[3, 3] pixels, for images of (height, width) `size`."""
+    camera, (sy, sx) = CAMERAS[channel], np.divide(size, FULL_SIZE)
+    (u, v), f = camera.principal, camera.focal
+    return np.array([[f * sx, 0, u * sx], [0, f * sy, v * sy], [0, 0, 1]])
+
+
+def camera_view(scene, channel, size, t):
+    """The rays of a camera at time t; size: (height, width)."""
+    rotation, translation = ego_pose(scene, t)
+    origin = rotation.rotate(np.array(CAMERAS[channel].position)) + translation
+    return CameraView(origin, (rotation * camera_rotation(channel)).rotation_matrix, intrinsic(channel, size), size)
+
+
+def lidar_view(scene, columns, t):
+    """The beams of the LiDAR at time t; its first column looks along its x axis, to the right."""
+    rotation, translation = ego_pose(scene, t)
+    origin = rotation.rotate(np.array(LIDAR_POSITION)) + translation
+    return LidarView(origin, scene.ego.pose(t)[2] - np.pi / 2, BEAMS, columns)
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One revolution of the LiDAR, n returns in firing order: all rings of an azimuth, then the next azimuth."""
+
+    points: np.ndarray  # [n, 5] float32 x, y, z metres (LiDAR frame), intensity 0-255, ring
+    category: np.ndarray  # [n] uint8 lidarseg index
+    owner: np.ndarray  # [n] actor, -1 for anything else
+    struck: np.ndarray  # [actors] beams that ended on each actor, returned or not
+
+
+def scan(scene, t, columns, rng):
+    """Scan the scene at time t, all beams at once; columns: azimuths; rng draws noise and dropout."""
+    view = lidar_view(scene, columns, t)
+    rotation, translation = ego_pose(scene, t)
+    ego = EGO.copy()
+    ego["centre"] = [rotation.rotate(c) + translation for c in EGO["centre"]]
+    ego["yaw"] = scene.ego.pose(t)[2]
+    solids = np.concatenate([scene.solids(t), ego])
+    distance, hit = cast(view, solids)
+    bright, category = intensity(scene.city, view, solids, distance, hit)
+    owner = np.where(hit >= 0, solids["owner"][hit], -1)
+    struck = np.bincount(owner[owner >= 0], minlength=len(scene.actors))
+
+    n = len(hit)
+    kept = (rng.random(n) > DROPOUT) & (distance < LIDAR_RANGE)
+    reach = np.where(kept, distance, 0) + rng.normal(0, RANGE_NOISE, n)
+    bright = (bright + rng.normal(0, INTENSITY_NOISE, n)).clip(0, 255)
+    azimuth = view.step * np.arange(columns)
+    flat, up = np.cos(BEAMS)[:, None], np.sin(BEAMS)[:, None] + 0 * azimuth
+    x, y, z = (axis.ravel() * reach for axis in (flat * np.cos(azimuth), flat * np.sin(azimuth), up))
+    ring = np.repeat(np.arange(len(BEAMS)), columns)
+    order = np.arange(n).reshape(view.shape).T.ravel()
+    order = order[kept[order]]
+    points = np.stack([x, y, z, bright, ring], axis=1)[order].astype(np.float32)
+    return Scan(points, category[order], owner[order], struck)
+
+
+def census(scene, t, columns, scan):
+    """What a scan knows of each actor.
+
+    Returns:
+        inside:  [actors] int64 own returns that lie inside its box.
+        visible: [actors] share of the beams towards it that nothing stops before it; 0 where there are none.
+    """
+    mine = np.nonzero(scan.owner >= 0)[0]
+    owner, (x, y, z) = scan.owner[mine], scan.points[mine, :3].astype(np.float64).T
+    ahead, left = y + LIDAR_POSITION[0], LIDAR_POSITION[1] - x  # LiDAR_ROTATION, by hand
+    ego_x, ego_y, heading = scene.ego.pose(t)
+    c, s = np.cos(heading), np.sin(heading)
+    world = np.stack([ego_x + c * ahead - s * left, ego_y + s * ahead + c * left, z + LIDAR_POSITION[2]], axis=1)
+    boxes = scene.boxes(t)[owner]
+    within = (np.abs(to_local(boxes, world)) <= boxes["half"]).all(axis=1)
+    inside = np.bincount(owner[within], minlength=len(scene.actors))
+
+    solids = scene.solids(t)
+    pieces = solids[solids["owner"] >= 0]
+    view = lidar_view(scene, columns, t)
+    n = view.directions.shape[1]
+    alone = [pieces["owner"][piece] * np.int64(n) + ray for ray, piece, _ in crossings(view, pieces)]
+    possible = np.bincount(np.unique(np.concatenate([np.empty(0, np.int64), *alone])) // n, minlength=len(inside))
+    return inside, scan.struck / np.maximum(possible, 1)

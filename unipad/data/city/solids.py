@@ -1,0 +1,61 @@
+"""What the city is made of: upright convex solids, one row each of a structured array."""
+
+import numpy as np
+
+# One solid. `taper`: how far the front, back and side faces lean inwards, in metres per metre of height.
+SOLID = np.dtype(
+    [
+        ("centre", "f8", 3),  # world, metres
+        ("yaw", "f8"),
+        ("half", "f4", 3),  # half length (along the heading), width, height
+        ("taper", "f4", 3),
+        ("round", "?"),  # an ellipsoid with semi-axes `half` instead of a box
+        ("material", "u1"),  # index into MATERIALS
+        ("colour", "f4", 3),  # RGB in [0, 1]
+        ("category", "u1"),  # index into CATEGORIES
+        ("owner", "i4"),  # actor the solid is a piece of, -1 for the city itself
+    ]
+)
+
+MATERIALS = ("plain", "facade", "foliage", "signal", "body", "cabin", "coach", "cargo", "stripes")
+
+# lidarseg's categories, in the order of its indices
+CATEGORIES = (
+    "noise", "animal", "human.pedestrian.adult", "human.pedestrian.child",
+    "human.pedestrian.construction_worker", "human.pedestrian.personal_mobility",
+    "human.pedestrian.police_officer", "human.pedestrian.stroller", "human.pedestrian.wheelchair",
+    "movable_object.barrier", "movable_object.debris", "movable_object.pushable_pullable",
+    "movable_object.trafficcone", "static_object.bicycle_rack", "vehicle.bicycle", "vehicle.bus.bendy",
+    "vehicle.bus.rigid", "vehicle.car", "vehicle.construction", "vehicle.emergency.ambulance",
+    "vehicle.emergency.police", "vehicle.motorcycle", "vehicle.trailer", "vehicle.truck",
+    "flat.driveable_surface", "flat.other", "flat.sidewalk", "flat.terrain", "static.manmade",
+    "static.other", "static.vegetation", "vehicle.ego",
+)  # fmt: skip
+CATEGORY = {name: index for index, name in enumerate(CATEGORIES)}
+
+
+def solid(base, yaw, size, material, colour, category, taper=(0, 0, 0), is_round=False, owner=-1):
+    """A row of a SOLID array. base: x, y, z of the middle of the bottom; size: length, width, height."""
+    x, y, z = base
+    half = tuple(v / 2 for v in size)
+    index = MATERIALS.index(material)
+    return (x, y, z + half[2]), yaw, half, taper, is_round, index, colour, CATEGORY[category], owner
+
+
+def corners(solids):
+    """[n, 8, 3] corners of the untapered boxes around the solids, world."""
+    c, s = np.cos(solids["yaw"])[:, None], np.sin(solids["yaw"])[:, None]
+    p = solids["half"][:, None] * CORNERS
+    turned = np.stack([c * p[..., 0] - s * p[..., 1], s * p[..., 0] + c * p[..., 1], p[..., 2]], axis=-1)
+    return turned + solids["centre"][:, None]
+
+
+CORNERS = np.array([(x, y, z) for x in (-1.0, 1) for y in (-1, 1) for z in (-1, 1)])
+EDGES = np.array([(i, i + k) for k in (1, 2, 4) for i in range(8) if not i & k]).T  # [2, 12] corner indices
+
+
+def to_local(solids, points):
+    """[n, 3] world points, [3] or [n, 3], from the centre of each solid, x along its heading."""
+    p = points - solids["centre"]
+    c, s = np.cos(solids["yaw"]), np.sin(solids["yaw"])
+    return np.stack([c * p[:, 0] + s * p[:, 1], c * p[:, 1] - s * p[:, 0], p[:, 2]], axis=1)

@@ -1,0 +1,398 @@
+"""What comes and goes in the city: kinds of road users, and scenes, drives through the city among them.
+
+Every scene shows all ten detection classes near its start: the big ones parked along the kerb on both sides,
+a roadworks site with cones and barriers, people on the sidewalks and moving traffic. Nothing ever collides:
+an actor that would is not let in.
+
+World frame: x, y in the ground plane, z up, ground at z = 0; metres, seconds, radians.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from unipad.data.city.solids import SOLID, solid
+from unipad.data.city.streets import AXES, CROSSWALK, LANE, PITCH, ROAD, STREETS, City
+
+HOUSE_SIGHT, SIGHT = 140.0, 90.0  # metres within which houses, and all else, exist for a sensor
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of road user. Pieces span (x, y, z) ranges as shares of the box's length, width and height."""
+
+    category: str
+    size: tuple[float, float, float]  # width, length, height
+    colours: tuple
+    pieces: tuple  # (x range, y range, z range, material, colour or None for the actor's own, taper, round)
+    moving: str = ""  # attributes when it moves and when it does not
+    still: str = ""
+
+
+BLACK, GREY, WHITE, RED, ORANGE = (0.08,) * 3, (0.45,) * 3, (0.85,) * 3, (0.62, 0.12, 0.10), (0.92, 0.42, 0.08)
+SKIN, DENIM = (0.75, 0.57, 0.46), (0.18, 0.22, 0.35)
+PAINTS = (WHITE, GREY, BLACK, RED, (0.16, 0.27, 0.50), (0.60, 0.60, 0.62), (0.22, 0.32, 0.26), (0.70, 0.66, 0.55))
+CLOTHES = (RED, (0.20, 0.30, 0.55), (0.85, 0.80, 0.70), (0.15, 0.15, 0.18), (0.75, 0.55, 0.15), (0.25, 0.45, 0.35))
+FULL, UPRIGHT = (-0.5, 0.5), (0, 0, 0)
+
+WHEELS = (
+    ((-0.5, -0.16), (-0.22, 0.22), (0, 0.52), "plain", BLACK, UPRIGHT, True),
+    ((0.16, 0.5), (-0.22, 0.22), (0, 0.52), "plain", BLACK, UPRIGHT, True),
+)
+RIDER = (
+    ((-0.14, 0.10), (-0.45, 0.45), (0.42, 0.86), "plain", None, UPRIGHT, True),
+    ((-0.05, 0.09), (-0.22, 0.22), (0.84, 1), "plain", SKIN, UPRIGHT, True),
+    ((-0.08, 0.06), (-0.30, 0.30), (0.10, 0.50), "plain", DENIM, UPRIGHT, False),
+)
+CYCLE = (
+    ((-0.5, -0.12), (-0.08, 0.08), (0, 0.60), "plain", BLACK, UPRIGHT, True),
+    ((0.12, 0.5), (-0.08, 0.08), (0, 0.60), "plain", BLACK, UPRIGHT, True),
+    ((-0.28, 0.30), (-0.09, 0.09), (0.44, 0.60), "plain", None, UPRIGHT, False),
+    ((0.24, 0.30), (-0.5, 0.5), (0.82, 0.92), "plain", GREY, UPRIGHT, False),
+    ((0.25, 0.30), (-0.06, 0.06), (0.50, 0.90), "plain", GREY, UPRIGHT, False),
+    ((-0.28, -0.12), (-0.2, 0.2), (0.72, 0.82), "plain", BLACK, UPRIGHT, False),
+    ((-0.22, -0.18), (-0.06, 0.06), (0.55, 0.75), "plain", GREY, UPRIGHT, False),
+)
+MOTORCYCLE = (
+    *WHEELS,
+    ((-0.40, 0.30), (-0.3, 0.3), (0.32, 0.68), "plain", None, (0.8, 0.2, 0.1), False),
+    ((-0.46, 0.02), (-0.28, 0.28), (0.64, 0.78), "plain", BLACK, UPRIGHT, False),
+    ((0.18, 0.26), (-0.5, 0.5), (0.84, 1.0), "plain", GREY, UPRIGHT, False),
+    ((0.20, 0.34), (-0.2, 0.2), (0.50, 0.88), "plain", None, UPRIGHT, False),
+)
+
+
+def low(pieces, share):
+    """Pieces pressed into the lower `share` of the box, to make room for a rider."""
+    return tuple((x, y, (z[0] * share, z[1] * share), *rest) for x, y, z, *rest in pieces)
+
+
+VEHICLE = {"moving": "vehicle.moving", "still": "vehicle.parked"}
+RIDDEN = {"moving": "cycle.with_rider", "still": "cycle.with_rider"}
+RIDERLESS = {"moving": "cycle.without_rider", "still": "cycle.without_rider"}
+PEDESTRIAN = (
+    ((-0.16, 0.16), (-0.34, 0.34), (0, 0.50), "plain", DENIM, UPRIGHT, False),
+    ((-0.22, 0.22), (-0.37, 0.37), (0.40, 0.88), "plain", None, UPRIGHT, True),
+    ((-0.24, 0.24), (-0.48, 0.48), (0.55, 0.75), "plain", None, (0.5, 0.5, 0.7), False),
+    ((-0.16, 0.18), (-0.17, 0.17), (0.85, 1), "plain", SKIN, UPRIGHT, True),
+)
+
+KINDS = {
+    "car": Kind(
+        "vehicle.car", (1.9, 4.6, 1.65), PAINTS,
+        (
+            (FULL, FULL, (0.10, 0.57), "body", None, (0.15, 0.10, 0.04), False),
+            ((-0.44, 0.22), (-0.46, 0.46), (0.57, 1), "cabin", None, (1.0, 0.5, 0.25), False),
+        ), **VEHICLE,
+    ),
+    "truck": Kind(
+        "vehicle.truck", (2.5, 7.2, 3.1), (WHITE, (0.16, 0.27, 0.50), (0.72, 0.62, 0.20), (0.30, 0.42, 0.34)),
+        (
+            ((-0.5, 0.5), (-0.46, 0.46), (0.06, 0.26), "body", BLACK, UPRIGHT, False),
+            ((0.24, 0.5), (-0.48, 0.48), (0.26, 0.84), "cabin", None, (0.12, 0, 0.03), False),
+            ((-0.5, 0.21), FULL, (0.26, 1), "cargo", None, UPRIGHT, False),
+        ), **VEHICLE,
+    ),
+    "bus": Kind(
+        "vehicle.bus.rigid", (2.8, 11.0, 3.4), (RED, (0.20, 0.42, 0.62), (0.80, 0.72, 0.25)),
+        ((FULL, FULL, (0.07, 1), "coach", None, UPRIGHT, False),), **VEHICLE,
+    ),
+    "trailer": Kind(
+        "vehicle.trailer", (2.5, 9.0, 3.6), (WHITE, (0.58, 0.60, 0.62)),
+        (
+            ((-0.48, 0.1), (-0.45, 0.45), (0.05, 0.30), "body", BLACK, UPRIGHT, False),
+            (FULL, FULL, (0.30, 1), "cargo", None, UPRIGHT, False),
+            ((0.30, 0.34), (-0.3, 0.3), (0, 0.30), "plain", GREY, UPRIGHT, False),
+        ), **VEHICLE,
+    ),
+    "construction": Kind(
+        "vehicle.construction", (2.6, 6.2, 3.1), ((0.88, 0.66, 0.10), (0.86, 0.58, 0.12)),
+        (
+            ((-0.5, 0.1), (-0.5, -0.26), (0, 0.28), "plain", BLACK, (0.3, 0.3, 0), False),
+            ((-0.5, 0.1), (0.26, 0.5), (0, 0.28), "plain", BLACK, (0.3, 0.3, 0), False),
+            ((-0.48, 0.06), (-0.44, 0.44), (0.28, 0.60), "plain", None, UPRIGHT, False),
+            ((-0.16, 0.08), (-0.44, 0.04), (0.60, 0.96), "cabin", None, (0.1, 0, 0), False),
+            ((0.02, 0.42), (0.10, 0.24), (0.80, 1), "plain", None, (0.4, 0, 0), False),
+            ((0.36, 0.42), (0.10, 0.24), (0.22, 0.84), "plain", None, UPRIGHT, False),
+            ((0.32, 0.50), (0.0, 0.34), (0.02, 0.26), "plain", GREY, (0, 0.4, 0), False),
+        ), "vehicle.moving", "vehicle.stopped",
+    ),
+    "pedestrian": Kind(
+        "human.pedestrian.adult", (0.7, 0.7, 1.75), CLOTHES, PEDESTRIAN, "pedestrian.moving", "pedestrian.standing",
+    ),
+    "motorcyclist": Kind(
+        "vehicle.motorcycle", (0.8, 2.1, 1.65), (RED, BLACK, (0.16, 0.27, 0.50)),
+        low(MOTORCYCLE, 0.72) + RIDER, **RIDDEN,
+    ),
+    "motorcycle": Kind("vehicle.motorcycle", (0.8, 2.1, 1.25), (RED, BLACK, GREY), MOTORCYCLE, **RIDERLESS),
+    "cyclist": Kind("vehicle.bicycle", (0.65, 1.75, 1.75), CLOTHES, low(CYCLE, 0.62) + RIDER, **RIDDEN),
+    "bicycle": Kind("vehicle.bicycle", (0.6, 1.75, 1.1), (RED, (0.2, 0.4, 0.6), GREY), CYCLE, **RIDERLESS),
+    "cone": Kind(
+        "movable_object.trafficcone", (0.45, 0.45, 0.9), (ORANGE,),
+        (
+            (FULL, FULL, (0, 0.06), "plain", BLACK, UPRIGHT, False),
+            ((-0.36, 0.36), (-0.36, 0.36), (0.06, 1), "stripes", None, (0.15, 0.15, 0.15), False),
+        ),
+    ),
+    "barrier": Kind(
+        "movable_object.barrier", (2.2, 0.5, 1.0), (ORANGE,),
+        (
+            ((-0.5, 0.5), FULL, (0, 0.2), "plain", GREY, UPRIGHT, False),
+            ((-0.2, 0.2), FULL, (0.2, 1), "stripes", None, UPRIGHT, False),
+        ),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Actor:
+    """Something with an annotation box: it follows `path` from `start` metres along it, at `speed` m/s."""
+
+    kind: str  # of KINDS
+    size: tuple[float, float, float]  # width, length, height
+    colour: tuple[float, float, float]
+    path: "Path"
+    start: float
+    speed: float
+
+    def pose(self, t):
+        """[..., 3] x, y, yaw at times t."""
+        return self.path.at(self.start + self.speed * np.asarray(t))
+
+    @property
+    def attribute(self):
+        return KINDS[self.kind].moving if self.speed else KINDS[self.kind].still
+
+    def solids(self, owner):
+        """Rows of a SOLID array, from the middle of the box's bottom."""
+        (width, length, height), kind = self.size, KINDS[self.kind]
+        for *ranges, material, colour, taper, is_round in kind.pieces:
+            begin, end = np.array(ranges).T * (length, width, height)
+            x, y, _ = (begin + end) / 2
+            colour = colour or self.colour
+            size = tuple(end - begin)
+            yield solid((x, y, begin[2]), 0.0, size, material, colour, kind.category, taper, is_round, owner)
+
+
+class Path:
+    """A way through the world by its length; points: [n, 2]. Before and after, one stands at its ends."""
+
+    def __init__(self, points):
+        step = np.diff(points, axis=0)
+        self.points = points
+        self.length = np.append(0, np.hypot(*step.T).cumsum())
+        self.middles = (self.length[1:] + self.length[:-1]) / 2
+        self.yaw = np.unwrap(np.arctan2(step[:, 1], step[:, 0]))
+
+    def at(self, s):
+        x, y = (np.interp(s, self.length, self.points[:, i]) for i in range(2))
+        return np.stack([x, y, np.interp(s, self.middles, self.yaw)], axis=-1)
+
+
+class Scene:
+    """A drive through the city, with the traffic around it."""
+
+    sun: np.ndarray  # [3] unit, towards the sun
+    track: np.ndarray  # [n, 2] way of the ego vehicle
+    fixed: np.ndarray  # [n] SOLID, all of the city that may come into sight
+
+    def __init__(self, seed, index, duration):
+        """index: 0.. of the scene within its set; duration: seconds it lasts."""
+        self.city, self.index, self.duration = City.of(seed), index, duration
+        self.rng = rng = np.random.default_rng([seed, 3, index])
+        # every scene has a crossing of its own, away from the border
+        inner = STREETS - 3
+        order = np.random.default_rng([seed, 4]).permutation(inner * inner)
+        self.node = (np.array(divmod(order[index % len(order)], inner)) + 2) * PITCH  # grid metres
+        self.heading = int(rng.integers(4))
+        self.turn = ("straight", "left", "right")[index % 3]
+        # then always right: a long scene circles a block instead of leaving the city
+        turns = [self.turn] + ["right"] * (2 + int(duration * 8 / PITCH))
+        speed = rng.uniform(6.5, 8.5) if self.turn == "straight" else rng.uniform(5.5, 6.5)
+        self.before = rng.uniform(26, 32)  # metres from the start to the crossing
+        way = self._lane(self.heading, turns)
+        self.ego = Actor("car", (1.73, 4.08, 1.56), WHITE, way, PITCH - self.before, speed)
+
+        self._times = np.arange(0, duration + 0.25, 0.25)
+        self._taken = [self._discs(self.ego)]
+        self.actors = []
+        self._park()
+        self._walk()
+        self._drive()
+
+        self._start_poses = np.array([a.pose(0.0) for a in self.actors])
+        self._movers = [i for i, a in enumerate(self.actors) if a.speed]
+        self._pieces = np.array([row for i, a in enumerate(self.actors) for row in a.solids(i)], dtype=SOLID)
+        self.track = self.ego.pose(np.linspace(0, duration, 50))[:, :2]
+        reach = range(-2, 3)
+        blocks = {tuple(b) for b in np.floor(self.track / PITCH).astype(int)}
+        blocks = sorted({(i + di, j + dj) for i, j in blocks for di in reach for dj in reach})
+        self.fixed = np.concatenate([self.city.block(*b) for b in blocks])
+        high, bearing = rng.uniform(0.6, 0.95), rng.uniform(0, 2 * np.pi)
+        self.sun = np.array(
+            [np.cos(high) * np.cos(bearing), np.cos(high) * np.sin(bearing), np.sin(high)]
+        )  # towards it
+
+    def poses(self, t):
+        """[actors, 3] x, y, yaw at time t."""
+        poses = self._start_poses.copy()
+        for i in self._movers:
+            poses[i] = self.actors[i].pose(t)
+        return poses
+
+    def boxes(self, t):
+        """The actors' annotation boxes at time t, a SOLID array."""
+        rows = [
+            solid((x, y, 0), yaw, (a.size[1], a.size[0], a.size[2]), "plain", a.colour, KINDS[a.kind].category)
+            for a, (x, y, yaw) in zip(self.actors, self.poses(t), strict=True)
+        ]
+        return np.array(rows, dtype=SOLID)
+
+    def solids(self, t):
+        """Everything that stands or moves within sight at time t, a SOLID array; the ego vehicle is not in it."""
+        here = self.ego.pose(t)[:2]
+        apart = np.hypot(*(self.fixed["centre"][:, :2] - here).T)
+        sight = np.where(self.fixed["half"].max(axis=1) > 4, HOUSE_SIGHT, SIGHT)
+        pieces = self._pieces.copy()
+        x, y, yaw = self.poses(t)[pieces["owner"]].T
+        local = self._pieces["centre"]
+        c, s = np.cos(yaw), np.sin(yaw)
+        pieces["centre"][:, 0] = x + c * local[:, 0] - s * local[:, 1]
+        pieces["centre"][:, 1] = y + s * local[:, 0] + c * local[:, 1]
+        pieces["yaw"] = yaw
+        near = np.hypot(*(pieces["centre"][:, :2] - here).T) < SIGHT
+        return np.concatenate([self.fixed[apart < sight], pieces[near]])
+
+    def _park(self):
+        """Along the kerbs: every big kind beside the start, on both sides; what comes in the other streets."""
+        rng = self.rng
+        for side, kinds in ((-1, ["site", "truck"]), (1, ["bus", "trailer"])):
+            begin, end = -self.before - 18, -ROAD - CROSSWALK[1] - 1.5
+            room = end - begin - sum(12.5 if k == "site" else KINDS[k].size[1] + 2 for k in kinds)
+            kinds += ["car"] * int(room / (KINDS["car"].size[1] + 1.5))
+            for kind in rng.permutation(kinds):
+                if kind == "site":
+                    self._dig(begin, side)
+                    begin += 12.5
+                else:
+                    begin = self._kerb(kind, self.heading, begin, side) + rng.uniform(0.8, 1.4)
+        for arm in range(4):
+            for side in (-1, 1):
+                begin = ROAD + 11
+                while begin < PITCH - 24:
+                    kind = rng.choice(["car", "truck", "motorcycle", "none"], p=[0.55, 0.06, 0.07, 0.32])
+                    begin = begin + 5 if kind == "none" else self._kerb(kind, arm, begin, side) + rng.uniform(0.8, 3)
+
+    def _kerb(self, kind, heading, begin, side):
+        """Park at the kerb on one side (1 left, -1 right) of a street; returns where the next one can stand."""
+        width, length, _ = KINDS[kind].size
+        spot = self._still(begin + length / 2, side * (ROAD - width / 2 - 0.3), heading, 0.0 if side < 0 else np.pi)
+        self._add(kind, spot)
+        return begin + length
+
+    def _dig(self, begin, side):
+        """Roadworks on 11 metres of the parking lane: a digger between barriers, cones towards the traffic."""
+        turned = 0.0 if side < 0 else np.pi
+        for ahead in (0.4, 10.8):
+            self._add("barrier", self._still(begin + ahead, side * (ROAD - 1.4), turned=turned))
+        self._add("construction", self._still(begin + 5.6, side * (ROAD - 1.5), turned=turned))
+        for ahead in (0.6, 3.2, 5.8, 8.4, 10.6):
+            self._add("cone", self._still(begin + ahead, side * (ROAD - 3.1)), gap=0.0)
+
+    def _walk(self):
+        """People and riderless cycles on the sidewalks, people on the crosswalks."""
+        rng = self.rng
+        behind = -self.before
+        for kind in ("bicycle", "bicycle", "motorcycle"):
+            self._try(kind, lambda: self._still(rng.uniform(behind, -15), rng.choice([-1, 1]) * (ROAD + 0.7)))
+        self._try("pedestrian", lambda: self._still(rng.uniform(behind, -12), -ROAD - 1.6, turned=rng.uniform(0, 6)))
+        for _ in range(7):
+            left = rng.choice([-1, 1]) * (ROAD + rng.uniform(1.1, 2.2))
+            ends = rng.permutation([(-58, left), (-12, left)])
+            self._try("pedestrian", lambda ends=ends: self._line(*ends), 46, (0.8, 1.6))
+        for ahead in (-12.5, -12.5, 12.5):
+            ends = rng.permutation([(ahead, -9), (ahead, 9)])
+            self._try("pedestrian", lambda ends=ends: self._line(*ends), 12, (0.7, 1.5))
+
+    def _drive(self):
+        """Traffic: before and behind the ego vehicle on its own way, a cyclist, and others from everywhere."""
+        rng, ego = self.rng, self.ego
+        self._add("car", ego.path, ego.start + rng.uniform(13, 18), ego.speed)
+        self._add("motorcyclist", ego.path, ego.start - rng.uniform(8, 11), ego.speed)
+        edge = self._lane(self.heading, ["straight"] * 3, left=-LANE - 1.45)
+        self._try("cyclist", lambda: edge, (ego.start + 4, ego.start + 18), (3.0, 5.0), gap=0.3)
+        for _ in range(9):
+            kind = rng.choice(["car", "truck", "bus", "motorcyclist"], p=[0.7, 0.1, 0.07, 0.13])
+            turns = [rng.choice(["straight", "left", "right"], p=[0.6, 0.2, 0.2])]
+            turns += ["straight"] * (1 + int(self.duration * 9 / PITCH))
+            way = self._lane(int(rng.integers(4)), turns)
+            self._try(kind, lambda way=way: way, 1.6 * PITCH, (4.0, 9.0), gap=2.0, tries=4)
+
+    def _try(self, kind, way, start=0.0, speed=(0.0, 0.0), gap=0.8, tries=12):
+        """Add an actor at a free place: `start` metres at most (or a range) along a way drawn anew each time."""
+        begin, end = start if isinstance(start, tuple) else (0.0, start)
+        for _ in range(tries):
+            if self._add(kind, way(), self.rng.uniform(begin, end), self.rng.uniform(*speed), gap):
+                break
+
+    def _lane(self, heading, turns, left=-LANE):
+        """Path along a lane `left` of the middle of the street, from one street before the crossing on."""
+        node, k, points = self.node.astype(float), heading, []
+        points.append((node - PITCH * AXES[k] + left * AXES[(k + 1) % 4])[None])
+        for turn in turns:
+            enter = node - 9.5 * AXES[k] + left * AXES[(k + 1) % 4]
+            out = (k + {"straight": 0, "left": 1, "right": -1}[turn]) % 4
+            leave = node + 9.5 * AXES[out] + left * AXES[(out + 1) % 4]
+            # a parabola between the lanes, with its middle where they cross
+            apex = (enter + leave) / 2 if out == k else node + left * (AXES[(k + 1) % 4] + AXES[(out + 1) % 4])
+            u = np.linspace(0, 1, 20)[:, None]
+            points.append((1 - u) ** 2 * enter + 2 * u * (1 - u) * apex + u**2 * leave)
+            node, k = node + PITCH * AXES[out], out
+        points.append((node + left * AXES[(k + 1) % 4])[None])
+        return self._path(np.concatenate(points))
+
+    def _path(self, corners):
+        """Path through grid points, bent with the streets."""
+        corners = np.asarray(corners, float)
+        length = np.append(0, np.hypot(*np.diff(corners, axis=0).T).cumsum())
+        s = np.arange(0, length[-1], 0.5)
+        grid = np.stack([np.interp(s, length, corners[:, i]) for i in range(2)], axis=1)
+        return Path(self.city.to_world(grid))
+
+    def _line(self, begin, end):
+        """Path between two (ahead, left) of the crossing on the first street."""
+        axes = AXES[[self.heading, (self.heading + 1) % 4]]
+        return self._path(self.node + np.array([begin, end]) @ axes)
+
+    def _still(self, ahead, left, heading=None, turned=0.0):
+        """Path of one who stays, `ahead` of the crossing and to the `left` of the street's middle."""
+        x, y, yaw = self.city.spot(self.node, self.heading if heading is None else heading, ahead, left)
+        yaw += turned
+        return Path(np.array([(x, y), (x + 0.1 * np.cos(yaw), y + 0.1 * np.sin(yaw))]))
+
+    def _add(self, kind, path, start=0.0, speed=0.0, gap=0.3):
+        """Let an actor in unless it comes within `gap` metres of another, ever; says whether it did."""
+        rng = self.rng
+        size = tuple(float(v * rng.uniform(0.94, 1.06)) for v in KINDS[kind].size)
+        colours = KINDS[kind].colours
+        actor = Actor(kind, size, colours[rng.integers(len(colours))], path, start, speed)
+        discs, radius = self._discs(actor)
+        for other, other_radius in self._taken:
+            apart = np.linalg.norm(discs[:, :, None] - other[:, None], axis=-1)  # [times, discs, discs]
+            if apart.min() < radius + other_radius + gap:
+                return False
+        self._taken.append((discs, radius))
+        self.actors.append(actor)
+        return True
+
+    def _discs(self, actor):
+        """Discs that cover an actor's footprint over time: centres [times, 5, 2], radius."""
+        width, length, _ = actor.size
+        if length < width:
+            width, length, across = length, width, np.pi / 2
+        else:
+            across = 0.0
+        x, y, yaw = actor.pose(self._times).T
+        along = np.linspace(-1, 1, 5) * (length - width) / 2
+        dx, dy = np.cos(yaw + across), np.sin(yaw + across)
+        return np.stack([x[:, None] + dx[:, None] * along, y[:, None] + dy[:, None] * along], axis=-1), width / 2

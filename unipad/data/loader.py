@@ -1,0 +1,107 @@
+"""Samples in the order of training: a stream of batches that is a function of the pass alone.
+
+Position p of the stream is frame `permutation(seed, p // n)[p % n]` of a dataset with n frames. A pass takes the next
+share * world positions, each process a contiguous share of them. So a stream that starts at a later pass goes on
+exactly where another one stopped, two processes see what one sees, and no frame is dropped at the end of an epoch.
+"""
+
+import itertools
+import signal
+import sys
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from unipad.data.nuscenes import BadFrame, collate
+from unipad.data.tables import DataError
+
+
+def step_batches(dataset, share, start=0, seed=0, rank=0, world=1, workers=0):
+    """Yield (Batch, bad_frames) for the passes from `start` on, without end.
+
+    share:      samples of one pass of one of the `world` processes; this one is `rank`.
+    workers:    processes that load; 0 loads in this one.
+    bad_frames: list of `path: reason` of the frames that could not be read. In place of such a frame stands the next
+        one of the dataset that can; it is named each time its turn comes.
+
+    Batches lie in pinned memory where there is a GPU. Raises `DataError` when no frame at all can be read.
+    """
+    loader = DataLoader(
+        Passes(dataset, share, seed, rank, world),
+        batch_size=None,  # an item of the dataset is a whole batch already
+        sampler=itertools.count(start),
+        num_workers=workers,
+        worker_init_fn=_start_worker,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # or the loader would draw from the global one
+    )
+    for batch, bad_frames in loader:
+        if batch is None:
+            raise _none_readable(dataset, bad_frames)
+        yield batch, bad_frames
+
+
+def held_out_batches(dataset, count, rank=0, world=1):
+    """Yield (position, Batch of one) for `count` frames spread evenly over the dataset, in order.
+
+    Process `rank` of `world` gets every world-th of them. A frame that cannot be read is named on stderr and replaced
+    by the next one.
+    Raises `DataError` when no frame at all can be read.
+    """
+    count = min(count, len(dataset))
+    for position in range(rank, count, world):
+        bad_frames = []
+        sample = _read_from(dataset, position * len(dataset) // count, bad_frames)
+        if sample is None:
+            raise _none_readable(dataset, bad_frames)
+        for frame in bad_frames:
+            print(f"skipped {frame}", file=sys.stderr)
+        yield position, collate([sample])
+
+
+class Passes(Dataset):
+    """`dataset[i]` is what `step_batches` yields for pass i; None instead of the batch when no frame can be read."""
+
+    def __init__(self, dataset, share, seed, rank, world):
+        self.dataset, self.share, self.seed, self.rank, self.world = dataset, share, seed, rank, world
+
+    def __getitem__(self, i):
+        samples, bad_frames = [], []
+        for frame in self.frames(i):
+            sample = _read_from(self.dataset, frame, bad_frames)
+            if sample is None:
+                return None, bad_frames
+            samples.append(sample)
+        return collate(samples), bad_frames
+
+    def frames(self, i):
+        """Indices into the dataset of this process's share of pass i."""
+        n = len(self.dataset)
+        first = (i * self.world + self.rank) * self.share
+        positions = range(first, first + self.share)
+        order = {e: np.random.default_rng([self.seed, e]).permutation(n) for e in {p // n for p in positions}}
+        return [int(order[p // n][p % n]) for p in positions]
+
+
+def _read_from(dataset, first, bad_frames):
+    """The sample of frame `first` or of the next one that can be read; those that cannot are added to `bad_frames`."""
+    for k in range(len(dataset)):
+        try:
+            return dataset[(first + k) % len(dataset)]
+        except BadFrame as bad:
+            bad_frames.append(str(bad))
+    return None
+
+
+def _none_readable(dataset, bad_frames):
+    return DataError(f"none of the {len(dataset)} frames can be read ({bad_frames[0]}); unpack the set's files there.")
+
+
+def _start_worker(_):
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+    # Ctrl-C reaches every process of the terminal; the main one decides what to do and ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # this is how it ends them

@@ -1,0 +1,189 @@
+"""nuScenes files -> samples -> batch: the real set and the synthetic one through the same code.
+
+Frames as in `unipad.batch`. What follows the original UniPAD's data pipeline:
+    cameras    lidar2camera goes through the global frame, each sensor with the ego pose of its own timestamp
+    sweeps     moved into the keyframe's LiDAR frame; time lag is keyframe time minus sweep time, 0 for the keyframe;
+               points with |x| < 1 and |y| < 1 (the car itself) leave the sweeps, but not the keyframe
+    intensity  as in the file, 0-255
+    boxes      those with at least one LiDAR or radar point; a velocity that the tables do not give is 0
+What does not: the nearest sweeps are taken (the original draws 9 of the last 10 at random), and a keyframe without
+sweeps before it, at the start of a scene, stands alone (the original repeats it).
+"""
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+
+from unipad.batch import CAMERAS, Batch
+from unipad.config import Data
+from unipad.data.tables import DataError, find_root, load_index
+
+
+class BadFrame(Exception):
+    """One frame cannot be read: `path: reason`."""
+
+    def __init__(self, path, reason):
+        super().__init__(f"{path}: {reason}")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One keyframe, N cameras; fields as in `Batch`."""
+
+    images: list[np.ndarray]  # N times [h, w, 3] uint8 RGB, not padded
+    lidar2image: np.ndarray  # [N, 4, 4] float32
+    lidar2camera: np.ndarray  # [N, 4, 4] float32
+    points: np.ndarray  # [P, 5] float32, the keyframe's first
+    point_labels: np.ndarray | None  # [P] uint8, 0 for points of sweeps
+    boxes: np.ndarray  # [M, 9] float32
+    labels: np.ndarray  # [M] int64
+    token: str
+
+
+class NuScenesDataset(torch.utils.data.Dataset):
+    """Keyframes of one split in the order of time.
+
+    root:           folder that holds samples/, sweeps/ and <version>/ (or <version>/<version>/, as OpenPCDet has it).
+    label_fraction: 1/k keeps every k-th keyframe, as the paper's 50 % and 20 %.
+    point_range:    (low, high), each (x, y, z) metres: points outside are left out. None keeps all.
+
+    `dataset[i]` is a `Sample`; it raises `BadFrame` where a file of the frame is missing or broken.
+    Raises `DataError` for what is wrong with the set as a whole.
+    """
+
+    def __init__(self, root, version, split, data: Data, label_fraction=1.0, point_range=None):
+        if not 0 < label_fraction <= 1 or abs(round(1 / label_fraction) * label_fraction - 1) > 0.02:
+            raise DataError(f"--label-fraction {label_fraction} is not 1/k; give 1, 0.5, 0.2, 0.1 or the like.")
+        self.root = find_root(root, version)
+        self.index = load_index(self.root, version, split)
+        self.frames = np.arange(len(self.index.tokens))[:: round(1 / label_fraction)]
+        if not len(self.frames):
+            raise DataError(f"{self.root / version} has no scene of split {split}; unpack the whole set there.")
+        self.data, self.point_range = data, point_range
+
+    def __len__(self):
+        return len(self.frames)
+
+    def __getitem__(self, i):
+        index, f = self.index, self.frames[i]
+        clouds = self._read_points(index.frame_lidar[f])
+        points, point_labels = np.concatenate(clouds), None
+        if index.lidarseg_files[f]:
+            point_labels = np.zeros(len(points), np.uint8)
+            point_labels[: len(clouds[0])] = self._read_labels(f, len(clouds[0]))
+        if self.point_range is not None:
+            low, high = (np.array(corner, np.float32) for corner in self.point_range)
+            inside = ((points[:, :3] > low) & (points[:, :3] < high)).all(axis=1)
+            points, point_labels = points[inside], None if point_labels is None else point_labels[inside]
+
+        images, scales = zip(*(self._read_image(path) for path in index.image_files[f]), strict=True)
+        b = slice(index.box_offsets[f], index.box_offsets[f + 1])
+        return Sample(
+            images=list(images),
+            lidar2image=(np.stack(scales) @ index.intrinsics[f] @ index.lidar2camera[f]).astype(np.float32),
+            lidar2camera=index.lidar2camera[f].astype(np.float32),
+            points=points,
+            point_labels=point_labels,
+            boxes=index.boxes[b],
+            labels=index.labels[b],
+            token=index.tokens[f].decode(),
+        )
+
+    def _read_points(self, key):
+        """List of [P, 5]: the LiDAR frame in row `key`, then each sweep before it, as far as the scene goes back."""
+        index = self.index
+        points = _load_points(self._path(index.lidar_files[key]))
+        points[:, 4] = 0
+        clouds, sweep = [points], index.lidar_prev[key]
+        while len(clouds) < self.data.sweeps and sweep >= 0:
+            points = _load_points(self._path(index.lidar_files[sweep]))
+            points = points[(np.abs(points[:, :2]) >= 1).any(axis=1)]
+            to_key = np.linalg.inv(index.lidar2global[key]) @ index.lidar2global[sweep]
+            points[:, :3] = points[:, :3] @ to_key[:3, :3].T + to_key[:3, 3]
+            points[:, 4] = 1e-6 * (index.lidar_times[key] - index.lidar_times[sweep])
+            clouds.append(points)
+            sweep = index.lidar_prev[sweep]
+        return clouds
+
+    def _read_labels(self, f, count):
+        """[count] uint8 lidarseg class 0-16 of the keyframe's points."""
+        path = self._path(self.index.lidarseg_files[f])
+        labels = _load_bytes(path)
+        if len(labels) != count:
+            raise BadFrame(path, f"has {len(labels)} labels for {count} points")
+        return self.index.lidarseg_classes[labels]
+
+    def _read_image(self, path):
+        """The image as [h, w, 3] uint8 RGB at the wanted size, and the [4, 4] scaling of (u*d, v*d, d, 1) to it."""
+        path = self._path(path)
+        data = _load_bytes(path)
+        # OpenCV fills what a truncated JPEG lacks with grey, so the end marker has to be looked for.
+        if data.tobytes().rfind(b"\xff\xd9") < 0:
+            raise BadFrame(path, "the JPEG is truncated")
+        image = cv2.imdecode(data, cv2.IMREAD_COLOR)
+        if image is None:
+            raise BadFrame(path, "is not an image")
+        h, w = image.shape[:2]
+        H, W = self.data.image_size or (h, w)
+        if (H, W) != (h, w):
+            image = cv2.resize(image, (W, H), interpolation=cv2.INTER_AREA if H * W < h * w else cv2.INTER_LINEAR)
+        return cv2.cvtColor(image, cv2.COLOR_BGR2RGB), np.diag([W / w, H / h, 1, 1])
+
+    def _path(self, name):
+        return self.root / name.decode()
+
+
+def collate(samples):
+    """Samples -> `Batch` on the CPU."""
+    sizes = torch.tensor([[image.shape[:2] for image in s.images] for s in samples])  # [B, N, 2]
+    H, W = (-(-int(size) // 32) * 32 for size in sizes.amax(dim=(0, 1)))
+    images = torch.zeros(len(samples), len(CAMERAS), 3, H, W)
+    for sample, views in zip(samples, images, strict=True):
+        for image, view in zip(sample.images, views, strict=True):
+            view[:, : image.shape[0], : image.shape[1]] = torch.from_numpy(image).permute(2, 0, 1)
+
+    def stack(name):
+        return torch.from_numpy(np.stack([getattr(s, name) for s in samples]))
+
+    def concatenate(name):
+        return torch.from_numpy(np.concatenate([getattr(s, name) for s in samples]))
+
+    labelled = all(s.point_labels is not None for s in samples)
+    return Batch(
+        images=images.div_(255),
+        image_sizes=sizes,
+        lidar2image=stack("lidar2image"),
+        lidar2camera=stack("lidar2camera"),
+        points=concatenate("points"),
+        point_counts=torch.tensor([len(s.points) for s in samples]),
+        boxes=concatenate("boxes"),
+        labels=concatenate("labels"),
+        box_counts=torch.tensor([len(s.boxes) for s in samples]),
+        point_labels=concatenate("point_labels") if labelled else None,
+        tokens=tuple(s.token for s in samples),
+    )
+
+
+def _load_bytes(path):
+    try:
+        data = np.fromfile(path, np.uint8)
+    except FileNotFoundError:
+        raise BadFrame(path, "is missing") from None
+    except OSError as error:
+        raise BadFrame(path, f"cannot be read ({error.strerror})") from None
+    if not len(data):
+        raise BadFrame(path, "is empty")
+    return data
+
+
+def _load_points(path):
+    """[P, 5] float32: x, y, z metres in the sensor's frame, intensity, ring."""
+    data = _load_bytes(path)
+    if len(data) % 20:
+        raise BadFrame(path, f"is truncated: {len(data)} bytes are not a whole number of 20-byte points")
+    points = data.view(np.float32).reshape(-1, 5)
+    if not np.isfinite(points).all():
+        raise BadFrame(path, "holds values that are not finite")
+    return points

@@ -1,0 +1,408 @@
+"""Write the synthetic city in the real nuScenes on-disk format: 13 tables, lidarseg, six cameras, one LiDAR.
+
+    python -m unipad.data.synthetic --out data/synthetic                      # 10 scenes of 5 seconds
+    python -m unipad.data.synthetic --out data/full --image-size 900 1600     # the real resolution
+
+The set bears the version and scene names of the real mini set, so that every tool knows its splits; vehicle,
+location, descriptions and a README.txt in its root say that it is synthetic. As in the real set, boxes and
+samples have the LiDAR's time and cameras fire a little earlier, a sweep belongs to the keyframe after it, and
+an ego pose has the token of its sample_data.
+"""
+
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import md5
+from multiprocessing import get_context
+from pathlib import Path
+from time import gmtime, strftime
+
+import cv2
+import numpy as np
+import tyro
+from pyquaternion import Quaternion
+from tqdm import tqdm
+
+from unipad.data.city import rig
+from unipad.data.city.paint import Shadows, photograph
+from unipad.data.city.raycast import cast
+from unipad.data.city.solids import CATEGORIES, CATEGORY
+from unipad.data.city.streets import PITCH, STREETS, City
+from unipad.data.city.traffic import KINDS, SIGHT, Scene
+
+VERSION = "v1.0-mini"
+TRAIN = (
+    "scene-0061", "scene-0553", "scene-0655", "scene-0757", "scene-0796", "scene-1077", "scene-1094", "scene-1100",
+)  # fmt: skip
+VAL = ("scene-0103", "scene-0916")
+SCENES = sorted(TRAIN + VAL)
+
+KEYFRAME, SWEEP = 500_000, 50_000  # microseconds between two
+START, SCENE_START = 1_532_402_927_000_000, 100_000_000  # microseconds: of the set, from scene to scene
+MAP_CELL, MAP_COARSE = 0.1, 4  # metres a pixel, which the devkit takes for granted; pixels drawn alike
+
+ATTRIBUTES = (
+    "vehicle.moving", "vehicle.stopped", "vehicle.parked", "cycle.with_rider", "cycle.without_rider",
+    "pedestrian.sitting_lying_down", "pedestrian.standing", "pedestrian.moving",
+)  # fmt: skip
+VISIBILITY = ("v0-40", "v40-60", "v60-80", "v80-100")  # tokens 1 to 4
+
+README = """Synthetic data: a procedural city, ray cast and written in the nuScenes format by unipad.data.synthetic.
+
+It bears the version and the scene names of the nuScenes mini set so that the same tools and splits work, but
+holds nothing of nuScenes, and results on it say nothing about the real world.
+
+{settings}
+"""
+
+
+@dataclass(frozen=True)
+class Args:
+    """Write a synthetic city in the nuScenes format."""
+
+    out: Path
+    """Folder to write: absent, empty, or an older synthetic set, which is replaced."""
+    scenes: int = 10
+    """Scenes, 2 to 10; two of them (one of 2) are for validation, as in the real mini set."""
+    keyframes: int = 10
+    """Keyframes a scene, at 2 Hz; 2 to 400."""
+    image_size: tuple[int, int] = (144, 256)
+    """Height and width of the images in pixels; the real ones have 900 1600."""
+    workers: int | None = None
+    """Processes, by default one a core; they change how long it takes and nothing else."""
+    seed: int = 0
+    """Another seed is another city."""
+    columns: int = 360
+    """LiDAR azimuths a revolution, 16 to 4096; the real one has about 1084."""
+    sweeps: int = 9
+    """LiDAR sweeps before every keyframe but the first, at 20 Hz; 0 to 9."""
+
+
+class SettingError(ValueError):
+    """A setting that cannot be followed, in one sentence."""
+
+
+def generate(
+    out, scenes=10, keyframes=10, image_size=(144, 256), workers=None, seed=0, columns=360, sweeps=9, progress=True
+):
+    """Write a synthetic set and return its root.
+
+    The arguments are those of `Args`; `progress` shows a bar. The set is made in a folder beside `out` and
+    renamed when it is whole. Workers are spawned: a script that calls this needs its `__main__` guard.
+    Raises SettingError with one sentence where a setting makes no sense or `out` holds something else.
+    """
+    args = Args(Path(out), scenes, keyframes, tuple(image_size), workers, seed, columns, sweeps)
+    _check(args)
+    root = args.out.resolve()
+    partial, old = (root.with_name(f".{root.name}.{state}-{os.getpid()}") for state in ("partial", "old"))
+    try:
+        _write(args, partial, progress)
+        if root.exists():
+            root.rename(old)
+        partial.rename(root)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    return args.out
+
+
+def is_synthetic(root):
+    """Whether a folder holds a set written by this module."""
+    log = Path(root) / VERSION / "log.json"
+    return log.is_file() and all(record["vehicle"] == "synthetic" for record in json.loads(log.read_text()))
+
+
+def scene_names(count):
+    """`count` scenes of the real mini set in its order: one of each split, or both of val, as LidarSegEval wants."""
+    val = min(2, count - 1)
+    return sorted(VAL[:val] + TRAIN[: count - val])
+
+
+def _check(args):
+    limits = {"scenes": (2, 10), "keyframes": (2, 400), "columns": (16, 4096), "sweeps": (0, 9), "seed": (0, 2**32 - 1)}
+    for name, (low, high) in limits.items():
+        if not low <= getattr(args, name) <= high:
+            raise SettingError(f"--{name} {getattr(args, name)}: must be from {low} to {high}.")
+    if min(args.image_size) < 16:
+        raise SettingError(f"--image-size {args.image_size[0]} {args.image_size[1]}: both must be at least 16 pixels.")
+    if args.workers is not None and args.workers < 1:
+        raise SettingError(f"--workers {args.workers}: must be at least 1.")
+    if args.out.exists() and not args.out.is_dir():
+        raise SettingError(f"--out {args.out}: is a file; name a folder.")
+    if args.out.is_dir() and any(args.out.iterdir()) and not is_synthetic(args.out):
+        raise SettingError(f"--out {args.out}: holds something that is not a synthetic set; name another folder.")
+
+
+def _write(args, root, progress):
+    folders = [f"{kind}/{channel}" for kind in ("samples", "sweeps") for channel in (*rig.CAMERAS, rig.LIDAR)]
+    for folder in (*folders, "maps", VERSION, f"lidarseg/{VERSION}"):
+        (root / folder).mkdir(parents=True)
+    names = scene_names(args.scenes)
+    tasks = [(args, root, name, k) for name in names for k in range(args.keyframes)]
+    workers = min(args.workers or min(16, os.cpu_count()), len(tasks))
+    bar = tqdm(total=len(tasks), desc="synthetic city", unit="keyframe", disable=not progress)
+    with bar:
+        if workers == 1:
+            counts = [_render(task, bar.update) for task in tasks]
+        else:
+            with get_context("spawn").Pool(workers) as pool:
+                counts = []
+                for count in pool.imap(_render, tasks):
+                    counts.append(count)
+                    bar.update()
+    counts = {name: counts[i * args.keyframes : (i + 1) * args.keyframes] for i, name in enumerate(names)}
+    for name, records in _tables(args, counts).items():
+        (root / VERSION / f"{name}.json").write_text(json.dumps(records, indent=0))
+    _draw_map(args, root)
+    settings = "\n".join(f"{name}: {value}" for name, value in vars(args).items() if name not in ("out", "workers"))
+    (root / "README.txt").write_text(README.format(settings=settings))
+
+
+@lru_cache(maxsize=1)
+def _scene(seed, name, keyframes):
+    return Scene(seed, SCENES.index(name), (keyframes - 1) * KEYFRAME / 1e6)
+
+
+@lru_cache(maxsize=1)
+def _shadows(scene):
+    return Shadows(scene)
+
+
+def _render(task, done=lambda: None):
+    """Write the files of one keyframe and of the sweeps before it.
+
+    Returns of each actor how many returns lie in its box and which share of it is visible, as `rig.census` does.
+    """
+    args, root, name, k = task
+    scene = _scene(args.seed, name, args.keyframes)
+    for channel in rig.CAMERAS:
+        stamp, _ = _stamps(channel, args)[k]
+        view, solids = rig.camera_view(scene, channel, args.image_size, stamp / 1e6), scene.solids(stamp / 1e6)
+        image = photograph(scene, view, solids, *cast(view, solids), _shadows(scene).at(solids))
+        path = root / _filename(name, channel, stamp, True)
+        cv2.imwrite(str(path), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
+    for stamp, is_key in (s for s in _stamps(rig.LIDAR, args) if (k - 1) * KEYFRAME < s[0] <= k * KEYFRAME):
+        rng = np.random.default_rng([args.seed, 5, SCENES.index(name), stamp])
+        scan = rig.scan(scene, stamp / 1e6, args.columns, rng)
+        scan.points.tofile(root / _filename(name, rig.LIDAR, stamp, is_key))
+    scan.category.tofile(root / _lidarseg(args, name, stamp))
+    done()
+    return rig.census(scene, stamp / 1e6, args.columns, scan)
+
+
+def _stamps(channel, args):
+    """(microseconds since the scene's start, is keyframe) of all frames of a channel, in order."""
+    keys = [k * KEYFRAME for k in range(args.keyframes)]
+    if channel in rig.CAMERAS:
+        return [(t - round(rig.CAMERAS[channel].early * 1e6), True) for t in keys]
+    return [(t - j * SWEEP, j == 0) for t in keys for j in range(args.sweeps if t else 0, -1, -1)]
+
+
+def _tables(args, counts):
+    """All tables as lists of records; counts: scene name -> what `_render` returned for each keyframe."""
+    channels = {**dict.fromkeys(rig.CAMERAS, "camera"), rig.LIDAR: "lidar"}
+    tables = {
+        "category": [
+            {"token": _token(args, "category", name), "name": name, "description": "", "index": index}
+            for index, name in enumerate(CATEGORIES)
+        ],
+        "attribute": [{"token": _token(args, "attribute", a), "name": a, "description": ""} for a in ATTRIBUTES],
+        "visibility": [
+            {"token": str(i + 1), "level": level, "description": f"visibility of the object is {level[1:]} %"}
+            for i, level in enumerate(VISIBILITY)
+        ],
+        "sensor": [
+            {"token": _token(args, "sensor", channel), "channel": channel, "modality": modality}
+            for channel, modality in channels.items()
+        ],
+        "map": [
+            {
+                "token": _token(args, "map"),
+                "log_tokens": [_token(args, "log", name) for name in counts],
+                "category": "semantic_prior",
+                "filename": f"maps/{_token(args, 'map')}.png",
+            }
+        ],
+    }
+    for name in ("log", "scene", "sample", "calibrated_sensor", "ego_pose", "sample_data", "lidarseg", "instance"):
+        tables[name] = []
+    tables["sample_annotation"] = []
+    for name, seen in counts.items():
+        _scene_records(tables, args, name)
+        for channel in channels:
+            _channel_records(tables, args, name, channel)
+        _actor_records(tables, args, name, seen)
+    return tables
+
+
+def _scene_records(tables, args, name):
+    scene, samples = _scene(args.seed, name, args.keyframes), [("sample", name, k) for k in range(args.keyframes)]
+    content = f"towards a crossing, then {scene.turn}; roadworks, {len(scene.actors)} objects"
+    tables["log"].append(
+        {
+            "token": _token(args, "log", name),
+            "logfile": _logfile(name),
+            "vehicle": "synthetic",
+            "date_captured": strftime("%Y-%m-%d", gmtime(_time(name, 0) / 1e6)),
+            "location": "synthetic-city",
+        }
+    )
+    tables["scene"].append(
+        {
+            "token": _token(args, "scene", name),
+            "log_token": _token(args, "log", name),
+            "nbr_samples": args.keyframes,
+            "first_sample_token": _token(args, *samples[0]),
+            "last_sample_token": _token(args, *samples[-1]),
+            "name": name,
+            "description": f"Synthetic city: {content}",
+        }
+    )
+    for k, chain in enumerate(_chain(args, samples)):
+        tables["sample"].append(
+            {**chain, "timestamp": _time(name, k * KEYFRAME), "scene_token": _token(args, "scene", name)}
+        )
+
+
+def _channel_records(tables, args, name, channel):
+    """Calibration, frames and ego poses of one sensor in one scene."""
+    is_camera = channel in rig.CAMERAS
+    rotation = rig.camera_rotation(channel) if is_camera else rig.LIDAR_ROTATION
+    height, width = args.image_size if is_camera else (0, 0)
+    calibration = _token(args, "calibrated_sensor", name, channel)
+    tables["calibrated_sensor"].append(
+        {
+            "token": calibration,
+            "sensor_token": _token(args, "sensor", channel),
+            "translation": list(rig.CAMERAS[channel].position if is_camera else rig.LIDAR_POSITION),
+            "rotation": rotation.elements.tolist(),
+            "camera_intrinsic": rig.intrinsic(channel, args.image_size).tolist() if is_camera else [],
+        }
+    )
+    scene, stamps = _scene(args.seed, name, args.keyframes), _stamps(channel, args)
+    keys = [("sample_data", name, channel, stamp) for stamp, _ in stamps]
+    sample = 0
+    for (stamp, is_key), chain in zip(stamps, _chain(args, keys), strict=True):
+        turn, translation = rig.ego_pose(scene, stamp / 1e6)
+        tables["ego_pose"].append(
+            {
+                "token": chain["token"],
+                "timestamp": _time(name, stamp),
+                "rotation": turn.elements.tolist(),
+                "translation": translation.tolist(),
+            }
+        )
+        tables["sample_data"].append(
+            {
+                **chain,
+                "sample_token": _token(args, "sample", name, sample),
+                "ego_pose_token": chain["token"],
+                "calibrated_sensor_token": calibration,
+                "timestamp": _time(name, stamp),
+                "fileformat": "jpg" if is_camera else "pcd",
+                "is_key_frame": is_key,
+                "height": height,
+                "width": width,
+                "filename": _filename(name, channel, stamp, is_key),
+            }
+        )
+        if is_key and not is_camera:
+            record = {"token": chain["token"], "sample_data_token": chain["token"]}
+            tables["lidarseg"].append({**record, "filename": _lidarseg(args, name, stamp)})
+        sample += is_key
+
+
+def _actor_records(tables, args, name, seen):
+    """Instances and their annotations, from the first keyframe an actor is in sight to the last."""
+    scene = _scene(args.seed, name, args.keyframes)
+    times = np.arange(args.keyframes) * KEYFRAME / 1e6
+    ego = scene.ego.pose(times)
+    for i, actor in enumerate(scene.actors):
+        track = actor.pose(times)
+        near = np.nonzero(np.hypot(*(track - ego)[:, :2].T) < SIGHT)[0]
+        if not len(near):
+            continue
+        frames = range(near[0], near[-1] + 1)
+        keys = [("sample_annotation", name, i, k) for k in frames]
+        tables["instance"].append(
+            {
+                "token": _token(args, "instance", name, i),
+                "category_token": _token(args, "category", KINDS[actor.kind].category),
+                "nbr_annotations": len(keys),
+                "first_annotation_token": _token(args, *keys[0]),
+                "last_annotation_token": _token(args, *keys[-1]),
+            }
+        )
+        for k, chain in zip(frames, _chain(args, keys), strict=True):
+            x, y, yaw = track[k]
+            inside, visible = (column[i] for column in seen[k])
+            tables["sample_annotation"].append(
+                {
+                    **chain,
+                    "sample_token": _token(args, "sample", name, k),
+                    "instance_token": _token(args, "instance", name, i),
+                    "visibility_token": str(1 + int(np.searchsorted((0.4, 0.6, 0.8), visible))),
+                    "attribute_tokens": [_token(args, "attribute", actor.attribute)] if actor.attribute else [],
+                    "translation": [float(x), float(y), actor.size[2] / 2],
+                    "size": list(actor.size),
+                    "rotation": Quaternion(axis=(0, 0, 1), radians=yaw).elements.tolist(),
+                    "num_lidar_pts": int(inside),
+                    "num_radar_pts": 0,
+                }
+            )
+
+
+def _chain(args, keys):
+    """Token, prev and next of records that follow one another."""
+    tokens = ["", *(_token(args, *key) for key in keys), ""]
+    for before, token, after in zip(tokens, tokens[1:], tokens[2:], strict=False):
+        yield {"token": token, "prev": before, "next": after}
+
+
+def _token(args, *key):
+    return md5("/".join(map(str, (args.seed, *key))).encode()).hexdigest()
+
+
+def _time(name, stamp):
+    return START + SCENES.index(name) * SCENE_START + stamp
+
+
+def _logfile(name):
+    return strftime("synthetic-%Y-%m-%d-%H-%M-%S+0000", gmtime(_time(name, 0) / 1e6))
+
+
+def _filename(name, channel, stamp, is_key):
+    folder, end = "samples" if is_key else "sweeps", "jpg" if channel in rig.CAMERAS else "pcd.bin"
+    return f"{folder}/{channel}/{_logfile(name)}__{channel}__{_time(name, stamp)}.{end}"
+
+
+def _lidarseg(args, name, stamp):
+    return f"lidarseg/{VERSION}/{_token(args, 'sample_data', name, rig.LIDAR, stamp)}_lidarseg.bin"
+
+
+def _draw_map(args, root):
+    """The semantic prior, white where a vehicle or a walker may be; row 0 is the largest y."""
+    count = int(STREETS * PITCH / MAP_CELL) // MAP_COARSE
+    middle = ((np.arange(count) + 0.5) * MAP_CELL * MAP_COARSE).astype(np.float32)
+    x, y = np.meshgrid(middle, middle[::-1])
+    category, _, _ = City.of(args.seed).ground(x.ravel(), y.ravel())
+    open_to = np.isin(category, [CATEGORY["flat.driveable_surface"], CATEGORY["flat.sidewalk"]]).reshape(count, count)
+    image = (open_to * np.uint8(255)).repeat(MAP_COARSE, axis=0).repeat(MAP_COARSE, axis=1)
+    cv2.imwrite(str(root / f"maps/{_token(args, 'map')}.png"), image)
+
+
+def main():
+    args = tyro.cli(Args)
+    try:
+        generate(**vars(args))
+    except SettingError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    print(f"synthetic city in {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,263 @@
+"""nuScenes tables -> `Index`: what the samples of a split need, as flat arrays.
+
+The devkit reads the tables once (half a minute and several GB for the full set); the index is cached beside the data
+and read back in a moment. Workers hold the index alone: no devkit, no Python objects to copy.
+"""
+
+import hashlib
+import os
+import zipfile
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+from tqdm import tqdm
+
+from unipad.batch import CAMERAS
+from unipad.runtime import UserError
+
+CLASSES = (
+    "car",
+    "truck",
+    "construction_vehicle",
+    "bus",
+    "trailer",
+    "barrier",
+    "motorcycle",
+    "bicycle",
+    "pedestrian",
+    "traffic_cone",
+)
+
+SPLITS = {"trainval": ("train", "val"), "test": ("test",), "mini": ("mini_train", "mini_val")}  # by version suffix
+
+# All of them, since the devkit opens all of them.
+TABLES = (
+    "attribute",
+    "calibrated_sensor",
+    "category",
+    "ego_pose",
+    "instance",
+    "log",
+    "map",
+    "sample",
+    "sample_annotation",
+    "sample_data",
+    "scene",
+    "sensor",
+    "visibility",
+)
+
+
+class DataError(UserError):
+    """The data set as a whole cannot be used: one sentence that names the folder or flag, and the mend."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """What the samples of one split need from the tables.
+
+    F keyframes in the order of time, N cameras, M boxes, L LiDAR frames (keyframes and the sweeps between them).
+    Paths are relative to the data root, in bytes.
+    """
+
+    tokens: np.ndarray  # [F] sample tokens
+    frame_lidar: np.ndarray  # [F] row of the keyframe among the LiDAR frames
+    image_files: np.ndarray  # [F, N]
+    intrinsics: np.ndarray  # [F, N, 4, 4] camera metres -> (u*d, v*d, d, 1), pixels of the file
+    lidar2camera: np.ndarray  # [F, N, 4, 4]
+    box_offsets: np.ndarray  # [F + 1] boxes of keyframe f are box_offsets[f] .. box_offsets[f + 1]
+    boxes: np.ndarray  # [M, 9] float32 as in `Batch`
+    labels: np.ndarray  # [M] int64
+    lidar_files: np.ndarray  # [L]
+    lidar_times: np.ndarray  # [L] int64 microseconds
+    lidar2global: np.ndarray  # [L, 4, 4]
+    lidar_prev: np.ndarray  # [L] row of the LiDAR frame before, -1 at the start of a scene
+    lidarseg_files: np.ndarray  # [F] empty where a keyframe has no labels
+    lidarseg_classes: np.ndarray  # [256] uint8 from the files' categories to classes 0-16
+
+
+def find_root(root, version):
+    """The folder below which the devkit finds `version`: `root` itself or root/version. Raises `DataError`."""
+    root = Path(root)
+    if not root.is_dir():
+        raise DataError(f"--data-root {root} is not a folder; give the one that holds samples/ and {version}/.")
+    for data_root in (root, root / version):
+        if _has_tables(data_root / version):
+            missing = [f"{t}.json" for t in TABLES if not (data_root / version / f"{t}.json").is_file()]
+            if missing:
+                raise DataError(f"{data_root / version} lacks {', '.join(missing)}; unpack the set's metadata again.")
+            return data_root
+    if _has_tables(root):
+        raise DataError(f"--data-root {root} is the folder of the tables itself; give the one above it.")
+    versions = sorted({p.parent.name for pattern in ("*/scene.json", "*/*/scene.json") for p in root.glob(pattern)})
+    if versions:
+        raise DataError(f"{root} holds no --version {version}; it has {', '.join(versions)}.")
+    raise DataError(f"{root} holds no nuScenes tables; --data-root must be the folder with {version}/scene.json in it.")
+
+
+def _has_tables(folder):
+    return any((folder / f"{t}.json").is_file() for t in TABLES)
+
+
+def load_index(root, version, split):
+    """The index of a split from its cache; built, for all splits of the version, where the tables have changed.
+
+    root: as `find_root` gives it. The cache is root/unipad-index or, where that cannot be written, the user's cache
+    folder; it is replaced in one step, so processes that build it at the same time do no harm.
+    Raises `DataError` for a split that is not the version's, and for tables that the devkit refuses.
+    """
+    splits = SPLITS.get(version.rpartition("-")[2], ())
+    if split not in splits:
+        has = f"it has {' and '.join(splits)}" if splits else "its name must end in -mini, -trainval or -test"
+        owner = next((f"; {split} belongs to --version v1.0-{v}" for v, names in SPLITS.items() if split in names), "")
+        raise DataError(f"--version {version} has no split {split}: {has}{owner}.")
+    tables = sorted((root / version).glob("*.json"))
+    state = f"format {FORMAT} " + " ".join(f"{t.name}:{t.stat().st_size}:{t.stat().st_mtime_ns}" for t in tables)
+    for path in _cache_paths(root, version, split):
+        index = _read_index(path, state)
+        if index is not None:
+            return index
+    built = _build(root, version, splits, verbose=sum(t.stat().st_size for t in tables) > LARGE)
+    for name, index in built.items():
+        _write_index(index, state, _cache_paths(root, version, name))
+    return built[split]
+
+
+FORMAT = 1  # of the index; the next number when a field comes to mean something else
+LARGE = 100e6  # bytes of tables from which on indexing takes long enough to say so
+
+
+def _cache_paths(root, version, split):
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
+    file = f"{version}-{split}.npz"
+    return root / "unipad-index" / file, user / "unipad" / name / file
+
+
+def _read_index(path, state):
+    """The index at `path`, None where there is none or it belongs to other tables."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return Index(**{f.name: file[f.name] for f in fields(Index)}) if file["state"] == state else None
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
+
+
+def _write_index(index, state, paths):
+    """Write to the first of `paths` that can be written; without any, the next run builds the index again."""
+    for path in paths:
+        part = path.with_suffix(f".{os.getpid()}.part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(part, "wb") as file:
+                np.savez_compressed(file, state=state, **vars(index))
+            os.replace(part, path)
+            return
+        except OSError:
+            continue
+
+
+def _build(root, version, splits, verbose):
+    """{split: Index} from the tables. `verbose` shows how far it is."""
+    # The devkit takes seconds to import and brings matplotlib along; a cached index does without it.
+    from nuscenes import NuScenes
+    from nuscenes.utils.splits import create_splits_scenes
+
+    try:
+        nusc = NuScenes(version, str(root), verbose=verbose)
+        scenes = create_splits_scenes()
+        return {split: _build_split(nusc, split, set(scenes[split]), verbose) for split in splits}
+    except (AssertionError, OSError, ValueError, KeyError, IndexError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"{root / version} is not a complete nuScenes set ({reason}); unpack it again.") from error
+
+
+def _build_split(nusc, split, scenes, verbose):
+    """Index of the keyframes whose scene's name is in `scenes`."""
+    from nuscenes.eval.detection.utils import category_to_detection_name
+
+    samples = [s for s in nusc.sample if nusc.get("scene", s["scene_token"])["name"] in scenes]
+    samples.sort(key=lambda s: s["timestamp"])
+    tokens = {s["token"] for s in samples}
+    lidar = [r for r in nusc.sample_data if r["channel"] == "LIDAR_TOP" and r["sample_token"] in tokens]
+    row = {r["token"]: i for i, r in enumerate(lidar)}
+    frame_lidar = np.array([row[s["data"]["LIDAR_TOP"]] for s in samples], np.int64)
+    lidar2global = _sensor2global(nusc, lidar)
+
+    cameras = [nusc.get("sample_data", s["data"][c]) for s in samples for c in CAMERAS]
+    camera2global = _sensor2global(nusc, cameras).reshape(-1, len(CAMERAS), 4, 4)
+    intrinsics = np.tile(np.eye(4), (len(cameras), 1, 1))
+    for matrix, record in zip(intrinsics, cameras, strict=True):
+        matrix[:3, :3] = nusc.get("calibrated_sensor", record["calibrated_sensor_token"])["camera_intrinsic"]
+
+    box_frames, annotations, velocities, labels = [], [], [], []
+    for f, sample in enumerate(tqdm(samples, f"indexing {nusc.version} {split}", disable=not verbose, unit="frame")):
+        for annotation in (nusc.get("sample_annotation", token) for token in sample["anns"]):
+            name = category_to_detection_name(annotation["category_name"])
+            if name is not None and annotation["num_lidar_pts"] + annotation["num_radar_pts"] > 0:
+                box_frames.append(f)
+                annotations.append(annotation)
+                velocities.append(nusc.box_velocity(annotation["token"])[:2])
+                labels.append(CLASSES.index(name))
+    box_frames = np.array(box_frames, np.int64)
+    boxes = _boxes(annotations, np.array(velocities).reshape(-1, 2), lidar2global[frame_lidar[box_frames]])
+
+    lidarseg, classes = _lidarseg(nusc)
+    return Index(
+        tokens=np.array([s["token"] for s in samples], "S"),
+        frame_lidar=frame_lidar,
+        image_files=np.array([r["filename"] for r in cameras], "S").reshape(-1, len(CAMERAS)),
+        intrinsics=intrinsics.reshape(-1, len(CAMERAS), 4, 4),
+        lidar2camera=np.linalg.inv(camera2global) @ lidar2global[frame_lidar][:, None],
+        box_offsets=np.searchsorted(box_frames, np.arange(len(samples) + 1)),
+        boxes=boxes,
+        labels=np.array(labels, np.int64),
+        lidar_files=np.array([r["filename"] for r in lidar], "S"),
+        lidar_times=np.array([r["timestamp"] for r in lidar], np.int64),
+        lidar2global=lidar2global,
+        lidar_prev=np.array([row.get(r["prev"], -1) for r in lidar], np.int64),
+        lidarseg_files=np.array([lidarseg.get(s["data"]["LIDAR_TOP"], "") for s in samples], "S"),
+        lidarseg_classes=classes,
+    )
+
+
+def _sensor2global(nusc, records):
+    """[len(records), 4, 4] of sample_data records, each at its own time."""
+    sensor2ego = _matrices([nusc.get("calibrated_sensor", r["calibrated_sensor_token"]) for r in records])
+    return _matrices([nusc.get("ego_pose", r["ego_pose_token"]) for r in records]) @ sensor2ego
+
+
+def _matrices(records):
+    """[len(records), 4, 4] rigid transforms of records with a translation and a w, x, y, z rotation."""
+    matrices = np.tile(np.eye(4), (len(records), 1, 1))
+    if records:
+        wxyz = np.array([r["rotation"] for r in records])
+        matrices[:, :3, :3] = Rotation.from_quat(wxyz[:, [1, 2, 3, 0]]).as_matrix()
+        matrices[:, :3, 3] = [r["translation"] for r in records]
+    return matrices
+
+
+def _boxes(annotations, velocities, lidar2global):
+    """[M, 9] float32 boxes as in `Batch`; velocities [M, 2] m/s global, NaN where unknown; lidar2global [M, 4, 4]."""
+    global2lidar = np.linalg.inv(lidar2global)
+    box2lidar = global2lidar @ _matrices(annotations)
+    boxes = np.zeros((len(annotations), 9), np.float32)
+    boxes[:, :3] = box2lidar[:, :3, 3]
+    boxes[:, 3:6] = np.array([a["size"] for a in annotations]).reshape(-1, 3)
+    boxes[:, 6] = np.arctan2(box2lidar[:, 1, 0], box2lidar[:, 0, 0])
+    boxes[:, 7:] = np.einsum("mij,mj->mi", global2lidar[:, :2, :2], np.nan_to_num(velocities))
+    return boxes
+
+
+def _lidarseg(nusc):
+    """({LiDAR sample_data token: label file}, [256] uint8 category -> class); empty and zeros where there is none."""
+    from nuscenes.eval.lidarseg.utils import LidarsegClassMapper
+
+    classes = np.zeros(256, np.uint8)
+    if not hasattr(nusc, "lidarseg"):
+        return {}, classes
+    for category, label in LidarsegClassMapper(nusc).fine_idx_2_coarse_idx_mapping.items():
+        classes[category] = label
+    return {r["sample_data_token"]: r["filename"] for r in nusc.lidarseg}, classes

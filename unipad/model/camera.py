@@ -1,0 +1,211 @@
+"""Images to features and depth probabilities: masked ConvNeXt, FPN, depth head.
+
+Hidden 32-pixel blocks take no part, as if every convolution were sparse. Only the 7x7 convolutions look across
+blocks (the strided ones have kernels as large as their strides), so it is enough that the residual stream which
+they read is zero in hidden blocks: the stem, every down-sampling, every block's branch and the outputs are multiplied
+by the mask, and nothing else needs to be.
+
+Module and parameter names are the official ConvNeXt's and mmdet's, but for the FPN's `.conv.`, which is dropped.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from unipad.config import Camera
+
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet's RGB in [0, 1]: what the published weights were trained on
+STD = (0.229, 0.224, 0.225)
+
+
+def draw_mask(noise, h, w, ratio):
+    """Which blocks of each image stay visible: those with the smallest noise.
+
+    noise: [M, h * w] uniform in [0, 1).
+    ratio: share of blocks hidden, in [0, 1); the number that stays is rounded half to even.
+
+    Returns [M, 1, h, w] bool, True = visible.
+    """
+    kept = noise.argsort(dim=1)[:, : round(h * w * (1 - ratio))]
+    return torch.zeros_like(noise, dtype=torch.bool).scatter(1, kept, True).view(-1, 1, h, w)
+
+
+class CameraEncoder(nn.Module):
+    """Feature levels of strides 4 * 2^fpn_start and on, and for each cell a distribution over depth bins."""
+
+    def __init__(self, cfg: Camera):
+        super().__init__()
+        stages = range(cfg.fpn_start, len(cfg.depths))
+        self.backbone = ConvNeXt(cfg.depths, cfg.widths, cfg.drop_path, cfg.frozen_stages, out_stages=stages)
+        self.neck = FPN([cfg.widths[i] for i in stages], cfg.channels, cfg.fpn_levels)
+        self.input_proj = nn.Conv2d(cfg.channels, cfg.channels, 1)
+        self.depth_net = nn.Conv2d(cfg.channels, cfg.depth_bins, 1)
+        self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
+        # As the activations are: else cuDNN re-lays the weights at every call, and DDP warns about 1x1 gradients.
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, images, image_sizes, mask=None, drop_noise=None):
+        """Encode the images of a batch.
+
+        Args:
+            images:      [B, N, 3, H, W] RGB in [0, 1]; H and W multiples of 32.
+            image_sizes: [B, N, 2] height, width before padding; the padding is zero after normalisation.
+            mask:        [B * N, 1, H / 32, W / 32] bool, True = visible; None = all.
+            drop_noise:  [B * N, blocks] uniform in [0, 1): decides which blocks an image skips in training (drop path);
+                         None = none.
+
+        Returns, each a list over levels, channels last and contiguous, in one dtype:
+            features: [B, N, h, w, C].
+            depths:   [B, N, h, w, D] probabilities of the depth bins.
+        """
+        B, N = images.shape[:2]
+        x = self.normalize(images, image_sizes).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        features, depths = [], []
+        for level in self.neck(self.backbone(x, mask, drop_noise)):
+            feature = self.input_proj(level)
+            logits = self.depth_net(feature).permute(0, 2, 3, 1).contiguous()  # free in channels_last
+            depth = logits.softmax(-1).to(logits.dtype)  # autocast raises a softmax to fp32
+            features.append(feature.permute(0, 2, 3, 1).contiguous().unflatten(0, (B, N)))
+            depths.append(depth.unflatten(0, (B, N)))
+        return features, depths
+
+    def normalize(self, images, image_sizes):
+        """ImageNet's mean and deviation; zero in the padding."""
+        rows = torch.arange(images.shape[-2], device=images.device)[:, None]  # [H, 1]
+        cols = torch.arange(images.shape[-1], device=images.device)  # [W]
+        height, width = image_sizes[..., None, None, None].unbind(2)  # [B, N, 1, 1, 1]
+        return (images - self.mean) / self.std * ((rows < height) & (cols < width))
+
+
+class ConvNeXt(nn.Module):
+    """A ConvNet for the 2020s (arXiv 2201.03545), with hidden blocks that take no part.
+
+    depths, widths: blocks and channels of each stage; stage i has stride 4 * 2^i.
+    drop_path: rate at the last block, rising linearly from 0 at the first.
+    frozen_stages: the first stages and their down-sampling get no gradient and drop no path.
+    out_stages: stages whose normalised outputs are returned.
+    """
+
+    def __init__(self, depths, widths, drop_path=0.0, frozen_stages=0, out_stages=(0, 1, 2, 3)):
+        super().__init__()
+        self.out_stages = tuple(out_stages)
+        rates = torch.linspace(0, drop_path, sum(depths), device="cpu")
+        rates[: sum(depths[:frozen_stages])] = 0
+        stem = nn.Sequential(nn.Conv2d(3, widths[0], 4, stride=4), LayerNorm2d(widths[0], eps=1e-6))
+        downs = [
+            nn.Sequential(LayerNorm2d(a, eps=1e-6), nn.Conv2d(a, b, 2, stride=2))
+            for a, b in zip(widths[:-1], widths[1:], strict=True)
+        ]
+        self.downsample_layers = nn.ModuleList([stem, *downs])
+        self.stages = nn.ModuleList(
+            nn.Sequential(*[Block(width, rate) for rate in stage_rates.tolist()])
+            for width, stage_rates in zip(widths, rates.split(list(depths)), strict=True)
+        )
+        for i in self.out_stages:
+            self.add_module(f"norm{i}", LayerNorm2d(widths[i], eps=1e-6))
+        self.apply(_init_convnext)
+        self.downsample_layers[:frozen_stages].requires_grad_(False)
+        self.stages[:frozen_stages].requires_grad_(False)
+
+    def forward(self, images, mask=None, drop_noise=None):
+        """List over `out_stages` of [M, width, H / stride, W / stride]; hidden cells are exactly zero.
+
+        images: [M, 3, H, W]; mask: [M, 1, h, w] bool, True = visible, or None.
+        drop_noise: [M, blocks] uniform in [0, 1), looked at in training only; None = no path is dropped.
+        """
+        x, outs = images, []
+        block_noise = iter(drop_noise.unbind(1) if self.training and drop_noise is not None else ())
+        for i, (down, stage) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
+            x = down(x)
+            visible = None if mask is None else F.interpolate(mask.to(x.dtype), size=x.shape[-2:])  # [M, 1, h, w]
+            x = _scaled(x, visible)
+            for block in stage:
+                x = block(x, _survival(next(block_noise, None), block.drop_path, visible))
+            if i in self.out_stages:
+                outs.append(_scaled(getattr(self, f"norm{i}")(x), visible))
+        return outs
+
+
+class Block(nn.Module):
+    """x + scale * gamma * mlp(norm(7x7 depthwise(x)))."""
+
+    def __init__(self, width, drop_path=0.0, gamma=1e-6):
+        super().__init__()
+        self.dwconv = nn.Conv2d(width, width, 7, padding=3, groups=width)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.pwconv1 = nn.Linear(width, 4 * width)
+        self.pwconv2 = nn.Linear(4 * width, width)
+        self.gamma = nn.Parameter(torch.full((width,), gamma))
+        self.drop_path = drop_path  # rate at which an image skips the branch in training
+
+    def forward(self, x, scale=None):
+        """x: [M, width, h, w]; scale: [M, 1, h or 1, w or 1] or None."""
+        y = self.norm(self.dwconv(x).permute(0, 2, 3, 1)).to(x.dtype)  # [M, h, w, width]
+        y = F.gelu(self.pwconv1(y))
+        # gamma times the small weights, instead of times the activations and their gradients
+        y = F.linear(y, self.gamma[:, None] * self.pwconv2.weight, self.gamma * self.pwconv2.bias)
+        y = y.permute(0, 3, 1, 2)
+        return x + y if scale is None else torch.addcmul(x, y, scale)
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of [M, C, h, w]; keeps the dtype, which autocast would raise to fp32."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).to(x.dtype)
+
+
+class FPN(nn.Module):
+    """Feature pyramid of mmdet 2.14: top-down sums; a stride-2 convolution of the last output for each further level.
+
+    The first of those takes the output as it is, the following ones its ReLU.
+    """
+
+    def __init__(self, widths, channels, levels):
+        super().__init__()
+        assert levels >= len(widths), f"{levels} levels out of {len(widths)} stages: start the FPN at a later stage"
+        extra = levels - len(widths)
+        self.lateral_convs = nn.ModuleList(nn.Conv2d(width, channels, 1) for width in widths)
+        self.fpn_convs = nn.ModuleList(
+            [nn.Conv2d(channels, channels, 3, padding=1) for _ in widths]
+            + [nn.Conv2d(channels, channels, 3, stride=2, padding=1) for _ in range(extra)]
+        )
+        self.apply(_init_fpn)
+
+    def forward(self, inputs):
+        """inputs: list of [M, width, h, w], finest first; returns a list of `levels` [M, channels, h, w]."""
+        sums = [conv(x) for conv, x in zip(self.lateral_convs, inputs, strict=True)]
+        for i in range(len(sums) - 1, 0, -1):
+            sums[i - 1] = sums[i - 1] + F.interpolate(sums[i], size=sums[i - 1].shape[-2:], mode="nearest")
+        outs = [conv(x) for conv, x in zip(self.fpn_convs, sums, strict=False)]
+        for i, conv in enumerate(self.fpn_convs[len(sums) :]):
+            outs.append(conv(outs[-1] if i == 0 else outs[-1].relu()))
+        return outs
+
+
+def _scaled(x, scale):
+    return x if scale is None else x * scale
+
+
+def _survival(noise, rate, visible):
+    """What a block's branch is multiplied by: 1 / (1 - rate) where noise >= rate, else 0; times the mask.
+
+    noise: [M] or None (nothing is dropped); visible: [M, 1, h, w] or None (nothing is hidden).
+    """
+    if noise is None or rate == 0:
+        return visible
+    kept = ((noise >= rate) / (1 - rate)).view(-1, 1, 1, 1)
+    return kept if visible is None else kept.to(visible.dtype) * visible
+
+
+def _init_convnext(module):
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+def _init_fpn(module):
+    if isinstance(module, nn.Conv2d):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)

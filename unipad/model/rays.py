@@ -1,0 +1,224 @@
+"""Which rays are cast, and what they should see.
+
+A candidate for a ray is (u, v, z): a pixel, and the depth of what it shows along the optical axis, 0 where no LiDAR
+point tells. Nothing here waits for the GPU: candidates that may not be chosen are masked, never removed.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from unipad.config import RayChoice
+
+MIN_DEPTH = 1e-5  # metres in front of the camera; the original's
+
+
+@dataclass(frozen=True)
+class Rays:
+    """R rays of all samples and views of a batch; metres, LiDAR frame."""
+
+    origins: Tensor  # [R, 3] camera centres
+    directions: Tensor  # [R, 3] unit vectors
+    depth: Tensor  # [R] distance along the ray to the LiDAR point, -1 = unknown
+    rgb: Tensor  # [R, 3] colour of the pixel, in [0, 1]
+    volume_idx: Tensor  # [R] int32 the sample whose volume the ray crosses
+
+    def __len__(self):
+        return len(self.depth)
+
+    def __getitem__(self, rows):
+        return Rays(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+
+def choose_rays(batch, cfg: RayChoice, generators):
+    """The rays of one training step.
+
+    depth:    at most `lidar_per_view` LiDAR points, without replacement; the rest are pixels of a grid.
+    random:   pixels, uniformly with replacement.
+    dilation: every `cfg.dilation`-th pixel of each row and column, in random order.
+    Pixels of the last two have the depth of the nearest LiDAR point that falls into them, where there is one.
+
+    batch: a `Batch`; its `point_counts` are read by the host.
+    generators: one `torch.Generator` a sample, on the batch's device. A sample's rays depend on its own alone.
+
+    Returns `Rays`: B * N * per_view of them (dilation: one for each cell of the grid over the padded image),
+    sample after sample, view after view. A view with fewer candidates casts some twice.
+    """
+    H, W = batch.images.shape[-2:]
+    parts = []
+    for b, (seen, visible) in enumerate(_lidar_in_views(batch, cfg)):
+        if cfg.strategy == "depth":
+            pixels, inside = pixel_grid(batch.image_sizes[b], H, W, cfg.pixel_interval, cfg.sky)
+            candidates = torch.cat([seen, pixels], dim=1)
+            points = _at_most(visible, cfg.lidar_per_view, generators[b])
+            rank = torch.cat([2 * points, 1 * inside], dim=1)
+            chosen = _draw(candidates, rank, cfg.per_view, generators[b])
+        elif cfg.strategy == "random":
+            uniform = torch.rand(len(seen), cfg.per_view, 2, generator=generators[b], device=seen.device)
+            chosen = (uniform * batch.image_sizes[b].flip(-1)[:, None]).floor()  # [N, per_view, 2]
+            chosen = _with_lidar_depth(chosen, seen, visible, H, W)
+        elif cfg.strategy == "dilation":
+            pixels, inside = pixel_grid(batch.image_sizes[b], H, W, cfg.dilation)
+            chosen = _draw(pixels, 1 * inside, pixels.shape[1], generators[b])
+            chosen = _with_lidar_depth(chosen[..., :2], seen, visible, H, W)
+        else:
+            raise ValueError(f"no ray strategy {cfg.strategy!r}: choose depth, random or dilation")
+        parts.append(cast_rays(batch, b, chosen))
+    return _concatenated(parts)
+
+
+def lidar_rays(batch, cfg: RayChoice, per_view, generators):
+    """`per_view` rays through LiDAR points for every view; for measuring depth.
+
+    A view with fewer points casts some twice; one without any casts rays of unknown depth.
+    """
+    parts = []
+    for b, (seen, visible) in enumerate(_lidar_in_views(batch, cfg)):
+        parts.append(cast_rays(batch, b, _draw(seen, 1 * visible, per_view, generators[b])))
+    return _concatenated(parts)
+
+
+def pixel_rays(batch, sample, stride):
+    """Rays through every `stride`-th pixel of one sample's views, row after row, without depth; for pictures.
+
+    Returns (`Rays`, (N, h, w)). Covers the part that is inside all the unpadded images.
+    """
+    H, W = batch.image_sizes[sample].amin(0).tolist()
+    sizes = torch.tensor([[H, W]], device=batch.images.device).expand(batch.images.shape[1], 2)
+    pixels, _ = pixel_grid(sizes, H, W, stride)
+    return cast_rays(batch, sample, pixels), (len(pixels), -(-H // stride), -(-W // stride))
+
+
+def project_points(points, lidar2image, image_sizes):
+    """LiDAR points in each view.
+
+    points:      [P, 3] metres, LiDAR frame.
+    lidar2image: [N, 4, 4] LiDAR metres -> (u*d, v*d, d, 1).
+    image_sizes: [N, 2] height, width before padding.
+
+    Returns:
+        seen:    [N, P, 3] u, v pixels and depth along the optical axis, metres; u, v mean nothing behind a camera.
+        visible: [N, P] bool, True in front of the camera and strictly inside the image.
+    """
+    seen = _transform(lidar2image, points[None])
+    depth = seen[..., 2]
+    u, v = (seen[..., i] / depth.clamp(min=MIN_DEPTH) for i in (0, 1))
+    height, width = image_sizes[..., None].unbind(1)  # [N, 1]
+    visible = (depth > MIN_DEPTH) & (u > 0) & (u < width - 1) & (v > 0) & (v < height - 1)
+    return torch.stack([u, v, depth], dim=-1), visible
+
+
+def pixel_grid(image_sizes, H, W, interval, sky=0.0):
+    """Pixels `interval` apart, in rows from int(sky * height) of each image down.
+
+    image_sizes: [N, 2] height, width before padding; at most H and W.
+
+    Returns:
+        pixels: [N, G, 3] u, v, 0; row after row.
+        inside: [N, G] bool, False in the padding.
+    """
+    height, width = image_sizes[:, :, None, None].unbind(1)  # [N, 1, 1]
+    top = (sky * height.double()).long()  # in double, as the host would round it
+    v = top + torch.arange(0, H - int(sky * H), interval, device=height.device)[:, None]  # [N, rows, 1]
+    u = torch.arange(0, W, interval, device=height.device)  # [cols]
+    inside = (v < height) & (u < width)
+    pixels = torch.stack([u.expand_as(inside), v.expand_as(inside), torch.zeros_like(inside)], dim=-1)
+    return pixels.flatten(1, 2).float(), inside.flatten(1)
+
+
+def cast_rays(batch, sample, chosen):
+    """Rays through the chosen pixels of one sample's views.
+
+    chosen: [N, K, 3] u, v inside the image, and depth along the optical axis in metres, 0 = unknown.
+
+    Returns `Rays`, N * K, view after view. The colour is that of the pixel at the truncated coordinates.
+    """
+    N, K, _ = chosen.shape
+    known = chosen[..., 2] > 0
+    z = chosen[..., 2:].where(known[..., None], 1.0)
+    ends = _transform(_inverse(batch.lidar2image[sample]), torch.cat([chosen[..., :2] * z, z], dim=-1))  # [N, K, 3]
+    origins = _inverse(batch.lidar2camera[sample])[:, None, :3, 3].expand_as(ends)
+    distance = (ends - origins).norm(dim=-1)
+    u, v = chosen[..., :2].long().unbind(-1)
+    view = torch.arange(N, device=chosen.device)[:, None]
+    rays = Rays(
+        origins=origins,
+        directions=(ends - origins) / distance[..., None],
+        depth=distance.where(known, -1.0),
+        rgb=batch.images[sample].permute(0, 2, 3, 1)[view, v, u],
+        volume_idx=torch.full((N, K), sample, dtype=torch.int32, device=chosen.device),
+    )
+    return Rays(**{f.name: getattr(rays, f.name).flatten(0, 1) for f in fields(Rays)})
+
+
+def lidar_points(batch, cfg: RayChoice):
+    """All points with the sample they belong to: [P, 3] metres, [P] int32, -1 for those not between the two radii."""
+    sample = torch.arange(len(batch), dtype=torch.int32).repeat_interleave(batch.point_counts)
+    sample = sample.to(batch.points.device, non_blocking=True)
+    return batch.points[:, :3], torch.where(_between_radii(batch.points, cfg), sample, -1)
+
+
+def _lidar_in_views(batch, cfg):
+    """For each sample: `project_points` of its points; only those between the two radii are visible."""
+    for b, points in enumerate(batch.points.split(batch.point_counts.tolist())):
+        seen, visible = project_points(points[:, :3], batch.lidar2image[b], batch.image_sizes[b])
+        yield seen, visible & _between_radii(points, cfg)
+
+
+def _between_radii(points, cfg):
+    radius = points[:, :2].norm(dim=1)
+    return (radius > cfg.near_radius) & (radius < cfg.far_radius)
+
+
+def _draw(candidates, rank, count, generator):
+    """Draw `count` candidates of each view without replacement: those of the highest rank first, none of rank 0.
+
+    candidates: [N, K, 3]; rank: [N, K] int.
+
+    Returns [N, count, 3]. Where too few have a rank they are repeated in turn; where none has, zeros.
+    """
+    key = rank + torch.rand(rank.shape, generator=generator, device=rank.device)
+    key, index = key.topk(min(count, key.shape[1]), dim=1)
+    if not index.shape[1]:
+        return candidates.new_zeros(len(candidates), count, 3)
+    found = (key >= 1).sum(1, keepdim=True)  # [N, 1]
+    turn = torch.arange(count, device=rank.device) % found.clamp(min=1)  # [N, count]
+    index = index.gather(1, turn)[..., None].expand(-1, -1, 3)
+    return candidates.gather(1, index).where(found[..., None] > 0, 0.0)
+
+
+def _at_most(chosen, count, generator):
+    """At most `count` of each row of `chosen`, at random. chosen: [N, K] bool."""
+    if count >= chosen.shape[1]:
+        return chosen
+    key = torch.rand(chosen.shape, generator=generator, device=chosen.device).where(chosen, 2.0)
+    return chosen & (key < key.topk(count + 1, dim=1, largest=False).values[:, -1:])
+
+
+def _with_lidar_depth(pixels, seen, visible, H, W):
+    """Pixels [N, K, 2] with the depth of the nearest visible point that falls into each, 0 = none: [N, K, 3]."""
+    cell = (seen[..., 1].long() * W + seen[..., 0].long()).where(visible, 0)  # [N, P]
+    depth = seen[..., 2].where(visible, torch.inf)
+    nearest = depth.new_full((len(seen), H * W), torch.inf).scatter_reduce(1, cell, depth, "amin")
+    z = nearest.gather(1, pixels[..., 1].long() * W + pixels[..., 0].long())  # [N, K]
+    return torch.cat([pixels, z.where(z < torch.inf, 0.0)[..., None]], dim=-1)
+
+
+def _transform(matrices, points):
+    """[N, 4, 4] x [N or 1, K, 3] -> [N, K, 3].
+
+    Written out, because a matmul may run in TF32 or, under autocast, in bf16: pixels would be off by several.
+    """
+    x, y, z = points[:, None].unbind(-1)  # [N or 1, 1, K]
+    a, b, c, d = matrices[:, :3, :, None].unbind(2)  # columns, [N, 3, 1]
+    return (a * x + b * y + c * z + d).transpose(1, 2)
+
+
+def _inverse(matrices):
+    """Inverses of [N, 4, 4], found in double. Does not wait for the GPU to look for errors, as `torch.inverse` does."""
+    return torch.linalg.inv_ex(matrices.double()).inverse.to(matrices.dtype)
+
+
+def _concatenated(parts):
+    return Rays(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Rays)})

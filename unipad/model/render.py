@@ -1,0 +1,177 @@
+"""The differentiable renderer: rays through a feature volume -> colour and depth, and what they are compared with.
+
+    alpha_s = opacity of sample s,   w_s = alpha_s * prod_{t<s} (1 - alpha_t + 1e-7)
+    rgb = sum_s w_s c_s  (black background),   depth = sum_s w_s t_s / (sum_s w_s + 1e-10)
+
+    method    where samples are placed                                     opacity from
+    neus      stratified, then where a fixed, sharp NeuS sees the surface  the slope-extrapolated logistic CDF
+    volsdf    where the error bound of the opacity asks for them           a Laplace density
+    unisurf   around the first crossing of the surface and by occupancy    occupancy itself
+
+A sample stands at the start of its interval. Callers speak metres; inside, lengths are metres * grid.scale.
+A ray that misses the box renders black at depth 0 and counts for no loss.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.composite import composite
+from kernels.ray_sample import clip_rays
+from kernels.sdf_alpha import neus_alpha, unisurf_alpha, volsdf_alpha
+from unipad.model.field import Field
+from unipad.model.samplers import SAMPLERS
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """What R rays of B samples gave; S samples a ray."""
+
+    rgb: Tensor  # [R, 3]; clamped to [0, 1] outside training
+    depth: Tensor  # [R] metres along the ray
+    hit: Tensor  # [R] bool, False for rays that do not cross the volume
+    weights: Tensor  # [R, S] share of each sample
+    starts: Tensor  # [R, S] scaled metres along the ray
+    sdf: Tensor  # [R, S] scaled metres
+    gradient: Tensor  # [R, S, 3] d sdf / d point, of length 1 for a true distance
+    points_sdf: Tensor | None  # [P] scaled metres, at the points handed in
+    of_sample: Tensor  # [B, R] 1 where a ray hits and belongs to the sample, else 0
+    points_of_sample: Tensor | None  # [B, P] the same for the points
+
+
+class Renderer(nn.Module):
+    """Field, sampler and losses of one `config.Render` on one `config.Grid`.
+
+    Computes in the parameters' dtype, under autocast too: a signed distance in half precision is off by decimetres.
+    """
+
+    def __init__(self, cfg, grid):
+        super().__init__()
+        self.cfg = cfg
+        self.scale = grid.scale
+        self.box = [[v * grid.scale for v in corner] for corner in (grid.low, grid.high)]
+        if cfg.method not in SAMPLERS:
+            raise ValueError(f"no renderer {cfg.method!r}: choose {', '.join(SAMPLERS)}")
+        self.sample, self.jitters = SAMPLERS[cfg.method]
+        self.field = Field(cfg, grid)
+        # Distributed training waits for the gradient of every parameter that asks for one.
+        self.field.deviation_network.requires_grad_(cfg.method == "neus")
+        self.field.laplace_density["beta"].requires_grad_(cfg.method == "volsdf")
+        self.field.rgb_decoder.requires_grad_(cfg.rgb_weight > 0)
+
+    def forward(self, volume, rays, jitter=None, points=None):
+        """Render rays.
+
+        Args:
+            volume: [B, C, Z, Y, X] features, LiDAR frame; channels_last_3d saves a copy.
+            rays:   `Rays` with origins [R, 3] metres, directions [R, 3] unit, volume_idx [R] int32.
+            jitter: [R, self.jitters] uniforms in [0, 1) that move the samples of each ray (training).
+                    None: the same samples every time.
+            points: pair of [P, 3] metres and [P] int32 volume index (-1: leave out), for the loss `points`.
+
+        Returns:
+            `Rendered`; no rays give empty tensors. Differentiable once in `volume` and the parameters.
+        """
+        with torch.autocast(volume.device.type, enabled=False):
+            dtype = self.field.cells_per_unit.dtype
+            volume = volume.permute(0, 2, 3, 4, 1).to(dtype).contiguous()
+            origins, directions = rays.origins.to(dtype) * self.scale, rays.directions.to(dtype)
+            near, far, hit = clip_rays(origins, directions, *self.box, self.cfg.near * self.scale)
+
+            def along(starts):
+                return origins[:, None] + directions[:, None] * starts[..., None]  # [R, S, 3]
+
+            def sdf_at(starts):
+                return self.field.sdf(volume, along(starts), rays.volume_idx)
+
+            with torch.no_grad():
+                jitter = [None] * self.jitters if jitter is None else jitter.to(dtype).unbind(dim=1)
+                edges = self.sample(self.cfg, sdf_at, near, far, jitter, self.field.beta)  # [R, S + 1]
+            starts, deltas = edges[:, :-1], edges.diff(dim=1)
+            sdf, gradient, colour = self.field(volume, along(starts), directions, rays.volume_idx)
+            alpha = self._alpha(sdf, gradient, directions, deltas) * hit[:, None]
+            out, weights = composite(alpha, torch.cat([colour, starts[..., None]], dim=-1))
+
+            rgb = out[:, :3] if self.training else out[:, :3].clamp(0, 1)
+            of_sample = _of_sample(rays.volume_idx, len(volume), dtype) * hit
+            depth = out[:, 3] / (weights.sum(dim=1) + 1e-10)
+            depth = torch.where(hit, depth.clamp(*_range_of_sample(starts, of_sample, rays.volume_idx)), 0)
+            points_sdf, points_of_sample = self._at_points(volume, points)
+        return Rendered(
+            rgb, depth / self.scale, hit, weights, starts, sdf, gradient, points_sdf, of_sample, points_of_sample
+        )
+
+    def loss(self, rendered, rays):
+        """The terms whose weight in the config is above 0, weighted: dict of name -> scalar.
+
+        Each is a mean over what it applies to in one sample, then over the samples (one without any counts as 0):
+            rgb         |c - c*| over all rays and channels
+            depth       |d - d*| over rays with a target
+            free_space  relu(truncation - sdf) over samples more than the truncation before d*
+            sdf         |start + sdf - d*| over samples within the truncation of d*
+            eikonal     (|gradient| - 1)^2 over all samples
+            points      |sdf| over the points handed to `forward`
+        Lengths are scaled metres. Targets: rays.rgb [R, 3], rays.depth [R] metres along the ray, <= 0 for none.
+        """
+        cfg = self.cfg
+        per_ray = rendered.of_sample  # [B, R]
+        per_target = per_ray * (rays.depth > 0)  # [B, R]
+        target = rays.depth[:, None] * self.scale  # [R, 1]
+        sdf, starts, near_surface = rendered.sdf, rendered.starts, cfg.truncation * self.scale
+        before = starts < target - near_surface  # [R, S]
+        around = ~before & (starts <= target + near_surface)  # [R, S]
+        terms = {
+            "rgb": lambda: _mean((rendered.rgb - rays.rgb).abs(), per_ray),
+            "depth": lambda: _mean((rendered.depth[:, None] * self.scale - target).abs(), per_target),
+            "free_space": lambda: _mean((near_surface - sdf).relu(), per_target, before),
+            "sdf": lambda: _mean((starts + sdf - target).abs(), per_target, around),
+            "eikonal": lambda: _mean((rendered.gradient.norm(dim=-1) - 1).square(), per_ray),
+            "points": lambda: _mean(rendered.points_sdf.abs()[:, None], rendered.points_of_sample),
+        }
+        weights = {name: getattr(cfg, f"{name}_weight") for name in terms}
+        assert cfg.points_weight == 0 or rendered.points_sdf is not None, "the loss `points` needs points in `forward`"
+        with torch.autocast(sdf.device.type, enabled=False):
+            return {name: weights[name] * term() for name, term in terms.items() if weights[name] > 0}
+
+    def _alpha(self, sdf, gradient, directions, deltas):
+        """Opacity of every sample, [R, S]."""
+        if self.cfg.method == "neus":
+            return neus_alpha(sdf, gradient, directions, deltas, self.field.inv_s)
+        if self.cfg.method == "volsdf":
+            return volsdf_alpha(sdf, deltas, self.field.beta)
+        return unisurf_alpha(sdf)
+
+    def _at_points(self, volume, points):
+        """Signed distance at LiDAR points and whose they are; (None, None) where no loss asks for it."""
+        if points is None or self.cfg.points_weight == 0:
+            return None, None
+        position, volume_idx = points
+        position = (position.to(volume.dtype) * self.scale)[:, None]  # [P, 1, 3]
+        sdf = self.field.sdf(volume, position, volume_idx.clamp(min=0))[:, 0]
+        return sdf, _of_sample(volume_idx, len(volume), volume.dtype)
+
+
+def _of_sample(volume_idx, B, dtype):
+    """[B, R] 1 where the ray belongs to the sample. Sums over samples are then products: no atomics, no sorting."""
+    return (volume_idx == torch.arange(B, device=volume_idx.device)[:, None]).to(dtype)
+
+
+def _range_of_sample(starts, of_sample, volume_idx):
+    """Smallest and largest start among the rays of one's own sample, [R] each."""
+    mine, volume_idx = of_sample.bool(), volume_idx.long()
+    low = torch.where(mine, starts[:, 0], math.inf)  # [B, R]
+    high = torch.where(mine, starts[:, -1], -math.inf)
+    low, high = F.pad(low, (0, 1), value=math.inf), F.pad(high, (0, 1), value=-math.inf)  # R may be 0
+    return low.amin(dim=1)[volume_idx], high.amax(dim=1)[volume_idx]
+
+
+def _mean(value, of_sample, mask=None):
+    """Mean of value [R, K] over each sample's rays (of these, where mask [R, K]), then over the samples."""
+    if mask is None:
+        count = of_sample.sum(dim=1) * value.shape[1]
+    else:
+        value, count = value * mask, of_sample @ mask.sum(dim=1).to(value.dtype)
+    return (of_sample @ value.sum(dim=1) / count.clamp(min=1)).mean()

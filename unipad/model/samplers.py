@@ -1,0 +1,118 @@
+"""Where the field is read along a ray, one function a renderer: edges [R, S + 1] of S = samples + importance intervals.
+
+All of them first look for the surface through `sdf_at` (starts [R, n] -> signed distance [R, n]) and then place the
+samples that are rendered. Lengths are scaled metres. `jitter` is a list of [R] uniforms or Nones, one for every
+placement, in order. Nothing here is differentiable.
+"""
+
+import math
+
+import torch
+
+from kernels.composite import composite
+from kernels.ray_sample import merge, resample, sample_pdf, stratified_starts
+from kernels.sdf_alpha import interval_alpha, laplace_density, unisurf_alpha
+
+INV_S = 64.0  # NeuS's fixed inverse deviation while it looks for the surface (its first round)
+ERROR = 0.1  # VolSDF: bound on the error of the opacity that the placement aims for
+ROUNDS = 5  # VolSDF: rounds of placement at most
+BISECTIONS = 10  # VolSDF: steps that narrow down beta in one round
+INTERVAL = 0.05  # UniSurf: half of the interval around the surface, as a share of the ray inside the box
+
+
+def neus_edges(cfg, sdf_at, near, far, jitter, beta):
+    """`samples` stratified over the ray, `importance` where a surface of sharpness INV_S would take its weight."""
+    edges = stratified_starts(near, far, cfg.samples, jitter[0])
+    alpha = interval_alpha(sdf_at(edges[:, :-1]), edges.diff(dim=1), INV_S)
+    return resample(edges, _weights(alpha), cfg.importance, jitter[1])
+
+
+def volsdf_edges(cfg, sdf_at, near, far, jitter, beta):
+    """`importance` by VolSDF's algorithm 1 and `samples` stratified over the ray.
+
+    Starting from `search` samples, each round adds as many where the opacity's error bound is largest, until a Laplace
+    density of the field's own `beta` [1] meets the bound on every ray of the call: the rays that are rendered together
+    decide together when to stop (as in the original), which costs one look of the host at the device a round.
+    """
+    edges = stratified_starts(near, far, cfg.search, jitter[0])
+    sdf = sdf_at(edges[:, :-1])
+    loosest = (edges.diff(dim=1).square().sum(dim=1) / (4 * math.log(1 + ERROR))).sqrt()  # [R], lemma 2
+    for i in range(1, ROUNDS + 1):
+        deltas = edges.diff(dim=1)
+        clearance = _clearance(sdf, deltas)
+        loosest = _tighten(beta, loosest, sdf, deltas, clearance)
+        passed, error = _light_and_error(loosest[:, None], sdf, deltas, clearance)
+        if i == ROUNDS or loosest.max() <= beta:
+            break
+        new_edges = sample_pdf(edges, error * passed, cfg.search, jitter[i])
+        edges, order = merge(edges, new_edges)
+        sdf = torch.cat([sdf, sdf_at(new_edges[:, :-1])], dim=1).gather(1, order)
+    alpha = 1 - torch.exp(-deltas * laplace_density(sdf, loosest[:, None]))
+    drawn = sample_pdf(edges, alpha * passed, cfg.importance, jitter[ROUNDS])
+    return merge(drawn, stratified_starts(near, far, cfg.samples, jitter[ROUNDS + 1]))[0]
+
+
+def unisurf_edges(cfg, sdf_at, near, far, jitter, beta):
+    """`samples` stratified around the first entry into a surface (over the whole ray where there is none), `importance`
+    where the occupancy of `search` stratified samples takes its weight."""
+    edges = stratified_starts(near, far, cfg.search, jitter[0])
+    starts = edges[:, :-1]
+    sdf = sdf_at(starts)
+    drawn = sample_pdf(edges, _weights(unisurf_alpha(sdf)), cfg.importance, jitter[1])
+
+    changes = sdf[:, :-1] * sdf[:, 1:] < 0  # [R, search - 1]
+    first = changes.int().argmax(dim=1, keepdim=True)  # [R, 1]
+    (before, after), (start, end) = ((x.gather(1, first), x.gather(1, first + 1)) for x in (sdf, starts))
+    enters = changes.any(dim=1) & (before[:, 0] > 0)  # a ray that starts inside leaves first: no surface to see
+    surface = ((before * end - after * start) / (before - after))[:, 0]  # [R], by linear interpolation
+    half = INTERVAL * (far - near)
+    low = torch.where(enters, torch.maximum(surface - half, near), near)
+    high = torch.where(enters, torch.minimum(surface + half, far), far)
+    return merge(stratified_starts(low, high, cfg.samples, jitter[2]), drawn)[0]
+
+
+# Renderer -> its sampler and how many uniforms that takes a ray
+SAMPLERS = {"neus": (neus_edges, 2), "volsdf": (volsdf_edges, ROUNDS + 2), "unisurf": (unisurf_edges, 3)}
+
+
+def _weights(alpha):
+    return composite(alpha, alpha[..., None])[1]
+
+
+def _clearance(sdf, deltas):
+    """d* of theorem 1: how far every interval stays from the surface at least, [R, S]; 0 where the surface crosses it.
+
+    The two distances are radii of balls free of surface around the interval's ends. The last column repeats.
+    """
+    length, here, there = deltas[:, :-1], sdf[:, :-1].abs(), sdf[:, 1:].abs()
+    s = (length + here + there) / 2
+    area = (s * (s - length) * (s - here) * (s - there)).clamp(min=0).sqrt()  # Heron
+    height = torch.where(here + there > length, 2 * area / length, 0)
+    height = torch.where(length**2 + here**2 <= there**2, here, height)
+    height = torch.where(length**2 + there**2 <= here**2, there, height)
+    height = torch.where(sdf[:, :-1].sign() * sdf[:, 1:].sign() == 1, height, 0)
+    return torch.cat([height, height[:, -1:]], dim=1)
+
+
+def _light_and_error(beta, sdf, deltas, clearance):
+    """Transmittance before each sample and the bound on the opacity's relative error up to its end, [R, S] each."""
+    depth = deltas * laplace_density(sdf, beta)
+    passed = torch.exp(-torch.nn.functional.pad(depth[:, :-1], (1, 0)).cumsum(dim=1))
+    error = (torch.exp(-clearance / beta) * deltas**2 / (4 * beta**2)).cumsum(dim=1)
+    return passed, torch.exp(error).clamp(max=1e6) - 1
+
+
+def _tighten(beta, loosest, sdf, deltas, clearance):
+    """The smallest beta per ray, [R], known to meet ERROR: the field's own if that does, else by bisection below."""
+
+    def meets(beta):
+        passed, error = _light_and_error(beta, sdf, deltas, clearance)
+        return (passed * error).amax(dim=1) <= ERROR  # [R]
+
+    high = torch.where(meets(beta), beta, loosest)
+    low = beta.expand_as(high)
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        ok = meets(middle[:, None])
+        low, high = torch.where(ok, low, middle), torch.where(ok, middle, high)
+    return high

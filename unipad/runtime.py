@@ -1,0 +1,296 @@
+"""Where a run happens and what it leaves behind: device, processes, random numbers, run folder, checkpoints."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+
+
+class UserError(Exception):
+    """Something the user can mend: the message is one sentence that names the flag or file and the mend."""
+
+
+@contextlib.contextmanager
+def one_sentence_errors():
+    """Print a `UserError` as one line and exit with code 2; running out of GPU memory is one too."""
+    try:
+        yield
+    except UserError as error:
+        sys.exit(_refuse(str(error)))
+    except torch.OutOfMemoryError:
+        sys.exit(_refuse("the GPU is out of memory: lower --batch-size or --rays-per-view, or take --precision bf16."))
+
+
+def _refuse(sentence):
+    print(f"error: {sentence}", file=sys.stderr)
+    return 2
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run: one without torchrun, several under it."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self):
+        """True in the one process that writes files and prints."""
+        return self.rank == 0
+
+    @contextlib.contextmanager
+    def main_first(self):
+        """The main process runs the block before the others do."""
+        if self.size > 1 and not self.is_main:
+            dist.barrier()
+        yield
+        if self.size > 1 and self.is_main:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def start(device: str, deterministic: bool) -> Iterator[World]:
+    """Choose the device and join the other processes of torchrun, if there are any.
+
+    device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N"; under torchrun each process takes
+        the GPU of its local rank.
+    """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: PyTorch sees no GPU here; use --device cpu or leave the flag out.")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"--device {device} is not a device; use auto, cpu, cuda or cuda:N.") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {device} is not supported; use auto, cpu, cuda or cuda:N.")
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        gpus = torch.cuda.device_count()
+        if device.index >= gpus:
+            raise UserError(f"{device} is wanted, but there are only {gpus} GPUs; choose another or fewer processes.")
+        torch.cuda.set_device(device)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield World(rank, size, device)
+    finally:
+        if size > 1:
+            dist.destroy_process_group()
+
+
+def generators(seed, step, positions, device):
+    """One random generator a sample, a function of (seed, step, position in the global batch) alone.
+
+    All randomness of a training step comes from here. So a step draws the same numbers after a resume as
+    without one, and however its samples are spread over processes.
+    """
+    states = [np.random.SeedSequence([seed, step, p]).generate_state(1, np.uint64)[0] for p in positions]
+    return [torch.Generator(device).manual_seed(int(state)) for state in states]
+
+
+def all_reduce_sum(tensor):
+    """The sum over all processes, in place; the tensor itself where there is one process."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def mean_over_processes(values):
+    """dict name -> scalar tensor to dict name -> float, the mean over all processes. Waits for the device."""
+    total = all_reduce_sum(torch.stack([v.detach().double() for v in values.values()]))
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    return dict(zip(values, (total / size).tolist(), strict=True))
+
+
+class StopOnSignal:
+    """Ctrl-C and SIGTERM let the step in hand end, so that it can be saved; a second one stops at once."""
+
+    def __init__(self):
+        self.signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number, _):
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def asked(self, world):
+        """True in all processes as soon as one was signalled. Every process must ask at the same steps."""
+        if world.size == 1:
+            return self.signal > 0
+        return all_reduce_sum(torch.tensor(float(self.signal), device=world.device)).item() > 0
+
+
+class RunFolder:
+    """A run's folder: config.json, log.jsonl, tensorboard/, checkpoints/, images/. Only the main process writes."""
+
+    def __init__(self, path: Path, config, world: World):
+        self.path, self.writes = path, world.is_main
+        if not self.writes:
+            return
+        for name in ("checkpoints", "images"):
+            (path / name).mkdir(parents=True, exist_ok=True)
+        (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        self._board = SummaryWriter(path / "tensorboard")
+        self._log = (path / "log.jsonl").open("a")
+        gpu = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        self.log({"command": sys.argv, "commit": _commit(), "versions": versions, "gpu": gpu, "config": config})
+
+    @classmethod
+    def new_or_resumed(cls, name, out, resume, config, world):
+        """The folder of this run and the checkpoint it goes on from, or None.
+
+        name:   of the kind of run; runs without `out` live in outputs/<name>/<time>.
+        resume: "never"; "auto", the newest checkpoint of `out` or of the newest run, if it is unfinished;
+            or the run folder to go on with.
+        config: {"args": ..., "recipe": ..., "steps": ...}; must agree with the checkpoint's where it
+            decides the curve.
+        """
+        root = Path("outputs") / name
+        path = out or _new_run_path(root)
+        if resume == "never":
+            if out and last_checkpoint(out):
+                raise UserError(f"--out {out} holds a run already; add --resume auto or choose another folder.")
+        elif resume == "auto":
+            newest = max(root.glob("*/checkpoints/last.pt"), default=None, key=lambda f: f.stat().st_mtime)
+            path = out or (newest.parent.parent if newest else path)
+        else:
+            path = Path(resume)
+            if not last_checkpoint(path):
+                raise UserError(f"--resume {path} has no checkpoints/last.pt; name the folder of a run.")
+        file = last_checkpoint(path) if resume != "never" else None
+        saved = read_checkpoint(file) if file else None
+        if saved and resume == "auto" and not out and saved["step"] >= saved["config"]["steps"]:
+            path, saved = _new_run_path(root), None
+        if saved:
+            _check_same_curve(saved["config"], config, path)
+        paths = [path]
+        if world.size > 1:  # the time in a new folder's name is the main process's
+            dist.broadcast_object_list(paths)
+        return cls(paths[0], config, world), saved
+
+    def log(self, record):
+        """Append one JSON line."""
+        if self.writes:
+            self._log.write(json.dumps(record) + "\n")
+            self._log.flush()
+
+    def scalars(self, values, step):
+        """Write `values` (name -> float) to TensorBoard and to log.jsonl."""
+        if self.writes:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+            self.log({"step": step, **values})
+
+    def picture(self, name, image, step):
+        """Write `image` ([H, W, 3] uint8) to TensorBoard and to images/<name>_<step>.png."""
+        if self.writes:
+            Image.fromarray(image).save(self.path / "images" / f"{name}_{step:06d}.png")
+            self._board.add_image(name, image, step, dataformats="HWC")
+
+    def save(self, state, keep=False):
+        """Write checkpoints/last.pt, whole or not at all; `keep` leaves a step_<N>.pt beside it."""
+        if self.writes:
+            folder = self.path / "checkpoints"
+            write_checkpoint(state, folder / "last.pt")
+            if keep:
+                write_checkpoint(state, folder / f"step_{state['step']}.pt")
+
+    def close(self):
+        if self.writes:
+            self._board.close()
+            self._log.close()
+
+
+def _new_run_path(root):
+    """root/<time>, with a number behind where two runs start in one second."""
+    stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
+    names = [stamp] + [f"{stamp}_{i}" for i in range(2, 100)]
+    return next(root / name for name in names if not (root / name).exists())
+
+
+# Flags that may differ when a run goes on: they change where it runs and what it shows, not what it should compute.
+FREE_FLAGS = {"out", "resume", "stop_at", "workers", "device", "log_every", "val_every", "val_samples", "save_every"}
+
+
+def _check_same_curve(saved, config, path):
+    """Refuse to go on with a run under other settings."""
+    old = {**saved["args"], "recipe": saved["recipe"], "steps": saved["steps"]}
+    new = {**config["args"], "recipe": config["recipe"], "steps": config["steps"]}
+    for name in new.keys() - FREE_FLAGS:
+        if old.get(name) != new[name]:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{path} was started with another {flag} ({_difference(old.get(name), new[name])}); "
+                f"repeat the flags of its config.json or start afresh with --resume never."
+            )
+
+
+def _difference(old, new):
+    if isinstance(old, dict) and isinstance(new, dict):
+        return "; ".join(f"{k}: {_difference(old.get(k), new[k])}" for k in new if old.get(k) != new[k])
+    return f"{old} there, {new} now"
+
+
+def write_checkpoint(state, file: Path):
+    """Save under a temporary name and rename, so that a crash leaves the previous file intact."""
+    part = file.with_name(f".{file.name}.{os.getpid()}")
+    with part.open("wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    part.replace(file)
+
+
+def read_checkpoint(file: Path):
+    """Load a checkpoint as data, never as code; tensors land on the CPU."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {file}.") from None
+    except Exception as error:
+        reason = type(error).__name__
+        raise UserError(f"{file} is not a checkpoint of this project ({reason} while reading it).") from None
+
+
+def last_checkpoint(run: Path):
+    """The newest state of a run folder, or None."""
+    file = run / "checkpoints" / "last.pt"
+    return file if file.exists() else None
+
+
+def as_plain(config):
+    """A dataclass as JSON-able values (and so as `weights_only` ones)."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def _commit():
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except FileNotFoundError:  # no git on this machine
+        return None
+    return done.stdout.strip() or None

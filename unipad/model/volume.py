@@ -1,12 +1,12 @@
 """The volume: image features lifted into a grid of voxels, and its projection to the channels that are rendered."""
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 from kernels.lift import lift
 from unipad import config
+from unipad.model.norm import SyncedBatchNorm
 
 
 class GatherLift(nn.Module):
@@ -33,7 +33,7 @@ class RenderProjection(nn.Sequential):
     def __init__(self, in_channels, out_channels):
         super().__init__(
             Conv3x3x3(in_channels, out_channels),
-            SyncedBatchNorm3d(out_channels),
+            SyncedBatchNorm(out_channels),
             nn.ReLU(inplace=True),
         )
 
@@ -57,48 +57,3 @@ class Conv3x3x3(nn.Conv3d):
         weight = self.weight.transpose(1, 2).flatten(1, 2)  # [out, 3 C, 3, 3]
         out = F.conv2d(slices.permute(0, 3, 1, 2), weight, self.bias, padding=1)  # [B * Z, out, Y, X]
         return out.unflatten(0, (B, Z)).transpose(1, 2)
-
-
-class SyncedBatchNorm3d(nn.BatchNorm3d):
-    """Batch normalisation with the statistics of all processes' samples.
-
-    `nn.SyncBatchNorm` does the same on GPUs only; this works wherever `torch.distributed` does. In one process, and in
-    eval mode, it is `nn.BatchNorm3d`. Statistics and the result are computed in fp32 or better; x keeps its type.
-    """
-
-    def __init__(self, channels):
-        super().__init__(channels)
-
-    def forward(self, x):
-        if not (self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-            return super().forward(x)
-        dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
-        dims = (0, 2, 3, 4)
-        sums = SumOverProcesses.apply(torch.cat([x.sum(dims), x.new_full((1,), x[:, 0].numel())]))  # [C + 1]
-        count = sums[-1].detach()
-        mean = sums[:-1] / count
-        # not mean(x^2) - mean(x)^2, which cancels where the mean is large
-        centred = x - mean.view(-1, 1, 1, 1)
-        variance = SumOverProcesses.apply(centred.square().sum(dims)) / count
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-        scale = self.weight * (variance + self.eps).rsqrt()
-        return torch.addcmul(self.bias.view(-1, 1, 1, 1), centred, scale.view(-1, 1, 1, 1)).to(dtype)
-
-
-class SumOverProcesses(torch.autograd.Function):
-    """Sum of a tensor over all processes; its gradient is the sum of theirs, since each of their losses used it."""
-
-    @staticmethod
-    def forward(ctx, x):
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, d_sum):
-        d_sum = d_sum.clone()  # also makes it contiguous, which gloo asks for
-        dist.all_reduce(d_sum)
-        return d_sum

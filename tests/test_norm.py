@@ -1,0 +1,86 @@
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from tests import golden
+from unipad.model.norm import SyncedBatchNorm
+
+
+def batch(dtype):
+    """Four samples far from mean 0, and an upstream gradient."""
+    gen = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 3, 2, 3, 5, generator=gen, dtype=torch.float64) * 2 + 30
+    return x.to(dtype), torch.randn(x.shape, generator=gen, dtype=torch.float64).to(dtype)
+
+
+def norm_step(norm, x, d_out):
+    """One training step of `norm`: everything it computes."""
+    nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(1))
+    x = x.clone().requires_grad_()
+    out = norm(x)
+    out.backward(d_out)
+    return dict(
+        out=out.detach(), d_x=x.grad, d_weight=norm.weight.grad, d_bias=norm.bias.grad,
+        mean=norm.running_mean, var=norm.running_var, steps=norm.num_batches_tracked,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("plain, shape", [(nn.BatchNorm1d, (60, 3)), (nn.BatchNorm3d, (4, 3, 5, 3, 1))])
+def test_one_process_is_plain_batch_norm(plain, shape):
+    ours, plain = SyncedBatchNorm(3, eps=1e-3, momentum=0.01), plain(3, eps=1e-3, momentum=0.01)
+    x, d_out = torch.randn(2, *shape)
+    a, b = (norm_step(norm, x, d_out) for norm in (ours, plain))
+    assert all(torch.equal(a[name], b[name]) for name in b)
+    assert ours.state_dict().keys() == plain.state_dict().keys()
+    assert torch.equal(ours.eval()(x), plain.eval()(x))
+
+
+def test_a_lone_row_is_the_bias():
+    norm = SyncedBatchNorm(3)
+    nn.init.normal_(norm.bias)
+    x = torch.randn(1, 3, requires_grad=True)
+    out = norm(x)
+    out.sum().backward()
+    assert torch.equal(out[0], norm.bias) and not x.grad.any()
+    torch.testing.assert_close(norm.running_mean, 0.1 * x[0].detach())
+    torch.testing.assert_close(norm.running_var, torch.full((3,), 0.9))
+
+
+def test_without_rows_nothing_is_counted():
+    norm = SyncedBatchNorm(3)
+    x = torch.randn(0, 3, requires_grad=True)
+    norm(x).sum().backward()
+    assert norm.running_mean.eq(0).all() and norm.running_var.eq(1).all()
+    assert norm.weight.grad.eq(0).all() and norm.bias.grad.eq(0).all()
+    assert norm.eval()(x).shape == (0, 3)
+
+
+# type, samples of rank 0 (of 4; the other process has the rest), allowed error
+SPLITS = [(torch.float32, 2, 1e-5), (torch.float32, 1, 1e-5), (torch.bfloat16, 2, 1e-2), (torch.float32, 4, 1e-5)]
+
+
+def test_two_processes_are_one(tmp_path):
+    torch.multiprocessing.spawn(one_of_two, args=(tmp_path,), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for (dtype, _, rel), a, b in zip(SPLITS, first, second, strict=True):
+        whole = norm_step(nn.BatchNorm3d(3), *batch(dtype))
+        for name in ("out", "d_x"):
+            assert a[name].dtype == dtype
+            golden.assert_close_to_max(torch.cat([a[name], b[name]]), whole[name], rel, name)
+        for name in ("d_weight", "d_bias"):  # of each process's own loss: DistributedDataParallel adds them up
+            golden.assert_close_to_max(a[name] + b[name], whole[name], rel, name)
+        for name in ("mean", "var", "steps"):
+            assert torch.equal(a[name], b[name])
+            golden.assert_close_to_max(a[name], whole[name], rel, name)
+
+
+def one_of_two(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    results = []
+    for dtype, samples, _ in SPLITS:
+        mine = slice(samples) if rank == 0 else slice(samples, None)
+        results.append(norm_step(SyncedBatchNorm(3), *(t[mine] for t in batch(dtype))))
+    torch.save(results, folder / f"{rank}.pt")
+    dist.destroy_process_group()

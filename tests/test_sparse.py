@@ -1,0 +1,300 @@
+import gc
+import math
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from unipad.model.sparse import (
+    SparseBatchNorm,
+    SparseConv3d,
+    SparseConvTranspose3d,
+    SparseInverseConv3d,
+    SparseTensor,
+    SubMConv3d,
+    VoxelSet,
+)
+
+SHAPE = (6, 9, 7)
+KERNELS = [1, 2, 3, 5, (3, 1, 1)]
+CHANNELS = [(1, 5), (5, 16), (16, 18), (18, 1)]
+
+
+def coords_of(name, shape=SHAPE):
+    """Voxels [N, 4] in no order, and the number of grids."""
+    Z, Y, X = shape
+    if name == "none":
+        return torch.empty(0, 4, dtype=torch.int32), 2
+    if name == "one":
+        return torch.tensor([[0, 1, 2, 3]], dtype=torch.int32), 1
+    if name == "block":
+        block = torch.cartesian_prod(*[torch.arange(3)] * 3) + torch.tensor([2, 3, 1])
+        return F.pad(block, (1, 0)).int(), 1
+    # grids 0 and 2 of three, grid 1 empty; the corners of the grids among them
+    occupied = torch.rand(3, *shape) < 0.2
+    for z in (0, Z - 1):
+        for y in (0, Y - 1):
+            occupied[:, z, y, [0, X - 1]] = True
+    occupied[1] = False
+    coords = occupied.nonzero().int()
+    return coords[torch.randperm(len(coords))], 3
+
+
+def sparse(name, channels, shape=SHAPE, dtype=torch.float64, device="cpu"):
+    coords, batch_size = coords_of(name, shape)
+    features = torch.randn(len(coords), channels, dtype=dtype)
+    return SparseTensor(features.to(device).requires_grad_(), VoxelSet(coords.to(device), shape, batch_size))
+
+
+def occupancy(voxels):
+    """[B, 1, Z, Y, X] fp64: 1 where a voxel is."""
+    cells = torch.zeros(voxels.batch_size, 1, *voxels.shape, dtype=torch.float64, device=voxels.coords.device)
+    b, z, y, x = voxels.coords.long().unbind(1)
+    cells[b, 0, z, y, x] = 1
+    return cells
+
+
+def dense_of(x):
+    """[B, C, Z, Y, X], as `dense()`, cell by cell."""
+    voxels = x.voxels
+    cells = x.features.new_zeros(voxels.batch_size, *voxels.shape, x.features.shape[1])
+    cells = cells.index_put(tuple(voxels.coords.long().unbind(1)), x.features)
+    return cells.permute(0, 4, 1, 2, 3)
+
+
+def geometry_of(conv):
+    """What F.conv_transpose3d takes behind the bias."""
+    return conv.stride, conv.padding, 0, 1, conv.dilation
+
+
+def assert_is_dense_convolution(conv, x, convolve, active):
+    """`conv` of x is `convolve(cells, weight)` at the cells of `active` [B, 1, Z, Y, X], and so are all gradients.
+
+    convolve: takes [B, Cin, Z, Y, X] and a weight [Cout, Cin, kz, ky, kx], returns [B, Cout, Z', Y', X'].
+    """
+    out = conv(x)
+    ours = out.dense()
+    assert torch.equal(occupancy(out.voxels), active)
+    leaves = [x.features, *conv.parameters()]
+    # a voxel's gradient comes back through its own coordinates, not through those that `dense` computes
+    truth = convolve(dense_of(x), conv.weight.permute(0, 4, 1, 2, 3))
+    truth = (truth if conv.bias is None else truth + conv.bias.view(-1, 1, 1, 1)) * active
+    assert ours.shape == truth.shape and ours.is_contiguous(memory_format=torch.channels_last_3d)
+    torch.testing.assert_close(ours, truth, rtol=0, atol=1e-12)
+    d_out = torch.randn_like(truth)
+    gradients = (torch.autograd.grad(t, leaves, d_out) for t in (ours, truth))
+    for a, b in zip(*gradients, strict=True):
+        largest = b.abs().max().item() if b.numel() else 1.0
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12 * max(1.0, largest))
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+@pytest.mark.parametrize("name", ["none", "one", "block", "scattered"])
+@pytest.mark.parametrize("dilation", [1, (1, 2, 3)], ids=str)
+def test_submanifold_is_masked_conv3d(name, kernel, dilation, device):
+    channels = CHANNELS[KERNELS.index(kernel) % len(CHANNELS)]
+    conv = SubMConv3d(*channels, kernel, dilation=dilation).double().to(device)
+    x = sparse(name, channels[0], device=device)
+
+    def convolve(cells, weight):
+        pad = []
+        for k, d in zip(reversed(conv.kernel), reversed(conv.dilation), strict=True):
+            pad += [k // 2 * d, (k - 1 - k // 2) * d]
+        return F.conv3d(F.pad(cells, pad), weight, dilation=conv.dilation)
+
+    assert_is_dense_convolution(conv, x, convolve, occupancy(x.voxels))
+    assert conv(x).voxels is x.voxels
+
+
+# kernel, stride, padding, dilation
+GEOMETRIES = [
+    (3, 2, 1, 1),
+    (3, 2, (0, 1, 1), 1),
+    (2, 2, 0, 1),
+    (1, 2, 0, 1),
+    (1, 1, 0, 1),
+    (3, 1, 1, 1),
+    (5, 3, 2, 1),
+    ((3, 1, 1), (2, 1, 1), 0, 1),
+    (3, 1, 2, 2),
+    (2, 3, 1, (1, 2, 1)),  # windows with gaps between them
+]
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("name", ["none", "one", "block", "scattered"])
+def test_strided_is_conv3d(name, geometry, device):
+    channels = CHANNELS[GEOMETRIES.index(geometry) % len(CHANNELS)]
+    conv = SparseConv3d(*channels, *geometry, bias=name != "block").double().to(device)
+    x = sparse(name, channels[0], device=device)
+
+    def convolve(cells, weight):
+        return F.conv3d(cells, weight, None, conv.stride, conv.padding, conv.dilation)
+
+    ones = x.features.new_ones(1, 1, *conv.kernel)
+    assert_is_dense_convolution(conv, x, convolve, (convolve(occupancy(x.voxels), ones) > 0.5).double())
+    if geometry != (1, 1, 0, 1):
+        assert (conv(x).voxels.keys().diff() > 0).all()
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("name", ["none", "one", "scattered"])
+def test_transposed_is_conv_transpose3d(name, geometry, device):
+    channels = CHANNELS[GEOMETRIES.index(geometry) % len(CHANNELS)]
+    conv = SparseConvTranspose3d(*channels, *geometry).double().to(device)
+    x = sparse(name, channels[0], device=device)
+
+    def convolve(cells, weight):
+        return F.conv_transpose3d(cells, weight.transpose(0, 1), None, *geometry_of(conv))
+
+    ones = x.features.new_ones(1, 1, *conv.kernel)
+    assert_is_dense_convolution(conv, x, convolve, (convolve(occupancy(x.voxels), ones) > 0.5).double())
+
+
+@pytest.mark.parametrize("geometry", [g for g in GEOMETRIES if g != (1, 1, 0, 1)], ids=str)
+@pytest.mark.parametrize("name", ["none", "one", "scattered"])
+def test_inverse_is_conv_transpose3d_at_the_first_voxels(name, geometry, device):
+    channels = CHANNELS[GEOMETRIES.index(geometry) % len(CHANNELS)]
+    down = SparseConv3d(2, channels[0], *geometry).double().to(device)
+    up = SparseInverseConv3d(*channels, geometry[0]).double().to(device)
+    first = sparse(name, 2, device=device)
+    reached = down(first)
+    x = reached.replace(reached.features.detach().requires_grad_())
+
+    # the last cells that no window starts at, but some window covers
+    full = F.conv_transpose3d(x.dense()[:, :1], x.features.new_ones(1, 1, *down.kernel), None, *geometry_of(down))
+    left = [size - covered for size, covered in zip(SHAPE, full.shape[2:], strict=True)]
+
+    def convolve(cells, weight):
+        stride, padding, _, groups, dilation = geometry_of(down)
+        return F.conv_transpose3d(cells, weight.transpose(0, 1), None, stride, padding, left, groups, dilation)
+
+    assert_is_dense_convolution(up, x, convolve, occupancy(first.voxels))
+    assert up(x).voxels is first.voxels
+
+
+def test_inverse_needs_a_convolution_to_go_back_over():
+    x = sparse("one", 2)
+    with pytest.raises(AssertionError, match="nothing to go back to"):
+        SparseInverseConv3d(2, 2, 3).double()(x)
+    with pytest.raises(AssertionError, match=r"kernel \(2, 2, 2\), this one is \(3, 3, 3\)"):
+        SparseInverseConv3d(2, 2, 3).double()(SparseConv3d(2, 2, 2, 2).double()(x))
+
+
+def test_weights_lie_and_are_drawn_as_expected():
+    conv = SparseConv3d(16, 8, (3, 2, 1), 2)
+    assert conv.weight.shape == (8, 3, 2, 1, 16) and conv.bias.shape == (8,)
+    bound = 1 / math.sqrt(16 * 6)
+    assert 0.9 * bound < conv.weight.abs().max() <= bound
+    assert SubMConv3d(1, 1, 3, bias=False).state_dict().keys() == {"weight"}
+    text = "16, 8, kernel=(3, 2, 1), stride=(2, 2, 2), padding=(0, 0, 0), dilation=(1, 1, 1), bias=True"
+    assert text in repr(conv)
+
+
+def test_tables_are_made_once():
+    x = sparse("scattered", 2)
+    assert x.voxels.submanifold((3, 3, 3), (1, 1, 1)) is x.voxels.submanifold((3, 3, 3), (1, 1, 1))
+    assert x.voxels.submanifold((3, 3, 3), (1, 1, 1)) is not x.voxels.submanifold((3, 3, 3), (2, 2, 2))
+    down = [SparseConv3d(2, 2, 3, 2, 1).double() for _ in range(2)]
+    first, second = (conv(x) for conv in down)
+    assert first.voxels is second.voxels
+    assert SparseConv3d(2, 2, 3, 2, 0).double()(x).voxels is not first.voxels
+    assert SparseConvTranspose3d(2, 2, 3, 2, 1).double()(x).voxels is not first.voxels
+
+
+def test_voxels_that_nobody_uses_are_freed():
+    """At once, not by the garbage collector: on a GPU they are memory."""
+    gc.disable()
+    try:
+        x = sparse("scattered", 2)
+        with torch.no_grad():
+            out = SparseConv3d(2, 2, 3, 2, 1).double()(x)
+        first, second = weakref.ref(x.voxels), weakref.ref(out.voxels)
+        del x
+        assert first() is not None  # the way back
+        del out
+        assert second() is None and first() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(
+    "voxel, message",
+    [
+        ((0, 6, 0, 0), "outside"),
+        ((0, 0, -1, 0), "outside"),
+        ((0, 1, 2, 3), "twice"),
+        ((2, 0, 0, 0), "grid 2 of a batch of 2"),
+    ],
+)
+def test_bad_voxels_are_refused(voxel, message):
+    coords = torch.tensor([(0, 1, 2, 3), voxel], dtype=torch.int32)
+    with pytest.raises(ValueError, match=message):
+        VoxelSet(coords, SHAPE, 2)
+
+
+def test_batch_norm_is_over_the_voxels():
+    x = sparse("scattered", 5, dtype=torch.float32)
+    ours, plain = SparseBatchNorm(5, eps=1e-3, momentum=0.01), nn.BatchNorm1d(5, eps=1e-3, momentum=0.01)
+    assert torch.equal(ours(x).features, plain(x.features))
+    assert ours(x).voxels is x.voxels
+    ours.eval(), plain.eval()
+    plain.load_state_dict(ours.state_dict())
+    assert torch.equal(ours(x).features, plain(x.features))
+
+
+class Small(nn.Module):
+    """Every kind of convolution once."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = SubMConv3d(3, 8, 3, bias=False), SparseBatchNorm(8)
+        self.down, self.up = SparseConv3d(8, 16, 3, 2, 1), SparseInverseConv3d(16, 8, 3)
+        self.point, self.spread = SparseConv3d(8, 4, 1), SparseConvTranspose3d(4, 5, 2, 2)
+
+    def forward(self, x):
+        x = self.norm(self.stem(x))
+        y = self.up(self.down(x.replace(x.features.relu())))
+        y = y.replace((x.features + y.features).relu())
+        return self.spread(self.point(y)).dense()
+
+
+def step(net, call, x):
+    """Outputs, gradients and statistics of one training step."""
+    features = x.features.detach().requires_grad_()
+    out = call(SparseTensor(features, x.voxels))
+    out.float().square().mean().backward()
+    grads = {name: p.grad for name, p in net.named_parameters()}
+    net.zero_grad()
+    return dict(out=out.detach(), features=features.grad, mean=net.norm.running_mean.clone(), **grads)
+
+
+def test_compiled_is_eager():
+    eager, compiled = Small(), Small()
+    compiled.load_state_dict(eager.state_dict())
+    torch._dynamo.reset()
+    call = torch.compile(compiled, backend="aot_eager")
+    for name in ("scattered", "block", "one", "none", "scattered"):
+        x = sparse(name, 3, dtype=torch.float32)
+        a, b = step(eager, eager, x), step(compiled, call, x)
+        assert a.keys() == b.keys()
+        for key in a:
+            torch.testing.assert_close(b[key], a[key], rtol=1e-5, atol=1e-6, msg=f"{name}: {key}")
+
+
+def test_autocast_runs_in_bf16():
+    net, x = Small(), sparse("scattered", 3, dtype=torch.float32)
+    exact = step(net, net, x)
+
+    def call(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return net(x)
+
+    half = step(net, call, x)
+    assert half["out"].dtype == torch.bfloat16
+    for key, value in half.items():
+        assert value.isfinite().all(), key
+        assert key == "out" or value.dtype == torch.float32, key
+    assert (half["out"] - exact["out"]).abs().max() < 0.05 * exact["out"].abs().max()

@@ -1,0 +1,208 @@
+"""Convolutions on the occupied voxels of a batch of grids.
+
+Only voxels that exist have a row of features. Which rows a convolution gathers depends on where the voxels are, not on
+its weights: a `VoxelSet` makes these tables once for each geometry and keeps them. All triples are (z, y, x).
+"""
+
+import dataclasses
+import math
+import weakref
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import sparse_map
+from kernels.sparse_conv import sparse_conv
+from unipad.model.norm import SyncedBatchNorm
+
+
+class Table(NamedTuple):
+    """Which rows a convolution of N voxels to M voxels with K offsets gathers; -1 where there is no voxel."""
+
+    neighbor_idx: Tensor  # [K, M] int32, the input that an output reads
+    inverse_idx: Tensor  # [K, N] int32, the output that an input reaches
+
+
+class VoxelSet:
+    """Voxels that exist in a batch of grids, and the tables of the convolutions on them.
+
+    A set that a strided or transposed convolution makes knows the one it came from (`source`) and the table between
+    them. The other way the reference is weak: the next convolution of that geometry finds the set as long as somebody
+    uses it, and nothing keeps the voxels of past batches on the device.
+    """
+
+    def __init__(self, coords, shape, batch_size, in_order=False, check=True):
+        """
+        coords:     [N, 4] int32 (b, z, y, x), each once.
+        shape:      cells (Z, Y, X).
+        batch_size: number of grids; some may be empty.
+        in_order:   the voxels are known to be in ascending order: spares sorting them.
+        check:      raise ValueError for a voxel that is outside or occurs twice; waits for the device.
+        """
+        assert coords.dim() == 2 and coords.shape[1] == 4, f"coordinates are [N, 4], not {tuple(coords.shape)}"
+        assert coords.dtype == torch.int32, f"coordinates are int32, not {coords.dtype}"
+        self.coords, self.shape, self.batch_size = coords.contiguous(), tuple(shape), batch_size
+        self.source = None  # (VoxelSet, kernel, Table) of the convolution that made this set
+        self._tables, self._made = {}, {}
+        self._sorted = (self.keys(), torch.arange(len(coords), device=coords.device)) if in_order else None
+        if check:
+            self._sorted = sparse_map.sort_voxels(self.coords, self.shape)
+            if len(coords) and int(coords[:, 0].max()) >= batch_size:
+                raise ValueError(f"a voxel is in grid {int(coords[:, 0].max())} of a batch of {batch_size}")
+
+    def __len__(self):
+        return len(self.coords)
+
+    def keys(self):
+        """[N] int64, the row of each voxel among all cells of the batch."""
+        Z, Y, X = self.shape
+        b, z, y, x = self.coords.long().unbind(1)
+        return ((b * Z + z) * Y + y) * X + x
+
+    # A table's size depends on the data and the tables are kept: compiled code calls these three as they are.
+    @torch.compiler.disable
+    def submanifold(self, kernel, dilation):
+        """The table of a convolution from these voxels to the same ones."""
+        geometry = (kernel, dilation)
+        if geometry not in self._tables:
+            if self._sorted is None:
+                self._sorted = sparse_map.sort_voxels(self.coords, self.shape, check=False)
+            neighbor_idx = sparse_map.submanifold_map(self.coords, *self._sorted, self.shape, kernel, dilation)
+            # an odd kernel is its own mirror image
+            odd = all(k % 2 for k in kernel)
+            inverse_idx = neighbor_idx.flip(0) if odd else sparse_map.inverse_map(neighbor_idx, len(self))
+            self._tables[geometry] = Table(neighbor_idx, inverse_idx)
+        return self._tables[geometry]
+
+    @torch.compiler.disable
+    def strided(self, kernel, stride, padding, dilation):
+        """The voxels that a strided convolution reaches: all whose window holds one of these."""
+        return self._reached(sparse_map.strided_map, sparse_map.out_shape, (kernel, stride, padding, dilation))
+
+    @torch.compiler.disable
+    def transposed(self, kernel, stride, padding, dilation):
+        """The voxels that a transposed convolution reaches: all that one of these spreads to."""
+        shape_of = sparse_map.transposed_out_shape
+        return self._reached(sparse_map.transposed_map, shape_of, (kernel, stride, padding, dilation))
+
+    def _reached(self, make_map, shape_of, geometry):
+        made = self._made.get((make_map, geometry), lambda: None)()
+        if made is None:
+            coords, neighbor_idx = make_map(self.coords, self.shape, *geometry)
+            inverse_idx = sparse_map.inverse_map(neighbor_idx, len(self))
+            made = VoxelSet(coords, shape_of(self.shape, *geometry), self.batch_size, in_order=True, check=False)
+            made.source = (self, geometry[0], Table(neighbor_idx, inverse_idx))
+            self._made[make_map, geometry] = weakref.ref(made)
+        return made
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseTensor:
+    """Features of the voxels that exist."""
+
+    features: Tensor  # [N, C]
+    voxels: VoxelSet  # of N voxels
+
+    def replace(self, features):
+        """Other features of the same voxels."""
+        return SparseTensor(features, self.voxels)
+
+    def dense(self):
+        """[B, C, Z, Y, X] in memory format channels_last_3d; 0 where no voxel is."""
+        voxels, C = self.voxels, self.features.shape[1]
+        cells = self.features.new_zeros(voxels.batch_size * math.prod(voxels.shape), C)
+        cells.index_copy_(0, voxels.keys(), self.features)
+        return cells.view(voxels.batch_size, *voxels.shape, C).permute(0, 4, 1, 2, 3)
+
+
+class _SparseConvolution(nn.Module):
+    """weight: (Cout, kz, ky, kx, Cin), as spconv 2 has it; drawn as `nn.Conv3d` draws its own."""
+
+    allow_tf32 = False  # multiply fp32 features in tf32
+
+    def __init__(self, in_channels, out_channels, kernel, bias=True):
+        super().__init__()
+        self.kernel = _triple(kernel)
+        self.weight = nn.Parameter(torch.empty(out_channels, *self.kernel, in_channels))
+        self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
+        bound = 1 / math.sqrt(in_channels * math.prod(self.kernel))
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def convolve(self, features, table):
+        """[N, Cin] to [M, Cout]; no table: every voxel reads itself alone, K = 1."""
+        if table is None:
+            return F.linear(features, self.weight.flatten(1), self.bias)
+        out = sparse_conv(features, self.weight, *table, allow_tf32=self.allow_tf32)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+    def extra_repr(self):
+        (out_channels, *_, in_channels), names = self.weight.shape, ("kernel", "stride", "padding", "dilation")
+        geometry = (f"{name}={getattr(self, name)}" for name in names if hasattr(self, name))
+        return ", ".join([str(in_channels), str(out_channels), *geometry, f"bias={self.bias is not None}"])
+
+
+class SubMConv3d(_SparseConvolution):
+    """Submanifold convolution: the output has the voxels of the input. Offsets lie around kernel // 2."""
+
+    def __init__(self, in_channels, out_channels, kernel, dilation=1, bias=True):
+        super().__init__(in_channels, out_channels, kernel, bias)
+        self.dilation = _triple(dilation)
+
+    def forward(self, x):
+        alone = math.prod(self.kernel) == 1
+        return x.replace(self.convolve(x.features, None if alone else x.voxels.submanifold(self.kernel, self.dilation)))
+
+
+class SparseConv3d(_SparseConvolution):
+    """`nn.Conv3d` on voxels: the output has every voxel whose window holds one of the input's, in ascending order.
+
+    A 1 x 1 x 1 kernel without stride and padding leaves the voxels and their order as they are.
+    """
+
+    def __init__(self, in_channels, out_channels, kernel, stride=1, padding=0, dilation=1, bias=True):
+        super().__init__(in_channels, out_channels, kernel, bias)
+        self.stride, self.padding, self.dilation = _triple(stride), _triple(padding), _triple(dilation)
+
+    def forward(self, x):
+        if (self.kernel, self.stride, self.padding) == ((1, 1, 1), (1, 1, 1), (0, 0, 0)):
+            return x.replace(self.convolve(x.features, None))
+        voxels = self.reach(x.voxels)
+        _, _, table = voxels.source
+        return SparseTensor(self.convolve(x.features, table), voxels)
+
+    def reach(self, voxels):
+        return voxels.strided(self.kernel, self.stride, self.padding, self.dilation)
+
+
+class SparseConvTranspose3d(SparseConv3d):
+    """`nn.ConvTranspose3d` on voxels: the output has every voxel that one of the input's spreads to."""
+
+    def reach(self, voxels):
+        return voxels.transposed(self.kernel, self.stride, self.padding, self.dilation)
+
+
+class SparseInverseConv3d(_SparseConvolution):
+    """Back to the voxels that a `SparseConv3d` of the same kernel came from, over its table read backwards.
+
+    It is that convolution's transpose, restricted to these voxels.
+    """
+
+    def forward(self, x):
+        assert x.voxels.source is not None, "these voxels came from no SparseConv3d: there is nothing to go back to"
+        voxels, kernel, table = x.voxels.source
+        assert kernel == self.kernel, f"the voxels came from a kernel {kernel}, this one is {self.kernel}"
+        return SparseTensor(self.convolve(x.features, Table(table.inverse_idx, table.neighbor_idx)), voxels)
+
+
+class SparseBatchNorm(SyncedBatchNorm):
+    """Batch normalisation over the voxels that exist, in all samples of all processes."""
+
+    def forward(self, x):
+        return x.replace(super().forward(x.features))
+
+
+def _triple(value):
+    return (value,) * 3 if isinstance(value, int) else tuple(value)

@@ -48,6 +48,28 @@ class Camera:
 
 
 @dataclass(frozen=True)
+class Lidar:
+    """Voxels of the point cloud, masked; residual sparse encoder; dense neck over its output.
+
+    The encoder halves the resolution between its stages, so `cell` is the grid's cell over 2^(stages - 1).
+    """
+
+    cell: tuple[float, float, float] = (0.075, 0.075, 0.2)  # (x, y, z) metres of the encoder's voxels
+    max_points: int = 10  # of a voxel; its feature is their mean
+    max_voxels: tuple[int, int] = (120_000, 160_000)  # of a sample, in training and in evaluation
+    mask_ratio: float = 0.8  # share of the occupied blocks hidden from the encoder; 0 = no masking
+    mask_block: int = 8  # voxels along the edge of a block
+    learnable_token: bool = False  # hidden voxels stay, with a learned feature, instead of being removed
+    widths: tuple[int, ...] = (16, 32, 64, 128)  # channels per stage of the encoder
+    blocks: int = 2  # residual blocks per stage
+    sparse_channels: int = 256  # out of the encoder
+    neck_widths: tuple[int, ...] = (128, 256, 512)  # channels per branch of the neck
+    neck_strides: tuple[int, ...] = (1, 2, 4)  # in x and y
+    neck_layers: int = 5  # per branch, after the one that strides
+    channels: int = 256  # of the volume
+
+
+@dataclass(frozen=True)
 class RayChoice:
     """Which rays are cast in a training step. Radii in metres, in the ground plane of the LiDAR."""
 
@@ -135,8 +157,8 @@ PRESETS = {
             fpn_levels=3,
             channels=32,
         ),
-        rays=RayChoice(per_view=96, lidar_per_view=64, sky=0.0),
+        rays=RayChoice(per_view=64, lidar_per_view=40, sky=0.0),
         render=Render(samples=40, importance=16, variance=0.5),
-        optim=Optim(lr=4e-3, backbone_lr=1.0, warmup_steps=20, epochs=5, batch_size=1),
+        optim=Optim(lr=2e-3, backbone_lr=1.0, warmup_steps=20, epochs=6.5, batch_size=1),
     ),
 }

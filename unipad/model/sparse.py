@@ -61,40 +61,46 @@ class VoxelSet:
         b, z, y, x = self.coords.long().unbind(1)
         return ((b * Z + z) * Y + y) * X + x
 
-    # A table's size depends on the data and the tables are kept: compiled code calls these three as they are.
-    @torch.compiler.disable
     def submanifold(self, kernel, dilation):
         """The table of a convolution from these voxels to the same ones."""
-        geometry = (kernel, dilation)
-        if geometry not in self._tables:
-            if self._sorted is None:
-                self._sorted = sparse_map.sort_voxels(self.coords, self.shape, check=False)
-            neighbor_idx = sparse_map.submanifold_map(self.coords, *self._sorted, self.shape, kernel, dilation)
-            # an odd kernel is its own mirror image
-            odd = all(k % 2 for k in kernel)
-            inverse_idx = neighbor_idx.flip(0) if odd else sparse_map.inverse_map(neighbor_idx, len(self))
-            self._tables[geometry] = Table(neighbor_idx, inverse_idx)
-        return self._tables[geometry]
+        if (kernel, dilation) not in self._tables:
+            self._make_table(kernel, dilation)
+        return self._tables[kernel, dilation]
 
-    @torch.compiler.disable
     def strided(self, kernel, stride, padding, dilation):
         """The voxels that a strided convolution reaches: all whose window holds one of these."""
-        return self._reached(sparse_map.strided_map, sparse_map.out_shape, (kernel, stride, padding, dilation))
+        return self._reach("strided", (kernel, stride, padding, dilation))
 
-    @torch.compiler.disable
     def transposed(self, kernel, stride, padding, dilation):
         """The voxels that a transposed convolution reaches: all that one of these spreads to."""
-        shape_of = sparse_map.transposed_out_shape
-        return self._reached(sparse_map.transposed_map, shape_of, (kernel, stride, padding, dilation))
+        return self._reach("transposed", (kernel, stride, padding, dilation))
 
-    def _reached(self, make_map, shape_of, geometry):
-        made = self._made.get((make_map, geometry), lambda: None)()
-        if made is None:
-            coords, neighbor_idx = make_map(self.coords, self.shape, *geometry)
-            inverse_idx = sparse_map.inverse_map(neighbor_idx, len(self))
-            made = VoxelSet(coords, shape_of(self.shape, *geometry), self.batch_size, in_order=True, check=False)
-            made.source = (self, geometry[0], Table(neighbor_idx, inverse_idx))
-            self._made[make_map, geometry] = weakref.ref(made)
+    def _reach(self, kind, geometry):
+        made = self._made[kind, geometry]() if (kind, geometry) in self._made else None
+        return self._make_reached(kind, geometry) if made is None else made
+
+    # Compiled code takes tables that exist as inputs. It cannot make them: their sizes depend on the data.
+    @torch.compiler.disable
+    def _make_table(self, kernel, dilation):
+        if self._sorted is None:
+            self._sorted = sparse_map.sort_voxels(self.coords, self.shape, check=False)
+        neighbor_idx = sparse_map.submanifold_map(self.coords, *self._sorted, self.shape, kernel, dilation)
+        # an odd kernel is its own mirror image
+        odd = all(k % 2 for k in kernel)
+        inverse_idx = neighbor_idx.flip(0) if odd else sparse_map.inverse_map(neighbor_idx, len(self))
+        self._tables[kernel, dilation] = Table(neighbor_idx, inverse_idx)
+
+    @torch.compiler.disable
+    def _make_reached(self, kind, geometry):
+        make_map, shape_of = {
+            "strided": (sparse_map.strided_map, sparse_map.out_shape),
+            "transposed": (sparse_map.transposed_map, sparse_map.transposed_out_shape),
+        }[kind]
+        coords, neighbor_idx = make_map(self.coords, self.shape, *geometry)
+        inverse_idx = sparse_map.inverse_map(neighbor_idx, len(self))
+        made = VoxelSet(coords, shape_of(self.shape, *geometry), self.batch_size, in_order=True, check=False)
+        made.source = (self, geometry[0], Table(neighbor_idx, inverse_idx))
+        self._made[kind, geometry] = weakref.ref(made)
         return made
 
 
@@ -131,6 +137,10 @@ class _SparseConvolution(nn.Module):
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
 
+    def reach(self, voxels):
+        """The voxels of the output for these of the input; makes the table between them, if it is not there."""
+        raise NotImplementedError
+
     def convolve(self, features, table):
         """[N, Cin] to [M, Cout]; no table: every voxel reads itself alone, K = 1."""
         if table is None:
@@ -152,8 +162,14 @@ class SubMConv3d(_SparseConvolution):
         self.dilation = _triple(dilation)
 
     def forward(self, x):
-        alone = math.prod(self.kernel) == 1
-        return x.replace(self.convolve(x.features, None if alone else x.voxels.submanifold(self.kernel, self.dilation)))
+        return x.replace(self.convolve(x.features, self.table(x.voxels)))
+
+    def reach(self, voxels):
+        self.table(voxels)
+        return voxels
+
+    def table(self, voxels):
+        return None if self.kernel == (1, 1, 1) else voxels.submanifold(self.kernel, self.dilation)
 
 
 class SparseConv3d(_SparseConvolution):
@@ -167,21 +183,22 @@ class SparseConv3d(_SparseConvolution):
         self.stride, self.padding, self.dilation = _triple(stride), _triple(padding), _triple(dilation)
 
     def forward(self, x):
-        if (self.kernel, self.stride, self.padding) == ((1, 1, 1), (1, 1, 1), (0, 0, 0)):
-            return x.replace(self.convolve(x.features, None))
         voxels = self.reach(x.voxels)
-        _, _, table = voxels.source
+        table = None if voxels is x.voxels else voxels.source[2]
         return SparseTensor(self.convolve(x.features, table), voxels)
 
     def reach(self, voxels):
-        return voxels.strided(self.kernel, self.stride, self.padding, self.dilation)
+        if (self.kernel, self.stride, self.padding) == ((1, 1, 1), (1, 1, 1), (0, 0, 0)):
+            return voxels
+        return self._reach(voxels, self.kernel, self.stride, self.padding, self.dilation)
+
+    _reach = staticmethod(VoxelSet.strided)
 
 
 class SparseConvTranspose3d(SparseConv3d):
     """`nn.ConvTranspose3d` on voxels: the output has every voxel that one of the input's spreads to."""
 
-    def reach(self, voxels):
-        return voxels.transposed(self.kernel, self.stride, self.padding, self.dilation)
+    _reach = staticmethod(VoxelSet.transposed)
 
 
 class SparseInverseConv3d(_SparseConvolution):
@@ -191,10 +208,14 @@ class SparseInverseConv3d(_SparseConvolution):
     """
 
     def forward(self, x):
-        assert x.voxels.source is not None, "these voxels came from no SparseConv3d: there is nothing to go back to"
-        voxels, kernel, table = x.voxels.source
-        assert kernel == self.kernel, f"the voxels came from a kernel {kernel}, this one is {self.kernel}"
+        voxels, table = self.reach(x.voxels), x.voxels.source[2]
         return SparseTensor(self.convolve(x.features, Table(table.inverse_idx, table.neighbor_idx)), voxels)
+
+    def reach(self, voxels):
+        assert voxels.source is not None, "these voxels came from no SparseConv3d: there is nothing to go back to"
+        source, kernel, _ = voxels.source
+        assert kernel == self.kernel, f"the voxels came from a kernel {kernel}, this one is {self.kernel}"
+        return source
 
 
 class SparseBatchNorm(SyncedBatchNorm):
@@ -202,6 +223,22 @@ class SparseBatchNorm(SyncedBatchNorm):
 
     def forward(self, x):
         return x.replace(super().forward(x.features))
+
+
+def make_tables(net, voxels):
+    """Make all tables of `net` at once, before it runs on `voxels`.
+
+    Then nothing in the net waits for the device (only to make a table does), and `torch.compile` takes it as one graph.
+
+    net: its sparse convolutions run in the order in which they are registered, each on the voxels of the one before.
+
+    Returns the voxel sets [VoxelSet]: keep them until the net has run.
+    """
+    sets = [voxels]
+    for module in net.modules():
+        if isinstance(module, _SparseConvolution):
+            sets.append(module.reach(sets[-1]))
+    return sets
 
 
 def _triple(value):

@@ -1,0 +1,290 @@
+import dataclasses
+
+import pytest
+import torch
+
+from tests.golden import assert_close_to_max, load, under
+from unipad import config
+from unipad.model.lidar import (
+    NORM,
+    LidarEncoder,
+    Second,
+    SecondFPN,
+    SparseEncoder,
+    draw_voxel_mask,
+    from_original,
+)
+from unipad.model.norm import SyncedBatchNorm
+from unipad.model.sparse import SparseTensor, VoxelSet
+
+GRID = config.Grid(low=(-8.0, -4.0, -2.0), high=(8.0, 4.0, 4.0), cell=(1.0, 1.0, 2.0))  # 16 x 8 x 3
+TINY = config.Lidar(
+    cell=(0.25, 0.25, 0.5), widths=(4, 8, 8), blocks=1, sparse_channels=8, mask_block=4,
+    neck_widths=(8, 12), neck_strides=(1, 2), neck_layers=1, channels=6,
+)  # fmt: skip
+
+
+def part_of(state, prefix):
+    """The keys of `state` below `prefix`, in the names and layout of ours."""
+    return under(from_original(state), prefix)
+
+
+def recorded_noise(arrays):
+    """The record's uniforms, one a block in ascending order, at the places of their blocks: [2, 6, 20, 20]."""
+    noise = torch.zeros(2, 6, 20, 20)
+    drawn = torch.cat([arrays["in/rand_masking_0"][0], arrays["in/rand_masking_1"][0]])
+    noise[tuple(arrays["out/block_coords"].long().unbind(1))] = drawn
+    return noise
+
+
+def test_mask_is_the_originals():
+    arrays, record = load("sparse_encoder_mask_eval")
+    mask = record["config"]["mae_cfg"]
+    coords = arrays["in/coors"]
+    visible = draw_voxel_mask(coords, recorded_noise(arrays), mask["downsample_scale"], mask["mask_ratio"])
+    kept = {tuple(c) for c in arrays["out/block_coords"][arrays["out/block_active"]].tolist()}
+    assert visible.tolist() == [(b, z // 8, y // 8, x // 8) in kept for b, z, y, x in coords.tolist()]
+
+
+def test_sparse_encoder_is_the_original():
+    arrays, record = load("sparse_encoder_mask_eval")
+    net = SparseEncoder(5, [stage[0] for stage in record["config"]["encoder_channels"]], 2, 32).eval()
+    net.load_state_dict(part_of(under(arrays, "state/"), "encoder."))
+    features = arrays["in/voxel_features"].requires_grad_()
+    rows = draw_voxel_mask(arrays["in/coors"], recorded_noise(arrays), 8, 0.8).nonzero()[:, 0]
+    out = net(SparseTensor(features[rows], VoxelSet(arrays["in/coors"][rows], (41, 160, 160), 2)))
+    assert_close_to_max(out.dense(), arrays["out/dense"], 1e-5)
+    assert out.voxels.shape == tuple(arrays["out/out_spatial_shape"].tolist())
+    active = {tuple(c) for c in arrays["out/out_active_indices"].tolist()}
+    assert {tuple(c) for c in out.voxels.coords.tolist()} == active and len(out.voxels) == len(active)
+    (out.dense() * arrays["in/w_out"]).sum().backward()
+    assert_close_to_max(features.grad, arrays["grad/voxel_features"], 1e-5, "features")
+    gradients = part_of(under(arrays, "grad/"), "encoder.")
+    assert gradients.keys() == dict(net.named_parameters()).keys()
+    for key, param in net.named_parameters():
+        assert_close_to_max(param.grad, gradients[key], 1e-5, key)
+
+
+def test_neck_is_the_original():
+    arrays, record = load("second3d_fpn_eval")
+    widths, strides = record["config"]["backbone"]["out_channels"], record["config"]["backbone"]["layer_strides"]
+    backbone, neck = Second(32, widths, strides, 2).eval(), SecondFPN(widths, strides, 24).eval()
+    state, gradients = under(arrays, "state/"), under(arrays, "grad/")
+    backbone.load_state_dict(part_of(state, "backbone."))
+    neck.load_state_dict(part_of(state, "neck."))
+    x = arrays["in/x"].requires_grad_()
+    branches = backbone(x)
+    out = neck(branches)
+    for i, branch in enumerate(branches):
+        assert_close_to_max(branch, arrays[f"out/backbone_{i}"], 1e-5, f"branch {i}")
+    assert_close_to_max(out, arrays["out/fpn"], 1e-5)
+    (out * arrays["in/w_out"]).sum().backward()
+    assert_close_to_max(x.grad, arrays["grad/x"], 1e-5, "x")
+    for net, prefix in ((backbone, "backbone."), (neck, "neck.")):
+        expected = part_of(gradients, prefix)
+        assert expected.keys() == dict(net.named_parameters()).keys()
+        for key, param in net.named_parameters():
+            assert_close_to_max(param.grad, expected[key], 1e-5, prefix + key)
+
+
+def test_names_of_the_original_are_mapped_or_left_out():
+    token, weight = torch.randn(1, 5), torch.randn(3, 2, 1, 5, 8)
+    state = {
+        "pts_middle_encoder.mtoken": token,
+        "pts_middle_encoder.conv_input.0.weight": weight,
+        "pts_neck.deblocks.1.0.weight": torch.randn(4, 6, 1, 2, 2),
+        "img_backbone.norm1.weight": torch.randn(3),
+    }
+    ours = from_original(state)
+    assert ours.keys() == {"mask_token", "encoder.conv_input.0.weight", "neck.deblocks.1.0.weight"}
+    assert ours["neck.deblocks.1.0.weight"].shape == (4, 6, 2, 2)
+    assert torch.equal(ours["encoder.conv_input.0.weight"][7, 2, 1, 0], weight[2, 1, 0, :, 7])
+
+
+def test_paper_size():
+    """The grid, the blocks of the mask and the parameters of uvtr_lidar_vs0.075_pretrain."""
+    grid = config.Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(0.6, 0.6, 1.6))
+    with torch.device("meta"):
+        encoder = LidarEncoder(config.Lidar(), grid)
+    assert encoder.cells == (40, 1440, 1440) and encoder.mask_shape == (5, 180, 180)
+    assert sum(p.numel() for p in encoder.parameters()) == 22_629_840
+
+
+@pytest.mark.parametrize("ratio, kept", [(0.0, [5, 10, 0]), (0.8, [1, 2, 0]), (0.5, [2, 5, 0]), (0.25, [4, 8, 0])])
+def test_mask_keeps_a_share_of_the_occupied_blocks(ratio, kept):
+    """5, 10 and no occupied blocks in the samples, with up to 8 voxels in each; halves are rounded to even."""
+    blocks = [torch.randperm(3 * 4 * 5)[:n] for n in (5, 10)]
+    coords = []
+    for b, cells in enumerate(blocks):
+        z, y, x = cells // 20, cells // 5 % 4, cells % 5
+        for dz, dy, dx in torch.cartesian_prod(*[torch.arange(2)] * 3)[: 8 - b]:
+            coords.append(torch.stack([torch.full_like(z, b), z * 2 + dz, y * 2 + dy, x * 2 + dx], dim=1))
+    coords = torch.cat(coords).int()
+    coords = coords[torch.randperm(len(coords))]
+    noise = torch.rand(3, 3, 4, 5)
+    visible = draw_voxel_mask(coords, noise, 2, ratio)
+    block = coords.clone()
+    block[:, 1:] //= 2
+    seen, unseen = ({tuple(c) for c in block[m].tolist()} for m in (visible, ~visible))
+    assert not seen & unseen
+    assert [sum(c[0] == b for c in seen) for b in range(3)] == kept
+    for b in range(2):  # those of the smallest noise
+        of = [[noise[c].item() for c in cells if c[0] == b] for cells in (seen, unseen)]
+        assert max(of[0]) < min(of[1], default=1)
+
+
+def cloud(counts=(300, 200), seed=0):
+    """Points [P, 5] on a few walls and the ground, and their counts."""
+    gen = torch.Generator().manual_seed(seed)
+    points = torch.rand(sum(counts), 5, generator=gen) * torch.tensor([16.0, 8, 6, 1, 0.5])
+    points[::2, 2] = 0.3
+    points[1::4, 0] = 5.0
+    return points + torch.tensor([-8.0, -4, -2, 0, 0]), torch.tensor(counts)
+
+
+def make_encoder(**settings):
+    """An encoder whose norms have seen points: in evaluation too its numbers are about 1."""
+    encoder = LidarEncoder(dataclasses.replace(TINY, **settings), GRID)
+    norms = [module for module in encoder.modules() if isinstance(module, SyncedBatchNorm)]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        encoder(*cloud())
+    for norm in norms:
+        norm.momentum = NORM["momentum"]
+    return encoder
+
+
+def sparse_part(encoder, *args):
+    """What goes into the sparse encoder and what comes out, for these arguments of `encoder`: SparseTensors."""
+    passed = []
+    handle = encoder.encoder.register_forward_hook(lambda _, args, out: passed.extend([*args, out]))
+    encoder(*args)
+    handle.remove()
+    return passed
+
+
+def noise_of(encoder, B, seed=0):
+    return torch.rand(B, *encoder.mask_shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_volume_fits_the_grid_and_everything_learns():
+    encoder = make_encoder()
+    points, counts = cloud()
+    volume = encoder(points, counts, noise_of(encoder, 2))
+    assert volume.shape == (2, 6, *GRID.shape[::-1])
+    assert volume.is_contiguous(memory_format=torch.channels_last_3d)
+    volume.square().sum().backward()
+    for name, param in encoder.named_parameters():
+        assert param.grad is not None and param.grad.isfinite().all() and param.grad.any(), name
+
+
+def test_voxels_lie_where_the_points_are():
+    encoder = make_encoder()
+    here = torch.tensor([[5.3, -2.1, 3.2, 0.5, 0.1]])
+    x, out = sparse_part(encoder, here, torch.tensor([1]))
+    assert x.voxels.coords.tolist() == [[0, 10, 7, 53]] and torch.equal(x.features, here)
+    assert out.voxels.shape == GRID.shape[::-1]
+    assert [0, 2, 1, 13] in out.voxels.coords.tolist()  # (3.2 + 2) / 2, (-2.1 + 4) / 1, (5.3 + 8) / 1
+    assert (out.voxels.coords[:, 1:] - torch.tensor([2, 1, 13])).abs().max() <= 1
+
+
+def test_voxels_are_in_the_order_of_the_grid():
+    encoder = make_encoder()
+    x, _ = sparse_part(encoder, *cloud())
+    assert (x.voxels.keys().diff() > 0).all()
+
+
+def test_hidden_blocks_are_not_seen():
+    """In evaluation too: points in hidden blocks make no difference."""
+    encoder = make_encoder().eval()
+    points, counts = cloud((400,))
+    noise = noise_of(encoder, 1)
+    size = torch.tensor(TINY.cell) * TINY.mask_block
+    x, y, z = ((points[:, :3] - torch.tensor(GRID.low)) / size).long().unbind(1)
+    block = torch.stack([torch.zeros_like(z), z, y, x], dim=1)
+    visible = draw_voxel_mask(block.int(), noise, 1, TINY.mask_ratio)
+    assert 0 < visible.sum() < len(points)
+    moved = points.clone()
+    moved[~visible, 3] += 1  # their voxels stay the same, their features do not
+    volume = encoder(points, counts, noise)
+    assert torch.equal(encoder(moved, counts, noise), volume)
+    assert_close_to_max(encoder(points[visible], visible.sum()[None]), volume, 1e-5)
+    assert not torch.equal(encoder(moved, counts), encoder(points, counts))
+
+
+def test_mask_of_ratio_zero_changes_nothing():
+    encoder = make_encoder(mask_ratio=0.0).eval()
+    assert torch.equal(encoder(*cloud(), noise_of(encoder, 2)), encoder(*cloud()))
+
+
+def test_learnable_token_takes_the_place_of_hidden_voxels():
+    encoder = make_encoder(learnable_token=True)
+    torch.nn.init.normal_(encoder.mask_token)
+    noise = noise_of(encoder, 2)
+    every, _ = sparse_part(encoder, *cloud())
+    masked, _ = sparse_part(encoder, *cloud(), noise)
+    assert torch.equal(masked.voxels.coords, every.voxels.coords)
+    visible = draw_voxel_mask(every.voxels.coords, noise, TINY.mask_block, TINY.mask_ratio)
+    assert torch.equal(masked.features[visible], every.features[visible])
+    assert (masked.features[~visible] == encoder.mask_token).all() and 0 < visible.sum() < len(visible)
+    encoder(*cloud(), noise).square().sum().backward()
+    assert encoder.mask_token.grad.any()
+
+
+def test_samples_do_not_depend_on_each_other():
+    encoder = make_encoder().eval()
+    points, counts = cloud((300, 0, 200))
+    noise = noise_of(encoder, 3)
+    volume = encoder(points, counts, noise)
+    assert_close_to_max(encoder(points[300:], counts[2:], noise[2:]), volume[2:], 1e-5)
+    assert_close_to_max(encoder(points[:0], counts[1:2], noise[1:2]), volume[1:2], 1e-5)
+
+
+def test_a_batch_without_points_is_no_error():
+    encoder = make_encoder()
+    volume = encoder(torch.zeros(0, 5), torch.tensor([0, 0]), noise_of(encoder, 2))
+    assert volume.shape == (2, 6, *GRID.shape[::-1])
+    volume.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
+    assert all(b.isfinite().all() for b in encoder.buffers())
+
+
+def test_caps_on_voxels_differ_between_training_and_evaluation():
+    encoder = make_encoder(max_voxels=(7, 40))
+    assert len(sparse_part(encoder, *cloud())[0].voxels) == 2 * 7
+    assert len(sparse_part(encoder.eval(), *cloud())[0].voxels) == 2 * 40
+
+
+def test_autocast_runs_in_bf16():
+    encoder = make_encoder()
+    points, counts = cloud()
+    noise = noise_of(encoder, 2)
+    exact = encoder(points, counts, noise)
+    with torch.autocast("cpu", torch.bfloat16):
+        volume = encoder(points, counts, noise)
+    assert volume.dtype == torch.bfloat16
+    assert_close_to_max(volume, exact, 0.1)
+    volume.float().square().sum().backward()
+    for name, param in encoder.named_parameters():
+        assert param.grad.dtype == torch.float32 and param.grad.isfinite().all(), name
+
+
+def test_runs_are_equal_to_the_bit():
+    encoder = make_encoder()
+    results = []
+    for _ in range(2):
+        encoder.zero_grad()
+        volume = encoder(*cloud(), noise_of(encoder, 2))
+        volume.square().sum().backward()
+        results.append([volume, *(p.grad for p in encoder.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_cells_that_miss_the_grid_are_refused():
+    with pytest.raises(
+        AssertionError, match=r"an encoder of stride 4 needs \(64, 32, 12\).*take voxels of \(0.25, 0.25"
+    ):
+        make_encoder(cell=(0.25, 0.5, 0.5))
+    with pytest.raises(AssertionError, match="multiples of 3"):
+        make_encoder(neck_strides=(1, 3))

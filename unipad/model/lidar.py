@@ -1,0 +1,239 @@
+"""Points to a volume: voxels, a mask of blocks, a residual sparse encoder, a dense neck over its output.
+
+Module and parameter names inside the encoder and the neck are mmdet3d's; `from_original` says how the rest is renamed.
+"""
+
+import torch
+from torch import nn
+
+from kernels.sparse_map import sort_voxels
+from kernels.voxelize import voxelize
+from unipad import config
+from unipad.model.norm import SyncedBatchNorm
+from unipad.model.sparse import (
+    SparseBatchNorm,
+    SparseConv3d,
+    SparseTensor,
+    SubMConv3d,
+    VoxelSet,
+    make_tables,
+)
+
+NORM = dict(eps=1e-3, momentum=0.01)  # of all batch norms here, as SECOND has them
+
+
+def draw_voxel_mask(coords, noise, block, ratio):
+    """Which voxels stay visible: those in the blocks with the smallest noise, of the blocks that hold voxels.
+
+    coords: [N, 4] int32 (b, z, y, x).
+    noise:  [B, Z', Y', X'] uniform in [0, 1), for each block of voxels.
+    block:  voxels along the edge of a block.
+    ratio:  share of each sample's occupied blocks hidden, in [0, 1); the number that stays is rounded half to even.
+
+    Returns [N] bool, True = visible.
+    """
+    _, Z, Y, X = noise.shape
+    b, z, y, x = torch.cat([coords[:, :1], coords[:, 1:] // block], dim=1).long().unbind(1)
+    cell = ((b * Z + z) * Y + y) * X + x
+    occupied = torch.zeros(noise.numel(), dtype=torch.bool, device=noise.device)
+    occupied = occupied.index_fill(0, cell, True).view(len(noise), -1)
+    kept = (occupied.sum(1, keepdim=True).double() * (1 - ratio)).round()  # [B, 1]
+    order = noise.flatten(1).masked_fill(~occupied, 2).argsort(dim=1, stable=True)
+    first = torch.arange(order.shape[1], device=order.device) < kept  # [B, blocks]
+    return torch.zeros_like(occupied).scatter(1, order, first).flatten()[cell]
+
+
+class LidarEncoder(nn.Module):
+    """Point clouds to a volume."""
+
+    def __init__(self, cfg: config.Lidar, grid: config.Grid, point_channels=5):
+        super().__init__()
+        self.cfg, self.low = cfg, grid.low
+        stride = 2 ** (len(cfg.widths) - 1)
+        extents = zip(grid.low, grid.high, cfg.cell, strict=True)
+        cells = tuple(round((high - low) / cell) for low, high, cell in extents)  # (X, Y, Z)
+        wanted = tuple(stride * size for size in grid.shape)
+        assert cells == wanted, (
+            f"voxels of {cfg.cell} m make {cells} cells (x, y, z) of the range, but an encoder of stride {stride} "
+            f"needs {wanted} for a volume of {grid.shape}: take voxels of {tuple(c / stride for c in grid.cell)} m"
+        )
+        coarse = max(cfg.neck_strides)
+        assert not any(size % coarse for size in grid.shape[:2]), (
+            f"a neck of strides {cfg.neck_strides} needs a volume of (x, y) multiples of {coarse}, not {grid.shape[:2]}"
+        )
+        self.cells = cells[::-1]  # (Z, Y, X)
+        self.mask_shape = tuple(-(-size // cfg.mask_block) for size in self.cells)  # blocks (z, y, x)
+        self.encoder = SparseEncoder(point_channels, cfg.widths, cfg.blocks, cfg.sparse_channels)
+        self.backbone = Second(cfg.sparse_channels, cfg.neck_widths, cfg.neck_strides, cfg.neck_layers)
+        self.neck = SecondFPN(cfg.neck_widths, cfg.neck_strides, cfg.channels)
+        self.mask_token = None
+        if cfg.learnable_token:
+            self.mask_token = nn.Parameter(torch.empty(1, point_channels))
+            nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
+        # As the activations are: else cuDNN re-lays the weights at every call.
+        self.backbone.to(memory_format=torch.channels_last)
+        self.neck.to(memory_format=torch.channels_last)
+
+    def forward(self, points, point_counts, noise=None):
+        """Encode the points of a batch.
+
+        Args:
+            points:       [P, F] fp32 x, y, z metres in the LiDAR frame, ..., sample after sample.
+            point_counts: [B] points of each sample, on the host.
+            noise:        [B, *mask_shape] uniform in [0, 1): decides which blocks of voxels are hidden, in training and
+                          in evaluation; None = none.
+
+        Returns the volume [B, C, Z, Y, X] in memory format channels_last_3d.
+        """
+        cfg = self.cfg
+        max_voxels = cfg.max_voxels[0 if self.training else 1]
+        features, coords = voxelize(points, point_counts, self.low, cfg.cell, self.cells, cfg.max_points, max_voxels)
+        if noise is not None and cfg.mask_ratio > 0:
+            visible = draw_voxel_mask(coords, noise, cfg.mask_block, cfg.mask_ratio)
+            if self.mask_token is None:
+                rows = visible.nonzero()[:, 0]
+                features, coords = features[rows], coords[rows]
+            else:
+                features = torch.where(visible[:, None], features, self.mask_token)
+        # One more level of cells, in which no point lies: then 8 L + 1 become 4 L + 1, 2 L + 1 and L.
+        shape = (self.cells[0] + 1, *self.cells[1:])
+        # Neighbours in the grid become neighbours in memory: they are read together.
+        _, order = sort_voxels(coords, shape, check=False)
+        voxels = VoxelSet(coords[order], shape, len(point_counts), in_order=True, check=False)
+        sets = make_tables(self.encoder, voxels)
+        x = self.encoder(SparseTensor(features[order], voxels)).dense()
+        assert x.shape[2:] == sets[-1].shape
+        return self.neck(self.backbone(x))
+
+
+class SparseEncoder(nn.Module):
+    """SECOND's sparse encoder with residual blocks; strides 2 between stages, on all axes.
+
+    in_channels:  of the voxels' features.
+    widths:       channels of each stage.
+    blocks:       residual blocks in each.
+    out_channels: after a last 1 x 1 x 1 convolution.
+    """
+
+    def __init__(self, in_channels, widths, blocks, out_channels):
+        super().__init__()
+        self.conv_input = ConvNormReLU(SubMConv3d(in_channels, widths[0], 3, bias=False))
+        self.encoder_layers = nn.Sequential()
+        for i, width in enumerate(widths):
+            stage = nn.Sequential(*[SparseBlock(width) for _ in range(blocks)])
+            if i < len(widths) - 1:
+                # the last one drops the outermost levels: what is left of 2 L + 1 is L
+                padding = (0, 1, 1) if i == len(widths) - 2 else 1
+                stage.append(ConvNormReLU(SparseConv3d(width, widths[i + 1], 3, 2, padding, bias=False)))
+            self.encoder_layers.add_module(f"encoder_layer{i + 1}", stage)
+        self.conv_out = ConvNormReLU(SparseConv3d(widths[-1], out_channels, 1, bias=False))
+
+    def forward(self, x):
+        """x: SparseTensor; returns one of 1 / 2^(stages - 1) the resolution."""
+        device = x.features.device.type
+        # bf16 would round coordinates of 50 m to 25 cm
+        with torch.autocast(device, enabled=False):
+            x = self.conv_input(x)
+        if torch.is_autocast_enabled(device):
+            x = x.replace(x.features.to(torch.get_autocast_dtype(device)))
+        return self.conv_out(self.encoder_layers(x))
+
+
+class ConvNormReLU(nn.Sequential):
+    def __init__(self, conv):
+        super().__init__(conv, SparseBatchNorm(conv.weight.shape[0], **NORM))
+
+    def forward(self, x):
+        x = super().forward(x)
+        return x.replace(x.features.relu())
+
+
+class SparseBlock(nn.Module):
+    """relu(x + norm(conv(relu(norm(conv(x))))))."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv1 = SubMConv3d(width, width, 3, bias=False)
+        self.bn1 = SparseBatchNorm(width, **NORM)
+        self.conv2 = SubMConv3d(width, width, 3, bias=False)
+        self.bn2 = SparseBatchNorm(width, **NORM)
+
+    def forward(self, x):
+        y = self.bn1(self.conv1(x))
+        y = self.bn2(self.conv2(y.replace(y.features.relu())))
+        return x.replace((x.features + y.features).relu())
+
+
+class Second(nn.Module):
+    """SECOND3D with parallel branches: each reads the same input, with its own stride in x and y.
+
+    Its kernels of 1 x 3 x 3 never look across levels, so they are 2D convolutions of all levels of all samples.
+
+    widths, strides: of the branches.
+    layers: of each, after the one that strides.
+    """
+
+    def __init__(self, in_channels, widths, strides, layers):
+        super().__init__()
+        self.blocks = nn.ModuleList()
+        for width, stride in zip(widths, strides, strict=True):
+            branch = []
+            for i in range(layers + 1):
+                a, s = (in_channels, stride) if i == 0 else (width, 1)
+                conv = nn.Conv2d(a, width, 3, stride=s, padding=1, bias=False)
+                nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+                branch += [conv, SyncedBatchNorm(width, **NORM), nn.ReLU(inplace=True)]
+            self.blocks.append(nn.Sequential(*branch))
+
+    def forward(self, x):
+        """x: [B, C, Z, Y, X]; returns, for each branch, [B, width, Z, Y / stride, X / stride]."""
+        return [_as_volume(block(_as_images(x)), len(x)) for block in self.blocks]
+
+
+class SecondFPN(nn.Module):
+    """SECOND3DFPN: the branches, each brought to `channels` and to the finest resolution, and summed."""
+
+    def __init__(self, widths, strides, channels):
+        super().__init__()
+        self.deblocks = nn.ModuleList()
+        for width, stride in zip(widths, strides, strict=True):
+            if stride == 1:
+                conv = nn.Conv2d(width, channels, 1, bias=False)
+            else:
+                conv = nn.ConvTranspose2d(width, channels, stride, stride=stride, bias=False)
+            self.deblocks.append(nn.Sequential(conv, SyncedBatchNorm(channels, **NORM), nn.ReLU(inplace=True)))
+
+    def forward(self, branches):
+        """branches: as `Second` returns them; returns [B, channels, Z, Y, X]."""
+        B = len(branches[0])
+        ups = [up(_as_images(x)) for up, x in zip(self.deblocks, branches, strict=True)]
+        return _as_volume(sum(ups[1:], ups[0]), B)
+
+
+def from_original(state):
+    """The state dict of a `LidarEncoder` out of the original's, or of a part of it.
+
+    state: key -> tensor; keys of `pts_middle_encoder`, `pts_backbone` and `pts_neck`, others are left out. The weights
+        of sparse convolutions are spconv 1's, (kz, ky, kx, Cin, Cout).
+    """
+    parts = {"pts_middle_encoder.": "encoder.", "pts_backbone.": "backbone.", "pts_neck.": "neck."}
+    renamed = {}
+    for key, value in state.items():
+        part = next((p for p in parts if key.startswith(p)), None)
+        if key == "pts_middle_encoder.mtoken":
+            renamed["mask_token"] = value
+        elif part:
+            if value.dim() == 5:
+                value = value.permute(4, 0, 1, 2, 3) if part == "pts_middle_encoder." else value.squeeze(2)
+            renamed[parts[part] + key[len(part) :]] = value
+    return renamed
+
+
+def _as_images(x):
+    """[B, C, Z, Y, X] as [B * Z, C, Y, X], channels last: a view, if x is channels_last_3d."""
+    return x.permute(0, 2, 3, 4, 1).flatten(0, 1).permute(0, 3, 1, 2)
+
+
+def _as_volume(x, B):
+    """[B * Z, C, Y, X] as [B, C, Z, Y, X]; the inverse of `_as_images`."""
+    return x.unflatten(0, (B, -1)).transpose(1, 2)

@@ -14,6 +14,7 @@ import math
 import resource
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -26,14 +27,14 @@ from unipad.batch import CAMERAS
 from unipad.config import CONVNEXT, PRESETS
 from unipad.data.loader import held_out_batches, step_batches
 from unipad.data.nuscenes import NuScenesDataset
-from unipad.data.synthetic import generate
+from unipad.data.synthetic import generate, is_synthetic
 from unipad.draw import rendered_views
+from unipad.errors import UserError
 from unipad.evaluate import evaluate_rendering
 from unipad.model.pretrain import Pretrain
 from unipad.runtime import (
     RunFolder,
     StopOnSignal,
-    UserError,
     as_plain,
     generators,
     mean_over_processes,
@@ -68,8 +69,9 @@ class Args:
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     deterministic: bool = False  # bit-equal runs on a GPU too, by slower kernels
     log_every: int = 10  # steps between progress lines
-    val_every: int | None = None  # steps between validations (default: a quarter of the run)
+    val_every: int | None = None  # steps between validations (default: a third of the run)
     val_samples: int = 12  # held-out frames that a validation renders
+    picture_stride: int = 2  # pixels between the rays of a picture
     save_every: int | None = None  # steps between checkpoints (default: a twentieth of the run, at most 1000)
 
 
@@ -120,11 +122,11 @@ def main(args: Args):
             return warm * (optim.final + (1 - optim.final) * (1 + math.cos(math.pi * step / steps)) / 2)
 
         # A new run, or one to go on with
-        config = {"args": as_plain(args), "recipe": as_plain(recipe), "steps": steps}
+        config = {"args": as_plain(replace(args, data_root=root.resolve())), "recipe": as_plain(recipe), "steps": steps}
         run, saved = RunFolder.new_or_resumed(f"train-{args.modality}", args.out, args.resume, config, world)
-        first, before = 0, None  # before: metrics of the untrained model
+        first, before, after = 0, None, None  # metrics of the untrained model and of the last look
         if saved:
-            first, before = saved["step"], saved["before"]
+            first, before, after = saved["step"], saved["before"], saved["after"]
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
         last = min(steps, args.stop_at or steps)
@@ -133,7 +135,7 @@ def main(args: Args):
 
         def save(step, keep=False):
             state = {name: part.state_dict() for name, part in parts.items()}
-            run.save(state | {"step": step, "before": before, "config": config}, keep)
+            run.save(state | {"step": step, "before": before, "after": after, "config": config}, keep)
 
         def look(step):
             """Render held-out frames: metrics and a picture."""
@@ -142,7 +144,8 @@ def main(args: Args):
                 metrics = evaluate_rendering(net, frames, args.seed, device)
                 if world.is_main:
                     _, frame = next(held_out_batches(val_set, 1))
-                    picture = rendered_views(net, frame.to(device), generators(args.seed, 0, [0], device))
+                    draws = generators(args.seed, 0, [0], device)
+                    picture = rendered_views(net, frame.to(device), draws, args.picture_stride)
                     run.picture("val", picture, step)
             run.scalars({f"val/{name}": value for name, value in metrics.items()}, step)
             say(f"step {step}/{steps}  held-out frames: {spelled(metrics)}")
@@ -150,11 +153,11 @@ def main(args: Args):
 
         if not saved:
             before = look(0)
-        after = None
-        val_every = args.val_every or math.ceil(steps / 4)
+        val_every = args.val_every or math.ceil(steps / 3)
         save_every = args.save_every or min(1000, math.ceil(steps / 20))
         # What a step sees is a function of (seed, step), its order and its random numbers too: none of it needs saving.
-        batches = step_batches(train_set, share, first * args.accumulate, args.seed, world.rank, world.size, workers)
+        start_at, pinned = first * args.accumulate, device.type == "cuda"
+        batches = step_batches(train_set, share, start_at, args.seed, world.rank, world.size, workers, pinned)
         unreadable = set()
         stop = StopOnSignal()
         since, clock = first, time.perf_counter()
@@ -167,10 +170,12 @@ def main(args: Args):
                 batch, bad_frames = next(batches)
                 position = (part * world.size + world.rank) * share  # of these samples among the step's
                 draws = generators(args.seed, step, range(position, position + share), device)
-                with autocast:
-                    losses, rays_missed = model(batch.to(device), draws)
-                loss = sum(losses.values())
-                scaler.scale(loss / args.accumulate).backward()
+                only_adds = world.size > 1 and part < args.accumulate - 1  # the last pass averages over processes
+                with model.no_sync() if only_adds else nullcontext():
+                    with autocast:
+                        losses, rays_missed = model(batch.to(device), draws)
+                    loss = sum(losses.values())
+                    scaler.scale(loss / args.accumulate).backward()
                 for name, value in {"loss": loss, **losses, "rays_missed": rays_missed}.items():
                     values[name] = values.get(name, 0) + value.detach() / args.accumulate
                 for frame in set(bad_frames) - unreadable:
@@ -200,14 +205,14 @@ def main(args: Args):
                 run.scalars({f"train/{name}": value for name, value in (values | rates).items()}, done)
                 left = timedelta(seconds=round((last - done) * optim.batch_size / speed))
                 say(f"step {done}/{steps}  {spelled(values)}  {spelled(rates)}  {left} to go")
+            if look_now:
+                after = look(done)
+                since, clock = done, time.perf_counter()
             if save_now:
                 save(done, keep=look_now)
             if stopped:
                 say(f"stopped after step {done}, saved; go on with --resume {run.path}")
                 break
-            if look_now:
-                after = look(done)
-                since, clock = done, time.perf_counter()
 
         run.close()
         if unreadable:
@@ -237,7 +242,7 @@ def recipe_of(args):
         if (getattr(args, flag) or 0) < 0:
             raise UserError(f"--{flag} {getattr(args, flag)} must not be below 0.")
     for flag in ("steps", "stop_at", "epochs", "batch_size", "accumulate", "rays_per_view", "log_every", "val_every",
-                 "val_samples", "save_every", "lr"):  # fmt: skip
+                 "val_samples", "picture_stride", "save_every", "lr"):  # fmt: skip
         value = getattr(args, flag)
         if value is not None and value <= 0:
             raise UserError(f"--{flag.replace('_', '-')} {value} must be above 0.")
@@ -261,7 +266,7 @@ def synthetic_city(world):
     """The embedded data set, made once."""
     root = Path("data/synthetic")
     with world.main_first():
-        if not root.exists():
+        if not is_synthetic(root):
             print(f"no --data-root: making a synthetic city in {root}, once")
             generate(root)
     return root

@@ -9,7 +9,6 @@ On a CPU: the reference, which is what the op runs there, and its peers; nothing
 """
 
 import csv
-import subprocess
 import time
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 
 from kernels.backend import triton
+from unipad.runtime import commit
 
 RESULTS = Path(__file__).with_name("results.csv")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -65,7 +65,7 @@ def compare(op, reference, kernels, peers, cases, agree=AGREE):
     """
     impls = {"reference": reference} | ({"triton": kernels} if DEVICE == "cuda" else {}) | peers
     machine = dict(
-        device=_device_name(), torch=torch.__version__, triton=getattr(triton, "__version__", "none"), commit=_commit()
+        device=_device_name(), torch=torch.__version__, triton=getattr(triton, "__version__", "none"), commit=commit()
     )
     copy = _copy_bandwidth()
     print(f"## {op}\n\n{', '.join(f'{k} {v}' for k, v in machine.items())}, copy {copy:.0f} GB/s\n")
@@ -181,10 +181,6 @@ def _copy_bandwidth():
 
 def _device_name():
     return torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
-
-
-def _commit():
-    return subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
 
 
 def _append(row):

@@ -74,15 +74,16 @@ def lift_ref(features, depths, lidar2image, low, cell, shape, image_size, depth_
         weights.append(share * probability)
         first_row += B * N * h * w
 
+    table = F.pad(torch.cat(tables), (0, 1 if C == 0 else 0))  # `embedding_bag` refuses a table without columns
     taps = 4 * len(features) * seen.sum(dim=1).flatten()  # [B * V]
     volume = F.embedding_bag(
         torch.cat(rows).T.flatten(),
-        torch.cat(tables),
+        table,
         offsets=taps.cumsum(dim=0) - taps,
         mode="sum",
         per_sample_weights=torch.cat(weights).T.flatten(),
     )
-    return volume.view(B, Z, Y, X, C).to(features[0].dtype)
+    return volume[:, :C].view(B, Z, Y, X, C).to(features[0].dtype)
 
 
 def _project_ref(lidar2image, low, cell, shape, image_size, depth_range):

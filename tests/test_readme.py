@@ -13,7 +13,7 @@ README = (REPO / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.strip().splitlines()]
 
-QUICK = "--device cpu --preset tiny --steps 2 --rays-per-view 8 --val-samples 1 --workers 0"
+QUICK = "--device cpu --preset tiny --steps 2 --rays-per-view 8 --val-samples 1 --picture-stride 16 --workers 0"
 # What stands in for the sizes, folders and launchers of the README
 SMALLER = [
     (r"^pip install .* && ", ""),

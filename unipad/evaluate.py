@@ -2,6 +2,7 @@
 
 import torch
 
+from unipad.errors import UserError
 from unipad.model.rays import lidar_rays, pixel_rays
 from unipad.runtime import all_reduce_sum, generators
 
@@ -39,7 +40,7 @@ def evaluate_rendering(model, batches, seed, device):
     model.train(was_training)
     squared, pixels, abs_rel, squared_m, close, depths = all_reduce_sum(sums).tolist()
     if not pixels or not depths:
-        raise ValueError("nothing to evaluate on: the held-out frames have no pixels or no LiDAR points in view")
+        raise UserError("no held-out frame has both pixels and LiDAR points in view: raise --val-samples.")
     return {
         "psnr": -10 * torch.tensor(squared / pixels).log10().item(),
         "depth_abs_rel": abs_rel / depths,

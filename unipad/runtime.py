@@ -19,9 +19,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-
-class UserError(Exception):
-    """Something the user can mend: the message is one sentence that names the flag or file and the mend."""
+from unipad.errors import UserError
 
 
 @contextlib.contextmanager
@@ -91,7 +89,8 @@ def start(device: str, deterministic: bool) -> Iterator[World]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     if size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        gpu = device if device.type == "cuda" else None
+        dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu)
     try:
         yield World(rank, size, device)
     finally:
@@ -146,22 +145,26 @@ class StopOnSignal:
 class RunFolder:
     """A run's folder: config.json, log.jsonl, tensorboard/, checkpoints/, images/. Only the main process writes."""
 
-    def __init__(self, path: Path, config, world: World):
+    def __init__(self, path: Path, config, world: World, first=0):
+        """`first`: the step that the run goes on from; what a crashed run logged after it is dropped."""
         self.path, self.writes = path, world.is_main
         if not self.writes:
             return
+        if path.is_file():
+            raise UserError(f"--out {path} is a file; name a folder.")
         for name in ("checkpoints", "images"):
             (path / name).mkdir(parents=True, exist_ok=True)
         (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        self._board = SummaryWriter(path / "tensorboard")
+        self._board = SummaryWriter(path / "tensorboard", purge_step=first + 1 if first else None)
+        _drop_records_after(first, path / "log.jsonl")
         self._log = (path / "log.jsonl").open("a")
         gpu = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
         versions = {"python": platform.python_version(), "torch": torch.__version__}
-        self.log({"command": sys.argv, "commit": _commit(), "versions": versions, "gpu": gpu, "config": config})
+        self.log({"command": sys.argv, "commit": commit(), "versions": versions, "gpu": gpu, "config": config})
 
     @classmethod
     def new_or_resumed(cls, name, out, resume, config, world):
-        """The folder of this run and the checkpoint it goes on from, or None.
+        """The folder of this run and the checkpoint it goes on from, or None. The main process decides for all.
 
         name:   of the kind of run; runs without `out` live in outputs/<name>/<time>.
         resume: "never"; "auto", the newest checkpoint of `out` or of the newest run, if it is unfinished;
@@ -169,6 +172,14 @@ class RunFolder:
         config: {"args": ..., "recipe": ..., "steps": ...}; must agree with the checkpoint's where it
             decides the curve.
         """
+        decided = [cls._decide(name, out, resume, config) if world.is_main else None]
+        if world.size > 1:  # the others may see another clock, or another disk
+            dist.broadcast_object_list(decided, device=world.device)
+        path, saved = decided[0]
+        return cls(path, config, world, saved["step"] if saved else 0), saved
+
+    @staticmethod
+    def _decide(name, out, resume, config):
         root = Path("outputs") / name
         path = out or _new_run_path(root)
         if resume == "never":
@@ -187,10 +198,7 @@ class RunFolder:
             path, saved = _new_run_path(root), None
         if saved:
             _check_same_curve(saved["config"], config, path)
-        paths = [path]
-        if world.size > 1:  # the time in a new folder's name is the main process's
-            dist.broadcast_object_list(paths)
-        return cls(paths[0], config, world), saved
+        return path, saved
 
     def log(self, record):
         """Append one JSON line."""
@@ -225,6 +233,18 @@ class RunFolder:
             self._log.close()
 
 
+def _drop_records_after(step, log):
+    """Cut records of later steps, and a half-written last line, off a log.jsonl."""
+    if log.exists():
+        part = log.with_name(f".{log.name}.{os.getpid()}")
+        with part.open("w") as f:
+            for line in log.read_text().splitlines():
+                with contextlib.suppress(ValueError):
+                    if json.loads(line).get("step", 0) <= step:
+                        f.write(line + "\n")
+        part.replace(log)
+
+
 def _new_run_path(root):
     """root/<time>, with a number behind where two runs start in one second."""
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
@@ -233,7 +253,18 @@ def _new_run_path(root):
 
 
 # Flags that may differ when a run goes on: they change where it runs and what it shows, not what it should compute.
-FREE_FLAGS = {"out", "resume", "stop_at", "workers", "device", "log_every", "val_every", "val_samples", "save_every"}
+FREE_FLAGS = {
+    "out",
+    "resume",
+    "stop_at",
+    "workers",
+    "device",
+    "log_every",
+    "val_every",
+    "val_samples",
+    "picture_stride",
+    "save_every",
+}
 
 
 def _check_same_curve(saved, config, path):
@@ -287,7 +318,8 @@ def as_plain(config):
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
-def _commit():
+def commit():
+    """The commit of this code, `-dirty` behind it where files have changed; None where git does not tell."""
     command = ["git", "describe", "--always", "--dirty"]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)

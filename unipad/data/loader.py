@@ -18,7 +18,7 @@ from unipad.data.nuscenes import BadFrame, collate
 from unipad.data.tables import DataError
 
 
-def step_batches(dataset, share, start=0, seed=0, rank=0, world=1, workers=0):
+def step_batches(dataset, share, start=0, seed=0, rank=0, world=1, workers=0, pinned=False):
     """Yield (Batch, bad_frames) for the passes from `start` on, without end.
 
     share:      samples of one pass of one of the `world` processes; this one is `rank`.
@@ -26,7 +26,9 @@ def step_batches(dataset, share, start=0, seed=0, rank=0, world=1, workers=0):
     bad_frames: list of `path: reason` of the frames that could not be read. In place of such a frame stands the next
         one of the dataset that can; it is named each time its turn comes.
 
-    Batches lie in pinned memory where there is a GPU. Raises `DataError` when no frame at all can be read.
+    pinned:     lay the batches in pinned memory, from where a GPU copies without waiting.
+
+    Raises `DataError` when no frame at all can be read.
     """
     loader = DataLoader(
         Passes(dataset, share, seed, rank, world),
@@ -34,7 +36,7 @@ def step_batches(dataset, share, start=0, seed=0, rank=0, world=1, workers=0):
         sampler=itertools.count(start),
         num_workers=workers,
         worker_init_fn=_start_worker,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pinned,
         generator=torch.Generator(),  # or the loader would draw from the global one
     )
     for batch, bad_frames in loader:

@@ -32,6 +32,7 @@ from unipad.data.city.raycast import cast
 from unipad.data.city.solids import CATEGORIES, CATEGORY
 from unipad.data.city.streets import PITCH, STREETS, City
 from unipad.data.city.traffic import KINDS, SIGHT, Scene
+from unipad.errors import UserError
 
 VERSION = "v1.0-mini"
 TRAIN = (
@@ -81,7 +82,7 @@ class Args:
     """LiDAR sweeps before every keyframe but the first, at 20 Hz; 0 to 9."""
 
 
-class SettingError(ValueError):
+class SettingError(UserError):
     """A setting that cannot be followed, in one sentence."""
 
 

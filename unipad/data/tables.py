@@ -15,7 +15,7 @@ from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 from unipad.batch import CAMERAS
-from unipad.runtime import UserError
+from unipad.errors import UserError
 
 CLASSES = (
     "car",

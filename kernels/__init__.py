@@ -1,6 +1,8 @@
 """Hand-written Triton kernels: tensors in, tensors out, nothing else known. One file an op.
 
     backend.py      which path runs: Triton on a GPU, the reference elsewhere
+    voxelize.py     points -> voxels with the mean of their points, one point a cell
+    sparse_map.py   which voxels each offset of a sparse convolution reads
     lift.py         voxel <- sum over views and levels of bilinear feature x trilinear depth probability
     ray_sample.py   ray-box clipping, stratified starts, inverse-CDF resampling with rank merge
     trilinear.py    a feature volume at points, with its spatial gradient as an output

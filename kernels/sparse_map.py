@@ -16,17 +16,43 @@ written out under the key of their output and sorted; the pairs of one output th
 Sizes: N inputs, M outputs, K = kz ky kx offsets. All triples are (z, y, x).
 """
 
+from collections.abc import Sequence
+from functools import wraps
 from math import prod
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from kernels.backend import on_triton, tl, triton  # noqa: F401
+from kernels.backend import on_triton, tl, triton
 
 NO_KEY = 2**62  # sorts behind every voxel; a power of two, since F.pad takes its value as fp64
 
 
-def sort_voxels(coords, shape, check=True):
+def _opaque(fake):
+    """Decorator: torch.compile calls the op without looking inside, and knows its outputs' shapes from `fake`."""
+
+    def wrap(op):
+        custom_op = torch.library.custom_op(f"unipad::{op.__name__}", op, mutates_args=())
+        custom_op.register_fake(fake)
+
+        @wraps(op)
+        def call(*args, **kwargs):
+            # outside of a graph the plain function: the registered one costs tens of microseconds a call
+            return (custom_op if torch.compiler.is_compiling() else op)(*args, **kwargs)
+
+        return call
+
+    return wrap
+
+
+def _sort_voxels_fake(coords, shape, check=True):
+    keys = coords.new_empty(len(coords), dtype=torch.int64)
+    return keys, torch.empty_like(keys)
+
+
+@_opaque(_sort_voxels_fake)
+def sort_voxels(coords: Tensor, shape: Sequence[int], check: bool = True) -> tuple[Tensor, Tensor]:
     """Sort voxels by key.
 
     Args:
@@ -41,28 +67,52 @@ def sort_voxels(coords, shape, check=True):
 
     Raises ValueError naming one voxel at fault.
     """
-    return sort_voxels_ref(coords, shape, check)
+    if not on_triton(coords):
+        return sort_voxels_ref(coords, shape, check)
+    coords = _check(coords, shape)
+    keys = coords.new_empty(len(coords), dtype=torch.int64)
+    if len(coords):
+        _keys_kernel[(triton.cdiv(len(coords), BLOCK),)](coords, keys, len(coords), *shape, BLOCK=BLOCK)
+    keys, order = keys.sort()
+    if check:
+        _raise_on_faults(coords, shape, keys, order)
+    return keys, order
 
 
 def sort_voxels_ref(coords, shape, check=True):
     """`sort_voxels` in plain PyTorch."""
     Z, Y, X = shape
-    b, z, y, x = coords.long().unbind(1)  # [N] each
+    b, z, y, x = _check(coords, shape).long().unbind(1)  # [N] each
     keys, order = (((b * Z + z) * Y + y) * X + x).sort()
     if check:
-        outside = (coords < 0).any(dim=1) | (coords[:, 1:] >= coords.new_tensor([Z, Y, X])).any(dim=1)
-        twice = F.pad(keys[1:] == keys[:-1], (0, 1))
-        fault = torch.stack([outside.any(), twice.any()]).tolist()
-        if fault[0]:
-            voxel = tuple(coords[outside.nonzero()[0, 0]].tolist())
-            raise ValueError(f"voxel (b, z, y, x) = {voxel} is outside the grid (Z, Y, X) = {(Z, Y, X)}")
-        if fault[1]:
-            voxel = tuple(coords[order[twice.nonzero()[0, 0]]].tolist())
-            raise ValueError(f"voxel (b, z, y, x) = {voxel} occurs twice")
+        _raise_on_faults(coords, shape, keys, order)
     return keys, order
 
 
-def submanifold_map(coords, keys, order, shape, kernel, dilation):
+def _raise_on_faults(coords, shape, keys, order):
+    outside = (coords < 0).any(dim=1) | (coords[:, 1:] >= coords.new_tensor(shape)).any(dim=1)
+    twice = F.pad(keys[1:] == keys[:-1], (0, 1))[: len(keys)]
+    any_outside, any_twice = torch.stack([outside.any(), twice.any()]).tolist()
+    if any_outside:
+        voxel = tuple(coords[outside.nonzero()[0, 0]].tolist())
+        raise ValueError(f"voxel (b, z, y, x) = {voxel} is outside the grid (Z, Y, X) = {tuple(shape)}")
+    if any_twice:
+        voxel = tuple(coords[order[twice.nonzero()[0, 0]]].tolist())
+        raise ValueError(f"voxel (b, z, y, x) = {voxel} occurs twice")
+
+
+def _check(coords, *triples):
+    """The coordinates, contiguous."""
+    assert coords.dim() == 2 and coords.shape[1] == 4, f"coordinates are [N, 4], not {tuple(coords.shape)}"
+    assert coords.dtype == torch.int32, f"coordinates are int32, not {coords.dtype}"
+    assert all(len(t) == 3 for t in triples), f"a triple (z, y, x) each: {triples}"
+    return coords.contiguous()
+
+
+@_opaque(lambda coords, keys, order, shape, kernel, dilation: coords.new_empty(prod(kernel), len(coords)))
+def submanifold_map(
+    coords: Tensor, keys: Tensor, order: Tensor, shape: Sequence[int], kernel: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
     """The neighbours of each voxel of a set in the same set.
 
     Args:
@@ -75,7 +125,17 @@ def submanifold_map(coords, keys, order, shape, kernel, dilation):
     Returns:
         neighbor_idx: [K, N] int32 rows of `coords`; -1 where there is no voxel, beyond the borders above all.
     """
-    return submanifold_map_ref(coords, keys, order, shape, kernel, dilation)
+    if not on_triton(coords):
+        return submanifold_map_ref(coords, keys, order, shape, kernel, dilation)
+    coords = _check(coords, shape, kernel, dilation)
+    N, (kz, ky, kx) = len(coords), kernel
+    neighbor_idx = coords.new_empty(prod(kernel), N)
+    if neighbor_idx.numel():
+        _submanifold_kernel[(triton.cdiv(N, BLOCK), kz * ky)](
+            coords, keys, order, neighbor_idx,
+            N, *shape, kz, ky, *dilation[:2], N.bit_length(), KX=kx, DX=dilation[2], NO_KEY=NO_KEY, BLOCK=BLOCK,
+        )  # fmt: skip
+    return neighbor_idx
 
 
 def submanifold_map_ref(coords, keys, order, shape, kernel, dilation):
@@ -114,7 +174,20 @@ def submanifold_map_ref(coords, keys, order, shape, kernel, dilation):
     return neighbor_idx
 
 
-def strided_map(coords, shape, kernel, stride, padding, dilation):
+def _pairs_fake(coords, shape, kernel, stride, padding, dilation):
+    M = torch.library.get_ctx().new_dynamic_size()
+    return coords.new_empty(M, 4), coords.new_empty(prod(kernel), M)
+
+
+@_opaque(_pairs_fake)
+def strided_map(
+    coords: Tensor,
+    shape: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[Tensor, Tensor]:
     """Output voxels of a strided convolution, and the input that each offset of each one reads.
 
     Args:
@@ -128,16 +201,20 @@ def strided_map(coords, shape, kernel, stride, padding, dilation):
 
     Waits for the device, once: for M.
     """
-    return strided_map_ref(coords, shape, kernel, stride, padding, dilation)
+    if not on_triton(coords):
+        return strided_map_ref(coords, shape, kernel, stride, padding, dilation)
+    out = out_shape(shape, kernel, stride, padding, dilation)
+    geometry = kernel, stride, padding, dilation
+    return _gather_pairs(_check(coords, shape, *geometry), out, _reach(kernel, stride, dilation), geometry, False)
 
 
 def strided_map_ref(coords, shape, kernel, stride, padding, dilation):
     """`strided_map` in plain PyTorch."""
-    # On one axis at most `reach` outputs read a cell. The highest is (i + padding) // stride.
-    reach = [(k - 1) * d // s + 1 for k, s, d in zip(kernel, stride, dilation, strict=True)]
+    _check(coords, shape, kernel, stride, padding, dilation)
+    out = out_shape(shape, kernel, stride, padding, dilation)
     cells, offsets, valids = [], [], []
-    for axis, size in enumerate(out_shape(shape, kernel, stride, padding, dilation)):
-        back = torch.arange(reach[axis], device=coords.device)[:, None]
+    for axis, (size, reach) in enumerate(zip(out, _reach(kernel, stride, dilation), strict=True)):
+        back = torch.arange(reach, device=coords.device)[:, None]
         place = coords[:, 1 + axis].long() + padding[axis]  # [N]
         cell = place // stride[axis] - back  # [reach, N]
         distance = place - cell * stride[axis]
@@ -145,28 +222,78 @@ def strided_map_ref(coords, shape, kernel, stride, padding, dilation):
         valids.append((offset * dilation[axis] == distance) & (offset < kernel[axis]) & (cell >= 0) & (cell < size))
         cells.append(cell)
         offsets.append(offset)
-    return _gather_pairs_ref(coords, cells, offsets, valids, out_shape(shape, kernel, stride, padding, dilation), kernel)
+    return _gather_pairs_ref(coords, cells, offsets, valids, out, kernel)
 
 
-def transposed_map(coords, shape, kernel, stride, padding, dilation):
+def _reach(kernel, stride, dilation):
+    """How many outputs of a strided convolution read one cell, at most, on each axis."""
+    return tuple((k - 1) * d // s + 1 for k, s, d in zip(kernel, stride, dilation, strict=True))
+
+
+@_opaque(_pairs_fake)
+def transposed_map(
+    coords: Tensor,
+    shape: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[Tensor, Tensor]:
     """Output voxels of a transposed convolution, and the input that each offset of each one reads.
 
     As `strided_map`, but input i spreads to the outputs i stride - padding + k dilation, as torch's conv_transpose3d.
     """
-    return transposed_map_ref(coords, shape, kernel, stride, padding, dilation)
+    if not on_triton(coords):
+        return transposed_map_ref(coords, shape, kernel, stride, padding, dilation)
+    out = transposed_out_shape(shape, kernel, stride, padding, dilation)
+    geometry = kernel, stride, padding, dilation
+    return _gather_pairs(_check(coords, shape, *geometry), out, kernel, geometry, True)
 
 
 def transposed_map_ref(coords, shape, kernel, stride, padding, dilation):
     """`transposed_map` in plain PyTorch."""
+    _check(coords, shape, kernel, stride, padding, dilation)
+    out = transposed_out_shape(shape, kernel, stride, padding, dilation)
     cells, offsets, valids = [], [], []
-    for axis, size in enumerate(transposed_out_shape(shape, kernel, stride, padding, dilation)):
+    for axis, size in enumerate(out):
         offset = torch.arange(kernel[axis], device=coords.device)[:, None]
         cell = coords[:, 1 + axis].long() * stride[axis] - padding[axis] + offset * dilation[axis]  # [kernel, N]
         valids.append((cell >= 0) & (cell < size))
         cells.append(cell)
         offsets.append(offset.expand_as(cell))
-    out = transposed_out_shape(shape, kernel, stride, padding, dilation)
     return _gather_pairs_ref(coords, cells, offsets, valids, out, kernel)
+
+
+def _gather_pairs(coords, out, slots, geometry, transposed):
+    """`_gather_pairs_ref` by kernels, which find the pairs of each input themselves.
+
+    Args:
+        coords:     [N, 4] int32 of the inputs.
+        out:        cells (Z, Y, X) of the output grid.
+        slots:      places for pairs on each axis; an input has up to their product.
+        geometry:   kernel, stride, padding, dilation.
+        transposed: True where an input spreads, False where an output reads.
+    """
+    N, K, T = len(coords), prod(geometry[0]), prod(slots)
+    if not N or min(out) <= 0:
+        return coords.new_empty(0, 4), coords.new_empty(K, 0)
+    grid = (triton.cdiv(T * N, BLOCK_PAIRS),)
+    sizes = T * N, N, tuple(out), tuple(slots), *map(tuple, geometry)
+    flags = dict(TRANSPOSED=transposed, NO_KEY=NO_KEY, BLOCK_PAIRS=BLOCK_PAIRS)
+    keys = coords.new_empty(T * N, dtype=torch.int64)
+    _pair_keys_kernel[grid](coords, keys, *sizes, **flags)
+    keys, order = keys.sort()
+    is_first = keys != NO_KEY
+    is_first[1:] &= keys[1:] != keys[:-1]
+    number = is_first.cumsum(0, dtype=torch.int32)  # of the pair's output, from 1 on
+    M = int(number[-1])
+    out_coords = coords.new_empty(M, 4)
+    neighbor_idx = coords.new_full((K, M), -1)
+    if M:
+        _fill_pairs_kernel[grid](
+            coords, keys, order, is_first, number, out_coords, neighbor_idx, M, *sizes, **flags
+        )  # fmt: skip
+    return out_coords, neighbor_idx
 
 
 def _gather_pairs_ref(coords, cells, offsets, valids, out, kernel):
@@ -204,7 +331,8 @@ def _gather_pairs_ref(coords, cells, offsets, valids, out, kernel):
     return torch.stack([b, z, y, x], dim=1).int(), neighbor_idx
 
 
-def inverse_map(neighbor_idx, N):
+@_opaque(lambda neighbor_idx, N: neighbor_idx.new_empty(len(neighbor_idx), N))
+def inverse_map(neighbor_idx: Tensor, N: int) -> Tensor:
     """A table read backwards: the output that each input reaches through each offset.
 
     Args:
@@ -216,7 +344,13 @@ def inverse_map(neighbor_idx, N):
         [K, N] int32: m where neighbor_idx[k, m] = i, -1 where there is none. It is the table of the inverse convolution
         and of the gradient of the features. Of a submanifold table with odd kernel it is `neighbor_idx.flip(0)`.
     """
-    return inverse_map_ref(neighbor_idx, N)
+    if not on_triton(neighbor_idx):
+        return inverse_map_ref(neighbor_idx, N)
+    K, M = neighbor_idx.shape
+    inverse_idx = neighbor_idx.new_full((K, N), -1)
+    if neighbor_idx.numel() and N:
+        _inverse_kernel[(triton.cdiv(M, BLOCK), K)](neighbor_idx.contiguous(), inverse_idx, M, N, BLOCK=BLOCK)
+    return inverse_idx
 
 
 def inverse_map_ref(neighbor_idx, N):
@@ -237,3 +371,143 @@ def transposed_out_shape(shape, kernel, stride, padding, dilation):
     """Cells (z, y, x) of the output of a transposed convolution, as torch's conv_transpose3d."""
     axes = zip(shape, kernel, stride, padding, dilation, strict=True)
     return tuple((size - 1) * s - 2 * p + d * (k - 1) + 1 for size, k, s, p, d in axes)
+
+
+BLOCK = 256  # voxels or table entries per program
+BLOCK_PAIRS = 1024  # pairs per program
+
+
+@triton.jit
+def _keys_kernel(coords_ptr, keys_ptr, N, Z, Y, X, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    i_ok = i < N
+    b, z, y, x = _load_voxels(coords_ptr, i, i_ok)
+    tl.store(keys_ptr + i, _key(b, z, y, x, Z, Y, X), mask=i_ok)
+
+
+@triton.jit
+def _submanifold_kernel(
+    coords_ptr, keys_ptr, order_ptr, neighbor_idx_ptr,  # [N, 4], [N], [N], [K, N]
+    N, Z, Y, X, KZ, KY, DZ, DY, STEPS,  # STEPS halvings of N leave nothing
+    KX: tl.constexpr, DX: tl.constexpr, NO_KEY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One (kz, ky) column of offsets of BLOCK voxels, in the order of their keys: neighbours search alike."""
+    p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    p_ok = p < N
+    column = tl.program_id(1)
+    oz, oy = (column // KY - KZ // 2) * DZ, (column % KY - KY // 2) * DY
+    i = tl.load(order_ptr + p, mask=p_ok, other=0)
+    b, z, y, x = _load_voxels(coords_ptr, i, p_ok)
+    z, y = z + oz, y + oy
+    in_column = p_ok & (z >= 0) & (z < Z) & (y >= 0) & (y < Y)
+    first_x: tl.constexpr = -(KX // 2) * DX
+    wanted = _key(b, z, y, x, Z, Y, X) + first_x
+
+    at = tl.zeros((BLOCK,), tl.int32)  # becomes the first key that is not below `wanted`
+    end = tl.where(in_column, N, 0)
+    for _ in range(STEPS):
+        middle = at + (end - at) // 2
+        below = tl.load(keys_ptr + middle, mask=middle < end, other=NO_KEY) < wanted
+        at, end = tl.where(below, middle + 1, at), tl.where(below, end, middle)
+    for k in tl.static_range(KX):
+        x_k = x + (first_x + k * DX)
+        key = tl.load(keys_ptr + at, mask=in_column & (at < N), other=NO_KEY)
+        # the last cell of a row is followed by the first of the next
+        found = (key == wanted) & (x_k >= 0) & (x_k < X)
+        neighbor = tl.load(order_ptr + at, mask=found, other=-1)
+        tl.store(neighbor_idx_ptr + (column * KX + k).to(tl.int64) * N + i, neighbor.to(tl.int32), mask=p_ok)
+        wanted += DX
+        if k + 1 < KX:
+            for _ in tl.static_range(DX):  # the walk: at most one key a cell
+                at += (tl.load(keys_ptr + at, mask=in_column & (at < N), other=NO_KEY) < wanted).to(tl.int32)
+
+
+@triton.jit
+def _pair_keys_kernel(
+    coords_ptr, keys_ptr,  # [N, 4], [PAIRS]
+    PAIRS, N, out, slots, kernel, stride, padding, dilation,  # PAIRS = T * N
+    TRANSPOSED: tl.constexpr, NO_KEY: tl.constexpr, BLOCK_PAIRS: tl.constexpr,
+):  # fmt: skip
+    pair = tl.program_id(0).to(tl.int64) * BLOCK_PAIRS + tl.arange(0, BLOCK_PAIRS)  # [BLOCK_PAIRS]
+    ok = pair < PAIRS
+    b, z, y, x, _, _, exists = _pair(
+        coords_ptr, pair, ok, N, out, slots, kernel, stride, padding, dilation, TRANSPOSED
+    )  # fmt: skip
+    tl.store(keys_ptr + pair, tl.where(exists, _key(b, z, y, x, out[0], out[1], out[2]), NO_KEY), mask=ok)
+
+
+@triton.jit
+def _fill_pairs_kernel(
+    coords_ptr, keys_ptr, order_ptr, is_first_ptr, number_idx_ptr,  # [N, 4], [PAIRS] each; keys and the rest sorted
+    out_coords_ptr, neighbor_idx_ptr,  # [M, 4], [K, M] filled with -1
+    M, PAIRS, N, out, slots, kernel, stride, padding, dilation,
+    TRANSPOSED: tl.constexpr, NO_KEY: tl.constexpr, BLOCK_PAIRS: tl.constexpr,
+):  # fmt: skip
+    q = tl.program_id(0).to(tl.int64) * BLOCK_PAIRS + tl.arange(0, BLOCK_PAIRS)  # [BLOCK_PAIRS]
+    ok = tl.load(keys_ptr + q, mask=q < PAIRS, other=NO_KEY) != NO_KEY
+    pair = tl.load(order_ptr + q, mask=ok, other=0)
+    b, z, y, x, i, k, _ = _pair(
+        coords_ptr, pair, ok, N, out, slots, kernel, stride, padding, dilation, TRANSPOSED
+    )  # fmt: skip
+    m = tl.load(number_idx_ptr + q, mask=ok, other=1).to(tl.int64) - 1
+    tl.store(neighbor_idx_ptr + k.to(tl.int64) * M + m, i, mask=ok)
+    is_first = ok & (tl.load(is_first_ptr + q, mask=ok, other=0) != 0)
+    at = out_coords_ptr + m * 4
+    tl.store(at, b, mask=is_first)
+    tl.store(at + 1, z, mask=is_first)
+    tl.store(at + 2, y, mask=is_first)
+    tl.store(at + 3, x, mask=is_first)
+
+
+@triton.jit
+def _inverse_kernel(neighbor_idx_ptr, inverse_idx_ptr, M, N, BLOCK: tl.constexpr):
+    """[K, M] -> [K, N], filled with -1."""
+    m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    k = tl.program_id(1).to(tl.int64)
+    i = tl.load(neighbor_idx_ptr + k * M + m, mask=m < M, other=-1)
+    tl.store(inverse_idx_ptr + k * N + i, m, mask=i >= 0)
+
+
+@triton.jit
+def _pair(
+    coords_ptr, pair, ok, N, out, slots, kernel, stride, padding, dilation, TRANSPOSED: tl.constexpr
+):  # fmt: skip
+    """Of the pairs [T, N]: output cells (b, z, y, x), rows of the inputs, offsets, and whether the pairs exist."""
+    t, i = (pair // N).to(tl.int32), (pair % N).to(tl.int32)
+    b, z, y, x = _load_voxels(coords_ptr, i, ok)
+    tz, ty, tx = t // (slots[1] * slots[2]), t // slots[2] % slots[1], t % slots[2]
+    z, kz, z_ok = _pair_axis(z, tz, out[0], kernel[0], stride[0], padding[0], dilation[0], TRANSPOSED)
+    y, ky, y_ok = _pair_axis(y, ty, out[1], kernel[1], stride[1], padding[1], dilation[1], TRANSPOSED)
+    x, kx, x_ok = _pair_axis(x, tx, out[2], kernel[2], stride[2], padding[2], dilation[2], TRANSPOSED)
+    return b, z, y, x, i, (kz * kernel[1] + ky) * kernel[2] + kx, ok & z_ok & y_ok & x_ok
+
+
+@triton.jit
+def _pair_axis(cell, slot, size, kernel, stride, padding, dilation, TRANSPOSED: tl.constexpr):
+    """Output cell, offset, and whether the pair exists; a strided pair's slot counts the outputs from the highest."""
+    if TRANSPOSED:
+        offset = slot
+        place = cell * stride - padding + offset * dilation
+        exists = (place >= 0) & (place < size)
+    else:
+        place = (cell + padding) // stride - slot
+        distance = cell + padding - place * stride
+        offset = distance // dilation
+        exists = (offset * dilation == distance) & (offset < kernel) & (place >= 0) & (place < size)
+    return place, offset, exists
+
+
+@triton.jit
+def _load_voxels(coords_ptr, i, ok):
+    """b, z, y, x of the voxels i, int32."""
+    at = coords_ptr + i.to(tl.int64) * 4
+    b = tl.load(at, mask=ok, other=0)
+    z = tl.load(at + 1, mask=ok, other=0)
+    y = tl.load(at + 2, mask=ok, other=0)
+    x = tl.load(at + 3, mask=ok, other=0)
+    return b, z, y, x
+
+
+@triton.jit
+def _key(b, z, y, x, Z, Y, X):
+    return ((b.to(tl.int64) * Z + z) * Y + y) * X + x

@@ -5,13 +5,13 @@
 Points are sorted by the key of their cell, stably: those of a cell then lie together, the first to come in front, and
 which points count and the order of the sums are the same from run to run. Nothing is atomic.
 
-Sizes: P points of B samples, F features a point, V voxels.
+Sizes: P points of B samples, C numbers a point, V voxels.
 """
 
 import torch
 import torch.nn.functional as F
 
-from kernels.backend import on_triton, tl, triton  # noqa: F401
+from kernels.backend import on_triton, tl, triton
 
 NO_KEY = 2**62  # of points outside the grid: sorts behind every cell
 
@@ -21,7 +21,7 @@ def voxelize(points, point_counts, low, cell, shape, max_points, max_voxels):
     """Mean of the points in each occupied cell of a grid.
 
     Args:
-        points:       [P, F] fp32, first x, y, z in metres; the samples one after the other. A point that is not finite
+        points:       [P, C] fp32, first x, y, z in metres; the samples one after the other. A point that is not finite
                       lies in no cell.
         point_counts: [B] integers on the CPU, points of each sample.
         low, cell:    (x, y, z) metres: lower corner of the grid, size of a cell.
@@ -30,23 +30,59 @@ def voxelize(points, point_counts, low, cell, shape, max_points, max_voxels):
         max_voxels:   of a sample; the first to appear stay.
 
     Returns:
-        features: [V, F] means.
+        features: [V, C] means.
         coords:   [V, 4] int32 (b, z, y, x), each once; sample after sample, within one in the order of first points.
 
     Waits for the device, once: for V. Not differentiable. Follows hard_voxelize_cpu and HardSimpleVFE of the original.
     """
-    return voxelize_ref(points, point_counts, low, cell, shape, max_points, max_voxels)
+    if not on_triton(points):
+        return voxelize_ref(points, point_counts, low, cell, shape, max_points, max_voxels)
+    counts = _check(points, point_counts, max_points)
+    (P, C), B = points.shape, len(counts)
+    if not P:
+        return points.new_empty(0, C), points.new_empty(0, 4, dtype=torch.int32)
+    points = points.contiguous()
+    on_device = counts.to(points.device, non_blocking=True)
+    ends = on_device.cumsum(0)
+    # what a compiled kernel receives; the interpreter would hand it fp64
+    low, cell = (tuple(torch.tensor(t, dtype=torch.float32).tolist()) for t in (low, cell))
+
+    keys = torch.empty(P, dtype=torch.int64, device=points.device)
+    grid = (triton.cdiv(P, BLOCK_P),)
+    _cell_keys_kernel[grid](points, ends, keys, P, C, B, low, cell, tuple(shape), NO_KEY=NO_KEY, BLOCK_P=BLOCK_P)
+    keys, order = keys.sort(stable=True)
+    start = torch.empty(P, dtype=torch.int32, device=points.device)
+    _mark_first_kernel[grid](keys, order, start, P, NO_KEY=NO_KEY, BLOCK_P=BLOCK_P)
+
+    kept = start >= 0  # [P] the points that are the first of a voxel
+    if int(counts.max()) > max_voxels:
+        number = F.pad(kept.cumsum(0), (1, 0))  # voxels before each point
+        before = number[ends - on_device].repeat_interleave(on_device, output_size=P)  # ... before its sample
+        kept &= number[:-1] - before < max_voxels
+    first = kept.nonzero()[:, 0]
+    V = len(first)
+    features = points.new_empty(V, C)
+    coords = points.new_empty(V, 4, dtype=torch.int32)
+    if V:
+        block_c = triton.next_power_of_2(C)
+        block_v = max(1, TILE // block_c)
+        _mean_kernel[(triton.cdiv(V, block_v),)](
+            points, keys, order, start, first, features, coords,
+            P, C, V, tuple(shape), max_points, NO_KEY=NO_KEY, BLOCK_V=block_v, BLOCK_C=block_c,
+        )  # fmt: skip
+    return features, coords
 
 
 @torch.no_grad()
 def voxelize_ref(points, point_counts, low, cell, shape, max_points, max_voxels):
     """`voxelize` in plain PyTorch."""
+    counts = _check(points, point_counts, max_points)
     (Z, Y, X), P = shape, len(points)
     low, cell = points.new_tensor(low), points.new_tensor(cell)
     place = ((points[:, :3] - low) / cell).floor()
     inside = ((place >= 0) & (place < points.new_tensor([X, Y, Z]))).all(dim=1)
     x, y, z = torch.where(inside[:, None], place, 0).long().unbind(1)  # [P] each
-    b = _samples(point_counts, points)
+    b = _samples(counts, points)
     key = torch.where(inside, ((b * Z + z) * Y + y) * X + x, NO_KEY)
 
     key, order = key.sort(stable=True)
@@ -75,7 +111,7 @@ def grid_sample(points, point_counts, cell, noise=None):
     """One point of each occupied cell, for segmentation.
 
     Args:
-        points:       [P, F] fp32, first x, y, z in metres, finite; the samples one after the other.
+        points:       [P, C] fp32, first x, y, z in metres, finite; the samples one after the other.
         point_counts: [B] integers on the CPU, points of each sample.
         cell:         metres, size of a cell on all axes. Cells are multiples of it: floor(point / cell) in float32.
         noise:        [P] uniform in [0, 1): the point of a cell with the smallest one is taken. None: the first.
@@ -86,14 +122,14 @@ def grid_sample(points, point_counts, cell, noise=None):
     Elementwise torch and its sorts on every device: nothing is left for a kernel of our own. Follows GridSample of
     Pointcept, which counts cells from each sample's minimum; that moves their numbers, not their borders.
     """
-    P = len(points)
+    counts, P = _check(points, point_counts), len(points)
     if not P:
         return torch.empty(0, dtype=torch.int64, device=points.device)
     place = (points[:, :3] / cell).floor().long()
     place = place - place.amin(dim=0)
     X, Y, Z = (place.amax(dim=0) + 1).unbind()
     x, y, z = place.unbind(1)
-    key = ((_samples(point_counts, points) * Z + z) * Y + y) * X + x
+    key = ((_samples(counts, points) * Z + z) * Y + y) * X + x
     if noise is None:
         key, order = key.sort(stable=True)
     else:
@@ -104,9 +140,98 @@ def grid_sample(points, point_counts, cell, noise=None):
     return order[new].sort().values
 
 
-def _samples(point_counts, points):
-    """[P] int64, the sample of each point."""
+def _check(points, point_counts, max_points=1):
+    """The points of each sample, [B] int64 on the CPU."""
     counts = torch.as_tensor(point_counts, dtype=torch.int64)
+    fits = points.dim() == 2 and points.shape[1] >= 3 and points.dtype == torch.float32
+    assert fits, f"points are [P, 3 or more] float32, not {tuple(points.shape)} {points.dtype}"
+    assert counts.device.type == "cpu", "points are counted on the CPU, so that nothing waits for the device"
     assert int(counts.sum()) == len(points), f"{counts.tolist()} points in the samples, {len(points)} in all"
-    sample = torch.arange(len(counts)).repeat_interleave(counts)
-    return sample.to(points.device, non_blocking=True)
+    assert max_points >= 1, f"a voxel of at most {max_points} points"
+    return counts
+
+
+def _samples(counts, points):
+    """[P] int64, the sample of each point."""
+    return torch.arange(len(counts)).repeat_interleave(counts).to(points.device, non_blocking=True)
+
+
+BLOCK_P = 256  # points per program
+TILE = 1024  # voxels x numbers per program
+
+
+@triton.jit
+def _cell_keys_kernel(
+    points_ptr, ends_ptr, keys_ptr,  # [P, C], [B], [P]
+    P, C, B, low, cell, shape,  # low and cell: (x, y, z); shape: (Z, Y, X)
+    NO_KEY: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)  # [BLOCK_P]
+    p_ok = p < P
+    at = points_ptr + p.to(tl.int64) * C
+    x, x_ok = _cell(tl.load(at, mask=p_ok, other=0.0), low[0], cell[0], shape[2])
+    y, y_ok = _cell(tl.load(at + 1, mask=p_ok, other=0.0), low[1], cell[1], shape[1])
+    z, z_ok = _cell(tl.load(at + 2, mask=p_ok, other=0.0), low[2], cell[2], shape[0])
+    b = tl.zeros((BLOCK_P,), tl.int64)
+    for sample in range(B):
+        b += (p >= tl.load(ends_ptr + sample)).to(tl.int64)
+    key = ((b * shape[0] + z) * shape[1] + y) * shape[2] + x
+    tl.store(keys_ptr + p, tl.where(x_ok & y_ok & z_ok, key, NO_KEY), mask=p_ok)
+
+
+@triton.jit
+def _cell(point, low, size, cells):
+    """The cell that a point lies in on one axis, and whether it is in the grid; 0 where not."""
+    # an approximate quotient, as `/` is, would put points on a border into another cell than the original's
+    place = tl.floor(tl.div_rn(point - low, size + tl.zeros_like(point)))
+    inside = (place >= 0) & (place < cells)  # false for NaN
+    return tl.where(inside, place, 0.0).to(tl.int64), inside
+
+
+@triton.jit
+def _mark_first_kernel(
+    keys_ptr, order_ptr, start_idx_ptr,  # [P] sorted, [P], [P]
+    P, NO_KEY: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """For the first point of each voxel the place in `order` where the voxel's points start, -1 for other points."""
+    q = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)  # [BLOCK_P]
+    q_ok = q < P
+    key = tl.load(keys_ptr + q, mask=q_ok, other=NO_KEY)
+    before = tl.load(keys_ptr + q - 1, mask=q_ok & (q > 0), other=-1)
+    p = tl.load(order_ptr + q, mask=q_ok, other=0)
+    tl.store(start_idx_ptr + p, tl.where((key != before) & (key != NO_KEY), q, -1), mask=q_ok)
+
+
+@triton.jit
+def _mean_kernel(
+    points_ptr, keys_ptr, order_ptr, start_idx_ptr, first_ptr,  # [P, C], [P] sorted, [P], [P], [V]
+    features_ptr, coords_ptr,  # [V, C], [V, 4]
+    P, C, V, shape, max_points,
+    NO_KEY: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)  # [BLOCK_V]
+    c = tl.arange(0, BLOCK_C)[None, :]
+    v_ok = v < V
+    first = tl.load(first_ptr + v, mask=v_ok, other=0)
+    q = tl.load(start_idx_ptr + first, mask=v_ok, other=0)
+    key = tl.load(keys_ptr + q, mask=v_ok, other=0)
+
+    total = tl.zeros((BLOCK_V, BLOCK_C), tl.float32)
+    count = tl.zeros((BLOCK_V,), tl.int32)
+    member = v_ok
+    while tl.max(member.to(tl.int32), axis=0) > 0:
+        row = tl.load(order_ptr + q + count, mask=member, other=0)
+        total += tl.load(points_ptr + row[:, None] * C + c, mask=member[:, None] & (c < C), other=0.0)
+        count += member.to(tl.int32)
+        member &= (count < max_points) & (q + count < P)
+        member &= tl.load(keys_ptr + q + count, mask=member, other=NO_KEY) == key
+    mean = tl.div_rn(total, tl.maximum(count, 1).to(tl.float32)[:, None] + tl.zeros_like(total))
+    tl.store(features_ptr + v.to(tl.int64)[:, None] * C + c, mean, mask=v_ok[:, None] & (c < C))
+
+    Z, Y, X = shape
+    at = coords_ptr + v.to(tl.int64) * 4
+    row = key // X  # ((b Z) + z) Y + y
+    tl.store(at, (row // Y // Z).to(tl.int32), mask=v_ok)
+    tl.store(at + 1, (row // Y % Z).to(tl.int32), mask=v_ok)
+    tl.store(at + 2, (row % Y).to(tl.int32), mask=v_ok)
+    tl.store(at + 3, (key % X).to(tl.int32), mask=v_ok)

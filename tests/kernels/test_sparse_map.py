@@ -1,0 +1,280 @@
+from itertools import product
+from math import prod
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels.sparse_map import (
+    BLOCK,
+    BLOCK_PAIRS,
+    NO_KEY,
+    inverse_map,
+    inverse_map_ref,
+    out_shape,
+    sort_voxels,
+    sort_voxels_ref,
+    strided_map,
+    strided_map_ref,
+    submanifold_map,
+    submanifold_map_ref,
+    transposed_map,
+    transposed_map_ref,
+    transposed_out_shape,
+)
+from tests.ahead_of_time import Launch
+from tests.check import check_against_ref, launches
+
+TYPES = dict(coords_ptr="*i32", out_coords_ptr="*i32", keys_ptr="*i64", order_ptr="*i64", is_first_ptr="*i1")
+TYPES |= dict.fromkeys(["out", "slots", "kernel", "stride", "padding", "dilation"], ("i32",) * 3)
+VOXELS, PAIRS = dict(BLOCK=BLOCK), dict(NO_KEY=NO_KEY, BLOCK_PAIRS=BLOCK_PAIRS)
+LAUNCHES = [
+    Launch(kernel, flags, TYPES, elements=("fp32",), registers=registers, shared=shared)
+    for kernel, flags, registers, shared in [
+        ("_keys_kernel", VOXELS, 32, 0),
+        ("_submanifold_kernel", VOXELS | dict(KX=1, DX=1, NO_KEY=NO_KEY), 48, 2048),
+        ("_submanifold_kernel", VOXELS | dict(KX=3, DX=1, NO_KEY=NO_KEY), 48, 2048),
+        ("_submanifold_kernel", VOXELS | dict(KX=5, DX=2, NO_KEY=NO_KEY), 48, 2048),
+        ("_pair_keys_kernel", PAIRS | dict(TRANSPOSED=False), 112, 0),
+        ("_pair_keys_kernel", PAIRS | dict(TRANSPOSED=True), 112, 0),
+        ("_fill_pairs_kernel", PAIRS | dict(TRANSPOSED=False), 144, 8192),
+        ("_fill_pairs_kernel", PAIRS | dict(TRANSPOSED=True), 144, 8192),
+        ("_inverse_kernel", VOXELS, 24, 0),
+    ]
+]
+
+ONE = (1, 1, 1)
+HALVE = (3, 3, 3), (2, 2, 2), ONE, ONE  # kernel, stride, padding, dilation
+FIVE = (5, 5, 5), ONE, (2, 2, 2), ONE  # 125 offsets
+SOME, FULL = (3, (5, 7, 9), 200), (1, (3, 3, 3), 27)  # B, (Z, Y, X), number of voxels
+SETS = [
+    SOME,
+    FULL,
+    (1, ONE, 1),
+    (2, (9, 8, 4), BLOCK),  # exactly one block
+    (2, (9, 8, 4), BLOCK + 1),  # one over
+    (2, (5, 7, 9), 0),
+]
+CASES = [(*voxels, HALVE) for voxels in SETS] + [
+    (*FULL, FIVE),
+    (*SOME, (ONE, ONE, (0, 0, 0), ONE)),
+    (*SOME, ((2, 2, 2), (2, 2, 2), (0, 0, 0), ONE)),
+    (*SOME, ((3, 3, 3), (2, 2, 2), (0, 1, 1), ONE)),
+    (*SOME, ((3, 1, 1), (2, 1, 1), (0, 0, 0), ONE)),
+    (*SOME, ((2, 3, 4), (3, 1, 2), (1, 0, 2), (2, 3, 1))),  # nothing alike
+]
+
+
+def random_voxels(B, shape, N, device):
+    """N voxels in any order."""
+    cells = torch.randperm(B * prod(shape), device=device)[:N]
+    return torch.stack(torch.unravel_index(cells, (B, *shape)), dim=1).int()
+
+
+@pytest.mark.parametrize("B, shape, N", SETS)
+def test_sorting_matches_reference(B, shape, N, device):
+    coords = random_voxels(B, shape, N, device)
+    for check in (True, False):
+        inputs = dict(coords=coords, shape=shape, check=check)
+        check_against_ref(sort_voxels, sort_voxels_ref, inputs, torch.float32)
+    keys, order = sort_voxels(coords, shape)
+    assert (keys[1:] > keys[:-1]).all()
+    voxel = torch.stack(torch.unravel_index(keys, (B, *shape)), dim=1)
+    assert torch.equal(voxel, coords[order].long())
+
+
+@pytest.mark.parametrize("B, shape, N, geometry", CASES)
+def test_matches_reference(B, shape, N, geometry, device):
+    coords, (kernel, _, _, dilation) = random_voxels(B, shape, N, device), geometry
+    keys, order = sort_voxels(coords, shape)
+    inputs = dict(coords=coords, keys=keys, order=order, shape=shape, kernel=kernel, dilation=dilation)
+    check_against_ref(submanifold_map, submanifold_map_ref, inputs, torch.float32)
+    inputs = dict(zip(["kernel", "stride", "padding", "dilation"], geometry, strict=True), coords=coords, shape=shape)
+    for op, ref in [(strided_map, strided_map_ref), (transposed_map, transposed_map_ref)]:
+        with launches() as launched:
+            ours, truth = op(**inputs), ref(**inputs)
+        assert bool(launched) == bool(N)
+        for a, b in zip(ours, truth, strict=True):
+            assert a.dtype == torch.int32 and torch.equal(a, b)
+        check_against_ref(inverse_map, inverse_map_ref, dict(neighbor_idx=ours[1], N=N), torch.float32)
+
+
+def gather_conv(features, weight, neighbor_idx):
+    """What a table is for, in integers: out[m] = sum_k weight[k] features[neighbor_idx[k, m]]."""
+    read = features[neighbor_idx.long().clamp(min=0)] if len(features) else features.new_zeros(neighbor_idx.shape)
+    return (weight.flatten()[:, None] * torch.where(neighbor_idx >= 0, read, 0)).sum(dim=0)
+
+
+def densify(values, coords, B, shape):
+    dense = values.new_zeros(B, 1, *shape)
+    b, z, y, x = coords.long().unbind(1)
+    dense[b, 0, z, y, x] = values
+    return dense
+
+
+@pytest.mark.parametrize("B, shape, N, geometry", [*CASES, (*SOME, FIVE)])
+def test_reference_is_dense_convolution(B, shape, N, geometry, device):
+    """Exact: small integers in fp64. Active outputs are those that a kernel of ones reaches."""
+    coords, (kernel, stride, padding, dilation) = random_voxels(B, shape, N, device), geometry
+    features = torch.randint(1, 9, (N,), device=device).double()
+    weight = torch.randint(-9, 9, kernel, device=device).double()
+    dense, occupied = densify(features, coords, B, shape), densify(torch.ones_like(features), coords, B, shape)
+
+    def check(out_coords, out, dense_out, active):
+        assert torch.equal(out_coords.long(), active[:, 0].nonzero())
+        assert torch.equal(densify(out, out_coords, B, active.shape[2:]), torch.where(active, dense_out, 0))
+
+    w, ones = weight[None, None], torch.ones_like(weight)[None, None]
+    for make, conv, size_of in [
+        (strided_map_ref, F.conv3d, out_shape),
+        (transposed_map_ref, F.conv_transpose3d, transposed_out_shape),
+    ]:
+        args = dict(stride=stride, padding=padding, dilation=dilation)
+        out_coords, neighbor_idx = make(coords, shape, *geometry)
+        assert neighbor_idx.shape == (prod(kernel), len(out_coords))
+        active = conv(occupied, ones, **args) > 0
+        assert active.shape[2:] == size_of(shape, *geometry)
+        check(out_coords, gather_conv(features, weight, neighbor_idx), conv(dense, w, **args), active)
+
+    # submanifold: padded so that offset kernel // 2 lies on the output, outputs restricted to the inputs
+    neighbor_idx = submanifold_map_ref(coords, *sort_voxels_ref(coords, shape), shape, kernel, dilation)
+    below = [k // 2 * d for k, d in zip(kernel, dilation, strict=True)]
+    above = [(k - 1 - k // 2) * d for k, d in zip(kernel, dilation, strict=True)]
+    pad = [p for pair in zip(reversed(below), reversed(above), strict=True) for p in pair]
+    dense_out = F.conv3d(F.pad(dense, pad), w, dilation=dilation)
+    b, z, y, x = coords.long().unbind(1)
+    assert torch.equal(gather_conv(features, weight, neighbor_idx), dense_out[b, 0, z, y, x])
+
+
+@pytest.mark.parametrize("fn", [submanifold_map, submanifold_map_ref])
+def test_submanifold_by_hand(fn, device):
+    """Rows 0 and 1 are side by side; 2 follows 1 in memory, but lies in the next row of cells; 3 in the next batch."""
+    coords = torch.tensor([[0, 0, 0, 2], [0, 0, 0, 3], [0, 0, 1, 0], [1, 0, 0, 0]], dtype=torch.int32, device=device)
+    shape = (1, 2, 4)
+    keys, order = sort_voxels(coords, shape)
+    assert keys.tolist() == [2, 3, 4, 8]
+    row = fn(coords, keys, order, shape, (1, 1, 3), ONE)
+    assert row.tolist() == [[-1, 0, -1, -1], [0, 1, 2, 3], [1, -1, -1, -1]]
+    plane = fn(coords, keys, order, shape, (1, 3, 3), (1, 1, 2))
+    assert plane.tolist()[:3] == [[-1] * 4, [-1] * 4, [-1, -1, 0, -1]]
+
+
+@pytest.mark.parametrize("fn", [strided_map, strided_map_ref])
+def test_strided_by_hand(fn, device):
+    """Inputs 1 and 4 of 5 cells; kernel 3, stride 2, padding 1: outputs 0, 1, 2 read cells -1..1, 1..3, 3..5."""
+    coords = torch.tensor([[0, 0, 0, 4], [0, 0, 0, 1]], dtype=torch.int32, device=device)
+    out_coords, neighbor_idx = fn(coords, (1, 1, 5), (1, 1, 3), (1, 1, 2), (0, 0, 1), ONE)
+    assert out_coords.tolist() == [[0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 2]]
+    assert neighbor_idx.tolist() == [[-1, 1, -1], [-1, -1, 0], [1, -1, -1]]
+
+
+@pytest.mark.parametrize("fn", [transposed_map, transposed_map_ref])
+def test_transposed_by_hand(fn, device):
+    """Inputs 0 and 1 of 3 cells; kernel 3, stride 2, padding 1: they spread to -1..1 and 1..3, of 5 cells."""
+    coords = torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1]], dtype=torch.int32, device=device)
+    out_coords, neighbor_idx = fn(coords, (1, 1, 3), (1, 1, 3), (1, 1, 2), (0, 0, 1), ONE)
+    assert out_coords.tolist() == [[0, 0, 0, x] for x in range(4)]
+    assert neighbor_idx.tolist() == [[-1, 1, -1, -1], [0, -1, 1, -1], [-1, 0, -1, 1]]
+
+
+@pytest.mark.parametrize("fn", [inverse_map, inverse_map_ref])
+def test_inverse_reads_backwards(fn, device):
+    coords = random_voxels(2, (5, 7, 9), 200, device)
+    out_coords, neighbor_idx = strided_map_ref(coords, (5, 7, 9), (3, 3, 3), (2, 2, 2), ONE, ONE)
+    inverse_idx = fn(neighbor_idx, 200)
+    assert torch.equal(fn(inverse_idx, len(out_coords)), neighbor_idx)
+    keys, order = sort_voxels(coords, (5, 7, 9))
+    neighbor_idx = submanifold_map_ref(coords, keys, order, (5, 7, 9), (3, 3, 3), ONE)
+    assert torch.equal(fn(neighbor_idx, 200), neighbor_idx.flip(0))
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["op", "ref"])
+def test_grid_of_8e9_cells(plain, device):
+    """Two neighbours along x in each corner of two of three samples; their keys differ beyond 32 bits."""
+    shape = (41, 10000, 20000)
+    outer = torch.tensor(list(product((0, 2), *((0, size - 1) for size in shape))), dtype=torch.int32, device=device)
+    is_low = outer[:, 3] == 0
+    inner = outer.clone()
+    inner[:, 3] += torch.where(is_low, 1, -1)
+    coords = torch.cat([outer, inner])  # row i and row (i + 16) % 32 are neighbours
+    make_sub, make_strided = (submanifold_map_ref, strided_map_ref) if plain else (submanifold_map, strided_map)
+    keys, order = (sort_voxels_ref if plain else sort_voxels)(coords, shape)
+    assert keys[-1] == 3 * prod(shape) - 1
+
+    neighbor_idx = make_sub(coords, keys, order, shape, (3, 3, 3), ONE)
+    i = torch.arange(32, device=device)
+    above = torch.cat([is_low, ~is_low])  # the neighbour's x is greater
+    expected = torch.full((27, 32), -1, dtype=torch.int32, device=device)
+    expected[13] = i
+    expected[torch.where(above, 14, 12), i] = i.int().roll(16)
+    assert torch.equal(neighbor_idx, expected)
+
+    out_coords, neighbor_idx = make_strided(coords, shape, (2, 2, 2), (2, 2, 2), (0, 0, 0), ONE)
+    halved = outer.clone()
+    halved[:, 1:] //= 2
+    kept = halved[:, 1] < 20  # of 41 slices the last has no partner
+    assert torch.equal(out_coords, halved[kept])  # `product` ascends as the keys do
+    assert torch.equal((neighbor_idx >= 0).sum(dim=0), torch.full((8,), 2, device=device))
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["op", "ref"])
+def test_order_of_the_inputs_does_not_matter(plain, device):
+    shape, (kernel, _, _, dilation) = (5, 7, 9), HALVE
+    coords = random_voxels(3, shape, 200, device)
+    moved = torch.randperm(200, device=device)
+    make_sub, make_strided = (submanifold_map_ref, strided_map_ref) if plain else (submanifold_map, strided_map)
+
+    def named(neighbor_idx, names):
+        """Rows by names instead of numbers."""
+        return torch.where(neighbor_idx >= 0, names[neighbor_idx.long()], -1)
+
+    one = make_sub(coords, *sort_voxels(coords, shape), shape, kernel, dilation)
+    other = make_sub(coords[moved], *sort_voxels(coords[moved], shape), shape, kernel, dilation)
+    assert torch.equal(one[:, moved].long(), named(other, moved))
+    out_coords, one = make_strided(coords, shape, *HALVE)
+    same_coords, other = make_strided(coords[moved], shape, *HALVE)
+    assert torch.equal(out_coords, same_coords) and torch.equal(one.long(), named(other, moved))
+
+
+@pytest.mark.parametrize("fn", [sort_voxels, sort_voxels_ref])
+def test_faulty_coordinates_raise(fn, device):
+    def raises(rows, message):
+        with pytest.raises(ValueError, match=message):
+            fn(torch.tensor(rows, dtype=torch.int32, device=device), (2, 3, 4))
+
+    raises([[0, 1, 1, 1], [0, 0, 0, 0], [0, 1, 1, 1]], r"\(0, 1, 1, 1\) occurs twice")
+    raises([[0, 1, 1, 1], [0, 0, 3, 0]], r"\(0, 0, 3, 0\) is outside the grid \(Z, Y, X\) = \(2, 3, 4\)")
+    raises([[-1, 1, 1, 1]], r"\(-1, 1, 1, 1\) is outside")
+    with pytest.raises(AssertionError, match="int32"):
+        fn(torch.zeros(1, 4, dtype=torch.int64, device=device), (2, 3, 4))
+    with pytest.raises(AssertionError, match=r"\[N, 4\]"):
+        fn(torch.zeros(1, 3, dtype=torch.int32, device=device), (2, 3, 4))
+
+
+def test_grid_smaller_than_the_kernel_has_no_output(device):
+    coords = random_voxels(1, (2, 5, 5), 9, device)
+    for fn in (strided_map, strided_map_ref):
+        out_coords, neighbor_idx = fn(coords, (2, 5, 5), (3, 3, 3), ONE, (0, 0, 0), ONE)
+        assert out_coords.shape == (0, 4) and neighbor_idx.shape == (27, 0)
+
+
+def test_compiles_without_graph_breaks(device):
+    """Numbers of outputs that depend on the data included; the sizes of another set need no new graph."""
+    shape = (5, 7, 9)
+
+    def tables(coords):
+        keys, order = sort_voxels(coords, shape)
+        own = submanifold_map(coords, keys, order, shape, (3, 3, 3), ONE)
+        out_coords, down = strided_map(coords, shape, (3, 3, 3), (2, 2, 2), ONE, ONE)
+        up_coords, up = transposed_map(coords, shape, (2, 2, 2), (2, 2, 2), (0, 0, 0), ONE)
+        return own, out_coords, down, inverse_map(down, coords.shape[0]), up_coords, up, down.shape[1] + 1
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(tables, backend="aot_eager", fullgraph=True, dynamic=True)
+        for N in (100, 200):
+            coords = random_voxels(2, shape, N, device)
+            for a, b in zip(compiled(coords), tables(coords), strict=True):
+                assert torch.equal(a, b) if torch.is_tensor(a) else a == b
+    for op in ("sort_voxels", "submanifold_map", "strided_map", "transposed_map", "inverse_map"):
+        assert hasattr(torch.ops.unipad, op)

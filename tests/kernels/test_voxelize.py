@@ -1,0 +1,203 @@
+from functools import partial
+
+import pytest
+import torch
+
+from kernels.voxelize import BLOCK_P, NO_KEY, TILE, grid_sample, voxelize, voxelize_ref
+from tests import golden
+from tests.ahead_of_time import Launch
+from tests.check import launches
+
+TYPES = dict.fromkeys(["ends_ptr", "keys_ptr", "order_ptr", "first_ptr"], "*i64")
+TYPES |= dict(coords_ptr="*i32", low=("fp32",) * 3, cell=("fp32",) * 3, shape=("i32",) * 3, max_points="i32")
+LAUNCHES = [
+    Launch(kernel, flags | dict(NO_KEY=NO_KEY), TYPES, elements=("fp32",), registers=registers, shared=shared)
+    for kernel, flags, registers, shared in [
+        ("_cell_keys_kernel", dict(BLOCK_P=BLOCK_P), 48, 2048),
+        ("_mark_first_kernel", dict(BLOCK_P=BLOCK_P), 32, 2048),
+        ("_mean_kernel", dict(BLOCK_V=TILE // 8, BLOCK_C=8), 64, 1024),
+        ("_mean_kernel", dict(BLOCK_V=TILE // 4, BLOCK_C=4), 72, 2048),
+    ]
+]
+
+GRID = dict(low=(-2.0, -1.5, -1.0), cell=(0.5, 0.3, 0.7), shape=(3, 10, 8))
+
+
+def make_inputs(point_counts, C, device, max_points=3, max_voxels=1000):
+    """Points up to a cell outside the grid, some on the borders of cells, some twice."""
+    P = sum(point_counts)
+    points = torch.rand(P, C, device=device)
+    points[:, :3] = (points[:, :3] * torch.tensor([10, 12, 5], device=device) - 1) * points.new_tensor(GRID["cell"])
+    points[:, :3] += points.new_tensor(GRID["low"])
+    points[1::7, :3] = ((points[1::7, :3] * 2).round() / 2).clamp(-2, 2)
+    points[5::11] = points[4:-1:11] if P > 5 else points[5::11]
+    return dict(points=points, point_counts=list(point_counts), max_points=max_points, max_voxels=max_voxels, **GRID)
+
+
+def check_matches_reference(inputs):
+    """In fp32 alone: in fp64 points on a border lie in other cells."""
+    with launches() as launched:
+        features, coords = voxelize(**inputs)
+    expected, expected_coords = voxelize_ref(**inputs)
+    assert bool(launched) == bool(len(inputs["points"]))
+    assert coords.dtype == torch.int32 and torch.equal(coords, expected_coords)
+    torch.testing.assert_close(features, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("C", [3, 5, 8])
+@pytest.mark.parametrize(
+    "point_counts",
+    [[1], [BLOCK_P], [BLOCK_P + 1], [0, 211, 0, 305, 17, 0], [0], [0, 0], []],
+    ids=str,
+)
+def test_matches_reference(point_counts, C, device):
+    check_matches_reference(make_inputs(point_counts, C, device))
+
+
+@pytest.mark.parametrize("max_points, max_voxels", [(1, 1), (2, 40), (1000, 1000)])
+def test_caps_match_reference(max_points, max_voxels, device):
+    inputs = make_inputs([300, 0, 200], 5, device, max_points, max_voxels)
+    check_matches_reference(inputs)
+    _, coords = voxelize(**inputs)
+    assert coords[:, 0].bincount(minlength=3).max() <= max_voxels
+
+
+def one_by_one(points, point_counts, low, cell, shape, max_points, max_voxels):
+    """The original's hard_voxelize_cpu and HardSimpleVFE, point by point."""
+    low, cell = torch.tensor(low), torch.tensor(cell)
+    features, coords = [], []
+    for b, sample in enumerate(points.cpu().split(point_counts)):
+        voxels = {}
+        for point in sample:
+            x, y, z = ((point[:3] - low) / cell).floor().tolist()
+            if not (0 <= x < shape[2] and 0 <= y < shape[1] and 0 <= z < shape[0]):
+                continue
+            if (z, y, x) not in voxels and len(voxels) == max_voxels:
+                continue
+            voxel = voxels.setdefault((z, y, x), [])
+            if len(voxel) < max_points:
+                voxel.append(point)
+        features += [torch.stack(voxel).sum(dim=0) / len(voxel) for voxel in voxels.values()]
+        coords += [[b, *voxel] for voxel in voxels]
+    return torch.stack(features), torch.tensor(coords, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("fn", [voxelize, voxelize_ref])
+@pytest.mark.parametrize("max_points, max_voxels", [(3, 1000), (2, 40), (1, 1)])
+def test_is_the_loop_over_points(fn, max_points, max_voxels, device):
+    inputs = make_inputs([200, 0, 311], 5, device, max_points, max_voxels)
+    inputs["points"][3::50, :3] = torch.tensor([float("nan"), 1e30, -float("inf")], device=device)  # in no cell
+    features, coords = fn(**inputs)
+    expected, expected_coords = one_by_one(**inputs)
+    assert torch.equal(coords.cpu(), expected_coords)
+    torch.testing.assert_close(features.cpu(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("fn", [voxelize, voxelize_ref])
+def test_by_hand(fn, device):
+    """Cells of 0.5 m from -1 m on; the third point of the first voxel is dropped, so is the third voxel."""
+    points = torch.tensor(
+        [
+            [0.0, 0, 0, 8],  # first sample: cell 2, on its lower border
+            [-1.0, 0, 0, 1],  # cell 0, on the lower border of the grid
+            [0.25, 0, 0, 4],  # cell 2
+            [0.3, 0, 0, 100],  # cell 2, one too many
+            [-0.5, 0, 0, 9],  # cell 1, one voxel too many
+            [-0.75, 0, 0, 3],  # cell 0: known, so its points still count
+            [1.0, 0, 0, 7],  # upper border of the grid: outside
+            [0.5, 0, 0, 2],  # second sample: cell 3
+        ],
+        device=device,
+    )
+    features, coords = fn(points, torch.tensor([7, 1]), (-1, -1, -1), (0.5, 2, 2), (1, 1, 4), 2, 2)
+    assert coords.tolist() == [[0, 0, 0, 2], [0, 0, 0, 0], [1, 0, 0, 3]]
+    assert features.tolist() == [[0.125, 0, 0, 6], [-0.875, 0, 0, 2], [0.5, 0, 0, 2]]
+
+
+@pytest.mark.parametrize("fn", [voxelize, voxelize_ref])
+def test_cells_are_found_in_float32(fn, device):
+    """6.075 / 0.075 is 81, but rounds to 80.99999 in float32, where the original computes."""
+    points = torch.tensor([[0.075, 0, 0]], device=device)
+    _, coords = fn(points, [1], (-6, -6, -5), (0.075, 0.075, 0.2), (40, 160, 160), 10, 10)
+    assert coords.tolist() == [[0, 25, 80, 80]]
+
+
+@pytest.mark.parametrize("fn", [voxelize, voxelize_ref])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_is_the_original(fn, mode, device):
+    arrays, sidecar = golden.load("voxelize_vfe")
+    config = sidecar["config"]
+    samples = [arrays["in/points_0"], arrays["in/points_1"]]
+    features, coords = fn(
+        torch.cat(samples).to(device),
+        [len(sample) for sample in samples],
+        config["point_cloud_range"][:3],
+        config["voxel_size"],
+        sidecar["grid_size_xyz"][::-1],
+        config["max_num_points"],
+        config["max_voxels"][mode == "eval"],
+    )
+    assert torch.equal(coords.cpu(), arrays[f"out/{mode}_coors"])
+    golden.assert_close_to_max(features.cpu(), arrays[f"out/{mode}_features"], 1e-7)
+
+
+@pytest.mark.parametrize("fn", [voxelize, voxelize_ref])
+def test_grid_of_more_than_2_to_the_31_cells(fn, device):
+    far = 50000.0
+    points = torch.tensor([[0.5, 0.5, 0.5], [far - 0.5, far - 0.5, 1.5], [far - 0.5, far - 0.5, 1.5]], device=device)
+    _, coords = fn(points, [1, 2], (0, 0, 0), (1, 1, 1), (2, int(far), int(far)), 10, 10)
+    assert coords.tolist() == [[0, 0, 0, 0], [1, 1, int(far) - 1, int(far) - 1]]
+
+
+def test_bit_equal_from_run_to_run(device):
+    inputs = make_inputs([300, 200], 5, device)
+    (features, coords), (again, same) = voxelize(**inputs), voxelize(**inputs)
+    assert torch.equal(features, again) and torch.equal(coords, same)
+
+
+def test_no_launch_without_points(device):
+    with launches() as launched:
+        features, coords = voxelize(**make_inputs([0, 0], 4, device))
+    assert not launched and features.shape == (0, 4) and coords.shape == (0, 4) and coords.dtype == torch.int32
+    outside = make_inputs([50], 4, device) | dict(low=(100.0, 100.0, 100.0))
+    for fn in (voxelize, voxelize_ref):
+        features, coords = fn(**outside)
+        assert features.shape == (0, 4) and coords.shape == (0, 4)
+
+
+def test_grid_sample_by_hand(device):
+    x = torch.tensor([0.1, -0.1, 0.6, 0.2, 0.9, 0.2, -0.1], device=device)
+    points = torch.stack([x, torch.zeros_like(x), torch.zeros_like(x)], dim=1)
+    noise = torch.tensor([0.5, 0.1, 0.3, 0.2, 0.3, 0.0, 0.9], device=device)
+    counts = [5, 2]  # cells of 0.5 m: 0, -1, 1, 0, 1 and 0, -1
+    assert grid_sample(points, counts, 0.5).tolist() == [0, 1, 2, 5, 6]
+    assert grid_sample(points, counts, 0.5, noise).tolist() == [1, 2, 3, 5, 6]  # of equal noise the first
+    assert grid_sample(points[:0], [0, 0], 0.5).tolist() == []
+
+
+def test_grid_sample_takes_one_point_of_each_cell(device):
+    points = torch.randn(3000, 4, device=device) * 3
+    counts = [1000, 0, 2000]
+    sample = torch.tensor([0, 2], device=device).repeat_interleave(torch.tensor([1000, 2000], device=device))
+    cells = torch.cat([sample[:, None], (points[:, :3] / 0.5).floor().long()], dim=1)
+    _, cell = cells.unique(dim=0, return_inverse=True)
+    for noise in (None, torch.rand(3000, device=device)):
+        rows = grid_sample(points, counts, 0.5, noise)
+        assert (rows.diff() > 0).all() and torch.equal(cell[rows].sort().values, torch.arange(int(cell.max()) + 1))
+        value = torch.arange(3000, device=device).double() if noise is None else noise.double()
+        least = torch.full((int(cell.max()) + 1,), 1e9, dtype=torch.float64, device=device)
+        least = least.scatter_reduce(0, cell, value, "amin")
+        assert torch.equal(value[rows], least[cell[rows]])
+
+
+@pytest.mark.parametrize("fn", [voxelize, voxelize_ref, partial(grid_sample, cell=0.5)], ids=["op", "ref", "sample"])
+def test_rejects_what_does_not_fit(fn, device):
+    inputs = make_inputs([4, 5], 4, device)
+    if isinstance(fn, partial):
+        inputs = {name: inputs[name] for name in ("points", "point_counts")}
+    with pytest.raises(AssertionError, match="in all"):
+        fn(**inputs | dict(point_counts=[4, 4]))
+    with pytest.raises(AssertionError, match="float32"):
+        fn(**inputs | dict(points=inputs["points"].double()))
+    with pytest.raises(AssertionError, match="3 or more"):
+        fn(**inputs | dict(points=inputs["points"][:, :2]))

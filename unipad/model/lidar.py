@@ -88,6 +88,11 @@ class LidarEncoder(nn.Module):
         cfg = self.cfg
         max_voxels = cfg.max_voxels[0 if self.training else 1]
         features, coords = voxelize(points, point_counts, self.low, cfg.cell, self.cells, cfg.max_points, max_voxels)
+        # One more level of cells, in which no point lies: then 8 L + 1 become 4 L + 1, 2 L + 1 and L.
+        shape = (self.cells[0] + 1, *self.cells[1:])
+        # Neighbours in the grid become neighbours in memory: they are read together.
+        _, order = sort_voxels(coords, shape, check=False)
+        features, coords = features[order], coords[order]
         if noise is not None and cfg.mask_ratio > 0:
             visible = draw_voxel_mask(coords, noise, cfg.mask_block, cfg.mask_ratio)
             if self.mask_token is None:
@@ -95,14 +100,10 @@ class LidarEncoder(nn.Module):
                 features, coords = features[rows], coords[rows]
             else:
                 features = torch.where(visible[:, None], features, self.mask_token)
-        # One more level of cells, in which no point lies: then 8 L + 1 become 4 L + 1, 2 L + 1 and L.
-        shape = (self.cells[0] + 1, *self.cells[1:])
-        # Neighbours in the grid become neighbours in memory: they are read together.
-        _, order = sort_voxels(coords, shape, check=False)
-        voxels = VoxelSet(coords[order], shape, len(point_counts), in_order=True, check=False)
+        voxels = VoxelSet(coords, shape, len(point_counts), in_order=True, check=False)
         sets = make_tables(self.encoder, voxels)
-        x = self.encoder(SparseTensor(features[order], voxels)).dense()
-        assert x.shape[2:] == sets[-1].shape
+        x = self.encoder(SparseTensor(features, voxels)).dense()
+        del sets  # kept until here: the encoder finds its tables through them
         return self.neck(self.backbone(x))
 
 

@@ -217,15 +217,14 @@ def _gather_gemm(features, weight, table, transposed, allow_tf32):
     if not min(M, len(features), I, O):
         return features.new_zeros(M, O)
     out = features.new_empty(M, O)
-    precision, block_i, block_o = _blocks(features, allow_tf32)
-    block_o = min(_power_of_2(O), block_o)
+    precision, block_i, block_o = _blocks(features, I, O, allow_tf32)
     # a wide tile reads fewer weights a row; few rows want narrow ones, or there is not one for each multiprocessor
     wide = block_o == 128 and M * triton.cdiv(O, block_o) >= MANY_ROWS
     block_m = 128 if wide else 64
     _gather_gemm_kernel[(triton.cdiv(M, block_m), triton.cdiv(O, block_o))](
         features.contiguous(), weight.contiguous(), table.contiguous(), out, M, K, I, O,
         TRANSPOSED=transposed, PRECISION=precision, WIDEN=_widen(features),
-        BLOCK_M=block_m, BLOCK_I=min(_power_of_2(I), block_i), BLOCK_O=block_o,
+        BLOCK_M=block_m, BLOCK_I=block_i, BLOCK_O=block_o,
         BLOCK_K=min(triton.next_power_of_2(K), WORD), num_warps=8 if wide else 4,
     )  # fmt: skip
     return out
@@ -236,8 +235,8 @@ def _d_weight(features, d_out, table, allow_tf32):
     (N, I), (M, O), K = features.shape, d_out.shape, len(table)
     if not min(N, M, I, O):
         return features.new_zeros(O, K, I, dtype=torch.float32)
-    precision, _, block = _blocks(features, allow_tf32)
-    block_i, block_o = min(_power_of_2(I), block), min(_power_of_2(O), block)
+    precision, _, block_i = _blocks(features, O, I, allow_tf32)
+    _, _, block_o = _blocks(features, I, O, allow_tf32)
     tiles = triton.cdiv(I, block_i) * triton.cdiv(O, block_o)
     parts = min(triton.cdiv(PROGRAMS, K * tiles), triton.cdiv(M, BLOCK_R))
     rows = triton.cdiv(triton.cdiv(M, parts), BLOCK_R) * BLOCK_R
@@ -252,21 +251,26 @@ def _d_weight(features, d_out, table, allow_tf32):
 
 
 # All untuned: chosen by what the compiler makes of them for sm_90, without a GPU to time them on
+MOST_HALF = 64, 128  # input and output channels a tile, of fp16 and bf16; stack is used from twice that on
+MOST_TF32 = 32, 64
+MOST_IEEE = 32, 32  # without tensor cores the registers bind
 WORD = 32  # offsets whose presence in a tile one integer holds
 MANY_ROWS = 32768  # from here on wide tiles still give each of an H200's 132 multiprocessors two
 BLOCK_R = 64  # rows a step of the gradient of the weights
 PROGRAMS = 2048  # that it is cut into, at least, rows permitting: some 4 at a time on each multiprocessor
 
 
-def _blocks(features, allow_tf32):
-    """How fp32 is multiplied, and the most input and output channels a tile has."""
-    if features.dtype != torch.float32:
-        return "ieee", 64, 128
-    return ("tf32", 32, 64) if allow_tf32 else ("ieee", 16, 32)  # fp32 proper has no tensor cores: registers bind
-
-
-def _power_of_2(channels):
-    return max(16, triton.next_power_of_2(channels))  # 16 is the least that tl.dot takes
+def _blocks(features, I, O, allow_tf32):
+    """How to multiply, and how many input and output channels a tile has."""
+    precision = "tf32" if allow_tf32 else "ieee"  # of fp32 alone
+    if features.dtype == torch.float32 and not allow_tf32:
+        limits = MOST_IEEE
+    else:
+        limits = MOST_TF32 if features.dtype == torch.float32 else MOST_HALF
+        if I % 16 or O % 16:  # rows are then read element by element, which takes more registers
+            limits = limits[0] // 2, limits[1] // 2
+    # 16 channels is the least that tl.dot takes
+    return precision, *(max(16, min(triton.next_power_of_2(c), most)) for c, most in zip((I, O), limits, strict=True))
 
 
 def _widen(features):
@@ -290,9 +294,9 @@ def _gather_gemm_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
     for first in range(0, K, BLOCK_K):
         # which of these offsets any row of the tile has: bits of a word, so that the loop below has no branch
-        k = (first + bit).to(tl.int64)[:, None]
-        n = tl.load(table_idx_ptr + k * M + m[None, :], mask=(k < K) & m_ok[None, :], other=-1)
-        there = (tl.max(n, axis=1) >= 0).to(tl.int32)
+        offset = (first + bit).to(tl.int64)[:, None]
+        rows = tl.load(table_idx_ptr + offset * M + m[None, :], mask=(offset < K) & m_ok[None, :], other=-1)
+        there = (tl.max(rows, axis=1) >= 0).to(tl.int32)
         word = tl.sum(there << bit, axis=0)
         for step in range(tl.sum(there, axis=0) * steps):
             c = (step % steps) * BLOCK_I + i
@@ -317,7 +321,7 @@ def _gather_gemm_kernel(
 @triton.jit
 def _d_weight_kernel(
     features_ptr, d_out_ptr, table_idx_ptr, partial_ptr,  # [N, I], [M, O], [K, M], [parts, O, K, I]
-    M, K, I, O, rows,  # outputs, offsets, input and output channels, outputs a part
+    M, K, I, O, R,  # outputs, offsets, input and output channels, outputs a part
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
@@ -327,11 +331,11 @@ def _d_weight_kernel(
     i = (tl.program_id(2) % tiles_i) * BLOCK_I + tl.arange(0, BLOCK_I)
     o = (tl.program_id(2) // tiles_i) * BLOCK_O + tl.arange(0, BLOCK_O)
     i_ok, o_ok = (i < I)[None, :], (o < O)[None, :]
-    end = tl.minimum((part + 1) * rows, M)
+    end = tl.minimum((part + 1) * R, M)
 
     acc = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
-    for r in range(0, rows, BLOCK_R):
-        m = part * rows + r + tl.arange(0, BLOCK_R)
+    for r in range(0, R, BLOCK_R):
+        m = part * R + r + tl.arange(0, BLOCK_R)
         n = tl.load(table_idx_ptr + k * M + m, mask=m < end, other=-1).to(tl.int64)
         ok = (n >= 0)[:, None]
         g = tl.load(d_out_ptr + m[:, None] * O + o[None, :], mask=ok & o_ok, other=0.0)  # [BLOCK_R, BLOCK_O]

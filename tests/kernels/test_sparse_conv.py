@@ -1,0 +1,294 @@
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels import sparse_conv as module
+from kernels.sparse_conv import BLOCK_R, WORD, sparse_conv, sparse_conv_ref
+from tests.ahead_of_time import Launch
+from tests.check import check_against_ref
+
+IEEE, TF32 = dict(PRECISION="ieee", WIDEN=False), dict(PRECISION="tf32", WIDEN=False)
+HALF, SINGLE, EVEN = ("fp16", "bf16"), ("fp32",), ("I", "O")
+LAUNCHES = [
+    Launch(
+        "_gather_gemm_kernel",
+        flags | dict(TRANSPOSED=transposed, BLOCK_M=m, BLOCK_I=i, BLOCK_O=o, BLOCK_K=WORD),
+        divisible=divisible, elements=elements, num_warps=m // 16, registers=registers, shared=shared,
+    )
+    for flags, m, i, o, divisible, elements, registers, shared in [
+        (IEEE, 64, 16, 16, EVEN, HALF, 80, 6144),
+        (IEEE, 64, 16, 16, (), HALF, 88, 6144),
+        (IEEE, 64, 64, 128, EVEN, HALF, 176, 51200),
+        (IEEE, 128, 64, 128, EVEN, HALF, 184, 68608),
+        (IEEE, 64, 32, 64, (), HALF, 184, 14336),
+        (TF32, 64, 32, 64, EVEN, SINGLE, 144, 34816),
+        (TF32, 64, 16, 32, (), SINGLE, 144, 34816),
+        (IEEE, 64, 32, 32, EVEN, SINGLE, 176, 14336),
+        (IEEE, 64, 32, 32, (), SINGLE, 176, 14336),
+    ]
+    for transposed in (False, True)
+] + [
+    Launch(
+        "_d_weight_kernel",
+        flags | dict(BLOCK_R=BLOCK_R, BLOCK_I=i, BLOCK_O=o), dict(partial_ptr="*fp32"),
+        divisible, elements, 8 if i * o > 8192 else 4, registers, shared,
+    )
+    for flags, i, o, divisible, elements, registers, shared in [
+        (IEEE, 16, 16, EVEN, HALF, 48, 6144),
+        (IEEE, 16, 16, (), HALF, 64, 6144),
+        (IEEE, 128, 128, EVEN, HALF, 136, 66560),
+        (IEEE, 64, 64, (), HALF, 200, 34816),
+        (TF32, 64, 64, EVEN, SINGLE, 136, 66560),
+        (TF32, 32, 32, (), SINGLE, 136, 66560),
+        (IEEE, 32, 32, EVEN, SINGLE, 56, 17408),
+        (IEEE, 32, 32, (), SINGLE, 80, 17408),
+    ]
+]  # fmt: skip
+
+ONE, THREE = (1, 1, 1), (3, 3, 3)
+# kind, kernel, batch, grid (Z, Y, X), voxels, Cin, Cout
+CASES = [
+    ("submanifold", THREE, 3, (3, 4, 5), 37, 5, 18),  # odd everywhere; the second sample is empty
+    ("submanifold", THREE, 1, THREE, 27, 18, 5),  # a full block
+    ("submanifold", THREE, 2, (4, 5, 6), 64, 16, 16),  # exactly one tile
+    ("submanifold", THREE, 2, (4, 5, 6), 65, 1, 16),  # one over
+    ("submanifold", (3, 1, 1), 1, (4, 4, 9), 129, 128, 128),  # two over, which the weights' gradient cuts in three
+    ("submanifold", ONE, 1, (2, 3, 4), 20, 5, 18),
+    ("submanifold", THREE, 1, (4, 4, 4), 1, 5, 16),
+    ("submanifold", THREE, 2, (4, 4, 4), 0, 5, 16),
+    ("strided", THREE, 3, (5, 4, 7), 37, 16, 32),
+    ("strided", (2, 2, 2), 2, (4, 5, 6), 40, 5, 16),
+    ("strided", (3, 1, 1), 1, (5, 3, 4), 33, 18, 5),
+    ("inverse", THREE, 2, (5, 4, 7), 37, 16, 5),
+    ("transposed", (2, 2, 2), 2, (3, 3, 4), 20, 5, 16),
+]  # fmt: skip
+FIVE = ("submanifold", (5, 5, 5), 1, (3, 3, 4), 30, 16, 1)  # more offsets than bits in a word
+STRIDE, PADDING = (2, 2, 2), {ONE: 0, (2, 2, 2): 0, THREE: 1, (3, 1, 1): (1, 0, 0), (5, 5, 5): 2}
+
+
+def voxels(B, shape, N, device, generator):
+    """[N, 4] distinct (b, z, y, x) in random order, corners of the grid among them; of three samples one is empty."""
+    cells = torch.tensor([c for c in product(*map(range, (B, *shape))) if B < 3 or c[0] != 1])
+    corner = ((cells[:, 1:] == 0) | (cells[:, 1:] == torch.tensor(shape) - 1)).all(dim=1)
+    rank = torch.rand(len(cells), generator=generator) - corner.float()
+    chosen = cells[rank.argsort()[:N]]
+    assert len(chosen) == N
+    return chosen[torch.randperm(N, generator=generator)].to(device)
+
+
+def convolved(kind, kernel, coords, shape):
+    """Outputs' coordinates [M, 4], their grid and the table [K, M], cell by cell: an independent sparse_map."""
+    padding = torch.tensor(PADDING[kernel]).expand(3).tolist()
+    stride = ONE if kind == "submanifold" else STRIDE
+    row = {tuple(c): n for n, c in enumerate(coords.tolist())}
+    offsets = list(product(*map(range, kernel)))
+
+    def reads(o, k):
+        """The input cell that output cell o reads at offset k; None: between two."""
+        if kind != "transposed":
+            return (o[0], *(a * s - p + d for a, s, p, d in zip(o[1:], stride, padding, k, strict=True)))
+        at = [a + p - d for a, p, d in zip(o[1:], padding, k, strict=True)]
+        return (
+            None
+            if any(a % s for a, s in zip(at, stride, strict=True))
+            else (o[0], *(a // s for a, s in zip(at, stride, strict=True)))
+        )
+
+    if kind == "submanifold":
+        out_shape, outs = shape, list(row)
+    else:
+        sizes = zip(shape, kernel, stride, padding, strict=True)
+        if kind == "transposed":
+            out_shape = tuple((n - 1) * s - 2 * p + k for n, k, s, p in sizes)
+        else:
+            out_shape = tuple((n + 2 * p - k) // s + 1 for n, k, s, p in sizes)
+        B = max((c[0] for c in row), default=-1) + 1
+        outs = [o for o in product(*map(range, (B, *out_shape))) if any(reads(o, k) in row for k in offsets)]
+    table = torch.tensor([[row.get(reads(o, k), -1) for o in outs] for k in offsets], dtype=torch.int32)
+    return torch.tensor(outs).view(-1, 4).to(coords), out_shape, table.view(len(offsets), -1).to(coords.device)
+
+
+def inverted(table, N):
+    """[K, N]: m where table[k, m] = n."""
+    inverse = torch.full((len(table), N), -1, dtype=torch.int32, device=table.device)
+    k, m = (table >= 0).nonzero(as_tuple=True)
+    inverse[k, table[k, m].long()] = m.int()
+    return inverse
+
+
+def make_inputs(kind, kernel, B, shape, N, Cin, Cout, device, dtype=torch.float64):
+    """Arguments of `sparse_conv`, and the voxels that it reads and writes: (coords, grid) each."""
+    gen = torch.Generator().manual_seed(0)
+    coords = voxels(B, shape, N, device, gen)
+    out_coords, out_shape, table = convolved("strided" if kind == "inverse" else kind, kernel, coords, shape)
+    ends = [(coords, shape), (out_coords, out_shape)]
+    tables = [table, inverted(table, N)]
+    if kind == "inverse":
+        ends, tables = ends[::-1], tables[::-1]
+    inputs = dict(
+        features=torch.randn(len(ends[0][0]), Cin, generator=gen, dtype=dtype).to(device),
+        weight=torch.randn(Cout, *kernel, Cin, generator=gen, dtype=dtype).to(device),
+        neighbor_idx=tables[0].contiguous(),
+        inverse_idx=tables[1].contiguous(),
+    )
+    return inputs, *ends
+
+
+def grads(out, *leaves):
+    gen = torch.Generator().manual_seed(1)
+    up = torch.randn(out.shape, generator=gen, dtype=torch.float64).to(out)
+    return torch.autograd.grad(out, leaves, up)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_reference(case, dtype, device):
+    inputs, *_ = make_inputs(*case, device)
+    check_against_ref(sparse_conv, sparse_conv_ref, inputs, dtype)
+
+
+def test_more_offsets_than_bits_in_a_word(device):
+    inputs, *_ = make_inputs(*FIVE, device)
+    check_against_ref(sparse_conv, sparse_conv_ref, inputs, torch.float16)
+
+
+@pytest.mark.parametrize("wrt", ["features", "weight"])
+def test_gradient_of_one_input_alone(wrt, device):
+    inputs, *_ = make_inputs(*CASES[0], device)
+    check_against_ref(sparse_conv, sparse_conv_ref, inputs, torch.float32, wrt=(wrt,))
+
+
+def test_many_rows_and_channels_take_wide_tiles(monkeypatch, device):
+    monkeypatch.setattr(module, "MANY_ROWS", 1)
+    inputs, *_ = make_inputs("submanifold", (3, 1, 1), 1, (4, 5, 9), 150, 144, 272, device)
+    check_against_ref(sparse_conv, sparse_conv_ref, inputs, torch.float16)
+
+
+def test_tf32_is_taken_by_choice(device):
+    """In the interpreter it multiplies in fp32; that the flag reaches the kernel is what this shows there."""
+    inputs, *_ = make_inputs("submanifold", ONE, 1, (2, 3, 4), 20, 40, 80, device, torch.float32)
+    truth = sparse_conv_ref(**inputs)
+    error = (sparse_conv(**inputs, allow_tf32=True) - truth).abs().max() / truth.abs().max()
+    assert error < 2e-3
+    assert error > 1e-5 or device == "cpu"
+
+
+@pytest.mark.parametrize("case", [FIVE, *(c for c in CASES if c[4])], ids=str)
+def test_is_the_dense_convolution(case, device):
+    """fp64, forward and both gradients, for every kind: scatter, convolve densely, read where voxels are."""
+    kind, kernel, B = case[:3]
+    inputs, (coords, shape), (out_coords, out_shape) = make_inputs(*case, device)
+    features, weight = inputs["features"].requires_grad_(), inputs["weight"].requires_grad_()
+
+    dense = features.new_zeros(B, *shape, features.shape[1])
+    dense = dense.index_put(tuple(coords.T), features).permute(0, 4, 1, 2, 3)
+    padding, stride = PADDING[kernel], ONE if kind == "submanifold" else STRIDE
+    if kind in ("inverse", "transposed"):
+        size = zip(out_shape, shape, kernel, stride, torch.tensor(padding).expand(3).tolist(), strict=True)
+        more = [o - ((n - 1) * s - 2 * p + k) for o, n, k, s, p in size]  # a strided convolution may have left out
+        truth = F.conv_transpose3d(dense, weight.permute(4, 0, 1, 2, 3), None, stride, padding, more)
+    else:
+        truth = F.conv3d(dense, weight.permute(0, 4, 1, 2, 3), None, stride, padding)
+    truth = truth.permute(0, 2, 3, 4, 1)[tuple(out_coords.T)]
+
+    out = sparse_conv(**inputs)
+    for ours, theirs in zip(
+        (out, *grads(out, features, weight)), (truth, *grads(truth, features, weight)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("fn", [sparse_conv, sparse_conv_ref])
+def test_by_hand(fn, device):
+    """Three voxels side by side and a fourth alone; the taps are 1, 10, 100 along x."""
+    features = torch.tensor([[1.0], [2], [3], [4]], device=device, requires_grad=True)
+    weight = torch.tensor([1.0, 10, 100], device=device).view(1, 1, 1, 3, 1).requires_grad_()
+    left, here, right = [-1, 0, 1, -1], [0, 1, 2, 3], [1, 2, -1, -1]
+    table = torch.tensor([left, here, right], dtype=torch.int32, device=device)
+    out = fn(features, weight, table, table.flip(0))
+    assert out.flatten().tolist() == [210, 321, 32, 40]
+    d_features, d_weight = torch.autograd.grad(out, (features, weight), torch.tensor([[1.0], [2], [4], [8]]).to(out))
+    assert d_features.flatten().tolist() == [10 + 2, 100 + 20 + 4, 200 + 40, 80]
+    assert d_weight.flatten().tolist() == [2 * 1 + 4 * 2, 1 + 4 + 12 + 32, 1 * 2 + 2 * 3]
+
+
+def test_gradcheck(device):
+    inputs, *_ = make_inputs("strided", THREE, 1, (3, 3, 3), 6, 2, 3, device)
+    inputs["features"].requires_grad_(), inputs["weight"].requires_grad_()
+    torch.autograd.gradcheck(sparse_conv, tuple(inputs.values()))
+
+
+@pytest.mark.parametrize("fn", [sparse_conv, sparse_conv_ref])
+def test_bit_equal_from_run_to_run(fn, device):
+    inputs, *_ = make_inputs("submanifold", THREE, 2, (4, 5, 6), 130, 8, 16, device, torch.float32)
+    leaves = inputs["features"].requires_grad_(), inputs["weight"].requires_grad_()
+    first, second = ((out, *grads(out, *leaves)) for out in (fn(**inputs), fn(**inputs)))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("fn", [sparse_conv, sparse_conv_ref])
+def test_compiled_is_eager(fn, device):
+    compiled = torch.compile(fn, backend="aot_eager", fullgraph=True, dynamic=True)
+    for case in (CASES[0], ("submanifold", THREE, 2, (3, 4, 5), 40, 5, 18)):  # other sizes, the same graph
+        inputs, *_ = make_inputs(*case, device, torch.float32)
+        leaves = inputs["features"].requires_grad_(), inputs["weight"].requires_grad_()
+        for a, b in zip(*((out, *grads(out, *leaves)) for out in (fn(**inputs), compiled(**inputs))), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_custom_ops_are_sound(reference, device):
+    """Schema, fake results and gradients, as PyTorch itself checks them."""
+    inputs, *_ = make_inputs("strided", (2, 2, 2), 2, (4, 4, 4), 9, 5, 3, device, torch.float32)
+    inputs["features"].requires_grad_(), inputs["weight"].requires_grad_()
+    torch.library.opcheck(torch.ops.unipad.sparse_conv, (*inputs.values(), False, reference))
+
+
+@pytest.mark.parametrize("fn", [sparse_conv, sparse_conv_ref])
+def test_autocast_casts_features_and_keeps_the_weights_gradient(fn, device):
+    inputs, *_ = make_inputs(*CASES[0], device, torch.float32)
+    features, weight = inputs["features"].requires_grad_(), inputs["weight"].requires_grad_()
+    with torch.autocast(device, torch.bfloat16):
+        out = fn(**inputs)
+    cast = fn(**inputs | dict(features=features.bfloat16()))
+    assert out.dtype == torch.bfloat16 and torch.equal(out, cast)
+    d_features, d_weight = grads(out, features, weight)
+    assert d_features.dtype == d_weight.dtype == torch.float32
+    assert not torch.equal(d_weight, d_weight.bfloat16().float())  # never rounded
+
+
+@pytest.mark.parametrize("fn", [sparse_conv, sparse_conv_ref])
+def test_the_weights_gradient_passes_the_largest_fp16(fn, device):
+    features = torch.full((300, 1), 100.0, device=device, dtype=torch.float16)
+    weight = torch.ones(1, 1, 1, 1, 1, device=device, requires_grad=True)
+    table = torch.arange(300, dtype=torch.int32, device=device)[None]
+    out = fn(features, weight, table, table)
+    (d_weight,) = torch.autograd.grad(out, weight, torch.full_like(out, 100))
+    assert d_weight.item() == 3e6
+
+
+def test_a_table_changed_in_place_is_read_anew(device):
+    """The reference remembers the pairs of a table."""
+    features, weight = torch.tensor([[1.0], [2]], device=device), torch.ones(1, 1, 1, 1, 1, device=device)
+    table = torch.tensor([[0, 1]], dtype=torch.int32, device=device)
+    assert sparse_conv_ref(features, weight, table, table).flatten().tolist() == [1, 2]
+    table[0, 1] = -1
+    assert sparse_conv_ref(features, weight, table, table).flatten().tolist() == [1, 0]
+
+
+def test_rejects_what_does_not_fit(device):
+    inputs, *_ = make_inputs("strided", THREE, 1, THREE, 5, 2, 3, device, torch.float32)
+    features, weight, table, inverse = inputs.values()
+    for args, message in [
+        ((features[:, :1], weight, table, inverse), "do not fit"),
+        ((features, weight.flatten(1, 3), table, inverse), "do not fit"),
+        ((features, weight, table[1:], inverse), "no tables"),
+        ((features, weight, table, inverse[:, 1:]), "no tables"),
+        ((features, weight, table.long(), inverse), "int32"),
+        ((features.int(), weight, table, inverse), "torch.int32"),
+    ]:
+        for fn in (sparse_conv, sparse_conv_ref):
+            with pytest.raises(AssertionError, match=message):
+                fn(*args)

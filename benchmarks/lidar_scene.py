@@ -1,0 +1,94 @@
+"""A made-up street seen by a 32-beam LiDAR, ten sweeps gathered, with the statistics of nuScenes.
+
+What a sparse convolution costs depends on how many neighbours a voxel has. Random cells have none and spheres too many;
+here rays meet ground, walls, cars and shrubs, and the sweeps of a moving sensor lie beside each other.
+
+    python -m benchmarks.lidar_scene      prints voxels and neighbours of each stage beside those of nuScenes
+"""
+
+import math
+
+import torch
+
+LOW, CELL, SHAPE = (-54.0, -54.0, -5.0), (0.075, 0.075, 0.2), (41, 1440, 1440)  # LiDAR recipe, grid (Z, Y, X)
+STAGES = [((3, 3, 3), (2, 2, 2), p, (1, 1, 1)) for p in ((1, 1, 1), (1, 1, 1), (0, 1, 1))]  # between stages 1 to 4
+# One nuScenes frame: voxels of stages 1 to 4, and of their 27 cells the occupied ones
+NUSCENES = [(79.7e3, 7.4), (69.3e3, 14.0), (29.7e3, 16.3), (10.3e3, 16.6)]
+
+BEAMS, AZIMUTHS, SWEEPS = 32, 1084, 10
+HEIGHT = 1.84  # metres, of the sensor above the ground
+SPEED = 0.6  # metres between sweeps: 12 m/s at 20 Hz
+# Numbers and sizes, share of returns and depth of shrubs are tuned until the statistics fit.
+HOUSES, CARS, SHRUBS = 12, 40, 160
+RETURNED = 0.75  # share of the rays that come back
+DEPTH = 0.7  # metres that a ray goes into a shrub, on average
+
+
+def scene(seed=0, device="cpu"):
+    """[P, 5] x, y, z metres, intensity, time lag seconds; LiDAR frame of the last sweep."""
+    gen = torch.Generator().manual_seed(seed)
+
+    def uniform(n, low, high):
+        return torch.rand(n, generator=gen) * (high - low) + low
+
+    solid = torch.cat([_boxes(uniform, HOUSES, (5, 25), 12, 70), _boxes(uniform, CARS, (1.7, 4.5), 1.7, 30)])
+    shrubs = _boxes(uniform, SHRUBS, (0.3, 2), 4, 60)
+    elevation = torch.linspace(-30.67, 10.67, BEAMS).deg2rad()[:, None]
+    azimuth = torch.arange(AZIMUTHS) * (2 * math.pi / AZIMUTHS)
+    sweeps = []
+    for sweep in range(SWEEPS):
+        turned = azimuth + uniform(1, 0, 2 * math.pi / AZIMUTHS)
+        ray = torch.stack(
+            [elevation.cos() * turned.cos(), elevation.cos() * turned.sin(), elevation.sin().expand(-1, AZIMUTHS)], -1
+        ).flatten(0, 1)  # [R, 3]
+        origin = torch.tensor([0.0, -SPEED * sweep, 0.0])
+        ground = torch.where(ray[:, 2] < 0, -HEIGHT / ray[:, 2], math.inf)
+        shrub = _distance(origin, ray, shrubs) - DEPTH * uniform(len(ray), 0, 1).log()
+        t = torch.minimum(ground, torch.minimum(shrub, _distance(origin, ray, solid)))
+        t = t + 0.02 * torch.randn(t.shape, generator=gen)  # the sensor's error
+        hit = (t > 2) & (t < 70) & (uniform(len(t), 0, 1) < RETURNED)
+        point = origin + ray[hit] * t[hit, None]
+        rest = torch.stack([uniform(len(point), 0, 1), torch.full((len(point),), 0.05 * sweep)], dim=1)
+        sweeps.append(torch.cat([point, rest], dim=1))
+    return torch.cat(sweeps).to(device)
+
+
+def _boxes(uniform, n, size, height, far):
+    """[n, 6] lower and upper corners of boxes on the ground, up to `far` metres beside the sensor's street."""
+    angle, distance = uniform(n, 0, 2 * math.pi), uniform(n, 6, far)
+    middle = torch.stack([angle.cos() * distance, angle.sin() * distance], dim=1)
+    half = torch.stack([uniform(n, *size), uniform(n, *size)], dim=1) / 2
+    # nothing stands on the sensor's way
+    middle[:, 0] += torch.where(middle[:, 0] < 0, -1, 1) * (half[:, 0] + 3 - middle[:, 0].abs()).clamp(min=0)
+    top = uniform(n, 0.3, 1) * height - HEIGHT
+    ground = torch.full((n, 1), -HEIGHT)
+    return torch.cat([middle - half, ground, middle + half, top[:, None]], dim=1)
+
+
+def _distance(origin, ray, boxes):
+    """[R] metres to the first box; infinite where there is none."""
+    enter, leave = (((corner - origin) / ray[:, None]) for corner in (boxes[:, :3], boxes[:, 3:]))  # [R, n, 3]
+    first, last = torch.minimum(enter, leave).amax(dim=2), torch.maximum(enter, leave).amin(dim=2)
+    return torch.where((first < last) & (first > 0), first, math.inf).amin(dim=1)
+
+
+def voxels(batch=1, device="cpu"):
+    """[N, 4] int32 (b, z, y, x) of the first stage."""
+    from kernels.voxelize import voxelize
+
+    scenes = [scene(seed, device) for seed in range(batch)]
+    counts = [len(points) for points in scenes]
+    return voxelize(torch.cat(scenes), counts, LOW, CELL, (SHAPE[0] - 1, *SHAPE[1:]), 10, 120000)[1]
+
+
+if __name__ == "__main__":
+    from kernels.sparse_map import out_shape, sort_voxels, strided_map, submanifold_map
+
+    coords, shape = voxels(), SHAPE
+    print("| stage | voxels | nuScenes | neighbours of 27 | nuScenes |\n|---|---|---|---|---|")
+    for stage, (N, neighbours) in enumerate(NUSCENES):
+        if stage:
+            coords, shape = strided_map(coords, shape, *STAGES[stage - 1])[0], out_shape(shape, *STAGES[stage - 1])
+        table = submanifold_map(coords, *sort_voxels(coords, shape), shape, (3, 3, 3), (1, 1, 1))
+        found = (table >= 0).sum() / len(coords)
+        print(f"| {stage + 1} | {len(coords)} | {N:.0f} | {found:.1f} | {neighbours} |")

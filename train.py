@@ -1,13 +1,15 @@
 """Pre-train an encoder by rendering what it saw.
 
     python train.py --modality camera                               # no data, no GPU: a synthetic city, a tiny model
+    python train.py --modality lidar                                # the same for the LiDAR's encoder
+    python train.py --modality fusion                               # both, into one volume
     python train.py --modality camera --data-root /data/nuscenes --version v1.0-trainval
     torchrun --nproc-per-node 4 train.py --modality camera --data-root /data/nuscenes --version v1.0-trainval
     python train.py --modality camera --steps 4 --device cpu        # is everything in place?
 
-The first line takes a few minutes on two CPU cores and ends with pictures of what the model renders on frames
-that it was never trained on. The paper's recipe (--preset camera-0.1, the default with --data-root) is 12 epochs
-at four samples a step.
+The first lines take a few minutes on two CPU cores and end with pictures of what the model renders on frames
+that it was never trained on. The paper's recipes (--preset camera-0.1 and lidar-0.075, the defaults with --data-root)
+are 12 epochs at 4 and at 16 samples a step.
 """
 
 import math
@@ -26,7 +28,7 @@ import tyro
 from unipad.batch import CAMERAS
 from unipad.config import CONVNEXT, PRESETS
 from unipad.data.loader import held_out_batches, step_batches
-from unipad.data.nuscenes import NuScenesDataset
+from unipad.data.nuscenes import NuScenesDataset, has_images
 from unipad.data.synthetic import generate, is_synthetic
 from unipad.draw import rendered_views
 from unipad.errors import UserError
@@ -37,21 +39,24 @@ from unipad.runtime import (
     StopOnSignal,
     as_plain,
     generators,
+    last_checkpoint,
     mean_over_processes,
     one_sentence_errors,
+    read_checkpoint,
     start,
 )
 
 
 @dataclass(frozen=True)
 class Args:
-    modality: str = "camera"  # what the encoder sees: camera
-    preset: str | None = None  # recipe: tiny or camera-0.1 (default: camera-0.1 with --data-root, tiny without)
+    modality: str = "camera"  # what is encoded: camera, lidar, or both by fusion
+    preset: str | None = None  # tiny, camera-0.1, lidar-0.075 or fusion-0.075 (default: tiny without --data-root)
     data_root: Path | None = None  # folder of a nuScenes set (default: a synthetic city, made in data/synthetic)
     version: str = "v1.0-mini"  # version of the set: v1.0-mini or v1.0-trainval
     label_fraction: float = 1.0  # share of the training frames that is used, 0 to 1: every k-th frame
     out: Path | None = None  # run folder (default: outputs/train-<modality>/<time>)
     resume: str = "never"  # never; auto: go on with --out, or with the newest unfinished run; or a run folder
+    init: tuple[Path, ...] = ()  # runs or checkpoints to take the encoders from: for fusion, a camera and a LiDAR one
     seed: int = 0  # seed of weights, order of samples, masks and rays
     steps: int | None = None  # optimiser steps that the schedule spans (default: from --epochs)
     stop_at: int | None = None  # optimiser step to save and stop at, the schedule unchanged (default: the last)
@@ -61,8 +66,11 @@ class Args:
     lr: float | None = None  # peak learning rate (default: the recipe's)
     backbone: str | None = None  # ConvNeXt tiny, small, base or large (default: the recipe's)
     mask_ratio: float | None = None  # share of 32-pixel image blocks hidden, 0 to 1 (default: the recipe's)
+    voxel_mask_ratio: float | None = None  # share of 8-voxel LiDAR blocks hidden, 0 to 1 (default: the recipe's)
+    rays_from: str | None = None  # cameras or lidar (default: cameras; lidar where the set has no images)
     ray_choice: str | None = None  # depth, random or dilation (default: the recipe's)
     rays_per_view: int | None = None  # rays a camera and step (default: the recipe's)
+    rgb_weight: float | None = None  # weight of the colour loss; 0: learn depth alone (default: the recipe's)
     renderer: str | None = None  # neus, volsdf or unisurf (default: the recipe's)
     workers: int | None = None  # data loading processes of each training process (default: 4 with a GPU, 1 without)
     precision: str | None = None  # bf16, fp16 or fp32, of the encoder (default: bf16 with a GPU, fp32 without)
@@ -91,7 +99,10 @@ def main(args: Args):
         train_split, val_split = SPLITS[args.version]
         box = (recipe.grid.low, recipe.grid.high)  # points outside are no targets: no ray reaches them
         with world.main_first():  # the first to come builds the index
-            train_set = NuScenesDataset(root, args.version, train_split, recipe.data, args.label_fraction, box)
+            seen = has_images(root, args.version, train_split)
+        recipe = replace(recipe, data=replace(recipe.data, cameras=casts_from_cameras(args, seen, say)))
+        settings = (recipe.data, args.label_fraction, box, recipe.augment)
+        train_set = NuScenesDataset(root, args.version, train_split, *settings)
         val_set = NuScenesDataset(root, args.version, val_split, recipe.data, point_range=box)
         steps = args.steps or max(1, round(optim.epochs * len(train_set) / optim.batch_size))
         passes = world.size * args.accumulate
@@ -107,8 +118,11 @@ def main(args: Args):
         torch.manual_seed(args.seed)
         net = Pretrain(recipe).to(device)
         model = torch.nn.parallel.DistributedDataParallel(net) if world.size > 1 else net
-        backbone = [p for p in net.camera.backbone.parameters() if p.requires_grad]
-        rest = [p for n, p in net.named_parameters() if p.requires_grad and not n.startswith("camera.backbone.")]
+        take_encoders(net, args.init)
+        backbone, rest = [], []
+        for name, p in net.named_parameters():
+            if p.requires_grad:
+                (backbone if name.startswith("camera.backbone.") else rest).append(p)
         groups = [{"params": rest, "scale": 1.0}, {"params": backbone, "scale": optim.backbone_lr}]
         optimiser = torch.optim.AdamW(groups, optim.lr, weight_decay=optim.weight_decay, fused=device.type == "cuda")
         dtype = PRECISIONS[args.precision or ("bf16" if device.type == "cuda" else "fp32")]
@@ -117,9 +131,22 @@ def main(args: Args):
         parts = {"model": net, "optimiser": optimiser, "scaler": scaler}
 
         def lr_at(step):
-            """Factor of the peak rate: linear warm-up, cosine decay."""
-            warm = optim.warmup_start + (1 - optim.warmup_start) * min(1.0, step / optim.warmup_steps)
-            return warm * (optim.final + (1 - optim.final) * (1 + math.cos(math.pi * step / steps)) / 2)
+            """Factor of the peak rate."""
+            if optim.schedule == "one_cycle":
+                return one_cycle(step, optim.start, 1.0, optim.final)
+            warm = optim.start + (1 - optim.start) * min(1.0, step / optim.warmup_steps)
+            return warm * eased(1.0, optim.final, step / steps)
+
+        def momentum_at(step):
+            if optim.schedule == "one_cycle":
+                return one_cycle(step, optim.momentum, optim.least_momentum, optim.momentum)
+            return optim.momentum
+
+        def one_cycle(step, start, peak, end):
+            rise = optim.rise * steps
+            if step < rise:
+                return eased(start, peak, step / rise)
+            return eased(peak, end, (step - rise) / (steps - rise))
 
         # A new run, or one to go on with
         config = {"args": as_plain(replace(args, data_root=root.resolve())), "recipe": as_plain(recipe), "steps": steps}
@@ -165,6 +192,7 @@ def main(args: Args):
         for step in range(first, last):
             for group in optimiser.param_groups:
                 group["lr"] = optim.lr * group["scale"] * lr_at(step)
+                group["betas"] = (momentum_at(step), 0.999)
             values = {}
             for part in range(args.accumulate):
                 batch, bad_frames = next(batches)
@@ -222,44 +250,53 @@ def main(args: Args):
 
 def recipe_of(args):
     """The preset with the flags' changes."""
-    if args.modality != "camera":
-        raise UserError(f"--modality {args.modality} is not known; use camera.")
-    name = args.preset or ("camera-0.1" if args.data_root else "tiny")
+    if args.modality not in PRESETS:
+        raise UserError(f"--modality {args.modality} is not known; use {', '.join(PRESETS)}.")
+    presets = PRESETS[args.modality]
+    name = args.preset or (list(presets)[-1] if args.data_root else "tiny")
     known = {
-        "preset": (name, PRESETS),
+        "preset": (name, presets),
         "version": (args.version, SPLITS),
         "precision": (args.precision, PRECISIONS),
         "backbone": (args.backbone, CONVNEXT),
         "ray-choice": (args.ray_choice, ("depth", "random", "dilation")),
         "renderer": (args.renderer, ("neus", "volsdf", "unisurf")),
+        "rays-from": (args.rays_from, ("cameras", "lidar")),
     }
     for flag, (value, choices) in known.items():
         if value is not None and value not in choices:
             raise UserError(f"--{flag} {value} is not known; use {', '.join(choices)}.")
-    if args.mask_ratio is not None and not 0 <= args.mask_ratio < 1:
-        raise UserError(f"--mask-ratio {args.mask_ratio} must be from 0 to below 1.")
-    for flag in ("workers", "seed"):
+    for flag in ("mask_ratio", "voxel_mask_ratio"):
+        value = getattr(args, flag)
+        if value is not None and not 0 <= value < 1:
+            raise UserError(f"--{flag.replace('_', '-')} {value} must be from 0 to below 1.")
+    for flag in ("workers", "seed", "rgb_weight"):
         if (getattr(args, flag) or 0) < 0:
-            raise UserError(f"--{flag} {getattr(args, flag)} must not be below 0.")
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} must not be below 0.")
     for flag in ("steps", "stop_at", "epochs", "batch_size", "accumulate", "rays_per_view", "log_every", "val_every",
                  "val_samples", "picture_stride", "save_every", "lr"):  # fmt: skip
         value = getattr(args, flag)
         if value is not None and value <= 0:
             raise UserError(f"--{flag.replace('_', '-')} {value} must be above 0.")
-    recipe = PRESETS[name]
+    recipe = presets[name]
+    for flag, encoder in {"mask_ratio": "camera", "backbone": "camera", "voxel_mask_ratio": "lidar"}.items():
+        if getattr(args, flag) is not None and getattr(recipe, encoder) is None:
+            raise UserError(f"--{flag.replace('_', '-')} does not go with --modality {args.modality}; leave it out.")
     depths, widths = CONVNEXT[args.backbone] if args.backbone else (None, None)
     return replace(
         recipe,
         camera=changed(recipe.camera, depths=depths, widths=widths, mask_ratio=args.mask_ratio),
+        lidar=changed(recipe.lidar, mask_ratio=args.voxel_mask_ratio),
         rays=changed(recipe.rays, strategy=args.ray_choice, per_view=args.rays_per_view),
-        render=changed(recipe.render, method=args.renderer),
+        render=changed(recipe.render, method=args.renderer, rgb_weight=args.rgb_weight),
         optim=changed(recipe.optim, lr=args.lr, epochs=args.epochs, batch_size=args.batch_size),
     )
 
 
 def changed(settings, **flags):
-    """`settings` with the flags that were given."""
-    return replace(settings, **{name: value for name, value in flags.items() if value is not None})
+    """`settings` with the flags that were given; None stays None."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    return replace(settings, **given) if given else settings
 
 
 def synthetic_city(world):
@@ -270,6 +307,35 @@ def synthetic_city(world):
             print(f"no --data-root: making a synthetic city in {root}, once")
             generate(root)
     return root
+
+
+def casts_from_cameras(args, has_images, say):
+    """Whether rays start at the cameras, or the images are left aside."""
+    if args.rays_from == "lidar" or (not has_images and args.rays_from is None and args.modality == "lidar"):
+        if args.modality != "lidar" or args.rgb_weight:
+            raise UserError("--rays-from lidar shows no images: it goes with --modality lidar and no --rgb-weight.")
+        if not args.rays_from:
+            say("the set has no images: rays are cast from the LiDAR")
+        return False
+    return True
+
+
+def take_encoders(net, paths):
+    """Load what the runs or checkpoints at `paths` have of the encoders that `net` has."""
+    mine = {name: w for name, w in net.state_dict().items() if name.startswith(("camera.", "lidar."))}
+    for path in paths:
+        theirs = read_checkpoint(last_checkpoint(path) or path).get("model", {})
+        common = {name: theirs[name] for name in mine.keys() & theirs.keys()}
+        other = [name for name, w in common.items() if w.shape != mine[name].shape]
+        if not common or other:
+            what = f"its {other[0]} has another shape" if other else "it has none of the encoders of this modality"
+            raise UserError(f"--init {path} does not fit: {what}; name a run of the same preset.")
+        net.load_state_dict(common, strict=False)
+
+
+def eased(start, end, share):
+    """From start to end along half a cosine."""
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
 
 
 def spelled(values):

@@ -20,7 +20,7 @@ AGREE_HALF = 1e-2
 
 
 def case(preset, image_size, scale, strides, dtype=torch.float32):
-    grid, camera = PRESETS[preset].grid, PRESETS[preset].camera
+    grid, camera = PRESETS["camera"][preset].grid, PRESETS["camera"][preset].camera
     sizes = [(math.ceil(image_size[0] / s), math.ceil(image_size[1] / s)) for s in strides]
     rand = partial(torch.randn, device=DEVICE)
     features = [rand(1, len(CAMERAS), h, w, camera.channels) for h, w in sizes]

@@ -26,7 +26,7 @@ LOSSES = dict(free_space_weight=1.0, sdf_weight=10.0, eikonal_weight=0.01, trunc
 
 def case(preset, **settings):
     """Rays of one sample from cameras around the origin outwards, three quarters of them with a depth."""
-    recipe = PRESETS[preset]
+    recipe = PRESETS["camera"][preset]
     cfg, grid, R = replace(recipe.render, **settings), recipe.grid, VIEWS * recipe.rays.per_view
     renderer = Renderer(cfg, grid).to(DEVICE)
     (X, Y, Z), C = grid.shape, cfg.channels

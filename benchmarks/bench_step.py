@@ -98,7 +98,7 @@ def step_of(net, batch):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", default="tiny", choices=PRESETS)
-    recipe = PRESETS[parser.parse_args().preset]
+    recipe = PRESETS["camera"][parser.parse_args().preset]
     torch.manual_seed(0)
     batch, net = random_batch(recipe), Pretrain(recipe).to(DEVICE)
     steps = {"ours": step_of(net, batch), "eager": step_of(eager_twin(net), batch)}

@@ -35,7 +35,7 @@ class Made(torch.utils.data.Dataset):
     def __len__(self):
         return self.n
 
-    def __getitem__(self, i):
+    def read(self, i, rng=None):
         if i in self.bad:
             raise BadFrame(f"frame-{i}", "is missing")
         return sample(i, points=i, size=(8, 8))

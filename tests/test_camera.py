@@ -218,7 +218,7 @@ def test_autocast_keeps_one_dtype():
 
 def test_every_trained_parameter_gets_a_gradient():
     """DDP waits for each of them."""
-    encoder = make_encoder(PRESETS["tiny"].camera)
+    encoder = make_encoder(PRESETS["camera"]["tiny"].camera)
     features, depths = encoder(*make_images(1, 2), draw_mask(torch.rand(2, 6), 2, 3, 0.3))
     sum(t.square().sum() for t in features + depths).backward()
     assert all(p.grad is not None for p in encoder.parameters() if p.requires_grad)

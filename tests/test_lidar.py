@@ -171,7 +171,7 @@ def noise_of(encoder, B, seed=0):
 def test_volume_fits_the_grid_and_everything_learns():
     encoder = make_encoder()
     points, counts = cloud()
-    volume = encoder(points, counts, noise_of(encoder, 2))
+    volume = encoder(points, counts, noise_of(encoder, 2))[0]
     assert volume.shape == (2, 6, *GRID.shape[::-1])
     assert volume.is_contiguous(memory_format=torch.channels_last_3d)
     volume.square().sum().backward()
@@ -207,15 +207,15 @@ def test_hidden_blocks_are_not_seen():
     assert 0 < visible.sum() < len(points)
     moved = points.clone()
     moved[~visible, 3] += 1  # their voxels stay the same, their features do not
-    volume = encoder(points, counts, noise)
-    assert torch.equal(encoder(moved, counts, noise), volume)
-    assert_close_to_max(encoder(points[visible], visible.sum()[None]), volume, 1e-5)
-    assert not torch.equal(encoder(moved, counts), encoder(points, counts))
+    volume = encoder(points, counts, noise)[0]
+    assert torch.equal(encoder(moved, counts, noise)[0], volume)
+    assert_close_to_max(encoder(points[visible], visible.sum()[None])[0], volume, 1e-5)
+    assert not torch.equal(encoder(moved, counts)[0], encoder(points, counts)[0])
 
 
 def test_mask_of_ratio_zero_changes_nothing():
     encoder = make_encoder(mask_ratio=0.0).eval()
-    assert torch.equal(encoder(*cloud(), noise_of(encoder, 2)), encoder(*cloud()))
+    assert torch.equal(encoder(*cloud(), noise_of(encoder, 2))[0], encoder(*cloud())[0])
 
 
 def test_learnable_token_takes_the_place_of_hidden_voxels():
@@ -225,10 +225,12 @@ def test_learnable_token_takes_the_place_of_hidden_voxels():
     every, _ = sparse_part(encoder, *cloud())
     masked, _ = sparse_part(encoder, *cloud(), noise)
     assert torch.equal(masked.voxels.coords, every.voxels.coords)
+    seen = encoder(*cloud(), noise)[1]
     visible = draw_voxel_mask(every.voxels.coords, noise, TINY.mask_block, TINY.mask_ratio)
+    assert torch.equal(seen, every.voxels.coords[visible])
     assert torch.equal(masked.features[visible], every.features[visible])
     assert (masked.features[~visible] == encoder.mask_token).all() and 0 < visible.sum() < len(visible)
-    encoder(*cloud(), noise).square().sum().backward()
+    encoder(*cloud(), noise)[0].square().sum().backward()
     assert encoder.mask_token.grad.any()
 
 
@@ -236,14 +238,14 @@ def test_samples_do_not_depend_on_each_other():
     encoder = make_encoder().eval()
     points, counts = cloud((300, 0, 200))
     noise = noise_of(encoder, 3)
-    volume = encoder(points, counts, noise)
-    assert_close_to_max(encoder(points[300:], counts[2:], noise[2:]), volume[2:], 1e-5)
-    assert_close_to_max(encoder(points[:0], counts[1:2], noise[1:2]), volume[1:2], 1e-5)
+    volume = encoder(points, counts, noise)[0]
+    assert_close_to_max(encoder(points[300:], counts[2:], noise[2:])[0], volume[2:], 1e-5)
+    assert_close_to_max(encoder(points[:0], counts[1:2], noise[1:2])[0], volume[1:2], 1e-5)
 
 
 def test_a_batch_without_points_is_no_error():
     encoder = make_encoder()
-    volume = encoder(torch.zeros(0, 5), torch.tensor([0, 0]), noise_of(encoder, 2))
+    volume = encoder(torch.zeros(0, 5), torch.tensor([0, 0]), noise_of(encoder, 2))[0]
     assert volume.shape == (2, 6, *GRID.shape[::-1])
     volume.square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
@@ -260,9 +262,9 @@ def test_autocast_runs_in_bf16():
     encoder = make_encoder()
     points, counts = cloud()
     noise = noise_of(encoder, 2)
-    exact = encoder(points, counts, noise)
+    exact = encoder(points, counts, noise)[0]
     with torch.autocast("cpu", torch.bfloat16):
-        volume = encoder(points, counts, noise)
+        volume = encoder(points, counts, noise)[0]
     assert volume.dtype == torch.bfloat16
     assert_close_to_max(volume, exact, 0.1)
     volume.float().square().sum().backward()
@@ -275,7 +277,7 @@ def test_runs_are_equal_to_the_bit():
     results = []
     for _ in range(2):
         encoder.zero_grad()
-        volume = encoder(*cloud(), noise_of(encoder, 2))
+        volume = encoder(*cloud(), noise_of(encoder, 2))[0]
         volume.square().sum().backward()
         results.append([volume, *(p.grad for p in encoder.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.test_train import train
-from unipad.draw import _lidar_depth
+from unipad.draw import _onto_views
 from unipad.evaluate import _depth_sums
 
 
@@ -21,13 +21,12 @@ def test_depth_sums_by_hand():
 def test_the_nearer_of_two_lidar_points_is_drawn_on_top():
     pinhole = torch.tensor([[10.0, 0, 8, 0], [0, 10, 6, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
     batch = SimpleNamespace(
-        points=torch.tensor([[0.0, 0, 5], [0, 0, 9], [0, 0, -3]]),  # two ahead of the camera, one behind it
-        point_counts=torch.tensor([3]),
         lidar2image=pinhole.expand(1, 1, 4, 4),
         lidar2camera=torch.eye(4).expand(1, 1, 4, 4),
         image_sizes=torch.tensor([[[12, 16]]]),
     )
-    canvas = _lidar_depth(batch, 12, 16)
+    points = torch.tensor([[0.0, 0, 5], [0, 0, 9], [0, 0, -3]])  # two ahead of the camera, one behind it
+    canvas = _onto_views(batch, points)
     assert canvas[0, 6, 8] == 5
     assert canvas.isfinite().sum() == 9  # three pixels wide, nothing of the point behind
 

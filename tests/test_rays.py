@@ -273,3 +273,22 @@ def test_pixel_rays_lie_on_the_grid():
 def test_unknown_strategy_is_refused():
     with pytest.raises(ValueError, match="no ray strategy 'all'"):
         choose_rays(make_batch([[]]), replace(ALL_RADII, strategy="all"), generators(0))
+
+
+def test_without_cameras_rays_go_from_the_lidar_to_points_of_the_keyframe():
+    points = torch.tensor([
+        [6.0, 0, 8, 0, 0],  # radius 6, distance 10
+        [0, 5, 0, 0, 0.05],  # of a sweep
+        [2, 0, 0, 0, 0],  # nearer than near_radius
+        [0, -4, 3, 0, 0],  # radius 4, distance 5
+    ])  # fmt: skip
+    batch = replace(make_batch([[], []]), points=points, point_counts=torch.tensor([4, 0]))
+    batch = replace(batch, images=batch.images[:, :0])
+    cfg = RayChoice(per_view=3, lidar_per_view=3, near_radius=3.0, far_radius=50.0)
+    generators = [torch.Generator().manual_seed(b) for b in range(2)]
+    rays = choose_rays(batch, cfg, generators)
+    assert len(rays) == 2 * 6 * 3 and not rays.origins.any()
+    full, empty = rays[rays.volume_idx == 0], rays[rays.volume_idx == 1]
+    ends = (full.directions * full.depth[:, None]).round(decimals=4)
+    assert {tuple(e) for e in ends.tolist()} == {(6, 0, 8), (0, -4, 3)}
+    assert (empty.depth == -1).all() and torch.allclose(empty.directions.norm(dim=1), torch.ones(18))

@@ -16,7 +16,7 @@ from unipad.model.field import Field, Softplus
 from unipad.model.rays import Rays
 from unipad.model.render import Renderer
 from unipad.model.samplers import unisurf_edges
-from unipad.model.volume import RenderProjection
+from unipad.model.volume import ConvNormReLU3d
 
 FIELD = "pts_bbox_head.render_model.field."
 RECORDED = Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(5.4, 6.0, 1.6))
@@ -154,7 +154,7 @@ def test_training_step_of_the_render_head_equals_the_original():
     volume = lift(features, depths, lidar2image, low, cell, shape, (H, W), (0.0, 64.0)).permute(0, 4, 1, 2, 3)
     assert_close_to_max(volume, record["out/unified_volume"], 1e-5, "unified volume")
 
-    head = torch.nn.ModuleDict({"render_conv": RenderProjection(12, 32), "render_model": Renderer(Render(), RECORDED)})
+    head = torch.nn.ModuleDict({"render_conv": ConvNormReLU3d(12, 32), "render_model": Renderer(Render(), RECORDED)})
     head.load_state_dict(under(record, "state/pts_bbox_head."))
     volume = head["render_conv"](volume)
     assert_close_to_max(volume, record["out/render_volume"], 1e-5, "render volume")

@@ -4,7 +4,7 @@ from torch import nn
 
 from tests import golden
 from unipad import config
-from unipad.model.volume import Conv3x3x3, GatherLift, RenderProjection
+from unipad.model.volume import Conv3x3x3, ConvNormReLU3d, GatherLift
 
 GRID = config.Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(5.4, 6.0, 1.6))  # of the record
 
@@ -21,7 +21,7 @@ def test_gather_lift_reproduces_the_original():
 def test_render_projection_reproduces_the_original():
     arrays, _ = golden.load("render_head_viewtrans_train")
     leaves = "pts_bbox_head.render_conv."
-    project = RenderProjection(12, 32)
+    project = ConvNormReLU3d(12, 32)
     project.load_state_dict(golden.under(arrays, f"state/{leaves}"))
     golden.assert_close_to_max(project(arrays["out/unified_volume"]), arrays["out/render_volume"], 1e-5)
     for name, after in golden.under(arrays, f"out/after/{leaves}").items():

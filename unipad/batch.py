@@ -20,7 +20,7 @@ CAMERAS = (
 
 @dataclass(frozen=True)
 class Batch:
-    """B samples, N cameras in the order of `CAMERAS`."""
+    """B samples, N cameras in the order of `CAMERAS`; N = 0 where no images are read."""
 
     images: Tensor  # [B, N, 3, H, W] RGB in [0, 1], zero-padded at the right and bottom to a multiple of 32
     image_sizes: Tensor  # [B, N, 2] int64 height, width before padding

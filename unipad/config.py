@@ -3,7 +3,7 @@
 A recipe says what is computed. How long, where and with how many workers belongs to the scripts' flags.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,18 @@ class Grid:
 
 @dataclass(frozen=True)
 class Data:
+    cameras: bool = True  # False: no image is read, and rays start at the LiDAR
     image_size: tuple[int, int] | None = None  # (height, width) images are resized to; None keeps the file's
     sweeps: int = 1  # LiDAR frames in one sample: the keyframe and the sweeps before it
+
+
+@dataclass(frozen=True)
+class Augment:
+    """How training samples vary."""
+
+    rotation: float = 0.0  # radians about the vertical axis, at most so much either way
+    scale: tuple[float, float] = (1.0, 1.0)  # smallest and largest factor of all lengths
+    shuffle: bool = False  # points in random order: decides which of a voxel count where there are too many
 
 
 @dataclass(frozen=True)
@@ -108,26 +118,36 @@ class Render:
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW with linear warm-up and cosine decay."""
+    """AdamW.
 
-    lr: float = 2e-4  # for `batch_size` samples a step
+    cosine:    linear warm-up times a cosine down from the first step.
+    one_cycle: a cosine up, another one down; the momentum does the opposite.
+    """
+
+    schedule: str = "cosine"  # cosine | one_cycle
+    lr: float = 2e-4  # the peak, for `batch_size` samples a step
     backbone_lr: float = 0.1  # factor of lr for the image backbone
     weight_decay: float = 0.01
     clip: float = 35.0  # norm of the gradient
-    warmup_steps: int = 500
-    warmup_start: float = 1 / 3  # factor of lr at step 0
+    start: float = 1 / 3  # factor of lr at step 0
     final: float = 1e-3  # factor of lr at the last step
+    warmup_steps: int = 500  # cosine
+    rise: float = 0.4  # one_cycle: share of the steps to the peak
+    momentum: float = 0.9  # AdamW's first beta
+    least_momentum: float = 0.9 * 0.85 / 0.95  # one_cycle: at the peak of lr
     epochs: float = 12
     batch_size: int = 4  # samples per step, over all processes
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One pre-training recipe."""
+    """One pre-training recipe. An encoder that is None is not there."""
 
     grid: Grid = field(default_factory=Grid)
     data: Data = field(default_factory=Data)
-    camera: Camera = field(default_factory=Camera)
+    augment: Augment = field(default_factory=Augment)
+    camera: Camera | None = None
+    lidar: Lidar | None = None
     rays: RayChoice = field(default_factory=RayChoice)
     render: Render = field(default_factory=Render)
     optim: Optim = field(default_factory=Optim)
@@ -141,24 +161,87 @@ CONVNEXT = {
     "large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
 }
 
+# The released configs' ranges and volumes, by the size of the LiDAR voxels that they are made for
+GRID_075 = Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(0.6, 0.6, 1.6))
+
+# Two CPU cores, a few minutes, weights from scratch: a near and coarse volume, few rays, a surface that starts sharp.
+TINY_GRID = Grid(low=(-40.0, -40.0, -3.0), high=(40.0, 40.0, 9.0), cell=(1.25, 1.25, 2.0))
+TINY_CAMERA = Camera(  # a quarter of ConvNeXt-tiny's width
+    depths=(2, 2, 4, 2),
+    widths=(24, 48, 96, 192),
+    drop_path=0.0,
+    frozen_stages=0,
+    fpn_levels=3,
+    channels=32,
+)
+TINY_LIDAR = Lidar(
+    cell=(0.3125, 0.3125, 0.5),
+    widths=(16, 32, 32),
+    blocks=1,
+    sparse_channels=32,
+    neck_widths=(32, 64),
+    neck_strides=(1, 2),
+    neck_layers=1,
+    channels=32,
+)
+TINY_RAYS = RayChoice(per_view=64, lidar_per_view=40, sky=0.0)  # a third of the rays for what no LiDAR point shows
+TINY_RENDER = Render(samples=40, importance=16, variance=0.5)
+TINY_OPTIM = Optim(lr=2e-3, backbone_lr=1.0, warmup_steps=20, epochs=6.5, batch_size=1)
+
+# modality -> name -> recipe
 PRESETS = {
-    # The paper's ablation recipe for cameras (uvtr_cam_vs0.1_pretrain); nuScenes at 900 x 1600.
-    "camera-0.1": Recipe(),
-    # Two CPU cores, a few minutes, weights from scratch: small images, a near and coarse volume, a quarter of
-    # ConvNeXt-tiny's width, a surface that starts sharp, and a third of the rays for what no LiDAR point shows.
-    "tiny": Recipe(
-        grid=Grid(low=(-40.0, -40.0, -3.0), high=(40.0, 40.0, 9.0), cell=(1.25, 1.25, 2.0)),
-        data=Data(image_size=(128, 224)),
-        camera=Camera(
-            depths=(2, 2, 4, 2),
-            widths=(24, 48, 96, 192),
-            drop_path=0.0,
-            frozen_stages=0,
-            fpn_levels=3,
-            channels=32,
+    "camera": {
+        "tiny": Recipe(
+            grid=TINY_GRID,
+            data=Data(image_size=(128, 224)),
+            camera=TINY_CAMERA,
+            rays=TINY_RAYS,
+            render=TINY_RENDER,
+            optim=TINY_OPTIM,
         ),
-        rays=RayChoice(per_view=64, lidar_per_view=40, sky=0.0),
-        render=Render(samples=40, importance=16, variance=0.5),
-        optim=Optim(lr=2e-3, backbone_lr=1.0, warmup_steps=20, epochs=6.5, batch_size=1),
-    ),
+        # The paper's ablation recipe for cameras (uvtr_cam_vs0.1_pretrain); nuScenes at 900 x 1600.
+        "camera-0.1": Recipe(camera=Camera()),
+    },
+    "lidar": {
+        "tiny": Recipe(
+            grid=TINY_GRID,
+            data=Data(image_size=(128, 224)),
+            augment=Augment(rotation=0.3925, scale=(0.95, 1.05), shuffle=True),
+            lidar=TINY_LIDAR,
+            rays=replace(TINY_RAYS, lidar_per_view=64),
+            render=replace(TINY_RENDER, rgb_weight=0.0),
+            optim=TINY_OPTIM,
+        ),
+        # uvtr_lidar_vs0.075_pretrain
+        "lidar-0.075": Recipe(
+            grid=GRID_075,
+            data=Data(sweeps=10),
+            augment=Augment(rotation=0.3925, scale=(0.95, 1.05), shuffle=True),
+            lidar=Lidar(),
+            rays=RayChoice(far_radius=100.0),
+            render=Render(rgb_weight=0.0, truncation=0.2),
+            optim=Optim(schedule="one_cycle", lr=2e-4, start=0.1, final=1e-5, batch_size=16),
+        ),
+    },
+    "fusion": {
+        "tiny": Recipe(
+            grid=TINY_GRID,
+            data=Data(image_size=(128, 224)),
+            camera=TINY_CAMERA,
+            lidar=TINY_LIDAR,
+            rays=TINY_RAYS,
+            render=TINY_RENDER,
+            optim=TINY_OPTIM,
+        ),
+        # Both encoders of the final recipes trained jointly, which the original never did: the optimiser is the
+        # cameras', the augmentation the LiDAR's.
+        "fusion-0.075": Recipe(
+            grid=GRID_075,
+            data=Data(sweeps=10),
+            augment=Augment(rotation=0.3925, scale=(0.95, 1.05), shuffle=True),
+            camera=Camera(channels=256),
+            lidar=Lidar(),
+            rays=RayChoice(far_radius=100.0),
+        ),
+    },
 }

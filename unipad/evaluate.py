@@ -18,9 +18,9 @@ def evaluate_rendering(model, batches, seed, device):
     batches: iterable of (position, Batch): the position seeds the masks and the choice of LiDAR rays,
         so every evaluation of a run sees the same.
 
-    Returns dict: psnr (dB, over a grid of pixels), depth_abs_rel, depth_rmse (metres), depth_delta1 (share of rays
-    within a factor 1.25). LiDAR depths are the truth; a ray that misses the volume counts as black at depth 0.
-    Sums run over all processes.
+    Returns dict: psnr (dB, over a grid of pixels; not where colour is not learned or there are no images),
+    depth_abs_rel, depth_rmse (metres), depth_delta1 (share of rays within a factor 1.25). LiDAR depths are the truth;
+    a ray that misses the volume counts as black at depth 0. Sums run over all processes.
     """
     was_training = model.training
     model.eval()
@@ -29,7 +29,7 @@ def evaluate_rendering(model, batches, seed, device):
         batch = batch.to(device)
         draws = generators(seed, 0, range(position, position + len(batch)), device)
         volume, _ = model.encode(batch, draws)
-        for i in range(len(batch)):
+        for i in range(len(batch) if in_colour(model, batch) else 0):
             rays, _ = pixel_rays(batch, i, PIXEL_STRIDE)
             rgb, _ = model.render(volume, rays)
             sums[0] += (rgb - rays.rgb).square().mean(1).double().sum()
@@ -39,14 +39,19 @@ def evaluate_rendering(model, batches, seed, device):
         sums[2:] += _depth_sums(depth, rays.depth)
     model.train(was_training)
     squared, pixels, abs_rel, squared_m, close, depths = all_reduce_sum(sums).tolist()
-    if not pixels or not depths:
-        raise UserError("no held-out frame has both pixels and LiDAR points in view: raise --val-samples.")
-    return {
-        "psnr": -10 * torch.tensor(squared / pixels).log10().item(),
+    if not depths:
+        raise UserError("no held-out frame has a LiDAR point in view: raise --val-samples.")
+    psnr = {"psnr": -10 * torch.tensor(squared / pixels).log10().item()} if pixels else {}
+    return psnr | {
         "depth_abs_rel": abs_rel / depths,
         "depth_rmse": (squared_m / depths) ** 0.5,
         "depth_delta1": close / depths,
     }
+
+
+def in_colour(model, batch):
+    """Whether the model learns colours and the batch shows some."""
+    return model.recipe.render.rgb_weight > 0 and batch.images.shape[1] > 0
 
 
 def _depth_sums(depth, truth):

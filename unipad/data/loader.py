@@ -71,27 +71,27 @@ class Passes(Dataset):
 
     def __getitem__(self, i):
         samples, bad_frames = [], []
-        for frame in self.frames(i):
-            sample = _read_from(self.dataset, frame, bad_frames)
+        for position, frame in self.frames(i):
+            sample = _read_from(self.dataset, frame, bad_frames, np.random.default_rng([self.seed, position, 1]))
             if sample is None:
                 return None, bad_frames
             samples.append(sample)
         return collate(samples), bad_frames
 
     def frames(self, i):
-        """Indices into the dataset of this process's share of pass i."""
+        """Positions in the stream of this process's share of pass i, and their indices into the dataset."""
         n = len(self.dataset)
         first = (i * self.world + self.rank) * self.share
         positions = range(first, first + self.share)
         order = {e: np.random.default_rng([self.seed, e]).permutation(n) for e in {p // n for p in positions}}
-        return [int(order[p // n][p % n]) for p in positions]
+        return [(p, int(order[p // n][p % n])) for p in positions]
 
 
-def _read_from(dataset, first, bad_frames):
+def _read_from(dataset, first, bad_frames, rng=None):
     """The sample of frame `first` or of the next one that can be read; those that cannot are added to `bad_frames`."""
     for k in range(len(dataset)):
         try:
-            return dataset[(first + k) % len(dataset)]
+            return dataset.read((first + k) % len(dataset), rng)
         except BadFrame as bad:
             bad_frames.append(str(bad))
     return None

@@ -10,7 +10,7 @@ What does not: the nearest sweeps are taken (the original draws 9 of the last 10
 sweeps before it, at the start of a scene, stands alone (the original repeats it).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -19,6 +19,7 @@ import torch
 from unipad.batch import CAMERAS, Batch
 from unipad.config import Data
 from unipad.data.tables import DataError, find_root, load_index
+from unipad.data.transforms import augmented
 
 
 class BadFrame(Exception):
@@ -42,18 +43,26 @@ class Sample:
     token: str
 
 
+def has_images(root, version, split):
+    """Whether the cameras' files of the split's first keyframe are there, any of them. Raises `DataError`."""
+    root = find_root(root, version)
+    files = load_index(root, version, split).image_files[:1].flatten()
+    return any((root / name.decode()).is_file() for name in files)
+
+
 class NuScenesDataset(torch.utils.data.Dataset):
     """Keyframes of one split in the order of time.
 
     root:           folder that holds samples/, sweeps/ and <version>/ (or <version>/<version>/, as OpenPCDet has it).
     label_fraction: 1/k keeps every k-th keyframe, as the paper's 50 % and 20 %.
     point_range:    (low, high), each (x, y, z) metres: points outside are left out. None keeps all.
+    augment:        `Augment`, how samples vary that are read with random numbers; None = not at all.
 
     `dataset[i]` is a `Sample`; it raises `BadFrame` where a file of the frame is missing or broken.
     Raises `DataError` for what is wrong with the set as a whole.
     """
 
-    def __init__(self, root, version, split, data: Data, label_fraction=1.0, point_range=None):
+    def __init__(self, root, version, split, data: Data, label_fraction=1.0, point_range=None, augment=None):
         if not 0 < label_fraction <= 1 or abs(round(1 / label_fraction) * label_fraction - 1) > 0.02:
             raise DataError(f"--label-fraction {label_fraction} is not 1/k; give 1, 0.5, 0.2, 0.1 or the like.")
         self.root = find_root(root, version)
@@ -61,29 +70,37 @@ class NuScenesDataset(torch.utils.data.Dataset):
         self.frames = np.arange(len(self.index.tokens))[:: round(1 / label_fraction)]
         if not len(self.frames):
             raise DataError(f"{self.root / version} has no scene of split {split}; unpack the whole set there.")
-        self.data, self.point_range = data, point_range
+        self.data, self.point_range, self.augment = data, point_range, augment
 
     def __len__(self):
         return len(self.frames)
 
     def __getitem__(self, i):
-        index, f = self.index, self.frames[i]
+        return self.read(i)
+
+    def read(self, i, rng=None):
+        """Sample i; varied, where there is a `np.random.Generator` to vary it with."""
+        sample = self._read(self.frames[i])
+        sample = sample if rng is None or self.augment is None else augmented(sample, rng, self.augment)
+        return sample if self.point_range is None else _cropped(sample, *self.point_range)
+
+    def _read(self, f):
+        index = self.index
         clouds = self._read_points(index.frame_lidar[f])
         points, point_labels = np.concatenate(clouds), None
         if index.lidarseg_files[f]:
             point_labels = np.zeros(len(points), np.uint8)
             point_labels[: len(clouds[0])] = self._read_labels(f, len(clouds[0]))
-        if self.point_range is not None:
-            low, high = (np.array(corner, np.float32) for corner in self.point_range)
-            inside = ((points[:, :3] > low) & (points[:, :3] < high)).all(axis=1)
-            points, point_labels = points[inside], None if point_labels is None else point_labels[inside]
-
-        images, scales = zip(*(self._read_image(path) for path in index.image_files[f]), strict=True)
+        views = range(len(CAMERAS)) if self.data.cameras else range(0)
+        images, scales = [], np.empty((len(views), 4, 4))
+        for view in views:
+            image, scales[view] = self._read_image(index.image_files[f][view])
+            images.append(image)
         b = slice(index.box_offsets[f], index.box_offsets[f + 1])
         return Sample(
-            images=list(images),
-            lidar2image=(np.stack(scales) @ index.intrinsics[f] @ index.lidar2camera[f]).astype(np.float32),
-            lidar2camera=index.lidar2camera[f].astype(np.float32),
+            images=images,
+            lidar2image=(scales @ index.intrinsics[f, views] @ index.lidar2camera[f, views]).astype(np.float32),
+            lidar2camera=index.lidar2camera[f, views].astype(np.float32),
             points=points,
             point_labels=point_labels,
             boxes=index.boxes[b],
@@ -135,11 +152,20 @@ class NuScenesDataset(torch.utils.data.Dataset):
         return self.root / name.decode()
 
 
+def _cropped(sample, low, high):
+    """The sample without the points that are not inside the box of corners `low` and `high`, (x, y, z) metres."""
+    points, labels = sample.points, sample.point_labels
+    inside = ((points[:, :3] > np.float32(low)) & (points[:, :3] < np.float32(high))).all(axis=1)
+    return replace(sample, points=points[inside], point_labels=None if labels is None else labels[inside])
+
+
 def collate(samples):
     """Samples -> `Batch` on the CPU."""
-    sizes = torch.tensor([[image.shape[:2] for image in s.images] for s in samples])  # [B, N, 2]
-    H, W = (-(-int(size) // 32) * 32 for size in sizes.amax(dim=(0, 1)))
-    images = torch.zeros(len(samples), len(CAMERAS), 3, H, W)
+    views = len(samples[0].images)
+    sizes = [image.shape[:2] for s in samples for image in s.images]
+    sizes = torch.tensor(sizes, dtype=torch.int64).view(len(samples), views, 2)
+    H, W = (-(-max(sizes[..., i].flatten().tolist(), default=1) // 32) * 32 for i in range(2))
+    images = torch.zeros(len(samples), views, 3, H, W)
     for sample, views in zip(samples, images, strict=True):
         for image, view in zip(sample.images, views, strict=True):
             view[:, : image.shape[0], : image.shape[1]] = torch.from_numpy(image).permute(2, 0, 1)

@@ -83,7 +83,9 @@ class LidarEncoder(nn.Module):
             noise:        [B, *mask_shape] uniform in [0, 1): decides which blocks of voxels are hidden, in training and
                           in evaluation; None = none.
 
-        Returns the volume [B, C, Z, Y, X] in memory format channels_last_3d.
+        Returns:
+            volume: [B, C, Z, Y, X] in memory format channels_last_3d.
+            seen:   [M, 4] int32 (b, z, y, x), the voxels that were not hidden.
         """
         cfg = self.cfg
         max_voxels = cfg.max_voxels[0 if self.training else 1]
@@ -93,18 +95,20 @@ class LidarEncoder(nn.Module):
         # Neighbours in the grid become neighbours in memory: they are read together.
         _, order = sort_voxels(coords, shape, check=False)
         features, coords = features[order], coords[order]
+        seen = coords
         if noise is not None and cfg.mask_ratio > 0:
             visible = draw_voxel_mask(coords, noise, cfg.mask_block, cfg.mask_ratio)
+            rows = visible.nonzero()[:, 0]
+            seen = coords[rows]
             if self.mask_token is None:
-                rows = visible.nonzero()[:, 0]
-                features, coords = features[rows], coords[rows]
+                features, coords = features[rows], seen
             else:
                 features = torch.where(visible[:, None], features, self.mask_token)
         voxels = VoxelSet(coords, shape, len(point_counts), in_order=True, check=False)
         sets = make_tables(self.encoder, voxels)
         x = self.encoder(SparseTensor(features, voxels)).dense()
         del sets  # kept until here: the encoder finds its tables through them
-        return self.neck(self.backbone(x))
+        return self.neck(self.backbone(x)), seen
 
 
 class SparseEncoder(nn.Module):

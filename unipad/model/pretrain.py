@@ -1,4 +1,4 @@
-"""The whole pre-training model: mask, encode, lift to a volume, cast rays, render, compare.
+"""The whole pre-training model: mask, encode to a volume, cast rays, render, compare.
 
 Randomness comes in as one generator a sample, so a step is a function of (weights, batch, generators).
 """
@@ -8,20 +8,32 @@ from torch import nn
 
 from unipad.config import Recipe
 from unipad.model.camera import CameraEncoder, draw_mask
+from unipad.model.lidar import LidarEncoder
 from unipad.model.rays import choose_rays, lidar_points
 from unipad.model.render import Renderer
-from unipad.model.volume import GatherLift, RenderProjection
+from unipad.model.volume import ConvNormReLU3d, GatherLift
 
 MASK_BLOCK = 32  # pixels: the encoder's total stride, so one block is one cell of its last stage
 
 
 class Pretrain(nn.Module):
+    """One encoder or both; the volumes of both are summed and convolved once."""
+
     def __init__(self, recipe: Recipe):
         super().__init__()
         self.recipe = recipe
-        self.camera = CameraEncoder(recipe.camera)
-        self.lift = GatherLift(recipe.grid, recipe.camera)
-        self.project = RenderProjection(recipe.camera.channels, recipe.render.channels)
+        encoders = [encoder for encoder in (recipe.camera, recipe.lidar) if encoder is not None]
+        channels = {encoder.channels for encoder in encoders}
+        assert len(channels) == 1, f"the encoders' volumes have {sorted(channels)} channels: they must be as many"
+        (channels,) = channels
+        if recipe.camera is not None:
+            self.camera = CameraEncoder(recipe.camera)
+            self.lift = GatherLift(recipe.grid, recipe.camera)
+        if recipe.lidar is not None:
+            self.lidar = LidarEncoder(recipe.lidar, recipe.grid)
+        if len(encoders) > 1:
+            self.fuse = ConvNormReLU3d(channels, channels)
+        self.project = ConvNormReLU3d(channels, recipe.render.channels)
         self.renderer = Renderer(recipe.render, recipe.grid)
 
     def forward(self, batch, generators):
@@ -42,12 +54,25 @@ class Pretrain(nn.Module):
         return self.renderer.loss(rendered, rays), 1 - rendered.hit.float().mean()
 
     def encode(self, batch, generators):
-        """The volume that rays are cast through, and the mask it was seen through.
+        """The volume that rays are cast through, and the masks it was seen through.
 
         Returns:
             volume: [B, C, Z, Y, X], LiDAR frame.
-            mask:   [B, N, H / 32, W / 32] bool, True where the encoder saw the image.
+            masks:  dict with "camera", [B, N, H / 32, W / 32] bool, True where the encoder saw the image, and
+                    "lidar", [M, 4] int32 (b, z, y, x) the voxels that the encoder saw; of the encoders there are.
         """
+        volumes, masks = [], {}
+        if self.recipe.camera is not None:
+            volume, masks["camera"] = self._encode_images(batch, generators)
+            volumes.append(volume)
+        if self.recipe.lidar is not None:
+            noise = _per_sample(generators, lambda g: torch.rand(self.lidar.mask_shape, generator=g, device=g.device))
+            volume, masks["lidar"] = self.lidar(batch.points, batch.point_counts, noise)
+            volumes.append(volume)
+        volume = volumes[0] if len(volumes) == 1 else self.fuse(volumes[0] + volumes[1])
+        return self.project(volume), masks
+
+    def _encode_images(self, batch, generators):
         cfg = self.recipe.camera
         B, N, _, H, W = batch.images.shape
         h, w = H // MASK_BLOCK, W // MASK_BLOCK
@@ -55,8 +80,7 @@ class Pretrain(nn.Module):
         mask = draw_mask(noise.flatten(0, 1), h, w, cfg.mask_ratio)  # [B * N, 1, h, w]
         drop_noise = _per_sample(generators, lambda g: torch.rand(N, sum(cfg.depths), generator=g, device=g.device))
         features, depths = self.camera(batch.images, batch.image_sizes, mask, drop_noise.flatten(0, 1))
-        volume = self.lift(features, depths, batch.lidar2image, (H, W))
-        return self.project(volume), mask.view(B, N, h, w)
+        return self.lift(features, depths, batch.lidar2image, (H, W)), mask.view(B, N, h, w)
 
     @torch.no_grad()
     def render(self, volume, rays):

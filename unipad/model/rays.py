@@ -1,4 +1,4 @@
-"""Which rays are cast, and what they should see.
+"""Which rays are cast, and what they should see: from the cameras or, where a batch has none, from the LiDAR itself.
 
 A candidate for a ray is (u, v, z): a pixel, and the depth of what it shows along the optical axis, 0 where no LiDAR
 point tells. Nothing here waits for the GPU: candidates that may not be chosen are masked, never removed.
@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from unipad.batch import CAMERAS
 from unipad.config import RayChoice
 
 MIN_DEPTH = 1e-5  # metres in front of the camera; the original's
@@ -44,7 +45,10 @@ def choose_rays(batch, cfg: RayChoice, generators):
 
     Returns `Rays`: B * N * per_view of them (dilation: one for each cell of the grid over the padded image),
     sample after sample, view after view. A view with fewer candidates casts some twice.
+    Without cameras: B * 6 * per_view rays from the LiDAR to points, whatever the strategy.
     """
+    if not batch.images.shape[1]:
+        return lidar_rays(batch, cfg, cfg.per_view, generators)
     H, W = batch.images.shape[-2:]
     parts = []
     for b, (seen, visible) in enumerate(_lidar_in_views(batch, cfg)):
@@ -69,14 +73,36 @@ def choose_rays(batch, cfg: RayChoice, generators):
 
 
 def lidar_rays(batch, cfg: RayChoice, per_view, generators):
-    """`per_view` rays through LiDAR points for every view; for measuring depth.
+    """`per_view` rays through LiDAR points for every view, or six times as many from the LiDAR where there is none.
 
-    A view with fewer points casts some twice; one without any casts rays of unknown depth.
+    A view with fewer points casts some twice; one without any casts rays of unknown depth. From the LiDAR only the
+    keyframe's points are aimed at: the sweeps saw theirs from elsewhere.
     """
+    if not batch.images.shape[1]:
+        parts = []
+        for b, points in enumerate(batch.points.split(batch.point_counts.tolist())):
+            own = _between_radii(points, cfg) & (points[:, 4] == 0)
+            aims = _draw(points[None, :, :3], 1 * own[None], len(CAMERAS) * per_view, generators[b])
+            parts.append(rays_from_lidar(aims[0], b))
+        return _concatenated(parts)
     parts = []
     for b, (seen, visible) in enumerate(_lidar_in_views(batch, cfg)):
         parts.append(cast_rays(batch, b, _draw(seen, 1 * visible, per_view, generators[b])))
     return _concatenated(parts)
+
+
+def rays_from_lidar(aims, sample):
+    """Rays from the LiDAR to `aims` [K, 3] metres; to the origin itself: a ray of unknown depth. Their colour is 0."""
+    distance = aims.norm(dim=1)  # [K]
+    known = distance > 0
+    ahead = torch.eye(3, device=aims.device)[1]
+    return Rays(
+        origins=torch.zeros_like(aims),
+        directions=torch.where(known[:, None], aims / distance[:, None], ahead),
+        depth=distance.where(known, -1.0),
+        rgb=torch.zeros_like(aims),
+        volume_idx=torch.full_like(distance, sample, dtype=torch.int32),
+    )
 
 
 def pixel_rays(batch, sample, stride):

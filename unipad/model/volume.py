@@ -27,7 +27,7 @@ class GatherLift(nn.Module):
         return volume.permute(0, 4, 1, 2, 3)
 
 
-class RenderProjection(nn.Sequential):
+class ConvNormReLU3d(nn.Sequential):
     """[B, in_channels, Z, Y, X] -> [B, out_channels, Z, Y, X], at least 0; channels_last_3d stays channels_last_3d."""
 
     def __init__(self, in_channels, out_channels):

@@ -143,6 +143,48 @@ def test_trains_as_a_gpu_user_would(flags, city, tmp_path):
     assert sorted(curve(runs[0])) == [1, 2, 3] and curve(runs[0]) == curve(runs[-1])
 
 
+@pytest.mark.parametrize("modality", ["lidar", "fusion"])
+def test_lidar_and_fusion_train_and_resume_bit_equal(modality, city, tmp_path):
+    flags = ["--modality", modality, "--data-root", city, "--preset", "tiny", "--steps", 4]
+    done = train(*flags, "--out", tmp_path / "straight", cwd=tmp_path)
+    assert "depth_abs_rel" in done.stdout and ("psnr" in done.stdout) == (modality == "fusion")
+    train(*flags, "--stop-at", 2, "--out", tmp_path / "run", cwd=tmp_path)
+    train(*flags, "--resume", tmp_path / "run", cwd=tmp_path)
+    assert_same_weights(tmp_path / "run", tmp_path / "straight")
+
+
+def test_lidar_trains_without_images(city, tmp_path):
+    """A set whose image files are absent; where they are there, --rays-from lidar leaves them aside."""
+    root = tmp_path / "set"
+    root.mkdir()
+    for part in ("v1.0-mini", "sweeps", "lidarseg", "maps"):
+        (root / part).symlink_to(city / part)
+    (root / "samples").mkdir()
+    (root / "samples" / "LIDAR_TOP").symlink_to(city / "samples" / "LIDAR_TOP")
+    flags = ["--modality", "lidar", "--preset", "tiny", "--steps", 2]
+    done = train(*flags, "--data-root", root, "--out", tmp_path / "without", cwd=tmp_path)
+    assert "the set has no images: rays are cast from the LiDAR" in done.stdout
+    assert (tmp_path / "without" / "images" / "val_000002.png").stat().st_size > 10_000
+    train(*flags, "--data-root", city, "--rays-from", "lidar", "--out", tmp_path / "with", cwd=tmp_path)
+    assert curve(tmp_path / "with") == curve(tmp_path / "without")
+
+
+def test_fusion_starts_from_a_camera_and_a_lidar_run(straight, city, tmp_path):
+    flags = ["--data-root", city, "--preset", "tiny", "--steps", 1]
+    train(*flags, "--modality", "lidar", "--out", tmp_path / "lidar", cwd=tmp_path)
+    init = ["--init", straight[0], tmp_path / "lidar"]
+    train(*flags, "--modality", "fusion", *init, "--lr", 1e-12, "--out", tmp_path / "fusion", cwd=tmp_path)
+    sources = checkpoint(straight[0])["model"], checkpoint(tmp_path / "lidar")["model"]
+    weights = checkpoint(tmp_path / "fusion")["model"]
+    taken = 0
+    for name, weight in weights.items():
+        source = sources[name.startswith("lidar.")]
+        if name.startswith(("camera.", "lidar.")) and "running_" not in name and "num_batches" not in name:
+            torch.testing.assert_close(weight, source[name], rtol=1e-6, atol=1e-9)
+            taken += 1
+    assert taken > 100
+
+
 def test_ctrl_c_saves(city, tmp_path):
     flags = ["--data-root", str(city), "--preset", "tiny", "--steps", "500", "--out", str(tmp_path / "run")]
     command = [sys.executable, str(REPO / "train.py"), *SMALL, *flags]
@@ -192,6 +234,9 @@ def test_accumulated_passes_give_the_gradient_of_one_step(city, tmp_path):
         (["--batch-size", "3", "--accumulate", "2"], ["--batch-size 3"]),
         (["--steps", "0"], ["--steps 0"]),
         (["--out", __file__], ["--out", "is a file"]),
+        (["--rays-from", "lidar"], ["--rays-from lidar", "--modality lidar"]),
+        (["--modality", "lidar", "--backbone", "tiny"], ["--backbone", "--modality lidar"]),
+        (["--init", "nowhere"], ["nowhere"]),
     ],
     ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
 )

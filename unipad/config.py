@@ -176,6 +176,7 @@ TINY_CAMERA = Camera(  # a quarter of ConvNeXt-tiny's width
 )
 TINY_LIDAR = Lidar(
     cell=(0.3125, 0.3125, 0.5),
+    mask_block=2,  # as many metres as the paper's 8 voxels
     widths=(16, 32, 32),
     blocks=1,
     sparse_channels=32,

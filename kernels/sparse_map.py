@@ -140,37 +140,39 @@ def submanifold_map(
 
 def submanifold_map_ref(coords, keys, order, shape, kernel, dilation):
     """`submanifold_map` in plain PyTorch."""
-    (Z, Y, X), (kz, ky, kx), (_, _, dx) = shape, kernel, dilation
-    N, K = len(coords), prod(kernel)
-    row = order.int()
-    z, y, x = coords.long().index_select(0, order)[:, 1:].unbind(1)  # [N] each, sorted by key
-    padded_keys = F.pad(keys, (0, 1), value=NO_KEY)
-    padded_row = F.pad(row, (0, 1), value=-1)
+    (_, Y, X), (kz, ky, kx), (dz, dy, dx) = shape, kernel, dilation
+    N, K = len(_check(coords, shape, kernel, dilation)), prod(kernel)
+    neighbor_idx = coords.new_full((K, N), -1)
     # an odd kernel is its own mirror image: if k leads from i to j, the mirrored offset leads from j to i
     mirrored = all(size % 2 for size in kernel)
-    neighbor_idx = coords.new_full((K, N), -1)
+    if mirrored:
+        neighbor_idx[K // 2] = torch.arange(N, dtype=torch.int32, device=coords.device)
+    z, y, x = (coords[:, 1 + axis].index_select(0, order) for axis in range(3))  # [N] each, sorted by key
+    # the last cell of a row is followed by the first of the next
+    in_z, in_y, in_x = (
+        [(cell + (i - k // 2) * d >= 0) & (cell + (i - k // 2) * d < size) for i in range(k)]
+        for cell, size, k, d in zip((z, y, x), shape, kernel, dilation, strict=True)
+    )
+    padded_keys = F.pad(keys, (0, 1), value=NO_KEY)
     for column in range(kz * ky // 2 + 1 if mirrored else kz * ky):
-        oz, oy = (i - n // 2 for i, n in zip(divmod(column, ky), (kz, ky), strict=True))
-        oz, oy = oz * dilation[0], oy * dilation[1]
-        in_column = (z + oz >= 0) & (z + oz < Z) & (y + oy >= 0) & (y + oy < Y)
-        at = None
+        iz, iy = divmod(column, ky)
+        in_column = in_z[iz] & in_y[iy]
+        wanted = keys + (((iz - kz // 2) * dz * Y + (iy - ky // 2) * dy) * X - kx // 2 * dx)
+        at = torch.searchsorted(keys, wanted)  # the first key that is not below
+        key = padded_keys.index_select(0, at)
         for i in range(kx):
-            k, ox = column * kx + i, (i - kx // 2) * dx
-            if mirrored and 2 * k + 1 == K:  # the middle: each voxel itself
-                neighbor_idx[k] = torch.arange(N, dtype=torch.int32, device=coords.device)
+            k = column * kx + i
+            if mirrored and k == K // 2:
                 break
-            wanted = keys + ((oz * Y + oy) * X + ox)
-            if at is None:
-                at = torch.searchsorted(keys, wanted)
-            else:
-                for _ in range(dx):  # the walk: at most one key a cell
-                    at = at + (padded_keys.index_select(0, at) < wanted)
-            # the last cell of a row is followed by the first of the next
-            found = in_column & (x + ox >= 0) & (x + ox < X) & (padded_keys.index_select(0, at) == wanted)
-            neighbor = torch.where(found, padded_row.index_select(0, at), -1)
-            neighbor_idx[k, order] = neighbor
+            i_sorted = (in_column & in_x[i] & (key == wanted)).nonzero()[:, 0]
+            reader, read = order.index_select(0, i_sorted), order.index_select(0, at.index_select(0, i_sorted))
+            neighbor_idx[k].index_copy_(0, reader, read.int())
             if mirrored:
-                neighbor_idx[K - 1 - k, neighbor[found].long()] = row[found]
+                neighbor_idx[K - 1 - k].index_copy_(0, read, reader.int())
+            wanted += dx
+            for _ in range(dx if i + 1 < kx else 0):  # the walk: at most one key a cell
+                at += key < wanted
+                key = padded_keys.index_select(0, at)
     return neighbor_idx
 
 
@@ -317,16 +319,17 @@ def _gather_pairs_ref(coords, cells, offsets, valids, out, kernel):
 
     (Z, Y, X), (_, ky, kx) = out, kernel
     first = coords[:, 0].long() * Z  # [N]
-    key = combine(cells[0] + first, cells[1], cells[2], Y, X)
-    k = combine(*offsets, ky, kx)
     exists = valids[0][:, None, None] & valids[1][:, None] & valids[2]
-    input_idx = torch.arange(len(coords), dtype=torch.int32, device=coords.device).expand_as(key)[exists]  # [pairs]
-    key, order = key[exists].sort()
+    pair = exists.flatten().nonzero()[:, 0]  # among [Tz, Ty, Tx, N]
+    key = combine(cells[0] + first, cells[1], cells[2], Y, X).flatten().index_select(0, pair)
+    k = combine(*offsets, ky, kx).flatten().index_select(0, pair)
+    key, order = key.sort()
     is_first = F.pad(key[1:] != key[:-1], (1, 0), value=True)[: len(key)]
     m = is_first.cumsum(0) - 1
     key = key[is_first]  # [M]
     neighbor_idx = coords.new_full((prod(kernel), len(key)), -1)
-    neighbor_idx[k[exists].index_select(0, order), m] = input_idx.index_select(0, order)
+    place = k.index_select(0, order) * len(key) + m
+    neighbor_idx.view(-1).index_copy_(0, place, (pair % max(len(coords), 1)).int().index_select(0, order))
     b, z, y, x = key // (Z * Y * X), key // (Y * X) % Z, key // X % Y, key % X
     return torch.stack([b, z, y, x], dim=1).int(), neighbor_idx
 

@@ -28,6 +28,7 @@ from tests.check import check_against_ref, launches
 TYPES = dict(coords_ptr="*i32", out_coords_ptr="*i32", keys_ptr="*i64", order_ptr="*i64", is_first_ptr="*i1")
 TYPES |= dict.fromkeys(["out", "slots", "kernel", "stride", "padding", "dilation"], ("i32",) * 3)
 VOXELS, PAIRS = dict(BLOCK=BLOCK), dict(NO_KEY=NO_KEY, BLOCK_PAIRS=BLOCK_PAIRS)
+SIZES = ["N", "Z", "Y", "X", "KZ", "KY", "DZ", "DY", "STEPS"]
 LAUNCHES = [
     Launch(kernel, flags, TYPES, elements=("fp32",), registers=registers, shared=shared)
     for kernel, flags, registers, shared in [
@@ -35,6 +36,9 @@ LAUNCHES = [
         ("_submanifold_kernel", VOXELS | dict(KX=1, DX=1, NO_KEY=NO_KEY), 48, 2048),
         ("_submanifold_kernel", VOXELS | dict(KX=3, DX=1, NO_KEY=NO_KEY), 48, 2048),
         ("_submanifold_kernel", VOXELS | dict(KX=5, DX=2, NO_KEY=NO_KEY), 48, 2048),
+        # sizes of 1 are constants to the compiler
+        ("_submanifold_kernel", VOXELS | dict(KX=3, DX=1, NO_KEY=NO_KEY, DZ=1, DY=1), 48, 2048),
+        ("_submanifold_kernel", VOXELS | dict.fromkeys(SIZES, 1) | dict(KX=1, DX=1, NO_KEY=NO_KEY), 48, 2048),
         ("_pair_keys_kernel", PAIRS | dict(TRANSPOSED=False), 112, 0),
         ("_pair_keys_kernel", PAIRS | dict(TRANSPOSED=True), 112, 0),
         ("_fill_pairs_kernel", PAIRS | dict(TRANSPOSED=False), 144, 8192),

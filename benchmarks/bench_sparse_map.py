@@ -1,0 +1,93 @@
+"""sparse_map: kernels, references and a table of all cells, at the stages of the LiDAR recipe.
+
+    python -m benchmarks.bench_sparse_map
+
+Voxels come from benchmarks/lidar_scene.py. The peer keeps a row number for every cell of the grid, which needs no
+search, but memory for all cells: 340 MB a sample at the first stage.
+"""
+
+from itertools import product
+from math import prod
+
+import torch
+
+from benchmarks.harness import DEVICE, Case, compare
+from benchmarks.lidar_scene import SHAPE, STAGES, voxels
+from kernels.sparse_map import (
+    inverse_map,
+    inverse_map_ref,
+    out_shape,
+    sort_voxels,
+    sort_voxels_ref,
+    strided_map,
+    strided_map_ref,
+    submanifold_map,
+    submanifold_map_ref,
+    transposed_map,
+    transposed_map_ref,
+)
+
+BATCHES = [1, 4] if DEVICE == "cuda" else [1]
+ONE = (1, 1, 1)
+
+
+def stages(batch):
+    """(name, coords, shape) of the four stages of the encoder."""
+    coords, shape = voxels(batch, DEVICE), SHAPE
+    yield f"B={batch} stage 1", coords, shape
+    for stage, geometry in enumerate(STAGES):
+        coords, shape = strided_map(coords, shape, *geometry)[0], out_shape(shape, *geometry)
+        yield f"B={batch} stage {stage + 2}", coords, shape
+
+
+def sort_case(name, coords, shape):
+    return Case(f"{name} N={len(coords)}", (coords, shape, False), coords.nbytes + 16 * len(coords))
+
+
+def submanifold_case(name, coords, shape, kernel):
+    keys, order = sort_voxels(coords, shape)
+    table = submanifold_map(coords, keys, order, shape, kernel, ONE)
+    neighbours = (table >= 0).sum().item() / len(coords)
+    name = f"{name} N={len(coords)} {neighbours:.1f} of {prod(kernel)}"
+    return Case(name, (coords, keys, order, shape, kernel, ONE), coords.nbytes + 16 * len(coords) + table.nbytes)
+
+
+def pairs_case(op, name, coords, shape, geometry):
+    out_coords, table = op(coords, shape, *geometry)
+    name = f"{name} N={len(coords)} M={len(out_coords)}"
+    return Case(name, (coords, shape, *geometry), coords.nbytes + out_coords.nbytes + table.nbytes)
+
+
+def inverse_case(name, coords, shape, geometry):
+    out_coords, table = strided_map(coords, shape, *geometry)
+    moved = table.nbytes + 4 * len(table) * len(coords)
+    return Case(f"{name} N={len(coords)} M={len(out_coords)}", (table, len(coords)), moved)
+
+
+def all_cells(coords, keys, order, shape, kernel, dilation):
+    """`submanifold_map` by a row number for every cell and a border around the grid."""
+    below = [k // 2 * d for k, d in zip(kernel, dilation, strict=True)]
+    size = [n + (k - 1) * d for n, k, d in zip(shape, kernel, dilation, strict=True)]
+    b, z, y, x = coords.long().unbind(1)
+    table = torch.full((int(b.max()) + 1, *size), -1, dtype=torch.int32, device=coords.device)
+    table[b, z + below[0], y + below[1], x + below[2]] = torch.arange(len(b), dtype=torch.int32, device=b.device)
+    offsets = torch.tensor([*product(*(range(k) for k in kernel))], device=b.device)
+    moved = (offsets * torch.tensor(dilation, device=b.device)).T[:, :, None]  # [3, K, 1]
+    z, y, x = torch.stack([z, y, x])[:, None] + moved  # [K, N] each
+    return table[b, z, y, x]
+
+
+if __name__ == "__main__":
+    for batch in BATCHES:
+        levels = list(stages(batch))
+        compare("sort_voxels", sort_voxels_ref, sort_voxels, {}, [sort_case(*levels[0]), sort_case(*levels[2])])
+        cases = [submanifold_case(*level, (3, 3, 3)) for level in levels]
+        cases += [submanifold_case(*levels[0], (5, 5, 5))]
+        compare("submanifold_map", submanifold_map_ref, submanifold_map, {"all cells": all_cells}, cases)
+        steps = [(*level, geometry) for level, geometry in zip(levels, STAGES, strict=False)]
+        cases = [pairs_case(strided_map, *step) for step in steps]
+        compare("strided_map", strided_map_ref, strided_map, {}, cases)
+        compare("inverse_map", inverse_map_ref, inverse_map, {}, [inverse_case(*step) for step in steps])
+        up = (2, 2, 2), (2, 2, 2), (0, 0, 0), ONE
+        cases = [pairs_case(transposed_map, *level, up) for level in levels[1:]]
+        compare("transposed_map", transposed_map_ref, transposed_map, {}, cases)

@@ -1,0 +1,38 @@
+"""voxelize and grid_sample: kernels and reference on ten sweeps of a LiDAR.   python -m benchmarks.bench_voxelize"""
+
+import torch
+
+from benchmarks.harness import DEVICE, Case, compare
+from benchmarks.lidar_scene import CELL, LOW, SHAPE, scene
+from kernels.voxelize import grid_sample, voxelize, voxelize_ref
+
+BATCHES = [1, 4] if DEVICE == "cuda" else [1]
+SEGMENTATION_CELL = 0.05  # metres
+
+
+def points_of(batch):
+    scenes = [scene(seed, DEVICE) for seed in range(batch)]
+    return torch.cat(scenes), [len(points) for points in scenes]
+
+
+def voxelize_case(batch):
+    points, counts = points_of(batch)
+    inputs = (points, counts, LOW, CELL, (SHAPE[0] - 1, *SHAPE[1:]), 10, 120000)
+    features, coords = voxelize(*inputs)
+    moved = points.nbytes + features.nbytes + coords.nbytes
+    return Case(name=f"B={batch} P={len(points)} V={len(coords)}", inputs=inputs, fwd_bytes=moved)
+
+
+def sample_case(batch, noisy):
+    points, counts = points_of(batch)
+    noise = torch.rand(len(points), device=DEVICE) if noisy else None
+    rows = grid_sample(points, counts, SEGMENTATION_CELL, noise)
+    name = f"B={batch} P={len(points)} V={len(rows)}" + " noise" * noisy
+    moved = 12 * len(points) + rows.nbytes
+    return Case(name=name, inputs=(points, counts, SEGMENTATION_CELL, noise), fwd_bytes=moved)
+
+
+if __name__ == "__main__":
+    compare("voxelize", voxelize_ref, voxelize, {}, [voxelize_case(batch) for batch in BATCHES])
+    cases = [sample_case(batch, noisy) for batch in BATCHES for noisy in (False, True)]
+    compare("grid_sample", grid_sample, grid_sample, {}, cases)

@@ -1,0 +1,309 @@
+"""sparse_conv: kernels, reference and spconv, at the stages of the LiDAR recipe.
+
+    python -m benchmarks.bench_sparse_conv
+    OMP_NUM_THREADS=1 python -m benchmarks.bench_sparse_conv      on a CPU: with more threads the spconv wheel races
+
+Voxels come from benchmarks/lidar_scene.py, whose statistics are printed beside those of nuScenes. "cold" makes the
+tables in every run, from unsorted coordinates as a peer does; elsewhere they are made once. Peers, where they are
+installed: spconv (pip install spconv-cu126; spconv for a CPU) and spconv-triton, whose interface is the same.
+"""
+
+import copy
+import importlib
+from dataclasses import dataclass, field
+from unittest import mock
+
+import torch
+from torch import nn
+
+from benchmarks.harness import DEVICE, Case, compare
+from benchmarks.lidar_scene import NUSCENES, SHAPE, STAGES, voxels
+from kernels.sparse_conv import sparse_conv, sparse_conv_ref
+from kernels.sparse_map import inverse_map, out_shape, sort_voxels, strided_map, submanifold_map
+from unipad.model import sparse
+from unipad.model.lidar import SparseEncoder
+
+WIDTHS = 16, 32, 64, 128
+THREE, ONE = (3, 3, 3), (1, 1, 1)
+DTYPE = torch.float16 if DEVICE == "cuda" else torch.float32  # spconv has no bf16
+AGREE = 5e-3 if DEVICE == "cuda" else 1e-3  # outputs rounded to fp16 differ by half a last bit or by one
+AGREE_DEEP = 5e-2 if DEVICE == "cuda" else 1e-3  # after 21 convolutions
+
+
+@dataclass
+class Level:
+    """Voxels of one stage, and what each implementation keeps about them."""
+
+    name: str
+    coords: torch.Tensor  # [N, 4] int32
+    shape: tuple  # cells (Z, Y, X)
+    batch: int
+    kept: dict = field(default_factory=dict)
+
+    def submanifold(self):
+        table = submanifold_map(self.coords, *sort_voxels(self.coords, self.shape, False), self.shape, THREE, ONE)
+        return table, table.flip(0)
+
+    def table(self):
+        if "table" not in self.kept:
+            self.kept["table"] = self.submanifold()
+        return self.kept["table"]
+
+    def pairs(self):
+        return (self.table()[0] >= 0).sum().item()
+
+
+def stages(batch):
+    levels, coords, shape = [], voxels(batch, DEVICE), SHAPE
+    for i in range(len(WIDTHS)):
+        if i:
+            coords, shape = strided_map(coords, shape, *STAGES[i - 1])[0], out_shape(shape, *STAGES[i - 1])
+        levels.append(Level(f"B={batch} stage {i + 1}", coords, shape, batch))
+    return levels
+
+
+def print_statistics(levels):
+    print("| stage | voxels | nuScenes | neighbours of 27 | nuScenes |\n|---|---|---|---|---|")
+    for i, (level, (N, neighbours)) in enumerate(zip(levels, NUSCENES, strict=True)):
+        found = level.pairs() / len(level.coords)
+        print(f"| {i + 1} | {len(level.coords)} | {N:.0f} | {found:.1f} | {neighbours} |")
+    print()
+
+
+# Ours
+
+
+def warm(op):
+    return lambda features, weight, level: op(features, weight, *level.table())
+
+
+def cold(op):
+    return lambda features, weight, level: op(features, weight, *level.submanifold())
+
+
+def strided(op):
+    """With its map. Rows come in any order, so what is compared is their sum."""
+
+    def run(features, weight, level, geometry):
+        _, table = strided_map(level.coords, level.shape, *geometry)
+        return op(features, weight, table, inverse_map(table, len(features))).sum(dim=0)
+
+    return run
+
+
+class Encoders:
+    """One encoder, its weights shared by all implementations."""
+
+    def __init__(self):
+        self.encoder = SparseEncoder(5, WIDTHS, 2, 256).to(DEVICE)
+        self.weights = list(self.encoder.parameters())
+
+    def ours(self, op, keep):
+        def run(features, weights, level):
+            known = level.kept if keep else {}
+            if "voxels" not in known:
+                known["voxels"] = sparse.VoxelSet(level.coords, level.shape, level.batch, check=False)
+                known["sets"] = sparse.make_tables(self.encoder, known["voxels"])
+            tensor = sparse.SparseTensor(features, known["voxels"])
+            with mock.patch.object(sparse, "sparse_conv", op), half():
+                return self.encoder(tensor).dense()
+
+        return run
+
+    def theirs(self, lib, keep):
+        encoder = as_peer(self.encoder, lib)
+
+        def run(features, weights, level):
+            known = level.kept.setdefault(lib.__name__ + " encoder", {}) if keep else {}
+            tensor = lib.SparseConvTensor(features, level.coords, list(level.shape), level.batch, indice_dict=known)
+            with half():
+                return encoder(Peer(tensor)).dense()
+
+        return run
+
+
+def half():
+    return torch.autocast(DEVICE, torch.float16, enabled=DEVICE == "cuda")
+
+
+# Peers
+
+
+def installed():
+    """{name: module} of the peers that can run here; says which cannot, and why."""
+    libs = {}
+    for name, module in {"spconv": "spconv.pytorch", "spconv-triton": "spconv_triton.pytorch"}.items():
+        try:
+            if name == "spconv-triton" and DEVICE == "cpu":
+                raise ImportError("needs a GPU")
+            if name == "spconv" and DEVICE == "cpu" and torch.get_num_threads() > 1:
+                raise ImportError("sums wrongly on a CPU with more than one thread: set OMP_NUM_THREADS=1")
+            libs[name] = importlib.import_module(module)
+        except ImportError as e:
+            print(f"{name} is left out: {e}")
+    if DEVICE == "cpu" and "spconv" in libs:
+        # its backward asks for the CUDA stream, which it then does not use
+        importlib.import_module("spconv.pytorch.ops").get_current_stream = lambda: 0
+    return libs
+
+
+def warm_peer(lib):
+    def run(features, weight, level):
+        if lib.__name__ not in level.kept:
+            tensor = lib.SparseConvTensor(features, level.coords, list(level.shape), level.batch)
+            level.kept[lib.__name__] = tensor
+        conv = peer_conv(lib, level, weight)
+        return conv(level.kept[lib.__name__].replace_feature(features)).features
+
+    return run
+
+
+def cold_peer(lib):
+    def run(features, weight, level):
+        tensor = lib.SparseConvTensor(features, level.coords, list(level.shape), level.batch)
+        return peer_conv(lib, level, weight)(tensor).features
+
+    return run
+
+
+def strided_peer(lib):
+    def run(features, weight, level, geometry):
+        tensor = lib.SparseConvTensor(features, level.coords, list(level.shape), level.batch)
+        return peer_conv(lib, level, weight, geometry)(tensor).features.sum(dim=0)
+
+    return run
+
+
+def peer_conv(lib, level, weight, geometry=None):
+    """The peer's module with this weight, made once."""
+    key = lib.__name__, id(weight)
+    if key not in level.kept:
+        out_channels, in_channels = weight.shape[0], weight.shape[4]
+        if geometry is None:
+            conv = lib.SubMConv3d(in_channels, out_channels, 3, bias=False, indice_key="0")
+        else:
+            kernel, stride, padding, _ = geometry
+            conv = lib.SparseConv3d(in_channels, out_channels, kernel, stride, padding, bias=False)
+        conv.weight = weight
+        level.kept[key] = conv.to(DEVICE)
+    return level.kept[key]
+
+
+class Peer:
+    """A peer's tensor, to be used as our SparseTensor."""
+
+    def __init__(self, tensor):
+        self.tensor, self.features, self.dense = tensor, tensor.features, tensor.dense
+
+    def replace(self, features):
+        return Peer(self.tensor.replace_feature(features))
+
+
+class PeerConv(nn.Module):
+    def __init__(self, conv):
+        super().__init__()
+        self.conv, self.weight = conv, conv.weight
+
+    def forward(self, x):
+        return Peer(self.conv(x.tensor))
+
+
+class Pointwise(nn.Module):
+    """A 1 x 1 x 1 convolution, which spconv too computes as a product, but with its weights in another order."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x):
+        return x.replace(x.features @ self.weight.flatten(1).T)
+
+
+def as_peer(encoder, lib):
+    """A copy of the encoder with the peer's convolutions; all parameters are shared."""
+    twin = copy.deepcopy(encoder, {id(p): p for p in encoder.parameters()})
+    stage = 0
+    for parent in list(twin.modules()):
+        for name, conv in list(parent.named_children()):
+            if isinstance(conv, sparse.SubMConv3d):
+                size = conv.weight.shape[4], conv.weight.shape[0], conv.weight.shape[1:4]
+                theirs = lib.SubMConv3d(*size, bias=False, indice_key=f"subm{stage}")
+            elif isinstance(conv, sparse.SparseConv3d) and conv.weight.shape[1:4].numel() == 1:
+                setattr(parent, name, Pointwise(conv.weight))
+                continue
+            elif isinstance(conv, sparse.SparseConv3d):
+                size = conv.weight.shape[4], conv.weight.shape[0], *STAGES[stage][:3]
+                stage += 1
+                theirs = lib.SparseConv3d(*size, bias=False, indice_key=f"down{stage}")
+            else:
+                continue
+            theirs.weight = conv.weight
+            setattr(parent, name, PeerConv(theirs.to(DEVICE)))
+    return twin
+
+
+# Cases
+
+
+def case(level, width, for_features=True, for_weight=True):
+    features, weight = tensors(len(level.coords), width, width, for_features, for_weight)
+    table, pairs = level.table()[0], level.pairs()
+    name = f"{level.name} C={width} N={len(features)}, {2e-9 * pairs * width**2:.1f} GFLOP"
+    return Case(name, (features, weight, level), 2 * features.nbytes + weight.nbytes + table.nbytes)
+
+
+def strided_case(level, width, geometry):
+    features, weight = tensors(len(level.coords), width, 2 * width)
+    out_coords, table = strided_map(level.coords, level.shape, *geometry)
+    name = f"{level.name} C={width}, {2 * width} N={len(features)}, M={len(out_coords)}"
+    moved = features.nbytes + weight.nbytes + 2 * table.nbytes + 2 * len(out_coords) * width * features.element_size()
+    return Case(name, (features, weight, level, geometry), moved)
+
+
+def encoder_case(level, weights):
+    features = torch.randn(len(level.coords), 5, device=DEVICE, requires_grad=True)
+    moved = features.nbytes + sum(w.nbytes for w in weights)
+    return Case(f"B={level.batch} N={len(features)}", (features, weights, level), moved)
+
+
+def tensors(N, c_in, c_out, for_features=True, for_weight=True):
+    features = torch.randn(N, c_in, device=DEVICE, dtype=DTYPE, requires_grad=for_features)
+    weight = torch.randn(c_out, *THREE, c_in, device=DEVICE) / (14 * c_in) ** 0.5
+    return features, nn.Parameter(weight.to(DTYPE), requires_grad=for_weight)
+
+
+if __name__ == "__main__":
+    libs = installed()
+    for batch in [1, 4] if DEVICE == "cuda" else [1]:
+        levels = stages(batch)
+        if batch == 1:
+            print_statistics(levels)
+        sized = list(zip(levels, WIDTHS, strict=True))
+        wide = [(levels[1], 128)] if DEVICE == "cuda" else []  # where tensor cores bind, not the gather
+
+        peers = {name: warm_peer(lib) for name, lib in libs.items()}
+        for name, wanted in [
+            ("sparse_conv", (True, True)),
+            ("sparse_conv, gradient of the features", (True, False)),
+            ("sparse_conv, gradient of the weights", (False, True)),
+        ]:
+            cases = [case(*s, *wanted) for s in sized + wide]
+            compare(name, warm(sparse_conv_ref), warm(sparse_conv), peers, cases, AGREE)
+
+        peers = {name: cold_peer(lib) for name, lib in libs.items()}
+        compare("sparse_conv, cold", cold(sparse_conv_ref), cold(sparse_conv), peers, [case(*s) for s in sized], AGREE)
+
+        peers = {name: strided_peer(lib) for name, lib in libs.items()}
+        cases = [strided_case(*s, geometry) for s, geometry in zip(sized, STAGES, strict=False)]
+        compare("sparse_conv, strided, cold", strided(sparse_conv_ref), strided(sparse_conv), peers, cases, AGREE)
+
+        nets = Encoders()
+        for name, keep in [("sparse encoder", True), ("sparse encoder, cold", False)]:
+            compare(
+                name,
+                nets.ours(sparse_conv_ref, keep),
+                nets.ours(sparse_conv, keep),
+                {name: nets.theirs(lib, keep) for name, lib in libs.items()},
+                [encoder_case(levels[0], nets.weights)],
+                AGREE_DEEP,
+            )

@@ -18,15 +18,15 @@ LAUNCHES = [
         divisible=divisible, elements=elements, num_warps=m // 16, registers=registers, shared=shared,
     )
     for flags, m, i, o, divisible, elements, registers, shared in [
-        (IEEE, 64, 16, 16, EVEN, HALF, 80, 6144),
-        (IEEE, 64, 16, 16, (), HALF, 88, 3072),
-        (IEEE, 64, 64, 128, EVEN, HALF, 176, 51200),
-        (IEEE, 128, 64, 128, EVEN, HALF, 184, 68608),
-        (IEEE, 64, 32, 64, (), HALF, 184, 9216),
-        (TF32, 64, 32, 64, EVEN, SINGLE, 144, 34816),
-        (TF32, 64, 16, 32, (), SINGLE, 152, 13312),
+        (IEEE, 64, 16, 16, EVEN, HALF, 104, 6144),
+        (IEEE, 64, 16, 16, (), HALF, 136, 3072),
+        (IEEE, 64, 64, 128, EVEN, HALF, 248, 51200),
+        (IEEE, 128, 64, 128, EVEN, HALF, 232, 68608),
+        (IEEE, 64, 32, 64, (), HALF, 232, 9216),
+        (TF32, 64, 32, 64, EVEN, SINGLE, 184, 34816),
+        (TF32, 64, 16, 32, (), SINGLE, 176, 13312),
         (IEEE, 64, 32, 32, EVEN, SINGLE, 176, 14336),
-        (IEEE, 64, 32, 32, (), SINGLE, 176, 14336),
+        (IEEE, 64, 32, 32, (), SINGLE, 232, 14336),
     ]
     for transposed in (False, True)
 ] + [
@@ -39,11 +39,11 @@ LAUNCHES = [
         (IEEE, 16, 16, EVEN, HALF, 48, 6144),
         (IEEE, 16, 16, (), HALF, 64, 2560),
         (IEEE, 128, 128, EVEN, HALF, 136, 66560),
-        (IEEE, 64, 64, (), HALF, 176, 17408),
+        (IEEE, 64, 64, (), HALF, 192, 17408),
         (TF32, 64, 64, EVEN, SINGLE, 136, 66560),
-        (TF32, 32, 32, (), SINGLE, 104, 17408),
+        (TF32, 32, 32, (), SINGLE, 176, 17408),
         (IEEE, 32, 32, EVEN, SINGLE, 56, 17408),
-        (IEEE, 32, 32, (), SINGLE, 80, 17408),
+        (IEEE, 32, 32, (), SINGLE, 136, 17408),
     ]
 ]  # fmt: skip
 

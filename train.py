@@ -122,7 +122,7 @@ def main(args: Args):
         backbone, rest = [], []
         for name, p in net.named_parameters():
             if p.requires_grad:
-                (backbone if name.startswith("camera.backbone.") else rest).append(p)
+                (backbone if name.startswith("encoder.camera.backbone.") else rest).append(p)
         groups = [{"params": rest, "scale": 1.0}, {"params": backbone, "scale": optim.backbone_lr}]
         optimiser = torch.optim.AdamW(groups, optim.lr, weight_decay=optim.weight_decay, fused=device.type == "cuda")
         dtype = PRECISIONS[args.precision or ("bf16" if device.type == "cuda" else "fp32")]
@@ -321,8 +321,8 @@ def casts_from_cameras(args, has_images, say):
 
 
 def take_encoders(net, paths):
-    """Load what the runs or checkpoints at `paths` have of the encoders that `net` has."""
-    mine = {name: w for name, w in net.state_dict().items() if name.startswith(("camera.", "lidar."))}
+    """Load what the runs or checkpoints at `paths` have of the encoder that `net` has."""
+    mine = {name: w for name, w in net.state_dict().items() if name.startswith("encoder.")}
     for path in paths:
         theirs = read_checkpoint(last_checkpoint(path) or path).get("model", {})
         common = {name: theirs[name] for name in mine.keys() & theirs.keys()}

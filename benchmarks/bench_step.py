@@ -71,7 +71,7 @@ class EagerLift(torch.nn.Module):
 def eager_twin(net):
     """The same weights under the original's formulas."""
     twin = deepcopy(net)
-    twin.lift = EagerLift(twin.lift)
+    twin.encoder.lift = EagerLift(twin.encoder.lift)
     conv = twin.project[0]
     twin.project[0] = torch.nn.Conv3d(conv.in_channels, conv.out_channels, 3, padding=1)
     twin.project[0].load_state_dict(conv.state_dict())
@@ -97,7 +97,7 @@ def step_of(net, batch):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preset", default="tiny", choices=PRESETS)
+    parser.add_argument("--preset", default="tiny", choices=PRESETS["camera"])
     recipe = PRESETS["camera"][parser.parse_args().preset]
     torch.manual_seed(0)
     batch, net = random_batch(recipe), Pretrain(recipe).to(DEVICE)

@@ -238,7 +238,7 @@ def _d_weight(features, d_out, table, allow_tf32):
     precision, _, block_i = _blocks(features, O, I, allow_tf32)
     _, _, block_o = _blocks(features, I, O, allow_tf32)
     tiles = triton.cdiv(I, block_i) * triton.cdiv(O, block_o)
-    parts = min(triton.cdiv(PROGRAMS, K * tiles), triton.cdiv(M, BLOCK_R))
+    parts = min(triton.cdiv(PROGRAMS, K * tiles), triton.cdiv(M, BLOCK_R), max(1, PARTIAL // (K * O * I)))
     rows = triton.cdiv(triton.cdiv(M, parts), BLOCK_R) * BLOCK_R
     parts = triton.cdiv(M, rows)
     partial = features.new_empty(parts, O, K, I, dtype=torch.float32)
@@ -257,7 +257,8 @@ MOST_IEEE = 32, 32  # without tensor cores the registers bind
 WORD = 32  # offsets whose presence in a tile one integer holds
 MANY_ROWS = 32768  # from here on wide tiles still give each of an H200's 132 multiprocessors two
 BLOCK_R = 64  # rows a step of the gradient of the weights
-PROGRAMS = 2048  # that it is cut into, at least, rows permitting: some 4 at a time on each multiprocessor
+PROGRAMS = 2048  # that it is cut into, if there are rows enough: some 16 for each multiprocessor
+PARTIAL = 2**22  # sums kept apart in it, at most: 16 MB, which are written and read
 
 
 def _blocks(features, I, O, allow_tf32):

@@ -13,7 +13,7 @@ EVERY = [(modality, name) for modality, presets in PRESETS.items() for name in p
 def test_a_preset_builds_the_encoders_of_its_modality(modality, name):
     recipe = PRESETS[modality][name]
     with torch.device("meta"):  # the full sizes too, without their memory
-        net = Pretrain(recipe)
+        net = Pretrain(recipe).encoder
     assert hasattr(net, "camera") == (recipe.camera is not None) == (modality != "lidar")
     assert hasattr(net, "lidar") == (recipe.lidar is not None) == (modality != "camera")
     assert hasattr(net, "fuse") == (modality == "fusion")

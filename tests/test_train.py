@@ -178,8 +178,12 @@ def test_fusion_starts_from_a_camera_and_a_lidar_run(straight, city, tmp_path):
     weights = checkpoint(tmp_path / "fusion")["model"]
     taken = 0
     for name, weight in weights.items():
-        source = sources[name.startswith("lidar.")]
-        if name.startswith(("camera.", "lidar.")) and "running_" not in name and "num_batches" not in name:
+        source = sources[name.startswith("encoder.lidar.")]
+        if (
+            name.startswith(("encoder.camera.", "encoder.lidar."))
+            and "running_" not in name
+            and "num_batches" not in name
+        ):
             torch.testing.assert_close(weight, source[name], rtol=1e-6, atol=1e-9)
             taken += 1
     assert taken > 100

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from unipad.batch import CAMERAS
 from unipad.evaluate import in_colour
-from unipad.model.pretrain import MASK_BLOCK
+from unipad.model.camera import MASK_BLOCK
 from unipad.model.rays import pixel_rays, project_points, rays_from_lidar
 
 FAR = 60.0  # metres at the far end of the colour scale

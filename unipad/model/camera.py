@@ -14,6 +14,7 @@ from torch import nn
 
 from unipad.config import Camera
 
+MASK_BLOCK = 32  # pixels: the encoder's total stride, so one block is one cell of its last stage
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's RGB in [0, 1]: what the published weights were trained on
 STD = (0.229, 0.224, 0.225)
 

@@ -1,4 +1,4 @@
-"""The volume: image features lifted into a grid of voxels, and its projection to the channels that are rendered."""
+"""The volume: what the encoders of cameras and LiDAR see, in one grid of voxels."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,70 @@ from torch import nn
 
 from kernels.lift import lift
 from unipad import config
+from unipad.model.camera import MASK_BLOCK, CameraEncoder, draw_mask
+from unipad.model.lidar import LidarEncoder
 from unipad.model.norm import SyncedBatchNorm
+
+
+class Encoder(nn.Module):
+    """Images, points or both to a volume; the volumes of both are summed and convolved once.
+
+    It is what survives pre-training: fine-tuning starts from its weights.
+    """
+
+    def __init__(self, recipe: config.Recipe):
+        super().__init__()
+        self.recipe = recipe
+        encoders = [encoder for encoder in (recipe.camera, recipe.lidar) if encoder is not None]
+        self.channels, *other = {encoder.channels for encoder in encoders}
+        assert not other, f"the encoders' volumes have {self.channels} and {other[0]} channels: they must be as many"
+        if recipe.camera is not None:
+            self.camera = CameraEncoder(recipe.camera)
+            self.lift = GatherLift(recipe.grid, recipe.camera)
+        if recipe.lidar is not None:
+            self.lidar = LidarEncoder(recipe.lidar, recipe.grid)
+        if len(encoders) > 1:
+            self.fuse = ConvNormReLU3d(self.channels, self.channels)
+
+    def forward(self, batch, generators, masked=True):
+        """Encode a batch.
+
+        batch:      a `Batch` on the model's device.
+        generators: one `torch.Generator` a sample, on that device.
+        masked:     hide blocks of pixels and voxels, in training and in evaluation.
+
+        Returns:
+            volume: [B, C, Z, Y, X], LiDAR frame.
+            masks:  dict with "camera", [B, N, H / 32, W / 32] bool, True where the encoder saw the image, and
+                    "lidar", [M, 4] int32 (b, z, y, x) the voxels that it saw; empty where nothing is hidden.
+        """
+        volumes, masks = [], {}
+        if self.recipe.camera is not None:
+            volumes.append(self._encode_images(batch, generators, masked, masks))
+        if self.recipe.lidar is not None:
+            noise = _per_sample(generators, self.lidar.mask_shape) if masked else None
+            volume, seen = self.lidar(batch.points, batch.point_counts, noise)
+            volumes.append(volume)
+            masks |= {"lidar": seen} if masked else {}
+        return volumes[0] if len(volumes) == 1 else self.fuse(volumes[0] + volumes[1]), masks
+
+    def _encode_images(self, batch, generators, masked, masks):
+        cfg, mask = self.recipe.camera, None
+        B, N, _, H, W = batch.images.shape
+        if masked:
+            h, w = H // MASK_BLOCK, W // MASK_BLOCK
+            mask = draw_mask(
+                _per_sample(generators, (N, h * w)).flatten(0, 1), h, w, cfg.mask_ratio
+            )  # [B * N, 1, h, w]
+            masks["camera"] = mask.view(B, N, h, w)
+        drop_noise = _per_sample(generators, (N, sum(cfg.depths)))
+        features, depths = self.camera(batch.images, batch.image_sizes, mask, drop_noise.flatten(0, 1))
+        return self.lift(features, depths, batch.lidar2image, (H, W))
+
+
+def _per_sample(generators, shape):
+    """[B, *shape] uniform in [0, 1), each sample's from its own generator."""
+    return torch.stack([torch.rand(shape, generator=g, device=g.device) for g in generators])
 
 
 class GatherLift(nn.Module):

@@ -214,6 +214,18 @@ def test_by_hand(fn, device):
     assert d_weight.flatten().tolist() == [2 * 1 + 4 * 2, 1 + 4 + 12 + 32, 1 * 2 + 2 * 3]
 
 
+@pytest.mark.parametrize("fn", [sparse_conv, sparse_conv_ref])
+@pytest.mark.parametrize("N", [0, 3])
+def test_outputs_without_neighbours_are_zero(fn, N, device):
+    features = torch.ones(N, 5, device=device, requires_grad=True)
+    weight = torch.ones(7, *THREE, 5, device=device, requires_grad=True)
+    nothing = torch.full((27, 70), -1, dtype=torch.int32, device=device)
+    out = fn(features, weight, nothing, nothing[:, :N])
+    d_features, d_weight = grads(out, features, weight)
+    assert out.shape == (70, 7) and d_features.shape == (N, 5) and d_weight.shape == weight.shape
+    assert not out.any() and not d_features.any() and not d_weight.any()
+
+
 def test_gradcheck(device):
     inputs, *_ = make_inputs("strided", THREE, 1, (3, 3, 3), 6, 2, 3, device)
     inputs["features"].requires_grad_(), inputs["weight"].requires_grad_()

@@ -124,7 +124,7 @@ _chunks_of = WeakTensorKeyDictionary()  # table -> {(version, rows): chunks}: a 
 
 
 def _chunks(table, rows):
-    """The pairs of a table [K, M], `rows` outputs at a time and within those offset by offset.
+    """The pairs of a table [K, M], `rows` outputs at a time and within those offset by offset; kept while it lives.
 
     Returns a list of
         first:  the chunk's first output.
@@ -235,6 +235,7 @@ def _d_weight(features, d_out, table, allow_tf32):
     (N, I), (M, O), K = features.shape, d_out.shape, len(table)
     if not min(N, M, I, O):
         return features.new_zeros(O, K, I, dtype=torch.float32)
+    # of this product both are outputs, and rows are what is summed over
     precision, _, block_i = _blocks(features, O, I, allow_tf32)
     _, _, block_o = _blocks(features, I, O, allow_tf32)
     tiles = triton.cdiv(I, block_i) * triton.cdiv(O, block_o)

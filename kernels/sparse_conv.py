@@ -70,7 +70,7 @@ def _gather_gemm_ref(features, weight, table):
     """
     x, w = _wide(features), _wide(weight).unbind()
     out = x.new_zeros(table.shape[1], weight.shape[2])
-    chunks = _chunks(table, _chunk_rows(*weight.shape[1:]))
+    chunks = _chunks(table, max(weight.shape[1:]))
     x_rows, products = _buffer(x, chunks), _buffer(out, chunks)
     for first, n, _, counts, order, starts in chunks:
         P = len(n)
@@ -89,7 +89,7 @@ def _backward_ref(features, weight, d_out, inverse_idx, for_features, for_weight
     x, w, g = _wide(features), _wide(weight).unbind(1), _wide(d_out)
     d_features = torch.zeros_like(x) if for_features else None
     d_weight = x.new_zeros(len(inverse_idx), g.shape[1], x.shape[1]) if for_weight else None
-    chunks = _chunks(inverse_idx, _chunk_rows(g.shape[1], x.shape[1]))
+    chunks = _chunks(inverse_idx, max(g.shape[1], x.shape[1]))
     g_rows, x_rows = _buffer(g, chunks), _buffer(x, chunks)  # the latter holds products too
     for first, m, n, counts, order, starts in chunks:
         P, there = len(m), slice(first, first + len(starts))
@@ -115,29 +115,28 @@ def _wide(tensor):
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _chunk_rows(c_in, c_out):
-    """Outputs a chunk: of the recipe's layers the gathered rows and the products then stay in a CPU's L2 cache."""
-    return max(256, min(4096, 2**16 // max(c_in, c_out)))
+_chunks_of = WeakTensorKeyDictionary()  # table -> {(version, channels): chunks}: a table serves several layers
 
 
-_chunks_of = WeakTensorKeyDictionary()  # table -> {(version, rows): chunks}: a table serves several layers
-
-
-def _chunks(table, rows):
-    """The pairs of a table [K, M], `rows` outputs at a time and within those offset by offset; kept while it lives.
+def _chunks(table, channels):
+    """The pairs of a table [K, M], some outputs at a time and within those offset by offset; kept while it lives.
 
     Returns a list of
         first:  the chunk's first output.
         n, m:   [P] int32 the pairs: row that is read, output counted from `first`.
         counts: [K] list, pairs an offset.
         order:  [P] int32 the same pairs sorted by output ...
-        starts: [rows] int32 ... and where each output's begin.
+        starts: [R] int32 ... and where each output's begin.
     """
     known = _chunks_of.setdefault(table, {})
-    key = (None if table.is_inference() else table._version, rows)
+    key = (None if table.is_inference() else table._version, channels)
     if key not in known:
         idx = table.cpu().numpy()
-        known[key] = [_chunk(idx[:, i : i + rows], i, table.device) for i in range(0, idx.shape[1], rows)]
+        M = idx.shape[1]
+        # of 2^20 features, so that a GEMM has rows enough, and what was gathered is still in the cache when it is read
+        rows = 2**20 // channels * M // max(np.count_nonzero(idx >= 0), 1)
+        rows = max(256, min(rows, 4096))
+        known[key] = [_chunk(idx[:, i : i + rows], i, table.device) for i in range(0, M, rows)]
     return known[key]
 
 

@@ -117,6 +117,35 @@ class Render:
 
 
 @dataclass(frozen=True)
+class Detect:
+    """The detection head that fine-tuning puts on the volume, and its losses. Classes in the order of `data.tables`."""
+
+    denoising: bool = True  # UVTR-DN: learns from noisy ground truth too, and scores by a guessed IoU; False: UVTR
+    queries: int = 900
+    layers: int = 6
+    heads: int = 8  # of the attention among queries
+    hidden: int = 512  # of the MLP of a layer
+    dropout: float = 0.1
+    classes: int = 10
+    focal_gamma: float = 2.0
+    focal_alpha: float = 0.25
+    class_weight: float = 2.0  # in the loss and in the assignment
+    box_weight: float = 0.25  # in the loss and in the assignment
+    code_weights: tuple[float, ...] = (2.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.2, 0.2)  # see `model.boxes`
+    iou_weight: float = 0.5
+    noise_weight: float = 1.0  # of all losses of noisy ground truth
+    noise_groups: int = 10  # copies of it, at most; together not more than there are queries
+    noise_scale: float = 1.0  # largest shift of a centre, in halves of the box's size
+    noise_split: float = 0.75  # share of that shift beyond which the copy counts as background
+    kept: int = 300  # boxes of a sample, before suppression
+    least_score: float = 0.0
+    centre_low: tuple[float, float, float] = (-61.2, -61.2, -10.0)  # metres; boxes with a centre outside are dropped
+    centre_high: tuple[float, float, float] = (61.2, 61.2, 10.0)
+    nms: tuple[tuple[int, float], ...] = ((5, 0.2), (6, 0.2), (9, 0.2))  # (class, IoU in bird's-eye view above which
+    # the worse box goes): barrier, motorcycle, traffic cone; the paper's ablations suppress nothing
+
+
+@dataclass(frozen=True)
 class Optim:
     """AdamW.
 

@@ -227,7 +227,7 @@ PRESETS = {
             camera=TINY_CAMERA,
             rays=TINY_RAYS,
             render=TINY_RENDER,
-            optim=TINY_OPTIM,
+            optim=replace(TINY_OPTIM, epochs=7.5),
         ),
         # The paper's ablation recipe for cameras (uvtr_cam_vs0.1_pretrain); nuScenes at 900 x 1600.
         "camera-0.1": Recipe(camera=Camera()),

@@ -1,0 +1,107 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from pyquaternion import Quaternion
+
+from tests.golden import assert_close_to_max, load
+from unipad.data.tables import _boxes
+from unipad.model.boxes import (
+    boxes_from_original,
+    boxes_to_global,
+    boxes_to_original,
+    decode_boxes,
+    encode_boxes,
+    footprint,
+)
+
+# One box that heads 30 degrees left of x, and its right and rear neighbours' yaws
+BOX = torch.tensor([[1.0, 2.0, 3.0, 2.0, 4.0, 1.5, math.pi / 6, 5.0, -6.0]], dtype=torch.float64)
+
+
+def random_boxes(n):
+    boxes = torch.randn(n, 9, dtype=torch.float64) * 10
+    boxes[:, 3:6] = 0.2 + 5 * torch.rand(n, 3, dtype=torch.float64)
+    boxes[:, 6] = (2 * torch.rand(n, dtype=torch.float64) - 1) * math.pi
+    return boxes
+
+
+def at_centre(boxes):
+    """Recorded boxes whose z is the centre's, as the coders have them, as ours."""
+    ours = boxes_from_original(boxes)
+    ours[..., 2] -= ours[..., 5] / 2
+    return ours
+
+
+def test_by_hand():
+    code = torch.tensor([[1, 2, math.log(2), math.log(4), 3, math.log(1.5), -(0.75**0.5), -0.5, 5, -6]])
+    assert torch.allclose(encode_boxes(BOX), code.double(), rtol=0, atol=1e-7)
+    original = boxes_to_original(BOX)
+    # half the height below; clockwise from -y by 360 - 30 - 90 degrees
+    assert original[0, 2] == 2.25 and original[0, 6].item() == pytest.approx(-2 * math.pi / 3)
+    assert footprint(BOX).tolist() == [[1, 2, 2, 4, math.pi / 6]]
+
+
+@pytest.mark.parametrize("yaw, original", [(-math.pi / 2, 0.0), (math.pi, math.pi / 2), (0.0, -math.pi / 2)])
+def test_the_original_turns_clockwise_from_minus_y(yaw, original):
+    box = BOX.clone()
+    box[0, 6] = yaw
+    assert boxes_to_original(box)[0, 6].item() == pytest.approx(original)
+
+
+def test_there_and_back():
+    boxes = random_boxes(50)
+    for there, back in ((encode_boxes, decode_boxes), (boxes_to_original, boxes_from_original)):
+        assert torch.allclose(back(there(boxes)), boxes, rtol=0, atol=1e-12)
+        assert back(there(boxes[:0])).shape == (0, 9)
+    stretched = encode_boxes(boxes)
+    stretched[:, 6:8] *= 3  # sin and cos that a network gave
+    assert torch.allclose(decode_boxes(stretched), boxes, rtol=0, atol=1e-12)
+
+
+def test_codes_are_the_originals():
+    arrays, _ = load("det_box_utils")
+    boxes = at_centre(arrays["in/boxes"])
+    assert_close_to_max(encode_boxes(boxes), arrays["out/normalized"], 1e-6)
+    decoded = decode_boxes(arrays["out/normalized"])
+    turned = (decoded - at_centre(arrays["out/denormalized"]))[:, 6]
+    assert torch.allclose(turned.cos(), torch.ones(40))
+    assert_close_to_max(decoded[:, [0, 1, 2, 3, 4, 5, 7, 8]], boxes[:, [0, 1, 2, 3, 4, 5, 7, 8]], 1e-6)
+
+
+def test_a_box_has_the_corners_that_the_original_gives_it():
+    """mmdet3d 0.17: corners of a box with w along x and l along y, turned clockwise by yaw'."""
+    boxes = random_boxes(20)
+    for box, original in zip(boxes, boxes_to_original(boxes), strict=True):
+        w, l, yaw = box[3], box[4], box[6]
+        ahead, left = torch.stack([yaw.cos(), yaw.sin()]), torch.stack([-yaw.sin(), yaw.cos()])
+        front_left = box[:2] + l / 2 * ahead + w / 2 * left
+        cos, sin = original[6].cos(), original[6].sin()
+        dx, dy = original[3] / 2, -original[4] / 2  # at yaw' = 0 it heads for -y, and its left is +x
+        turned = torch.stack([dx * cos + dy * sin, -dx * sin + dy * cos])
+        assert torch.allclose(original[:2] + turned, front_left, atol=1e-12)
+
+
+def test_to_global_is_the_inverse_of_reading_the_tables():
+    lidar2global = Quaternion(axis=(0.01, -0.02, 1), angle=2.2).transformation_matrix
+    lidar2global[:3, 3] = (400.0, 1100.0, 1.8)
+    boxes = random_boxes(8).float()
+    translation, size, rotation, velocity = boxes_to_global(boxes, lidar2global)
+    annotations = [
+        {"translation": t, "size": s, "rotation": r} for t, s, r in zip(translation, size, rotation, strict=True)
+    ]
+    again = _boxes(annotations, velocity, np.tile(lidar2global, (8, 1, 1)))
+    np.testing.assert_allclose(again[:, :7], boxes[:, :7], rtol=0, atol=2e-5)
+    np.testing.assert_allclose(again[:, 7:], boxes[:, 7:], rtol=0, atol=0.02)  # the LiDAR leans by 1.3 degrees
+    assert [len(t) for t in boxes_to_global(boxes[:0], lidar2global)] == [0, 0, 0, 0]
+
+
+def test_to_global_by_hand():
+    turn = np.eye(4)
+    turn[:2, :2] = [[0, -1], [1, 0]]
+    turn[:3, 3] = (10, 20, 30)
+    translation, size, rotation, velocity = boxes_to_global(BOX, turn)
+    assert translation.tolist() == [[8, 21, 33]] and size.tolist() == [[2, 4, 1.5]] and velocity.tolist() == [[6, 5]]
+    expected = Quaternion(axis=(0, 0, 1), degrees=120)
+    assert Quaternion(rotation[0]).rotation_matrix == pytest.approx(expected.rotation_matrix)

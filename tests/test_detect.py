@@ -1,0 +1,399 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from tests.golden import assert_close_to_max, load, under
+from unipad import config
+from unipad.model.boxes import boxes_from_original, boxes_to_original, encode_boxes
+from unipad.model.decoder import Dropout, SelfAttention, VolumeAttention
+from unipad.model.detect import Head, Predictions, detections, from_original
+from unipad.model.targets import assign, assignment_cost, detection_losses, draw_noise, noisy_queries
+from unipad.model.volume import ConvNormReLU3d, GatherLift
+
+GRID = config.Grid(
+    low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(5.4, 6.0, 1.6)
+)  # of the records: 20 x 18 x 5
+RECORDED = config.Detect(queries=30, layers=3, heads=4, hidden=48, dropout=0.0, kept=60)
+PLAIN = dataclasses.replace(RECORDED, denoising=False, code_weights=(1.0,) * 10, nms=())
+SMALL = config.Detect(queries=12, layers=2, heads=2, hidden=16, noise_groups=3, kept=20)
+
+
+def recorded_truth(arrays):
+    """Boxes, labels and counts of the records, as in a batch."""
+    boxes = [boxes_from_original(arrays[f"in/gt_boxes_{b}"]) for b in range(2)]
+    labels = torch.cat([arrays[f"in/gt_labels_{b}"] for b in range(2)])
+    return torch.cat(boxes), labels, torch.tensor([len(b) for b in boxes])
+
+
+def recorded_head(arrays, cfg):
+    head = Head(cfg, GRID, 32)
+    head.load_state_dict(from_original(under(arrays, "state/")))
+    return head
+
+
+def recorded_losses(arrays, name):
+    """[L] of a term of the original; it calls the last layer by no number."""
+    keys = [f"out/loss/d{l}.{name}" for l in range(2)] + [f"out/loss/{name}"]
+    return torch.stack([arrays[key].reshape(()) for key in keys])
+
+
+def assert_assigned_as_recorded(arrays, cfg, found, truth):
+    _, _, counts = truth
+    sample, query, box = assign(cfg, found.logits, found.codes, *truth)
+    first = torch.tensor([0, *counts.cumsum(0)[:-1]])
+    for l in range(3):
+        expected = torch.stack([arrays[f"out/assigned_gt_inds_{2 * l + b}"] for b in range(2)])
+        ours = torch.zeros_like(expected)
+        ours[sample, query[l]] = box[l] - first[sample] + 1
+        assert torch.equal(ours, expected), f"layer {l}"
+
+
+def assert_gradients_as_recorded(arrays, head, rel):
+    expected = from_original(under(arrays, "grad/"))
+    params = dict(head.named_parameters())
+    assert expected.keys() == params.keys()
+    _, record = load("uvtr_dn_head_train") if head.cfg.denoising else load("uvtr_head_eval")
+    noise = from_original(dict.fromkeys(k.removeprefix("grad/") for k in record["noise_only_arrays"]["arrays"]))
+    for key, param in params.items():
+        if key in noise:  # 0 but for rounding
+            assert param.grad.abs().max() < 1e-7, key
+        else:
+            assert_close_to_max(param.grad, expected[key], rel, key)
+
+
+def test_plain_head_is_the_original():
+    """From image features and depths through view transform, head, assignment and losses; and back."""
+    arrays, _ = load("uvtr_head_eval")
+    features = [arrays[f"in/feat_{i}"].requires_grad_() for i in range(2)]
+    depths = [arrays[f"in/depth_{i}"].requires_grad_() for i in range(2)]
+    height, width = arrays["in/img_shape"][0, 0, :2].tolist()
+    lift = GatherLift(GRID, config.Camera(channels=32, depth_bins=16))
+    volume = lift(
+        [f.permute(0, 1, 3, 4, 2) for f in features],
+        [d.unflatten(0, (2, 6)).permute(0, 1, 3, 4, 2) for d in depths],
+        arrays["in/lidar2img"][:, :, 0],
+        (height, width),
+    )
+    conv = ConvNormReLU3d(32, 32).eval()
+    conv.load_state_dict(under(arrays, "state/pts_bbox_head.view_trans.conv_layer.0."))
+    head = recorded_head(arrays, PLAIN).eval()
+
+    found, _ = head(conv(volume))
+    assert found.iou is None
+    assert_close_to_max(found.logits, arrays["out/all_cls_scores"], 1e-5)
+    assert_close_to_max(found.codes, arrays["out/all_bbox_preds"], 1e-5)
+    truth = recorded_truth(arrays)
+    assert_assigned_as_recorded(arrays, PLAIN, found, truth)
+    losses = detection_losses(PLAIN, found, None, None, *truth)
+    assert losses.keys() == {"class", "box"}
+    assert_close_to_max(losses["class"], recorded_losses(arrays, "loss_cls"), 1e-5)
+    assert_close_to_max(losses["box"], recorded_losses(arrays, "loss_bbox"), 1e-5)
+    sum(t.sum() for t in losses.values()).backward()
+    assert_gradients_as_recorded(arrays, head, 1e-5)
+    for i in range(2):
+        assert_close_to_max(features[i].grad, arrays[f"grad/feat_{i}"], 1e-5, f"feature {i}")
+        assert_close_to_max(depths[i].grad, arrays[f"grad/depth_{i}"], 1e-5, f"depth {i}")
+    for b, result in enumerate(detections(PLAIN, found)):
+        assert_close_to_max(result.scores, arrays[f"out/boxes_scores_{b}"], 1e-5)
+        assert torch.equal(result.labels, arrays[f"out/boxes_labels_{b}"])
+        assert_same_boxes(boxes_to_original(result.boxes), arrays[f"out/boxes_{b}"], 1e-5)
+
+
+def assert_same_boxes(boxes, expected, rel):
+    """Equal but for whole turns."""
+    apart = boxes[:, 6] - expected[:, 6]
+    assert torch.allclose(apart.cos(), torch.ones_like(apart), atol=1e-6)
+    rest = [0, 1, 2, 3, 4, 5, 7, 8]
+    assert_close_to_max(boxes[:, rest], expected[:, rest], rel)
+
+
+def test_denoising_head_is_the_original():
+    arrays, _ = load("uvtr_dn_head_train")
+    head = recorded_head(arrays, RECORDED)
+    volume = arrays["in/pts_feats"].requires_grad_()
+    boxes, labels, counts = truth = recorded_truth(arrays)
+    noise = arrays["in/rand_0"].view(6, 8, 3)
+    noisy = noisy_queries(RECORDED, GRID, boxes, labels, counts, noise)
+    assert_close_to_max(noisy.references, arrays["out/dn_padded_reference_points"][:, :30], 1e-6)
+    assert torch.equal(noisy.blocked, arrays["out/dn_attn_mask"])
+    assert torch.equal(noisy.labels.flatten(), arrays["out/dn_known_labels"])
+    assert torch.equal(noisy.slot.flatten(), arrays["out/dn_map_known_indice"])
+    assert torch.equal(noisy.sample.repeat(6), arrays["out/dn_known_bid"])
+
+    found, noisy_found = head(volume, noisy)
+    for ours, prefix in ((found, "out/"), (noisy_found, "out/dn_")):
+        assert_close_to_max(ours.logits, arrays[f"{prefix}all_cls_scores"], 1e-5)
+        assert_close_to_max(ours.codes, arrays[f"{prefix}all_bbox_preds"], 1e-5)
+        assert_close_to_max(ours.iou[..., None], arrays[f"{prefix}all_iou_preds"], 1e-5)
+    assert_assigned_as_recorded(arrays, RECORDED, found, truth)
+    losses = detection_losses(RECORDED, found, noisy_found, noisy, *truth)
+    for name, term in {"class": "loss_cls", "box": "loss_bbox", "iou": "loss_iou"}.items():
+        rel = 1e-4 if name == "iou" else 1e-5  # in fp32 an IoU is good to 1e-5
+        assert_close_to_max(losses[name], recorded_losses(arrays, term), rel, name)
+        assert_close_to_max(losses[f"noisy_{name}"], recorded_losses(arrays, f"dn_{term}"), rel, f"noisy_{name}")
+    sums = head.losses(volume, *truth, generators=None, noise=noise)
+    assert_close_to_max(sum(sums.values()), arrays["out/total_loss"][0], 1e-5)
+    sum(sums.values()).backward()
+    assert_gradients_as_recorded(arrays, head, 1e-5)
+    assert_close_to_max(volume.grad, arrays["grad/pts_feats"], 1e-5, "volume")
+
+
+@pytest.mark.parametrize("weights, name", [(RECORDED.code_weights, "cw"), (PLAIN.code_weights, "nocw")])
+def test_assignment_is_the_originals(weights, name):
+    arrays, _ = load("det_box_utils")
+    cfg = dataclasses.replace(RECORDED, code_weights=weights)
+    boxes = boxes_from_original(arrays["in/assign_gt_boxes_gravity_centre"])
+    boxes[:, 2] -= boxes[:, 5] / 2  # z is the centre's already
+    logits, codes = arrays["in/coder_cls"][-1:, :1], arrays["in/coder_box"][-1:, :1]
+    truth = boxes, arrays["in/assign_gt_labels"], [7]
+    expected = arrays[f"out/assign_{name}_cls_cost"] + arrays[f"out/assign_{name}_reg_cost"]
+    assert_close_to_max(assignment_cost(cfg, logits, codes, *truth)[0, 0], expected, 1e-5)
+    _, query, box = assign(cfg, logits, codes, *truth)
+    ours = torch.zeros(25, dtype=torch.int64)
+    ours[query[0]] = box[0] + 1
+    assert torch.equal(ours, arrays[f"out/assign_{name}_gt_inds"])
+
+
+@pytest.mark.parametrize("denoising, name", [(False, "nmsfree"), (True, "nmsfreeiou")])
+@pytest.mark.parametrize("suffix", ["", "_thr"])
+def test_detections_are_the_originals(denoising, name, suffix):
+    arrays, _ = load("det_box_utils")
+    least = 0.0 if not suffix else 0.4 if denoising else 0.6
+    cfg = dataclasses.replace(RECORDED if denoising else PLAIN, kept=80, least_score=least)
+    found = Predictions(arrays["in/coder_cls"], arrays["in/coder_box"], arrays["in/coder_iou"][..., 0])
+    found = found if denoising else dataclasses.replace(found, iou=None)
+    for b, result in enumerate(detections(cfg, found)):
+        boxes = boxes_to_original(result.boxes)
+        boxes[:, 2] += boxes[:, 5] / 2
+        assert_close_to_max(result.scores, arrays[f"out/{name}{suffix}_{b}_scores"], 1e-6)
+        assert torch.equal(result.labels, arrays[f"out/{name}{suffix}_{b}_labels"])
+        assert_same_boxes(boxes, arrays[f"out/{name}{suffix}_{b}_bboxes"], 1e-6)
+
+
+def test_full_size():
+    """As many weights as final_uvtr_fusion_vs0.075_finetune and abl_uvtr_cam_vs0.1_finetune have in their heads."""
+    with torch.device("meta"):
+        head = Head(config.Detect(), config.GRID_075, 256)
+        plain = Head(config.Detect(denoising=False), config.Grid(), 128)
+    assert sum(p.numel() for p in head.parameters()) == 6_445_584
+    assert sum(p.numel() for p in plain.parameters()) == 2_041_857
+
+
+def test_names_that_are_not_the_heads_are_left_out():
+    arrays, _ = load("uvtr_head_eval")
+    state = under(arrays, "state/") | {"pts_neck.layers.0.weight": torch.zeros(1)}
+    assert any("view_trans" in key for key in state) and "pts_bbox_head.code_weights" in state
+    assert from_original(state).keys() == Head(PLAIN, GRID, 32).state_dict().keys()
+
+
+def some_boxes(counts):
+    """Boxes all over the range, labels and counts."""
+    M = sum(counts)
+    boxes = torch.zeros(M, 9)
+    boxes[:, :3] = torch.tensor(GRID.low) + torch.rand(M, 3) * (torch.tensor(GRID.high) - torch.tensor(GRID.low))
+    boxes[:, 3:6] = 1 + 3 * torch.rand(M, 3)
+    boxes[:, 6:] = torch.randn(M, 3)
+    return boxes, torch.randint(10, (M,)), torch.tensor(counts)
+
+
+def seeded(*seeds):
+    return [torch.Generator().manual_seed(s) for s in seeds]
+
+
+@pytest.mark.parametrize("denoising", [False, True])
+@pytest.mark.parametrize("counts", [[3, 0], [0, 0], [0, 2], [1, 14]])
+def test_frames_without_and_with_too_many_boxes(counts, denoising):
+    """14 boxes are more than queries: none is copied with noise, and all queries are assigned."""
+    head = Head(dataclasses.replace(SMALL, denoising=denoising), GRID, 8)
+    losses = head.losses(torch.randn(2, 8, 2, 3, 4), *some_boxes(counts), seeded(0, 1))
+    names = {"class", "box"} | ({"iou", "noisy_class", "noisy_box", "noisy_iou"} if denoising else set())
+    assert losses.keys() == names
+    assert all(torch.isfinite(value) and value.dim() == 0 for value in losses.values())
+    assert (losses["box"] > 0) == (sum(counts) > 0)
+    if denoising:
+        assert (losses["noisy_box"] > 0) == (0 < max(counts) <= 12)
+    sum(losses.values()).backward()
+    for key, param in head.named_parameters():  # distributed training waits for all of them
+        assert param.grad is not None and torch.isfinite(param.grad).all(), key
+
+
+def test_a_step_is_a_function_of_its_generators():
+    head = Head(SMALL, GRID, 8)
+    volume, truth = torch.randn(2, 8, 2, 3, 4), some_boxes([3, 2])
+    losses = [
+        torch.stack([*head.losses(volume, *truth, seeded(*seeds)).values()]) for seeds in ((0, 1), (0, 1), (0, 2))
+    ]
+    assert torch.equal(losses[0], losses[1])
+    assert (losses[0] != losses[2]).all()
+
+
+def test_noise_of_a_sample_does_not_depend_on_the_others():
+    both, second = draw_noise(SMALL, [3, 2], seeded(0, 1)), draw_noise(SMALL, [2], seeded(1))
+    assert both.shape == (3, 5, 3) and torch.equal(both[:, 3:], second)
+
+
+def test_samples_do_not_see_each_other():
+    head = Head(SMALL, GRID, 8)
+    volume = torch.randn(3, 8, 2, 3, 4)
+    together, _ = head(volume, generators=seeded(0, 1, 2))
+    alone, _ = head(volume[1:2], generators=seeded(1))
+    for name in ("logits", "codes", "iou"):
+        assert torch.allclose(getattr(together, name)[:, 1:2], getattr(alone, name), rtol=1e-5, atol=1e-5), name
+
+
+def test_noisy_queries_do_not_change_the_others():
+    head = Head(SMALL, GRID, 8)
+    volume, (boxes, labels, counts) = torch.randn(2, 8, 2, 3, 4), some_boxes([3, 2])
+    noisy = noisy_queries(SMALL, GRID, boxes, labels, counts, torch.rand(3, 5, 3))
+    assert len(noisy) == 9
+    (beside, copies), (alone, none) = head(volume, noisy), head(volume)
+    assert torch.allclose(beside.codes, alone.codes, rtol=1e-5, atol=1e-5) and none is None
+    assert copies.codes.shape == (2, 2, 9, 10) and copies.iou.shape == (2, 2, 9)
+
+
+def test_noisy_queries_by_hand():
+    """A box of 2 x 4 x 1 m in the middle of the range; noise 0.5 leaves it there, 1 shifts it by half its size."""
+    boxes = torch.tensor([[0.0, 0, -1, 2, 4, 1, 0.3, 0, 0], [53.5, 0, -1, 2, 4, 1, 0.3, 0, 0]])
+    noise = torch.tensor([[0.5, 0.5, 0.5], [1.0, 0.5, 0.5]]).expand(2, 2, 3)
+    noisy = noisy_queries(dataclasses.replace(SMALL, noise_groups=2), GRID, boxes, torch.tensor([4, 7]), [2, 0], noise)
+    middle = torch.tensor([0.5, 0.5, 0.5])
+    expected = torch.stack([middle, torch.tensor([1.0, 0.5, 0.5])] * 2)  # 54.5 m is outside: at the border
+    assert torch.allclose(noisy.references[0], expected) and (noisy.references[1] == 0).all()
+    assert noisy.labels.tolist() == [[4, 10], [4, 10]]  # so far off it is background
+    assert noisy.slot.tolist() == [[0, 1], [2, 3]] and noisy.sample.tolist() == [0, 0]
+
+
+def test_assignment_by_hand():
+    """Two boxes and three queries: one query hits a box, one has the other's class, the third is nothing."""
+    boxes, _, _ = some_boxes([2])
+    codes = encode_boxes(boxes[[1, 0, 0]])[None, None].clone()
+    codes[..., 2, :] += 1
+    logits = torch.full((1, 1, 3, 10), -4.0)
+    logits[0, 0, 2, 3] = 4.0
+    cfg = dataclasses.replace(SMALL, class_weight=0.0)
+    assert [t.tolist() for t in assign(cfg, logits, codes, boxes, torch.tensor([3, 5]), [2])] == [
+        [0, 0],
+        [[0, 1]],
+        [[1, 0]],
+    ]
+    cfg = dataclasses.replace(SMALL, class_weight=100.0)
+    assert [t.tolist() for t in assign(cfg, logits, codes, boxes, torch.tensor([3, 5]), [2])] == [
+        [0, 0],
+        [[0, 2]],
+        [[1, 0]],
+    ]
+
+
+def test_losses_by_hand():
+    """One box, two queries; the first is assigned: off by 0.5 m in x and by 1 m/s, IoU guessed as 0.5."""
+    box = torch.tensor([[1.0, 2.0, 0.0, 2.0, 4.0, 1.5, 0.0, 0.0, 0.0]])
+    codes = encode_boxes(box).repeat(1, 1, 2, 1)  # [1, 1, 2, 10]
+    codes[0, 0, 0, 0] += 0.5
+    codes[0, 0, 0, 8] += 1.0
+    codes[0, 0, 1, :2] += 20
+    logits = torch.zeros(1, 1, 2, 10)
+    found = Predictions(logits, codes, torch.zeros(1, 1, 2))
+    losses = detection_losses(SMALL, found, None, None, box, torch.tensor([2]), [1])
+    # every entry is undecided: cross entropy ln 2 times 1 / 2 ^ 2; of it 1/4 for the one class, 3/4 for 19 others
+    assert losses["class"].item() == pytest.approx(2 * math.log(2) / 4 * (0.25 + 19 * 0.75))
+    assert losses["box"].item() == pytest.approx(0.25 * (2 * 0.5 + 0.2 * 1))
+    overlap = 3.5 / (8 - 3.5)
+    assert losses["iou"].item() == pytest.approx(0.5 * abs(0 - (2 * overlap - 1)), rel=1e-4)
+
+
+def test_what_is_not_finite_neither_raises_nor_spreads():
+    boxes, labels, _ = some_boxes([2])
+    boxes[1, 7], boxes[0, 3] = torch.nan, 0.0  # of unknown speed; without a width
+    codes = torch.randn(1, 1, 4, 10)
+    found = Predictions(torch.randn(1, 1, 4, 10), codes, torch.zeros(1, 1, 4))
+    losses = detection_losses(SMALL, found, None, None, boxes, labels, [2])
+    assert all(torch.isfinite(value).all() for value in losses.values()) and losses["box"] == 0
+    sample, query, box = assign(SMALL, found.logits * torch.nan, codes, boxes, labels, [2])
+    assert sorted(box[0].tolist()) == [0, 1]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_is_torchs(masked):
+    ours, torchs = SelfAttention(8, 2), torch.nn.MultiheadAttention(8, 2, batch_first=True)
+    torchs.load_state_dict({k.replace("in_proj.", "in_proj_"): v for k, v in ours.state_dict().items()})
+    x, place = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    blocked = torch.rand(5, 5) > 0.6 if masked else None
+    if masked:
+        blocked.fill_diagonal_(False)
+    expected, _ = torchs(x + place, x + place, x, attn_mask=blocked)
+    assert torch.allclose(ours(x, place, blocked, Dropout()), expected, atol=1e-6)
+    # written out, as it is where something may drop
+    assert torch.allclose(ours(x, place, blocked, Dropout(1e-12, seeded(0, 1))), expected, atol=1e-6)
+
+
+def test_the_volume_is_seen_where_grid_sample_sees_it():
+    look = VolumeAttention(6)
+    volume, reference = torch.randn(2, 6, 3, 4, 5), 4 * torch.randn(2, 40, 3)
+    at = (2 * reference.sigmoid() - 1)[:, None, None]
+    expected = torch.nn.functional.grid_sample(volume, at, align_corners=False)[:, :, 0, 0].transpose(1, 2)
+    x = torch.zeros(2, 40, 6)  # whose gate is half open
+    expected = torch.nn.functional.linear(expected / 2, look.output_proj.weight)
+    assert torch.allclose(look(x, reference, volume.permute(0, 2, 3, 4, 1)), expected, atol=1e-6)
+
+
+def test_dropout_is_drawn_for_each_sample_and_keeps_the_mean():
+    x = torch.ones(2, 300, 40)
+    dropped = Dropout(0.25, seeded(0, 1))(x)
+    assert set(dropped.unique().tolist()) == {0.0, 1 / 0.75}
+    assert dropped.mean().item() == pytest.approx(1, abs=0.02)
+    assert torch.equal(dropped[1:], Dropout(0.25, seeded(1))(x[1:])) and not torch.equal(dropped[0], dropped[1])
+    assert Dropout(0.25)(x) is x and Dropout(0.0, seeded(0, 1))(x) is x
+
+
+def test_nothing_is_dropped_outside_training():
+    head = Head(SMALL, GRID, 8).eval()
+    volume = torch.randn(1, 8, 2, 3, 4)
+    assert torch.equal(head(volume, generators=seeded(0))[0].codes, head(volume)[0].codes)
+
+
+def test_half_precision_changes_the_volume_only():
+    head = Head(SMALL, GRID, 8)
+    volume = torch.randn(1, 8, 2, 3, 4).bfloat16()
+    plain, _ = head(volume.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = head(volume)
+    assert found.codes.dtype == torch.float32
+    assert torch.allclose(found.codes, plain.codes, rtol=1e-5, atol=1e-4)
+
+
+def test_only_chosen_classes_are_suppressed_and_only_places_in_range_stay():
+    """Twins of class 0 and of class 5, each also a metre beside; the last box is beyond the range."""
+    boxes = torch.zeros(1, 1, 5, 9)
+    boxes[..., 3:6] = 4.0
+    boxes[..., [1, 3], 0] = 1.0
+    boxes[..., 4, 0] = 70.0
+    logits = torch.full((1, 1, 5, 10), -20.0)
+    for query, (label, logit) in enumerate([(0, 3.0), (0, 2.0), (5, 1.0), (5, 2.5), (1, 4.0)]):
+        logits[0, 0, query, label] = logit
+    (found,) = detections(dataclasses.replace(SMALL, kept=5), Predictions(logits, encode_boxes(boxes), None))
+    assert found.labels.tolist() == [0, 5, 0] and found.boxes[:, 0].tolist() == [0, 1, 1]
+    assert found.scores.tolist() == torch.tensor([3.0, 2.5, 2.0]).sigmoid().tolist()
+    (none,) = detections(dataclasses.replace(SMALL, least_score=0.99), Predictions(logits, encode_boxes(boxes), None))
+    assert none.boxes.shape == (0, 9)
+
+
+def test_a_head_learns_to_find_boxes():
+    """Boxes that the volume shows: after a few steps each is found, where it is and as what it is."""
+    cfg = dataclasses.replace(SMALL, queries=20, dropout=0.0)
+    head, (boxes, labels, counts) = Head(cfg, GRID, 16), some_boxes([3, 2])
+    volume = torch.randn(2, 16, 3, 6, 6)
+    optimiser = torch.optim.AdamW(head.parameters(), 3e-3)
+    for step in range(150):
+        losses = head.losses(volume, boxes, labels, counts, seeded(step, 1000 + step))
+        optimiser.zero_grad()
+        sum(losses.values()).backward()
+        torch.nn.utils.clip_grad_norm_(head.parameters(), 35.0)
+        optimiser.step()
+    found = detections(cfg, head.eval()(volume)[0])
+    for result, truth, kinds in zip(found, boxes.split(counts.tolist()), labels.split(counts.tolist()), strict=True):
+        best = result.boxes[: len(truth), :2]
+        apart = torch.cdist(truth[:, :2], best)
+        assert (apart.amin(dim=1) < 4).all(), apart
+        assert sorted(result.labels[: len(truth)].tolist()) == sorted(kinds.tolist())

@@ -1,0 +1,211 @@
+"""What the detection head is told: which query should have found which box, and how far off it is.
+
+Boxes and labels of all samples stand one after the other, as in `Batch`; `counts` says how many each sample has, and 0
+is fine. All layers of the decoder are assigned and compared at once.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from kernels.rotated_iou import paired_iou_3d
+from unipad.model.boxes import decode_boxes, encode_boxes
+
+COMPARED = 8  # entries of a code that the assignment looks at: all but the velocity
+IMPOSSIBLE = 1e8  # cost instead of one that is not finite
+
+
+@dataclass(frozen=True)
+class Noisy:
+    """Ground truth with noise, as queries that are to be turned back into it (denoising, arXiv 2203.01305).
+
+    There are G groups of P slots in every sample; sample b uses the first n_b of each group, M = sum of n_b.
+    """
+
+    references: Tensor  # [B, G * P, 3] share of the range, in [0, 1]; 0 in slots that are not used
+    blocked: Tensor  # [G * P + Q, G * P + Q] bool: groups do not see each other, and the Q queries see none of them
+    sample: Tensor  # [M] int64
+    slot: Tensor  # [G, M] int64
+    boxes: Tensor  # [M, 9]
+    labels: Tensor  # [G, M] int64; the number of classes, which is the background, where the noise is large
+
+    def __len__(self):
+        """Queries a sample."""
+        return self.references.shape[1]
+
+
+def draw_noise(cfg, counts, generators):
+    """[groups, M, 3] uniform in [0, 1) for `noisy_queries`; what a sample gets does not depend on the others."""
+    draws = [torch.rand(cfg.noise_groups, n, 3, generator=g, device=g.device) for n, g in _zip(counts, generators)]
+    return torch.cat(draws, dim=1)
+
+
+def noisy_queries(cfg, grid, boxes, labels, counts, noise):
+    """Ground truth with its centres moved, at most by half of w, l, h along x, y, z.
+
+    Args:
+        cfg:    `config.Detect`.
+        grid:   `config.Grid`, whose range the references are a share of.
+        boxes:  [M, 9] ours; labels: [M] int64; counts: B numbers on the host.
+        noise:  [groups, M, 3] uniform in [0, 1); the last groups are not used where a sample has many boxes.
+
+    Returns `Noisy`.
+    """
+    sample, slot = _rows(counts, boxes.device)
+    P = max([int(n) for n in counts], default=0)
+    G = min(cfg.noise_groups, cfg.queries // P) if P else 0
+    low, high = boxes.new_tensor(grid.low), boxes.new_tensor(grid.high)
+    shift = noise[:G] * 2 - 1  # [G, M, 3]
+    centre = boxes[:, :3] + shift * (cfg.noise_scale / 2) * boxes[:, 3:6]
+    slot = slot + P * torch.arange(G, device=boxes.device)[:, None]  # [G, M]
+    references = boxes.new_zeros(len(counts), G * P, 3)
+    references[sample.expand_as(slot), slot] = ((centre - low) / (high - low)).clamp(0, 1)
+
+    group = torch.arange(G, device=boxes.device).repeat_interleave(P)
+    group = F.pad(group, (0, cfg.queries), value=-1)  # [G * P + Q]
+    blocked = (group[:, None] != group) & (group >= 0)
+    labels = torch.where(shift.norm(dim=-1) > cfg.noise_split, cfg.classes, labels)
+    return Noisy(references, blocked, sample, slot, boxes, labels)
+
+
+@torch.no_grad()
+def assign(cfg, logits, codes, boxes, labels, counts):
+    """The cheapest one-to-one assignment of boxes to queries, in every layer and sample (Hungarian method).
+
+    cost = class_weight * (focal loss with the box's class - without it) + box_weight * sum of |weighted code - box's|
+
+    Args:
+        cfg:    `config.Detect`.
+        logits: [L, B, Q, K]; codes: [L, B, Q, 10].
+        boxes:  [M, 9] ours; labels: [M]; counts: B numbers on the host.
+
+    Returns (sample [N], query [L, N], box [L, N]) int64, on the device of `logits`: query and row of `boxes` that
+    belong together; N = sum over samples of min(Q, n_b).
+    """
+    L, B, Q, _ = logits.shape
+    counts = [int(n) for n in counts]
+    cost = assignment_cost(cfg, logits, codes, boxes, labels, counts)
+    # NaN would raise here; the loss is not finite then either, and whoever steps knows what to do about it
+    cost = np.nan_to_num(cost.cpu().numpy(), nan=IMPOSSIBLE, posinf=IMPOSSIBLE, neginf=-IMPOSSIBLE)
+    found = [np.zeros((2, L, 0), np.int64)]  # (query, box)
+    first = 0
+    for b, n in enumerate(counts):
+        pairs = np.array([linear_sum_assignment(cost[l, b, :, :n]) for l in range(L)], np.int64)  # [L, 2, min(Q, n)]
+        pairs[:, 1] += first
+        found.append(pairs.transpose(1, 0, 2))
+        first += n
+    sample = np.repeat(np.arange(B), [min(Q, n) for n in counts])
+    query, box = np.concatenate(found, axis=2)
+    return tuple(torch.from_numpy(t).to(logits.device) for t in (sample, query, box))
+
+
+def assignment_cost(cfg, logits, codes, boxes, labels, counts):
+    """[L, B, Q, P] what it costs to assign each of a sample's boxes to a query; only the first n_b of P count."""
+    sample, slot = _rows(counts, boxes.device)
+    P = max([int(n) for n in counts], default=0)
+    of_box = labels.new_zeros(len(counts), P)
+    target = codes.new_zeros(len(counts), P, COMPARED)
+    of_box[sample, slot] = labels
+    target[sample, slot] = encode_boxes(boxes)[:, :COMPARED]
+
+    share = logits.sigmoid()
+    present = -(share + 1e-12).log() * cfg.focal_alpha * (1 - share) ** cfg.focal_gamma
+    absent = -(1 - share + 1e-12).log() * (1 - cfg.focal_alpha) * share**cfg.focal_gamma
+    of_class = present - absent  # [L, B, Q, K]
+    of_class = of_class.gather(-1, of_box[None, :, None].expand(*of_class.shape[:3], P))  # [L, B, Q, P]
+    weights = codes.new_tensor(cfg.code_weights[:COMPARED])
+    of_code = torch.cdist(codes[..., :COMPARED] * weights, target * weights, p=1)
+    return cfg.class_weight * of_class + cfg.box_weight * of_code
+
+
+def detection_losses(cfg, found, noisy_found, noisy, boxes, labels, counts):
+    """The head's losses.
+
+    Args:
+        cfg:         `config.Detect`.
+        found:       `Predictions` of the queries.
+        noisy_found: `Predictions` of the noisy ground truth `noisy`; None for both: the head does not denoise.
+        boxes:       [M, 9] ours; labels: [M]; counts: B numbers on the host.
+
+    Returns dict of name -> [L] weighted loss of each layer, in sums over queries
+        class        focal loss over all queries, per assigned box
+        box          |code - box's code|, weighted entry by entry, of assigned queries, per assigned box
+        iou          |iou - (2 IoU - 1)| of assigned queries that overlap their box, per such query (with an IoU branch)
+        noisy_*      the same of the noisy queries; `noisy_class` per expected query that is not background
+    Numbers of boxes are means over all processes, as the original has them. Without boxes the losses of box and IoU
+    are 0, with a gradient of 0 for every weight.
+    """
+    sample, query, box = assign(cfg, found.logits, found.codes, boxes, labels, counts)
+    layer = torch.arange(len(query), device=query.device)[:, None]  # [L, 1]
+    kinds = torch.full(found.logits.shape[:3], cfg.classes, device=labels.device)  # [L, B, Q]
+    kinds[layer, sample, query] = labels[box]
+    numbers = [query.shape[1]] if noisy is None else [query.shape[1], noisy.slot.numel()]
+    assigned, *denoised = _mean_over_processes(numbers, boxes).clamp(min=1)
+
+    losses = {"class": cfg.class_weight * _focal(cfg, found.logits, kinds).sum(dim=(1, 2)) / assigned}
+    losses |= _box_losses(cfg, found, (layer, sample, query), boxes[box], assigned)
+    if noisy is not None:
+        sample, slot = noisy.sample.repeat(len(noisy.slot)), noisy.slot.flatten()  # [G * M]
+        # so many stay foreground: a ball of radius `noise_split` in a cube of edge 2
+        near = max(noisy.slot.numel() * math.pi / 6 * cfg.noise_split**3, 1.0)
+        logits, kinds = noisy_found.logits[:, sample, slot], noisy.labels.flatten().expand(len(layer), -1)
+        terms = {"class": cfg.class_weight * _focal(cfg, logits, kinds).sum(dim=1) / near}
+        truth = noisy.boxes.repeat(len(noisy.slot), 1)
+        terms |= _box_losses(cfg, noisy_found, (layer, sample, slot), truth, *denoised)
+        losses |= {f"noisy_{name}": cfg.noise_weight * value for name, value in terms.items()}
+    return losses
+
+
+def _focal(cfg, logits, kinds):
+    """Focal loss (arXiv 1708.02002) of [..., K] logits against classes [...], K = none of them; summed over K."""
+    truth = (kinds[..., None] == torch.arange(cfg.classes, device=kinds.device)).to(logits.dtype)
+    share = logits.sigmoid()
+    wrong = truth * (1 - share) + (1 - truth) * share
+    weight = (truth * cfg.focal_alpha + (1 - truth) * (1 - cfg.focal_alpha)) * wrong**cfg.focal_gamma
+    return (weight * F.binary_cross_entropy_with_logits(logits, truth, reduction="none")).sum(dim=-1)
+
+
+def _box_losses(cfg, found, at, boxes, count):
+    """Losses of codes and IoUs of the predictions `at` (layer, sample, query) against boxes [L, N, 9] or [N, 9]."""
+    codes = found.codes[at]  # [L, N, 10]
+    target = encode_boxes(boxes).expand_as(codes)
+    # a box without a size or with a velocity that nobody knows teaches nothing
+    known = target.isfinite().all(dim=-1, keepdim=True)
+    error = (codes - torch.where(known, target, 0)).abs() * known
+    losses = {"box": cfg.box_weight * (error * codes.new_tensor(cfg.code_weights)).sum(dim=(1, 2)) / count}
+    if found.iou is not None:
+        guess = decode_boxes(codes.detach())[..., :7]
+        with torch.no_grad():
+            overlap = paired_iou_3d(guess.flatten(0, 1), boxes[..., :7].expand_as(guess).flatten(0, 1))
+        overlap = overlap.view(codes.shape[:2])  # [L, N]
+        hits = (overlap > 0) & known[..., 0]  # also not where a size overflows
+        error = (found.iou[at] - (2 * torch.where(hits, overlap, 0) - 1)).abs() * hits
+        losses["iou"] = cfg.iou_weight * error.sum(dim=1) / hits.sum(dim=1).clamp(min=1)
+    return losses
+
+
+def _rows(counts, device):
+    """Sample and place in it, [M] int64 each, of boxes that stand one after the other."""
+    counts = [int(n) for n in counts]
+    sample = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
+    slot = torch.cat([torch.arange(n) for n in counts]) if counts else sample
+    return sample.to(device), slot.to(device)
+
+
+def _zip(counts, generators):
+    return zip([int(n) for n in counts], generators, strict=True)
+
+
+def _mean_over_processes(numbers, like):
+    """[len(numbers)] of the type and on the device of `like`."""
+    mean = like.new_tensor(numbers)
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(mean)
+        mean /= dist.get_world_size()
+    return mean

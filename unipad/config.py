@@ -141,8 +141,8 @@ class Detect:
     least_score: float = 0.0
     centre_low: tuple[float, float, float] = (-61.2, -61.2, -10.0)  # metres; boxes with a centre outside are dropped
     centre_high: tuple[float, float, float] = (61.2, 61.2, 10.0)
-    nms: tuple[tuple[int, float], ...] = ((5, 0.2), (6, 0.2), (9, 0.2))  # (class, IoU in bird's-eye view above which
-    # the worse box goes): barrier, motorcycle, traffic cone; the paper's ablations suppress nothing
+    # (class, IoU from above beyond which the worse box goes): barrier, motorcycle, traffic cone; none in the ablations
+    nms: tuple[tuple[int, float], ...] = ((5, 0.2), (6, 0.2), (9, 0.2))
 
 
 @dataclass(frozen=True)

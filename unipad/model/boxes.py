@@ -61,7 +61,7 @@ def boxes_to_global(boxes, lidar2global):
     boxes, turn = np.asarray(boxes, np.float64), lidar2global[:3, :3]
     if not len(boxes):  # scipy makes no rotation of none
         return np.zeros((0, 3)), np.zeros((0, 3)), np.zeros((0, 4)), np.zeros((0, 2))
-    rotation = Rotation.from_matrix(turn) * Rotation.from_euler("z", boxes[:, 6])
+    rotation = Rotation.from_matrix(turn) * Rotation.from_euler("z", boxes[:, 6:7])
     translation = boxes[:, :3] @ turn.T + lidar2global[:3, 3]
     velocity = boxes[:, 7:] @ turn[:2, :2].T  # a box has none along the LiDAR's z
     return translation, boxes[:, 3:6].copy(), rotation.as_quat()[:, [3, 0, 1, 2]], velocity

@@ -143,7 +143,7 @@ class Head(nn.Module):
         Returns dict of name -> weighted value, summed over the layers: class, box, and with denoising iou,
         noisy_class, noisy_box, noisy_iou; see `detection_losses`.
         """
-        noisy = None
+        noisy, counts = None, counts.tolist()
         if self.cfg.denoising:
             noise = draw_noise(self.cfg, counts, generators) if noise is None else noise
             noisy = noisy_queries(self.cfg, self.grid, boxes, labels, counts, noise)

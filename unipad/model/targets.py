@@ -1,7 +1,7 @@
 """What the detection head is told: which query should have found which box, and how far off it is.
 
-Boxes and labels of all samples stand one after the other, as in `Batch`; `counts` says how many each sample has, and 0
-is fine. All layers of the decoder are assigned and compared at once.
+Boxes and labels of all samples stand one after the other, as in `Batch`; `counts`, a list of ints, says how many each
+sample has, and 0 is fine. All layers of the decoder are assigned and compared at once.
 """
 
 import math
@@ -42,7 +42,8 @@ class Noisy:
 
 def draw_noise(cfg, counts, generators):
     """[groups, M, 3] uniform in [0, 1) for `noisy_queries`; what a sample gets does not depend on the others."""
-    draws = [torch.rand(cfg.noise_groups, n, 3, generator=g, device=g.device) for n, g in _zip(counts, generators)]
+    pairs = zip(counts, generators, strict=True)
+    draws = [torch.rand(cfg.noise_groups, n, 3, generator=g, device=g.device) for n, g in pairs]
     return torch.cat(draws, dim=1)
 
 
@@ -52,13 +53,13 @@ def noisy_queries(cfg, grid, boxes, labels, counts, noise):
     Args:
         cfg:    `config.Detect`.
         grid:   `config.Grid`, whose range the references are a share of.
-        boxes:  [M, 9] ours; labels: [M] int64; counts: B numbers on the host.
+        boxes:  [M, 9] ours; labels: [M] int64; counts: B ints.
         noise:  [groups, M, 3] uniform in [0, 1); the last groups are not used where a sample has many boxes.
 
     Returns `Noisy`.
     """
     sample, slot = _rows(counts, boxes.device)
-    P = max([int(n) for n in counts], default=0)
+    P = max(counts, default=0)
     G = min(cfg.noise_groups, cfg.queries // P) if P else 0
     low, high = boxes.new_tensor(grid.low), boxes.new_tensor(grid.high)
     shift = noise[:G] * 2 - 1  # [G, M, 3]
@@ -83,13 +84,12 @@ def assign(cfg, logits, codes, boxes, labels, counts):
     Args:
         cfg:    `config.Detect`.
         logits: [L, B, Q, K]; codes: [L, B, Q, 10].
-        boxes:  [M, 9] ours; labels: [M]; counts: B numbers on the host.
+        boxes:  [M, 9] ours; labels: [M]; counts: B ints.
 
     Returns (sample [N], query [L, N], box [L, N]) int64, on the device of `logits`: query and row of `boxes` that
     belong together; N = sum over samples of min(Q, n_b).
     """
     L, B, Q, _ = logits.shape
-    counts = [int(n) for n in counts]
     cost = assignment_cost(cfg, logits, codes, boxes, labels, counts)
     # NaN would raise here; the loss is not finite then either, and whoever steps knows what to do about it
     cost = np.nan_to_num(cost.cpu().numpy(), nan=IMPOSSIBLE, posinf=IMPOSSIBLE, neginf=-IMPOSSIBLE)
@@ -108,7 +108,7 @@ def assign(cfg, logits, codes, boxes, labels, counts):
 def assignment_cost(cfg, logits, codes, boxes, labels, counts):
     """[L, B, Q, P] what it costs to assign each of a sample's boxes to a query; only the first n_b of P count."""
     sample, slot = _rows(counts, boxes.device)
-    P = max([int(n) for n in counts], default=0)
+    P = max(counts, default=0)
     of_box = labels.new_zeros(len(counts), P)
     target = codes.new_zeros(len(counts), P, COMPARED)
     of_box[sample, slot] = labels
@@ -131,7 +131,7 @@ def detection_losses(cfg, found, noisy_found, noisy, boxes, labels, counts):
         cfg:         `config.Detect`.
         found:       `Predictions` of the queries.
         noisy_found: `Predictions` of the noisy ground truth `noisy`; None for both: the head does not denoise.
-        boxes:       [M, 9] ours; labels: [M]; counts: B numbers on the host.
+        boxes:       [M, 9] ours; labels: [M]; counts: B ints.
 
     Returns dict of name -> [L] weighted loss of each layer, in sums over queries
         class        focal loss over all queries, per assigned box
@@ -192,14 +192,9 @@ def _box_losses(cfg, found, at, boxes, count):
 
 def _rows(counts, device):
     """Sample and place in it, [M] int64 each, of boxes that stand one after the other."""
-    counts = [int(n) for n in counts]
-    sample = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
-    slot = torch.cat([torch.arange(n) for n in counts]) if counts else sample
+    sample = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    slot = torch.cat([torch.arange(n) for n in counts])
     return sample.to(device), slot.to(device)
-
-
-def _zip(counts, generators):
-    return zip([int(n) for n in counts], generators, strict=True)
 
 
 def _mean_over_processes(numbers, like):

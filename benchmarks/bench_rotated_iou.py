@@ -1,0 +1,133 @@
+"""IoU of turned boxes and NMS: kernels, references, and what others do.   python -m benchmarks.bench_rotated_iou
+
+Peers: intersections and enclosed corners sorted by angle, as the known CUDA kernels do it, in eager PyTorch; NMS row by
+row over the matrix; on a CPU shapely, if it is installed.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.harness import DEVICE, Case, compare
+from kernels.rotated_iou import (
+    paired_iou_3d,
+    paired_iou_3d_ref,
+    rotated_iou_bev,
+    rotated_iou_bev_ref,
+    rotated_nms,
+    rotated_nms_ref,
+)
+
+# N, M. UniPAD: 300 decoded boxes; 900 queries and the boxes of a busy frame; then a matrix that fills a GPU
+GPU_SIZES = [(300, 300), (900, 100), (4096, 4096)]
+CPU_SIZES = [(300, 300), (900, 100)]
+# boxes; 300 are decoded, 3000 are what test-time augmentation merges
+GPU_NMS = [300, 1000, 3000, 10000]
+CPU_NMS = [300, 3000]
+THRESHOLD = 0.2  # of the recipes
+RANGE = 54.0  # metres, of the recipes
+
+
+def boxes_3d(N, places):
+    """[N, 7] of the sizes of road users, around as many places as there are objects, so that some overlap."""
+    centres = F.pad((torch.rand(places, 2, device=DEVICE) * 2 - 1) * RANGE, (0, 1))
+    which = torch.randint(places, (N,), device=DEVICE)
+    centres = centres[which] + 0.5 * torch.randn(N, 3, device=DEVICE)
+    sizes = torch.tensor([1.9, 4.6, 1.7], device=DEVICE) * (0.5 + torch.rand(N, 3, device=DEVICE))
+    yaw = (torch.rand(places, device=DEVICE) * 6.3)[which] + 0.2 * torch.randn(N, device=DEVICE)
+    return torch.cat([centres, sizes, yaw[:, None]], dim=1)
+
+
+def from_above(boxes):
+    return boxes[:, [0, 1, 3, 4, 6]].contiguous()
+
+
+def iou_case(N, M):
+    boxes = from_above(boxes_3d(N + M, max(M // 3, 1)))
+    return Case(f"N={N} M={M}", (boxes[:N], boxes[N:]), fwd_bytes=boxes.nbytes + 4 * N * M)
+
+
+def paired_case(N):
+    a = boxes_3d(N, N)
+    b = a + 0.3 * torch.randn_like(a) * a.new_tensor([1, 1, 1, 0, 0, 0, 1])
+    return Case(f"N={N}", (a, b), fwd_bytes=a.nbytes + b.nbytes + 4 * N)
+
+
+def nms_case(N):
+    boxes, scores = from_above(boxes_3d(N, max(N // 5, 1))), torch.rand(N, device=DEVICE)
+    return Case(f"N={N}", (boxes, scores, THRESHOLD), fwd_bytes=boxes.nbytes + scores.nbytes)
+
+
+def corners(boxes):
+    """[..., 4, 2] counter-clockwise"""
+    x, y, w, l, yaw = (t[..., None] for t in boxes.unbind(-1))
+    along, across = l / 2 * boxes.new_tensor([1, 1, -1, -1]), w / 2 * boxes.new_tensor([-1, 1, 1, -1])
+    return torch.stack([x + along * yaw.cos() - across * yaw.sin(), y + along * yaw.sin() + across * yaw.cos()], dim=-1)
+
+
+def cross(u, v):
+    return u[..., 0] * v[..., 1] - u[..., 1] * v[..., 0]
+
+
+def sorted_corners(a, b):
+    """IoU by the corners of the common polygon: 16 crossings of edges, 8 enclosed corners, sorted around their mean."""
+    N, M = len(a), len(b)
+    p = (corners(a)[:, None] - a[:, None, None, :2]).expand(N, M, 4, 2)
+    q = corners(b)[None, :] - a[:, None, None, :2]
+    dp, dq = p.roll(-1, 2) - p, q.roll(-1, 2) - q
+    start = q[:, :, None, :, :] - p[:, :, :, None, :]  # [N, M, 4, 4, 2]
+    ep, eq = dp[:, :, :, None, :], dq[:, :, None, :, :]
+    slant = cross(ep, eq)
+    safe = torch.where(slant == 0, 1, slant)
+    t, s = cross(start, eq) / safe, cross(start, ep) / safe
+    crossing = (p[:, :, :, None, :] + t[..., None] * ep).flatten(2, 3)
+    crosses = ((slant != 0) & (t >= 0) & (t <= 1) & (s >= 0) & (s <= 1)).flatten(2, 3)
+
+    def enclosed(points, origin, edges):
+        side = cross(edges[:, :, None, :, :], points[:, :, :, None, :] - origin[:, :, None, :, :])
+        return (side >= -1e-5).all(dim=3)
+
+    points = torch.cat([crossing, p, q], dim=2)  # [N, M, 24, 2]
+    ok = torch.cat([crosses, enclosed(p, q, dq), enclosed(q, p, dp)], dim=2)
+    mean = (points * ok[..., None]).sum(dim=2, keepdim=True) / ok.sum(dim=2).clamp(min=1)[..., None, None]
+    points = points - mean
+    angle = torch.atan2(points[..., 1], points[..., 0]).masked_fill(~ok, 10)  # behind all
+    order = angle.argsort(dim=2)
+    points, ok = points.gather(2, order[..., None].expand_as(points)), ok.gather(2, order)
+    points = torch.where(ok[..., None], points, points[:, :, :1])  # the rest close the polygon
+    shared = cross(points, points.roll(-1, 2)).sum(dim=2) / 2 * (ok.sum(dim=2) > 2)
+    return shared / ((a[:, 2] * a[:, 3])[:, None] + (b[:, 2] * b[:, 3])[None, :] - shared)
+
+
+def by_shapely(a, b):
+    import shapely
+
+    p, q = (shapely.polygons(corners(boxes).numpy())[:, None] for boxes in (a, b))
+    shared = torch.from_numpy(shapely.area(shapely.intersection(p, q.T))).to(a)
+    return shared / ((a[:, 2] * a[:, 3])[:, None] + (b[:, 2] * b[:, 3])[None, :] - shared)
+
+
+def row_by_row(boxes, scores, threshold):
+    """The matrix, then the greedy loop on the host, as mmdet3d's nms_gpu has it."""
+    order = scores.argsort(descending=True, stable=True)
+    ranked = boxes[order]
+    over = (rotated_iou_bev(ranked, ranked) > threshold).cpu().numpy()
+    gone, kept = over[0] & False, []
+    for i in range(len(over)):
+        if not gone[i]:
+            kept.append(i)
+            gone |= over[i]
+    return order[torch.tensor(kept, device=order.device)]
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    on_gpu = DEVICE == "cuda"
+    peers = {"sorted corners": sorted_corners} | ({} if on_gpu else {"shapely": by_shapely})
+    sizes = GPU_SIZES if on_gpu else CPU_SIZES
+    small = [iou_case(*size) for size in sizes if size[0] * size[1] < 10**6]
+    compare("rotated_iou_bev", rotated_iou_bev_ref, rotated_iou_bev, peers, small)
+    if large := [iou_case(*size) for size in sizes if size[0] * size[1] >= 10**6]:  # peers would take 100 GB
+        compare("rotated_iou_bev", rotated_iou_bev_ref, rotated_iou_bev, {}, large)
+    compare("paired_iou_3d", paired_iou_3d_ref, paired_iou_3d, {}, [paired_case(1000), paired_case(100000)])
+    cases = [nms_case(N) for N in (GPU_NMS if on_gpu else CPU_NMS)]
+    compare("rotated_nms", rotated_nms_ref, rotated_nms, {"row by row": row_by_row}, cases)

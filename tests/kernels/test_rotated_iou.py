@@ -1,0 +1,296 @@
+from math import pi, sqrt
+
+import numpy as np
+import pytest
+import torch
+
+from kernels.rotated_iou import (
+    BLOCK_M,
+    BLOCK_N,
+    BLOCK_P,
+    _greedy,
+    paired_iou_3d,
+    paired_iou_3d_ref,
+    rotated_iou_bev,
+    rotated_iou_bev_ref,
+    rotated_nms,
+    rotated_nms_ref,
+)
+from tests import golden
+from tests.ahead_of_time import Launch
+from tests.check import check_against_ref, launches
+
+TYPES = dict(order_ptr="*i64", suppressed_ptr="*i32", kept_ptr="*i1")
+# fp64 is for checks alone: its cosine takes a stack to reduce huge angles, and pairs take twice the registers
+LAUNCHES = [
+    Launch(kernel, blocks, TYPES, elements=("fp32",), num_warps=warps, registers=registers, shared=shared)
+    for kernel, blocks, warps, registers, shared in [
+        ("_iou_kernel", dict(BLOCK_N=BLOCK_N, BLOCK_M=BLOCK_M), 8, 64, 0),
+        ("_suppress_kernel", {}, 8, 96, 128),
+        ("_greedy_kernel", dict(BLOCK_W=32), 1, 96, 0),
+        ("_greedy_kernel", dict(BLOCK_W=256), 8, 112, 32),
+        ("_paired_kernel", dict(BLOCK_P=BLOCK_P), 4, 48, 0),
+    ]
+]
+
+
+def make_boxes(N, device):
+    """[N, 5] fp64, all near each other; of every ten boxes six are special, made so that pairs of them are too."""
+    spread = torch.tensor([8, 8, 6, 6, 8], dtype=torch.float64, device=device)
+    boxes = torch.rand(N, 5, dtype=torch.float64, device=device) * spread
+    boxes[:, :2] -= 4
+    boxes[:, 2:4] += 0.3
+    boxes[:, 4] -= 4
+    boxes[1::10] = (boxes[1::10] * 2).round() / 2  # on a grid of half metres: equal, touching, contained ...
+    boxes[2::10] = (boxes[2::10] * 2).round() / 2
+    boxes[1::10, 4] = (boxes[1::10, 4] / (pi / 2)).round() * (pi / 2)  # ... and straight
+    boxes[2::10, 4] = (boxes[2::10, 4] / (pi / 2)).round() * (pi / 2)
+    boxes[3::10] = boxes[2:-1:10]  # the same box
+    boxes[4::10] = boxes[2:-2:10] + boxes.new_tensor([0, 0, 0, 0, 1e-7])  # all but parallel
+    boxes[5::10, 2:4] = boxes.new_tensor([0.1, 12])  # thin
+    boxes[6::10, 2 + N % 2] = 0  # no area
+    # what fp32 makes of them, so that every type works on the same boxes
+    return boxes.float().double()
+
+
+def make_boxes_3d(N, device):
+    """[N, 7] fp64, heights on a grid of half metres: equal, touching, contained."""
+    z_h = (torch.rand(N, 2, dtype=torch.float64, device=device) * 6).round() / 2
+    boxes = make_boxes(N, device)
+    return torch.cat([boxes[:, :2], z_h[:, :1], boxes[:, 2:4], z_h[:, 1:], boxes[:, 4:]], dim=1)
+
+
+def clipped_area(a, b):
+    """[P] of boxes [P, 5] each, by shapely."""
+    shapely = pytest.importorskip("shapely")
+    a, b = a.cpu().double().numpy(), b.cpu().double().numpy()
+    area = np.zeros(len(a))
+    solid = (a[:, 2:4].min(axis=1) > 0) & (b[:, 2:4].min(axis=1) > 0)  # what has no area is no polygon
+    polygons = [shapely.polygons(corners(boxes[solid])) for boxes in (a, b)]
+    area[solid] = shapely.area(shapely.intersection(*polygons))
+    return torch.from_numpy(area)
+
+
+def corners(boxes):
+    """[P, 4, 2]"""
+    x, y, w, l, yaw = boxes.T[..., None]
+    along, across = l / 2 * np.array([1, 1, -1, -1]), w / 2 * np.array([-1, 1, 1, -1])
+    return np.stack([x + along * np.cos(yaw) - across * np.sin(yaw), y + along * np.sin(yaw) + across * np.cos(yaw)], 2)
+
+
+@pytest.mark.parametrize("N, M", [(1, 1), (7, 5), (BLOCK_N, BLOCK_M), (BLOCK_N + 1, 2 * BLOCK_M + 1), (0, 3), (3, 0)])
+def test_iou_matches_reference(N, M, device):
+    inputs = dict(a=make_boxes(N, device), b=make_boxes(M, device))
+    check_against_ref(rotated_iou_bev, rotated_iou_bev_ref, inputs, torch.float32)
+
+
+@pytest.mark.parametrize("N", [1, 7, BLOCK_P, BLOCK_P + 1, 0])
+def test_paired_matches_reference(N, device):
+    inputs = dict(a=make_boxes_3d(N, device), b=make_boxes_3d(N, device))
+    check_against_ref(paired_iou_3d, paired_iou_3d_ref, inputs, torch.float32)
+
+
+@pytest.mark.parametrize("fn", [rotated_iou_bev, rotated_iou_bev_ref])
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=str)
+def test_iou_is_polygon_clipping(fn, dtype, atol, device):
+    """10,000 pairs, a tenth of them on one grid, hundreds of equal, thin and empty ones."""
+    a, b = make_boxes(100, device), make_boxes(100, device)
+    b[::4] = a[::4]
+    i, j = torch.cartesian_prod(torch.arange(100), torch.arange(100)).T
+    shared = clipped_area(a[i], b[j]).to(device)
+    union = (a[:, 2] * a[:, 3])[i] + (b[:, 2] * b[:, 3])[j] - shared
+    expected = torch.where(union > 0, shared / union, 0).view(100, 100)
+    assert (expected > 0).float().mean() > 0.3 and (expected > 0.999).sum() > 10
+    iou = fn(a.to(dtype), b.to(dtype))
+    assert iou.dtype == dtype and iou.min() >= 0 and iou.max() <= 1
+    torch.testing.assert_close(iou.double(), expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("fn", [paired_iou_3d, paired_iou_3d_ref])
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=str)
+def test_paired_is_polygon_clipping_times_height(fn, dtype, atol, device):
+    N = 10000 if fn is paired_iou_3d_ref else 2000  # the interpreter takes its time
+    a, b = make_boxes_3d(N, device), make_boxes_3d(N, device)
+    b[::9] = a[::9]
+    above = [0, 1, 3, 4, 6]
+    height = torch.minimum(a[:, 2] + a[:, 5] / 2, b[:, 2] + b[:, 5] / 2)
+    height = (height - torch.maximum(a[:, 2] - a[:, 5] / 2, b[:, 2] - b[:, 5] / 2)).clamp(min=0)
+    shared = clipped_area(a[:, above], b[:, above]).to(device) * height
+    union = a[:, 3:6].prod(dim=1) + b[:, 3:6].prod(dim=1) - shared
+    expected = torch.where(union > 0, shared / union, 0)
+    iou = fn(a.to(dtype), b.to(dtype))
+    assert iou.min() >= 0 and iou.max() <= 1
+    torch.testing.assert_close(iou.double(), expected, rtol=0, atol=atol)
+
+
+BY_HAND = [  # a, b, IoU: x, y, w, l, yaw
+    ((0, 0, 1, 1, 0), (0.5, 0, 1, 1, 0), 1 / 3),
+    ((0, 0, 1, 1, 0), (0.5, 0.5, 1, 1, 0), 1 / 7),
+    ((0, 0, 2, 2, 0), (0, 0, 2, 2, pi / 4), 1 / sqrt(2)),  # an octagon of 8 (sqrt 2 - 1)
+    ((0, 0, 1, 4, pi / 2), (0, 0, 4, 1, 0), 1),  # l lies along the heading
+    ((0, 0, 2, 8, pi / 4), (2, 2, 1, 1, 0.3), 1 / 16),  # counter-clockwise: at 45 degrees the box is there ...
+    ((0, 0, 2, 8, pi / 4), (2, -2, 1, 1, 0.3), 0),  # ... and not there
+    ((0, 0, 4, 4, 0), (1, 0, 1, 2, 0), 1 / 8),  # contained, one edge on an edge
+    ((5, 5, 4, 2, 1.1), (5, 5, 4, 2, 1.1), 1),
+    ((5, 5, 4, 2, 1.1), (5, 5, 4, 2, 1.1 + pi), 1),  # turned round
+    ((0, 0, 2, 2, 0), (2, 0, 2, 2, 0), 0),  # one edge in common
+    ((0, 0, 2, 2, 0), (2, 2, 2, 2, 0), 0),  # one corner
+    ((0, 0, 2, 2, 0), (1 + sqrt(2), 0, 2, 2, pi / 4), 0),  # a corner on an edge
+    ((0, 0, 0, 4, 0.3), (0, 0, 0, 4, 0.3), 0),  # no area, twice
+    ((0, 0, 0, 0, 0), (0, 0, 2, 2, 0.3), 0),  # a point
+    ((0, 0, 1e-3, 1e3, 0), (0, 0, 1e-3, 1e3, pi / 2), 1e-6 / (2 - 1e-6)),  # a cross
+    ((1e6, -1e6, 2, 2, 0), (1e6 + 1, -1e6, 2, 2, 0), 1 / 3),
+    ((-1e30, 1e30, 2, 2, 0.1), (1e30, 1e30, 2, 2, 0.7), 0),
+]
+
+
+@pytest.mark.parametrize("fn", [rotated_iou_bev, rotated_iou_bev_ref])
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 5e-7), (torch.float64, 1e-14)], ids=str)
+def test_iou_by_hand(fn, dtype, atol, device):
+    a, b, expected = (torch.tensor(t, dtype=torch.float64, device=device).to(dtype) for t in zip(*BY_HAND, strict=True))
+    for pair, reverse in ((a, b), (b, a)):
+        torch.testing.assert_close(fn(pair, reverse).diagonal(), expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("fn", [paired_iou_3d, paired_iou_3d_ref])
+def test_paired_by_hand(fn, device):
+    """Half of the height; twice the height and half of the length; on top; high above; no height."""
+    a = torch.tensor([[1.0, 2, 3, 2, 4, 2, 0.7]], device=device).repeat(6, 1)
+    b = a.clone()
+    b[1, 2] += 1
+    b[2, 5], b[2, 4] = 4, 2
+    b[3, 2] += 2
+    b[4, 2] += 1e9
+    b[5, 5] = a[5, 5] = 0
+    expected = a.new_tensor([1, 1 / 3, 1 / 3, 0, 0, 0])
+    torch.testing.assert_close(fn(a, b), expected, rtol=0, atol=5e-7)
+
+
+def test_symmetric_and_blind_to_where_and_how_one_stands(device):
+    """To fp32's rounding: turned by an odd angle, moved by a power of two that costs no digit of the coordinates."""
+    a, b = (make_boxes(40, device).float() for _ in range(2))
+    for boxes in (a, b):
+        boxes[:, :2] = (boxes[:, :2] * 64).round() / 64
+        boxes[:, 2:4] = boxes[:, 2:4].clamp(min=0.3)
+    iou = rotated_iou_bev(a, b)
+    close = dict(rtol=0, atol=1e-5)
+    torch.testing.assert_close(rotated_iou_bev(b, a).T, iou, **close)
+    far = a.new_tensor([4096, -8192, 0, 0, 0])
+    assert torch.equal(rotated_iou_bev(a + far, b + far), iou)
+    turned = [turn(boxes.double(), 0.777).float() for boxes in (a, b)]
+    torch.testing.assert_close(rotated_iou_bev(*turned), iou, **close)
+    mirror = a.new_tensor([1, -1, 1, 1, -1])
+    torch.testing.assert_close(rotated_iou_bev(a * mirror, b * mirror), iou, **close)
+    size = a.new_tensor([8, 8, 8, 8, 1])
+    torch.testing.assert_close(rotated_iou_bev(a * size, b * size), iou, **close)
+    swapped = a[:, [0, 1, 3, 2, 4]] + a.new_tensor([0, 0, 0, 0, pi / 2])
+    torch.testing.assert_close(rotated_iou_bev(swapped, b), iou, **close)
+
+
+def turn(boxes, angle):
+    x, y, w, l, yaw = boxes.unbind(1)
+    angle = torch.tensor(angle, dtype=boxes.dtype)
+    c, s = angle.cos(), angle.sin()
+    return torch.stack([c * x - s * y, s * x + c * y, w, l, yaw + angle], dim=1)
+
+
+def greedy(boxes, scores, threshold):
+    """Rows that stay, by the definition."""
+    iou = rotated_iou_bev_ref(boxes.double(), boxes.double())
+    rows = sorted(range(len(boxes)), key=lambda row: (-scores[row].item(), row))
+    kept = []
+    for row in rows:
+        if all(iou[row, other] <= threshold for other in kept):
+            kept.append(row)
+    return kept
+
+
+@pytest.mark.parametrize("fn", [rotated_nms, rotated_nms_ref])
+@pytest.mark.parametrize("N", [1, 31, 32, 33, 80])
+@pytest.mark.parametrize("threshold", [0.0, 0.2, 0.7])
+def test_nms_is_greedy(fn, N, threshold, device):
+    boxes, scores = make_boxes(N, device).float(), (torch.rand(N, device=device) * 20).round()  # many ties
+    with launches() as launched:
+        rows = fn(boxes, scores, threshold)
+    assert bool(launched) == (fn is rotated_nms)
+    assert rows.dtype == torch.int64 and rows.tolist() == greedy(boxes, scores, threshold)
+    assert torch.equal(fn(boxes, scores, threshold), rows)
+
+
+@pytest.mark.parametrize("fn", [rotated_nms, rotated_nms_ref])
+def test_nms_by_hand(fn, device):
+    """Squares of 1 m on a line: 1 loses to 2, so 0, which it overlaps, stays; 3 is 2 again, in a later row."""
+    boxes = torch.zeros(5, 5, device=device)
+    boxes[:, 0] = torch.tensor([0.8, 0.4, 0, 0, 1.6], device=device)
+    boxes[:, 2:4] = 1
+    scores = torch.tensor([0.1, 0.5, 0.9, 0.9, 0.05], device=device)
+    assert fn(boxes, scores, 0.2).tolist() == [2, 0, 4]  # IoU of 0.4 m apart 3 / 7, of 0.8 m 1 / 9
+    assert fn(boxes, scores, 0.45).tolist() == [2, 1, 0, 4]
+    assert fn(boxes, scores, 1.0).tolist() == [2, 3, 1, 0, 4]  # no IoU is greater than 1
+    assert fn(boxes[:0], scores[:0], 0.2).tolist() == []
+
+
+@pytest.mark.parametrize("fn", [rotated_nms, rotated_nms_ref])
+def test_nms_of_a_chain(fn, device):
+    """Each box overlaps the next: every other one stays, the last after all others are judged."""
+    boxes = torch.tensor([[0, 0, 1, 1, 0.0]], device=device).repeat(101, 1)
+    boxes[:, 0] = torch.arange(101, device=device) * 0.6
+    rows = fn(boxes, -torch.arange(101.0, device=device), 0.2)
+    assert rows.tolist() == list(range(0, 101, 2))
+
+
+def test_nms_of_more_boxes_than_a_warp_holds(device):
+    """1100 boxes are 35 words, the last ones in a second register of a lane or in another warp. The verdicts alone."""
+    N, W = 1100, 35
+    over = torch.zeros(32 * W, 32 * W, dtype=torch.bool, device=device)
+    over[:N, :N] = (torch.rand(N, N, device=device) < 0.01).triu(diagonal=1)
+    bits = over.view(32 * W, W, 32) * 2 ** torch.arange(32, device=device)
+    with launches() as launched:
+        kept = _greedy(bits.sum(dim=2).int(), N)
+    assert launched == ["_greedy_kernel"]
+    expected = torch.ones(N, dtype=torch.bool, device=device)
+    for i in range(N):
+        expected &= ~(over[i, :N] & expected[i])
+    assert torch.equal(kept, expected) and 100 < expected.sum() < 1000
+
+
+def from_mmdet3d(boxes):
+    """mmdet3d 0.17 has z at the bottom and turns clockwise from -y."""
+    x, y, z, w, l, h, yaw = boxes[:, :7].unbind(1)
+    return torch.stack([x, y, z + h / 2, w, l, h, -yaw - pi / 2], dim=1)
+
+
+@pytest.mark.parametrize("bev, paired, nms", [
+    (rotated_iou_bev, paired_iou_3d, rotated_nms),
+    (rotated_iou_bev_ref, paired_iou_3d_ref, rotated_nms_ref),
+])  # fmt: skip
+def test_is_the_original(bev, paired, nms, device):
+    arrays, _ = golden.load("det_box_utils")
+    a, b, to_nms = (from_mmdet3d(arrays[f"in/{name}"]).to(device) for name in ("boxes", "boxes_b", "nms_boxes"))
+    above = [0, 1, 3, 4, 6]
+    golden.assert_close_to_max(bev(a[:, above], b[:, above]).cpu(), arrays["out/bev_iou"], 1e-5)
+    golden.assert_close_to_max(paired(a, b).cpu(), arrays["out/paired_iou3d"], 1e-5)
+    rows = nms(to_nms[:, above], arrays["in/nms_scores"].to(device), arrays["in/nms_threshold"].item())
+    assert torch.equal(rows.cpu(), arrays["out/nms_keep"])
+
+
+@pytest.mark.parametrize("fn, columns", [
+    (rotated_iou_bev, 5), (rotated_iou_bev_ref, 5), (paired_iou_3d, 7), (paired_iou_3d_ref, 7),
+])  # fmt: skip
+def test_rejects_what_does_not_fit(fn, columns, device):
+    boxes = torch.rand(4, columns, device=device)
+    with pytest.raises(AssertionError, match=rf"\[N, {columns}\]"):
+        fn(boxes, boxes[:, :4])
+    with pytest.raises(AssertionError, match="float32 or float64"):
+        fn(boxes.half(), boxes.half())
+    with pytest.raises(AssertionError, match="and of"):
+        fn(boxes, boxes.double())
+    if columns == 7:
+        with pytest.raises(AssertionError, match="3 partners"):
+            fn(boxes, boxes[:3])
+
+
+@pytest.mark.parametrize("fn", [rotated_nms, rotated_nms_ref])
+def test_nms_rejects_what_does_not_fit(fn, device):
+    with pytest.raises(AssertionError, match="do not fit"):
+        fn(torch.rand(4, 5, device=device), torch.rand(3, device=device), 0.2)

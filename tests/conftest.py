@@ -2,6 +2,8 @@
 
 import os
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite's processes share the cores; before torch loads OpenMP
+
 import pytest
 import torch
 

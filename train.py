@@ -14,7 +14,6 @@ are 12 epochs at 4 and at 16 samples a step.
 
 import math
 import os
-import resource
 import sys
 import time
 from contextlib import nullcontext
@@ -32,23 +31,26 @@ import torch
 import tyro
 
 from unipad.batch import CAMERAS
-from unipad.config import CONVNEXT, PRESETS
+from unipad.checkpoint import take_weights
+from unipad.config import CONVNEXT
 from unipad.data.loader import held_out_batches, step_batches
 from unipad.data.nuscenes import NuScenesDataset, has_images
-from unipad.data.synthetic import generate, is_synthetic
+from unipad.data.synthetic import city_once
 from unipad.draw import rendered_views
 from unipad.errors import UserError
 from unipad.evaluate import evaluate_rendering
 from unipad.model.pretrain import Pretrain
+from unipad.optimiser import lr_at, make_optimiser, set_rates
+from unipad.recipes import PRETRAIN
 from unipad.runtime import (
     RunFolder,
     StopOnSignal,
     as_plain,
     generators,
-    last_checkpoint,
     mean_over_processes,
+    memory_mb,
     one_sentence_errors,
-    read_checkpoint,
+    spelled,
     start,
 )
 
@@ -101,7 +103,8 @@ def main(args: Args):
         say = partial(print, flush=True) if world.is_main else lambda *_: None
 
         # Data
-        root = args.data_root or synthetic_city(world)
+        with world.main_first():
+            root = args.data_root or city_once()
         train_split, val_split = SPLITS[args.version]
         box = (recipe.grid.low, recipe.grid.high)  # points outside are no targets: no ray reaches them
         with world.main_first():  # the first to come builds the index
@@ -124,35 +127,12 @@ def main(args: Args):
         torch.manual_seed(args.seed)
         net = Pretrain(recipe).to(device)
         model = torch.nn.parallel.DistributedDataParallel(net) if world.size > 1 else net
-        take_encoders(net, args.init)
-        backbone, rest = [], []
-        for name, p in net.named_parameters():
-            if p.requires_grad:
-                (backbone if name.startswith("encoder.camera.backbone.") else rest).append(p)
-        groups = [{"params": rest, "scale": 1.0}, {"params": backbone, "scale": optim.backbone_lr}]
-        optimiser = torch.optim.AdamW(groups, optim.lr, weight_decay=optim.weight_decay, fused=device.type == "cuda")
+        take_weights(net, "encoder.", args.init, "--init", say)
+        optimiser = make_optimiser(net, optim)
         dtype = PRECISIONS[args.precision or ("bf16" if device.type == "cuda" else "fp32")]
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         parts = {"model": net, "optimiser": optimiser, "scaler": scaler}
-
-        def lr_at(step):
-            """Factor of the peak rate."""
-            if optim.schedule == "one_cycle":
-                return one_cycle(step, optim.start, 1.0, optim.final)
-            warm = optim.start + (1 - optim.start) * min(1.0, step / optim.warmup_steps)
-            return warm * eased(1.0, optim.final, step / steps)
-
-        def momentum_at(step):
-            if optim.schedule == "one_cycle":
-                return one_cycle(step, optim.momentum, optim.least_momentum, optim.momentum)
-            return optim.momentum
-
-        def one_cycle(step, start, peak, end):
-            rise = optim.rise * steps
-            if step < rise:
-                return eased(start, peak, step / rise)
-            return eased(peak, end, (step - rise) / (steps - rise))
 
         # A new run, or one to go on with
         config = {"args": as_plain(replace(args, data_root=root.resolve())), "recipe": as_plain(recipe), "steps": steps}
@@ -196,9 +176,7 @@ def main(args: Args):
         since, clock = first, time.perf_counter()
 
         for step in range(first, last):
-            for group in optimiser.param_groups:
-                group["lr"] = optim.lr * group["scale"] * lr_at(step)
-                group["betas"] = (momentum_at(step), 0.999)
+            set_rates(optimiser, optim, step, steps)
             values = {}
             for part in range(args.accumulate):
                 batch, bad_frames = next(batches)
@@ -234,7 +212,7 @@ def main(args: Args):
             if report:
                 speed = optim.batch_size * (done - since) / (time.perf_counter() - clock)
                 since, clock = done, time.perf_counter()
-                rates = {"lr": optim.lr * lr_at(step), "samples_per_s": speed, **memory_mb(device)}
+                rates = {"lr": optim.lr * lr_at(optim, step, steps), "samples_per_s": speed, **memory_mb(device)}
                 rates["rays_per_s"] = speed * len(CAMERAS) * recipe.rays.per_view
                 run.scalars({f"train/{name}": value for name, value in (values | rates).items()}, done)
                 left = timedelta(seconds=round((last - done) * optim.batch_size / speed))
@@ -256,9 +234,9 @@ def main(args: Args):
 
 def recipe_of(args):
     """The preset with the flags' changes."""
-    if args.modality not in PRESETS:
-        raise UserError(f"--modality {args.modality} is not known; use {', '.join(PRESETS)}.")
-    presets = PRESETS[args.modality]
+    if args.modality not in PRETRAIN:
+        raise UserError(f"--modality {args.modality} is not known; use {', '.join(PRETRAIN)}.")
+    presets = PRETRAIN[args.modality]
     name = args.preset or (list(presets)[-1] if args.data_root else "tiny")
     known = {
         "preset": (name, presets),
@@ -305,16 +283,6 @@ def changed(settings, **flags):
     return replace(settings, **given) if given else settings
 
 
-def synthetic_city(world):
-    """The embedded data set, made once."""
-    root = Path("data/synthetic")
-    with world.main_first():
-        if not is_synthetic(root):
-            print(f"no --data-root: making a synthetic city in {root}, once")
-            generate(root)
-    return root
-
-
 def casts_from_cameras(args, has_images, say):
     """Whether rays start at the cameras, or the images are left aside."""
     if args.rays_from == "lidar" or (not has_images and args.rays_from is None and args.modality == "lidar"):
@@ -324,35 +292,6 @@ def casts_from_cameras(args, has_images, say):
             say("the set has no images: rays are cast from the LiDAR")
         return False
     return True
-
-
-def take_encoders(net, paths):
-    """Load what the runs or checkpoints at `paths` have of the encoder that `net` has."""
-    mine = {name: w for name, w in net.state_dict().items() if name.startswith("encoder.")}
-    for path in paths:
-        theirs = read_checkpoint(last_checkpoint(path) or path).get("model", {})
-        common = {name: theirs[name] for name in mine.keys() & theirs.keys()}
-        other = [name for name, w in common.items() if w.shape != mine[name].shape]
-        if not common or other:
-            what = f"its {other[0]} has another shape" if other else "it has none of the encoders of this modality"
-            raise UserError(f"--init {path} does not fit: {what}; name a run of the same preset.")
-        net.load_state_dict(common, strict=False)
-
-
-def eased(start, end, share):
-    """From start to end along half a cosine."""
-    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
-
-
-def spelled(values):
-    return "  ".join(f"{name} {value:.3g}" for name, value in values.items())
-
-
-def memory_mb(device):
-    """Peak memory so far: of the GPU, or of this process."""
-    if device.type == "cuda":
-        return {"gpu_mem_mb": torch.cuda.max_memory_allocated(device) / 2**20}
-    return {"mem_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10}
 
 
 def summary(before, after, path):

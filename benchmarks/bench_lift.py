@@ -8,7 +8,7 @@ import torch
 from benchmarks.eager import eager_lift
 from benchmarks.harness import DEVICE, Case, compare
 from kernels.lift import lift, lift_ref
-from unipad.config import PRESETS
+from unipad.recipes import PRETRAIN
 
 # preset, image (H, W) padded, content width / 1600, strides of the levels
 PAPER = ("camera-0.1", (928, 1600), 1.0, (8, 16, 32, 64))
@@ -20,7 +20,7 @@ AGREE_HALF = 1e-2
 
 
 def case(preset, image_size, scale, strides, dtype=torch.float32):
-    grid, camera = PRESETS["camera"][preset].grid, PRESETS["camera"][preset].camera
+    grid, camera = PRETRAIN["camera"][preset].grid, PRETRAIN["camera"][preset].camera
     sizes = [(math.ceil(image_size[0] / s), math.ceil(image_size[1] / s)) for s in strides]
     rand = partial(torch.randn, device=DEVICE)
     features = [rand(1, len(CAMERAS), h, w, camera.channels) for h, w in sizes]

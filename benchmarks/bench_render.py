@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from benchmarks.eager import EagerRenderer
 from benchmarks.harness import DEVICE, Case, compare, largest_error
-from unipad.config import PRESETS
 from unipad.model.rays import Rays
 from unipad.model.render import Renderer
+from unipad.recipes import PRETRAIN
 
 VIEWS = 6
 AGREE_FP64, AGREE_FP32 = 1e-5, 1e-2
@@ -26,7 +26,7 @@ LOSSES = dict(free_space_weight=1.0, sdf_weight=10.0, eikonal_weight=0.01, trunc
 
 def case(preset, **settings):
     """Rays of one sample from cameras around the origin outwards, three quarters of them with a depth."""
-    recipe = PRESETS["camera"][preset]
+    recipe = PRETRAIN["camera"][preset]
     cfg, grid, R = replace(recipe.render, **settings), recipe.grid, VIEWS * recipe.rays.per_view
     renderer = Renderer(cfg, grid).to(DEVICE)
     (X, Y, Z), C = grid.shape, cfg.channels

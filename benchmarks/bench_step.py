@@ -13,8 +13,8 @@ import torch
 from benchmarks.eager import EagerRenderer, eager_lift
 from benchmarks.harness import DEVICE, Case, compare
 from unipad.batch import Batch
-from unipad.config import PRESETS
 from unipad.model.pretrain import Pretrain
+from unipad.recipes import PRETRAIN
 from unipad.runtime import generators
 
 # Six cameras around the vehicle, 60 degrees apart, 1.5 m above the ground of a flat world
@@ -97,8 +97,8 @@ def step_of(net, batch):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preset", default="tiny", choices=PRESETS["camera"])
-    recipe = PRESETS["camera"][parser.parse_args().preset]
+    parser.add_argument("--preset", default="tiny", choices=PRETRAIN["camera"])
+    recipe = PRETRAIN["camera"][parser.parse_args().preset]
     torch.manual_seed(0)
     batch, net = random_batch(recipe), Pretrain(recipe).to(DEVICE)
     steps = {"ours": step_of(net, batch), "eager": step_of(eager_twin(net), batch)}

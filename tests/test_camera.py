@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from tests.golden import assert_close_to_max, load, under
-from unipad.config import PRESETS, Camera
+from unipad.config import Camera
 from unipad.model.camera import FPN, MEAN, STD, CameraEncoder, ConvNeXt, draw_mask
+from unipad.recipes import PRETRAIN
 
 DEPTHS, WIDTHS = (1, 2, 3, 1), (8, 16, 32, 64)  # of the records
 SMALL = Camera(
@@ -218,7 +219,7 @@ def test_autocast_keeps_one_dtype():
 
 def test_every_trained_parameter_gets_a_gradient():
     """DDP waits for each of them."""
-    encoder = make_encoder(PRESETS["camera"]["tiny"].camera)
+    encoder = make_encoder(PRETRAIN["camera"]["tiny"].camera)
     features, depths = encoder(*make_images(1, 2), draw_mask(torch.rand(2, 6), 2, 3, 0.3))
     sum(t.square().sum() for t in features + depths).backward()
     assert all(p.grad is not None for p in encoder.parameters() if p.requires_grad)

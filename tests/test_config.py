@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from unipad.config import PRESETS
 from unipad.model.pretrain import Pretrain
+from unipad.recipes import PRETRAIN
 
-EVERY = [(modality, name) for modality, presets in PRESETS.items() for name in presets]
+EVERY = [(modality, name) for modality, presets in PRETRAIN.items() for name in presets]
 
 
 @pytest.mark.parametrize("modality, name", EVERY)
 def test_a_preset_builds_the_encoders_of_its_modality(modality, name):
-    recipe = PRESETS[modality][name]
+    recipe = PRETRAIN[modality][name]
     with torch.device("meta"):  # the full sizes too, without their memory
         net = Pretrain(recipe).encoder
     assert hasattr(net, "camera") == (recipe.camera is not None) == (modality != "lidar")
@@ -21,7 +21,7 @@ def test_a_preset_builds_the_encoders_of_its_modality(modality, name):
 
 def test_the_paper_s_recipes():
     """Sizes that unipad.md and the released configs state."""
-    camera, lidar = PRESETS["camera"]["camera-0.1"], PRESETS["lidar"]["lidar-0.075"]
+    camera, lidar = PRETRAIN["camera"]["camera-0.1"], PRETRAIN["lidar"]["lidar-0.075"]
     assert camera.grid.shape == (128, 128, 5) and lidar.grid.shape == (180, 180, 5)
     assert lidar.data.sweeps == 10 and lidar.render.rgb_weight == 0 and lidar.optim.batch_size == 16
     assert lidar.optim.lr * lidar.optim.start == pytest.approx(2e-5)

@@ -1,9 +1,12 @@
-"""Every setting of the method as frozen dataclasses, and the recipes of the paper as PRESETS.
+"""Every setting of the method as frozen dataclasses. `recipes` has the values that the paper used.
 
 A recipe says what is computed. How long, where and with how many workers belongs to the scripts' flags.
 """
 
-from dataclasses import dataclass, field, replace
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Camera:
     channels: int = 128  # of the FPN levels and of the volume
     depth_range: tuple[float, float] = (0.0, 64.0)  # metres along the optical axis
     depth_bins: int = 64
+    volume_convs: int = 0  # 3 x 3 x 3 convolutions of the volume; pre-training has none
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ class Lidar:
     neck_strides: tuple[int, ...] = (1, 2, 4)  # in x and y
     neck_layers: int = 5  # per branch, after the one that strides
     channels: int = 256  # of the volume
+    volume_convs: int = 0  # 3 x 3 x 3 convolutions of the volume; pre-training has none
 
 
 @dataclass(frozen=True)
@@ -156,6 +161,7 @@ class Optim:
     schedule: str = "cosine"  # cosine | one_cycle
     lr: float = 2e-4  # the peak, for `batch_size` samples a step
     backbone_lr: float = 0.1  # factor of lr for the image backbone
+    encoder_lr: float = 1.0  # factor of lr for the rest of the encoders
     weight_decay: float = 0.01
     clip: float = 35.0  # norm of the gradient
     start: float = 1 / 3  # factor of lr at step 0
@@ -170,16 +176,27 @@ class Optim:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One pre-training recipe. An encoder that is None is not there."""
+    """What pre-training and fine-tuning have in common. An encoder that is None is not there."""
 
     grid: Grid = field(default_factory=Grid)
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)
     camera: Camera | None = None
     lidar: Lidar | None = None
+    optim: Optim = field(default_factory=Optim)
+
+
+@dataclass(frozen=True)
+class PretrainRecipe(Recipe):
     rays: RayChoice = field(default_factory=RayChoice)
     render: Render = field(default_factory=Render)
-    optim: Optim = field(default_factory=Optim)
+
+
+@dataclass(frozen=True)
+class DetectRecipe(Recipe):
+    detect: Detect = field(default_factory=Detect)
+    label_fraction: float = 1.0  # share of the training frames whose labels are used: every k-th frame
+    depth_weight: float = 0.0  # of the loss that teaches the cameras' depth head what the LiDAR measured
 
 
 # ConvNeXt sizes: (blocks per stage, channels per stage)
@@ -190,89 +207,17 @@ CONVNEXT = {
     "large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
 }
 
-# The released configs' ranges and volumes, by the size of the LiDAR voxels that they are made for
-GRID_075 = Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(0.6, 0.6, 1.6))
 
-# Two CPU cores, a few minutes, weights from scratch: a near and coarse volume, few rays, a surface that starts sharp.
-TINY_GRID = Grid(low=(-40.0, -40.0, -3.0), high=(40.0, 40.0, 9.0), cell=(1.25, 1.25, 2.0))
-TINY_CAMERA = Camera(  # a quarter of ConvNeXt-tiny's width
-    depths=(2, 2, 4, 2),
-    widths=(24, 48, 96, 192),
-    drop_path=0.0,
-    frozen_stages=0,
-    fpn_levels=3,
-    channels=32,
-)
-TINY_LIDAR = Lidar(
-    cell=(0.3125, 0.3125, 0.5),
-    mask_block=2,  # as many metres as the paper's 8 voxels
-    widths=(16, 32, 32),
-    blocks=1,
-    sparse_channels=32,
-    neck_widths=(32, 64),
-    neck_strides=(1, 2),
-    neck_layers=1,
-    channels=32,
-)
-TINY_RAYS = RayChoice(per_view=64, lidar_per_view=40, sky=0.0)  # a third of the rays for what no LiDAR point shows
-TINY_RENDER = Render(samples=40, importance=16, variance=0.5)
-TINY_OPTIM = Optim(lr=2e-3, backbone_lr=1.0, warmup_steps=20, epochs=6.5, batch_size=1)
+def from_plain(kind, plain):
+    """The dataclass `kind` out of what `runtime.as_plain` made of one. Raises TypeError for fields it does not have."""
+    types_of = typing.get_type_hints(kind)
+    return kind(**{name: _from_plain(types_of.get(name), value) for name, value in plain.items()})
 
-# modality -> name -> recipe
-PRESETS = {
-    "camera": {
-        "tiny": Recipe(
-            grid=TINY_GRID,
-            data=Data(image_size=(128, 224)),
-            camera=TINY_CAMERA,
-            rays=TINY_RAYS,
-            render=TINY_RENDER,
-            optim=replace(TINY_OPTIM, epochs=7.5),
-        ),
-        # The paper's ablation recipe for cameras (uvtr_cam_vs0.1_pretrain); nuScenes at 900 x 1600.
-        "camera-0.1": Recipe(camera=Camera()),
-    },
-    "lidar": {
-        "tiny": Recipe(
-            grid=TINY_GRID,
-            data=Data(image_size=(128, 224)),
-            augment=Augment(rotation=0.3925, scale=(0.95, 1.05), shuffle=True),
-            lidar=TINY_LIDAR,
-            rays=replace(TINY_RAYS, lidar_per_view=64),
-            # Depth alone gives no gradient where a sharp surface has vanished: one run in two never found it again.
-            render=replace(TINY_RENDER, rgb_weight=0.0, variance=0.3),
-            optim=TINY_OPTIM,
-        ),
-        # uvtr_lidar_vs0.075_pretrain
-        "lidar-0.075": Recipe(
-            grid=GRID_075,
-            data=Data(sweeps=10),
-            augment=Augment(rotation=0.3925, scale=(0.95, 1.05), shuffle=True),
-            lidar=Lidar(),
-            rays=RayChoice(far_radius=100.0),
-            render=Render(rgb_weight=0.0, truncation=0.2),
-            optim=Optim(schedule="one_cycle", lr=2e-4, start=0.1, final=1e-5, batch_size=16),
-        ),
-    },
-    "fusion": {
-        "tiny": Recipe(
-            grid=TINY_GRID,
-            data=Data(image_size=(128, 224)),
-            camera=TINY_CAMERA,
-            lidar=TINY_LIDAR,
-            rays=TINY_RAYS,
-            render=TINY_RENDER,
-            optim=replace(TINY_OPTIM, epochs=5.0),
-        ),
-        # Both encoders of the final recipes trained jointly, which the original never did: the optimiser is the
-        # cameras', the augmentation the LiDAR's.
-        "fusion-0.075": Recipe(
-            grid=GRID_075,
-            data=Data(sweeps=10),
-            augment=Augment(rotation=0.3925, scale=(0.95, 1.05), shuffle=True),
-            camera=Camera(channels=256),
-            lidar=Lidar(),
-            rays=RayChoice(far_radius=100.0),
-        ),
-    },
-}
+
+def _from_plain(kind, value):
+    if isinstance(value, list):
+        return tuple(_from_plain(None, v) for v in value)
+    if isinstance(value, dict):
+        kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+        return from_plain(next(k for k in kinds if dataclasses.is_dataclass(k)), value)
+    return value

@@ -1,10 +1,11 @@
-"""Where a run happens and what it leaves behind: device, processes, random numbers, run folder, checkpoints."""
+"""Where a run happens and what it leaves behind: device, processes, random numbers, run folder."""
 
 import contextlib
 import dataclasses
 import json
 import os
 import platform
+import resource
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+from unipad.checkpoint import last_checkpoint, read_checkpoint, write_checkpoint
 from unipad.errors import UserError
 
 
@@ -286,33 +288,6 @@ def _difference(old, new):
     return f"{old} there, {new} now"
 
 
-def write_checkpoint(state, file: Path):
-    """Save under a temporary name and rename, so that a crash leaves the previous file intact."""
-    part = file.with_name(f".{file.name}.{os.getpid()}")
-    with part.open("wb") as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    part.replace(file)
-
-
-def read_checkpoint(file: Path):
-    """Load a checkpoint as data, never as code; tensors land on the CPU."""
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {file}.") from None
-    except Exception as error:
-        reason = type(error).__name__
-        raise UserError(f"{file} is not a checkpoint of this project ({reason} while reading it).") from None
-
-
-def last_checkpoint(run: Path):
-    """The newest state of a run folder, or None."""
-    file = run / "checkpoints" / "last.pt"
-    return file if file.exists() else None
-
-
 def as_plain(config):
     """A dataclass as JSON-able values (and so as `weights_only` ones)."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
@@ -326,3 +301,15 @@ def commit():
     except FileNotFoundError:  # no git on this machine
         return None
     return done.stdout.strip() or None
+
+
+def spelled(values):
+    """A progress line's part: dict name -> number, three digits each."""
+    return "  ".join(f"{name} {value:.3g}" for name, value in values.items())
+
+
+def memory_mb(device):
+    """Peak memory so far: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return {"gpu_mem_mb": torch.cuda.max_memory_allocated(device) / 2**20}
+    return {"mem_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10}

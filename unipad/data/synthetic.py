@@ -116,6 +116,14 @@ def is_synthetic(root):
     return log.is_file() and all(record["vehicle"] == "synthetic" for record in json.loads(log.read_text()))
 
 
+def city_once(root=Path("data/synthetic")):
+    """The embedded data set's root; the set is made where it is not there yet."""
+    if not is_synthetic(root):
+        print(f"no --data-root: making a synthetic city in {root}, once", flush=True)
+        generate(root)
+    return root
+
+
 def scene_names(count):
     """`count` scenes of the real mini set in its order: one of each split, or both of val, as LidarSegEval wants."""
     val = min(2, count - 1)

@@ -94,7 +94,7 @@ class LidarEncoder(nn.Module):
         shape = (self.cells[0] + 1, *self.cells[1:])
         # Neighbours in the grid become neighbours in memory: they are read together.
         _, order = sort_voxels(coords, shape, check=False)
-        features, coords = features[order], coords[order]
+        features, coords = features[order].to(self.encoder.conv_input[0].weight.dtype), coords[order]
         seen = coords
         if noise is not None and cfg.mask_ratio > 0:
             visible = draw_voxel_mask(coords, noise, cfg.mask_block, cfg.mask_ratio)

@@ -1,0 +1,63 @@
+"""Two processes learn what one learns: the gradients of a whole step, in fp64, where rounding hides nothing.
+
+In fp32 the untrained network amplifies rounding errors of 1e-7 to 1 % of the gradient's norm.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+REPO = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("modality", ["camera", "fusion"])
+def test_two_processes_have_the_gradients_of_one(modality, city, tmp_path):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    grads = {}
+    for size, launcher in {1: [], 2: [*torchrun, "2"]}.items():
+        command = [sys.executable, *launcher, __file__, modality, str(city), str(tmp_path / f"{size}.pt")]
+        clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        environment = clean | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-4000:]
+        grads[size] = torch.load(tmp_path / f"{size}.pt", weights_only=True)
+    assert grads[1].keys() == grads[2].keys()
+    whole = torch.stack([grad.norm() for grad in grads[1].values()]).norm()
+    for name, grad in grads[1].items():
+        assert (grad - grads[2][name]).norm() <= 1e-7 * whole, name
+    assert sum(grad.norm() > 1e-4 * whole for grad in grads[1].values()) > 50  # so there was something to compare
+
+
+def save_gradients(modality, city, file):
+    """One step of this process's share of two samples; the main process saves what all agree on."""
+    from unipad.data.loader import step_batches
+    from unipad.data.nuscenes import NuScenesDataset
+    from unipad.model.pretrain import Pretrain
+    from unipad.recipes import PRETRAIN
+    from unipad.runtime import generators, start
+
+    recipe = PRETRAIN[modality]["tiny"]
+    recipe = replace(recipe, rays=replace(recipe.rays, per_view=8))
+    box = (recipe.grid.low, recipe.grid.high)
+    dataset = NuScenesDataset(city, "v1.0-mini", "mini_train", recipe.data, point_range=box)
+    with start("cpu", deterministic=False) as world:
+        torch.manual_seed(0)
+        net = Pretrain(recipe).double()
+        model = torch.nn.parallel.DistributedDataParallel(net) if world.size > 1 else net
+        share = 2 // world.size
+        batch, _ = next(step_batches(dataset, share, rank=world.rank, world=world.size))
+        first = world.rank * share
+        draws = generators(0, 0, range(first, first + share), world.device)
+        losses, _ = model(replace(batch, images=batch.images.double()), draws)
+        sum(losses.values()).backward()
+        if world.is_main:
+            torch.save({name: p.grad for name, p in net.named_parameters() if p.grad is not None}, file)
+
+
+if __name__ == "__main__":
+    save_gradients(*sys.argv[1:])

@@ -12,6 +12,7 @@ from unipad.model.decoder import Dropout, SelfAttention, VolumeAttention
 from unipad.model.detect import Detector, Head, Predictions, detections, from_original
 from unipad.model.targets import assign, assignment_cost, detection_losses, draw_noise, noisy_queries
 from unipad.model.volume import ConvNormReLU3d, GatherLift
+from unipad.recipes import GRID_075
 
 GRID = config.Grid(
     low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(5.4, 6.0, 1.6)
@@ -185,7 +186,7 @@ def test_detections_are_the_originals(name, least, nms):
 def test_full_size():
     """As many weights as final_uvtr_fusion_vs0.075_finetune and abl_uvtr_cam_vs0.1_finetune have in their heads."""
     with torch.device("meta"):
-        head = Head(config.Detect(), config.GRID_075, 256)
+        head = Head(config.Detect(), GRID_075, 256)
         plain = Head(config.Detect(denoising=False), config.Grid(), 128)
     assert sum(p.numel() for p in head.parameters()) == 6_445_584
     assert sum(p.numel() for p in plain.parameters()) == 2_041_857
@@ -413,17 +414,18 @@ def test_a_head_learns_to_find_boxes():
     assert hits >= 4  # so few queries may leave one box to a duplicate
 
 
-def test_detector_joins_encoders_and_head():
-    """Encoders without masks here: one volume a sample, made of its points' count."""
-
-    class Encoders(torch.nn.Module):
-        def forward(self, batch, generators):
-            return batch.point_counts.float().view(-1, 1, 1, 1, 1).expand(-1, 8, 2, 3, 4)
-
+def test_detector_joins_encoder_and_head():
+    """On points alone; in training and in evaluation nothing is hidden."""
+    recipe = config.DetectRecipe(
+        grid=GRID,
+        lidar=config.Lidar(cell=tuple(c / 2 for c in GRID.cell), widths=(4, 4), blocks=1, sparse_channels=8, neck_widths=(8,),
+                    neck_strides=(1,), neck_layers=0, channels=8, volume_convs=1),
+        detect=SMALL,
+    )  # fmt: skip
     boxes, labels, counts = some_boxes([2, 0])
-    none = torch.zeros(2, 0)
-    batch = Batch(none, none, none, none, none, torch.tensor([1, 2]), boxes, labels, counts, None, ("a", "b"))
-    model = Detector(Encoders(), SMALL, GRID, 8)
+    none, points = torch.zeros(2, 0), torch.rand(40, 5)
+    batch = Batch(none, none, none, none, points, torch.tensor([10, 30]), boxes, labels, counts, None, ("a", "b"))
+    model = Detector(recipe)
     sum(model(batch, seeded(0, 1)).values()).backward()
     assert all(param.grad is not None for param in model.parameters())
     found = model.eval().detect(batch)

@@ -6,6 +6,8 @@ from unipad.config import (
     Augment,
     Camera,
     Data,
+    Detect,
+    DetectRecipe,
     Grid,
     Lidar,
     Optim,
@@ -99,4 +101,32 @@ PRETRAIN = {
             rays=RayChoice(far_radius=100.0),
         ),
     },
+}
+
+# The plain head of the camera ablation: no velocity or position counts more, nothing is suppressed
+PLAIN_HEAD = Detect(denoising=False, code_weights=(1.0,) * 10, nms=())
+LIDAR_OPTIM = Optim(schedule="one_cycle", lr=1e-3, start=0.1, final=1e-5, clip=10.0, epochs=20, batch_size=16)
+FUSION_OPTIM = replace(LIDAR_OPTIM, lr=4e-4, encoder_lr=0.1, clip=35.0, batch_size=8)
+
+# modality -> name -> recipe. The released configs name samples a GPU, not GPUs: batches are those of four.
+DETECT = {
+    "camera": {
+        # abl_uvtr_cam_vs0.1_finetune
+        "camera-0.1": DetectRecipe(
+            camera=Camera(mask_ratio=0.0, volume_convs=3),
+            detect=PLAIN_HEAD,
+            label_fraction=0.5,
+        ),
+    },
+    "lidar": {
+        # abl_uvtr_lidar_vs0.075_finetune
+        "lidar-0.075-ablation": DetectRecipe(
+            grid=GRID_075,
+            data=Data(cameras=False, sweeps=10),
+            lidar=Lidar(mask_ratio=0.0, volume_convs=3),
+            optim=LIDAR_OPTIM,
+            label_fraction=0.2,
+        ),
+    },
+    "fusion": {},
 }

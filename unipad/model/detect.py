@@ -17,6 +17,7 @@ from kernels.rotated_iou import rotated_nms
 from unipad.model.boxes import CODE_SIZE, decode_boxes, footprint
 from unipad.model.decoder import DecoderLayer, Dropout
 from unipad.model.targets import detection_losses, draw_noise, noisy_queries
+from unipad.model.volume import Encoder
 
 EPS = 1e-5  # shares of the range are kept so far from 0 and 1 before their logit is taken; mmdet's
 PRIOR = 0.01  # score of every class at the start (focal loss, arXiv 1708.02002)
@@ -47,29 +48,27 @@ class Detections:
 
 
 class Detector(nn.Module):
-    """Encoders and a head: a batch to boxes.
+    """The encoder of one `config.DetectRecipe` and a head: a batch to boxes."""
 
-    encoders: module that maps (batch, generators or None) to volumes [B, channels, Z, Y, X] over the grid.
-    cfg, grid: `config.Detect` and `config.Grid` of the head.
-    """
-
-    def __init__(self, encoders, cfg, grid, channels):
+    def __init__(self, recipe):
         super().__init__()
-        self.encoders = encoders
-        self.head = Head(cfg, grid, channels)
+        self.recipe = recipe
+        self.encoder = Encoder(recipe)
+        self.head = Head(recipe.detect, recipe.grid, self.encoder.channels)
 
     def forward(self, batch, generators):
         """Losses of one training step: dict of name -> weighted value, as `Head.losses` has them.
 
         batch: a `Batch` on the model's device; generators: one `torch.Generator` a sample, on that device.
         """
-        volume = self.encoders(batch, generators)
+        volume, _ = self.encoder(batch, generators, masked=False)
         return self.head.losses(volume, batch.boxes, batch.labels, batch.box_counts, generators)
 
     @torch.no_grad()
     def detect(self, batch):
         """What is in each sample: a list of `Detections`. Put the model in eval mode first."""
-        found, _ = self.head(self.encoders(batch, None))
+        volume, _ = self.encoder(batch, None)
+        found, _ = self.head(volume)
         return detections(self.head.cfg, found)
 
 

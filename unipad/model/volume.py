@@ -7,7 +7,7 @@ from torch import nn
 from kernels.lift import lift
 from unipad import config
 from unipad.model.camera import MASK_BLOCK, CameraEncoder, draw_mask
-from unipad.model.lidar import LidarEncoder
+from unipad.model.lidar import NORM, LidarEncoder
 from unipad.model.norm import SyncedBatchNorm
 
 
@@ -26,8 +26,10 @@ class Encoder(nn.Module):
         if recipe.camera is not None:
             self.camera = CameraEncoder(recipe.camera)
             self.lift = GatherLift(recipe.grid, recipe.camera)
+            self.lift_convs = volume_convs(self.channels, recipe.camera.volume_convs)
         if recipe.lidar is not None:
             self.lidar = LidarEncoder(recipe.lidar, recipe.grid)
+            self.lidar_convs = volume_convs(self.channels, recipe.lidar.volume_convs, bias=False, **NORM)
         if len(encoders) > 1:
             self.fuse = ConvNormReLU3d(self.channels, self.channels)
 
@@ -35,7 +37,7 @@ class Encoder(nn.Module):
         """Encode a batch.
 
         batch:      a `Batch` on the model's device.
-        generators: one `torch.Generator` a sample, on that device.
+        generators: one `torch.Generator` a sample, on that device; None = no chance: no mask, no path is dropped.
         masked:     hide blocks of pixels and voxels, in training and in evaluation.
 
         Returns:
@@ -43,13 +45,14 @@ class Encoder(nn.Module):
             masks:  dict with "camera", [B, N, H / 32, W / 32] bool, True where the encoder saw the image, and
                     "lidar", [M, 4] int32 (b, z, y, x) the voxels that it saw; empty where nothing is hidden.
         """
+        masked = masked and generators is not None
         volumes, masks = [], {}
         if self.recipe.camera is not None:
             volumes.append(self._encode_images(batch, generators, masked, masks))
         if self.recipe.lidar is not None:
             noise = _per_sample(generators, self.lidar.mask_shape) if masked else None
             volume, seen = self.lidar(batch.points, batch.point_counts, noise)
-            volumes.append(volume)
+            volumes.append(self.lidar_convs(volume))
             masks |= {"lidar": seen} if masked else {}
         return volumes[0] if len(volumes) == 1 else self.fuse(volumes[0] + volumes[1]), masks
 
@@ -62,9 +65,11 @@ class Encoder(nn.Module):
                 _per_sample(generators, (N, h * w)).flatten(0, 1), h, w, cfg.mask_ratio
             )  # [B * N, 1, h, w]
             masks["camera"] = mask.view(B, N, h, w)
-        drop_noise = _per_sample(generators, (N, sum(cfg.depths)))
-        features, depths = self.camera(batch.images, batch.image_sizes, mask, drop_noise.flatten(0, 1))
-        return self.lift(features, depths, batch.lidar2image, (H, W))
+        drop_noise = None
+        if generators is not None:
+            drop_noise = _per_sample(generators, (N, sum(cfg.depths))).flatten(0, 1)
+        features, depths = self.camera(batch.images, batch.image_sizes, mask, drop_noise)
+        return self.lift_convs(self.lift(features, depths, batch.lidar2image, (H, W)))
 
 
 def _per_sample(generators, shape):
@@ -90,13 +95,21 @@ class GatherLift(nn.Module):
         return volume.permute(0, 4, 1, 2, 3)
 
 
-class ConvNormReLU3d(nn.Sequential):
-    """[B, in_channels, Z, Y, X] -> [B, out_channels, Z, Y, X], at least 0; channels_last_3d stays channels_last_3d."""
+def volume_convs(channels, count, **settings):
+    """`count` of `ConvNormReLU3d` in a row; none of them leaves the volume as it is."""
+    return nn.Sequential(*[ConvNormReLU3d(channels, channels, **settings) for _ in range(count)])
 
-    def __init__(self, in_channels, out_channels):
+
+class ConvNormReLU3d(nn.Sequential):
+    """[B, in_channels, Z, Y, X] -> [B, out_channels, Z, Y, X], at least 0; channels_last_3d stays channels_last_3d.
+
+    norm: eps and momentum of the batch norm, where they are not PyTorch's.
+    """
+
+    def __init__(self, in_channels, out_channels, bias=True, **norm):
         super().__init__(
-            Conv3x3x3(in_channels, out_channels),
-            SyncedBatchNorm(out_channels),
+            Conv3x3x3(in_channels, out_channels, bias),
+            SyncedBatchNorm(out_channels, **norm),
             nn.ReLU(inplace=True),
         )
 
@@ -108,8 +121,8 @@ class Conv3x3x3(nn.Conv3d):
     instead of 317 (torch 2.13, one thread, channels last).
     """
 
-    def __init__(self, in_channels, out_channels):
-        super().__init__(in_channels, out_channels, kernel_size=3, padding=1)
+    def __init__(self, in_channels, out_channels, bias=True):
+        super().__init__(in_channels, out_channels, kernel_size=3, padding=1, bias=bias)
 
     def forward(self, x):
         if x.is_cuda:

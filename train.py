@@ -32,23 +32,25 @@ import tyro
 
 from unipad.batch import CAMERAS
 from unipad.checkpoint import take_weights
-from unipad.config import CONVNEXT
+from unipad.config import CONVNEXT, changed
 from unipad.data.loader import held_out_batches, step_batches
 from unipad.data.nuscenes import NuScenesDataset, has_images
 from unipad.data.synthetic import city_once
 from unipad.draw import rendered_views
-from unipad.errors import UserError
+from unipad.errors import UserError, check_choices, check_ranges
 from unipad.evaluate import evaluate_rendering
 from unipad.model.pretrain import Pretrain
 from unipad.optimiser import lr_at, make_optimiser, set_rates
 from unipad.recipes import PRETRAIN
 from unipad.runtime import (
+    PRECISIONS,
     RunFolder,
     StopOnSignal,
     as_plain,
     generators,
     mean_over_processes,
     memory_mb,
+    mixed_precision,
     one_sentence_errors,
     spelled,
     start,
@@ -91,7 +93,6 @@ class Args:
     save_every: int | None = None  # steps between checkpoints (default: a twentieth of the run, at most 1000)
 
 
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SPLITS = {"v1.0-mini": ("mini_train", "mini_val"), "v1.0-trainval": ("train", "val")}
 
 
@@ -129,9 +130,7 @@ def main(args: Args):
         model = torch.nn.parallel.DistributedDataParallel(net) if world.size > 1 else net
         take_weights(net, "encoder.", args.init, "--init", say)
         optimiser = make_optimiser(net, optim)
-        dtype = PRECISIONS[args.precision or ("bf16" if device.type == "cuda" else "fp32")]
-        autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        autocast, scaler = mixed_precision(args.precision, device)
         parts = {"model": net, "optimiser": optimiser, "scaler": scaler}
 
         # A new run, or one to go on with
@@ -234,34 +233,21 @@ def main(args: Args):
 
 def recipe_of(args):
     """The preset with the flags' changes."""
-    if args.modality not in PRETRAIN:
-        raise UserError(f"--modality {args.modality} is not known; use {', '.join(PRETRAIN)}.")
+    check_choices(modality=(args.modality, PRETRAIN))
     presets = PRETRAIN[args.modality]
     name = args.preset or (list(presets)[-1] if args.data_root else "tiny")
-    known = {
-        "preset": (name, presets),
-        "version": (args.version, SPLITS),
-        "precision": (args.precision, PRECISIONS),
-        "backbone": (args.backbone, CONVNEXT),
-        "ray-choice": (args.ray_choice, ("depth", "random", "dilation")),
-        "renderer": (args.renderer, ("neus", "volsdf", "unisurf")),
-        "rays-from": (args.rays_from, ("cameras", "lidar")),
-    }
-    for flag, (value, choices) in known.items():
-        if value is not None and value not in choices:
-            raise UserError(f"--{flag} {value} is not known; use {', '.join(choices)}.")
-    for flag in ("mask_ratio", "voxel_mask_ratio"):
-        value = getattr(args, flag)
-        if value is not None and not 0 <= value < 1:
-            raise UserError(f"--{flag.replace('_', '-')} {value} must be from 0 to below 1.")
-    for flag in ("workers", "seed", "rgb_weight"):
-        if (getattr(args, flag) or 0) < 0:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} must not be below 0.")
-    for flag in ("steps", "stop_at", "epochs", "batch_size", "accumulate", "rays_per_view", "log_every", "val_every",
-                 "val_samples", "picture_stride", "save_every", "lr"):  # fmt: skip
-        value = getattr(args, flag)
-        if value is not None and value <= 0:
-            raise UserError(f"--{flag.replace('_', '-')} {value} must be above 0.")
+    check_choices(
+        preset=(name, presets),
+        version=(args.version, SPLITS),
+        precision=(args.precision, PRECISIONS),
+        backbone=(args.backbone, CONVNEXT),
+        ray_choice=(args.ray_choice, ("depth", "random", "dilation")),
+        renderer=(args.renderer, ("neus", "volsdf", "unisurf")),
+        rays_from=(args.rays_from, ("cameras", "lidar")),
+    )
+    positive = ("steps", "stop_at", "epochs", "batch_size", "accumulate", "rays_per_view", "log_every", "val_every")
+    positive += ("val_samples", "picture_stride", "save_every", "lr")
+    check_ranges(args, positive, ("workers", "seed", "rgb_weight"), ("mask_ratio", "voxel_mask_ratio"))
     recipe = presets[name]
     for flag, encoder in {"mask_ratio": "camera", "backbone": "camera", "voxel_mask_ratio": "lidar"}.items():
         if getattr(args, flag) is not None and getattr(recipe, encoder) is None:
@@ -275,12 +261,6 @@ def recipe_of(args):
         render=changed(recipe.render, method=args.renderer, rgb_weight=args.rgb_weight),
         optim=changed(recipe.optim, lr=args.lr, epochs=args.epochs, batch_size=args.batch_size),
     )
-
-
-def changed(settings, **flags):
-    """`settings` with the flags that were given; None stays None."""
-    given = {name: value for name, value in flags.items() if value is not None}
-    return replace(settings, **given) if given else settings
 
 
 def casts_from_cameras(args, has_images, say):

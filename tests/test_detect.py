@@ -418,10 +418,19 @@ def test_detector_joins_encoder_and_head():
     """On points alone; in training and in evaluation nothing is hidden."""
     recipe = config.DetectRecipe(
         grid=GRID,
-        lidar=config.Lidar(cell=tuple(c / 2 for c in GRID.cell), widths=(4, 4), blocks=1, sparse_channels=8, neck_widths=(8,),
-                    neck_strides=(1,), neck_layers=0, channels=8, volume_convs=1),
+        lidar=config.Lidar(
+            cell=tuple(c / 2 for c in GRID.cell),
+            widths=(4, 4),
+            blocks=1,
+            sparse_channels=8,
+            neck_widths=(8,),
+            neck_strides=(1,),
+            neck_layers=0,
+            channels=8,
+            volume_convs=1,
+        ),
         detect=SMALL,
-    )  # fmt: skip
+    )
     boxes, labels, counts = some_boxes([2, 0])
     none, points = torch.zeros(2, 0), torch.rand(40, 5)
     batch = Batch(none, none, none, none, points, torch.tensor([10, 30]), boxes, labels, counts, None, ("a", "b"))

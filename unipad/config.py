@@ -208,6 +208,12 @@ CONVNEXT = {
 }
 
 
+def changed(settings, **flags):
+    """`settings` with the flags that were given; None stays None."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    return dataclasses.replace(settings, **given) if given else settings
+
+
 def from_plain(kind, plain):
     """The dataclass `kind` out of what `runtime.as_plain` made of one. Raises TypeError for fields it does not have."""
     types_of = typing.get_type_hints(kind)

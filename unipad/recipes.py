@@ -108,6 +108,9 @@ PLAIN_HEAD = Detect(denoising=False, code_weights=(1.0,) * 10, nms=())
 LIDAR_OPTIM = Optim(schedule="one_cycle", lr=1e-3, start=0.1, final=1e-5, clip=10.0, epochs=20, batch_size=16)
 FUSION_OPTIM = replace(LIDAR_OPTIM, lr=4e-4, encoder_lr=0.1, clip=35.0, batch_size=8)
 
+TINY_HEAD = Detect(queries=200, layers=3, heads=4, hidden=128, dropout=0.0, noise_groups=5)
+TINY_DETECT_OPTIM = Optim(lr=1e-3, backbone_lr=1.0, warmup_steps=50, epochs=20, batch_size=1)
+
 # modality -> name -> recipe. The released configs name samples a GPU, not GPUs: batches are those of four.
 DETECT = {
     "camera": {
@@ -119,6 +122,14 @@ DETECT = {
         ),
     },
     "lidar": {
+        "tiny": DetectRecipe(
+            grid=TINY_GRID,
+            data=Data(cameras=False),
+            augment=Augment(rotation=0.3925, scale=(0.95, 1.05), shuffle=True),
+            lidar=replace(TINY_LIDAR, mask_ratio=0.0),
+            detect=TINY_HEAD,
+            optim=TINY_DETECT_OPTIM,
+        ),
         # abl_uvtr_lidar_vs0.075_finetune
         "lidar-0.075-ablation": DetectRecipe(
             grid=GRID_075,

@@ -100,6 +100,16 @@ def start(device: str, deterministic: bool) -> Iterator[World]:
             dist.destroy_process_group()
 
 
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def mixed_precision(precision, device):
+    """(autocast, gradient scaler) of a name in `PRECISIONS`; None: bf16 on a GPU, fp32 elsewhere."""
+    dtype = PRECISIONS[precision or ("bf16" if device.type == "cuda" else "fp32")]
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    return autocast, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+
 def generators(seed, step, positions, device):
     """One random generator a sample, a function of (seed, step, position in the global batch) alone.
 

@@ -55,7 +55,7 @@ class NuScenesDataset(torch.utils.data.Dataset):
 
     root:           folder that holds samples/, sweeps/ and <version>/ (or <version>/<version>/, as OpenPCDet has it).
     label_fraction: 1/k keeps every k-th keyframe, as the paper's 50 % and 20 %.
-    point_range:    (low, high), each (x, y, z) metres: points outside are left out. None keeps all.
+    point_range:    (low, high), each (x, y, z) metres: points and objects outside are left out. None keeps all.
     augment:        `Augment`, how samples vary that are read with random numbers; None = not at all.
 
     `dataset[i]` is a `Sample`; it raises `BadFrame` where a file of the frame is missing or broken.
@@ -153,10 +153,21 @@ class NuScenesDataset(torch.utils.data.Dataset):
 
 
 def _cropped(sample, low, high):
-    """The sample without the points that are not inside the box of corners `low` and `high`, (x, y, z) metres."""
+    """The sample without what is not inside the box of corners `low` and `high`, (x, y, z) metres.
+
+    Of an object the centre counts, seen from above.
+    """
+    low, high = np.float32(low), np.float32(high)
     points, labels = sample.points, sample.point_labels
-    inside = ((points[:, :3] > np.float32(low)) & (points[:, :3] < np.float32(high))).all(axis=1)
-    return replace(sample, points=points[inside], point_labels=None if labels is None else labels[inside])
+    inside = ((points[:, :3] > low) & (points[:, :3] < high)).all(axis=1)
+    near = ((sample.boxes[:, :2] > low[:2]) & (sample.boxes[:, :2] < high[:2])).all(axis=1)
+    return replace(
+        sample,
+        points=points[inside],
+        point_labels=None if labels is None else labels[inside],
+        boxes=sample.boxes[near],
+        labels=sample.labels[near],
+    )
 
 
 def collate(samples):

@@ -1,0 +1,218 @@
+"""Fine-tune a pre-trained encoder for 3D object detection, or train one from scratch.
+
+    python finetune.py --modality lidar                             # no data, no GPU: a synthetic city, a tiny model
+    python finetune.py --modality lidar --pretrained outputs/train-lidar/<time> --label-fraction 0.2
+    python finetune.py --modality camera --pretrained RUN --data-root /data/nuscenes --version v1.0-trainval
+    torchrun --nproc-per-node 4 finetune.py --modality lidar --data-root /data/nuscenes --version v1.0-trainval
+
+The first line takes a few minutes on two CPU cores. The paper's recipes are presets: the ablations are what its
+headline gains were measured with (a half or a fifth of the labels), the others are its final models.
+"""
+
+import math
+import os
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+# Before torch loads OpenMP; see train.py
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+import torch
+import tyro
+
+from unipad.checkpoint import take_weights
+from unipad.config import changed
+from unipad.data.loader import held_out_batches, step_batches
+from unipad.data.nuscenes import NuScenesDataset
+from unipad.data.synthetic import city_once
+from unipad.errors import UserError, check_choices, check_ranges
+from unipad.model.detect import Detector
+from unipad.optimiser import lr_at, make_optimiser, set_rates
+from unipad.recipes import DETECT
+from unipad.runtime import (
+    PRECISIONS,
+    RunFolder,
+    StopOnSignal,
+    as_plain,
+    generators,
+    mean_over_processes,
+    memory_mb,
+    mixed_precision,
+    one_sentence_errors,
+    spelled,
+    start,
+)
+
+
+@dataclass(frozen=True)
+class Args:
+    task: str = "detect"  # what is learned: detect, boxes of ten classes
+    modality: str = "camera"  # what is encoded: camera, lidar, or both by fusion
+    preset: str | None = None  # tiny, or a recipe of the paper by its name (default: tiny without --data-root)
+    pretrained: tuple[
+        Path, ...
+    ] = ()  # runs or checkpoints to take encoders from; for fusion one or two (default: none)
+    data_root: Path | None = None  # folder of a nuScenes set (default: a synthetic city, made in data/synthetic)
+    version: str = "v1.0-mini"  # version of the set: v1.0-mini or v1.0-trainval
+    label_fraction: float | None = None  # share of the training frames, 0 to 1: every k-th (default: the recipe's)
+    out: Path | None = None  # run folder (default: outputs/finetune-<modality>/<time>)
+    resume: str = "never"  # never; auto: go on with --out, or with the newest unfinished run; or a run folder
+    seed: int = 0  # seed of weights, order of samples, augmentation and noise
+    steps: int | None = None  # optimiser steps that the schedule spans (default: from --epochs)
+    stop_at: int | None = None  # optimiser step to save and stop at, the schedule unchanged (default: the last)
+    epochs: float | None = None  # passes over the training frames (default: the recipe's)
+    batch_size: int | None = None  # samples a step, over all processes (default: the recipe's)
+    accumulate: int = 1  # passes that a step is split into, to save memory
+    lr: float | None = None  # peak learning rate (default: the recipe's)
+    workers: int | None = None  # data loading processes of each training process (default: 4 with a GPU, 1 without)
+    precision: str | None = None  # bf16, fp16 or fp32, of the encoder (default: bf16 with a GPU, fp32 without)
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    deterministic: bool = False  # bit-equal runs on a GPU too, by slower kernels
+    log_every: int = 10  # steps between progress lines
+    val_every: int | None = (
+        None  # steps between validations on the whole validation split (default: a third of the run)
+    )
+    save_every: int | None = None  # steps between checkpoints (default: a twentieth of the run, at most 1000)
+
+
+SPLITS = {"v1.0-mini": ("mini_train", "mini_val"), "v1.0-trainval": ("train", "val")}
+
+
+def main(args: Args):
+    recipe = recipe_of(args)
+    optim = recipe.optim
+    with start(args.device, args.deterministic) as world:
+        device = world.device
+        say = partial(print, flush=True) if world.is_main else lambda *_: None
+
+        # Data
+        train_split, val_split = SPLITS[args.version]
+        box = (recipe.grid.low, recipe.grid.high)  # nothing outside is seen or found
+        with world.main_first():  # the first to come makes the city and builds the index
+            root = args.data_root or city_once()
+            settings = (recipe.data, recipe.label_fraction, box, recipe.augment)
+            train_set = NuScenesDataset(root, args.version, train_split, *settings)
+            val_set = NuScenesDataset(root, args.version, val_split, recipe.data, point_range=box)
+        steps = args.steps or max(1, round(optim.epochs * len(train_set) / optim.batch_size))
+        passes = world.size * args.accumulate
+        if optim.batch_size % passes:
+            raise UserError(
+                f"--batch-size {optim.batch_size} cannot be split over {world.size} processes x {args.accumulate} "
+                f"passes; use a multiple of {passes}."
+            )
+        share = optim.batch_size // passes  # samples of one pass of one process
+        workers = args.workers if args.workers is not None else (4 if device.type == "cuda" else 1)
+
+        # Model and optimiser
+        torch.manual_seed(args.seed)
+        net = Detector(recipe).to(device)
+        model = torch.nn.parallel.DistributedDataParallel(net) if world.size > 1 else net
+        take_weights(net, "encoder.", args.pretrained, "--pretrained", say)
+        optimiser = make_optimiser(net, optim)
+        autocast, scaler = mixed_precision(args.precision, device)
+        parts = {"model": net, "optimiser": optimiser, "scaler": scaler}
+
+        # A new run, or one to go on with
+        config = {"args": as_plain(replace(args, data_root=root.resolve())), "recipe": as_plain(recipe), "steps": steps}
+        run, saved = RunFolder.new_or_resumed(f"finetune-{args.modality}", args.out, args.resume, config, world)
+        first, found = 0, None  # metrics of the last look
+        if saved:
+            first, found = saved["step"], saved["found"]
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+        last = min(steps, args.stop_at or steps)
+        millions = sum(p.numel() for p in net.parameters()) / 1e6
+        say(f"{run.path}: {len(train_set)} frames, {millions:.1f} M weights, steps {first} to {last}, {device}")
+
+        def save(step, keep=False):
+            state = {name: part.state_dict() for name, part in parts.items()}
+            run.save(state | {"step": step, "found": found, "config": config}, keep)
+
+        def look(step):
+            """Detect in the validation split: metrics and a picture."""
+            return {}
+
+        val_every = args.val_every or math.ceil(steps / 3)
+        save_every = args.save_every or min(1000, math.ceil(steps / 20))
+        start_at, pinned = first * args.accumulate, device.type == "cuda"
+        batches = step_batches(train_set, share, start_at, args.seed, world.rank, world.size, workers, pinned)
+        unreadable = set()
+        stop = StopOnSignal()
+        since, clock = first, time.perf_counter()
+
+        for step in range(first, last):
+            set_rates(optimiser, optim, step, steps)
+            values = {}
+            for part in range(args.accumulate):
+                batch, bad_frames = next(batches)
+                position = (part * world.size + world.rank) * share  # of these samples among the step's
+                draws = generators(args.seed, step, range(position, position + share), device)
+                only_adds = world.size > 1 and part < args.accumulate - 1  # the last pass averages over processes
+                with model.no_sync() if only_adds else nullcontext():
+                    with autocast:
+                        losses = model(batch.to(device), draws)
+                    loss = sum(losses.values())
+                    scaler.scale(loss / args.accumulate).backward()
+                for name, value in {"loss": loss, **losses}.items():
+                    values[name] = values.get(name, 0) + value.detach() / args.accumulate
+                for frame in set(bad_frames) - unreadable:
+                    print(f"skipped {frame}", file=sys.stderr)
+                unreadable.update(bad_frames)
+            scaler.unscale_(optimiser)
+            values["grad_norm"] = torch.nn.utils.clip_grad_norm_(net.parameters(), optim.clip)
+            scaler.step(optimiser)
+            scaler.update()
+            optimiser.zero_grad()
+
+            done = step + 1
+            report = done % args.log_every == 0 or done == last
+            look_now = done % val_every == 0 or done == last
+            stopped = (report or world.size == 1) and stop.asked(world)
+            save_now = done % save_every == 0 or look_now or stopped
+            if report or save_now:  # the only places where the host waits for the device
+                values = mean_over_processes(values)
+                # fp16 skips a step whose gradient overflows; anything else that is not finite would be saved
+                if not math.isfinite(values["loss"] + (0 if scaler.is_enabled() else values["grad_norm"])):
+                    raise UserError(f"the loss is not finite at step {done}: lower --lr or use --precision fp32.")
+            if report:
+                speed = optim.batch_size * (done - since) / (time.perf_counter() - clock)
+                since, clock = done, time.perf_counter()
+                rates = {"lr": optim.lr * lr_at(optim, step, steps), "samples_per_s": speed, **memory_mb(device)}
+                run.scalars({f"train/{name}": value for name, value in (values | rates).items()}, done)
+                left = timedelta(seconds=round((last - done) * optim.batch_size / speed))
+                say(f"step {done}/{steps}  {spelled(values)}  {spelled(rates)}  {left} to go")
+            if look_now:
+                found = look(done)
+                since, clock = done, time.perf_counter()
+            if save_now:
+                save(done, keep=look_now)
+            if stopped:
+                say(f"stopped after step {done}, saved; go on with --resume {run.path}")
+                break
+
+        run.close()
+
+
+def recipe_of(args):
+    """The preset with the flags' changes."""
+    check_choices(task=(args.task, ("detect",)), modality=(args.modality, DETECT))
+    presets = DETECT[args.modality]
+    name = args.preset or (list(presets)[-1] if args.data_root else "tiny")
+    check_choices(preset=(name, presets), version=(args.version, SPLITS), precision=(args.precision, PRECISIONS))
+    positive = ("steps", "stop_at", "epochs", "batch_size", "accumulate", "log_every", "val_every", "save_every", "lr")
+    check_ranges(args, positive, ("workers", "seed"))
+    recipe = presets[name]
+    return replace(
+        changed(recipe, label_fraction=args.label_fraction),
+        optim=changed(recipe.optim, lr=args.lr, epochs=args.epochs, batch_size=args.batch_size),
+    )
+
+
+if __name__ == "__main__":
+    with one_sentence_errors():
+        main(tyro.cli(Args, description=__doc__))

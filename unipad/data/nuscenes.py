@@ -65,7 +65,7 @@ class NuScenesDataset(torch.utils.data.Dataset):
     def __init__(self, root, version, split, data: Data, label_fraction=1.0, point_range=None, augment=None):
         if not 0 < label_fraction <= 1 or abs(round(1 / label_fraction) * label_fraction - 1) > 0.02:
             raise DataError(f"--label-fraction {label_fraction} is not 1/k; give 1, 0.5, 0.2, 0.1 or the like.")
-        self.root = find_root(root, version)
+        self.root, self.version, self.split = find_root(root, version), version, split
         self.index = load_index(self.root, version, split)
         self.frames = np.arange(len(self.index.tokens))[:: round(1 / label_fraction)]
         if not len(self.frames):

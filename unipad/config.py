@@ -37,11 +37,25 @@ class Data:
 
 @dataclass(frozen=True)
 class Augment:
-    """How training samples vary."""
+    """How training samples vary: points, cameras and boxes together in the order rotation, scale, shift, mirror."""
 
     rotation: float = 0.0  # radians about the vertical axis, at most so much either way
     scale: tuple[float, float] = (1.0, 1.0)  # smallest and largest factor of all lengths
+    translation: tuple[float, float, float] = (0.0, 0.0, 0.0)  # standard deviation of a shift along x, y, z, metres
+    flip_x: float = 0.0  # probability that left and right change places: x changes its sign
+    flip_y: float = 0.0  # probability that front and back do: y changes its sign
     shuffle: bool = False  # points in random order: decides which of a voxel count where there are too many
+    photometric: bool = False  # every image's brightness, contrast, saturation, hue and order of channels
+    grid_mask: float = 0.0  # probability that a grid hides parts of the images
+
+
+@dataclass(frozen=True)
+class Paste:
+    """Cut-and-paste: objects of other training frames that fill a sample up. Classes in the order of `data.tables`."""
+
+    counts: tuple[int, ...] = (2, 3, 7, 4, 6, 2, 6, 6, 2, 2)  # objects of each class that a sample is filled up to
+    least_points: int = 5  # LiDAR points of an object, over all sweeps of its sample
+    off_epochs: float = 5.0  # the last epochs, which paste nothing
 
 
 @dataclass(frozen=True)
@@ -196,6 +210,8 @@ class PretrainRecipe(Recipe):
 class DetectRecipe(Recipe):
     detect: Detect = field(default_factory=Detect)
     label_fraction: float = 1.0  # share of the training frames whose labels are used: every k-th frame
+    balanced: bool = False  # frames drawn so that all classes have the same share (CBGS): some often, some never
+    paste: Paste | None = None
     depth_weight: float = 0.0  # of the loss that teaches the cameras' depth head what the LiDAR measured
 
 

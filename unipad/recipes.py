@@ -106,6 +106,11 @@ PRETRAIN = {
 # The plain head of the camera ablation: no velocity or position counts more, nothing is suppressed
 PLAIN_HEAD = Detect(denoising=False, code_weights=(1.0,) * 10, nms=())
 LIDAR_OPTIM = Optim(schedule="one_cycle", lr=1e-3, start=0.1, final=1e-5, clip=10.0, epochs=20, batch_size=16)
+LIDAR_AUGMENT = Augment(
+    rotation=0.785, scale=(0.9, 1.1), translation=(0.5, 0.5, 0.5), flip_x=0.5, flip_y=0.5, shuffle=True
+)
+CAMERA_AUGMENT = Augment(rotation=0.3925, scale=(0.95, 1.05), photometric=True, grid_mask=0.7)
+FUSION_AUGMENT = replace(LIDAR_AUGMENT, photometric=True, grid_mask=0.7)
 FUSION_OPTIM = replace(LIDAR_OPTIM, lr=4e-4, encoder_lr=0.1, clip=35.0, batch_size=8)
 
 TINY_HEAD = Detect(queries=200, layers=3, heads=4, hidden=128, dropout=0.0, noise_groups=5)
@@ -116,6 +121,7 @@ DETECT = {
     "camera": {
         # abl_uvtr_cam_vs0.1_finetune
         "camera-0.1": DetectRecipe(
+            augment=CAMERA_AUGMENT,
             camera=Camera(mask_ratio=0.0, volume_convs=3),
             detect=PLAIN_HEAD,
             label_fraction=0.5,
@@ -134,6 +140,7 @@ DETECT = {
         "lidar-0.075-ablation": DetectRecipe(
             grid=GRID_075,
             data=Data(cameras=False, sweeps=10),
+            augment=LIDAR_AUGMENT,
             lidar=Lidar(mask_ratio=0.0, volume_convs=3),
             optim=LIDAR_OPTIM,
             label_fraction=0.2,

@@ -26,3 +26,9 @@ def test_the_paper_s_recipes():
     assert lidar.data.sweeps == 10 and lidar.render.rgb_weight == 0 and lidar.optim.batch_size == 16
     assert lidar.optim.lr * lidar.optim.start == pytest.approx(2e-5)
     assert lidar.grid.scale == 1 / 54
+
+
+def test_the_final_camera_has_the_parameters_of_the_original():
+    with torch.device("meta"):
+        net = Pretrain(PRESETS["camera"]["camera-0.075"])
+    assert sum(p.numel() for p in net.parameters()) == 55_538_029

@@ -43,7 +43,11 @@ class Augment:
 
 @dataclass(frozen=True)
 class Camera:
-    """Masked ConvNeXt, FPN and depth head."""
+    """Masked ConvNeXt, FPN, depth head and view transform.
+
+    gather: every voxel takes what the views see at its corner. Bins run from one end of the depth range to the other.
+    pool:   every pixel gives to the voxels along its ray. Bins stand at their lower edges; one feature level.
+    """
 
     depths: tuple[int, ...] = (3, 3, 27, 3)  # blocks per stage
     widths: tuple[int, ...] = (96, 192, 384, 768)  # channels per stage
@@ -55,6 +59,10 @@ class Camera:
     channels: int = 128  # of the FPN levels and of the volume
     depth_range: tuple[float, float] = (0.0, 64.0)  # metres along the optical axis
     depth_bins: int = 64
+    depth: str = "simple"  # the head: simple (a 1x1 convolution) | complex (residual blocks and ASPP)
+    aspp_channels: int = 96  # complex: of each scale
+    view: str = "gather"  # gather | pool
+    truncate: bool = False  # pool: count points up to a voxel below the grid in its lowest voxels, as the original does
 
 
 @dataclass(frozen=True)
@@ -193,6 +201,17 @@ CONVNEXT = {
 # The released configs' ranges and volumes, by the size of the LiDAR voxels that they are made for
 GRID_075 = Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(0.6, 0.6, 1.6))
 
+# The final recipes' camera: one level of features, 256 channels, pooled by depths from 1 to 60 m in steps of 0.5
+CAMERA_075 = Camera(
+    fpn_start=3,
+    fpn_levels=1,
+    channels=256,
+    depth_range=(1.0, 60.0),
+    depth_bins=118,
+    depth="complex",
+    view="pool",
+)
+
 # Two CPU cores, a few minutes, weights from scratch: a near and coarse volume, few rays, a surface that starts sharp.
 TINY_GRID = Grid(low=(-40.0, -40.0, -3.0), high=(40.0, 40.0, 9.0), cell=(1.25, 1.25, 2.0))
 TINY_CAMERA = Camera(  # a quarter of ConvNeXt-tiny's width
@@ -218,7 +237,7 @@ TINY_RAYS = RayChoice(per_view=64, lidar_per_view=40, sky=0.0)  # a third of the
 TINY_RENDER = Render(samples=40, importance=16, variance=0.5)
 TINY_OPTIM = Optim(lr=2e-3, backbone_lr=1.0, warmup_steps=20, epochs=6.5, batch_size=1)
 
-# modality -> name -> recipe
+# modality -> name -> recipe; the last of a modality is the default where there are real data
 PRESETS = {
     "camera": {
         "tiny": Recipe(
@@ -228,6 +247,10 @@ PRESETS = {
             rays=TINY_RAYS,
             render=TINY_RENDER,
             optim=replace(TINY_OPTIM, epochs=7.5),
+        ),
+        # The paper's final recipe for cameras (uvtr_cam_vs0.075_pretrain)
+        "camera-0.075": Recipe(
+            grid=GRID_075, data=Data(sweeps=10), camera=CAMERA_075, rays=RayChoice(far_radius=100.0)
         ),
         # The paper's ablation recipe for cameras (uvtr_cam_vs0.1_pretrain); nuScenes at 900 x 1600.
         "camera-0.1": Recipe(camera=Camera()),
@@ -270,7 +293,7 @@ PRESETS = {
             grid=GRID_075,
             data=Data(sweeps=10),
             augment=Augment(rotation=0.3925, scale=(0.95, 1.05), shuffle=True),
-            camera=Camera(channels=256),
+            camera=CAMERA_075,
             lidar=Lidar(),
             rays=RayChoice(far_radius=100.0),
         ),

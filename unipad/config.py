@@ -61,6 +61,7 @@ class Camera:
     depth_bins: int = 64
     depth: str = "simple"  # the head: simple (a 1x1 convolution) | complex (residual blocks and ASPP)
     aspp_channels: int = 96  # complex: of each scale
+    depth_weight: float = 0.0  # of the loss that holds the head's depths against the LiDAR's; fine-tuning has 1
     view: str = "gather"  # gather | pool
     truncate: bool = False  # pool: count points up to a voxel below the grid in its lowest voxels, as the original does
 

@@ -1,4 +1,4 @@
-"""How far away what an image shows is: heads that guess it."""
+"""How far away what an image shows is: heads that guess it, and what LiDAR says about their guesses."""
 
 import torch
 from torch import nn
@@ -6,9 +6,11 @@ from torch import nn
 from unipad.config import Camera
 from unipad.model.decoder import Dropout
 from unipad.model.norm import SyncedBatchNorm
+from unipad.model.rays import project_points
 
 DILATIONS = (1, 6, 12, 18)  # cells from tap to tap of ASPP's convolutions, the first of which has a single tap
 DROPOUT = 0.5  # of what ASPP gives
+NEAR_RADIUS = 3.0  # metres in the ground plane; nearer points lie on the car itself
 
 
 def depth_head(cfg: Camera):
@@ -100,3 +102,51 @@ class DilatedConv(nn.Module):
 
     def forward(self, x):
         return self.bn(self.atrous_conv(x)).relu()
+
+
+def depth_loss(depths, batch, cfg: Camera):
+    """Binary cross entropy of each depth bin's probability with whether LiDAR sees something in it first.
+
+    depths: per level [B, N, h, w, D] probabilities, as `Encoder.encode` hands them out.
+    batch:  the `Batch` that they were made of.
+
+    Returns the sum over bins, the mean over all features with a LiDAR point (0 without any), the sum over levels, times
+    `cfg.depth_weight`. Computed in fp32 or better; the logarithm of 0 is that of the smallest number.
+    Follows Uni3DVoxelPoolDepth.loss of the original.
+    """
+    total = 0
+    for depth in depths:
+        _, _, h, w, D = depth.shape
+        target = depth_targets(batch, h, w, D, cfg.depth_range)
+        depth = depth.to(torch.promote_types(depth.dtype, torch.float32))
+        occupied = target[..., None] == torch.arange(D, device=depth.device)
+        # not F.binary_cross_entropy, which aborts a GPU's process where an overflow has made a NaN
+        likelihood = torch.where(occupied, depth, 1 - depth).clamp(min=torch.finfo(depth.dtype).tiny)
+        known = target >= 0
+        total = total - (likelihood.log().sum(-1) * known).sum() / known.sum().clamp(min=1)
+    return cfg.depth_weight * total
+
+
+def depth_targets(batch, h, w, bins, depth_range):
+    """The depth bin of the nearest LiDAR point in each feature's block of pixels.
+
+    h, w:        features of a view, which divide the padded image evenly.
+    depth_range: (nearest, farthest) metres along the optical axis, cut into `bins`; points must lie between them,
+                 strictly inside the image and farther than NEAR_RADIUS from the LiDAR's axis.
+
+    Returns [B, N, h, w] int64; -1 without a point. The original sorts the points by fp32 numbers that cannot tell
+    depths less than some metres apart, so there a farther point may win.
+    """
+    near, far = depth_range
+    stride = batch.images.shape[-2] // h
+    targets = []
+    for b, points in enumerate(batch.points.split(batch.point_counts.tolist())):
+        seen, visible = project_points(points[:, :3], batch.lidar2image[b], batch.image_sizes[b])
+        u, v, z = seen.unbind(-1)  # [N, P] each
+        visible &= (z > near) & (z < far) & (points[:, :2].norm(dim=1) > NEAR_RADIUS)
+        cell = v.round().long() // stride * w + u.round().long() // stride
+        nearest = z.new_full((len(z), h * w), torch.inf)
+        nearest = nearest.scatter_reduce(1, cell.where(visible, 0), z.where(visible, torch.inf), "amin")
+        bin_ = (nearest - near) / ((far - near) / bins)
+        targets.append(torch.where(bin_ < bins, bin_, -1).long().view(-1, h, w))
+    return torch.stack(targets)

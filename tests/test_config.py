@@ -34,3 +34,9 @@ def test_the_paper_s_recipes():
 def test_a_recipe_comes_back_from_what_a_checkpoint_keeps(paste):
     recipe = DetectRecipe(augment=Augment(translation=(0.5, 0.5, 0.0)), balanced=True, paste=paste)
     assert from_plain(DetectRecipe, as_plain(recipe)) == recipe
+
+
+def test_the_final_camera_has_the_parameters_of_the_original():
+    with torch.device("meta"):
+        net = Pretrain(PRETRAIN["camera"]["camera-0.075"])
+    assert sum(p.numel() for p in net.parameters()) == 55_538_029

@@ -60,7 +60,11 @@ class Paste:
 
 @dataclass(frozen=True)
 class Camera:
-    """Masked ConvNeXt, FPN and depth head."""
+    """Masked ConvNeXt, FPN, depth head and view transform.
+
+    gather: every voxel takes what the views see at its corner. Bins run from one end of the depth range to the other.
+    pool:   every pixel gives to the voxels along its ray. Bins stand at their lower edges; one feature level.
+    """
 
     depths: tuple[int, ...] = (3, 3, 27, 3)  # blocks per stage
     widths: tuple[int, ...] = (96, 192, 384, 768)  # channels per stage
@@ -73,6 +77,11 @@ class Camera:
     depth_range: tuple[float, float] = (0.0, 64.0)  # metres along the optical axis
     depth_bins: int = 64
     volume_convs: int = 0  # 3 x 3 x 3 convolutions of the volume; pre-training has none
+    depth: str = "simple"  # the head: simple (a 1x1 convolution) | complex (residual blocks and ASPP)
+    aspp_channels: int = 96  # complex: of each scale
+    depth_weight: float = 0.0  # of the loss that holds the head's depths against the LiDAR's; fine-tuning has 1
+    view: str = "gather"  # gather | pool
+    truncate: bool = False  # pool: count points up to a voxel below the grid in its lowest voxels, as the original does
 
 
 @dataclass(frozen=True)
@@ -212,7 +221,6 @@ class DetectRecipe(Recipe):
     label_fraction: float = 1.0  # share of the training frames whose labels are used: every k-th frame
     balanced: bool = False  # frames drawn so that all classes have the same share (CBGS): some often, some never
     paste: Paste | None = None
-    depth_weight: float = 0.0  # of the loss that teaches the cameras' depth head what the LiDAR measured
 
 
 # ConvNeXt sizes: (blocks per stage, channels per stage)

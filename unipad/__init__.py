@@ -3,7 +3,8 @@
 config.py    every setting as frozen dataclasses; the recipes of the paper as PRESETS
 batch.py     what the data hands to the model
 runtime.py   device, processes, random numbers, run folder, checkpoints
-evaluate.py  how good the renderings are: PSNR and depth errors
+evaluate.py  how good a model is: PSNR and depth errors, NDS and mAP
+submission.py  detections -> results_nusc.json -> the devkit's metrics
 draw.py      pictures of real beside rendered
 data/        nuScenes and the synthetic city, read into batches
 model/       encoders, volumes, rays, renderer

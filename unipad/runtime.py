@@ -127,6 +127,23 @@ def all_reduce_sum(tensor):
     return tensor
 
 
+def from_main(value, world):
+    """The main process's `value`, in every process; it travels pickled. All processes must ask."""
+    values = [value]
+    if world.size > 1:
+        dist.broadcast_object_list(values, device=world.device)
+    return values[0]
+
+
+def to_main(value, world):
+    """The list of every process's `value` in the main process, None elsewhere. All processes must ask."""
+    values = [None] * world.size if world.is_main else None
+    if world.size == 1:
+        return [value]
+    dist.gather_object(value, values)
+    return values
+
+
 def mean_over_processes(values):
     """dict name -> scalar tensor to dict name -> float, the mean over all processes. Waits for the device."""
     total = all_reduce_sum(torch.stack([v.detach().double() for v in values.values()]))
@@ -184,10 +201,8 @@ class RunFolder:
         config: {"args": ..., "recipe": ..., "steps": ...}; must agree with the checkpoint's where it
             decides the curve.
         """
-        decided = [cls._decide(name, out, resume, config) if world.is_main else None]
-        if world.size > 1:  # the others may see another clock, or another disk
-            dist.broadcast_object_list(decided, device=world.device)
-        path, saved = decided[0]
+        decided = cls._decide(name, out, resume, config) if world.is_main else None
+        path, saved = from_main(decided, world)  # the others may see another clock, or another disk
         return cls(path, config, world, saved["step"] if saved else 0), saved
 
     @staticmethod

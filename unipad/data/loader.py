@@ -64,6 +64,45 @@ def held_out_batches(dataset, count, rank=0, world=1):
         yield position, collate([sample])
 
 
+def all_batches(dataset, size=1, rank=0, world=1, workers=0, pinned=False):
+    """Yield (Batch, bad_frames) until every frame was there once, in order; process `rank` of `world` gets every
+    world-th of them.
+
+    size:       samples of a batch.
+    bad_frames: list of `path: reason` of the frames that could not be read. Nothing stands in their place: a batch has
+        fewer samples, and is None where it would have none.
+    """
+    loader = DataLoader(
+        Readable(dataset),
+        batch_size=size,
+        sampler=range(rank, len(dataset), world),
+        collate_fn=_of_readable,
+        num_workers=workers,
+        worker_init_fn=start_worker,
+        pin_memory=pinned,
+        generator=torch.Generator(),
+    )
+    yield from loader
+
+
+class Readable(Dataset):
+    """`dataset[i]` is the sample of frame i, or `path: reason` where it cannot be read."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, i):
+        try:
+            return self.dataset[i]
+        except BadFrame as bad:
+            return str(bad)
+
+
+def _of_readable(items):
+    samples = [item for item in items if not isinstance(item, str)]
+    return collate(samples) if samples else None, [item for item in items if isinstance(item, str)]
+
+
 class Passes(Dataset):
     """`dataset[i]` is what `step_batches` yields for pass i; None instead of the batch when no frame can be read."""
 

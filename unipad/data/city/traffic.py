@@ -67,6 +67,7 @@ def low(pieces, share):
     return tuple((x, y, (z[0] * share, z[1] * share), *rest) for x, y, z, *rest in pieces)
 
 
+# Attributes as the original fills them in for want of a prediction: a bus stands at its stop, others are parked.
 VEHICLE = {"moving": "vehicle.moving", "still": "vehicle.parked"}
 RIDDEN = {"moving": "cycle.with_rider", "still": "cycle.with_rider"}
 RIDERLESS = {"moving": "cycle.without_rider", "still": "cycle.without_rider"}
@@ -95,7 +96,7 @@ KINDS = {
     ),
     "bus": Kind(
         "vehicle.bus.rigid", (2.8, 11.0, 3.4), (RED, (0.20, 0.42, 0.62), (0.80, 0.72, 0.25)),
-        ((FULL, FULL, (0.07, 1), "coach", None, UPRIGHT, False),), **VEHICLE,
+        ((FULL, FULL, (0.07, 1), "coach", None, UPRIGHT, False),), "vehicle.moving", "vehicle.stopped",
     ),
     "trailer": Kind(
         "vehicle.trailer", (2.5, 9.0, 3.6), (WHITE, (0.58, 0.60, 0.62)),
@@ -115,7 +116,7 @@ KINDS = {
             ((0.02, 0.42), (0.10, 0.24), (0.80, 1), "plain", None, (0.4, 0, 0), False),
             ((0.36, 0.42), (0.10, 0.24), (0.22, 0.84), "plain", None, UPRIGHT, False),
             ((0.32, 0.50), (0.0, 0.34), (0.02, 0.26), "plain", GREY, (0, 0.4, 0), False),
-        ), "vehicle.moving", "vehicle.stopped",
+        ), **VEHICLE,
     ),
     "pedestrian": Kind(
         "human.pedestrian.adult", (0.7, 0.7, 1.75), CLOTHES, PEDESTRIAN, "pedestrian.moving", "pedestrian.standing",

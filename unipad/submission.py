@@ -1,0 +1,120 @@
+"""Detections -> `results_nusc.json` as nuScenes wants it, and what the unmodified devkit makes of it.
+
+What the devkit leaves to whoever uses it: it cannot filter a file without a single box (an untrained model's), and
+stops at numbers that are not finite and at boxes without a size. Such boxes are left out here, and nothing found gives
+the metrics of nothing found: mAP and NDS 0, all errors 1.
+"""
+
+import json
+import os
+import tempfile
+from types import SimpleNamespace
+
+import numpy as np
+
+from unipad.data.tables import CLASSES
+from unipad.model.boxes import boxes_to_global
+
+MOST = 500  # boxes of a sample; nuScenes' rule
+MOVING = 0.2  # m/s from which on an object counts as moving; the original's
+
+VEHICLE = ("vehicle.parked", "vehicle.moving")
+CYCLE = ("cycle.without_rider", "cycle.with_rider")
+# class -> its attribute (standing still, moving), for want of a prediction; the original's
+ATTRIBUTES = {
+    "car": VEHICLE,
+    "truck": VEHICLE,
+    "construction_vehicle": VEHICLE,
+    "bus": ("vehicle.stopped", "vehicle.moving"),
+    "trailer": VEHICLE,
+    "barrier": ("", ""),
+    "motorcycle": CYCLE,
+    "bicycle": CYCLE,
+    "pedestrian": ("pedestrian.standing", "pedestrian.moving"),
+    "traffic_cone": ("", ""),
+}
+
+# of the devkit's summary, in the order in which papers print them
+ERRORS = {"mATE": "trans_err", "mASE": "scale_err", "mAOE": "orient_err", "mAVE": "vel_err", "mAAE": "attr_err"}
+
+
+def write_submission(found, index, file, use_camera, use_lidar):
+    """Write what was found in a split, every sample of which becomes a key.
+
+    found: {sample token: `Detections` on the host, in the LiDAR frame of the keyframe}; a sample may be missing.
+    index: `tables.Index` of the split.
+    """
+    results = {}
+    for token, lidar in zip(index.tokens, index.frame_lidar, strict=True):
+        token = token.decode()
+        results[token] = _records(found[token], token, index.lidar2global[lidar]) if token in found else []
+    uses = {"use_camera": use_camera, "use_lidar": use_lidar, "use_radar": False, "use_map": False}
+    file.write_text(json.dumps({"meta": uses | {"use_external": False}, "results": results}))
+
+
+def _records(found, token, lidar2global):
+    """The best `MOST` boxes of one sample as the records of a submission."""
+    boxes, scores, labels = (t.numpy() for t in (found.boxes, found.scores, found.labels))
+    sound = np.isfinite(boxes).all(axis=1) & np.isfinite(scores) & (boxes[:, 3:6] > 0).all(axis=1)
+    rows = np.nonzero(sound)[0]
+    rows = rows[np.argsort(-scores[rows], kind="stable")][:MOST]
+    centres, sizes, rotations, velocities = (a.tolist() for a in boxes_to_global(boxes[rows], lidar2global))
+    moving = np.hypot(*boxes[rows, 7:].T) > MOVING
+    names = [CLASSES[label] for label in labels[rows]]
+    return [
+        {
+            "sample_token": token,
+            "translation": centre,
+            "size": size,
+            "rotation": rotation,
+            "velocity": velocity,
+            "detection_name": name,
+            "detection_score": score,
+            "attribute_name": ATTRIBUTES[name][int(moves)],
+        }
+        for centre, size, rotation, velocity, name, score, moves in zip(
+            centres, sizes, rotations, velocities, names, scores[rows].tolist(), moving, strict=True
+        )
+    ]
+
+
+def score_submission(file, root, version, split):
+    """The devkit's summary of the detection metrics (CVPR 2019), as it stands in `metrics_summary.json` beside `file`.
+
+    root: as `tables.find_root` gives it. Takes half a minute and several GB for the full set.
+    """
+    os.environ.setdefault("MPLBACKEND", "Agg")  # the devkit imports pyplot, which looks for a screen
+    from nuscenes import NuScenes
+    from nuscenes.eval.common.config import config_factory
+    from nuscenes.eval.common.data_classes import EvalBoxes
+    from nuscenes.eval.detection.evaluate import DetectionEval
+
+    config, written = config_factory("detection_cvpr_2019"), json.loads(file.read_text())
+    if any(written["results"].values()):
+        nusc = NuScenes(version, str(root), verbose=False)
+        with tempfile.TemporaryDirectory() as plots:  # it insists on a folder for plots
+            metrics, _ = DetectionEval(nusc, config, str(file), split, plots, verbose=False).evaluate()
+    else:
+        nothing = {"gt_boxes": EvalBoxes(), "pred_boxes": EvalBoxes()}
+        metrics, _ = DetectionEval.evaluate(SimpleNamespace(cfg=config, verbose=False, **nothing))
+    summary = metrics.serialize() | {"meta": written["meta"]}
+    (file.parent / "metrics_summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def headline(summary):
+    """NDS, mAP and the five mean errors of true positives, dict of name -> number."""
+    errors = {name: summary["tp_errors"][key] for name, key in ERRORS.items()}
+    return {"NDS": summary["nd_score"], "mAP": summary["mean_ap"]} | errors
+
+
+def table(summary):
+    """The summary in the devkit's words: the means, then each class."""
+    values = headline(summary)
+    lines = [f"{name}: {values[name]:.4f}" for name in ("mAP", *ERRORS, "NDS")]
+    heads = ("AP", *(name[1:] for name in ERRORS))
+    lines += ["", "Per-class results:", f"{'Object Class':<22}" + "".join(f"{head:>8}" for head in heads)]
+    for name, precision in summary["mean_dist_aps"].items():
+        errors = [summary["label_tp_errors"][name][key] for key in ERRORS.values()]
+        lines.append(f"{name:<22}" + "".join(f"{value:>8.3f}" for value in (precision, *errors)))
+    return "\n".join(lines)

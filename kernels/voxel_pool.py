@@ -209,17 +209,17 @@ def _chunks_kernel(
 ):  # fmt: skip
     """The sum of each chunk of sorted points that lies in one voxel; of other chunks nothing is written."""
     chunk = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
-    c = tl.arange(0, BLOCK_C)  # [BLOCK_C]
+    c = tl.arange(0, BLOCK_C)[None, :]
     ok = chunk < chunks
     first = tl.load(voxel_idx_ptr + chunk * CHUNK, mask=ok, other=0)
     last = tl.load(voxel_idx_ptr + chunk * CHUNK + CHUNK - 1, mask=ok, other=0)
     ok &= (first == last) & (last < V)
     if tl.max(ok.to(tl.int32), axis=0) > 0:
-        mask = ok[:, None] & (c < C)[None, :]
+        mask = ok[:, None] & (c < C)
         acc = tl.zeros((BLOCK_R, BLOCK_C), partial_ptr.dtype.element_ty)
         for i in tl.range(0, CHUNK, loop_unroll_factor=UNROLL):
             acc += _point(features_ptr, depths_ptr, order_ptr, chunk * CHUNK + i, ok, mask, c, C, D, acc.dtype)
-        tl.store(partial_ptr + chunk.to(tl.int64)[:, None] * C + c[None, :], acc, mask=mask)
+        tl.store(partial_ptr + chunk.to(tl.int64)[:, None] * C + c, acc, mask=mask)
 
 
 @triton.jit

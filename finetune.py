@@ -32,6 +32,7 @@ from unipad.data.loader import step_batches
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.synthetic import city_once
 from unipad.errors import UserError, check_choices, check_ranges
+from unipad.evaluate import evaluate_detections
 from unipad.model.detect import Detector
 from unipad.optimiser import lr_at, make_optimiser, set_rates
 from unipad.recipes import DETECT
@@ -141,8 +142,12 @@ def main(args: Args):
             run.save(state | {"step": step, "found": found, "config": config}, keep)
 
         def look(step):
-            """Detect in the validation split: metrics and a picture."""
-            return {}
+            """Detect in the whole validation split: metrics."""
+            with autocast:
+                metrics = evaluate_detections(net, val_set, run.path / "eval", world, workers=workers)
+            run.scalars({f"val/{name}": value for name, value in metrics.items()}, step)
+            say(f"step {step}/{steps}  {val_split}: {spelled(metrics)}")
+            return metrics
 
         val_every = args.val_every or math.ceil(steps / 3)
         save_every = args.save_every or min(1000, math.ceil(steps / 20))
@@ -204,6 +209,9 @@ def main(args: Args):
                 break
 
         run.close()
+        if unreadable:
+            say(f"{len(unreadable)} frames could not be read and were replaced; they are named above.")
+        say(summary(found, val_split, run.path))
 
 
 def recipe_of(args):
@@ -219,6 +227,13 @@ def recipe_of(args):
         changed(recipe, label_fraction=args.label_fraction),
         optim=changed(recipe.optim, lr=args.lr, epochs=args.epochs, batch_size=args.batch_size),
     )
+
+
+def summary(found, split, path):
+    """How good the detector is and where to look."""
+    lines = [f"{split:<13}{'  '.join(f'{name} {value:.3f}' for name, value in found.items())}"] if found else []
+    lines += [f"checkpoint   {path / 'checkpoints' / 'last.pt'}", f"curves       tensorboard --logdir {path.parent}"]
+    return "\n".join([*lines, f"all classes  python eval.py {path}"])
 
 
 if __name__ == "__main__":

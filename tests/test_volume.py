@@ -8,6 +8,7 @@ from tests import golden
 from tests.test_rays import generators, make_batch
 from unipad import config
 from unipad.model.volume import Conv3x3x3, ConvNormReLU3d, Encoder, GatherLift, VoxelPoolLift, view_transform
+from unipad.recipes import CAMERA_075
 
 GRID = config.Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(5.4, 6.0, 1.6))  # of the record
 
@@ -40,7 +41,7 @@ def test_voxel_pooling_refuses_several_levels():
 
 def test_the_final_camera_encodes_and_learns_every_parameter():
     """The structure of the final recipe at a small size; its depths are handed out beside the volume."""
-    camera = replace(config.CAMERA_075, depths=(1, 1, 1, 1), widths=(4, 8, 16, 32), channels=8, aspp_channels=4)
+    camera = replace(CAMERA_075, depths=(1, 1, 1, 1), widths=(4, 8, 16, 32), channels=8, aspp_channels=4)
     camera = replace(camera, depth_bins=20, frozen_stages=0)
     encoder = Encoder(config.Recipe(grid=GRID, camera=camera))
     batch = make_batch([[], []], size=(64, 96), unpadded=(60, 90))

@@ -27,10 +27,12 @@ import tyro
 
 from unipad.checkpoint import take_weights
 from unipad.config import changed
-from unipad.data.loader import held_out_batches, step_batches
+from unipad.data.cutpaste import load_objects
+from unipad.data.loader import step_batches
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.synthetic import city_once
 from unipad.errors import UserError, check_choices, check_ranges
+from unipad.evaluate import evaluate_detections
 from unipad.model.detect import Detector
 from unipad.optimiser import lr_at, make_optimiser, set_rates
 from unipad.recipes import DETECT
@@ -93,11 +95,15 @@ def main(args: Args):
         # Data
         train_split, val_split = SPLITS[args.version]
         box = (recipe.grid.low, recipe.grid.high)  # nothing outside is seen or found
-        with world.main_first():  # the first to come makes the city and builds the index
+        with world.main_first():  # the first to come makes the city, builds the index and cuts the objects out
             root = args.data_root or city_once()
             settings = (recipe.data, recipe.label_fraction, box, recipe.augment)
             train_set = NuScenesDataset(root, args.version, train_split, *settings)
             val_set = NuScenesDataset(root, args.version, val_split, recipe.data, point_range=box)
+            if recipe.paste:
+                train_set = train_set.pasting(load_objects(train_set, recipe.paste))
+        if recipe.balanced:
+            train_set = train_set.balanced(args.seed)
         steps = args.steps or max(1, round(optim.epochs * len(train_set) / optim.batch_size))
         passes = world.size * args.accumulate
         if optim.batch_size % passes:
@@ -106,6 +112,8 @@ def main(args: Args):
                 f"passes; use a multiple of {passes}."
             )
         share = optim.batch_size // passes  # samples of one pass of one process
+        pasted_epochs = optim.epochs - (recipe.paste.off_epochs if recipe.paste else 0)
+        paste_until = max(0, round(pasted_epochs / optim.epochs * steps)) * optim.batch_size  # position in the stream
         workers = args.workers if args.workers is not None else (4 if device.type == "cuda" else 1)
 
         # Model and optimiser
@@ -134,13 +142,18 @@ def main(args: Args):
             run.save(state | {"step": step, "found": found, "config": config}, keep)
 
         def look(step):
-            """Detect in the validation split: metrics and a picture."""
-            return {}
+            """Detect in the whole validation split: metrics."""
+            with autocast:
+                metrics = evaluate_detections(net, val_set, run.path / "eval", world, workers=workers)
+            run.scalars({f"val/{name}": value for name, value in metrics.items()}, step)
+            say(f"step {step}/{steps}  {val_split}: {spelled(metrics)}")
+            return metrics
 
         val_every = args.val_every or math.ceil(steps / 3)
         save_every = args.save_every or min(1000, math.ceil(steps / 20))
         start_at, pinned = first * args.accumulate, device.type == "cuda"
-        batches = step_batches(train_set, share, start_at, args.seed, world.rank, world.size, workers, pinned)
+        stream = (share, start_at, args.seed, world.rank, world.size, workers, pinned, paste_until)
+        batches = step_batches(train_set, *stream)
         unreadable = set()
         stop = StopOnSignal()
         since, clock = first, time.perf_counter()
@@ -196,6 +209,9 @@ def main(args: Args):
                 break
 
         run.close()
+        if unreadable:
+            say(f"{len(unreadable)} frames could not be read and were replaced; they are named above.")
+        say(summary(found, val_split, run.path))
 
 
 def recipe_of(args):
@@ -211,6 +227,13 @@ def recipe_of(args):
         changed(recipe, label_fraction=args.label_fraction),
         optim=changed(recipe.optim, lr=args.lr, epochs=args.epochs, batch_size=args.batch_size),
     )
+
+
+def summary(found, split, path):
+    """How good the detector is and where to look."""
+    lines = [f"{split:<13}{'  '.join(f'{name} {value:.3f}' for name, value in found.items())}"] if found else []
+    lines += [f"checkpoint   {path / 'checkpoints' / 'last.pt'}", f"curves       tensorboard --logdir {path.parent}"]
+    return "\n".join([*lines, f"all classes  python eval.py {path}"])
 
 
 if __name__ == "__main__":

@@ -38,6 +38,25 @@ def eager_lift(features, depths, lidar2image, low, cell, shape, image_size, dept
     return volume.permute(0, 3, 2, 1, 4).to(features[0].dtype)
 
 
+def eager_voxel_pool(features, depths, lidar2image, low, cell, shape, stride, depth_range, truncate=False):
+    """`kernels.voxel_pool.voxel_pool` point by point: all products of feature and probability, added up by voxel."""
+    (B, N, h, w, C), D = features.shape, depths.shape[4]
+    X, Y, Z = shape
+    near, far = depth_range
+    axes = [torch.arange(n, device=features.device, dtype=torch.float64) for n in (h, w, D)]
+    v, u, d = torch.meshgrid(axes[0] * stride, axes[1] * stride, near + (far - near) / D * axes[2], indexing="ij")
+    points = torch.stack([u * d, v * d, d, torch.ones_like(d)], dim=-1).flatten(0, 2)  # [h * w * D, 4]
+    places = points @ torch.inverse(lidar2image.double()).mT  # [B, N, h * w * D, 4]
+    places = [(places[..., i] - low[i]) / cell[i] for i in range(3)]
+    x, y, z = (p.long() if truncate else p.floor().long() for p in places)
+    inside = (x >= 0) & (x < X) & (y >= 0) & (y < Y) & (z >= 0) & (z < Z)
+    sample = torch.arange(B, device=features.device)[:, None, None]
+    voxel = ((sample * Z + z) * Y + y) * X + x
+    products = (features[..., None, :] * depths[..., None]).view(B, N, -1, C)  # [B, N, h * w * D, C]
+    volume = products.new_zeros(B * Z * Y * X, C).index_add(0, voxel[inside], products[inside])
+    return volume.view(B, Z, Y, X, C)
+
+
 class EagerRenderer(nn.Module):
     """NeuS one sample after the other: `F.grid_sample`, MLPs layer by layer, the gradient of the distance by autograd.
 

@@ -4,6 +4,7 @@
     voxelize.py     points -> voxels with the mean of their points, one point a cell
     sparse_map.py   which voxels each offset of a sparse convolution reads
     lift.py         voxel <- sum over views and levels of bilinear feature x trilinear depth probability
+    voxel_pool.py   voxel <- sum of feature x depth probability over the frustum points that fall into it
     ray_sample.py   ray-box clipping, stratified starts, inverse-CDF resampling with rank merge
     trilinear.py    a feature volume at points, with its spatial gradient as an output
     sdf_alpha.py    signed distance to opacity: NeuS, VolSDF, UniSurf

@@ -35,7 +35,7 @@ class Made(torch.utils.data.Dataset):
     def __len__(self):
         return self.n
 
-    def read(self, i, rng=None):
+    def read(self, i, rng=None, paste=True):
         if i in self.bad:
             raise BadFrame(f"frame-{i}", "is missing")
         return sample(i, points=i, size=(8, 8))

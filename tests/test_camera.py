@@ -29,16 +29,20 @@ def test_convnext_is_the_original(name):
         assert_close_to_max(param.grad, gradients[key], 1e-5, key)
 
 
-def test_fpn_is_mmdets():
-    arrays, _ = load("fpn_vs01")
-    net = FPN([16, 32, 64], 24, 4)
+@pytest.mark.parametrize(
+    "record, widths, levels, first",
+    [("fpn_vs01", [16, 32, 64], 4, 1), ("custom_fpn_single", [64], 1, 0)],  # the latter: of the last stage alone
+)
+def test_fpn_is_mmdets(record, widths, levels, first):
+    arrays, _ = load(record)
+    net = FPN(widths, 24, levels)
     net.load_state_dict({k.replace(".conv.", "."): v for k, v in under(arrays, "state/img_neck.").items()})
-    inputs = [arrays[f"in/x_{i}"].requires_grad_() for i in (1, 2, 3)]
+    inputs = [arrays[f"in/x_{i}"].requires_grad_() for i in range(first, first + len(widths))]
     outs = net(inputs)
     for i, out in enumerate(outs):
         assert_close_to_max(out, arrays[f"out/out_{i}"], 1e-5, f"level {i}")
     sum((out * arrays[f"in/w_{i}"]).sum() for i, out in enumerate(outs)).backward()
-    for i, x in enumerate(inputs, start=1):
+    for i, x in enumerate(inputs, start=first):
         assert_close_to_max(x.grad, arrays[f"grad/x_{i}"], 1e-5, f"input {i}")
     gradients = {k.replace(".conv.", "."): v for k, v in under(arrays, "grad/img_neck.").items()}
     for key, param in net.named_parameters():

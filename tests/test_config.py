@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from unipad.config import Augment, DetectRecipe, Paste, from_plain
 from unipad.model.pretrain import Pretrain
 from unipad.recipes import PRETRAIN
+from unipad.runtime import as_plain
 
 EVERY = [(modality, name) for modality, presets in PRETRAIN.items() for name in presets]
 
@@ -26,3 +28,15 @@ def test_the_paper_s_recipes():
     assert lidar.data.sweeps == 10 and lidar.render.rgb_weight == 0 and lidar.optim.batch_size == 16
     assert lidar.optim.lr * lidar.optim.start == pytest.approx(2e-5)
     assert lidar.grid.scale == 1 / 54
+
+
+@pytest.mark.parametrize("paste", [None, Paste(counts=(1,) * 10)])
+def test_a_recipe_comes_back_from_what_a_checkpoint_keeps(paste):
+    recipe = DetectRecipe(augment=Augment(translation=(0.5, 0.5, 0.0)), balanced=True, paste=paste)
+    assert from_plain(DetectRecipe, as_plain(recipe)) == recipe
+
+
+def test_the_final_camera_has_the_parameters_of_the_original():
+    with torch.device("meta"):
+        net = Pretrain(PRETRAIN["camera"]["camera-0.075"])
+    assert sum(p.numel() for p in net.parameters()) == 55_538_029

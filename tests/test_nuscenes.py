@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -259,6 +260,55 @@ def test_label_fraction_keeps_every_kth_frame(city):
     for wrong in (0.0, 0.7, 1.5):
         with pytest.raises(DataError, match="--label-fraction"):
             tokens(wrong)
+
+
+@pytest.fixture
+def uneven(city):
+    """Twelve frames: cars in all, a bus in the last six, pedestrians in every fourth, no box in the first."""
+    dataset = NuScenesDataset(city, VERSION, "mini_train", Data())
+    held = [[0, 0] + [3] * (f >= 6) + [8, 8] * (f % 4 == 3) if f else [] for f in range(12)]
+    labels = np.array(sum(held, []))
+    offsets = np.cumsum([0] + [len(h) for h in held])
+    dataset.index = replace(dataset.index, labels=labels, box_offsets=offsets)
+    dataset.frames = np.arange(12)
+    return dataset
+
+
+def test_balanced_frames_give_every_class_its_share(uneven):
+    """11 pairs of a frame and cars, 6 with buses, 3 with pedestrians: 20 // 3 frames drawn for each of the three."""
+    balanced = uneven.balanced(seed=0)
+    assert len(balanced) == 18 and len(uneven) == 12
+    cars, buses, pedestrians = balanced.frames.reshape(3, 6)
+    assert set(cars) <= set(range(1, 12)) and len(set(cars)) > 2
+    assert set(buses) <= set(range(6, 12)) and len(set(buses)) > 1
+    assert set(pedestrians) <= {3, 7, 11} and len(set(pedestrians)) > 1
+    assert uneven.balanced(seed=0).frames.tolist() == balanced.frames.tolist()
+    assert uneven.balanced(seed=1).frames.tolist() != balanced.frames.tolist()
+
+
+def test_balanced_frames_are_of_those_that_are_used(uneven):
+    uneven.frames = uneven.frames[::4]  # 0 without boxes, 4 with cars, 8 with cars and a bus
+    cars, bus = uneven.balanced(seed=0).frames
+    assert cars in (4, 8) and bus == 8
+
+
+def test_balancing_without_boxes_is_one_sentence(uneven):
+    uneven.frames = uneven.frames[:1]
+    with pytest.raises(DataError, match="no frame of .* mini_train has a box to balance the classes by.$"):
+        uneven.balanced(seed=0)
+
+
+def test_balanced_frames_are_read_and_resumed_exactly(city):
+    def tokens(passes, **stream):
+        dataset = NuScenesDataset(city, VERSION, "mini_train", Data(cameras=False)).balanced(seed=5)
+        batches = step_batches(dataset, **stream)
+        return [next(batches)[0].tokens for _ in range(passes)]
+
+    whole = tokens(6, share=2)
+    assert tokens(3, share=2, start=3) == whole[3:]
+    both = [tokens(6, share=1, rank=rank, world=2) for rank in range(2)]
+    assert [a + b for a, b in zip(*both, strict=True)] == whole
+    assert len({t for batch in whole for t in batch}) > 1
 
 
 def test_both_layouts_read_the_same(city, copy, tmp_path):

@@ -1,14 +1,32 @@
-"""Points, cameras and boxes still agree after they were moved."""
+"""Points, cameras and boxes still agree after they were moved; images change as the original's do."""
+
+import colorsys
+import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from tests.golden import load
 from unipad.batch import CAMERAS
-from unipad.config import Augment, Data
+from unipad.config import Augment, Camera, Data
+from unipad.data.cutpaste import points_in_boxes
 from unipad.data.nuscenes import NuScenesDataset, collate, has_images
-from unipad.data.transforms import augmented, turned_and_scaled
+from unipad.data.transforms import HIDDEN, augmented, distorted, grid_mask, motion, moved
+from unipad.model.boxes import boxes_from_original, boxes_to_original
+from unipad.model.camera import CameraEncoder
 from unipad.model.rays import cast_rays, project_points
+
+MOTIONS = {
+    "turned and scaled": motion(0.3, 1.05),
+    "shifted": motion(shift=(0.7, -0.4, 0.2)),
+    "left and right": motion(flip_x=True),
+    "front and back": motion(flip_y=True),
+    "all": motion(-0.7, 0.9, (-0.3, 0.5, 0.4), flip_x=True, flip_y=True),
+    "all, left-handed": motion(0.7, 1.1, (-0.3, 0.5, 0.4), flip_y=True),
+}
+every_motion = pytest.mark.parametrize("move", MOTIONS.values(), ids=MOTIONS.keys())
 
 
 @pytest.fixture(scope="module")
@@ -17,11 +35,11 @@ def sample(city):
 
 
 def test_a_quarter_turn_by_hand(sample):
-    moved = turned_and_scaled(sample, np.pi / 2, 2.0)
+    quarter = moved(sample, motion(np.pi / 2, 2.0))
     x, y, z = sample.points[:, :3].T
-    np.testing.assert_allclose(moved.points[:, :3], np.stack([-2 * y, 2 * x, 2 * z], axis=1), rtol=1e-6, atol=1e-5)
-    assert (moved.points[:, 3:] == sample.points[:, 3:]).all()
-    before, after = sample.boxes, moved.boxes
+    np.testing.assert_allclose(quarter.points[:, :3], np.stack([-2 * y, 2 * x, 2 * z], axis=1), rtol=1e-6, atol=1e-5)
+    assert (quarter.points[:, 3:] == sample.points[:, 3:]).all()
+    before, after = sample.boxes, quarter.boxes
     np.testing.assert_allclose(after[:, :2], 2 * np.stack([-before[:, 1], before[:, 0]], axis=1), rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(after[:, 3:6], 2 * before[:, 3:6], rtol=1e-6)
     np.testing.assert_allclose(np.exp(1j * after[:, 6]), 1j * np.exp(1j * before[:, 6]), atol=1e-5)
@@ -29,10 +47,61 @@ def test_a_quarter_turn_by_hand(sample):
     assert (np.abs(after[:, 6]) <= np.pi + 1e-6).all()
 
 
-def test_pixels_keep_what_they_show(sample):
-    moved = turned_and_scaled(sample, 0.3, 1.05)
+def test_mirrors_by_hand(sample):
+    """Against what the original does to its boxes: y and vy, or x and vx, change sign; yaw becomes pi - yaw, -yaw."""
+    x, y, z, w, l, h, yaw, vx, vy = boxes_to_original(torch.from_numpy(sample.boxes)).T
+    truth = {
+        "x": torch.stack([-x, y, z, w, l, h, -yaw, -vx, vy], dim=1),
+        "y": torch.stack([x, -y, z, w, l, h, np.pi - yaw, vx, -vy], dim=1),
+    }
+    for axis, boxes in truth.items():
+        after = moved(sample, motion(**{f"flip_{axis}": True}))
+        expected = boxes_from_original(boxes)
+        torch.testing.assert_close(torch.from_numpy(after.boxes[:, :6]), expected[:, :6])
+        torch.testing.assert_close(torch.from_numpy(after.boxes[:, 7:]), expected[:, 7:])
+        np.testing.assert_allclose(np.exp(1j * after.boxes[:, 6]), np.exp(1j * expected[:, 6].numpy()), atol=1e-5)
+        sign = np.where(np.arange(3) == "xyz".index(axis), -1, 1)
+        np.testing.assert_array_equal(after.points[:, :3], sample.points[:, :3] * sign)
+
+
+def test_steps_follow_each_other_as_in_the_original():
+    """Turn, scale, shift, mirror, worked out for one point: (1, 0) -> (0, 1) -> (0, 2) -> (10, 22) -> (-10, 22)."""
+    after = motion(np.pi / 2, 2.0, (10, 20, 30), flip_x=True) @ [1, 0, 0, 1]
+    np.testing.assert_allclose(after, [-10, 22, 30, 1], atol=1e-12)
+
+
+@every_motion
+def test_points_stay_in_their_boxes(sample, move):
+    """But for those that rounding takes through a face."""
+    after = moved(sample, move)
+    grown = sample.boxes * np.float32([1, 1, 1, 1.01, 1.01, 1.01, 1, 1, 1])
+    shrunk = sample.boxes * np.float32([1, 1, 1, 0.99, 0.99, 0.99, 1, 1, 1])
+    inside = points_in_boxes(after.points, after.boxes)
+    surely, perhaps = points_in_boxes(sample.points, shrunk), points_in_boxes(sample.points, grown)
+    assert surely.sum() > 100 and len(after.boxes)
+    assert inside[surely].all() and perhaps[inside].all()
+
+
+@every_motion
+def test_boxes_keep_their_front_and_their_velocity(sample, move):
+    """A box's front, and where it is a second later, move as points do."""
+    boxes, after = sample.boxes.astype(float), moved(sample, move).boxes.astype(float)
+    assert (np.hypot(*boxes[:, 7:].T) > 1).any()
+
+    def ahead(b):
+        heading = np.stack([np.cos(b[:, 6]), np.sin(b[:, 6])], axis=1)
+        return b[:, :2] + heading * b[:, 4:5] / 2, b[:, :2] + b[:, 7:]
+
+    for before, then in zip(ahead(boxes), ahead(after), strict=True):
+        expected = np.c_[before, boxes[:, 2], np.ones(len(boxes))] @ move.T
+        np.testing.assert_allclose(then, expected[:, :2], atol=1e-3)
+    assert (np.abs(after[:, 6]) <= np.pi + 1e-6).all()
+
+
+@every_motion
+def test_pixels_keep_what_they_show(sample, move):
     seen = []
-    for s in (sample, moved):
+    for s in (sample, moved(sample, move)):
         batch = collate([s])
         pixels, visible = project_points(batch.points[:, :3], batch.lidar2image[0], batch.image_sizes[0])
         seen.append((pixels, visible))
@@ -42,8 +111,9 @@ def test_pixels_keep_what_they_show(sample):
     torch.testing.assert_close(after[both], before[both], rtol=1e-3, atol=0.02)
 
 
-def test_rays_still_end_on_the_points(sample):
-    batch = collate([turned_and_scaled(sample, -0.3, 0.95)])
+@every_motion
+def test_rays_still_end_on_the_points(sample, move):
+    batch = collate([moved(sample, move)])
     points = batch.points[:, :3]
     pixels, visible = project_points(points, batch.lidar2image[0], batch.image_sizes[0])
     rows = [view.nonzero()[:50, 0] for view in visible]
@@ -61,26 +131,151 @@ def test_augmentation_stays_in_its_limits_and_keeps_labels_with_points(sample):
     length = np.linalg.norm(sample.points[:, :3], axis=1).sum()
     scales = set()
     for seed in range(5):
-        moved = augmented(sample, np.random.default_rng(seed), cfg)
-        scale = np.linalg.norm(moved.points[:, :3], axis=1).sum() / length
+        varied = augmented(sample, np.random.default_rng(seed), cfg)
+        scale = np.linalg.norm(varied.points[:, :3], axis=1).sum() / length
         assert 0.9 <= scale <= 1.1
         scales.add(round(float(scale), 3))
         # intensity and lag are not moved, so they tell where a point went
         key = [tuple(row) for row in np.column_stack([sample.points[:, 3:], sample.point_labels])]
-        moved_key = [tuple(row) for row in np.column_stack([moved.points[:, 3:], moved.point_labels])]
-        assert key != moved_key and sorted(key) == sorted(moved_key)
+        varied_key = [tuple(row) for row in np.column_stack([varied.points[:, 3:], varied.point_labels])]
+        assert key != varied_key and sorted(key) == sorted(varied_key)
     assert len(scales) > 1
     again = augmented(sample, np.random.default_rng(0), cfg)
     assert (again.points == augmented(sample, np.random.default_rng(0), cfg).points).all()
 
 
-def test_points_are_cropped_after_they_moved(city):
+def test_what_is_off_draws_nothing(sample):
+    """So that runs from before it existed go on with the numbers that they had."""
+    rng, plain = np.random.default_rng(3), np.random.default_rng(3)
+    varied = augmented(sample, rng, Augment(rotation=0.4, scale=(0.9, 1.1), shuffle=True))
+    angle, scale, order = plain.uniform(-0.4, 0.4), plain.uniform(0.9, 1.1), plain.permutation(len(sample.points))
+    assert rng.bit_generator.state == plain.bit_generator.state
+    np.testing.assert_array_equal(varied.points, moved(sample, motion(angle, scale)).points[order])
+
+
+def test_shifts_and_mirrors_are_as_frequent_as_asked(sample):
+    """The LiDAR's own place tells: the camera that looked ahead looks left, right, ahead or back, from elsewhere."""
+    small = replace(sample, points=sample.points[:1], point_labels=None)
+    cfg = Augment(translation=(0.5, 1.0, 0.0), flip_x=0.5, flip_y=0.2)
+    moves = []
+    for seed in range(400):
+        varied = augmented(small, np.random.default_rng(seed), cfg)
+        moves.append(np.linalg.inv(varied.lidar2camera[0].astype(float)) @ sample.lidar2camera[0])
+    moves = np.array(moves)  # old LiDAR frame -> new
+    mirrored = moves[:, [0, 1], [0, 1]] < 0
+    np.testing.assert_allclose(mirrored.mean(axis=0), [0.5, 0.2], atol=0.08)
+    shift = np.where(mirrored, -1, 1) * moves[:, :2, 3]
+    np.testing.assert_allclose(shift.std(axis=0), [0.5, 1.0], rtol=0.15)
+    assert np.abs(moves[:, 2, 3]).max() < 1e-5
+
+
+def test_points_and_boxes_are_cropped_after_they_moved(city):
+    """Boxes only where a head learns from them."""
     box = ((-20.0, -20.0, -5.0), (20.0, 20.0, 3.0))
     dataset = NuScenesDataset(city, "v1.0-mini", "mini_train", Data(), 1.0, box, Augment(rotation=0.7))
-    plain, moved = dataset[0].points, dataset.read(0, np.random.default_rng(0)).points
-    assert len(plain) != len(moved)
-    for points in (plain, moved):
+    plain, varied = dataset[0], dataset.read(0, np.random.default_rng(0))
+    assert len(plain.points) != len(varied.points)
+    for points in (plain.points, varied.points):
         assert (np.abs(points[:, :2]) < 20).all()
+    assert (np.abs(plain.boxes[:, :2]) >= 20).any()
+    assert (np.abs(varied.boxes[:, :2]) < 20).all() and 0 < len(varied.boxes) == len(varied.labels) < len(plain.boxes)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_grid_is_the_originals(seed):
+    """The original's draws, replayed on numpy's old generator: hidden at all, period, top, left."""
+    arrays, _ = load("grid_mask")
+    truth = arrays[f"out/seed{seed}"].numpy()
+    draws = np.random.RandomState(seed)
+    if draws.rand() > 0.7:
+        assert (truth == 1).all()
+        return
+    period = draws.randint(2, truth.shape[0])
+    top, left = draws.randint(period), draws.randint(period)
+    np.testing.assert_array_equal(grid_mask(*truth.shape, period, top, left), truth == 1)
+
+
+def test_a_grid_by_hand():
+    """4 x 6 is the middle of 6 x 9 from (1, 1) on; period 2: bars on every other row and column."""
+    rows, columns = "1010", "101010"
+    expected = [[r == "1" or c == "1" for c in columns] for r in rows]
+    assert grid_mask(4, 6, 2, 1, 1).tolist() == expected
+
+
+def test_the_grid_hides_the_same_of_all_images_and_the_encoder_sees_zero(sample):
+    shares = []
+    white = replace(
+        sample, images=[np.full((40, 64, 3), 255, np.uint8)] * 6, points=sample.points[:1], point_labels=None
+    )
+    for seed in range(100):
+        varied = augmented(white, np.random.default_rng(seed), Augment(grid_mask=0.7))
+        hidden = (varied.images[0] == HIDDEN).all(axis=2)
+        assert all((image == varied.images[0]).all() for image in varied.images)
+        assert (varied.images[0][~hidden] == 255).all()
+        shares.append(hidden.mean())
+    assert 0.55 < np.mean(np.array(shares) > 0) < 0.8 and 0.1 < np.mean(shares) < 0.25, shares
+    assert (white.images[0] == 255).all()
+    encoder = CameraEncoder(Camera(depths=(1,) * 4, widths=(4,) * 4, channels=4, depth_bins=2))
+    seen = encoder.normalize(torch.from_numpy(HIDDEN).view(1, 1, 3, 1, 1) / 255, torch.tensor([[[1, 1]]]))
+    assert seen.abs().max() < 0.01
+
+
+class Script:
+    """Stands for a generator: `random` says heads or tails as written, `uniform` and `permutation` what is written."""
+
+    def __init__(self, coins, values):
+        self.coins, self.values = [0.0 if c == "h" else 0.9 for c in coins], list(values)
+
+    def random(self):
+        return self.coins.pop(0)
+
+    def uniform(self, low, high):
+        (expected, value) = self.values.pop(0)
+        assert (low, high) == expected
+        return value
+
+    def permutation(self, n):
+        return self.values.pop(0)
+
+
+BRIGHT, CONTRAST, HUE = (-32, 32), (0.5, 1.5), (-18, 18)
+PIXEL = (200, 100, 50)
+
+
+# coins: brightness, contrast comes first, contrast, saturation, hue, order of channels
+@pytest.mark.parametrize(
+    "coins, values, expected",
+    [
+        ("tttttt", [], PIXEL),
+        ("httttt", [(BRIGHT, 30)], (230, 130, 80)),
+        ("hhhttt", [(BRIGHT, 30), (CONTRAST, 0.5)], (115, 65, 40)),
+        ("hthttt", [(BRIGHT, -60), (CONTRAST, 1.5)], (210, 60, 0)),  # ends at 0 and at 255
+        ("tthttt", [(CONTRAST, 1.5)], (255, 150, 75)),
+        ("ttthtt", [(CONTRAST, 0.5)], (200, 150, 125)),
+        ("ttttht", [(HUE, 18)], "hue"),
+        ("ttttth", [np.array([2, 0, 1])], (50, 200, 100)),
+    ],
+)
+def test_colours_by_hand(sample, coins, values, expected):
+    if expected == "hue":
+        h, s, v = colorsys.rgb_to_hsv(*PIXEL)
+        expected = colorsys.hsv_to_rgb(h + 18 / 360, s, v)
+    image = np.full((2, 3, 3), PIXEL, np.uint8)
+    script = Script(coins * 2, values * 2)
+    after = distorted(replace(sample, images=[image, image]), script).images
+    assert not script.coins and not script.values and len(after) == 2
+    for image in after:
+        assert image.dtype == np.uint8
+        np.testing.assert_allclose(image, np.broadcast_to(expected, image.shape), atol=0.51)
+
+
+def test_every_image_has_colours_of_its_own(city):
+    plain = NuScenesDataset(city, "v1.0-mini", "mini_train", Data(), augment=Augment())
+    colourful = NuScenesDataset(city, "v1.0-mini", "mini_train", Data(), augment=Augment(photometric=True))
+    before, after, again = (d.read(0, np.random.default_rng(1)) for d in (plain, colourful, colourful))
+    shifts = [a.mean() - b.mean() for a, b in zip(after.images, before.images, strict=True)]
+    assert all(abs(a - b) > 0.1 for a, b in itertools.combinations(shifts, 2))
+    np.testing.assert_array_equal(after.images, again.images)
 
 
 def test_a_set_without_images(city, tmp_path):

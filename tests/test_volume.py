@@ -1,10 +1,14 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from tests import golden
+from tests.test_rays import generators, make_batch
 from unipad import config
-from unipad.model.volume import Conv3x3x3, ConvNormReLU3d, GatherLift
+from unipad.model.volume import Conv3x3x3, ConvNormReLU3d, Encoder, GatherLift, VoxelPoolLift, view_transform
+from unipad.recipes import CAMERA_075
 
 GRID = config.Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(5.4, 6.0, 1.6))  # of the record
 
@@ -16,6 +20,41 @@ def test_gather_lift_reproduces_the_original():
     volume = GatherLift(GRID, config.Camera())(features, depths, arrays["in/lidar2img"][:, :, 0], (256, 448))
     golden.assert_close_to_max(volume, arrays["out/volume"], 1e-5)
     assert volume.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def test_voxel_pool_lift_reproduces_the_original():
+    arrays, _ = golden.load("voxel_pool_depth")
+    feature = arrays["in/feat"].permute(0, 1, 3, 4, 2)
+    depth = arrays["in/depth"].unflatten(0, (2, 6)).permute(0, 1, 3, 4, 2)
+    camera = config.Camera(fpn_levels=1, depth_range=(1.0, 61.0), truncate=True)
+    volume = VoxelPoolLift(GRID, camera)([feature], [depth], arrays["in/lidar2img"][:, :, 0], (256, 448))
+    golden.assert_close_to_max(volume, arrays["out/volume"], 1e-5)
+    assert volume.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def test_voxel_pooling_refuses_several_levels():
+    with pytest.raises(AssertionError, match="one level"):
+        view_transform(GRID, config.Camera(view="pool", fpn_levels=4))
+    with pytest.raises(ValueError, match="choose gather or pool"):
+        view_transform(GRID, config.Camera(view="splat"))
+
+
+def test_the_final_camera_encodes_and_learns_every_parameter():
+    """The structure of the final recipe at a small size; its depths are handed out beside the volume."""
+    camera = replace(CAMERA_075, depths=(1, 1, 1, 1), widths=(4, 8, 16, 32), channels=8, aspp_channels=4)
+    camera = replace(camera, depth_bins=20, frozen_stages=0)
+    encoder = Encoder(config.Recipe(grid=GRID, camera=camera))
+    batch = make_batch([[], []], size=(64, 96), unpadded=(60, 90))
+    encoded = encoder.encode(batch, generators(0, 1))
+    assert encoded.volume.shape == (2, 8, 5, 18, 20) and encoded.volume.any()
+    assert [tuple(d.shape) for d in encoded.depths] == [(2, 2, 2, 3, 20)]
+    assert encoded.masks["camera"].shape == (2, 2, 2, 3)
+    (encoded.volume.square().sum() + encoded.depths[0].square().sum()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
+
+    volume, masks = encoder.eval()(batch, generators(0, 1))
+    again, _ = encoder(batch, generators(0, 1))
+    assert torch.equal(volume, again) and masks.keys() == {"camera"}
 
 
 def test_render_projection_reproduces_the_original():

@@ -37,16 +37,34 @@ class Data:
 
 @dataclass(frozen=True)
 class Augment:
-    """How training samples vary."""
+    """How training samples vary: points, cameras and boxes together in the order rotation, scale, shift, mirror."""
 
     rotation: float = 0.0  # radians about the vertical axis, at most so much either way
     scale: tuple[float, float] = (1.0, 1.0)  # smallest and largest factor of all lengths
+    translation: tuple[float, float, float] = (0.0, 0.0, 0.0)  # standard deviation of a shift along x, y, z, metres
+    flip_x: float = 0.0  # probability that left and right change places: x changes its sign
+    flip_y: float = 0.0  # probability that front and back do: y changes its sign
     shuffle: bool = False  # points in random order: decides which of a voxel count where there are too many
+    photometric: bool = False  # every image's brightness, contrast, saturation, hue and order of channels
+    grid_mask: float = 0.0  # probability that a grid hides parts of the images
+
+
+@dataclass(frozen=True)
+class Paste:
+    """Cut-and-paste: objects of other training frames that fill a sample up. Classes in the order of `data.tables`."""
+
+    counts: tuple[int, ...] = (2, 3, 7, 4, 6, 2, 6, 6, 2, 2)  # objects of each class that a sample is filled up to
+    least_points: int = 5  # LiDAR points of an object, over all sweeps of its sample
+    off_epochs: float = 5.0  # the last epochs, which paste nothing
 
 
 @dataclass(frozen=True)
 class Camera:
-    """Masked ConvNeXt, FPN and depth head."""
+    """Masked ConvNeXt, FPN, depth head and view transform.
+
+    gather: every voxel takes what the views see at its corner. Bins run from one end of the depth range to the other.
+    pool:   every pixel gives to the voxels along its ray. Bins stand at their lower edges; one feature level.
+    """
 
     depths: tuple[int, ...] = (3, 3, 27, 3)  # blocks per stage
     widths: tuple[int, ...] = (96, 192, 384, 768)  # channels per stage
@@ -59,6 +77,11 @@ class Camera:
     depth_range: tuple[float, float] = (0.0, 64.0)  # metres along the optical axis
     depth_bins: int = 64
     volume_convs: int = 0  # 3 x 3 x 3 convolutions of the volume; pre-training has none
+    depth: str = "simple"  # the head: simple (a 1x1 convolution) | complex (residual blocks and ASPP)
+    aspp_channels: int = 96  # complex: of each scale
+    depth_weight: float = 0.0  # of the loss that holds the head's depths against the LiDAR's; fine-tuning has 1
+    view: str = "gather"  # gather | pool
+    truncate: bool = False  # pool: count points up to a voxel below the grid in its lowest voxels, as the original does
 
 
 @dataclass(frozen=True)
@@ -196,7 +219,8 @@ class PretrainRecipe(Recipe):
 class DetectRecipe(Recipe):
     detect: Detect = field(default_factory=Detect)
     label_fraction: float = 1.0  # share of the training frames whose labels are used: every k-th frame
-    depth_weight: float = 0.0  # of the loss that teaches the cameras' depth head what the LiDAR measured
+    balanced: bool = False  # frames drawn so that all classes have the same share (CBGS): some often, some never
+    paste: Paste | None = None
 
 
 # ConvNeXt sizes: (blocks per stage, channels per stage)

@@ -11,6 +11,7 @@ from unipad.config import (
     Grid,
     Lidar,
     Optim,
+    Paste,
     PretrainRecipe,
     RayChoice,
     Render,
@@ -18,6 +19,17 @@ from unipad.config import (
 
 # The released configs' ranges and volumes, by the size of the LiDAR voxels that they are made for
 GRID_075 = Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(0.6, 0.6, 1.6))
+
+# The final recipes' camera: one level of features, 256 channels, pooled by depths from 1 to 60 m in steps of 0.5
+CAMERA_075 = Camera(
+    fpn_start=3,
+    fpn_levels=1,
+    channels=256,
+    depth_range=(1.0, 60.0),
+    depth_bins=118,
+    depth="complex",
+    view="pool",
+)
 
 # Two CPU cores, a few minutes, weights from scratch: a near and coarse volume, few rays, a surface that starts sharp.
 TINY_GRID = Grid(low=(-40.0, -40.0, -3.0), high=(40.0, 40.0, 9.0), cell=(1.25, 1.25, 2.0))
@@ -44,7 +56,7 @@ TINY_RAYS = RayChoice(per_view=64, lidar_per_view=40, sky=0.0)  # a third of the
 TINY_RENDER = Render(samples=40, importance=16, variance=0.5)
 TINY_OPTIM = Optim(lr=2e-3, backbone_lr=1.0, warmup_steps=20, epochs=6.5, batch_size=1)
 
-# modality -> name -> recipe
+# modality -> name -> recipe; the last of a modality is the default where there are real data
 PRETRAIN = {
     "camera": {
         "tiny": PretrainRecipe(
@@ -54,6 +66,10 @@ PRETRAIN = {
             rays=TINY_RAYS,
             render=TINY_RENDER,
             optim=replace(TINY_OPTIM, epochs=7.5),
+        ),
+        # The paper's final recipe for cameras (uvtr_cam_vs0.075_pretrain)
+        "camera-0.075": PretrainRecipe(
+            grid=GRID_075, data=Data(sweeps=10), camera=CAMERA_075, rays=RayChoice(far_radius=100.0)
         ),
         # The paper's ablation recipe for cameras (uvtr_cam_vs0.1_pretrain); nuScenes at 900 x 1600.
         "camera-0.1": PretrainRecipe(camera=Camera()),
@@ -96,7 +112,7 @@ PRETRAIN = {
             grid=GRID_075,
             data=Data(sweeps=10),
             augment=Augment(rotation=0.3925, scale=(0.95, 1.05), shuffle=True),
-            camera=Camera(channels=256),
+            camera=CAMERA_075,
             lidar=Lidar(),
             rays=RayChoice(far_radius=100.0),
         ),
@@ -106,16 +122,44 @@ PRETRAIN = {
 # The plain head of the camera ablation: no velocity or position counts more, nothing is suppressed
 PLAIN_HEAD = Detect(denoising=False, code_weights=(1.0,) * 10, nms=())
 LIDAR_OPTIM = Optim(schedule="one_cycle", lr=1e-3, start=0.1, final=1e-5, clip=10.0, epochs=20, batch_size=16)
+LIDAR_AUGMENT = Augment(
+    rotation=0.785, scale=(0.9, 1.1), translation=(0.5, 0.5, 0.5), flip_x=0.5, flip_y=0.5, shuffle=True
+)
+CAMERA_AUGMENT = Augment(rotation=0.3925, scale=(0.95, 1.05), photometric=True, grid_mask=0.7)
+FUSION_AUGMENT = replace(LIDAR_AUGMENT, photometric=True, grid_mask=0.7)
 FUSION_OPTIM = replace(LIDAR_OPTIM, lr=4e-4, encoder_lr=0.1, clip=35.0, batch_size=8)
 
 TINY_HEAD = Detect(queries=200, layers=3, heads=4, hidden=128, dropout=0.0, noise_groups=5)
 TINY_DETECT_OPTIM = Optim(lr=1e-3, backbone_lr=1.0, warmup_steps=50, epochs=20, batch_size=1)
 
-# modality -> name -> recipe. The released configs name samples a GPU, not GPUs: batches are those of four.
+# Fine-tuning sees everything; the depth head learns from the LiDAR too
+CAMERA_075_FINAL = replace(CAMERA_075, mask_ratio=0.0, volume_convs=3, depth_weight=1.0)
+LIDAR_FINAL = Lidar(mask_ratio=0.0, volume_convs=3)
+TINY_CAMERA_SEEING = replace(TINY_CAMERA, mask_ratio=0.0, depth_weight=1.0)
+TINY_LIDAR_SEEING = replace(TINY_LIDAR, mask_ratio=0.0)
+
+# modality -> name -> recipe; the last of a modality is the default where there are real data. The released configs name
+# samples a GPU, not GPUs: batches are those of four.
 DETECT = {
     "camera": {
+        "tiny": DetectRecipe(
+            grid=TINY_GRID,
+            data=Data(image_size=(128, 224)),
+            augment=replace(CAMERA_AUGMENT, grid_mask=0.0),
+            camera=TINY_CAMERA_SEEING,
+            detect=TINY_HEAD,
+            optim=replace(TINY_DETECT_OPTIM, epochs=12),
+        ),
+        # final_uvtr_cam_vs0.075_finetune
+        "camera-0.075": DetectRecipe(
+            grid=GRID_075,
+            augment=CAMERA_AUGMENT,
+            camera=CAMERA_075_FINAL,
+            optim=Optim(epochs=24),
+        ),
         # abl_uvtr_cam_vs0.1_finetune
         "camera-0.1": DetectRecipe(
+            augment=CAMERA_AUGMENT,
             camera=Camera(mask_ratio=0.0, volume_convs=3),
             detect=PLAIN_HEAD,
             label_fraction=0.5,
@@ -125,8 +169,8 @@ DETECT = {
         "tiny": DetectRecipe(
             grid=TINY_GRID,
             data=Data(cameras=False),
-            augment=Augment(rotation=0.3925, scale=(0.95, 1.05), shuffle=True),
-            lidar=replace(TINY_LIDAR, mask_ratio=0.0),
+            augment=Augment(rotation=0.3925, scale=(0.95, 1.05), flip_x=0.5, flip_y=0.5, shuffle=True),
+            lidar=TINY_LIDAR_SEEING,
             detect=TINY_HEAD,
             optim=TINY_DETECT_OPTIM,
         ),
@@ -134,10 +178,51 @@ DETECT = {
         "lidar-0.075-ablation": DetectRecipe(
             grid=GRID_075,
             data=Data(cameras=False, sweeps=10),
-            lidar=Lidar(mask_ratio=0.0, volume_convs=3),
+            augment=LIDAR_AUGMENT,
+            lidar=LIDAR_FINAL,
             optim=LIDAR_OPTIM,
             label_fraction=0.2,
         ),
+        # final_uvtr_lidar_vs0.075_finetune
+        "lidar-0.075": DetectRecipe(
+            grid=GRID_075,
+            data=Data(cameras=False, sweeps=10),
+            augment=LIDAR_AUGMENT,
+            lidar=LIDAR_FINAL,
+            optim=LIDAR_OPTIM,
+            balanced=True,
+            paste=Paste(),
+        ),
     },
-    "fusion": {},
+    "fusion": {
+        "tiny": DetectRecipe(
+            grid=TINY_GRID,
+            data=Data(image_size=(128, 224)),
+            augment=replace(CAMERA_AUGMENT, grid_mask=0.0, shuffle=True),
+            camera=TINY_CAMERA_SEEING,
+            lidar=TINY_LIDAR_SEEING,
+            detect=TINY_HEAD,
+            optim=replace(TINY_DETECT_OPTIM, epochs=10),
+        ),
+        # abl_uvtr_fusion_vs0.075_finetune
+        "fusion-0.075-ablation": DetectRecipe(
+            grid=GRID_075,
+            data=Data(sweeps=10),
+            augment=FUSION_AUGMENT,
+            camera=CAMERA_075_FINAL,
+            lidar=LIDAR_FINAL,
+            optim=replace(FUSION_OPTIM, epochs=12),
+            label_fraction=0.2,
+        ),
+        # final_uvtr_fusion_vs0.075_finetune
+        "fusion-0.075": DetectRecipe(
+            grid=GRID_075,
+            data=Data(sweeps=10),
+            augment=FUSION_AUGMENT,
+            camera=CAMERA_075_FINAL,
+            lidar=LIDAR_FINAL,
+            optim=FUSION_OPTIM,
+            paste=Paste(),
+        ),
+    },
 }

@@ -6,6 +6,7 @@ exactly where another one stopped, two processes see what one sees, and no frame
 """
 
 import itertools
+import math
 import signal
 import sys
 
@@ -18,20 +19,20 @@ from unipad.data.nuscenes import BadFrame, collate
 from unipad.data.tables import DataError
 
 
-def step_batches(dataset, share, start=0, seed=0, rank=0, world=1, workers=0, pinned=False):
+def step_batches(dataset, share, start=0, seed=0, rank=0, world=1, workers=0, pinned=False, paste_until=math.inf):
     """Yield (Batch, bad_frames) for the passes from `start` on, without end.
 
     share:      samples of one pass of one of the `world` processes; this one is `rank`.
     workers:    processes that load; 0 loads in this one.
+    pinned:     lay the batches in pinned memory, from where a GPU copies without waiting.
+    paste_until: position of the stream from which on nothing is pasted into samples.
     bad_frames: list of `path: reason` of the frames that could not be read. In place of such a frame stands the next
         one of the dataset that can; it is named each time its turn comes.
-
-    pinned:     lay the batches in pinned memory, from where a GPU copies without waiting.
 
     Raises `DataError` when no frame at all can be read.
     """
     loader = DataLoader(
-        Passes(dataset, share, seed, rank, world),
+        Passes(dataset, share, seed, rank, world, paste_until),
         batch_size=None,  # an item of the dataset is a whole batch already
         sampler=itertools.count(start),
         num_workers=workers,
@@ -105,13 +106,15 @@ def _of_readable(items):
 class Passes(Dataset):
     """`dataset[i]` is what `step_batches` yields for pass i; None instead of the batch when no frame can be read."""
 
-    def __init__(self, dataset, share, seed, rank, world):
+    def __init__(self, dataset, share, seed, rank, world, paste_until=math.inf):
         self.dataset, self.share, self.seed, self.rank, self.world = dataset, share, seed, rank, world
+        self.paste_until = paste_until
 
     def __getitem__(self, i):
         samples, bad_frames = [], []
         for position, frame in self.frames(i):
-            sample = _read_from(self.dataset, frame, bad_frames, np.random.default_rng([self.seed, position, 1]))
+            rng = np.random.default_rng([self.seed, position, 1])
+            sample = _read_from(self.dataset, frame, bad_frames, rng, position < self.paste_until)
             if sample is None:
                 return None, bad_frames
             samples.append(sample)
@@ -126,11 +129,11 @@ class Passes(Dataset):
         return [(p, int(order[p // n][p % n])) for p in positions]
 
 
-def _read_from(dataset, first, bad_frames, rng=None):
+def _read_from(dataset, first, bad_frames, rng=None, paste=False):
     """The sample of frame `first` or of the next one that can be read; those that cannot are added to `bad_frames`."""
     for k in range(len(dataset)):
         try:
-            return dataset.read((first + k) % len(dataset), rng)
+            return dataset.read((first + k) % len(dataset), rng, paste)
         except BadFrame as bad:
             bad_frames.append(str(bad))
     return None

@@ -10,6 +10,7 @@ What does not: the nearest sweeps are taken (the original draws 9 of the last 10
 sweeps before it, at the start of a scene, stands alone (the original repeats it).
 """
 
+import copy
 from dataclasses import dataclass, replace
 
 import cv2
@@ -19,7 +20,7 @@ import torch
 from unipad.batch import CAMERAS, Batch
 from unipad.config import Data
 from unipad.data.tables import DataError, find_root, load_index
-from unipad.data.transforms import augmented
+from unipad.data.transforms import augmented, distorted
 
 
 class BadFrame(Exception):
@@ -55,7 +56,8 @@ class NuScenesDataset(torch.utils.data.Dataset):
 
     root:           folder that holds samples/, sweeps/ and <version>/ (or <version>/<version>/, as OpenPCDet has it).
     label_fraction: 1/k keeps every k-th keyframe, as the paper's 50 % and 20 %.
-    point_range:    (low, high), each (x, y, z) metres: points and objects outside are left out. None keeps all.
+    point_range:    (low, high), each (x, y, z) metres: points outside are left out, and boxes that are not above or
+        below it from samples read with random numbers, since no head learns them. None keeps all.
     augment:        `Augment`, how samples vary that are read with random numbers; None = not at all.
 
     `dataset[i]` is a `Sample`; it raises `BadFrame` where a file of the frame is missing or broken.
@@ -70,7 +72,7 @@ class NuScenesDataset(torch.utils.data.Dataset):
         self.frames = np.arange(len(self.index.tokens))[:: round(1 / label_fraction)]
         if not len(self.frames):
             raise DataError(f"{self.root / version} has no scene of split {split}; unpack the whole set there.")
-        self.data, self.point_range, self.augment = data, point_range, augment
+        self.data, self.point_range, self.augment, self.objects = data, point_range, augment, None
 
     def __len__(self):
         return len(self.frames)
@@ -78,14 +80,50 @@ class NuScenesDataset(torch.utils.data.Dataset):
     def __getitem__(self, i):
         return self.read(i)
 
-    def read(self, i, rng=None):
-        """Sample i; varied, where there is a `np.random.Generator` to vary it with."""
-        sample = self._read(self.frames[i])
-        sample = sample if rng is None or self.augment is None else augmented(sample, rng, self.augment)
-        return sample if self.point_range is None else _cropped(sample, *self.point_range)
+    def pasting(self, objects):
+        """The same frames, filled up with `objects`, a `cutpaste.Objects`, where they are varied."""
+        dataset = copy.copy(self)
+        dataset.objects = objects
+        return dataset
 
-    def _read(self, f):
-        index = self.index
+    def balanced(self, seed):
+        """Frames of these drawn with replacement so that every class is as frequent as any other (CBGS).
+
+        For each class that there is, equally many frames of those that hold it, together as many as there are pairs
+        of a frame and a class in it: the longer epoch of the original. A function of the seed and the tables.
+        Raises `DataError` where no frame holds a box.
+        """
+        rng = np.random.default_rng([seed, 0, 2])  # the stream's own are [seed, epoch] and [seed, position, 1]
+        offsets, labels = self.index.box_offsets, self.index.labels
+        classes = [np.unique(labels[offsets[f] : offsets[f + 1]]) for f in self.frames]
+        pairs = np.concatenate(classes)
+        if not len(pairs):
+            raise DataError(f"no frame of {self.root / self.version} {self.split} has a box to balance the classes by.")
+        frame_of_pair = np.repeat(self.frames, [len(c) for c in classes])
+        present = np.unique(pairs)
+        share = len(pairs) // len(present)
+        dataset = copy.copy(self)
+        dataset.frames = np.concatenate([rng.choice(frame_of_pair[pairs == c], share) for c in present])
+        return dataset
+
+    def read(self, i, rng=None, paste=True):
+        """Sample i; varied, where there is a `np.random.Generator` to vary it with; `paste`: with objects pasted."""
+        sample = self.whole(i)
+        if rng is not None:
+            if self.augment is not None and self.augment.photometric:
+                sample = distorted(sample, rng)  # before other images' pixels come in, as in the original
+            if self.objects is not None and paste:
+                sample = self.objects.pasted(sample, rng)
+            if self.augment is not None:
+                sample = augmented(sample, rng, self.augment)
+        if self.point_range is not None:
+            sample = _cropped(sample, *self.point_range)
+            sample = sample if rng is None else _learnable(sample, *self.point_range)
+        return sample
+
+    def whole(self, i):
+        """Sample i as the files have it: nothing varied, nothing left out."""
+        f, index = self.frames[i], self.index
         clouds = self._read_points(index.frame_lidar[f])
         points, point_labels = np.concatenate(clouds), None
         if index.lidarseg_files[f]:
@@ -153,21 +191,17 @@ class NuScenesDataset(torch.utils.data.Dataset):
 
 
 def _cropped(sample, low, high):
-    """The sample without what is not inside the box of corners `low` and `high`, (x, y, z) metres.
-
-    Of an object the centre counts, seen from above.
-    """
-    low, high = np.float32(low), np.float32(high)
+    """The sample without the points that are not inside the box of corners `low` and `high`, (x, y, z) metres."""
     points, labels = sample.points, sample.point_labels
-    inside = ((points[:, :3] > low) & (points[:, :3] < high)).all(axis=1)
-    near = ((sample.boxes[:, :2] > low[:2]) & (sample.boxes[:, :2] < high[:2])).all(axis=1)
-    return replace(
-        sample,
-        points=points[inside],
-        point_labels=None if labels is None else labels[inside],
-        boxes=sample.boxes[near],
-        labels=sample.labels[near],
-    )
+    inside = ((points[:, :3] > np.float32(low)) & (points[:, :3] < np.float32(high))).all(axis=1)
+    return replace(sample, points=points[inside], point_labels=None if labels is None else labels[inside])
+
+
+def _learnable(sample, low, high):
+    """The sample without the boxes whose centre, seen from above, is not between `low` and `high`."""
+    centre = sample.boxes[:, :2]
+    inside = ((centre > np.float32(low[:2])) & (centre < np.float32(high[:2]))).all(axis=1)
+    return replace(sample, boxes=sample.boxes[inside], labels=sample.labels[inside])
 
 
 def collate(samples):

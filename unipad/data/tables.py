@@ -113,27 +113,33 @@ def load_index(root, version, split):
         has = f"it has {' and '.join(splits)}" if splits else "its name must end in -mini, -trainval or -test"
         owner = next((f"; {split} belongs to --version v1.0-{v}" for v, names in SPLITS.items() if split in names), "")
         raise DataError(f"--version {version} has no split {split}: {has}{owner}.")
-    tables = sorted((root / version).glob("*.json"))
-    state = f"format {FORMAT} " + " ".join(f"{t.name}:{t.stat().st_size}:{t.stat().st_mtime_ns}" for t in tables)
-    for path in _cache_paths(root, version, split):
+    state = f"format {FORMAT} {tables_state(root, version)}"
+    for path in cache_paths(root, f"{version}-{split}.npz"):
         index = _read_index(path, state)
         if index is not None:
             return index
-    built = _build(root, version, splits, verbose=sum(t.stat().st_size for t in tables) > LARGE)
+    size = sum(t.stat().st_size for t in (root / version).glob("*.json"))
+    built = _build(root, version, splits, verbose=size > LARGE)
     for name, index in built.items():
-        _write_index(index, state, _cache_paths(root, version, name))
+        _write_index(index, state, cache_paths(root, f"{version}-{name}.npz"))
     return built[split]
+
+
+def tables_state(root, version):
+    """A string that changes when the tables do: their names, sizes and times."""
+    tables = sorted((root / version).glob("*.json"))
+    return " ".join(f"{t.name}:{t.stat().st_size}:{t.stat().st_mtime_ns}" for t in tables)
+
+
+def cache_paths(root, name):
+    """Where a file made from the tables may be, in order: beside the data, in the user's cache folder."""
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
+    return root / "unipad-index" / name, user / "unipad" / folder / name
 
 
 FORMAT = 1  # of the index; the next number when a field comes to mean something else
 LARGE = 100e6  # bytes of tables from which on indexing takes long enough to say so
-
-
-def _cache_paths(root, version, split):
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    name = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
-    file = f"{version}-{split}.npz"
-    return root / "unipad-index" / file, user / "unipad" / name / file
 
 
 def _read_index(path, state):

@@ -1,14 +1,24 @@
-"""Augmentation: points, cameras and boxes of a sample move together, so that they still agree."""
+"""Augmentation: points, cameras and boxes of a sample move together, so that they still agree; images change colours.
+
+Order and meaning of the original's UnifiedRotScaleTransFlip, PhotoMetricDistortionMultiViewImage and GridMask. What
+differs: images stay bytes, so colours end at 0 and 255, which the original's floats may leave; the grid is drawn once
+a sample, there once for all samples that a GPU sees at a time. What is off draws no random number.
+"""
 
 from dataclasses import replace
 
+import cv2
 import numpy as np
 
 from unipad.config import Augment
 
+# ImageNet's mean colour: what the encoder's normalisation takes to 0, where the original hides pixels after it.
+HIDDEN = np.array([124, 116, 104], np.uint8)
+
 
 def augmented(sample, rng, cfg: Augment):
-    """The sample turned about the LiDAR's vertical axis, scaled, its points in another order; as `cfg` allows.
+    """The sample turned about the LiDAR's vertical axis, scaled, shifted, mirrored, its points in another order and a
+    grid over its images; as `cfg` allows. Colours are `distorted`'s.
 
     rng: `np.random.Generator`, the only source of chance.
     """
@@ -18,27 +28,40 @@ def augmented(sample, rng, cfg: Augment):
         order = rng.permutation(len(sample.points))
         labels = sample.point_labels
         sample = replace(sample, points=sample.points[order], point_labels=None if labels is None else labels[order])
-    return turned_and_scaled(sample, angle, scale)
+    shift = rng.normal(scale=cfg.translation) if any(cfg.translation) else np.zeros(3)
+    flip_x = cfg.flip_x > 0 and rng.random() < cfg.flip_x
+    flip_y = cfg.flip_y > 0 and rng.random() < cfg.flip_y
+    sample = moved(sample, motion(angle, scale, shift, flip_x, flip_y))
+    if sample.images and cfg.grid_mask > 0 and rng.random() < cfg.grid_mask:
+        sample = replace(sample, images=_behind_grid(sample.images, rng))
+    return sample
 
 
-def turned_and_scaled(sample, angle, scale):
-    """The sample in a LiDAR frame whose lengths are `scale` times as long, turned by `angle` radians, x towards y.
+def motion(angle=0.0, scale=1.0, shift=(0.0, 0.0, 0.0), flip_x=False, flip_y=False):
+    """[4, 4] old LiDAR frame -> new one: turned by `angle` radians, x towards y; then lengths times `scale`; then
+    shifted by metres x, y, z; then mirrored where x or y changes its sign, which leaves a left-handed frame.
+    """
+    cos, sin = np.cos(angle), np.sin(angle)
+    move = np.eye(4)
+    move[:3, :3] = scale * np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
+    move[:3, 3] = shift
+    return np.diag([-1.0 if flip_x else 1.0, -1.0 if flip_y else 1.0, 1.0, 1.0]) @ move
+
+
+def moved(sample, move):
+    """The sample in the frame that `move`, a `motion`, leads to.
 
     Pixels keep what they show: the projections take the new points to where the old ones were seen. Depths along the
     optical axis stay metres of the camera; distances between camera and points are the new frame's.
     """
-    cos, sin = np.cos(angle), np.sin(angle)
-    turn = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
-    move = np.eye(4)
-    move[:3, :3] = scale * turn
-    back = np.linalg.inv(move)
-
+    linear, back = move[:3, :3], np.linalg.inv(move)
     points, boxes = sample.points.copy(), sample.boxes.copy()
-    points[:, :3] = points[:, :3] @ move[:3, :3].T
-    boxes[:, :3] = boxes[:, :3] @ move[:3, :3].T
-    boxes[:, 3:6] *= scale
-    boxes[:, 6] = (boxes[:, 6] + angle + np.pi) % (2 * np.pi) - np.pi
-    boxes[:, 7:] = boxes[:, 7:] @ move[:2, :2].T
+    points[:, :3] = points[:, :3] @ linear.T + move[:3, 3]
+    boxes[:, :3] = boxes[:, :3] @ linear.T + move[:3, 3]
+    boxes[:, 3:6] *= np.linalg.norm(linear[:, 0])
+    heading = np.stack([np.cos(boxes[:, 6]), np.sin(boxes[:, 6])], axis=1) @ linear[:2, :2].T
+    boxes[:, 6] = np.arctan2(heading[:, 1], heading[:, 0])
+    boxes[:, 7:] = boxes[:, 7:] @ linear[:2, :2].T
     return replace(
         sample,
         points=points,
@@ -46,3 +69,75 @@ def turned_and_scaled(sample, angle, scale):
         lidar2image=(sample.lidar2image.astype(np.float64) @ back).astype(np.float32),
         lidar2camera=(sample.lidar2camera.astype(np.float64) @ back).astype(np.float32),
     )
+
+
+def distorted(sample, rng):
+    """The sample with the colours of each image changed: brightness, contrast, saturation, hue, order of channels.
+
+    Every change happens to one image in two, by numbers of the image's own.
+    """
+    return replace(sample, images=[_distorted(image, rng) for image in sample.images])
+
+
+def _distorted(image, rng):
+    """[h, w, 3] uint8 RGB, the original's steps in its order: contrast comes before the colours or after them."""
+    pixels = image.astype(np.float32)
+    brightness = rng.uniform(-32, 32) if _heads(rng) else 0.0
+    contrast_first = _heads(rng)
+    contrast = rng.uniform(0.5, 1.5) if _heads(rng) else 1.0
+    saturation = rng.uniform(0.5, 1.5) if _heads(rng) else 1.0
+    hue = rng.uniform(-18, 18) if _heads(rng) else 0.0  # degrees
+    pixels += brightness
+    if contrast_first:
+        pixels *= contrast
+    if saturation != 1 or hue != 0:
+        hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV)  # of floats: degrees, share, the pixels' own unit
+        hsv[..., 0] = (hsv[..., 0] + hue) % 360
+        hsv[..., 1] *= saturation
+        pixels = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+    if not contrast_first:
+        pixels *= contrast
+    if _heads(rng):
+        pixels = pixels[..., rng.permutation(3)]
+    return np.rint(pixels.clip(0, 255)).astype(np.uint8)
+
+
+def _heads(rng):
+    return rng.random() < 0.5
+
+
+def _behind_grid(images, rng):
+    """The images, [h, w, 3] uint8 each, with the same grid over all of them."""
+    height = _padded(images[0].shape[0])
+    period = rng.integers(2, height)
+    top, left = rng.integers(period, size=2)
+    return [np.where(_grid_of(image, period, top, left)[..., None], image, HIDDEN) for image in images]
+
+
+def _grid_of(image, period, top, left):
+    """[h, w] bool: the part of the padded image's grid that lies over the image."""
+    h, w = image.shape[:2]
+    return grid_mask(_padded(h), _padded(w), period, top, left)[:h, :w]
+
+
+def _padded(length):
+    """Pixels with the padding that a batch gives an image: to a multiple of 32."""
+    return -(-length // 32) * 32
+
+
+def grid_mask(height, width, period, top, left):
+    """[height, width] bool, True = visible: bars half as wide as the `period`, rows and columns of them.
+
+    The grid is laid over an area half as high and wide again, `top` and `left` pixels from its corner, and the image
+    is that area's middle. As in the original, no bar starts where less than a whole period is left.
+    """
+    bar = min(max(int(period * 0.5 + 0.5), 1), period - 1)
+    rows, columns = _bars(height, period, top, bar), _bars(width, period, left, bar)
+    return rows[:, None] | columns[None, :]
+
+
+def _bars(length, period, first, bar):
+    """[length] bool, True on a bar."""
+    area = int(1.5 * length)
+    count, place = np.divmod(np.arange(length) + (area - length) // 2 - first, period)
+    return (place < bar) & (count >= 0) & (count < area // period)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from unipad.config import Camera
+from unipad.model.depth import depth_head
 
 MASK_BLOCK = 32  # pixels: the encoder's total stride, so one block is one cell of its last stage
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's RGB in [0, 1]: what the published weights were trained on
@@ -40,13 +41,13 @@ class CameraEncoder(nn.Module):
         self.backbone = ConvNeXt(cfg.depths, cfg.widths, cfg.drop_path, cfg.frozen_stages, out_stages=stages)
         self.neck = FPN([cfg.widths[i] for i in stages], cfg.channels, cfg.fpn_levels)
         self.input_proj = nn.Conv2d(cfg.channels, cfg.channels, 1)
-        self.depth_net = nn.Conv2d(cfg.channels, cfg.depth_bins, 1)
+        self.depth_net = depth_head(cfg)
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
         # As the activations are: else cuDNN re-lays the weights at every call, and DDP warns about 1x1 gradients.
         self.to(memory_format=torch.channels_last)
 
-    def forward(self, images, image_sizes, mask=None, drop_noise=None):
+    def forward(self, images, image_sizes, mask=None, drop_noise=None, generators=None):
         """Encode the images of a batch.
 
         Args:
@@ -55,6 +56,7 @@ class CameraEncoder(nn.Module):
             mask:        [B * N, 1, H / 32, W / 32] bool, True = visible; None = all.
             drop_noise:  [B * N, blocks] uniform in [0, 1): decides which blocks an image skips in training (drop path);
                          None = none.
+            generators:  one `torch.Generator` a sample, for the depth head's dropout in training; None = none.
 
         Returns, each a list over levels, channels last and contiguous, in one dtype:
             features: [B, N, h, w, C].
@@ -65,7 +67,7 @@ class CameraEncoder(nn.Module):
         features, depths = [], []
         for level in self.neck(self.backbone(x, mask, drop_noise)):
             feature = self.input_proj(level)
-            logits = self.depth_net(feature).permute(0, 2, 3, 1).contiguous()  # free in channels_last
+            logits = self.depth_net(feature, generators).permute(0, 2, 3, 1).contiguous()  # free in channels_last
             depth = logits.softmax(-1).to(logits.dtype)  # autocast raises a softmax to fp32
             features.append(feature.permute(0, 2, 3, 1).contiguous().unflatten(0, (B, N)))
             depths.append(depth.unflatten(0, (B, N)))

@@ -22,11 +22,11 @@ class Dropout:
         self.drops = rate > 0 and generators is not None
 
     def __call__(self, x):
-        """x: [B, ...]."""
+        """x: [M, ...], each sample's M / B rows after those of the sample before."""
         if not self.drops:
             return x
-        kept = torch.empty(x.shape, dtype=torch.bool, device=x.device)
-        for mask, generator in zip(kept, self.generators, strict=True):
+        kept = torch.empty_like(x, dtype=torch.bool)
+        for mask, generator in zip(kept.chunk(len(self.generators)), self.generators, strict=True):
             mask.bernoulli_(1 - self.rate, generator=generator)
         return torch.where(kept, x / (1 - self.rate), 0)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kernels.rotated_iou import rotated_nms
 from unipad.model.boxes import CODE_SIZE, decode_boxes, footprint
 from unipad.model.decoder import DecoderLayer, Dropout
+from unipad.model.depth import depth_loss
 from unipad.model.targets import detection_losses, draw_noise, noisy_queries
 from unipad.model.volume import Encoder
 
@@ -57,12 +58,16 @@ class Detector(nn.Module):
         self.head = Head(recipe.detect, recipe.grid, self.encoder.channels)
 
     def forward(self, batch, generators):
-        """Losses of one training step: dict of name -> weighted value, as `Head.losses` has them.
+        """Losses of one training step: dict of name -> weighted value, as `Head.losses` has them, and `depth`.
 
         batch: a `Batch` on the model's device; generators: one `torch.Generator` a sample, on that device.
         """
-        volume, _ = self.encoder(batch, generators, masked=False)
-        return self.head.losses(volume, batch.boxes, batch.labels, batch.box_counts, generators)
+        seen = self.encoder.encode(batch, generators, masked=False)
+        losses = self.head.losses(seen.volume, batch.boxes, batch.labels, batch.box_counts, generators)
+        camera = self.recipe.camera
+        if camera is not None and camera.depth_weight > 0:
+            losses["depth"] = depth_loss(seen.depths, batch, camera)
+        return losses
 
     @torch.no_grad()
     def detect(self, batch):

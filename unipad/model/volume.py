@@ -1,14 +1,30 @@
 """The volume: what the encoders of cameras and LiDAR see, in one grid of voxels."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from kernels.lift import lift
+from kernels.voxel_pool import voxel_pool
 from unipad import config
 from unipad.model.camera import MASK_BLOCK, CameraEncoder, draw_mask
 from unipad.model.lidar import NORM, LidarEncoder
 from unipad.model.norm import SyncedBatchNorm
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What the encoders make of a batch.
+
+    masks: "camera", [B, N, H / 32, W / 32] bool, True where the encoder saw the image, and
+           "lidar", [M, 4] int32 (b, z, y, x) the voxels that it saw; empty where nothing is hidden.
+    """
+
+    volume: Tensor  # [B, C, Z, Y, X], LiDAR frame
+    masks: dict
+    depths: list | None  # per level [B, N, h, w, D] probabilities of the depth bins; None without images
 
 
 class Encoder(nn.Module):
@@ -25,7 +41,7 @@ class Encoder(nn.Module):
         assert not other, f"the encoders' volumes have {self.channels} and {other[0]} channels: they must be as many"
         if recipe.camera is not None:
             self.camera = CameraEncoder(recipe.camera)
-            self.lift = GatherLift(recipe.grid, recipe.camera)
+            self.lift = view_transform(recipe.grid, recipe.camera)
             self.lift_convs = volume_convs(self.channels, recipe.camera.volume_convs)
         if recipe.lidar is not None:
             self.lidar = LidarEncoder(recipe.lidar, recipe.grid)
@@ -34,27 +50,31 @@ class Encoder(nn.Module):
             self.fuse = ConvNormReLU3d(self.channels, self.channels)
 
     def forward(self, batch, generators, masked=True):
+        """The volume and the masks of `encode`."""
+        encoded = self.encode(batch, generators, masked)
+        return encoded.volume, encoded.masks
+
+    def encode(self, batch, generators, masked=True):
         """Encode a batch.
 
         batch:      a `Batch` on the model's device.
         generators: one `torch.Generator` a sample, on that device; None = no chance: no mask, no path is dropped.
         masked:     hide blocks of pixels and voxels, in training and in evaluation.
 
-        Returns:
-            volume: [B, C, Z, Y, X], LiDAR frame.
-            masks:  dict with "camera", [B, N, H / 32, W / 32] bool, True where the encoder saw the image, and
-                    "lidar", [M, 4] int32 (b, z, y, x) the voxels that it saw; empty where nothing is hidden.
+        Returns `Encoded`.
         """
         masked = masked and generators is not None
-        volumes, masks = [], {}
+        volumes, masks, depths = [], {}, None
         if self.recipe.camera is not None:
-            volumes.append(self._encode_images(batch, generators, masked, masks))
+            volume, depths = self._encode_images(batch, generators, masked, masks)
+            volumes.append(volume)
         if self.recipe.lidar is not None:
             noise = _per_sample(generators, self.lidar.mask_shape) if masked else None
             volume, seen = self.lidar(batch.points, batch.point_counts, noise)
             volumes.append(self.lidar_convs(volume))
             masks |= {"lidar": seen} if masked else {}
-        return volumes[0] if len(volumes) == 1 else self.fuse(volumes[0] + volumes[1]), masks
+        volume = volumes[0] if len(volumes) == 1 else self.fuse(volumes[0] + volumes[1])
+        return Encoded(volume, masks, depths)
 
     def _encode_images(self, batch, generators, masked, masks):
         cfg, mask = self.recipe.camera, None
@@ -68,13 +88,22 @@ class Encoder(nn.Module):
         drop_noise = None
         if generators is not None:
             drop_noise = _per_sample(generators, (N, sum(cfg.depths))).flatten(0, 1)
-        features, depths = self.camera(batch.images, batch.image_sizes, mask, drop_noise)
-        return self.lift_convs(self.lift(features, depths, batch.lidar2image, (H, W)))
+        features, depths = self.camera(batch.images, batch.image_sizes, mask, drop_noise, generators)
+        return self.lift_convs(self.lift(features, depths, batch.lidar2image, (H, W))), depths
 
 
 def _per_sample(generators, shape):
     """[B, *shape] uniform in [0, 1), each sample's from its own generator."""
     return torch.stack([torch.rand(shape, generator=g, device=g.device) for g in generators])
+
+
+def view_transform(grid: config.Grid, camera: config.Camera):
+    """The module that `camera.view` names: features and depth probabilities of the views to a volume."""
+    if camera.view == "gather":
+        return GatherLift(grid, camera)
+    if camera.view == "pool":
+        return VoxelPoolLift(grid, camera)
+    raise ValueError(f"no view transform {camera.view!r}: choose gather or pool")
 
 
 class GatherLift(nn.Module):
@@ -92,6 +121,25 @@ class GatherLift(nn.Module):
         """
         grid = self.grid
         volume = lift(features, depths, lidar2image, grid.low, grid.cell, grid.shape, image_size, self.depth_range)
+        return volume.permute(0, 4, 1, 2, 3)
+
+
+class VoxelPoolLift(nn.Module):
+    """Every pixel gives feature times depth probability to the voxels along its ray. No parameters."""
+
+    def __init__(self, grid: config.Grid, camera: config.Camera):
+        super().__init__()
+        assert camera.fpn_levels == 1, f"voxel pooling takes one level of features, not {camera.fpn_levels}"
+        self.grid, self.depth_range, self.truncate = grid, camera.depth_range, camera.truncate
+
+    def forward(self, features, depths, lidar2image, image_size):
+        """As `GatherLift.forward`, of one level."""
+        (feature,), (depth,) = features, depths
+        grid = self.grid
+        stride = image_size[0] // feature.shape[2]
+        volume = voxel_pool(
+            feature, depth, lidar2image, grid.low, grid.cell, grid.shape, stride, self.depth_range, self.truncate
+        )
         return volume.permute(0, 4, 1, 2, 3)
 
 

@@ -1,0 +1,62 @@
+"""What pre-training is worth where labels are few: detection from scratch and from a pre-trained encoder, side by side.
+
+    python -m benchmarks.label_efficiency --modality lidar                      # synthetic city, a few minutes a run
+    python -m benchmarks.label_efficiency --modality camera --seeds 0 1 2
+    python -m benchmarks.label_efficiency --modality lidar --pretrained RUN --flags --data-root ... --version ...
+
+Pre-trains once (or takes --pretrained), then fine-tunes twice a seed: same seed, steps and label fraction, with and
+without the pre-trained encoder. Prints NDS and mAP on the validation split of each run.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Args:
+    modality: str = "lidar"  # camera, lidar or fusion
+    label_fraction: float = 0.2  # share of the training frames that fine-tuning sees
+    seeds: tuple[int, ...] = (0,)  # of the fine-tuning runs
+    pretrained: Path | None = None  # run to start from (default: one is made with train.py's defaults)
+    out: Path = Path("outputs/label-efficiency")  # folder of all runs; those that are finished there are not run again
+    flags: tuple[str, ...] = ()  # further flags of finetune.py, such as --steps 800
+
+
+def main(args: Args):
+    out = args.out / args.modality
+    pretrained = args.pretrained or out / "pretrained"
+    if not args.pretrained:
+        run("train.py", pretrained, "--modality", args.modality)
+    rows = []
+    for seed in args.seeds:
+        for start in ("scratch", "pretrained"):
+            folder = out / f"{start}-{seed}"
+            flags = ["--modality", args.modality, "--label-fraction", args.label_fraction, "--seed", seed, *args.flags]
+            run("finetune.py", folder, *flags, *(["--pretrained", pretrained] if start == "pretrained" else []))
+            rows.append((seed, start, last(folder, "val/NDS"), last(folder, "val/mAP")))
+    print(f"\n{args.modality}, {args.label_fraction:.0%} of the labels\n{'seed':>4}  {'start':<12}{'NDS':>8}{'mAP':>8}")
+    for seed, start, nds, mean_ap in rows:
+        print(f"{seed:>4}  {start:<12}{nds:>8.4f}{mean_ap:>8.4f}")
+
+
+def run(script, folder, *flags):
+    """Run a script of this repository into `folder`, or what is left of a run there; stop where it fails."""
+    command = [sys.executable, script, "--out", folder, "--resume", "auto", *flags]
+    done = subprocess.run([str(part) for part in command])
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def last(folder, name):
+    """The last value of a scalar in a run's log."""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [record[name] for record in records if name in record][-1]
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

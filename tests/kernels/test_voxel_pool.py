@@ -1,0 +1,266 @@
+import pytest
+import torch
+
+import kernels.voxel_pool
+from kernels.voxel_pool import BLOCK_P, CHUNK, voxel_pool, voxel_pool_ref
+from tests import golden
+from tests.ahead_of_time import Launch
+from tests.check import check_against_ref, launches
+from tests.conftest import HAS_GPU
+
+
+def launch(kernel, channels, divisible, elements, registers, shared=0):
+    blocks = dict(BLOCK_R=1024 // channels, BLOCK_C=channels)
+    if kernel != "_voxel_pool_bwd_kernel":
+        blocks["CHUNK"] = CHUNK
+    types = dict(order_ptr="*i64", partial_ptr="*fp32", depths_ptr="*fp32", d_depths_ptr="*fp32", chunks="i32")
+    return Launch(kernel, blocks, types, divisible, elements, registers=registers, shared=shared)
+
+
+def launch_voxels(truncate):
+    types = dict(matrices_ptr="*fp64", bins_ptr="*fp64", h="i32", w="i32", stride="i32", shape=("i32",) * 3)
+    constexprs = dict(TRUNCATE=truncate, BLOCK_P=BLOCK_P)
+    return Launch("_voxels_kernel", constexprs, types, elements=("fp32",), registers=40)
+
+
+LAUNCHES = [
+    launch_voxels(truncate=False),
+    launch_voxels(truncate=True),
+    launch("_chunks_kernel", 256, ("C",), ("bf16",), 48, 4096),
+    launch("_voxel_pool_fwd_kernel", 256, ("C",), ("bf16",), 64),
+    launch("_voxel_pool_bwd_kernel", 256, ("C",), ("bf16",), 56, 16),
+    launch("_chunks_kernel", 32, (), ("fp32",), 152),
+    launch("_voxel_pool_fwd_kernel", 32, (), ("fp32",), 200),
+    launch("_voxel_pool_bwd_kernel", 32, (), ("fp32",), 160, 128),
+]
+
+
+def views(B, N, device):
+    """[B, N, 4, 4] cameras in the origin that look along y, turned and scaled a little; images of 40 x 24 pixels."""
+    intrinsics = torch.tensor([[20.0, 0, 20, 0], [0, 20, 12, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    extrinsics = torch.tensor([[1.0, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]])  # x right, y ahead, z up
+    turned = extrinsics + 0.05 * torch.randn(B, N, 4, 4) * torch.tensor([1.0, 1, 1, 0])[:, None]
+    return (intrinsics @ turned).to(device)
+
+
+def make_inputs(B, N, size, C, D, shape, device, truncate=False):
+    """A grid of 12 x 12 x 4 m ahead of the cameras; a share of the points, behind its lower faces too, miss it."""
+    h, w = size
+    extent = 12.0, 12.0, 4.0
+    return dict(
+        features=torch.randn(B, N, h, w, C, device=device, dtype=torch.float64),
+        depths=torch.rand(B, N, h, w, D, device=device, dtype=torch.float64),
+        lidar2image=views(B, N, device),
+        low=(-6.3, 1.4, -1.7),
+        cell=tuple(e / max(n, 1) for e, n in zip(extent, shape, strict=True)),
+        shape=shape,
+        stride=-(-40 // max(w, 1)),
+        depth_range=(2.0, 14.0),
+        truncate=truncate,
+    )
+
+
+@pytest.mark.parametrize("truncate", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "B, N, size, C, D, shape",
+    [
+        (1, 1, (1, 1), 1, 1, (1, 1, 1)),
+        (3, 2, (5, 7), 3, 5, (5, 7, 2)),  # odd everywhere
+        (2, 2, (8, 8), 4, 4, (8, 8, 2)),  # exactly one block of pixels and of voxels
+        (1, 1, (3, 3), 65, 9, (3, 3, 1)),  # one pixel and one voxel over
+        (1, 3, (7, 10), 3, 9, (2, 3, 1)),  # whole chunks of points in one voxel
+        (0, 2, (3, 5), 3, 4, (2, 2, 2)),  # no samples
+        (2, 0, (3, 5), 3, 4, (2, 2, 2)),  # no views
+        (1, 2, (3, 0), 3, 4, (2, 2, 2)),  # no pixels
+        (1, 2, (3, 5), 0, 4, (2, 2, 2)),  # no channels
+        (1, 2, (3, 5), 3, 0, (2, 2, 2)),  # no depth bins
+        (1, 2, (3, 5), 3, 4, (2, 0, 2)),  # no voxels
+    ],
+)
+def test_matches_reference(B, N, size, C, D, shape, dtype, truncate, device):
+    inputs = make_inputs(B, N, size, C, D, shape, device, truncate)
+    assert voxel_pool_ref(**inputs).any() or not B * N * min(size) * C * D * min(shape), "the grid is missed"
+    check_against_ref(voxel_pool, voxel_pool_ref, inputs, dtype, wrt=("features", "depths"))
+
+
+RECORDED = dict(  # geometry of the record voxel_pool_depth
+    low=(-54.0, -54.0, -5.0),
+    cell=(5.4, 6.0, 1.6),
+    shape=(20, 18, 5),
+    stride=16,
+    depth_range=(1.0, 61.0),
+    truncate=True,
+)
+
+
+@pytest.mark.parametrize("op", [voxel_pool, voxel_pool_ref])
+def test_reproduces_the_original(op, device, monkeypatch):
+    """Volume and gradients of Uni3DVoxelPoolDepth: 2 samples, 6 views, 161280 points."""
+    if not HAS_GPU:
+        monkeypatch.setattr(kernels.voxel_pool, "TILE", 2**16)
+        monkeypatch.setattr(kernels.voxel_pool, "BLOCK_P", 2**18)
+    arrays = {name: array.to(device) for name, array in golden.load("voxel_pool_depth")[0].items()}
+    features = arrays["in/feat"].permute(0, 1, 3, 4, 2).requires_grad_()
+    depths = arrays["in/depth"].unflatten(0, (2, 6)).permute(0, 1, 3, 4, 2).requires_grad_()
+    volume = op(features, depths, arrays["in/lidar2img"][:, :, 0], **RECORDED)
+    golden.assert_close_to_max(volume, arrays["out/volume"].permute(0, 2, 3, 4, 1), 1e-5, "volume")
+    d_features, d_depths = torch.autograd.grad(
+        volume, (features, depths), arrays["in/w_out"].permute(0, 2, 3, 4, 1)
+    )  # fmt: skip
+    golden.assert_close_to_max(d_features.permute(0, 1, 4, 2, 3), arrays["grad/feat"], 1e-5, "features")
+    # the record's gradient holds that of the depth loss too, which reaches pixels with a target alone
+    no_target = arrays["out/downsampled_gt_onehot_argmax"].view(2, 6, 16, 28) < 0
+    expected = arrays["grad/depth"].unflatten(0, (2, 6)).permute(0, 1, 3, 4, 2)
+    golden.assert_close_to_max(d_depths[no_target], expected[no_target], 1e-5, "depths")
+
+
+def test_points_lie_where_the_original_puts_them():
+    """Every point of the record, 7632 of the 79955 inside only because they are rounded towards zero."""
+    arrays, _ = golden.load("voxel_pool_depth")
+    matrices, bins = kernels.voxel_pool._geometry(
+        arrays["in/lidar2img"][:, :, 0], RECORDED["low"], RECORDED["cell"], RECORDED["depth_range"], 30
+    )
+    found = [
+        kernels.voxel_pool._voxels_ref(matrices, bins, (2, 6, 16, 28, 12), RECORDED["shape"], 16, truncate)
+        for truncate in (True, False)
+    ]
+    b, x, y, z = arrays["out/voxel_coords_b_x_y_z"][:, :, 0].permute(5, 0, 1, 3, 4, 2).long()
+    inside = arrays["out/mask"][:, :, 0].permute(0, 1, 3, 4, 2)
+    expected = torch.where(inside, ((b * 5 + z) * 18 + y) * 20 + x, 3600).flatten()
+    assert torch.equal(found[0], expected)
+    moved = found[0] != found[1]
+    assert (found[0] < 3600).sum() == 79955 and (found[1][moved] == 3600).all() and moved.sum() == 7632
+
+
+def straight_view(device):
+    """[1, 1, 4, 4]: x and y are pixel times depth, z is the depth."""
+    return torch.eye(4, device=device)[None, None]
+
+
+@pytest.mark.parametrize("op", [voxel_pool, voxel_pool_ref])
+def test_by_hand(op, device):
+    """Worked on paper: one row of pixels 0 and 2, depths 1, 2, 3. Pixel 0 stays at x = 0, pixel 2 goes 2, 4, 6; voxels
+    are 4 m wide and start at -1, so they meet at 3. Points on the grid's upper face, z = 3, are outside."""
+    features = torch.tensor([[1.0, 10.0], [2.0, 20.0]], device=device).view(1, 1, 1, 2, 2).requires_grad_()
+    depths = torch.tensor([[0.25, 0.5, 8.0], [0.125, 0.75, 8.0]], device=device).view(1, 1, 1, 2, 3).requires_grad_()
+    volume = op(features, depths, straight_view(device), (-1, 0, 1), (4, 1, 2), (2, 1, 1), 2, (1, 4))
+    # left voxel: both of pixel 0 and pixel 2 at depth 1; right voxel: pixel 2 at depth 2
+    expected = torch.tensor([[0.75 + 0.25, 7.5 + 2.5], [1.5, 15.0]], device=device).view(1, 1, 1, 2, 2)
+    torch.testing.assert_close(volume, expected, rtol=0, atol=0)
+
+    upstream = torch.tensor([[1.0, 2.0], [4.0, 8.0]], device=device).view(1, 1, 1, 2, 2)
+    d_features, d_depths = torch.autograd.grad(volume, (features, depths), upstream)
+    expected = torch.tensor([[0.75, 1.5], [0.125 + 3.0, 0.25 + 6.0]], device=device)
+    torch.testing.assert_close(d_features[0, 0, 0], expected, rtol=0, atol=0)
+    expected = torch.tensor([[21.0, 21.0, 0.0], [42.0, 168.0, 0.0]], device=device)
+    torch.testing.assert_close(d_depths[0, 0, 0], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("op", [voxel_pool, voxel_pool_ref])
+@pytest.mark.parametrize("truncate, counted", [(False, 1), (True, 2)])
+def test_points_below_the_grid_count_only_when_truncated(op, truncate, counted, device):
+    """x = 0, 0.75 and 1.5 m; voxels of 1 m from 1 to 3. A whole voxel below the grid is outside either way."""
+    ones = torch.ones(1, 1, 1, 3, 1, device=device)
+    view = straight_view(device) * torch.tensor([1 / 0.75, 1, 1, 1], device=device)
+    volume = op(ones, ones, view, (1, -0.5, 0.5), (1, 1, 1), (2, 1, 1), 1, (1, 2), truncate)
+    assert volume.flatten().tolist() == [counted, 0]
+
+
+@pytest.mark.parametrize("op", [voxel_pool, voxel_pool_ref])
+def test_what_lies_nowhere_is_left_out(op, device):
+    """A view that is not a number, one that is singular; their gradients are 0."""
+    features = torch.ones(1, 3, 1, 2, 1, device=device, requires_grad=True)
+    depths = torch.ones(1, 3, 1, 2, 1, device=device, requires_grad=True)
+    lidar2image = straight_view(device).repeat(1, 3, 1, 1)
+    lidar2image[:, 1] = torch.nan
+    lidar2image[:, 2] = 0
+    volume = op(features, depths, lidar2image, (-8, -8, -8), (16, 16, 16), (1, 1, 1), 1, (1, 2))
+    assert volume.item() == 2
+    for grad in torch.autograd.grad(volume.sum(), (features, depths)):
+        assert grad.flatten().tolist() == [1, 1, 0, 0, 0, 0]
+
+
+def test_points_on_faces_lie_on_the_same_side_for_kernel_and_reference(device):
+    """Cameras along the grid's axes, bins as far apart as voxels: whole planes of points lie on faces, as rounded."""
+    inputs = make_inputs(1, 4, (5, 8), 3, 12, (9, 9, 5), device)
+    a, b, c, d = torch.tensor([[20.0, 20, 0, 0], [0, 12, -20, 0], [0, 1, 0, 0], [0, 0, 0, 1]]).unbind(1)  # ahead is y
+    turned = [[a, b, c, d], [b, -a, c, d], [-a, -b, c, d], [-b, a, c, d]]
+    inputs["lidar2image"] = torch.stack([torch.stack(view, dim=1) for view in turned])[None].to(device)
+    inputs |= dict(low=(-2.7, -2.7, -1.5), cell=(0.6, 0.6, 0.6), depth_range=(0.3, 7.5), stride=4)
+    check_against_ref(voxel_pool, voxel_pool_ref, inputs, torch.float32, wrt=("features", "depths"))
+
+
+@pytest.mark.parametrize("points", [CHUNK - 1, CHUNK, 2 * CHUNK - 1, 2 * CHUNK, 5 * CHUNK + 7])
+def test_a_long_interval_is_split(points, device):
+    """All points in one voxel, which begins in the middle of a chunk, after those of another."""
+    inputs = dict(
+        features=torch.randn(1, 1, 1, points, 3, device=device, dtype=torch.float64),
+        depths=torch.rand(1, 1, 1, points, 2, device=device, dtype=torch.float64),
+        lidar2image=straight_view(device),
+        low=(0, -1, 0.5),  # depth 1 in the lower voxel, depth 2 in the upper one
+        cell=(1e4, 2, 1),
+        shape=(1, 1, 2),
+        stride=1,
+        depth_range=(1.0, 3.0),
+    )
+    check_against_ref(voxel_pool, voxel_pool_ref, inputs, torch.float32, wrt=("features", "depths"))
+
+
+def test_a_feature_changes_its_ray_alone(device):
+    inputs = make_inputs(1, 2, (5, 7), 3, 12, (6, 6, 2), device)
+    before = voxel_pool(**inputs)
+    inputs["features"][0, 1, 2, 3] += 1
+    changed = (voxel_pool(**inputs) != before).any(-1)
+    only = torch.zeros_like(inputs["depths"])
+    only[0, 1, 2, 3] = 1
+    ray = voxel_pool(**inputs | dict(depths=only)).any(-1)
+    assert torch.equal(changed, ray) and 1 < ray.sum() <= 12
+
+
+def test_bit_equal_from_run_to_run(device):
+    inputs = make_inputs(1, 2, (6, 10), 3, 9, (2, 2, 1), device)
+    runs = []
+    for _ in range(2):
+        leaves = [inputs[name].float().requires_grad_() for name in ("features", "depths")]
+        volume = voxel_pool(*leaves, *list(inputs.values())[2:])
+        runs.append([volume, *torch.autograd.grad(volume.square().sum(), leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_half_precision_features_with_fp32_depths(device):
+    inputs = make_inputs(1, 1, (3, 5), 8, 4, (4, 4, 2), device)
+    features = inputs.pop("features").to(torch.bfloat16).requires_grad_()
+    depths = inputs.pop("depths").float().requires_grad_()
+    ours, truth = (op(features, depths, **inputs) for op in (voxel_pool, voxel_pool_ref))
+    assert ours.dtype == truth.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, truth, rtol=1e-2, atol=1e-2)
+    d_ours, d_truth = (torch.autograd.grad(out.float().sum(), (features, depths)) for out in (ours, truth))
+    assert [d.dtype for d in d_ours] == [torch.bfloat16, torch.float32]
+    for a, b in zip(d_ours, d_truth, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("op", [voxel_pool, voxel_pool_ref])
+def test_gradcheck(op, device):
+    inputs = make_inputs(1, 1, (2, 3), 2, 3, (2, 2, 1), device)
+    leaves = [inputs.pop(name).requires_grad_() for name in ("features", "depths")]
+    torch.autograd.gradcheck(lambda *x: op(*x, **inputs), leaves)
+
+
+def test_strict_determinism_keeps_the_kernels(device):
+    inputs = make_inputs(1, 1, (3, 5), 3, 4, (2, 2, 2), device)
+    torch.use_deterministic_algorithms(True)  # the fixture's mode only warns
+    with launches() as launched:
+        voxel_pool(**inputs)
+    assert launched
+
+
+def test_rejects_mismatched_shapes(device):
+    inputs = make_inputs(1, 2, (3, 5), 3, 4, (2, 2, 2), device)
+    with pytest.raises(AssertionError, match="do[es]* not fit"):
+        voxel_pool(**inputs | dict(lidar2image=views(1, 3, device)))
+    with pytest.raises(AssertionError, match="do not fit"):
+        voxel_pool(**inputs | dict(depths=torch.rand(1, 2, 3, 4, 4, device=device)))
+    with pytest.raises(AssertionError, match="32 bits"):
+        voxel_pool(**inputs | dict(shape=(2**10, 2**10, 2**10)))

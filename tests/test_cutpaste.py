@@ -1,0 +1,317 @@
+"""Cut-and-paste: what is cut out, where and in which order it is pasted, and the cache of it."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from nuscenes.utils.data_classes import Box
+from nuscenes.utils.geometry_utils import points_in_box
+from pyquaternion import Quaternion
+from shapely.geometry import MultiPoint
+
+from unipad.config import Augment, Data, Paste
+from unipad.data import cutpaste
+from unipad.data.cutpaste import Objects, cut_out, load_objects, points_in_boxes, seen_rectangles
+from unipad.data.loader import step_batches
+from unipad.data.nuscenes import NuScenesDataset, Sample
+from unipad.data.tables import DataError
+
+VERSION = "v1.0-mini"
+PASTE = Paste()
+
+
+@pytest.fixture(scope="module")
+def train(city):
+    return NuScenesDataset(city, VERSION, "mini_train", Data(sweeps=2))
+
+
+@pytest.fixture(scope="module")
+def objects(train):
+    return load_objects(train, PASTE)
+
+
+@pytest.fixture(scope="module")
+def sample(city):
+    """Of another street than the objects."""
+    return NuScenesDataset(city, VERSION, "mini_val", Data(sweeps=2))[1]
+
+
+@pytest.fixture
+def copy(city, tmp_path, monkeypatch):
+    """A city of one's own to damage."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return shutil.copytree(city, tmp_path / "city", ignore=shutil.ignore_patterns("unipad-index"))
+
+
+def devkit_box(box):
+    return Box(box[:3], box[3:6], Quaternion(axis=[0, 0, 1], radians=float(box[6])))
+
+
+def outline(box):
+    return MultiPoint(devkit_box(box).bottom_corners()[:2].T).convex_hull
+
+
+def without_boxes(sample):
+    return replace(sample, boxes=sample.boxes[:0], labels=sample.labels[:0])
+
+
+def test_points_in_boxes_are_the_devkits(sample):
+    ours = points_in_boxes(sample.points, sample.boxes)
+    theirs = np.array([points_in_box(devkit_box(b), sample.points[:, :3].T) for b in sample.boxes.astype(float)])
+    assert ours.sum() > 100 and (ours != theirs).mean() < 1e-6  # but for rounding on a face
+    assert points_in_boxes(sample.points, sample.boxes[:0]).shape == (0, len(sample.points))
+
+
+def test_objects_are_what_the_frames_hold(train, objects):
+    """Every box with enough points, in the order of the frames, with its points and its rectangles of the images."""
+    k = 0
+    for i in range(len(train)):
+        sample = train[i]
+        inside = points_in_boxes(sample.points, sample.boxes)
+        for row in np.flatnonzero(inside.sum(axis=1) >= PASTE.least_points):
+            np.testing.assert_array_equal(objects.boxes[k], sample.boxes[row])
+            assert objects.labels[k] == sample.labels[row]
+            np.testing.assert_allclose(objects._points(k), sample.points[inside[row]], atol=1e-5)
+            for view, image in enumerate(sample.images):
+                rows, places = seen_rectangles(sample.boxes, sample.lidar2image[view], image.shape[:2])
+                picture = objects._picture(k, view)
+                assert (picture is not None) == (row in rows)
+                if picture is not None:
+                    left, top, right, bottom = places[rows == row][0]
+                    truth = image[top:bottom, left:right].astype(int)
+                    assert picture.shape == truth.shape and np.abs(picture - truth).mean() < 12  # JPEG
+            k += 1
+    assert k == len(objects.labels) > 50 and len(objects.pictures) > 20
+
+
+def test_few_points_are_no_object(train):
+    sample = train[0]
+    counts = points_in_boxes(sample.points, sample.boxes).sum(axis=1)
+    assert (counts < 50).any()
+    for least in (1, 50):
+        assert [len(cut.points) for cut in cut_out(sample, least)] == counts[counts >= least].tolist()
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_sample_is_filled_up_without_overlaps(sample, objects, empty):
+    """With boxes of its own and without."""
+    sample = without_boxes(sample) if empty else sample
+    before, counts = np.bincount(sample.labels, minlength=10), np.array(PASTE.counts)
+    pasted_of_class = np.zeros(10, int)
+    for seed in range(5):
+        after = objects.pasted(sample, np.random.default_rng(seed))
+        own = len(sample.boxes)
+        np.testing.assert_array_equal(after.boxes[:own], sample.boxes)
+        np.testing.assert_array_equal(after.labels[:own], sample.labels)
+        added = np.bincount(after.labels[own:], minlength=10)
+        assert (added <= np.maximum(counts - before, 0)).all() and added.any()
+        pasted_of_class += added
+        outlines = [outline(box) for box in after.boxes.astype(float)]
+        for i in range(own, len(outlines)):
+            assert max(outlines[i].intersection(o).area for o in outlines[:i] + outlines[i + 1 :]) < 1e-4
+
+        # Points: the scene's outside the pasted boxes, in order; then exactly the objects'.
+        free = ~points_in_boxes(sample.points, after.boxes[own:]).any(axis=0)
+        np.testing.assert_array_equal(after.points[: free.sum()], sample.points[free])
+        np.testing.assert_array_equal(after.point_labels[: free.sum()], sample.point_labels[free])
+        assert len(after.point_labels) == len(after.points) and not after.point_labels[free.sum() :].any()
+        rows = [np.flatnonzero((objects.boxes == box).all(axis=1)).item() for box in after.boxes[own:]]
+        assert objects.labels[rows].tolist() == after.labels[own:].tolist()
+        clouds = np.concatenate([objects._points(k) for k in rows])
+        np.testing.assert_array_equal(after.points[free.sum() :], clouds)
+    assert (pasted_of_class > 0).sum() >= (9 if empty else 2)
+
+
+def test_chance_comes_from_the_generator_alone(sample, objects):
+    one, same, other = (objects.pasted(sample, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one.points, same.points)
+    np.testing.assert_array_equal(one.images, same.images)
+    assert one.boxes.tolist() != other.boxes.tolist()
+
+
+def test_nothing_is_missing(sample, objects):
+    full = replace(objects, counts=tuple(np.bincount(sample.labels, minlength=10).tolist()))
+    assert full.pasted(sample, np.random.default_rng(0)) is sample
+
+
+# A camera that looks along y: u = 50 x / y + 32, v = 32 - 50 z / y
+AHEAD = np.array([[50, 32, 0, 0], [0, 32, -50, 0], [0, 1, 0, 0], [0, 0, 0, 1]], np.float32)
+
+
+def cube(x, y, z=0.0, size=2.0):
+    return np.array([x, y, z, size, size, size, 0, 0, 0], np.float32)
+
+
+def test_rectangles_by_hand():
+    """Edges of cubes of 2 m whose near sides are 10, 5 and 20 m away: 50 / 10 pixels a metre on either side, ..."""
+    boxes = np.stack([cube(0, 11), cube(-4, 6), cube(0, -9), cube(0, 0.5), cube(0, 21), cube(90, 11)])
+    rows, places = seen_rectangles(boxes, AHEAD, (64, 64))
+    assert rows.tolist() == [4, 0, 1]  # not those behind the camera, around it and beside the image
+    expected = {0: [27, 27, 37, 37], 1: [0, 22, 10, 42], 4: [29, 29, 34, 34]}
+    assert [expected[r] for r in rows] == places.tolist()
+
+
+def test_pictures_are_laid_far_ones_first(tmp_path):
+    """Far red, then the sample's own blue, then near green, on grey."""
+    colours = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 200, 30)}
+    boxes = {"red": cube(2.5, 21), "blue": cube(0.5, 13), "green": cube(-0.4, 8)}
+
+    def seen(name, images):
+        return Sample(
+            images=images,
+            lidar2image=np.stack([AHEAD] * 2),
+            lidar2camera=np.stack([np.eye(4, dtype=np.float32)] * 2),
+            points=np.concatenate([boxes[name], [0, 0]])[None, [0, 1, 2, 9, 10]].repeat(5, axis=0).astype(np.float32),
+            point_labels=None,
+            boxes=boxes[name][None],
+            labels=np.zeros(1, np.int64),
+            token=name,
+        )
+
+    grey = np.full((64, 64, 3), 128, np.uint8)
+    filled = {name: np.full((64, 64, 3), colour, np.uint8) for name, colour in colours.items()}
+    made = {"boxes": [], "labels": [], "points": [], "pictures": []}
+    with open(tmp_path / "objects.bin", "wb") as file:
+        for k, name in enumerate(("green", "red")):
+            # the red one is known to the first camera only
+            (cut,) = cut_out(seen(name, [filled[name]] * 2), 5)
+            made["boxes"].append(cut.box)
+            made["labels"].append(cut.label)
+            made["points"].append((file.tell(), len(cut.points)))
+            file.write(cut.points)
+            for view, jpeg in cut.pictures[: 2 - k]:
+                made["pictures"].append((k, view, file.tell(), len(jpeg)))
+                file.write(jpeg)
+    objects = Objects((3,), file=tmp_path / "objects.bin", **{name: np.array(rows) for name, rows in made.items()})
+
+    image = grey.copy()
+    expected = {}
+    for view, order in enumerate((("red", "blue", "green"), ("blue", "green"))):
+        expected[view] = grey.copy()
+        for name in order:
+            _, ((left, top, right, bottom),) = seen_rectangles(boxes[name][None], AHEAD, (64, 64))
+            expected[view][top:bottom, left:right] = colours[name]
+            if name == "blue":
+                image[top:bottom, left:right] = colours[name]
+    scene = seen("blue", [image, image])
+    after = objects.pasted(scene, np.random.default_rng(0))
+    assert len(after.boxes) == 3 and len(after.points) == 15
+    for view in range(2):
+        np.testing.assert_allclose(after.images[view].astype(int), expected[view], atol=4)  # JPEG
+        assert len(np.unique(expected[view].reshape(-1, 3), axis=0)) == 4 - view
+    np.testing.assert_array_equal(scene.images[0], image)
+
+
+def test_pasting_ends_at_a_position_of_the_stream(city, train, objects):
+    augment = Augment(rotation=0.1, shuffle=True)
+    plain = NuScenesDataset(city, VERSION, "mini_val", Data(sweeps=2), augment=augment)
+    pasting = plain.pasting(objects)
+
+    def boxes(dataset, **stream):
+        batches = step_batches(dataset, share=1, **stream)
+        return [next(batches)[0].boxes.tolist() for _ in range(4)]
+
+    never, until_two, always = boxes(plain), boxes(pasting, paste_until=2), boxes(pasting)
+    assert until_two == always[:2] + never[2:]
+    assert all(len(a) > len(b) for a, b in zip(always, never, strict=True))
+    assert boxes(pasting, paste_until=2, start=1)[:3] == until_two[1:]
+
+
+def count_cuts(monkeypatch):
+    cuts, cut = [], cutpaste.cut_out
+    monkeypatch.setattr(cutpaste, "cut_out", lambda *a: cuts.append(a) or cut(*a))
+    return cuts
+
+
+def dataset_of(root, sweeps=1, split="mini_train", **settings):
+    return NuScenesDataset(root, VERSION, split, Data(cameras=False, sweeps=sweeps), **settings)
+
+
+def files(root):
+    return sorted(f.name for f in (root / "unipad-index").glob("*objects*"))
+
+
+def test_objects_are_cut_out_once(copy, monkeypatch):
+    cuts = count_cuts(monkeypatch)
+    first, again = (load_objects(dataset_of(copy), PASTE) for _ in range(2))
+    n = len(dataset_of(copy))
+    assert len(cuts) == n and len(files(copy)) == 2
+    for name, value in vars(first).items():
+        np.testing.assert_array_equal(value, getattr(again, name))
+    load_objects(dataset_of(copy), replace(PASTE, counts=(1,) * 10))
+    assert len(cuts) == n
+    load_objects(dataset_of(copy, sweeps=2), PASTE)
+    load_objects(dataset_of(copy), replace(PASTE, least_points=9))
+    load_objects(dataset_of(copy, label_fraction=0.5), PASTE)
+    assert len(cuts) == 3 * n + (n + 1) // 2 and len(files(copy)) == 8
+
+
+def test_objects_are_cut_out_again_when_the_tables_change(copy):
+    before = load_objects(dataset_of(copy), PASTE)
+    table = copy / VERSION / "sample_annotation.json"
+    records = json.loads(table.read_text())
+    for record in records:
+        record["size"][2] += 1
+    table.write_text(json.dumps(records))
+    after = load_objects(dataset_of(copy), PASTE)
+    assert after.boxes[:, 5].mean() > before.boxes[:, 5].mean() + 0.5
+    assert len(files(copy)) == 2 and after.file.exists() and not before.file.exists()
+
+
+@pytest.mark.parametrize("kind", ["bin", "npz"])
+def test_damaged_files_are_made_again(copy, monkeypatch, kind):
+    objects = load_objects(dataset_of(copy), PASTE)
+    path = objects.file.with_suffix(f".{kind}")
+    path.write_bytes(path.read_bytes()[:-100])
+    cuts = count_cuts(monkeypatch)
+    assert load_objects(dataset_of(copy), PASTE).boxes.tolist() == objects.boxes.tolist()
+    assert len(cuts) == len(dataset_of(copy))
+
+
+def test_workers_make_the_same_files(copy):
+    objects = load_objects(dataset_of(copy), PASTE)
+    contents = objects.file.read_bytes()
+    objects.file.unlink()
+    assert load_objects(dataset_of(copy), PASTE, workers=1).file.read_bytes() == contents
+
+
+def test_a_frame_that_cannot_be_read_is_named_and_left_out(copy, capsys):
+    dataset = dataset_of(copy)
+    every = load_objects(dataset, PASTE)
+    lost = copy / dataset.index.lidar_files[dataset.index.frame_lidar[0]].decode()
+    lost.unlink()
+    every.file.unlink()
+    some = load_objects(dataset, PASTE)
+    assert f"skipped {lost}: is missing" in capsys.readouterr().err
+    assert 0 < len(some.labels) < len(every.labels)
+
+
+def test_a_root_that_cannot_be_written(copy, tmp_path):
+    (copy / "unipad-index").write_text("a file where the folder should be")
+    objects = load_objects(dataset_of(copy), PASTE)
+    assert objects.file.is_relative_to(tmp_path / "cache")
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "cache").write_text("another one")
+    with pytest.raises(DataError, match=r"can be written neither to .*unipad-index nor to .*cache.*; make") as refused:
+        load_objects(dataset_of(copy), PASTE)
+    assert "\n" not in str(refused.value) and str(refused.value).endswith(".")
+
+
+def test_no_object_is_one_sentence(copy):
+    with pytest.raises(DataError, match="no frame of .* mini_train has an object of 1000000 LiDAR points") as refused:
+        load_objects(dataset_of(copy), replace(PASTE, least_points=10**6))
+    assert "\n" not in str(refused.value) and str(refused.value).endswith(".")
+    for table in ("sample_annotation", "instance"):
+        (copy / VERSION / f"{table}.json").write_text("[]")
+    with pytest.raises(DataError, match="has an object of 5 LiDAR points"):
+        load_objects(dataset_of(copy), PASTE)
+
+
+def test_nothing_half_written_stays(copy, monkeypatch):
+    monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(DataError, match="No space left"):
+        load_objects(dataset_of(copy), PASTE)
+    assert not files(copy)

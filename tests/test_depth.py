@@ -1,0 +1,160 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kernels.voxel_pool import voxel_pool
+from tests.golden import assert_close_to_max, load, under
+from tests.test_rays import make_batch
+from unipad.config import Camera
+from unipad.model.depth import ASPP, ComplexDepth, depth_head, depth_loss, depth_targets
+
+
+def generators(B):
+    return [torch.Generator().manual_seed(b) for b in range(B)]
+
+
+def test_complex_depth_is_the_original():
+    arrays, _ = load("depth_net_aspp")
+    net = ComplexDepth(16, 30, 6).eval()
+    net.load_state_dict(under(arrays, "state/depth_net."))
+    x = arrays["in/x"].requires_grad_()
+    logits = net(x, generators(3))
+    assert_close_to_max(logits, arrays["out/logits"], 1e-5, "logits")
+    depth = logits.softmax(1)
+    assert_close_to_max(depth, arrays["out/depth"], 1e-5, "depth")
+    (depth * arrays["in/w_out"]).sum().backward()
+    assert_close_to_max(x.grad, arrays["grad/x"], 1e-5, "x")
+    gradients = under(arrays, "grad/depth_net.")
+    assert gradients.keys() == dict(net.named_parameters()).keys()
+    for key, param in net.named_parameters():
+        assert_close_to_max(param.grad, gradients[key], 1e-5, key)
+
+
+def test_aspp_looks_as_far_as_its_dilations():
+    """With the image's mean cut off, a cell reaches the eight cells 6, 12 and 18 away."""
+    net = ASPP(2, 3).eval().double()
+    torch.nn.init.zeros_(net.global_avg_pool[1].weight)
+    x = torch.randn(1, 2, 41, 41, dtype=torch.float64, requires_grad=True)
+    torch.nn.init.constant_(net.bn1.bias, 100.0)  # so that no ReLU at the end hides a change
+    net(x)[0, :, 20, 20].sum().backward()
+    reached = {tuple(cell) for cell in (x.grad[0] != 0).any(0).nonzero().sub(20).tolist()}
+    steps = [0, 6, 12, 18]
+    rings = {(s * a, s * b) for s in steps for a in (-1, 0, 1) for b in (-1, 0, 1)}
+    assert reached <= rings and {max(map(abs, cell)) for cell in reached} == set(steps)
+
+
+def test_dropout_is_a_sample_s_own():
+    """Half of the cells are dropped, the others doubled; what one sample drops does not depend on the others."""
+    net = ComplexDepth(8, 4, 2).train()
+    net.depth_conv[4] = torch.nn.Identity()
+    x = torch.randn(4, 8, 6, 7)  # two samples of two views
+    dropped = net(x, generators(2))
+    again = net(x, [torch.Generator().manual_seed(7), *generators(2)[1:]])
+    assert torch.equal(dropped[2:], again[2:]) and not torch.equal(dropped[:2], again[:2])
+    whole = net(x)
+    kept = dropped != 0
+    torch.testing.assert_close(dropped[kept], 2 * whole[kept])
+    assert 0.4 < kept[whole > 0].float().mean() < 0.6
+    assert not torch.equal(kept[0], kept[1])
+
+
+def test_evaluation_drops_nothing():
+    net = ComplexDepth(8, 4, 2).eval()
+    x = torch.randn(2, 8, 6, 7)
+    torch.testing.assert_close(net(x, generators(2)), net(x), rtol=0, atol=0)
+
+
+def test_an_unknown_head_is_refused():
+    with pytest.raises(ValueError, match="choose simple or complex"):
+        depth_head(Camera(depth="deep"))
+
+
+RECORDED = Camera(depth_range=(1.0, 61.0), depth_weight=3.0)
+
+
+def recorded():
+    """Batch, depths and arrays of the record voxel_pool_depth."""
+    arrays, _ = load("voxel_pool_depth")
+    points = [arrays["in/points_0"], arrays["in/points_1"]]
+    batch = replace(
+        make_batch([[], []]),
+        images=torch.zeros(2, 6, 3, 256, 448),
+        image_sizes=arrays["in/pad_before_shape"][..., :2],
+        lidar2image=arrays["in/lidar2img"][:, :, 0],
+        points=torch.cat(points),
+        point_counts=torch.tensor([len(p) for p in points]),
+    )
+    depths = arrays["in/depth"].unflatten(0, (2, 6)).permute(0, 1, 3, 4, 2)
+    return batch, depths, arrays
+
+
+def test_targets_are_the_originals():
+    batch, _, arrays = recorded()
+    targets = depth_targets(batch, 16, 28, 30, RECORDED.depth_range)
+    expected = arrays["out/downsampled_gt_onehot_argmax"].view(2, 6, 16, 28)
+    assert torch.equal(targets, expected) and (targets >= 0).sum() > 1000
+
+
+def test_loss_is_the_originals():
+    """With the gradient of all that reaches the depths: through the volume and through the loss."""
+    batch, depths, arrays = recorded()
+    depths.requires_grad_()
+    loss = depth_loss([depths], batch, RECORDED)
+    assert_close_to_max(loss, arrays["out/loss_depth_0"], 1e-5, "loss")
+    features = arrays["in/feat"].permute(0, 1, 3, 4, 2)
+    geometry = ((-54.0, -54.0, -5.0), (5.4, 6.0, 1.6), (20, 18, 5), 16, RECORDED.depth_range, True)
+    volume = voxel_pool(features, depths, batch.lidar2image, *geometry)
+    ((volume.permute(0, 4, 1, 2, 3) * arrays["in/w_out"]).sum() + loss).backward()
+    assert_close_to_max(depths.grad.permute(0, 1, 4, 2, 3).flatten(0, 1), arrays["grad/depth"], 1e-5, "depths")
+
+
+def test_targets_by_hand():
+    """Blocks of 8 x 8 pixels, bins of 2 m from 2 to 10; view 0 looks along +y, with the principal point at (16, 8)."""
+    points = [
+        [0.0, 7.0, 2.0],  # z 6: bin 2 of block (1, 2)
+        [0.0, 6.0, 2.0],  # z 5: nearer in the same block, bin 1
+        [0.2, 8.99, 2.0],  # z 7.99, the same block
+        [-1.2, 7.0, 2.0],  # u 14: bin 2 of block (1, 1)
+        [-0.76, 5.0, 2.0],  # u 14.1, z 4: nearer, on the border of bins: bin 1
+        [1.5, 2.5, 2.0],  # within 3 m of the axis
+        [-3.0, 3.0, 2.0],  # z 2: not beyond the near end
+        [4.0, 10.9, 2.0],  # u 20.04, z 9.9 in block (1, 2), farther
+        [8.0, 11.0, 2.0],  # u 24, z 10: not before the far end
+        [0.0, 7.0, 2.9],  # v 6.5 rounds to 6: block (0, 2), bin 2
+        [0.0, 7.0, 2.3],  # v 7.5 rounds to 8: block (1, 2)
+    ]
+    targets = depth_targets(make_batch([points], views=1), 2, 4, 4, (2.0, 10.0))
+    assert targets.tolist() == [[[[-1, -1, 2, -1], [-1, 1, 1, -1]]]]
+
+
+def test_loss_by_hand():
+    """Two features with a point, in bin 0: -ln(1/2) - ln(1 - 1/4) - ln(1 - 1/4) and -ln(1/4) - ln(1/2) - ln(3/4)."""
+    batch = make_batch([[[0.0, 6.0, 2.0], [-1.6, 6.0, 2.0]]], views=1)
+    cfg = Camera(depth_range=(4.0, 16.0), depth_weight=2.0)
+    depths = torch.full((1, 1, 2, 4, 3), torch.nan)
+    depths[0, 0, 1, 2] = torch.tensor([0.5, 0.25, 0.25])
+    depths[0, 0, 1, 1] = torch.tensor([0.25, 0.5, 0.25])
+    depths[depths.isnan()] = 0.9  # where LiDAR sees nothing, nothing counts
+    likelihoods = torch.tensor([1 / 2, 3 / 4, 3 / 4, 1 / 4, 1 / 2, 3 / 4])
+    torch.testing.assert_close(depth_loss([depths], batch, cfg), -likelihoods.log().sum())
+    torch.testing.assert_close(depth_loss([depths, depths], batch, cfg), -2 * likelihoods.log().sum())
+
+
+def test_loss_without_a_point_is_zero_and_certainty_is_finite():
+    depths = torch.zeros(1, 1, 2, 4, 3)
+    depths[..., 2] = 1.0
+    depths.requires_grad_()
+    cfg = Camera(depth_range=(4.0, 16.0), depth_weight=1.0)
+    assert depth_loss([depths], make_batch([[]], views=1), cfg) == 0
+    wrong = depth_loss([depths], make_batch([[[0.0, 6.0, 2.0]]], views=1), cfg)
+    (grad,) = torch.autograd.grad(wrong, depths)
+    assert wrong.isfinite() and grad.isfinite().all() and 150 < wrong < 200
+
+
+def test_loss_widens_half_precision():
+    batch, depths, _ = recorded()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = depth_loss([depths.bfloat16()], batch, RECORDED)
+    assert loss.dtype == torch.float32
+    assert_close_to_max(loss, depth_loss([depths], batch, RECORDED), 1e-2)

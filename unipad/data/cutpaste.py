@@ -1,0 +1,308 @@
+"""Cut-and-paste: objects of other training frames, their points and their pixels, put into a sample.
+
+As the original's UnifiedDataBaseSampler and UnifiedObjectSample have it:
+    which     so many of a class that there are `Paste.counts` of it, those of the sample counted; drawn at random
+    where     where they stood in the LiDAR's frame; one whose box would overlap with another, from above, is left out
+    points    of all sweeps; what the sample had inside a pasted box goes
+    pixels    the rectangle around a box, far ones first; rectangles around the sample's own boxes are laid again in
+              their turn, so that what is nearer covers what is farther
+What does not: pixels come from the camera that they go to, where the original has one picture of an object for all; and
+of objects that overlap with each other the one drawn first stays, not the last.
+"""
+
+import hashlib
+import os
+import sys
+import zipfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from kernels.rotated_iou import rotated_iou_bev
+from unipad.config import Paste
+from unipad.data.loader import start_worker
+from unipad.data.nuscenes import BadFrame
+from unipad.data.tables import DataError, cache_paths, tables_state
+
+
+@dataclass(frozen=True)
+class Objects:
+    """K objects to paste and their R pictures. In memory is where they stood; the rest is read from `file`."""
+
+    counts: tuple[int, ...]  # objects of each class that a sample is filled up to
+    file: Path  # points [n, 5] float32, x, y, z metres from the box's centre; pictures as JPEG
+    boxes: np.ndarray  # [K, 9] float32 as in `Batch`
+    labels: np.ndarray  # [K] int64
+    points: np.ndarray  # [K, 2] int64 first byte of the points, how many
+    pictures: np.ndarray  # [R, 4] int64 object (ascending), camera, first byte, bytes
+
+    def pasted(self, sample, rng):
+        """The sample with objects in it, behind its own points and boxes; pasted points have label 0.
+
+        rng: `np.random.Generator`, the only source of chance.
+        """
+        chosen = self._chosen(sample, rng)
+        if not len(chosen):
+            return sample
+        boxes, labels = self.boxes[chosen], self.labels[chosen]
+        free = ~points_in_boxes(sample.points, boxes).any(axis=0)
+        clouds = [self._points(k) for k in chosen]
+        point_labels = sample.point_labels
+        if point_labels is not None:
+            point_labels = np.concatenate([point_labels[free], np.zeros(sum(map(len, clouds)), np.uint8)])
+        return replace(
+            sample,
+            images=[self._painted(sample, view, chosen) for view in range(len(sample.images))],
+            points=np.concatenate([sample.points[free], *clouds]),
+            point_labels=point_labels,
+            boxes=np.concatenate([sample.boxes, boxes]),
+            labels=np.concatenate([sample.labels, labels]),
+        )
+
+    def _chosen(self, sample, rng):
+        """Objects, drawn class by class, that overlap neither with the sample's boxes nor with each other."""
+        drawn = []
+        for label, count in enumerate(self.counts):
+            of_class = np.flatnonzero(self.labels == label)
+            missing = count - np.count_nonzero(sample.labels == label)
+            drawn.extend(rng.choice(of_class, min(max(missing, 0), len(of_class)), replace=False))
+        drawn = np.array(drawn, np.int64)
+        own = len(sample.boxes)
+        boxes = _footprints(np.concatenate([sample.boxes, self.boxes[drawn]]))
+        overlap = (rotated_iou_bev(boxes[own:], boxes) > 0).numpy()  # [drawn, own + drawn]
+        there = np.zeros(len(boxes), bool)
+        there[:own] = True
+        for i in range(len(drawn)):
+            there[own + i] = not (overlap[i] & there).any()
+        return drawn[there[own:]]
+
+    def _points(self, k):
+        """[n, 5] float32 points of object k where it stood."""
+        first, count = self.points[k]
+        points = np.fromfile(self.file, np.float32, 5 * count, offset=first).reshape(-1, 5)
+        points[:, :3] += self.boxes[k, :3]
+        return points
+
+    def _picture(self, k, view):
+        """[h, w, 3] uint8 RGB: object k as camera `view` saw it; None where it did not."""
+        rows = slice(*np.searchsorted(self.pictures[:, 0], [k, k + 1]))
+        for _, camera, first, size in self.pictures[rows]:
+            if camera == view:
+                jpeg = np.fromfile(self.file, np.uint8, size, offset=first)
+                return cv2.cvtColor(cv2.imdecode(jpeg, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+        return None
+
+    def _painted(self, sample, view, chosen):
+        """The sample's image of camera `view` with the `chosen` objects in it."""
+        image, own = sample.images[view].copy(), len(sample.boxes)
+        boxes = np.concatenate([sample.boxes, self.boxes[chosen]])
+        rows, rectangles = seen_rectangles(boxes, sample.lidar2image[view], image.shape[:2])
+        for row, (left, top, right, bottom) in zip(rows, rectangles, strict=True):
+            if row < own:
+                picture = sample.images[view][top:bottom, left:right]
+            else:
+                picture = self._picture(chosen[row - own], view)
+                picture = None if picture is None else cv2.resize(picture, (right - left, bottom - top))
+            if picture is not None:
+                image[top:bottom, left:right] = picture
+        return image
+
+
+def load_objects(dataset, paste: Paste, workers=0):
+    """The objects of the frames of a `NuScenesDataset`, cut out once and cached beside the index.
+
+    dataset: not balanced, or frames would be cut out as often as they are drawn.
+    workers: processes that read frames; 0 reads in this one.
+
+    They are cut out again when the tables change, or what is read of them (sweeps, cameras, image size, frames), or
+    `paste.least_points`. Frames that cannot be read are named on stderr and left out.
+    Raises `DataError` where there is no object, or no room for the files.
+    """
+    settings = _digest(f"{FORMAT} {dataset.data} {paste.least_points} {dataset.frames.tolist()}")
+    name = f"{dataset.version}-{dataset.split}-objects-{settings}"
+    tables = _digest(tables_state(dataset.root, dataset.version))
+    paths = cache_paths(dataset.root, f"{name}-{tables}.npz")
+    arrays, file = next(filter(None, map(_read, paths)), None) or _cut_out(dataset, paste, paths, workers)
+    if not len(arrays["labels"]):
+        raise DataError(
+            f"no frame of {dataset.root / dataset.version} {dataset.split} has an object of {paste.least_points} LiDAR "
+            "points or more that could be pasted; use a preset without cut-and-paste."
+        )
+    return Objects(paste.counts, file, **arrays)
+
+
+FORMAT = 1  # of the two files; the next number when what is in them comes to mean something else
+QUALITY = 95  # of the JPEGs, of 100: hardly more is lost than the set's own JPEGs have lost already
+
+
+def _digest(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _read(path):
+    """(arrays of `Objects`, its file) from the cache; None where they are not there, or not whole."""
+    file = path.with_suffix(".bin")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            whole = file.stat().st_size == arrays["size"]
+            return ({k: arrays[k] for k in ("boxes", "labels", "points", "pictures")}, file) if whole else None
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
+
+
+def _cut_out(dataset, paste, paths, workers):
+    """What `_read` returns, newly made and written to the first of `paths` that can be written."""
+    for path in paths:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            made = _write(dataset, paste, path, workers)
+            for old in path.parent.glob(f"{path.stem.rpartition('-')[0]}-*"):
+                if path.stem not in old.name:  # of other tables
+                    old.unlink(missing_ok=True)
+            return made
+        except OSError as error:
+            reason = error.strerror
+    raise DataError(
+        f"the objects to paste can be written neither to {paths[0].parent} nor to {paths[1].parent} ({reason}); make "
+        "one of them writable, or make room there."
+    )
+
+
+def _write(dataset, paste, path, workers):
+    """Both files, each renamed when it is whole: the heavy one first, since the other one vouches for it."""
+    frames = DataLoader(
+        _Frames(dataset, paste.least_points),
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=start_worker,
+        generator=torch.Generator(),  # or the loader would draw from the global one
+    )
+    title = f"cutting objects out of {dataset.version} {dataset.split}"
+    boxes, labels, points, pictures = [], [], [], []
+    file = path.with_suffix(".bin")
+    parts = {to: to.with_name(f"{to.name}.{os.getpid()}.part") for to in (file, path)}
+    try:
+        with open(parts[file], "wb") as heavy:
+            for cuts, bad_frames in tqdm(frames, title, len(dataset), unit="frame"):
+                for bad in bad_frames:
+                    tqdm.write(f"skipped {bad}", file=sys.stderr)
+                for cut in cuts:
+                    points.append((heavy.tell(), len(cut.points)))
+                    heavy.write(cut.points)
+                    for view, jpeg in cut.pictures:
+                        pictures.append((len(boxes), view, heavy.tell(), len(jpeg)))
+                        heavy.write(jpeg)
+                    boxes.append(cut.box)
+                    labels.append(cut.label)
+            size = heavy.tell()
+        arrays = {
+            "boxes": np.array(boxes, np.float32).reshape(-1, 9),
+            "labels": np.array(labels, np.int64),
+            "points": np.array(points, np.int64).reshape(-1, 2),
+            "pictures": np.array(pictures, np.int64).reshape(-1, 4),
+        }
+        with open(parts[path], "wb") as light:
+            np.savez_compressed(light, size=size, **arrays)
+        for to in (file, path):
+            os.replace(parts[to], to)
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+    return arrays, file
+
+
+class _Frames(Dataset):
+    """Item i: the `Cut`s of frame i, and what could not be read."""
+
+    def __init__(self, dataset, least_points):
+        self.dataset, self.least_points = dataset, least_points
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, i):
+        try:
+            return cut_out(self.dataset.whole(i), self.least_points), []
+        except BadFrame as bad:
+            return [], [str(bad)]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One object of a frame."""
+
+    box: np.ndarray  # [9] float32 as in `Batch`
+    label: int
+    points: np.ndarray  # [n, 5] float32, x, y, z metres from the box's centre
+    pictures: list[tuple[int, np.ndarray]]  # camera, JPEG
+
+
+def cut_out(sample, least_points):
+    """List of `Cut`: the objects of a sample with so many points or more."""
+    pictures = [[] for _ in sample.boxes]
+    inside = points_in_boxes(sample.points, sample.boxes)
+    enough = inside.sum(axis=1) >= least_points
+    for view, image in enumerate(sample.images):
+        for row, (left, top, right, bottom) in zip(
+            *seen_rectangles(sample.boxes, sample.lidar2image[view], image.shape[:2]), strict=True
+        ):
+            if enough[row]:
+                picture = cv2.cvtColor(image[top:bottom, left:right], cv2.COLOR_RGB2BGR)
+                _, jpeg = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
+                pictures[row].append((view, jpeg))
+    cuts = []
+    for row in np.flatnonzero(enough):
+        points = sample.points[inside[row]]
+        points[:, :3] -= sample.boxes[row, :3]
+        cuts.append(Cut(sample.boxes[row], int(sample.labels[row]), points, pictures[row]))
+    return cuts
+
+
+def points_in_boxes(points, boxes):
+    """[M, P] bool: which of the points ([P, 3 or more] metres) lie in which box ([M, 9]), on its faces included."""
+    inside = np.empty((len(boxes), len(points)), bool)
+    for row, (x, y, z, w, l, h, yaw) in zip(inside, boxes[:, :7].tolist(), strict=True):
+        dx, dy, dz = points[:, 0] - x, points[:, 1] - y, points[:, 2] - z
+        cos, sin = np.cos(yaw), np.sin(yaw)
+        row[:] = np.abs(dx * cos + dy * sin) <= l / 2
+        row &= np.abs(dy * cos - dx * sin) <= w / 2
+        row &= np.abs(dz) <= h / 2
+    return inside
+
+
+def seen_rectangles(boxes, lidar2image, size):
+    """Where boxes [M, 9] are in an image of `size` (height, width).
+
+    Returns rows [S] of the boxes that are seen, far ones first, and rectangles [S, 4] int left, top, right, bottom
+    pixels, the last two exclusive: around all corners, within the image. A box is seen that lies wholly before the
+    camera and whose rectangle is two pixels wide and high at least.
+    """
+    height, width = size
+    pixels = _corners(boxes) @ lidar2image.T.astype(np.float64)  # [M, 8, 4]
+    rows = np.flatnonzero((pixels[..., 2] > 0).all(axis=1))
+    depth = pixels[rows, :, 2]
+    places = pixels[rows, :, :2] / depth[..., None]
+    ends = np.concatenate([places.min(axis=1), places.max(axis=1)], axis=1)
+    rectangles = ends.clip(0, [width - 1, height - 1] * 2).astype(np.int64)
+    wide = (rectangles[:, 2:] - rectangles[:, :2] > 1).all(axis=1)
+    order = np.argsort(-depth[wide].mean(axis=1), kind="stable")
+    return rows[wide][order], rectangles[wide][order]
+
+
+def _corners(boxes):
+    """[M, 8, 4] float64 corners of boxes [M, 9] as x, y, z, 1."""
+    x, y, z, w, l, h, yaw = boxes[:, :7].astype(np.float64).T[..., None]  # [M, 1] each
+    along, across, up = np.array([[a, b, c] for a in (-0.5, 0.5) for b in (-0.5, 0.5) for c in (-0.5, 0.5)]).T
+    dx, dy = along * l, across * w
+    cos, sin = np.cos(yaw), np.sin(yaw)
+    return np.stack([x + dx * cos - dy * sin, y + dx * sin + dy * cos, z + up * h, np.ones_like(dx)], axis=-1)
+
+
+def _footprints(boxes):
+    """[M, 9] boxes -> [M, 5] fp64 x, y, w, l, yaw as `kernels.rotated_iou` sees them."""
+    return torch.from_numpy(boxes[:, [0, 1, 3, 4, 6]].astype(np.float64))

@@ -1,0 +1,152 @@
+"""How far away what an image shows is: heads that guess it, and what LiDAR says about their guesses."""
+
+import torch
+from torch import nn
+
+from unipad.config import Camera
+from unipad.model.decoder import Dropout
+from unipad.model.norm import SyncedBatchNorm
+from unipad.model.rays import project_points
+
+DILATIONS = (1, 6, 12, 18)  # cells from tap to tap of ASPP's convolutions, the first of which has a single tap
+DROPOUT = 0.5  # of what ASPP gives
+NEAR_RADIUS = 3.0  # metres in the ground plane; nearer points lie on the car itself
+
+
+def depth_head(cfg: Camera):
+    """The head that `cfg` names: features [B * N, C, h, w] and generators to logits [B * N, bins, h, w]."""
+    if cfg.depth == "simple":
+        return SimpleDepth(cfg.channels, cfg.depth_bins, 1)
+    if cfg.depth == "complex":
+        return ComplexDepth(cfg.channels, cfg.depth_bins, cfg.aspp_channels)
+    raise ValueError(f"no depth head {cfg.depth!r}: choose simple or complex")
+
+
+class SimpleDepth(nn.Conv2d):
+    """A 1x1 convolution."""
+
+    def forward(self, x, generators=None):
+        return super().forward(x)
+
+
+class ComplexDepth(nn.Module):
+    """The original's DepthNet: three residual blocks, a look around at several scales, a 1x1 convolution. Its names."""
+
+    def __init__(self, channels, bins, aspp_channels):
+        super().__init__()
+        self.reduce_conv = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1), SyncedBatchNorm(channels), nn.ReLU(inplace=True)
+        )
+        self.depth_conv = nn.Sequential(
+            *[ResidualBlock(channels) for _ in range(3)], ASPP(channels, aspp_channels), nn.Conv2d(channels, bins, 1)
+        )
+
+    def forward(self, x, generators=None):
+        """x: [B * N, C, h, w]; generators: one `torch.Generator` a sample, for the dropout in training; None = nothing
+        is dropped. Returns [B * N, bins, h, w]."""
+        dropout = Dropout(DROPOUT, generators if self.training else None)
+        *blocks, aspp, logits = self.depth_conv
+        x = self.reduce_conv(x)
+        for block in blocks:
+            x = block(x)
+        return logits(dropout(aspp(x)))
+
+
+class ResidualBlock(nn.Module):
+    """ResNet's basic block (arXiv 1512.03385)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn1 = SyncedBatchNorm(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = SyncedBatchNorm(channels)
+
+    def forward(self, x):
+        y = self.bn1(self.conv1(x)).relu()
+        return (x + self.bn2(self.conv2(y))).relu()
+
+
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling (arXiv 1706.05587): each cell, rings around it, the mean of the image."""
+
+    def __init__(self, channels, hidden):
+        super().__init__()
+        for i, dilation in enumerate(DILATIONS, start=1):
+            self.add_module(f"aspp{i}", DilatedConv(channels, hidden, dilation))
+        self.global_avg_pool = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, hidden, 1, bias=False), SyncedBatchNorm(hidden), nn.ReLU()
+        )
+        self.conv1 = nn.Conv2d((len(DILATIONS) + 1) * hidden, channels, 1, bias=False)
+        self.bn1 = SyncedBatchNorm(channels)
+        for conv in (m for m in self.modules() if isinstance(m, nn.Conv2d)):
+            nn.init.kaiming_normal_(conv.weight)
+
+    def forward(self, x):
+        """[M, C, h, w] -> [M, C, h, w], at least 0."""
+        scales = [getattr(self, f"aspp{i}")(x) for i in range(1, len(DILATIONS) + 1)]
+        mean = self.global_avg_pool(x).expand_as(scales[0])
+        return self.bn1(self.conv1(torch.cat([*scales, mean], dim=1))).relu()
+
+
+class DilatedConv(nn.Module):
+    """A 3x3 convolution with taps `dilation` cells apart; 1x1 where that is one cell."""
+
+    def __init__(self, in_channels, out_channels, dilation):
+        super().__init__()
+        kernel, padding = (1, 0) if dilation == 1 else (3, dilation)
+        self.atrous_conv = nn.Conv2d(
+            in_channels, out_channels, kernel, padding=padding, dilation=dilation, bias=False
+        )  # fmt: skip
+        self.bn = SyncedBatchNorm(out_channels)
+
+    def forward(self, x):
+        return self.bn(self.atrous_conv(x)).relu()
+
+
+def depth_loss(depths, batch, cfg: Camera):
+    """Binary cross entropy of each depth bin's probability with whether LiDAR sees something in it first.
+
+    depths: per level [B, N, h, w, D] probabilities, as `Encoder.encode` hands them out.
+    batch:  the `Batch` that they were made of.
+
+    Returns the sum over bins, the mean over all features with a LiDAR point (0 without any), the sum over levels, times
+    `cfg.depth_weight`. Computed in fp32 or better; the logarithm of 0 is that of the smallest number.
+    Follows Uni3DVoxelPoolDepth.loss of the original.
+    """
+    total = 0
+    for depth in depths:
+        _, _, h, w, D = depth.shape
+        target = depth_targets(batch, h, w, D, cfg.depth_range)
+        depth = depth.to(torch.promote_types(depth.dtype, torch.float32))
+        occupied = target[..., None] == torch.arange(D, device=depth.device)
+        # not F.binary_cross_entropy, which aborts a GPU's process where an overflow has made a NaN
+        likelihood = torch.where(occupied, depth, 1 - depth).clamp(min=torch.finfo(depth.dtype).tiny)
+        known = target >= 0
+        total = total - (likelihood.log().sum(-1) * known).sum() / known.sum().clamp(min=1)
+    return cfg.depth_weight * total
+
+
+def depth_targets(batch, h, w, bins, depth_range):
+    """The depth bin of the nearest LiDAR point in each feature's block of pixels.
+
+    h, w:        features of a view, which divide the padded image evenly.
+    depth_range: (nearest, farthest) metres along the optical axis, cut into `bins`; points must lie between them,
+                 strictly inside the image and farther than NEAR_RADIUS from the LiDAR's axis.
+
+    Returns [B, N, h, w] int64; -1 without a point. The original sorts the points by fp32 numbers that cannot tell
+    depths less than some metres apart, so there a farther point may win.
+    """
+    near, far = depth_range
+    stride = batch.images.shape[-2] // h
+    targets = []
+    for b, points in enumerate(batch.points.split(batch.point_counts.tolist())):
+        seen, visible = project_points(points[:, :3], batch.lidar2image[b], batch.image_sizes[b])
+        u, v, z = seen.unbind(-1)  # [N, P] each
+        visible &= (z > near) & (z < far) & (points[:, :2].norm(dim=1) > NEAR_RADIUS)
+        cell = v.round().long() // stride * w + u.round().long() // stride
+        nearest = z.new_full((len(z), h * w), torch.inf)
+        nearest = nearest.scatter_reduce(1, cell.where(visible, 0), z.where(visible, torch.inf), "amin")
+        bin_ = (nearest - near) / ((far - near) / bins)
+        targets.append(torch.where(bin_ < bins, bin_, -1).long().view(-1, h, w))
+    return torch.stack(targets)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from unipad.config import DetectRecipe, PretrainRecipe, from_plain
 from unipad.errors import UserError
 
 
@@ -33,6 +34,25 @@ def last_checkpoint(run: Path):
     """The newest state of a run folder, or None."""
     file = run / "checkpoints" / "last.pt"
     return file if file.exists() else None
+
+
+def read_run(path: Path):
+    """What is known of a run: (its last state, its recipe, its folder).
+
+    path: the run's folder or one of its checkpoints; of a checkpoint elsewhere, the folder it is in.
+    Raises `UserError` for anything else.
+    """
+    file = last_checkpoint(path) or path
+    if file.is_dir():
+        raise UserError(f"{path} has no checkpoints/last.pt; name the folder of a run, or a checkpoint.")
+    saved = read_checkpoint(file)
+    try:
+        plain = saved["config"]["recipe"]
+        recipe = from_plain(DetectRecipe if "detect" in plain else PretrainRecipe, plain)
+        saved["model"], saved["config"]["args"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{file} holds no model with a recipe of this version of the project ({error}).") from None
+    return saved, recipe, file.parent.parent if file.parent.name == "checkpoints" else file.parent
 
 
 def take_weights(net, prefix, paths, flag, say):

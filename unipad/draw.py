@@ -2,14 +2,17 @@
 
 import math
 
+import cv2
 import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from unipad.batch import CAMERAS
+from unipad.errors import UserError
 from unipad.evaluate import in_colour
 from unipad.model.camera import MASK_BLOCK
 from unipad.model.rays import cast_rays, common_grid, project_points, rays_from_lidar
@@ -146,3 +149,22 @@ def picture_of(figure):
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def write_film(pictures, file, rate):
+    """Put picture files one after the other into a GIF, or an MP4 by OpenCV; `rate` of them a second.
+
+    Raises `UserError` where this OpenCV cannot write MP4.
+    """
+    first = Image.open(pictures[0]).convert("RGB")
+    if file.suffix == ".gif":
+        others = (Image.open(picture).convert("RGB") for picture in pictures[1:])
+        first.save(file, save_all=True, append_images=others, duration=round(1000 / rate), loop=0)
+        return
+    width, height = (side // 2 * 2 for side in first.size)  # MP4 halves the resolution of colours
+    film = cv2.VideoWriter(str(file), cv2.VideoWriter_fourcc(*"mp4v"), rate, (width, height))
+    if not film.isOpened():
+        raise UserError(f"OpenCV cannot write {file} on this machine; take --film gif.")
+    for picture in pictures:
+        film.write(cv2.imread(str(picture))[:height, :width])
+    film.release()

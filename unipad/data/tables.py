@@ -5,6 +5,7 @@ and read back in a moment. Workers hold the index alone: no devkit, no Python ob
 """
 
 import hashlib
+import json
 import os
 import zipfile
 from dataclasses import dataclass, fields
@@ -99,6 +100,16 @@ def find_root(root, version):
 
 def _has_tables(folder):
     return any((folder / f"{t}.json").is_file() for t in TABLES)
+
+
+def scene_tokens(root, version):
+    """{scene name: [sample token, ...] in the order of time}; root: as `find_root` gives it."""
+    scenes, samples = (json.loads((root / version / f"{table}.json").read_text()) for table in ("scene", "sample"))
+    names = {scene["token"]: scene["name"] for scene in scenes}
+    tokens = {name: [] for name in names.values()}
+    for sample in sorted(samples, key=lambda sample: sample["timestamp"]):
+        tokens[names[sample["scene_token"]]].append(sample["token"])
+    return tokens
 
 
 def load_index(root, version, split):

@@ -1,0 +1,222 @@
+"""Judge a model, and look at what it sees.
+
+    python eval.py RUN                                  # boxes: NDS, mAP, pictures; or what a pre-trained model renders
+    python eval.py RUN --tta                            # boxes out of twelve looks at every frame
+    python eval.py RUN --version v1.0-test --split test --data-root /data/nuscenes       # a submission
+    python eval.py RUN --frames 0 5 --mesh              # renderings of two frames, and their surfaces
+    python eval.py RUN --scene scene-0103               # renderings of a whole scene, as a GIF
+    torchrun --nproc-per-node 8 eval.py RUN
+
+RUN is the folder of a run of finetune.py or train.py, or a checkpoint. What comes out lies in RUN/eval.
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+# Before torch loads OpenMP; see train.py
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+import numpy as np
+import tyro
+from PIL import Image
+from tqdm import tqdm
+
+from unipad.checkpoint import read_run
+from unipad.config import DetectRecipe
+from unipad.data.loader import held_out_batches
+from unipad.data.nuscenes import BadFrame, NuScenesDataset, collate, has_images
+from unipad.data.synthetic import city_once
+from unipad.data.tables import CLASSES, scene_tokens
+from unipad.draw import rendered_views, write_film
+from unipad.draw_boxes import detection_views
+from unipad.errors import UserError, check_choices, check_ranges
+from unipad.evaluate import detect_all, evaluate_rendering, submit
+from unipad.mesh import check_marching_cubes, distances, surface, write_ply
+from unipad.model.detect import Detector
+from unipad.model.pretrain import Pretrain
+from unipad.runtime import PRECISIONS, generators, mixed_precision, one_sentence_errors, start, to_main
+from unipad.submission import score_submission, table
+from unipad.tta import detect_in_looks, looks
+
+
+@dataclass(frozen=True)
+class Args:
+    checkpoint: Annotated[Path, tyro.conf.Positional]  # folder of a run, or a checkpoint
+    task: str | None = None  # detect or render (default: what the model was trained for)
+    split: str = "val"  # train, val or test; of v1.0-mini, mini_train and mini_val
+    data_root: Path | None = None  # folder of a nuScenes set (default: the run's)
+    version: str | None = None  # version of the set (default: the run's)
+    out: Path | None = None  # folder for the results (default: eval in the run's folder)
+    batch_size: int = 1  # samples that a process looks at together
+    workers: int | None = None  # data loading processes of each process (default: 4 with a GPU, 1 without)
+    precision: str | None = None  # bf16, fp16 or fp32, of the encoder (default: bf16 with a GPU, fp32 without)
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    deterministic: bool = False  # bit-equal results on a GPU too, by slower kernels
+    pictures: int = 4  # frames that are drawn (detect), or rendered (render), spread over the split
+    least_score: float = 0.3  # score from which on a box is drawn, 0 to 1
+    tta: bool = False  # detect: look several times at each frame, and merge what is found
+    tta_scales: tuple[float, ...] = (1.0, 1.06, 0.96)  # factors of all lengths, for --tta
+    tta_angles: tuple[float, ...] = (0.0,)  # degrees about the vertical axis, for --tta
+    tta_flips: bool = True  # mirror front and back, left and right and both, for --tta
+    frames: tuple[int, ...] = ()  # render: these frames of the split, counted from 0 (default: --pictures of them)
+    scene: str | None = None  # render: all frames of this scene, and a film of them
+    film: str = "gif"  # of a scene: gif or mp4
+    film_rate: float = 4.0  # frames a second of the film; keyframes are half a second apart
+    picture_stride: int = 1  # pixels between rendered rays
+    masked: bool = True  # render: hide from the encoder what training hides
+    seed: int = 0  # of what is hidden
+    mesh: bool = False  # render: the surface of each frame as a PLY file
+    mesh_cell: float = 0.4  # metres between the points where --mesh reads the signed distance
+
+
+# flags that only one of the tasks has
+ONLY = {
+    "detect": ("tta", "tta_scales", "tta_angles", "tta_flips", "least_score", "batch_size"),
+    "render": ("frames", "scene", "film", "film_rate", "picture_stride", "masked", "mesh", "mesh_cell"),
+}
+TASKS = {"detect": Detector, "render": Pretrain}
+
+
+def main(args: Args):
+    check(args)
+    with start(args.device, args.deterministic) as world:
+        say = partial(print, flush=True) if world.is_main else lambda *_: None
+        saved, recipe, run = read_run(args.checkpoint)
+        task = task_of(args, recipe)
+        trained = saved["config"]["args"]
+        version = args.version or trained["version"]
+        mini = version.endswith("-mini") and args.split in ("train", "val")
+        split = f"mini_{args.split}" if mini else args.split
+        with world.main_first():  # the first to come makes the city and builds the index
+            root = args.data_root or Path(trained["data_root"] or city_once())
+            box = None if args.tta else (recipe.grid.low, recipe.grid.high)  # a look may move points into the grid
+            dataset = NuScenesDataset(root, version, split, recipe.data, point_range=box)
+
+        model = TASKS[task](recipe).to(world.device).eval()
+        try:
+            model.load_state_dict(saved["model"])
+        except RuntimeError as error:
+            what = str(error).splitlines()[1].strip()
+            raise UserError(f"the weights of {args.checkpoint} do not fit its own recipe: {what}") from None
+        out = args.out or run / "eval"
+        if world.is_main:
+            out.mkdir(parents=True, exist_ok=True)
+        say(f"{args.checkpoint}, step {saved['step']}: {task} in {len(dataset)} frames of {split}, {world.device}")
+        autocast, _ = mixed_precision(args.precision, world.device)
+        with autocast:
+            {"detect": detect, "render": render}[task](args, model, dataset, out, world, say)
+        say(f"results      {out}")
+
+
+def detect(args, model, dataset, out, world, say):
+    """Boxes of the whole split: the submission, the devkit's metrics, and pictures."""
+    function = model.detect
+    if args.tta:
+        motions = looks(args.tta_scales, np.radians(args.tta_angles), args.tta_flips)
+        function = partial(detect_in_looks, model.detect, motions)
+    workers = args.workers if args.workers is not None else (4 if world.device.type == "cuda" else 1)
+    found = detect_all(model, dataset, world, function, args.batch_size, workers)
+    if not world.is_main:
+        return
+    file = submit(found, model.recipe, dataset, out)
+    with_images = has_images(dataset.root, dataset.version, dataset.split)
+    settings = replace(model.recipe.data, cameras=with_images)  # in images too what the LiDAR alone has found
+    drawn = NuScenesDataset(dataset.root, dataset.version, dataset.split, settings)
+    for i, (_, batch) in enumerate(held_out_batches(drawn, args.pictures)):
+        if batch.tokens[0] in found:
+            picture = detection_views(batch, found[batch.tokens[0]], args.least_score)
+            Image.fromarray(picture).save(out / f"boxes_{i}.png")
+    if dataset.split == "test":
+        say(f"the test split has no public annotations: no metrics, but a submission in {file}")
+    else:
+        say(table(score_submission(file, dataset.root, dataset.version, dataset.split)))
+
+
+def render(args, model, dataset, out, world, say):
+    """Colour, depth and normals of some frames beside their images and LiDAR points, and how far off they are."""
+    device, rows, done = world.device, rows_of(args, dataset), []
+    for row in tqdm(rows[world.rank :: world.size], "rendering", disable=None if world.is_main else True, leave=False):
+        try:
+            batch = collate([dataset[row]]).to(device)
+        except BadFrame as bad:
+            print(f"skipped {bad}", file=sys.stderr)
+            continue
+        hidden = [generators(args.seed, 0, [row], device) if args.masked else None for _ in range(2)]
+        width = max(240, min(480, batch.images.shape[-1]))
+        picture = rendered_views(model, batch, hidden[0], args.picture_stride, normals=True, width=width)
+        Image.fromarray(picture).save(out / f"frame_{row:05d}.png")
+        if args.mesh:
+            volume, _ = model.encode(batch, hidden[1])
+            values = distances(model, volume, args.mesh_cell).cpu().numpy()
+            write_ply(out / f"mesh_{row:05d}.ply", *surface(values, model.recipe.grid.low, args.mesh_cell))
+        done.append(row)
+    if (parts := to_main(done, world)) is not None and not any(parts):
+        raise UserError(f"none of the {len(rows)} frames can be read; the files that are wrong are named above.")
+    batches = ((row, collate([dataset[row]])) for row in done)
+    metrics = evaluate_rendering(model, batches, args.seed, device, args.masked)
+    say("\n".join(f"{name:<20}{value:>10.3f}" for name, value in metrics.items()))
+    if world.is_main:
+        (out / "render.json").write_text(json.dumps({"frames": sorted(sum(parts, [])), **metrics}, indent=2) + "\n")
+        if args.scene:
+            pictures = [out / f"frame_{row:05d}.png" for row in sorted(sum(parts, []))]
+            write_film(pictures, out / f"{args.scene}.{args.film}", args.film_rate)
+
+
+def rows_of(args, dataset):
+    """The frames to render, as rows of the dataset."""
+    count = len(dataset)
+    if args.scene:
+        scenes = scene_tokens(dataset.root, dataset.version)
+        row_of = {token.decode(): row for row, token in enumerate(dataset.index.tokens)}
+        of_scene = {name: [row_of[t] for t in tokens if t in row_of] for name, tokens in scenes.items()}
+        if not of_scene.get(args.scene):
+            known = ", ".join([name for name, rows in of_scene.items() if rows][:5])
+            raise UserError(f"--scene {args.scene} is not in {dataset.split}; scenes there are {known}.")
+        return of_scene[args.scene]
+    outside = [row for row in args.frames if not 0 <= row < count]
+    if outside:
+        raise UserError(f"--frames {outside[0]} is not in {dataset.split}, which has frames 0 to {count - 1}.")
+    pictures = min(args.pictures, count)
+    return list(args.frames) or [i * count // pictures for i in range(pictures)]
+
+
+def check(args):
+    """Raises `UserError` for what is wrong whatever the checkpoint is."""
+    check_choices(task=(args.task, TASKS), precision=(args.precision, PRECISIONS), film=(args.film, ("gif", "mp4")))
+    positive = ("batch_size", "pictures", "film_rate", "picture_stride", "mesh_cell")
+    check_ranges(args, positive, ("workers", "seed", "least_score"))
+    if not args.tta_scales or min(args.tta_scales) <= 0 or not args.tta_angles:
+        raise UserError("--tta-scales must be above 0, and there must be at least one of them and of --tta-angles.")
+    if args.frames and args.scene:
+        raise UserError("--frames and --scene both say which frames; leave one out.")
+    if args.mesh:
+        check_marching_cubes()
+
+
+def task_of(args, recipe):
+    """What the checkpoint's model can be asked. Raises `UserError` where it is asked something else."""
+    can, other = ("detect", "render") if isinstance(recipe, DetectRecipe) else ("render", "detect")
+    script = {"detect": "finetune.py", "render": "train.py"}
+    if args.task == other:
+        raise UserError(
+            f"--task {other} needs a run of {script[other]}, and {args.checkpoint} is one of {script[can]}."
+        )
+    for flag in ONLY[other]:
+        if getattr(args, flag) != Args.__dataclass_fields__[flag].default:
+            raise UserError(f"--{flag.replace('_', '-')} goes with a run of {script[other]}, not of {script[can]}.")
+    if can == "detect" and recipe.detect.classes != len(CLASSES):
+        raise UserError(
+            f"{args.checkpoint} tells {recipe.detect.classes} classes apart, and nuScenes asks for {len(CLASSES)}; "
+            f"fine-tune it with a recipe of {len(CLASSES)}."
+        )
+    return can
+
+
+if __name__ == "__main__":
+    with one_sentence_errors():
+        main(tyro.cli(Args, description=__doc__))

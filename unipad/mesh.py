@@ -1,0 +1,68 @@
+"""The surface that a pre-trained model believes in, as a mesh: where its signed distance is zero."""
+
+import importlib.util
+
+import numpy as np
+import torch
+
+from unipad.errors import UserError
+
+AT_A_TIME = 2**18  # points whose distance is read at once
+
+
+def check_marching_cubes():
+    """Raises `UserError` where the extra that meshes need is not installed."""
+    if importlib.util.find_spec("skimage") is None:
+        raise UserError("--mesh needs scikit-image: install it with pip install -e '.[mesh]'.")
+
+
+@torch.no_grad()
+def distances(model, volume, cell):
+    """Signed distance, [X, Y, Z] metres, at points `cell` metres apart from the grid's lower corner on.
+
+    model: a `Pretrain`; volume: [1, C, Z, Y, X] as its `encode` gives it.
+    """
+    renderer, grid = model.renderer, model.recipe.grid
+    with torch.autocast(volume.device.type, enabled=False):
+        volume = volume.permute(0, 2, 3, 4, 1).to(renderer.field.cells_per_unit.dtype).contiguous()
+        axes = [torch.arange(l, h, cell, device=volume.device) for l, h in zip(grid.low, grid.high, strict=True)]
+        points = torch.cartesian_prod(*axes).to(volume.dtype) * renderer.scale  # [X * Y * Z, 3]
+        parts = []
+        for some in points.split(AT_A_TIME):
+            first = torch.zeros(len(some), dtype=torch.int32, device=volume.device)
+            parts.append(renderer.field.sdf(volume, some[:, None], first)[:, 0])
+    return torch.cat(parts).view([len(axis) for axis in axes]).float() / renderer.scale
+
+
+def surface(values, low, cell):
+    """The zero level set by marching cubes (Lorensen and Cline, 1987).
+
+    values: [X, Y, Z] array of signed distances, positive outside; low: (x, y, z) metres of the first one.
+
+    Returns vertices [V, 3] float32 metres and triangles [T, 3] int32, counter-clockwise seen from outside; both empty
+    where nothing changes its sign.
+    """
+    from skimage.measure import marching_cubes
+
+    if not values.min() < 0 < values.max():
+        return np.zeros((0, 3), np.float32), np.zeros((0, 3), np.int32)
+    vertices, triangles, _, _ = marching_cubes(values, 0.0, spacing=(cell,) * 3)
+    return (vertices + low).astype(np.float32), triangles.astype(np.int32)
+
+
+def write_ply(file, vertices, triangles):
+    """Write a mesh as a binary PLY file."""
+    header = f"""ply
+format binary_little_endian 1.0
+comment metres, LiDAR frame: x right, y forward, z up
+element vertex {len(vertices)}
+property float x
+property float y
+property float z
+element face {len(triangles)}
+property list uchar int vertex_indices
+end_header
+"""
+    faces = np.empty(len(triangles), dtype=[("count", "u1"), ("vertices", "<i4", 3)])
+    faces["count"], faces["vertices"] = 3, triangles
+    file.write_bytes(header.encode() + vertices.astype("<f4").tobytes() + faces.tobytes())

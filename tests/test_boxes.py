@@ -8,6 +8,7 @@ from pyquaternion import Quaternion
 from tests.golden import assert_close_to_max, load
 from unipad.data.tables import _boxes
 from unipad.model.boxes import (
+    box_corners,
     boxes_from_original,
     boxes_to_global,
     boxes_to_original,
@@ -105,3 +106,12 @@ def test_to_global_by_hand():
     assert translation.tolist() == [[8, 21, 33]] and size.tolist() == [[2, 4, 1.5]] and velocity.tolist() == [[6, 5]]
     expected = Quaternion(axis=(0, 0, 1), degrees=120)
     assert Quaternion(rotation[0]).rotation_matrix == pytest.approx(expected.rotation_matrix)
+
+
+def test_corners_by_hand():
+    """Heading along y, so that its left is -x."""
+    corners = box_corners(torch.tensor([[1.0, 2, 3, 2, 4, 6, math.pi / 2, 0, 0]], dtype=torch.float64))
+    bottom = [[0, 4], [2, 4], [2, 0], [0, 0]]
+    expected = [[x, y, z] for z in (0, 6) for x, y in bottom]
+    assert torch.allclose(corners, torch.tensor([expected]).double(), rtol=0, atol=1e-12)
+    assert box_corners(torch.zeros(0, 9)).shape == (0, 8, 3)

@@ -3,12 +3,20 @@
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from tests.test_train import train
+from unipad.config import Data
+from unipad.data.loader import held_out_batches
+from unipad.data.nuscenes import NuScenesDataset
+from unipad.data.tables import CLASSES
 from unipad.draw import _onto_views
+from unipad.draw_boxes import COLOURS, _edges, detection_views
 from unipad.evaluate import _depth_sums
+from unipad.model.boxes import box_corners
+from unipad.model.detect import Detections
 
 
 def test_depth_sums_by_hand():
@@ -29,6 +37,36 @@ def test_the_nearer_of_two_lidar_points_is_drawn_on_top():
     canvas = _onto_views(batch, points)
     assert canvas[0, 6, 8] == 5
     assert canvas.isfinite().sum() == 9  # three pixels wide, nothing of the point behind
+
+
+def test_edges_end_before_the_camera_that_a_box_surrounds():
+    """A pinhole at the origin that looks along y, in a box 2 m wide and high that reaches from y = -1 to y = 4."""
+    pinhole = torch.tensor([[10.0, 8, 0, 0], [0, 6, -10, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
+    box = torch.tensor([[0, 1.5, 0, 2, 5, 2, torch.pi / 2, 0, 0]])
+    edges, owner = _edges(box_corners(box).numpy(), pinhole.numpy())
+    assert len(edges) == 8 and (owner == 0).all()  # the four at the back are behind the camera
+    front = edges[(abs(edges - [8, 6]) < 3).all(axis=(1, 2))]
+    assert len(front) == 4
+    assert abs(front - [8, 6]) == pytest.approx(2.5, abs=1e-4)  # 1 m at a depth of 4
+    long = edges[(abs(edges - [8, 6]) > 3).any(axis=(1, 2))]
+    assert abs(long - [8, 6]).max(axis=1) == pytest.approx(100, rel=1e-3)  # 1 m where edges end, at a depth of 0.1
+
+
+@pytest.mark.parametrize("cameras", [True, False], ids=["cameras", "LiDAR alone"])
+def test_boxes_are_drawn_where_objects_are(cameras, city):
+    """Truth in white and nothing else; what is found in its class's colour, unless it is too unsure."""
+    dataset = NuScenesDataset(city, "v1.0-mini", "mini_val", Data(cameras=cameras))
+    _, batch = next(held_out_batches(dataset, 1))
+    scores = torch.full((len(batch.boxes),), 0.2)
+    picture = detection_views(batch, Detections(batch.boxes, scores, batch.labels))
+    bolder = detection_views(batch, Detections(batch.boxes, scores, batch.labels), least=0.1)
+    assert picture.dtype == np.uint8 and picture.shape == bolder.shape
+    assert picture.shape[1] > (2000 if cameras else 600)
+    names = {CLASSES[label] for label in batch.labels.tolist()}
+    for name, colour in zip(CLASSES, COLOURS, strict=True):
+        drawn = (abs(bolder.astype(int) - np.round(255 * np.array(colour))) < 8).all(axis=2)[100:].sum()  # no legend
+        was = (abs(picture.astype(int) - np.round(255 * np.array(colour))) < 8).all(axis=2)[100:].sum()
+        assert (drawn > was + 5) == (name in names), name
 
 
 def test_a_damaged_frame_is_skipped_and_named_in_a_run(city, tmp_path):

@@ -1,4 +1,4 @@
-"""Pictures of what a model renders beside what is really there."""
+"""Pictures of what a model renders or finds beside what is really there. A picture is [H, W, 3] uint8."""
 
 import math
 
@@ -12,26 +12,30 @@ from matplotlib.figure import Figure
 from unipad.batch import CAMERAS
 from unipad.evaluate import in_colour
 from unipad.model.camera import MASK_BLOCK
-from unipad.model.rays import pixel_rays, project_points, rays_from_lidar
+from unipad.model.rays import cast_rays, common_grid, project_points, rays_from_lidar
 
 FAR = 60.0  # metres at the far end of the colour scale
 PANORAMA = (42, 360)  # rows and columns, a degree each; all around, x forward of the middle by a quarter
 TOP = 11.0  # degrees above the horizon of a panorama's first row: nuScenes' LiDAR sees from -30.7 to 10.7
+AT_A_TIME = 2**18  # rays; more, and those of six full images would take gigabytes
+DPI = 80
 
 
 @torch.no_grad()
-def rendered_views(model, batch, generators, stride=2):
+def rendered_views(model, batch, generators, stride=2, normals=False, width=240):
     """A sheet of the batch's first sample: what the encoders saw, what is there and what is rendered, one above the
-    other. Six cameras stand side by side; without cameras, one panorama from the LiDAR. Returns [H, W, 3] uint8.
+    other. Six cameras stand side by side; without cameras, one panorama from the LiDAR.
 
-    stride: pixels between rendered rays of a camera.
+    generators: one a sample, for the masks; None: nothing is hidden from the encoders.
+    stride:     pixels between rendered rays of a camera.
+    normals:    render the surface's normals too, as colours: how far they point right, ahead and up.
+    width:      pixels of a camera's column.
     """
     was_training = model.training
     model.eval()
     volume, masks = model.encode(batch, generators)
     cameras = batch.images.shape[1] > 0
-    rays, shape = pixel_rays(batch, 0, stride) if cameras else (_panorama_rays(volume.device), (1, *PANORAMA))
-    rgb, depth = model.render(volume, rays)
+    rgb, depth, normal = _rendered(model, volume, batch, stride) if cameras else _rendered_panorama(model, volume)
     model.train(was_training)
 
     rows = {}
@@ -44,13 +48,28 @@ def rendered_views(model, batch, generators, stride=2):
         visible = F.interpolate(masks["camera"][0, :, None].float(), scale_factor=MASK_BLOCK)[..., :H, :W]
         rows["image, as the encoder sees it"] = (images * visible).permute(0, 2, 3, 1)
     if cameras and in_colour(model, batch):
-        rows["rendered"] = rgb.unflatten(0, shape)
+        rows["rendered"] = rgb
     points = batch.points[: batch.point_counts[0]]
     rows["LiDAR depth"] = project(batch, points[points[:, 4] == 0, :3])
     if "lidar" in masks:
         rows["voxels, as the encoder sees them"] = project(batch, _centres(model.recipe, masks["lidar"]))
-    rows["rendered depth"] = depth.unflatten(0, shape)
-    return _sheet({name: row.float().cpu().numpy() for name, row in rows.items()})
+    rows["rendered depth"] = depth
+    if normals:
+        rows["rendered normals"] = (normal + 1) / 2 * (normal.norm(dim=-1, keepdim=True) > 0)
+    return _sheet({name: row.float().cpu().numpy() for name, row in rows.items()}, width)
+
+
+def _rendered(model, volume, batch, stride):
+    """rgb [N, h, w, 3], depth [N, h, w] metres and normals [N, h, w, 3] of the first sample's views."""
+    pixels, shape = common_grid(batch, 0, stride)
+    parts = pixels.split(AT_A_TIME // len(pixels), dim=1)
+    parts = [model.render_surface(volume, cast_rays(batch, 0, part)) for part in parts]
+    of_views = [[t.unflatten(0, (len(pixels), -1)) for t in part] for part in parts]
+    return [torch.cat(kind, dim=1).unflatten(1, shape[1:]) for kind in zip(*of_views, strict=True)]
+
+
+def _rendered_panorama(model, volume):
+    return [t.unflatten(0, (1, *PANORAMA)) for t in model.render_surface(volume, _panorama_rays(volume.device))]
 
 
 def _panorama_rays(device):
@@ -101,21 +120,29 @@ def _painted(pixels, visible, depth, H, W, thick):
     return canvas
 
 
-def _sheet(rows):
-    views, height, width = next(iter(rows.values())).shape[:3]
-    across = 18.0 / views  # inches
-    figure = Figure(figsize=(18.0, across * height / width * len(rows) + 0.5), dpi=80, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+def _sheet(rows, width):
+    """Rows of pictures with their names. rows: name -> [N, h, w, 3] colours or [N, h, w] metres, NaN for none."""
+    views, height, across = next(iter(rows.values())).shape[:3]
+    inches = (width * views if views > 1 else 6 * width) / DPI
+    size = (inches, inches / views * height / across * len(rows) + 0.5)
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     axes = figure.subplots(len(rows), views, squeeze=False)
     colours = matplotlib.colormaps["turbo_r"].copy()
     colours.set_bad("black")
     for line, (name, row) in zip(axes, rows.items(), strict=True):
         line[0].set_ylabel("\n".join(name.split(", ")))
         for axis, view in zip(line, row, strict=True):
-            shown = axis.imshow(view.clip(0, 1)) if view.ndim == 3 else axis.imshow(view, colours, vmin=0, vmax=FAR)
+            axis.imshow(view.clip(0, 1)) if view.ndim == 3 else axis.imshow(view, colours, vmin=0, vmax=FAR)
             axis.set(xticks=[], yticks=[])
     for axis, name in zip(axes[0], CAMERAS if views > 1 else ["all around the LiDAR"], strict=True):
         axis.set_title(name)
-    figure.colorbar(shown, ax=axes[-1], label="metres", fraction=0.02)
+    line = axes[list(rows).index("rendered depth")]
+    figure.colorbar(line[0].images[0], ax=line, label="metres", fraction=0.02)
+    return picture_of(figure)
+
+
+def picture_of(figure):
+    """A matplotlib figure as a picture."""
+    canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()

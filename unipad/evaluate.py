@@ -17,12 +17,13 @@ PIXEL_STRIDE = 8  # pixels between the rays that colour is judged on
 
 
 @torch.no_grad()
-def evaluate_rendering(model, batches, seed, device):
+def evaluate_rendering(model, batches, seed, device, masked=True):
     """Render held-out frames and compare them with their images and LiDAR points.
 
     model:   a `Pretrain`; put in eval mode here and back into the mode it was in.
     batches: iterable of (position, Batch): the position seeds the masks and the choice of LiDAR rays,
         so every evaluation of a run sees the same.
+    masked:  hide from the encoder what training hides.
 
     Returns dict: psnr (dB, over a grid of pixels; not where colour is not learned or there are no images),
     depth_abs_rel, depth_rmse (metres), depth_delta1 (share of rays within a factor 1.25). LiDAR depths are the truth;
@@ -34,7 +35,7 @@ def evaluate_rendering(model, batches, seed, device):
     for position, batch in batches:
         batch = batch.to(device)
         draws = generators(seed, 0, range(position, position + len(batch)), device)
-        volume, _ = model.encode(batch, draws)
+        volume, _ = model.encode(batch, draws if masked else None)
         for i in range(len(batch) if in_colour(model, batch) else 0):
             rays, _ = pixel_rays(batch, i, PIXEL_STRIDE)
             rgb, _ = model.render(volume, rays)

@@ -36,6 +36,18 @@ def footprint(boxes):
     return torch.cat([boxes[..., :2], boxes[..., 3:5], boxes[..., 6:7]], dim=-1)
 
 
+def box_corners(boxes):
+    """[..., 9] ours -> [..., 8, 3] metres: at the bottom front left, front right, back right, back left; at the top."""
+    ahead = boxes.new_tensor([1, 1, -1, -1, 1, 1, -1, -1]) / 2
+    left = boxes.new_tensor([1, -1, -1, 1, 1, -1, -1, 1]) / 2
+    up = boxes.new_tensor([-1, -1, -1, -1, 1, 1, 1, 1]) / 2
+    x, y, z, w, l, h, yaw = (boxes[..., i, None] for i in range(7))
+    along, across = l * ahead, w * left
+    px = x + along * yaw.cos() - across * yaw.sin()
+    py = y + along * yaw.sin() + across * yaw.cos()
+    return torch.stack([px, py, z + h * up], dim=-1)
+
+
 def boxes_to_original(boxes):
     """[..., 9] ours -> [..., 9] x, y, z of the bottom, w, l, h, yaw', vx, vy; yaw' in [-pi, pi]."""
     x, y, z, w, l, h, yaw, vx, vy = boxes.unbind(-1)

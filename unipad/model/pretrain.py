@@ -4,6 +4,7 @@ Randomness comes in as one generator a sample, so a step is a function of (weigh
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from unipad.config import Recipe
@@ -42,9 +43,17 @@ class Pretrain(nn.Module):
         volume, masks = self.encoder(batch, generators)
         return self.project(volume), masks
 
-    @torch.no_grad()
     def render(self, volume, rays):
         """Render rays without gradients, some at a time; returns rgb [R, 3] in [0, 1] and depth [R] metres."""
+        return self.render_surface(volume, rays)[:2]
+
+    @torch.no_grad()
+    def render_surface(self, volume, rays):
+        """`render` and the surface's normals [R, 3]: unit vectors, LiDAR frame; 0 off the volume."""
         chunk = 8192 if volume.is_cuda else 512  # what fits a CPU's caches takes two thirds of the time
-        parts = [self.renderer(volume, rays[i : i + chunk]) for i in range(0, len(rays), chunk)]
-        return torch.cat([p.rgb for p in parts]).clamp(0, 1), torch.cat([p.depth for p in parts])
+        parts = []
+        for i in range(0, len(rays), chunk):
+            rendered = self.renderer(volume, rays[i : i + chunk])
+            normal = (rendered.weights[..., None] * rendered.gradient).sum(dim=1)
+            parts.append((rendered.rgb.clamp(0, 1), rendered.depth, F.normalize(normal, dim=1)))
+        return tuple(torch.cat(part) for part in zip(*parts, strict=True))

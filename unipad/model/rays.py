@@ -110,10 +110,19 @@ def pixel_rays(batch, sample, stride):
 
     Returns (`Rays`, (N, h, w)). Covers the part that is inside all the unpadded images.
     """
+    pixels, shape = common_grid(batch, sample, stride)
+    return cast_rays(batch, sample, pixels), shape
+
+
+def common_grid(batch, sample, stride):
+    """Every `stride`-th pixel of the part that is inside all the unpadded images of a sample, for `cast_rays`.
+
+    Returns ([N, h * w, 3] u, v, 0; row after row, (N, h, w)).
+    """
     H, W = batch.image_sizes[sample].amin(0).tolist()
     sizes = torch.tensor([[H, W]], device=batch.images.device).expand(batch.images.shape[1], 2)
     pixels, _ = pixel_grid(sizes, H, W, stride)
-    return cast_rays(batch, sample, pixels), (len(pixels), -(-H // stride), -(-W // stride))
+    return pixels, (len(pixels), -(-H // stride), -(-W // stride))
 
 
 def project_points(points, lidar2image, image_sizes):

@@ -1,7 +1,7 @@
 """Fine-tune a pre-trained encoder for 3D object detection, or train one from scratch.
 
     python finetune.py --modality lidar                             # no data, no GPU: a synthetic city, a tiny model
-    python finetune.py --modality lidar --pretrained outputs/train-lidar/<time> --label-fraction 0.2
+    python finetune.py --modality lidar --pretrained outputs/train-lidar --label-fraction 0.2
     python finetune.py --modality camera --pretrained RUN --data-root /data/nuscenes --version v1.0-trainval
     torchrun --nproc-per-node 4 finetune.py --modality lidar --data-root /data/nuscenes --version v1.0-trainval
 

@@ -117,18 +117,18 @@ def test_two_processes_are_told_what_one_is(straight, city, tmp_path):
 
 def test_encoders_are_taken_and_the_rest_is_named(city, tmp_path, capsys):
     small = {**SMALL, "data_root": city, "steps": 1, "val_samples": 1, "rays_per_view": 8, "picture_stride": 32}
-    train.main(train.Args(modality="lidar", out=tmp_path / "pre", **small))
+    train.main(train.Args(modality="lidar", out=tmp_path / "runs" / "pre", **small))
     capsys.readouterr()
-    out = run(tmp_path / "run", city, pretrained=(tmp_path / "pre",), steps=1, lr=1e-12)
+    out = run(tmp_path / "run", city, pretrained=(tmp_path / "runs",), steps=1, lr=1e-12)
     said = capsys.readouterr().out
     assert "took 0.25 M weights, encoder.lidar.backbone, encoder.lidar.encoder, encoder.lidar.neck" in said
     assert "left project, renderer" in said
-    source, weights = checkpoint(tmp_path / "pre")["model"], checkpoint(out)["model"]
+    source, weights = checkpoint(tmp_path / "runs" / "pre")["model"], checkpoint(out)["model"]
     taken = [name for name in weights if name.startswith("encoder.") and "running" not in name and "num" not in name]
     for name in taken:
         torch.testing.assert_close(weights[name], source[name], rtol=1e-5, atol=1e-9)
     with pytest.raises(UserError, match="--pretrained .* does not fit"):
-        run(tmp_path / "other", city, modality="camera", pretrained=(tmp_path / "pre",))
+        run(tmp_path / "other", city, modality="camera", pretrained=(tmp_path / "runs" / "pre",))
     (tmp_path / "broken.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(UserError, match="broken.pt is not a checkpoint of this project"):
         run(tmp_path / "other", city, pretrained=(tmp_path / "broken.pt",))

@@ -35,10 +35,16 @@ def last_checkpoint(run: Path):
     return file if file.exists() else None
 
 
+def find_checkpoint(path: Path):
+    """The checkpoint that a user means by a checkpoint, a run folder, or a folder of runs (its newest)."""
+    newest = max(path.glob("*/checkpoints/last.pt"), default=None, key=lambda file: file.stat().st_mtime)
+    return last_checkpoint(path) or newest or path
+
+
 def take_weights(net, prefix, paths, flag, say):
     """Load the weights of `net` whose names begin with `prefix` out of other runs, and say what was taken.
 
-    paths: run folders or checkpoints, a later one's weights over an earlier one's.
+    paths: as for `find_checkpoint`; a later one's weights go over an earlier one's.
     flag:  the flag that named them, for messages.
     say:   called with one line for each path: how many weights it gave, which of its parts were left, what stays new.
 
@@ -47,7 +53,7 @@ def take_weights(net, prefix, paths, flag, say):
     mine = {name: w for name, w in net.state_dict().items() if name.startswith(prefix)}
     taken = set()
     for path in paths:
-        theirs = read_checkpoint(last_checkpoint(path) or path).get("model", {})
+        theirs = read_checkpoint(find_checkpoint(path)).get("model", {})
         common = {name: theirs[name] for name in mine.keys() & theirs.keys()}
         other = sorted(name for name, w in common.items() if w.shape != mine[name].shape)
         if not common or other:

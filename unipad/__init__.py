@@ -4,6 +4,7 @@ config.py    every setting as frozen dataclasses; the recipes of the paper as PR
 batch.py     what the data hands to the model
 runtime.py   device, processes, random numbers, run folder, checkpoints
 evaluate.py  how good a model is: PSNR and depth errors, NDS and mAP
+tta.py       what is found in a turned, scaled, mirrored batch, merged
 submission.py  detections -> results_nusc.json -> the devkit's metrics
 draw.py      pictures of real beside rendered
 data/        nuScenes and the synthetic city, read into batches

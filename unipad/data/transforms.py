@@ -54,21 +54,26 @@ def moved(sample, move):
     Pixels keep what they show: the projections take the new points to where the old ones were seen. Depths along the
     optical axis stay metres of the camera; distances between camera and points are the new frame's.
     """
-    linear, back = move[:3, :3], np.linalg.inv(move)
-    points, boxes = sample.points.copy(), sample.boxes.copy()
-    points[:, :3] = points[:, :3] @ linear.T + move[:3, 3]
+    points, back = sample.points.copy(), np.linalg.inv(move)
+    points[:, :3] = points[:, :3] @ move[:3, :3].T + move[:3, 3]
+    return replace(
+        sample,
+        points=points,
+        boxes=moved_boxes(sample.boxes, move),
+        lidar2image=(sample.lidar2image.astype(np.float64) @ back).astype(np.float32),
+        lidar2camera=(sample.lidar2camera.astype(np.float64) @ back).astype(np.float32),
+    )
+
+
+def moved_boxes(boxes, move):
+    """[M, 9] boxes as in `Batch` in the frame that `move`, a `motion` or the inverse of one, leads to."""
+    boxes, linear = boxes.copy(), move[:3, :3]
     boxes[:, :3] = boxes[:, :3] @ linear.T + move[:3, 3]
     boxes[:, 3:6] *= np.linalg.norm(linear[:, 0])
     heading = np.stack([np.cos(boxes[:, 6]), np.sin(boxes[:, 6])], axis=1) @ linear[:2, :2].T
     boxes[:, 6] = np.arctan2(heading[:, 1], heading[:, 0])
     boxes[:, 7:] = boxes[:, 7:] @ linear[:2, :2].T
-    return replace(
-        sample,
-        points=points,
-        boxes=boxes,
-        lidar2image=(sample.lidar2image.astype(np.float64) @ back).astype(np.float32),
-        lidar2camera=(sample.lidar2camera.astype(np.float64) @ back).astype(np.float32),
-    )
+    return boxes
 
 
 def distorted(sample, rng):

@@ -196,8 +196,19 @@ def detections(cfg, found):
     results = []
     for b in range(len(boxes)):
         kept = Detections(*(t[b, stays[b]] for t in (boxes, scores, labels)))
-        results.append(_suppressed(kept, cfg.nms))
+        results.append(suppressed(kept, cfg.nms))
     return results
+
+
+def suppressed(found, nms):
+    """`found` without the boxes that overlap a better one of their class; nms: pairs (class, greatest IoU)."""
+    stays = torch.ones_like(found.scores, dtype=torch.bool)
+    for label, threshold in nms:
+        rows = (found.labels == label).nonzero()[:, 0]
+        kept = rotated_nms(footprint(found.boxes[rows]), found.scores[rows], threshold)
+        stays[rows] = False
+        stays[rows[kept]] = True
+    return Detections(found.boxes[stays], found.scores[stays], found.labels[stays])
 
 
 def from_original(state):
@@ -224,17 +235,6 @@ def from_original(state):
         if ours and key.split(".")[0] in parts:
             renamed[key] = value
     return renamed
-
-
-def _suppressed(found, nms):
-    """`found` without the boxes that overlap a better one of their class; nms: pairs (class, greatest IoU)."""
-    stays = torch.ones_like(found.scores, dtype=torch.bool)
-    for label, threshold in nms:
-        rows = (found.labels == label).nonzero()[:, 0]
-        kept = rotated_nms(footprint(found.boxes[rows]), found.scores[rows], threshold)
-        stays[rows] = False
-        stays[rows[kept]] = True
-    return Detections(found.boxes[stays], found.scores[stays], found.labels[stays])
 
 
 def _per_layer(layers, channels, out, normed=False):

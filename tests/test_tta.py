@@ -1,0 +1,113 @@
+"""Test-time augmentation: a detector that cannot be fooled finds the same in every look, and merging keeps it."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tests.test_eval import RECIPE, tiny_detector, truth_of, validation
+from unipad.data.loader import held_out_batches
+from unipad.data.nuscenes import NuScenesDataset, collate
+from unipad.data.transforms import moved_boxes
+from unipad.model.detect import Detections
+from unipad.submission import MOST
+from unipad.tta import detect_in_looks, looks, merged, moved_batch
+
+ALL = looks((1.0, 1.06, 0.96), (0.0, 0.3), flips=True)
+
+
+def frames(root, count, **settings):
+    dataset = validation(root, **settings)
+    return collate([dataset[i] for i in range(count)])
+
+
+def test_looks_by_hand():
+    assert len(ALL) == 24 and np.array_equal(ALL[0], np.eye(4))
+    assert [np.diag(move).tolist() for move in looks()] == [[x, y, 1, 1] for x in (1, -1) for y in (1, -1)]
+    (turned,) = looks((2.0,), (math.pi / 2,), flips=False)
+    assert turned @ [1, 0, 0, 1] == pytest.approx([0, 2, 0, 1])
+
+
+@pytest.mark.parametrize("move", ALL[1::5], ids=lambda move: f"{move[0, 0]:.2f} {move[0, 1]:.2f}")
+def test_points_and_cameras_move_together(move, city):
+    """What a point is seen at does not change, and its place in the new frame is the motion's."""
+    batch = frames(city, 1, cameras=True)
+    other = moved_batch(batch, move)
+    homogeneous = torch.cat([batch.points[:, :3].double(), torch.ones(len(batch.points), 1).double()], dim=1)
+    assert torch.allclose(other.points[:, :3].double(), (homogeneous @ torch.from_numpy(move).T)[:, :3], atol=1e-4)
+    assert torch.equal(other.points[:, 3:], batch.points[:, 3:]) and other.images is batch.images
+    for name in ("lidar2image", "lidar2camera"):
+        before, after = (
+            getattr(b, name)[0] @ torch.cat([b.points[:, :3], torch.ones(len(b.points), 1)], dim=1).T
+            for b in (batch, other)
+        )
+        assert torch.allclose(before, after, rtol=1e-4, atol=2e-2)
+
+
+def test_mapping_back_is_exact_for_a_detector_that_sees_the_truth(city):
+    """It finds every object where the look has moved it; all looks together find each of them once."""
+    batch = frames(city, 2)
+    seen = []
+
+    def oracle(moved):
+        """Recognises the look by the points, and returns the truth in its frame."""
+        seen.append(next(m for m in ALL if torch.equal(moved_batch(batch, m).points, moved.points)))
+        boxes = torch.from_numpy(moved_boxes(batch.boxes.numpy(), seen[-1]))
+        return truth_of(replace(moved, boxes=boxes))
+
+    apart = truth_of(batch)
+    found = detect_in_looks(oracle, ALL, batch)
+    assert all(a is b for a, b in zip(seen, ALL, strict=True))
+    for once, truth in zip(found, apart, strict=True):
+        alone = merged([truth])  # some of the truth overlaps: a rider on a parked cycle would go too
+        assert len(once.boxes) == len(alone.boxes) > 20
+        order, expected = (t.boxes[:, 0].argsort() for t in (once, alone))
+        a, b = once.boxes[order], alone.boxes[expected]
+        assert torch.allclose(a[:, [0, 1, 2, 3, 4, 5, 7, 8]], b[:, [0, 1, 2, 3, 4, 5, 7, 8]], atol=2e-5)
+        assert (a[:, 6] - b[:, 6]).cos().min() > 1 - 1e-6
+        assert torch.equal(once.labels[order], alone.labels[expected])
+
+
+def test_merging_what_is_the_same_changes_nothing():
+    boxes = torch.zeros(40, 9)
+    boxes[:, 0] = torch.arange(40.0) * 3
+    boxes[:, 3:6] = torch.tensor([2.0, 1.5, 1.0])
+    boxes[:, 6] = torch.linspace(-3, 3, 40)
+    found = Detections(boxes, torch.linspace(0.9, 0.1, 40), torch.arange(40) % 10)
+    for copies in (1, 12):
+        again = merged(copies * [found])
+        for name in ("boxes", "scores", "labels"):
+            assert torch.equal(getattr(again, name), getattr(found, name))
+    nothing = Detections(boxes[:0], found.scores[:0], found.labels[:0])
+    assert len(merged([nothing, nothing]).boxes) == 0
+
+
+def test_the_better_of_two_looks_stays_and_other_classes_do_not_mind():
+    box = torch.tensor([[0.0, 0, 0, 2, 4, 1, 0, 0, 0]])
+    near = box + torch.tensor([0.5, 0, 0, 0, 0, 0, 0, 0, 0])
+    car, bus = torch.tensor([0]), torch.tensor([3])
+    looked = [
+        Detections(box, torch.tensor([0.5]), car),
+        Detections(near, torch.tensor([0.6]), car),
+        Detections(near, torch.tensor([0.4]), bus),
+    ]
+    found = merged(looked)
+    assert found.scores.tolist() == pytest.approx([0.6, 0.4]) and found.labels.tolist() == [0, 3]
+    assert torch.equal(found.boxes, torch.cat([near, near]))
+    many = torch.zeros(600, 9)
+    many[:, 0] = torch.arange(600.0) * 10
+    many[:, 3:6] = 1
+    scores = torch.arange(600) / 600
+    most = merged([Detections(many, scores, torch.zeros(600, dtype=torch.int64))])
+    assert len(most.boxes) == MOST and most.scores[-1] == scores[100]
+
+
+def test_one_look_straight_on_is_the_detector_itself(city):
+    model = tiny_detector().eval()
+    _, batch = next(held_out_batches(NuScenesDataset(city, "v1.0-mini", "mini_val", RECIPE.data), 1))
+    (plain,) = model.detect(batch)
+    (looked,) = detect_in_looks(model.detect, looks(flips=False), batch)
+    best = merged([plain])
+    assert torch.equal(looked.boxes, best.boxes) and torch.equal(looked.scores, best.scores)

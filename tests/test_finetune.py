@@ -56,6 +56,7 @@ def test_a_run_leaves_all_it_promises(straight):
     assert results["meta"]["use_lidar"] and not results["meta"]["use_camera"] and len(results["results"]) == 3
     assert json.loads((out / "eval" / "metrics_summary.json").read_text())["nd_score"] == curve(out, "val/NDS")[4]
     assert (out / "checkpoints" / "step_4.pt").exists() and list((out / "tensorboard").iterdir())
+    assert (out / "images" / "val_000004.png").stat().st_size > 10_000
     assert "mini_val" in done.stdout and f"python eval.py {out}" in done.stdout
 
 
@@ -144,6 +145,7 @@ def test_encoders_are_taken_and_the_rest_is_named(city, tmp_path, capsys):
         (dict(version="v1.0-trainval"), "holds no --version v1.0-trainval"),
         (dict(label_fraction=0.3), "--label-fraction 0.3 is not 1/k"),
         (dict(lr=0.0), "--lr 0.0 must be above 0"),
+        (dict(paste_off_epochs=1), "--paste-off-epochs does not go with --preset tiny"),
         (dict(batch_size=3, accumulate=2), "--batch-size 3 cannot be split"),
         (dict(pretrained=(Path("nowhere"),)), "there is no checkpoint nowhere"),
         (dict(resume="nowhere"), "--resume nowhere has no checkpoints"),

@@ -1,7 +1,7 @@
 """Fine-tune a pre-trained encoder for 3D object detection, or train one from scratch.
 
     python finetune.py --modality lidar                             # no data, no GPU: a synthetic city, a tiny model
-    python finetune.py --modality lidar --pretrained outputs/train-lidar/<time> --label-fraction 0.2
+    python finetune.py --modality lidar --pretrained outputs/train-lidar --label-fraction 0.2
     python finetune.py --modality camera --pretrained RUN --data-root /data/nuscenes --version v1.0-trainval
     torchrun --nproc-per-node 4 finetune.py --modality lidar --data-root /data/nuscenes --version v1.0-trainval
 
@@ -28,9 +28,10 @@ import tyro
 from unipad.checkpoint import take_weights
 from unipad.config import changed
 from unipad.data.cutpaste import load_objects
-from unipad.data.loader import step_batches
+from unipad.data.loader import held_out_batches, step_batches
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.synthetic import city_once
+from unipad.draw_boxes import detection_views
 from unipad.errors import UserError, check_choices, check_ranges
 from unipad.evaluate import evaluate_detections
 from unipad.model.detect import Detector
@@ -71,6 +72,7 @@ class Args:
     batch_size: int | None = None  # samples a step, over all processes (default: the recipe's)
     accumulate: int = 1  # passes that a step is split into, to save memory
     lr: float | None = None  # peak learning rate (default: the recipe's)
+    paste_off_epochs: float | None = None  # last epochs without objects cut out of other frames (default: the recipe's)
     workers: int | None = None  # data loading processes of each training process (default: 4 with a GPU, 1 without)
     precision: str | None = None  # bf16, fp16 or fp32, of the encoder (default: bf16 with a GPU, fp32 without)
     device: str = "auto"  # auto, cpu, cuda or cuda:N
@@ -142,9 +144,14 @@ def main(args: Args):
             run.save(state | {"step": step, "found": found, "config": config}, keep)
 
         def look(step):
-            """Detect in the whole validation split: metrics."""
+            """Detect in the whole validation split: metrics and a picture."""
             with autocast:
                 metrics = evaluate_detections(net, val_set, run.path / "eval", world, workers=workers)
+                if world.is_main:
+                    _, frame = next(held_out_batches(val_set, 1))
+                    net.eval()
+                    run.picture("val", detection_views(frame, *net.detect(frame.to(device))), step)
+                    net.train()
             run.scalars({f"val/{name}": value for name, value in metrics.items()}, step)
             say(f"step {step}/{steps}  {val_split}: {spelled(metrics)}")
             return metrics
@@ -221,10 +228,13 @@ def recipe_of(args):
     name = args.preset or (list(presets)[-1] if args.data_root else "tiny")
     check_choices(preset=(name, presets), version=(args.version, SPLITS), precision=(args.precision, PRECISIONS))
     positive = ("steps", "stop_at", "epochs", "batch_size", "accumulate", "log_every", "val_every", "save_every", "lr")
-    check_ranges(args, positive, ("workers", "seed"))
+    check_ranges(args, positive, ("workers", "seed", "paste_off_epochs"))
     recipe = presets[name]
+    if args.paste_off_epochs is not None and recipe.paste is None:
+        raise UserError(f"--paste-off-epochs does not go with --preset {name}, which pastes nothing; leave it out.")
     return replace(
         changed(recipe, label_fraction=args.label_fraction),
+        paste=changed(recipe.paste, off_epochs=args.paste_off_epochs),
         optim=changed(recipe.optim, lr=args.lr, epochs=args.epochs, batch_size=args.batch_size),
     )
 
@@ -232,7 +242,8 @@ def recipe_of(args):
 def summary(found, split, path):
     """How good the detector is and where to look."""
     lines = [f"{split:<13}{'  '.join(f'{name} {value:.3f}' for name, value in found.items())}"] if found else []
-    lines += [f"checkpoint   {path / 'checkpoints' / 'last.pt'}", f"curves       tensorboard --logdir {path.parent}"]
+    lines += [f"pictures     {path / 'images'}", f"checkpoint   {path / 'checkpoints' / 'last.pt'}"]
+    lines += [f"curves       tensorboard --logdir {path.parent}"]
     return "\n".join([*lines, f"all classes  python eval.py {path}"])
 
 

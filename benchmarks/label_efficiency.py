@@ -2,7 +2,7 @@
 
     python -m benchmarks.label_efficiency --modality lidar                      # synthetic city, a few minutes a run
     python -m benchmarks.label_efficiency --modality camera --seeds 0 1 2
-    python -m benchmarks.label_efficiency --modality lidar --pretrained RUN --flags --data-root ... --version ...
+    python -m benchmarks.label_efficiency --modality lidar --pretrained RUN --steps 20000 --data-root ... --version ...
 
 Pre-trains once (or takes --pretrained), then fine-tunes twice a seed: same seed, steps and label fraction, with and
 without the pre-trained encoder. Prints NDS and mAP on the validation split of each run.
@@ -23,21 +23,35 @@ class Args:
     label_fraction: float = 0.2  # share of the training frames that fine-tuning sees
     seeds: tuple[int, ...] = (0,)  # of the fine-tuning runs
     pretrained: Path | None = None  # run to start from (default: one is made with train.py's defaults)
+    steps: int = 800  # of each fine-tuning run
+    data_root: Path | None = None  # folder of a nuScenes set (default: the synthetic city)
+    version: str = "v1.0-mini"  # version of the set
     out: Path = Path("outputs/label-efficiency")  # folder of all runs; those that are finished there are not run again
-    flags: tuple[str, ...] = ()  # further flags of finetune.py, such as --steps 800
 
 
 def main(args: Args):
     out = args.out / args.modality
+    common = ["--modality", args.modality, "--version", args.version]
+    common += ["--data-root", args.data_root] if args.data_root else []
     pretrained = args.pretrained or out / "pretrained"
     if not args.pretrained:
-        run("train.py", pretrained, "--modality", args.modality)
+        run("train.py", pretrained, *common)
     rows = []
     for seed in args.seeds:
         for start in ("scratch", "pretrained"):
             folder = out / f"{start}-{seed}"
-            flags = ["--modality", args.modality, "--label-fraction", args.label_fraction, "--seed", seed, *args.flags]
-            run("finetune.py", folder, *flags, *(["--pretrained", pretrained] if start == "pretrained" else []))
+            flags = [
+                "--label-fraction",
+                args.label_fraction,
+                "--steps",
+                args.steps,
+                "--seed",
+                seed,
+                "--val-every",
+                args.steps,
+            ]
+            flags += ["--pretrained", pretrained] if start == "pretrained" else []
+            run("finetune.py", folder, *common, *flags)
             rows.append((seed, start, last(folder, "val/NDS"), last(folder, "val/mAP")))
     print(f"\n{args.modality}, {args.label_fraction:.0%} of the labels\n{'seed':>4}  {'start':<12}{'NDS':>8}{'mAP':>8}")
     for seed, start, nds, mean_ap in rows:

@@ -7,13 +7,16 @@ import sys
 
 import pytest
 
+import finetune
+import train
 from tests.test_train import REPO, environment
 
 README = (REPO / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.strip().splitlines()]
 
-QUICK = "--device cpu --preset tiny --steps 2 --rays-per-view 8 --val-samples 1 --picture-stride 16 --workers 0"
+QUICK = "--device cpu --preset tiny --steps 2 --workers 0"
+FEW_RAYS = "--rays-per-view 8 --val-samples 1 --picture-stride 16"
 # What stands in for the sizes, folders and launchers of the README
 SMALLER = [
     (r"^pip install .* && ", ""),
@@ -21,7 +24,9 @@ SMALLER = [
     (r"^torchrun --nproc-per-node 8", "{python} -m torch.distributed.run --standalone --nproc-per-node 2"),
     (r"--data-root /data/nuscenes --version v1.0-trainval", "--data-root data/synthetic"),
     (r"--batch-size 8", "--batch-size 2"),
-    (r"(train\.py --modality.*)$", r"\1 " + QUICK),
+    (r"(train\.py --modality.*)$", rf"\1 {QUICK} {FEW_RAYS}"),
+    (r"(finetune\.py --modality.*)$", rf"\1 {QUICK}"),
+    (r"(eval\.py .*)$", r"\1 --device cpu --workers 0"),
     (r"--scenes 10 --keyframes 4 --image-size 900 1600", "--scenes 2 --keyframes 2 --image-size 64 96"),
 ]
 
@@ -33,13 +38,18 @@ def test_every_kind_of_command_is_met():
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "pytest" not in c and "tensorboard" not in c])
 def test_command_runs(command, city, tmp_path):
-    for name in ("train.py", "unipad", "kernels"):
+    for name in ("train.py", "finetune.py", "eval.py", "unipad", "kernels", "benchmarks"):
         (tmp_path / name).symlink_to(REPO / name)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "synthetic").symlink_to(city)
     for pattern, smaller in SMALLER:
         command = re.sub(pattern, smaller, command)
     command = command.format(python=sys.executable)
+    settings = dict(modality="lidar", preset="tiny", data_root=city, device="cpu", workers=0, steps=1)
+    for script, flags in {train: dict(rays_per_view=8, val_samples=1), finetune: {}}.items():  # runs it goes on from
+        runs = f"outputs/{script.__name__}-lidar"
+        if runs in command:
+            script.main(script.Args(out=tmp_path / runs / "run", **settings, **flags))
     done = subprocess.run(shlex.split(command), cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
     if "train.py" in command:

@@ -36,13 +36,19 @@ def last_checkpoint(run: Path):
     return file if file.exists() else None
 
 
+def find_checkpoint(path: Path):
+    """The checkpoint that a user means by a checkpoint, a run folder, or a folder of runs (its newest)."""
+    newest = max(path.glob("*/checkpoints/last.pt"), default=None, key=lambda file: file.stat().st_mtime)
+    return last_checkpoint(path) or newest or path
+
+
 def read_run(path: Path):
     """What is known of a run: (its last state, its recipe, its folder).
 
-    path: the run's folder or one of its checkpoints; of a checkpoint elsewhere, the folder it is in.
-    Raises `UserError` for anything else.
+    path: as for `find_checkpoint`; of a checkpoint that is in no run, the folder is the one it is in.
+    Raises `UserError` where there is none.
     """
-    file = last_checkpoint(path) or path
+    file = find_checkpoint(path)
     if file.is_dir():
         raise UserError(f"{path} has no checkpoints/last.pt; name the folder of a run, or a checkpoint.")
     saved = read_checkpoint(file)
@@ -58,7 +64,7 @@ def read_run(path: Path):
 def take_weights(net, prefix, paths, flag, say):
     """Load the weights of `net` whose names begin with `prefix` out of other runs, and say what was taken.
 
-    paths: run folders or checkpoints, a later one's weights over an earlier one's.
+    paths: as for `find_checkpoint`; a later one's weights go over an earlier one's.
     flag:  the flag that named them, for messages.
     say:   called with one line for each path: how many weights it gave, which of its parts were left, what stays new.
 
@@ -67,7 +73,7 @@ def take_weights(net, prefix, paths, flag, say):
     mine = {name: w for name, w in net.state_dict().items() if name.startswith(prefix)}
     taken = set()
     for path in paths:
-        theirs = read_checkpoint(last_checkpoint(path) or path).get("model", {})
+        theirs = read_checkpoint(find_checkpoint(path)).get("model", {})
         common = {name: theirs[name] for name in mine.keys() & theirs.keys()}
         other = sorted(name for name, w in common.items() if w.shape != mine[name].shape)
         if not common or other:

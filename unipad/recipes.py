@@ -169,7 +169,8 @@ DETECT = {
         "tiny": DetectRecipe(
             grid=TINY_GRID,
             data=Data(cameras=False),
-            augment=Augment(rotation=0.3925, scale=(0.95, 1.05), shuffle=True),  # mirrored, cars would drive on the left
+            # not mirrored: cars would drive on the left
+            augment=Augment(rotation=0.3925, scale=(0.95, 1.05), shuffle=True),
             lidar=TINY_LIDAR_SEEING,
             detect=TINY_HEAD,
             optim=TINY_DETECT_OPTIM,

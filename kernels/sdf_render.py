@@ -1,0 +1,615 @@
+"""Rays through a feature volume to depth and colour, with one hand-written backward.
+
+    f = volume at p,  (sdf, geometry) = MLP(p, f),  g = d sdf / d p,  rgb = MLP(p, direction, f, g, geometry)
+    alpha from (sdf, g) as in `sdf_alpha`,  compositing as in `composite`
+
+Colours and opacities read g, so training needs second derivatives of the distance. With v = dL/dg,
+
+    dL/dtheta through g = v^T d g / d theta = d (d sdf / dv) / d theta :
+
+the gradient of *one* directional derivative. The backward of the distance is therefore reverse mode over the MLP and a
+single tangent of it (dots: derivatives along v; bars: derivatives of L; z^ : of the distance itself):
+
+    y._l = x._l + C_l f.,   z._l = W_l y._l,   x._{l+1} = act'(z_l) z._l,   f. = J v,   x._0 = P v
+    y^_l = W_l^T z^_l,   z^_{l-1} = act'(z_{l-1}) y^_l,   z^_last = e_0   (the reverse pass that gave g)
+    y-_l = W_l^T z-_l,   z-_{l-1} = act'(z_{l-1}) y-_l + act''(z_{l-1}) z._{l-1} y^_l
+    W-_l = z-_l y_l^T + z^_l y._l^T,   C-_l = y-_l f^T + y^_l f.^T,   f- = sum_l C_l^T y-_l,   f^ = sum_l C_l^T y^_l
+
+and a corner of the cell with share w and slope b gets w f- + (b . v) f^.
+
+Sizes: R rays, S samples on each, N = R * S, C channels, H hidden units, M samples a tile.
+"""
+
+import torch
+
+from kernels.backend import on_triton, tl, triton
+from kernels.sdf_alpha import _sigmoid
+from kernels.sdf_field import (
+    COLOURS,
+    add_matrix,
+    add_points,
+    add_vector,
+    against_point,
+    along_point,
+    corner,
+    distance,
+    distance_back,
+    geometry,
+    interpolate,
+    interpolate_along,
+    outer,
+    packed,
+    rgb_layers,
+    sample_on_ray,
+    sdf_layers,
+    slope_against,
+    times,
+    times_back,
+    vector,
+)
+
+METHODS = ("neus", "volsdf")
+WIDTHS, LAYERS = (16, 64), (2, 8)  # smallest and largest
+
+
+def in_family(method, dtype, channels, hidden, sdf_layers, rgb_layers):
+    """Whether the kernels below were made for such a field. `rgb_layers`: 0 where colour is not rendered."""
+    wide = all(WIDTHS[0] <= n <= WIDTHS[1] for n in (channels, hidden))
+    deep = all(LAYERS[0] <= n <= LAYERS[1] for n in (sdf_layers, rgb_layers or sdf_layers))
+    return method in METHODS and dtype == torch.float32 and wide and deep
+
+
+def sdf_render(volume, rays, edges, mlps, density, cells, method, exact=False):
+    """Render rays.
+
+    Args:
+        volume:  [B, Z, Y, X, C] features, at least one voxel.
+        rays:    origins [R, 3], unit directions [R, 3], volume_idx [R] int32 and hit [R] bool (False: all is
+                 transparent), the first two and `edges` in the renderer's unit of length, LiDAR frame.
+        edges:   [R, S + 1] ascending distances: S samples, each at the start of its interval.
+        mlps:    of the distance and of the colour, the latter None where colour is not rendered. Each is a list of
+                 tensors: P, q, then C_l, d_l, W_l, b_l of every layer (see `sdf_field`).
+        density: [1] NeuS's inv_s or VolSDF's beta.
+        cells:   cells_per_unit [3] and first_cell [3]: cell = point * cells_per_unit + first_cell, (x, y, z).
+        method:  "neus" or "volsdf".
+        exact:   products of MLPs as if in fp32 (tf32x3) instead of tf32, at three times the products.
+
+    Returns:
+        rgb:      [R, 3], black background; 0 without the colour MLP.
+        depth:    [R] sum of weight * start over the sum of weights + 1e-10.
+        weights:  [R, S] share of each sample.
+        sdf:      [R, S] signed distance at the samples.
+        gradient: [R, S, 3] d sdf / d point.
+
+    Differentiable once, through every output, in `volume`, the MLPs and `density`. fp32. Kernels never wait for the
+    host. They add atomically into the gradient of `volume`, so that its last bits vary from run to run; under strict
+    determinism a sum over samples sorted by cell takes their place. Raises AssertionError if shapes do not fit or the
+    field is not `in_family`.
+    """
+    _check(volume, rays, edges, mlps, method)
+    if not on_triton(volume):
+        return sdf_render_ref(volume, rays, edges, mlps, density, cells, method)
+    packs, sizes = _packed(volume, mlps)
+    geometry = [t.contiguous() for t in (*rays, edges, *cells)]
+    options = dict(NEUS=method == "neus", PREC=_precision(exact), **sizes)
+    return SdfRender.apply(volume.contiguous(), *packs, density, geometry, options)
+
+
+@torch.no_grad()
+def sdf_values(volume, rays, starts, sdf_mlp, cells, exact=False):
+    """The signed distance alone, [R, S] at starts [R, S]; arguments as of `sdf_render`, `rays` without `hit`.
+
+    Not differentiable: for searches along rays.
+    """
+    origins, directions, volume_idx = rays
+    (packs, sizes), (R, S) = _packed(volume, (sdf_mlp, None)), starts.shape
+    sdf = starts.new_empty(R, S)
+    if sdf.numel():
+        rays = [t.contiguous() for t in (origins, directions, volume_idx, starts, *cells)]
+        _sdf_values_kernel[(triton.cdiv(R * S, BLOCK_M),)](
+            volume.contiguous(), *rays, packs[0], sdf, R, S, *volume.shape[1:], C=sizes["C"], H=sizes["H"],
+            LAYERS=sizes["SDF_LAYERS"], PREC=_precision(exact), BLOCK_M=BLOCK_M, num_warps=WARPS, num_stages=1,
+        )  # fmt: skip
+    return sdf
+
+
+def _check(volume, rays, edges, mlps, method):
+    origins, directions, volume_idx, hit = rays
+    R = len(edges)
+    fits = volume.dim() == 5 and origins.shape == directions.shape == (R, 3) and volume_idx.shape == hit.shape == (R,)
+    shapes = [tuple(t.shape) for t in (volume, *rays, edges)]
+    assert fits and edges.dim() == 2 and edges.shape[1] > 1, f"volume, rays and edges of {shapes} do not fit"
+    assert min(volume.shape[1:4]) > 0, f"no voxel in volume {tuple(volume.shape)}"
+    (H, C), layers = mlps[0][2].shape, [0 if m is None else len(m[2::4]) for m in mlps]
+    assert C == volume.shape[4], f"an MLP for {C} channels does not fit volume {tuple(volume.shape)}"
+    assert in_family(method, volume.dtype, C, H, *layers), f"no kernel for {method}, {volume.dtype}, {C=}, {H=}, {layers=}"
+
+
+def _packed(volume, mlps):
+    """Both MLPs as flat tensors (of the colour an empty one if there is none) and the kernels' sizes."""
+    (sdf, rgb), channels, hidden = mlps, volume.shape[4], mlps[0][1].shape[0]
+    C, H = (max(16, triton.next_power_of_2(n)) for n in (channels, hidden))
+    packs = [packed(sdf, [(channels, C)], H, 1 + H), volume.new_empty(0)]
+    if rgb is not None:
+        packs[1] = packed(rgb, [(3, 3), (channels, C), (3, 3), (hidden, H)], H, COLOURS.value)
+    return packs, dict(C=C, H=H, SDF_LAYERS=len(sdf[2::4]), RGB_LAYERS=0 if rgb is None else len(rgb[2::4]))
+
+
+def _precision(exact):
+    """`tl.dot`'s input precision. AMD's matrix units take fp32 as it is."""
+    return "ieee" if torch.version.hip else "tf32x3" if exact else "tf32"
+
+
+class SdfRender(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, volume, sdf_mlp, rgb_mlp, density, rays, options):
+        edges = rays[4]
+        R, S = len(edges), edges.shape[1] - 1
+        out = edges.new_zeros(R, 3), edges.new_empty(R), edges.new_empty(R)  # rgb, depth, sum of the weights
+        weights, trans, sdf = (edges.new_empty(R, S) for _ in range(3))
+        gradient, colours = edges.new_empty(R, S, 3), edges.new_empty(R, S, 3 if options["RGB_LAYERS"] else 0)
+        if R:
+            _sdf_render_fwd_kernel[(triton.cdiv(R, BLOCK_R),)](
+                volume, *rays, sdf_mlp, rgb_mlp, density, *out, weights, trans, sdf, gradient, colours,
+                R, S, *volume.shape[1:], **options, BLOCK_R=BLOCK_R, BLOCK_S=BLOCK_S, num_warps=WARPS, num_stages=1,
+            )  # fmt: skip
+        ctx.options = options
+        saved = (weights, trans, sdf, gradient, colours)
+        ctx.save_for_backward(volume, sdf_mlp, rgb_mlp, density, *rays, *out[1:], *saved)
+        return *out[:2], weights, sdf, gradient
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_rgb, d_depth, d_weights, d_sdf, d_gradient):
+        volume, sdf_mlp, rgb_mlp, density, *rest = ctx.saved_tensors
+        rays, composited = rest[:7], rest[7:]
+        R, S, C, options = len(rays[0]), rays[4].shape[1] - 1, ctx.options["C"], ctx.options
+        sizes = (R, S, *volume.shape[1:])
+        upstream = [t.contiguous() for t in (d_rgb, d_depth, d_weights, d_sdf, d_gradient)]
+        # what the colour's kernel hands on to the distance's
+        d_sdf, d_gradient = volume.new_empty(R, S), volume.new_empty(R, S, 3)
+        scatter, rgb = on_triton(volume, deterministic=False), options["RGB_LAYERS"] > 0
+        d_feature = volume.new_empty(R * S if rgb or not scatter else 0, C)
+        d_geometry = volume.new_empty(R * S if rgb else 0, options["H"])
+        programs = min(PROGRAMS, max(1, triton.cdiv(R, BLOCK_R)))
+        d_rgb_mlp, d_density = volume.new_zeros(programs, len(rgb_mlp)), volume.new_zeros(programs)
+        if R:
+            _sdf_render_bwd_rgb_kernel[(programs,)](
+                volume, *rays, sdf_mlp, rgb_mlp, density, *composited, *upstream,
+                d_sdf, d_gradient, d_feature, d_geometry, d_rgb_mlp, d_density,
+                *sizes, **options, BLOCK_R=BLOCK_R, BLOCK_S=BLOCK_S, num_warps=WARPS, num_stages=1,
+            )  # fmt: skip
+        d_rgb_mlp = d_rgb_mlp.sum(0)
+
+        programs = min(PROGRAMS, max(1, triton.cdiv(R * S, BLOCK_M)))
+        d_sdf_mlp = volume.new_zeros(programs, len(sdf_mlp))
+        d_volume = torch.zeros_like(volume)
+        d_slope = volume.new_empty(0 if scatter else R * S, C)
+        cell = torch.empty(len(d_slope), dtype=torch.int32, device=volume.device)
+        if R:
+            _sdf_render_bwd_sdf_kernel[(programs,)](
+                volume, *rays, sdf_mlp, d_sdf, d_gradient, d_feature, d_geometry, d_sdf_mlp, d_volume, d_slope, cell,
+                R * S, *sizes[1:], **options, SCATTER=scatter, BLOCK_M=BLOCK_M, num_warps=WARPS, num_stages=1,
+            )  # fmt: skip
+        if R and not scatter:
+            _sum_over_cells(d_volume, rays, cell, d_feature, d_slope, d_gradient)
+        return d_volume, d_sdf_mlp.sum(0), d_rgb_mlp, d_density.sum(0, keepdim=True), None, None
+
+
+BLOCK_R, BLOCK_S = 2, 32  # rays and samples on each per tile of the kernels that walk along rays
+BLOCK_M = 64  # samples per tile of the others; 64 rows is what a Hopper matrix instruction takes
+BLOCK_N = 32  # samples of a cell that a voxel takes in at a time
+WARPS = 4
+PROGRAMS = 528  # at most, of the backward: 4 per multiprocessor of an H100; each sums its own gradient of the MLPs
+
+
+@triton.jit
+def _opacity(sdf, gradient, direction, delta, density, NEUS: tl.constexpr):
+    """alpha before clipping, and what its gradient needs: the slope, and two values by whose names `_opacity_back` goes."""
+    if NEUS:
+        slope = gradient[0] * direction[0] + gradient[1] * direction[1] + gradient[2] * direction[2]
+        half = tl.minimum(slope, 0.0) * delta / 2
+        prev_cdf, next_cdf = _sigmoid((sdf - half) * density), _sigmoid((sdf + half) * density)
+        return (prev_cdf - next_cdf + 1e-5) / (prev_cdf + 1e-5), slope, prev_cdf, next_cdf
+    else:
+        tail = tl.exp(-tl.abs(sdf) / density) / 2
+        laplace = tl.where(sdf < 0, 1.0 - tail, tail) / density
+        return 1.0 - tl.exp(-laplace * delta), sdf, tail, laplace
+
+
+@triton.jit
+def _opacity_back(d_alpha, sdf, gradient, direction, delta, density, NEUS: tl.constexpr):
+    """Gradients by the distance, the slope of the distance along the ray, and the density's parameter; [M] each."""
+    alpha, slope, a, b = _opacity(sdf, gradient, direction, delta, density, NEUS)
+    if NEUS:
+        half = tl.minimum(slope, 0.0) * delta / 2
+        d_alpha = tl.where((alpha >= 0) & (alpha <= 1), d_alpha, 0.0) / (a + 1e-5)
+        d_prev = d_alpha * b / (a + 1e-5) * a * (1.0 - a)
+        d_next = -d_alpha * b * (1.0 - b)
+        d_slope = tl.where(slope < 0, density * (d_next - d_prev) * delta / 2, 0.0)
+        return density * (d_prev + d_next), d_slope, d_prev * (sdf - half) + d_next * (sdf + half)
+    else:
+        d_laplace = d_alpha * delta * tl.exp(-b * delta)
+        d_sdf = -d_laplace * a / (density * density)
+        return d_sdf, tl.zeros_like(d_sdf), -(d_laplace * b + d_sdf * sdf) / density
+
+
+@triton.jit
+def _tile(edges_ptr, group, tile, R, S, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Samples [BLOCK_R * BLOCK_S] of a tile, ray by ray: their rays, places, whether they exist, starts and lengths."""
+    m = tl.arange(0, BLOCK_R * BLOCK_S).to(tl.int64)
+    r = group * BLOCK_R + m // BLOCK_S
+    s = tile * BLOCK_S + m % BLOCK_S
+    ok = (r < R) & (s < S)
+    at = edges_ptr + r * (S + 1) + s
+    start = tl.load(at, mask=ok, other=0.0)
+    return r, r * S + s, ok, start, tl.load(at + 1, mask=ok, other=0.0) - start
+
+
+@triton.jit
+def _load3(ptr, n, ok):
+    x = tl.load(ptr + 3 * n, mask=ok, other=0.0)
+    return x, tl.load(ptr + 3 * n + 1, mask=ok, other=0.0), tl.load(ptr + 3 * n + 2, mask=ok, other=0.0)
+
+
+@triton.jit
+def _store3(ptr, n, v, ok):
+    x, y, z = v
+    tl.store(ptr + 3 * n, x, mask=ok)
+    tl.store(ptr + 3 * n + 1, y, mask=ok)
+    tl.store(ptr + 3 * n + 2, z, mask=ok)
+
+
+@triton.jit
+def _sdf_values_kernel(
+    volume_ptr,  # [B, Z, Y, X, CHANNELS]
+    origins_ptr, directions_ptr, volume_idx_ptr, starts_ptr,  # [R, 3] x 2, [R], [N]
+    cells_per_unit_ptr, first_cell_ptr, mlp_ptr,  # [3], [3], packed
+    sdf_ptr,  # [N]
+    R, S, Z, Y, X, CHANNELS,
+    C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    r = n // S
+    ok = r < R
+    start = tl.load(starts_ptr + n, mask=ok, other=0.0)
+    point, _, place = sample_on_ray(
+        origins_ptr, directions_ptr, volume_idx_ptr, cells_per_unit_ptr, first_cell_ptr, r, start, ok, Z
+    )
+    feature = interpolate(volume_ptr, place, ok, Z, Y, X, CHANNELS, C)
+    ys, _ = sdf_layers(point, feature, mlp_ptr, C, H, LAYERS, PREC)
+    tl.store(sdf_ptr + n, distance(ys[LAYERS - 1], mlp_ptr, C, H, LAYERS), mask=ok)
+
+
+@triton.jit
+def _sdf_render_fwd_kernel(
+    volume_ptr,  # [B, Z, Y, X, CHANNELS]
+    origins_ptr, directions_ptr, volume_idx_ptr, hit_ptr, edges_ptr,  # [R, 3] x 2, [R] x 2, [R, S + 1]
+    cells_per_unit_ptr, first_cell_ptr,  # [3], [3]
+    sdf_mlp_ptr, rgb_mlp_ptr, density_ptr,  # packed, packed, [1]
+    rgb_ptr, depth_ptr, total_ptr,  # [R, 3], [R], [R] sum of the weights
+    weights_ptr, trans_ptr, sdf_ptr, gradient_ptr, colours_ptr,  # [N] x 3, [N, 3], [N, 3]
+    R, S, Z, Y, X, CHANNELS,
+    NEUS: tl.constexpr, PREC: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
+    SDF_LAYERS: tl.constexpr, RGB_LAYERS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    group = tl.program_id(0)
+    density = tl.load(density_ptr)
+    passed = tl.full((BLOCK_R,), 1.0, tl.float32)  # light that reaches the tile
+    total = tl.zeros((BLOCK_R,), tl.float32)
+    reach, red, green, blue = total, total, total, total
+    for tile in range(tl.cdiv(S, BLOCK_S)):
+        r, n, ok, start, delta = _tile(edges_ptr, group, tile, R, S, BLOCK_R, BLOCK_S)
+        point, direction, place = sample_on_ray(
+            origins_ptr, directions_ptr, volume_idx_ptr, cells_per_unit_ptr, first_cell_ptr, r, start, ok, Z
+        )
+        feature = interpolate(volume_ptr, place, ok, Z, Y, X, CHANNELS, C)
+        ys, slopes = sdf_layers(point, feature, sdf_mlp_ptr, C, H, SDF_LAYERS, PREC)
+        sdf = distance(ys[SDF_LAYERS - 1], sdf_mlp_ptr, C, H, SDF_LAYERS)
+        d_y, d_feature = distance_back(slopes, sdf_mlp_ptr, C, H, SDF_LAYERS, PREC)
+        gx, gy, gz = slope_against(volume_ptr, place, ok, d_feature, Z, Y, X, CHANNELS, C)
+        qx, qy, qz = against_point(d_y, sdf_mlp_ptr, H)
+        gx = gx * tl.load(cells_per_unit_ptr) + qx
+        gy = gy * tl.load(cells_per_unit_ptr + 1) + qy
+        gz = gz * tl.load(cells_per_unit_ptr + 2) + qz
+        gradient = (gx, gy, gz)
+
+        alpha, _, _, _ = _opacity(sdf, gradient, direction, delta, density, NEUS)
+        hit = ok & tl.load(hit_ptr + r, mask=ok, other=0)
+        alpha = tl.reshape(tl.where(hit, tl.minimum(tl.maximum(alpha, 0.0), 1.0), 0.0), (BLOCK_R, BLOCK_S))
+        # behind the last sample nothing weakens the light; k >= 1e-7, so dividing by it is safe
+        k = tl.where(tl.reshape(ok, (BLOCK_R, BLOCK_S)), 1.0 - alpha + 1e-7, 1.0)
+        through = passed[:, None] * tl.cumprod(k, axis=1)
+        trans = through / k
+        weight = trans * alpha
+        last = tl.arange(0, BLOCK_S)[None, :] == BLOCK_S - 1
+        passed = tl.sum(tl.where(last, through, 0.0), axis=1)
+        total += tl.sum(weight, axis=1)
+        reach += tl.sum(weight * tl.reshape(start, (BLOCK_R, BLOCK_S)), axis=1)
+        weight_of = tl.reshape(weight, (BLOCK_R * BLOCK_S,))
+        tl.store(weights_ptr + n, weight_of, mask=ok)
+        tl.store(trans_ptr + n, tl.reshape(trans, (BLOCK_R * BLOCK_S,)), mask=ok)
+        tl.store(sdf_ptr + n, sdf, mask=ok)
+        _store3(gradient_ptr, n, gradient, ok)
+        if RGB_LAYERS > 0:
+            geo = geometry(ys[SDF_LAYERS - 1], sdf_mlp_ptr, C, H, SDF_LAYERS, PREC)
+            _, _, colour = rgb_layers(point, direction, feature, gradient, geo, rgb_mlp_ptr, C, H, RGB_LAYERS, PREC)
+            channel = tl.arange(0, COLOURS)[None, :]
+            tl.store(colours_ptr + 3 * n[:, None] + channel, colour, mask=ok[:, None] & (channel < 3))
+            seen = colour * weight_of[:, None]
+            red += tl.sum(tl.reshape(tl.sum(tl.where(channel == 0, seen, 0.0), axis=1), (BLOCK_R, BLOCK_S)), axis=1)
+            green += tl.sum(tl.reshape(tl.sum(tl.where(channel == 1, seen, 0.0), axis=1), (BLOCK_R, BLOCK_S)), axis=1)
+            blue += tl.sum(tl.reshape(tl.sum(tl.where(channel == 2, seen, 0.0), axis=1), (BLOCK_R, BLOCK_S)), axis=1)
+    r = group.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    tl.store(depth_ptr + r, reach / (total + 1e-10), mask=r < R)
+    tl.store(total_ptr + r, total, mask=r < R)
+    if RGB_LAYERS > 0:
+        _store3(rgb_ptr, r, (red, green, blue), r < R)
+
+
+@triton.jit
+def _sdf_render_bwd_rgb_kernel(
+    volume_ptr,  # [B, Z, Y, X, CHANNELS]
+    origins_ptr, directions_ptr, volume_idx_ptr, hit_ptr, edges_ptr,  # [R, 3] x 2, [R] x 2, [R, S + 1]
+    cells_per_unit_ptr, first_cell_ptr,  # [3], [3]
+    sdf_mlp_ptr, rgb_mlp_ptr, density_ptr,  # packed, packed, [1]
+    depth_ptr, total_ptr,  # [R], [R] sum of the weights
+    weights_ptr, trans_ptr, sdf_ptr, gradient_ptr, colours_ptr,  # [N] x 3, [N, 3], [N, 3]
+    up_rgb_ptr, up_depth_ptr, up_weights_ptr, up_sdf_ptr, up_gradient_ptr,  # [R, 3], [R], [N] x 2, [N, 3]
+    d_sdf_ptr, d_gradient_ptr, d_feature_ptr, d_geometry_ptr,  # [N], [N, 3], [N, C], [N, H]
+    d_rgb_mlp_ptr, d_density_ptr,  # [programs, packed] zeros, [programs]
+    R, S, Z, Y, X, CHANNELS,
+    NEUS: tl.constexpr, PREC: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
+    SDF_LAYERS: tl.constexpr, RGB_LAYERS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    IN: tl.constexpr = C + H + 6
+    FLOATS: tl.constexpr = 4 * H + RGB_LAYERS * (IN + H + 2) * H + (COLOURS - H) * (H + 1)  # of the colour's MLP
+    d_mlp_ptr = d_rgb_mlp_ptr + tl.program_id(0).to(tl.int64) * FLOATS
+    density = tl.load(density_ptr)
+    d_density = tl.zeros((BLOCK_R * BLOCK_S,), tl.float32)
+    tiles = tl.cdiv(S, BLOCK_S)
+    s = tl.arange(0, BLOCK_S)
+    behind_it = s[None, :, None] < s[None, None, :]
+    for group in range(tl.program_id(0), tl.cdiv(R, BLOCK_R), tl.num_programs(0)):
+        behind = tl.zeros((BLOCK_R,), tl.float32)  # sum of weight * d_weight over the tiles behind
+        for i in range(tiles):
+            r, n, ok, start, delta = _tile(edges_ptr, group, tiles - 1 - i, R, S, BLOCK_R, BLOCK_S)
+            point, direction, place = sample_on_ray(
+                origins_ptr, directions_ptr, volume_idx_ptr, cells_per_unit_ptr, first_cell_ptr, r, start, ok, Z
+            )
+            gradient = _load3(gradient_ptr, n, ok)
+            sdf = tl.load(sdf_ptr + n, mask=ok, other=0.0)
+            weight = tl.load(weights_ptr + n, mask=ok, other=0.0)
+            d_depth = tl.load(up_depth_ptr + r, mask=ok, other=0.0) / (tl.load(total_ptr + r, mask=ok, other=1.0) + 1e-10)
+            d_weight = tl.load(up_weights_ptr + n, mask=ok, other=0.0)
+            d_weight += d_depth * (start - tl.load(depth_ptr + r, mask=ok, other=0.0))
+            if RGB_LAYERS > 0:
+                channel = tl.arange(0, COLOURS)[None, :]
+                some = ok[:, None] & (channel < 3)
+                colour = tl.load(colours_ptr + 3 * n[:, None] + channel, mask=some, other=0.0)
+                d_colour = tl.load(up_rgb_ptr + 3 * r[:, None] + channel, mask=some, other=0.0)
+                d_weight += tl.sum(d_colour * colour, axis=1)
+
+            share = tl.reshape(weight * d_weight, (BLOCK_R, BLOCK_S))
+            # summed afresh for every sample: a running sum minus its own term would drown what lies behind
+            later = behind[:, None] + tl.sum(tl.where(behind_it, share[:, None, :], 0.0), axis=2)
+            behind += tl.sum(share, axis=1)
+            alpha, _, _, _ = _opacity(sdf, gradient, direction, delta, density, NEUS)
+            k = 1.0 - tl.minimum(tl.maximum(alpha, 0.0), 1.0) + 1e-7
+            trans = tl.load(trans_ptr + n, mask=ok, other=0.0)
+            d_alpha = trans * d_weight - tl.reshape(later, (BLOCK_R * BLOCK_S,)) / k
+            d_alpha = tl.where(ok & tl.load(hit_ptr + r, mask=ok, other=0), d_alpha, 0.0)
+            d_sdf, d_slope, d_density_of = _opacity_back(d_alpha, sdf, gradient, direction, delta, density, NEUS)
+            d_density += d_density_of
+            tl.store(d_sdf_ptr + n, d_sdf + tl.load(up_sdf_ptr + n, mask=ok, other=0.0), mask=ok)
+            vx, vy, vz = _load3(up_gradient_ptr, n, ok)
+            vx += d_slope * direction[0]
+            vy += d_slope * direction[1]
+            vz += d_slope * direction[2]
+
+            if RGB_LAYERS > 0:
+                feature = interpolate(volume_ptr, place, ok, Z, Y, X, CHANNELS, C)
+                sdf_ys, _ = sdf_layers(point, feature, sdf_mlp_ptr, C, H, SDF_LAYERS, PREC)
+                geo = geometry(sdf_ys[SDF_LAYERS - 1], sdf_mlp_ptr, C, H, SDF_LAYERS, PREC)
+                ys, on, _ = rgb_layers(point, direction, feature, gradient, geo, rgb_mlp_ptr, C, H, RGB_LAYERS, PREC)
+                d_feature = tl.zeros((BLOCK_R * BLOCK_S, C), tl.float32)
+                d_geo = tl.zeros((BLOCK_R * BLOCK_S, H), tl.float32)
+                d_z = d_colour * weight[:, None] * colour * (1.0 - colour)
+                for j in tl.static_range(RGB_LAYERS):
+                    l: tl.constexpr = RGB_LAYERS - 1 - j
+                    at = 4 * H + l * (IN + H + 2) * H
+                    w = at + (IN + 1) * H
+                    geo_at = at + C + 6
+                    no_y = tl.zeros((1, H), tl.float32)
+                    d_y = times_back(d_z, rgb_mlp_ptr + w, H, no_y, H, PREC)
+                    d_feature = times_back(d_y, rgb_mlp_ptr + at + 3, IN, d_feature, C, PREC)
+                    d_geo = times_back(d_y, rgb_mlp_ptr + geo_at, IN, d_geo, H, PREC)
+                    qx, qy, qz = against_point(d_y, rgb_mlp_ptr + at + 3 + C, H, IN)
+                    vx += qx
+                    vy += qy
+                    vz += qz
+                    add_matrix(d_mlp_ptr + w, H, outer(d_z, ys[l], None, PREC))
+                    add_vector(d_mlp_ptr + w + d_z.shape[1] * H, tl.sum(d_z, axis=0))
+                    add_points(d_mlp_ptr + at, d_y, direction, IN)
+                    add_matrix(d_mlp_ptr + at + 3, IN, outer(d_y, feature, None, PREC))
+                    add_points(d_mlp_ptr + at + 3 + C, d_y, gradient, IN)
+                    add_matrix(d_mlp_ptr + geo_at, IN, outer(d_y, geo, None, PREC))
+                    add_vector(d_mlp_ptr + at + IN * H, tl.sum(d_y, axis=0))
+                    if l > 0:
+                        d_z = tl.where(on[l - 1], d_y, 0.0)
+                    else:
+                        add_points(d_mlp_ptr, d_y, point, 3)
+                        add_vector(d_mlp_ptr + 3 * H, tl.sum(d_y, axis=0))
+                rows = n[:, None]
+                tl.store(d_feature_ptr + rows * C + tl.arange(0, C)[None, :], d_feature, mask=ok[:, None])
+                tl.store(d_geometry_ptr + rows * H + tl.arange(0, H)[None, :], d_geo, mask=ok[:, None])
+                tl.debug_barrier()  # other threads may add to the sums next
+            _store3(d_gradient_ptr, n, (vx, vy, vz), ok)
+    tl.store(d_density_ptr + tl.program_id(0), tl.sum(d_density, axis=0))
+
+
+@triton.jit
+def _sdf_render_bwd_sdf_kernel(
+    volume_ptr,  # [B, Z, Y, X, CHANNELS]
+    origins_ptr, directions_ptr, volume_idx_ptr, hit_ptr, edges_ptr,  # [R, 3] x 2, [R] x 2, [R, S + 1]
+    cells_per_unit_ptr, first_cell_ptr,  # [3], [3]
+    sdf_mlp_ptr,  # packed
+    d_sdf_ptr, d_gradient_ptr, d_feature_ptr, d_geometry_ptr,  # [N], [N, 3], [N, C], [N, H]
+    d_sdf_mlp_ptr, d_volume_ptr,  # [programs, packed] zeros, [B, Z, Y, X, CHANNELS] zeros
+    d_slope_ptr, cell_idx_ptr,  # [N, C], [N]: written, and d_feature rewritten, instead of d_volume without SCATTER
+    N, S, Z, Y, X, CHANNELS,
+    NEUS: tl.constexpr, PREC: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
+    SDF_LAYERS: tl.constexpr, RGB_LAYERS: tl.constexpr, SCATTER: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    FLOATS: tl.constexpr = 4 * H + SDF_LAYERS * (C + H + 2) * H + H + 1  # of the distance's MLP
+    d_mlp_ptr = d_sdf_mlp_ptr + tl.program_id(0).to(tl.int64) * FLOATS
+    c = tl.arange(0, C)[None, :]
+    for tile in range(tl.program_id(0), tl.cdiv(N, BLOCK_M), tl.num_programs(0)):
+        n = tile * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
+        ok = n < N
+        r = n // S
+        start = tl.load(edges_ptr + n + r, mask=ok, other=0.0)
+        point, _, place = sample_on_ray(
+            origins_ptr, directions_ptr, volume_idx_ptr, cells_per_unit_ptr, first_cell_ptr, r, start, ok, Z
+        )
+        v = _load3(d_gradient_ptr, n, ok)
+        vx = v[0] * tl.load(cells_per_unit_ptr)  # in cells
+        vy = v[1] * tl.load(cells_per_unit_ptr + 1)
+        vz = v[2] * tl.load(cells_per_unit_ptr + 2)
+        feature = interpolate(volume_ptr, place, ok, Z, Y, X, CHANNELS, C)
+        along = interpolate_along(volume_ptr, place, ok, vx, vy, vz, Z, Y, X, CHANNELS, C)  # f.
+        ys, slopes = sdf_layers(point, feature, sdf_mlp_ptr, C, H, SDF_LAYERS, PREC)
+        no_y = tl.zeros((1, H), tl.float32)
+        x_dot = along_point(v, sdf_mlp_ptr, H)
+        y_dots = ()
+        z_dots = ()
+        for l in tl.static_range(SDF_LAYERS):
+            at = 4 * H + l * (C + H + 2) * H
+            y_dot = times(along, sdf_mlp_ptr + at, C, x_dot, H, PREC)
+            y_dots = y_dots + (y_dot,)
+            if l < SDF_LAYERS - 1:
+                z_dot = times(y_dot, sdf_mlp_ptr + at + (C + 1) * H, H, no_y, H, PREC)
+                z_dots = z_dots + (z_dot,)
+                x_dot = slopes[l] * z_dot
+
+        d_sdf = tl.load(d_sdf_ptr + n, mask=ok, other=0.0)
+        at = 4 * H + (SDF_LAYERS - 1) * (C + H + 2) * H
+        w = at + (C + 1) * H
+        to_sdf = vector(sdf_mlp_ptr + w, H)
+        d_y = d_sdf[:, None] * to_sdf  # y-
+        hat_y = tl.broadcast_to(to_sdf, (BLOCK_M, H))  # y^
+        d_feature = tl.zeros((BLOCK_M, C), tl.float32)
+        if RGB_LAYERS > 0:
+            d_feature = tl.load(d_feature_ptr + n[:, None] * C + c, mask=ok[:, None], other=0.0)
+            h = tl.arange(0, H)[None, :]
+            d_geo = tl.load(d_geometry_ptr + n[:, None] * H + h, mask=ok[:, None], other=0.0)
+            d_y = times_back(d_geo, sdf_mlp_ptr + w + H, H, d_y, H, PREC)
+            add_matrix(d_mlp_ptr + w + H, H, outer(d_geo, ys[SDF_LAYERS - 1], None, PREC))
+            add_vector(d_mlp_ptr + w + (1 + H) * H + 1, tl.sum(d_geo, axis=0))
+        add_vector(d_mlp_ptr + w, tl.sum(d_sdf[:, None] * ys[SDF_LAYERS - 1] + y_dots[SDF_LAYERS - 1], axis=0))
+        bias_ptr = d_mlp_ptr + w + (1 + H) * H
+        tl.store(bias_ptr, tl.load(bias_ptr) + tl.sum(d_sdf, axis=0))
+        hat_feature = tl.zeros((BLOCK_M, C), tl.float32)
+        for i in tl.static_range(SDF_LAYERS):
+            l: tl.constexpr = SDF_LAYERS - 1 - i
+            at = 4 * H + l * (C + H + 2) * H
+            w = at + (C + 1) * H
+            if l < SDF_LAYERS - 1:
+                bend = 100.0 * slopes[l] * (1.0 - slopes[l])  # act''
+                d_z = d_y * slopes[l] + hat_y * z_dots[l] * bend
+                hat_z = hat_y * slopes[l]
+                add_matrix(d_mlp_ptr + w, H, outer(hat_z, y_dots[l], outer(d_z, ys[l], None, PREC), PREC))
+                add_vector(d_mlp_ptr + w + H * H, tl.sum(d_z, axis=0))
+                d_y = times_back(d_z, sdf_mlp_ptr + w, H, no_y, H, PREC)
+                hat_y = times_back(hat_z, sdf_mlp_ptr + w, H, no_y, H, PREC)
+            d_feature = times_back(d_y, sdf_mlp_ptr + at, C, d_feature, C, PREC)
+            hat_feature = times_back(hat_y, sdf_mlp_ptr + at, C, hat_feature, C, PREC)
+            add_matrix(d_mlp_ptr + at, C, outer(hat_y, along, outer(d_y, feature, None, PREC), PREC))
+            add_vector(d_mlp_ptr + at + C * H, tl.sum(d_y, axis=0))
+        add_points(d_mlp_ptr, d_y, point, 3)
+        add_points(d_mlp_ptr, hat_y, v, 3)
+        add_vector(d_mlp_ptr + 3 * H, tl.sum(d_y, axis=0))
+        tl.debug_barrier()  # other threads may add to the sums next
+
+        if SCATTER:
+            for k in range(8):  # rolled: an atomic add has no latency to hide
+                row, row_ok, share, bx, by, bz = corner(place, ok, Z, Y, X, k)
+                d_row = share[:, None] * d_feature + (bx * vx + by * vy + bz * vz)[:, None] * hat_feature
+                some = row_ok[:, None] & (c < CHANNELS)
+                tl.atomic_add(d_volume_ptr + row[:, None] * CHANNELS + c, d_row, mask=some, sem="relaxed")
+        else:
+            tl.store(d_feature_ptr + n[:, None] * C + c, d_feature, mask=ok[:, None])
+            tl.store(d_slope_ptr + n[:, None] * C + c, hat_feature, mask=ok[:, None])
+            tl.store(cell_idx_ptr + n, _cell(place, Z, Y, X), mask=ok)
+
+
+@triton.jit
+def _cell(place, Z, Y, X):
+    """Number of the cell between 8 voxels that each place lies in; the cells half outside count. Elsewhere: the last."""
+    ux, uy, uz, first = place
+    x, y, z = tl.floor(ux) + 1, tl.floor(uy) + 1, tl.floor(uz) + 1
+    inside = (x >= 0) & (x <= X) & (y >= 0) & (y <= Y) & (z >= 0) & (z <= Z)
+    z = first // Z * (Z + 1) + tl.where(inside, z, 0.0).to(tl.int64)
+    cell = (z * (Y + 1) + tl.where(inside, y, 0.0).to(tl.int64)) * (X + 1) + tl.where(inside, x, 0.0).to(tl.int64)
+    return tl.where(inside, cell, 2147483647).to(tl.int32)
+
+
+def _sum_over_cells(d_volume, rays, cell, d_feature, d_slope, d_gradient):
+    """Fill the gradient of the volume: every voxel sums over the samples in its 8 cells, in the order of the samples."""
+    origins, directions, _, _, edges, *cells = rays
+    B, Z, Y, X, CHANNELS = d_volume.shape
+    cell, order = cell.sort(stable=True)
+    numbers = torch.arange(B * (Z + 1) * (Y + 1) * (X + 1) + 1, dtype=torch.int32, device=cell.device)
+    first_of_cell = torch.searchsorted(cell, numbers)
+    _cell_sum_kernel[(B * Z * Y * X,)](
+        order, first_of_cell, origins, directions, edges, *cells, d_feature, d_slope, d_gradient, d_volume,
+        edges.shape[1] - 1, Z, Y, X, CHANNELS, C=d_feature.shape[1], BLOCK_N=BLOCK_N, num_warps=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _cell_sum_kernel(
+    order_ptr, first_of_cell_ptr,  # [N] int64 samples by cell, [cells + 1] int64
+    origins_ptr, directions_ptr, edges_ptr, cells_per_unit_ptr, first_cell_ptr,  # [R, 3] x 2, [R, S + 1], [3], [3]
+    d_feature_ptr, d_slope_ptr, d_gradient_ptr,  # [N, C], [N, C], [N, 3]
+    d_volume_ptr,  # [B, Z, Y, X, CHANNELS]
+    S, Z, Y, X, CHANNELS,
+    C: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    voxel = tl.program_id(0).to(tl.int64)
+    x, y, z, b = voxel % X, voxel // X % Y, voxel // X // Y % Z, voxel // X // Y // Z
+    c = tl.arange(0, C)[None, :]
+    acc = tl.zeros((C,), tl.float32)
+    for k in range(8):  # the voxel is corner k of the cell
+        kx, ky, kz = k % 2, k // 2 % 2, k // 4
+        cell = ((b * (Z + 1) + z + 1 - kz) * (Y + 1) + y + 1 - ky) * (X + 1) + x + 1 - kx
+        end = tl.load(first_of_cell_ptr + cell + 1)
+        for i in range(tl.load(first_of_cell_ptr + cell), end, BLOCK_N):
+            i = i + tl.arange(0, BLOCK_N)
+            ok = i < end
+            n = tl.load(order_ptr + i, mask=ok, other=0)
+            start = tl.load(edges_ptr + n + n // S, mask=ok, other=0.0)
+            ax, bx = _share(origins_ptr, directions_ptr, cells_per_unit_ptr, first_cell_ptr, n // S, start, ok, x, kx)
+            ay, by = _share(
+                origins_ptr + 1, directions_ptr + 1, cells_per_unit_ptr + 1, first_cell_ptr + 1, n // S, start, ok, y, ky
+            )
+            az, bz = _share(
+                origins_ptr + 2, directions_ptr + 2, cells_per_unit_ptr + 2, first_cell_ptr + 2, n // S, start, ok, z, kz
+            )
+            vx, vy, vz = _load3(d_gradient_ptr, n, ok)
+            along = bx * ay * az * vx + ax * by * az * vy + ax * ay * bz * vz
+            d_feature = tl.load(d_feature_ptr + n[:, None] * C + c, mask=ok[:, None], other=0.0)
+            d_slope = tl.load(d_slope_ptr + n[:, None] * C + c, mask=ok[:, None], other=0.0)
+            acc += tl.sum((ax * ay * az)[:, None] * d_feature + along[:, None] * d_slope, axis=0)
+    c = tl.arange(0, C)
+    tl.store(d_volume_ptr + voxel * CHANNELS + c, acc, mask=c < CHANNELS)
+
+
+@triton.jit
+def _share(origin_ptr, direction_ptr, cells_per_unit_ptr, first_cell_ptr, r, start, ok, corner, upper):
+    """Along one axis: the share of a sample that corner of its cell has, and its slope by the point."""
+    point = tl.load(origin_ptr + 3 * r, mask=ok, other=0.0) + tl.load(direction_ptr + 3 * r, mask=ok, other=0.0) * start
+    cells_per_unit = tl.load(cells_per_unit_ptr)
+    sign = 2 * upper - 1
+    # 1 - upper + sign * (place - low), where corner = low + upper
+    return 1 + sign * (point * cells_per_unit + tl.load(first_cell_ptr) - corner), sign * cells_per_unit

@@ -1,15 +1,16 @@
 """The neural field on a tile of samples, inside a kernel: what the kernels of `sdf_render` share.
 
-Both MLPs see the point p and a conditioning vector c in every layer (UniPAD's decoders):
+Both MLPs (UniPAD's decoders) see the point p and a conditioning vector c in every layer. Multiplied out,
 
-    x_0 = P p + q,   y_l = x_l + C_l c + d_l,   z_l = W_l y_l + b_l,   x_{l+1} = act(z_l)
+    z_l = W_l x_l + A_l f + G_l geometry + E_l e,   x_{l+1} = act(z_l),   x_0 = 0,   e = (p, 1, direction, gradient)
 
-with c = f, the interpolated feature, and a softplus for the distance; c = (direction, f, gradient, geometry) and a ReLU
-for the colour. The last z of the first is the distance and the geometry vector.
+where f is the interpolated feature; the softplus MLP of the distance has no G and of e only (p, 1), the ReLU MLP of the
+colour has all. The last z of the first is (distance, geometry). Softplus keeps its slope in its value:
+act'(z) = 1 - exp(-100 act(z)), so no second array of activations is held.
 
-The leaves of an MLP lie in one flat tensor, in the order P, q and then C_l, d_l, W_l, b_l of each layer, each row-major
-[out, in] as `nn.Linear` has it. Widths are powers of two from 16 on: `packed` pads with zeros, which changes no result,
-since a padded column meets a padded entry and a padded row is met by padded columns only.
+An MLP lies in one matrix [rows, line]: a row an output unit, layer after layer; in it the columns of W, A, G and E.
+Widths are powers of two from 16 on. `packed` pads with zeros, which changes no result: a padded row is met by padded
+columns only.
 
 Sizes: M samples a tile, C channels and H hidden units (padded), LAYERS of the MLP. PREC is `tl.dot`'s input precision.
 """
@@ -20,32 +21,53 @@ import torch.nn.functional as F
 from kernels.backend import tl, triton
 from kernels.trilinear import _corner
 
-COLOURS = tl.constexpr(16)  # rows of the colour MLP's last layer: 3 and padding, as wide as a dot must be
+COLOURS = tl.constexpr(16)  # rows of the colour MLP's last layer: 3 and padding, as many as a dot must have
+SEEN = tl.constexpr(16)  # columns of E: p 3, 1, direction 3, gradient 3 and padding
 
 
-def packed(mlp, parts, hidden, outputs):
-    """One flat tensor of an MLP's leaves, padded; autograd cuts its gradient into theirs.
+def folded(mlp):
+    """An MLP's matrices multiplied out.
 
-    mlp:     list of P, q, then C_l, d_l, W_l, b_l of each layer.
-    parts:   list of (width, padded width) of the pieces of the conditioning vector.
-    hidden:  padded width of the layers.
-    outputs: padded width of the last one.
+    mlp: list of P [H, 3], q [H], then C_l [H, K], d_l [H], W_l [n_l, H], b_l [n_l] of each layer, at least two, of
+         x_0 = P p + q,  z_l = W_l (x_l + C_l c + d_l) + b_l.
+
+    Returns W_l C_l [sum n_l, K], the biases [sum n_l], W_0 P [H, 3], and the list of W_l.
     """
     point, offset, *layers = mlp
-    leaves = [_padded(point, hidden, 3), _padded(offset, hidden)]
-    for i in range(0, len(layers), 4):
-        C, d, W, b = layers[i : i + 4]
-        rows = hidden if i + 4 < len(layers) else outputs
-        if any(width != wide for width, wide in parts):
-            pieces = C.split([width for width, _ in parts], dim=1)
-            C = torch.cat([_padded(c, len(c), wide) for c, (_, wide) in zip(pieces, parts, strict=True)], dim=1)
-        leaves += [_padded(C, hidden, C.shape[1]), _padded(d, hidden), _padded(W, rows, hidden), _padded(b, rows)]
-    return torch.cat([leaf.reshape(-1) for leaf in leaves])
+    C, d, W, b = (layers[i::4] for i in range(4))
+    inner = torch.stack(W[:-1])  # [L - 1, H, H]
+    A = torch.cat([torch.bmm(inner, torch.stack(C[:-1])).flatten(0, 1), W[-1] @ C[-1]])
+    offsets, biases = torch.stack([d[0] + offset, *d[1:-1]])[..., None], torch.stack(b[:-1])[..., None]
+    bias = torch.cat([torch.baddbmm(biases, inner, offsets).flatten(), torch.addmv(b[-1], W[-1], d[-1])])
+    return A, bias, W[0] @ point, W
 
 
-def _padded(t, *shape):
-    pad = [n for have, want in zip(t.shape[::-1], shape[::-1], strict=True) for n in (0, want - have)]
-    return F.pad(t, pad) if any(pad) else t
+def packed(mlp, channels, rgb):
+    """An MLP as one matrix for the kernels, [rows, line]; autograd takes its gradient apart.
+
+    mlp: as for `folded`; of the colour if `rgb`, with conditioning vector (direction, feature, gradient, geometry).
+    """
+    A, bias, P, W = folded(mlp)
+    hidden, zeros = len(P), A.new_zeros(len(A), SEEN.value)
+    C, H = padded(channels), padded(hidden)
+    pieces = A.split([3, channels, 3, hidden] if rgb else [channels], dim=1)
+    direction, feature, gradient, geometry = pieces if rgb else (zeros[:, :3], *pieces, zeros[:, :3], zeros[:, :0])
+    columns = [
+        F.pad(torch.cat(W[1:]), (0, H - hidden, hidden, 0)),
+        F.pad(feature, (0, C - channels)) if C > channels else feature,
+        F.pad(geometry, (0, H - hidden)) if rgb and H > hidden else geometry,
+        F.pad(P, (0, 0, 0, len(A) - hidden)), bias[:, None], direction, gradient, zeros[:, :6],
+    ]  # fmt: skip
+    out = torch.cat(columns, dim=1)
+    if H > hidden:
+        layers = out.split([hidden] * (len(W) - 1) + [len(W[-1])])
+        out = torch.cat([F.pad(layer, (0, 0, 0, H - hidden)) for layer in layers])
+    return F.pad(out, (0, 0, 0, COLOURS.value - 3 - (H - hidden))) if rgb else out
+
+
+def padded(width):
+    """The width that kernels take for `width`."""
+    return max(16, triton.next_power_of_2(width))
 
 
 @triton.jit
@@ -120,154 +142,151 @@ def slope_against(volume_ptr, place, ok, d_feature, Z, Y, X, CHANNELS, C: tl.con
 
 
 @triton.jit
-def vector(ptr, N: tl.constexpr, stride=1):
+def vector(ptr, N: tl.constexpr):
     """[1, N]."""
-    return tl.load(ptr + stride * tl.arange(0, N))[None, :]
+    return tl.load(ptr + tl.arange(0, N))[None, :]
 
 
 @triton.jit
-def times(x, ptr, stride, out, N: tl.constexpr, PREC: tl.constexpr):
-    """out [M, N] + x [M, K] W^T, where W [N, K] has rows `stride` apart."""
+def times(x, ptr, LINE: tl.constexpr, out, N: tl.constexpr, PREC: tl.constexpr):
+    """out [M, N] + x [M, K] W^T, where W [N, K] are columns of a packed MLP."""
     k = tl.arange(0, x.shape[1])[:, None]
-    w = tl.load(ptr + tl.arange(0, N)[None, :] * stride + k)
+    w = tl.load(ptr + tl.arange(0, N)[None, :] * LINE + k)
     return tl.dot(x, w, tl.broadcast_to(out, (x.shape[0], N)), input_precision=PREC)
 
 
 @triton.jit
-def times_back(d_z, ptr, stride, out, K: tl.constexpr, PREC: tl.constexpr):
-    """out [M, K] + d_z [M, N] W, where W [N, K] has rows `stride` apart."""
+def times_back(d_z, ptr, LINE: tl.constexpr, out, K: tl.constexpr, PREC: tl.constexpr):
+    """out [M, K] + d_z [M, N] W, where W [N, K] are columns of a packed MLP."""
     n = tl.arange(0, d_z.shape[1])[:, None]
-    w = tl.load(ptr + n * stride + tl.arange(0, K)[None, :])
+    w = tl.load(ptr + n * LINE + tl.arange(0, K)[None, :])
     return tl.dot(d_z, w, tl.broadcast_to(out, (d_z.shape[0], K)), input_precision=PREC)
 
 
 @triton.jit
-def along_point(v, ptr, H: tl.constexpr):
-    """P v, [M, H]."""
-    vx, vy, vz = v
-    x = vx[:, None] * vector(ptr, H, 3)
-    x += vy[:, None] * vector(ptr + 1, H, 3)
-    return x + vz[:, None] * vector(ptr + 2, H, 3)
+def add_outer(ptr, LINE: tl.constexpr, a, b, out, PREC: tl.constexpr):
+    """Add out + a^T b ([M, N], [M, K] -> [N, K]) to columns of a packed gradient that this program alone writes."""
+    out = tl.dot(tl.trans(a), b, out, input_precision=PREC)
+    at = ptr + tl.arange(0, out.shape[0])[:, None] * LINE + tl.arange(0, out.shape[1])[None, :]
+    tl.store(at, tl.load(at) + out)
 
 
 @triton.jit
-def against_point(d_x, ptr, H: tl.constexpr, stride=3):
-    """P^T d_x, three of [M]."""
-    gx = tl.sum(d_x * vector(ptr, H, stride), axis=1)
-    gy = tl.sum(d_x * vector(ptr + 1, H, stride), axis=1)
-    return gx, gy, tl.sum(d_x * vector(ptr + 2, H, stride), axis=1)
+def add_row(ptr, value):
+    """Add value [K] to a row of a packed gradient that this program alone writes."""
+    at = ptr + tl.arange(0, value.shape[0])
+    tl.store(at, tl.load(at) + value)
+
+
+@triton.jit
+def columns(a, at: tl.constexpr):
+    """Columns at, at + 1 and at + 2 of [M, K], three of [M]."""
+    k = tl.arange(0, a.shape[1])[None, :]
+    x = tl.sum(tl.where(k == at, a, 0.0), axis=1)
+    y = tl.sum(tl.where(k == at + 1, a, 0.0), axis=1)
+    return x, y, tl.sum(tl.where(k == at + 2, a, 0.0), axis=1)
+
+
+@triton.jit
+def seen_by_sdf(point, one):
+    """e [M, SEEN] of the distance's MLP; its tangent along `point` with one = 0."""
+    k = tl.arange(0, SEEN)[None, :]
+    x, y, z = point
+    e = tl.where(k == 0, x[:, None], tl.where(k == 1, y[:, None], tl.where(k == 2, z[:, None], 0.0)))
+    return tl.where(k == 3, one, e)
+
+
+@triton.jit
+def seen_by_rgb(point, direction, gradient):
+    """e [M, SEEN] of the colour's MLP."""
+    k = tl.arange(0, SEEN)[None, :]
+    dx, dy, dz = direction
+    gx, gy, gz = gradient
+    e = seen_by_sdf(point, 1.0)
+    e = tl.where(k == 4, dx[:, None], tl.where(k == 5, dy[:, None], tl.where(k == 6, dz[:, None], e)))
+    return tl.where(k == 7, gx[:, None], tl.where(k == 8, gy[:, None], tl.where(k == 9, gz[:, None], e)))
 
 
 @triton.jit
 def softplus(z):
-    """log(1 + exp(100 z)) / 100 and its slope; beyond torch's threshold exactly z and 1."""
-    decay = tl.exp(-100.0 * tl.abs(z))
-    linear = 100.0 * z > 20.0
-    slope = tl.where(z < 0, decay, 1.0) / (1.0 + decay)
-    return tl.where(linear, z, tl.maximum(z, 0.0) + 0.01 * tl.log(1.0 + decay)), tl.where(linear, 1.0, slope)
+    """log(1 + exp(100 z)) / 100; beyond torch's threshold exactly z."""
+    value = tl.maximum(z, 0.0) + 0.01 * tl.log(1.0 + tl.exp(-100.0 * tl.abs(z)))
+    return tl.where(100.0 * z > 20.0, z, value)
 
 
 @triton.jit
-def sdf_layers(point, feature, mlp_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr):
-    """y_l of all layers and the slopes of the activations between them, two tuples of [M, H]."""
-    x = along_point(point, mlp_ptr, H) + vector(mlp_ptr + 3 * H, H)
-    ys = ()
-    slopes = ()
-    for l in tl.static_range(LAYERS):
-        at = mlp_ptr + 4 * H + l * (C + H + 2) * H
-        y = times(feature, at, C, x + vector(at + C * H, H), H, PREC)
-        ys = ys + (y,)
-        if l < LAYERS - 1:
-            z = times(y, at + (C + 1) * H, H, vector(at + (C + 1 + H) * H, H), H, PREC)
-            x, slope = softplus(z)
-            slopes = slopes + (slope,)
-    return ys, slopes
+def bent(x):
+    """act' and act'' / act' of the softplus where its value is x."""
+    decay = tl.exp(-100.0 * x)
+    return 1.0 - decay, 100.0 * decay
 
 
 @triton.jit
-def distance(y, mlp_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr):
-    """[M] from the last y."""
-    last = mlp_ptr + 4 * H + (LAYERS - 1) * (C + H + 2) * H + (C + 1) * H  # W of the last layer
-    return tl.sum(y * vector(last, H), axis=1) + tl.load(last + (1 + H) * H)
+def sdf_layers(e, feature, mlp_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr):
+    """x_1 .. x_{LAYERS - 1}: what every layer but the first is given, a tuple of [M, H]."""
+    LINE: tl.constexpr = C + H + SEEN
+    z = times(e, mlp_ptr + C + H, LINE, tl.zeros((1, H), tl.float32), H, PREC)
+    xs = (softplus(times(feature, mlp_ptr + H, LINE, z, H, PREC)),)
+    for l in tl.static_range(1, LAYERS - 1):
+        at = mlp_ptr + l * H * LINE
+        bias = tl.load(at + C + H + 3 + tl.arange(0, H) * LINE)[None, :]
+        z = times(feature, at + H, LINE, bias, H, PREC)
+        xs = xs + (softplus(times(xs[l - 1], at, LINE, z, H, PREC)),)
+    return xs
 
 
 @triton.jit
-def geometry(y, mlp_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr):
-    """[M, H] from the last y."""
-    last = mlp_ptr + 4 * H + (LAYERS - 1) * (C + H + 2) * H + (C + 1) * H
-    return times(y, last + H, H, vector(last + (1 + H) * H + 1, H), H, PREC)
+def distance(x, feature, mlp_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr):
+    """[M] from the last x."""
+    at = mlp_ptr + (LAYERS - 1) * H * (C + H + SEEN)
+    sdf = tl.sum(x * vector(at, H), axis=1) + tl.sum(feature * vector(at + H, C), axis=1)
+    return sdf + tl.load(at + H + C + 3)
 
 
 @triton.jit
-def distance_back(slopes, mlp_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr):
-    """d distance / d y_0 [M, H] and d distance / d feature [M, C]."""
-    at = mlp_ptr + 4 * H + (LAYERS - 1) * (C + H + 2) * H
-    d_y = tl.broadcast_to(vector(at + (C + 1) * H, H), (slopes[0].shape[0], H))
-    d_feature = times_back(d_y, at, C, tl.zeros((1, C), tl.float32), C, PREC)
-    for i in tl.static_range(LAYERS - 1):
-        at = mlp_ptr + 4 * H + (LAYERS - 2 - i) * (C + H + 2) * H
-        d_z = d_y * slopes[LAYERS - 2 - i]
-        d_y = times_back(d_z, at + (C + 1) * H, H, tl.zeros((1, H), tl.float32), H, PREC)
-        d_feature = times_back(d_y, at, C, d_feature, C, PREC)
-    return d_y, d_feature
+def geometry(x, feature, mlp_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr):
+    """[M, H] from the last x."""
+    LINE: tl.constexpr = C + H + SEEN
+    at = mlp_ptr + ((LAYERS - 1) * H + 1) * LINE
+    bias = tl.load(at + C + H + 3 + tl.arange(0, H) * LINE)[None, :]
+    return times(x, at, LINE, times(feature, at + H, LINE, bias, H, PREC), H, PREC)
+
+
+@triton.jit
+def distance_back(xs, mlp_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr):
+    """The distance's derivatives: by the point directly, three of [M], and by the feature [M, C]."""
+    LINE: tl.constexpr = C + H + SEEN
+    at = mlp_ptr + (LAYERS - 1) * H * LINE
+    d_feature = tl.broadcast_to(vector(at + H, C), (xs[0].shape[0], C))
+    d_z = bent(xs[LAYERS - 2])[0] * vector(at, H)
+    for l in tl.static_range(LAYERS - 2, -1, -1):
+        at = mlp_ptr + l * H * LINE
+        d_feature = times_back(d_z, at + H, LINE, d_feature, C, PREC)
+        if l > 0:
+            d_z = times_back(d_z, at, LINE, tl.zeros((1, H), tl.float32), H, PREC) * bent(xs[l - 1])[0]
+    px = tl.load(mlp_ptr + C + H + tl.arange(0, H) * LINE)[None, :]
+    py = tl.load(mlp_ptr + C + H + 1 + tl.arange(0, H) * LINE)[None, :]
+    pz = tl.load(mlp_ptr + C + H + 2 + tl.arange(0, H) * LINE)[None, :]
+    return (tl.sum(d_z * px, axis=1), tl.sum(d_z * py, axis=1), tl.sum(d_z * pz, axis=1)), d_feature
 
 
 @triton.jit
 def rgb_layers(
-    point, direction, feature, gradient, geo, mlp_ptr,
-    C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr,
+    e, feature, geo, mlp_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr
 ):  # fmt: skip
-    """y_l of all layers, a tuple of [M, H]; which units of the layers between are on; the colour [M, COLOURS]."""
-    IN: tl.constexpr = C + H + 6
-    dx, dy, dz = direction
-    gx, gy, gz = gradient
-    x = along_point(point, mlp_ptr, H) + vector(mlp_ptr + 3 * H, H)
-    ys = ()
-    on = ()
-    z = tl.zeros((dx.shape[0], COLOURS), tl.float32)
-    for l in tl.static_range(LAYERS):
-        at = mlp_ptr + 4 * H + l * (IN + H + 2) * H
-        y = x + vector(at + IN * H, H)
-        y += dx[:, None] * vector(at, H, IN) + dy[:, None] * vector(at + 1, H, IN) + dz[:, None] * vector(at + 2, H, IN)
-        to = at + 3 + C
-        y += gx[:, None] * vector(to, H, IN) + gy[:, None] * vector(to + 1, H, IN) + gz[:, None] * vector(to + 2, H, IN)
-        y = times(feature, at + 3, IN, y, H, PREC)
-        y = times(geo, to + 3, IN, y, H, PREC)
-        ys = ys + (y,)
-        w = at + (IN + 1) * H
-        if l < LAYERS - 1:
-            x = times(y, w, H, vector(w + H * H, H), H, PREC)
-            on = on + (x > 0,)
-            x = tl.maximum(x, 0.0)
-        else:
-            z = times(y, w, H, vector(w + COLOURS * H, COLOURS), COLOURS, PREC)
-    return ys, on, 1.0 / (1.0 + tl.exp(-z))
-
-
-@triton.jit
-def add_matrix(ptr, stride, value):
-    """Add value [N, K] to a matrix that this program alone writes."""
-    at = ptr + tl.arange(0, value.shape[0])[:, None] * stride + tl.arange(0, value.shape[1])[None, :]
-    tl.store(at, tl.load(at) + value)
-
-
-@triton.jit
-def add_vector(ptr, value, stride=1):
-    """Add value [N] to entries `stride` apart that this program alone writes."""
-    at = ptr + tl.arange(0, value.shape[0]) * stride
-    tl.store(at, tl.load(at) + value)
-
-
-@triton.jit
-def add_points(ptr, d_x, v, stride):
-    """Add the gradient d_x^T v to the three columns of P [H, 3], or of C_l, that v [M] x 3 entered by."""
-    vx, vy, vz = v
-    add_vector(ptr, tl.sum(d_x * vx[:, None], axis=0), stride)
-    add_vector(ptr + 1, tl.sum(d_x * vy[:, None], axis=0), stride)
-    add_vector(ptr + 2, tl.sum(d_x * vz[:, None], axis=0), stride)
-
-
-@triton.jit
-def outer(a, b, out, PREC: tl.constexpr):
-    """out + a^T b: [M, N], [M, K] -> [N, K]."""
-    return tl.dot(tl.trans(a), b, out, input_precision=PREC)
+    """x_1 .. x_{LAYERS - 1}, a tuple of [M, H], and the colour [M, COLOURS]."""
+    LINE: tl.constexpr = C + 2 * H + SEEN
+    xs = ()
+    z = tl.zeros((1, H), tl.float32)
+    for l in tl.static_range(LAYERS - 1):
+        at = mlp_ptr + l * H * LINE
+        z = times(e, at + C + 2 * H, LINE, tl.zeros((1, H), tl.float32), H, PREC)
+        z = times(geo, at + C + H, LINE, times(feature, at + H, LINE, z, H, PREC), H, PREC)
+        if l > 0:
+            z = times(xs[l - 1], at, LINE, z, H, PREC)
+        xs = xs + (tl.maximum(z, 0.0),)
+    at = mlp_ptr + (LAYERS - 1) * H * LINE
+    z = times(e, at + C + 2 * H, LINE, tl.zeros((1, COLOURS), tl.float32), COLOURS, PREC)
+    z = times(geo, at + C + H, LINE, times(feature, at + H, LINE, z, COLOURS, PREC), COLOURS, PREC)
+    z = times(xs[LAYERS - 2], at, LINE, z, COLOURS, PREC)
+    return xs, 1.0 / (1.0 + tl.exp(-z))

@@ -26,22 +26,24 @@ from kernels.backend import on_triton, tl, triton
 from kernels.sdf_alpha import _sigmoid
 from kernels.sdf_field import (
     COLOURS,
-    add_matrix,
-    add_points,
-    add_vector,
-    against_point,
-    along_point,
+    SEEN,
+    add_outer,
+    add_row,
+    bent,
+    columns,
     corner,
     distance,
     distance_back,
     geometry,
     interpolate,
     interpolate_along,
-    outer,
     packed,
+    padded,
     rgb_layers,
     sample_on_ray,
     sdf_layers,
+    seen_by_rgb,
+    seen_by_sdf,
     slope_against,
     times,
     times_back,
@@ -126,13 +128,11 @@ def _check(volume, rays, edges, mlps, method):
 
 
 def _packed(volume, mlps):
-    """Both MLPs as flat tensors (of the colour an empty one if there is none) and the kernels' sizes."""
-    (sdf, rgb), channels, hidden = mlps, volume.shape[4], mlps[0][1].shape[0]
-    C, H = (max(16, triton.next_power_of_2(n)) for n in (channels, hidden))
-    packs = [packed(sdf, [(channels, C)], H, 1 + H), volume.new_empty(0)]
-    if rgb is not None:
-        packs[1] = packed(rgb, [(3, 3), (channels, C), (3, 3), (hidden, H)], H, COLOURS.value)
-    return packs, dict(C=C, H=H, SDF_LAYERS=len(sdf[2::4]), RGB_LAYERS=0 if rgb is None else len(rgb[2::4]))
+    """Both MLPs as matrices (of the colour an empty one if there is none) and the kernels' sizes."""
+    (sdf, rgb), channels = mlps, volume.shape[4]
+    packs = [packed(sdf, channels, False), volume.new_empty(0) if rgb is None else packed(rgb, channels, True)]
+    sizes = dict(C=padded(channels), H=padded(len(sdf[0])))
+    return packs, sizes | dict(SDF_LAYERS=len(sdf[2::4]), RGB_LAYERS=0 if rgb is None else len(rgb[2::4]))
 
 
 def _precision(exact):
@@ -172,7 +172,7 @@ class SdfRender(torch.autograd.Function):
         d_feature = volume.new_empty(R * S if rgb or not scatter else 0, C)
         d_geometry = volume.new_empty(R * S if rgb else 0, options["H"])
         programs = min(PROGRAMS, max(1, triton.cdiv(R, BLOCK_R)))
-        d_rgb_mlp, d_density = volume.new_zeros(programs, len(rgb_mlp)), volume.new_zeros(programs)
+        d_rgb_mlp, d_density = volume.new_zeros(programs, *rgb_mlp.shape), volume.new_zeros(programs)
         if R:
             _sdf_render_bwd_rgb_kernel[(programs,)](
                 volume, *rays, sdf_mlp, rgb_mlp, density, *composited, *upstream,
@@ -182,7 +182,7 @@ class SdfRender(torch.autograd.Function):
         d_rgb_mlp = d_rgb_mlp.sum(0)
 
         programs = min(PROGRAMS, max(1, triton.cdiv(R * S, BLOCK_M)))
-        d_sdf_mlp = volume.new_zeros(programs, len(sdf_mlp))
+        d_sdf_mlp = volume.new_zeros(programs, *sdf_mlp.shape)
         d_volume = torch.zeros_like(volume)
         d_slope = volume.new_empty(0 if scatter else R * S, C)
         cell = torch.empty(len(d_slope), dtype=torch.int32, device=volume.device)
@@ -277,8 +277,8 @@ def _sdf_values_kernel(
         origins_ptr, directions_ptr, volume_idx_ptr, cells_per_unit_ptr, first_cell_ptr, r, start, ok, Z
     )
     feature = interpolate(volume_ptr, place, ok, Z, Y, X, CHANNELS, C)
-    ys, _ = sdf_layers(point, feature, mlp_ptr, C, H, LAYERS, PREC)
-    tl.store(sdf_ptr + n, distance(ys[LAYERS - 1], mlp_ptr, C, H, LAYERS), mask=ok)
+    xs = sdf_layers(seen_by_sdf(point, 1.0), feature, mlp_ptr, C, H, LAYERS, PREC)
+    tl.store(sdf_ptr + n, distance(xs[LAYERS - 2], feature, mlp_ptr, C, H, LAYERS), mask=ok)
 
 
 @triton.jit
@@ -304,11 +304,10 @@ def _sdf_render_fwd_kernel(
             origins_ptr, directions_ptr, volume_idx_ptr, cells_per_unit_ptr, first_cell_ptr, r, start, ok, Z
         )
         feature = interpolate(volume_ptr, place, ok, Z, Y, X, CHANNELS, C)
-        ys, slopes = sdf_layers(point, feature, sdf_mlp_ptr, C, H, SDF_LAYERS, PREC)
-        sdf = distance(ys[SDF_LAYERS - 1], sdf_mlp_ptr, C, H, SDF_LAYERS)
-        d_y, d_feature = distance_back(slopes, sdf_mlp_ptr, C, H, SDF_LAYERS, PREC)
+        xs = sdf_layers(seen_by_sdf(point, 1.0), feature, sdf_mlp_ptr, C, H, SDF_LAYERS, PREC)
+        sdf = distance(xs[SDF_LAYERS - 2], feature, sdf_mlp_ptr, C, H, SDF_LAYERS)
+        (qx, qy, qz), d_feature = distance_back(xs, sdf_mlp_ptr, C, H, SDF_LAYERS, PREC)
         gx, gy, gz = slope_against(volume_ptr, place, ok, d_feature, Z, Y, X, CHANNELS, C)
-        qx, qy, qz = against_point(d_y, sdf_mlp_ptr, H)
         gx = gx * tl.load(cells_per_unit_ptr) + qx
         gy = gy * tl.load(cells_per_unit_ptr + 1) + qy
         gz = gz * tl.load(cells_per_unit_ptr + 2) + qz
@@ -332,14 +331,15 @@ def _sdf_render_fwd_kernel(
         tl.store(sdf_ptr + n, sdf, mask=ok)
         _store3(gradient_ptr, n, gradient, ok)
         if RGB_LAYERS > 0:
-            geo = geometry(ys[SDF_LAYERS - 1], sdf_mlp_ptr, C, H, SDF_LAYERS, PREC)
-            _, _, colour = rgb_layers(point, direction, feature, gradient, geo, rgb_mlp_ptr, C, H, RGB_LAYERS, PREC)
+            geo = geometry(xs[SDF_LAYERS - 2], feature, sdf_mlp_ptr, C, H, SDF_LAYERS, PREC)
+            e = seen_by_rgb(point, direction, gradient)
+            _, colour = rgb_layers(e, feature, geo, rgb_mlp_ptr, C, H, RGB_LAYERS, PREC)
             channel = tl.arange(0, COLOURS)[None, :]
             tl.store(colours_ptr + 3 * n[:, None] + channel, colour, mask=ok[:, None] & (channel < 3))
-            seen = colour * weight_of[:, None]
-            red += tl.sum(tl.reshape(tl.sum(tl.where(channel == 0, seen, 0.0), axis=1), (BLOCK_R, BLOCK_S)), axis=1)
-            green += tl.sum(tl.reshape(tl.sum(tl.where(channel == 1, seen, 0.0), axis=1), (BLOCK_R, BLOCK_S)), axis=1)
-            blue += tl.sum(tl.reshape(tl.sum(tl.where(channel == 2, seen, 0.0), axis=1), (BLOCK_R, BLOCK_S)), axis=1)
+            r_, g_, b_ = columns(colour * weight_of[:, None], 0)
+            red += tl.sum(tl.reshape(r_, (BLOCK_R, BLOCK_S)), axis=1)
+            green += tl.sum(tl.reshape(g_, (BLOCK_R, BLOCK_S)), axis=1)
+            blue += tl.sum(tl.reshape(b_, (BLOCK_R, BLOCK_S)), axis=1)
     r = group.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     tl.store(depth_ptr + r, reach / (total + 1e-10), mask=r < R)
     tl.store(total_ptr + r, total, mask=r < R)
@@ -362,9 +362,9 @@ def _sdf_render_bwd_rgb_kernel(
     NEUS: tl.constexpr, PREC: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
     SDF_LAYERS: tl.constexpr, RGB_LAYERS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    IN: tl.constexpr = C + H + 6
-    FLOATS: tl.constexpr = 4 * H + RGB_LAYERS * (IN + H + 2) * H + (COLOURS - H) * (H + 1)  # of the colour's MLP
-    d_mlp_ptr = d_rgb_mlp_ptr + tl.program_id(0).to(tl.int64) * FLOATS
+    LINE: tl.constexpr = C + 2 * H + SEEN
+    ROWS: tl.constexpr = (RGB_LAYERS - 1) * H + COLOURS
+    d_mlp_ptr = d_rgb_mlp_ptr + tl.program_id(0).to(tl.int64) * ROWS * LINE
     density = tl.load(density_ptr)
     d_density = tl.zeros((BLOCK_R * BLOCK_S,), tl.float32)
     tiles = tl.cdiv(S, BLOCK_S)
@@ -409,37 +409,30 @@ def _sdf_render_bwd_rgb_kernel(
 
             if RGB_LAYERS > 0:
                 feature = interpolate(volume_ptr, place, ok, Z, Y, X, CHANNELS, C)
-                sdf_ys, _ = sdf_layers(point, feature, sdf_mlp_ptr, C, H, SDF_LAYERS, PREC)
-                geo = geometry(sdf_ys[SDF_LAYERS - 1], sdf_mlp_ptr, C, H, SDF_LAYERS, PREC)
-                ys, on, _ = rgb_layers(point, direction, feature, gradient, geo, rgb_mlp_ptr, C, H, RGB_LAYERS, PREC)
-                d_feature = tl.zeros((BLOCK_R * BLOCK_S, C), tl.float32)
-                d_geo = tl.zeros((BLOCK_R * BLOCK_S, H), tl.float32)
+                sdf_xs = sdf_layers(seen_by_sdf(point, 1.0), feature, sdf_mlp_ptr, C, H, SDF_LAYERS, PREC)
+                geo = geometry(sdf_xs[SDF_LAYERS - 2], feature, sdf_mlp_ptr, C, H, SDF_LAYERS, PREC)
+                e = seen_by_rgb(point, direction, gradient)
+                xs, _ = rgb_layers(e, feature, geo, rgb_mlp_ptr, C, H, RGB_LAYERS, PREC)
+                d_feature = tl.zeros((1, C), tl.float32)
+                d_geo = tl.zeros((1, H), tl.float32)
+                d_e = tl.zeros((1, SEEN), tl.float32)
                 d_z = d_colour * weight[:, None] * colour * (1.0 - colour)
-                for j in tl.static_range(RGB_LAYERS):
-                    l: tl.constexpr = RGB_LAYERS - 1 - j
-                    at = 4 * H + l * (IN + H + 2) * H
-                    w = at + (IN + 1) * H
-                    geo_at = at + C + 6
-                    no_y = tl.zeros((1, H), tl.float32)
-                    d_y = times_back(d_z, rgb_mlp_ptr + w, H, no_y, H, PREC)
-                    d_feature = times_back(d_y, rgb_mlp_ptr + at + 3, IN, d_feature, C, PREC)
-                    d_geo = times_back(d_y, rgb_mlp_ptr + geo_at, IN, d_geo, H, PREC)
-                    qx, qy, qz = against_point(d_y, rgb_mlp_ptr + at + 3 + C, H, IN)
-                    vx += qx
-                    vy += qy
-                    vz += qz
-                    add_matrix(d_mlp_ptr + w, H, outer(d_z, ys[l], None, PREC))
-                    add_vector(d_mlp_ptr + w + d_z.shape[1] * H, tl.sum(d_z, axis=0))
-                    add_points(d_mlp_ptr + at, d_y, direction, IN)
-                    add_matrix(d_mlp_ptr + at + 3, IN, outer(d_y, feature, None, PREC))
-                    add_points(d_mlp_ptr + at + 3 + C, d_y, gradient, IN)
-                    add_matrix(d_mlp_ptr + geo_at, IN, outer(d_y, geo, None, PREC))
-                    add_vector(d_mlp_ptr + at + IN * H, tl.sum(d_y, axis=0))
+                for l in tl.static_range(RGB_LAYERS - 1, -1, -1):
+                    at = l * H * LINE
+                    add_outer(d_mlp_ptr + at + H, LINE, d_z, feature, None, PREC)
+                    add_outer(d_mlp_ptr + at + H + C, LINE, d_z, geo, None, PREC)
+                    add_outer(d_mlp_ptr + at + 2 * H + C, LINE, d_z, e, None, PREC)
+                    d_feature = times_back(d_z, rgb_mlp_ptr + at + H, LINE, d_feature, C, PREC)
+                    d_geo = times_back(d_z, rgb_mlp_ptr + at + H + C, LINE, d_geo, H, PREC)
+                    d_e = times_back(d_z, rgb_mlp_ptr + at + 2 * H + C, LINE, d_e, SEEN, PREC)
                     if l > 0:
-                        d_z = tl.where(on[l - 1], d_y, 0.0)
-                    else:
-                        add_points(d_mlp_ptr, d_y, point, 3)
-                        add_vector(d_mlp_ptr + 3 * H, tl.sum(d_y, axis=0))
+                        add_outer(d_mlp_ptr + at, LINE, d_z, xs[l - 1], None, PREC)
+                        d_x = times_back(d_z, rgb_mlp_ptr + at, LINE, tl.zeros((1, H), tl.float32), H, PREC)
+                        d_z = tl.where(xs[l - 1] > 0, d_x, 0.0)
+                qx, qy, qz = columns(d_e, 7)
+                vx += qx
+                vy += qy
+                vz += qz
                 rows = n[:, None]
                 tl.store(d_feature_ptr + rows * C + tl.arange(0, C)[None, :], d_feature, mask=ok[:, None])
                 tl.store(d_geometry_ptr + rows * H + tl.arange(0, H)[None, :], d_geo, mask=ok[:, None])
@@ -461,8 +454,9 @@ def _sdf_render_bwd_sdf_kernel(
     NEUS: tl.constexpr, PREC: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
     SDF_LAYERS: tl.constexpr, RGB_LAYERS: tl.constexpr, SCATTER: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    FLOATS: tl.constexpr = 4 * H + SDF_LAYERS * (C + H + 2) * H + H + 1  # of the distance's MLP
-    d_mlp_ptr = d_sdf_mlp_ptr + tl.program_id(0).to(tl.int64) * FLOATS
+    LINE: tl.constexpr = C + H + SEEN
+    ROWS: tl.constexpr = SDF_LAYERS * H + 1
+    d_mlp_ptr = d_sdf_mlp_ptr + tl.program_id(0).to(tl.int64) * ROWS * LINE
     c = tl.arange(0, C)[None, :]
     for tile in range(tl.program_id(0), tl.cdiv(N, BLOCK_M), tl.num_programs(0)):
         n = tile * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
@@ -478,57 +472,53 @@ def _sdf_render_bwd_sdf_kernel(
         vz = v[2] * tl.load(cells_per_unit_ptr + 2)
         feature = interpolate(volume_ptr, place, ok, Z, Y, X, CHANNELS, C)
         along = interpolate_along(volume_ptr, place, ok, vx, vy, vz, Z, Y, X, CHANNELS, C)  # f.
-        ys, slopes = sdf_layers(point, feature, sdf_mlp_ptr, C, H, SDF_LAYERS, PREC)
-        no_y = tl.zeros((1, H), tl.float32)
-        x_dot = along_point(v, sdf_mlp_ptr, H)
-        y_dots = ()
-        z_dots = ()
-        for l in tl.static_range(SDF_LAYERS):
-            at = 4 * H + l * (C + H + 2) * H
-            y_dot = times(along, sdf_mlp_ptr + at, C, x_dot, H, PREC)
-            y_dots = y_dots + (y_dot,)
-            if l < SDF_LAYERS - 1:
-                z_dot = times(y_dot, sdf_mlp_ptr + at + (C + 1) * H, H, no_y, H, PREC)
-                z_dots = z_dots + (z_dot,)
-                x_dot = slopes[l] * z_dot
+        e, e_dot = seen_by_sdf(point, 1.0), seen_by_sdf(v, 0.0)
+        xs = sdf_layers(e, feature, sdf_mlp_ptr, C, H, SDF_LAYERS, PREC)
+        zero = tl.zeros((1, H), tl.float32)
+        z_dot = times(e_dot, sdf_mlp_ptr + C + H, LINE, zero, H, PREC)
+        x_dots = (bent(xs[0])[0] * times(along, sdf_mlp_ptr + H, LINE, z_dot, H, PREC),)
+        for l in tl.static_range(1, SDF_LAYERS - 1):
+            at = sdf_mlp_ptr + l * H * LINE
+            z_dot = times(x_dots[l - 1], at, LINE, times(along, at + H, LINE, zero, H, PREC), H, PREC)
+            x_dots = x_dots + (bent(xs[l])[0] * z_dot,)
 
-        d_sdf = tl.load(d_sdf_ptr + n, mask=ok, other=0.0)
-        at = 4 * H + (SDF_LAYERS - 1) * (C + H + 2) * H
-        w = at + (C + 1) * H
-        to_sdf = vector(sdf_mlp_ptr + w, H)
-        d_y = d_sdf[:, None] * to_sdf  # y-
-        hat_y = tl.broadcast_to(to_sdf, (BLOCK_M, H))  # y^
-        d_feature = tl.zeros((BLOCK_M, C), tl.float32)
+        # the last layer: its row 0 is the distance's, the others are the geometry's
+        last: tl.constexpr = (SDF_LAYERS - 1) * H * LINE
+        d_sdf = tl.load(d_sdf_ptr + n, mask=ok, other=0.0)[:, None]
+        d_x = d_sdf * vector(sdf_mlp_ptr + last, H)  # x-
+        d_feature = d_sdf * vector(sdf_mlp_ptr + last + H, C)  # f-
+        hat_x = tl.broadcast_to(vector(sdf_mlp_ptr + last, H), (BLOCK_M, H))  # x^
+        hat_feature = tl.broadcast_to(vector(sdf_mlp_ptr + last + H, C), (BLOCK_M, C))  # f^
+        add_row(d_mlp_ptr + last, tl.sum(d_sdf * xs[SDF_LAYERS - 2] + x_dots[SDF_LAYERS - 2], axis=0))
+        add_row(d_mlp_ptr + last + H, tl.sum(d_sdf * feature + along, axis=0))
+        add_row(d_mlp_ptr + last + H + C, tl.sum(d_sdf * e, axis=0))
         if RGB_LAYERS > 0:
-            d_feature = tl.load(d_feature_ptr + n[:, None] * C + c, mask=ok[:, None], other=0.0)
             h = tl.arange(0, H)[None, :]
+            d_feature += tl.load(d_feature_ptr + n[:, None] * C + c, mask=ok[:, None], other=0.0)
             d_geo = tl.load(d_geometry_ptr + n[:, None] * H + h, mask=ok[:, None], other=0.0)
-            d_y = times_back(d_geo, sdf_mlp_ptr + w + H, H, d_y, H, PREC)
-            add_matrix(d_mlp_ptr + w + H, H, outer(d_geo, ys[SDF_LAYERS - 1], None, PREC))
-            add_vector(d_mlp_ptr + w + (1 + H) * H + 1, tl.sum(d_geo, axis=0))
-        add_vector(d_mlp_ptr + w, tl.sum(d_sdf[:, None] * ys[SDF_LAYERS - 1] + y_dots[SDF_LAYERS - 1], axis=0))
-        bias_ptr = d_mlp_ptr + w + (1 + H) * H
-        tl.store(bias_ptr, tl.load(bias_ptr) + tl.sum(d_sdf, axis=0))
-        hat_feature = tl.zeros((BLOCK_M, C), tl.float32)
-        for i in tl.static_range(SDF_LAYERS):
-            l: tl.constexpr = SDF_LAYERS - 1 - i
-            at = 4 * H + l * (C + H + 2) * H
-            w = at + (C + 1) * H
-            if l < SDF_LAYERS - 1:
-                bend = 100.0 * slopes[l] * (1.0 - slopes[l])  # act''
-                d_z = d_y * slopes[l] + hat_y * z_dots[l] * bend
-                hat_z = hat_y * slopes[l]
-                add_matrix(d_mlp_ptr + w, H, outer(hat_z, y_dots[l], outer(d_z, ys[l], None, PREC), PREC))
-                add_vector(d_mlp_ptr + w + H * H, tl.sum(d_z, axis=0))
-                d_y = times_back(d_z, sdf_mlp_ptr + w, H, no_y, H, PREC)
-                hat_y = times_back(hat_z, sdf_mlp_ptr + w, H, no_y, H, PREC)
-            d_feature = times_back(d_y, sdf_mlp_ptr + at, C, d_feature, C, PREC)
-            hat_feature = times_back(hat_y, sdf_mlp_ptr + at, C, hat_feature, C, PREC)
-            add_matrix(d_mlp_ptr + at, C, outer(hat_y, along, outer(d_y, feature, None, PREC), PREC))
-            add_vector(d_mlp_ptr + at + C * H, tl.sum(d_y, axis=0))
-        add_points(d_mlp_ptr, d_y, point, 3)
-        add_points(d_mlp_ptr, hat_y, v, 3)
-        add_vector(d_mlp_ptr + 3 * H, tl.sum(d_y, axis=0))
+            d_x = times_back(d_geo, sdf_mlp_ptr + last + LINE, LINE, d_x, H, PREC)
+            d_feature = times_back(d_geo, sdf_mlp_ptr + last + LINE + H, LINE, d_feature, C, PREC)
+            add_outer(d_mlp_ptr + last + LINE, LINE, d_geo, xs[SDF_LAYERS - 2], None, PREC)
+            add_outer(d_mlp_ptr + last + LINE + H, LINE, d_geo, feature, None, PREC)
+            add_outer(d_mlp_ptr + last + LINE + H + C, LINE, d_geo, e, None, PREC)
+        for l in tl.static_range(SDF_LAYERS - 2, -1, -1):
+            at = l * H * LINE
+            slope, bend = bent(xs[l])
+            d_z = d_x * slope + hat_x * x_dots[l] * bend
+            hat_z = hat_x * slope
+            out = tl.dot(tl.trans(hat_z), along, input_precision=PREC)
+            add_outer(d_mlp_ptr + at + H, LINE, d_z, feature, out, PREC)
+            d_feature = times_back(d_z, sdf_mlp_ptr + at + H, LINE, d_feature, C, PREC)
+            hat_feature = times_back(hat_z, sdf_mlp_ptr + at + H, LINE, hat_feature, C, PREC)
+            if l > 0:
+                add_outer(d_mlp_ptr + at + H + C, LINE, d_z, e, None, PREC)
+                out = tl.dot(tl.trans(hat_z), x_dots[l - 1], input_precision=PREC)
+                add_outer(d_mlp_ptr + at, LINE, d_z, xs[l - 1], out, PREC)
+                d_x = times_back(d_z, sdf_mlp_ptr + at, LINE, zero, H, PREC)
+                hat_x = times_back(hat_z, sdf_mlp_ptr + at, LINE, zero, H, PREC)
+            else:
+                out = tl.dot(tl.trans(hat_z), e_dot, input_precision=PREC)
+                add_outer(d_mlp_ptr + at + H + C, LINE, d_z, e, out, PREC)
         tl.debug_barrier()  # other threads may add to the sums next
 
         if SCATTER:

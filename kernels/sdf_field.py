@@ -111,7 +111,7 @@ def rows_of(volume_ptr, row, ok, CHANNELS, C: tl.constexpr):
 def interpolate(volume_ptr, place, ok, Z, Y, X, CHANNELS, C: tl.constexpr):
     """The feature [M, C] at each place."""
     feature = tl.zeros((place[0].shape[0], C), tl.float32)
-    for k in tl.static_range(8):
+    for k in range(8):
         row, row_ok, share, _, _, _ = corner(place, ok, Z, Y, X, k)
         feature += share[:, None] * rows_of(volume_ptr, row, row_ok, CHANNELS, C)
     return feature
@@ -121,7 +121,7 @@ def interpolate(volume_ptr, place, ok, Z, Y, X, CHANNELS, C: tl.constexpr):
 def interpolate_along(volume_ptr, place, ok, vx, vy, vz, Z, Y, X, CHANNELS, C: tl.constexpr):
     """Derivative [M, C] of the feature along v, in cells."""
     feature = tl.zeros((vx.shape[0], C), tl.float32)
-    for k in tl.static_range(8):
+    for k in range(8):
         row, row_ok, _, bx, by, bz = corner(place, ok, Z, Y, X, k)
         feature += (bx * vx + by * vy + bz * vz)[:, None] * rows_of(volume_ptr, row, row_ok, CHANNELS, C)
     return feature
@@ -132,7 +132,7 @@ def slope_against(volume_ptr, place, ok, d_feature, Z, Y, X, CHANNELS, C: tl.con
     """Gradient, per cell, of d_feature [M, C] . feature by the place: three of [M]."""
     gx = tl.zeros((d_feature.shape[0],), tl.float32)
     gy, gz = gx, gx
-    for k in tl.static_range(8):
+    for k in range(8):
         row, row_ok, _, bx, by, bz = corner(place, ok, Z, Y, X, k)
         along = tl.sum(rows_of(volume_ptr, row, row_ok, CHANNELS, C) * d_feature, axis=1)
         gx += bx * along
@@ -222,17 +222,27 @@ def bent(x):
 
 
 @triton.jit
-def sdf_layers(e, feature, mlp_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr):
-    """x_1 .. x_{LAYERS - 1}: what every layer but the first is given, a tuple of [M, H]."""
+def kept(ptr, l, M: tl.constexpr, H: tl.constexpr):
+    """Where this program keeps x_l, [M, H]."""
+    return ptr + (l * M + tl.arange(0, M)[:, None]) * H + tl.arange(0, H)[None, :]
+
+
+@triton.jit
+def sdf_hidden(
+    e, feature, mlp_ptr, keep_ptr,
+    KEEP: tl.constexpr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """What the last layer is given, [M, H]; KEEP: what each layer before it was given stays at `kept`."""
     LINE: tl.constexpr = C + H + SEEN
-    z = times(e, mlp_ptr + C + H, LINE, tl.zeros((1, H), tl.float32), H, PREC)
-    xs = (softplus(times(feature, mlp_ptr + H, LINE, z, H, PREC)),)
-    for l in tl.static_range(1, LAYERS - 1):
+    M: tl.constexpr = e.shape[0]
+    x = tl.zeros((M, H), tl.float32)
+    for l in range(LAYERS - 1):
         at = mlp_ptr + l * H * LINE
-        bias = tl.load(at + C + H + 3 + tl.arange(0, H) * LINE)[None, :]
-        z = times(feature, at + H, LINE, bias, H, PREC)
-        xs = xs + (softplus(times(xs[l - 1], at, LINE, z, H, PREC)),)
-    return xs
+        if KEEP:
+            tl.store(kept(keep_ptr, l, M, H), x)
+        z = times(e, at + C + H, LINE, tl.zeros((1, H), tl.float32), H, PREC)
+        x = softplus(times(x, at, LINE, times(feature, at + H, LINE, z, H, PREC), H, PREC))
+    return x
 
 
 @triton.jit
@@ -253,17 +263,23 @@ def geometry(x, feature, mlp_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.c
 
 
 @triton.jit
-def distance_back(xs, mlp_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr):
-    """The distance's derivatives: by the point directly, three of [M], and by the feature [M, C]."""
+def distance_back(
+    x, mlp_ptr, keep_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr
+):  # fmt: skip
+    """The distance's derivatives, after `sdf_hidden`: by the point directly, three of [M], and by the feature [M, C]."""
     LINE: tl.constexpr = C + H + SEEN
+    M: tl.constexpr = x.shape[0]
     at = mlp_ptr + (LAYERS - 1) * H * LINE
-    d_feature = tl.broadcast_to(vector(at + H, C), (xs[0].shape[0], C))
-    d_z = bent(xs[LAYERS - 2])[0] * vector(at, H)
-    for l in tl.static_range(LAYERS - 2, -1, -1):
+    d_feature = tl.broadcast_to(vector(at + H, C), (M, C))
+    d_x = tl.broadcast_to(vector(at, H), (M, H))
+    d_z = d_x
+    for i in range(LAYERS - 1):
+        l = LAYERS - 2 - i
         at = mlp_ptr + l * H * LINE
+        d_z = d_x * bent(x)[0]
         d_feature = times_back(d_z, at + H, LINE, d_feature, C, PREC)
-        if l > 0:
-            d_z = times_back(d_z, at, LINE, tl.zeros((1, H), tl.float32), H, PREC) * bent(xs[l - 1])[0]
+        d_x = times_back(d_z, at, LINE, tl.zeros((1, H), tl.float32), H, PREC)
+        x = tl.load(kept(keep_ptr, l, M, H))
     px = tl.load(mlp_ptr + C + H + tl.arange(0, H) * LINE)[None, :]
     py = tl.load(mlp_ptr + C + H + 1 + tl.arange(0, H) * LINE)[None, :]
     pz = tl.load(mlp_ptr + C + H + 2 + tl.arange(0, H) * LINE)[None, :]
@@ -271,22 +287,31 @@ def distance_back(xs, mlp_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.cons
 
 
 @triton.jit
-def rgb_layers(
-    e, feature, geo, mlp_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr
+def rgb_hidden(
+    e, feature, geo, mlp_ptr, keep_ptr,
+    KEEP: tl.constexpr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """x_1 .. x_{LAYERS - 1}, a tuple of [M, H], and the colour [M, COLOURS]."""
+    """As `sdf_hidden`, of the colour's MLP."""
     LINE: tl.constexpr = C + 2 * H + SEEN
-    xs = ()
-    z = tl.zeros((1, H), tl.float32)
-    for l in tl.static_range(LAYERS - 1):
+    M: tl.constexpr = e.shape[0]
+    x = tl.zeros((M, H), tl.float32)
+    for l in range(LAYERS - 1):
         at = mlp_ptr + l * H * LINE
+        if KEEP:
+            tl.store(kept(keep_ptr, l, M, H), x)
         z = times(e, at + C + 2 * H, LINE, tl.zeros((1, H), tl.float32), H, PREC)
         z = times(geo, at + C + H, LINE, times(feature, at + H, LINE, z, H, PREC), H, PREC)
-        if l > 0:
-            z = times(xs[l - 1], at, LINE, z, H, PREC)
-        xs = xs + (tl.maximum(z, 0.0),)
+        x = tl.maximum(times(x, at, LINE, z, H, PREC), 0.0)
+    return x
+
+
+@triton.jit
+def colour_of(
+    x, e, feature, geo, mlp_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr
+):  # fmt: skip
+    """[M, COLOURS] in [0, 1] from the last x."""
+    LINE: tl.constexpr = C + 2 * H + SEEN
     at = mlp_ptr + (LAYERS - 1) * H * LINE
     z = times(e, at + C + 2 * H, LINE, tl.zeros((1, COLOURS), tl.float32), COLOURS, PREC)
     z = times(geo, at + C + H, LINE, times(feature, at + H, LINE, z, COLOURS, PREC), COLOURS, PREC)
-    z = times(xs[LAYERS - 2], at, LINE, z, COLOURS, PREC)
-    return xs, 1.0 / (1.0 + tl.exp(-z))
+    return 1.0 / (1.0 + tl.exp(-times(x, at, LINE, z, COLOURS, PREC)))

@@ -30,6 +30,7 @@ from kernels.sdf_field import (
     add_outer,
     add_row,
     bent,
+    colour_of,
     columns,
     corner,
     distance,
@@ -37,14 +38,16 @@ from kernels.sdf_field import (
     geometry,
     interpolate,
     interpolate_along,
+    kept,
     packed,
     padded,
-    rgb_layers,
+    rgb_hidden,
     sample_on_ray,
-    sdf_layers,
+    sdf_hidden,
     seen_by_rgb,
     seen_by_sdf,
     slope_against,
+    softplus,
     times,
     times_back,
     vector,
@@ -124,7 +127,9 @@ def _check(volume, rays, edges, mlps, method):
     assert min(volume.shape[1:4]) > 0, f"no voxel in volume {tuple(volume.shape)}"
     (H, C), layers = mlps[0][2].shape, [0 if m is None else len(m[2::4]) for m in mlps]
     assert C == volume.shape[4], f"an MLP for {C} channels does not fit volume {tuple(volume.shape)}"
-    assert in_family(method, volume.dtype, C, H, *layers), f"no kernel for {method}, {volume.dtype}, {C=}, {H=}, {layers=}"
+    assert in_family(method, volume.dtype, C, H, *layers), (
+        f"no kernel for {method}, {volume.dtype}, {C=}, {H=}, {layers=}"
+    )
 
 
 def _packed(volume, mlps):
@@ -148,9 +153,11 @@ class SdfRender(torch.autograd.Function):
         out = edges.new_zeros(R, 3), edges.new_empty(R), edges.new_empty(R)  # rgb, depth, sum of the weights
         weights, trans, sdf = (edges.new_empty(R, S) for _ in range(3))
         gradient, colours = edges.new_empty(R, S, 3), edges.new_empty(R, S, 3 if options["RGB_LAYERS"] else 0)
+        programs = min(PROGRAMS, triton.cdiv(R, BLOCK_R))
         if R:
-            _sdf_render_fwd_kernel[(triton.cdiv(R, BLOCK_R),)](
+            _sdf_render_fwd_kernel[(programs,)](
                 volume, *rays, sdf_mlp, rgb_mlp, density, *out, weights, trans, sdf, gradient, colours,
+                _keep(volume, programs, options["SDF_LAYERS"] - 1, options["H"]),
                 R, S, *volume.shape[1:], **options, BLOCK_R=BLOCK_R, BLOCK_S=BLOCK_S, num_warps=WARPS, num_stages=1,
             )  # fmt: skip
         ctx.options = options
@@ -177,6 +184,7 @@ class SdfRender(torch.autograd.Function):
             _sdf_render_bwd_rgb_kernel[(programs,)](
                 volume, *rays, sdf_mlp, rgb_mlp, density, *composited, *upstream,
                 d_sdf, d_gradient, d_feature, d_geometry, d_rgb_mlp, d_density,
+                _keep(volume, programs, max(options["RGB_LAYERS"] - 1, 0), options["H"]),
                 *sizes, **options, BLOCK_R=BLOCK_R, BLOCK_S=BLOCK_S, num_warps=WARPS, num_stages=1,
             )  # fmt: skip
         d_rgb_mlp = d_rgb_mlp.sum(0)
@@ -188,12 +196,18 @@ class SdfRender(torch.autograd.Function):
         cell = torch.empty(len(d_slope), dtype=torch.int32, device=volume.device)
         if R:
             _sdf_render_bwd_sdf_kernel[(programs,)](
-                volume, *rays, sdf_mlp, d_sdf, d_gradient, d_feature, d_geometry, d_sdf_mlp, d_volume, d_slope, cell,
+                volume, *rays, sdf_mlp, d_sdf, d_gradient, d_feature, d_geometry, d_sdf_mlp, d_volume,
+                _keep(volume, programs, 2 * (options["SDF_LAYERS"] - 1), options["H"]), d_slope, cell,
                 R * S, *sizes[1:], **options, SCATTER=scatter, BLOCK_M=BLOCK_M, num_warps=WARPS, num_stages=1,
             )  # fmt: skip
         if R and not scatter:
             _sum_over_cells(d_volume, rays, cell, d_feature, d_slope, d_gradient)
         return d_volume, d_sdf_mlp.sum(0), d_rgb_mlp, d_density.sum(0, keepdim=True), None, None
+
+
+def _keep(volume, programs, layers, H):
+    """Room for what the layers are given, so that the kernels' registers need not hold it."""
+    return volume.new_empty(programs, layers, BLOCK_M, H)
 
 
 BLOCK_R, BLOCK_S = 2, 32  # rays and samples on each per tile of the kernels that walk along rays
@@ -277,8 +291,8 @@ def _sdf_values_kernel(
         origins_ptr, directions_ptr, volume_idx_ptr, cells_per_unit_ptr, first_cell_ptr, r, start, ok, Z
     )
     feature = interpolate(volume_ptr, place, ok, Z, Y, X, CHANNELS, C)
-    xs = sdf_layers(seen_by_sdf(point, 1.0), feature, mlp_ptr, C, H, LAYERS, PREC)
-    tl.store(sdf_ptr + n, distance(xs[LAYERS - 2], feature, mlp_ptr, C, H, LAYERS), mask=ok)
+    x = sdf_hidden(seen_by_sdf(point, 1.0), feature, mlp_ptr, mlp_ptr, False, C, H, LAYERS, PREC)
+    tl.store(sdf_ptr + n, distance(x, feature, mlp_ptr, C, H, LAYERS), mask=ok)
 
 
 @triton.jit
@@ -289,62 +303,67 @@ def _sdf_render_fwd_kernel(
     sdf_mlp_ptr, rgb_mlp_ptr, density_ptr,  # packed, packed, [1]
     rgb_ptr, depth_ptr, total_ptr,  # [R, 3], [R], [R] sum of the weights
     weights_ptr, trans_ptr, sdf_ptr, gradient_ptr, colours_ptr,  # [N] x 3, [N, 3], [N, 3]
+    keep_ptr,  # [programs, SDF_LAYERS - 1, M, H] scratch
     R, S, Z, Y, X, CHANNELS,
     NEUS: tl.constexpr, PREC: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
     SDF_LAYERS: tl.constexpr, RGB_LAYERS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    group = tl.program_id(0)
     density = tl.load(density_ptr)
-    passed = tl.full((BLOCK_R,), 1.0, tl.float32)  # light that reaches the tile
-    total = tl.zeros((BLOCK_R,), tl.float32)
-    reach, red, green, blue = total, total, total, total
-    for tile in range(tl.cdiv(S, BLOCK_S)):
-        r, n, ok, start, delta = _tile(edges_ptr, group, tile, R, S, BLOCK_R, BLOCK_S)
-        point, direction, place = sample_on_ray(
-            origins_ptr, directions_ptr, volume_idx_ptr, cells_per_unit_ptr, first_cell_ptr, r, start, ok, Z
-        )
-        feature = interpolate(volume_ptr, place, ok, Z, Y, X, CHANNELS, C)
-        xs = sdf_layers(seen_by_sdf(point, 1.0), feature, sdf_mlp_ptr, C, H, SDF_LAYERS, PREC)
-        sdf = distance(xs[SDF_LAYERS - 2], feature, sdf_mlp_ptr, C, H, SDF_LAYERS)
-        (qx, qy, qz), d_feature = distance_back(xs, sdf_mlp_ptr, C, H, SDF_LAYERS, PREC)
-        gx, gy, gz = slope_against(volume_ptr, place, ok, d_feature, Z, Y, X, CHANNELS, C)
-        gx = gx * tl.load(cells_per_unit_ptr) + qx
-        gy = gy * tl.load(cells_per_unit_ptr + 1) + qy
-        gz = gz * tl.load(cells_per_unit_ptr + 2) + qz
-        gradient = (gx, gy, gz)
+    keep_ptr += tl.program_id(0).to(tl.int64) * (SDF_LAYERS - 1) * BLOCK_R * BLOCK_S * H
+    for group in range(tl.program_id(0), tl.cdiv(R, BLOCK_R), tl.num_programs(0)):
+        passed = tl.full((BLOCK_R,), 1.0, tl.float32)  # light that reaches the tile
+        total = tl.zeros((BLOCK_R,), tl.float32)
+        reach, red, green, blue = total, total, total, total
+        for tile in range(tl.cdiv(S, BLOCK_S)):
+            r, n, ok, start, delta = _tile(edges_ptr, group, tile, R, S, BLOCK_R, BLOCK_S)
+            point, direction, place = sample_on_ray(
+                origins_ptr, directions_ptr, volume_idx_ptr, cells_per_unit_ptr, first_cell_ptr, r, start, ok, Z
+            )
+            feature = interpolate(volume_ptr, place, ok, Z, Y, X, CHANNELS, C)
+            x = sdf_hidden(seen_by_sdf(point, 1.0), feature, sdf_mlp_ptr, keep_ptr, True, C, H, SDF_LAYERS, PREC)
+            sdf = distance(x, feature, sdf_mlp_ptr, C, H, SDF_LAYERS)
+            tl.debug_barrier()  # other threads may read what is kept
+            (qx, qy, qz), d_feature = distance_back(x, sdf_mlp_ptr, keep_ptr, C, H, SDF_LAYERS, PREC)
+            gx, gy, gz = slope_against(volume_ptr, place, ok, d_feature, Z, Y, X, CHANNELS, C)
+            gx = gx * tl.load(cells_per_unit_ptr) + qx
+            gy = gy * tl.load(cells_per_unit_ptr + 1) + qy
+            gz = gz * tl.load(cells_per_unit_ptr + 2) + qz
+            gradient = (gx, gy, gz)
 
-        alpha, _, _, _ = _opacity(sdf, gradient, direction, delta, density, NEUS)
-        hit = ok & tl.load(hit_ptr + r, mask=ok, other=0)
-        alpha = tl.reshape(tl.where(hit, tl.minimum(tl.maximum(alpha, 0.0), 1.0), 0.0), (BLOCK_R, BLOCK_S))
-        # behind the last sample nothing weakens the light; k >= 1e-7, so dividing by it is safe
-        k = tl.where(tl.reshape(ok, (BLOCK_R, BLOCK_S)), 1.0 - alpha + 1e-7, 1.0)
-        through = passed[:, None] * tl.cumprod(k, axis=1)
-        trans = through / k
-        weight = trans * alpha
-        last = tl.arange(0, BLOCK_S)[None, :] == BLOCK_S - 1
-        passed = tl.sum(tl.where(last, through, 0.0), axis=1)
-        total += tl.sum(weight, axis=1)
-        reach += tl.sum(weight * tl.reshape(start, (BLOCK_R, BLOCK_S)), axis=1)
-        weight_of = tl.reshape(weight, (BLOCK_R * BLOCK_S,))
-        tl.store(weights_ptr + n, weight_of, mask=ok)
-        tl.store(trans_ptr + n, tl.reshape(trans, (BLOCK_R * BLOCK_S,)), mask=ok)
-        tl.store(sdf_ptr + n, sdf, mask=ok)
-        _store3(gradient_ptr, n, gradient, ok)
+            alpha, _, _, _ = _opacity(sdf, gradient, direction, delta, density, NEUS)
+            hit = ok & tl.load(hit_ptr + r, mask=ok, other=0)
+            alpha = tl.reshape(tl.where(hit, tl.minimum(tl.maximum(alpha, 0.0), 1.0), 0.0), (BLOCK_R, BLOCK_S))
+            # behind the last sample nothing weakens the light; k >= 1e-7, so dividing by it is safe
+            k = tl.where(tl.reshape(ok, (BLOCK_R, BLOCK_S)), 1.0 - alpha + 1e-7, 1.0)
+            through = passed[:, None] * tl.cumprod(k, axis=1)
+            trans = through / k
+            weight = trans * alpha
+            last = tl.arange(0, BLOCK_S)[None, :] == BLOCK_S - 1
+            passed = tl.sum(tl.where(last, through, 0.0), axis=1)
+            total += tl.sum(weight, axis=1)
+            reach += tl.sum(weight * tl.reshape(start, (BLOCK_R, BLOCK_S)), axis=1)
+            weight_of = tl.reshape(weight, (BLOCK_R * BLOCK_S,))
+            tl.store(weights_ptr + n, weight_of, mask=ok)
+            tl.store(trans_ptr + n, tl.reshape(trans, (BLOCK_R * BLOCK_S,)), mask=ok)
+            tl.store(sdf_ptr + n, sdf, mask=ok)
+            _store3(gradient_ptr, n, gradient, ok)
+            if RGB_LAYERS > 0:
+                geo = geometry(x, feature, sdf_mlp_ptr, C, H, SDF_LAYERS, PREC)
+                e = seen_by_rgb(point, direction, gradient)
+                x = rgb_hidden(e, feature, geo, rgb_mlp_ptr, keep_ptr, False, C, H, RGB_LAYERS, PREC)
+                colour = colour_of(x, e, feature, geo, rgb_mlp_ptr, C, H, RGB_LAYERS, PREC)
+                channel = tl.arange(0, COLOURS)[None, :]
+                tl.store(colours_ptr + 3 * n[:, None] + channel, colour, mask=ok[:, None] & (channel < 3))
+                r_, g_, b_ = columns(colour * weight_of[:, None], 0)
+                red += tl.sum(tl.reshape(r_, (BLOCK_R, BLOCK_S)), axis=1)
+                green += tl.sum(tl.reshape(g_, (BLOCK_R, BLOCK_S)), axis=1)
+                blue += tl.sum(tl.reshape(b_, (BLOCK_R, BLOCK_S)), axis=1)
+            tl.debug_barrier()  # the next tile is kept in the same place
+        r = group * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
+        tl.store(depth_ptr + r, reach / (total + 1e-10), mask=r < R)
+        tl.store(total_ptr + r, total, mask=r < R)
         if RGB_LAYERS > 0:
-            geo = geometry(xs[SDF_LAYERS - 2], feature, sdf_mlp_ptr, C, H, SDF_LAYERS, PREC)
-            e = seen_by_rgb(point, direction, gradient)
-            _, colour = rgb_layers(e, feature, geo, rgb_mlp_ptr, C, H, RGB_LAYERS, PREC)
-            channel = tl.arange(0, COLOURS)[None, :]
-            tl.store(colours_ptr + 3 * n[:, None] + channel, colour, mask=ok[:, None] & (channel < 3))
-            r_, g_, b_ = columns(colour * weight_of[:, None], 0)
-            red += tl.sum(tl.reshape(r_, (BLOCK_R, BLOCK_S)), axis=1)
-            green += tl.sum(tl.reshape(g_, (BLOCK_R, BLOCK_S)), axis=1)
-            blue += tl.sum(tl.reshape(b_, (BLOCK_R, BLOCK_S)), axis=1)
-    r = group.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    tl.store(depth_ptr + r, reach / (total + 1e-10), mask=r < R)
-    tl.store(total_ptr + r, total, mask=r < R)
-    if RGB_LAYERS > 0:
-        _store3(rgb_ptr, r, (red, green, blue), r < R)
+            _store3(rgb_ptr, r, (red, green, blue), r < R)
 
 
 @triton.jit
@@ -358,13 +377,16 @@ def _sdf_render_bwd_rgb_kernel(
     up_rgb_ptr, up_depth_ptr, up_weights_ptr, up_sdf_ptr, up_gradient_ptr,  # [R, 3], [R], [N] x 2, [N, 3]
     d_sdf_ptr, d_gradient_ptr, d_feature_ptr, d_geometry_ptr,  # [N], [N, 3], [N, C], [N, H]
     d_rgb_mlp_ptr, d_density_ptr,  # [programs, packed] zeros, [programs]
+    keep_ptr,  # [programs, RGB_LAYERS - 1, M, H] scratch
     R, S, Z, Y, X, CHANNELS,
     NEUS: tl.constexpr, PREC: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
     SDF_LAYERS: tl.constexpr, RGB_LAYERS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     LINE: tl.constexpr = C + 2 * H + SEEN
     ROWS: tl.constexpr = (RGB_LAYERS - 1) * H + COLOURS
+    last: tl.constexpr = (RGB_LAYERS - 1) * H * LINE
     d_mlp_ptr = d_rgb_mlp_ptr + tl.program_id(0).to(tl.int64) * ROWS * LINE
+    keep_ptr += tl.program_id(0).to(tl.int64) * (RGB_LAYERS - 1) * BLOCK_R * BLOCK_S * H
     density = tl.load(density_ptr)
     d_density = tl.zeros((BLOCK_R * BLOCK_S,), tl.float32)
     tiles = tl.cdiv(S, BLOCK_S)
@@ -380,7 +402,9 @@ def _sdf_render_bwd_rgb_kernel(
             gradient = _load3(gradient_ptr, n, ok)
             sdf = tl.load(sdf_ptr + n, mask=ok, other=0.0)
             weight = tl.load(weights_ptr + n, mask=ok, other=0.0)
-            d_depth = tl.load(up_depth_ptr + r, mask=ok, other=0.0) / (tl.load(total_ptr + r, mask=ok, other=1.0) + 1e-10)
+            d_depth = tl.load(up_depth_ptr + r, mask=ok, other=0.0) / (
+                tl.load(total_ptr + r, mask=ok, other=1.0) + 1e-10
+            )
             d_weight = tl.load(up_weights_ptr + n, mask=ok, other=0.0)
             d_weight += d_depth * (start - tl.load(depth_ptr + r, mask=ok, other=0.0))
             if RGB_LAYERS > 0:
@@ -409,26 +433,24 @@ def _sdf_render_bwd_rgb_kernel(
 
             if RGB_LAYERS > 0:
                 feature = interpolate(volume_ptr, place, ok, Z, Y, X, CHANNELS, C)
-                sdf_xs = sdf_layers(seen_by_sdf(point, 1.0), feature, sdf_mlp_ptr, C, H, SDF_LAYERS, PREC)
-                geo = geometry(sdf_xs[SDF_LAYERS - 2], feature, sdf_mlp_ptr, C, H, SDF_LAYERS, PREC)
+                x = sdf_hidden(seen_by_sdf(point, 1.0), feature, sdf_mlp_ptr, keep_ptr, False, C, H, SDF_LAYERS, PREC)
+                geo = geometry(x, feature, sdf_mlp_ptr, C, H, SDF_LAYERS, PREC)
                 e = seen_by_rgb(point, direction, gradient)
-                xs, _ = rgb_layers(e, feature, geo, rgb_mlp_ptr, C, H, RGB_LAYERS, PREC)
-                d_feature = tl.zeros((1, C), tl.float32)
-                d_geo = tl.zeros((1, H), tl.float32)
-                d_e = tl.zeros((1, SEEN), tl.float32)
+                x = rgb_hidden(e, feature, geo, rgb_mlp_ptr, keep_ptr, True, C, H, RGB_LAYERS, PREC)
+                tl.debug_barrier()  # other threads may read what is kept
                 d_z = d_colour * weight[:, None] * colour * (1.0 - colour)
-                for l in tl.static_range(RGB_LAYERS - 1, -1, -1):
-                    at = l * H * LINE
-                    add_outer(d_mlp_ptr + at + H, LINE, d_z, feature, None, PREC)
-                    add_outer(d_mlp_ptr + at + H + C, LINE, d_z, geo, None, PREC)
-                    add_outer(d_mlp_ptr + at + 2 * H + C, LINE, d_z, e, None, PREC)
-                    d_feature = times_back(d_z, rgb_mlp_ptr + at + H, LINE, d_feature, C, PREC)
-                    d_geo = times_back(d_z, rgb_mlp_ptr + at + H + C, LINE, d_geo, H, PREC)
-                    d_e = times_back(d_z, rgb_mlp_ptr + at + 2 * H + C, LINE, d_e, SEEN, PREC)
-                    if l > 0:
-                        add_outer(d_mlp_ptr + at, LINE, d_z, xs[l - 1], None, PREC)
-                        d_x = times_back(d_z, rgb_mlp_ptr + at, LINE, tl.zeros((1, H), tl.float32), H, PREC)
-                        d_z = tl.where(xs[l - 1] > 0, d_x, 0.0)
+                d_x, d_feature, d_geo, d_e = _rgb_layer_back(
+                    d_z, x, feature, geo, e, rgb_mlp_ptr + last, d_mlp_ptr + last,
+                    tl.zeros((1, C), tl.float32), tl.zeros((1, H), tl.float32), tl.zeros((1, SEEN), tl.float32), C, H, PREC,
+                )  # fmt: skip
+                for j in range(RGB_LAYERS - 1):
+                    l = RGB_LAYERS - 2 - j
+                    d_z = tl.where(x > 0, d_x, 0.0)
+                    x = tl.load(kept(keep_ptr, l, BLOCK_R * BLOCK_S, H))
+                    d_x, d_feature, d_geo, d_e = _rgb_layer_back(
+                        d_z, x, feature, geo, e, rgb_mlp_ptr + l * H * LINE, d_mlp_ptr + l * H * LINE,
+                        d_feature, d_geo, d_e, C, H, PREC,
+                    )  # fmt: skip
                 qx, qy, qz = columns(d_e, 7)
                 vx += qx
                 vy += qy
@@ -436,9 +458,26 @@ def _sdf_render_bwd_rgb_kernel(
                 rows = n[:, None]
                 tl.store(d_feature_ptr + rows * C + tl.arange(0, C)[None, :], d_feature, mask=ok[:, None])
                 tl.store(d_geometry_ptr + rows * H + tl.arange(0, H)[None, :], d_geo, mask=ok[:, None])
-                tl.debug_barrier()  # other threads may add to the sums next
+                tl.debug_barrier()  # other threads may add to the sums, and keep the next tile
             _store3(d_gradient_ptr, n, (vx, vy, vz), ok)
     tl.store(d_density_ptr + tl.program_id(0), tl.sum(d_density, axis=0))
+
+
+@triton.jit
+def _rgb_layer_back(
+    d_z, x, feature, geo, e, mlp_ptr, d_mlp_ptr, d_feature, d_geo, d_e,
+    C: tl.constexpr, H: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Back through one layer of the colour's MLP: adds to the gradients of all it saw and of its weights; d_x."""
+    LINE: tl.constexpr = C + 2 * H + SEEN
+    add_outer(d_mlp_ptr, LINE, d_z, x, None, PREC)
+    add_outer(d_mlp_ptr + H, LINE, d_z, feature, None, PREC)
+    add_outer(d_mlp_ptr + H + C, LINE, d_z, geo, None, PREC)
+    add_outer(d_mlp_ptr + 2 * H + C, LINE, d_z, e, None, PREC)
+    d_feature = times_back(d_z, mlp_ptr + H, LINE, d_feature, C, PREC)
+    d_geo = times_back(d_z, mlp_ptr + H + C, LINE, d_geo, H, PREC)
+    d_e = times_back(d_z, mlp_ptr + 2 * H + C, LINE, d_e, SEEN, PREC)
+    return times_back(d_z, mlp_ptr, LINE, tl.zeros((1, H), tl.float32), H, PREC), d_feature, d_geo, d_e
 
 
 @triton.jit
@@ -449,6 +488,7 @@ def _sdf_render_bwd_sdf_kernel(
     sdf_mlp_ptr,  # packed
     d_sdf_ptr, d_gradient_ptr, d_feature_ptr, d_geometry_ptr,  # [N], [N, 3], [N, C], [N, H]
     d_sdf_mlp_ptr, d_volume_ptr,  # [programs, packed] zeros, [B, Z, Y, X, CHANNELS] zeros
+    keep_ptr,  # [programs, 2, SDF_LAYERS - 1, M, H] scratch
     d_slope_ptr, cell_idx_ptr,  # [N, C], [N]: written, and d_feature rewritten, instead of d_volume without SCATTER
     N, S, Z, Y, X, CHANNELS,
     NEUS: tl.constexpr, PREC: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
@@ -457,6 +497,8 @@ def _sdf_render_bwd_sdf_kernel(
     LINE: tl.constexpr = C + H + SEEN
     ROWS: tl.constexpr = SDF_LAYERS * H + 1
     d_mlp_ptr = d_sdf_mlp_ptr + tl.program_id(0).to(tl.int64) * ROWS * LINE
+    keep_ptr += tl.program_id(0).to(tl.int64) * 2 * (SDF_LAYERS - 1) * BLOCK_M * H
+    dots_ptr = keep_ptr + (SDF_LAYERS - 1) * BLOCK_M * H
     c = tl.arange(0, C)[None, :]
     for tile in range(tl.program_id(0), tl.cdiv(N, BLOCK_M), tl.num_programs(0)):
         n = tile * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
@@ -473,14 +515,19 @@ def _sdf_render_bwd_sdf_kernel(
         feature = interpolate(volume_ptr, place, ok, Z, Y, X, CHANNELS, C)
         along = interpolate_along(volume_ptr, place, ok, vx, vy, vz, Z, Y, X, CHANNELS, C)  # f.
         e, e_dot = seen_by_sdf(point, 1.0), seen_by_sdf(v, 0.0)
-        xs = sdf_layers(e, feature, sdf_mlp_ptr, C, H, SDF_LAYERS, PREC)
         zero = tl.zeros((1, H), tl.float32)
-        z_dot = times(e_dot, sdf_mlp_ptr + C + H, LINE, zero, H, PREC)
-        x_dots = (bent(xs[0])[0] * times(along, sdf_mlp_ptr + H, LINE, z_dot, H, PREC),)
-        for l in tl.static_range(1, SDF_LAYERS - 1):
+        x = tl.zeros((BLOCK_M, H), tl.float32)
+        x_dot = x
+        for l in range(SDF_LAYERS - 1):
+            tl.store(kept(keep_ptr, l, BLOCK_M, H), x)
+            tl.store(kept(dots_ptr, l, BLOCK_M, H), x_dot)
             at = sdf_mlp_ptr + l * H * LINE
-            z_dot = times(x_dots[l - 1], at, LINE, times(along, at + H, LINE, zero, H, PREC), H, PREC)
-            x_dots = x_dots + (bent(xs[l])[0] * z_dot,)
+            z_dot = times(along, at + H, LINE, times(e_dot, at + H + C, LINE, zero, H, PREC), H, PREC)
+            z_dot = times(x_dot, at, LINE, z_dot, H, PREC)
+            z = times(feature, at + H, LINE, times(e, at + H + C, LINE, zero, H, PREC), H, PREC)
+            x = softplus(times(x, at, LINE, z, H, PREC))
+            x_dot = bent(x)[0] * z_dot
+        tl.debug_barrier()  # other threads may read what is kept
 
         # the last layer: its row 0 is the distance's, the others are the geometry's
         last: tl.constexpr = (SDF_LAYERS - 1) * H * LINE
@@ -489,7 +536,7 @@ def _sdf_render_bwd_sdf_kernel(
         d_feature = d_sdf * vector(sdf_mlp_ptr + last + H, C)  # f-
         hat_x = tl.broadcast_to(vector(sdf_mlp_ptr + last, H), (BLOCK_M, H))  # x^
         hat_feature = tl.broadcast_to(vector(sdf_mlp_ptr + last + H, C), (BLOCK_M, C))  # f^
-        add_row(d_mlp_ptr + last, tl.sum(d_sdf * xs[SDF_LAYERS - 2] + x_dots[SDF_LAYERS - 2], axis=0))
+        add_row(d_mlp_ptr + last, tl.sum(d_sdf * x + x_dot, axis=0))
         add_row(d_mlp_ptr + last + H, tl.sum(d_sdf * feature + along, axis=0))
         add_row(d_mlp_ptr + last + H + C, tl.sum(d_sdf * e, axis=0))
         if RGB_LAYERS > 0:
@@ -498,28 +545,25 @@ def _sdf_render_bwd_sdf_kernel(
             d_geo = tl.load(d_geometry_ptr + n[:, None] * H + h, mask=ok[:, None], other=0.0)
             d_x = times_back(d_geo, sdf_mlp_ptr + last + LINE, LINE, d_x, H, PREC)
             d_feature = times_back(d_geo, sdf_mlp_ptr + last + LINE + H, LINE, d_feature, C, PREC)
-            add_outer(d_mlp_ptr + last + LINE, LINE, d_geo, xs[SDF_LAYERS - 2], None, PREC)
+            add_outer(d_mlp_ptr + last + LINE, LINE, d_geo, x, None, PREC)
             add_outer(d_mlp_ptr + last + LINE + H, LINE, d_geo, feature, None, PREC)
             add_outer(d_mlp_ptr + last + LINE + H + C, LINE, d_geo, e, None, PREC)
-        for l in tl.static_range(SDF_LAYERS - 2, -1, -1):
-            at = l * H * LINE
-            slope, bend = bent(xs[l])
-            d_z = d_x * slope + hat_x * x_dots[l] * bend
+        for i in range(SDF_LAYERS - 1):
+            l = SDF_LAYERS - 2 - i
+            slope, bend = bent(x)
+            d_z = d_x * slope + hat_x * x_dot * bend
             hat_z = hat_x * slope
-            out = tl.dot(tl.trans(hat_z), along, input_precision=PREC)
-            add_outer(d_mlp_ptr + at + H, LINE, d_z, feature, out, PREC)
-            d_feature = times_back(d_z, sdf_mlp_ptr + at + H, LINE, d_feature, C, PREC)
-            hat_feature = times_back(hat_z, sdf_mlp_ptr + at + H, LINE, hat_feature, C, PREC)
-            if l > 0:
-                add_outer(d_mlp_ptr + at + H + C, LINE, d_z, e, None, PREC)
-                out = tl.dot(tl.trans(hat_z), x_dots[l - 1], input_precision=PREC)
-                add_outer(d_mlp_ptr + at, LINE, d_z, xs[l - 1], out, PREC)
-                d_x = times_back(d_z, sdf_mlp_ptr + at, LINE, zero, H, PREC)
-                hat_x = times_back(hat_z, sdf_mlp_ptr + at, LINE, zero, H, PREC)
-            else:
-                out = tl.dot(tl.trans(hat_z), e_dot, input_precision=PREC)
-                add_outer(d_mlp_ptr + at + H + C, LINE, d_z, e, out, PREC)
-        tl.debug_barrier()  # other threads may add to the sums next
+            x = tl.load(kept(keep_ptr, l, BLOCK_M, H))
+            x_dot = tl.load(kept(dots_ptr, l, BLOCK_M, H))
+            at, d_at = sdf_mlp_ptr + l * H * LINE, d_mlp_ptr + l * H * LINE
+            add_outer(d_at, LINE, d_z, x, tl.dot(tl.trans(hat_z), x_dot, input_precision=PREC), PREC)
+            add_outer(d_at + H, LINE, d_z, feature, tl.dot(tl.trans(hat_z), along, input_precision=PREC), PREC)
+            add_outer(d_at + H + C, LINE, d_z, e, tl.dot(tl.trans(hat_z), e_dot, input_precision=PREC), PREC)
+            d_feature = times_back(d_z, at + H, LINE, d_feature, C, PREC)
+            hat_feature = times_back(hat_z, at + H, LINE, hat_feature, C, PREC)
+            d_x = times_back(d_z, at, LINE, zero, H, PREC)
+            hat_x = times_back(hat_z, at, LINE, zero, H, PREC)
+        tl.debug_barrier()  # other threads may add to the sums, and keep the next tile
 
         if SCATTER:
             for k in range(8):  # rolled: an atomic add has no latency to hide
@@ -581,10 +625,26 @@ def _cell_sum_kernel(
             start = tl.load(edges_ptr + n + n // S, mask=ok, other=0.0)
             ax, bx = _share(origins_ptr, directions_ptr, cells_per_unit_ptr, first_cell_ptr, n // S, start, ok, x, kx)
             ay, by = _share(
-                origins_ptr + 1, directions_ptr + 1, cells_per_unit_ptr + 1, first_cell_ptr + 1, n // S, start, ok, y, ky
+                origins_ptr + 1,
+                directions_ptr + 1,
+                cells_per_unit_ptr + 1,
+                first_cell_ptr + 1,
+                n // S,
+                start,
+                ok,
+                y,
+                ky,
             )
             az, bz = _share(
-                origins_ptr + 2, directions_ptr + 2, cells_per_unit_ptr + 2, first_cell_ptr + 2, n // S, start, ok, z, kz
+                origins_ptr + 2,
+                directions_ptr + 2,
+                cells_per_unit_ptr + 2,
+                first_cell_ptr + 2,
+                n // S,
+                start,
+                ok,
+                z,
+                kz,
             )
             vx, vy, vz = _load3(d_gradient_ptr, n, ok)
             along = bx * ay * az * vx + ax * by * az * vy + ax * ay * bz * vz

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.backend import tl, triton
-from kernels.trilinear import _corner
+from kernels.trilinear import _corner, _corners
 
 COLOURS = tl.constexpr(16)  # rows of the colour MLP's last layer: 3 and padding, as many as a dot must have
 SEEN = tl.constexpr(16)  # columns of E: p 3, 1, direction 3, gradient 3 and padding
@@ -68,6 +68,135 @@ def packed(mlp, channels, rgb):
 def padded(width):
     """The width that kernels take for `width`."""
     return max(16, triton.next_power_of_2(width))
+
+
+def field_ref(volume, points, directions, volume_idx, mlps, cells):
+    """Distance [R, S], its gradient [R, S, 3] and colour [R, S, 3] (0 without the colour's MLP) at points [R, S, 3].
+
+    Analytic, as the kernels are: nothing is differentiated twice. Differentiable once in `volume` and the MLPs.
+    """
+    sdf, rgb = (None if mlp is None else folded(mlp) for mlp in mlps)
+    flat = [(*m[:3], *m[3]) for m in (sdf, rgb) if m is not None]
+    geometry = points, directions, volume_idx, *cells
+    return FieldRef.apply(volume, geometry, len(flat[0]), *(t for m in flat for t in m))
+
+
+class FieldRef(torch.autograd.Function):
+    """Samples are the columns of every matrix; hats and dots as in `sdf_render`."""
+
+    @staticmethod
+    def forward(ctx, volume, geometry, n_sdf, *mlps):
+        points, directions, volume_idx, cells_per_unit, first_cell = geometry
+        (R, S, _), (A, bias, P, *W) = points.shape, mlps[:n_sdf]
+        rows, share, slope = _corners(volume, points * cells_per_unit + first_cell, volume_idx)
+        (ax, ay, az), (bx, by, bz) = share.unbind(1), slope.unbind(1)  # [2, N] each
+        ayz = az[:, None] * ay  # [2, 2, N]
+        weight = (ayz[:, :, None] * ax).flatten(0, 2).t().contiguous()  # [N, 8]
+        slopes = torch.stack([
+            (ayz[:, :, None] * bx).flatten(0, 2),
+            (az[:, None, None] * by[:, None] * ax).flatten(0, 2),
+            (bz[:, None, None] * ay[:, None] * ax).flatten(0, 2),
+        ])  # fmt: skip
+        slopes = (slopes * cells_per_unit[:, None, None]).permute(2, 0, 1).contiguous()  # [N, 3, 8]
+        corners = volume.flatten(0, 3).index_select(0, rows.flatten()).unflatten(0, rows.shape)  # [N, 8, C]
+        feature = torch.bmm(weight[:, None], corners)[:, 0].t().contiguous()  # [C, N]
+        point = points.flatten(0, 1).t()  # [3, N]
+
+        widths = [len(w) for w in W]
+        z, *inner = torch.addmm(bias[:, None], A, feature).split(widths)
+        z = torch.addmm(z, P, point)
+        xs = []
+        for w, a in zip(W[1:], inner, strict=True):
+            xs.append(_softplus(z))
+            z = torch.addmm(a, w, xs[-1])
+        decays = [torch.exp(-100 * x) for x in xs]  # 1 - act'
+        hats = [W[-1][0][:, None].expand_as(xs[-1])]
+        for w, decay in zip((*W[-2:0:-1], None), decays[::-1], strict=True):
+            hats[-1] = torch.addcmul(hats[-1], hats[-1], decay, value=-1)  # z^
+            if w is not None:
+                hats.append(w.t() @ hats[-1])
+        hats = torch.cat(hats[::-1])
+        inner_rows = len(A) - widths[-1]
+        hat_feature = torch.addmm(A[inner_rows][:, None], A[:inner_rows].t(), hats)  # [C, N]
+        along = torch.bmm(corners, hat_feature.t()[..., None])  # [N, 8, 1]
+        gradient = torch.bmm(slopes, along)[..., 0].t() + P.t() @ hats[: widths[0]]  # [3, N]
+
+        seen, rgb_xs, rgb = None, [], points.new_zeros(3, R * S)
+        if mlps[n_sdf:]:
+            A, bias, P, *W = mlps[n_sdf:]
+            seen = torch.cat([directions.t()[:, :, None].expand(3, R, S).flatten(1), feature, gradient, z[1:]])
+            y, *inner = torch.addmm(bias[:, None], A, seen).split([len(w) for w in W])
+            y = torch.addmm(y, P, point)
+            for w, a in zip(W[1:], inner, strict=True):
+                rgb_xs.append(y.relu_())
+                y = torch.addmm(a, w, rgb_xs[-1])
+            rgb = y.sigmoid_()
+        ctx.save_for_backward(volume, point, rows, weight, slopes, corners, feature, hats, hat_feature, rgb, seen, *mlps)
+        ctx.xs, ctx.decays, ctx.rgb_xs, ctx.n_sdf = xs, decays, rgb_xs, n_sdf
+        return z[0].view(R, S), gradient.t().reshape(R, S, 3), rgb.t().reshape(R, S, 3)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_sdf, d_gradient, d_rgb):
+        volume, point, rows, weight, slopes, corners, feature, hats, hat_feature, rgb, seen, *mlps = ctx.saved_tensors
+        N, C = len(rows), len(feature)
+        v = d_gradient.reshape(N, 3).t()
+        d_z, d_feature, d_rgb_mlp = d_sdf.reshape(1, N), 0, []
+        A, bias, P, *W = mlps[: ctx.n_sdf]
+        if seen is not None:
+            B, _, Q, *U = mlps[ctx.n_sdf :]
+            d_y = [d_rgb.reshape(N, 3).t() * rgb * (1 - rgb)]
+            for u, x in zip(U[:0:-1], ctx.rgb_xs[::-1], strict=True):
+                d_y.append((u.t() @ d_y[-1]) * (x > 0))
+            d_y = d_y[::-1]
+            d_U = [d @ x.t() for d, x in zip(d_y[1:], ctx.rgb_xs, strict=True)]
+            d_Q = d_y[0] @ point.t()
+            d_y = torch.cat(d_y)
+            d_rgb_mlp = [d_y @ seen.t(), d_y.sum(1), d_Q, None, *d_U]
+            _, d_feature, d_g, d_geometry = (B.t() @ d_y).split([3, C, 3, len(seen) - C - 6])
+            v = v + d_g
+            d_z = torch.cat([d_z, d_geometry])
+        else:
+            d_z = torch.cat([d_z, d_z.new_zeros(len(W[-1]) - 1, N)])
+
+        along = torch.bmm(v.t()[:, None], slopes)  # [N, 1, 8], b . v of the corners
+        f_dot = torch.bmm(along, corners)[:, 0].t()  # [C, N]
+        widths = [len(w) for w in W]
+        z_dot, *inner = (A[: -widths[-1]] @ f_dot).split(widths[:-1])
+        z_dots, x_dots = [torch.addmm(z_dot, P, v)], []
+        for l, decay in enumerate(ctx.decays):
+            x_dots.append(torch.addcmul(z_dots[l], z_dots[l], decay, value=-1))
+            if l < len(inner):
+                z_dots.append(torch.addmm(inner[l], W[l + 1], x_dots[l]))
+
+        d_zs, hat = [d_z], hats.split(widths[:-1])
+        for l in range(len(W) - 2, -1, -1):
+            d_x, decay = W[l + 1].t() @ d_zs[-1], ctx.decays[l]
+            d_x = torch.addcmul(d_x, d_x, decay, value=-1)
+            d_zs.append(d_x.addcmul_(hat[l] * decay, z_dots[l], value=100))
+        d_zs = d_zs[::-1]
+        d_W = [d @ x.t() for d, x in zip(d_zs[1:], ctx.xs, strict=True)]
+        for d, h, x_dot in zip(d_W, hat[1:], x_dots, strict=False):
+            d.addmm_(h, x_dot.t())
+        d_W[-1][0] += x_dots[-1].sum(1)
+        d_P = d_zs[0] @ point.t() + hat[0] @ v.t()
+        d_zs = torch.cat(d_zs)
+        d_A = d_zs @ feature.t()
+        d_A[: len(hats)].addmm_(hats, f_dot.t())
+        d_A[len(hats)] += f_dot.sum(1)
+        d_feature = A.t() @ d_zs + d_feature
+
+        both = torch.stack([d_feature.t(), hat_feature.t()], dim=1)  # [N, 2, C]
+        d_corners = torch.bmm(torch.stack([weight, along[:, 0]], dim=2), both)  # [N, 8, C]
+        d_volume = torch.zeros_like(volume)
+        d_volume.flatten(0, 3).index_add_(0, rows.flatten(), d_corners.flatten(0, 1))
+        return d_volume, None, None, d_A, d_zs.sum(1), d_P, None, *d_W, *d_rgb_mlp
+
+
+def _softplus(z):
+    """As `softplus`, in torch."""
+    x = F.threshold(-100 * z, -20, -80).clamp_(max=80)  # 80 stands for infinity: the value is exactly z
+    return z.relu().sub_(x.abs_().sigmoid_().log_(), alpha=0.01)
 
 
 @triton.jit

@@ -23,7 +23,8 @@ Sizes: R rays, S samples on each, N = R * S, C channels, H hidden units, M sampl
 import torch
 
 from kernels.backend import on_triton, tl, triton
-from kernels.sdf_alpha import _sigmoid
+from kernels.composite import composite_ref
+from kernels.sdf_alpha import _sigmoid, neus_alpha_ref, volsdf_alpha_ref
 from kernels.sdf_field import (
     COLOURS,
     SEEN,
@@ -35,6 +36,7 @@ from kernels.sdf_field import (
     corner,
     distance,
     distance_back,
+    field_ref,
     geometry,
     interpolate,
     interpolate_along,
@@ -98,6 +100,20 @@ def sdf_render(volume, rays, edges, mlps, density, cells, method, exact=False):
     geometry = [t.contiguous() for t in (*rays, edges, *cells)]
     options = dict(NEUS=method == "neus", PREC=_precision(exact), **sizes)
     return SdfRender.apply(volume.contiguous(), *packs, density, geometry, options)
+
+
+def sdf_render_ref(volume, rays, edges, mlps, density, cells, method, exact=False):
+    """`sdf_render` in plain PyTorch, on any field and in fp64 too; `exact` changes nothing."""
+    origins, directions, volume_idx, hit = rays
+    starts, deltas = edges[:, :-1], edges.diff(dim=1)
+    points = origins[:, None] + directions[:, None] * starts[..., None]  # [R, S, 3]
+    sdf, gradient, rgb = field_ref(volume, points, directions, volume_idx, mlps, cells)
+    if method == "neus":
+        alpha = neus_alpha_ref(sdf, gradient, directions, deltas, density)
+    else:
+        alpha = volsdf_alpha_ref(sdf, deltas, density)
+    out, weights = composite_ref(alpha * hit[:, None], torch.cat([rgb, starts[..., None]], dim=-1))
+    return out[:, :3], out[:, 3] / (weights.sum(dim=1) + 1e-10), weights, sdf, gradient
 
 
 @torch.no_grad()
@@ -565,7 +581,16 @@ def _sdf_render_bwd_sdf_kernel(
             hat_x = times_back(hat_z, at, LINE, zero, H, PREC)
         tl.debug_barrier()  # other threads may add to the sums, and keep the next tile
 
+        # found once more, so that nothing need be held all through the layers
+        start = tl.load(edges_ptr + n + r, mask=ok, other=0.0)
+        _, _, place = sample_on_ray(
+            origins_ptr, directions_ptr, volume_idx_ptr, cells_per_unit_ptr, first_cell_ptr, r, start, ok, Z
+        )
         if SCATTER:
+            v = _load3(d_gradient_ptr, n, ok)
+            vx = v[0] * tl.load(cells_per_unit_ptr)
+            vy = v[1] * tl.load(cells_per_unit_ptr + 1)
+            vz = v[2] * tl.load(cells_per_unit_ptr + 2)
             for k in range(8):  # rolled: an atomic add has no latency to hide
                 row, row_ok, share, bx, by, bz = corner(place, ok, Z, Y, X, k)
                 d_row = share[:, None] * d_feature + (bx * vx + by * vy + bz * vz)[:, None] * hat_feature

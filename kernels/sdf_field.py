@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.backend import tl, triton
-from kernels.trilinear import _corner, _corners
+from kernels.trilinear import _corner, _four_weights
 
 COLOURS = tl.constexpr(16)  # rows of the colour MLP's last layer: 3 and padding, as many as a dot must have
 SEEN = tl.constexpr(16)  # columns of E: p 3, 1, direction 3, gradient 3 and padding
@@ -88,18 +88,11 @@ class FieldRef(torch.autograd.Function):
     def forward(ctx, volume, geometry, n_sdf, *mlps):
         points, directions, volume_idx, cells_per_unit, first_cell = geometry
         (R, S, _), (A, bias, P, *W) = points.shape, mlps[:n_sdf]
-        rows, share, slope = _corners(volume, points * cells_per_unit + first_cell, volume_idx)
-        (ax, ay, az), (bx, by, bz) = share.unbind(1), slope.unbind(1)  # [2, N] each
-        ayz = az[:, None] * ay  # [2, 2, N]
-        weight = (ayz[:, :, None] * ax).flatten(0, 2).t().contiguous()  # [N, 8]
-        slopes = torch.stack([
-            (ayz[:, :, None] * bx).flatten(0, 2),
-            (az[:, None, None] * by[:, None] * ax).flatten(0, 2),
-            (bz[:, None, None] * ay[:, None] * ax).flatten(0, 2),
-        ])  # fmt: skip
-        slopes = (slopes * cells_per_unit[:, None, None]).permute(2, 0, 1).contiguous()  # [N, 3, 8]
+        rows, weights = _four_weights(volume, points * cells_per_unit + first_cell, volume_idx)
         corners = volume.flatten(0, 3).index_select(0, rows.flatten()).unflatten(0, rows.shape)  # [N, 8, C]
-        feature = torch.bmm(weight[:, None], corners)[:, 0].t().contiguous()  # [C, N]
+        feature, *slopes = torch.bmm(weights, corners).unbind(1)
+        slopes = [s * k for s, k in zip(slopes, cells_per_unit, strict=True)]  # d feature / d point, [N, C] each
+        feature = feature.t().contiguous()  # [C, N]
         point = points.flatten(0, 1).t()  # [3, N]
 
         widths = [len(w) for w in W]
@@ -118,8 +111,7 @@ class FieldRef(torch.autograd.Function):
         hats = torch.cat(hats[::-1])
         inner_rows = len(A) - widths[-1]
         hat_feature = torch.addmm(A[inner_rows][:, None], A[:inner_rows].t(), hats)  # [C, N]
-        along = torch.bmm(corners, hat_feature.t()[..., None])  # [N, 8, 1]
-        gradient = torch.bmm(slopes, along)[..., 0].t() + P.t() @ hats[: widths[0]]  # [3, N]
+        gradient = torch.stack([(s * hat_feature.t()).sum(1) for s in slopes]) + P.t() @ hats[: widths[0]]  # [3, N]
 
         seen, rgb_xs, rgb = None, [], points.new_zeros(3, R * S)
         if mlps[n_sdf:]:
@@ -131,14 +123,14 @@ class FieldRef(torch.autograd.Function):
                 rgb_xs.append(y.relu_())
                 y = torch.addmm(a, w, rgb_xs[-1])
             rgb = y.sigmoid_()
-        ctx.save_for_backward(volume, point, rows, weight, slopes, corners, feature, hats, hat_feature, rgb, seen, *mlps)
-        ctx.xs, ctx.decays, ctx.rgb_xs, ctx.n_sdf = xs, decays, rgb_xs, n_sdf
+        ctx.save_for_backward(volume, point, rows, weights, cells_per_unit, feature, hats, hat_feature, rgb, seen, *mlps)
+        ctx.slopes, ctx.xs, ctx.decays, ctx.rgb_xs, ctx.n_sdf = slopes, xs, decays, rgb_xs, n_sdf
         return z[0].view(R, S), gradient.t().reshape(R, S, 3), rgb.t().reshape(R, S, 3)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_sdf, d_gradient, d_rgb):
-        volume, point, rows, weight, slopes, corners, feature, hats, hat_feature, rgb, seen, *mlps = ctx.saved_tensors
+        volume, point, rows, weights, per_unit, feature, hats, hat_feature, rgb, seen, *mlps = ctx.saved_tensors
         N, C = len(rows), len(feature)
         v = d_gradient.reshape(N, 3).t()
         d_z, d_feature, d_rgb_mlp = d_sdf.reshape(1, N), 0, []
@@ -159,8 +151,7 @@ class FieldRef(torch.autograd.Function):
         else:
             d_z = torch.cat([d_z, d_z.new_zeros(len(W[-1]) - 1, N)])
 
-        along = torch.bmm(v.t()[:, None], slopes)  # [N, 1, 8], b . v of the corners
-        f_dot = torch.bmm(along, corners)[:, 0].t()  # [C, N]
+        f_dot = sum(s * x[:, None] for s, x in zip(ctx.slopes, v, strict=True)).t()  # [C, N]
         widths = [len(w) for w in W]
         z_dot, *inner = (A[: -widths[-1]] @ f_dot).split(widths[:-1])
         z_dots, x_dots = [torch.addmm(z_dot, P, v)], []
@@ -186,8 +177,9 @@ class FieldRef(torch.autograd.Function):
         d_A[len(hats)] += f_dot.sum(1)
         d_feature = A.t() @ d_zs + d_feature
 
+        along = (weights[:, 1:] * (per_unit[:, None] * v).t()[..., None]).sum(1)  # [N, 8], b . v of the corners
         both = torch.stack([d_feature.t(), hat_feature.t()], dim=1)  # [N, 2, C]
-        d_corners = torch.bmm(torch.stack([weight, along[:, 0]], dim=2), both)  # [N, 8, C]
+        d_corners = torch.bmm(torch.stack([weights[:, 0], along], dim=2), both)  # [N, 8, C]
         d_volume = torch.zeros_like(volume)
         d_volume.flatten(0, 3).index_add_(0, rows.flatten(), d_corners.flatten(0, 1))
         return d_volume, None, None, d_A, d_zs.sum(1), d_P, None, *d_W, *d_rgb_mlp

@@ -123,7 +123,9 @@ class FieldRef(torch.autograd.Function):
                 rgb_xs.append(y.relu_())
                 y = torch.addmm(a, w, rgb_xs[-1])
             rgb = y.sigmoid_()
-        ctx.save_for_backward(volume, point, rows, weights, cells_per_unit, feature, hats, hat_feature, rgb, seen, *mlps)
+        ctx.save_for_backward(
+            volume, point, rows, weights, cells_per_unit, feature, hats, hat_feature, rgb, seen, *mlps
+        )
         ctx.slopes, ctx.xs, ctx.decays, ctx.rgb_xs, ctx.n_sdf = slopes, xs, decays, rgb_xs, n_sdf
         return z[0].view(R, S), gradient.t().reshape(R, S, 3), rgb.t().reshape(R, S, 3)
 

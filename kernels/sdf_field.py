@@ -389,7 +389,7 @@ def geometry(x, feature, mlp_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.c
 def distance_back(
     x, mlp_ptr, keep_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr
 ):  # fmt: skip
-    """The distance's derivatives, after `sdf_hidden`: by the point directly, three of [M], and by the feature [M, C]."""
+    """After `sdf_hidden`: the distance's direct derivative by the point, three of [M], and by the feature [M, C]."""
     LINE: tl.constexpr = C + H + SEEN
     M: tl.constexpr = x.shape[0]
     at = mlp_ptr + (LAYERS - 1) * H * LINE

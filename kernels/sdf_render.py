@@ -127,9 +127,10 @@ def sdf_values(volume, rays, starts, sdf_mlp, cells, exact=False):
     sdf = starts.new_empty(R, S)
     if sdf.numel():
         rays = [t.contiguous() for t in (origins, directions, volume_idx, starts, *cells)]
-        _sdf_values_kernel[(triton.cdiv(R * S, BLOCK_M),)](
-            volume.contiguous(), *rays, packs[0], sdf, R, S, *volume.shape[1:], C=sizes["C"], H=sizes["H"],
-            LAYERS=sizes["SDF_LAYERS"], PREC=_precision(exact), BLOCK_M=BLOCK_M, num_warps=WARPS, num_stages=1,
+        _, launch = _over_samples(R * S, sizes)
+        _sdf_values_kernel[(triton.cdiv(R * S, launch["BLOCK_M"]),)](
+            volume.contiguous(), *rays, packs[0], sdf, R, S, *volume.shape[1:],
+            C=sizes["C"], H=sizes["H"], LAYERS=sizes["SDF_LAYERS"], PREC=_precision(exact), **launch,
         )  # fmt: skip
     return sdf
 
@@ -166,76 +167,85 @@ class SdfRender(torch.autograd.Function):
     def forward(ctx, volume, sdf_mlp, rgb_mlp, density, rays, options):
         edges = rays[4]
         R, S = len(edges), edges.shape[1] - 1
-        out = edges.new_zeros(R, 3), edges.new_empty(R), edges.new_empty(R)  # rgb, depth, sum of the weights
+        rgb, depth, total = edges.new_zeros(R, 3), edges.new_empty(R), edges.new_empty(R)  # total: of the weights
         weights, trans, sdf = (edges.new_empty(R, S) for _ in range(3))
         gradient, colours = edges.new_empty(R, S, 3), edges.new_empty(R, S, 3 if options["RGB_LAYERS"] else 0)
-        programs = min(PROGRAMS, triton.cdiv(R, BLOCK_R))
         if R:
+            programs, launch = _along_rays(R, options)
+            keep = volume.new_empty(programs, options["SDF_LAYERS"] - 1, BLOCK_M, options["H"])
             _sdf_render_fwd_kernel[(programs,)](
-                volume, *rays, sdf_mlp, rgb_mlp, density, *out, weights, trans, sdf, gradient, colours,
-                _keep(volume, programs, options["SDF_LAYERS"] - 1, options["H"]),
-                R, S, *volume.shape[1:], **options, BLOCK_R=BLOCK_R, BLOCK_S=BLOCK_S, num_warps=WARPS, num_stages=1,
+                volume, *rays, sdf_mlp, rgb_mlp, density,
+                rgb, depth, total, weights, trans, sdf, gradient, colours, keep,
+                R, S, *volume.shape[1:], **options, **launch,
             )  # fmt: skip
         ctx.options = options
-        saved = (weights, trans, sdf, gradient, colours)
-        ctx.save_for_backward(volume, sdf_mlp, rgb_mlp, density, *rays, *out[1:], *saved)
-        return *out[:2], weights, sdf, gradient
+        ctx.save_for_backward(
+            volume, sdf_mlp, rgb_mlp, density, *rays, depth, total, weights, trans, sdf, gradient, colours
+        )
+        return rgb, depth, weights, sdf, gradient
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, d_rgb, d_depth, d_weights, d_sdf, d_gradient):
+    def backward(ctx, *upstream):
         volume, sdf_mlp, rgb_mlp, density, *rest = ctx.saved_tensors
-        rays, composited = rest[:7], rest[7:]
-        R, S, C, options = len(rays[0]), rays[4].shape[1] - 1, ctx.options["C"], ctx.options
-        sizes = (R, S, *volume.shape[1:])
-        upstream = [t.contiguous() for t in (d_rgb, d_depth, d_weights, d_sdf, d_gradient)]
-        # what the colour's kernel hands on to the distance's
+        rays, rendered, options = rest[:7], rest[7:], ctx.options
+        R, S, C, H = len(rays[0]), rays[4].shape[1] - 1, options["C"], options["H"]
+        if not R:
+            return *(torch.zeros_like(t) for t in (volume, sdf_mlp, rgb_mlp, density)), None, None
+        scatter, has_rgb = on_triton(volume, deterministic=False), options["RGB_LAYERS"] > 0
+        # what the first kernel hands on to the second
         d_sdf, d_gradient = volume.new_empty(R, S), volume.new_empty(R, S, 3)
-        scatter, rgb = on_triton(volume, deterministic=False), options["RGB_LAYERS"] > 0
-        d_feature = volume.new_empty(R * S if rgb or not scatter else 0, C)
-        d_geometry = volume.new_empty(R * S if rgb else 0, options["H"])
-        programs = min(PROGRAMS, max(1, triton.cdiv(R, BLOCK_R)))
-        d_rgb_mlp, d_density = volume.new_zeros(programs, *rgb_mlp.shape), volume.new_zeros(programs)
-        if R:
-            _sdf_render_bwd_rgb_kernel[(programs,)](
-                volume, *rays, sdf_mlp, rgb_mlp, density, *composited, *upstream,
-                d_sdf, d_gradient, d_feature, d_geometry, d_rgb_mlp, d_density,
-                _keep(volume, programs, max(options["RGB_LAYERS"] - 1, 0), options["H"]),
-                *sizes, **options, BLOCK_R=BLOCK_R, BLOCK_S=BLOCK_S, num_warps=WARPS, num_stages=1,
-            )  # fmt: skip
-        d_rgb_mlp = d_rgb_mlp.sum(0)
+        d_feature = volume.new_empty(R * S if has_rgb or not scatter else 0, C)
+        d_geometry = volume.new_empty(R * S if has_rgb else 0, H)
 
-        programs = min(PROGRAMS, max(1, triton.cdiv(R * S, BLOCK_M)))
-        d_sdf_mlp = volume.new_zeros(programs, *sdf_mlp.shape)
-        d_volume = torch.zeros_like(volume)
+        programs, launch = _along_rays(R, options)
+        keep = volume.new_empty(programs, max(options["RGB_LAYERS"] - 1, 0), BLOCK_M, H)
+        d_rgb_mlp, d_density = volume.new_zeros(programs, *rgb_mlp.shape), volume.new_empty(programs)
+        _sdf_render_bwd_rgb_kernel[(programs,)](
+            volume, *rays, sdf_mlp, rgb_mlp, density, *rendered, *(t.contiguous() for t in upstream),
+            d_sdf, d_gradient, d_feature, d_geometry, d_rgb_mlp, d_density, keep,
+            R, S, *volume.shape[1:], **options, **launch,
+        )  # fmt: skip
+        d_rgb_mlp = d_rgb_mlp.sum(0)  # here already, so that its parts need not outlive the next ones
+
+        programs, launch = _over_samples(R * S, options)
+        keep = volume.new_empty(programs, 2, options["SDF_LAYERS"] - 1, BLOCK_M, H)
+        d_volume, d_sdf_mlp = torch.zeros_like(volume), volume.new_zeros(programs, *sdf_mlp.shape)
         d_slope = volume.new_empty(0 if scatter else R * S, C)
         cell = torch.empty(len(d_slope), dtype=torch.int32, device=volume.device)
-        if R:
-            _sdf_render_bwd_sdf_kernel[(programs,)](
-                volume, *rays, sdf_mlp, d_sdf, d_gradient, d_feature, d_geometry, d_sdf_mlp, d_volume,
-                _keep(volume, programs, 2 * (options["SDF_LAYERS"] - 1), options["H"]), d_slope, cell,
-                R * S, *sizes[1:], **options, SCATTER=scatter, BLOCK_M=BLOCK_M, num_warps=WARPS, num_stages=1,
-            )  # fmt: skip
-        if R and not scatter:
+        _sdf_render_bwd_sdf_kernel[(programs,)](
+            volume, *rays, sdf_mlp, d_sdf, d_gradient, d_feature, d_geometry, d_sdf_mlp, d_volume, keep, d_slope, cell,
+            R * S, S, *volume.shape[1:], **options, SCATTER=scatter, **launch,
+        )  # fmt: skip
+        if not scatter:
             _sum_over_cells(d_volume, rays, cell, d_feature, d_slope, d_gradient)
         return d_volume, d_sdf_mlp.sum(0), d_rgb_mlp, d_density.sum(0, keepdim=True), None, None
 
 
-def _keep(volume, programs, layers, H):
-    """Room for what the layers are given, so that the kernels' registers need not hold it."""
-    return volume.new_empty(programs, layers, BLOCK_M, H)
-
-
-BLOCK_R, BLOCK_S = 2, 32  # rays and samples on each per tile of the kernels that walk along rays
-BLOCK_M = 64  # samples per tile of the others; 64 rows is what a Hopper matrix instruction takes
+BLOCK_S = 32  # samples on a ray per tile of the kernels that walk along rays
+BLOCK_M = 64  # samples per tile, of two rays then; 64 rows is what a Hopper matrix instruction takes
 BLOCK_N = 32  # samples of a cell that a voxel takes in at a time
 WARPS = 4
+NARROW = 32  # a field with more channels or units than that takes half of the samples
 PROGRAMS = 528  # at most, of the backward: 4 per multiprocessor of an H100; each sums its own gradient of the MLPs
+
+
+def _over_samples(N, options):
+    """Number of programs over N samples, and how to launch them. A program takes several tiles in turn."""
+    block = BLOCK_M if max(options["C"], options["H"]) <= NARROW else BLOCK_M // 2
+    return min(PROGRAMS, triton.cdiv(N, block)), dict(BLOCK_M=block, num_warps=WARPS, num_stages=1)
+
+
+def _along_rays(R, options):
+    """As `_over_samples`, over R rays."""
+    _, launch = _over_samples(0, options)
+    block_r = launch.pop("BLOCK_M") // BLOCK_S
+    return min(PROGRAMS, triton.cdiv(R, block_r)), dict(BLOCK_R=block_r, BLOCK_S=BLOCK_S, **launch)
 
 
 @triton.jit
 def _opacity(sdf, gradient, direction, delta, density, NEUS: tl.constexpr):
-    """alpha before clipping, and what its gradient needs: the slope, and two values by whose names `_opacity_back` goes."""
+    """alpha before clipping, the slope along the ray and two more values that its gradient needs, each [M]."""
     if NEUS:
         slope = gradient[0] * direction[0] + gradient[1] * direction[1] + gradient[2] * direction[2]
         half = tl.minimum(slope, 0.0) * delta / 2
@@ -454,10 +464,12 @@ def _sdf_render_bwd_rgb_kernel(
                 e = seen_by_rgb(point, direction, gradient)
                 x = rgb_hidden(e, feature, geo, rgb_mlp_ptr, keep_ptr, True, C, H, RGB_LAYERS, PREC)
                 tl.debug_barrier()  # other threads may read what is kept
-                d_z = d_colour * weight[:, None] * colour * (1.0 - colour)
+                d_out = d_colour * weight[:, None] * colour * (1.0 - colour)
+                no_feature, no_geo = tl.zeros((1, C), tl.float32), tl.zeros((1, H), tl.float32)
+                no_e = tl.zeros((1, SEEN), tl.float32)
                 d_x, d_feature, d_geo, d_e = _rgb_layer_back(
-                    d_z, x, feature, geo, e, rgb_mlp_ptr + last, d_mlp_ptr + last,
-                    tl.zeros((1, C), tl.float32), tl.zeros((1, H), tl.float32), tl.zeros((1, SEEN), tl.float32), C, H, PREC,
+                    d_out, x, feature, geo, e, rgb_mlp_ptr + last, d_mlp_ptr + last,
+                    no_feature, no_geo, no_e, C, H, PREC,
                 )  # fmt: skip
                 for j in range(RGB_LAYERS - 1):
                     l = RGB_LAYERS - 2 - j
@@ -604,7 +616,7 @@ def _sdf_render_bwd_sdf_kernel(
 
 @triton.jit
 def _cell(place, Z, Y, X):
-    """Number of the cell between 8 voxels that each place lies in; the cells half outside count. Elsewhere: the last."""
+    """Number of the cell that each place lies in, those half outside the volume too; elsewhere the largest int32."""
     ux, uy, uz, first = place
     x, y, z = tl.floor(ux) + 1, tl.floor(uy) + 1, tl.floor(uz) + 1
     inside = (x >= 0) & (x <= X) & (y >= 0) & (y <= Y) & (z >= 0) & (z <= Z)
@@ -614,7 +626,7 @@ def _cell(place, Z, Y, X):
 
 
 def _sum_over_cells(d_volume, rays, cell, d_feature, d_slope, d_gradient):
-    """Fill the gradient of the volume: every voxel sums over the samples in its 8 cells, in the order of the samples."""
+    """Fill the gradient of the volume: every voxel sums over the samples in its 8 cells, in their order."""
     origins, directions, _, _, edges, *cells = rays
     B, Z, Y, X, CHANNELS = d_volume.shape
     cell, order = cell.sort(stable=True)

@@ -4,12 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import backend, sdf_render as fused
+from kernels import backend
+from kernels import sdf_render as fused
 from kernels.composite import composite_ref
 from kernels.sdf_alpha import neus_alpha_ref, volsdf_alpha_ref
 from kernels.sdf_render import in_family, sdf_render, sdf_render_ref, sdf_values
 from kernels.trilinear import trilinear_ref
-from tests.ahead_of_time import Launch  # noqa
+from tests.ahead_of_time import Launch
 from tests.check import check_against_ref, launches
 from tests.golden import assert_close_to_max, load, under
 from unipad.config import Grid, Render
@@ -18,7 +19,41 @@ from unipad.model.render import Renderer
 
 # 9 x 9 x 5 voxels over a box of +-1, +-1, +-0.25: all cell coordinates of multiples of 1/8 are exact
 CELLS_PER_UNIT, FIRST_CELL = torch.tensor([4.0, 4.0, 8.0]), torch.tensor([4.0, 4.0, 2.0])
-LAUNCHES = []
+
+NVIDIA, HOPPER, AMD = ("sm_80", "sm_90"), ("sm_90",), ("gfx942",)
+TILE, ALONG = dict(BLOCK_M=64), dict(BLOCK_R=2, BLOCK_S=32)
+FIELD = dict(C=32, H=16, PREC="tf32")  # of every preset
+RGB = FIELD | dict(NEUS=True, SDF_LAYERS=6, RGB_LAYERS=4)
+NO_RGB = RGB | dict(RGB_LAYERS=0)  # LiDAR alone
+WIDE = RGB | dict(C=64, H=64, SDF_LAYERS=8, RGB_LAYERS=8, BLOCK_R=1, BLOCK_S=32)
+IEEE, ADD = dict(PREC="ieee"), dict(SCATTER=True)
+
+
+def launch(kernel, constexprs, targets, registers=255, shared=0, stack=0, mma="", warps=4):
+    types = dict(hit_ptr="*i1", order_ptr="*i64", first_of_cell_ptr="*i64")
+    types = {name: type_ for name, type_ in types.items() if name in getattr(fused, kernel).arg_names}
+    return Launch(
+        kernel, constexprs, types, ("CHANNELS",), ("fp32",), targets, warps, 1, registers, shared, stack, mma
+    )  # fmt: skip
+
+
+# Stacks: a tile of 64 samples, what a Hopper matrix instruction takes, needs a few more registers than there are.
+# Half of the samples (BLOCK_M = 32) spill a fifth of that, for 1.6 times the instructions a sample.
+LAUNCHES = [
+    launch("_sdf_values_kernel", FIELD | TILE | dict(LAYERS=6), NVIDIA, 160, 20480, 0, "HGMMA"),
+    launch("_sdf_render_fwd_kernel", RGB | ALONG, NVIDIA, 255, 20480, 96, "HGMMA"),
+    launch("_sdf_render_fwd_kernel", NO_RGB | ALONG, NVIDIA, 248, 20480, 0, "HGMMA"),
+    launch("_sdf_render_fwd_kernel", RGB | ALONG | IEEE, AMD),
+    launch("_sdf_render_bwd_rgb_kernel", RGB | ALONG, NVIDIA, 255, 20480, 520, "HGMMA"),
+    launch("_sdf_render_bwd_rgb_kernel", NO_RGB | ALONG, NVIDIA, 64, 256),
+    launch("_sdf_render_bwd_rgb_kernel", WIDE, HOPPER, 255, 65536, 1024, "HMMA"),
+    launch("_sdf_render_bwd_rgb_kernel", RGB | ALONG | IEEE, AMD),
+    launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | ADD, NVIDIA, 255, 40960, 600, "HGMMA"),
+    launch("_sdf_render_bwd_sdf_kernel", NO_RGB | TILE | ADD, NVIDIA, 255, 40960, 240, "HGMMA"),
+    launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | dict(SCATTER=False), HOPPER, 255, 40960, 420, "HGMMA"),
+    launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | ADD | IEEE, AMD),
+    launch("_cell_sum_kernel", dict(C=32, BLOCK_N=32), (*NVIDIA, *AMD), 128, 256, warps=1),
+]
 GRADIENTS = ["volume", "sdf_mlp", "rgb_mlp", "density"]
 
 

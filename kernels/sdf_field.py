@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.backend import tl, triton
-from kernels.trilinear import _corner, _four_weights
+from kernels.trilinear import _corner, _four_weights, trilinear_value_ref
 
 COLOURS = tl.constexpr(16)  # rows of the colour MLP's last layer: 3 and padding, as many as a dot must have
 SEEN = tl.constexpr(16)  # columns of E: p 3, 1, direction 3, gradient 3 and padding
@@ -81,6 +81,20 @@ def field_ref(volume, points, directions, volume_idx, mlps, cells):
     return FieldRef.apply(volume, geometry, len(flat[0]), *(t for m in flat for t in m))
 
 
+def values_ref(volume, points, volume_idx, sdf_mlp, cells):
+    """The distance alone, [R, S] at points [R, S, 3]; not differentiable."""
+    A, bias, P, W = folded(sdf_mlp)
+    cells_per_unit, first_cell = cells
+    feature = trilinear_value_ref(volume, points * cells_per_unit + first_cell, volume_idx).flatten(0, 1).t()
+    widths = [*(len(w) for w in W[:-1]), 1]
+    rows = sum(widths)  # of the last layer, only the distance
+    z, *inner = torch.addmm(bias[:rows, None], A[:rows], feature).split(widths)
+    z = torch.addmm(z, P, points.flatten(0, 1).t())
+    for w, a in zip((*W[1:-1], W[-1][:1]), inner, strict=True):
+        z = torch.addmm(a, w, _softplus(z))
+    return z.view(points.shape[:2])
+
+
 class FieldRef(torch.autograd.Function):
     """Samples are the columns of every matrix; hats and dots as in `sdf_render`."""
 
@@ -90,8 +104,7 @@ class FieldRef(torch.autograd.Function):
         (R, S, _), (A, bias, P, *W) = points.shape, mlps[:n_sdf]
         rows, weights = _four_weights(volume, points * cells_per_unit + first_cell, volume_idx)
         corners = volume.flatten(0, 3).index_select(0, rows.flatten()).unflatten(0, rows.shape)  # [N, 8, C]
-        feature, *slopes = torch.bmm(weights, corners).unbind(1)
-        slopes = [s * k for s, k in zip(slopes, cells_per_unit, strict=True)]  # d feature / d point, [N, C] each
+        feature, *slopes = torch.bmm(weights, corners).unbind(1)  # slopes: by the cell, [N, C] each
         feature = feature.t().contiguous()  # [C, N]
         point = points.flatten(0, 1).t()  # [3, N]
 
@@ -103,57 +116,65 @@ class FieldRef(torch.autograd.Function):
             xs.append(_softplus(z))
             z = torch.addmm(a, w, xs[-1])
         decays = [torch.exp(-100 * x) for x in xs]  # 1 - act'
-        hats = [W[-1][0][:, None].expand_as(xs[-1])]
-        for w, decay in zip((*W[-2:0:-1], None), decays[::-1], strict=True):
-            hats[-1] = torch.addcmul(hats[-1], hats[-1], decay, value=-1)  # z^
-            if w is not None:
-                hats.append(w.t() @ hats[-1])
-        hats = torch.cat(hats[::-1])
         inner_rows = len(A) - widths[-1]
+        hats = A.new_empty(inner_rows, R * S)
+        hat = hats.split(widths[:-1])
+        torch.addcmul(W[-1][0][:, None], W[-1][0][:, None], decays[-1], value=-1, out=hat[-1])  # z^
+        for l in range(len(xs) - 2, -1, -1):
+            torch.mm(W[l + 1].t(), hat[l + 1], out=hat[l])
+            hat[l].addcmul_(hat[l], decays[l], value=-1)
         hat_feature = torch.addmm(A[inner_rows][:, None], A[:inner_rows].t(), hats)  # [C, N]
-        gradient = torch.stack([(s * hat_feature.t()).sum(1) for s in slopes]) + P.t() @ hats[: widths[0]]  # [3, N]
+        gradient = torch.stack([(s * hat_feature.t()).sum(1) for s in slopes]) * cells_per_unit[:, None]
+        gradient.addmm_(P.t(), hat[0])  # [3, N]
 
-        seen, rgb_xs, rgb = None, [], points.new_zeros(3, R * S)
+        rgb_xs, rgb = [], points.new_zeros(3, R * S)
         if mlps[n_sdf:]:
             A, bias, P, *W = mlps[n_sdf:]
-            seen = torch.cat([directions.t()[:, :, None].expand(3, R, S).flatten(1), feature, gradient, z[1:]])
-            y, *inner = torch.addmm(bias[:, None], A, seen).split([len(w) for w in W])
+            along, *others = A.split([3, len(feature), 3, len(z) - 1], dim=1)
+            y = torch.addmm(bias[:, None], others[0], feature)
+            y.addmm_(others[1], gradient).addmm_(others[2], z[1:])
+            y.view(-1, R, S).add_((along @ directions.t())[..., None])
+            y, *inner = y.split([len(w) for w in W])
             y = torch.addmm(y, P, point)
             for w, a in zip(W[1:], inner, strict=True):
                 rgb_xs.append(y.relu_())
                 y = torch.addmm(a, w, rgb_xs[-1])
             rgb = y.sigmoid_()
         ctx.save_for_backward(
-            volume, point, rows, weights, cells_per_unit, feature, hats, hat_feature, rgb, seen, *mlps
+            volume, point, directions, rows, weights, cells_per_unit, feature, hats, hat_feature, *mlps
         )
+        ctx.rgb, ctx.seen = rgb, (feature, gradient, z[1:])
         ctx.slopes, ctx.xs, ctx.decays, ctx.rgb_xs, ctx.n_sdf = slopes, xs, decays, rgb_xs, n_sdf
         return z[0].view(R, S), gradient.t().reshape(R, S, 3), rgb.t().reshape(R, S, 3)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_sdf, d_gradient, d_rgb):
-        volume, point, rows, weights, per_unit, feature, hats, hat_feature, rgb, seen, *mlps = ctx.saved_tensors
+        volume, point, directions, rows, weights, per_unit, feature, hats, hat_feature, *mlps = ctx.saved_tensors
         N, C = len(rows), len(feature)
         v = d_gradient.reshape(N, 3).t()
         d_z, d_feature, d_rgb_mlp = d_sdf.reshape(1, N), 0, []
         A, bias, P, *W = mlps[: ctx.n_sdf]
-        if seen is not None:
+        if mlps[ctx.n_sdf :]:
             B, _, Q, *U = mlps[ctx.n_sdf :]
-            d_y = [d_rgb.reshape(N, 3).t() * rgb * (1 - rgb)]
+            d_y = [d_rgb.reshape(N, 3).t() * ctx.rgb * (1 - ctx.rgb)]
             for u, x in zip(U[:0:-1], ctx.rgb_xs[::-1], strict=True):
                 d_y.append((u.t() @ d_y[-1]) * (x > 0))
             d_y = d_y[::-1]
             d_U = [d @ x.t() for d, x in zip(d_y[1:], ctx.rgb_xs, strict=True)]
             d_Q = d_y[0] @ point.t()
             d_y = torch.cat(d_y)
-            d_rgb_mlp = [d_y @ seen.t(), d_y.sum(1), d_Q, None, *d_U]
-            _, d_feature, d_g, d_geometry = (B.t() @ d_y).split([3, C, 3, len(seen) - C - 6])
+            d_along = d_y.view(len(d_y), len(directions), -1).sum(2) @ directions
+            d_B = torch.cat([d_along, *(d_y @ part.t() for part in ctx.seen)], dim=1)
+            d_rgb_mlp = [d_B, d_y.sum(1), d_Q, None, *d_U]
+            d_feature, d_g, d_geometry = (part.t() @ d_y for part in B[:, 3:].split([C, 3, len(W[-1]) - 1], dim=1))
             v = v + d_g
             d_z = torch.cat([d_z, d_geometry])
         else:
             d_z = torch.cat([d_z, d_z.new_zeros(len(W[-1]) - 1, N)])
 
-        f_dot = sum(s * x[:, None] for s, x in zip(ctx.slopes, v, strict=True)).t()  # [C, N]
+        v_cells = per_unit[:, None] * v
+        f_dot = sum(s * x[:, None] for s, x in zip(ctx.slopes, v_cells, strict=True)).t()  # [C, N]
         widths = [len(w) for w in W]
         z_dot, *inner = (A[: -widths[-1]] @ f_dot).split(widths[:-1])
         z_dots, x_dots = [torch.addmm(z_dot, P, v)], []
@@ -179,7 +200,7 @@ class FieldRef(torch.autograd.Function):
         d_A[len(hats)] += f_dot.sum(1)
         d_feature = A.t() @ d_zs + d_feature
 
-        along = (weights[:, 1:] * (per_unit[:, None] * v).t()[..., None]).sum(1)  # [N, 8], b . v of the corners
+        along = (weights[:, 1:] * v_cells.t()[..., None]).sum(1)  # [N, 8], b . v of the corners
         both = torch.stack([d_feature.t(), hat_feature.t()], dim=1)  # [N, 2, C]
         d_corners = torch.bmm(torch.stack([weights[:, 0], along], dim=2), both)  # [N, 8, C]
         d_volume = torch.zeros_like(volume)

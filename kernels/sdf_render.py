@@ -52,6 +52,7 @@ from kernels.sdf_field import (
     softplus,
     times,
     times_back,
+    values_ref,
     vector,
 )
 
@@ -122,6 +123,8 @@ def sdf_values(volume, rays, starts, sdf_mlp, cells, exact=False):
 
     Not differentiable: for searches along rays.
     """
+    if not on_triton(volume):
+        return sdf_values_ref(volume, rays, starts, sdf_mlp, cells)
     origins, directions, volume_idx = rays
     (packs, sizes), (R, S) = _packed(volume, (sdf_mlp, None)), starts.shape
     sdf = starts.new_empty(R, S)
@@ -133,6 +136,14 @@ def sdf_values(volume, rays, starts, sdf_mlp, cells, exact=False):
             C=sizes["C"], H=sizes["H"], LAYERS=sizes["SDF_LAYERS"], PREC=_precision(exact), **launch,
         )  # fmt: skip
     return sdf
+
+
+@torch.no_grad()
+def sdf_values_ref(volume, rays, starts, sdf_mlp, cells, exact=False):
+    """`sdf_values` in plain PyTorch."""
+    origins, directions, volume_idx = rays
+    points = origins[:, None] + directions[:, None] * starts[..., None]  # [R, S, 3]
+    return values_ref(volume, points, volume_idx, sdf_mlp, cells)
 
 
 def _check(volume, rays, edges, mlps, method):

@@ -56,6 +56,7 @@ class Renderer(nn.Module):
     def __init__(self, cfg, grid):
         super().__init__()
         self.cfg = cfg
+        self.exact = False  # True: on a GPU the fused op's products are as exact as fp32, not tf32
         self.scale = grid.scale
         self.box = [[v * grid.scale for v in corner] for corner in (grid.low, grid.high)]
         if cfg.method not in SAMPLERS:
@@ -95,7 +96,9 @@ class Renderer(nn.Module):
 
             def sdf_at(starts):
                 if fused:
-                    return sdf_values(volume, (origins, directions, rays.volume_idx), starts, sdf_mlp, cells)
+                    return sdf_values(
+                        volume, (origins, directions, rays.volume_idx), starts, sdf_mlp, cells, self.exact
+                    )
                 return self.field.sdf(volume, along(starts), rays.volume_idx)
 
             with torch.no_grad():
@@ -107,7 +110,7 @@ class Renderer(nn.Module):
                 density = self.field.inv_s if self.cfg.method == "neus" else self.field.beta
                 bundle = origins, directions, rays.volume_idx, hit
                 rgb, depth, weights, sdf, gradient = sdf_render(
-                    volume, bundle, edges, mlps, density, cells, self.cfg.method
+                    volume, bundle, edges, mlps, density, cells, self.cfg.method, self.exact
                 )
             else:
                 sdf, gradient, colour = self.field(volume, along(starts), directions, rays.volume_idx)

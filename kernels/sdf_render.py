@@ -10,12 +10,12 @@ Colours and opacities read g, so training needs second derivatives of the distan
 the gradient of *one* directional derivative. The backward of the distance is therefore reverse mode over the MLP and a
 single tangent of it (dots: derivatives along v; bars: derivatives of L; z^ : of the distance itself):
 
-    y._l = x._l + C_l f.,   z._l = W_l y._l,   x._{l+1} = act'(z_l) z._l,   f. = J v,   x._0 = P v
-    y^_l = W_l^T z^_l,   z^_{l-1} = act'(z_{l-1}) y^_l,   z^_last = e_0   (the reverse pass that gave g)
-    y-_l = W_l^T z-_l,   z-_{l-1} = act'(z_{l-1}) y-_l + act''(z_{l-1}) z._{l-1} y^_l
-    W-_l = z-_l y_l^T + z^_l y._l^T,   C-_l = y-_l f^T + y^_l f.^T,   f- = sum_l C_l^T y-_l,   f^ = sum_l C_l^T y^_l
+    z._l = W_l x._l + A_l f. (+ E_0 v),   x._{l+1} = act'(z_l) z._l,   f. = (df / dp) v
+    x^_l = W_l^T z^_l,   z^_{l-1} = act'(z_{l-1}) x^_l,   z^_last = e_0   (the reverse pass that gave g)
+    x-_l = W_l^T z-_l,   z-_{l-1} = act'(z_{l-1}) x-_l + act''(z_{l-1}) z._{l-1} x^_l
+    W-_l = z-_l x_l^T + z^_l x._l^T,   A-_l = z-_l f^T + z^_l f.^T,   f- = sum_l A_l^T z-_l,   f^ = sum_l A_l^T z^_l
 
-and a corner of the cell with share w and slope b gets w f- + (b . v) f^.
+with the matrices of `sdf_field`; a corner of the cell with share w and slope b gets w f- + (b . v) f^.
 
 Sizes: R rays, S samples on each, N = R * S, C channels, H hidden units, M samples a tile.
 """
@@ -23,6 +23,7 @@ Sizes: R rays, S samples on each, N = R * S, C channels, H hidden units, M sampl
 import torch
 
 from kernels.backend import on_triton, tl, triton
+from kernels.cell_sum import cell_of, cell_sum
 from kernels.composite import composite_ref
 from kernels.sdf_alpha import _sigmoid, neus_alpha_ref, volsdf_alpha_ref
 from kernels.sdf_field import (
@@ -36,7 +37,6 @@ from kernels.sdf_field import (
     corner,
     distance,
     distance_back,
-    field_ref,
     geometry,
     interpolate,
     interpolate_along,
@@ -52,9 +52,9 @@ from kernels.sdf_field import (
     softplus,
     times,
     times_back,
-    values_ref,
     vector,
 )
+from kernels.sdf_reference import field_ref, values_ref
 
 METHODS = ("neus", "volsdf")
 WIDTHS, LAYERS = (16, 64), (2, 8)  # smallest and largest
@@ -229,13 +229,12 @@ class SdfRender(torch.autograd.Function):
             R * S, S, *volume.shape[1:], **options, SCATTER=scatter, **launch,
         )  # fmt: skip
         if not scatter:
-            _sum_over_cells(d_volume, rays, cell, d_feature, d_slope, d_gradient)
+            cell_sum(d_volume, rays[:2], rays[4], rays[5:], cell, d_feature, d_slope, d_gradient)
         return d_volume, d_sdf_mlp.sum(0), d_rgb_mlp, d_density.sum(0, keepdim=True), None, None
 
 
 BLOCK_S = 32  # samples on a ray per tile of the kernels that walk along rays
 BLOCK_M = 64  # samples per tile, of two rays then; 64 rows is what a Hopper matrix instruction takes
-BLOCK_N = 32  # samples of a cell that a voxel takes in at a time
 WARPS = 4
 NARROW = 32  # a field with more channels or units than that takes half of the samples
 PROGRAMS = 528  # at most, of the backward: 4 per multiprocessor of an H100; each sums its own gradient of the MLPs
@@ -622,92 +621,4 @@ def _sdf_render_bwd_sdf_kernel(
         else:
             tl.store(d_feature_ptr + n[:, None] * C + c, d_feature, mask=ok[:, None])
             tl.store(d_slope_ptr + n[:, None] * C + c, hat_feature, mask=ok[:, None])
-            tl.store(cell_idx_ptr + n, _cell(place, Z, Y, X), mask=ok)
-
-
-@triton.jit
-def _cell(place, Z, Y, X):
-    """Number of the cell that each place lies in, those half outside the volume too; elsewhere the largest int32."""
-    ux, uy, uz, first = place
-    x, y, z = tl.floor(ux) + 1, tl.floor(uy) + 1, tl.floor(uz) + 1
-    inside = (x >= 0) & (x <= X) & (y >= 0) & (y <= Y) & (z >= 0) & (z <= Z)
-    z = first // Z * (Z + 1) + tl.where(inside, z, 0.0).to(tl.int64)
-    cell = (z * (Y + 1) + tl.where(inside, y, 0.0).to(tl.int64)) * (X + 1) + tl.where(inside, x, 0.0).to(tl.int64)
-    return tl.where(inside, cell, 2147483647).to(tl.int32)
-
-
-def _sum_over_cells(d_volume, rays, cell, d_feature, d_slope, d_gradient):
-    """Fill the gradient of the volume: every voxel sums over the samples in its 8 cells, in their order."""
-    origins, directions, _, _, edges, *cells = rays
-    B, Z, Y, X, CHANNELS = d_volume.shape
-    cell, order = cell.sort(stable=True)
-    numbers = torch.arange(B * (Z + 1) * (Y + 1) * (X + 1) + 1, dtype=torch.int32, device=cell.device)
-    first_of_cell = torch.searchsorted(cell, numbers)
-    _cell_sum_kernel[(B * Z * Y * X,)](
-        order, first_of_cell, origins, directions, edges, *cells, d_feature, d_slope, d_gradient, d_volume,
-        edges.shape[1] - 1, Z, Y, X, CHANNELS, C=d_feature.shape[1], BLOCK_N=BLOCK_N, num_warps=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def _cell_sum_kernel(
-    order_ptr, first_of_cell_ptr,  # [N] int64 samples by cell, [cells + 1] int64
-    origins_ptr, directions_ptr, edges_ptr, cells_per_unit_ptr, first_cell_ptr,  # [R, 3] x 2, [R, S + 1], [3], [3]
-    d_feature_ptr, d_slope_ptr, d_gradient_ptr,  # [N, C], [N, C], [N, 3]
-    d_volume_ptr,  # [B, Z, Y, X, CHANNELS]
-    S, Z, Y, X, CHANNELS,
-    C: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    voxel = tl.program_id(0).to(tl.int64)
-    x, y, z, b = voxel % X, voxel // X % Y, voxel // X // Y % Z, voxel // X // Y // Z
-    c = tl.arange(0, C)[None, :]
-    acc = tl.zeros((C,), tl.float32)
-    for k in range(8):  # the voxel is corner k of the cell
-        kx, ky, kz = k % 2, k // 2 % 2, k // 4
-        cell = ((b * (Z + 1) + z + 1 - kz) * (Y + 1) + y + 1 - ky) * (X + 1) + x + 1 - kx
-        end = tl.load(first_of_cell_ptr + cell + 1)
-        for i in range(tl.load(first_of_cell_ptr + cell), end, BLOCK_N):
-            i = i + tl.arange(0, BLOCK_N)
-            ok = i < end
-            n = tl.load(order_ptr + i, mask=ok, other=0)
-            start = tl.load(edges_ptr + n + n // S, mask=ok, other=0.0)
-            ax, bx = _share(origins_ptr, directions_ptr, cells_per_unit_ptr, first_cell_ptr, n // S, start, ok, x, kx)
-            ay, by = _share(
-                origins_ptr + 1,
-                directions_ptr + 1,
-                cells_per_unit_ptr + 1,
-                first_cell_ptr + 1,
-                n // S,
-                start,
-                ok,
-                y,
-                ky,
-            )
-            az, bz = _share(
-                origins_ptr + 2,
-                directions_ptr + 2,
-                cells_per_unit_ptr + 2,
-                first_cell_ptr + 2,
-                n // S,
-                start,
-                ok,
-                z,
-                kz,
-            )
-            vx, vy, vz = _load3(d_gradient_ptr, n, ok)
-            along = bx * ay * az * vx + ax * by * az * vy + ax * ay * bz * vz
-            d_feature = tl.load(d_feature_ptr + n[:, None] * C + c, mask=ok[:, None], other=0.0)
-            d_slope = tl.load(d_slope_ptr + n[:, None] * C + c, mask=ok[:, None], other=0.0)
-            acc += tl.sum((ax * ay * az)[:, None] * d_feature + along[:, None] * d_slope, axis=0)
-    c = tl.arange(0, C)
-    tl.store(d_volume_ptr + voxel * CHANNELS + c, acc, mask=c < CHANNELS)
-
-
-@triton.jit
-def _share(origin_ptr, direction_ptr, cells_per_unit_ptr, first_cell_ptr, r, start, ok, corner, upper):
-    """Along one axis: the share of a sample that corner of its cell has, and its slope by the point."""
-    point = tl.load(origin_ptr + 3 * r, mask=ok, other=0.0) + tl.load(direction_ptr + 3 * r, mask=ok, other=0.0) * start
-    cells_per_unit = tl.load(cells_per_unit_ptr)
-    sign = 2 * upper - 1
-    # 1 - upper + sign * (place - low), where corner = low + upper
-    return 1 + sign * (point * cells_per_unit + tl.load(first_cell_ptr) - corner), sign * cells_per_unit
+            tl.store(cell_idx_ptr + n, cell_of(place, Z, Y, X), mask=ok)

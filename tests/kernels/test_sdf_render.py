@@ -29,12 +29,9 @@ WIDE = RGB | dict(C=64, H=64, SDF_LAYERS=8, RGB_LAYERS=8, BLOCK_R=1, BLOCK_S=32)
 IEEE, ADD = dict(PREC="ieee"), dict(SCATTER=True)
 
 
-def launch(kernel, constexprs, targets, registers=255, shared=0, stack=0, mma="", warps=4):
-    types = dict(hit_ptr="*i1", order_ptr="*i64", first_of_cell_ptr="*i64")
-    types = {name: type_ for name, type_ in types.items() if name in getattr(fused, kernel).arg_names}
-    return Launch(
-        kernel, constexprs, types, ("CHANNELS",), ("fp32",), targets, warps, 1, registers, shared, stack, mma
-    )  # fmt: skip
+def launch(kernel, constexprs, targets, registers=255, shared=0, stack=0, mma=""):
+    types = dict(hit_ptr="*i1")
+    return Launch(kernel, constexprs, types, ("CHANNELS",), ("fp32",), targets, 4, 1, registers, shared, stack, mma)
 
 
 # Stacks: a tile of 64 samples, what a Hopper matrix instruction takes, needs a few more registers than there are.
@@ -52,7 +49,6 @@ LAUNCHES = [
     launch("_sdf_render_bwd_sdf_kernel", NO_RGB | TILE | ADD, NVIDIA, 255, 40960, 240, "HGMMA"),
     launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | dict(SCATTER=False), HOPPER, 255, 40960, 420, "HGMMA"),
     launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | ADD | IEEE, AMD),
-    launch("_cell_sum_kernel", dict(C=32, BLOCK_N=32), (*NVIDIA, *AMD), 128, 256, warps=1),
 ]
 GRADIENTS = ["volume", "sdf_mlp", "rgb_mlp", "density"]
 

@@ -1,4 +1,4 @@
-"""The gradient of a volume that was interpolated along rays, without atomics: samples are sorted by the cell they lie in.
+"""The gradient of a volume that was interpolated along rays, without atomics: samples are sorted by their cell.
 
     d_volume_voxel = sum over its 8 cells, over the samples in each:  w d_value + (b . v) d_slope
 
@@ -69,29 +69,10 @@ def _cell_sum_kernel(
             ok = i < end
             n = tl.load(order_ptr + i, mask=ok, other=0)
             start = tl.load(edges_ptr + n + n // S, mask=ok, other=0.0)
-            ax, bx = _share(origins_ptr, directions_ptr, cells_per_unit_ptr, first_cell_ptr, n // S, start, ok, x, kx)
-            ay, by = _share(
-                origins_ptr + 1,
-                directions_ptr + 1,
-                cells_per_unit_ptr + 1,
-                first_cell_ptr + 1,
-                n // S,
-                start,
-                ok,
-                y,
-                ky,
-            )
-            az, bz = _share(
-                origins_ptr + 2,
-                directions_ptr + 2,
-                cells_per_unit_ptr + 2,
-                first_cell_ptr + 2,
-                n // S,
-                start,
-                ok,
-                z,
-                kz,
-            )
+            r = n // S
+            ax, bx = _share(origins_ptr, directions_ptr, cells_per_unit_ptr, first_cell_ptr, 0, r, start, ok, x, kx)
+            ay, by = _share(origins_ptr, directions_ptr, cells_per_unit_ptr, first_cell_ptr, 1, r, start, ok, y, ky)
+            az, bz = _share(origins_ptr, directions_ptr, cells_per_unit_ptr, first_cell_ptr, 2, r, start, ok, z, kz)
             vx = tl.load(v_ptr + 3 * n, mask=ok, other=0.0)
             vy = tl.load(v_ptr + 3 * n + 1, mask=ok, other=0.0)
             vz = tl.load(v_ptr + 3 * n + 2, mask=ok, other=0.0)
@@ -104,10 +85,12 @@ def _cell_sum_kernel(
 
 
 @triton.jit
-def _share(origin_ptr, direction_ptr, cells_per_unit_ptr, first_cell_ptr, r, start, ok, corner, upper):
+def _share(origins_ptr, directions_ptr, cells_per_unit_ptr, first_cell_ptr, AXIS, r, start, ok, corner, upper):
     """Along one axis: the share of a sample that corner of its cell has, and its slope by the point."""
-    point = tl.load(origin_ptr + 3 * r, mask=ok, other=0.0) + tl.load(direction_ptr + 3 * r, mask=ok, other=0.0) * start
-    cells_per_unit = tl.load(cells_per_unit_ptr)
+    direction = tl.load(directions_ptr + 3 * r + AXIS, mask=ok, other=0.0)
+    point = tl.load(origins_ptr + 3 * r + AXIS, mask=ok, other=0.0) + direction * start
+    cells_per_unit = tl.load(cells_per_unit_ptr + AXIS)
+    place = point * cells_per_unit + tl.load(first_cell_ptr + AXIS)
     sign = 2 * upper - 1
     # 1 - upper + sign * (place - low), where corner = low + upper
-    return 1 + sign * (point * cells_per_unit + tl.load(first_cell_ptr) - corner), sign * cells_per_unit
+    return 1 + sign * (place - corner), sign * cells_per_unit

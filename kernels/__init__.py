@@ -9,14 +9,11 @@
     ray_sample.py   ray-box clipping, stratified starts, inverse-CDF resampling with rank merge
     trilinear.py    a feature volume at points, with its spatial gradient as an output
     sdf_alpha.py    signed distance to opacity: NeuS, VolSDF, UniSurf
-<<<<<<< HEAD
     rotated_iou.py  overlap of turned boxes, and suppression of doubles
-=======
-    sdf_render.py   all of that at once: rays through a volume to depth and colour, one custom backward
+    composite.py    front-to-back compositing of samples along rays
+    sdf_render.py   the last four and the field's MLPs at once, with one custom backward
     sdf_field.py    ... its MLPs on a tile of samples, inside a kernel; sdf_reference.py, in plain PyTorch
     cell_sum.py     ... the volume's gradient without atomics
->>>>>>> render
-    composite.py    front-to-back compositing of samples along rays
 
 A file holds the op, its PyTorch reference (same name and signature, `_ref` behind; it is the CPU path),
 the autograd Function and the kernels. Import from the file (`from kernels.composite import composite`);

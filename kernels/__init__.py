@@ -6,12 +6,12 @@
     sparse_conv.py  gather-GEMM over a neighbour table
     lift.py         voxel <- sum over views and levels of bilinear feature x trilinear depth probability
     voxel_pool.py   voxel <- sum of feature x depth probability over the frustum points that fall into it
+    rotated_iou.py  overlap of turned boxes, and suppression of doubles
     ray_sample.py   ray-box clipping, stratified starts, inverse-CDF resampling with rank merge
     trilinear.py    a feature volume at points, with its spatial gradient as an output
     sdf_alpha.py    signed distance to opacity: NeuS, VolSDF, UniSurf
-    rotated_iou.py  overlap of turned boxes, and suppression of doubles
     composite.py    front-to-back compositing of samples along rays
-    sdf_render.py   the last four and the field's MLPs at once, with one custom backward
+    sdf_render.py   trilinear, the field's MLPs, sdf_alpha and composite in one, with one custom backward
     sdf_field.py    ... its MLPs on a tile of samples, inside a kernel; sdf_reference.py, in plain PyTorch
     cell_sum.py     ... the volume's gradient without atomics
 

@@ -62,7 +62,10 @@ def compare(op, reference, kernels, peers, cases, agree=AGREE):
         peers:     {name: function} other implementations. All functions take a case's inputs.
         cases:     list of Case.
         agree:     largest error, as AGREE; more only where rounding is known to move a result by more.
+
+    Returns the list of `Row`.
     """
+    rows = []
     impls = {"reference": reference} | ({"triton": kernels} if DEVICE == "cuda" else {}) | peers
     machine = dict(
         device=_device_name(), torch=torch.__version__, triton=getattr(triton, "__version__", "none"), commit=commit()
@@ -80,8 +83,10 @@ def compare(op, reference, kernels, peers, cases, agree=AGREE):
             fwd = f"{row.fwd_ms:.3f} ({row.fwd_p20:.3f}-{row.fwd_p80:.3f})"
             rest = " | ".join("-" if x is None else f"{x:.3f}" for x in (row.bwd_ms, row.both_ms, row.peak_mb))
             print(f"| {case.name} | {name} | {fwd} | {rest} | {row.of_copy:.0%} | {error:.0e} |", flush=True)
+            rows.append(row)
             if DEVICE == "cuda":
                 _append(row)
+    return rows
 
 
 def largest_error(fn, reference, inputs, ups=None):

@@ -3,11 +3,19 @@
     backend.py      which path runs: Triton on a GPU, the reference elsewhere
     voxelize.py     points -> voxels with the mean of their points, one point a cell
     sparse_map.py   which voxels each offset of a sparse convolution reads
+    sparse_conv.py  gather-GEMM over a neighbour table
     lift.py         voxel <- sum over views and levels of bilinear feature x trilinear depth probability
     voxel_pool.py   voxel <- sum of feature x depth probability over the frustum points that fall into it
     ray_sample.py   ray-box clipping, stratified starts, inverse-CDF resampling with rank merge
     trilinear.py    a feature volume at points, with its spatial gradient as an output
     sdf_alpha.py    signed distance to opacity: NeuS, VolSDF, UniSurf
+<<<<<<< HEAD
+    rotated_iou.py  overlap of turned boxes, and suppression of doubles
+=======
+    sdf_render.py   all of that at once: rays through a volume to depth and colour, one custom backward
+    sdf_field.py    ... its MLPs on a tile of samples, inside a kernel; sdf_reference.py, in plain PyTorch
+    cell_sum.py     ... the volume's gradient without atomics
+>>>>>>> render
     composite.py    front-to-back compositing of samples along rays
 
 A file holds the op, its PyTorch reference (same name and signature, `_ref` behind; it is the CPU path),

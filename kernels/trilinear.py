@@ -43,14 +43,7 @@ def trilinear(volume, points, volume_idx):
 
 def trilinear_ref(volume, points, volume_idx):
     """`trilinear` in plain PyTorch: the definition the kernels answer to."""
-    rows, share, slope = _corners(volume, points, volume_idx)
-    (ax, ay, az), (bx, by, bz) = share.unbind(1), slope.unbind(1)  # [2, N] each
-    wx = torch.stack([ax, bx, ax, ax])  # [4, 2, N]: for the value, d/dx, d/dy, d/dz
-    wy = torch.stack([ay, ay, by, ay])
-    wz = torch.stack([az, az, az, bz])
-    weights = wz[:, :, None, None] * wy[:, None, :, None] * wx[:, None, None]  # [4, 2, 2, 2, N]
-    # contiguous, or the batched product below runs matrix by matrix
-    weights = weights.flatten(1, 3).permute(2, 0, 1).contiguous()  # [N, 4, 8]
+    rows, weights = _four_weights(volume, points, volume_idx)
     features = volume.flatten(0, 3).index_select(0, rows.flatten()).unflatten(0, rows.shape)  # [N, 8, C]
     out = torch.bmm(weights, features.to(weights.dtype)).unflatten(0, points.shape[:2])  # [R, S, 4, C]
     return out[:, :, 0], out[:, :, 1:]
@@ -106,6 +99,18 @@ def _corners(volume, points, volume_idx):
     first = volume_idx.long().repeat_interleave(points.shape[1]) * Z  # [N]
     rows = ((first + z[:, None, None]) * Y + y[:, None]) * X + x  # [2, 2, 2, N]
     return rows.flatten(0, 2).t().contiguous(), share, slope
+
+
+def _four_weights(volume, points, volume_idx):
+    """Rows [N, 8] of the 8 voxels, and [N, 4, 8] their weights in the value and in its derivatives by x, y, z."""
+    rows, share, slope = _corners(volume, points, volume_idx)
+    (ax, ay, az), (bx, by, bz) = share.unbind(1), slope.unbind(1)  # [2, N] each
+    wx = torch.stack([ax, bx, ax, ax])  # [4, 2, N]: for the value, d/dx, d/dy, d/dz
+    wy = torch.stack([ay, ay, by, ay])
+    wz = torch.stack([az, az, az, bz])
+    weights = wz[:, :, None, None] * wy[:, None, :, None] * wx[:, None, None]  # [4, 2, 2, 2, N]
+    # contiguous, or a batched product with them runs matrix by matrix
+    return rows, weights.flatten(1, 3).permute(2, 0, 1).contiguous()
 
 
 class Trilinear(torch.autograd.Function):

@@ -30,10 +30,13 @@ class Launch:
     types: dict = field(default_factory=dict)  # argument -> "i64", "*fp32", "*" (to an element) or a tuple of such
     divisible: tuple = ()  # sizes that are multiples of 16 in this launch; Triton compiles these apart
     elements: tuple = ("fp32", "bf16")  # element types to compile for
+    targets: tuple = tuple(TARGETS)
     num_warps: int = 4
+    num_stages: int | None = None  # None: what the target defaults to
     registers: int = 255  # at most, per thread
     shared: int = 0  # at most, bytes per program
     stack: int = 0  # at most, bytes per thread; above 0 means spills and wants a written reason
+    mma: str = ""  # the matrix instruction that the machine code must have, e.g. "HGMMA"
 
 
 def compile_launches(kernel_file):
@@ -42,7 +45,7 @@ def compile_launches(kernel_file):
     for launch in importlib.import_module(f"tests.kernels.test_{kernel_file}").LAUNCHES:
         kernel = getattr(module, launch.kernel)
         for element in launch.elements:
-            for target in TARGETS:
+            for target in launch.targets:
                 cost = _compile(kernel, launch, element, target)
                 print(json.dumps(dict(kernel=launch.kernel, element=element, target=target, **cost)), flush=True)
 
@@ -65,8 +68,11 @@ def _compile(kernel, launch, element, target):
         {(kernel.arg_names.index(a),): v for a, v in launch.constexprs.items()},
         {path: [["tt.divisibility", 16]] for path in aligned},
     )
-    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options={"num_warps": launch.num_warps})
-    return _cost(compiled) if target == "sm_90" else {}
+    options = {"num_warps": launch.num_warps}
+    if launch.num_stages is not None:
+        options["num_stages"] = launch.num_stages
+    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+    return _cost(compiled, launch.mma) if target == "sm_90" else {}
 
 
 def _type(name, launch, element):
@@ -94,22 +100,25 @@ def _paths(type_, path):
         yield path, type_
 
 
-def _cost(compiled):
-    """Registers and stack bytes per thread, shared bytes per program."""
+def _cost(compiled, mma):
+    """Registers and stack bytes per thread, shared bytes per program, and `mma` if the machine code has it."""
     import triton
+
+    def dump(tool, option):
+        command = [Path(triton.__file__).parent / "backends/nvidia/bin" / tool, option, cubin.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        usage = subprocess.run(
-            [cuobjdump, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
-        ).stdout
+        usage = dump("cuobjdump", "--dump-resource-usage")
+        found = mma if mma and re.search(rf"\b{mma}\b", dump("nvdisasm", "-c")) else ""
     used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
     return {
         "registers": int(used["REG"]),
         "stack": max(int(used["STACK"]), int(used["LOCAL"])),
         "shared": compiled.metadata.shared,
+        "mma": found,
     }
 
 

@@ -130,7 +130,7 @@ FUSION_AUGMENT = replace(LIDAR_AUGMENT, photometric=True, grid_mask=0.7)
 FUSION_OPTIM = replace(LIDAR_OPTIM, lr=4e-4, encoder_lr=0.1, clip=35.0, batch_size=8)
 
 TINY_HEAD = Detect(queries=200, layers=3, heads=4, hidden=128, dropout=0.0, noise_groups=5)
-TINY_DETECT_OPTIM = Optim(lr=1e-3, backbone_lr=1.0, warmup_steps=50, epochs=20, batch_size=1)
+TINY_DETECT_OPTIM = Optim(lr=1e-3, backbone_lr=1.0, warmup_steps=50, epochs=15, batch_size=1)
 
 # Fine-tuning sees everything; the depth head learns from the LiDAR too
 CAMERA_075_FINAL = replace(CAMERA_075, mask_ratio=0.0, volume_convs=3, depth_weight=1.0)
@@ -169,7 +169,8 @@ DETECT = {
         "tiny": DetectRecipe(
             grid=TINY_GRID,
             data=Data(cameras=False),
-            augment=Augment(rotation=0.3925, scale=(0.95, 1.05), flip_x=0.5, flip_y=0.5, shuffle=True),
+            # not mirrored: cars would drive on the left
+            augment=Augment(rotation=0.3925, scale=(0.95, 1.05), shuffle=True),
             lidar=TINY_LIDAR_SEEING,
             detect=TINY_HEAD,
             optim=TINY_DETECT_OPTIM,

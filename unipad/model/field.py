@@ -112,6 +112,11 @@ class Decoder(nn.Module):
         self.fc_c = nn.ModuleList(nn.Linear(inputs, hidden) for _ in self.widths)
         self.fc_p = nn.Linear(3, hidden)
 
+    def leaves(self):
+        """The parameters as `kernels.sdf_render` takes them: fc_p's, then fc_c's and lin's of each layer."""
+        layers = [layer for l, fc in enumerate(self.fc_c) for layer in (fc, getattr(self, f"lin{l}"))]
+        return [t for layer in (self.fc_p, *layers) for t in (layer.weight, layer.bias)]
+
     def folded(self):
         """A [sum(widths), inputs], its bias [sum(widths), 1], W_0 P [hidden, 3], and the list of W_l."""
         lins = [getattr(self, f"lin{l}") for l in range(len(self.widths))]

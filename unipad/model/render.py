@@ -8,6 +8,9 @@
     volsdf    where the error bound of the opacity asks for them           a Laplace density
     unisurf   around the first crossing of the surface and by occupancy    occupancy itself
 
+On a GPU the first two run as one op with one backward, `kernels.sdf_render`, where the field is of its family; unisurf,
+fields outside it, fp64 and CPUs take the pieces one after the other.
+
 A sample stands at the start of its interval. Callers speak metres; inside, lengths are metres * grid.scale.
 A ray that misses the box renders black at depth 0 and counts for no loss.
 """
@@ -19,9 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.backend import on_triton
 from kernels.composite import composite
 from kernels.ray_sample import clip_rays
 from kernels.sdf_alpha import neus_alpha, unisurf_alpha, volsdf_alpha
+from kernels.sdf_render import in_family, sdf_render, sdf_values
 from unipad.model.field import Field
 from unipad.model.samplers import SAMPLERS
 
@@ -30,7 +35,7 @@ from unipad.model.samplers import SAMPLERS
 class Rendered:
     """What R rays of B samples gave; S samples a ray."""
 
-    rgb: Tensor  # [R, 3]; clamped to [0, 1] outside training
+    rgb: Tensor  # [R, 3]; clamped to [0, 1] outside training; black where the fused op runs and learns no colour
     depth: Tensor  # [R] metres along the ray
     hit: Tensor  # [R] bool, False for rays that do not cross the volume
     weights: Tensor  # [R, S] share of each sample
@@ -51,6 +56,7 @@ class Renderer(nn.Module):
     def __init__(self, cfg, grid):
         super().__init__()
         self.cfg = cfg
+        self.exact = False  # True: on a GPU the fused op's products are as exact as fp32, not tf32
         self.scale = grid.scale
         self.box = [[v * grid.scale for v in corner] for corner in (grid.low, grid.high)]
         if cfg.method not in SAMPLERS:
@@ -84,20 +90,36 @@ class Renderer(nn.Module):
             def along(starts):
                 return origins[:, None] + directions[:, None] * starts[..., None]  # [R, S, 3]
 
+            fused = self._fused(volume)
+            cells = self.field.cells_per_unit, self.field.first_cell
+            sdf_mlp = self.field.sdf_decoder.leaves()
+
             def sdf_at(starts):
+                if fused:
+                    return sdf_values(
+                        volume, (origins, directions, rays.volume_idx), starts, sdf_mlp, cells, self.exact
+                    )
                 return self.field.sdf(volume, along(starts), rays.volume_idx)
 
             with torch.no_grad():
                 jitter = [None] * self.jitters if jitter is None else jitter.to(dtype).unbind(dim=1)
                 edges = self.sample(self.cfg, sdf_at, near, far, jitter, self.field.beta)  # [R, S + 1]
             starts, deltas = edges[:, :-1], edges.diff(dim=1)
-            sdf, gradient, colour = self.field(volume, along(starts), directions, rays.volume_idx)
-            alpha = self._alpha(sdf, gradient, directions, deltas) * hit[:, None]
-            out, weights = composite(alpha, torch.cat([colour, starts[..., None]], dim=-1))
+            if fused:
+                mlps = sdf_mlp, self.field.rgb_decoder.leaves() if self.cfg.rgb_weight > 0 else None
+                density = self.field.inv_s if self.cfg.method == "neus" else self.field.beta
+                bundle = origins, directions, rays.volume_idx, hit
+                rgb, depth, weights, sdf, gradient = sdf_render(
+                    volume, bundle, edges, mlps, density, cells, self.cfg.method, self.exact
+                )
+            else:
+                sdf, gradient, colour = self.field(volume, along(starts), directions, rays.volume_idx)
+                alpha = self._alpha(sdf, gradient, directions, deltas) * hit[:, None]
+                out, weights = composite(alpha, torch.cat([colour, starts[..., None]], dim=-1))
+                rgb, depth = out[:, :3], out[:, 3] / (weights.sum(dim=1) + 1e-10)
 
-            rgb = out[:, :3] if self.training else out[:, :3].clamp(0, 1)
+            rgb = rgb if self.training else rgb.clamp(0, 1)
             of_sample = _of_sample(rays.volume_idx, len(volume), dtype) * hit
-            depth = out[:, 3] / (weights.sum(dim=1) + 1e-10)
             depth = torch.where(hit, depth.clamp(*_range_of_sample(starts, of_sample, rays.volume_idx)), 0)
             points_sdf, points_of_sample = self._at_points(volume, points)
         return Rendered(
@@ -135,6 +157,12 @@ class Renderer(nn.Module):
         assert cfg.points_weight == 0 or rendered.points_sdf is not None, "the loss `points` needs points in `forward`"
         with torch.autocast(sdf.device.type, enabled=False):
             return {name: weights[name] * term() for name, term in terms.items() if weights[name] > 0}
+
+    def _fused(self, volume):
+        """Whether the kernels of `sdf_render` run; else the composed pieces do."""
+        cfg = self.cfg
+        layers = cfg.sdf_layers, cfg.rgb_layers if cfg.rgb_weight > 0 else 0
+        return on_triton(volume) and in_family(cfg.method, volume.dtype, cfg.channels, cfg.hidden, *layers)
 
     def _alpha(self, sdf, gradient, directions, deltas):
         """Opacity of every sample, [R, S]."""

@@ -1,0 +1,101 @@
+"""The fused NeuS renderer from few rays to many, beside its peers.   python -m benchmarks.bench_sdf_render
+
+Sampling, field and compositing: rays through a volume to colour and depth; backward to the volume and every parameter.
+
+    reference   the original's formulas in eager PyTorch, the gradient of the distance by autograd, twice differentiated
+    triton      `kernels.sdf_render` (GPU), products in tf32
+    exact       the same, products as in fp32 (GPU)
+    pieces      the same renderer, one kernel an op; on a CPU what runs there
+    analytic    `sdf_render_ref`, the plain PyTorch that the kernels answer to
+    compiled    the reference under torch.compile, if that can compile it
+
+All are asserted to agree: see `benchmarks.bench_render` for why importance sampling keeps fp32 from agreeing better;
+in tf32 distances are off by up to a hundredth of the largest.
+"""
+
+from copy import copy
+from dataclasses import replace
+
+import torch
+from torch.nn import functional as F
+
+from benchmarks.bench_render import AGREE_FP32
+from benchmarks.eager import EagerRenderer
+from benchmarks.harness import DEVICE, Case, compare
+from unipad.config import PRESETS
+from unipad.model.rays import Rays
+from unipad.model.render import Renderer
+
+SAMPLES, IMPORTANCE = 72, 24
+RAYS = [512, 3072, 12288, 49152] if DEVICE == "cuda" else [512, 1536]
+AGREE = 5e-2 if DEVICE == "cuda" else AGREE_FP32
+
+
+def case(R):
+    """R rays of one sample from cameras around the origin outwards; on a CPU through the tiny preset's volume."""
+    recipe = PRESETS["camera"]["camera-0.1" if DEVICE == "cuda" else "tiny"]
+    cfg, grid = replace(recipe.render, samples=SAMPLES, importance=IMPORTANCE), recipe.grid
+    renderer = Renderer(cfg, grid).to(DEVICE)
+    (X, Y, Z), C = grid.shape, cfg.channels
+    volume = torch.randn(1, C, Z, Y, X, device=DEVICE).relu().to(memory_format=torch.channels_last_3d)
+    directions = F.normalize(torch.randn(R, 3, device=DEVICE) * torch.tensor([1, 1, 0.1], device=DEVICE), dim=1)
+    nothing = torch.zeros(R, device=DEVICE)
+    rays = Rays(directions, directions, nothing, directions, nothing.int())
+    jitter = torch.rand(R, renderer.jitters, device=DEVICE)
+    parameters = [p for p in renderer.parameters() if p.requires_grad]
+    moved = volume.nbytes + 2 * directions.nbytes + 4 * nothing.nbytes
+    name = f"R={R} S={SAMPLES}+{IMPORTANCE} C={C}"
+    return Case(name, (renderer, volume.requires_grad_(), rays, jitter, parameters), moved)
+
+
+def triton(renderer, volume, rays, jitter, parameters):
+    rendered = renderer(volume, rays, jitter)
+    return rendered.rgb, rendered.depth
+
+
+def exact(renderer, *inputs):
+    renderer = copy(renderer)
+    renderer.exact = True
+    return triton(renderer, *inputs)
+
+
+def pieces(renderer, *inputs):
+    renderer = copy(renderer)
+    renderer._fused = lambda volume: False
+    return triton(renderer, *inputs)
+
+
+def analytic(renderer, *inputs):
+    """On a CPU the fused op is its reference."""
+    renderer = copy(renderer)
+    renderer._fused = lambda volume: True
+    return triton(renderer, *inputs)
+
+
+def eager(renderer, *inputs):
+    return triton(EagerRenderer(renderer), *inputs)
+
+
+def compiled(case):
+    """The reference under torch.compile, or the reason why there is none."""
+    fn = torch.compile(eager)
+    try:
+        _, volume, *_, parameters = case.inputs
+        torch.autograd.grad(sum(out.sum() for out in fn(*case.inputs)), [volume, *parameters])
+    except Exception as error:
+        return None, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return fn, ""
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    cases = [case(R) for R in RAYS]
+    peers = {"pieces": pieces} | ({"exact": exact} if DEVICE == "cuda" else {"analytic": analytic})
+    fn, reason = compiled(cases[0])
+    peers |= {"compiled": fn} if fn else {}
+    rows = compare("sdf_render", eager, triton, peers, cases, AGREE)
+    if not fn:
+        print(f"\ntorch.compile cannot compile the reference: {reason}")
+    print("\n| case | impl | forward + backward, us a ray |\n|---|---|---|")
+    for row in rows:
+        print(f"| {row.case} | {row.impl} | {1e3 * row.both_ms / int(row.case.split()[0][2:]):.1f} |")

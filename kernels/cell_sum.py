@@ -1,0 +1,96 @@
+"""The gradient of a volume that was interpolated along rays, without atomics: samples are sorted by their cell.
+
+    d_volume_voxel = sum over its 8 cells, over the samples in each:  w d_value + (b . v) d_slope
+
+with the voxel's share w in the sample and its slope b by the point. Within a cell, samples stay in order.
+"""
+
+import torch
+
+from kernels.backend import tl, triton
+
+
+def cell_sum(d_volume, rays, edges, cells, cell, d_value, d_slope, v):
+    """Fill d_volume [B, Z, Y, X, CHANNELS] fp32.
+
+    Args:
+        rays:    origins [R, 3] and directions [R, 3].
+        edges:   [R, S + 1] distances; sample n = r * S + s lies at the start of its interval.
+        cells:   cells_per_unit [3] and first_cell [3]: place in cells = point * cells_per_unit + first_cell.
+        cell:    [N] int32, `cell_of` each sample.
+        d_value: [N, C] gradient by the interpolated value; the first CHANNELS columns count.
+        d_slope: [N, C] gradient by the derivative of the value along v.
+        v:       [N, 3] direction of that derivative, per unit of length.
+
+    Deterministic: the bits depend on the arguments alone. Tensors are contiguous. For GPUs and the interpreter.
+    """
+    B, Z, Y, X, CHANNELS = d_volume.shape
+    cell, order = cell.sort(stable=True)
+    numbers = torch.arange(B * (Z + 1) * (Y + 1) * (X + 1) + 1, dtype=torch.int32, device=cell.device)
+    _cell_sum_kernel[(B * Z * Y * X,)](
+        order, torch.searchsorted(cell, numbers), *rays, edges, *cells, d_value, d_slope, v, d_volume,
+        edges.shape[1] - 1, Z, Y, X, CHANNELS, C=d_value.shape[1], BLOCK_N=BLOCK_N, num_warps=1,
+    )  # fmt: skip
+
+
+BLOCK_N = 32  # samples of a cell that a voxel takes in at a time
+
+
+@triton.jit
+def cell_of(place, Z, Y, X):
+    """Number of the cell that each place lies in, those half outside the volume too; elsewhere the largest int32."""
+    ux, uy, uz, first = place
+    x, y, z = tl.floor(ux) + 1, tl.floor(uy) + 1, tl.floor(uz) + 1
+    inside = (x >= 0) & (x <= X) & (y >= 0) & (y <= Y) & (z >= 0) & (z <= Z)
+    z = first // Z * (Z + 1) + tl.where(inside, z, 0.0).to(tl.int64)
+    cell = (z * (Y + 1) + tl.where(inside, y, 0.0).to(tl.int64)) * (X + 1) + tl.where(inside, x, 0.0).to(tl.int64)
+    return tl.where(inside, cell, 2147483647).to(tl.int32)
+
+
+@triton.jit
+def _cell_sum_kernel(
+    order_ptr, first_of_cell_ptr,  # [N] int64 samples by cell, [cells + 1] int64
+    origins_ptr, directions_ptr, edges_ptr, cells_per_unit_ptr, first_cell_ptr,  # [R, 3] x 2, [R, S + 1], [3], [3]
+    d_value_ptr, d_slope_ptr, v_ptr,  # [N, C], [N, C], [N, 3]
+    d_volume_ptr,  # [B, Z, Y, X, CHANNELS]
+    S, Z, Y, X, CHANNELS,
+    C: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    voxel = tl.program_id(0).to(tl.int64)
+    x, y, z, b = voxel % X, voxel // X % Y, voxel // X // Y % Z, voxel // X // Y // Z
+    c = tl.arange(0, C)[None, :]
+    acc = tl.zeros((C,), tl.float32)
+    for k in range(8):  # the voxel is corner k of the cell
+        kx, ky, kz = k % 2, k // 2 % 2, k // 4
+        cell = ((b * (Z + 1) + z + 1 - kz) * (Y + 1) + y + 1 - ky) * (X + 1) + x + 1 - kx
+        end = tl.load(first_of_cell_ptr + cell + 1)
+        for i in range(tl.load(first_of_cell_ptr + cell), end, BLOCK_N):
+            i = i + tl.arange(0, BLOCK_N)
+            ok = i < end
+            n = tl.load(order_ptr + i, mask=ok, other=0)
+            start = tl.load(edges_ptr + n + n // S, mask=ok, other=0.0)
+            r = n // S
+            ax, bx = _share(origins_ptr, directions_ptr, cells_per_unit_ptr, first_cell_ptr, 0, r, start, ok, x, kx)
+            ay, by = _share(origins_ptr, directions_ptr, cells_per_unit_ptr, first_cell_ptr, 1, r, start, ok, y, ky)
+            az, bz = _share(origins_ptr, directions_ptr, cells_per_unit_ptr, first_cell_ptr, 2, r, start, ok, z, kz)
+            vx = tl.load(v_ptr + 3 * n, mask=ok, other=0.0)
+            vy = tl.load(v_ptr + 3 * n + 1, mask=ok, other=0.0)
+            vz = tl.load(v_ptr + 3 * n + 2, mask=ok, other=0.0)
+            along = bx * ay * az * vx + ax * by * az * vy + ax * ay * bz * vz
+            d_value = tl.load(d_value_ptr + n[:, None] * C + c, mask=ok[:, None], other=0.0)
+            d_slope = tl.load(d_slope_ptr + n[:, None] * C + c, mask=ok[:, None], other=0.0)
+            acc += tl.sum((ax * ay * az)[:, None] * d_value + along[:, None] * d_slope, axis=0)
+    c = tl.arange(0, C)
+    tl.store(d_volume_ptr + voxel * CHANNELS + c, acc, mask=c < CHANNELS)
+
+
+@triton.jit
+def _share(origins_ptr, directions_ptr, cells_per_unit_ptr, first_cell_ptr, AXIS, r, start, ok, corner, upper):
+    """Along one axis: the share of a sample that corner of its cell has, and its slope by the point."""
+    direction = tl.load(directions_ptr + 3 * r + AXIS, mask=ok, other=0.0)
+    point = tl.load(origins_ptr + 3 * r + AXIS, mask=ok, other=0.0) + direction * start
+    cells_per_unit = tl.load(cells_per_unit_ptr + AXIS)
+    place = point * cells_per_unit + tl.load(first_cell_ptr + AXIS)
+    sign = 2 * upper - 1
+    # 1 - upper + sign * (place - low), where corner = low + upper
+    return 1 + sign * (place - corner), sign * cells_per_unit

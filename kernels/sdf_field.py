@@ -1,0 +1,301 @@
+"""The neural field on a tile of samples, inside a kernel: what the kernels of `sdf_render` share.
+
+Both MLPs (UniPAD's decoders) see the point p and a conditioning vector c in every layer. Multiplied out,
+
+    z_l = W_l x_l + A_l f + G_l geometry + E_l e,   x_{l+1} = act(z_l),   x_0 = 0,   e = (p, 1, direction, gradient)
+
+where f is the interpolated feature; the softplus MLP of the distance has no G and of e only (p, 1), the ReLU MLP of the
+colour has all. The last z of the first is (distance, geometry). Softplus keeps its slope in its value:
+act'(z) = 1 - exp(-100 act(z)), so no second array of activations is held.
+
+An MLP lies in one matrix [rows, line]: a row an output unit, layer after layer; in it the columns of W, A, G and E.
+Widths are powers of two from 16 on. `packed` pads with zeros, which changes no result: a padded row is met by padded
+columns only.
+
+Sizes: M samples a tile, C channels and H hidden units (padded), LAYERS of the MLP. PREC is `tl.dot`'s input precision.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from kernels.backend import tl, triton
+from kernels.sdf_reference import folded
+from kernels.trilinear import _corner
+
+COLOURS = tl.constexpr(16)  # rows of the colour MLP's last layer: 3 and padding, as many as a dot must have
+SEEN = tl.constexpr(16)  # columns of E: p 3, 1, direction 3, gradient 3 and padding
+
+
+def packed(mlp, channels, rgb):
+    """An MLP as one matrix for the kernels, [rows, line]; autograd takes its gradient apart.
+
+    mlp: as for `folded`; of the colour if `rgb`, with conditioning vector (direction, feature, gradient, geometry).
+    """
+    A, bias, P, W = folded(mlp)
+    hidden, zeros = len(P), A.new_zeros(len(A), SEEN.value)
+    C, H = padded(channels), padded(hidden)
+    pieces = A.split([3, channels, 3, hidden] if rgb else [channels], dim=1)
+    direction, feature, gradient, geometry = pieces if rgb else (zeros[:, :3], *pieces, zeros[:, :3], zeros[:, :0])
+    columns = [
+        F.pad(torch.cat(W[1:]), (0, H - hidden, hidden, 0)),
+        F.pad(feature, (0, C - channels)) if C > channels else feature,
+        F.pad(geometry, (0, H - hidden)) if rgb and H > hidden else geometry,
+        F.pad(P, (0, 0, 0, len(A) - hidden)), bias[:, None], direction, gradient, zeros[:, :6],
+    ]  # fmt: skip
+    out = torch.cat(columns, dim=1)
+    if H > hidden:
+        layers = out.split([hidden] * (len(W) - 1) + [len(W[-1])])
+        out = torch.cat([F.pad(layer, (0, 0, 0, H - hidden)) for layer in layers])
+    return F.pad(out, (0, 0, 0, COLOURS.value - 3 - (H - hidden))) if rgb else out
+
+
+def padded(width):
+    """The width that kernels take for `width`."""
+    return max(16, triton.next_power_of_2(width))
+
+
+@triton.jit
+def sample_on_ray(
+    origins_ptr, directions_ptr, volume_idx_ptr, cells_per_unit_ptr, first_cell_ptr,  # [R, 3] x 2, [R], [3], [3]
+    r, t, ok, Z,
+):  # fmt: skip
+    """Samples [M] of rays r at distances t: their points and directions, cell coordinates, first slices of volumes."""
+    dx = tl.load(directions_ptr + 3 * r, mask=ok, other=0.0)
+    dy = tl.load(directions_ptr + 3 * r + 1, mask=ok, other=0.0)
+    dz = tl.load(directions_ptr + 3 * r + 2, mask=ok, other=0.0)
+    px = tl.load(origins_ptr + 3 * r, mask=ok, other=0.0) + dx * t
+    py = tl.load(origins_ptr + 3 * r + 1, mask=ok, other=0.0) + dy * t
+    pz = tl.load(origins_ptr + 3 * r + 2, mask=ok, other=0.0) + dz * t
+    ux = px * tl.load(cells_per_unit_ptr) + tl.load(first_cell_ptr)
+    uy = py * tl.load(cells_per_unit_ptr + 1) + tl.load(first_cell_ptr + 1)
+    uz = pz * tl.load(cells_per_unit_ptr + 2) + tl.load(first_cell_ptr + 2)
+    first = tl.load(volume_idx_ptr + r, mask=ok, other=0).to(tl.int64) * Z
+    return (px, py, pz), (dx, dy, dz), (ux, uy, uz, first)
+
+
+@triton.jit
+def corner(place, ok, Z, Y, X, K: tl.constexpr):
+    """Corner K of the 8 around each place: its row in the volume, whether it is one, its share and three slopes."""
+    ux, uy, uz, first = place
+    z, z_ok, az, bz = _corner(uz, Z, K // 4)
+    y, y_ok, ay, by = _corner(uy, Y, K // 2 % 2)
+    x, x_ok, ax, bx = _corner(ux, X, K % 2)
+    row = ((first + z) * Y + y) * X + x
+    return row, ok & x_ok & y_ok & z_ok, az * ay * ax, az * ay * bx, az * by * ax, bz * ay * ax
+
+
+@triton.jit
+def rows_of(volume_ptr, row, ok, CHANNELS, C: tl.constexpr):
+    """Features [M, C] of voxels; 0 where there is none and in padded channels."""
+    c = tl.arange(0, C)[None, :]
+    return tl.load(volume_ptr + row[:, None] * CHANNELS + c, mask=ok[:, None] & (c < CHANNELS), other=0.0)
+
+
+@triton.jit
+def interpolate(volume_ptr, place, ok, Z, Y, X, CHANNELS, C: tl.constexpr):
+    """The feature [M, C] at each place."""
+    feature = tl.zeros((place[0].shape[0], C), tl.float32)
+    for k in range(8):
+        row, row_ok, share, _, _, _ = corner(place, ok, Z, Y, X, k)
+        feature += share[:, None] * rows_of(volume_ptr, row, row_ok, CHANNELS, C)
+    return feature
+
+
+@triton.jit
+def interpolate_along(volume_ptr, place, ok, vx, vy, vz, Z, Y, X, CHANNELS, C: tl.constexpr):
+    """Derivative [M, C] of the feature along v, in cells."""
+    feature = tl.zeros((vx.shape[0], C), tl.float32)
+    for k in range(8):
+        row, row_ok, _, bx, by, bz = corner(place, ok, Z, Y, X, k)
+        feature += (bx * vx + by * vy + bz * vz)[:, None] * rows_of(volume_ptr, row, row_ok, CHANNELS, C)
+    return feature
+
+
+@triton.jit
+def slope_against(volume_ptr, place, ok, d_feature, Z, Y, X, CHANNELS, C: tl.constexpr):
+    """Gradient, per cell, of d_feature [M, C] . feature by the place: three of [M]."""
+    gx = tl.zeros((d_feature.shape[0],), tl.float32)
+    gy, gz = gx, gx
+    for k in range(8):
+        row, row_ok, _, bx, by, bz = corner(place, ok, Z, Y, X, k)
+        along = tl.sum(rows_of(volume_ptr, row, row_ok, CHANNELS, C) * d_feature, axis=1)
+        gx += bx * along
+        gy += by * along
+        gz += bz * along
+    return gx, gy, gz
+
+
+@triton.jit
+def vector(ptr, N: tl.constexpr):
+    """[1, N]."""
+    return tl.load(ptr + tl.arange(0, N))[None, :]
+
+
+@triton.jit
+def times(x, ptr, LINE: tl.constexpr, out, N: tl.constexpr, PREC: tl.constexpr):
+    """out [M, N] + x [M, K] W^T, where W [N, K] are columns of a packed MLP."""
+    k = tl.arange(0, x.shape[1])[:, None]
+    w = tl.load(ptr + tl.arange(0, N)[None, :] * LINE + k)
+    return tl.dot(x, w, tl.broadcast_to(out, (x.shape[0], N)), input_precision=PREC)
+
+
+@triton.jit
+def times_back(d_z, ptr, LINE: tl.constexpr, out, K: tl.constexpr, PREC: tl.constexpr):
+    """out [M, K] + d_z [M, N] W, where W [N, K] are columns of a packed MLP."""
+    n = tl.arange(0, d_z.shape[1])[:, None]
+    w = tl.load(ptr + n * LINE + tl.arange(0, K)[None, :])
+    return tl.dot(d_z, w, tl.broadcast_to(out, (d_z.shape[0], K)), input_precision=PREC)
+
+
+@triton.jit
+def add_outer(ptr, LINE: tl.constexpr, a, b, out, PREC: tl.constexpr):
+    """Add out + a^T b ([M, N], [M, K] -> [N, K]) to columns of a packed gradient that this program alone writes."""
+    out = tl.dot(tl.trans(a), b, out, input_precision=PREC)
+    at = ptr + tl.arange(0, out.shape[0])[:, None] * LINE + tl.arange(0, out.shape[1])[None, :]
+    tl.store(at, tl.load(at) + out)
+
+
+@triton.jit
+def add_row(ptr, value):
+    """Add value [K] to a row of a packed gradient that this program alone writes."""
+    at = ptr + tl.arange(0, value.shape[0])
+    tl.store(at, tl.load(at) + value)
+
+
+@triton.jit
+def columns(a, at: tl.constexpr):
+    """Columns at, at + 1 and at + 2 of [M, K], three of [M]."""
+    k = tl.arange(0, a.shape[1])[None, :]
+    x = tl.sum(tl.where(k == at, a, 0.0), axis=1)
+    y = tl.sum(tl.where(k == at + 1, a, 0.0), axis=1)
+    return x, y, tl.sum(tl.where(k == at + 2, a, 0.0), axis=1)
+
+
+@triton.jit
+def seen_by_sdf(point, one):
+    """e [M, SEEN] of the distance's MLP; its tangent along `point` with one = 0."""
+    k = tl.arange(0, SEEN)[None, :]
+    x, y, z = point
+    e = tl.where(k == 0, x[:, None], tl.where(k == 1, y[:, None], tl.where(k == 2, z[:, None], 0.0)))
+    return tl.where(k == 3, one, e)
+
+
+@triton.jit
+def seen_by_rgb(point, direction, gradient):
+    """e [M, SEEN] of the colour's MLP."""
+    k = tl.arange(0, SEEN)[None, :]
+    dx, dy, dz = direction
+    gx, gy, gz = gradient
+    e = seen_by_sdf(point, 1.0)
+    e = tl.where(k == 4, dx[:, None], tl.where(k == 5, dy[:, None], tl.where(k == 6, dz[:, None], e)))
+    return tl.where(k == 7, gx[:, None], tl.where(k == 8, gy[:, None], tl.where(k == 9, gz[:, None], e)))
+
+
+@triton.jit
+def softplus(z):
+    """log(1 + exp(100 z)) / 100; beyond torch's threshold exactly z."""
+    value = tl.maximum(z, 0.0) + 0.01 * tl.log(1.0 + tl.exp(-100.0 * tl.abs(z)))
+    return tl.where(100.0 * z > 20.0, z, value)
+
+
+@triton.jit
+def bent(x):
+    """act' and act'' / act' of the softplus where its value is x."""
+    decay = tl.exp(-100.0 * x)
+    return 1.0 - decay, 100.0 * decay
+
+
+@triton.jit
+def kept(ptr, l, M: tl.constexpr, H: tl.constexpr):
+    """Where this program keeps x_l, [M, H]."""
+    return ptr + (l * M + tl.arange(0, M)[:, None]) * H + tl.arange(0, H)[None, :]
+
+
+@triton.jit
+def sdf_hidden(
+    e, feature, mlp_ptr, keep_ptr,
+    KEEP: tl.constexpr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """What the last layer is given, [M, H]; KEEP: what each layer before it was given stays at `kept`."""
+    LINE: tl.constexpr = C + H + SEEN
+    M: tl.constexpr = e.shape[0]
+    x = tl.zeros((M, H), tl.float32)
+    for l in range(LAYERS - 1):
+        at = mlp_ptr + l * H * LINE
+        if KEEP:
+            tl.store(kept(keep_ptr, l, M, H), x)
+        z = times(e, at + C + H, LINE, tl.zeros((1, H), tl.float32), H, PREC)
+        x = softplus(times(x, at, LINE, times(feature, at + H, LINE, z, H, PREC), H, PREC))
+    return x
+
+
+@triton.jit
+def distance(x, feature, mlp_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr):
+    """[M] from the last x."""
+    at = mlp_ptr + (LAYERS - 1) * H * (C + H + SEEN)
+    sdf = tl.sum(x * vector(at, H), axis=1) + tl.sum(feature * vector(at + H, C), axis=1)
+    return sdf + tl.load(at + H + C + 3)
+
+
+@triton.jit
+def geometry(x, feature, mlp_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr):
+    """[M, H] from the last x."""
+    LINE: tl.constexpr = C + H + SEEN
+    at = mlp_ptr + ((LAYERS - 1) * H + 1) * LINE
+    bias = tl.load(at + C + H + 3 + tl.arange(0, H) * LINE)[None, :]
+    return times(x, at, LINE, times(feature, at + H, LINE, bias, H, PREC), H, PREC)
+
+
+@triton.jit
+def distance_back(
+    x, mlp_ptr, keep_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr
+):  # fmt: skip
+    """After `sdf_hidden`: the distance's direct derivative by the point, three of [M], and by the feature [M, C]."""
+    LINE: tl.constexpr = C + H + SEEN
+    M: tl.constexpr = x.shape[0]
+    at = mlp_ptr + (LAYERS - 1) * H * LINE
+    d_feature = tl.broadcast_to(vector(at + H, C), (M, C))
+    d_x = tl.broadcast_to(vector(at, H), (M, H))
+    d_z = d_x
+    for i in range(LAYERS - 1):
+        l = LAYERS - 2 - i
+        at = mlp_ptr + l * H * LINE
+        d_z = d_x * bent(x)[0]
+        d_feature = times_back(d_z, at + H, LINE, d_feature, C, PREC)
+        d_x = times_back(d_z, at, LINE, tl.zeros((1, H), tl.float32), H, PREC)
+        x = tl.load(kept(keep_ptr, l, M, H))
+    px = tl.load(mlp_ptr + C + H + tl.arange(0, H) * LINE)[None, :]
+    py = tl.load(mlp_ptr + C + H + 1 + tl.arange(0, H) * LINE)[None, :]
+    pz = tl.load(mlp_ptr + C + H + 2 + tl.arange(0, H) * LINE)[None, :]
+    return (tl.sum(d_z * px, axis=1), tl.sum(d_z * py, axis=1), tl.sum(d_z * pz, axis=1)), d_feature
+
+
+@triton.jit
+def rgb_hidden(
+    e, feature, geo, mlp_ptr, keep_ptr,
+    KEEP: tl.constexpr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """As `sdf_hidden`, of the colour's MLP."""
+    LINE: tl.constexpr = C + 2 * H + SEEN
+    M: tl.constexpr = e.shape[0]
+    x = tl.zeros((M, H), tl.float32)
+    for l in range(LAYERS - 1):
+        at = mlp_ptr + l * H * LINE
+        if KEEP:
+            tl.store(kept(keep_ptr, l, M, H), x)
+        z = times(e, at + C + 2 * H, LINE, tl.zeros((1, H), tl.float32), H, PREC)
+        z = times(geo, at + C + H, LINE, times(feature, at + H, LINE, z, H, PREC), H, PREC)
+        x = tl.maximum(times(x, at, LINE, z, H, PREC), 0.0)
+    return x
+
+
+@triton.jit
+def colour_of(
+    x, e, feature, geo, mlp_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr
+):  # fmt: skip
+    """[M, COLOURS] in [0, 1] from the last x."""
+    LINE: tl.constexpr = C + 2 * H + SEEN
+    at = mlp_ptr + (LAYERS - 1) * H * LINE
+    z = times(e, at + C + 2 * H, LINE, tl.zeros((1, COLOURS), tl.float32), COLOURS, PREC)
+    z = times(geo, at + C + H, LINE, times(feature, at + H, LINE, z, COLOURS, PREC), COLOURS, PREC)
+    return 1.0 / (1.0 + tl.exp(-times(x, at, LINE, z, COLOURS, PREC)))

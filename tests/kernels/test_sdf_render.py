@@ -1,0 +1,328 @@
+"""The fused renderer against its formulas one by one under autograd, which differentiates the distance twice."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels import backend
+from kernels import sdf_render as fused
+from kernels.composite import composite_ref
+from kernels.sdf_alpha import neus_alpha_ref, volsdf_alpha_ref
+from kernels.sdf_render import in_family, sdf_render, sdf_render_ref, sdf_values, sdf_values_ref
+from kernels.trilinear import trilinear_ref
+from tests.ahead_of_time import Launch
+from tests.check import check_against_ref, launches
+from tests.golden import assert_close_to_max, load, under
+from unipad.config import Grid, Render
+from unipad.model.rays import Rays
+from unipad.model.render import Renderer
+
+# 9 x 9 x 5 voxels over a box of +-1, +-1, +-0.25: all cell coordinates of multiples of 1/8 are exact
+CELLS_PER_UNIT, FIRST_CELL = torch.tensor([4.0, 4.0, 8.0]), torch.tensor([4.0, 4.0, 2.0])
+
+NVIDIA, HOPPER, AMD = ("sm_80", "sm_90"), ("sm_90",), ("gfx942",)
+TILE, ALONG = dict(BLOCK_M=64), dict(BLOCK_R=2, BLOCK_S=32)
+FIELD = dict(C=32, H=16, PREC="tf32")  # of every preset
+RGB = FIELD | dict(NEUS=True, SDF_LAYERS=6, RGB_LAYERS=4)
+NO_RGB = RGB | dict(RGB_LAYERS=0)  # LiDAR alone
+WIDE = RGB | dict(C=64, H=64, SDF_LAYERS=8, RGB_LAYERS=8, BLOCK_R=1, BLOCK_S=32)
+IEEE, ADD = dict(PREC="ieee"), dict(SCATTER=True)
+
+
+def launch(kernel, constexprs, targets, registers=255, shared=0, stack=0, mma=""):
+    types = dict(hit_ptr="*i1")
+    return Launch(kernel, constexprs, types, ("CHANNELS",), ("fp32",), targets, 4, 1, registers, shared, stack, mma)
+
+
+# Stacks: a tile of 64 samples, what a Hopper matrix instruction takes, needs a few more registers than there are.
+# Half of the samples (BLOCK_M = 32) spill a fifth of that, for 1.6 times the instructions a sample.
+LAUNCHES = [
+    launch("_sdf_values_kernel", FIELD | TILE | dict(LAYERS=6), NVIDIA, 160, 20480, 0, "HGMMA"),
+    launch("_sdf_render_fwd_kernel", RGB | ALONG, NVIDIA, 255, 20480, 96, "HGMMA"),
+    launch("_sdf_render_fwd_kernel", NO_RGB | ALONG, NVIDIA, 248, 20480, 0, "HGMMA"),
+    launch("_sdf_render_fwd_kernel", RGB | ALONG | IEEE, AMD),
+    launch("_sdf_render_bwd_rgb_kernel", RGB | ALONG, NVIDIA, 255, 20480, 520, "HGMMA"),
+    launch("_sdf_render_bwd_rgb_kernel", NO_RGB | ALONG, NVIDIA, 64, 256),
+    launch("_sdf_render_bwd_rgb_kernel", WIDE, HOPPER, 255, 65536, 1024, "HMMA"),
+    launch("_sdf_render_bwd_rgb_kernel", RGB | ALONG | IEEE, AMD),
+    launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | ADD, NVIDIA, 255, 40960, 600, "HGMMA"),
+    launch("_sdf_render_bwd_sdf_kernel", NO_RGB | TILE | ADD, NVIDIA, 255, 40960, 240, "HGMMA"),
+    launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | dict(SCATTER=False), HOPPER, 255, 40960, 420, "HGMMA"),
+    launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | ADD | IEEE, AMD),
+]
+GRADIENTS = ["volume", "sdf_mlp", "rgb_mlp", "density"]
+
+
+def random_mlp(conditions, outputs, hidden, layers):
+    """Leaves with `nn.Linear`'s spread."""
+    widths = [(hidden, 3), *[(hidden, conditions), (hidden, hidden)] * (layers - 1), (hidden, conditions)]
+    widths.append((outputs, hidden))
+    leaves = []
+    for rows, columns in widths:
+        spread = columns**-0.5
+        leaves += [(torch.rand(rows, columns) * 2 - 1) * spread, (torch.rand(rows) * 2 - 1) * spread]
+    return leaves
+
+
+def make_inputs(R, S, channels=32, hidden=16, sdf_layers=6, rgb_layers=4, density=20.0, B=2):
+    """Rays of two volumes from near the middle, a third of each outside the box; the fourth ray of them misses."""
+    rgb = random_mlp(3 + channels + 3 + hidden, 3, hidden, rgb_layers) if rgb_layers else None
+    return dict(
+        volume=torch.randn(B, 5, 9, 9, channels),
+        origins=torch.randn(R, 3) * 0.05,
+        directions=F.normalize(torch.randn(R, 3), dim=1),
+        volume_idx=(torch.arange(R) % B).int(),
+        hit=torch.arange(R) != 3,
+        edges=(torch.rand(R, S + 1) * 1.3).sort(dim=1).values,
+        sdf_mlp=random_mlp(channels, 1 + hidden, hidden, sdf_layers),
+        rgb_mlp=rgb,
+        density=torch.tensor([density]),
+        cells_per_unit=CELLS_PER_UNIT,
+        first_cell=FIRST_CELL,
+    )
+
+
+def called(op, method="neus", **options):
+    """`op`, with the signature of `composed`."""
+
+    def call(
+        volume, origins, directions, volume_idx, hit, edges, sdf_mlp, rgb_mlp, density, cells_per_unit, first_cell
+    ):
+        rays, cells = (origins, directions, volume_idx, hit), (cells_per_unit, first_cell)
+        return op(volume, rays, edges, (sdf_mlp, rgb_mlp), density, cells, method, **options)
+
+    return call
+
+
+def composed(method):
+    """The formulas one after the other, layer by layer, the gradient of the distance by autograd."""
+
+    def mlp(leaves, point, seen, act):
+        (P, q), layers = leaves[:2], [leaves[i : i + 4] for i in range(2, len(leaves), 4)]
+        x = point @ P.t() + q
+        for l, (C, d, W, b) in enumerate(layers):
+            x = (x + seen @ C.t() + d) @ W.t() + b
+            x = act(x) if l < len(layers) - 1 else x
+        return x
+
+    def call(
+        volume, origins, directions, volume_idx, hit, edges, sdf_mlp, rgb_mlp, density, cells_per_unit, first_cell
+    ):
+        starts, deltas = edges[:, :-1], edges.diff(dim=1)
+        points = (origins[:, None] + directions[:, None] * starts[..., None]).requires_grad_()
+        with torch.enable_grad():
+            feature = trilinear_ref(volume, points * cells_per_unit + first_cell, volume_idx)[0]
+            out = mlp(sdf_mlp, points, feature, lambda z: F.softplus(z, beta=100))
+            sdf, geometry = out[..., 0], out[..., 1:]
+            (gradient,) = torch.autograd.grad(sdf.sum(), points, create_graph=True)
+        rgb = torch.zeros_like(points)
+        if rgb_mlp is not None:
+            seen = torch.cat([directions[:, None].expand_as(points), feature, gradient, geometry], dim=-1)
+            rgb = mlp(rgb_mlp, points, seen, torch.relu).sigmoid()
+        if method == "neus":
+            alpha = neus_alpha_ref(sdf, gradient, directions, deltas, density)
+        else:
+            alpha = volsdf_alpha_ref(sdf, deltas, density)
+        out, weights = composite_ref(alpha * hit[:, None], torch.cat([rgb, starts[..., None]], dim=-1))
+        return out[:, :3], out[:, 3] / (weights.sum(dim=1) + 1e-10), weights, sdf, gradient
+
+    return call
+
+
+def results(fn, inputs, dtype=torch.float32):
+    """Outputs and gradients by name, under one fixed random upstream gradient."""
+    cast = {k: _map(v, lambda t: t.detach().to(dtype) if t.is_floating_point() else t) for k, v in inputs.items()}
+    leaves = [t.requires_grad_() for k in GRADIENTS for t in _tensors(cast[k])]
+    outs = fn(**cast)
+    gen = torch.Generator().manual_seed(1)
+    ups = [torch.randn(o.shape, generator=gen).to(o) for o in outs]
+    grads = torch.autograd.grad(outs, leaves, ups, allow_unused=True)
+    named = dict(zip(("rgb", "depth", "weights", "sdf", "gradient"), outs, strict=True))
+    names = [f"d_{k}{i}" for k in GRADIENTS for i in range(len(_tensors(cast[k])))]
+    return named | {
+        name: torch.zeros_like(t) if g is None else g for name, t, g in zip(names, leaves, grads, strict=True)
+    }
+
+
+def _map(value, fn):
+    if isinstance(value, list):
+        return [fn(t) for t in value]
+    return fn(value) if torch.is_tensor(value) else value
+
+
+def _tensors(value):
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def assert_as_composed(inputs, method, rel, op=sdf_render, dtype=torch.float32, **options):
+    """Every output and gradient within `rel` of its largest true entry."""
+    truth = results(composed(method), inputs, torch.float64)
+    for name, value in results(called(op, method, **options), inputs, dtype).items():
+        assert_close_to_max(value, truth[name], rel, name)
+    return truth
+
+
+def test_field_of_the_presets():
+    """All 46 gradients; samples outside the box, towards the surface and away from it, tiles half full."""
+    torch.manual_seed(3)
+    inputs = make_inputs(5, 40)
+    with launches() as launched:
+        truth = assert_as_composed(inputs, "neus", 1e-5, exact=True)
+    assert launched == ["_sdf_render_fwd_kernel", "_sdf_render_bwd_rgb_kernel", "_sdf_render_bwd_sdf_kernel"]
+    cosine = (truth["gradient"] * inputs["directions"][:, None]).sum(-1)
+    assert (cosine > 0).any() and (cosine < 0).any()
+    assert len(truth) == 5 + 1 + 26 + 18 + 1
+
+
+@pytest.mark.parametrize(
+    "method, sizes",
+    [
+        ("volsdf", dict(R=3, S=33, channels=20, hidden=24, sdf_layers=2, rgb_layers=3, density=0.1)),  # odd everywhere
+        ("neus", dict(R=1, S=1, sdf_layers=3, rgb_layers=0)),  # one sample, no colour
+        ("volsdf", dict(R=2, S=32, channels=16, sdf_layers=2, rgb_layers=0, density=0.1)),  # exactly one tile
+        ("neus", dict(R=1, S=33, channels=64, hidden=64, sdf_layers=2, rgb_layers=2)),  # wide: smaller tiles, one over
+        ("neus", dict(R=0, S=5)),  # no rays
+    ],
+)
+def test_family(method, sizes):
+    inputs = make_inputs(**sizes)
+    wrt = [name for name in GRADIENTS if inputs[name] is not None]
+    check_against_ref(called(sdf_render, method), composed(method), inputs, torch.float32, wrt)
+
+
+@pytest.mark.parametrize("method, rgb_layers", [("neus", 4), ("volsdf", 0)])
+def test_reference_is_the_formulas(method, rgb_layers):
+    """In fp64; 1e-7 is what exp(-20) at softplus's threshold leaves."""
+    inputs = make_inputs(7, 13, channels=5, hidden=7, sdf_layers=3, rgb_layers=rgb_layers, density=5.0)
+    assert_as_composed(inputs, method, 1e-7, sdf_render_ref, torch.float64)
+
+
+def test_samples_on_cell_faces():
+    """Along the axes, at multiples of half a cell; on a face the slopes are the upper cell's."""
+    inputs = make_inputs(2, 16, sdf_layers=2, rgb_layers=2)
+    inputs["origins"] = torch.zeros(2, 3)
+    inputs["directions"] = torch.tensor([[1.0, 0, 0], [0, -1, 0]])
+    inputs["edges"] = torch.arange(17).expand(2, 17) / 8
+    assert_as_composed(inputs, "neus", 1e-5)
+
+
+def test_opacity_clipped_at_both_ends():
+    """A sharp surface, behind which alpha is 1; rays of negative intervals, where it would fall below 0."""
+    inputs = make_inputs(3, 12, sdf_layers=2, rgb_layers=2, density=1e6)
+    inputs["edges"][1:] = inputs["edges"][1:].flip(1)
+    before = results(composed("neus"), inputs, torch.float64)
+    cosine = (before["gradient"] * inputs["directions"][:, None]).sum(-1)
+    steepest = 1 + cosine[1:].amin(dim=1).argmin(), cosine[1:].amin(dim=0).argmin()
+    inputs["sdf_mlp"][-1][0] -= before["sdf"][steepest].float()  # the last bias: the surface is there
+    truth = results(composed("neus"), inputs, torch.float64)
+    assert cosine[steepest] < 0 and truth["weights"][steepest] == 0 and (truth["sdf"][0] < -0.01).any()
+    check_against_ref(called(sdf_render), composed("neus"), inputs, torch.float32, GRADIENTS)
+
+
+def test_softplus_beyond_its_threshold():
+    """Units far in the linear part, and far in the flat one."""
+    inputs = make_inputs(2, 12, sdf_layers=3, rgb_layers=2)
+    inputs["sdf_mlp"][1][::2] += 1.0
+    inputs["sdf_mlp"][1][1::4] -= 1.0
+    check_against_ref(called(sdf_render), composed("neus"), inputs, torch.float32, GRADIENTS)
+
+
+def test_zero_upstream_gradient():
+    inputs = make_inputs(2, 5, sdf_layers=2, rgb_layers=2)
+    inputs["volume"].requires_grad_()
+    outs = called(sdf_render)(**inputs)
+    (d_volume,) = torch.autograd.grad(outs, inputs["volume"], [torch.zeros_like(o) for o in outs])
+    assert d_volume.shape == inputs["volume"].shape and not d_volume.any()
+
+
+def test_strict_determinism_sums_by_cell():
+    """No atomic adds, and not the reference either; on faces and outside too."""
+    inputs = make_inputs(2, 20, channels=16, sdf_layers=2, rgb_layers=2, B=1)
+    inputs["volume"] = inputs["volume"][:, :2, :3, :3]
+    inputs["cells_per_unit"], inputs["first_cell"] = torch.tensor([1.0, 1, 2]), torch.tensor([1.0, 1, 0.5])
+    inputs["edges"] = torch.arange(21).expand(2, 21) / 8
+    inputs["origins"], inputs["directions"] = torch.zeros(2, 3), torch.tensor([[1.0, 0, 0], [0, 0.6, 0.8]])
+    truth = results(composed("neus"), inputs, torch.float64)
+    torch.use_deterministic_algorithms(True)
+    with launches() as launched:
+        found = results(called(sdf_render), inputs)
+    assert launched[-1] == "_cell_sum_kernel"
+    for name, value in found.items():
+        assert_close_to_max(value, truth[name], 1e-5, name)
+
+
+def test_distances_alone():
+    inputs = make_inputs(5, 17, sdf_layers=3)
+    rays = inputs["origins"], inputs["directions"], inputs["volume_idx"]
+    starts, cells = inputs["edges"][:, :-1], (CELLS_PER_UNIT, FIRST_CELL)
+    truth = results(composed("neus"), inputs, torch.float64)["sdf"]
+    for fn in (sdf_values, sdf_values_ref):
+        assert_close_to_max(fn(inputs["volume"], rays, starts, inputs["sdf_mlp"], cells), truth, 1e-5)
+    nothing = sdf_values(inputs["volume"], [t[:0] for t in rays], starts[:0], inputs["sdf_mlp"], cells)
+    assert nothing.shape == (0, 17)
+
+
+def test_rejects_what_does_not_fit():
+    inputs = make_inputs(2, 3, sdf_layers=2, rgb_layers=0)
+    for wrong, message in [
+        (dict(hit=inputs["hit"][:1]), "do not fit"),
+        (dict(edges=inputs["edges"][:, :1]), "do not fit"),
+        (dict(volume=inputs["volume"][:, :0]), "no voxel"),
+        (dict(volume=inputs["volume"][..., :16]), "does not fit volume"),
+        (dict(volume=inputs["volume"].double()), "no kernel for"),
+        (dict(sdf_mlp=random_mlp(32, 9, 8, 2)), "no kernel for"),
+    ]:
+        with pytest.raises(AssertionError, match=message):
+            called(sdf_render)(**inputs | wrong)
+    assert not in_family("unisurf", torch.float32, 32, 16, 6, 4)
+
+
+def test_golden_record(monkeypatch):
+    """The original's NeuS renderer, sampling included, through `Renderer`; few large tiles, as interpreting is slow."""
+    monkeypatch.setattr(fused, "BLOCK_M", 512)
+    record, _ = load("render_neus_eval")
+    grid = Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(5.4, 6.0, 1.6))
+    renderer = Renderer(Render(), grid).eval()
+    renderer.field.load_state_dict(under(record, "state/pts_bbox_head.render_model.field."))
+    R, unscale = len(record["in/ray_o"]), 1 / grid.scale
+    rays = Rays(
+        record["in/ray_o"] * unscale, record["in/ray_d"], record["in/target_depth"][:, 0] * unscale,
+        record["in/target_rgb"], torch.zeros(R, dtype=torch.int32),
+    )  # fmt: skip
+    with launches() as launched, torch.no_grad():
+        out = renderer(record["in/feature_volume"][None], rays)
+    assert {"_sdf_values_kernel", "_resample_kernel", "_sdf_render_fwd_kernel"} <= {*launched}
+    assert_close_to_max(out.rgb, record["out/rgb"], 1e-4, "rgb")
+    assert_close_to_max(out.depth * grid.scale, record["out/depth"][:, 0], 1e-4, "depth")
+    # in one ray of these 64, rounding decides where an importance sample falls
+    same = (out.starts - record["out/z_vals"][..., 0]).abs().amax(dim=1) < 1e-4
+    assert same.sum() >= R - 1
+    for name, key, rel in [("sdf", "sdf", 1e-3), ("gradient", "gradients", 1e-3), ("weights", "weights", 5e-3)]:
+        assert_close_to_max(getattr(out, name)[same], record[f"out/{key}"].squeeze(-1)[same], rel, name)
+
+
+@pytest.mark.parametrize("method, channels, fuses", [("volsdf", 16, True), ("neus", 8, False), ("unisurf", 16, False)])
+def test_the_renderer_fuses_what_is_in_the_family(method, channels, fuses, monkeypatch):
+    """The losses and gradients of the pieces, which fields outside the family take."""
+    cfg = Render(
+        method=method, channels=channels, samples=6, importance=4, search=8, sdf_layers=2, rgb_layers=2,
+        truncation=1.5, free_space_weight=1.0, sdf_weight=10.0, eikonal_weight=0.01,
+    )  # fmt: skip
+    grid = Grid(low=(-8.0, -8.0, -2.0), high=(8.0, 8.0, 2.0), cell=(2.0, 2.0, 1.0))
+    renderer = Renderer(cfg, grid)
+    volume = torch.randn(1, channels, 4, 8, 8).requires_grad_()
+    directions = F.normalize(torch.randn(2, 3) * torch.tensor([1, 1, 0.2]), dim=1)
+    rays = Rays(torch.zeros(2, 3), directions, torch.tensor([4.0, 5.0]), torch.rand(2, 3), torch.zeros(2).int())
+    parameters = [p for p in renderer.parameters() if p.requires_grad]
+
+    def step():
+        losses = renderer.loss(renderer(volume, rays), rays)
+        return [*losses.values(), *torch.autograd.grad(sum(losses.values()), [volume, *parameters])]
+
+    with launches() as launched:
+        found = step()
+    assert ("_sdf_render_bwd_sdf_kernel" in launched) == ("_sdf_values_kernel" in launched) == fuses
+    assert ("_trilinear_bwd_kernel" in launched) == (not fuses)
+    monkeypatch.setattr(backend, "interpret", False)
+    for value, expected in zip(found, step(), strict=True):
+        assert_close_to_max(value, expected, 1e-3)

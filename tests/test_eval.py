@@ -3,20 +3,31 @@
 import json
 import math
 import shutil
-from dataclasses import replace
+import subprocess
+import sys
+from dataclasses import fields, replace
 
+import cv2
 import numpy as np
 import pytest
 import torch
+import tyro
+from PIL import Image
 
+from eval import Args, main
+from tests.test_train import REPO, environment
+from unipad.checkpoint import write_checkpoint
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.tables import CLASSES
+from unipad.draw import write_film
 from unipad.errors import UserError
 from unipad.evaluate import detect_all, evaluate_detections
+from unipad.mesh import distances, surface, write_ply
 from unipad.model.boxes import decode_boxes, encode_boxes
 from unipad.model.detect import Detections, Detector
-from unipad.recipes import DETECT
-from unipad.runtime import World
+from unipad.model.pretrain import Pretrain
+from unipad.recipes import DETECT, PRETRAIN
+from unipad.runtime import World, as_plain
 from unipad.submission import MOST, table, write_submission
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -125,3 +136,197 @@ def test_a_submission_by_hand(city, tmp_path):
     scores = [r["detection_score"] for r in written["results"][second]]
     assert len(scores) == MOST and min(scores) == pytest.approx(100 / 600)
     assert written["results"][third] == []
+
+
+def save_run(folder, model, root, recipe=None):
+    """A run's folder as the training scripts leave it, as far as evaluation reads it."""
+    (folder / "checkpoints").mkdir(parents=True)
+    args = {"data_root": str(root), "version": "v1.0-mini"}
+    config = {"args": args, "recipe": as_plain(recipe or model.recipe), "steps": 1}
+    write_checkpoint({"model": model.state_dict(), "config": config, "step": 1}, folder / "checkpoints" / "last.pt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def detector_run(city, tmp_path_factory):
+    torch.manual_seed(0)
+    return save_run(tmp_path_factory.mktemp("runs") / "detector", tiny_detector(), city)
+
+
+@pytest.fixture(scope="module")
+def camera_run(city, tmp_path_factory):
+    torch.manual_seed(0)
+    return save_run(tmp_path_factory.mktemp("runs") / "camera", Pretrain(PRETRAIN["camera"]["tiny"]), city)
+
+
+def evaluate(run, **flags):
+    main(Args(run, device="cpu", workers=0, **flags))
+
+
+def script(run, *flags, launcher=()):
+    """eval.py as a user starts it."""
+    command = [sys.executable, *launcher, REPO / "eval.py", run, "--device", "cpu", "--workers", 0, *flags]
+    clean = dict(env=environment(), capture_output=True, text=True, timeout=300)
+    return subprocess.run(list(map(str, command)), **clean)
+
+
+def test_a_detector_is_judged_and_its_boxes_are_drawn(detector_run):
+    done = script(detector_run, "--pictures", 1)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "NDS: 0." in done.stdout and "Per-class results:" in done.stdout and "traffic_cone" in done.stdout
+    out = detector_run / "eval"
+    written = json.loads((out / "results_nusc.json").read_text())["results"]
+    assert len(written) == 3 and all(len(boxes) > 100 for boxes in written.values())
+    assert json.loads((out / "metrics_summary.json").read_text())["mean_ap"] < 0.05
+    assert np.asarray(Image.open(out / "boxes_0.png")).std() > 20
+
+
+def test_two_processes_find_what_one_finds(detector_run, tmp_path):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    done = script(detector_run, "--pictures", 1, "--out", tmp_path / "two", launcher=torchrun)
+    assert done.returncode == 0, done.stderr[-4000:]
+    evaluate(detector_run, pictures=1, out=tmp_path / "one")
+    one, two = ((tmp_path / name / "results_nusc.json").read_text() for name in ("one", "two"))
+    assert one == two
+
+
+def test_looks_are_merged_into_a_valid_submission(detector_run, tmp_path, capsys):
+    evaluate(detector_run, tta=True, tta_scales=(1.0, 1.06), tta_flips=False, pictures=1, out=tmp_path)
+    assert "NDS: 0." in capsys.readouterr().out
+    assert all(json.loads((tmp_path / "results_nusc.json").read_text())["results"].values())
+
+
+def test_the_test_split_gives_a_submission_alone(detector_run, city, tmp_path, capsys):
+    """The city as nuScenes' test set comes: other names, and not an annotation."""
+    root = shutil.copytree(city, tmp_path / "set", ignore=shutil.ignore_patterns("unipad-index"))
+    tables = root / "v1.0-test"
+    (root / "v1.0-mini").rename(tables)
+    scenes = json.loads((tables / "scene.json").read_text())
+    (tables / "scene.json").write_text(json.dumps([s | {"name": f"scene-{77 + i:04}"} for i, s in enumerate(scenes)]))
+    for name in ("sample_annotation", "instance"):
+        (tables / f"{name}.json").write_text("[]")
+    (tables / "lidarseg.json").unlink()
+    evaluate(detector_run, data_root=root, version="v1.0-test", split="test", pictures=1, out=tmp_path / "eval")
+    assert "no metrics" in capsys.readouterr().out
+    written = json.loads((tmp_path / "eval" / "results_nusc.json").read_text())["results"]
+    assert len(written) == 6 and not (tmp_path / "eval" / "metrics_summary.json").exists()
+
+
+def test_a_scene_is_rendered_filmed_and_meshed(camera_run, tmp_path, capsys):
+    pytest.importorskip("skimage")
+    evaluate(camera_run, out=tmp_path, scene="scene-0103", picture_stride=16, mesh=True, mesh_cell=4.0)
+    words = capsys.readouterr().out
+    assert "psnr" in words and "depth_rmse" in words
+    written = json.loads((tmp_path / "render.json").read_text())
+    assert written["frames"] == [0, 1, 2] and 0 < written["psnr"] < 30
+    film = Image.open(tmp_path / "scene-0103.gif")
+    assert film.n_frames == 3 and film.size == Image.open(tmp_path / "frame_00002.png").size
+    assert film.size[0] == 6 * 240
+    header, _ = (tmp_path / "mesh_00000.ply").read_bytes().split(b"end_header\n")
+    assert b"element vertex" in header
+    write_film(sorted(tmp_path.glob("frame_*.png")), tmp_path / "film.mp4", rate=4)
+    film = cv2.VideoCapture(str(tmp_path / "film.mp4"))
+    assert film.get(cv2.CAP_PROP_FRAME_COUNT) == 3 and film.get(cv2.CAP_PROP_FPS) == 4
+
+
+def test_frames_are_rendered_by_number_with_all_to_see(camera_run, tmp_path, city):
+    """Nothing is hidden: one row of images less. A frame that is missing is named and left out."""
+    root = shutil.copytree(city, tmp_path / "set")
+    dataset = validation(root)
+    (root / dataset.index.image_files[1][0].decode()).unlink()
+    flags = dict(data_root=root, frames=(2, 1), picture_stride=16)
+    evaluate(camera_run, out=tmp_path / "masked", **flags)
+    evaluate(camera_run, out=tmp_path / "whole", masked=False, **flags)
+    masked, whole = (Image.open(tmp_path / name / "frame_00002.png") for name in ("masked", "whole"))
+    assert masked.size[0] == whole.size[0] and masked.size[1] > whole.size[1] + 50
+    assert json.loads((tmp_path / "whole" / "render.json").read_text())["frames"] == [2]
+
+
+def test_a_ball_is_meshed_with_its_outside_out(tmp_path):
+    """Radius 3 m around (1, -2, 0): every vertex lies on it, the volume that the triangles enclose is the ball's."""
+    pytest.importorskip("skimage")
+    cell, low = 0.25, np.array([-4.0, -7, -5])
+    axes = [np.arange(l, l + 10, cell) for l in low]
+    grid = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1)
+    values = (np.linalg.norm(grid - [1, -2, 0], axis=-1) - 3).astype(np.float32)
+    vertices, triangles = surface(values, low, cell)
+    assert np.linalg.norm(vertices - [1, -2, 0], axis=1) == pytest.approx(3, abs=0.01)
+    a, b, c = (vertices[triangles[:, i]] for i in range(3))
+    assert (np.cross(a, b) * c).sum() / 6 == pytest.approx(4 / 3 * math.pi * 27, rel=0.02)
+    write_ply(tmp_path / "ball.ply", vertices, triangles)
+    header, body = (tmp_path / "ball.ply").read_bytes().split(b"end_header\n")
+    assert f"element vertex {len(vertices)}\n".encode() in header and len(body) == 12 * len(vertices) + 13 * len(
+        triangles
+    )
+    assert np.array_equal(np.frombuffer(body[: 12 * len(vertices)], "<f4").reshape(-1, 3), vertices)
+    assert [len(part) for part in surface(np.ones((3, 3, 3)), low, cell)] == [0, 0]
+
+
+def test_distances_are_the_fields_in_metres():
+    recipe = PRETRAIN["camera"]["tiny"]
+    model, grid = Pretrain(recipe).eval(), recipe.grid
+    X, Y, Z = grid.shape
+    volume = torch.randn(1, recipe.render.channels, Z, Y, X)
+    values = distances(model, volume, 4.0)
+    assert values.shape == (20, 20, 3)
+    point = (torch.tensor(grid.low) + 4 * torch.tensor([3, 7, 1])) * grid.scale
+    sdf = model.renderer.field.sdf(
+        volume.permute(0, 2, 3, 4, 1).contiguous(), point[None, None], torch.zeros(1, dtype=torch.int32)
+    )
+    assert values[3, 7, 1].item() == pytest.approx(sdf.item() / grid.scale, rel=1e-4, abs=1e-4)
+
+
+MISTAKES = [
+    ("detector", {"task": "render"}, ["--task render", "train.py"]),
+    ("camera", {"task": "detect"}, ["--task detect", "finetune.py"]),
+    ("camera", {"task": "segment"}, ["--task segment", "detect"]),
+    ("camera", {"tta": True}, ["--tta", "finetune.py"]),
+    ("detector", {"mesh": True}, ["--mesh", "train.py"]),
+    ("detector", {"split": "test"}, ["split test", "mini_val", "v1.0-test"]),
+    ("detector", {"split": "everything"}, ["split everything", "mini_val"]),
+    ("detector", {"version": "v1.0-trainval"}, ["v1.0-trainval", "v1.0-mini"]),
+    ("detector", {"data_root": "nowhere"}, ["--data-root nowhere"]),
+    ("detector", {"precision": "fp8"}, ["--precision fp8", "bf16"]),
+    ("detector", {"tta_scales": (0.0,)}, ["--tta-scales"]),
+    ("camera", {"scene": "scene-0061"}, ["--scene scene-0061", "mini_val", "scene-0103"]),
+    ("camera", {"frames": (3,)}, ["--frames 3", "0 to 2"]),
+    ("camera", {"picture_stride": 0}, ["--picture-stride 0"]),
+]
+
+
+@pytest.mark.parametrize("run, flags, words", MISTAKES, ids=lambda value: str(value) if isinstance(value, dict) else "")
+def test_a_users_mistake_is_one_sentence(run, flags, words, detector_run, camera_run):
+    with pytest.raises(UserError) as error:
+        evaluate({"detector": detector_run, "camera": camera_run}[run], **flags)
+    sentence = str(error.value)
+    assert all(word in sentence for word in words) and "\n" not in sentence, sentence
+
+
+def test_what_is_no_checkpoint_is_said(detector_run, city, tmp_path, capsys):
+    corrupt = tmp_path / "corrupt.pt"
+    corrupt.write_bytes((detector_run / "checkpoints" / "last.pt").read_bytes()[:5000])
+    torch.save({"state_dict": {}}, tmp_path / "other.pt")
+    (tmp_path / "empty").mkdir()
+    head = replace(RECIPE.detect, classes=4, queries=20, layers=1)
+    few = Detector(replace(RECIPE, detect=head))
+    wide = replace(RECIPE, detect=replace(RECIPE.detect, queries=30, layers=1))
+    for path, word in {
+        tmp_path / "nowhere": "no checkpoint",
+        tmp_path / "empty": "no checkpoints/last.pt",
+        corrupt: "is not a checkpoint",
+        tmp_path / "other.pt": "holds no model",
+        save_run(tmp_path / "few", few, city): "4 classes",
+        save_run(tmp_path / "wide", tiny_detector(), city, wide): "do not fit",
+    }.items():
+        with pytest.raises(UserError) as error:
+            evaluate(path)
+        assert word in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_help_explains_every_flag(capsys):
+    with pytest.raises(SystemExit):
+        tyro.cli(Args, args=["--help"])
+    words = capsys.readouterr().out
+    for field in fields(Args):
+        assert ("--" + field.name.replace("_", "-") in words) or field.name == "checkpoint"
+    assert "folder of a run, or a checkpoint" in words

@@ -130,8 +130,7 @@ def _sheet(rows, width):
     size = (inches, inches / views * height / across * len(rows) + 0.5)
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     axes = figure.subplots(len(rows), views, squeeze=False)
-    colours = matplotlib.colormaps["turbo_r"].copy()
-    colours.set_bad("black")
+    colours = matplotlib.colormaps["turbo_r"].with_extremes(bad="black")
     for line, (name, row) in zip(axes, rows.items(), strict=True):
         line[0].set_ylabel("\n".join(name.split(", ")))
         for axis, view in zip(line, row, strict=True):

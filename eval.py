@@ -194,6 +194,8 @@ def check(args):
         raise UserError("--tta-scales must be above 0, and there must be at least one of them and of --tta-angles.")
     if args.frames and args.scene:
         raise UserError("--frames and --scene both say which frames; leave one out.")
+    if args.out and args.out.is_file():
+        raise UserError(f"--out {args.out} is a file; name a folder.")
     if args.mesh:
         check_marching_cubes()
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields, replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -286,6 +287,7 @@ MISTAKES = [
     ("detector", {"split": "everything"}, ["split everything", "mini_val"]),
     ("detector", {"version": "v1.0-trainval"}, ["v1.0-trainval", "v1.0-mini"]),
     ("detector", {"data_root": "nowhere"}, ["--data-root nowhere"]),
+    ("detector", {"out": Path(__file__)}, ["--out", "is a file"]),
     ("detector", {"precision": "fp8"}, ["--precision fp8", "bf16"]),
     ("detector", {"tta_scales": (0.0,)}, ["--tta-scales"]),
     ("camera", {"scene": "scene-0061"}, ["--scene scene-0061", "mini_val", "scene-0103"]),

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tests.golden import assert_close_to_max, load, under
+from tests.golden import assert_close_to_max, load, weights
 from unipad.config import Camera
 from unipad.model.camera import FPN, MEAN, STD, CameraEncoder, ConvNeXt, draw_mask
 from unipad.recipes import PRETRAIN
@@ -16,14 +16,14 @@ SMALL = Camera(
 def test_convnext_is_the_original(name):
     arrays, _ = load(name)
     net = ConvNeXt(DEPTHS, WIDTHS)
-    net.load_state_dict(under(arrays, "state/img_backbone."))
+    net.load_state_dict(weights(arrays, "encoder.camera.backbone."))
     image = arrays["in/img"].requires_grad_()
     outs = net(image, arrays.get("in/mask"))
     for i, out in enumerate(outs):
         assert_close_to_max(out, arrays[f"out/stage{i}"], 1e-5, f"stage {i}")
     sum((out * arrays[f"in/w_{i}"]).sum() for i, out in enumerate(outs)).backward()
     assert_close_to_max(image.grad, arrays["grad/img"], 1e-5, "image")
-    gradients = under(arrays, "grad/img_backbone.")
+    gradients = weights(arrays, "encoder.camera.backbone.", "grad/")
     assert gradients.keys() == dict(net.named_parameters()).keys()
     for key, param in net.named_parameters():
         assert_close_to_max(param.grad, gradients[key], 1e-5, key)
@@ -36,7 +36,7 @@ def test_convnext_is_the_original(name):
 def test_fpn_is_mmdets(record, widths, levels, first):
     arrays, _ = load(record)
     net = FPN(widths, 24, levels)
-    net.load_state_dict({k.replace(".conv.", "."): v for k, v in under(arrays, "state/img_neck.").items()})
+    net.load_state_dict(weights(arrays, "encoder.camera.neck."))
     inputs = [arrays[f"in/x_{i}"].requires_grad_() for i in range(first, first + len(widths))]
     outs = net(inputs)
     for i, out in enumerate(outs):
@@ -44,7 +44,7 @@ def test_fpn_is_mmdets(record, widths, levels, first):
     sum((out * arrays[f"in/w_{i}"]).sum() for i, out in enumerate(outs)).backward()
     for i, x in enumerate(inputs, start=first):
         assert_close_to_max(x.grad, arrays[f"grad/x_{i}"], 1e-5, f"input {i}")
-    gradients = {k.replace(".conv.", "."): v for k, v in under(arrays, "grad/img_neck.").items()}
+    gradients = weights(arrays, "encoder.camera.neck.", "grad/")
     for key, param in net.named_parameters():
         assert_close_to_max(param.grad, gradients[key], 1e-5, key)
 

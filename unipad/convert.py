@@ -1,0 +1,464 @@
+"""Weights of others as checkpoints of this project, and ours as the original's.
+
+    python -m unipad.convert epoch_12.pth camera.pt                    # UniPAD's own: any released config
+    python -m unipad.convert convnext_small_1k_224_ema.pth convnext.pt # ConvNeXt of ImageNet, to start cameras from
+    python -m unipad.convert outputs/train-lidar/<time> lidar.pth      # ours, for UniPAD's mmdet3d set-up
+    python -m unipad.convert --merge CAMERA LIDAR fusion.pt            # both encoders: what fusion starts from
+
+What comes out goes into `train.py --init`, `finetune.py --pretrained` and, where it is a whole detector, `eval.py`.
+Files are read as data: nothing in them is executed. ConvNeXt's may be the official ones, timm's (`pytorch_model.bin`),
+torchvision's or mmpretrain's. UniPAD's may have weights of spconv 1, as its authors' do, or of spconv 2.
+
+Every weight must find its place and every place its weight, unless --no-strict. Left out knowingly, and supplied on
+the way back: the weights of the box code, which are a setting here, and norms of stages that the FPN never reads. The
+optimiser's state stays behind.
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+from unipad.checkpoint import last_checkpoint, part_of, read_checkpoint, write_checkpoint
+from unipad.config import CONVNEXT, DetectRecipe, PretrainRecipe, from_plain
+from unipad.errors import UserError, check_choices
+from unipad.model.camera import ConvNeXt
+from unipad.model.detect import Detector
+from unipad.model.pretrain import Pretrain
+from unipad.recipes import DETECT, PRETRAIN
+from unipad.runtime import as_plain, one_sentence_errors
+
+# Beginnings of the original's keys and of ours; * is a number. The first that fits counts, in either direction.
+# A third entry says how the tensors are laid out where that differs, see `LAYOUTS`.
+DECODER = "pts_bbox_head.transformer.decoder.layers.*."
+PLAIN_REFERENCES = ("pts_bbox_head.transformer.reference_points.", "head.reference_points.")
+DENOISING_REFERENCES = ("pts_bbox_head.reference_points.", "head.reference_points.")
+UNIPAD = [
+    ("img_backbone.", "encoder.camera.backbone."),
+    ("img_neck.lateral_convs.*.conv.", "encoder.camera.neck.lateral_convs.*."),
+    ("img_neck.fpn_convs.*.conv.", "encoder.camera.neck.fpn_convs.*."),
+    ("input_proj.", "encoder.camera.input_proj."),
+    ("depth_net.", "encoder.camera.depth_net."),
+    ("pts_middle_encoder.mtoken", "encoder.lidar.mask_token"),
+    ("pts_middle_encoder.", "encoder.lidar.encoder.", "sparse"),
+    ("pts_backbone.", "encoder.lidar.backbone.", "slices"),
+    # Convolution, norm and ReLU of all blocks in one row there, a row of blocks here
+    *[(f"pts_neck.extra_blocks.{3 * i + j}.", f"encoder.lidar_convs.{i}.{j}.") for i in range(4) for j in range(2)],
+    ("pts_neck.", "encoder.lidar.neck.", "slices"),
+    ("pts_bbox_head.view_trans.conv_layer.", "encoder.lift_convs."),
+    ("pts_bbox_head.conv_trans_head_1.", "encoder.fuse."),
+    ("pts_bbox_head.render_conv.", "project."),
+    ("pts_bbox_head.render_model.field.", "renderer.field."),
+    (DECODER + "attentions.0.attn.in_proj_", "head.layers.*.attention.in_proj."),
+    (DECODER + "attentions.0.attn.", "head.layers.*.attention."),
+    (DECODER + "attentions.1.", "head.layers.*.cross."),
+    (DECODER + "ffns.0.layers.0.0.", "head.layers.*.expand."),
+    (DECODER + "ffns.0.layers.1.", "head.layers.*.contract."),
+    (DECODER + "norms.", "head.layers.*.norms."),
+    ("pts_bbox_head.cls_branches.", "head.cls_branches."),
+    ("pts_bbox_head.reg_branches.", "head.reg_branches."),
+    ("pts_bbox_head.iou_branches.", "head.iou_branches."),
+    ("pts_bbox_head.query_embedding.", "head.query_embedding."),
+    PLAIN_REFERENCES,
+    DENOISING_REFERENCES,
+]
+CODE_WEIGHTS = "pts_bbox_head.code_weights"
+
+# The same for ConvNeXt, whose names here are the official ones; this way only
+IMAGENET = [
+    ("backbone.downsample_layers.", "downsample_layers."),  # mmpretrain
+    ("backbone.stages.*.*.depthwise_conv.", "stages.*.*.dwconv."),
+    ("backbone.stages.*.*.pointwise_conv1.", "stages.*.*.pwconv1.", "matrix"),
+    ("backbone.stages.*.*.pointwise_conv2.", "stages.*.*.pwconv2.", "matrix"),
+    ("backbone.stages.*.*.", "stages.*.*."),
+    ("stem.", "downsample_layers.0."),  # timm
+    ("stages.*.downsample.", "downsample_layers.*."),
+    ("stages.*.blocks.*.conv_dw.", "stages.*.*.dwconv."),
+    ("stages.*.blocks.*.mlp.fc1.", "stages.*.*.pwconv1.", "matrix"),
+    ("stages.*.blocks.*.mlp.fc2.", "stages.*.*.pwconv2.", "matrix"),
+    ("stages.*.blocks.*.", "stages.*.*."),
+    *[
+        row
+        for i in range(4)  # torchvision
+        for row in [
+            (f"features.{2 * i}.", f"downsample_layers.{i}."),
+            (f"features.{2 * i + 1}.*.block.0.", f"stages.{i}.*.dwconv."),
+            (f"features.{2 * i + 1}.*.block.2.", f"stages.{i}.*.norm."),
+            (f"features.{2 * i + 1}.*.block.3.", f"stages.{i}.*.pwconv1."),
+            (f"features.{2 * i + 1}.*.block.5.", f"stages.{i}.*.pwconv2."),
+            (f"features.{2 * i + 1}.*.layer_scale", f"stages.{i}.*.gamma", "vector"),
+        ]
+    ],
+    ("downsample_layers.", "downsample_layers."),  # official
+    ("stages.*.*.", "stages.*.*."),
+]
+CLASSIFIER = ("head.", "classifier.", "norm.", "backbone.norm")  # and the norm after the pooling
+BACKBONE = "encoder.camera.backbone."
+
+
+@dataclass
+class Report:
+    """What became of the weights of one file."""
+
+    taken: dict = field(default_factory=dict)  # name -> tensor
+    missing: list = field(default_factory=list)  # names of the model that the file lacks
+    unexpected: list = field(default_factory=list)  # keys of the file that the model has no place for
+    misshapen: list = field(default_factory=list)  # "name (shape in the file, shape in the model)"
+    left: list = field(default_factory=list)  # keys that are left out, or supplied, knowingly
+
+    @property
+    def faults(self):
+        return len(self.missing) + len(self.unexpected) + len(self.misshapen)
+
+    def __str__(self):
+        columns = {"taken": self.taken, "missing": self.missing, "unexpected": self.unexpected, "shape": self.misshapen}
+        counts = {name: Counter(part_of(key) for key in keys) for name, keys in columns.items()}
+        lines = [f"{'part':<32}" + "".join(f"{name:>12}" for name in columns)]
+        for part in sorted(set().union(*counts.values())):
+            lines.append(f"{part:<32}" + "".join(f"{count[part]:>12}" for count in counts.values()))
+        lines.append(f"{'all':<32}" + "".join(f"{len(keys):>12}" for keys in columns.values()))
+        for name, keys in columns.items():
+            if name != "taken" and keys:
+                lines.append(f"{name}: {', '.join(keys[:8])}" + (f" and {len(keys) - 8} more" if len(keys) > 8 else ""))
+        return "\n".join([*lines, *self.left])
+
+
+def from_original(state):
+    """Weights under the original's keys, in the names and layouts of ours.
+
+    state: key -> tensor of a whole model or of a part of it; sparse convolutions' weights may be spconv 1's,
+        (kz, ky, kx, Cin, Cout), or spconv 2's.
+
+    Returns (dict name -> tensor, list of the keys that have no name here).
+    """
+    return _renamed(state, UNIPAD, 0, 1)
+
+
+def to_original(state, spconv=1):
+    """The inverse of `from_original`; spconv: 1 or 2, the layout of sparse convolutions' weights."""
+    other = DENOISING_REFERENCES if "head.reference_points.bias" in state else PLAIN_REFERENCES
+    return _renamed(state, [row for row in UNIPAD if row is not other], 1, 0, spconv)
+
+
+def from_imagenet(state):
+    """Weights of an ImageNet ConvNeXt in the names of `model.camera.ConvNeXt`; returns as `from_original` does."""
+    return _renamed(state, IMAGENET, 0, 1)
+
+
+def our_name(key):
+    """What the original's `key` is called here; None if it has no place."""
+    return _rename(key, UNIPAD, 0, 1)[0]
+
+
+def _renamed(state, rows, source, target, spconv=1):
+    renamed, unknown = {}, []
+    for key, value in state.items():
+        name, layout = _rename(key, rows, source, target)
+        if name is None:
+            unknown.append(key)
+        else:
+            renamed[name] = LAYOUTS[layout](value, target == 1, spconv) if layout else value
+    return renamed, unknown
+
+
+def _rename(key, rows, source, target):
+    for row in rows:
+        if found := _beginning(row[source]).match(key):
+            numbers = iter(found.groups())
+            begin = "".join(next(numbers) if c == "*" else c for c in row[target])
+            return begin + key[found.end() :], row[2] if len(row) > 2 else None
+    return None, None
+
+
+@cache
+def _beginning(pattern):
+    return re.compile(re.escape(pattern).replace(r"\*", r"(\d+)"))
+
+
+def _sparse(weight, to_ours, spconv):
+    """Sparse convolutions: here (Cout, kz, ky, kx, Cin).
+
+    spconv 1 has (kz, ky, kx, Cin, Cout), and spconv 2 what we have; but for 1 x 1 x 1 it reads the same memory as a
+    matrix (Cin, Cout).
+    """
+    if weight.dim() != 5:
+        return weight
+    if not to_ours and spconv == 1:
+        return weight.permute(1, 2, 3, 4, 0).contiguous()
+    if to_ours and weight.shape[0] == weight.shape[1] == weight.shape[2]:
+        return weight.permute(4, 0, 1, 2, 3).contiguous()
+    if weight.shape[1:4].numel() > 1:
+        return weight
+    out, *_, channels = weight.shape
+    if to_ours:
+        return weight.reshape(channels, out).t().reshape(weight.shape)
+    return weight.reshape(out, channels).t().reshape(weight.shape)
+
+
+def _slices(weight, to_ours, _):
+    """Convolutions of 1 x 3 x 3 or 1 x 1 x 1 are 2D ones here."""
+    if to_ours:
+        return weight.squeeze(2) if weight.dim() == 5 else weight
+    return weight.unsqueeze(2) if weight.dim() == 4 else weight
+
+
+LAYOUTS = {
+    "sparse": _sparse,
+    "slices": _slices,
+    "matrix": lambda weight, *_: weight.flatten(1) if weight.dim() > 1 else weight,  # 1 x 1 convolutions
+    "vector": lambda weight, *_: weight.flatten(),
+}
+
+
+def read_weights(path):
+    """(state dict, kind, everything) of a file or run folder; kind: unipad, convnext or ours.
+
+    Raises `UserError` for a file that is none of them.
+    """
+    file = last_checkpoint(path) or path
+    saved = read_checkpoint(file)
+    if isinstance(saved, dict) and {"model", "config"} <= saved.keys() and "recipe" in saved["config"]:
+        return saved["model"], "ours", saved
+    state = saved
+    for wrapper in ("state_dict", "model", "module"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict):
+        raise UserError(f"{file} holds no weights: a {type(saved).__name__} instead of a state dict.")
+    state = {str(k).removeprefix("module."): v for k, v in state.items() if torch.is_tensor(v)}
+    unipad, convnext = (len(rename(state)[0]) for rename in (from_original, from_imagenet))
+    if not unipad and not convnext:
+        some = f" (such as {next(iter(state))})" if state else ""
+        raise UserError(
+            f"{file} is not a checkpoint of UniPAD, of a ConvNeXt or of this project: "
+            f"none of its {len(state)} weights{some} has a known name."
+        )
+    return state, "unipad" if unipad >= convnext else "convnext", saved
+
+
+def convert_unipad(state, preset=None):
+    """A checkpoint of the original.
+
+    state:  key -> tensor.
+    preset: the recipe it belongs to; None: the one whose weights fit, of several the final one.
+
+    Returns (checkpoint of ours, `Report`).
+    """
+    ours, unknown = from_original(state)
+    code_weights = state.get(CODE_WEIGHTS)
+    presets, modality = _presets(ours)
+    check_choices(preset=(preset, presets))
+    reports = {}
+    for name in [preset] if preset else list(presets)[::-1]:
+        recipe = _with_sizes(presets[name], ours, code_weights)
+        report = Report(unexpected=[key for key in unknown if key != CODE_WEIGHTS])
+        _compare(ours, _shapes(recipe), report, _unread_norms(recipe))
+        reports[name] = (report, recipe)
+        if not report.faults:
+            break
+    name = min(reports, key=lambda n: reports[n][0].faults)
+    report, recipe = reports[name]
+    report.left.insert(0, f"recipe: {modality} {name}" + ("" if preset else " (--preset chooses another)"))
+    if code_weights is not None:
+        report.left.append(f"left out: {CODE_WEIGHTS}, a setting of the recipe")
+    args = {"modality": modality, "preset": name} | ({"task": "detect"} if isinstance(recipe, DetectRecipe) else {})
+    return {"model": report.taken, "step": 0, "config": {"args": args, "recipe": as_plain(recipe), "steps": 0}}, report
+
+
+def convert_convnext(state):
+    """The weights of an ImageNet ConvNeXt as (checkpoint of a camera's backbone, `Report`)."""
+    ours, unknown = from_imagenet(state)
+    depths, widths = _convnext_sizes(ours)
+    with torch.device("meta"):
+        shapes = {name: w.shape for name, w in ConvNeXt(depths, widths, out_stages=()).state_dict().items()}
+    report = Report(unexpected=[key for key in unknown if not key.startswith(CLASSIFIER)])
+    _compare(ours, shapes, report)
+    report.taken = {BACKBONE + name: w for name, w in report.taken.items()}
+    size = next((name for name, sizes in CONVNEXT.items() if sizes == (depths, widths)), None)
+    report.left += [f"ConvNeXt {size or f'of {depths} blocks and {widths} channels'}; its classifier is left out"]
+    return {"model": report.taken, "config": {"backbone": size}}, report
+
+
+def convert_ours(saved, spconv=1):
+    """A checkpoint of ours as (mmcv's dict with the original's keys, `Report`)."""
+    recipe = saved_recipe(saved)
+    report = Report()
+    _compare(saved["model"], _shapes(recipe), report)
+    state, _ = to_original(report.taken, spconv)
+    for key, (width, fill) in _unread_norms(recipe).items():
+        state["img_backbone." + key.removeprefix(BACKBONE)] = torch.full((width,), fill)
+        report.left.append(f"supplied: {key}, which nothing reads")
+    if isinstance(recipe, DetectRecipe):
+        state[CODE_WEIGHTS] = torch.tensor(recipe.detect.code_weights)
+        report.left.append(f"supplied: {CODE_WEIGHTS}, from the recipe")
+    return {"meta": {"config": saved["config"]}, "state_dict": state}, report
+
+
+def merge(camera, lidar):
+    """The encoders of a camera's and of a LiDAR's checkpoint of ours, as (checkpoint to start fusion from, `Report`).
+
+    Both heads are left: they have learned other volumes. The convolution that joins them is new.
+    """
+    recipes = saved_recipe(camera), saved_recipe(lidar)
+    if recipes[0].camera is None or recipes[1].lidar is None:
+        raise UserError("--merge takes a checkpoint with a camera's encoder first and one with a LiDAR's second.")
+    if recipes[0].grid != recipes[1].grid or type(recipes[0]) is not type(recipes[1]):
+        raise UserError("--merge takes checkpoints over the same grid, both pre-trained or both fine-tuned.")
+    presets = DETECT if isinstance(recipes[0], DetectRecipe) else PRETRAIN
+    recipe = list(presets["fusion"].values())[-1]
+    recipe = replace(recipe, grid=recipes[0].grid, camera=recipes[0].camera, lidar=recipes[1].lidar)
+    report = Report()
+    for saved, parts in ((camera, ("encoder.camera.", "encoder.lift_convs.")), (lidar, ("encoder.lidar",))):
+        report.taken |= {name: w for name, w in saved["model"].items() if name.startswith(parts)}
+        report.left += [
+            f"left out: {part}" for part in sorted({part_of(n) for n in saved["model"].keys() - report.taken})
+        ]
+    args = {"modality": "fusion", "preset": list(presets["fusion"])[-1]}
+    return {"model": report.taken, "step": 0, "config": {"args": args, "recipe": as_plain(recipe), "steps": 0}}, report
+
+
+def saved_recipe(saved):
+    """The recipe of a checkpoint of ours. Raises `UserError` for one that this version does not know."""
+    plain = saved["config"]["recipe"]
+    kind = DetectRecipe if "detect" in plain else PretrainRecipe
+    try:
+        return from_plain(kind, plain)
+    except (TypeError, StopIteration, AttributeError):
+        known = kind.__dataclass_fields__.keys()
+        strange = ", ".join(sorted(plain.keys() - known)) or "one of its settings"
+        sentence = f"the checkpoint's recipe is of another version of this project ({strange} is not known here)."
+        raise UserError(sentence) from None
+
+
+def _presets(ours):
+    """(presets of the task and modality that these names belong to, the modality)."""
+    camera, lidar = (any(n.startswith(f"encoder.{part}.") for n in ours) for part in ("camera", "lidar"))
+    modality = "fusion" if camera and lidar else "camera" if camera else "lidar"
+    tuned = any(name.startswith("head.") for name in ours)
+    return (DETECT if tuned else PRETRAIN)[modality], modality
+
+
+def _with_sizes(recipe, ours, code_weights):
+    """A recipe for the original's weights: with the file's size of ConvNeXt, and pooling as the original does it."""
+    if recipe.camera is not None:
+        depths, widths = _convnext_sizes({n.removeprefix(BACKBONE): w for n, w in ours.items() if BACKBONE in n})
+        camera = replace(recipe.camera, truncate=recipe.camera.view == "pool")
+        recipe = replace(recipe, camera=replace(camera, depths=depths, widths=widths) if depths else camera)
+    if recipe.lidar is not None and "encoder.lidar.mask_token" in ours:
+        recipe = replace(recipe, lidar=replace(recipe.lidar, learnable_token=True))
+    if code_weights is not None and not torch.equal(code_weights, torch.tensor(recipe.detect.code_weights)):
+        recipe = replace(recipe, detect=replace(recipe.detect, code_weights=tuple(code_weights.tolist())))
+    return recipe
+
+
+def _convnext_sizes(state):
+    """(blocks, channels) of each stage."""
+    widths = {int(n.split(".")[1]): len(w) for n, w in state.items() if re.fullmatch(r"stages\.\d+\.0\.gamma", n)}
+    blocks = Counter(int(n.split(".")[1]) for n in state if re.fullmatch(r"stages\.\d+\.\d+\.gamma", n))
+    stages = sorted(widths)
+    return tuple(blocks[i] for i in stages), tuple(widths[i] for i in stages)
+
+
+def _shapes(recipe):
+    """Name -> shape of all weights of a recipe's model."""
+    with torch.device("meta"):
+        net = (Detector if isinstance(recipe, DetectRecipe) else Pretrain)(recipe)
+    return {name: w.shape for name, w in net.state_dict().items()}
+
+
+def _unread_norms(recipe):
+    """Norms of stages before the FPN's first, which the original has: name -> (channels, value at the start).
+
+    mmdet's FPN is handed all stages; where there is a single level, it is the last one's alone.
+    """
+    camera = recipe.camera
+    if camera is None or camera.fpn_levels == 1:
+        return {}
+    ends = {"weight": 1.0, "bias": 0.0}
+    return {
+        f"{BACKBONE}norm{i}.{end}": (camera.widths[i], fill)
+        for i in range(camera.fpn_start)
+        for end, fill in ends.items()
+    }
+
+
+def _compare(state, shapes, report, unread=()):
+    for name, weight in state.items():
+        if name in unread:
+            report.left.append(f"left out: {name}, which nothing reads")
+        elif name not in shapes:
+            report.unexpected.append(name)
+        elif weight.shape != shapes[name]:
+            report.misshapen.append(f"{name} {tuple(weight.shape)} for {tuple(shapes[name])}")
+        else:
+            report.taken[name] = weight
+    report.missing += [name for name in shapes if name not in state]
+
+
+@dataclass(frozen=True)
+class Args:
+    paths: tyro.conf.Positional[tuple[Path, ...]]  # SOURCE OUT: a file or run folder, and the file to write; or OUT
+    kind: Literal["auto", "unipad", "convnext", "ours"] = "auto"  # what SOURCE is
+    merge: tuple[Path, Path] | None = None  # a camera's and a LiDAR's checkpoint, ours or UniPAD's, instead of SOURCE
+    preset: str | None = None  # of UniPAD's: the recipe it belongs to (default: the one that fits)
+    spconv: Literal[1, 2] = 1  # of ours: layout of the sparse convolutions' weights in OUT
+    strict: bool = True  # refuse what does not fit to the last weight
+
+
+def main(args: Args):
+    if len(args.paths) != (1 if args.merge else 2):
+        raise UserError("name what to read and what to write: SOURCE OUT, or --merge CAMERA LIDAR OUT.")
+    *source, out = args.paths
+    if out.exists() and any(out.resolve() == path.resolve() for path in source):
+        raise UserError(f"{out} would be written over itself; name another file.")
+    if args.merge:
+        result, report = merge(*(_as_ours(path, args) for path in args.merge))
+    else:
+        state, kind, saved = read_weights(source[0])
+        if args.kind not in ("auto", kind):
+            raise UserError(f"--kind {args.kind}: {source[0]} is of kind {kind}; leave the flag out.")
+        if kind == "unipad":
+            result, report = convert_unipad(state, args.preset)
+        elif kind == "convnext":
+            result, report = convert_convnext(state)
+        else:
+            result, report = convert_ours(saved, args.spconv)
+    print(report)
+    _refuse_faults(report, source[0] if source else out, args)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_checkpoint(result, out)
+    millions = sum(w.numel() for w in report.taken.values()) / 1e6
+    print(f"{out}: {millions:.2f} M weights")
+
+
+def _as_ours(path, args):
+    state, kind, saved = read_weights(path)
+    if kind == "convnext":
+        raise UserError(f"--merge {path} is a ConvNeXt of ImageNet; name trained encoders.")
+    if kind == "ours":
+        return saved
+    result, report = convert_unipad(state)
+    if report.faults:
+        print(report)
+    _refuse_faults(report, path, args)
+    return result
+
+
+def _refuse_faults(report, path, args):
+    if args.strict and report.faults:
+        first = (report.misshapen + report.missing + report.unexpected)[0]
+        preset = f"preset {args.preset}" if args.preset else "any recipe"
+        raise UserError(
+            f"{path} does not fit {preset}: {len(report.missing)} weights are missing, {len(report.unexpected)} "
+            f"unexpected, {len(report.misshapen)} of another shape, such as {first}; --no-strict takes what fits."
+        )
+
+
+if __name__ == "__main__":
+    with one_sentence_errors():
+        main(tyro.cli(Args, description=__doc__))

@@ -222,7 +222,8 @@ def read_weights(path):
     """
     file = last_checkpoint(path) or path
     saved = read_checkpoint(file)
-    if isinstance(saved, dict) and {"model", "config"} <= saved.keys() and "recipe" in saved["config"]:
+    config = saved.get("config") if isinstance(saved, dict) else None
+    if isinstance(config, dict) and "recipe" in config and "model" in saved:
         return saved["model"], "ours", saved
     state = saved
     for wrapper in ("state_dict", "model", "module"):
@@ -274,6 +275,8 @@ def convert_convnext(state):
     """The weights of an ImageNet ConvNeXt as (checkpoint of a camera's backbone, `Report`)."""
     ours, unknown = from_imagenet(state)
     depths, widths = _convnext_sizes(ours)
+    if not depths:
+        raise UserError("the file has no blocks of a ConvNeXt with a layer scale: it cannot start this encoder.")
     with torch.device("meta"):
         shapes = {name: w.shape for name, w in ConvNeXt(depths, widths, out_stages=()).state_dict().items()}
     report = Report(unexpected=[key for key in unknown if not key.startswith(CLASSIFIER)])
@@ -315,9 +318,8 @@ def merge(camera, lidar):
     report = Report()
     for saved, parts in ((camera, ("encoder.camera.", "encoder.lift_convs.")), (lidar, ("encoder.lidar",))):
         report.taken |= {name: w for name, w in saved["model"].items() if name.startswith(parts)}
-        report.left += [
-            f"left out: {part}" for part in sorted({part_of(n) for n in saved["model"].keys() - report.taken})
-        ]
+        others = {part_of(name) for name in saved["model"].keys() - report.taken}
+        report.left += [f"left out: {part}" for part in sorted(others)]
     args = {"modality": "fusion", "preset": list(presets["fusion"])[-1]}
     return {"model": report.taken, "step": 0, "config": {"args": args, "recipe": as_plain(recipe), "steps": 0}}, report
 
@@ -346,12 +348,15 @@ def _presets(ours):
 def _with_sizes(recipe, ours, code_weights):
     """A recipe for the original's weights: with the file's size of ConvNeXt, and pooling as the original does it."""
     if recipe.camera is not None:
-        depths, widths = _convnext_sizes({n.removeprefix(BACKBONE): w for n, w in ours.items() if BACKBONE in n})
+        depths, widths = _convnext_sizes(
+            {n.removeprefix(BACKBONE): w for n, w in ours.items() if n.startswith(BACKBONE)}
+        )
         camera = replace(recipe.camera, truncate=recipe.camera.view == "pool")
         recipe = replace(recipe, camera=replace(camera, depths=depths, widths=widths) if depths else camera)
     if recipe.lidar is not None and "encoder.lidar.mask_token" in ours:
         recipe = replace(recipe, lidar=replace(recipe.lidar, learnable_token=True))
-    if code_weights is not None and not torch.equal(code_weights, torch.tensor(recipe.detect.code_weights)):
+    known = torch.tensor(recipe.detect.code_weights) if isinstance(recipe, DetectRecipe) else code_weights
+    if code_weights is not None and not torch.equal(code_weights, known):
         recipe = replace(recipe, detect=replace(recipe.detect, code_weights=tuple(code_weights.tolist())))
     return recipe
 

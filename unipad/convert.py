@@ -348,9 +348,8 @@ def _presets(ours):
 def _with_sizes(recipe, ours, code_weights):
     """A recipe for the original's weights: with the file's size of ConvNeXt, and pooling as the original does it."""
     if recipe.camera is not None:
-        depths, widths = _convnext_sizes(
-            {n.removeprefix(BACKBONE): w for n, w in ours.items() if n.startswith(BACKBONE)}
-        )
+        backbone = {name.removeprefix(BACKBONE): w for name, w in ours.items() if name.startswith(BACKBONE)}
+        depths, widths = _convnext_sizes(backbone)
         camera = replace(recipe.camera, truncate=recipe.camera.view == "pool")
         recipe = replace(recipe, camera=replace(camera, depths=depths, widths=widths) if depths else camera)
     if recipe.lidar is not None and "encoder.lidar.mask_token" in ours:

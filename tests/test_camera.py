@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.golden import assert_close_to_max, load, weights
 from unipad.config import Camera
-from unipad.model.camera import FPN, MEAN, STD, CameraEncoder, ConvNeXt, draw_mask
+from unipad.model.camera import FPN, MEAN, STD, Block, CameraEncoder, ConvNeXt, draw_mask
 from unipad.recipes import PRETRAIN
 
 DEPTHS, WIDTHS = (1, 2, 3, 1), (8, 16, 32, 64)  # of the records
@@ -232,3 +234,24 @@ def test_every_trained_parameter_gets_a_gradient():
 def test_more_levels_than_the_fpn_gives_are_refused():
     with pytest.raises(AssertionError, match="start the FPN"):
         FPN([8, 16, 32], 4, 2)
+
+
+def test_blocks_computed_again_give_the_same_bits(monkeypatch):
+    """With a mask, dropped paths and a frozen stage. A trained block runs forward once more in the backward pass."""
+    encoder = make_encoder(replace(SMALL, drop_path=0.3, frozen_stages=1)).train()
+    images, mask, noise = make_images(1, 2), draw_mask(torch.rand(2, 6), 2, 3, 0.3), torch.rand(2, 5)
+    calls, forward = [], Block.forward
+    monkeypatch.setattr(Block, "forward", lambda self, *args: (calls.append(self), forward(self, *args))[1])
+    results = []
+    for on in (False, True):
+        encoder.backbone.checkpointing = on
+        encoder.zero_grad()
+        calls.clear()
+        features, depths = encoder(*images, mask, noise)
+        sum(t.square().sum() for t in features + depths).backward()
+        grads = {name: p.grad for name, p in encoder.named_parameters() if p.requires_grad}
+        results.append((features + depths, grads, len(calls)))
+    (plain, plain_grads, once), (again, again_grads, twice) = results
+    assert (once, twice) == (5, 9)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    assert all(torch.equal(plain_grads[name], again_grads[name]) for name in plain_grads)

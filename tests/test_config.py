@@ -3,10 +3,13 @@
 import pytest
 import torch
 
+import train
+from unipad.checkpoint import write_checkpoint
 from unipad.config import Augment, DetectRecipe, Paste, from_plain
+from unipad.errors import UserError
 from unipad.model.pretrain import Pretrain
 from unipad.recipes import PRETRAIN
-from unipad.runtime import as_plain
+from unipad.runtime import RunFolder, World, as_plain
 
 EVERY = [(modality, name) for modality, presets in PRETRAIN.items() for name in presets]
 
@@ -40,3 +43,28 @@ def test_the_final_camera_has_the_parameters_of_the_original():
     with torch.device("meta"):
         net = Pretrain(PRETRAIN["camera"]["camera-0.075"])
     assert sum(p.numel() for p in net.parameters()) == 55_538_029
+
+
+def test_a_run_from_before_a_setting_existed_goes_on(tmp_path):
+    """What the run did not know had its default; under another value it is refused, as any other setting is."""
+    args, recipe = train.Args(out=tmp_path / "run", resume="auto"), PRETRAIN["camera"]["tiny"]
+    config = {"args": as_plain(args), "recipe": as_plain(recipe), "steps": 8}
+    old = {"args": as_plain(args), "recipe": as_plain(recipe), "steps": 8}
+    del old["recipe"]["camera"]["truncate"], old["recipe"]["optim"]["encoder_lr"], old["args"]["precision"]
+    (args.out / "checkpoints").mkdir(parents=True)
+    write_checkpoint({"step": 3, "config": old}, args.out / "checkpoints" / "last.pt")
+    world, kinds = World(0, 1, torch.device("cpu")), (train.Args, type(recipe))
+
+    def resumed():
+        run, saved = RunFolder.new_or_resumed("train-camera", args.out, "auto", config, world, kinds)
+        run.close()
+        return saved["step"]
+
+    assert resumed() == 3
+    config["recipe"]["camera"]["truncate"] = True
+    with pytest.raises(UserError, match="truncate: False there, True now"):
+        resumed()
+    config["recipe"]["camera"]["truncate"] = False
+    config["args"]["precision"] = "bf16"
+    with pytest.raises(UserError, match="--precision"):
+        resumed()

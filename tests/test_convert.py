@@ -2,7 +2,6 @@
 
 import json
 import lzma
-import pickle
 from pathlib import Path
 
 import pytest
@@ -251,8 +250,8 @@ def broken(kind, folder):
         file.write_bytes((folder / "whole.pth").read_bytes()[:-200])
     elif kind == "code":
         torch.save(state | {"meta": Code()}, file)
-    elif kind == "old pickle with code":
-        file.write_bytes(pickle.dumps({"state_dict": {}, "meta": Code()}))
+    elif kind == "code in an old file":
+        torch.save(state | {"meta": Code()}, file, _use_new_zipfile_serialization=False)
     elif kind == "text":
         file.write_text("<!DOCTYPE html><title>Not found</title>")
     elif kind == "another project":
@@ -280,7 +279,7 @@ def broken(kind, folder):
         ("absent", {}, "there is no checkpoint"),
         ("truncated", {}, "is cut off or damaged"),
         ("code", {}, r"holds code beside its weights \(.*\) and was not opened.*torch.save\("),
-        ("old pickle with code", {}, "holds code beside its weights"),
+        ("code in an old file", {}, "holds code beside its weights"),
         ("text", {}, "is not a checkpoint"),
         ("another project", {}, r"is not a checkpoint of UniPAD.*none of its 1 weights \(such as layer1"),
         ("a list", {}, "holds no weights: a list"),

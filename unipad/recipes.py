@@ -31,7 +31,7 @@ CAMERA_075 = Camera(
     view="pool",
 )
 
-# The ablation's camera with the view transform of BEVDet (depths guessed by one convolution) or of BEVDepth (by a deeper
+# The ablation's camera with the view transform of BEVDet (depths guessed by one convolution) or BEVDepth (by a deeper
 # head, which fine-tuning holds against the LiDAR). The paper's ablation has BEVDet's, but no config is released: the
 # level of features and the depths are the final recipes'.
 CAMERA_BEVDET = replace(CAMERA_075, channels=128, depth="simple")

@@ -60,7 +60,7 @@ from unipad.runtime import (
 @dataclass(frozen=True)
 class Args:
     modality: str = "camera"  # what is encoded: camera, lidar, or both by fusion
-    preset: str | None = None  # tiny, camera-0.1, camera-0.075, lidar-0.075, fusion-0.075 (default: tiny without data)
+    preset: str | None = None  # tiny, or a recipe of docs/recipes.md by its name (default: tiny without --data-root)
     data_root: Path | None = None  # folder of a nuScenes set (default: a synthetic city, made in data/synthetic)
     version: str = "v1.0-mini"  # version of the set: v1.0-mini or v1.0-trainval
     label_fraction: float = 1.0  # share of the training frames that is used, 0 to 1: every k-th frame

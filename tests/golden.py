@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from unipad.convert import from_original
+from unipad.names import from_original
 
 FOLDER = Path(__file__).parent / "golden"
 watched = None  # a list while `tests.faithfulness` watches: names of records, and (error, tolerance) of comparisons

@@ -1,16 +1,22 @@
 """Every preset builds, and says no more than it does."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
+import tyro
 
+import finetune
 import train
 from unipad.checkpoint import write_checkpoint
 from unipad.config import Augment, DetectRecipe, Paste, from_plain
 from unipad.errors import UserError
 from unipad.model.pretrain import Pretrain
-from unipad.recipes import PRETRAIN
+from unipad.recipes import DETECT, PRETRAIN
 from unipad.runtime import RunFolder, World, as_plain
 
+PAGE = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
 EVERY = [(modality, name) for modality, presets in PRETRAIN.items() for name in presets]
 
 
@@ -68,3 +74,27 @@ def test_a_run_from_before_a_setting_existed_goes_on(tmp_path):
     config["args"]["precision"] = "bf16"
     with pytest.raises(UserError, match="--precision"):
         resumed()
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"`python ((?:train|finetune)\.py .*?)`", PAGE))))
+def test_a_command_of_the_recipes_page_is_one(command):
+    script, *flags = command.split()
+    module = {"train.py": train, "finetune.py": finetune}[script]
+    args = tyro.cli(module.Args, args=flags)
+    recipe = module.recipe_of(args)
+    assert (recipe.camera is not None, recipe.lidar is not None) == (
+        args.modality != "lidar",
+        args.modality != "camera",
+    )
+    if args.backbone:
+        assert recipe.camera.widths[0] == 128
+
+
+def test_every_preset_is_on_the_recipes_page():
+    for script, table in {"train.py": PRETRAIN, "finetune.py": DETECT}.items():
+        for modality, presets in table.items():
+            for name in presets.keys() - {"tiny"}:
+                assert re.search(rf"{script} --modality {modality} --preset {re.escape(name)}[` ]", PAGE), (
+                    script,
+                    name,
+                )

@@ -6,16 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import tyro
 
 from tests.golden import FOLDER
 from unipad import convert
 from unipad.checkpoint import read_checkpoint, take_weights
 from unipad.config import CONVNEXT, DetectRecipe, PretrainRecipe, from_plain
-from unipad.convert import Args, convert_ours, convert_unipad, from_original, main, our_name, to_original
+from unipad.convert import Args, convert_ours, convert_unipad, main
 from unipad.errors import UserError
 from unipad.model.camera import ConvNeXt
 from unipad.model.detect import Detector
 from unipad.model.pretrain import Pretrain
+from unipad.names import from_original, our_name, to_original
 from unipad.recipes import DETECT, PRETRAIN
 
 # Config -> key -> (shape, dtype) of every released config; a name instead where another one has the same
@@ -326,3 +328,16 @@ def test_only_encoders_over_the_same_grid_are_merged(tmp_path):
         convert.merge(tiny, full)
     with pytest.raises(UserError, match="camera's encoder first"):
         convert.merge(full, tiny)
+
+
+@pytest.mark.parametrize(
+    "line, args",
+    [
+        ("epoch_12.pth out.pt", Args((Path("epoch_12.pth"), Path("out.pt")))),
+        ("--kind convnext a b --no-strict", Args((Path("a"), Path("b")), kind="convnext", strict=False)),
+        ("--merge c l out.pt", Args((Path("out.pt"),), merge=(Path("c"), Path("l")))),
+        ("run out.pth --spconv 2", Args((Path("run"), Path("out.pth")), spconv=2)),
+    ],
+)
+def test_command_lines_mean_what_the_docstring_says(line, args):
+    assert tyro.cli(Args, args=line.split()) == args

@@ -7,12 +7,12 @@ import torch
 from tests.golden import assert_close_to_max, load, weights
 from unipad import config
 from unipad.batch import Batch
-from unipad.convert import our_name
 from unipad.model.boxes import boxes_from_original, boxes_to_original, encode_boxes
 from unipad.model.decoder import Dropout, SelfAttention, VolumeAttention
 from unipad.model.detect import Detector, Head, Predictions, detections
 from unipad.model.targets import assign, assignment_cost, detection_losses, draw_noise, noisy_queries
 from unipad.model.volume import ConvNormReLU3d, GatherLift
+from unipad.names import our_name
 from unipad.recipes import GRID_075
 
 GRID = config.Grid(

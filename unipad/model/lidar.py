@@ -1,6 +1,6 @@
 """Points to a volume: voxels, a mask of blocks, a residual sparse encoder, a dense neck over its output.
 
-Module and parameter names inside the encoder and the neck are mmdet3d's; `unipad.convert` says how the rest is renamed.
+Module and parameter names inside the encoder and the neck are mmdet3d's; `unipad.names` says how the rest is renamed.
 """
 
 import torch

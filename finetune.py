@@ -26,7 +26,7 @@ import torch
 import tyro
 
 from unipad.checkpoint import take_weights
-from unipad.config import changed
+from unipad.config import CONVNEXT, changed
 from unipad.data.cutpaste import load_objects
 from unipad.data.loader import held_out_batches, step_batches
 from unipad.data.nuscenes import NuScenesDataset
@@ -73,8 +73,10 @@ class Args:
     accumulate: int = 1  # passes that a step is split into, to save memory
     lr: float | None = None  # peak learning rate (default: the recipe's)
     paste_off_epochs: float | None = None  # last epochs without objects cut out of other frames (default: the recipe's)
+    backbone: str | None = None  # ConvNeXt tiny, small, base or large (default: the recipe's)
     workers: int | None = None  # data loading processes of each training process (default: 4 with a GPU, 1 without)
     precision: str | None = None  # bf16, fp16 or fp32, of the encoder (default: bf16 with a GPU, fp32 without)
+    checkpointing: bool = False  # forget activations of the ConvNeXt and compute them again: less memory, more time
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     deterministic: bool = False  # bit-equal runs on a GPU too, by slower kernels
     log_every: int = 10  # steps between progress lines
@@ -121,6 +123,7 @@ def main(args: Args):
         # Model and optimiser
         torch.manual_seed(args.seed)
         net = Detector(recipe).to(device)
+        net.encoder.set_checkpointing(args.checkpointing)
         model = torch.nn.parallel.DistributedDataParallel(net) if world.size > 1 else net
         take_weights(net, "encoder.", args.pretrained, "--pretrained", say)
         optimiser = make_optimiser(net, optim)
@@ -129,7 +132,8 @@ def main(args: Args):
 
         # A new run, or one to go on with
         config = {"args": as_plain(replace(args, data_root=root.resolve())), "recipe": as_plain(recipe), "steps": steps}
-        run, saved = RunFolder.new_or_resumed(f"finetune-{args.modality}", args.out, args.resume, config, world)
+        kinds = (Args, type(recipe))
+        run, saved = RunFolder.new_or_resumed(f"finetune-{args.modality}", args.out, args.resume, config, world, kinds)
         first, found = 0, None  # metrics of the last look
         if saved:
             first, found = saved["step"], saved["found"]
@@ -226,15 +230,24 @@ def recipe_of(args):
     check_choices(task=(args.task, ("detect",)), modality=(args.modality, DETECT))
     presets = DETECT[args.modality]
     name = args.preset or (list(presets)[-1] if args.data_root else "tiny")
-    check_choices(preset=(name, presets), version=(args.version, SPLITS), precision=(args.precision, PRECISIONS))
+    check_choices(
+        preset=(name, presets),
+        version=(args.version, SPLITS),
+        precision=(args.precision, PRECISIONS),
+        backbone=(args.backbone, CONVNEXT),
+    )
     positive = ("steps", "stop_at", "epochs", "batch_size", "accumulate", "log_every", "val_every", "save_every", "lr")
     check_ranges(args, positive, ("workers", "seed", "paste_off_epochs"))
     recipe = presets[name]
     if args.paste_off_epochs is not None and recipe.paste is None:
         raise UserError(f"--paste-off-epochs does not go with --preset {name}, which pastes nothing; leave it out.")
+    if args.backbone and recipe.camera is None:
+        raise UserError(f"--backbone does not go with --modality {args.modality}; leave it out.")
+    depths, widths = CONVNEXT[args.backbone] if args.backbone else (None, None)
     return replace(
         changed(recipe, label_fraction=args.label_fraction),
         paste=changed(recipe.paste, off_epochs=args.paste_off_epochs),
+        camera=changed(recipe.camera, depths=depths, widths=widths),
         optim=changed(recipe.optim, lr=args.lr, epochs=args.epochs, batch_size=args.batch_size),
     )
 

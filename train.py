@@ -60,7 +60,7 @@ from unipad.runtime import (
 @dataclass(frozen=True)
 class Args:
     modality: str = "camera"  # what is encoded: camera, lidar, or both by fusion
-    preset: str | None = None  # tiny, camera-0.1, camera-0.075, lidar-0.075, fusion-0.075 (default: tiny without data)
+    preset: str | None = None  # tiny, or a recipe of docs/recipes.md by its name (default: tiny without --data-root)
     data_root: Path | None = None  # folder of a nuScenes set (default: a synthetic city, made in data/synthetic)
     version: str = "v1.0-mini"  # version of the set: v1.0-mini or v1.0-trainval
     label_fraction: float = 1.0  # share of the training frames that is used, 0 to 1: every k-th frame
@@ -84,6 +84,7 @@ class Args:
     renderer: str | None = None  # neus, volsdf or unisurf (default: the recipe's)
     workers: int | None = None  # data loading processes of each training process (default: 4 with a GPU, 1 without)
     precision: str | None = None  # bf16, fp16 or fp32, of the encoder (default: bf16 with a GPU, fp32 without)
+    checkpointing: bool = False  # forget activations of the ConvNeXt and compute them again: less memory, more time
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     deterministic: bool = False  # bit-equal runs on a GPU too, by slower kernels
     log_every: int = 10  # steps between progress lines
@@ -127,6 +128,7 @@ def main(args: Args):
         # Model and optimiser
         torch.manual_seed(args.seed)
         net = Pretrain(recipe).to(device)
+        net.encoder.set_checkpointing(args.checkpointing)
         model = torch.nn.parallel.DistributedDataParallel(net) if world.size > 1 else net
         take_weights(net, "encoder.", args.init, "--init", say)
         optimiser = make_optimiser(net, optim)
@@ -135,7 +137,8 @@ def main(args: Args):
 
         # A new run, or one to go on with
         config = {"args": as_plain(replace(args, data_root=root.resolve())), "recipe": as_plain(recipe), "steps": steps}
-        run, saved = RunFolder.new_or_resumed(f"train-{args.modality}", args.out, args.resume, config, world)
+        kinds = (Args, type(recipe))
+        run, saved = RunFolder.new_or_resumed(f"train-{args.modality}", args.out, args.resume, config, world, kinds)
         first, before, after = 0, None, None  # metrics of the untrained model and of the last look
         if saved:
             first, before, after = saved["step"], saved["before"], saved["after"]

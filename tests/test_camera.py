@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from tests.golden import assert_close_to_max, load, under
+from tests.golden import assert_close_to_max, load, weights
 from unipad.config import Camera
-from unipad.model.camera import FPN, MEAN, STD, CameraEncoder, ConvNeXt, draw_mask
+from unipad.model.camera import FPN, MEAN, STD, Block, CameraEncoder, ConvNeXt, draw_mask
 from unipad.recipes import PRETRAIN
 
 DEPTHS, WIDTHS = (1, 2, 3, 1), (8, 16, 32, 64)  # of the records
@@ -16,14 +18,14 @@ SMALL = Camera(
 def test_convnext_is_the_original(name):
     arrays, _ = load(name)
     net = ConvNeXt(DEPTHS, WIDTHS)
-    net.load_state_dict(under(arrays, "state/img_backbone."))
+    net.load_state_dict(weights(arrays, "encoder.camera.backbone."))
     image = arrays["in/img"].requires_grad_()
     outs = net(image, arrays.get("in/mask"))
     for i, out in enumerate(outs):
         assert_close_to_max(out, arrays[f"out/stage{i}"], 1e-5, f"stage {i}")
     sum((out * arrays[f"in/w_{i}"]).sum() for i, out in enumerate(outs)).backward()
     assert_close_to_max(image.grad, arrays["grad/img"], 1e-5, "image")
-    gradients = under(arrays, "grad/img_backbone.")
+    gradients = weights(arrays, "encoder.camera.backbone.", "grad/")
     assert gradients.keys() == dict(net.named_parameters()).keys()
     for key, param in net.named_parameters():
         assert_close_to_max(param.grad, gradients[key], 1e-5, key)
@@ -36,7 +38,7 @@ def test_convnext_is_the_original(name):
 def test_fpn_is_mmdets(record, widths, levels, first):
     arrays, _ = load(record)
     net = FPN(widths, 24, levels)
-    net.load_state_dict({k.replace(".conv.", "."): v for k, v in under(arrays, "state/img_neck.").items()})
+    net.load_state_dict(weights(arrays, "encoder.camera.neck."))
     inputs = [arrays[f"in/x_{i}"].requires_grad_() for i in range(first, first + len(widths))]
     outs = net(inputs)
     for i, out in enumerate(outs):
@@ -44,7 +46,7 @@ def test_fpn_is_mmdets(record, widths, levels, first):
     sum((out * arrays[f"in/w_{i}"]).sum() for i, out in enumerate(outs)).backward()
     for i, x in enumerate(inputs, start=first):
         assert_close_to_max(x.grad, arrays[f"grad/x_{i}"], 1e-5, f"input {i}")
-    gradients = {k.replace(".conv.", "."): v for k, v in under(arrays, "grad/img_neck.").items()}
+    gradients = weights(arrays, "encoder.camera.neck.", "grad/")
     for key, param in net.named_parameters():
         assert_close_to_max(param.grad, gradients[key], 1e-5, key)
 
@@ -232,3 +234,24 @@ def test_every_trained_parameter_gets_a_gradient():
 def test_more_levels_than_the_fpn_gives_are_refused():
     with pytest.raises(AssertionError, match="start the FPN"):
         FPN([8, 16, 32], 4, 2)
+
+
+def test_blocks_computed_again_give_the_same_bits(monkeypatch):
+    """With a mask, dropped paths and a frozen stage. A trained block runs forward once more in the backward pass."""
+    encoder = make_encoder(replace(SMALL, drop_path=0.3, frozen_stages=1)).train()
+    images, mask, noise = make_images(1, 2), draw_mask(torch.rand(2, 6), 2, 3, 0.3), torch.rand(2, 5)
+    calls, forward = [], Block.forward
+    monkeypatch.setattr(Block, "forward", lambda self, *args: (calls.append(self), forward(self, *args))[1])
+    results = []
+    for on in (False, True):
+        encoder.backbone.checkpointing = on
+        encoder.zero_grad()
+        calls.clear()
+        features, depths = encoder(*images, mask, noise)
+        sum(t.square().sum() for t in features + depths).backward()
+        grads = {name: p.grad for name, p in encoder.named_parameters() if p.requires_grad}
+        results.append((features + depths, grads, len(calls)))
+    (plain, plain_grads, once), (again, again_grads, twice) = results
+    assert (once, twice) == (5, 9)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    assert all(torch.equal(plain_grads[name], again_grads[name]) for name in plain_grads)

@@ -1,13 +1,22 @@
 """Every preset builds, and says no more than it does."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
+import tyro
 
+import finetune
+import train
+from unipad.checkpoint import write_checkpoint
 from unipad.config import Augment, DetectRecipe, Paste, from_plain
+from unipad.errors import UserError
 from unipad.model.pretrain import Pretrain
-from unipad.recipes import PRETRAIN
-from unipad.runtime import as_plain
+from unipad.recipes import DETECT, PRETRAIN
+from unipad.runtime import RunFolder, World, as_plain
 
+PAGE = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
 EVERY = [(modality, name) for modality, presets in PRETRAIN.items() for name in presets]
 
 
@@ -40,3 +49,52 @@ def test_the_final_camera_has_the_parameters_of_the_original():
     with torch.device("meta"):
         net = Pretrain(PRETRAIN["camera"]["camera-0.075"])
     assert sum(p.numel() for p in net.parameters()) == 55_538_029
+
+
+def test_a_run_from_before_a_setting_existed_goes_on(tmp_path):
+    """What the run did not know had its default; under another value it is refused, as any other setting is."""
+    args, recipe = train.Args(out=tmp_path / "run", resume="auto"), PRETRAIN["camera"]["tiny"]
+    config = {"args": as_plain(args), "recipe": as_plain(recipe), "steps": 8}
+    old = {"args": as_plain(args), "recipe": as_plain(recipe), "steps": 8}
+    del old["recipe"]["camera"]["truncate"], old["recipe"]["optim"]["encoder_lr"], old["args"]["precision"]
+    (args.out / "checkpoints").mkdir(parents=True)
+    write_checkpoint({"step": 3, "config": old}, args.out / "checkpoints" / "last.pt")
+    world, kinds = World(0, 1, torch.device("cpu")), (train.Args, type(recipe))
+
+    def resumed():
+        run, saved = RunFolder.new_or_resumed("train-camera", args.out, "auto", config, world, kinds)
+        run.close()
+        return saved["step"]
+
+    assert resumed() == 3
+    config["recipe"]["camera"]["truncate"] = True
+    with pytest.raises(UserError, match="truncate: False there, True now"):
+        resumed()
+    config["recipe"]["camera"]["truncate"] = False
+    config["args"]["precision"] = "bf16"
+    with pytest.raises(UserError, match="--precision"):
+        resumed()
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"`python ((?:train|finetune)\.py .*?)`", PAGE))))
+def test_a_command_of_the_recipes_page_is_one(command):
+    script, *flags = command.split()
+    module = {"train.py": train, "finetune.py": finetune}[script]
+    args = tyro.cli(module.Args, args=flags)
+    recipe = module.recipe_of(args)
+    assert (recipe.camera is not None, recipe.lidar is not None) == (
+        args.modality != "lidar",
+        args.modality != "camera",
+    )
+    if args.backbone:
+        assert recipe.camera.widths[0] == 128
+
+
+def test_every_preset_is_on_the_recipes_page():
+    for script, table in {"train.py": PRETRAIN, "finetune.py": DETECT}.items():
+        for modality, presets in table.items():
+            for name in presets.keys() - {"tiny"}:
+                assert re.search(rf"{script} --modality {modality} --preset {re.escape(name)}[` ]", PAGE), (
+                    script,
+                    name,
+                )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels.voxel_pool import voxel_pool
-from tests.golden import assert_close_to_max, load, under
+from tests.golden import assert_close_to_max, load, weights
 from tests.test_rays import make_batch
 from unipad.config import Camera
 from unipad.model.depth import ASPP, ComplexDepth, depth_head, depth_loss, depth_targets
@@ -17,7 +17,7 @@ def generators(B):
 def test_complex_depth_is_the_original():
     arrays, _ = load("depth_net_aspp")
     net = ComplexDepth(16, 30, 6).eval()
-    net.load_state_dict(under(arrays, "state/depth_net."))
+    net.load_state_dict(weights(arrays, "encoder.camera.depth_net."))
     x = arrays["in/x"].requires_grad_()
     logits = net(x, generators(3))
     assert_close_to_max(logits, arrays["out/logits"], 1e-5, "logits")
@@ -25,7 +25,7 @@ def test_complex_depth_is_the_original():
     assert_close_to_max(depth, arrays["out/depth"], 1e-5, "depth")
     (depth * arrays["in/w_out"]).sum().backward()
     assert_close_to_max(x.grad, arrays["grad/x"], 1e-5, "x")
-    gradients = under(arrays, "grad/depth_net.")
+    gradients = weights(arrays, "encoder.camera.depth_net.", "grad/")
     assert gradients.keys() == dict(net.named_parameters()).keys()
     for key, param in net.named_parameters():
         assert_close_to_max(param.grad, gradients[key], 1e-5, key)

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from tests.golden import assert_close_to_max, load, under
+from tests.golden import assert_close_to_max, load, weights
 from unipad import config
 from unipad.model.lidar import (
     NORM,
@@ -12,7 +12,6 @@ from unipad.model.lidar import (
     SecondFPN,
     SparseEncoder,
     draw_voxel_mask,
-    from_original,
 )
 from unipad.model.norm import SyncedBatchNorm
 from unipad.model.sparse import SparseTensor, VoxelSet
@@ -22,11 +21,6 @@ TINY = config.Lidar(
     cell=(0.25, 0.25, 0.5), widths=(4, 8, 8), blocks=1, sparse_channels=8, mask_block=4,
     neck_widths=(8, 12), neck_strides=(1, 2), neck_layers=1, channels=6,
 )  # fmt: skip
-
-
-def part_of(state, prefix):
-    """The keys of `state` below `prefix`, in the names and layout of ours."""
-    return under(from_original(state), prefix)
 
 
 def recorded_noise(arrays):
@@ -46,12 +40,16 @@ def test_mask_is_the_originals():
     assert visible.tolist() == [(b, z // 8, y // 8, x // 8) in kept for b, z, y, x in coords.tolist()]
 
 
-def test_sparse_encoder_is_the_original():
-    arrays, record = load("sparse_encoder_mask_eval")
+@pytest.mark.parametrize("name", ["sparse_encoder_eval", "sparse_encoder_mask_eval"])
+def test_sparse_encoder_is_the_original(name):
+    arrays, record = load(name)
     net = SparseEncoder(5, [stage[0] for stage in record["config"]["encoder_channels"]], 2, 32).eval()
-    net.load_state_dict(part_of(under(arrays, "state/"), "encoder."))
+    net.load_state_dict(weights(arrays, "encoder.lidar.encoder."))
     features = arrays["in/voxel_features"].requires_grad_()
-    rows = draw_voxel_mask(arrays["in/coors"], recorded_noise(arrays), 8, 0.8).nonzero()[:, 0]
+    visible = torch.ones(len(features), dtype=torch.bool)
+    if "mask" in name:
+        visible = draw_voxel_mask(arrays["in/coors"], recorded_noise(arrays), 8, 0.8)
+    rows = visible.nonzero()[:, 0]
     out = net(SparseTensor(features[rows], VoxelSet(arrays["in/coors"][rows], (41, 160, 160), 2)))
     assert_close_to_max(out.dense(), arrays["out/dense"], 1e-5)
     assert out.voxels.shape == tuple(arrays["out/out_spatial_shape"].tolist())
@@ -59,7 +57,7 @@ def test_sparse_encoder_is_the_original():
     assert {tuple(c) for c in out.voxels.coords.tolist()} == active and len(out.voxels) == len(active)
     (out.dense() * arrays["in/w_out"]).sum().backward()
     assert_close_to_max(features.grad, arrays["grad/voxel_features"], 1e-5, "features")
-    gradients = part_of(under(arrays, "grad/"), "encoder.")
+    gradients = weights(arrays, "encoder.lidar.encoder.", "grad/")
     assert gradients.keys() == dict(net.named_parameters()).keys()
     for key, param in net.named_parameters():
         assert_close_to_max(param.grad, gradients[key], 1e-5, key)
@@ -69,9 +67,8 @@ def test_neck_is_the_original():
     arrays, record = load("second3d_fpn_eval")
     widths, strides = record["config"]["backbone"]["out_channels"], record["config"]["backbone"]["layer_strides"]
     backbone, neck = Second(32, widths, strides, 2).eval(), SecondFPN(widths, strides, 24).eval()
-    state, gradients = under(arrays, "state/"), under(arrays, "grad/")
-    backbone.load_state_dict(part_of(state, "backbone."))
-    neck.load_state_dict(part_of(state, "neck."))
+    backbone.load_state_dict(weights(arrays, "encoder.lidar.backbone."))
+    neck.load_state_dict(weights(arrays, "encoder.lidar.neck."))
     x = arrays["in/x"].requires_grad_()
     branches = backbone(x)
     out = neck(branches)
@@ -81,24 +78,10 @@ def test_neck_is_the_original():
     (out * arrays["in/w_out"]).sum().backward()
     assert_close_to_max(x.grad, arrays["grad/x"], 1e-5, "x")
     for net, prefix in ((backbone, "backbone."), (neck, "neck.")):
-        expected = part_of(gradients, prefix)
+        expected = weights(arrays, "encoder.lidar." + prefix, "grad/")
         assert expected.keys() == dict(net.named_parameters()).keys()
         for key, param in net.named_parameters():
             assert_close_to_max(param.grad, expected[key], 1e-5, prefix + key)
-
-
-def test_names_of_the_original_are_mapped_or_left_out():
-    token, weight = torch.randn(1, 5), torch.randn(3, 2, 1, 5, 8)
-    state = {
-        "pts_middle_encoder.mtoken": token,
-        "pts_middle_encoder.conv_input.0.weight": weight,
-        "pts_neck.deblocks.1.0.weight": torch.randn(4, 6, 1, 2, 2),
-        "img_backbone.norm1.weight": torch.randn(3),
-    }
-    ours = from_original(state)
-    assert ours.keys() == {"mask_token", "encoder.conv_input.0.weight", "neck.deblocks.1.0.weight"}
-    assert ours["neck.deblocks.1.0.weight"].shape == (4, 6, 2, 2)
-    assert torch.equal(ours["encoder.conv_input.0.weight"][7, 2, 1, 0], weight[2, 1, 0, :, 7])
 
 
 def test_paper_size():

@@ -10,7 +10,7 @@ from kernels import backend
 from kernels.lift import lift
 from kernels.sdf_alpha import laplace_density, neus_alpha
 from tests.check import launches
-from tests.golden import assert_close_to_max, load, under
+from tests.golden import assert_close_to_max, load, weights
 from unipad.config import Grid, Render
 from unipad.model.field import Field, Softplus
 from unipad.model.rays import Rays
@@ -55,7 +55,7 @@ def gradients(losses, renderer, volume):
 def test_field_equals_the_original():
     record, _ = load("render_sdf_field")
     field = Field(Render(), RECORDED)
-    field.load_state_dict(under(record, f"state/{FIELD}"))
+    field.load_state_dict(weights(record, "renderer.field."))
     volume = record["in/feature_volume"].requires_grad_()
     starts, deltas = record["in/starts"][..., 0], record["in/deltas"][..., 0]
     directions = record["in/directions"]
@@ -75,7 +75,7 @@ def test_field_equals_the_original():
 
     sum((value * record[f"in/w_{name}"]).sum() for name, value in out.items()).backward()
     assert_close_to_max(volume.grad, record["grad/feature_volume"], 1e-4, "volume")
-    for name, expected in under(record, f"grad/{FIELD}").items():
+    for name, expected in weights(record, "renderer.field.", "grad/").items():
         assert_close_to_max(field.get_parameter(name).grad, expected, 1e-3, name)
 
 
@@ -90,7 +90,7 @@ def test_rendering_equals_the_original(name, cfg, weights_rel):
     """Outputs, every loss under two truncations, and the gradients of all that has one."""
     record, sidecar = load(name)
     renderer = Renderer(replace(cfg, truncation=1.5), RECORDED).eval()
-    renderer.field.load_state_dict(under(record, f"state/{FIELD}"))
+    renderer.field.load_state_dict(weights(record, "renderer.field."))
     volume = record["in/feature_volume"].requires_grad_()
     rays = recorded_rays(record)
 
@@ -114,7 +114,7 @@ def test_rendering_equals_the_original(name, cfg, weights_rel):
 
     found = gradients(losses, renderer, volume)
     expected = {"volume": record["grad/feature_volume"]}
-    expected |= {f"field.{key}": value for key, value in under(record, f"grad/{FIELD}").items()}
+    expected |= {f"field.{key}": value for key, value in weights(record, "renderer.field.", "grad/").items()}
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         assert_close_to_max(found[key], value, 1e-3, key)
@@ -126,7 +126,7 @@ def test_unisurf_places_samples_as_the_original():
     record, _ = load("render_unisurf_sampler")
     cfg = Render(method="unisurf", samples=24, importance=16, search=48)
     field = Field(cfg, RECORDED)
-    field.load_state_dict(under(record, f"state/{FIELD}"))
+    field.load_state_dict(weights(record, "renderer.field."))
     volume = record["in/feature_volume"].permute(1, 2, 3, 0)[None]
     origins, directions = record["in/origins"], record["in/directions"]
     idx = torch.zeros(len(origins), dtype=torch.int32)
@@ -154,19 +154,19 @@ def test_training_step_of_the_render_head_equals_the_original():
     volume = lift(features, depths, lidar2image, low, cell, shape, (H, W), (0.0, 64.0)).permute(0, 4, 1, 2, 3)
     assert_close_to_max(volume, record["out/unified_volume"], 1e-5, "unified volume")
 
-    head = torch.nn.ModuleDict({"render_conv": ConvNormReLU3d(12, 32), "render_model": Renderer(Render(), RECORDED)})
-    head.load_state_dict(under(record, "state/pts_bbox_head."))
-    volume = head["render_conv"](volume)
+    head = torch.nn.ModuleDict({"project": ConvNormReLU3d(12, 32), "renderer": Renderer(Render(), RECORDED)})
+    head.load_state_dict(weights(record, ""))
+    volume = head["project"](volume)
     assert_close_to_max(volume, record["out/render_volume"], 1e-5, "render volume")
     parts = [recorded_rays(record, f"_{b}") for b in range(2)]
     rays = Rays(*(torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])))
     jitter = torch.cat([torch.cat([record[f"in/rand_{2 * b + i}"] for i in range(2)], dim=1) for b in range(2)])
-    out = head["render_model"](volume, rays, jitter)
+    out = head["renderer"](volume, rays, jitter)
     for name, rel in (("rgb", 1e-4), ("depth", 1e-4), ("sdf", 5e-3), ("weights", 5e-3)):
         expected = torch.cat([record[f"out/{name}_{b}"] for b in range(2)]).squeeze(-1)
         actual = out.depth * RECORDED.scale if name == "depth" else getattr(out, name)
         assert_close_to_max(actual, expected, rel, name)
-    losses = head["render_model"].loss(out, rays)
+    losses = head["renderer"].loss(out, rays)
     assert list(losses) == ["rgb", "depth"]
     for term, value in losses.items():
         assert_close_to_max(value, record[f"out/{term}_loss"], 1e-5, term)
@@ -174,10 +174,10 @@ def test_training_step_of_the_render_head_equals_the_original():
     sum(losses.values()).backward()
     for name, leaf in zip(("feat_0", "feat_1", "depth_map_0", "depth_map_1"), levels, strict=True):
         assert_close_to_max(leaf.grad, record[f"grad/{name}"], 1e-3, name)
-    for name, expected in under(record, "grad/pts_bbox_head.").items():
-        if name != "render_conv.0.bias":  # in front of batch statistics: mathematically 0
+    for name, expected in weights(record, "", "grad/").items():
+        if name != "project.0.bias":  # in front of batch statistics: mathematically 0
             assert_close_to_max(head.get_parameter(name).grad, expected, 5e-3, name)
-    for name, expected in under(record, "out/after/pts_bbox_head.").items():
+    for name, expected in weights(record, "", "out/after/").items():
         assert_close_to_max(head.state_dict()[name], expected, 1e-5, name)
 
 

@@ -59,11 +59,10 @@ def test_the_final_camera_encodes_and_learns_every_parameter():
 
 def test_render_projection_reproduces_the_original():
     arrays, _ = golden.load("render_head_viewtrans_train")
-    leaves = "pts_bbox_head.render_conv."
     project = ConvNormReLU3d(12, 32)
-    project.load_state_dict(golden.under(arrays, f"state/{leaves}"))
+    project.load_state_dict(golden.weights(arrays, "project."))
     golden.assert_close_to_max(project(arrays["out/unified_volume"]), arrays["out/render_volume"], 1e-5)
-    for name, after in golden.under(arrays, f"out/after/{leaves}").items():
+    for name, after in golden.weights(arrays, "project.", "out/after/").items():
         golden.assert_close_to_max(project.state_dict()[name], after, 1e-5, name)
 
 

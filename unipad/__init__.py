@@ -6,6 +6,8 @@ batch.py       what the data hands to the model
 errors.py      what the user can mend, in one sentence
 runtime.py     device, processes, random numbers, run folder
 checkpoint.py  checkpoints, and taking weights out of one
+convert.py     weights of UniPAD and of ImageNet to ours, and ours to UniPAD's
+names.py       what they are called there and here
 optimiser.py   AdamW and its schedules
 evaluate.py    how good a model is: PSNR and depth errors, NDS and mAP
 tta.py         what is found in a turned, scaled, mirrored batch, merged

@@ -1,6 +1,8 @@
 """Checkpoints: data, never code. Written whole or not at all; read part by part."""
 
 import os
+import pickle
+import re
 from pathlib import Path
 
 import torch
@@ -20,14 +22,31 @@ def write_checkpoint(state, file: Path):
 
 
 def read_checkpoint(file: Path):
-    """Load a checkpoint as data, never as code; tensors land on the CPU."""
+    """Load a checkpoint as data, never as code; tensors land on the CPU. Raises `UserError` where that cannot be."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {file}.") from None
+    except IsADirectoryError:
+        raise UserError(f"{file} is a folder without checkpoints/last.pt; name a run or a file.") from None
     except Exception as error:
-        reason = type(error).__name__
-        raise UserError(f"{file} is not a checkpoint of this project ({reason} while reading it).") from None
+        raise UserError(_why_unreadable(file, error)) from None
+
+
+def _why_unreadable(file, error):
+    """One sentence about a file that PyTorch does not read as data."""
+    code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+    if code:
+        return (
+            f"{file} holds code beside its weights ({code[1]}) and was not opened: if you trust it, re-save it once by "
+            f"torch.save({{'state_dict': torch.load('{file}', weights_only=False)['state_dict']}}, 'weights.pth') "
+            "and take weights.pth."
+        )
+    with file.open("rb") as f:
+        begin = f.read(2)
+    if begin == b"PK" or isinstance(error, EOFError):
+        return f"{file} is cut off or damaged: copy it once more."
+    return f"{file} is not a checkpoint ({type(error).__name__} while reading it)."
 
 
 def last_checkpoint(run: Path):
@@ -73,25 +92,34 @@ def take_weights(net, prefix, paths, flag, say):
     mine = {name: w for name, w in net.state_dict().items() if name.startswith(prefix)}
     taken = set()
     for path in paths:
-        theirs = read_checkpoint(find_checkpoint(path)).get("model", {})
+        saved = read_checkpoint(find_checkpoint(path))
+        theirs = saved.get("model", {}) if isinstance(saved, dict) else {}
         common = {name: theirs[name] for name in mine.keys() & theirs.keys()}
         other = sorted(name for name, w in common.items() if w.shape != mine[name].shape)
         if not common or other:
-            has = _parts(n for n in theirs if n.startswith(prefix)) or "none"
-            what = f"its {other[0]} has another shape" if other else f"of {_parts(mine)} it has {has}"
-            raise UserError(f"{flag} {path} does not fit: {what}; name a run of the same modality and preset.")
+            has = _parts(n for n in theirs if n.startswith(prefix))
+            what = f"its {other[0]} has another shape" if other else f"of {_parts(mine)} it has {has or 'none'}"
+            mend = "" if has else ", or bring weights of another project over by python -m unipad.convert"
+            raise UserError(f"{flag} {path} does not fit: {what}; name a run of the same modality and preset{mend}.")
         net.load_state_dict(common, strict=False)
         taken |= common.keys()
         left = _parts(theirs.keys() - common.keys())
         millions = sum(w.numel() for w in common.values()) / 1e6
         say(f"{flag} {path}: took {millions:.2f} M weights, {_parts(common)}" + (f"; left {left}" if left else ""))
-    new = _parts(mine.keys() - taken)
+    new = mine.keys() - taken
     if paths and new:
-        say(f"new, from scratch: {new}")
+        rest = {part_of(name) for name in new} & {part_of(name) for name in taken}
+        whole = _parts(name for name in new if part_of(name) not in rest)
+        some = ", ".join(sorted(name for name in new if part_of(name) in rest))
+        say("new, from scratch: " + ", ".join(filter(None, [whole, some])))
     return taken
 
 
+def part_of(name):
+    """The module that a weight belongs to: two levels of an encoder, one of anything else."""
+    return ".".join(name.split(".")[: 3 if name.startswith("encoder.") else 1])
+
+
 def _parts(names):
-    """The modules that the weights `names` belong to, in words: two levels of an encoder, one of anything else."""
-    parts = {".".join(name.split(".")[: 3 if name.startswith("encoder.") else 1]) for name in names}
-    return ", ".join(sorted(parts))
+    """The modules that the weights `names` belong to, in words."""
+    return ", ".join(sorted({part_of(name) for name in names}))

@@ -249,5 +249,5 @@ def _from_plain(kind, value):
         return tuple(_from_plain(None, v) for v in value)
     if isinstance(value, dict):
         kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-        return from_plain(next(k for k in kinds if dataclasses.is_dataclass(k)), value)
+        return from_plain(next((k for k in kinds if dataclasses.is_dataclass(k)), None), value)
     return value

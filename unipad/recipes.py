@@ -31,6 +31,12 @@ CAMERA_075 = Camera(
     view="pool",
 )
 
+# The ablation's camera with the view transform of BEVDet (depths guessed by one convolution) or BEVDepth (by a deeper
+# head, which fine-tuning holds against the LiDAR). The paper's ablation has BEVDet's, but no config is released: the
+# level of features and the depths are the final recipes'.
+CAMERA_BEVDET = replace(CAMERA_075, channels=128, depth="simple")
+CAMERA_BEVDEPTH = replace(CAMERA_075, channels=128)
+
 # Two CPU cores, a few minutes, weights from scratch: a near and coarse volume, few rays, a surface that starts sharp.
 TINY_GRID = Grid(low=(-40.0, -40.0, -3.0), high=(40.0, 40.0, 9.0), cell=(1.25, 1.25, 2.0))
 TINY_CAMERA = Camera(  # a quarter of ConvNeXt-tiny's width
@@ -71,6 +77,8 @@ PRETRAIN = {
         "camera-0.075": PretrainRecipe(
             grid=GRID_075, data=Data(sweeps=10), camera=CAMERA_075, rays=RayChoice(far_radius=100.0)
         ),
+        "camera-0.1-bevdet": PretrainRecipe(camera=CAMERA_BEVDET),
+        "camera-0.1-bevdepth": PretrainRecipe(camera=CAMERA_BEVDEPTH),
         # The paper's ablation recipe for cameras (uvtr_cam_vs0.1_pretrain); nuScenes at 900 x 1600.
         "camera-0.1": PretrainRecipe(camera=Camera()),
     },
@@ -132,11 +140,19 @@ FUSION_OPTIM = replace(LIDAR_OPTIM, lr=4e-4, encoder_lr=0.1, clip=35.0, batch_si
 TINY_HEAD = Detect(queries=200, layers=3, heads=4, hidden=128, dropout=0.0, noise_groups=5)
 TINY_DETECT_OPTIM = Optim(lr=1e-3, backbone_lr=1.0, warmup_steps=50, epochs=15, batch_size=1)
 
-# Fine-tuning sees everything; the depth head learns from the LiDAR too
-CAMERA_075_FINAL = replace(CAMERA_075, mask_ratio=0.0, volume_convs=3, depth_weight=1.0)
-LIDAR_FINAL = Lidar(mask_ratio=0.0, volume_convs=3)
+
+def _seeing(encoder, **others):
+    """An encoder of the paper as fine-tuning has it: it sees everything, and its volume is convolved."""
+    return replace(encoder, mask_ratio=0.0, volume_convs=3, **others)
+
+
+CAMERA_075_FINAL = _seeing(CAMERA_075, depth_weight=1.0)  # the depth head learns from the LiDAR too
+LIDAR_FINAL = _seeing(Lidar())
 TINY_CAMERA_SEEING = replace(TINY_CAMERA, mask_ratio=0.0, depth_weight=1.0)
 TINY_LIDAR_SEEING = replace(TINY_LIDAR, mask_ratio=0.0)
+CAMERA_01_ABLATION = DetectRecipe(
+    augment=CAMERA_AUGMENT, camera=_seeing(Camera()), detect=PLAIN_HEAD, label_fraction=0.5
+)
 
 # modality -> name -> recipe; the last of a modality is the default where there are real data. The released configs name
 # samples a GPU, not GPUs: batches are those of four.
@@ -157,13 +173,10 @@ DETECT = {
             camera=CAMERA_075_FINAL,
             optim=Optim(epochs=24),
         ),
+        "camera-0.1-bevdet": replace(CAMERA_01_ABLATION, camera=_seeing(CAMERA_BEVDET)),
+        "camera-0.1-bevdepth": replace(CAMERA_01_ABLATION, camera=_seeing(CAMERA_BEVDEPTH, depth_weight=1.0)),
         # abl_uvtr_cam_vs0.1_finetune
-        "camera-0.1": DetectRecipe(
-            augment=CAMERA_AUGMENT,
-            camera=Camera(mask_ratio=0.0, volume_convs=3),
-            detect=PLAIN_HEAD,
-            label_fraction=0.5,
-        ),
+        "camera-0.1": CAMERA_01_ABLATION,
     },
     "lidar": {
         "tiny": DetectRecipe(

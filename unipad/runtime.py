@@ -21,6 +21,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from unipad.checkpoint import last_checkpoint, read_checkpoint, write_checkpoint
+from unipad.config import from_plain
 from unipad.errors import UserError
 
 
@@ -192,7 +193,7 @@ class RunFolder:
         self.log({"command": sys.argv, "commit": commit(), "versions": versions, "gpu": gpu, "config": config})
 
     @classmethod
-    def new_or_resumed(cls, name, out, resume, config, world):
+    def new_or_resumed(cls, name, out, resume, config, world, kinds):
         """The folder of this run and the checkpoint it goes on from, or None. The main process decides for all.
 
         name:   of the kind of run; runs without `out` live in outputs/<name>/<time>.
@@ -200,13 +201,14 @@ class RunFolder:
             or the run folder to go on with.
         config: {"args": ..., "recipe": ..., "steps": ...}; must agree with the checkpoint's where it
             decides the curve.
+        kinds:  the dataclasses of args and recipe: what they have learned since the run began had its default then.
         """
-        decided = cls._decide(name, out, resume, config) if world.is_main else None
+        decided = cls._decide(name, out, resume, config, kinds) if world.is_main else None
         path, saved = from_main(decided, world)  # the others may see another clock, or another disk
         return cls(path, config, world, saved["step"] if saved else 0), saved
 
     @staticmethod
-    def _decide(name, out, resume, config):
+    def _decide(name, out, resume, config, kinds):
         root = Path("outputs") / name
         path = out or _new_run_path(root)
         if resume == "never":
@@ -224,7 +226,7 @@ class RunFolder:
         if saved and resume == "auto" and not out and saved["step"] >= saved["config"]["steps"]:
             path, saved = _new_run_path(root), None
         if saved:
-            _check_same_curve(saved["config"], config, path)
+            _check_same_curve(_completed(saved["config"], kinds), config, path)
         return path, saved
 
     def log(self, record):
@@ -291,7 +293,16 @@ FREE_FLAGS = {
     "val_samples",
     "picture_stride",
     "save_every",
+    "checkpointing",
 }
+
+
+def _completed(saved, kinds):
+    """The config of an older run with the settings that its `kinds` have gained since, at their defaults."""
+    args, recipe = kinds
+    with contextlib.suppress(TypeError):  # a setting that is gone: the difference will be named
+        saved = {**saved, "recipe": as_plain(from_plain(recipe, saved["recipe"]))}
+    return {**saved, "args": {**as_plain(args()), **saved["args"]}}
 
 
 def _check_same_curve(saved, config, path):

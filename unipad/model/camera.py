@@ -11,6 +11,7 @@ Module and parameter names are the official ConvNeXt's and mmdet's, but for the 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from unipad.config import Camera
 from unipad.model.depth import depth_head
@@ -88,7 +89,12 @@ class ConvNeXt(nn.Module):
     drop_path: rate at the last block, rising linearly from 0 at the first.
     frozen_stages: the first stages and their down-sampling get no gradient and drop no path.
     out_stages: stages whose normalised outputs are returned.
+
+    With the attribute `checkpointing`, only what goes into a block is kept for the backward pass, which then computes
+    the block once more: the same numbers, less memory, more time.
     """
+
+    checkpointing = False
 
     def __init__(self, depths, widths, drop_path=0.0, frozen_stages=0, out_stages=(0, 1, 2, 3)):
         super().__init__()
@@ -124,7 +130,11 @@ class ConvNeXt(nn.Module):
             visible = None if mask is None else F.interpolate(mask.to(x.dtype), size=x.shape[-2:])  # [M, 1, h, w]
             x = _scaled(x, visible)
             for block in stage:
-                x = block(x, _survival(next(block_noise, None), block.drop_path, visible))
+                scale = _survival(next(block_noise, None), block.drop_path, visible)
+                if self.checkpointing and torch.is_grad_enabled():
+                    x = checkpoint(block, x, scale, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    x = block(x, scale)
             if i in self.out_stages:
                 outs.append(_scaled(getattr(self, f"norm{i}")(x), visible))
         return outs

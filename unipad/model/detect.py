@@ -211,32 +211,6 @@ def suppressed(found, nms):
     return Detections(found.boxes[stays], found.scores[stays], found.labels[stays])
 
 
-def from_original(state):
-    """The state dict of a `Head` out of the original's.
-
-    state: key -> tensor; of `pts_bbox_head` the decoder, the branches and the queries, others are left out: its view
-        transform and convolutions belong to the encoders here, its `code_weights` to the config.
-    """
-    renames = {
-        "transformer.decoder.layers.": "layers.",
-        "attentions.0.attn.in_proj_": "attention.in_proj.",
-        "attentions.0.attn.": "attention.",
-        "attentions.1.": "cross.",
-        "ffns.0.layers.0.0.": "expand.",
-        "ffns.0.layers.1.": "contract.",
-        "transformer.reference_points.": "reference_points.",
-    }
-    parts = ("layers", "cls_branches", "reg_branches", "iou_branches", "query_embedding", "reference_points")
-    renamed = {}
-    for key, value in state.items():
-        key, ours = key.removeprefix("pts_bbox_head."), key.startswith("pts_bbox_head.")
-        for old, new in renames.items():
-            key = key.replace(old, new)
-        if ours and key.split(".")[0] in parts:
-            renamed[key] = value
-    return renamed
-
-
 def _per_layer(layers, channels, out, normed=False):
     """A branch of three linear layers for each decoder layer, all with the same weights at the start."""
     modules = []

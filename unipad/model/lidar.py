@@ -1,6 +1,6 @@
 """Points to a volume: voxels, a mask of blocks, a residual sparse encoder, a dense neck over its output.
 
-Module and parameter names inside the encoder and the neck are mmdet3d's; `from_original` says how the rest is renamed.
+Module and parameter names inside the encoder and the neck are mmdet3d's; `unipad.names` says how the rest is renamed.
 """
 
 import torch
@@ -213,25 +213,6 @@ class SecondFPN(nn.Module):
         B = len(branches[0])
         ups = [up(_as_images(x)) for up, x in zip(self.deblocks, branches, strict=True)]
         return _as_volume(sum(ups[1:], ups[0]), B)
-
-
-def from_original(state):
-    """The state dict of a `LidarEncoder` out of the original's, or of a part of it.
-
-    state: key -> tensor; keys of `pts_middle_encoder`, `pts_backbone` and `pts_neck`, others are left out. The weights
-        of sparse convolutions are spconv 1's, (kz, ky, kx, Cin, Cout).
-    """
-    parts = {"pts_middle_encoder.": "encoder.", "pts_backbone.": "backbone.", "pts_neck.": "neck."}
-    renamed = {}
-    for key, value in state.items():
-        part = next((p for p in parts if key.startswith(p)), None)
-        if key == "pts_middle_encoder.mtoken":
-            renamed["mask_token"] = value
-        elif part:
-            if value.dim() == 5:
-                value = value.permute(4, 0, 1, 2, 3) if part == "pts_middle_encoder." else value.squeeze(2)
-            renamed[parts[part] + key[len(part) :]] = value
-    return renamed
 
 
 def _as_images(x):

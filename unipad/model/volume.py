@@ -49,6 +49,11 @@ class Encoder(nn.Module):
         if len(encoders) > 1:
             self.fuse = ConvNormReLU3d(self.channels, self.channels)
 
+    def set_checkpointing(self, on):
+        """Whether activations of the ConvNeXt are computed again in the backward pass instead of kept."""
+        if self.recipe.camera is not None:
+            self.camera.backbone.checkpointing = on
+
     def forward(self, batch, generators, masked=True):
         """The volume and the masks of `encode`."""
         encoded = self.encode(batch, generators, masked)

@@ -1,0 +1,70 @@
+"""One step of each preset at the paper's size: does it fit, how long does it take, how much memory does it need?
+
+    python -m benchmarks.full_size                        # all presets but the tiny ones, on the CPU: hours, 24 GB
+    python -m benchmarks.full_size camera-0.1 --task train
+    python -m benchmarks.full_size --device cuda
+
+Makes a synthetic city of 900 x 1600 images once (data/full-size) and runs train.py or finetune.py on it as a user
+would: batch 1, blocks of the ConvNeXt computed twice, no validation before the last step. Seconds are of the whole
+process, data and validation included; the memory is its peak, or the GPU's.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from unipad.data.synthetic import generate
+from unipad.recipes import DETECT, PRETRAIN
+
+CITY = Path("data/full-size")
+COMMON = ["--steps", "1", "--batch-size", "1", "--workers", "0", "--data-root", str(CITY)]
+SCRIPTS = {
+    "train": ("train.py", PRETRAIN, ["--val-samples", "1", "--picture-stride", "64"]),
+    "finetune": ("finetune.py", DETECT, []),
+}
+
+
+@dataclass(frozen=True)
+class Args:
+    presets: tyro.conf.Positional[tuple[str, ...]] = ()  # names of presets (default: all but tiny)
+    task: str | None = None  # train or finetune (default: both)
+    device: str = "cpu"
+
+
+def main(args: Args):
+    if not CITY.exists():
+        generate(CITY, scenes=2, keyframes=2, image_size=(900, 1600))
+    print(f"{'script':<12}{'modality':<10}{'preset':<24}{'seconds':>9}{'peak GB':>9}  loss", flush=True)
+    for task, (script, presets, flags) in SCRIPTS.items():
+        for modality, named in presets.items():
+            for name in named:
+                if name != "tiny" and name in (args.presets or named) and task == (args.task or task):
+                    again = ["--checkpointing"] if modality != "lidar" else []
+                    which = ["--modality", modality, "--preset", name, "--device", args.device]
+                    row = measured(script, [*flags, *again, *which])
+                    print(f"{script:<12}{modality:<10}{name:<24}{row}", flush=True)
+
+
+def measured(script, flags):
+    """Run a script for one step: its seconds, peak memory and loss as a table's cells."""
+    with tempfile.TemporaryDirectory() as folder:
+        begin = time.perf_counter()
+        command = [sys.executable, script, *COMMON, *flags, "--out", f"{folder}/run"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        seconds = time.perf_counter() - begin
+        if done.returncode:
+            return f"{seconds:9.0f}  failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
+        records = [json.loads(line) for line in Path(folder, "run", "log.jsonl").read_text().splitlines()]
+    step = next(record for record in records if "train/loss" in record)
+    peak = step.get("train/gpu_mem_mb", step.get("train/mem_mb")) / 1024
+    return f"{seconds:9.0f}{peak:9.1f}  {step['train/loss']:.3g}"
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

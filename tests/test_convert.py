@@ -1,0 +1,343 @@
+"""Checkpoints of the original and of ConvNeXt become ours, and ours the original's, bit for bit; nothing else does."""
+
+import json
+import lzma
+from pathlib import Path
+
+import pytest
+import torch
+import tyro
+
+from tests.golden import FOLDER
+from unipad import convert
+from unipad.checkpoint import read_checkpoint, take_weights
+from unipad.config import CONVNEXT, DetectRecipe, PretrainRecipe, from_plain
+from unipad.convert import Args, convert_ours, convert_unipad, main
+from unipad.errors import UserError
+from unipad.model.camera import ConvNeXt
+from unipad.model.detect import Detector
+from unipad.model.pretrain import Pretrain
+from unipad.names import from_original, our_name, to_original
+from unipad.recipes import DETECT, PRETRAIN
+
+# Config -> key -> (shape, dtype) of every released config; a name instead where another one has the same
+RELEASED = json.loads(lzma.decompress((FOLDER / "state_dicts.json.xz").read_bytes()))
+PRESET_OF = {
+    "uvtr_cam_vs0.075_pretrain": "camera-0.075",
+    "uvtr_cam_vs0.1_pretrain": "camera-0.1",
+    "uvtr_lidar_vs0.075_pretrain": "lidar-0.075",
+    "abl_uvtr_cam_vs0.1_finetune": "camera-0.1",
+    "abl_uvtr_fusion_vs0.075_finetune": "fusion-0.075",
+    "abl_uvtr_lidar_vs0.075_finetune": "lidar-0.075",
+    "final_uvtr_cam_vs0.075_finetune": "camera-0.075",
+}
+
+
+def released(name):
+    """A full-size state dict of random numbers: windows of one buffer, so that it costs no memory."""
+    noise = torch.rand(1 << 23)
+    state = {}
+    for i, (key, (shape, dtype)) in enumerate(RELEASED[name].items()):
+        shape = torch.Size(shape)
+        state[key] = noise[i : i + shape.numel()].view(shape) if dtype == "float32" else torch.tensor(i)
+        if "norm0" in key:  # gets no gradient: the original's stays what it was at the start
+            state[key] = torch.full(shape, float(key.endswith("weight")))
+    return state
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) and a[key].dtype == b[key].dtype for key in a)
+
+
+def test_the_lists_are_of_every_released_config():
+    assert len(RELEASED) == 15
+    assert {RELEASED[name] if isinstance(RELEASED[name], str) else name for name in RELEASED} == PRESET_OF.keys()
+
+
+@pytest.mark.parametrize("name", PRESET_OF)
+def test_every_released_config_comes_and_goes_bit_for_bit(name):
+    state = released(name)
+    ours, report = convert_unipad(state)
+    assert not report.faults, report
+    assert ours["config"]["args"]["preset"] == PRESET_OF[name]
+    left = state.keys() - {k for k in state if our_name(k) in ours["model"]}
+    assert left == {k for k in state if "norm0" in k or k.endswith("code_weights")}
+    back, report = convert_ours(ours)
+    assert not report.faults and back.keys() == {"meta", "state_dict"}
+    assert_same(back["state_dict"], state)
+    back, _ = convert_ours(ours, spconv=2)
+    again, report = convert_unipad(back["state_dict"])
+    assert not report.faults
+    assert_same(again["model"], ours["model"])
+
+
+@pytest.mark.parametrize("modality, tuned", [("camera", False), ("lidar", False), ("lidar", True), ("fusion", True)])
+def test_through_files_to_a_model_and_back(modality, tuned, tmp_path, capsys):
+    """A tiny model under the original's keys, as mmcv saves it, to one of ours that loads strictly."""
+    kind, presets, build = (DetectRecipe, DETECT, Detector) if tuned else (PretrainRecipe, PRETRAIN, Pretrain)
+    net = build(presets[modality]["tiny"])
+    state, unknown = to_original(net.state_dict())
+    assert not unknown
+    if tuned:
+        state["pts_bbox_head.code_weights"] = torch.rand(10)
+    if modality != "lidar":
+        state |= {"img_backbone.norm0.weight": torch.ones(24), "img_backbone.norm0.bias": torch.zeros(24)}
+    source, ours, back = (tmp_path / name for name in ("epoch_12.pth", "ours.pt", "back.pth"))
+    torch.save({"meta": {"epoch": 12}, "state_dict": state, "optimizer": {"state": {0: {"step": 7}}}}, source)
+    main(Args((source, ours)))
+    saved = read_checkpoint(ours)
+    assert f"{modality} tiny" in capsys.readouterr().out and saved["config"]["args"]["modality"] == modality
+    recipe = from_plain(kind, saved["config"]["recipe"])
+    if tuned:
+        assert torch.equal(torch.tensor(recipe.detect.code_weights), state["pts_bbox_head.code_weights"])
+    assert_same(saved["model"], net.state_dict())
+    build(recipe).load_state_dict(saved["model"])
+    main(Args((ours, back)))
+    assert_same(read_checkpoint(back)["state_dict"], state)
+
+
+def test_pooling_of_the_original_comes_with_its_truncation():
+    ours, _ = convert_unipad(released("uvtr_cam_vs0.075_pretrain"))
+    recipe = from_plain(PretrainRecipe, ours["config"]["recipe"])
+    assert recipe.camera.truncate and not PRETRAIN["camera"]["camera-0.075"].camera.truncate
+
+
+def test_a_larger_convnext_is_recognised():
+    state = released("uvtr_cam_vs0.1_pretrain")
+    wider = {k: torch.zeros(_wider(k, v.shape)) if k.startswith("img_backbone") else v for k, v in state.items()}
+    for i, width in enumerate(CONVNEXT["base"][1][1:]):
+        wider[f"img_neck.lateral_convs.{i}.conv.weight"] = torch.zeros(128, width, 1, 1)
+    ours, report = convert_unipad(wider)
+    assert not report.faults, report
+    recipe = from_plain(PretrainRecipe, ours["config"]["recipe"])
+    assert (recipe.camera.depths, recipe.camera.widths) == CONVNEXT["base"]
+
+
+def _wider(key, shape):
+    """ConvNeXt-S to B: 4/3 of the channels."""
+    return [n if key.endswith("dwconv.weight") and i == 1 or n <= 7 else n * 4 // 3 for i, n in enumerate(shape)]
+
+
+def test_names_and_layouts_by_hand():
+    state = {
+        "pts_middle_encoder.mtoken": torch.randn(1, 5),
+        "pts_middle_encoder.conv_input.0.weight": torch.randn(3, 3, 3, 5, 8),
+        "pts_middle_encoder.conv_out.0.weight": torch.randn(1, 1, 1, 8, 6),
+        "pts_neck.deblocks.1.0.weight": torch.randn(4, 6, 1, 2, 2),
+        "pts_neck.extra_blocks.7.bias": torch.randn(4),
+        "pts_bbox_head.transformer.decoder.layers.2.attentions.0.attn.in_proj_weight": torch.randn(6, 2),
+        "pts_bbox_head.loss.weight": torch.randn(3),
+    }
+    ours, unknown = from_original(state)
+    assert unknown == ["pts_bbox_head.loss.weight"]
+    assert {name: tuple(w.shape) for name, w in ours.items()} == {
+        "encoder.lidar.mask_token": (1, 5),
+        "encoder.lidar.encoder.conv_input.0.weight": (8, 3, 3, 3, 5),
+        "encoder.lidar.encoder.conv_out.0.weight": (6, 1, 1, 1, 8),
+        "encoder.lidar.neck.deblocks.1.0.weight": (4, 6, 2, 2),
+        "encoder.lidar_convs.2.1.bias": (4,),
+        "head.layers.2.attention.in_proj.weight": (6, 2),
+    }
+    there = state["pts_middle_encoder.conv_input.0.weight"]
+    here = ours["encoder.lidar.encoder.conv_input.0.weight"]
+    assert torch.equal(here[7, 2, 1, 0], there[2, 1, 0, :, 7])
+
+
+def test_spconv_2_reads_small_kernels_as_matrices():
+    """x @ weight.view(Cin, Cout) of its 1 x 1 x 1 convolutions is what ours computes: weight[o, 0, 0, 0, c]."""
+    weight = torch.randn(6, 1, 1, 1, 8)  # spconv 2: (Cout, 1, 1, 1, Cin)
+    ours = from_original({"pts_middle_encoder.conv_out.0.weight": weight})[0]["encoder.lidar.encoder.conv_out.0.weight"]
+    x = torch.randn(3, 8)
+    assert torch.equal(x @ weight.view(8, 6), x @ ours[:, 0, 0, 0].t())
+    assert torch.equal(to_original({"encoder.lidar.encoder.a": ours}, spconv=2)[0]["pts_middle_encoder.a"], weight)
+
+
+MODULES = {  # of two stages with one block each, in the order of the official file
+    "official": """downsample_layers.0.0 downsample_layers.0.1 downsample_layers.1.0 downsample_layers.1.1
+        stages.0.0.dwconv stages.0.0.norm stages.0.0.pwconv1 stages.0.0.pwconv2
+        stages.1.0.dwconv stages.1.0.norm stages.1.0.pwconv1 stages.1.0.pwconv2 norm head""",
+    "timm": """stem.0 stem.1 stages.1.downsample.0 stages.1.downsample.1
+        stages.0.blocks.0.conv_dw stages.0.blocks.0.norm stages.0.blocks.0.mlp.fc1 stages.0.blocks.0.mlp.fc2
+        stages.1.blocks.0.conv_dw stages.1.blocks.0.norm stages.1.blocks.0.mlp.fc1 stages.1.blocks.0.mlp.fc2
+        head.norm head.fc""",
+    "torchvision": """features.0.0 features.0.1 features.2.0 features.2.1
+        features.1.0.block.0 features.1.0.block.2 features.1.0.block.3 features.1.0.block.5
+        features.3.0.block.0 features.3.0.block.2 features.3.0.block.3 features.3.0.block.5
+        classifier.0 classifier.2""",
+    "mmpretrain": """backbone.downsample_layers.0.0 backbone.downsample_layers.0.1 backbone.downsample_layers.1.0
+        backbone.downsample_layers.1.1 backbone.stages.0.0.depthwise_conv backbone.stages.0.0.norm
+        backbone.stages.0.0.pointwise_conv1 backbone.stages.0.0.pointwise_conv2 backbone.stages.1.0.depthwise_conv
+        backbone.stages.1.0.norm backbone.stages.1.0.pointwise_conv1 backbone.stages.1.0.pointwise_conv2
+        backbone.norm1 head.fc""",
+}
+SCALES = {
+    "official": "stages.{}.0.gamma",
+    "timm": "stages.{}.blocks.0.gamma",
+    "torchvision": "features.{}.0.layer_scale",
+    "mmpretrain": "backbone.stages.{}.0.gamma",
+}
+WRAPPERS = {"official": "model", "mmpretrain": "state_dict"}
+
+
+def imagenet(library, net):
+    """What a library's file holds of `net`, a `ConvNeXt` of two stages with one block each."""
+    state, weights = {}, net.state_dict()
+    for ours, theirs in zip(MODULES["official"].split(), MODULES[library].split(), strict=True):
+        for end in ("weight", "bias"):
+            state[f"{theirs}.{end}"] = weights.get(f"{ours}.{end}", torch.zeros(8))
+    for i in range(2):
+        gamma = weights[f"stages.{i}.0.gamma"]
+        at = 2 * i + 1 if library == "torchvision" else i
+        state[SCALES[library].format(at)] = gamma[:, None, None] if library == "torchvision" else gamma
+    return {WRAPPERS[library]: state} if library in WRAPPERS else state
+
+
+@pytest.mark.parametrize("library", MODULES)
+def test_imagenet_weights_of_every_library(library, tmp_path):
+    net = ConvNeXt((1, 1), (4, 8), out_stages=())
+    for param in net.parameters():
+        torch.nn.init.normal_(param)
+    torch.save(imagenet(library, net), tmp_path / "weights.pth")
+    main(Args((tmp_path / "weights.pth", tmp_path / "convnext.pt")))
+    expected = {f"encoder.camera.backbone.{name}": w for name, w in net.state_dict().items()}
+    assert_same(read_checkpoint(tmp_path / "convnext.pt")["model"], expected)
+
+
+def test_a_camera_starts_from_imagenet(tmp_path):
+    camera = PRETRAIN["camera"]["tiny"].camera
+    torch.save({"model": ConvNeXt(camera.depths, camera.widths, out_stages=()).state_dict()}, tmp_path / "small.pth")
+    main(Args((tmp_path / "small.pth", tmp_path / "convnext.pt")))
+    net, said = Pretrain(PRETRAIN["camera"]["tiny"]), []
+    taken = take_weights(net, "encoder.", [tmp_path / "convnext.pt"], "--init", said.append)
+    new = {n for n in net.state_dict() if n.startswith("encoder.camera.backbone.")} - taken
+    assert new == {f"encoder.camera.backbone.norm{i}.{end}" for i in (1, 2, 3) for end in ("weight", "bias")}
+    weights = read_checkpoint(tmp_path / "convnext.pt")["model"]
+    assert_same({n: net.state_dict()[n] for n in taken}, weights)
+    assert said[1].startswith("new, from scratch: encoder.camera.depth_net") and "backbone.norm1.weight" in said[1]
+
+
+def test_merged_encoders_start_fusion(tmp_path, capsys):
+    sources = []
+    for modality in ("camera", "lidar"):
+        net = Detector(DETECT[modality]["tiny"])
+        sources.append(net.state_dict())
+        torch.save({"state_dict": to_original(net.state_dict())[0]}, tmp_path / f"{modality}.pth")
+    main(Args((tmp_path / "fusion.pt",), merge=(tmp_path / "camera.pth", tmp_path / "lidar.pth")))
+    assert "left out: head" in capsys.readouterr().out
+    saved = read_checkpoint(tmp_path / "fusion.pt")
+    net = Detector(from_plain(DetectRecipe, saved["config"]["recipe"]))
+    taken = take_weights(net, "encoder.", [tmp_path / "fusion.pt"], "--pretrained", lambda _: None)
+    expected = {name: w for source in sources for name, w in source.items() if name.startswith("encoder.")}
+    assert_same({name: net.state_dict()[name] for name in taken}, expected)
+    assert {n for n in net.state_dict() if n not in taken and not n.startswith("head.")} == {
+        n for n in net.state_dict() if n.startswith("encoder.fuse.")
+    }
+
+
+class Code:
+    """Unpickled, it would leave a file behind."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("executed"),)
+
+
+def broken(kind, folder):
+    """A file that cannot be converted, of a kind."""
+    file = folder / f"{kind}.pth"
+    shapes = {key: shape for key, (shape, _) in RELEASED["uvtr_cam_vs0.1_pretrain"].items()}
+    state = {"state_dict": {key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}}
+    if kind == "truncated":
+        torch.save(state, folder / "whole.pth")
+        file.write_bytes((folder / "whole.pth").read_bytes()[:-200])
+    elif kind == "code":
+        torch.save(state | {"meta": Code()}, file)
+    elif kind == "code in an old file":
+        torch.save(state | {"meta": Code()}, file, _use_new_zipfile_serialization=False)
+    elif kind == "text":
+        file.write_text("<!DOCTYPE html><title>Not found</title>")
+    elif kind == "another project":
+        torch.save({"state_dict": {"layer1.0.conv1.weight": torch.zeros(2)}}, file)
+    elif kind == "a list":
+        torch.save([torch.zeros(2)], file)
+    elif kind == "one key less":
+        state["state_dict"].pop("input_proj.bias")
+        torch.save(state, file)
+    elif kind == "one key more":
+        state["state_dict"]["img_backbone.mtoken3"] = torch.zeros(1)
+        torch.save(state, file)
+    elif kind == "other blocks":
+        torch.save({"stem.conv.weight": torch.zeros(2)}, file)
+    elif kind == "new recipe":
+        torch.save({"model": {}, "config": {"recipe": {"rays": {}, "radar": {"channels": 3}}}}, file)
+    elif kind == "whole":
+        torch.save(state, file)
+    return file
+
+
+@pytest.mark.parametrize(
+    "kind, flags, words",
+    [
+        ("absent", {}, "there is no checkpoint"),
+        ("truncated", {}, "is cut off or damaged"),
+        ("code", {}, r"holds code beside its weights \(.*\) and was not opened.*torch.save\("),
+        ("code in an old file", {}, "holds code beside its weights"),
+        ("text", {}, "is not a checkpoint"),
+        ("another project", {}, r"is not a checkpoint of UniPAD.*none of its 1 weights \(such as layer1"),
+        ("a list", {}, "holds no weights: a list"),
+        ("one key less", {}, "1 weights are missing, 0 unexpected, 0 of another.*input_proj.bias; --no-strict"),
+        ("one key more", {}, "0 weights are missing, 1 unexpected, .*such as .*mtoken3"),
+        ("other blocks", {}, "no blocks of a ConvNeXt"),
+        ("new recipe", {}, r"of another version of this project \(radar"),
+        ("whole", {"preset": "camera-0.075"}, "does not fit preset camera-0.075: .* of another shape"),
+        ("whole", {"preset": "lidar-0.075"}, "--preset lidar-0.075 is not known; use tiny, camera-0.075, camera-0.1"),
+        ("whole", {"kind": "convnext"}, "--kind convnext: .* is of kind unipad"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_one_sentence_and_nothing_runs(kind, flags, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=words) as caught:
+        main(Args((broken(kind, tmp_path), tmp_path / "out.pt"), **flags))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "executed").exists() and not (tmp_path / "out.pt").exists()
+
+
+def test_loosely_what_fits_is_taken(tmp_path, capsys):
+    main(Args((broken("one key less", tmp_path), tmp_path / "out.pt"), strict=False))
+    out = capsys.readouterr().out
+    assert "missing: encoder.camera.input_proj.bias" in out
+    assert len(read_checkpoint(tmp_path / "out.pt")["model"]) == 417
+
+
+@pytest.mark.parametrize("paths, merge", [(("a",), None), (("a", "b", "c"), None), (("a", "b"), ("c", "d"))])
+def test_a_number_of_paths_that_means_nothing_is_refused(paths, merge):
+    with pytest.raises(UserError, match="SOURCE OUT"):
+        main(Args(tuple(map(Path, paths)), merge=merge and tuple(map(Path, merge))))
+
+
+def test_a_file_is_not_written_over_itself(tmp_path):
+    file = broken("whole", tmp_path)
+    with pytest.raises(UserError, match="over itself"):
+        main(Args((file, file)))
+
+
+def test_only_encoders_over_the_same_grid_are_merged(tmp_path):
+    full, _ = convert_unipad(released("uvtr_lidar_vs0.075_pretrain"))
+    tiny = {"model": {}, "config": {"recipe": convert.as_plain(PRETRAIN["camera"]["tiny"])}}
+    with pytest.raises(UserError, match="the same grid"):
+        convert.merge(tiny, full)
+    with pytest.raises(UserError, match="camera's encoder first"):
+        convert.merge(full, tiny)
+
+
+@pytest.mark.parametrize(
+    "line, args",
+    [
+        ("epoch_12.pth out.pt", Args((Path("epoch_12.pth"), Path("out.pt")))),
+        ("--kind convnext a b --no-strict", Args((Path("a"), Path("b")), kind="convnext", strict=False)),
+        ("--merge c l out.pt", Args((Path("out.pt"),), merge=(Path("c"), Path("l")))),
+        ("run out.pth --spconv 2", Args((Path("run"), Path("out.pth")), spconv=2)),
+    ],
+)
+def test_command_lines_mean_what_the_docstring_says(line, args):
+    assert tyro.cli(Args, args=line.split()) == args

@@ -1,0 +1,317 @@
+"""Weights of others as checkpoints of this project, and ours as the original's.
+
+    python -m unipad.convert epoch_12.pth camera.pt                    # UniPAD's own: any released config
+    python -m unipad.convert convnext_small_1k_224_ema.pth convnext.pt # ConvNeXt of ImageNet, to start cameras from
+    python -m unipad.convert outputs/train-lidar/<time> lidar.pth      # ours, for UniPAD's mmdet3d set-up
+    python -m unipad.convert --merge CAMERA LIDAR fusion.pt            # both encoders: what fusion starts from
+
+What comes out goes into `train.py --init`, `finetune.py --pretrained` and, where it is a whole detector, `eval.py`.
+Files are read as data: nothing in them is executed. ConvNeXt's may be the official ones, timm's (`pytorch_model.bin`),
+torchvision's or mmpretrain's. UniPAD's may have weights of spconv 1, as its authors' do, or of spconv 2.
+
+Every weight must find its place and every place its weight, unless --no-strict. Left out knowingly, and supplied on
+the way back: the weights of the box code, which are a setting here, and norms of stages that the FPN never reads. The
+optimiser's state stays behind.
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+from unipad.checkpoint import last_checkpoint, part_of, read_checkpoint, write_checkpoint
+from unipad.config import CONVNEXT, DetectRecipe, PretrainRecipe, from_plain
+from unipad.errors import UserError, check_choices
+from unipad.model.camera import ConvNeXt
+from unipad.model.detect import Detector
+from unipad.model.pretrain import Pretrain
+from unipad.names import CODE_WEIGHTS, from_imagenet, from_original, to_original
+from unipad.recipes import DETECT, PRETRAIN
+from unipad.runtime import as_plain, one_sentence_errors
+
+BACKBONE = "encoder.camera.backbone."
+CLASSIFIER = ("head.", "classifier.", "norm.", "backbone.norm")  # of an ImageNet file, and the norm before it
+
+
+@dataclass
+class Report:
+    """What became of the weights of one file."""
+
+    taken: dict = field(default_factory=dict)  # name -> tensor
+    missing: list = field(default_factory=list)  # names of the model that the file lacks
+    unexpected: list = field(default_factory=list)  # keys of the file that the model has no place for
+    misshapen: list = field(default_factory=list)  # "name (shape in the file, shape in the model)"
+    left: list = field(default_factory=list)  # keys that are left out, or supplied, knowingly
+
+    @property
+    def faults(self):
+        return len(self.missing) + len(self.unexpected) + len(self.misshapen)
+
+    def __str__(self):
+        columns = {"taken": self.taken, "missing": self.missing, "unexpected": self.unexpected, "shape": self.misshapen}
+        counts = {name: Counter(part_of(key) for key in keys) for name, keys in columns.items()}
+        lines = [f"{'part':<32}" + "".join(f"{name:>12}" for name in columns)]
+        for part in sorted(set().union(*counts.values())):
+            lines.append(f"{part:<32}" + "".join(f"{count[part]:>12}" for count in counts.values()))
+        lines.append(f"{'all':<32}" + "".join(f"{len(keys):>12}" for keys in columns.values()))
+        for name, keys in columns.items():
+            if name != "taken" and keys:
+                lines.append(f"{name}: {', '.join(keys[:8])}" + (f" and {len(keys) - 8} more" if len(keys) > 8 else ""))
+        return "\n".join([*lines, *self.left])
+
+
+def read_weights(path):
+    """(state dict, kind, everything) of a file or run folder; kind: unipad, convnext or ours.
+
+    Raises `UserError` for a file that is none of them.
+    """
+    file = last_checkpoint(path) or path
+    saved = read_checkpoint(file)
+    config = saved.get("config") if isinstance(saved, dict) else None
+    if isinstance(config, dict) and "recipe" in config and "model" in saved:
+        return saved["model"], "ours", saved
+    state = saved
+    for wrapper in ("state_dict", "model", "module"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict):
+        raise UserError(f"{file} holds no weights: a {type(saved).__name__} instead of a state dict.")
+    state = {str(k).removeprefix("module."): v for k, v in state.items() if torch.is_tensor(v)}
+    unipad, convnext = (len(rename(state)[0]) for rename in (from_original, from_imagenet))
+    if not unipad and not convnext:
+        some = f" (such as {next(iter(state))})" if state else ""
+        raise UserError(
+            f"{file} is not a checkpoint of UniPAD, of a ConvNeXt or of this project: "
+            f"none of its {len(state)} weights{some} has a known name."
+        )
+    return state, "unipad" if unipad >= convnext else "convnext", saved
+
+
+def convert_unipad(state, preset=None):
+    """A checkpoint of the original.
+
+    state:  key -> tensor.
+    preset: the recipe it belongs to; None: the one whose weights fit, of several the final one.
+
+    Returns (checkpoint of ours, `Report`).
+    """
+    ours, unknown = from_original(state)
+    code_weights = state.get(CODE_WEIGHTS)
+    presets, modality = _presets(ours)
+    check_choices(preset=(preset, presets))
+    reports = {}
+    for name in [preset] if preset else list(presets)[::-1]:
+        recipe = _with_sizes(presets[name], ours, code_weights)
+        report = Report(unexpected=[key for key in unknown if key != CODE_WEIGHTS])
+        _compare(ours, _shapes(recipe), report, _unread_norms(recipe))
+        reports[name] = (report, recipe)
+        if not report.faults:
+            break
+    name = min(reports, key=lambda n: reports[n][0].faults)
+    report, recipe = reports[name]
+    report.left.insert(0, f"recipe: {modality} {name}" + ("" if preset else " (--preset chooses another)"))
+    if code_weights is not None:
+        report.left.append(f"left out: {CODE_WEIGHTS}, a setting of the recipe")
+    args = {"modality": modality, "preset": name} | ({"task": "detect"} if isinstance(recipe, DetectRecipe) else {})
+    return {"model": report.taken, "step": 0, "config": {"args": args, "recipe": as_plain(recipe), "steps": 0}}, report
+
+
+def convert_convnext(state):
+    """The weights of an ImageNet ConvNeXt as (checkpoint of a camera's backbone, `Report`)."""
+    ours, unknown = from_imagenet(state)
+    depths, widths = _convnext_sizes(ours)
+    if not depths:
+        raise UserError("the file has no blocks of a ConvNeXt with a layer scale: it cannot start this encoder.")
+    with torch.device("meta"):
+        shapes = {name: w.shape for name, w in ConvNeXt(depths, widths, out_stages=()).state_dict().items()}
+    report = Report(unexpected=[key for key in unknown if not key.startswith(CLASSIFIER)])
+    _compare(ours, shapes, report)
+    report.taken = {BACKBONE + name: w for name, w in report.taken.items()}
+    size = next((name for name, sizes in CONVNEXT.items() if sizes == (depths, widths)), None)
+    report.left += [f"ConvNeXt {size or f'of {depths} blocks and {widths} channels'}; its classifier is left out"]
+    return {"model": report.taken, "config": {"backbone": size}}, report
+
+
+def convert_ours(saved, spconv=1):
+    """A checkpoint of ours as (mmcv's dict with the original's keys, `Report`)."""
+    recipe = saved_recipe(saved)
+    report = Report()
+    _compare(saved["model"], _shapes(recipe), report)
+    state, _ = to_original(report.taken, spconv)
+    for key, (width, fill) in _unread_norms(recipe).items():
+        state["img_backbone." + key.removeprefix(BACKBONE)] = torch.full((width,), fill)
+        report.left.append(f"supplied: {key}, which nothing reads")
+    if isinstance(recipe, DetectRecipe):
+        state[CODE_WEIGHTS] = torch.tensor(recipe.detect.code_weights)
+        report.left.append(f"supplied: {CODE_WEIGHTS}, from the recipe")
+    return {"meta": {"config": saved["config"]}, "state_dict": state}, report
+
+
+def merge(camera, lidar):
+    """The encoders of a camera's and of a LiDAR's checkpoint of ours, as (checkpoint to start fusion from, `Report`).
+
+    Both heads are left: they have learned other volumes. The convolution that joins them is new.
+    """
+    recipes = saved_recipe(camera), saved_recipe(lidar)
+    if recipes[0].camera is None or recipes[1].lidar is None:
+        raise UserError("--merge takes a checkpoint with a camera's encoder first and one with a LiDAR's second.")
+    if recipes[0].grid != recipes[1].grid or type(recipes[0]) is not type(recipes[1]):
+        raise UserError("--merge takes checkpoints over the same grid, both pre-trained or both fine-tuned.")
+    presets = DETECT if isinstance(recipes[0], DetectRecipe) else PRETRAIN
+    recipe = list(presets["fusion"].values())[-1]
+    recipe = replace(recipe, grid=recipes[0].grid, camera=recipes[0].camera, lidar=recipes[1].lidar)
+    report = Report()
+    for saved, parts in ((camera, ("encoder.camera.", "encoder.lift_convs.")), (lidar, ("encoder.lidar",))):
+        report.taken |= {name: w for name, w in saved["model"].items() if name.startswith(parts)}
+        others = {part_of(name) for name in saved["model"].keys() - report.taken}
+        report.left += [f"left out: {part}" for part in sorted(others)]
+    args = {"modality": "fusion", "preset": list(presets["fusion"])[-1]}
+    return {"model": report.taken, "step": 0, "config": {"args": args, "recipe": as_plain(recipe), "steps": 0}}, report
+
+
+def saved_recipe(saved):
+    """The recipe of a checkpoint of ours. Raises `UserError` for one that this version does not know."""
+    plain = saved["config"]["recipe"]
+    kind = DetectRecipe if "detect" in plain else PretrainRecipe
+    try:
+        return from_plain(kind, plain)
+    except (TypeError, AttributeError):
+        known = kind.__dataclass_fields__.keys()
+        strange = ", ".join(sorted(plain.keys() - known)) or "one of its settings"
+        sentence = f"the checkpoint's recipe is of another version of this project ({strange} is not known here)."
+        raise UserError(sentence) from None
+
+
+def _presets(ours):
+    """(presets of the task and modality that these names belong to, the modality)."""
+    camera, lidar = (any(n.startswith(f"encoder.{part}.") for n in ours) for part in ("camera", "lidar"))
+    modality = "fusion" if camera and lidar else "camera" if camera else "lidar"
+    tuned = any(name.startswith("head.") for name in ours)
+    return (DETECT if tuned else PRETRAIN)[modality], modality
+
+
+def _with_sizes(recipe, ours, code_weights):
+    """A recipe for the original's weights: with the file's size of ConvNeXt, and pooling as the original does it."""
+    if recipe.camera is not None:
+        backbone = {name.removeprefix(BACKBONE): w for name, w in ours.items() if name.startswith(BACKBONE)}
+        depths, widths = _convnext_sizes(backbone)
+        camera = replace(recipe.camera, truncate=recipe.camera.view == "pool")
+        recipe = replace(recipe, camera=replace(camera, depths=depths, widths=widths) if depths else camera)
+    if recipe.lidar is not None and "encoder.lidar.mask_token" in ours:
+        recipe = replace(recipe, lidar=replace(recipe.lidar, learnable_token=True))
+    known = torch.tensor(recipe.detect.code_weights) if isinstance(recipe, DetectRecipe) else code_weights
+    if code_weights is not None and not torch.equal(code_weights, known):
+        recipe = replace(recipe, detect=replace(recipe.detect, code_weights=tuple(code_weights.tolist())))
+    return recipe
+
+
+def _convnext_sizes(state):
+    """(blocks, channels) of each stage."""
+    widths = {int(n.split(".")[1]): len(w) for n, w in state.items() if re.fullmatch(r"stages\.\d+\.0\.gamma", n)}
+    blocks = Counter(int(n.split(".")[1]) for n in state if re.fullmatch(r"stages\.\d+\.\d+\.gamma", n))
+    stages = sorted(widths)
+    return tuple(blocks[i] for i in stages), tuple(widths[i] for i in stages)
+
+
+def _shapes(recipe):
+    """Name -> shape of all weights of a recipe's model."""
+    with torch.device("meta"):
+        net = (Detector if isinstance(recipe, DetectRecipe) else Pretrain)(recipe)
+    return {name: w.shape for name, w in net.state_dict().items()}
+
+
+def _unread_norms(recipe):
+    """Norms of stages before the FPN's first, which the original has: name -> (channels, value at the start).
+
+    mmdet's FPN is handed all stages; where there is a single level, it is the last one's alone.
+    """
+    camera = recipe.camera
+    if camera is None or camera.fpn_levels == 1:
+        return {}
+    ends = {"weight": 1.0, "bias": 0.0}
+    return {
+        f"{BACKBONE}norm{i}.{end}": (camera.widths[i], fill)
+        for i in range(camera.fpn_start)
+        for end, fill in ends.items()
+    }
+
+
+def _compare(state, shapes, report, unread=()):
+    for name, weight in state.items():
+        if name in unread:
+            report.left.append(f"left out: {name}, which nothing reads")
+        elif name not in shapes:
+            report.unexpected.append(name)
+        elif weight.shape != shapes[name]:
+            report.misshapen.append(f"{name} {tuple(weight.shape)} for {tuple(shapes[name])}")
+        else:
+            report.taken[name] = weight
+    report.missing += [name for name in shapes if name not in state]
+
+
+@dataclass(frozen=True)
+class Args:
+    paths: tyro.conf.Positional[tuple[Path, ...]]  # SOURCE OUT: a file or run folder, and the file to write; or OUT
+    kind: Literal["auto", "unipad", "convnext", "ours"] = "auto"  # what SOURCE is
+    merge: tuple[Path, Path] | None = None  # a camera's and a LiDAR's checkpoint, ours or UniPAD's, instead of SOURCE
+    preset: str | None = None  # of UniPAD's: the recipe it belongs to (default: the one that fits)
+    spconv: Literal[1, 2] = 1  # of ours: layout of the sparse convolutions' weights in OUT
+    strict: bool = True  # refuse what does not fit to the last weight
+
+
+def main(args: Args):
+    if len(args.paths) != (1 if args.merge else 2):
+        raise UserError("name what to read and what to write: SOURCE OUT, or --merge CAMERA LIDAR OUT.")
+    *source, out = args.paths
+    if out.exists() and any(out.resolve() == path.resolve() for path in source):
+        raise UserError(f"{out} would be written over itself; name another file.")
+    if args.merge:
+        result, report = merge(*(_as_ours(path, args) for path in args.merge))
+    else:
+        state, kind, saved = read_weights(source[0])
+        if args.kind not in ("auto", kind):
+            raise UserError(f"--kind {args.kind}: {source[0]} is of kind {kind}; leave the flag out.")
+        if kind == "unipad":
+            result, report = convert_unipad(state, args.preset)
+        elif kind == "convnext":
+            result, report = convert_convnext(state)
+        else:
+            result, report = convert_ours(saved, args.spconv)
+    print(report)
+    _refuse_faults(report, source[0] if source else out, args)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_checkpoint(result, out)
+    millions = sum(w.numel() for w in report.taken.values()) / 1e6
+    print(f"{out}: {millions:.2f} M weights")
+
+
+def _as_ours(path, args):
+    state, kind, saved = read_weights(path)
+    if kind == "convnext":
+        raise UserError(f"--merge {path} is a ConvNeXt of ImageNet; name trained encoders.")
+    if kind == "ours":
+        return saved
+    result, report = convert_unipad(state)
+    if report.faults:
+        print(report)
+    _refuse_faults(report, path, args)
+    return result
+
+
+def _refuse_faults(report, path, args):
+    if args.strict and report.faults:
+        first = (report.misshapen + report.missing + report.unexpected)[0]
+        preset = f"preset {args.preset}" if args.preset else "any recipe"
+        raise UserError(
+            f"{path} does not fit {preset}: {len(report.missing)} weights are missing, {len(report.unexpected)} "
+            f"unexpected, {len(report.misshapen)} of another shape, such as {first}; --no-strict takes what fits."
+        )
+
+
+if __name__ == "__main__":
+    with one_sentence_errors():
+        main(tyro.cli(Args, description=__doc__))

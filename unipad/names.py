@@ -1,0 +1,159 @@
+"""What the weights of others are called here, and how their tensors are laid out: one table each, read both ways.
+
+UniPAD's own checkpoints, with sparse convolutions of spconv 1 or 2, and ImageNet's ConvNeXt of four libraries.
+"""
+
+import re
+from functools import cache
+
+# Beginnings of the original's keys and of ours; * is a number. The first that fits counts, in either direction.
+# A third entry says how the tensors are laid out where that differs, see `LAYOUTS`.
+DECODER = "pts_bbox_head.transformer.decoder.layers.*."
+PLAIN_REFERENCES = ("pts_bbox_head.transformer.reference_points.", "head.reference_points.")
+DENOISING_REFERENCES = ("pts_bbox_head.reference_points.", "head.reference_points.")
+UNIPAD = [
+    ("img_backbone.", "encoder.camera.backbone."),
+    ("img_neck.lateral_convs.*.conv.", "encoder.camera.neck.lateral_convs.*."),
+    ("img_neck.fpn_convs.*.conv.", "encoder.camera.neck.fpn_convs.*."),
+    ("input_proj.", "encoder.camera.input_proj."),
+    ("depth_net.", "encoder.camera.depth_net."),
+    ("pts_middle_encoder.mtoken", "encoder.lidar.mask_token"),
+    ("pts_middle_encoder.", "encoder.lidar.encoder.", "sparse"),
+    ("pts_backbone.", "encoder.lidar.backbone.", "slices"),
+    # Convolution, norm and ReLU of all blocks in one row there, a row of blocks here
+    *[(f"pts_neck.extra_blocks.{3 * i + j}.", f"encoder.lidar_convs.{i}.{j}.") for i in range(4) for j in range(2)],
+    ("pts_neck.", "encoder.lidar.neck.", "slices"),
+    ("pts_bbox_head.view_trans.conv_layer.", "encoder.lift_convs."),
+    ("pts_bbox_head.conv_trans_head_1.", "encoder.fuse."),
+    ("pts_bbox_head.render_conv.", "project."),
+    ("pts_bbox_head.render_model.field.", "renderer.field."),
+    (DECODER + "attentions.0.attn.in_proj_", "head.layers.*.attention.in_proj."),
+    (DECODER + "attentions.0.attn.", "head.layers.*.attention."),
+    (DECODER + "attentions.1.", "head.layers.*.cross."),
+    (DECODER + "ffns.0.layers.0.0.", "head.layers.*.expand."),
+    (DECODER + "ffns.0.layers.1.", "head.layers.*.contract."),
+    (DECODER + "norms.", "head.layers.*.norms."),
+    ("pts_bbox_head.cls_branches.", "head.cls_branches."),
+    ("pts_bbox_head.reg_branches.", "head.reg_branches."),
+    ("pts_bbox_head.iou_branches.", "head.iou_branches."),
+    ("pts_bbox_head.query_embedding.", "head.query_embedding."),
+    PLAIN_REFERENCES,
+    DENOISING_REFERENCES,
+]
+CODE_WEIGHTS = "pts_bbox_head.code_weights"
+
+# The same for ConvNeXt, whose names here are the official ones; this way only
+IMAGENET = [
+    ("backbone.downsample_layers.", "downsample_layers."),  # mmpretrain
+    ("backbone.stages.*.*.depthwise_conv.", "stages.*.*.dwconv."),
+    ("backbone.stages.*.*.pointwise_conv1.", "stages.*.*.pwconv1.", "matrix"),
+    ("backbone.stages.*.*.pointwise_conv2.", "stages.*.*.pwconv2.", "matrix"),
+    ("backbone.stages.*.*.", "stages.*.*."),
+    ("stem.", "downsample_layers.0."),  # timm
+    ("stages.*.downsample.", "downsample_layers.*."),
+    ("stages.*.blocks.*.conv_dw.", "stages.*.*.dwconv."),
+    ("stages.*.blocks.*.mlp.fc1.", "stages.*.*.pwconv1.", "matrix"),
+    ("stages.*.blocks.*.mlp.fc2.", "stages.*.*.pwconv2.", "matrix"),
+    ("stages.*.blocks.*.", "stages.*.*."),
+    *[
+        row
+        for i in range(4)  # torchvision
+        for row in [
+            (f"features.{2 * i}.", f"downsample_layers.{i}."),
+            (f"features.{2 * i + 1}.*.block.0.", f"stages.{i}.*.dwconv."),
+            (f"features.{2 * i + 1}.*.block.2.", f"stages.{i}.*.norm."),
+            (f"features.{2 * i + 1}.*.block.3.", f"stages.{i}.*.pwconv1."),
+            (f"features.{2 * i + 1}.*.block.5.", f"stages.{i}.*.pwconv2."),
+            (f"features.{2 * i + 1}.*.layer_scale", f"stages.{i}.*.gamma", "vector"),
+        ]
+    ],
+    ("downsample_layers.", "downsample_layers."),  # official
+    ("stages.*.*.", "stages.*.*."),
+]
+
+
+def from_original(state):
+    """Weights under the original's keys, in the names and layouts of ours.
+
+    state: key -> tensor of a whole model or of a part of it; sparse convolutions' weights may be spconv 1's,
+        (kz, ky, kx, Cin, Cout), or spconv 2's.
+
+    Returns (dict name -> tensor, list of the keys that have no name here).
+    """
+    return _renamed(state, UNIPAD, 0, 1)
+
+
+def to_original(state, spconv=1):
+    """The inverse of `from_original`; spconv: 1 or 2, the layout of sparse convolutions' weights."""
+    other = DENOISING_REFERENCES if "head.reference_points.bias" in state else PLAIN_REFERENCES
+    return _renamed(state, [row for row in UNIPAD if row is not other], 1, 0, spconv)
+
+
+def from_imagenet(state):
+    """Weights of an ImageNet ConvNeXt in the names of `model.camera.ConvNeXt`; returns as `from_original` does."""
+    return _renamed(state, IMAGENET, 0, 1)
+
+
+def our_name(key):
+    """What the original's `key` is called here; None if it has no place."""
+    return _rename(key, UNIPAD, 0, 1)[0]
+
+
+def _renamed(state, rows, source, target, spconv=1):
+    renamed, unknown = {}, []
+    for key, value in state.items():
+        name, layout = _rename(key, rows, source, target)
+        if name is None:
+            unknown.append(key)
+        else:
+            renamed[name] = LAYOUTS[layout](value, target == 1, spconv) if layout else value
+    return renamed, unknown
+
+
+def _rename(key, rows, source, target):
+    for row in rows:
+        if found := _beginning(row[source]).match(key):
+            numbers = iter(found.groups())
+            begin = "".join(next(numbers) if c == "*" else c for c in row[target])
+            return begin + key[found.end() :], row[2] if len(row) > 2 else None
+    return None, None
+
+
+@cache
+def _beginning(pattern):
+    return re.compile(re.escape(pattern).replace(r"\*", r"(\d+)"))
+
+
+def _sparse(weight, to_ours, spconv):
+    """Sparse convolutions: here (Cout, kz, ky, kx, Cin).
+
+    spconv 1 has (kz, ky, kx, Cin, Cout), and spconv 2 what we have; but for 1 x 1 x 1 it reads the same memory as a
+    matrix (Cin, Cout).
+    """
+    if weight.dim() != 5:
+        return weight
+    if not to_ours and spconv == 1:
+        return weight.permute(1, 2, 3, 4, 0).contiguous()
+    if to_ours and weight.shape[0] == weight.shape[1] == weight.shape[2]:
+        return weight.permute(4, 0, 1, 2, 3).contiguous()
+    if weight.shape[1:4].numel() > 1:
+        return weight
+    out, *_, channels = weight.shape
+    if to_ours:
+        return weight.reshape(channels, out).t().reshape(weight.shape)
+    return weight.reshape(out, channels).t().reshape(weight.shape)
+
+
+def _slices(weight, to_ours, _):
+    """Convolutions of 1 x 3 x 3 or 1 x 1 x 1 are 2D ones here."""
+    if to_ours:
+        return weight.squeeze(2) if weight.dim() == 5 else weight
+    return weight.unsqueeze(2) if weight.dim() == 4 else weight
+
+
+LAYOUTS = {
+    "sparse": _sparse,
+    "slices": _slices,
+    "matrix": lambda weight, *_: weight.flatten(1) if weight.dim() > 1 else weight,  # 1 x 1 convolutions
+    "vector": lambda weight, *_: weight.flatten(),
+}

@@ -131,7 +131,7 @@ def test_encoders_are_taken_and_the_rest_is_named(city, tmp_path, capsys):
     with pytest.raises(UserError, match="--pretrained .* does not fit"):
         run(tmp_path / "other", city, modality="camera", pretrained=(tmp_path / "runs" / "pre",))
     (tmp_path / "broken.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(UserError, match="broken.pt is not a checkpoint of this project"):
+    with pytest.raises(UserError, match="broken.pt is not a checkpoint"):
         run(tmp_path / "other", city, pretrained=(tmp_path / "broken.pt",))
 
 

@@ -49,8 +49,8 @@ class Args:
     checkpoint: Annotated[Path, tyro.conf.Positional]  # folder of a run, or a checkpoint
     task: str | None = None  # detect or render (default: what the model was trained for)
     split: str = "val"  # train, val or test; of v1.0-mini, mini_train and mini_val
-    data_root: Path | None = None  # folder of a nuScenes set (default: the run's)
-    version: str | None = None  # version of the set (default: the run's)
+    data_root: Path | None = None  # folder of a nuScenes set (default: the run's, or a synthetic city)
+    version: str | None = None  # version of the set (default: the run's, or v1.0-mini)
     out: Path | None = None  # folder for the results (default: eval in the run's folder)
     batch_size: int = 1  # samples that a process looks at together
     workers: int | None = None  # data loading processes of each process (default: 4 with a GPU, 1 without)
@@ -89,11 +89,11 @@ def main(args: Args):
         saved, recipe, run = read_run(args.checkpoint)
         task = task_of(args, recipe)
         trained = saved["config"]["args"]
-        version = args.version or trained["version"]
+        version = args.version or trained.get("version", "v1.0-mini")
         mini = version.endswith("-mini") and args.split in ("train", "val")
         split = f"mini_{args.split}" if mini else args.split
         with world.main_first():  # the first to come makes the city and builds the index
-            root = args.data_root or Path(trained["data_root"] or city_once())
+            root = args.data_root or trained.get("data_root") or city_once()
             box = None if args.tta else (recipe.grid.low, recipe.grid.high)  # a look may move points into the grid
             dataset = NuScenesDataset(root, version, split, recipe.data, point_range=box)
 

@@ -140,9 +140,9 @@ def test_a_submission_by_hand(city, tmp_path):
 
 
 def save_run(folder, model, root, recipe=None):
-    """A run's folder as the training scripts leave it, as far as evaluation reads it."""
+    """A run's folder as the training scripts leave it, as far as evaluation reads it; root None: as `convert` does."""
     (folder / "checkpoints").mkdir(parents=True)
-    args = {"data_root": str(root), "version": "v1.0-mini"}
+    args = {"data_root": str(root), "version": "v1.0-mini"} if root else {}
     config = {"args": args, "recipe": as_plain(recipe or model.recipe), "steps": 1}
     write_checkpoint({"model": model.state_dict(), "config": config, "step": 1}, folder / "checkpoints" / "last.pt")
     return folder
@@ -180,6 +180,16 @@ def test_a_detector_is_judged_and_its_boxes_are_drawn(detector_run):
     assert len(written) == 3 and all(len(boxes) > 100 for boxes in written.values())
     assert json.loads((out / "metrics_summary.json").read_text())["mean_ap"] < 0.05
     assert np.asarray(Image.open(out / "boxes_0.png")).std() > 20
+
+
+def test_a_converted_checkpoint_knows_no_data(city, tmp_path, monkeypatch, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "synthetic").symlink_to(city)
+    monkeypatch.chdir(tmp_path)
+    run = save_run(tmp_path / "run", tiny_detector(), None)
+    alone = (run / "checkpoints" / "last.pt").rename(tmp_path / "lidar.pt")
+    evaluate(alone, pictures=1)
+    assert "NDS: 0." in capsys.readouterr().out and (tmp_path / "eval" / "boxes_0.png").exists()
 
 
 def test_two_processes_find_what_one_finds(detector_run, tmp_path):
@@ -314,8 +324,8 @@ def test_what_is_no_checkpoint_is_said(detector_run, city, tmp_path, capsys):
     wide = replace(RECIPE, detect=replace(RECIPE.detect, queries=30, layers=1))
     for path, word in {
         tmp_path / "nowhere": "no checkpoint",
-        tmp_path / "empty": "no checkpoints/last.pt",
-        corrupt: "is not a checkpoint",
+        tmp_path / "empty": "without checkpoints/last.pt",
+        corrupt: "cut off or damaged",
         tmp_path / "other.pt": "holds no model",
         save_run(tmp_path / "few", few, city): "4 classes",
         save_run(tmp_path / "wide", tiny_detector(), city, wide): "do not fit",

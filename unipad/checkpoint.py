@@ -68,8 +68,6 @@ def read_run(path: Path):
     Raises `UserError` where there is none.
     """
     file = find_checkpoint(path)
-    if file.is_dir():
-        raise UserError(f"{path} has no checkpoints/last.pt; name the folder of a run, or a checkpoint.")
     saved = read_checkpoint(file)
     try:
         plain = saved["config"]["recipe"]

@@ -27,6 +27,9 @@ SMALLER = [
     (r"(train\.py --modality.*)$", rf"\1 {QUICK} {FEW_RAYS}"),
     (r"(finetune\.py --modality.*)$", rf"\1 {QUICK}"),
     (r"(eval\.py .*)$", r"\1 --device cpu --workers 0"),
+    (r"(eval\.py .*)--picture-stride 4", r"\1--picture-stride 16"),
+    (r"(eval\.py .*--mesh)", r"\1 --mesh-cell 4 --picture-stride 16"),
+    (r"--seeds 0 1 2", "--seeds 0 --steps 1 --pretrained outputs/train-lidar"),
     (r"--scenes 10 --keyframes 4 --image-size 900 1600", "--scenes 2 --keyframes 2 --image-size 64 96"),
 ]
 
@@ -45,14 +48,14 @@ def test_command_runs(command, city, tmp_path):
     for pattern, smaller in SMALLER:
         command = re.sub(pattern, smaller, command)
     command = command.format(python=sys.executable)
-    settings = dict(modality="lidar", preset="tiny", data_root=city, device="cpu", workers=0, steps=1)
-    for script, flags in {train: dict(rays_per_view=8, val_samples=1), finetune: {}}.items():  # runs it goes on from
-        runs = f"outputs/{script.__name__}-lidar"
-        if runs in command:
-            script.main(script.Args(out=tmp_path / runs / "run", **settings, **flags))
+    scripts = {"train": (train, dict(rays_per_view=8, val_samples=1, picture_stride=16)), "finetune": (finetune, {})}
+    for name, modality in re.findall(r"outputs/(train|finetune)-(\w+)", command):  # runs that it goes on from
+        script, flags = scripts[name]
+        settings = dict(modality=modality, preset="tiny", data_root=city, device="cpu", workers=0, steps=1)
+        script.main(script.Args(out=tmp_path / f"outputs/{name}-{modality}" / "run", **settings, **flags))
     done = subprocess.run(shlex.split(command), cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
-    if "train.py" in command:
+    if " train.py" in command:
         assert list(tmp_path.glob("outputs/train-*/*/images/val_000002.png"))
 
 

@@ -26,21 +26,25 @@ FIELD = dict(C=32, H=16, PREC="tf32")  # of every preset
 RGB = FIELD | dict(NEUS=True, SDF_LAYERS=6, RGB_LAYERS=4)
 NO_RGB = RGB | dict(RGB_LAYERS=0)  # LiDAR alone
 WIDE = RGB | dict(C=64, H=64, SDF_LAYERS=8, RGB_LAYERS=8, BLOCK_R=1, BLOCK_S=32)
-IEEE, ADD = dict(PREC="ieee"), dict(SCATTER=True)
+IEEE, ADD, TRAIN = dict(PREC="ieee"), dict(SCATTER=True), dict(STOP=0.0)
 
 
 def launch(kernel, constexprs, targets, registers=255, shared=0, stack=0, mma=""):
+    budgets = [target for target in targets if target in NVIDIA]
     types = dict(hit_ptr="*i1")
-    return Launch(kernel, constexprs, types, ("CHANNELS",), ("fp32",), targets, 4, 1, registers, shared, stack, mma)
+    return Launch(
+        kernel, constexprs, types, ("CHANNELS",), ("fp32",), targets, 4, 1, registers, shared, stack, mma, budgets
+    )
 
 
 # Stacks: a tile of 64 samples, what a Hopper matrix instruction takes, needs a few more registers than there are.
 # Half of the samples (BLOCK_M = 32) spill a fifth of that, for 1.6 times the instructions a sample.
 LAUNCHES = [
     launch("_sdf_values_kernel", FIELD | TILE | dict(LAYERS=6), NVIDIA, 160, 20480, 0, "HGMMA"),
-    launch("_sdf_render_fwd_kernel", RGB | ALONG, NVIDIA, 255, 20480, 96, "HGMMA"),
-    launch("_sdf_render_fwd_kernel", NO_RGB | ALONG, NVIDIA, 248, 20480, 0, "HGMMA"),
-    launch("_sdf_render_fwd_kernel", RGB | ALONG | IEEE, AMD),
+    launch("_sdf_render_fwd_kernel", RGB | ALONG | TRAIN, NVIDIA, 255, 20480, 96, "HGMMA"),
+    launch("_sdf_render_fwd_kernel", RGB | ALONG | dict(STOP=1e-4), HOPPER, 255, 20480, 96, "HGMMA"),
+    launch("_sdf_render_fwd_kernel", NO_RGB | ALONG | TRAIN, NVIDIA, 248, 20480, 0, "HGMMA"),
+    launch("_sdf_render_fwd_kernel", RGB | ALONG | TRAIN | IEEE, AMD),
     launch("_sdf_render_bwd_rgb_kernel", RGB | ALONG, NVIDIA, 255, 20480, 520, "HGMMA"),
     launch("_sdf_render_bwd_rgb_kernel", NO_RGB | ALONG, NVIDIA, 64, 256),
     launch("_sdf_render_bwd_rgb_kernel", WIDE, HOPPER, 255, 65536, 1024, "HMMA"),
@@ -227,6 +231,32 @@ def test_softplus_beyond_its_threshold():
     check_against_ref(called(sdf_render), composed("neus"), inputs, torch.float32, GRADIENTS)
 
 
+def test_a_ray_stops_where_its_light_does():
+    """All is solid: the first two rays reach far in, the others not; one misses; tiles of two rays, the last of one."""
+    inputs = make_inputs(5, 96, sdf_layers=2, rgb_layers=2, density=0.1)
+    inputs["sdf_mlp"][-1][0] -= 2.0
+    inputs["edges"][2:] *= 0.01
+    stop = 1e-3
+    with torch.no_grad():
+        rgb, depth, *whole = called(sdf_render, "volsdf")(**inputs)
+        stopped_rgb, stopped_depth, *stopped = called(sdf_render, "volsdf", stop=stop)(**inputs)
+    assert (whole[1] < 0).all() and whole[0][4].sum() < 0.5
+    for before, after in zip(whole, stopped, strict=True):
+        assert not after[:2, 64:].any() and torch.equal(after[:2, :64], before[:2, :64])
+        assert torch.equal(after[2:], before[2:])
+    assert 0 < (stopped_rgb - rgb).abs().max() < stop
+    reach = inputs["edges"][:, -1] - inputs["edges"][:, 0]
+    assert ((stopped_depth - depth).abs() <= stop * reach).all()
+
+
+def test_rays_that_miss_stop_at_once():
+    inputs = make_inputs(1, 65, sdf_layers=2, rgb_layers=2)
+    inputs["hit"][:] = False
+    with torch.no_grad():
+        rgb, depth, weights, sdf, _ = called(sdf_render, stop=1e-3)(**inputs)
+    assert not rgb.any() and not depth.any() and not weights.any() and sdf[:, :32].all() and not sdf[:, 32:].any()
+
+
 def test_zero_upstream_gradient():
     inputs = make_inputs(2, 5, sdf_layers=2, rgb_layers=2)
     inputs["volume"].requires_grad_()
@@ -274,6 +304,8 @@ def test_rejects_what_does_not_fit():
     ]:
         with pytest.raises(AssertionError, match=message):
             called(sdf_render)(**inputs | wrong)
+    with pytest.raises(AssertionError, match="no gradients"):
+        called(sdf_render, stop=1e-4)(**inputs)
     assert not in_family("unisurf", torch.float32, 32, 16, 6, 4)
 
 
@@ -282,7 +314,8 @@ def test_golden_record(monkeypatch):
     monkeypatch.setattr(fused, "BLOCK_M", 512)
     record, _ = load("render_neus_eval")
     grid = Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(5.4, 6.0, 1.6))
-    renderer = Renderer(Render(), grid).eval()
+    losses = dict(free_space_weight=1.0, sdf_weight=10.0, eikonal_weight=0.01, truncation=1.5)
+    renderer = Renderer(Render(**losses), grid).eval()
     renderer.field.load_state_dict(under(record, "state/pts_bbox_head.render_model.field."))
     R, unscale = len(record["in/ray_o"]), 1 / grid.scale
     rays = Rays(
@@ -299,6 +332,22 @@ def test_golden_record(monkeypatch):
     assert same.sum() >= R - 1
     for name, key, rel in [("sdf", "sdf", 1e-3), ("gradient", "gradients", 1e-3), ("weights", "weights", 5e-3)]:
         assert_close_to_max(getattr(out, name)[same], record[f"out/{key}"].squeeze(-1)[same], rel, name)
+
+    # gradients sum over all rays, so those of the fused backward are taken on the samples that the original placed
+    edges = torch.cat([record["out/z_vals"], record["out/ends"][:, -1:]], dim=1)[..., 0]
+    renderer.sample = lambda *_: edges
+    volume = record["in/feature_volume"].requires_grad_()
+    losses = renderer.loss(renderer(volume[None], rays), rays)
+    for term, value in losses.items():
+        assert_close_to_max(value, record[f"out/{term}_loss"], 1e-5, term)
+    with launches() as launched:
+        sum(losses.values()).backward()
+    assert launched == ["_sdf_render_bwd_rgb_kernel", "_sdf_render_bwd_sdf_kernel"]
+    assert_close_to_max(volume.grad, record["grad/feature_volume"], 1e-3, "volume")
+    expected = under(record, "grad/pts_bbox_head.render_model.field.")
+    assert len(expected) == 45
+    for name, value in expected.items():
+        assert_close_to_max(renderer.field.get_parameter(name).grad, value, 1e-3, name)
 
 
 @pytest.mark.parametrize("method, channels, fuses", [("volsdf", 16, True), ("neus", 8, False), ("unisurf", 16, False)])

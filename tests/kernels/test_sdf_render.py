@@ -163,19 +163,30 @@ def assert_as_composed(inputs, method, rel, op=sdf_render, dtype=torch.float32, 
     truth = results(composed(method), inputs, torch.float64)
     for name, value in results(called(op, method, **options), inputs, dtype).items():
         assert_close_to_max(value, truth[name], rel, name)
-    return truth
 
 
-def test_field_of_the_presets():
-    """All 46 gradients; samples outside the box, towards the surface and away from it, tiles half full."""
-    torch.manual_seed(3)
+@pytest.mark.parametrize("seed", [2, 3])
+def test_field_of_the_presets(seed):
+    """All 46 gradients; samples outside the box, towards the surface and away from it, tiles half full.
+
+    What is compared: the largest error of an output or gradient, against the composed formulas in fp64. What it may be:
+    1e-5 of the largest true entry; and where fp32 itself loses more than that (`d_density`, one number summed over all
+    samples, with seed 2), twice the largest error of the composed formulas in fp32.
+    """
+    torch.manual_seed(seed)
     inputs = make_inputs(5, 40)
+    truth = results(composed("neus"), inputs, torch.float64)
+    plain = results(composed("neus"), inputs)
     with launches() as launched:
-        truth = assert_as_composed(inputs, "neus", 1e-5, exact=True)
+        found = results(called(sdf_render, exact=True), inputs)
     assert launched == ["_sdf_render_fwd_kernel", "_sdf_render_bwd_rgb_kernel", "_sdf_render_bwd_sdf_kernel"]
+    assert len(truth) == 5 + 1 + 26 + 18 + 1
+    for name, true in truth.items():
+        error, plain_error = ((value[name] - true).abs().max().item() for value in (found, plain))
+        bound = max(1e-5 * true.abs().max().item(), 2 * plain_error)
+        assert error <= bound, f"{name}: off by {error:.2e} > {bound:.2e}, composed in fp32 by {plain_error:.2e}"
     cosine = (truth["gradient"] * inputs["directions"][:, None]).sum(-1)
     assert (cosine > 0).any() and (cosine < 0).any()
-    assert len(truth) == 5 + 1 + 26 + 18 + 1
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from benchmarks.bench_render import AGREE_FP32
 from benchmarks.eager import EagerRenderer
 from benchmarks.harness import DEVICE, Case, compare
-from unipad.config import PRESETS
 from unipad.model.rays import Rays
 from unipad.model.render import Renderer
+from unipad.recipes import PRETRAIN
 
 SAMPLES, IMPORTANCE = 72, 24
 RAYS = [512, 3072, 12288, 49152] if DEVICE == "cuda" else [512, 1536]
@@ -33,7 +33,7 @@ AGREE = 5e-2 if DEVICE == "cuda" else AGREE_FP32
 
 def case(R):
     """R rays of one sample from cameras around the origin outwards; on a CPU through the tiny preset's volume."""
-    recipe = PRESETS["camera"]["camera-0.1" if DEVICE == "cuda" else "tiny"]
+    recipe = PRETRAIN["camera"]["camera-0.1" if DEVICE == "cuda" else "tiny"]
     cfg, grid = replace(recipe.render, samples=SAMPLES, importance=IMPORTANCE), recipe.grid
     renderer = Renderer(cfg, grid).to(DEVICE)
     (X, Y, Z), C = grid.shape, cfg.channels

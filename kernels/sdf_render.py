@@ -67,7 +67,7 @@ def in_family(method, dtype, channels, hidden, sdf_layers, rgb_layers):
     return method in METHODS and dtype == torch.float32 and wide and deep
 
 
-def sdf_render(volume, rays, edges, mlps, density, cells, method, exact=False):
+def sdf_render(volume, rays, edges, mlps, density, cells, method, exact=False, stop=0.0):
     """Render rays.
 
     Args:
@@ -81,6 +81,9 @@ def sdf_render(volume, rays, edges, mlps, density, cells, method, exact=False):
         cells:   cells_per_unit [3] and first_cell [3]: cell = point * cells_per_unit + first_cell, (x, y, z).
         method:  "neus" or "volsdf".
         exact:   products of MLPs as if in fp32 (tf32x3) instead of tf32, at three times the products.
+        stop:    above 0 and under `no_grad` only: kernels leave a ray where less than this share of its light is left,
+                 and rays that miss at once. What lies behind has weight, distance and gradient 0; `rgb` is off by less
+                 than `stop`, `depth` by less than that share of the ray.
 
     Returns:
         rgb:      [R, 3], black background; 0 without the colour MLP.
@@ -95,16 +98,17 @@ def sdf_render(volume, rays, edges, mlps, density, cells, method, exact=False):
     field is not `in_family`.
     """
     _check(volume, rays, edges, mlps, method)
+    assert not (stop and torch.is_grad_enabled()), "a ray that stops early has no gradients: render under no_grad"
     if not on_triton(volume):
         return sdf_render_ref(volume, rays, edges, mlps, density, cells, method)
     packs, sizes = _packed(volume, mlps)
     geometry = [t.contiguous() for t in (*rays, edges, *cells)]
     options = dict(NEUS=method == "neus", PREC=_precision(exact), **sizes)
-    return SdfRender.apply(volume.contiguous(), *packs, density, geometry, options)
+    return SdfRender.apply(volume.contiguous(), *packs, density, geometry, options, float(stop))
 
 
-def sdf_render_ref(volume, rays, edges, mlps, density, cells, method, exact=False):
-    """`sdf_render` in plain PyTorch, on any field and in fp64 too; `exact` changes nothing."""
+def sdf_render_ref(volume, rays, edges, mlps, density, cells, method, exact=False, stop=0.0):
+    """`sdf_render` in plain PyTorch, on any field and in fp64 too; `exact` and `stop` change nothing."""
     origins, directions, volume_idx, hit = rays
     starts, deltas = edges[:, :-1], edges.diff(dim=1)
     points = origins[:, None] + directions[:, None] * starts[..., None]  # [R, S, 3]
@@ -175,19 +179,20 @@ def _precision(exact):
 
 class SdfRender(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, volume, sdf_mlp, rgb_mlp, density, rays, options):
+    def forward(ctx, volume, sdf_mlp, rgb_mlp, density, rays, options, stop):
         edges = rays[4]
         R, S = len(edges), edges.shape[1] - 1
         rgb, depth, total = edges.new_zeros(R, 3), edges.new_empty(R), edges.new_empty(R)  # total: of the weights
-        weights, trans, sdf = (edges.new_empty(R, S) for _ in range(3))
-        gradient, colours = edges.new_empty(R, S, 3), edges.new_empty(R, S, 3 if options["RGB_LAYERS"] else 0)
+        new = edges.new_zeros if stop else edges.new_empty  # the kernel fills all that it does not stop before
+        weights, trans, sdf = (new(R, S) for _ in range(3))
+        gradient, colours = new(R, S, 3), edges.new_empty(R, S, 3 if options["RGB_LAYERS"] else 0)
         if R:
             programs, launch = _along_rays(R, options)
             keep = volume.new_empty(programs, options["SDF_LAYERS"] - 1, BLOCK_M, options["H"])
             _sdf_render_fwd_kernel[(programs,)](
                 volume, *rays, sdf_mlp, rgb_mlp, density,
                 rgb, depth, total, weights, trans, sdf, gradient, colours, keep,
-                R, S, *volume.shape[1:], **options, **launch,
+                R, S, *volume.shape[1:], **options, STOP=stop, **launch,
             )  # fmt: skip
         ctx.options = options
         ctx.save_for_backward(
@@ -202,7 +207,7 @@ class SdfRender(torch.autograd.Function):
         rays, rendered, options = rest[:7], rest[7:], ctx.options
         R, S, C, H = len(rays[0]), rays[4].shape[1] - 1, options["C"], options["H"]
         if not R:
-            return *(torch.zeros_like(t) for t in (volume, sdf_mlp, rgb_mlp, density)), None, None
+            return *(torch.zeros_like(t) for t in (volume, sdf_mlp, rgb_mlp, density)), None, None, None
         scatter, has_rgb = on_triton(volume, deterministic=False), options["RGB_LAYERS"] > 0
         # what the first kernel hands on to the second
         d_sdf, d_gradient = volume.new_empty(R, S), volume.new_empty(R, S, 3)
@@ -230,7 +235,7 @@ class SdfRender(torch.autograd.Function):
         )  # fmt: skip
         if not scatter:
             cell_sum(d_volume, rays[:2], rays[4], rays[5:], cell, d_feature, d_slope, d_gradient)
-        return d_volume, d_sdf_mlp.sum(0), d_rgb_mlp, d_density.sum(0, keepdim=True), None, None
+        return d_volume, d_sdf_mlp.sum(0), d_rgb_mlp, d_density.sum(0, keepdim=True), None, None, None
 
 
 BLOCK_S = 32  # samples on a ray per tile of the kernels that walk along rays
@@ -342,15 +347,20 @@ def _sdf_render_fwd_kernel(
     keep_ptr,  # [programs, SDF_LAYERS - 1, M, H] scratch
     R, S, Z, Y, X, CHANNELS,
     NEUS: tl.constexpr, PREC: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
-    SDF_LAYERS: tl.constexpr, RGB_LAYERS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+    SDF_LAYERS: tl.constexpr, RGB_LAYERS: tl.constexpr, STOP: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     density = tl.load(density_ptr)
     keep_ptr += tl.program_id(0).to(tl.int64) * (SDF_LAYERS - 1) * BLOCK_R * BLOCK_S * H
     for group in range(tl.program_id(0), tl.cdiv(R, BLOCK_R), tl.num_programs(0)):
         passed = tl.full((BLOCK_R,), 1.0, tl.float32)  # light that reaches the tile
+        if STOP > 0:  # rays that miss, or do not exist, need not keep the others company
+            ray = group * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
+            passed = tl.load(hit_ptr + ray, mask=ray < R, other=0).to(tl.float32)
         total = tl.zeros((BLOCK_R,), tl.float32)
         reach, red, green, blue = total, total, total, total
-        for tile in range(tl.cdiv(S, BLOCK_S)):
+        tile, tiles = 0, tl.cdiv(S, BLOCK_S)
+        while tile < tiles:
             r, n, ok, start, delta = _tile(edges_ptr, group, tile, R, S, BLOCK_R, BLOCK_S)
             point, direction, place = sample_on_ray(
                 origins_ptr, directions_ptr, volume_idx_ptr, cells_per_unit_ptr, first_cell_ptr, r, start, ok, Z
@@ -395,6 +405,9 @@ def _sdf_render_fwd_kernel(
                 green += tl.sum(tl.reshape(g_, (BLOCK_R, BLOCK_S)), axis=1)
                 blue += tl.sum(tl.reshape(b_, (BLOCK_R, BLOCK_S)), axis=1)
             tl.debug_barrier()  # the next tile is kept in the same place
+            tile += 1
+            if STOP > 0:
+                tiles = tl.where(tl.max(passed, axis=0) < STOP, tile, tiles)
         r = group * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
         tl.store(depth_ptr + r, reach / (total + 1e-10), mask=r < R)
         tl.store(total_ptr + r, total, mask=r < R)

@@ -19,7 +19,7 @@ TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip
 
 @dataclass(frozen=True)
 class Launch:
-    """One way the code launches a kernel, and what that may cost on sm_90.
+    """One way the code launches a kernel, and what that may cost on the targets of `budgets`.
 
     Types of runtime arguments are read off their names: `*_idx_ptr` points to int32, any other `*_ptr` to the element
     type; UPPER CASE sizes are int32, other scalars fp32. `types` says otherwise.
@@ -36,7 +36,12 @@ class Launch:
     registers: int = 255  # at most, per thread
     shared: int = 0  # at most, bytes per program
     stack: int = 0  # at most, bytes per thread; above 0 means spills and wants a written reason
-    mma: str = ""  # the matrix instruction that the machine code must have, e.g. "HGMMA"
+    mma: str = ""  # the matrix instruction that sm_90's machine code must have, "HGMMA" or "HMMA"; sm_80 knows HMMA
+    budgets: tuple = ("sm_90",)  # of NVIDIA's targets: where the costs are asserted
+
+    def matrix(self, target):
+        """The matrix instruction that the machine code for `target` must have, "" for none."""
+        return "HMMA" if self.mma and target == "sm_80" else self.mma
 
 
 def compile_launches(kernel_file):
@@ -72,7 +77,7 @@ def _compile(kernel, launch, element, target):
     if launch.num_stages is not None:
         options["num_stages"] = launch.num_stages
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
-    return _cost(compiled, launch.mma) if target == "sm_90" else {}
+    return _cost(compiled, launch.matrix(target)) if target in launch.budgets else {}
 
 
 def _type(name, launch, element):

@@ -33,7 +33,7 @@ LAUNCHES = [
     Launch(
         "_d_weight_kernel",
         flags | dict(BLOCK_R=BLOCK_R, BLOCK_I=i, BLOCK_O=o), dict(partial_ptr="*fp32"),
-        divisible, elements, 8 if i * o > 8192 else 4, registers, shared,
+        divisible, elements, num_warps=8 if i * o > 8192 else 4, registers=registers, shared=shared,
     )
     for flags, i, o, divisible, elements, registers, shared in [
         (IEEE, 16, 16, EVEN, HALF, 48, 6144),

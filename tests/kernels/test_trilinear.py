@@ -12,7 +12,15 @@ FP32 = dict.fromkeys(
 )
 BOTH = ("fp32", "bf16")
 LAUNCHES = [
-    Launch(kernel, flags | dict(BLOCK_C=c, BLOCK_N=1024 // c), FP32, divisible, elements, 4, registers, shared)
+    Launch(
+        kernel,
+        flags | dict(BLOCK_C=c, BLOCK_N=1024 // c),
+        FP32,
+        divisible,
+        elements,
+        registers=registers,
+        shared=shared,
+    )
     for kernel, flags, c, divisible, elements, registers, shared in [
         ("_trilinear_fwd_kernel", dict(WITH_GRADIENT=True), 32, ("C",), BOTH, 128, 4096),
         ("_trilinear_fwd_kernel", dict(WITH_GRADIENT=False), 32, ("C",), BOTH, 88, 4096),

@@ -68,7 +68,7 @@ class Renderer(nn.Module):
         self.field.laplace_density["beta"].requires_grad_(cfg.method == "volsdf")
         self.field.rgb_decoder.requires_grad_(cfg.rgb_weight > 0)
 
-    def forward(self, volume, rays, jitter=None, points=None):
+    def forward(self, volume, rays, jitter=None, points=None, stop=0.0):
         """Render rays.
 
         Args:
@@ -77,9 +77,13 @@ class Renderer(nn.Module):
             jitter: [R, self.jitters] uniforms in [0, 1) that move the samples of each ray (training).
                     None: the same samples every time.
             points: pair of [P, 3] metres and [P] int32 volume index (-1: leave out), for the loss `points`.
+            stop:   as of `sdf_render`, where that runs: for pictures, not for losses.
 
         Returns:
             `Rendered`; no rays give empty tensors. Differentiable once in `volume` and the parameters.
+
+        On a GPU neither this nor `loss` or their backward waits for the host, so that a CUDA graph can hold them; only
+        VolSDF's sampler does, see `volsdf_edges`.
         """
         with torch.autocast(volume.device.type, enabled=False):
             dtype = self.field.cells_per_unit.dtype
@@ -110,7 +114,7 @@ class Renderer(nn.Module):
                 density = self.field.inv_s if self.cfg.method == "neus" else self.field.beta
                 bundle = origins, directions, rays.volume_idx, hit
                 rgb, depth, weights, sdf, gradient = sdf_render(
-                    volume, bundle, edges, mlps, density, cells, self.cfg.method, self.exact
+                    volume, bundle, edges, mlps, density, cells, self.cfg.method, self.exact, stop
                 )
             else:
                 sdf, gradient, colour = self.field(volume, along(starts), directions, rays.volume_idx)

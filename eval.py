@@ -36,7 +36,7 @@ from unipad.draw import rendered_views, write_film
 from unipad.draw_boxes import detection_views
 from unipad.errors import UserError, check_choices, check_ranges
 from unipad.evaluate import detect_all, evaluate_rendering, submit
-from unipad.mesh import check_marching_cubes, distances, surface, write_ply
+from unipad.mesh import check_mesh, distances, surface, write_ply
 from unipad.model.detect import Detector
 from unipad.model.pretrain import Pretrain
 from unipad.runtime import PRECISIONS, generators, mixed_precision, one_sentence_errors, start, to_main
@@ -51,7 +51,7 @@ class Args:
     split: str = "val"  # train, val or test; of v1.0-mini, mini_train and mini_val
     data_root: Path | None = None  # folder of a nuScenes set (default: the run's, or a synthetic city)
     version: str | None = None  # version of the set (default: the run's, or v1.0-mini)
-    out: Path | None = None  # folder for the results (default: eval in the run's folder)
+    out: Path | None = None  # folder for the results, over those in it (default: eval in the run's folder)
     batch_size: int = 1  # samples that a process looks at together
     workers: int | None = None  # data loading processes of each process (default: 4 with a GPU, 1 without)
     precision: str | None = None  # bf16, fp16 or fp32, of the encoder (default: bf16 with a GPU, fp32 without)
@@ -124,6 +124,10 @@ def detect(args, model, dataset, out, world, say):
     if not world.is_main:
         return
     file = submit(found, model.recipe, dataset, out)
+    if dataset.split == "test":
+        say(f"the test split has no public annotations: no metrics, but a submission in {file}")
+    else:
+        say(table(score_submission(file, dataset.root, dataset.version, dataset.split)))
     with_images = has_images(dataset.root, dataset.version, dataset.split)
     settings = replace(model.recipe.data, cameras=with_images)  # in images too what the LiDAR alone has found
     drawn = NuScenesDataset(dataset.root, dataset.version, dataset.split, settings)
@@ -131,14 +135,12 @@ def detect(args, model, dataset, out, world, say):
         if batch.tokens[0] in found:
             picture = detection_views(batch, found[batch.tokens[0]], args.least_score)
             Image.fromarray(picture).save(out / f"boxes_{i}.png")
-    if dataset.split == "test":
-        say(f"the test split has no public annotations: no metrics, but a submission in {file}")
-    else:
-        say(table(score_submission(file, dataset.root, dataset.version, dataset.split)))
 
 
 def render(args, model, dataset, out, world, say):
     """Colour, depth and normals of some frames beside their images and LiDAR points, and how far off they are."""
+    if args.mesh:
+        check_mesh(model.recipe.grid, args.mesh_cell)
     device, rows, done = world.device, rows_of(args, dataset), []
     for row in tqdm(rows[world.rank :: world.size], "rendering", disable=None if world.is_main else True, leave=False):
         try:
@@ -196,8 +198,6 @@ def check(args):
         raise UserError("--frames and --scene both say which frames; leave one out.")
     if args.out and args.out.is_file():
         raise UserError(f"--out {args.out} is a file; name a folder.")
-    if args.mesh:
-        check_marching_cubes()
 
 
 def task_of(args, recipe):

@@ -31,6 +31,7 @@ from unipad.data.cutpaste import load_objects
 from unipad.data.loader import held_out_batches, step_batches
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.synthetic import city_once
+from unipad.data.tables import LEARNED
 from unipad.draw_boxes import detection_views
 from unipad.errors import UserError, check_choices, check_ranges
 from unipad.evaluate import evaluate_detections
@@ -86,9 +87,6 @@ class Args:
     save_every: int | None = None  # steps between checkpoints (default: a twentieth of the run, at most 1000)
 
 
-SPLITS = {"v1.0-mini": ("mini_train", "mini_val"), "v1.0-trainval": ("train", "val")}
-
-
 def main(args: Args):
     recipe = recipe_of(args)
     optim = recipe.optim
@@ -97,15 +95,16 @@ def main(args: Args):
         say = partial(print, flush=True) if world.is_main else lambda *_: None
 
         # Data
-        train_split, val_split = SPLITS[args.version]
+        train_split, val_split = LEARNED[args.version]
         box = (recipe.grid.low, recipe.grid.high)  # nothing outside is seen or found
+        workers = args.workers if args.workers is not None else (4 if device.type == "cuda" else 1)
         with world.main_first():  # the first to come makes the city, builds the index and cuts the objects out
             root = args.data_root or city_once()
             settings = (recipe.data, recipe.label_fraction, box, recipe.augment)
             train_set = NuScenesDataset(root, args.version, train_split, *settings)
             val_set = NuScenesDataset(root, args.version, val_split, recipe.data, point_range=box)
             if recipe.paste:
-                train_set = train_set.pasting(load_objects(train_set, recipe.paste))
+                train_set = train_set.pasting(load_objects(train_set, recipe.paste, workers))
         if recipe.balanced:
             train_set = train_set.balanced(args.seed)
         steps = args.steps or max(1, round(optim.epochs * len(train_set) / optim.batch_size))
@@ -118,14 +117,15 @@ def main(args: Args):
         share = optim.batch_size // passes  # samples of one pass of one process
         pasted_epochs = optim.epochs - (recipe.paste.off_epochs if recipe.paste else 0)
         paste_until = max(0, round(pasted_epochs / optim.epochs * steps)) * optim.batch_size  # position in the stream
-        workers = args.workers if args.workers is not None else (4 if device.type == "cuda" else 1)
 
         # Model and optimiser
         torch.manual_seed(args.seed)
         net = Detector(recipe).to(device)
         net.encoder.set_checkpointing(args.checkpointing)
-        model = torch.nn.parallel.DistributedDataParallel(net) if world.size > 1 else net
         take_weights(net, "encoder.", args.pretrained, "--pretrained", say)
+        model = (
+            torch.nn.parallel.DistributedDataParallel(net) if world.size > 1 else net
+        )  # all take the main one's weights
         optimiser = make_optimiser(net, optim)
         autocast, scaler = mixed_precision(args.precision, device)
         parts = {"model": net, "optimiser": optimiser, "scaler": scaler}
@@ -232,7 +232,7 @@ def recipe_of(args):
     name = args.preset or (list(presets)[-1] if args.data_root else "tiny")
     check_choices(
         preset=(name, presets),
-        version=(args.version, SPLITS),
+        version=(args.version, LEARNED),
         precision=(args.precision, PRECISIONS),
         backbone=(args.backbone, CONVNEXT),
     )

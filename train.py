@@ -36,6 +36,7 @@ from unipad.config import CONVNEXT, changed
 from unipad.data.loader import held_out_batches, step_batches
 from unipad.data.nuscenes import NuScenesDataset, has_images
 from unipad.data.synthetic import city_once
+from unipad.data.tables import LEARNED
 from unipad.draw import rendered_views
 from unipad.errors import UserError, check_choices, check_ranges
 from unipad.evaluate import evaluate_rendering
@@ -94,9 +95,6 @@ class Args:
     save_every: int | None = None  # steps between checkpoints (default: a twentieth of the run, at most 1000)
 
 
-SPLITS = {"v1.0-mini": ("mini_train", "mini_val"), "v1.0-trainval": ("train", "val")}
-
-
 def main(args: Args):
     recipe = recipe_of(args)
     optim = recipe.optim
@@ -107,7 +105,7 @@ def main(args: Args):
         # Data
         with world.main_first():
             root = args.data_root or city_once()
-        train_split, val_split = SPLITS[args.version]
+        train_split, val_split = LEARNED[args.version]
         box = (recipe.grid.low, recipe.grid.high)  # points outside are no targets: no ray reaches them
         with world.main_first():  # the first to come builds the index
             seen = has_images(root, args.version, train_split)
@@ -129,8 +127,10 @@ def main(args: Args):
         torch.manual_seed(args.seed)
         net = Pretrain(recipe).to(device)
         net.encoder.set_checkpointing(args.checkpointing)
-        model = torch.nn.parallel.DistributedDataParallel(net) if world.size > 1 else net
         take_weights(net, "encoder.", args.init, "--init", say)
+        model = (
+            torch.nn.parallel.DistributedDataParallel(net) if world.size > 1 else net
+        )  # all take the main one's weights
         optimiser = make_optimiser(net, optim)
         autocast, scaler = mixed_precision(args.precision, device)
         parts = {"model": net, "optimiser": optimiser, "scaler": scaler}
@@ -241,7 +241,7 @@ def recipe_of(args):
     name = args.preset or (list(presets)[-1] if args.data_root else "tiny")
     check_choices(
         preset=(name, presets),
-        version=(args.version, SPLITS),
+        version=(args.version, LEARNED),
         precision=(args.precision, PRECISIONS),
         backbone=(args.backbone, CONVNEXT),
         ray_choice=(args.ray_choice, ("depth", "random", "dilation")),

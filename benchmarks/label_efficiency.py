@@ -2,7 +2,8 @@
 
     python -m benchmarks.label_efficiency --modality lidar                      # synthetic city, a few minutes a run
     python -m benchmarks.label_efficiency --modality camera --seeds 0 1 2
-    python -m benchmarks.label_efficiency --modality lidar --pretrained RUN --steps 20000 --data-root ... --version ...
+    python -m benchmarks.label_efficiency --modality lidar --pretrained RUN --preset lidar-0.075-ablation --steps 7000 \
+        --data-root /data/nuscenes --version v1.0-trainval      # what the paper's headline gains were measured with
 
 Pre-trains once (or takes --pretrained), then fine-tunes twice a seed: same seed, steps and label fraction, with and
 without the pre-trained encoder. Prints NDS and mAP on the validation split of each run.
@@ -23,7 +24,8 @@ class Args:
     label_fraction: float = 0.2  # share of the training frames that fine-tuning sees
     seeds: tuple[int, ...] = (0,)  # of the fine-tuning runs
     pretrained: Path | None = None  # run to start from (default: one is made with train.py's defaults)
-    steps: int = 800  # of each fine-tuning run
+    steps: int = 600  # of each fine-tuning run
+    preset: str | None = None  # of fine-tuning (default: tiny; with --data-root finetune.py's)
     data_root: Path | None = None  # folder of a nuScenes set (default: the synthetic city)
     version: str = "v1.0-mini"  # version of the set
     out: Path = Path("outputs/label-efficiency")  # folder of all runs; those that are finished there are not run again
@@ -50,6 +52,7 @@ def main(args: Args):
                 "--val-every",
                 args.steps,
             ]
+            flags += ["--preset", args.preset] if args.preset else []
             flags += ["--pretrained", pretrained] if start == "pretrained" else []
             run("finetune.py", folder, *common, *flags)
             rows.append((seed, start, last(folder, "val/NDS"), last(folder, "val/mAP")))

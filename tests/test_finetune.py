@@ -84,7 +84,8 @@ def test_objects_are_pasted_until_the_last_epochs(city, tmp_path, monkeypatch):
     for name, recipe in {
         "plain": replace(tiny, optim=optim),
         "pasted": replace(tiny, optim=optim, paste=paste),
-        "balanced": replace(tiny, optim=optim, balanced=True, paste=paste),
+        "balanced": replace(tiny, optim=optim, balanced=True),
+        "balanced and pasted": replace(tiny, optim=optim, balanced=True, paste=paste),
     }.items():
         monkeypatch.setitem(recipes.DETECT["lidar"], "tiny", recipe)
         seen = boxes[name] = []
@@ -99,7 +100,11 @@ def test_objects_are_pasted_until_the_last_epochs(city, tmp_path, monkeypatch):
             run(tmp_path / name, city, lr=1e-9)
     assert boxes["plain"][3] == boxes["pasted"][3]
     assert sum(boxes["pasted"][:3]) > sum(boxes["plain"][:3])
-    assert len(boxes["balanced"]) == 4
+    assert sum(boxes["balanced and pasted"][:3]) > sum(boxes["balanced"][:3])
+    assert boxes["balanced and pasted"][3] == boxes["balanced"][3]
+    run(tmp_path / "again", city, lr=1e-9, stop_at=2)  # what is pasted is a function of the step
+    run(tmp_path / "again", city, lr=1e-9, resume="auto")
+    assert curve(tmp_path / "again") == curve(tmp_path / "balanced and pasted")
 
 
 def test_two_processes_are_told_what_one_is(straight, city, tmp_path):

@@ -73,7 +73,7 @@ def read_run(path: Path):
         plain = saved["config"]["recipe"]
         recipe = from_plain(DetectRecipe if "detect" in plain else PretrainRecipe, plain)
         saved["model"], saved["config"]["args"]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise UserError(f"{file} holds no model with a recipe of this version of the project ({error}).") from None
     return saved, recipe, file.parent.parent if file.parent.name == "checkpoints" else file.parent
 
@@ -83,15 +83,17 @@ def take_weights(net, prefix, paths, flag, say):
 
     paths: as for `find_checkpoint`; a later one's weights go over an earlier one's.
     flag:  the flag that named them, for messages.
-    say:   called with one line for each path: how many weights it gave, which of its parts were left, what stays new.
+    say:   called with one line for each path: how many weights it gave, what was left and why, what stays new.
 
     Returns the names taken. Raises `UserError` for a file without any of the weights, or with one of another shape.
     """
     mine = {name: w for name, w in net.state_dict().items() if name.startswith(prefix)}
     taken = set()
     for path in paths:
-        saved = read_checkpoint(find_checkpoint(path))
-        theirs = saved.get("model", {}) if isinstance(saved, dict) else {}
+        file = find_checkpoint(path)
+        saved = read_checkpoint(file)
+        theirs = saved.get("model") if isinstance(saved, dict) else None
+        theirs = theirs if isinstance(theirs, dict) else {}
         common = {name: theirs[name] for name in mine.keys() & theirs.keys()}
         other = sorted(name for name, w in common.items() if w.shape != mine[name].shape)
         if not common or other:
@@ -102,8 +104,9 @@ def take_weights(net, prefix, paths, flag, say):
         net.load_state_dict(common, strict=False)
         taken |= common.keys()
         left = _parts(theirs.keys() - common.keys())
+        left = f"; left {left}, which have no place here" if left else ""
         millions = sum(w.numel() for w in common.values()) / 1e6
-        say(f"{flag} {path}: took {millions:.2f} M weights, {_parts(common)}" + (f"; left {left}" if left else ""))
+        say(f"{flag} {file}: took {millions:.2f} M weights, {_parts(common)}{left}")
     new = mine.keys() - taken
     if paths and new:
         rest = {part_of(name) for name in new} & {part_of(name) for name in taken}

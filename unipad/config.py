@@ -169,7 +169,8 @@ class Detect:
     least_score: float = 0.0
     centre_low: tuple[float, float, float] = (-61.2, -61.2, -10.0)  # metres; boxes with a centre outside are dropped
     centre_high: tuple[float, float, float] = (61.2, 61.2, 10.0)
-    # (class, IoU from above beyond which the worse box goes): barrier, motorcycle, traffic cone; none in the ablations
+    iou_in_score: bool = True  # denoising: a box's score is sqrt(p * IoU); False: p alone
+    # (class, IoU from above beyond which the worse box goes): barrier, motorcycle, traffic cone
     nms: tuple[tuple[int, float], ...] = ((5, 0.2), (6, 0.2), (9, 0.2))
 
 

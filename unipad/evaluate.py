@@ -47,7 +47,7 @@ def evaluate_rendering(model, batches, seed, device, masked=True):
     model.train(was_training)
     squared, pixels, abs_rel, squared_m, close, depths = all_reduce_sum(sums).tolist()
     if not depths:
-        raise UserError("no held-out frame has a LiDAR point in view: raise --val-samples.")
+        raise UserError("none of these frames has a LiDAR point in view: take more frames.")
     psnr = {"psnr": -10 * torch.tensor(squared / pixels).log10().item()} if pixels else {}
     return psnr | {
         "depth_abs_rel": abs_rel / depths,
@@ -104,7 +104,7 @@ def detect_all(model, dataset, world, detect=None, size=1, workers=0):
     model:   a `Detector`; put in eval mode here and back into the mode it was in.
     dataset: a `NuScenesDataset` of all the split's frames.
     world:   `runtime.World`; each process takes every world-th frame.
-    detect:  function of a batch instead of `model.detect`, such as `tta.detect`.
+    detect:  function of a batch instead of `model.detect`, such as `tta.detect_in_looks` makes.
     size:    samples of a batch; workers: processes that load, for each process.
 
     A frame that cannot be read is named on stderr and missing in the result. Raises `UserError` if all are.

@@ -7,11 +7,14 @@ import torch
 
 from unipad.errors import UserError
 
-AT_A_TIME = 2**18  # points whose distance is read at once
+AT_A_TIME = 2**18  # points whose distance is read at once, or those of one x
 
 
-def check_marching_cubes():
-    """Raises `UserError` where the extra that meshes need is not installed."""
+def check_mesh(grid, cell):
+    """Raises `UserError` where meshes of points `cell` metres apart cannot be made of a `config.Grid`."""
+    most = min(h - l for l, h in zip(grid.low, grid.high, strict=True)) / 2
+    if cell > most:
+        raise UserError(f"--mesh-cell {cell} is too coarse for a volume {2 * most} metres high; take at most {most}.")
     if importlib.util.find_spec("skimage") is None:
         raise UserError("--mesh needs scikit-image: install it with pip install -e '.[mesh]'.")
 
@@ -25,13 +28,13 @@ def distances(model, volume, cell):
     renderer, grid = model.renderer, model.recipe.grid
     with torch.autocast(volume.device.type, enabled=False):
         volume = volume.permute(0, 2, 3, 4, 1).to(renderer.field.cells_per_unit.dtype).contiguous()
-        axes = [torch.arange(l, h, cell, device=volume.device) for l, h in zip(grid.low, grid.high, strict=True)]
-        points = torch.cartesian_prod(*axes).to(volume.dtype) * renderer.scale  # [X * Y * Z, 3]
+        x, y, z = (torch.arange(l, h, cell, device=volume.device) for l, h in zip(grid.low, grid.high, strict=True))
         parts = []
-        for some in points.split(AT_A_TIME):
-            first = torch.zeros(len(some), dtype=torch.int32, device=volume.device)
-            parts.append(renderer.field.sdf(volume, some[:, None], first)[:, 0])
-    return torch.cat(parts).view([len(axis) for axis in axes]).float() / renderer.scale
+        for some in x.split(max(1, AT_A_TIME // (len(y) * len(z)))):
+            points = torch.cartesian_prod(some, y, z).to(volume.dtype) * renderer.scale  # [.. * Y * Z, 3]
+            first = torch.zeros(len(points), dtype=torch.int32, device=volume.device)
+            parts.append(renderer.field.sdf(volume, points[:, None], first)[:, 0].float() / renderer.scale)
+    return torch.cat(parts).view(len(x), len(y), len(z))
 
 
 def surface(values, low, cell):

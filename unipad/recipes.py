@@ -169,8 +169,10 @@ DETECT = {
         # final_uvtr_cam_vs0.075_finetune
         "camera-0.075": DetectRecipe(
             grid=GRID_075,
+            data=Data(sweeps=10),
             augment=CAMERA_AUGMENT,
             camera=CAMERA_075_FINAL,
+            detect=Detect(iou_in_score=False, nms=()),
             optim=Optim(epochs=24),
         ),
         "camera-0.1-bevdet": replace(CAMERA_01_ABLATION, camera=_seeing(CAMERA_BEVDET)),
@@ -194,6 +196,7 @@ DETECT = {
             data=Data(cameras=False, sweeps=10),
             augment=LIDAR_AUGMENT,
             lidar=LIDAR_FINAL,
+            detect=Detect(nms=()),
             optim=LIDAR_OPTIM,
             label_fraction=0.2,
         ),

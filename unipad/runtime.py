@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ def one_sentence_errors():
     except UserError as error:
         sys.exit(_refuse(str(error)))
     except torch.OutOfMemoryError:
-        sys.exit(_refuse("the GPU is out of memory: lower --batch-size or --rays-per-view, or take --precision bf16."))
+        sys.exit(_refuse("the GPU is out of memory: lower --batch-size, or take --precision bf16."))
 
 
 def _refuse(sentence):
@@ -93,7 +94,8 @@ def start(device: str, deterministic: bool) -> Iterator[World]:
         torch.use_deterministic_algorithms(True)
     if size > 1:
         gpu = device if device.type == "cuda" else None
-        dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu)
+        # The first may take hours over what the others wait for: an index, objects to paste, the devkit's metrics.
+        dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu, timeout=timedelta(hours=12))
     try:
         yield World(rank, size, device)
     finally:

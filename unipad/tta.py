@@ -1,7 +1,8 @@
 """Test-time augmentation: a batch is looked at turned, scaled and mirrored, and what was found each time is merged.
 
 As the original's final fusion recipe does it: of all boxes of a class, those that overlap a better one go, whichever
-look found it. Images keep their pixels; the cameras move with the points.
+look found it. Images keep their pixels; the cameras move with the points. So every look encodes the same images again,
+which is most of the time of a camera's or a fusion model.
 """
 
 import itertools

@@ -32,6 +32,7 @@ CLASSES = (
 )
 
 SPLITS = {"trainval": ("train", "val"), "test": ("test",), "mini": ("mini_train", "mini_val")}  # by version suffix
+LEARNED = {f"v1.0-{suffix}": splits for suffix, splits in SPLITS.items() if len(splits) == 2}  # (training, validation)
 
 # All of them, since the devkit opens all of them.
 TABLES = (

@@ -2,8 +2,10 @@
 
 head        where queries start                           beside class and box     scores
 plain       learned feature, place and reference point    -                        p
-denoising   zero; the place is made of the reference      noisy truth (training),  sqrt(p * IoU), and rotated NMS
-                                                          a guess of its own IoU   among chosen classes
+denoising   zero; the place is made of the reference      noisy truth (training),  sqrt(p * IoU), or p where the
+                                                          a guess of its own IoU   recipe says so
+
+What is suppressed, by rotated NMS among chosen classes, is the recipe's choice too.
 """
 
 import copy
@@ -55,6 +57,8 @@ class Detector(nn.Module):
         super().__init__()
         self.recipe = recipe
         self.encoder = Encoder(recipe)
+        if recipe.lidar is not None and recipe.lidar.learnable_token:  # nothing is hidden here, so it never learns
+            self.encoder.lidar.mask_token.requires_grad_(False)
         self.head = Head(recipe.detect, recipe.grid, self.encoder.channels)
 
     def forward(self, batch, generators):
@@ -179,7 +183,7 @@ class Head(nn.Module):
 def detections(cfg, found):
     """Boxes that the last layer stands by, sample by sample. Not differentiable; waits for the device.
 
-    Of all queries and classes the `kept` best by class score; of these, the ones inside `score_low` .. `score_high`,
+    Of all queries and classes the `kept` best by class score; of these, the ones inside `centre_low` .. `centre_high`,
     of at least `least_score`, and not suppressed by a better one of their class where `nms` has a threshold for it.
 
     cfg: `config.Detect`; found: `Predictions`. Returns a list of B `Detections`.
@@ -188,7 +192,7 @@ def detections(cfg, found):
     query, labels = query // cfg.classes, query % cfg.classes  # [B, kept] each
     boxes = decode_boxes(found.codes[-1].detach().gather(1, query[..., None].expand(-1, -1, CODE_SIZE)))
     scores = share
-    if found.iou is not None:
+    if found.iou is not None and cfg.iou_in_score:
         iou = ((found.iou[-1].detach() + 1) / 2).clamp(0, 1).gather(1, query)
         scores = share.sqrt() * iou.sqrt()
     low, high = boxes.new_tensor(cfg.centre_low), boxes.new_tensor(cfg.centre_high)

@@ -255,9 +255,7 @@ def _compare(state, shapes, report, unread=()):
 
 @dataclass(frozen=True)
 class Args:
-    paths: tyro.conf.Positional[
-        tuple[Path, ...]
-    ]  # SOURCE OUT: a file or run, and what to write; see --merge
+    paths: tyro.conf.Positional[tuple[Path, ...]]  # SOURCE OUT: a file or run, and what to write; see --merge
     kind: Literal["auto", "unipad", "convnext", "ours"] = "auto"  # what SOURCE is
     merge: bool = False  # join the encoders of two checkpoints, ours or UniPAD's: CAMERA LIDAR OUT
     preset: str | None = None  # of UniPAD's: the recipe it belongs to (default: the one that fits)

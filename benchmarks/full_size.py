@@ -1,12 +1,12 @@
 """One step of each preset at the paper's size: does it fit, how long does it take, how much memory does it need?
 
-    python -m benchmarks.full_size                        # all presets but the tiny ones, on the CPU: hours, 24 GB
+    python -m benchmarks.full_size                        # all presets but the tiny ones, on the CPU
     python -m benchmarks.full_size camera-0.1 --task train
     python -m benchmarks.full_size --device cuda
 
 Makes a synthetic city of 900 x 1600 images once (data/full-size) and runs train.py or finetune.py on it as a user
-would: batch 1, blocks of the ConvNeXt computed twice, no validation before the last step. Seconds are of the whole
-process, data and validation included; the memory is its peak, or the GPU's.
+would: batch 1, the blocks of the ConvNeXt computed once more in the backward pass. Seconds are of the whole process,
+data and validation included; the memory is its peak after the step, or the GPU's.
 """
 
 import json
@@ -34,7 +34,7 @@ SCRIPTS = {
 class Args:
     presets: tyro.conf.Positional[tuple[str, ...]] = ()  # names of presets (default: all but tiny)
     task: str | None = None  # train or finetune (default: both)
-    device: str = "cpu"
+    device: str = "cpu"  # cpu or cuda
 
 
 def main(args: Args):

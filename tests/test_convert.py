@@ -223,7 +223,7 @@ def test_merged_encoders_start_fusion(tmp_path, capsys):
         net = Detector(DETECT[modality]["tiny"])
         sources.append(net.state_dict())
         torch.save({"state_dict": to_original(net.state_dict())[0]}, tmp_path / f"{modality}.pth")
-    main(Args((tmp_path / "fusion.pt",), merge=(tmp_path / "camera.pth", tmp_path / "lidar.pth")))
+    main(Args(tuple(tmp_path / name for name in ("camera.pth", "lidar.pth", "fusion.pt")), merge=True))
     assert "left out: head" in capsys.readouterr().out
     saved = read_checkpoint(tmp_path / "fusion.pt")
     net = Detector(from_plain(DetectRecipe, saved["config"]["recipe"]))
@@ -309,10 +309,10 @@ def test_loosely_what_fits_is_taken(tmp_path, capsys):
     assert len(read_checkpoint(tmp_path / "out.pt")["model"]) == 417
 
 
-@pytest.mark.parametrize("paths, merge", [(("a",), None), (("a", "b", "c"), None), (("a", "b"), ("c", "d"))])
+@pytest.mark.parametrize("paths, merge", [("", False), ("a", False), ("abc", False), ("ab", True)])
 def test_a_number_of_paths_that_means_nothing_is_refused(paths, merge):
     with pytest.raises(UserError, match="SOURCE OUT"):
-        main(Args(tuple(map(Path, paths)), merge=merge and tuple(map(Path, merge))))
+        main(Args(tuple(map(Path, paths)), merge=merge))
 
 
 def test_a_file_is_not_written_over_itself(tmp_path):
@@ -335,7 +335,7 @@ def test_only_encoders_over_the_same_grid_are_merged(tmp_path):
     [
         ("epoch_12.pth out.pt", Args((Path("epoch_12.pth"), Path("out.pt")))),
         ("--kind convnext a b --no-strict", Args((Path("a"), Path("b")), kind="convnext", strict=False)),
-        ("--merge c l out.pt", Args((Path("out.pt"),), merge=(Path("c"), Path("l")))),
+        ("--merge c l out.pt", Args((Path("c"), Path("l"), Path("out.pt")), merge=True)),
         ("run out.pth --spconv 2", Args((Path("run"), Path("out.pth")), spconv=2)),
     ],
 )

@@ -255,26 +255,26 @@ def _compare(state, shapes, report, unread=()):
 
 @dataclass(frozen=True)
 class Args:
-    paths: tyro.conf.Positional[tuple[Path, ...]]  # SOURCE OUT: a file or run folder, and the file to write; or OUT
+    paths: tyro.conf.Positional[tuple[Path, ...]]  # SOURCE OUT: a file or run, and what to write; see --merge
     kind: Literal["auto", "unipad", "convnext", "ours"] = "auto"  # what SOURCE is
-    merge: tuple[Path, Path] | None = None  # a camera's and a LiDAR's checkpoint, ours or UniPAD's, instead of SOURCE
+    merge: bool = False  # join the encoders of two checkpoints, ours or UniPAD's: CAMERA LIDAR OUT
     preset: str | None = None  # of UniPAD's: the recipe it belongs to (default: the one that fits)
     spconv: Literal[1, 2] = 1  # of ours: layout of the sparse convolutions' weights in OUT
     strict: bool = True  # refuse what does not fit to the last weight
 
 
 def main(args: Args):
-    if len(args.paths) != (1 if args.merge else 2):
+    if len(args.paths) != (3 if args.merge else 2):
         raise UserError("name what to read and what to write: SOURCE OUT, or --merge CAMERA LIDAR OUT.")
-    *source, out = args.paths
-    if out.exists() and any(out.resolve() == path.resolve() for path in source):
+    *sources, out = args.paths
+    if any(out.resolve() == path.resolve() for path in sources):
         raise UserError(f"{out} would be written over itself; name another file.")
     if args.merge:
-        result, report = merge(*(_as_ours(path, args) for path in args.merge))
+        result, report = merge(*(_as_ours(path, args) for path in sources))
     else:
-        state, kind, saved = read_weights(source[0])
+        state, kind, saved = read_weights(sources[0])
         if args.kind not in ("auto", kind):
-            raise UserError(f"--kind {args.kind}: {source[0]} is of kind {kind}; leave the flag out.")
+            raise UserError(f"--kind {args.kind}: {sources[0]} is of kind {kind}; leave the flag out.")
         if kind == "unipad":
             result, report = convert_unipad(state, args.preset)
         elif kind == "convnext":
@@ -282,7 +282,7 @@ def main(args: Args):
         else:
             result, report = convert_ours(saved, args.spconv)
     print(report)
-    _refuse_faults(report, source[0] if source else out, args)
+    _refuse_faults(report, sources[0], args)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_checkpoint(result, out)
     millions = sum(w.numel() for w in report.taken.values()) / 1e6

@@ -7,7 +7,7 @@ Sampling, field and compositing: rays through a volume to colour and depth; back
     exact       the same, products as in fp32 (GPU)
     pieces      the same renderer, one kernel an op; on a CPU what runs there
     analytic    `sdf_render_ref`, the plain PyTorch that the kernels answer to
-    compiled    the reference under torch.compile, if that can compile it
+    compiled    the reference under torch.compile, or what that says to it
 
 All are asserted to agree: see `benchmarks.bench_render` for why importance sampling keeps fp32 from agreeing better;
 in tf32 distances are off by up to a hundredth of the largest.
@@ -27,7 +27,7 @@ from unipad.model.render import Renderer
 from unipad.recipes import PRETRAIN
 
 SAMPLES, IMPORTANCE = 72, 24
-RAYS = [512, 3072, 12288, 49152] if DEVICE == "cuda" else [512, 1536]
+RAYS = [512, 3072, 12288, 49152] if DEVICE == "cuda" else [512, 1024, 3072]
 AGREE = 5e-2 if DEVICE == "cuda" else AGREE_FP32
 
 
@@ -94,8 +94,8 @@ if __name__ == "__main__":
     fn, reason = compiled(cases[0])
     peers |= {"compiled": fn} if fn else {}
     rows = compare("sdf_render", eager, triton, peers, cases, AGREE)
-    if not fn:
-        print(f"\ntorch.compile cannot compile the reference: {reason}")
     print("\n| case | impl | forward + backward, us a ray |\n|---|---|---|")
     for row in rows:
         print(f"| {row.case} | {row.impl} | {1e3 * row.both_ms / int(row.case.split()[0][2:]):.1f} |")
+    if not fn:
+        print(f"| all | compiled | none: {reason} |")

@@ -70,8 +70,8 @@ class EagerRenderer(nn.Module):
         self.field, self.cfg, self.scale, self.jitters = renderer.field, renderer.cfg, renderer.scale, 2
         self.low, self.high = renderer.box  # scaled metres
 
-    def forward(self, volume, rays, jitter=None, points=None):
-        """As `Renderer.forward`, without `points`."""
+    def forward(self, volume, rays, jitter=None, points=None, stop=0.0):
+        """As `Renderer.forward`, without `points` and `stop`."""
         with torch.autocast(volume.device.type, enabled=False):
             volume = volume.to(self.field.cells_per_unit.dtype)
             mine = [(rays.volume_idx == b).nonzero()[:, 0] for b in range(len(volume))]

@@ -267,7 +267,7 @@ def distance_back(
     px = tl.load(mlp_ptr + C + H + tl.arange(0, H) * LINE)[None, :]
     py = tl.load(mlp_ptr + C + H + 1 + tl.arange(0, H) * LINE)[None, :]
     pz = tl.load(mlp_ptr + C + H + 2 + tl.arange(0, H) * LINE)[None, :]
-    return (tl.sum(d_z * px, axis=1), tl.sum(d_z * py, axis=1), tl.sum(d_z * pz, axis=1)), d_feature
+    return tl.sum(d_z * px, axis=1), tl.sum(d_z * py, axis=1), tl.sum(d_z * pz, axis=1), d_feature
 
 
 @triton.jit

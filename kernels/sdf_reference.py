@@ -4,8 +4,8 @@ Formulas and names as in `sdf_render`: hats belong to the reverse pass that give
 along v = dL/dgradient. Samples are the columns of every matrix: the rows of one layer are then contiguous.
 
 On a CPU this takes as long as the composed pieces (`unipad.model.field`), which autograd differentiates: 1.3 times at
-384 rays x 56 samples, 0.9 to 1.15 times at 512 to 3072 x 96 (one thread). So CPUs keep the pieces, and this is what the kernels answer
-to and what shows that nothing needs to be differentiated twice.
+384 rays x 56 samples, 0.9 to 1.15 times at 512 to 3072 x 96 (one thread). So CPUs keep the pieces, and this is what
+the kernels answer to and what shows that nothing needs to be differentiated twice.
 """
 
 import torch

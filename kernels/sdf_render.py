@@ -369,7 +369,7 @@ def _sdf_render_fwd_kernel(
             x = sdf_hidden(seen_by_sdf(point, 1.0), feature, sdf_mlp_ptr, keep_ptr, True, C, H, SDF_LAYERS, PREC)
             sdf = distance(x, feature, sdf_mlp_ptr, C, H, SDF_LAYERS)
             tl.debug_barrier()  # other threads may read what is kept
-            (qx, qy, qz), d_feature = distance_back(x, sdf_mlp_ptr, keep_ptr, C, H, SDF_LAYERS, PREC)
+            qx, qy, qz, d_feature = distance_back(x, sdf_mlp_ptr, keep_ptr, C, H, SDF_LAYERS, PREC)
             gx, gy, gz = slope_against(volume_ptr, place, ok, d_feature, Z, Y, X, CHANNELS, C)
             gx = gx * tl.load(cells_per_unit_ptr) + qx
             gy = gy * tl.load(cells_per_unit_ptr + 1) + qy

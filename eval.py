@@ -32,16 +32,17 @@ from unipad.data.loader import held_out_batches
 from unipad.data.nuscenes import BadFrame, NuScenesDataset, collate, has_images
 from unipad.data.synthetic import city_once
 from unipad.data.tables import CLASSES, scene_tokens
-from unipad.draw import rendered_views, write_film
-from unipad.draw_boxes import detection_views
+from unipad.draw.boxes import detection_views
+from unipad.draw.mesh import check_mesh, distances, surface, write_ply
+from unipad.draw.views import rendered_views, write_film
 from unipad.errors import UserError, check_choices, check_ranges
-from unipad.evaluate import detect_all, evaluate_rendering, submit
-from unipad.mesh import check_mesh, distances, surface, write_ply
+from unipad.evaluate.detection import detect_all, submit
+from unipad.evaluate.rendering import evaluate_rendering
+from unipad.evaluate.submission import score_submission, table
+from unipad.evaluate.tta import detect_in_looks, looks
 from unipad.model.detect import Detector
 from unipad.model.pretrain import Pretrain
 from unipad.runtime import PRECISIONS, generators, mixed_precision, one_sentence_errors, start, to_main
-from unipad.submission import score_submission, table
-from unipad.tta import detect_in_looks, looks
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,9 @@ from unipad.data.loader import held_out_batches, step_batches
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.synthetic import city_once
 from unipad.data.tables import LEARNED
-from unipad.draw_boxes import detection_views
+from unipad.draw.boxes import detection_views
 from unipad.errors import UserError, check_choices, check_ranges
-from unipad.evaluate import evaluate_detections
+from unipad.evaluate.detection import evaluate_detections
 from unipad.model.detect import Detector
 from unipad.optimiser import lr_at, make_optimiser, set_rates
 from unipad.recipes import DETECT

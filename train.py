@@ -37,9 +37,9 @@ from unipad.data.loader import held_out_batches, step_batches
 from unipad.data.nuscenes import NuScenesDataset, has_images
 from unipad.data.synthetic import city_once
 from unipad.data.tables import LEARNED
-from unipad.draw import rendered_views
+from unipad.draw.views import rendered_views
 from unipad.errors import UserError, check_choices, check_ranges
-from unipad.evaluate import evaluate_rendering
+from unipad.evaluate.rendering import evaluate_rendering
 from unipad.model.pretrain import Pretrain
 from unipad.optimiser import lr_at, make_optimiser, set_rates
 from unipad.recipes import PRETRAIN

@@ -20,16 +20,16 @@ from tests.test_train import REPO, environment
 from unipad.checkpoint import write_checkpoint
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.tables import CLASSES
-from unipad.draw import write_film
+from unipad.draw.mesh import distances, surface, write_ply
+from unipad.draw.views import write_film
 from unipad.errors import UserError
-from unipad.evaluate import detect_all, evaluate_detections
-from unipad.mesh import distances, surface, write_ply
+from unipad.evaluate.detection import detect_all, evaluate_detections
+from unipad.evaluate.submission import MOST, table, write_submission
 from unipad.model.boxes import decode_boxes, encode_boxes
 from unipad.model.detect import Detections, Detector
 from unipad.model.pretrain import Pretrain
 from unipad.recipes import DETECT, PRETRAIN
 from unipad.runtime import World, as_plain
-from unipad.submission import MOST, table, write_submission
 
 ALONE = World(0, 1, torch.device("cpu"))
 RECIPE = DETECT["lidar"]["tiny"]

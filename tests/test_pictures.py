@@ -12,9 +12,9 @@ from unipad.config import Data
 from unipad.data.loader import held_out_batches
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.tables import CLASSES
-from unipad.draw import _onto_views
-from unipad.draw_boxes import COLOURS, _edges, detection_views
-from unipad.evaluate import _depth_sums
+from unipad.draw.boxes import COLOURS, _edges, detection_views
+from unipad.draw.views import _onto_views
+from unipad.evaluate.rendering import _depth_sums
 from unipad.model.boxes import box_corners
 from unipad.model.detect import Detections
 

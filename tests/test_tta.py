@@ -11,9 +11,9 @@ from tests.test_eval import RECIPE, tiny_detector, truth_of, validation
 from unipad.data.loader import held_out_batches
 from unipad.data.nuscenes import NuScenesDataset, collate
 from unipad.data.transforms import moved_boxes
+from unipad.evaluate.submission import MOST
+from unipad.evaluate.tta import detect_in_looks, looks, merged, moved_batch
 from unipad.model.detect import Detections
-from unipad.submission import MOST
-from unipad.tta import detect_in_looks, looks, merged, moved_batch
 
 ALL = looks((1.0, 1.06, 0.96), (0.0, 0.3), flips=True)
 

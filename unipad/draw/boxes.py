@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 
 from unipad.batch import CAMERAS
 from unipad.data.tables import CLASSES
-from unipad.draw import DPI, picture_of
+from unipad.draw.views import DPI, picture_of
 from unipad.model.boxes import box_corners
 
 TITLE = 24  # pixels above an image

@@ -13,7 +13,7 @@ from PIL import Image
 
 from unipad.batch import CAMERAS
 from unipad.errors import UserError
-from unipad.evaluate import in_colour
+from unipad.evaluate.rendering import in_colour
 from unipad.model.camera import MASK_BLOCK
 from unipad.model.rays import cast_rays, common_grid, project_points, rays_from_lidar
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from unipad.data.transforms import motion, moved_boxes
+from unipad.evaluate.submission import MOST
 from unipad.model.detect import Detections, suppressed
-from unipad.submission import MOST
 
 OVERLAP = 0.1  # IoU from above beyond which the worse of two boxes goes; the original's
 

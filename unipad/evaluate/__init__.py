@@ -1,0 +1,7 @@
+"""How good a model is.
+
+rendering.py   PSNR of colours, errors of depths
+detection.py   boxes of a whole split, judged by the devkit
+submission.py  boxes -> results_nusc.json -> the devkit's metrics
+tta.py         one batch in many looks: turned, scaled, mirrored, and merged
+"""

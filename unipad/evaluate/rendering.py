@@ -1,0 +1,65 @@
+"""How good renderings are: PSNR of the colours, error of the depths."""
+
+import torch
+
+from unipad.errors import UserError
+from unipad.model.rays import lidar_rays, pixel_rays
+from unipad.runtime import all_reduce_sum, generators
+
+RAYS_PER_VIEW = 256  # LiDAR rays a view that depth is judged on
+PIXEL_STRIDE = 8  # pixels between the rays that colour is judged on
+
+
+@torch.no_grad()
+def evaluate_rendering(model, batches, seed, device, masked=True):
+    """Render held-out frames and compare them with their images and LiDAR points.
+
+    model:   a `Pretrain`; put in eval mode here and back into the mode it was in.
+    batches: iterable of (position, Batch): the position seeds the masks and the choice of LiDAR rays,
+        so every evaluation of a run sees the same.
+    masked:  hide from the encoder what training hides.
+
+    Returns dict: psnr (dB, over a grid of pixels; not where colour is not learned or there are no images),
+    depth_abs_rel, depth_rmse (metres), depth_delta1 (share of rays within a factor 1.25). LiDAR depths are the truth;
+    a ray that misses the volume counts as black at depth 0. Sums run over all processes.
+    """
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(6, dtype=torch.float64, device=device)
+    for position, batch in batches:
+        batch = batch.to(device)
+        draws = generators(seed, 0, range(position, position + len(batch)), device)
+        volume, _ = model.encode(batch, draws if masked else None)
+        for i in range(len(batch) if in_colour(model, batch) else 0):
+            rays, _ = pixel_rays(batch, i, PIXEL_STRIDE)
+            rgb, _ = model.render(volume, rays)
+            sums[0] += (rgb - rays.rgb).square().mean(1).double().sum()
+            sums[1] += len(rays)
+        rays = lidar_rays(batch, model.recipe.rays, RAYS_PER_VIEW, draws)
+        _, depth = model.render(volume, rays)
+        sums[2:] += _depth_sums(depth, rays.depth)
+    model.train(was_training)
+    squared, pixels, abs_rel, squared_m, close, depths = all_reduce_sum(sums).tolist()
+    if not depths:
+        raise UserError("none of these frames has a LiDAR point in view: take more frames.")
+    psnr = {"psnr": -10 * torch.tensor(squared / pixels).log10().item()} if pixels else {}
+    return psnr | {
+        "depth_abs_rel": abs_rel / depths,
+        "depth_rmse": (squared_m / depths) ** 0.5,
+        "depth_delta1": close / depths,
+    }
+
+
+def in_colour(model, batch):
+    """Whether the model learns colours and the batch shows some."""
+    return model.recipe.render.rgb_weight > 0 and batch.images.shape[1] > 0
+
+
+def _depth_sums(depth, truth):
+    """[4] sums over rays with a truth: |error| / truth, error^2, within a factor 1.25, count."""
+    known = truth > 0
+    truth = torch.where(known, truth, 1.0).double()
+    depth = torch.where(known, depth.double(), truth)
+    ratio = torch.maximum(depth / truth, truth / depth.clamp(min=1e-6))
+    per_ray = [(depth - truth).abs() / truth, (depth - truth).square(), (ratio < 1.25) & known, known]
+    return torch.stack([p.double().sum() for p in per_ray])

@@ -65,6 +65,11 @@ class World:
             dist.barrier()
 
 
+# Gloo's destructor waits for a thread that may wait for Python's lock. Python's own reference is given up without the
+# lock, the one in DistributedDataParallel with it: so Python's has to be the last, or a process may never end.
+_GROUPS = []
+
+
 @contextlib.contextmanager
 def start(device: str, deterministic: bool) -> Iterator[World]:
     """Choose the device and join the other processes of torchrun, if there are any.
@@ -96,6 +101,7 @@ def start(device: str, deterministic: bool) -> Iterator[World]:
         gpu = device if device.type == "cuda" else None
         # The first may take hours over what the others wait for: an index, objects to paste, the devkit's metrics.
         dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu, timeout=timedelta(hours=12))
+        _GROUPS.append(dist.group.WORLD)
     try:
         yield World(rank, size, device)
     finally:

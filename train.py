@@ -110,10 +110,10 @@ def main(args: Args):
         box = (recipe.grid.low, recipe.grid.high)  # points outside are no targets: no ray reaches them
         with world.main_first():  # the first to come builds the index
             seen = has_images(root, args.version, train_split)
-        recipe = replace(recipe, data=replace(recipe.data, cameras=casts_from_cameras(args, seen, say)))
-        settings = (recipe.data, args.label_fraction, box, recipe.augment)
-        train_set = NuScenesDataset(root, args.version, train_split, *settings)
-        val_set = NuScenesDataset(root, args.version, val_split, recipe.data, point_range=box)
+            recipe = replace(recipe, data=replace(recipe.data, cameras=casts_from_cameras(args, seen, say)))
+            settings = (recipe.data, args.label_fraction, box, recipe.augment)
+            train_set = NuScenesDataset(root, args.version, train_split, *settings)
+            val_set = NuScenesDataset(root, args.version, val_split, recipe.data, point_range=box)
         steps = args.steps or max(1, round(optim.epochs * len(train_set) / optim.batch_size))
         passes = world.size * args.accumulate
         if optim.batch_size % passes:

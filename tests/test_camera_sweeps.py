@@ -20,12 +20,12 @@ from tests.test_rays import generators, make_batch
 from tests.test_train import environment
 from unipad import config, convert
 from unipad.batch import CAMERAS
-from unipad.config import Augment, Data, DetectRecipe, PretrainRecipe, from_plain
+from unipad.config import Augment, Data, DetectRecipe, Paste, PretrainRecipe, from_plain
 from unipad.data import synthetic
 from unipad.data.city import rig
 from unipad.data.city.raycast import cast
 from unipad.data.city.traffic import Scene
-from unipad.data.cutpaste import cut_out
+from unipad.data.cutpaste import cut_out, load_objects, seen_rectangles
 from unipad.data.loader import step_batches
 from unipad.data.nuscenes import NuScenesDataset, Sample, collate
 from unipad.data.transforms import HIDDEN
@@ -198,6 +198,27 @@ def test_pictures_of_what_moves_are_cut_where_it_was():
     assert [view for view, _ in cut.pictures] == [0, 1]
     means = [cv2.imdecode(jpeg, cv2.IMREAD_COLOR).mean() for _, jpeg in cut.pictures]
     np.testing.assert_allclose(means, [200, 100], atol=2)
+
+
+def test_objects_are_pasted_into_all_frames(city):
+    """Pixels change where a pasted box was when the image was taken, and nowhere else."""
+    dataset = NuScenesDataset(city, VERSION, "mini_train", THREE)
+    objects = load_objects(dataset, Paste(counts=(8,) * 10, least_points=1))
+    whole = dataset[2]
+    pasted = dataset.pasting(objects).read(2, np.random.default_rng(0))
+    new = pasted.boxes[len(whole.boxes) :]
+    assert (np.abs(new[:, 7:]).max(axis=1) > 1).any()
+    changed = 0
+    for view, (before, after) in enumerate(zip(whole.images, pasted.images, strict=True)):
+        lag = whole.frame_lags[view // 6]
+        then = np.c_[new[:, :2] - lag * new[:, 7:], new[:, 2:]]
+        covered = np.zeros(SIZE, bool)
+        for left, top, right, bottom in seen_rectangles(then, whole.lidar2image[view], SIZE)[1]:
+            covered[top:bottom, left:right] = True
+        difference = (before != after).any(-1)
+        assert not (difference & ~covered).any()
+        changed += difference.any() and lag > 0
+    assert changed >= 4
 
 
 def test_frames_are_fused_as_the_formula_says():

@@ -1,4 +1,4 @@
-"""nuScenes tables -> `Index`: what the samples of a split need, as flat arrays.
+"""nuScenes tables -> `Index` and `CameraSweeps`: what the samples of a split need, as flat arrays.
 
 The devkit reads the tables once (half a minute and several GB for the full set); the index is cached beside the data
 and read back in a moment. Workers hold the index alone: no devkit, no Python objects to copy.

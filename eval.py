@@ -94,7 +94,7 @@ def main(args: Args):
         mini = version.endswith("-mini") and args.split in ("train", "val")
         split = f"mini_{args.split}" if mini else args.split
         with world.main_first():  # the first to come makes the city and builds the index
-            root = args.data_root or trained.get("data_root") or city_once()
+            root = args.data_root or trained.get("data_root") or city_once(recipe.data.camera_sweeps - 1)
             box = None if args.tta else (recipe.grid.low, recipe.grid.high)  # a look may move points into the grid
             dataset = NuScenesDataset(root, version, split, recipe.data, point_range=box)
 
@@ -130,7 +130,8 @@ def detect(args, model, dataset, out, world, say):
     else:
         say(table(score_submission(file, dataset.root, dataset.version, dataset.split)))
     with_images = has_images(dataset.root, dataset.version, dataset.split)
-    settings = replace(model.recipe.data, cameras=with_images)  # in images too what the LiDAR alone has found
+    # In images too what the LiDAR alone has found; in the keyframe's
+    settings = replace(model.recipe.data, cameras=with_images, camera_sweeps=1)
     drawn = NuScenesDataset(dataset.root, dataset.version, dataset.split, settings)
     for i, (_, batch) in enumerate(held_out_batches(drawn, args.pictures)):
         if batch.tokens[0] in found:

@@ -108,7 +108,7 @@ class NuScenesDataset(torch.utils.data.Dataset):
 
     def need_point_labels(self):
         """Raises `DataError` where a keyframe of the split has no lidarseg labels."""
-        if not self.index.lidarseg_files.all():
+        if not all(self.index.lidarseg_files):
             where = f"{self.root / self.version} {self.split}"
             raise DataError(f"{where} has frames without lidarseg labels; unpack nuScenes-lidarseg in {self.root}.")
 

@@ -43,9 +43,8 @@ def segment_views(batch, found, width=300):
     figure.set_facecolor("0.1")
     *lines, foot = figure.subfigures(len(rows) + 1, 1, height_ratios=[height] * len(rows) + [70])
     for line, (name, classes) in zip(lines, rows.items(), strict=True):
-        above, *others = line.subfigures(
-            1, 1 + cameras, width_ratios=[height, 3 * width][: 1 + cameras], squeeze=False
-        )[0]
+        shares = [height, 3 * width] if cameras else [height]
+        above, *others = line.subfigures(1, len(shares), width_ratios=shares, squeeze=False)[0]
         _from_above(above.subplots(), points, classes, name)
         for grid in others:
             for axis, view in zip(grid.subplots(2, 3).flat, np.ravel(ROWS), strict=True):
@@ -57,9 +56,8 @@ def segment_views(batch, found, width=300):
         Line2D([], [], color=colour, label=label, marker="o", linestyle="")
         for colour, label in zip(COLOURS[1:], SEGMENTS, strict=True)
     ]
-    foot.legend(
-        handles=handles, loc="center", ncols=8, fontsize=8, facecolor="0.1", edgecolor="0.1", labelcolor="white"
-    )
+    colours = dict(facecolor="0.1", edgecolor="0.1", labelcolor="white")
+    foot.legend(handles=handles, loc="center", ncols=8, fontsize=8, **colours)
     return picture_of(figure)
 
 

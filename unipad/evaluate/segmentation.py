@@ -36,7 +36,8 @@ def evaluate_segmentation(model, dataset, folder, world, segment=None, size=1, w
 
 
 def segment_all(model, dataset, world, segment=None, size=1, workers=0):
-    """The classes of every frame's points: {sample token: [K] uint8 array} in the main process, None in the others.
+    """The classes of every frame's points: {sample token: [K] uint8 on the host} in the main process, None in the
+    others.
 
     model:   a `Segmenter`. dataset, world, size, workers: as for `of_all_frames`, which says what becomes of bad
              frames; the dataset leaves no point out.
@@ -44,7 +45,7 @@ def segment_all(model, dataset, world, segment=None, size=1, workers=0):
     """
 
     def found_in(batch):
-        return [classes.cpu().numpy() for classes in (segment or model.segment)(batch)]
+        return [classes.cpu() for classes in (segment or model.segment)(batch)]
 
     return of_all_frames(model, dataset, world, found_in, size, workers, "segmenting")
 
@@ -55,7 +56,7 @@ def write_segmentation(found, dataset, folder):
     for part in (folder / "lidarseg" / dataset.split, folder / dataset.split):
         part.mkdir(parents=True, exist_ok=True)
     for token, classes in found.items():
-        classes.tofile(files[token])
+        classes.numpy().tofile(files[token])
     uses = {"use_camera": False, "use_lidar": True, "use_radar": False, "use_map": False, "use_external": False}
     (folder / dataset.split / "submission.json").write_text(json.dumps({"meta": uses}, indent=2) + "\n")
 
@@ -90,8 +91,8 @@ def score_segmentation(folder, dataset, tokens=None):
     )  # fmt: skip
     summary = LidarSegEval.evaluate(judge)
     ious = {name: float(iou) for name, iou in summary["iou_per_class"].items() if name in SEGMENTS}
-    table = confusions.global_cm[1:, 1:]
-    points, right = table.sum(axis=1), table.diagonal()
+    counts = confusions.global_cm[1:, 1:]  # [16 true, 16 found]
+    points, right = counts.sum(axis=1), counts.diagonal()
     accuracies = np.divide(right, points, out=np.full(len(points), np.nan), where=points > 0)
     summary |= {
         "iou_per_class": ious,
@@ -121,7 +122,7 @@ def headline(summary):
     return {"mIoU": summary["miou"], "mAcc": summary["macc"], "allAcc": summary["allacc"]}
 
 
-def table(summary):
+def segmentation_table(summary):
     """The summary in words: the means, then each class."""
     lines = [f"{name}: {value:.4f}" for name, value in headline(summary).items()]
     lines += ["", "Per-class results:", f"{'Class':<22}{'IoU':>8}{'Acc':>8}"]

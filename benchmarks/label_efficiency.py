@@ -1,4 +1,4 @@
-"""What pre-training is worth where labels are few: fine-tuning from scratch and from a pre-trained encoder, side by side.
+"""What pre-training is worth where labels are few: fine-tuning from scratch and from a pre-trained encoder.
 
     python -m benchmarks.label_efficiency --modality lidar                      # synthetic city, a few minutes a run
     python -m benchmarks.label_efficiency --modality camera --seeds 0 1 2

@@ -11,10 +11,9 @@ import torch
 from PIL import Image
 
 import finetune
-import train
 from tests.test_eval import ALONE, evaluate, save_run
 from tests.test_finetune import signals_and_threads  # noqa: F401
-from tests.test_train import assert_same_weights, checkpoint, curve
+from tests.test_train import checkpoint, curve
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.tables import SEGMENTS
 from unipad.errors import UserError
@@ -26,8 +25,9 @@ from unipad.evaluate.segmentation import (
     write_segmentation,
 )
 from unipad.evaluate.tta import looks, segment_in_looks
+from unipad.model.pretrain import Pretrain
 from unipad.model.segment import Segmenter, classes_of
-from unipad.recipes import SEGMENT
+from unipad.recipes import PRETRAIN, SEGMENT
 
 RECIPE = SEGMENT["lidar"]["tiny"]
 
@@ -158,12 +158,10 @@ SMALL = dict(device="cpu", workers=0, log_every=1)
 
 @pytest.fixture(scope="module")
 def runs(city, tmp_path_factory):
-    """Folders of a pre-training and of a fine-tuning from it, as short as they can be."""
+    """Folders of a pre-trained model and of a fine-tuning from it, as short as it can be."""
     folder = tmp_path_factory.mktemp("segment")
-    fast = dict(rays_per_view=8, val_samples=1, picture_stride=32, steps=1)
-    pre = train.Args(modality="lidar", preset="segment-tiny", data_root=city, out=folder / "pre", **SMALL, **fast)
-    train.main(pre)
-    finetune.main(fine(city, folder / "run", pretrained=(folder / "pre",)))
+    save_run(folder / "pre", Pretrain(PRETRAIN["lidar"]["segment-tiny"]), city)
+    finetune.main(fine(city, folder / "run", pretrained=(folder / "pre",), steps=2, lr=1e-12))
     return folder
 
 
@@ -173,29 +171,20 @@ def fine(city, out, **flags):
     )
 
 
-def test_runs_leave_all_they_promise(runs):
-    assert curve(runs / "pre", "val/depth_abs_rel").keys() == {0, 1}
+def test_a_run_leaves_all_it_promises(runs):
     run = runs / "run"
-    assert sorted(curve(run)) == [1, 2, 3] and 0 <= curve(run, "val/mIoU")[3] < 0.3
+    assert sorted(curve(run)) == [1, 2] and 0 <= curve(run, "val/mIoU")[2] < 0.3
     assert curve(run, "train/lovasz")[1] > 0 and curve(run, "train/cross_entropy")[1] > 0
-    assert (run / "images" / "val_000003.png").stat().st_size > 10_000
+    assert (run / "images" / "val_000002.png").stat().st_size > 10_000
     assert json.loads((run / "config.json").read_text())["args"]["modality"] == "lidar"
 
 
-def test_the_u_net_is_taken_from_pre_training(runs, city, tmp_path):
-    finetune.main(fine(city, tmp_path / "run", pretrained=(runs / "pre",), steps=1, lr=1e-12))
-    source, weights = (checkpoint(path)["model"] for path in (runs / "pre", tmp_path / "run"))
+def test_the_u_net_is_taken_from_pre_training(runs):
+    source, weights = (checkpoint(runs / name)["model"] for name in ("pre", "run"))
     taken = [name for name in weights if name.startswith("encoder.") and "running" not in name and "num" not in name]
     assert len(taken) > 50
     for name in taken:
         torch.testing.assert_close(weights[name], source[name], rtol=1e-5, atol=1e-9)
-
-
-def test_stopped_and_resumed_is_bit_equal_to_straight(runs, city, tmp_path):
-    flags = dict(pretrained=(runs / "pre",), val_every=3)
-    finetune.main(fine(city, tmp_path / "run", stop_at=2, **flags))
-    finetune.main(fine(city, tmp_path / "run", resume="auto", **flags))
-    assert_same_weights(tmp_path / "run", runs / "run")
 
 
 def test_a_run_is_judged_and_drawn(runs, tmp_path, capsys):

@@ -83,6 +83,7 @@ class UnetEncoder(nn.Module):
         x, y, z = ((places - low) / cell).long().minimum(places.new_tensor([X - 1, Y - 1, Z - 1]).long()).unbind(1)
         key, order = (((sample.long() * Z + z) * Y + y) * X + x).sort(stable=True)
         key, counts = key.unique_consecutive(return_counts=True)
+        features = features.to(places.dtype)  # means of many, under autocast too
         volume = features.new_zeros(B * Z * Y * X, features.shape[1])
         if len(key):
             means = F.embedding_bag(order, features, counts.cumsum(0) - counts, mode="mean")

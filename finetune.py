@@ -100,32 +100,38 @@ class Task:
     model: type  # of a recipe; a batch and generators to losses
     evaluate: Callable  # model, dataset, folder, world, workers= -> metrics by name
     picture: Callable  # model, batch of one -> picture
-    whole: bool = False  # points and boxes outside the grid count too
+    of_points: bool  # every LiDAR point counts, also outside the grid; False: boxes inside
 
 
 TASKS = {
     "detect": Task(
-        DETECT, Detector, evaluate_detections, lambda net, batch: detection_views(batch, *net.detect(batch))
+        presets=DETECT,
+        model=Detector,
+        evaluate=evaluate_detections,
+        picture=lambda net, batch: detection_views(batch, *net.detect(batch)),
+        of_points=False,
     ),
     "segment": Task(
-        SEGMENT, Segmenter, evaluate_segmentation, lambda net, batch: segment_views(batch, *net.segment(batch)), True
+        presets=SEGMENT,
+        model=Segmenter,
+        evaluate=evaluate_segmentation,
+        picture=lambda net, batch: segment_views(batch, *net.segment(batch)),
+        of_points=True,
     ),
 }
 
 
 def main(args: Args):
-    check_choices(task=(args.task, TASKS))
-    task = TASKS[args.task]
-    args = replace(args, modality=args.modality or next(iter(task.presets)))
     recipe = recipe_of(args)
-    optim = recipe.optim
+    task, optim = TASKS[args.task], recipe.optim
+    args = replace(args, modality=args.modality or next(iter(task.presets)))
     with start(args.device, args.deterministic) as world:
         device = world.device
         say = partial(print, flush=True) if world.is_main else lambda *_: None
 
         # Data
         train_split, val_split = LEARNED[args.version]
-        box = None if task.whole else (recipe.grid.low, recipe.grid.high)  # nothing outside is seen or found
+        box = None if task.of_points else (recipe.grid.low, recipe.grid.high)  # nothing outside is seen or found
         workers = args.workers if args.workers is not None else (4 if device.type == "cuda" else 1)
         with world.main_first():  # the first to come makes the city, builds the index and cuts the objects out
             root = args.data_root or city_once()
@@ -134,8 +140,9 @@ def main(args: Args):
             val_set = NuScenesDataset(root, args.version, val_split, recipe.data, point_range=box)
             if recipe.paste:
                 train_set = train_set.pasting(load_objects(train_set, recipe.paste, workers))
-        if args.task == "segment":
-            train_set.need_point_labels(), val_set.need_point_labels()
+        if task.of_points:
+            train_set.need_point_labels()
+            val_set.need_point_labels()
         if recipe.balanced:
             train_set = train_set.balanced(args.seed)
         steps = args.steps or max(1, round(optim.epochs * len(train_set) / optim.batch_size))
@@ -164,8 +171,8 @@ def main(args: Args):
         # A new run, or one to go on with
         config = {"args": as_plain(replace(args, data_root=root.resolve())), "recipe": as_plain(recipe), "steps": steps}
         kinds = (Args, type(recipe))
-        name = f"finetune-{args.modality if args.task == 'detect' else args.task}"
-        run, saved = RunFolder.new_or_resumed(name, args.out, args.resume, config, world, kinds)
+        kind = f"finetune-{args.modality if args.task == 'detect' else args.task}"
+        run, saved = RunFolder.new_or_resumed(kind, args.out, args.resume, config, world, kinds)
         first, found = 0, None  # metrics of the last look
         if saved:
             first, found = saved["step"], saved["found"]

@@ -139,8 +139,8 @@ def main(args: Args):
         # A new run, or one to go on with
         config = {"args": as_plain(replace(args, data_root=root.resolve())), "recipe": as_plain(recipe), "steps": steps}
         kinds = (Args, type(recipe))
-        name = f"train-{'segment' if isinstance(recipe.lidar, Unet) else args.modality}"
-        run, saved = RunFolder.new_or_resumed(name, args.out, args.resume, config, world, kinds)
+        kind = f"train-{'segment' if isinstance(recipe.lidar, Unet) else args.modality}"
+        run, saved = RunFolder.new_or_resumed(kind, args.out, args.resume, config, world, kinds)
         first, before, after = 0, None, None  # metrics of the untrained model and of the last look
         if saved:
             first, before, after = saved["step"], saved["before"], saved["after"]

@@ -40,6 +40,7 @@ CAMERA_075 = Camera(
 CAMERA_BEVDET = replace(CAMERA_075, channels=128, depth="simple")
 CAMERA_BEVDEPTH = replace(CAMERA_075, channels=128)
 
+# What the LiDAR's fine-tuning and the pre-training for segmentation vary
 LIDAR_AUGMENT = Augment(
     rotation=0.785, scale=(0.9, 1.1), translation=(0.5, 0.5, 0.5), flip_x=0.5, flip_y=0.5, shuffle=True
 )
@@ -267,6 +268,7 @@ DETECT = {
     },
 }
 
+# Mirrored too: no class of a point has a heading
 SEGMENT_AUGMENT = Augment(rotation=math.pi, scale=(0.9, 1.1), flip_x=0.5, flip_y=0.5, shuffle=True)
 
 # The same for segmentation

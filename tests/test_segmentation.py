@@ -43,6 +43,13 @@ def truth_of(batch):
     return classes_of(batch, hot)
 
 
+@pytest.mark.parametrize("split", ["mini_train", "mini_val"])
+def test_the_city_shows_every_class_in_both_splits(split, city):
+    dataset = NuScenesDataset(city, "v1.0-mini", split, RECIPE.data)
+    labels = np.concatenate([dataset[i].point_labels for i in range(len(dataset))])
+    assert np.bincount(labels, minlength=17).all()
+
+
 def files_of(validation, folder):
     index = validation.index
     return [folder / "lidarseg" / "mini_val" / f"{token.decode()}_lidarseg.bin" for token in index.lidar_tokens]

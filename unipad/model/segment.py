@@ -57,7 +57,8 @@ def classes_of(batch, logits):
 def losses(cfg, logits, labels):
     """`cross_entropy`, the mean over the points with a label, and `lovasz`, each times its weight.
 
-    cfg: `config.Segment`; logits: [P, K]; labels: [P] uint8 from 1 to K, 0 = none. Without any label both are 0.
+    cfg: `config.Segment`; logits: [P, K]; labels: [P] uint8 from 1 to K, 0 = none. Without any label both are 0. Of
+    several processes each has the losses of its own points.
     """
     known = labels > 0
     logits, labels = logits[known], labels[known].long() - 1

@@ -279,7 +279,7 @@ SEGMENT = {
             data=Data(cameras=False),
             augment=SEGMENT_AUGMENT,
             lidar=replace(TINY_UNET, mask_ratio=0.0),
-            optim=Optim(schedule="one_cycle", lr=5e-3, start=0.1, final=1e-3, epochs=25, batch_size=2),
+            optim=Optim(schedule="one_cycle", lr=5e-3, start=0.1, final=1e-3, epochs=17.5, batch_size=2),
         ),
         # Pointcept's semseg-spunet-v1m1-0-base, which the paper fine-tunes by; the Lovász softmax is added
         "segment": SegmentRecipe(

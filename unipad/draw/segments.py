@@ -9,7 +9,7 @@ from unipad.data.tables import SEGMENTS
 from unipad.draw.boxes import NEAR, ROWS
 from unipad.draw.views import DPI, picture_of
 
-TITLE = 22  # pixels above an image
+TITLE = 24  # pixels above an image
 REACH = 40.0  # metres from the LiDAR to the sides of the view from above
 # After the devkit's, whose vehicles are shades of one orange; 0 to 16
 COLOURS = (
@@ -44,7 +44,7 @@ def segment_views(batch, found, width=300):
     H, W = batch.image_sizes[0, 0].tolist() if cameras else (1, 1)
     height = 2 * (width * H / W + TITLE) if cameras else 2 * width  # of a row
     figure = Figure(figsize=((height + 3 * width * cameras) / DPI, (len(rows) * height + 70) / DPI), dpi=DPI)
-    figure.set_layout_engine("constrained", w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
+    figure.set_layout_engine("constrained", w_pad=0.01, h_pad=0.04, wspace=0, hspace=0)
     figure.set_facecolor("0.1")
     *lines, foot = figure.subfigures(len(rows) + 1, 1, height_ratios=[height] * len(rows) + [70])
     for line, (name, classes) in zip(lines, rows.items(), strict=True):

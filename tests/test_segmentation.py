@@ -207,6 +207,19 @@ def test_a_run_is_judged_and_drawn(runs, tmp_path, capsys):
     assert plain["iou_per_class"].keys() == turned["iou_per_class"].keys() and plain != turned
 
 
+def test_the_test_split_gives_a_submission_alone(runs, city, tmp_path, capsys):
+    """The city as nuScenes' test set comes: other names, and not a label."""
+    root = shutil.copytree(city, tmp_path / "set", ignore=shutil.ignore_patterns("unipad-index", "lidarseg*"))
+    tables = root / "v1.0-test"
+    (root / "v1.0-mini").rename(tables)
+    scenes = json.loads((tables / "scene.json").read_text())
+    (tables / "scene.json").write_text(json.dumps([s | {"name": f"scene-{77 + i:04}"} for i, s in enumerate(scenes)]))
+    evaluate(runs / "run", data_root=root, version="v1.0-test", split="test", pictures=1, out=tmp_path / "eval")
+    assert "no metrics" in capsys.readouterr().out
+    assert len(list((tmp_path / "eval" / "lidarseg" / "test").glob("*_lidarseg.bin"))) == 6
+    assert (tmp_path / "eval" / "test" / "submission.json").exists() and (tmp_path / "eval" / "segments_0.png").exists()
+
+
 @pytest.mark.parametrize(
     "of, flags, words",
     [

@@ -3,6 +3,7 @@
     python train.py --modality camera                               # no data, no GPU: a synthetic city, a tiny model
     python train.py --modality lidar                                # the same for the LiDAR's encoder
     python train.py --modality fusion                               # both, into one volume
+    python train.py --modality lidar --preset segment-tiny          # the sparse U-Net that segmentation starts from
     python train.py --modality camera --data-root /data/nuscenes --version v1.0-trainval
     torchrun --nproc-per-node 4 train.py --modality camera --data-root /data/nuscenes --version v1.0-trainval
     python train.py --modality camera --steps 4 --device cpu        # is everything in place?
@@ -32,7 +33,7 @@ import tyro
 
 from unipad.batch import CAMERAS
 from unipad.checkpoint import take_weights
-from unipad.config import CONVNEXT, changed
+from unipad.config import CONVNEXT, Unet, changed
 from unipad.data.loader import held_out_batches, step_batches
 from unipad.data.nuscenes import NuScenesDataset, has_images
 from unipad.data.synthetic import city_once
@@ -65,7 +66,7 @@ class Args:
     data_root: Path | None = None  # folder of a nuScenes set (default: a synthetic city, made in data/synthetic)
     version: str = "v1.0-mini"  # version of the set: v1.0-mini or v1.0-trainval
     label_fraction: float = 1.0  # share of the training frames that is used, 0 to 1: every k-th frame
-    out: Path | None = None  # run folder (default: outputs/train-<modality>/<time>)
+    out: Path | None = None  # run folder (default: outputs/train-<modality, or segment>/<time>)
     resume: str = "never"  # never; auto: go on with --out, or with the newest unfinished run; or a run folder
     init: tuple[Path, ...] = ()  # runs or checkpoints to take the encoders from: for fusion, a camera and a LiDAR one
     seed: int = 0  # seed of weights, order of samples, masks and rays
@@ -139,7 +140,8 @@ def main(args: Args):
         # A new run, or one to go on with
         config = {"args": as_plain(replace(args, data_root=root.resolve())), "recipe": as_plain(recipe), "steps": steps}
         kinds = (Args, type(recipe))
-        run, saved = RunFolder.new_or_resumed(f"train-{args.modality}", args.out, args.resume, config, world, kinds)
+        kind = f"train-{'segment' if isinstance(recipe.lidar, Unet) else args.modality}"
+        run, saved = RunFolder.new_or_resumed(kind, args.out, args.resume, config, world, kinds)
         first, before, after = 0, None, None  # metrics of the untrained model and of the last look
         if saved:
             first, before, after = saved["step"], saved["before"], saved["after"]

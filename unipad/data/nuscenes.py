@@ -110,6 +110,12 @@ class NuScenesDataset(torch.utils.data.Dataset):
         dataset.frames = np.concatenate([rng.choice(frame_of_pair[pairs == c], share) for c in present])
         return dataset
 
+    def need_point_labels(self):
+        """Raises `DataError` where a keyframe of the split has no lidarseg labels."""
+        if not all(self.index.lidarseg_files):
+            where = f"{self.root / self.version} {self.split}"
+            raise DataError(f"{where} has frames without lidarseg labels; unpack nuScenes-lidarseg in {self.root}.")
+
     def read(self, i, rng=None, paste=True):
         """Sample i; varied, where there is a `np.random.Generator` to vary it with; `paste`: with objects pasted."""
         sample = self.whole(i)

@@ -31,6 +31,26 @@ CLASSES = (
     "traffic_cone",
 )
 
+# lidarseg's 1 to 16
+SEGMENTS = (
+    "barrier",
+    "bicycle",
+    "bus",
+    "car",
+    "construction_vehicle",
+    "motorcycle",
+    "pedestrian",
+    "traffic_cone",
+    "trailer",
+    "truck",
+    "driveable_surface",
+    "other_flat",
+    "sidewalk",
+    "terrain",
+    "manmade",
+    "vegetation",
+)
+
 SPLITS = {"trainval": ("train", "val"), "test": ("test",), "mini": ("mini_train", "mini_val")}  # by version suffix
 LEARNED = {f"v1.0-{suffix}": splits for suffix, splits in SPLITS.items() if len(splits) == 2}  # (training, validation)
 
@@ -66,6 +86,7 @@ class Index:
 
     tokens: np.ndarray  # [F] sample tokens
     frame_lidar: np.ndarray  # [F] row of the keyframe among the LiDAR frames
+    lidar_tokens: np.ndarray  # [F] sample_data tokens of LIDAR_TOP
     image_files: np.ndarray  # [F, N]
     intrinsics: np.ndarray  # [F, N, 4, 4] camera metres -> (u*d, v*d, d, 1), pixels of the file
     lidar2camera: np.ndarray  # [F, N, 4, 4]
@@ -249,6 +270,7 @@ def _build_split(nusc, split, scenes, verbose):
     return Index(
         tokens=np.array([s["token"] for s in samples], "S"),
         frame_lidar=frame_lidar,
+        lidar_tokens=np.array([s["data"]["LIDAR_TOP"] for s in samples], "S"),
         image_files=np.array([r["filename"] for r in cameras], "S").reshape(-1, len(CAMERAS)),
         intrinsics=_intrinsics(nusc, cameras).reshape(-1, len(CAMERAS), 4, 4),
         lidar2camera=np.linalg.inv(camera2global) @ lidar2global[frame_lidar][:, None],

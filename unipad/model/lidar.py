@@ -154,11 +154,14 @@ class ConvNormReLU(nn.Sequential):
 
 
 class SparseBlock(nn.Module):
-    """relu(x + norm(conv(relu(norm(conv(x))))))."""
+    """relu(x + norm(conv(relu(norm(conv(x)))))); an x of another width is projected before it is added."""
 
-    def __init__(self, width):
+    def __init__(self, width, in_channels=None):
         super().__init__()
-        self.conv1 = SubMConv3d(width, width, 3, bias=False)
+        self.proj = None
+        if in_channels not in (None, width):
+            self.proj = nn.Sequential(SubMConv3d(in_channels, width, 1, bias=False), SparseBatchNorm(width, **NORM))
+        self.conv1 = SubMConv3d(in_channels or width, width, 3, bias=False)
         self.bn1 = SparseBatchNorm(width, **NORM)
         self.conv2 = SubMConv3d(width, width, 3, bias=False)
         self.bn2 = SparseBatchNorm(width, **NORM)
@@ -166,7 +169,8 @@ class SparseBlock(nn.Module):
     def forward(self, x):
         y = self.bn1(self.conv1(x))
         y = self.bn2(self.conv2(y.replace(y.features.relu())))
-        return x.replace((x.features + y.features).relu())
+        x = x if self.proj is None else self.proj(x)
+        return y.replace((x.features + y.features).relu())
 
 
 class Second(nn.Module):

@@ -12,6 +12,7 @@ from unipad import config
 from unipad.model.camera import MASK_BLOCK, CameraEncoder, draw_mask
 from unipad.model.lidar import NORM, LidarEncoder
 from unipad.model.norm import SyncedBatchNorm
+from unipad.model.unet import UnetEncoder
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,10 @@ class Encoder(nn.Module):
                 self.frame_fusion = FrameFusion(self.channels, recipe.data.camera_sweeps)
             self.lift_convs = volume_convs(self.channels, recipe.camera.volume_convs)
         if recipe.lidar is not None:
-            self.lidar = LidarEncoder(recipe.lidar, recipe.grid)
-            self.lidar_convs = volume_convs(self.channels, recipe.lidar.volume_convs, bias=False, **NORM)
+            unet = isinstance(recipe.lidar, config.Unet)
+            self.lidar = (UnetEncoder if unet else LidarEncoder)(recipe.lidar, recipe.grid)
+            convs = 0 if unet else recipe.lidar.volume_convs
+            self.lidar_convs = volume_convs(self.channels, convs, bias=False, **NORM)
         if len(encoders) > 1:
             self.fuse = ConvNormReLU3d(self.channels, self.channels)
 

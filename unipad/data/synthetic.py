@@ -150,8 +150,8 @@ def _check(args):
         "columns": (16, 4096),
         "sweeps": (0, 9),
         "camera_sweeps": (0, 5),
+        "seed": (0, 2**32 - 1),
     }
-    limits["seed"] = (0, 2**32 - 1)
     for name, (low, high) in limits.items():
         if not low <= getattr(args, name) <= high:
             raise SettingError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be from {low} to {high}.")

@@ -108,7 +108,7 @@ def depth_loss(depths, batch, cfg: Camera):
     """Binary cross entropy of each depth bin's probability with whether LiDAR sees something in it first.
 
     depths: per level [B, N, h, w, D] probabilities, as `Encoder.encode` hands them out.
-    batch:  the `Batch` that they were made of.
+    batch:  the `Batch` that they were made of; views of camera sweeps are held against the keyframe's points too.
 
     Returns the sum over bins, the mean over all features with a LiDAR point (0 without any), the sum over levels, times
     `cfg.depth_weight`. Computed in fp32 or better; the logarithm of 0 is that of the smallest number.

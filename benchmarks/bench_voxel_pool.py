@@ -12,7 +12,7 @@ from benchmarks.bench_lift import AGREE_HALF, rig
 from benchmarks.eager import eager_voxel_pool
 from benchmarks.harness import DEVICE, Case, compare
 from kernels.voxel_pool import voxel_pool, voxel_pool_ref
-from unipad.config import GRID_075, TINY_GRID
+from unipad.recipes import GRID_075, TINY_GRID
 
 # name, grid, channels, depth bins, (nearest, farthest) metres, image (H, W) padded, content width / 1600, stride
 PAPER = ("camera-0.075", GRID_075, 256, 118, (1.0, 60.0), (928, 1600), 1.0, 32)

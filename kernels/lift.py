@@ -6,13 +6,21 @@
 
 F_nl(u, v) is the bilinear feature of level l of view n, P_nl(u, v, d) the trilinear probability that the surface seen
 there lies at depth d; both gradients spread over the taps by the shares that the forward gathered with.
-In a rig of six cameras about 1.05 views see a voxel: views x voxels are projected, only what is seen is gathered.
+In a rig of six cameras about 1.1 views see a voxel: views x voxels are projected, only what is seen is gathered.
+
+A program owns a block of voxels side by side in x and y, which mostly the same view sees, in the same pixels. In the
+backward it adds to a level's gradients atomically where a pixel is hit a few times. Where voxels crowd into few pixels
+(a coarse level), and on every level where bits must not vary, it writes down what it hit instead; the hits are sorted
+by the cell between four pixels that they lie in, and each pixel's owner sums over the cells around it.
 """
+
+import math
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 
-from kernels.backend import on_triton, tl, triton
+from kernels.backend import on_triton, strictly_deterministic, tl, triton
 
 
 def lift(features, depths, lidar2image, low, cell, shape, image_size, depth_range):
@@ -33,7 +41,8 @@ def lift(features, depths, lidar2image, low, cell, shape, image_size, depth_rang
         depth range, and farther than 1e-5 m; a voxel that no view sees is 0.
 
     Differentiable once in `features` and `depths`. Accumulates in fp32 (fp64 for fp64 features); projects in fp32.
-    The backward adds atomically: its last bits vary from run to run. Strict determinism takes the reference.
+    Gradients of fine levels are added atomically, so that their last bits vary from run to run, but for
+    `torch.use_deterministic_algorithms(True)`. A view is whatever has a matrix: several frames are more views.
     Follows Uni3DViewTrans of the original.
     """
     assert len(features) == len(depths), f"{len(features)} levels of features, {len(depths)} of depths"
@@ -44,7 +53,7 @@ def lift(features, depths, lidar2image, low, cell, shape, image_size, depth_rang
         assert feature.shape == (B, N, h, w, C), f"level {tuple(feature.shape)} is not [{B}, {N}, h, w, {C}]"
         assert depth.shape == (B, N, h, w, D), f"depth {tuple(depth.shape)} does not fit {tuple(feature.shape)}"
         assert h * w * D, f"level of {h} x {w} pixels, {D} depth bins"
-    if not on_triton(features[0], deterministic=False):
+    if not on_triton(features[0]):
         return lift_ref(features, depths, lidar2image, low, cell, shape, image_size, depth_range)
     return Lift.apply(lidar2image, low, cell, shape, image_size, depth_range, *features, *depths)
 
@@ -133,38 +142,101 @@ class Lift(torch.autograd.Function):
         low, cell = (tuple(torch.tensor(t, dtype=torch.float32).tolist()) for t in (low, cell))
         ctx.geometry = low, cell, tuple(shape), tuple(image_size), tuple(depth_range)
         if volume.numel():
-            _launch(_lift_fwd_kernel, features, depths, (volume,), lidar2image, *ctx.geometry)
+            _launch(_lift_fwd_kernel, FWD_TILE, features, depths, (volume,), lidar2image, *ctx.geometry)
         return volume
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_volume):
         lidar2image, *levels = ctx.saved_tensors
-        acc_type = torch.float64 if levels[0].dtype == torch.float64 else torch.float32
-        d_levels = [torch.zeros_like(level, dtype=acc_type) for level in levels]
-        half = len(levels) // 2
-        if d_volume.numel():
-            outs = d_volume.contiguous(), tuple(d_levels[:half]), tuple(d_levels[half:])
-            _launch(_lift_bwd_kernel, levels[:half], levels[half:], outs, lidar2image, *ctx.geometry)
-        d_levels = [d.to(level.dtype) for d, level in zip(d_levels, levels, strict=True)]
+        if d_volume.numel() and lidar2image.numel():
+            half = len(levels) // 2
+            d_levels = _backward(d_volume.contiguous(), levels[:half], levels[half:], lidar2image, *ctx.geometry)
+        else:
+            d_levels = [torch.zeros_like(level) for level in levels]
         return None, None, None, None, None, None, *d_levels
 
 
-TILE = 1024  # voxels x channels per program; without spills on sm_90, where twice that spills in the backward
+def _backward(d_volume, features, depths, lidar2image, low, cell, shape, *limits):
+    """The gradients of all features, then of all depths."""
+    (B, N), V = lidar2image.shape[:2], math.prod(shape)
+    acc_type = torch.float64 if features[0].dtype == torch.float64 else torch.float32
+    coarse = [V >= CROWD * N * feature.shape[2:4].numel() for feature in features]
+    gathered = [l for l in range(len(features)) if coarse[l] or strictly_deterministic()]
+    pixels = [B * N * features[l].shape[2:4].numel() for l in gathered]
+    ends, cells = list(accumulate(pixels)), sum(pixels)
+    # a radix sort takes half as many passes over half as wide keys
+    key_type = torch.int16 if cells < 2**15 else torch.int32
+    cell_of = torch.full((len(gathered), B * N * V), cells, dtype=key_type, device=d_volume.device)
+    hits = torch.empty(len(gathered), B * N * V, HIT.value, dtype=acc_type, device=d_volume.device)
+
+    outs, first_cells = [], []
+    for l, (feature, depth) in enumerate(zip(features, depths, strict=True)):
+        if l in gathered:
+            i = gathered.index(l)
+            outs.append((cell_of[i], hits[i]))
+            first_cells.append(ends[i] - pixels[i])
+        else:
+            outs.append((torch.zeros_like(feature, dtype=acc_type), torch.zeros_like(depth, dtype=acc_type)))
+            first_cells.append(0)
+    _launch(
+        _lift_bwd_kernel, BWD_TILE, features, depths, (d_volume, tuple(outs), tuple(first_cells)),
+        lidar2image, low, cell, shape, *limits, GATHERED=sum(1 << l for l in gathered),
+    )  # fmt: skip
+
+    if gathered:
+        by_cell, order = cell_of.flatten().sort(stable=True)
+        begin = torch.searchsorted(by_cell, torch.arange(cells + 1, dtype=key_type, device=by_cell.device))
+    for l in gathered:
+        outs[l] = torch.empty_like(features[l]), torch.empty_like(depths[l])
+        _launch_pixels(begin[first_cells[l] :], order, hits, d_volume, outs[l], N, V, WALKERS if coarse[l] else 1)
+    d_features, d_depths = zip(*outs, strict=True)
+    return [d.to(level.dtype) for d, level in zip((*d_features, *d_depths), (*features, *depths), strict=True)]
+
+
+# All untuned: chosen by what the compiler makes of them for sm_90, without a GPU to time them on
+FWD_TILE = 2048  # voxels x channels per program
+BWD_TILE = 1024  # twice that spills
 MAX_VOXELS = 32  # per program: each also carries its place in every view, which few channels would not outweigh
+CROWD = 2  # voxels a pixel of a level; of such levels the pixels gather their gradients
+PIXEL_TILE = 1024  # walkers x channels per program
+WALKERS = 8  # that share the hits of a pixel of a coarse level
+HIT = tl.constexpr(5)  # numbers: its column and row in pixels, depth in bins, probability, <g, feature>
 
 
-def _launch(kernel, features, depths, volumes, lidar2image, low, cell, shape, image_size, depth_range):
+def _launch(kernel, tile, features, depths, volumes, lidar2image, low, cell, shape, image_size, depth_range, **flags):
     B, N, _, _, C = features[0].shape
-    BLOCK_C = triton.next_power_of_2(C)
-    BLOCK_V = min(max(TILE // BLOCK_C, 1), MAX_VOXELS)
     X, Y, Z = shape
-    kernel[(triton.cdiv(X * Y * Z, BLOCK_V), B)](
+    blocks = _blocks(tile, C)
+    kernel[(triton.cdiv(X, blocks["BLOCK_X"]) * triton.cdiv(Y, blocks["BLOCK_Y"]) * Z, B)](
         tuple(features), tuple(depths), *volumes, lidar2image,
         tuple(tuple(feature.shape[2:4]) for feature in features), low, cell, shape, image_size, depth_range,
         N, C, depths[0].shape[4],
-        BLOCK_V=BLOCK_V, BLOCK_C=BLOCK_C,
+        **blocks, **flags,
     )  # fmt: skip
+
+
+def _blocks(tile, C):
+    BLOCK_C = triton.next_power_of_2(C)
+    voxels = min(max(tile // BLOCK_C, 1), MAX_VOXELS)
+    BLOCK_X = 1 << (voxels.bit_length() // 2)  # a square, or twice as wide
+    return dict(BLOCK_X=BLOCK_X, BLOCK_Y=voxels // BLOCK_X, BLOCK_C=BLOCK_C)
+
+
+def _launch_pixels(begin, order, hits, d_volume, outs, N, V, walkers):
+    (B, _, h, w, C), D = outs[0].shape, outs[1].shape[4]
+    P = outs[0].shape[:4].numel()
+    blocks = _pixel_blocks(walkers, C, D)
+    _pixel_sum_kernel[(triton.cdiv(P, blocks["BLOCK_P"]),)](
+        begin, order, hits, d_volume, *outs, P, h, w, B, N, V, C, D, **blocks
+    )
+
+
+def _pixel_blocks(walkers, C, D):
+    BLOCK_C, BLOCK_D = triton.next_power_of_2(C), triton.next_power_of_2(D)
+    lanes = max(PIXEL_TILE // max(BLOCK_C, BLOCK_D), 1)
+    walkers = min(walkers, lanes)
+    return dict(BLOCK_P=lanes // walkers, WALKERS=walkers, BLOCK_C=BLOCK_C, BLOCK_D=BLOCK_D)
 
 
 @triton.jit
@@ -173,16 +245,15 @@ def _lift_fwd_kernel(
     volume_ptr, lidar2image_ptr,  # [B, Z, Y, X, C], [B, N, 4, 4]
     sizes, low, cell, shape, image_size, depth_range,  # per level (h, w); the rest as in `lift`
     N, C, D,
-    BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     acc_ty: tl.constexpr = tl.float64 if volume_ptr.dtype.element_ty == tl.float64 else tl.float32
-    i = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)  # [BLOCK_V]
+    i, x, y, z, i_ok = _corners(low, cell, shape, BLOCK_X, BLOCK_Y)
     c = tl.arange(0, BLOCK_C)  # [BLOCK_C]
     b = tl.program_id(1).to(tl.int64)
-    x, y, z, i_ok = _corners(i, low, cell, shape)
     c_ok = c < C
 
-    acc = tl.zeros((BLOCK_V, BLOCK_C), acc_ty)
+    acc = tl.zeros((BLOCK_X * BLOCK_Y, BLOCK_C), acc_ty)
     for n in range(N):
         view = b * N + n
         u, v, d, seen = _project(lidar2image_ptr + view * 16, x, y, z, i_ok, image_size, depth_range)
@@ -204,20 +275,22 @@ def _lift_fwd_kernel(
 def _lift_bwd_kernel(
     feature_ptrs, depth_ptrs,  # per level [B, N, h, w, C], [B, N, h, w, D]
     d_volume_ptr,  # [B, Z, Y, X, C]
-    d_feature_ptrs, d_depth_ptrs,  # as feature_ptrs and depth_ptrs, added to
+    out_ptrs,  # per level d_feature, d_depth, added to; where gathered cell_idx [B, N, V], hit [B, N, V, HIT]
+    first_cells,  # per level, of its cells: there are as many as pixels
     lidar2image_ptr,  # [B, N, 4, 4]
     sizes, low, cell, shape, image_size, depth_range,  # per level (h, w); the rest as in `lift`
     N, C, D,
-    BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
+    GATHERED: tl.constexpr,  # bits of the levels
+    BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     acc_ty: tl.constexpr = tl.float64 if d_volume_ptr.dtype.element_ty == tl.float64 else tl.float32
-    i = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)  # [BLOCK_V]
+    i, x, y, z, i_ok = _corners(low, cell, shape, BLOCK_X, BLOCK_Y)
     c = tl.arange(0, BLOCK_C)  # [BLOCK_C]
     b = tl.program_id(1).to(tl.int64)
-    x, y, z, i_ok = _corners(i, low, cell, shape)
     c_ok = c < C
 
-    row = b * shape[0] * shape[1] * shape[2] + i
+    V = shape[0] * shape[1] * shape[2]
+    row = b * V + i
     g = tl.load(d_volume_ptr + row[:, None] * C + c[None, :], mask=i_ok[:, None] & c_ok[None, :], other=0.0).to(acc_ty)
     for n in range(N):
         view = b * N + n
@@ -231,23 +304,81 @@ def _lift_bwd_kernel(
                 feature, probability = _gather(
                     feature_ptrs[l], depth_ptrs[l], pixels, shares, z0, z1, z_share, seen, mask, c, C, D, acc_ty
                 )
-                _scatter(
-                    d_feature_ptrs[l], d_depth_ptrs[l], g * probability[:, None], tl.sum(g * feature, axis=1),
-                    pixels, shares, z0, z1, z_share, seen, mask, c, C, D,
-                )  # fmt: skip
+                along = tl.sum(g * feature, axis=1)
+                if GATHERED & (1 << l):
+                    tl.store(out_ptrs[l][0] + view * V + i, first_cells[l] + pixels[0], mask=seen)
+                    hit_ptr = out_ptrs[l][1] + (view * V + i) * HIT
+                    tl.store(hit_ptr, _position(u, w), mask=seen)
+                    tl.store(hit_ptr + 1, _position(v, h), mask=seen)
+                    tl.store(hit_ptr + 2, _position(d, D), mask=seen)
+                    tl.store(hit_ptr + 3, probability, mask=seen)
+                    tl.store(hit_ptr + 4, along, mask=seen)
+                else:
+                    _scatter(
+                        out_ptrs[l][0], out_ptrs[l][1], g * probability[:, None], along,
+                        pixels, shares, z0, z1, z_share, seen, mask, c, C, D,
+                    )  # fmt: skip
 
 
 @triton.jit
-def _corners(i, low, cell, shape):
-    """Lower corners of the voxels i in metres [BLOCK_V] each, and whether they exist."""
-    x = i % shape[0]
-    y = i // shape[0] % shape[1]
-    z = i // (shape[0] * shape[1])
+def _pixel_sum_kernel(
+    begin_ptr, order_ptr, hit_ptr,  # [P + 1] of each cell; hits of all levels, by cell; [levels, B, N, V, HIT]
+    d_volume_ptr,  # [B, V, C]
+    d_feature_ptr, d_depth_ptr,  # [P, C], [P, D]
+    P, h, w, B, N, V, C, D,  # P pixels of all views of a level
+    BLOCK_P: tl.constexpr, WALKERS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a level, each pixel's summed in order over the hits in the cells around it."""
+    acc_ty: tl.constexpr = hit_ptr.dtype.element_ty
+    lane = tl.arange(0, BLOCK_P * WALKERS)
+    p = tl.program_id(0) * BLOCK_P + lane // WALKERS
+    x, y = p % w, p // w % h
+    c = tl.arange(0, BLOCK_C)[None, :]
+    k = tl.arange(0, BLOCK_D)[None, :]
+    d_feature = tl.zeros((BLOCK_P * WALKERS, BLOCK_C), acc_ty)
+    d_depth = tl.zeros((BLOCK_P * WALKERS, BLOCK_D), acc_ty)
+    for up in range(2):  # cells of the pixel's own row, of the one above: at its left and at its right side by side
+        ok = (p < P) & (y >= up)
+        begin = tl.load(begin_ptr + p - up * w - (x > 0).to(tl.int32), mask=ok, other=0)
+        end = tl.load(begin_ptr + p - up * w + 1, mask=ok, other=0)
+        for i in range(0, tl.max(end - begin, axis=0), WALKERS):
+            at = begin + i + lane % WALKERS
+            at_ok = at < end
+            hit = tl.load(order_ptr + at, mask=at_ok, other=0)
+            hit_x = tl.load(hit_ptr + hit * HIT, mask=at_ok, other=0.0)
+            hit_y = tl.load(hit_ptr + hit * HIT + 1, mask=at_ok, other=0.0)
+            hit_z = tl.load(hit_ptr + hit * HIT + 2, mask=at_ok, other=0.0)
+            probability = tl.load(hit_ptr + hit * HIT + 3, mask=at_ok, other=0.0)
+            along = tl.load(hit_ptr + hit * HIT + 4, mask=at_ok, other=0.0)
+            share = (1 - tl.abs(hit_x - x)) * (1 - tl.abs(hit_y - y))
+            row = hit // V // N % B * V + hit % V
+            row_ok = at_ok[:, None] & (c < C)
+            g = tl.load(d_volume_ptr + row[:, None] * C + c, mask=row_ok, other=0.0).to(acc_ty)
+            d_feature += (share * probability)[:, None] * g
+            d_depth += (share * along)[:, None] * tl.maximum(1 - tl.abs(hit_z[:, None] - k), 0)
+    d_feature = tl.sum(tl.reshape(d_feature, (BLOCK_P, WALKERS, BLOCK_C)), axis=1)
+    d_depth = tl.sum(tl.reshape(d_depth, (BLOCK_P, WALKERS, BLOCK_D)), axis=1)
+    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
+    tl.store(d_feature_ptr + p.to(tl.int64) * C + c, d_feature, mask=(p < P) & (c < C))
+    tl.store(d_depth_ptr + p.to(tl.int64) * D + k, d_depth, mask=(p < P) & (k < D))
+
+
+@triton.jit
+def _corners(low, cell, shape, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr):
+    """The program's voxels: their numbers, their lower corners in metres [BLOCK_X * BLOCK_Y], whether they exist."""
+    lane = tl.arange(0, BLOCK_X * BLOCK_Y)
+    block = tl.program_id(0)
+    along_x, along_y = tl.cdiv(shape[0], BLOCK_X), tl.cdiv(shape[1], BLOCK_Y)
+    x = block % along_x * BLOCK_X + lane % BLOCK_X
+    y = block // along_x % along_y * BLOCK_Y + lane // BLOCK_X
+    z = block // (along_x * along_y)
+    i = (z * shape[1] + y) * shape[0] + x
+    ok = (x < shape[0]) & (y < shape[1])
     # rounded once, as a fused multiply-add is: a corner an ulp off could cross the border of an image
     x = (x.to(tl.float64) * cell[0] + low[0]).to(tl.float32)
     y = (y.to(tl.float64) * cell[1] + low[1]).to(tl.float32)
     z = (z.to(tl.float64) * cell[2] + low[2]).to(tl.float32)
-    return x, y, z, i < shape[0] * shape[1] * shape[2]
+    return i, x, y, z, ok
 
 
 @triton.jit
@@ -277,11 +408,17 @@ def _taps(view, u, v, h, w):
 @triton.jit
 def _nodes(place, size):
     """The two of `size` nodes from -1 to 1 around each place, and the second one's share."""
-    position = (place + 1) / 2 * (size - 1)
+    position = _position(place, size)
     first = tl.floor(position)
     share = position - first
     first = first.to(tl.int32)
     return first, tl.minimum(first + 1, size - 1), share
+
+
+@triton.jit
+def _position(place, size):
+    """Places counted in nodes from the first."""
+    return (place + 1) / 2 * (size - 1)
 
 
 @triton.jit

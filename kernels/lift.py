@@ -53,6 +53,8 @@ def lift(features, depths, lidar2image, low, cell, shape, image_size, depth_rang
         assert feature.shape == (B, N, h, w, C), f"level {tuple(feature.shape)} is not [{B}, {N}, h, w, {C}]"
         assert depth.shape == (B, N, h, w, D), f"depth {tuple(depth.shape)} does not fit {tuple(feature.shape)}"
         assert h * w * D, f"level of {h} x {w} pixels, {D} depth bins"
+    hits = len(features) * B * N * math.prod(shape)
+    assert hits < 2**31, "views x voxels of all levels are counted in 32 bits: take fewer samples"
     if not on_triton(features[0]):
         return lift_ref(features, depths, lidar2image, low, cell, shape, image_size, depth_range)
     return Lift.apply(lidar2image, low, cell, shape, image_size, depth_range, *features, *depths)
@@ -186,7 +188,9 @@ def _backward(d_volume, features, depths, lidar2image, low, cell, shape, *limits
 
     if gathered:
         by_cell, order = cell_of.flatten().sort(stable=True)
-        begin = torch.searchsorted(by_cell, torch.arange(cells + 1, dtype=key_type, device=by_cell.device))
+        begin = torch.searchsorted(
+            by_cell, torch.arange(cells + 1, dtype=key_type, device=by_cell.device), out_int32=True
+        )
     for l in gathered:
         outs[l] = torch.empty_like(features[l]), torch.empty_like(depths[l])
         _launch_pixels(begin[first_cells[l] :], order, hits, d_volume, outs[l], N, V, WALKERS if coarse[l] else 1)
@@ -339,21 +343,22 @@ def _pixel_sum_kernel(
     d_depth = tl.zeros((BLOCK_P * WALKERS, BLOCK_D), acc_ty)
     for up in range(2):  # cells of the pixel's own row, of the one above: at its left and at its right side by side
         ok = (p < P) & (y >= up)
-        begin = tl.load(begin_ptr + p - up * w - (x > 0).to(tl.int32), mask=ok, other=0)
-        end = tl.load(begin_ptr + p - up * w + 1, mask=ok, other=0)
+        cell = p - up * w
+        begin = tl.load(begin_ptr + cell - (x > 0).to(tl.int32), mask=ok, other=0)
+        end = tl.load(begin_ptr + cell + 1, mask=ok, other=0)
         for i in range(0, tl.max(end - begin, axis=0), WALKERS):
             at = begin + i + lane % WALKERS
             at_ok = at < end
-            hit = tl.load(order_ptr + at, mask=at_ok, other=0)
-            hit_x = tl.load(hit_ptr + hit * HIT, mask=at_ok, other=0.0)
-            hit_y = tl.load(hit_ptr + hit * HIT + 1, mask=at_ok, other=0.0)
-            hit_z = tl.load(hit_ptr + hit * HIT + 2, mask=at_ok, other=0.0)
-            probability = tl.load(hit_ptr + hit * HIT + 3, mask=at_ok, other=0.0)
-            along = tl.load(hit_ptr + hit * HIT + 4, mask=at_ok, other=0.0)
+            hit = tl.load(order_ptr + at, mask=at_ok, other=0).to(tl.int32)
+            at_ptr = hit_ptr + hit.to(tl.int64) * HIT
+            hit_x = tl.load(at_ptr, mask=at_ok, other=0.0)
+            hit_y = tl.load(at_ptr + 1, mask=at_ok, other=0.0)
+            hit_z = tl.load(at_ptr + 2, mask=at_ok, other=0.0)
+            probability = tl.load(at_ptr + 3, mask=at_ok, other=0.0)
+            along = tl.load(at_ptr + 4, mask=at_ok, other=0.0)
             share = (1 - tl.abs(hit_x - x)) * (1 - tl.abs(hit_y - y))
-            row = hit // V // N % B * V + hit % V
-            row_ok = at_ok[:, None] & (c < C)
-            g = tl.load(d_volume_ptr + row[:, None] * C + c, mask=row_ok, other=0.0).to(acc_ty)
+            row = (hit // V // N % B * V + hit % V).to(tl.int64)[:, None] * C + c
+            g = tl.load(d_volume_ptr + row, mask=at_ok[:, None] & (c < C), other=0.0).to(acc_ty)
             d_feature += (share * probability)[:, None] * g
             d_depth += (share * along)[:, None] * tl.maximum(1 - tl.abs(hit_z[:, None] - k), 0)
     d_feature = tl.sum(tl.reshape(d_feature, (BLOCK_P, WALKERS, BLOCK_C)), axis=1)

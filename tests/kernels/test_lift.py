@@ -33,7 +33,7 @@ def launch(kernel, levels, channels, divisible, elements, registers, shared, gat
 
 def launch_pixels(walkers, channels, bins, divisible, elements, registers, shared):
     blocks = kernels.lift._pixel_blocks(walkers, channels, bins)
-    types = dict(begin_ptr="*i64", order_ptr="*i64", hit_ptr="*fp32", h="i32", w="i32")
+    types = dict(begin_ptr="*i32", order_ptr="*i64", hit_ptr="*fp32", h="i32", w="i32")
     return Launch(
         "_pixel_sum_kernel", blocks, types, divisible, elements, registers=registers, shared=shared, budgets=ON_NVIDIA
     )
@@ -43,8 +43,8 @@ LAUNCHES = [
     launch("_lift_fwd_kernel", 4, 128, ("C", "D"), ("bf16",), 152, 0),
     launch("_lift_bwd_kernel", 4, 128, ("C", "D"), ("bf16",), 255, 4096, gathered=(2, 3)),
     launch("_lift_bwd_kernel", 4, 128, ("C", "D"), ("bf16",), 104, 32, gathered=(0, 1, 2, 3)),
-    launch_pixels(8, 128, 64, ("C", "D"), ("bf16",), 88, 1024),
-    launch_pixels(1, 128, 64, ("C", "D"), ("bf16",), 152, 1024),
+    launch_pixels(8, 128, 64, ("C", "D"), ("bf16",), 64, 1024),
+    launch_pixels(1, 128, 64, ("C", "D"), ("bf16",), 104, 1024),
     launch("_lift_fwd_kernel", 1, 16, (), ("fp32",), 136, 0),
     launch("_lift_bwd_kernel", 1, 16, (), ("fp32",), 192, 128),
 ]
@@ -276,5 +276,7 @@ def test_rejects_mismatched_shapes(device):
         lift(**inputs | dict(lidar2image=views(1, 3, device)))
     with pytest.raises(AssertionError, match="does not fit"):
         lift(**inputs | dict(depths=[torch.rand(1, 2, 3, 4, 4, device=device)]))
+    with pytest.raises(AssertionError, match="32 bits"):
+        lift(**inputs | dict(shape=(2**10, 2**10, 2**10)))
     with pytest.raises(AssertionError, match="levels"):
         lift(**inputs | dict(depths=[]))

@@ -12,6 +12,7 @@ import csv
 import time
 from dataclasses import asdict, dataclass, fields
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -43,7 +44,7 @@ class Row:
     fwd_p80: float
     bwd_ms: float | None
     both_ms: float | None
-    peak_mb: float | None  # of forward and backward, above what the inputs take
+    peak_mb: float  # of forward and backward, above what the inputs take
     of_copy: float  # share of the copy's bandwidth that the forward reaches
     error: float  # largest, of outputs and gradients, as a share of the largest true value
     device: str
@@ -168,13 +169,22 @@ def _bench(fn):
 
 def _peak_mb(fn):
     if DEVICE == "cpu":
-        return None
+        return _peak_cpu_mb(fn)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     fn()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def _peak_cpu_mb(fn):
+    """Of what PyTorch allocates; scratch of the libraries that it calls is not seen."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        fn()
+    changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes.sort(key=lambda e: e.start_ns())
+    return max(accumulate((e.nbytes() for e in changes), initial=0)) / 2**20
 
 
 def _copy_bandwidth():

@@ -70,7 +70,9 @@ def lift_ref(features, depths, lidar2image, low, cell, shape, image_size, depth_
     u, v, d = place[:, b, n, voxel].to(acc_type)  # [P]
     view = b * N + n
 
-    tables, rows, weights, first_row = [], [], [], 0
+    taps = 4 * seen.sum(dim=1).flatten()  # [B * V] of a level
+    begin = taps.cumsum(dim=0) - taps
+    volume = 0
     for feature, depth in zip(features, depths, strict=True):
         h, w = feature.shape[2:4]
         x, x_share = _nodes_ref(u, w)  # [2, P] each
@@ -80,20 +82,11 @@ def lift_ref(features, depths, lidar2image, low, cell, shape, image_size, depth_
         share = (y_share[:, None] * x_share).flatten(0, 1)  # [4, P]
         at_nodes = depth.flatten().index_select(0, (pixel[:, None] * D + z).flatten()).view(4, 2, -1)
         probability = (share[:, None] * z_share * at_nodes).sum(dim=(0, 1))  # [P]
-        tables.append(feature.flatten(0, 3).to(acc_type))
-        rows.append(first_row + pixel)
-        weights.append(share * probability)
-        first_row += B * N * h * w
-
-    table = F.pad(torch.cat(tables), (0, 1 if C == 0 else 0))  # `embedding_bag` refuses a table without columns
-    taps = 4 * len(features) * seen.sum(dim=1).flatten()  # [B * V]
-    volume = F.embedding_bag(
-        torch.cat(rows).T.flatten(),
-        table,
-        offsets=taps.cumsum(dim=0) - taps,
-        mode="sum",
-        per_sample_weights=torch.cat(weights).T.flatten(),
-    )
+        table = feature.flatten(0, 3).to(acc_type)
+        table = table if C else F.pad(table, (0, 1))  # `embedding_bag` refuses a table without columns
+        volume = volume + F.embedding_bag(
+            pixel.T.flatten(), table, begin, mode="sum", per_sample_weights=(share * probability).T.flatten()
+        )
     return volume[:, :C].view(B, Z, Y, X, C).to(features[0].dtype)
 
 

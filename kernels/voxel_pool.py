@@ -69,9 +69,10 @@ def voxel_pool_ref(features, depths, lidar2image, low, cell, shape, stride, dept
     point = point.index_select(0, order)
     begin = torch.searchsorted(voxel, torch.arange(V, device=voxel.device))
     table = features.flatten(0, 3).to(acc_type)
+    table = table if C else F.pad(table, (0, 1))  # `embedding_bag` refuses a table without columns
     volume = F.embedding_bag(
         point // max(D, 1),
-        F.pad(table, (0, 1 if C == 0 else 0)),  # `embedding_bag` refuses a table without columns
+        table,
         begin,
         mode="sum",
         per_sample_weights=depths.flatten().index_select(0, point).to(acc_type),

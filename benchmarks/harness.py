@@ -16,6 +16,7 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
+from torch._functorch import config as functorch_config
 
 from kernels.backend import triton
 from unipad.runtime import commit
@@ -90,6 +91,12 @@ def compare(op, reference, kernels, peers, cases, agree=AGREE):
     return rows
 
 
+def compiled(fn):
+    """`fn` under torch.compile, able to run its backward several times over one forward, which is how it is timed."""
+    functorch_config.donated_buffer = False
+    return torch.compile(fn)
+
+
 def largest_error(fn, reference, inputs, ups=None):
     """Of outputs and gradients, as a share of each one's largest true value; NaN if one is."""
     ups = _upstream(reference, inputs) if ups is None else ups
@@ -99,13 +106,13 @@ def largest_error(fn, reference, inputs, ups=None):
 
 def _measure(fn, case, ups, copy):
     peak_mb = _peak_mb(partial(_forward_backward, fn, case.inputs, ups))
-    fwd_ms, fwd_p20, fwd_p80 = _bench(partial(fn, *case.inputs))
+    fwd_ms, fwd_p20, fwd_p80 = milliseconds(partial(fn, *case.inputs))
     bwd_ms = both_ms = None
     if ups:
-        both_ms, _, _ = _bench(partial(_forward_backward, fn, case.inputs, ups))
+        both_ms, _, _ = milliseconds(partial(_forward_backward, fn, case.inputs, ups))
         outs = [o for o in _outputs(fn, case.inputs) if o.requires_grad]
         wanted = _wanted(case.inputs)
-        bwd_ms, _, _ = _bench(lambda: torch.autograd.grad(outs, wanted, ups, retain_graph=True))
+        bwd_ms, _, _ = milliseconds(lambda: torch.autograd.grad(outs, wanted, ups, retain_graph=True))
     return dict(
         fwd_ms=fwd_ms,
         fwd_p20=fwd_p20,
@@ -151,7 +158,7 @@ def _error(ours, truth):
     return worst / scale if scale else worst
 
 
-def _bench(fn):
+def milliseconds(fn):
     """Median, 20th and 80th percentile in ms: of at least 100 runs on a GPU, of at least 5 in a second on a CPU."""
     if DEVICE == "cuda":
         from triton.testing import do_bench  # flushes the L2 between runs
@@ -191,7 +198,7 @@ def _copy_bandwidth():
     """GB/s, read and written."""
     src = torch.zeros(2**30 if DEVICE == "cuda" else 2**27, dtype=torch.uint8, device=DEVICE)
     dst = torch.zeros_like(src)
-    return 2 * src.nbytes / _bench(lambda: dst.copy_(src))[0] * 1e-6
+    return 2 * src.nbytes / milliseconds(lambda: dst.copy_(src))[0] * 1e-6
 
 
 def _device_name():

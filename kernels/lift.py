@@ -136,6 +136,7 @@ class Lift(torch.autograd.Function):
         # what a compiled kernel receives; the interpreter would hand it fp64
         low, cell = (tuple(torch.tensor(t, dtype=torch.float32).tolist()) for t in (low, cell))
         ctx.geometry = low, cell, tuple(shape), tuple(image_size), tuple(depth_range)
+        ctx.bit_equal = strictly_deterministic()
         if volume.numel():
             _launch(_lift_fwd_kernel, FWD_TILE, features, depths, (volume,), lidar2image, *ctx.geometry)
         return volume
@@ -146,18 +147,19 @@ class Lift(torch.autograd.Function):
         lidar2image, *levels = ctx.saved_tensors
         if d_volume.numel() and lidar2image.numel():
             half = len(levels) // 2
-            d_levels = _backward(d_volume.contiguous(), levels[:half], levels[half:], lidar2image, *ctx.geometry)
+            d_volume = d_volume.contiguous()
+            d_levels = _backward(d_volume, levels[:half], levels[half:], ctx.bit_equal, lidar2image, *ctx.geometry)
         else:
             d_levels = [torch.zeros_like(level) for level in levels]
         return None, None, None, None, None, None, *d_levels
 
 
-def _backward(d_volume, features, depths, lidar2image, low, cell, shape, *limits):
+def _backward(d_volume, features, depths, bit_equal, lidar2image, low, cell, shape, *limits):
     """The gradients of all features, then of all depths."""
     (B, N), V = lidar2image.shape[:2], math.prod(shape)
     acc_type = torch.float64 if features[0].dtype == torch.float64 else torch.float32
     coarse = [V >= CROWD * N * feature.shape[2:4].numel() for feature in features]
-    gathered = [l for l in range(len(features)) if coarse[l] or strictly_deterministic()]
+    gathered = [l for l in range(len(features)) if coarse[l] or bit_equal]
     pixels = [B * N * features[l].shape[2:4].numel() for l in gathered]
     ends, cells = list(accumulate(pixels)), sum(pixels)
     # a radix sort takes half as many passes over half as wide keys
@@ -195,7 +197,7 @@ def _backward(d_volume, features, depths, lidar2image, low, cell, shape, *limits
 FWD_TILE = 2048  # voxels x channels per program
 BWD_TILE = 1024  # twice that spills
 MAX_VOXELS = 32  # per program: each also carries its place in every view, which few channels would not outweigh
-CROWD = 2  # voxels a pixel of a level; of such levels the pixels gather their gradients
+CROWD = 4  # voxels a pixel of a level; where there are so many, its pixels gather their gradients
 PIXEL_TILE = 1024  # walkers x channels per program
 WALKERS = 8  # that share the hits of a pixel of a coarse level
 HIT = tl.constexpr(5)  # numbers: its column and row in pixels, depth in bins, probability, <g, feature>

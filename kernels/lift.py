@@ -194,8 +194,8 @@ def _backward(d_volume, features, depths, bit_equal, lidar2image, low, cell, sha
 
 
 # All untuned: chosen by what the compiler makes of them for sm_90, without a GPU to time them on
-FWD_TILE = 2048  # voxels x channels per program
-BWD_TILE = 1024  # twice that spills
+FWD_TILE = 4096  # bytes of features per program: voxels x channels
+BWD_TILE = 2048  # twice that spills
 MAX_VOXELS = 32  # per program: each also carries its place in every view, which few channels would not outweigh
 CROWD = 4  # voxels a pixel of a level; where there are so many, its pixels gather their gradients
 PIXEL_TILE = 1024  # walkers x channels per program
@@ -206,7 +206,7 @@ HIT = tl.constexpr(5)  # numbers: its column and row in pixels, depth in bins, p
 def _launch(kernel, tile, features, depths, volumes, lidar2image, low, cell, shape, image_size, depth_range, **flags):
     B, N, _, _, C = features[0].shape
     X, Y, Z = shape
-    blocks = _blocks(tile, C)
+    blocks = _blocks(tile // features[0].element_size(), C)
     kernel[(triton.cdiv(X, blocks["BLOCK_X"]) * triton.cdiv(Y, blocks["BLOCK_Y"]) * Z, B)](
         tuple(features), tuple(depths), *volumes, lidar2image,
         tuple(tuple(feature.shape[2:4]) for feature in features), low, cell, shape, image_size, depth_range,
@@ -383,7 +383,7 @@ def _corners(low, cell, shape, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr):
 
 @triton.jit
 def _project(p, x, y, z, ok, image_size, depth_range):
-    """Where the view with matrix p sees the points: u, v, depth in (-1, 1), and whether it does; 0 where not."""
+    """Where the view with matrix p sees the points: u, v, depth in (-1, 1), and whether it does."""
     ud = tl.load(p) * x + tl.load(p + 1) * y + tl.load(p + 2) * z + tl.load(p + 3)
     vd = tl.load(p + 4) * x + tl.load(p + 5) * y + tl.load(p + 6) * z + tl.load(p + 7)
     d = tl.load(p + 8) * x + tl.load(p + 9) * y + tl.load(p + 10) * z + tl.load(p + 11)
@@ -392,7 +392,13 @@ def _project(p, x, y, z, ok, image_size, depth_range):
     v = vd / clamped / image_size[0] * 2 - 1
     place = (d - depth_range[0]) / (depth_range[1] - depth_range[0]) * 2 - 1
     seen = ok & (d > 1e-5) & (tl.abs(u) < 1) & (tl.abs(v) < 1) & (tl.abs(place) < 1)
-    return tl.where(seen, u, 0.0), tl.where(seen, v, 0.0), tl.where(seen, place, 0.0), seen
+    return _inside(u), _inside(v), _inside(place), seen
+
+
+@triton.jit
+def _inside(place):
+    """-1 to 1 as it is, what lies beyond at the border, also what is not a number: it is multiplied with what is 0."""
+    return tl.minimum(tl.maximum(place, -1.0), 1.0)
 
 
 @triton.jit

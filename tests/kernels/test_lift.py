@@ -13,7 +13,8 @@ ON_NVIDIA = ("sm_80", "sm_90")
 
 def launch(kernel, levels, channels, divisible, elements, registers, shared, gathered=()):
     forward = kernel == "_lift_fwd_kernel"
-    constexprs = kernels.lift._blocks(kernels.lift.FWD_TILE if forward else kernels.lift.BWD_TILE, channels)
+    tile = kernels.lift.FWD_TILE if forward else kernels.lift.BWD_TILE
+    constexprs = kernels.lift._blocks(tile // (4 if "fp32" in elements else 2), channels)
     constexprs |= {} if forward else dict(GATHERED=sum(1 << l for l in gathered))
     types = dict(
         feature_ptrs=("*",) * levels,
@@ -115,7 +116,7 @@ RECORDED = dict(  # geometry of the record view_trans_2lvl
 def large_blocks(monkeypatch):
     """The interpreter's time goes with the number of programs."""
     if not HAS_GPU:
-        for name, size in dict(FWD_TILE=2**15, BWD_TILE=2**15, PIXEL_TILE=2**17, MAX_VOXELS=2**10).items():
+        for name, size in dict(FWD_TILE=2**17, BWD_TILE=2**17, PIXEL_TILE=2**17, MAX_VOXELS=2**10).items():
             monkeypatch.setattr(kernels.lift, name, size)
 
 

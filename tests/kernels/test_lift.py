@@ -259,6 +259,13 @@ def test_a_feature_changes_its_ray_alone(op, device, large_blocks):
     assert torch.equal(changed.flatten(), (seen & near)[0, 1]) and 1 < changed.sum() < seen[0, 1].sum()
 
 
+def test_more_cells_than_16_bits_count(device, large_blocks, monkeypatch):
+    """The hits are sorted by 32-bit numbers then: each level alone has 2^15 + 356 cells."""
+    monkeypatch.setattr(kernels.lift, "CROWD", 0)
+    inputs = make_inputs(1, 1, [(182, 182), (182, 182)], 1, 1, (4, 4, 1), device)
+    check_against_ref(lift, lift_ref, inputs, torch.float32, wrt=("features", "depths"))
+
+
 def test_frames_are_more_views(device, large_blocks):
     """Two frames of two views in one call are the sum of a call each."""
     inputs = make_inputs(2, 4, [(3, 5)], 3, 4, (5, 4, 2), device)

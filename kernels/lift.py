@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.backend import on_triton, strictly_deterministic, tl, triton
+from kernels.pixel_sum import HIT, pixel_sum
 
 
 def lift(features, depths, lidar2image, low, cell, shape, image_size, depth_range):
@@ -183,12 +184,11 @@ def _backward(d_volume, features, depths, bit_equal, lidar2image, low, cell, sha
 
     if gathered:
         by_cell, order = cell_of.flatten().sort(stable=True)
-        begin = torch.searchsorted(
-            by_cell, torch.arange(cells + 1, dtype=key_type, device=by_cell.device), out_int32=True
-        )
+        numbers = torch.arange(cells + 1, dtype=key_type, device=by_cell.device)
+        begin = torch.searchsorted(by_cell, numbers, out_int32=True)
     for l in gathered:
         outs[l] = torch.empty_like(features[l]), torch.empty_like(depths[l])
-        _launch_pixels(begin[first_cells[l] :], order, hits, d_volume, outs[l], N, V, WALKERS if coarse[l] else 1)
+        pixel_sum(*outs[l], begin[first_cells[l] :], order, hits, d_volume, crowded=coarse[l])
     d_features, d_depths = zip(*outs, strict=True)
     return [d.to(level.dtype) for d, level in zip((*d_features, *d_depths), (*features, *depths), strict=True)]
 
@@ -198,9 +198,6 @@ FWD_TILE = 4096  # bytes of features per program: voxels x channels
 BWD_TILE = 2048  # twice that spills
 MAX_VOXELS = 32  # per program: each also carries its place in every view, which few channels would not outweigh
 CROWD = 4  # voxels a pixel of a level; where there are so many, its pixels gather their gradients
-PIXEL_TILE = 1024  # walkers x channels per program
-WALKERS = 8  # that share the hits of a pixel of a coarse level
-HIT = tl.constexpr(5)  # numbers: its column and row in pixels, depth in bins, probability, <g, feature>
 
 
 def _launch(kernel, tile, features, depths, volumes, lidar2image, low, cell, shape, image_size, depth_range, **flags):
@@ -220,22 +217,6 @@ def _blocks(tile, C):
     voxels = min(max(tile // BLOCK_C, 1), MAX_VOXELS)
     BLOCK_X = 1 << (voxels.bit_length() // 2)  # a square, or twice as wide
     return dict(BLOCK_X=BLOCK_X, BLOCK_Y=voxels // BLOCK_X, BLOCK_C=BLOCK_C)
-
-
-def _launch_pixels(begin, order, hits, d_volume, outs, N, V, walkers):
-    (B, _, h, w, C), D = outs[0].shape, outs[1].shape[4]
-    P = outs[0].shape[:4].numel()
-    blocks = _pixel_blocks(walkers, C, D)
-    _pixel_sum_kernel[(triton.cdiv(P, blocks["BLOCK_P"]),)](
-        begin, order, hits, d_volume, *outs, P, h, w, B, N, V, C, D, **blocks
-    )
-
-
-def _pixel_blocks(walkers, C, D):
-    BLOCK_C, BLOCK_D = triton.next_power_of_2(C), triton.next_power_of_2(D)
-    lanes = max(PIXEL_TILE // max(BLOCK_C, BLOCK_D), 1)
-    walkers = min(walkers, lanes)
-    return dict(BLOCK_P=lanes // walkers, WALKERS=walkers, BLOCK_C=BLOCK_C, BLOCK_D=BLOCK_D)
 
 
 @triton.jit
@@ -317,50 +298,6 @@ def _lift_bwd_kernel(
                         out_ptrs[l][0], out_ptrs[l][1], g * probability[:, None], along,
                         pixels, shares, z0, z1, z_share, seen, mask, c, C, D,
                     )  # fmt: skip
-
-
-@triton.jit
-def _pixel_sum_kernel(
-    begin_ptr, order_ptr, hit_ptr,  # [P + 1] of each cell; hits of all levels, by cell; [levels, B, N, V, HIT]
-    d_volume_ptr,  # [B, V, C]
-    d_feature_ptr, d_depth_ptr,  # [P, C], [P, D]
-    P, h, w, B, N, V, C, D,  # P pixels of all views of a level
-    BLOCK_P: tl.constexpr, WALKERS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """The gradients of a level, each pixel's summed in order over the hits in the cells around it."""
-    acc_ty: tl.constexpr = hit_ptr.dtype.element_ty
-    lane = tl.arange(0, BLOCK_P * WALKERS)
-    p = tl.program_id(0) * BLOCK_P + lane // WALKERS
-    x, y = p % w, p // w % h
-    c = tl.arange(0, BLOCK_C)[None, :]
-    k = tl.arange(0, BLOCK_D)[None, :]
-    d_feature = tl.zeros((BLOCK_P * WALKERS, BLOCK_C), acc_ty)
-    d_depth = tl.zeros((BLOCK_P * WALKERS, BLOCK_D), acc_ty)
-    for up in range(2):  # cells of the pixel's own row, of the one above: at its left and at its right side by side
-        ok = (p < P) & (y >= up)
-        cell = p - up * w
-        begin = tl.load(begin_ptr + cell - (x > 0).to(tl.int32), mask=ok, other=0)
-        end = tl.load(begin_ptr + cell + 1, mask=ok, other=0)
-        for i in range(0, tl.max(end - begin, axis=0), WALKERS):
-            at = begin + i + lane % WALKERS
-            at_ok = at < end
-            hit = tl.load(order_ptr + at, mask=at_ok, other=0).to(tl.int32)
-            at_ptr = hit_ptr + hit.to(tl.int64) * HIT
-            hit_x = tl.load(at_ptr, mask=at_ok, other=0.0)
-            hit_y = tl.load(at_ptr + 1, mask=at_ok, other=0.0)
-            hit_z = tl.load(at_ptr + 2, mask=at_ok, other=0.0)
-            probability = tl.load(at_ptr + 3, mask=at_ok, other=0.0)
-            along = tl.load(at_ptr + 4, mask=at_ok, other=0.0)
-            share = (1 - tl.abs(hit_x - x)) * (1 - tl.abs(hit_y - y))
-            row = (hit // V // N % B * V + hit % V).to(tl.int64)[:, None] * C + c
-            g = tl.load(d_volume_ptr + row, mask=at_ok[:, None] & (c < C), other=0.0).to(acc_ty)
-            d_feature += (share * probability)[:, None] * g
-            d_depth += (share * along)[:, None] * tl.maximum(1 - tl.abs(hit_z[:, None] - k), 0)
-    d_feature = tl.sum(tl.reshape(d_feature, (BLOCK_P, WALKERS, BLOCK_C)), axis=1)
-    d_depth = tl.sum(tl.reshape(d_depth, (BLOCK_P, WALKERS, BLOCK_D)), axis=1)
-    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
-    tl.store(d_feature_ptr + p.to(tl.int64) * C + c, d_feature, mask=(p < P) & (c < C))
-    tl.store(d_depth_ptr + p.to(tl.int64) * D + k, d_depth, mask=(p < P) & (k < D))
 
 
 @triton.jit

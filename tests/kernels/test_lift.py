@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import kernels.lift
+import kernels.pixel_sum
 from kernels.lift import lift, lift_ref
 from tests import golden
 from tests.ahead_of_time import Launch
@@ -32,20 +33,10 @@ def launch(kernel, levels, channels, divisible, elements, registers, shared, gat
     return Launch(kernel, constexprs, types, divisible, elements, registers=registers, shared=shared, budgets=ON_NVIDIA)
 
 
-def launch_pixels(walkers, channels, bins, divisible, elements, registers, shared):
-    blocks = kernels.lift._pixel_blocks(walkers, channels, bins)
-    types = dict(begin_ptr="*i32", order_ptr="*i64", hit_ptr="*fp32", h="i32", w="i32")
-    return Launch(
-        "_pixel_sum_kernel", blocks, types, divisible, elements, registers=registers, shared=shared, budgets=ON_NVIDIA
-    )
-
-
 LAUNCHES = [
     launch("_lift_fwd_kernel", 4, 128, ("C", "D"), ("bf16",), 152, 0),
     launch("_lift_bwd_kernel", 4, 128, ("C", "D"), ("bf16",), 255, 4096, gathered=(2, 3)),
     launch("_lift_bwd_kernel", 4, 128, ("C", "D"), ("bf16",), 104, 32, gathered=(0, 1, 2, 3)),
-    launch_pixels(8, 128, 64, ("C", "D"), ("bf16",), 64, 1024),
-    launch_pixels(1, 128, 64, ("C", "D"), ("bf16",), 104, 1024),
     launch("_lift_fwd_kernel", 1, 16, (), ("fp32",), 136, 0),
     launch("_lift_bwd_kernel", 1, 16, (), ("fp32",), 192, 128),
 ]
@@ -97,7 +88,7 @@ def make_inputs(B, N, sizes, C, D, shape, device):
 def test_matches_reference(B, N, sizes, C, D, shape, dtype, crowd, device, monkeypatch):
     monkeypatch.setattr(kernels.lift, "CROWD", crowd)
     if not HAS_GPU:
-        monkeypatch.setattr(kernels.lift, "PIXEL_TILE", 2**13)
+        monkeypatch.setattr(kernels.pixel_sum, "TILE", 2**13)
     inputs = make_inputs(B, N, sizes, C, D, shape, device)
     assert lift_ref(**inputs).any() or not B * N * C * min(shape), "nothing is seen"
     check_against_ref(lift, lift_ref, inputs, dtype, wrt=("features", "depths"))
@@ -116,8 +107,9 @@ RECORDED = dict(  # geometry of the record view_trans_2lvl
 def large_blocks(monkeypatch):
     """The interpreter's time goes with the number of programs."""
     if not HAS_GPU:
-        for name, size in dict(FWD_TILE=2**17, BWD_TILE=2**17, PIXEL_TILE=2**17, MAX_VOXELS=2**10).items():
+        for name, size in dict(FWD_TILE=2**17, BWD_TILE=2**17, MAX_VOXELS=2**10).items():
             monkeypatch.setattr(kernels.lift, name, size)
+        monkeypatch.setattr(kernels.pixel_sum, "TILE", 2**17)
 
 
 @pytest.mark.parametrize("op, crowd", [(lift, 0), (lift, 2), (lift_ref, 0)])

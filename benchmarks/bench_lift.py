@@ -1,7 +1,7 @@
 """lift: kernel, reference, and the original's formulas in eager PyTorch and compiled by it; then how time grows.
 
     python -m benchmarks.bench_lift
-    OMP_NUM_THREADS=1 python -m benchmarks.bench_lift --paper      on a CPU: paper size too, half an hour
+    OMP_NUM_THREADS=1 python -m benchmarks.bench_lift --paper      on a CPU: paper size too
 
 Kernels that may not differ from run to run are a row of their own.
 """

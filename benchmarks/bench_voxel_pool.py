@@ -1,8 +1,8 @@
 """voxel_pool: kernel, reference, the original's formulas in eager PyTorch and compiled by it, BEVPoolv2, BEVFusion's
 bev_pool; then how time grows.   python -m benchmarks.bench_voxel_pool
 
-The peers' ops are timed where their mmdet3d is installed. "triton", BEVPoolv2 and bev_pool have seen the cameras
-before; "triton, cameras new" finds and sorts the points, as a training step does.
+The peers run where their mmdet3d is installed. "triton" and they have seen the cameras before (bev_pool sorts the
+points all the same); "triton, cameras new" finds and sorts the points, as a training step does.
 """
 
 import importlib

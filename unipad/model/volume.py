@@ -226,6 +226,7 @@ class Conv3x3x3(nn.Conv3d):
 
     def __init__(self, in_channels, out_channels, bias=True):
         super().__init__(in_channels, out_channels, kernel_size=3, padding=1, bias=bias)
+        self.to(memory_format=torch.channels_last_3d)  # as the volume is: else cuDNN re-lays them at every call
 
     def forward(self, x):
         if x.is_cuda:

@@ -36,7 +36,7 @@ def launch(kernel, levels, channels, divisible, elements, registers, shared, gat
 LAUNCHES = [
     launch("_lift_fwd_kernel", 4, 128, ("C", "D"), ("bf16",), 176, 0),
     launch("_lift_bwd_kernel", 4, 128, ("C", "D"), ("bf16",), 255, 4096, gathered=(2, 3)),
-    launch("_lift_bwd_kernel", 4, 128, ("C", "D"), ("bf16",), 104, 32, gathered=(0, 1, 2, 3)),
+    launch("_lift_bwd_kernel", 4, 128, ("C", "D"), ("bf16",), 120, 32, gathered=(0, 1, 2, 3)),
     launch("_lift_fwd_kernel", 1, 16, (), ("fp32",), 136, 0),
     launch("_lift_bwd_kernel", 1, 16, (), ("fp32",), 192, 128),
 ]

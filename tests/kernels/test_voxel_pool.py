@@ -36,7 +36,7 @@ LAUNCHES = [
     launch("_voxel_pool_bwd_kernel", 256, ("C",), ("bf16",), 72, 16),
     launch("_chunks_kernel", 32, (), ("fp32",), 160),
     launch("_voxel_pool_fwd_kernel", 32, (), ("fp32",), 200),
-    launch("_voxel_pool_bwd_kernel", 32, (), ("fp32",), 152, 128),
+    launch("_voxel_pool_bwd_kernel", 32, (), ("fp32",), 168, 128),
 ]
 
 

@@ -5,18 +5,19 @@
     dL/dW_k = sum_m g[m] x[i(k, m)]^T
 
 Submanifold, strided, inverse and transposed convolution differ in their tables alone (kernels/sparse_map.py). Every
-output row is summed by one program, in the order of the offsets, and the weights' gradient in chunks of rows that are
-added in order: nothing is added atomically.
+output row is summed by one program, in the order of the offsets, and the weights' gradient in chunks of pairs that are
+added in order: nothing is added atomically. What the kernels read of a table is kernels/sparse_tiles.py's.
 """
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from typing import NamedTuple
 
-from kernels import backend
+import torch
+from torch import Tensor
+
+from kernels import backend, tuning
 from kernels.backend import on_triton, tl, triton
+from kernels.sparse_reference import backward_ref, gather_gemm_ref
+from kernels.sparse_tiles import chunks, pairs, tiles
 
 
 def sparse_conv(features, weight, neighbor_idx, inverse_idx, allow_tf32=False):
@@ -27,7 +28,9 @@ def sparse_conv(features, weight, neighbor_idx, inverse_idx, allow_tf32=False):
         weight:       [Cout, kz, ky, kx, Cin] any floating type, rounded to the features' type; K = kz * ky * kx.
         neighbor_idx: [K, M] int32, the row of `features` that an output reads at an offset; -1 where no voxel is. At
                       one offset no row is read twice. Not checked.
-        inverse_idx:  [K, N] int32, the inverse: m where neighbor_idx[k, m] = n, else -1. Not checked.
+        inverse_idx:  [K, N] int32, the inverse: m where neighbor_idx[k, m] = n, else -1. Not checked. None: the table
+                      is its own mirror image, inverse_idx = neighbor_idx.flip(0), as on one set of voxels with an odd
+                      kernel; what was made of the table then serves the gradients too.
         allow_tf32:   multiply fp32 features in tf32 (10 bits of mantissa) rather than in fp32.
 
     Returns:
@@ -37,144 +40,137 @@ def sparse_conv(features, weight, neighbor_idx, inverse_idx, allow_tf32=False):
     stays fp32 until it is rounded to their type, so fp32 weights get it whole, under fp16 features too. Autocast casts
     the features. Bit-equal from run to run. Raises AssertionError if shapes or types do not fit.
     """
-    features = _check(features, weight, neighbor_idx, inverse_idx)
-    reference = features.dtype == torch.float64 or not on_triton(features)
-    return _sparse_conv(features, weight, neighbor_idx, inverse_idx, allow_tf32, reference)
+    _check_inverse(features, neighbor_idx, inverse_idx)
+    features = _check(features, weight, neighbor_idx)
+    return _sparse_conv(features, weight, neighbor_idx, inverse_idx, allow_tf32, _on_reference(features))
 
 
 def sparse_conv_ref(features, weight, neighbor_idx, inverse_idx, allow_tf32=False):
     """`sparse_conv` in plain PyTorch, which multiplies in the type it accumulates in."""
-    features = _check(features, weight, neighbor_idx, inverse_idx)
+    _check_inverse(features, neighbor_idx, inverse_idx)
+    features = _check(features, weight, neighbor_idx)
     return _sparse_conv(features, weight, neighbor_idx, inverse_idx, allow_tf32, True)
 
 
-def _check(features, weight, neighbor_idx, inverse_idx):
+def sparse_conv_act(
+    features, weight, neighbor_idx, scale=None, shift=None, residual=None, relu=False, allow_tf32=False
+):  # fmt: skip
+    """A convolution and what follows it in a network, for inference: relu(sparse_conv(...) * scale + shift + residual).
+
+    Args:
+        features, weight, neighbor_idx, allow_tf32: as of `sparse_conv`.
+        scale, shift: [Cout] fp32 (fp64 for fp64 features) or None; a bias, or a batch normalisation in evaluation.
+        residual:     [M, Cout] or None, cast to the features' type.
+        relu:         whether negative results become 0.
+
+    Returns:
+        [M, Cout] in the features' type. All is computed in fp32 (fp64 for fp64 features) and rounded once.
+
+    Not differentiable: raises AssertionError where a gradient would be asked for, or if shapes or types do not fit.
+    """
+    features, *rest = _check_act(features, weight, neighbor_idx, scale, shift, residual)
+    return _sparse_conv_act(features, *rest, relu, allow_tf32, _on_reference(features))
+
+
+def sparse_conv_act_ref(
+    features, weight, neighbor_idx, scale=None, shift=None, residual=None, relu=False, allow_tf32=False
+):  # fmt: skip
+    """`sparse_conv_act` in plain PyTorch."""
+    return _sparse_conv_act(
+        *_check_act(features, weight, neighbor_idx, scale, shift, residual), relu, allow_tf32, True
+    )  # fmt: skip
+
+
+def _on_reference(features):
+    return features.dtype == torch.float64 or not on_triton(features)
+
+
+def _check(features, weight, neighbor_idx):
     """The features, in autocast's type where that is on."""
     fits = features.dim() == 2 and weight.dim() == 5 and features.shape[1] == weight.shape[4]
     assert fits, f"{tuple(features.shape)=} and {tuple(weight.shape)=} do not fit"
-    K, N = weight.shape[1:4].numel(), features.shape[0]
-    fits = neighbor_idx.dim() == 2 and neighbor_idx.shape[0] == K and inverse_idx.shape == (K, N)
-    assert fits, f"{tuple(neighbor_idx.shape)=} and {tuple(inverse_idx.shape)=} are no tables of {K} offsets, {N} rows"
-    assert neighbor_idx.dtype == inverse_idx.dtype == torch.int32, "tables are int32"
+    K = weight.shape[1:4].numel()
+    fits = neighbor_idx.dim() == 2 and neighbor_idx.shape[0] == K
+    assert fits, f"{tuple(neighbor_idx.shape)=} is no table of {K} offsets"
+    assert neighbor_idx.dtype == torch.int32, f"tables are int32, not {neighbor_idx.dtype}"
     assert features.is_floating_point() and weight.is_floating_point(), f"{features.dtype=}, {weight.dtype=}"
     if features.dtype != torch.float64 and torch.is_autocast_enabled(features.device.type):
         return features.to(torch.get_autocast_dtype(features.device.type))
     return features
 
 
-def _gather_gemm_ref(features, weight, table):
-    """Features [N, Cin], weights [K, Cin, Cout] and a table [K, M] -> [M, Cout] in the type that is summed in.
-
-    A chunk of outputs at a time: one gather of all its pairs, a GEMM an offset, one sum a row. Dense chunks, with zeros
-    where no neighbour is, would multiply 2 to 4 times as much.
-    """
-    x, w = _wide(features), _wide(weight).unbind()
-    out = x.new_zeros(table.shape[1], weight.shape[2])
-    chunks = _chunks(table, max(weight.shape[1:]))
-    x_rows, products = _buffer(x, chunks), _buffer(out, chunks)
-    for first, n, _, counts, order, starts in chunks:
-        P = len(n)
-        torch.index_select(x, 0, n, out=x_rows[:P])
-        for a, b, product in zip(x_rows[:P].split(counts), w, products[:P].split(counts), strict=True):
-            torch.mm(a, b, out=product)
-        out[first : first + len(starts)] = F.embedding_bag(order, products[:P], starts, mode="sum")
-    return out
+def _check_inverse(features, neighbor_idx, inverse_idx):
+    K, M, N = *neighbor_idx.shape, len(features)
+    if inverse_idx is None:
+        assert M == N, f"a table of {M} outputs and {N} inputs is not its own mirror image"
+    else:
+        assert inverse_idx.shape == (K, N), f"{tuple(inverse_idx.shape)=} is no table of {K} offsets, {N} rows"
+        assert inverse_idx.dtype == torch.int32, f"tables are int32, not {inverse_idx.dtype}"
 
 
-def _backward_ref(features, weight, d_out, inverse_idx, for_features, for_weight):
-    """Gradients of features [N, Cin] and weights [Cout, K, Cin] in the type that is summed in, None if not asked for.
-
-    Both over the inverse table: a chunk of rows of `features` gathers what its outputs' gradients are.
-    """
-    x, w, g = _wide(features), _wide(weight).unbind(1), _wide(d_out)
-    d_features = torch.zeros_like(x) if for_features else None
-    d_weight = x.new_zeros(len(inverse_idx), g.shape[1], x.shape[1]) if for_weight else None
-    chunks = _chunks(inverse_idx, max(g.shape[1], x.shape[1]))
-    g_rows, x_rows = _buffer(g, chunks), _buffer(x, chunks)  # the latter holds products too
-    for first, m, n, counts, order, starts in chunks:
-        P, there = len(m), slice(first, first + len(starts))
-        torch.index_select(g, 0, m, out=g_rows[:P])
-        by_offset = g_rows[:P].split(counts), x_rows[:P].split(counts)
-        if for_weight:
-            torch.index_select(x[there], 0, n, out=x_rows[:P])
-            for a, b, d in zip(*by_offset, d_weight, strict=True):
-                d.addmm_(a.T, b)
-        if for_features:
-            for a, product, b in zip(*by_offset, w, strict=True):
-                torch.mm(a, b, out=product)
-            d_features[there] = F.embedding_bag(order, x_rows[:P], starts, mode="sum")
-    return d_features, d_weight.transpose(0, 1) if for_weight else None
-
-
-def _buffer(tensor, chunks):
-    """Room for the pairs of any chunk, with the tensor's columns: new memory for each chunk would cost a page fault."""
-    return tensor.new_empty(max((len(n) for _, n, *_ in chunks), default=0), tensor.shape[1])
-
-
-def _wide(tensor):
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-_chunks_of = WeakTensorKeyDictionary()  # table -> {(version, channels): chunks}: a table serves several layers
-
-
-def _chunks(table, channels):
-    """The pairs of a table [K, M], some outputs at a time and within those offset by offset; kept while it lives.
-
-    Returns a list of
-        first:  the chunk's first output.
-        n, m:   [P] int32 the pairs: row that is read, output counted from `first`.
-        counts: [K] list, pairs an offset.
-        order:  [P] int32 the same pairs sorted by output ...
-        starts: [R] int32 ... and where each output's begin.
-    """
-    known = _chunks_of.setdefault(table, {})
-    key = (None if table.is_inference() else table._version, channels)
-    if key not in known:
-        idx = table.cpu().numpy()
-        M = idx.shape[1]
-        # of 2^20 features, so that a GEMM has rows enough, and what was gathered is still in the cache when it is read
-        rows = 2**20 // channels * M // max(np.count_nonzero(idx >= 0), 1)
-        rows = max(256, min(rows, 4096))
-        known[key] = [_chunk(idx[:, i : i + rows], i, table.device) for i in range(0, M, rows)]
-    return known[key]
-
-
-def _chunk(idx, first, device):
-    (K, R), idx = idx.shape, np.ascontiguousarray(idx)
-    there = idx >= 0
-    pairs = np.flatnonzero(there)  # numpy finds them 4 times as fast as torch
-    counts = np.count_nonzero(there, axis=1)
-    m = (pairs - np.repeat(np.arange(K) * R, counts)).astype(np.int16)  # 16 bits, which numpy sorts by radix
-    lengths = np.bincount(m, minlength=R)
-    arrays = idx.ravel()[pairs], m, m.argsort(kind="stable"), lengths.cumsum() - lengths
-    n, m, order, starts = (torch.from_numpy(a.astype(np.int32)).to(device) for a in arrays)
-    return first, n, m, counts.tolist(), order, starts
+def _check_act(features, weight, neighbor_idx, scale, shift, residual):
+    features, shape = _check(features, weight, neighbor_idx), (neighbor_idx.shape[1], weight.shape[0])
+    assert all(v is None or v.shape == shape[1:] for v in (scale, shift)), f"scale and shift are [{shape[1]}] each"
+    assert residual is None or residual.shape == shape, f"{tuple(residual.shape)=}, not {shape}"
+    given = [t for t in (features, weight, scale, shift, residual) if t is not None]
+    tracked = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    assert not tracked, "sparse_conv_act has no gradient: call sparse_conv, or this under torch.no_grad()"
+    return features, weight, neighbor_idx, scale, shift, None if residual is None else residual.to(features.dtype)
 
 
 @torch.library.custom_op("unipad::sparse_conv", mutates_args=())  # torch.compile calls it without looking inside
 def _sparse_conv(
-    features: Tensor, weight: Tensor, neighbor_idx: Tensor, inverse_idx: Tensor, allow_tf32: bool, reference: bool
-) -> Tensor:
+    features: Tensor, weight: Tensor, neighbor_idx: Tensor, inverse_idx: Tensor | None, allow_tf32: bool,
+    reference: bool,
+) -> Tensor:  # fmt: skip
     """`sparse_conv`; `inverse_idx` is for the backward."""
     kernel = weight.to(features.dtype).flatten(1, 3)  # [Cout, K, Cin]
     if reference:
-        return _gather_gemm_ref(features, kernel.permute(1, 2, 0), neighbor_idx).to(features.dtype)
-    return _gather_gemm(features, kernel, neighbor_idx, False, allow_tf32)
+        return gather_gemm_ref(features, kernel.permute(1, 2, 0), neighbor_idx).to(features.dtype)
+    return _gather_gemm(features, kernel, neighbor_idx, allow_tf32)
+
+
+@torch.library.custom_op("unipad::sparse_conv_act", mutates_args=())
+def _sparse_conv_act(
+    features: Tensor, weight: Tensor, neighbor_idx: Tensor, scale: Tensor | None, shift: Tensor | None,
+    residual: Tensor | None, relu: bool, allow_tf32: bool, reference: bool,
+) -> Tensor:  # fmt: skip
+    """`sparse_conv_act`."""
+    kernel = weight.to(features.dtype).flatten(1, 3)
+    if not reference and min(*features.shape, *kernel.shape, neighbor_idx.shape[1]):
+        return _gather_gemm(features, kernel, neighbor_idx, allow_tf32, act=(scale, shift, residual, relu))
+
+    def finish(out, there):
+        if scale is not None:
+            out *= scale
+        if shift is not None:
+            out += shift
+        if residual is not None:
+            out += residual[there]
+        if relu:
+            out.relu_()
+
+    return gather_gemm_ref(features, kernel.permute(1, 2, 0), neighbor_idx, finish).to(features.dtype)
 
 
 @torch.library.custom_op("unipad::sparse_conv_bwd", mutates_args=())
 def _sparse_conv_bwd(
-    features: Tensor, weight: Tensor, neighbor_idx: Tensor, inverse_idx: Tensor, d_out: Tensor,
+    features: Tensor, weight: Tensor, neighbor_idx: Tensor, inverse_idx: Tensor | None, d_out: Tensor,
     for_features: bool, for_weight: bool, allow_tf32: bool, reference: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of the features and of the weights; empty where not asked for."""
-    kernel = weight.to(features.dtype).flatten(1, 3)
+    mirrored = inverse_idx is None
+    table = neighbor_idx if mirrored else inverse_idx
     if reference:
-        d_features, d_weight = _backward_ref(features, kernel, d_out, inverse_idx, for_features, for_weight)
+        kernel = weight.to(features.dtype).flatten(1, 3)
+        d_features, d_weight = backward_ref(features, kernel, d_out, table, mirrored, for_features, for_weight)
     else:
-        d_features = _gather_gemm(d_out, kernel, inverse_idx, True, allow_tf32) if for_features else None
-        d_weight = _d_weight(features, d_out, neighbor_idx, allow_tf32) if for_weight else None
+        if for_features:
+            # one copy casts and transposes: [Cin, K, Cout]
+            kernel = weight.flatten(1, 3).permute(2, 1, 0).to(features.dtype, memory_format=torch.contiguous_format)
+            d_features = _gather_gemm(d_out, kernel, table, allow_tf32, mirrored)
+        if for_weight:
+            d_weight = _d_weight(features, d_out, neighbor_idx, allow_tf32)
     return (
         d_features.to(features.dtype) if for_features else features.new_empty(0),
         d_weight.to(weight.dtype).reshape(weight.shape) if for_weight else weight.new_empty(0),
@@ -183,6 +179,11 @@ def _sparse_conv_bwd(
 
 @_sparse_conv.register_fake
 def _(features, weight, neighbor_idx, inverse_idx, allow_tf32, reference):
+    return features.new_empty(neighbor_idx.shape[1], weight.shape[0])
+
+
+@_sparse_conv_act.register_fake
+def _(features, weight, neighbor_idx, *_):
     return features.new_empty(neighbor_idx.shape[1], weight.shape[0])
 
 
@@ -206,72 +207,104 @@ def _backward(ctx, d_out):
 _sparse_conv.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _gather_gemm(features, weight, table, transposed, allow_tf32):
-    """Features [N, Cin], weights [Cout, K, Cin] and a table [K, M] -> [M, Cout] in the features' type.
+def _gather_gemm(features, weight, table, allow_tf32, mirrored=False, act=(None, None, None, False)):
+    """Features [N, I], weights [O, K, I] and a table [K, M] -> [M, O] in the features' type.
 
-    transposed: the features have Cout channels, the result has Cin.
+    mirrored: the table's offsets are those of the weights in reverse.
+    act:      scale, shift, residual and relu of `sparse_conv_act`.
     """
-    (Cout, K, Cin), M = weight.shape, table.shape[1]
-    I, O = (Cout, Cin) if transposed else (Cin, Cout)
-    if not min(M, len(features), I, O):
-        return features.new_zeros(M, O)
+    (O, K, I), M = weight.shape, table.shape[1]
+    features, weight = features.contiguous(), weight.contiguous()
     out = features.new_empty(M, O)
-    precision, block_i, block_o = _blocks(features, I, O, allow_tf32)
-    # a wide tile reads fewer weights a row; few rows want narrow ones, or there is not one for each multiprocessor
-    wide = block_o == 128 and M * triton.cdiv(O, block_o) >= MANY_ROWS
-    block_m = 128 if wide else 64
-    _gather_gemm_kernel[(triton.cdiv(M, block_m), triton.cdiv(O, block_o))](
-        features.contiguous(), weight.contiguous(), table.contiguous(), out, M, K, I, O,
-        TRANSPOSED=transposed, PRECISION=precision, WIDEN=_widen(features),
-        BLOCK_M=block_m, BLOCK_I=block_i, BLOCK_O=block_o,
-        BLOCK_K=min(triton.next_power_of_2(K), WORD), num_warps=8 if wide else 4,
-    )  # fmt: skip
+    if not min(M, I, O, len(features)):
+        return out.zero_()
+    *act, relu = (v.contiguous() if torch.is_tensor(v) else v for v in act)
+
+    def launch(blocks):
+        ready = tiles(table, blocks.m)
+        _gather_gemm_kernel[(len(ready.count_idx), triton.cdiv(O, blocks.o))](
+            features, weight, *ready[:4], out, *act, K, I, O,
+            RELU=relu, MIRRORED=mirrored, PRECISION=_precision(allow_tf32), WIDEN=_widen(features),
+            C=I if blocks.pack > 1 else 0, PACK=blocks.pack, STEPS=triton.cdiv(I, blocks.i),
+            BLOCK_M=blocks.m, BLOCK_I=blocks.i, BLOCK_O=blocks.o, num_warps=blocks.warps, num_stages=blocks.stages,
+        )  # fmt: skip
+
+    kind = "gather_gemm", features.dtype, allow_tf32, K, I, O, tuning.bucket(M)
+    launch(Blocks(*tuning.choose(kind, _blocks(features.dtype, M, I, O, allow_tf32), launch, features.device)))
     return out
 
 
 def _d_weight(features, d_out, table, allow_tf32):
-    """Features [N, Cin], d_out [M, Cout] and a table [K, M] -> [Cout, K, Cin] fp32."""
+    """Features [N, I], d_out [M, O] and a table [K, M] -> [O, K, I] fp32."""
     (N, I), (M, O), K = features.shape, d_out.shape, len(table)
+    d_weight = features.new_empty(O, K, I, dtype=torch.float32)
     if not min(N, M, I, O):
-        return features.new_zeros(O, K, I, dtype=torch.float32)
-    # of this product both are outputs, and rows are what is summed over
-    precision, _, block_i = _blocks(features, O, I, allow_tf32)
-    _, _, block_o = _blocks(features, I, O, allow_tf32)
-    tiles = triton.cdiv(I, block_i) * triton.cdiv(O, block_o)
-    parts = min(triton.cdiv(PROGRAMS, K * tiles), triton.cdiv(M, BLOCK_R), max(1, PARTIAL // (K * O * I)))
-    rows = triton.cdiv(triton.cdiv(M, parts), BLOCK_R) * BLOCK_R
-    parts = triton.cdiv(M, rows)
-    partial = features.new_empty(parts, O, K, I, dtype=torch.float32)
-    _d_weight_kernel[(parts, K, tiles)](
-        features.contiguous(), d_out.contiguous(), table.contiguous(), partial, M, K, I, O, rows,
-        PRECISION=precision, WIDEN=_widen(features),
-        BLOCK_R=BLOCK_R, BLOCK_I=block_i, BLOCK_O=block_o, num_warps=8 if block_i * block_o > 8192 else 4,
+        return d_weight.zero_()
+    features, d_out = features.contiguous(), d_out.contiguous()
+    most = min(_limits(features.dtype, I, O, allow_tf32)[1], 128)
+    block_i, block_o = (_block(channels, most) for channels in (I, O))
+    grid = triton.cdiv(I, block_i) * triton.cdiv(O, block_o)
+    parts = max(1, min(triton.cdiv(PROGRAMS, grid), triton.cdiv(K * M, LEAST), PARTIAL // (O * I)))
+    first, end, until_idx = chunks(table, parts, LEAST, BLOCK_R)
+    partial = features.new_empty(len(first), O, I, dtype=torch.float32)
+    _d_weight_kernel[(len(first), grid)](
+        features, d_out, *pairs(table)[:2], first, end, partial, I, O,
+        PRECISION=_precision(allow_tf32), WIDEN=_widen(features),
+        BLOCK_R=BLOCK_R, BLOCK_I=block_i, BLOCK_O=block_o,
+        num_warps=8 if block_i * block_o > 8192 else 4, num_stages=STAGES,
     )  # fmt: skip
-    return partial.sum(dim=0) if parts > 1 else partial[0]
+    _sum_chunks_kernel[(K, triton.cdiv(O * I, BLOCK_E))](partial, until_idx, d_weight, K, I, O, BLOCK_E=BLOCK_E)
+    return d_weight
 
 
-# All untuned: chosen by what the compiler makes of them for sm_90, without a GPU to time them on
-MOST_HALF = 64, 128  # input and output channels a tile, of fp16 and bf16; stack is used from twice that on
-MOST_TF32 = 32, 64
-MOST_IEEE = 32, 32  # without tensor cores the registers bind
-WORD = 32  # offsets whose presence in a tile one integer holds
-MANY_ROWS = 32768  # from here on wide tiles still give each of an H200's 132 multiprocessors two
-BLOCK_R = 64  # rows a step of the gradient of the weights
-PROGRAMS = 2048  # that it is cut into, if there are rows enough: some 16 for each multiprocessor
-PARTIAL = 2**22  # sums kept apart in it, at most: 16 MB, which are written and read
+class Blocks(NamedTuple):
+    """One way to launch the gather-GEMM."""
+
+    m: int  # outputs a tile
+    i: int  # columns of the features a step: input channels, of `pack` offsets side by side
+    o: int  # output channels a tile
+    pack: int
+    warps: int
+    stages: int
 
 
-def _blocks(features, I, O, allow_tf32):
-    """How to multiply, and how many input and output channels a tile has."""
-    precision = "tf32" if allow_tf32 else "ieee"  # of fp32 alone
-    if features.dtype == torch.float32 and not allow_tf32:
-        limits = MOST_IEEE
+# All untimed: chosen by what benchmarks/count_sparse_conv.py counts and what the compiler makes of them for sm_90
+STAGES = 2 if torch.version.hip else 5  # two kinds of loads, indices and rows, two steps ahead each; AMD: less memory
+FEW_ROWS = 32768  # up to here tiles of 64 rows; beyond, tiles of 128 still give each of 132 multiprocessors two
+BLOCK_R = 64  # pairs a step of the gradient of the weights
+LEAST = 1024  # of them a chunk: their rows are several times what the chunk's sums take
+PROGRAMS = 1024  # of both: chunks, but for what an offset rounds up, and tiles of channels; eight a multiprocessor
+PARTIAL = 2**23  # sums kept apart in it, at most: 32 MB, which are written and read in the L2
+BLOCK_E = 1024  # of them a program that adds them
+
+
+def _blocks(dtype, M, I, O, allow_tf32):
+    """Ways to launch the gather-GEMM, the default first."""
+    step, most = _limits(dtype, I, O, allow_tf32)
+    pack = max(1, step // I)
+    i, o = step if pack > 1 else _block(I, step), _block(O, most)
+    if dtype == torch.float32 and not allow_tf32:
+        return [Blocks(64, i, o, pack, 4, STAGES)]
+    ms = (64, 128) if M <= FEW_ROWS else (128, 64)
+    return [Blocks(m, i, o, pack, 8 if m * o > 8192 else 4, s) for s in (STAGES, STAGES - 2 or 1) for m in ms]
+
+
+def _limits(dtype, I, O, allow_tf32):
+    """Columns of a step, and output channels a tile, at most."""
+    if dtype != torch.float32:
+        step, most = 64, 128
     else:
-        limits = MOST_TF32 if features.dtype == torch.float32 else MOST_HALF
-        if I % 16 or O % 16:  # rows are then read element by element, which takes more registers
-            limits = limits[0] // 2, limits[1] // 2
-    # 16 channels is the least that tl.dot takes
-    return precision, *(max(16, min(triton.next_power_of_2(c), most)) for c, most in zip((I, O), limits, strict=True))
+        step, most = 32, 64 if allow_tf32 else 32  # without tensor cores the registers bind
+    # odd rows are read element by element, which takes more registers
+    return (step // 2, most // 2) if I % 8 or O % 8 else (step, most)
+
+
+def _block(channels, most):
+    return max(16, min(triton.next_power_of_2(channels), most))  # 16 is the least that tl.dot takes
+
+
+def _precision(allow_tf32):
+    return "tf32" if allow_tf32 else "ieee"  # of fp32 alone
 
 
 def _widen(features):
@@ -280,76 +313,115 @@ def _widen(features):
 
 @triton.jit
 def _gather_gemm_kernel(
-    features_ptr, weight_ptr, table_idx_ptr, out_ptr,  # [N, I], [O, K, I] ([I, K, O] if TRANSPOSED), [K, M], [M, O]
-    M, K, I, O,  # outputs, offsets, input and output channels
-    TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
+    features_ptr, weight_ptr,  # [N, I], [O, K, I]
+    row_idx_ptr, count_idx_ptr, offset_idx_ptr, read_idx_ptr,  # of `Tiles`
+    out_ptr,  # [M, O]
+    scale_ptr, shift_ptr, residual_ptr,  # [O], [O], [M, O]; each or None
+    K, I, O,  # offsets, input and output channels
+    RELU: tl.constexpr, MIRRORED: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    C: tl.constexpr, PACK: tl.constexpr, STEPS: tl.constexpr,  # C = I where PACK > 1; STEPS blocks of I an offset
+    BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    o = tl.program_id(1).to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)
-    i = tl.arange(0, BLOCK_I)
-    bit = tl.arange(0, BLOCK_K)
-    m_ok, o_ok = m < M, o < O
-    steps = tl.cdiv(I, BLOCK_I)
+    tile = tl.program_id(0).to(tl.int64)
+    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    j = tl.arange(0, BLOCK_I)
+    lane = tl.arange(0, BLOCK_M)
+    o_ok = o < O
+    weight_ptr += o.to(tl.int64)[None, :] * K * I
+    offset_idx_ptr += tile * K
+    read_idx_ptr += tile * K * BLOCK_M
+    count = tl.load(count_idx_ptr + tile)
 
     acc = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
-    for first in range(0, K, BLOCK_K):
-        # which of these offsets any row of the tile has: bits of a word, so that the loop below has no branch
-        offset = (first + bit).to(tl.int64)[:, None]
-        rows = tl.load(table_idx_ptr + offset * M + m[None, :], mask=(offset < K) & m_ok[None, :], other=-1)
-        there = (tl.max(rows, axis=1) >= 0).to(tl.int32)
-        word = tl.sum(there << bit, axis=0)
-        for step in range(tl.sum(there, axis=0) * steps):
-            c = (step % steps) * BLOCK_I + i
-            k = (first + _lowest_bit(word)).to(tl.int64)
-            word = tl.where(step % steps == steps - 1, word & (word - 1), word)
-
-            n = tl.load(table_idx_ptr + k * M + m, mask=m_ok, other=-1).to(tl.int64)
-            x_ok = (n >= 0)[:, None] & (c < I)[None, :]
-            x = tl.load(features_ptr + n[:, None] * I + c[None, :], mask=x_ok, other=0.0)  # [BLOCK_M, BLOCK_I]
-            if TRANSPOSED:
-                at = (c[:, None] * K + k) * O + o[None, :]
+    for step in range(tl.cdiv(count, PACK) if PACK > 1 else count * STEPS):
+        if PACK > 1:  # columns are the channels of several offsets
+            place, c = step * PACK + j // C, j % C
+            c_ok = (place < count) & (j < PACK * C)
+            k = tl.load(offset_idx_ptr + place, mask=c_ok, other=0)
+            if C % 8 == 0:  # a thread's columns belong to one offset: one index for all
+                n = tl.full((BLOCK_M, BLOCK_I), -1, tl.int32)
+                for p in tl.static_range(PACK):
+                    at = step * PACK + p
+                    rows = tl.load(read_idx_ptr + at * BLOCK_M + lane, mask=lane < (count - at) * BLOCK_M, other=-1)
+                    n = tl.where((j // C == p)[None, :], rows[:, None], n)
             else:
-                at = (o[None, :] * K + k) * I + c[:, None]
-            w = tl.load(weight_ptr + at, mask=(c < I)[:, None] & o_ok[None, :], other=0.0)  # [BLOCK_I, BLOCK_O]
-            if WIDEN:
-                x, w = x.to(tl.float32), w.to(tl.float32)
-            acc = tl.dot(x, w, acc, input_precision=PRECISION)
+                n = tl.load(read_idx_ptr + place[None, :] * BLOCK_M + lane[:, None], mask=c_ok[None, :], other=-1)
+            at_x = n.to(tl.int64) * C + c[None, :]
+            x_ok = n >= 0
+        else:
+            place, c = step // STEPS, step % STEPS * BLOCK_I + j
+            c_ok = c < I
+            k = tl.load(offset_idx_ptr + place)
+            n = tl.load(read_idx_ptr + place * BLOCK_M + lane).to(tl.int64)
+            at_x = n[:, None] * I + c[None, :]
+            x_ok = (n >= 0)[:, None] & c_ok[None, :]
+        k = (K - 1 - k if MIRRORED else k).to(tl.int64)
+        at_w = k[:, None] * C + c[:, None] if PACK > 1 else k * I + c[:, None]
+        x = tl.load(features_ptr + at_x, mask=x_ok, other=0.0)  # [BLOCK_M, BLOCK_I]
+        w = tl.load(weight_ptr + at_w, mask=c_ok[:, None] & o_ok[None, :], other=0.0)  # [BLOCK_I, BLOCK_O]
+        if WIDEN:
+            x, w = x.to(tl.float32), w.to(tl.float32)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+
+    m = tl.load(row_idx_ptr + tile * BLOCK_M + lane).to(tl.int64)
     at = m[:, None] * O + o[None, :]
-    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=m_ok[:, None] & o_ok[None, :])
+    ok = (m >= 0)[:, None] & o_ok[None, :]
+    if scale_ptr is not None:
+        acc *= tl.load(scale_ptr + o, mask=o_ok, other=0.0)[None, :]
+    if shift_ptr is not None:
+        acc += tl.load(shift_ptr + o, mask=o_ok, other=0.0)[None, :]
+    if residual_ptr is not None:
+        acc += tl.load(residual_ptr + at, mask=ok, other=0.0).to(tl.float32)
+    if RELU:
+        acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=ok)
 
 
 @triton.jit
 def _d_weight_kernel(
-    features_ptr, d_out_ptr, table_idx_ptr, partial_ptr,  # [N, I], [M, O], [K, M], [parts, O, K, I]
-    M, K, I, O, R,  # outputs, offsets, input and output channels, outputs a part
+    features_ptr, d_out_ptr,  # [N, I], [M, O]
+    read_idx_ptr, row_idx_ptr, first_ptr, end_ptr,  # of `Pairs` and `Chunks`
+    partial_ptr,  # [C, O, I]
+    I, O,  # input and output channels
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    part = tl.program_id(0).to(tl.int64)
-    k = tl.program_id(1).to(tl.int64)
+    chunk = tl.program_id(0).to(tl.int64)
     tiles_i = tl.cdiv(I, BLOCK_I)
-    i = (tl.program_id(2) % tiles_i) * BLOCK_I + tl.arange(0, BLOCK_I)
-    o = (tl.program_id(2) // tiles_i) * BLOCK_O + tl.arange(0, BLOCK_O)
+    i = (tl.program_id(1) % tiles_i) * BLOCK_I + tl.arange(0, BLOCK_I)
+    o = (tl.program_id(1) // tiles_i) * BLOCK_O + tl.arange(0, BLOCK_O)
     i_ok, o_ok = (i < I)[None, :], (o < O)[None, :]
-    end = tl.minimum((part + 1) * R, M)
+    first, end = tl.load(first_ptr + chunk), tl.load(end_ptr + chunk)
 
     acc = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
-    for r in range(0, R, BLOCK_R):
-        m = part * R + r + tl.arange(0, BLOCK_R)
-        n = tl.load(table_idx_ptr + k * M + m, mask=m < end, other=-1).to(tl.int64)
-        ok = (n >= 0)[:, None]
-        g = tl.load(d_out_ptr + m[:, None] * O + o[None, :], mask=ok & o_ok, other=0.0)  # [BLOCK_R, BLOCK_O]
-        x = tl.load(features_ptr + n[:, None] * I + i[None, :], mask=ok & i_ok, other=0.0)  # [BLOCK_R, BLOCK_I]
+    for r in range(tl.cdiv(end - first, BLOCK_R).to(tl.int32)):
+        p = first + r * BLOCK_R + tl.arange(0, BLOCK_R)
+        n = tl.load(read_idx_ptr + p, mask=p < end, other=-1).to(tl.int64)
+        m = tl.load(row_idx_ptr + p, mask=p < end, other=-1).to(tl.int64)
+        x = tl.load(features_ptr + n[:, None] * I + i[None, :], mask=(n >= 0)[:, None] & i_ok, other=0.0)
+        g = tl.load(d_out_ptr + m[:, None] * O + o[None, :], mask=(m >= 0)[:, None] & o_ok, other=0.0)
         if WIDEN:
             g, x = g.to(tl.float32), x.to(tl.float32)
         acc = tl.dot(tl.trans(g), x, acc, input_precision=PRECISION)
-    at = ((part * O + o[:, None]) * K + k) * I + i[None, :]
-    tl.store(partial_ptr + at, acc, mask=(o < O)[:, None] & i_ok)
+    at = (chunk * O + o[:, None]) * I + i[None, :]
+    wanted = tl.where(first < end, O, 0)  # nobody reads the sums of an empty chunk
+    tl.store(partial_ptr + at, acc, mask=(o < wanted)[:, None] & i_ok)
 
 
 @triton.jit
-def _lowest_bit(word):
-    """Place of the lowest bit that is set in an int32, read off the exponent of its value."""
-    lowest = (word & -word).to(tl.float32)
-    return ((lowest.to(tl.int32, bitcast=True) >> 23) & 255) - 127
+def _sum_chunks_kernel(
+    partial_ptr, until_idx_ptr, d_weight_ptr,  # [C, O, I], of `Chunks`, [O, K, I]
+    K, I, O,
+    BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    k = tl.program_id(0)
+    first = tl.load(until_idx_ptr + k - 1, mask=k > 0, other=0)
+    end = tl.load(until_idx_ptr + k)
+    e = tl.program_id(1).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)  # of [O, I]
+    e_ok = e < O * I
+    partial_ptr += first.to(tl.int64) * O * I
+    acc = tl.zeros((BLOCK_E,), tl.float32)
+    for _ in range(end - first):
+        acc += tl.load(partial_ptr + e, mask=e_ok, other=0.0)
+        partial_ptr += O * I
+    tl.store(d_weight_ptr + (e // I * K + k) * I + e % I, acc, mask=e_ok)

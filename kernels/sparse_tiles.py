@@ -103,7 +103,7 @@ def _make_tiles(table, block_m):
     made = Tiles(*(table.new_empty(size) for size in [(T, block_m), T, (T, K), (T, K, block_m), (K, windows)]))
     _tiles_kernel[(windows,)](
         table, *made, M, K, windows,
-        SORT=SORT, SHARE=max(1, triton.cdiv(K, KEY_BITS)), WINDOW=window, BLOCK_M=block_m, BLOCK_K=BLOCK_K, num_warps=8,
+        SORT=SORT, SHARE=triton.cdiv(K, KEY_BITS), WINDOW=window, BLOCK_M=block_m, BLOCK_K=BLOCK_K, num_warps=16,
     )  # fmt: skip
     return made
 
@@ -111,7 +111,9 @@ def _make_tiles(table, block_m):
 def _make_pairs(table, counts):
     (K, M), windows = table.shape, counts.shape[1]
     made = Pairs(table.new_empty(K * M), table.new_empty(K * M), counts.flatten().cumsum(0).view(K, windows))
-    _pairs_kernel[(windows, triton.cdiv(K, BLOCK_K))](table, *made, M, K, windows, WINDOW=_window(M), BLOCK_K=BLOCK_K)
+    _pairs_kernel[(windows, triton.cdiv(K, BLOCK_K))](
+        table, *made, M, K, windows, WINDOW=_window(M), BLOCK_K=BLOCK_K, num_warps=8
+    )  # fmt: skip
     return made
 
 

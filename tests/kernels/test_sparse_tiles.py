@@ -10,17 +10,17 @@ INT = dict(elements=("i32",))  # no argument has the element type
 LAUNCHES = [
     Launch(
         "_tiles_kernel", dict(SORT=True, SHARE=1, WINDOW=WINDOW, BLOCK_M=m, BLOCK_K=BLOCK_K),
-        num_warps=8, registers=255, shared=8192, **INT,
+        num_warps=16, registers=112, shared=8192, **INT,
     )
     for m in (64, 128)
 ] + [
     Launch(
         "_pairs_kernel", dict(WINDOW=WINDOW, BLOCK_K=BLOCK_K), dict(ends_ptr="*i64"),
-        registers=255, shared=8192, **INT,
+        num_warps=8, registers=152, shared=1024, **INT,
     ),
     Launch(
         "_chunks_kernel", dict(LEAST=LEAST, MULTIPLE=BLOCK_R, BLOCK_C=BLOCK_C, BLOCK_OFFSETS=32),
-        dict(ends_ptr="*i64", first_ptr="*i64", end_ptr="*i64"), registers=255, shared=8192, **INT,
+        dict(ends_ptr="*i64", first_ptr="*i64", end_ptr="*i64"), registers=72, shared=512, **INT,
     ),
 ]  # fmt: skip
 

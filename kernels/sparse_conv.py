@@ -225,7 +225,7 @@ def _gather_gemm(features, weight, table, allow_tf32, mirrored=False, act=(None,
         _gather_gemm_kernel[(len(ready.count_idx), triton.cdiv(O, blocks.o))](
             features, weight, *ready[:4], out, *act, K, I, O,
             RELU=relu, MIRRORED=mirrored, PRECISION=_precision(allow_tf32), WIDEN=_widen(features),
-            C=I if blocks.pack > 1 else 0, PACK=blocks.pack, STEPS=triton.cdiv(I, blocks.i),
+            C=I if blocks.pack > 1 else 0, PACK=blocks.pack, STEPS=triton.cdiv(I, blocks.i), NEAR=blocks.near,
             BLOCK_M=blocks.m, BLOCK_I=blocks.i, BLOCK_O=blocks.o, num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
 
@@ -244,17 +244,28 @@ def _d_weight(features, d_out, table, allow_tf32):
     most = min(_limits(features.dtype, I, O, allow_tf32)[1], 128)
     block_i, block_o = (_block(channels, most) for channels in (I, O))
     grid = triton.cdiv(I, block_i) * triton.cdiv(O, block_o)
-    parts = max(1, min(triton.cdiv(PROGRAMS, grid), triton.cdiv(K * M, LEAST), PARTIAL // (O * I)))
-    first, end, until_idx = chunks(table, parts, LEAST, BLOCK_R)
+    first, end, until_idx = chunks(table, _parts(K, M, I, O, grid), LEAST, 2 * BLOCK_R)
     partial = features.new_empty(len(first), O, I, dtype=torch.float32)
-    _d_weight_kernel[(len(first), grid)](
-        features, d_out, *pairs(table)[:2], first, end, partial, I, O,
-        PRECISION=_precision(allow_tf32), WIDEN=_widen(features),
-        BLOCK_R=BLOCK_R, BLOCK_I=block_i, BLOCK_O=block_o,
-        num_warps=8 if block_i * block_o > 8192 else 4, num_stages=STAGES,
-    )  # fmt: skip
+
+    def launch(way):
+        block_r, stages = way
+        _d_weight_kernel[(len(first), grid)](
+            features, d_out, *pairs(table)[:2], first, end, partial, I, O,
+            PRECISION=_precision(allow_tf32), WIDEN=_widen(features),
+            BLOCK_R=block_r, BLOCK_I=block_i, BLOCK_O=block_o,
+            num_warps=8 if block_i * block_o > 8192 else 4, num_stages=stages,
+        )  # fmt: skip
+
+    kind = "d_weight", features.dtype, allow_tf32, K, I, O, tuning.bucket(M)
+    ways = [(BLOCK_R, STAGES), (2 * BLOCK_R, STAGES), (BLOCK_R, STAGES - 2 or 1)]
+    launch(tuning.choose(kind, ways, launch, features.device))
     _sum_chunks_kernel[(K, triton.cdiv(O * I, BLOCK_E))](partial, until_idx, d_weight, K, I, O, BLOCK_E=BLOCK_E)
     return d_weight
+
+
+def _parts(K, M, I, O, tiles):
+    """Chunks that the pairs are cut into at most, but for what the offsets round up."""
+    return max(1, min(-(-PROGRAMS // tiles), -(-K * M // LEAST), PARTIAL // (O * I)))
 
 
 class Blocks(NamedTuple):
@@ -266,11 +277,12 @@ class Blocks(NamedTuple):
     pack: int
     warps: int
     stages: int
+    near: bool  # rows are read through the L1, which otherwise asynchronous loads of 16 bytes pass by
 
 
 # All untimed: chosen by what benchmarks/count_sparse_conv.py counts and what the compiler makes of them for sm_90
 STAGES = 2 if torch.version.hip else 5  # two kinds of loads, indices and rows, two steps ahead each; AMD: less memory
-FEW_ROWS = 32768  # up to here tiles of 64 rows; beyond, tiles of 128 still give each of 132 multiprocessors two
+FEW_ROWS = 8192  # up to here tiles of 64 rows; wider ones read the weights half as often, 45 for 89 MB at stage 4
 BLOCK_R = 64  # pairs a step of the gradient of the weights
 LEAST = 1024  # of them a chunk: their rows are several times what the chunk's sums take
 PROGRAMS = 1024  # of both: chunks, but for what an offset rounds up, and tiles of channels; eight a multiprocessor
@@ -283,10 +295,12 @@ def _blocks(dtype, M, I, O, allow_tf32):
     step, most = _limits(dtype, I, O, allow_tf32)
     pack = max(1, step // I)
     i, o = step if pack > 1 else _block(I, step), _block(O, most)
-    if dtype == torch.float32 and not allow_tf32:
-        return [Blocks(64, i, o, pack, 4, STAGES)]
+    if _odd(I, O) or dtype == torch.float32 and not allow_tf32:
+        return [Blocks(64, i, o, pack, 4, STAGES, True)]
     ms = (64, 128) if M <= FEW_ROWS else (128, 64)
-    return [Blocks(m, i, o, pack, 8 if m * o > 8192 else 4, s) for s in (STAGES, STAGES - 2 or 1) for m in ms]
+    # a tile reads each of its rows two to three times; whether the L1 still has it is for a GPU to say
+    ways = [(STAGES, True), (STAGES, False), (STAGES - 2 or 1, True)]
+    return [Blocks(m, i, o, pack, 8 if m * o > 8192 else 4, *way) for way in ways for m in ms]
 
 
 def _limits(dtype, I, O, allow_tf32):
@@ -295,8 +309,12 @@ def _limits(dtype, I, O, allow_tf32):
         step, most = 64, 128
     else:
         step, most = 32, 64 if allow_tf32 else 32  # without tensor cores the registers bind
-    # odd rows are read element by element, which takes more registers
-    return (step // 2, most // 2) if I % 8 or O % 8 else (step, most)
+    return (step // 2, most // 2) if _odd(I, O) else (step, most)
+
+
+def _odd(*channels):
+    """Rows that are read element by element, which takes more registers."""
+    return any(c % 16 and c != 8 for c in channels)
 
 
 def _block(channels, most):
@@ -320,6 +338,7 @@ def _gather_gemm_kernel(
     K, I, O,  # offsets, input and output channels
     RELU: tl.constexpr, MIRRORED: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     C: tl.constexpr, PACK: tl.constexpr, STEPS: tl.constexpr,  # C = I where PACK > 1; STEPS blocks of I an offset
+    NEAR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0).to(tl.int64)
@@ -357,7 +376,8 @@ def _gather_gemm_kernel(
             x_ok = (n >= 0)[:, None] & c_ok[None, :]
         k = (K - 1 - k if MIRRORED else k).to(tl.int64)
         at_w = k[:, None] * C + c[:, None] if PACK > 1 else k * I + c[:, None]
-        x = tl.load(features_ptr + at_x, mask=x_ok, other=0.0)  # [BLOCK_M, BLOCK_I]
+        near: tl.constexpr = ".ca" if NEAR else ""
+        x = tl.load(features_ptr + at_x, mask=x_ok, other=0.0, cache_modifier=near)  # [BLOCK_M, BLOCK_I]
         w = tl.load(weight_ptr + at_w, mask=c_ok[:, None] & o_ok[None, :], other=0.0)  # [BLOCK_I, BLOCK_O]
         if WIDEN:
             x, w = x.to(tl.float32), w.to(tl.float32)

@@ -14,51 +14,53 @@ from kernels.sparse_conv import (
     sparse_conv_act_ref,
     sparse_conv_ref,
 )
-from tests.ahead_of_time import Launch
+from tests.ahead_of_time import TARGETS, Launch
 from tests.check import check_against_ref, launches
 
 IEEE, TF32 = dict(PRECISION="ieee", WIDEN=False), dict(PRECISION="tf32", WIDEN=False)
 HALF, SINGLE, EVEN = ("bf16",), ("fp32",), ("I", "O")
+EVERY, ONE_TARGET = tuple(TARGETS), ("sm_90",)  # all that differ in kind are compiled for all
 PLAIN, FULL = dict(scale_ptr=None, shift_ptr=None, residual_ptr=None, RELU=False), dict(RELU=True)
 LAUNCHES = [
     Launch(
         "_gather_gemm_kernel",
-        flags | act | dict(MIRRORED=mirrored, C=c, PACK=pack, STEPS=steps, BLOCK_M=m, BLOCK_I=i, BLOCK_O=o),
+        flags | act | dict(MIRRORED=mirrored, NEAR=True, C=c, PACK=pack, STEPS=steps, BLOCK_M=m, BLOCK_I=i, BLOCK_O=o),
         dict(scale_ptr="*fp32", shift_ptr="*fp32"), divisible, elements, num_warps=warps, num_stages=STAGES,
-        registers=registers, shared=shared, mma=mma,
+        registers=registers, shared=shared, mma=mma, targets=targets,
     )
-    for flags, act, mirrored, c, pack, steps, m, i, o, warps, divisible, elements, mma, registers, shared in [
-        (IEEE, PLAIN, False, 16, 4, 1, 128, 64, 16, 4, EVEN, HALF, "HGMMA", 255, 200000),
-        (IEEE, FULL, False, 16, 4, 1, 128, 64, 16, 4, EVEN, HALF, "HGMMA", 255, 200000),
-        (IEEE, PLAIN, True, 32, 2, 1, 128, 64, 32, 4, EVEN, HALF, "HGMMA", 255, 200000),
-        (IEEE, PLAIN, False, 0, 1, 1, 128, 64, 64, 4, EVEN, HALF, "HGMMA", 255, 200000),
-        (IEEE, PLAIN, False, 0, 1, 2, 64, 64, 128, 4, EVEN, HALF, "HGMMA", 255, 200000),
-        (IEEE, FULL, False, 0, 1, 2, 128, 64, 128, 8, EVEN, HALF, "HGMMA", 255, 200000),
-        (IEEE, PLAIN, True, 0, 1, 2, 128, 64, 128, 8, EVEN, HALF, "HGMMA", 255, 200000),
-        (IEEE, PLAIN, False, 5, 6, 1, 128, 32, 16, 4, (), HALF, "HGMMA", 255, 200000),
-        (IEEE, PLAIN, False, 0, 1, 2, 128, 32, 64, 4, (), HALF, "HGMMA", 255, 200000),
-        (TF32, PLAIN, False, 16, 2, 1, 64, 32, 16, 4, EVEN, SINGLE, "HGMMA", 255, 200000),
-        (TF32, PLAIN, False, 0, 1, 2, 128, 32, 64, 4, EVEN, SINGLE, "HGMMA", 255, 200000),
-        (IEEE, PLAIN, False, 5, 3, 1, 64, 16, 16, 4, (), SINGLE, "", 255, 200000),
-        (IEEE, FULL, False, 0, 1, 2, 64, 32, 32, 4, EVEN, SINGLE, "", 255, 200000),
-        (IEEE, PLAIN, True, 0, 1, 2, 64, 16, 16, 4, (), SINGLE, "", 255, 200000),
+    for flags, act, mirrored, c, pack, steps, m, i, o, warps, divisible, elements, mma, registers, shared, targets in [
+        (IEEE, PLAIN, False, 16, 4, 1, 128, 64, 16, 4, EVEN, HALF, "HGMMA", 56, 59904, EVERY),
+        (IEEE, FULL, False, 16, 4, 1, 128, 64, 16, 4, EVEN, HALF, "HGMMA", 56, 59904, ONE_TARGET),
+        (IEEE, PLAIN, True, 32, 2, 1, 128, 64, 32, 4, EVEN, HALF, "HGMMA", 80, 64000, ONE_TARGET),
+        (IEEE, PLAIN, False, 0, 1, 1, 128, 64, 64, 4, EVEN, HALF, "HGMMA", 104, 74760, ONE_TARGET),
+        (IEEE, PLAIN, False, 0, 1, 2, 64, 64, 128, 4, EVEN, HALF, "HGMMA", 120, 74248, ONE_TARGET),
+        (IEEE, FULL, False, 0, 1, 2, 128, 64, 128, 8, EVEN, HALF, "HGMMA", 184, 99336, EVERY),
+        (IEEE, PLAIN, True, 0, 1, 2, 128, 64, 128, 8, EVEN, HALF, "HGMMA", 120, 99336, ONE_TARGET),
+        (IEEE, PLAIN, False, 5, 6, 1, 64, 32, 16, 4, (), HALF, "HGMMA", 104, 8192, EVERY),
+        (IEEE, PLAIN, False, 0, 1, 2, 64, 32, 64, 4, (), HALF, "HGMMA", 104, 8192, ONE_TARGET),
+        (TF32, PLAIN, False, 16, 2, 1, 64, 32, 16, 4, EVEN, SINGLE, "HGMMA", 48, 32000, ONE_TARGET),
+        (TF32, PLAIN, False, 0, 1, 2, 128, 32, 64, 4, EVEN, SINGLE, "HGMMA", 128, 74760, EVERY),
+        (IEEE, PLAIN, False, 5, 3, 1, 64, 16, 16, 4, (), SINGLE, "", 96, 18560, ONE_TARGET),
+        (IEEE, FULL, False, 0, 1, 2, 64, 32, 32, 4, EVEN, SINGLE, "", 104, 25096, EVERY),
+        (IEEE, PLAIN, True, 0, 1, 2, 64, 16, 16, 4, (), SINGLE, "", 80, 10760, ONE_TARGET),
     ]
 ] + [
     Launch(
         "_d_weight_kernel",
         flags | dict(BLOCK_R=BLOCK_R, BLOCK_I=i, BLOCK_O=o),
         dict(partial_ptr="*fp32", first_ptr="*i64", end_ptr="*i64"), divisible, elements,
-        num_warps=8 if i * o > 8192 else 4, num_stages=STAGES, registers=registers, shared=shared, mma=mma,
+        num_warps=8 if i * o > 8192 else 4, num_stages=STAGES,
+        registers=registers, shared=shared, mma=mma, targets=targets,
     )
-    for flags, i, o, divisible, elements, mma, registers, shared in [
-        (IEEE, 16, 16, EVEN, HALF, "", 255, 200000),
-        (IEEE, 16, 16, (), HALF, "", 255, 200000),
-        (IEEE, 128, 128, EVEN, HALF, "HGMMA", 255, 200000),
-        (IEEE, 64, 64, (), HALF, "HGMMA", 255, 200000),
-        (TF32, 64, 64, EVEN, SINGLE, "", 255, 200000),
-        (TF32, 32, 32, (), SINGLE, "", 255, 200000),
-        (IEEE, 32, 32, EVEN, SINGLE, "", 255, 200000),
-        (IEEE, 16, 16, (), SINGLE, "", 255, 200000),
+    for flags, i, o, divisible, elements, mma, registers, shared, targets in [
+        (IEEE, 16, 16, EVEN, HALF, "HMMA", 56, 7168, EVERY),
+        (IEEE, 16, 16, (), HALF, "HMMA", 56, 4096, ONE_TARGET),
+        (IEEE, 128, 128, EVEN, HALF, "HGMMA", 128, 99328, EVERY),
+        (IEEE, 64, 64, (), HALF, "HGMMA", 176, 16384, ONE_TARGET),
+        (TF32, 64, 64, EVEN, SINGLE, "HGMMA", 112, 99328, ONE_TARGET),
+        (TF32, 32, 32, (), SINGLE, "HMMA", 176, 33792, ONE_TARGET),
+        (IEEE, 32, 32, EVEN, SINGLE, "", 56, 33792, EVERY),
+        (IEEE, 16, 16, (), SINGLE, "", 72, 17408, ONE_TARGET),
     ]
 ] + [
     Launch(

@@ -257,7 +257,9 @@ def _d_weight(features, d_out, table, allow_tf32):
         )  # fmt: skip
 
     kind = "d_weight", features.dtype, allow_tf32, K, I, O, tuning.bucket(M)
-    ways = [(BLOCK_R, STAGES), (2 * BLOCK_R, STAGES), (BLOCK_R, STAGES - 2 or 1)]
+    ways = [(BLOCK_R, STAGES), (2 * BLOCK_R, STAGES), (BLOCK_R, FEWER_STAGES)]
+    if features.dtype == torch.float32 and not allow_tf32:
+        ways = ways[2:]  # more spill on sm_80
     launch(tuning.choose(kind, ways, launch, features.device))
     _sum_chunks_kernel[(K, triton.cdiv(O * I, BLOCK_E))](partial, until_idx, d_weight, K, I, O, BLOCK_E=BLOCK_E)
     return d_weight
@@ -281,7 +283,8 @@ class Blocks(NamedTuple):
 
 
 # All untimed: chosen by what benchmarks/count_sparse_conv.py counts and what the compiler makes of them for sm_90
-STAGES = 2 if torch.version.hip else 5  # two kinds of loads, indices and rows, two steps ahead each; AMD: less memory
+# Two kinds of loads, indices and rows, are two steps ahead each, or one each; AMD has half the memory for that
+STAGES, FEWER_STAGES = (2, 1) if torch.version.hip else (5, 3)
 FEW_ROWS = 8192  # up to here tiles of 64 rows; wider ones read the weights half as often, 45 for 89 MB at stage 4
 BLOCK_R = 64  # pairs a step of the gradient of the weights
 LEAST = 1024  # of them a chunk: their rows are several times what the chunk's sums take
@@ -299,7 +302,7 @@ def _blocks(dtype, M, I, O, allow_tf32):
         return [Blocks(64, i, o, pack, 4, STAGES, True)]
     ms = (64, 128) if M <= FEW_ROWS else (128, 64)
     # a tile reads each of its rows two to three times; whether the L1 still has it is for a GPU to say
-    ways = [(STAGES, True), (STAGES, False), (STAGES - 2 or 1, True)]
+    ways = [(STAGES, True), (STAGES, False), (FEWER_STAGES, True)]
     return [Blocks(m, i, o, pack, 8 if m * o > 8192 else 4, *way) for way in ways for m in ms]
 
 

@@ -4,8 +4,9 @@
 
 A product is one row times one [Cin, Cout] matrix. "waste": products done over those that pairs of voxels need; a tile
 multiplies all its rows at every offset that one of them has. "reuse": pairs over the distinct rows that a tile reads.
-Bytes are what the multiprocessors ask of the L2, whose copy asynchronous loads of 16 bytes take past the L1: indices,
-gathered rows, weights and results. The least reads every row, weight and index of a pair once.
+Bytes are what the multiprocessors ask of the L2: indices, rows, weights, sums and results. A row that an earlier offset
+of a tile has read comes from the L1, if that still has it ("MB"), or from the L2 again ("past the L1"). The least reads
+every row, weight and index of a pair once.
 """
 
 import importlib
@@ -20,6 +21,7 @@ from kernels.sparse_map import inverse_map, out_shape, sort_voxels, strided_map,
 
 WIDTHS, BLOCKS = (16, 32, 64, 128), 2
 DTYPE, BYTES = torch.bfloat16, 2
+HIDDEN = "LEAST", "MULTIPLE", "SORT", "SHARE", "NEAR"
 KINDS = "HGMMA", "HMMA", "FFMA", "LDGSTS", "LDG"
 
 
@@ -27,7 +29,7 @@ KINDS = "HGMMA", "HMMA", "FFMA", "LDGSTS", "LDG"
 class Layer:
     name: str
     table: torch.Tensor  # [K, M] of the forward
-    inverse: torch.Tensor  # [K, N] of the gradient of the features
+    inverse: torch.Tensor  # [K, N] of the gradient of the features; the same where it is its own mirror image
     out_coords: torch.Tensor  # [M, 4]
     coords: torch.Tensor  # [N, 4]
     c_in: int
@@ -53,8 +55,8 @@ def layers():
             coords, shape = out_coords, out_shape(shape, *STAGES[i - 1])
         table = submanifold_map(coords, *sort_voxels(coords, shape), shape, (3, 3, 3), (1, 1, 1))
         if not i:
-            found.append(Layer("input", table, table.flip(0), coords, coords, 5, width))
-        found.append(Layer(f"stage {i + 1}", table, table.flip(0), coords, coords, width, width, 2 * BLOCKS))
+            found.append(Layer("input", table, table, coords, coords, 5, width))
+        found.append(Layer(f"stage {i + 1}", table, table, coords, coords, width, width, 2 * BLOCKS))
     return found
 
 
@@ -74,9 +76,8 @@ def by_mask(table, window):
 
 def morton(coords):
     bits = (coords[:, [3, 2, 1], None].long() >> torch.arange(12)) & 1  # [M, 3, 12]
-    return (
-        (bits << (3 * torch.arange(12) + torch.arange(3)[:, None])).sum((1, 2)) + (coords[:, 0].long() << 40)
-    ).argsort()
+    code = (bits << (3 * torch.arange(12) + torch.arange(3)[:, None])).sum(dim=(1, 2))
+    return (code + (coords[:, 0].long() << 40)).argsort()
 
 
 def tiled(table, order, block_m):
@@ -106,7 +107,7 @@ def print_orders(found, block_m=64):
     print("|" + "---|" * (len(orders) + 2))
     for layer in found[1:]:
         for name, table, coords, *_ in layer.passes():
-            if name == "forward" or layer.name.startswith("down"):  # elsewhere the mirror image
+            if name == "forward" or layer.inverse is not layer.table:
                 of = [waste_and_reuse(table, order(table, coords), block_m) for order in orders.values()]
                 cells = " | ".join(f"{waste:.2f} / {reuse:.1f}" for waste, reuse in of)
                 print(f"| {layer.name}, {name} | {(table >= 0).sum() / table.shape[1]:.1f} | {cells} |", flush=True)
@@ -116,63 +117,99 @@ def print_orders(found, block_m=64):
 # Products and bytes
 
 
+@dataclass
+class Cost:
+    waste: float  # products done over needed, rows alone
+    products: float  # ... with the padding of channels
+    near: float  # bytes
+    past: float  # bytes past the L1
+    least: float  # bytes
+    programs: int
+
+
 def gather_gemm(table, c_in, c_out):
-    """(waste, products with the padding of channels over those needed, MB, least MB, tiles)."""
     (K, M), pairs = table.shape, (table >= 0).sum().item()
     blocks = sparse_conv._blocks(DTYPE, M, c_in, c_out, False)[0]
-    _, has = tiled(table, by_mask(table, sparse_tiles.WINDOW), blocks.m)
-    steps, tiles_o = -(-c_in // blocks.i), -(-c_out // blocks.o)
-    count = has.sum(dim=0)
-    columns = (-(-count // blocks.pack)).sum().item() * blocks.i * (steps if blocks.pack == 1 else 1)
-    products = columns * blocks.m * tiles_o * blocks.o / (pairs * c_in * c_out)
-    active = count.sum().item()
-    moved = tiles_o * (active * (4 + 4 * blocks.m) * steps + pairs * c_in * BYTES) + 4 * has.shape[1] * (blocks.m + 1)
-    moved += active * c_in * c_out * BYTES + M * c_out * BYTES
-    least = 4 * pairs + (int(table.max()) + 1) * c_in * BYTES + K * c_in * c_out * BYTES + M * c_out * BYTES
-    return active * blocks.m / pairs, products, moved / 1e6, least / 1e6, has.shape[1] * tiles_o
+    order = by_mask(table, sparse_tiles.WINDOW)
+    waste, reuse = waste_and_reuse(table, order, blocks.m)
+    count = tiled(table, order, blocks.m)[1].sum(dim=0)  # [T]
+    steps, tiles_o = -(-c_in // blocks.i) if blocks.pack == 1 else 1, -(-c_out // blocks.o)
+    columns = (-(-count // blocks.pack)).sum().item() * steps * blocks.i
+    indices = tiles_o * 4 * (count.sum().item() * (1 + blocks.m) * steps + len(count) * (1 + blocks.m))
+    rows, rest = tiles_o * pairs * c_in * BYTES, (count.sum().item() * c_in + M) * c_out * BYTES
+    return Cost(
+        waste,
+        columns * blocks.m * tiles_o * blocks.o / (pairs * c_in * c_out),
+        indices + rows / reuse + rest,
+        indices + rows + rest,
+        4 * pairs + ((int(table.max()) + 1) * c_in + (K * c_in + M) * c_out) * BYTES,
+        len(count) * tiles_o,
+    )
+
+
+def d_weight_of_groups(table, c_in, c_out):
+    (K, M), pairs = table.shape, (table >= 0).sum().item()
+    group, block_r = sparse_conv.GROUP[c_in], sparse_conv.BLOCK_R
+    groups, parts = -(-K // group), -(-M // sparse_conv._group_rows(K, M, c_in))
+    # the rows that the offsets of a group read for one block of rows come from the L2 once
+    near = sum(
+        (part >= 0).sum().item() / waste_and_reuse(part, torch.arange(M), block_r)[1] for part in table.split(group)
+    )
+    rest = 4 * K * M + groups * M * c_out * BYTES + (2 * parts + 1) * 4 * K * c_in * c_out
+    waste = -(-M // block_r) * block_r * K / pairs
+    return Cost(
+        waste,
+        waste * groups * group / K,
+        near * c_in * BYTES + rest,
+        pairs * c_in * BYTES + rest,
+        4 * pairs + ((int(table.max()) + 1) * c_in + M * c_out) * BYTES + 4 * K * c_in * c_out,
+        parts * groups,
+    )
 
 
 def d_weight(table, c_in, c_out):
     (K, M), counts = table.shape, (table >= 0).sum(dim=1)
-    pairs = counts.sum().item()
+    pairs, block_r = counts.sum().item(), sparse_conv.BLOCK_R
     most = sparse_conv._limits(DTYPE, c_in, c_out, False)[1]
     block_i, block_o = (sparse_conv._block(c, most) for c in (c_in, c_out))
     tiles_i, tiles_o = -(-c_in // block_i), -(-c_out // block_o)
     parts = sparse_conv._parts(K, M, c_in, c_out, tiles_i * tiles_o)
     size = max(-(-pairs // parts), sparse_conv.LEAST)
-    size = -(-size // (2 * sparse_conv.BLOCK_R)) * 2 * sparse_conv.BLOCK_R
-    chunks = (-(-counts // size)).sum().item()
-    rows = (-(-counts // sparse_conv.BLOCK_R)).sum().item() * sparse_conv.BLOCK_R
-    products = rows * tiles_i * block_i * tiles_o * block_o / (pairs * c_in * c_out)
-    moved = (
-        pairs * (8 * tiles_i * tiles_o + BYTES * (c_in * tiles_o + c_out * tiles_i))
-        + (2 * chunks + K) * 4 * c_in * c_out
+    chunks = (-(-counts // (-(-size // (2 * block_r)) * 2 * block_r))).sum().item()
+    rows = (-(-counts // block_r)).sum().item() * block_r
+    sums = (2 * chunks + K) * 4 * c_in * c_out
+    moved = pairs * (8 * tiles_i * tiles_o + BYTES * (c_in * tiles_o + c_out * tiles_i)) + sums
+    return Cost(
+        rows / pairs,
+        rows * tiles_i * block_i * tiles_o * block_o / (pairs * c_in * c_out),
+        moved,
+        moved,
+        4 * pairs + ((int(table.max()) + 1) * c_in + M * c_out) * BYTES + 4 * K * c_in * c_out,
+        chunks * tiles_i * tiles_o,
     )
-    least = 4 * pairs + (int(table.max()) + 1) * c_in * BYTES + M * c_out * BYTES + 4 * K * c_in * c_out
-    return rows / pairs, products, moved / 1e6, least / 1e6, chunks * tiles_i * tiles_o
 
 
 def print_layers(found):
-    print("## A layer: products over those needed, MB of the L2 over the least\n")
-    print("| layer, channels | pass | pairs | GFLOP needed | waste of rows | with padding | MB | least | programs |")
+    print("## Products over those needed, and MB of the L2 over the least\n")
+    print("| layer, channels | pass | GFLOP needed | waste | with padding | MB | past the L1 | least | programs |")
     print("|---|---|---|---|---|---|---|---|---|")
-    total = torch.zeros(4, dtype=torch.float64)
+    total = torch.zeros(5, dtype=torch.float64)
     for layer in found:
-        pairs = (layer.table >= 0).sum().item()
-        rows = [(name, *gather_gemm(table, c_in, c_out)) for name, table, _, c_in, c_out in layer.passes()]
-        rows.append(("d_weight", *d_weight(layer.table, layer.c_in, layer.c_out)))
-        gflop = 2e-9 * pairs * layer.c_in * layer.c_out
-        for name, waste, products, moved, least, programs in rows:
-            total += layer.times * torch.tensor([gflop, gflop * products, moved, least], dtype=torch.float64)
-            label = f"{layer.name}, {layer.c_in} to {layer.c_out}" + (f", x {layer.times}" if layer.times > 1 else "")
-            cells = f"{waste:.2f} | {products:.2f} | {moved:.1f} | {least:.1f} | {programs}"
-            print(f"| {label} | {name} | {pairs} | {gflop:.2f} | {cells} |", flush=True)
-    gflop, done, moved, least = total.tolist()
-    print(
-        f"\nForward and backward of all: {gflop:.0f} GFLOP needed, {done:.0f} done; {moved:.0f} MB, least {least:.0f} MB."
-    )
-    made = sum(layer.table.nbytes for layer in found[1:])
-    print(f"Tables of the forward: {made / 1e6:.0f} MB, read once each to make their tiles.\n")
+        gflop = 2e-9 * (layer.table >= 0).sum().item() * layer.c_in * layer.c_out
+        label = f"{layer.name}, {layer.c_in} to {layer.c_out}" + (f", x {layer.times}" if layer.times > 1 else "")
+        costs = {name: gather_gemm(table, c_in, c_out) for name, table, _, c_in, c_out in layer.passes()}
+        grouped = sparse_conv._in_groups(DTYPE, layer.c_in, layer.c_out, layer.inverse is layer.table)
+        costs["d_weight"] = (d_weight_of_groups if grouped else d_weight)(layer.table, layer.c_in, layer.c_out)
+        for name, c in costs.items():
+            mb = torch.tensor([c.near, c.past, c.least], dtype=torch.float64) / 1e6
+            total += layer.times * torch.cat([torch.tensor([gflop, gflop * c.products]), mb])
+            cells = " | ".join(f"{value:.1f}" for value in mb)
+            print(f"| {label} | {name} | {gflop:.2f} | {c.waste:.2f} | {c.products:.2f} | {cells} | {c.programs} |")
+    gflop, done, near, past, least = total.tolist()
+    print(f"\nForward and backward of all: {gflop:.0f} GFLOP needed, {done:.0f} done; ", end="")
+    print(f"{near:.0f} MB, {past:.0f} past the L1, least {least:.0f}.")
+    tables = {id(t): t.nbytes for layer in found for t in (layer.table, layer.inverse)}
+    print(f"Tables, read and written once each to make their tiles: {sum(tables.values()) / 1e6:.0f} MB.\n")
 
 
 # Machine code
@@ -191,8 +228,8 @@ def print_kernels():
             for element in launch.elements:
                 compiled = ahead_of_time.compile_launch(getattr(module, launch.kernel), launch, element, "sm_90")
                 cost, kinds = ahead_of_time._cost(compiled, ""), ahead_of_time.instructions(compiled, *KINDS)
-                shown = {k: v for k, v in launch.constexprs.items() if k not in ("WIDEN", "LEAST", "SORT", "SHARE")}
-                blocks = ", ".join(f"{k.removeprefix('BLOCK_')} {v}" for k, v in shown.items() if v is not None)
+                shown = {k: v for k, v in launch.constexprs.items() if k not in HIDDEN and v not in (None, False)}
+                blocks = ", ".join(f"{k.removeprefix('BLOCK_')} {v}" for k, v in shown.items())
                 used = " | ".join(str(cost[k]) for k in ("registers", "stack", "shared"))
                 counted = " | ".join(str(n) for n in kinds.values())
                 print(f"| {launch.kernel} | {element} | {blocks} | {used} | {counted} |", flush=True)

@@ -170,7 +170,7 @@ def _sparse_conv_bwd(
             kernel = weight.flatten(1, 3).permute(2, 1, 0).to(features.dtype, memory_format=torch.contiguous_format)
             d_features = _gather_gemm(d_out, kernel, table, allow_tf32, mirrored)
         if for_weight:
-            d_weight = _d_weight(features, d_out, neighbor_idx, allow_tf32)
+            d_weight = _d_weight(features, d_out, neighbor_idx, allow_tf32, mirrored)
     return (
         d_features.to(features.dtype) if for_features else features.new_empty(0),
         d_weight.to(weight.dtype).reshape(weight.shape) if for_weight else weight.new_empty(0),
@@ -234,13 +234,15 @@ def _gather_gemm(features, weight, table, allow_tf32, mirrored=False, act=(None,
     return out
 
 
-def _d_weight(features, d_out, table, allow_tf32):
-    """Features [N, I], d_out [M, O] and a table [K, M] -> [O, K, I] fp32."""
+def _d_weight(features, d_out, table, allow_tf32, mirrored=False):
+    """Features [N, I], d_out [M, O] and a table [K, M] -> [O, K, I] fp32; mirrored: as of `_gather_gemm`."""
     (N, I), (M, O), K = features.shape, d_out.shape, len(table)
     d_weight = features.new_empty(O, K, I, dtype=torch.float32)
     if not min(N, M, I, O):
         return d_weight.zero_()
     features, d_out = features.contiguous(), d_out.contiguous()
+    if _in_groups(features.dtype, I, O, mirrored):
+        return _d_weight_of_groups(features, d_out, table)
     most = min(_limits(features.dtype, I, O, allow_tf32)[1], 128)
     block_i, block_o = (_block(channels, most) for channels in (I, O))
     grid = triton.cdiv(I, block_i) * triton.cdiv(O, block_o)
@@ -263,6 +265,34 @@ def _d_weight(features, d_out, table, allow_tf32):
     launch(tuning.choose(kind, ways, launch, features.device))
     _sum_chunks_kernel[(K, triton.cdiv(O * I, BLOCK_E))](partial, until_idx, d_weight, K, I, O, BLOCK_E=BLOCK_E)
     return d_weight
+
+
+def _d_weight_of_groups(features, d_out, table):
+    """`_d_weight` where the table is not sparse and channels are few: by blocks of rows, several offsets at once.
+
+    A block reads its rows of d_out once for all the offsets of a group, and these read much the same features. It also
+    multiplies where no neighbour is, which few channels have time for.
+    """
+    I, (M, O), K = features.shape[1], d_out.shape, len(table)
+    group, block_o = GROUP[I], _block(O, 64)
+    groups, rows = triton.cdiv(K, group), _group_rows(K, M, I)
+    parts = triton.cdiv(M, rows)
+    partial = features.new_empty(parts, O, K, I, dtype=torch.float32)
+    _d_weight_of_groups_kernel[(parts, groups)](
+        features, d_out, table.contiguous(), partial, M, K, O, rows, WIDEN=_widen(features),
+        BLOCK_R=BLOCK_R, C=I, GROUP=group, BLOCK_O=block_o, num_warps=8 if group * I * block_o >= 8192 else 4,
+        num_stages=STAGES,
+    )  # fmt: skip
+    return partial.sum(dim=0) if parts > 1 else partial[0]
+
+
+def _in_groups(dtype, I, O, mirrored):
+    return mirrored and dtype != torch.float32 and I in GROUP and O <= 64
+
+
+def _group_rows(K, M, I):
+    """Rows that a program sums for a group of offsets."""
+    return triton.cdiv(triton.cdiv(M, triton.cdiv(GROUP_PROGRAMS, triton.cdiv(K, GROUP[I]))), BLOCK_R) * BLOCK_R
 
 
 def _parts(K, M, I, O, tiles):
@@ -290,6 +320,8 @@ BLOCK_R = 64  # pairs a step of the gradient of the weights
 LEAST = 1024  # of them a chunk: their rows are several times what the chunk's sums take
 PROGRAMS = 1024  # of both: chunks, but for what an offset rounds up, and tiles of channels; eight a multiprocessor
 PARTIAL = 2**23  # sums kept apart in it, at most: 32 MB, which are written and read in the L2
+GROUP = {8: 16, 16: 8, 32: 8, 64: 4}  # input channels -> offsets whose gradients a program sums at once
+GROUP_PROGRAMS = 192  # that these are summed by: more would write and read more sums
 BLOCK_E = 1024  # of them a program that adds them
 
 
@@ -429,6 +461,38 @@ def _d_weight_kernel(
     at = (chunk * O + o[:, None]) * I + i[None, :]
     wanted = tl.where(first < end, O, 0)  # nobody reads the sums of an empty chunk
     tl.store(partial_ptr + at, acc, mask=(o < wanted)[:, None] & i_ok)
+
+
+@triton.jit
+def _d_weight_of_groups_kernel(
+    features_ptr, d_out_ptr, table_idx_ptr, partial_ptr,  # [N, C], [M, O], [K, M], [parts, O, K, C]
+    M, K, O, R,  # outputs, offsets, output channels, outputs a part
+    WIDEN: tl.constexpr, BLOCK_R: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    part = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * GROUP
+    j = tl.arange(0, GROUP * C)  # channels of the group's offsets, side by side
+    o = tl.arange(0, BLOCK_O)
+    end = tl.minimum((part + 1) * R, M)
+
+    acc = tl.zeros((GROUP * C, BLOCK_O), tl.float32)
+    for r in range(0, R, BLOCK_R):
+        m = part * R + r + tl.arange(0, BLOCK_R)
+        n = tl.full((BLOCK_R, GROUP * C), -1, tl.int32)
+        for p in tl.static_range(GROUP):
+            k = (first + p).to(tl.int64)
+            rows = tl.load(table_idx_ptr + k * M + m, mask=m < tl.where(first + p < K, end, 0), other=-1)
+            n = tl.where((j // C == p)[None, :], rows[:, None], n)
+        at = n.to(tl.int64) * C + (j % C)[None, :]
+        x = tl.load(features_ptr + at, mask=n >= 0, other=0.0, cache_modifier=".ca")  # [BLOCK_R, GROUP * C]
+        ok = (m < end)[:, None] & (o < O)[None, :]
+        g = tl.load(d_out_ptr + m[:, None] * O + o[None, :], mask=ok, other=0.0)  # [BLOCK_R, BLOCK_O]
+        if WIDEN:
+            x, g = x.to(tl.float32), g.to(tl.float32)
+        acc = tl.dot(tl.trans(x), g, acc)
+    k = first + j // C
+    at = ((part * O + o[None, :]) * K + k[:, None]) * C + (j % C)[:, None]
+    tl.store(partial_ptr + at, acc, mask=(k < K)[:, None] & (o < O)[None, :])
 
 
 @triton.jit

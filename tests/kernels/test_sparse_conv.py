@@ -9,6 +9,7 @@ from kernels.sparse_conv import (
     BLOCK_E,
     BLOCK_R,
     FEWER_STAGES,
+    GROUP,
     STAGES,
     sparse_conv,
     sparse_conv_act,
@@ -62,6 +63,17 @@ LAUNCHES = [
         (TF32, 32, 32, STAGES, (), SINGLE, "HMMA", 176, 33792, ONE_TARGET),
         (IEEE, 32, 32, FEWER_STAGES, EVEN, SINGLE, "", 56, 33792, EVERY),
         (IEEE, 16, 16, FEWER_STAGES, (), SINGLE, "", 72, 17408, ONE_TARGET),
+    ]
+] + [
+    Launch(
+        "_d_weight_of_groups_kernel", dict(WIDEN=False, BLOCK_R=BLOCK_R, C=c, GROUP=GROUP[c], BLOCK_O=c),
+        dict(partial_ptr="*fp32"), ("O", "R"), HALF, num_warps=8 if GROUP[c] * c * c >= 8192 else 4, num_stages=STAGES,
+        registers=registers, shared=shared, mma="HGMMA", targets=targets, budgets=targets[:2],
+    )
+    for c, registers, shared, targets in [
+        (16, 96, 59392, ONE_TARGET),
+        (32, 144, 114688, ONE_TARGET),
+        (64, 176, 124928, EVERY),
     ]
 ] + [
     Launch(
@@ -204,6 +216,17 @@ def test_a_mirror_image_needs_no_inverse(fn, device):
     assert launched.count("_tiles_kernel") == (fn is sparse_conv)
     for ours, theirs in zip(out, truth, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kernel, c_in, c_out", [(THREE, 8, 5), (THREE, 32, 16), ((3, 1, 1), 64, 40)])
+def test_weights_gradient_of_several_offsets_at_once(kernel, c_in, c_out, dtype, device):
+    """On a mirror image with few channels, in three parts of rows."""
+    inputs, *_ = make_inputs("submanifold", kernel, 1, (4, 5, 9), 150, c_in, c_out, device)
+    inputs["inverse_idx"] = None
+    with launches() as launched:
+        check_against_ref(sparse_conv, sparse_conv_ref, inputs, dtype)
+    assert "_d_weight_of_groups_kernel" in launched
 
 
 def test_weights_gradient_in_many_chunks(monkeypatch, device):

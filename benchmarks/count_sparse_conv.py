@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.lidar_scene import NUSCENES, SHAPE, STAGES, voxels
-from kernels import sparse_conv, sparse_tiles
+from kernels import sparse_gemm, sparse_tiles
 from kernels.sparse_map import inverse_map, out_shape, sort_voxels, strided_map, submanifold_map
 
 WIDTHS, BLOCKS = (16, 32, 64, 128), 2
@@ -129,7 +129,7 @@ class Cost:
 
 def gather_gemm(table, c_in, c_out):
     (K, M), pairs = table.shape, (table >= 0).sum().item()
-    blocks = sparse_conv._blocks(DTYPE, M, c_in, c_out, False)[0]
+    blocks = sparse_gemm._blocks(DTYPE, M, c_in, c_out, False)[0]
     order = by_mask(table, sparse_tiles.WINDOW)
     waste, reuse = waste_and_reuse(table, order, blocks.m)
     count = tiled(table, order, blocks.m)[1].sum(dim=0)  # [T]
@@ -149,8 +149,8 @@ def gather_gemm(table, c_in, c_out):
 
 def d_weight_of_groups(table, c_in, c_out):
     (K, M), pairs = table.shape, (table >= 0).sum().item()
-    group, block_r = sparse_conv.GROUP[c_in], sparse_conv.BLOCK_R
-    groups, parts = -(-K // group), -(-M // sparse_conv._group_rows(K, M, c_in))
+    group, block_r = sparse_gemm.GROUP[c_in], sparse_gemm.BLOCK_R
+    groups, parts = -(-K // group), -(-M // sparse_gemm._group_rows(K, M, c_in))
     # the rows that the offsets of a group read for one block of rows come from the L2 once
     near = sum(
         (part >= 0).sum().item() / waste_and_reuse(part, torch.arange(M), block_r)[1] for part in table.split(group)
@@ -169,12 +169,12 @@ def d_weight_of_groups(table, c_in, c_out):
 
 def d_weight(table, c_in, c_out):
     (K, M), counts = table.shape, (table >= 0).sum(dim=1)
-    pairs, block_r = counts.sum().item(), sparse_conv.BLOCK_R
-    most = sparse_conv._limits(DTYPE, c_in, c_out, False)[1]
-    block_i, block_o = (sparse_conv._block(c, most) for c in (c_in, c_out))
+    pairs, block_r = counts.sum().item(), sparse_gemm.BLOCK_R
+    most = sparse_gemm._limits(DTYPE, c_in, c_out, False)[1]
+    block_i, block_o = (sparse_gemm._block(c, most) for c in (c_in, c_out))
     tiles_i, tiles_o = -(-c_in // block_i), -(-c_out // block_o)
-    parts = sparse_conv._parts(K, M, c_in, c_out, tiles_i * tiles_o)
-    size = max(-(-pairs // parts), sparse_conv.LEAST)
+    parts = sparse_gemm._parts(K, M, c_in, c_out, tiles_i * tiles_o)
+    size = max(-(-pairs // parts), sparse_gemm.LEAST)
     chunks = (-(-counts // (-(-size // (2 * block_r)) * 2 * block_r))).sum().item()
     rows = (-(-counts // block_r)).sum().item() * block_r
     sums = (2 * chunks + K) * 4 * c_in * c_out
@@ -198,7 +198,7 @@ def print_layers(found):
         gflop = 2e-9 * (layer.table >= 0).sum().item() * layer.c_in * layer.c_out
         label = f"{layer.name}, {layer.c_in} to {layer.c_out}" + (f", x {layer.times}" if layer.times > 1 else "")
         costs = {name: gather_gemm(table, c_in, c_out) for name, table, _, c_in, c_out in layer.passes()}
-        grouped = sparse_conv._in_groups(DTYPE, layer.c_in, layer.c_out, layer.inverse is layer.table)
+        grouped = sparse_gemm._in_groups(DTYPE, len(layer.table), layer.c_in, layer.c_out, layer.inverse is layer.table)
         costs["d_weight"] = (d_weight_of_groups if grouped else d_weight)(layer.table, layer.c_in, layer.c_out)
         for name, c in costs.items():
             mb = torch.tensor([c.near, c.past, c.least], dtype=torch.float64) / 1e6
@@ -222,7 +222,7 @@ def print_kernels():
         f"## Machine code for sm_90\n\n| kernel | element | blocks | registers | stack | shared | {' | '.join(KINDS)} |"
     )
     print("|" + "---|" * (6 + len(KINDS)))
-    for file in ("sparse_tiles", "sparse_conv"):
+    for file in ("sparse_tiles", "sparse_gemm"):
         module = importlib.import_module(f"kernels.{file}")
         for launch in importlib.import_module(f"tests.kernels.test_{file}").LAUNCHES:
             for element in launch.elements:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from kernels import sparse_tiles
-from kernels.sparse_conv import BLOCK_R, LEAST
+from kernels.sparse_gemm import BLOCK_R, LEAST
 from kernels.sparse_tiles import BLOCK_C, BLOCK_K, WINDOW, chunks, pairs, tiles
 from tests.ahead_of_time import Launch
 
@@ -19,7 +19,7 @@ LAUNCHES = [
         num_warps=8, registers=152, shared=1024, **INT,
     ),
     Launch(
-        "_chunks_kernel", dict(LEAST=LEAST, MULTIPLE=BLOCK_R, BLOCK_C=BLOCK_C, BLOCK_OFFSETS=32),
+        "_chunks_kernel", dict(LEAST=LEAST, MULTIPLE=2 * BLOCK_R, BLOCK_C=BLOCK_C, BLOCK_OFFSETS=32),
         dict(ends_ptr="*i64", first_ptr="*i64", end_ptr="*i64"), registers=72, shared=512, **INT,
     ),
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the kernels cost, and how they are launched; that they compute the right thing is what test_sparse_conv.py shows."""
+"""What the kernels cost and how they are launched; test_sparse_conv.py shows that they compute the right thing."""
 
 import itertools
 

@@ -129,7 +129,7 @@ class Cost:
 
 def gather_gemm(table, c_in, c_out):
     (K, M), pairs = table.shape, (table >= 0).sum().item()
-    blocks = sparse_gemm._blocks(DTYPE, M, c_in, c_out, False)[0]
+    blocks = sparse_gemm._blocks(DTYPE, M <= sparse_gemm.FEW_ROWS, c_in, c_out, False)[0]
     order = by_mask(table, sparse_tiles.WINDOW)
     waste, reuse = waste_and_reuse(table, order, blocks.m)
     count = tiled(table, order, blocks.m)[1].sum(dim=0)  # [T]

@@ -38,14 +38,14 @@ def sparse_conv(features, weight, neighbor_idx, inverse_idx, allow_tf32=False):
     """
     _check_inverse(features, neighbor_idx, inverse_idx)
     features = _check(features, weight, neighbor_idx)
-    return _sparse_conv(features, weight, neighbor_idx, inverse_idx, allow_tf32, _on_reference(features))
+    return _run(features, weight, neighbor_idx, inverse_idx, allow_tf32, _on_reference(features))
 
 
 def sparse_conv_ref(features, weight, neighbor_idx, inverse_idx, allow_tf32=False):
     """`sparse_conv` in plain PyTorch, which multiplies in the type it accumulates in."""
     _check_inverse(features, neighbor_idx, inverse_idx)
     features = _check(features, weight, neighbor_idx)
-    return _sparse_conv(features, weight, neighbor_idx, inverse_idx, allow_tf32, True)
+    return _run(features, weight, neighbor_idx, inverse_idx, allow_tf32, True)
 
 
 def sparse_conv_act(
@@ -65,14 +65,14 @@ def sparse_conv_act(
     Not differentiable: raises AssertionError where a gradient would be asked for, or if shapes or types do not fit.
     """
     features, *rest = _check_act(features, weight, neighbor_idx, scale, shift, residual)
-    return _sparse_conv_act(features, *rest, relu, allow_tf32, _on_reference(features))
+    return _run_act(features, *rest, relu, allow_tf32, _on_reference(features))
 
 
 def sparse_conv_act_ref(
     features, weight, neighbor_idx, scale=None, shift=None, residual=None, relu=False, allow_tf32=False
 ):  # fmt: skip
     """`sparse_conv_act` in plain PyTorch."""
-    return _sparse_conv_act(
+    return _run_act(
         *_check_act(features, weight, neighbor_idx, scale, shift, residual), relu, allow_tf32, True
     )  # fmt: skip
 
@@ -114,8 +114,32 @@ def _check_act(features, weight, neighbor_idx, scale, shift, residual):
     return features, weight, neighbor_idx, scale, shift, None if residual is None else residual.to(features.dtype)
 
 
-@torch.library.custom_op("unipad::sparse_conv", mutates_args=())  # torch.compile calls it without looking inside
-def _sparse_conv(
+def _run(*args):
+    if torch.compiler.is_compiling():
+        return _sparse_conv_op(*args)
+    return SparseConv.apply(*args) if torch.is_grad_enabled() else _forward(*args)
+
+
+def _run_act(*args):
+    return (_sparse_conv_act_op if torch.compiler.is_compiling() else _forward_act)(*args)
+
+
+class SparseConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, features, weight, neighbor_idx, inverse_idx, allow_tf32, reference):
+        ctx.save_for_backward(features, weight, neighbor_idx, inverse_idx)
+        ctx.allow_tf32, ctx.reference = allow_tf32, reference
+        return _forward(features, weight, neighbor_idx, inverse_idx, allow_tf32, reference)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_out):
+        wanted = ctx.needs_input_grad[:2]
+        grads = _backward(*ctx.saved_tensors, d_out, *wanted, ctx.allow_tf32, ctx.reference)
+        return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), None, None, None, None
+
+
+def _forward(
     features: Tensor, weight: Tensor, neighbor_idx: Tensor, inverse_idx: Tensor | None, allow_tf32: bool,
     reference: bool,
 ) -> Tensor:  # fmt: skip
@@ -126,8 +150,7 @@ def _sparse_conv(
     return gather_gemm(features, kernel, neighbor_idx, allow_tf32)
 
 
-@torch.library.custom_op("unipad::sparse_conv_act", mutates_args=())
-def _sparse_conv_act(
+def _forward_act(
     features: Tensor, weight: Tensor, neighbor_idx: Tensor, scale: Tensor | None, shift: Tensor | None,
     residual: Tensor | None, relu: bool, allow_tf32: bool, reference: bool,
 ) -> Tensor:  # fmt: skip
@@ -149,8 +172,7 @@ def _sparse_conv_act(
     return gather_gemm_ref(features, kernel.permute(1, 2, 0), neighbor_idx, finish).to(features.dtype)
 
 
-@torch.library.custom_op("unipad::sparse_conv_bwd", mutates_args=())
-def _sparse_conv_bwd(
+def _backward(
     features: Tensor, weight: Tensor, neighbor_idx: Tensor, inverse_idx: Tensor | None, d_out: Tensor,
     for_features: bool, for_weight: bool, allow_tf32: bool, reference: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -173,31 +195,37 @@ def _sparse_conv_bwd(
     )
 
 
-@_sparse_conv.register_fake
+# torch.compile calls these without looking inside. Elsewhere they would cost tens of microseconds a call.
+_sparse_conv_op = torch.library.custom_op("unipad::sparse_conv", _forward, mutates_args=())
+_sparse_conv_act_op = torch.library.custom_op("unipad::sparse_conv_act", _forward_act, mutates_args=())
+_sparse_conv_bwd_op = torch.library.custom_op("unipad::sparse_conv_bwd", _backward, mutates_args=())
+
+
+@_sparse_conv_op.register_fake
 def _(features, weight, neighbor_idx, inverse_idx, allow_tf32, reference):
     return features.new_empty(neighbor_idx.shape[1], weight.shape[0])
 
 
-@_sparse_conv_act.register_fake
+@_sparse_conv_act_op.register_fake
 def _(features, weight, neighbor_idx, *_):
     return features.new_empty(neighbor_idx.shape[1], weight.shape[0])
 
 
-@_sparse_conv_bwd.register_fake
+@_sparse_conv_bwd_op.register_fake
 def _(features, weight, neighbor_idx, inverse_idx, d_out, for_features, for_weight, allow_tf32, reference):
     d_features = features.new_empty(features.shape if for_features else 0)
     return d_features, weight.new_empty(weight.shape if for_weight else 0)
 
 
-def _setup_context(ctx, inputs, output):
+def _op_setup_context(ctx, inputs, output):
     *tensors, ctx.allow_tf32, ctx.reference = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx, d_out):
+def _op_backward(ctx, d_out):
     wanted = ctx.needs_input_grad[:2]
-    grads = _sparse_conv_bwd(*ctx.saved_tensors, d_out, *wanted, ctx.allow_tf32, ctx.reference)
+    grads = _sparse_conv_bwd_op(*ctx.saved_tensors, d_out, *wanted, ctx.allow_tf32, ctx.reference)
     return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), None, None, None, None
 
 
-_sparse_conv.register_autograd(_backward, setup_context=_setup_context)
+_sparse_conv_op.register_autograd(_op_backward, setup_context=_op_setup_context)

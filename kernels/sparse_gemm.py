@@ -7,6 +7,7 @@ Few channels make short products: then several offsets lie side by side in one. 
 Sizes: N inputs and M outputs of a table of K offsets, I and O channels of what is read and written.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -40,8 +41,8 @@ def gather_gemm(features, weight, table, allow_tf32, mirrored=False, act=(None, 
             BLOCK_M=blocks.m, BLOCK_I=blocks.i, BLOCK_O=blocks.o, num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
 
-    kind = "gather_gemm", features.dtype, allow_tf32, K, I, O, tuning.bucket(M)
-    launch(Blocks(*tuning.choose(kind, _blocks(features.dtype, M, I, O, allow_tf32), launch, features.device)))
+    kind = "gather_gemm", features.dtype, allow_tf32, K, I, O, M
+    launch(tuning.choose(kind, _blocks(features.dtype, M <= FEW_ROWS, I, O, allow_tf32), launch, features.device))
     return out
 
 
@@ -72,7 +73,7 @@ def d_weight_of(features, d_out, table, allow_tf32, mirrored=False):
             num_warps=8 if block_i * block_o > 8192 else 4, num_stages=stages,
         )  # fmt: skip
 
-    kind = "d_weight", features.dtype, allow_tf32, K, I, O, tuning.bucket(M)
+    kind = "d_weight", features.dtype, allow_tf32, K, I, O, M
     ways = [(BLOCK_R, STAGES), (2 * BLOCK_R, STAGES), (BLOCK_R, FEWER_STAGES)]
     if features.dtype == torch.float32 and not allow_tf32:
         ways = ways[2:]  # more spill on sm_80
@@ -139,14 +140,15 @@ GROUP_PROGRAMS = 192  # that these are summed by: more would write and read more
 BLOCK_E = 1024  # of them a program that adds them
 
 
-def _blocks(dtype, M, I, O, allow_tf32):
+@lru_cache
+def _blocks(dtype, few_rows, I, O, allow_tf32):
     """Ways to launch the gather-GEMM, the default first."""
     step, most = _limits(dtype, I, O, allow_tf32)
     pack = max(1, step // I)
     i, o = step if pack > 1 else _block(I, step), _block(O, most)
     if _odd(I, O) or dtype == torch.float32 and not allow_tf32:
         return [Blocks(64, i, o, pack, 4, STAGES, True)]
-    ms = (64, 128) if M <= FEW_ROWS else (128, 64)
+    ms = (64, 128) if few_rows else (128, 64)
     # a tile reads each of its rows two to three times; whether the L1 still has it is for a GPU to say
     ways = [(STAGES, True), (STAGES, False), (FEWER_STAGES, True)]
     return [Blocks(m, i, o, pack, 8 if m * o > 8192 else 4, *way) for way in ways for m in ms]

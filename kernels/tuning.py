@@ -55,8 +55,8 @@ def choose(kind, candidates, run, device):
     """The fastest of the candidates.
 
     Args:
-        kind:       tuple that says what work this is, sizes in buckets.
-        candidates: tuples of numbers; the first is the default.
+        kind:       tuple that says what work this is; the last is how much of it, and is put in a bucket.
+        candidates: tuples; the first is the default.
         run:        takes a candidate and does the work; may be called many times.
         device:     where.
     """
@@ -67,12 +67,14 @@ def choose(kind, candidates, run, device):
         return candidates[0]
     name = torch.cuda.get_device_name(device) if on_gpu else device.type
     known = _state.known.setdefault(name, {})
-    kind = " ".join(map(str, kind))
-    if tuple(known.get(kind, ())) not in candidates:
+    kind = " ".join(map(str, (*kind[:-1], bucket(kind[-1]))))
+    found = [c for c in candidates if list(c) == known.get(kind)]
+    if not found:
         times = [_time(lambda c=c: run(c)) for c in candidates]
-        known[kind] = list(candidates[times.index(min(times))])
+        found = [candidates[times.index(min(times))]]
+        known[kind] = list(found[0])
         _save()
-    return tuple(known[kind])
+    return found[0]
 
 
 def _time(fn):

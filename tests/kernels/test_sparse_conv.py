@@ -303,6 +303,15 @@ def test_compiled_is_eager(fn, device):
             assert torch.equal(a, b)
 
 
+@torch.no_grad()
+def test_act_compiled_is_eager(device):
+    compiled = torch.compile(sparse_conv_act, backend="aot_eager", fullgraph=True)
+    (inputs, *_), gen = make_inputs(*CASES[0], device, torch.float32), torch.Generator().manual_seed(2)
+    del inputs["inverse_idx"]
+    inputs |= dict(shift=torch.randn(18, generator=gen).to(device), relu=True)
+    assert torch.equal(compiled(**inputs), sparse_conv_act(**inputs))
+
+
 @pytest.mark.parametrize("reference", [False, True])
 def test_custom_ops_are_sound(reference, device):
     """Schema, fake results and gradients, as PyTorch itself checks them."""

@@ -30,7 +30,7 @@ def off_again():
 
 
 def choose(clock, n=1000, candidates=CANDIDATES):
-    return tuning.choose(("op", torch.bfloat16, tuning.bucket(n)), candidates, clock.run, CPU)
+    return tuning.choose(("op", torch.bfloat16, n), candidates, clock.run, CPU)
 
 
 def test_off_it_takes_the_default_and_runs_nothing():
@@ -85,4 +85,4 @@ def test_what_does_not_fit_the_gpu_is_left_out():
             raise triton.runtime.errors.OutOfResources(300000, 200000, "shared memory")
 
     tuning.enable(timer=clock)
-    assert tuning.choose(("op",), CANDIDATES, run, CPU) == (128, 4)
+    assert tuning.choose(("op", 5), CANDIDATES, run, CPU) == (128, 4)

@@ -8,9 +8,9 @@ apart; benchmarks/count_sparse_conv.py counts both. In the inverse table of a co
 eight sets of offsets, by the parities of its cell, and the same sort finds these.
 
 The gradient of the weights sums over the pairs of an offset, of which the middle one has several times as many as the
-others: they are packed, so that equal chunks of them can be handed out.
+others: they are packed, and cut into equal chunks.
 
-Both are made once a table and kept while it lives: all layers on one set of voxels, and their gradients, share them.
+All this is made once a table and kept while it lives: all layers on one set of voxels, and their gradients, share them.
 """
 
 from typing import NamedTuple

@@ -241,10 +241,11 @@ def conv_norm_relu(conv, norm, x, residual=None):
 
     residual: [M, Cout] or None.
     """
-    voxels, table = conv.link(x.voxels)
-    if norm.training or torch.is_grad_enabled() or table is None or conv.bias is not None:
-        y = norm(SparseTensor(conv.convolve(x.features, table), voxels)).features
-        return SparseTensor((y if residual is None else y + residual).relu(), voxels)
+    stepwise = norm.training or torch.is_grad_enabled() or conv.bias is not None
+    voxels, table = (None, None) if stepwise else conv.link(x.voxels)
+    if table is None:
+        y = norm(conv(x))
+        return y.replace((y.features if residual is None else y.features + residual).relu())
     act = *norm.scale_and_shift(), residual, True
     return SparseTensor(sparse_conv_act(x.features, conv.weight, table.neighbor_idx, *act, conv.allow_tf32), voxels)
 

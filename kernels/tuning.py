@@ -63,18 +63,18 @@ def choose(kind, candidates, run, device):
     if not _state.on or len(candidates) == 1:
         return candidates[0]
     on_gpu = device.type == "cuda"
-    if _state.timer is None and (not on_gpu or torch.cuda.is_current_stream_capturing()):
-        return candidates[0]
-    name = torch.cuda.get_device_name(device) if on_gpu else device.type
-    known = _state.known.setdefault(name, {})
+    known = _state.known.setdefault(torch.cuda.get_device_name(device) if on_gpu else device.type, {})
     kind = " ".join(map(str, (*kind[:-1], bucket(kind[-1]))))
     found = [c for c in candidates if list(c) == known.get(kind)]
-    if not found:
-        times = [_time(lambda c=c: run(c)) for c in candidates]
-        found = [candidates[times.index(min(times))]]
-        known[kind] = list(found[0])
-        _save()
-    return found[0]
+    if found:
+        return found[0]
+    if _state.timer is None and (not on_gpu or torch.cuda.is_current_stream_capturing()):
+        return candidates[0]
+    times = [_time(lambda c=c: run(c)) for c in candidates]
+    fastest = candidates[times.index(min(times))]
+    known[kind] = list(fastest)
+    _save()
+    return fastest
 
 
 def _time(fn):

@@ -1,7 +1,8 @@
 """Judge a model, and look at what it sees.
 
-    python eval.py RUN                                  # boxes: NDS, mAP, pictures; or what a pre-trained model renders
-    python eval.py RUN --tta                            # boxes out of twelve looks at every frame
+    python eval.py RUN                                  # NDS and mAP of boxes, mIoU of points; or what a pre-trained
+                                                        # model renders. Pictures of each
+    python eval.py RUN --tta                            # boxes out of twelve looks at every frame, points out of eight
     python eval.py RUN --version v1.0-test --split test --data-root /data/nuscenes       # a submission
     python eval.py RUN --frames 0 5 --mesh              # renderings of two frames, and their surfaces
     python eval.py RUN --scene scene-0103               # renderings of a whole scene, as a GIF
@@ -27,28 +28,36 @@ from PIL import Image
 from tqdm import tqdm
 
 from unipad.checkpoint import read_run
-from unipad.config import DetectRecipe
+from unipad.config import DetectRecipe, SegmentRecipe
 from unipad.data.loader import held_out_batches
 from unipad.data.nuscenes import BadFrame, NuScenesDataset, collate, has_images
 from unipad.data.synthetic import city_once
-from unipad.data.tables import CLASSES, scene_tokens
+from unipad.data.tables import CLASSES, SEGMENTS, scene_tokens
 from unipad.draw.boxes import detection_views
 from unipad.draw.mesh import check_mesh, distances, surface, write_ply
+from unipad.draw.segments import segment_views
 from unipad.draw.views import rendered_views, write_film
 from unipad.errors import UserError, check_choices, check_ranges
 from unipad.evaluate.detection import detect_all, submit
 from unipad.evaluate.rendering import evaluate_rendering
+from unipad.evaluate.segmentation import (
+    score_segmentation,
+    segment_all,
+    segmentation_table,
+    write_segmentation,
+)
 from unipad.evaluate.submission import score_submission, table
-from unipad.evaluate.tta import detect_in_looks, looks
+from unipad.evaluate.tta import detect_in_looks, looks, segment_in_looks
 from unipad.model.detect import Detector
 from unipad.model.pretrain import Pretrain
+from unipad.model.segment import Segmenter
 from unipad.runtime import PRECISIONS, generators, mixed_precision, one_sentence_errors, start, to_main
 
 
 @dataclass(frozen=True)
 class Args:
     checkpoint: Annotated[Path, tyro.conf.Positional]  # folder of a run, or a checkpoint
-    task: str | None = None  # detect or render (default: what the model was trained for)
+    task: str | None = None  # detect, segment or render (default: what the model was trained for)
     split: str = "val"  # train, val or test; of v1.0-mini, mini_train and mini_val
     data_root: Path | None = None  # folder of a nuScenes set (default: the run's, or a synthetic city)
     version: str | None = None  # version of the set (default: the run's, or v1.0-mini)
@@ -58,11 +67,13 @@ class Args:
     precision: str | None = None  # bf16, fp16 or fp32, of the encoder (default: bf16 with a GPU, fp32 without)
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     deterministic: bool = False  # bit-equal results on a GPU too, by slower kernels
-    pictures: int = 4  # frames that are drawn (detect), or rendered (render), spread over the split
+    pictures: int = 4  # frames that are drawn (detect, segment), or rendered (render), spread over the split
     least_score: float = 0.3  # score from which on a box is drawn, 0 to 1
-    tta: bool = False  # detect: look several times at each frame, and merge what is found
-    tta_scales: tuple[float, ...] = (1.0, 1.06, 0.96)  # factors of all lengths, for --tta
-    tta_angles: tuple[float, ...] = (0.0,)  # degrees about the vertical axis, for --tta
+    tta: bool = False  # detect, segment: look several times at each frame, and merge what is found
+    tta_scales: tuple[float, ...] | None = None  # factors of all lengths, for --tta (default: 1 1.06 0.96; segment: 1)
+    tta_angles: tuple[float, ...] | None = (
+        None  # degrees about the vertical axis, for --tta (default: 0; segment: 0 90)
+    )
     tta_flips: bool = True  # mirror front and back, left and right and both, for --tta
     frames: tuple[int, ...] = ()  # render: these frames of the split, counted from 0 (default: --pictures of them)
     scene: str | None = None  # render: all frames of this scene, and a film of them
@@ -75,12 +86,15 @@ class Args:
     mesh_cell: float = 0.4  # metres between the points where --mesh reads the signed distance
 
 
-# flags that only one of the tasks has
-ONLY = {
+# flags that a task has, of those that not all have
+OWN = {
     "detect": ("tta", "tta_scales", "tta_angles", "tta_flips", "least_score", "batch_size"),
+    "segment": ("tta", "tta_scales", "tta_angles", "tta_flips", "batch_size"),
     "render": ("frames", "scene", "film", "film_rate", "picture_stride", "masked", "mesh", "mesh_cell"),
 }
-TASKS = {"detect": Detector, "render": Pretrain}
+TASKS = {"detect": Detector, "segment": Segmenter, "render": Pretrain}
+# Factors and degrees, for --tta; mirrored twice, a scene is turned by 180 degrees
+LOOKS = {"detect": ((1.0, 1.06, 0.96), (0.0,)), "segment": ((1.0,), (0.0, 90.0))}
 
 
 def main(args: Args):
@@ -94,8 +108,9 @@ def main(args: Args):
         mini = version.endswith("-mini") and args.split in ("train", "val")
         split = f"mini_{args.split}" if mini else args.split
         with world.main_first():  # the first to come makes the city and builds the index
-            root = args.data_root or trained.get("data_root") or city_once()
-            box = None if args.tta else (recipe.grid.low, recipe.grid.high)  # a look may move points into the grid
+            root = args.data_root or trained.get("data_root") or city_once(recipe.data.camera_sweeps - 1)
+            # a look may move points into the grid; a segmentation has a class for those outside too
+            box = None if args.tta or task == "segment" else (recipe.grid.low, recipe.grid.high)
             dataset = NuScenesDataset(root, version, split, recipe.data, point_range=box)
 
         model = TASKS[task](recipe).to(world.device).eval()
@@ -110,7 +125,7 @@ def main(args: Args):
         say(f"{args.checkpoint}, step {saved['step']}: {task} in {len(dataset)} frames of {split}, {world.device}")
         autocast, _ = mixed_precision(args.precision, world.device)
         with autocast:
-            {"detect": detect, "render": render}[task](args, model, dataset, out, world, say)
+            {"detect": detect, "segment": segment, "render": render}[task](args, model, dataset, out, world, say)
         say(f"results      {out}")
 
 
@@ -118,10 +133,8 @@ def detect(args, model, dataset, out, world, say):
     """Boxes of the whole split: the submission, the devkit's metrics, and pictures."""
     function = model.detect
     if args.tta:
-        motions = looks(args.tta_scales, np.radians(args.tta_angles), args.tta_flips)
-        function = partial(detect_in_looks, model.detect, motions)
-    workers = args.workers if args.workers is not None else (4 if world.device.type == "cuda" else 1)
-    found = detect_all(model, dataset, world, function, args.batch_size, workers)
+        function = partial(detect_in_looks, model.detect, looks_of(args, "detect"))
+    found = detect_all(model, dataset, world, function, args.batch_size, workers_of(args, world))
     if not world.is_main:
         return
     file = submit(found, model.recipe, dataset, out)
@@ -129,13 +142,50 @@ def detect(args, model, dataset, out, world, say):
         say(f"the test split has no public annotations: no metrics, but a submission in {file}")
     else:
         say(table(score_submission(file, dataset.root, dataset.version, dataset.split)))
+    for i, batch in drawn_frames(args, model, dataset, found):
+        picture = detection_views(batch, found[batch.tokens[0]], args.least_score)
+        Image.fromarray(picture).save(out / f"boxes_{i}.png")
+
+
+def segment(args, model, dataset, out, world, say):
+    """A class for every point of the split: the submission, the devkit's metrics, and pictures."""
+    if dataset.split != "test":
+        dataset.need_point_labels()
+    function = model.segment
+    if args.tta:
+        function = partial(segment_in_looks, model.logits, looks_of(args, "segment"))
+    found = segment_all(model, dataset, world, function, args.batch_size, workers_of(args, world))
+    if not world.is_main:
+        return
+    write_segmentation(found, dataset, out)
+    if dataset.split == "test":
+        say(f"the test split has no public labels: no metrics, but a submission in {out}")
+    else:
+        say(segmentation_table(score_segmentation(out, dataset, found)))
+    for i, batch in drawn_frames(args, model, dataset, found):
+        picture = segment_views(batch, found[batch.tokens[0]])
+        Image.fromarray(picture).save(out / f"segments_{i}.png")
+
+
+def drawn_frames(args, model, dataset, found):
+    """Yield (number, batch of one) for the frames that are drawn: with images too what the LiDAR alone has found."""
     with_images = has_images(dataset.root, dataset.version, dataset.split)
-    settings = replace(model.recipe.data, cameras=with_images)  # in images too what the LiDAR alone has found
+    settings = replace(model.recipe.data, cameras=with_images, camera_sweeps=1)  # of images, the keyframe's
     drawn = NuScenesDataset(dataset.root, dataset.version, dataset.split, settings)
     for i, (_, batch) in enumerate(held_out_batches(drawn, args.pictures)):
         if batch.tokens[0] in found:
-            picture = detection_views(batch, found[batch.tokens[0]], args.least_score)
-            Image.fromarray(picture).save(out / f"boxes_{i}.png")
+            yield i, batch
+
+
+def looks_of(args, task):
+    """The motions of --tta."""
+    given = args.tta_scales, args.tta_angles
+    scales, angles = (own or usual for own, usual in zip(given, LOOKS[task], strict=True))
+    return looks(scales, np.radians(angles), args.tta_flips)
+
+
+def workers_of(args, world):
+    return args.workers if args.workers is not None else (4 if world.device.type == "cuda" else 1)
 
 
 def render(args, model, dataset, out, world, say):
@@ -193,7 +243,7 @@ def check(args):
     check_choices(task=(args.task, TASKS), precision=(args.precision, PRECISIONS), film=(args.film, ("gif", "mp4")))
     positive = ("batch_size", "pictures", "film_rate", "picture_stride", "mesh_cell")
     check_ranges(args, positive, ("workers", "seed", "least_score"))
-    if not args.tta_scales or min(args.tta_scales) <= 0 or not args.tta_angles:
+    if () in (args.tta_scales, args.tta_angles) or min(args.tta_scales or (1.0,)) <= 0:
         raise UserError("--tta-scales must be above 0, and there must be at least one of them and of --tta-angles.")
     if args.frames and args.scene:
         raise UserError("--frames and --scene both say which frames; leave one out.")
@@ -203,19 +253,21 @@ def check(args):
 
 def task_of(args, recipe):
     """What the checkpoint's model can be asked. Raises `UserError` where it is asked something else."""
-    can, other = ("detect", "render") if isinstance(recipe, DetectRecipe) else ("render", "detect")
-    script = {"detect": "finetune.py", "render": "train.py"}
-    if args.task == other:
+    can = {DetectRecipe: "detect", SegmentRecipe: "segment"}.get(type(recipe), "render")
+    made_by = {"detect": "finetune.py", "segment": "finetune.py --task segment", "render": "train.py"}
+    if args.task not in (None, can):
         raise UserError(
-            f"--task {other} needs a run of {script[other]}, and {args.checkpoint} is one of {script[can]}."
+            f"--task {args.task} needs a run of {made_by[args.task]}, and {args.checkpoint} is one of {made_by[can]}."
         )
-    for flag in ONLY[other]:
+    for task, flag in [(task, flag) for task, flags in OWN.items() for flag in flags if flag not in OWN[can]]:
         if getattr(args, flag) != Args.__dataclass_fields__[flag].default:
-            raise UserError(f"--{flag.replace('_', '-')} goes with a run of {script[other]}, not of {script[can]}.")
-    if can == "detect" and recipe.detect.classes != len(CLASSES):
+            flag = "--" + flag.replace("_", "-")
+            raise UserError(f"{flag} goes with a run of {made_by[task]}, not of {made_by[can]}.")
+    asked = {"detect": len(CLASSES), "segment": len(SEGMENTS)}.get(can)
+    if asked and (classes := getattr(recipe, can).classes) != asked:
         raise UserError(
-            f"{args.checkpoint} tells {recipe.detect.classes} classes apart, and nuScenes asks for {len(CLASSES)}; "
-            f"fine-tune it with a recipe of {len(CLASSES)}."
+            f"{args.checkpoint} tells {classes} classes apart, and nuScenes asks for {asked}; "
+            f"fine-tune it with a recipe of {asked}."
         )
     return can
 

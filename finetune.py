@@ -1,7 +1,8 @@
-"""Fine-tune a pre-trained encoder for 3D object detection, or train one from scratch.
+"""Fine-tune a pre-trained encoder for 3D object detection or LiDAR segmentation, or train one from scratch.
 
     python finetune.py --modality lidar                             # no data, no GPU: a synthetic city, a tiny model
     python finetune.py --modality lidar --pretrained outputs/train-lidar --label-fraction 0.2
+    python finetune.py --task segment                               # a class for every LiDAR point
     python finetune.py --modality camera --pretrained RUN --data-root /data/nuscenes --version v1.0-trainval
     torchrun --nproc-per-node 4 finetune.py --modality lidar --data-root /data/nuscenes --version v1.0-trainval
 
@@ -13,6 +14,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -31,13 +33,16 @@ from unipad.data.cutpaste import load_objects
 from unipad.data.loader import held_out_batches, step_batches
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.synthetic import city_once
-from unipad.data.tables import LEARNED
+from unipad.data.tables import CAMERA_SWEEPS, LEARNED
 from unipad.draw.boxes import detection_views
+from unipad.draw.segments import segment_views
 from unipad.errors import UserError, check_choices, check_ranges
 from unipad.evaluate.detection import evaluate_detections
+from unipad.evaluate.segmentation import evaluate_segmentation
 from unipad.model.detect import Detector
+from unipad.model.segment import Segmenter
 from unipad.optimiser import lr_at, make_optimiser, set_rates
-from unipad.recipes import DETECT
+from unipad.recipes import DETECT, SEGMENT
 from unipad.runtime import (
     PRECISIONS,
     RunFolder,
@@ -55,8 +60,8 @@ from unipad.runtime import (
 
 @dataclass(frozen=True)
 class Args:
-    task: str = "detect"  # what is learned: detect, boxes of ten classes
-    modality: str = "camera"  # what is encoded: camera, lidar, or both by fusion
+    task: str = "detect"  # what is learned: detect, boxes of ten classes; segment, one of 16 classes a LiDAR point
+    modality: str | None = None  # what is encoded: camera, lidar, or both by fusion (default: camera; segment: lidar)
     preset: str | None = None  # tiny, or a recipe of the paper by its name (default: tiny without --data-root)
     pretrained: tuple[
         Path, ...
@@ -64,12 +69,13 @@ class Args:
     data_root: Path | None = None  # folder of a nuScenes set (default: a synthetic city, made in data/synthetic)
     version: str = "v1.0-mini"  # version of the set: v1.0-mini or v1.0-trainval
     label_fraction: float | None = None  # share of the training frames, 0 to 1: every k-th (default: the recipe's)
-    out: Path | None = None  # run folder (default: outputs/finetune-<modality>/<time>)
+    out: Path | None = None  # run folder (default: outputs/finetune-<modality, or segment>/<time>)
     resume: str = "never"  # never; auto: go on with --out, or with the newest unfinished run; or a run folder
     seed: int = 0  # seed of weights, order of samples, augmentation and noise
     steps: int | None = None  # optimiser steps that the schedule spans (default: from --epochs)
     stop_at: int | None = None  # optimiser step to save and stop at, the schedule unchanged (default: the last)
     epochs: float | None = None  # passes over the training frames (default: the recipe's)
+    camera_sweeps: int | None = None  # frames of images a sample, its own and those before it (default: the recipe's)
     batch_size: int | None = None  # samples a step, over all processes (default: the recipe's)
     accumulate: int = 1  # passes that a step is split into, to save memory
     lr: float | None = None  # peak learning rate (default: the recipe's)
@@ -87,24 +93,57 @@ class Args:
     save_every: int | None = None  # steps between checkpoints (default: a twentieth of the run, at most 1000)
 
 
+@dataclass(frozen=True)
+class Task:
+    """What fine-tuning for one task has of its own."""
+
+    presets: dict  # modality -> name -> recipe; the first modality is the default
+    model: type  # of a recipe; a batch and generators to losses
+    evaluate: Callable  # model, dataset, folder, world, workers= -> metrics by name
+    picture: Callable  # model, batch of one -> picture
+    of_points: bool  # every LiDAR point counts, also outside the grid; False: boxes inside
+
+
+TASKS = {
+    "detect": Task(
+        presets=DETECT,
+        model=Detector,
+        evaluate=evaluate_detections,
+        picture=lambda net, batch: detection_views(batch, *net.detect(batch)),
+        of_points=False,
+    ),
+    "segment": Task(
+        presets=SEGMENT,
+        model=Segmenter,
+        evaluate=evaluate_segmentation,
+        picture=lambda net, batch: segment_views(batch, *net.segment(batch)),
+        of_points=True,
+    ),
+}
+
+
 def main(args: Args):
     recipe = recipe_of(args)
-    optim = recipe.optim
+    task, optim = TASKS[args.task], recipe.optim
+    args = replace(args, modality=args.modality or next(iter(task.presets)))
     with start(args.device, args.deterministic) as world:
         device = world.device
         say = partial(print, flush=True) if world.is_main else lambda *_: None
 
         # Data
         train_split, val_split = LEARNED[args.version]
-        box = (recipe.grid.low, recipe.grid.high)  # nothing outside is seen or found
+        box = None if task.of_points else (recipe.grid.low, recipe.grid.high)  # nothing outside is seen or found
         workers = args.workers if args.workers is not None else (4 if device.type == "cuda" else 1)
         with world.main_first():  # the first to come makes the city, builds the index and cuts the objects out
-            root = args.data_root or city_once()
+            root = args.data_root or city_once(recipe.data.camera_sweeps - 1)
             settings = (recipe.data, recipe.label_fraction, box, recipe.augment)
             train_set = NuScenesDataset(root, args.version, train_split, *settings)
             val_set = NuScenesDataset(root, args.version, val_split, recipe.data, point_range=box)
             if recipe.paste:
                 train_set = train_set.pasting(load_objects(train_set, recipe.paste, workers))
+        if task.of_points:
+            train_set.need_point_labels()
+            val_set.need_point_labels()
         if recipe.balanced:
             train_set = train_set.balanced(args.seed)
         steps = args.steps or max(1, round(optim.epochs * len(train_set) / optim.batch_size))
@@ -120,7 +159,7 @@ def main(args: Args):
 
         # Model and optimiser
         torch.manual_seed(args.seed)
-        net = Detector(recipe).to(device)
+        net = task.model(recipe).to(device)
         net.encoder.set_checkpointing(args.checkpointing)
         take_weights(net, "encoder.", args.pretrained, "--pretrained", say)
         model = (
@@ -133,7 +172,8 @@ def main(args: Args):
         # A new run, or one to go on with
         config = {"args": as_plain(replace(args, data_root=root.resolve())), "recipe": as_plain(recipe), "steps": steps}
         kinds = (Args, type(recipe))
-        run, saved = RunFolder.new_or_resumed(f"finetune-{args.modality}", args.out, args.resume, config, world, kinds)
+        kind = f"finetune-{args.modality if args.task == 'detect' else args.task}"
+        run, saved = RunFolder.new_or_resumed(kind, args.out, args.resume, config, world, kinds)
         first, found = 0, None  # metrics of the last look
         if saved:
             first, found = saved["step"], saved["found"]
@@ -148,13 +188,13 @@ def main(args: Args):
             run.save(state | {"step": step, "found": found, "config": config}, keep)
 
         def look(step):
-            """Detect in the whole validation split: metrics and a picture."""
+            """Detect or segment in the whole validation split: metrics and a picture."""
             with autocast:
-                metrics = evaluate_detections(net, val_set, run.path / "eval", world, workers=workers)
+                metrics = task.evaluate(net, val_set, run.path / "eval", world, workers=workers)
                 if world.is_main:
                     _, frame = next(held_out_batches(val_set, 1))
                     net.eval()
-                    run.picture("val", detection_views(frame, *net.detect(frame.to(device))), step)
+                    run.picture("val", task.picture(net, frame.to(device)), step)
                     net.train()
             run.scalars({f"val/{name}": value for name, value in metrics.items()}, step)
             say(f"step {step}/{steps}  {val_split}: {spelled(metrics)}")
@@ -227,25 +267,31 @@ def main(args: Args):
 
 def recipe_of(args):
     """The preset with the flags' changes."""
-    check_choices(task=(args.task, ("detect",)), modality=(args.modality, DETECT))
-    presets = DETECT[args.modality]
+    check_choices(task=(args.task, TASKS))
+    of_task = TASKS[args.task].presets
+    modality = args.modality or next(iter(of_task))
+    check_choices(modality=(modality, of_task))
+    presets = of_task[modality]
     name = args.preset or (list(presets)[-1] if args.data_root else "tiny")
     check_choices(
         preset=(name, presets),
         version=(args.version, LEARNED),
         precision=(args.precision, PRECISIONS),
         backbone=(args.backbone, CONVNEXT),
+        camera_sweeps=(args.camera_sweeps, range(1, CAMERA_SWEEPS + 2)),
     )
     positive = ("steps", "stop_at", "epochs", "batch_size", "accumulate", "log_every", "val_every", "save_every", "lr")
     check_ranges(args, positive, ("workers", "seed", "paste_off_epochs"))
     recipe = presets[name]
     if args.paste_off_epochs is not None and recipe.paste is None:
         raise UserError(f"--paste-off-epochs does not go with --preset {name}, which pastes nothing; leave it out.")
-    if args.backbone and recipe.camera is None:
-        raise UserError(f"--backbone does not go with --modality {args.modality}; leave it out.")
+    for flag in ("backbone", "camera_sweeps"):
+        if getattr(args, flag) is not None and recipe.camera is None:
+            raise UserError(f"--{flag.replace('_', '-')} does not go with --modality {modality}; leave it out.")
     depths, widths = CONVNEXT[args.backbone] if args.backbone else (None, None)
     return replace(
         changed(recipe, label_fraction=args.label_fraction),
+        data=changed(recipe.data, camera_sweeps=args.camera_sweeps),
         paste=changed(recipe.paste, off_epochs=args.paste_off_epochs),
         camera=changed(recipe.camera, depths=depths, widths=widths),
         optim=changed(recipe.optim, lr=args.lr, epochs=args.epochs, batch_size=args.batch_size),
@@ -253,7 +299,7 @@ def recipe_of(args):
 
 
 def summary(found, split, path):
-    """How good the detector is and where to look."""
+    """How good the model is and where to look."""
     lines = [f"{split:<13}{'  '.join(f'{name} {value:.3f}' for name, value in found.items())}"] if found else []
     lines += [f"pictures     {path / 'images'}", f"checkpoint   {path / 'checkpoints' / 'last.pt'}"]
     lines += [f"curves       tensorboard --logdir {path.parent}"]

@@ -3,6 +3,7 @@
     python train.py --modality camera                               # no data, no GPU: a synthetic city, a tiny model
     python train.py --modality lidar                                # the same for the LiDAR's encoder
     python train.py --modality fusion                               # both, into one volume
+    python train.py --modality lidar --preset segment-tiny          # the sparse U-Net that segmentation starts from
     python train.py --modality camera --data-root /data/nuscenes --version v1.0-trainval
     torchrun --nproc-per-node 4 train.py --modality camera --data-root /data/nuscenes --version v1.0-trainval
     python train.py --modality camera --steps 4 --device cpu        # is everything in place?
@@ -32,11 +33,11 @@ import tyro
 
 from unipad.batch import CAMERAS
 from unipad.checkpoint import take_weights
-from unipad.config import CONVNEXT, changed
+from unipad.config import CONVNEXT, Unet, changed
 from unipad.data.loader import held_out_batches, step_batches
 from unipad.data.nuscenes import NuScenesDataset, has_images
 from unipad.data.synthetic import city_once
-from unipad.data.tables import LEARNED
+from unipad.data.tables import CAMERA_SWEEPS, LEARNED
 from unipad.draw.views import rendered_views
 from unipad.errors import UserError, check_choices, check_ranges
 from unipad.evaluate.rendering import evaluate_rendering
@@ -65,13 +66,14 @@ class Args:
     data_root: Path | None = None  # folder of a nuScenes set (default: a synthetic city, made in data/synthetic)
     version: str = "v1.0-mini"  # version of the set: v1.0-mini or v1.0-trainval
     label_fraction: float = 1.0  # share of the training frames that is used, 0 to 1: every k-th frame
-    out: Path | None = None  # run folder (default: outputs/train-<modality>/<time>)
+    out: Path | None = None  # run folder (default: outputs/train-<modality, or segment>/<time>)
     resume: str = "never"  # never; auto: go on with --out, or with the newest unfinished run; or a run folder
     init: tuple[Path, ...] = ()  # runs or checkpoints to take the encoders from: for fusion, a camera and a LiDAR one
     seed: int = 0  # seed of weights, order of samples, masks and rays
     steps: int | None = None  # optimiser steps that the schedule spans (default: from --epochs)
     stop_at: int | None = None  # optimiser step to save and stop at, the schedule unchanged (default: the last)
     epochs: float | None = None  # passes over the training frames (default: the recipe's)
+    camera_sweeps: int | None = None  # frames of images a sample, its own and those before it (default: the recipe's)
     batch_size: int | None = None  # samples a step, over all processes (default: the recipe's)
     accumulate: int = 1  # passes that a step is split into, to save memory
     lr: float | None = None  # peak learning rate (default: the recipe's)
@@ -104,15 +106,15 @@ def main(args: Args):
 
         # Data
         with world.main_first():
-            root = args.data_root or city_once()
+            root = args.data_root or city_once(recipe.data.camera_sweeps - 1)
         train_split, val_split = LEARNED[args.version]
         box = (recipe.grid.low, recipe.grid.high)  # points outside are no targets: no ray reaches them
         with world.main_first():  # the first to come builds the index
             seen = has_images(root, args.version, train_split)
-        recipe = replace(recipe, data=replace(recipe.data, cameras=casts_from_cameras(args, seen, say)))
-        settings = (recipe.data, args.label_fraction, box, recipe.augment)
-        train_set = NuScenesDataset(root, args.version, train_split, *settings)
-        val_set = NuScenesDataset(root, args.version, val_split, recipe.data, point_range=box)
+            recipe = replace(recipe, data=replace(recipe.data, cameras=casts_from_cameras(args, seen, say)))
+            settings = (recipe.data, args.label_fraction, box, recipe.augment)
+            train_set = NuScenesDataset(root, args.version, train_split, *settings)
+            val_set = NuScenesDataset(root, args.version, val_split, recipe.data, point_range=box)
         steps = args.steps or max(1, round(optim.epochs * len(train_set) / optim.batch_size))
         passes = world.size * args.accumulate
         if optim.batch_size % passes:
@@ -138,7 +140,8 @@ def main(args: Args):
         # A new run, or one to go on with
         config = {"args": as_plain(replace(args, data_root=root.resolve())), "recipe": as_plain(recipe), "steps": steps}
         kinds = (Args, type(recipe))
-        run, saved = RunFolder.new_or_resumed(f"train-{args.modality}", args.out, args.resume, config, world, kinds)
+        kind = f"train-{'segment' if isinstance(recipe.lidar, Unet) else args.modality}"
+        run, saved = RunFolder.new_or_resumed(kind, args.out, args.resume, config, world, kinds)
         first, before, after = 0, None, None  # metrics of the untrained model and of the last look
         if saved:
             first, before, after = saved["step"], saved["before"], saved["after"]
@@ -247,17 +250,20 @@ def recipe_of(args):
         ray_choice=(args.ray_choice, ("depth", "random", "dilation")),
         renderer=(args.renderer, ("neus", "volsdf", "unisurf")),
         rays_from=(args.rays_from, ("cameras", "lidar")),
+        camera_sweeps=(args.camera_sweeps, range(1, CAMERA_SWEEPS + 2)),
     )
     positive = ("steps", "stop_at", "epochs", "batch_size", "accumulate", "rays_per_view", "log_every", "val_every")
     positive += ("val_samples", "picture_stride", "save_every", "lr")
     check_ranges(args, positive, ("workers", "seed", "rgb_weight"), ("mask_ratio", "voxel_mask_ratio"))
     recipe = presets[name]
-    for flag, encoder in {"mask_ratio": "camera", "backbone": "camera", "voxel_mask_ratio": "lidar"}.items():
+    needs = {"mask_ratio": "camera", "backbone": "camera", "camera_sweeps": "camera", "voxel_mask_ratio": "lidar"}
+    for flag, encoder in needs.items():
         if getattr(args, flag) is not None and getattr(recipe, encoder) is None:
             raise UserError(f"--{flag.replace('_', '-')} does not go with --modality {args.modality}; leave it out.")
     depths, widths = CONVNEXT[args.backbone] if args.backbone else (None, None)
     return replace(
         recipe,
+        data=changed(recipe.data, camera_sweeps=args.camera_sweeps),
         camera=changed(recipe.camera, depths=depths, widths=widths, mask_ratio=args.mask_ratio),
         lidar=changed(recipe.lidar, mask_ratio=args.voxel_mask_ratio),
         rays=changed(recipe.rays, strategy=args.ray_choice, per_view=args.rays_per_view),

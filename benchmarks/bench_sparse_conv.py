@@ -4,8 +4,9 @@
     OMP_NUM_THREADS=1 python -m benchmarks.bench_sparse_conv      on a CPU: with more threads the spconv wheel races
 
 Voxels come from benchmarks/lidar_scene.py, whose statistics are printed beside those of nuScenes. "cold" makes the
-tables in every run, from unsorted coordinates as a peer does; elsewhere they are made once. Peers, where they are
-installed: spconv (pip install spconv-cu126; spconv for a CPU) and spconv-triton, whose interface is the same.
+tables in every run, from unsorted coordinates as a peer does; elsewhere they are made once. Errors are against fp64.
+Peers, where they are installed: spconv (pip install spconv-cu126; spconv for a CPU) and spconv-triton, whose interface
+is the same.
 """
 
 import copy
@@ -15,6 +16,7 @@ from unittest import mock
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from benchmarks.harness import DEVICE, Case, compare
 from benchmarks.lidar_scene import NUSCENES, SHAPE, STAGES, voxels
@@ -101,7 +103,8 @@ class Encoders:
                 # off the ReLUs' kinks, where rounding decides: gradients in fp32 are up to 12 % away from fp64's
                 nn.init.constant_(module.bias, 8)
         # without the norms' biases: those in front of another norm have gradients of 0, plus rounding
-        self.weights = [p for p in self.encoder.parameters() if p.dim() == 5]
+        self.names = [name for name, p in self.encoder.named_parameters() if p.dim() == 5]
+        self.weights = [self.encoder.get_parameter(name) for name in self.names]
 
     def ours(self, op, keep):
         def run(features, weights, level):
@@ -114,6 +117,14 @@ class Encoders:
                 return self.encoder(tensor).dense()
 
         return run
+
+    def exact(self, features, weights, level):
+        """In fp64, if the inputs are."""
+        voxels = sparse.VoxelSet(level.coords, level.shape, level.batch, check=False)
+        encoder = copy.deepcopy(self.encoder).double()
+        with mock.patch.object(sparse, "sparse_conv", sparse_conv_ref):
+            given = dict(zip(self.names, weights, strict=True))
+            return functional_call(encoder, given, sparse.SparseTensor(features, voxels)).dense()
 
     def theirs(self, lib, keep):
         encoder = as_peer(self.encoder, lib)
@@ -293,14 +304,16 @@ if __name__ == "__main__":
             ("sparse_conv, gradient of the weights", (False, True)),
         ]:
             cases = [case(*s, *wanted) for s in sized + wide]
-            compare(name, warm(sparse_conv_ref), warm(sparse_conv), peers, cases, AGREE)
+            compare(name, warm(sparse_conv_ref), warm(sparse_conv), peers, cases, AGREE, warm(sparse_conv_ref))
 
         peers = {name: cold_peer(lib) for name, lib in libs.items()}
-        compare("sparse_conv, cold", cold(sparse_conv_ref), cold(sparse_conv), peers, [case(*s) for s in sized], AGREE)
+        exact = cold(sparse_conv_ref)
+        compare("sparse_conv, cold", exact, cold(sparse_conv), peers, [case(*s) for s in sized], AGREE, exact)
 
         peers = {name: strided_peer(lib) for name, lib in libs.items()}
         cases = [strided_case(*s, geometry) for s, geometry in zip(sized, STAGES, strict=False)]
-        compare("sparse_conv, strided, cold", strided(sparse_conv_ref), strided(sparse_conv), peers, cases, AGREE)
+        exact = strided(sparse_conv_ref)
+        compare("sparse_conv, strided, cold", exact, strided(sparse_conv), peers, cases, AGREE, exact)
 
         nets = Encoders()
         for name, keep in [("sparse encoder", True), ("sparse encoder, cold", False)]:
@@ -311,4 +324,5 @@ if __name__ == "__main__":
                 {name: nets.theirs(lib, keep) for name, lib in libs.items()},
                 [encoder_case(levels[0], nets.weights)],
                 AGREE_DEEP,
+                nets.exact,
             )

@@ -52,10 +52,12 @@ def submanifold_case(name, coords, shape, kernel):
     return Case(name, (coords, keys, order, shape, kernel, ONE), coords.nbytes + 16 * len(coords) + table.nbytes)
 
 
-def pairs_case(op, name, coords, shape, geometry):
-    out_coords, table = op(coords, shape, *geometry)
+def pairs_case(op, batch, name, coords, shape, geometry):
+    known = sort_voxels(coords, shape) if op is strided_map else ()  # a voxel set has its keys
+    inputs = coords, shape, *geometry, batch, *known
+    out_coords, table = op(*inputs)
     name = f"{name} N={len(coords)} M={len(out_coords)}"
-    return Case(name, (coords, shape, *geometry), coords.nbytes + out_coords.nbytes + table.nbytes)
+    return Case(name, inputs, coords.nbytes + out_coords.nbytes + table.nbytes)
 
 
 def inverse_case(name, coords, shape, geometry):
@@ -85,9 +87,9 @@ if __name__ == "__main__":
         cases += [submanifold_case(*levels[0], (5, 5, 5))]
         compare("submanifold_map", submanifold_map_ref, submanifold_map, {"all cells": all_cells}, cases)
         steps = [(*level, geometry) for level, geometry in zip(levels, STAGES, strict=False)]
-        cases = [pairs_case(strided_map, *step) for step in steps]
+        cases = [pairs_case(strided_map, batch, *step) for step in steps]
         compare("strided_map", strided_map_ref, strided_map, {}, cases)
         compare("inverse_map", inverse_map_ref, inverse_map, {}, [inverse_case(*step) for step in steps])
         up = (2, 2, 2), (2, 2, 2), (0, 0, 0), ONE
-        cases = [pairs_case(transposed_map, *level, up) for level in levels[1:]]
+        cases = [pairs_case(transposed_map, batch, *level, up) for level in levels[1:]]
         compare("transposed_map", transposed_map_ref, transposed_map, {}, cases)

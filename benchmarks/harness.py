@@ -45,14 +45,14 @@ class Row:
     both_ms: float | None
     peak_mb: float | None  # of forward and backward, above what the inputs take
     of_copy: float  # share of the copy's bandwidth that the forward reaches
-    error: float  # largest, of outputs and gradients, as a share of the largest true value
+    error: float  # largest, of outputs and gradients, as a share of each one's largest true value
     device: str
     torch: str
     triton: str
     commit: str
 
 
-def compare(op, reference, kernels, peers, cases, agree=AGREE):
+def compare(op, reference, kernels, peers, cases, agree=AGREE, exact=None):
     """Check, time and print.
 
     Args:
@@ -62,6 +62,7 @@ def compare(op, reference, kernels, peers, cases, agree=AGREE):
         peers:     {name: function} other implementations. All functions take a case's inputs.
         cases:     list of Case.
         agree:     largest error, as AGREE; more only where rounding is known to move a result by more.
+        exact:     the function that gives the truth when its inputs are in fp64; None: the reference, in their type.
 
     Returns the list of `Row`.
     """
@@ -76,9 +77,11 @@ def compare(op, reference, kernels, peers, cases, agree=AGREE):
     print("|---|---|---|---|---|---|---|---|")
     for case in cases:
         ups = _upstream(reference, case.inputs)
+        inputs = case.inputs if exact is None else _double(case.inputs)
+        truth = _forward_backward(exact or reference, inputs, ups if exact is None else _double(ups))
         for name, fn in impls.items():
-            error = largest_error(fn, reference, case.inputs, ups)
-            assert error <= agree, f"{op}, {case.name}: {name} is {error:.1e} away from the reference"
+            error = _largest_error(_forward_backward(fn, case.inputs, ups), truth)
+            assert error <= agree, f"{op}, {case.name}: {name} is {error:.1e} away from the truth"
             row = Row(op, case.name, name, **_measure(fn, case, ups, copy), error=error, **machine)
             fwd = f"{row.fwd_ms:.3f} ({row.fwd_p20:.3f}-{row.fwd_p80:.3f})"
             rest = " | ".join("-" if x is None else f"{x:.3f}" for x in (row.bwd_ms, row.both_ms, row.peak_mb))
@@ -89,11 +92,23 @@ def compare(op, reference, kernels, peers, cases, agree=AGREE):
     return rows
 
 
-def largest_error(fn, reference, inputs, ups=None):
+def largest_error(fn, reference, inputs):
     """Of outputs and gradients, as a share of each one's largest true value; NaN if one is."""
-    ups = _upstream(reference, inputs) if ups is None else ups
-    ours, truth = _forward_backward(fn, inputs, ups), _forward_backward(reference, inputs, ups)
+    ups = _upstream(reference, inputs)
+    return _largest_error(_forward_backward(fn, inputs, ups), _forward_backward(reference, inputs, ups))
+
+
+def _largest_error(ours, truth):
     return torch.tensor([_error(a, b) for a, b in zip(ours, truth, strict=True)]).max().item()
+
+
+def _double(value):
+    """Floating tensors in fp64, those in lists too; the rest as it is."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(_double(v) for v in value)
+    if not torch.is_tensor(value) or not value.is_floating_point():
+        return value
+    return value.detach().double().requires_grad_(value.requires_grad)
 
 
 def _measure(fn, case, ups, copy):

@@ -1,12 +1,13 @@
-"""What pre-training is worth where labels are few: detection from scratch and from a pre-trained encoder, side by side.
+"""What pre-training is worth where labels are few: fine-tuning from scratch and from a pre-trained encoder.
 
     python -m benchmarks.label_efficiency --modality lidar                      # synthetic city, a few minutes a run
     python -m benchmarks.label_efficiency --modality camera --seeds 0 1 2
+    python -m benchmarks.label_efficiency --task segment --seeds 0 1 2
     python -m benchmarks.label_efficiency --modality lidar --pretrained RUN --preset lidar-0.075-ablation --steps 7000 \
         --data-root /data/nuscenes --version v1.0-trainval      # what the paper's headline gains were measured with
 
 Pre-trains once (or takes --pretrained), then fine-tunes twice a seed: same seed, steps and label fraction, with and
-without the pre-trained encoder. Prints NDS and mAP on the validation split of each run.
+without the pre-trained encoder. Prints NDS and mAP, or mIoU, on the validation split of each run.
 """
 
 import json
@@ -20,10 +21,12 @@ import tyro
 
 @dataclass(frozen=True)
 class Args:
+    task: str = "detect"  # detect or segment
     modality: str = "lidar"  # camera, lidar or fusion
     label_fraction: float = 0.2  # share of the training frames that fine-tuning sees
     seeds: tuple[int, ...] = (0,)  # of the fine-tuning runs
-    pretrained: Path | None = None  # run to start from (default: one is made with train.py's defaults)
+    pretrained: Path | None = None  # run to start from (default: one is made with train.py's defaults, of the task)
+    pretrain_steps: int | None = None  # of the run that is made (default: its preset's)
     steps: int = 600  # of each fine-tuning run
     preset: str | None = None  # of fine-tuning (default: tiny; with --data-root finetune.py's)
     data_root: Path | None = None  # folder of a nuScenes set (default: the synthetic city)
@@ -31,18 +34,26 @@ class Args:
     out: Path = Path("outputs/label-efficiency")  # folder of all runs; those that are finished there are not run again
 
 
+METRICS = {"detect": ("NDS", "mAP"), "segment": ("mIoU", "mAcc", "allAcc")}
+
+
 def main(args: Args):
-    out = args.out / args.modality
+    out = args.out / (args.modality if args.task == "detect" else args.task)
     common = ["--modality", args.modality, "--version", args.version]
     common += ["--data-root", args.data_root] if args.data_root else []
     pretrained = args.pretrained or out / "pretrained"
     if not args.pretrained:
-        run("train.py", pretrained, *common)
+        preset = {"segment": "segment" if args.data_root else "segment-tiny"}.get(args.task)
+        flags = ["--preset", preset] if preset else []
+        flags += ["--steps", args.pretrain_steps] if args.pretrain_steps else []
+        run("train.py", pretrained, *common, *flags)
     rows = []
     for seed in args.seeds:
         for start in ("scratch", "pretrained"):
             folder = out / f"{start}-{seed}"
             flags = [
+                "--task",
+                args.task,
                 "--label-fraction",
                 args.label_fraction,
                 "--steps",
@@ -55,10 +66,11 @@ def main(args: Args):
             flags += ["--preset", args.preset] if args.preset else []
             flags += ["--pretrained", pretrained] if start == "pretrained" else []
             run("finetune.py", folder, *common, *flags)
-            rows.append((seed, start, last(folder, "val/NDS"), last(folder, "val/mAP")))
-    print(f"\n{args.modality}, {args.label_fraction:.0%} of the labels\n{'seed':>4}  {'start':<12}{'NDS':>8}{'mAP':>8}")
-    for seed, start, nds, mean_ap in rows:
-        print(f"{seed:>4}  {start:<12}{nds:>8.4f}{mean_ap:>8.4f}")
+            rows.append((seed, start, [last(folder, f"val/{name}") for name in METRICS[args.task]]))
+    print(f"\n{args.task}, {args.modality}, {args.label_fraction:.0%} of the labels")
+    print(f"{'seed':>4}  {'start':<12}" + "".join(f"{name:>8}" for name in METRICS[args.task]))
+    for seed, start, values in rows:
+        print(f"{seed:>4}  {start:<12}" + "".join(f"{value:>8.4f}" for value in values))
 
 
 def run(script, folder, *flags):

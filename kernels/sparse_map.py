@@ -9,9 +9,10 @@ same from run to run. An offset k = (kz, ky, kx) of a kernel, counted row-major,
     transposed            o = i stride - padding + k dilation           outputs: every o in the grid that has an input
     inverse               a table read backwards: from input and offset to output
 
-on each axis. Along x the inputs that a voxel asks for lie side by side in the keys, so a submanifold table takes one
-binary search a (kz, ky) column and a walk. Strided and transposed tables take none: all (input, offset) pairs are
-written out under the key of their output and sorted; the pairs of one output then lie together.
+on each axis. Along x the cells that a voxel reads lie side by side in the keys, so a table takes one binary search a
+(kz, ky) column and a walk. The outputs of a strided or transposed convolution are the distinct keys of all cells that
+an input reaches; a transposed table is the one that its outputs would have as a strided convolution's inputs, read
+backwards. The references write out all (input, offset) pairs and sort them instead, which a CPU does faster.
 
 Sizes: N inputs, M outputs, K = kz ky kx offsets. All triples are (z, y, x).
 """
@@ -27,6 +28,7 @@ from torch import Tensor
 from kernels.backend import on_triton, tl, triton
 
 NO_KEY = 2**62  # sorts behind every voxel; a power of two, since F.pad takes its value as fp64
+NO_KEY_SHORT = 2**31 - 1  # the same of keys of 32 bits
 
 
 def _opaque(fake):
@@ -44,6 +46,30 @@ def _opaque(fake):
         return call
 
     return wrap
+
+
+@_opaque(lambda coords, shape: coords.new_empty(len(coords), dtype=torch.int64))
+def voxel_keys(coords: Tensor, shape: Sequence[int]) -> Tensor:
+    """[N] int64, the key of each voxel.
+
+    Args:
+        coords: [N, 4] int32 (b, z, y, x).
+        shape:  cells (Z, Y, X).
+    """
+    if not on_triton(coords):
+        return voxel_keys_ref(coords, shape)
+    coords = _check(coords, shape)
+    keys = coords.new_empty(len(coords), dtype=torch.int64)
+    if len(coords):
+        _keys_kernel[(triton.cdiv(len(coords), BLOCK),)](coords, keys, len(coords), *shape, BLOCK=BLOCK)
+    return keys
+
+
+def voxel_keys_ref(coords, shape):
+    """`voxel_keys` in plain PyTorch."""
+    Z, Y, X = shape
+    b, z, y, x = _check(coords, shape).long().unbind(1)  # [N] each
+    return ((b * Z + z) * Y + y) * X + x
 
 
 def _sort_voxels_fake(coords, shape, check=True):
@@ -69,11 +95,7 @@ def sort_voxels(coords: Tensor, shape: Sequence[int], check: bool = True) -> tup
     """
     if not on_triton(coords):
         return sort_voxels_ref(coords, shape, check)
-    coords = _check(coords, shape)
-    keys = coords.new_empty(len(coords), dtype=torch.int64)
-    if len(coords):
-        _keys_kernel[(triton.cdiv(len(coords), BLOCK),)](coords, keys, len(coords), *shape, BLOCK=BLOCK)
-    keys, order = keys.sort()
+    keys, order = voxel_keys(coords, shape).sort()
     if check:
         _raise_on_faults(coords, shape, keys, order)
     return keys, order
@@ -81,9 +103,7 @@ def sort_voxels(coords: Tensor, shape: Sequence[int], check: bool = True) -> tup
 
 def sort_voxels_ref(coords, shape, check=True):
     """`sort_voxels` in plain PyTorch."""
-    Z, Y, X = shape
-    b, z, y, x = _check(coords, shape).long().unbind(1)  # [N] each
-    keys, order = (((b * Z + z) * Y + y) * X + x).sort()
+    keys, order = voxel_keys_ref(coords, shape).sort()
     if check:
         _raise_on_faults(coords, shape, keys, order)
     return keys, order
@@ -111,13 +131,14 @@ def _check(coords, *triples):
 
 @_opaque(lambda coords, keys, order, shape, kernel, dilation: coords.new_empty(prod(kernel), len(coords)))
 def submanifold_map(
-    coords: Tensor, keys: Tensor, order: Tensor, shape: Sequence[int], kernel: Sequence[int], dilation: Sequence[int]
-) -> Tensor:
+    coords: Tensor, keys: Tensor, order: Tensor | None, shape: Sequence[int], kernel: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:  # fmt: skip
     """The neighbours of each voxel of a set in the same set.
 
     Args:
         coords:      [N, 4] int32 (b, z, y, x).
-        keys, order: of `sort_voxels`.
+        keys, order: of `sort_voxels`; without an order the voxels are in that of their keys.
         shape:       cells (Z, Y, X).
         kernel:      offsets (kz, ky, kx). An even kernel reaches farther down: 2 covers -1 and 0.
         dilation:    cells between offsets (z, y, x).
@@ -127,15 +148,9 @@ def submanifold_map(
     """
     if not on_triton(coords):
         return submanifold_map_ref(coords, keys, order, shape, kernel, dilation)
-    coords = _check(coords, shape, kernel, dilation)
-    N, (kz, ky, kx) = len(coords), kernel
-    neighbor_idx = coords.new_empty(prod(kernel), N)
-    if neighbor_idx.numel():
-        _submanifold_kernel[(triton.cdiv(N, BLOCK), kz * ky)](
-            coords, keys, order, neighbor_idx,
-            N, *shape, kz, ky, *dilation[:2], N.bit_length(), KX=kx, DX=dilation[2], NO_KEY=NO_KEY, BLOCK=BLOCK,
-        )  # fmt: skip
-    return neighbor_idx
+    coords, one = _check(coords, shape, kernel, dilation), (1, 1, 1)
+    padding = [size // 2 * d for size, d in zip(kernel, dilation, strict=True)]
+    return _neighbors(coords, order, keys, order, shape, kernel, one, padding, dilation)
 
 
 def submanifold_map_ref(coords, keys, order, shape, kernel, dilation):
@@ -147,6 +162,8 @@ def submanifold_map_ref(coords, keys, order, shape, kernel, dilation):
     mirrored = all(size % 2 for size in kernel)
     if mirrored:
         neighbor_idx[K // 2] = torch.arange(N, dtype=torch.int32, device=coords.device)
+    if order is None:
+        order = torch.arange(N, device=coords.device)
     z, y, x = (coords[:, 1 + axis].index_select(0, order) for axis in range(3))  # [N] each, sorted by key
     # the last cell of a row is followed by the first of the next
     in_z, in_y, in_x = (
@@ -176,7 +193,7 @@ def submanifold_map_ref(coords, keys, order, shape, kernel, dilation):
     return neighbor_idx
 
 
-def _pairs_fake(coords, shape, kernel, stride, padding, dilation):
+def _pairs_fake(coords, shape, kernel, stride, padding, dilation, batch_size=None, keys=None, order=None):
     M = torch.library.get_ctx().new_dynamic_size()
     return coords.new_empty(M, 4), coords.new_empty(prod(kernel), M)
 
@@ -189,6 +206,9 @@ def strided_map(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    batch_size: int | None = None,
+    keys: Tensor | None = None,
+    order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output voxels of a strided convolution, and the input that each offset of each one reads.
 
@@ -196,6 +216,8 @@ def strided_map(
         coords:   [N, 4] int32 (b, z, y, x), each once and inside the grid, in any order.
         shape:    cells (Z, Y, X) of the input.
         kernel, stride, padding, dilation: cells (z, y, x), as torch's conv3d.
+        batch_size: number of grids, if known: where all their cells have keys of 32 bits, a GPU sorts half as many.
+        keys, order: of `sort_voxels`, if there are any; an order of None is that of the keys.
 
     Returns:
         out_coords:   [M, 4] int32, every cell of the output grid that reads at least one voxel, in ascending order.
@@ -203,15 +225,19 @@ def strided_map(
 
     Waits for the device, once: for M.
     """
-    if not on_triton(coords):
-        return strided_map_ref(coords, shape, kernel, stride, padding, dilation)
-    out = out_shape(shape, kernel, stride, padding, dilation)
     geometry = kernel, stride, padding, dilation
-    return _gather_pairs(_check(coords, shape, *geometry), out, _reach(kernel, stride, dilation), geometry, False)
+    if not on_triton(coords):
+        return strided_map_ref(coords, shape, *geometry)
+    coords, out = _check(coords, shape, *geometry), out_shape(shape, *geometry)
+    reached = _reached(coords, out, _reach(kernel, stride, dilation), geometry, batch_size, transposed=False)
+    out_coords = _coords(reached, out)
+    if keys is None:
+        keys, order = sort_voxels(coords, shape, check=False)
+    return out_coords, _neighbors(out_coords, None, keys, order, shape, *geometry)
 
 
-def strided_map_ref(coords, shape, kernel, stride, padding, dilation):
-    """`strided_map` in plain PyTorch."""
+def strided_map_ref(coords, shape, kernel, stride, padding, dilation, batch_size=None, keys=None, order=None):
+    """`strided_map` in plain PyTorch, which needs nothing but the first six."""
     _check(coords, shape, kernel, stride, padding, dilation)
     out = out_shape(shape, kernel, stride, padding, dilation)
     cells, offsets, valids = [], [], []
@@ -240,19 +266,23 @@ def transposed_map(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    batch_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output voxels of a transposed convolution, and the input that each offset of each one reads.
 
     As `strided_map`, but input i spreads to the outputs i stride - padding + k dilation, as torch's conv_transpose3d.
     """
-    if not on_triton(coords):
-        return transposed_map_ref(coords, shape, kernel, stride, padding, dilation)
-    out = transposed_out_shape(shape, kernel, stride, padding, dilation)
     geometry = kernel, stride, padding, dilation
-    return _gather_pairs(_check(coords, shape, *geometry), out, kernel, geometry, True)
+    if not on_triton(coords):
+        return transposed_map_ref(coords, shape, *geometry)
+    coords, out = _check(coords, shape, *geometry), transposed_out_shape(shape, *geometry)
+    reached = _reached(coords, out, kernel, geometry, batch_size, transposed=True)
+    # that of a strided convolution from the outputs to the inputs
+    inverse_idx = _neighbors(coords, None, reached, None, out, *geometry)
+    return _coords(reached, out), inverse_map(inverse_idx, len(reached))
 
 
-def transposed_map_ref(coords, shape, kernel, stride, padding, dilation):
+def transposed_map_ref(coords, shape, kernel, stride, padding, dilation, batch_size=None):
     """`transposed_map` in plain PyTorch."""
     _check(coords, shape, kernel, stride, padding, dilation)
     out = transposed_out_shape(shape, kernel, stride, padding, dilation)
@@ -266,36 +296,58 @@ def transposed_map_ref(coords, shape, kernel, stride, padding, dilation):
     return _gather_pairs_ref(coords, cells, offsets, valids, out, kernel)
 
 
-def _gather_pairs(coords, out, slots, geometry, transposed):
-    """`_gather_pairs_ref` by kernels, which find the pairs of each input themselves.
+def _reached(coords, out, slots, geometry, batch_size, transposed):
+    """[M] keys, ascending, of the cells that the inputs reach; waits for the device.
 
     Args:
         coords:     [N, 4] int32 of the inputs.
         out:        cells (Z, Y, X) of the output grid.
-        slots:      places for pairs on each axis; an input has up to their product.
+        slots:      the most cells that an input reaches on each axis.
         geometry:   kernel, stride, padding, dilation.
+        batch_size: number of grids, or None.
         transposed: True where an input spreads, False where an output reads.
     """
-    N, K, T = len(coords), prod(geometry[0]), prod(slots)
-    if not N or min(out) <= 0:
-        return coords.new_empty(0, 4), coords.new_empty(K, 0)
-    grid = (triton.cdiv(T * N, BLOCK_PAIRS),)
-    sizes = T * N, N, tuple(out), tuple(slots), *map(tuple, geometry)
-    flags = dict(TRANSPOSED=transposed, NO_KEY=NO_KEY, BLOCK_PAIRS=BLOCK_PAIRS)
-    keys = coords.new_empty(T * N, dtype=torch.int64)
-    _pair_keys_kernel[grid](coords, keys, *sizes, **flags)
-    keys, order = keys.sort()
-    is_first = keys != NO_KEY
-    is_first[1:] &= keys[1:] != keys[:-1]
-    number = is_first.cumsum(0, dtype=torch.int32)  # of the pair's output, from 1 on
-    M = int(number[-1])
-    out_coords = coords.new_empty(M, 4)
-    neighbor_idx = coords.new_full((K, M), -1)
-    if M:
-        _fill_pairs_kernel[grid](
-            coords, keys, order, is_first, number, out_coords, neighbor_idx, M, *sizes, **flags
+    short = batch_size is not None and batch_size * prod(out) < NO_KEY_SHORT
+    dtype, no_key = (torch.int32, NO_KEY_SHORT) if short else (torch.int64, NO_KEY)
+    if not len(coords) or min(out) <= 0:
+        return coords.new_empty(0, dtype=dtype)
+    pairs = prod(slots) * len(coords)
+    keys = coords.new_empty(pairs + 1, dtype=dtype)
+    _reached_keys_kernel[(triton.cdiv(pairs + 1, BLOCK_PAIRS),)](
+        coords, keys, pairs, len(coords), tuple(out), tuple(slots), *map(tuple, geometry),
+        TRANSPOSED=transposed, NO_KEY=no_key, BLOCK_PAIRS=BLOCK_PAIRS,
+    )  # fmt: skip
+    # of keys alone: half of what sorting them with their places moves
+    return torch.unique(keys)[:-1]  # no key is the last one
+
+
+def _coords(keys, shape):
+    """[M, 4] int32 (b, z, y, x) of keys."""
+    coords = keys.new_empty(len(keys), 4, dtype=torch.int32)
+    if len(keys):
+        _coords_kernel[(triton.cdiv(len(keys), BLOCK),)](keys, coords, len(keys), *shape, BLOCK=BLOCK)
+    return coords
+
+
+def _neighbors(coords, reader_order, keys, order, shape, kernel, stride, padding, dilation):
+    """[K, M] int32, the row that each offset of each reader reads: of the cell o stride - padding + k dilation.
+
+    Args:
+        coords:       [M, 4] int32 of the readers.
+        reader_order: [M] int64, in which they are best taken, or None.
+        keys, order:  [N] of the voxels that are read, as `sort_voxels` gives them.
+        shape:        cells (Z, Y, X) of these.
+        kernel, stride, padding, dilation: cells (z, y, x).
+    """
+    (kz, ky, kx), M, N = kernel, len(coords), len(keys)
+    neighbor_idx = coords.new_empty(prod(kernel), M)
+    if neighbor_idx.numel():
+        _neighbors_kernel[(triton.cdiv(M, BLOCK), kz * ky)](
+            coords, reader_order, keys, order, neighbor_idx,
+            M, N, *shape, ky, tuple(stride), tuple(padding), *dilation[:2], N.bit_length(),
+            KX=kx, DX=dilation[2], NO_KEY=NO_KEY if keys.dtype == torch.int64 else NO_KEY_SHORT, BLOCK=BLOCK,
         )  # fmt: skip
-    return out_coords, neighbor_idx
+    return neighbor_idx
 
 
 def _gather_pairs_ref(coords, cells, offsets, valids, out, kernel):
@@ -389,22 +441,41 @@ def _keys_kernel(coords_ptr, keys_ptr, N, Z, Y, X, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _submanifold_kernel(
-    coords_ptr, keys_ptr, order_ptr, neighbor_idx_ptr,  # [N, 4], [N], [N], [K, N]
-    N, Z, Y, X, KZ, KY, DZ, DY, STEPS,  # STEPS halvings of N leave nothing
+def _coords_kernel(keys_ptr, coords_ptr, M, Z, Y, X, BLOCK: tl.constexpr):
+    m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    m_ok = m < M
+    row = tl.load(keys_ptr + m, mask=m_ok, other=0)
+    x = (row % X).to(tl.int32)
+    row = row // X
+    y = (row % Y).to(tl.int32)
+    row = row // Y
+    at = coords_ptr + m.to(tl.int64) * 4
+    tl.store(at, (row // Z).to(tl.int32), mask=m_ok)
+    tl.store(at + 1, (row % Z).to(tl.int32), mask=m_ok)
+    tl.store(at + 2, y, mask=m_ok)
+    tl.store(at + 3, x, mask=m_ok)
+
+
+@triton.jit
+def _neighbors_kernel(
+    coords_ptr, reader_order_ptr, keys_ptr, order_ptr,  # [M, 4], [M] or None, [N], [N] or None
+    neighbor_idx_ptr,  # [K, M]
+    M, N, Z, Y, X, KY, stride, padding, DZ, DY, STEPS,  # STEPS halvings of N leave nothing
     KX: tl.constexpr, DX: tl.constexpr, NO_KEY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One (kz, ky) column of offsets of BLOCK voxels, in the order of their keys: neighbours search alike."""
+    """One (kz, ky) column of offsets of BLOCK readers, in the order of their keys: neighbours search alike."""
     p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    p_ok = p < N
+    p_ok = p < M
     column = tl.program_id(1)
-    oz, oy = (column // KY - KZ // 2) * DZ, (column % KY - KY // 2) * DY
-    i = tl.load(order_ptr + p, mask=p_ok, other=0)
-    b, z, y, x = _load_voxels(coords_ptr, i, p_ok)
-    z, y = z + oz, y + oy
+    m = p.to(tl.int64)
+    if reader_order_ptr is not None:
+        m = tl.load(reader_order_ptr + p, mask=p_ok, other=0)
+    b, z, y, x = _load_voxels(coords_ptr, m, p_ok)
+    z = z * stride[0] - padding[0] + column // KY * DZ
+    y = y * stride[1] - padding[1] + column % KY * DY
+    x = x * stride[2] - padding[2]
     in_column = p_ok & (z >= 0) & (z < Z) & (y >= 0) & (y < Y)
-    first_x: tl.constexpr = -(KX // 2) * DX
-    wanted = _key(b, z, y, x, Z, Y, X) + first_x
+    wanted = _key(b, z, y, x, Z, Y, X)
 
     at = tl.zeros((BLOCK,), tl.int32)  # becomes the first key that is not below `wanted`
     end = tl.where(in_column, N, 0)
@@ -413,12 +484,14 @@ def _submanifold_kernel(
         below = tl.load(keys_ptr + middle, mask=middle < end, other=NO_KEY) < wanted
         at, end = tl.where(below, middle + 1, at), tl.where(below, end, middle)
     for k in tl.static_range(KX):
-        x_k = x + (first_x + k * DX)
+        x_k = x + k * DX
         key = tl.load(keys_ptr + at, mask=in_column & (at < N), other=NO_KEY)
         # the last cell of a row is followed by the first of the next
         found = (key == wanted) & (x_k >= 0) & (x_k < X)
-        neighbor = tl.load(order_ptr + at, mask=found, other=-1)
-        tl.store(neighbor_idx_ptr + (column * KX + k).to(tl.int64) * N + i, neighbor.to(tl.int32), mask=p_ok)
+        neighbor = tl.where(found, at, -1)
+        if order_ptr is not None:
+            neighbor = tl.load(order_ptr + at, mask=found, other=-1).to(tl.int32)
+        tl.store(neighbor_idx_ptr + (column * KX + k).to(tl.int64) * M + m, neighbor, mask=p_ok)
         wanted += DX
         if k + 1 < KX:
             for _ in tl.static_range(DX):  # the walk: at most one key a cell
@@ -426,40 +499,22 @@ def _submanifold_kernel(
 
 
 @triton.jit
-def _pair_keys_kernel(
-    coords_ptr, keys_ptr,  # [N, 4], [PAIRS]
-    PAIRS, N, out, slots, kernel, stride, padding, dilation,  # PAIRS = T * N
+def _reached_keys_kernel(
+    coords_ptr, keys_ptr,  # [N, 4], [PAIRS + 1]
+    PAIRS, N, out, slots, kernel, stride, padding, dilation,  # PAIRS = slots * N
     TRANSPOSED: tl.constexpr, NO_KEY: tl.constexpr, BLOCK_PAIRS: tl.constexpr,
 ):  # fmt: skip
+    """Keys of the output cells of all pairs of a slot and an input, and NO_KEY behind them."""
     pair = tl.program_id(0).to(tl.int64) * BLOCK_PAIRS + tl.arange(0, BLOCK_PAIRS)  # [BLOCK_PAIRS]
     ok = pair < PAIRS
-    b, z, y, x, _, _, exists = _pair(
-        coords_ptr, pair, ok, N, out, slots, kernel, stride, padding, dilation, TRANSPOSED
-    )  # fmt: skip
-    tl.store(keys_ptr + pair, tl.where(exists, _key(b, z, y, x, out[0], out[1], out[2]), NO_KEY), mask=ok)
-
-
-@triton.jit
-def _fill_pairs_kernel(
-    coords_ptr, keys_ptr, order_ptr, is_first_ptr, number_idx_ptr,  # [N, 4], [PAIRS] each; keys and the rest sorted
-    out_coords_ptr, neighbor_idx_ptr,  # [M, 4], [K, M] filled with -1
-    M, PAIRS, N, out, slots, kernel, stride, padding, dilation,
-    TRANSPOSED: tl.constexpr, NO_KEY: tl.constexpr, BLOCK_PAIRS: tl.constexpr,
-):  # fmt: skip
-    q = tl.program_id(0).to(tl.int64) * BLOCK_PAIRS + tl.arange(0, BLOCK_PAIRS)  # [BLOCK_PAIRS]
-    ok = tl.load(keys_ptr + q, mask=q < PAIRS, other=NO_KEY) != NO_KEY
-    pair = tl.load(order_ptr + q, mask=ok, other=0)
-    b, z, y, x, i, k, _ = _pair(
-        coords_ptr, pair, ok, N, out, slots, kernel, stride, padding, dilation, TRANSPOSED
-    )  # fmt: skip
-    m = tl.load(number_idx_ptr + q, mask=ok, other=1).to(tl.int64) - 1
-    tl.store(neighbor_idx_ptr + k.to(tl.int64) * M + m, i, mask=ok)
-    is_first = ok & (tl.load(is_first_ptr + q, mask=ok, other=0) != 0)
-    at = out_coords_ptr + m * 4
-    tl.store(at, b, mask=is_first)
-    tl.store(at + 1, z, mask=is_first)
-    tl.store(at + 2, y, mask=is_first)
-    tl.store(at + 3, x, mask=is_first)
+    t, i = (pair // N).to(tl.int32), (pair % N).to(tl.int32)
+    b, z, y, x = _load_voxels(coords_ptr, i, ok)
+    tz, ty, tx = t // (slots[1] * slots[2]), t // slots[2] % slots[1], t % slots[2]
+    z, z_ok = _reached_cell(z, tz, out[0], kernel[0], stride[0], padding[0], dilation[0], TRANSPOSED)
+    y, y_ok = _reached_cell(y, ty, out[1], kernel[1], stride[1], padding[1], dilation[1], TRANSPOSED)
+    x, x_ok = _reached_cell(x, tx, out[2], kernel[2], stride[2], padding[2], dilation[2], TRANSPOSED)
+    key = tl.where(ok & z_ok & y_ok & x_ok, _key(b, z, y, x, out[0], out[1], out[2]), NO_KEY)
+    tl.store(keys_ptr + pair, key.to(keys_ptr.dtype.element_ty), mask=pair <= PAIRS)
 
 
 @triton.jit
@@ -472,32 +527,16 @@ def _inverse_kernel(neighbor_idx_ptr, inverse_idx_ptr, M, N, BLOCK: tl.constexpr
 
 
 @triton.jit
-def _pair(
-    coords_ptr, pair, ok, N, out, slots, kernel, stride, padding, dilation, TRANSPOSED: tl.constexpr
-):  # fmt: skip
-    """Of the pairs [T, N]: output cells (b, z, y, x), rows of the inputs, offsets, and whether the pairs exist."""
-    t, i = (pair // N).to(tl.int32), (pair % N).to(tl.int32)
-    b, z, y, x = _load_voxels(coords_ptr, i, ok)
-    tz, ty, tx = t // (slots[1] * slots[2]), t // slots[2] % slots[1], t % slots[2]
-    z, kz, z_ok = _pair_axis(z, tz, out[0], kernel[0], stride[0], padding[0], dilation[0], TRANSPOSED)
-    y, ky, y_ok = _pair_axis(y, ty, out[1], kernel[1], stride[1], padding[1], dilation[1], TRANSPOSED)
-    x, kx, x_ok = _pair_axis(x, tx, out[2], kernel[2], stride[2], padding[2], dilation[2], TRANSPOSED)
-    return b, z, y, x, i, (kz * kernel[1] + ky) * kernel[2] + kx, ok & z_ok & y_ok & x_ok
-
-
-@triton.jit
-def _pair_axis(cell, slot, size, kernel, stride, padding, dilation, TRANSPOSED: tl.constexpr):
-    """Output cell, offset, and whether the pair exists; a strided pair's slot counts the outputs from the highest."""
+def _reached_cell(cell, slot, size, kernel, stride, padding, dilation, TRANSPOSED: tl.constexpr):
+    """On one axis, the cell in a slot of those that an input reaches, and whether it exists."""
     if TRANSPOSED:
-        offset = slot
-        place = cell * stride - padding + offset * dilation
-        exists = (place >= 0) & (place < size)
+        place = cell * stride - padding + slot * dilation
+        return place, (place >= 0) & (place < size)
     else:
-        place = (cell + padding) // stride - slot
+        place = (cell + padding) // stride - slot  # counted from the highest
         distance = cell + padding - place * stride
         offset = distance // dilation
-        exists = (offset * dilation == distance) & (offset < kernel) & (place >= 0) & (place < size)
-    return place, offset, exists
+        return place, (offset * dilation == distance) & (offset < kernel) & (place >= 0) & (place < size)
 
 
 @triton.jit

@@ -117,19 +117,20 @@ def grid_sample(points, point_counts, cell, noise=None):
         noise:        [P] uniform in [0, 1): the point of a cell with the smallest one is taken. None: the first.
 
     Returns:
-        rows: [V] int64 ascending, rows of `points`.
+        rows:    [V] int64, rows of `points`, one a cell, in ascending order of `coords`.
+        coords:  [V, 4] int32 (b, z, y, x) of the cells, negative ones too.
+        cell_of: [P] int64, the row among `coords` of each point.
 
     Elementwise torch and its sorts on every device: nothing is left for a kernel of our own. Follows GridSample of
     Pointcept, which counts cells from each sample's minimum; that moves their numbers, not their borders.
     """
     counts, P = _check(points, point_counts), len(points)
     if not P:
-        return torch.empty(0, dtype=torch.int64, device=points.device)
-    place = (points[:, :3] / cell).floor().long()
-    place = place - place.amin(dim=0)
-    X, Y, Z = (place.amax(dim=0) + 1).unbind()
-    x, y, z = place.unbind(1)
-    key = ((_samples(counts, points) * Z + z) * Y + y) * X + x
+        none = torch.empty(0, dtype=torch.int64, device=points.device)
+        return none, none.new_empty((0, 4), dtype=torch.int32), none
+    sample, place = _samples(counts, points), (points[:, :3] / cell).floor().long()
+    x, y, z = (place - place.amin(dim=0)).unbind(1)
+    key = ((sample * (z.amax() + 1) + z) * (y.amax() + 1) + y) * (x.amax() + 1) + x
     if noise is None:
         key, order = key.sort(stable=True)
     else:
@@ -137,7 +138,9 @@ def grid_sample(points, point_counts, cell, noise=None):
         key, within = key.index_select(0, order).sort(stable=True)
         order = order.index_select(0, within)
     new = F.pad(key[1:] != key[:-1], (1, 0), value=True)
-    return order[new].sort().values
+    rows, cell_of = order[new], torch.empty_like(order)
+    cell_of[order] = new.cumsum(0) - 1
+    return rows, torch.cat([sample[:, None], place.flip(1)], dim=1)[rows].int(), cell_of
 
 
 def _check(points, point_counts, max_points=1):

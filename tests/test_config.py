@@ -10,10 +10,10 @@ import tyro
 import finetune
 import train
 from unipad.checkpoint import write_checkpoint
-from unipad.config import Augment, DetectRecipe, Paste, from_plain
+from unipad.config import Augment, DetectRecipe, Paste, from_plain, recipe_kind
 from unipad.errors import UserError
 from unipad.model.pretrain import Pretrain
-from unipad.recipes import DETECT, PRETRAIN
+from unipad.recipes import DETECT, PRETRAIN, SEGMENT
 from unipad.runtime import RunFolder, World, as_plain
 
 PAGE = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
@@ -37,6 +37,12 @@ def test_the_paper_s_recipes():
     assert lidar.data.sweeps == 10 and lidar.render.rgb_weight == 0 and lidar.optim.batch_size == 16
     assert lidar.optim.lr * lidar.optim.start == pytest.approx(2e-5)
     assert lidar.grid.scale == 1 / 54
+
+
+@pytest.mark.parametrize("recipe", [PRETRAIN["lidar"]["segment"], PRETRAIN["lidar"]["tiny"], SEGMENT["lidar"]["tiny"]])
+def test_a_recipe_knows_its_kind_and_its_lidar_s(recipe):
+    plain = as_plain(recipe)
+    assert from_plain(recipe_kind(plain), plain) == recipe
 
 
 @pytest.mark.parametrize("paste", [None, Paste(counts=(1,) * 10)])
@@ -82,19 +88,16 @@ def test_a_command_of_the_recipes_page_is_one(command):
     module = {"train.py": train, "finetune.py": finetune}[script]
     args = tyro.cli(module.Args, args=flags)
     recipe = module.recipe_of(args)
-    assert (recipe.camera is not None, recipe.lidar is not None) == (
-        args.modality != "lidar",
-        args.modality != "camera",
-    )
+    modality = args.modality or "lidar"  # segmentation's only one
+    assert (recipe.camera is not None, recipe.lidar is not None) == (modality != "lidar", modality != "camera")
     if args.backbone:
         assert recipe.camera.widths[0] == 128
 
 
 def test_every_preset_is_on_the_recipes_page():
-    for script, table in {"train.py": PRETRAIN, "finetune.py": DETECT}.items():
-        for modality, presets in table.items():
-            for name in presets.keys() - {"tiny"}:
-                assert re.search(rf"{script} --modality {modality} --preset {re.escape(name)}[` ]", PAGE), (
-                    script,
-                    name,
-                )
+    tables = {f"train.py --modality {modality}": presets for modality, presets in PRETRAIN.items()}
+    tables |= {f"finetune.py --modality {modality}": presets for modality, presets in DETECT.items()}
+    tables |= {"finetune.py --task segment": SEGMENT["lidar"]}
+    for command, presets in tables.items():
+        for name in presets.keys() - {"tiny", "segment-tiny"}:
+            assert re.search(rf"{command} --preset {re.escape(name)}[` ]", PAGE), (command, name)

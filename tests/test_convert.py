@@ -17,8 +17,10 @@ from unipad.errors import UserError
 from unipad.model.camera import ConvNeXt
 from unipad.model.detect import Detector
 from unipad.model.pretrain import Pretrain
+from unipad.model.segment import Segmenter
 from unipad.names import from_original, our_name, to_original
-from unipad.recipes import DETECT, PRETRAIN
+from unipad.recipes import DETECT, PRETRAIN, SEGMENT
+from unipad.runtime import as_plain
 
 # Config -> key -> (shape, dtype) of every released config; a name instead where another one has the same
 RELEASED = json.loads(lzma.decompress((FOLDER / "state_dicts.json.xz").read_bytes()))
@@ -290,7 +292,7 @@ def broken(kind, folder):
         ("other blocks", {}, "no blocks of a ConvNeXt"),
         ("new recipe", {}, r"of another version of this project \(radar"),
         ("whole", {"preset": "camera-0.075"}, "does not fit preset camera-0.075: .* of another shape"),
-        ("whole", {"preset": "lidar-0.075"}, "--preset lidar-0.075 is not known; use tiny, camera-0.075, camera-0.1"),
+        ("whole", {"preset": "lidar-0.075"}, "--preset lidar-0.075 is not known; use tiny, camera-0.075, "),
         ("whole", {"kind": "convnext"}, "--kind convnext: .* is of kind unipad"),
     ],
 )  # fmt: skip
@@ -341,3 +343,17 @@ def test_only_encoders_over_the_same_grid_are_merged(tmp_path):
 )
 def test_command_lines_mean_what_the_docstring_says(line, args):
     assert tyro.cli(Args, args=line.split()) == args
+
+
+def test_a_u_net_goes_to_the_original_s_keys_without_its_head():
+    """There is none of segmentation there; and no volume of a U-Net to fuse a camera's with."""
+    recipe = SEGMENT["lidar"]["tiny"]
+    saved = {"model": Segmenter(recipe).state_dict(), "config": {"recipe": as_plain(recipe)}}
+    theirs, report = convert_ours(saved, spconv=2)
+    assert not report.faults and "head.weight" in str(report)
+    back, unknown = from_original(theirs["state_dict"])
+    assert not unknown and back.keys() == {name for name in saved["model"] if name.startswith("encoder.")}
+    assert all(torch.equal(back[name], saved["model"][name]) for name in back)
+    camera = {"model": {}, "config": {"recipe": as_plain(DETECT["camera"]["tiny"])}}
+    with pytest.raises(UserError, match="a LiDAR's second"):
+        convert.merge(camera, saved)

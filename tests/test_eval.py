@@ -290,7 +290,8 @@ def test_distances_are_the_fields_in_metres():
 MISTAKES = [
     ("detector", {"task": "render"}, ["--task render", "train.py"]),
     ("camera", {"task": "detect"}, ["--task detect", "finetune.py"]),
-    ("camera", {"task": "segment"}, ["--task segment", "detect"]),
+    ("camera", {"task": "segment"}, ["--task segment", "finetune.py --task segment", "train.py"]),
+    ("camera", {"task": "boxes"}, ["--task boxes", "detect, segment, render"]),
     ("camera", {"tta": True}, ["--tta", "finetune.py"]),
     ("detector", {"mesh": True}, ["--mesh", "train.py"]),
     ("detector", {"split": "test"}, ["split test", "mini_val", "v1.0-test"]),

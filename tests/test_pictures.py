@@ -13,6 +13,8 @@ from unipad.data.loader import held_out_batches
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.tables import CLASSES
 from unipad.draw.boxes import COLOURS, _edges, detection_views
+from unipad.draw.segments import COLOURS as SEGMENT_COLOURS
+from unipad.draw.segments import segment_views
 from unipad.draw.views import _onto_views
 from unipad.evaluate.rendering import _depth_sums
 from unipad.model.boxes import box_corners
@@ -24,6 +26,26 @@ def test_depth_sums_by_hand():
     depth, truth = torch.tensor([4.0, 6.0, 9.0]), torch.tensor([4.0, 4.0, -1.0])
     abs_rel, squared, close, count = _depth_sums(depth, truth).tolist()
     assert (abs_rel, squared, close, count) == pytest.approx((0.5, 4.0, 1, 2))
+
+
+def test_points_have_the_colours_of_their_classes():
+    """A wall of cars to the right, a wall of buses to the left, found as trucks; the last point has no label."""
+    points = torch.zeros(201, 5)
+    points[:, 0], points[:, 1] = 20.0, torch.arange(201) * 0.1 - 10
+    points[100:200, 0] = -20.0
+    labels = torch.tensor([4] * 100 + [3] * 100 + [0], dtype=torch.uint8)
+    batch = SimpleNamespace(
+        points=points, point_counts=torch.tensor([201]), point_labels=labels, images=torch.zeros(1, 0, 3, 32, 32)
+    )
+    found = torch.where(labels == 3, 10, 4).byte()
+    picture = segment_views(batch, found)
+    true, judged = np.split(picture[: 2 * (len(picture) * 47 // 100)], 2)  # the legend is below
+    for number, part, left in ((4, true, False), (3, true, True), (10, judged, True)):
+        near = np.abs(part.astype(int) - 255 * SEGMENT_COLOURS[number]).max(axis=-1) < 3
+        columns = np.flatnonzero(near.any(axis=0))
+        assert near.sum() > 50 and (columns < picture.shape[1] / 2).all() == left, number
+    batch.point_labels = None
+    assert len(segment_views(batch, found)) < 0.7 * len(picture)
 
 
 def test_the_nearer_of_two_lidar_points_is_drawn_on_top():

@@ -25,7 +25,8 @@ SMALLER = [
     (r"--data-root /data/nuscenes --version v1.0-trainval", "--data-root data/synthetic"),
     (r"--batch-size 8", "--batch-size 2"),
     (r"(train\.py --modality.*)$", rf"\1 {QUICK} {FEW_RAYS}"),
-    (r"(finetune\.py --modality.*)$", rf"\1 {QUICK}"),
+    (r"--preset segment(?:-tiny)?(.*) --preset tiny", r"--preset segment-tiny\1"),
+    (r"(finetune\.py .*)$", rf"\1 {QUICK}"),
     (r"(eval\.py .*)$", r"\1 --device cpu --workers 0"),
     (r"(eval\.py .*)--picture-stride 4", r"\1--picture-stride 16"),
     (r"(eval\.py .*--mesh)", r"\1 --mesh-cell 4 --picture-stride 16"),
@@ -51,7 +52,11 @@ def test_command_runs(command, city, tmp_path):
     scripts = {"train": (train, dict(rays_per_view=8, val_samples=1, picture_stride=16)), "finetune": (finetune, {})}
     for name, modality in re.findall(r"outputs/(train|finetune)-(\w+)", command):  # runs that it goes on from
         script, flags = scripts[name]
-        settings = dict(modality=modality, preset="tiny", data_root=city, device="cpu", workers=0, steps=1)
+        what = dict(modality=modality, preset="tiny")
+        if modality == "segment":
+            train_or_tune = {"train": dict(modality="lidar", preset="segment-tiny"), "finetune": dict(task="segment")}
+            what = dict(preset="tiny") | train_or_tune[name]
+        settings = dict(**what, data_root=city, device="cpu", workers=0, steps=1)
         script.main(script.Args(out=tmp_path / f"outputs/{name}-{modality}" / "run", **settings, **flags))
     done = subprocess.run(shlex.split(command), cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from unipad.config import DetectRecipe, PretrainRecipe, from_plain
+from unipad.config import from_plain, recipe_kind
 from unipad.errors import UserError
 
 
@@ -71,7 +71,7 @@ def read_run(path: Path):
     saved = read_checkpoint(file)
     try:
         plain = saved["config"]["recipe"]
-        recipe = from_plain(DetectRecipe if "detect" in plain else PretrainRecipe, plain)
+        recipe = from_plain(recipe_kind(plain), plain)
         saved["model"], saved["config"]["args"]
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise UserError(f"{file} holds no model with a recipe of this version of the project ({error}).") from None

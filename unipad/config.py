@@ -33,6 +33,8 @@ class Data:
     cameras: bool = True  # False: no image is read, and rays start at the LiDAR
     image_size: tuple[int, int] | None = None  # (height, width) images are resized to; None keeps the file's
     sweeps: int = 1  # LiDAR frames in one sample: the keyframe and the sweeps before it
+    camera_sweeps: int = 1  # frames of images in one sample: the keyframe's and those before it, 6 at most
+    camera_rate: float = 0.0  # Hz: a frame's time is its number over it, as in the original (12); 0: the tables' time
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,26 @@ class Lidar:
 
 
 @dataclass(frozen=True)
+class Unet:
+    """SpUNet: a sparse U-Net over one point of each voxel, with as many stages up as down.
+
+    For pre-training the features of its points are gathered in the grid's cells; segmentation takes the points' own.
+    """
+
+    cell: float = 0.1  # metres, the voxels' edge
+    mask_ratio: float = 0.8  # share of the occupied blocks hidden in pre-training; 0 = no masking
+    mask_block: int = 8  # voxels along the edge of a block
+    stem: int = 32  # channels of the first convolution, 5 x 5 x 5
+    widths: tuple[int, ...] = (32, 64, 128, 256, 256, 128, 96, 96)  # channels per stage: down, then up again
+    blocks: tuple[int, ...] = (2, 3, 4, 6, 2, 2, 2, 2)  # residual blocks per stage
+
+    @property
+    def channels(self):
+        """Of the points' features."""
+        return self.widths[-1]
+
+
+@dataclass(frozen=True)
 class RayChoice:
     """Which rays are cast in a training step. Radii in metres, in the ground plane of the LiDAR."""
 
@@ -175,6 +197,15 @@ class Detect:
 
 
 @dataclass(frozen=True)
+class Segment:
+    """What fine-tuning for segmentation puts on the points' features: a linear head, and its losses."""
+
+    classes: int = 16  # lidarseg's 1 to 16; 0 is ignored
+    cross_entropy_weight: float = 1.0
+    lovasz_weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class Optim:
     """AdamW.
 
@@ -206,7 +237,7 @@ class Recipe:
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)
     camera: Camera | None = None
-    lidar: Lidar | None = None
+    lidar: Lidar | Unet | None = None
     optim: Optim = field(default_factory=Optim)
 
 
@@ -217,11 +248,25 @@ class PretrainRecipe(Recipe):
 
 
 @dataclass(frozen=True)
-class DetectRecipe(Recipe):
-    detect: Detect = field(default_factory=Detect)
+class FinetuneRecipe(Recipe):
     label_fraction: float = 1.0  # share of the training frames whose labels are used: every k-th frame
     balanced: bool = False  # frames drawn so that all classes have the same share (CBGS): some often, some never
     paste: Paste | None = None
+
+
+@dataclass(frozen=True)
+class DetectRecipe(FinetuneRecipe):
+    detect: Detect = field(default_factory=Detect)
+
+
+@dataclass(frozen=True)
+class SegmentRecipe(FinetuneRecipe):
+    segment: Segment = field(default_factory=Segment)
+
+
+def recipe_kind(plain):
+    """Which of the recipes' classes it was that `runtime.as_plain` made `plain` of."""
+    return DetectRecipe if "detect" in plain else SegmentRecipe if "segment" in plain else PretrainRecipe
 
 
 # ConvNeXt sizes: (blocks per stage, channels per stage)
@@ -250,5 +295,7 @@ def _from_plain(kind, value):
         return tuple(_from_plain(None, v) for v in value)
     if isinstance(value, dict):
         kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-        return from_plain(next((k for k in kinds if dataclasses.is_dataclass(k)), None), value)
+        kinds = [k for k in kinds if dataclasses.is_dataclass(k)]
+        knows_all = (k for k in kinds if value.keys() <= k.__dataclass_fields__.keys())
+        return from_plain(next(knows_all, kinds[0] if kinds else None), value)
     return value

@@ -24,16 +24,19 @@ import torch
 import tyro
 
 from unipad.checkpoint import last_checkpoint, part_of, read_checkpoint, write_checkpoint
-from unipad.config import CONVNEXT, DetectRecipe, PretrainRecipe, from_plain
+from unipad.config import CONVNEXT, DetectRecipe, Lidar, PretrainRecipe, SegmentRecipe, from_plain, recipe_kind
 from unipad.errors import UserError, check_choices
 from unipad.model.camera import ConvNeXt
 from unipad.model.detect import Detector
 from unipad.model.pretrain import Pretrain
+from unipad.model.segment import Segmenter
 from unipad.names import CODE_WEIGHTS, from_imagenet, from_original, to_original
 from unipad.recipes import DETECT, PRETRAIN
 from unipad.runtime import as_plain, one_sentence_errors
 
 BACKBONE = "encoder.camera.backbone."
+FRAME_FUSION = "encoder.frame_fusion.trans_conv.0.weight"
+CAMERA_RATE = 12.0  # Hz, by which the original counts the time of camera sweeps
 CLASSIFIER = ("head.", "classifier.", "norm.", "backbone.norm")  # of an ImageNet file, and the norm before it
 
 
@@ -141,7 +144,8 @@ def convert_ours(saved, spconv=1):
     recipe = saved_recipe(saved)
     report = Report()
     _compare(saved["model"], _shapes(recipe), report)
-    state, _ = to_original(report.taken, spconv)
+    state, nameless = to_original(report.taken, spconv)
+    report.left += [f"left out: {name}, which the original has no name for" for name in nameless]
     for key, (width, fill) in _unread_norms(recipe).items():
         state["img_backbone." + key.removeprefix(BACKBONE)] = torch.full((width,), fill)
         report.left.append(f"supplied: {key}, which nothing reads")
@@ -157,15 +161,18 @@ def merge(camera, lidar):
     Both heads are left: they have learned other volumes. The convolution that joins them is new.
     """
     recipes = saved_recipe(camera), saved_recipe(lidar)
-    if recipes[0].camera is None or recipes[1].lidar is None:
+    if recipes[0].camera is None or not isinstance(recipes[1].lidar, Lidar):
         raise UserError("--merge takes a checkpoint with a camera's encoder first and one with a LiDAR's second.")
     if recipes[0].grid != recipes[1].grid or type(recipes[0]) is not type(recipes[1]):
         raise UserError("--merge takes checkpoints over the same grid, both pre-trained or both fine-tuned.")
     presets = DETECT if isinstance(recipes[0], DetectRecipe) else PRETRAIN
     recipe = list(presets["fusion"].values())[-1]
     recipe = replace(recipe, grid=recipes[0].grid, camera=recipes[0].camera, lidar=recipes[1].lidar)
+    images = {name: getattr(recipes[0].data, name) for name in ("camera_sweeps", "camera_rate")}
+    recipe = replace(recipe, data=replace(recipe.data, **images))
     report = Report()
-    for saved, parts in ((camera, ("encoder.camera.", "encoder.lift_convs.")), (lidar, ("encoder.lidar",))):
+    of_images = ("encoder.camera.", "encoder.frame_fusion.", "encoder.lift_convs.")
+    for saved, parts in ((camera, of_images), (lidar, ("encoder.lidar",))):
         report.taken |= {name: w for name, w in saved["model"].items() if name.startswith(parts)}
         others = {part_of(name) for name in saved["model"].keys() - report.taken}
         report.left += [f"left out: {part}" for part in sorted(others)]
@@ -176,7 +183,7 @@ def merge(camera, lidar):
 def saved_recipe(saved):
     """The recipe of a checkpoint of ours. Raises `UserError` for one that this version does not know."""
     plain = saved["config"]["recipe"]
-    kind = DetectRecipe if "detect" in plain else PretrainRecipe
+    kind = recipe_kind(plain)
     try:
         return from_plain(kind, plain)
     except (TypeError, AttributeError):
@@ -195,13 +202,17 @@ def _presets(ours):
 
 
 def _with_sizes(recipe, ours, code_weights):
-    """A recipe for the original's weights: with the file's size of ConvNeXt, and pooling as the original does it."""
+    """A recipe for the original's weights: with the file's size of ConvNeXt, and its number of frames of images, whose
+    times and whose pooling are the original's."""
     if recipe.camera is not None:
         backbone = {name.removeprefix(BACKBONE): w for name, w in ours.items() if name.startswith(BACKBONE)}
         depths, widths = _convnext_sizes(backbone)
         camera = replace(recipe.camera, truncate=recipe.camera.view == "pool")
         recipe = replace(recipe, camera=replace(camera, depths=depths, widths=widths) if depths else camera)
-    if recipe.lidar is not None and "encoder.lidar.mask_token" in ours:
+    if FRAME_FUSION in ours:
+        width, all_widths, *_ = ours[FRAME_FUSION].shape
+        recipe = replace(recipe, data=replace(recipe.data, camera_sweeps=all_widths // width, camera_rate=CAMERA_RATE))
+    if isinstance(recipe.lidar, Lidar) and "encoder.lidar.mask_token" in ours:
         recipe = replace(recipe, lidar=replace(recipe.lidar, learnable_token=True))
     known = torch.tensor(recipe.detect.code_weights) if isinstance(recipe, DetectRecipe) else code_weights
     if code_weights is not None and not torch.equal(code_weights, known):
@@ -220,7 +231,7 @@ def _convnext_sizes(state):
 def _shapes(recipe):
     """Name -> shape of all weights of a recipe's model."""
     with torch.device("meta"):
-        net = (Detector if isinstance(recipe, DetectRecipe) else Pretrain)(recipe)
+        net = {DetectRecipe: Detector, PretrainRecipe: Pretrain, SegmentRecipe: Segmenter}[type(recipe)](recipe)
     return {name: w.shape for name, w in net.state_dict().items()}
 
 

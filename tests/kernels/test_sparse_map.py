@@ -9,6 +9,7 @@ from kernels.sparse_map import (
     BLOCK,
     BLOCK_PAIRS,
     NO_KEY,
+    NO_KEY_SHORT,
     inverse_map,
     inverse_map_ref,
     out_shape,
@@ -21,29 +22,37 @@ from kernels.sparse_map import (
     transposed_map,
     transposed_map_ref,
     transposed_out_shape,
+    voxel_keys,
+    voxel_keys_ref,
 )
 from tests.ahead_of_time import Launch
 from tests.check import check_against_ref, launches
 
-TYPES = dict(coords_ptr="*i32", out_coords_ptr="*i32", keys_ptr="*i64", order_ptr="*i64", is_first_ptr="*i1")
-TYPES |= dict.fromkeys(["out", "slots", "kernel", "stride", "padding", "dilation"], ("i32",) * 3)
-VOXELS, PAIRS = dict(BLOCK=BLOCK), dict(NO_KEY=NO_KEY, BLOCK_PAIRS=BLOCK_PAIRS)
-SIZES = ["N", "Z", "Y", "X", "KZ", "KY", "DZ", "DY", "STEPS"]
+TYPES = dict.fromkeys(["out", "slots", "kernel", "stride", "padding", "dilation"], ("i32",) * 3)
+TYPES |= dict(coords_ptr="*i32", order_ptr="*i64", reader_order_ptr="*i64")
+LONG, SHORT = TYPES | dict(keys_ptr="*i64"), TYPES | dict(keys_ptr="*i32")
+VOXELS, PAIRS = dict(BLOCK=BLOCK), dict(BLOCK_PAIRS=BLOCK_PAIRS)
+SUBMANIFOLD = VOXELS | dict(NO_KEY=NO_KEY)
+IN_ORDER = dict(reader_order_ptr=None, order_ptr=None)
+# sizes of 1 are constants to the compiler
+SIZES = ["M", "N", "Z", "Y", "X", "KY", "DZ", "DY", "STEPS"]
 LAUNCHES = [
-    Launch(kernel, flags, TYPES, elements=("fp32",), registers=registers, shared=shared)
-    for kernel, flags, registers, shared in [
-        ("_keys_kernel", VOXELS, 32, 0),
-        ("_submanifold_kernel", VOXELS | dict(KX=1, DX=1, NO_KEY=NO_KEY), 48, 2048),
-        ("_submanifold_kernel", VOXELS | dict(KX=3, DX=1, NO_KEY=NO_KEY), 48, 2048),
-        ("_submanifold_kernel", VOXELS | dict(KX=5, DX=2, NO_KEY=NO_KEY), 48, 2048),
-        # sizes of 1 are constants to the compiler
-        ("_submanifold_kernel", VOXELS | dict(KX=3, DX=1, NO_KEY=NO_KEY, DZ=1, DY=1), 48, 2048),
-        ("_submanifold_kernel", VOXELS | dict.fromkeys(SIZES, 1) | dict(KX=1, DX=1, NO_KEY=NO_KEY), 48, 2048),
-        ("_pair_keys_kernel", PAIRS | dict(TRANSPOSED=False), 112, 0),
-        ("_pair_keys_kernel", PAIRS | dict(TRANSPOSED=True), 112, 0),
-        ("_fill_pairs_kernel", PAIRS | dict(TRANSPOSED=False), 144, 8192),
-        ("_fill_pairs_kernel", PAIRS | dict(TRANSPOSED=True), 144, 8192),
-        ("_inverse_kernel", VOXELS, 24, 0),
+    Launch(kernel, flags, types, elements=("fp32",), registers=registers, shared=shared)
+    for kernel, flags, types, registers, shared in [
+        ("_keys_kernel", VOXELS, LONG, 32, 0),
+        ("_neighbors_kernel", SUBMANIFOLD | dict(KX=1, DX=1), LONG, 48, 2048),
+        ("_neighbors_kernel", SUBMANIFOLD | dict(KX=3, DX=1), LONG, 48, 2048),
+        ("_neighbors_kernel", SUBMANIFOLD | dict(KX=5, DX=2), LONG, 48, 2048),
+        ("_neighbors_kernel", SUBMANIFOLD | dict(KX=3, DX=1, DZ=1, DY=1) | IN_ORDER, LONG, 48, 2048),
+        ("_neighbors_kernel", SUBMANIFOLD | dict.fromkeys(SIZES, 1) | dict(KX=1, DX=1), LONG, 48, 2048),
+        ("_neighbors_kernel", VOXELS | dict(NO_KEY=NO_KEY_SHORT, KX=3, DX=1) | IN_ORDER, SHORT, 48, 2048),
+        ("_reached_keys_kernel", PAIRS | dict(TRANSPOSED=False, NO_KEY=NO_KEY), LONG, 112, 0),
+        ("_reached_keys_kernel", PAIRS | dict(TRANSPOSED=False, NO_KEY=NO_KEY_SHORT), SHORT, 112, 0),
+        ("_reached_keys_kernel", PAIRS | dict(TRANSPOSED=True, NO_KEY=NO_KEY), LONG, 112, 0),
+        ("_reached_keys_kernel", PAIRS | dict(TRANSPOSED=True, NO_KEY=NO_KEY_SHORT), SHORT, 112, 0),
+        ("_coords_kernel", VOXELS, LONG, 40, 1024),
+        ("_coords_kernel", VOXELS, SHORT, 40, 1024),
+        ("_inverse_kernel", VOXELS, LONG, 24, 0),
     ]
 ]
 
@@ -78,6 +87,7 @@ def random_voxels(B, shape, N, device):
 @pytest.mark.parametrize("B, shape, N", SETS)
 def test_sorting_matches_reference(B, shape, N, device):
     coords = random_voxels(B, shape, N, device)
+    check_against_ref(voxel_keys, voxel_keys_ref, dict(coords=coords, shape=shape), torch.float32)
     for check in (True, False):
         inputs = dict(coords=coords, shape=shape, check=check)
         check_against_ref(sort_voxels, sort_voxels_ref, inputs, torch.float32)
@@ -94,9 +104,10 @@ def test_matches_reference(B, shape, N, geometry, device):
     inputs = dict(coords=coords, keys=keys, order=order, shape=shape, kernel=kernel, dilation=dilation)
     check_against_ref(submanifold_map, submanifold_map_ref, inputs, torch.float32)
     inputs = dict(zip(["kernel", "stride", "padding", "dilation"], geometry, strict=True), coords=coords, shape=shape)
-    for op, ref in [(strided_map, strided_map_ref), (transposed_map, transposed_map_ref)]:
+    known = dict(keys=keys, order=order)
+    for op, ref, more in [(strided_map, strided_map_ref, known), (transposed_map, transposed_map_ref, {})]:
         with launches() as launched:
-            ours, truth = op(**inputs), ref(**inputs)
+            ours, truth = op(**inputs, **more, batch_size=B), ref(**inputs)
         assert bool(launched) == bool(N)
         for a, b in zip(ours, truth, strict=True):
             assert a.dtype == torch.int32 and torch.equal(a, b)
@@ -219,6 +230,21 @@ def test_grid_of_8e9_cells(plain, device):
     kept = halved[:, 1] < 20  # of 41 slices the last has no partner
     assert torch.equal(out_coords, halved[kept])  # `product` ascends as the keys do
     assert torch.equal((neighbor_idx >= 0).sum(dim=0), torch.full((8,), 2, device=device))
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["op", "ref"])
+def test_voxels_in_order_need_none(plain, device):
+    shape = (5, 7, 9)
+    coords = random_voxels(3, shape, 200, device)
+    keys, order = sort_voxels(coords, shape)
+    coords, same = coords[order], torch.arange(200, device=device)
+    make_sub, make_strided = (submanifold_map_ref, strided_map_ref) if plain else (submanifold_map, strided_map)
+    for kernel in ((3, 3, 3), (2, 2, 2)):
+        given = make_sub(coords, keys, same, shape, kernel, ONE)
+        assert torch.equal(make_sub(coords, keys, None, shape, kernel, ONE), given)
+    given = make_strided(coords, shape, *HALVE)
+    for a, b in zip(make_strided(coords, shape, *HALVE, keys=keys), given, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("plain", [False, True], ids=["op", "ref"])

@@ -167,27 +167,33 @@ def test_no_launch_without_points(device):
 
 def test_grid_sample_by_hand(device):
     x = torch.tensor([0.1, -0.1, 0.6, 0.2, 0.9, 0.2, -0.1], device=device)
-    points = torch.stack([x, torch.zeros_like(x), torch.zeros_like(x)], dim=1)
+    points = torch.stack([x, torch.zeros_like(x), torch.ones_like(x)], dim=1)
     noise = torch.tensor([0.5, 0.1, 0.3, 0.2, 0.3, 0.0, 0.9], device=device)
     counts = [5, 2]  # cells of 0.5 m: 0, -1, 1, 0, 1 and 0, -1
-    assert grid_sample(points, counts, 0.5).tolist() == [0, 1, 2, 5, 6]
-    assert grid_sample(points, counts, 0.5, noise).tolist() == [1, 2, 3, 5, 6]  # of equal noise the first
-    assert grid_sample(points[:0], [0, 0], 0.5).tolist() == []
+    rows, coords, cell_of = grid_sample(points, counts, 0.5)
+    assert rows.tolist() == [1, 0, 2, 6, 5]
+    assert coords.tolist() == [[0, 2, 0, -1], [0, 2, 0, 0], [0, 2, 0, 1], [1, 2, 0, -1], [1, 2, 0, 0]]
+    assert cell_of.tolist() == [1, 0, 2, 1, 2, 4, 3]
+    rows, same, cell_of = grid_sample(points, counts, 0.5, noise)
+    assert rows.tolist() == [1, 3, 2, 6, 5]  # of equal noise the first
+    assert torch.equal(same, coords) and cell_of.tolist() == [1, 0, 2, 1, 2, 4, 3]
+    assert [t.shape for t in grid_sample(points[:0], [0, 0], 0.5)] == [(0,), (0, 4), (0,)]
 
 
 def test_grid_sample_takes_one_point_of_each_cell(device):
     points = torch.randn(3000, 4, device=device) * 3
     counts = [1000, 0, 2000]
     sample = torch.tensor([0, 2], device=device).repeat_interleave(torch.tensor([1000, 2000], device=device))
-    cells = torch.cat([sample[:, None], (points[:, :3] / 0.5).floor().long()], dim=1)
-    _, cell = cells.unique(dim=0, return_inverse=True)
+    cells = torch.cat([sample[:, None], (points[:, :3] / 0.5).floor().long().flip(1)], dim=1)
+    occupied, cell = cells.unique(dim=0, return_inverse=True)
     for noise in (None, torch.rand(3000, device=device)):
-        rows = grid_sample(points, counts, 0.5, noise)
-        assert (rows.diff() > 0).all() and torch.equal(cell[rows].sort().values, torch.arange(int(cell.max()) + 1))
+        rows, coords, cell_of = grid_sample(points, counts, 0.5, noise)
+        assert torch.equal(coords.long(), occupied) and torch.equal(cell_of, cell)
+        assert torch.equal(cell[rows], torch.arange(len(occupied), device=device))
         value = torch.arange(3000, device=device).double() if noise is None else noise.double()
-        least = torch.full((int(cell.max()) + 1,), 1e9, dtype=torch.float64, device=device)
+        least = torch.full((len(occupied),), 1e9, dtype=torch.float64, device=device)
         least = least.scatter_reduce(0, cell, value, "amin")
-        assert torch.equal(value[rows], least[cell[rows]])
+        assert torch.equal(value[rows], least)
 
 
 @pytest.mark.parametrize("fn", [voxelize, voxelize_ref, partial(grid_sample, cell=0.5)], ids=["op", "ref", "sample"])

@@ -1,15 +1,9 @@
 """How good detections are: every frame of a split over all processes, then the devkit."""
 
-import sys
-
-import torch
-from tqdm import tqdm
-
-from unipad.data.loader import all_batches
-from unipad.errors import UserError
+from unipad.evaluate.frames import of_all_frames
 from unipad.evaluate.submission import headline, score_submission, write_submission
 from unipad.model.detect import Detections
-from unipad.runtime import from_main, to_main
+from unipad.runtime import from_main
 
 
 def evaluate_detections(model, dataset, folder, world, detect=None, size=1, workers=0):
@@ -37,39 +31,16 @@ def submit(found, recipe, dataset, folder):
     return file
 
 
-@torch.no_grad()
 def detect_all(model, dataset, world, detect=None, size=1, workers=0):
     """What a model finds in every frame of a dataset: {sample token: `Detections` on the host} in the main process,
     None in the others.
 
-    model:   a `Detector`; put in eval mode here and back into the mode it was in.
-    dataset: a `NuScenesDataset` of all the split's frames.
-    world:   `runtime.World`; each process takes every world-th frame.
-    detect:  function of a batch instead of `model.detect`, such as `tta.detect_in_looks` makes.
-    size:    samples of a batch; workers: processes that load, for each process.
-
-    A frame that cannot be read is named on stderr and missing in the result. Raises `UserError` if all are.
+    model:  a `Detector`. dataset, world, size, workers: as for `of_all_frames`, which says what becomes of bad frames.
+    detect: function of a batch instead of `model.detect`, such as `tta.detect_in_looks` makes.
     """
-    was_training = model.training
-    model.eval()
-    found, unreadable = {}, []
-    pinned = world.device.type == "cuda"
-    silent = None if world.is_main else True  # None: where nobody watches
-    with tqdm(total=len(dataset), desc="detecting", unit="frame", leave=False, disable=silent) as bar:
-        for batch, bad_frames in all_batches(dataset, size, world.rank, world.size, workers, pinned):
-            unreadable += bad_frames
-            if batch is not None:
-                for token, one in zip(batch.tokens, (detect or model.detect)(batch.to(world.device)), strict=True):
-                    found[token] = Detections(one.boxes.float().cpu(), one.scores.float().cpu(), one.labels.cpu())
-            bar.update(size * world.size)
-    model.train(was_training)
-    for frame in unreadable:
-        print(f"skipped {frame}", file=sys.stderr)
-    parts = to_main((found, unreadable), world)
-    if parts is None:
-        return None
-    found = {token: one for part, _ in parts for token, one in part.items()}
-    if not found:
-        reasons = [frame for _, bad_frames in parts for frame in bad_frames]
-        raise UserError(f"none of the {len(dataset)} frames can be read ({reasons[0]}); unpack the set's files there.")
-    return found
+
+    def found_in(batch):
+        found = (detect or model.detect)(batch)
+        return [Detections(one.boxes.float().cpu(), one.scores.float().cpu(), one.labels.cpu()) for one in found]
+
+    return of_all_frames(model, dataset, world, found_in, size, workers, "detecting")

@@ -1,4 +1,5 @@
-"""Test-time augmentation: a batch is looked at turned, scaled and mirrored, and what was found each time is merged.
+"""Test-time augmentation: a batch is looked at turned, scaled and mirrored, and what was found each time is merged;
+logits of points are summed.
 
 As the original's final fusion recipe does it: of all boxes of a class, those that overlap a better one go, whichever
 look found it. Images keep their pixels; the cameras move with the points. So every look encodes the same images again,
@@ -14,6 +15,7 @@ import torch
 from unipad.data.transforms import motion, moved_boxes
 from unipad.evaluate.submission import MOST
 from unipad.model.detect import Detections, suppressed
+from unipad.model.segment import classes_of
 
 OVERLAP = 0.1  # IoU from above beyond which the worse of two boxes goes; the original's
 
@@ -33,6 +35,14 @@ def detect_in_looks(detect, motions, batch):
         back = np.linalg.inv(move)
         looked.append([_seen_from(found, back) for found in detect(moved_batch(batch, move))])
     return [merged(of_sample) for of_sample in zip(*looked, strict=True)]
+
+
+def segment_in_looks(logits, motions, batch):
+    """The classes that the logits of all looks stand for together, as `Segmenter.segment` returns them.
+
+    logits: function of a batch such as a `Segmenter`'s.
+    """
+    return classes_of(batch, sum(logits(moved_batch(batch, move)) for move in motions))
 
 
 def moved_batch(batch, move):

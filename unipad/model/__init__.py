@@ -1,6 +1,7 @@
 """The model. Frames are the LiDAR's, lengths metres; a volume is [B, C, Z, Y, X], a ray knows which volume it reads.
 
 lidar.py     points -> voxels -> sparse encoder and neck -> volume
+unet.py      points -> sparse U-Net -> features of points, or a volume
 sparse.py    sparse convolutions as modules
 norm.py      batch norm over all processes
 camera.py    images -> features and depth probabilities of every view
@@ -15,4 +16,5 @@ boxes.py     box codes, and boxes in other frames
 decoder.py   queries that look at each other and at the volume
 detect.py    detection heads on the volume
 targets.py   which query learns which box, and the losses of detection
+segment.py   a class for every point, and the losses of segmentation
 """

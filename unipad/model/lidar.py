@@ -154,17 +154,21 @@ class ConvNormReLU(nn.Sequential):
 
 
 class SparseBlock(nn.Module):
-    """relu(x + norm(conv(relu(norm(conv(x))))))."""
+    """relu(x + norm(conv(relu(norm(conv(x)))))); an x of another width is projected before it is added."""
 
-    def __init__(self, width):
+    def __init__(self, width, in_channels=None):
         super().__init__()
-        self.conv1 = SubMConv3d(width, width, 3, bias=False)
+        self.proj = None
+        if in_channels not in (None, width):
+            self.proj = nn.Sequential(SubMConv3d(in_channels, width, 1, bias=False), SparseBatchNorm(width, **NORM))
+        self.conv1 = SubMConv3d(in_channels or width, width, 3, bias=False)
         self.bn1 = SparseBatchNorm(width, **NORM)
         self.conv2 = SubMConv3d(width, width, 3, bias=False)
         self.bn2 = SparseBatchNorm(width, **NORM)
 
     def forward(self, x):
         y = conv_norm_relu(self.conv1, self.bn1, x)
+        x = x if self.proj is None else self.proj(x)
         return conv_norm_relu(self.conv2, self.bn2, y, x.features)
 
 

@@ -46,7 +46,8 @@ class VoxelSet:
         self.coords, self.shape, self.batch_size = coords.contiguous(), tuple(shape), batch_size
         self.source = None  # (VoxelSet, kernel, Table) of the convolution that made this set
         self._tables, self._made = {}, {}
-        self._sorted = (self.keys(), torch.arange(len(coords), device=coords.device)) if in_order else None
+        self._keys = None
+        self._sorted = (self.keys(), None) if in_order else None  # ascending, and the voxel of each: None, its own
         if check:
             self._sorted = sparse_map.sort_voxels(self.coords, self.shape)
             if len(coords) and int(coords[:, 0].max()) >= batch_size:
@@ -57,9 +58,9 @@ class VoxelSet:
 
     def keys(self):
         """[N] int64, the row of each voxel among all cells of the batch."""
-        Z, Y, X = self.shape
-        b, z, y, x = self.coords.long().unbind(1)
-        return ((b * Z + z) * Y + y) * X + x
+        if self._keys is None:
+            self._keys = sparse_map.voxel_keys(self.coords, self.shape)
+        return self._keys
 
     def submanifold(self, kernel, dilation):
         """The table of a convolution from these voxels to the same ones."""
@@ -82,9 +83,7 @@ class VoxelSet:
     # Compiled code takes tables that exist as inputs. It cannot make them: their sizes depend on the data.
     @torch.compiler.disable
     def _make_table(self, kernel, dilation):
-        if self._sorted is None:
-            self._sorted = sparse_map.sort_voxels(self.coords, self.shape, check=False)
-        neighbor_idx = sparse_map.submanifold_map(self.coords, *self._sorted, self.shape, kernel, dilation)
+        neighbor_idx = sparse_map.submanifold_map(self.coords, *self._in_order(), self.shape, kernel, dilation)
         # an odd kernel is its own mirror image
         odd = all(k % 2 for k in kernel)
         inverse_idx = None if odd else sparse_map.inverse_map(neighbor_idx, len(self))
@@ -92,16 +91,24 @@ class VoxelSet:
 
     @torch.compiler.disable
     def _make_reached(self, kind, geometry):
-        make_map, shape_of = {
-            "strided": (sparse_map.strided_map, sparse_map.out_shape),
-            "transposed": (sparse_map.transposed_map, sparse_map.transposed_out_shape),
-        }[kind]
-        coords, neighbor_idx = make_map(self.coords, self.shape, *geometry)
+        if kind == "strided":
+            shape = sparse_map.out_shape(self.shape, *geometry)
+            coords, neighbor_idx = sparse_map.strided_map(
+                self.coords, self.shape, *geometry, self.batch_size, *self._in_order()
+            )
+        else:
+            shape = sparse_map.transposed_out_shape(self.shape, *geometry)
+            coords, neighbor_idx = sparse_map.transposed_map(self.coords, self.shape, *geometry, self.batch_size)
         inverse_idx = sparse_map.inverse_map(neighbor_idx, len(self))
-        made = VoxelSet(coords, shape_of(self.shape, *geometry), self.batch_size, in_order=True, check=False)
+        made = VoxelSet(coords, shape, self.batch_size, in_order=True, check=False)
         made.source = (self, geometry[0], Table(neighbor_idx, inverse_idx))
         self._made[kind, geometry] = weakref.ref(made)
         return made
+
+    def _in_order(self):
+        if self._sorted is None:
+            self._sorted = sparse_map.sort_voxels(self.coords, self.shape, check=False)
+        return self._sorted
 
 
 @dataclasses.dataclass(frozen=True)

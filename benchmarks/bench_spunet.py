@@ -1,0 +1,108 @@
+"""SpUNet at full size, forward and backward, from cells to features: ours, and with the peers' convolutions.
+
+    python -m benchmarks.bench_spunet                      # 23.5k voxels, and on a GPU 120k
+    OMP_NUM_THREADS=1 python -m benchmarks.bench_spunet    # on a CPU: with more threads the spconv wheel races
+
+The newest sweeps of benchmarks/lidar_scene.py in cells of 0.05 m, as fine-tuning has them: one sweep makes 21k voxels,
+eight 120k. Every run makes its tables from the voxels, as every step of training does. Peers, where they are
+installed: spconv and spconv-triton, see bench_sparse_conv.
+"""
+
+import argparse
+import copy
+from unittest import mock
+
+import torch
+from torch import nn
+
+from benchmarks.bench_sparse_conv import AGREE_DEEP, Peer, PeerConv, Pointwise, half, installed
+from benchmarks.harness import DEVICE, Case, compare
+from benchmarks.lidar_scene import scene
+from kernels.sparse_conv import sparse_conv, sparse_conv_ref
+from kernels.voxelize import grid_sample
+from unipad.model import sparse
+from unipad.model.unet import Unet
+from unipad.recipes import SEGMENT
+
+CFG = SEGMENT["lidar"]["segment"].lidar
+
+
+def voxels_of(points, most):
+    """[V, 4] int32 (b, z, y, x) of the `most` newest voxels of points [P, 5]."""
+    rows, coords, _ = grid_sample(points, [len(points)], CFG.cell)
+    coords = coords[points[rows, 4].argsort(stable=True)[:most].sort().values]
+    coords[:, 1:] -= coords[:, 1:].amin(dim=0)
+    return coords
+
+
+class Nets:
+    """One SpUNet, its weights shared by all implementations."""
+
+    def __init__(self):
+        self.net = Unet(5, CFG.stem, CFG.widths, CFG.blocks).to(DEVICE)
+        for module in self.net.modules():
+            if isinstance(module, sparse.SparseBatchNorm):
+                # off the ReLUs' kinks, where rounding decides; see bench_sparse_conv
+                nn.init.constant_(module.bias, 8)
+        self.weights = [p for p in self.net.parameters() if p.dim() == 5]
+        self.step = 2 ** len(self.net.down)
+
+    def ours(self, op):
+        def run(features, weights, coords):
+            shape = [-(-(size + 1) // self.step) * self.step for size in coords[:, 1:].amax(dim=0).tolist()]
+            voxels = sparse.VoxelSet(coords, shape, 1, in_order=True, check=False)
+            with mock.patch.object(sparse, "sparse_conv", op), half():
+                return self.net(sparse.SparseTensor(features, voxels)).features
+
+        return run
+
+    def theirs(self, lib):
+        net = as_peer(self.net, lib)
+
+        def run(features, weights, coords):
+            shape = (coords[:, 1:].amax(dim=0) + 96).tolist()  # the original's margin
+            with half():
+                return net(Peer(lib.SparseConvTensor(features, coords, shape, 1))).features
+
+        return run
+
+
+def as_peer(net, lib):
+    """A copy of the U-Net with the peer's convolutions; all parameters are shared."""
+    twin = copy.deepcopy(net, {id(p): p for p in net.parameters()})
+    for name, conv in list(twin.named_modules()):
+        if not isinstance(conv, (sparse.SubMConv3d, sparse.SparseConv3d, sparse.SparseInverseConv3d)):
+            continue
+        part, *numbers = name.split(".")
+        size = conv.weight.shape[4], conv.weight.shape[0], list(conv.weight.shape[1:4])
+        if size[2] == [1, 1, 1]:
+            theirs = Pointwise(conv.weight)
+        else:
+            # stage 0 lies above the first strided convolution
+            level = {"conv_input": 0, "enc": 1}.get(part, 0) + int(numbers[0] if part != "conv_input" else 0)
+            if part == "down":
+                theirs = lib.SparseConv3d(*size, stride=2, bias=False, indice_key=f"between{level}")
+            elif part == "up":
+                theirs = lib.SparseInverseConv3d(*size, bias=False, indice_key=f"between{level}")
+            else:
+                theirs = lib.SubMConv3d(*size, bias=False, indice_key=f"{size[2][0]} in {level}")
+            theirs.weight = conv.weight
+            theirs = PeerConv(theirs.to(DEVICE))
+        parent, _, child = name.rpartition(".")
+        setattr(twin.get_submodule(parent), child, theirs)
+    return twin
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = [23_500, 120_000] if DEVICE == "cuda" else [23_500]
+    parser.add_argument("--voxels", type=int, nargs="+", default=sizes, help="most voxels of each case")
+    nets, libs = Nets(), installed()
+    cases = []
+    for most in parser.parse_args().voxels:
+        coords = voxels_of(scene(device=DEVICE), most)
+        features = torch.randn(len(coords), 5, device=DEVICE, requires_grad=True)
+        moved = features.nbytes + sum(w.nbytes for w in nets.weights)
+        cases.append(Case(f"N={len(coords)}", (features, nets.weights, coords), moved))
+    peers = {name: nets.theirs(lib) for name, lib in libs.items()}
+    compare("SpUNet", nets.ours(sparse_conv_ref), nets.ours(sparse_conv), peers, cases, AGREE_DEEP)

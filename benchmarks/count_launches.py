@@ -1,0 +1,140 @@
+"""What the LiDAR recipe's sparse encoder asks of the host: launches, and the microseconds of Python between them.
+
+    python -m benchmarks.count_launches
+
+Needs no GPU. Launches are counted in Triton's interpreter on a small scene, since they do not depend on its size: the
+project's kernels, and PyTorch's operators but for views and allocations, each of which is one launch or more. Seconds
+are of all that happens above the launches: kernels are left out, and operators have next to no voxels to work on.
+"""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
+import time
+from collections import Counter
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from triton.runtime.jit import KernelInterface
+
+from kernels import backend
+from unipad.model.lidar import SparseEncoder
+from unipad.model.sparse import SparseTensor, VoxelSet, make_tables
+
+N, SHAPE = 200, (41, 16, 200)  # voxels, cells (Z, Y, X)
+WIDTHS = (16, 32, 64, 128)
+ALLOCATES = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that are run, but for those that only allocate or make a view."""
+
+    def __init__(self, counts):
+        super().__init__()
+        self.counts = counts
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if not is_view and name not in ALLOCATES and func.namespace == "aten":
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def kernels_replaced(make):
+    """make(kernel, grid) returns what takes the place of a kernel's launch."""
+    plain = KernelInterface.__getitem__
+    with mock.patch.object(KernelInterface, "__getitem__", lambda kernel, grid: make(plain, kernel, grid)):
+        yield
+
+
+@contextmanager
+def counted():
+    """Counter of the launches made inside, by name."""
+    counts = Counter()
+
+    def count(plain, kernel, grid):
+        def launch(*args, **kwargs):
+            counts[kernel.__name__] += 1
+            with _disable_current_modes():  # the interpreter's own operators
+                plain(kernel, grid)(*args, **kwargs)
+
+        return launch
+
+    with Operators(counts), kernels_replaced(count):
+        yield counts
+
+
+def no_launch(plain, kernel, grid):
+    return lambda *args, **kwargs: None
+
+
+def microseconds(run, repeats=20):
+    """Median over repeats."""
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+    return 1e6 * sorted(times)[repeats // 2]
+
+
+def voxels():
+    """A line of neighbours."""
+    coords = torch.zeros(N, 4, dtype=torch.int32)
+    coords[:, 3] = torch.arange(N)
+    return VoxelSet(coords, SHAPE, 1, in_order=True, check=False)
+
+
+def main():
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    backend.interpret = True
+    encoder = SparseEncoder(5, WIDTHS, 2, 256)
+    features = torch.randn(N, 5, requires_grad=True)
+    kept = {}
+
+    def make():
+        kept["set"] = voxels()
+        kept["sets"] = make_tables(encoder, kept["set"])
+
+    def forward():
+        kept["out"] = encoder(SparseTensor(features, kept["set"])).dense()
+
+    def backward():
+        kept["out"].sum().backward()
+
+    def step():
+        forward()
+        backward()
+
+    def infer():
+        with torch.no_grad():
+            forward()
+
+    print("| part | launches | of them ours | launched most |\n|---|---|---|---|")
+    for name, part in [("tables", make), ("forward", forward), ("backward", backward)]:
+        with counted() as counts:
+            part()
+        ours = sum(n for launch, n in counts.items() if launch.endswith("_kernel"))
+        most = ", ".join(f"{launch} {n}" for launch, n in counts.most_common(8))
+        print(f"| {name} | {counts.total()} | {ours} | {most} |")
+    encoder.eval()
+    with counted() as counts:
+        infer()
+    print(f"| forward, inference | {counts.total()} |")
+
+    print("\n| part | host microseconds |\n|---|---|")
+    with kernels_replaced(no_launch):
+        print(f"| forward, inference | {microseconds(infer):.0f} |")
+        encoder.train()
+        print(f"| forward | {microseconds(forward):.0f} |")
+        print(f"| forward and backward | {microseconds(step):.0f} |")
+
+
+if __name__ == "__main__":
+    main()

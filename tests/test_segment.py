@@ -1,0 +1,93 @@
+"""The losses of segmentation against their definitions, and a model that learns by them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from unipad.config import Segment, SegmentRecipe
+from unipad.data.nuscenes import NuScenesDataset, collate
+from unipad.model.segment import Segmenter, classes_of, losses, lovasz_softmax
+from unipad.recipes import SEGMENT
+
+RECIPE = SEGMENT["lidar"]["tiny"]
+
+
+def by_definition(probabilities, labels):
+    """Lovász's extension of the loss 1 - IoU, class by class: errors in descending order times what each adds to the
+    loss of the set of points before it."""
+    values = []
+    for c in labels.unique().tolist():
+        true = {i for i, label in enumerate(labels.tolist()) if label == c}
+
+        def loss_of(wrong, true=true):
+            return 1 - len(true - wrong) / len(true | wrong)
+
+        errors = [1 - p if i in true else p for i, p in enumerate(probabilities[:, c].tolist())]
+        order = sorted(range(len(errors)), key=lambda i: -errors[i])
+        sets = [set(order[:i]) for i in range(len(order) + 1)]
+        steps = zip(order, sets, sets[1:], strict=False)
+        values.append(sum(errors[i] * (loss_of(after) - loss_of(before)) for i, before, after in steps))
+    return sum(values) / len(values)
+
+
+@pytest.mark.parametrize("P, K", [(1, 2), (7, 3), (40, 5), (40, 60)])
+def test_lovasz_softmax_is_its_definition(P, K):
+    probabilities, labels = torch.randn(P, K, dtype=torch.float64).softmax(dim=1), torch.randint(K, (P,))
+    assert lovasz_softmax(probabilities, labels).item() == pytest.approx(
+        by_definition(probabilities, labels), abs=1e-12
+    )
+
+
+def test_lovasz_softmax_has_the_gradient_of_its_value():
+    labels, logits = torch.randint(3, (7,)), torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: lovasz_softmax(x.softmax(dim=1), labels), logits)
+
+
+def test_lovasz_softmax_of_hard_guesses_is_one_minus_iou():
+    labels, guesses = torch.randint(4, (200,)), torch.randint(4, (200,))
+    ious = [((labels == c) & (guesses == c)).sum() / ((labels == c) | (guesses == c)).sum() for c in range(4)]
+    hard = torch.nn.functional.one_hot(guesses, 4).double()
+    assert lovasz_softmax(hard, labels).item() == pytest.approx(1 - sum(ious).item() / 4, abs=1e-6)
+
+
+def test_losses_by_hand():
+    """Two points of class 1 and 3, the second guessed right with 3/4, a third one without a label."""
+    logits = torch.tensor([[0.0, 0, 0], [0, 0, 6], [9, 0, 0]]).double()
+    logits[1, 2] = torch.tensor(6.0).log()
+    found = losses(Segment(classes=3), logits, torch.tensor([1, 3, 0], dtype=torch.uint8))
+    assert found["cross_entropy"].item() == pytest.approx((torch.tensor(3.0).log() + torch.tensor(4 / 3).log()) / 2)
+    # class 1: errors 2/3 (true), 1/8; J = 1, 1. Class 3: errors 1/3 (false), 1/4 (true); J = 1/2, 1
+    assert found["lovasz"].item() == pytest.approx((2 / 3 + (1 / 6 + 1 / 8)) / 2)
+    none = losses(Segment(), logits.requires_grad_(), torch.zeros(3, dtype=torch.uint8))
+    sum(none.values()).backward()
+    assert not any(none.values()) and not logits.grad.any()
+    twice = losses(Segment(cross_entropy_weight=2.0, lovasz_weight=0.5), logits, torch.tensor([1, 3, 0]).byte())
+    for name, factor in {"cross_entropy": 2, "lovasz": 0.5}.items():
+        assert twice[name].item() == pytest.approx(factor * found[name].item())
+
+
+def test_sweeps_help_but_get_no_class(city):
+    """Points of sweeps are encoded, and only the keyframe's own are judged, in the file's order."""
+    data = replace(RECIPE.data, sweeps=2)
+    batch = collate([NuScenesDataset(city, "v1.0-mini", "mini_train", data)[i] for i in (1, 2)])
+    alone = [NuScenesDataset(city, "v1.0-mini", "mini_train", RECIPE.data)[i] for i in (1, 2)]
+    logits = torch.nn.functional.one_hot((batch.point_labels.long() - 1).clamp(min=0), 16)
+    found = classes_of(batch, logits)
+    assert batch.point_counts[0] > len(alone[0].points)
+    assert [c.tolist() for c in found] == [s.point_labels.clip(1).tolist() for s in alone]
+    assert [len(c) for c in Segmenter(RECIPE).eval().segment(batch)] == [len(s.points) for s in alone]
+
+
+def test_a_few_steps_learn_one_frame(city):
+    batch = collate([NuScenesDataset(city, "v1.0-mini", "mini_train", RECIPE.data)[0]])
+    model = Segmenter(SegmentRecipe(grid=RECIPE.grid, lidar=RECIPE.lidar, segment=RECIPE.segment))
+    optimiser = torch.optim.AdamW(model.parameters(), 1e-2)
+    curve = []
+    for _ in range(8):
+        loss = sum(model(batch, None).values())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        curve.append(loss.item())
+    assert curve[-1] < 0.7 * curve[0], curve

@@ -1,0 +1,249 @@
+"""Segmentation as the devkit judges it, and the scripts as a user runs them for it."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import finetune
+from tests.test_eval import ALONE, evaluate, save_run
+from tests.test_finetune import signals_and_threads  # noqa: F401
+from tests.test_train import checkpoint, curve
+from unipad.data.nuscenes import NuScenesDataset
+from unipad.data.tables import SEGMENTS
+from unipad.errors import UserError
+from unipad.evaluate.segmentation import (
+    evaluate_segmentation,
+    score_segmentation,
+    segment_all,
+    segmentation_table,
+    write_segmentation,
+)
+from unipad.evaluate.tta import looks, segment_in_looks
+from unipad.model.pretrain import Pretrain
+from unipad.model.segment import Segmenter, classes_of
+from unipad.recipes import PRETRAIN, SEGMENT
+
+RECIPE = SEGMENT["lidar"]["tiny"]
+
+
+@pytest.fixture(scope="module")
+def validation(city):
+    return NuScenesDataset(city, "v1.0-mini", "mini_val", RECIPE.data)
+
+
+def truth_of(batch):
+    """A batch's own labels through the model's last step, as a perfect segmenter would find them; 1 where none is."""
+    hot = torch.nn.functional.one_hot((batch.point_labels.long() - 1).clamp(min=0), len(SEGMENTS))
+    return classes_of(batch, hot)
+
+
+@pytest.mark.parametrize("split", ["mini_train", "mini_val"])
+def test_the_city_shows_every_class_in_both_splits(split, city):
+    dataset = NuScenesDataset(city, "v1.0-mini", split, RECIPE.data)
+    labels = np.concatenate([dataset[i].point_labels for i in range(len(dataset))])
+    assert np.bincount(labels, minlength=17).all()
+
+
+def files_of(validation, folder):
+    index = validation.index
+    return [folder / "lidarseg" / "mini_val" / f"{token.decode()}_lidarseg.bin" for token in index.lidar_tokens]
+
+
+@pytest.fixture(scope="module")
+def perfect(validation, tmp_path_factory):
+    """(folder, metrics) of the truth, written and judged."""
+    folder, model = tmp_path_factory.mktemp("perfect"), Segmenter(RECIPE).train()
+    metrics = evaluate_segmentation(model, validation, folder, ALONE, truth_of, size=2)
+    assert model.training
+    return folder, metrics
+
+
+def test_the_truth_through_files_and_devkit_scores_one(perfect, validation):
+    folder, metrics = perfect
+    assert metrics == {"mIoU": 1, "mAcc": 1, "allAcc": 1}
+    summary = json.loads((folder / "segmentation_summary.json").read_text())
+    assert list(summary["iou_per_class"]) == list(SEGMENTS) and set(summary["iou_per_class"].values()) == {1.0}
+    words = segmentation_table(summary)
+    assert "mIoU: 1.0000" in words and all(name in words for name in SEGMENTS)
+    meta = json.loads((folder / "mini_val" / "submission.json").read_text())["meta"]
+    assert meta["use_lidar"] and not any(used for name, used in meta.items() if name != "use_lidar")
+    sizes = [len(validation[i].points) for i in range(len(validation))]
+    assert [file.stat().st_size for file in files_of(validation, folder)] == sizes
+
+
+def test_the_devkit_s_own_check_takes_the_folder(perfect, validation, city):
+    from nuscenes import NuScenes
+    from nuscenes.eval.lidarseg import validate_submission
+
+    nusc = NuScenes("v1.0-mini", str(city), verbose=False)
+    scenes = {"mini_val": ["scene-0103"]}  # of the split's two the small city has one
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nuscenes.eval.lidarseg.utils.create_splits_scenes", lambda verbose: scenes)
+        validate_submission.validate_submission(nusc, str(perfect[0]), "mini_val")
+
+
+def test_metrics_by_hand(perfect, validation, tmp_path):
+    """Every second car is called a bus, in the devkit's own numbers and by counting."""
+    found = {}
+    for i in range(len(validation)):
+        sample = validation[i]
+        classes = sample.point_labels.clip(1)
+        car = np.flatnonzero(sample.point_labels == 4)
+        classes[car[::2]] = 3
+        found[sample.token] = torch.from_numpy(classes)
+    truth = np.concatenate([validation[i].point_labels for i in range(len(validation))])
+    classes = np.concatenate([c.numpy() for c in found.values()])
+    write_segmentation(found, validation, tmp_path)
+    summary = score_segmentation(tmp_path, validation)
+    cars, buses, known = (truth == 4).sum(), (truth == 3).sum(), (truth > 0).sum()
+    wrong = ((truth == 4) & (classes == 3)).sum()
+    assert summary["iou_per_class"]["car"] == pytest.approx(1 - wrong / cars)
+    assert summary["iou_per_class"]["bus"] == pytest.approx(buses / (buses + wrong))
+    assert summary["miou"] == pytest.approx((14 + (cars - wrong) / cars + buses / (buses + wrong)) / 16)
+    assert summary["macc"] == pytest.approx((15 + (cars - wrong) / cars) / 16)
+    assert summary["allacc"] == pytest.approx(1 - wrong / known)
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lambda classes: classes[:-3], r"has \d+ classes for \d+ points"),
+        (lambda classes: np.append(classes, classes[:1]), r"has \d+ classes for \d+ points"),
+        (lambda classes: np.where(np.arange(len(classes)) == 7, 0, classes), "holds class 0; the classes are 1 to 16"),
+        (
+            lambda classes: np.where(np.arange(len(classes)) == 7, 17, classes),
+            "holds class 17; the classes are 1 to 16",
+        ),
+        (None, "is missing: every frame of the split needs one"),
+    ],
+    ids=["short", "long", "class 0", "class 17", "missing"],
+)
+def test_a_wrong_file_is_one_sentence(spoil, words, perfect, validation, tmp_path):
+    folder = shutil.copytree(perfect[0], tmp_path / "eval")
+    file = files_of(validation, folder)[1]
+    classes = np.fromfile(file, np.uint8)
+    file.unlink()
+    if spoil is not None:
+        spoil(classes).astype(np.uint8).tofile(file)
+    with pytest.raises(UserError, match=f"{file.name} {words}") as error:
+        score_segmentation(folder, validation)
+    assert "\n" not in str(error.value)
+
+
+def test_unreadable_frames_are_named_and_not_judged(city, tmp_path, capsys):
+    root = shutil.copytree(city, tmp_path / "city")
+    dataset = NuScenesDataset(root, "v1.0-mini", "mini_val", RECIPE.data)
+    file = root / dataset.index.lidar_files[dataset.index.frame_lidar[1]].decode()
+    file.write_bytes(file.read_bytes()[:-7])
+    metrics = evaluate_segmentation(Segmenter(RECIPE), dataset, tmp_path / "eval", ALONE, truth_of)
+    assert metrics["mIoU"] == 1 and f"skipped {file}: is truncated" in capsys.readouterr().err
+    assert [f.exists() for f in files_of(dataset, tmp_path / "eval")] == [True, False, True]
+
+
+def test_looks_are_summed_over_the_same_points(validation):
+    """The truth seen from eight sides is the truth; a model's logits of a look are those of the moved points."""
+    eight = looks(angles=np.radians([0, 90]))
+    sides = {tuple(np.round(move[:2, :2], 6).flatten() + 0) for move in eight}
+    assert len(sides) == 8
+
+    def logits(batch):
+        return torch.nn.functional.one_hot((batch.point_labels.long() - 1).clamp(min=0), 16)
+
+    found = segment_all(Segmenter(RECIPE), validation, ALONE, lambda b: segment_in_looks(logits, eight, b))
+    for i in range(len(validation)):
+        assert np.array_equal(found[validation[i].token], validation[i].point_labels.clip(1))
+
+
+SMALL = dict(device="cpu", workers=0, log_every=1)
+
+
+@pytest.fixture(scope="module")
+def runs(city, tmp_path_factory):
+    """Folders of a pre-trained model and of a fine-tuning from it, as short as it can be."""
+    folder = tmp_path_factory.mktemp("segment")
+    save_run(folder / "pre", Pretrain(PRETRAIN["lidar"]["segment-tiny"]), city)
+    finetune.main(fine(city, folder / "run", pretrained=(folder / "pre",), steps=2, lr=1e-12))
+    return folder
+
+
+def fine(city, out, **flags):
+    return finetune.Args(
+        **{**SMALL, "task": "segment", "preset": "tiny", "data_root": city, "out": out, "steps": 3, **flags}
+    )
+
+
+def test_a_run_leaves_all_it_promises(runs):
+    run = runs / "run"
+    assert sorted(curve(run)) == [1, 2] and 0 <= curve(run, "val/mIoU")[2] < 0.3
+    assert curve(run, "train/lovasz")[1] > 0 and curve(run, "train/cross_entropy")[1] > 0
+    assert (run / "images" / "val_000002.png").stat().st_size > 10_000
+    assert json.loads((run / "config.json").read_text())["args"]["modality"] == "lidar"
+
+
+def test_the_u_net_is_taken_from_pre_training(runs):
+    source, weights = (checkpoint(runs / name)["model"] for name in ("pre", "run"))
+    taken = [name for name in weights if name.startswith("encoder.") and "running" not in name and "num" not in name]
+    assert len(taken) > 50
+    for name in taken:
+        torch.testing.assert_close(weights[name], source[name], rtol=1e-5, atol=1e-9)
+
+
+def test_a_run_is_judged_and_drawn(runs, tmp_path, capsys):
+    evaluate(runs / "run", pictures=1)
+    said = capsys.readouterr().out
+    assert "mIoU: 0." in said and "allAcc: 0." in said and "driveable_surface" in said
+    picture = np.asarray(Image.open(runs / "run" / "eval" / "segments_0.png"))
+    assert picture.shape[1] > 1000 and picture.std() > 20
+    evaluate(runs / "run", task="segment", tta=True, tta_flips=False, batch_size=2, pictures=1, out=tmp_path)
+    plain, turned = (
+        json.loads((p / "segmentation_summary.json").read_text()) for p in (runs / "run" / "eval", tmp_path)
+    )
+    assert plain["iou_per_class"].keys() == turned["iou_per_class"].keys() and plain != turned
+
+
+def test_the_test_split_gives_a_submission_alone(runs, city, tmp_path, capsys):
+    """The city as nuScenes' test set comes: other names, and not a label."""
+    root = shutil.copytree(city, tmp_path / "set", ignore=shutil.ignore_patterns("unipad-index", "lidarseg*"))
+    tables = root / "v1.0-test"
+    (root / "v1.0-mini").rename(tables)
+    scenes = json.loads((tables / "scene.json").read_text())
+    (tables / "scene.json").write_text(json.dumps([s | {"name": f"scene-{77 + i:04}"} for i, s in enumerate(scenes)]))
+    evaluate(runs / "run", data_root=root, version="v1.0-test", split="test", pictures=1, out=tmp_path / "eval")
+    assert "no metrics" in capsys.readouterr().out
+    assert len(list((tmp_path / "eval" / "lidarseg" / "test").glob("*_lidarseg.bin"))) == 6
+    assert (tmp_path / "eval" / "test" / "submission.json").exists() and (tmp_path / "eval" / "segments_0.png").exists()
+
+
+@pytest.mark.parametrize(
+    "of, flags, words",
+    [
+        ("run", {"task": "detect"}, ["--task detect needs a run of finetune.py", "one of finetune.py --task segment"]),
+        ("run", {"least_score": 0.5}, ["--least-score", "finetune.py"]),
+        ("run", {"masked": False}, ["--masked", "train.py"]),
+        ("pre", {"task": "segment"}, ["--task segment needs a run of finetune.py --task segment", "train.py"]),
+    ],
+    ids=["task", "score", "masked", "pre-training"],
+)
+def test_a_users_mistake_is_one_sentence(of, flags, words, runs):
+    with pytest.raises(UserError) as error:
+        evaluate(runs / of, **flags)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_other_mistakes(runs, city, tmp_path):
+    with pytest.raises(UserError, match="--modality camera is not known; use lidar"):
+        finetune.main(fine(city, tmp_path / "run", modality="camera"))
+    with pytest.raises(UserError, match="17 classes apart, and nuScenes asks for 16"):
+        recipe = replace(RECIPE, segment=replace(RECIPE.segment, classes=17))
+        evaluate(save_run(tmp_path / "17", Segmenter(recipe), city))
+    root = shutil.copytree(city, tmp_path / "set", ignore=shutil.ignore_patterns("unipad-index", "lidarseg.json"))
+    with pytest.raises(UserError, match="frames without lidarseg labels; unpack nuScenes-lidarseg in"):
+        finetune.main(fine(Path(root), tmp_path / "run"))
+    with pytest.raises(UserError, match="frames without lidarseg labels"):
+        evaluate(runs / "run", data_root=root)

@@ -1,0 +1,104 @@
+"""SpUNet: the original's numbers, and points that keep their features whatever else is in the batch."""
+
+import pytest
+import torch
+
+from tests.golden import assert_close_to_max, load, weights
+from unipad import config
+from unipad.model.sparse import SparseTensor, VoxelSet
+from unipad.model.unet import Unet, UnetEncoder
+from unipad.names import to_original
+
+GRID = config.Grid(low=(-8.0, -8.0, -2.0), high=(8.0, 8.0, 4.0), cell=(1.0, 1.0, 2.0))  # 16 x 16 x 3
+SMALL = config.Unet(cell=0.5, mask_block=2, stem=4, widths=(4, 6, 6, 5), blocks=(1, 1, 1, 1))
+
+
+def cloud(counts=(300, 200)):
+    points = torch.rand(sum(counts), 5) * torch.tensor([15.8, 15.8, 5.8, 255, 0]) - torch.tensor([7.9, 7.9, 1.9, 0, 0])
+    return points, torch.tensor(counts)
+
+
+def test_is_the_original():
+    arrays, record = load("spunet_eval")
+    cfg = record["config"]
+    net = Unet(cfg["in_channels"], cfg["base_channels"], cfg["channels"], cfg["layers"]).eval()
+    net.load_state_dict(weights(arrays, "encoder.lidar.encoder."))
+    coords = arrays["in/coors"].int()
+    features = arrays["in/voxel_features"].requires_grad_()
+    shape = [-(-size // 16) * 16 for size in (coords[:, 1:].amax(dim=0) + 1).tolist()]
+    out = net(SparseTensor(features, VoxelSet(coords, shape, int(arrays["in/batch_size"])))).features
+    assert_close_to_max(out, arrays["out/features"], 1e-5)
+    (out * arrays["in/w_out"]).sum().backward()
+    assert_close_to_max(features.grad, arrays["grad/voxel_features"], 1e-5, "features")
+    gradients = weights(arrays, "encoder.lidar.encoder.", "grad/")
+    assert gradients.keys() == dict(net.named_parameters()).keys()
+    for key, param in net.named_parameters():
+        assert_close_to_max(param.grad, gradients[key], 1e-5, key)
+
+
+def test_weights_go_back_to_the_original_s_keys():
+    arrays, _ = load("spunet_eval")
+    ours = {f"encoder.lidar.encoder.{name}": w for name, w in weights(arrays, "encoder.lidar.encoder.").items()}
+    theirs = {name.removeprefix("state/"): w for name, w in arrays.items() if name.startswith("state/")}
+    del theirs["pts_middle_encoder.mtoken"]  # which nothing reads
+    back, unknown = to_original(ours, spconv=2)
+    assert not unknown and back.keys() == theirs.keys()
+    assert all(torch.equal(back[name], theirs[name]) for name in theirs)
+
+
+def test_paper_size():
+    """The U-Net of Pointcept's table, 39.2 M weights with a head of 20 classes, and 16 x 96 biases more or less."""
+    with torch.device("meta"):
+        net = UnetEncoder(config.Unet(), config.Grid((-54.0, -54.0, -5.0), (54.0, 54.0, 3.0), (0.6, 0.6, 1.6)))
+    assert net.mask_shape == (10, 135, 135)
+    assert sum(p.numel() for p in net.parameters()) == pytest.approx(39.2e6, rel=2e-3)
+
+
+def test_points_have_the_features_of_their_voxels_in_any_batch():
+    """A sample's features are the same alone, beside another one and with a far point; a point's are its voxel's."""
+    points, counts = cloud()
+    net = UnetEncoder(SMALL, GRID).eval()
+    features, rows, voxel_of = net.of_voxels(points, counts)
+    assert features.shape == (len(rows), 5)
+    assert torch.equal((points[:, :3] / 0.5).floor(), (points[rows[voxel_of], :3] / 0.5).floor())
+    assert torch.equal(voxel_of[rows], torch.arange(len(rows)))
+    far = torch.tensor([[-91.3, 70.0, 9.0, 1.0, 0.0]])
+    alone, _, alone_of = net.of_voxels(torch.cat([points[300:], far]), [201])
+    torch.testing.assert_close(alone[alone_of[:200]], features[voxel_of[300:]], rtol=1e-4, atol=1e-5)
+    assert net.of_voxels(points[:0], [0, 0])[0].shape == (0, 5)
+
+
+def test_a_volume_s_cell_holds_the_mean_of_its_points():
+    points, counts = cloud()
+    net = UnetEncoder(SMALL, GRID).eval()
+    volume, seen = net(points, counts)
+    assert volume.shape == (2, 5, 3, 16, 16) and volume.is_contiguous(memory_format=torch.channels_last_3d)
+    features, rows, _ = net.of_voxels(points, counts)
+    x, y, z = ((points[rows, :3] - torch.tensor(GRID.low)) / torch.tensor(GRID.cell)).long().unbind(1)
+    sample = (rows >= 300).long()
+    total, count = torch.zeros(2, 3, 16, 16, 5), torch.zeros(2, 3, 16, 16, 1)
+    total.index_put_((sample, z, y, x), features, accumulate=True)
+    count.index_put_((sample, z, y, x), torch.ones(len(rows), 1), accumulate=True)
+    torch.testing.assert_close(volume, (total / count.clamp(min=1)).permute(0, 4, 1, 2, 3), rtol=1e-4, atol=1e-5)
+    assert torch.equal(seen[:, 1:], ((points[rows, :3] - torch.tensor(GRID.low)) / 0.5).int().flip(1))
+
+
+def test_hidden_blocks_are_empty():
+    """What is left is encoded as if nothing else had been there; a point on the border stays inside."""
+    points, counts = cloud((400, 200))
+    points[0, :3] = torch.tensor([8.0, 8.0, 4.0]).nextafter(torch.zeros(3))
+    net = UnetEncoder(SMALL, GRID).eval()
+    noise = torch.rand(2, *net.mask_shape)
+    volume, seen = net(points, counts, noise)
+    _, every = net(points, counts)
+    blocks = [{tuple(c) for c in torch.cat([v[:, :1], v[:, 1:] // 2], dim=1).tolist()} for v in (seen, every)]
+    for b in range(2):
+        kept, occupied = (sum(c[0] == b for c in these) for these in blocks)
+        assert kept == round(occupied * 0.2)
+    place = ((points[:, :3] - torch.tensor(GRID.low)) / 0.5).long().flip(1) // 2
+    sample = torch.tensor([0, 1]).repeat_interleave(counts)
+    visible = torch.tensor([(b, *p) in blocks[0] for b, p in zip(sample.tolist(), place.tolist(), strict=True)])
+    alone, _ = net(points[visible], [int(visible[:400].sum()), int(visible[400:].sum())])
+    torch.testing.assert_close(volume, alone, rtol=1e-4, atol=1e-5)
+    volume.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())

@@ -1,0 +1,86 @@
+"""Pictures of classes of LiDAR points: from above, and over the cameras' images. What is true above what was found."""
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from unipad.batch import CAMERAS
+from unipad.data.tables import SEGMENTS
+from unipad.draw.boxes import NEAR, ROWS
+from unipad.draw.views import DPI, picture_of
+
+TITLE = 24  # pixels above an image
+REACH = 40.0  # metres from the LiDAR to the sides of the view from above
+# After the devkit's, whose vehicles are shades of one orange; 0 to 16
+COLOURS = (
+    np.array(
+        [
+            (70, 70, 70), (150, 160, 175), (220, 20, 60), (255, 80, 40), (255, 225, 0), (140, 86, 255), (255, 61, 160),
+            (60, 110, 255), (0, 255, 255), (255, 180, 200), (165, 95, 45), (0, 150, 136), (175, 0, 75), (150, 60, 150),
+            (130, 200, 70), (222, 184, 135), (0, 140, 0),
+        ]
+    )
+    / 255
+)  # fmt: skip
+
+
+def segment_views(batch, found, width=300):
+    """A sheet of the batch's first sample: from above, and in its cameras where it has any. [H, W, 3] uint8.
+
+    found: [K] the classes of the keyframe's points, as `Segmenter.segment` gives them.
+    width: pixels of a camera's column.
+
+    Points without a label are grey in the truth and left out of what was found. Where the batch has no labels at all,
+    what was found stands alone.
+    """
+    points = batch.points[: batch.point_counts[0]]
+    key = points[:, 4] == 0
+    points, found = points[key, :3].cpu().numpy(), found.cpu().numpy()
+    rows = {"found": found}
+    if batch.point_labels is not None:
+        truth = batch.point_labels[: batch.point_counts[0]][key].cpu().numpy()
+        rows = {"true": truth, "found": np.where(truth > 0, found, 0)}
+    cameras = batch.images.shape[1] > 0
+    H, W = batch.image_sizes[0, 0].tolist() if cameras else (1, 1)
+    height = 2 * (width * H / W + TITLE) if cameras else 2 * width  # of a row
+    figure = Figure(figsize=((height + 3 * width * cameras) / DPI, (len(rows) * height + 70) / DPI), dpi=DPI)
+    figure.set_layout_engine("constrained", w_pad=0.01, h_pad=0.04, wspace=0, hspace=0)
+    figure.set_facecolor("0.1")
+    *lines, foot = figure.subfigures(len(rows) + 1, 1, height_ratios=[height] * len(rows) + [70])
+    for line, (name, classes) in zip(lines, rows.items(), strict=True):
+        shares = [height, 3 * width] if cameras else [height]
+        above, *others = line.subfigures(1, len(shares), width_ratios=shares, squeeze=False)[0]
+        _from_above(above.subplots(), points, classes, name)
+        for grid in others:
+            for axis, view in zip(grid.subplots(2, 3).flat, np.ravel(ROWS), strict=True):
+                image = batch.images[0, view, :, :H, :W].permute(1, 2, 0).cpu().numpy()
+                _in_camera(axis, image, batch.lidar2image[0, view].cpu().numpy(), points, classes)
+                axis.set_title(CAMERAS[view], color="white", fontsize=8)
+    handles = [
+        Line2D([], [], color=colour, label=label, marker="o", linestyle="")
+        for colour, label in zip(COLOURS[1:], SEGMENTS, strict=True)
+    ]
+    colours = dict(facecolor="0.1", edgecolor="0.1", labelcolor="white")
+    foot.legend(handles=handles, loc="center", ncols=8, fontsize=8, **colours)
+    return picture_of(figure)
+
+
+def _from_above(axis, points, classes, name):
+    axis.set(xlim=(-REACH, REACH), ylim=(-REACH, REACH), xticks=[], yticks=[], aspect="equal", facecolor="black")
+    order = np.argsort(points[:, 2], kind="stable")  # what is above hides what is below
+    axis.scatter(points[order, 0], points[order, 1], s=4, c=COLOURS[classes[order]], linewidths=0)
+    axis.plot(0, 0, "w+")
+    axis.spines[:].set_color("0.4")
+    axis.text(0.02, 0.96, name, color="white", transform=axis.transAxes, va="top")
+
+
+def _in_camera(axis, image, lidar2image, points, classes):
+    """One camera's `image` [h, w, 3], darkened, with the points before it, the nearest on top; lidar2image [4, 4]."""
+    height, width = image.shape[:2]
+    axis.imshow(image * 0.4)
+    axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), xticks=[], yticks=[])
+    seen = points @ lidar2image[:3, :3].T + lidar2image[:3, 3]  # [P, 3] u*d, v*d, d
+    rows = np.flatnonzero(seen[:, 2] > NEAR)
+    rows = rows[np.argsort(-seen[rows, 2], kind="stable")]
+    u, v = (seen[rows, :2] / seen[rows, 2:]).T
+    axis.scatter(u, v, s=10, c=COLOURS[classes[rows]], linewidths=0)

@@ -1,0 +1,139 @@
+"""How good a segmentation is: a class for every point of every keyframe, written as nuScenes wants it, then the devkit.
+
+    <folder>/lidarseg/<split>/<LIDAR_TOP sample_data token>_lidarseg.bin    uint8 a point, 1 to 16, in the file's order
+    <folder>/<split>/submission.json                                        what was used
+
+The devkit's evaluation asks for every scene that a split has in the real set, and stops at a file that it does not like
+without naming it. Here it judges the frames that there are, after every file was looked at.
+"""
+
+import json
+import os
+from types import SimpleNamespace
+
+import numpy as np
+
+from unipad.data.tables import SEGMENTS
+from unipad.errors import UserError
+from unipad.evaluate.frames import of_all_frames
+from unipad.runtime import from_main
+
+
+def evaluate_segmentation(model, dataset, folder, world, segment=None, size=1, workers=0):
+    """Segment every frame of a split and let the devkit judge.
+
+    model, dataset, world, segment, size, workers: as for `segment_all`.
+    folder: gets the files and `segmentation_summary.json` (see `score_segmentation`).
+
+    Returns dict: mIoU, mAcc, allAcc, the same in every process. A frame that cannot be read is not judged.
+    """
+    found = segment_all(model, dataset, world, segment, size, workers)
+    metrics = None
+    if world.is_main:
+        write_segmentation(found, dataset, folder)
+        metrics = headline(score_segmentation(folder, dataset, found))
+    return from_main(metrics, world)
+
+
+def segment_all(model, dataset, world, segment=None, size=1, workers=0):
+    """The classes of every frame's points: {sample token: [K] uint8 on the host} in the main process, None in the
+    others.
+
+    model:   a `Segmenter`. dataset, world, size, workers: as for `of_all_frames`, which says what becomes of bad
+             frames; the dataset leaves no point out.
+    segment: function of a batch instead of `model.segment`.
+    """
+
+    def found_in(batch):
+        return [classes.cpu() for classes in (segment or model.segment)(batch)]
+
+    return of_all_frames(model, dataset, world, found_in, size, workers, "segmenting")
+
+
+def write_segmentation(found, dataset, folder):
+    """Write what `segment_all` found as a submission to nuScenes."""
+    files = _files(dataset, folder)
+    for part in (folder / "lidarseg" / dataset.split, folder / dataset.split):
+        part.mkdir(parents=True, exist_ok=True)
+    for token, classes in found.items():
+        classes.numpy().tofile(files[token])
+    uses = {"use_camera": False, "use_lidar": True, "use_radar": False, "use_map": False, "use_external": False}
+    (folder / dataset.split / "submission.json").write_text(json.dumps({"meta": uses}, indent=2) + "\n")
+
+
+def score_segmentation(folder, dataset, tokens=None):
+    """What the devkit's LidarSegEval says of written classes; kept in `segmentation_summary.json`.
+
+    dataset: a `NuScenesDataset` of all the split's frames.
+    tokens:  of the samples to judge; None: of all in the split.
+
+    Returns dict: miou, freq_weighted_iou, macc and allacc in [0, 1], iou_per_class and acc_per_class: class -> value,
+    NaN for one that nothing is nor was found to be. The accuracies come from the devkit's table of confusions, and no
+    class that does not occur counts. Raises `UserError` for a file that is missing or wrong.
+    """
+    os.environ.setdefault("MPLBACKEND", "Agg")  # the devkit imports pyplot, which looks for a screen
+    from nuscenes import NuScenes
+    from nuscenes.eval.lidarseg.evaluate import LidarSegEval
+    from nuscenes.eval.lidarseg.utils import ConfusionMatrix, LidarsegClassMapper
+
+    index, files = dataset.index, _files(dataset, folder)
+    tokens = list(files if tokens is None else tokens)
+    for token, label_file in zip(index.tokens, index.lidarseg_files, strict=True):
+        if token.decode() in tokens:
+            check_classes(files[token.decode()], dataset.root / label_file.decode())
+    nusc = NuScenes(dataset.version, str(dataset.root), verbose=False)
+    mapper = LidarsegClassMapper(nusc)
+    names = {number: name for name, number in mapper.coarse_name_2_coarse_idx_mapping.items()}
+    confusions = ConfusionMatrix(len(names), mapper.ignore_class["index"])
+    judge = SimpleNamespace(
+        nusc=nusc, mapper=mapper, id2name=names, global_cm=confusions, verbose=False,
+        results_folder=str(folder), eval_set=dataset.split, sample_tokens=tokens,
+    )  # fmt: skip
+    summary = LidarSegEval.evaluate(judge)
+    ious = {name: float(iou) for name, iou in summary["iou_per_class"].items() if name in SEGMENTS}
+    counts = confusions.global_cm[1:, 1:]  # [16 true, 16 found]
+    points, right = counts.sum(axis=1), counts.diagonal()
+    accuracies = np.divide(right, points, out=np.full(len(points), np.nan), where=points > 0)
+    summary |= {
+        "iou_per_class": ious,
+        "acc_per_class": dict(zip(SEGMENTS, accuracies.tolist(), strict=True)),
+        "macc": float(np.nanmean(accuracies)),
+        "allacc": float(right.sum() / points.sum()),
+    }
+    (folder / "segmentation_summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def check_classes(file, label_file):
+    """Raises `UserError` where `file` is no uint8 class from 1 to 16 for each byte of `label_file`, the truth."""
+    try:
+        classes, count = np.fromfile(file, np.uint8), label_file.stat().st_size
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename} is missing: every frame of the split needs one.") from None
+    if len(classes) != count:
+        raise UserError(f"{file} has {len(classes)} classes for {count} points; it needs one byte a point.")
+    wrong = classes[(classes < 1) | (classes > len(SEGMENTS))]
+    if len(wrong):
+        raise UserError(f"{file} holds class {wrong[0]}; the classes are 1 to {len(SEGMENTS)}.")
+
+
+def headline(summary):
+    """mIoU, mAcc and allAcc, dict of name -> number."""
+    return {"mIoU": summary["miou"], "mAcc": summary["macc"], "allAcc": summary["allacc"]}
+
+
+def segmentation_table(summary):
+    """The summary in words: the means, then each class."""
+    lines = [f"{name}: {value:.4f}" for name, value in headline(summary).items()]
+    lines += ["", "Per-class results:", f"{'Class':<22}{'IoU':>8}{'Acc':>8}"]
+    accuracies = summary["acc_per_class"]
+    lines += [f"{name:<22}{iou:>8.3f}{accuracies[name]:>8.3f}" for name, iou in summary["iou_per_class"].items()]
+    return "\n".join(lines)
+
+
+def _files(dataset, folder):
+    """{sample token: its file} of the split."""
+    tokens, keys = dataset.index.tokens, dataset.index.lidar_tokens
+    folder = folder / "lidarseg" / dataset.split
+    pairs = zip(tokens, keys, strict=True)
+    return {token.decode(): folder / f"{key.decode()}_lidarseg.bin" for token, key in pairs}

@@ -1,0 +1,85 @@
+"""Segmentation of the LiDAR's points: SpUNet, a linear head, cross entropy and the Lovász softmax.
+
+    Lovász softmax (arXiv 1705.08790): the mean, over the classes c that occur, of sum_i e_i (J_i - J_{i-1})
+
+with e_i the points' errors of class c, 1 - p_c where c is true and p_c elsewhere, in descending order, and J_i = 1 -
+IoU of c if the first i points were wrong and no others. It is the convex extension of the IoU's loss.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from unipad.model.volume import Encoder
+
+
+class Segmenter(nn.Module):
+    """The encoder of one `config.SegmentRecipe` and a head: a batch to classes of its points."""
+
+    def __init__(self, recipe):
+        super().__init__()
+        self.recipe = recipe
+        self.encoder = Encoder(recipe)
+        self.head = nn.Linear(self.encoder.channels, recipe.segment.classes)
+
+    def forward(self, batch, generators):
+        """Losses of one training step over one point a voxel: dict of name -> weighted value; see `losses`.
+
+        batch: a `Batch` with point labels on the model's device. generators: not needed, nothing here is by chance.
+        """
+        logits, rows, _ = self._of_voxels(batch)
+        return losses(self.recipe.segment, logits, batch.point_labels[rows])
+
+    @torch.no_grad()
+    def logits(self, batch):
+        """[P, classes] of every point: its voxel's. Put the model in eval mode first."""
+        logits, _, voxel_of = self._of_voxels(batch)
+        return logits[voxel_of]
+
+    def segment(self, batch):
+        """The classes of each sample's keyframe, a list of [K] uint8 from 1 on, in the order of its points."""
+        return classes_of(batch, self.logits(batch))
+
+    def _of_voxels(self, batch):
+        features, rows, voxel_of = self.encoder.lidar.of_voxels(batch.points, batch.point_counts)
+        with torch.autocast(features.device.type, enabled=False):
+            return self.head(features.to(self.head.weight.dtype)), rows, voxel_of
+
+
+def classes_of(batch, logits):
+    """The classes that logits [P, classes] of a batch's points stand for, as `Segmenter.segment` returns them."""
+    found = logits.argmax(dim=1).to(torch.uint8) + 1
+    key = batch.points[:, 4] == 0  # points of sweeps have a time lag
+    parts = zip(*(t.split(batch.point_counts.tolist()) for t in (found, key)), strict=True)
+    return [classes[rows] for classes, rows in parts]
+
+
+def losses(cfg, logits, labels):
+    """`cross_entropy`, the mean over the points with a label, and `lovasz`, each times its weight.
+
+    cfg: `config.Segment`; logits: [P, K]; labels: [P] uint8 from 1 to K, 0 = none. Without any label both are 0. Of
+    several processes each has the losses of its own points.
+    """
+    known = labels > 0
+    logits, labels = logits[known], labels[known].long() - 1
+    cross_entropy = F.cross_entropy(logits, labels, reduction="sum") / max(len(labels), 1)
+    lovasz = lovasz_softmax(logits.softmax(dim=1), labels)
+    return {"cross_entropy": cfg.cross_entropy_weight * cross_entropy, "lovasz": cfg.lovasz_weight * lovasz}
+
+
+def lovasz_softmax(probabilities, labels):
+    """The Lovász softmax of probabilities [P, K] and labels [P] from 0 on, over all points at once; 0 without points.
+
+    Differentiable once; where errors are equal, their order decides between two subgradients.
+    """
+    if not len(labels):
+        return probabilities.sum()
+    true = F.one_hot(labels, probabilities.shape[1]).to(probabilities.dtype)  # [P, K]
+    errors, order = (true - probabilities).abs().sort(dim=0, descending=True)
+    true = true.gather(0, order)
+    count = true.sum(dim=0)
+    missed, false = true.cumsum(dim=0), (1 - true).cumsum(dim=0)
+    loss = 1 - (count - missed) / (count + false)  # [P, K] J_i
+    steps = torch.cat([loss[:1], loss[1:] - loss[:-1]])
+    present = (count > 0).to(errors.dtype)
+    return ((errors * steps).sum(dim=0) * present).sum() / present.sum()

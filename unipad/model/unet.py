@@ -1,0 +1,138 @@
+"""SpUNet: points -> one point a voxel -> a sparse U-Net -> features of every point, or a volume of them.
+
+Names inside `Unet` are the original's SpUNetBase's, after Pointcept: 5 x 5 x 5 stem, strided convolutions down, their
+inverses up, features of the way down beside those of the way up. What differs: cells are multiples of their size from
+the LiDAR on, where Pointcept counts from each sample's minimum; so a sample's features do not depend on its farthest
+point, nor on what else is in the batch.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kernels.voxelize import grid_sample
+from unipad import config
+from unipad.model.lidar import ConvNormReLU, SparseBlock, draw_voxel_mask
+from unipad.model.sparse import SparseConv3d, SparseInverseConv3d, SparseTensor, SubMConv3d, VoxelSet
+
+INTENSITY = 255.0  # nuScenes' largest
+
+
+class UnetEncoder(nn.Module):
+    """Point clouds to features of their points, or to a volume."""
+
+    def __init__(self, cfg: config.Unet, grid: config.Grid, point_channels=5):
+        super().__init__()
+        self.cfg, self.grid = cfg, grid
+        self.encoder = Unet(point_channels, cfg.stem, cfg.widths, cfg.blocks)
+        extents = list(zip(grid.low, grid.high, strict=True))[::-1]  # z, y, x
+        self.first = [round(low / cfg.cell) for low, _ in extents]  # the grid's first voxel
+        self.cells = [round((high - low) / cfg.cell) for low, high in extents]
+        self.mask_shape = tuple(-(-size // cfg.mask_block) for size in self.cells)  # blocks (z, y, x)
+
+    def forward(self, points, point_counts, noise=None):
+        """Encode the points of a batch, all inside the grid.
+
+        points, point_counts: as for `LidarEncoder.forward`.
+        noise: [B, *mask_shape] uniform in [0, 1): decides which blocks of voxels are hidden; None = none.
+
+        Returns:
+            volume: [B, C, Z, Y, X] in memory format channels_last_3d: the mean feature of the points in each cell, 0
+                    where there is none.
+            seen:   [M, 4] int32 (b, z, y, x) from the grid's lower corner, the voxels that were not hidden.
+        """
+        rows, coords, _ = grid_sample(points, point_counts, self.cfg.cell)
+        # a point just below the grid's upper border may be rounded up to it
+        last = coords.new_tensor([size - 1 for size in self.cells])
+        inside = (coords[:, 1:] - coords.new_tensor(self.first)).clamp(min=0).minimum(last)
+        seen = torch.cat([coords[:, :1], inside], dim=1)
+        if noise is not None and self.cfg.mask_ratio > 0:
+            visible = draw_voxel_mask(seen, noise, self.cfg.mask_block, self.cfg.mask_ratio).nonzero()[:, 0]
+            rows, coords, seen = rows[visible], coords[visible], seen[visible]
+        features = self._encode(points[rows], coords, len(point_counts))
+        return self._volume(features, points[rows, :3], coords[:, 0], len(point_counts)), seen
+
+    def of_voxels(self, points, point_counts):
+        """Features of one point a voxel, for segmentation. Points may be anywhere.
+
+        Returns:
+            features: [V, C].
+            rows:     [V] int64, the points that they are of.
+            voxel_of: [P] int64, the row among `features` of each point's voxel.
+        """
+        rows, coords, voxel_of = grid_sample(points, point_counts, self.cfg.cell)
+        return self._encode(points[rows], coords, len(point_counts)), rows, voxel_of
+
+    def _encode(self, points, coords, B):
+        """[V, C] features of the voxels `coords` [V, 4] that the `points` [V, 5] stand for."""
+        dtype = self.encoder.conv_input[0].weight.dtype
+        features = points.to(dtype) * points.new_tensor([1, 1, 1, 1 / INTENSITY, 1])
+        if not len(points):
+            return features.new_zeros(0, self.cfg.channels)
+        step = 2 ** len(self.encoder.down)
+        # From a cell that the coarsest voxels begin at, whatever the batch; ended where they end, or its last would
+        # have none above it.
+        low = coords[:, 1:].amin(dim=0).div(step, rounding_mode="floor") * step
+        shape = [-(-size // step) * step for size in (coords[:, 1:].amax(dim=0) - low + 1).tolist()]
+        coords = torch.cat([coords[:, :1], coords[:, 1:] - low], dim=1)
+        return self.encoder(SparseTensor(features, VoxelSet(coords, shape, B, in_order=True, check=False))).features
+
+    def _volume(self, features, places, sample, B):
+        X, Y, Z = self.grid.shape
+        low, cell = places.new_tensor(self.grid.low), places.new_tensor(self.grid.cell)
+        x, y, z = ((places - low) / cell).long().minimum(places.new_tensor([X - 1, Y - 1, Z - 1]).long()).unbind(1)
+        key, order = (((sample.long() * Z + z) * Y + y) * X + x).sort(stable=True)
+        key, counts = key.unique_consecutive(return_counts=True)
+        features = features.to(places.dtype)  # means of many, under autocast too
+        volume = features.new_zeros(B * Z * Y * X, features.shape[1])
+        if len(key):
+            means = F.embedding_bag(order, features, counts.cumsum(0) - counts, mode="mean")
+            volume = volume.index_copy(0, key, means)
+        return volume.view(B, Z, Y, X, -1).permute(0, 4, 1, 2, 3)
+
+
+class Unet(nn.Module):
+    """SparseTensor to one of the same voxels, whose grid has sides that are multiples of 2^(stages down).
+
+    stem:   channels of the first convolution.
+    widths: of the stages down, and up again; blocks: residual blocks of each.
+    """
+
+    def __init__(self, in_channels, stem, widths, blocks):
+        super().__init__()
+        stages = len(widths) // 2
+        assert len(widths) == len(blocks) == 2 * stages, f"{widths} and {blocks}: not as many stages up as down"
+        self.conv_input = ConvNormReLU(SubMConv3d(in_channels, stem, 5, bias=False))
+        self.down, self.up, self.enc, self.dec = (nn.ModuleList() for _ in range(4))
+        above = stem  # channels of the stage over this one, on the way down
+        for s in range(stages):
+            down, up = widths[s], widths[-1 - s]
+            below = widths[-2 - s]  # on the way up; of the last stage, its own
+            self.down.append(ConvNormReLU(SparseConv3d(above, down, 2, 2, bias=False)))
+            self.enc.append(_blocks(down, down, blocks[s]))
+            self.up.append(ConvNormReLU(SparseInverseConv3d(below, up, 2, bias=False)))
+            self.dec.append(_blocks(up + above, up, blocks[-1 - s]))
+            above = down
+
+    def forward(self, x):
+        device = x.features.device.type
+        # bf16 would round coordinates of 50 m to 25 cm
+        with torch.autocast(device, enabled=False):
+            x = self.conv_input(x)
+        if torch.is_autocast_enabled(device):
+            x = x.replace(x.features.to(torch.get_autocast_dtype(device)))
+        skips = []
+        for down, enc in zip(self.down, self.enc, strict=True):
+            skips.append(x)
+            x = enc(down(x))
+        for up, dec in zip(reversed(self.up), reversed(self.dec), strict=True):
+            x = up(x)
+            x = dec(x.replace(torch.cat([x.features, skips.pop().features], dim=1)))
+        return x
+
+
+def _blocks(in_channels, width, count):
+    stage = nn.Sequential()
+    for i in range(count):
+        stage.add_module(f"block{i}", SparseBlock(width, in_channels if i == 0 else width))
+    return stage

@@ -22,7 +22,6 @@ LAUNCHES = [
     )
     for flags, act, mirrored, c, pack, steps, m, i, o, warps, divisible, elements, mma, registers, shared, targets in [
         (IEEE, PLAIN, False, 16, 4, 1, 128, 64, 16, 4, EVEN, HALF, "HGMMA", 80, 59904, EVERY),
-        (IEEE, FULL, False, 16, 4, 1, 128, 64, 16, 4, EVEN, HALF, "HGMMA", 56, 59904, ONE_TARGET),
         (IEEE, PLAIN, True, 32, 2, 1, 128, 64, 32, 4, EVEN, HALF, "HGMMA", 80, 64000, ONE_TARGET),
         (IEEE, PLAIN, False, 0, 1, 1, 128, 64, 64, 4, EVEN, HALF, "HGMMA", 104, 74760, ONE_TARGET),
         (IEEE, PLAIN, False, 0, 1, 2, 64, 64, 128, 4, EVEN, HALF, "HGMMA", 120, 74248, ONE_TARGET),
@@ -31,7 +30,7 @@ LAUNCHES = [
         (IEEE, PLAIN, False, 5, 6, 1, 64, 32, 16, 4, (), HALF, "HGMMA", 128, 8192, EVERY),
         (IEEE, PLAIN, False, 0, 1, 2, 64, 32, 64, 4, (), HALF, "HGMMA", 104, 8192, ONE_TARGET),
         (TF32, PLAIN, False, 16, 2, 1, 64, 32, 16, 4, EVEN, SINGLE, "HGMMA", 48, 32000, ONE_TARGET),
-        (TF32, PLAIN, False, 0, 1, 2, 128, 32, 64, 4, EVEN, SINGLE, "HGMMA", 168, 74760, EVERY),
+        (TF32, PLAIN, False, 0, 1, 2, 128, 32, 64, 4, EVEN, SINGLE, "HGMMA", 128, 74760, ONE_TARGET),
         (IEEE, PLAIN, False, 5, 3, 1, 64, 16, 16, 4, (), SINGLE, "", 96, 18560, ONE_TARGET),
         (IEEE, FULL, False, 0, 1, 2, 64, 32, 32, 4, EVEN, SINGLE, "", 128, 25096, EVERY),
         (IEEE, PLAIN, True, 0, 1, 2, 64, 16, 16, 4, (), SINGLE, "", 80, 10760, ONE_TARGET),
@@ -46,11 +45,9 @@ LAUNCHES = [
     )
     for flags, i, o, stages, divisible, elements, mma, registers, shared, targets in [
         (IEEE, 16, 16, STAGES, EVEN, HALF, "HMMA", 56, 7168, EVERY),
-        (IEEE, 16, 16, STAGES, (), HALF, "HMMA", 56, 4096, ONE_TARGET),
         (IEEE, 128, 128, STAGES, EVEN, HALF, "HGMMA", 168, 99328, EVERY),
         (IEEE, 64, 64, STAGES, (), HALF, "HGMMA", 176, 16384, ONE_TARGET),
         (TF32, 64, 64, STAGES, EVEN, SINGLE, "HGMMA", 112, 99328, ONE_TARGET),
-        (TF32, 32, 32, STAGES, (), SINGLE, "HMMA", 176, 33792, ONE_TARGET),
         (IEEE, 32, 32, FEWER_STAGES, EVEN, SINGLE, "", 56, 33792, EVERY),
         (IEEE, 16, 16, FEWER_STAGES, (), SINGLE, "", 72, 17408, ONE_TARGET),
     ]
@@ -62,7 +59,6 @@ LAUNCHES = [
     )
     for c, registers, shared, targets in [
         (16, 96, 59392, ONE_TARGET),
-        (32, 144, 114688, ONE_TARGET),
         (64, 176, 124928, EVERY),
     ]
 ] + [

@@ -37,7 +37,7 @@ class Launch:
     shared: int = 0  # at most, bytes per program
     stack: int = 0  # at most, bytes per thread; above 0 means spills and wants a written reason
     mma: str = ""  # the matrix instruction that sm_90's machine code must have, "HGMMA" or "HMMA"; sm_80 knows HMMA
-    budgets: tuple = ("sm_90",)  # of NVIDIA's targets: where the costs are asserted
+    budgets: tuple = ("sm_90",)  # targets where the costs are asserted; on AMD's, the stack alone
 
     def matrix(self, target):
         """The matrix instruction that the machine code for `target` must have, "" for none."""
@@ -107,7 +107,12 @@ def _paths(type_, path):
 
 
 def _cost(compiled, mma):
-    """Registers and stack bytes per thread, shared bytes per program, and `mma` if the machine code has it."""
+    """Registers and stack bytes per thread, shared bytes per program, and `mma` if the machine code has it.
+
+    On AMD's targets the stack alone.
+    """
+    if "amdgcn" in compiled.asm:
+        return {"stack": int(re.search(r"\.private_segment_fixed_size: +(\d+)", compiled.asm["amdgcn"])[1])}
     used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _dump(compiled, "cuobjdump", "--dump-resource-usage")))
     return {
         "registers": int(used["REG"]),

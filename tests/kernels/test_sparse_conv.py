@@ -286,8 +286,10 @@ def test_gradcheck(device):
 
 
 @pytest.mark.parametrize("fn", [sparse_conv, sparse_conv_ref])
-def test_bit_equal_from_run_to_run(fn, device):
-    inputs, *_ = make_inputs("submanifold", THREE, 2, (4, 5, 6), 130, 8, 16, device, torch.float32)
+@pytest.mark.parametrize("dtype, mirrored", [(torch.float32, False), (torch.float16, True)], ids=str)
+def test_bit_equal_from_run_to_run(dtype, mirrored, fn, device):
+    inputs, *_ = make_inputs("submanifold", THREE, 2, (4, 5, 6), 130, 8, 16, device, dtype)
+    inputs["inverse_idx"] = None if mirrored else inputs["inverse_idx"]
     leaves = inputs["features"].requires_grad_(), inputs["weight"].requires_grad_()
     first, second = ((out, *grads(out, *leaves)) for out in (fn(**inputs), fn(**inputs)))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -18,7 +18,7 @@ LAUNCHES = [
         "_gather_gemm_kernel",
         flags | act | dict(MIRRORED=mirrored, NEAR=True, C=c, PACK=pack, STEPS=steps, BLOCK_M=m, BLOCK_I=i, BLOCK_O=o),
         dict(scale_ptr="*fp32", shift_ptr="*fp32"), divisible, elements, num_warps=warps, num_stages=STAGES,
-        registers=registers, shared=shared, mma=mma, targets=targets, budgets=targets[:2],
+        registers=registers, shared=shared, mma=mma, targets=targets, budgets=targets,
     )
     for flags, act, mirrored, c, pack, steps, m, i, o, warps, divisible, elements, mma, registers, shared, targets in [
         (IEEE, PLAIN, False, 16, 4, 1, 128, 64, 16, 4, EVEN, HALF, "HGMMA", 80, 59904, EVERY),
@@ -41,7 +41,7 @@ LAUNCHES = [
         flags | dict(BLOCK_R=BLOCK_R, BLOCK_I=i, BLOCK_O=o),
         dict(partial_ptr="*fp32", first_ptr="*i64", end_ptr="*i64"), divisible, elements,
         num_warps=8 if i * o > 8192 else 4, num_stages=stages,
-        registers=registers, shared=shared, mma=mma, targets=targets, budgets=targets[:2],
+        registers=registers, shared=shared, mma=mma, targets=targets, budgets=targets,
     )
     for flags, i, o, stages, divisible, elements, mma, registers, shared, targets in [
         (IEEE, 16, 16, STAGES, EVEN, HALF, "HMMA", 56, 7168, EVERY),
@@ -55,7 +55,7 @@ LAUNCHES = [
     Launch(
         "_d_weight_of_groups_kernel", dict(WIDEN=False, BLOCK_R=BLOCK_R, C=c, GROUP=GROUP[c], BLOCK_O=c),
         dict(partial_ptr="*fp32"), ("O", "R"), HALF, num_warps=8 if GROUP[c] * c * c >= 8192 else 4, num_stages=STAGES,
-        registers=registers, shared=shared, mma="HGMMA", targets=targets, budgets=targets[:2],
+        registers=registers, shared=shared, mma="HGMMA", targets=targets, budgets=targets,
     )
     for c, registers, shared, targets in [
         (16, 96, 59392, ONE_TARGET),

@@ -6,7 +6,7 @@ from kernels.sparse_gemm import BLOCK_R, LEAST
 from kernels.sparse_tiles import BLOCK_C, BLOCK_K, WINDOW, chunks, pairs, tiles
 from tests.ahead_of_time import Launch
 
-INT = dict(elements=("i32",), budgets=("sm_80", "sm_90"))  # no argument has the element type
+INT = dict(elements=("i32",), budgets=("sm_80", "sm_90", "gfx942"))  # no argument has the element type
 LAUNCHES = [
     Launch(
         "_tiles_kernel", dict(SORT=True, SHARE=1, WINDOW=WINDOW, BLOCK_M=m, BLOCK_K=BLOCK_K),

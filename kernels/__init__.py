@@ -3,7 +3,9 @@
     backend.py      which path runs: Triton on a GPU, the reference elsewhere
     voxelize.py     points -> voxels with the mean of their points, one point a cell
     sparse_map.py   which voxels each offset of a sparse convolution reads
-    sparse_conv.py  gather-GEMM over a neighbour table
+    sparse_conv.py  gather-GEMM over a neighbour table, with what follows it in inference
+    sparse_gemm.py  ... its products; sparse_tiles.py, what they read of a table; sparse_reference.py, in plain PyTorch
+    tuning.py       which of an op's launches is fastest, found and remembered; off by default
     lift.py         voxel <- sum over views and levels of bilinear feature x trilinear depth probability
     pixel_sum.py    ... its gradients without atomics
     voxel_pool.py   voxel <- sum of feature x depth probability over the frustum points that fall into it

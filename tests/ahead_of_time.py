@@ -37,7 +37,7 @@ class Launch:
     shared: int = 0  # at most, bytes per program
     stack: int = 0  # at most, bytes per thread; above 0 means spills and wants a written reason
     mma: str = ""  # the matrix instruction that sm_90's machine code must have, "HGMMA" or "HMMA"; sm_80 knows HMMA
-    budgets: tuple = ("sm_90",)  # of the targets: where the costs are asserted
+    budgets: tuple = ("sm_90",)  # targets where the costs are asserted; on AMD's, the stack alone
 
     def matrix(self, target):
         """The matrix instruction that the machine code for `target` must have, "" for none."""
@@ -51,11 +51,13 @@ def compile_launches(kernel_file):
         kernel = getattr(module, launch.kernel)
         for element in launch.elements:
             for target in launch.targets:
-                cost = _compile(kernel, launch, element, target)
+                compiled = compile_launch(kernel, launch, element, target)
+                cost = _cost(compiled, launch.matrix(target)) if target in launch.budgets else {}
                 print(json.dumps(dict(kernel=launch.kernel, element=element, target=target, **cost)), flush=True)
 
 
-def _compile(kernel, launch, element, target):
+def compile_launch(kernel, launch, element, target):
+    """The compiled kernel, as Triton has it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -76,8 +78,7 @@ def _compile(kernel, launch, element, target):
     options = {"num_warps": launch.num_warps}
     if launch.num_stages is not None:
         options["num_stages"] = launch.num_stages
-    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
-    return _cost(compiled, launch.matrix(target)) if target in launch.budgets else {}
+    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
 
 
 def _type(name, launch, element):
@@ -106,33 +107,35 @@ def _paths(type_, path):
 
 
 def _cost(compiled, mma):
-    """Registers and stack bytes per thread, shared bytes per program, and on NVIDIA `mma` if the code has it."""
-    import triton
+    """Registers and stack bytes per thread, shared bytes per program, and `mma` if the machine code has it.
 
+    On AMD's targets the stack alone.
+    """
     if "amdgcn" in compiled.asm:
-        used = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", compiled.asm["amdgcn"]))
-        return {
-            "registers": int(used["vgpr_count"]),
-            "stack": int(used["private_segment_fixed_size"]),
-            "shared": compiled.metadata.shared,
-        }
-
-    def dump(tool, option):
-        command = [Path(triton.__file__).parent / "backends/nvidia/bin" / tool, option, cubin.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        usage = dump("cuobjdump", "--dump-resource-usage")
-        found = mma if mma and re.search(rf"\b{mma}\b", dump("nvdisasm", "-c")) else ""
-    used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+        return {"stack": int(re.search(r"\.private_segment_fixed_size: +(\d+)", compiled.asm["amdgcn"])[1])}
+    used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _dump(compiled, "cuobjdump", "--dump-resource-usage")))
     return {
         "registers": int(used["REG"]),
         "stack": max(int(used["STACK"]), int(used["LOCAL"])),
         "shared": compiled.metadata.shared,
-        "mma": found,
+        "mma": mma if mma and instructions(compiled, mma)[mma] else "",
     }
+
+
+def instructions(compiled, *kinds):
+    """How many of each kind ("HGMMA", "LDGSTS", ...) the machine code for an NVIDIA target has."""
+    code = _dump(compiled, "nvdisasm", "-c")
+    return {kind: len(re.findall(rf"\b{kind}\b", code)) for kind in kinds}
+
+
+def _dump(compiled, tool, option):
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        command = [Path(triton.__file__).parent / "backends/nvidia/bin" / tool, option, cubin.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 if __name__ == "__main__":

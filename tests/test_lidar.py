@@ -1,10 +1,12 @@
 import dataclasses
+from unittest import mock
 
 import pytest
 import torch
 
 from tests.golden import assert_close_to_max, load, weights
 from unipad import config
+from unipad.model import sparse
 from unipad.model.lidar import (
     NORM,
     LidarEncoder,
@@ -14,7 +16,7 @@ from unipad.model.lidar import (
     draw_voxel_mask,
 )
 from unipad.model.norm import SyncedBatchNorm
-from unipad.model.sparse import SparseTensor, VoxelSet
+from unipad.model.sparse import SparseConv3d, SparseTensor, SubMConv3d, VoxelSet
 
 GRID = config.Grid(low=(-8.0, -4.0, -2.0), high=(8.0, 4.0, 4.0), cell=(1.0, 1.0, 2.0))  # 16 x 8 x 3
 TINY = config.Lidar(
@@ -160,6 +162,26 @@ def test_volume_fits_the_grid_and_everything_learns():
     volume.square().sum().backward()
     for name, param in encoder.named_parameters():
         assert param.grad is not None and param.grad.isfinite().all() and param.grad.any(), name
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+def test_evaluation_without_gradients_is_fused(precision):
+    """And gives the same numbers, after its norms change too."""
+    encoder = make_encoder(blocks=2).eval()
+    features, voxels = (x := sparse_part(encoder, *cloud())[0]).features, x.voxels
+    net, cast = encoder.encoder, torch.autocast("cpu", precision, enabled=precision != torch.float32)
+    convolutions = sum(isinstance(m, SubMConv3d | SparseConv3d) for m in net.modules()) - 1  # the last is 1 x 1 x 1
+    for change in (lambda norm: None, lambda norm: norm.running_mean.add_(0.5), lambda norm: norm.weight.mul_(2)):
+        with torch.no_grad():
+            [change(module) for module in net.modules() if isinstance(module, SyncedBatchNorm)]
+        with cast, mock.patch.object(sparse, "sparse_conv_act", wraps=sparse.sparse_conv_act) as fused:
+            stepwise = net(SparseTensor(features, voxels))
+            assert not fused.called
+            with torch.no_grad():
+                out = net(SparseTensor(features, voxels))
+            assert fused.call_count == convolutions
+        assert out.voxels is stepwise.voxels and out.features.dtype == stepwise.features.dtype
+        assert_close_to_max(out.features, stepwise.features, 1e-5 if precision == torch.float32 else 0.05)
 
 
 def test_voxels_lie_where_the_points_are():

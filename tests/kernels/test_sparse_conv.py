@@ -4,48 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import sparse_conv as module
-from kernels.sparse_conv import BLOCK_R, WORD, sparse_conv, sparse_conv_ref
-from tests.ahead_of_time import Launch
-from tests.check import check_against_ref
-
-IEEE, TF32 = dict(PRECISION="ieee", WIDEN=False), dict(PRECISION="tf32", WIDEN=False)
-HALF, SINGLE, EVEN = ("bf16",), ("fp32",), ("I", "O")
-LAUNCHES = [
-    Launch(
-        "_gather_gemm_kernel",
-        flags | dict(TRANSPOSED=transposed, BLOCK_M=m, BLOCK_I=i, BLOCK_O=o, BLOCK_K=WORD),
-        divisible=divisible, elements=elements, num_warps=m // 16, registers=registers, shared=shared,
-    )
-    for flags, m, i, o, divisible, elements, registers, shared in [
-        (IEEE, 64, 16, 16, EVEN, HALF, 104, 6144),
-        (IEEE, 64, 16, 16, (), HALF, 136, 3072),
-        (IEEE, 64, 64, 128, EVEN, HALF, 248, 51200),
-        (IEEE, 128, 64, 128, EVEN, HALF, 232, 68608),
-        (IEEE, 64, 32, 64, (), HALF, 232, 9216),
-        (TF32, 64, 32, 64, EVEN, SINGLE, 184, 34816),
-        (TF32, 64, 16, 32, (), SINGLE, 176, 13312),
-        (IEEE, 64, 32, 32, EVEN, SINGLE, 176, 14336),
-        (IEEE, 64, 32, 32, (), SINGLE, 232, 14336),
-    ]
-    for transposed in (False, True)
-] + [
-    Launch(
-        "_d_weight_kernel",
-        flags | dict(BLOCK_R=BLOCK_R, BLOCK_I=i, BLOCK_O=o), dict(partial_ptr="*fp32"),
-        divisible, elements, num_warps=8 if i * o > 8192 else 4, registers=registers, shared=shared,
-    )
-    for flags, i, o, divisible, elements, registers, shared in [
-        (IEEE, 16, 16, EVEN, HALF, 48, 6144),
-        (IEEE, 16, 16, (), HALF, 64, 2560),
-        (IEEE, 128, 128, EVEN, HALF, 136, 66560),
-        (IEEE, 64, 64, (), HALF, 192, 17408),
-        (TF32, 64, 64, EVEN, SINGLE, 136, 66560),
-        (TF32, 32, 32, (), SINGLE, 176, 17408),
-        (IEEE, 32, 32, EVEN, SINGLE, 56, 17408),
-        (IEEE, 32, 32, (), SINGLE, 136, 17408),
-    ]
-]  # fmt: skip
+from kernels import sparse_gemm
+from kernels.sparse_conv import sparse_conv, sparse_conv_act, sparse_conv_act_ref, sparse_conv_ref
+from tests.check import check_against_ref, launches
 
 ONE, THREE = (1, 1, 1), (3, 3, 3)
 # kind, kernel, batch, grid (Z, Y, X), voxels, Cin, Cout
@@ -53,8 +14,9 @@ CASES = [
     ("submanifold", THREE, 3, (3, 4, 5), 37, 5, 18),  # odd everywhere; the second sample is empty
     ("submanifold", THREE, 1, THREE, 27, 18, 5),  # a full block
     ("submanifold", THREE, 2, (4, 5, 6), 64, 16, 16),  # exactly one tile
-    ("submanifold", THREE, 2, (4, 5, 6), 65, 1, 16),  # one over
-    ("submanifold", (3, 1, 1), 1, (4, 4, 9), 129, 128, 128),  # two over, which the weights' gradient cuts in three
+    ("submanifold", THREE, 2, (4, 5, 6), 65, 1, 16),  # one over; many offsets a step
+    ("submanifold", THREE, 1, (3, 4, 5), 33, 32, 8),  # two offsets a step, and back eight
+    ("submanifold", (3, 1, 1), 1, (4, 4, 9), 129, 128, 128),  # one over, and two steps an offset
     ("submanifold", ONE, 1, (2, 3, 4), 20, 5, 18),
     ("submanifold", THREE, 1, (4, 4, 4), 1, 5, 16),
     ("submanifold", THREE, 2, (4, 4, 4), 0, 5, 16),
@@ -64,7 +26,7 @@ CASES = [
     ("inverse", THREE, 2, (5, 4, 7), 37, 16, 5),
     ("transposed", (2, 2, 2), 2, (3, 3, 4), 20, 5, 16),
 ]  # fmt: skip
-FIVE = ("submanifold", (5, 5, 5), 1, (3, 3, 4), 30, 16, 1)  # more offsets than bits in a word
+FIVE = ("submanifold", (5, 5, 5), 1, (3, 3, 4), 30, 16, 1)  # more offsets than bits in a key
 STRIDE, PADDING = (2, 2, 2), {ONE: 0, (2, 2, 2): 0, THREE: 1, (3, 1, 1): (1, 0, 0), (5, 5, 5): 2}
 
 
@@ -149,7 +111,7 @@ def test_matches_reference(case, dtype, device):
     check_against_ref(sparse_conv, sparse_conv_ref, inputs, dtype)
 
 
-def test_more_offsets_than_bits_in_a_word(device):
+def test_more_offsets_than_bits_in_a_key(device):
     inputs, *_ = make_inputs(*FIVE, device)
     check_against_ref(sparse_conv, sparse_conv_ref, inputs, torch.float16)
 
@@ -161,9 +123,100 @@ def test_gradient_of_one_input_alone(wrt, device):
 
 
 def test_many_rows_and_channels_take_wide_tiles(monkeypatch, device):
-    monkeypatch.setattr(module, "MANY_ROWS", 1)
+    monkeypatch.setattr(sparse_gemm, "FEW_ROWS", 1)
     inputs, *_ = make_inputs("submanifold", (3, 1, 1), 1, (4, 5, 9), 150, 144, 272, device)
     check_against_ref(sparse_conv, sparse_conv_ref, inputs, torch.float16)
+
+
+@pytest.mark.parametrize("fn", [sparse_conv, sparse_conv_ref])
+def test_a_mirror_image_needs_no_inverse(fn, device):
+    """And the kernels then make one set of tiles for all."""
+    inputs, *_ = make_inputs("submanifold", THREE, 2, (4, 5, 6), 90, 5, 16, device, torch.float32)
+    assert torch.equal(inputs["inverse_idx"], inputs["neighbor_idx"].flip(0))
+    leaves = inputs["features"].requires_grad_(), inputs["weight"].requires_grad_()
+    truth = fn(**inputs)
+    truth = truth, *grads(truth, *leaves)
+    with launches() as launched:
+        out = fn(**inputs | dict(inverse_idx=None, neighbor_idx=inputs["neighbor_idx"].clone()))
+        out = out, *grads(out, *leaves)
+    assert launched.count("_tiles_kernel") == (fn is sparse_conv)
+    for ours, theirs in zip(out, truth, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kernel, c_in, c_out", [(THREE, 8, 5), (THREE, 32, 16), ((3, 1, 1), 64, 40)])
+def test_weights_gradient_of_several_offsets_at_once(kernel, c_in, c_out, dtype, device):
+    """On a mirror image with few channels, in three parts of rows."""
+    inputs, *_ = make_inputs("submanifold", kernel, 1, (4, 5, 9), 150, c_in, c_out, device)
+    inputs["inverse_idx"] = None
+    with launches() as launched:
+        check_against_ref(sparse_conv, sparse_conv_ref, inputs, dtype)
+    assert "_d_weight_of_groups_kernel" in launched
+
+
+def test_weights_gradient_in_many_chunks(monkeypatch, device):
+    """Of the three offsets, which have 0 to 150 pairs, in two to five chunks and in more than wanted."""
+    monkeypatch.setattr(sparse_gemm, "LEAST", 8)
+    monkeypatch.setattr(sparse_gemm, "BLOCK_R", 16)
+    inputs, *_ = make_inputs("submanifold", (3, 1, 1), 1, (4, 5, 9), 150, 3, 20, device)
+    check_against_ref(sparse_conv, sparse_conv_ref, inputs, torch.float32, wrt=("weight",))
+    monkeypatch.setattr(sparse_gemm, "PROGRAMS", 2)
+    check_against_ref(sparse_conv, sparse_conv_ref, inputs, torch.float32, wrt=("weight",))
+
+
+ACTS = [(True, True, True, True), (True, True, False, False), (False, True, False, True), (False, False, True, False)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("act", ACTS, ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[9]], ids=str)
+def test_act_is_what_follows_the_convolution(case, act, dtype, device):
+    """Rounded once: half a last bit from fp64, and what sums in fp32 are away."""
+    inputs, *_ = make_inputs(*case, device)
+    del inputs["inverse_idx"]
+    gen = torch.Generator().manual_seed(2)
+    M, O = inputs["neighbor_idx"].shape[1], len(inputs["weight"])
+    scale, shift, residual = (torch.randn(size, generator=gen).to(device) for size in (O, O, (M, O)))
+    scale, shift, residual = (v if given else None for v, given in zip((scale, shift, residual), act, strict=False))
+
+    ours = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    exact = {k: v.double() if v.is_floating_point() else v for k, v in ours.items()}
+    truth = sparse_conv_ref(**exact, inverse_idx=inverted(inputs["neighbor_idx"], len(inputs["features"])))
+    truth = truth if scale is None else truth * scale
+    truth = truth if shift is None else truth + shift
+    truth = truth if residual is None else truth + residual.to(dtype)
+    truth = truth.relu() if act[3] else truth
+    last_bit = 0.51 if dtype != torch.bfloat16 or device != "cpu" else 1.01  # the interpreter cuts bf16 off
+    bound = last_bit * torch.finfo(dtype).eps * truth.abs() + 1e-6 * truth.abs().max()
+    for fn in (sparse_conv_act, sparse_conv_act_ref):
+        with launches() as launched:
+            out = fn(**ours, scale=scale, shift=shift, residual=residual, relu=act[3])
+        assert bool(launched) == (fn is sparse_conv_act and dtype != torch.float64)
+        assert out.dtype == dtype and ((out - truth).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("fn", [sparse_conv_act, sparse_conv_act_ref])
+@pytest.mark.parametrize("N, M", [(0, 70), (3, 70), (3, 0)])
+def test_act_of_nothing(fn, N, M, device):
+    """Without neighbours the shift stays."""
+    features, weight = torch.ones(N, 5, device=device), torch.ones(7, *THREE, 5, device=device)
+    nothing = torch.full((27, M), -1, dtype=torch.int32, device=device)
+    shift = torch.arange(-3.0, 4, device=device)
+    out = fn(features, weight, nothing, 2 * shift, shift, relu=True)
+    assert torch.equal(out, shift.relu().expand(M, 7))
+
+
+def test_act_has_no_gradient(device):
+    inputs, *_ = make_inputs(*CASES[0], device, torch.float32)
+    del inputs["inverse_idx"]
+    inputs["weight"].requires_grad_()
+    with pytest.raises(AssertionError, match="no gradient"):
+        sparse_conv_act(**inputs)
+    with torch.no_grad():
+        sparse_conv_act(**inputs)
+    with pytest.raises(AssertionError, match="18 channels|are \\[18\\]"), torch.no_grad():
+        sparse_conv_act(**inputs, shift=torch.ones(5, device=device))
 
 
 def test_tf32_is_taken_by_choice(device):
@@ -233,8 +286,10 @@ def test_gradcheck(device):
 
 
 @pytest.mark.parametrize("fn", [sparse_conv, sparse_conv_ref])
-def test_bit_equal_from_run_to_run(fn, device):
-    inputs, *_ = make_inputs("submanifold", THREE, 2, (4, 5, 6), 130, 8, 16, device, torch.float32)
+@pytest.mark.parametrize("dtype, mirrored", [(torch.float32, False), (torch.float16, True)], ids=str)
+def test_bit_equal_from_run_to_run(dtype, mirrored, fn, device):
+    inputs, *_ = make_inputs("submanifold", THREE, 2, (4, 5, 6), 130, 8, 16, device, dtype)
+    inputs["inverse_idx"] = None if mirrored else inputs["inverse_idx"]
     leaves = inputs["features"].requires_grad_(), inputs["weight"].requires_grad_()
     first, second = ((out, *grads(out, *leaves)) for out in (fn(**inputs), fn(**inputs)))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -250,12 +305,26 @@ def test_compiled_is_eager(fn, device):
             assert torch.equal(a, b)
 
 
+@torch.no_grad()
+def test_act_compiled_is_eager(device):
+    compiled = torch.compile(sparse_conv_act, backend="aot_eager", fullgraph=True)
+    (inputs, *_), gen = make_inputs(*CASES[0], device, torch.float32), torch.Generator().manual_seed(2)
+    del inputs["inverse_idx"]
+    inputs |= dict(shift=torch.randn(18, generator=gen).to(device), relu=True)
+    assert torch.equal(compiled(**inputs), sparse_conv_act(**inputs))
+
+
 @pytest.mark.parametrize("reference", [False, True])
 def test_custom_ops_are_sound(reference, device):
     """Schema, fake results and gradients, as PyTorch itself checks them."""
     inputs, *_ = make_inputs("strided", (2, 2, 2), 2, (4, 4, 4), 9, 5, 3, device, torch.float32)
     inputs["features"].requires_grad_(), inputs["weight"].requires_grad_()
     torch.library.opcheck(torch.ops.unipad.sparse_conv, (*inputs.values(), False, reference))
+    features, weight, table, _ = (t.detach() for t in inputs.values())
+    shift = torch.ones(3, device=device)
+    torch.library.opcheck(
+        torch.ops.unipad.sparse_conv_act, (features, weight, table, None, shift, None, True, False, reference)
+    )
 
 
 @pytest.mark.parametrize("fn", [sparse_conv, sparse_conv_ref])
@@ -282,12 +351,16 @@ def test_the_weights_gradient_passes_the_largest_fp16(fn, device):
 
 
 def test_a_table_changed_in_place_is_read_anew(device):
-    """The reference remembers the pairs of a table."""
+    """What is made of a table is remembered."""
     features, weight = torch.tensor([[1.0], [2]], device=device), torch.ones(1, 1, 1, 1, 1, device=device)
-    table = torch.tensor([[0, 1]], dtype=torch.int32, device=device)
-    assert sparse_conv_ref(features, weight, table, table).flatten().tolist() == [1, 2]
-    table[0, 1] = -1
-    assert sparse_conv_ref(features, weight, table, table).flatten().tolist() == [1, 0]
+    weight.requires_grad_()
+    for fn in (sparse_conv, sparse_conv_ref):
+        table = torch.tensor([[0, 1]], dtype=torch.int32, device=device)
+        for expected in ([1, 2], [1, 0]):
+            out = fn(features, weight, table, table)
+            assert out.flatten().tolist() == expected
+            assert torch.autograd.grad(out.sum(), weight)[0].item() == sum(expected)
+            table[0, 1] = -1
 
 
 def test_rejects_what_does_not_fit(device):
@@ -296,8 +369,8 @@ def test_rejects_what_does_not_fit(device):
     for args, message in [
         ((features[:, :1], weight, table, inverse), "do not fit"),
         ((features, weight.flatten(1, 3), table, inverse), "do not fit"),
-        ((features, weight, table[1:], inverse), "no tables"),
-        ((features, weight, table, inverse[:, 1:]), "no tables"),
+        ((features, weight, table[1:], inverse), "no table"),
+        ((features, weight, table, inverse[:, 1:]), "no table"),
         ((features, weight, table.long(), inverse), "int32"),
         ((features.int(), weight, table, inverse), "torch.int32"),
     ]:

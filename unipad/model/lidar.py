@@ -16,6 +16,7 @@ from unipad.model.sparse import (
     SparseTensor,
     SubMConv3d,
     VoxelSet,
+    conv_norm_relu,
     make_tables,
 )
 
@@ -149,8 +150,7 @@ class ConvNormReLU(nn.Sequential):
         super().__init__(conv, SparseBatchNorm(conv.weight.shape[0], **NORM))
 
     def forward(self, x):
-        x = super().forward(x)
-        return x.replace(x.features.relu())
+        return conv_norm_relu(*self, x)
 
 
 class SparseBlock(nn.Module):
@@ -167,10 +167,9 @@ class SparseBlock(nn.Module):
         self.bn2 = SparseBatchNorm(width, **NORM)
 
     def forward(self, x):
-        y = self.bn1(self.conv1(x))
-        y = self.bn2(self.conv2(y.replace(y.features.relu())))
+        y = conv_norm_relu(self.conv1, self.bn1, x)
         x = x if self.proj is None else self.proj(x)
-        return y.replace((x.features + y.features).relu())
+        return conv_norm_relu(self.conv2, self.bn2, y, x.features)
 
 
 class Second(nn.Module):

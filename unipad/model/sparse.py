@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import sparse_map
-from kernels.sparse_conv import sparse_conv
+from kernels.sparse_conv import sparse_conv, sparse_conv_act
 from unipad.model.norm import SyncedBatchNorm
 
 
@@ -22,7 +22,7 @@ class Table(NamedTuple):
     """Which rows a convolution of N voxels to M voxels with K offsets gathers; -1 where there is no voxel."""
 
     neighbor_idx: Tensor  # [K, M] int32, the input that an output reads
-    inverse_idx: Tensor  # [K, N] int32, the output that an input reaches
+    inverse_idx: Tensor | None  # [K, N] int32, the output that an input reaches; None: neighbor_idx.flip(0)
 
 
 class VoxelSet:
@@ -86,7 +86,7 @@ class VoxelSet:
         neighbor_idx = sparse_map.submanifold_map(self.coords, *self._in_order(), self.shape, kernel, dilation)
         # an odd kernel is its own mirror image
         odd = all(k % 2 for k in kernel)
-        inverse_idx = neighbor_idx.flip(0) if odd else sparse_map.inverse_map(neighbor_idx, len(self))
+        inverse_idx = None if odd else sparse_map.inverse_map(neighbor_idx, len(self))
         self._tables[kernel, dilation] = Table(neighbor_idx, inverse_idx)
 
     @torch.compiler.disable
@@ -146,10 +146,18 @@ class _SparseConvolution(nn.Module):
 
     def reach(self, voxels):
         """The voxels of the output for these of the input; makes the table between them, if it is not there."""
+        return self.link(voxels)[0]
+
+    def link(self, voxels):
+        """What `reach` returns, and the `Table` between them; None: every voxel reads itself alone, K = 1."""
         raise NotImplementedError
 
+    def forward(self, x):
+        voxels, table = self.link(x.voxels)
+        return SparseTensor(self.convolve(x.features, table), voxels)
+
     def convolve(self, features, table):
-        """[N, Cin] to [M, Cout]; no table: every voxel reads itself alone, K = 1."""
+        """[N, Cin] to [M, Cout]."""
         if table is None:
             return F.linear(features, self.weight.flatten(1), self.bias)
         out = sparse_conv(features, self.weight, *table, allow_tf32=self.allow_tf32)
@@ -168,15 +176,8 @@ class SubMConv3d(_SparseConvolution):
         super().__init__(in_channels, out_channels, kernel, bias)
         self.dilation = _triple(dilation)
 
-    def forward(self, x):
-        return x.replace(self.convolve(x.features, self.table(x.voxels)))
-
-    def reach(self, voxels):
-        self.table(voxels)
-        return voxels
-
-    def table(self, voxels):
-        return None if self.kernel == (1, 1, 1) else voxels.submanifold(self.kernel, self.dilation)
+    def link(self, voxels):
+        return voxels, None if self.kernel == (1, 1, 1) else voxels.submanifold(self.kernel, self.dilation)
 
 
 class SparseConv3d(_SparseConvolution):
@@ -189,15 +190,11 @@ class SparseConv3d(_SparseConvolution):
         super().__init__(in_channels, out_channels, kernel, bias)
         self.stride, self.padding, self.dilation = _triple(stride), _triple(padding), _triple(dilation)
 
-    def forward(self, x):
-        voxels = self.reach(x.voxels)
-        table = None if voxels is x.voxels else voxels.source[2]
-        return SparseTensor(self.convolve(x.features, table), voxels)
-
-    def reach(self, voxels):
+    def link(self, voxels):
         if (self.kernel, self.stride, self.padding) == ((1, 1, 1), (1, 1, 1), (0, 0, 0)):
-            return voxels
-        return self._reach(voxels, self.kernel, self.stride, self.padding, self.dilation)
+            return voxels, None
+        reached = self._reach(voxels, self.kernel, self.stride, self.padding, self.dilation)
+        return reached, reached.source[2]
 
     _reach = staticmethod(VoxelSet.strided)
 
@@ -214,22 +211,50 @@ class SparseInverseConv3d(_SparseConvolution):
     It is that convolution's transpose, restricted to these voxels.
     """
 
-    def forward(self, x):
-        voxels, table = self.reach(x.voxels), x.voxels.source[2]
-        return SparseTensor(self.convolve(x.features, Table(table.inverse_idx, table.neighbor_idx)), voxels)
-
-    def reach(self, voxels):
+    def link(self, voxels):
         assert voxels.source is not None, "these voxels came from no SparseConv3d: there is nothing to go back to"
-        source, kernel, _ = voxels.source
+        source, kernel, table = voxels.source
         assert kernel == self.kernel, f"the voxels came from a kernel {kernel}, this one is {self.kernel}"
-        return source
+        return source, Table(table.inverse_idx, table.neighbor_idx)
 
 
 class SparseBatchNorm(SyncedBatchNorm):
     """Batch normalisation over the voxels that exist, in all samples of all processes."""
 
+    _known = None, None, None  # parameters and statistics by versions and themselves, what was computed of them
+
     def forward(self, x):
         return x.replace(super().forward(x.features))
+
+    def scale_and_shift(self):
+        """([C], [C]): what the layer does in evaluation. Kept until a parameter or a statistic changes."""
+        given = self.weight, self.bias, self.running_mean, self.running_var
+        keep = not torch.compiler.is_compiling() and not any(t.is_inference() for t in given)
+        versions = [(id(t), t._version) for t in given] if keep else None
+        known, _, result = self._known
+        if not keep or versions != known:
+            scale = self.weight * (self.running_var + self.eps).rsqrt()
+            result = scale, torch.addcmul(self.bias, self.running_mean, scale, value=-1)
+            self._known = versions, given, result
+        return result
+
+    def train(self, mode=True):
+        self._known = None, None, None
+        return super().train(mode)
+
+
+def conv_norm_relu(conv, norm, x, residual=None):
+    """relu(norm(conv(x)) + residual) of SparseTensors; in evaluation, without gradients, in one kernel.
+
+    residual: [M, Cout] or None.
+    """
+    stepwise = norm.training or torch.is_grad_enabled() or conv.bias is not None
+    voxels, table = (None, None) if stepwise else conv.link(x.voxels)
+    if table is None:
+        y = norm(conv(x))
+        return y.replace((y.features if residual is None else y.features + residual).relu())
+    act = *norm.scale_and_shift(), residual, True
+    return SparseTensor(sparse_conv_act(x.features, conv.weight, table.neighbor_idx, *act, conv.allow_tf32), voxels)
 
 
 def make_tables(net, voxels):

@@ -1,0 +1,248 @@
+"""sparse_conv on the LiDAR recipe's encoder, counted: products and bytes against the least, and the machine code.
+
+    python -m benchmarks.count_sparse_conv      needs no GPU: voxels come from benchmarks/lidar_scene.py
+
+A product is one row times one [Cin, Cout] matrix. "waste": products done over those that pairs of voxels need; a tile
+multiplies all its rows at every offset that one of them has. "reuse": pairs over the distinct rows that a tile reads.
+Bytes are what the multiprocessors ask of the L2: indices, rows, weights, sums and results. A row that an earlier offset
+of a tile has read comes from the L1, if that still has it ("MB"), or from the L2 again ("past the L1"). The least reads
+every row, weight and index of a pair once.
+"""
+
+import importlib
+import os
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.lidar_scene import NUSCENES, SHAPE, STAGES, voxels
+from kernels import sparse_gemm, sparse_tiles
+from kernels.sparse_map import inverse_map, out_shape, sort_voxels, strided_map, submanifold_map
+
+WIDTHS, BLOCKS = (16, 32, 64, 128), 2
+DTYPE, BYTES = torch.bfloat16, 2
+HIDDEN = "LEAST", "MULTIPLE", "SORT", "SHARE", "NEAR"
+KINDS = "HGMMA", "HMMA", "FFMA", "LDGSTS", "LDG"
+
+
+@dataclass
+class Layer:
+    name: str
+    table: torch.Tensor  # [K, M] of the forward
+    inverse: torch.Tensor  # [K, N] of the gradient of the features; the same where it is its own mirror image
+    out_coords: torch.Tensor  # [M, 4]
+    coords: torch.Tensor  # [N, 4]
+    c_in: int
+    c_out: int
+    times: int = 1  # in the encoder
+
+    def passes(self):
+        """(pass, table, coordinates of its rows, channels read, channels written)."""
+        yield "forward", self.table, self.out_coords, self.c_in, self.c_out
+        if self.c_in > 5:  # nobody asks for the gradient of the points
+            yield "d_features", self.inverse, self.coords, self.c_out, self.c_in
+
+
+def layers():
+    coords, shape = voxels(), SHAPE
+    coords = coords[sort_voxels(coords, shape)[1]]
+    found = []
+    for i, width in enumerate(WIDTHS):
+        if i:
+            out_coords, table = strided_map(coords, shape, *STAGES[i - 1])
+            inverse = inverse_map(table, len(coords))
+            found.append(Layer(f"down {i}", table, inverse, out_coords, coords, WIDTHS[i - 1], width))
+            coords, shape = out_coords, out_shape(shape, *STAGES[i - 1])
+        table = submanifold_map(coords, *sort_voxels(coords, shape), shape, (3, 3, 3), (1, 1, 1))
+        if not i:
+            found.append(Layer("input", table, table, coords, coords, 5, width))
+        found.append(Layer(f"stage {i + 1}", table, table, coords, coords, width, width, 2 * BLOCKS))
+    return found
+
+
+# Row orders
+
+
+def masks(table):
+    """[M] int64, bit k: whether a row has a neighbour at offset k."""
+    return ((table >= 0).long() << torch.arange(len(table))[:, None]).sum(dim=0)
+
+
+def by_mask(table, window):
+    """The order of rows sorted by mask among each `window` of them, as sparse_tiles sorts."""
+    place = torch.arange(table.shape[1])
+    return ((place // window << len(table)) + masks(table)).sort(stable=True)[1]
+
+
+def morton(coords):
+    bits = (coords[:, [3, 2, 1], None].long() >> torch.arange(12)) & 1  # [M, 3, 12]
+    code = (bits << (3 * torch.arange(12) + torch.arange(3)[:, None])).sum(dim=(1, 2))
+    return (code + (coords[:, 0].long() << 40)).argsort()
+
+
+def tiled(table, order, block_m):
+    """The table in tiles [K, T, block_m] and which offsets each tile has [K, T]."""
+    rows = torch.nn.functional.pad(table[:, order], (0, -len(order) % block_m), value=-1)
+    rows = rows.view(len(table), -1, block_m)
+    return rows, (rows >= 0).any(dim=2)
+
+
+def waste_and_reuse(table, order, block_m):
+    rows, has = tiled(table, order, block_m)
+    pairs = (table >= 0).sum().item()
+    read = rows.transpose(0, 1).flatten(1).sort(dim=1)[0]
+    distinct = (read[:, 0] >= 0).sum() + ((read[:, 1:] != read[:, :-1]) & (read[:, 1:] >= 0)).sum()
+    return has.sum().item() * block_m / pairs, pairs / distinct.item()
+
+
+def print_orders(found, block_m=64):
+    orders = {
+        "as the voxels are": lambda table, _: torch.arange(table.shape[1]),
+        "Morton": lambda _, coords: morton(coords),
+        f"by mask in {sparse_tiles.WINDOW}": lambda table, _: by_mask(table, sparse_tiles.WINDOW),
+        "by mask in 4096": lambda table, _: by_mask(table, 4096),
+        "by mask": lambda table, _: by_mask(table, 2**40),
+    }
+    print(f"## Waste / reuse of rows in tiles of {block_m}\n\n| table | pairs a row | {' | '.join(orders)} |")
+    print("|" + "---|" * (len(orders) + 2))
+    for layer in found[1:]:
+        for name, table, coords, *_ in layer.passes():
+            if name == "forward" or layer.inverse is not layer.table:
+                of = [waste_and_reuse(table, order(table, coords), block_m) for order in orders.values()]
+                cells = " | ".join(f"{waste:.2f} / {reuse:.1f}" for waste, reuse in of)
+                print(f"| {layer.name}, {name} | {(table >= 0).sum() / table.shape[1]:.1f} | {cells} |", flush=True)
+    print()
+
+
+# Products and bytes
+
+
+@dataclass
+class Cost:
+    waste: float  # products done over needed, rows alone
+    products: float  # ... with the padding of channels
+    near: float  # bytes
+    past: float  # bytes past the L1
+    least: float  # bytes
+    programs: int
+
+
+def gather_gemm(table, c_in, c_out):
+    (K, M), pairs = table.shape, (table >= 0).sum().item()
+    blocks = sparse_gemm._blocks(DTYPE, M <= sparse_gemm.FEW_ROWS, c_in, c_out, False)[0]
+    order = by_mask(table, sparse_tiles.WINDOW)
+    waste, reuse = waste_and_reuse(table, order, blocks.m)
+    count = tiled(table, order, blocks.m)[1].sum(dim=0)  # [T]
+    steps, tiles_o = -(-c_in // blocks.i) if blocks.pack == 1 else 1, -(-c_out // blocks.o)
+    columns = (-(-count // blocks.pack)).sum().item() * steps * blocks.i
+    indices = tiles_o * 4 * (count.sum().item() * (1 + blocks.m) * steps + len(count) * (1 + blocks.m))
+    rows, rest = tiles_o * pairs * c_in * BYTES, (count.sum().item() * c_in + M) * c_out * BYTES
+    return Cost(
+        waste,
+        columns * blocks.m * tiles_o * blocks.o / (pairs * c_in * c_out),
+        indices + rows / reuse + rest,
+        indices + rows + rest,
+        4 * pairs + ((int(table.max()) + 1) * c_in + (K * c_in + M) * c_out) * BYTES,
+        len(count) * tiles_o,
+    )
+
+
+def d_weight_of_groups(table, c_in, c_out):
+    (K, M), pairs = table.shape, (table >= 0).sum().item()
+    group, block_r = sparse_gemm.GROUP[c_in], sparse_gemm.BLOCK_R
+    groups, parts = -(-K // group), -(-M // sparse_gemm._group_rows(K, M, c_in))
+    # the rows that the offsets of a group read for one block of rows come from the L2 once
+    near = sum(
+        (part >= 0).sum().item() / waste_and_reuse(part, torch.arange(M), block_r)[1] for part in table.split(group)
+    )
+    rest = 4 * K * M + groups * M * c_out * BYTES + (2 * parts + 1) * 4 * K * c_in * c_out
+    waste = -(-M // block_r) * block_r * K / pairs
+    return Cost(
+        waste,
+        waste * groups * group / K,
+        near * c_in * BYTES + rest,
+        pairs * c_in * BYTES + rest,
+        4 * pairs + ((int(table.max()) + 1) * c_in + M * c_out) * BYTES + 4 * K * c_in * c_out,
+        parts * groups,
+    )
+
+
+def d_weight(table, c_in, c_out):
+    (K, M), counts = table.shape, (table >= 0).sum(dim=1)
+    pairs, block_r = counts.sum().item(), sparse_gemm.BLOCK_R
+    most = sparse_gemm._limits(DTYPE, c_in, c_out, False)[1]
+    block_i, block_o = (sparse_gemm._block(c, most) for c in (c_in, c_out))
+    tiles_i, tiles_o = -(-c_in // block_i), -(-c_out // block_o)
+    parts = sparse_gemm._parts(K, M, c_in, c_out, tiles_i * tiles_o)
+    size = max(-(-pairs // parts), sparse_gemm.LEAST)
+    chunks = (-(-counts // (-(-size // (2 * block_r)) * 2 * block_r))).sum().item()
+    rows = (-(-counts // block_r)).sum().item() * block_r
+    sums = (2 * chunks + K) * 4 * c_in * c_out
+    moved = pairs * (8 * tiles_i * tiles_o + BYTES * (c_in * tiles_o + c_out * tiles_i)) + sums
+    return Cost(
+        rows / pairs,
+        rows * tiles_i * block_i * tiles_o * block_o / (pairs * c_in * c_out),
+        moved,
+        moved,
+        4 * pairs + ((int(table.max()) + 1) * c_in + M * c_out) * BYTES + 4 * K * c_in * c_out,
+        chunks * tiles_i * tiles_o,
+    )
+
+
+def print_layers(found):
+    print("## Products over those needed, and MB of the L2 over the least\n")
+    print("| layer, channels | pass | GFLOP needed | waste | with padding | MB | past the L1 | least | programs |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    total = torch.zeros(5, dtype=torch.float64)
+    for layer in found:
+        gflop = 2e-9 * (layer.table >= 0).sum().item() * layer.c_in * layer.c_out
+        label = f"{layer.name}, {layer.c_in} to {layer.c_out}" + (f", x {layer.times}" if layer.times > 1 else "")
+        costs = {name: gather_gemm(table, c_in, c_out) for name, table, _, c_in, c_out in layer.passes()}
+        grouped = sparse_gemm._in_groups(DTYPE, len(layer.table), layer.c_in, layer.c_out, layer.inverse is layer.table)
+        costs["d_weight"] = (d_weight_of_groups if grouped else d_weight)(layer.table, layer.c_in, layer.c_out)
+        for name, c in costs.items():
+            mb = torch.tensor([c.near, c.past, c.least], dtype=torch.float64) / 1e6
+            total += layer.times * torch.cat([torch.tensor([gflop, gflop * c.products]), mb])
+            cells = " | ".join(f"{value:.1f}" for value in mb)
+            print(f"| {label} | {name} | {gflop:.2f} | {c.waste:.2f} | {c.products:.2f} | {cells} | {c.programs} |")
+    gflop, done, near, past, least = total.tolist()
+    print(f"\nForward and backward of all: {gflop:.0f} GFLOP needed, {done:.0f} done; ", end="")
+    print(f"{near:.0f} MB, {past:.0f} past the L1, least {least:.0f}.")
+    tables = {id(t): t.nbytes for layer in found for t in (layer.table, layer.inverse)}
+    print(f"Tables, read and written once each to make their tiles: {sum(tables.values()) / 1e6:.0f} MB.\n")
+
+
+# Machine code
+
+
+def print_kernels():
+    os.environ.pop("TRITON_INTERPRET", None)
+    ahead_of_time = importlib.import_module("tests.ahead_of_time")
+    print(
+        f"## Machine code for sm_90\n\n| kernel | element | blocks | registers | stack | shared | {' | '.join(KINDS)} |"
+    )
+    print("|" + "---|" * (6 + len(KINDS)))
+    for file in ("sparse_tiles", "sparse_gemm"):
+        module = importlib.import_module(f"kernels.{file}")
+        for launch in importlib.import_module(f"tests.kernels.test_{file}").LAUNCHES:
+            for element in launch.elements:
+                compiled = ahead_of_time.compile_launch(getattr(module, launch.kernel), launch, element, "sm_90")
+                cost, kinds = ahead_of_time._cost(compiled, ""), ahead_of_time.instructions(compiled, *KINDS)
+                shown = {k: v for k, v in launch.constexprs.items() if k not in HIDDEN and v not in (None, False)}
+                blocks = ", ".join(f"{k.removeprefix('BLOCK_')} {v}" for k, v in shown.items())
+                used = " | ".join(str(cost[k]) for k in ("registers", "stack", "shared"))
+                counted = " | ".join(str(n) for n in kinds.values())
+                print(f"| {launch.kernel} | {element} | {blocks} | {used} | {counted} |", flush=True)
+
+
+if __name__ == "__main__":
+    found = layers()
+    print("| stage | voxels | nuScenes | neighbours of 27 | nuScenes |\n|---|---|---|---|---|")
+    stages = [layer for layer in found if layer.name.startswith("stage")]
+    for layer, (N, neighbours) in zip(stages, NUSCENES, strict=True):
+        pairs, M = (layer.table >= 0).sum().item(), layer.table.shape[1]
+        print(f"| {layer.name[-1]} | {M} | {N:.0f} | {pairs / M:.1f} | {neighbours} |")
+    print()
+    print_orders(found)
+    print_layers(found)
+    print_kernels()

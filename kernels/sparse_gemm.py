@@ -1,0 +1,330 @@
+"""The products of a sparse convolution over a neighbour table: rows gathered times weights, and the weights' gradient.
+
+A tile of outputs multiplies, offset by offset, the rows it gathers; its loop is over the list that sparse_tiles has
+made, without a branch, so that indices, rows and weights of the next offsets are on their way while one is multiplied.
+Few channels make short products: then several offsets lie side by side in one. Nothing is added atomically.
+
+Sizes: N inputs and M outputs of a table of K offsets, I and O channels of what is read and written.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from kernels import backend, tuning
+from kernels.backend import tl, triton
+from kernels.sparse_tiles import chunks, pairs, tiles
+
+
+def gather_gemm(features, weight, table, allow_tf32, mirrored=False, act=(None, None, None, False)):
+    """Features [N, I], weights [O, K, I] and a table [K, M] -> [M, O] in the features' type.
+
+    mirrored: the table's offsets are those of the weights in reverse.
+    act:      scale, shift, residual and relu of `sparse_conv_act`.
+
+    Every output is summed by one program, in the order of the offsets.
+    """
+    (O, K, I), M = weight.shape, table.shape[1]
+    features, weight = features.contiguous(), weight.contiguous()
+    out = features.new_empty(M, O)
+    if not min(M, I, O, len(features)):
+        return out.zero_()
+    *act, relu = (v.contiguous() if torch.is_tensor(v) else v for v in act)
+
+    def launch(blocks):
+        ready = tiles(table, blocks.m)
+        _gather_gemm_kernel[(len(ready.count_idx), triton.cdiv(O, blocks.o))](
+            features, weight, *ready[:4], out, *act, K, I, O,
+            RELU=relu, MIRRORED=mirrored, PRECISION=_precision(allow_tf32), WIDEN=_widen(features),
+            C=I if blocks.pack > 1 else 0, PACK=blocks.pack, STEPS=triton.cdiv(I, blocks.i), NEAR=blocks.near,
+            BLOCK_M=blocks.m, BLOCK_I=blocks.i, BLOCK_O=blocks.o, num_warps=blocks.warps, num_stages=blocks.stages,
+        )  # fmt: skip
+
+    kind = "gather_gemm", features.dtype, allow_tf32, K, I, O, M
+    launch(tuning.choose(kind, _blocks(features.dtype, M <= FEW_ROWS, I, O, allow_tf32), launch, features.device))
+    return out
+
+
+def d_weight_of(features, d_out, table, allow_tf32, mirrored=False):
+    """Features [N, I], d_out [M, O] and a table [K, M] -> [O, K, I] fp32; mirrored: as of `gather_gemm`.
+
+    Summed in chunks of pairs, or blocks of rows, whose sums are added in order.
+    """
+    (N, I), (M, O), K = features.shape, d_out.shape, len(table)
+    d_weight = features.new_empty(O, K, I, dtype=torch.float32)
+    if not min(N, M, I, O):
+        return d_weight.zero_()
+    features, d_out = features.contiguous(), d_out.contiguous()
+    if _in_groups(features.dtype, K, I, O, mirrored):
+        return _d_weight_of_groups(features, d_out, table)
+    most = min(_limits(features.dtype, I, O, allow_tf32)[1], 128)
+    block_i, block_o = (_block(channels, most) for channels in (I, O))
+    grid = triton.cdiv(I, block_i) * triton.cdiv(O, block_o)
+    first, end, until_idx = chunks(table, _parts(K, M, I, O, grid), LEAST, 2 * BLOCK_R)
+    partial = features.new_empty(len(first), O, I, dtype=torch.float32)
+
+    def launch(way):
+        block_r, stages = way
+        _d_weight_kernel[(len(first), grid)](
+            features, d_out, *pairs(table)[:2], first, end, partial, I, O,
+            PRECISION=_precision(allow_tf32), WIDEN=_widen(features),
+            BLOCK_R=block_r, BLOCK_I=block_i, BLOCK_O=block_o,
+            num_warps=8 if block_i * block_o > 8192 else 4, num_stages=stages,
+        )  # fmt: skip
+
+    kind = "d_weight", features.dtype, allow_tf32, K, I, O, M
+    ways = [(BLOCK_R, STAGES), (2 * BLOCK_R, STAGES), (BLOCK_R, FEWER_STAGES)]
+    if features.dtype == torch.float32 and not allow_tf32:
+        ways = ways[2:]  # more spill on sm_80
+    launch(tuning.choose(kind, ways, launch, features.device))
+    _sum_chunks_kernel[(K, triton.cdiv(O * I, BLOCK_E))](partial, until_idx, d_weight, K, I, O, BLOCK_E=BLOCK_E)
+    return d_weight
+
+
+def _d_weight_of_groups(features, d_out, table):
+    """`d_weight_of` where the table is not sparse and channels are few: by blocks of rows, several offsets at once.
+
+    A block reads its rows of d_out once for all the offsets of a group, and these read much the same features. It also
+    multiplies where no neighbour is, which few channels have time for.
+    """
+    I, (M, O), K = features.shape[1], d_out.shape, len(table)
+    group, block_o = GROUP[I], _block(O, 64)
+    groups, rows = triton.cdiv(K, group), _group_rows(K, M, I)
+    parts = triton.cdiv(M, rows)
+    partial = features.new_empty(parts, O, K, I, dtype=torch.float32)
+    _d_weight_of_groups_kernel[(parts, groups)](
+        features, d_out, table.contiguous(), partial, M, K, O, rows, WIDEN=_widen(features),
+        BLOCK_R=BLOCK_R, C=I, GROUP=group, BLOCK_O=block_o, num_warps=8 if group * I * block_o >= 8192 else 4,
+        num_stages=STAGES,
+    )  # fmt: skip
+    return partial.sum(dim=0) if parts > 1 else partial[0]
+
+
+def _in_groups(dtype, K, I, O, mirrored):
+    return mirrored and dtype != torch.float32 and K <= 27 and I in GROUP and O <= 64
+
+
+def _group_rows(K, M, I):
+    """Rows that a program sums for a group of offsets."""
+    return triton.cdiv(triton.cdiv(M, triton.cdiv(GROUP_PROGRAMS, triton.cdiv(K, GROUP[I]))), BLOCK_R) * BLOCK_R
+
+
+def _parts(K, M, I, O, tiles):
+    """Chunks that the pairs are cut into at most, but for what the offsets round up."""
+    return max(1, min(-(-PROGRAMS // tiles), -(-K * M // LEAST), PARTIAL // (O * I)))
+
+
+class Blocks(NamedTuple):
+    """One way to launch the gather-GEMM."""
+
+    m: int  # outputs a tile
+    i: int  # columns of the features a step: input channels, of `pack` offsets side by side
+    o: int  # output channels a tile
+    pack: int
+    warps: int
+    stages: int
+    near: bool  # rows are read through the L1, which otherwise asynchronous loads of 16 bytes pass by
+
+
+# All untimed: chosen by what benchmarks/count_sparse_conv.py counts and what the compiler makes of them for sm_90
+# Two kinds of loads, indices and rows, are two steps ahead each, or one each; AMD has half the memory for that
+STAGES, FEWER_STAGES = (2, 1) if torch.version.hip else (5, 3)
+FEW_ROWS = 8192  # up to here tiles of 64 rows; wider ones read the weights half as often, 45 for 89 MB at stage 4
+BLOCK_R = 64  # pairs a step of the gradient of the weights
+LEAST = 1024  # of them a chunk: their rows are several times what the chunk's sums take
+PROGRAMS = 1024  # of both: chunks, but for what an offset rounds up, and tiles of channels; eight a multiprocessor
+PARTIAL = 2**23  # sums kept apart in it, at most: 32 MB, which are written and read in the L2
+GROUP = {8: 16, 16: 8, 32: 8, 64: 4}  # input channels -> offsets whose gradients a program sums at once
+GROUP_PROGRAMS = 192  # that these are summed by: more would write and read more sums
+BLOCK_E = 1024  # of them a program that adds them
+
+
+@lru_cache
+def _blocks(dtype, few_rows, I, O, allow_tf32):
+    """Ways to launch the gather-GEMM, the default first."""
+    step, most = _limits(dtype, I, O, allow_tf32)
+    pack = max(1, step // I)
+    i, o = step if pack > 1 else _block(I, step), _block(O, most)
+    if _odd(I, O) or dtype == torch.float32 and not allow_tf32:
+        return [Blocks(64, i, o, pack, 4, STAGES, True)]
+    ms = (64, 128) if few_rows else (128, 64)
+    # a tile reads each of its rows two to three times; whether the L1 still has it is for a GPU to say
+    ways = [(STAGES, True), (STAGES, False), (FEWER_STAGES, True)]
+    return [Blocks(m, i, o, pack, 8 if m * o > 8192 else 4, *way) for way in ways for m in ms]
+
+
+def _limits(dtype, I, O, allow_tf32):
+    """Columns of a step, and output channels a tile, at most."""
+    if dtype != torch.float32:
+        step, most = 64, 128
+    else:
+        step, most = 32, 64 if allow_tf32 else 32  # without tensor cores the registers bind
+    return (step // 2, most // 2) if _odd(I, O) else (step, most)
+
+
+def _odd(*channels):
+    """Rows that are read element by element, which takes more registers."""
+    return any(c % 16 and c != 8 for c in channels)
+
+
+def _block(channels, most):
+    return max(16, min(triton.next_power_of_2(channels), most))  # 16 is the least that tl.dot takes
+
+
+def _precision(allow_tf32):
+    return "tf32" if allow_tf32 else "ieee"  # of fp32 alone
+
+
+def _widen(features):
+    return backend.interpret and features.dtype == torch.bfloat16  # the interpreter multiplies bf16's bit patterns
+
+
+@triton.jit
+def _gather_gemm_kernel(
+    features_ptr, weight_ptr,  # [N, I], [O, K, I]
+    row_idx_ptr, count_idx_ptr, offset_idx_ptr, read_idx_ptr,  # of `Tiles`
+    out_ptr,  # [M, O]
+    scale_ptr, shift_ptr, residual_ptr,  # [O], [O], [M, O]; each or None
+    K, I, O,  # offsets, input and output channels
+    RELU: tl.constexpr, MIRRORED: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    C: tl.constexpr, PACK: tl.constexpr, STEPS: tl.constexpr,  # C = I where PACK > 1; STEPS blocks of I an offset
+    NEAR: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0).to(tl.int64)
+    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    j = tl.arange(0, BLOCK_I)
+    lane = tl.arange(0, BLOCK_M)
+    o_ok = o < O
+    weight_ptr += o.to(tl.int64)[None, :] * K * I
+    offset_idx_ptr += tile * K
+    read_idx_ptr += tile * K * BLOCK_M
+    count = tl.load(count_idx_ptr + tile)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
+    for step in range(tl.cdiv(count, PACK) if PACK > 1 else count * STEPS):
+        if PACK > 1:  # columns are the channels of several offsets
+            place, c = step * PACK + j // C, j % C
+            c_ok = (place < count) & (j < PACK * C)
+            k = tl.load(offset_idx_ptr + place, mask=c_ok, other=0)
+            if C % 8 == 0:  # a thread's columns belong to one offset: one index for all
+                n = tl.full((BLOCK_M, BLOCK_I), -1, tl.int32)
+                for p in tl.static_range(PACK):
+                    at = step * PACK + p
+                    rows = tl.load(read_idx_ptr + at * BLOCK_M + lane, mask=lane < (count - at) * BLOCK_M, other=-1)
+                    n = tl.where((j // C == p)[None, :], rows[:, None], n)
+            else:
+                n = tl.load(read_idx_ptr + place[None, :] * BLOCK_M + lane[:, None], mask=c_ok[None, :], other=-1)
+            at_x = n.to(tl.int64) * C + c[None, :]
+            x_ok = n >= 0
+        else:
+            place, c = step // STEPS, step % STEPS * BLOCK_I + j
+            c_ok = c < I
+            k = tl.load(offset_idx_ptr + place)
+            n = tl.load(read_idx_ptr + place * BLOCK_M + lane).to(tl.int64)
+            at_x = n[:, None] * I + c[None, :]
+            x_ok = (n >= 0)[:, None] & c_ok[None, :]
+        k = (K - 1 - k if MIRRORED else k).to(tl.int64)
+        at_w = k[:, None] * C + c[:, None] if PACK > 1 else k * I + c[:, None]
+        near: tl.constexpr = ".ca" if NEAR else ""
+        x = tl.load(features_ptr + at_x, mask=x_ok, other=0.0, cache_modifier=near)  # [BLOCK_M, BLOCK_I]
+        w = tl.load(weight_ptr + at_w, mask=c_ok[:, None] & o_ok[None, :], other=0.0)  # [BLOCK_I, BLOCK_O]
+        if WIDEN:
+            x, w = x.to(tl.float32), w.to(tl.float32)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+
+    m = tl.load(row_idx_ptr + tile * BLOCK_M + lane).to(tl.int64)
+    at = m[:, None] * O + o[None, :]
+    ok = (m >= 0)[:, None] & o_ok[None, :]
+    if scale_ptr is not None:
+        acc *= tl.load(scale_ptr + o, mask=o_ok, other=0.0)[None, :]
+    if shift_ptr is not None:
+        acc += tl.load(shift_ptr + o, mask=o_ok, other=0.0)[None, :]
+    if residual_ptr is not None:
+        acc += tl.load(residual_ptr + at, mask=ok, other=0.0).to(tl.float32)
+    if RELU:
+        acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _d_weight_kernel(
+    features_ptr, d_out_ptr,  # [N, I], [M, O]
+    read_idx_ptr, row_idx_ptr, first_ptr, end_ptr,  # of `Pairs` and `Chunks`
+    partial_ptr,  # [C, O, I]
+    I, O,  # input and output channels
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    chunk = tl.program_id(0).to(tl.int64)
+    tiles_i = tl.cdiv(I, BLOCK_I)
+    i = (tl.program_id(1) % tiles_i) * BLOCK_I + tl.arange(0, BLOCK_I)
+    o = (tl.program_id(1) // tiles_i) * BLOCK_O + tl.arange(0, BLOCK_O)
+    i_ok, o_ok = (i < I)[None, :], (o < O)[None, :]
+    first, end = tl.load(first_ptr + chunk), tl.load(end_ptr + chunk)
+
+    acc = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
+    for r in range(tl.cdiv(end - first, BLOCK_R).to(tl.int32)):
+        p = first + r * BLOCK_R + tl.arange(0, BLOCK_R)
+        n = tl.load(read_idx_ptr + p, mask=p < end, other=-1).to(tl.int64)
+        m = tl.load(row_idx_ptr + p, mask=p < end, other=-1).to(tl.int64)
+        x = tl.load(features_ptr + n[:, None] * I + i[None, :], mask=(n >= 0)[:, None] & i_ok, other=0.0)
+        g = tl.load(d_out_ptr + m[:, None] * O + o[None, :], mask=(m >= 0)[:, None] & o_ok, other=0.0)
+        if WIDEN:
+            g, x = g.to(tl.float32), x.to(tl.float32)
+        acc = tl.dot(tl.trans(g), x, acc, input_precision=PRECISION)
+    at = (chunk * O + o[:, None]) * I + i[None, :]
+    wanted = tl.where(first < end, O, 0)  # nobody reads the sums of an empty chunk
+    tl.store(partial_ptr + at, acc, mask=(o < wanted)[:, None] & i_ok)
+
+
+@triton.jit
+def _d_weight_of_groups_kernel(
+    features_ptr, d_out_ptr, table_idx_ptr, partial_ptr,  # [N, C], [M, O], [K, M], [parts, O, K, C]
+    M, K, O, R,  # outputs, offsets, output channels, outputs a part
+    WIDEN: tl.constexpr, BLOCK_R: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    part = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * GROUP
+    j = tl.arange(0, GROUP * C)  # channels of the group's offsets, side by side
+    o = tl.arange(0, BLOCK_O)
+    end = tl.minimum((part + 1) * R, M)
+
+    acc = tl.zeros((GROUP * C, BLOCK_O), tl.float32)
+    for r in range(0, R, BLOCK_R):
+        m = part * R + r + tl.arange(0, BLOCK_R)
+        n = tl.full((BLOCK_R, GROUP * C), -1, tl.int32)
+        for p in tl.static_range(GROUP):
+            k = (first + p).to(tl.int64)
+            rows = tl.load(table_idx_ptr + k * M + m, mask=m < tl.where(first + p < K, end, 0), other=-1)
+            n = tl.where((j // C == p)[None, :], rows[:, None], n)
+        at = n.to(tl.int64) * C + (j % C)[None, :]
+        x = tl.load(features_ptr + at, mask=n >= 0, other=0.0, cache_modifier=".ca")  # [BLOCK_R, GROUP * C]
+        ok = (m < end)[:, None] & (o < O)[None, :]
+        g = tl.load(d_out_ptr + m[:, None] * O + o[None, :], mask=ok, other=0.0)  # [BLOCK_R, BLOCK_O]
+        if WIDEN:
+            x, g = x.to(tl.float32), g.to(tl.float32)
+        acc = tl.dot(tl.trans(x), g, acc)
+    k = first + j // C
+    at = ((part * O + o[None, :]) * K + k[:, None]) * C + (j % C)[:, None]
+    tl.store(partial_ptr + at, acc, mask=(k < K)[:, None] & (o < O)[None, :])
+
+
+@triton.jit
+def _sum_chunks_kernel(
+    partial_ptr, until_idx_ptr, d_weight_ptr,  # [C, O, I], of `Chunks`, [O, K, I]
+    K, I, O,
+    BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    k = tl.program_id(0)
+    first = tl.load(until_idx_ptr + k - 1, mask=k > 0, other=0)
+    end = tl.load(until_idx_ptr + k)
+    e = tl.program_id(1).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)  # of [O, I]
+    e_ok = e < O * I
+    partial_ptr += first.to(tl.int64) * O * I
+    acc = tl.zeros((BLOCK_E,), tl.float32)
+    for _ in range(end - first):
+        acc += tl.load(partial_ptr + e, mask=e_ok, other=0.0)
+        partial_ptr += O * I
+    tl.store(d_weight_ptr + (e // I * K + k) * I + e % I, acc, mask=e_ok)

@@ -1,0 +1,106 @@
+"""sparse_conv in plain PyTorch, which multiplies in the type it accumulates in: what runs on a CPU.
+
+A chunk of outputs at a time: one gather of all its pairs, a GEMM an offset, one sum a row. Dense chunks, with zeros
+where no neighbour is, would multiply 2 to 4 times as much.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+def gather_gemm_ref(features, weight, table, finish=None):
+    """Features [N, Cin], weights [K, Cin, Cout] and a table [K, M] -> [M, Cout] in the type that is summed in.
+
+    finish: called with a chunk of the result and the slice of its rows, changes it while it is in the cache.
+    """
+    x, w = _wide(features), _wide(weight).unbind()
+    out = x.new_zeros(table.shape[1], weight.shape[2])
+    chunks = _chunks(table, max(weight.shape[1:]))
+    x_rows, products = _buffer(x, chunks), _buffer(out, chunks)
+    for first, n, _, counts, order, starts in chunks:
+        P = len(n)
+        torch.index_select(x, 0, n, out=x_rows[:P])
+        for a, b, product in zip(x_rows[:P].split(counts), w, products[:P].split(counts), strict=True):
+            torch.mm(a, b, out=product)
+        there = slice(first, first + len(starts))
+        out[there] = F.embedding_bag(order, products[:P], starts, mode="sum")
+        if finish is not None:
+            finish(out[there], there)
+    return out
+
+
+def backward_ref(features, weight, d_out, inverse_idx, mirrored, for_features, for_weight):
+    """Gradients of features [N, Cin] and weights [Cout, K, Cin] in the type that is summed in, None if not asked for.
+
+    Both over the inverse table: a chunk of rows of `features` gathers what its outputs' gradients are.
+
+    mirrored: `inverse_idx` has its offsets in reverse.
+    """
+    x, g = _wide(features), _wide(d_out)
+    d_features = torch.zeros_like(x) if for_features else None
+    d_weight = x.new_zeros(len(inverse_idx), g.shape[1], x.shape[1]) if for_weight else None
+    steps = slice(None, None, -1 if mirrored else 1)
+    w, d_w = _wide(weight).unbind(1)[steps], d_weight.unbind()[steps] if for_weight else None
+    chunks = _chunks(inverse_idx, max(g.shape[1], x.shape[1]))
+    g_rows, x_rows = _buffer(g, chunks), _buffer(x, chunks)  # the latter holds products too
+    for first, m, n, counts, order, starts in chunks:
+        P, there = len(m), slice(first, first + len(starts))
+        torch.index_select(g, 0, m, out=g_rows[:P])
+        by_offset = g_rows[:P].split(counts), x_rows[:P].split(counts)
+        if for_weight:
+            torch.index_select(x[there], 0, n, out=x_rows[:P])
+            for a, b, d in zip(*by_offset, d_w, strict=True):
+                d.addmm_(a.T, b)
+        if for_features:
+            for a, product, b in zip(*by_offset, w, strict=True):
+                torch.mm(a, b, out=product)
+            d_features[there] = F.embedding_bag(order, x_rows[:P], starts, mode="sum")
+    return d_features, d_weight.transpose(0, 1) if for_weight else None
+
+
+def _buffer(tensor, chunks):
+    """Room for the pairs of any chunk, with the tensor's columns: new memory for each chunk would cost a page fault."""
+    return tensor.new_empty(max((len(n) for _, n, *_ in chunks), default=0), tensor.shape[1])
+
+
+def _wide(tensor):
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+_chunks_of = WeakTensorKeyDictionary()  # table -> {(version, channels): chunks}: a table serves several layers
+
+
+def _chunks(table, channels):
+    """The pairs of a table [K, M], some outputs at a time and within those offset by offset; kept while it lives.
+
+    Returns a list of
+        first:  the chunk's first output.
+        n, m:   [P] int32 the pairs: row that is read, output counted from `first`.
+        counts: [K] list, pairs an offset.
+        order:  [P] int32 the same pairs sorted by output ...
+        starts: [R] int32 ... and where each output's begin.
+    """
+    known = _chunks_of.setdefault(table, {})
+    key = (None if table.is_inference() else table._version, channels)
+    if key not in known:
+        idx = table.cpu().numpy()
+        M = idx.shape[1]
+        # of 2^20 features, so that a GEMM has rows enough, and what was gathered is still in the cache when it is read
+        rows = 2**20 // channels * M // max(np.count_nonzero(idx >= 0), 1)
+        rows = max(256, min(rows, 4096))
+        known[key] = [_chunk(idx[:, i : i + rows], i, table.device) for i in range(0, M, rows)]
+    return known[key]
+
+
+def _chunk(idx, first, device):
+    (K, R), idx = idx.shape, np.ascontiguousarray(idx)
+    there = idx >= 0
+    pairs = np.flatnonzero(there)  # numpy finds them 4 times as fast as torch
+    counts = np.count_nonzero(there, axis=1)
+    m = (pairs - np.repeat(np.arange(K) * R, counts)).astype(np.int16)  # 16 bits, which numpy sorts by radix
+    lengths = np.bincount(m, minlength=R)
+    arrays = idx.ravel()[pairs], m, m.argsort(kind="stable"), lengths.cumsum() - lengths
+    n, m, order, starts = (torch.from_numpy(a.astype(np.int32)).to(device) for a in arrays)
+    return first, n, m, counts.tolist(), order, starts

@@ -1,0 +1,92 @@
+"""Which of an op's launches is fastest: found by trying each once for each kind of work, and remembered in a file.
+
+Off until `enable` is called: every op then takes the first of its candidates, which is a sensible one. Another choice
+may add in another order, so results are bit-equal between runs that choose alike: with tuning off, or with one file.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from kernels.backend import triton
+
+
+@dataclass
+class _State:
+    on: bool = False
+    path: Path | None = None
+    timer: object = None
+    known: dict = field(default_factory=dict)  # device -> kind of work -> the candidate chosen, as a list
+
+
+_state = _State()
+
+
+def enable(path=None, timer=None):
+    """Try candidates from now on.
+
+    Args:
+        path:  a JSON file of what is known, read now, written at every find; None: nothing is kept. A run's folder is a
+               good place. What another process writes meanwhile is lost, not damaged.
+        timer: takes a function, returns its milliseconds; None: times it on the GPU, and without one chooses nothing.
+    """
+    global _state
+    path = None if path is None else Path(path)
+    known = json.loads(path.read_text()) if path is not None and path.exists() else {}
+    _state = _State(True, path, timer, known)
+
+
+def disable():
+    """Take the first candidate from now on, whatever was found."""
+    global _state
+    _state = _State()
+
+
+def bucket(n):
+    """Numbers up to the same power of two are one kind of work: no new search when a count of voxels changes."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def choose(kind, candidates, run, device):
+    """The fastest of the candidates.
+
+    Args:
+        kind:       tuple that says what work this is; the last is how much of it, and is put in a bucket.
+        candidates: tuples; the first is the default.
+        run:        takes a candidate and does the work; may be called many times.
+        device:     where.
+    """
+    if not _state.on or len(candidates) == 1:
+        return candidates[0]
+    on_gpu = device.type == "cuda"
+    known = _state.known.setdefault(torch.cuda.get_device_name(device) if on_gpu else device.type, {})
+    kind = " ".join(map(str, (*kind[:-1], bucket(kind[-1]))))
+    found = [c for c in candidates if list(c) == known.get(kind)]
+    if found:
+        return found[0]
+    if _state.timer is None and (not on_gpu or torch.cuda.is_current_stream_capturing()):
+        return candidates[0]
+    times = [_time(lambda c=c: run(c)) for c in candidates]
+    fastest = candidates[times.index(min(times))]
+    known[kind] = list(fastest)
+    _save()
+    return fastest
+
+
+def _time(fn):
+    try:
+        return (_state.timer or triton.testing.do_bench)(fn)
+    except triton.runtime.errors.OutOfResources:  # more shared memory than this GPU has
+        return math.inf
+
+
+def _save():
+    if _state.path is not None:
+        _state.path.parent.mkdir(parents=True, exist_ok=True)
+        new = _state.path.with_name(f"{_state.path.name}.{os.getpid()}")
+        new.write_text(json.dumps(_state.known, indent=1, sort_keys=True))
+        new.replace(_state.path)

@@ -1,0 +1,98 @@
+"""What the kernels cost and how they are launched; test_sparse_conv.py shows that they compute the right thing."""
+
+import itertools
+
+import pytest
+import torch
+
+from kernels import tuning
+from kernels.sparse_gemm import BLOCK_E, BLOCK_R, FEWER_STAGES, GROUP, STAGES, d_weight_of, gather_gemm
+from tests.ahead_of_time import Launch
+
+IEEE, TF32 = dict(PRECISION="ieee", WIDEN=False), dict(PRECISION="tf32", WIDEN=False)
+HALF, SINGLE, EVEN = ("bf16",), ("fp32",), ("I", "O")
+EVERY, ONE_TARGET = ("sm_80", "sm_90", "gfx942"), ("sm_90",)  # what differs in kind is compiled for all
+PLAIN, FULL = dict(scale_ptr=None, shift_ptr=None, residual_ptr=None, RELU=False), dict(RELU=True)
+LAUNCHES = [
+    Launch(
+        "_gather_gemm_kernel",
+        flags | act | dict(MIRRORED=mirrored, NEAR=True, C=c, PACK=pack, STEPS=steps, BLOCK_M=m, BLOCK_I=i, BLOCK_O=o),
+        dict(scale_ptr="*fp32", shift_ptr="*fp32"), divisible, elements, num_warps=warps, num_stages=STAGES,
+        registers=registers, shared=shared, mma=mma, targets=targets, budgets=targets,
+    )
+    for flags, act, mirrored, c, pack, steps, m, i, o, warps, divisible, elements, mma, registers, shared, targets in [
+        (IEEE, PLAIN, False, 16, 4, 1, 128, 64, 16, 4, EVEN, HALF, "HGMMA", 80, 59904, EVERY),
+        (IEEE, PLAIN, True, 32, 2, 1, 128, 64, 32, 4, EVEN, HALF, "HGMMA", 80, 64000, ONE_TARGET),
+        (IEEE, PLAIN, False, 0, 1, 1, 128, 64, 64, 4, EVEN, HALF, "HGMMA", 104, 74760, ONE_TARGET),
+        (IEEE, PLAIN, False, 0, 1, 2, 64, 64, 128, 4, EVEN, HALF, "HGMMA", 120, 74248, ONE_TARGET),
+        (IEEE, FULL, False, 0, 1, 2, 128, 64, 128, 8, EVEN, HALF, "HGMMA", 184, 99336, EVERY),
+        (IEEE, PLAIN, True, 0, 1, 2, 128, 64, 128, 8, EVEN, HALF, "HGMMA", 120, 99336, ONE_TARGET),
+        (IEEE, PLAIN, False, 5, 6, 1, 64, 32, 16, 4, (), HALF, "HGMMA", 128, 8192, EVERY),
+        (IEEE, PLAIN, False, 0, 1, 2, 64, 32, 64, 4, (), HALF, "HGMMA", 104, 8192, ONE_TARGET),
+        (TF32, PLAIN, False, 16, 2, 1, 64, 32, 16, 4, EVEN, SINGLE, "HGMMA", 48, 32000, ONE_TARGET),
+        (TF32, PLAIN, False, 0, 1, 2, 128, 32, 64, 4, EVEN, SINGLE, "HGMMA", 128, 74760, ONE_TARGET),
+        (IEEE, PLAIN, False, 5, 3, 1, 64, 16, 16, 4, (), SINGLE, "", 96, 18560, ONE_TARGET),
+        (IEEE, FULL, False, 0, 1, 2, 64, 32, 32, 4, EVEN, SINGLE, "", 128, 25096, EVERY),
+        (IEEE, PLAIN, True, 0, 1, 2, 64, 16, 16, 4, (), SINGLE, "", 80, 10760, ONE_TARGET),
+    ]
+] + [
+    Launch(
+        "_d_weight_kernel",
+        flags | dict(BLOCK_R=BLOCK_R, BLOCK_I=i, BLOCK_O=o),
+        dict(partial_ptr="*fp32", first_ptr="*i64", end_ptr="*i64"), divisible, elements,
+        num_warps=8 if i * o > 8192 else 4, num_stages=stages,
+        registers=registers, shared=shared, mma=mma, targets=targets, budgets=targets,
+    )
+    for flags, i, o, stages, divisible, elements, mma, registers, shared, targets in [
+        (IEEE, 16, 16, STAGES, EVEN, HALF, "HMMA", 56, 7168, EVERY),
+        (IEEE, 128, 128, STAGES, EVEN, HALF, "HGMMA", 168, 99328, EVERY),
+        (IEEE, 64, 64, STAGES, (), HALF, "HGMMA", 176, 16384, ONE_TARGET),
+        (TF32, 64, 64, STAGES, EVEN, SINGLE, "HGMMA", 112, 99328, ONE_TARGET),
+        (IEEE, 32, 32, FEWER_STAGES, EVEN, SINGLE, "", 56, 33792, EVERY),
+        (IEEE, 16, 16, FEWER_STAGES, (), SINGLE, "", 72, 17408, ONE_TARGET),
+    ]
+] + [
+    Launch(
+        "_d_weight_of_groups_kernel", dict(WIDEN=False, BLOCK_R=BLOCK_R, C=c, GROUP=GROUP[c], BLOCK_O=c),
+        dict(partial_ptr="*fp32"), ("O", "R"), HALF, num_warps=8 if GROUP[c] * c * c >= 8192 else 4, num_stages=STAGES,
+        registers=registers, shared=shared, mma="HGMMA", targets=targets, budgets=targets,
+    )
+    for c, registers, shared, targets in [
+        (16, 96, 59392, ONE_TARGET),
+        (64, 176, 124928, EVERY),
+    ]
+] + [
+    Launch(
+        "_sum_chunks_kernel", dict(BLOCK_E=BLOCK_E), dict(partial_ptr="*fp32", d_weight_ptr="*fp32"), EVEN, SINGLE,
+        registers=64, shared=1024,
+    )
+]  # fmt: skip
+
+
+@pytest.fixture
+def tuned():
+    yield
+    tuning.disable()
+
+
+def test_every_way_to_launch_computes_the_same(tuned, device):
+    """The clock makes the first, the second, ... way the fastest; sizes of tiles and of steps change no sum's terms."""
+    gen = torch.Generator().manual_seed(0)
+    table = torch.where(torch.rand(3, 130, generator=gen) < 0.5, torch.randint(0, 130, (3, 130), generator=gen), -1)
+    table = table.int().to(device)
+    x, g, weight = (torch.randn(size, generator=gen).half().to(device) for size in [(130, 16), (130, 32), (32, 3, 16)])
+    for run, ways in [
+        (lambda: gather_gemm(x, weight, table, False), 6),
+        (lambda: d_weight_of(x, g, table, False), 3),
+    ]:
+        default = run()
+        for fastest in range(ways):
+            calls = itertools.count()
+
+            def clock(fn, calls=calls, fastest=fastest):
+                fn()
+                return abs(next(calls) - fastest)
+
+            tuning.enable(timer=clock)
+            torch.testing.assert_close(run(), default, rtol=1e-3, atol=1e-3 * default.abs().max().item())
+            assert next(calls) == ways

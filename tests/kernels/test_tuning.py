@@ -1,0 +1,88 @@
+import json
+
+import pytest
+import torch
+
+from kernels import tuning
+
+CPU = torch.device("cpu")
+CANDIDATES = [(64, 4), (128, 4), (128, 8)]
+
+
+class Clock:
+    """Times a candidate by a table, and remembers which ran."""
+
+    def __init__(self, times):
+        self.times, self.ran = times, []
+
+    def run(self, candidate):
+        self.ran.append(candidate)
+
+    def __call__(self, fn):
+        fn()
+        return self.times[self.ran[-1]]
+
+
+@pytest.fixture(autouse=True)
+def off_again():
+    yield
+    tuning.disable()
+
+
+def choose(clock, n=1000, candidates=CANDIDATES):
+    return tuning.choose(("op", torch.bfloat16, n), candidates, clock.run, CPU)
+
+
+def test_off_it_takes_the_default_and_runs_nothing():
+    clock = Clock({})
+    assert choose(clock) == (64, 4)
+    tuning.enable(timer=Clock(dict.fromkeys(CANDIDATES, 1.0)))
+    tuning.disable()
+    assert choose(clock) == (64, 4) and not clock.ran
+
+
+def test_without_a_gpu_and_a_timer_it_is_off():
+    tuning.enable()
+    clock = Clock({})
+    assert choose(clock) == (64, 4) and not clock.ran
+
+
+def test_the_fastest_is_found_once_for_each_kind_of_work():
+    clock = Clock({(64, 4): 3.0, (128, 4): 1.0, (128, 8): 2.0})
+    tuning.enable(timer=clock)
+    assert choose(clock) == (128, 4) and clock.ran == CANDIDATES
+    assert choose(clock, n=513) == choose(clock, n=1024) == (128, 4) and len(clock.ran) == 3  # the same bucket
+    clock.times[64, 4] = 0.5
+    assert choose(clock, n=1025) == (64, 4) and len(clock.ran) == 6
+
+
+def test_a_file_remembers(tmp_path):
+    path = tmp_path / "run" / "tuning.json"
+    clock = Clock({(64, 4): 3.0, (128, 4): 2.0, (128, 8): 1.0})
+    tuning.enable(path, clock)
+    assert choose(clock) == (128, 8)
+    assert json.loads(path.read_text()) == {"cpu": {"op torch.bfloat16 1024": [128, 8]}}
+    assert list(path.parent.iterdir()) == [path]
+
+    tuning.enable(path, Clock({}))  # it would raise if it timed anything
+    assert choose(clock) == (128, 8) and len(clock.ran) == 3
+    tuning.enable(path, clock)
+    assert choose(clock, candidates=CANDIDATES[:2]) == (128, 4)  # what the code no longer offers is searched anew
+
+
+@pytest.mark.parametrize("n, expected", [(0, 1), (1, 1), (2, 2), (3, 4), (64, 64), (65, 128)])
+def test_buckets(n, expected):
+    assert tuning.bucket(n) == expected
+
+
+def test_what_does_not_fit_the_gpu_is_left_out():
+    triton = pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+    clock = Clock(dict.fromkeys(CANDIDATES, 1.0))
+
+    def run(candidate):
+        clock.run(candidate)
+        if candidate == (64, 4):
+            raise triton.runtime.errors.OutOfResources(300000, 200000, "shared memory")
+
+    tuning.enable(timer=clock)
+    assert tuning.choose(("op", 5), CANDIDATES, run, CPU) == (128, 4)

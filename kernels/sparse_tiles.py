@@ -49,11 +49,12 @@ class Chunks(NamedTuple):
 
 
 # Rows that are sorted among themselves. Of 1024, 4096 and all rows, by count: 1.95, 1.80 and 1.65 times the products
-# that the pairs of stage 1 need, 1.32, 1.28 and 1.18 at stage 2; unsorted 2.56 and 1.54. This many sort in registers.
+# that the pairs of stage 1 need, 1.32, 1.28 and 1.18 at stage 2; unsorted 2.56 and 1.54. Of more than 1024 the
+# sort spills.
 WINDOW = 1024
 SORT = True  # False: rows stay in their order, which is the voxels'
 BLOCK_K = 8  # offsets a step
-BLOCK_C = 64  # chunks a program
+BLOCK_C = 16  # chunks a program
 KEY_BITS = 48  # of the sort's key say which offsets a row has; more offsets than that share them
 
 _made = WeakTensorKeyDictionary()  # table -> {what: (version, made of it)}

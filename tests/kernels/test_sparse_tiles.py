@@ -19,8 +19,8 @@ LAUNCHES = [
         num_warps=8, registers=152, shared=1024, **INT,
     ),
     Launch(
-        "_chunks_kernel", dict(LEAST=LEAST, MULTIPLE=2 * BLOCK_R, BLOCK_C=BLOCK_C, BLOCK_OFFSETS=32),
-        dict(ends_ptr="*i64", first_ptr="*i64", end_ptr="*i64"), registers=72, shared=512, **INT,
+        "_chunks_kernel", dict(LEAST=LEAST, MULTIPLE=2 * BLOCK_R, BLOCK_C=BLOCK_C, BLOCK_OFFSETS=128),
+        dict(ends_ptr="*i64", first_ptr="*i64", end_ptr="*i64"), registers=72, shared=128, **INT,
     ),
 ]  # fmt: skip
 

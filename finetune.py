@@ -86,6 +86,7 @@ class Args:
     checkpointing: bool = False  # forget activations of the ConvNeXt and compute them again: less memory, more time
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     deterministic: bool = False  # bit-equal runs on a GPU too, by slower kernels
+    tune: bool = False  # try how to launch kernels on this GPU, once; what the run's tuning.json has is kept to
     log_every: int = 10  # steps between progress lines
     val_every: int | None = (
         None  # steps between validations on the whole validation split (default: a third of the run)
@@ -174,6 +175,8 @@ def main(args: Args):
         kinds = (Args, type(recipe))
         kind = f"finetune-{args.modality if args.task == 'detect' else args.task}"
         run, saved = RunFolder.new_or_resumed(kind, args.out, args.resume, config, world, kinds)
+        if args.tune:
+            run.tune()
         first, found = 0, None  # metrics of the last look
         if saved:
             first, found = saved["step"], saved["found"]

@@ -90,6 +90,7 @@ class Args:
     checkpointing: bool = False  # forget activations of the ConvNeXt and compute them again: less memory, more time
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     deterministic: bool = False  # bit-equal runs on a GPU too, by slower kernels
+    tune: bool = False  # try how to launch kernels on this GPU, once; what the run's tuning.json has is kept to
     log_every: int = 10  # steps between progress lines
     val_every: int | None = None  # steps between validations (default: a third of the run)
     val_samples: int = 12  # held-out frames that a validation renders
@@ -142,6 +143,8 @@ def main(args: Args):
         kinds = (Args, type(recipe))
         kind = f"train-{'segment' if isinstance(recipe.lidar, Unet) else args.modality}"
         run, saved = RunFolder.new_or_resumed(kind, args.out, args.resume, config, world, kinds)
+        if args.tune:
+            run.tune()
         first, before, after = 0, None, None  # metrics of the untrained model and of the last look
         if saved:
             first, before, after = saved["step"], saved["before"], saved["after"]

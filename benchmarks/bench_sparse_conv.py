@@ -44,7 +44,7 @@ class Level:
 
     def submanifold(self):
         table = submanifold_map(self.coords, *sort_voxels(self.coords, self.shape, False), self.shape, THREE, ONE)
-        return table, table.flip(0)
+        return table, None  # its own mirror image
 
     def table(self):
         if "table" not in self.kept:

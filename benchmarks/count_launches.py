@@ -124,6 +124,7 @@ def main():
         most = ", ".join(f"{launch} {n}" for launch, n in counts.most_common(8))
         print(f"| {name} | {counts.total()} | {ours} | {most} |")
     encoder.eval()
+    infer()  # norms keep what they make of their statistics
     with counted() as counts:
         infer()
     print(f"| forward, inference | {counts.total()} |")

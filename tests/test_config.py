@@ -9,6 +9,7 @@ import tyro
 
 import finetune
 import train
+from kernels import tuning
 from unipad.checkpoint import write_checkpoint
 from unipad.config import Augment, DetectRecipe, Paste, from_plain, recipe_kind
 from unipad.errors import UserError
@@ -80,6 +81,22 @@ def test_a_run_from_before_a_setting_existed_goes_on(tmp_path):
     config["args"]["precision"] = "bf16"
     with pytest.raises(UserError, match="--precision"):
         resumed()
+
+
+def test_a_run_keeps_how_kernels_are_launched(tmp_path):
+    run = RunFolder(tmp_path, {}, World(0, 1, torch.device("cpu")))
+    run.close()
+    try:
+        run.tune()
+        assert tuning.choose(("op", 4), [(1,), (2,)], None, torch.device("cpu")) == (1,)  # nothing to time it on
+        (tmp_path / "tuning.json").write_text('{"cpu": {"op 4": [2]}}')
+        run.tune()
+        assert tuning.choose(("op", 4), [(1,), (2,)], None, torch.device("cpu")) == (2,)
+        (tmp_path / "tuning.json").write_text('{"cpu": {"op"')
+        with pytest.raises(UserError, match="tuning.json is damaged; remove it"):
+            run.tune()
+    finally:
+        tuning.disable()
 
 
 @pytest.mark.parametrize("command", sorted(set(re.findall(r"`python ((?:train|finetune)\.py .*?)`", PAGE))))

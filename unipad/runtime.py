@@ -21,6 +21,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+from kernels import tuning
 from unipad.checkpoint import last_checkpoint, read_checkpoint, write_checkpoint
 from unipad.config import from_plain
 from unipad.errors import UserError
@@ -181,7 +182,10 @@ class StopOnSignal:
 
 
 class RunFolder:
-    """A run's folder: config.json, log.jsonl, tensorboard/, checkpoints/, images/. Only the main process writes."""
+    """A run's folder: config.json, log.jsonl, tensorboard/, checkpoints/, images/. Only the main process writes.
+
+    All but tuning.json, which is there on request: processes have GPUs of their own, and the last to write it wins.
+    """
 
     def __init__(self, path: Path, config, world: World, first=0):
         """`first`: the step that the run goes on from; what a crashed run logged after it is dropped."""
@@ -236,6 +240,14 @@ class RunFolder:
         if saved:
             _check_same_curve(_completed(saved["config"], kinds), config, path)
         return path, saved
+
+    def tune(self):
+        """Try ways to launch kernels on this GPU from now on, and keep what was fastest in tuning.json."""
+        file = self.path / "tuning.json"
+        try:
+            tuning.enable(file)
+        except ValueError:
+            raise UserError(f"{file} is damaged; remove it, and the launches are tried again.") from None
 
     def log(self, record):
         """Append one JSON line."""
@@ -302,6 +314,7 @@ FREE_FLAGS = {
     "picture_stride",
     "save_every",
     "checkpointing",
+    "tune",
 }
 
 

@@ -108,7 +108,7 @@ def main(args: Args):
         mini = version.endswith("-mini") and args.split in ("train", "val")
         split = f"mini_{args.split}" if mini else args.split
         with world.main_first():  # the first to come makes the city and builds the index
-            root = args.data_root or trained.get("data_root") or city_once()
+            root = args.data_root or trained.get("data_root") or city_once(recipe.data.camera_sweeps - 1)
             # a look may move points into the grid; a segmentation has a class for those outside too
             box = None if args.tta or task == "segment" else (recipe.grid.low, recipe.grid.high)
             dataset = NuScenesDataset(root, version, split, recipe.data, point_range=box)
@@ -170,7 +170,7 @@ def segment(args, model, dataset, out, world, say):
 def drawn_frames(args, model, dataset, found):
     """Yield (number, batch of one) for the frames that are drawn: with images too what the LiDAR alone has found."""
     with_images = has_images(dataset.root, dataset.version, dataset.split)
-    settings = replace(model.recipe.data, cameras=with_images)
+    settings = replace(model.recipe.data, cameras=with_images, camera_sweeps=1)  # of images, the keyframe's
     drawn = NuScenesDataset(dataset.root, dataset.version, dataset.split, settings)
     for i, (_, batch) in enumerate(held_out_batches(drawn, args.pictures)):
         if batch.tokens[0] in found:

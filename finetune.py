@@ -33,7 +33,7 @@ from unipad.data.cutpaste import load_objects
 from unipad.data.loader import held_out_batches, step_batches
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.synthetic import city_once
-from unipad.data.tables import LEARNED
+from unipad.data.tables import CAMERA_SWEEPS, LEARNED
 from unipad.draw.boxes import detection_views
 from unipad.draw.segments import segment_views
 from unipad.errors import UserError, check_choices, check_ranges
@@ -75,6 +75,7 @@ class Args:
     steps: int | None = None  # optimiser steps that the schedule spans (default: from --epochs)
     stop_at: int | None = None  # optimiser step to save and stop at, the schedule unchanged (default: the last)
     epochs: float | None = None  # passes over the training frames (default: the recipe's)
+    camera_sweeps: int | None = None  # frames of images a sample, its own and those before it (default: the recipe's)
     batch_size: int | None = None  # samples a step, over all processes (default: the recipe's)
     accumulate: int = 1  # passes that a step is split into, to save memory
     lr: float | None = None  # peak learning rate (default: the recipe's)
@@ -134,7 +135,7 @@ def main(args: Args):
         box = None if task.of_points else (recipe.grid.low, recipe.grid.high)  # nothing outside is seen or found
         workers = args.workers if args.workers is not None else (4 if device.type == "cuda" else 1)
         with world.main_first():  # the first to come makes the city, builds the index and cuts the objects out
-            root = args.data_root or city_once()
+            root = args.data_root or city_once(recipe.data.camera_sweeps - 1)
             settings = (recipe.data, recipe.label_fraction, box, recipe.augment)
             train_set = NuScenesDataset(root, args.version, train_split, *settings)
             val_set = NuScenesDataset(root, args.version, val_split, recipe.data, point_range=box)
@@ -277,17 +278,20 @@ def recipe_of(args):
         version=(args.version, LEARNED),
         precision=(args.precision, PRECISIONS),
         backbone=(args.backbone, CONVNEXT),
+        camera_sweeps=(args.camera_sweeps, range(1, CAMERA_SWEEPS + 2)),
     )
     positive = ("steps", "stop_at", "epochs", "batch_size", "accumulate", "log_every", "val_every", "save_every", "lr")
     check_ranges(args, positive, ("workers", "seed", "paste_off_epochs"))
     recipe = presets[name]
     if args.paste_off_epochs is not None and recipe.paste is None:
         raise UserError(f"--paste-off-epochs does not go with --preset {name}, which pastes nothing; leave it out.")
-    if args.backbone and recipe.camera is None:
-        raise UserError(f"--backbone does not go with --modality {modality}; leave it out.")
+    for flag in ("backbone", "camera_sweeps"):
+        if getattr(args, flag) is not None and recipe.camera is None:
+            raise UserError(f"--{flag.replace('_', '-')} does not go with --modality {modality}; leave it out.")
     depths, widths = CONVNEXT[args.backbone] if args.backbone else (None, None)
     return replace(
         changed(recipe, label_fraction=args.label_fraction),
+        data=changed(recipe.data, camera_sweeps=args.camera_sweeps),
         paste=changed(recipe.paste, off_epochs=args.paste_off_epochs),
         camera=changed(recipe.camera, depths=depths, widths=widths),
         optim=changed(recipe.optim, lr=args.lr, epochs=args.epochs, batch_size=args.batch_size),

@@ -37,7 +37,7 @@ from unipad.config import CONVNEXT, Unet, changed
 from unipad.data.loader import held_out_batches, step_batches
 from unipad.data.nuscenes import NuScenesDataset, has_images
 from unipad.data.synthetic import city_once
-from unipad.data.tables import LEARNED
+from unipad.data.tables import CAMERA_SWEEPS, LEARNED
 from unipad.draw.views import rendered_views
 from unipad.errors import UserError, check_choices, check_ranges
 from unipad.evaluate.rendering import evaluate_rendering
@@ -73,6 +73,7 @@ class Args:
     steps: int | None = None  # optimiser steps that the schedule spans (default: from --epochs)
     stop_at: int | None = None  # optimiser step to save and stop at, the schedule unchanged (default: the last)
     epochs: float | None = None  # passes over the training frames (default: the recipe's)
+    camera_sweeps: int | None = None  # frames of images a sample, its own and those before it (default: the recipe's)
     batch_size: int | None = None  # samples a step, over all processes (default: the recipe's)
     accumulate: int = 1  # passes that a step is split into, to save memory
     lr: float | None = None  # peak learning rate (default: the recipe's)
@@ -105,15 +106,15 @@ def main(args: Args):
 
         # Data
         with world.main_first():
-            root = args.data_root or city_once()
+            root = args.data_root or city_once(recipe.data.camera_sweeps - 1)
         train_split, val_split = LEARNED[args.version]
         box = (recipe.grid.low, recipe.grid.high)  # points outside are no targets: no ray reaches them
         with world.main_first():  # the first to come builds the index
             seen = has_images(root, args.version, train_split)
-        recipe = replace(recipe, data=replace(recipe.data, cameras=casts_from_cameras(args, seen, say)))
-        settings = (recipe.data, args.label_fraction, box, recipe.augment)
-        train_set = NuScenesDataset(root, args.version, train_split, *settings)
-        val_set = NuScenesDataset(root, args.version, val_split, recipe.data, point_range=box)
+            recipe = replace(recipe, data=replace(recipe.data, cameras=casts_from_cameras(args, seen, say)))
+            settings = (recipe.data, args.label_fraction, box, recipe.augment)
+            train_set = NuScenesDataset(root, args.version, train_split, *settings)
+            val_set = NuScenesDataset(root, args.version, val_split, recipe.data, point_range=box)
         steps = args.steps or max(1, round(optim.epochs * len(train_set) / optim.batch_size))
         passes = world.size * args.accumulate
         if optim.batch_size % passes:
@@ -249,17 +250,20 @@ def recipe_of(args):
         ray_choice=(args.ray_choice, ("depth", "random", "dilation")),
         renderer=(args.renderer, ("neus", "volsdf", "unisurf")),
         rays_from=(args.rays_from, ("cameras", "lidar")),
+        camera_sweeps=(args.camera_sweeps, range(1, CAMERA_SWEEPS + 2)),
     )
     positive = ("steps", "stop_at", "epochs", "batch_size", "accumulate", "rays_per_view", "log_every", "val_every")
     positive += ("val_samples", "picture_stride", "save_every", "lr")
     check_ranges(args, positive, ("workers", "seed", "rgb_weight"), ("mask_ratio", "voxel_mask_ratio"))
     recipe = presets[name]
-    for flag, encoder in {"mask_ratio": "camera", "backbone": "camera", "voxel_mask_ratio": "lidar"}.items():
+    needs = {"mask_ratio": "camera", "backbone": "camera", "camera_sweeps": "camera", "voxel_mask_ratio": "lidar"}
+    for flag, encoder in needs.items():
         if getattr(args, flag) is not None and getattr(recipe, encoder) is None:
             raise UserError(f"--{flag.replace('_', '-')} does not go with --modality {args.modality}; leave it out.")
     depths, widths = CONVNEXT[args.backbone] if args.backbone else (None, None)
     return replace(
         recipe,
+        data=changed(recipe.data, camera_sweeps=args.camera_sweeps),
         camera=changed(recipe.camera, depths=depths, widths=widths, mask_ratio=args.mask_ratio),
         lidar=changed(recipe.lidar, mask_ratio=args.voxel_mask_ratio),
         rays=changed(recipe.rays, strategy=args.ray_choice, per_view=args.rays_per_view),

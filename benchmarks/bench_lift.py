@@ -1,12 +1,19 @@
-"""lift: kernel, reference, and the original's formulas in eager PyTorch.   python -m benchmarks.bench_lift"""
+"""lift: kernel, reference, and the original's formulas in eager PyTorch and compiled by it; then how time grows.
 
+    python -m benchmarks.bench_lift
+    OMP_NUM_THREADS=1 python -m benchmarks.bench_lift --paper      on a CPU: paper size too
+
+Kernels that may not differ from run to run are a row of their own.
+"""
+
+import argparse
 import math
 from functools import partial
 
 import torch
 
 from benchmarks.eager import eager_lift
-from benchmarks.harness import DEVICE, Case, compare
+from benchmarks.harness import AGREE, DEVICE, Case, compare, compiled
 from kernels.lift import lift, lift_ref
 from unipad.recipes import PRETRAIN
 
@@ -19,23 +26,32 @@ CAMERAS = [(0, 1266), (-55, 1266), (-110, 1266), (180, 809), (110, 1266), (55, 1
 AGREE_HALF = 1e-2
 
 
-def case(preset, image_size, scale, strides, dtype=torch.float32):
+def case(preset, image_size, scale, strides, dtype=torch.float32, views=6, channels=None, across=None):
+    """channels: instead of the preset's; across: voxels along x and along y, instead of the preset's."""
     grid, camera = PRETRAIN["camera"][preset].grid, PRETRAIN["camera"][preset].camera
+    channels, shape, cell = channels or camera.channels, grid.shape, grid.cell
+    if across:
+        shape = (across, across, shape[2])
+        cell = (*((h - l) / across for l, h in zip(grid.low[:2], grid.high[:2], strict=True)), cell[2])
     sizes = [(math.ceil(image_size[0] / s), math.ceil(image_size[1] / s)) for s in strides]
     rand = partial(torch.randn, device=DEVICE)
-    features = [rand(1, len(CAMERAS), h, w, camera.channels) for h, w in sizes]
-    depths = [rand(1, len(CAMERAS), h, w, camera.depth_bins).softmax(-1) for h, w in sizes]
+    features = [rand(1, views, h, w, channels) for h, w in sizes]
+    depths = [rand(1, views, h, w, camera.depth_bins).softmax(-1) for h, w in sizes]
     features, depths = ([t.to(dtype).requires_grad_() for t in levels] for levels in (features, depths))
-    geometry = (rig(scale), grid.low, grid.cell, grid.shape, image_size, camera.depth_range)
-    out_bytes = math.prod(grid.shape) * camera.channels * features[0].element_size()
-    name = f"{preset} {str(dtype).removeprefix('torch.')}"
+    geometry = (rig(scale, views), grid.low, cell, shape, image_size, camera.depth_range)
+    out_bytes = math.prod(shape) * channels * features[0].element_size()
+    size = f"{views} views, {shape[0]} x {shape[1]} x {shape[2]}, C {channels}"
+    name = f"{preset} {str(dtype).removeprefix('torch.')}, {size}"
     return Case(name, (features, depths, *geometry), out_bytes + sum(t.nbytes for t in features + depths))
 
 
-def rig(scale):
-    """[1, 6, 4, 4] cameras half a metre from the LiDAR's axis and 0.3 m below it; images `scale` times 1600 wide."""
+def rig(scale, count=6):
+    """[1, count, 4, 4] cameras half a metre from the LiDAR's axis and 0.3 m below it; images `scale` times 1600 wide.
+
+    More views than cameras see what the first of them see, as those of the frame before would.
+    """
     views = []
-    for yaw, focal in CAMERAS:
+    for yaw, focal in (CAMERAS[n % len(CAMERAS)] for n in range(count)):
         s, c = math.sin(math.radians(yaw)), math.cos(math.radians(yaw))
         intrinsics = torch.tensor([[focal * scale, 0, 816 * scale, 0], [0, focal * scale, 491 * scale, 0]])
         intrinsics = torch.cat([intrinsics, torch.eye(4)[2:]])
@@ -45,8 +61,29 @@ def rig(scale):
     return torch.stack(views)[None].to(DEVICE)
 
 
+def bit_equal(*inputs):
+    """`lift` as `--deterministic` has it: its backward gathers on every level."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        return lift(*inputs)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 if __name__ == "__main__":
-    run = partial(compare, "lift", lift_ref, lift, {"eager": eager_lift})
-    run([case(*TINY), case(*PAPER)] if DEVICE == "cuda" else [case(*TINY)])
-    if DEVICE == "cuda":
-        run([case(*PAPER, torch.float16), case(*PAPER, torch.bfloat16)], agree=AGREE_HALF)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--paper", action="store_true", help="paper size on a CPU too")
+    paper, on_gpu = parser.parse_args().paper, DEVICE == "cuda"
+    strict = {"triton, bit-equal": bit_equal} if on_gpu else {}
+    run = partial(compare, "lift", lift_ref, lift)
+    run({"eager": eager_lift, "compiled": compiled(eager_lift), **strict}, [case(*TINY)])
+    if on_gpu or paper:
+        run({"eager": eager_lift, **strict}, [case(*PAPER)])
+    if on_gpu:
+        peers = {"eager": eager_lift, "compiled": compiled(eager_lift), **strict}
+        run(peers, [case(*PAPER, torch.float16), case(*PAPER, torch.bfloat16)], agree=AGREE_HALF)
+    size, dtype = (PAPER, torch.bfloat16) if on_gpu else (TINY, torch.float32)
+    scaling = [case(*size, dtype, views=views) for views in (1, 3, 12)]
+    scaling += [case(*size, dtype, across=across) for across in ((64, 256) if on_gpu else (32, 128))]
+    scaling += [case(*size, dtype, channels=channels) for channels in ((64, 256, 512) if on_gpu else (16, 64, 128))]
+    run({"eager": eager_lift, **strict}, scaling, agree=AGREE_HALF if on_gpu else AGREE)

@@ -1,8 +1,11 @@
-"""voxel_pool: kernel, reference, and the original's formulas in eager PyTorch.   python -m benchmarks.bench_voxel_pool
+"""voxel_pool: kernel, reference, the original's formulas in eager PyTorch and compiled by it, BEVPoolv2, BEVFusion's
+bev_pool; then how time grows.   python -m benchmarks.bench_voxel_pool
 
-The kernel's time includes finding and sorting the points; peers that are given them sorted do less.
+The peers run where their mmdet3d is installed. "triton" and they have seen the cameras before (bev_pool sorts the
+points all the same); "triton, cameras new" finds and sorts the points, as a training step does.
 """
 
+import importlib
 import math
 from functools import partial
 
@@ -10,30 +13,100 @@ import torch
 
 from benchmarks.bench_lift import AGREE_HALF, rig
 from benchmarks.eager import eager_voxel_pool
-from benchmarks.harness import DEVICE, Case, compare
+from benchmarks.harness import AGREE, DEVICE, Case, compare, compiled
+from kernels import voxel_pool as pool
 from kernels.voxel_pool import voxel_pool, voxel_pool_ref
-from unipad.config import GRID_075, TINY_GRID
+from unipad.recipes import GRID_075, TINY_GRID
 
 # name, grid, channels, depth bins, (nearest, farthest) metres, image (H, W) padded, content width / 1600, stride
 PAPER = ("camera-0.075", GRID_075, 256, 118, (1.0, 60.0), (928, 1600), 1.0, 32)
 TINY = ("tiny", TINY_GRID, 32, 64, (1.0, 65.0), (160, 256), 0.16, 8)
+PEERS = {"BEVPoolv2": "mmdet3d.ops.bev_pool_v2.bev_pool", "bev_pool": "mmdet3d.ops.bev_pool"}  # name -> module
 
 
-def case(name, grid, channels, bins, depth_range, image_size, scale, stride, dtype=torch.float32):
-    lidar2image = rig(scale)
+def case(size, dtype=torch.float32, views=6, channels=None, across=None):
+    """channels: instead of the size's; across: voxels along x and along y, instead of the grid's."""
+    name, grid, C, bins, depth_range, image_size, scale, stride = size
+    C, shape, cell = channels or C, grid.shape, grid.cell
+    if across:
+        shape = (across, across, shape[2])
+        cell = (*((h - l) / across for l, h in zip(grid.low[:2], grid.high[:2], strict=True)), cell[2])
+    lidar2image = rig(scale, views)
     sizes = (*lidar2image.shape[:2], *(size // stride for size in image_size))
-    features = torch.randn(*sizes, channels, device=DEVICE).to(dtype).requires_grad_()
+    features = torch.randn(*sizes, C, device=DEVICE).to(dtype).requires_grad_()
     depths = torch.randn(*sizes, bins, device=DEVICE).softmax(-1).to(dtype).requires_grad_()
     # off the rig's planes: points on faces of voxels would lie on either side of them, as a peer rounds
     low = tuple(l + 0.0137 for l in grid.low)
-    geometry = (lidar2image, low, grid.cell, grid.shape, stride, depth_range)
-    out_bytes = math.prod(grid.shape) * channels * features.element_size()
-    name = f"{name} {str(dtype).removeprefix('torch.')}"
+    geometry = (lidar2image, low, cell, shape, stride, depth_range)
+    out_bytes = math.prod(shape) * C * features.element_size()
+    size = f"{views} views, {shape[0]} x {shape[1]} x {shape[2]}, C {C}"
+    name = f"{name} {str(dtype).removeprefix('torch.')}, {size}"
     return Case(name, (features, depths, *geometry), out_bytes + features.nbytes + depths.nbytes)
 
 
-if __name__ == "__main__":
-    run = partial(compare, "voxel_pool", voxel_pool_ref, voxel_pool, {"eager": eager_voxel_pool})
-    run([case(*TINY), case(*PAPER)])
+def cameras_new(features, depths, lidar2image, *rest):
+    return voxel_pool(features, depths, lidar2image.clone(), *rest)
+
+
+class Peer:
+    """An op of mmdet3d under the signature of `voxel_pool`; keeps where the points lie for the last cameras."""
+
+    def __init__(self, name, module):
+        self.pool = getattr(self, f"_{name.lower()}")
+        self.op = getattr(module, "bev_pool_v2" if name == "BEVPoolv2" else "bev_pool")
+        self.cameras = self.points = None
+
+    def __call__(self, features, depths, lidar2image, low, cell, shape, stride, depth_range):
+        if self.cameras is not lidar2image:
+            geometry = pool._geometry(lidar2image, low, cell, depth_range, depths.shape[4])
+            voxel = pool._voxels_ref(*geometry, features.shape, shape, stride, False)
+            order = voxel.argsort()
+            order = order[: (voxel < len(features) * math.prod(shape)).sum()]
+            self.cameras, self.points = lidar2image, (order, voxel[order])
+        return self.pool(features.float(), depths.float(), *self.points, shape).to(features.dtype)
+
+    def _bevpoolv2(self, features, depths, point, voxel, shape):
+        D = depths.shape[4]
+        pixel, k = point // D, point % D
+        R = features.shape[2:4].numel()
+        first = torch.cat([voxel.new_zeros(1), (voxel[1:] != voxel[:-1]).nonzero()[:, 0] + 1])
+        lengths = torch.diff(first, append=first.new_tensor([len(voxel)]))
+        at_depth = (pixel // R * D + k) * R + pixel % R  # it has depths as [B, N, D, h, w]
+        ranks = [i.int() for i in (at_depth, pixel, voxel)]
+        out_shape = (len(features), *reversed(shape), features.shape[4])
+        volume = self.op(depths.movedim(4, 2), features, *ranks, out_shape, first.int(), lengths.int())
+        return volume.permute(0, 2, 3, 4, 1)
+
+    def _bev_pool(self, features, depths, point, voxel, shape):
+        X, Y, Z = shape
+        products = features.flatten(0, 3)[point // depths.shape[4]] * depths.flatten()[point, None]
+        coords = torch.stack([voxel % X, voxel // X % Y, voxel // (X * Y) % Z, voxel // (X * Y * Z)], dim=1)
+        return self.op(products, coords, len(features), Z, X, Y).permute(0, 2, 4, 3, 1)  # from [B, C, Z, X, Y]
+
+
+def peers():
+    """Those that this machine has."""
+    found = {"eager": eager_voxel_pool}
     if DEVICE == "cuda":
-        run([case(*PAPER, torch.float16), case(*PAPER, torch.bfloat16)], agree=AGREE_HALF)
+        found["triton, cameras new"] = cameras_new
+        for name, module in PEERS.items():
+            try:
+                found[name] = Peer(name, importlib.import_module(module))
+            except ImportError as error:
+                print(f"without {name}: {error}")
+    return found
+
+
+if __name__ == "__main__":
+    run = partial(compare, "voxel_pool", voxel_pool_ref, voxel_pool)
+    others = peers()
+    with_compiled = others | {"compiled": compiled(eager_voxel_pool)}
+    run(with_compiled, [case(TINY)])
+    run(with_compiled if DEVICE == "cuda" else others, [case(PAPER)])
+    if DEVICE == "cuda":
+        run(with_compiled, [case(PAPER, torch.float16), case(PAPER, torch.bfloat16)], agree=AGREE_HALF)
+    size, dtype = (PAPER, torch.bfloat16) if DEVICE == "cuda" else (TINY, torch.float32)
+    scaling = [case(size, dtype, views=views) for views in (1, 3, 12)]
+    scaling += [case(size, dtype, across=across) for across in ((90, 360) if DEVICE == "cuda" else (32, 128))]
+    scaling += [case(size, dtype, channels=C) for C in ((64, 128, 512) if DEVICE == "cuda" else (16, 64, 128))]
+    run(others, scaling, agree=AGREE_HALF if DEVICE == "cuda" else AGREE)

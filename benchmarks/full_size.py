@@ -39,7 +39,7 @@ class Args:
 
 def main(args: Args):
     if not CITY.exists():
-        generate(CITY, scenes=2, keyframes=2, image_size=(900, 1600))
+        generate(CITY, scenes=2, keyframes=2, image_size=(900, 1600), camera_sweeps=2)
     print(f"{'script':<12}{'modality':<10}{'preset':<24}{'seconds':>9}{'peak GB':>9}  loss", flush=True)
     for task, (script, presets, flags) in SCRIPTS.items():
         for modality, named in presets.items():

@@ -12,9 +12,11 @@ import csv
 import time
 from dataclasses import asdict, dataclass, fields
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import torch
+from torch._functorch import config as functorch_config
 
 from kernels.backend import triton
 from unipad.runtime import commit
@@ -43,7 +45,7 @@ class Row:
     fwd_p80: float
     bwd_ms: float | None
     both_ms: float | None
-    peak_mb: float | None  # of forward and backward, above what the inputs take
+    peak_mb: float  # of forward and backward, above what the inputs take
     of_copy: float  # share of the copy's bandwidth that the forward reaches
     error: float  # largest, of outputs and gradients, as a share of each one's largest true value
     device: str
@@ -92,6 +94,12 @@ def compare(op, reference, kernels, peers, cases, agree=AGREE, exact=None):
     return rows
 
 
+def compiled(fn):
+    """`fn` under torch.compile, able to run its backward several times over one forward, which is how it is timed."""
+    functorch_config.donated_buffer = False
+    return torch.compile(fn)
+
+
 def largest_error(fn, reference, inputs):
     """Of outputs and gradients, as a share of each one's largest true value; NaN if one is."""
     ups = _upstream(reference, inputs)
@@ -113,13 +121,13 @@ def _double(value):
 
 def _measure(fn, case, ups, copy):
     peak_mb = _peak_mb(partial(_forward_backward, fn, case.inputs, ups))
-    fwd_ms, fwd_p20, fwd_p80 = _bench(partial(fn, *case.inputs))
+    fwd_ms, fwd_p20, fwd_p80 = milliseconds(partial(fn, *case.inputs))
     bwd_ms = both_ms = None
     if ups:
-        both_ms, _, _ = _bench(partial(_forward_backward, fn, case.inputs, ups))
+        both_ms, _, _ = milliseconds(partial(_forward_backward, fn, case.inputs, ups))
         outs = [o for o in _outputs(fn, case.inputs) if o.requires_grad]
         wanted = _wanted(case.inputs)
-        bwd_ms, _, _ = _bench(lambda: torch.autograd.grad(outs, wanted, ups, retain_graph=True))
+        bwd_ms, _, _ = milliseconds(lambda: torch.autograd.grad(outs, wanted, ups, retain_graph=True))
     return dict(
         fwd_ms=fwd_ms,
         fwd_p20=fwd_p20,
@@ -165,7 +173,7 @@ def _error(ours, truth):
     return worst / scale if scale else worst
 
 
-def _bench(fn):
+def milliseconds(fn):
     """Median, 20th and 80th percentile in ms: of at least 100 runs on a GPU, of at least 5 in a second on a CPU."""
     if DEVICE == "cuda":
         from triton.testing import do_bench  # flushes the L2 between runs
@@ -183,7 +191,7 @@ def _bench(fn):
 
 def _peak_mb(fn):
     if DEVICE == "cpu":
-        return None
+        return _peak_cpu_mb(fn)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -192,11 +200,20 @@ def _peak_mb(fn):
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
+def _peak_cpu_mb(fn):
+    """Of what PyTorch allocates; scratch of the libraries that it calls is not seen."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        fn()
+    changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes.sort(key=lambda e: e.start_ns())
+    return max(accumulate((e.nbytes() for e in changes), initial=0)) / 2**20
+
+
 def _copy_bandwidth():
     """GB/s, read and written."""
     src = torch.zeros(2**30 if DEVICE == "cuda" else 2**27, dtype=torch.uint8, device=DEVICE)
     dst = torch.zeros_like(src)
-    return 2 * src.nbytes / _bench(lambda: dst.copy_(src))[0] * 1e-6
+    return 2 * src.nbytes / milliseconds(lambda: dst.copy_(src))[0] * 1e-6
 
 
 def _device_name():

@@ -5,6 +5,7 @@
     sparse_map.py   which voxels each offset of a sparse convolution reads
     sparse_conv.py  gather-GEMM over a neighbour table
     lift.py         voxel <- sum over views and levels of bilinear feature x trilinear depth probability
+    pixel_sum.py    ... its gradients without atomics
     voxel_pool.py   voxel <- sum of feature x depth probability over the frustum points that fall into it
     rotated_iou.py  overlap of turned boxes, and suppression of doubles
     ray_sample.py   ray-box clipping, stratified starts, inverse-CDF resampling with rank merge

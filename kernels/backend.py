@@ -31,10 +31,11 @@ def on_triton(tensor, deterministic=True):
     deterministic: False for an op whose kernels add atomically; it takes its reference
         under `torch.use_deterministic_algorithms(True)`.
     """
-    if not deterministic and _strictly_deterministic():
+    if not deterministic and strictly_deterministic():
         return False
     return tensor.is_cuda or interpret
 
 
-def _strictly_deterministic():
+def strictly_deterministic():
+    """True under `torch.use_deterministic_algorithms(True)`; its `warn_only` is no promise."""
     return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()

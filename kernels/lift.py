@@ -6,13 +6,22 @@
 
 F_nl(u, v) is the bilinear feature of level l of view n, P_nl(u, v, d) the trilinear probability that the surface seen
 there lies at depth d; both gradients spread over the taps by the shares that the forward gathered with.
-In a rig of six cameras about 1.05 views see a voxel: views x voxels are projected, only what is seen is gathered.
+In a rig of six cameras about 1.1 views see a voxel: views x voxels are projected, only what is seen is gathered.
+
+A program owns a block of voxels side by side in x and y, which mostly the same view sees, in the same pixels. In the
+backward it adds to a level's gradients atomically where a pixel is hit a few times. Where voxels crowd into few pixels
+(a coarse level), and on every level where bits must not vary, it writes down what it hit instead; the hits are sorted
+by the cell between four pixels that they lie in, and each pixel's owner sums over the cells around it.
 """
+
+import math
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 
-from kernels.backend import on_triton, tl, triton
+from kernels.backend import on_triton, strictly_deterministic, tl, triton
+from kernels.pixel_sum import HIT, pixel_sum
 
 
 def lift(features, depths, lidar2image, low, cell, shape, image_size, depth_range):
@@ -33,7 +42,8 @@ def lift(features, depths, lidar2image, low, cell, shape, image_size, depth_rang
         depth range, and farther than 1e-5 m; a voxel that no view sees is 0.
 
     Differentiable once in `features` and `depths`. Accumulates in fp32 (fp64 for fp64 features); projects in fp32.
-    The backward adds atomically: its last bits vary from run to run. Strict determinism takes the reference.
+    Gradients of fine levels are added atomically, so that their last bits vary from run to run, but for
+    `torch.use_deterministic_algorithms(True)`. A view is whatever has a matrix: several frames are more views.
     Follows Uni3DViewTrans of the original.
     """
     assert len(features) == len(depths), f"{len(features)} levels of features, {len(depths)} of depths"
@@ -44,7 +54,9 @@ def lift(features, depths, lidar2image, low, cell, shape, image_size, depth_rang
         assert feature.shape == (B, N, h, w, C), f"level {tuple(feature.shape)} is not [{B}, {N}, h, w, {C}]"
         assert depth.shape == (B, N, h, w, D), f"depth {tuple(depth.shape)} does not fit {tuple(feature.shape)}"
         assert h * w * D, f"level of {h} x {w} pixels, {D} depth bins"
-    if not on_triton(features[0], deterministic=False):
+    hits = len(features) * B * N * math.prod(shape)
+    assert hits < 2**31, "views x voxels of all levels are counted in 32 bits: take fewer samples"
+    if not on_triton(features[0]):
         return lift_ref(features, depths, lidar2image, low, cell, shape, image_size, depth_range)
     return Lift.apply(lidar2image, low, cell, shape, image_size, depth_range, *features, *depths)
 
@@ -59,7 +71,9 @@ def lift_ref(features, depths, lidar2image, low, cell, shape, image_size, depth_
     u, v, d = place[:, b, n, voxel].to(acc_type)  # [P]
     view = b * N + n
 
-    tables, rows, weights, first_row = [], [], [], 0
+    taps = 4 * seen.sum(dim=1).flatten()  # [B * V] of a level
+    begin = taps.cumsum(dim=0) - taps
+    volume = 0
     for feature, depth in zip(features, depths, strict=True):
         h, w = feature.shape[2:4]
         x, x_share = _nodes_ref(u, w)  # [2, P] each
@@ -69,20 +83,11 @@ def lift_ref(features, depths, lidar2image, low, cell, shape, image_size, depth_
         share = (y_share[:, None] * x_share).flatten(0, 1)  # [4, P]
         at_nodes = depth.flatten().index_select(0, (pixel[:, None] * D + z).flatten()).view(4, 2, -1)
         probability = (share[:, None] * z_share * at_nodes).sum(dim=(0, 1))  # [P]
-        tables.append(feature.flatten(0, 3).to(acc_type))
-        rows.append(first_row + pixel)
-        weights.append(share * probability)
-        first_row += B * N * h * w
-
-    table = F.pad(torch.cat(tables), (0, 1 if C == 0 else 0))  # `embedding_bag` refuses a table without columns
-    taps = 4 * len(features) * seen.sum(dim=1).flatten()  # [B * V]
-    volume = F.embedding_bag(
-        torch.cat(rows).T.flatten(),
-        table,
-        offsets=taps.cumsum(dim=0) - taps,
-        mode="sum",
-        per_sample_weights=torch.cat(weights).T.flatten(),
-    )
+        table = feature.flatten(0, 3).to(acc_type)
+        table = table if C else F.pad(table, (0, 1))  # `embedding_bag` refuses a table without columns
+        volume = volume + F.embedding_bag(
+            pixel.T.flatten(), table, begin, mode="sum", per_sample_weights=(share * probability).T.flatten()
+        )
     return volume[:, :C].view(B, Z, Y, X, C).to(features[0].dtype)
 
 
@@ -132,39 +137,86 @@ class Lift(torch.autograd.Function):
         # what a compiled kernel receives; the interpreter would hand it fp64
         low, cell = (tuple(torch.tensor(t, dtype=torch.float32).tolist()) for t in (low, cell))
         ctx.geometry = low, cell, tuple(shape), tuple(image_size), tuple(depth_range)
+        ctx.bit_equal = strictly_deterministic()
         if volume.numel():
-            _launch(_lift_fwd_kernel, features, depths, (volume,), lidar2image, *ctx.geometry)
+            _launch(_lift_fwd_kernel, FWD_TILE, features, depths, (volume,), lidar2image, *ctx.geometry)
         return volume
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_volume):
         lidar2image, *levels = ctx.saved_tensors
-        acc_type = torch.float64 if levels[0].dtype == torch.float64 else torch.float32
-        d_levels = [torch.zeros_like(level, dtype=acc_type) for level in levels]
-        half = len(levels) // 2
-        if d_volume.numel():
-            outs = d_volume.contiguous(), tuple(d_levels[:half]), tuple(d_levels[half:])
-            _launch(_lift_bwd_kernel, levels[:half], levels[half:], outs, lidar2image, *ctx.geometry)
-        d_levels = [d.to(level.dtype) for d, level in zip(d_levels, levels, strict=True)]
+        if d_volume.numel() and lidar2image.numel():
+            half = len(levels) // 2
+            d_volume = d_volume.contiguous()
+            d_levels = _backward(d_volume, levels[:half], levels[half:], ctx.bit_equal, lidar2image, *ctx.geometry)
+        else:
+            d_levels = [torch.zeros_like(level) for level in levels]
         return None, None, None, None, None, None, *d_levels
 
 
-TILE = 1024  # voxels x channels per program; without spills on sm_90, where twice that spills in the backward
+def _backward(d_volume, features, depths, bit_equal, lidar2image, low, cell, shape, *limits):
+    """The gradients of all features, then of all depths."""
+    (B, N), V = lidar2image.shape[:2], math.prod(shape)
+    acc_type = torch.float64 if features[0].dtype == torch.float64 else torch.float32
+    coarse = [V >= CROWD * N * feature.shape[2:4].numel() for feature in features]
+    gathered = [l for l in range(len(features)) if coarse[l] or bit_equal]
+    pixels = [B * N * features[l].shape[2:4].numel() for l in gathered]
+    ends, cells = list(accumulate(pixels)), sum(pixels)
+    # a radix sort takes half as many passes over half as wide keys
+    key_type = torch.int16 if cells < 2**15 else torch.int32
+    cell_of = torch.full((len(gathered), B * N * V), cells, dtype=key_type, device=d_volume.device)
+    hits = torch.empty(len(gathered), B * N * V, HIT.value, dtype=acc_type, device=d_volume.device)
+
+    outs, first_cells = [], []
+    for l, (feature, depth) in enumerate(zip(features, depths, strict=True)):
+        if l in gathered:
+            i = gathered.index(l)
+            outs.append((cell_of[i], hits[i]))
+            first_cells.append(ends[i] - pixels[i])
+        else:
+            outs.append((torch.zeros_like(feature, dtype=acc_type), torch.zeros_like(depth, dtype=acc_type)))
+            first_cells.append(0)
+    _launch(
+        _lift_bwd_kernel, BWD_TILE, features, depths, (d_volume, tuple(outs), tuple(first_cells)),
+        lidar2image, low, cell, shape, *limits, GATHERED=sum(1 << l for l in gathered),
+    )  # fmt: skip
+
+    if gathered:
+        by_cell, order = cell_of.flatten().sort(stable=True)
+        numbers = torch.arange(cells + 1, dtype=key_type, device=by_cell.device)
+        begin = torch.searchsorted(by_cell, numbers, out_int32=True)
+    for l in gathered:
+        outs[l] = torch.empty_like(features[l]), torch.empty_like(depths[l])
+        pixel_sum(*outs[l], begin[first_cells[l] :], order, hits, d_volume, crowded=coarse[l])
+    d_features, d_depths = zip(*outs, strict=True)
+    return [d.to(level.dtype) for d, level in zip((*d_features, *d_depths), (*features, *depths), strict=True)]
+
+
+# All untuned: chosen by what the compiler makes of them for sm_90, without a GPU to time them on
+FWD_TILE = 4096  # bytes of features per program: voxels x channels
+BWD_TILE = 2048  # twice that spills
 MAX_VOXELS = 32  # per program: each also carries its place in every view, which few channels would not outweigh
+CROWD = 4  # voxels a pixel of a level; where there are so many, its pixels gather their gradients
 
 
-def _launch(kernel, features, depths, volumes, lidar2image, low, cell, shape, image_size, depth_range):
+def _launch(kernel, tile, features, depths, volumes, lidar2image, low, cell, shape, image_size, depth_range, **flags):
     B, N, _, _, C = features[0].shape
-    BLOCK_C = triton.next_power_of_2(C)
-    BLOCK_V = min(max(TILE // BLOCK_C, 1), MAX_VOXELS)
     X, Y, Z = shape
-    kernel[(triton.cdiv(X * Y * Z, BLOCK_V), B)](
+    blocks = _blocks(tile // features[0].element_size(), C)
+    kernel[(triton.cdiv(X, blocks["BLOCK_X"]) * triton.cdiv(Y, blocks["BLOCK_Y"]) * Z, B)](
         tuple(features), tuple(depths), *volumes, lidar2image,
         tuple(tuple(feature.shape[2:4]) for feature in features), low, cell, shape, image_size, depth_range,
         N, C, depths[0].shape[4],
-        BLOCK_V=BLOCK_V, BLOCK_C=BLOCK_C,
+        **blocks, **flags,
     )  # fmt: skip
+
+
+def _blocks(tile, C):
+    BLOCK_C = triton.next_power_of_2(C)
+    voxels = min(max(tile // BLOCK_C, 1), MAX_VOXELS)
+    BLOCK_X = 1 << (voxels.bit_length() // 2)  # a square, or twice as wide
+    return dict(BLOCK_X=BLOCK_X, BLOCK_Y=voxels // BLOCK_X, BLOCK_C=BLOCK_C)
 
 
 @triton.jit
@@ -173,16 +225,15 @@ def _lift_fwd_kernel(
     volume_ptr, lidar2image_ptr,  # [B, Z, Y, X, C], [B, N, 4, 4]
     sizes, low, cell, shape, image_size, depth_range,  # per level (h, w); the rest as in `lift`
     N, C, D,
-    BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     acc_ty: tl.constexpr = tl.float64 if volume_ptr.dtype.element_ty == tl.float64 else tl.float32
-    i = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)  # [BLOCK_V]
+    i, x, y, z, i_ok = _corners(low, cell, shape, BLOCK_X, BLOCK_Y)
     c = tl.arange(0, BLOCK_C)  # [BLOCK_C]
     b = tl.program_id(1).to(tl.int64)
-    x, y, z, i_ok = _corners(i, low, cell, shape)
     c_ok = c < C
 
-    acc = tl.zeros((BLOCK_V, BLOCK_C), acc_ty)
+    acc = tl.zeros((BLOCK_X * BLOCK_Y, BLOCK_C), acc_ty)
     for n in range(N):
         view = b * N + n
         u, v, d, seen = _project(lidar2image_ptr + view * 16, x, y, z, i_ok, image_size, depth_range)
@@ -204,20 +255,22 @@ def _lift_fwd_kernel(
 def _lift_bwd_kernel(
     feature_ptrs, depth_ptrs,  # per level [B, N, h, w, C], [B, N, h, w, D]
     d_volume_ptr,  # [B, Z, Y, X, C]
-    d_feature_ptrs, d_depth_ptrs,  # as feature_ptrs and depth_ptrs, added to
+    out_ptrs,  # per level d_feature, d_depth, added to; where gathered cell_idx [B, N, V], hit [B, N, V, HIT]
+    first_cells,  # per level, of its cells: there are as many as pixels
     lidar2image_ptr,  # [B, N, 4, 4]
     sizes, low, cell, shape, image_size, depth_range,  # per level (h, w); the rest as in `lift`
     N, C, D,
-    BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
+    GATHERED: tl.constexpr,  # bits of the levels
+    BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     acc_ty: tl.constexpr = tl.float64 if d_volume_ptr.dtype.element_ty == tl.float64 else tl.float32
-    i = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)  # [BLOCK_V]
+    i, x, y, z, i_ok = _corners(low, cell, shape, BLOCK_X, BLOCK_Y)
     c = tl.arange(0, BLOCK_C)  # [BLOCK_C]
     b = tl.program_id(1).to(tl.int64)
-    x, y, z, i_ok = _corners(i, low, cell, shape)
     c_ok = c < C
 
-    row = b * shape[0] * shape[1] * shape[2] + i
+    V = shape[0] * shape[1] * shape[2]
+    row = b * V + i
     g = tl.load(d_volume_ptr + row[:, None] * C + c[None, :], mask=i_ok[:, None] & c_ok[None, :], other=0.0).to(acc_ty)
     for n in range(N):
         view = b * N + n
@@ -231,28 +284,43 @@ def _lift_bwd_kernel(
                 feature, probability = _gather(
                     feature_ptrs[l], depth_ptrs[l], pixels, shares, z0, z1, z_share, seen, mask, c, C, D, acc_ty
                 )
-                _scatter(
-                    d_feature_ptrs[l], d_depth_ptrs[l], g * probability[:, None], tl.sum(g * feature, axis=1),
-                    pixels, shares, z0, z1, z_share, seen, mask, c, C, D,
-                )  # fmt: skip
+                along = tl.sum(g * feature, axis=1)
+                if GATHERED & (1 << l):
+                    tl.store(out_ptrs[l][0] + view * V + i, first_cells[l] + pixels[0], mask=seen)
+                    hit_ptr = out_ptrs[l][1] + (view * V + i) * HIT
+                    tl.store(hit_ptr, _position(u, w), mask=seen)
+                    tl.store(hit_ptr + 1, _position(v, h), mask=seen)
+                    tl.store(hit_ptr + 2, _position(d, D), mask=seen)
+                    tl.store(hit_ptr + 3, probability, mask=seen)
+                    tl.store(hit_ptr + 4, along, mask=seen)
+                else:
+                    _scatter(
+                        out_ptrs[l][0], out_ptrs[l][1], g * probability[:, None], along,
+                        pixels, shares, z0, z1, z_share, seen, mask, c, C, D,
+                    )  # fmt: skip
 
 
 @triton.jit
-def _corners(i, low, cell, shape):
-    """Lower corners of the voxels i in metres [BLOCK_V] each, and whether they exist."""
-    x = i % shape[0]
-    y = i // shape[0] % shape[1]
-    z = i // (shape[0] * shape[1])
+def _corners(low, cell, shape, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr):
+    """The program's voxels: their numbers, their lower corners in metres [BLOCK_X * BLOCK_Y], whether they exist."""
+    lane = tl.arange(0, BLOCK_X * BLOCK_Y)
+    block = tl.program_id(0)
+    along_x, along_y = tl.cdiv(shape[0], BLOCK_X), tl.cdiv(shape[1], BLOCK_Y)
+    x = block % along_x * BLOCK_X + lane % BLOCK_X
+    y = block // along_x % along_y * BLOCK_Y + lane // BLOCK_X
+    z = block // (along_x * along_y)
+    i = (z * shape[1] + y) * shape[0] + x
+    ok = (x < shape[0]) & (y < shape[1])
     # rounded once, as a fused multiply-add is: a corner an ulp off could cross the border of an image
     x = (x.to(tl.float64) * cell[0] + low[0]).to(tl.float32)
     y = (y.to(tl.float64) * cell[1] + low[1]).to(tl.float32)
     z = (z.to(tl.float64) * cell[2] + low[2]).to(tl.float32)
-    return x, y, z, i < shape[0] * shape[1] * shape[2]
+    return i, x, y, z, ok
 
 
 @triton.jit
 def _project(p, x, y, z, ok, image_size, depth_range):
-    """Where the view with matrix p sees the points: u, v, depth in (-1, 1), and whether it does; 0 where not."""
+    """Where the view with matrix p sees the points: u, v, depth in (-1, 1), and whether it does."""
     ud = tl.load(p) * x + tl.load(p + 1) * y + tl.load(p + 2) * z + tl.load(p + 3)
     vd = tl.load(p + 4) * x + tl.load(p + 5) * y + tl.load(p + 6) * z + tl.load(p + 7)
     d = tl.load(p + 8) * x + tl.load(p + 9) * y + tl.load(p + 10) * z + tl.load(p + 11)
@@ -261,7 +329,13 @@ def _project(p, x, y, z, ok, image_size, depth_range):
     v = vd / clamped / image_size[0] * 2 - 1
     place = (d - depth_range[0]) / (depth_range[1] - depth_range[0]) * 2 - 1
     seen = ok & (d > 1e-5) & (tl.abs(u) < 1) & (tl.abs(v) < 1) & (tl.abs(place) < 1)
-    return tl.where(seen, u, 0.0), tl.where(seen, v, 0.0), tl.where(seen, place, 0.0), seen
+    return _inside(u), _inside(v), _inside(place), seen
+
+
+@triton.jit
+def _inside(place):
+    """-1 to 1 as it is, what lies beyond at the border, also what is not a number: it is multiplied with what is 0."""
+    return tl.minimum(tl.maximum(place, -1.0), 1.0)
 
 
 @triton.jit
@@ -277,11 +351,17 @@ def _taps(view, u, v, h, w):
 @triton.jit
 def _nodes(place, size):
     """The two of `size` nodes from -1 to 1 around each place, and the second one's share."""
-    position = (place + 1) / 2 * (size - 1)
+    position = _position(place, size)
     first = tl.floor(position)
     share = position - first
     first = first.to(tl.int32)
     return first, tl.minimum(first + 1, size - 1), share
+
+
+@triton.jit
+def _position(place, size):
+    """Places counted in nodes from the first."""
+    return (place + 1) / 2 * (size - 1)
 
 
 @triton.jit

@@ -4,12 +4,16 @@
 
     dL/dF[r] = sum_k P[r, k] * g[x(r, k)],   dL/dP[r, k] = <g[x(r, k)], F[r]>,   g = dL/dvolume
 
-x(r, k) is the voxel that holds point k of pixel r's ray. For the forward the points are sorted by voxel, stably, and
-each voxel's are summed in order by the program that owns it; where they are many, whole chunks of them were summed by
-programs of their own before. In the backward a program owns pixels and walks along their rays. Nothing is atomic.
+x(r, k) is the voxel that holds point k of pixel r's ray. Points next to each other on a ray that share a voxel are a
+run, which reads its feature once, with the sum of its probabilities. For the forward the runs are sorted by voxel,
+stably, and each voxel's are summed in order by the program that owns it; where they are many, whole chunks of them were
+summed by programs of their own before. In the backward a program owns pixels and walks along their rays. Nothing is
+atomic. Where the points lie is found once for as long as the cameras stay the same tensor.
 
 Sizes: R pixels of all views with D depth bins each, so R D points; V voxels of all samples.
 """
+
+import weakref
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +41,8 @@ def voxel_pool(features, depths, lidar2image, low, cell, shape, stride, depth_ra
 
     Differentiable once in `features` and `depths`. Accumulates in fp32 (fp64 for fp64 features); bit-equal from run to
     run. Points are placed in fp64, by kernel and reference to the bit alike; those of a singular matrix lie nowhere.
+    The kernels do not look again where they lie if the last call had this very `lidar2image`, unchanged (a change that
+    goes round autograd, through `.data`, is not seen). A view is whatever has a matrix: several frames are more views.
     Follows Uni3DVoxelPoolDepth of the original.
     """
     (B, N, h, w, _), D = features.shape, depths.shape[4]
@@ -63,9 +69,10 @@ def voxel_pool_ref(features, depths, lidar2image, low, cell, shape, stride, dept
     point = point.index_select(0, order)
     begin = torch.searchsorted(voxel, torch.arange(V, device=voxel.device))
     table = features.flatten(0, 3).to(acc_type)
+    table = table if C else F.pad(table, (0, 1))  # `embedding_bag` refuses a table without columns
     volume = F.embedding_bag(
         point // max(D, 1),
-        F.pad(table, (0, 1 if C == 0 else 0)),  # `embedding_bag` refuses a table without columns
+        table,
         begin,
         mode="sum",
         per_sample_weights=depths.flatten().index_select(0, point).to(acc_type),
@@ -108,30 +115,26 @@ class VoxelPool(torch.autograd.Function):
         (B, N, h, w, C), D, (X, Y, Z) = features.shape, depths.shape[4], shape
         P, V = depths.numel(), B * X * Y * Z
         volume = features.new_empty(B, Z, Y, X, C)
-        voxel = torch.empty(P, dtype=torch.int32, device=features.device)
+        if not min(P, V, C):
+            ctx.save_for_backward(features, depths, torch.empty(0))
+            ctx.voxels = 0
+            return volume.zero_()
+        geometry = (N, h, w), D, tuple(low), tuple(cell), tuple(shape), stride, tuple(depth_range), truncate
+        voxel, order, pixel, begin = _where_points_lie(lidar2image, *geometry)
         ctx.save_for_backward(features, depths, voxel)
         ctx.voxels = V
-        if not min(P, V, C):
-            return volume.zero_()
-        matrices, bins = _geometry(lidar2image, low, cell, depth_range, D)
-        _voxels_kernel[(triton.cdiv(P, BLOCK_P),)](
-            matrices.contiguous(), bins, voxel, P, N, h, w, D, stride, tuple(shape), V,
-            TRUNCATE=truncate, BLOCK_P=BLOCK_P,
-            enable_fp_fusion=False,  # a point on a voxel's face would lie on the other side of it
-        )  # fmt: skip
-        by_voxel, order = voxel.sort(stable=True)
-        numbers = torch.arange(V + 1, dtype=torch.int32, device=voxel.device)
-        begin = torch.searchsorted(by_voxel, numbers, out_int32=True)
-        chunks = P // CHUNK
         acc_type = torch.float64 if features.dtype == torch.float64 else torch.float32
+        weight = torch.empty(P, dtype=acc_type, device=features.device)
+        _runs_kernel[(triton.cdiv(P, BLOCK_P),)](depths, voxel, order, begin, weight, P, V, D, BLOCK_P=BLOCK_P)
+        chunks = P // CHUNK
         partial = torch.empty(chunks, C, dtype=acc_type, device=features.device)
         blocks = _blocks(C)
         if chunks:
             _chunks_kernel[(triton.cdiv(chunks, blocks["BLOCK_R"]),)](
-                features, depths, by_voxel, order, partial, chunks, V, C, D, CHUNK=CHUNK, **blocks
+                features, weight, voxel, order, pixel, begin, partial, chunks, V, C, CHUNK=CHUNK, **blocks
             )
         _voxel_pool_fwd_kernel[(triton.cdiv(V, blocks["BLOCK_R"]),)](
-            features, depths, order, begin, partial, volume, V, C, D, CHUNK=CHUNK, **blocks
+            features, weight, pixel, begin, partial, volume, V, C, CHUNK=CHUNK, **blocks
         )
         return volume
 
@@ -141,22 +144,64 @@ class VoxelPool(torch.autograd.Function):
         features, depths, voxel = ctx.saved_tensors
         C, D = features.shape[4], depths.shape[4]
         R, V = features.shape[:4].numel(), ctx.voxels
-        d_features, d_depths = torch.empty_like(features), torch.empty_like(depths)
-        if not min(R, C, D, V):
-            d_features.zero_(), d_depths.zero_()
-        else:
+        if V:
+            d_features, d_depths = torch.empty_like(features), torch.empty_like(depths)
             blocks = _blocks(C)
             _voxel_pool_bwd_kernel[(triton.cdiv(R, blocks["BLOCK_R"]),)](
                 features, depths, voxel, d_volume.contiguous(), d_features, d_depths, R, V, C, D, **blocks
             )
+        else:
+            d_features, d_depths = torch.zeros_like(features), torch.zeros_like(depths)
         return d_features, d_depths, None, None, None, None, None, None, None
+
+
+_last = None  # the cameras of the last call as a weak reference, their version and the rest, what was found
+
+
+def _where_points_lie(lidar2image, *geometry):
+    """What depends on the cameras alone, found again only for others than the last call's.
+
+    Returns, all int32:
+        voxel: [P] that each point lies in; their number where it lies in none.
+        order: [P] the first point of each run, sorted by voxel; behind the runs, all other points.
+        pixel: [P] of those points.
+        begin: [V + 1] each voxel's first run in `order`.
+    """
+    global _last
+    # a captured graph runs again when the cameras have changed; inference tensors do not count their changes
+    keep = not lidar2image.is_inference() and not (lidar2image.is_cuda and torch.cuda.is_current_stream_capturing())
+    stream = torch.cuda.current_stream(lidar2image.device) if lidar2image.is_cuda else None
+    key = (lidar2image._version, stream, geometry) if keep else None
+    if keep and _last is not None and _last[0]() is lidar2image and _last[1] == key:
+        return _last[2]
+    found = _find_points(lidar2image, *geometry)
+    _last = (weakref.ref(lidar2image), key, found) if keep else None
+    return found
+
+
+def _find_points(lidar2image, sizes, D, low, cell, shape, stride, depth_range, truncate):
+    (B, N), h, w, (X, Y, Z) = lidar2image.shape[:2], *sizes[1:], shape
+    P, V = B * N * h * w * D, B * X * Y * Z
+    matrices, bins = _geometry(lidar2image, low, cell, depth_range, D)
+    voxel = torch.empty(B * N * h * w, D, dtype=torch.int32, device=lidar2image.device)
+    _voxels_kernel[(triton.cdiv(P, BLOCK_P),)](
+        matrices.contiguous(), bins, voxel, P, N, h, w, D, stride, shape, V,
+        TRUNCATE=truncate, BLOCK_P=BLOCK_P,
+        enable_fp_fusion=False,  # a point on a voxel's face would lie on the other side of it
+    )  # fmt: skip
+    goes_on = F.pad(voxel[:, 1:] == voxel[:, :-1], (1, 0))
+    of_runs, order = voxel.masked_fill(goes_on, V).flatten().sort(stable=True)
+    numbers = torch.arange(V + 1, dtype=torch.int32, device=voxel.device)
+    begin = torch.searchsorted(of_runs, numbers, out_int32=True)
+    order = order.int()
+    return voxel.flatten(), order, order // D, begin
 
 
 # All untuned: chosen by what the compiler makes of them for sm_90, without a GPU to time them on
 BLOCK_P = 256  # points per program
 TILE = 1024  # voxels, chunks or pixels x channels per program
-CHUNK = 64  # points; wherever it begins, a voxel of 2 * CHUNK - 1 points or more holds a whole chunk
-UNROLL = tl.constexpr(4)  # points whose loads are under way together
+CHUNK = 64  # runs; wherever it begins, a voxel of 2 * CHUNK - 1 runs or more holds a whole chunk
+UNROLL = tl.constexpr(4)  # runs whose loads are under way together
 
 
 def _blocks(C):
@@ -201,32 +246,54 @@ def _cell(row_ptr, u, v, d, ok, size, TRUNCATE: tl.constexpr):
 
 
 @triton.jit
+def _runs_kernel(
+    depths_ptr, voxel_idx_ptr, order_idx_ptr, begin_idx_ptr, weight_ptr,  # [P], [P], [P], [V + 1], [P]
+    P, V, D,
+    BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """The weight of each sorted run: the sum of its probabilities."""
+    i = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)  # [BLOCK_P]
+    p = tl.load(order_idx_ptr + i, mask=i < P, other=0)
+    ok = i < tl.load(begin_idx_ptr + V)
+    voxel = tl.load(voxel_idx_ptr + p, mask=ok, other=0)
+    weight = tl.zeros((BLOCK_P,), weight_ptr.dtype.element_ty)
+    goes_on, k = ok, 0
+    while tl.max(goes_on.to(tl.int32), axis=0) > 0:
+        weight += tl.load(depths_ptr + p + k, mask=goes_on, other=0.0).to(weight.dtype)
+        k += 1
+        goes_on &= p % D + k < D
+        goes_on &= tl.load(voxel_idx_ptr + p + k, mask=goes_on, other=-1) == voxel
+    tl.store(weight_ptr + i, weight, mask=ok)
+
+
+@triton.jit
 def _chunks_kernel(
-    features_ptr, depths_ptr,  # [R, C], [R, D]
-    voxel_idx_ptr, order_ptr, partial_ptr,  # [P] sorted, [P], [chunks, C]
-    chunks, V, C, D,
+    features_ptr, weight_ptr,  # [R, C], [P] of sorted runs
+    voxel_idx_ptr, order_idx_ptr, pixel_idx_ptr, begin_idx_ptr, partial_ptr,  # [P], [P], [P], [V + 1], [chunks, C]
+    chunks, V, C,
     CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The sum of each chunk of sorted points that lies in one voxel; of other chunks nothing is written."""
+    """The sum of each chunk of sorted runs that lies in one voxel; of other chunks nothing is written."""
     chunk = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
     c = tl.arange(0, BLOCK_C)[None, :]
-    ok = chunk < chunks
-    first = tl.load(voxel_idx_ptr + chunk * CHUNK, mask=ok, other=0)
-    last = tl.load(voxel_idx_ptr + chunk * CHUNK + CHUNK - 1, mask=ok, other=0)
-    ok &= (first == last) & (last < V)
+    ok = (chunk + 1) * CHUNK <= tl.load(begin_idx_ptr + V)
+    first = tl.load(order_idx_ptr + chunk * CHUNK, mask=ok, other=0)
+    last = tl.load(order_idx_ptr + chunk * CHUNK + CHUNK - 1, mask=ok, other=0)
+    first = tl.load(voxel_idx_ptr + first, mask=ok, other=0)
+    ok &= first == tl.load(voxel_idx_ptr + last, mask=ok, other=-1)
     if tl.max(ok.to(tl.int32), axis=0) > 0:
         mask = ok[:, None] & (c < C)
         acc = tl.zeros((BLOCK_R, BLOCK_C), partial_ptr.dtype.element_ty)
         for i in tl.range(0, CHUNK, loop_unroll_factor=UNROLL):
-            acc += _point(features_ptr, depths_ptr, order_ptr, chunk * CHUNK + i, ok, mask, c, C, D, acc.dtype)
+            acc += _run(features_ptr, weight_ptr, pixel_idx_ptr, chunk * CHUNK + i, ok, mask, c, C, acc.dtype)
         tl.store(partial_ptr + chunk.to(tl.int64)[:, None] * C + c, acc, mask=mask)
 
 
 @triton.jit
 def _voxel_pool_fwd_kernel(
-    features_ptr, depths_ptr,  # [R, C], [R, D]
-    order_ptr, begin_idx_ptr, partial_ptr, volume_ptr,  # [P], [V + 1], [chunks, C], [V, C]
-    V, C, D,
+    features_ptr, weight_ptr,  # [R, C], [P] of sorted runs
+    pixel_idx_ptr, begin_idx_ptr, partial_ptr, volume_ptr,  # [P], [V + 1], [chunks, C], [V, C]
+    V, C,
     CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     v = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
@@ -234,7 +301,7 @@ def _voxel_pool_fwd_kernel(
     v_ok = v < V
     begin = tl.load(begin_idx_ptr + v, mask=v_ok, other=0)
     end = tl.load(begin_idx_ptr + v + 1, mask=v_ok, other=0)
-    # a voxel's points: some up to the first whole chunk, whole chunks, the rest
+    # a voxel's runs: some up to the first whole chunk, whole chunks, the rest
     first = tl.cdiv(begin, CHUNK)
     whole = tl.maximum(end // CHUNK - first, 0)
     before = tl.where(whole > 0, first * CHUNK - begin, end - begin)
@@ -243,21 +310,22 @@ def _voxel_pool_fwd_kernel(
     acc = tl.zeros((BLOCK_R, BLOCK_C), partial_ptr.dtype.element_ty)
     for i in tl.range(0, tl.max(terms, axis=0), loop_unroll_factor=UNROLL):
         in_chunk = (i >= before) & (i < before + whole)
-        point = begin + i + tl.where(i < before, 0, whole * (CHUNK - 1))
+        run = begin + i + tl.where(i < before, 0, whole * (CHUNK - 1))
         alone = (i < terms) & ~in_chunk
-        acc += _point(features_ptr, depths_ptr, order_ptr, point, alone, alone[:, None] & (c < C), c, C, D, acc.dtype)
+        mask = alone[:, None] & (c < C)
+        acc += _run(features_ptr, weight_ptr, pixel_idx_ptr, run, alone, mask, c, C, acc.dtype)
         chunk = (first + i - before).to(tl.int64)[:, None]
         acc += tl.load(partial_ptr + chunk * C + c, mask=in_chunk[:, None] & (c < C), other=0.0)
     tl.store(volume_ptr + v.to(tl.int64)[:, None] * C + c, acc, mask=v_ok[:, None] & (c < C))
 
 
 @triton.jit
-def _point(features_ptr, depths_ptr, order_ptr, at, ok, mask, c, C, D, acc_ty: tl.constexpr):
-    """What the sorted points `at` add to their voxels [BLOCK_R, BLOCK_C]; 0 where not ok."""
-    p = tl.load(order_ptr + at, mask=ok, other=0).to(tl.int32)
-    probability = tl.load(depths_ptr + p, mask=ok, other=0.0).to(acc_ty)
-    feature = tl.load(features_ptr + (p // D).to(tl.int64)[:, None] * C + c, mask=mask, other=0.0).to(acc_ty)
-    return probability[:, None] * feature
+def _run(features_ptr, weight_ptr, pixel_idx_ptr, at, ok, mask, c, C, acc_ty: tl.constexpr):
+    """What the sorted runs `at` add to their voxels [BLOCK_R, BLOCK_C]; 0 where not ok."""
+    pixel = tl.load(pixel_idx_ptr + at, mask=ok, other=0)
+    weight = tl.load(weight_ptr + at, mask=ok, other=0.0)
+    feature = tl.load(features_ptr + pixel.to(tl.int64)[:, None] * C + c, mask=mask, other=0.0).to(acc_ty)
+    return weight[:, None] * feature
 
 
 @triton.jit
@@ -275,13 +343,19 @@ def _voxel_pool_bwd_kernel(
     feature = tl.load(features_ptr + row, mask=r_ok[:, None] & (c < C), other=0.0).to(acc_ty)
 
     acc = tl.zeros((BLOCK_R, BLOCK_C), acc_ty)
+    g = tl.zeros((BLOCK_R, BLOCK_C), acc_ty)
+    before = tl.full((BLOCK_R,), V, tl.int32)
     for k in tl.range(0, D, loop_unroll_factor=UNROLL):
         p = r * D + k
         voxel = tl.load(voxel_idx_ptr + p, mask=r_ok, other=V)
         ok = voxel < V
         probability = tl.load(depths_ptr + p, mask=ok, other=0.0).to(acc_ty)
+        # a run's points after its first have its gradient already
+        other = voxel != before
         at = voxel.to(tl.int64)[:, None] * C + c
-        g = tl.load(d_volume_ptr + at, mask=ok[:, None] & (c < C), other=0.0).to(acc_ty)
+        found = tl.load(d_volume_ptr + at, mask=(ok & other)[:, None] & (c < C), other=0.0).to(acc_ty)
+        g = tl.where(other[:, None], found, g)
+        before = voxel
         acc += probability[:, None] * g
         tl.store(d_depths_ptr + p, tl.sum(g * feature, axis=1), mask=r_ok)
     tl.store(d_features_ptr + row, acc, mask=r_ok[:, None] & (c < C))

@@ -37,7 +37,7 @@ class Launch:
     shared: int = 0  # at most, bytes per program
     stack: int = 0  # at most, bytes per thread; above 0 means spills and wants a written reason
     mma: str = ""  # the matrix instruction that sm_90's machine code must have, "HGMMA" or "HMMA"; sm_80 knows HMMA
-    budgets: tuple = ("sm_90",)  # of NVIDIA's targets: where the costs are asserted
+    budgets: tuple = ("sm_90",)  # of the targets: where the costs are asserted
 
     def matrix(self, target):
         """The matrix instruction that the machine code for `target` must have, "" for none."""
@@ -106,8 +106,16 @@ def _paths(type_, path):
 
 
 def _cost(compiled, mma):
-    """Registers and stack bytes per thread, shared bytes per program, and `mma` if the machine code has it."""
+    """Registers and stack bytes per thread, shared bytes per program, and on NVIDIA `mma` if the code has it."""
     import triton
+
+    if "amdgcn" in compiled.asm:
+        used = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", compiled.asm["amdgcn"]))
+        return {
+            "registers": int(used["vgpr_count"]),
+            "stack": int(used["private_segment_fixed_size"]),
+            "shared": compiled.metadata.shared,
+        }
 
     def dump(tool, option):
         command = [Path(triton.__file__).parent / "backends/nvidia/bin" / tool, option, cubin.name]

@@ -292,7 +292,7 @@ def broken(kind, folder):
         ("other blocks", {}, "no blocks of a ConvNeXt"),
         ("new recipe", {}, r"of another version of this project \(radar"),
         ("whole", {"preset": "camera-0.075"}, "does not fit preset camera-0.075: .* of another shape"),
-        ("whole", {"preset": "lidar-0.075"}, "--preset lidar-0.075 is not known; use tiny, camera-0.075, camera-0.1"),
+        ("whole", {"preset": "lidar-0.075"}, "--preset lidar-0.075 is not known; use tiny, camera-0.075, "),
         ("whole", {"kind": "convnext"}, "--kind convnext: .* is of kind unipad"),
     ],
 )  # fmt: skip

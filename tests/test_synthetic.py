@@ -302,7 +302,9 @@ def test_both_splits_are_in_any_number_of_scenes():
         assert set(names) & set(splits["mini_train"]) and set(names) & set(splits["mini_val"])
 
 
-@pytest.mark.parametrize("setting", [{"scenes": 1}, {"keyframes": 1}, {"image_size": (8, 8)}, {"workers": 0}])
+@pytest.mark.parametrize(
+    "setting", [{"scenes": 1}, {"keyframes": 1}, {"image_size": (8, 8)}, {"workers": 0}, {"camera_sweeps": 6}]
+)
 def test_senseless_settings_are_refused(tmp_path, setting):
     with pytest.raises(synthetic.SettingError, match=next(iter(setting)).replace("_", "-")):
         synthetic.generate(tmp_path / "set", **setting)

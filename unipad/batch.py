@@ -20,12 +20,16 @@ CAMERAS = (
 
 @dataclass(frozen=True)
 class Batch:
-    """B samples, N cameras in the order of `CAMERAS`; N = 0 where no images are read."""
+    """B samples of N views: the keyframe's cameras in the order of `CAMERAS`, then, where camera sweeps are read, those
+    of each frame before it, the newest first. N = 0 where no images are read.
+
+    All views are encoded; what is rendered, compared and drawn are those of `keyframe()`.
+    """
 
     images: Tensor  # [B, N, 3, H, W] RGB in [0, 1], zero-padded at the right and bottom to a multiple of 32
     image_sizes: Tensor  # [B, N, 2] int64 height, width before padding
-    lidar2image: Tensor  # [B, N, 4, 4] LiDAR metres -> (u*d, v*d, d, 1), pixels of `images`
-    lidar2camera: Tensor  # [B, N, 4, 4] LiDAR metres -> camera metres
+    lidar2image: Tensor  # [B, N, 4, 4] LiDAR metres of the keyframe -> (u*d, v*d, d, 1), pixels of `images`
+    lidar2camera: Tensor  # [B, N, 4, 4] LiDAR metres of the keyframe -> camera metres when the image was taken
     points: Tensor  # [P, 5] x, y, z metres (LiDAR frame of the keyframe), intensity, time lag seconds
     point_counts: Tensor  # [B] int64, on the host
     boxes: Tensor  # [M, 9] x, y, z centre, w, l, h metres, yaw, vx, vy in the LiDAR frame
@@ -33,9 +37,21 @@ class Batch:
     box_counts: Tensor  # [B] int64, on the host
     point_labels: Tensor | None  # [P] uint8 lidarseg class 0-16, 0 is ignore; None where the set has no labels
     tokens: tuple[str, ...]  # sample tokens
+    frame_lags: Tensor | None = None  # [B, S] seconds from each of S frames of images to the keyframe's; None: S = 1
 
     def __len__(self):
         return len(self.tokens)
+
+    @property
+    def frames(self):
+        """S: how many frames the views are of."""
+        return 1 if self.frame_lags is None else self.frame_lags.shape[1]
+
+    def keyframe(self):
+        """The batch with the keyframe's views alone; their tensors are not copied."""
+        views = slice(self.images.shape[1] // self.frames)
+        of_views = ("images", "image_sizes", "lidar2image", "lidar2camera")
+        return replace(self, **{name: getattr(self, name)[:, views] for name in of_views}, frame_lags=None)
 
     def to(self, device):
         """The same batch on `device`; from pinned memory the copies overlap with the host's work.

@@ -33,6 +33,8 @@ class Data:
     cameras: bool = True  # False: no image is read, and rays start at the LiDAR
     image_size: tuple[int, int] | None = None  # (height, width) images are resized to; None keeps the file's
     sweeps: int = 1  # LiDAR frames in one sample: the keyframe and the sweeps before it
+    camera_sweeps: int = 1  # frames of images in one sample: the keyframe's and those before it, 6 at most
+    camera_rate: float = 0.0  # Hz: a frame's time is its number over it, as in the original (12); 0: the tables' time
 
 
 @dataclass(frozen=True)

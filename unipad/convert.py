@@ -35,6 +35,8 @@ from unipad.recipes import DETECT, PRETRAIN
 from unipad.runtime import as_plain, one_sentence_errors
 
 BACKBONE = "encoder.camera.backbone."
+FRAME_FUSION = "encoder.frame_fusion.trans_conv.0.weight"
+CAMERA_RATE = 12.0  # Hz, by which the original counts the time of camera sweeps
 CLASSIFIER = ("head.", "classifier.", "norm.", "backbone.norm")  # of an ImageNet file, and the norm before it
 
 
@@ -166,8 +168,11 @@ def merge(camera, lidar):
     presets = DETECT if isinstance(recipes[0], DetectRecipe) else PRETRAIN
     recipe = list(presets["fusion"].values())[-1]
     recipe = replace(recipe, grid=recipes[0].grid, camera=recipes[0].camera, lidar=recipes[1].lidar)
+    images = {name: getattr(recipes[0].data, name) for name in ("camera_sweeps", "camera_rate")}
+    recipe = replace(recipe, data=replace(recipe.data, **images))
     report = Report()
-    for saved, parts in ((camera, ("encoder.camera.", "encoder.lift_convs.")), (lidar, ("encoder.lidar",))):
+    of_images = ("encoder.camera.", "encoder.frame_fusion.", "encoder.lift_convs.")
+    for saved, parts in ((camera, of_images), (lidar, ("encoder.lidar",))):
         report.taken |= {name: w for name, w in saved["model"].items() if name.startswith(parts)}
         others = {part_of(name) for name in saved["model"].keys() - report.taken}
         report.left += [f"left out: {part}" for part in sorted(others)]
@@ -197,12 +202,16 @@ def _presets(ours):
 
 
 def _with_sizes(recipe, ours, code_weights):
-    """A recipe for the original's weights: with the file's size of ConvNeXt, and pooling as the original does it."""
+    """A recipe for the original's weights: with the file's size of ConvNeXt, and its number of frames of images, whose
+    times and whose pooling are the original's."""
     if recipe.camera is not None:
         backbone = {name.removeprefix(BACKBONE): w for name, w in ours.items() if name.startswith(BACKBONE)}
         depths, widths = _convnext_sizes(backbone)
         camera = replace(recipe.camera, truncate=recipe.camera.view == "pool")
         recipe = replace(recipe, camera=replace(camera, depths=depths, widths=widths) if depths else camera)
+    if FRAME_FUSION in ours:
+        width, all_widths, *_ = ours[FRAME_FUSION].shape
+        recipe = replace(recipe, data=replace(recipe.data, camera_sweeps=all_widths // width, camera_rate=CAMERA_RATE))
     if isinstance(recipe.lidar, Lidar) and "encoder.lidar.mask_token" in ours:
         recipe = replace(recipe, lidar=replace(recipe.lidar, learnable_token=True))
     known = torch.tensor(recipe.detect.code_weights) if isinstance(recipe, DetectRecipe) else code_weights

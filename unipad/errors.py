@@ -9,7 +9,7 @@ def check_choices(**flags):
     """flags: name -> (value, what it may be); None is left out. Raises `UserError`."""
     for name, (value, choices) in flags.items():
         if value is not None and value not in choices:
-            raise UserError(f"{_flag(name)} {value} is not known; use {', '.join(choices)}.")
+            raise UserError(f"{_flag(name)} {value} is not known; use {', '.join(map(str, choices))}.")
 
 
 def check_ranges(args, above_0=(), not_below_0=(), share=()):

@@ -23,6 +23,8 @@ UNIPAD = [
     # Convolution, norm and ReLU of all blocks in one row there, a row of blocks here
     *[(f"pts_neck.extra_blocks.{3 * i + j}.", f"encoder.lidar_convs.{i}.{j}.") for i in range(4) for j in range(2)],
     ("pts_neck.", "encoder.lidar.neck.", "slices"),
+    ("pts_bbox_head.view_trans.time_conv.", "encoder.frame_fusion.time_conv."),
+    ("pts_bbox_head.view_trans.trans_conv.", "encoder.frame_fusion.trans_conv."),
     ("pts_bbox_head.view_trans.conv_layer.", "encoder.lift_convs."),
     ("pts_bbox_head.conv_trans_head_1.", "encoder.fuse."),
     ("pts_bbox_head.render_conv.", "project."),

@@ -2,19 +2,24 @@ import pytest
 import torch
 
 import kernels.lift
+import kernels.pixel_sum
 from kernels.lift import lift, lift_ref
 from tests import golden
-from tests.ahead_of_time import Launch
+from tests.ahead_of_time import TARGETS, Launch
 from tests.check import check_against_ref, launches
 from tests.conftest import HAS_GPU
 
 
-def launch(kernel, levels, channels, divisible, elements, registers, shared):
+def launch(kernel, levels, channels, divisible, elements, registers, shared, gathered=()):
+    forward = kernel == "_lift_fwd_kernel"
+    tile = kernels.lift.FWD_TILE if forward else kernels.lift.BWD_TILE
+    constexprs = kernels.lift._blocks(tile // (4 if "fp32" in elements else 2), channels)
+    constexprs |= {} if forward else dict(GATHERED=sum(1 << l for l in gathered))
     types = dict(
         feature_ptrs=("*",) * levels,
-        depth_ptrs=("*fp32",) * levels,
-        d_feature_ptrs=("*fp32",) * levels,
-        d_depth_ptrs=("*fp32",) * levels,
+        depth_ptrs=("*",) * levels,
+        out_ptrs=tuple(("*i16" if l in gathered else "*fp32", "*fp32") for l in range(levels)),
+        first_cells=("i32",) * levels,
         lidar2image_ptr="*fp32",
         sizes=(("i32", "i32"),) * levels,
         low=("fp32",) * 3,
@@ -23,15 +28,17 @@ def launch(kernel, levels, channels, divisible, elements, registers, shared):
         image_size=("i32",) * 2,
         depth_range=("fp32",) * 2,
     )
-    blocks = dict(BLOCK_V=min(1024 // channels, 32), BLOCK_C=channels)
-    return Launch(kernel, blocks, types, divisible, elements, registers=registers, shared=shared)
+    return Launch(
+        kernel, constexprs, types, divisible, elements, registers=registers, shared=shared, budgets=tuple(TARGETS)
+    )
 
 
 LAUNCHES = [
-    launch("_lift_fwd_kernel", 4, 128, ("C", "D"), ("bf16",), 144, 0),
-    launch("_lift_bwd_kernel", 4, 128, ("C", "D"), ("bf16",), 192, 4096),
+    launch("_lift_fwd_kernel", 4, 128, ("C", "D"), ("bf16",), 176, 0),
+    launch("_lift_bwd_kernel", 4, 128, ("C", "D"), ("bf16",), 255, 4096, gathered=(2, 3)),
+    launch("_lift_bwd_kernel", 4, 128, ("C", "D"), ("bf16",), 104, 32, gathered=(0, 1, 2, 3)),
     launch("_lift_fwd_kernel", 1, 16, (), ("fp32",), 136, 0),
-    launch("_lift_bwd_kernel", 1, 16, (), ("fp32",), 168, 128),
+    launch("_lift_bwd_kernel", 1, 16, (), ("fp32",), 192, 128),
 ]
 
 IMAGE = (24, 40)  # pixels
@@ -60,22 +67,31 @@ def make_inputs(B, N, sizes, C, D, shape, device):
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype, crowd",
+    [(torch.float32, 0), (torch.float32, 10**9), (torch.float16, 10**9), (torch.bfloat16, 0)],
+    ids=["fp32 gathered", "fp32 direct", "fp16 direct", "bf16 gathered"],
+)
 @pytest.mark.parametrize(
     "B, N, sizes, C, D, shape",
     [
         (1, 1, [(1, 1)], 1, 1, (1, 1, 1)),
         (3, 2, [(5, 7), (3, 5)], 3, 5, (5, 7, 1)),  # odd everywhere
-        (1, 2, [(3, 5)], 4, 8, (4, 4, 2)),  # exactly one block
-        (1, 1, [(6, 10), (3, 5), (2, 3), (1, 2)], 32, 16, (11, 3, 1)),  # one voxel over, all four levels
+        (1, 2, [(3, 5)], 4, 8, (8, 4, 2)),  # exactly one block a slice
+        (1, 1, [(6, 10), (3, 5), (2, 3), (1, 2)], 32, 16, (9, 3, 1)),  # one voxel over, all four levels
         (1, 1, [(3, 5)], 65, 4, (3, 3, 1)),  # fewer voxels a program, so that its tile stays small
+        (1, 1, [(2, 3)], 512, 4, (2, 3, 1)),  # as many channels as there may be
+        (1, 12, [(2, 3)], 2, 3, (4, 3, 1)),  # two frames of six views
         (0, 2, [(3, 5)], 3, 4, (2, 2, 2)),  # no samples
         (2, 0, [(3, 5)], 3, 4, (2, 2, 2)),  # no views
         (1, 2, [(3, 5)], 0, 4, (2, 2, 2)),  # no channels
         (1, 2, [(3, 5)], 3, 4, (2, 0, 2)),  # no voxels
     ],
 )
-def test_matches_reference(B, N, sizes, C, D, shape, dtype, device):
+def test_matches_reference(B, N, sizes, C, D, shape, dtype, crowd, device, monkeypatch):
+    monkeypatch.setattr(kernels.lift, "CROWD", crowd)
+    if not HAS_GPU:
+        monkeypatch.setattr(kernels.pixel_sum, "TILE", 2**13)
     inputs = make_inputs(B, N, sizes, C, D, shape, device)
     assert lift_ref(**inputs).any() or not B * N * C * min(shape), "nothing is seen"
     check_against_ref(lift, lift_ref, inputs, dtype, wrt=("features", "depths"))
@@ -90,12 +106,19 @@ RECORDED = dict(  # geometry of the record view_trans_2lvl
 )
 
 
+@pytest.fixture
+def large_blocks(monkeypatch):
+    """The interpreter's time goes with the number of programs."""
+    if not HAS_GPU:
+        for name, size in dict(FWD_TILE=2**17, BWD_TILE=2**17, MAX_VOXELS=2**10).items():
+            monkeypatch.setattr(kernels.lift, name, size)
+        monkeypatch.setattr(kernels.pixel_sum, "TILE", 2**17)
+
+
 @pytest.mark.parametrize("op", [lift, lift_ref])
-def test_reproduces_the_original(op, device, monkeypatch):
-    """Volume and gradients of Uni3DViewTrans: 2 samples, 6 views, 2 levels."""
-    if not HAS_GPU:  # the interpreter's time goes with the number of programs
-        monkeypatch.setattr(kernels.lift, "TILE", 2**15)
-        monkeypatch.setattr(kernels.lift, "MAX_VOXELS", 2**11)
+def test_reproduces_the_original(op, device, large_blocks, monkeypatch):
+    """Volume and gradients of Uni3DViewTrans: 2 samples, 6 views, 2 levels, the coarse one's gradients gathered."""
+    monkeypatch.setattr(kernels.lift, "CROWD", 2)
     arrays = {name: array.to(device) for name, array in golden.load("view_trans_2lvl")[0].items()}
     features = [arrays[f"in/feat_{l}"].permute(0, 1, 3, 4, 2).requires_grad_() for l in range(2)]
     depths = [arrays[f"in/depth_{l}"].unflatten(0, (2, 6)).permute(0, 1, 3, 4, 2).requires_grad_() for l in range(2)]
@@ -178,7 +201,7 @@ def test_views_of_one_voxel_add_up(device):
 
 
 def test_half_precision_features_with_fp32_depths(device):
-    """As under autocast, where softmax stays in fp32."""
+    """Each gradient keeps its own type."""
     inputs = make_inputs(1, 1, [(3, 5)], 8, 4, (4, 4, 2), device)
     features = [level.to(torch.bfloat16).requires_grad_() for level in inputs.pop("features")]
     depths = [level.float().requires_grad_() for level in inputs.pop("depths")]
@@ -198,12 +221,56 @@ def test_gradcheck(device):
     torch.autograd.gradcheck(lambda *levels: lift(levels[:2], levels[2:], **inputs), leaves)
 
 
-def test_strict_determinism_takes_the_reference(device):
-    inputs = make_inputs(1, 1, [(3, 5)], 3, 4, (2, 2, 2), device)
-    torch.use_deterministic_algorithms(True)  # the fixture's mode only warns
-    with launches() as launched:
-        lift(**inputs)
-    assert not launched
+@pytest.mark.parametrize("strict, crowd, gathered", [(True, 10**9, 2), (False, 10, 1), (False, 10**9, 0)])
+def test_what_is_gathered(strict, crowd, gathered, device, large_blocks, monkeypatch):
+    """Crowded levels, or all of them where bits must not vary: 200 voxels, 15 and 60 pixels."""
+    monkeypatch.setattr(kernels.lift, "CROWD", crowd)
+    inputs = make_inputs(1, 1, [(3, 5), (6, 10)], 3, 4, (10, 10, 2), device)
+    features, depths = inputs.pop("features"), inputs.pop("depths")
+    leaves = [level.float().requires_grad_() for level in features + depths]
+    if strict:
+        torch.use_deterministic_algorithms(True)  # the fixture's mode only warns
+    runs = []
+    for _ in range(2):
+        with launches() as launched:
+            volume = lift(leaves[:2], leaves[2:], **inputs)
+            runs.append(torch.autograd.grad(volume.square().sum(), leaves))
+        assert launched == ["_lift_fwd_kernel", "_lift_bwd_kernel"] + gathered * ["_pixel_sum_kernel"]
+    if strict:
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("op", [lift, lift_ref])
+def test_a_feature_changes_its_ray_alone(op, device, large_blocks):
+    """Exactly the voxels that its view sees less than a pixel away from it."""
+    inputs = make_inputs(1, 2, [(5, 7)], 3, 4, (8, 8, 3), device)
+    before = op(**inputs)
+    inputs["features"][0][0, 1, 2, 3] += 1
+    changed = (op(**inputs) != before).any(-1)
+    geometry = list(inputs.values())[2:]
+    (u, v, _), seen = kernels.lift._project_ref(*geometry)
+    near = ((u + 1) * 3 - 3).abs() < 1  # of columns 0 to 6
+    near &= ((v + 1) * 2 - 2).abs() < 1  # of rows 0 to 4
+    assert torch.equal(changed.flatten(), (seen & near)[0, 1]) and 1 < changed.sum() < seen[0, 1].sum()
+
+
+def test_more_cells_than_16_bits_count(device, large_blocks, monkeypatch):
+    """The hits are sorted by 32-bit numbers then: each level alone has 2^15 + 356 cells."""
+    monkeypatch.setattr(kernels.lift, "CROWD", 0)
+    inputs = make_inputs(1, 1, [(182, 182), (182, 182)], 1, 1, (4, 4, 1), device)
+    check_against_ref(lift, lift_ref, inputs, torch.float32, wrt=("features", "depths"))
+
+
+def test_frames_are_more_views(device, large_blocks):
+    """Two frames of two views in one call are the sum of a call each."""
+    inputs = make_inputs(2, 4, [(3, 5)], 3, 4, (5, 4, 2), device)
+    halves = [
+        inputs
+        | {name: [inputs[name][0][:, frame]] for name in ("features", "depths")}
+        | dict(lidar2image=inputs["lidar2image"][:, frame])
+        for frame in (slice(2), slice(2, 4))
+    ]
+    torch.testing.assert_close(lift(**inputs), sum(lift(**half) for half in halves), rtol=1e-12, atol=1e-12)
 
 
 def test_rejects_mismatched_shapes(device):
@@ -212,5 +279,7 @@ def test_rejects_mismatched_shapes(device):
         lift(**inputs | dict(lidar2image=views(1, 3, device)))
     with pytest.raises(AssertionError, match="does not fit"):
         lift(**inputs | dict(depths=[torch.rand(1, 2, 3, 4, 4, device=device)]))
+    with pytest.raises(AssertionError, match="32 bits"):
+        lift(**inputs | dict(shape=(2**10, 2**10, 2**10)))
     with pytest.raises(AssertionError, match="levels"):
         lift(**inputs | dict(depths=[]))

@@ -4,34 +4,39 @@ import torch
 import kernels.voxel_pool
 from kernels.voxel_pool import BLOCK_P, CHUNK, voxel_pool, voxel_pool_ref
 from tests import golden
-from tests.ahead_of_time import Launch
+from tests.ahead_of_time import TARGETS, Launch
 from tests.check import check_against_ref, launches
 from tests.conftest import HAS_GPU
 
 
 def launch(kernel, channels, divisible, elements, registers, shared=0):
-    blocks = dict(BLOCK_R=1024 // channels, BLOCK_C=channels)
+    blocks = kernels.voxel_pool._blocks(channels)
     if kernel != "_voxel_pool_bwd_kernel":
         blocks["CHUNK"] = CHUNK
-    types = dict(order_ptr="*i64", partial_ptr="*fp32", depths_ptr="*fp32", d_depths_ptr="*fp32", chunks="i32")
-    return Launch(kernel, blocks, types, divisible, elements, registers=registers, shared=shared)
+    types = dict(weight_ptr="*fp32", partial_ptr="*fp32", chunks="i32")
+    return Launch(
+        kernel, blocks, types, divisible, elements, registers=registers, shared=shared, budgets=tuple(TARGETS)
+    )
 
 
 def launch_voxels(truncate):
     types = dict(matrices_ptr="*fp64", bins_ptr="*fp64", h="i32", w="i32", stride="i32", shape=("i32",) * 3)
     constexprs = dict(TRUNCATE=truncate, BLOCK_P=BLOCK_P)
-    return Launch("_voxels_kernel", constexprs, types, elements=("fp32",), registers=40)
+    return Launch("_voxels_kernel", constexprs, types, elements=("fp32",), registers=48, budgets=tuple(TARGETS))
 
 
 LAUNCHES = [
     launch_voxels(truncate=False),
     launch_voxels(truncate=True),
-    launch("_chunks_kernel", 256, ("C",), ("bf16",), 48, 4096),
+    Launch(
+        "_runs_kernel", dict(BLOCK_P=BLOCK_P), dict(weight_ptr="*fp32"), registers=48, shared=64, budgets=tuple(TARGETS)
+    ),
+    launch("_chunks_kernel", 256, ("C",), ("bf16",), 56, 4096),
     launch("_voxel_pool_fwd_kernel", 256, ("C",), ("bf16",), 64),
-    launch("_voxel_pool_bwd_kernel", 256, ("C",), ("bf16",), 56, 16),
-    launch("_chunks_kernel", 32, (), ("fp32",), 152),
+    launch("_voxel_pool_bwd_kernel", 256, ("C",), ("bf16",), 72, 16),
+    launch("_chunks_kernel", 32, (), ("fp32",), 160),
     launch("_voxel_pool_fwd_kernel", 32, (), ("fp32",), 200),
-    launch("_voxel_pool_bwd_kernel", 32, (), ("fp32",), 160, 128),
+    launch("_voxel_pool_bwd_kernel", 32, (), ("fp32",), 152, 128),
 ]
 
 
@@ -69,6 +74,7 @@ def make_inputs(B, N, size, C, D, shape, device, truncate=False):
         (3, 2, (5, 7), 3, 5, (5, 7, 2)),  # odd everywhere
         (2, 2, (8, 8), 4, 4, (8, 8, 2)),  # exactly one block of pixels and of voxels
         (1, 1, (3, 3), 65, 9, (3, 3, 1)),  # one pixel and one voxel over
+        (1, 1, (1, 2), 512, 3, (2, 2, 1)),  # as many channels as there may be
         (1, 3, (7, 10), 3, 9, (2, 3, 1)),  # whole chunks of points in one voxel
         (0, 2, (3, 5), 3, 4, (2, 2, 2)),  # no samples
         (2, 0, (3, 5), 3, 4, (2, 2, 2)),  # no views
@@ -205,6 +211,49 @@ def test_a_long_interval_is_split(points, device):
         depth_range=(1.0, 3.0),
     )
     check_against_ref(voxel_pool, voxel_pool_ref, inputs, torch.float32, wrt=("features", "depths"))
+
+
+def test_looks_for_the_points_once_while_the_cameras_stay(device):
+    inputs = make_inputs(1, 2, (3, 5), 3, 6, (4, 4, 2), device)
+    voxel_pool(**inputs)
+
+    def looks():
+        with launches() as launched:
+            volume = voxel_pool(**inputs)
+        torch.testing.assert_close(volume, voxel_pool_ref(**inputs), rtol=1e-12, atol=1e-12)
+        return "_voxels_kernel" in launched
+
+    assert not looks()
+    inputs["features"] = inputs["features"] + 1
+    assert not looks()
+    inputs["lidar2image"][:, 0, 0, 3] += 40  # in place: pixels to the right
+    assert looks() and not looks()
+    inputs["lidar2image"] = inputs["lidar2image"].clone()
+    assert looks() and not looks()
+    inputs["low"] = (-5.3, 1.4, -1.7)
+    assert looks()
+    with torch.inference_mode():
+        inputs["lidar2image"] = inputs["lidar2image"].clone()
+        assert looks() and looks()
+
+
+def test_points_of_a_ray_that_share_a_voxel_are_one_run(device):
+    """Pixels 0, 1, 2 at depths 1, 2, ..., 9: they stay at x = 0 or go on to 9 or 18; voxels 4 m long are counted."""
+    sizes, view = (1, 1, 3), straight_view(device)
+    *_, begin = kernels.voxel_pool._find_points(view, sizes, 9, (0, -1, 0), (4, 2, 20), (5, 1, 1), 1, (1, 10), False)
+    # x = 0 * 9 | 1 2 3, 4 5 6 7, 8 9 | 2, 4 6, 8 10, 12 14, 16 18
+    assert begin.tolist() == [0, 3, 5, 7, 8, 9]
+
+
+def test_frames_are_more_views(device):
+    """Two frames of two views in one call are the sum of a call each."""
+    inputs = make_inputs(2, 4, (3, 5), 3, 6, (4, 4, 2), device)
+    halves = [
+        inputs | {name: inputs[name][:, frame] for name in ("features", "depths", "lidar2image")}
+        for frame in (slice(2), slice(2, 4))
+    ]
+    together = voxel_pool(**inputs)
+    torch.testing.assert_close(together, sum(voxel_pool(**half) for half in halves), rtol=1e-12, atol=1e-12)
 
 
 def test_a_feature_changes_its_ray_alone(device):

@@ -5,7 +5,8 @@ As the original's UnifiedDataBaseSampler and UnifiedObjectSample have it:
     where     where they stood in the LiDAR's frame; one whose box would overlap with another, from above, is left out
     points    of all sweeps; what the sample had inside a pasted box goes
     pixels    the rectangle around a box, far ones first; rectangles around the sample's own boxes are laid again in
-              their turn, so that what is nearer covers what is farther
+              their turn, so that what is nearer covers what is farther; in images of camera sweeps, around the box
+              where its velocity says that it was
 What does not: pixels come from the camera that they go to, where the original has one picture of an object for all; and
 of objects that overlap with each other the one drawn first stays, not the last.
 """
@@ -39,7 +40,7 @@ class Objects:
     boxes: np.ndarray  # [K, 9] float32 as in `Batch`
     labels: np.ndarray  # [K] int64
     points: np.ndarray  # [K, 2] int64 first byte of the points, how many
-    pictures: np.ndarray  # [R, 4] int64 object (ascending), camera, first byte, bytes
+    pictures: np.ndarray  # [R, 4] int64 object (ascending), view, first byte, bytes
 
     def pasted(self, sample, rng):
         """The sample with objects in it, behind its own points and boxes; pasted points have label 0.
@@ -89,18 +90,18 @@ class Objects:
         return points
 
     def _picture(self, k, view):
-        """[h, w, 3] uint8 RGB: object k as camera `view` saw it; None where it did not."""
+        """[h, w, 3] uint8 RGB: object k as `view` saw it; None where it did not."""
         rows = slice(*np.searchsorted(self.pictures[:, 0], [k, k + 1]))
-        for _, camera, first, size in self.pictures[rows]:
-            if camera == view:
+        for _, of, first, size in self.pictures[rows]:
+            if of == view:
                 jpeg = np.fromfile(self.file, np.uint8, size, offset=first)
                 return cv2.cvtColor(cv2.imdecode(jpeg, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
         return None
 
     def _painted(self, sample, view, chosen):
-        """The sample's image of camera `view` with the `chosen` objects in it."""
+        """The sample's image of `view` with the `chosen` objects in it."""
         image, own = sample.images[view].copy(), len(sample.boxes)
-        boxes = np.concatenate([sample.boxes, self.boxes[chosen]])
+        boxes = _when_taken(sample, view, np.concatenate([sample.boxes, self.boxes[chosen]]))
         rows, rectangles = seen_rectangles(boxes, sample.lidar2image[view], image.shape[:2])
         for row, (left, top, right, bottom) in zip(rows, rectangles, strict=True):
             if row < own:
@@ -239,7 +240,7 @@ class Cut:
     box: np.ndarray  # [9] float32 as in `Batch`
     label: int
     points: np.ndarray  # [n, 5] float32, x, y, z metres from the box's centre
-    pictures: list[tuple[int, np.ndarray]]  # camera, JPEG
+    pictures: list[tuple[int, np.ndarray]]  # view, JPEG
 
 
 def cut_out(sample, least_points):
@@ -248,8 +249,9 @@ def cut_out(sample, least_points):
     inside = points_in_boxes(sample.points, sample.boxes)
     enough = inside.sum(axis=1) >= least_points
     for view, image in enumerate(sample.images):
+        boxes = _when_taken(sample, view, sample.boxes)
         for row, (left, top, right, bottom) in zip(
-            *seen_rectangles(sample.boxes, sample.lidar2image[view], image.shape[:2]), strict=True
+            *seen_rectangles(boxes, sample.lidar2image[view], image.shape[:2]), strict=True
         ):
             if enough[row]:
                 picture = cv2.cvtColor(image[top:bottom, left:right], cv2.COLOR_RGB2BGR)
@@ -273,6 +275,15 @@ def points_in_boxes(points, boxes):
         row &= np.abs(dy * cos - dx * sin) <= w / 2
         row &= np.abs(dz) <= h / 2
     return inside
+
+
+def _when_taken(sample, view, boxes):
+    """[M, 9] boxes of the keyframe where they were when the image of `view` was taken, by their velocities."""
+    if sample.frame_lags is None:
+        return boxes
+    boxes = boxes.copy()
+    boxes[:, :2] -= sample.frame_lags[view * len(sample.frame_lags) // len(sample.images)] * boxes[:, 7:]
+    return boxes
 
 
 def seen_rectangles(boxes, lidar2image, size):

@@ -1,13 +1,14 @@
 """nuScenes files -> samples -> batch: the real set and the synthetic one through the same code.
 
 Frames as in `unipad.batch`. What follows the original UniPAD's data pipeline:
-    cameras    lidar2camera goes through the global frame, each sensor with the ego pose of its own timestamp
+    cameras    lidar2camera goes through the global frame, each sensor with the ego pose of its own timestamp, those of
+               camera sweeps too: from the keyframe's LiDAR frame to where the camera was when it took the image
     sweeps     moved into the keyframe's LiDAR frame; time lag is keyframe time minus sweep time, 0 for the keyframe;
                points with |x| < 1 and |y| < 1 (the car itself) leave the sweeps, but not the keyframe
     intensity  as in the file, 0-255
     boxes      those with at least one LiDAR or radar point; a velocity that the tables do not give is 0
 What does not: the nearest sweeps are taken (the original draws 9 of the last 10 at random), and a keyframe without
-sweeps before it, at the start of a scene, stands alone (the original repeats it).
+sweeps before it, at the start of a scene, stands alone (the original repeats it; images are repeated here too).
 """
 
 import copy
@@ -19,7 +20,7 @@ import torch
 
 from unipad.batch import CAMERAS, Batch
 from unipad.config import Data
-from unipad.data.tables import DataError, find_root, load_index
+from unipad.data.tables import DataError, find_root, load_camera_sweeps, load_index
 from unipad.data.transforms import augmented, distorted
 
 
@@ -32,7 +33,7 @@ class BadFrame(Exception):
 
 @dataclass(frozen=True)
 class Sample:
-    """One keyframe, N cameras; fields as in `Batch`."""
+    """One keyframe, N views of S frames; fields as in `Batch`."""
 
     images: list[np.ndarray]  # N times [h, w, 3] uint8 RGB, not padded
     lidar2image: np.ndarray  # [N, 4, 4] float32
@@ -42,6 +43,7 @@ class Sample:
     boxes: np.ndarray  # [M, 9] float32
     labels: np.ndarray  # [M] int64
     token: str
+    frame_lags: np.ndarray | None = None  # [S] float32
 
 
 def has_images(root, version, split):
@@ -68,7 +70,9 @@ class NuScenesDataset(torch.utils.data.Dataset):
         if not 0 < label_fraction <= 1 or abs(round(1 / label_fraction) * label_fraction - 1) > 0.02:
             raise DataError(f"--label-fraction {label_fraction} is not 1/k; give 1, 0.5, 0.2, 0.1 or the like.")
         self.root, self.version, self.split = find_root(root, version), version, split
-        self.index = load_index(self.root, version, split)
+        self.index, self.camera_sweeps = load_index(self.root, version, split), None
+        if data.cameras and data.camera_sweeps > 1:
+            self.camera_sweeps = load_camera_sweeps(self.root, version, split)
         self.frames = np.arange(len(self.index.tokens))[:: round(1 / label_fraction)]
         if not len(self.frames):
             raise DataError(f"{self.root / version} has no scene of split {split}; unpack the whole set there.")
@@ -135,22 +139,40 @@ class NuScenesDataset(torch.utils.data.Dataset):
         if index.lidarseg_files[f]:
             point_labels = np.zeros(len(points), np.uint8)
             point_labels[: len(clouds[0])] = self._read_labels(f, len(clouds[0]))
-        views = range(len(CAMERAS)) if self.data.cameras else range(0)
-        images, scales = [], np.empty((len(views), 4, 4))
-        for view in views:
-            image, scales[view] = self._read_image(index.image_files[f][view])
+        files, intrinsics, lidar2camera = self._views(f)
+        images, scales = [], np.empty((len(files), 4, 4))
+        for view, file in enumerate(files):
+            image, scales[view] = self._read_image(file)
             images.append(image)
         b = slice(index.box_offsets[f], index.box_offsets[f + 1])
         return Sample(
             images=images,
-            lidar2image=(scales @ index.intrinsics[f, views] @ index.lidar2camera[f, views]).astype(np.float32),
-            lidar2camera=index.lidar2camera[f, views].astype(np.float32),
+            lidar2image=(scales @ intrinsics @ lidar2camera).astype(np.float32),
+            lidar2camera=lidar2camera.astype(np.float32),
             points=points,
             point_labels=point_labels,
             boxes=index.boxes[b],
             labels=index.labels[b],
             token=index.tokens[f].decode(),
+            frame_lags=self._frame_lags(f),
         )
+
+    def _views(self, f):
+        """(files [N], intrinsics [N, 4, 4], lidar2camera [N, 4, 4]) of the views that keyframe f has, as in `Batch`."""
+        names = ("image_files", "intrinsics", "lidar2camera")
+        views = [getattr(self.index, name)[f, : len(CAMERAS) if self.data.cameras else 0] for name in names]
+        if self.camera_sweeps is not None:
+            before = [getattr(self.camera_sweeps, name)[f, : self.data.camera_sweeps - 1] for name in names]
+            views = [np.concatenate([key, *frames]) for key, frames in zip(views, before, strict=True)]
+        return views
+
+    def _frame_lags(self, f):
+        """[S] float32 seconds, 0 first; None where images are of the keyframe alone."""
+        if self.camera_sweeps is None:
+            return None
+        rate, sweeps = self.data.camera_rate, self.camera_sweeps
+        lags = sweeps.numbers[f] / rate if rate else sweeps.lags[f]
+        return np.concatenate([[0], lags[: self.data.camera_sweeps - 1]]).astype(np.float32)
 
     def _read_points(self, key):
         """List of [P, 5]: the LiDAR frame in row `key`, then each sweep before it, as far as the scene goes back."""
@@ -240,6 +262,7 @@ def collate(samples):
         box_counts=torch.tensor([len(s.boxes) for s in samples]),
         point_labels=concatenate("point_labels") if labelled else None,
         tokens=tuple(s.token for s in samples),
+        frame_lags=None if samples[0].frame_lags is None else stack("frame_lags"),
     )
 
 

@@ -2,6 +2,7 @@
 
     python -m unipad.data.synthetic --out data/synthetic                      # 10 scenes of 5 seconds
     python -m unipad.data.synthetic --out data/full --image-size 900 1600     # the real resolution
+    python -m unipad.data.synthetic --out data/sweeps --camera-sweeps 2       # images between the keyframes too
 
 The set bears the version and scene names of the real mini set, so that every tool knows its splits; vehicle,
 location, descriptions and a README.txt in its root say that it is synthetic. As in the real set, boxes and
@@ -41,7 +42,7 @@ TRAIN = (
 VAL = ("scene-0103", "scene-0916")
 SCENES = sorted(TRAIN + VAL)
 
-KEYFRAME, SWEEP = 500_000, 50_000  # microseconds between two
+KEYFRAME, SWEEP, CAMERA_SWEEP = 500_000, 50_000, 83_333  # microseconds between two
 START, SCENE_START = 1_532_402_927_000_000, 100_000_000  # microseconds: of the set, from scene to scene
 MAP_CELL, MAP_COARSE = 0.1, 4  # metres a pixel, which the devkit takes for granted; pixels drawn alike
 
@@ -80,6 +81,8 @@ class Args:
     """LiDAR azimuths a revolution, 16 to 4096; the real one has about 1084."""
     sweeps: int = 9
     """LiDAR sweeps before every keyframe but the first, at 20 Hz; 0 to 9."""
+    camera_sweeps: int = 0
+    """Frames of images before every keyframe but the first, at 12 Hz; 0 to 5."""
 
 
 class SettingError(UserError):
@@ -87,7 +90,16 @@ class SettingError(UserError):
 
 
 def generate(
-    out, scenes=10, keyframes=10, image_size=(144, 256), workers=None, seed=0, columns=360, sweeps=9, progress=True
+    out,
+    scenes=10,
+    keyframes=10,
+    image_size=(144, 256),
+    workers=None,
+    seed=0,
+    columns=360,
+    sweeps=9,
+    camera_sweeps=0,
+    progress=True,
 ):
     """Write a synthetic set and return its root.
 
@@ -95,7 +107,7 @@ def generate(
     renamed when it is whole. Workers are spawned: a script that calls this needs its `__main__` guard.
     Raises SettingError with one sentence where a setting makes no sense or `out` holds something else.
     """
-    args = Args(Path(out), scenes, keyframes, tuple(image_size), workers, seed, columns, sweeps)
+    args = Args(Path(out), scenes, keyframes, tuple(image_size), workers, seed, columns, sweeps, camera_sweeps)
     _check(args)
     root = args.out.resolve()
     partial, old = (root.with_name(f".{root.name}.{state}-{os.getpid()}") for state in ("partial", "old"))
@@ -116,11 +128,12 @@ def is_synthetic(root):
     return log.is_file() and all(record["vehicle"] == "synthetic" for record in json.loads(log.read_text()))
 
 
-def city_once(root=Path("data/synthetic")):
-    """The embedded data set's root; the set is made where it is not there yet."""
+def city_once(camera_sweeps=0):
+    """The embedded data set's root, of that with so many `camera_sweeps`; it is made where it is not there yet."""
+    root = Path(f"data/synthetic-{camera_sweeps}-camera-sweeps" if camera_sweeps else "data/synthetic")
     if not is_synthetic(root):
         print(f"no --data-root: making a synthetic city in {root}, once", flush=True)
-        generate(root)
+        generate(root, camera_sweeps=camera_sweeps)
     return root
 
 
@@ -131,10 +144,17 @@ def scene_names(count):
 
 
 def _check(args):
-    limits = {"scenes": (2, 10), "keyframes": (2, 400), "columns": (16, 4096), "sweeps": (0, 9), "seed": (0, 2**32 - 1)}
+    limits = {
+        "scenes": (2, 10),
+        "keyframes": (2, 400),
+        "columns": (16, 4096),
+        "sweeps": (0, 9),
+        "camera_sweeps": (0, 5),
+        "seed": (0, 2**32 - 1),
+    }
     for name, (low, high) in limits.items():
         if not low <= getattr(args, name) <= high:
-            raise SettingError(f"--{name} {getattr(args, name)}: must be from {low} to {high}.")
+            raise SettingError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be from {low} to {high}.")
     if min(args.image_size) < 16:
         raise SettingError(f"--image-size {args.image_size[0]} {args.image_size[1]}: both must be at least 16 pixels.")
     if args.workers is not None and args.workers < 1:
@@ -188,12 +208,12 @@ def _render(task, done=lambda: None):
     args, root, name, k = task
     scene = _scene(args.seed, name, args.keyframes)
     for channel in rig.CAMERAS:
-        stamp, _ = _stamps(channel, args)[k]
-        view, solids = rig.camera_view(scene, channel, args.image_size, stamp / 1e6), scene.solids(stamp / 1e6)
-        image = photograph(scene, view, solids, *cast(view, solids), _shadows(scene).at(solids))
-        path = root / _filename(name, channel, stamp, True)
-        cv2.imwrite(str(path), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
-    for stamp, is_key in (s for s in _stamps(rig.LIDAR, args) if (k - 1) * KEYFRAME < s[0] <= k * KEYFRAME):
+        for stamp, is_key in _stamps(channel, args, k):
+            view, solids = rig.camera_view(scene, channel, args.image_size, stamp / 1e6), scene.solids(stamp / 1e6)
+            image = photograph(scene, view, solids, *cast(view, solids), _shadows(scene).at(solids))
+            path = root / _filename(name, channel, stamp, is_key)
+            cv2.imwrite(str(path), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
+    for stamp, is_key in _stamps(rig.LIDAR, args, k):
         rng = np.random.default_rng([args.seed, 5, SCENES.index(name), stamp])
         scan = rig.scan(scene, stamp / 1e6, args.columns, rng)
         scan.points.tofile(root / _filename(name, rig.LIDAR, stamp, is_key))
@@ -202,12 +222,14 @@ def _render(task, done=lambda: None):
     return rig.census(scene, stamp / 1e6, args.columns, scan)
 
 
-def _stamps(channel, args):
-    """(microseconds since the scene's start, is keyframe) of all frames of a channel, in order."""
-    keys = [k * KEYFRAME for k in range(args.keyframes)]
+def _stamps(channel, args, k):
+    """(microseconds since the scene's start, is keyframe) of the frames of a channel up to keyframe k from the one
+    before, in order; the keyframe itself is the last."""
     if channel in rig.CAMERAS:
-        return [(t - round(rig.CAMERAS[channel].early * 1e6), True) for t in keys]
-    return [(t - j * SWEEP, j == 0) for t in keys for j in range(args.sweeps if t else 0, -1, -1)]
+        sweeps, step, early = args.camera_sweeps, CAMERA_SWEEP, round(rig.CAMERAS[channel].early * 1e6)
+    else:
+        sweeps, step, early = args.sweeps, SWEEP, 0
+    return [(k * KEYFRAME - early - j * step, j == 0) for j in range(sweeps if k else 0, -1, -1)]
 
 
 def _tables(args, counts):
@@ -291,7 +313,8 @@ def _channel_records(tables, args, name, channel):
             "camera_intrinsic": rig.intrinsic(channel, args.image_size).tolist() if is_camera else [],
         }
     )
-    scene, stamps = _scene(args.seed, name, args.keyframes), _stamps(channel, args)
+    scene = _scene(args.seed, name, args.keyframes)
+    stamps = [frame for k in range(args.keyframes) for frame in _stamps(channel, args, k)]
     keys = [("sample_data", name, channel, stamp) for stamp, _ in stamps]
     sample = 0
     for (stamp, is_key), chain in zip(stamps, _chain(args, keys), strict=True):

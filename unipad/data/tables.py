@@ -1,4 +1,4 @@
-"""nuScenes tables -> `Index`: what the samples of a split need, as flat arrays.
+"""nuScenes tables -> `Index` and `CameraSweeps`: what the samples of a split need, as flat arrays.
 
 The devkit reads the tables once (half a minute and several GB for the full set); the index is cached beside the data
 and read back in a moment. Workers hold the index alone: no devkit, no Python objects to copy.
@@ -101,6 +101,25 @@ class Index:
     lidarseg_classes: np.ndarray  # [256] uint8 from the files' categories to classes 0-16
 
 
+@dataclass(frozen=True)
+class CameraSweeps:
+    """The images before those of each keyframe of a split: an index of its own, since it is six times as large.
+
+    F keyframes in the order of the `Index`, W = `CAMERA_SWEEPS` frames before each, the newest first, N cameras. The
+    chain of a camera runs through the keyframes before; where a scene does not go back so far, its first frame is
+    repeated (the original never takes that one, except as a keyframe).
+    """
+
+    image_files: np.ndarray  # [F, W, N]
+    intrinsics: np.ndarray  # [F, W, N, 4, 4] float32 as in `Index`
+    lidar2camera: np.ndarray  # [F, W, N, 4, 4] float32 from the LiDAR at the keyframe's time to the camera at its own
+    numbers: np.ndarray  # [F, W] int64 how many frames before the keyframe's it is: 1, 2, ..., of CAM_FRONT
+    lags: np.ndarray  # [F, W] float32 seconds from it to the keyframe's, of CAM_FRONT
+
+
+CAMERA_SWEEPS = 5  # 12 Hz against the keyframes' 2 Hz: all images since the keyframe before
+
+
 def find_root(root, version):
     """The folder below which the devkit finds `version`: `root` itself or root/version. Raises `DataError`."""
     root = Path(root)
@@ -141,20 +160,29 @@ def load_index(root, version, split):
     folder; it is replaced in one step, so processes that build it at the same time do no harm.
     Raises `DataError` for a split that is not the version's, and for tables that the devkit refuses.
     """
+    return _load(Index, _build_split, root, version, split)
+
+
+def load_camera_sweeps(root, version, split):
+    """The `CameraSweeps` of a split, cached and built as `load_index` does it."""
+    return _load(CameraSweeps, _build_camera_sweeps, root, version, split, "-camera-sweeps")
+
+
+def _load(kind, build, root, version, split, ending=""):
     splits = SPLITS.get(version.rpartition("-")[2], ())
     if split not in splits:
         has = f"it has {' and '.join(splits)}" if splits else "its name must end in -mini, -trainval or -test"
         owner = next((f"; {split} belongs to --version v1.0-{v}" for v, names in SPLITS.items() if split in names), "")
         raise DataError(f"--version {version} has no split {split}: {has}{owner}.")
     state = f"format {FORMAT} {tables_state(root, version)}"
-    for path in cache_paths(root, f"{version}-{split}.npz"):
-        index = _read_index(path, state)
+    for path in cache_paths(root, f"{version}-{split}{ending}.npz"):
+        index = _read_index(kind, path, state)
         if index is not None:
             return index
     size = sum(t.stat().st_size for t in (root / version).glob("*.json"))
-    built = _build(root, version, splits, verbose=size > LARGE)
+    built = _build(build, root, version, splits, verbose=size > LARGE)
     for name, index in built.items():
-        _write_index(index, state, cache_paths(root, f"{version}-{name}.npz"))
+        _write_index(index, state, cache_paths(root, f"{version}-{name}{ending}.npz"))
     return built[split]
 
 
@@ -175,11 +203,11 @@ FORMAT = 1  # of the index; the next number when a field comes to mean something
 LARGE = 100e6  # bytes of tables from which on indexing takes long enough to say so
 
 
-def _read_index(path, state):
-    """The index at `path`, None where there is none or it belongs to other tables."""
+def _read_index(kind, path, state):
+    """The index at `path`, of class `kind`; None where there is none or it belongs to other tables."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            return Index(**{f.name: file[f.name] for f in fields(Index)}) if file["state"] == state else None
+            return kind(**{f.name: file[f.name] for f in fields(kind)}) if file["state"] == state else None
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None
 
@@ -198,8 +226,8 @@ def _write_index(index, state, paths):
             continue
 
 
-def _build(root, version, splits, verbose):
-    """{split: Index} from the tables. `verbose` shows how far it is."""
+def _build(build, root, version, splits, verbose):
+    """{split: what `build` makes of it} from the tables. `verbose` shows how far it is."""
     # The devkit takes seconds to import and brings matplotlib along; a cached index does without it.
     from nuscenes import NuScenes
     from nuscenes.utils.splits import create_splits_scenes
@@ -207,7 +235,7 @@ def _build(root, version, splits, verbose):
     try:
         nusc = NuScenes(version, str(root), verbose=verbose)
         scenes = create_splits_scenes()
-        return {split: _build_split(nusc, split, set(scenes[split]), verbose) for split in splits}
+        return {split: build(nusc, split, set(scenes[split]), verbose) for split in splits}
     except (AssertionError, OSError, ValueError, KeyError, IndexError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise DataError(f"{root / version} is not a complete nuScenes set ({reason}); unpack it again.") from error
@@ -217,8 +245,7 @@ def _build_split(nusc, split, scenes, verbose):
     """Index of the keyframes whose scene's name is in `scenes`."""
     from nuscenes.eval.detection.utils import category_to_detection_name
 
-    samples = [s for s in nusc.sample if nusc.get("scene", s["scene_token"])["name"] in scenes]
-    samples.sort(key=lambda s: s["timestamp"])
+    samples = _samples(nusc, scenes)
     tokens = {s["token"] for s in samples}
     lidar = [r for r in nusc.sample_data if r["channel"] == "LIDAR_TOP" and r["sample_token"] in tokens]
     row = {r["token"]: i for i, r in enumerate(lidar)}
@@ -227,10 +254,6 @@ def _build_split(nusc, split, scenes, verbose):
 
     cameras = [nusc.get("sample_data", s["data"][c]) for s in samples for c in CAMERAS]
     camera2global = _sensor2global(nusc, cameras).reshape(-1, len(CAMERAS), 4, 4)
-    intrinsics = np.tile(np.eye(4), (len(cameras), 1, 1))
-    for matrix, record in zip(intrinsics, cameras, strict=True):
-        matrix[:3, :3] = nusc.get("calibrated_sensor", record["calibrated_sensor_token"])["camera_intrinsic"]
-
     box_frames, annotations, velocities, labels = [], [], [], []
     for f, sample in enumerate(tqdm(samples, f"indexing {nusc.version} {split}", disable=not verbose, unit="frame")):
         for annotation in (nusc.get("sample_annotation", token) for token in sample["anns"]):
@@ -249,7 +272,7 @@ def _build_split(nusc, split, scenes, verbose):
         frame_lidar=frame_lidar,
         lidar_tokens=np.array([s["data"]["LIDAR_TOP"] for s in samples], "S"),
         image_files=np.array([r["filename"] for r in cameras], "S").reshape(-1, len(CAMERAS)),
-        intrinsics=intrinsics.reshape(-1, len(CAMERAS), 4, 4),
+        intrinsics=_intrinsics(nusc, cameras).reshape(-1, len(CAMERAS), 4, 4),
         lidar2camera=np.linalg.inv(camera2global) @ lidar2global[frame_lidar][:, None],
         box_offsets=np.searchsorted(box_frames, np.arange(len(samples) + 1)),
         boxes=boxes,
@@ -261,6 +284,53 @@ def _build_split(nusc, split, scenes, verbose):
         lidarseg_files=np.array([lidarseg.get(s["data"]["LIDAR_TOP"], "") for s in samples], "S"),
         lidarseg_classes=classes,
     )
+
+
+def _build_camera_sweeps(nusc, split, scenes, verbose):
+    """`CameraSweeps` of the keyframes whose scene's name is in `scenes`."""
+    samples, shape = _samples(nusc, scenes), (-1, CAMERA_SWEEPS, len(CAMERAS))
+    lidar2global = _sensor2global(nusc, [nusc.get("sample_data", s["data"]["LIDAR_TOP"]) for s in samples])
+    chains, numbers, times = [], [], []
+    for sample in tqdm(samples, f"camera sweeps of {nusc.version} {split}", disable=not verbose, unit="frame"):
+        keys = [nusc.get("sample_data", sample["data"][camera]) for camera in CAMERAS]
+        of_cameras = [_chain_before(nusc, key) for key in keys]
+        chains += zip(*of_cameras, strict=True)
+        front = [record["timestamp"] for record in of_cameras[0]]
+        times.append([keys[0]["timestamp"] - time for time in front])
+        numbers.append(np.cumsum(np.diff([keys[0]["timestamp"], *front]) != 0))
+    records = [record for frame in chains for record in frame]
+    camera2global = _sensor2global(nusc, records).reshape(*shape, 4, 4)
+    to_camera = np.linalg.inv(camera2global) @ lidar2global[:, None, None]
+    return CameraSweeps(
+        image_files=np.array([r["filename"] for r in records], "S").reshape(shape),
+        intrinsics=_intrinsics(nusc, records).reshape(*shape, 4, 4).astype(np.float32),
+        lidar2camera=to_camera.astype(np.float32),
+        numbers=np.array(numbers, np.int64).reshape(shape[:2]),
+        lags=(1e-6 * np.array(times).reshape(shape[:2])).astype(np.float32),
+    )
+
+
+def _chain_before(nusc, record):
+    """The `CAMERA_SWEEPS` sample_data records before `record`, the newest first, the scene's first one repeated."""
+    chain = []
+    for _ in range(CAMERA_SWEEPS):
+        record = nusc.get("sample_data", record["prev"]) if record["prev"] else record
+        chain.append(record)
+    return chain
+
+
+def _samples(nusc, scenes):
+    """The keyframes of the scenes of these names, in the order of time."""
+    samples = [s for s in nusc.sample if nusc.get("scene", s["scene_token"])["name"] in scenes]
+    return sorted(samples, key=lambda s: s["timestamp"])
+
+
+def _intrinsics(nusc, records):
+    """[len(records), 4, 4] camera metres -> (u*d, v*d, d, 1), pixels of the file, of cameras' sample_data records."""
+    intrinsics = np.tile(np.eye(4), (len(records), 1, 1))
+    for matrix, record in zip(intrinsics, records, strict=True):
+        matrix[:3, :3] = nusc.get("calibrated_sensor", record["calibrated_sensor_token"])["camera_intrinsic"]
+    return intrinsics
 
 
 def _sensor2global(nusc, records):

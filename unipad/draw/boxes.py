@@ -26,6 +26,7 @@ def detection_views(batch, found, least=0.3, width=520):
     found: `Detections` of that sample; those with a score below `least` are left out.
     width: pixels of a camera's column.
     """
+    batch = batch.keyframe()
     cameras = batch.images.shape[1] > 0
     truth = batch.boxes[: batch.box_counts[0]].cpu()
     shown = found.scores >= least

@@ -37,6 +37,7 @@ def rendered_views(model, batch, generators, stride=2, normals=False, width=240)
     was_training = model.training
     model.eval()
     volume, masks = model.encode(batch, generators)
+    batch = batch.keyframe()
     cameras = batch.images.shape[1] > 0
     rgb, depth, normal = _rendered(model, volume, batch, stride) if cameras else _rendered_panorama(model, volume)
     model.train(was_training)
@@ -48,7 +49,8 @@ def rendered_views(model, batch, generators, stride=2, normals=False, width=240)
         images = batch.images[0, ..., :H, :W]  # [N, 3, H, W]
         rows["image"] = images.permute(0, 2, 3, 1)
     if "camera" in masks:
-        visible = F.interpolate(masks["camera"][0, :, None].float(), scale_factor=MASK_BLOCK)[..., :H, :W]
+        visible = masks["camera"][0, : len(images), None].float()
+        visible = F.interpolate(visible, scale_factor=MASK_BLOCK)[..., :H, :W]
         rows["image, as the encoder sees it"] = (images * visible).permute(0, 2, 3, 1)
     if cameras and in_colour(model, batch):
         rows["rendered"] = rgb

@@ -30,6 +30,7 @@ def evaluate_rendering(model, batches, seed, device, masked=True):
         batch = batch.to(device)
         draws = generators(seed, 0, range(position, position + len(batch)), device)
         volume, _ = model.encode(batch, draws if masked else None)
+        batch = batch.keyframe()
         for i in range(len(batch) if in_colour(model, batch) else 0):
             rays, _ = pixel_rays(batch, i, PIXEL_STRIDE)
             rgb, _ = model.render(volume, rays)

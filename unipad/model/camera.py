@@ -69,7 +69,8 @@ class CameraEncoder(nn.Module):
         for level in self.neck(self.backbone(x, mask, drop_noise)):
             feature = self.input_proj(level)
             logits = self.depth_net(feature, generators).permute(0, 2, 3, 1).contiguous()  # free in channels_last
-            depth = logits.softmax(-1).to(logits.dtype)  # autocast raises a softmax to fp32
+            with torch.autocast(logits.device.type, enabled=False):  # it would have the probabilities in fp32
+                depth = logits.softmax(-1)
             features.append(feature.permute(0, 2, 3, 1).contiguous().unflatten(0, (B, N)))
             depths.append(depth.unflatten(0, (B, N)))
         return features, depths

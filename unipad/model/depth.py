@@ -86,7 +86,9 @@ class ASPP(nn.Module):
         """[M, C, h, w] -> [M, C, h, w], at least 0."""
         scales = [getattr(self, f"aspp{i}")(x) for i in range(1, len(DILATIONS) + 1)]
         mean = self.global_avg_pool(x).expand_as(scales[0])
-        return self.bn1(self.conv1(torch.cat([*scales, mean], dim=1))).relu()
+        # joined as they lie in memory: a mean that is the same everywhere would turn channels_last into rows
+        joined = torch.cat([scale.permute(0, 2, 3, 1) for scale in (*scales, mean)], dim=-1).permute(0, 3, 1, 2)
+        return self.bn1(self.conv1(joined)).relu()
 
 
 class DilatedConv(nn.Module):
@@ -108,7 +110,7 @@ def depth_loss(depths, batch, cfg: Camera):
     """Binary cross entropy of each depth bin's probability with whether LiDAR sees something in it first.
 
     depths: per level [B, N, h, w, D] probabilities, as `Encoder.encode` hands them out.
-    batch:  the `Batch` that they were made of.
+    batch:  the `Batch` that they were made of; views of camera sweeps are held against the keyframe's points too.
 
     Returns the sum over bins, the mean over all features with a LiDAR point (0 without any), the sum over levels, times
     `cfg.depth_weight`. Computed in fp32 or better; the logarithm of 0 is that of the smallest number.

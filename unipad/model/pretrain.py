@@ -33,6 +33,7 @@ class Pretrain(nn.Module):
         missed is the share of rays that do not cross the volume and so count for nothing.
         """
         volume, _ = self.encode(batch, generators)
+        batch = batch.keyframe()  # only what is there at its time is the truth about the volume
         rays = choose_rays(batch, self.recipe.rays, generators)
         shape = (len(rays) // len(batch), self.renderer.jitters)
         jitter = torch.stack([torch.rand(shape, generator=g, device=g.device) for g in generators])

@@ -19,7 +19,7 @@ from unipad.model.unet import UnetEncoder
 class Encoded:
     """What the encoders make of a batch.
 
-    masks: "camera", [B, N, H / 32, W / 32] bool, True where the encoder saw the image, and
+    masks: "camera", [B, N, H / 32, W / 32] bool, True where the encoder saw the image (the views as in `Batch`), and
            "lidar", [M, 4] int32 (b, z, y, x) the voxels that it saw; empty where nothing is hidden.
     """
 
@@ -30,6 +30,9 @@ class Encoded:
 
 class Encoder(nn.Module):
     """Images, points or both to a volume; the volumes of both are summed and convolved once.
+
+    With camera sweeps every frame of images has a volume of its own, all of them in the keyframe's LiDAR frame, before
+    `FrameFusion` makes one of them.
 
     It is what survives pre-training: fine-tuning starts from its weights.
     """
@@ -43,6 +46,8 @@ class Encoder(nn.Module):
         if recipe.camera is not None:
             self.camera = CameraEncoder(recipe.camera)
             self.lift = view_transform(recipe.grid, recipe.camera)
+            if recipe.data.camera_sweeps > 1:
+                self.frame_fusion = FrameFusion(self.channels, recipe.data.camera_sweeps)
             self.lift_convs = volume_convs(self.channels, recipe.camera.volume_convs)
         if recipe.lidar is not None:
             unet = isinstance(recipe.lidar, config.Unet)
@@ -87,6 +92,8 @@ class Encoder(nn.Module):
     def _encode_images(self, batch, generators, masked, masks):
         cfg, mask = self.recipe.camera, None
         B, N, _, H, W = batch.images.shape
+        frames = self.recipe.data.camera_sweeps
+        assert batch.frames == frames, f"a batch with {batch.frames} frames of images, and the recipe has {frames}"
         if masked:
             h, w = H // MASK_BLOCK, W // MASK_BLOCK
             mask = draw_mask(
@@ -97,7 +104,16 @@ class Encoder(nn.Module):
         if generators is not None:
             drop_noise = _per_sample(generators, (N, sum(cfg.depths))).flatten(0, 1)
         features, depths = self.camera(batch.images, batch.image_sizes, mask, drop_noise, generators)
-        return self.lift_convs(self.lift(features, depths, batch.lidar2image, (H, W))), depths
+        of_frames = [_by_frame(t, frames) for t in (features, depths, [batch.lidar2image])]
+        volume = self.lift(*of_frames[:2], *of_frames[2], (H, W))
+        if frames > 1:
+            volume = self.frame_fusion(volume, batch.frame_lags)
+        return self.lift_convs(volume), depths
+
+
+def _by_frame(tensors, frames):
+    """[B, frames * cameras, ...] each -> [B * frames, cameras, ...]: a view transform then takes frames for samples."""
+    return [t.unflatten(1, (frames, -1)).flatten(0, 1) for t in tensors]
 
 
 def _per_sample(generators, shape):
@@ -151,6 +167,37 @@ class VoxelPoolLift(nn.Module):
         return volume.permute(0, 4, 1, 2, 3)
 
 
+class FrameFusion(nn.Module):
+    """One volume out of those of several frames: each is told how old it is, then all their channels are mixed.
+
+    UVTR's `sweep_cat_with_time` (arXiv 2206.00630), with the names of its parameters.
+    """
+
+    def __init__(self, channels, frames):
+        super().__init__()
+        self.frames = frames
+        self.time_conv, self.trans_conv = (
+            nn.Sequential(nn.Conv3d(width, channels, kernel_size=1), SyncedBatchNorm(channels), nn.ReLU(inplace=True))
+            for width in (channels + 1, channels * frames)
+        )
+
+    def forward(self, volumes, lags):
+        """volumes: [B * frames, C, Z, Y, X], the keyframe's first of each sample; lags: [B, frames] seconds.
+
+        Returns [B, C, Z, Y, X] in memory format channels_last_3d.
+        """
+        told, mixed = self.time_conv[0], self.trans_conv[0]
+        weight = told.weight.flatten(1)
+        # The age is one more channel, the same in all cells of a frame: a part of the bias, not a copy of the volume
+        bias = told.bias + lags.flatten()[:, None] * weight[:, -1]  # [B * frames, C]
+        x = F.linear(volumes.permute(0, 2, 3, 4, 1), weight[:, :-1])  # [B * frames, Z, Y, X, C]
+        x = x + bias[:, None, None, None].to(x.dtype)
+        x = self.time_conv[1:](x.permute(0, 4, 1, 2, 3))
+        x = x.unflatten(0, (-1, self.frames)).permute(0, 3, 4, 5, 1, 2).flatten(-2)  # [B, Z, Y, X, frames * C]
+        x = F.linear(x, mixed.weight.flatten(1), mixed.bias)
+        return self.trans_conv[1:](x.permute(0, 4, 1, 2, 3))
+
+
 def volume_convs(channels, count, **settings):
     """`count` of `ConvNormReLU3d` in a row; none of them leaves the volume as it is."""
     return nn.Sequential(*[ConvNormReLU3d(channels, channels, **settings) for _ in range(count)])
@@ -179,6 +226,7 @@ class Conv3x3x3(nn.Conv3d):
 
     def __init__(self, in_channels, out_channels, bias=True):
         super().__init__(in_channels, out_channels, kernel_size=3, padding=1, bias=bias)
+        self.to(memory_format=torch.channels_last_3d)  # as the volume is: else cuDNN re-lays them at every call
 
     def forward(self, x):
         if x.is_cuda:

@@ -1,0 +1,120 @@
+"""The parts of a camera's training step, one beside the other: where its time goes.
+
+    python -m benchmarks.bench_parts --preset camera-0.1
+
+Under autocast to bf16 on a GPU, in fp32 on a CPU. The ConvNeXt's depthwise 7x7 and the convolution to the rendered
+volume stand twice: channels-last, as the model runs them, and by rows, where a library may have faster kernels. There
+is no depthwise kernel of our own: nothing says yet that one would beat cuDNN's.
+"""
+
+import argparse
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.bench_step import random_batch
+from benchmarks.harness import DEVICE, milliseconds
+from unipad.model.pretrain import Pretrain
+from unipad.model.rays import choose_rays
+from unipad.recipes import PRETRAIN
+from unipad.runtime import generators
+
+PRECISION = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+
+
+@dataclass
+class Part:
+    name: str
+    run: object  # inputs -> list of tensors
+    inputs: list
+    parameters: list
+    times: int = 1  # in a step
+
+
+def autocast():
+    return torch.autocast(DEVICE, PRECISION, enabled=PRECISION != torch.float32)
+
+
+def parts(net, batch):
+    """The parts in the order of a step, each with the inputs that the one before it made."""
+    camera, (H, W) = net.encoder.camera, batch.images.shape[-2:]
+    images = (
+        camera.normalize(batch.images, batch.image_sizes).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    )
+    for i, stage in enumerate(camera.backbone.stages):
+        size = len(images), stage[0].dwconv.in_channels, H // 2 ** (i + 2), W // 2 ** (i + 2)
+        for name, layout in {"": torch.channels_last, ", by rows": torch.contiguous_format}.items():
+            x = torch.randn(size, device=DEVICE, dtype=PRECISION).contiguous(memory_format=layout)
+            yield _convolution(f"depthwise 7x7, stage {i}{name}", stage[0].dwconv, x, layout, len(stage))
+    yield Part("backbone", camera.backbone, [images], list(camera.backbone.parameters()))
+
+    def encode(*_):
+        features, depths = camera(batch.images, batch.image_sizes)
+        return features + depths
+
+    yield Part("camera encoder, backbone and all", encode, [], list(camera.parameters()))
+
+    def lift(*levels):
+        half = len(levels) // 2
+        return [net.encoder.lift(levels[:half], levels[half:], batch.lidar2image, (H, W))]
+
+    with torch.no_grad(), autocast():
+        levels = encode()
+        volume = lift(*levels)[0]
+    yield Part("view transform", lift, levels, [])
+    for name, layout in {"": torch.channels_last_3d, ", by rows": torch.contiguous_format}.items():
+        yield _convolution(f"render_conv{name}", net.project[0], volume.contiguous(memory_format=layout), layout)
+
+    rays = choose_rays(batch, net.recipe.rays, generators(0, 0, [0], DEVICE))
+    jitter = torch.rand(len(rays), net.renderer.jitters, device=DEVICE)
+
+    def render(volume):
+        return list(net.renderer.loss(net.renderer(volume, rays, jitter), rays).values())
+
+    with torch.no_grad(), autocast():
+        volume = net.project(volume)
+    yield Part("rendering and its losses", render, [volume], list(net.renderer.parameters()))
+
+    def step(*_):
+        return list(net(batch, generators(0, 0, [0], DEVICE))[0].values())
+
+    yield Part("the step, without its optimiser", step, [], list(net.parameters()))
+
+
+def _convolution(name, conv, x, layout, times=1):
+    conv = deepcopy(conv).to(memory_format=layout)  # a library takes the layout of either
+    with torch.no_grad(), autocast():
+        out = conv(x)
+    assert out.is_contiguous(memory_format=layout) or DEVICE == "cpu", f"{name} does not keep its layout"
+    return Part(name, lambda x: [conv(x)], [x], list(conv.parameters()), times)
+
+
+def forward_backward(part, inputs):
+    wanted = [t for t in (*inputs, *part.parameters) if t.requires_grad]
+    with autocast():
+        loss = sum(out.float().square().mean() for out in part.run(*inputs) if out.requires_grad)
+    return torch.autograd.grad(loss, wanted, allow_unused=True)
+
+
+def measure(part):
+    """Milliseconds of a step in the part: forward, forward + backward."""
+    inputs = [t.detach().requires_grad_() for t in part.inputs]
+
+    def forward():
+        with autocast(), torch.no_grad():
+            part.run(*inputs)
+
+    return [part.times * milliseconds(fn)[0] for fn in (forward, lambda: forward_backward(part, inputs))]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="tiny", choices=PRETRAIN["camera"])
+    recipe = PRETRAIN["camera"][parser.parse_args().preset]
+    torch.manual_seed(0)
+    net = Pretrain(recipe).to(DEVICE)
+    print("| part | a step runs it | forward ms | forward + backward ms |\n|---|---|---|---|")
+    for part in parts(net, random_batch(recipe)):
+        forward, both = measure(part)
+        print(f"| {part.name} | {part.times} | {forward:.3f} | {both:.3f} |", flush=True)

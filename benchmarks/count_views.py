@@ -1,0 +1,87 @@
+"""What lift and voxel_pool touch on nuScenes' rig at paper size, on any machine.   python -m benchmarks.count_views
+
+Counts decide how the kernels are laid out where there is no GPU to time them on: how many views a program passes over,
+how many of its lanes work, how often it reads a row of features again while it still has it, how uneven the sums are.
+"""
+
+import torch
+
+from benchmarks import bench_lift, bench_voxel_pool
+from kernels import lift, voxel_pool
+from unipad.recipes import PRETRAIN
+
+BLOCKS = [(8, 1, 1), (4, 2, 1), (2, 2, 2), (16, 1, 1), (4, 4, 1), (4, 2, 2), (32, 1, 1), (8, 4, 1)]  # (x, y, z) voxels
+RUNS = (1, 2, 4)  # points of a ray read together, at most
+
+
+def count_lift():
+    _, image_size, scale, strides = bench_lift.PAPER
+    recipe = PRETRAIN["camera"]["camera-0.1"]
+    (X, Y, Z), N = recipe.grid.shape, len(bench_lift.CAMERAS)
+    place, seen = lift._project_ref(
+        bench_lift.rig(scale),
+        recipe.grid.low,
+        recipe.grid.cell,
+        recipe.grid.shape,
+        image_size,
+        recipe.camera.depth_range,
+    )
+    (u, v, _), seen = place[:, 0], seen[0]  # [N, V] each
+    n, voxel = seen.nonzero(as_tuple=True)  # [P] pairs of view and voxel
+    x, y, z = voxel % X, voxel // X % Y, voxel // (X * Y)
+    pixels = {}  # stride -> [4, P] around each pair
+    for stride in strides:
+        h, w = (-(-size // stride) for size in image_size)
+        columns, _ = lift._nodes_ref(u[n, voxel], w)
+        rows, _ = lift._nodes_ref(v[n, voxel], h)
+        pixels[stride] = h * w, (((n * h + rows)[:, None]) * w + columns).flatten(0, 1)
+
+    every, voxels = N * X * Y * Z, X * Y * Z
+    print(
+        f"## lift\n\n{len(voxel)} of {every} pairs of view and voxel are seen, {len(voxel) / voxels:.2f} views a voxel:"
+    )
+    print(f"{1 - len(voxel) / every:.1%} of the views would be skipped voxel by voxel\n")
+    print("| block x, y, z | programs | views skipped | lanes at work | rows read again |", end="")
+    print("".join(f" stride {s} |" for s in strides) + "\n|" + "---|" * (5 + len(strides)))
+    for bx, by, bz in BLOCKS:
+        across, down = -(-X // bx), -(-Y // by)
+        programs = across * down * -(-Z // bz)
+        block = (z // bz * down + y // by) * across + x // bx
+        passes = len((block * N + n).unique())
+        read = [len((block * N * size + pixel).unique()) for size, pixel in pixels.values()]
+        again = " | ".join(f"{4 * len(voxel) / r:.2f}" for r in [sum(read) / len(read), *read])
+        lanes = len(voxel) / (passes * bx * by * bz)
+        print(f"| {bx}, {by}, {bz} | {programs} | {1 - passes / (programs * N):.1%} | {lanes:.1%} | {again} |")
+
+    print("\n| stride | pixels | with a hit | hits of a pixel, mean | most | channels added if directly |")
+    print("|---|---|---|---|---|---|")
+    for stride, (size, pixel) in pixels.items():
+        hits = torch.bincount(pixel.flatten(), minlength=N * size)
+        hit = hits[hits > 0].float()
+        added = hits.sum() * recipe.camera.channels / 1e6
+        print(f"| {stride} | {len(hits)} | {len(hit)} | {hit.mean():.1f} | {hit.max():.0f} | {added:.0f} M |")
+
+
+def count_pool():
+    _, grid, C, D, depth_range, image_size, scale, stride = bench_voxel_pool.PAPER
+    lidar2image = bench_lift.rig(scale)
+    matrices, bins = voxel_pool._geometry(lidar2image, grid.low, grid.cell, depth_range, D)
+    sizes = (1, lidar2image.shape[1], image_size[0] // stride, image_size[1] // stride, C)
+    V = grid.shape[0] * grid.shape[1] * grid.shape[2]
+    voxel = voxel_pool._voxels_ref(matrices, bins, sizes, grid.shape, stride, False).view(-1, D)
+    since = torch.zeros_like(voxel)  # points of the run before this one
+    for k in range(1, D):
+        since[:, k] = torch.where(voxel[:, k] == voxel[:, k - 1], since[:, k - 1] + 1, 0)
+    inside = voxel < V
+    hit = len(voxel[inside].unique())
+    print(f"\n## voxel_pool\n\n{inside.sum()} of {inside.numel()} points lie in {hit} of {V} voxels\n")
+    print("| points a run | rows read | of a voxel, mean | most |\n|---|---|---|---|")
+    for most in RUNS:
+        rows = torch.bincount(voxel[inside & (since % most == 0)])
+        rows = rows[rows > 0].float()
+        print(f"| {most} | {rows.sum():.0f} | {rows.mean():.2f} | {rows.max():.0f} |")
+
+
+if __name__ == "__main__":
+    count_lift()
+    count_pool()

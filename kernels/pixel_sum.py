@@ -1,0 +1,89 @@
+"""The gradients of one level of `lift`, without atomics: the voxels that hit it are sorted by the cell they lie in.
+
+    d_feature_pixel = sum over its 4 cells, over the hits in each:  s P g
+    d_depth_pixel,k = sum over its 4 cells, over the hits in each:  s max(0, 1 - |z - k|) <g, F>
+
+A cell lies between four pixels. s is the pixel's bilinear share in a hit, z the hit's depth in bins, g the gradient of
+its voxel, P and F the probability and the feature that the forward found there. Within a cell, hits stay in order.
+"""
+
+from kernels.backend import tl, triton
+
+
+def pixel_sum(d_feature, d_depth, begin, order, hits, d_volume, crowded):
+    """Fill d_feature [B, N, h, w, C] and d_depth [B, N, h, w, D].
+
+    Args:
+        begin:    [>= P + 1] int32 where each cell's hits begin in `order`, and where the last one's end; a cell has the
+                  number of its upper left pixel, of P pixels of all views.
+        order:    [levels * B * N * V] int64 rows of `hits`, by cell; those before and behind the level's are not read.
+        hits:     [levels, B * N * V, HIT] column and row in pixels, depth in bins, probability, <g, F> of each of V
+                  voxels in each view.
+        d_volume: [B, Z, Y, X, C].
+        crowded:  whether pixels have many hits, which walkers then share out among them.
+
+    Accumulates in the type of `hits`. Deterministic: the bits depend on the arguments alone. Tensors are contiguous.
+    For GPUs and the interpreter.
+    """
+    (B, N, h, w, C), D = d_feature.shape, d_depth.shape[4]
+    P, V = B * N * h * w, d_volume[0, ..., 0].numel()
+    blocks = _blocks(WALKERS if crowded else 1, C, D)
+    _pixel_sum_kernel[(triton.cdiv(P, blocks["BLOCK_P"]),)](
+        begin, order, hits, d_volume, d_feature, d_depth, P, h, w, B, N, V, C, D, **blocks
+    )
+
+
+HIT = tl.constexpr(5)  # numbers of a hit
+# Untuned: chosen by what the compiler makes of them for sm_90, without a GPU to time them on
+TILE = 1024  # walkers x channels per program
+WALKERS = 8  # that share the hits of a pixel
+
+
+def _blocks(walkers, C, D):
+    BLOCK_C, BLOCK_D = triton.next_power_of_2(C), triton.next_power_of_2(D)
+    lanes = max(TILE // max(BLOCK_C, BLOCK_D), 1)
+    walkers = min(walkers, lanes)
+    return dict(BLOCK_P=lanes // walkers, WALKERS=walkers, BLOCK_C=BLOCK_C, BLOCK_D=BLOCK_D)
+
+
+@triton.jit
+def _pixel_sum_kernel(
+    begin_ptr, order_ptr, hit_ptr,  # [P + 1] of each cell; hits of all levels, by cell; [levels, B, N, V, HIT]
+    d_volume_ptr,  # [B, V, C]
+    d_feature_ptr, d_depth_ptr,  # [P, C], [P, D]
+    P, h, w, B, N, V, C, D,  # P pixels of all views of a level
+    BLOCK_P: tl.constexpr, WALKERS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    acc_ty: tl.constexpr = hit_ptr.dtype.element_ty
+    lane = tl.arange(0, BLOCK_P * WALKERS)
+    p = tl.program_id(0) * BLOCK_P + lane // WALKERS
+    x, y = p % w, p // w % h
+    c = tl.arange(0, BLOCK_C)[None, :]
+    k = tl.arange(0, BLOCK_D)[None, :]
+    d_feature = tl.zeros((BLOCK_P * WALKERS, BLOCK_C), acc_ty)
+    d_depth = tl.zeros((BLOCK_P * WALKERS, BLOCK_D), acc_ty)
+    for up in range(2):  # cells of the pixel's own row, of the one above: at its left and at its right side by side
+        ok = (p < P) & (y >= up)
+        cell = p - up * w
+        begin = tl.load(begin_ptr + cell - (x > 0).to(tl.int32), mask=ok, other=0)
+        end = tl.load(begin_ptr + cell + 1, mask=ok, other=0)
+        for i in range(0, tl.max(end - begin, axis=0), WALKERS):
+            at = begin + i + lane % WALKERS
+            at_ok = at < end
+            hit = tl.load(order_ptr + at, mask=at_ok, other=0).to(tl.int32)
+            at_ptr = hit_ptr + hit.to(tl.int64) * HIT
+            hit_x = tl.load(at_ptr, mask=at_ok, other=0.0)
+            hit_y = tl.load(at_ptr + 1, mask=at_ok, other=0.0)
+            hit_z = tl.load(at_ptr + 2, mask=at_ok, other=0.0)
+            probability = tl.load(at_ptr + 3, mask=at_ok, other=0.0)
+            along = tl.load(at_ptr + 4, mask=at_ok, other=0.0)
+            share = (1 - tl.abs(hit_x - x)) * (1 - tl.abs(hit_y - y))
+            row = (hit // V // N % B * V + hit % V).to(tl.int64)[:, None] * C + c
+            g = tl.load(d_volume_ptr + row, mask=at_ok[:, None] & (c < C), other=0.0).to(acc_ty)
+            d_feature += (share * probability)[:, None] * g
+            d_depth += (share * along)[:, None] * tl.maximum(1 - tl.abs(hit_z[:, None] - k), 0)
+    d_feature = tl.sum(tl.reshape(d_feature, (BLOCK_P, WALKERS, BLOCK_C)), axis=1)
+    d_depth = tl.sum(tl.reshape(d_depth, (BLOCK_P, WALKERS, BLOCK_D)), axis=1)
+    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
+    tl.store(d_feature_ptr + p.to(tl.int64) * C + c, d_feature, mask=(p < P) & (c < C))
+    tl.store(d_depth_ptr + p.to(tl.int64) * D + k, d_depth, mask=(p < P) & (k < D))

@@ -1,0 +1,53 @@
+import torch
+
+import kernels.pixel_sum
+from kernels.pixel_sum import HIT, pixel_sum
+from tests.ahead_of_time import TARGETS, Launch
+from tests.conftest import HAS_GPU
+from tests.golden import assert_close_to_max
+
+
+def launch(walkers, channels, bins, registers):
+    types = dict(begin_ptr="*i32", order_ptr="*i64", hit_ptr="*fp32", h="i32", w="i32")
+    blocks = kernels.pixel_sum._blocks(walkers, channels, bins)
+    return Launch(
+        "_pixel_sum_kernel", blocks, types, ("C", "D"), ("bf16",),
+        registers=registers, shared=2048, budgets=tuple(TARGETS),
+    )  # fmt: skip
+
+
+LAUNCHES = [launch(8, 128, 64, 64), launch(1, 128, 64, 104)]
+
+
+def test_is_the_gradient_of_the_interpolation(device, monkeypatch):
+    """Two levels' hits side by side, the second one's are summed; some lie on a column or a row of pixels."""
+    if not HAS_GPU:
+        monkeypatch.setattr(kernels.pixel_sum, "TILE", 2**9)
+    B, N, h, w, C, D, V = 2, 3, 3, 4, 5, 6, 20
+    hits = torch.rand(2, B, N, V, HIT.value, dtype=torch.float64)
+    hits[..., :3] *= torch.tensor([w - 1, h - 1, D - 1])
+    hits[..., ::4, 0] = hits[..., ::4, 0].round()
+    hits[..., ::3, 1] = hits[..., ::3, 1].round()
+    seen = torch.rand(B, N, V) < 0.6
+    d_volume = torch.randn(B, 1, 4, 5, C, dtype=torch.float64)
+
+    x, y, z, probability, along = hits[1].unbind(-1)  # [B, N, V] each
+    view = torch.arange(B * N).view(B, N, 1)
+    cell = ((view * h + y.floor()) * w + x.floor()).where(seen, B * N * h * w).long()
+    before = torch.zeros_like(cell)  # no hit of the first level is read
+    by_cell, order = torch.stack([before - 1, cell]).flatten().sort(stable=True)
+    begin = torch.searchsorted(by_cell, torch.arange(B * N * h * w + 1), out_int32=True)
+
+    rows = (1 - (y[..., None] - torch.arange(h)).abs()).clamp(min=0)  # [B, N, V, h]
+    columns = (1 - (x[..., None] - torch.arange(w)).abs()).clamp(min=0)
+    bins = (1 - (z[..., None] - torch.arange(D)).abs()).clamp(min=0)
+    share = rows[..., None] * columns[..., None, :] * seen[..., None, None]  # [B, N, V, h, w]
+    expected = torch.einsum("bnvhw,bnv,bvc->bnhwc", share, probability, d_volume.view(B, V, C))
+    expected_depth = torch.einsum("bnvhw,bnv,bnvd->bnhwd", share, along, bins)
+
+    for crowded in (False, True):
+        d_feature, d_depth = torch.empty_like(expected, device=device), torch.empty_like(expected_depth, device=device)
+        given = (t.to(device) for t in (begin, order, hits.flatten(1, 3), d_volume))
+        pixel_sum(d_feature, d_depth, *given, crowded=crowded)
+        assert_close_to_max(d_feature.cpu(), expected, 1e-12)
+        assert_close_to_max(d_depth.cpu(), expected_depth, 1e-12)

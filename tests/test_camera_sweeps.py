@@ -1,0 +1,399 @@
+"""Camera sweeps: frames of images before the keyframe, from the tables to a detector, beside the keyframe's alone."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from nuscenes import NuScenes
+from nuscenes.utils.geometry_utils import transform_matrix
+from pyquaternion import Quaternion
+from torch import nn
+
+import finetune
+import train
+from tests.test_rays import generators, make_batch
+from tests.test_train import environment
+from unipad import config, convert
+from unipad.batch import CAMERAS
+from unipad.config import Augment, Data, DetectRecipe, Paste, PretrainRecipe, from_plain
+from unipad.data import synthetic
+from unipad.data.city import rig
+from unipad.data.city.raycast import cast
+from unipad.data.city.traffic import Scene
+from unipad.data.cutpaste import cut_out, load_objects, seen_rectangles
+from unipad.data.loader import step_batches
+from unipad.data.nuscenes import NuScenesDataset, Sample, collate
+from unipad.data.transforms import HIDDEN
+from unipad.draw.views import rendered_views
+from unipad.errors import UserError
+from unipad.evaluate.rendering import evaluate_rendering
+from unipad.model.detect import Detector
+from unipad.model.pretrain import Pretrain
+from unipad.model.volume import Encoder, FrameFusion
+from unipad.names import to_original
+from unipad.recipes import DETECT, PRETRAIN
+
+REPO = Path(__file__).parent.parent
+VERSION, SIZE, KEYFRAMES = "v1.0-mini", (64, 96), 3
+THREE = Data(camera_sweeps=3)
+TINY_CAMERA = config.Camera(
+    depths=(1, 1, 1, 1), widths=(4, 8, 16, 32), channels=8, drop_path=0.0, frozen_stages=0, depth_bins=16
+)
+GRID = config.Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(5.4, 6.0, 1.6))
+
+
+@pytest.fixture(scope="module")
+def city(tmp_path_factory):
+    """Two frames of images between keyframes, where the real set has five."""
+    root = tmp_path_factory.mktemp("data") / "city"
+    settings = {"scenes": 2, "keyframes": KEYFRAMES, "image_size": SIZE, "columns": 90, "sweeps": 0}
+    return synthetic.generate(root, **settings, camera_sweeps=2, workers=1, progress=False)
+
+
+@pytest.fixture(scope="module")
+def nusc(city):
+    return NuScenes(VERSION, str(city), verbose=False)
+
+
+def before(nusc, sample, camera, count):
+    """The keyframe's record of a camera and `count` before it, by the devkit's chain; the first is repeated."""
+    chain = [nusc.get("sample_data", nusc.get("sample", sample.token)["data"][camera])]
+    while len(chain) <= count:
+        chain.append(nusc.get("sample_data", chain[-1]["prev"]) if chain[-1]["prev"] else chain[-1])
+    return chain
+
+
+def sensor2global(nusc, record):
+    sensor = nusc.get("calibrated_sensor", record["calibrated_sensor_token"])
+    ego = nusc.get("ego_pose", record["ego_pose_token"])
+    steps = (transform_matrix(r["translation"], Quaternion(r["rotation"])) for r in (ego, sensor))
+    return next(steps) @ next(steps)
+
+
+def test_the_synthetic_chain_is_as_in_the_real_set(nusc, city):
+    """Through keyframes and sweeps, 12 Hz before every keyframe but the first, a sweep the next keyframe's."""
+    for scene in nusc.scene:
+        samples = [nusc.get("sample", scene["first_sample_token"])]
+        while samples[-1]["next"]:
+            samples.append(nusc.get("sample", samples[-1]["next"]))
+        for camera in CAMERAS:
+            frames = [nusc.get("sample_data", samples[0]["data"][camera])]
+            while frames[-1]["next"]:
+                frames.append(nusc.get("sample_data", frames[-1]["next"]))
+                assert frames[-1]["prev"] == frames[-2]["token"]
+            assert [f["is_key_frame"] for f in frames] == [True] + [False, False, True] * (KEYFRAMES - 1)
+            owners = [s["token"] for s in samples for _ in range(3)][2:]
+            assert [f["sample_token"] for f in frames] == owners
+            assert np.diff([f["timestamp"] for f in frames]).tolist() == [333_334, 83_333, 83_333] * (KEYFRAMES - 1)
+            for f in frames:
+                assert f["filename"].startswith("samples/" if f["is_key_frame"] else "sweeps/")
+                assert (city / f["filename"]).is_file()
+    assert {len(list((city / "sweeps" / camera).iterdir())) for camera in CAMERAS} == {2 * 2 * (KEYFRAMES - 1)}
+
+
+def test_files_poses_and_times_are_those_of_the_devkits_chain(nusc, city):
+    """At the start of a scene too, where its first frame is repeated; intervals as the chain has them."""
+    dataset = NuScenesDataset(city, VERSION, "mini_val", Data(camera_sweeps=6))
+    for i in range(KEYFRAMES):
+        sample, sweeps = dataset[i], dataset.camera_sweeps
+        lidar = nusc.get("sample_data", nusc.get("sample", sample.token)["data"]["LIDAR_TOP"])
+        for n, camera in enumerate(CAMERAS):
+            chain = before(nusc, sample, camera, 5)
+            assert [r["filename"] for r in chain[1:]] == [f.decode() for f in sweeps.image_files[i, :, n]]
+            for w, record in enumerate(chain):
+                to_camera = np.linalg.inv(sensor2global(nusc, record)) @ sensor2global(nusc, lidar)
+                intrinsic = np.eye(4)
+                sensor = nusc.get("calibrated_sensor", record["calibrated_sensor_token"])
+                intrinsic[:3, :3] = sensor["camera_intrinsic"]
+                view = 6 * w + n
+                np.testing.assert_allclose(sample.lidar2camera[view], to_camera, atol=1e-5)
+                np.testing.assert_allclose(sample.lidar2image[view], intrinsic @ to_camera, atol=1e-2, rtol=1e-5)
+        chain = before(nusc, sample, "CAM_FRONT", 5)
+        lags = [1e-6 * (chain[0]["timestamp"] - record["timestamp"]) for record in chain]
+        np.testing.assert_allclose(sample.frame_lags, lags, atol=1e-6)
+    assert sweeps.numbers.tolist() == [[0] * 5, [1, 2, 3, 3, 3], [1, 2, 3, 4, 5]]
+    nominal = NuScenesDataset(city, VERSION, "mini_val", replace(THREE, camera_rate=12.0))[1]
+    np.testing.assert_allclose(nominal.frame_lags, [0, 1 / 12, 2 / 12], atol=1e-7)
+
+
+def test_what_stands_still_is_where_each_image_shows_it(city):
+    """LiDAR points of the keyframe have the depths that the city's own rays find in the pixels of every frame."""
+    sample = NuScenesDataset(city, VERSION, "mini_val", THREE)[2]
+    scene = Scene(0, synthetic.SCENES.index("scene-0103"), (KEYFRAMES - 1) * 0.5)
+    points = sample.points[sample.point_labels >= 15, :3]  # walls and trees: the ground looks alike from everywhere
+    points = np.c_[points, np.ones(len(points))]
+    for frame, lag in enumerate(sample.frame_lags):
+        right, keyframes = [], []  # errors through the frame's own projection, and through the keyframe's
+        for n, camera in enumerate(CAMERAS):
+            t = 1.0 - rig.CAMERAS[camera].early - lag
+            view, solids = rig.camera_view(scene, camera, SIZE, t), scene.solids(t)
+            distance, _ = cast(view, solids)
+            depth = (distance * view.cosine).reshape(SIZE)
+            for errors, row in ((right, 6 * frame + n), (keyframes, n)):
+                u, v, d, _ = sample.lidar2image[row] @ points.T
+                seen = (d > 1) & (d < 50) & (u > 0) & (u < SIZE[1] * d) & (v > 0) & (v < SIZE[0] * d)
+                errors.append(np.abs(depth[(v / d)[seen].astype(int), (u / d)[seen].astype(int)] / d[seen] - 1))
+        right, keyframes = np.concatenate(right), np.concatenate(keyframes)
+        assert len(right) > 200 and np.median(right) < 0.005
+        assert frame == 0 or np.median(keyframes) > 0.01  # the car has gone on by a metre or so
+
+
+def test_a_batch_holds_the_keyframe_of_one_frame_unchanged(city):
+    samples = [NuScenesDataset(city, VERSION, "mini_train", data) for data in (Data(), THREE)]
+    one, three = (collate([dataset[1], dataset[2]]) for dataset in samples)
+    assert one.frame_lags is None and one.frames == 1 and three.frames == 3
+    assert three.images.shape == (2, 18, 3, 64, 96) and three.lidar2image.shape == (2, 18, 4, 4)
+    assert three.image_sizes.shape == (2, 18, 2) and three.frame_lags.shape == (2, 3)
+    assert three.frame_lags.dtype == torch.float32 and (three.frame_lags.diff() > 0).all()
+    key = three.keyframe()
+    for name, value in vars(one).items():
+        assert torch.equal(value, getattr(key, name)) if torch.is_tensor(value) else value == getattr(key, name), name
+    assert key.images.data_ptr() == three.images.data_ptr()
+    assert all(torch.equal(t, getattr(one.keyframe(), n)) for n, t in vars(one).items() if torch.is_tensor(t))
+
+
+def test_all_frames_move_together(city):
+    """Every point keeps its pixel in every view, one grid hides in all; a stream goes on where another one stopped."""
+    dataset = NuScenesDataset(city, VERSION, "mini_train", THREE)
+    whole = dataset[1]
+    vary = Augment(rotation=0.4, scale=(0.9, 1.1), translation=(0.5,) * 3, flip_x=1.0, grid_mask=1.0)
+    varied = NuScenesDataset(city, VERSION, "mini_train", THREE, augment=vary)
+    moved = varied.read(1, np.random.default_rng(0))
+    assert len(moved.images) == 18 and not np.array_equal(moved.lidar2camera, whole.lidar2camera)
+    old, new = (s.lidar2image.astype(float) @ np.c_[s.points[:, :3], np.ones(len(s.points))].T for s in (whole, moved))
+    np.testing.assert_allclose(old, new, atol=2e-2)
+    hidden = np.any(np.array(whole.images) != moved.images, axis=(0, 3))
+    assert 0.1 < hidden.mean() < 0.9 and (np.array(moved.images)[:, hidden] == HIDDEN).all()
+    streams = (step_batches(varied, 1, start=start) for start in (0, 1))
+    first, second = next(streams), next(streams)
+    next(first)
+    (a, _), (b, _) = next(first), next(second)
+    assert torch.equal(a.images, b.images) and torch.equal(a.lidar2image, b.lidar2image)
+
+
+def test_pictures_of_what_moves_are_cut_where_it_was():
+    """A camera at rest that looks along y; a box 10 m before it, which came 2 m to the right in half a second."""
+    look = np.array([[60.0, 32, 0, 0], [0, 32, -60, 0], [0, 1, 0, 0], [0, 0, 0, 1]], np.float32)
+    images = [np.zeros((64, 64, 3), np.uint8) for _ in range(2)]
+    images[0][:, 34:41] = 200  # now: 32 + 60 * 0.5 / 10.5 to 32 + 60 * 1.5 / 9.5
+    images[1][:, 22:29] = 100  # then: 32 - 60 * 1.5 / 9.5 to 32 - 60 * 0.5 / 10.5
+    box = np.array([[1.0, 10, 0, 1, 1, 1, 0, 4, 0]], np.float32)
+    sample = Sample(
+        images=images,
+        lidar2image=np.stack([look] * 2),
+        lidar2camera=np.stack([np.eye(4, dtype=np.float32)] * 2),
+        points=np.array([[1.0, 10, 0, 0, 0]], np.float32),
+        point_labels=None,
+        boxes=box,
+        labels=np.zeros(1, np.int64),
+        token="",
+        frame_lags=np.array([0, 0.5], np.float32),
+    )
+    (cut,) = cut_out(sample, 1)
+    assert [view for view, _ in cut.pictures] == [0, 1]
+    means = [cv2.imdecode(jpeg, cv2.IMREAD_COLOR).mean() for _, jpeg in cut.pictures]
+    np.testing.assert_allclose(means, [200, 100], atol=2)
+
+
+def test_objects_are_pasted_into_all_frames(city):
+    """Pixels change where a pasted box was when the image was taken, and nowhere else."""
+    dataset = NuScenesDataset(city, VERSION, "mini_train", THREE)
+    objects = load_objects(dataset, Paste(counts=(8,) * 10, least_points=1))
+    whole = dataset[2]
+    pasted = dataset.pasting(objects).read(2, np.random.default_rng(0))
+    new = pasted.boxes[len(whole.boxes) :]
+    assert (np.abs(new[:, 7:]).max(axis=1) > 1).any()
+    changed = 0
+    for view, (before, after) in enumerate(zip(whole.images, pasted.images, strict=True)):
+        lag = whole.frame_lags[view // 6]
+        then = np.c_[new[:, :2] - lag * new[:, 7:], new[:, 2:]]
+        covered = np.zeros(SIZE, bool)
+        for left, top, right, bottom in seen_rectangles(then, whole.lidar2image[view], SIZE)[1]:
+            covered[top:bottom, left:right] = True
+        difference = (before != after).any(-1)
+        assert not (difference & ~covered).any()
+        changed += difference.any() and lag > 0
+    assert changed >= 4
+
+
+def test_frames_are_fused_as_the_formula_says():
+    """UVTR's: a channel of time, 1 x 1 x 1, norm, ReLU; all frames' channels, 1 x 1 x 1, norm, ReLU."""
+    fusion = FrameFusion(5, 3).double()
+    for norm in (fusion.time_conv[1], fusion.trans_conv[1]):
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    volumes = torch.randn(2 * 3, 5, 2, 4, 3, dtype=torch.float64, requires_grad=True)
+    lags = torch.tensor([[0.0, 0.1, 0.2], [0.0, 0.0, 0.5]], dtype=torch.float64)
+    plane = lags.view(6, 1, 1, 1, 1).expand(-1, 1, 2, 4, 3)
+    truth = fusion.trans_conv(fusion.time_conv(torch.cat([volumes, plane], 1)).view(2, 15, 2, 4, 3))
+    d_out = torch.randn_like(truth)
+    wanted = torch.autograd.grad(truth, [volumes, *fusion.parameters()], d_out)
+    fused = fusion(volumes, lags)
+    assert fused.is_contiguous(memory_format=torch.channels_last_3d)
+    found = torch.autograd.grad(fused, [volumes, *fusion.parameters()], d_out)
+    for a, b in zip((fused, *found), (truth, *wanted), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def several(batch, frames, shift=0.5):
+    """A batch of two-camera frames: the keyframe's, and the same images taken `shift` metres a frame further back."""
+    moved = [batch.lidar2camera.clone() for _ in range(frames)]
+    for w, matrix in enumerate(moved):
+        matrix[:, :, 2, 3] += shift * w * torch.tensor([1.0, -1.0])
+    intrinsics = batch.lidar2image @ batch.lidar2camera.inverse()
+    repeat = {name: torch.cat([getattr(batch, name)] * frames, 1) for name in ("images", "image_sizes")}
+    return replace(
+        batch,
+        **repeat,
+        lidar2camera=torch.cat(moved, 1),
+        lidar2image=torch.cat([intrinsics @ m for m in moved], 1),
+        frame_lags=0.1 * torch.arange(frames).float().expand(len(batch), -1),
+    )
+
+
+@pytest.mark.parametrize("view", ["gather", "pool"])
+def test_each_frame_is_lifted_apart_and_counts(view):
+    levels = {"fpn_levels": 1, "fpn_start": 3, "view": "pool"} if view == "pool" else {}
+    camera = replace(TINY_CAMERA, **levels)
+    encoder = Encoder(config.Recipe(grid=GRID, data=THREE, camera=camera)).eval()
+    batch = several(make_batch([[], []], size=(64, 96), unpadded=(60, 90)), 3)
+    seen = {}
+    encoder.frame_fusion.register_forward_hook(lambda module, args, out: seen.update(volumes=args[0]))
+    encoded = encoder.encode(batch, None)
+    assert encoded.volume.shape == (2, 8, 5, 18, 20) and encoded.depths[0].shape[:2] == (2, 6)
+    alone = Encoder(config.Recipe(grid=GRID, camera=camera)).eval()
+    assert alone.load_state_dict(encoder.state_dict(), strict=False).missing_keys == []
+    for w in range(3):
+        views = slice(2 * w, 2 * w + 2)
+        names = ("images", "image_sizes", "lidar2image", "lidar2camera")
+        frame = replace(batch, **{n: getattr(batch, n)[:, views] for n in names}, frame_lags=None)
+        torch.testing.assert_close(seen["volumes"].unflatten(0, (2, 3))[:, w], alone(frame, None)[0])
+
+    def changed(**fields):
+        return (encoder(replace(batch, **fields), None)[0] - encoded.volume).abs().amax((1, 2, 3, 4))
+
+    other = batch.images.clone()
+    other[0, 4:] = 1 - other[0, 4:]  # the oldest frame of the first sample
+    in_first, in_second = changed(images=other)
+    assert in_first > 1e-3 * encoded.volume.abs().max() and in_second == 0
+    assert changed(frame_lags=3 * batch.frame_lags).min() > 0
+    with pytest.raises(AssertionError, match="1 frames of images, and the recipe has 3"):
+        encoder(batch.keyframe(), None)
+
+
+def test_every_weight_of_the_fusion_learns_and_a_step_repeats():
+    encoder = Encoder(config.Recipe(grid=GRID, data=THREE, camera=TINY_CAMERA))
+    batch = several(make_batch([[], []], size=(64, 96), unpadded=(60, 90)), 3)
+    encoded = encoder.encode(batch, generators(0, 1))
+    masks = encoded.masks["camera"]
+    assert masks.shape == (2, 6, 2, 3) and not torch.equal(masks[:, :2], masks[:, 2:4])
+    encoded.volume.square().sum().backward()
+    assert all(p.grad.any() and p.grad.isfinite().all() for p in encoder.frame_fusion.parameters())
+    assert torch.equal(encoder.encode(batch, generators(0, 1)).volume, encoded.volume)
+
+
+def test_rays_judgement_and_pictures_are_of_the_keyframe(city):
+    """All twelve views are encoded; six cast rays, in training, where renderings are judged, and in pictures."""
+    recipe = PRETRAIN["camera"]["tiny"]
+    recipe = replace(recipe, data=replace(recipe.data, camera_sweeps=2, image_size=SIZE))
+    recipe = replace(recipe, rays=replace(recipe.rays, per_view=8, lidar_per_view=8))
+    dataset = NuScenesDataset(city, VERSION, "mini_val", recipe.data)
+    net, batch = Pretrain(recipe), collate([dataset[1]])
+    rays = []
+    net.renderer.register_forward_hook(lambda module, args, out: rays.append(args[1]))
+    losses, _ = net(batch, generators(0))
+    sum(losses.values()).backward()
+    assert len(rays[0]) == 6 * 8 and net.encoder.frame_fusion.trans_conv[0].weight.grad.any()
+    metrics = evaluate_rendering(net, [(0, batch)], 0, torch.device("cpu"))
+    assert metrics["psnr"] > 0 and metrics["depth_abs_rel"] > 0
+    judged = sum(len(r) for r in rays[1:])
+    assert judged == 6 * 8 * 12 + 6 * 256  # every eighth pixel of six views, and LiDAR rays
+    assert rendered_views(net, batch, generators(0), stride=32).shape[1] > 6 * 200
+
+
+def test_finetuned_and_judged_with_the_same_frames(city, tmp_path):
+    """From a checkpoint of one frame, so that the fusion of frames is new; eval.py reads as many as were trained on."""
+    recipe = PRETRAIN["camera"]["tiny"]
+    state = {"model": Pretrain(recipe).state_dict(), "config": {}}
+    torch.save(state, tmp_path / "one.pt")
+    flags = ["--device", "cpu", "--workers", "0", "--steps", "1", "--camera-sweeps", "2", "--preset", "tiny"]
+    flags += ["--data-root", str(city), "--pretrained", str(tmp_path / "one.pt"), "--out", str(tmp_path / "run")]
+    both = "import sys, tyro, finetune, eval as judge; finetune.main(tyro.cli(finetune.Args, args=sys.argv[2:])); "
+    both += "judge.main(judge.Args(sys.argv[1], device='cpu', workers=0, pictures=1))"
+    command = [
+        sys.executable,
+        "-c",
+        both.replace("sys.argv[1]", "judge.Path(sys.argv[1])"),
+        str(tmp_path / "run"),
+        *flags,
+    ]
+    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "new, from scratch: encoder.frame_fusion.time_conv, encoder.frame_fusion.trans_conv" in done.stdout
+    assert "detect in 3 frames of mini_val" in done.stdout
+    assert (tmp_path / "run" / "eval" / "boxes_0.png").is_file()
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+def test_checkpoints_of_several_frames_come_and_go(tuned):
+    """Under the names that the original's view transform has, in whose time they then think."""
+    kind, presets, build = (DetectRecipe, DETECT, Detector) if tuned else (PretrainRecipe, PRETRAIN, Pretrain)
+    recipe = presets["camera"]["tiny"]
+    net = build(replace(recipe, data=replace(recipe.data, camera_sweeps=4)))
+    state, unknown = to_original(net.state_dict())
+    assert not unknown
+    state |= {"img_backbone.norm0.weight": torch.ones(24), "img_backbone.norm0.bias": torch.zeros(24)}
+    shapes = {k: tuple(v.shape) for k, v in state.items() if "view_trans.t" in k and k.endswith("0.weight")}
+    assert shapes == {
+        "pts_bbox_head.view_trans.time_conv.0.weight": (32, 33, 1, 1, 1),
+        "pts_bbox_head.view_trans.trans_conv.0.weight": (32, 128, 1, 1, 1),
+    }
+    if tuned:
+        state["pts_bbox_head.code_weights"] = torch.tensor(recipe.detect.code_weights)
+    ours, report = convert.convert_unipad(state)
+    assert not report.faults, report
+    found = from_plain(kind, ours["config"]["recipe"])
+    assert found.data.camera_sweeps == 4 and found.data.camera_rate == 12.0
+    build(found).load_state_dict(ours["model"])
+    back, report = convert.convert_ours(ours)
+    assert not report.faults and back["state_dict"].keys() == state.keys()
+    assert all(torch.equal(back["state_dict"][k], v) for k, v in state.items())
+
+
+def test_a_camera_of_several_frames_starts_fusion():
+    saved = {}
+    for modality in ("camera", "lidar"):
+        recipe = PRETRAIN[modality]["tiny"]
+        frames = 3 if modality == "camera" else 1
+        recipe = replace(recipe, data=replace(recipe.data, camera_sweeps=frames))
+        saved[modality] = {"model": Pretrain(recipe).state_dict(), "config": {"recipe": convert.as_plain(recipe)}}
+    merged, _ = convert.merge(saved["camera"], saved["lidar"])
+    recipe = from_plain(PretrainRecipe, merged["config"]["recipe"])
+    assert recipe.data.camera_sweeps == 3
+    new = {
+        name.split(".")[1] for name in Pretrain(recipe).encoder.state_dict(prefix="encoder.").keys() - merged["model"]
+    }
+    assert new == {"fuse"}
+
+
+def test_presets_and_flags():
+    """The presets add the fusion of three frames to those of one, and nothing else; LiDAR has none to fuse."""
+    for presets, build in ((PRETRAIN, Pretrain), (DETECT, Detector)):
+        with torch.device("meta"):
+            one, three = (build(presets["camera"][name]) for name in ("camera-0.075", "camera-0.075-sweeps"))
+        more = dict(three.named_parameters()).keys() - dict(one.named_parameters()).keys()
+        count = sum(p.numel() for p in three.parameters()) - sum(p.numel() for p in one.parameters())
+        assert {name.split(".")[1] for name in more} == {"frame_fusion"}
+        assert count == (257 + 3 * 256) * 256 + 2 * 3 * 256
+    for script in (train, finetune):
+        for modality in ("camera", "fusion"):
+            assert script.recipe_of(script.Args(modality=modality, camera_sweeps=5)).data.camera_sweeps == 5
+        with pytest.raises(UserError, match="--camera-sweeps does not go with --modality lidar"):
+            script.recipe_of(script.Args(modality="lidar", camera_sweeps=2))
+        with pytest.raises(UserError, match="--camera-sweeps 7 is not known; use 1, 2, 3, 4, 5, 6"):
+            script.recipe_of(script.Args(camera_sweeps=7))

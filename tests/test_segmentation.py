@@ -194,17 +194,12 @@ def test_the_u_net_is_taken_from_pre_training(runs):
         torch.testing.assert_close(weights[name], source[name], rtol=1e-5, atol=1e-9)
 
 
-def test_a_run_is_judged_and_drawn(runs, tmp_path, capsys):
-    evaluate(runs / "run", pictures=1)
+def test_a_run_is_judged_and_drawn(runs, capsys):
+    evaluate(runs / "run", task="segment", batch_size=2, pictures=1)
     said = capsys.readouterr().out
     assert "mIoU: 0." in said and "allAcc: 0." in said and "driveable_surface" in said
     picture = np.asarray(Image.open(runs / "run" / "eval" / "segments_0.png"))
     assert picture.shape[1] > 1000 and picture.std() > 20
-    evaluate(runs / "run", task="segment", tta=True, tta_flips=False, batch_size=2, pictures=1, out=tmp_path)
-    plain, turned = (
-        json.loads((p / "segmentation_summary.json").read_text()) for p in (runs / "run" / "eval", tmp_path)
-    )
-    assert plain["iou_per_class"].keys() == turned["iou_per_class"].keys() and plain != turned
 
 
 def test_the_test_split_gives_a_submission_alone(runs, city, tmp_path, capsys):

@@ -30,7 +30,7 @@ def segment_views(batch, found, width=300):
     found: [K] the classes of the keyframe's points, as `Segmenter.segment` gives them.
     width: pixels of a camera's column.
 
-    Points without a label are grey in the truth and left out of what was found. Where the batch has no labels at all,
+    Points without a label are grey in both. Where the batch has no labels at all,
     what was found stands alone.
     """
     points = batch.points[: batch.point_counts[0]]

@@ -295,7 +295,8 @@ if __name__ == "__main__":
         if batch == 1:
             print_statistics(levels)
         sized = list(zip(levels, WIDTHS, strict=True))
-        wide = [(levels[1], 128)] if DEVICE == "cuda" else []  # where tensor cores bind, not the gather
+        # where tensor cores bind, not the gather
+        wide = [(levels[1], 128), (levels[1], 256)] if DEVICE == "cuda" else []
 
         peers = {name: warm_peer(lib) for name, lib in libs.items()}
         for name, wanted in [

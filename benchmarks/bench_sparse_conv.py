@@ -87,7 +87,7 @@ def strided(op):
     """With its map. Rows come in any order, so what is compared is their sum."""
 
     def run(features, weight, level, geometry):
-        _, table = strided_map(level.coords, level.shape, *geometry)
+        _, table = strided_map(level.coords, level.shape, *geometry, level.batch)
         return op(features, weight, table, inverse_map(table, len(features))).sum(dim=0)
 
     return run

@@ -90,7 +90,7 @@ class Args:
     checkpointing: bool = False  # forget activations of the ConvNeXt and compute them again: less memory, more time
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     deterministic: bool = False  # bit-equal runs on a GPU too, by slower kernels
-    tune: bool = False  # try how to launch kernels on this GPU, once; what the run's tuning.json has is kept to
+    tune: bool = False  # try how to launch kernels, but for --deterministic; what the run's tuning.json has is kept to
     log_every: int = 10  # steps between progress lines
     val_every: int | None = None  # steps between validations (default: a third of the run)
     val_samples: int = 12  # held-out frames that a validation renders

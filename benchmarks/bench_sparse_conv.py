@@ -1,6 +1,7 @@
 """sparse_conv: kernels, reference and spconv, at the stages of the LiDAR recipe.
 
     python -m benchmarks.bench_sparse_conv
+    python -m benchmarks.bench_sparse_conv --tune                 our launches as fast as the tuner finds them
     OMP_NUM_THREADS=1 python -m benchmarks.bench_sparse_conv      on a CPU: with more threads the spconv wheel races
 
 Voxels come from benchmarks/lidar_scene.py, whose statistics are printed beside those of nuScenes. "cold" makes the
@@ -9,6 +10,7 @@ Peers, where they are installed: spconv (pip install spconv-cu126; spconv for a 
 is the same.
 """
 
+import argparse
 import copy
 import importlib
 from dataclasses import dataclass, field
@@ -20,6 +22,7 @@ from torch.func import functional_call
 
 from benchmarks.harness import DEVICE, Case, compare
 from benchmarks.lidar_scene import NUSCENES, SHAPE, STAGES, voxels
+from kernels import tuning
 from kernels.sparse_conv import sparse_conv, sparse_conv_ref
 from kernels.sparse_map import inverse_map, out_shape, sort_voxels, strided_map, submanifold_map
 from unipad.model import sparse
@@ -87,7 +90,7 @@ def strided(op):
     """With its map. Rows come in any order, so what is compared is their sum."""
 
     def run(features, weight, level, geometry):
-        _, table = strided_map(level.coords, level.shape, *geometry)
+        _, table = strided_map(level.coords, level.shape, *geometry, level.batch)
         return op(features, weight, table, inverse_map(table, len(features))).sum(dim=0)
 
     return run
@@ -289,13 +292,20 @@ def tensors(N, c_in, c_out, for_features=True, for_weight=True):
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tune", action="store_true", help="try our launches before they are timed")
+    tuned = ""  # behind the name of an op
+    if parser.parse_args().tune:
+        tuning.enable()
+        tuned = ", tuned"
     libs = installed()
     for batch in [1, 4] if DEVICE == "cuda" else [1]:
         levels = stages(batch)
         if batch == 1:
             print_statistics(levels)
         sized = list(zip(levels, WIDTHS, strict=True))
-        wide = [(levels[1], 128)] if DEVICE == "cuda" else []  # where tensor cores bind, not the gather
+        # where tensor cores bind, not the gather
+        wide = [(levels[1], 128), (levels[1], 256)] if DEVICE == "cuda" else []
 
         peers = {name: warm_peer(lib) for name, lib in libs.items()}
         for name, wanted in [
@@ -304,21 +314,21 @@ if __name__ == "__main__":
             ("sparse_conv, gradient of the weights", (False, True)),
         ]:
             cases = [case(*s, *wanted) for s in sized + wide]
-            compare(name, warm(sparse_conv_ref), warm(sparse_conv), peers, cases, AGREE, warm(sparse_conv_ref))
+            compare(name + tuned, warm(sparse_conv_ref), warm(sparse_conv), peers, cases, AGREE, warm(sparse_conv_ref))
 
         peers = {name: cold_peer(lib) for name, lib in libs.items()}
         exact = cold(sparse_conv_ref)
-        compare("sparse_conv, cold", exact, cold(sparse_conv), peers, [case(*s) for s in sized], AGREE, exact)
+        compare(f"sparse_conv, cold{tuned}", exact, cold(sparse_conv), peers, [case(*s) for s in sized], AGREE, exact)
 
         peers = {name: strided_peer(lib) for name, lib in libs.items()}
         cases = [strided_case(*s, geometry) for s, geometry in zip(sized, STAGES, strict=False)]
         exact = strided(sparse_conv_ref)
-        compare("sparse_conv, strided, cold", exact, strided(sparse_conv), peers, cases, AGREE, exact)
+        compare(f"sparse_conv, strided, cold{tuned}", exact, strided(sparse_conv), peers, cases, AGREE, exact)
 
         nets = Encoders()
         for name, keep in [("sparse encoder", True), ("sparse encoder, cold", False)]:
             compare(
-                name,
+                name + tuned,
                 nets.ours(sparse_conv_ref, keep),
                 nets.ours(sparse_conv, keep),
                 {name: nets.theirs(lib, keep) for name, lib in libs.items()},

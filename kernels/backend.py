@@ -36,6 +36,11 @@ def on_triton(tensor, deterministic=True):
     return tensor.is_cuda or interpret
 
 
+def capturing(device):
+    """True while a CUDA graph is recorded: it runs again later, so what is made in it is nobody else's to use."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def strictly_deterministic():
     """True under `torch.use_deterministic_algorithms(True)`; its `warn_only` is no promise."""
     return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()

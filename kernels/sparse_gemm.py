@@ -47,7 +47,9 @@ def gather_gemm(features, weight, table, allow_tf32, mirrored=False, act=(None, 
 
 
 def d_weight_of(features, d_out, table, allow_tf32, mirrored=False):
-    """Features [N, I], d_out [M, O] and a table [K, M] -> [O, K, I] fp32; mirrored: as of `gather_gemm`.
+    """Features [N, I], d_out [M, O] and a table [K, M] -> [O, K, I] fp32, its offsets in the table's order.
+
+    mirrored: the table is its own mirror image, so that most rows have several neighbours and share them.
 
     Summed in chunks of pairs, or blocks of rows, whose sums are added in order.
     """

@@ -69,7 +69,7 @@ def _wide(tensor):
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-_chunks_of = WeakTensorKeyDictionary()  # table -> {(version, channels): chunks}: a table serves several layers
+_chunks_of = WeakTensorKeyDictionary()  # table -> {channels: (version, chunks)}: a table serves several layers
 
 
 def _chunks(table, channels):
@@ -83,15 +83,15 @@ def _chunks(table, channels):
         starts: [R] int32 ... and where each output's begin.
     """
     known = _chunks_of.setdefault(table, {})
-    key = (None if table.is_inference() else table._version, channels)
-    if key not in known:
+    version = None if table.is_inference() else table._version
+    if channels not in known or known[channels][0] != version:
         idx = table.cpu().numpy()
         M = idx.shape[1]
         # of 2^20 features, so that a GEMM has rows enough, and what was gathered is still in the cache when it is read
         rows = 2**20 // channels * M // max(np.count_nonzero(idx >= 0), 1)
         rows = max(256, min(rows, 4096))
-        known[key] = [_chunk(idx[:, i : i + rows], i, table.device) for i in range(0, M, rows)]
-    return known[key]
+        known[channels] = version, [_chunk(idx[:, i : i + rows], i, table.device) for i in range(0, M, rows)]
+    return known[channels][1]
 
 
 def _chunk(idx, first, device):

@@ -11,6 +11,8 @@ The gradient of the weights sums over the pairs of an offset, of which the middl
 others: they are packed, and cut into equal chunks.
 
 All this is made once a table and kept while it lives: all layers on one set of voxels, and their gradients, share them.
+A CUDA graph uses what was made before it was captured, as it was: its tables must not change. What it makes itself is
+made again at every replay and not kept.
 """
 
 from typing import NamedTuple
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from kernels import backend
 from kernels.backend import tl, triton
 
 
@@ -88,9 +91,12 @@ def chunks(table, parts, least, multiple):
 def _keep(table, key, make):
     known = _made.setdefault(table, {})
     version = None if table.is_inference() else table._version
-    if key not in known or known[key][0] != version:
-        known[key] = version, make()
-    return known[key][1]
+    if key in known and known[key][0] == version:
+        return known[key][1]
+    made = make()
+    if not backend.capturing(table.device):
+        known[key] = version, made
+    return made
 
 
 def _window(M):

@@ -2,17 +2,18 @@
 
 Off until `enable` is called: every op then takes the first of its candidates, which is a sensible one. Another choice
 may add in another order, so results are bit-equal between runs that choose alike: with tuning off, or with one file.
+Under `torch.use_deterministic_algorithms(True)` nothing is tried, since the clock would decide about bits.
 """
 
 import json
 import math
-import os
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from kernels.backend import triton
+from kernels.backend import capturing, strictly_deterministic, triton
 
 
 @dataclass
@@ -21,6 +22,7 @@ class _State:
     path: Path | None = None
     timer: object = None
     known: dict = field(default_factory=dict)  # device -> kind of work -> the candidate chosen, as a list
+    chosen: dict = field(default_factory=dict)  # the same found in this process: (device, kind) -> candidate
 
 
 _state = _State()
@@ -62,19 +64,40 @@ def choose(kind, candidates, run, device):
     """
     if not _state.on or len(candidates) == 1:
         return candidates[0]
-    on_gpu = device.type == "cuda"
-    known = _state.known.setdefault(torch.cuda.get_device_name(device) if on_gpu else device.type, {})
-    kind = " ".join(map(str, (*kind[:-1], bucket(kind[-1]))))
-    found = [c for c in candidates if list(c) == known.get(kind)]
-    if found:
-        return found[0]
-    if _state.timer is None and (not on_gpu or torch.cuda.is_current_stream_capturing()):
-        return candidates[0]
+    work = device, *kind[:-1], bucket(kind[-1])
+    if _state.chosen.get(work) not in candidates:
+        found = _look_up(work, candidates) or _search(work, candidates, run)
+        if found is None:
+            return candidates[0]
+        _state.chosen[work] = found
+    return _state.chosen[work]
+
+
+def _look_up(work, candidates):
+    """What the file says, None where it says nothing or what is no candidate any more."""
+    known, name = _known(work)
+    return next((c for c in candidates if list(c) == known.get(name)), None)
+
+
+def _search(work, candidates, run):
+    """The fastest; None where nothing may be timed."""
+    device = work[0]
+    can_time = _state.timer is not None or device.type == "cuda"
+    if not can_time or capturing(device) or strictly_deterministic():
+        return None
     times = [_time(lambda c=c: run(c)) for c in candidates]
     fastest = candidates[times.index(min(times))]
-    known[kind] = list(fastest)
+    known, name = _known(work)
+    known[name] = list(fastest)
     _save()
     return fastest
+
+
+def _known(work):
+    """What is known for the device, and the work's name in it."""
+    device, *kind = work
+    device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return _state.known.setdefault(device, {}), " ".join(map(str, kind))
 
 
 def _time(fn):
@@ -87,6 +110,7 @@ def _time(fn):
 def _save():
     if _state.path is not None:
         _state.path.parent.mkdir(parents=True, exist_ok=True)
-        new = _state.path.with_name(f"{_state.path.name}.{os.getpid()}")
+        # not the process's number, which one on another machine may have too
+        new = _state.path.with_name(f"{_state.path.name}.{uuid.uuid4().hex}")
         new.write_text(json.dumps(_state.known, indent=1, sort_keys=True))
         new.replace(_state.path)

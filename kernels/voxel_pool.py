@@ -18,7 +18,7 @@ import weakref
 import torch
 import torch.nn.functional as F
 
-from kernels.backend import on_triton, tl, triton
+from kernels.backend import capturing, on_triton, tl, triton
 
 
 def voxel_pool(features, depths, lidar2image, low, cell, shape, stride, depth_range, truncate=False):
@@ -169,7 +169,7 @@ def _where_points_lie(lidar2image, *geometry):
     """
     global _last
     # a captured graph runs again when the cameras have changed; inference tensors do not count their changes
-    keep = not lidar2image.is_inference() and not (lidar2image.is_cuda and torch.cuda.is_current_stream_capturing())
+    keep = not lidar2image.is_inference() and not capturing(lidar2image.device)
     stream = torch.cuda.current_stream(lidar2image.device) if lidar2image.is_cuda else None
     key = (lidar2image._version, stream, geometry) if keep else None
     if keep and _last is not None and _last[0]() is lidar2image and _last[1] == key:

@@ -63,7 +63,7 @@ def test_a_run_leaves_all_it_promises(straight):
 def test_stopped_and_resumed_is_bit_equal_to_straight(straight, city, tmp_path):
     run(tmp_path / "run", city, stop_at=2, val_every=3)
     assert checkpoint(tmp_path / "run")["step"] == 2
-    run(tmp_path / "run", city, resume="auto", val_every=3)
+    run(tmp_path / "run", city, resume="auto", val_every=3, tune=True)
     assert_same_weights(tmp_path / "run", straight[0])
     assert curve(tmp_path / "run") == curve(straight[0])
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kernels import backend
 from unipad.model.sparse import (
     SparseBatchNorm,
     SparseConv3d,
@@ -315,3 +316,18 @@ def test_autocast_runs_in_bf16():
         assert value.isfinite().all(), key
         assert key == "out" or value.dtype == torch.float32, key
     assert (half["out"] - exact["out"]).abs().max() < 0.05 * exact["out"].abs().max()
+
+
+@torch.no_grad()
+def test_a_norm_keeps_its_scale_until_it_changes(monkeypatch):
+    norm = SparseBatchNorm(3).eval()
+    first = norm.scale_and_shift()
+    assert norm.scale_and_shift() is first
+    norm.load_state_dict({name: value + 1 for name, value in norm.state_dict().items()})
+    assert norm.scale_and_shift()[0].tolist() == pytest.approx([2 / (2 + norm.eps) ** 0.5] * 3)
+    before = norm.scale_and_shift()
+    monkeypatch.setattr(backend, "capturing", lambda device: True)
+    assert norm.scale_and_shift() is before
+    norm.weight.zero_()
+    in_graph = norm.scale_and_shift()
+    assert not in_graph[0].any() and norm.scale_and_shift() is not in_graph

@@ -242,7 +242,7 @@ class RunFolder:
         return path, saved
 
     def tune(self):
-        """Try ways to launch kernels on this GPU from now on, and keep what was fastest in tuning.json."""
+        """Try ways to launch kernels on this GPU until the run is closed; keep what was fastest in tuning.json."""
         file = self.path / "tuning.json"
         try:
             tuning.enable(file)
@@ -277,6 +277,7 @@ class RunFolder:
                 write_checkpoint(state, folder / f"step_{state['step']}.pt")
 
     def close(self):
+        tuning.disable()
         if self.writes:
             self._board.close()
             self._log.close()

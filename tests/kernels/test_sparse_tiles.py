@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels import sparse_tiles
+from kernels import backend, sparse_tiles
 from kernels.sparse_gemm import BLOCK_R, LEAST
 from kernels.sparse_tiles import BLOCK_C, BLOCK_K, WINDOW, chunks, pairs, tiles
 from tests.ahead_of_time import Launch
@@ -104,3 +104,15 @@ def test_what_is_made_of_a_table_is_kept_while_it_stays(device):
     assert tiles(table, 64) is made[0] and pairs(table) is made[1] and tiles(table, 128) is not made[0]
     table[0, 0] = 7
     assert tiles(table, 64) is not made[0] and pairs(table) is not made[1]
+
+
+def test_a_cuda_graph_keeps_nothing_of_its_own(monkeypatch, device):
+    """Its memory holds tiles only after a replay; what was there before it is used."""
+    before, new = make_table(3, 40, 0.5, device), make_table(3, 40, 0.5, device)
+    made = tiles(before, 64)
+    monkeypatch.setattr(backend, "capturing", lambda device: True)
+    assert tiles(before, 64) is made
+    in_graph = tiles(new, 64), pairs(new)
+    monkeypatch.undo()
+    assert tiles(new, 64) is not in_graph[0] and pairs(new) is not in_graph[1]
+    assert torch.equal(tiles(new, 64).row_idx, made.row_idx)

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,3 +87,29 @@ def test_what_does_not_fit_the_gpu_is_left_out():
 
     tuning.enable(timer=clock)
     assert tuning.choose(("op", 5), CANDIDATES, run, CPU) == (128, 4)
+
+
+def test_where_bits_must_not_vary_nothing_is_tried(tmp_path):
+    clock = Clock({(64, 4): 3.0, (128, 4): 1.0, (128, 8): 2.0})
+    path = tmp_path / "tuning.json"
+    tuning.enable(path, clock)
+    torch.use_deterministic_algorithms(True)
+    assert choose(clock) == (64, 4) and not clock.ran
+    torch.use_deterministic_algorithms(False)
+    assert choose(clock) == (128, 4)
+    torch.use_deterministic_algorithms(True)
+    tuning.enable(path, Clock({}))
+    assert choose(clock) == (128, 4) and len(clock.ran) == 3  # what a file says is as good as a default
+
+
+def test_two_processes_with_one_number_do_not_share_a_temporary_file(tmp_path, monkeypatch):
+    """Of two machines, say."""
+    path, names = tmp_path / "tuning.json", set()
+    monkeypatch.setattr("os.getpid", lambda: 1)
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda new, old: (names.add(new), replace(new, old))[1])
+    for _ in range(2):
+        path.unlink(missing_ok=True)
+        tuning.enable(path, Clock(dict.fromkeys(CANDIDATES, 1.0)))
+        choose(tuning._state.timer)
+    assert len(names) == 2

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import sparse_map
+from kernels import backend, sparse_map
 from kernels.sparse_conv import sparse_conv, sparse_conv_act
 from unipad.model.norm import SyncedBatchNorm
 
@@ -227,15 +227,20 @@ class SparseBatchNorm(SyncedBatchNorm):
         return x.replace(super().forward(x.features))
 
     def scale_and_shift(self):
-        """([C], [C]): what the layer does in evaluation. Kept until a parameter or a statistic changes."""
+        """([C], [C]): what the layer does in evaluation.
+
+        Kept until a parameter or a statistic changes, as autograd sees it (through `.data` it does not), or the mode
+        does. A CUDA graph uses what was kept before it was captured, and keeps nothing of its own.
+        """
         given = self.weight, self.bias, self.running_mean, self.running_var
-        keep = not torch.compiler.is_compiling() and not any(t.is_inference() for t in given)
-        versions = [(id(t), t._version) for t in given] if keep else None
+        countable = not torch.compiler.is_compiling() and not any(t.is_inference() for t in given)
+        versions = [(id(t), t._version) for t in given] if countable else None
         known, _, result = self._known
-        if not keep or versions != known:
+        if not countable or versions != known:
             scale = self.weight * (self.running_var + self.eps).rsqrt()
             result = scale, torch.addcmul(self.bias, self.running_mean, scale, value=-1)
-            self._known = versions, given, result
+            if countable and not backend.capturing(scale.device):
+                self._known = versions, given, result
         return result
 
     def train(self, mode=True):

@@ -71,9 +71,7 @@ class Args:
     least_score: float = 0.3  # score from which on a box is drawn, 0 to 1
     tta: bool = False  # detect, segment: look several times at each frame, and merge what is found
     tta_scales: tuple[float, ...] | None = None  # factors of all lengths, for --tta (default: 1 1.06 0.96; segment: 1)
-    tta_angles: tuple[float, ...] | None = (
-        None  # degrees about the vertical axis, for --tta (default: 0; segment: 0 90)
-    )
+    tta_angles: tuple[float, ...] | None = None  # degrees about the vertical, for --tta (default: 0; segment: 0 90)
     tta_flips: bool = True  # mirror front and back, left and right and both, for --tta
     frames: tuple[int, ...] = ()  # render: these frames of the split, counted from 0 (default: --pictures of them)
     scene: str | None = None  # render: all frames of this scene, and a film of them

@@ -63,9 +63,7 @@ class Args:
     task: str = "detect"  # what is learned: detect, boxes of ten classes; segment, one of 16 classes a LiDAR point
     modality: str | None = None  # what is encoded: camera, lidar, or both by fusion (default: camera; segment: lidar)
     preset: str | None = None  # tiny, or a recipe of the paper by its name (default: tiny without --data-root)
-    pretrained: tuple[
-        Path, ...
-    ] = ()  # runs or checkpoints to take encoders from; for fusion one or two (default: none)
+    pretrained: tuple[Path, ...] = ()  # runs or checkpoints to take encoders from; for fusion up to two (default: none)
     data_root: Path | None = None  # folder of a nuScenes set (default: a synthetic city, made in data/synthetic)
     version: str = "v1.0-mini"  # version of the set: v1.0-mini or v1.0-trainval
     label_fraction: float | None = None  # share of the training frames, 0 to 1: every k-th (default: the recipe's)
@@ -88,9 +86,7 @@ class Args:
     deterministic: bool = False  # bit-equal runs on a GPU too, by slower kernels
     tune: bool = False  # try how to launch kernels, but for --deterministic; what the run's tuning.json has is kept to
     log_every: int = 10  # steps between progress lines
-    val_every: int | None = (
-        None  # steps between validations on the whole validation split (default: a third of the run)
-    )
+    val_every: int | None = None  # steps between looks at the whole validation split (default: a third of the run)
     save_every: int | None = None  # steps between checkpoints (default: a twentieth of the run, at most 1000)
 
 
@@ -273,6 +269,8 @@ def recipe_of(args):
     check_choices(task=(args.task, TASKS))
     of_task = TASKS[args.task].presets
     modality = args.modality or next(iter(of_task))
+    if modality in DETECT and modality not in of_task:
+        raise UserError(f"--modality {modality} does not go with --task {args.task}; use {', '.join(of_task)}.")
     check_choices(modality=(modality, of_task))
     presets = of_task[modality]
     name = args.preset or (list(presets)[-1] if args.data_root else "tiny")

@@ -20,20 +20,21 @@ from pathlib import Path
 import tyro
 
 from unipad.data.synthetic import generate
-from unipad.recipes import DETECT, PRETRAIN
+from unipad.recipes import DETECT, PRETRAIN, SEGMENT
 
 CITY = Path("data/full-size")
 COMMON = ["--steps", "1", "--batch-size", "1", "--workers", "0", "--data-root", str(CITY)]
 SCRIPTS = {
     "train": ("train.py", PRETRAIN, ["--val-samples", "1", "--picture-stride", "64"]),
     "finetune": ("finetune.py", DETECT, []),
+    "segment": ("finetune.py", SEGMENT, ["--task", "segment"]),
 }
 
 
 @dataclass(frozen=True)
 class Args:
     presets: tyro.conf.Positional[tuple[str, ...]] = ()  # names of presets (default: all but tiny)
-    task: str | None = None  # train or finetune (default: both)
+    task: str | None = None  # train, finetune or segment (default: all three)
     device: str = "cpu"  # cpu or cuda
 
 

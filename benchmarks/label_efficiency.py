@@ -15,13 +15,14 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
 
 @dataclass(frozen=True)
 class Args:
-    task: str = "detect"  # detect or segment
+    task: Literal["detect", "segment"] = "detect"  # what is fine-tuned for
     modality: str = "lidar"  # camera, lidar or fusion
     label_fraction: float = 0.2  # share of the training frames that fine-tuning sees
     seeds: tuple[int, ...] = (0,)  # of the fine-tuning runs
@@ -51,18 +52,8 @@ def main(args: Args):
     for seed in args.seeds:
         for start in ("scratch", "pretrained"):
             folder = out / f"{start}-{seed}"
-            flags = [
-                "--task",
-                args.task,
-                "--label-fraction",
-                args.label_fraction,
-                "--steps",
-                args.steps,
-                "--seed",
-                seed,
-                "--val-every",
-                args.steps,
-            ]
+            flags = ["--task", args.task, "--label-fraction", args.label_fraction, "--seed", seed]
+            flags += ["--steps", args.steps, "--val-every", args.steps]
             flags += ["--preset", args.preset] if args.preset else []
             flags += ["--pretrained", pretrained] if start == "pretrained" else []
             run("finetune.py", folder, *common, *flags)

@@ -7,8 +7,10 @@ import pytest
 import torch
 import tyro
 
+import eval as judge
 import finetune
 import train
+from benchmarks import label_efficiency
 from kernels import tuning
 from unipad.checkpoint import write_checkpoint
 from unipad.config import Augment, DetectRecipe, Paste, from_plain, recipe_kind
@@ -38,6 +40,17 @@ def test_the_paper_s_recipes():
     assert lidar.data.sweeps == 10 and lidar.render.rgb_weight == 0 and lidar.optim.batch_size == 16
     assert lidar.optim.lr * lidar.optim.start == pytest.approx(2e-5)
     assert lidar.grid.scale == 1 / 54
+
+
+@pytest.mark.parametrize("script", [train, finetune, judge, label_efficiency], ids=lambda script: script.__name__)
+def test_help_has_words_for_every_flag(script, capsys):
+    """tyro takes them from the comment behind a field, which it misses where the field goes over several lines."""
+    with pytest.raises(SystemExit):
+        tyro.cli(script.Args, args=["--help"])
+    flags = re.split(r"\n\W{1,2}(?=--\w)", capsys.readouterr().out)[1:]
+    assert len(flags) == len(script.Args.__dataclass_fields__.keys() - {"checkpoint"})
+    for flag in flags:
+        assert re.search(r"[a-z]{2,} [a-z]", " ".join(flag.split()).split("(default")[0]), flag
 
 
 @pytest.mark.parametrize("recipe", [PRETRAIN["lidar"]["segment"], PRETRAIN["lidar"]["tiny"], SEGMENT["lidar"]["tiny"]])

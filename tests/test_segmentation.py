@@ -14,7 +14,7 @@ import finetune
 from tests.test_eval import ALONE, evaluate, save_run
 from tests.test_finetune import signals_and_threads  # noqa: F401
 from tests.test_train import checkpoint, curve
-from unipad.data.nuscenes import NuScenesDataset
+from unipad.data.nuscenes import NuScenesDataset, collate
 from unipad.data.tables import SEGMENTS
 from unipad.errors import UserError
 from unipad.evaluate.segmentation import (
@@ -147,7 +147,7 @@ def test_unreadable_frames_are_named_and_not_judged(city, tmp_path, capsys):
 
 
 def test_looks_are_summed_over_the_same_points(validation):
-    """The truth seen from eight sides is the truth; a model's logits of a look are those of the moved points."""
+    """The truth seen from eight sides is the truth; over eight sides x and y are 0, from fewer they are not."""
     eight = looks(angles=np.radians([0, 90]))
     sides = {tuple(np.round(move[:2, :2], 6).flatten() + 0) for move in eight}
     assert len(sides) == 8
@@ -158,6 +158,14 @@ def test_looks_are_summed_over_the_same_points(validation):
     found = segment_all(Segmenter(RECIPE), validation, ALONE, lambda b: segment_in_looks(logits, eight, b))
     for i in range(len(validation)):
         assert np.array_equal(found[validation[i].token], validation[i].point_labels.clip(1))
+
+    def by_place(batch):
+        x, y = batch.points[:, 0], batch.points[:, 1]
+        return torch.stack([x, y, torch.full_like(x, 1e-4)], dim=1)  # metres; the last wins where x and y are 0
+
+    batch = collate([validation[0]])
+    (alone,), (together,) = (segment_in_looks(by_place, motions, batch) for motions in (eight[:7], eight))
+    assert len(alone.unique()) > 1 and (together == 3).all()
 
 
 SMALL = dict(device="cpu", workers=0, log_every=1)
@@ -232,7 +240,7 @@ def test_a_users_mistake_is_one_sentence(of, flags, words, runs):
 
 
 def test_other_mistakes(runs, city, tmp_path):
-    with pytest.raises(UserError, match="--modality camera is not known; use lidar"):
+    with pytest.raises(UserError, match="--modality camera does not go with --task segment; use lidar"):
         finetune.main(fine(city, tmp_path / "run", modality="camera"))
     with pytest.raises(UserError, match="17 classes apart, and nuScenes asks for 16"):
         recipe = replace(RECIPE, segment=replace(RECIPE.segment, classes=17))

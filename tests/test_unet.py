@@ -65,7 +65,19 @@ def test_points_have_the_features_of_their_voxels_in_any_batch():
     far = torch.tensor([[-91.3, 70.0, 9.0, 1.0, 0.0]])
     alone, _, alone_of = net.of_voxels(torch.cat([points[300:], far]), [201])
     torch.testing.assert_close(alone[alone_of[:200]], features[voxel_of[300:]], rtol=1e-4, atol=1e-5)
-    assert net.of_voxels(points[:0], [0, 0])[0].shape == (0, 5)
+
+
+def test_without_points_every_layer_runs_and_has_a_gradient():
+    """Else processes that have points would wait for this one for ever."""
+    net = UnetEncoder(SMALL, GRID)
+    features, rows, voxel_of = net.of_voxels(torch.zeros(0, 5), [0, 0])
+    assert features.shape == (0, 5) and not len(rows) and not len(voxel_of)
+    volume, seen = net(torch.zeros(0, 5), [0, 0], torch.rand(2, *net.mask_shape))
+    assert volume.shape == (2, 5, 3, 16, 16) and not volume.any() and not len(seen)
+    for out in (features, volume):
+        net.zero_grad()
+        out.sum().backward()
+        assert all(p.grad is not None and not p.grad.any() for p in net.parameters())
 
 
 def test_a_volume_s_cell_holds_the_mean_of_its_points():

@@ -100,7 +100,7 @@ def take_weights(net, prefix, paths, flag, say):
             has = _parts(n for n in theirs if n.startswith(prefix))
             what = f"its {other[0]} has another shape" if other else f"of {_parts(mine)} it has {has or 'none'}"
             mend = "" if has else ", or bring weights of another project over by python -m unipad.convert"
-            raise UserError(f"{flag} {path} does not fit: {what}; name a run of the same modality and preset{mend}.")
+            raise UserError(f"{flag} {path} does not fit: {what}; name a run whose preset has the same encoder{mend}.")
         net.load_state_dict(common, strict=False)
         taken |= common.keys()
         left = _parts(theirs.keys() - common.keys())

@@ -67,13 +67,13 @@ class UnetEncoder(nn.Module):
         """[V, C] features of the voxels `coords` [V, 4] that the `points` [V, 5] stand for."""
         dtype = self.encoder.conv_input[0].weight.dtype
         features = points.to(dtype) * points.new_tensor([1, 1, 1, 1 / INTENSITY, 1])
-        if not len(points):
-            return features.new_zeros(0, self.cfg.channels)
         step = 2 ** len(self.encoder.down)
+        # without points too: other processes' norms wait for this one's
+        corners = coords[:, 1:] if len(coords) else coords.new_zeros(1, 3)
         # From a cell that the coarsest voxels begin at, whatever the batch; ended where they end, or its last would
         # have none above it.
-        low = coords[:, 1:].amin(dim=0).div(step, rounding_mode="floor") * step
-        shape = [-(-size // step) * step for size in (coords[:, 1:].amax(dim=0) - low + 1).tolist()]
+        low = corners.amin(dim=0).div(step, rounding_mode="floor") * step
+        shape = [-(-size // step) * step for size in (corners.amax(dim=0) - low + 1).tolist()]
         coords = torch.cat([coords[:, :1], coords[:, 1:] - low], dim=1)
         return self.encoder(SparseTensor(features, VoxelSet(coords, shape, B, in_order=True, check=False))).features
 
@@ -84,10 +84,8 @@ class UnetEncoder(nn.Module):
         key, order = (((sample.long() * Z + z) * Y + y) * X + x).sort(stable=True)
         key, counts = key.unique_consecutive(return_counts=True)
         features = features.to(places.dtype)  # means of many, under autocast too
-        volume = features.new_zeros(B * Z * Y * X, features.shape[1])
-        if len(key):
-            means = F.embedding_bag(order, features, counts.cumsum(0) - counts, mode="mean")
-            volume = volume.index_copy(0, key, means)
+        means = F.embedding_bag(order, features, counts.cumsum(0) - counts, mode="mean")
+        volume = features.new_zeros(B * Z * Y * X, features.shape[1]).index_copy(0, key, means)
         return volume.view(B, Z, Y, X, -1).permute(0, 4, 1, 2, 3)
 
 

@@ -156,6 +156,8 @@ def segment(args, model, dataset, out, world, say):
     if not world.is_main:
         return
     write_segmentation(found, dataset, out)
+    if len(found) < len(dataset):
+        say(f"incomplete: {len(dataset) - len(found)} of {len(dataset)} frames could not be read and have no file")
     if dataset.split == "test":
         say(f"the test split has no public labels: no metrics, but a submission in {out}")
     else:

@@ -79,7 +79,7 @@ class Args:
     lr: float | None = None  # peak learning rate (default: the recipe's)
     backbone: str | None = None  # ConvNeXt tiny, small, base or large (default: the recipe's)
     mask_ratio: float | None = None  # share of 32-pixel image blocks hidden, 0 to 1 (default: the recipe's)
-    voxel_mask_ratio: float | None = None  # share of 8-voxel LiDAR blocks hidden, 0 to 1 (default: the recipe's)
+    voxel_mask_ratio: float | None = None  # share of the blocks of LiDAR voxels hidden, 0 to 1 (default: the recipe's)
     rays_from: str | None = None  # cameras or lidar (default: cameras; lidar where the set has no images)
     ray_choice: str | None = None  # depth, random or dilation (default: the recipe's)
     rays_per_view: int | None = None  # rays a camera and step (default: the recipe's)

@@ -33,7 +33,7 @@ def gather_gemm(features, weight, table, allow_tf32, mirrored=False, act=(None, 
     *act, relu = (v.contiguous() if torch.is_tensor(v) else v for v in act)
 
     def launch(blocks):
-        ready = tiles(table, blocks.m)
+        ready = tiles(table, blocks.m, blocks.sort)
         _gather_gemm_kernel[(len(ready.count_idx), triton.cdiv(O, blocks.o))](
             features, weight, *ready[:4], out, *act, K, I, O,
             RELU=relu, MIRRORED=mirrored, PRECISION=_precision(allow_tf32), WIDEN=_widen(features),
@@ -127,6 +127,7 @@ class Blocks(NamedTuple):
     warps: int
     stages: int
     near: bool  # rows are read through the L1, which otherwise asynchronous loads of 16 bytes pass by
+    sort: bool  # rows with the same offsets share tiles
 
 
 # All untimed: chosen by what benchmarks/count_sparse_conv.py counts and what the compiler makes of them for sm_90
@@ -149,10 +150,11 @@ def _blocks(dtype, few_rows, I, O, allow_tf32):
     pack = max(1, step // I)
     i, o = step if pack > 1 else _block(I, step), _block(O, most)
     if _odd(I, O) or dtype == torch.float32 and not allow_tf32:
-        return [Blocks(64, i, o, pack, 4, STAGES, True)]
+        return [Blocks(64, i, o, pack, 4, STAGES, True, True), Blocks(64, i, o, pack, 4, STAGES, True, False)]
     ms = (64, 128) if few_rows else (128, 64)
-    # a tile reads each of its rows two to three times; whether the L1 still has it is for a GPU to say
-    ways = [(STAGES, True), (STAGES, False), (FEWER_STAGES, True)]
+    # a tile reads each of its rows two to three times; whether the L1 still has it is for a GPU to say, and so is
+    # whether fewer products with nothing are worth rows that lie farther apart
+    ways = [(STAGES, True, True), (STAGES, False, True), (FEWER_STAGES, True, True), (STAGES, True, False)]
     return [Blocks(m, i, o, pack, 8 if m * o > 8192 else 4, *way) for way in ways for m in ms]
 
 

@@ -55,7 +55,6 @@ class Chunks(NamedTuple):
 # that the pairs of stage 1 need, 1.32, 1.28 and 1.18 at stage 2; unsorted 2.56 and 1.54. Of more than 1024 the
 # sort spills.
 WINDOW = 1024
-SORT = True  # False: rows stay in their order, which is the voxels'
 BLOCK_K = 8  # offsets a step
 BLOCK_C = 16  # chunks a program
 KEY_BITS = 48  # of the sort's key say which offsets a row has; more offsets than that share them
@@ -63,9 +62,9 @@ KEY_BITS = 48  # of the sort's key say which offsets a row has; more offsets tha
 _made = WeakTensorKeyDictionary()  # table -> {what: (version, made of it)}
 
 
-def tiles(table, block_m):
-    """The `Tiles` of a table [K, M] int32, M > 0."""
-    return _keep(table, (block_m, WINDOW, SORT), lambda: _make_tiles(table.contiguous(), block_m))
+def tiles(table, block_m, sort=True):
+    """The `Tiles` of a table [K, M] int32, M > 0. sort: False leaves rows in their order, which is the voxels'."""
+    return _keep(table, ("tiles", WINDOW, block_m, sort), lambda: _make_tiles(table.contiguous(), block_m, sort))
 
 
 def pairs(table):
@@ -73,8 +72,8 @@ def pairs(table):
 
     def make():
         # any tiles of its will do: they all count its pairs
-        block_m = next((key[0] for key in _made[table] if key[1:] == (WINDOW, SORT)), 64)
-        return _make_pairs(table.contiguous(), tiles(table, block_m).pairs_idx)
+        ways = (key[2:] for key in _made[table] if key[:2] == ("tiles", WINDOW))
+        return _make_pairs(table.contiguous(), tiles(table, *next(ways, (64,))).pairs_idx)
 
     return _keep(table, ("pairs", WINDOW), make)
 
@@ -90,7 +89,9 @@ def chunks(table, parts, least, multiple):
 
 def _keep(table, key, make):
     known = _made.setdefault(table, {})
-    version = None if table.is_inference() else table._version
+    # another stream would not wait for what this one makes
+    stream = torch.cuda.current_stream(table.device) if table.is_cuda else None
+    version = None if table.is_inference() else table._version, stream
     if key in known and known[key][0] == version:
         return known[key][1]
     made = make()
@@ -103,14 +104,14 @@ def _window(M):
     return min(WINDOW, max(128, triton.next_power_of_2(M)))  # a power of two, and whole tiles
 
 
-def _make_tiles(table, block_m):
+def _make_tiles(table, block_m, sort):
     (K, M), window = table.shape, _window(table.shape[1])
     windows = triton.cdiv(M, window)
     T = windows * (window // block_m)
     made = Tiles(*(table.new_empty(size) for size in [(T, block_m), T, (T, K), (T, K, block_m), (K, windows)]))
     _tiles_kernel[(windows,)](
         table, *made, M, K, windows,
-        SORT=SORT, SHARE=triton.cdiv(K, KEY_BITS), WINDOW=window, BLOCK_M=block_m, BLOCK_K=BLOCK_K, num_warps=16,
+        SORT=sort, SHARE=triton.cdiv(K, KEY_BITS), WINDOW=window, BLOCK_M=block_m, BLOCK_K=BLOCK_K, num_warps=16,
     )  # fmt: skip
     return made
 

@@ -9,10 +9,10 @@ from tests.ahead_of_time import Launch
 INT = dict(elements=("i32",), budgets=("sm_80", "sm_90", "gfx942"))  # no argument has the element type
 LAUNCHES = [
     Launch(
-        "_tiles_kernel", dict(SORT=True, SHARE=1, WINDOW=WINDOW, BLOCK_M=m, BLOCK_K=BLOCK_K),
+        "_tiles_kernel", dict(SORT=sort, SHARE=1, WINDOW=WINDOW, BLOCK_M=m, BLOCK_K=BLOCK_K),
         num_warps=16, registers=128, shared=32768, **INT,
     )
-    for m in (64, 128)
+    for m, sort in [(64, True), (128, True), (128, False)]
 ] + [
     Launch(
         "_pairs_kernel", dict(WINDOW=WINDOW, BLOCK_K=BLOCK_K), dict(ends_ptr="*i64"),
@@ -39,10 +39,9 @@ TABLES = [(27, 300, 0.3), (1, 64, 1.0), (8, 129, 0.1), (125, 70, 0.05), (3, 1, 0
 @pytest.mark.parametrize("sort", [True, False])
 @pytest.mark.parametrize("K, M, share", TABLES)
 def test_tiles_hold_the_table(K, M, share, sort, block_m, monkeypatch, device):
-    monkeypatch.setattr(sparse_tiles, "SORT", sort)
     monkeypatch.setattr(sparse_tiles, "WINDOW", 128)  # several windows
     table = make_table(K, M, share, device)
-    made = tiles(table, block_m)
+    made = tiles(table, block_m, sort)
     rows = made.row_idx.flatten()
     assert rows[rows >= 0].sort()[0].tolist() == list(range(M)) and (sort or rows[:M].tolist() == list(range(M)))
     assert ((rows >= 0).nonzero()[:, 0] // 128 == rows[rows >= 0].cpu() // 128).all()  # rows stay in their window

@@ -77,7 +77,7 @@ def score_segmentation(folder, dataset, tokens=None):
     from nuscenes.eval.lidarseg.utils import ConfusionMatrix, LidarsegClassMapper
 
     index, files = dataset.index, _files(dataset, folder)
-    tokens = list(files if tokens is None else tokens)
+    tokens = dict.fromkeys(files if tokens is None else tokens)  # in their order, and found at once
     for token, label_file in zip(index.tokens, index.lidarseg_files, strict=True):
         if token.decode() in tokens:
             check_classes(files[token.decode()], dataset.root / label_file.decode())
@@ -87,7 +87,7 @@ def score_segmentation(folder, dataset, tokens=None):
     confusions = ConfusionMatrix(len(names), mapper.ignore_class["index"])
     judge = SimpleNamespace(
         nusc=nusc, mapper=mapper, id2name=names, global_cm=confusions, verbose=False,
-        results_folder=str(folder), eval_set=dataset.split, sample_tokens=tokens,
+        results_folder=str(folder), eval_set=dataset.split, sample_tokens=list(tokens),
     )  # fmt: skip
     summary = LidarSegEval.evaluate(judge)
     ious = {name: float(iou) for name, iou in summary["iou_per_class"].items() if name in SEGMENTS}

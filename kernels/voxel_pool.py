@@ -175,8 +175,15 @@ def _where_points_lie(lidar2image, *geometry):
     if keep and _last is not None and _last[0]() is lidar2image and _last[1] == key:
         return _last[2]
     found = _find_points(lidar2image, *geometry)
-    _last = (weakref.ref(lidar2image), key, found) if keep else None
+    _last = (weakref.ref(lidar2image, _forget), key, found) if keep else None
     return found
+
+
+def _forget(cameras):
+    """Nobody asks for these cameras again: what was found is memory on the device."""
+    global _last
+    if _last is not None and _last[0] is cameras:
+        _last = None
 
 
 def _find_points(lidar2image, sizes, D, low, cell, shape, stride, depth_range, truncate):

@@ -202,6 +202,15 @@ def test_the_u_net_is_taken_from_pre_training(runs):
         torch.testing.assert_close(weights[name], source[name], rtol=1e-5, atol=1e-9)
 
 
+def test_stopped_and_resumed_is_bit_equal_to_straight(city, tmp_path):
+    finetune.main(fine(city, tmp_path / "straight"))
+    finetune.main(fine(city, tmp_path / "parts", stop_at=1))
+    finetune.main(fine(city, tmp_path / "parts", resume="auto"))
+    straight, parts = (checkpoint(tmp_path / name)["model"] for name in ("straight", "parts"))
+    assert straight.keys() == parts.keys() and all(torch.equal(straight[name], parts[name]) for name in straight)
+    assert curve(tmp_path / "straight") == curve(tmp_path / "parts")
+
+
 def test_a_run_is_judged_and_drawn(runs, capsys):
     evaluate(runs / "run", task="segment", batch_size=2, pictures=1)
     said = capsys.readouterr().out

@@ -149,6 +149,8 @@ def convert_ours(saved, spconv=1):
     for key, (width, fill) in _unread_norms(recipe).items():
         state["img_backbone." + key.removeprefix(BACKBONE)] = torch.full((width,), fill)
         report.left.append(f"supplied: {key}, which nothing reads")
+    if recipe.camera is not None and recipe.data.camera_sweeps > 1 and recipe.data.camera_rate != CAMERA_RATE:
+        report.left.append(f"learned from the tables' times: how old a sweep is, which is n / {CAMERA_RATE} s there")
     if isinstance(recipe, DetectRecipe):
         state[CODE_WEIGHTS] = torch.tensor(recipe.detect.code_weights)
         report.left.append(f"supplied: {CODE_WEIGHTS}, from the recipe")

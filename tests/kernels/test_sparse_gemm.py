@@ -37,6 +37,18 @@ LAUNCHES = [
     ]
 ] + [
     Launch(
+        "_gather_gemm_kernel",
+        IEEE | PLAIN | dict(MIRRORED=False, NEAR=near, C=0, PACK=1, STEPS=2, BLOCK_M=m, BLOCK_I=64, BLOCK_O=128),
+        dict(scale_ptr="*fp32", shift_ptr="*fp32"), EVEN, HALF, num_warps=m // 16, num_stages=stages,
+        registers=120, shared=shared, mma="HGMMA", targets=ONE_TARGET,
+    )
+    for near, m, stages, shared in [  # what the tuner tries besides
+        (False, 128, STAGES, 99336),
+        (False, 64, STAGES, 74248),
+        (True, 128, FEWER_STAGES, 66568),
+    ]
+] + [
+    Launch(
         "_d_weight_kernel",
         flags | dict(BLOCK_R=BLOCK_R, BLOCK_I=i, BLOCK_O=o),
         dict(partial_ptr="*fp32", first_ptr="*i64", end_ptr="*i64"), divisible, elements,

@@ -24,7 +24,8 @@ from benchmarks.harness import DEVICE, Case, compare
 from benchmarks.lidar_scene import NUSCENES, SHAPE, STAGES, voxels
 from kernels import tuning
 from kernels.sparse_conv import sparse_conv, sparse_conv_ref
-from kernels.sparse_map import inverse_map, out_shape, sort_voxels, strided_map, submanifold_map
+from kernels.sparse_map import inverse_map, out_shape, strided_map, submanifold_map
+from kernels.voxel_keys import sort_voxels
 from unipad.model import sparse
 from unipad.model.lidar import SparseEncoder
 

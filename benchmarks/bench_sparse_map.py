@@ -17,8 +17,6 @@ from kernels.sparse_map import (
     inverse_map,
     inverse_map_ref,
     out_shape,
-    sort_voxels,
-    sort_voxels_ref,
     strided_map,
     strided_map_ref,
     submanifold_map,
@@ -26,6 +24,7 @@ from kernels.sparse_map import (
     transposed_map,
     transposed_map_ref,
 )
+from kernels.voxel_keys import sort_voxels, sort_voxels_ref
 
 BATCHES = [1, 4] if DEVICE == "cuda" else [1]
 ONE = (1, 1, 1)

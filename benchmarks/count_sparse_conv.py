@@ -17,7 +17,8 @@ import torch
 
 from benchmarks.lidar_scene import NUSCENES, SHAPE, STAGES, voxels
 from kernels import sparse_gemm, sparse_tiles
-from kernels.sparse_map import inverse_map, out_shape, sort_voxels, strided_map, submanifold_map
+from kernels.sparse_map import inverse_map, out_shape, strided_map, submanifold_map
+from kernels.voxel_keys import sort_voxels
 
 WIDTHS, BLOCKS = (16, 32, 64, 128), 2
 DTYPE, BYTES = torch.bfloat16, 2

@@ -82,7 +82,8 @@ def voxels(batch=1, device="cpu"):
 
 
 if __name__ == "__main__":
-    from kernels.sparse_map import out_shape, sort_voxels, strided_map, submanifold_map
+    from kernels.sparse_map import out_shape, strided_map, submanifold_map
+    from kernels.voxel_keys import sort_voxels
 
     coords, shape = voxels(), SHAPE
     print("| stage | voxels | nuScenes | neighbours of 27 | nuScenes |\n|---|---|---|---|---|")

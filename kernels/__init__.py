@@ -2,6 +2,7 @@
 
     backend.py      which path runs: Triton on a GPU, the reference elsewhere
     voxelize.py     points -> voxels with the mean of their points, one point a cell
+    voxel_keys.py   voxels in the order of their keys
     sparse_map.py   which voxels each offset of a sparse convolution reads
     sparse_conv.py  gather-GEMM over a neighbour table, with what follows it in inference
     sparse_gemm.py  ... its products; sparse_tiles.py, what they read of a table; sparse_reference.py, in plain PyTorch

@@ -4,6 +4,8 @@ Kernel files import `triton` and `tl` from here, so that they import on machines
 (macOS, Windows), where only the references run.
 """
 
+from functools import wraps
+
 import torch
 
 try:
@@ -44,3 +46,20 @@ def capturing(device):
 def strictly_deterministic():
     """True under `torch.use_deterministic_algorithms(True)`; its `warn_only` is no promise."""
     return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def opaque(fake):
+    """Decorator: torch.compile calls the op without looking inside, and knows its outputs' shapes from `fake`."""
+
+    def wrap(op):
+        custom_op = torch.library.custom_op(f"unipad::{op.__name__}", op, mutates_args=())
+        custom_op.register_fake(fake)
+
+        @wraps(op)
+        def call(*args, **kwargs):
+            # outside of a graph the plain function: the registered one costs tens of microseconds a call
+            return (custom_op if torch.compiler.is_compiling() else op)(*args, **kwargs)
+
+        return call
+
+    return wrap

@@ -5,6 +5,8 @@
 
 A cell lies between four pixels. s is the pixel's bilinear share in a hit, z the hit's depth in bins, g the gradient of
 its voxel, P and F the probability and the feature that the forward found there. Within a cell, hits stay in order.
+
+A part of `lift`: the reference is the gradient of `lift_ref`, and benchmarks.bench_lift times both.
 """
 
 from kernels.backend import tl, triton

@@ -8,6 +8,8 @@ Submanifold, strided, inverse and transposed convolution differ in their tables 
 products are kernels/sparse_gemm.py's, and kernels/sparse_reference.py's on a CPU.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -124,21 +126,6 @@ def _run_act(*args):
     return (_sparse_conv_act_op if torch.compiler.is_compiling() else _forward_act)(*args)
 
 
-class SparseConv(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, features, weight, neighbor_idx, inverse_idx, allow_tf32, reference):
-        ctx.save_for_backward(features, weight, neighbor_idx, inverse_idx)
-        ctx.allow_tf32, ctx.reference = allow_tf32, reference
-        return _forward(features, weight, neighbor_idx, inverse_idx, allow_tf32, reference)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, d_out):
-        wanted = ctx.needs_input_grad[:2]
-        grads = _backward(*ctx.saved_tensors, d_out, *wanted, ctx.allow_tf32, ctx.reference)
-        return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), None, None, None, None
-
-
 def _forward(
     features: Tensor, weight: Tensor, neighbor_idx: Tensor, inverse_idx: Tensor | None, allow_tf32: bool,
     reference: bool,
@@ -217,15 +204,24 @@ def _(features, weight, neighbor_idx, inverse_idx, d_out, for_features, for_weig
     return d_features, weight.new_empty(weight.shape if for_weight else 0)
 
 
-def _op_setup_context(ctx, inputs, output):
+def _setup_context(ctx, inputs, output):
     *tensors, ctx.allow_tf32, ctx.reference = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _op_backward(ctx, d_out):
+def _gradients(ctx, d_out, backward):
     wanted = ctx.needs_input_grad[:2]
-    grads = _sparse_conv_bwd_op(*ctx.saved_tensors, d_out, *wanted, ctx.allow_tf32, ctx.reference)
+    grads = backward(*ctx.saved_tensors, d_out, *wanted, ctx.allow_tf32, ctx.reference)
     return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), None, None, None, None
 
 
-_sparse_conv_op.register_autograd(_op_backward, setup_context=_op_setup_context)
+_sparse_conv_op.register_autograd(partial(_gradients, backward=_sparse_conv_bwd_op), setup_context=_setup_context)
+
+
+class SparseConv(torch.autograd.Function):
+    forward, setup_context = staticmethod(_forward), staticmethod(_setup_context)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_out):
+        return _gradients(ctx, d_out, _backward)

@@ -1,8 +1,7 @@
 """Which input voxel each offset of a sparse convolution reads, as tables of row numbers.
 
-A voxel (b, z, y, x) of a grid (Z, Y, X) has the key ((b Z + z) Y + y) X + x, an int64: grids may have more than 2^31
-cells. Keys in ascending order are the whole index; there is no hash table and nothing is atomic, so every table is the
-same from run to run. An offset k = (kz, ky, kx) of a kernel, counted row-major, links input cell i and output cell o by
+Voxels are found by their keys in ascending order (kernels/voxel_keys.py), so every table is the same from run to run.
+An offset k = (kz, ky, kx) of a kernel, counted row-major, links input cell i and output cell o by
 
     submanifold           i = o + (k - kernel // 2) dilation            outputs: the inputs themselves
     strided               i = o stride - padding + k dilation           outputs: every o in the grid that has an input
@@ -18,118 +17,17 @@ Sizes: N inputs, M outputs, K = kz ky kx offsets. All triples are (z, y, x).
 """
 
 from collections.abc import Sequence
-from functools import wraps
 from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import on_triton, tl, triton
-
-NO_KEY = 2**62  # sorts behind every voxel; a power of two, since F.pad takes its value as fp64
-NO_KEY_SHORT = 2**31 - 1  # the same of keys of 32 bits
+from kernels.backend import on_triton, opaque, tl, triton
+from kernels.voxel_keys import NO_KEY, NO_KEY_SHORT, checked, key_of, load_voxels, sort_voxels
 
 
-def _opaque(fake):
-    """Decorator: torch.compile calls the op without looking inside, and knows its outputs' shapes from `fake`."""
-
-    def wrap(op):
-        custom_op = torch.library.custom_op(f"unipad::{op.__name__}", op, mutates_args=())
-        custom_op.register_fake(fake)
-
-        @wraps(op)
-        def call(*args, **kwargs):
-            # outside of a graph the plain function: the registered one costs tens of microseconds a call
-            return (custom_op if torch.compiler.is_compiling() else op)(*args, **kwargs)
-
-        return call
-
-    return wrap
-
-
-@_opaque(lambda coords, shape: coords.new_empty(len(coords), dtype=torch.int64))
-def voxel_keys(coords: Tensor, shape: Sequence[int]) -> Tensor:
-    """[N] int64, the key of each voxel.
-
-    Args:
-        coords: [N, 4] int32 (b, z, y, x).
-        shape:  cells (Z, Y, X).
-    """
-    if not on_triton(coords):
-        return voxel_keys_ref(coords, shape)
-    coords = _check(coords, shape)
-    keys = coords.new_empty(len(coords), dtype=torch.int64)
-    if len(coords):
-        _keys_kernel[(triton.cdiv(len(coords), BLOCK),)](coords, keys, len(coords), *shape, BLOCK=BLOCK)
-    return keys
-
-
-def voxel_keys_ref(coords, shape):
-    """`voxel_keys` in plain PyTorch."""
-    Z, Y, X = shape
-    b, z, y, x = _check(coords, shape).long().unbind(1)  # [N] each
-    return ((b * Z + z) * Y + y) * X + x
-
-
-def _sort_voxels_fake(coords, shape, check=True):
-    keys = coords.new_empty(len(coords), dtype=torch.int64)
-    return keys, torch.empty_like(keys)
-
-
-@_opaque(_sort_voxels_fake)
-def sort_voxels(coords: Tensor, shape: Sequence[int], check: bool = True) -> tuple[Tensor, Tensor]:
-    """Sort voxels by key.
-
-    Args:
-        coords: [N, 4] int32 (b, z, y, x), each once, in any order.
-        shape:  cells (Z, Y, X).
-        check:  raise on coordinates that are outside the grid or occur twice. It waits for the device, once; without
-                it such coordinates give wrong tables.
-
-    Returns:
-        keys:  [N] int64 ascending.
-        order: [N] int64, row of each key: keys[i] is the key of coords[order[i]].
-
-    Raises ValueError naming one voxel at fault.
-    """
-    if not on_triton(coords):
-        return sort_voxels_ref(coords, shape, check)
-    keys, order = voxel_keys(coords, shape).sort()
-    if check:
-        _raise_on_faults(coords, shape, keys, order)
-    return keys, order
-
-
-def sort_voxels_ref(coords, shape, check=True):
-    """`sort_voxels` in plain PyTorch."""
-    keys, order = voxel_keys_ref(coords, shape).sort()
-    if check:
-        _raise_on_faults(coords, shape, keys, order)
-    return keys, order
-
-
-def _raise_on_faults(coords, shape, keys, order):
-    outside = (coords < 0).any(dim=1) | (coords[:, 1:] >= coords.new_tensor(shape)).any(dim=1)
-    twice = F.pad(keys[1:] == keys[:-1], (0, 1))[: len(keys)]
-    any_outside, any_twice = torch.stack([outside.any(), twice.any()]).tolist()
-    if any_outside:
-        voxel = tuple(coords[outside.nonzero()[0, 0]].tolist())
-        raise ValueError(f"voxel (b, z, y, x) = {voxel} is outside the grid (Z, Y, X) = {tuple(shape)}")
-    if any_twice:
-        voxel = tuple(coords[order[twice.nonzero()[0, 0]]].tolist())
-        raise ValueError(f"voxel (b, z, y, x) = {voxel} occurs twice")
-
-
-def _check(coords, *triples):
-    """The coordinates, contiguous."""
-    assert coords.dim() == 2 and coords.shape[1] == 4, f"coordinates are [N, 4], not {tuple(coords.shape)}"
-    assert coords.dtype == torch.int32, f"coordinates are int32, not {coords.dtype}"
-    assert all(len(t) == 3 for t in triples), f"a triple (z, y, x) each: {triples}"
-    return coords.contiguous()
-
-
-@_opaque(lambda coords, keys, order, shape, kernel, dilation: coords.new_empty(prod(kernel), len(coords)))
+@opaque(lambda coords, keys, order, shape, kernel, dilation: coords.new_empty(prod(kernel), len(coords)))
 def submanifold_map(
     coords: Tensor, keys: Tensor, order: Tensor | None, shape: Sequence[int], kernel: Sequence[int],
     dilation: Sequence[int],
@@ -148,7 +46,7 @@ def submanifold_map(
     """
     if not on_triton(coords):
         return submanifold_map_ref(coords, keys, order, shape, kernel, dilation)
-    coords, one = _check(coords, shape, kernel, dilation), (1, 1, 1)
+    coords, one = checked(coords, shape, kernel, dilation), (1, 1, 1)
     padding = [size // 2 * d for size, d in zip(kernel, dilation, strict=True)]
     return _neighbors(coords, order, keys, order, shape, kernel, one, padding, dilation)
 
@@ -156,7 +54,7 @@ def submanifold_map(
 def submanifold_map_ref(coords, keys, order, shape, kernel, dilation):
     """`submanifold_map` in plain PyTorch."""
     (_, Y, X), (kz, ky, kx), (dz, dy, dx) = shape, kernel, dilation
-    N, K = len(_check(coords, shape, kernel, dilation)), prod(kernel)
+    N, K = len(checked(coords, shape, kernel, dilation)), prod(kernel)
     neighbor_idx = coords.new_full((K, N), -1)
     # an odd kernel is its own mirror image: if k leads from i to j, the mirrored offset leads from j to i
     mirrored = all(size % 2 for size in kernel)
@@ -198,7 +96,7 @@ def _pairs_fake(coords, shape, kernel, stride, padding, dilation, batch_size=Non
     return coords.new_empty(M, 4), coords.new_empty(prod(kernel), M)
 
 
-@_opaque(_pairs_fake)
+@opaque(_pairs_fake)
 def strided_map(
     coords: Tensor,
     shape: Sequence[int],
@@ -228,7 +126,7 @@ def strided_map(
     geometry = kernel, stride, padding, dilation
     if not on_triton(coords):
         return strided_map_ref(coords, shape, *geometry)
-    coords, out = _check(coords, shape, *geometry), out_shape(shape, *geometry)
+    coords, out = checked(coords, shape, *geometry), out_shape(shape, *geometry)
     reached = _reached(coords, out, _reach(kernel, stride, dilation), geometry, batch_size, transposed=False)
     out_coords = _coords(reached, out)
     if keys is None:
@@ -238,7 +136,7 @@ def strided_map(
 
 def strided_map_ref(coords, shape, kernel, stride, padding, dilation, batch_size=None, keys=None, order=None):
     """`strided_map` in plain PyTorch, which needs nothing but the first six."""
-    _check(coords, shape, kernel, stride, padding, dilation)
+    checked(coords, shape, kernel, stride, padding, dilation)
     out = out_shape(shape, kernel, stride, padding, dilation)
     cells, offsets, valids = [], [], []
     for axis, (size, reach) in enumerate(zip(out, _reach(kernel, stride, dilation), strict=True)):
@@ -258,7 +156,7 @@ def _reach(kernel, stride, dilation):
     return tuple((k - 1) * d // s + 1 for k, s, d in zip(kernel, stride, dilation, strict=True))
 
 
-@_opaque(_pairs_fake)
+@opaque(_pairs_fake)
 def transposed_map(
     coords: Tensor,
     shape: Sequence[int],
@@ -275,7 +173,7 @@ def transposed_map(
     geometry = kernel, stride, padding, dilation
     if not on_triton(coords):
         return transposed_map_ref(coords, shape, *geometry)
-    coords, out = _check(coords, shape, *geometry), transposed_out_shape(shape, *geometry)
+    coords, out = checked(coords, shape, *geometry), transposed_out_shape(shape, *geometry)
     reached = _reached(coords, out, kernel, geometry, batch_size, transposed=True)
     # that of a strided convolution from the outputs to the inputs
     inverse_idx = _neighbors(coords, None, reached, None, out, *geometry)
@@ -284,7 +182,7 @@ def transposed_map(
 
 def transposed_map_ref(coords, shape, kernel, stride, padding, dilation, batch_size=None):
     """`transposed_map` in plain PyTorch."""
-    _check(coords, shape, kernel, stride, padding, dilation)
+    checked(coords, shape, kernel, stride, padding, dilation)
     out = transposed_out_shape(shape, kernel, stride, padding, dilation)
     cells, offsets, valids = [], [], []
     for axis, size in enumerate(out):
@@ -386,7 +284,7 @@ def _gather_pairs_ref(coords, cells, offsets, valids, out, kernel):
     return torch.stack([b, z, y, x], dim=1).int(), neighbor_idx
 
 
-@_opaque(lambda neighbor_idx, N: neighbor_idx.new_empty(len(neighbor_idx), N))
+@opaque(lambda neighbor_idx, N: neighbor_idx.new_empty(len(neighbor_idx), N))
 def inverse_map(neighbor_idx: Tensor, N: int) -> Tensor:
     """A table read backwards: the output that each input reaches through each offset.
 
@@ -433,14 +331,6 @@ BLOCK_PAIRS = 1024  # pairs per program
 
 
 @triton.jit
-def _keys_kernel(coords_ptr, keys_ptr, N, Z, Y, X, BLOCK: tl.constexpr):
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    i_ok = i < N
-    b, z, y, x = _load_voxels(coords_ptr, i, i_ok)
-    tl.store(keys_ptr + i, _key(b, z, y, x, Z, Y, X), mask=i_ok)
-
-
-@triton.jit
 def _coords_kernel(keys_ptr, coords_ptr, M, Z, Y, X, BLOCK: tl.constexpr):
     m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     m_ok = m < M
@@ -470,12 +360,12 @@ def _neighbors_kernel(
     m = p.to(tl.int64)
     if reader_order_ptr is not None:
         m = tl.load(reader_order_ptr + p, mask=p_ok, other=0)
-    b, z, y, x = _load_voxels(coords_ptr, m, p_ok)
+    b, z, y, x = load_voxels(coords_ptr, m, p_ok)
     z = z * stride[0] - padding[0] + column // KY * DZ
     y = y * stride[1] - padding[1] + column % KY * DY
     x = x * stride[2] - padding[2]
     in_column = p_ok & (z >= 0) & (z < Z) & (y >= 0) & (y < Y)
-    wanted = _key(b, z, y, x, Z, Y, X)
+    wanted = key_of(b, z, y, x, Z, Y, X)
 
     at = tl.zeros((BLOCK,), tl.int32)  # becomes the first key that is not below `wanted`
     end = tl.where(in_column, N, 0)
@@ -508,12 +398,12 @@ def _reached_keys_kernel(
     pair = tl.program_id(0).to(tl.int64) * BLOCK_PAIRS + tl.arange(0, BLOCK_PAIRS)  # [BLOCK_PAIRS]
     ok = pair < PAIRS
     t, i = (pair // N).to(tl.int32), (pair % N).to(tl.int32)
-    b, z, y, x = _load_voxels(coords_ptr, i, ok)
+    b, z, y, x = load_voxels(coords_ptr, i, ok)
     tz, ty, tx = t // (slots[1] * slots[2]), t // slots[2] % slots[1], t % slots[2]
     z, z_ok = _reached_cell(z, tz, out[0], kernel[0], stride[0], padding[0], dilation[0], TRANSPOSED)
     y, y_ok = _reached_cell(y, ty, out[1], kernel[1], stride[1], padding[1], dilation[1], TRANSPOSED)
     x, x_ok = _reached_cell(x, tx, out[2], kernel[2], stride[2], padding[2], dilation[2], TRANSPOSED)
-    key = tl.where(ok & z_ok & y_ok & x_ok, _key(b, z, y, x, out[0], out[1], out[2]), NO_KEY)
+    key = tl.where(ok & z_ok & y_ok & x_ok, key_of(b, z, y, x, out[0], out[1], out[2]), NO_KEY)
     tl.store(keys_ptr + pair, key.to(keys_ptr.dtype.element_ty), mask=pair <= PAIRS)
 
 
@@ -537,19 +427,3 @@ def _reached_cell(cell, slot, size, kernel, stride, padding, dilation, TRANSPOSE
         distance = cell + padding - place * stride
         offset = distance // dilation
         return place, (offset * dilation == distance) & (offset < kernel) & (place >= 0) & (place < size)
-
-
-@triton.jit
-def _load_voxels(coords_ptr, i, ok):
-    """b, z, y, x of the voxels i, int32."""
-    at = coords_ptr + i.to(tl.int64) * 4
-    b = tl.load(at, mask=ok, other=0)
-    z = tl.load(at + 1, mask=ok, other=0)
-    y = tl.load(at + 2, mask=ok, other=0)
-    x = tl.load(at + 3, mask=ok, other=0)
-    return b, z, y, x
-
-
-@triton.jit
-def _key(b, z, y, x, Z, Y, X):
-    return ((b.to(tl.int64) * Z + z) * Y + y) * X + x

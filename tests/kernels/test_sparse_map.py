@@ -8,13 +8,9 @@ import torch.nn.functional as F
 from kernels.sparse_map import (
     BLOCK,
     BLOCK_PAIRS,
-    NO_KEY,
-    NO_KEY_SHORT,
     inverse_map,
     inverse_map_ref,
     out_shape,
-    sort_voxels,
-    sort_voxels_ref,
     strided_map,
     strided_map_ref,
     submanifold_map,
@@ -22,11 +18,11 @@ from kernels.sparse_map import (
     transposed_map,
     transposed_map_ref,
     transposed_out_shape,
-    voxel_keys,
-    voxel_keys_ref,
 )
+from kernels.voxel_keys import NO_KEY, NO_KEY_SHORT, sort_voxels, sort_voxels_ref
 from tests.ahead_of_time import Launch
 from tests.check import check_against_ref, launches
+from tests.kernels.test_voxel_keys import FULL, SETS, SOME, random_voxels
 
 TYPES = dict.fromkeys(["out", "slots", "kernel", "stride", "padding", "dilation"], ("i32",) * 3)
 TYPES |= dict(coords_ptr="*i32", order_ptr="*i64", reader_order_ptr="*i64")
@@ -39,7 +35,6 @@ SIZES = ["M", "N", "Z", "Y", "X", "KY", "DZ", "DY", "STEPS"]
 LAUNCHES = [
     Launch(kernel, flags, types, elements=("fp32",), registers=registers, shared=shared)
     for kernel, flags, types, registers, shared in [
-        ("_keys_kernel", VOXELS, LONG, 32, 0),
         ("_neighbors_kernel", SUBMANIFOLD | dict(KX=1, DX=1), LONG, 48, 2048),
         ("_neighbors_kernel", SUBMANIFOLD | dict(KX=3, DX=1), LONG, 48, 2048),
         ("_neighbors_kernel", SUBMANIFOLD | dict(KX=5, DX=2), LONG, 48, 2048),
@@ -59,15 +54,6 @@ LAUNCHES = [
 ONE = (1, 1, 1)
 HALVE = (3, 3, 3), (2, 2, 2), ONE, ONE  # kernel, stride, padding, dilation
 FIVE = (5, 5, 5), ONE, (2, 2, 2), ONE  # 125 offsets
-SOME, FULL = (3, (5, 7, 9), 200), (1, (3, 3, 3), 27)  # B, (Z, Y, X), number of voxels
-SETS = [
-    SOME,
-    FULL,
-    (1, ONE, 1),
-    (2, (9, 8, 4), BLOCK),  # exactly one block
-    (2, (9, 8, 4), BLOCK + 1),  # one over
-    (2, (5, 7, 9), 0),
-]
 CASES = [(*voxels, HALVE) for voxels in SETS] + [
     (*FULL, FIVE),
     (*SOME, (ONE, ONE, (0, 0, 0), ONE)),
@@ -76,25 +62,6 @@ CASES = [(*voxels, HALVE) for voxels in SETS] + [
     (*SOME, ((3, 1, 1), (2, 1, 1), (0, 0, 0), ONE)),
     (*SOME, ((2, 3, 4), (3, 1, 2), (1, 0, 2), (2, 3, 1))),  # nothing alike
 ]
-
-
-def random_voxels(B, shape, N, device):
-    """N voxels in any order."""
-    cells = torch.randperm(B * prod(shape), device=device)[:N]
-    return torch.stack(torch.unravel_index(cells, (B, *shape)), dim=1).int()
-
-
-@pytest.mark.parametrize("B, shape, N", SETS)
-def test_sorting_matches_reference(B, shape, N, device):
-    coords = random_voxels(B, shape, N, device)
-    check_against_ref(voxel_keys, voxel_keys_ref, dict(coords=coords, shape=shape), torch.float32)
-    for check in (True, False):
-        inputs = dict(coords=coords, shape=shape, check=check)
-        check_against_ref(sort_voxels, sort_voxels_ref, inputs, torch.float32)
-    keys, order = sort_voxels(coords, shape)
-    assert (keys[1:] > keys[:-1]).all()
-    voxel = torch.stack(torch.unravel_index(keys, (B, *shape)), dim=1)
-    assert torch.equal(voxel, coords[order].long())
 
 
 @pytest.mark.parametrize("B, shape, N, geometry", CASES)
@@ -264,21 +231,6 @@ def test_order_of_the_inputs_does_not_matter(plain, device):
     out_coords, one = make_strided(coords, shape, *HALVE)
     same_coords, other = make_strided(coords[moved], shape, *HALVE)
     assert torch.equal(out_coords, same_coords) and torch.equal(one.long(), named(other, moved))
-
-
-@pytest.mark.parametrize("fn", [sort_voxels, sort_voxels_ref])
-def test_faulty_coordinates_raise(fn, device):
-    def raises(rows, message):
-        with pytest.raises(ValueError, match=message):
-            fn(torch.tensor(rows, dtype=torch.int32, device=device), (2, 3, 4))
-
-    raises([[0, 1, 1, 1], [0, 0, 0, 0], [0, 1, 1, 1]], r"\(0, 1, 1, 1\) occurs twice")
-    raises([[0, 1, 1, 1], [0, 0, 3, 0]], r"\(0, 0, 3, 0\) is outside the grid \(Z, Y, X\) = \(2, 3, 4\)")
-    raises([[-1, 1, 1, 1]], r"\(-1, 1, 1, 1\) is outside")
-    with pytest.raises(AssertionError, match="int32"):
-        fn(torch.zeros(1, 4, dtype=torch.int64, device=device), (2, 3, 4))
-    with pytest.raises(AssertionError, match=r"\[N, 4\]"):
-        fn(torch.zeros(1, 3, dtype=torch.int32, device=device), (2, 3, 4))
 
 
 def test_grid_smaller_than_the_kernel_has_no_output(device):

@@ -6,7 +6,7 @@ Module and parameter names inside the encoder and the neck are mmdet3d's; `unipa
 import torch
 from torch import nn
 
-from kernels.sparse_map import sort_voxels
+from kernels.voxel_keys import sort_voxels
 from kernels.voxelize import voxelize
 from unipad import config
 from unipad.model.norm import SyncedBatchNorm
@@ -136,13 +136,15 @@ class SparseEncoder(nn.Module):
 
     def forward(self, x):
         """x: SparseTensor; returns one of 1 / 2^(stages - 1) the resolution."""
-        device = x.features.device.type
-        # bf16 would round coordinates of 50 m to 25 cm
-        with torch.autocast(device, enabled=False):
-            x = self.conv_input(x)
-        if torch.is_autocast_enabled(device):
-            x = x.replace(x.features.to(torch.get_autocast_dtype(device)))
-        return self.conv_out(self.encoder_layers(x))
+        return self.conv_out(self.encoder_layers(in_fp32(self.conv_input, x)))
+
+
+def in_fp32(stem, x):
+    """The first convolution, without autocast, and its result in autocast's type: bf16 rounds 50 m to 25 cm."""
+    device = x.features.device.type
+    with torch.autocast(device, enabled=False):
+        x = stem(x)
+    return x.replace(x.features.to(torch.get_autocast_dtype(device))) if torch.is_autocast_enabled(device) else x
 
 
 class ConvNormReLU(nn.Sequential):

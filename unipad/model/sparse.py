@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import backend, sparse_map
+from kernels import backend, sparse_map, voxel_keys
 from kernels.sparse_conv import sparse_conv, sparse_conv_act
 from unipad.model.norm import SyncedBatchNorm
 
@@ -49,7 +49,7 @@ class VoxelSet:
         self._keys = None
         self._sorted = (self.keys(), None) if in_order else None  # ascending, and the voxel of each: None, its own
         if check:
-            self._sorted = sparse_map.sort_voxels(self.coords, self.shape)
+            self._sorted = voxel_keys.sort_voxels(self.coords, self.shape)
             if len(coords) and int(coords[:, 0].max()) >= batch_size:
                 raise ValueError(f"a voxel is in grid {int(coords[:, 0].max())} of a batch of {batch_size}")
 
@@ -59,7 +59,7 @@ class VoxelSet:
     def keys(self):
         """[N] int64, the row of each voxel among all cells of the batch."""
         if self._keys is None:
-            self._keys = sparse_map.voxel_keys(self.coords, self.shape)
+            self._keys = voxel_keys.voxel_keys(self.coords, self.shape)
         return self._keys
 
     def submanifold(self, kernel, dilation):
@@ -107,7 +107,7 @@ class VoxelSet:
 
     def _in_order(self):
         if self._sorted is None:
-            self._sorted = sparse_map.sort_voxels(self.coords, self.shape, check=False)
+            self._sorted = voxel_keys.sort_voxels(self.coords, self.shape, check=False)
         return self._sorted
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from kernels.voxelize import grid_sample
 from unipad import config
-from unipad.model.lidar import ConvNormReLU, SparseBlock, draw_voxel_mask
+from unipad.model.lidar import ConvNormReLU, SparseBlock, draw_voxel_mask, in_fp32
 from unipad.model.sparse import SparseConv3d, SparseInverseConv3d, SparseTensor, SubMConv3d, VoxelSet
 
 INTENSITY = 255.0  # nuScenes' largest
@@ -113,12 +113,7 @@ class Unet(nn.Module):
             above = down
 
     def forward(self, x):
-        device = x.features.device.type
-        # bf16 would round coordinates of 50 m to 25 cm
-        with torch.autocast(device, enabled=False):
-            x = self.conv_input(x)
-        if torch.is_autocast_enabled(device):
-            x = x.replace(x.features.to(torch.get_autocast_dtype(device)))
+        x = in_fp32(self.conv_input, x)
         skips = []
         for down, enc in zip(self.down, self.enc, strict=True):
             skips.append(x)

@@ -1,0 +1,125 @@
+"""Voxels by key: the order that everything about sparse voxels is searched in.
+
+A voxel (b, z, y, x) of a grid (Z, Y, X) has the key ((b Z + z) Y + y) X + x, an int64: grids may have more than 2^31
+cells. Keys in ascending order are the whole index; there is no hash table and nothing is atomic, so what is found is
+the same from run to run.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.backend import on_triton, opaque, tl, triton
+
+NO_KEY = 2**62  # sorts behind every voxel; a power of two, since F.pad takes its value as fp64
+NO_KEY_SHORT = 2**31 - 1  # the same of keys of 32 bits
+
+
+@opaque(lambda coords, shape: coords.new_empty(len(coords), dtype=torch.int64))
+def voxel_keys(coords: Tensor, shape: Sequence[int]) -> Tensor:
+    """[N] int64, the key of each voxel.
+
+    Args:
+        coords: [N, 4] int32 (b, z, y, x).
+        shape:  cells (Z, Y, X).
+    """
+    if not on_triton(coords):
+        return voxel_keys_ref(coords, shape)
+    coords = checked(coords, shape)
+    keys = coords.new_empty(len(coords), dtype=torch.int64)
+    if len(coords):
+        _keys_kernel[(triton.cdiv(len(coords), BLOCK),)](coords, keys, len(coords), *shape, BLOCK=BLOCK)
+    return keys
+
+
+def voxel_keys_ref(coords, shape):
+    """`voxel_keys` in plain PyTorch."""
+    Z, Y, X = shape
+    b, z, y, x = checked(coords, shape).long().unbind(1)  # [N] each
+    return ((b * Z + z) * Y + y) * X + x
+
+
+def _sort_voxels_fake(coords, shape, check=True):
+    keys = coords.new_empty(len(coords), dtype=torch.int64)
+    return keys, torch.empty_like(keys)
+
+
+@opaque(_sort_voxels_fake)
+def sort_voxels(coords: Tensor, shape: Sequence[int], check: bool = True) -> tuple[Tensor, Tensor]:
+    """Sort voxels by key.
+
+    Args:
+        coords: [N, 4] int32 (b, z, y, x), each once, in any order.
+        shape:  cells (Z, Y, X).
+        check:  raise on coordinates that are outside the grid or occur twice. It waits for the device, once; without
+                it such coordinates give wrong tables.
+
+    Returns:
+        keys:  [N] int64 ascending.
+        order: [N] int64, row of each key: keys[i] is the key of coords[order[i]].
+
+    Raises ValueError naming one voxel at fault.
+    """
+    if not on_triton(coords):
+        return sort_voxels_ref(coords, shape, check)
+    keys, order = voxel_keys(coords, shape).sort()
+    if check:
+        _raise_on_faults(coords, shape, keys, order)
+    return keys, order
+
+
+def sort_voxels_ref(coords, shape, check=True):
+    """`sort_voxels` in plain PyTorch."""
+    keys, order = voxel_keys_ref(coords, shape).sort()
+    if check:
+        _raise_on_faults(coords, shape, keys, order)
+    return keys, order
+
+
+def _raise_on_faults(coords, shape, keys, order):
+    outside = (coords < 0).any(dim=1) | (coords[:, 1:] >= coords.new_tensor(shape)).any(dim=1)
+    twice = F.pad(keys[1:] == keys[:-1], (0, 1))[: len(keys)]
+    any_outside, any_twice = torch.stack([outside.any(), twice.any()]).tolist()
+    if any_outside:
+        voxel = tuple(coords[outside.nonzero()[0, 0]].tolist())
+        raise ValueError(f"voxel (b, z, y, x) = {voxel} is outside the grid (Z, Y, X) = {tuple(shape)}")
+    if any_twice:
+        voxel = tuple(coords[order[twice.nonzero()[0, 0]]].tolist())
+        raise ValueError(f"voxel (b, z, y, x) = {voxel} occurs twice")
+
+
+def checked(coords, *triples):
+    """The coordinates, contiguous."""
+    assert coords.dim() == 2 and coords.shape[1] == 4, f"coordinates are [N, 4], not {tuple(coords.shape)}"
+    assert coords.dtype == torch.int32, f"coordinates are int32, not {coords.dtype}"
+    assert all(len(t) == 3 for t in triples), f"a triple (z, y, x) each: {triples}"
+    return coords.contiguous()
+
+
+BLOCK = 256  # voxels per program
+
+
+@triton.jit
+def _keys_kernel(coords_ptr, keys_ptr, N, Z, Y, X, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    i_ok = i < N
+    b, z, y, x = load_voxels(coords_ptr, i, i_ok)
+    tl.store(keys_ptr + i, key_of(b, z, y, x, Z, Y, X), mask=i_ok)
+
+
+@triton.jit
+def load_voxels(coords_ptr, i, ok):
+    """b, z, y, x of the voxels i, int32."""
+    at = coords_ptr + i.to(tl.int64) * 4
+    b = tl.load(at, mask=ok, other=0)
+    z = tl.load(at + 1, mask=ok, other=0)
+    y = tl.load(at + 2, mask=ok, other=0)
+    x = tl.load(at + 3, mask=ok, other=0)
+    return b, z, y, x
+
+
+@triton.jit
+def key_of(b, z, y, x, Z, Y, X):
+    return ((b.to(tl.int64) * Z + z) * Y + y) * X + x

@@ -1,0 +1,56 @@
+from math import prod
+
+import pytest
+import torch
+
+from kernels.voxel_keys import BLOCK, sort_voxels, sort_voxels_ref, voxel_keys, voxel_keys_ref
+from tests.ahead_of_time import Launch
+from tests.check import check_against_ref
+
+TYPES = dict(coords_ptr="*i32", keys_ptr="*i64")
+LAUNCHES = [Launch("_keys_kernel", dict(BLOCK=BLOCK), TYPES, elements=("fp32",), registers=32)]
+
+ONE = (1, 1, 1)
+SOME, FULL = (3, (5, 7, 9), 200), (1, (3, 3, 3), 27)  # B, (Z, Y, X), number of voxels
+SETS = [
+    SOME,
+    FULL,
+    (1, ONE, 1),
+    (2, (9, 8, 4), BLOCK),  # exactly one block
+    (2, (9, 8, 4), BLOCK + 1),  # one over
+    (2, (5, 7, 9), 0),
+]
+
+
+def random_voxels(B, shape, N, device):
+    """N voxels in any order."""
+    cells = torch.randperm(B * prod(shape), device=device)[:N]
+    return torch.stack(torch.unravel_index(cells, (B, *shape)), dim=1).int()
+
+
+@pytest.mark.parametrize("B, shape, N", SETS)
+def test_sorting_matches_reference(B, shape, N, device):
+    coords = random_voxels(B, shape, N, device)
+    check_against_ref(voxel_keys, voxel_keys_ref, dict(coords=coords, shape=shape), torch.float32)
+    for check in (True, False):
+        inputs = dict(coords=coords, shape=shape, check=check)
+        check_against_ref(sort_voxels, sort_voxels_ref, inputs, torch.float32)
+    keys, order = sort_voxels(coords, shape)
+    assert (keys[1:] > keys[:-1]).all()
+    voxel = torch.stack(torch.unravel_index(keys, (B, *shape)), dim=1)
+    assert torch.equal(voxel, coords[order].long())
+
+
+@pytest.mark.parametrize("fn", [sort_voxels, sort_voxels_ref])
+def test_faulty_coordinates_raise(fn, device):
+    def raises(rows, message):
+        with pytest.raises(ValueError, match=message):
+            fn(torch.tensor(rows, dtype=torch.int32, device=device), (2, 3, 4))
+
+    raises([[0, 1, 1, 1], [0, 0, 0, 0], [0, 1, 1, 1]], r"\(0, 1, 1, 1\) occurs twice")
+    raises([[0, 1, 1, 1], [0, 0, 3, 0]], r"\(0, 0, 3, 0\) is outside the grid \(Z, Y, X\) = \(2, 3, 4\)")
+    raises([[-1, 1, 1, 1]], r"\(-1, 1, 1, 1\) is outside")
+    with pytest.raises(AssertionError, match="int32"):
+        fn(torch.zeros(1, 4, dtype=torch.int64, device=device), (2, 3, 4))
+    with pytest.raises(AssertionError, match=r"\[N, 4\]"):
+        fn(torch.zeros(1, 3, dtype=torch.int32, device=device), (2, 3, 4))

@@ -16,6 +16,7 @@
     sdf_alpha.py    signed distance to opacity: NeuS, VolSDF, UniSurf
     composite.py    front-to-back compositing of samples along rays
     sdf_render.py   trilinear, the field's MLPs, sdf_alpha and composite in one, with one custom backward
+    sdf_backward.py ... its backward
     sdf_field.py    ... its MLPs on a tile of samples, inside a kernel; sdf_reference.py, in plain PyTorch
     cell_sum.py     ... the volume's gradient without atomics
 

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.backend import tl, triton
+from kernels.sdf_alpha import _sigmoid
 from kernels.sdf_reference import folded
 from kernels.trilinear import _corner
 
@@ -52,6 +53,37 @@ def packed(mlp, channels, rgb):
 def padded(width):
     """The width that kernels take for `width`."""
     return max(16, triton.next_power_of_2(width))
+
+
+def precision(exact):
+    """`tl.dot`'s input precision. AMD's matrix units take fp32 as it is."""
+    return "ieee" if torch.version.hip else "tf32x3" if exact else "tf32"
+
+
+# How the kernels are launched; untuned, without a GPU to time them on
+BLOCK_S = 32  # samples on a ray per tile of the kernels that walk along rays
+BLOCK_M = 64  # samples per tile, of two rays then; 64 rows is what a Hopper matrix instruction takes
+WARPS = 4
+NARROW = 32  # a field with more channels or units than that takes half of the samples
+PROGRAMS = 528  # at most, of the backward: 4 per multiprocessor of an H100; each sums its own gradient of the MLPs
+
+
+def over_samples(N, options):
+    """Number of programs over N samples, and how to launch them. A program takes several tiles in turn."""
+    block = BLOCK_M if max(options["C"], options["H"]) <= NARROW else BLOCK_M // 2
+    return min(PROGRAMS, triton.cdiv(N, block)), dict(BLOCK_M=block, num_warps=WARPS, num_stages=1)
+
+
+def along_rays(R, options):
+    """As `over_samples`, over R rays."""
+    _, launch = over_samples(0, options)
+    block_r = launch.pop("BLOCK_M") // BLOCK_S
+    return min(PROGRAMS, triton.cdiv(R, block_r)), dict(BLOCK_R=block_r, BLOCK_S=BLOCK_S, **launch)
+
+
+def scratch(like, programs, layers, H):
+    """What programs keep of a tile's layers."""
+    return like.new_empty(programs, layers, BLOCK_M, H)
 
 
 @triton.jit
@@ -299,3 +331,43 @@ def colour_of(
     z = times(e, at + C + 2 * H, LINE, tl.zeros((1, COLOURS), tl.float32), COLOURS, PREC)
     z = times(geo, at + C + H, LINE, times(feature, at + H, LINE, z, COLOURS, PREC), COLOURS, PREC)
     return 1.0 / (1.0 + tl.exp(-times(x, at, LINE, z, COLOURS, PREC)))
+
+
+@triton.jit
+def opacity(sdf, gradient, direction, delta, density, NEUS: tl.constexpr):
+    """alpha before clipping, the slope along the ray and two more values that its gradient needs, each [M]."""
+    if NEUS:
+        slope = gradient[0] * direction[0] + gradient[1] * direction[1] + gradient[2] * direction[2]
+        half = tl.minimum(slope, 0.0) * delta / 2
+        prev_cdf, next_cdf = _sigmoid((sdf - half) * density), _sigmoid((sdf + half) * density)
+        return (prev_cdf - next_cdf + 1e-5) / (prev_cdf + 1e-5), slope, prev_cdf, next_cdf
+    else:
+        tail = tl.exp(-tl.abs(sdf) / density) / 2
+        laplace = tl.where(sdf < 0, 1.0 - tail, tail) / density
+        return 1.0 - tl.exp(-laplace * delta), sdf, tail, laplace
+
+
+@triton.jit
+def tile_of_rays(edges_ptr, group, tile, R, S, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Samples [BLOCK_R * BLOCK_S] of a tile, ray by ray: their rays, places, whether they exist, starts and lengths."""
+    m = tl.arange(0, BLOCK_R * BLOCK_S).to(tl.int64)
+    r = group * BLOCK_R + m // BLOCK_S
+    s = tile * BLOCK_S + m % BLOCK_S
+    ok = (r < R) & (s < S)
+    at = edges_ptr + r * (S + 1) + s
+    start = tl.load(at, mask=ok, other=0.0)
+    return r, r * S + s, ok, start, tl.load(at + 1, mask=ok, other=0.0) - start
+
+
+@triton.jit
+def load3(ptr, n, ok):
+    x = tl.load(ptr + 3 * n, mask=ok, other=0.0)
+    return x, tl.load(ptr + 3 * n + 1, mask=ok, other=0.0), tl.load(ptr + 3 * n + 2, mask=ok, other=0.0)
+
+
+@triton.jit
+def store3(ptr, n, v, ok):
+    x, y, z = v
+    tl.store(ptr + 3 * n, x, mask=ok)
+    tl.store(ptr + 3 * n + 1, y, mask=ok)
+    tl.store(ptr + 3 * n + 2, z, mask=ok)

@@ -1,0 +1,333 @@
+"""The gradient of `sdf_render`, in two kernels: back along the rays to each sample, then to what made the sample.
+
+Colours and opacities read the gradient g of the distance, so training needs second derivatives. With v = dL/dg,
+
+    dL/dtheta through g = v^T d g / d theta = d (d sdf / dv) / d theta :
+
+the gradient of *one* directional derivative. The backward of the distance is therefore reverse mode over the MLP and a
+single tangent of it (dots: derivatives along v; bars: derivatives of L; z^ : of the distance itself):
+
+    z._l = W_l x._l + A_l f. (+ E_0 v),   x._{l+1} = act'(z_l) z._l,   f. = (df / dp) v
+    x^_l = W_l^T z^_l,   z^_{l-1} = act'(z_{l-1}) x^_l,   z^_last = e_0   (the reverse pass that gave g)
+    x-_l = W_l^T z-_l,   z-_{l-1} = act'(z_{l-1}) x-_l + act''(z_{l-1}) z._{l-1} x^_l
+    W-_l = z-_l x_l^T + z^_l x._l^T,   A-_l = z-_l f^T + z^_l f.^T,   f- = sum_l A_l^T z-_l,   f^ = sum_l A_l^T z^_l
+
+with the matrices of `sdf_field`; a corner of the cell with share w and slope b gets w f- + (b . v) f^.
+
+The reference is the gradient of `sdf_render_ref`, which autograd takes; benchmarks.bench_sdf_render times both.
+Sizes as in `sdf_render`.
+"""
+
+import torch
+
+from kernels.backend import on_triton, tl, triton
+from kernels.cell_sum import cell_of, cell_sum
+from kernels.sdf_field import (
+    COLOURS,
+    SEEN,
+    add_outer,
+    add_row,
+    along_rays,
+    bent,
+    columns,
+    corner,
+    geometry,
+    interpolate,
+    interpolate_along,
+    kept,
+    load3,
+    opacity,
+    over_samples,
+    rgb_hidden,
+    sample_on_ray,
+    scratch,
+    sdf_hidden,
+    seen_by_rgb,
+    seen_by_sdf,
+    softplus,
+    store3,
+    tile_of_rays,
+    times,
+    times_back,
+    vector,
+)
+
+
+def render_back(volume, sdf_mlp, rgb_mlp, density, rays, rendered, upstream, options):
+    """Gradients of the volume, both packed MLPs and the density.
+
+    rays:     origins, directions, volume_idx, hit, edges, cells_per_unit and first_cell, as of `sdf_render`.
+    rendered: depth, sum of the weights, weights, light that reaches each sample, distances, their gradients, colours.
+    upstream: of what `sdf_render` returns.
+    options:  constants of the kernels.
+    """
+    R, S, C, H = len(rays[0]), rays[4].shape[1] - 1, options["C"], options["H"]
+    if not R:
+        return [torch.zeros_like(t) for t in (volume, sdf_mlp, rgb_mlp, density)]
+    scatter, has_rgb = on_triton(volume, deterministic=False), options["RGB_LAYERS"] > 0
+    # what the first kernel hands on to the second
+    d_sdf, d_gradient = volume.new_empty(R, S), volume.new_empty(R, S, 3)
+    d_feature = volume.new_empty(R * S if has_rgb or not scatter else 0, C)
+    d_geometry = volume.new_empty(R * S if has_rgb else 0, H)
+
+    programs, launch = along_rays(R, options)
+    keep = scratch(volume, programs, max(options["RGB_LAYERS"] - 1, 0), H)
+    d_rgb_mlp, d_density = volume.new_zeros(programs, *rgb_mlp.shape), volume.new_empty(programs)
+    _sdf_render_bwd_rgb_kernel[(programs,)](
+        volume, *rays, sdf_mlp, rgb_mlp, density, *rendered, *(t.contiguous() for t in upstream),
+        d_sdf, d_gradient, d_feature, d_geometry, d_rgb_mlp, d_density, keep,
+        R, S, *volume.shape[1:], **options, **launch,
+    )  # fmt: skip
+    d_rgb_mlp = d_rgb_mlp.sum(0)  # here already, so that its parts need not outlive the next ones
+
+    programs, launch = over_samples(R * S, options)
+    keep = scratch(volume, programs, 2 * (options["SDF_LAYERS"] - 1), H)
+    d_volume, d_sdf_mlp = torch.zeros_like(volume), volume.new_zeros(programs, *sdf_mlp.shape)
+    d_slope = volume.new_empty(0 if scatter else R * S, C)
+    cell = torch.empty(len(d_slope), dtype=torch.int32, device=volume.device)
+    _sdf_render_bwd_sdf_kernel[(programs,)](
+        volume, *rays, sdf_mlp, d_sdf, d_gradient, d_feature, d_geometry, d_sdf_mlp, d_volume, keep, d_slope, cell,
+        R * S, S, *volume.shape[1:], **options, SCATTER=scatter, **launch,
+    )  # fmt: skip
+    if not scatter:
+        cell_sum(d_volume, rays[:2], rays[4], rays[5:], cell, d_feature, d_slope, d_gradient)
+    return d_volume, d_sdf_mlp.sum(0), d_rgb_mlp, d_density.sum(0, keepdim=True)
+
+
+@triton.jit
+def opacity_back(d_alpha, sdf, gradient, direction, delta, density, NEUS: tl.constexpr):
+    """Gradients by the distance, the slope of the distance along the ray, and the density's parameter; [M] each."""
+    alpha, slope, a, b = opacity(sdf, gradient, direction, delta, density, NEUS)
+    if NEUS:
+        half = tl.minimum(slope, 0.0) * delta / 2
+        d_alpha = tl.where((alpha >= 0) & (alpha <= 1), d_alpha, 0.0) / (a + 1e-5)
+        d_prev = d_alpha * b / (a + 1e-5) * a * (1.0 - a)
+        d_next = -d_alpha * b * (1.0 - b)
+        d_slope = tl.where(slope < 0, density * (d_next - d_prev) * delta / 2, 0.0)
+        return density * (d_prev + d_next), d_slope, d_prev * (sdf - half) + d_next * (sdf + half)
+    else:
+        d_laplace = d_alpha * delta * tl.exp(-b * delta)
+        d_sdf = -d_laplace * a / (density * density)
+        return d_sdf, tl.zeros_like(d_sdf), -(d_laplace * b + d_sdf * sdf) / density
+
+
+@triton.jit
+def _sdf_render_bwd_rgb_kernel(
+    volume_ptr,  # [B, Z, Y, X, CHANNELS]
+    origins_ptr, directions_ptr, volume_idx_ptr, hit_ptr, edges_ptr,  # [R, 3] x 2, [R] x 2, [R, S + 1]
+    cells_per_unit_ptr, first_cell_ptr,  # [3], [3]
+    sdf_mlp_ptr, rgb_mlp_ptr, density_ptr,  # packed, packed, [1]
+    depth_ptr, total_ptr,  # [R], [R] sum of the weights
+    weights_ptr, trans_ptr, sdf_ptr, gradient_ptr, colours_ptr,  # [N] x 3, [N, 3], [N, 3]
+    up_rgb_ptr, up_depth_ptr, up_weights_ptr, up_sdf_ptr, up_gradient_ptr,  # [R, 3], [R], [N] x 2, [N, 3]
+    d_sdf_ptr, d_gradient_ptr, d_feature_ptr, d_geometry_ptr,  # [N], [N, 3], [N, C], [N, H]
+    d_rgb_mlp_ptr, d_density_ptr,  # [programs, packed] zeros, [programs]
+    keep_ptr,  # [programs, RGB_LAYERS - 1, M, H] scratch
+    R, S, Z, Y, X, CHANNELS,
+    NEUS: tl.constexpr, PREC: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
+    SDF_LAYERS: tl.constexpr, RGB_LAYERS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    LINE: tl.constexpr = C + 2 * H + SEEN
+    ROWS: tl.constexpr = (RGB_LAYERS - 1) * H + COLOURS
+    last: tl.constexpr = (RGB_LAYERS - 1) * H * LINE
+    d_mlp_ptr = d_rgb_mlp_ptr + tl.program_id(0).to(tl.int64) * ROWS * LINE
+    keep_ptr += tl.program_id(0).to(tl.int64) * (RGB_LAYERS - 1) * BLOCK_R * BLOCK_S * H
+    density = tl.load(density_ptr)
+    d_density = tl.zeros((BLOCK_R * BLOCK_S,), tl.float32)
+    tiles = tl.cdiv(S, BLOCK_S)
+    s = tl.arange(0, BLOCK_S)
+    behind_it = s[None, :, None] < s[None, None, :]
+    for group in range(tl.program_id(0), tl.cdiv(R, BLOCK_R), tl.num_programs(0)):
+        behind = tl.zeros((BLOCK_R,), tl.float32)  # sum of weight * d_weight over the tiles behind
+        for i in range(tiles):
+            r, n, ok, start, delta = tile_of_rays(edges_ptr, group, tiles - 1 - i, R, S, BLOCK_R, BLOCK_S)
+            point, direction, place = sample_on_ray(
+                origins_ptr, directions_ptr, volume_idx_ptr, cells_per_unit_ptr, first_cell_ptr, r, start, ok, Z
+            )
+            gradient = load3(gradient_ptr, n, ok)
+            sdf = tl.load(sdf_ptr + n, mask=ok, other=0.0)
+            weight = tl.load(weights_ptr + n, mask=ok, other=0.0)
+            d_depth = tl.load(up_depth_ptr + r, mask=ok, other=0.0) / (
+                tl.load(total_ptr + r, mask=ok, other=1.0) + 1e-10
+            )
+            d_weight = tl.load(up_weights_ptr + n, mask=ok, other=0.0)
+            d_weight += d_depth * (start - tl.load(depth_ptr + r, mask=ok, other=0.0))
+            if RGB_LAYERS > 0:
+                channel = tl.arange(0, COLOURS)[None, :]
+                some = ok[:, None] & (channel < 3)
+                colour = tl.load(colours_ptr + 3 * n[:, None] + channel, mask=some, other=0.0)
+                d_colour = tl.load(up_rgb_ptr + 3 * r[:, None] + channel, mask=some, other=0.0)
+                d_weight += tl.sum(d_colour * colour, axis=1)
+
+            share = tl.reshape(weight * d_weight, (BLOCK_R, BLOCK_S))
+            # summed afresh for every sample: a running sum minus its own term would drown what lies behind
+            later = behind[:, None] + tl.sum(tl.where(behind_it, share[:, None, :], 0.0), axis=2)
+            behind += tl.sum(share, axis=1)
+            alpha, _, _, _ = opacity(sdf, gradient, direction, delta, density, NEUS)
+            k = 1.0 - tl.minimum(tl.maximum(alpha, 0.0), 1.0) + 1e-7
+            trans = tl.load(trans_ptr + n, mask=ok, other=0.0)
+            d_alpha = trans * d_weight - tl.reshape(later, (BLOCK_R * BLOCK_S,)) / k
+            d_alpha = tl.where(ok & tl.load(hit_ptr + r, mask=ok, other=0), d_alpha, 0.0)
+            d_sdf, d_slope, d_density_of = opacity_back(d_alpha, sdf, gradient, direction, delta, density, NEUS)
+            d_density += d_density_of
+            tl.store(d_sdf_ptr + n, d_sdf + tl.load(up_sdf_ptr + n, mask=ok, other=0.0), mask=ok)
+            vx, vy, vz = load3(up_gradient_ptr, n, ok)
+            vx += d_slope * direction[0]
+            vy += d_slope * direction[1]
+            vz += d_slope * direction[2]
+
+            if RGB_LAYERS > 0:
+                feature = interpolate(volume_ptr, place, ok, Z, Y, X, CHANNELS, C)
+                x = sdf_hidden(seen_by_sdf(point, 1.0), feature, sdf_mlp_ptr, keep_ptr, False, C, H, SDF_LAYERS, PREC)
+                geo = geometry(x, feature, sdf_mlp_ptr, C, H, SDF_LAYERS, PREC)
+                e = seen_by_rgb(point, direction, gradient)
+                x = rgb_hidden(e, feature, geo, rgb_mlp_ptr, keep_ptr, True, C, H, RGB_LAYERS, PREC)
+                tl.debug_barrier()  # other threads may read what is kept
+                d_out = d_colour * weight[:, None] * colour * (1.0 - colour)
+                no_feature, no_geo = tl.zeros((1, C), tl.float32), tl.zeros((1, H), tl.float32)
+                no_e = tl.zeros((1, SEEN), tl.float32)
+                d_x, d_feature, d_geo, d_e = _rgb_layer_back(
+                    d_out, x, feature, geo, e, rgb_mlp_ptr + last, d_mlp_ptr + last,
+                    no_feature, no_geo, no_e, C, H, PREC,
+                )  # fmt: skip
+                for j in range(RGB_LAYERS - 1):
+                    l = RGB_LAYERS - 2 - j
+                    d_z = tl.where(x > 0, d_x, 0.0)
+                    x = tl.load(kept(keep_ptr, l, BLOCK_R * BLOCK_S, H))
+                    d_x, d_feature, d_geo, d_e = _rgb_layer_back(
+                        d_z, x, feature, geo, e, rgb_mlp_ptr + l * H * LINE, d_mlp_ptr + l * H * LINE,
+                        d_feature, d_geo, d_e, C, H, PREC,
+                    )  # fmt: skip
+                qx, qy, qz = columns(d_e, 7)
+                vx += qx
+                vy += qy
+                vz += qz
+                rows = n[:, None]
+                tl.store(d_feature_ptr + rows * C + tl.arange(0, C)[None, :], d_feature, mask=ok[:, None])
+                tl.store(d_geometry_ptr + rows * H + tl.arange(0, H)[None, :], d_geo, mask=ok[:, None])
+                tl.debug_barrier()  # other threads may add to the sums, and keep the next tile
+            store3(d_gradient_ptr, n, (vx, vy, vz), ok)
+    tl.store(d_density_ptr + tl.program_id(0), tl.sum(d_density, axis=0))
+
+
+@triton.jit
+def _rgb_layer_back(
+    d_z, x, feature, geo, e, mlp_ptr, d_mlp_ptr, d_feature, d_geo, d_e,
+    C: tl.constexpr, H: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Back through one layer of the colour's MLP: adds to the gradients of all it saw and of its weights; d_x."""
+    LINE: tl.constexpr = C + 2 * H + SEEN
+    add_outer(d_mlp_ptr, LINE, d_z, x, None, PREC)
+    add_outer(d_mlp_ptr + H, LINE, d_z, feature, None, PREC)
+    add_outer(d_mlp_ptr + H + C, LINE, d_z, geo, None, PREC)
+    add_outer(d_mlp_ptr + 2 * H + C, LINE, d_z, e, None, PREC)
+    d_feature = times_back(d_z, mlp_ptr + H, LINE, d_feature, C, PREC)
+    d_geo = times_back(d_z, mlp_ptr + H + C, LINE, d_geo, H, PREC)
+    d_e = times_back(d_z, mlp_ptr + 2 * H + C, LINE, d_e, SEEN, PREC)
+    return times_back(d_z, mlp_ptr, LINE, tl.zeros((1, H), tl.float32), H, PREC), d_feature, d_geo, d_e
+
+
+@triton.jit
+def _sdf_render_bwd_sdf_kernel(
+    volume_ptr,  # [B, Z, Y, X, CHANNELS]
+    origins_ptr, directions_ptr, volume_idx_ptr, hit_ptr, edges_ptr,  # [R, 3] x 2, [R] x 2, [R, S + 1]
+    cells_per_unit_ptr, first_cell_ptr,  # [3], [3]
+    sdf_mlp_ptr,  # packed
+    d_sdf_ptr, d_gradient_ptr, d_feature_ptr, d_geometry_ptr,  # [N], [N, 3], [N, C], [N, H]
+    d_sdf_mlp_ptr, d_volume_ptr,  # [programs, packed] zeros, [B, Z, Y, X, CHANNELS] zeros
+    keep_ptr,  # [programs, 2, SDF_LAYERS - 1, M, H] scratch
+    d_slope_ptr, cell_idx_ptr,  # [N, C], [N]: written, and d_feature rewritten, instead of d_volume without SCATTER
+    N, S, Z, Y, X, CHANNELS,
+    NEUS: tl.constexpr, PREC: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
+    SDF_LAYERS: tl.constexpr, RGB_LAYERS: tl.constexpr, SCATTER: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    LINE: tl.constexpr = C + H + SEEN
+    ROWS: tl.constexpr = SDF_LAYERS * H + 1
+    d_mlp_ptr = d_sdf_mlp_ptr + tl.program_id(0).to(tl.int64) * ROWS * LINE
+    keep_ptr += tl.program_id(0).to(tl.int64) * 2 * (SDF_LAYERS - 1) * BLOCK_M * H
+    dots_ptr = keep_ptr + (SDF_LAYERS - 1) * BLOCK_M * H
+    c = tl.arange(0, C)[None, :]
+    for tile in range(tl.program_id(0), tl.cdiv(N, BLOCK_M), tl.num_programs(0)):
+        n = tile * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
+        ok = n < N
+        r = n // S
+        start = tl.load(edges_ptr + n + r, mask=ok, other=0.0)
+        point, _, place = sample_on_ray(
+            origins_ptr, directions_ptr, volume_idx_ptr, cells_per_unit_ptr, first_cell_ptr, r, start, ok, Z
+        )
+        v = load3(d_gradient_ptr, n, ok)
+        vx = v[0] * tl.load(cells_per_unit_ptr)  # in cells
+        vy = v[1] * tl.load(cells_per_unit_ptr + 1)
+        vz = v[2] * tl.load(cells_per_unit_ptr + 2)
+        feature = interpolate(volume_ptr, place, ok, Z, Y, X, CHANNELS, C)
+        along = interpolate_along(volume_ptr, place, ok, vx, vy, vz, Z, Y, X, CHANNELS, C)  # f.
+        e, e_dot = seen_by_sdf(point, 1.0), seen_by_sdf(v, 0.0)
+        zero = tl.zeros((1, H), tl.float32)
+        x = tl.zeros((BLOCK_M, H), tl.float32)
+        x_dot = x
+        for l in range(SDF_LAYERS - 1):
+            tl.store(kept(keep_ptr, l, BLOCK_M, H), x)
+            tl.store(kept(dots_ptr, l, BLOCK_M, H), x_dot)
+            at = sdf_mlp_ptr + l * H * LINE
+            z_dot = times(along, at + H, LINE, times(e_dot, at + H + C, LINE, zero, H, PREC), H, PREC)
+            z_dot = times(x_dot, at, LINE, z_dot, H, PREC)
+            z = times(feature, at + H, LINE, times(e, at + H + C, LINE, zero, H, PREC), H, PREC)
+            x = softplus(times(x, at, LINE, z, H, PREC))
+            x_dot = bent(x)[0] * z_dot
+        tl.debug_barrier()  # other threads may read what is kept
+
+        # the last layer: its row 0 is the distance's, the others are the geometry's
+        last: tl.constexpr = (SDF_LAYERS - 1) * H * LINE
+        d_sdf = tl.load(d_sdf_ptr + n, mask=ok, other=0.0)[:, None]
+        d_x = d_sdf * vector(sdf_mlp_ptr + last, H)  # x-
+        d_feature = d_sdf * vector(sdf_mlp_ptr + last + H, C)  # f-
+        hat_x = tl.broadcast_to(vector(sdf_mlp_ptr + last, H), (BLOCK_M, H))  # x^
+        hat_feature = tl.broadcast_to(vector(sdf_mlp_ptr + last + H, C), (BLOCK_M, C))  # f^
+        add_row(d_mlp_ptr + last, tl.sum(d_sdf * x + x_dot, axis=0))
+        add_row(d_mlp_ptr + last + H, tl.sum(d_sdf * feature + along, axis=0))
+        add_row(d_mlp_ptr + last + H + C, tl.sum(d_sdf * e, axis=0))
+        if RGB_LAYERS > 0:
+            h = tl.arange(0, H)[None, :]
+            d_feature += tl.load(d_feature_ptr + n[:, None] * C + c, mask=ok[:, None], other=0.0)
+            d_geo = tl.load(d_geometry_ptr + n[:, None] * H + h, mask=ok[:, None], other=0.0)
+            d_x = times_back(d_geo, sdf_mlp_ptr + last + LINE, LINE, d_x, H, PREC)
+            d_feature = times_back(d_geo, sdf_mlp_ptr + last + LINE + H, LINE, d_feature, C, PREC)
+            add_outer(d_mlp_ptr + last + LINE, LINE, d_geo, x, None, PREC)
+            add_outer(d_mlp_ptr + last + LINE + H, LINE, d_geo, feature, None, PREC)
+            add_outer(d_mlp_ptr + last + LINE + H + C, LINE, d_geo, e, None, PREC)
+        for i in range(SDF_LAYERS - 1):
+            l = SDF_LAYERS - 2 - i
+            slope, bend = bent(x)
+            d_z = d_x * slope + hat_x * x_dot * bend
+            hat_z = hat_x * slope
+            x = tl.load(kept(keep_ptr, l, BLOCK_M, H))
+            x_dot = tl.load(kept(dots_ptr, l, BLOCK_M, H))
+            at, d_at = sdf_mlp_ptr + l * H * LINE, d_mlp_ptr + l * H * LINE
+            add_outer(d_at, LINE, d_z, x, tl.dot(tl.trans(hat_z), x_dot, input_precision=PREC), PREC)
+            add_outer(d_at + H, LINE, d_z, feature, tl.dot(tl.trans(hat_z), along, input_precision=PREC), PREC)
+            add_outer(d_at + H + C, LINE, d_z, e, tl.dot(tl.trans(hat_z), e_dot, input_precision=PREC), PREC)
+            d_feature = times_back(d_z, at + H, LINE, d_feature, C, PREC)
+            hat_feature = times_back(hat_z, at + H, LINE, hat_feature, C, PREC)
+            d_x = times_back(d_z, at, LINE, zero, H, PREC)
+            hat_x = times_back(hat_z, at, LINE, zero, H, PREC)
+        tl.debug_barrier()  # other threads may add to the sums, and keep the next tile
+
+        # found once more, so that nothing need be held all through the layers
+        start = tl.load(edges_ptr + n + r, mask=ok, other=0.0)
+        _, _, place = sample_on_ray(
+            origins_ptr, directions_ptr, volume_idx_ptr, cells_per_unit_ptr, first_cell_ptr, r, start, ok, Z
+        )
+        if SCATTER:
+            v = load3(d_gradient_ptr, n, ok)
+            vx = v[0] * tl.load(cells_per_unit_ptr)
+            vy = v[1] * tl.load(cells_per_unit_ptr + 1)
+            vz = v[2] * tl.load(cells_per_unit_ptr + 2)
+            for k in range(8):  # rolled: an atomic add has no latency to hide
+                row, row_ok, share, bx, by, bz = corner(place, ok, Z, Y, X, k)
+                d_row = share[:, None] * d_feature + (bx * vx + by * vy + bz * vz)[:, None] * hat_feature
+                some = row_ok[:, None] & (c < CHANNELS)
+                tl.atomic_add(d_volume_ptr + row[:, None] * CHANNELS + c, d_row, mask=some, sem="relaxed")
+        else:
+            tl.store(d_feature_ptr + n[:, None] * C + c, d_feature, mask=ok[:, None])
+            tl.store(d_slope_ptr + n[:, None] * C + c, hat_feature, mask=ok[:, None])
+            tl.store(cell_idx_ptr + n, cell_of(place, Z, Y, X), mask=ok)

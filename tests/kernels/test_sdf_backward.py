@@ -1,0 +1,136 @@
+"""The fused renderer's backward: what it costs, and training steps; test_sdf_render.py compares its gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kernels.sdf_render import sdf_render
+from tests.check import launches
+from tests.conftest import HAS_GPU
+from tests.golden import assert_close_to_max
+from tests.kernels.test_sdf_render import (
+    ALONG,
+    AMD,
+    DEVICE,
+    HOPPER,
+    IEEE,
+    NO_RGB,
+    NVIDIA,
+    RGB,
+    TILE,
+    called,
+    composed,
+    launch,
+    make_inputs,
+    results,
+)
+from unipad.config import Grid, Render
+from unipad.model.rays import Rays
+from unipad.model.render import Renderer
+
+ADD = dict(SCATTER=True)
+# Stacks: for the reason in test_sdf_render.py
+LAUNCHES = [
+    launch("_sdf_render_bwd_rgb_kernel", RGB | ALONG, NVIDIA, 255, 36864, 640, "HGMMA"),
+    launch("_sdf_render_bwd_rgb_kernel", NO_RGB | ALONG, NVIDIA, 80, 256),
+    launch("_sdf_render_bwd_rgb_kernel", RGB | ALONG | IEEE, AMD),
+    launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | ADD, NVIDIA, 255, 61440, 600, "HGMMA"),
+    launch("_sdf_render_bwd_sdf_kernel", NO_RGB | TILE | ADD, NVIDIA, 255, 61440, 240, "HGMMA"),
+    launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | dict(SCATTER=False), HOPPER, 255, 61440, 420, "HGMMA"),
+    launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | ADD | IEEE, AMD),
+]
+
+
+def test_zero_upstream_gradient():
+    inputs = make_inputs(2, 5, sdf_layers=2, rgb_layers=2)
+    inputs["volume"].requires_grad_()
+    outs = called(sdf_render)(**inputs)
+    (d_volume,) = torch.autograd.grad(outs, inputs["volume"], [torch.zeros_like(o) for o in outs])
+    assert d_volume.shape == inputs["volume"].shape and not d_volume.any()
+
+
+def test_strict_determinism_sums_by_cell():
+    """No atomic adds, and not the reference either; on faces and outside too."""
+    inputs = make_inputs(2, 20, channels=16, sdf_layers=2, rgb_layers=2, B=1)
+    inputs["volume"] = inputs["volume"][:, :2, :3, :3]
+    inputs["cells_per_unit"], inputs["first_cell"] = torch.tensor([[1.0, 1, 2], [1.0, 1, 0.5]], device=DEVICE)
+    inputs["edges"] = torch.arange(21, device=DEVICE).expand(2, 21) / 8
+    inputs["origins"] = torch.zeros(2, 3, device=DEVICE)
+    inputs["directions"] = torch.tensor([[1.0, 0, 0], [0, 0.6, 0.8]], device=DEVICE)
+    truth = results(composed("neus"), inputs, torch.float64)
+    torch.use_deterministic_algorithms(True)
+    with launches() as launched:
+        found = results(called(sdf_render), inputs)
+    assert launched[-1] == "_cell_sum_kernel"
+    for name, value in found.items():
+        assert_close_to_max(value, truth[name], 1e-5, name)
+
+
+def training_step(method):
+    """A fused renderer's step on tensors made once: (what to write new values to, function -> losses, gradients)."""
+    cfg = Render(
+        method=method, channels=16, samples=6, importance=4, sdf_layers=2, rgb_layers=2,
+        truncation=1.5, free_space_weight=1.0, sdf_weight=10.0, eikonal_weight=0.01, points_weight=1.0,
+    )  # fmt: skip
+    grid = Grid(low=(-8.0, -8.0, -2.0), high=(8.0, 8.0, 2.0), cell=(4.0, 4.0, 2.0))
+    renderer = Renderer(cfg, grid).to(DEVICE)
+    volume = torch.randn(2, 16, 2, 4, 4, device=DEVICE).requires_grad_()
+    directions = F.normalize(torch.randn(4, 3, device=DEVICE) * torch.tensor([1, 1, 0.2], device=DEVICE), dim=1)
+    depth, idx = torch.tensor([4.0, 5.0, -1.0, 6.0], device=DEVICE), torch.tensor([0, 1, 0, 1], device=DEVICE).int()
+    rays = Rays(torch.zeros_like(directions), directions, depth, torch.rand_like(directions), idx)
+    jitter = torch.rand(4, renderer.jitters, device=DEVICE)
+    points = directions * 5, idx
+    wrt = [volume, *(p for p in renderer.parameters() if p.requires_grad)]
+
+    def step():
+        losses = renderer.loss(renderer(volume, rays, jitter, points), rays)
+        return [*losses.values(), *torch.autograd.grad(sum(losses.values()), wrt)]
+
+    return (volume, jitter, directions), step
+
+
+class NoLookAtTheDevice(TorchDispatchMode):
+    """Fails where a value, or a shape that hangs on values, would have to reach the host."""
+
+    LOOKS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique", "unique", "equal", "bincount")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().split("::")[1].split(".")[0]
+        by_mask = name == "index" and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+        assert name not in self.LOOKS and not by_mask, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_training_step_never_waits_for_the_device(deterministic):
+    """Sampling, forward, losses and backward: what a CUDA graph demands, as far as a CPU can see it."""
+    _, step = training_step("neus")
+    torch.use_deterministic_algorithms(True, warn_only=not deterministic)
+    with launches() as launched, NoLookAtTheDevice():
+        found = step()
+    assert {"_resample_kernel", "_sdf_render_bwd_sdf_kernel"} <= {*launched}
+    assert ("_cell_sum_kernel" in launched) == deterministic and all(t.isfinite().all() for t in found)
+    with pytest.raises(AssertionError, match="waits"), NoLookAtTheDevice():
+        training_step("volsdf")[1]()  # its sampler does
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="CUDA graphs need a GPU")
+def test_a_training_step_in_a_graph():
+    """Captured once and replayed on new values: what the step gives without a graph."""
+    written_to, step = training_step("neus")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles the kernels and lets the libraries allocate
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for tensor in written_to:
+            tensor.copy_(tensor.flip(0))
+    graph.replay()
+    for value, expected in zip(captured, step(), strict=True):
+        assert_close_to_max(value, expected, 1e-5)  # atomic adds: the last bits vary

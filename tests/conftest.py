@@ -1,6 +1,7 @@
 """One switch for the whole suite: with a GPU the kernels run compiled, without one they run in Triton's interpreter."""
 
 import os
+import shutil
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite's processes share the cores; before torch loads OpenMP
 
@@ -30,3 +31,14 @@ def city(tmp_path_factory):
     root = tmp_path_factory.mktemp("data") / "city"
     generate(root, scenes=2, keyframes=3, image_size=(72, 128), workers=2)
     return root
+
+
+@pytest.fixture
+def copy(city, tmp_path, own_user_cache):
+    """A city of one's own to damage."""
+    return shutil.copytree(city, tmp_path / "city", ignore=shutil.ignore_patterns("unipad-index"))
+
+
+@pytest.fixture
+def own_user_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -39,13 +39,6 @@ def sample(city):
     return NuScenesDataset(city, VERSION, "mini_val", Data(sweeps=2))[1]
 
 
-@pytest.fixture
-def copy(city, tmp_path, monkeypatch):
-    """A city of one's own to damage."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return shutil.copytree(city, tmp_path / "city", ignore=shutil.ignore_patterns("unipad-index"))
-
-
 def devkit_box(box):
     return Box(box[:3], box[3:6], Quaternion(axis=[0, 0, 1], radians=float(box[6])))
 

@@ -21,6 +21,7 @@
     cell_sum.py     ... the volume's gradient without atomics
 
 A file holds the op, its PyTorch reference (same name and signature, `_ref` behind; it is the CPU path),
-the autograd Function and the kernels. Import from the file (`from kernels.composite import composite`);
+the autograd Function and the kernels. Files behind dots are parts of the op above, whose reference and
+benchmark serve them too. Import from the file (`from kernels.composite import composite`);
 nothing is re-exported here, since an op that bears its file's name would hide the file.
 """

@@ -1,6 +1,9 @@
 """sparse_conv on the LiDAR recipe's encoder, counted: products and bytes against the least, and the machine code.
 
-    python -m benchmarks.count_sparse_conv      needs no GPU: voxels come from benchmarks/lidar_scene.py
+    python -m benchmarks.count_sparse_conv
+
+Needs no GPU: voxels come from benchmarks/lidar_scene.py. The machine code is that of the tests' launches, so its table
+needs what they do (pip install -e '.[test]').
 
 A product is one row times one [Cin, Cout] matrix. "waste": products done over those that pairs of voxels need; a tile
 multiplies all its rows at every offset that one of them has. "reuse": pairs over the distinct rows that a tile reads.
@@ -9,7 +12,7 @@ of a tile has read comes from the L1, if that still has it ("MB"), or from the L
 every row, weight and index of a pair once.
 """
 
-import importlib
+import importlib.util
 import os
 from dataclasses import dataclass
 
@@ -218,6 +221,8 @@ def print_layers(found):
 
 def print_kernels():
     os.environ.pop("TRITON_INTERPRET", None)
+    if importlib.util.find_spec("pytest") is None:
+        return print("The machine code is left out: pip install -e '.[test]' first.")
     ahead_of_time = importlib.import_module("tests.ahead_of_time")
     print(
         f"## Machine code for sm_90\n\n| kernel | element | blocks | registers | stack | shared | {' | '.join(KINDS)} |"

@@ -4,7 +4,8 @@ Kernel files import `triton` and `tl` from here, so that they import on machines
 (macOS, Windows), where only the references run.
 """
 
-from functools import wraps
+from contextlib import contextmanager
+from functools import partial, wraps
 
 import torch
 
@@ -18,13 +19,47 @@ except ModuleNotFoundError:  # Triton has wheels for Linux only
 
         constexpr = int
 
-        def jit(self, kernel):
+        def jit(self, kernel, **_):
             return kernel
 
     triton = tl = _Absent()
 
 # Tests set this: tensors on the CPU then take the kernels too, in Triton's interpreter (TRITON_INTERPRET=1).
 interpret = False
+_references_only = False
+
+
+@contextmanager
+def references():
+    """Inside, every op takes its PyTorch reference, on a GPU too: what a check compares the kernels with."""
+    global _references_only
+    before, _references_only = _references_only, True
+    try:
+        yield
+    finally:
+        _references_only = before
+
+
+def jit(kernel=None, *, varying=()):
+    """Decorator of a kernel that the host launches; functions that kernels call keep `triton.jit`.
+
+    The kernel runs on the GPU that has its first tensor, whichever is the current one. Products and sums are fused
+    (Triton's default varies by version), so that kernels of all versions round alike.
+
+    varying: names of integers that change with the data, like a count of voxels. Triton compiles a kernel once more
+        where an integer is 1 or a multiple of 16; of these it does not, since that would stop a run at any step.
+    """
+    if kernel is None:
+        return partial(jit, varying=varying)
+    kernel = triton.jit(kernel, do_not_specialize=varying)
+
+    def run(*args, **kwargs):
+        first = next(a[0] if isinstance(a, tuple) else a for a in args if not isinstance(a, (int, float, type(None))))
+        with torch.cuda.device_of(first):
+            return type(kernel).run(kernel, *args, **{"enable_fp_fusion": True} | kwargs)
+
+    kernel.run = run
+    return kernel
 
 
 def on_triton(tensor, deterministic=True):
@@ -33,7 +68,7 @@ def on_triton(tensor, deterministic=True):
     deterministic: False for an op whose kernels add atomically; it takes its reference
         under `torch.use_deterministic_algorithms(True)`.
     """
-    if not deterministic and strictly_deterministic():
+    if _references_only or not deterministic and strictly_deterministic():
         return False
     return tensor.is_cuda or interpret
 

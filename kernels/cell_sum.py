@@ -9,7 +9,7 @@ A part of `sdf_render`: the reference is the gradient of `trilinear_ref`, and be
 
 import torch
 
-from kernels.backend import tl, triton
+from kernels.backend import jit, tl, triton
 
 
 def cell_sum(d_volume, rays, edges, cells, cell, d_value, d_slope, v):
@@ -49,7 +49,7 @@ def cell_of(place, Z, Y, X):
     return tl.where(inside, cell, 2147483647).to(tl.int32)
 
 
-@triton.jit
+@jit
 def _cell_sum_kernel(
     order_ptr, first_of_cell_ptr,  # [N] int64 samples by cell, [cells + 1] int64
     origins_ptr, directions_ptr, edges_ptr, cells_per_unit_ptr, first_cell_ptr,  # [R, 3] x 2, [R, S + 1], [3], [3]

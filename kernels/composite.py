@@ -11,7 +11,7 @@ B is carried from the far end, so the gradient is exact where alpha is 0 or 1: n
 
 import torch
 
-from kernels.backend import on_triton, tl, triton
+from kernels.backend import jit, on_triton, tl, triton
 
 EPS = 1e-7  # keeps light alive behind an opaque sample; UniPAD, renderers' weights
 
@@ -83,7 +83,7 @@ def _blocks(R, C):
     return (triton.cdiv(R, block_r),), dict(BLOCK_C=block_c, BLOCK_R=block_r, num_warps=1)
 
 
-@triton.jit
+@jit(varying=("R",))
 def _composite_fwd_kernel(
     alpha_ptr, values_ptr,  # [R, S], [R, S, C]
     out_ptr, trans_ptr, weights_ptr,  # [R, C], [R, S], [R, S]
@@ -110,7 +110,7 @@ def _composite_fwd_kernel(
     tl.store(out_ptr + r[:, None] * C + c[None, :], acc, mask=rc_ok)
 
 
-@triton.jit
+@jit(varying=("R",))
 def _composite_bwd_kernel(
     alpha_ptr, values_ptr, trans_ptr,  # [R, S], [R, S, C], [R, S]
     d_out_ptr, d_weights_ptr,  # [R, C], [R, S]

@@ -20,7 +20,7 @@ from itertools import accumulate
 import torch
 import torch.nn.functional as F
 
-from kernels.backend import on_triton, strictly_deterministic, tl, triton
+from kernels.backend import jit, on_triton, strictly_deterministic, tl, triton
 from kernels.pixel_sum import HIT, pixel_sum
 
 
@@ -219,7 +219,7 @@ def _blocks(tile, C):
     return dict(BLOCK_X=BLOCK_X, BLOCK_Y=voxels // BLOCK_X, BLOCK_C=BLOCK_C)
 
 
-@triton.jit
+@jit
 def _lift_fwd_kernel(
     feature_ptrs, depth_ptrs,  # per level [B, N, h, w, C], [B, N, h, w, D]
     volume_ptr, lidar2image_ptr,  # [B, Z, Y, X, C], [B, N, 4, 4]
@@ -251,7 +251,7 @@ def _lift_fwd_kernel(
     tl.store(volume_ptr + row[:, None] * C + c[None, :], acc, mask=i_ok[:, None] & c_ok[None, :])
 
 
-@triton.jit
+@jit
 def _lift_bwd_kernel(
     feature_ptrs, depth_ptrs,  # per level [B, N, h, w, C], [B, N, h, w, D]
     d_volume_ptr,  # [B, Z, Y, X, C]

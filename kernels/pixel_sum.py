@@ -9,7 +9,7 @@ its voxel, P and F the probability and the feature that the forward found there.
 A part of `lift`: the reference is the gradient of `lift_ref`, and benchmarks.bench_lift times both.
 """
 
-from kernels.backend import tl, triton
+from kernels.backend import jit, tl, triton
 
 
 def pixel_sum(d_feature, d_depth, begin, order, hits, d_volume, crowded):
@@ -48,7 +48,7 @@ def _blocks(walkers, C, D):
     return dict(BLOCK_P=lanes // walkers, WALKERS=walkers, BLOCK_C=BLOCK_C, BLOCK_D=BLOCK_D)
 
 
-@triton.jit
+@jit(varying=("P", "B"))
 def _pixel_sum_kernel(
     begin_ptr, order_ptr, hit_ptr,  # [P + 1] of each cell; hits of all levels, by cell; [levels, B, N, V, HIT]
     d_volume_ptr,  # [B, V, C]

@@ -18,7 +18,7 @@ Sizes: R rays, S samples on each before resampling, N (n) new ones.
 import torch
 import torch.nn.functional as F
 
-from kernels.backend import on_triton, tl, triton
+from kernels.backend import jit, on_triton, tl, triton
 
 
 @torch.no_grad()
@@ -216,7 +216,7 @@ def _tile(n):
     return max(1, PAIRS // block_n), block_n
 
 
-@triton.jit
+@jit(varying=("R",))
 def _clip_rays_kernel(
     origins_ptr, directions_ptr,  # [R, 3], [R, 3]
     enter_ptr, leave_ptr, hit_ptr,  # [R], [R], [R] bool
@@ -246,7 +246,7 @@ def _slab(origins_ptr, directions_ptr, i, i_ok, low, high):
     return tl.minimum(at_low, at_high), tl.maximum(at_low, at_high)
 
 
-@triton.jit
+@jit(varying=("R",))
 def _stratified_starts_kernel(
     near_ptr, far_ptr, jitter_ptr,  # [R], [R], [R] (not read without JITTER)
     edges_ptr,  # [R, S + 1]
@@ -265,7 +265,7 @@ def _stratified_starts_kernel(
     tl.store(edges_ptr + i, near + s / S * (far - near), mask=r_ok)
 
 
-@triton.jit
+@jit(varying=("R",))
 def _resample_kernel(
     edges_ptr, weights_ptr, jitter_ptr,  # [R, S + 1], [R, S], [R]
     out_ptr,  # [R, N + 1]; with MERGE [R, S + N + 1]
@@ -316,7 +316,7 @@ def _resample_kernel(
         tl.store(out_row[:, None] + j, new, mask=r_ok[:, None] & (j <= N))
 
 
-@triton.jit
+@jit(varying=("R",))
 def _merge_kernel(
     edges_ptr, new_edges_ptr,  # [R, S + 1], [R, N + 1]
     merged_ptr, order_idx_ptr,  # [R, S + N + 1], [R, S + N] int64

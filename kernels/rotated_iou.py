@@ -18,7 +18,7 @@ Sizes: N and M boxes, P pairs.
 
 import torch
 
-from kernels.backend import on_triton, tl, triton
+from kernels.backend import jit, on_triton, tl, triton
 
 
 @torch.no_grad()
@@ -208,7 +208,7 @@ BLOCK_M = 32  # boxes of b
 BLOCK_P = 128  # pairs per program: one a lane
 
 
-@triton.jit
+@jit(varying=("N", "M"))
 def _iou_kernel(
     a_ptr, b_ptr, iou_ptr,  # [N, 5], [M, 5], [N, M]
     N, M, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -220,7 +220,7 @@ def _iou_kernel(
     tl.store(iou_ptr + n[:, None] * M + m[None, :], iou, mask=n_ok[:, None] & m_ok[None, :])
 
 
-@triton.jit
+@jit(varying=("N", "W"))
 def _suppress_kernel(
     boxes_ptr, order_ptr,  # [N, 5], [N]
     suppressed_ptr,  # [32 W, W], ranked: bit k of word w in row i: box i outranks box 32 w + k and overlaps it
@@ -241,7 +241,7 @@ def _suppress_kernel(
         tl.store(suppressed_ptr + i.to(tl.int64) * W + w, word)  # behind the last box nothing outranks anything
 
 
-@triton.jit
+@jit(varying=("N", "W"))
 def _greedy_kernel(
     suppressed_ptr, kept_ptr,  # [32 W, W], [N]
     N, W, BLOCK_W: tl.constexpr,
@@ -263,7 +263,7 @@ def _greedy_kernel(
         tl.store(kept_ptr + w * 32 + k, ((own >> k) & 1) == 0, mask=w * 32 + k < N)
 
 
-@triton.jit
+@jit(varying=("N",))
 def _paired_kernel(
     a_ptr, b_ptr, iou_ptr,  # [N, 7], [N, 7], [N]
     N, BLOCK_P: tl.constexpr,

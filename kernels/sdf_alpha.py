@@ -18,7 +18,7 @@ Sizes: R rays, S samples on each. Sigmoids are taken of |x|, so nothing overflow
 import torch
 import torch.nn.functional as F
 
-from kernels.backend import on_triton, tl, triton
+from kernels.backend import jit, on_triton, tl, triton
 
 
 def neus_alpha(sdf, gradient, directions, deltas, inv_s):
@@ -208,7 +208,7 @@ def _neus_section(sdf_ptr, gradient_ptr, directions_ptr, deltas_ptr, i, r, ok, a
     return sdf - slope * half, sdf + slope * half, half * dir_x, half * dir_y, half * dir_z
 
 
-@triton.jit
+@jit(varying=("R",))
 def _neus_alpha_fwd_kernel(
     sdf_ptr, gradient_ptr, directions_ptr, deltas_ptr, inv_s_ptr,  # [R, S], [R, S, 3], [R, 3], [R, S], [1]
     alpha_ptr,  # [R, S]
@@ -226,7 +226,7 @@ def _neus_alpha_fwd_kernel(
     tl.store(alpha_ptr + i, tl.minimum(tl.maximum(alpha, 0.0), 1.0), mask=ok)
 
 
-@triton.jit
+@jit(varying=("R",))
 def _neus_alpha_bwd_kernel(
     sdf_ptr, gradient_ptr, directions_ptr, deltas_ptr, inv_s_ptr,  # [R, S], [R, S, 3], [R, 3], [R, S], [1]
     d_alpha_ptr,  # [R, S]
@@ -255,7 +255,7 @@ def _neus_alpha_bwd_kernel(
     tl.store(d_inv_s_ptr + tl.program_id(0), tl.sum(prev_sdf * a + next_sdf * b, axis=0))
 
 
-@triton.jit
+@jit(varying=("R",))
 def _interval_alpha_kernel(
     sdf_ptr, deltas_ptr,  # [R, S], [R, S]
     alpha_ptr,  # [R, S]
@@ -282,7 +282,7 @@ def _interval_alpha_kernel(
     tl.store(alpha_ptr + i, tl.where(here, alpha, 0.0), mask=ok)
 
 
-@triton.jit
+@jit(varying=("R",))
 def _volsdf_alpha_fwd_kernel(
     sdf_ptr, deltas_ptr, beta_ptr,  # [R, S], [R, S], [1]
     alpha_ptr,  # [R, S]
@@ -300,7 +300,7 @@ def _volsdf_alpha_fwd_kernel(
     tl.store(alpha_ptr + i, 1.0 - tl.exp(-density * delta), mask=ok)
 
 
-@triton.jit
+@jit(varying=("R",))
 def _volsdf_alpha_bwd_kernel(
     sdf_ptr, deltas_ptr, beta_ptr,  # [R, S], [R, S], [1]
     d_alpha_ptr,  # [R, S]

@@ -20,7 +20,7 @@ Sizes as in `sdf_render`.
 
 import torch
 
-from kernels.backend import on_triton, tl, triton
+from kernels.backend import jit, on_triton, tl, triton
 from kernels.cell_sum import cell_of, cell_sum
 from kernels.sdf_field import (
     COLOURS,
@@ -111,7 +111,7 @@ def opacity_back(d_alpha, sdf, gradient, direction, delta, density, NEUS: tl.con
         return d_sdf, tl.zeros_like(d_sdf), -(d_laplace * b + d_sdf * sdf) / density
 
 
-@triton.jit
+@jit(varying=("R",))
 def _sdf_render_bwd_rgb_kernel(
     volume_ptr,  # [B, Z, Y, X, CHANNELS]
     origins_ptr, directions_ptr, volume_idx_ptr, hit_ptr, edges_ptr,  # [R, 3] x 2, [R] x 2, [R, S + 1]
@@ -227,7 +227,7 @@ def _rgb_layer_back(
     return times_back(d_z, mlp_ptr, LINE, tl.zeros((1, H), tl.float32), H, PREC), d_feature, d_geo, d_e
 
 
-@triton.jit
+@jit(varying=("N",))
 def _sdf_render_bwd_sdf_kernel(
     volume_ptr,  # [B, Z, Y, X, CHANNELS]
     origins_ptr, directions_ptr, volume_idx_ptr, hit_ptr, edges_ptr,  # [R, 3] x 2, [R] x 2, [R, S + 1]

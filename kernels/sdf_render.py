@@ -10,7 +10,7 @@ Sizes: R rays, S samples on each, N = R * S, C channels, H hidden units, M sampl
 
 import torch
 
-from kernels.backend import on_triton, tl, triton
+from kernels.backend import jit, on_triton, tl, triton
 from kernels.composite import composite_ref
 from kernels.sdf_alpha import neus_alpha_ref, volsdf_alpha_ref
 from kernels.sdf_backward import render_back
@@ -188,7 +188,7 @@ class SdfRender(torch.autograd.Function):
         return *grads, None, None, None
 
 
-@triton.jit
+@jit(varying=("R",))
 def _sdf_values_kernel(
     volume_ptr,  # [B, Z, Y, X, CHANNELS]
     origins_ptr, directions_ptr, volume_idx_ptr, starts_ptr,  # [R, 3] x 2, [R], [N]
@@ -209,7 +209,7 @@ def _sdf_values_kernel(
     tl.store(sdf_ptr + n, distance(x, feature, mlp_ptr, C, H, LAYERS), mask=ok)
 
 
-@triton.jit
+@jit(varying=("R",))
 def _sdf_render_fwd_kernel(
     volume_ptr,  # [B, Z, Y, X, CHANNELS]
     origins_ptr, directions_ptr, volume_idx_ptr, hit_ptr, edges_ptr,  # [R, 3] x 2, [R] x 2, [R, S + 1]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from kernels import backend, tuning
-from kernels.backend import tl, triton
+from kernels.backend import jit, tl, triton
 from kernels.sparse_tiles import chunks, pairs, tiles
 
 
@@ -184,7 +184,7 @@ def _widen(features):
     return backend.interpret and features.dtype == torch.bfloat16  # the interpreter multiplies bf16's bit patterns
 
 
-@triton.jit
+@jit
 def _gather_gemm_kernel(
     features_ptr, weight_ptr,  # [N, I], [O, K, I]
     row_idx_ptr, count_idx_ptr, offset_idx_ptr, read_idx_ptr,  # of `Tiles`
@@ -252,7 +252,7 @@ def _gather_gemm_kernel(
     tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=ok)
 
 
-@triton.jit
+@jit
 def _d_weight_kernel(
     features_ptr, d_out_ptr,  # [N, I], [M, O]
     read_idx_ptr, row_idx_ptr, first_ptr, end_ptr,  # of `Pairs` and `Chunks`
@@ -283,7 +283,7 @@ def _d_weight_kernel(
     tl.store(partial_ptr + at, acc, mask=(o < wanted)[:, None] & i_ok)
 
 
-@triton.jit
+@jit(varying=("M", "R"))
 def _d_weight_of_groups_kernel(
     features_ptr, d_out_ptr, table_idx_ptr, partial_ptr,  # [N, C], [M, O], [K, M], [parts, O, K, C]
     M, K, O, R,  # outputs, offsets, output channels, outputs a part
@@ -315,7 +315,7 @@ def _d_weight_of_groups_kernel(
     tl.store(partial_ptr + at, acc, mask=(k < K)[:, None] & (o < O)[None, :])
 
 
-@triton.jit
+@jit
 def _sum_chunks_kernel(
     partial_ptr, until_idx_ptr, d_weight_ptr,  # [C, O, I], of `Chunks`, [O, K, I]
     K, I, O,

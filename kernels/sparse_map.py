@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import on_triton, opaque, tl, triton
+from kernels.backend import jit, on_triton, opaque, tl, triton
 from kernels.voxel_keys import NO_KEY, NO_KEY_SHORT, checked, key_of, load_voxels, sort_voxels
 
 
@@ -330,7 +330,7 @@ BLOCK = 256  # voxels or table entries per program
 BLOCK_PAIRS = 1024  # pairs per program
 
 
-@triton.jit
+@jit(varying=("M",))
 def _coords_kernel(keys_ptr, coords_ptr, M, Z, Y, X, BLOCK: tl.constexpr):
     m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     m_ok = m < M
@@ -346,7 +346,7 @@ def _coords_kernel(keys_ptr, coords_ptr, M, Z, Y, X, BLOCK: tl.constexpr):
     tl.store(at + 3, x, mask=m_ok)
 
 
-@triton.jit
+@jit(varying=("M", "N", "STEPS"))
 def _neighbors_kernel(
     coords_ptr, reader_order_ptr, keys_ptr, order_ptr,  # [M, 4], [M] or None, [N], [N] or None
     neighbor_idx_ptr,  # [K, M]
@@ -388,7 +388,7 @@ def _neighbors_kernel(
                 at += (tl.load(keys_ptr + at, mask=in_column & (at < N), other=NO_KEY) < wanted).to(tl.int32)
 
 
-@triton.jit
+@jit(varying=("PAIRS", "N"))
 def _reached_keys_kernel(
     coords_ptr, keys_ptr,  # [N, 4], [PAIRS + 1]
     PAIRS, N, out, slots, kernel, stride, padding, dilation,  # PAIRS = slots * N
@@ -407,7 +407,7 @@ def _reached_keys_kernel(
     tl.store(keys_ptr + pair, key.to(keys_ptr.dtype.element_ty), mask=pair <= PAIRS)
 
 
-@triton.jit
+@jit(varying=("M", "N"))
 def _inverse_kernel(neighbor_idx_ptr, inverse_idx_ptr, M, N, BLOCK: tl.constexpr):
     """[K, M] -> [K, N], filled with -1."""
     m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]

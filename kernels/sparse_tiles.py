@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from kernels import backend
-from kernels.backend import tl, triton
+from kernels.backend import jit, tl, triton
 
 
 class Tiles(NamedTuple):
@@ -136,7 +136,7 @@ def _make_chunks(ends, parts, least, multiple):
     return made
 
 
-@triton.jit
+@jit(varying=("M", "W"))
 def _tiles_kernel(
     table_idx_ptr,  # [K, M]
     row_idx_ptr, count_idx_ptr, offset_idx_ptr, read_idx_ptr, pairs_idx_ptr,  # as `Tiles` has them
@@ -194,7 +194,7 @@ def _sort(key, SIZE: tl.constexpr):
     return key
 
 
-@triton.jit
+@jit(varying=("M", "W"))
 def _pairs_kernel(
     table_idx_ptr, read_idx_ptr, row_idx_ptr, ends_ptr,  # [K, M], [K * M], [K * M], [K, W]
     M, K, W,
@@ -212,7 +212,7 @@ def _pairs_kernel(
     tl.store(row_idx_ptr + place, tl.broadcast_to(m, has.shape).to(tl.int32), mask=has)
 
 
-@triton.jit
+@jit(varying=("W", "PARTS"))
 def _chunks_kernel(
     ends_ptr, first_ptr, end_ptr, until_idx_ptr,  # [K, W], [PARTS + K], [PARTS + K], [K]
     W, K, PARTS,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import on_triton, opaque, tl, triton
+from kernels.backend import jit, on_triton, opaque, tl, triton
 
 NO_KEY = 2**62  # sorts behind every voxel; a power of two, since F.pad takes its value as fp64
 NO_KEY_SHORT = 2**31 - 1  # the same of keys of 32 bits
@@ -101,7 +101,7 @@ def checked(coords, *triples):
 BLOCK = 256  # voxels per program
 
 
-@triton.jit
+@jit(varying=("N",))
 def _keys_kernel(coords_ptr, keys_ptr, N, Z, Y, X, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     i_ok = i < N

@@ -18,7 +18,7 @@ import weakref
 import torch
 import torch.nn.functional as F
 
-from kernels.backend import capturing, on_triton, tl, triton
+from kernels.backend import capturing, jit, on_triton, tl, triton
 
 
 def voxel_pool(features, depths, lidar2image, low, cell, shape, stride, depth_range, truncate=False):
@@ -216,7 +216,7 @@ def _blocks(C):
     return dict(BLOCK_R=max(TILE // block_c, 1), BLOCK_C=block_c)
 
 
-@triton.jit
+@jit(varying=("P", "V"))
 def _voxels_kernel(
     matrices_ptr, bins_ptr, voxel_idx_ptr,  # [B, N, 3, 4], [D], [P]
     P, N, h, w, D, stride, shape, V,
@@ -252,7 +252,7 @@ def _cell(row_ptr, u, v, d, ok, size, TRUNCATE: tl.constexpr):
     return tl.where(inside, place, 0.0).to(tl.int32), inside
 
 
-@triton.jit
+@jit(varying=("P", "V"))
 def _runs_kernel(
     depths_ptr, voxel_idx_ptr, order_idx_ptr, begin_idx_ptr, weight_ptr,  # [P], [P], [P], [V + 1], [P]
     P, V, D,
@@ -273,7 +273,7 @@ def _runs_kernel(
     tl.store(weight_ptr + i, weight, mask=ok)
 
 
-@triton.jit
+@jit(varying=("chunks", "V"))
 def _chunks_kernel(
     features_ptr, weight_ptr,  # [R, C], [P] of sorted runs
     voxel_idx_ptr, order_idx_ptr, pixel_idx_ptr, begin_idx_ptr, partial_ptr,  # [P], [P], [P], [V + 1], [chunks, C]
@@ -296,7 +296,7 @@ def _chunks_kernel(
         tl.store(partial_ptr + chunk.to(tl.int64)[:, None] * C + c, acc, mask=mask)
 
 
-@triton.jit
+@jit(varying=("V",))
 def _voxel_pool_fwd_kernel(
     features_ptr, weight_ptr,  # [R, C], [P] of sorted runs
     pixel_idx_ptr, begin_idx_ptr, partial_ptr, volume_ptr,  # [P], [V + 1], [chunks, C], [V, C]
@@ -335,7 +335,7 @@ def _run(features_ptr, weight_ptr, pixel_idx_ptr, at, ok, mask, c, C, acc_ty: tl
     return weight[:, None] * feature
 
 
-@triton.jit
+@jit(varying=("R", "V"))
 def _voxel_pool_bwd_kernel(
     features_ptr, depths_ptr, voxel_idx_ptr, d_volume_ptr,  # [R, C], [R, D], [R, D], [V, C]
     d_features_ptr, d_depths_ptr,  # [R, C], [R, D]

@@ -11,7 +11,7 @@ Sizes: P points of B samples, C numbers a point, V voxels.
 import torch
 import torch.nn.functional as F
 
-from kernels.backend import on_triton, tl, triton
+from kernels.backend import jit, on_triton, tl, triton
 
 NO_KEY = 2**62  # of points outside the grid: sorts behind every cell
 
@@ -163,7 +163,7 @@ BLOCK_P = 256  # points per program
 TILE = 1024  # voxels x numbers per program
 
 
-@triton.jit
+@jit(varying=("P", "B"))
 def _cell_keys_kernel(
     points_ptr, ends_ptr, keys_ptr,  # [P, C], [B], [P]
     P, C, B, low, cell, shape,  # low and cell: (x, y, z); shape: (Z, Y, X)
@@ -191,7 +191,7 @@ def _cell(point, low, size, cells):
     return tl.where(inside, place, 0.0).to(tl.int64), inside
 
 
-@triton.jit
+@jit(varying=("P",))
 def _mark_first_kernel(
     keys_ptr, order_ptr, start_idx_ptr,  # [P] sorted, [P], [P]
     P, NO_KEY: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -205,7 +205,7 @@ def _mark_first_kernel(
     tl.store(start_idx_ptr + p, tl.where((key != before) & (key != NO_KEY), q, -1), mask=q_ok)
 
 
-@triton.jit
+@jit(varying=("P", "V"))
 def _mean_kernel(
     points_ptr, keys_ptr, order_ptr, start_idx_ptr, first_ptr,  # [P, C], [P] sorted, [P], [P], [V]
     features_ptr, coords_ptr,  # [V, C], [V, 4]

@@ -75,7 +75,7 @@ def compile_launch(kernel, launch, element, target):
         {(kernel.arg_names.index(a),): v for a, v in launch.constexprs.items()},
         {path: [["tt.divisibility", 16]] for path in aligned},
     )
-    options = {"num_warps": launch.num_warps}
+    options = {"num_warps": launch.num_warps, "enable_fp_fusion": True}
     if launch.num_stages is not None:
         options["num_stages"] = launch.num_stages
     return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)

@@ -1,0 +1,64 @@
+"""How kernels are launched, whatever they compute."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from kernels import backend
+from kernels.backend import jit, on_triton, references, tl, triton
+
+
+@jit(varying=("N",))
+def _double_kernel(x_ptr, N, WIDTH, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(x_ptr + i, 2 * tl.load(x_ptr + i, mask=i < N, other=0.0), mask=i < N)
+
+
+class OfDevice:
+    """Looks like a tensor of some GPU to `torch.cuda.device_of`."""
+
+    is_cuda = True
+
+    def __init__(self, index):
+        self.index = index
+
+    def get_device(self):
+        return self.index
+
+
+@pytest.mark.parametrize("args", [(OfDevice(3), 5), ((OfDevice(3), OfDevice(3)), 5), (None, OfDevice(3), 5)])
+def test_a_kernel_runs_on_the_gpu_of_its_first_tensor_with_fused_products(monkeypatch, args):
+    guarded, launched = [], []
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: guarded.append(tensor.index) or nullcontext())
+    monkeypatch.setattr(type(_double_kernel), "run", lambda kernel, *args, **kwargs: launched.append((args, kwargs)))
+    _double_kernel[(1,)](*args, BLOCK=8)
+    ((given, options),) = launched
+    assert guarded == [3] and given == args
+    assert options == dict(grid=(1,), warmup=False, BLOCK=8, enable_fp_fusion=True)
+    _double_kernel[(1,)](*args, BLOCK=8, enable_fp_fusion=False)
+    assert not launched[1][1]["enable_fp_fusion"]
+
+
+def test_a_kernel_computes_under_the_guard(device):
+    x = torch.arange(8.0, device=device)
+    _double_kernel[(1,)](x, 5, 8, BLOCK=8)
+    assert x.tolist() == [0, 2, 4, 6, 8, 5, 6, 7]
+
+
+def test_triton_is_told_which_sizes_vary(monkeypatch):
+    told = []
+    monkeypatch.setattr(triton, "jit", lambda kernel, **options: told.append(options) or kernel)
+    jit(varying=("N",))(lambda x_ptr, N: None)
+    jit(lambda x_ptr, N: None)
+    assert told == [{"do_not_specialize": ("N",)}, {"do_not_specialize": ()}]
+
+
+def test_references_take_the_place_of_kernels(monkeypatch):
+    monkeypatch.setattr(backend, "interpret", True)
+    x = torch.zeros(1)
+    assert on_triton(x)
+    with pytest.raises(ZeroDivisionError), references():
+        assert not on_triton(x)
+        1 / 0
+    assert on_triton(x)

@@ -60,5 +60,5 @@ def test_references_take_the_place_of_kernels(monkeypatch):
     assert on_triton(x)
     with pytest.raises(ZeroDivisionError), references():
         assert not on_triton(x)
-        1 / 0
+        raise ZeroDivisionError
     assert on_triton(x)

@@ -95,7 +95,7 @@ if __name__ == "__main__":
     peers |= {"compiled": fn} if fn else {}
     rows = compare("sdf_render", eager, triton, peers, cases, AGREE)
     print("\n| case | impl | forward + backward, us a ray |\n|---|---|---|")
-    for row in rows:
+    for row in (row for row in rows if row.both_ms):
         print(f"| {row.case} | {row.impl} | {1e3 * row.both_ms / int(row.case.split()[0][2:]):.1f} |")
     if not fn:
         print(f"| all | compiled | none: {reason} |")

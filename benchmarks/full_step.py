@@ -1,0 +1,158 @@
+"""One training step of every recipe at full size: what it computes, how long it takes, and where the time goes.
+
+    python -m benchmarks.full_step                            every recipe but the tiny ones; on a CPU the tiny ones
+    python -m benchmarks.full_step train/camera/camera-0.1
+
+A sample of the synthetic city, at 900 x 1600 pixels and with the sweeps that the recipe reads; batch 1, as train.py and
+finetune.py run it: bf16 on a GPU, forward, backward, clipping and AdamW (at a learning rate of 0, so that every step is
+the same step). Loss and gradient norm stand beside those of the same step on the PyTorch references; the untrained
+camera encoder's gradients are large and mostly rounding, so its norm says little.
+"""
+
+import json
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+from benchmarks import harness
+from benchmarks.harness import DEVICE, gpu_events, machine
+from kernels.backend import references
+from unipad.data.nuscenes import NuScenesDataset, collate
+from unipad.data.synthetic import generate
+from unipad.data.tables import LEARNED
+from unipad.model.detect import Detector
+from unipad.model.pretrain import Pretrain
+from unipad.model.segment import Segmenter
+from unipad.optimiser import make_optimiser
+from unipad.recipes import DETECT, PRETRAIN, SEGMENT
+from unipad.runtime import generators, mixed_precision
+
+CITY = Path("data/full-size" if DEVICE == "cuda" else "data/small-size")
+IMAGE_SIZE = (900, 1600) if DEVICE == "cuda" else (144, 256)
+TASKS = {"train": (PRETRAIN, Pretrain), "finetune": (DETECT, Detector), "segment": (SEGMENT, Segmenter)}
+# what a user runs first, first: time may end
+FIRST = ("train/camera/camera-0.1", "train/lidar/lidar-0.075", "train/fusion/fusion-0.075", "segment/lidar/segment")
+TIMED = 5  # steps
+COSTLIEST = 20  # kernels
+
+
+@dataclass(frozen=True)
+class Args:
+    recipes: tyro.conf.Positional[tuple[str, ...]] = ()  # task/modality/preset (default: all)
+
+
+def recipes():
+    """{task/modality/preset: (recipe, model)}, in the order in which they are measured."""
+    found = {
+        f"{task}/{modality}/{name}": (recipe, model)
+        for task, (presets, model) in TASKS.items()
+        for modality, named in presets.items()
+        for name, recipe in named.items()
+        if name.endswith("tiny") == (DEVICE == "cpu")
+    }
+    return dict(sorted(found.items(), key=lambda item: item[0] not in FIRST))
+
+
+def city():
+    """Root of a small city with camera sweeps, made once."""
+    if not CITY.exists():
+        generate(CITY, scenes=2, keyframes=2, image_size=IMAGE_SIZE, camera_sweeps=2)
+    return CITY
+
+
+class Step:
+    """The same training step as often as it is called; returns loss and gradient norm, on the device."""
+
+    def __init__(self, recipe, model, root):
+        version = "v1.0-mini"
+        box = None if model is Segmenter else (recipe.grid.low, recipe.grid.high)  # as the scripts read it
+        data = NuScenesDataset(root, version, LEARNED[version][0], recipe.data, point_range=box)
+        self.batch = collate([data[len(data) - 1]]).to(DEVICE)  # the last: with sweeps before it
+        torch.manual_seed(0)
+        with torch.device(DEVICE):
+            self.net = model(recipe)
+        self.net.to(DEVICE)
+        self.optimizer = make_optimiser(self.net, recipe.optim)
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+        self.autocast, self.scaler = mixed_precision(None, torch.device(DEVICE))
+        self.clip = recipe.optim.clip
+
+    def __call__(self):
+        with self.autocast:
+            out = self.net(self.batch, generators(0, 0, [0], DEVICE))
+        losses = out[0] if isinstance(out, tuple) else out
+        loss = sum(losses.values())
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return torch.stack([loss.detach().float(), norm.float()])
+
+
+def measure(name, recipe, model, root):
+    """Loss, gradient norm, times and memory of a recipe's step, by name."""
+    began = time.perf_counter()
+    step = Step(recipe, model, root)
+    loss, norm = step().tolist()
+    found = {"recipe": name, "loss": loss, "grad_norm": norm, "first_step_s": time.perf_counter() - began}
+    with references():
+        loss, norm = step().tolist()
+    found |= {"loss_ref": loss, "grad_norm_ref": norm, "mem_mb": None}
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    found |= {"ms": _milliseconds(step)}
+    if DEVICE == "cuda":
+        found |= {"mem_mb": torch.cuda.max_memory_allocated() / 2**20} | _where_the_time_goes(step, found["ms"])
+    return found
+
+
+def _milliseconds(step):
+    """Median of TIMED steps, the host waiting after each."""
+    times = []
+    for _ in range(TIMED):
+        begin = time.perf_counter()
+        step().tolist()
+        times.append(1e3 * (time.perf_counter() - begin))
+    return sorted(times)[TIMED // 2]
+
+
+def _where_the_time_goes(step, ms):
+    """The GPU's kernels in a step: number, time and the costliest, and the fraction of the step without any."""
+    events = gpu_events(step)
+    cost, count = Counter(), Counter()
+    for event in events:
+        cost[event.name()] += event.duration_ns() * 1e-6
+        count[event.name()] += 1
+    busy = sum(cost.values())
+    costliest = [[name[:100], count[name], round(spent, 4)] for name, spent in cost.most_common(COSTLIEST)]
+    return {"gpu_ms": busy, "launches": len(events), "idle": max(0.0, 1 - busy / ms), "costliest": costliest}
+
+
+def main(args: Args, write=None):
+    """Measure and print; write: takes each recipe's record, a dict, as soon as it is known."""
+    root, known = city(), recipes()
+    for name in args.recipes or known:
+        if time.monotonic() > harness.deadline:
+            print(f"{name}: left out, no time")
+            continue
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            record = measure(name, *known[name], root)
+        except Exception as error:  # the next recipe's step may be right
+            record = {"recipe": name, "error": f"{type(error).__name__}: {error}"[:500]}
+        record |= machine()
+        print(json.dumps({k: v for k, v in record.items() if k != "costliest"}), flush=True)
+        for kernel, count, ms in record.get("costliest", ()):
+            print(f"    {ms:9.3f} ms {count:5} x {kernel}")
+        if write:
+            write(record)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,158 @@
+"""What `benchmarks.gpu` found, as a page of Markdown, and the README's table of what was verified on which GPU."""
+
+import csv
+import json
+import statistics
+
+TITLES = ["op", "case", "impl", "fwd ms", "fwd+bwd ms", "GPU ms", "peak MB", "error", "why not timed"]
+KEYS = ("op", "case", "impl", "fwd_ms", "both_ms", "gpu_ms", "peak_mb", "error", "note")
+STEP_TITLES = ["recipe", "loss", "reference", "gradient norm", "reference", "ms", "GPU ms", "idle", "launches", "MB"]
+BEGIN, END = "<!-- verified: written by python -m benchmarks.gpu -->", "<!-- /verified -->"
+# The case of an op that the README shows: that of the paper's recipe, by what its name has; others show their last one
+SHOWN = {
+    "sdf_render": "R=3072",
+    "lift": "camera-0.1 bfloat16, 6 views, 128",
+    "voxel_pool": "camera-0.075 bfloat16, 6 views, 180 x 180 x 5, C 256",
+    "composite": "S=96 C=4",
+    "resample": "R=3072",
+    "trilinear": "R=3072 S=96",
+    "rotated_iou": "N=900",
+    "rotated_nms": "N=300",
+}
+
+
+class Folder:
+    """What a run leaves; every line is on disk when a call returns."""
+
+    def __init__(self, path):
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+
+    def write(self, stage, record):
+        with (self.path / "records.jsonl").open("a") as f:
+            f.write(json.dumps({"stage": stage} | record) + "\n")
+
+    def records(self, stage):
+        """What a stage wrote, a list of dicts."""
+        file = self.path / "records.jsonl"
+        lines = file.read_text().splitlines() if file.exists() else []
+        return [record for record in map(json.loads, lines) if record["stage"] == stage]
+
+    def rows(self):
+        """The races' rows, as results.csv has them: a list of dicts of str."""
+        return read_rows(self.path / "results.csv")
+
+
+def read_rows(file):
+    return list(csv.DictReader(file.open(newline=""))) if file.exists() else []
+
+
+def page(folder):
+    """The whole report."""
+    parts = [f"# GPU report {folder.path.name}", *_machine(folder.records("machine"))]
+    stages = [[r["name"], r["ended"], f"{r['seconds']:.0f}"] for r in folder.records("ended")]
+    parts += ["## Stages", _table(["stage", "ended", "seconds"], stages)]
+    checks = folder.records("selfcheck")
+    bad = [r["line"] for r in checks if not r["ok"]]
+    parts += ["## Self-check", f"{len(checks) - len(bad)} of {len(checks)} checks are ok."]
+    parts += ["\n".join(["```", *bad, "```"])] if bad else []
+    parts += ["## One training step of every recipe, batch 1", *_steps(folder.records("steps"))]
+    parts += ["## Races", _table(TITLES, [[_short(row[k]) for k in KEYS] for row in folder.rows()])]
+    parts += ["## Tests", "\n".join(f"- {r['line']}" for r in folder.records("tests"))]
+    parts += ["## Training", "\n".join(_curves(folder.records("training")))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(titles, rows):
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def _short(value):
+    """A number of a CSV file with four digits; other text as a table's cell may have it."""
+    try:
+        return f"{float(value):.4g}"
+    except ValueError:
+        return value.replace("|", "/")
+
+
+def _machine(records):
+    for found in records:
+        yield ", ".join(f"{k} {found[k]}" for k in ("device", "torch", "triton", "commit"))
+        ceilings = [["copy", "copy_gb_s", "GB/s"], ["copy in the L2", "l2_gb_s", "GB/s"]]
+        ceilings += [[f"{t} matrix product", f"{t}_tflop_s", "TFLOP/s"] for t in ("tf32", "bf16")]
+        yield _table(["ceiling", "measured"], [[name, f"{found[key]:.0f} {unit}"] for name, key, unit in ceilings])
+
+
+def _steps(records):
+    rows = []
+    for r in records:
+        if "error" in r:
+            rows.append([r["recipe"], r["error"].replace("|", "/").replace("\n", " "), *[""] * 8])
+            continue
+        numbers = [f"{r[k]:.5g}" for k in ("loss", "loss_ref", "grad_norm", "grad_norm_ref", "ms")]
+        on_gpu = [f"{r['gpu_ms']:.1f}", f"{r['idle']:.0%}", r["launches"]] if "gpu_ms" in r else ["-"] * 3
+        rows.append([r["recipe"], *numbers, *on_gpu, f"{r['mem_mb']:.0f}" if r["mem_mb"] else "-"])
+    yield _table(STEP_TITLES, rows)
+    for r in records:
+        if r.get("costliest"):
+            yield f"Costliest kernels of {r['recipe']}:"
+            yield _table(
+                ["ms", "launches", "kernel"], [[f"{ms:.3f}", n, f"`{name}`"] for name, n, ms in r["costliest"]]
+            )
+
+
+def _curves(runs):
+    for r in runs:
+        metrics = ", ".join(f"{k} {v:.3f}" for k, v in r.items() if k.startswith("val/"))
+        steps = len(r["curve"])
+        yield f"- {r['device']}: exit code {r['exit']}, {steps} steps in {r['seconds']:.0f} s; {metrics}"
+    curves = {r["device"]: dict(map(tuple, r["curve"])) for r in runs}
+    if {"cpu", "cuda"} <= curves.keys():
+        # both draw random numbers of their own: what agrees is the mean of some steps
+        for first in range(1, max(curves["cpu"], default=0) + 1, 20):
+            means = [_mean(curves[device], first, first + 20) for device in ("cpu", "cuda")]
+            yield f"- mean loss of steps {first} to {first + 19}: CPU {means[0]:.3f}, GPU {means[1]:.3f}"
+
+
+def _mean(curve, first, end):
+    losses = [loss for step, loss in curve.items() if first <= step < end]
+    return statistics.fmean(losses) if losses else float("nan")
+
+
+def verified(rows):
+    """The README's table: of each op on each GPU one case, newest, beside its fastest peer; a sentence without rows.
+
+    rows: of results.csv, a list of dicts of str, the oldest first.
+    """
+    shown = {}
+    for row in rows:
+        if row["impl"] == "triton" and row["fwd_ms"] and SHOWN.get(row["op"], "") in row["case"]:
+            shown[row["device"], row["op"]] = row
+    if not shown:
+        return "No kernel has been timed on a GPU yet; `python -m benchmarks.gpu` on one writes a table here."
+    cells = []
+    for row in shown.values():
+        peer = _fastest_peer(row, rows)
+        theirs = [peer["impl"], f"{_ms(peer):.3f}", f"{_ms(peer) / _ms(row):.1f}"] if peer else ["-"] * 3
+        gpu = _short(row["gpu_ms"]) if row["gpu_ms"] else "-"
+        cells.append([row["device"], row["op"], row["case"], f"{_ms(row):.3f}", gpu, *theirs, row["commit"]])
+    return _table(["GPU", "op", "case", "ms", "GPU ms", "fastest peer", "its ms", "ratio", "commit"], cells)
+
+
+def _ms(row):
+    """Of forward and backward, or of what has no backward."""
+    return float(row["both_ms"] or row["fwd_ms"])
+
+
+def _fastest_peer(row, rows):
+    same = ("device", "op", "case", "commit")
+    peers = [r for r in rows if all(r[k] == row[k] for k in same) and r["impl"] != "triton" and r["fwd_ms"]]
+    return min(peers, key=_ms, default=None)
+
+
+def with_table(text, rows):
+    """A README's text with its table written anew."""
+    head, rest = text.split(BEGIN)
+    _, tail = rest.split(END)
+    return f"{head}{BEGIN}\n{verified(rows)}\n{END}{tail}"

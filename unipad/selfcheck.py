@@ -91,6 +91,7 @@ TYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "b
 # which adds up over the layers of a field instead of averaging out.
 SLACK = {"fp32": 1e-5, "tf32": 1e-2, "fp16": 1e-3, "bf16": 1e-2}
 LONGEST = 120  # seconds of one check, compiling included; then its process is ended
+JOBS = 8  # processes that compile, at most
 TIMED = 3  # runs, of which the fastest is told
 
 
@@ -129,14 +130,14 @@ class Result:
 
     def __str__(self):
         kind = f"{self.name:36} {self.size:6} {self.dtype:4}"
-        figures = f"error {self.error:.1e} of {self.bound:.1e}  {self.ms:8.3f} ms"
+        ms = "" if math.isnan(self.ms) else f"  {self.ms:8.3f} ms"
+        figures = f"error {self.error:.1e} of {self.bound:.1e}{ms}"
         return f"{kind}  ok    {figures}" if self.ok else f"{kind}  BAD   {self.message}"
 
 
-def run(case, device=None):
+def run(case):
     """The `Result` of a case. Never raises: what the op raises is the result's message."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    facts = case.name, case.size, case.dtype
+    device, facts = _device(), (case.name, case.size, case.dtype)
     try:
         torch.manual_seed(0)
         inputs = case.inputs(device, TYPES[case.dtype])
@@ -150,12 +151,16 @@ def run(case, device=None):
         if not message and differ:
             message = f"{differ[0]} differs from run to run"
         with _strictly(case.strict):
-            return Result(*facts, error, bound, _milliseconds(case, inputs, device), message)
+            return Result(*facts, error, bound, _milliseconds(case, inputs), message)
     except Exception as fault:  # noqa: BLE001 whatever an op raises is what is to be told
         where = traceback.extract_tb(fault.__traceback__)[-1]
         told = " ".join(str(fault).split())[:300]
         message = f"{type(fault).__name__}: {told} ({os.path.basename(where.filename)}:{where.lineno})"
         return Result(*facts, math.nan, math.nan, math.nan, message)
+
+
+def _device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _run(fn, inputs, case, dtype=None):
@@ -237,9 +242,9 @@ def _strictly(on):
         torch.use_deterministic_algorithms(False)
 
 
-def _milliseconds(case, inputs, device):
+def _milliseconds(case, inputs):
     """Of the op's forward and backward, the fastest of a few runs on a GPU."""
-    if device != "cuda":
+    if _device() != "cuda":
         return math.nan
     inputs, named = _prepared(inputs, case)
     ups = []
@@ -306,7 +311,7 @@ WIDTHS = 16, 32, 64, 128  # of the stages
 def _grid(recipe):
     """low, cell, (Z, Y, X)"""
     if not recipe:
-        return (-4.0, -3.0, -1.0), (0.5, 0.3, 0.7), (5, 20, 16)
+        return (-2.5, -1.5, -1.5), (0.5, 0.3, 0.7), (4, 10, 10)
     cell = LIDAR.lidar.cell
     sizes = [round((h - l) / c) for l, h, c in zip(LIDAR.grid.low, LIDAR.grid.high, cell, strict=True)]
     return LIDAR.grid.low, cell, tuple(sizes[::-1])
@@ -321,7 +326,7 @@ def _points(recipe, device):
     if not recipe:
         low, cell, shape = _grid(False)
         extent = torch.tensor([c * n for c, n in zip(cell, shape[::-1], strict=True)], device=device)
-        points = torch.rand(700, 5, device=device)
+        points = torch.rand(300, 5, device=device)
         points[:, :3] = points[:, :3] * 1.2 * extent + torch.tensor(low, device=device)
         return points
     sweeps = []
@@ -406,7 +411,7 @@ def _voxels(size, recipe):
 def _sparse(size, recipe):
     def inputs(kind, number, kernel, c_in, c_out):
         def make(device, dtype):
-            coords, shape = _stage(number, recipe, device)
+            coords, shape = _stage(number if recipe else 0, recipe, device)  # a small scene has no later stages
             if kind == "submanifold":
                 table = submanifold_map_ref(coords, *sort_voxels_ref(coords, shape), shape, kernel, ONE)
                 tables = table, None
@@ -707,52 +712,68 @@ def _field(size, recipe):
 # The command
 
 
-def results(cases):
-    """The `Result` of each case, as it is known. On a GPU in processes that may break without harm to those after."""
-    if not torch.cuda.is_available():
-        yield from map(run, cases)
-        return
+def results(cases, isolated=None):
+    """The `Result` of each case, as it is known.
+
+    isolated: in processes of their own, which may break without harm to the cases after; None: where there is a GPU.
+    """
+    isolated = torch.cuda.is_available() if isolated is None else isolated
     left = list(cases)
+    if not isolated:
+        yield from map(run, left)
+        return
+    _compile(left)
     while left:
-        names = json.dumps([str(case) for case in left])
-        command = [sys.executable, "-m", "unipad.selfcheck", "--worker"]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as worker:
-            worker.stdin.write(names)
-            worker.stdin.close()
+        known = len(left)
+        with _worker("judge", left, subprocess.PIPE) as worker:
             for line in worker.stdout:
                 with contextlib.suppress(ValueError):  # another library's print
                     yield Result(**json.loads(line))
                     left.pop(0)
-        if left and worker.returncode:
+        if left and (worker.returncode or len(left) == known):
             case = left.pop(0)
             message = f"its process ended with {worker.returncode} before the result was known"
             yield Result(case.name, case.size, case.dtype, math.nan, math.nan, math.nan, message)
 
 
-def _work():
-    """Run the cases whose names come in, print a line each; end early where the GPU's context is lost."""
+def _compile(cases):
+    """Run all once, several processes at a time: compiling takes longer than the rest. What is wrong is told later."""
+    jobs = min(JOBS, os.cpu_count())
+    for worker in [_worker("compile", cases[i::jobs], subprocess.DEVNULL) for i in range(jobs)]:
+        worker.wait()
+
+
+def _worker(task, cases, stdout):
+    command = [sys.executable, "-m", "unipad.selfcheck", "--worker", task]
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stdout, text=True)
+    json.dump([str(case) for case in cases], worker.stdin)
+    worker.stdin.close()
+    return worker
+
+
+def _work(task):
+    """Run the cases whose names come in; "judge" prints a line each, and ends early where the GPU's context is lost."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # of the strict ones
     known = {str(case): case for case in checks()}
     for name in json.load(sys.stdin):
         faulthandler.dump_traceback_later(LONGEST, exit=True)
-        print(json.dumps(asdict(run(known[name]))), flush=True)
-        try:
-            torch.cuda.synchronize()
-        except RuntimeError:
-            os._exit(0)  # told already; a context that is lost fails in destructors too
-
-
-def references(cases):
-    """As `results`, of the references alone: on a CPU an op is its reference."""
-    for case in cases:
-        yield run(replace(case, op=case.ref))
+        case = known[name]
+        if task == "compile":
+            with contextlib.suppress(Exception), _strictly(case.strict):
+                _run(case.op, case.inputs(_device(), TYPES[case.dtype]), case)
+            continue
+        print(json.dumps(asdict(run(case))), flush=True)
+        if _device() == "cuda":
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError:
+                os._exit(0)  # told already; a context that is lost fails in destructors too
 
 
 @dataclass
 class Args:
     sizes: tuple[str, ...] = SIZES
     ops: tuple[str, ...] = ()  # beginnings of names; none: all
-    worker: tyro.conf.Suppress[bool] = False
 
 
 def main(args):
@@ -790,8 +811,7 @@ def _machine():
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
-    if args.worker:
-        _work()
+    if sys.argv[1:2] == ["--worker"]:
+        _work(sys.argv[2])
     else:
-        sys.exit(main(args))
+        sys.exit(main(tyro.cli(Args, description=__doc__)))

@@ -334,14 +334,14 @@ def _points(recipe, device):
         elevation = torch.linspace(-30.67, 10.67, 32, device=device).deg2rad()[:, None]
         azimuth = (torch.arange(1084, device=device) + torch.rand((), device=device)) * (2 * math.pi / 1084)
         facet = (azimuth * (40 / (2 * math.pi))).long() % 40  # a wall each, farther or nearer
-        wall = 6 + 50 * torch.rand(40, generator=torch.Generator().manual_seed(2)).to(device) ** 2
+        wall = 4 + 30 * torch.rand(40, generator=torch.Generator().manual_seed(2)).to(device) ** 2
         along = wall[facet] / ((azimuth * 40 / (2 * math.pi)) % 1 - 0.5).mul(2 * math.pi / 40).cos()
         t = torch.minimum(along / elevation.cos(), torch.where(elevation < 0, -1.84 / elevation.sin(), math.inf))
-        t = t + 0.02 * torch.randn_like(t) + (torch.rand_like(t) < 0.15) * -0.7 * torch.rand_like(t).log()
+        t = t + 0.02 * torch.randn_like(t) + (torch.rand_like(t) < 0.1) * -0.5 * torch.rand_like(t).log()
         height = elevation.sin().expand_as(t) * t
         xyz = torch.stack([elevation.cos() * azimuth.cos() * t, elevation.cos() * azimuth.sin() * t, height], dim=-1)
-        xyz = xyz + torch.tensor([0.0, -0.6 * sweep, 0.0], device=device)  # 12 m/s at 20 Hz
-        back = torch.rand_like(t) < 0.75
+        xyz = xyz + torch.tensor([0.0, -0.3 * sweep, 0.0], device=device)  # 6 m/s at 20 Hz
+        back = torch.rand_like(t) < 0.4
         rest = torch.stack([torch.rand_like(t), torch.full_like(t, 0.05 * sweep)], dim=-1)
         sweeps.append(torch.cat([xyz, rest], dim=-1)[back & (t < 70)])
     return torch.cat(sweeps)

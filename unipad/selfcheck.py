@@ -28,6 +28,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -82,8 +83,9 @@ from kernels.trilinear import trilinear, trilinear_ref, trilinear_value, triline
 from kernels.voxel_keys import sort_voxels, sort_voxels_ref, voxel_keys, voxel_keys_ref
 from kernels.voxel_pool import voxel_pool, voxel_pool_ref
 from kernels.voxelize import voxelize, voxelize_ref
+from unipad.errors import UserError
 from unipad.recipes import PRETRAIN
-from unipad.runtime import commit
+from unipad.runtime import commit, one_sentence_errors
 
 SIZES = ("small", "recipe")
 TYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -657,7 +659,7 @@ def _mlp(conditions, outputs, hidden, layers, bias, device):
 
 
 def _field(size, recipe):
-    (Z, Y, X), R, S = ((5, 180, 180), 3072, 96) if recipe else ((5, 9, 9), 7, 40)
+    (Z, Y, X), R, S = ((5, 180, 180), 3072, 96) if recipe else ((5, 9, 9), 4, 33)
 
     def inputs(method, C=32, hidden=16, sdf_layers=6, rgb_layers=4):
         def make(device, dtype):
@@ -772,7 +774,7 @@ def _work(task):
 
 @dataclass
 class Args:
-    sizes: tuple[str, ...] = SIZES
+    sizes: tuple[Literal["small", "recipe"], ...] = SIZES
     ops: tuple[str, ...] = ()  # beginnings of names; none: all
 
 
@@ -783,6 +785,8 @@ def main(args):
         print("There is no GPU to check: an op is its reference here, and these run at small sizes.")
         args = replace(args, sizes=("small",))
     cases = [case for case in checks(args.sizes) if not args.ops or case.name.startswith(args.ops)]
+    if not cases:
+        raise UserError(f"--ops {' '.join(args.ops)}: no op's name begins so; leave the flag out to see all.")
     began, bad = time.perf_counter(), []
     for result in results(cases):
         print(result, flush=True)
@@ -814,4 +818,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
         _work(sys.argv[2])
     else:
-        sys.exit(main(tyro.cli(Args, description=__doc__)))
+        with one_sentence_errors():
+            sys.exit(main(tyro.cli(Args, description=__doc__)))

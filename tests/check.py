@@ -4,6 +4,7 @@ from contextlib import contextmanager
 from unittest import mock
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 SLACK = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # share of the largest true value
 
@@ -52,6 +53,15 @@ def launches():
 
     with mock.patch.object(KernelInterface, "__getitem__", recording):
         yield names
+
+
+class NoFloatCumsum(TorchDispatchMode):
+    """Fails where floating numbers are summed up one after the other, forward or backward."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        summed = func.overloadpacket in (torch.ops.aten.cumsum, torch.ops.aten.cumsum_)
+        assert not (summed and args[0].is_floating_point()), f"{func} of {args[0].dtype} is not deterministic on a GPU"
+        return func(*args, **(kwargs or {}))
 
 
 def _run(fn, inputs, dtype, wrt):

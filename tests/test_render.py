@@ -10,6 +10,7 @@ from kernels import backend
 from kernels.lift import lift
 from kernels.sdf_alpha import laplace_density, neus_alpha
 from tests.check import launches
+from tests.conftest import HAS_GPU
 from tests.golden import assert_close_to_max, load, weights
 from unipad.config import Grid, Render
 from unipad.model.field import Field, Softplus
@@ -381,26 +382,27 @@ def test_half_precision_is_kept_out():
 
 
 @pytest.mark.parametrize("method", ["neus", "volsdf", "unisurf"])
-def test_kernels_render_what_the_references_render(method, monkeypatch):
+def test_kernels_render_what_the_references_render(method, device, monkeypatch):
     """All ops take their kernels and fit together. In fp64: in fp32, rounding may move samples."""
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
     volume, rays = random_scene(per_sample=(2, 3), dtype=torch.float64)
-    volume.requires_grad_()
     renderer = Renderer(replace(FEW, method=method, search=16), SMALL).double()
     jitter = torch.rand(len(rays), renderer.jitters, dtype=torch.float64)
 
-    def step():
-        out = renderer(volume, rays, jitter)
-        losses = renderer.loss(out, rays)
-        return {"rgb": out.rgb, "depth": out.depth, "starts": out.starts} | gradients(losses, renderer, volume)
+    def step(device):
+        net, seen = renderer.to(device), volume.detach().to(device).requires_grad_()
+        there = Rays(*(value.to(device) for value in vars(rays).values()))
+        out = net(seen, there, jitter.to(device))
+        losses = net.loss(out, there)
+        return {"rgb": out.rgb, "depth": out.depth, "starts": out.starts} | gradients(losses, net, seen)
 
-    expected = step()
-    monkeypatch.setattr(backend, "interpret", True)
+    expected = step("cpu")
+    monkeypatch.setattr(backend, "interpret", not HAS_GPU)
     with launches() as names:
-        found = step()
+        found = step(device)
     assert {"_clip_rays_kernel", "_trilinear_fwd_kernel", "_trilinear_bwd_kernel", "_composite_bwd_kernel"} <= {*names}
     for name, value in expected.items():
-        assert_close_to_max(found[name], value, 1e-4, name)
+        assert_close_to_max(found[name].cpu(), value, 1e-4, name)
 
 
 def test_unknown_method_is_named():

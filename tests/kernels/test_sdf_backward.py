@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.sdf_render import sdf_render
-from tests.check import launches
+from tests.check import NoFloatCumsum, launches
 from tests.conftest import HAS_GPU
 from tests.golden import assert_close_to_max
 from tests.kernels.test_sdf_render import (
@@ -61,7 +61,7 @@ def test_strict_determinism_sums_by_cell():
     truth = results(composed("neus"), inputs, torch.float64)
     torch.use_deterministic_algorithms(True)
     with launches() as launched:
-        found = results(called(sdf_render), inputs)
+        found = results(called(sdf_render, exact=True), inputs)
     assert launched[-1] == "_cell_sum_kernel"
     for name, value in found.items():
         assert_close_to_max(value, truth[name], 1e-5, name)
@@ -113,6 +113,17 @@ def test_a_training_step_never_waits_for_the_device(deterministic):
     assert ("_cell_sum_kernel" in launched) == deterministic and all(t.isfinite().all() for t in found)
     with pytest.raises(AssertionError, match="waits"), NoLookAtTheDevice():
         training_step("volsdf")[1]()  # its sampler does
+
+
+def test_volsdf_asks_for_no_floating_cumsum():
+    """Its sampler searches by running sums, under `--deterministic` too."""
+    _, step = training_step("volsdf")
+    torch.use_deterministic_algorithms(True)
+    with launches() as launched, NoFloatCumsum():
+        found = step()
+    assert "_cell_sum_kernel" in launched and all(t.isfinite().all() for t in found)
+    with pytest.raises(AssertionError, match="not deterministic"), NoFloatCumsum():
+        torch.ones(3).cumsum(0)
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="CUDA graphs need a GPU")

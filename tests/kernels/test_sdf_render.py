@@ -1,5 +1,6 @@
 """The fused renderer against its formulas one by one under autograd, which differentiates the distance twice."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -50,6 +51,9 @@ LAUNCHES = [
     launch("_sdf_render_fwd_kernel", RGB | ALONG | TRAIN | IEEE, AMD),
 ]
 GRADIENTS = ["volume", "sdf_mlp", "rgb_mlp", "density"]
+# What tf32, the default, may be off by: shares of the largest true entry of an output and of a gradient. Operands keep
+# 10 bits of mantissa; the softplus of sharpness 100 and ten layers enlarge their errors.
+TF32, TF32_GRADIENT = 2e-3, 2e-2
 
 
 def random_mlp(conditions, outputs, hidden, layers):
@@ -185,6 +189,34 @@ def test_field_of_the_presets(seed):
     assert (cosine > 0).any() and (cosine < 0).any()
 
 
+@pytest.fixture
+def tensor_cores(monkeypatch):
+    """Products as NVIDIA's matrix units take them, in the interpreter too: tf32 drops 13 bits of the operands."""
+    if HAS_GPU:
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    plain = InterpreterBuilder.create_dot
+
+    def cut(x):
+        return TensorHandle((np.ascontiguousarray(x.data).view(np.int32) & -0x2000).view(np.float32), x.dtype)
+
+    def dot(builder, a, b, out, precision, *rest):
+        a, b = (cut(a), cut(b)) if precision.name == "TF32" else (a, b)
+        return plain(builder, a, b, out, precision, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
+
+
+def test_default_precision(tensor_cores):
+    """tf32: every output and gradient within what is documented above, and off by more than fp32 would be."""
+    inputs = make_inputs(5, 40)
+    truth, found = results(composed("neus"), inputs, torch.float64), results(called(sdf_render), inputs)
+    for name, value in found.items():
+        assert_close_to_max(value, truth[name], TF32_GRADIENT if name.startswith("d_") else TF32, name)
+    assert (found["sdf"] - truth["sdf"]).abs().max() > 1e-5 * truth["sdf"].abs().max()
+
+
 @pytest.mark.parametrize(
     "method, sizes",
     [
@@ -198,7 +230,7 @@ def test_field_of_the_presets(seed):
 def test_family(method, sizes):
     inputs = make_inputs(**sizes)
     wrt = [name for name in GRADIENTS if inputs[name] is not None]
-    check_against_ref(called(sdf_render, method), composed(method), inputs, torch.float32, wrt)
+    check_against_ref(called(sdf_render, method, exact=True), composed(method), inputs, torch.float32, wrt)
 
 
 @pytest.mark.parametrize("method, rgb_layers", [("neus", 4), ("volsdf", 0)])
@@ -214,7 +246,7 @@ def test_samples_on_cell_faces():
     inputs["origins"] = torch.zeros(2, 3, device=DEVICE)
     inputs["directions"] = torch.tensor([[1.0, 0, 0], [0, -1, 0]], device=DEVICE)
     inputs["edges"] = torch.arange(17, device=DEVICE).expand(2, 17) / 8
-    assert_as_composed(inputs, "neus", 1e-5)
+    assert_as_composed(inputs, "neus", 1e-5, exact=True)
 
 
 def test_opacity_clipped_at_both_ends():
@@ -227,7 +259,7 @@ def test_opacity_clipped_at_both_ends():
     inputs["sdf_mlp"][-1][0] -= before["sdf"][steepest].float()  # the last bias: the surface is there
     truth = results(composed("neus"), inputs, torch.float64)
     assert cosine[steepest] < 0 and truth["weights"][steepest] == 0 and (truth["sdf"][0] < -0.01).any()
-    check_against_ref(called(sdf_render), composed("neus"), inputs, torch.float32, GRADIENTS)
+    check_against_ref(called(sdf_render, exact=True), composed("neus"), inputs, torch.float32, GRADIENTS)
 
 
 def test_softplus_beyond_its_threshold():
@@ -235,7 +267,7 @@ def test_softplus_beyond_its_threshold():
     inputs = make_inputs(2, 12, sdf_layers=3, rgb_layers=2)
     inputs["sdf_mlp"][1][::2] += 1.0
     inputs["sdf_mlp"][1][1::4] -= 1.0
-    check_against_ref(called(sdf_render), composed("neus"), inputs, torch.float32, GRADIENTS)
+    check_against_ref(called(sdf_render, exact=True), composed("neus"), inputs, torch.float32, GRADIENTS)
 
 
 def test_a_ray_stops_where_its_light_does():
@@ -249,8 +281,9 @@ def test_a_ray_stops_where_its_light_does():
         stopped_rgb, stopped_depth, *stopped = called(sdf_render, "volsdf", stop=stop)(**inputs)
     assert (whole[1] < 0).all() and whole[0][4].sum() < 0.5
     for before, after in zip(whole, stopped, strict=True):
-        assert not after[:2, 64:].any() and torch.equal(after[:2, :64], before[:2, :64])
-        assert torch.equal(after[2:], before[2:])
+        assert not after[:2, 64:].any()
+        assert_close_to_max(after[:2, :64], before[:2, :64], TF32)  # two kernels may round the same formula apart
+        assert_close_to_max(after[2:], before[2:], TF32)
     assert 0 < (stopped_rgb - rgb).abs().max() < stop
     reach = inputs["edges"][:, -1] - inputs["edges"][:, 0]
     assert ((stopped_depth - depth).abs() <= stop * reach).all()
@@ -270,7 +303,7 @@ def test_distances_alone():
     starts, cells = inputs["edges"][:, :-1], (CELLS_PER_UNIT, FIRST_CELL)
     truth = results(composed("neus"), inputs, torch.float64)["sdf"]
     for fn in (sdf_values, sdf_values_ref):
-        assert_close_to_max(fn(inputs["volume"], rays, starts, inputs["sdf_mlp"], cells), truth, 1e-5)
+        assert_close_to_max(fn(inputs["volume"], rays, starts, inputs["sdf_mlp"], cells, exact=True), truth, 1e-5)
     nothing = sdf_values(inputs["volume"], [t[:0] for t in rays], starts[:0], inputs["sdf_mlp"], cells)
     assert nothing.shape == (0, 17)
 
@@ -293,12 +326,14 @@ def test_rejects_what_does_not_fit():
 
 
 def test_golden_record(monkeypatch):
-    """The original's NeuS renderer, sampling included, through `Renderer`; few large tiles, as interpreting is slow."""
-    monkeypatch.setattr(sdf_field, "BLOCK_M", 512)
+    """The original's NeuS renderer, sampling included, through `Renderer`."""
+    if not HAS_GPU:  # interpreting is slow: few large tiles, which no GPU has the shared memory for
+        monkeypatch.setattr(sdf_field, "BLOCK_M", 512)
     record = {name: value.to(DEVICE) for name, value in load("render_neus_eval")[0].items()}
     grid = Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(5.4, 6.0, 1.6))
     losses = dict(free_space_weight=1.0, sdf_weight=10.0, eikonal_weight=0.01, truncation=1.5)
     renderer = Renderer(Render(**losses), grid).to(DEVICE).eval()
+    renderer.exact = True
     renderer.field.load_state_dict(under(record, "state/pts_bbox_head.render_model.field."))
     R, unscale = len(record["in/ray_o"]), 1 / grid.scale
     rays = Rays(
@@ -310,9 +345,9 @@ def test_golden_record(monkeypatch):
     assert {"_sdf_values_kernel", "_resample_kernel", "_sdf_render_fwd_kernel"} <= {*launched}
     assert_close_to_max(out.rgb, record["out/rgb"], 1e-4, "rgb")
     assert_close_to_max(out.depth * grid.scale, record["out/depth"][:, 0], 1e-4, "depth")
-    # in one ray of these 64, rounding decides where an importance sample falls
+    # rounding decides where an importance sample falls: in one ray of these 64 in the interpreter
     same = (out.starts - record["out/z_vals"][..., 0]).abs().amax(dim=1) < 1e-4
-    assert same.sum() >= R - 1
+    assert same.sum() >= R - 3
     for name, key, rel in [("sdf", "sdf", 1e-3), ("gradient", "gradients", 1e-3), ("weights", "weights", 5e-3)]:
         assert_close_to_max(getattr(out, name)[same], record[f"out/{key}"].squeeze(-1)[same], rel, name)
 
@@ -342,6 +377,7 @@ def test_the_renderer_fuses_what_is_in_the_family(method, channels, fuses, monke
     )  # fmt: skip
     grid = Grid(low=(-8.0, -8.0, -2.0), high=(8.0, 8.0, 2.0), cell=(2.0, 2.0, 1.0))
     renderer = Renderer(cfg, grid)
+    renderer.exact = True
     volume = torch.randn(1, channels, 4, 8, 8).requires_grad_()
     directions = F.normalize(torch.randn(2, 3) * torch.tensor([1, 1, 0.2]), dim=1)
     rays = Rays(torch.zeros(2, 3), directions, torch.tensor([4.0, 5.0]), torch.rand(2, 3), torch.zeros(2).int())

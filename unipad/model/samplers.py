@@ -97,9 +97,11 @@ def _clearance(sdf, deltas):
 def _light_and_error(beta, sdf, deltas, clearance):
     """Transmittance before each sample and the bound on the opacity's relative error up to its end, [R, S] each."""
     depth = deltas * laplace_density(sdf, beta)
-    passed = torch.exp(-torch.nn.functional.pad(depth[:, :-1], (1, 0)).cumsum(dim=1))
-    error = (torch.exp(-clearance / beta) * deltas**2 / (4 * beta**2)).cumsum(dim=1)
-    return passed, torch.exp(error).clamp(max=1e6) - 1
+    error = torch.exp(-clearance / beta) * deltas**2 / (4 * beta**2)
+    # running sums as products with triangles: PyTorch promises no determinism of a cumsum of floats on a GPU
+    up_to = torch.ones(2 * deltas.shape[1:], dtype=deltas.dtype, device=deltas.device).triu()  # [S, S]
+    passed = torch.exp(-(depth @ up_to.triu(1)))
+    return passed, torch.exp(error @ up_to).clamp(max=1e6) - 1
 
 
 def _tighten(beta, loosest, sdf, deltas, clearance):

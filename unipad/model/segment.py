@@ -74,12 +74,12 @@ def lovasz_softmax(probabilities, labels):
     """
     if not len(labels):
         return probabilities.sum()
-    true = F.one_hot(labels, probabilities.shape[1]).to(probabilities.dtype)  # [P, K]
+    true = F.one_hot(labels, probabilities.shape[1])  # [P, K] int64: PyTorch promises determinism of no floating cumsum
     errors, order = (true - probabilities).abs().sort(dim=0, descending=True)
-    true = true.gather(0, order)
-    count = true.sum(dim=0)
-    missed, false = true.cumsum(dim=0), (1 - true).cumsum(dim=0)
-    loss = 1 - (count - missed) / (count + false)  # [P, K] J_i
+    missed = true.gather(0, order).cumsum(dim=0)
+    count = missed[-1]
+    false = torch.arange(1, len(labels) + 1, device=labels.device)[:, None] - missed
+    loss = 1 - (count - missed).to(errors.dtype) / (count + false)  # [P, K] J_i
     steps = torch.cat([loss[:1], loss[1:] - loss[:-1]])
     present = (count > 0).to(errors.dtype)
     return ((errors * steps).sum(dim=0) * present).sum() / present.sum()

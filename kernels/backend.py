@@ -81,7 +81,7 @@ def capturing(device):
 
 @contextmanager
 def waits(why):
-    """Marks where the host waits for the device, and for what; nowhere else does an op or a model."""
+    """Marks where the host waits for the device, and for what; nowhere else does an op or a model wait."""
     global waiting_for
     before, waiting_for = waiting_for, why
     try:

@@ -84,7 +84,9 @@ def _geometry(lidar2image, low, cell, depth_range, D):
     """The frusta in fp64: matrices (u*d, v*d, d, 1) -> place in the grid [B, N, 3, 4], depths of the bins [D]."""
     # does not wait for the device to look for errors, as `torch.inverse` does
     metres = torch.linalg.inv_ex(lidar2image.double()).inverse[..., :3, :]
-    places = [torch.cat([metres[..., i, :3], metres[..., i, 3:] - low[i]], dim=-1) / cell[i] for i in range(3)]
+    places = [torch.cat([metres[..., i, :3], metres[..., i, 3:] - low[i]], dim=-1) for i in range(3)]
+    # on a GPU a tensor over a number is a product with its reciprocal, which moves points on faces
+    places = [place / place.new_full((), size) for place, size in zip(places, cell, strict=True)]
     near, far = depth_range
     bins = near + (far - near) / max(D, 1) * torch.arange(D, dtype=torch.float64, device=lidar2image.device)
     return torch.stack(places, dim=-2), bins

@@ -200,6 +200,36 @@ def test_grid_of_8e9_cells(plain, device):
     assert torch.equal((neighbor_idx >= 0).sum(dim=0), torch.full((8,), 2, device=device))
 
 
+@pytest.mark.parametrize("fn", [transposed_map, transposed_map_ref])
+def test_transposed_up_to_the_last_int32(fn, device):
+    """A voxel that spreads to the last three of 2^31 - 1 cells; four farther on coordinates would be negative."""
+    coords = torch.tensor([[0, 0, 0, 2**29 - 1]], dtype=torch.int32, device=device)
+    kernel, stride = (1, 1, 3), (1, 1, 4)
+    out_coords, neighbor_idx = fn(coords, (1, 1, 2**29), kernel, stride, (0, 0, 0), ONE)
+    assert out_coords.tolist() == [[0, 0, 0, 2**31 - 4 + k] for k in range(3)]
+    assert torch.equal(neighbor_idx, torch.eye(3, dtype=torch.int32, device=device) - 1)
+    for padding in (0, 2):  # what padding cuts off is reached, too
+        with pytest.raises(ValueError, match=r"\(1, 1, 2147483651\) cells.* too many: a coordinate has 32 bits"):
+            fn(coords, (1, 1, 2**29 + 1), kernel, stride, (0, 0, padding), ONE)
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["op", "ref"])
+def test_what_a_kernel_reaches_has_int32_coordinates(plain, device):
+    make_sub, make_strided = (submanifold_map_ref, strided_map_ref) if plain else (submanifold_map, strided_map)
+    coords = torch.tensor([[0, 0, 0, 2**31 - 5], [0, 0, 0, 2**31 - 4]], dtype=torch.int32, device=device)
+    for size, fits in [(2**31 - 3, True), (2**31 - 2, False)]:
+        shape = (1, 1, size)
+        for fn in (
+            lambda: make_sub(coords, *sort_voxels(coords, shape), shape, (1, 1, 3), ONE),  # noqa: B023
+            lambda: make_strided(coords, shape, (1, 1, 3), ONE, (0, 0, 1), ONE)[1],  # noqa: B023
+        ):
+            if fits:
+                assert fn()[:, -2:].tolist() == [[-1, 0], [0, 1], [1, -1]]
+            else:
+                with pytest.raises(ValueError, match="too many"):
+                    fn()
+
+
 @pytest.mark.parametrize("plain", [False, True], ids=["op", "ref"])
 def test_voxels_in_order_need_none(plain, device):
     shape = (5, 7, 9)

@@ -5,7 +5,7 @@ import kernels.voxel_pool
 from kernels.voxel_pool import BLOCK_P, CHUNK, voxel_pool, voxel_pool_ref
 from tests import golden
 from tests.ahead_of_time import TARGETS, Launch
-from tests.check import check_against_ref, launches
+from tests.check import DividesLikeAGpu, check_against_ref, launches
 from tests.conftest import HAS_GPU
 
 
@@ -195,6 +195,18 @@ def test_points_on_faces_lie_on_the_same_side_for_kernel_and_reference(device):
     inputs["lidar2image"] = torch.stack([torch.stack(view, dim=1) for view in turned])[None].to(device)
     inputs |= dict(low=(-2.7, -2.7, -1.5), cell=(0.6, 0.6, 0.6), depth_range=(0.3, 7.5), stride=4)
     check_against_ref(voxel_pool, voxel_pool_ref, inputs, torch.float32, wrt=("features", "depths"))
+
+
+def test_points_lie_where_they_do_on_a_cpu(device):
+    """The places in the grid are quotients on every device; as products with reciprocals some would move."""
+    inputs = make_inputs(1, 4, (5, 8), 3, 12, (9, 9, 5), device)
+    geometry = inputs["lidar2image"], inputs["low"], (0.7, 0.3, 1.1), inputs["depth_range"], 12
+    matrices, bins = kernels.voxel_pool._geometry(*geometry)
+    with DividesLikeAGpu():
+        for ours, truth in zip(kernels.voxel_pool._geometry(*geometry), (matrices, bins), strict=True):
+            assert torch.equal(ours, truth)
+    sizes = matrices.new_tensor([0.7, 0.3, 1.1])[:, None]
+    assert (matrices * sizes * (1 / sizes) != matrices).any()
 
 
 @pytest.mark.parametrize("points", [CHUNK - 1, CHUNK, 2 * CHUNK - 1, 2 * CHUNK, 5 * CHUNK + 7])

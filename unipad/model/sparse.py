@@ -43,6 +43,7 @@ class VoxelSet:
         """
         assert coords.dim() == 2 and coords.shape[1] == 4, f"coordinates are [N, 4], not {tuple(coords.shape)}"
         assert coords.dtype == torch.int32, f"coordinates are int32, not {coords.dtype}"
+        voxel_keys.check_grid(shape, batch_size)
         self.coords, self.shape, self.batch_size = coords.contiguous(), tuple(shape), batch_size
         self.source = None  # (VoxelSet, kernel, Table) of the convolution that made this set
         self._tables, self._made = {}, {}
@@ -50,8 +51,9 @@ class VoxelSet:
         self._sorted = (self.keys(), None) if in_order else None  # ascending, and the voxel of each: None, its own
         if check:
             self._sorted = voxel_keys.sort_voxels(self.coords, self.shape)
-            if len(coords) and int(coords[:, 0].max()) >= batch_size:
-                raise ValueError(f"a voxel is in grid {int(coords[:, 0].max())} of a batch of {batch_size}")
+            last = backend.to_host(self.coords[:, 0].max(), "the last grid that has a voxel") if len(coords) else -1
+            if last >= batch_size:
+                raise ValueError(f"a voxel is in grid {last} of a batch of {batch_size}")
 
     def __len__(self):
         return len(self.coords)

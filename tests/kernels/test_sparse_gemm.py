@@ -7,6 +7,7 @@ import torch
 
 from kernels import tuning
 from kernels.sparse_gemm import BLOCK_E, BLOCK_R, FEWER_STAGES, GROUP, STAGES, d_weight_of, gather_gemm
+from kernels.sparse_tiles import NeighborTable
 from tests.ahead_of_time import Launch
 
 IEEE, TF32 = dict(PRECISION="ieee", WIDEN=False), dict(PRECISION="tf32", WIDEN=False)
@@ -91,7 +92,7 @@ def test_every_way_to_launch_computes_the_same(tuned, device):
     """The clock makes the first, the second, ... way the fastest; sizes of tiles and of steps change no sum's terms."""
     gen = torch.Generator().manual_seed(0)
     table = torch.where(torch.rand(3, 130, generator=gen) < 0.5, torch.randint(0, 130, (3, 130), generator=gen), -1)
-    table = table.int().to(device)
+    table = NeighborTable(table.int().to(device))
     x, g, weight = (torch.randn(size, generator=gen).half().to(device) for size in [(130, 16), (130, 32), (32, 3, 16)])
     for run, ways in [
         (lambda: gather_gemm(x, weight, table, False), 8),

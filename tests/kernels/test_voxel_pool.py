@@ -225,30 +225,13 @@ def test_a_long_interval_is_split(points, device):
     check_against_ref(voxel_pool, voxel_pool_ref, inputs, torch.float32, wrt=("features", "depths"))
 
 
-def test_looks_for_the_points_once_while_the_cameras_stay(device):
+def test_looks_at_its_cameras_every_time(device):
     inputs = make_inputs(1, 2, (3, 5), 3, 6, (4, 4, 2), device)
-    voxel_pool(**inputs)
-
-    def looks():
-        with launches() as launched:
-            volume = voxel_pool(**inputs)
-        torch.testing.assert_close(volume, voxel_pool_ref(**inputs), rtol=1e-12, atol=1e-12)
-        return "_voxels_kernel" in launched
-
-    assert not looks()
-    inputs["features"] = inputs["features"] + 1
-    assert not looks()
-    inputs["lidar2image"][:, 0, 0, 3] += 40  # in place: pixels to the right
-    assert looks() and not looks()
-    inputs["lidar2image"] = inputs["lidar2image"].clone()
-    assert looks() and not looks()
-    inputs["low"] = (-5.3, 1.4, -1.7)
-    assert looks()
-    del inputs["lidar2image"]
-    assert kernels.voxel_pool._last is None, "held for cameras that are gone"
-    with torch.inference_mode():
-        inputs["lidar2image"] = torch.eye(4, device=device).expand(1, 2, 4, 4).clone()
-        assert looks() and looks()
+    before = voxel_pool(**inputs)
+    inputs["lidar2image"].data[:, 0, 0, 3] += 40  # pixels to the right, behind autograd's back
+    volume = voxel_pool(**inputs)
+    torch.testing.assert_close(volume, voxel_pool_ref(**inputs), rtol=1e-12, atol=1e-12)
+    assert not torch.equal(volume, before)
 
 
 def test_points_of_a_ray_that_share_a_voxel_are_one_run(device):

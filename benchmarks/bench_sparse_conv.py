@@ -25,6 +25,7 @@ from benchmarks.lidar_scene import NUSCENES, SHAPE, STAGES, voxels
 from kernels import tuning
 from kernels.sparse_conv import sparse_conv, sparse_conv_ref
 from kernels.sparse_map import inverse_map, out_shape, strided_map, submanifold_map
+from kernels.sparse_tiles import NeighborTable
 from kernels.voxel_keys import sort_voxels
 from unipad.model import sparse
 from unipad.model.lidar import SparseEncoder
@@ -48,7 +49,7 @@ class Level:
 
     def submanifold(self):
         table = submanifold_map(self.coords, *sort_voxels(self.coords, self.shape, False), self.shape, THREE, ONE)
-        return table, None  # its own mirror image
+        return NeighborTable(table), None  # its own mirror image
 
     def table(self):
         if "table" not in self.kept:
@@ -56,7 +57,7 @@ class Level:
         return self.kept["table"]
 
     def pairs(self):
-        return (self.table()[0] >= 0).sum().item()
+        return (self.table()[0].idx >= 0).sum().item()
 
 
 def stages(batch):
@@ -267,7 +268,7 @@ def as_peer(encoder, lib):
 
 def case(level, width, for_features=True, for_weight=True):
     features, weight = tensors(len(level.coords), width, width, for_features, for_weight)
-    table, pairs = level.table()[0], level.pairs()
+    table, pairs = level.table()[0].idx, level.pairs()
     name = f"{level.name} C={width} N={len(features)}, {2e-9 * pairs * width**2:.1f} GFLOP"
     return Case(name, (features, weight, level), 2 * features.nbytes + weight.nbytes + table.nbytes)
 

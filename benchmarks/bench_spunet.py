@@ -29,7 +29,7 @@ CFG = SEGMENT["lidar"]["segment"].lidar
 
 def voxels_of(points, most):
     """[V, 4] int32 (b, z, y, x) of the `most` newest voxels of points [P, 5]."""
-    rows, coords, _ = grid_sample(points, [len(points)], CFG.cell)
+    rows, coords, *_ = grid_sample(points, [len(points)], CFG.cell)
     coords = coords[points[rows, 4].argsort(stable=True)[:most].sort().values]
     coords[:, 1:] -= coords[:, 1:].amin(dim=0)
     return coords

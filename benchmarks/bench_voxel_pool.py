@@ -1,8 +1,8 @@
 """voxel_pool: kernel, reference, the original's formulas in eager PyTorch and compiled by it, BEVPoolv2, BEVFusion's
 bev_pool; then how time grows.   python -m benchmarks.bench_voxel_pool
 
-The peers run where their mmdet3d is installed. "triton" and they have seen the cameras before (bev_pool sorts the
-points all the same); "triton, cameras new" finds and sorts the points, as a training step does.
+The peers run where their mmdet3d is installed. All find the points, and sort them, in every timed call: the cameras of
+a training step are new.
 """
 
 import importlib
@@ -44,29 +44,22 @@ def case(size, dtype=torch.float32, views=6, channels=None, across=None):
     return Case(name, (features, depths, *geometry), out_bytes + features.nbytes + depths.nbytes)
 
 
-def cameras_new(features, depths, lidar2image, *rest):
-    return voxel_pool(features, depths, lidar2image.clone(), *rest)
-
-
 class Peer:
-    """An op of mmdet3d under the signature of `voxel_pool`; keeps where the points lie for the last cameras."""
+    """An op of mmdet3d under the signature of `voxel_pool`; PyTorch finds the points for it, as in its own model."""
 
     def __init__(self, name, module):
         self.pool = getattr(self, f"_{name.lower()}")
         self.op = getattr(module, "bev_pool_v2" if name == "BEVPoolv2" else "bev_pool")
-        self.cameras = self.points = None
 
     def __call__(self, features, depths, lidar2image, low, cell, shape, stride, depth_range):
-        if self.cameras is not lidar2image:
-            geometry = pool._geometry(lidar2image, low, cell, depth_range, depths.shape[4])
-            voxel = pool._voxels_ref(*geometry, features.shape, shape, stride, False)
-            order = voxel.argsort()
-            order = order[: (voxel < len(features) * math.prod(shape)).sum()]
-            self.cameras, self.points = lidar2image, (order, voxel[order])
-        return self.pool(features.float(), depths.float(), *self.points, shape).to(features.dtype)
+        geometry = pool._geometry(lidar2image, low, cell, depth_range, depths.shape[4])
+        voxel = pool._voxels_ref(*geometry, features.shape, shape, stride, False)
+        point = (voxel < len(features) * math.prod(shape)).nonzero()[:, 0]
+        return self.pool(features.float(), depths.float(), point, voxel[point], shape).to(features.dtype)
 
     def _bevpoolv2(self, features, depths, point, voxel, shape):
-        D = depths.shape[4]
+        voxel, order = voxel.sort()
+        point, D = point[order], depths.shape[4]
         pixel, k = point // D, point % D
         R = features.shape[2:4].numel()
         first = torch.cat([voxel.new_zeros(1), (voxel[1:] != voxel[:-1]).nonzero()[:, 0] + 1])
@@ -77,7 +70,7 @@ class Peer:
         volume = self.op(depths.movedim(4, 2), features, *ranks, out_shape, first.int(), lengths.int())
         return volume.permute(0, 2, 3, 4, 1)
 
-    def _bev_pool(self, features, depths, point, voxel, shape):
+    def _bev_pool(self, features, depths, point, voxel, shape):  # sorts by itself
         X, Y, Z = shape
         products = features.flatten(0, 3)[point // depths.shape[4]] * depths.flatten()[point, None]
         coords = torch.stack([voxel % X, voxel // X % Y, voxel // (X * Y) % Z, voxel // (X * Y * Z)], dim=1)
@@ -88,7 +81,6 @@ def peers():
     """Those that this machine has."""
     found = {"eager": eager_voxel_pool}
     if DEVICE == "cuda":
-        found["triton, cameras new"] = cameras_new
         for name, module in PEERS.items():
             try:
                 found[name] = Peer(name, importlib.import_module(module))

@@ -27,6 +27,7 @@ except ModuleNotFoundError:  # Triton has wheels for Linux only
 # Tests set this: tensors on the CPU then take the kernels too, in Triton's interpreter (TRITON_INTERPRET=1).
 interpret = False
 _references_only = False
+waiting_for = None  # what the host waits for at the moment, as `waits` names it; tests look here
 
 
 @contextmanager
@@ -76,6 +77,68 @@ def on_triton(tensor, deterministic=True):
 def capturing(device):
     """True while a CUDA graph is recorded: it runs again later, so what is made in it is nobody else's to use."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def stream(device):
+    """The number of the current stream. What another one is about to make is not there yet."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+class Kept:
+    """What was made of an owner's tensors, which do not change: made once, and gone with the owner.
+
+    Each stream makes its own, since none waits for another. A CUDA graph is captured on a stream of its own and takes
+    what any has made, since `torch.cuda.graph` waits for the device first; so the owner has to outlive the graph. What
+    is made in a capture is there only while the graph is replayed, and is not kept. Compiled code takes what is there.
+    """
+
+    def __init__(self):
+        self._made = {}  # what -> {stream: made}
+
+    def __reduce__(self):
+        return Kept, ()  # a copy of the owner has had nothing made yet
+
+    def find(self, what, device):
+        """What `put` was given; None if there is nothing."""
+        made = self._made.get(what, {})
+        if torch.compiler.is_compiling() or capturing(device):
+            return list(made.values())[-1] if made else None
+        return made.get(stream(device))
+
+    def put(self, what, device, made):
+        if not torch.compiler.is_compiling() and not capturing(device):
+            self._made.setdefault(what, {})[stream(device)] = made
+
+    def get(self, what, device, make):
+        """What is kept as `what`, made now if it is not there."""
+        made = self.find(what, device)
+        if made is None:
+            made = make()
+            self.put(what, device, made)
+        return made
+
+    def branch(self):
+        """The same, but what is put into either from now on is not in the other."""
+        branch = Kept()
+        branch._made = {what: dict(made) for what, made in self._made.items()}
+        return branch
+
+
+@contextmanager
+def waits(why):
+    """Marks where the host waits for the device, and for what; nowhere else does an op or a model wait."""
+    global waiting_for
+    before, waiting_for = waiting_for, why
+    try:
+        yield
+    finally:
+        waiting_for = before
+
+
+def to_host(tensor, why):
+    """`tensor.tolist()`, for which the host waits: a number or lists of them."""
+    with waits(why):
+        return tensor.tolist()
 
 
 def strictly_deterministic():

@@ -16,6 +16,7 @@ from torch import Tensor
 from kernels.backend import on_triton
 from kernels.sparse_gemm import d_weight_of, gather_gemm
 from kernels.sparse_reference import backward_ref, gather_gemm_ref
+from kernels.sparse_tiles import NeighborTable
 
 
 def sparse_conv(features, weight, neighbor_idx, inverse_idx, allow_tf32=False):
@@ -25,10 +26,11 @@ def sparse_conv(features, weight, neighbor_idx, inverse_idx, allow_tf32=False):
         features:     [N, Cin] fp16, bf16 or fp32; fp64 takes the reference.
         weight:       [Cout, kz, ky, kx, Cin] any floating type, rounded to the features' type; K = kz * ky * kx.
         neighbor_idx: [K, M] int32, the row of `features` that an output reads at an offset; -1 where no voxel is. At
-                      one offset no row is read twice. Not checked.
-        inverse_idx:  [K, N] int32, the inverse: m where neighbor_idx[k, m] = n, else -1. Not checked. None: the table
-                      is its own mirror image, inverse_idx = neighbor_idx.flip(0), as on one set of voxels with an odd
-                      kernel; what was made of the table then serves the gradients too.
+                      one offset no row is read twice. Not checked. Or the `NeighborTable` of one: it keeps what is made
+                      of the table for all its convolutions and gradients, which a tensor alone has made anew.
+        inverse_idx:  [K, N] int32, the inverse: m where neighbor_idx[k, m] = n, else -1. Not checked. Or its
+                      `NeighborTable`. None: the table is its own mirror image, inverse_idx = neighbor_idx.flip(0), as
+                      on one set of voxels with an odd kernel; what was made of it then serves the gradients too.
         allow_tf32:   multiply fp32 features in tf32 (10 bits of mantissa) rather than in fp32.
 
     Returns:
@@ -87,7 +89,7 @@ def _check(features, weight, neighbor_idx):
     """The features, in autocast's type where that is on."""
     fits = features.dim() == 2 and weight.dim() == 5 and features.shape[1] == weight.shape[4]
     assert fits, f"{tuple(features.shape)=} and {tuple(weight.shape)=} do not fit"
-    K = weight.shape[1:4].numel()
+    K, neighbor_idx = weight.shape[1:4].numel(), _tensor(neighbor_idx)
     fits = neighbor_idx.dim() == 2 and neighbor_idx.shape[0] == K
     assert fits, f"{tuple(neighbor_idx.shape)=} is no table of {K} offsets"
     assert neighbor_idx.dtype == torch.int32, f"tables are int32, not {neighbor_idx.dtype}"
@@ -98,16 +100,17 @@ def _check(features, weight, neighbor_idx):
 
 
 def _check_inverse(features, neighbor_idx, inverse_idx):
-    K, M, N = *neighbor_idx.shape, len(features)
+    K, M, N = *_tensor(neighbor_idx).shape, len(features)
     if inverse_idx is None:
         assert M == N, f"a table of {M} outputs and {N} inputs is not its own mirror image"
     else:
+        inverse_idx = _tensor(inverse_idx)
         assert inverse_idx.shape == (K, N), f"{tuple(inverse_idx.shape)=} is no table of {K} offsets, {N} rows"
         assert inverse_idx.dtype == torch.int32, f"tables are int32, not {inverse_idx.dtype}"
 
 
 def _check_act(features, weight, neighbor_idx, scale, shift, residual):
-    features, shape = _check(features, weight, neighbor_idx), (neighbor_idx.shape[1], weight.shape[0])
+    features, shape = _check(features, weight, neighbor_idx), (_tensor(neighbor_idx).shape[1], weight.shape[0])
     assert all(v is None or v.shape == shape[1:] for v in (scale, shift)), f"scale and shift are [{shape[1]}] each"
     assert residual is None or residual.shape == shape, f"{tuple(residual.shape)=}, not {shape}"
     given = [t for t in (features, weight, scale, shift, residual) if t is not None]
@@ -116,14 +119,27 @@ def _check_act(features, weight, neighbor_idx, scale, shift, residual):
     return features, weight, neighbor_idx, scale, shift, None if residual is None else residual.to(features.dtype)
 
 
-def _run(*args):
+def _tensor(table):
+    return table.idx if isinstance(table, NeighborTable) else table
+
+
+def _run(features, weight, neighbor_idx, inverse_idx, *options):
     if torch.compiler.is_compiling():
-        return _sparse_conv_op(*args)
-    return SparseConv.apply(*args) if torch.is_grad_enabled() else _forward(*args)
+        return _sparse_conv_op(features, weight, _tensor(neighbor_idx), _tensor(inverse_idx), *options)
+    table = NeighborTable.of(neighbor_idx)
+    if not torch.is_grad_enabled():
+        return _forward(features, weight, table, None, *options)
+    inverse = None if inverse_idx is None else NeighborTable.of(inverse_idx)
+    return SparseConv.apply(features, weight, table, inverse, *options)
 
 
-def _run_act(*args):
-    return (_sparse_conv_act_op if torch.compiler.is_compiling() else _forward_act)(*args)
+def _run_act(features, weight, neighbor_idx, *rest):
+    if torch.compiler.is_compiling():
+        return _sparse_conv_act_op(features, weight, _tensor(neighbor_idx), *rest)
+    return _forward_act(features, weight, neighbor_idx, *rest)
+
+
+# As ops these three take tensors; SparseConv hands them tables
 
 
 def _forward(
@@ -131,10 +147,11 @@ def _forward(
     reference: bool,
 ) -> Tensor:  # fmt: skip
     """`sparse_conv`; `inverse_idx` is for the backward."""
+    table = NeighborTable.of(neighbor_idx)
     kernel = weight.to(features.dtype).flatten(1, 3)  # [Cout, K, Cin]
     if reference:
-        return gather_gemm_ref(features, kernel.permute(1, 2, 0), neighbor_idx).to(features.dtype)
-    return gather_gemm(features, kernel, neighbor_idx, allow_tf32)
+        return gather_gemm_ref(features, kernel.permute(1, 2, 0), table).to(features.dtype)
+    return gather_gemm(features, kernel, table, allow_tf32)
 
 
 def _forward_act(
@@ -142,9 +159,10 @@ def _forward_act(
     residual: Tensor | None, relu: bool, allow_tf32: bool, reference: bool,
 ) -> Tensor:  # fmt: skip
     """`sparse_conv_act`."""
+    table = NeighborTable.of(neighbor_idx)
     kernel = weight.to(features.dtype).flatten(1, 3)
-    if not reference and min(*features.shape, *kernel.shape, neighbor_idx.shape[1]):
-        return gather_gemm(features, kernel, neighbor_idx, allow_tf32, act=(scale, shift, residual, relu))
+    if not reference and min(*features.shape, *kernel.shape, table.idx.shape[1]):
+        return gather_gemm(features, kernel, table, allow_tf32, act=(scale, shift, residual, relu))
 
     def finish(out, there):
         if scale is not None:
@@ -156,7 +174,7 @@ def _forward_act(
         if relu:
             out.relu_()
 
-    return gather_gemm_ref(features, kernel.permute(1, 2, 0), neighbor_idx, finish).to(features.dtype)
+    return gather_gemm_ref(features, kernel.permute(1, 2, 0), table, finish).to(features.dtype)
 
 
 def _backward(
@@ -165,17 +183,18 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of the features and of the weights; empty where not asked for."""
     mirrored = inverse_idx is None
-    table = neighbor_idx if mirrored else inverse_idx
+    table = NeighborTable.of(neighbor_idx)
+    inverse = table if mirrored else NeighborTable.of(inverse_idx)
     if reference:
         kernel = weight.to(features.dtype).flatten(1, 3)
-        d_features, d_weight = backward_ref(features, kernel, d_out, table, mirrored, for_features, for_weight)
+        d_features, d_weight = backward_ref(features, kernel, d_out, inverse, mirrored, for_features, for_weight)
     else:
         if for_features:
             # one copy casts and transposes: [Cin, K, Cout]
             kernel = weight.flatten(1, 3).permute(2, 1, 0).to(features.dtype, memory_format=torch.contiguous_format)
-            d_features = gather_gemm(d_out, kernel, table, allow_tf32, mirrored)
+            d_features = gather_gemm(d_out, kernel, inverse, allow_tf32, mirrored)
         if for_weight:
-            d_weight = d_weight_of(features, d_out, neighbor_idx, allow_tf32, mirrored)
+            d_weight = d_weight_of(features, d_out, table, allow_tf32, mirrored)
     return (
         d_features.to(features.dtype) if for_features else features.new_empty(0),
         d_weight.to(weight.dtype).reshape(weight.shape) if for_weight else weight.new_empty(0),
@@ -207,11 +226,12 @@ def _(features, weight, neighbor_idx, inverse_idx, d_out, for_features, for_weig
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.allow_tf32, ctx.reference = inputs
     ctx.save_for_backward(*tensors)
+    ctx.tables = ()
 
 
 def _gradients(ctx, d_out, backward):
     wanted = ctx.needs_input_grad[:2]
-    grads = backward(*ctx.saved_tensors, d_out, *wanted, ctx.allow_tf32, ctx.reference)
+    grads = backward(*ctx.saved_tensors, *ctx.tables, d_out, *wanted, ctx.allow_tf32, ctx.reference)
     return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), None, None, None, None
 
 
@@ -219,7 +239,15 @@ _sparse_conv_op.register_autograd(partial(_gradients, backward=_sparse_conv_bwd_
 
 
 class SparseConv(torch.autograd.Function):
-    forward, setup_context = staticmethod(_forward), staticmethod(_setup_context)
+    """`sparse_conv` of two `NeighborTable`s."""
+
+    forward = staticmethod(_forward)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, table, inverse, ctx.allow_tf32, ctx.reference = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.tables = table, inverse
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -14,26 +14,25 @@ import torch
 
 from kernels import backend, tuning
 from kernels.backend import jit, tl, triton
-from kernels.sparse_tiles import chunks, pairs, tiles
 
 
 def gather_gemm(features, weight, table, allow_tf32, mirrored=False, act=(None, None, None, False)):
-    """Features [N, I], weights [O, K, I] and a table [K, M] -> [M, O] in the features' type.
+    """Features [N, I], weights [O, K, I] and a `NeighborTable` [K, M] -> [M, O] in the features' type.
 
     mirrored: the table's offsets are those of the weights in reverse.
     act:      scale, shift, residual and relu of `sparse_conv_act`.
 
     Every output is summed by one program, in the order of the offsets.
     """
-    (O, K, I), M = weight.shape, table.shape[1]
+    (O, K, I), M = weight.shape, table.idx.shape[1]
     features, weight = features.contiguous(), weight.contiguous()
     out = features.new_empty(M, O)
     if not min(M, I, O, len(features)):
         return out.zero_()
     *act, relu = (v.contiguous() if torch.is_tensor(v) else v for v in act)
 
-    def launch(blocks):
-        ready = tiles(table, blocks.m, blocks.sort)
+    def launch(blocks, table=table):
+        ready = table.tiles(blocks.m, blocks.sort)
         _gather_gemm_kernel[(len(ready.count_idx), triton.cdiv(O, blocks.o))](
             features, weight, *ready[:4], out, *act, K, I, O,
             RELU=relu, MIRRORED=mirrored, PRECISION=_precision(allow_tf32), WIDEN=_widen(features),
@@ -41,35 +40,38 @@ def gather_gemm(features, weight, table, allow_tf32, mirrored=False, act=(None, 
             BLOCK_M=blocks.m, BLOCK_I=blocks.i, BLOCK_O=blocks.o, num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
 
+    def try_out(blocks):
+        launch(blocks, table.trial())  # makes the tiles as well, where no layer before this one has
+
     kind = "gather_gemm", features.dtype, allow_tf32, K, I, O, M
-    launch(tuning.choose(kind, _blocks(features.dtype, M <= FEW_ROWS, I, O, allow_tf32), launch, features.device))
+    launch(tuning.choose(kind, _blocks(features.dtype, M <= FEW_ROWS, I, O, allow_tf32), try_out, features.device))
     return out
 
 
 def d_weight_of(features, d_out, table, allow_tf32, mirrored=False):
-    """Features [N, I], d_out [M, O] and a table [K, M] -> [O, K, I] fp32, its offsets in the table's order.
+    """Features [N, I], d_out [M, O] and a `NeighborTable` [K, M] -> [O, K, I] fp32, offsets in the table's order.
 
     mirrored: the table is its own mirror image, so that most rows have several neighbours and share them.
 
     Summed in chunks of pairs, or blocks of rows, whose sums are added in order.
     """
-    (N, I), (M, O), K = features.shape, d_out.shape, len(table)
+    (N, I), (M, O), K = features.shape, d_out.shape, len(table.idx)
     d_weight = features.new_empty(O, K, I, dtype=torch.float32)
     if not min(N, M, I, O):
         return d_weight.zero_()
     features, d_out = features.contiguous(), d_out.contiguous()
     if _in_groups(features.dtype, K, I, O, mirrored):
-        return _d_weight_of_groups(features, d_out, table)
+        return _d_weight_of_groups(features, d_out, table.idx)
     most = min(_limits(features.dtype, I, O, allow_tf32)[1], 128)
     block_i, block_o = (_block(channels, most) for channels in (I, O))
     grid = triton.cdiv(I, block_i) * triton.cdiv(O, block_o)
-    first, end, until_idx = chunks(table, _parts(K, M, I, O, grid), LEAST, 2 * BLOCK_R)
+    first, end, until_idx = table.chunks(_parts(K, M, I, O, grid), LEAST, 2 * BLOCK_R)
     partial = features.new_empty(len(first), O, I, dtype=torch.float32)
 
     def launch(way):
         block_r, stages = way
         _d_weight_kernel[(len(first), grid)](
-            features, d_out, *pairs(table)[:2], first, end, partial, I, O,
+            features, d_out, *table.pairs()[:2], first, end, partial, I, O,
             PRECISION=_precision(allow_tf32), WIDEN=_widen(features),
             BLOCK_R=block_r, BLOCK_I=block_i, BLOCK_O=block_o,
             num_warps=8 if block_i * block_o > 8192 else 4, num_stages=stages,
@@ -84,19 +86,19 @@ def d_weight_of(features, d_out, table, allow_tf32, mirrored=False):
     return d_weight
 
 
-def _d_weight_of_groups(features, d_out, table):
+def _d_weight_of_groups(features, d_out, neighbor_idx):
     """`d_weight_of` where the table is not sparse and channels are few: by blocks of rows, several offsets at once.
 
     A block reads its rows of d_out once for all the offsets of a group, and these read much the same features. It also
     multiplies where no neighbour is, which few channels have time for.
     """
-    I, (M, O), K = features.shape[1], d_out.shape, len(table)
+    I, (M, O), K = features.shape[1], d_out.shape, len(neighbor_idx)
     group, block_o = GROUP[I], _block(O, 64)
     groups, rows = triton.cdiv(K, group), _group_rows(K, M, I)
     parts = triton.cdiv(M, rows)
     partial = features.new_empty(parts, O, K, I, dtype=torch.float32)
     _d_weight_of_groups_kernel[(parts, groups)](
-        features, d_out, table.contiguous(), partial, M, K, O, rows, WIDEN=_widen(features),
+        features, d_out, neighbor_idx, partial, M, K, O, rows, WIDEN=_widen(features),
         BLOCK_R=BLOCK_R, C=I, GROUP=group, BLOCK_O=block_o, num_warps=8 if group * I * block_o >= 8192 else 4,
         num_stages=STAGES,
     )  # fmt: skip

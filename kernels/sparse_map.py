@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import jit, on_triton, opaque, tl, triton
-from kernels.voxel_keys import NO_KEY, NO_KEY_SHORT, checked, key_of, load_voxels, sort_voxels
+from kernels.backend import jit, on_triton, opaque, tl, triton, waits
+from kernels.voxel_keys import NO_KEY, NO_KEY_SHORT, check_grid, checked, key_of, load_voxels, sort_voxels
 
 
 @opaque(lambda coords, keys, order, shape, kernel, dilation: coords.new_empty(prod(kernel), len(coords)))
@@ -43,10 +43,12 @@ def submanifold_map(
 
     Returns:
         neighbor_idx: [K, N] int32 rows of `coords`; -1 where there is no voxel, beyond the borders above all.
+
+    Raises ValueError where a cell has no int32 coordinate, see `check_grid`; so do the maps below.
     """
     if not on_triton(coords):
         return submanifold_map_ref(coords, keys, order, shape, kernel, dilation)
-    coords, one = checked(coords, shape, kernel, dilation), (1, 1, 1)
+    coords, one = _checked_submanifold(coords, shape, kernel, dilation), (1, 1, 1)
     padding = [size // 2 * d for size, d in zip(kernel, dilation, strict=True)]
     return _neighbors(coords, order, keys, order, shape, kernel, one, padding, dilation)
 
@@ -54,7 +56,7 @@ def submanifold_map(
 def submanifold_map_ref(coords, keys, order, shape, kernel, dilation):
     """`submanifold_map` in plain PyTorch."""
     (_, Y, X), (kz, ky, kx), (dz, dy, dx) = shape, kernel, dilation
-    N, K = len(checked(coords, shape, kernel, dilation)), prod(kernel)
+    N, K = len(_checked_submanifold(coords, shape, kernel, dilation)), prod(kernel)
     neighbor_idx = coords.new_full((K, N), -1)
     # an odd kernel is its own mirror image: if k leads from i to j, the mirrored offset leads from j to i
     mirrored = all(size % 2 for size in kernel)
@@ -89,6 +91,12 @@ def submanifold_map_ref(coords, keys, order, shape, kernel, dilation):
                 at += key < wanted
                 key = padded_keys.index_select(0, at)
     return neighbor_idx
+
+
+def _checked_submanifold(coords, shape, kernel, dilation):
+    coords = checked(coords, shape, kernel, dilation)
+    check_grid([size + (k - 1) * d for size, k, d in zip(shape, kernel, dilation, strict=True)])
+    return coords
 
 
 def _pairs_fake(coords, shape, kernel, stride, padding, dilation, batch_size=None, keys=None, order=None):
@@ -126,7 +134,7 @@ def strided_map(
     geometry = kernel, stride, padding, dilation
     if not on_triton(coords):
         return strided_map_ref(coords, shape, *geometry)
-    coords, out = checked(coords, shape, *geometry), out_shape(shape, *geometry)
+    coords, out = _checked_strided(coords, shape, geometry, batch_size)
     reached = _reached(coords, out, _reach(kernel, stride, dilation), geometry, batch_size, transposed=False)
     out_coords = _coords(reached, out)
     if keys is None:
@@ -136,8 +144,7 @@ def strided_map(
 
 def strided_map_ref(coords, shape, kernel, stride, padding, dilation, batch_size=None, keys=None, order=None):
     """`strided_map` in plain PyTorch, which needs nothing but the first six."""
-    checked(coords, shape, kernel, stride, padding, dilation)
-    out = out_shape(shape, kernel, stride, padding, dilation)
+    _, out = _checked_strided(coords, shape, (kernel, stride, padding, dilation), batch_size)
     cells, offsets, valids = [], [], []
     for axis, (size, reach) in enumerate(zip(out, _reach(kernel, stride, dilation), strict=True)):
         back = torch.arange(reach, device=coords.device)[:, None]
@@ -149,6 +156,13 @@ def strided_map_ref(coords, shape, kernel, stride, padding, dilation, batch_size
         cells.append(cell)
         offsets.append(offset)
     return _gather_pairs_ref(coords, cells, offsets, valids, out, kernel)
+
+
+def _checked_strided(coords, shape, geometry, batch_size):
+    """The coordinates, contiguous, and the cells of the output."""
+    coords, (_, _, padding, _) = checked(coords, shape, *geometry), geometry
+    check_grid([size + 2 * p for size, p in zip(shape, padding, strict=True)], batch_size or 1)
+    return coords, out_shape(shape, *geometry)
 
 
 def _reach(kernel, stride, dilation):
@@ -173,7 +187,7 @@ def transposed_map(
     geometry = kernel, stride, padding, dilation
     if not on_triton(coords):
         return transposed_map_ref(coords, shape, *geometry)
-    coords, out = checked(coords, shape, *geometry), transposed_out_shape(shape, *geometry)
+    coords, out = _checked_transposed(coords, shape, geometry, batch_size)
     reached = _reached(coords, out, kernel, geometry, batch_size, transposed=True)
     # that of a strided convolution from the outputs to the inputs
     inverse_idx = _neighbors(coords, None, reached, None, out, *geometry)
@@ -182,8 +196,7 @@ def transposed_map(
 
 def transposed_map_ref(coords, shape, kernel, stride, padding, dilation, batch_size=None):
     """`transposed_map` in plain PyTorch."""
-    checked(coords, shape, kernel, stride, padding, dilation)
-    out = transposed_out_shape(shape, kernel, stride, padding, dilation)
+    _, out = _checked_transposed(coords, shape, (kernel, stride, padding, dilation), batch_size)
     cells, offsets, valids = [], [], []
     for axis, size in enumerate(out):
         offset = torch.arange(kernel[axis], device=coords.device)[:, None]
@@ -192,6 +205,14 @@ def transposed_map_ref(coords, shape, kernel, stride, padding, dilation, batch_s
         cells.append(cell)
         offsets.append(offset.expand_as(cell))
     return _gather_pairs_ref(coords, cells, offsets, valids, out, kernel)
+
+
+def _checked_transposed(coords, shape, geometry, batch_size):
+    """The coordinates, contiguous, and the cells of the output."""
+    coords, (_, _, padding, _) = checked(coords, shape, *geometry), geometry
+    out = transposed_out_shape(shape, *geometry)
+    check_grid([size + 2 * p for size, p in zip(out, padding, strict=True)], batch_size or 1)
+    return coords, out
 
 
 def _reached(coords, out, slots, geometry, batch_size, transposed):
@@ -216,7 +237,8 @@ def _reached(coords, out, slots, geometry, batch_size, transposed):
         TRANSPOSED=transposed, NO_KEY=no_key, BLOCK_PAIRS=BLOCK_PAIRS,
     )  # fmt: skip
     # of keys alone: half of what sorting them with their places moves
-    return torch.unique(keys)[:-1]  # no key is the last one
+    with waits("how many voxels a convolution reaches"):
+        return torch.unique(keys)[:-1]  # no key is the last one
 
 
 def _coords(keys, shape):

@@ -7,16 +7,15 @@ where no neighbour is, would multiply 2 to 4 times as much.
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.weak import WeakTensorKeyDictionary
 
 
 def gather_gemm_ref(features, weight, table, finish=None):
-    """Features [N, Cin], weights [K, Cin, Cout] and a table [K, M] -> [M, Cout] in the type that is summed in.
+    """Features [N, Cin], weights [K, Cin, Cout] and a `NeighborTable` [K, M] -> [M, Cout] in the type of the sums.
 
     finish: called with a chunk of the result and the slice of its rows, changes it while it is in the cache.
     """
     x, w = _wide(features), _wide(weight).unbind()
-    out = x.new_zeros(table.shape[1], weight.shape[2])
+    out = x.new_zeros(table.idx.shape[1], weight.shape[2])
     chunks = _chunks(table, max(weight.shape[1:]))
     x_rows, products = _buffer(x, chunks), _buffer(out, chunks)
     for first, n, _, counts, order, starts in chunks:
@@ -31,19 +30,19 @@ def gather_gemm_ref(features, weight, table, finish=None):
     return out
 
 
-def backward_ref(features, weight, d_out, inverse_idx, mirrored, for_features, for_weight):
+def backward_ref(features, weight, d_out, inverse, mirrored, for_features, for_weight):
     """Gradients of features [N, Cin] and weights [Cout, K, Cin] in the type that is summed in, None if not asked for.
 
-    Both over the inverse table: a chunk of rows of `features` gathers what its outputs' gradients are.
+    Both over the inverse `NeighborTable`: a chunk of rows of `features` gathers what its outputs' gradients are.
 
-    mirrored: `inverse_idx` has its offsets in reverse.
+    mirrored: `inverse` has its offsets in reverse.
     """
     x, g = _wide(features), _wide(d_out)
     d_features = torch.zeros_like(x) if for_features else None
-    d_weight = x.new_zeros(len(inverse_idx), g.shape[1], x.shape[1]) if for_weight else None
+    d_weight = x.new_zeros(len(inverse.idx), g.shape[1], x.shape[1]) if for_weight else None
     steps = slice(None, None, -1 if mirrored else 1)
     w, d_w = _wide(weight).unbind(1)[steps], d_weight.unbind()[steps] if for_weight else None
-    chunks = _chunks(inverse_idx, max(g.shape[1], x.shape[1]))
+    chunks = _chunks(inverse, max(g.shape[1], x.shape[1]))
     g_rows, x_rows = _buffer(g, chunks), _buffer(x, chunks)  # the latter holds products too
     for first, m, n, counts, order, starts in chunks:
         P, there = len(m), slice(first, first + len(starts))
@@ -69,11 +68,8 @@ def _wide(tensor):
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-_chunks_of = WeakTensorKeyDictionary()  # table -> {channels: (version, chunks)}: a table serves several layers
-
-
 def _chunks(table, channels):
-    """The pairs of a table [K, M], some outputs at a time and within those offset by offset; kept while it lives.
+    """The pairs of a `NeighborTable`, some outputs at a time and within those offset by offset; kept in it.
 
     Returns a list of
         first:  the chunk's first output.
@@ -82,16 +78,16 @@ def _chunks(table, channels):
         order:  [P] int32 the same pairs sorted by output ...
         starts: [R] int32 ... and where each output's begin.
     """
-    known = _chunks_of.setdefault(table, {})
-    version = None if table.is_inference() else table._version
-    if channels not in known or known[channels][0] != version:
-        idx = table.cpu().numpy()
+
+    def make():
+        idx = table.idx.cpu().numpy()
         M = idx.shape[1]
         # of 2^20 features, so that a GEMM has rows enough, and what was gathered is still in the cache when it is read
         rows = 2**20 // channels * M // max(np.count_nonzero(idx >= 0), 1)
         rows = max(256, min(rows, 4096))
-        known[channels] = version, [_chunk(idx[:, i : i + rows], i, table.device) for i in range(0, M, rows)]
-    return known[channels][1]
+        return [_chunk(idx[:, i : i + rows], i, table.idx.device) for i in range(0, M, rows)]
+
+    return table.get(("chunks on a CPU", channels), make)
 
 
 def _chunk(idx, first, device):

@@ -10,19 +10,17 @@ eight sets of offsets, by the parities of its cell, and the same sort finds thes
 The gradient of the weights sums over the pairs of an offset, of which the middle one has several times as many as the
 others: they are packed, and cut into equal chunks.
 
-All this is made once a table and kept while it lives: all layers on one set of voxels, and their gradients, share them.
-A CUDA graph uses what was made before it was captured, as it was: its tables must not change. What it makes itself is
-made again at every replay and not kept.
+All this is made once a `NeighborTable` and kept in it: all layers on one set of voxels, and their gradients, share it.
 """
 
+import copy
+import weakref
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from kernels import backend
-from kernels.backend import jit, tl, triton
+from kernels.backend import Kept, jit, tl, triton
 
 
 class Tiles(NamedTuple):
@@ -59,45 +57,71 @@ BLOCK_K = 8  # offsets a step
 BLOCK_C = 16  # chunks a program
 KEY_BITS = 48  # of the sort's key say which offsets a row has; more offsets than that share them
 
-_made = WeakTensorKeyDictionary()  # table -> {what: (version, made of it)}
+_tables = weakref.WeakValueDictionary()  # id of a tensor -> the table that has it
 
 
-def tiles(table, block_m, sort=True):
-    """The `Tiles` of a table [K, M] int32, M > 0. sort: False leaves rows in their order, which is the voxels'."""
-    return _keep(table, ("tiles", WINDOW, block_m, sort), lambda: _make_tiles(table.contiguous(), block_m, sort))
+class NeighborTable:
+    """A neighbor table idx [K, M] int32 and what was made of it, which `sparse_conv` takes in place of a tensor.
 
-
-def pairs(table):
-    """The `Pairs` of a table [K, M] int32, M > 0."""
-
-    def make():
-        # any tiles of its will do: they all count its pairs
-        ways = (key[2:] for key in _made[table] if key[:2] == ("tiles", WINDOW))
-        return _make_pairs(table.contiguous(), tiles(table, *next(ways, (64,))).pairs_idx)
-
-    return _keep(table, ("pairs", WINDOW), make)
-
-
-def chunks(table, parts, least, multiple):
-    """The `Chunks` of a table [K, M] int32, M > 0: parts + K at most, all as long as the pairs need them to be.
-
-    least, multiple: what a chunk has at least, and a multiple of which, but for the last of an offset.
+    It owns what is made: keep it as long as convolutions use it, and do not change `idx`.
     """
-    key = "chunks", WINDOW, parts, least, multiple
-    return _keep(table, key, lambda: _make_chunks(pairs(table).ends, parts, least, multiple))
+
+    def __init__(self, idx):
+        self.idx, self.kept = idx.contiguous(), Kept()
+        self._version = _version(self.idx)
+        _tables[id(self.idx)] = self
+
+    @staticmethod
+    def of(table):
+        """The table itself, or the one that has this tensor: code that torch.compile made hands on tensors alone.
+
+        One of its own, where no table has the tensor as it is now.
+        """
+        if isinstance(table, NeighborTable):
+            return table
+        owner = _tables.get(id(table))
+        return NeighborTable(table) if owner is None or owner._version != _version(table) else owner
+
+    def get(self, what, make):
+        assert self._version == _version(self.idx), "a table has changed: what was made of it no longer fits"
+        return self.kept.get(what, self.idx.device, make)
+
+    def tiles(self, block_m, sort=True):
+        """`Tiles`, where M > 0. sort: False leaves rows in their order, which is the voxels'."""
+
+        def make():
+            tiles = _make_tiles(self.idx, block_m, sort)
+            self.kept.put("counts", self.idx.device, tiles.pairs_idx)
+            return tiles
+
+        return self.get(("tiles", block_m, sort), make)
+
+    def pairs(self):
+        """`Pairs`, where M > 0."""
+
+        def make():
+            counts = self.kept.find("counts", self.idx.device)  # any tiles have them
+            return _make_pairs(self.idx, self.tiles(64).pairs_idx if counts is None else counts)
+
+        return self.get("pairs", make)
+
+    def chunks(self, parts, least, multiple):
+        """`Chunks`, where M > 0: parts + K at most, all as long as the pairs need them to be.
+
+        least, multiple: what a chunk has at least, and a multiple of which, but for the last of an offset.
+        """
+        key = "chunks", parts, least, multiple
+        return self.get(key, lambda: _make_chunks(self.pairs().ends, parts, least, multiple))
+
+    def trial(self):
+        """The same table, with what is made of this one by now; what is made of the trial is not made of this."""
+        trial = copy.copy(self)
+        trial.kept = self.kept.branch()
+        return trial
 
 
-def _keep(table, key, make):
-    known = _made.setdefault(table, {})
-    # another stream would not wait for what this one makes
-    stream = torch.cuda.current_stream(table.device) if table.is_cuda else None
-    version = None if table.is_inference() else table._version, stream
-    if key in known and known[key][0] == version:
-        return known[key][1]
-    made = make()
-    if not backend.capturing(table.device):
-        known[key] = version, made
-    return made
+def _version(idx):
+    return None if idx.is_inference() else idx._version
 
 
 def _window(M):

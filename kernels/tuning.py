@@ -1,5 +1,9 @@
 """Which of an op's launches is fastest: found by trying each once for each kind of work, and remembered in a file.
 
+A candidate is charged for all that it makes others wait for: where it needs tiles of a table that no layer before has
+made, for these too, since every step makes them anew. Runs are timed as a step has them: one after the other, the L2 as
+the run before leaves it, and the host ahead of the device; the median counts.
+
 Off until `enable` is called: every op then takes the first of its candidates, which is a sensible one. Another choice
 may add in another order, so results are bit-equal between runs that choose alike: with tuning off, or with one file.
 Under `torch.use_deterministic_algorithms(True)` nothing is tried, since the clock would decide about bits.
@@ -9,11 +13,13 @@ import json
 import math
 import uuid
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 import torch
 
-from kernels.backend import capturing, strictly_deterministic, triton
+from kernels.backend import capturing, strictly_deterministic, triton, waits
 
 
 @dataclass
@@ -59,7 +65,8 @@ def choose(kind, candidates, run, device):
     Args:
         kind:       tuple that says what work this is; the last is how much of it, and is put in a bucket.
         candidates: tuples; the first is the default.
-        run:        takes a candidate and does the work; may be called many times.
+        run:        takes a candidate and does the work, with all that this candidate needs and others may not; may be
+                    called many times, and must leave nothing behind that makes another call cheaper.
         device:     where.
     """
     if not _state.on or len(candidates) == 1:
@@ -85,7 +92,7 @@ def _search(work, candidates, run):
     can_time = _state.timer is not None or device.type == "cuda"
     if not can_time or capturing(device) or strictly_deterministic():
         return None
-    times = [_time(lambda c=c: run(c)) for c in candidates]
+    times = [_time(lambda c=c: run(c), device) for c in candidates]
     fastest = candidates[times.index(min(times))]
     known, name = _known(work)
     known[name] = list(fastest)
@@ -100,11 +107,29 @@ def _known(work):
     return _state.known.setdefault(device, {}), " ".join(map(str, kind))
 
 
-def _time(fn):
+RUNS = 21
+SPIN = 2**22  # ticks, two to three milliseconds at 1.4 to 2 GHz: time for the host to launch all runs
+
+
+def _time(fn, device):
     try:
-        return (_state.timer or triton.testing.do_bench)(fn)
+        return _state.timer(fn) if _state.timer is not None else _milliseconds(fn, device)
     except triton.runtime.errors.OutOfResources:  # more shared memory than this GPU has
         return math.inf
+
+
+def _milliseconds(fn, device):
+    """Median of runs one after the other, on the GPU's clock."""
+    with torch.cuda.device(device), waits("how long a launch takes"):
+        fn()  # compiles
+        torch.cuda._sleep(SPIN)
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(RUNS + 1)]
+        events[0].record()
+        for event in events[1:]:
+            fn()
+            event.record()
+        events[-1].synchronize()
+    return median(begin.elapsed_time(end) for begin, end in pairwise(events))
 
 
 def _save():

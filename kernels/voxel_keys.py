@@ -6,12 +6,13 @@ the same from run to run.
 """
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import jit, on_triton, opaque, tl, triton
+from kernels.backend import jit, on_triton, opaque, tl, to_host, triton, waits
 
 NO_KEY = 2**62  # sorts behind every voxel; a power of two, since F.pad takes its value as fp64
 NO_KEY_SHORT = 2**31 - 1  # the same of keys of 32 bits
@@ -60,7 +61,7 @@ def sort_voxels(coords: Tensor, shape: Sequence[int], check: bool = True) -> tup
         keys:  [N] int64 ascending.
         order: [N] int64, row of each key: keys[i] is the key of coords[order[i]].
 
-    Raises ValueError naming one voxel at fault.
+    Raises ValueError naming one voxel at fault, or a grid that `check_grid` refuses.
     """
     if not on_triton(coords):
         return sort_voxels_ref(coords, shape, check)
@@ -79,23 +80,39 @@ def sort_voxels_ref(coords, shape, check=True):
 
 
 def _raise_on_faults(coords, shape, keys, order):
-    outside = (coords < 0).any(dim=1) | (coords[:, 1:] >= coords.new_tensor(shape)).any(dim=1)
+    outside = (coords < 0).any(dim=1)
+    for axis, size in enumerate(shape):
+        outside |= coords[:, 1 + axis] >= size
     twice = F.pad(keys[1:] == keys[:-1], (0, 1))[: len(keys)]
-    any_outside, any_twice = torch.stack([outside.any(), twice.any()]).tolist()
-    if any_outside:
-        voxel = tuple(coords[outside.nonzero()[0, 0]].tolist())
-        raise ValueError(f"voxel (b, z, y, x) = {voxel} is outside the grid (Z, Y, X) = {tuple(shape)}")
-    if any_twice:
-        voxel = tuple(coords[order[twice.nonzero()[0, 0]]].tolist())
-        raise ValueError(f"voxel (b, z, y, x) = {voxel} occurs twice")
+    any_outside, any_twice = to_host(torch.stack([outside.any(), twice.any()]), "whether voxels are at fault")
+    with waits("the voxel at fault"):
+        if any_outside:
+            voxel = tuple(coords[outside.nonzero()[0, 0]].tolist())
+            raise ValueError(f"voxel (b, z, y, x) = {voxel} is outside the grid (Z, Y, X) = {tuple(shape)}")
+        if any_twice:
+            voxel = tuple(coords[order[twice.nonzero()[0, 0]]].tolist())
+            raise ValueError(f"voxel (b, z, y, x) = {voxel} occurs twice")
 
 
-def checked(coords, *triples):
+def checked(coords, shape, *triples):
     """The coordinates, contiguous."""
     assert coords.dim() == 2 and coords.shape[1] == 4, f"coordinates are [N, 4], not {tuple(coords.shape)}"
     assert coords.dtype == torch.int32, f"coordinates are int32, not {coords.dtype}"
-    assert all(len(t) == 3 for t in triples), f"a triple (z, y, x) each: {triples}"
+    assert all(len(t) == 3 for t in (shape, *triples)), f"a triple (z, y, x) each: {shape}, {triples}"
+    check_grid(shape)
     return coords.contiguous()
+
+
+def check_grid(cells, batch_size=1):
+    """Raise ValueError for cells (Z, Y, X) that int32 cannot count along an axis, or int64 keys all together.
+
+    A convolution passes what it reaches, padding included: kernels compute coordinates in 32 bits.
+    """
+    if max(cells) >= 2**31 or batch_size * prod(cells) > NO_KEY:
+        raise ValueError(
+            f"(z, y, x) = {tuple(cells)} cells in each of {batch_size} samples, with what a kernel reaches around "
+            "them, are too many: a coordinate has 32 bits, the number of a cell 62"
+        )
 
 
 BLOCK = 256  # voxels per program

@@ -8,17 +8,15 @@ x(r, k) is the voxel that holds point k of pixel r's ray. Points next to each ot
 run, which reads its feature once, with the sum of its probabilities. For the forward the runs are sorted by voxel,
 stably, and each voxel's are summed in order by the program that owns it; where they are many, whole chunks of them were
 summed by programs of their own before. In the backward a program owns pixels and walks along their rays. Nothing is
-atomic. Where the points lie is found once for as long as the cameras stay the same tensor.
+atomic.
 
 Sizes: R pixels of all views with D depth bins each, so R D points; V voxels of all samples.
 """
 
-import weakref
-
 import torch
 import torch.nn.functional as F
 
-from kernels.backend import capturing, jit, on_triton, tl, triton
+from kernels.backend import jit, on_triton, tl, triton
 
 
 def voxel_pool(features, depths, lidar2image, low, cell, shape, stride, depth_range, truncate=False):
@@ -41,9 +39,7 @@ def voxel_pool(features, depths, lidar2image, low, cell, shape, stride, depth_ra
 
     Differentiable once in `features` and `depths`. Accumulates in fp32 (fp64 for fp64 features); bit-equal from run to
     run. Points are placed in fp64, by kernel and reference to the bit alike; those of a singular matrix lie nowhere.
-    The kernels do not look again where they lie if the last call had this very `lidar2image`, unchanged (a change that
-    goes round autograd, through `.data`, is not seen). A view is whatever has a matrix: several frames are more views.
-    Follows Uni3DVoxelPoolDepth of the original.
+    A view is whatever has a matrix: several frames are more views. Follows Uni3DVoxelPoolDepth of the original.
     """
     (B, N, h, w, _), D = features.shape, depths.shape[4]
     assert lidar2image.shape == (B, N, 4, 4), f"lidar2image {tuple(lidar2image.shape)} does not fit {B} x {N} views"
@@ -84,7 +80,9 @@ def _geometry(lidar2image, low, cell, depth_range, D):
     """The frusta in fp64: matrices (u*d, v*d, d, 1) -> place in the grid [B, N, 3, 4], depths of the bins [D]."""
     # does not wait for the device to look for errors, as `torch.inverse` does
     metres = torch.linalg.inv_ex(lidar2image.double()).inverse[..., :3, :]
-    places = [torch.cat([metres[..., i, :3], metres[..., i, 3:] - low[i]], dim=-1) / cell[i] for i in range(3)]
+    places = [torch.cat([metres[..., i, :3], metres[..., i, 3:] - low[i]], dim=-1) for i in range(3)]
+    # on a GPU a tensor over a number is a product with its reciprocal, which moves points on faces
+    places = [place / place.new_full((), size) for place, size in zip(places, cell, strict=True)]
     near, far = depth_range
     bins = near + (far - near) / max(D, 1) * torch.arange(D, dtype=torch.float64, device=lidar2image.device)
     return torch.stack(places, dim=-2), bins
@@ -120,7 +118,7 @@ class VoxelPool(torch.autograd.Function):
             ctx.voxels = 0
             return volume.zero_()
         geometry = (N, h, w), D, tuple(low), tuple(cell), tuple(shape), stride, tuple(depth_range), truncate
-        voxel, order, pixel, begin = _where_points_lie(lidar2image, *geometry)
+        voxel, order, pixel, begin = _find_points(lidar2image, *geometry)
         ctx.save_for_backward(features, depths, voxel)
         ctx.voxels = V
         acc_type = torch.float64 if features.dtype == torch.float64 else torch.float32
@@ -155,38 +153,15 @@ class VoxelPool(torch.autograd.Function):
         return d_features, d_depths, None, None, None, None, None, None, None
 
 
-_last = None  # the cameras of the last call as a weak reference, their version and the rest, what was found
+def _find_points(lidar2image, sizes, D, low, cell, shape, stride, depth_range, truncate):
+    """What depends on the cameras alone, all int32.
 
-
-def _where_points_lie(lidar2image, *geometry):
-    """What depends on the cameras alone, found again only for others than the last call's.
-
-    Returns, all int32:
+    Returns:
         voxel: [P] that each point lies in; their number where it lies in none.
         order: [P] the first point of each run, sorted by voxel; behind the runs, all other points.
         pixel: [P] of those points.
         begin: [V + 1] each voxel's first run in `order`.
     """
-    global _last
-    # a captured graph runs again when the cameras have changed; inference tensors do not count their changes
-    keep = not lidar2image.is_inference() and not capturing(lidar2image.device)
-    stream = torch.cuda.current_stream(lidar2image.device) if lidar2image.is_cuda else None
-    key = (lidar2image._version, stream, geometry) if keep else None
-    if keep and _last is not None and _last[0]() is lidar2image and _last[1] == key:
-        return _last[2]
-    found = _find_points(lidar2image, *geometry)
-    _last = (weakref.ref(lidar2image, _forget), key, found) if keep else None
-    return found
-
-
-def _forget(cameras):
-    """Nobody asks for these cameras again: what was found is memory on the device."""
-    global _last
-    if _last is not None and _last[0] is cameras:
-        _last = None
-
-
-def _find_points(lidar2image, sizes, D, low, cell, shape, stride, depth_range, truncate):
     (B, N), h, w, (X, Y, Z) = lidar2image.shape[:2], *sizes[1:], shape
     P, V = B * N * h * w * D, B * X * Y * Z
     matrices, bins = _geometry(lidar2image, low, cell, depth_range, D)

@@ -11,9 +11,8 @@ Sizes: P points of B samples, C numbers a point, V voxels.
 import torch
 import torch.nn.functional as F
 
-from kernels.backend import jit, on_triton, tl, triton
-
-NO_KEY = 2**62  # of points outside the grid: sorts behind every cell
+from kernels.backend import jit, on_triton, tl, to_host, triton, waits
+from kernels.voxel_keys import NO_KEY, check_grid  # points outside the grid have no key
 
 
 @torch.no_grad()
@@ -33,11 +32,12 @@ def voxelize(points, point_counts, low, cell, shape, max_points, max_voxels):
         features: [V, C] means.
         coords:   [V, 4] int32 (b, z, y, x), each once; sample after sample, within one in the order of first points.
 
-    Waits for the device, once: for V. Not differentiable. Follows hard_voxelize_cpu and HardSimpleVFE of the original.
+    Waits for the device, once: for V. Not differentiable. Raises ValueError for a grid that `check_grid` refuses.
+    Follows hard_voxelize_cpu and HardSimpleVFE of the original.
     """
     if not on_triton(points):
         return voxelize_ref(points, point_counts, low, cell, shape, max_points, max_voxels)
-    counts = _check(points, point_counts, max_points)
+    counts = _check(points, point_counts, shape, max_points)
     (P, C), B = points.shape, len(counts)
     if not P:
         return points.new_empty(0, C), points.new_empty(0, 4, dtype=torch.int32)
@@ -59,7 +59,8 @@ def voxelize(points, point_counts, low, cell, shape, max_points, max_voxels):
         number = F.pad(kept.cumsum(0), (1, 0))  # voxels before each point
         before = number[ends - on_device].repeat_interleave(on_device, output_size=P)  # ... before its sample
         kept &= number[:-1] - before < max_voxels
-    first = kept.nonzero()[:, 0]
+    with waits("how many voxels hold points"):
+        first = kept.nonzero()[:, 0]
     V = len(first)
     features = points.new_empty(V, C)
     coords = points.new_empty(V, 4, dtype=torch.int32)
@@ -76,7 +77,7 @@ def voxelize(points, point_counts, low, cell, shape, max_points, max_voxels):
 @torch.no_grad()
 def voxelize_ref(points, point_counts, low, cell, shape, max_points, max_voxels):
     """`voxelize` in plain PyTorch."""
-    counts = _check(points, point_counts, max_points)
+    counts = _check(points, point_counts, shape, max_points)
     (Z, Y, X), P = shape, len(points)
     low, cell = points.new_tensor(low), points.new_tensor(cell)
     place = ((points[:, :3] - low) / cell).floor()
@@ -120,17 +121,23 @@ def grid_sample(points, point_counts, cell, noise=None):
         rows:    [V] int64, rows of `points`, one a cell, in ascending order of `coords`.
         coords:  [V, 4] int32 (b, z, y, x) of the cells, negative ones too.
         cell_of: [P] int64, the row among `coords` of each point.
+        extent:  the lowest cell and the highest, (z, y, x) each; without points cell 0.
 
-    Elementwise torch and its sorts on every device: nothing is left for a kernel of our own. Follows GridSample of
-    Pointcept, which counts cells from each sample's minimum; that moves their numbers, not their borders.
+    Waits for the device, once: for V and the extent. Raises ValueError where a cell has no int32 coordinate, as those
+    of points that are not finite. Elementwise torch and its sorts on every device: nothing is left for a kernel of our
+    own. Follows GridSample of Pointcept, which counts cells from each sample's minimum; that moves their numbers, not
+    their borders.
     """
     counts, P = _check(points, point_counts), len(points)
     if not P:
         none = torch.empty(0, dtype=torch.int64, device=points.device)
-        return none, none.new_empty((0, 4), dtype=torch.int32), none
-    sample, place = _samples(counts, points), (points[:, :3] / cell).floor().long()
-    x, y, z = (place - place.amin(dim=0)).unbind(1)
-    key = ((sample * (z.amax() + 1) + z) * (y.amax() + 1) + y) * (x.amax() + 1) + x
+        return none, none.new_empty((0, 4), dtype=torch.int32), none, ([0, 0, 0], [0, 0, 0])
+    # on a GPU a tensor over a number is a product with its reciprocal, which rounds points into other cells
+    sample, place = _samples(counts, points), (points[:, :3] / points.new_full((), cell)).floor().long()
+    low, high = place.amin(dim=0), place.amax(dim=0)
+    x, y, z = (place - low).unbind(1)
+    X, Y, Z = (high - low + 1).unbind()
+    key = ((sample * Z + z) * Y + y) * X + x
     if noise is None:
         key, order = key.sort(stable=True)
     else:
@@ -138,12 +145,18 @@ def grid_sample(points, point_counts, cell, noise=None):
         key, within = key.index_select(0, order).sort(stable=True)
         order = order.index_select(0, within)
     new = F.pad(key[1:] != key[:-1], (1, 0), value=True)
-    rows, cell_of = order[new], torch.empty_like(order)
+    numbers = torch.cat([new.sum()[None], low.flip(0), high.flip(0)])
+    V, *extent = to_host(numbers, "how many cells hold points, and how far they reach")
+    low, high = extent[:3], extent[3:]
+    if min(low) < -(2**31) or max(high) >= 2**31:
+        raise ValueError(f"points lie in the cells (z, y, x) = {low} to {high}, beyond 32 bits: are all finite?")
+    check_grid([h - l + 1 for l, h in zip(low, high, strict=True)], len(counts))
+    rows, cell_of = order[new.nonzero_static(size=V)[:, 0]], torch.empty_like(order)
     cell_of[order] = new.cumsum(0) - 1
-    return rows, torch.cat([sample[:, None], place.flip(1)], dim=1)[rows].int(), cell_of
+    return rows, torch.cat([sample[:, None], place.flip(1)], dim=1)[rows].int(), cell_of, (low, high)
 
 
-def _check(points, point_counts, max_points=1):
+def _check(points, point_counts, shape=(1, 1, 1), max_points=1):
     """The points of each sample, [B] int64 on the CPU."""
     counts = torch.as_tensor(point_counts, dtype=torch.int64)
     fits = points.dim() == 2 and points.shape[1] >= 3 and points.dtype == torch.float32
@@ -151,12 +164,14 @@ def _check(points, point_counts, max_points=1):
     assert counts.device.type == "cpu", "points are counted on the CPU, so that nothing waits for the device"
     assert int(counts.sum()) == len(points), f"{counts.tolist()} points in the samples, {len(points)} in all"
     assert max_points >= 1, f"a voxel of at most {max_points} points"
+    check_grid(shape, len(counts))
     return counts
 
 
 def _samples(counts, points):
     """[P] int64, the sample of each point."""
-    return torch.arange(len(counts)).repeat_interleave(counts).to(points.device, non_blocking=True)
+    samples, counts = torch.arange(len(counts), device=points.device), counts.to(points.device, non_blocking=True)
+    return samples.repeat_interleave(counts, output_size=len(points))
 
 
 BLOCK_P = 256  # points per program

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kernels.voxel_pool import voxel_pool
+from tests.check import DividesLikeAGpu
 from tests.golden import assert_close_to_max, load, weights
 from tests.test_rays import make_batch
 from unipad.config import Camera
@@ -107,6 +108,20 @@ def test_loss_is_the_originals():
     volume = voxel_pool(features, depths, batch.lidar2image, *geometry)
     ((volume.permute(0, 4, 1, 2, 3) * arrays["in/w_out"]).sum() + loss).backward()
     assert_close_to_max(depths.grad.permute(0, 1, 4, 2, 3).flatten(0, 1), arrays["grad/depth"], 1e-5, "depths")
+
+
+def test_targets_are_the_same_on_a_gpu():
+    """Points about borders of bins, some of which a product with the reciprocal of a bin's depth would move."""
+    near, far, bins = 3.0, 8.0, 100
+    ahead = (torch.arange(1, bins).double() * (far - near) / bins + near + 1).float()
+    ahead = torch.cat([ahead, ahead.nextafter(torch.zeros(()))])
+    distance, size = ahead - 1 - near, torch.tensor((far - near) / bins)
+    assert ((distance * (1 / size)).floor() != (distance / size).floor()).any()
+    batch = make_batch([[[0.0, y, 2.0]] for y in ahead.tolist()], views=1)
+    targets = depth_targets(batch, 2, 4, bins, (near, far))
+    assert targets.amax(dim=(1, 2, 3)).tolist() == (distance / size).long().tolist()
+    with DividesLikeAGpu():
+        assert torch.equal(depth_targets(batch, 2, 4, bins, (near, far)), targets)
 
 
 def test_targets_by_hand():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.check import DividesLikeAGpu
 from tests.golden import assert_close_to_max, load, weights
 from unipad import config
 from unipad.model.sparse import SparseTensor, VoxelSet
@@ -93,6 +94,18 @@ def test_a_volume_s_cell_holds_the_mean_of_its_points():
     count.index_put_((sample, z, y, x), torch.ones(len(rows), 1), accumulate=True)
     torch.testing.assert_close(volume, (total / count.clamp(min=1)).permute(0, 4, 1, 2, 3), rtol=1e-4, atol=1e-5)
     assert torch.equal(seen[:, 1:], ((points[rows, :3] - torch.tensor(GRID.low)) / 0.5).int().flip(1))
+
+
+def test_a_point_s_cell_is_the_same_on_a_gpu():
+    """Cells of 0.3 m: as products with the reciprocal some of these points would lie in the next one."""
+    net = UnetEncoder(SMALL, config.Grid(low=(-3.0, -3.0, -2.0), high=(3.0, 3.0, 4.0), cell=(0.3, 0.3, 2.0)))
+    x = (torch.arange(1, 20).double() * 0.3 - 3).float()
+    places = torch.stack([x, x, torch.zeros_like(x)], dim=1)
+    features, sample = torch.arange(1.0, 20)[:, None], torch.zeros(19, dtype=torch.int32)
+    volume = net._volume(features, places, sample, 1)
+    assert ((x + 3) * (1 / torch.tensor(0.3))).floor().ne(((x + 3) / torch.tensor(0.3)).floor()).any()
+    with DividesLikeAGpu():
+        assert torch.equal(net._volume(features, places, sample, 1), volume)
 
 
 def test_hidden_blocks_are_empty():

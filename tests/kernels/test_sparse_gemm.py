@@ -7,7 +7,9 @@ import torch
 
 from kernels import tuning
 from kernels.sparse_gemm import BLOCK_E, BLOCK_R, FEWER_STAGES, GROUP, STAGES, d_weight_of, gather_gemm
+from kernels.sparse_tiles import NeighborTable
 from tests.ahead_of_time import Launch
+from tests.check import launches
 
 IEEE, TF32 = dict(PRECISION="ieee", WIDEN=False), dict(PRECISION="tf32", WIDEN=False)
 HALF, SINGLE, EVEN = ("bf16",), ("fp32",), ("I", "O")
@@ -91,7 +93,7 @@ def test_every_way_to_launch_computes_the_same(tuned, device):
     """The clock makes the first, the second, ... way the fastest; sizes of tiles and of steps change no sum's terms."""
     gen = torch.Generator().manual_seed(0)
     table = torch.where(torch.rand(3, 130, generator=gen) < 0.5, torch.randint(0, 130, (3, 130), generator=gen), -1)
-    table = table.int().to(device)
+    table = NeighborTable(table.int().to(device))
     x, g, weight = (torch.randn(size, generator=gen).half().to(device) for size in [(130, 16), (130, 32), (32, 3, 16)])
     for run, ways in [
         (lambda: gather_gemm(x, weight, table, False), 8),
@@ -108,3 +110,32 @@ def test_every_way_to_launch_computes_the_same(tuned, device):
             tuning.enable(timer=clock)
             torch.testing.assert_close(run(), default, rtol=1e-3, atol=1e-3 * default.abs().max().item())
             assert next(calls) == ways
+
+
+def test_a_way_is_charged_for_tiles_that_no_layer_before_has_made(tuned, device):
+    """Of two layers on a table the second would be faster with other tiles, but not by as much as they cost."""
+    table = torch.where(torch.rand(3, 130) < 0.5, torch.randint(0, 130, (3, 130)), -1).int().to(device)
+    x, narrow, wide = (torch.randn(size).half().to(device) for size in [(130, 16), (8, 3, 16), (32, 3, 16)])
+    tables = NeighborTable(table), NeighborTable(table)
+    kernel_ms = itertools.chain([2, 1] + [2] * 6, [1, 2] + [3] * 6, [1, 2] + [3] * 6)  # of tiles of 64 and 128 first
+
+    def clock(fn):
+        with launches() as launched:
+            fn()
+        assert launched[-1] == "_gather_gemm_kernel"
+        return next(kernel_ms) + 10 * launched.count("_tiles_kernel")
+
+    def made(weight, table):
+        with launches() as launched:
+            gather_gemm(x, weight, table, False)
+        return launched[-2:].count("_tiles_kernel")
+
+    tuning.enable(timer=clock)
+    assert made(narrow, tables[0]) == 1 and made(wide, tables[0]) == 0
+    tuning.enable(timer=clock)
+    assert made(wide, tables[1]) == 1  # alone it has the tiles that suit it
+    assert next(kernel_ms, None) is None
+    for table, block_m in zip(tables, (128, 64), strict=True):
+        with launches() as launched:
+            table.tiles(block_m)
+        assert not launched

@@ -96,7 +96,8 @@ def densify(values, coords, B, shape):
 
 @pytest.mark.parametrize("B, shape, N, geometry", [*CASES, (*SOME, FIVE)])
 def test_reference_is_dense_convolution(B, shape, N, geometry, device):
-    """Exact: small integers in fp64. Active outputs are those that a kernel of ones reaches."""
+    """Exact: small integers in fp64, rounded since cuDNN may convolve by FFT. Active outputs are those that a kernel of
+    ones reaches."""
     coords, (kernel, stride, padding, dilation) = random_voxels(B, shape, N, device), geometry
     features = torch.randint(1, 9, (N,), device=device).double()
     weight = torch.randint(-9, 9, kernel, device=device).double()
@@ -114,16 +115,16 @@ def test_reference_is_dense_convolution(B, shape, N, geometry, device):
         args = dict(stride=stride, padding=padding, dilation=dilation)
         out_coords, neighbor_idx = make(coords, shape, *geometry)
         assert neighbor_idx.shape == (prod(kernel), len(out_coords))
-        active = conv(occupied, ones, **args) > 0
+        active = conv(occupied, ones, **args) > 0.5
         assert active.shape[2:] == size_of(shape, *geometry)
-        check(out_coords, gather_conv(features, weight, neighbor_idx), conv(dense, w, **args), active)
+        check(out_coords, gather_conv(features, weight, neighbor_idx), conv(dense, w, **args).round(), active)
 
     # submanifold: padded so that offset kernel // 2 lies on the output, outputs restricted to the inputs
     neighbor_idx = submanifold_map_ref(coords, *sort_voxels_ref(coords, shape), shape, kernel, dilation)
     below = [k // 2 * d for k, d in zip(kernel, dilation, strict=True)]
     above = [(k - 1 - k // 2) * d for k, d in zip(kernel, dilation, strict=True)]
     pad = [p for pair in zip(reversed(below), reversed(above), strict=True) for p in pair]
-    dense_out = F.conv3d(F.pad(dense, pad), w, dilation=dilation)
+    dense_out = F.conv3d(F.pad(dense, pad), w, dilation=dilation).round()
     b, z, y, x = coords.long().unbind(1)
     assert torch.equal(gather_conv(features, weight, neighbor_idx), dense_out[b, 0, z, y, x])
 
@@ -197,6 +198,36 @@ def test_grid_of_8e9_cells(plain, device):
     kept = halved[:, 1] < 20  # of 41 slices the last has no partner
     assert torch.equal(out_coords, halved[kept])  # `product` ascends as the keys do
     assert torch.equal((neighbor_idx >= 0).sum(dim=0), torch.full((8,), 2, device=device))
+
+
+@pytest.mark.parametrize("fn", [transposed_map, transposed_map_ref])
+def test_transposed_up_to_the_last_int32(fn, device):
+    """A voxel that spreads to the last three of 2^31 - 1 cells; four farther on coordinates would be negative."""
+    coords = torch.tensor([[0, 0, 0, 2**29 - 1]], dtype=torch.int32, device=device)
+    kernel, stride = (1, 1, 3), (1, 1, 4)
+    out_coords, neighbor_idx = fn(coords, (1, 1, 2**29), kernel, stride, (0, 0, 0), ONE)
+    assert out_coords.tolist() == [[0, 0, 0, 2**31 - 4 + k] for k in range(3)]
+    assert torch.equal(neighbor_idx, torch.eye(3, dtype=torch.int32, device=device) - 1)
+    for padding in (0, 2):  # what padding cuts off is reached, too
+        with pytest.raises(ValueError, match=r"\(1, 1, 2147483651\) cells.* too many: a coordinate has 32 bits"):
+            fn(coords, (1, 1, 2**29 + 1), kernel, stride, (0, 0, padding), ONE)
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["op", "ref"])
+def test_what_a_kernel_reaches_has_int32_coordinates(plain, device):
+    make_sub, make_strided = (submanifold_map_ref, strided_map_ref) if plain else (submanifold_map, strided_map)
+    coords = torch.tensor([[0, 0, 0, 2**31 - 5], [0, 0, 0, 2**31 - 4]], dtype=torch.int32, device=device)
+    for size, fits in [(2**31 - 3, True), (2**31 - 2, False)]:
+        shape = (1, 1, size)
+        for fn in (
+            lambda: make_sub(coords, *sort_voxels(coords, shape), shape, (1, 1, 3), ONE),  # noqa: B023
+            lambda: make_strided(coords, shape, (1, 1, 3), ONE, (0, 0, 1), ONE)[1],  # noqa: B023
+        ):
+            if fits:
+                assert fn()[:, -2:].tolist() == [[-1, 0], [0, 1], [1, -1]]
+            else:
+                with pytest.raises(ValueError, match="too many"):
+                    fn()
 
 
 @pytest.mark.parametrize("plain", [False, True], ids=["op", "ref"])

@@ -1,10 +1,16 @@
+import gc
+import weakref
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from kernels import backend, sparse_tiles
+from kernels.sparse_conv import sparse_conv
 from kernels.sparse_gemm import BLOCK_R, LEAST
-from kernels.sparse_tiles import BLOCK_C, BLOCK_K, WINDOW, chunks, pairs, tiles
+from kernels.sparse_tiles import BLOCK_C, BLOCK_K, WINDOW, NeighborTable
 from tests.ahead_of_time import Launch
+from tests.check import launches
 
 INT = dict(elements=("i32",), budgets=("sm_80", "sm_90", "gfx942"))  # no argument has the element type
 LAUNCHES = [
@@ -41,10 +47,10 @@ TABLES = [(27, 300, 0.3), (1, 64, 1.0), (8, 129, 0.1), (125, 70, 0.05), (3, 1, 0
 def test_tiles_hold_the_table(K, M, share, sort, block_m, monkeypatch, device):
     monkeypatch.setattr(sparse_tiles, "WINDOW", 128)  # several windows
     table = make_table(K, M, share, device)
-    made = tiles(table, block_m, sort)
+    made = NeighborTable(table).tiles(block_m, sort)
     rows = made.row_idx.flatten()
     assert rows[rows >= 0].sort()[0].tolist() == list(range(M)) and (sort or rows[:M].tolist() == list(range(M)))
-    assert ((rows >= 0).nonzero()[:, 0] // 128 == rows[rows >= 0].cpu() // 128).all()  # rows stay in their window
+    assert ((rows >= 0).nonzero()[:, 0] // 128 == rows[rows >= 0] // 128).all()  # rows stay in their window
     back = torch.full_like(table, -1)
     for row, count, offset, read in zip(*(t.cpu() for t in made[:4]), strict=True):
         offset, read = offset[:count].long(), read[:count]
@@ -63,7 +69,7 @@ def test_pairs_are_in_the_order_of_the_table(K, M, share, monkeypatch, device):
     monkeypatch.setattr(sparse_tiles, "WINDOW", 128)
     table = make_table(K, M, share, device)
     k, m = (table >= 0).nonzero(as_tuple=True)
-    made = pairs(table)
+    made = NeighborTable(table).pairs()
     assert torch.equal(made.row_idx[: len(m)].long(), m) and torch.equal(made.read_idx[: len(m)], table[k, m])
     assert torch.equal(made.ends[:, -1], k.bincount(minlength=K).cumsum(0))
 
@@ -71,11 +77,11 @@ def test_pairs_are_in_the_order_of_the_table(K, M, share, monkeypatch, device):
 @pytest.mark.parametrize("parts, least, multiple, size", [(1, 1, 1, 1583), (40, 1, 16, 48), (40, 100, 16, 112)])
 def test_chunks_are_of_one_length(parts, least, multiple, size, device):
     """1583 pairs of 27 offsets."""
-    table = make_table(27, 200, 0.3, device)
-    ends = pairs(table).ends[:, -1].tolist()
+    table = NeighborTable(make_table(27, 200, 0.3, device))
+    ends = table.pairs().ends[:, -1].tolist()
     assert ends[-1] == 1583
     expected = [(i, min(i + size, b)) for a, b in zip([0, *ends], ends, strict=False) for i in range(a, b, size)]
-    first, end, until_idx = (t.tolist() for t in chunks(table, parts, least, multiple))
+    first, end, until_idx = (t.tolist() for t in table.chunks(parts, least, multiple))
     assert len(first) == parts + 27 >= len(expected)
     got = list(zip(first, end, strict=True))
     assert got[: len(expected)] == expected and all(a >= b for a, b in got[len(expected) :])
@@ -92,26 +98,124 @@ def test_rows_with_the_same_offsets_share_tiles(device):
         middle = (torch.arange(27) // step % 3 == 1)[:, None]
         has &= middle == is_odd  # one offset reaches an odd cell, two an even one
     table = torch.where(has, 0, -1).int().to(device)
-    needed, done = has.sum().item(), 64 * tiles(table, 64).count_idx.sum().item()
+    needed, done = has.sum().item(), 64 * NeighborTable(table).tiles(64).count_idx.sum().item()
     assert done < 1.6 * needed
     assert 64 * has.view(27, 16, 64).any(dim=2).sum() > 7 * needed  # in the order of the rows
 
 
-def test_what_is_made_of_a_table_is_kept_while_it_stays(device):
-    table = make_table(3, 40, 0.5, device)
-    made = tiles(table, 64), pairs(table)
-    assert tiles(table, 64) is made[0] and pairs(table) is made[1] and tiles(table, 128) is not made[0]
-    table[0, 0] = 7
-    assert tiles(table, 64) is not made[0] and pairs(table) is not made[1]
+def test_a_table_keeps_what_is_made_of_it(device):
+    table = NeighborTable(make_table(3, 40, 0.5, device))
+    tiles, pairs = table.tiles(64), table.pairs()
+    assert table.tiles(64) is tiles and table.pairs() is pairs and table.tiles(128) is not tiles
+    assert NeighborTable.of(table) is table and NeighborTable.of(table.idx) is table
+    assert NeighborTable.of(table.idx.clone()) is not table
+    with launches() as launched:
+        NeighborTable(table.idx).pairs()
+    assert launched == ["_tiles_kernel", "_pairs_kernel"]  # any tiles count the pairs
 
 
-def test_a_cuda_graph_keeps_nothing_of_its_own(monkeypatch, device):
-    """Its memory holds tiles only after a replay; what was there before it is used."""
-    before, new = make_table(3, 40, 0.5, device), make_table(3, 40, 0.5, device)
-    made = tiles(before, 64)
-    monkeypatch.setattr(backend, "capturing", lambda device: True)
-    assert tiles(before, 64) is made
-    in_graph = tiles(new, 64), pairs(new)
-    monkeypatch.undo()
-    assert tiles(new, 64) is not in_graph[0] and pairs(new) is not in_graph[1]
-    assert torch.equal(tiles(new, 64).row_idx, made.row_idx)
+def test_a_table_that_changes_is_another_one(device):
+    idx = make_table(3, 40, 0.5, device)
+    table = NeighborTable(idx)
+    tiles = table.tiles(64)
+    idx[0, 0] = 7
+    with pytest.raises(AssertionError, match="has changed"):
+        table.tiles(64)
+    assert NeighborTable.of(idx).tiles(64) is not tiles
+
+
+def test_nothing_outlives_its_table(device):
+    """At once: on a GPU it is memory."""
+    table = NeighborTable(make_table(3, 40, 0.5, device))
+    made, idx = weakref.ref(table.tiles(64).row_idx), table.idx
+    gc.disable()
+    try:
+        del table
+        assert made() is None and not sparse_tiles._tables.get(id(idx))
+    finally:
+        gc.enable()
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """What the current stream is, and whether a graph is captured on it, to be set: `streams(number, capturing)`."""
+    current = {}
+
+    def switch(stream, capturing=False):
+        current.update(stream=stream, capturing=capturing)
+
+    switch(1)
+    monkeypatch.setattr(backend, "stream", lambda device: current["stream"])
+    monkeypatch.setattr(backend, "capturing", lambda device: current["capturing"])
+    return switch
+
+
+def test_streams_are_those_of_cuda(monkeypatch):
+    cuda, cpu = torch.device("cuda", 1), torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=10 + device.index))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert backend.stream(cuda) == 11 and backend.stream(cpu) == 0
+    assert backend.capturing(cuda) and not backend.capturing(cpu)
+
+
+def test_a_stream_does_not_use_what_another_may_still_be_making(streams, device):
+    table = NeighborTable(make_table(3, 40, 0.5, device))
+    first = table.tiles(64)
+    streams(2)
+    second = table.tiles(64)
+    assert second is not first and table.tiles(64) is second
+    streams(1)
+    assert table.tiles(64) is first
+
+
+def test_a_graph_takes_what_its_warm_up_made(streams, device):
+    """Warmed up on a stream, captured on another one, as `torch.cuda.graph` does it: no replay makes tiles again."""
+    table, weight = NeighborTable(make_table(3, 40, 0.5, device)), torch.randn(8, 3, 1, 1, 8, device=device)
+    features, inverse = torch.randn(80, 8, device=device, requires_grad=True), NeighborTable(
+        torch.full((3, 80), -1, dtype=torch.int32, device=device)
+    )
+
+    def step():
+        with launches() as launched:
+            sparse_conv(features, weight.requires_grad_(), table, inverse).sum().backward()
+        return [name for name in launched if name in ("_tiles_kernel", "_pairs_kernel", "_chunks_kernel")]
+
+    streams(2)
+    assert step()
+    streams(3, capturing=True)
+    assert not step()
+
+
+def test_what_a_graph_makes_is_nobody_else_s(streams, device):
+    """Its memory holds tiles only after a replay."""
+    table = NeighborTable(make_table(3, 40, 0.5, device))
+    streams(3, capturing=True)
+    in_graph = table.tiles(64), table.pairs()
+    streams(3)
+    assert table.tiles(64) is not in_graph[0] and table.pairs() is not in_graph[1]
+    streams(1)
+    assert table.tiles(64) is not in_graph[0]
+
+
+def test_a_trial_leaves_nothing_behind(device):
+    table = NeighborTable(make_table(3, 40, 0.5, device))
+    known = table.tiles(64)
+    trial = table.trial()
+    assert trial.tiles(64) is known
+    tried = trial.tiles(128)
+    assert table.tiles(128) is not tried and NeighborTable.of(table.idx) is table
+
+
+def test_compiled_layers_share_what_is_made_of_their_table(device):
+    """Compiled code hands ops the tensor of a table; the table is found again, in the backward too."""
+    inverse = NeighborTable(torch.full((3, 80), -1, dtype=torch.int32, device=device))
+    table, weight = NeighborTable(make_table(3, 40, 0.5, device)), torch.randn(8, 3, 1, 1, 8, device=device)
+    features = torch.randn(80, 8, device=device, requires_grad=True)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def layers(features, weight):
+        return sparse_conv(features, weight, table, inverse) + sparse_conv(2 * features, weight, table, inverse)
+
+    with launches() as launched:
+        layers(features, weight.requires_grad_()).sum().backward()
+    assert launched.count("_gather_gemm_kernel") == 4 and launched.count("_tiles_kernel") == 2  # there and back

@@ -1,4 +1,5 @@
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,33 @@ def test_two_processes_with_one_number_do_not_share_a_temporary_file(tmp_path, m
         tuning.enable(path, Clock(dict.fromkeys(CANDIDATES, 1.0)))
         choose(tuning._state.timer)
     assert len(names) == 2
+
+
+def test_runs_follow_each_other_and_the_median_counts(monkeypatch):
+    """On a clock by hand: the first run, which compiles, is not timed, the host is ahead of the device, nothing is
+    flushed in between, and what disturbs one run counts for nothing."""
+    clock, log = [0.0], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("event")
+            self.at = clock[0]
+
+        def synchronize(self):
+            log.append("wait")
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    def fn():
+        log.append("run")
+        clock[0] += 50.0 if log.count("run") in (1, 7) else 2.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda ticks: log.append("spin"))
+    assert tuning._milliseconds(fn, torch.device("cuda")) == 2.0
+    assert log == ["run", "spin", "event"] + ["run", "event"] * tuning.RUNS + ["wait"]

@@ -41,6 +41,16 @@ def test_sorting_matches_reference(B, shape, N, device):
     assert torch.equal(voxel, coords[order].long())
 
 
+@pytest.mark.parametrize("fn", [voxel_keys, voxel_keys_ref, sort_voxels, sort_voxels_ref])
+def test_cells_that_int32_or_keys_cannot_count_are_refused(fn, device):
+    coords = torch.tensor([[0, 0, 0, 2**31 - 2]], dtype=torch.int32, device=device)
+    fn(coords, (1, 1, 2**31 - 1))
+    with pytest.raises(ValueError, match=r"\(1, 1, 2147483648\) cells in each of 1 samples"):
+        fn(coords, (1, 1, 2**31))
+    with pytest.raises(ValueError, match="too many"):
+        fn(coords, (2**16, 2**16, 2**30 + 1))
+
+
 @pytest.mark.parametrize("fn", [sort_voxels, sort_voxels_ref])
 def test_faulty_coordinates_raise(fn, device):
     def raises(rows, message):

@@ -6,7 +6,7 @@ import torch
 from kernels.voxelize import BLOCK_P, NO_KEY, TILE, grid_sample, voxelize, voxelize_ref
 from tests import golden
 from tests.ahead_of_time import Launch
-from tests.check import launches
+from tests.check import DividesLikeAGpu, launches
 
 TYPES = dict.fromkeys(["ends_ptr", "keys_ptr", "order_ptr", "first_ptr"], "*i64")
 TYPES |= dict(coords_ptr="*i32", low=("fp32",) * 3, cell=("fp32",) * 3, shape=("i32",) * 3, max_points="i32")
@@ -170,14 +170,44 @@ def test_grid_sample_by_hand(device):
     points = torch.stack([x, torch.zeros_like(x), torch.ones_like(x)], dim=1)
     noise = torch.tensor([0.5, 0.1, 0.3, 0.2, 0.3, 0.0, 0.9], device=device)
     counts = [5, 2]  # cells of 0.5 m: 0, -1, 1, 0, 1 and 0, -1
-    rows, coords, cell_of = grid_sample(points, counts, 0.5)
+    rows, coords, cell_of, extent = grid_sample(points, counts, 0.5)
+    assert extent == ([2, 0, -1], [2, 0, 1])
     assert rows.tolist() == [1, 0, 2, 6, 5]
     assert coords.tolist() == [[0, 2, 0, -1], [0, 2, 0, 0], [0, 2, 0, 1], [1, 2, 0, -1], [1, 2, 0, 0]]
     assert cell_of.tolist() == [1, 0, 2, 1, 2, 4, 3]
-    rows, same, cell_of = grid_sample(points, counts, 0.5, noise)
+    rows, same, cell_of, _ = grid_sample(points, counts, 0.5, noise)
     assert rows.tolist() == [1, 3, 2, 6, 5]  # of equal noise the first
     assert torch.equal(same, coords) and cell_of.tolist() == [1, 0, 2, 1, 2, 4, 3]
-    assert [t.shape for t in grid_sample(points[:0], [0, 0], 0.5)] == [(0,), (0, 4), (0,)]
+    *nothing, extent = grid_sample(points[:0], [0, 0], 0.5)
+    assert [t.shape for t in nothing] == [(0,), (0, 4), (0,)] and extent == ([0, 0, 0], [0, 0, 0])
+
+
+def test_grid_sample_cuts_cells_where_the_original_does_on_a_gpu_too(device):
+    """Points just below borders of cells, which a product with the reciprocal of the size puts on the border."""
+    x = (torch.arange(1, 2000, device=device).double() * 0.05).float()
+    x = x.nextafter(x.new_zeros(()))
+    assert ((x * (1 / 0.05)).floor() != (x / x.new_full((), 0.05)).floor()).any()
+    points = torch.stack([x, -x, x], dim=1)
+    with DividesLikeAGpu():
+        found = grid_sample(points, [len(x)], 0.05)
+    cells = (points / points.new_full((), 0.05)).floor().int().flip(1)
+    assert torch.equal(found[1][found[2], 1:], cells)
+
+
+@pytest.mark.parametrize("far", [1e9, torch.inf, torch.nan])
+def test_points_in_cells_beyond_32_bits_are_refused(far, device):
+    points = torch.tensor([[1.0, 2.0, 3.0], [1.0, far, 3.0]], device=device)
+    with pytest.raises(ValueError, match="beyond 32 bits"):
+        grid_sample(points, [2], 0.05)
+
+
+@pytest.mark.parametrize("fn", [voxelize, voxelize_ref])
+def test_grids_too_large_for_their_keys_are_refused(fn, device):
+    points = torch.zeros(1, 3, device=device)
+    with pytest.raises(ValueError, match="too many"):
+        fn(points, [1], (0, 0, 0), (1, 1, 1), (1, 1, 2**31), 1, 1)
+    with pytest.raises(ValueError, match="3 samples.*too many"):
+        fn(points, [1, 0, 0], (0, 0, 0), (1, 1, 1), (2**15, 2**16, 2**30), 1, 1)
 
 
 def test_grid_sample_takes_one_point_of_each_cell(device):
@@ -187,7 +217,7 @@ def test_grid_sample_takes_one_point_of_each_cell(device):
     cells = torch.cat([sample[:, None], (points[:, :3] / 0.5).floor().long().flip(1)], dim=1)
     occupied, cell = cells.unique(dim=0, return_inverse=True)
     for noise in (None, torch.rand(3000, device=device)):
-        rows, coords, cell_of = grid_sample(points, counts, 0.5, noise)
+        rows, coords, cell_of, _ = grid_sample(points, counts, 0.5, noise)
         assert torch.equal(coords.long(), occupied) and torch.equal(cell_of, cell)
         assert torch.equal(cell[rows], torch.arange(len(occupied), device=device))
         value = torch.arange(3000, device=device).double() if noise is None else noise.double()

@@ -6,6 +6,7 @@ Module and parameter names inside the encoder and the neck are mmdet3d's; `unipa
 import torch
 from torch import nn
 
+from kernels.backend import waits
 from kernels.voxel_keys import sort_voxels
 from kernels.voxelize import voxelize
 from unipad import config
@@ -45,7 +46,11 @@ def draw_voxel_mask(coords, noise, block, ratio):
 
 
 class LidarEncoder(nn.Module):
-    """Point clouds to a volume."""
+    """Point clouds to a volume.
+
+    A step waits for the device where a size depends on the points: how many voxels hold some, which of them stay
+    visible, and how many the next stage reaches, once for each stride.
+    """
 
     def __init__(self, cfg: config.Lidar, grid: config.Grid, point_channels=5):
         super().__init__()
@@ -99,7 +104,8 @@ class LidarEncoder(nn.Module):
         seen = coords
         if noise is not None and cfg.mask_ratio > 0:
             visible = draw_voxel_mask(coords, noise, cfg.mask_block, cfg.mask_ratio)
-            rows = visible.nonzero()[:, 0]
+            with waits("which voxels stay visible"):
+                rows = visible.nonzero()[:, 0]
             seen = coords[rows]
             if self.mask_token is None:
                 features, coords = features[rows], seen

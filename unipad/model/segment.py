@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kernels.backend import waits
 from unipad.model.volume import Encoder
 
 
@@ -60,7 +61,8 @@ def losses(cfg, logits, labels):
     cfg: `config.Segment`; logits: [P, K]; labels: [P] uint8 from 1 to K, 0 = none. Without any label both are 0. Of
     several processes each has the losses of its own points.
     """
-    known = labels > 0
+    with waits("which points have a label"):
+        known = (labels > 0).nonzero()[:, 0]
     logits, labels = logits[known], labels[known].long() - 1
     cross_entropy = F.cross_entropy(logits, labels, reduction="sum") / max(len(labels), 1)
     lovasz = lovasz_softmax(logits.softmax(dim=1), labels)

@@ -7,6 +7,7 @@ its weights: a `VoxelSet` makes these tables once for each geometry and keeps th
 import dataclasses
 import math
 import weakref
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,19 +15,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import backend, sparse_map, voxel_keys
+from kernels.backend import Kept
 from kernels.sparse_conv import sparse_conv, sparse_conv_act
+from kernels.sparse_tiles import NeighborTable
 from unipad.model.norm import SyncedBatchNorm
 
 
 class Table(NamedTuple):
     """Which rows a convolution of N voxels to M voxels with K offsets gathers; -1 where there is no voxel."""
 
-    neighbor_idx: Tensor  # [K, M] int32, the input that an output reads
-    inverse_idx: Tensor | None  # [K, N] int32, the output that an input reaches; None: neighbor_idx.flip(0)
+    neighbors: NeighborTable  # [K, M], the input that an output reads
+    inverse: NeighborTable | None  # [K, N], the output that an input reaches; None: that of neighbors.idx.flip(0)
+
+    @staticmethod
+    def of(neighbor_idx, inverse_idx):
+        return Table(NeighborTable(neighbor_idx), None if inverse_idx is None else NeighborTable(inverse_idx))
 
 
 class VoxelSet:
-    """Voxels that exist in a batch of grids, and the tables of the convolutions on them.
+    """Voxels that exist in a batch of grids, and the tables of the convolutions on them, which it owns (see `Kept`).
 
     A set that a strided or transposed convolution makes knows the one it came from (`source`) and the table between
     them. The other way the reference is weak: the next convolution of that geometry finds the set as long as somebody
@@ -43,30 +50,28 @@ class VoxelSet:
         """
         assert coords.dim() == 2 and coords.shape[1] == 4, f"coordinates are [N, 4], not {tuple(coords.shape)}"
         assert coords.dtype == torch.int32, f"coordinates are int32, not {coords.dtype}"
+        voxel_keys.check_grid(shape, batch_size)
         self.coords, self.shape, self.batch_size = coords.contiguous(), tuple(shape), batch_size
         self.source = None  # (VoxelSet, kernel, Table) of the convolution that made this set
-        self._tables, self._made = {}, {}
-        self._keys = None
-        self._sorted = (self.keys(), None) if in_order else None  # ascending, and the voxel of each: None, its own
+        self._kept, self._is_in_order = Kept(), in_order
+        self.keys()
         if check:
-            self._sorted = voxel_keys.sort_voxels(self.coords, self.shape)
-            if len(coords) and int(coords[:, 0].max()) >= batch_size:
-                raise ValueError(f"a voxel is in grid {int(coords[:, 0].max())} of a batch of {batch_size}")
+            self._kept.put("sorted", coords.device, voxel_keys.sort_voxels(self.coords, self.shape))
+            last = backend.to_host(self.coords[:, 0].max(), "the last grid that has a voxel") if len(coords) else -1
+            if last >= batch_size:
+                raise ValueError(f"a voxel is in grid {last} of a batch of {batch_size}")
 
     def __len__(self):
         return len(self.coords)
 
     def keys(self):
         """[N] int64, the row of each voxel among all cells of the batch."""
-        if self._keys is None:
-            self._keys = voxel_keys.voxel_keys(self.coords, self.shape)
-        return self._keys
+        return self._kept.get("keys", self.coords.device, lambda: voxel_keys.voxel_keys(self.coords, self.shape))
 
     def submanifold(self, kernel, dilation):
         """The table of a convolution from these voxels to the same ones."""
-        if (kernel, dilation) not in self._tables:
-            self._make_table(kernel, dilation)
-        return self._tables[kernel, dilation]
+        table = self._kept.find((kernel, dilation), self.coords.device)
+        return self._make_table(kernel, dilation) if table is None else table
 
     def strided(self, kernel, stride, padding, dilation):
         """The voxels that a strided convolution reaches: all whose window holds one of these."""
@@ -77,7 +82,8 @@ class VoxelSet:
         return self._reach("transposed", (kernel, stride, padding, dilation))
 
     def _reach(self, kind, geometry):
-        made = self._made[kind, geometry]() if (kind, geometry) in self._made else None
+        made = self._kept.find((kind, geometry), self.coords.device)
+        made = None if made is None else made()
         return self._make_reached(kind, geometry) if made is None else made
 
     # Compiled code takes tables that exist as inputs. It cannot make them: their sizes depend on the data.
@@ -86,8 +92,9 @@ class VoxelSet:
         neighbor_idx = sparse_map.submanifold_map(self.coords, *self._in_order(), self.shape, kernel, dilation)
         # an odd kernel is its own mirror image
         odd = all(k % 2 for k in kernel)
-        inverse_idx = None if odd else sparse_map.inverse_map(neighbor_idx, len(self))
-        self._tables[kernel, dilation] = Table(neighbor_idx, inverse_idx)
+        table = Table.of(neighbor_idx, None if odd else sparse_map.inverse_map(neighbor_idx, len(self)))
+        self._kept.put((kernel, dilation), self.coords.device, table)
+        return table
 
     @torch.compiler.disable
     def _make_reached(self, kind, geometry):
@@ -99,16 +106,17 @@ class VoxelSet:
         else:
             shape = sparse_map.transposed_out_shape(self.shape, *geometry)
             coords, neighbor_idx = sparse_map.transposed_map(self.coords, self.shape, *geometry, self.batch_size)
-        inverse_idx = sparse_map.inverse_map(neighbor_idx, len(self))
         made = VoxelSet(coords, shape, self.batch_size, in_order=True, check=False)
-        made.source = (self, geometry[0], Table(neighbor_idx, inverse_idx))
-        self._made[kind, geometry] = weakref.ref(made)
+        made.source = (self, geometry[0], Table.of(neighbor_idx, sparse_map.inverse_map(neighbor_idx, len(self))))
+        self._kept.put((kind, geometry), self.coords.device, weakref.ref(made))
         return made
 
     def _in_order(self):
-        if self._sorted is None:
-            self._sorted = voxel_keys.sort_voxels(self.coords, self.shape, check=False)
-        return self._sorted
+        """Keys, ascending, and the voxel of each; None: they are in the order of the voxels."""
+        if self._is_in_order:
+            return self.keys(), None
+        make = partial(voxel_keys.sort_voxels, self.coords, self.shape, check=False)
+        return self._kept.get("sorted", self.coords.device, make)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,13 +223,13 @@ class SparseInverseConv3d(_SparseConvolution):
         assert voxels.source is not None, "these voxels came from no SparseConv3d: there is nothing to go back to"
         source, kernel, table = voxels.source
         assert kernel == self.kernel, f"the voxels came from a kernel {kernel}, this one is {self.kernel}"
-        return source, Table(table.inverse_idx, table.neighbor_idx)
+        return source, Table(table.inverse, table.neighbors)
 
 
 class SparseBatchNorm(SyncedBatchNorm):
     """Batch normalisation over the voxels that exist, in all samples of all processes."""
 
-    _known = None, None, None  # parameters and statistics by versions and themselves, what was computed of them
+    _kept = _versions = _given = None  # what was computed of parameters and statistics, their versions, themselves
 
     def forward(self, x):
         return x.replace(super().forward(x.features))
@@ -229,22 +237,25 @@ class SparseBatchNorm(SyncedBatchNorm):
     def scale_and_shift(self):
         """([C], [C]): what the layer does in evaluation.
 
-        Kept until a parameter or a statistic changes, as autograd sees it (through `.data` it does not), or the mode
-        does. A CUDA graph uses what was kept before it was captured, and keeps nothing of its own.
+        Kept (see `Kept`) until a parameter or a statistic changes, as autograd sees it (through `.data` it does not),
+        or the mode does.
         """
         given = self.weight, self.bias, self.running_mean, self.running_var
-        countable = not torch.compiler.is_compiling() and not any(t.is_inference() for t in given)
-        versions = [(id(t), t._version) for t in given] if countable else None
-        known, _, result = self._known
-        if not countable or versions != known:
-            scale = self.weight * (self.running_var + self.eps).rsqrt()
-            result = scale, torch.addcmul(self.bias, self.running_mean, scale, value=-1)
-            if countable and not backend.capturing(scale.device):
-                self._known = versions, given, result
-        return result
+        if torch.compiler.is_compiling() or any(t.is_inference() for t in given):
+            return self._make_scale_and_shift()
+        versions = [(id(t), t._version) for t in given]
+        if versions != self._versions:
+            if backend.capturing(self.weight.device):
+                return self._make_scale_and_shift()
+            self._kept, self._versions, self._given = Kept(), versions, given
+        return self._kept.get("scale and shift", self.weight.device, self._make_scale_and_shift)
+
+    def _make_scale_and_shift(self):
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return scale, torch.addcmul(self.bias, self.running_mean, scale, value=-1)
 
     def train(self, mode=True):
-        self._known = None, None, None
+        self._kept = self._versions = self._given = None
         return super().train(mode)
 
 
@@ -259,7 +270,7 @@ def conv_norm_relu(conv, norm, x, residual=None):
         y = norm(conv(x))
         return y.replace((y.features if residual is None else y.features + residual).relu())
     act = *norm.scale_and_shift(), residual, True
-    return SparseTensor(sparse_conv_act(x.features, conv.weight, table.neighbor_idx, *act, conv.allow_tf32), voxels)
+    return SparseTensor(sparse_conv_act(x.features, conv.weight, table.neighbors, *act, conv.allow_tf32), voxels)
 
 
 def make_tables(net, voxels):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kernels.backend import waits
 from kernels.voxelize import grid_sample
 from unipad import config
 from unipad.model.lidar import ConvNormReLU, SparseBlock, draw_voxel_mask, in_fp32
@@ -41,15 +42,17 @@ class UnetEncoder(nn.Module):
                     where there is none.
             seen:   [M, 4] int32 (b, z, y, x) from the grid's lower corner, the voxels that were not hidden.
         """
-        rows, coords, _ = grid_sample(points, point_counts, self.cfg.cell)
+        rows, coords, _, extent = grid_sample(points, point_counts, self.cfg.cell)
+        sample, *cells = coords.unbind(1)
         # a point just below the grid's upper border may be rounded up to it
-        last = coords.new_tensor([size - 1 for size in self.cells])
-        inside = (coords[:, 1:] - coords.new_tensor(self.first)).clamp(min=0).minimum(last)
-        seen = torch.cat([coords[:, :1], inside], dim=1)
+        axes = zip(cells, self.first, self.cells, strict=True)
+        seen = torch.stack([sample, *((cell - first).clamp(0, size - 1) for cell, first, size in axes)], dim=1)
         if noise is not None and self.cfg.mask_ratio > 0:
-            visible = draw_voxel_mask(seen, noise, self.cfg.mask_block, self.cfg.mask_ratio).nonzero()[:, 0]
+            visible = draw_voxel_mask(seen, noise, self.cfg.mask_block, self.cfg.mask_ratio)
+            with waits("which voxels stay visible"):
+                visible = visible.nonzero()[:, 0]
             rows, coords, seen = rows[visible], coords[visible], seen[visible]
-        features = self._encode(points[rows], coords, len(point_counts))
+        features = self._encode(points[rows], coords, extent, len(point_counts))
         return self._volume(features, points[rows, :3], coords[:, 0], len(point_counts)), seen
 
     def of_voxels(self, points, point_counts):
@@ -60,32 +63,34 @@ class UnetEncoder(nn.Module):
             rows:     [V] int64, the points that they are of.
             voxel_of: [P] int64, the row among `features` of each point's voxel.
         """
-        rows, coords, voxel_of = grid_sample(points, point_counts, self.cfg.cell)
-        return self._encode(points[rows], coords, len(point_counts)), rows, voxel_of
+        rows, coords, voxel_of, extent = grid_sample(points, point_counts, self.cfg.cell)
+        return self._encode(points[rows], coords, extent, len(point_counts)), rows, voxel_of
 
-    def _encode(self, points, coords, B):
-        """[V, C] features of the voxels `coords` [V, 4] that the `points` [V, 5] stand for."""
-        dtype = self.encoder.conv_input[0].weight.dtype
-        features = points.to(dtype) * points.new_tensor([1, 1, 1, 1 / INTENSITY, 1])
+    def _encode(self, points, coords, extent, B):
+        """[V, C] features of the voxels `coords` [V, 4], all within `extent`, that the `points` [V, 5] stand for.
+
+        Runs without points too: other processes' norms wait for this one's.
+        """
+        features = points.to(self.encoder.conv_input[0].weight.dtype, copy=True)
+        features[:, 3] *= 1 / INTENSITY
         step = 2 ** len(self.encoder.down)
-        # without points too: other processes' norms wait for this one's
-        corners = coords[:, 1:] if len(coords) else coords.new_zeros(1, 3)
         # From a cell that the coarsest voxels begin at, whatever the batch; ended where they end, or its last would
         # have none above it.
-        low = corners.amin(dim=0).div(step, rounding_mode="floor") * step
-        shape = [-(-size // step) * step for size in (corners.amax(dim=0) - low + 1).tolist()]
-        coords = torch.cat([coords[:, :1], coords[:, 1:] - low], dim=1)
+        low = [first // step * step for first in extent[0]]
+        shape = [-(-(last + 1 - l) // step) * step for last, l in zip(extent[1], low, strict=True)]
+        sample, *cells = coords.unbind(1)
+        coords = torch.stack([sample, *(cell - l for cell, l in zip(cells, low, strict=True))], dim=1)
         return self.encoder(SparseTensor(features, VoxelSet(coords, shape, B, in_order=True, check=False))).features
 
     def _volume(self, features, places, sample, B):
         X, Y, Z = self.grid.shape
-        low, cell = places.new_tensor(self.grid.low), places.new_tensor(self.grid.cell)
-        x, y, z = ((places - low) / cell).long().minimum(places.new_tensor([X - 1, Y - 1, Z - 1]).long()).unbind(1)
+        axes = zip(places.unbind(1), self.grid.low, self.grid.cell, self.grid.shape, strict=True)
+        # by a tensor: on a GPU one over a number is a product with its reciprocal, and points change cells
+        x, y, z = (((p - low) / p.new_full((), cell)).long().clamp(max=size - 1) for p, low, cell, size in axes)
         key, order = (((sample.long() * Z + z) * Y + y) * X + x).sort(stable=True)
-        key, counts = key.unique_consecutive(return_counts=True)
-        features = features.to(places.dtype)  # means of many, under autocast too
-        means = F.embedding_bag(order, features, counts.cumsum(0) - counts, mode="mean")
-        volume = features.new_zeros(B * Z * Y * X, features.shape[1]).index_copy(0, key, means)
+        begin = torch.searchsorted(key, torch.arange(B * Z * Y * X, device=key.device))
+        # means of many, under autocast too; 0 where there is none
+        volume = F.embedding_bag(order, features.to(places.dtype), begin, mode="mean")
         return volume.view(B, Z, Y, X, -1).permute(0, 4, 1, 2, 3)
 
 

@@ -27,6 +27,7 @@ except ModuleNotFoundError:  # Triton has wheels for Linux only
 # Tests set this: tensors on the CPU then take the kernels too, in Triton's interpreter (TRITON_INTERPRET=1).
 interpret = False
 _references_only = False
+waiting_for = None  # what the host waits for at the moment, as `waits` names it; tests look here
 
 
 @contextmanager
@@ -76,6 +77,23 @@ def on_triton(tensor, deterministic=True):
 def capturing(device):
     """True while a CUDA graph is recorded: it runs again later, so what is made in it is nobody else's to use."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+@contextmanager
+def waits(why):
+    """Marks where the host waits for the device, and for what; nowhere else does an op or a model."""
+    global waiting_for
+    before, waiting_for = waiting_for, why
+    try:
+        yield
+    finally:
+        waiting_for = before
+
+
+def to_host(tensor, why):
+    """`tensor.tolist()`, for which the host waits: a number or lists of them."""
+    with waits(why):
+        return tensor.tolist()
 
 
 def strictly_deterministic():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels import backend
-from kernels.backend import jit, on_triton, references, tl, triton
+from kernels.backend import jit, on_triton, references, tl, to_host, triton, waits
 
 
 @jit(varying=("N",))
@@ -62,3 +62,16 @@ def test_references_take_the_place_of_kernels(monkeypatch):
         assert not on_triton(x)
         raise ZeroDivisionError
     assert on_triton(x)
+
+
+def test_a_wait_has_its_name_while_it_lasts(device):
+    class Seen(torch.Tensor):
+        def tolist(self):
+            return backend.waiting_for, super().tolist()
+
+    number = torch.tensor(7, device=device).as_subclass(Seen)
+    assert to_host(number, "a number") == ("a number", 7) and backend.waiting_for is None
+    with pytest.raises(ZeroDivisionError), waits("outer"):
+        assert to_host(number, "inner") == ("inner", 7) and backend.waiting_for == "outer"
+        raise ZeroDivisionError
+    assert backend.waiting_for is None

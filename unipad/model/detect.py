@@ -19,7 +19,7 @@ from kernels.rotated_iou import rotated_nms
 from unipad.model.boxes import CODE_SIZE, decode_boxes, footprint
 from unipad.model.decoder import DecoderLayer, Dropout
 from unipad.model.depth import depth_loss
-from unipad.model.targets import detection_losses, draw_noise, noisy_queries
+from unipad.model.targets import detection_losses, draw_noise, noisy_queries, sent
 from unipad.model.volume import Encoder
 
 EPS = 1e-5  # shares of the range are kept so far from 0 and 1 before their logit is taken; mmdet's
@@ -90,6 +90,8 @@ class Head(nn.Module):
     def __init__(self, cfg, grid, channels):
         super().__init__()
         self.cfg, self.grid = cfg, grid
+        self.register_buffer("low", torch.tensor(grid.low), persistent=False)
+        self.register_buffer("high", torch.tensor(grid.high), persistent=False)
         layers = [DecoderLayer(channels, cfg.heads, cfg.hidden) for _ in range(cfg.layers)]
         self.layers = nn.ModuleList(layers)
         self.cls_branches = _per_layer(cfg.layers, channels, cfg.classes, normed=True)
@@ -124,13 +126,12 @@ class Head(nn.Module):
             x, place, reference = self._queries(len(volume), noisy)
             dropout = Dropout(self.cfg.dropout, generators if self.training else None)
             blocked = None if noisy is None else noisy.blocked
-            low, high = reference.new_tensor(self.grid.low), reference.new_tensor(self.grid.high)
             logits, codes, ious = [], [], []
             for i, layer in enumerate(self.layers):
                 x = layer(x, place, reference, volume, blocked, dropout)
                 raw = self.reg_branches[i](x)  # [B, Q, 10]
                 move = torch.cat([raw[..., :2], raw[..., 4:5]], dim=-1)  # of x, y, z, as logits
-                centre = low + (high - low) * (move + self._start(reference)).sigmoid()
+                centre = self.low + (self.high - self.low) * (move + self._start(reference)).sigmoid()
                 codes.append(torch.cat([centre[..., :2], raw[..., 2:4], centre[..., 2:], raw[..., 5:]], dim=-1))
                 logits.append(self.cls_branches[i](x))
                 if self.cfg.denoising:
@@ -195,7 +196,7 @@ def detections(cfg, found):
     if found.iou is not None and cfg.iou_in_score:
         iou = ((found.iou[-1].detach() + 1) / 2).clamp(0, 1).gather(1, query)
         scores = share.sqrt() * iou.sqrt()
-    low, high = boxes.new_tensor(cfg.centre_low), boxes.new_tensor(cfg.centre_high)
+    low, high = sent(cfg.centre_low, boxes), sent(cfg.centre_high, boxes)
     stays = ((boxes[..., :3] >= low) & (boxes[..., :3] <= high)).all(dim=-1) & (scores >= cfg.least_score)
     results = []
     for b in range(len(boxes)):

@@ -1,0 +1,339 @@
+"""A GPU that is not there: kernels run as their TTIR, tensors say which device they would be on.
+
+The package ttsem executes every launch on the CPU and reports accesses out of bounds, races between programs and
+operations without a defined result at the kernel's line. Here is the rest of what a program sees of a GPU: where each
+storage would be, CUDA's refusals (mixed devices, a tensor of the CPU given to a kernel), poison in every new tensor, in
+backward passes too, and answers of `torch.cuda`.
+"""
+
+import contextlib
+import functools
+import threading
+from unittest import mock
+
+import torch
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+from triton.runtime.jit import JITFunction
+from ttsem import harness, mlir, ops, sanitize
+
+SM = 90  # the compute capability that kernels are compiled for
+aten = torch.ops.aten
+
+
+@contextlib.contextmanager
+def pretended_gpu():
+    """Inside, `device="cuda"` works as on a machine with one GPU."""
+    mlir.enable_generic_printing()
+    with contextlib.ExitStack() as stack:
+        patch = lambda *args, **kwargs: stack.enter_context(mock.patch.object(*args, **kwargs))  # noqa: E731
+        patch(harness, "ir_for_launch", _ttir)
+        patch(mlir, "parse", functools.cache(mlir.parse))
+        stack.enter_context(sanitize.session(SM, "<as on a GPU>", on_unchecked=_refuse_unchecked))
+        (below,) = _get_current_function_mode_stack()  # ttsem's, which sends "cuda" to the CPU
+        requests = Requests()
+        patch(JITFunction, "run", _launch_on_cuda_tensors_only(JITFunction.run))
+        patch(torch.autograd, "_engine_run_backward", _with_modes(torch.autograd._engine_run_backward, below, requests))
+        patch(torch.Tensor, "device", property(_device_of(below)))
+        patch(torch.Tensor, "is_cuda", property(lambda t: place(t) != "cpu"))
+        patch(torch.Tensor, "is_cpu", property(lambda t: place(t) == "cpu"))
+        for name, answer in CUDA.items():
+            patch(torch.cuda, name, answer)
+        patch(torch, "Generator", Generator)
+        patch(torch, "autocast", Autocast)
+        patch(torch.amp, "GradScaler", GradScaler)
+        for name in ("is_autocast_enabled", "get_autocast_dtype"):
+            patch(torch, name, _asked_of_the_cpu(getattr(torch, name)))
+        stack.enter_context(requests)
+        stack.enter_context(Places())
+        yield
+
+
+def in_full_fp32():
+    """Inside, `tl.dot` rounds no operand to tf32: what is left between two paths is no matter of precision."""
+    return mock.patch.object(ops, "_to_tf32", lambda x: x)
+
+
+class _Now(threading.local):
+    launching = False
+    wanted = None  # where the tensor that is being made should be
+
+
+_now = _Now()
+
+
+# Where a tensor would be
+
+
+def place(tensor):
+    """ "cuda", "cpu", or None for what PyTorch itself made of nothing: it is wherever it is used."""
+    return getattr(_storage(tensor), "place", None)
+
+
+def put(tensor, where):
+    _storage(tensor).place = where
+
+
+def _storage(tensor):
+    with torch._C.DisableTorchFunction():
+        return tensor.untyped_storage()
+
+
+def _type_of(device):
+    return torch.device(device).type if isinstance(device, (str, torch.device)) else "cuda"  # a number is a GPU's
+
+
+def _device_of(below):
+    real = torch._C.TensorBase.device.__get__
+
+    def device(tensor):
+        # where ttsem's mode is off, nothing would take "cuda" back to the CPU
+        if place(tensor) == "cpu" or _now.launching or below not in _get_current_function_mode_stack():
+            return real(tensor)
+        return torch.device("cuda", 0)
+
+    return device
+
+
+class Places(TorchDispatchMode):
+    """Every operator's outputs are where its inputs are, which have to be on one device."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        places = {place(t) for t in inputs}
+        if {"cuda", "cpu"} <= places and op not in MAY_MIX:
+            _refuse_mixed(op, args, inputs)
+        out = op(*args, **kwargs)
+        where = next((p for p in ("cuda", "cpu") if p in places), None if inputs else _now.wanted)
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor):
+                if place(t) is None and where:
+                    put(t, where)
+                if op in EMPTY:
+                    _poison(t)
+        return out
+
+
+MAY_MIX = {
+    aten.copy_.default,
+    aten._to_copy.default,
+    aten.set_.source_Tensor,
+    aten.set_.source_Storage_storage_offset,
+}
+INDEXING = {
+    aten.index.Tensor,
+    aten.index_put.default,
+    aten.index_put_.default,
+    aten._index_put_impl_.default,
+}
+EMPTY = {
+    aten.empty.memory_format,
+    aten.empty_strided.default,
+    aten.empty_like.default,
+    aten.new_empty.default,
+    aten.new_empty_strided.default,
+}
+
+
+def _refuse_mixed(op, args, inputs):
+    if op in INDEXING and place(args[0]) == "cuda":
+        inputs = [args[0], *args[2:3]]  # the indices may come from the CPU
+    on_cpu = [tuple(t.shape) for t in inputs if place(t) == "cpu" and t.dim()]  # so may a number
+    if on_cpu and any(place(t) == "cuda" for t in inputs):
+        raise RuntimeError(f"Expected all tensors to be on the same device: {op} has {on_cpu} on the CPU")
+
+
+def _poison(tensor):
+    if not tensor.numel() or tensor.layout != torch.strided:
+        return
+    if tensor.is_floating_point() or tensor.is_complex():
+        tensor.fill_(float("nan"))
+    else:
+        tensor.fill_(True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max)
+
+
+class Requests(TorchFunctionMode):
+    """What the program itself asks to be somewhere."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        tensor = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        if tensor is not None and name in ("to", "cuda", "cpu"):
+            return _moved(func, name, tensor, args, kwargs)
+        if tensor is not None and name in ("numpy", "__array__") and place(tensor) == "cuda":
+            raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
+        if name == "pin_memory":
+            return tensor.clone()
+        if name == "is_pinned":
+            return True
+        if name == "record_stream":
+            return None
+        if name in FACTORIES or name in ON_SELF and kwargs.get("device") is not None:
+            return _made(func, name, tensor, args, kwargs)
+        return func(*args, **kwargs)
+
+
+FACTORIES = {
+    *("tensor", "as_tensor", "asarray", "from_numpy", "frombuffer", "scalar_tensor", "empty", "empty_strided"),
+    *("zeros", "ones", "full", "eye", "arange", "linspace", "logspace", "tril_indices", "triu_indices"),
+    *("rand", "randn", "randint", "randperm"),
+}
+ON_SELF = {
+    *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"),
+    *("new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full", "new_tensor"),
+}
+
+
+def _moved(func, name, tensor, args, kwargs):
+    where = name if name != "to" else None
+    for a in () if where else (*args[1:], *kwargs.values()):
+        if isinstance(a, torch.Tensor):
+            where = place(a)
+        elif isinstance(a, torch.device) or isinstance(a, str) and a.split(":")[0] in ("cpu", "cuda"):
+            where = _type_of(a)
+    out = tensor if name == "cpu" else func(*args, **kwargs)
+    if where and place(tensor) != where:
+        out = out.clone() if _storage(out) is _storage(tensor) else out
+        put(out, where)
+    return out
+
+
+def _made(func, name, tensor, args, kwargs):
+    device, generator = kwargs.get("device"), kwargs.get("generator")
+    if name in ("as_tensor", "asarray") and tensor is not None and device is None:
+        return func(*args, **kwargs)
+    where = "cpu" if device is None else _type_of(device)
+    if generator is not None and generator.device.type != where:
+        raise RuntimeError(f"Expected a '{where}' device type for generator but found '{generator.device.type}'")
+    outer, _now.wanted = _now.wanted, where
+    try:
+        out = func(*args, **kwargs)
+    finally:
+        _now.wanted = outer
+    if tensor is not None and place(tensor) not in (None, where) and _storage(out) is _storage(tensor):
+        out = out.clone()
+    put(out, where)
+    return out
+
+
+def _with_modes(run_backward, *modes):
+    """The engine under the modes: they are off inside `backward`, as in every function that they handle."""
+
+    def run(*args, **kwargs):
+        with contextlib.ExitStack() as stack:
+            for mode in modes:
+                if mode not in _get_current_function_mode_stack():
+                    stack.enter_context(mode)
+            return run_backward(*args, **kwargs)
+
+    return run
+
+
+# Launches
+
+
+def _launch_on_cuda_tensors_only(run):
+    def launch(kernel, *args, grid, warmup, **kwargs):
+        __tracebackhide__ = True
+        for name, arg in [*zip(kernel.arg_names, args, strict=False), *kwargs.items()]:
+            if any(isinstance(t, torch.Tensor) and place(t) == "cpu" for t in tree_leaves(arg)):
+                raise ValueError(f"{name} cannot be accessed from Triton (cpu tensor?)")  # as its launcher says
+        _now.launching = True
+        try:
+            with _disable_current_modes(), torch._C.DisableTorchFunction():
+                return run(kernel, *args, grid=grid, warmup=warmup, **kwargs)
+        finally:
+            _now.launching = False
+
+    return launch
+
+
+_ttir_of = {}
+
+
+def _ttir(record, stage, target, *_):
+    """ttsem's `harness.ir_for_launch` without the assembler, once a specialisation: its compile takes most of the time
+    that a run would take."""
+    specialisation = str(harness._specialize(record.fn, record.args, record.kwargs, target))
+    key = record.fn, specialisation
+    if key not in _ttir_of:
+        _ttir_of[key] = mlir.to_generic(harness._stage_text(record, stage, target))
+    return _ttir_of[key]
+
+
+def _refuse_unchecked():
+    raise AssertionError("a launch too large to be checked for races: make the test smaller")
+
+
+# What `torch.cuda` and its kin answer
+
+
+class _Stream:
+    """The one stream, and its events: everything has been done already."""
+
+    device, cuda_stream = torch.device("cuda", 0), 0
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __eq__(self, other):
+        return isinstance(other, _Stream)
+
+    def __hash__(self):
+        return 0
+
+    def nothing(self, *_):
+        pass
+
+    synchronize = wait_stream = wait_event = record = nothing
+
+
+CUDA = dict(
+    device_of=lambda tensor: contextlib.nullcontext(),
+    current_stream=_Stream,
+    default_stream=_Stream,
+    Stream=_Stream,
+    Event=_Stream,
+    stream=lambda stream: contextlib.nullcontext(),
+    is_current_stream_capturing=lambda: False,
+    is_bf16_supported=lambda *_, **__: True,
+    max_memory_allocated=lambda *_: 0,
+    reset_peak_memory_stats=lambda *_: None,
+)
+
+
+class Generator(torch.Generator):
+    """A generator of any device. It draws the CPU's numbers: a step on one device can be compared with the other's."""
+
+    def __new__(cls, device="cpu"):
+        made = super().__new__(cls, "cpu")
+        made.where = torch.device(device)
+        return made
+
+    def __init__(self, device="cpu"):
+        pass
+
+    @property
+    def device(self):
+        return self.where
+
+    def manual_seed(self, seed):
+        super().manual_seed(seed)
+        return self
+
+
+class Autocast(torch.autocast):
+    def __init__(self, device_type, *args, **kwargs):
+        super().__init__("cpu", *args, **kwargs)
+
+
+class GradScaler(torch.amp.GradScaler):
+    def __init__(self, device="cuda", *args, **kwargs):
+        super().__init__("cpu", *args, **kwargs)
+
+
+def _asked_of_the_cpu(question):
+    return lambda device="cpu": question("cpu")

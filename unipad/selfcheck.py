@@ -694,7 +694,10 @@ def _field(size, recipe):
     kinds = {"neus": inputs("neus"), "volsdf": inputs("volsdf"), "neus without color": inputs("neus", rgb_layers=0)}
     if not recipe:
         wide = dict(C=64, hidden=64, sdf_layers=2, rgb_layers=2)
-        kinds |= {"volsdf of 20 channels": inputs("volsdf", 20, 24, 2, 3), "neus of 64 channels": inputs("neus", **wide)}
+        kinds |= {
+            "volsdf of 20 channels": inputs("volsdf", 20, 24, 2, 3),
+            "neus of 64 channels": inputs("neus", **wide),
+        }
     wrt = ("volume", "mlps", "density")
     for dtype, exact in (("tf32", False), ("fp32", True)):
         render, look_up = partial(sdf_render, exact=exact), partial(sdf_values, exact=exact)

@@ -65,15 +65,16 @@ BLOCK_S = 32  # samples on a ray per tile of the kernels that walk along rays, a
 BLOCK_M = 64  # samples per tile, of two rays then; 64 rows is what a Hopper matrix instruction takes
 WARPS = 4
 NARROW = 32  # a field with more channels or units than that takes half of the samples
-EXACT = 4  # tf32x3 holds two parts of every operand: a fourth of the samples, half of the warps
+EXACT = 4  # tf32x3 holds two parts of every operand, so that its tiles are this many times smaller
 PROGRAMS = 528  # at most, of the backward: 4 per multiprocessor of an H100; each sums its own gradient of the MLPs
 
 
 def over_samples(N, options):
     """Number of programs over N samples, and how to launch them. A program takes several tiles in turn."""
-    block, warps = BLOCK_M if max(options["C"], options["H"]) <= NARROW else BLOCK_M // 2, WARPS
-    if options["PREC"] == "tf32x3":
-        block, warps = BLOCK_M // EXACT, WARPS // 2
+    narrow = max(options["C"], options["H"]) <= NARROW
+    block, warps = BLOCK_M if narrow else BLOCK_M // 2, WARPS
+    if options["PREC"] == "tf32x3":  # found by compiling: more warps spill more of a narrow field, less of a wide one
+        block, warps = BLOCK_M // EXACT, WARPS // 2 if narrow else WARPS * 2
     return min(PROGRAMS, triton.cdiv(N, block)), dict(BLOCK_M=block, num_warps=warps, num_stages=1)
 
 

@@ -14,6 +14,8 @@ import contextlib
 import ctypes
 import importlib
 from dataclasses import dataclass
+from itertools import cycle
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -21,7 +23,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
-
 from triton.backends.compiler import GPUTarget
 
 from kernels import backend
@@ -51,7 +52,7 @@ class Generator(torch.Generator):
 class Dry(contextlib.ExitStack):
     """Inside, the device "cuda" is there, and computes shapes alone.
 
-    answers:  name of a wait -> what the host is told: the number of rows that are found, or a list of numbers
+    answers:  name of a wait -> what the host is told: the number of rows that are found, or numbers in turn
     hip:      whether it is AMD's
     launches: what kernels were launched, as `Launch`
     """
@@ -70,7 +71,7 @@ class Dry(contextlib.ExitStack):
             mock.patch("torch.cuda.is_bf16_supported", lambda *_: True),
             # ... a device is made current by a driver, which also has the streams, ...
             mock.patch("torch.cuda.device_of", lambda tensor: contextlib.nullcontext()),
-            mock.patch("torch.cuda.current_stream", lambda device=None: 0),
+            mock.patch("torch.cuda.current_stream", lambda device=None: SimpleNamespace(cuda_stream=0)),
             mock.patch("torch.cuda.is_current_stream_capturing", lambda: False),
             # ... fake tensors have no address: this one is that in an allocation, which begins at a multiple of 512 ...
             mock.patch.object(FakeTensor, "data_ptr", lambda t: t.storage_offset() * t.element_size()),
@@ -105,6 +106,7 @@ class _Watch(TorchDispatchMode):
     def __init__(self, dry):
         super().__init__()
         self.dry = dry
+        self.answers = {why: cycle(told if isinstance(told, list) else [told]) for why, told in dry.answers.items()}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -152,9 +154,12 @@ class _Watch(TorchDispatchMode):
         """What a GPU finds is counted there, and the host waits for the number."""
         if backend.waiting_for is None:
             raise Waits(f"the host waits for the size of what {func} finds")
-        number = self.dry.answers[backend.waiting_for]
+        number = next(self.answers[backend.waiting_for])
         if func is aten._local_scalar_dense.default:
             return number
+        if func is aten._unique2.default:
+            inverse, counts = (len(args[0]) if wanted else 0 for wanted in (*args[2:], False, False)[:2])
+            return args[0].new_empty(number), *(args[0].new_empty(n, dtype=torch.int64) for n in (inverse, counts))
         if func is aten.nonzero.default:
             return args[0].new_empty(number, args[0].dim(), dtype=torch.int64)
         if func is aten.index.Tensor:
@@ -250,8 +255,9 @@ def _called(node, given):
     given = [g if g is not None else torch.zeros(m.shape, dtype=m.dtype, device=m.device)
              for g, m in zip(given, node._input_metadata, strict=True)]  # fmt: skip
     out = node.apply(*given)
-    out = iter([g for g, needed in zip(out if isinstance(out, tuple) else (out,), node.needs_input_grad) if needed])
-    return [None if below is None else next(out) for below, _ in node.next_functions]
+    out = out if isinstance(out, tuple) else (out,)
+    wanted = iter([g for g, needed in zip(out, node.needs_input_grad, strict=True) if needed])
+    return [None if below is None else next(wanted) for below, _ in node.next_functions]
 
 
 def _from_the_loss(root):

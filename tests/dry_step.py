@@ -18,7 +18,7 @@ import torch
 
 from tests.dry import CUDA, Dry, Generator, backward, on_gpu
 from unipad.batch import Batch
-from unipad.config import DetectRecipe, PretrainRecipe, Unet
+from unipad.config import DetectRecipe, PretrainRecipe
 from unipad.model.detect import Detector
 from unipad.model.pretrain import Pretrain
 from unipad.model.segment import Segmenter

@@ -53,13 +53,15 @@ class Dry(contextlib.ExitStack):
     """Inside, the device "cuda" is there, and computes shapes alone.
 
     answers:  name of a wait -> what the host is told: the number of rows that are found, or numbers in turn
-    hip:      whether it is AMD's
-    launches: what kernels were launched, as `Launch`
+    calls:    (kernel, arguments by name) of every launch
+    launches: the same as `Launch`
+
+    Where `torch.version.hip` is set the device is AMD's.
     """
 
-    def __init__(self, answers=None, hip=False):
+    def __init__(self, answers=None):
         super().__init__()
-        self.answers, self.hip, self.launches = answers or {}, hip, []
+        self.answers, self.calls, self.launches = answers or {}, [], []
 
     def __enter__(self):
         super().__enter__()
@@ -77,27 +79,20 @@ class Dry(contextlib.ExitStack):
             mock.patch.object(FakeTensor, "data_ptr", lambda t: t.storage_offset() * t.element_size()),
             # ... and there is nothing to launch on.
             mock.patch("triton.runtime.jit.JITFunction.run", self._launch),
-            mock.patch("torch.version.hip", "7.0" if self.hip else None),
         ):
             self.enter_context(patch)
         self.enter_context(self.fake)
         self.enter_context(_Watch(self))
         return self
 
-    @property
-    def _launch(self):
-        launches, target = self.launches, gpu("gfx942" if self.hip else "sm_90")
-
-        def run(kernel, *args, grid, warmup, **options):
-            tensors = [a for a in tree_iter((args, options)) if isinstance(a, torch.Tensor)]
-            lost = [t for t in tensors if t.device.type != "cuda"]
-            if lost:
-                raise Crosses(f"{kernel.__name__} is launched on {[tuple(t.shape) for t in lost]} on the CPU")
-            if not all(isinstance(n, int) and n > 0 for n in grid):
-                raise AssertionError(f"{kernel.__name__} is launched as {grid} programs")
-            launches.append(Launch.of(kernel, args, options, target))
-
-        return run
+    def _launch(self, kernel, *args, grid, warmup, **options):
+        given = dict(zip(kernel.arg_names, args, strict=False)) | options
+        lost = [name for name, value in given.items() for t in _tensors(value) if not t.is_cuda]
+        if lost:
+            raise Crosses(f"{kernel.__name__} is launched on what the CPU has: {lost}")
+        assert all(isinstance(n, int) and n > 0 for n in grid), f"{kernel.__name__} is launched as {grid} programs"
+        self.calls.append((kernel, given))
+        self.launches.append(Launch.of(kernel, args, options, gpu("gfx942" if torch.version.hip else "sm_90")))
 
 
 class _Watch(TorchDispatchMode):
@@ -112,8 +107,7 @@ class _Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:
             return args[0].fake_device
-        flat = [a for a in tree_iter((args, kwargs)) if isinstance(a, (torch.Tensor, torch.Generator))]
-        tensors = [a for a in flat if isinstance(a, torch.Tensor)]
+        tensors = _tensors((args, kwargs))
         from_gpu, to = any(t.is_cuda for t in tensors), kwargs.get("device")
         if not from_gpu and (to is None or torch.device(to).type != "cuda"):
             with unset_fake_temporarily():
@@ -122,7 +116,8 @@ class _Watch(TorchDispatchMode):
             found = self._copy(func, args, kwargs, to)
             if found is not None:
                 return found
-        if any(g.initial_seed() != Generator.seed_of_all for g in flat if isinstance(g, torch.Generator)):
+        generator = kwargs.get("generator")
+        if generator is not None and generator.initial_seed() != Generator.seed_of_all:
             raise Crosses(f"{func} draws on the GPU by a generator of the CPU")
         if func in _SIZED_BY_DATA or _is_masked(func, args):
             return self._sized_by_data(func, args)
@@ -178,6 +173,10 @@ _SIZED_BY_DATA = {
     aten.masked_select.default,
     aten.bincount.default,
 }
+
+
+def _tensors(tree):
+    return [a for a in tree_iter(tree) if isinstance(a, torch.Tensor)]
 
 
 def _is_masked(func, args):

@@ -30,6 +30,7 @@ import time
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -40,9 +41,9 @@ from benchmarks.report import Folder, page, read_rows, with_table
 
 ROOT = Path(__file__).parents[1]
 ON_GPU = DEVICE == "cuda"
-# of the time; what a stage leaves goes to those behind it
+# Parts of the time; what a stage leaves goes to those behind it
 SHARES = {"machine": 0.04, "selfcheck": 0.16, "steps": 0.22, "races": 0.34, "tests": 0.17, "training": 0.07}
-# of the races' time, the most telling first
+# Parts of the races' time, the most telling first
 RACES = {
     "sdf_render": 0.2, "sparse_conv": 0.25, "lift": 0.12, "voxel_pool": 0.12, "spunet": 0.08, "sparse_map": 0.05,
     "rotated_iou": 0.05, "voxelize": 0.03, "trilinear": 0.03, "ray_sample": 0.03, "composite": 0.02, "sdf_alpha": 0.02,
@@ -53,12 +54,10 @@ CURVE_STEPS = 60 if ON_GPU else 3  # of the training's curve that a CPU takes to
 @dataclass(frozen=True)
 class Args:
     minutes: float = 8.0  # for all stages
-    stages: tuple[str, ...] = tuple(SHARES)  # which, in their order
+    stages: tuple[Literal[tuple(SHARES)], ...] = tuple(SHARES)  # which; they run in this order
     out: Path | None = None  # folder of the results (default: outputs/gpu/<time>)
     commit: str | None = None  # of this code, for the rows (default: what git tells)
     report: Path | None = None  # write the page, the rows and the README's table of this folder; run nothing
-    stage: tyro.conf.Suppress[str | None] = None  # run this one here, as one of the processes does
-    seconds: tyro.conf.Suppress[float] = 0.0  # for it
 
 
 # The stages
@@ -111,19 +110,10 @@ def measure_steps(folder, seconds):
     full_step.main(full_step.Args(), lambda record: folder.write("steps", record))
 
 
-def run_races(folder, seconds):
-    """Each benchmark in a process of its own, for its share of what is left."""
-    end = time.monotonic() + seconds
-    for i, (name, share) in enumerate(RACES.items()):
-        left = end - time.monotonic()
-        rest = sum(list(RACES.values())[i:])
-        run_limited(folder, f"race-{name}", max(left, 0) * share / rest)
-
-
-def race(folder, name, seconds):
+def race(folder, op):
     harness.RESULTS = folder.path / "results.csv"
-    sys.argv = [f"bench_{name}"]
-    runpy.run_module(f"benchmarks.bench_{name}", run_name="__main__")
+    sys.argv = [f"bench_{op}"]
+    runpy.run_module(f"benchmarks.bench_{op}", run_name="__main__")
 
 
 def run_tests(folder, seconds):
@@ -161,7 +151,6 @@ STAGES = {
     "machine": measure_machine,
     "selfcheck": check_ops,
     "steps": measure_steps,
-    "races": run_races,
     "tests": run_tests,
     "training": train_tiny,
 }
@@ -170,8 +159,8 @@ STAGES = {
 def run_limited(folder, stage, seconds):
     """Run a stage in a process of its own, which ends with its time; what it prints goes to log.txt too."""
     began = time.monotonic()
-    command = [sys.executable, "-m", "benchmarks.gpu", "--stage", stage, "--seconds", str(seconds)]
-    command += ["--out", str(folder.path), *(["--commit", harness.source] if harness.source else [])]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--worker"]
+    command += [stage, str(seconds), str(folder.path), harness.source or ""]
     with (folder.path / "log.txt").open("a") as log:
         log.write(f"\n# {stage}, {seconds:.0f} s\n")
         log.flush()
@@ -213,6 +202,28 @@ def finish(folder):
     return text
 
 
+def work(stage, seconds, path, source):
+    """A stage, or the race of one op, in this process."""
+    harness.deadline, harness.source = time.monotonic() + 0.9 * float(seconds), source or None
+    folder, op = Folder(Path(path)), stage.removeprefix("race-")
+    if op != stage:
+        race(folder, op)
+    else:
+        STAGES[stage](folder, float(seconds))
+
+
+def plan(stages):
+    """{name: part of the time} of the processes to run, each race one of its own."""
+    parts = {}
+    for stage, part in SHARES.items():
+        if stage == "races":
+            of_stage = {f"race-{op}": part * share for op, share in RACES.items()}
+        else:
+            of_stage = {stage: part}
+        parts |= of_stage if stage in stages else {}
+    return parts
+
+
 def main(args: Args):
     out = args.report or args.out or Path("outputs/gpu") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     folder = Folder(out.resolve())
@@ -220,22 +231,18 @@ def main(args: Args):
     if args.report:
         print(finish(folder))
         return
-    if args.stage:
-        harness.deadline = time.monotonic() + 0.9 * args.seconds
-        name = args.stage.removeprefix("race-")
-        if name != args.stage:
-            race(folder, name, args.seconds)
-        else:
-            STAGES[name](folder, args.seconds)
-        return
-    end = time.monotonic() + 60 * args.minutes
-    stages = [name for name in SHARES if name in args.stages]
-    for i, name in enumerate(stages):
-        rest = sum(SHARES[later] for later in stages[i:])
-        run_limited(folder, name, max(5.0, (end - time.monotonic()) * SHARES[name] / rest))
+    end, left = time.monotonic() + 60 * args.minutes, plan(args.stages)
+    while left:
+        share = next(iter(left.values())) / sum(left.values())
+        name = next(iter(left))
+        run_limited(folder, name, max(5.0, (end - time.monotonic()) * share))
         (folder.path / "report.md").write_text(page(folder))
+        del left[name]
     print(finish(folder))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    if sys.argv[1:2] == ["--worker"]:
+        work(*sys.argv[2:])
+    else:
+        main(tyro.cli(Args, description=__doc__))

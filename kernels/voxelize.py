@@ -8,6 +8,7 @@ which points count and the order of the sums are the same from run to run. Nothi
 Sizes: P points of B samples, C numbers a point, V voxels.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -45,7 +46,7 @@ def voxelize(points, point_counts, low, cell, shape, max_points, max_voxels):
     on_device = counts.to(points.device, non_blocking=True)
     ends = on_device.cumsum(0)
     # what a compiled kernel receives; the interpreter would hand it fp64
-    low, cell = (tuple(torch.tensor(t, dtype=torch.float32).tolist()) for t in (low, cell))
+    low, cell = (tuple(np.float32(t).tolist()) for t in (low, cell))
 
     keys = torch.empty(P, dtype=torch.int64, device=points.device)
     grid = (triton.cdiv(P, BLOCK_P),)

@@ -1,10 +1,12 @@
 """The comparisons that every kernel test uses."""
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from kernels import backend
 
 SLACK = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # share of the largest true value
 
@@ -71,6 +73,65 @@ class DividesLikeAGpu(TorchDispatchMode):
         if func is torch.ops.aten.div.Tensor and not torch.is_tensor(args[1]):
             return args[0] * (args[0].new_ones(()) / args[1])
         return func(*args, **(kwargs or {}))
+
+
+WAITS = "nonzero", "_local_scalar_dense", "_unique2", "unique_consecutive", "unique_dim", "masked_select", "equal"
+
+
+class Waits(TorchDispatchMode):
+    """Collects what would make the host wait for a GPU: `named` by `backend.waits`, or other operators, `unnamed`.
+
+    A list that becomes a tensor is one of these, since it would be copied while the host waits. What kernels do is left
+    out: in the interpreter that is PyTorch on the host.
+
+    without: modules whose kernels are not run at all, since no size depends on what they compute.
+    """
+
+    def __init__(self, without=()):
+        super().__init__()
+        self.without, self.named, self.unnamed = without, [], []
+
+    def __enter__(self):
+        from triton.runtime.jit import KernelInterface
+
+        plain, tolist = KernelInterface.__getitem__, torch.Tensor.tolist
+
+        def outside(kernel, grid):
+            def launch(*args, **kwargs):
+                if kernel.fn.__module__ not in self.without:
+                    with _disable_current_modes():
+                        plain(kernel, grid)(*args, **kwargs)
+
+            return launch
+
+        def seen(tensor):
+            self._saw("tolist")
+            with _disable_current_modes():
+                return tolist(tensor)
+
+        self.patches = ExitStack()
+        self.patches.enter_context(mock.patch.object(KernelInterface, "__getitem__", outside))
+        self.patches.enter_context(mock.patch.object(torch.Tensor, "tolist", seen))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patches.close()
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
+        masks = any(i is not None and i.dtype == torch.bool for i in indices)
+        unsized = name == "repeat_interleave" and kwargs.get("output_size") is None
+        if name in WAITS or name == "lift_fresh" or masks or unsized:
+            self._saw(name)
+        return func(*args, **kwargs)
+
+    def _saw(self, name):
+        if backend.waiting_for is None:
+            self.unnamed.append(name)
+        else:
+            self.named.append(backend.waiting_for)
 
 
 def _run(fn, inputs, dtype, wrt):

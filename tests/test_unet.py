@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tests.check import DividesLikeAGpu
+from kernels import backend
+from tests.check import DividesLikeAGpu, Waits
 from tests.golden import assert_close_to_max, load, weights
 from unipad import config
 from unipad.model.sparse import SparseTensor, VoxelSet
@@ -94,6 +95,20 @@ def test_a_volume_s_cell_holds_the_mean_of_its_points():
     count.index_put_((sample, z, y, x), torch.ones(len(rows), 1), accumulate=True)
     torch.testing.assert_close(volume, (total / count.clamp(min=1)).permute(0, 4, 1, 2, 3), rtol=1e-4, atol=1e-5)
     assert torch.equal(seen[:, 1:], ((points[rows, :3] - torch.tensor(GRID.low)) / 0.5).int().flip(1))
+
+
+def test_a_step_waits_for_nothing_but_sizes(monkeypatch, device):
+    """With the kernels, but for those that no size depends on."""
+    pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+    monkeypatch.setattr(backend, "interpret", device == "cpu")
+    net = UnetEncoder(SMALL, GRID).to(device)
+    points, counts = cloud((40, 20))
+    points, noise = points.to(device), torch.rand(2, *net.mask_shape, device=device)
+    with Waits(without=("kernels.sparse_tiles", "kernels.sparse_gemm")) as waits:
+        net(points, counts, noise)[0].square().sum().backward()
+    occupied, reached = "how many cells hold points, and how far they reach", "how many voxels a convolution reaches"
+    assert waits.named == [occupied, "which voxels stay visible", reached, reached]
+    assert set(waits.unnamed) <= {"_local_scalar_dense"}  # of the counts of points, which are on the host
 
 
 def test_a_point_s_cell_is_the_same_on_a_gpu():

@@ -92,8 +92,8 @@ TYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "b
 # Shares of the largest true value. tf32 has fp16's mantissa, and Hopper cuts operands off instead of rounding them,
 # which adds up over the layers of a field instead of averaging out.
 SLACK = {"fp32": 1e-5, "tf32": 1e-2, "fp16": 1e-3, "bf16": 1e-2}
-LONGEST = 120  # seconds of one check, compiling included; then its process is ended
-JOBS = 8  # processes that compile, at most
+LONGEST = 240  # seconds of one check, compiling included; then its process is ended
+JOBS = 16  # processes that compile, at most
 TIMED = 3  # runs, of which the fastest is told
 
 
@@ -694,19 +694,22 @@ def _field(size, recipe):
     kinds = {"neus": inputs("neus"), "volsdf": inputs("volsdf"), "neus without color": inputs("neus", rgb_layers=0)}
     if not recipe:
         wide = dict(C=64, hidden=64, sdf_layers=2, rgb_layers=2)
-        kinds |= {"volsdf, 20 channels": inputs("volsdf", 20, 24, 2, 3), "neus, 64 channels": inputs("neus", **wide)}
+        kinds |= {
+            "volsdf of 20 channels": inputs("volsdf", 20, 24, 2, 3),
+            "neus of 64 channels": inputs("neus", **wide),
+        }
     wrt = ("volume", "mlps", "density")
     for dtype, exact in (("tf32", False), ("fp32", True)):
         render, look_up = partial(sdf_render, exact=exact), partial(sdf_values, exact=exact)
         for kind, make in kinds.items():
             yield Case(f"sdf_render {kind}", size, dtype, make, render, sdf_render_ref, wrt)
-        yield Case("sdf_render, bit-equal", size, dtype, kinds["neus"], render, sdf_render_ref, wrt, strict=True)
-        yield Case("sdf_render, no gradients", size, dtype, kinds["neus"], render, sdf_render_ref)
+        yield Case("sdf_render neus, bit-equal", size, dtype, kinds["neus"], render, sdf_render_ref, wrt, strict=True)
+        yield Case("sdf_render neus, no gradients", size, dtype, kinds["neus"], render, sdf_render_ref)
         yield Case("sdf_values", size, dtype, values, look_up, sdf_values_ref)
     early = partial(sdf_render, stop=1e-4, exact=True)
     # what lies behind the last sample that is looked at has no distance: picture and depth alone
     yield Case(
-        "sdf_render, stops early", size, "fp32", kinds["neus"], lambda **given: early(**given)[:2],
+        "sdf_render neus, stops early", size, "fp32", kinds["neus"], lambda **given: early(**given)[:2],
         lambda **given: sdf_render_ref(**given)[:2], slack=1e-3,
     )  # fmt: skip
 
@@ -741,8 +744,15 @@ def results(cases, isolated=None):
 def _compile(cases):
     """Run all once, several processes at a time: compiling takes longer than the rest. What is wrong is told later."""
     jobs = min(JOBS, os.cpu_count())
-    for worker in [_worker("compile", cases[i::jobs], subprocess.DEVNULL) for i in range(jobs)]:
+    kinds = list(dict.fromkeys(_kind(case) for case in cases))
+    shares = [[case for case in cases if kinds.index(_kind(case)) % jobs == i] for i in range(jobs)]
+    for worker in [_worker("compile", share, subprocess.DEVNULL) for share in shares if share]:
         worker.wait()
+
+
+def _kind(case):
+    """Cases of one kind have kernels in common, at small and at recipe sizes."""
+    return case.name.split(",")[0], case.dtype
 
 
 def _worker(task, cases, stdout):

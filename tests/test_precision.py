@@ -1,0 +1,49 @@
+"""The encoder's precision where none is asked for, by what the GPU has."""
+
+import pytest
+import torch
+
+from unipad.errors import UserError
+from unipad.runtime import mixed_precision
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+VOLTA, TURING, AMPERE = (7, 0), (7, 5), (8, 0)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    def pretend(capability):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+        monkeypatch.setattr(torch, "autocast", lambda kind, dtype, enabled: (kind, dtype, enabled))
+        monkeypatch.setattr(torch.amp, "GradScaler", lambda kind, enabled: enabled)
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    "capability, precision, dtype, scaled",
+    [
+        (AMPERE, None, torch.bfloat16, False),
+        (AMPERE, "bf16", torch.bfloat16, False),
+        (TURING, None, torch.float16, True),
+        (TURING, "fp16", torch.float16, True),
+        (TURING, "fp32", torch.float32, False),
+        (VOLTA, None, torch.float16, True),
+    ],
+)
+def test_precision_of_a_gpu(capability, precision, dtype, scaled, gpu):
+    gpu(capability)
+    assert mixed_precision(precision, GPU) == (("cuda", dtype, dtype != torch.float32), scaled)
+
+
+def test_bf16_where_there_is_none_is_a_sentence(gpu):
+    gpu(TURING)
+    with pytest.raises(UserError, match="--precision bf16: Tesla T4 has no bf16; use fp16, or leave the flag out."):
+        mixed_precision("bf16", GPU)
+
+
+def test_precision_of_a_cpu():
+    autocast, scaler = mixed_precision(None, CPU)
+    assert not autocast._enabled and not scaler.is_enabled()
+    assert mixed_precision("bf16", CPU)[0].fast_dtype == torch.bfloat16

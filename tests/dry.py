@@ -14,6 +14,8 @@ import contextlib
 import ctypes
 import importlib
 from dataclasses import dataclass
+from itertools import cycle
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -21,7 +23,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
-
 from triton.backends.compiler import GPUTarget
 
 from kernels import backend
@@ -51,14 +52,16 @@ class Generator(torch.Generator):
 class Dry(contextlib.ExitStack):
     """Inside, the device "cuda" is there, and computes shapes alone.
 
-    answers:  name of a wait -> what the host is told: the number of rows that are found, or a list of numbers
-    hip:      whether it is AMD's
-    launches: what kernels were launched, as `Launch`
+    answers:  name of a wait -> what the host is told: the number of rows that are found, or numbers in turn
+    calls:    (kernel, arguments by name) of every launch
+    launches: the same as `Launch`
+
+    Where `torch.version.hip` is set the device is AMD's.
     """
 
-    def __init__(self, answers=None, hip=False):
+    def __init__(self, answers=None):
         super().__init__()
-        self.answers, self.hip, self.launches = answers or {}, hip, []
+        self.answers, self.calls, self.launches = answers or {}, [], []
 
     def __enter__(self):
         super().__enter__()
@@ -70,33 +73,26 @@ class Dry(contextlib.ExitStack):
             mock.patch("torch.cuda.is_bf16_supported", lambda *_: True),
             # ... a device is made current by a driver, which also has the streams, ...
             mock.patch("torch.cuda.device_of", lambda tensor: contextlib.nullcontext()),
-            mock.patch("torch.cuda.current_stream", lambda device=None: 0),
+            mock.patch("torch.cuda.current_stream", lambda device=None: SimpleNamespace(cuda_stream=0)),
             mock.patch("torch.cuda.is_current_stream_capturing", lambda: False),
             # ... fake tensors have no address: this one is that in an allocation, which begins at a multiple of 512 ...
             mock.patch.object(FakeTensor, "data_ptr", lambda t: t.storage_offset() * t.element_size()),
             # ... and there is nothing to launch on.
             mock.patch("triton.runtime.jit.JITFunction.run", self._launch),
-            mock.patch("torch.version.hip", "7.0" if self.hip else None),
         ):
             self.enter_context(patch)
         self.enter_context(self.fake)
         self.enter_context(_Watch(self))
         return self
 
-    @property
-    def _launch(self):
-        launches, target = self.launches, gpu("gfx942" if self.hip else "sm_90")
-
-        def run(kernel, *args, grid, warmup, **options):
-            tensors = [a for a in tree_iter((args, options)) if isinstance(a, torch.Tensor)]
-            lost = [t for t in tensors if t.device.type != "cuda"]
-            if lost:
-                raise Crosses(f"{kernel.__name__} is launched on {[tuple(t.shape) for t in lost]} on the CPU")
-            if not all(isinstance(n, int) and n > 0 for n in grid):
-                raise AssertionError(f"{kernel.__name__} is launched as {grid} programs")
-            launches.append(Launch.of(kernel, args, options, target))
-
-        return run
+    def _launch(self, kernel, *args, grid, warmup, **options):
+        given = dict(zip(kernel.arg_names, args, strict=False)) | options
+        lost = [name for name, value in given.items() for t in _tensors(value) if not t.is_cuda]
+        if lost:
+            raise Crosses(f"{kernel.__name__} is launched on what the CPU has: {lost}")
+        assert all(isinstance(n, int) and n > 0 for n in grid), f"{kernel.__name__} is launched as {grid} programs"
+        self.calls.append((kernel, given))
+        self.launches.append(Launch.of(kernel, args, options, gpu("gfx942" if torch.version.hip else "sm_90")))
 
 
 class _Watch(TorchDispatchMode):
@@ -105,13 +101,13 @@ class _Watch(TorchDispatchMode):
     def __init__(self, dry):
         super().__init__()
         self.dry = dry
+        self.answers = {why: cycle(told if isinstance(told, list) else [told]) for why, told in dry.answers.items()}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:
             return args[0].fake_device
-        flat = [a for a in tree_iter((args, kwargs)) if isinstance(a, (torch.Tensor, torch.Generator))]
-        tensors = [a for a in flat if isinstance(a, torch.Tensor)]
+        tensors = _tensors((args, kwargs))
         from_gpu, to = any(t.is_cuda for t in tensors), kwargs.get("device")
         if not from_gpu and (to is None or torch.device(to).type != "cuda"):
             with unset_fake_temporarily():
@@ -120,7 +116,8 @@ class _Watch(TorchDispatchMode):
             found = self._copy(func, args, kwargs, to)
             if found is not None:
                 return found
-        if any(g.initial_seed() != Generator.seed_of_all for g in flat if isinstance(g, torch.Generator)):
+        generator = kwargs.get("generator")
+        if generator is not None and generator.initial_seed() != Generator.seed_of_all:
             raise Crosses(f"{func} draws on the GPU by a generator of the CPU")
         if func in _SIZED_BY_DATA or _is_masked(func, args):
             return self._sized_by_data(func, args)
@@ -152,9 +149,12 @@ class _Watch(TorchDispatchMode):
         """What a GPU finds is counted there, and the host waits for the number."""
         if backend.waiting_for is None:
             raise Waits(f"the host waits for the size of what {func} finds")
-        number = self.dry.answers[backend.waiting_for]
+        number = next(self.answers[backend.waiting_for])
         if func is aten._local_scalar_dense.default:
             return number
+        if func is aten._unique2.default:
+            inverse, counts = (len(args[0]) if wanted else 0 for wanted in (*args[2:], False, False)[:2])
+            return args[0].new_empty(number), *(args[0].new_empty(n, dtype=torch.int64) for n in (inverse, counts))
         if func is aten.nonzero.default:
             return args[0].new_empty(number, args[0].dim(), dtype=torch.int64)
         if func is aten.index.Tensor:
@@ -173,6 +173,10 @@ _SIZED_BY_DATA = {
     aten.masked_select.default,
     aten.bincount.default,
 }
+
+
+def _tensors(tree):
+    return [a for a in tree_iter(tree) if isinstance(a, torch.Tensor)]
 
 
 def _is_masked(func, args):
@@ -250,8 +254,9 @@ def _called(node, given):
     given = [g if g is not None else torch.zeros(m.shape, dtype=m.dtype, device=m.device)
              for g, m in zip(given, node._input_metadata, strict=True)]  # fmt: skip
     out = node.apply(*given)
-    out = iter([g for g, needed in zip(out if isinstance(out, tuple) else (out,), node.needs_input_grad) if needed])
-    return [None if below is None else next(out) for below, _ in node.next_functions]
+    out = out if isinstance(out, tuple) else (out,)
+    wanted = iter([g for g, needed in zip(out, node.needs_input_grad, strict=True) if needed])
+    return [None if below is None else next(wanted) for below, _ in node.next_functions]
 
 
 def _from_the_loss(root):

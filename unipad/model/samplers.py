@@ -9,6 +9,7 @@ import math
 
 import torch
 
+from kernels.backend import to_host
 from kernels.composite import composite
 from kernels.ray_sample import merge, resample, sample_pdf, stratified_starts
 from kernels.sdf_alpha import interval_alpha, laplace_density, unisurf_alpha
@@ -42,7 +43,7 @@ def volsdf_edges(cfg, sdf_at, near, far, jitter, beta):
         clearance = _clearance(sdf, deltas)
         loosest = _tighten(beta, loosest, sdf, deltas, clearance)
         passed, error = _light_and_error(loosest[:, None], sdf, deltas, clearance)
-        if i == ROUNDS or loosest.max() <= beta:
+        if i == ROUNDS or to_host((loosest <= beta).all(), "whether VolSDF has looked closely enough"):
             break
         new_edges = sample_pdf(edges, error * passed, cfg.search, jitter[i])
         edges, order = merge(edges, new_edges)

@@ -20,12 +20,14 @@ from unipad.optimiser import make_optimiser, set_rates
 from unipad.recipes import PRETRAIN, TINY_GRID
 from unipad.runtime import generators, mixed_precision
 
-RECIPES = {
-    "camera": PRETRAIN["camera"]["tiny"],
-    "lidar": PRETRAIN["lidar"]["tiny"],
-    "fusion": PRETRAIN["fusion"]["tiny"],
-    "segmentation": PRETRAIN["lidar"]["segment-tiny"],
+# The recipe, and how far the loss and any parameter's gradient may be off, relative to the CPU's
+STEPS = {
+    "camera": (PRETRAIN["camera"]["tiny"], 2e-5, 5e-3),
+    "lidar": (PRETRAIN["lidar"]["tiny"], 1e-6, 2e-4),
+    "fusion": (PRETRAIN["fusion"]["tiny"], 2e-5, 5e-3),
+    "segmentation": (PRETRAIN["lidar"]["segment-tiny"], 5e-4, 1e-2),
 }
+ZERO = "project.0.bias"  # before a batch norm: its gradient is 0 but for rounding
 SMALL_GRID = replace(TINY_GRID, low=(-10.0, -10.0, -3.0), high=(10.0, 10.0, 9.0))  # 16 x 16 x 6 voxels
 
 
@@ -58,26 +60,22 @@ def step(net, batch, device):
     return loss.item(), gradients
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", STEPS)
 def test_a_step_is_the_cpus(name, city):
-    recipe = small(RECIPES[name])
-    frames = NuScenesDataset(
-        city, "v1.0-mini", "mini_train", recipe.data, point_range=(recipe.grid.low, recipe.grid.high)
-    )
-    batch, _ = next(step_batches(frames, share=1))
+    recipe, loss_bound, gradient_bound = STEPS[name]
+    recipe = small(recipe)
+    box = recipe.grid.low, recipe.grid.high
+    batch, _ = next(step_batches(NuScenesDataset(city, "v1.0-mini", "mini_train", recipe.data, point_range=box), 1))
     torch.manual_seed(0)
     net = Pretrain(recipe)
-    with launches() as none:
+    with launches() as on_cpu:
         expected, expected_gradients = step(net, batch, "cpu")
-    with launches() as launched, in_full_fp32():
+    with launches() as on_gpu, in_full_fp32():
         loss, gradients = step(net, batch, "cuda")
-    assert not none and launched
-    print(name, len(launched), loss, abs(loss - expected) / abs(expected))
-    total = sum(g.square().sum() for g in expected_gradients.values()).sqrt()
-    print("total", total, sum((g - gradients[n]).square().sum() for n, g in expected_gradients.items()).sqrt() / total)
-    rows = []
-    for n, g in expected_gradients.items():
-        rows.append(((g - gradients[n]).norm().item() / (g.norm().item() + 1e-30), g.norm().item(), n))
-    for r in sorted(rows)[::-1][:12]:
-        print(r)
+    assert on_gpu and not on_cpu
     assert gradients.keys() == expected_gradients.keys()
+    far = {n: (gradients[n] - g).norm().item() / g.norm().item() for n, g in expected_gradients.items() if n != ZERO}
+    worst = max(far, key=far.get)
+    print(f"{name}: {len(on_gpu)} launches, loss {abs(loss / expected - 1):.0e} off, {worst} {far[worst]:.0e}")
+    assert loss == pytest.approx(expected, rel=loss_bound)
+    assert far[worst] <= gradient_bound, f"the gradient of {worst} is {far[worst]:.1e} off"

@@ -25,6 +25,7 @@ from tests.kernels.test_sdf_render import (
     SMALL_TILE,
     TILE,
     WIDE,
+    assert_launched_so,
     called,
     composed,
     launch,
@@ -50,6 +51,10 @@ LAUNCHES = [
     launch("_sdf_render_bwd_sdf_kernel", WIDE | HALF_TILE | ADD, HOPPER, 255, 49152, 600, "HGMMA"),
     launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | ADD | IEEE, AMD),
 ]
+
+
+def test_rows_are_what_is_launched():
+    assert_launched_so(LAUNCHES)
 
 
 def test_zero_upstream_gradient():

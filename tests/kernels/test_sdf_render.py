@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from kernels import backend, sdf_field
 from kernels.composite import composite_ref
 from kernels.sdf_alpha import neus_alpha_ref, volsdf_alpha_ref
+from kernels.sdf_field import along_rays, over_samples
 from kernels.sdf_render import in_family, sdf_render, sdf_render_ref, sdf_values, sdf_values_ref
 from kernels.trilinear import trilinear_ref
 from tests.ahead_of_time import Launch
@@ -166,6 +167,18 @@ def _map(value, fn):
 
 def _tensors(value):
     return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def assert_launched_so(rows):
+    """Rows of LAUNCHES have the tiles and warps that the code takes for such a field."""
+    for row in rows:
+        sizes = row.constexprs
+        _, launched = (over_samples if "BLOCK_M" in sizes else along_rays)(1, sizes)
+        assert launched == {name: sizes.get(name, getattr(row, name, None)) for name in launched}, row
+
+
+def test_rows_are_what_is_launched():
+    assert_launched_so(LAUNCHES)
 
 
 def assert_as_composed(inputs, method, rel, op=sdf_render, dtype=torch.float32, **options):

@@ -75,13 +75,13 @@ if __name__ == "__main__":
     parser.add_argument("--paper", action="store_true", help="paper size on a CPU too")
     paper, on_gpu = parser.parse_args().paper, DEVICE == "cuda"
     strict = {"triton, bit-equal": bit_equal} if on_gpu else {}
+    peers = {"eager": eager_lift, "compiled": compiled(eager_lift), **strict}
     run = partial(compare, "lift", lift_ref, lift)
-    run({"eager": eager_lift, "compiled": compiled(eager_lift), **strict}, [case(*TINY)])
+    if on_gpu:
+        run(peers, [case(*PAPER, torch.bfloat16), case(*PAPER, torch.float16)], agree=AGREE_HALF)
     if on_gpu or paper:
         run({"eager": eager_lift, **strict}, [case(*PAPER)])
-    if on_gpu:
-        peers = {"eager": eager_lift, "compiled": compiled(eager_lift), **strict}
-        run(peers, [case(*PAPER, torch.float16), case(*PAPER, torch.bfloat16)], agree=AGREE_HALF)
+    run(peers, [case(*TINY)])
     size, dtype = (PAPER, torch.bfloat16) if on_gpu else (TINY, torch.float32)
     scaling = [case(*size, dtype, views=views) for views in (1, 3, 12)]
     scaling += [case(*size, dtype, across=across) for across in ((64, 256) if on_gpu else (32, 128))]

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import DEVICE, Case, compare
+from benchmarks.harness import DEVICE, Case, compare, compiled
 from kernels.sdf_alpha import (
     interval_alpha,
     interval_alpha_ref,
@@ -51,5 +51,5 @@ if __name__ == "__main__":
         (interval_alpha_ref, interval_alpha, interval_case),
         (volsdf_alpha_ref, volsdf_alpha, volsdf_case),
     ]:
-        peers = {"torch.compile": torch.compile(reference)} if DEVICE == "cuda" else {}
+        peers = {"compiled": compiled(reference)} if DEVICE == "cuda" else {}
         compare(op.__name__, reference, op, peers, [case(*size) for size in sizes])

@@ -305,6 +305,18 @@ if __name__ == "__main__":
         levels = stages(batch)
         if batch == 1:
             print_statistics(levels)
+        nets = Encoders()
+        for name, keep in [("sparse encoder", True), ("sparse encoder, cold", False)]:
+            compare(
+                name + tuned,
+                nets.ours(sparse_conv_ref, keep),
+                nets.ours(sparse_conv, keep),
+                {name: nets.theirs(lib, keep) for name, lib in libs.items()},
+                [encoder_case(levels[0], nets.weights)],
+                AGREE_DEEP,
+                nets.exact,
+            )
+
         sized = list(zip(levels, WIDTHS, strict=True))
         # where tensor cores bind, not the gather
         wide = [(levels[1], 128), (levels[1], 256)] if DEVICE == "cuda" else []
@@ -326,15 +338,3 @@ if __name__ == "__main__":
         cases = [strided_case(*s, geometry) for s, geometry in zip(sized, STAGES, strict=False)]
         exact = strided(sparse_conv_ref)
         compare(f"sparse_conv, strided, cold{tuned}", exact, strided(sparse_conv), peers, cases, AGREE, exact)
-
-        nets = Encoders()
-        for name, keep in [("sparse encoder", True), ("sparse encoder, cold", False)]:
-            compare(
-                name + tuned,
-                nets.ours(sparse_conv_ref, keep),
-                nets.ours(sparse_conv, keep),
-                {name: nets.theirs(lib, keep) for name, lib in libs.items()},
-                [encoder_case(levels[0], nets.weights)],
-                AGREE_DEEP,
-                nets.exact,
-            )

@@ -93,10 +93,10 @@ if __name__ == "__main__":
     run = partial(compare, "voxel_pool", voxel_pool_ref, voxel_pool)
     others = peers()
     with_compiled = others | {"compiled": compiled(eager_voxel_pool)}
-    run(with_compiled, [case(TINY)])
-    run(with_compiled if DEVICE == "cuda" else others, [case(PAPER)])
     if DEVICE == "cuda":
-        run(with_compiled, [case(PAPER, torch.float16), case(PAPER, torch.bfloat16)], agree=AGREE_HALF)
+        run(with_compiled, [case(PAPER, torch.bfloat16), case(PAPER, torch.float16)], agree=AGREE_HALF)
+    run(with_compiled if DEVICE == "cuda" else others, [case(PAPER)])
+    run(with_compiled, [case(TINY)])
     size, dtype = (PAPER, torch.bfloat16) if DEVICE == "cuda" else (TINY, torch.float32)
     scaling = [case(size, dtype, views=views) for views in (1, 3, 12)]
     scaling += [case(size, dtype, across=across) for across in ((90, 360) if DEVICE == "cuda" else (32, 128))]

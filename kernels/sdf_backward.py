@@ -38,6 +38,7 @@ from kernels.sdf_field import (
     load3,
     opacity,
     over_samples,
+    product,
     rgb_hidden,
     sample_on_ray,
     scratch,
@@ -303,9 +304,9 @@ def _sdf_render_bwd_sdf_kernel(
             x = tl.load(kept(keep_ptr, l, BLOCK_M, H))
             x_dot = tl.load(kept(dots_ptr, l, BLOCK_M, H))
             at, d_at = sdf_mlp_ptr + l * H * LINE, d_mlp_ptr + l * H * LINE
-            add_outer(d_at, LINE, d_z, x, tl.dot(tl.trans(hat_z), x_dot, input_precision=PREC), PREC)
-            add_outer(d_at + H, LINE, d_z, feature, tl.dot(tl.trans(hat_z), along, input_precision=PREC), PREC)
-            add_outer(d_at + H + C, LINE, d_z, e, tl.dot(tl.trans(hat_z), e_dot, input_precision=PREC), PREC)
+            add_outer(d_at, LINE, d_z, x, product(tl.trans(hat_z), x_dot, None, PREC), PREC)
+            add_outer(d_at + H, LINE, d_z, feature, product(tl.trans(hat_z), along, None, PREC), PREC)
+            add_outer(d_at + H + C, LINE, d_z, e, product(tl.trans(hat_z), e_dot, None, PREC), PREC)
             d_feature = times_back(d_z, at + H, LINE, d_feature, C, PREC)
             hat_feature = times_back(hat_z, at + H, LINE, hat_feature, C, PREC)
             d_x = times_back(d_z, at, LINE, zero, H, PREC)

@@ -61,24 +61,30 @@ def precision(exact):
 
 
 # How the kernels are launched; untuned, without a GPU to time them on
-BLOCK_S = 32  # samples on a ray per tile of the kernels that walk along rays
+BLOCK_S = 32  # samples on a ray per tile of the kernels that walk along rays, at most
 BLOCK_M = 64  # samples per tile, of two rays then; 64 rows is what a Hopper matrix instruction takes
 WARPS = 4
 NARROW = 32  # a field with more channels or units than that takes half of the samples
+EXACT = 4  # tf32x3 holds two parts of every operand, so that its tiles are this many times smaller
 PROGRAMS = 528  # at most, of the backward: 4 per multiprocessor of an H100; each sums its own gradient of the MLPs
 
 
 def over_samples(N, options):
     """Number of programs over N samples, and how to launch them. A program takes several tiles in turn."""
-    block = BLOCK_M if max(options["C"], options["H"]) <= NARROW else BLOCK_M // 2
-    return min(PROGRAMS, triton.cdiv(N, block)), dict(BLOCK_M=block, num_warps=WARPS, num_stages=1)
+    narrow = max(options["C"], options["H"]) <= NARROW
+    block, warps = BLOCK_M if narrow else BLOCK_M // 2, WARPS
+    if options["PREC"] == "tf32x3":  # found by compiling: more warps spill more of a narrow field, less of a wide one
+        block, warps = BLOCK_M // EXACT, WARPS // 2 if narrow else WARPS * 2
+    return min(PROGRAMS, triton.cdiv(N, block)), dict(BLOCK_M=block, num_warps=warps, num_stages=1)
 
 
 def along_rays(R, options):
     """As `over_samples`, over R rays."""
     _, launch = over_samples(0, options)
-    block_r = launch.pop("BLOCK_M") // BLOCK_S
-    return min(PROGRAMS, triton.cdiv(R, block_r)), dict(BLOCK_R=block_r, BLOCK_S=BLOCK_S, **launch)
+    block = launch.pop("BLOCK_M")
+    block_s = min(BLOCK_S, block)
+    block_r = block // block_s
+    return min(PROGRAMS, triton.cdiv(R, block_r)), dict(BLOCK_R=block_r, BLOCK_S=block_s, **launch)
 
 
 def scratch(like, programs, layers, H):
@@ -164,11 +170,29 @@ def vector(ptr, N: tl.constexpr):
 
 
 @triton.jit
+def to_tf32(x):
+    """x rounded to tf32's 10 bits of mantissa, ties away from 0, where tensor cores would drop the others.
+
+    Half of the last bit that is kept is added in fp32, so that infinities and NaNs stay what they are.
+    """
+    power = (x.to(tl.int32, bitcast=True) & -0x800000).to(tl.float32, bitcast=True)
+    return ((x + power * (1 / 2048)).to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def product(a, b, out, PREC: tl.constexpr):
+    """out + a b."""
+    if PREC == "tf32":
+        a, b = to_tf32(a), to_tf32(b)
+    return tl.dot(a, b, out, input_precision=PREC)
+
+
+@triton.jit
 def times(x, ptr, LINE: tl.constexpr, out, N: tl.constexpr, PREC: tl.constexpr):
     """out [M, N] + x [M, K] W^T, where W [N, K] are columns of a packed MLP."""
     k = tl.arange(0, x.shape[1])[:, None]
     w = tl.load(ptr + tl.arange(0, N)[None, :] * LINE + k)
-    return tl.dot(x, w, tl.broadcast_to(out, (x.shape[0], N)), input_precision=PREC)
+    return product(x, w, tl.broadcast_to(out, (x.shape[0], N)), PREC)
 
 
 @triton.jit
@@ -176,13 +200,13 @@ def times_back(d_z, ptr, LINE: tl.constexpr, out, K: tl.constexpr, PREC: tl.cons
     """out [M, K] + d_z [M, N] W, where W [N, K] are columns of a packed MLP."""
     n = tl.arange(0, d_z.shape[1])[:, None]
     w = tl.load(ptr + n * LINE + tl.arange(0, K)[None, :])
-    return tl.dot(d_z, w, tl.broadcast_to(out, (d_z.shape[0], K)), input_precision=PREC)
+    return product(d_z, w, tl.broadcast_to(out, (d_z.shape[0], K)), PREC)
 
 
 @triton.jit
 def add_outer(ptr, LINE: tl.constexpr, a, b, out, PREC: tl.constexpr):
     """Add out + a^T b ([M, N], [M, K] -> [N, K]) to columns of a packed gradient that this program alone writes."""
-    out = tl.dot(tl.trans(a), b, out, input_precision=PREC)
+    out = product(tl.trans(a), b, out, PREC)
     at = ptr + tl.arange(0, out.shape[0])[:, None] * LINE + tl.arange(0, out.shape[1])[None, :]
     tl.store(at, tl.load(at) + out)
 

@@ -134,7 +134,8 @@ class Blocks(NamedTuple):
 
 # All untimed: chosen by what benchmarks/count_sparse_conv.py counts and what the compiler makes of them for sm_90
 # Two kinds of loads, indices and rows, are two steps ahead each, or one each; AMD has half the memory for that
-STAGES, FEWER_STAGES = (2, 1) if torch.version.hip else (5, 3)
+STAGES_OF = {"nvidia": (5, 3), "amd": (2, 1)}
+STAGES, FEWER_STAGES = STAGES_OF["amd" if torch.version.hip else "nvidia"]
 FEW_ROWS = 8192  # up to here tiles of 64 rows; wider ones read the weights half as often, 45 for 89 MB at stage 4
 BLOCK_R = 64  # pairs a step of the gradient of the weights
 LEAST = 1024  # of them a chunk: their rows are several times what the chunk's sums take

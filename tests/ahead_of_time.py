@@ -1,6 +1,7 @@
 """Compile kernels for GPUs that are not there, and read off the machine code what they cost.
 
     python -m tests.ahead_of_time composite      prints one JSON line per kernel, element type and target
+    python -m tests.ahead_of_time composite all  the same for all targets
 
 Runs in a process of its own, without TRITON_INTERPRET: Triton carries its assemblers, so no GPU is needed.
 """
@@ -13,8 +14,17 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
-TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+from tests.addresses import narrow_products
+
+TARGETS = {f"sm_{arch}": ("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 120)} | {"gfx942": ("hip", "gfx942", 64)}
+# Bytes of shared memory that a program may have; CUDA's guide, and MI300's LDS
+MOST_SHARED = dict(sm_80=166_912, sm_86=101_376, sm_89=101_376, sm_90=232_448, sm_100=232_448, sm_120=101_376)
+MOST_SHARED |= dict(gfx942=65_536)
+NVIDIA, AMD = tuple(target for target in TARGETS if target != "gfx942"), ("gfx942",)
+USUAL = ("sm_86", "sm_90", "gfx942")  # what every run of the suite compiles for: the least shared memory, and the most
+ASSEMBLED = ("sm_80", "sm_90", "gfx942")  # to machine code; for the others until their shared memory is known
 
 
 @dataclass(frozen=True)
@@ -32,28 +42,55 @@ class Launch:
     elements: tuple = ("fp32", "bf16")  # element types to compile for
     targets: tuple = tuple(TARGETS)
     num_warps: int = 4
-    num_stages: int | None = None  # None: what the target defaults to
+    num_stages: int | dict | None = None  # None: what the target defaults to; a dict: what the code has for each vendor
     registers: int = 255  # at most, per thread
     shared: int = 0  # at most, bytes per program
     stack: int = 0  # at most, bytes per thread; above 0 means spills and wants a written reason
     mma: str = ""  # the matrix instruction that sm_90's machine code must have, "HGMMA" or "HMMA"; sm_80 knows HMMA
-    budgets: tuple = ("sm_90",)  # targets where the costs are asserted; on AMD's, the stack alone
+    budgets: tuple = ("sm_90",)  # targets where the costs are asserted, of ASSEMBLED; on AMD's, the stack alone
 
     def matrix(self, target):
         """The matrix instruction that the machine code for `target` must have, "" for none."""
         return "HMMA" if self.mma and target == "sm_80" else self.mma
 
 
-def compile_launches(kernel_file):
-    """Print what every row of tests/kernels/test_<kernel_file>.py's LAUNCHES costs, one JSON object a line."""
+def launches_of(kernel_file, targets):
+    """(row, element type, target) of every row of tests/kernels/test_<kernel_file>.py's LAUNCHES."""
+    rows = importlib.import_module(f"tests.kernels.test_{kernel_file}").LAUNCHES
+    return [(row, e, target) for row in rows for e in row.elements for target in targets if target in row.targets]
+
+
+def compile_launches(kernel_file, targets="usual"):
+    """Print what every row costs, one JSON object a line: shared memory, and the rest where it has budgets."""
     module = importlib.import_module(f"kernels.{kernel_file}")
-    for launch in importlib.import_module(f"tests.kernels.test_{kernel_file}").LAUNCHES:
+    for launch, element, target in launches_of(kernel_file, USUAL if targets == "usual" else TARGETS):
         kernel = getattr(module, launch.kernel)
-        for element in launch.elements:
-            for target in launch.targets:
-                compiled = compile_launch(kernel, launch, element, target)
-                cost = _cost(compiled, launch.matrix(target)) if target in launch.budgets else {}
-                print(json.dumps(dict(kernel=launch.kernel, element=element, target=target, **cost)), flush=True)
+        if target in ASSEMBLED:
+            compiled = compile_launch(kernel, launch, element, target)
+            cost = {"shared": compiled.metadata.shared, "narrow": narrow_products(compiled.asm["ttir"])}
+            cost |= _cost(compiled, launch.matrix(target)) if target in launch.budgets else {}
+        else:
+            cost = {"shared": shared_of(kernel, launch, element, target)}
+        print(json.dumps(dict(kernel=launch.kernel, element=element, target=target, **cost)), flush=True)
+
+
+class _Allocated(Exception):
+    """Ends a compilation as soon as shared memory is allocated."""
+
+
+def shared_of(kernel, launch, element, target):
+    """Bytes of shared memory per program. Known before there is PTX, so that no assembler need know the target."""
+    from triton.backends.amd.compiler import HIPBackend
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    def stop(self, src, metadata, *_):
+        raise _Allocated(metadata["shared"])
+
+    try:
+        with mock.patch.object(CUDABackend, "make_ptx", stop), mock.patch.object(HIPBackend, "make_amdgcn", stop):
+            return compile_launch(kernel, launch, element, target).metadata.shared  # it was in Triton's cache
+    except _Allocated as allocated:
+        return allocated.args[0]
 
 
 def compile_launch(kernel, launch, element, target):
@@ -77,7 +114,8 @@ def compile_launch(kernel, launch, element, target):
     )
     options = {"num_warps": launch.num_warps, "enable_fp_fusion": True}
     if launch.num_stages is not None:
-        options["num_stages"] = launch.num_stages
+        vendor, stages = "amd" if target in AMD else "nvidia", launch.num_stages
+        options["num_stages"] = stages[vendor] if isinstance(stages, dict) else stages
     return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
 
 

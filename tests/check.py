@@ -8,16 +8,19 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from kernels import backend
 
-SLACK = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # share of the largest true value
+SLACK = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # fraction of the largest true value
 
 
-def check_against_ref(op, ref, inputs, dtype, wrt=None):
+def check_against_ref(op, ref, inputs, dtype, wrt=None, slack=None, magnitude=0.0):
     """Outputs and gradients of `op` may be at most twice as far from the fp64 truth as `ref` run in `dtype` is.
 
     op, ref: same signature, return a tensor or a tuple of tensors; integer and bool outputs must be equal.
     inputs:  dict name -> value. fp64 tensors are cast to `dtype`; fp32 ones are geometry and stay what they are;
              lists of tensors are taken element by element; anything else is passed through.
     wrt:     names of the inputs whose gradients are compared; None: all floating ones.
+    slack:   on top of that, as a fraction of the largest true value; None: SLACK of the type.
+    magnitude: of the terms that outputs and gradients are differences of: where these cancel, the slack is a fraction
+               of them.
 
     Also asserts that `op` launched a kernel, and that it launched none when all its outputs are empty.
     """
@@ -36,8 +39,8 @@ def check_against_ref(op, ref, inputs, dtype, wrt=None):
             assert torch.equal(ours[name], truth[name]), name
             continue
         assert torch.isfinite(ours[name]).all(), f"{name}: not finite"
-        scale = truth[name].abs().max().item() if truth[name].numel() else 0.0
-        bound = 2 * _err(plain[name], truth[name]) + SLACK[dtype] * scale
+        scale = max(truth[name].abs().max().item(), magnitude) if truth[name].numel() else 0.0
+        bound = 2 * _err(plain[name], truth[name]) + (SLACK[dtype] if slack is None else slack) * scale
         assert _err(ours[name], truth[name]) <= bound, f"{name}: {_err(ours[name], truth[name]):.2e} > {bound:.2e}"
 
 

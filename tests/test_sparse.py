@@ -1,3 +1,4 @@
+import copy
 import gc
 import math
 import weakref
@@ -206,6 +207,21 @@ def test_tables_are_made_once():
     assert SparseConvTranspose3d(2, 2, 3, 2, 1).double()(x).voxels is not first.voxels
 
 
+def test_a_graph_takes_the_tables_of_its_warm_up_and_leaves_none(monkeypatch):
+    """Warmed up on stream 1, captured on stream 2; on stream 3 nothing is there that stream 1 may still be making."""
+    voxels, kernel, one = sparse("scattered", 2).voxels, (3, 3, 3), (1, 1, 1)
+    monkeypatch.setattr(backend, "stream", lambda device: 1)
+    table, reached = voxels.submanifold(kernel, one), voxels.strided(kernel, (2, 2, 2), one, one)
+    monkeypatch.setattr(backend, "stream", lambda device: 2)
+    monkeypatch.setattr(backend, "capturing", lambda device: True)
+    assert voxels.submanifold(kernel, one) is table and voxels.strided(kernel, (2, 2, 2), one, one) is reached
+    in_graph = voxels.submanifold((1, 3, 3), one)
+    monkeypatch.setattr(backend, "capturing", lambda device: False)
+    assert voxels.submanifold((1, 3, 3), one) is not in_graph
+    monkeypatch.setattr(backend, "stream", lambda device: 3)
+    assert voxels.submanifold(kernel, one) is not table
+
+
 def test_voxels_that_nobody_uses_are_freed():
     """At once, not by the garbage collector: on a GPU they are memory."""
     gc.disable()
@@ -331,3 +347,9 @@ def test_a_norm_keeps_its_scale_until_it_changes(monkeypatch):
     norm.weight.zero_()
     in_graph = norm.scale_and_shift()
     assert not in_graph[0].any() and norm.scale_and_shift() is not in_graph
+    monkeypatch.undo()
+    kept = norm.scale_and_shift()
+    assert kept is not in_graph and norm.scale_and_shift() is kept
+    monkeypatch.setattr(backend, "stream", lambda device: 1)
+    assert norm.scale_and_shift() is not kept  # stream 0 may still be making it
+    assert copy.deepcopy(norm).scale_and_shift() is not kept

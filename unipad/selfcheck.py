@@ -79,6 +79,7 @@ from kernels.sparse_map import (
     transposed_map,
     transposed_map_ref,
 )
+from kernels.sparse_tiles import NeighborTable
 from kernels.trilinear import trilinear, trilinear_ref, trilinear_value, trilinear_value_ref
 from kernels.voxel_keys import sort_voxels, sort_voxels_ref, voxel_keys, voxel_keys_ref
 from kernels.voxel_pool import voxel_pool, voxel_pool_ref
@@ -426,9 +427,10 @@ def _sparse(size, recipe):
             weight = torch.randn(c_out, *kernel, c_in, device=device) / (math.prod(kernel) * c_in) ** 0.5
             features = torch.randn(N, c_in, device=device).to(dtype)
             # fp32 parameters, as under autocast, of values that the type has
-            return dict(
-                features=features, weight=weight.to(dtype).float(), neighbor_idx=tables[0], inverse_idx=tables[1]
-            )
+            if recipe:  # as a model has them: what is made of a table is kept
+                tables = [table if table is None else NeighborTable(table) for table in tables]
+            given = dict(zip(("neighbor_idx", "inverse_idx"), tables, strict=True), features=features)
+            return given | dict(weight=weight.to(dtype).float())
 
         return make
 
@@ -438,7 +440,7 @@ def _sparse(size, recipe):
         def act(device, dtype):
             given = make(device, dtype)
             del given["inverse_idx"]
-            M, O = given["neighbor_idx"].shape[1], len(given["weight"])
+            M, O = len(given["features"]), len(given["weight"])
             scale, shift = torch.rand(O, device=device) + 0.5, torch.randn(O, device=device)
             residual = torch.randn(M, O, device=device).to(dtype)
             return given | dict(scale=scale, shift=shift, residual=residual, relu=True)

@@ -5,10 +5,10 @@
     python -m tests.as_on_a_gpu --env PATH ...                      in that environment, made if it is not there
 
 Linux, Python 3.11 or newer. The first run makes a virtual environment in ~/.cache/unipad-triton. Every launch is
-compiled by Triton's front end for sm_90 and executed on the CPU as its TTIR, by the package ttsem. The exit code is 1 if
-there is
+compiled by Triton's front end for sm_90 and executed on the CPU as its TTIR, by the package ttsem. The exit code is 1
+if there is
   - an access outside of the tensors that a kernel was given,
-  - a race: two programs of a launch touch an element, one of them not atomically, and one of them writes it,
+  - a race: two programs of a launch touch an element, one of them writes it, and not both atomically,
   - memory that nobody wrote: new tensors are NaN (integers: the largest), and the tests' comparisons find that,
   - an operation without a defined result: a division by 0, one store of two values to one element,
   - an operator between tensors on the CPU and on the GPU, or a kernel that is given one on the CPU,
@@ -17,9 +17,10 @@ there is
 Faults come with the kernel's line. `seeded_faults.py` holds one of each kind, which has to be found.
 
 What it cannot judge: the order between the threads of one program (read the `debug_barrier`s), shared memory and
-registers (tests/test_compiles.py), what comes after TTIR (layouts, PTX), tf32x3 (computed in fp32), cuBLAS and cuDNN (the
-CPU's products and convolutions; autocast by the CPU's lists), several streams or GPUs, and time. Tests of CUDA graphs,
-torch.compile and opcheck are skipped by the words in `plugin.BEYOND`; a host that waits for the device is no fault here.
+registers (tests/test_compiles.py), what comes after TTIR (layouts, PTX), tf32x3 (computed in fp32), cuBLAS and cuDNN
+(the CPU's products and convolutions; autocast by the CPU's lists), several streams or GPUs, and time. A host that waits
+for the device is no fault here. Tests of CUDA graphs, torch.compile and opcheck are skipped by the words in
+`plugin.BEYOND`, and named.
 """
 
 import argparse

@@ -11,12 +11,14 @@ import functools
 import threading
 from unittest import mock
 
+import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 from ttsem import harness, mlir, ops, sanitize
+from ttsem.memory import Memory
 
 SM = 90  # the compute capability that kernels are compiled for
 aten = torch.ops.aten
@@ -30,6 +32,7 @@ def pretended_gpu():
         patch = lambda *args, **kwargs: stack.enter_context(mock.patch.object(*args, **kwargs))  # noqa: E731
         patch(harness, "ir_for_launch", _ttir)
         patch(mlir, "parse", functools.cache(mlir.parse))
+        patch(Memory, "atomic", _together(Memory.atomic))
         stack.enter_context(sanitize.session(SM, "<as on a GPU>", on_unchecked=_refuse_unchecked))
         (below,) = _get_current_function_mode_stack()  # ttsem's, which sends "cuda" to the CPU
         requests = Requests()
@@ -262,6 +265,31 @@ def _ttir(record, stage, target, *_):
     if key not in _ttir_of:
         _ttir_of[key] = mlir.to_generic(harness._stage_text(record, stage, target))
     return _ttir_of[key]
+
+
+def _together(one_by_one):
+    """ttsem's `Memory.atomic`, which takes lane by lane: here those of different elements are added together."""
+
+    def atomic(memory, kind, addrs, values, mask, sem="acq_rel", codec=None):
+        if kind not in ("add", "fadd") or codec:
+            return one_by_one(memory, kind, addrs, values, mask, sem, codec)
+        shape = np.shape(addrs)
+        live = np.flatnonzero(np.broadcast_to(True if mask is None else mask, shape))
+        addrs = np.asarray(addrs, np.int64).reshape(-1)[live]
+        values = np.broadcast_to(values, shape).reshape(-1)[live]
+        before = np.zeros(np.prod(shape, dtype=int), values.dtype)
+        if memory.tracing and live.size:
+            memory._log("a", addrs, values.itemsize, None)
+        order = np.argsort(addrs, kind="stable")
+        first = np.flatnonzero(np.diff(addrs[order], prepend=-1))  # of each element's lanes
+        turn = np.arange(len(order)) - np.repeat(first, np.diff(first, append=len(order)))  # within them, in order
+        for i in range(turn.max(initial=-1) + 1):
+            lanes = order[turn == i]
+            before[live[lanes]] = memory._read(addrs[lanes], values.dtype)
+            memory._write(addrs[lanes], before[live[lanes]] + values[lanes])
+        return before.reshape(shape)
+
+    return atomic
 
 
 def _refuse_unchecked():

@@ -1,4 +1,7 @@
-"""Here ops run their kernels on CPU tensors too, in the interpreter, where elsewhere they take their references."""
+"""Here ops run their kernels on CPU tensors too, in the interpreter, where elsewhere they take their references.
+
+    pytest tests/kernels --reverse-programs     the last program first: a result must not hang on their order
+"""
 
 import importlib.util
 
@@ -23,3 +26,26 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--reverse-programs", action="store_true", help="the interpreter runs the last program first")
+
+
+@pytest.fixture(autouse=True)
+def order_of_programs(request, monkeypatch):
+    """The interpreter goes through a launch's programs in one order, in which a race may come out right."""
+    if request.config.getoption("--reverse-programs", False) and not HAS_GPU:
+        monkeypatch.setattr(*reversed_programs())
+
+
+def reversed_programs():
+    """What `monkeypatch.setattr` needs for it."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    plain = InterpreterBuilder.set_grid_idx
+
+    def from_the_end(builder, *program):
+        return plain(builder, *(n - 1 - i for n, i in zip(builder.grid_dim, program, strict=True)))
+
+    return InterpreterBuilder, "set_grid_idx", from_the_end

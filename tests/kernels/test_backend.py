@@ -7,6 +7,8 @@ import torch
 
 from kernels import backend
 from kernels.backend import jit, on_triton, references, tl, to_host, triton, waits
+from tests.conftest import HAS_GPU
+from tests.kernels.conftest import reversed_programs
 
 
 @jit(varying=("N",))
@@ -75,3 +77,20 @@ def test_a_wait_has_its_name_while_it_lasts(device):
         assert to_host(number, "inner") == ("inner", 7) and backend.waiting_for == "outer"
         raise ZeroDivisionError
     assert backend.waiting_for is None
+
+
+@triton.jit
+def _chase_kernel(x_ptr):
+    i = tl.program_id(0)
+    tl.store(x_ptr + i + 1, tl.load(x_ptr + i) + 1)
+
+
+@pytest.mark.skipif(HAS_GPU, reason="a GPU has no order")
+def test_programs_in_reverse_order_tell_a_race(monkeypatch):
+    """Each program reads what the one before it wrote."""
+    forward, backward = torch.zeros(5), torch.zeros(5)
+    monkeypatch.undo()
+    _chase_kernel[(4,)](forward)
+    monkeypatch.setattr(*reversed_programs())
+    _chase_kernel[(4,)](backward)
+    assert forward.tolist() == [0, 1, 2, 3, 4] and backward.tolist() == [0, 1, 1, 1, 1]

@@ -5,7 +5,7 @@ import kernels.lift
 import kernels.pixel_sum
 from kernels.lift import lift, lift_ref
 from tests import golden
-from tests.ahead_of_time import TARGETS, Launch
+from tests.ahead_of_time import ASSEMBLED, Launch
 from tests.check import check_against_ref, launches
 from tests.conftest import HAS_GPU
 
@@ -29,7 +29,7 @@ def launch(kernel, levels, channels, divisible, elements, registers, shared, gat
         depth_range=("fp32",) * 2,
     )
     return Launch(
-        kernel, constexprs, types, divisible, elements, registers=registers, shared=shared, budgets=tuple(TARGETS)
+        kernel, constexprs, types, divisible, elements, registers=registers, shared=shared, budgets=ASSEMBLED
     )
 
 
@@ -258,7 +258,8 @@ def test_more_cells_than_16_bits_count(device, large_blocks, monkeypatch):
     """The hits are sorted by 32-bit numbers then: each level alone has 2^15 + 356 cells."""
     monkeypatch.setattr(kernels.lift, "CROWD", 0)
     inputs = make_inputs(1, 1, [(182, 182), (182, 182)], 1, 1, (4, 4, 1), device)
-    check_against_ref(lift, lift_ref, inputs, torch.float32, wrt=("features", "depths"))
+    # places in 182 pixels are rounded to 1e-5 of a pixel, by a GPU elsewhere than by the reference
+    check_against_ref(lift, lift_ref, inputs, torch.float32, wrt=("features", "depths"), slack=1e-4)
 
 
 def test_frames_are_more_views(device, large_blocks):

@@ -2,7 +2,7 @@ import torch
 
 import kernels.pixel_sum
 from kernels.pixel_sum import HIT, pixel_sum
-from tests.ahead_of_time import TARGETS, Launch
+from tests.ahead_of_time import ASSEMBLED, Launch
 from tests.conftest import HAS_GPU
 from tests.golden import assert_close_to_max
 
@@ -12,7 +12,7 @@ def launch(walkers, channels, bins, registers):
     blocks = kernels.pixel_sum._blocks(walkers, channels, bins)
     return Launch(
         "_pixel_sum_kernel", blocks, types, ("C", "D"), ("bf16",),
-        registers=registers, shared=2048, budgets=tuple(TARGETS),
+        registers=registers, shared=2048, budgets=ASSEMBLED,
     )  # fmt: skip
 
 

@@ -13,12 +13,19 @@ from tests.kernels.test_sdf_render import (
     ALONG,
     AMD,
     DEVICE,
+    EXACT,
+    HALF_ALONG,
+    HALF_TILE,
     HOPPER,
     IEEE,
     NO_RGB,
     NVIDIA,
     RGB,
+    SMALL_ALONG,
+    SMALL_TILE,
     TILE,
+    WIDE,
+    assert_launched_so,
     called,
     composed,
     launch,
@@ -34,12 +41,20 @@ ADD = dict(SCATTER=True)
 LAUNCHES = [
     launch("_sdf_render_bwd_rgb_kernel", RGB | ALONG, NVIDIA, 255, 36864, 640, "HGMMA"),
     launch("_sdf_render_bwd_rgb_kernel", NO_RGB | ALONG, NVIDIA, 80, 256),
+    launch("_sdf_render_bwd_rgb_kernel", EXACT | SMALL_ALONG, HOPPER, 255, 8192, 160, "HMMA", 2),
+    launch("_sdf_render_bwd_rgb_kernel", WIDE | HALF_ALONG, HOPPER, 255, 53248, 560, "HGMMA"),
     launch("_sdf_render_bwd_rgb_kernel", RGB | ALONG | IEEE, AMD),
     launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | ADD, NVIDIA, 255, 61440, 600, "HGMMA"),
     launch("_sdf_render_bwd_sdf_kernel", NO_RGB | TILE | ADD, NVIDIA, 255, 61440, 240, "HGMMA"),
     launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | dict(SCATTER=False), HOPPER, 255, 61440, 420, "HGMMA"),
+    launch("_sdf_render_bwd_sdf_kernel", EXACT | SMALL_TILE | ADD, HOPPER, 255, 8192, 400, "HMMA", 2),
+    launch("_sdf_render_bwd_sdf_kernel", WIDE | HALF_TILE | ADD, HOPPER, 255, 49152, 600, "HGMMA"),
     launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | ADD | IEEE, AMD),
 ]
+
+
+def test_rows_are_what_is_launched():
+    assert_launched_so(LAUNCHES)
 
 
 def test_zero_upstream_gradient():

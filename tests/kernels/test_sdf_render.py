@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from kernels import backend, sdf_field
 from kernels.composite import composite_ref
 from kernels.sdf_alpha import neus_alpha_ref, volsdf_alpha_ref
+from kernels.sdf_field import along_rays, over_samples
 from kernels.sdf_render import in_family, sdf_render, sdf_render_ref, sdf_values, sdf_values_ref
 from kernels.trilinear import trilinear_ref
 from tests.ahead_of_time import Launch
@@ -29,25 +30,35 @@ FIELD = dict(C=32, H=16, PREC="tf32")  # of every preset
 RGB = FIELD | dict(NEUS=True, SDF_LAYERS=6, RGB_LAYERS=4)
 NO_RGB = RGB | dict(RGB_LAYERS=0)  # LiDAR alone
 IEEE, TRAIN = dict(PREC="ieee"), dict(STOP=0.0)
+WIDE = RGB | dict(C=64, H=64)  # the widest field, in half of the samples
+EXACT = RGB | dict(PREC="tf32x3")  # a quarter of the samples, two warps
+HALF_TILE, HALF_ALONG = dict(BLOCK_M=32), dict(BLOCK_R=1, BLOCK_S=32)
+SMALL_TILE, SMALL_ALONG = dict(BLOCK_M=16), dict(BLOCK_R=1, BLOCK_S=16)
 
 
-def launch(kernel, constexprs, targets, registers=255, shared=0, stack=0, mma=""):
+def launch(kernel, constexprs, targets, registers=255, shared=0, stack=0, mma="", warps=4):
     budgets = [target for target in targets if target in NVIDIA]
-    types = dict(hit_ptr="*i1")
+    # every preset renders 96 samples a ray; those that it searches by, 72, are no multiple of 16
+    divisible = ("CHANNELS",) if kernel == "_sdf_values_kernel" else ("S", "CHANNELS")
     return Launch(
-        kernel, constexprs, types, ("CHANNELS",), ("fp32",), targets, 4, 1, registers, shared, stack, mma, budgets
-    )
+        kernel, constexprs, dict(hit_ptr="*i1"), divisible, ("fp32",), targets, warps, 1,
+        registers, shared, stack, mma, budgets,
+    )  # fmt: skip
 
 
 # Stacks: a tile of 64 samples, what a Hopper matrix instruction takes, needs a few more registers than there are.
 # Half of the samples (BLOCK_M = 32) spill a fifth of that, for 1.6 times the instructions a sample.
-# What Triton 3.9 needs or, where that is more, Triton 3.6.
+# What Triton 3.9 needs or, where that is more, Triton 3.6; of WIDE and EXACT by 3.9 alone. A wide field holds 4 times
+# the activations a sample. Wide and exact, bytes by 3.9 on sm_90: forward 2288, backward 1016 and 416; such a field is
+# in no preset, and compiling it takes minutes, so no row has it.
 LAUNCHES = [
     launch("_sdf_values_kernel", FIELD | TILE | dict(LAYERS=6), NVIDIA, 168, 20480, 0, "HGMMA"),
     launch("_sdf_render_fwd_kernel", RGB | ALONG | TRAIN, AMPERE, 255, 20480, 176, "HMMA"),
     launch("_sdf_render_fwd_kernel", RGB | ALONG | TRAIN, HOPPER, 255, 20480, 144, "HGMMA"),
     launch("_sdf_render_fwd_kernel", RGB | ALONG | dict(STOP=1e-4), HOPPER, 255, 20480, 144, "HGMMA"),
     launch("_sdf_render_fwd_kernel", NO_RGB | ALONG | TRAIN, NVIDIA, 255, 20480, 0, "HGMMA"),
+    launch("_sdf_render_fwd_kernel", EXACT | SMALL_ALONG | TRAIN, HOPPER, 255, 8192, 0, "HMMA", 2),
+    launch("_sdf_render_fwd_kernel", WIDE | HALF_ALONG | TRAIN, HOPPER, 255, 32768, 800, "HMMA"),
     launch("_sdf_render_fwd_kernel", RGB | ALONG | TRAIN | IEEE, AMD),
 ]
 GRADIENTS = ["volume", "sdf_mlp", "rgb_mlp", "density"]
@@ -158,6 +169,18 @@ def _tensors(value):
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
+def assert_launched_so(rows):
+    """Rows of LAUNCHES have the tiles and warps that the code takes for such a field."""
+    for row in rows:
+        sizes = row.constexprs
+        _, launched = (over_samples if "BLOCK_M" in sizes else along_rays)(1, sizes)
+        assert launched == {name: sizes.get(name, getattr(row, name, None)) for name in launched}, row
+
+
+def test_rows_are_what_is_launched():
+    assert_launched_so(LAUNCHES)
+
+
 def assert_as_composed(inputs, method, rel, op=sdf_render, dtype=torch.float32, **options):
     """Every output and gradient within `rel` of its largest true entry."""
     truth = results(composed(method), inputs, torch.float64)
@@ -215,6 +238,36 @@ def test_default_precision(tensor_cores):
     for name, value in found.items():
         assert_close_to_max(value, truth[name], TF32_GRADIENT if name.startswith("d_") else TF32, name)
     assert (found["sdf"] - truth["sdf"]).abs().max() > 1e-5 * truth["sdf"].abs().max()
+
+
+def distances(op, inputs, dtype=torch.float32):
+    cast = {k: _map(v, lambda t: t.to(dtype) if t.is_floating_point() else t) for k, v in inputs.items()}
+    rays = cast["origins"], cast["directions"], cast["volume_idx"]
+    cells = cast["cells_per_unit"], cast["first_cell"]
+    return op(cast["volume"], rays, cast["edges"][:, :-1].contiguous(), cast["sdf_mlp"], cells)
+
+
+def test_default_precision_has_no_bias(tensor_cores):
+    """Twelve random fields of doubled weights, through which errors grow: the distances of none are all off alike.
+
+    Were operands not rounded before the tensor cores cut them, all products would shrink: 1.6e-3 instead of 2e-4.
+    """
+    errors = []
+    for _ in range(12):
+        inputs = make_inputs(2, 32, rgb_layers=0)
+        inputs["sdf_mlp"] = [2 * t for t in inputs["sdf_mlp"]]
+        errors.append(distances(sdf_values, inputs) - distances(sdf_values_ref, inputs, torch.float64))
+    bias = torch.stack(errors).mean(dim=(1, 2))  # of each field
+    assert bias.square().mean().sqrt() < 6e-4
+
+
+def test_nan_is_not_rounded_away():
+    """Of the bits that a GPU gives it: the next larger integer is -0."""
+    inputs = make_inputs(2, 3, sdf_layers=2, rgb_layers=0)
+    inputs["edges"] *= 0.01  # near the middle
+    inputs["volume"][1] = torch.tensor(2**31 - 1, dtype=torch.int32).view(torch.float32)
+    sdf = distances(sdf_values, inputs)
+    assert sdf[0].isfinite().all() and sdf[1].isnan().all()
 
 
 @pytest.mark.parametrize(
@@ -328,7 +381,7 @@ def test_rejects_what_does_not_fit():
 def test_golden_record(monkeypatch):
     """The original's NeuS renderer, sampling included, through `Renderer`."""
     if not HAS_GPU:  # interpreting is slow: few large tiles, which no GPU has the shared memory for
-        monkeypatch.setattr(sdf_field, "BLOCK_M", 512)
+        monkeypatch.setattr(sdf_field, "BLOCK_M", 512 * sdf_field.EXACT)
     record = {name: value.to(DEVICE) for name, value in load("render_neus_eval")[0].items()}
     grid = Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(5.4, 6.0, 1.6))
     losses = dict(free_space_weight=1.0, sdf_weight=10.0, eikonal_weight=0.01, truncation=1.5)

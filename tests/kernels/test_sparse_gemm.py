@@ -6,21 +6,22 @@ import pytest
 import torch
 
 from kernels import tuning
-from kernels.sparse_gemm import BLOCK_E, BLOCK_R, FEWER_STAGES, GROUP, STAGES, d_weight_of, gather_gemm
+from kernels.sparse_gemm import BLOCK_E, BLOCK_R, GROUP, STAGES_OF, d_weight_of, gather_gemm
 from kernels.sparse_tiles import NeighborTable
-from tests.ahead_of_time import Launch
+from tests.ahead_of_time import ASSEMBLED, Launch
 from tests.check import launches
 
 IEEE, TF32 = dict(PRECISION="ieee", WIDEN=False), dict(PRECISION="tf32", WIDEN=False)
 HALF, SINGLE, EVEN = ("bf16",), ("fp32",), ("I", "O")
-EVERY, ONE_TARGET = ("sm_80", "sm_90", "gfx942"), ("sm_90",)  # what differs in kind is compiled for all
+EVERY, ONE_TARGET = ASSEMBLED, ("sm_90",)  # budgets: what differs in kind has them on all
 PLAIN, FULL = dict(scale_ptr=None, shift_ptr=None, residual_ptr=None, RELU=False), dict(RELU=True)
+MORE, FEWER = ({vendor: stages[i] for vendor, stages in STAGES_OF.items()} for i in range(2))
 LAUNCHES = [
     Launch(
         "_gather_gemm_kernel",
         flags | act | dict(MIRRORED=mirrored, NEAR=True, C=c, PACK=pack, STEPS=steps, BLOCK_M=m, BLOCK_I=i, BLOCK_O=o),
-        dict(scale_ptr="*fp32", shift_ptr="*fp32"), divisible, elements, num_warps=warps, num_stages=STAGES,
-        registers=registers, shared=shared, mma=mma, targets=targets, budgets=targets,
+        dict(scale_ptr="*fp32", shift_ptr="*fp32"), divisible, elements, num_warps=warps, num_stages=MORE,
+        registers=registers, shared=shared, mma=mma, budgets=targets,
     )
     for flags, act, mirrored, c, pack, steps, m, i, o, warps, divisible, elements, mma, registers, shared, targets in [
         (IEEE, PLAIN, False, 16, 4, 1, 128, 64, 16, 4, EVEN, HALF, "HGMMA", 80, 59904, EVERY),
@@ -42,37 +43,48 @@ LAUNCHES = [
         "_gather_gemm_kernel",
         IEEE | PLAIN | dict(MIRRORED=False, NEAR=near, C=0, PACK=1, STEPS=2, BLOCK_M=m, BLOCK_I=64, BLOCK_O=128),
         dict(scale_ptr="*fp32", shift_ptr="*fp32"), EVEN, HALF, num_warps=m // 16, num_stages=stages,
-        registers=120, shared=shared, mma="HGMMA", targets=ONE_TARGET,
+        registers=120, shared=shared, mma="HGMMA",
     )
     for near, m, stages, shared in [  # what the tuner tries besides
-        (False, 128, STAGES, 99336),
-        (False, 64, STAGES, 74248),
-        (True, 128, FEWER_STAGES, 66568),
+        (False, 128, MORE, 99336),
+        (False, 64, MORE, 74248),
+        (True, 128, FEWER, 66568),
     ]
+] + [
+    Launch(  # what it tries with fewer channels: several offsets side by side, and one
+        "_gather_gemm_kernel",
+        IEEE | PLAIN | dict(MIRRORED=True, NEAR=near, C=c if c < 64 else 0, PACK=64 // c, STEPS=1)
+        | dict(BLOCK_M=m, BLOCK_I=64, BLOCK_O=max(c, 16)),
+        dict(scale_ptr="*fp32", shift_ptr="*fp32"), EVEN, HALF, num_stages=stages, budgets=(),
+    )
+    for c in (8, 16, 32, 64)
+    for near, m, stages in [(True, 64, MORE), (False, 128, MORE), (True, 128, FEWER)]
 ] + [
     Launch(
         "_d_weight_kernel",
         flags | dict(BLOCK_R=BLOCK_R, BLOCK_I=i, BLOCK_O=o),
         dict(partial_ptr="*fp32", first_ptr="*i64", end_ptr="*i64"), divisible, elements,
         num_warps=8 if i * o > 8192 else 4, num_stages=stages,
-        registers=registers, shared=shared, mma=mma, targets=targets, budgets=targets,
+        registers=registers, shared=shared, mma=mma, budgets=targets,
     )
     for flags, i, o, stages, divisible, elements, mma, registers, shared, targets in [
-        (IEEE, 16, 16, STAGES, EVEN, HALF, "HMMA", 56, 7168, EVERY),
-        (IEEE, 128, 128, STAGES, EVEN, HALF, "HGMMA", 168, 99328, EVERY),
-        (IEEE, 64, 64, STAGES, (), HALF, "HGMMA", 176, 16384, ONE_TARGET),
-        (TF32, 64, 64, STAGES, EVEN, SINGLE, "HGMMA", 112, 99328, ONE_TARGET),
-        (IEEE, 32, 32, FEWER_STAGES, EVEN, SINGLE, "", 56, 33792, EVERY),
-        (IEEE, 16, 16, FEWER_STAGES, (), SINGLE, "", 72, 17408, ONE_TARGET),
+        (IEEE, 16, 16, MORE, EVEN, HALF, "HMMA", 56, 7168, EVERY),
+        (IEEE, 128, 128, MORE, EVEN, HALF, "HGMMA", 168, 99328, EVERY),
+        (IEEE, 64, 64, MORE, (), HALF, "HGMMA", 176, 16384, ONE_TARGET),
+        (TF32, 64, 64, MORE, EVEN, SINGLE, "HGMMA", 112, 99328, ONE_TARGET),
+        (IEEE, 32, 32, FEWER, EVEN, SINGLE, "", 56, 33792, EVERY),
+        (IEEE, 16, 16, FEWER, (), SINGLE, "", 72, 17408, ONE_TARGET),
     ]
 ] + [
     Launch(
-        "_d_weight_of_groups_kernel", dict(WIDEN=False, BLOCK_R=BLOCK_R, C=c, GROUP=GROUP[c], BLOCK_O=c),
-        dict(partial_ptr="*fp32"), ("O", "R"), HALF, num_warps=8 if GROUP[c] * c * c >= 8192 else 4, num_stages=STAGES,
-        registers=registers, shared=shared, mma="HGMMA", targets=targets, budgets=targets,
+        "_d_weight_of_groups_kernel", dict(WIDEN=False, BLOCK_R=BLOCK_R, C=c, GROUP=GROUP[c], BLOCK_O=max(c, 16)),
+        dict(partial_ptr="*fp32"), ("O", "R"), HALF, num_warps=8 if GROUP[c] * c * c >= 8192 else 4, num_stages=MORE,
+        registers=registers, shared=shared, mma="HGMMA", budgets=targets,
     )
     for c, registers, shared, targets in [
+        (8, 0, 0, ()),
         (16, 96, 59392, ONE_TARGET),
+        (32, 0, 0, ()),
         (64, 176, 124928, EVERY),
     ]
 ] + [

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from kernels import backend, sparse_tiles
-from kernels.sparse_conv import sparse_conv
+from kernels.sparse_conv import sparse_conv, sparse_conv_act
 from kernels.sparse_gemm import BLOCK_R, LEAST
 from kernels.sparse_tiles import BLOCK_C, BLOCK_K, WINDOW, NeighborTable
 from tests.ahead_of_time import Launch
 from tests.check import launches
+from tests.conftest import HAS_GPU
 
 INT = dict(elements=("i32",), budgets=("sm_80", "sm_90", "gfx942"))  # no argument has the element type
 LAUNCHES = [
@@ -171,9 +172,8 @@ def test_a_stream_does_not_use_what_another_may_still_be_making(streams, device)
 def test_a_graph_takes_what_its_warm_up_made(streams, device):
     """Warmed up on a stream, captured on another one, as `torch.cuda.graph` does it: no replay makes tiles again."""
     table, weight = NeighborTable(make_table(3, 40, 0.5, device)), torch.randn(8, 3, 1, 1, 8, device=device)
-    features, inverse = torch.randn(80, 8, device=device, requires_grad=True), NeighborTable(
-        torch.full((3, 80), -1, dtype=torch.int32, device=device)
-    )
+    inverse = NeighborTable(torch.full((3, 80), -1, dtype=torch.int32, device=device))
+    features = torch.randn(80, 8, device=device, requires_grad=True)
 
     def step():
         with launches() as launched:
@@ -184,6 +184,20 @@ def test_a_graph_takes_what_its_warm_up_made(streams, device):
     assert step()
     streams(3, capturing=True)
     assert not step()
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="CUDA graphs need a GPU")
+@torch.no_grad()
+def test_a_replayed_convolution_is_the_convolution(device):
+    table, weight = NeighborTable(make_table(3, 40, 0.5, device)), torch.randn(8, 3, 1, 1, 8, device=device)
+    features, other = torch.randn(2, 80, 8, device=device)
+    expected = sparse_conv_act(other, weight, table)
+    graph = torch.cuda.CUDAGraph()
+    with launches() as launched, torch.cuda.graph(graph):
+        out = sparse_conv_act(features, weight, table)
+    features.copy_(other)
+    graph.replay()
+    assert torch.equal(out, expected) and launched == ["_gather_gemm_kernel"]
 
 
 def test_what_a_graph_makes_is_nobody_else_s(streams, device):

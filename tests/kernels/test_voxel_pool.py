@@ -4,7 +4,7 @@ import torch
 import kernels.voxel_pool
 from kernels.voxel_pool import BLOCK_P, CHUNK, voxel_pool, voxel_pool_ref
 from tests import golden
-from tests.ahead_of_time import TARGETS, Launch
+from tests.ahead_of_time import ASSEMBLED, Launch
 from tests.check import DividesLikeAGpu, check_against_ref, launches
 from tests.conftest import HAS_GPU
 
@@ -15,21 +15,21 @@ def launch(kernel, channels, divisible, elements, registers, shared=0):
         blocks["CHUNK"] = CHUNK
     types = dict(weight_ptr="*fp32", partial_ptr="*fp32", chunks="i32")
     return Launch(
-        kernel, blocks, types, divisible, elements, registers=registers, shared=shared, budgets=tuple(TARGETS)
+        kernel, blocks, types, divisible, elements, registers=registers, shared=shared, budgets=ASSEMBLED
     )
 
 
 def launch_voxels(truncate):
     types = dict(matrices_ptr="*fp64", bins_ptr="*fp64", h="i32", w="i32", stride="i32", shape=("i32",) * 3)
     constexprs = dict(TRUNCATE=truncate, BLOCK_P=BLOCK_P)
-    return Launch("_voxels_kernel", constexprs, types, elements=("fp32",), registers=48, budgets=tuple(TARGETS))
+    return Launch("_voxels_kernel", constexprs, types, elements=("fp32",), registers=48, budgets=ASSEMBLED)
 
 
 LAUNCHES = [
     launch_voxels(truncate=False),
     launch_voxels(truncate=True),
     Launch(
-        "_runs_kernel", dict(BLOCK_P=BLOCK_P), dict(weight_ptr="*fp32"), registers=48, shared=64, budgets=tuple(TARGETS)
+        "_runs_kernel", dict(BLOCK_P=BLOCK_P), dict(weight_ptr="*fp32"), registers=48, shared=64, budgets=ASSEMBLED
     ),
     launch("_chunks_kernel", 256, ("C",), ("bf16",), 56, 4096),
     launch("_voxel_pool_fwd_kernel", 256, ("C",), ("bf16",), 64),

@@ -1,0 +1,149 @@
+"""One fault of each kind, which the check has to find: a check that cannot turn red says nothing.
+
+Run by `python -m tests.as_on_a_gpu` alone.
+"""
+
+import pytest
+import torch
+from ttsem.sanitize import KernelFault
+
+from kernels.backend import jit, tl
+from tests.check import check_against_ref
+
+BLOCK = 8
+
+
+@jit
+def _double_kernel(
+    x_ptr, out_ptr,  # [N] each
+    N,
+    FAULT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ok = i < N
+    if FAULT == "unmasked load":
+        ok = i < N + 1
+    x = tl.load(x_ptr + i, mask=ok, other=0.0)
+    ok = i < N
+    if FAULT == "unmasked store":
+        ok = i < N + 1
+    if FAULT == "race":  # the neighbor's first element too
+        ok = i < N
+        tl.store(out_ptr + (i + 1) % N, x, mask=ok)
+    if FAULT == "unwritten":
+        ok = i < N - 1
+    if FAULT == "two values":
+        i = i // 2
+    tl.store(out_ptr + i, 2 * x, mask=ok)
+
+
+def double(x, fault=""):
+    out = torch.empty_like(x)
+    _double_kernel[(-(-len(x) // BLOCK),)](x, out, len(x), FAULT=fault, BLOCK=BLOCK)
+    return out
+
+
+def check(fault):
+    x = torch.rand(2 * BLOCK - 3, device="cuda", dtype=torch.float64)
+    check_against_ref(lambda x: double(x, fault), lambda x: 2 * x, {"x": x}, torch.float32, wrt=())
+
+
+def test_without_a_fault_it_is_green():
+    check("")
+
+
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        ("unmasked load", r"tl.load\(x_ptr.*reads 1 element\(s\) past the end of the tensor passed as `x_ptr`"),
+        ("unmasked store", r"tl.store\(out_ptr.*writes 1 element\(s\) past the end of the tensor passed as `out_ptr`"),
+        ("race", r"program instances .* both touch element .* of `out_ptr`"),
+        ("two values", "two lanes of one store"),
+    ],
+)
+def test_a_kernel_at_fault_is_named_with_its_line(fault, message):
+    with pytest.raises(KernelFault, match=message) as raised:
+        check(fault)
+    assert __file__.endswith(raised.value.fault.source_file.rpartition("/")[2])
+
+
+def test_an_unwritten_output_is_not_finite():
+    with pytest.raises(AssertionError, match="not finite"):
+        check("unwritten")
+
+
+def custom_gradient(gradient):
+    """x, after a backward pass through an op whose gradient is `gradient(d_out)`."""
+
+    class Identity(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, d_out):
+            return gradient(d_out)
+
+    x = torch.rand(5, device="cuda", requires_grad=True)
+    Identity.apply(x).square().sum().backward()
+    return x
+
+
+def test_so_is_memory_that_a_backward_leaves_unwritten():
+    assert custom_gradient(torch.empty_like).grad.isnan().all()
+
+
+def test_a_tensor_left_on_the_cpu():
+    with pytest.raises(ValueError, match="x_ptr cannot be accessed from Triton"):
+        double(torch.rand(5))
+
+
+def test_a_tensor_left_on_the_cpu_in_a_tuple():
+    with pytest.raises(ValueError, match="x_ptr cannot be accessed from Triton"):
+        _double_kernel[(1,)]((torch.rand(5, device="cuda"), torch.rand(5)), None, 5, FAULT="", BLOCK=BLOCK)
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda x: x + torch.rand(5),
+        lambda x: torch.cat([x, x.cpu()]),
+        lambda x: x.index_put_((torch.tensor([1, 2]),), torch.rand(2)),
+        lambda x: x.cpu()[torch.tensor([0], device="cuda")],
+        lambda x: torch.where(torch.ones(5, dtype=torch.bool), x, 0.0),
+        lambda x: torch.nn.Linear(5, 2)(x),
+        lambda x: custom_gradient(lambda d_out: d_out * torch.ones(5)),
+    ],
+)
+def test_mixed_devices(mix):
+    with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
+        mix(torch.rand(5, device="cuda"))
+
+
+def test_what_cuda_takes_is_taken():
+    x = torch.rand(5, device="cuda")
+    assert (x * torch.tensor(2.0)).is_cuda and x[torch.tensor([1, 2])].is_cuda
+    assert x.cpu().device.type == "cpu" and x.device.type == x.cpu().to("cuda").device.type == "cuda"
+    assert not x.cpu().is_cuda and torch.zeros_like(x).is_cuda and not torch.zeros(2).is_cuda
+    assert torch.equal(x.cpu().copy_(x), x.cpu())
+
+
+def test_other_refusals_of_cuda():
+    with pytest.raises(TypeError, match="numpy"):
+        torch.rand(2, device="cuda").numpy()
+    with pytest.raises(RuntimeError, match="generator"):
+        torch.rand(2, device="cuda", generator=torch.Generator("cpu"))
+
+
+@jit
+def _count_kernel(cell_idx_ptr, count_ptr, before_ptr, N, BLOCK: tl.constexpr):  # [N], [cells], [N]
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    cell = tl.load(cell_idx_ptr + i, mask=i < N, other=0)
+    tl.store(before_ptr + i, tl.atomic_add(count_ptr + cell, 1, mask=i < N), mask=i < N)
+
+
+def test_atomic_sums_are_no_race():
+    cell = torch.tensor([2, 0, 2, 2, 1, 0, 2, 0, 2, 1, 2], device="cuda", dtype=torch.int32)
+    count, before = torch.zeros(3, device="cuda", dtype=torch.int32), torch.empty_like(cell)
+    _count_kernel[(2,)](cell, count, before, len(cell), BLOCK=BLOCK)
+    assert count.tolist() == [3, 2, 6] and before.tolist() == [0, 0, 1, 2, 0, 1, 3, 2, 4, 1, 5]

@@ -1,0 +1,85 @@
+"""One small training step of each modality: loss and gradients on the GPU beside the CPU's, from the same weights.
+
+Run by `python -m tests.as_on_a_gpu` alone. Draws are the same too: both devices' generators draw the CPU's numbers. In
+fp32, and products of the renderer's MLPs in fp32 too (a GPU takes them in tf32): what is left between the devices is
+the order of sums.
+"""
+
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.as_on_a_gpu.pretended import in_full_fp32
+from tests.check import launches
+from unipad.data.loader import step_batches
+from unipad.data.nuscenes import NuScenesDataset
+from unipad.model.pretrain import Pretrain
+from unipad.optimiser import make_optimiser, set_rates
+from unipad.recipes import PRETRAIN, TINY_GRID
+from unipad.runtime import generators, mixed_precision
+
+# The recipe, and how far the loss and any parameter's gradient may be off, relative to the CPU's
+STEPS = {
+    "camera": (PRETRAIN["camera"]["tiny"], 2e-5, 5e-3),
+    "lidar": (PRETRAIN["lidar"]["tiny"], 1e-6, 2e-4),
+    "fusion": (PRETRAIN["fusion"]["tiny"], 2e-5, 5e-3),
+    "segmentation": (PRETRAIN["lidar"]["segment-tiny"], 5e-4, 1e-2),
+}
+ZERO = "project.0.bias"  # before a batch norm: its gradient is 0 but for rounding
+SMALL_GRID = replace(TINY_GRID, low=(-10.0, -10.0, -3.0), high=(10.0, 10.0, 9.0))  # 16 x 16 x 6 voxels
+
+
+def small(recipe):
+    return replace(
+        recipe,
+        grid=SMALL_GRID,
+        data=replace(recipe.data, image_size=(64, 112)),
+        rays=replace(recipe.rays, per_view=6, lidar_per_view=4),
+        render=replace(recipe.render, samples=16, importance=8, search=16),
+    )
+
+
+def step(net, batch, device):
+    """One step of train.py: its loss, and each parameter's gradient by name."""
+    optim = net.recipe.optim
+    net = deepcopy(net).to(device)
+    optimiser = make_optimiser(net, optim)
+    set_rates(optimiser, optim, 0, 100)
+    autocast, scaler = mixed_precision("fp32", torch.device(device))
+    with autocast:
+        losses, _ = net(batch.to(device), generators(0, 0, [0], device))
+    loss = sum(losses.values())
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimiser)
+    gradients = {name: p.grad.cpu().double() for name, p in net.named_parameters() if p.grad is not None}
+    torch.nn.utils.clip_grad_norm_(net.parameters(), optim.clip)
+    scaler.step(optimiser)
+    assert all(p.isfinite().all() for p in net.parameters())
+    return loss.item(), gradients
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_is_the_cpus(name, city):
+    recipe, loss_bound, gradient_bound = STEPS[name]
+    recipe = small(recipe)
+    box = recipe.grid.low, recipe.grid.high
+    batch, _ = next(step_batches(NuScenesDataset(city, "v1.0-mini", "mini_train", recipe.data, point_range=box), 1))
+    torch.manual_seed(0)
+    net = Pretrain(recipe)
+    with launches() as on_cpu:
+        expected, expected_gradients = step(net, batch, "cpu")
+    with launches() as on_gpu, in_full_fp32():
+        loss, gradients = step(net, batch, "cuda")
+    assert on_gpu and not on_cpu
+    assert gradients.keys() == expected_gradients.keys()
+    far = {
+        n: (gradients[n] - g).norm().item() / (g.norm().item() or 1.0)
+        for n, g in expected_gradients.items()
+        if n != ZERO
+    }
+    worst = max(far, key=far.get)
+    print(f"{name}: {len(on_gpu)} launches, loss {abs(loss / expected - 1):.0e} off, {worst} {far[worst]:.0e}")
+    assert loss == pytest.approx(expected, rel=loss_bound)
+    assert far[worst] <= gradient_bound, f"the gradient of {worst} is {far[worst]:.1e} off"

@@ -1,0 +1,78 @@
+"""Products of 32 bits are found in the addresses of kernels that have them, and in no others.
+
+What the project's own kernels have is asserted where they are compiled anyway: tests/test_compiles.py.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kernels.backend import tl, triton
+
+
+@triton.jit
+def narrow(x_ptr, row_idx_ptr, N, C, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(row_idx_ptr + i, mask=i < N, other=0)
+    tl.store(x_ptr + row * C, 0.0, mask=i < N)  # at fault
+
+
+@triton.jit
+def widened_too_late(x_ptr, row_idx_ptr, N, C, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(row_idx_ptr + i, mask=i < N, other=0)
+    tl.store(x_ptr + (3 * row).to(tl.int64), 0.0, mask=i < N)  # at fault
+
+
+@triton.jit
+def carried(x_ptr, row_idx_ptr, N, C, BLOCK: tl.constexpr):
+    at = tl.zeros((BLOCK,), tl.int32)
+    for i in range(N):
+        if i > 2:
+            at = at + i * C  # at fault
+    tl.store(x_ptr + at, 0.0)
+
+
+@triton.jit
+def wide(x_ptr, row_idx_ptr, N, C, BLOCK: tl.constexpr):
+    for block in range(tl.program_id(0), tl.cdiv(N, BLOCK), 8):
+        i = block * BLOCK + tl.arange(0, BLOCK)
+        row = tl.load(row_idx_ptr + i, mask=i * C < N * C, other=0)
+        c = tl.arange(0, BLOCK) // 4 * 4
+        tl.store(x_ptr + row.to(tl.int64) * C + c, 0.0, mask=i < N)
+
+
+KERNELS = [narrow, widened_too_late, carried, wide]
+
+
+@pytest.fixture(scope="module")
+def found():
+    """kernel -> its products, found in a process that compiles."""
+    pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.test_addresses"]
+    done = subprocess.run(command, env=env, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", ["narrow", "widened_too_late", "carried"])
+def test_a_product_of_32_bits_is_found(name, found):
+    (line,) = found[name]
+    assert line.startswith("test_addresses.py: ") and line.endswith("# at fault")
+
+
+def test_a_product_of_64_bits_or_of_a_block_is_none(found):
+    assert found["wide"] == []
+
+
+if __name__ == "__main__":
+    from tests.addresses import narrow_products
+    from tests.ahead_of_time import Launch, compile_launch
+
+    compiled = {k.__name__: compile_launch(k, Launch(k.__name__, dict(BLOCK=16)), "fp32", "sm_80") for k in KERNELS}
+    print(json.dumps({name: narrow_products(kernel.asm["ttir"]) for name, kernel in compiled.items()}))

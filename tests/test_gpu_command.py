@@ -1,0 +1,150 @@
+"""`python -m benchmarks.gpu` without a GPU: every stage at tiny sizes, and what it makes of its results."""
+
+import csv
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import full_step, gpu, harness
+from benchmarks.gpu import Args, plan
+from benchmarks.harness import Case, Row, compare
+from benchmarks.report import BEGIN, END, Folder, page, verified, with_table
+
+ROOT = Path(__file__).parents[1]
+
+
+def row(op, case, impl, both_ms, device="GPU 1", commit="c1", note=""):
+    """A line of results.csv, as it is read."""
+    measured = "" if note else str(both_ms)
+    numbers = dict.fromkeys(("fwd_ms", "fwd_p20", "fwd_p80", "bwd_ms", "both_ms", "gpu_ms", "peak_mb"), measured)
+    return dict(op=op, case=case, impl=impl, **numbers, of_copy="0.1", error="1e-6", note=note, device=device,
+                torch="2", triton="3", commit=commit)  # fmt: skip
+
+
+def test_the_table_shows_the_newest_rows_beside_the_fastest_peer():
+    rows = [
+        row("lift", "camera-0.1 bfloat16, 6 views, 128 x 128", "triton", 2.0, commit="old"),
+        row("lift", "camera-0.1 bfloat16, 6 views, 128 x 128", "triton", 1.0),
+        row("lift", "camera-0.1 bfloat16, 6 views, 128 x 128", "eager", 30.0),
+        row("lift", "camera-0.1 bfloat16, 6 views, 128 x 128", "compiled", 9.0),
+        row("lift", "camera-0.1 bfloat16, 6 views, 128 x 128", "wrong", 0.1, note="off by 1"),
+        row("lift", "tiny", "triton", 0.1),
+        row("voxelize", "B=1", "triton", 0.5, device="GPU 2"),
+    ]
+    lines = verified(rows).splitlines()
+    assert len(lines) == 4
+    assert lines[2].split(" | ")[3:] == ["1.000", "1", "compiled", "9.000", "9.0", "c1 |"]
+    assert lines[3].split(" | ")[5] == "-", "no peer ran there"
+
+
+def test_the_readme_has_a_place_for_the_table():
+    readme = (ROOT / "README.md").read_text()
+    assert verified([]) == verified([row("lift", "tiny", "triton", 1, note="broken")])
+    written = with_table(readme, [row("voxelize", "B=1", "triton", 0.5)])
+    assert "| GPU 1 | voxelize |" in written
+    assert with_table(written, []).split(BEGIN)[1].split(END)[0].strip() == verified([])
+    assert written.split(BEGIN)[0] == readme.split(BEGIN)[0] and written.split(END)[1] == readme.split(END)[1]
+
+
+def test_rows_are_kept_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path / "all.csv")
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    (tmp_path / "README.md").write_text(f"above\n{BEGIN}\nold\n{END}\nbelow\n")
+    folder = Folder(tmp_path / "run")
+    with (folder.path / "results.csv").open("w", newline="") as f:
+        writer = csv.DictWriter(f, Row.__annotations__)
+        writer.writeheader()
+        writer.writerow(row("voxelize", "B=1", "triton", 1.0))
+    gpu.finish(folder)
+    gpu.finish(folder)
+    assert len(harness.RESULTS.read_text().splitlines()) == 2
+    assert "| GPU 1 | voxelize | B=1 | 1.000 |" in (tmp_path / "README.md").read_text()
+    assert "| voxelize | B=1 | triton | 1 |" in (folder.path / "report.md").read_text()
+
+
+def test_the_time_is_shared_among_what_is_asked_for():
+    assert set(plan(Args().stages)) == {*gpu.SHARES, *(f"race-{op}" for op in gpu.RACES)} - {"races"}
+    assert list(plan(("tests", "machine"))) == ["machine", "tests"]
+    for op in gpu.RACES:
+        assert (ROOT / "benchmarks" / f"bench_{op}.py").exists()
+
+
+def test_a_stage_that_takes_too_long_ends_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", stalled(subprocess.Popen))
+    began = time.monotonic()
+    folder = Folder(tmp_path)
+    gpu.run_limited(folder, "selfcheck", 1.0)
+    assert time.monotonic() - began < 20
+    assert folder.records("ended")[0]["ended"] == "out of time"
+    assert "| selfcheck | out of time |" in page(folder)
+
+
+def stalled(plain):
+    """A process that ignores that it is asked to end."""
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    return lambda command, **options: plain([sys.executable, "-c", code], **options)
+
+
+@pytest.mark.parametrize("stage", ["machine", "race-composite", "tests"])
+def test_stages_run_without_a_gpu(tmp_path, stage):
+    folder = Folder(tmp_path)
+    gpu.run_limited(folder, stage, 100.0)
+    log = (tmp_path / "log.txt").read_text()
+    assert folder.records("ended")[0]["ended"] == "exit code 0", log
+    text = page(folder)
+    if stage == "machine":
+        assert "| bf16 matrix product |" in text
+    elif stage == "tests":
+        assert " passed in " in text
+    else:
+        assert "| R=384 S=64 C=4 | written out |" in log
+
+
+def test_the_whole_command_keeps_to_its_time(tmp_path):
+    """Most stages are cut off; the page is there all the same."""
+    began = time.monotonic()
+    command = [sys.executable, "-m", "benchmarks.gpu", "--minutes", "0.5", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - began < 120
+    text = (tmp_path / "report.md").read_text()
+    assert all(f"| {name} | " in text for name in plan(Args().stages))
+    assert text in done.stdout
+
+
+def test_a_recipes_step_beside_its_references(city, monkeypatch):
+    monkeypatch.setattr(full_step, "city", lambda: city)
+    monkeypatch.setattr(full_step, "TIMED", 1)
+    records = []
+    full_step.main(full_step.Args(("train/lidar/tiny", "segment/lidar/tiny")), records.append)
+    assert [r["recipe"] for r in records] == ["train/lidar/tiny", "segment/lidar/tiny"]
+    for r in records:  # without a GPU both are the references
+        assert r["loss"] == r["loss_ref"] > 0 and r["grad_norm"] == r["grad_norm_ref"] > 0 and r["ms"] > 0
+
+
+def test_an_implementation_that_disagrees_or_breaks_is_a_row_without_times(capsys, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(harness, "deadline", time.monotonic() + 2)
+    x = torch.rand(8, requires_grad=True)
+
+    def broken(x):
+        raise RuntimeError("no kernel image")
+
+    peers = {"wrong": lambda x: 1.1 * x, "nan": lambda x: x * float("nan"), "broken": broken}
+    rows = compare("double", lambda x: 2 * x, None, peers, [Case("N=8", (x,), 64)])
+    assert [r.impl for r in rows] == ["wrong", "nan", "broken", "reference"]
+    assert rows[0].note.startswith("off by 4.5e-01") and rows[0].both_ms is None
+    assert rows[1].note.startswith("off by nan")
+    assert rows[2].note == "RuntimeError: no kernel image"
+    assert rows[3].note == "" and rows[3].both_ms > 0 and rows[3].gpu_ms is None
+    assert "| N=8 | broken | RuntimeError: no kernel image |" in capsys.readouterr().out
+
+
+def test_nothing_begins_after_the_deadline(capsys, monkeypatch):
+    monkeypatch.setattr(harness, "deadline", time.monotonic() - 1)
+    assert compare("double", lambda x: x, None, {}, [Case("N=8", (None,), 64)]) == []
+    assert "left out: no time" in capsys.readouterr().out

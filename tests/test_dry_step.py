@@ -28,7 +28,7 @@ def run(code):
 def test_the_main_recipes_run_dry_and_their_launches_compile():
     lines = run("sys.exit(main())")
     assert [line["step"] for line in lines if "step" in line] == list(dry_step.MAIN)
-    assert len([line for line in lines if "kernel" in line]) > 50
+    assert len([line for line in lines if "kernel" in line]) >= 12
 
 
 def test_every_recipe_is_a_step():

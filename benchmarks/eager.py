@@ -57,11 +57,35 @@ def eager_voxel_pool(features, depths, lidar2image, low, cell, shape, stride, de
     return volume.view(B, Z, Y, X, C)
 
 
+TWICE = torch.__version__ >= (2, 13)  # whether `F.grid_sample` of volumes is twice differentiable
+
+
+def gathered_sample(volume, grid):
+    """`F.grid_sample(align_corners=True)` of a volume [C, Z, Y, X] at grid [..., 3] (x, y, z) as eight gathers.
+
+    Returns [..., C], differentiable as often as you like.
+    """
+    size = grid.new_tensor(volume.shape[:0:-1])  # X, Y, Z
+    place = (grid + 1) / 2 * (size - 1)
+    first = place.detach().floor()
+    part = place - first
+    rows = volume.permute(1, 2, 3, 0).flatten(0, 2)  # [Z * Y * X, C]
+    out = 0
+    for corner in torch.cartesian_prod(*[torch.arange(2.0, device=grid.device)] * 3):
+        at = first + corner
+        inside = ((at >= 0) & (at <= size - 1)).all(dim=-1)
+        x, y, z = torch.minimum(at.clamp(min=0), size - 1).long().unbind(-1)
+        weight = torch.where(corner > 0, part, 1 - part).prod(dim=-1) * inside
+        out = out + rows[(z * volume.shape[2] + y) * volume.shape[3] + x] * weight[..., None]
+    return out
+
+
 class EagerRenderer(nn.Module):
     """NeuS one sample after the other: `F.grid_sample`, MLPs layer by layer, the gradient of the distance by autograd.
 
     Takes the place of the `Renderer` it is made from and shares its parameters. Training it differentiates
-    `torch.autograd.grad(create_graph=True)`, so `F.grid_sample` must be twice differentiable: torch >= 2.13.
+    `torch.autograd.grad(create_graph=True)`; before torch 2.13, whose `F.grid_sample` is the first to be twice
+    differentiable, `gathered_sample` takes its place.
     """
 
     def __init__(self, renderer):
@@ -153,7 +177,10 @@ class EagerRenderer(nn.Module):
         """Output of the SDF decoder and the feature at points [R, S, 3]."""
         low, high = points.new_tensor(self.low), points.new_tensor(self.high)
         grid = (points - low) / (high - low) * 2 - 1
-        feature = F.grid_sample(volume[None], grid[None, None], align_corners=True)[0, :, 0].permute(1, 2, 0)
+        if TWICE:
+            feature = F.grid_sample(volume[None], grid[None, None], align_corners=True)[0, :, 0].permute(1, 2, 0)
+        else:
+            feature = gathered_sample(volume, grid)
         return _mlp(self.field.sdf_decoder, points, feature, nn.Softplus(beta=100)), feature
 
     def _loss(self, rendered, rays, mine):

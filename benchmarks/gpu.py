@@ -4,7 +4,7 @@
     python -m benchmarks.gpu --minutes 15 --stages steps races
     python -m benchmarks.gpu --report outputs/gpu/<time>        the page and the README's table once more
 
-Stages, of falling worth, each in a process of its own and for its share of the time:
+Stages, of falling worth, each for its part of the time:
 
     machine     GPU, versions, and the ceilings: copy and L2 bandwidth, bf16 and tf32 matrix products
     selfcheck   every op beside its reference in fp64, at small and at recipe sizes (unipad.selfcheck)
@@ -14,9 +14,9 @@ Stages, of falling worth, each in a process of its own and for its share of the 
     training    train.py --modality camera on the tiny recipe, its curve beside a CPU's
 
 All results are on disk as soon as they are known: records.jsonl, results.csv, log.txt and report.md in --out. A stage
-that fails or runs out of time leaves what it has, and the next one runs. At the end the rows go to
-benchmarks/results.csv, and the README's table is written from it. On a CPU all of it runs at tiny sizes, to try it, and
-leaves results.csv and the README as they are.
+that fails or runs out of time leaves what it has, and the next one runs, in a process of its own. At the end the rows
+go to benchmarks/results.csv, and the README's table is written from it. On a CPU all of it runs at tiny sizes, to try
+it, and leaves results.csv and the README as they are.
 """
 
 import csv
@@ -27,8 +27,10 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -36,7 +38,7 @@ import torch
 import tyro
 
 from benchmarks import full_step, harness
-from benchmarks.harness import DEVICE, machine, milliseconds
+from benchmarks.harness import DEVICE, machine
 from benchmarks.report import Folder, page, read_rows, with_table
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +47,7 @@ ON_GPU = DEVICE == "cuda"
 SHARES = {"machine": 0.06, "selfcheck": 0.18, "steps": 0.18, "races": 0.34, "tests": 0.17, "training": 0.07}
 # Parts of the races' time, the most telling first
 RACES = {
-    "sdf_render": 0.17, "sparse_conv": 0.30, "lift": 0.12, "voxel_pool": 0.12, "spunet": 0.08, "sparse_map": 0.05,
+    "sdf_render": 0.17, "sparse_conv": 0.28, "lift": 0.12, "voxel_pool": 0.12, "spunet": 0.08, "sparse_map": 0.05,
     "rotated_iou": 0.05, "voxelize": 0.03, "trilinear": 0.03, "ray_sample": 0.03, "composite": 0.02, "sdf_alpha": 0.02,
 }  # fmt: skip
 CURVE_STEPS = 60 if ON_GPU else 3  # of the training's curve that a CPU takes too
@@ -63,17 +65,16 @@ class Args:
 # The stages
 
 
-def measure_machine(folder, seconds):
+def measure_machine(folder):
     """The ceilings of this GPU; on a CPU of the same operations at tiny sizes."""
     size, n = (2**30, 8192) if ON_GPU else (2**24, 256)
-    found = {"copy_gb_s": _copy(size), "l2_gb_s": _copy(2**23 if ON_GPU else 2**20)}
-    a, b = (torch.randn(n, n, device=DEVICE) for _ in range(2))
+    found = machine() | {"copy_gb_s": _copy(size), "l2_gb_s": _copy(2**23 if ON_GPU else 2**20)}
+    torch.backends.cuda.matmul.allow_tf32 = True
     for name, dtype in {"tf32": torch.float32, "bf16": torch.bfloat16}.items():
-        torch.backends.cuda.matmul.allow_tf32 = True
-        x, y = a.to(dtype), b.to(dtype)
+        x, y = (torch.randn(n, n, device=DEVICE, dtype=dtype) for _ in range(2))
         found[f"{name}_tflop_s"] = 2e-9 * n**3 / _back_to_back(lambda x=x, y=y: x @ y)
-    folder.write("machine", found | machine())
     print(found)
+    folder.write("machine", found)
 
 
 def _copy(size):
@@ -84,21 +85,22 @@ def _copy(size):
 
 
 def _back_to_back(fn, runs=20):
-    """Milliseconds a run, by a CUDA graph where there is one: no launch is waited for, no cache is flushed."""
-    if not ON_GPU:
-        return milliseconds(fn)[0]
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        fn()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    """Milliseconds of a run among others, the least of five times: no host is waited for, no cache is flushed."""
+    fn()
+    times = []
+    for _ in range(5):
+        if ON_GPU:
+            torch.cuda.synchronize()
+        began = time.perf_counter()
         for _ in range(runs):
             fn()
-    return min(milliseconds(graph.replay)) / runs
+        if ON_GPU:
+            torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - began) / runs)
+    return min(times)
 
 
-def check_ops(folder, seconds):
+def check_ops(folder):
     from unipad import selfcheck
 
     for result in selfcheck.results(list(selfcheck.checks(selfcheck.SIZES if ON_GPU else ("small",)))):
@@ -106,7 +108,7 @@ def check_ops(folder, seconds):
         folder.write("selfcheck", vars(result) | {"ok": result.ok, "line": str(result)})
 
 
-def measure_steps(folder, seconds):
+def measure_steps(folder):
     full_step.main(full_step.Args(), lambda record: folder.write("steps", record))
 
 
@@ -116,7 +118,7 @@ def race(folder, op):
     runpy.run_module(f"benchmarks.bench_{op}", run_name="__main__")
 
 
-def run_tests(folder, seconds):
+def run_tests(folder):
     """The kernel tests; without a GPU those of one file, in the interpreter."""
     what = ["tests/kernels", "-n", str(min(16, os.cpu_count()))] if ON_GPU else ["tests/kernels/test_backend.py", "-n0"]
     flags = ["-q", "-p", "no:cacheprovider", "--durations=10", "-o", "addopts="]
@@ -129,7 +131,7 @@ def run_tests(folder, seconds):
             folder.write("tests", {"line": line.strip()})
 
 
-def train_tiny(folder, seconds):
+def train_tiny(folder):
     """The loss of the first command of the README on this device, and of its first steps on a CPU, step by step."""
     common = ["--modality", "camera", "--log-every", "1", "--val-samples", "2", "--picture-stride", "8"]
     common += [] if ON_GPU else ["--data-root", str(full_step.city()), "--preset", "tiny"]
@@ -152,34 +154,95 @@ STAGES = {
     "machine": measure_machine,
     "selfcheck": check_ops,
     "steps": measure_steps,
+    **{f"race-{op}": partial(race, op=op) for op in RACES},
     "tests": run_tests,
     "training": train_tiny,
 }
+PARTS = {name: part for name, part in SHARES.items() if name != "races"}
+PARTS |= {f"race-{op}": SHARES["races"] * part for op, part in RACES.items()}
 
 
-def run_limited(folder, stage, seconds):
-    """Run a stage in a process of its own, which ends with its time; what it prints goes to log.txt too."""
-    began = time.monotonic()
-    command = [sys.executable, "-m", "benchmarks.gpu", "--worker"]
-    command += [stage, str(seconds), str(folder.path), harness.source or ""]
+def plan(stages):
+    """Lists of names in STAGES, each for a process of its own: all races share one, which saves its start."""
+    races = [f"race-{op}" for op in RACES]
+    return [races if stage == "races" else [stage] for stage in SHARES if stage in stages]
+
+
+def time_for(names, end):
+    """Seconds of the first of these, which all are to be through by `end` on the clock."""
+    return max(2.0, (end - time.time()) * PARTS[names[0]] / sum(PARTS[name] for name in names))
+
+
+def run(folder, names, later, end):
+    """Run some stages in a process, each for its part of the time until `end`, which `later` ones need too.
+
+    A process that breaks, or a stage that takes longer, is followed by a process for those that are left.
+    """
+    left, seen = list(names), len(folder.records("ended"))
+    while left:
+        process, began = _worker(folder, left, later, end), time.time()
+        limit, running = began + time_for(left + later, end), True
+        while running and left:
+            time.sleep(0.1)
+            running = process.poll() is None
+            ended = folder.records("ended")
+            for record in ended[seen:]:
+                left.remove(record["name"])
+                _say(record)
+            seen = len(ended)
+            begun = folder.records("begun")[-1:]
+            if left and begun and begun[0]["name"] == left[0] and begun[0]["until"] > began:
+                began, limit = begun[0]["at"], begun[0]["until"]
+            if left and (not running or time.time() > limit):
+                why = "out of time" if running else f"exit code {process.returncode}"
+                record = {"name": left.pop(0), "ended": why, "seconds": round(time.time() - began, 1)}
+                folder.write("ended", record)
+                _say(record)
+                seen += 1
+                break
+        _end(process)
+
+
+def _worker(folder, names, later, end):
+    command = [sys.executable, "-m", "benchmarks.gpu", "--worker", str(folder.path), harness.source or "", str(end)]
     with (folder.path / "log.txt").open("a") as log:
-        log.write(f"\n# {stage}, {seconds:.0f} s\n")
-        log.flush()
-        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        command += [",".join(names), ",".join(later)]
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def _end(process):
+    """The process and all that it started."""
+    for signalled in (signal.SIGTERM, signal.SIGKILL):
         try:
-            ended = f"exit code {process.wait(seconds)}"
-        except subprocess.TimeoutExpired:
-            ended = "out of time"
-        # also what it started and left
-        for signalled in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(process.pid, signalled)
-                process.wait(2)
-            except (ProcessLookupError, subprocess.TimeoutExpired):
-                pass
-    took = time.monotonic() - began
-    folder.write("ended", {"name": stage, "ended": ended, "seconds": round(took, 1)})
-    print(f"{stage:<16}{ended:<16}{took:6.0f} s", flush=True)
+            os.killpg(process.pid, signalled)
+            process.wait(2)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            pass
+
+
+def _say(record):
+    print(f"{record['name']:<18}{record['ended']:<14}{record['seconds']:6.0f} s", flush=True)
+
+
+def work(path, source, end, names, later):
+    """The process of `run`: its stages, one after the other."""
+    folder, end = Folder(Path(path)), float(end)
+    harness.source = source or None
+    names, later = ([name for name in text.split(",") if name] for text in (names, later))
+    for i, name in enumerate(names):
+        seconds, began = time_for(names[i:] + later, end), time.time()
+        harness.deadline = time.monotonic() + 0.9 * seconds
+        folder.write("begun", {"name": name, "at": began, "until": began + seconds})
+        print(f"\n# {name}, {seconds:.0f} s", flush=True)
+        try:
+            STAGES[name](folder)
+            ended = "ok"
+        except Exception:
+            traceback.print_exc()
+            ended = "failed"
+        folder.write("ended", {"name": name, "ended": ended, "seconds": round(time.time() - began, 1)})
+        if ON_GPU:
+            torch.cuda.synchronize()  # raises where a kernel broke the GPU's context: the next stages need a new one
 
 
 def keep(folder):
@@ -203,28 +266,6 @@ def finish(folder):
     return text
 
 
-def work(stage, seconds, path, source):
-    """A stage, or the race of one op, in this process."""
-    harness.deadline, harness.source = time.monotonic() + 0.9 * float(seconds), source or None
-    folder, op = Folder(Path(path)), stage.removeprefix("race-")
-    if op != stage:
-        race(folder, op)
-    else:
-        STAGES[stage](folder, float(seconds))
-
-
-def plan(stages):
-    """{name: part of the time} of the processes to run, each race one of its own."""
-    parts = {}
-    for stage, part in SHARES.items():
-        if stage == "races":
-            of_stage = {f"race-{op}": part * share for op, share in RACES.items()}
-        else:
-            of_stage = {stage: part}
-        parts |= of_stage if stage in stages else {}
-    return parts
-
-
 def main(args: Args):
     out = args.report or args.out or Path("outputs/gpu") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     folder = Folder(out.resolve())
@@ -232,13 +273,10 @@ def main(args: Args):
     if args.report:
         print(finish(folder))
         return
-    end, left = time.monotonic() + 60 * args.minutes, plan(args.stages)
-    while left:
-        share = next(iter(left.values())) / sum(left.values())
-        name = next(iter(left))
-        run_limited(folder, name, max(2.0, (end - time.monotonic()) * share))
+    end, processes = time.time() + 60 * args.minutes, plan(args.stages)
+    for i, names in enumerate(processes):
+        run(folder, names, sum(processes[i + 1 :], []), end)
         (folder.path / "report.md").write_text(page(folder))
-        del left[name]
     print(finish(folder))
 
 

@@ -66,41 +66,55 @@ def test_rows_are_kept_once(tmp_path, monkeypatch):
 
 
 def test_the_time_is_shared_among_what_is_asked_for():
-    assert set(plan(Args().stages)) == {*gpu.SHARES, *(f"race-{op}" for op in gpu.RACES)} - {"races"}
-    assert list(plan(("tests", "machine"))) == ["machine", "tests"]
+    assert sum(plan(Args().stages), []) == list(gpu.STAGES)
+    assert set(gpu.PARTS) == set(gpu.STAGES) and abs(sum(gpu.PARTS.values()) - 1) < 1e-6
+    assert plan(("tests", "machine")) == [["machine"], ["tests"]]
+    assert 29 < gpu.time_for(["training"], time.time() + 30) <= 30
+    assert gpu.time_for(["machine", "tests"], time.time() + 30) < 10
     for op in gpu.RACES:
         assert (ROOT / "benchmarks" / f"bench_{op}.py").exists()
 
 
-def test_a_stage_that_takes_too_long_ends_and_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(subprocess, "Popen", stalled(subprocess.Popen))
-    began = time.monotonic()
-    folder = Folder(tmp_path)
-    gpu.run_limited(folder, "selfcheck", 1.0)
+STALLS = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+
+
+@pytest.mark.parametrize("code, ended", [(STALLS, "out of time"), ("exit(3)", "exit code 3")])
+def test_a_stage_that_stalls_or_breaks_leaves_the_others_their_turn(tmp_path, monkeypatch, code, ended):
+    plain, asked = subprocess.Popen, []
+
+    def popen(command, **options):
+        asked.append(command[-2])
+        return plain([sys.executable, "-c", code], **options)
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    began, folder = time.monotonic(), Folder(tmp_path)
+    gpu.run(folder, ["selfcheck", "steps"], [], time.time() + 2)
     assert time.monotonic() - began < 20
-    assert folder.records("ended")[0]["ended"] == "out of time"
-    assert "| selfcheck | out of time |" in page(folder)
+    assert [(r["name"], r["ended"]) for r in folder.records("ended")] == [("selfcheck", ended), ("steps", ended)]
+    assert asked == ["selfcheck,steps", "steps"], "a new process for what is left"
+    assert f"| steps | {ended} |" in page(folder)
 
 
-def stalled(plain):
-    """A process that ignores that it is asked to end."""
-    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
-    return lambda command, **options: plain([sys.executable, "-c", code], **options)
-
-
-@pytest.mark.parametrize("stage", ["machine", "race-composite", "tests"])
-def test_stages_run_without_a_gpu(tmp_path, stage):
+def test_stages_of_one_process(tmp_path, monkeypatch):
+    """One fails, the next runs; each once."""
+    monkeypatch.setattr(harness, "source", None)
+    monkeypatch.setattr(harness, "deadline", harness.deadline)
+    monkeypatch.setitem(gpu.STAGES, "steps", lambda folder: 1 / 0)
+    monkeypatch.setitem(gpu.STAGES, "tests", lambda folder: folder.write("tests", {"line": "1 passed"}))
     folder = Folder(tmp_path)
-    gpu.run_limited(folder, stage, 100.0)
+    gpu.work(str(tmp_path), "c1", str(time.time() + 60), "steps,tests", "training")
+    assert [(r["name"], r["ended"]) for r in folder.records("ended")] == [("steps", "failed"), ("tests", "ok")]
+    begun = folder.records("begun")
+    assert begun[0]["until"] < begun[1]["until"] < time.time() + 60
+
+
+def test_stages_run_without_a_gpu(tmp_path):
+    folder = Folder(tmp_path)
+    gpu.run(folder, ["machine", "race-composite", "tests"], [], time.time() + 300)
     log = (tmp_path / "log.txt").read_text()
-    assert folder.records("ended")[0]["ended"] == "exit code 0", log
-    text = page(folder)
-    if stage == "machine":
-        assert "| bf16 matrix product |" in text
-    elif stage == "tests":
-        assert " passed in " in text
-    else:
-        assert "| R=384 S=64 C=4 | written out |" in log
+    assert [r["ended"] for r in folder.records("ended")] == ["ok"] * 3, log
+    assert "| bf16 matrix product |" in page(folder) and " passed in " in page(folder)
+    assert "| R=384 S=64 C=4 | written out |" in log
 
 
 def test_the_whole_command_keeps_to_its_time(tmp_path):
@@ -111,7 +125,7 @@ def test_the_whole_command_keeps_to_its_time(tmp_path):
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - began < 120
     text = (tmp_path / "report.md").read_text()
-    assert all(f"| {name} | " in text for name in plan(Args().stages))
+    assert all(f"| {name} | " in text for name in gpu.STAGES)
     assert text in done.stdout
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import benchmarks.eager
 from benchmarks.eager import EagerRenderer
 from kernels import backend
 from kernels.lift import lift
@@ -199,20 +200,13 @@ def test_rays_that_the_original_refuses_do_not_hit():
     assert all(torch.isfinite(value) for value in renderer.loss(out, rays).values())
 
 
-def double_backward_of_grid_sample():
-    """F.grid_sample over volumes is twice differentiable from some torch release on."""
-    volume, grid = torch.randn(1, 1, 2, 2, 2, requires_grad=True), torch.zeros(1, 1, 1, 1, 3, requires_grad=True)
-    out = torch.nn.functional.grid_sample(volume, grid, align_corners=True)
-    try:
-        torch.autograd.grad(torch.autograd.grad(out.sum(), grid, create_graph=True)[0].sum(), volume)
-    except RuntimeError:
-        return False
-    return True
+@pytest.mark.parametrize("twice", [False] + [True] * benchmarks.eager.TWICE)
+def test_gradients_equal_double_backward(twice, monkeypatch):
+    """In fp64: one reverse pass by hand and first-order autograd give what the original's double backward gives.
 
-
-@pytest.mark.skipif(not double_backward_of_grid_sample(), reason="this torch's grid_sample has no double backward")
-def test_gradients_equal_double_backward():
-    """In fp64: one reverse pass by hand and first-order autograd give what the original's double backward gives."""
+    twice: that goes through `F.grid_sample`, where it is twice differentiable; else through gathers.
+    """
+    monkeypatch.setattr(benchmarks.eager, "TWICE", twice)
     volume, rays = random_scene(dtype=torch.float64)
     volume.requires_grad_()
     jitter = torch.rand(len(rays.depth), 2, dtype=torch.float64)

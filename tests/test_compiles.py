@@ -53,3 +53,9 @@ def check(kernel_file, which, targets):
             assert cost[resource] <= getattr(row, resource), f"{cost} exceeds {row}"
         mma = row.matrix(target)
         assert cost.get("mma", mma) == mma, f"no {mma} in {cost}"
+
+
+def test_a_launch_that_does_not_fit_is_told(monkeypatch):
+    monkeypatch.setitem(MOST_SHARED, "sm_86", 64)
+    with pytest.raises(AssertionError, match="sm_86 has 64 bytes"):
+        check("composite", "usual", USUAL)

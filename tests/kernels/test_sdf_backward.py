@@ -46,7 +46,7 @@ LAUNCHES = [
     launch("_sdf_render_bwd_rgb_kernel", RGB | ALONG | IEEE, AMD),
     launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | ADD, NVIDIA, 255, 61440, 600, "HGMMA"),
     launch("_sdf_render_bwd_sdf_kernel", NO_RGB | TILE | ADD, NVIDIA, 255, 61440, 240, "HGMMA"),
-    launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | dict(SCATTER=False), HOPPER, 255, 61440, 420, "HGMMA"),
+    launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | dict(SCATTER=False), HOPPER, 255, 61440, 440, "HGMMA"),
     launch("_sdf_render_bwd_sdf_kernel", EXACT | SMALL_TILE | ADD, HOPPER, 255, 8192, 400, "HMMA", 2),
     launch("_sdf_render_bwd_sdf_kernel", WIDE | HALF_TILE | ADD, HOPPER, 255, 49152, 600, "HGMMA"),
     launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | ADD | IEEE, AMD),

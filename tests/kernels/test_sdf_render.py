@@ -48,9 +48,9 @@ def launch(kernel, constexprs, targets, registers=255, shared=0, stack=0, mma=""
 
 # Stacks: a tile of 64 samples, what a Hopper matrix instruction takes, needs a few more registers than there are.
 # Half of the samples (BLOCK_M = 32) spill a fifth of that, for 1.6 times the instructions a sample.
-# What Triton 3.9 needs or, where that is more, Triton 3.6; of WIDE and EXACT by 3.9 alone. A wide field holds 4 times
-# the activations a sample. Wide and exact, bytes by 3.9 on sm_90: forward 2288, backward 1016 and 416; such a field is
-# in no preset, and compiling it takes minutes, so no row has it.
+# What Triton 3.9 needs or, where that was more before operands were rounded, Triton 3.6; of WIDE and EXACT by 3.9
+# alone. A wide field holds 4 times the activations a sample. Wide and exact, bytes by 3.9 on sm_90: forward 2288,
+# backward 1016 and 416; such a field is in no preset, and compiling it takes minutes, so no row has it.
 LAUNCHES = [
     launch("_sdf_values_kernel", FIELD | TILE | dict(LAYERS=6), NVIDIA, 168, 20480, 0, "HGMMA"),
     launch("_sdf_render_fwd_kernel", RGB | ALONG | TRAIN, AMPERE, 255, 20480, 176, "HMMA"),

@@ -233,7 +233,7 @@ def _reached(coords, out, slots, geometry, batch_size, transposed):
     pairs = prod(slots) * len(coords)
     keys = coords.new_empty(pairs + 1, dtype=dtype)
     _reached_keys_kernel[(triton.cdiv(pairs + 1, BLOCK_PAIRS),)](
-        coords, keys, pairs, len(coords), tuple(out), tuple(slots), *map(tuple, geometry),
+        coords, keys, pairs, len(coords), *out, tuple(slots), *map(tuple, geometry),
         TRANSPOSED=transposed, NO_KEY=no_key, BLOCK_PAIRS=BLOCK_PAIRS,
     )  # fmt: skip
     # of keys alone: half of what sorting them with their places moves
@@ -352,7 +352,7 @@ BLOCK = 256  # voxels or table entries per program
 BLOCK_PAIRS = 1024  # pairs per program
 
 
-@jit(varying=("M",))
+@jit(varying=("M", "Z", "Y", "X"))
 def _coords_kernel(keys_ptr, coords_ptr, M, Z, Y, X, BLOCK: tl.constexpr):
     m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     m_ok = m < M
@@ -368,7 +368,7 @@ def _coords_kernel(keys_ptr, coords_ptr, M, Z, Y, X, BLOCK: tl.constexpr):
     tl.store(at + 3, x, mask=m_ok)
 
 
-@jit(varying=("M", "N", "STEPS"))
+@jit(varying=("M", "N", "Z", "Y", "X", "STEPS"))
 def _neighbors_kernel(
     coords_ptr, reader_order_ptr, keys_ptr, order_ptr,  # [M, 4], [M] or None, [N], [N] or None
     neighbor_idx_ptr,  # [K, M]
@@ -410,10 +410,10 @@ def _neighbors_kernel(
                 at += (tl.load(keys_ptr + at, mask=in_column & (at < N), other=NO_KEY) < wanted).to(tl.int32)
 
 
-@jit(varying=("PAIRS", "N"))
+@jit(varying=("PAIRS", "N", "Z", "Y", "X"))
 def _reached_keys_kernel(
     coords_ptr, keys_ptr,  # [N, 4], [PAIRS + 1]
-    PAIRS, N, out, slots, kernel, stride, padding, dilation,  # PAIRS = slots * N
+    PAIRS, N, Z, Y, X, slots, kernel, stride, padding, dilation,  # PAIRS = slots * N; cells of the output grid
     TRANSPOSED: tl.constexpr, NO_KEY: tl.constexpr, BLOCK_PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Keys of the output cells of all pairs of a slot and an input, and NO_KEY behind them."""
@@ -422,10 +422,10 @@ def _reached_keys_kernel(
     t, i = (pair // N).to(tl.int32), (pair % N).to(tl.int32)
     b, z, y, x = load_voxels(coords_ptr, i, ok)
     tz, ty, tx = t // (slots[1] * slots[2]), t // slots[2] % slots[1], t % slots[2]
-    z, z_ok = _reached_cell(z, tz, out[0], kernel[0], stride[0], padding[0], dilation[0], TRANSPOSED)
-    y, y_ok = _reached_cell(y, ty, out[1], kernel[1], stride[1], padding[1], dilation[1], TRANSPOSED)
-    x, x_ok = _reached_cell(x, tx, out[2], kernel[2], stride[2], padding[2], dilation[2], TRANSPOSED)
-    key = tl.where(ok & z_ok & y_ok & x_ok, key_of(b, z, y, x, out[0], out[1], out[2]), NO_KEY)
+    z, z_ok = _reached_cell(z, tz, Z, kernel[0], stride[0], padding[0], dilation[0], TRANSPOSED)
+    y, y_ok = _reached_cell(y, ty, Y, kernel[1], stride[1], padding[1], dilation[1], TRANSPOSED)
+    x, x_ok = _reached_cell(x, tx, X, kernel[2], stride[2], padding[2], dilation[2], TRANSPOSED)
+    key = tl.where(ok & z_ok & y_ok & x_ok, key_of(b, z, y, x, Z, Y, X), NO_KEY)
     tl.store(keys_ptr + pair, key.to(keys_ptr.dtype.element_ty), mask=pair <= PAIRS)
 
 

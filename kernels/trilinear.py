@@ -167,7 +167,7 @@ def _launch(volume, points):
     return (R * S, S, Z, Y, X, C), (triton.cdiv(R * S, block_n),), dict(BLOCK_C=block_c, BLOCK_N=block_n)
 
 
-@jit(varying=("N",))
+@jit(varying=("N", "S"))
 def _trilinear_fwd_kernel(
     volume_ptr, points_ptr, volume_idx_ptr,  # [B, Z, Y, X, C], [N, 3], [R]
     value_ptr, gradient_ptr,  # [N, C], [N, 3, C]
@@ -203,7 +203,7 @@ def _trilinear_fwd_kernel(
         tl.store(at + 2 * C, gz, mask=nc_ok)
 
 
-@jit(varying=("N",))
+@jit(varying=("N", "S"))
 def _trilinear_bwd_kernel(
     volume_ptr, points_ptr, volume_idx_ptr,  # [B, Z, Y, X, C], [N, 3], [R]
     d_value_ptr, d_gradient_ptr,  # [N, C], [N, 3, C]

@@ -118,7 +118,7 @@ def check_grid(cells, batch_size=1):
 BLOCK = 256  # voxels per program
 
 
-@jit(varying=("N",))
+@jit(varying=("N", "Z", "Y", "X"))
 def _keys_kernel(coords_ptr, keys_ptr, N, Z, Y, X, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     i_ok = i < N

@@ -24,7 +24,7 @@ from tests.ahead_of_time import Launch
 from tests.check import check_against_ref, launches
 from tests.kernels.test_voxel_keys import FULL, SETS, SOME, random_voxels
 
-TYPES = dict.fromkeys(["out", "slots", "kernel", "stride", "padding", "dilation"], ("i32",) * 3)
+TYPES = dict.fromkeys(["slots", "kernel", "stride", "padding", "dilation"], ("i32",) * 3)
 TYPES |= dict(coords_ptr="*i32", order_ptr="*i64", reader_order_ptr="*i64")
 LONG, SHORT = TYPES | dict(keys_ptr="*i64"), TYPES | dict(keys_ptr="*i32")
 VOXELS, PAIRS = dict(BLOCK=BLOCK), dict(BLOCK_PAIRS=BLOCK_PAIRS)

@@ -113,7 +113,6 @@ def measure_steps(folder):
 
 
 def race(folder, op):
-    harness.RESULTS = folder.path / "results.csv"
     sys.argv = [f"bench_{op}"]
     runpy.run_module(f"benchmarks.bench_{op}", run_name="__main__")
 
@@ -227,7 +226,7 @@ def _say(record):
 def work(path, source, end, names, later):
     """The process of `run`: its stages, one after the other."""
     folder, end = Folder(Path(path)), float(end)
-    harness.source = source or None
+    harness.source, harness.RESULTS = source or None, folder.path / "results.csv"
     names, later = ([name for name in text.split(",") if name] for text in (names, later))
     for i, name in enumerate(names):
         seconds, began = time_for(names[i:] + later, end), time.time()

@@ -107,7 +107,7 @@ def compare(op, reference, kernels, peers, cases, agree=AGREE, exact=None):
             print(_line(row), flush=True)
             rows.append(row)
             if DEVICE == "cuda":
-                _append(row)
+                append(row)
     return rows
 
 
@@ -298,7 +298,8 @@ def _device_name():
     return torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
 
 
-def _append(row):
+def append(row):
+    """Add a `Row` to results.csv."""
     new = not RESULTS.exists()
     with RESULTS.open("a", newline="") as f:
         writer = csv.DictWriter(f, [field.name for field in fields(Row)])

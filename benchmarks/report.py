@@ -127,7 +127,7 @@ def verified(rows):
     """
     shown = {}
     for row in rows:
-        if row["impl"] == "triton" and row["fwd_ms"] and SHOWN.get(row["op"], "") in row["case"]:
+        if row["impl"] == "triton" and _ms(row) and SHOWN.get(row["op"], "") in row["case"]:
             shown[row["device"], row["op"]] = row
     if not shown:
         return "No kernel has been timed on a GPU yet; `python -m benchmarks.gpu` on one writes a table here."
@@ -135,19 +135,19 @@ def verified(rows):
     for row in shown.values():
         peer = _fastest_peer(row, rows)
         theirs = [peer["impl"], f"{_ms(peer):.3f}", f"{_ms(peer) / _ms(row):.1f}"] if peer else ["-"] * 3
-        gpu = _short(row["gpu_ms"]) if row["gpu_ms"] else "-"
+        gpu = f"{float(row['gpu_ms']):.3f}" if row["gpu_ms"] else "-"
         cells.append([row["device"], row["op"], row["case"], f"{_ms(row):.3f}", gpu, *theirs, row["commit"]])
     return _table(["GPU", "op", "case", "ms", "GPU ms", "fastest peer", "its ms", "ratio", "commit"], cells)
 
 
 def _ms(row):
-    """Of forward and backward, or of what has no backward."""
-    return float(row["both_ms"] or row["fwd_ms"])
+    """Of forward and backward, or of what has no backward; 0 where it was not timed."""
+    return float(row["both_ms"] or row["fwd_ms"] or 0)
 
 
 def _fastest_peer(row, rows):
     same = ("device", "op", "case", "commit")
-    peers = [r for r in rows if all(r[k] == row[k] for k in same) and r["impl"] != "triton" and r["fwd_ms"]]
+    peers = [r for r in rows if all(r[k] == row[k] for k in same) and r["impl"] != "triton" and _ms(r)]
     return min(peers, key=_ms, default=None)
 
 

@@ -36,7 +36,7 @@ def test_the_table_shows_the_newest_rows_beside_the_fastest_peer():
     ]
     lines = verified(rows).splitlines()
     assert len(lines) == 4
-    assert lines[2].split(" | ")[3:] == ["1.000", "1", "compiled", "9.000", "9.0", "c1 |"]
+    assert lines[2].split(" | ")[3:] == ["1.000", "1.000", "compiled", "9.000", "9.0", "c1 |"]
     assert lines[3].split(" | ")[5] == "-", "no peer ran there"
 
 
@@ -97,8 +97,8 @@ def test_a_stage_that_stalls_or_breaks_leaves_the_others_their_turn(tmp_path, mo
 
 def test_stages_of_one_process(tmp_path, monkeypatch):
     """One fails, the next runs; each once."""
-    monkeypatch.setattr(harness, "source", None)
-    monkeypatch.setattr(harness, "deadline", harness.deadline)
+    for name in ("source", "deadline", "RESULTS"):
+        monkeypatch.setattr(harness, name, getattr(harness, name))
     monkeypatch.setitem(gpu.STAGES, "steps", lambda folder: 1 / 0)
     monkeypatch.setitem(gpu.STAGES, "tests", lambda folder: folder.write("tests", {"line": "1 passed"}))
     folder = Folder(tmp_path)
@@ -137,6 +137,16 @@ def test_a_recipes_step_beside_its_references(city, monkeypatch):
     assert [r["recipe"] for r in records] == ["train/lidar/tiny", "segment/lidar/tiny"]
     for r in records:  # without a GPU both are the references
         assert r["loss"] == r["loss_ref"] > 0 and r["grad_norm"] == r["grad_norm_ref"] > 0 and r["ms"] > 0
+
+
+def test_a_recipes_step_is_two_rows():
+    record = dict(recipe="train/camera/tiny", loss=1.1, loss_ref=1.0, ms=2.0, ms_ref=6.0, gpu_ms=1.5, mem_mb=8.0)
+    ours, reference = (vars(row) for row in full_step.rows(record | harness.machine()))
+    assert ours["op"] == reference["op"] == "step of train/camera/tiny"
+    assert ours["impl"] == "triton" and ours["gpu_ms"] == 1.5 and abs(ours["error"] - 0.1) < 1e-6
+    assert reference["impl"] == "references" and reference["both_ms"] == 6.0 and reference["gpu_ms"] is None
+    written = [{k: "" if v is None else str(v) for k, v in row.items()} for row in (ours, reference)]
+    assert "| 2.000 | 1.500 | references | 6.000 | 3.0 |" in verified(written)
 
 
 def test_an_implementation_that_disagrees_or_breaks_is_a_row_without_times(capsys, monkeypatch):

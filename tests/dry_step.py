@@ -9,8 +9,10 @@ that does not compile or wants more shared memory than the target has is a fault
 
 import json
 import os
+import random
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 
@@ -22,6 +24,7 @@ from tests.dry import CUDA, Dry, Generator, backward, on_gpu
 from unipad.batch import Batch
 from unipad.config import DetectRecipe, PretrainRecipe
 from unipad.model.detect import Detector
+from unipad.model.lidar import SparseEncoder
 from unipad.model.pretrain import Pretrain
 from unipad.model.segment import Segmenter
 from unipad.model.sparse import SparseTensor, SubMConv3d, VoxelSet
@@ -150,6 +153,31 @@ def specialised_on_data(calls, others):
             if numbers[0] != numbers[1] and name not in free:  # elements of a tuple are specialised whatever is said
                 found.add((kernel.__name__, name))
     return found
+
+
+def variants(scenes, seed=0):
+    """How many ways of each kernel a sparse encoder's steps compile: (of the first tenth of the scenes, of all).
+
+    scenes: number of scenes, of 1 to 150,000 voxels; half of them have fewer than 1000.
+    """
+    rng = random.Random(seed)
+    sizes = [1, 16, *(rng.randrange(1, rng.choice([1000, 150_000])) for _ in range(scenes - 2))]
+    # a scene's first strided convolution reaches nine tenths of its voxels, the next ones fewer
+    reached = [1 + int(n * part) for n in sizes for part in (0.9, 0.4, 0.1, 0.1)]
+    with torch.device("meta"):
+        net = SparseEncoder(5, (16, 32, 64), 1, 128)
+    counts = []
+    with Dry({"how many voxels a convolution reaches": reached}) as dry:
+        net = on_gpu(net)
+        for i, n in enumerate(sizes, 1):
+            coords = torch.zeros(n, 4, dtype=torch.int32, device=CUDA)
+            features = torch.zeros(n, 5, device=CUDA, requires_grad=True)
+            with torch.autocast("cuda", torch.bfloat16):
+                out = net(SparseTensor(features, VoxelSet(coords, (41, 1440, 1440), 1, in_order=True, check=False)))
+            backward(out.dense().float().sum())
+            if i in (scenes // 10, scenes):
+                counts.append(dict(Counter(launch.kernel for launch in set(dry.launches))))
+    return counts
 
 
 def compiled(launch, target):

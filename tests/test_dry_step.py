@@ -31,6 +31,13 @@ def test_the_main_recipes_run_dry_and_their_launches_compile():
     assert len([line for line in lines if "kernel" in line]) >= 12
 
 
+def test_a_hundred_scenes_compile_no_more_than_ten():
+    """Counts of voxels differ from step to step, and compiling would stop a run for seconds each time."""
+    ((of_ten, of_all),) = run("print(json.dumps(variants(100)))")
+    assert of_all == of_ten and len(of_all) >= 10
+    assert max(n for kernel, n in of_all.items() if kernel != "_gather_gemm_kernel") <= 5
+
+
 def test_every_recipe_is_a_step():
     recipes = [recipe for presets in (dry_step.PRETRAIN, dry_step.DETECT, dry_step.SEGMENT)
                for named in presets.values() for recipe in named.values()]  # fmt: skip

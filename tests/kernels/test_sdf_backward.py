@@ -3,10 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.sdf_render import sdf_render
-from tests.check import NoFloatCumsum, launches
+from tests.check import NoFloatCumsum, Waits, launches
 from tests.conftest import HAS_GPU
 from tests.golden import assert_close_to_max
 from tests.kernels.test_sdf_render import (
@@ -105,29 +104,20 @@ def training_step(method):
     return (volume, jitter, directions), step
 
 
-class NoLookAtTheDevice(TorchDispatchMode):
-    """Fails where a value, or a shape that hangs on values, would have to reach the host."""
-
-    LOOKS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique", "unique", "equal", "bincount")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name().split("::")[1].split(".")[0]
-        by_mask = name == "index" and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
-        assert name not in self.LOOKS and not by_mask, f"{func} waits for the device"
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_a_training_step_never_waits_for_the_device(deterministic):
     """Sampling, forward, losses and backward: what a CUDA graph demands, as far as a CPU can see it."""
     _, step = training_step("neus")
     torch.use_deterministic_algorithms(True, warn_only=not deterministic)
-    with launches() as launched, NoLookAtTheDevice():
+    with launches() as launched, Waits() as waits:
         found = step()
+    assert not waits.named and not waits.unnamed
     assert {"_resample_kernel", "_sdf_render_bwd_sdf_kernel"} <= {*launched}
     assert ("_cell_sum_kernel" in launched) == deterministic and all(t.isfinite().all() for t in found)
-    with pytest.raises(AssertionError, match="waits"), NoLookAtTheDevice():
-        training_step("volsdf")[1]()  # its sampler does
+    _, step = training_step("volsdf")
+    with Waits() as waits:
+        step()
+    assert set(waits.named) == {"whether VolSDF has looked closely enough"} and not waits.unnamed
 
 
 def test_volsdf_asks_for_no_floating_cumsum():

@@ -64,7 +64,7 @@ class Args:
     out: Path | None = None  # folder for the results, over those in it (default: eval in the run's folder)
     batch_size: int = 1  # samples that a process looks at together
     workers: int | None = None  # data loading processes of each process (default: 4 with a GPU, 1 without)
-    precision: str | None = None  # bf16, fp16 or fp32, of the encoder (default: half with a GPU, fp32 without)
+    precision: str | None = None  # bf16, fp16 or fp32, of the encoder (default: bf16 or fp16 with a GPU, fp32 without)
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     deterministic: bool = False  # bit-equal results on a GPU too, by slower kernels
     pictures: int = 4  # frames that are drawn (detect, segment), or rendered (render), spread over the split

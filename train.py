@@ -86,7 +86,7 @@ class Args:
     rgb_weight: float | None = None  # weight of the colour loss; 0: learn depth alone (default: the recipe's)
     renderer: str | None = None  # neus, volsdf or unisurf (default: the recipe's)
     workers: int | None = None  # data loading processes of each training process (default: 4 with a GPU, 1 without)
-    precision: str | None = None  # bf16, fp16 or fp32, of the encoder (default: half with a GPU, fp32 without)
+    precision: str | None = None  # bf16, fp16 or fp32, of the encoder (default: bf16 or fp16 with a GPU, fp32 without)
     checkpointing: bool = False  # forget activations of the ConvNeXt and compute them again: less memory, more time
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     deterministic: bool = False  # bit-equal runs on a GPU too, by slower kernels
@@ -212,7 +212,7 @@ def main(args: Args):
             look_now = done % val_every == 0 or done == last
             stopped = (report or world.size == 1) and stop.asked(world)
             save_now = done % save_every == 0 or look_now or stopped
-            if report or save_now:  # here the host waits for the device; elsewhere for what `backend.waits` names
+            if report or save_now:  # the host waits for the device here; other waits are marked by `host_wait`
                 values = mean_over_processes(values)
                 # fp16 skips a step whose gradient overflows; anything else that is not finite would be saved
                 if not math.isfinite(values["loss"] + (0 if scaler.is_enabled() else values["grad_norm"])):

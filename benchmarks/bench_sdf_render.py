@@ -1,4 +1,4 @@
-"""The fused NeuS renderer for few rays and many, beside its peers.   python -m benchmarks.bench_sdf_render
+"""The fused NeuS renderer for few and many rays, compared with its peers.   python -m benchmarks.bench_sdf_render
 
 Sampling, field and compositing: rays through a volume to colour and depth; backward to the volume and every parameter.
 

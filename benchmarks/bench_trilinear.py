@@ -7,7 +7,7 @@ an MLP would give it), the gradient with respect to the points; then the backwar
 import torch
 from torch.nn import functional as F
 
-from benchmarks.eager import TWICE, gathered_sample
+from benchmarks.eager import TWICE_DIFFERENTIABLE, gathered_sample
 from benchmarks.harness import DEVICE, Case, compare
 from kernels.trilinear import trilinear, trilinear_ref, trilinear_value, trilinear_value_ref
 
@@ -55,13 +55,13 @@ def gathers(volume, points, volume_idx):
 def double_backward(volume, points, volume_idx, across):
     """As the original: differentiate the lookup, and let the loss differentiate that."""
     points = points.detach().requires_grad_()
-    value = (grid_sample if TWICE else gathers)(volume, points, volume_idx)
+    value = (grid_sample if TWICE_DIFFERENTIABLE else gathers)(volume, points, volume_idx)
     return value, torch.autograd.grad(value, points, across, create_graph=True)[0]
 
 
 if __name__ == "__main__":
     sizes = GPU_SIZES if DEVICE == "cuda" else CPU_SIZES
-    peers = {f"{'grid_sample' if TWICE else 'gathers'}, double backward": double_backward}
+    peers = {f"{'grid_sample' if TWICE_DIFFERENTIABLE else 'gathers'}, double backward": double_backward}
     compare("trilinear", with_gradient(trilinear_ref), with_gradient(trilinear), peers, [case(*s) for s in sizes])
     without = [case(*s, gradients=False) for s in sizes]
     compare("trilinear_value", trilinear_value_ref, trilinear_value, {"grid_sample": grid_sample}, without)

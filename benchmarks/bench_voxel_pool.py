@@ -1,8 +1,8 @@
 """voxel_pool: kernel, reference, the original's formulas in eager PyTorch and compiled by it, BEVPoolv2, BEVFusion's
 bev_pool; then how time grows.   python -m benchmarks.bench_voxel_pool
 
-The peers run where their mmdet3d is installed. All find the points, and sort them, in every timed call: the cameras of
-a training step are new.
+The peers run if mmdet3d is installed. Every timed call finds and sorts the points, since every training step has new
+cameras.
 """
 
 import importlib
@@ -45,7 +45,7 @@ def case(size, dtype=torch.float32, views=6, channels=None, across=None):
 
 
 class Peer:
-    """An op of mmdet3d under the signature of `voxel_pool`; PyTorch finds the points for it, as in its own model."""
+    """An op of mmdet3d with the signature of `voxel_pool`; PyTorch finds the points, as in the op's own model."""
 
     def __init__(self, name, module):
         self.pool = getattr(self, f"_{name.lower()}")
@@ -70,7 +70,7 @@ class Peer:
         volume = self.op(depths.movedim(4, 2), features, *ranks, out_shape, first.int(), lengths.int())
         return volume.permute(0, 2, 3, 4, 1)
 
-    def _bev_pool(self, features, depths, point, voxel, shape):  # sorts by itself
+    def _bev_pool(self, features, depths, point, voxel, shape):  # the op sorts the points
         X, Y, Z = shape
         products = features.flatten(0, 3)[point // depths.shape[4]] * depths.flatten()[point, None]
         coords = torch.stack([voxel % X, voxel // X % Y, voxel // (X * Y) % Z, voxel // (X * Y * Z)], dim=1)

@@ -33,7 +33,7 @@ def sample_case(batch, noisy):
 
 
 def sampled(*inputs):
-    """The tensors of `grid_sample`."""
+    """The tensors that `grid_sample` returns."""
     return grid_sample(*inputs)[:3]
 
 

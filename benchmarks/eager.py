@@ -57,13 +57,13 @@ def eager_voxel_pool(features, depths, lidar2image, low, cell, shape, stride, de
     return volume.view(B, Z, Y, X, C)
 
 
-TWICE = torch.__version__ >= (2, 13)  # whether `F.grid_sample` of volumes is twice differentiable
+TWICE_DIFFERENTIABLE = torch.__version__ >= (2, 13)  # of `F.grid_sample` for volumes
 
 
 def gathered_sample(volume, grid):
     """`F.grid_sample(align_corners=True)` of a volume [C, Z, Y, X] at grid [..., 3] (x, y, z) as eight gathers.
 
-    Returns [..., C], differentiable as often as you like.
+    Returns [..., C], differentiable any number of times.
     """
     size = grid.new_tensor(volume.shape[:0:-1])  # X, Y, Z
     place = (grid + 1) / 2 * (size - 1)
@@ -84,8 +84,8 @@ class EagerRenderer(nn.Module):
     """NeuS one sample after the other: `F.grid_sample`, MLPs layer by layer, the gradient of the distance by autograd.
 
     Takes the place of the `Renderer` it is made from and shares its parameters. Training it differentiates
-    `torch.autograd.grad(create_graph=True)`; before torch 2.13, whose `F.grid_sample` is the first to be twice
-    differentiable, `gathered_sample` takes its place.
+    `torch.autograd.grad(create_graph=True)`; before torch 2.13, the first release in which `F.grid_sample` is twice
+    differentiable, `gathered_sample` replaces it.
     """
 
     def __init__(self, renderer):
@@ -177,7 +177,7 @@ class EagerRenderer(nn.Module):
         """Output of the SDF decoder and the feature at points [R, S, 3]."""
         low, high = points.new_tensor(self.low), points.new_tensor(self.high)
         grid = (points - low) / (high - low) * 2 - 1
-        if TWICE:
+        if TWICE_DIFFERENTIABLE:
             feature = F.grid_sample(volume[None], grid[None, None], align_corners=True)[0, :, 0].permute(1, 2, 0)
         else:
             feature = gathered_sample(volume, grid)

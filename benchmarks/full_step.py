@@ -1,12 +1,13 @@
-"""One training step of every recipe at full size: what it computes, how long it takes, and where the time goes.
+"""One training step of every recipe at full size: its loss and gradient norm, its time, and the kernels that take it.
 
-    python -m benchmarks.full_step                            every recipe but the tiny ones; on a CPU the tiny ones
+    python -m benchmarks.full_step                            every recipe except the tiny ones; on a CPU the tiny ones
     python -m benchmarks.full_step train/camera/camera-0.1
 
-A sample of the synthetic city, at 900 x 1600 pixels and with the sweeps that the recipe reads; batch 1, as train.py and
-finetune.py run it: bf16 on a GPU, forward, backward, clipping and AdamW (at a learning rate of 0, so that every step is
-the same step). Loss and gradient norm stand beside those of the same step on the PyTorch references; the untrained
-camera encoder's gradients are large and mostly rounding, so its norm says little.
+Uses one sample of the synthetic city (batch 1), at 900 x 1600 pixels and with the recipe's number of sweeps. The step
+is that of train.py and finetune.py: bf16 on a GPU, forward, backward, gradient clipping and AdamW, but with a learning
+rate of 0, so that every step is the same. Loss and gradient norm are compared with those of the same step on the
+PyTorch references. For camera encoders the gradient norm means little: untrained, their gradients are large and mostly
+rounding error.
 """
 
 import json
@@ -34,10 +35,10 @@ from unipad.runtime import generators, mixed_precision
 CITY = Path("data/full-size" if DEVICE == "cuda" else "data/small-size")
 IMAGE_SIZE = (900, 1600) if DEVICE == "cuda" else (144, 256)
 TASKS = {"train": (PRETRAIN, Pretrain), "finetune": (DETECT, Detector), "segment": (SEGMENT, Segmenter)}
-# what a user runs first, first: time may end
+# measured first, as users run them first and time may run out
 FIRST = ("train/camera/camera-0.1", "train/lidar/lidar-0.075", "train/fusion/fusion-0.075", "segment/lidar/segment")
 TIMED = 5  # steps
-COSTLIEST = 20  # kernels
+COSTLIEST = 20  # kernels to list
 
 
 @dataclass(frozen=True)
@@ -58,14 +59,14 @@ def recipes():
 
 
 def city():
-    """Root of a small city with camera sweeps, made once."""
+    """Root of a small synthetic city with camera sweeps, generated once."""
     if not CITY.exists():
         generate(CITY, scenes=2, keyframes=2, image_size=IMAGE_SIZE, camera_sweeps=2)
     return CITY
 
 
 class Step:
-    """The same training step as often as it is called; returns loss and gradient norm, on the device."""
+    """Repeats one training step; a call returns loss and gradient norm, on the device."""
 
     def __init__(self, recipe, model, root):
         version = "v1.0-mini"
@@ -95,7 +96,7 @@ class Step:
 
 
 def measure(name, recipe, model, root):
-    """Loss, gradient norm, times and memory of a recipe's step, by name."""
+    """Loss, gradient norm, times and memory of a recipe's step: a dict."""
     began = time.perf_counter()
     step = Step(recipe, model, root)
     loss, norm = step().tolist()
@@ -112,7 +113,7 @@ def measure(name, recipe, model, root):
 
 
 def _milliseconds(step, runs):
-    """Median of some steps, the host waiting after each."""
+    """Median of `runs` steps, with a host wait after each."""
     times = []
     for _ in range(runs):
         begin = time.perf_counter()
@@ -122,7 +123,7 @@ def _milliseconds(step, runs):
 
 
 def _where_the_time_goes(step, ms):
-    """The GPU's kernels in a step: number, time and the costliest, and the fraction of the step without any."""
+    """GPU kernels in a step: their number and time, the most expensive ones, and the fraction of time that is idle."""
     events = gpu_events(step)
     cost, count = Counter(), Counter()
     for event in events:
@@ -134,7 +135,7 @@ def _where_the_time_goes(step, ms):
 
 
 def rows(record):
-    """A recipe's record as lines of results.csv: ours, and the same step on the references."""
+    """A recipe's record as two rows of results.csv: with our kernels, and on the references."""
     none = dict.fromkeys(TIMES)
     where = {key: record[key] for key in machine()}
     name = {"op": f"step of {record['recipe']}", "case": "batch 1, 900 x 1600", "note": ""}
@@ -145,17 +146,17 @@ def rows(record):
 
 
 def main(args: Args, write=None):
-    """Measure and print; write: takes each recipe's record, a dict, as soon as it is known."""
+    """Measure and print. write: called with the record (a dict) of each recipe as soon as it is known."""
     root, known = city(), recipes()
     for name in args.recipes or known:
         if time.monotonic() > harness.deadline:
-            print(f"{name}: left out, no time")
+            print(f"{name}: skipped, out of time")
             continue
         if DEVICE == "cuda":
             torch.cuda.empty_cache()
         try:
             record = measure(name, *known[name], root)
-        except Exception as error:  # the next recipe's step may be right
+        except Exception as error:  # other recipes may still work
             record = {"recipe": name, "error": f"{type(error).__name__}: {error}"[:500]}
         record |= machine()
         print(json.dumps({k: v for k, v in record.items() if k != "costliest"}), flush=True)

@@ -1,22 +1,22 @@
-"""Everything that only a GPU can say, by one command: is it right, and how fast is it?
+"""Verify and benchmark everything on a GPU, by one command.
 
-    python -m benchmarks.gpu                          about eight minutes; fifteen to be sure that nothing is left out
-    python -m benchmarks.gpu --minutes 15 --stages steps races
-    python -m benchmarks.gpu --report outputs/gpu/<time>        the page and the README's table once more
+    python -m benchmarks.gpu                          about eight minutes; with fifteen, all stages should finish
+    python -m benchmarks.gpu --minutes 15 --stages steps ops
+    python -m benchmarks.gpu --report outputs/gpu/<time>        write the report and the README's table again
 
-Stages, of falling worth, each for its part of the time:
+Stages, the most important first, each with a fraction of the time:
 
-    machine     GPU, versions, and the ceilings: copy and L2 bandwidth, bf16 and tf32 matrix products
-    selfcheck   every op beside its reference in fp64, at small and at recipe sizes (unipad.selfcheck)
+    machine     GPU, versions, and roofline ceilings: copy and L2 bandwidth, bf16 and tf32 matrix products
+    selfcheck   every op compared with its reference in fp64, at small and at recipe sizes (unipad.selfcheck)
     steps       one training step of every recipe at full size (benchmarks.full_step)
-    races       every op beside its peers (benchmarks.bench_*); install spconv-cu126 and spconv-triton to have them run
+    ops         every op compared with its peers (benchmarks.bench_*), spconv-cu126 and spconv-triton if installed
     tests       the kernel tests, compiled, on all cores
-    training    train.py --modality camera on the tiny recipe, its curve beside a CPU's
+    training    train.py --modality camera on the tiny recipe, and its loss curve compared with that on a CPU
 
-All results are on disk as soon as they are known: records.jsonl, results.csv, log.txt and report.md in --out. A stage
-that fails or runs out of time leaves what it has, and the next one runs, in a process of its own. At the end the rows
-go to benchmarks/results.csv, and the README's table is written from it. On a CPU all of it runs at tiny sizes, to try
-it, and leaves results.csv and the README as they are.
+Results are written as soon as they are known: records.jsonl, results.csv, log.txt and report.md in --out. If a stage
+fails or runs out of time, its results so far are kept and the next stage runs in a new process. At the end the rows are
+added to benchmarks/results.csv, and the README's table is generated from it. On a CPU everything runs at tiny sizes, as
+a trial, and results.csv and the README do not change.
 """
 
 import csv
@@ -39,34 +39,34 @@ import tyro
 
 from benchmarks import full_step, harness
 from benchmarks.harness import DEVICE, machine
-from benchmarks.report import Folder, page, read_rows, with_table
+from benchmarks.report import Folder, page, read_rows, replace_table
 
 ROOT = Path(__file__).parents[1]
 ON_GPU = DEVICE == "cuda"
-# Parts of the time; what a stage leaves goes to those behind it
-SHARES = {"machine": 0.06, "selfcheck": 0.18, "steps": 0.18, "races": 0.34, "tests": 0.17, "training": 0.07}
-# Parts of the races' time, the most telling first
-RACES = {
+# Of the total time; what a stage does not use goes to later ones
+TIME_FRACTIONS = {"machine": 0.06, "selfcheck": 0.18, "steps": 0.18, "ops": 0.34, "tests": 0.17, "training": 0.07}
+# Benchmarks and their fractions of the time of stage ops, the most important first
+OPS = {
     "sdf_render": 0.17, "sparse_conv": 0.28, "lift": 0.12, "voxel_pool": 0.12, "spunet": 0.08, "sparse_map": 0.05,
     "rotated_iou": 0.05, "voxelize": 0.03, "trilinear": 0.03, "ray_sample": 0.03, "composite": 0.02, "sdf_alpha": 0.02,
 }  # fmt: skip
-CURVE_STEPS = 60 if ON_GPU else 3  # of the training's curve that a CPU takes too
+CURVE_STEPS = 60 if ON_GPU else 3  # steps of the training that also run on a CPU
 
 
 @dataclass(frozen=True)
 class Args:
     minutes: float = 8.0  # for all stages
-    stages: tuple[Literal[tuple(SHARES)], ...] = tuple(SHARES)  # which; they run in this order
+    stages: tuple[Literal[tuple(TIME_FRACTIONS)], ...] = tuple(TIME_FRACTIONS)  # stages to run, always in this order
     out: Path | None = None  # folder of the results (default: outputs/gpu/<time>)
-    commit: str | None = None  # of this code, for the rows (default: what git tells)
-    report: Path | None = None  # write the page, the rows and the README's table of this folder; run nothing
+    commit: str | None = None  # commit of this code, for the rows (default: from git)
+    report: Path | None = None  # only write report, rows and the README's table from this folder
 
 
 # The stages
 
 
 def measure_machine(folder):
-    """The ceilings of this GPU; on a CPU of the same operations at tiny sizes."""
+    """Measure the roofline ceilings of this GPU; on a CPU, at tiny sizes."""
     size, n = (2**30, 8192) if ON_GPU else (2**24, 256)
     found = machine() | {"copy_gb_s": _copy(size), "l2_gb_s": _copy(2**23 if ON_GPU else 2**20)}
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -78,14 +78,14 @@ def measure_machine(folder):
 
 
 def _copy(size):
-    """GB/s read and written, copies back to back: of a size that fits the L2, from the L2."""
+    """GB/s, read plus written, of back-to-back copies; measures the L2 if `size` fits in it."""
     source = torch.randint(255, (size,), dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     return 2e-6 * size / _back_to_back(lambda: target.copy_(source))
 
 
 def _back_to_back(fn, runs=20):
-    """Milliseconds of a run among others, the least of five times: no host is waited for, no cache is flushed."""
+    """Milliseconds per run when launched back to back, without flushing caches; the least of five measurements."""
     fn()
     times = []
     for _ in range(5):
@@ -112,13 +112,13 @@ def measure_steps(folder):
     full_step.main(full_step.Args(), lambda record: folder.write("steps", record))
 
 
-def race(folder, op):
+def benchmark_op(folder, op):
     sys.argv = [f"bench_{op}"]
     runpy.run_module(f"benchmarks.bench_{op}", run_name="__main__")
 
 
 def run_tests(folder):
-    """The kernel tests; without a GPU those of one file, in the interpreter."""
+    """Run the kernel tests; without a GPU those of one file, in the interpreter."""
     what = ["tests/kernels", "-n", str(min(16, os.cpu_count()))] if ON_GPU else ["tests/kernels/test_backend.py", "-n0"]
     flags = ["-q", "-p", "no:cacheprovider", "--durations=10", "-o", "addopts="]
     done = subprocess.Popen(
@@ -131,7 +131,7 @@ def run_tests(folder):
 
 
 def train_tiny(folder):
-    """The loss of the first command of the README on this device, and of its first steps on a CPU, step by step."""
+    """Run the README's first command on this device, and its first steps on a CPU; records the loss of every step."""
     common = ["--modality", "camera", "--log-every", "1", "--val-samples", "2", "--picture-stride", "8"]
     common += [] if ON_GPU else ["--data-root", str(full_step.city()), "--preset", "tiny"]
     part = ["--stop-at", str(CURVE_STEPS)]
@@ -153,64 +153,64 @@ STAGES = {
     "machine": measure_machine,
     "selfcheck": check_ops,
     "steps": measure_steps,
-    **{f"race-{op}": partial(race, op=op) for op in RACES},
+    **{f"op-{op}": partial(benchmark_op, op=op) for op in OPS},
     "tests": run_tests,
     "training": train_tiny,
 }
-PARTS = {name: part for name, part in SHARES.items() if name != "races"}
-PARTS |= {f"race-{op}": SHARES["races"] * part for op, part in RACES.items()}
+STAGE_FRACTIONS = {name: fraction for name, fraction in TIME_FRACTIONS.items() if name != "ops"}
+STAGE_FRACTIONS |= {f"op-{op}": TIME_FRACTIONS["ops"] * fraction for op, fraction in OPS.items()}
 
 
 def plan(stages):
-    """Lists of names in STAGES, each for a process of its own: all races share one, which saves its start."""
-    races = [f"race-{op}" for op in RACES]
-    return [races if stage == "races" else [stage] for stage in SHARES if stage in stages]
+    """Lists of names in STAGES, one list per process: all ops share a process, which saves start-up time."""
+    ops = [f"op-{op}" for op in OPS]
+    return [ops if stage == "ops" else [stage] for stage in TIME_FRACTIONS if stage in stages]
 
 
-def time_for(names, end):
-    """Seconds of the first of these, which all are to be through by `end` on the clock."""
-    return max(2.0, (end - time.time()) * PARTS[names[0]] / sum(PARTS[name] for name in names))
+def time_limit(names, end):
+    """Seconds for the first of these stages, so that all can finish by `end` (of `time.time()`)."""
+    return max(2.0, (end - time.time()) * STAGE_FRACTIONS[names[0]] / sum(STAGE_FRACTIONS[name] for name in names))
 
 
 def run(folder, names, later, end):
-    """Run some stages in a process, each for its part of the time until `end`, which `later` ones need too.
+    """Run stages in a process, each for its fraction of the time until `end`, which is shared with `later` stages.
 
-    A process that breaks, or a stage that takes longer, is followed by a process for those that are left.
+    If the process crashes or a stage exceeds its time, a new process runs the remaining stages.
     """
     left, seen = list(names), len(folder.records("ended"))
     while left:
         process, began = _worker(folder, left, later, end), time.time()
-        limit, running = began + time_for(left + later, end), True
+        limit, running = began + time_limit(left + later, end), True
         while running and left:
             time.sleep(0.1)
             running = process.poll() is None
             ended = folder.records("ended")
             for record in ended[seen:]:
                 left.remove(record["name"])
-                _say(record)
+                _print_record(record)
             seen = len(ended)
             begun = folder.records("begun")[-1:]
             if left and begun and begun[0]["name"] == left[0] and begun[0]["until"] > began:
                 began, limit = begun[0]["at"], begun[0]["until"]
             if left and (not running or time.time() > limit):
-                why = "out of time" if running else f"exit code {process.returncode}"
-                record = {"name": left.pop(0), "ended": why, "seconds": round(time.time() - began, 1)}
+                reason = "out of time" if running else f"exit code {process.returncode}"
+                record = {"name": left.pop(0), "ended": reason, "seconds": round(time.time() - began, 1)}
                 folder.write("ended", record)
-                _say(record)
+                _print_record(record)
                 seen += 1
                 break
-        _end(process)
+        _kill(process)
 
 
 def _worker(folder, names, later, end):
-    command = [sys.executable, "-m", "benchmarks.gpu", "--worker", str(folder.path), harness.source or "", str(end)]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--worker", str(folder.path), harness.code_commit or ""]
     with (folder.path / "log.txt").open("a") as log:
-        command += [",".join(names), ",".join(later)]
+        command += [str(end), ",".join(names), ",".join(later)]
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
 
-def _end(process):
-    """The process and all that it started."""
+def _kill(process):
+    """Kill the process and all its children."""
     for signalled in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, signalled)
@@ -219,17 +219,17 @@ def _end(process):
             pass
 
 
-def _say(record):
+def _print_record(record):
     print(f"{record['name']:<18}{record['ended']:<14}{record['seconds']:6.0f} s", flush=True)
 
 
-def work(path, source, end, names, later):
-    """The process of `run`: its stages, one after the other."""
+def work(path, code_commit, end, names, later):
+    """The worker process of `run`: its stages, one after the other."""
     folder, end = Folder(Path(path)), float(end)
-    harness.source, harness.RESULTS = source or None, folder.path / "results.csv"
+    harness.code_commit, harness.RESULTS = code_commit or None, folder.path / "results.csv"
     names, later = ([name for name in text.split(",") if name] for text in (names, later))
     for i, name in enumerate(names):
-        seconds, began = time_for(names[i:] + later, end), time.time()
+        seconds, began = time_limit(names[i:] + later, end), time.time()
         harness.deadline = time.monotonic() + 0.9 * seconds
         folder.write("begun", {"name": name, "at": began, "until": began + seconds})
         print(f"\n# {name}, {seconds:.0f} s", flush=True)
@@ -241,11 +241,11 @@ def work(path, source, end, names, later):
             ended = "failed"
         folder.write("ended", {"name": name, "ended": ended, "seconds": round(time.time() - began, 1)})
         if ON_GPU:
-            torch.cuda.synchronize()  # raises where a kernel broke the GPU's context: the next stages need a new one
+            torch.cuda.synchronize()  # raises if a kernel destroyed the GPU context: the next stages need a new process
 
 
-def keep(folder):
-    """Add a run's rows to results.csv, once, and write the README's table from it."""
+def save_rows(folder):
+    """Add the rows of a run to results.csv, without duplicates, and generate the README's table from it."""
     known, new = read_rows(harness.RESULTS), folder.rows()
     if not new:
         return
@@ -255,20 +255,20 @@ def keep(folder):
         writer.writeheader()
         writer.writerows(rows)
     readme = ROOT / "README.md"
-    readme.write_text(with_table(readme.read_text(), rows))
+    readme.write_text(replace_table(readme.read_text(), rows))
 
 
 def finish(folder):
     text = page(folder)
     (folder.path / "report.md").write_text(text)
-    keep(folder)
+    save_rows(folder)
     return text
 
 
 def main(args: Args):
     out = args.report or args.out or Path("outputs/gpu") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     folder = Folder(out.resolve())
-    harness.source = args.commit or harness.source
+    harness.code_commit = args.commit or harness.code_commit
     if args.report:
         print(finish(folder))
         return

@@ -1,10 +1,10 @@
 """Time and memory of one op under several implementations, side by side; prints a Markdown table.
 
-An implementation is timed only if its outputs and gradients agree with the truth; one that does not, or that raises, is
-a row without times, and the others go on. Times are medians with the 20th and 80th percentile beside them: forward,
-backward, and both in one go, the L2 flushed before each. They are those of a caller who waits: small ops cost what
-Python takes to launch them. "gpu ms" is what the GPU computes in a forward and backward, the sum of its kernels' times
-by the profiler, with the caches as the run before left them. Bandwidth is the forward's least traffic over its time, as
+An implementation is timed only if its outputs and gradients agree with the true values; one that disagrees or raises
+gets a row without times, and the others still run. Times are medians, with the 20th and 80th percentiles for forward:
+of forward, of backward, and of both together, with the L2 flushed before each run. They include launching from Python,
+which dominates for small ops. "gpu ms" is the GPU time of forward and backward: the sum of its kernels' times by the
+profiler, with caches as the previous run left them. Bandwidth is the forward's least traffic over its time, as
 a fraction of what a copy reaches on the same device in the same minute, not of the data sheet.
 
 On a GPU: the op (its kernels), its peers, then its reference; rows are appended to results.csv.
@@ -26,8 +26,8 @@ from kernels.backend import triton
 from unipad.runtime import commit
 
 RESULTS = Path(__file__).with_name("results.csv")
-source = commit()  # of what is measured; `benchmarks.gpu` may know it where git does not tell
-deadline = math.inf  # of time.monotonic(); `benchmarks.gpu` sets it: what is not under way by then is left out
+code_commit = commit()  # of the measured code; `benchmarks.gpu` can set it where git is not available
+deadline = math.inf  # of time.monotonic(); set by `benchmarks.gpu`: nothing is started after it
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 AGREE = 1e-3  # largest error of an output or gradient, as a fraction of its largest true value
 TIMES = ("fwd_ms", "fwd_p20", "fwd_p80", "bwd_ms", "both_ms", "gpu_ms", "peak_mb", "of_copy", "error")  # of `Row`
@@ -56,7 +56,7 @@ class Row:
     peak_mb: float | None  # of forward and backward, above what the inputs take
     of_copy: float | None  # fraction of the copy's bandwidth that the forward reaches
     error: float | None  # largest, of outputs and gradients, as a fraction of each one's largest true value
-    note: str  # why it was not timed
+    note: str  # the reason if it was not timed
     device: str
     torch: str
     triton: str
@@ -64,9 +64,12 @@ class Row:
 
 
 def machine():
-    """What a row says of where it was measured."""
+    """The columns of a row that say where it was measured."""
     return dict(
-        device=_device_name(), torch=torch.__version__, triton=getattr(triton, "__version__", "none"), commit=source
+        device=_device_name(),
+        torch=torch.__version__,
+        triton=getattr(triton, "__version__", "none"),
+        commit=code_commit,
     )
 
 
@@ -87,22 +90,22 @@ def compare(op, reference, kernels, peers, cases, agree=AGREE, exact=None):
     rows, where = [], machine()
     ours = {"triton": kernels} if DEVICE == "cuda" else {}
     compiled = {name: peer for name, peer in peers.items() if name.startswith("compiled")}
-    # last, what may take the time of all others to compile
+    # compiled peers last: compiling may take longer than all the rest
     impls = ours | {name: peers[name] for name in peers if name not in compiled} | {"reference": reference} | compiled
     copy = _copy_bandwidth()
     print(f"## {op}\n\n{', '.join(f'{k} {v}' for k, v in where.items())}, copy {copy:.0f} GB/s\n")
     print("| case | impl | fwd ms (p20-p80) | bwd ms | fwd+bwd ms | gpu ms | peak MB | of copy | error |")
     print("|---|---|---|---|---|---|---|---|---|")
     for case in cases:
-        if _late(case, "all"):
+        if _past_deadline(case, "all"):
             continue
         ups = _upstream(reference, case.inputs)
         inputs = case.inputs if exact is None else _double(case.inputs)
         truth = _forward_backward(exact or reference, inputs, ups if exact is None else _double(ups))
         for name, fn in impls.items():
-            if _late(case, name):
+            if _past_deadline(case, name):
                 continue
-            measured = _checked(fn, case, ups, truth, agree, copy, few=name == "reference")
+            measured = _checked(fn, case, ups, truth, agree, copy, quick=name == "reference")
             row = Row(op, case.name, name, **measured, **where)
             print(_line(row), flush=True)
             rows.append(row)
@@ -111,22 +114,22 @@ def compare(op, reference, kernels, peers, cases, agree=AGREE, exact=None):
     return rows
 
 
-def _late(case, name):
+def _past_deadline(case, name):
     late = time.monotonic() > deadline
     if late:
-        print(f"| {case.name} | {name} | left out: no time | | | | | | |", flush=True)
+        print(f"| {case.name} | {name} | skipped: out of time | | | | | | |", flush=True)
     return late
 
 
-def _checked(fn, case, ups, truth, agree, copy, few):
-    """Error and times of an implementation; without times where it is wrong or breaks."""
+def _checked(fn, case, ups, truth, agree, copy, quick):
+    """Error and times of an implementation; without times if it is wrong or raises."""
     measured = dict.fromkeys(TIMES)
     try:
         measured["error"] = _largest_error(_forward_backward(fn, case.inputs, ups), truth)
         if not measured["error"] <= agree:  # NaN too
-            return measured | {"note": f"off by {measured['error']:.1e}, more than {agree:.0e}: not timed"}
-        return measured | _measure(fn, case, ups, copy, few) | {"note": ""}
-    except Exception as error:  # of a peer, whose installation may not fit this machine
+            return measured | {"note": f"error {measured['error']:.1e} exceeds {agree:.0e}: not timed"}
+        return measured | _measure(fn, case, ups, copy, quick) | {"note": ""}
+    except Exception as error:  # e.g. of a peer that is not built for this machine
         reason = (str(error).strip().splitlines() or [""])[0]
         return measured | {"note": f"{type(error).__name__}: {reason}"[:200]}
 
@@ -141,7 +144,7 @@ def _line(row):
 
 
 def compiled(fn):
-    """`fn` under torch.compile, able to run its backward several times over one forward, which is how it is timed."""
+    """`fn` under torch.compile, with a backward that can run repeatedly after one forward, as timing it requires."""
     functorch_config.donated_buffer = False
     return torch.compile(fn)
 
@@ -165,16 +168,16 @@ def _double(value):
     return value.detach().double().requires_grad_(value.requires_grad)
 
 
-def _measure(fn, case, ups, copy, few):
+def _measure(fn, case, ups, copy, quick):
     both = partial(_forward_backward, fn, case.inputs, ups)
     peak_mb = _peak_mb(both)
-    fwd_ms, fwd_p20, fwd_p80 = milliseconds(partial(fn, *case.inputs), few)
+    fwd_ms, fwd_p20, fwd_p80 = milliseconds(partial(fn, *case.inputs), quick)
     bwd_ms = both_ms = None
     if ups:
-        both_ms, _, _ = milliseconds(both, few)
+        both_ms, _, _ = milliseconds(both, quick)
         outs = [o for o in _outputs(fn, case.inputs) if o.requires_grad]
         wanted = _wanted(case.inputs)
-        bwd_ms, _, _ = milliseconds(lambda: torch.autograd.grad(outs, wanted, ups, retain_graph=True), few)
+        bwd_ms, _, _ = milliseconds(lambda: torch.autograd.grad(outs, wanted, ups, retain_graph=True), quick)
     return dict(
         gpu_ms=gpu_milliseconds(both),
         fwd_ms=fwd_ms,
@@ -221,22 +224,21 @@ def _error(ours, truth):
     return worst / scale if scale else worst
 
 
-def milliseconds(fn, few=False):
-    """Median, 20th and 80th percentile in ms: of at least 100 runs on a GPU, of at least 5 in a second on a CPU.
+def milliseconds(fn, quick=False):
+    """Median, 20th and 80th percentile in ms: of about 100 runs on a GPU, of at least 5 within a second on a CPU.
 
-    few: three runs, of what nobody waits for twice. Where a run takes longer than 20 ms a GPU makes fewer than 100, in
-    two seconds.
+    On a GPU, functions that take longer than 20 ms run for two seconds instead. quick: about three runs.
     """
     quantiles = [0.5, 0.2, 0.8]
     if DEVICE == "cuda":
         from triton.testing import do_bench  # flushes the L2 between runs
 
         once = do_bench(fn, warmup=1, rep=1, return_mode="median")  # five runs
-        rep = 3 * once if few else min(100 * once, 2000)
-        return do_bench(fn, warmup=1 if few else 25, rep=max(rep, 1), quantiles=quantiles)
+        rep = 3 * once if quick else min(100 * once, 2000)
+        return do_bench(fn, warmup=1 if quick else 25, rep=max(rep, 1), quantiles=quantiles)
     fn()
-    runs, end = [], time.perf_counter() + (0 if few else 1)
-    while len(runs) < (3 if few else 5) or time.perf_counter() < end:
+    runs, end = [], time.perf_counter() + (0 if quick else 1)
+    while len(runs) < (3 if quick else 5) or time.perf_counter() < end:
         start = time.perf_counter()
         fn()
         runs.append(1e3 * (time.perf_counter() - start))
@@ -246,7 +248,7 @@ def milliseconds(fn, few=False):
 
 
 def gpu_milliseconds(fn, runs=5):
-    """What the GPU computes in a run, in ms: the sum of its kernels' and copies' times; None without a GPU."""
+    """GPU time of a run in ms: the sum of the times of its kernels and copies; None without a GPU."""
     if DEVICE == "cpu":
         return None
     events = gpu_events(fn, runs)
@@ -254,7 +256,7 @@ def gpu_milliseconds(fn, runs=5):
 
 
 def gpu_events(fn, runs=1):
-    """The profiler's events on the GPU, kernels and copies, of some runs."""
+    """The profiler's GPU events (kernels and copies) of `runs` runs."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=activities) as profile:
@@ -263,7 +265,7 @@ def gpu_events(fn, runs=1):
         torch.cuda.synchronize()
     events = profile.profiler.kineto_results.events()
     on_gpu = torch.autograd.DeviceType.CUDA
-    named = {e.name() for e in events if e.device_type() != on_gpu}  # the GPU repeats the host's annotations
+    named = {e.name() for e in events if e.device_type() != on_gpu}  # host annotations appear on the GPU again
     return [e for e in events if e.device_type() == on_gpu and e.name() not in named]
 
 

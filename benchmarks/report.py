@@ -1,4 +1,4 @@
-"""What `benchmarks.gpu` found, as a page of Markdown, and the README's table of what was verified on which GPU."""
+"""Results of `benchmarks.gpu` as a Markdown report, and as the README's table "Verified on"."""
 
 import csv
 import json
@@ -8,8 +8,8 @@ TITLES = ["op", "case", "impl", "fwd ms", "fwd+bwd ms", "GPU ms", "peak MB", "er
 KEYS = ("op", "case", "impl", "fwd_ms", "both_ms", "gpu_ms", "peak_mb", "error", "note")
 STEP_TITLES = ["recipe", "loss", "reference", "gradient norm", "reference", "ms", "GPU ms", "idle", "launches", "MB"]
 BEGIN, END = "<!-- verified: written by python -m benchmarks.gpu -->", "<!-- /verified -->"
-# The case of an op that the README shows: that of the paper's recipe, by what its name has; others show their last one
-SHOWN = {
+# op -> part of the name of the case that the README shows, one of a paper's recipe; other ops show their last case
+README_CASES = {
     "sdf_render": "R=3072",
     "lift": "camera-0.1 bfloat16, 6 views, 128",
     "voxel_pool": "camera-0.075 bfloat16, 6 views, 180 x 180 x 5, C 256",
@@ -22,7 +22,7 @@ SHOWN = {
 
 
 class Folder:
-    """What a run leaves; every line is on disk when a call returns."""
+    """The results of a run; every line is on disk when a call returns."""
 
     def __init__(self, path):
         self.path = path
@@ -33,13 +33,13 @@ class Folder:
             f.write(json.dumps({"stage": stage} | record) + "\n")
 
     def records(self, stage):
-        """What a stage wrote, a list of dicts."""
+        """The records of a stage, a list of dicts."""
         file = self.path / "records.jsonl"
         lines = file.read_text().splitlines() if file.exists() else []
         return [record for record in map(json.loads, lines) if record["stage"] == stage]
 
     def rows(self):
-        """The races' rows, as results.csv has them: a list of dicts of str."""
+        """The rows of stages steps and ops, as in results.csv: a list of dicts of str."""
         return read_rows(self.path / "results.csv")
 
 
@@ -54,10 +54,10 @@ def page(folder):
     parts += ["## Stages", _table(["stage", "ended", "seconds"], stages)]
     checks = folder.records("selfcheck")
     bad = [r["line"] for r in checks if not r["ok"]]
-    parts += ["## Self-check", f"{len(checks) - len(bad)} of {len(checks)} checks are ok."]
+    parts += ["## Self-check", f"{len(checks) - len(bad)} of {len(checks)} checks passed."]
     parts += ["\n".join(["```", *bad, "```"])] if bad else []
     parts += ["## One training step of every recipe, batch 1", *_steps(folder.records("steps"))]
-    parts += ["## Races", _table(TITLES, [[_short(row[k]) for k in KEYS] for row in folder.rows()])]
+    parts += ["## Ops", _table(TITLES, [[_short(row[k]) for k in KEYS] for row in folder.rows()])]
     parts += ["## Tests", "\n".join(f"- {r['line']}" for r in folder.records("tests"))]
     parts += ["## Training", "\n".join(_curves(folder.records("training")))]
     return "\n\n".join(parts) + "\n"
@@ -69,7 +69,7 @@ def _table(titles, rows):
 
 
 def _short(value):
-    """A number of a CSV file with four digits; other text as a table's cell may have it."""
+    """A number from a CSV file rounded to four digits; other text, escaped for a table cell."""
     try:
         return f"{float(value):.4g}"
     except ValueError:
@@ -96,7 +96,7 @@ def _steps(records):
     yield _table(STEP_TITLES, rows)
     for r in records:
         if r.get("costliest"):
-            yield f"Costliest kernels of {r['recipe']}:"
+            yield f"Kernels of {r['recipe']} that take the most time:"
             yield _table(
                 ["ms", "launches", "kernel"], [[f"{ms:.3f}", n, f"`{name}`"] for name, n, ms in r["costliest"]]
             )
@@ -109,7 +109,7 @@ def _curves(runs):
         yield f"- {r['device']}: exit code {r['exit']}, {steps} steps in {r['seconds']:.0f} s; {metrics}"
     curves = {r["device"]: dict(map(tuple, r["curve"])) for r in runs}
     if {"cpu", "cuda"} <= curves.keys():
-        # both draw random numbers of their own: what agrees is the mean of some steps
+        # CPU and GPU draw different random numbers: compare means over some steps
         for first in range(1, max(curves["cpu"], default=0) + 1, 20):
             means = [_mean(curves[device], first, first + 20) for device in ("cpu", "cuda")]
             yield f"- mean loss of steps {first} to {first + 19}: CPU {means[0]:.3f}, GPU {means[1]:.3f}"
@@ -120,17 +120,17 @@ def _mean(curve, first, end):
     return statistics.fmean(losses) if losses else float("nan")
 
 
-def verified(rows):
-    """The README's table: of each op on each GPU one case, newest, beside its fastest peer; a sentence without rows.
+def readme_table(rows):
+    """The README's table: for each op and GPU the newest row of one case and its fastest peer; a sentence if empty.
 
     rows: of results.csv, a list of dicts of str, the oldest first.
     """
     shown = {}
     for row in rows:
-        if row["impl"] == "triton" and _ms(row) and SHOWN.get(row["op"], "") in row["case"]:
+        if row["impl"] == "triton" and _ms(row) and README_CASES.get(row["op"], "") in row["case"]:
             shown[row["device"], row["op"]] = row
     if not shown:
-        return "No kernel has been timed on a GPU yet; `python -m benchmarks.gpu` on one writes a table here."
+        return "No kernel has been timed on a GPU yet; `python -m benchmarks.gpu` writes a table here."
     cells = []
     for row in shown.values():
         peer = _fastest_peer(row, rows)
@@ -141,7 +141,7 @@ def verified(rows):
 
 
 def _ms(row):
-    """Of forward and backward, or of what has no backward; 0 where it was not timed."""
+    """Time of forward and backward, or of forward if there is no backward; 0 if not timed."""
     return float(row["both_ms"] or row["fwd_ms"] or 0)
 
 
@@ -151,8 +151,8 @@ def _fastest_peer(row, rows):
     return min(peers, key=_ms, default=None)
 
 
-def with_table(text, rows):
-    """A README's text with its table written anew."""
+def replace_table(text, rows):
+    """The README's text with its table replaced."""
     head, rest = text.split(BEGIN)
     _, tail = rest.split(END)
-    return f"{head}{BEGIN}\n{verified(rows)}\n{END}{tail}"
+    return f"{head}{BEGIN}\n{readme_table(rows)}\n{END}{tail}"

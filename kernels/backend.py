@@ -27,12 +27,12 @@ except ModuleNotFoundError:  # Triton has wheels for Linux only
 # Tests set this: tensors on the CPU then take the kernels too, in Triton's interpreter (TRITON_INTERPRET=1).
 interpret = False
 _references_only = False
-waiting_for = None  # what the host waits for at the moment, as `waits` names it; tests look here
+waiting_for = None  # the reason given to the `host_wait` that is active; read by tests
 
 
 @contextmanager
 def references():
-    """Inside, every op takes its PyTorch reference, on a GPU too: what a check compares the kernels with."""
+    """Every op takes its PyTorch reference inside this context, on a GPU too; checks compare the kernels with it."""
     global _references_only
     before, _references_only = _references_only, True
     try:
@@ -44,11 +44,11 @@ def references():
 def jit(kernel=None, *, varying=()):
     """Decorator of a kernel that the host launches; functions that kernels call keep `triton.jit`.
 
-    The kernel runs on the GPU that has its first tensor, whichever is the current one. Products and sums are fused
-    (Triton's default varies by version), so that kernels of all versions round alike.
+    The kernel runs on the GPU that holds its first tensor, whichever is the current device. FP fusion is on:
+    Triton's default depends on its version, and so would the rounding.
 
-    varying: names of integers that change with the data, like a count of voxels. Triton compiles a kernel once more
-        where an integer is 1 or a multiple of 16; of these it does not, since that would stop a run at any step.
+    varying: names of integers that change with the data, such as the number of voxels (Triton's `do_not_specialize`).
+        Triton compiles a kernel again for an integer that is 1 or a multiple of 16, which may stall a run at any step.
     """
     if kernel is None:
         return partial(jit, varying=varying)
@@ -80,64 +80,65 @@ def capturing(device):
 
 
 def stream(device):
-    """The number of the current stream. What another one is about to make is not there yet."""
+    """The handle of the current CUDA stream; 0 on a CPU. Results of other streams may not be ready on it."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
-class Kept:
-    """What was made of an owner's tensors, which do not change: made once, and gone with the owner.
+class StreamCache:
+    """Values derived from an owner's tensors, which must not change: computed once per stream, freed with the owner.
 
-    Each stream makes its own, since none waits for another. A CUDA graph is captured on a stream of its own and takes
-    what any has made, since `torch.cuda.graph` waits for the device first; so the owner has to outlive the graph. What
-    is made in a capture is there only while the graph is replayed, and is not kept. Compiled code takes what is there.
+    Streams do not share entries, since they do not wait for each other. A CUDA graph is captured on its own stream and
+    uses entries of any stream, since `torch.cuda.graph` synchronizes the device first; the owner must outlive the
+    graph. Values computed during a capture are valid only while the graph is replayed and are not cached. Compiled code
+    reads the cache and does not write to it.
     """
 
     def __init__(self):
-        self._made = {}  # what -> {stream: made}
+        self._entries = {}  # key -> {stream: value}
 
     def __reduce__(self):
-        return Kept, ()  # a copy of the owner has had nothing made yet
+        return StreamCache, ()  # a copy of the owner starts with an empty cache
 
-    def find(self, what, device):
-        """What `put` was given; None if there is nothing."""
-        made = self._made.get(what, {})
+    def find(self, key, device):
+        """The cached value, or None."""
+        values = self._entries.get(key, {})
         if torch.compiler.is_compiling() or capturing(device):
-            return list(made.values())[-1] if made else None
-        return made.get(stream(device))
+            return list(values.values())[-1] if values else None
+        return values.get(stream(device))
 
-    def put(self, what, device, made):
+    def put(self, key, device, value):
         if not torch.compiler.is_compiling() and not capturing(device):
-            self._made.setdefault(what, {})[stream(device)] = made
+            self._entries.setdefault(key, {})[stream(device)] = value
 
-    def get(self, what, device, make):
-        """What is kept as `what`, made now if it is not there."""
-        made = self.find(what, device)
-        if made is None:
-            made = make()
-            self.put(what, device, made)
-        return made
+    def get(self, key, device, make):
+        """The cached value; computed by `make()` and cached if there is none."""
+        value = self.find(key, device)
+        if value is None:
+            value = make()
+            self.put(key, device, value)
+        return value
 
-    def branch(self):
-        """The same, but what is put into either from now on is not in the other."""
-        branch = Kept()
-        branch._made = {what: dict(made) for what, made in self._made.items()}
-        return branch
+    def copy(self):
+        """A cache with the same entries; later entries of one do not appear in the other."""
+        copy = StreamCache()
+        copy._entries = {key: dict(values) for key, values in self._entries.items()}
+        return copy
 
 
 @contextmanager
-def waits(why):
-    """Marks where the host waits for the device, and for what; nowhere else does an op or a model wait."""
+def host_wait(reason):
+    """Marks code in which the host waits for the device, with the reason; ops and models wait nowhere else."""
     global waiting_for
-    before, waiting_for = waiting_for, why
+    before, waiting_for = waiting_for, reason
     try:
         yield
     finally:
         waiting_for = before
 
 
-def to_host(tensor, why):
-    """`tensor.tolist()`, for which the host waits: a number or lists of them."""
-    with waits(why):
+def to_host(tensor, reason):
+    """`tensor.tolist()`, marked as a `host_wait`: a number or nested lists of numbers."""
+    with host_wait(reason):
         return tensor.tolist()
 
 

@@ -61,11 +61,11 @@ def precision(exact):
 
 
 # How the kernels are launched; untuned, without a GPU to time them on
-BLOCK_S = 32  # samples on a ray per tile of the kernels that walk along rays, at most
+BLOCK_S = 32  # samples of a ray per tile, at most, in the kernels that walk along rays
 BLOCK_M = 64  # samples per tile, of two rays then; 64 rows is what a Hopper matrix instruction takes
 WARPS = 4
 NARROW = 32  # a field with more channels or units than that takes half of the samples
-EXACT = 4  # tf32x3 holds two parts of every operand, so that its tiles are this many times smaller
+EXACT = 4  # factor by which tiles are smaller under tf32x3, which holds every operand in two parts
 PROGRAMS = 528  # at most, of the backward: 4 per multiprocessor of an H100; each sums its own gradient of the MLPs
 
 
@@ -73,7 +73,7 @@ def over_samples(N, options):
     """Number of programs over N samples, and how to launch them. A program takes several tiles in turn."""
     narrow = max(options["C"], options["H"]) <= NARROW
     block, warps = BLOCK_M if narrow else BLOCK_M // 2, WARPS
-    if options["PREC"] == "tf32x3":  # found by compiling: more warps spill more of a narrow field, less of a wide one
+    if options["PREC"] == "tf32x3":  # as compiled: more warps spill more in a narrow field, less in a wide one
         block, warps = BLOCK_M // EXACT, WARPS // 2 if narrow else WARPS * 2
     return min(PROGRAMS, triton.cdiv(N, block)), dict(BLOCK_M=block, num_warps=warps, num_stages=1)
 
@@ -171,9 +171,9 @@ def vector(ptr, N: tl.constexpr):
 
 @triton.jit
 def to_tf32(x):
-    """x rounded to tf32's 10 bits of mantissa, ties away from 0, where tensor cores would drop the others.
+    """x rounded to tf32's 10-bit mantissa, ties away from 0; tensor cores alone would truncate.
 
-    Half of the last bit that is kept is added in fp32, so that infinities and NaNs stay what they are.
+    Adds half a unit in the last place in fp32 arithmetic, which preserves infinities and NaNs.
     """
     power = (x.to(tl.int32, bitcast=True) & -0x800000).to(tl.float32, bitcast=True)
     return ((x + power * (1 / 2048)).to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
@@ -181,7 +181,7 @@ def to_tf32(x):
 
 @triton.jit
 def product(a, b, out, PREC: tl.constexpr):
-    """out + a b."""
+    """out + a @ b, with operands rounded to tf32 if PREC is "tf32"."""
     if PREC == "tf32":
         a, b = to_tf32(a), to_tf32(b)
     return tl.dot(a, b, out, input_precision=PREC)

@@ -64,8 +64,9 @@ def sdf_render(volume, rays, edges, mlps, density, cells, method, exact=False, s
         density: [1] NeuS's inv_s or VolSDF's beta.
         cells:   cells_per_unit [3] and first_cell [3]: cell = point * cells_per_unit + first_cell, (x, y, z).
         method:  "neus" or "volsdf".
-        exact:   products of MLPs as if in fp32 (tf32x3) instead of tf32 (operands rounded to 10 bits of mantissa). Each
-                 is three then, in tiles of a quarter of the samples; what that costs was not measured on a GPU.
+        exact:   compute the MLPs' matrix products with fp32 accuracy (tf32x3) instead of tf32 (operands rounded to a
+                 10-bit mantissa). tf32x3 takes three products for one, in tiles of a quarter of the samples; its cost
+                 was not measured on a GPU.
         stop:    above 0 and under `no_grad` only: kernels leave a ray where less than this share of its light is left,
                  and rays that miss at once. What lies behind has weight, distance and gradient 0; `rgb` is off by less
                  than `stop`, `depth` by less than that share of the ray.

@@ -26,11 +26,11 @@ def sparse_conv(features, weight, neighbor_idx, inverse_idx, allow_tf32=False):
         features:     [N, Cin] fp16, bf16 or fp32; fp64 takes the reference.
         weight:       [Cout, kz, ky, kx, Cin] any floating type, rounded to the features' type; K = kz * ky * kx.
         neighbor_idx: [K, M] int32, the row of `features` that an output reads at an offset; -1 where no voxel is. At
-                      one offset no row is read twice. Not checked. Or the `NeighborTable` of one: it keeps what is made
-                      of the table for all its convolutions and gradients, which a tensor alone has made anew.
+                      one offset no row is read twice. Not checked. Or a `NeighborTable`, which caches what kernels
+                      derive from it for all convolutions and gradients; for a tensor that is computed on every call.
         inverse_idx:  [K, N] int32, the inverse: m where neighbor_idx[k, m] = n, else -1. Not checked. Or its
                       `NeighborTable`. None: the table is its own mirror image, inverse_idx = neighbor_idx.flip(0), as
-                      on one set of voxels with an odd kernel; what was made of it then serves the gradients too.
+                      on one set of voxels with an odd kernel; the gradients then use what is cached in it.
         allow_tf32:   multiply fp32 features in tf32 (10 bits of mantissa) rather than in fp32.
 
     Returns:
@@ -139,7 +139,7 @@ def _run_act(features, weight, neighbor_idx, *rest):
     return _forward_act(features, weight, neighbor_idx, *rest)
 
 
-# As ops these three take tensors; SparseConv hands them tables
+# torch.library ops pass tensors to these three functions, SparseConv passes `NeighborTable`s
 
 
 def _forward(
@@ -239,7 +239,7 @@ _sparse_conv_op.register_autograd(partial(_gradients, backward=_sparse_conv_bwd_
 
 
 class SparseConv(torch.autograd.Function):
-    """`sparse_conv` of two `NeighborTable`s."""
+    """`sparse_conv` for two `NeighborTable`s."""
 
     forward = staticmethod(_forward)
 

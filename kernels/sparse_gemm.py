@@ -41,7 +41,7 @@ def gather_gemm(features, weight, table, allow_tf32, mirrored=False, act=(None, 
         )  # fmt: skip
 
     def try_out(blocks):
-        launch(blocks, table.trial())  # makes the tiles as well, where no layer before this one has
+        launch(blocks, table.trial())  # also makes the tiles, unless an earlier layer has
 
     kind = "gather_gemm", features.dtype, allow_tf32, K, I, O, M
     launch(tuning.choose(kind, _blocks(features.dtype, M <= FEW_ROWS, I, O, allow_tf32), try_out, features.device))
@@ -49,7 +49,7 @@ def gather_gemm(features, weight, table, allow_tf32, mirrored=False, act=(None, 
 
 
 def d_weight_of(features, d_out, table, allow_tf32, mirrored=False):
-    """Features [N, I], d_out [M, O] and a `NeighborTable` [K, M] -> [O, K, I] fp32, offsets in the table's order.
+    """Features [N, I], d_out [M, O] and a `NeighborTable` [K, M] -> [O, K, I] fp32, offsets in the order of the table.
 
     mirrored: the table is its own mirror image, so that most rows have several neighbours and share them.
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import jit, on_triton, opaque, tl, triton, waits
+from kernels.backend import host_wait, jit, on_triton, opaque, tl, triton
 from kernels.voxel_keys import NO_KEY, NO_KEY_SHORT, check_grid, checked, key_of, load_voxels, sort_voxels
 
 
@@ -44,7 +44,7 @@ def submanifold_map(
     Returns:
         neighbor_idx: [K, N] int32 rows of `coords`; -1 where there is no voxel, beyond the borders above all.
 
-    Raises ValueError where a cell has no int32 coordinate, see `check_grid`; so do the maps below.
+    Raises ValueError if a coordinate does not fit int32 (see `check_grid`), as do the maps below.
     """
     if not on_triton(coords):
         return submanifold_map_ref(coords, keys, order, shape, kernel, dilation)
@@ -159,7 +159,7 @@ def strided_map_ref(coords, shape, kernel, stride, padding, dilation, batch_size
 
 
 def _checked_strided(coords, shape, geometry, batch_size):
-    """The coordinates, contiguous, and the cells of the output."""
+    """Contiguous coordinates, and the shape (Z, Y, X) of the output grid."""
     coords, (_, _, padding, _) = checked(coords, shape, *geometry), geometry
     check_grid([size + 2 * p for size, p in zip(shape, padding, strict=True)], batch_size or 1)
     return coords, out_shape(shape, *geometry)
@@ -208,7 +208,7 @@ def transposed_map_ref(coords, shape, kernel, stride, padding, dilation, batch_s
 
 
 def _checked_transposed(coords, shape, geometry, batch_size):
-    """The coordinates, contiguous, and the cells of the output."""
+    """Contiguous coordinates, and the shape (Z, Y, X) of the output grid."""
     coords, (_, _, padding, _) = checked(coords, shape, *geometry), geometry
     out = transposed_out_shape(shape, *geometry)
     check_grid([size + 2 * p for size, p in zip(out, padding, strict=True)], batch_size or 1)
@@ -237,7 +237,7 @@ def _reached(coords, out, slots, geometry, batch_size, transposed):
         TRANSPOSED=transposed, NO_KEY=no_key, BLOCK_PAIRS=BLOCK_PAIRS,
     )  # fmt: skip
     # of keys alone: half of what sorting them with their places moves
-    with waits("how many voxels a convolution reaches"):
+    with host_wait("number of a convolution's output voxels"):
         return torch.unique(keys)[:-1]  # no key is the last one
 
 
@@ -413,7 +413,7 @@ def _neighbors_kernel(
 @jit(varying=("PAIRS", "N", "Z", "Y", "X"))
 def _reached_keys_kernel(
     coords_ptr, keys_ptr,  # [N, 4], [PAIRS + 1]
-    PAIRS, N, Z, Y, X, slots, kernel, stride, padding, dilation,  # PAIRS = slots * N; cells of the output grid
+    PAIRS, N, Z, Y, X, slots, kernel, stride, padding, dilation,  # PAIRS = slots * N; Z, Y, X: the output grid
     TRANSPOSED: tl.constexpr, NO_KEY: tl.constexpr, BLOCK_PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Keys of the output cells of all pairs of a slot and an input, and NO_KEY behind them."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 
 def gather_gemm_ref(features, weight, table, finish=None):
-    """Features [N, Cin], weights [K, Cin, Cout] and a `NeighborTable` [K, M] -> [M, Cout] in the type of the sums.
+    """Features [N, Cin], weights [K, Cin, Cout] and a `NeighborTable` [K, M] -> [M, Cout] in the accumulation type.
 
     finish: called with a chunk of the result and the slice of its rows, changes it while it is in the cache.
     """
@@ -33,7 +33,7 @@ def gather_gemm_ref(features, weight, table, finish=None):
 def backward_ref(features, weight, d_out, inverse, mirrored, for_features, for_weight):
     """Gradients of features [N, Cin] and weights [Cout, K, Cin] in the type that is summed in, None if not asked for.
 
-    Both over the inverse `NeighborTable`: a chunk of rows of `features` gathers what its outputs' gradients are.
+    Both use the inverse `NeighborTable`: each chunk of rows of `features` gathers the gradients of its outputs.
 
     mirrored: `inverse` has its offsets in reverse.
     """
@@ -69,7 +69,7 @@ def _wide(tensor):
 
 
 def _chunks(table, channels):
-    """The pairs of a `NeighborTable`, some outputs at a time and within those offset by offset; kept in it.
+    """The pairs of a `NeighborTable`, some outputs at a time and within those offset by offset; cached in the table.
 
     Returns a list of
         first:  the chunk's first output.

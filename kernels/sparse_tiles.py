@@ -10,7 +10,7 @@ eight sets of offsets, by the parities of its cell, and the same sort finds thes
 The gradient of the weights sums over the pairs of an offset, of which the middle one has several times as many as the
 others: they are packed, and cut into equal chunks.
 
-All this is made once a `NeighborTable` and kept in it: all layers on one set of voxels, and their gradients, share it.
+All this is computed once per `NeighborTable` and cached in it, for all layers on one set of voxels and their gradients.
 """
 
 import copy
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.backend import Kept, jit, tl, triton
+from kernels.backend import StreamCache, jit, tl, triton
 
 
 class Tiles(NamedTuple):
@@ -57,66 +57,66 @@ BLOCK_K = 8  # offsets a step
 BLOCK_C = 16  # chunks a program
 KEY_BITS = 48  # of the sort's key say which offsets a row has; more offsets than that share them
 
-_tables = weakref.WeakValueDictionary()  # id of a tensor -> the table that has it
+_tables = weakref.WeakValueDictionary()  # id of an index tensor -> its `NeighborTable`
 
 
 class NeighborTable:
-    """A neighbor table idx [K, M] int32 and what was made of it, which `sparse_conv` takes in place of a tensor.
+    """A neighbor table idx [K, M] int32 with a cache of what kernels derive from it; an argument of `sparse_conv`.
 
-    It owns what is made: keep it as long as convolutions use it, and do not change `idx`.
+    The cache is freed with the table: keep the table as long as convolutions use it, and do not change `idx`.
     """
 
     def __init__(self, idx):
-        self.idx, self.kept = idx.contiguous(), Kept()
+        self.idx, self.cache = idx.contiguous(), StreamCache()
         self._version = _version(self.idx)
         _tables[id(self.idx)] = self
 
     @staticmethod
     def of(table):
-        """The table itself, or the one that has this tensor: code that torch.compile made hands on tensors alone.
+        """`table` as a `NeighborTable`: itself, the existing one of this tensor if it has not changed, or a new one.
 
-        One of its own, where no table has the tensor as it is now.
+        The lookup by tensor is for code from torch.compile, which passes tensors only.
         """
         if isinstance(table, NeighborTable):
             return table
         owner = _tables.get(id(table))
         return NeighborTable(table) if owner is None or owner._version != _version(table) else owner
 
-    def get(self, what, make):
-        assert self._version == _version(self.idx), "a table has changed: what was made of it no longer fits"
-        return self.kept.get(what, self.idx.device, make)
+    def get(self, key, make):
+        assert self._version == _version(self.idx), "a neighbor table has changed: its cache is no longer valid"
+        return self.cache.get(key, self.idx.device, make)
 
     def tiles(self, block_m, sort=True):
-        """`Tiles`, where M > 0. sort: False leaves rows in their order, which is the voxels'."""
+        """`Tiles`, for M > 0. sort: False leaves the rows in the order of the voxels."""
 
         def make():
             tiles = _make_tiles(self.idx, block_m, sort)
-            self.kept.put("counts", self.idx.device, tiles.pairs_idx)
+            self.cache.put("counts", self.idx.device, tiles.pairs_idx)
             return tiles
 
         return self.get(("tiles", block_m, sort), make)
 
     def pairs(self):
-        """`Pairs`, where M > 0."""
+        """`Pairs`, for M > 0."""
 
         def make():
-            counts = self.kept.find("counts", self.idx.device)  # any tiles have them
+            counts = self.cache.find("counts", self.idx.device)  # the same from tiles of any size
             return _make_pairs(self.idx, self.tiles(64).pairs_idx if counts is None else counts)
 
         return self.get("pairs", make)
 
     def chunks(self, parts, least, multiple):
-        """`Chunks`, where M > 0: parts + K at most, all as long as the pairs need them to be.
+        """`Chunks`, for M > 0: at most parts + K, of equal length, just long enough to cover all pairs.
 
-        least, multiple: what a chunk has at least, and a multiple of which, but for the last of an offset.
+        least, multiple: a chunk has at least `least` pairs and a multiple of `multiple`, except the last of an offset.
         """
         key = "chunks", parts, least, multiple
         return self.get(key, lambda: _make_chunks(self.pairs().ends, parts, least, multiple))
 
     def trial(self):
-        """The same table, with what is made of this one by now; what is made of the trial is not made of this."""
+        """A copy that starts with this table's cache; what is added to the copy's cache is not added to this one."""
         trial = copy.copy(self)
-        trial.kept = self.kept.branch()
+        trial.cache = self.cache.copy()
         return trial
 
 

@@ -88,7 +88,7 @@ def _corners(volume, points, volume_idx):
     Z, Y, X = volume.shape[1:4]
     dtype = torch.promote_types(volume.dtype, points.dtype)
     point = points.to(dtype).flatten(0, 1).t().contiguous()  # [3, N]
-    size = torch.cat([point.new_full((1, 1), n) for n in (X, Y, Z)])  # no list: the host would wait for its copy
+    size = torch.cat([point.new_full((1, 1), n) for n in (X, Y, Z)])  # not new_tensor: the host would wait for its copy
     low = point.detach().floor()
     fraction = point - low
     corner = torch.stack([low, low + 1])  # [2, 3, N]

@@ -1,8 +1,8 @@
 """Which of an op's launches is fastest: found by trying each once for each kind of work, and remembered in a file.
 
-A candidate is charged for all that it makes others wait for: where it needs tiles of a table that no layer before has
-made, for these too, since every step makes them anew. Runs are timed as a step has them: one after the other, the L2 as
-the run before leaves it, and the host ahead of the device; the median counts.
+The time of a candidate includes all the work that it causes: if it needs tiles that no earlier layer has made of the
+table, those too, since every step makes them again. Runs are timed as in a training step: back to back, with the L2 as
+the previous run leaves it and the host ahead of the device. The median decides.
 
 Off until `enable` is called: every op then takes the first of its candidates, which is a sensible one. Another choice
 may add in another order, so results are bit-equal between runs that choose alike: with tuning off, or with one file.
@@ -19,7 +19,7 @@ from statistics import median
 
 import torch
 
-from kernels.backend import capturing, strictly_deterministic, triton, waits
+from kernels.backend import capturing, host_wait, strictly_deterministic, triton
 
 
 @dataclass
@@ -65,8 +65,8 @@ def choose(kind, candidates, run, device):
     Args:
         kind:       tuple that says what work this is; the last is how much of it, and is put in a bucket.
         candidates: tuples; the first is the default.
-        run:        takes a candidate and does the work, with all that this candidate needs and others may not; may be
-                    called many times, and must leave nothing behind that makes another call cheaper.
+        run:        takes a candidate and does the work, including what only this candidate needs; may be called many
+                    times, and must leave nothing behind that makes another call cheaper.
         device:     where.
     """
     if not _state.on or len(candidates) == 1:
@@ -108,7 +108,7 @@ def _known(work):
 
 
 RUNS = 21
-SPIN = 2**22  # ticks, two to three milliseconds at 1.4 to 2 GHz: time for the host to launch all runs
+SPIN = 2**22  # clock cycles, 2 to 3 ms at 1.4 to 2 GHz: time for the host to launch all runs
 
 
 def _time(fn, device):
@@ -119,8 +119,8 @@ def _time(fn, device):
 
 
 def _milliseconds(fn, device):
-    """Median of runs one after the other, on the GPU's clock."""
-    with torch.cuda.device(device), waits("how long a launch takes"):
+    """Median of `RUNS` back-to-back runs, in ms, by CUDA events."""
+    with torch.cuda.device(device), host_wait("timing of a launch"):
         fn()  # compiles
         torch.cuda._sleep(SPIN)
         events = [torch.cuda.Event(enable_timing=True) for _ in range(RUNS + 1)]

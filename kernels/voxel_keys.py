@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import jit, on_triton, opaque, tl, to_host, triton, waits
+from kernels.backend import host_wait, jit, on_triton, opaque, tl, to_host, triton
 
 NO_KEY = 2**62  # sorts behind every voxel; a power of two, since F.pad takes its value as fp64
 NO_KEY_SHORT = 2**31 - 1  # the same of keys of 32 bits
@@ -61,7 +61,7 @@ def sort_voxels(coords: Tensor, shape: Sequence[int], check: bool = True) -> tup
         keys:  [N] int64 ascending.
         order: [N] int64, row of each key: keys[i] is the key of coords[order[i]].
 
-    Raises ValueError naming one voxel at fault, or a grid that `check_grid` refuses.
+    Raises ValueError that names an invalid voxel, or for a grid that `check_grid` rejects.
     """
     if not on_triton(coords):
         return sort_voxels_ref(coords, shape, check)
@@ -84,8 +84,8 @@ def _raise_on_faults(coords, shape, keys, order):
     for axis, size in enumerate(shape):
         outside |= coords[:, 1 + axis] >= size
     twice = F.pad(keys[1:] == keys[:-1], (0, 1))[: len(keys)]
-    any_outside, any_twice = to_host(torch.stack([outside.any(), twice.any()]), "whether voxels are at fault")
-    with waits("the voxel at fault"):
+    any_outside, any_twice = to_host(torch.stack([outside.any(), twice.any()]), "whether any voxel is invalid")
+    with host_wait("an invalid voxel"):
         if any_outside:
             voxel = tuple(coords[outside.nonzero()[0, 0]].tolist())
             raise ValueError(f"voxel (b, z, y, x) = {voxel} is outside the grid (Z, Y, X) = {tuple(shape)}")
@@ -104,14 +104,14 @@ def checked(coords, shape, *triples):
 
 
 def check_grid(cells, batch_size=1):
-    """Raise ValueError for cells (Z, Y, X) that int32 cannot count along an axis, or int64 keys all together.
+    """Raise ValueError if coordinates in a grid of `cells` (Z, Y, X) do not fit int32, or keys of a batch int64.
 
-    A convolution passes what it reaches, padding included: kernels compute coordinates in 32 bits.
+    A convolution passes the grid that its kernel reaches, padding included: kernels compute coordinates in int32.
     """
     if max(cells) >= 2**31 or batch_size * prod(cells) > NO_KEY:
         raise ValueError(
-            f"(z, y, x) = {tuple(cells)} cells in each of {batch_size} samples, with what a kernel reaches around "
-            "them, are too many: a coordinate has 32 bits, the number of a cell 62"
+            f"(z, y, x) = {tuple(cells)} cells in each of {batch_size} samples, including those that a convolution "
+            "reaches outside the grid, are too many: a coordinate has 32 bits, a cell's key 62"
         )
 
 

@@ -81,7 +81,7 @@ def _geometry(lidar2image, low, cell, depth_range, D):
     # does not wait for the device to look for errors, as `torch.inverse` does
     metres = torch.linalg.inv_ex(lidar2image.double()).inverse[..., :3, :]
     places = [torch.cat([metres[..., i, :3], metres[..., i, 3:] - low[i]], dim=-1) for i in range(3)]
-    # on a GPU a tensor over a number is a product with its reciprocal, which moves points on faces
+    # on a GPU, dividing by a Python number multiplies by its reciprocal, which moves points on cell faces
     places = [place / place.new_full((), size) for place, size in zip(places, cell, strict=True)]
     near, far = depth_range
     bins = near + (far - near) / max(D, 1) * torch.arange(D, dtype=torch.float64, device=lidar2image.device)
@@ -154,10 +154,10 @@ class VoxelPool(torch.autograd.Function):
 
 
 def _find_points(lidar2image, sizes, D, low, cell, shape, stride, depth_range, truncate):
-    """What depends on the cameras alone, all int32.
+    """The voxels of the points, which depend on the cameras alone; all int32.
 
     Returns:
-        voxel: [P] that each point lies in; their number where it lies in none.
+        voxel: [P] voxel of each point; the number of voxels for a point outside all of them.
         order: [P] the first point of each run, sorted by voxel; behind the runs, all other points.
         pixel: [P] of those points.
         begin: [V + 1] each voxel's first run in `order`.

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kernels.backend import jit, on_triton, tl, to_host, triton, waits
-from kernels.voxel_keys import NO_KEY, check_grid  # points outside the grid have no key
+from kernels.backend import host_wait, jit, on_triton, tl, to_host, triton
+from kernels.voxel_keys import NO_KEY, check_grid  # NO_KEY: of points outside the grid
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def voxelize(points, point_counts, low, cell, shape, max_points, max_voxels):
         features: [V, C] means.
         coords:   [V, 4] int32 (b, z, y, x), each once; sample after sample, within one in the order of first points.
 
-    Waits for the device, once: for V. Not differentiable. Raises ValueError for a grid that `check_grid` refuses.
+    Waits for the device, once: for V. Not differentiable. Raises ValueError for a grid that `check_grid` rejects.
     Follows hard_voxelize_cpu and HardSimpleVFE of the original.
     """
     if not on_triton(points):
@@ -60,7 +60,7 @@ def voxelize(points, point_counts, low, cell, shape, max_points, max_voxels):
         number = F.pad(kept.cumsum(0), (1, 0))  # voxels before each point
         before = number[ends - on_device].repeat_interleave(on_device, output_size=P)  # ... before its sample
         kept &= number[:-1] - before < max_voxels
-    with waits("how many voxels hold points"):
+    with host_wait("number of occupied voxels"):
         first = kept.nonzero()[:, 0]
     V = len(first)
     features = points.new_empty(V, C)
@@ -122,18 +122,18 @@ def grid_sample(points, point_counts, cell, noise=None):
         rows:    [V] int64, rows of `points`, one a cell, in ascending order of `coords`.
         coords:  [V, 4] int32 (b, z, y, x) of the cells, negative ones too.
         cell_of: [P] int64, the row among `coords` of each point.
-        extent:  the lowest cell and the highest, (z, y, x) each; without points cell 0.
+        extent:  lowest and highest cell along each axis, two lists (z, y, x); zeros without points.
 
-    Waits for the device, once: for V and the extent. Raises ValueError where a cell has no int32 coordinate, as those
-    of points that are not finite. Elementwise torch and its sorts on every device: nothing is left for a kernel of our
-    own. Follows GridSample of Pointcept, which counts cells from each sample's minimum; that moves their numbers, not
-    their borders.
+    Waits for the device, once: for V and the extent. Raises ValueError if the coordinates of a cell do not fit int32,
+    e.g. because a point is not finite. Elementwise torch and its sorts on every device: nothing is left for a kernel of
+    our own. Follows GridSample of Pointcept, which counts cells from each sample's minimum; that shifts their
+    coordinates, not their borders.
     """
     counts, P = _check(points, point_counts), len(points)
     if not P:
         none = torch.empty(0, dtype=torch.int64, device=points.device)
         return none, none.new_empty((0, 4), dtype=torch.int32), none, ([0, 0, 0], [0, 0, 0])
-    # on a GPU a tensor over a number is a product with its reciprocal, which rounds points into other cells
+    # on a GPU, dividing by a Python number multiplies by its reciprocal, which moves points into other cells
     sample, place = _samples(counts, points), (points[:, :3] / points.new_full((), cell)).floor().long()
     low, high = place.amin(dim=0), place.amax(dim=0)
     x, y, z = (place - low).unbind(1)
@@ -147,7 +147,7 @@ def grid_sample(points, point_counts, cell, noise=None):
         order = order.index_select(0, within)
     new = F.pad(key[1:] != key[:-1], (1, 0), value=True)
     numbers = torch.cat([new.sum()[None], low.flip(0), high.flip(0)])
-    V, *extent = to_host(numbers, "how many cells hold points, and how far they reach")
+    V, *extent = to_host(numbers, "number and extent of occupied cells")
     low, high = extent[:3], extent[3:]
     if min(low) < -(2**31) or max(high) >= 2**31:
         raise ValueError(f"points lie in the cells (z, y, x) = {low} to {high}, beyond 32 bits: are all finite?")

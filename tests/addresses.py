@@ -1,55 +1,54 @@
-"""Products of 32 bits in a kernel's addresses, found in its TTIR.
+"""Find int32 products in a kernel's address arithmetic, from its TTIR.
 
-An offset that is multiplied in int32 wraps around in tensors of more than 2^31 elements, long before any test would
-notice: kernels go to int64 before the product. Here every offset of a pointer is followed back to what it was made of.
-A product of 32 bits among that is a fault, unless both factors are known at compile time (lanes, block sizes), or one
-is and the other numbers blocks (programs, or a loop over `cdiv(size, block)`): times the block's size it is at most a
-size, and sizes are int32. What stays below 2^31 for reasons of its own stands in `SMALL`.
+An offset multiplied in int32 overflows for tensors of more than 2^31 elements, which no test would notice: kernels must
+widen to int64 before the product. Every pointer offset is traced back to the values that it is computed from. An int32
+product among them is a fault, unless both factors are known at compile time (lanes, block sizes), or one is and the
+other is a block index (a program id, or the counter of a loop over `cdiv(size, block)`): block index times block size
+is at most a size, and sizes are int32. `KNOWN_SMALL` lists products that stay below 2^31 for other reasons.
 
-The offsets that a kernel loads are followed no further, nor is what decides (masks, branches); sums of two sizes in
-int32 are not looked at.
+Tracing stops at offsets loaded from memory and ignores conditions (masks, branches). int32 sums are not checked.
 """
 
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-SMALL = {  # file -> a piece of the line: why the product stays below 2^31
+KNOWN_SMALL = {  # file -> part of a source line -> why its product stays below 2^31
     "lift.py": {
-        "V = shape[0] * shape[1] * shape[2]": "lift asserts that views x voxels are fewer",
-        "i = (z * shape[1] + y) * shape[0] + x": "a voxel's number; lift asserts that there are fewer",
-        "block // (along_x * along_y)": "blocks of a slice, of which a launch has fewer",
+        "V = shape[0] * shape[1] * shape[2]": "lift asserts views x voxels < 2^31",
+        "i = (z * shape[1] + y) * shape[0] + x": "voxel index; lift asserts voxels < 2^31",
+        "block // (along_x * along_y)": "block index within a slice, less than the number of programs",
     },
     "pixel_sum.py": {
-        "cell = p - up * w": "a row of pixels",
-        "hit // V // N % B * V + hit % V": "a voxel's number; lift asserts that there are fewer",
+        "cell = p - up * w": "first pixel of a row",
+        "hit // V // N % B * V + hit % V": "voxel index; lift asserts voxels < 2^31",
     },
-    "rotated_iou.py": {"w * 32 + k": "a box's number"},
-    "sdf_field.py": {"tile * BLOCK_S": "a sample's number on its ray"},
+    "rotated_iou.py": {"w * 32 + k": "box index"},
+    "sdf_field.py": {"tile * BLOCK_S": "index of a sample on its ray"},
     "sparse_gemm.py": {
         "e < O * I": "weights of one offset",
-        "place * BLOCK_M": "what a tile reads: offsets x rows",
-        "place[None, :] * BLOCK_M": "what a tile reads: offsets x rows",
-        "at * BLOCK_M": "what a tile reads: offsets x rows",
-        "count * STEPS": "blocks of channels of a tile's offsets",
+        "place * BLOCK_M": "entries of one tile: offsets x rows",
+        "place[None, :] * BLOCK_M": "entries of one tile: offsets x rows",
+        "at * BLOCK_M": "entries of one tile: offsets x rows",
+        "count * STEPS": "channel blocks over the offsets of a tile",
         "r * BLOCK_R": "pairs of one chunk",
     },
-    "sparse_tiles.py": {"size = size * 2": "doubled up to the rows of a window"},
+    "sparse_tiles.py": {"size = size * 2": "a power of two up to the rows of a window"},
     "trilinear.py": {"2 * C": "channels", "2 * upper - 1": "-1 or 1"},
     "voxel_pool.py": {
         "view * 12": "matrices",
-        "p = r * D + k": "a point's number; voxel_pool asserts that there are fewer",
-        "chunk * CHUNK": "a point's place in their order",
-        "first * CHUNK": "a point's place in their order",
+        "p = r * D + k": "point index; voxel_pool asserts points < 2^31",
+        "chunk * CHUNK": "position of a point in sorted order",
+        "first * CHUNK": "position of a point in sorted order",
         "whole * (CHUNK - 1)": "points of one voxel",
         "range(0, tl.max(terms, axis=0)": "points of one voxel",
-        "range(0, D": "steps along a pixel's ray",
+        "range(0, D": "depth bins along the ray of a pixel",
     },
 }
 
 VALUE = re.compile(r"%[\w.]+(?:#\d+)?")
 OP = re.compile(r'^\s*(?:(%[\w.]+)(?::(\d+))? = )?"?([a-z_]+\.[\w.]+)"?(.*)$')
-# Their results are not made of their operands, as far as an address goes
+# Ops at which tracing stops
 OPAQUE = {"tt.load", "tt.atomic_rmw", "tt.atomic_cas", "arith.cmpi", "arith.cmpf", "arith.fptosi", "arith.fptoui"}
 
 
@@ -58,11 +57,11 @@ class Op:
     name: str
     operands: list
     text: str = ""
-    made_of: list = field(default_factory=list)  # what its result may be: its operands, or what its regions yield
+    sources: list = field(default_factory=list)  # values its result derives from: operands, or what its regions yield
 
 
 def narrow_products(ttir):
-    """ "file.py: source line" of every product of 32 bits that an address is made of and `SMALL` does not know."""
+    """ "file.py: source line" of every int32 product in an address that is not in `KNOWN_SMALL`."""
     ops, addresses = _read(ttir)
     seen, found, left = set(), set(), list(addresses)
     while left:
@@ -71,18 +70,18 @@ def narrow_products(ttir):
             continue
         seen.add(value)
         op = ops[value]
-        left += op.made_of
+        left += op.sources
         if op.name == "arith.muli" and re.search(r": (i32|tensor<[\dx]+xi32>)", op.text):
             kinds = {_kind(v, ops) for v in op.operands}
             if "constant" not in kinds or not kinds <= {"constant", "block"}:
                 found.add(_source(op.text, ttir))
-    return sorted(f"{file}: {line}" for file, line in found if not any(p in line for p in SMALL.get(file, ())))
+    return sorted(f"{file}: {line}" for file, line in found if not any(p in line for p in KNOWN_SMALL.get(file, ())))
 
 
 def _read(ttir):
-    """Every value's op by the value's name, and the values that pointers are moved by."""
+    """The op that defines each value, by name of the value, and the values used as pointer offsets."""
     ops, addresses = {}, []
-    regions = []  # of the ops that are open: (values of their results, values that a loop carries)
+    regions = []  # of the enclosing ops: (their results, values carried by a loop)
     for line in ttir.splitlines():
         parsed = OP.match(line)
         closes, opens = line.lstrip().startswith("}"), line.split(" loc(")[0].rstrip().endswith(("{", "({"))
@@ -99,13 +98,13 @@ def _read(ttir):
             yielded = operands[name == "scf.condition" :]
             for targets in regions[-1] if regions else ():
                 for target, value in zip(targets, yielded, strict=False):
-                    ops[target].made_of.append(value)
+                    ops[target].sources.append(value)
         elif name in ("scf.for", "scf.while"):
             carried, inits = _pairs(rest)
             for target, init in zip(carried, inits, strict=True):
-                ops[target] = Op("carried", [], made_of=[init])
+                ops[target] = Op("carried", [], sources=[init])
             if name == "scf.for":
-                ops[operands[0]] = Op("counter", operands[1:4], made_of=operands[1:4])
+                ops[operands[0]] = Op("counter", operands[1:4], sources=operands[1:4])
         elif name == "tt.addptr":
             addresses.append(operands[1])
         for r in results:
@@ -119,14 +118,14 @@ def _read(ttir):
 
 
 def _pairs(text):
-    """Names and first values of what a loop carries: (%a = %b, ...)."""
+    """Names and initial values of the values carried by a loop: (%a = %b, ...)."""
     listed = re.search(r"(?:iter_args)?\(((?:%[\w.]+ = [^,)]+(?:, )?)+)\)", text)
     pairs = re.findall(r"(%[\w.]+) = (%[\w.#]+)", listed[1]) if listed else []
     return [a for a, _ in pairs], [b for _, b in pairs]
 
 
 def _kind(value, ops):
-    """ "constant": bounded by what the compiler knows; "block": at most a number of blocks; None: any number."""
+    """ "constant": bounded at compile time; "block": a block index; None: anything else."""
     op = ops.get(value)
     if op is None:
         return None
@@ -152,7 +151,7 @@ def _kind(value, ops):
 
 
 def _source(text, ttir):
-    """The file and the line that the op was compiled from; of inlined functions the innermost."""
+    """File name and source line of an op; of the innermost function if inlined."""
     alias = re.search(r"loc\((#loc\d*)\)\s*$", text)[1]
     for _ in range(8):
         body = re.search(rf"^{alias} = loc\((.*)\)$", ttir, re.MULTILINE)[1]

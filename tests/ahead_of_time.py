@@ -19,12 +19,12 @@ from unittest import mock
 from tests.addresses import narrow_products
 
 TARGETS = {f"sm_{arch}": ("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 120)} | {"gfx942": ("hip", "gfx942", 64)}
-# Bytes of shared memory that a program may have; CUDA's guide, and MI300's LDS
-MOST_SHARED = dict(sm_80=166_912, sm_86=101_376, sm_89=101_376, sm_90=232_448, sm_100=232_448, sm_120=101_376)
-MOST_SHARED |= dict(gfx942=65_536)
+# Bytes of shared memory per program, at most: CUDA programming guide; LDS of the MI300
+MAX_SHARED = dict(sm_80=166_912, sm_86=101_376, sm_89=101_376, sm_90=232_448, sm_100=232_448, sm_120=101_376)
+MAX_SHARED |= dict(gfx942=65_536)
 NVIDIA, AMD = tuple(target for target in TARGETS if target != "gfx942"), ("gfx942",)
-USUAL = ("sm_86", "sm_90", "gfx942")  # what every run of the suite compiles for: the least shared memory, and the most
-ASSEMBLED = ("sm_80", "sm_90", "gfx942")  # to machine code; for the others until their shared memory is known
+DEFAULT_TARGETS = ("sm_86", "sm_90", "gfx942")  # of the suite: NVIDIA's smallest and largest shared memory, and AMD
+ASSEMBLED = ("sm_80", "sm_90", "gfx942")  # down to machine code; the others until shared memory is allocated
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class Launch:
     elements: tuple = ("fp32", "bf16")  # element types to compile for
     targets: tuple = tuple(TARGETS)
     num_warps: int = 4
-    num_stages: int | dict | None = None  # None: what the target defaults to; a dict: what the code has for each vendor
+    num_stages: int | dict | None = None  # None: the target's default; a dict: by vendor
     registers: int = 255  # at most, per thread
     shared: int = 0  # at most, bytes per program
     stack: int = 0  # at most, bytes per thread; above 0 means spills and wants a written reason
     mma: str = ""  # the matrix instruction that sm_90's machine code must have, "HGMMA" or "HMMA"; sm_80 knows HMMA
-    budgets: tuple = ("sm_90",)  # targets where the costs are asserted, of ASSEMBLED; on AMD's, the stack alone
+    budgets: tuple = ("sm_90",)  # targets, out of ASSEMBLED, where the costs are asserted; on AMD the stack only
 
     def matrix(self, target):
         """The matrix instruction that the machine code for `target` must have, "" for none."""
@@ -60,10 +60,10 @@ def launches_of(kernel_file, targets):
     return [(row, e, target) for row in rows for e in row.elements for target in targets if target in row.targets]
 
 
-def compile_launches(kernel_file, targets="usual"):
-    """Print what every row costs, one JSON object a line: shared memory, and the rest where it has budgets."""
+def compile_launches(kernel_file, targets="default"):
+    """Print the cost of every row as a JSON line: shared memory, and the rest on targets where the row has budgets."""
     module = importlib.import_module(f"kernels.{kernel_file}")
-    for launch, element, target in launches_of(kernel_file, USUAL if targets == "usual" else TARGETS):
+    for launch, element, target in launches_of(kernel_file, DEFAULT_TARGETS if targets == "default" else TARGETS):
         kernel = getattr(module, launch.kernel)
         if target in ASSEMBLED:
             compiled = compile_launch(kernel, launch, element, target)
@@ -79,7 +79,7 @@ class _Allocated(Exception):
 
 
 def shared_of(kernel, launch, element, target):
-    """Bytes of shared memory per program. Known before there is PTX, so that no assembler need know the target."""
+    """Bytes of shared memory per program. Stops before PTX, so the assembler need not support the target."""
     from triton.backends.amd.compiler import HIPBackend
     from triton.backends.nvidia.compiler import CUDABackend
 
@@ -88,7 +88,7 @@ def shared_of(kernel, launch, element, target):
 
     try:
         with mock.patch.object(CUDABackend, "make_ptx", stop), mock.patch.object(HIPBackend, "make_amdgcn", stop):
-            return compile_launch(kernel, launch, element, target).metadata.shared  # it was in Triton's cache
+            return compile_launch(kernel, launch, element, target).metadata.shared  # found in Triton's cache
     except _Allocated as allocated:
         return allocated.args[0]
 

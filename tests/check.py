@@ -18,9 +18,8 @@ def check_against_ref(op, ref, inputs, dtype, wrt=None, slack=None, magnitude=0.
     inputs:  dict name -> value. fp64 tensors are cast to `dtype`; fp32 ones are geometry and stay what they are;
              lists of tensors are taken element by element; anything else is passed through.
     wrt:     names of the inputs whose gradients are compared; None: all floating ones.
-    slack:   on top of that, as a fraction of the largest true value; None: SLACK of the type.
-    magnitude: of the terms that outputs and gradients are differences of: where these cancel, the slack is a fraction
-               of them.
+    slack:   allowed on top of that, as a fraction of the largest true value; None: SLACK of the type.
+    magnitude: of terms whose difference is an output or gradient; slack is a fraction of it where they cancel.
 
     Also asserts that `op` launched a kernel, and that it launched none when all its outputs are empty.
     """
@@ -61,7 +60,7 @@ def launches():
 
 
 class NoFloatCumsum(TorchDispatchMode):
-    """Fails where floating numbers are summed up one after the other, forward or backward."""
+    """Fails on a cumsum of floats, in forward or backward passes."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         summed = func.overloadpacket in (torch.ops.aten.cumsum, torch.ops.aten.cumsum_)
@@ -69,8 +68,8 @@ class NoFloatCumsum(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class DividesLikeAGpu(TorchDispatchMode):
-    """Inside, a tensor over a number is its product with the reciprocal; over a tensor it stays a quotient."""
+class DivideLikeGpu(TorchDispatchMode):
+    """Divides a tensor by a number as PyTorch does on a GPU: multiplies by the reciprocal."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten.div.Tensor and not torch.is_tensor(args[1]):
@@ -78,16 +77,16 @@ class DividesLikeAGpu(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-WAITS = "nonzero", "_local_scalar_dense", "_unique2", "unique_consecutive", "unique_dim", "masked_select", "equal"
+BLOCKING = "nonzero", "_local_scalar_dense", "_unique2", "unique_consecutive", "unique_dim", "masked_select", "equal"
 
 
-class Waits(TorchDispatchMode):
-    """Collects what would make the host wait for a GPU: `named` by `backend.waits`, or other operators, `unnamed`.
+class WaitRecorder(TorchDispatchMode):
+    """Records host waits for a GPU: the reasons of `host_wait`s in `named`, other operators that wait in `unnamed`.
 
-    A list that becomes a tensor is one of these, since it would be copied while the host waits. What kernels do is left
-    out: in the interpreter that is PyTorch on the host.
+    Creating a tensor from a list counts, since the host waits for its copy. Operators inside kernels do not count: the
+    interpreter runs them.
 
-    without: modules whose kernels are not run at all, since no size depends on what they compute.
+    without: modules whose kernels are not run, since no size depends on their results.
     """
 
     def __init__(self, without=()):
@@ -99,7 +98,7 @@ class Waits(TorchDispatchMode):
 
         plain, tolist = KernelInterface.__getitem__, torch.Tensor.tolist
 
-        def outside(kernel, grid):
+        def unrecorded(kernel, grid):
             def launch(*args, **kwargs):
                 if kernel.fn.__module__ not in self.without:
                     with _disable_current_modes():
@@ -107,14 +106,14 @@ class Waits(TorchDispatchMode):
 
             return launch
 
-        def seen(tensor):
-            self._saw("tolist")
+        def recorded_tolist(tensor):
+            self._record("tolist")
             with _disable_current_modes():
                 return tolist(tensor)
 
         self.patches = ExitStack()
-        self.patches.enter_context(mock.patch.object(KernelInterface, "__getitem__", outside))
-        self.patches.enter_context(mock.patch.object(torch.Tensor, "tolist", seen))
+        self.patches.enter_context(mock.patch.object(KernelInterface, "__getitem__", unrecorded))
+        self.patches.enter_context(mock.patch.object(torch.Tensor, "tolist", recorded_tolist))
         return super().__enter__()
 
     def __exit__(self, *error):
@@ -126,11 +125,11 @@ class Waits(TorchDispatchMode):
         indices = args[1] if name in ("index", "index_put", "index_put_") else ()
         masks = any(i is not None and i.dtype == torch.bool for i in indices)
         unsized = name == "repeat_interleave" and kwargs.get("output_size") is None
-        if name in WAITS or name == "lift_fresh" or masks or unsized:
-            self._saw(name)
+        if name in BLOCKING or name == "lift_fresh" or masks or unsized:
+            self._record(name)
         return func(*args, **kwargs)
 
-    def _saw(self, name):
+    def _record(self, name):
         if backend.waiting_for is None:
             self.unnamed.append(name)
         else:

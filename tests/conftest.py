@@ -4,7 +4,7 @@ import os
 import shutil
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite's processes share the cores; before torch loads OpenMP
-# Without it cuBLAS raises under strict determinism, as `unipad.runtime.start` knows; before CUDA starts.
+# cuBLAS raises under strict determinism without it (`unipad.runtime.start` sets it too); before CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest

@@ -1,10 +1,11 @@
-"""One training step of every recipe on a GPU that is not there, and all it would launch compiled for all targets.
+"""Dry-run one training step of every recipe on a simulated GPU, and compile everything it launches for all targets.
 
-    python -m tests.dry_step            the main recipes, one of them for sm_90: what tests/test_dry_step.py runs
+    python -m tests.dry_step            the main recipes; launches of one of them for sm_90 (tests/test_dry_step.py)
     python -m tests.dry_step --all      every recipe and its variants, for every target
 
-Prints one JSON line a step and one for each distinct launch and target; a step that waits or crosses devices, a launch
-that does not compile or wants more shared memory than the target has is a fault, printed so, and the exit code is 1.
+Prints one JSON line per step and one per distinct launch and target. A line has the key "fault", and the exit code is
+1, if a step waits for the device without a `host_wait` or mixes devices, if a kernel specializes on a size that depends
+on the data, or if a launch does not compile or needs more shared memory than its target has.
 """
 
 import json
@@ -20,7 +21,7 @@ import torch
 from torch.utils._pytree import tree_iter
 
 from kernels.composite import _composite_fwd_kernel, composite
-from tests.dry import CUDA, Dry, Generator, backward, on_gpu
+from tests.dry_run import CUDA, DryRun, Generator, backward, to_gpu
 from unipad.batch import Batch
 from unipad.config import DetectRecipe, PretrainRecipe
 from unipad.model.detect import Detector
@@ -30,13 +31,13 @@ from unipad.model.segment import Segmenter
 from unipad.model.sparse import SparseTensor, SubMConv3d, VoxelSet
 from unipad.recipes import DETECT, PRETRAIN, SEGMENT
 
-# What a program may have of shared memory, bytes. sm_86 and 89 run what sm_80 does, with as little memory as sm_120.
+# Bytes of shared memory per program, at most. sm_80 stands for sm_86 and sm_89 too, so it gets their smaller limit.
 SHARED = {"sm_80": 101_376, "sm_90": 232_448, "sm_120": 101_376, "gfx942": 65_536}
 MAIN = ("train camera-0.1", "detect lidar-0.075", "segment segment")
-COMPILED = ("train camera-0.1",)  # of these; compiling for one target takes a minute and a half of all main ones
-VARIED = ("train camera-0.1", "train lidar-0.075", "detect camera-0.075", "segment segment")
+COMPILED = ("train camera-0.1",)  # without --all; compiling all of MAIN for one target takes a minute and a half
+WITH_VARIANTS = ("train camera-0.1", "train lidar-0.075", "detect camera-0.075", "segment segment")
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-VOXELS = 90_000  # of a sample, of which masks leave a fifth
+VOXELS = 90_000  # per sample; masking leaves a fifth of them
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Step:
 
 
 def steps():
-    """Every recipe of train.py and finetune.py, and what their flags make of it."""
+    """Every recipe of train.py and finetune.py, and variants by their flags."""
     found = []
     for task, presets in (("train", PRETRAIN), ("detect", DETECT), ("segment", SEGMENT)):
         for modality, named in presets.items():
@@ -67,42 +68,42 @@ def steps():
     found.append(Step(f"{lidar.name} --rays-from lidar", replace(lidar.recipe, data=data)))
     token = replace(lidar.recipe.lidar, learnable_token=True)
     found.append(Step(f"{lidar.name}, a token for hidden voxels", replace(lidar.recipe, lidar=token)))
-    for step in (named[name] for name in VARIED):
+    for step in (named[name] for name in WITH_VARIANTS):
         found += [replace(step, name=f"{step.name} --precision {p}", precision=p) for p in ("fp16", "fp32")]
         found.append(replace(step, name=f"{step.name} --deterministic", deterministic=True))
     return found
 
 
 def dry_step(step, scene=0):
-    """The `Dry` that a step ran in. scene: another one has other numbers of points, voxels and boxes."""
+    """Run a step and return its `DryRun`. scene: varies the numbers of points, voxels and boxes."""
     recipe, precision = _shallow(step.recipe), PRECISIONS[step.precision]
     kind = {PretrainRecipe: Pretrain, DetectRecipe: Detector}.get(type(recipe), Segmenter)
     with torch.device("meta"):
         net = kind(recipe)
     torch.use_deterministic_algorithms(step.deterministic)
-    with Dry(answers(recipe, scene)) as dry:
-        net = on_gpu(net)
+    with DryRun(answers(recipe, scene)) as dry:
+        net = to_gpu(net)
         batch = make_batch(recipe, scene)
         with torch.autocast("cuda", precision, enabled=precision != torch.float32):
             losses = net(batch, [Generator() for _ in range(len(batch))])
         losses = losses[0] if kind is Pretrain else losses
         backward(sum(losses.values()))
         torch.nn.utils.clip_grad_norm_(net.parameters(), recipe.optim.clip)
-        still = [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None]
-        assert not still, f"no gradient reaches {still}"
+        missing = [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None]
+        assert not missing, f"no gradient reaches {missing}"
     torch.use_deterministic_algorithms(False)
     return dry
 
 
 def _shallow(recipe):
-    """A block a stage of the ConvNeXt: all the others launch the same."""
+    """The recipe with one block per ConvNeXt stage: further blocks launch the same kernels."""
     if recipe.camera is None:
         return recipe
     return replace(recipe, camera=replace(recipe.camera, depths=(1,) * len(recipe.camera.depths)))
 
 
 def make_batch(recipe, scene):
-    """A batch of a recipe's size on the GPU, with what nuScenes has of points and boxes."""
+    """A batch of the recipe's size on the GPU, with about as many points and boxes as in nuScenes."""
     B, data = recipe.optim.batch_size, recipe.data
     H, W = (-(-size // 32) * 32 for size in data.image_size or (900, 1600))
     views = 6 * data.camera_sweeps if data.cameras else 0
@@ -129,46 +130,46 @@ def make_batch(recipe, scene):
 
 
 def answers(recipe, scene):
-    """What the host is told where it waits."""
+    """The values that the host reads where it waits, by the reason of the wait."""
     voxels = VOXELS * recipe.optim.batch_size - 1007 * scene
     return {
-        "costs, for the Hungarian method": None,  # all 0
-        "how many voxels hold points": voxels,
-        "how many cells hold points, and how far they reach": [voxels, 1023 - scene, 1023 - 16 * scene, 39],
-        "which voxels stay visible": voxels // 5,
-        "how many voxels a convolution reaches": voxels // 6,
-        "which points have a label": voxels - 1001,
-        "whether VolSDF has looked closely enough": False,
+        "assignment costs for the Hungarian method": None,  # all 0
+        "number of occupied voxels": voxels,
+        "number and extent of occupied cells": [voxels, 1023 - scene, 1023 - 16 * scene, 39],
+        "indices of the visible voxels": voxels // 5,
+        "number of a convolution's output voxels": voxels // 6,
+        "indices of the labeled points": voxels - 1001,
+        "convergence of VolSDF's sampler": False,
     }
 
 
-def specialised_on_data(calls, others):
-    """(kernel, argument) pairs that differ between two scenes, and that Triton would compile the kernel anew for."""
+def specialized_on_data(calls, other_calls):
+    """(kernel, argument) pairs whose values differ between two scenes and that Triton specializes the kernel on."""
     found = set()
-    for (kernel, given), (other, given_there) in zip(calls, others, strict=True):
+    for (kernel, given), (other, other_given) in zip(calls, other_calls, strict=True):
         assert kernel is other, f"{kernel.__name__} is launched here, {other.__name__} in another scene"
         free = {p.name for p in kernel.params if p.do_not_specialize and not isinstance(given.get(p.name), tuple)}
         for name, value in given.items():
-            numbers = [[n for n in tree_iter(v) if isinstance(n, int)] for v in (value, given_there[name])]
-            if numbers[0] != numbers[1] and name not in free:  # elements of a tuple are specialised whatever is said
+            numbers = [[n for n in tree_iter(v) if isinstance(n, int)] for v in (value, other_given[name])]
+            if numbers[0] != numbers[1] and name not in free:  # Triton always specializes on elements of tuples
                 found.add((kernel.__name__, name))
     return found
 
 
-def variants(scenes, seed=0):
-    """How many ways of each kernel a sparse encoder's steps compile: (of the first tenth of the scenes, of all).
+def count_specializations(scenes, seed=0):
+    """Specializations per kernel in steps of a sparse encoder: counts for the first tenth of the scenes, and for all.
 
-    scenes: number of scenes, of 1 to 150,000 voxels; half of them have fewer than 1000.
+    scenes: number of scenes, with 1 to 150,000 voxels each; half of them have fewer than 1000.
     """
     rng = random.Random(seed)
     sizes = [1, 16, *(rng.randrange(1, rng.choice([1000, 150_000])) for _ in range(scenes - 2))]
-    # a scene's first strided convolution reaches nine tenths of its voxels, the next ones fewer
-    reached = [1 + int(n * part) for n in sizes for part in (0.9, 0.4, 0.1, 0.1)]
+    # the first strided convolution has nine tenths as many output voxels as a scene has voxels, the next ones fewer
+    out_voxels = [1 + int(n * part) for n in sizes for part in (0.9, 0.4, 0.1, 0.1)]
     with torch.device("meta"):
         net = SparseEncoder(5, (16, 32, 64), 1, 128)
     counts = []
-    with Dry({"how many voxels a convolution reaches": reached}) as dry:
-        net = on_gpu(net)
+    with DryRun({"number of a convolution's output voxels": out_voxels}) as dry:
+        net = to_gpu(net)
         for i, n in enumerate(sizes, 1):
             coords = torch.zeros(n, 4, dtype=torch.int32, device=CUDA)
             features = torch.zeros(n, 5, device=CUDA, requires_grad=True)
@@ -180,12 +181,12 @@ def variants(scenes, seed=0):
     return counts
 
 
-def compiled(launch, target):
-    """A line about a launch compiled for a target."""
+def compile_line(launch, target):
+    """Compile a launch for a target; returns its line of output."""
     line = {"kernel": launch.kernel, "target": target}
     try:
-        line["shared"] = launch.compiled(target).metadata.shared
-    except Exception as error:  # whatever the compiler says is the finding
+        line["shared"] = launch.compile(target).metadata.shared
+    except Exception as error:  # any compiler error is a fault to report
         return line | {"fault": f"{type(error).__name__}: {str(error)[-2000:]}"}
     if line["shared"] > SHARED[target]:
         line["fault"] = f"shared memory: {line['shared']} bytes, {target} has {SHARED[target]}: {launch}"
@@ -193,41 +194,41 @@ def compiled(launch, target):
 
 
 def main(everything=False):
-    """Run and compile; returns whether there was a fault."""
+    """Run the steps and compile their launches; returns whether there was a fault."""
     targets = ["gfx942"] if torch.version.hip else ["sm_80", "sm_90", "sm_120"] if everything else ["sm_90"]
     launches, faults = {}, 0
     for step in steps():
         if everything or step.name in MAIN:
             line = {"step": step.name}
             try:
-                made, other = dry_step(step), dry_step(step, scene=1)
-                line |= {"launches": len(made.launches), "kinds": len(set(made.launches))}
-                anew = specialised_on_data(made.calls, other.calls)
-                if anew:
-                    line["fault"] = f"compiled anew for another scene: {sorted(anew)}"
+                run, other = dry_step(step), dry_step(step, scene=1)
+                line |= {"launches": len(run.launches), "distinct": len(set(run.launches))}
+                found = specialized_on_data(run.calls, other.calls)
+                if found:
+                    line["fault"] = f"compiled again for another scene: {sorted(found)}"
                 if everything or step.name in COMPILED:
-                    launches |= dict.fromkeys(made.launches)
+                    launches |= dict.fromkeys(run.launches)
             except Exception as error:
                 line["fault"] = f"{type(error).__name__}: {error}"
             faults += "fault" in line
             print(json.dumps(line), flush=True)
     work = [(launch, target) for launch in launches for target in targets]
     with get_context("fork").Pool(os.cpu_count()) as pool:
-        for line in pool.imap_unordered(_compiled, work):
+        for line in pool.imap_unordered(_compile_line, work):
             faults += "fault" in line
             print(json.dumps(line), flush=True)
     return faults > 0
 
 
-def _compiled(work):
-    return compiled(*work)
+def _compile_line(work):
+    return compile_line(*work)
 
 
-def seeded():
-    """Print what is found of faults that are made on purpose."""
+def print_seeded_faults():
+    """Print what is detected of faults made on purpose."""
 
     def caught(fault):
-        with Dry() as dry:
+        with DryRun() as dry:
             x = torch.zeros(8, device=CUDA)
             try:
                 fault(x)
@@ -235,12 +236,12 @@ def seeded():
                 return type(error).__name__
         return dry
 
-    def compiled_anew(*sizes):
+    def respecialized(*sizes):
         here, there = (
             caught(lambda _, shape=(R, S): composite(*(torch.zeros(*shape, *n, device=CUDA) for n in ((), (3,)))))
             for R, S in sizes
         )
-        return [f"{kernel} by {name}" for kernel, name in specialised_on_data(here.calls, there.calls)] or None
+        return [f"{kernel} on {name}" for kernel, name in specialized_on_data(here.calls, there.calls)] or None
 
     def too_large(stages):
         def convolve(x):
@@ -248,23 +249,23 @@ def seeded():
             with torch.device("meta"):
                 convolution = SubMConv3d(128, 128, 3, bias=False)
             features = torch.zeros(20_000, 128, dtype=torch.bfloat16, device=CUDA)
-            on_gpu(convolution)(SparseTensor(features, voxels))
+            to_gpu(convolution)(SparseTensor(features, voxels))
 
         launch = caught(convolve).launches[-1]
         options = dict(launch.options) | {"num_stages": stages}
-        return compiled(replace(launch, options=tuple(options.items())), "sm_120").get("fault", "")[:6] or None
+        return compile_line(replace(launch, options=tuple(options.items())), "sm_120").get("fault", "")[:6] or None
 
     faults = {
         "a tensor left on the CPU": lambda x: x + torch.ones(8),
-        "a kernel on what the CPU has": lambda x: _composite_fwd_kernel[(1,)](
+        "a CPU tensor in a launch": lambda x: _composite_fwd_kernel[(1,)](
             x, torch.ones(8), *3 * [x], 1, 8, 1, BLOCK_R=1, BLOCK_C=16
         ),
-        "a generator of the CPU": lambda x: torch.rand(8, device=CUDA, generator=torch.Generator()),
+        "a CPU generator": lambda x: torch.rand(8, device=CUDA, generator=torch.Generator()),
         "item": lambda x: x.sum().item(),
         "tolist": lambda x: x.tolist(),
         "a condition": lambda x: bool(x.max() > 0),
         "a mask": lambda x: x[x > 0],
-        "a mask that is written": lambda x: x.index_put_((x > 0,), x),
+        "a write under a mask": lambda x: x.index_put_((x > 0,), x),
         "nonzero": lambda x: x.nonzero(),
         "unique": lambda x: x.unique(),
         "new_tensor": lambda x: x.new_tensor([1.0, 2.0]),
@@ -274,19 +275,19 @@ def seeded():
     for name, fault in faults.items():
         print(json.dumps({"seeded": name, "found": caught(fault)}))
     sound = caught(lambda x: torch.ones(8).to(CUDA, non_blocking=True).add_(1.0).masked_fill_(x > 0, 1.0))
-    print(json.dumps({"seeded": "no fault", "found": None if isinstance(sound, Dry) else sound}))
-    print(json.dumps({"seeded": "a size that is specialised", "found": compiled_anew((1600, 96), (1601, 97))}))
-    print(json.dumps({"seeded": "a size that is not", "found": compiled_anew((1600, 96), (1601, 96))}))
+    print(json.dumps({"seeded": "no fault", "found": None if isinstance(sound, DryRun) else sound}))
+    print(json.dumps({"seeded": "a specialized size", "found": respecialized((1600, 96), (1601, 97))}))
+    print(json.dumps({"seeded": "a varying size", "found": respecialized((1600, 96), (1601, 96))}))
     print(json.dumps({"seeded": "more than 99 KB", "found": too_large(9)}))
     print(json.dumps({"seeded": "less than 99 KB", "found": too_large(2)}))
 
 
-# The device is AMD's from before the kernels are imported on: they choose by it.
-AS_AMD = "import sys, torch; torch.version.hip = '7.0'; from tests.dry_step import main; sys.exit(main(True))"
+# Set before the kernels are imported: their constants depend on it.
+AMD_RUN = "import sys, torch; torch.version.hip = '7.0'; from tests.dry_step import main; sys.exit(main(True))"
 
 if __name__ == "__main__":
     everything = "--all" in sys.argv
     failed = main(everything)
     if everything:
-        failed |= subprocess.run([sys.executable, "-c", AS_AMD]).returncode != 0
+        failed |= subprocess.run([sys.executable, "-c", AMD_RUN]).returncode != 0
     sys.exit(failed)

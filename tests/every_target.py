@@ -1,4 +1,4 @@
-"""As test_compiles.py, for all targets: longer than the rest of the suite, so a command of its own.
+"""test_compiles.py for all targets. Takes longer than the rest of the suite, so it is a separate command:
 
     python -m pytest tests/every_target.py
 """

@@ -1,6 +1,6 @@
-"""Products of 32 bits are found in the addresses of kernels that have them, and in no others.
+"""int32 products in addresses are found in kernels that have them, and in no others.
 
-What the project's own kernels have is asserted where they are compiled anyway: tests/test_compiles.py.
+The project's own kernels are checked where they are compiled anyway: tests/test_compiles.py.
 """
 
 import json
@@ -18,14 +18,14 @@ from kernels.backend import tl, triton
 def narrow(x_ptr, row_idx_ptr, N, C, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(row_idx_ptr + i, mask=i < N, other=0)
-    tl.store(x_ptr + row * C, 0.0, mask=i < N)  # at fault
+    tl.store(x_ptr + row * C, 0.0, mask=i < N)  # fault
 
 
 @triton.jit
 def widened_too_late(x_ptr, row_idx_ptr, N, C, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(row_idx_ptr + i, mask=i < N, other=0)
-    tl.store(x_ptr + (3 * row).to(tl.int64), 0.0, mask=i < N)  # at fault
+    tl.store(x_ptr + (3 * row).to(tl.int64), 0.0, mask=i < N)  # fault
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def carried(x_ptr, row_idx_ptr, N, C, BLOCK: tl.constexpr):
     at = tl.zeros((BLOCK,), tl.int32)
     for i in range(N):
         if i > 2:
-            at = at + i * C  # at fault
+            at = at + i * C  # fault
     tl.store(x_ptr + at, 0.0)
 
 
@@ -51,7 +51,7 @@ KERNELS = [narrow, widened_too_late, carried, wide]
 
 @pytest.fixture(scope="module")
 def found():
-    """kernel -> its products, found in a process that compiles."""
+    """kernel -> its int32 products, found in a process without the interpreter."""
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.test_addresses"]
@@ -61,12 +61,12 @@ def found():
 
 
 @pytest.mark.parametrize("name", ["narrow", "widened_too_late", "carried"])
-def test_a_product_of_32_bits_is_found(name, found):
+def test_an_int32_product_is_found(name, found):
     (line,) = found[name]
-    assert line.startswith("test_addresses.py: ") and line.endswith("# at fault")
+    assert line.startswith("test_addresses.py: ") and line.endswith("# fault")
 
 
-def test_a_product_of_64_bits_or_of_a_block_is_none(found):
+def test_int64_products_and_block_indices_are_allowed(found):
     assert found["wide"] == []
 
 

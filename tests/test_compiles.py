@@ -1,8 +1,8 @@
 """Every kernel compiles for its targets, on any machine, and stays within its budgets and each target's shared memory.
 
 The interpreter checks what a kernel computes; this checks that the real compiler takes it. How kernels are launched and
-what they may cost stands beside their tests: `LAUNCHES` in tests/kernels/test_<file>.py. The suite compiles for `USUAL`
-targets; for all of them `python -m pytest tests/every_target.py`.
+what they may cost is defined next to their tests: `LAUNCHES` in tests/kernels/test_<file>.py. The suite compiles for
+`DEFAULT_TARGETS`, and `python -m pytest tests/every_target.py` for all targets.
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import kernels
-from tests.ahead_of_time import AMD, MOST_SHARED, USUAL, launches_of
+from tests.ahead_of_time import AMD, DEFAULT_TARGETS, MAX_SHARED, launches_of
 
 KERNELS = {  # kernel file -> names of its kernels
     file.stem: names
@@ -26,11 +26,11 @@ KERNELS = {  # kernel file -> names of its kernels
 
 @pytest.mark.parametrize("kernel_file", KERNELS)
 def test_every_kernel_compiles_within_its_budget(kernel_file):
-    check(kernel_file, "usual", USUAL)
+    check(kernel_file, "default", DEFAULT_TARGETS)
 
 
 def check(kernel_file, which, targets):
-    """Compile the file's kernels in a process without the interpreter, and hold what they cost against `LAUNCHES`."""
+    """Compile the kernels of a file in a process without the interpreter, and check their cost against `LAUNCHES`."""
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
     rows = launches_of(kernel_file, targets)
     assert {row.kernel for row, _, _ in rows} == set(KERNELS[kernel_file])
@@ -44,8 +44,8 @@ def check(kernel_file, which, targets):
     assert len(costs) == len(rows)
     for (row, element, target), cost in zip(rows, costs, strict=True):
         assert (cost["kernel"], cost["element"], cost["target"]) == (row.kernel, element, target)
-        assert not cost.get("narrow"), "go to int64 before the product, or tell tests/addresses.py why int32 is enough"
-        assert cost["shared"] <= MOST_SHARED[target], f"{cost}: {target} has {MOST_SHARED[target]} bytes for {row}"
+        assert not cost.get("narrow"), "widen to int64 before the product, or explain in tests/addresses.py why not"
+        assert cost["shared"] <= MAX_SHARED[target], f"{cost}: {target} has {MAX_SHARED[target]} bytes for {row}"
         assert ("stack" in cost) == (target in row.budgets)
         if target not in row.budgets:
             continue
@@ -55,7 +55,7 @@ def check(kernel_file, which, targets):
         assert cost.get("mma", mma) == mma, f"no {mma} in {cost}"
 
 
-def test_a_launch_that_does_not_fit_is_told(monkeypatch):
-    monkeypatch.setitem(MOST_SHARED, "sm_86", 64)
+def test_a_launch_beyond_shared_memory_is_detected(monkeypatch):
+    monkeypatch.setitem(MAX_SHARED, "sm_86", 64)
     with pytest.raises(AssertionError, match="sm_86 has 64 bytes"):
-        check("composite", "usual", USUAL)
+        check("composite", "default", DEFAULT_TARGETS)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels.voxel_pool import voxel_pool
-from tests.check import DividesLikeAGpu
+from tests.check import DivideLikeGpu
 from tests.golden import assert_close_to_max, load, weights
 from tests.test_rays import make_batch
 from unipad.config import Camera
@@ -111,7 +111,7 @@ def test_loss_is_the_originals():
 
 
 def test_targets_are_the_same_on_a_gpu():
-    """Points about borders of bins, some of which a product with the reciprocal of a bin's depth would move."""
+    """Points around bin borders, some of which would move if multiplied by the reciprocal of the bin size."""
     near, far, bins = 3.0, 8.0, 100
     ahead = (torch.arange(1, bins).double() * (far - near) / bins + near + 1).float()
     ahead = torch.cat([ahead, ahead.nextafter(torch.zeros(()))])
@@ -120,7 +120,7 @@ def test_targets_are_the_same_on_a_gpu():
     batch = make_batch([[[0.0, y, 2.0]] for y in ahead.tolist()], views=1)
     targets = depth_targets(batch, 2, 4, bins, (near, far))
     assert targets.amax(dim=(1, 2, 3)).tolist() == (distance / size).long().tolist()
-    with DividesLikeAGpu():
+    with DivideLikeGpu():
         assert torch.equal(depth_targets(batch, 2, 4, bins, (near, far)), targets)
 
 

@@ -1,6 +1,6 @@
-"""A training step on a GPU that is not there neither waits nor crosses devices, and all it launches compiles.
+"""A training step neither waits for the device unmarked nor mixes devices, and all it launches compiles.
 
-The main recipes here; `python -m tests.dry_step --all` takes every recipe, its variants and every target.
+On a simulated GPU, for the main recipes; `python -m tests.dry_step --all` covers all recipes, variants and targets.
 """
 
 import json
@@ -25,47 +25,47 @@ def run(code):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_the_main_recipes_run_dry_and_their_launches_compile():
+def test_main_recipes_pass_a_dry_run_and_their_launches_compile():
     lines = run("sys.exit(main())")
     assert [line["step"] for line in lines if "step" in line] == list(dry_step.MAIN)
     assert len([line for line in lines if "kernel" in line]) >= 12
 
 
-def test_a_hundred_scenes_compile_no_more_than_ten():
-    """Counts of voxels differ from step to step, and compiling would stop a run for seconds each time."""
-    ((of_ten, of_all),) = run("print(json.dumps(variants(100)))")
+def test_a_hundred_scenes_compile_no_more_kernels_than_ten():
+    """The number of voxels differs from step to step, and each compilation would stall a run for seconds."""
+    ((of_ten, of_all),) = run("print(json.dumps(count_specializations(100)))")
     assert of_all == of_ten and len(of_all) >= 10
     assert max(n for kernel, n in of_all.items() if kernel != "_gather_gemm_kernel") <= 5
 
 
-def test_every_recipe_is_a_step():
+def test_every_recipe_is_covered():
     recipes = [recipe for presets in (dry_step.PRETRAIN, dry_step.DETECT, dry_step.SEGMENT)
                for named in presets.values() for recipe in named.values()]  # fmt: skip
-    run_dry = [step.recipe for step in dry_step.steps()]
-    assert all(recipe in run_dry for recipe in recipes)
-    assert {r.render.method for r in run_dry if hasattr(r, "render")} == {"neus", "volsdf", "unisurf"}
-    assert {r.camera.view for r in run_dry if r.camera} == {"gather", "pool"}
+    covered = [step.recipe for step in dry_step.steps()]
+    assert all(recipe in covered for recipe in recipes)
+    assert {r.render.method for r in covered if hasattr(r, "render")} == {"neus", "volsdf", "unisurf"}
+    assert {r.camera.view for r in covered if r.camera} == {"gather", "pool"}
 
 
-def test_seeded_faults_are_found():
-    found = {line["seeded"]: line["found"] for line in run("seeded()")}
+def test_seeded_faults_are_detected():
+    found = {line["seeded"]: line["found"] for line in run("print_seeded_faults()")}
     assert found == {
         "a tensor left on the CPU": "FakeTensorDeviceMismatchError",
-        "a kernel on what the CPU has": "Crosses",
-        "a generator of the CPU": "Crosses",
-        "item": "Waits",
-        "tolist": "Waits",
-        "a condition": "Waits",
-        "a mask": "Waits",
-        "a mask that is written": "Waits",
-        "nonzero": "Waits",
-        "unique": "Waits",
-        "new_tensor": "Waits",
-        "tensor": "Waits",
-        "a copy back": "Waits",
+        "a CPU tensor in a launch": "DeviceMismatch",
+        "a CPU generator": "DeviceMismatch",
+        "item": "UnnamedWait",
+        "tolist": "UnnamedWait",
+        "a condition": "UnnamedWait",
+        "a mask": "UnnamedWait",
+        "a write under a mask": "UnnamedWait",
+        "nonzero": "UnnamedWait",
+        "unique": "UnnamedWait",
+        "new_tensor": "UnnamedWait",
+        "tensor": "UnnamedWait",
+        "a copy back": "UnnamedWait",
         "no fault": None,
-        "a size that is specialised": ["_composite_fwd_kernel by S"],
-        "a size that is not": None,
+        "a specialized size": ["_composite_fwd_kernel on S"],
+        "a varying size": None,
         "more than 99 KB": "shared",
         "less than 99 KB": None,
     }

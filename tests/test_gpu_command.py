@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu` without a GPU: every stage at tiny sizes, and what it makes of its results."""
+"""`python -m benchmarks.gpu` without a GPU: stages at tiny sizes, the report and the README's table."""
 
 import csv
 import subprocess
@@ -11,30 +11,30 @@ import pytest
 from benchmarks import full_step, gpu, harness
 from benchmarks.gpu import Args, plan
 from benchmarks.harness import Case, Row, compare
-from benchmarks.report import BEGIN, END, Folder, page, verified, with_table
+from benchmarks.report import BEGIN, END, Folder, page, readme_table, replace_table
 
 ROOT = Path(__file__).parents[1]
 
 
 def row(op, case, impl, both_ms, device="GPU 1", commit="c1", note=""):
-    """A line of results.csv, as it is read."""
+    """A row as read from results.csv."""
     measured = "" if note else str(both_ms)
     numbers = dict.fromkeys(("fwd_ms", "fwd_p20", "fwd_p80", "bwd_ms", "both_ms", "gpu_ms", "peak_mb"), measured)
     return dict(op=op, case=case, impl=impl, **numbers, of_copy="0.1", error="1e-6", note=note, device=device,
                 torch="2", triton="3", commit=commit)  # fmt: skip
 
 
-def test_the_table_shows_the_newest_rows_beside_the_fastest_peer():
+def test_the_table_shows_the_newest_rows_and_the_fastest_peer():
     rows = [
         row("lift", "camera-0.1 bfloat16, 6 views, 128 x 128", "triton", 2.0, commit="old"),
         row("lift", "camera-0.1 bfloat16, 6 views, 128 x 128", "triton", 1.0),
         row("lift", "camera-0.1 bfloat16, 6 views, 128 x 128", "eager", 30.0),
         row("lift", "camera-0.1 bfloat16, 6 views, 128 x 128", "compiled", 9.0),
-        row("lift", "camera-0.1 bfloat16, 6 views, 128 x 128", "wrong", 0.1, note="off by 1"),
+        row("lift", "camera-0.1 bfloat16, 6 views, 128 x 128", "wrong", 0.1, note="error 1"),
         row("lift", "tiny", "triton", 0.1),
         row("voxelize", "B=1", "triton", 0.5, device="GPU 2"),
     ]
-    lines = verified(rows).splitlines()
+    lines = readme_table(rows).splitlines()
     assert len(lines) == 4
     assert lines[2].split(" | ")[3:] == ["1.000", "1.000", "compiled", "9.000", "9.0", "c1 |"]
     assert lines[3].split(" | ")[5] == "-", "no peer ran there"
@@ -42,10 +42,10 @@ def test_the_table_shows_the_newest_rows_beside_the_fastest_peer():
 
 def test_the_readme_has_a_place_for_the_table():
     readme = (ROOT / "README.md").read_text()
-    assert verified([]) == verified([row("lift", "tiny", "triton", 1, note="broken")])
-    written = with_table(readme, [row("voxelize", "B=1", "triton", 0.5)])
+    assert readme_table([]) == readme_table([row("lift", "tiny", "triton", 1, note="broken")])
+    written = replace_table(readme, [row("voxelize", "B=1", "triton", 0.5)])
     assert "| GPU 1 | voxelize |" in written
-    assert with_table(written, []).split(BEGIN)[1].split(END)[0].strip() == verified([])
+    assert replace_table(written, []).split(BEGIN)[1].split(END)[0].strip() == readme_table([])
     assert written.split(BEGIN)[0] == readme.split(BEGIN)[0] and written.split(END)[1] == readme.split(END)[1]
 
 
@@ -65,13 +65,13 @@ def test_rows_are_kept_once(tmp_path, monkeypatch):
     assert "| voxelize | B=1 | triton | 1 |" in (folder.path / "report.md").read_text()
 
 
-def test_the_time_is_shared_among_what_is_asked_for():
+def test_time_is_shared_among_the_requested_stages():
     assert sum(plan(Args().stages), []) == list(gpu.STAGES)
-    assert set(gpu.PARTS) == set(gpu.STAGES) and abs(sum(gpu.PARTS.values()) - 1) < 1e-6
+    assert set(gpu.STAGE_FRACTIONS) == set(gpu.STAGES) and abs(sum(gpu.STAGE_FRACTIONS.values()) - 1) < 1e-6
     assert plan(("tests", "machine")) == [["machine"], ["tests"]]
-    assert 29 < gpu.time_for(["training"], time.time() + 30) <= 30
-    assert gpu.time_for(["machine", "tests"], time.time() + 30) < 10
-    for op in gpu.RACES:
+    assert 29 < gpu.time_limit(["training"], time.time() + 30) <= 30
+    assert gpu.time_limit(["machine", "tests"], time.time() + 30) < 10
+    for op in gpu.OPS:
         assert (ROOT / "benchmarks" / f"bench_{op}.py").exists()
 
 
@@ -79,11 +79,11 @@ STALLS = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); ti
 
 
 @pytest.mark.parametrize("code, ended", [(STALLS, "out of time"), ("exit(3)", "exit code 3")])
-def test_a_stage_that_stalls_or_breaks_leaves_the_others_their_turn(tmp_path, monkeypatch, code, ended):
-    plain, asked = subprocess.Popen, []
+def test_other_stages_run_after_one_that_stalls_or_crashes(tmp_path, monkeypatch, code, ended):
+    plain, requested = subprocess.Popen, []
 
     def popen(command, **options):
-        asked.append(command[-2])
+        requested.append(command[-2])
         return plain([sys.executable, "-c", code], **options)
 
     monkeypatch.setattr(subprocess, "Popen", popen)
@@ -91,13 +91,13 @@ def test_a_stage_that_stalls_or_breaks_leaves_the_others_their_turn(tmp_path, mo
     gpu.run(folder, ["selfcheck", "steps"], [], time.time() + 2)
     assert time.monotonic() - began < 20
     assert [(r["name"], r["ended"]) for r in folder.records("ended")] == [("selfcheck", ended), ("steps", ended)]
-    assert asked == ["selfcheck,steps", "steps"], "a new process for what is left"
+    assert requested == ["selfcheck,steps", "steps"], "a new process for the remaining stage"
     assert f"| steps | {ended} |" in page(folder)
 
 
 def test_stages_of_one_process(tmp_path, monkeypatch):
-    """One fails, the next runs; each once."""
-    for name in ("source", "deadline", "RESULTS"):
+    """One fails and the next still runs; each runs once."""
+    for name in ("code_commit", "deadline", "RESULTS"):
         monkeypatch.setattr(harness, name, getattr(harness, name))
     monkeypatch.setitem(gpu.STAGES, "steps", lambda folder: 1 / 0)
     monkeypatch.setitem(gpu.STAGES, "tests", lambda folder: folder.write("tests", {"line": "1 passed"}))
@@ -110,15 +110,15 @@ def test_stages_of_one_process(tmp_path, monkeypatch):
 
 def test_stages_run_without_a_gpu(tmp_path):
     folder = Folder(tmp_path)
-    gpu.run(folder, ["machine", "race-composite", "tests"], [], time.time() + 300)
+    gpu.run(folder, ["machine", "op-composite", "tests"], [], time.time() + 300)
     log = (tmp_path / "log.txt").read_text()
     assert [r["ended"] for r in folder.records("ended")] == ["ok"] * 3, log
     assert "| bf16 matrix product |" in page(folder) and " passed in " in page(folder)
     assert "| R=384 S=64 C=4 | written out |" in log
 
 
-def test_the_whole_command_keeps_to_its_time(tmp_path):
-    """Most stages are cut off; the page is there all the same."""
+def test_the_command_keeps_its_time_limit(tmp_path):
+    """Most stages are cut off; the report is complete all the same."""
     began = time.monotonic()
     command = [sys.executable, "-m", "benchmarks.gpu", "--minutes", "0.5", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -129,27 +129,27 @@ def test_the_whole_command_keeps_to_its_time(tmp_path):
     assert text in done.stdout
 
 
-def test_a_recipes_step_beside_its_references(city, monkeypatch):
+def test_a_step_and_its_references(city, monkeypatch):
     monkeypatch.setattr(full_step, "city", lambda: city)
     monkeypatch.setattr(full_step, "TIMED", 1)
     records = []
     full_step.main(full_step.Args(("train/lidar/tiny", "segment/lidar/tiny")), records.append)
     assert [r["recipe"] for r in records] == ["train/lidar/tiny", "segment/lidar/tiny"]
-    for r in records:  # without a GPU both are the references
+    for r in records:  # without a GPU both run the references
         assert r["loss"] == r["loss_ref"] > 0 and r["grad_norm"] == r["grad_norm_ref"] > 0 and r["ms"] > 0
 
 
-def test_a_recipes_step_is_two_rows():
+def test_a_step_gives_two_rows():
     record = dict(recipe="train/camera/tiny", loss=1.1, loss_ref=1.0, ms=2.0, ms_ref=6.0, gpu_ms=1.5, mem_mb=8.0)
     ours, reference = (vars(row) for row in full_step.rows(record | harness.machine()))
     assert ours["op"] == reference["op"] == "step of train/camera/tiny"
     assert ours["impl"] == "triton" and ours["gpu_ms"] == 1.5 and abs(ours["error"] - 0.1) < 1e-6
     assert reference["impl"] == "references" and reference["both_ms"] == 6.0 and reference["gpu_ms"] is None
     written = [{k: "" if v is None else str(v) for k, v in row.items()} for row in (ours, reference)]
-    assert "| 2.000 | 1.500 | references | 6.000 | 3.0 |" in verified(written)
+    assert "| 2.000 | 1.500 | references | 6.000 | 3.0 |" in readme_table(written)
 
 
-def test_an_implementation_that_disagrees_or_breaks_is_a_row_without_times(capsys, monkeypatch):
+def test_an_implementation_that_disagrees_or_raises_is_not_timed(capsys, monkeypatch):
     import torch
 
     monkeypatch.setattr(harness, "deadline", time.monotonic() + 2)
@@ -161,14 +161,14 @@ def test_an_implementation_that_disagrees_or_breaks_is_a_row_without_times(capsy
     peers = {"wrong": lambda x: 1.1 * x, "nan": lambda x: x * float("nan"), "broken": broken}
     rows = compare("double", lambda x: 2 * x, None, peers, [Case("N=8", (x,), 64)])
     assert [r.impl for r in rows] == ["wrong", "nan", "broken", "reference"]
-    assert rows[0].note.startswith("off by 4.5e-01") and rows[0].both_ms is None
-    assert rows[1].note.startswith("off by nan")
+    assert rows[0].note.startswith("error 4.5e-01 exceeds") and rows[0].both_ms is None
+    assert rows[1].note.startswith("error nan")
     assert rows[2].note == "RuntimeError: no kernel image"
     assert rows[3].note == "" and rows[3].both_ms > 0 and rows[3].gpu_ms is None
     assert "| N=8 | broken | RuntimeError: no kernel image |" in capsys.readouterr().out
 
 
-def test_nothing_begins_after_the_deadline(capsys, monkeypatch):
+def test_nothing_starts_after_the_deadline(capsys, monkeypatch):
     monkeypatch.setattr(harness, "deadline", time.monotonic() - 1)
     assert compare("double", lambda x: x, None, {}, [Case("N=8", (None,), 64)]) == []
-    assert "left out: no time" in capsys.readouterr().out
+    assert "skipped: out of time" in capsys.readouterr().out

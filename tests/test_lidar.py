@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from kernels import backend
-from tests.check import Waits
+from tests.check import WaitRecorder
 from tests.golden import assert_close_to_max, load, weights
 from unipad import config
 from unipad.model import sparse
@@ -291,17 +291,17 @@ def test_runs_are_equal_to_the_bit():
 
 
 def test_a_step_waits_for_nothing_but_sizes(monkeypatch, device):
-    """With the kernels, but for those that no size depends on."""
+    """With the kernels, except those whose results no size depends on."""
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
     monkeypatch.setattr(backend, "interpret", device == "cpu")
     encoder = LidarEncoder(TINY, GRID).to(device)
     points, counts = cloud((40, 20))
     points, noise = points.to(device), noise_of(encoder, 2).to(device)
-    with Waits(without=("kernels.sparse_tiles", "kernels.sparse_gemm")) as waits:
+    with WaitRecorder(without=("kernels.sparse_tiles", "kernels.sparse_gemm")) as waits:
         encoder(points, counts, noise)[0].square().sum().backward()
-    reached = "how many voxels a convolution reaches"
-    assert waits.named == ["how many voxels hold points", "which voxels stay visible", reached, reached]
-    assert set(waits.unnamed) <= {"_local_scalar_dense"}  # of the counts of points, which are on the host
+    reached = "number of a convolution's output voxels"
+    assert waits.named == ["number of occupied voxels", "indices of the visible voxels", reached, reached]
+    assert set(waits.unnamed) <= {"_local_scalar_dense"}  # from point counts, which are on the host
 
 
 def test_cells_that_miss_the_grid_are_refused():

@@ -1,4 +1,4 @@
-"""The encoder's precision where none is asked for, by what the GPU has."""
+"""The encoder's default precision depends on the GPU."""
 
 import pytest
 import torch
@@ -37,9 +37,9 @@ def test_precision_of_a_gpu(capability, precision, dtype, scaled, gpu):
     assert mixed_precision(precision, GPU) == (("cuda", dtype, dtype != torch.float32), scaled)
 
 
-def test_bf16_where_there_is_none_is_a_sentence(gpu):
+def test_bf16_on_a_gpu_without_it_is_a_user_error(gpu):
     gpu(TURING)
-    with pytest.raises(UserError, match="--precision bf16: Tesla T4 has no bf16; use fp16, or leave the flag out."):
+    with pytest.raises(UserError, match="--precision bf16: Tesla T4 does not support bf16; use fp16, or leave"):
         mixed_precision("bf16", GPU)
 
 

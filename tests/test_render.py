@@ -200,13 +200,13 @@ def test_rays_that_the_original_refuses_do_not_hit():
     assert all(torch.isfinite(value) for value in renderer.loss(out, rays).values())
 
 
-@pytest.mark.parametrize("twice", [False] + [True] * benchmarks.eager.TWICE)
+@pytest.mark.parametrize("twice", [False] + [True] * benchmarks.eager.TWICE_DIFFERENTIABLE)
 def test_gradients_equal_double_backward(twice, monkeypatch):
     """In fp64: one reverse pass by hand and first-order autograd give what the original's double backward gives.
 
-    twice: that goes through `F.grid_sample`, where it is twice differentiable; else through gathers.
+    twice: the double backward is that of `F.grid_sample`, if it is twice differentiable; else of gathers.
     """
-    monkeypatch.setattr(benchmarks.eager, "TWICE", twice)
+    monkeypatch.setattr(benchmarks.eager, "TWICE_DIFFERENTIABLE", twice)
     volume, rays = random_scene(dtype=torch.float64)
     volume.requires_grad_()
     jitter = torch.rand(len(rays.depth), 2, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The self-check: every op is in it, faults are told, and one that breaks its process does not harm the others."""
+"""The self-check covers every op, reports faults, and survives a check that crashes its process."""
 
 import importlib
 import math
@@ -30,8 +30,8 @@ def kernels_run(monkeypatch):
 
 @pytest.fixture
 def here(monkeypatch):
-    """Results come from this process, where ops may be replaced, on a GPU too."""
-    monkeypatch.setattr(selfcheck, "results", partial(results, isolated=False))
+    """Run the checks in this process, on a GPU too, so that ops can be replaced."""
+    monkeypatch.setattr(selfcheck, "results", partial(results, isolate=False))
 
 
 def op_of(case):
@@ -43,14 +43,14 @@ ONE_EACH = {op_of(case): case for case in reversed(SMALL)}  # the first of each 
 
 
 @pytest.mark.parametrize("op", ONE_EACH)
-def test_every_op_is_as_its_reference(op, kernels_run):
+def test_every_op_matches_its_reference(op, kernels_run):
     with launches() as launched:
         result = run(ONE_EACH[op])
     assert result.ok, result
-    assert launched or op == "unisurf_alpha", "the op took its reference, not its kernels"
+    assert launched or op == "unisurf_alpha", "the op ran its reference, not its kernels"
 
 
-def test_no_op_is_left_out():
+def test_every_op_has_a_case():
     modules = [importlib.import_module(f"kernels.{file}") for file in FILES]
     ops = {
         name
@@ -58,18 +58,18 @@ def test_no_op_is_left_out():
         for name, value in vars(module).items()
         if hasattr(module, f"{name}_ref") and value.__module__ == module.__name__ and name[0] != "_"
     }
-    assert ops == ONE_EACH.keys() - {"unisurf_alpha"}, "each op with a reference has a case"
+    assert ops == ONE_EACH.keys() - {"unisurf_alpha"}, "every op with a reference has a case"
     assert {op_of(case) for case in checks(("recipe",))} == ONE_EACH.keys()
     names = [str(case) for case in checks()]
-    assert len(set(names)) == len(names), "processes know a case by its name"
+    assert len(set(names)) == len(names), "worker processes find a case by its name"
 
 
-def off(**inputs):
+def inaccurate(**inputs):
     out, weights = ONE_EACH["composite"].ref(**inputs)
     return out * 1.001, weights
 
 
-def nowhere(**inputs):
+def with_nan(**inputs):
     out, weights = ONE_EACH["composite"].ref(**inputs)
     return out, weights.masked_fill(weights == weights.max(), math.nan)
 
@@ -78,41 +78,42 @@ def raises(**inputs):
     raise RuntimeError("PassManager::run failed")
 
 
-def other_bits(**inputs):
+def not_deterministic(**inputs):
     out, weights = ONE_EACH["composite"].ref(**inputs)
     return out + 1e-7 * torch.randn_like(out), weights
 
 
 FAULTS = {
-    "off": (dict(op=off), "d_alpha is off by 1.1e-03, may be by"),
-    "not a number": (dict(op=nowhere), "out1: 1 of "),
+    "inaccurate": (dict(op=inaccurate), "d_alpha: error 1.1e-03 exceeds "),
+    "not a number": (dict(op=with_nan), "out1: 1 of "),
     "raises": (dict(op=raises), "RuntimeError: PassManager::run failed (test_selfcheck.py:"),
-    "never twice the same": (dict(op=other_bits, strict=True), "out0 differs from run to run"),
+    "not deterministic": (dict(op=not_deterministic, strict=True), "out0 differs from run to run"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_told(fault, here, monkeypatch, capsys):
-    """And the cases around it are judged all the same."""
+def test_a_fault_is_reported(fault, here, monkeypatch, capsys):
+    """And the cases before and after it still run."""
     changes, message = FAULTS[fault]
     cases = [ONE_EACH["merge"], replace(ONE_EACH["composite"], **changes), ONE_EACH["clip_rays"]]
     monkeypatch.setattr(selfcheck, "checks", lambda sizes: cases)
     assert main(Args()) == 1
-    told = capsys.readouterr().out
-    assert told.count("  ok  ") == 2 and told.count(f"  BAD   {message}") == 2, "once as it happens, once in the end"
-    assert "1 of 3 checks are BAD. Please report" in told and torch.__version__ in told
+    printed = capsys.readouterr().out
+    assert printed.count("  ok  ") == 2
+    assert printed.count(f"  FAIL  {message}") == 2, "once as it happens, once at the end"
+    assert "1 of 3 checks failed. Please report" in printed and torch.__version__ in printed
 
 
-def test_a_wrong_gradient_is_told():
+def test_a_wrong_gradient_is_reported():
     def half(alpha, values):
         out, weights = ONE_EACH["composite"].ref(alpha, values)
         return out, weights + (weights - weights.detach())
 
     result = run(replace(ONE_EACH["composite"], op=half))
-    assert not result.ok and result.message.startswith("d_alpha is off by")
+    assert not result.ok and result.message.startswith("d_alpha: error ")
 
 
-def test_a_wrong_index_is_told():
+def test_a_wrong_index_is_reported():
     case = ONE_EACH["merge"]
 
     def swapped(**inputs):
@@ -125,9 +126,9 @@ def test_a_wrong_index_is_told():
 def test_without_a_gpu_references_run(here, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(Args(ops=("merge", "rotated"))) == 0
-    told = capsys.readouterr().out.splitlines()
-    assert told[0].startswith("There is no GPU to check") and told[-1].startswith("All 3 checks are ok")
-    assert all(" small " in line for line in told[1:-1]), "recipe sizes take minutes there"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("There is no GPU to check") and lines[-1].startswith("All 3 checks passed")
+    assert all(" small " in line for line in lines[1:-1]), "recipe sizes take minutes on a CPU"
     with pytest.raises(UserError, match="no op"):
         main(Args(ops=("nothing",)))
 
@@ -136,9 +137,9 @@ WORKER = """
 import json, os, sys
 for name in json.load(sys.stdin):
     op, size, dtype = name.split(", ")
-    if op == "breaks":
+    if op == "crashes":
         os._exit(139)
-    print("a library says something")
+    print("printed by a library")
     print(json.dumps(dict(name=op, size=size, dtype=dtype, error=0, bound=1, ms=1, message="lost" * (op == "last"))))
     sys.stdout.flush()
     if op == "last":
@@ -146,21 +147,21 @@ for name in json.load(sys.stdin):
 """
 
 
-def test_a_broken_process_takes_no_other_case_along(monkeypatch):
-    """One dies without a word; one tells its result, which is that the context is lost, and ends."""
+def test_a_crash_does_not_affect_other_cases(monkeypatch):
+    """One process exits without a result; another reports a lost context as its result and exits."""
     monkeypatch.setattr(selfcheck, "_compile", lambda cases: None)
     plain = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda command, **kw: plain([sys.executable, "-c", WORKER], **kw))
-    names = ["first", "breaks", "second", "last", "third"]
+    names = ["first", "crashes", "second", "last", "third"]
     cases = [Case(name, "small", "fp32", None, None, None) for name in names]
-    found = list(results(cases, isolated=True))
+    found = list(results(cases, isolate=True))
     assert [result.name for result in found] == names
     assert [result.ok for result in found] == [True, False, True, False, True]
-    assert found[1].message == "its process ended with 139 before the result was known"
+    assert found[1].message == "its process ended with exit code 139 before the result was known"
 
 
-def test_a_process_of_its_own(monkeypatch):
-    """The real one, as far as it goes without a GPU."""
+def test_a_real_worker_process(monkeypatch):
+    """As far as possible without a GPU."""
     monkeypatch.setattr(selfcheck, "_compile", lambda cases: None)
     cases = [case for case in SMALL if case.name == "merge"]
-    assert [result.ok for result in results(cases, isolated=True)] == [True]
+    assert [result.ok for result in results(cases, isolate=True)] == [True]

@@ -207,8 +207,8 @@ def test_tables_are_made_once():
     assert SparseConvTranspose3d(2, 2, 3, 2, 1).double()(x).voxels is not first.voxels
 
 
-def test_a_graph_takes_the_tables_of_its_warm_up_and_leaves_none(monkeypatch):
-    """Warmed up on stream 1, captured on stream 2; on stream 3 nothing is there that stream 1 may still be making."""
+def test_a_graph_uses_the_tables_of_its_warm_up_and_caches_none(monkeypatch):
+    """Warmed up on stream 1, captured on stream 2; stream 3 does not see tables that stream 1 may still compute."""
     voxels, kernel, one = sparse("scattered", 2).voxels, (3, 3, 3), (1, 1, 1)
     monkeypatch.setattr(backend, "stream", lambda device: 1)
     table, reached = voxels.submanifold(kernel, one), voxels.strided(kernel, (2, 2, 2), one, one)
@@ -351,5 +351,5 @@ def test_a_norm_keeps_its_scale_until_it_changes(monkeypatch):
     kept = norm.scale_and_shift()
     assert kept is not in_graph and norm.scale_and_shift() is kept
     monkeypatch.setattr(backend, "stream", lambda device: 1)
-    assert norm.scale_and_shift() is not kept  # stream 0 may still be making it
+    assert norm.scale_and_shift() is not kept  # stream 0 may still compute it
     assert copy.deepcopy(norm).scale_and_shift() is not kept

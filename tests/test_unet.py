@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels import backend
-from tests.check import DividesLikeAGpu, Waits
+from tests.check import DivideLikeGpu, WaitRecorder
 from tests.golden import assert_close_to_max, load, weights
 from unipad import config
 from unipad.model.sparse import SparseTensor, VoxelSet
@@ -98,28 +98,28 @@ def test_a_volume_s_cell_holds_the_mean_of_its_points():
 
 
 def test_a_step_waits_for_nothing_but_sizes(monkeypatch, device):
-    """With the kernels, but for those that no size depends on."""
+    """With the kernels, except those whose results no size depends on."""
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
     monkeypatch.setattr(backend, "interpret", device == "cpu")
     net = UnetEncoder(SMALL, GRID).to(device)
     points, counts = cloud((40, 20))
     points, noise = points.to(device), torch.rand(2, *net.mask_shape, device=device)
-    with Waits(without=("kernels.sparse_tiles", "kernels.sparse_gemm")) as waits:
+    with WaitRecorder(without=("kernels.sparse_tiles", "kernels.sparse_gemm")) as waits:
         net(points, counts, noise)[0].square().sum().backward()
-    occupied, reached = "how many cells hold points, and how far they reach", "how many voxels a convolution reaches"
-    assert waits.named == [occupied, "which voxels stay visible", reached, reached]
-    assert set(waits.unnamed) <= {"_local_scalar_dense"}  # of the counts of points, which are on the host
+    occupied, reached = "number and extent of occupied cells", "number of a convolution's output voxels"
+    assert waits.named == [occupied, "indices of the visible voxels", reached, reached]
+    assert set(waits.unnamed) <= {"_local_scalar_dense"}  # from point counts, which are on the host
 
 
 def test_a_point_s_cell_is_the_same_on_a_gpu():
-    """Cells of 0.3 m: as products with the reciprocal some of these points would lie in the next one."""
+    """Cells of 0.3 m: multiplied by the reciprocal, some of these points would fall into the next cell."""
     net = UnetEncoder(SMALL, config.Grid(low=(-3.0, -3.0, -2.0), high=(3.0, 3.0, 4.0), cell=(0.3, 0.3, 2.0)))
     x = (torch.arange(1, 20).double() * 0.3 - 3).float()
     places = torch.stack([x, x, torch.zeros_like(x)], dim=1)
     features, sample = torch.arange(1.0, 20)[:, None], torch.zeros(19, dtype=torch.int32)
     volume = net._volume(features, places, sample, 1)
     assert ((x + 3) * (1 / torch.tensor(0.3))).floor().ne(((x + 3) / torch.tensor(0.3)).floor()).any()
-    with DividesLikeAGpu():
+    with DivideLikeGpu():
         assert torch.equal(net._volume(features, places, sample, 1), volume)
 
 

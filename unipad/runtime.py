@@ -114,16 +114,15 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float
 
 
 def mixed_precision(precision, device):
-    """(autocast, gradient scaler) of a name in `PRECISIONS`; None: bf16 on a GPU that has it, fp16 on one that has not,
-    fp32 elsewhere.
+    """(autocast, gradient scaler) of a name in `PRECISIONS`; None: on a GPU bf16, or fp16 if it lacks bf16; else fp32.
 
-    Raises `UserError` for bf16 on a GPU without it: compilers emulate it there, slowly, or fail.
+    Raises `UserError` for bf16 on a GPU without it, where compilers emulate it slowly or fail.
     """
-    # ROCm's capabilities start at 9; every GPU that it supports has bf16
+    # on ROCm capabilities start at 9, and every GPU that it supports has bf16
     has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     if precision == "bf16" and device.type == "cuda" and not has_bf16:
         name = torch.cuda.get_device_name(device)
-        raise UserError(f"--precision bf16: {name} has no bf16; use fp16, or leave the flag out.")
+        raise UserError(f"--precision bf16: {name} does not support bf16; use fp16, or leave the flag out.")
     default = "fp32" if device.type != "cuda" else "bf16" if has_bf16 else "fp16"
     dtype = PRECISIONS[precision or default]
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

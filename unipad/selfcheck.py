@@ -1,18 +1,18 @@
-"""Do the kernels compute on your GPU what they should? Every op beside its PyTorch reference in fp64.
+"""Check that the kernels compute correct results on your GPU: compare every op with its PyTorch reference in fp64.
 
     python -m unipad.selfcheck                           all ops, at small and at recipe sizes
-    python -m unipad.selfcheck --sizes small             small sizes alone
-    python -m unipad.selfcheck --ops lift sdf_render     ops whose names begin so
+    python -m unipad.selfcheck --sizes small             small sizes only
+    python -m unipad.selfcheck --ops lift sdf_render     ops whose names start with one of these
 
-One line an op: how far its outputs and gradients are from the truth, how far they may be, and how long the kernels took
-forward and backward, as information. Exit code 1 if one is bad. Without a GPU the references run at small sizes.
+Prints one line per check: the largest error of outputs and gradients, its bound, and for information the time of
+forward and backward. The exit code is 1 if a check fails. Without a GPU, the references run at small sizes.
 
-An error is the largest difference of an output or a gradient, as a share of its largest true value. It may be twice
-that of the reference in the same type, and SLACK. Inputs are rounded to the type first, so that the truth is that of
-what the kernels read. Integers and booleans must be equal. NaN is never right.
+An error is the largest absolute difference of an output or gradient, as a fraction of its largest true value. It may be
+twice the error of the reference in the same type, plus SLACK. The true values are computed in fp64 from inputs rounded
+to the type, which are what the kernels read. Integers and booleans must be equal. NaN and infinity always fail.
 
-A fault in a kernel can take the process's GPU context with it. So the checks run in a process of their own, and those
-that are left in a fresh one.
+A faulting kernel can destroy the GPU context of its process. So the checks run in a separate process, and after a crash
+the remaining ones continue in a new process.
 """
 
 import contextlib
@@ -90,12 +90,12 @@ from unipad.runtime import commit, one_sentence_errors
 
 SIZES = ("small", "recipe")
 TYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# Shares of the largest true value. tf32 has fp16's mantissa, and Hopper cuts operands off instead of rounding them,
-# which adds up over the layers of a field instead of averaging out.
+# Fractions of the largest true value. tf32 has the mantissa of fp16, and Hopper truncates operands instead of rounding
+# them, which accumulates over the layers of a field instead of averaging out.
 SLACK = {"fp32": 1e-5, "tf32": 1e-2, "fp16": 1e-3, "bf16": 1e-2}
-LONGEST = 240  # seconds of one check, compiling included; then its process is ended
-JOBS = 16  # processes that compile, at most
-TIMED = 3  # runs, of which the fastest is told
+CASE_TIMEOUT = 240  # seconds per check, including compilation; then its process is killed
+JOBS = 16  # processes that compile in parallel, at most
+TIMED_RUNS = 3  # the fastest is reported
 
 
 @dataclass(frozen=True)
@@ -103,15 +103,15 @@ class Case:
     """One op at one size, in one type."""
 
     name: str
-    size: str  # of SIZES
-    dtype: str  # of TYPES
+    size: str  # one of SIZES
+    dtype: str  # a key of TYPES
     inputs: Callable  # takes the device and the torch dtype, returns the arguments by name
     op: Callable
     ref: Callable
     wrt: tuple = ()  # names of the inputs whose gradients are compared
     slack: float | None = None  # None: SLACK of the type
-    double: bool = True  # False: the op is a matter of fp32, such as which cell a point lies in; so is the truth then
-    strict: bool = False  # under strict determinism, and a second run must give the same bits
+    double: bool = True  # False: compare with fp32, whose rounding decides e.g. which cell a point lies in
+    strict: bool = False  # run under strict determinism, twice: both runs must be bit-equal
 
     def __str__(self):
         return f"{self.name}, {self.size}, {self.dtype}"
@@ -122,10 +122,10 @@ class Result:
     name: str
     size: str
     dtype: str
-    error: float  # of the output or gradient that is the farthest beyond its bound, or the nearest to it
+    error: float  # of the output or gradient with the largest error relative to its bound
     bound: float
-    ms: float  # of the kernels, forward and backward
-    message: str  # "" if all is well
+    ms: float  # forward and backward of the op
+    message: str  # "" if the check passed
 
     @property
     def ok(self):
@@ -135,30 +135,30 @@ class Result:
         kind = f"{self.name:36} {self.size:6} {self.dtype:4}"
         ms = "" if math.isnan(self.ms) else f"  {self.ms:8.3f} ms"
         figures = f"error {self.error:.1e} of {self.bound:.1e}{ms}"
-        return f"{kind}  ok    {figures}" if self.ok else f"{kind}  BAD   {self.message}"
+        return f"{kind}  ok    {figures}" if self.ok else f"{kind}  FAIL  {self.message}"
 
 
 def run(case):
-    """The `Result` of a case. Never raises: what the op raises is the result's message."""
+    """The `Result` of a case. Never raises: an exception of the op becomes the result's message."""
     device, facts = _device(), (case.name, case.size, case.dtype)
     try:
         torch.manual_seed(0)
         inputs = case.inputs(device, TYPES[case.dtype])
         truth = _run(case.ref, inputs, case, torch.float64 if case.double else None)
         plain = _run(case.ref, inputs, case)
-        with _strictly(case.strict):
+        with _strict_determinism(case.strict):
             ours = _run(case.op, inputs, case)
             again = _run(case.op, inputs, case) if case.strict else ours
         error, bound, message = _compare(ours, plain, truth, case)
         differ = [name for name in ours if not torch.equal(ours[name], again[name])]
         if not message and differ:
             message = f"{differ[0]} differs from run to run"
-        with _strictly(case.strict):
+        with _strict_determinism(case.strict):
             return Result(*facts, error, bound, _milliseconds(case, inputs), message)
-    except Exception as fault:  # noqa: BLE001 whatever an op raises is what is to be told
+    except Exception as fault:  # noqa: BLE001 any exception of an op is a result to report
         where = traceback.extract_tb(fault.__traceback__)[-1]
-        told = " ".join(str(fault).split())[:300]
-        message = f"{type(fault).__name__}: {told} ({os.path.basename(where.filename)}:{where.lineno})"
+        text = " ".join(str(fault).split())[:300]
+        message = f"{type(fault).__name__}: {text} ({os.path.basename(where.filename)}:{where.lineno})"
         return Result(*facts, math.nan, math.nan, math.nan, message)
 
 
@@ -169,9 +169,9 @@ def _device():
 def _run(fn, inputs, case, dtype=None):
     """Outputs as out0, out1, ...; gradients as d_<name>, under one fixed random upstream gradient per output.
 
-    dtype: what all floating inputs are cast to; None: they stay what they are.
+    dtype: the type that floating inputs are cast to; None: no cast.
     """
-    inputs, named = _prepared(inputs, case, dtype)
+    inputs, named = _prepare(inputs, case, dtype)
     outs, grads = _forward_backward(fn, inputs, named, lambda outs: _upstream(outs, case))
     found = {f"out{i}": out.detach() for i, out in enumerate(outs)}
     for (name, leaf), grad in zip(named, grads, strict=True):
@@ -179,8 +179,8 @@ def _run(fn, inputs, case, dtype=None):
     return found
 
 
-def _prepared(inputs, case, dtype=None):
-    """The inputs, and (name, leaf) of those whose gradients are taken."""
+def _prepare(inputs, case, dtype=None):
+    """The inputs, and (name, leaf) of those that get gradients."""
     inputs = _map(inputs, lambda t: t.detach().to(dtype) if t.is_floating_point() else t)
     named = [(name, leaf) for key in case.wrt for name, leaf in _leaves(inputs[key], key)]
     for _, leaf in named:
@@ -189,7 +189,7 @@ def _prepared(inputs, case, dtype=None):
 
 
 def _forward_backward(fn, inputs, named, upstream):
-    """Outputs as a tuple, and the gradients; `upstream` makes those of the outputs that have one."""
+    """Outputs as a tuple, and the gradients; `upstream` makes the upstream gradients of differentiable outputs."""
     with torch.set_grad_enabled(bool(named)):
         outs = fn(**inputs)
     outs = outs if isinstance(outs, tuple) else (outs,)
@@ -205,7 +205,7 @@ def _upstream(outs, case):
 
 
 def _compare(ours, plain, truth, case):
-    """Error and bound of the worst output or gradient; a message, "" if all are within their bounds."""
+    """Error and bound of the worst output or gradient, and a message: "" if all are within their bounds."""
     slack = SLACK[case.dtype] if case.slack is None else case.slack
     worst, error, bound, message = -1.0, 0.0, slack, ""
     for name, true in truth.items():
@@ -224,7 +224,7 @@ def _compare(ours, plain, truth, case):
         here, limit = _error(found, true), 2 * _error(plain[name], true) + slack
         if here / limit > worst:
             worst, error, bound = here / limit, here, limit
-            message = "" if here <= limit else f"{name} is off by {here:.1e}, may be by {limit:.1e}"
+            message = "" if here <= limit else f"{name}: error {here:.1e} exceeds {limit:.1e}"
     return error, bound, message
 
 
@@ -236,8 +236,8 @@ def _error(found, true):
 
 
 @contextlib.contextmanager
-def _strictly(on):
-    """Strict determinism, as `--deterministic` has it."""
+def _strict_determinism(on):
+    """Strict determinism, as under `--deterministic`."""
     torch.use_deterministic_algorithms(on)
     try:
         yield
@@ -246,10 +246,10 @@ def _strictly(on):
 
 
 def _milliseconds(case, inputs):
-    """Of the op's forward and backward, the fastest of a few runs on a GPU."""
+    """Time of the op's forward and backward on a GPU: the fastest of a few runs."""
     if _device() != "cuda":
         return math.nan
-    inputs, named = _prepared(inputs, case)
+    inputs, named = _prepare(inputs, case)
     ups = []
 
     def upstream(outs):
@@ -258,7 +258,7 @@ def _milliseconds(case, inputs):
         return ups
 
     fastest = math.inf
-    for _ in range(TIMED):
+    for _ in range(TIMED_RUNS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         _forward_backward(case.op, inputs, named, upstream)
@@ -269,7 +269,7 @@ def _milliseconds(case, inputs):
 
 
 def _map(value, fn):
-    """`fn` of every tensor in nested lists, tuples and dicts; all else as it is."""
+    """`fn` applied to every tensor in nested lists, tuples and dicts."""
     if isinstance(value, dict):
         return {name: _map(v, fn) for name, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -290,23 +290,23 @@ def _leaves(value, name):
 
 
 def checks(sizes=SIZES):
-    """Every `Case` of the sizes, op after op."""
+    """Every `Case` of these sizes."""
     for size in sizes:
         for group in (_voxels, _sparse, _views, _boxes, _rays, _field):
             yield from group(size, size == "recipe")
 
 
 def _each(dtypes, name, size, op, ref, inputs, wrt=(), **flags):
-    """The op in several types."""
+    """Cases of an op in several types."""
     for dtype in dtypes.split():
         yield Case(name, size, dtype, inputs, op, ref, wrt, **flags)
 
 
-# LiDAR: the recipe's grid of 0.075 m, and one of a few cells
+# LiDAR: the recipe's grid of 0.075 m, or a grid of a few cells
 
 LIDAR = PRETRAIN["lidar"]["lidar-0.075"]
 THREE, TWO, ONE = (3, 3, 3), (2, 2, 2), (1, 1, 1)
-DOWN = [(THREE, TWO, padding, ONE) for padding in (ONE, ONE, (0, 1, 1))]  # between the encoder's stages
+DOWN = [(THREE, TWO, padding, ONE) for padding in (ONE, ONE, (0, 1, 1))]  # between stages of the encoder
 UP = (TWO, TWO, (0, 0, 0), ONE)
 WIDTHS = 16, 32, 64, 128  # of the stages
 
@@ -323,8 +323,8 @@ def _grid(recipe):
 def _points(recipe, device):
     """[P, 5] x, y, z metres, intensity, time lag: ten sweeps of 32 beams over a street between walls.
 
-    A sparse convolution's work is in the neighbours. Random cells have none; surfaces, seen from sensors that move on,
-    have about as many as in nuScenes.
+    The work of a sparse convolution depends on the number of neighbors. Random cells have none; surfaces scanned by a
+    moving sensor have about as many as in nuScenes.
     """
     if not recipe:
         low, cell, shape = _grid(False)
@@ -336,7 +336,7 @@ def _points(recipe, device):
     for sweep in range(10):
         elevation = torch.linspace(-30.67, 10.67, 32, device=device).deg2rad()[:, None]
         azimuth = (torch.arange(1084, device=device) + torch.rand((), device=device)) * (2 * math.pi / 1084)
-        facet = (azimuth * (40 / (2 * math.pi))).long() % 40  # a wall each, farther or nearer
+        facet = (azimuth * (40 / (2 * math.pi))).long() % 40  # each has a wall, at its own distance
         wall = 4 + 30 * torch.rand(40, generator=torch.Generator().manual_seed(2)).to(device) ** 2
         along = wall[facet] / ((azimuth * 40 / (2 * math.pi)) % 1 - 0.5).mul(2 * math.pi / 40).cos()
         t = torch.minimum(along / elevation.cos(), torch.where(elevation < 0, -1.84 / elevation.sin(), math.inf))
@@ -351,7 +351,7 @@ def _points(recipe, device):
 
 
 def _stage(number, recipe, device):
-    """Coordinates [N, 4] and grid (Z, Y, X) of a stage of the encoder, by the references."""
+    """Coordinates [N, 4] and grid (Z, Y, X) of a stage of the encoder, computed by the references."""
     low, cell, (Z, Y, X) = _grid(recipe)
     points = _points(recipe, device)
     coords = voxelize_ref(points, [len(points)], low, cell, (Z, Y, X), 10, 120000)[1]
@@ -426,16 +426,16 @@ def _sparse(size, recipe):
             N = len(coords) if kind != "inverse" else table.shape[1]
             weight = torch.randn(c_out, *kernel, c_in, device=device) / (math.prod(kernel) * c_in) ** 0.5
             features = torch.randn(N, c_in, device=device).to(dtype)
-            # fp32 parameters, as under autocast, of values that the type has
-            if recipe:  # as a model has them: what is made of a table is kept
+            # fp32 parameters, as under autocast, with values representable in the type
+            if recipe:  # with cached tiles, as in a model
                 tables = [table if table is None else NeighborTable(table) for table in tables]
             given = dict(zip(("neighbor_idx", "inverse_idx"), tables, strict=True), features=features)
             return given | dict(weight=weight.to(dtype).float())
 
         return make
 
-    def finished(make):
-        """Arguments of the op for inference."""
+    def inference(make):
+        """Arguments of the inference op."""
 
         def act(device, dtype):
             given = make(device, dtype)
@@ -467,7 +467,7 @@ def _sparse(size, recipe):
         yield from conv("fp32 bf16" if not number else "bf16", f"strided, stage {number + 1}", "strided", number, *what)
     yield from conv("bf16", "inverse", "inverse", 1, THREE, 64, 32)
     for number, dtypes in ((0, "bf16"), (2, "fp32 tf32 fp16")):
-        act = finished(inputs(sub, number, THREE, WIDTHS[number], WIDTHS[number]))
+        act = inference(inputs(sub, number, THREE, WIDTHS[number], WIDTHS[number]))
         for dtype in dtypes.split():
             op = partial(sparse_conv_act, allow_tf32=True) if dtype == "tf32" else sparse_conv_act
             yield Case(f"sparse_conv_act {WIDTHS[number]}", size, dtype, act, op, sparse_conv_act_ref)
@@ -477,7 +477,7 @@ def _sparse(size, recipe):
 
 
 def _rig(scale, device):
-    """[1, 6, 4, 4] LiDAR metres -> pixels of images `scale` times 1600 wide: nuScenes' yaws and focal lengths."""
+    """[1, 6, 4, 4] LiDAR meters -> pixels of images `scale` times 1600 wide, with nuScenes' yaws and focal lengths."""
     views = []
     for yaw, focal in ((0, 1266), (-55, 1266), (-110, 1266), (180, 809), (110, 1266), (55, 1266)):
         s, c = math.sin(math.radians(yaw)), math.cos(math.radians(yaw))
@@ -489,7 +489,7 @@ def _rig(scale, device):
 
 
 def _views(size, recipe):
-    """Volumes off the rig's planes: a corner on the border of an image lies on either side of it, as one rounds."""
+    """Volumes offset from the rig's planes: rounding decides on which side a corner on an image border falls."""
 
     def lifted(device, dtype):
         low, cell = (-54.0137, -54.0137, -5.0137), (0.84375, 0.84375, 1.6)
@@ -518,8 +518,8 @@ def _views(size, recipe):
         )  # fmt: skip
 
     wrt = ("features", "depths")
-    # A place in an image is fp32 for every type: of 200 columns it is off by 2e-5, and so are the shares of the columns
-    # on either side. How it rounds is the compiler's affair.
+    # Image positions are fp32 for every type: in 200 columns they are off by 2e-5, as are interpolation weights. How they
+    # round depends on the compiler.
     yield from _each("fp32", "lift", size, lift, lift_ref, lifted, wrt, slack=1e-4)
     yield from _each("fp32", "lift, bit-equal", size, lift, lift_ref, lifted, wrt, slack=1e-4, strict=True)
     yield from _each("fp16 bf16", "lift", size, lift, lift_ref, lifted, wrt)
@@ -533,7 +533,7 @@ def _views(size, recipe):
 
 def _boxes(size, recipe):
     def boxes(N, device):
-        """[N, 7] of the sizes of road users, three around each place."""
+        """[N, 7] boxes of the size of road users, three around each location."""
         places = N // 3 + 1
         which = torch.randint(places, (N,), device=device)
         middle = (torch.rand(places, 3, device=device) - 0.5) * torch.tensor([108.0, 108, 2], device=device)
@@ -555,7 +555,7 @@ def _boxes(size, recipe):
         return dict(a=a, b=a + 0.3 * torch.randn_like(a) * a.new_tensor([1, 1, 1, 0, 0, 0, 1]))
 
     def overlapping(device, dtype):
-        """A threshold that no two boxes are near, so that rounding suppresses none."""
+        """With a threshold that no IoU is near, so that rounding does not change what is suppressed."""
         found = above(N, device)
         iou = rotated_iou_bev_ref(found.double(), found.double()).flatten()
         near = iou[(iou > 0.1) & (iou < 0.3)].sort().values
@@ -568,7 +568,7 @@ def _boxes(size, recipe):
     yield from _each("fp32", "rotated_nms", size, rotated_nms, rotated_nms_ref, overlapping)
 
 
-# Rays: as many as six views of 512 pixels, 72 samples and 24 more
+# Rays: those of six views with 512 pixels each, with 72 samples and 24 more
 
 
 def _rays(size, recipe):
@@ -633,7 +633,7 @@ def _rays(size, recipe):
     yield from _each("fp32 bf16", "neus_alpha", size, neus_alpha, neus_alpha_ref, neus, wrt)
     yield from _each("fp32 bf16", "volsdf_alpha", size, volsdf_alpha, volsdf_alpha_ref, volsdf, ("sdf", "beta"))
     yield from _each("fp32", "interval_alpha", size, interval_alpha, interval_alpha_ref, interval)
-    # PyTorch's own kernel on every device
+    # has no kernel of its own: PyTorch on every device
     yield from _each("fp32", "unisurf_alpha", size, unisurf_alpha, unisurf_alpha, alone, ("sdf",))
 
     def samples(device, dtype):
@@ -645,12 +645,12 @@ def _rays(size, recipe):
 
 # The fused renderer
 
-CLEAR = 2e-4  # cells between a sample and the nearest face, at which the volume's slope jumps
-OFF_KINK = 3.0  # bias of the color's hidden units: five of their deviations, so that rounding switches none
+CLEAR = 2e-4  # distance in cells between a sample and the nearest face, where the slope of the volume jumps
+OFF_KINK = 3.0  # bias of the color MLP's hidden units: five standard deviations, so that rounding switches none
 
 
 def _mlp(conditions, outputs, hidden, layers, bias, device):
-    """Leaves with `nn.Linear`'s spread, as `sdf_render` takes them."""
+    """Leaves with the distribution of `nn.Linear`, in the order that `sdf_render` takes."""
     widths = [(hidden, 3), *[(hidden, conditions), (hidden, hidden)] * (layers - 1), (hidden, conditions)]
     leaves = []
     for rows, columns in [*widths, (outputs, hidden)]:
@@ -673,7 +673,7 @@ def _field(size, recipe):
             points = origins[:, None].double() + directions[:, None].double() * edges[:, :-1, None].double()
             place = points * cells[0] + cells[1]
             clear = ((place - place.round()).abs() > CLEAR).all(dim=2).all(dim=1).nonzero()[:R, 0]
-            assert len(clear) == R, "too few rays keep clear of the cells' faces"
+            assert len(clear) == R, "too few rays stay clear of cell faces"
             which = torch.arange(R, device=device)
             rays = origins[clear], directions[clear], (which % 2).int(), which % 10 != 3
             sdf_mlp = _mlp(C, 1 + hidden, hidden, sdf_layers, 0.0, device)
@@ -709,7 +709,7 @@ def _field(size, recipe):
         yield Case("sdf_render neus, no gradients", size, dtype, kinds["neus"], render, sdf_render_ref)
         yield Case("sdf_values", size, dtype, values, look_up, sdf_values_ref)
     early = partial(sdf_render, stop=1e-4, exact=True)
-    # what lies behind the last sample that is looked at has no distance: picture and depth alone
+    # samples after the stop have no distance: compare color and depth only
     yield Case(
         "sdf_render neus, stops early", size, "fp32", kinds["neus"], lambda **given: early(**given)[:2],
         lambda **given: sdf_render_ref(**given)[:2], slack=1e-3,
@@ -719,32 +719,32 @@ def _field(size, recipe):
 # The command
 
 
-def results(cases, isolated=None):
-    """The `Result` of each case, as it is known.
+def results(cases, isolate=None):
+    """Yields the `Result` of each case as soon as it is known.
 
-    isolated: in processes of their own, which may break without harm to the cases after; None: where there is a GPU.
+    isolate: run in separate processes, so that a crash does not affect later cases; None: if there is a GPU.
     """
-    isolated = torch.cuda.is_available() if isolated is None else isolated
+    isolate = torch.cuda.is_available() if isolate is None else isolate
     left = list(cases)
-    if not isolated:
+    if not isolate:
         yield from map(run, left)
         return
     _compile(left)
     while left:
         known = len(left)
-        with _worker("judge", left, subprocess.PIPE) as worker:
+        with _worker("check", left, subprocess.PIPE) as worker:
             for line in worker.stdout:
-                with contextlib.suppress(ValueError):  # another library's print
+                with contextlib.suppress(ValueError):  # printed by another library
                     yield Result(**json.loads(line))
                     left.pop(0)
         if left and (worker.returncode or len(left) == known):
             case = left.pop(0)
-            message = f"its process ended with {worker.returncode} before the result was known"
+            message = f"its process ended with exit code {worker.returncode} before the result was known"
             yield Result(case.name, case.size, case.dtype, math.nan, math.nan, math.nan, message)
 
 
 def _compile(cases):
-    """Run all once, several processes at a time: compiling takes longer than the rest. What is wrong is told later."""
+    """Run all cases once in parallel processes, since compiling takes longest. Failures are reported later."""
     jobs = min(JOBS, os.cpu_count())
     kinds = list(dict.fromkeys(_kind(case) for case in cases))
     shares = [[case for case in cases if kinds.index(_kind(case)) % jobs == i] for i in range(jobs)]
@@ -753,7 +753,7 @@ def _compile(cases):
 
 
 def _kind(case):
-    """Cases of one kind have kernels in common, at small and at recipe sizes."""
+    """Cases of one kind share kernels, across sizes."""
     return case.name.split(",")[0], case.dtype
 
 
@@ -766,14 +766,14 @@ def _worker(task, cases, stdout):
 
 
 def _work(task):
-    """Run the cases whose names come in; "judge" prints a line each, and ends early where the GPU's context is lost."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # of the strict ones
+    """Run the cases named on stdin; "check" prints a line each, and exits early if the GPU context is lost."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for strict cases
     known = {str(case): case for case in checks()}
     for name in json.load(sys.stdin):
-        faulthandler.dump_traceback_later(LONGEST, exit=True)
+        faulthandler.dump_traceback_later(CASE_TIMEOUT, exit=True)
         case = known[name]
         if task == "compile":
-            with contextlib.suppress(Exception), _strictly(case.strict):
+            with contextlib.suppress(Exception), _strict_determinism(case.strict):
                 _run(case.op, case.inputs(_device(), TYPES[case.dtype]), case)
             continue
         print(json.dumps(asdict(run(case))), flush=True)
@@ -781,34 +781,34 @@ def _work(task):
             try:
                 torch.cuda.synchronize()
             except RuntimeError:
-                os._exit(0)  # told already; a context that is lost fails in destructors too
+                os._exit(0)  # reported already; with a lost context, destructors would fail too
 
 
 @dataclass
 class Args:
-    sizes: tuple[Literal["small", "recipe"], ...] = SIZES
-    ops: tuple[str, ...] = ()  # beginnings of names; none: all
+    sizes: tuple[Literal["small", "recipe"], ...] = SIZES  # sizes of the inputs
+    ops: tuple[str, ...] = ()  # prefixes of op names (default: all ops)
 
 
 def main(args):
-    """Print a line an op and what to report; returns the exit code."""
+    """Print a line per check and what to report; returns the exit code."""
     on_gpu = torch.cuda.is_available()
     if not (on_gpu or on_triton(torch.empty(0))):
-        print("There is no GPU to check: an op is its reference here, and these run at small sizes.")
+        print("There is no GPU to check: the PyTorch references run instead of the kernels, at small sizes.")
         args = replace(args, sizes=("small",))
     cases = [case for case in checks(args.sizes) if not args.ops or case.name.startswith(args.ops)]
     if not cases:
-        raise UserError(f"--ops {' '.join(args.ops)}: no op's name begins so; leave the flag out to see all.")
-    began, bad = time.perf_counter(), []
+        raise UserError(f"--ops {' '.join(args.ops)}: no op has a name that starts so; leave the flag out to run all.")
+    began, failed = time.perf_counter(), []
     for result in results(cases):
         print(result, flush=True)
-        bad += [] if result.ok else [result]
+        failed += [] if result.ok else [result]
     took = time.perf_counter() - began
-    if not bad:
-        print(f"All {len(cases)} checks are ok, in {took:.0f} s on {_machine()}.")
+    if not failed:
+        print(f"All {len(cases)} checks passed, in {took:.0f} s on {_machine()}.")
         return 0
-    print(f"{len(bad)} of {len(cases)} checks are BAD. Please report these lines: {_machine()}")
-    for result in bad:
+    print(f"{len(failed)} of {len(cases)} checks failed. Please report these lines: {_machine()}")
+    for result in failed:
         print(result)
     return 1
 

@@ -1,1 +1,1 @@
-"""The GPU's path executed without a GPU: `python -m tests.as_on_a_gpu`."""
+"""Execute the GPU code path without a GPU: `python -m tests.as_on_a_gpu`."""

@@ -1,22 +1,22 @@
-"""What pytest loads before it reads any test (PYTEST_PLUGINS): tests ask at once whether there is a GPU."""
+"""Pytest plugin, loaded before any test is imported (PYTEST_PLUGINS): tests check for a GPU at import."""
 
 import inspect
 
 import pytest
 
-from tests.as_on_a_gpu.pretended import pretended_gpu
+from tests.as_on_a_gpu.simulated_gpu import simulated_gpu
 
-# Words in a test's own source, and why it cannot be judged; pytest's summary names the tests that they skip.
-BEYOND = {
-    "CUDAGraph": "a graph records what a GPU is given",
-    "torch.compile(": "compiled code asks PyTorch's build for CUDA",
-    "opcheck(": "fake tensors know nothing of a pretended GPU",
+# Text in a test's source -> why the test is skipped; pytest's summary lists the skipped tests.
+UNSUPPORTED = {
+    "CUDAGraph": "a CUDA graph records the work of a real GPU",
+    "torch.compile(": "compiled code needs a CUDA build of PyTorch",
+    "opcheck(": "fake tensors bypass the simulated GPU",
 }
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests(early_config):
-    gpu = pretended_gpu()
+    gpu = simulated_gpu()
     gpu.__enter__()
     early_config.add_cleanup(lambda: gpu.__exit__(None, None, None))
 
@@ -24,6 +24,6 @@ def pytest_load_initial_conftests(early_config):
 def pytest_collection_modifyitems(items):
     for item in items:
         source = inspect.getsource(item.function)
-        for word, reason in BEYOND.items():
+        for word, reason in UNSUPPORTED.items():
             if word in source:
                 item.add_marker(pytest.mark.skip(reason=f"as on a GPU: {reason} ({word.rstrip('(')})"))

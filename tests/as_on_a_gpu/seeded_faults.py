@@ -1,6 +1,6 @@
-"""One fault of each kind, which the check has to find: a check that cannot turn red says nothing.
+"""One fault of each kind, which the check must find: a check that cannot fail proves nothing.
 
-Run by `python -m tests.as_on_a_gpu` alone.
+Run by `python -m tests.as_on_a_gpu` only.
 """
 
 import pytest
@@ -48,7 +48,7 @@ def check(fault):
     check_against_ref(lambda x: double(x, fault), lambda x: 2 * x, {"x": x}, torch.float32, wrt=())
 
 
-def test_without_a_fault_it_is_green():
+def test_a_kernel_without_a_fault_passes():
     check("")
 
 
@@ -61,13 +61,13 @@ def test_without_a_fault_it_is_green():
         ("two values", "two lanes of one store"),
     ],
 )
-def test_a_kernel_at_fault_is_named_with_its_line(fault, message):
+def test_a_fault_is_reported_with_its_source_line(fault, message):
     with pytest.raises(KernelFault, match=message) as raised:
         check(fault)
     assert __file__.endswith(raised.value.fault.source_file.rpartition("/")[2])
 
 
-def test_an_unwritten_output_is_not_finite():
+def test_an_unwritten_output_is_detected():
     with pytest.raises(AssertionError, match="not finite"):
         check("unwritten")
 
@@ -89,7 +89,7 @@ def custom_gradient(gradient):
     return x
 
 
-def test_so_is_memory_that_a_backward_leaves_unwritten():
+def test_an_unwritten_gradient_is_detected():
     assert custom_gradient(torch.empty_like).grad.isnan().all()
 
 
@@ -120,7 +120,7 @@ def test_mixed_devices(mix):
         mix(torch.rand(5, device="cuda"))
 
 
-def test_what_cuda_takes_is_taken():
+def test_mixed_devices_that_cuda_allows_are_allowed():
     x = torch.rand(5, device="cuda")
     assert (x * torch.tensor(2.0)).is_cuda and x[torch.tensor([1, 2])].is_cuda
     assert x.cpu().device.type == "cpu" and x.device.type == x.cpu().to("cuda").device.type == "cuda"
@@ -128,7 +128,7 @@ def test_what_cuda_takes_is_taken():
     assert torch.equal(x.cpu().copy_(x), x.cpu())
 
 
-def test_other_refusals_of_cuda():
+def test_other_errors_of_cuda():
     with pytest.raises(TypeError, match="numpy"):
         torch.rand(2, device="cuda").numpy()
     with pytest.raises(RuntimeError, match="generator"):
@@ -142,7 +142,7 @@ def _count_kernel(cell_idx_ptr, count_ptr, before_ptr, N, BLOCK: tl.constexpr): 
     tl.store(before_ptr + i, tl.atomic_add(count_ptr + cell, 1, mask=i < N), mask=i < N)
 
 
-def test_atomic_sums_are_no_race():
+def test_atomic_adds_are_not_a_race():
     cell = torch.tensor([2, 0, 2, 2, 1, 0, 2, 0, 2, 1, 2], device="cuda", dtype=torch.int32)
     count, before = torch.zeros(3, device="cuda", dtype=torch.int32), torch.empty_like(cell)
     _count_kernel[(2,)](cell, count, before, len(cell), BLOCK=BLOCK)

@@ -1,6 +1,6 @@
 """Here ops run their kernels on CPU tensors too, in the interpreter, where elsewhere they take their references.
 
-    pytest tests/kernels --reverse-programs     the last program first: a result must not hang on their order
+    pytest tests/kernels --reverse-programs     the last program first: results must not depend on their order
 """
 
 import importlib.util
@@ -34,18 +34,18 @@ def pytest_addoption(parser):
 
 @pytest.fixture(autouse=True)
 def order_of_programs(request, monkeypatch):
-    """The interpreter goes through a launch's programs in one order, in which a race may come out right."""
+    """The interpreter runs the programs of a launch in a fixed order, in which a race may go unnoticed."""
     if request.config.getoption("--reverse-programs", False) and not HAS_GPU:
         monkeypatch.setattr(*reversed_programs())
 
 
 def reversed_programs():
-    """What `monkeypatch.setattr` needs for it."""
+    """Arguments of `monkeypatch.setattr` that reverse the order of programs."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     plain = InterpreterBuilder.set_grid_idx
 
-    def from_the_end(builder, *program):
+    def set_reversed(builder, *program):
         return plain(builder, *(n - 1 - i for n, i in zip(builder.grid_dim, program, strict=True)))
 
-    return InterpreterBuilder, "set_grid_idx", from_the_end
+    return InterpreterBuilder, "set_grid_idx", set_reversed

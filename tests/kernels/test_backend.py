@@ -1,4 +1,4 @@
-"""How kernels are launched, whatever they compute."""
+"""Launching kernels, choosing references, and marking host waits."""
 
 from contextlib import nullcontext
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels import backend
-from kernels.backend import jit, on_triton, references, tl, to_host, triton, waits
+from kernels.backend import host_wait, jit, on_triton, references, tl, to_host, triton
 from tests.conftest import HAS_GPU
 from tests.kernels.conftest import reversed_programs
 
@@ -18,7 +18,7 @@ def _double_kernel(x_ptr, N, WIDTH, BLOCK: tl.constexpr):
 
 
 class OfDevice:
-    """Looks like a tensor of some GPU to `torch.cuda.device_of`."""
+    """A tensor of some GPU, as far as `torch.cuda.device_of` is concerned."""
 
     is_cuda = True
 
@@ -30,7 +30,7 @@ class OfDevice:
 
 
 @pytest.mark.parametrize("args", [(OfDevice(3), 5), ((OfDevice(3), OfDevice(3)), 5), (None, OfDevice(3), 5)])
-def test_a_kernel_runs_on_the_gpu_of_its_first_tensor_with_fused_products(monkeypatch, args):
+def test_a_kernel_runs_on_the_gpu_of_its_first_tensor_with_fp_fusion(monkeypatch, args):
     guarded, launched = [], []
     monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: guarded.append(tensor.index) or nullcontext())
     monkeypatch.setattr(type(_double_kernel), "run", lambda kernel, *args, **kwargs: launched.append((args, kwargs)))
@@ -48,15 +48,15 @@ def test_a_kernel_computes_under_the_guard(device):
     assert x.tolist() == [0, 2, 4, 6, 8, 5, 6, 7]
 
 
-def test_triton_is_told_which_sizes_vary(monkeypatch):
-    told = []
-    monkeypatch.setattr(triton, "jit", lambda kernel, **options: told.append(options) or kernel)
+def test_varying_sizes_are_not_specialized(monkeypatch):
+    options_seen = []
+    monkeypatch.setattr(triton, "jit", lambda kernel, **options: options_seen.append(options) or kernel)
     jit(varying=("N",))(lambda x_ptr, N: None)
     jit(lambda x_ptr, N: None)
-    assert told == [{"do_not_specialize": ("N",)}, {"do_not_specialize": ()}]
+    assert options_seen == [{"do_not_specialize": ("N",)}, {"do_not_specialize": ()}]
 
 
-def test_references_take_the_place_of_kernels(monkeypatch):
+def test_references_replace_kernels(monkeypatch):
     monkeypatch.setattr(backend, "interpret", True)
     x = torch.zeros(1)
     assert on_triton(x)
@@ -66,14 +66,14 @@ def test_references_take_the_place_of_kernels(monkeypatch):
     assert on_triton(x)
 
 
-def test_a_wait_has_its_name_while_it_lasts(device):
+def test_a_host_wait_has_its_reason_while_it_lasts(device):
     class Seen(torch.Tensor):
         def tolist(self):
             return backend.waiting_for, super().tolist()
 
     number = torch.tensor(7, device=device).as_subclass(Seen)
     assert to_host(number, "a number") == ("a number", 7) and backend.waiting_for is None
-    with pytest.raises(ZeroDivisionError), waits("outer"):
+    with pytest.raises(ZeroDivisionError), host_wait("outer"):
         assert to_host(number, "inner") == ("inner", 7) and backend.waiting_for == "outer"
         raise ZeroDivisionError
     assert backend.waiting_for is None
@@ -85,9 +85,9 @@ def _chase_kernel(x_ptr):
     tl.store(x_ptr + i + 1, tl.load(x_ptr + i) + 1)
 
 
-@pytest.mark.skipif(HAS_GPU, reason="a GPU has no order")
-def test_programs_in_reverse_order_tell_a_race(monkeypatch):
-    """Each program reads what the one before it wrote."""
+@pytest.mark.skipif(HAS_GPU, reason="on a GPU programs have no order")
+def test_reversed_programs_reveal_a_race(monkeypatch):
+    """Each program reads what the previous one wrote."""
     forward, backward = torch.zeros(5), torch.zeros(5)
     monkeypatch.undo()
     _chase_kernel[(4,)](forward)

@@ -258,7 +258,7 @@ def test_more_cells_than_16_bits_count(device, large_blocks, monkeypatch):
     """The hits are sorted by 32-bit numbers then: each level alone has 2^15 + 356 cells."""
     monkeypatch.setattr(kernels.lift, "CROWD", 0)
     inputs = make_inputs(1, 1, [(182, 182), (182, 182)], 1, 1, (4, 4, 1), device)
-    # places in 182 pixels are rounded to 1e-5 of a pixel, by a GPU elsewhere than by the reference
+    # positions in 182 pixels are rounded to 1e-5 of a pixel, differently on a GPU than in the reference
     check_against_ref(lift, lift_ref, inputs, torch.float32, wrt=("features", "depths"), slack=1e-4)
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.sdf_render import sdf_render
-from tests.check import NoFloatCumsum, Waits, launches
+from tests.check import NoFloatCumsum, WaitRecorder, launches
 from tests.conftest import HAS_GPU
 from tests.golden import assert_close_to_max
 from tests.kernels.test_sdf_render import (
@@ -24,7 +24,7 @@ from tests.kernels.test_sdf_render import (
     SMALL_TILE,
     TILE,
     WIDE,
-    assert_launched_so,
+    assert_rows_match_launches,
     called,
     composed,
     launch,
@@ -52,8 +52,8 @@ LAUNCHES = [
 ]
 
 
-def test_rows_are_what_is_launched():
-    assert_launched_so(LAUNCHES)
+def test_rows_match_the_launches():
+    assert_rows_match_launches(LAUNCHES)
 
 
 def test_zero_upstream_gradient():
@@ -109,19 +109,19 @@ def test_a_training_step_never_waits_for_the_device(deterministic):
     """Sampling, forward, losses and backward: what a CUDA graph demands, as far as a CPU can see it."""
     _, step = training_step("neus")
     torch.use_deterministic_algorithms(True, warn_only=not deterministic)
-    with launches() as launched, Waits() as waits:
+    with launches() as launched, WaitRecorder() as waits:
         found = step()
     assert not waits.named and not waits.unnamed
     assert {"_resample_kernel", "_sdf_render_bwd_sdf_kernel"} <= {*launched}
     assert ("_cell_sum_kernel" in launched) == deterministic and all(t.isfinite().all() for t in found)
     _, step = training_step("volsdf")
-    with Waits() as waits:
+    with WaitRecorder() as waits:
         step()
-    assert set(waits.named) == {"whether VolSDF has looked closely enough"} and not waits.unnamed
+    assert set(waits.named) == {"convergence of VolSDF's sampler"} and not waits.unnamed
 
 
-def test_volsdf_asks_for_no_floating_cumsum():
-    """Its sampler searches by running sums, under `--deterministic` too."""
+def test_volsdf_uses_no_floating_cumsum():
+    """Its sampler needs running sums, which must be deterministic under `--deterministic`."""
     _, step = training_step("volsdf")
     torch.use_deterministic_algorithms(True)
     with launches() as launched, NoFloatCumsum():

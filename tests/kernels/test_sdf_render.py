@@ -30,15 +30,15 @@ FIELD = dict(C=32, H=16, PREC="tf32")  # of every preset
 RGB = FIELD | dict(NEUS=True, SDF_LAYERS=6, RGB_LAYERS=4)
 NO_RGB = RGB | dict(RGB_LAYERS=0)  # LiDAR alone
 IEEE, TRAIN = dict(PREC="ieee"), dict(STOP=0.0)
-WIDE = RGB | dict(C=64, H=64)  # the widest field, in half of the samples
-EXACT = RGB | dict(PREC="tf32x3")  # a quarter of the samples, two warps
+WIDE = RGB | dict(C=64, H=64)  # the widest field, in tiles of half as many samples
+EXACT = RGB | dict(PREC="tf32x3")  # in tiles of a quarter as many samples, with two warps
 HALF_TILE, HALF_ALONG = dict(BLOCK_M=32), dict(BLOCK_R=1, BLOCK_S=32)
 SMALL_TILE, SMALL_ALONG = dict(BLOCK_M=16), dict(BLOCK_R=1, BLOCK_S=16)
 
 
 def launch(kernel, constexprs, targets, registers=255, shared=0, stack=0, mma="", warps=4):
     budgets = [target for target in targets if target in NVIDIA]
-    # every preset renders 96 samples a ray; those that it searches by, 72, are no multiple of 16
+    # every preset renders 96 samples per ray; the 72 of its search are no multiple of 16
     divisible = ("CHANNELS",) if kernel == "_sdf_values_kernel" else ("S", "CHANNELS")
     return Launch(
         kernel, constexprs, dict(hit_ptr="*i1"), divisible, ("fp32",), targets, warps, 1,
@@ -48,9 +48,9 @@ def launch(kernel, constexprs, targets, registers=255, shared=0, stack=0, mma=""
 
 # Stacks: a tile of 64 samples, what a Hopper matrix instruction takes, needs a few more registers than there are.
 # Half of the samples (BLOCK_M = 32) spill a fifth of that, for 1.6 times the instructions a sample.
-# What Triton 3.9 needs or, where that was more before operands were rounded, Triton 3.6; of WIDE and EXACT by 3.9
-# alone. A wide field holds 4 times the activations a sample. Wide and exact, bytes by 3.9 on sm_90: forward 2288,
-# backward 1016 and 416; such a field is in no preset, and compiling it takes minutes, so no row has it.
+# Budgets: what Triton 3.9 needs or, where that was more before operands were rounded, Triton 3.6; WIDE and EXACT by 3.9
+# only. A wide field has 4 times the activations per sample. No row is both wide and exact: no preset has such a
+# field, and compiling it takes minutes. Its stack in bytes, by 3.9 on sm_90: forward 2288, backward 1016 and 416.
 LAUNCHES = [
     launch("_sdf_values_kernel", FIELD | TILE | dict(LAYERS=6), NVIDIA, 168, 20480, 0, "HGMMA"),
     launch("_sdf_render_fwd_kernel", RGB | ALONG | TRAIN, AMPERE, 255, 20480, 176, "HMMA"),
@@ -62,8 +62,8 @@ LAUNCHES = [
     launch("_sdf_render_fwd_kernel", RGB | ALONG | TRAIN | IEEE, AMD),
 ]
 GRADIENTS = ["volume", "sdf_mlp", "rgb_mlp", "density"]
-# What tf32, the default, may be off by: shares of the largest true entry of an output and of a gradient. Operands keep
-# 10 bits of mantissa; the softplus of sharpness 100 and ten layers enlarge their errors.
+# Largest error under tf32, the default, of outputs and of gradients, as a fraction of the largest true entry. Operands
+# keep a 10-bit mantissa; ten layers and a softplus of sharpness 100 amplify their errors.
 TF32, TF32_GRADIENT = 2e-3, 2e-2
 
 
@@ -169,16 +169,16 @@ def _tensors(value):
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def assert_launched_so(rows):
-    """Rows of LAUNCHES have the tiles and warps that the code takes for such a field."""
+def assert_rows_match_launches(rows):
+    """Rows of LAUNCHES have the tiles and warps that the code chooses for their field."""
     for row in rows:
         sizes = row.constexprs
         _, launched = (over_samples if "BLOCK_M" in sizes else along_rays)(1, sizes)
         assert launched == {name: sizes.get(name, getattr(row, name, None)) for name in launched}, row
 
 
-def test_rows_are_what_is_launched():
-    assert_launched_so(LAUNCHES)
+def test_rows_match_the_launches():
+    assert_rows_match_launches(LAUNCHES)
 
 
 def assert_as_composed(inputs, method, rel, op=sdf_render, dtype=torch.float32, **options):
@@ -214,25 +214,25 @@ def test_field_of_the_presets(seed):
 
 @pytest.fixture
 def tensor_cores(monkeypatch):
-    """Products as NVIDIA's matrix units take them, in the interpreter too: tf32 drops 13 bits of the operands."""
+    """Matrix products as on NVIDIA's tensor cores, in the interpreter too: tf32 drops 13 bits of the operands."""
     if HAS_GPU:
         return
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     plain = InterpreterBuilder.create_dot
 
-    def cut(x):
+    def truncate(x):
         return TensorHandle((np.ascontiguousarray(x.data).view(np.int32) & -0x2000).view(np.float32), x.dtype)
 
     def dot(builder, a, b, out, precision, *rest):
-        a, b = (cut(a), cut(b)) if precision.name == "TF32" else (a, b)
+        a, b = (truncate(a), truncate(b)) if precision.name == "TF32" else (a, b)
         return plain(builder, a, b, out, precision, *rest)
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
 
 
 def test_default_precision(tensor_cores):
-    """tf32: every output and gradient within what is documented above, and off by more than fp32 would be."""
+    """tf32: errors of outputs and gradients are within the bounds above, and larger than those of fp32."""
     inputs = make_inputs(5, 40)
     truth, found = results(composed("neus"), inputs, torch.float64), results(called(sdf_render), inputs)
     for name, value in found.items():
@@ -248,21 +248,21 @@ def distances(op, inputs, dtype=torch.float32):
 
 
 def test_default_precision_has_no_bias(tensor_cores):
-    """Twelve random fields of doubled weights, through which errors grow: the distances of none are all off alike.
+    """The mean error of the distances, over twelve random fields whose weights are doubled to amplify errors.
 
-    Were operands not rounded before the tensor cores cut them, all products would shrink: 1.6e-3 instead of 2e-4.
+    Without rounding, tensor cores would truncate the operands and shrink all products: 1.6e-3 instead of 2e-4.
     """
     errors = []
     for _ in range(12):
         inputs = make_inputs(2, 32, rgb_layers=0)
         inputs["sdf_mlp"] = [2 * t for t in inputs["sdf_mlp"]]
         errors.append(distances(sdf_values, inputs) - distances(sdf_values_ref, inputs, torch.float64))
-    bias = torch.stack(errors).mean(dim=(1, 2))  # of each field
+    bias = torch.stack(errors).mean(dim=(1, 2))  # per field
     assert bias.square().mean().sqrt() < 6e-4
 
 
-def test_nan_is_not_rounded_away():
-    """Of the bits that a GPU gives it: the next larger integer is -0."""
+def test_rounding_keeps_nan():
+    """A GPU's NaN has the bits 0x7fffffff: rounding in integers would carry into the sign and give -0."""
     inputs = make_inputs(2, 3, sdf_layers=2, rgb_layers=0)
     inputs["edges"] *= 0.01  # near the middle
     inputs["volume"][1] = torch.tensor(2**31 - 1, dtype=torch.int32).view(torch.float32)
@@ -335,7 +335,7 @@ def test_a_ray_stops_where_its_light_does():
     assert (whole[1] < 0).all() and whole[0][4].sum() < 0.5
     for before, after in zip(whole, stopped, strict=True):
         assert not after[:2, 64:].any()
-        assert_close_to_max(after[:2, :64], before[:2, :64], TF32)  # two kernels may round the same formula apart
+        assert_close_to_max(after[:2, :64], before[:2, :64], TF32)  # two kernels may round the same formula differently
         assert_close_to_max(after[2:], before[2:], TF32)
     assert 0 < (stopped_rgb - rgb).abs().max() < stop
     reach = inputs["edges"][:, -1] - inputs["edges"][:, 0]
@@ -380,7 +380,7 @@ def test_rejects_what_does_not_fit():
 
 def test_golden_record(monkeypatch):
     """The original's NeuS renderer, sampling included, through `Renderer`."""
-    if not HAS_GPU:  # interpreting is slow: few large tiles, which no GPU has the shared memory for
+    if not HAS_GPU:  # the interpreter is slow: few large tiles, beyond any GPU's shared memory
         monkeypatch.setattr(sdf_field, "BLOCK_M", 512 * sdf_field.EXACT)
     record = {name: value.to(DEVICE) for name, value in load("render_neus_eval")[0].items()}
     grid = Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(5.4, 6.0, 1.6))
@@ -398,7 +398,7 @@ def test_golden_record(monkeypatch):
     assert {"_sdf_values_kernel", "_resample_kernel", "_sdf_render_fwd_kernel"} <= {*launched}
     assert_close_to_max(out.rgb, record["out/rgb"], 1e-4, "rgb")
     assert_close_to_max(out.depth * grid.scale, record["out/depth"][:, 0], 1e-4, "depth")
-    # rounding decides where an importance sample falls: in one ray of these 64 in the interpreter
+    # rounding may move an importance sample: it does in one of these 64 rays in the interpreter
     same = (out.starts - record["out/z_vals"][..., 0]).abs().amax(dim=1) < 1e-4
     assert same.sum() >= R - 3
     for name, key, rel in [("sdf", "sdf", 1e-3), ("gradient", "gradients", 1e-3), ("weights", "weights", 5e-3)]:

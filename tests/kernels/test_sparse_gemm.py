@@ -13,7 +13,7 @@ from tests.check import launches
 
 IEEE, TF32 = dict(PRECISION="ieee", WIDEN=False), dict(PRECISION="tf32", WIDEN=False)
 HALF, SINGLE, EVEN = ("bf16",), ("fp32",), ("I", "O")
-EVERY, ONE_TARGET = ASSEMBLED, ("sm_90",)  # budgets: what differs in kind has them on all
+EVERY, ONE_TARGET = ASSEMBLED, ("sm_90",)  # targets with budgets: all for launches that differ in kind
 PLAIN, FULL = dict(scale_ptr=None, shift_ptr=None, residual_ptr=None, RELU=False), dict(RELU=True)
 MORE, FEWER = ({vendor: stages[i] for vendor, stages in STAGES_OF.items()} for i in range(2))
 LAUNCHES = [
@@ -51,7 +51,7 @@ LAUNCHES = [
         (True, 128, FEWER, 66568),
     ]
 ] + [
-    Launch(  # what it tries with fewer channels: several offsets side by side, and one
+    Launch(  # what the tuner tries with fewer channels: several offsets per product, and one
         "_gather_gemm_kernel",
         IEEE | PLAIN | dict(MIRRORED=True, NEAR=near, C=c if c < 64 else 0, PACK=64 // c, STEPS=1)
         | dict(BLOCK_M=m, BLOCK_I=64, BLOCK_O=max(c, 16)),
@@ -124,12 +124,12 @@ def test_every_way_to_launch_computes_the_same(tuned, device):
             assert next(calls) == ways
 
 
-def test_a_way_is_charged_for_tiles_that_no_layer_before_has_made(tuned, device):
-    """Of two layers on a table the second would be faster with other tiles, but not by as much as they cost."""
+def test_a_candidate_is_charged_for_tiles_that_no_earlier_layer_has_made(tuned, device):
+    """The second of two layers on a table would be faster with other tiles, but by less than they cost."""
     table = torch.where(torch.rand(3, 130) < 0.5, torch.randint(0, 130, (3, 130)), -1).int().to(device)
     x, narrow, wide = (torch.randn(size).half().to(device) for size in [(130, 16), (8, 3, 16), (32, 3, 16)])
     tables = NeighborTable(table), NeighborTable(table)
-    kernel_ms = itertools.chain([2, 1] + [2] * 6, [1, 2] + [3] * 6, [1, 2] + [3] * 6)  # of tiles of 64 and 128 first
+    kernel_ms = itertools.chain([2, 1] + [2] * 6, [1, 2] + [3] * 6, [1, 2] + [3] * 6)  # tiles of 64 and 128 first
 
     def clock(fn):
         with launches() as launched:
@@ -137,15 +137,15 @@ def test_a_way_is_charged_for_tiles_that_no_layer_before_has_made(tuned, device)
         assert launched[-1] == "_gather_gemm_kernel"
         return next(kernel_ms) + 10 * launched.count("_tiles_kernel")
 
-    def made(weight, table):
+    def tiles_made(weight, table):
         with launches() as launched:
             gather_gemm(x, weight, table, False)
         return launched[-2:].count("_tiles_kernel")
 
     tuning.enable(timer=clock)
-    assert made(narrow, tables[0]) == 1 and made(wide, tables[0]) == 0
+    assert tiles_made(narrow, tables[0]) == 1 and tiles_made(wide, tables[0]) == 0
     tuning.enable(timer=clock)
-    assert made(wide, tables[1]) == 1  # alone it has the tiles that suit it
+    assert tiles_made(wide, tables[1]) == 1  # on its own table it gets the tiles that suit it
     assert next(kernel_ms, None) is None
     for table, block_m in zip(tables, (128, 64), strict=True):
         with launches() as launched:

@@ -96,8 +96,8 @@ def densify(values, coords, B, shape):
 
 @pytest.mark.parametrize("B, shape, N, geometry", [*CASES, (*SOME, FIVE)])
 def test_reference_is_dense_convolution(B, shape, N, geometry, device):
-    """Exact: small integers in fp64, rounded since cuDNN may convolve by FFT. Active outputs are those that a kernel of
-    ones reaches."""
+    """Exact: small integers in fp64, rounded since cuDNN may convolve by FFT. Active outputs are those that a kernel
+    of ones reaches."""
     coords, (kernel, stride, padding, dilation) = random_voxels(B, shape, N, device), geometry
     features = torch.randint(1, 9, (N,), device=device).double()
     weight = torch.randint(-9, 9, kernel, device=device).double()
@@ -202,13 +202,13 @@ def test_grid_of_8e9_cells(plain, device):
 
 @pytest.mark.parametrize("fn", [transposed_map, transposed_map_ref])
 def test_transposed_up_to_the_last_int32(fn, device):
-    """A voxel that spreads to the last three of 2^31 - 1 cells; four farther on coordinates would be negative."""
+    """A voxel reaches the last three of 2^31 - 1 cells; with four more cells, coordinates would overflow."""
     coords = torch.tensor([[0, 0, 0, 2**29 - 1]], dtype=torch.int32, device=device)
     kernel, stride = (1, 1, 3), (1, 1, 4)
     out_coords, neighbor_idx = fn(coords, (1, 1, 2**29), kernel, stride, (0, 0, 0), ONE)
     assert out_coords.tolist() == [[0, 0, 0, 2**31 - 4 + k] for k in range(3)]
     assert torch.equal(neighbor_idx, torch.eye(3, dtype=torch.int32, device=device) - 1)
-    for padding in (0, 2):  # what padding cuts off is reached, too
+    for padding in (0, 2):  # cells that padding cuts off count too
         with pytest.raises(ValueError, match=r"\(1, 1, 2147483651\) cells.* too many: a coordinate has 32 bits"):
             fn(coords, (1, 1, 2**29 + 1), kernel, stride, (0, 0, padding), ONE)
 

@@ -104,7 +104,7 @@ def test_rows_with_the_same_offsets_share_tiles(device):
     assert 64 * has.view(27, 16, 64).any(dim=2).sum() > 7 * needed  # in the order of the rows
 
 
-def test_a_table_keeps_what_is_made_of_it(device):
+def test_a_table_caches_its_tiles_and_pairs(device):
     table = NeighborTable(make_table(3, 40, 0.5, device))
     tiles, pairs = table.tiles(64), table.pairs()
     assert table.tiles(64) is tiles and table.pairs() is pairs and table.tiles(128) is not tiles
@@ -112,10 +112,10 @@ def test_a_table_keeps_what_is_made_of_it(device):
     assert NeighborTable.of(table.idx.clone()) is not table
     with launches() as launched:
         NeighborTable(table.idx).pairs()
-    assert launched == ["_tiles_kernel", "_pairs_kernel"]  # any tiles count the pairs
+    assert launched == ["_tiles_kernel", "_pairs_kernel"]  # tiles of any size have the pair counts
 
 
-def test_a_table_that_changes_is_another_one(device):
+def test_a_changed_table_is_refused(device):
     idx = make_table(3, 40, 0.5, device)
     table = NeighborTable(idx)
     tiles = table.tiles(64)
@@ -125,8 +125,8 @@ def test_a_table_that_changes_is_another_one(device):
     assert NeighborTable.of(idx).tiles(64) is not tiles
 
 
-def test_nothing_outlives_its_table(device):
-    """At once: on a GPU it is memory."""
+def test_the_cache_is_freed_with_its_table(device):
+    """At once, not by the garbage collector: on a GPU it is device memory."""
     table = NeighborTable(make_table(3, 40, 0.5, device))
     made, idx = weakref.ref(table.tiles(64).row_idx), table.idx
     gc.disable()
@@ -139,7 +139,7 @@ def test_nothing_outlives_its_table(device):
 
 @pytest.fixture
 def streams(monkeypatch):
-    """What the current stream is, and whether a graph is captured on it, to be set: `streams(number, capturing)`."""
+    """Sets the current stream and whether a graph is being captured on it: `streams(number, capturing)`."""
     current = {}
 
     def switch(stream, capturing=False):
@@ -151,7 +151,7 @@ def streams(monkeypatch):
     return switch
 
 
-def test_streams_are_those_of_cuda(monkeypatch):
+def test_stream_and_capture_of_cuda(monkeypatch):
     cuda, cpu = torch.device("cuda", 1), torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=10 + device.index))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
@@ -159,7 +159,7 @@ def test_streams_are_those_of_cuda(monkeypatch):
     assert backend.capturing(cuda) and not backend.capturing(cpu)
 
 
-def test_a_stream_does_not_use_what_another_may_still_be_making(streams, device):
+def test_a_stream_does_not_use_tiles_that_another_may_still_compute(streams, device):
     table = NeighborTable(make_table(3, 40, 0.5, device))
     first = table.tiles(64)
     streams(2)
@@ -169,8 +169,8 @@ def test_a_stream_does_not_use_what_another_may_still_be_making(streams, device)
     assert table.tiles(64) is first
 
 
-def test_a_graph_takes_what_its_warm_up_made(streams, device):
-    """Warmed up on a stream, captured on another one, as `torch.cuda.graph` does it: no replay makes tiles again."""
+def test_a_graph_uses_the_cache_of_its_warm_up(streams, device):
+    """Warmed up on one stream and captured on another, as by `torch.cuda.graph`: replays compute no tiles."""
     table, weight = NeighborTable(make_table(3, 40, 0.5, device)), torch.randn(8, 3, 1, 1, 8, device=device)
     inverse = NeighborTable(torch.full((3, 80), -1, dtype=torch.int32, device=device))
     features = torch.randn(80, 8, device=device, requires_grad=True)
@@ -188,7 +188,7 @@ def test_a_graph_takes_what_its_warm_up_made(streams, device):
 
 @pytest.mark.skipif(not HAS_GPU, reason="CUDA graphs need a GPU")
 @torch.no_grad()
-def test_a_replayed_convolution_is_the_convolution(device):
+def test_a_replayed_convolution_matches(device):
     table, weight = NeighborTable(make_table(3, 40, 0.5, device)), torch.randn(8, 3, 1, 1, 8, device=device)
     features, other = torch.randn(2, 80, 8, device=device)
     expected = sparse_conv_act(other, weight, table)
@@ -200,8 +200,8 @@ def test_a_replayed_convolution_is_the_convolution(device):
     assert torch.equal(out, expected) and launched == ["_gather_gemm_kernel"]
 
 
-def test_what_a_graph_makes_is_nobody_else_s(streams, device):
-    """Its memory holds tiles only after a replay."""
+def test_tiles_of_a_graph_are_not_cached(streams, device):
+    """Their memory is filled only by a replay."""
     table = NeighborTable(make_table(3, 40, 0.5, device))
     streams(3, capturing=True)
     in_graph = table.tiles(64), table.pairs()
@@ -211,7 +211,7 @@ def test_what_a_graph_makes_is_nobody_else_s(streams, device):
     assert table.tiles(64) is not in_graph[0]
 
 
-def test_a_trial_leaves_nothing_behind(device):
+def test_a_trial_does_not_change_the_cache(device):
     table = NeighborTable(make_table(3, 40, 0.5, device))
     known = table.tiles(64)
     trial = table.trial()
@@ -220,8 +220,8 @@ def test_a_trial_leaves_nothing_behind(device):
     assert table.tiles(128) is not tried and NeighborTable.of(table.idx) is table
 
 
-def test_compiled_layers_share_what_is_made_of_their_table(device):
-    """Compiled code hands ops the tensor of a table; the table is found again, in the backward too."""
+def test_compiled_layers_share_the_cache_of_their_table(device):
+    """Compiled code passes tensors to ops, which look up their tables again, in the backward too."""
     inverse = NeighborTable(torch.full((3, 80), -1, dtype=torch.int32, device=device))
     table, weight = NeighborTable(make_table(3, 40, 0.5, device)), torch.randn(8, 3, 1, 1, 8, device=device)
     features = torch.randn(80, 8, device=device, requires_grad=True)
@@ -232,4 +232,4 @@ def test_compiled_layers_share_what_is_made_of_their_table(device):
 
     with launches() as launched:
         layers(features, weight.requires_grad_()).sum().backward()
-    assert launched.count("_gather_gemm_kernel") == 4 and launched.count("_tiles_kernel") == 2  # there and back
+    assert launched.count("_gather_gemm_kernel") == 4 and launched.count("_tiles_kernel") == 2  # table, inverse

@@ -116,9 +116,9 @@ def test_two_processes_with_one_number_do_not_share_a_temporary_file(tmp_path, m
     assert len(names) == 2
 
 
-def test_runs_follow_each_other_and_the_median_counts(monkeypatch):
-    """On a clock by hand: the first run, which compiles, is not timed, the host is ahead of the device, nothing is
-    flushed in between, and what disturbs one run counts for nothing."""
+def test_runs_are_timed_back_to_back_by_their_median(monkeypatch):
+    """With a simulated clock: the first run, which compiles, is not timed; the host is ahead of the device; nothing is
+    flushed between runs; and an outlier does not matter."""
     clock, log = [0.0], []
 
     class Event:

@@ -5,7 +5,7 @@ import kernels.voxel_pool
 from kernels.voxel_pool import BLOCK_P, CHUNK, voxel_pool, voxel_pool_ref
 from tests import golden
 from tests.ahead_of_time import ASSEMBLED, Launch
-from tests.check import DividesLikeAGpu, check_against_ref, launches
+from tests.check import DivideLikeGpu, check_against_ref, launches
 from tests.conftest import HAS_GPU
 
 
@@ -197,12 +197,12 @@ def test_points_on_faces_lie_on_the_same_side_for_kernel_and_reference(device):
     check_against_ref(voxel_pool, voxel_pool_ref, inputs, torch.float32, wrt=("features", "depths"))
 
 
-def test_points_lie_where_they_do_on_a_cpu(device):
-    """The places in the grid are quotients on every device; as products with reciprocals some would move."""
+def test_points_are_placed_as_on_a_cpu(device):
+    """Grid coordinates are quotients on every device; multiplying by reciprocals would move some points."""
     inputs = make_inputs(1, 4, (5, 8), 3, 12, (9, 9, 5), device)
     geometry = inputs["lidar2image"], inputs["low"], (0.7, 0.3, 1.1), inputs["depth_range"], 12
     matrices, bins = kernels.voxel_pool._geometry(*geometry)
-    with DividesLikeAGpu():
+    with DivideLikeGpu():
         for ours, truth in zip(kernels.voxel_pool._geometry(*geometry), (matrices, bins), strict=True):
             assert torch.equal(ours, truth)
     sizes = matrices.new_tensor([0.7, 0.3, 1.1])[:, None]
@@ -225,10 +225,10 @@ def test_a_long_interval_is_split(points, device):
     check_against_ref(voxel_pool, voxel_pool_ref, inputs, torch.float32, wrt=("features", "depths"))
 
 
-def test_looks_at_its_cameras_every_time(device):
+def test_every_call_reads_the_cameras(device):
     inputs = make_inputs(1, 2, (3, 5), 3, 6, (4, 4, 2), device)
     before = voxel_pool(**inputs)
-    inputs["lidar2image"].data[:, 0, 0, 3] += 40  # pixels to the right, behind autograd's back
+    inputs["lidar2image"].data[:, 0, 0, 3] += 40  # pixels to the right, without autograd noticing
     volume = voxel_pool(**inputs)
     torch.testing.assert_close(volume, voxel_pool_ref(**inputs), rtol=1e-12, atol=1e-12)
     assert not torch.equal(volume, before)

@@ -6,7 +6,7 @@ import torch
 from kernels.voxelize import BLOCK_P, NO_KEY, TILE, grid_sample, voxelize, voxelize_ref
 from tests import golden
 from tests.ahead_of_time import Launch
-from tests.check import DividesLikeAGpu, launches
+from tests.check import DivideLikeGpu, launches
 
 TYPES = dict.fromkeys(["ends_ptr", "keys_ptr", "order_ptr", "first_ptr"], "*i64")
 TYPES |= dict(coords_ptr="*i32", low=("fp32",) * 3, cell=("fp32",) * 3, shape=("i32",) * 3, max_points="i32")
@@ -182,13 +182,13 @@ def test_grid_sample_by_hand(device):
     assert [t.shape for t in nothing] == [(0,), (0, 4), (0,)] and extent == ([0, 0, 0], [0, 0, 0])
 
 
-def test_grid_sample_cuts_cells_where_the_original_does_on_a_gpu_too(device):
-    """Points just below borders of cells, which a product with the reciprocal of the size puts on the border."""
+def test_grid_sample_has_the_cell_borders_of_the_original_on_a_gpu_too(device):
+    """Points just below cell borders, which multiplying by the reciprocal of the size would move onto the border."""
     x = (torch.arange(1, 2000, device=device).double() * 0.05).float()
     x = x.nextafter(x.new_zeros(()))
     assert ((x * (1 / 0.05)).floor() != (x / x.new_full((), 0.05)).floor()).any()
     points = torch.stack([x, -x, x], dim=1)
-    with DividesLikeAGpu():
+    with DivideLikeGpu():
         found = grid_sample(points, [len(x)], 0.05)
     cells = (points / points.new_full((), 0.05)).floor().int().flip(1)
     assert torch.equal(found[1][found[2], 1:], cells)

@@ -113,8 +113,8 @@ class VolumeAttention(nn.Module):
     def forward(self, x, reference, volume):
         """x: [B, Q, C]; reference: [B, Q, 3] logits; volume: [B, Z, Y, X, C]; returns [B, Q, C]."""
         B, Z, Y, X, _ = volume.shape
-        x_share, y_share, z_share = reference.sigmoid().unbind(-1)
+        x, y, z = reference.sigmoid().unbind(-1)  # fractions of the range
         # The range's ends are the faces of the outermost cells (align_corners=False), unlike in the renderer.
-        cells = torch.stack([x_share * X, y_share * Y, z_share * Z], dim=-1) - 0.5
+        cells = torch.stack([x * X, y * Y, z * Z], dim=-1) - 0.5
         found, _ = trilinear(volume, cells, torch.arange(B, dtype=torch.int32, device=volume.device))
         return self.output_proj(self.attention_weights(x).sigmoid() * found)

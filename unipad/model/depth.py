@@ -149,7 +149,7 @@ def depth_targets(batch, h, w, bins, depth_range):
         cell = v.round().long() // stride * w + u.round().long() // stride
         nearest = z.new_full((len(z), h * w), torch.inf)
         nearest = nearest.scatter_reduce(1, cell.where(visible, 0), z.where(visible, torch.inf), "amin")
-        # by a tensor: on a GPU one over a number is a product with its reciprocal, and points change bins
+        # by a tensor: on a GPU, dividing by a number multiplies by its reciprocal, which moves points into other bins
         bin_ = (nearest - near) / nearest.new_full((), (far - near) / bins)
         targets.append(torch.where(bin_ < bins, bin_, -1).long().view(-1, h, w))
     return torch.stack(targets)

@@ -19,7 +19,7 @@ from kernels.rotated_iou import rotated_nms
 from unipad.model.boxes import CODE_SIZE, decode_boxes, footprint
 from unipad.model.decoder import DecoderLayer, Dropout
 from unipad.model.depth import depth_loss
-from unipad.model.targets import detection_losses, draw_noise, noisy_queries, sent
+from unipad.model.targets import detection_losses, draw_noise, noisy_queries, tensor_like
 from unipad.model.volume import Encoder
 
 EPS = 1e-5  # shares of the range are kept so far from 0 and 1 before their logit is taken; mmdet's
@@ -196,7 +196,7 @@ def detections(cfg, found):
     if found.iou is not None and cfg.iou_in_score:
         iou = ((found.iou[-1].detach() + 1) / 2).clamp(0, 1).gather(1, query)
         scores = share.sqrt() * iou.sqrt()
-    low, high = sent(cfg.centre_low, boxes), sent(cfg.centre_high, boxes)
+    low, high = tensor_like(cfg.centre_low, boxes), tensor_like(cfg.centre_high, boxes)
     stays = ((boxes[..., :3] >= low) & (boxes[..., :3] <= high)).all(dim=-1) & (scores >= cfg.least_score)
     results = []
     for b in range(len(boxes)):

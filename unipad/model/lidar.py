@@ -6,7 +6,7 @@ Module and parameter names inside the encoder and the neck are mmdet3d's; `unipa
 import torch
 from torch import nn
 
-from kernels.backend import waits
+from kernels.backend import host_wait
 from kernels.voxel_keys import sort_voxels
 from kernels.voxelize import voxelize
 from unipad import config
@@ -48,8 +48,8 @@ def draw_voxel_mask(coords, noise, block, ratio):
 class LidarEncoder(nn.Module):
     """Point clouds to a volume.
 
-    A step waits for the device where a size depends on the points: how many voxels hold some, which of them stay
-    visible, and how many the next stage reaches, once for each stride.
+    A step waits for the device where a size depends on the points: the number of occupied voxels, the indices of the
+    visible ones, and the number of output voxels of each strided convolution.
     """
 
     def __init__(self, cfg: config.Lidar, grid: config.Grid, point_channels=5):
@@ -104,7 +104,7 @@ class LidarEncoder(nn.Module):
         seen = coords
         if noise is not None and cfg.mask_ratio > 0:
             visible = draw_voxel_mask(coords, noise, cfg.mask_block, cfg.mask_ratio)
-            with waits("which voxels stay visible"):
+            with host_wait("indices of the visible voxels"):
                 rows = visible.nonzero()[:, 0]
             seen = coords[rows]
             if self.mask_token is None:

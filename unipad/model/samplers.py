@@ -43,7 +43,7 @@ def volsdf_edges(cfg, sdf_at, near, far, jitter, beta):
         clearance = _clearance(sdf, deltas)
         loosest = _tighten(beta, loosest, sdf, deltas, clearance)
         passed, error = _light_and_error(loosest[:, None], sdf, deltas, clearance)
-        if i == ROUNDS or to_host((loosest <= beta).all(), "whether VolSDF has looked closely enough"):
+        if i == ROUNDS or to_host((loosest <= beta).all(), "convergence of VolSDF's sampler"):
             break
         new_edges = sample_pdf(edges, error * passed, cfg.search, jitter[i])
         edges, order = merge(edges, new_edges)
@@ -99,7 +99,7 @@ def _light_and_error(beta, sdf, deltas, clearance):
     """Transmittance before each sample and the bound on the opacity's relative error up to its end, [R, S] each."""
     depth = deltas * laplace_density(sdf, beta)
     error = torch.exp(-clearance / beta) * deltas**2 / (4 * beta**2)
-    # running sums as products with triangles: PyTorch promises no determinism of a cumsum of floats on a GPU
+    # running sums as products with triangular matrices: on a GPU, a cumsum of floats is not deterministic
     up_to = torch.ones(2 * deltas.shape[1:], dtype=deltas.dtype, device=deltas.device).triu()  # [S, S]
     passed = torch.exp(-(depth @ up_to.triu(1)))
     return passed, torch.exp(error @ up_to).clamp(max=1e6) - 1

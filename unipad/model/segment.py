@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels.backend import waits
+from kernels.backend import host_wait
 from unipad.model.volume import Encoder
 
 
@@ -61,7 +61,7 @@ def losses(cfg, logits, labels):
     cfg: `config.Segment`; logits: [P, K]; labels: [P] uint8 from 1 to K, 0 = none. Without any label both are 0. Of
     several processes each has the losses of its own points.
     """
-    with waits("which points have a label"):
+    with host_wait("indices of the labeled points"):
         known = (labels > 0).nonzero()[:, 0]
     logits, labels = logits[known], labels[known].long() - 1
     cross_entropy = F.cross_entropy(logits, labels, reduction="sum") / max(len(labels), 1)
@@ -76,7 +76,7 @@ def lovasz_softmax(probabilities, labels):
     """
     if not len(labels):
         return probabilities.sum()
-    true = F.one_hot(labels, probabilities.shape[1])  # [P, K] int64: PyTorch promises determinism of no floating cumsum
+    true = F.one_hot(labels, probabilities.shape[1])  # [P, K] int64: a cumsum of floats is not deterministic
     errors, order = (true - probabilities).abs().sort(dim=0, descending=True)
     missed = true.gather(0, order).cumsum(dim=0)
     count = missed[-1]

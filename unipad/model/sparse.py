@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import backend, sparse_map, voxel_keys
-from kernels.backend import Kept
+from kernels.backend import StreamCache
 from kernels.sparse_conv import sparse_conv, sparse_conv_act
 from kernels.sparse_tiles import NeighborTable
 from unipad.model.norm import SyncedBatchNorm
@@ -25,7 +25,7 @@ class Table(NamedTuple):
     """Which rows a convolution of N voxels to M voxels with K offsets gathers; -1 where there is no voxel."""
 
     neighbors: NeighborTable  # [K, M], the input that an output reads
-    inverse: NeighborTable | None  # [K, N], the output that an input reaches; None: that of neighbors.idx.flip(0)
+    inverse: NeighborTable | None  # [K, N], the output that an input reaches; None: neighbors.idx.flip(0)
 
     @staticmethod
     def of(neighbor_idx, inverse_idx):
@@ -33,7 +33,7 @@ class Table(NamedTuple):
 
 
 class VoxelSet:
-    """Voxels that exist in a batch of grids, and the tables of the convolutions on them, which it owns (see `Kept`).
+    """Voxels that exist in a batch of grids, and a `StreamCache` of the tables of the convolutions on them.
 
     A set that a strided or transposed convolution makes knows the one it came from (`source`) and the table between
     them. The other way the reference is weak: the next convolution of that geometry finds the set as long as somebody
@@ -53,11 +53,11 @@ class VoxelSet:
         voxel_keys.check_grid(shape, batch_size)
         self.coords, self.shape, self.batch_size = coords.contiguous(), tuple(shape), batch_size
         self.source = None  # (VoxelSet, kernel, Table) of the convolution that made this set
-        self._kept, self._is_in_order = Kept(), in_order
+        self._cache, self._is_in_order = StreamCache(), in_order
         self.keys()
         if check:
-            self._kept.put("sorted", coords.device, voxel_keys.sort_voxels(self.coords, self.shape))
-            last = backend.to_host(self.coords[:, 0].max(), "the last grid that has a voxel") if len(coords) else -1
+            self._cache.put("sorted", coords.device, voxel_keys.sort_voxels(self.coords, self.shape))
+            last = backend.to_host(self.coords[:, 0].max(), "largest batch index of a voxel") if len(coords) else -1
             if last >= batch_size:
                 raise ValueError(f"a voxel is in grid {last} of a batch of {batch_size}")
 
@@ -66,11 +66,11 @@ class VoxelSet:
 
     def keys(self):
         """[N] int64, the row of each voxel among all cells of the batch."""
-        return self._kept.get("keys", self.coords.device, lambda: voxel_keys.voxel_keys(self.coords, self.shape))
+        return self._cache.get("keys", self.coords.device, lambda: voxel_keys.voxel_keys(self.coords, self.shape))
 
     def submanifold(self, kernel, dilation):
         """The table of a convolution from these voxels to the same ones."""
-        table = self._kept.find((kernel, dilation), self.coords.device)
+        table = self._cache.find((kernel, dilation), self.coords.device)
         return self._make_table(kernel, dilation) if table is None else table
 
     def strided(self, kernel, stride, padding, dilation):
@@ -82,7 +82,7 @@ class VoxelSet:
         return self._reach("transposed", (kernel, stride, padding, dilation))
 
     def _reach(self, kind, geometry):
-        made = self._kept.find((kind, geometry), self.coords.device)
+        made = self._cache.find((kind, geometry), self.coords.device)
         made = None if made is None else made()
         return self._make_reached(kind, geometry) if made is None else made
 
@@ -93,7 +93,7 @@ class VoxelSet:
         # an odd kernel is its own mirror image
         odd = all(k % 2 for k in kernel)
         table = Table.of(neighbor_idx, None if odd else sparse_map.inverse_map(neighbor_idx, len(self)))
-        self._kept.put((kernel, dilation), self.coords.device, table)
+        self._cache.put((kernel, dilation), self.coords.device, table)
         return table
 
     @torch.compiler.disable
@@ -108,15 +108,15 @@ class VoxelSet:
             coords, neighbor_idx = sparse_map.transposed_map(self.coords, self.shape, *geometry, self.batch_size)
         made = VoxelSet(coords, shape, self.batch_size, in_order=True, check=False)
         made.source = (self, geometry[0], Table.of(neighbor_idx, sparse_map.inverse_map(neighbor_idx, len(self))))
-        self._kept.put((kind, geometry), self.coords.device, weakref.ref(made))
+        self._cache.put((kind, geometry), self.coords.device, weakref.ref(made))
         return made
 
     def _in_order(self):
-        """Keys, ascending, and the voxel of each; None: they are in the order of the voxels."""
+        """Ascending keys, and the voxel of each key; None for the latter if the voxels are in this order already."""
         if self._is_in_order:
             return self.keys(), None
         make = partial(voxel_keys.sort_voxels, self.coords, self.shape, check=False)
-        return self._kept.get("sorted", self.coords.device, make)
+        return self._cache.get("sorted", self.coords.device, make)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +229,7 @@ class SparseInverseConv3d(_SparseConvolution):
 class SparseBatchNorm(SyncedBatchNorm):
     """Batch normalisation over the voxels that exist, in all samples of all processes."""
 
-    _kept = _versions = _given = None  # what was computed of parameters and statistics, their versions, themselves
+    _cache = _versions = _inputs = None  # of scale and shift; versions of the tensors they derive from; these tensors
 
     def forward(self, x):
         return x.replace(super().forward(x.features))
@@ -237,25 +237,25 @@ class SparseBatchNorm(SyncedBatchNorm):
     def scale_and_shift(self):
         """([C], [C]): what the layer does in evaluation.
 
-        Kept (see `Kept`) until a parameter or a statistic changes, as autograd sees it (through `.data` it does not),
-        or the mode does.
+        Cached until the mode, a parameter or a statistic changes; a change through `.data`, which autograd does not
+        record, goes unnoticed.
         """
-        given = self.weight, self.bias, self.running_mean, self.running_var
-        if torch.compiler.is_compiling() or any(t.is_inference() for t in given):
+        inputs = self.weight, self.bias, self.running_mean, self.running_var
+        if torch.compiler.is_compiling() or any(t.is_inference() for t in inputs):
             return self._make_scale_and_shift()
-        versions = [(id(t), t._version) for t in given]
+        versions = [(id(t), t._version) for t in inputs]
         if versions != self._versions:
             if backend.capturing(self.weight.device):
                 return self._make_scale_and_shift()
-            self._kept, self._versions, self._given = Kept(), versions, given
-        return self._kept.get("scale and shift", self.weight.device, self._make_scale_and_shift)
+            self._cache, self._versions, self._inputs = StreamCache(), versions, inputs
+        return self._cache.get("scale and shift", self.weight.device, self._make_scale_and_shift)
 
     def _make_scale_and_shift(self):
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         return scale, torch.addcmul(self.bias, self.running_mean, scale, value=-1)
 
     def train(self, mode=True):
-        self._kept = self._versions = self._given = None
+        self._cache = self._versions = self._inputs = None
         return super().train(mode)
 
 

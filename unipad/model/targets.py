@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from kernels.backend import waits
+from kernels.backend import host_wait
 from kernels.rotated_iou import paired_iou_3d
 from unipad.model.boxes import decode_boxes, encode_boxes
 
@@ -62,7 +62,7 @@ def noisy_queries(cfg, grid, boxes, labels, counts, noise):
     sample, slot = _rows(counts, boxes.device)
     P = max(counts, default=0)
     G = min(cfg.noise_groups, cfg.queries // P) if P else 0
-    low, high = sent(grid.low, boxes), sent(grid.high, boxes)
+    low, high = tensor_like(grid.low, boxes), tensor_like(grid.high, boxes)
     shift = noise[:G] * 2 - 1  # [G, M, 3]
     centre = boxes[:, :3] + shift * (cfg.noise_scale / 2) * boxes[:, 3:6]
     slot = slot + P * torch.arange(G, device=boxes.device)[:, None]  # [G, M]
@@ -93,7 +93,7 @@ def assign(cfg, logits, codes, boxes, labels, counts):
     L, B, Q, _ = logits.shape
     cost = assignment_cost(cfg, logits, codes, boxes, labels, counts)
     # NaN would raise here; the loss is not finite then either, and whoever steps knows what to do about it
-    with waits("costs, for the Hungarian method"):
+    with host_wait("assignment costs for the Hungarian method"):
         cost = cost.cpu().numpy()
     cost = np.nan_to_num(cost, nan=IMPOSSIBLE, posinf=IMPOSSIBLE, neginf=-IMPOSSIBLE)
     found = [np.zeros((2, L, 0), np.int64)]  # (query, box)
@@ -122,7 +122,7 @@ def assignment_cost(cfg, logits, codes, boxes, labels, counts):
     absent = -(1 - share + 1e-12).log() * (1 - cfg.focal_alpha) * share**cfg.focal_gamma
     of_class = present - absent  # [L, B, Q, K]
     of_class = of_class.gather(-1, of_box[None, :, None].expand(*of_class.shape[:3], P))  # [L, B, Q, P]
-    weights = sent(cfg.code_weights[:COMPARED], codes)
+    weights = tensor_like(cfg.code_weights[:COMPARED], codes)
     of_code = torch.cdist(codes[..., :COMPARED] * weights, target * weights, p=1)
     return cfg.class_weight * of_class + cfg.box_weight * of_code
 
@@ -181,7 +181,7 @@ def _box_losses(cfg, found, at, boxes, count):
     # a box without a size or with a velocity that nobody knows teaches nothing
     known = target.isfinite().all(dim=-1, keepdim=True)
     error = (codes - torch.where(known, target, 0)).abs() * known
-    losses = {"box": cfg.box_weight * (error * sent(cfg.code_weights, codes)).sum(dim=(1, 2)) / count}
+    losses = {"box": cfg.box_weight * (error * tensor_like(cfg.code_weights, codes)).sum(dim=(1, 2)) / count}
     if found.iou is not None:
         guess = decode_boxes(codes.detach())[..., :7]
         with torch.no_grad():
@@ -200,14 +200,14 @@ def _rows(counts, device):
     return sample.to(device, non_blocking=True), slot.to(device, non_blocking=True)
 
 
-def sent(numbers, like):
-    """A list of numbers as a tensor of the type and on the device of `like`; unlike `new_tensor`, the host goes on."""
+def tensor_like(numbers, like):
+    """A list of numbers as a tensor of the type and on the device of `like`, without the host wait of `new_tensor`."""
     return torch.tensor(numbers, dtype=like.dtype).to(like.device, non_blocking=True)
 
 
 def _mean_over_processes(numbers, like):
     """[len(numbers)] of the type and on the device of `like`."""
-    mean = sent(numbers, like)
+    mean = tensor_like(numbers, like)
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(mean)
         mean /= dist.get_world_size()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels.backend import waits
+from kernels.backend import host_wait
 from kernels.voxelize import grid_sample
 from unipad import config
 from unipad.model.lidar import ConvNormReLU, SparseBlock, draw_voxel_mask, in_fp32
@@ -49,7 +49,7 @@ class UnetEncoder(nn.Module):
         seen = torch.stack([sample, *((cell - first).clamp(0, size - 1) for cell, first, size in axes)], dim=1)
         if noise is not None and self.cfg.mask_ratio > 0:
             visible = draw_voxel_mask(seen, noise, self.cfg.mask_block, self.cfg.mask_ratio)
-            with waits("which voxels stay visible"):
+            with host_wait("indices of the visible voxels"):
                 visible = visible.nonzero()[:, 0]
             rows, coords, seen = rows[visible], coords[visible], seen[visible]
         features = self._encode(points[rows], coords, extent, len(point_counts))
@@ -67,9 +67,9 @@ class UnetEncoder(nn.Module):
         return self._encode(points[rows], coords, extent, len(point_counts)), rows, voxel_of
 
     def _encode(self, points, coords, extent, B):
-        """[V, C] features of the voxels `coords` [V, 4], all within `extent`, that the `points` [V, 5] stand for.
+        """[V, C] features of the voxels `coords` [V, 4], all within `extent`, each with one point, [V, 5].
 
-        Runs without points too: other processes' norms wait for this one's.
+        Also runs without points: batch norms of other processes wait for those of this one.
         """
         features = points.to(self.encoder.conv_input[0].weight.dtype, copy=True)
         features[:, 3] *= 1 / INTENSITY
@@ -85,11 +85,11 @@ class UnetEncoder(nn.Module):
     def _volume(self, features, places, sample, B):
         X, Y, Z = self.grid.shape
         axes = zip(places.unbind(1), self.grid.low, self.grid.cell, self.grid.shape, strict=True)
-        # by a tensor: on a GPU one over a number is a product with its reciprocal, and points change cells
+        # by a tensor: on a GPU, dividing by a number multiplies by its reciprocal, which moves points into other cells
         x, y, z = (((p - low) / p.new_full((), cell)).long().clamp(max=size - 1) for p, low, cell, size in axes)
         key, order = (((sample.long() * Z + z) * Y + y) * X + x).sort(stable=True)
         begin = torch.searchsorted(key, torch.arange(B * Z * Y * X, device=key.device))
-        # means of many, under autocast too; 0 where there is none
+        # means of many, so not in half precision, under autocast too; 0 without points
         volume = F.embedding_bag(order, features.to(places.dtype), begin, mode="mean")
         return volume.view(B, Z, Y, X, -1).permute(0, 4, 1, 2, 3)
 

@@ -1,9 +1,9 @@
-"""A GPU that is not there: kernels run as their TTIR, tensors say which device they would be on.
+"""A simulated GPU: kernels run as TTIR on the CPU, and tensors report the device that they would be on.
 
-The package ttsem executes every launch on the CPU and reports accesses out of bounds, races between programs and
-operations without a defined result at the kernel's line. Here is the rest of what a program sees of a GPU: where each
-storage would be, CUDA's refusals (mixed devices, a tensor of the CPU given to a kernel), poison in every new tensor, in
-backward passes too, and answers of `torch.cuda`.
+The package ttsem executes every launch on the CPU and reports out-of-bounds accesses, races between programs and
+undefined results with the kernel's source line. This file simulates the rest: the device of each storage, CUDA's errors
+(mixed devices, a CPU tensor passed to a kernel), poison in every new tensor, also in backward passes, and functions of
+`torch.cuda`.
 """
 
 import contextlib
@@ -25,17 +25,17 @@ aten = torch.ops.aten
 
 
 @contextlib.contextmanager
-def pretended_gpu():
-    """Inside, `device="cuda"` works as on a machine with one GPU."""
+def simulated_gpu():
+    """Inside this context, `device="cuda"` works as on a machine with one GPU."""
     mlir.enable_generic_printing()
     with contextlib.ExitStack() as stack:
         patch = lambda *args, **kwargs: stack.enter_context(mock.patch.object(*args, **kwargs))  # noqa: E731
         patch(harness, "ir_for_launch", _ttir)
         patch(mlir, "parse", functools.cache(mlir.parse))
-        patch(Memory, "atomic", _together(Memory.atomic))
+        patch(Memory, "atomic", _vectorized(Memory.atomic))
         stack.enter_context(sanitize.session(SM, "<as on a GPU>", on_unchecked=_refuse_unchecked))
-        (below,) = _get_current_function_mode_stack()  # ttsem's, which sends "cuda" to the CPU
-        requests = Requests()
+        (below,) = _get_current_function_mode_stack()  # ttsem's, which replaces "cuda" by the CPU
+        requests = DeviceRequests()
         patch(JITFunction, "run", _launch_on_cuda_tensors_only(JITFunction.run))
         patch(torch.autograd, "_engine_run_backward", _with_modes(torch.autograd._engine_run_backward, below, requests))
         patch(torch.Tensor, "device", property(_device_of(below)))
@@ -47,30 +47,30 @@ def pretended_gpu():
         patch(torch, "autocast", Autocast)
         patch(torch.amp, "GradScaler", GradScaler)
         for name in ("is_autocast_enabled", "get_autocast_dtype"):
-            patch(torch, name, _asked_of_the_cpu(getattr(torch, name)))
+            patch(torch, name, _query_cpu(getattr(torch, name)))
         stack.enter_context(requests)
-        stack.enter_context(Places())
+        stack.enter_context(DevicePropagation())
         yield
 
 
 def in_full_fp32():
-    """Inside, `tl.dot` rounds no operand to tf32: what is left between two paths is no matter of precision."""
+    """Inside this context, `tl.dot` does not round operands to tf32, so that results can be compared closely."""
     return mock.patch.object(ops, "_to_tf32", lambda x: x)
 
 
-class _Now(threading.local):
+class _State(threading.local):
     launching = False
-    wanted = None  # where the tensor that is being made should be
+    requested = None  # place of the tensor that is being created
 
 
-_now = _Now()
+_state = _State()
 
 
-# Where a tensor would be
+# The simulated device of a tensor
 
 
 def place(tensor):
-    """ "cuda", "cpu", or None for what PyTorch itself made of nothing: it is wherever it is used."""
+    """ "cuda", "cpu", or None for a tensor that PyTorch created internally: it may be used with either."""
     return getattr(_storage(tensor), "place", None)
 
 
@@ -84,32 +84,32 @@ def _storage(tensor):
 
 
 def _type_of(device):
-    return torch.device(device).type if isinstance(device, (str, torch.device)) else "cuda"  # a number is a GPU's
+    return torch.device(device).type if isinstance(device, (str, torch.device)) else "cuda"  # an index means a GPU
 
 
 def _device_of(below):
     real = torch._C.TensorBase.device.__get__
 
     def device(tensor):
-        # where ttsem's mode is off, nothing would take "cuda" back to the CPU
-        if place(tensor) == "cpu" or _now.launching or below not in _get_current_function_mode_stack():
+        # without ttsem's mode, nothing would map "cuda" back to the CPU
+        if place(tensor) == "cpu" or _state.launching or below not in _get_current_function_mode_stack():
             return real(tensor)
         return torch.device("cuda", 0)
 
     return device
 
 
-class Places(TorchDispatchMode):
-    """Every operator's outputs are where its inputs are, which have to be on one device."""
+class DevicePropagation(TorchDispatchMode):
+    """Propagates the device from the inputs of each operator to its outputs; inputs must be on one device."""
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         places = {place(t) for t in inputs}
-        if {"cuda", "cpu"} <= places and op not in MAY_MIX:
+        if {"cuda", "cpu"} <= places and op not in MAY_MIX_DEVICES:
             _refuse_mixed(op, args, inputs)
         out = op(*args, **kwargs)
-        where = next((p for p in ("cuda", "cpu") if p in places), None if inputs else _now.wanted)
+        where = next((p for p in ("cuda", "cpu") if p in places), None if inputs else _state.requested)
         for t in tree_leaves(out):
             if isinstance(t, torch.Tensor):
                 if place(t) is None and where:
@@ -119,7 +119,7 @@ class Places(TorchDispatchMode):
         return out
 
 
-MAY_MIX = {
+MAY_MIX_DEVICES = {
     aten.copy_.default,
     aten._to_copy.default,
     aten.set_.source_Tensor,
@@ -142,8 +142,8 @@ EMPTY = {
 
 def _refuse_mixed(op, args, inputs):
     if op in INDEXING and place(args[0]) == "cuda":
-        inputs = [args[0], *args[2:3]]  # the indices may come from the CPU
-    on_cpu = [tuple(t.shape) for t in inputs if place(t) == "cpu" and t.dim()]  # so may a number
+        inputs = [args[0], *args[2:3]]  # indices may be on the CPU
+    on_cpu = [tuple(t.shape) for t in inputs if place(t) == "cpu" and t.dim()]  # and so may scalars
     if on_cpu and any(place(t) == "cuda" for t in inputs):
         raise RuntimeError(f"Expected all tensors to be on the same device: {op} has {on_cpu} on the CPU")
 
@@ -157,8 +157,8 @@ def _poison(tensor):
         tensor.fill_(True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max)
 
 
-class Requests(TorchFunctionMode):
-    """What the program itself asks to be somewhere."""
+class DeviceRequests(TorchFunctionMode):
+    """Handles calls of the program that request a device."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -174,7 +174,7 @@ class Requests(TorchFunctionMode):
             return True
         if name == "record_stream":
             return None
-        if name in FACTORIES or name in ON_SELF and kwargs.get("device") is not None:
+        if name in FACTORIES or name in TENSOR_FACTORIES and kwargs.get("device") is not None:
             return _made(func, name, tensor, args, kwargs)
         return func(*args, **kwargs)
 
@@ -184,7 +184,7 @@ FACTORIES = {
     *("zeros", "ones", "full", "eye", "arange", "linspace", "logspace", "tril_indices", "triu_indices"),
     *("rand", "randn", "randint", "randperm"),
 }
-ON_SELF = {
+TENSOR_FACTORIES = {
     *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"),
     *("new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full", "new_tensor"),
 }
@@ -211,11 +211,11 @@ def _made(func, name, tensor, args, kwargs):
     where = "cpu" if device is None else _type_of(device)
     if generator is not None and generator.device.type != where:
         raise RuntimeError(f"Expected a '{where}' device type for generator but found '{generator.device.type}'")
-    outer, _now.wanted = _now.wanted, where
+    outer, _state.requested = _state.requested, where
     try:
         out = func(*args, **kwargs)
     finally:
-        _now.wanted = outer
+        _state.requested = outer
     if tensor is not None and place(tensor) not in (None, where) and _storage(out) is _storage(tensor):
         out = out.clone()
     put(out, where)
@@ -223,7 +223,7 @@ def _made(func, name, tensor, args, kwargs):
 
 
 def _with_modes(run_backward, *modes):
-    """The engine under the modes: they are off inside `backward`, as in every function that they handle."""
+    """Run the autograd engine with the modes on: like in any function they handle, they are off inside `backward`."""
 
     def run(*args, **kwargs):
         with contextlib.ExitStack() as stack:
@@ -243,13 +243,13 @@ def _launch_on_cuda_tensors_only(run):
         __tracebackhide__ = True
         for name, arg in [*zip(kernel.arg_names, args, strict=False), *kwargs.items()]:
             if any(isinstance(t, torch.Tensor) and place(t) == "cpu" for t in tree_leaves(arg)):
-                raise ValueError(f"{name} cannot be accessed from Triton (cpu tensor?)")  # as its launcher says
-        _now.launching = True
+                raise ValueError(f"{name} cannot be accessed from Triton (cpu tensor?)")  # Triton's own message
+        _state.launching = True
         try:
             with _disable_current_modes(), torch._C.DisableTorchFunction():
                 return run(kernel, *args, grid=grid, warmup=warmup, **kwargs)
         finally:
-            _now.launching = False
+            _state.launching = False
 
     return launch
 
@@ -258,17 +258,17 @@ _ttir_of = {}
 
 
 def _ttir(record, stage, target, *_):
-    """ttsem's `harness.ir_for_launch` without the assembler, once a specialisation: its compile takes most of the time
-    that a run would take."""
-    specialisation = str(harness._specialize(record.fn, record.args, record.kwargs, target))
-    key = record.fn, specialisation
+    """ttsem's `harness.ir_for_launch` without the assembler, once per specialization: full compilation would take most
+    of the run time."""
+    specialization = str(harness._specialize(record.fn, record.args, record.kwargs, target))
+    key = record.fn, specialization
     if key not in _ttir_of:
         _ttir_of[key] = mlir.to_generic(harness._stage_text(record, stage, target))
     return _ttir_of[key]
 
 
-def _together(one_by_one):
-    """ttsem's `Memory.atomic`, which takes lane by lane: here those of different elements are added together."""
+def _vectorized(one_by_one):
+    """ttsem's `Memory.atomic`, vectorized over lanes that add to different elements."""
 
     def atomic(memory, kind, addrs, values, mask, sem="acq_rel", codec=None):
         if kind not in ("add", "fadd") or codec:
@@ -281,8 +281,8 @@ def _together(one_by_one):
         if memory.tracing and live.size:
             memory._log("a", addrs, values.itemsize, None)
         order = np.argsort(addrs, kind="stable")
-        first = np.flatnonzero(np.diff(addrs[order], prepend=-1))  # of each element's lanes
-        turn = np.arange(len(order)) - np.repeat(first, np.diff(first, append=len(order)))  # within them, in order
+        first = np.flatnonzero(np.diff(addrs[order], prepend=-1))  # the first lane of each element
+        turn = np.arange(len(order)) - np.repeat(first, np.diff(first, append=len(order)))  # within each element
         for i in range(turn.max(initial=-1) + 1):
             lanes = order[turn == i]
             before[live[lanes]] = memory._read(addrs[lanes], values.dtype)
@@ -293,14 +293,14 @@ def _together(one_by_one):
 
 
 def _refuse_unchecked():
-    raise AssertionError("a launch too large to be checked for races: make the test smaller")
+    raise AssertionError("this launch is too large to be checked for races: make the test smaller")
 
 
-# What `torch.cuda` and its kin answer
+# Replacements for `torch.cuda` and related functions
 
 
 class _Stream:
-    """The one stream, and its events: everything has been done already."""
+    """The only stream, and its events: all work is done already."""
 
     device, cuda_stream = torch.device("cuda", 0), 0
 
@@ -334,7 +334,7 @@ CUDA = dict(
 
 
 class Generator(torch.Generator):
-    """A generator of any device. It draws the CPU's numbers: a step on one device can be compared with the other's."""
+    """A generator for either device. Both draw the same numbers, so that a step can be compared between devices."""
 
     def __new__(cls, device="cpu"):
         made = super().__new__(cls, "cpu")
@@ -363,5 +363,5 @@ class GradScaler(torch.amp.GradScaler):
         super().__init__("cpu", *args, **kwargs)
 
 
-def _asked_of_the_cpu(question):
-    return lambda device="cpu": question("cpu")
+def _query_cpu(query):
+    return lambda device="cpu": query("cpu")

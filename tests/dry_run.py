@@ -1,13 +1,13 @@
-"""A training step on a GPU that is not there: shapes, types, devices and launches are real, numbers are not.
+"""Dry run of a training step on a simulated GPU: shapes, types, devices and launches are real, values are not.
 
-On the GPU of `Dry` tensors are fake (torch's FakeTensorMode), what the host computes it computes. So a step goes
-through the code that a GPU's step goes through, and
+In `DryRun`, CUDA tensors are fake (torch's FakeTensorMode) and CPU tensors are computed as usual. So a step runs the
+same code as on a GPU, and
 
-    a tensor left on the CPU       raises, as it would on a GPU
-    a wait for the device          raises, unless it has a name (`backend.waits`): then the step is told a number
-    a launch                       is noted, with the types, divisibility and constants that Triton would compile it for
+    a tensor left on the CPU       raises, as on a GPU
+    a host wait for the device     raises unless it is marked by `backend.host_wait`; a preset value is returned then
+    a launch                       is recorded, with the types, divisibility and constants that Triton specializes on
 
-Patched is what a PyTorch without CUDA refuses to do, and nothing of the project.
+Patches replace only what PyTorch refuses to do without CUDA, nothing of this project.
 """
 
 import contextlib
@@ -31,32 +31,33 @@ aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)
 
 
-class Waits(AssertionError):
-    """The host would wait for the device, and nothing says so."""
+class UnnamedWait(AssertionError):
+    """The host would wait for the device outside of `backend.host_wait`."""
 
 
-class Crosses(AssertionError):
-    """What is on the CPU would be used on the GPU."""
+class DeviceMismatch(AssertionError):
+    """A CPU tensor would be used on the GPU."""
 
 
 class Generator(torch.Generator):
-    """A generator on the GPU. It is one of the CPU, since others need CUDA, and known by its seed."""
+    """A CUDA generator, for which CUDA is not needed: a CPU generator, recognized by its seed."""
 
-    device, seed_of_all = CUDA, 20_240_617
+    device, marker_seed = CUDA, 20_240_617
 
     def __init__(self):
         super().__init__()
-        self.manual_seed(self.seed_of_all)
+        self.manual_seed(self.marker_seed)
 
 
-class Dry(contextlib.ExitStack):
-    """Inside, the device "cuda" is there, and computes shapes alone.
+class DryRun(contextlib.ExitStack):
+    """Inside this context there is a "cuda" device, which computes shapes only.
 
-    answers:  name of a wait -> what the host is told: the number of rows that are found, or numbers in turn
+    answers:  reason of a `host_wait` -> the value that the host reads: the number of rows found, or a list of values
+              to return in turn
     calls:    (kernel, arguments by name) of every launch
     launches: the same as `Launch`
 
-    Where `torch.version.hip` is set the device is AMD's.
+    The device is an AMD GPU if `torch.version.hip` is set.
     """
 
     def __init__(self, answers=None):
@@ -65,43 +66,43 @@ class Dry(contextlib.ExitStack):
 
     def __enter__(self):
         super().__enter__()
-        _guard_a_device_without_cuda()
+        _install_cuda_guard()
         self.fake = FakeTensorMode()
         for patch in (
-            # Autocast turns itself off where CUDA is not there, ...
+            # Autocast disables itself without CUDA,
             mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
             mock.patch("torch.cuda.is_bf16_supported", lambda *_: True),
-            # ... a device is made current by a driver, which also has the streams, ...
+            # device guards and streams need a driver,
             mock.patch("torch.cuda.device_of", lambda tensor: contextlib.nullcontext()),
             mock.patch("torch.cuda.current_stream", lambda device=None: SimpleNamespace(cuda_stream=0)),
             mock.patch("torch.cuda.is_current_stream_capturing", lambda: False),
-            # ... fake tensors have no address: this one is that in an allocation, which begins at a multiple of 512 ...
+            # fake tensors have no address (this is the offset in an allocation, whose address is a multiple of 512),
             mock.patch.object(FakeTensor, "data_ptr", lambda t: t.storage_offset() * t.element_size()),
-            # ... and there is nothing to launch on.
+            # and there is no device to launch on.
             mock.patch("triton.runtime.jit.JITFunction.run", self._launch),
         ):
             self.enter_context(patch)
         self.enter_context(self.fake)
-        self.enter_context(_Watch(self))
+        self.enter_context(_FakeDevice(self))
         return self
 
     def _launch(self, kernel, *args, grid, warmup, **options):
         given = dict(zip(kernel.arg_names, args, strict=False)) | options
-        lost = [name for name, value in given.items() for t in _tensors(value) if not t.is_cuda]
-        if lost:
-            raise Crosses(f"{kernel.__name__} is launched on what the CPU has: {lost}")
-        assert all(isinstance(n, int) and n > 0 for n in grid), f"{kernel.__name__} is launched as {grid} programs"
+        on_cpu = [name for name, value in given.items() for t in _tensors(value) if not t.is_cuda]
+        if on_cpu:
+            raise DeviceMismatch(f"{kernel.__name__} is launched with CPU tensors: {on_cpu}")
+        assert all(isinstance(n, int) and n > 0 for n in grid), f"{kernel.__name__} is launched with grid {grid}"
         self.calls.append((kernel, given))
         self.launches.append(Launch.of(kernel, args, options, gpu("gfx942" if torch.version.hip else "sm_90")))
 
 
-class _Watch(TorchDispatchMode):
-    """Runs what concerns the CPU alone, fakes the rest, and raises where the host would wait."""
+class _FakeDevice(TorchDispatchMode):
+    """Runs operators on CPU tensors, fakes those on CUDA tensors, and raises where the host would wait."""
 
     def __init__(self, dry):
         super().__init__()
         self.dry = dry
-        self.answers = {why: cycle(told if isinstance(told, list) else [told]) for why, told in dry.answers.items()}
+        self.answers = {reason: cycle(v if isinstance(v, list) else [v]) for reason, v in dry.answers.items()}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -113,16 +114,16 @@ class _Watch(TorchDispatchMode):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         if func in (aten._to_copy.default, aten.copy_.default):
-            found = self._copy(func, args, kwargs, to)
-            if found is not None:
-                return found
+            copied = self._copy(func, args, kwargs, to)
+            if copied is not None:
+                return copied
         generator = kwargs.get("generator")
-        if generator is not None and generator.initial_seed() != Generator.seed_of_all:
-            raise Crosses(f"{func} draws on the GPU by a generator of the CPU")
-        if func in _SIZED_BY_DATA or _is_masked(func, args):
+        if generator is not None and generator.initial_seed() != Generator.marker_seed:
+            raise DeviceMismatch(f"{func} on the GPU is given a CPU generator")
+        if func in _SIZED_BY_DATA or _indexes_by_mask(func, args):
             return self._sized_by_data(func, args)
         if not all(isinstance(t, FakeTensor) for t in tensors):
-            # One number on the CPU may go into what the GPU computes: it travels with the launch.
+            # A CPU scalar is allowed: it is passed with the launch.
             faked = self.dry.fake.from_tensor
             args, kwargs = tree_map_only(
                 torch.Tensor, lambda t: t if isinstance(t, FakeTensor) else faked(t), (args, kwargs)
@@ -130,25 +131,25 @@ class _Watch(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _copy(self, func, args, kwargs, to):
-        """Copies to the GPU must not block; copies from it always do."""
-        source, goal = (args[1], args[0].device) if func is aten.copy_.default else (args[0], to)
-        goal = source.device if goal is None else torch.device(goal)
-        if source.device.type == goal.type:
+        """Copies to the GPU must not block; copies from the GPU always do."""
+        source, target = (args[1], args[0].device) if func is aten.copy_.default else (args[0], to)
+        target = source.device if target is None else torch.device(target)
+        if source.device.type == target.type:
             return
-        if goal.type == "cuda":
-            hurried = kwargs.get("non_blocking") or (func is aten.copy_.default and len(args) > 2 and args[2])
-            if not hurried and source.dim():
-                raise Waits(f"the host waits until {tuple(source.shape)} numbers are on the GPU: use non_blocking")
+        if target.type == "cuda":
+            non_blocking = kwargs.get("non_blocking") or (func is aten.copy_.default and len(args) > 2 and args[2])
+            if not non_blocking and source.dim():
+                raise UnnamedWait(f"the host waits for a copy of {tuple(source.shape)} to the GPU: use non_blocking")
         elif backend.waiting_for is None:
-            raise Waits(f"the host waits for {tuple(source.shape)} numbers of the GPU")
+            raise UnnamedWait(f"the host waits for a copy of {tuple(source.shape)} from the GPU")
         else:
             with unset_fake_temporarily():
                 return torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype)
 
     def _sized_by_data(self, func, args):
-        """What a GPU finds is counted there, and the host waits for the number."""
+        """Operators whose output size depends on values: the host waits for the size."""
         if backend.waiting_for is None:
-            raise Waits(f"the host waits for the size of what {func} finds")
+            raise UnnamedWait(f"the host waits for the output size of {func}")
         number = next(self.answers[backend.waiting_for])
         if func is aten._local_scalar_dense.default:
             return number
@@ -161,7 +162,7 @@ class _Watch(TorchDispatchMode):
             (mask,) = (i for i in args[1] if i is not None)
             at = args[1].index(mask)
             return args[0].new_empty(*args[0].shape[:at], number, *args[0].shape[at + mask.dim() :])
-        raise NotImplementedError(f"{func} inside of backend.waits: teach tests/dry.py what it returns")
+        raise NotImplementedError(f"{func} in a backend.host_wait: implement its result in tests/dry_run.py")
 
 
 _SIZED_BY_DATA = {
@@ -179,18 +180,18 @@ def _tensors(tree):
     return [a for a in tree_iter(tree) if isinstance(a, torch.Tensor)]
 
 
-def _is_masked(func, args):
-    """Whether rows are chosen by a mask, which are then counted; one number is written under a mask without that."""
+def _indexes_by_mask(func, args):
+    """Whether the operator indexes by a mask and must count its rows; writing a scalar under a mask does not."""
     if func not in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
         return False
     masked = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
     return masked and not (func is not aten.index.Tensor and args[2].numel() == 1 and args[2].device.type == "cpu")
 
 
-def _guard_a_device_without_cuda():
-    """PyTorch's own device guard of CUDA for computers without a GPU, which it gives to builds with CUDA alone.
+def _install_cuda_guard():
+    """Install PyTorch's own CUDA device guard for machines without a GPU, which only its CUDA builds have.
 
-    It takes the place of a guard that counts no devices, which the lazy backend's does.
+    PyTorch installs it over a guard that counts no devices; the lazy backend's is one.
     """
     if torch.backends.cuda.is_built():
         return
@@ -203,8 +204,8 @@ def _guard_a_device_without_cuda():
         assert guards[cuda] != guards[lazy]
 
 
-def on_gpu(net):
-    """A module that was made on the meta device, on the GPU; what is no parameter or buffer stays where it is."""
+def to_gpu(net):
+    """Move parameters and buffers of a module from the meta device to the GPU; other tensors stay where they are."""
     for module in net.modules():
         for name, p in module._parameters.items():
             if p is not None:
@@ -220,34 +221,34 @@ def _like(t):
 
 
 def gpu(name):
-    """Triton's target of a name like sm_90 or gfx942."""
+    """Triton's target for a name such as sm_90 or gfx942."""
     return GPUTarget("cuda", int(name[3:]), 32) if name.startswith("sm_") else GPUTarget("hip", name, 64)
 
 
 def backward(loss):
-    """`loss.backward()`. PyTorch's engine would ask for the GPU's streams; here its nodes are called one by one."""
+    """`loss.backward()` without PyTorch's engine, which needs CUDA streams: calls the nodes of the graph one by one."""
     grads = {loss.grad_fn: [torch.ones_like(loss)]}
     with torch.no_grad():
-        for node in _from_the_loss(loss.grad_fn):
+        for node in _topological_order(loss.grad_fn):
             given = grads.pop(node, None)
             if given is None:
                 continue
             edges = node.next_functions
-            for (below, place), grad in zip(edges, _called(node, given), strict=True):
+            for (below, i), grad in zip(edges, _call_node(node, given), strict=True):
                 if below is None or grad is None:
                     continue
-                told = below._input_metadata
-                seen = grads.setdefault(below, [None] * len(told))
-                if grad.device != told[place].device:
-                    raise Crosses(f"{node.name()} has a gradient on {grad.device} for {told[place].device}")
-                grad = grad.to(told[place].dtype)
-                if grad.shape != told[place].shape:
-                    grad = grad.sum_to_size(told[place].shape)
-                seen[place] = grad if seen[place] is None else seen[place] + grad
+                metadata = below._input_metadata
+                sums = grads.setdefault(below, [None] * len(metadata))
+                if grad.device != metadata[i].device:
+                    raise DeviceMismatch(f"{node.name()} returns a gradient on {grad.device} for {metadata[i].device}")
+                grad = grad.to(metadata[i].dtype)
+                if grad.shape != metadata[i].shape:
+                    grad = grad.sum_to_size(metadata[i].shape)
+                sums[i] = grad if sums[i] is None else sums[i] + grad
 
 
-def _called(node, given):
-    """The gradients of a node's inputs: one for each of its edges."""
+def _call_node(node, given):
+    """The gradients w.r.t. a node's inputs, one for each of its edges."""
     if not isinstance(node, torch.autograd.function.BackwardCFunction):
         out = node(*given)
         return out if isinstance(out, tuple) else (out,) * len(node.next_functions)
@@ -259,8 +260,8 @@ def _called(node, given):
     return [None if below is None else next(wanted) for below, _ in node.next_functions]
 
 
-def _from_the_loss(root):
-    """All nodes of a graph, each before those that it hands gradients to."""
+def _topological_order(root):
+    """All nodes of a graph, each before those that it passes gradients to."""
     order, seen, stack = [], set(), [(root, False)]
     while stack:
         node, done = stack.pop()
@@ -275,14 +276,14 @@ def _from_the_loss(root):
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel as Triton would compile it."""
+    """A kernel specialization, as Triton would compile it."""
 
     module: str
     kernel: str
-    signature: tuple  # (argument, type) of each
-    constants: tuple  # (path, value)
-    attributes: tuple  # (path, divisibility and the like)
-    options: tuple  # (name, value): warps, stages
+    signature: tuple  # (argument, type) pairs
+    constants: tuple  # (path, value) pairs
+    attributes: tuple  # (path, attributes such as divisibility) pairs
+    options: tuple  # (name, value) pairs: warps, stages
 
     @classmethod
     def of(cls, kernel, args, options, target):
@@ -302,7 +303,7 @@ class Launch:
             tuple(sorted((name, value) for name, value in options.items() if name not in kernel.arg_names)),
         )
 
-    def compiled(self, target):
+    def compile(self, target):
         import triton
 
         kernel = getattr(importlib.import_module(self.module), self.kernel)

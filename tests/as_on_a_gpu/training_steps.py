@@ -1,8 +1,7 @@
-"""One small training step of each modality: loss and gradients on the GPU beside the CPU's, from the same weights.
+"""One small training step of each modality: loss and gradients on the simulated GPU compared with those on the CPU.
 
-Run by `python -m tests.as_on_a_gpu` alone. Draws are the same too: both devices' generators draw the CPU's numbers. In
-fp32, and products of the renderer's MLPs in fp32 too (a GPU takes them in tf32): what is left between the devices is
-the order of sums.
+Run by `python -m tests.as_on_a_gpu` only. Both devices start from the same weights and draw the same random numbers.
+Everything is in fp32, including the renderer's MLPs, which use tf32 on a real GPU: only the order of sums differs.
 """
 
 from copy import deepcopy
@@ -11,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.as_on_a_gpu.pretended import in_full_fp32
+from tests.as_on_a_gpu.simulated_gpu import in_full_fp32
 from tests.check import launches
 from unipad.data.loader import step_batches
 from unipad.data.nuscenes import NuScenesDataset
@@ -20,14 +19,14 @@ from unipad.optimiser import make_optimiser, set_rates
 from unipad.recipes import PRETRAIN, TINY_GRID
 from unipad.runtime import generators, mixed_precision
 
-# The recipe, and how far the loss and any parameter's gradient may be off, relative to the CPU's
+# Recipe, and the largest relative error of the loss and of any parameter's gradient
 STEPS = {
     "camera": (PRETRAIN["camera"]["tiny"], 2e-5, 5e-3),
     "lidar": (PRETRAIN["lidar"]["tiny"], 1e-6, 2e-4),
     "fusion": (PRETRAIN["fusion"]["tiny"], 2e-4, 2e-2),
     "segmentation": (PRETRAIN["lidar"]["segment-tiny"], 5e-4, 1e-2),
 }
-ZERO = "project.0.bias", "encoder.fuse.0.bias"  # before a batch norm: their gradients are 0 but for rounding
+ZERO_GRADIENT = "project.0.bias", "encoder.fuse.0.bias"  # followed by a batch norm: 0 up to rounding
 SMALL_GRID = replace(TINY_GRID, low=(-10.0, -10.0, -3.0), high=(10.0, 10.0, 9.0))  # 16 x 16 x 6 voxels
 
 
@@ -61,7 +60,7 @@ def step(net, batch, device):
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_a_step_is_the_cpus(name, city):
+def test_a_step_matches_the_cpu(name, city):
     recipe, loss_bound, gradient_bound = STEPS[name]
     recipe = small(recipe)
     box = recipe.grid.low, recipe.grid.high
@@ -74,12 +73,12 @@ def test_a_step_is_the_cpus(name, city):
         loss, gradients = step(net, batch, "cuda")
     assert on_gpu and not on_cpu
     assert gradients.keys() == expected_gradients.keys()
-    far = {
+    errors = {
         n: (gradients[n] - g).norm().item() / (g.norm().item() or 1.0)
         for n, g in expected_gradients.items()
-        if n not in ZERO
+        if n not in ZERO_GRADIENT
     }
-    worst = max(far, key=far.get)
-    print(f"{name}: {len(on_gpu)} launches, loss {abs(loss / expected - 1):.0e} off, {worst} {far[worst]:.0e}")
+    worst = max(errors, key=errors.get)
+    print(f"{name}: {len(on_gpu)} launches, loss {abs(loss / expected - 1):.0e} off, {worst} {errors[worst]:.0e}")
     assert loss == pytest.approx(expected, rel=loss_bound)
-    assert far[worst] <= gradient_bound, f"the gradient of {worst} is {far[worst]:.1e} off"
+    assert errors[worst] <= gradient_bound, f"the gradient of {worst} is off by {errors[worst]:.1e}"

@@ -30,6 +30,7 @@ SMALLER = [
     (r"(eval\.py .*)$", r"\1 --device cpu --workers 0"),
     (r"(eval\.py .*)--picture-stride 4", r"\1--picture-stride 16"),
     (r"(eval\.py .*--mesh)", r"\1 --mesh-cell 4 --picture-stride 16"),
+    (r"-m unipad\.selfcheck$", "-m unipad.selfcheck --ops voxelize"),
     (r"--seeds 0 1 2", "--seeds 0 --steps 1 --pretrained outputs/train-lidar"),
     (r"--scenes 10 --keyframes 4 --image-size 900 1600", "--scenes 2 --keyframes 2 --image-size 64 96"),
 ]

@@ -518,8 +518,8 @@ def _views(size, recipe):
         )  # fmt: skip
 
     wrt = ("features", "depths")
-    # Image positions are fp32 for every type: in 200 columns they are off by 2e-5, as are interpolation weights. How they
-    # round depends on the compiler.
+    # Image positions are fp32 for every type: in 200 columns they are off by 2e-5, as are interpolation weights. How
+    # they round depends on the compiler.
     yield from _each("fp32", "lift", size, lift, lift_ref, lifted, wrt, slack=1e-4)
     yield from _each("fp32", "lift, bit-equal", size, lift, lift_ref, lifted, wrt, slack=1e-4, strict=True)
     yield from _each("fp16 bf16", "lift", size, lift, lift_ref, lifted, wrt)

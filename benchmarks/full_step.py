@@ -108,7 +108,7 @@ def measure(name, recipe, model, root):
         torch.cuda.reset_peak_memory_stats()
     found |= {"ms": _milliseconds(step, TIMED)}
     if DEVICE == "cuda":
-        found |= {"mem_mb": torch.cuda.max_memory_allocated() / 2**20} | _where_the_time_goes(step, found["ms"])
+        found |= {"mem_mb": torch.cuda.max_memory_allocated() / 2**20} | _profile(step, found["ms"])
     return found
 
 
@@ -122,7 +122,7 @@ def _milliseconds(step, runs):
     return sorted(times)[runs // 2]
 
 
-def _where_the_time_goes(step, ms):
+def _profile(step, ms):
     """GPU kernels in a step: their number and time, the most expensive ones, and the fraction of time that is idle."""
     events = gpu_events(step)
     cost, count = Counter(), Counter()

@@ -40,11 +40,11 @@ def gather_gemm(features, weight, table, allow_tf32, mirrored=False, act=(None, 
             BLOCK_M=blocks.m, BLOCK_I=blocks.i, BLOCK_O=blocks.o, num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
 
-    def try_out(blocks):
+    def run_trial(blocks):
         launch(blocks, table.trial())  # also makes the tiles, unless an earlier layer has
 
     kind = "gather_gemm", features.dtype, allow_tf32, K, I, O, M
-    launch(tuning.choose(kind, _blocks(features.dtype, M <= FEW_ROWS, I, O, allow_tf32), try_out, features.device))
+    launch(tuning.choose(kind, _blocks(features.dtype, M <= FEW_ROWS, I, O, allow_tf32), run_trial, features.device))
     return out
 
 

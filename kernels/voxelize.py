@@ -150,7 +150,7 @@ def grid_sample(points, point_counts, cell, noise=None):
     V, *extent = to_host(numbers, "number and extent of occupied cells")
     low, high = extent[:3], extent[3:]
     if min(low) < -(2**31) or max(high) >= 2**31:
-        raise ValueError(f"points lie in the cells (z, y, x) = {low} to {high}, beyond 32 bits: are all finite?")
+        raise ValueError(f"points fall into cells (z, y, x) = {low} to {high}, beyond 32 bits: are all points finite?")
     check_grid([h - l + 1 for l, h in zip(low, high, strict=True)], len(counts))
     rows, cell_of = order[new.nonzero_static(size=V)[:, 0]], torch.empty_like(order)
     cell_of[order] = new.cumsum(0) - 1

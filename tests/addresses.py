@@ -60,7 +60,7 @@ class Op:
     sources: list = field(default_factory=list)  # values its result derives from: operands, or what its regions yield
 
 
-def narrow_products(ttir):
+def int32_products(ttir):
     """ "file.py: source line" of every int32 product in an address that is not in `KNOWN_SMALL`."""
     ops, addresses = _read(ttir)
     seen, found, left = set(), set(), list(addresses)

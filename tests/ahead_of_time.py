@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
-from tests.addresses import narrow_products
+from tests.addresses import int32_products
 
 TARGETS = {f"sm_{arch}": ("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 120)} | {"gfx942": ("hip", "gfx942", 64)}
 # Bytes of shared memory per program, at most: CUDA programming guide; LDS of the MI300
@@ -67,7 +67,7 @@ def compile_launches(kernel_file, targets="default"):
         kernel = getattr(module, launch.kernel)
         if target in ASSEMBLED:
             compiled = compile_launch(kernel, launch, element, target)
-            cost = {"shared": compiled.metadata.shared, "narrow": narrow_products(compiled.asm["ttir"])}
+            cost = {"shared": compiled.metadata.shared, "int32_products": int32_products(compiled.asm["ttir"])}
             cost |= _cost(compiled, launch.matrix(target)) if target in launch.budgets else {}
         else:
             cost = {"shared": shared_of(kernel, launch, element, target)}

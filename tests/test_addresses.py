@@ -71,8 +71,8 @@ def test_int64_products_and_block_indices_are_allowed(found):
 
 
 if __name__ == "__main__":
-    from tests.addresses import narrow_products
+    from tests.addresses import int32_products
     from tests.ahead_of_time import Launch, compile_launch
 
     compiled = {k.__name__: compile_launch(k, Launch(k.__name__, dict(BLOCK=16)), "fp32", "sm_80") for k in KERNELS}
-    print(json.dumps({name: narrow_products(kernel.asm["ttir"]) for name, kernel in compiled.items()}))
+    print(json.dumps({name: int32_products(kernel.asm["ttir"]) for name, kernel in compiled.items()}))

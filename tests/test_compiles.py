@@ -44,7 +44,7 @@ def check(kernel_file, which, targets):
     assert len(costs) == len(rows)
     for (row, element, target), cost in zip(rows, costs, strict=True):
         assert (cost["kernel"], cost["element"], cost["target"]) == (row.kernel, element, target)
-        assert not cost.get("narrow"), "widen to int64 before the product, or explain in tests/addresses.py why not"
+        assert not cost.get("int32_products"), "widen to int64 first, or explain in tests/addresses.py why not"
         assert cost["shared"] <= MAX_SHARED[target], f"{cost}: {target} has {MAX_SHARED[target]} bytes for {row}"
         assert ("stack" in cost) == (target in row.budgets)
         if target not in row.budgets:

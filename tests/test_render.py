@@ -384,11 +384,11 @@ def test_kernels_render_what_the_references_render(method, device, monkeypatch):
     jitter = torch.rand(len(rays), renderer.jitters, dtype=torch.float64)
 
     def step(device):
-        net, seen = renderer.to(device), volume.detach().to(device).requires_grad_()
-        there = Rays(*(value.to(device) for value in vars(rays).values()))
-        out = net(seen, there, jitter.to(device))
-        losses = net.loss(out, there)
-        return {"rgb": out.rgb, "depth": out.depth, "starts": out.starts} | gradients(losses, net, seen)
+        net, leaf = renderer.to(device), volume.detach().to(device).requires_grad_()
+        moved = Rays(*(value.to(device) for value in vars(rays).values()))
+        out = net(leaf, moved, jitter.to(device))
+        losses = net.loss(out, moved)
+        return {"rgb": out.rgb, "depth": out.depth, "starts": out.starts} | gradients(losses, net, leaf)
 
     expected = step("cpu")
     monkeypatch.setattr(backend, "interpret", not HAS_GPU)

@@ -23,13 +23,13 @@ FILES = [file.stem for file in Path(kernels.__path__[0]).glob("[!_]*.py")]
 
 
 @pytest.fixture
-def kernels_run(monkeypatch):
+def with_kernels(monkeypatch):
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
     monkeypatch.setattr(backend, "interpret", not HAS_GPU)
 
 
 @pytest.fixture
-def here(monkeypatch):
+def in_process(monkeypatch):
     """Run the checks in this process, on a GPU too, so that ops can be replaced."""
     monkeypatch.setattr(selfcheck, "results", partial(results, isolate=False))
 
@@ -43,7 +43,7 @@ ONE_EACH = {op_of(case): case for case in reversed(SMALL)}  # the first of each 
 
 
 @pytest.mark.parametrize("op", ONE_EACH)
-def test_every_op_matches_its_reference(op, kernels_run):
+def test_every_op_matches_its_reference(op, with_kernels):
     with launches() as launched:
         result = run(ONE_EACH[op])
     assert result.ok, result
@@ -92,7 +92,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_reported(fault, here, monkeypatch, capsys):
+def test_a_fault_is_reported(fault, in_process, monkeypatch, capsys):
     """And the cases before and after it still run."""
     changes, message = FAULTS[fault]
     cases = [ONE_EACH["merge"], replace(ONE_EACH["composite"], **changes), ONE_EACH["clip_rays"]]
@@ -123,7 +123,7 @@ def test_a_wrong_index_is_reported():
     assert "numbers are wrong" in run(replace(case, op=swapped)).message
 
 
-def test_without_a_gpu_references_run(here, monkeypatch, capsys):
+def test_without_a_gpu_references_run(in_process, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(Args(ops=("merge", "rotated"))) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -111,7 +111,7 @@ def test_a_step_waits_for_nothing_but_sizes(monkeypatch, device):
     assert set(waits.unnamed) <= {"_local_scalar_dense"}  # from point counts, which are on the host
 
 
-def test_a_point_s_cell_is_the_same_on_a_gpu():
+def test_cells_of_points_are_the_same_on_a_gpu():
     """Cells of 0.3 m: multiplied by the reciprocal, some of these points would fall into the next cell."""
     net = UnetEncoder(SMALL, config.Grid(low=(-3.0, -3.0, -2.0), high=(3.0, 3.0, 4.0), cell=(0.3, 0.3, 2.0)))
     x = (torch.arange(1, 20).double() * 0.3 - 3).float()

@@ -44,17 +44,17 @@ def step(net, batch, device):
     """One step of train.py: its loss, and each parameter's gradient by name."""
     optim = net.recipe.optim
     net = deepcopy(net).to(device)
-    optimiser = make_optimiser(net, optim)
-    set_rates(optimiser, optim, 0, 100)
+    optimizer = make_optimiser(net, optim)
+    set_rates(optimizer, optim, 0, 100)
     autocast, scaler = mixed_precision("fp32", torch.device(device))
     with autocast:
         losses, _ = net(batch.to(device), generators(0, 0, [0], device))
     loss = sum(losses.values())
     scaler.scale(loss).backward()
-    scaler.unscale_(optimiser)
+    scaler.unscale_(optimizer)
     gradients = {name: p.grad.cpu().double() for name, p in net.named_parameters() if p.grad is not None}
     torch.nn.utils.clip_grad_norm_(net.parameters(), optim.clip)
-    scaler.step(optimiser)
+    scaler.step(optimizer)
     assert all(p.isfinite().all() for p in net.parameters())
     return loss.item(), gradients
 

@@ -214,7 +214,7 @@ def test_transposed_up_to_the_last_int32(fn, device):
 
 
 @pytest.mark.parametrize("plain", [False, True], ids=["op", "ref"])
-def test_what_a_kernel_reaches_has_int32_coordinates(plain, device):
+def test_reached_cells_must_have_int32_coordinates(plain, device):
     make_sub, make_strided = (submanifold_map_ref, strided_map_ref) if plain else (submanifold_map, strided_map)
     coords = torch.tensor([[0, 0, 0, 2**31 - 5], [0, 0, 0, 2**31 - 4]], dtype=torch.int32, device=device)
     for size, fits in [(2**31 - 3, True), (2**31 - 2, False)]:

@@ -633,7 +633,7 @@ def _rays(size, recipe):
     yield from _each("fp32 bf16", "neus_alpha", size, neus_alpha, neus_alpha_ref, neus, wrt)
     yield from _each("fp32 bf16", "volsdf_alpha", size, volsdf_alpha, volsdf_alpha_ref, volsdf, ("sdf", "beta"))
     yield from _each("fp32", "interval_alpha", size, interval_alpha, interval_alpha_ref, interval)
-    # has no kernel of its own: PyTorch on every device
+    # plain PyTorch on every device: it has no kernel
     yield from _each("fp32", "unisurf_alpha", size, unisurf_alpha, unisurf_alpha, alone, ("sdf",))
 
     def samples(device, dtype):

@@ -1,4 +1,4 @@
-"""Here ops run their kernels on CPU tensors too, in the interpreter, where elsewhere they take their references.
+"""In this folder, ops run their kernels on CPU tensors too, in the interpreter, instead of their references.
 
     pytest tests/kernels --reverse-programs     the last program first: results must not depend on their order
 """

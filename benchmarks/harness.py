@@ -4,8 +4,8 @@ An implementation is timed only if its outputs and gradients agree with the true
 gets a row without times, and the others still run. Times are medians, with the 20th and 80th percentiles for forward:
 of forward, of backward, and of both together, with the L2 flushed before each run. They include launching from Python,
 which dominates for small ops. "gpu ms" is the GPU time of forward and backward: the sum of its kernels' times by the
-profiler, with caches as the previous run left them. Bandwidth is the forward's least traffic over its time, as
-a fraction of what a copy reaches on the same device in the same minute, not of the data sheet.
+profiler, with caches as the previous run left them. Bandwidth is the forward's least traffic over its time,
+as a fraction of what a copy reaches on the same device in the same minute, not of the data sheet.
 
 On a GPU: the op (its kernels), its peers, then its reference; rows are appended to results.csv.
 On a CPU: the reference, which is what the op runs there, and its peers; nothing is appended.

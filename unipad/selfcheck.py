@@ -134,7 +134,7 @@ class Result:
     def __str__(self):
         kind = f"{self.name:36} {self.size:6} {self.dtype:4}"
         ms = "" if math.isnan(self.ms) else f"  {self.ms:8.3f} ms"
-        figures = f"error {self.error:.1e} of {self.bound:.1e}{ms}"
+        figures = f"error {self.error:.1e} (bound {self.bound:.1e}){ms}"
         return f"{kind}  ok    {figures}" if self.ok else f"{kind}  FAIL  {self.message}"
 
 

@@ -149,10 +149,9 @@ def test_a_step_gives_two_rows():
     assert "| 2.000 | 1.500 | references | 6.000 | 3.0 |" in readme_table(written)
 
 
-def test_an_implementation_that_disagrees_or_raises_is_not_timed(capsys, monkeypatch):
+def test_an_implementation_that_disagrees_or_raises_is_not_timed(capsys):
     import torch
 
-    monkeypatch.setattr(harness, "deadline", time.monotonic() + 2)
     x = torch.rand(8, requires_grad=True)
 
     def broken(x):

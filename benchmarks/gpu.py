@@ -179,20 +179,24 @@ def run(folder, names, later, end):
     """
     left, seen = list(names), len(folder.records("ended"))
     while left:
-        process, began = _worker(folder, left, later, end), time.time()
-        limit, running = began + time_for(left + later, end), True
+        process, first, running = _worker(folder, left, later, end), left[0], True
+        began = time.time()
+        limit = began + time_for(left + later, end)
         while running and left:
             time.sleep(0.1)
             running = process.poll() is None
-            ended = folder.records("ended")
-            for record in ended[seen:]:
+            for record in folder.records("ended")[seen:]:
                 left.remove(record["name"])
                 _say(record)
-            seen = len(ended)
-            begun = folder.records("begun")[-1:]
-            if left and begun and begun[0]["name"] == left[0] and begun[0]["until"] > began:
+                seen += 1
+                if left:  # until the next one says that it has begun
+                    began = time.time()
+                    limit = began + time_for(left + later, end)
+            begun = [r for r in folder.records("begun")[-1:] if r["name"] in left[:1] and r["until"] > began]
+            if begun:
                 began, limit = begun[0]["at"], begun[0]["until"]
-            if left and (not running or time.time() > limit):
+            # a process that ends between two stages was broken by the first
+            if left and (time.time() > limit if running else begun or left[0] == first):
                 why = "out of time" if running else f"exit code {process.returncode}"
                 record = {"name": left.pop(0), "ended": why, "seconds": round(time.time() - began, 1)}
                 folder.write("ended", record)

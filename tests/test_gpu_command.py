@@ -95,6 +95,29 @@ def test_a_stage_that_stalls_or_breaks_leaves_the_others_their_turn(tmp_path, mo
     assert f"| steps | {ended} |" in page(folder)
 
 
+def test_a_process_that_breaks_between_stages_costs_none(tmp_path, monkeypatch):
+    """As after a fault in a kernel: the stage is through when the next `synchronize` raises."""
+    plain, asked = subprocess.Popen, []
+    code = """
+from benchmarks.report import Folder
+import pathlib, sys, time
+Folder(pathlib.Path(sys.argv[1])).write("ended", {"name": sys.argv[2], "ended": "failed", "seconds": 0})
+time.sleep(0.5)
+exit(1)
+"""
+
+    def popen(command, **options):
+        asked.append(command[-2])
+        return plain([sys.executable, "-c", code, str(tmp_path), command[-2].split(",")[0]], **options)
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    folder = Folder(tmp_path)
+    gpu.run(folder, ["race-lift", "race-voxelize", "race-composite"], [], time.time() + 60)
+    assert [r["name"] for r in folder.records("ended")] == ["race-lift", "race-voxelize", "race-composite"]
+    assert {r["ended"] for r in folder.records("ended")} == {"failed"}
+    assert len(asked) == 3
+
+
 def test_stages_of_one_process(tmp_path, monkeypatch):
     """One fails, the next runs; each once."""
     for name in ("source", "deadline", "RESULTS"):

@@ -13,6 +13,7 @@ On a CPU: the reference, which is what the op runs there, and its peers; nothing
 
 import csv
 import math
+import statistics
 import time
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -108,6 +109,7 @@ def compare(op, reference, kernels, peers, cases, agree=AGREE, exact=None):
             rows.append(row)
             if DEVICE == "cuda":
                 append(row)
+                torch.cuda.synchronize()  # raises where this one broke the GPU's context, and not at the next one
     return rows
 
 
@@ -176,7 +178,7 @@ def _measure(fn, case, ups, copy, few):
         wanted = _wanted(case.inputs)
         bwd_ms, _, _ = milliseconds(lambda: torch.autograd.grad(outs, wanted, ups, retain_graph=True), few)
     return dict(
-        gpu_ms=gpu_milliseconds(both),
+        gpu_ms=gpu_milliseconds(both, 1 if few else 5),
         fwd_ms=fwd_ms,
         fwd_p20=fwd_p20,
         fwd_p80=fwd_p80,
@@ -222,30 +224,41 @@ def _error(ours, truth):
 
 
 def milliseconds(fn, few=False):
-    """Median, 20th and 80th percentile in ms: of at least 100 runs on a GPU, of at least 5 in a second on a CPU.
+    """Median, 20th and 80th percentile in ms: of 100 runs on a GPU, of at least 5 in a second on a CPU.
 
-    few: three runs, of what nobody waits for twice. Where a run takes longer than 20 ms a GPU makes fewer than 100, in
-    two seconds.
+    few: three runs, of what nobody waits for twice. Where 100 runs would take a GPU longer than two seconds it makes
+    fewer, and at least 5.
     """
-    quantiles = [0.5, 0.2, 0.8]
     if DEVICE == "cuda":
-        from triton.testing import do_bench  # flushes the L2 between runs
-
-        once = do_bench(fn, warmup=1, rep=1, return_mode="median")  # five runs
-        rep = 3 * once if few else min(100 * once, 2000)
-        return do_bench(fn, warmup=1 if few else 25, rep=max(rep, 1), quantiles=quantiles)
-    fn()
-    runs, end = [], time.perf_counter() + (0 if few else 1)
-    while len(runs) < (3 if few else 5) or time.perf_counter() < end:
-        start = time.perf_counter()
+        runs = _gpu_runs(fn, 3)
+        if not few:
+            runs = _gpu_runs(fn, min(100, max(5, int(2000 / statistics.median(runs)))))
+    else:
         fn()
-        runs.append(1e3 * (time.perf_counter() - start))
-        if time.monotonic() > deadline:
-            break
-    return torch.tensor(runs).quantile(torch.tensor(quantiles)).tolist()
+        runs, end = [], time.perf_counter() + (0 if few else 1)
+        while len(runs) < (3 if few else 5) or time.perf_counter() < end:
+            start = time.perf_counter()
+            fn()
+            runs.append(1e3 * (time.perf_counter() - start))
+            if time.monotonic() > deadline:
+                break
+    return torch.tensor(runs).quantile(torch.tensor([0.5, 0.2, 0.8])).tolist()
 
 
-def gpu_milliseconds(fn, runs=5):
+def _gpu_runs(fn, count):
+    """Milliseconds of each run; the L2 is flushed before it."""
+    flush = torch.empty(2**28, dtype=torch.uint8, device=DEVICE)  # several times any L2
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+    for begin, end in pairs:
+        flush.zero_()
+        begin.record()
+        fn()
+        end.record()
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) for begin, end in pairs]
+
+
+def gpu_milliseconds(fn, runs):
     """What the GPU computes in a run, in ms: the sum of its kernels' and copies' times; None without a GPU."""
     if DEVICE == "cpu":
         return None

@@ -191,6 +191,18 @@ def test_an_implementation_that_disagrees_or_breaks_is_a_row_without_times(capsy
     assert "| N=8 | broken | RuntimeError: no kernel image |" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "ms, few, counts", [(1, False, [3, 100]), (40, False, [3, 50]), (900, False, [3, 5]), (900, True, [3])]
+)
+def test_how_often_a_gpu_runs_what_is_timed(monkeypatch, ms, few, counts):
+    """What is slow three times, not three times and what it takes to find out how often."""
+    asked = []
+    monkeypatch.setattr(harness, "DEVICE", "cuda")
+    monkeypatch.setattr(harness, "_gpu_runs", lambda fn, count: asked.append(count) or [float(ms)] * count)
+    assert harness.milliseconds(None, few) == [ms] * 3
+    assert asked == counts
+
+
 def test_nothing_begins_after_the_deadline(capsys, monkeypatch):
     monkeypatch.setattr(harness, "deadline", time.monotonic() - 1)
     assert compare("double", lambda x: x, None, {}, [Case("N=8", (None,), 64)]) == []

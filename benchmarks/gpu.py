@@ -26,6 +26,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from dataclasses import dataclass
@@ -118,16 +119,22 @@ def race(folder, op):
 
 
 def run_tests(folder):
-    """The kernel tests; without a GPU those of one file, in the interpreter."""
+    """The kernel tests, as far as time reaches; without a GPU those of one file, in the interpreter."""
     what = ["tests/kernels", "-n", str(min(16, os.cpu_count()))] if ON_GPU else ["tests/kernels/test_backend.py", "-n0"]
     flags = ["-q", "-p", "no:cacheprovider", "--durations=10", "-o", "addopts="]
     done = subprocess.Popen(
         [sys.executable, "-m", "pytest", *flags, *what], cwd=ROOT, text=True, stdout=subprocess.PIPE
     )  # fmt: skip
+    # pytest tells which tests failed when it ends, and where it is interrupted
+    interrupt = threading.Timer(min(harness.deadline - time.monotonic(), 3600), done.send_signal, [signal.SIGINT])
+    interrupt.daemon = True
+    interrupt.start()
     for line in done.stdout:
         print(line, end="", flush=True)
-        if line.startswith(("FAILED", "ERROR")) or " passed" in line or " failed" in line:
+        if line.startswith(("FAILED", "ERROR", "!")) or " passed" in line or " failed" in line:
             folder.write("tests", {"line": line.strip()})
+    interrupt.cancel()
+    folder.write("tests", {"line": f"exit code {done.wait()}"})
 
 
 def train_tiny(folder):

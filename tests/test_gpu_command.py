@@ -3,6 +3,7 @@
 import csv
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -129,6 +130,28 @@ def test_stages_of_one_process(tmp_path, monkeypatch):
     assert [(r["name"], r["ended"]) for r in folder.records("ended")] == [("steps", "failed"), ("tests", "ok")]
     begun = folder.records("begun")
     assert begun[0]["until"] < begun[1]["until"] < time.time() + 60
+
+
+def test_tests_that_time_ends_say_how_far_they_came(tmp_path, monkeypatch):
+    tests = ["def test_right(): pass", "def test_wrong(): assert 0", "def test_slow():", " import pathlib, time"]
+    tests += [" pathlib.Path('slow').touch()", " time.sleep(60)"]
+    (tmp_path / "tests/kernels").mkdir(parents=True)
+    (tmp_path / "tests/kernels/test_backend.py").write_text("\n".join(tests))
+
+    class Timer(threading.Timer):
+        """The time is over when the slow test has begun."""
+
+        def run(self):
+            while not (tmp_path / "slow").exists():
+                time.sleep(0.05)
+            self.function(*self.args)
+
+    monkeypatch.setattr(threading, "Timer", Timer)
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    gpu.run_tests(folder := Folder(tmp_path))
+    wrong, interrupted, counts, code = (record["line"] for record in folder.records("tests"))
+    assert wrong.startswith("FAILED tests/kernels/test_backend.py::test_wrong") and "KeyboardInterrupt" in interrupted
+    assert counts.startswith("1 failed, 1 passed in ") and code == "exit code 2"
 
 
 def test_stages_run_without_a_gpu(tmp_path):

@@ -35,8 +35,9 @@ class Folder:
     def records(self, stage):
         """What a stage wrote, a list of dicts."""
         file = self.path / "records.jsonl"
-        lines = file.read_text().splitlines() if file.exists() else []
-        return [record for record in map(json.loads, lines) if record["stage"] == stage]
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        whole = (json.loads(line) for line in lines if line.endswith("\n"))  # the last may be in the making
+        return [record for record in whole if record["stage"] == stage]
 
     def rows(self):
         """The races' rows, as results.csv has them: a list of dicts of str."""
@@ -147,7 +148,7 @@ def _ms(row):
 
 def _fastest_peer(row, rows):
     same = ("device", "op", "case", "commit")
-    peers = [r for r in rows if all(r[k] == row[k] for k in same) and r["impl"] != "triton" and _ms(r)]
+    peers = [r for r in rows if all(r[k] == row[k] for k in same) and not r["impl"].startswith("triton") and _ms(r)]
     return min(peers, key=_ms, default=None)
 
 

@@ -32,6 +32,7 @@ def test_the_table_shows_the_newest_rows_beside_the_fastest_peer():
         row("lift", "camera-0.1 bfloat16, 6 views, 128 x 128", "eager", 30.0),
         row("lift", "camera-0.1 bfloat16, 6 views, 128 x 128", "compiled", 9.0),
         row("lift", "camera-0.1 bfloat16, 6 views, 128 x 128", "wrong", 0.1, note="off by 1"),
+        row("lift", "camera-0.1 bfloat16, 6 views, 128 x 128", "triton, bit-equal", 2.0),
         row("lift", "tiny", "triton", 0.1),
         row("voxelize", "B=1", "triton", 0.5, device="GPU 2"),
     ]
@@ -48,6 +49,14 @@ def test_the_readme_has_a_place_for_the_table():
     assert "| GPU 1 | voxelize |" in written
     assert with_table(written, []).split(BEGIN)[1].split(END)[0].strip() == verified([])
     assert written.split(BEGIN)[0] == readme.split(BEGIN)[0] and written.split(END)[1] == readme.split(END)[1]
+
+
+def test_a_record_in_the_making_is_not_read(tmp_path):
+    folder = Folder(tmp_path)
+    folder.write("tests", {"line": "1 passed"})
+    with (tmp_path / "records.jsonl").open("a") as f:
+        f.write('{"stage": "tests", "li')
+    assert folder.records("tests") == [{"stage": "tests", "line": "1 passed"}]
 
 
 def test_rows_are_kept_once(tmp_path, monkeypatch):

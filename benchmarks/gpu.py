@@ -41,6 +41,7 @@ import tyro
 from benchmarks import full_step, harness
 from benchmarks.harness import DEVICE, machine
 from benchmarks.report import Folder, page, read_rows, with_table
+from kernels import tuning
 
 ROOT = Path(__file__).parents[1]
 ON_GPU = DEVICE == "cuda"
@@ -86,19 +87,26 @@ def _copy(size):
 
 
 def _back_to_back(fn, runs=20):
-    """Milliseconds of a run among others, the least of five times: no host is waited for, no cache is flushed."""
+    """Milliseconds of a run among others, the least of five times; no cache is flushed."""
     fn()
-    times = []
-    for _ in range(5):
-        if ON_GPU:
-            torch.cuda.synchronize()
+    return min(_runs(fn, runs) for _ in range(5)) / runs
+
+
+def _runs(fn, runs):
+    """Milliseconds of some runs; a GPU has all of them before it begins, or the host's pace would count."""
+    if not ON_GPU:
         began = time.perf_counter()
         for _ in range(runs):
             fn()
-        if ON_GPU:
-            torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - began) / runs)
-    return min(times)
+        return 1e3 * (time.perf_counter() - began)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(tuning.SPIN)
+    begin.record()
+    for _ in range(runs):
+        fn()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
 
 
 def check_ops(folder):

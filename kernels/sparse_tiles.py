@@ -13,7 +13,6 @@ others: they are packed, and cut into equal chunks.
 All this is made once a `NeighborTable` and kept in it: all layers on one set of voxels, and their gradients, share it.
 """
 
-import copy
 import weakref
 from typing import NamedTuple
 
@@ -69,7 +68,10 @@ class NeighborTable:
     def __init__(self, idx):
         self.idx, self.kept = idx.contiguous(), Kept()
         self._version = _version(self.idx)
-        _tables[id(self.idx)] = self
+        _tables.setdefault(id(self.idx), self)
+
+    def __reduce__(self):
+        return NeighborTable, (self.idx,)  # a copy's tensor counts its changes anew
 
     @staticmethod
     def of(table):
@@ -115,7 +117,7 @@ class NeighborTable:
 
     def trial(self):
         """The same table, with what is made of this one by now; what is made of the trial is not made of this."""
-        trial = copy.copy(self)
+        trial = NeighborTable(self.idx)
         trial.kept = self.kept.branch()
         return trial
 

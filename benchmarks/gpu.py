@@ -1,6 +1,6 @@
 """Everything that only a GPU can say, by one command: is it right, and how fast is it?
 
-    python -m benchmarks.gpu                          about eight minutes; fifteen to be sure that nothing is left out
+    python -m benchmarks.gpu                          eight minutes, and what they have no time for is left out
     python -m benchmarks.gpu --minutes 15 --stages steps races
     python -m benchmarks.gpu --report outputs/gpu/<time>        the page and the README's table once more
 

@@ -122,6 +122,15 @@ def test_a_wrong_index_is_told():
     assert "numbers are wrong" in run(replace(case, op=swapped)).message
 
 
+def test_bf16_is_not_asked_of_a_gpu_without_it(monkeypatch):
+    everything = [str(case) for case in checks()]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert [str(case) for case in checks()] == [name for name in everything if not name.endswith("bf16")]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert [str(case) for case in checks()] == everything
+
+
 def test_without_a_gpu_references_run(here, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(Args(ops=("merge", "rotated"))) == 0

@@ -126,7 +126,10 @@ class Kept:
 
 @contextmanager
 def waits(why):
-    """Marks where the host waits for the device, and for what; nowhere else does an op or a model wait."""
+    """Marks where the host waits for the device, and for what; a training step's ops and models wait nowhere else.
+
+    Beyond a step, detections and pictures are waited for without it.
+    """
     global waiting_for
     before, waiting_for = waiting_for, why
     try:

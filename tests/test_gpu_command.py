@@ -223,6 +223,19 @@ def test_an_implementation_that_disagrees_or_breaks_is_a_row_without_times(capsy
     assert "| N=8 | broken | RuntimeError: no kernel image |" in capsys.readouterr().out
 
 
+def test_what_does_not_compile_is_tried_once(monkeypatch):
+    import torch
+
+    def broken(x):
+        raise RuntimeError("no double backward")
+
+    monkeypatch.setattr(harness, "deadline", time.monotonic() + 2)
+    x = torch.rand(8, requires_grad=True)
+    peers = {"compiled": broken, "other": broken}
+    rows = compare("double", lambda x: 2 * x, None, peers, [Case("N=8", (x,), 64), Case("again", (x,), 64)])
+    assert [(r.case, r.impl) for r in rows if r.note] == [("N=8", "other"), ("N=8", "compiled"), ("again", "other")]
+
+
 @pytest.mark.parametrize(
     "ms, few, counts", [(1, False, [3, 100]), (40, False, [3, 50]), (900, False, [3, 5]), (900, True, [3])]
 )

@@ -20,7 +20,6 @@ it, and leaves results.csv and the README as they are.
 """
 
 import csv
-import json
 import os
 import runpy
 import signal
@@ -40,7 +39,7 @@ import tyro
 
 from benchmarks import full_step, harness
 from benchmarks.harness import DEVICE, machine
-from benchmarks.report import Folder, page, read_rows, with_table
+from benchmarks.report import Folder, page, read_records, read_rows, with_table
 from kernels import tuning
 
 ROOT = Path(__file__).parents[1]
@@ -154,14 +153,18 @@ def train_tiny(folder):
     for device, flags in reversed(runs.items()):
         out = folder.path / f"train-{device}"
         began = time.perf_counter()
-        done = subprocess.run([sys.executable, "train.py", *common, *flags, "--out", str(out)], cwd=ROOT)
-        lines = (out / "log.jsonl").read_text().splitlines() if done.returncode == 0 else []
-        logged = [json.loads(line) for line in lines]
+        command = [sys.executable, "train.py", *common, *flags, "--out", str(out)]
+        try:
+            left = min(harness.deadline - time.monotonic(), 3600)
+            ended = f"exit code {subprocess.run(command, cwd=ROOT, timeout=left).returncode}"
+        except subprocess.TimeoutExpired:
+            ended = "out of time"
+        logged = read_records(out / "log.jsonl")
         curve = [[r["step"], r["train/loss"]] for r in logged if "train/loss" in r]
         last = next((r for r in reversed(logged) if "val/depth_abs_rel" in r), {})
         found = {k: v for k, v in last.items() if k.startswith("val/")}
         took = time.perf_counter() - began
-        folder.write("training", {"device": device, "seconds": took, "exit": done.returncode, "curve": curve} | found)
+        folder.write("training", {"device": device, "seconds": took, "ended": ended, "curve": curve} | found)
 
 
 STAGES = {

@@ -34,14 +34,17 @@ class Folder:
 
     def records(self, stage):
         """What a stage wrote, a list of dicts."""
-        file = self.path / "records.jsonl"
-        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-        whole = (json.loads(line) for line in lines if line.endswith("\n"))  # the last may be in the making
-        return [record for record in whole if record["stage"] == stage]
+        return [record for record in read_records(self.path / "records.jsonl") if record["stage"] == stage]
 
     def rows(self):
         """The races' rows, as results.csv has them: a list of dicts of str."""
         return read_rows(self.path / "results.csv")
+
+
+def read_records(file):
+    """The dicts of a JSONL file, of whole lines: the last may be in the making."""
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def read_rows(file):
@@ -107,7 +110,7 @@ def _curves(runs):
     for r in runs:
         metrics = ", ".join(f"{k} {v:.3f}" for k, v in r.items() if k.startswith("val/"))
         steps = len(r["curve"])
-        yield f"- {r['device']}: exit code {r['exit']}, {steps} steps in {r['seconds']:.0f} s; {metrics}"
+        yield f"- {r['device']}: {r['ended']}, {steps} steps in {r['seconds']:.0f} s; {metrics}"
     curves = {r["device"]: dict(map(tuple, r["curve"])) for r in runs}
     if {"cpu", "cuda"} <= curves.keys():
         # both draw random numbers of their own: what agrees is the mean of some steps

@@ -163,6 +163,25 @@ def test_tests_that_time_ends_say_how_far_they_came(tmp_path, monkeypatch):
     assert counts.startswith("1 failed, 1 passed in ") and code == "exit code 2"
 
 
+def test_training_that_time_ends_keeps_its_curve(tmp_path, monkeypatch):
+    script = """
+import pathlib, sys, time
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+out.mkdir()
+(out / "log.jsonl").write_text('{"command": []}\\n{"step": 1, "train/loss": 2.5}\\n{"step": 2, "tr')
+time.sleep(60)
+"""
+    (tmp_path / "train.py").write_text(script)
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu, "ON_GPU", False)
+    monkeypatch.setattr(full_step, "city", lambda: tmp_path)
+    monkeypatch.setattr(harness, "deadline", time.monotonic() + 5)
+    gpu.train_tiny(folder := Folder(tmp_path))
+    (record,) = folder.records("training")
+    assert record["ended"] == "out of time" and record["curve"] == [[1, 2.5]]
+    assert "- cpu: out of time, 1 steps in" in page(folder)
+
+
 def test_stages_run_without_a_gpu(tmp_path):
     folder = Folder(tmp_path)
     gpu.run(folder, ["machine", "race-composite", "tests"], [], time.time() + 300)

@@ -238,7 +238,7 @@ class SparseBatchNorm(SyncedBatchNorm):
         """([C], [C]): what the layer does in evaluation.
 
         Kept (see `Kept`) until a parameter or a statistic changes, as autograd sees it (through `.data` it does not),
-        or the mode does.
+        or the mode does; a CUDA graph that reads it is not to be replayed after that.
         """
         given = self.weight, self.bias, self.running_mean, self.running_var
         if torch.compiler.is_compiling() or any(t.is_inference() for t in given):

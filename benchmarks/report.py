@@ -16,7 +16,7 @@ SHOWN = {
     "composite": "S=96 C=4",
     "resample": "R=3072",
     "trilinear": "R=3072 S=96",
-    "rotated_iou": "N=900",
+    "rotated_iou_bev": "N=900 M=100",
     "rotated_nms": "N=300",
 }
 
@@ -131,7 +131,8 @@ def verified(rows):
     """
     shown = {}
     for row in rows:
-        if row["impl"] == "triton" and _ms(row) and SHOWN.get(row["op"], "") in row["case"]:
+        whole_words = f"{SHOWN.get(row['op'], '')} " in f"{row['case']} "
+        if row["impl"] == "triton" and _ms(row) and whole_words:
             shown[row["device"], row["op"]] = row
     if not shown:
         return "No kernel has been timed on a GPU yet; `python -m benchmarks.gpu` on one writes a table here."

@@ -12,7 +12,7 @@ import pytest
 from benchmarks import full_step, gpu, harness
 from benchmarks.gpu import Args, plan
 from benchmarks.harness import Case, Row, compare
-from benchmarks.report import BEGIN, END, Folder, page, verified, with_table
+from benchmarks.report import BEGIN, END, SHOWN, Folder, page, verified, with_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,6 +40,17 @@ def test_the_table_shows_the_newest_rows_beside_the_fastest_peer():
     assert len(lines) == 4
     assert lines[2].split(" | ")[3:] == ["1.000", "1.000", "compiled", "9.000", "9.0", "c1 |"]
     assert lines[3].split(" | ")[5] == "-", "no peer ran there"
+
+
+def test_the_case_that_is_shown_is_the_one_that_is_meant():
+    rows = [row("rotated_nms", f"N={N}", "triton", N) for N in (300, 1000, 3000)]
+    assert "| rotated_nms | N=300 |" in verified(rows)
+
+
+def test_what_is_shown_is_raced():
+    """Ops are named as the benchmarks name them."""
+    text = "".join((ROOT / "benchmarks" / f"bench_{op}.py").read_text() for op in gpu.RACES)
+    assert not [op for op in SHOWN if f'"{op}"' not in text]
 
 
 def test_the_readme_has_a_place_for_the_table():

@@ -237,7 +237,7 @@ def main(args: Args):
             look_now = done % val_every == 0 or done == last
             stopped = (report or world.size == 1) and stop.asked(world)
             save_now = done % save_every == 0 or look_now or stopped
-            if report or save_now:  # the host waits for the device here; other waits are marked by `host_wait`
+            if report or save_now:  # the host waits here, in `backend.host_wait`s and in the scaler of fp16
                 values = mean_over_processes(values)
                 # fp16 skips a step whose gradient overflows; anything else that is not finite would be saved
                 if not math.isfinite(values["loss"] + (0 if scaler.is_enabled() else values["grad_norm"])):

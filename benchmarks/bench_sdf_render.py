@@ -2,12 +2,12 @@
 
 Sampling, field and compositing: rays through a volume to colour and depth; backward to the volume and every parameter.
 
-    reference   the original's formulas in eager PyTorch, the gradient of the distance by autograd, twice differentiated
-    triton      `kernels.sdf_render` (GPU), products in tf32
-    exact       the same, products as in fp32 (GPU)
-    pieces      the same renderer, one kernel an op; on a CPU what runs there
-    analytic    `sdf_render_ref`, the plain PyTorch that the kernels answer to
-    compiled    the reference under torch.compile, or what that says to it
+    reference       the original's formulas in eager PyTorch, with a double backward through the gradient of the SDF
+    triton          `kernels.sdf_render` (GPU), products in tf32
+    triton, exact   the same with fp32 accuracy (GPU)
+    triton, pieces  the same renderer, one kernel per op (GPU); "pieces" on a CPU, where it is the default
+    analytic        `sdf_render_ref`, the PyTorch reference of the kernels (CPU)
+    compiled        the reference under torch.compile, or its error
 
 All are asserted to agree: see `benchmarks.bench_render` for why importance sampling keeps fp32 from agreeing better;
 in tf32 distances are off by up to a hundredth of the largest.
@@ -79,7 +79,8 @@ def eager(renderer, *inputs):
 if __name__ == "__main__":
     torch.manual_seed(0)
     cases = [case(R) for R in RAYS]
-    peers = {"pieces": pieces} | ({"exact": exact} if DEVICE == "cuda" else {"analytic": analytic})
+    on_gpu = {"triton, pieces": pieces, "triton, exact": exact}
+    peers = on_gpu if DEVICE == "cuda" else {"pieces": pieces, "analytic": analytic}
     rows = compare("sdf_render", eager, triton, peers | {"compiled": compiled(eager)}, cases, AGREE)
     print("\n| case | impl | forward + backward, us a ray |\n|---|---|---|")
     for row in (row for row in rows if row.both_ms):

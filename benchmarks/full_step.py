@@ -80,7 +80,7 @@ class Step:
         self.optimizer = make_optimiser(self.net, recipe.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
-        self.autocast, self.scaler = mixed_precision(None, torch.device(DEVICE))
+        self.autocast, _ = mixed_precision(None, torch.device(DEVICE))
         self.clip = recipe.optim.clip
 
     def __call__(self):
@@ -167,6 +167,8 @@ def main(args: Args, write=None):
                 harness.append(row)
         if write:
             write(record)
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()  # raises here if this recipe destroyed the GPU context, not in the next one
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Verify and benchmark everything on a GPU, by one command.
 
-    python -m benchmarks.gpu                          about eight minutes; with fifteen, all stages should finish
+    python -m benchmarks.gpu                          eight minutes; what does not fit is left out
     python -m benchmarks.gpu --minutes 15 --stages steps ops
     python -m benchmarks.gpu --report outputs/gpu/<time>        write the report and the README's table again
 
@@ -20,12 +20,12 @@ a trial, and results.csv and the README do not change.
 """
 
 import csv
-import json
 import os
 import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from dataclasses import dataclass
@@ -39,7 +39,8 @@ import tyro
 
 from benchmarks import full_step, harness
 from benchmarks.harness import DEVICE, machine
-from benchmarks.report import Folder, page, read_rows, replace_table
+from benchmarks.report import Folder, page, read_records, read_rows, replace_table
+from kernels import tuning
 
 ROOT = Path(__file__).parents[1]
 ON_GPU = DEVICE == "cuda"
@@ -87,17 +88,24 @@ def _copy(size):
 def _back_to_back(fn, runs=20):
     """Milliseconds per run when launched back to back, without flushing caches; the least of five measurements."""
     fn()
-    times = []
-    for _ in range(5):
-        if ON_GPU:
-            torch.cuda.synchronize()
+    return min(_runs(fn, runs) for _ in range(5)) / runs
+
+
+def _runs(fn, runs):
+    """Milliseconds of `runs` runs; on a GPU, all are launched before the first begins, so host time does not count."""
+    if not ON_GPU:
         began = time.perf_counter()
         for _ in range(runs):
             fn()
-        if ON_GPU:
-            torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - began) / runs)
-    return min(times)
+        return 1e3 * (time.perf_counter() - began)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(tuning.SPIN)
+    begin.record()
+    for _ in range(runs):
+        fn()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
 
 
 def check_ops(folder):
@@ -118,16 +126,22 @@ def benchmark_op(folder, op):
 
 
 def run_tests(folder):
-    """Run the kernel tests; without a GPU those of one file, in the interpreter."""
+    """Run the kernel tests until time runs out; without a GPU those of one file, in the interpreter."""
     what = ["tests/kernels", "-n", str(min(16, os.cpu_count()))] if ON_GPU else ["tests/kernels/test_backend.py", "-n0"]
     flags = ["-q", "-p", "no:cacheprovider", "--durations=10", "-o", "addopts="]
     done = subprocess.Popen(
         [sys.executable, "-m", "pytest", *flags, *what], cwd=ROOT, text=True, stdout=subprocess.PIPE
     )  # fmt: skip
+    # interrupted, pytest still lists the tests that failed
+    interrupt = threading.Timer(min(harness.deadline - time.monotonic(), 3600), done.send_signal, [signal.SIGINT])
+    interrupt.daemon = True
+    interrupt.start()
     for line in done.stdout:
         print(line, end="", flush=True)
-        if line.startswith(("FAILED", "ERROR")) or " passed" in line or " failed" in line:
+        if line.startswith(("FAILED", "ERROR", "!")) or " passed" in line or " failed" in line:
             folder.write("tests", {"line": line.strip()})
+    interrupt.cancel()
+    folder.write("tests", {"line": f"exit code {done.wait()}"})
 
 
 def train_tiny(folder):
@@ -139,14 +153,18 @@ def train_tiny(folder):
     for device, flags in reversed(runs.items()):
         out = folder.path / f"train-{device}"
         began = time.perf_counter()
-        done = subprocess.run([sys.executable, "train.py", *common, *flags, "--out", str(out)], cwd=ROOT)
-        lines = (out / "log.jsonl").read_text().splitlines() if done.returncode == 0 else []
-        logged = [json.loads(line) for line in lines]
+        command = [sys.executable, "train.py", *common, *flags, "--out", str(out)]
+        try:
+            left = min(harness.deadline - time.monotonic(), 3600)
+            ended = f"exit code {subprocess.run(command, cwd=ROOT, timeout=left).returncode}"
+        except subprocess.TimeoutExpired:
+            ended = "out of time"
+        logged = read_records(out / "log.jsonl")
         curve = [[r["step"], r["train/loss"]] for r in logged if "train/loss" in r]
         last = next((r for r in reversed(logged) if "val/depth_abs_rel" in r), {})
         found = {k: v for k, v in last.items() if k.startswith("val/")}
         took = time.perf_counter() - began
-        folder.write("training", {"device": device, "seconds": took, "exit": done.returncode, "curve": curve} | found)
+        folder.write("training", {"device": device, "seconds": took, "ended": ended, "curve": curve} | found)
 
 
 STAGES = {
@@ -179,20 +197,24 @@ def run(folder, names, later, end):
     """
     left, seen = list(names), len(folder.records("ended"))
     while left:
-        process, began = _worker(folder, left, later, end), time.time()
-        limit, running = began + time_limit(left + later, end), True
+        process, first, running = _worker(folder, left, later, end), left[0], True
+        began = time.time()
+        limit = began + time_limit(left + later, end)
         while running and left:
             time.sleep(0.1)
             running = process.poll() is None
-            ended = folder.records("ended")
-            for record in ended[seen:]:
+            for record in folder.records("ended")[seen:]:
                 left.remove(record["name"])
                 _print_record(record)
-            seen = len(ended)
-            begun = folder.records("begun")[-1:]
-            if left and begun and begun[0]["name"] == left[0] and begun[0]["until"] > began:
+                seen += 1
+                if left:  # until the next stage reports its start
+                    began = time.time()
+                    limit = began + time_limit(left + later, end)
+            begun = [r for r in folder.records("begun")[-1:] if r["name"] in left[:1] and r["until"] > began]
+            if begun:
                 began, limit = begun[0]["at"], begun[0]["until"]
-            if left and (not running or time.time() > limit):
+            # if the process ended between two stages, the earlier one broke it
+            if left and (time.time() > limit if running else begun or left[0] == first):
                 reason = "out of time" if running else f"exit code {process.returncode}"
                 record = {"name": left.pop(0), "ended": reason, "seconds": round(time.time() - began, 1)}
                 folder.write("ended", record)

@@ -13,6 +13,7 @@ On a CPU: the reference, which is what the op runs there, and its peers; nothing
 
 import csv
 import math
+import statistics
 import time
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -102,15 +103,18 @@ def compare(op, reference, kernels, peers, cases, agree=AGREE, exact=None):
         ups = _upstream(reference, case.inputs)
         inputs = case.inputs if exact is None else _double(case.inputs)
         truth = _forward_backward(exact or reference, inputs, ups if exact is None else _double(ups))
-        for name, fn in impls.items():
+        for name, fn in list(impls.items()):
             if _past_deadline(case, name):
                 continue
             measured = _checked(fn, case, ups, truth, agree, copy, quick=name == "reference")
             row = Row(op, case.name, name, **measured, **where)
             print(_line(row), flush=True)
             rows.append(row)
+            if name in compiled and row.error is None:
+                del impls[name]  # it would fail to compile at every size, as slowly
             if DEVICE == "cuda":
                 append(row)
+                torch.cuda.synchronize()  # raises here if this one destroyed the GPU context, not in the next one
     return rows
 
 
@@ -179,7 +183,7 @@ def _measure(fn, case, ups, copy, quick):
         wanted = _wanted(case.inputs)
         bwd_ms, _, _ = milliseconds(lambda: torch.autograd.grad(outs, wanted, ups, retain_graph=True), quick)
     return dict(
-        gpu_ms=gpu_milliseconds(both),
+        gpu_ms=gpu_milliseconds(both, 1 if quick else 5),
         fwd_ms=fwd_ms,
         fwd_p20=fwd_p20,
         fwd_p80=fwd_p80,
@@ -225,29 +229,40 @@ def _error(ours, truth):
 
 
 def milliseconds(fn, quick=False):
-    """Median, 20th and 80th percentile in ms: of about 100 runs on a GPU, of at least 5 within a second on a CPU.
+    """Median, 20th and 80th percentile in ms: of 100 runs on a GPU, of at least 5 within a second on a CPU.
 
-    On a GPU, functions that take longer than 20 ms run for two seconds instead. quick: about three runs.
+    On a GPU, fewer (at least 5) if 100 would take longer than two seconds. quick: three runs.
     """
-    quantiles = [0.5, 0.2, 0.8]
     if DEVICE == "cuda":
-        from triton.testing import do_bench  # flushes the L2 between runs
-
-        once = do_bench(fn, warmup=1, rep=1, return_mode="median")  # five runs
-        rep = 3 * once if quick else min(100 * once, 2000)
-        return do_bench(fn, warmup=1 if quick else 25, rep=max(rep, 1), quantiles=quantiles)
-    fn()
-    runs, end = [], time.perf_counter() + (0 if quick else 1)
-    while len(runs) < (3 if quick else 5) or time.perf_counter() < end:
-        start = time.perf_counter()
+        runs = _gpu_runs(fn, 3)
+        if not quick:
+            runs = _gpu_runs(fn, min(100, max(5, int(2000 / statistics.median(runs)))))
+    else:
         fn()
-        runs.append(1e3 * (time.perf_counter() - start))
-        if time.monotonic() > deadline:
-            break
-    return torch.tensor(runs).quantile(torch.tensor(quantiles)).tolist()
+        runs, end = [], time.perf_counter() + (0 if quick else 1)
+        while len(runs) < (3 if quick else 5) or time.perf_counter() < end:
+            start = time.perf_counter()
+            fn()
+            runs.append(1e3 * (time.perf_counter() - start))
+            if time.monotonic() > deadline:
+                break
+    return torch.tensor(runs).quantile(torch.tensor([0.5, 0.2, 0.8])).tolist()
 
 
-def gpu_milliseconds(fn, runs=5):
+def _gpu_runs(fn, count):
+    """Milliseconds of each run, with the L2 flushed before it."""
+    flush = torch.empty(2**28, dtype=torch.uint8, device=DEVICE)  # several times the size of any L2
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+    for begin, end in pairs:
+        flush.zero_()
+        begin.record()
+        fn()
+        end.record()
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) for begin, end in pairs]
+
+
+def gpu_milliseconds(fn, runs):
     """GPU time of a run in ms: the sum of the times of its kernels and copies; None without a GPU."""
     if DEVICE == "cpu":
         return None

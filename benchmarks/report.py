@@ -16,7 +16,7 @@ README_CASES = {
     "composite": "S=96 C=4",
     "resample": "R=3072",
     "trilinear": "R=3072 S=96",
-    "rotated_iou": "N=900",
+    "rotated_iou_bev": "N=900 M=100",
     "rotated_nms": "N=300",
 }
 
@@ -34,13 +34,17 @@ class Folder:
 
     def records(self, stage):
         """The records of a stage, a list of dicts."""
-        file = self.path / "records.jsonl"
-        lines = file.read_text().splitlines() if file.exists() else []
-        return [record for record in map(json.loads, lines) if record["stage"] == stage]
+        return [record for record in read_records(self.path / "records.jsonl") if record["stage"] == stage]
 
     def rows(self):
         """The rows of stages steps and ops, as in results.csv: a list of dicts of str."""
         return read_rows(self.path / "results.csv")
+
+
+def read_records(file):
+    """The dicts of a JSONL file; an incomplete last line is skipped."""
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def read_rows(file):
@@ -106,7 +110,7 @@ def _curves(runs):
     for r in runs:
         metrics = ", ".join(f"{k} {v:.3f}" for k, v in r.items() if k.startswith("val/"))
         steps = len(r["curve"])
-        yield f"- {r['device']}: exit code {r['exit']}, {steps} steps in {r['seconds']:.0f} s; {metrics}"
+        yield f"- {r['device']}: {r['ended']}, {steps} steps in {r['seconds']:.0f} s; {metrics}"
     curves = {r["device"]: dict(map(tuple, r["curve"])) for r in runs}
     if {"cpu", "cuda"} <= curves.keys():
         # CPU and GPU draw different random numbers: compare means over some steps
@@ -127,7 +131,8 @@ def readme_table(rows):
     """
     shown = {}
     for row in rows:
-        if row["impl"] == "triton" and _ms(row) and README_CASES.get(row["op"], "") in row["case"]:
+        whole_words = f"{README_CASES.get(row['op'], '')} " in f"{row['case']} "
+        if row["impl"] == "triton" and _ms(row) and whole_words:
             shown[row["device"], row["op"]] = row
     if not shown:
         return "No kernel has been timed on a GPU yet; `python -m benchmarks.gpu` writes a table here."
@@ -147,7 +152,7 @@ def _ms(row):
 
 def _fastest_peer(row, rows):
     same = ("device", "op", "case", "commit")
-    peers = [r for r in rows if all(r[k] == row[k] for k in same) and r["impl"] != "triton" and _ms(r)]
+    peers = [r for r in rows if all(r[k] == row[k] for k in same) and not r["impl"].startswith("triton") and _ms(r)]
     return min(peers, key=_ms, default=None)
 
 

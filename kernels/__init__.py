@@ -1,6 +1,6 @@
 """Hand-written Triton kernels: tensors in, tensors out, nothing else known. One file an op.
 
-    backend.py      which path runs: Triton on a GPU, the reference elsewhere
+    backend.py      which path runs: Triton on a GPU, the reference elsewhere; launches, caches, host waits
     voxelize.py     points -> voxels with the mean of their points, one point a cell
     voxel_keys.py   voxels in the order of their keys
     sparse_map.py   which voxels each offset of a sparse convolution reads

@@ -127,7 +127,10 @@ class StreamCache:
 
 @contextmanager
 def host_wait(reason):
-    """Marks code in which the host waits for the device, with the reason; ops and models wait nowhere else."""
+    """Marks code in which the host waits for the device, with the reason.
+
+    Ops and models wait nowhere else in a training step; detections and pictures wait without it.
+    """
     global waiting_for
     before, waiting_for = waiting_for, reason
     try:

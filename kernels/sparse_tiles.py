@@ -13,7 +13,6 @@ others: they are packed, and cut into equal chunks.
 All this is computed once per `NeighborTable` and cached in it, for all layers on one set of voxels and their gradients.
 """
 
-import copy
 import weakref
 from typing import NamedTuple
 
@@ -69,7 +68,10 @@ class NeighborTable:
     def __init__(self, idx):
         self.idx, self.cache = idx.contiguous(), StreamCache()
         self._version = _version(self.idx)
-        _tables[id(self.idx)] = self
+        _tables.setdefault(id(self.idx), self)
+
+    def __reduce__(self):
+        return NeighborTable, (self.idx,)  # the version counter of a copied tensor starts at 0
 
     @staticmethod
     def of(table):
@@ -115,7 +117,7 @@ class NeighborTable:
 
     def trial(self):
         """A copy that starts with this table's cache; what is added to the copy's cache is not added to this one."""
-        trial = copy.copy(self)
+        trial = NeighborTable(self.idx)
         trial.cache = self.cache.copy()
         return trial
 

@@ -3,6 +3,7 @@
 import csv
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from benchmarks import full_step, gpu, harness
 from benchmarks.gpu import Args, plan
 from benchmarks.harness import Case, Row, compare
-from benchmarks.report import BEGIN, END, Folder, page, readme_table, replace_table
+from benchmarks.report import BEGIN, END, README_CASES, Folder, page, readme_table, replace_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,6 +32,7 @@ def test_the_table_shows_the_newest_rows_and_the_fastest_peer():
         row("lift", "camera-0.1 bfloat16, 6 views, 128 x 128", "eager", 30.0),
         row("lift", "camera-0.1 bfloat16, 6 views, 128 x 128", "compiled", 9.0),
         row("lift", "camera-0.1 bfloat16, 6 views, 128 x 128", "wrong", 0.1, note="error 1"),
+        row("lift", "camera-0.1 bfloat16, 6 views, 128 x 128", "triton, bit-equal", 2.0),
         row("lift", "tiny", "triton", 0.1),
         row("voxelize", "B=1", "triton", 0.5, device="GPU 2"),
     ]
@@ -40,6 +42,17 @@ def test_the_table_shows_the_newest_rows_and_the_fastest_peer():
     assert lines[3].split(" | ")[5] == "-", "no peer ran there"
 
 
+def test_the_table_matches_whole_words_of_case_names():
+    rows = [row("rotated_nms", f"N={N}", "triton", N) for N in (300, 1000, 3000)]
+    assert "| rotated_nms | N=300 |" in readme_table(rows)
+
+
+def test_ops_of_the_table_are_benchmarked():
+    """Under the same names as in the benchmarks."""
+    text = "".join((ROOT / "benchmarks" / f"bench_{op}.py").read_text() for op in gpu.OPS)
+    assert not [op for op in README_CASES if f'"{op}"' not in text]
+
+
 def test_the_readme_has_a_place_for_the_table():
     readme = (ROOT / "README.md").read_text()
     assert readme_table([]) == readme_table([row("lift", "tiny", "triton", 1, note="broken")])
@@ -47,6 +60,14 @@ def test_the_readme_has_a_place_for_the_table():
     assert "| GPU 1 | voxelize |" in written
     assert replace_table(written, []).split(BEGIN)[1].split(END)[0].strip() == readme_table([])
     assert written.split(BEGIN)[0] == readme.split(BEGIN)[0] and written.split(END)[1] == readme.split(END)[1]
+
+
+def test_an_incomplete_record_is_skipped(tmp_path):
+    folder = Folder(tmp_path)
+    folder.write("tests", {"line": "1 passed"})
+    with (tmp_path / "records.jsonl").open("a") as f:
+        f.write('{"stage": "tests", "li')
+    assert folder.records("tests") == [{"stage": "tests", "line": "1 passed"}]
 
 
 def test_rows_are_kept_once(tmp_path, monkeypatch):
@@ -95,6 +116,29 @@ def test_other_stages_run_after_one_that_stalls_or_crashes(tmp_path, monkeypatch
     assert f"| steps | {ended} |" in page(folder)
 
 
+def test_a_crash_between_stages_skips_no_stage(tmp_path, monkeypatch):
+    """As after a kernel fault: the stage has ended when the next `synchronize` raises."""
+    plain, asked = subprocess.Popen, []
+    code = """
+from benchmarks.report import Folder
+import pathlib, sys, time
+Folder(pathlib.Path(sys.argv[1])).write("ended", {"name": sys.argv[2], "ended": "failed", "seconds": 0})
+time.sleep(0.5)
+exit(1)
+"""
+
+    def popen(command, **options):
+        asked.append(command[-2])
+        return plain([sys.executable, "-c", code, str(tmp_path), command[-2].split(",")[0]], **options)
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    folder = Folder(tmp_path)
+    gpu.run(folder, ["op-lift", "op-voxelize", "op-composite"], [], time.time() + 60)
+    assert [r["name"] for r in folder.records("ended")] == ["op-lift", "op-voxelize", "op-composite"]
+    assert {r["ended"] for r in folder.records("ended")} == {"failed"}
+    assert len(asked) == 3
+
+
 def test_stages_of_one_process(tmp_path, monkeypatch):
     """One fails and the next still runs; each runs once."""
     for name in ("code_commit", "deadline", "RESULTS"):
@@ -106,6 +150,47 @@ def test_stages_of_one_process(tmp_path, monkeypatch):
     assert [(r["name"], r["ended"]) for r in folder.records("ended")] == [("steps", "failed"), ("tests", "ok")]
     begun = folder.records("begun")
     assert begun[0]["until"] < begun[1]["until"] < time.time() + 60
+
+
+def test_kernel_tests_cut_off_by_time_report_failures(tmp_path, monkeypatch):
+    tests = ["def test_right(): pass", "def test_wrong(): assert 0", "def test_slow():", " import pathlib, time"]
+    tests += [" pathlib.Path('slow').touch()", " time.sleep(60)"]
+    (tmp_path / "tests/kernels").mkdir(parents=True)
+    (tmp_path / "tests/kernels/test_backend.py").write_text("\n".join(tests))
+
+    class Timer(threading.Timer):
+        """Expires when the slow test has started."""
+
+        def run(self):
+            while not (tmp_path / "slow").exists():
+                time.sleep(0.05)
+            self.function(*self.args)
+
+    monkeypatch.setattr(threading, "Timer", Timer)
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    gpu.run_tests(folder := Folder(tmp_path))
+    wrong, interrupted, counts, code = (record["line"] for record in folder.records("tests"))
+    assert wrong.startswith("FAILED tests/kernels/test_backend.py::test_wrong") and "KeyboardInterrupt" in interrupted
+    assert counts.startswith("1 failed, 1 passed in ") and code == "exit code 2"
+
+
+def test_training_cut_off_by_time_keeps_its_curve(tmp_path, monkeypatch):
+    script = """
+import pathlib, sys, time
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+out.mkdir()
+(out / "log.jsonl").write_text('{"command": []}\\n{"step": 1, "train/loss": 2.5}\\n{"step": 2, "tr')
+time.sleep(60)
+"""
+    (tmp_path / "train.py").write_text(script)
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu, "ON_GPU", False)
+    monkeypatch.setattr(full_step, "city", lambda: tmp_path)
+    monkeypatch.setattr(harness, "deadline", time.monotonic() + 5)
+    gpu.train_tiny(folder := Folder(tmp_path))
+    (record,) = folder.records("training")
+    assert record["ended"] == "out of time" and record["curve"] == [[1, 2.5]]
+    assert "- cpu: out of time, 1 steps in" in page(folder)
 
 
 def test_stages_run_without_a_gpu(tmp_path):
@@ -165,6 +250,31 @@ def test_an_implementation_that_disagrees_or_raises_is_not_timed(capsys):
     assert rows[2].note == "RuntimeError: no kernel image"
     assert rows[3].note == "" and rows[3].both_ms > 0 and rows[3].gpu_ms is None
     assert "| N=8 | broken | RuntimeError: no kernel image |" in capsys.readouterr().out
+
+
+def test_a_peer_that_does_not_compile_is_tried_once(monkeypatch):
+    import torch
+
+    def broken(x):
+        raise RuntimeError("no double backward")
+
+    monkeypatch.setattr(harness, "deadline", time.monotonic() + 2)
+    x = torch.rand(8, requires_grad=True)
+    peers = {"compiled": broken, "other": broken}
+    rows = compare("double", lambda x: 2 * x, None, peers, [Case("N=8", (x,), 64), Case("again", (x,), 64)])
+    assert [(r.case, r.impl) for r in rows if r.note] == [("N=8", "other"), ("N=8", "compiled"), ("again", "other")]
+
+
+@pytest.mark.parametrize(
+    "ms, quick, counts", [(1, False, [3, 100]), (40, False, [3, 50]), (900, False, [3, 5]), (900, True, [3])]
+)
+def test_number_of_timed_runs_on_a_gpu(monkeypatch, ms, quick, counts):
+    """Slow functions run three times in all, including the runs that estimate their time."""
+    requested = []
+    monkeypatch.setattr(harness, "DEVICE", "cuda")
+    monkeypatch.setattr(harness, "_gpu_runs", lambda fn, count: requested.append(count) or [float(ms)] * count)
+    assert harness.milliseconds(None, quick) == [ms] * 3
+    assert requested == counts
 
 
 def test_nothing_starts_after_the_deadline(capsys, monkeypatch):

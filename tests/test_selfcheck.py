@@ -123,6 +123,15 @@ def test_a_wrong_index_is_reported():
     assert "numbers are wrong" in run(replace(case, op=swapped)).message
 
 
+def test_no_bf16_cases_on_a_gpu_without_it(monkeypatch):
+    everything = [str(case) for case in checks()]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert [str(case) for case in checks()] == [name for name in everything if not name.endswith("bf16")]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert [str(case) for case in checks()] == everything
+
+
 def test_without_a_gpu_references_run(in_process, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(Args(ops=("merge", "rotated"))) == 0

@@ -118,15 +118,18 @@ def mixed_precision(precision, device):
 
     Raises `UserError` for bf16 on a GPU without it, where compilers emulate it slowly or fail.
     """
-    # on ROCm capabilities start at 9, and every GPU that it supports has bf16
-    has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    if precision == "bf16" and device.type == "cuda" and not has_bf16:
+    if precision == "bf16" and not has_bf16(device):
         name = torch.cuda.get_device_name(device)
         raise UserError(f"--precision bf16: {name} does not support bf16; use fp16, or leave the flag out.")
-    default = "fp32" if device.type != "cuda" else "bf16" if has_bf16 else "fp16"
+    default = "fp32" if device.type != "cuda" else "bf16" if has_bf16(device) else "fp16"
     dtype = PRECISIONS[precision or default]
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     return autocast, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+
+def has_bf16(device):
+    """False for NVIDIA GPUs before Ampere. On ROCm, capabilities start at 9 and every supported GPU has bf16."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def generators(seed, step, positions, device):

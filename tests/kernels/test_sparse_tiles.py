@@ -1,3 +1,4 @@
+import copy
 import gc
 import weakref
 from types import SimpleNamespace
@@ -123,6 +124,16 @@ def test_a_changed_table_is_refused(device):
     with pytest.raises(AssertionError, match="has changed"):
         table.tiles(64)
     assert NeighborTable.of(idx).tiles(64) is not tiles
+
+
+def test_a_copy_is_a_table_too(device):
+    """The version counter of its tensor may be lower, as it misses earlier changes."""
+    idx = make_table(27, 300, 0.3, device)
+    idx[0, 0] = -1
+    table = NeighborTable(idx)
+    made, twin = table.tiles(64), copy.deepcopy(table)
+    assert all(map(torch.equal, twin.tiles(64), made)) and twin.tiles(64) is not made
+    assert NeighborTable.of(twin.idx) is twin and NeighborTable.of(idx) is table
 
 
 def test_the_cache_is_freed_with_its_table(device):

@@ -238,7 +238,7 @@ class SparseBatchNorm(SyncedBatchNorm):
         """([C], [C]): what the layer does in evaluation.
 
         Cached until the mode, a parameter or a statistic changes; a change through `.data`, which autograd does not
-        record, goes unnoticed.
+        record, goes unnoticed. A CUDA graph that reads it must not be replayed after a change.
         """
         inputs = self.weight, self.bias, self.running_mean, self.running_var
         if torch.compiler.is_compiling() or any(t.is_inference() for t in inputs):

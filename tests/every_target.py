@@ -1,4 +1,4 @@
-"""test_compiles.py for all targets. Takes longer than the rest of the suite, so it is a separate command:
+"""test_compiles.py for all targets. Takes several times as long, so it is a separate command:
 
     python -m pytest tests/every_target.py
 """

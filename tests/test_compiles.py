@@ -56,6 +56,6 @@ def check(kernel_file, which, targets):
 
 
 def test_a_launch_beyond_shared_memory_is_detected(monkeypatch):
-    monkeypatch.setitem(MAX_SHARED, "sm_86", 64)
-    with pytest.raises(AssertionError, match="sm_86 has 64 bytes"):
+    monkeypatch.setitem(MAX_SHARED, "sm_90", 64)
+    with pytest.raises(AssertionError, match="sm_90 has 64 bytes"):
         check("composite", "default", DEFAULT_TARGETS)

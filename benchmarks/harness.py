@@ -100,9 +100,13 @@ def compare(op, reference, kernels, peers, cases, agree=AGREE, exact=None):
     for case in cases:
         if _past_deadline(case, "all"):
             continue
-        ups = _upstream(reference, case.inputs)
-        inputs = case.inputs if exact is None else _double(case.inputs)
-        truth = _forward_backward(exact or reference, inputs, ups if exact is None else _double(ups))
+        try:
+            ups = _upstream(reference, case.inputs)
+            inputs = case.inputs if exact is None else _double(case.inputs)
+            truth = _forward_backward(exact or reference, inputs, ups if exact is None else _double(ups))
+        except torch.OutOfMemoryError:
+            print(f"| {case.name} | all | skipped: the reference does not fit into memory | | | | | | |", flush=True)
+            continue
         for name, fn in list(impls.items()):
             if _past_deadline(case, name):
                 continue

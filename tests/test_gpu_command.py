@@ -277,6 +277,20 @@ def test_number_of_timed_runs_on_a_gpu(monkeypatch, ms, quick, counts):
     assert requested == counts
 
 
+def test_a_case_whose_reference_does_not_fit_leaves_the_others(capsys, monkeypatch):
+    import torch
+
+    def reference(x):
+        if len(x) > 8:
+            raise torch.OutOfMemoryError
+        return 2 * x
+
+    monkeypatch.setattr(harness, "deadline", time.monotonic() + 2)
+    cases = [Case(f"N={n}", (torch.rand(n, requires_grad=True),), 64) for n in (9, 8)]
+    assert [r.case for r in compare("double", reference, None, {}, cases)] == ["N=8"]
+    assert "| N=9 | all | skipped: the reference does not fit" in capsys.readouterr().out
+
+
 def test_nothing_starts_after_the_deadline(capsys, monkeypatch):
     monkeypatch.setattr(harness, "deadline", time.monotonic() - 1)
     assert compare("double", lambda x: x, None, {}, [Case("N=8", (None,), 64)]) == []

@@ -13,6 +13,8 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import kernels
+
 KNOWN_SMALL = {  # file -> part of a source line -> why its product stays below 2^31
     "lift.py": {
         "V = shape[0] * shape[1] * shape[2]": "lift asserts views x voxels < 2^31",
@@ -159,5 +161,7 @@ def _source(text, ttir):
         if place:
             break
         alias = re.search(r"#loc\d*", body)[0]
-    file = Path(place[1])
+    # a cached TTIR may come from another checkout with the same source
+    ours = Path(kernels.__path__[0], Path(place[1]).name)
+    file = ours if ours.exists() else Path(place[1])
     return file.name, file.read_text().splitlines()[int(place[2]) - 1].strip()

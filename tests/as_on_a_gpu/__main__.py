@@ -18,7 +18,7 @@ Kernel faults are reported with their source line. `seeded_faults.py` has one fa
 Not checked: the order between threads of one program (read the `debug_barrier`s), shared memory and registers
 (tests/test_compiles.py), everything below TTIR (layouts, PTX), tf32x3 (computed in fp32), cuBLAS and cuDNN (replaced by
 the CPU's matrix products and convolutions; autocast uses the CPU's lists), several streams or GPUs, host waits, and
-speed. Tests that use CUDA graphs, torch.compile or opcheck are skipped and listed (`plugin.UNSUPPORTED`).
+speed. Tests that it cannot judge are skipped and listed, each with its reason (`plugin.UNSUPPORTED`).
 """
 
 import argparse

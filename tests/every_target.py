@@ -1,4 +1,4 @@
-"""test_compiles.py for all targets. Takes several times as long, so it is a separate command:
+"""test_compiles.py for all targets. The suite compiles for sm_90 only, to save time; this is a separate command:
 
     python -m pytest tests/every_target.py
 """

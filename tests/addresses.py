@@ -13,7 +13,6 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import kernels
 
 KNOWN_SMALL = {  # file -> part of a source line -> why its product stays below 2^31
     "lift.py": {
@@ -161,7 +160,6 @@ def _source(text, ttir):
         if place:
             break
         alias = re.search(r"#loc\d*", body)[0]
-    # a cached TTIR may come from another checkout with the same source
-    ours = Path(kernels.__path__[0], Path(place[1]).name)
-    file = ours if ours.exists() else Path(place[1])
+    # a cached TTIR may name another checkout, even a removed one, that had the same source
+    file = Path(__file__).parents[1] / Path(place[1]).parent.name / Path(place[1]).name
     return file.name, file.read_text().splitlines()[int(place[2]) - 1].strip()

@@ -13,7 +13,6 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-
 KNOWN_SMALL = {  # file -> part of a source line -> why its product stays below 2^31
     "lift.py": {
         "V = shape[0] * shape[1] * shape[2]": "lift asserts views x voxels < 2^31",

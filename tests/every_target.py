@@ -1,6 +1,6 @@
 """test_compiles.py for all targets. The suite compiles for sm_90 only, to save time; this is a separate command:
 
-    python -m pytest tests/every_target.py
+python -m pytest tests/every_target.py
 """
 
 import pytest

@@ -1,6 +1,6 @@
 """In this folder, ops run their kernels on CPU tensors too, in the interpreter, instead of their references.
 
-    pytest tests/kernels --reverse-programs     the last program first: results must not depend on their order
+pytest tests/kernels --reverse-programs     the last program first: results must not depend on their order
 """
 
 import importlib.util

@@ -28,9 +28,7 @@ def launch(kernel, levels, channels, divisible, elements, registers, shared, gat
         image_size=("i32",) * 2,
         depth_range=("fp32",) * 2,
     )
-    return Launch(
-        kernel, constexprs, types, divisible, elements, registers=registers, shared=shared, budgets=ASSEMBLED
-    )
+    return Launch(kernel, constexprs, types, divisible, elements, registers=registers, shared=shared, budgets=ASSEMBLED)
 
 
 LAUNCHES = [

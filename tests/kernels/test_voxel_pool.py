@@ -14,9 +14,7 @@ def launch(kernel, channels, divisible, elements, registers, shared=0):
     if kernel != "_voxel_pool_bwd_kernel":
         blocks["CHUNK"] = CHUNK
     types = dict(weight_ptr="*fp32", partial_ptr="*fp32", chunks="i32")
-    return Launch(
-        kernel, blocks, types, divisible, elements, registers=registers, shared=shared, budgets=ASSEMBLED
-    )
+    return Launch(kernel, blocks, types, divisible, elements, registers=registers, shared=shared, budgets=ASSEMBLED)
 
 
 def launch_voxels(truncate):
@@ -28,9 +26,7 @@ def launch_voxels(truncate):
 LAUNCHES = [
     launch_voxels(truncate=False),
     launch_voxels(truncate=True),
-    Launch(
-        "_runs_kernel", dict(BLOCK_P=BLOCK_P), dict(weight_ptr="*fp32"), registers=48, shared=64, budgets=ASSEMBLED
-    ),
+    Launch("_runs_kernel", dict(BLOCK_P=BLOCK_P), dict(weight_ptr="*fp32"), registers=48, shared=64, budgets=ASSEMBLED),
     launch("_chunks_kernel", 256, ("C",), ("bf16",), 56, 4096),
     launch("_voxel_pool_fwd_kernel", 256, ("C",), ("bf16",), 64),
     launch("_voxel_pool_bwd_kernel", 256, ("C",), ("bf16",), 72, 16),

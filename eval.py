@@ -32,7 +32,7 @@ from unipad.config import DetectRecipe, SegmentRecipe
 from unipad.data.loader import held_out_batches
 from unipad.data.nuscenes import BadFrame, NuScenesDataset, collate, has_images
 from unipad.data.synthetic import city_once
-from unipad.data.tables import CLASSES, SEGMENTS, scene_tokens
+from unipad.data.tables import CLASSES, LIDARSEG_CLASSES, scene_tokens
 from unipad.draw.boxes import detection_views
 from unipad.draw.mesh import check_mesh, distances, surface, write_ply
 from unipad.draw.segments import segment_views
@@ -47,11 +47,11 @@ from unipad.evaluate.segmentation import (
     write_segmentation,
 )
 from unipad.evaluate.submission import score_submission, table
-from unipad.evaluate.tta import detect_in_looks, looks, segment_in_looks
+from unipad.evaluate.tta import detect_tta, looks, segment_in_looks
 from unipad.model.detect import Detector
 from unipad.model.pretrain import Pretrain
 from unipad.model.segment import Segmenter
-from unipad.runtime import PRECISIONS, generators, mixed_precision, one_sentence_errors, start, to_main
+from unipad.runtime import PRECISIONS, exit_on_user_error, generators, mixed_precision, start, to_main
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Args:
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     deterministic: bool = False  # bit-equal results on a GPU too, by slower kernels
     pictures: int = 4  # frames that are drawn (detect, segment), or rendered (render), spread over the split
-    least_score: float = 0.3  # score from which on a box is drawn, 0 to 1
+    min_score: float = 0.3  # score from which on a box is drawn, 0 to 1
     tta: bool = False  # detect, segment: look several times at each frame, and merge what is found
     tta_scales: tuple[float, ...] | None = None  # factors of all lengths, for --tta (default: 1 1.06 0.96; segment: 1)
     tta_angles: tuple[float, ...] | None = None  # degrees about the vertical, for --tta (default: 0; segment: 0 90)
@@ -81,12 +81,12 @@ class Args:
     masked: bool = True  # render: hide from the encoder what training hides
     seed: int = 0  # of what is hidden
     mesh: bool = False  # render: the surface of each frame as a PLY file
-    mesh_cell: float = 0.4  # metres between the points where --mesh reads the signed distance
+    mesh_cell: float = 0.4  # meters between the points where --mesh reads the signed distance
 
 
 # flags that a task has, of those that not all have
-OWN = {
-    "detect": ("tta", "tta_scales", "tta_angles", "tta_flips", "least_score", "batch_size"),
+TASK_FLAGS = {
+    "detect": ("tta", "tta_scales", "tta_angles", "tta_flips", "min_score", "batch_size"),
     "segment": ("tta", "tta_scales", "tta_angles", "tta_flips", "batch_size"),
     "render": ("frames", "scene", "film", "film_rate", "picture_stride", "masked", "mesh", "mesh_cell"),
 }
@@ -131,7 +131,7 @@ def detect(args, model, dataset, out, world, say):
     """Boxes of the whole split: the submission, the devkit's metrics, and pictures."""
     function = model.detect
     if args.tta:
-        function = partial(detect_in_looks, model.detect, looks_of(args, "detect"))
+        function = partial(detect_tta, model.detect, looks_of(args, "detect"))
     found = detect_all(model, dataset, world, function, args.batch_size, workers_of(args, world))
     if not world.is_main:
         return
@@ -141,7 +141,7 @@ def detect(args, model, dataset, out, world, say):
     else:
         say(table(score_submission(file, dataset.root, dataset.version, dataset.split)))
     for i, batch in drawn_frames(args, model, dataset, found):
-        picture = detection_views(batch, found[batch.tokens[0]], args.least_score)
+        picture = detection_views(batch, found[batch.tokens[0]], args.min_score)
         Image.fromarray(picture).save(out / f"boxes_{i}.png")
 
 
@@ -189,7 +189,7 @@ def workers_of(args, world):
 
 
 def render(args, model, dataset, out, world, say):
-    """Colour, depth and normals of some frames beside their images and LiDAR points, and how far off they are."""
+    """Color, depth and normals of some frames beside their images and LiDAR points, and how far off they are."""
     if args.mesh:
         check_mesh(model.recipe.grid, args.mesh_cell)
     device, rows, done = world.device, rows_of(args, dataset), []
@@ -242,7 +242,7 @@ def check(args):
     """Raises `UserError` for what is wrong whatever the checkpoint is."""
     check_choices(task=(args.task, TASKS), precision=(args.precision, PRECISIONS), film=(args.film, ("gif", "mp4")))
     positive = ("batch_size", "pictures", "film_rate", "picture_stride", "mesh_cell")
-    check_ranges(args, positive, ("workers", "seed", "least_score"))
+    check_ranges(args, positive, ("workers", "seed", "min_score"))
     if () in (args.tta_scales, args.tta_angles) or min(args.tta_scales or (1.0,)) <= 0:
         raise UserError("--tta-scales must be above 0, and there must be at least one of them and of --tta-angles.")
     if args.frames and args.scene:
@@ -259,11 +259,13 @@ def task_of(args, recipe):
         raise UserError(
             f"--task {args.task} needs a run of {made_by[args.task]}, and {args.checkpoint} is one of {made_by[can]}."
         )
-    for task, flag in [(task, flag) for task, flags in OWN.items() for flag in flags if flag not in OWN[can]]:
+    for task, flag in [
+        (task, flag) for task, flags in TASK_FLAGS.items() for flag in flags if flag not in TASK_FLAGS[can]
+    ]:
         if getattr(args, flag) != Args.__dataclass_fields__[flag].default:
             flag = "--" + flag.replace("_", "-")
             raise UserError(f"{flag} goes with a run of {made_by[task]}, not of {made_by[can]}.")
-    asked = {"detect": len(CLASSES), "segment": len(SEGMENTS)}.get(can)
+    asked = {"detect": len(CLASSES), "segment": len(LIDARSEG_CLASSES)}.get(can)
     if asked and (classes := getattr(recipe, can).classes) != asked:
         raise UserError(
             f"{args.checkpoint} tells {classes} classes apart, and nuScenes asks for {asked}; "
@@ -273,5 +275,5 @@ def task_of(args, recipe):
 
 
 if __name__ == "__main__":
-    with one_sentence_errors():
+    with exit_on_user_error():
         main(tyro.cli(Args, description=__doc__))

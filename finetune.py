@@ -33,7 +33,7 @@ from unipad.data.cutpaste import load_objects
 from unipad.data.loader import held_out_batches, step_batches
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.synthetic import city_once
-from unipad.data.tables import CAMERA_SWEEPS, LEARNED
+from unipad.data.tables import CAMERA_SWEEPS, TRAIN_VAL_SPLITS
 from unipad.draw.boxes import detection_views
 from unipad.draw.segments import segment_views
 from unipad.errors import UserError, check_choices, check_ranges
@@ -41,20 +41,20 @@ from unipad.evaluate.detection import evaluate_detections
 from unipad.evaluate.segmentation import evaluate_segmentation
 from unipad.model.detect import Detector
 from unipad.model.segment import Segmenter
-from unipad.optimiser import lr_at, make_optimiser, set_rates
+from unipad.optimizer import lr_at, make_optimizer, set_rates
 from unipad.recipes import DETECT, SEGMENT
 from unipad.runtime import (
     PRECISIONS,
     RunFolder,
     StopOnSignal,
-    as_plain,
+    exit_on_user_error,
+    format_metrics,
     generators,
     mean_over_processes,
     memory_mb,
     mixed_precision,
-    one_sentence_errors,
-    spelled,
     start,
+    to_dict,
 )
 
 
@@ -70,8 +70,8 @@ class Args:
     out: Path | None = None  # run folder (default: outputs/finetune-<modality, or segment>/<time>)
     resume: str = "never"  # never; auto: go on with --out, or with the newest unfinished run; or a run folder
     seed: int = 0  # seed of weights, order of samples, augmentation and noise
-    steps: int | None = None  # optimiser steps that the schedule spans (default: from --epochs)
-    stop_at: int | None = None  # optimiser step to save and stop at, the schedule unchanged (default: the last)
+    steps: int | None = None  # optimizer steps that the schedule spans (default: from --epochs)
+    stop_at: int | None = None  # optimizer step to save and stop at, the schedule unchanged (default: the last)
     epochs: float | None = None  # passes over the training frames (default: the recipe's)
     camera_sweeps: int | None = None  # frames of images a sample, its own and those before it (default: the recipe's)
     batch_size: int | None = None  # samples a step, over all processes (default: the recipe's)
@@ -128,7 +128,7 @@ def main(args: Args):
         say = partial(print, flush=True) if world.is_main else lambda *_: None
 
         # Data
-        train_split, val_split = LEARNED[args.version]
+        train_split, val_split = TRAIN_VAL_SPLITS[args.version]
         box = None if task.of_points else (recipe.grid.low, recipe.grid.high)  # nothing outside is seen or found
         workers = args.workers if args.workers is not None else (4 if device.type == "cuda" else 1)
         with world.main_first():  # the first to come makes the city, builds the index and cuts the objects out
@@ -154,7 +154,7 @@ def main(args: Args):
         pasted_epochs = optim.epochs - (recipe.paste.off_epochs if recipe.paste else 0)
         paste_until = max(0, round(pasted_epochs / optim.epochs * steps)) * optim.batch_size  # position in the stream
 
-        # Model and optimiser
+        # Model and optimizer
         torch.manual_seed(args.seed)
         net = task.model(recipe).to(device)
         net.encoder.set_checkpointing(args.checkpointing)
@@ -162,12 +162,12 @@ def main(args: Args):
         model = (
             torch.nn.parallel.DistributedDataParallel(net) if world.size > 1 else net
         )  # all take the main one's weights
-        optimiser = make_optimiser(net, optim)
+        optimizer = make_optimizer(net, optim)
         autocast, scaler = mixed_precision(args.precision, device)
-        parts = {"model": net, "optimiser": optimiser, "scaler": scaler}
+        parts = {"model": net, "optimizer": optimizer, "scaler": scaler}
 
         # A new run, or one to go on with
-        config = {"args": as_plain(replace(args, data_root=root.resolve())), "recipe": as_plain(recipe), "steps": steps}
+        config = {"args": to_dict(replace(args, data_root=root.resolve())), "recipe": to_dict(recipe), "steps": steps}
         kinds = (Args, type(recipe))
         kind = f"finetune-{args.modality if args.task == 'detect' else args.task}"
         run, saved = RunFolder.new_or_resumed(kind, args.out, args.resume, config, world, kinds)
@@ -196,7 +196,7 @@ def main(args: Args):
                     run.picture("val", task.picture(net, frame.to(device)), step)
                     net.train()
             run.scalars({f"val/{name}": value for name, value in metrics.items()}, step)
-            say(f"step {step}/{steps}  {val_split}: {spelled(metrics)}")
+            say(f"step {step}/{steps}  {val_split}: {format_metrics(metrics)}")
             return metrics
 
         val_every = args.val_every or math.ceil(steps / 3)
@@ -209,7 +209,7 @@ def main(args: Args):
         since, clock = first, time.perf_counter()
 
         for step in range(first, last):
-            set_rates(optimiser, optim, step, steps)
+            set_rates(optimizer, optim, step, steps)
             values = {}
             for part in range(args.accumulate):
                 batch, bad_frames = next(batches)
@@ -226,11 +226,11 @@ def main(args: Args):
                 for frame in set(bad_frames) - unreadable:
                     print(f"skipped {frame}", file=sys.stderr)
                 unreadable.update(bad_frames)
-            scaler.unscale_(optimiser)
+            scaler.unscale_(optimizer)
             values["grad_norm"] = torch.nn.utils.clip_grad_norm_(net.parameters(), optim.clip)
-            scaler.step(optimiser)
+            scaler.step(optimizer)
             scaler.update()
-            optimiser.zero_grad()
+            optimizer.zero_grad()
 
             done = step + 1
             report = done % args.log_every == 0 or done == last
@@ -248,7 +248,7 @@ def main(args: Args):
                 rates = {"lr": optim.lr * lr_at(optim, step, steps), "samples_per_s": speed, **memory_mb(device)}
                 run.scalars({f"train/{name}": value for name, value in (values | rates).items()}, done)
                 left = timedelta(seconds=round((last - done) * optim.batch_size / speed))
-                say(f"step {done}/{steps}  {spelled(values)}  {spelled(rates)}  {left} to go")
+                say(f"step {done}/{steps}  {format_metrics(values)}  {format_metrics(rates)}  {left} to go")
             if look_now:
                 found = look(done)
                 since, clock = done, time.perf_counter()
@@ -276,7 +276,7 @@ def recipe_of(args):
     name = args.preset or (list(presets)[-1] if args.data_root else "tiny")
     check_choices(
         preset=(name, presets),
-        version=(args.version, LEARNED),
+        version=(args.version, TRAIN_VAL_SPLITS),
         precision=(args.precision, PRECISIONS),
         backbone=(args.backbone, CONVNEXT),
         camera_sweeps=(args.camera_sweeps, range(1, CAMERA_SWEEPS + 2)),
@@ -308,5 +308,5 @@ def summary(found, split, path):
 
 
 if __name__ == "__main__":
-    with one_sentence_errors():
+    with exit_on_user_error():
         main(tyro.cli(Args, description=__doc__))

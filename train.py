@@ -33,29 +33,29 @@ import tyro
 
 from unipad.batch import CAMERAS
 from unipad.checkpoint import take_weights
-from unipad.config import CONVNEXT, Unet, changed
+from unipad.config import CONVNEXT, UnetConfig, changed
 from unipad.data.loader import held_out_batches, step_batches
 from unipad.data.nuscenes import NuScenesDataset, has_images
 from unipad.data.synthetic import city_once
-from unipad.data.tables import CAMERA_SWEEPS, LEARNED
+from unipad.data.tables import CAMERA_SWEEPS, TRAIN_VAL_SPLITS
 from unipad.draw.views import rendered_views
 from unipad.errors import UserError, check_choices, check_ranges
 from unipad.evaluate.rendering import evaluate_rendering
 from unipad.model.pretrain import Pretrain
-from unipad.optimiser import lr_at, make_optimiser, set_rates
+from unipad.optimizer import lr_at, make_optimizer, set_rates
 from unipad.recipes import PRETRAIN
 from unipad.runtime import (
     PRECISIONS,
     RunFolder,
     StopOnSignal,
-    as_plain,
+    exit_on_user_error,
+    format_metrics,
     generators,
     mean_over_processes,
     memory_mb,
     mixed_precision,
-    one_sentence_errors,
-    spelled,
     start,
+    to_dict,
 )
 
 
@@ -70,8 +70,8 @@ class Args:
     resume: str = "never"  # never; auto: go on with --out, or with the newest unfinished run; or a run folder
     init: tuple[Path, ...] = ()  # runs or checkpoints to take the encoders from: for fusion, a camera and a LiDAR one
     seed: int = 0  # seed of weights, order of samples, masks and rays
-    steps: int | None = None  # optimiser steps that the schedule spans (default: from --epochs)
-    stop_at: int | None = None  # optimiser step to save and stop at, the schedule unchanged (default: the last)
+    steps: int | None = None  # optimizer steps that the schedule spans (default: from --epochs)
+    stop_at: int | None = None  # optimizer step to save and stop at, the schedule unchanged (default: the last)
     epochs: float | None = None  # passes over the training frames (default: the recipe's)
     camera_sweeps: int | None = None  # frames of images a sample, its own and those before it (default: the recipe's)
     batch_size: int | None = None  # samples a step, over all processes (default: the recipe's)
@@ -83,7 +83,7 @@ class Args:
     rays_from: str | None = None  # cameras or lidar (default: cameras; lidar where the set has no images)
     ray_choice: str | None = None  # depth, random or dilation (default: the recipe's)
     rays_per_view: int | None = None  # rays a camera and step (default: the recipe's)
-    rgb_weight: float | None = None  # weight of the colour loss; 0: learn depth alone (default: the recipe's)
+    rgb_weight: float | None = None  # weight of the color loss; 0: learn depth alone (default: the recipe's)
     renderer: str | None = None  # neus, volsdf or unisurf (default: the recipe's)
     workers: int | None = None  # data loading processes of each training process (default: 4 with a GPU, 1 without)
     precision: str | None = None  # bf16, fp16 or fp32, of the encoder (default: bf16 or fp16 with a GPU, fp32 without)
@@ -108,7 +108,7 @@ def main(args: Args):
         # Data
         with world.main_first():
             root = args.data_root or city_once(recipe.data.camera_sweeps - 1)
-        train_split, val_split = LEARNED[args.version]
+        train_split, val_split = TRAIN_VAL_SPLITS[args.version]
         box = (recipe.grid.low, recipe.grid.high)  # points outside are no targets: no ray reaches them
         with world.main_first():  # the first to come builds the index
             seen = has_images(root, args.version, train_split)
@@ -126,7 +126,7 @@ def main(args: Args):
         share = optim.batch_size // passes  # samples of one pass of one process
         workers = args.workers if args.workers is not None else (4 if device.type == "cuda" else 1)
 
-        # Model and optimiser
+        # Model and optimizer
         torch.manual_seed(args.seed)
         net = Pretrain(recipe).to(device)
         net.encoder.set_checkpointing(args.checkpointing)
@@ -134,14 +134,14 @@ def main(args: Args):
         model = (
             torch.nn.parallel.DistributedDataParallel(net) if world.size > 1 else net
         )  # all take the main one's weights
-        optimiser = make_optimiser(net, optim)
+        optimizer = make_optimizer(net, optim)
         autocast, scaler = mixed_precision(args.precision, device)
-        parts = {"model": net, "optimiser": optimiser, "scaler": scaler}
+        parts = {"model": net, "optimizer": optimizer, "scaler": scaler}
 
         # A new run, or one to go on with
-        config = {"args": as_plain(replace(args, data_root=root.resolve())), "recipe": as_plain(recipe), "steps": steps}
+        config = {"args": to_dict(replace(args, data_root=root.resolve())), "recipe": to_dict(recipe), "steps": steps}
         kinds = (Args, type(recipe))
-        kind = f"train-{'segment' if isinstance(recipe.lidar, Unet) else args.modality}"
+        kind = f"train-{'segment' if isinstance(recipe.lidar, UnetConfig) else args.modality}"
         run, saved = RunFolder.new_or_resumed(kind, args.out, args.resume, config, world, kinds)
         if args.tune:
             run.tune()
@@ -169,7 +169,7 @@ def main(args: Args):
                     picture = rendered_views(net, frame.to(device), draws, args.picture_stride)
                     run.picture("val", picture, step)
             run.scalars({f"val/{name}": value for name, value in metrics.items()}, step)
-            say(f"step {step}/{steps}  held-out frames: {spelled(metrics)}")
+            say(f"step {step}/{steps}  held-out frames: {format_metrics(metrics)}")
             return metrics
 
         if not saved:
@@ -184,7 +184,7 @@ def main(args: Args):
         since, clock = first, time.perf_counter()
 
         for step in range(first, last):
-            set_rates(optimiser, optim, step, steps)
+            set_rates(optimizer, optim, step, steps)
             values = {}
             for part in range(args.accumulate):
                 batch, bad_frames = next(batches)
@@ -201,11 +201,11 @@ def main(args: Args):
                 for frame in set(bad_frames) - unreadable:
                     print(f"skipped {frame}", file=sys.stderr)
                 unreadable.update(bad_frames)
-            scaler.unscale_(optimiser)
+            scaler.unscale_(optimizer)
             values["grad_norm"] = torch.nn.utils.clip_grad_norm_(net.parameters(), optim.clip)
-            scaler.step(optimiser)
+            scaler.step(optimizer)
             scaler.update()
-            optimiser.zero_grad()
+            optimizer.zero_grad()
 
             done = step + 1
             report = done % args.log_every == 0 or done == last
@@ -224,7 +224,7 @@ def main(args: Args):
                 rates["rays_per_s"] = speed * len(CAMERAS) * recipe.rays.per_view
                 run.scalars({f"train/{name}": value for name, value in (values | rates).items()}, done)
                 left = timedelta(seconds=round((last - done) * optim.batch_size / speed))
-                say(f"step {done}/{steps}  {spelled(values)}  {spelled(rates)}  {left} to go")
+                say(f"step {done}/{steps}  {format_metrics(values)}  {format_metrics(rates)}  {left} to go")
             if look_now:
                 after = look(done)
                 since, clock = done, time.perf_counter()
@@ -247,7 +247,7 @@ def recipe_of(args):
     name = args.preset or (list(presets)[-1] if args.data_root else "tiny")
     check_choices(
         preset=(name, presets),
-        version=(args.version, LEARNED),
+        version=(args.version, TRAIN_VAL_SPLITS),
         precision=(args.precision, PRECISIONS),
         backbone=(args.backbone, CONVNEXT),
         ray_choice=(args.ray_choice, ("depth", "random", "dilation")),
@@ -295,5 +295,5 @@ def summary(before, after, path):
 
 
 if __name__ == "__main__":
-    with one_sentence_errors():
+    with exit_on_user_error():
         main(tyro.cli(Args, description=__doc__))

@@ -46,7 +46,7 @@ def case(preset, image_size, scale, strides, dtype=torch.float32, views=6, chann
 
 
 def rig(scale, count=6):
-    """[1, count, 4, 4] cameras half a metre from the LiDAR's axis and 0.3 m below it; images `scale` times 1600 wide.
+    """[1, count, 4, 4] cameras half a meter from the LiDAR's axis and 0.3 m below it; images `scale` times 1600 wide.
 
     More views than cameras see what the first of them see, as those of the frame before would.
     """

@@ -79,7 +79,7 @@ def parts(net, batch):
     def step(*_):
         return list(net(batch, generators(0, 0, [0], DEVICE))[0].values())
 
-    yield Part("the step, without its optimiser", step, [], list(net.parameters()))
+    yield Part("the step, without its optimizer", step, [], list(net.parameters()))
 
 
 def _convolution(name, conv, x, layout, times=1):

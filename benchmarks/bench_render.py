@@ -1,6 +1,6 @@
 """The NeuS renderer: ours, and the original's formulas in eager PyTorch.   python -m benchmarks.bench_render
 
-Forward: rays through a volume to colour, depth and the loss of the camera recipe. Backward: to the volume and to
+Forward: rays through a volume to color, depth and the loss of the camera recipe. Backward: to the volume and to
 every parameter. "reference" is the eager peer; both run on the same parameters, rays and jitter.
 
 Both are asserted to agree in fp64 to 1e-5 of the largest entry. In fp32 rounding decides where some importance samples

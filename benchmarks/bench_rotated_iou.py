@@ -24,17 +24,17 @@ CPU_SIZES = [(300, 300), (900, 100)]
 GPU_NMS = [300, 1000, 3000, 10000]
 CPU_NMS = [300, 3000]
 THRESHOLD = 0.2  # of the recipes
-RANGE = 54.0  # metres, of the recipes
+RANGE = 54.0  # meters, of the recipes
 
 
 def boxes_3d(N, places):
     """[N, 7] of the sizes of road users, around as many places as there are objects, so that some overlap."""
-    centres = F.pad((torch.rand(places, 2, device=DEVICE) * 2 - 1) * RANGE, (0, 1))
+    centers = F.pad((torch.rand(places, 2, device=DEVICE) * 2 - 1) * RANGE, (0, 1))
     which = torch.randint(places, (N,), device=DEVICE)
-    centres = centres[which] + 0.5 * torch.randn(N, 3, device=DEVICE)
+    centers = centers[which] + 0.5 * torch.randn(N, 3, device=DEVICE)
     sizes = torch.tensor([1.9, 4.6, 1.7], device=DEVICE) * (0.5 + torch.rand(N, 3, device=DEVICE))
     yaw = (torch.rand(places, device=DEVICE) * 6.3)[which] + 0.2 * torch.randn(N, device=DEVICE)
-    return torch.cat([centres, sizes, yaw[:, None]], dim=1)
+    return torch.cat([centers, sizes, yaw[:, None]], dim=1)
 
 
 def from_above(boxes):

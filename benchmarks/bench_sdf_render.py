@@ -1,6 +1,6 @@
 """The fused NeuS renderer for few and many rays, compared with its peers.   python -m benchmarks.bench_sdf_render
 
-Sampling, field and compositing: rays through a volume to colour and depth; backward to the volume and every parameter.
+Sampling, field and compositing: rays through a volume to color and depth; backward to the volume and every parameter.
 
     reference       the original's formulas in eager PyTorch, with a double backward through the gradient of the SDF
     triton          `kernels.sdf_render` (GPU), products in tf32

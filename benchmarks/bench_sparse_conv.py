@@ -70,10 +70,10 @@ def stages(batch):
 
 
 def print_statistics(levels):
-    print("| stage | voxels | nuScenes | neighbours of 27 | nuScenes |\n|---|---|---|---|---|")
-    for i, (level, (N, neighbours)) in enumerate(zip(levels, NUSCENES, strict=True)):
+    print("| stage | voxels | nuScenes | neighbors of 27 | nuScenes |\n|---|---|---|---|---|")
+    for i, (level, (N, neighbors)) in enumerate(zip(levels, NUSCENES, strict=True)):
         found = level.pairs() / len(level.coords)
-        print(f"| {i + 1} | {len(level.coords)} | {N:.0f} | {found:.1f} | {neighbours} |")
+        print(f"| {i + 1} | {len(level.coords)} | {N:.0f} | {found:.1f} | {neighbors} |")
     print()
 
 

@@ -46,8 +46,8 @@ def sort_case(name, coords, shape):
 def submanifold_case(name, coords, shape, kernel):
     keys, order = sort_voxels(coords, shape)
     table = submanifold_map(coords, keys, order, shape, kernel, ONE)
-    neighbours = (table >= 0).sum().item() / len(coords)
-    name = f"{name} N={len(coords)} {neighbours:.1f} of {prod(kernel)}"
+    neighbors = (table >= 0).sum().item() / len(coords)
+    name = f"{name} N={len(coords)} {neighbors:.1f} of {prod(kernel)}"
     return Case(name, (coords, keys, order, shape, kernel, ONE), coords.nbytes + 16 * len(coords) + table.nbytes)
 
 

@@ -2,7 +2,7 @@
 
 The eager twin shares the weights, the encoder, the rays and the random numbers; its lift samples every view densely,
 its render projection is `nn.Conv3d`, its renderer differentiates twice through autograd. Both losses are asserted to
-agree before anything is timed. Forward, backward and the optimiser; the data is random.
+agree before anything is timed. Forward, backward and the optimizer; the data is random.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from unipad.recipes import PRETRAIN
 from unipad.runtime import generators
 
 # Six cameras around the vehicle, 60 degrees apart, 1.5 m above the ground of a flat world
-HEIGHT, FOCAL, POINTS = 1.5, 0.8, 12_000  # metres, image widths, LiDAR points
+HEIGHT, FOCAL, POINTS = 1.5, 0.8, 12_000  # meters, image widths, LiDAR points
 
 
 def random_batch(recipe):
@@ -81,15 +81,15 @@ def eager_twin(net):
 
 def step_of(net, batch):
     """A function that makes one training step and returns its loss; every call draws the same random numbers."""
-    optimiser = torch.optim.AdamW(net.parameters(), lr=0.0)  # the same weights at every call
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.0)  # the same weights at every call
 
     def step():
         losses, _ = net(batch, generators(0, 0, [0], DEVICE))
         loss = sum(losses.values())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 35.0)
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         return loss.detach()
 
     return step

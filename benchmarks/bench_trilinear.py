@@ -23,7 +23,7 @@ def case(shape, R, S, gradients=True):
     size = torch.tensor(size[::-1], device=DEVICE)
     way = F.normalize(torch.randn(R, 1, 3, device=DEVICE), dim=-1) * torch.linspace(0, 1, S, device=DEVICE)[:, None]
     points = (size - 1) / 2 * (1 + way)
-    # away from the faces, where the rounding of normalised coordinates may pick the other cell
+    # away from the faces, where the rounding of normalized coordinates may pick the other cell
     points = points.floor() + 0.05 + 0.9 * points.frac()
     volume_idx = torch.zeros(R, dtype=torch.int32, device=DEVICE)
     across = torch.randn(R, S, C, device=DEVICE)
@@ -42,8 +42,8 @@ def with_gradient(op):
 
 def grid_sample(volume, points, volume_idx):
     Z, Y, X = volume.shape[1:4]
-    normalised = points * (2 / torch.tensor([X - 1, Y - 1, Z - 1], device=points.device)) - 1
-    value = F.grid_sample(volume.permute(0, 4, 1, 2, 3), normalised[None, None], align_corners=True)
+    normalized = points * (2 / torch.tensor([X - 1, Y - 1, Z - 1], device=points.device)) - 1
+    value = F.grid_sample(volume.permute(0, 4, 1, 2, 3), normalized[None, None], align_corners=True)
     return value[0, :, 0].permute(1, 2, 0)
 
 

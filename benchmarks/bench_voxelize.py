@@ -7,7 +7,7 @@ from benchmarks.lidar_scene import CELL, LOW, SHAPE, scene
 from kernels.voxelize import grid_sample, voxelize, voxelize_ref
 
 BATCHES = [1, 4] if DEVICE == "cuda" else [1]
-SEGMENTATION_CELL = 0.05  # metres
+SEGMENTATION_CELL = 0.05  # meters
 
 
 def points_of(batch):

@@ -84,7 +84,7 @@ def microseconds(run, repeats=20):
 
 
 def voxels():
-    """A line of neighbours."""
+    """A line of neighbors."""
     coords = torch.zeros(N, 4, dtype=torch.int32)
     coords[:, 3] = torch.arange(N)
     return VoxelSet(coords, SHAPE, 1, in_order=True, check=False)

@@ -68,7 +68,7 @@ def layers():
 
 
 def masks(table):
-    """[M] int64, bit k: whether a row has a neighbour at offset k."""
+    """[M] int64, bit k: whether a row has a neighbor at offset k."""
     return ((table >= 0).long() << torch.arange(len(table))[:, None]).sum(dim=0)
 
 
@@ -243,11 +243,11 @@ def print_kernels():
 
 if __name__ == "__main__":
     found = layers()
-    print("| stage | voxels | nuScenes | neighbours of 27 | nuScenes |\n|---|---|---|---|---|")
+    print("| stage | voxels | nuScenes | neighbors of 27 | nuScenes |\n|---|---|---|---|---|")
     stages = [layer for layer in found if layer.name.startswith("stage")]
-    for layer, (N, neighbours) in zip(stages, NUSCENES, strict=True):
+    for layer, (N, neighbors) in zip(stages, NUSCENES, strict=True):
         pairs, M = (layer.table >= 0).sum().item(), layer.table.shape[1]
-        print(f"| {layer.name[-1]} | {M} | {N:.0f} | {pairs / M:.1f} | {neighbours} |")
+        print(f"| {layer.name[-1]} | {M} | {N:.0f} | {pairs / M:.1f} | {neighbors} |")
     print()
     print_orders(found)
     print_layers(found)

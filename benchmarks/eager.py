@@ -92,7 +92,7 @@ class EagerRenderer(nn.Module):
         super().__init__()
         assert renderer.cfg.method == "neus", f"no eager peer of {renderer.cfg.method}"
         self.field, self.cfg, self.scale, self.jitters = renderer.field, renderer.cfg, renderer.scale, 2
-        self.low, self.high = renderer.box  # scaled metres
+        self.low, self.high = renderer.box  # scaled meters
 
     def forward(self, volume, rays, jitter=None, points=None, stop=0.0):
         """As `Renderer.forward`, without `points` and `stop`."""

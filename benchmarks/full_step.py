@@ -24,11 +24,11 @@ from benchmarks.harness import DEVICE, TIMES, Row, gpu_events, machine
 from kernels.backend import references
 from unipad.data.nuscenes import NuScenesDataset, collate
 from unipad.data.synthetic import generate
-from unipad.data.tables import LEARNED
+from unipad.data.tables import TRAIN_VAL_SPLITS
 from unipad.model.detect import Detector
 from unipad.model.pretrain import Pretrain
 from unipad.model.segment import Segmenter
-from unipad.optimiser import make_optimiser
+from unipad.optimizer import make_optimizer
 from unipad.recipes import DETECT, PRETRAIN, SEGMENT
 from unipad.runtime import generators, mixed_precision
 
@@ -71,13 +71,13 @@ class Step:
     def __init__(self, recipe, model, root):
         version = "v1.0-mini"
         box = None if model is Segmenter else (recipe.grid.low, recipe.grid.high)  # as the scripts read it
-        data = NuScenesDataset(root, version, LEARNED[version][0], recipe.data, point_range=box)
+        data = NuScenesDataset(root, version, TRAIN_VAL_SPLITS[version][0], recipe.data, point_range=box)
         self.batch = collate([data[len(data) - 1]]).to(DEVICE)  # the last: with sweeps before it
         torch.manual_seed(0)
         with torch.device(DEVICE):
             self.net = model(recipe)
         self.net.to(DEVICE)
-        self.optimizer = make_optimiser(self.net, recipe.optim)
+        self.optimizer = make_optimizer(self.net, recipe.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
         self.autocast, _ = mixed_precision(None, torch.device(DEVICE))

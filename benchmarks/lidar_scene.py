@@ -1,9 +1,9 @@
 """A made-up street seen by a 32-beam LiDAR, ten sweeps gathered, with the statistics of nuScenes.
 
-What a sparse convolution costs depends on how many neighbours a voxel has. Random cells have none and spheres too many;
+What a sparse convolution costs depends on how many neighbors a voxel has. Random cells have none and spheres too many;
 here rays meet ground, walls, cars and shrubs, and the sweeps of a moving sensor lie beside each other.
 
-    python -m benchmarks.lidar_scene      prints voxels and neighbours of each stage beside those of nuScenes
+    python -m benchmarks.lidar_scene      prints voxels and neighbors of each stage beside those of nuScenes
 """
 
 import math
@@ -16,16 +16,16 @@ STAGES = [((3, 3, 3), (2, 2, 2), p, (1, 1, 1)) for p in ((1, 1, 1), (1, 1, 1), (
 NUSCENES = [(79.7e3, 7.4), (69.3e3, 14.0), (29.7e3, 16.3), (10.3e3, 16.6)]
 
 BEAMS, AZIMUTHS, SWEEPS = 32, 1084, 10
-HEIGHT = 1.84  # metres, of the sensor above the ground
-SPEED = 0.6  # metres between sweeps: 12 m/s at 20 Hz
+HEIGHT = 1.84  # meters, of the sensor above the ground
+SPEED = 0.6  # meters between sweeps: 12 m/s at 20 Hz
 # Numbers and sizes, share of returns and depth of shrubs are tuned until the statistics fit.
 HOUSES, CARS, SHRUBS = 12, 40, 160
 RETURNED = 0.75  # share of the rays that come back
-DEPTH = 0.7  # metres that a ray goes into a shrub, on average
+DEPTH = 0.7  # meters that a ray goes into a shrub, on average
 
 
 def scene(seed=0, device="cpu"):
-    """[P, 5] x, y, z metres, intensity, time lag seconds; LiDAR frame of the last sweep."""
+    """[P, 5] x, y, z meters, intensity, time lag seconds; LiDAR frame of the last sweep."""
     gen = torch.Generator().manual_seed(seed)
 
     def uniform(n, low, high):
@@ -54,7 +54,7 @@ def scene(seed=0, device="cpu"):
 
 
 def _boxes(uniform, n, size, height, far):
-    """[n, 6] lower and upper corners of boxes on the ground, up to `far` metres beside the sensor's street."""
+    """[n, 6] lower and upper corners of boxes on the ground, up to `far` meters beside the sensor's street."""
     angle, distance = uniform(n, 0, 2 * math.pi), uniform(n, 6, far)
     middle = torch.stack([angle.cos() * distance, angle.sin() * distance], dim=1)
     half = torch.stack([uniform(n, *size), uniform(n, *size)], dim=1) / 2
@@ -66,7 +66,7 @@ def _boxes(uniform, n, size, height, far):
 
 
 def _distance(origin, ray, boxes):
-    """[R] metres to the first box; infinite where there is none."""
+    """[R] meters to the first box; infinite where there is none."""
     enter, leave = (((corner - origin) / ray[:, None]) for corner in (boxes[:, :3], boxes[:, 3:]))  # [R, n, 3]
     first, last = torch.minimum(enter, leave).amax(dim=2), torch.maximum(enter, leave).amin(dim=2)
     return torch.where((first < last) & (first > 0), first, math.inf).amin(dim=1)
@@ -86,10 +86,10 @@ if __name__ == "__main__":
     from kernels.voxel_keys import sort_voxels
 
     coords, shape = voxels(), SHAPE
-    print("| stage | voxels | nuScenes | neighbours of 27 | nuScenes |\n|---|---|---|---|---|")
-    for stage, (N, neighbours) in enumerate(NUSCENES):
+    print("| stage | voxels | nuScenes | neighbors of 27 | nuScenes |\n|---|---|---|---|---|")
+    for stage, (N, neighbors) in enumerate(NUSCENES):
         if stage:
             coords, shape = strided_map(coords, shape, *STAGES[stage - 1])[0], out_shape(shape, *STAGES[stage - 1])
         table = submanifold_map(coords, *sort_voxels(coords, shape), shape, (3, 3, 3), (1, 1, 1))
         found = (table >= 0).sum() / len(coords)
-        print(f"| {stage + 1} | {len(coords)} | {N:.0f} | {found:.1f} | {neighbours} |")
+        print(f"| {stage + 1} | {len(coords)} | {N:.0f} | {found:.1f} | {neighbors} |")

@@ -4,7 +4,7 @@
     voxelize.py     points -> voxels with the mean of their points, one point a cell
     voxel_keys.py   voxels in the order of their keys
     sparse_map.py   which voxels each offset of a sparse convolution reads
-    sparse_conv.py  gather-GEMM over a neighbour table, with what follows it in inference
+    sparse_conv.py  gather-GEMM over a neighbor table, with what follows it in inference
     sparse_gemm.py  ... its products; sparse_tiles.py, what they read of a table; sparse_reference.py, in plain PyTorch
     tuning.py       which of an op's launches is fastest, found and remembered; off by default
     lift.py         voxel <- sum over views and levels of bilinear feature x trilinear depth probability

@@ -31,11 +31,11 @@ def lift(features, depths, lidar2image, low, cell, shape, image_size, depth_rang
         features:    one [B, N, h, w, C] per level: image features of N views.
         depths:      one [B, N, h, w, D] per level: probability of each depth bin; the first bin's stands at
                      depth_range[0], the last one's at depth_range[1].
-        lidar2image: [B, N, 4, 4] LiDAR metres -> (u*d, v*d, d, 1), pixels of an image of `image_size`.
-        low, cell:   (x, y, z) metres, LiDAR frame: lower corner of the grid, size of a voxel.
+        lidar2image: [B, N, 4, 4] LiDAR meters -> (u*d, v*d, d, 1), pixels of an image of `image_size`.
+        low, cell:   (x, y, z) meters, LiDAR frame: lower corner of the grid, size of a voxel.
         shape:       voxels (X, Y, Z).
-        image_size:  (H, W) pixels; u = 0 and u = W stand at the centres of a level's first and last column.
-        depth_range: (nearest, farthest) metres along the optical axis.
+        image_size:  (H, W) pixels; u = 0 and u = W stand at the centers of a level's first and last column.
+        depth_range: (nearest, farthest) meters along the optical axis.
 
     Returns:
         [B, Z, Y, X, C] in the features' type. A view counts where the corner lies strictly inside its image and the
@@ -302,7 +302,7 @@ def _lift_bwd_kernel(
 
 @triton.jit
 def _corners(low, cell, shape, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr):
-    """The program's voxels: their numbers, their lower corners in metres [BLOCK_X * BLOCK_Y], whether they exist."""
+    """The program's voxels: their numbers, their lower corners in meters [BLOCK_X * BLOCK_Y], whether they exist."""
     lane = tl.arange(0, BLOCK_X * BLOCK_Y)
     block = tl.program_id(0)
     along_x, along_y = tl.cdiv(shape[0], BLOCK_X), tl.cdiv(shape[1], BLOCK_Y)

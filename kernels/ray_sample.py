@@ -1,7 +1,7 @@
 """Where rays are sampled: clipped to a box, stratified, then resampled where the weights are.
 
     clip:        t = (wall - origin) / (direction + 1e-6) for six walls; inside from the last entry to the first exit
-    stratified:  edge_s = near + x_s (far - near), x_s = s / S or moved between the neighbouring middles
+    stratified:  edge_s = near + x_s (far - near), x_s = s / S or moved between the neighboring middles
     resampling:  new_j = CDF^-1((j + jitter) / (n + 1)), piecewise linear over the intervals; both lists merged by rank
 
 An *edge list* [R, S + 1] holds the starts of S samples and the end of the last one, ascending; a sample stands at its

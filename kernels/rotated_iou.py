@@ -1,7 +1,7 @@
 """Overlap of upright boxes turned about z: IoU from above, IoU in 3D, and non-maximum suppression.
 
-A box from above is x, y, w, l, yaw: centre in metres, size in metres, at least 0, and yaw in radians counter-clockwise
-from x to the heading; l lies along the heading, w across. In 3D x, y, z, w, l, h, yaw, z being the centre's.
+A box from above is x, y, w, l, yaw: center in meters, size in meters, at least 0, and yaw in radians counter-clockwise
+from x to the heading; l lies along the heading, w across. In 3D x, y, z, w, l, h, yaw, z being the center's.
 
 The area that b shares with a is an integral along the outline of b alone (Green's theorem). In a's frame, x along its
 heading, a is |x| <= l / 2, |y| <= w / 2, and
@@ -10,7 +10,7 @@ heading, a is |x| <= l / 2, |y| <= w / 2, and
 
 because clamp(x) grows by 1 inside a and not at all beside it. No polygon is built, no corners are sorted, nothing is
 indexed. And it is continuous: an edge on the border of a, or parallel to it, or of no length, contributes the same from
-either side, where clipping has to decide. Corners are taken relative to a's centre, so that far from the origin no
+either side, where clipping has to decide. Corners are taken relative to a's center, so that far from the origin no
 digits are lost but those that the coordinates lack.
 
 Sizes: N and M boxes, P pairs.
@@ -162,11 +162,11 @@ def _check(columns, *boxes):
 
 
 def _overlap_ref(a, b):
-    """[P] square metres that a: [P, 5] and b: [P, 5] share."""
+    """[P] square meters that a: [P, 5] and b: [P, 5] share."""
     (dx, dy), half_a, half_b = (b - a)[:, :2].T, a[:, 2:4].T / 2, b[:, 2:4].T / 2
     half_w, half_l = half_a
     cos_a, sin_a, yaw = a[:, 4].cos(), a[:, 4].sin(), b[:, 4] - a[:, 4]
-    # b in a's frame: centre, half axes along and across its heading
+    # b in a's frame: center, half axes along and across its heading
     x, y = dx * cos_a + dy * sin_a, dy * cos_a - dx * sin_a
     cos, sin = yaw.cos(), yaw.sin()
     along_x, along_y, across_x, across_y = cos * half_b[1], sin * half_b[1], -sin * half_b[0], cos * half_b[0]
@@ -319,14 +319,14 @@ def _shape_3d(ptr, ok):
 
 @triton.jit
 def _overlap(dx, dy, w_a, l_a, cos_a, sin_a, w_b, l_b, cos_b, sin_b):
-    """Area that boxes a and b share; dx, dy lead from the centre of a to that of b."""
+    """Area that boxes a and b share; dx, dy lead from the center of a to that of b."""
     half_w, half_l = w_a / 2, l_a / 2
     x, y = dx * cos_a + dy * sin_a, dy * cos_a - dx * sin_a
     cos, sin = cos_b * cos_a + sin_b * sin_a, sin_b * cos_a - cos_b * sin_a
     along_x, along_y = cos * (l_b / 2), sin * (l_b / 2)
     across_x, across_y = -sin * (w_b / 2), cos * (w_b / 2)
 
-    right_x, right_y = along_x - across_x, along_y - across_y  # of the front, relative to b's centre
+    right_x, right_y = along_x - across_x, along_y - across_y  # of the front, relative to b's center
     left_x, left_y = along_x + across_x, along_y + across_y
     area = _edge(x + right_x, y + right_y, x + left_x, y + left_y, half_l, half_w)
     area += _edge(x + left_x, y + left_y, x - right_x, y - right_y, half_l, half_w)

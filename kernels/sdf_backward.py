@@ -1,6 +1,6 @@
 """The gradient of `sdf_render`, in two kernels: back along the rays to each sample, then to what made the sample.
 
-Colours and opacities read the gradient g of the distance, so training needs second derivatives. With v = dL/dg,
+Colors and opacities read the gradient g of the distance, so training needs second derivatives. With v = dL/dg,
 
     dL/dtheta through g = v^T d g / d theta = d (d sdf / dv) / d theta :
 
@@ -23,18 +23,19 @@ import torch
 from kernels.backend import jit, on_triton, tl, triton
 from kernels.cell_sum import cell_of, cell_sum
 from kernels.sdf_field import (
-    COLOURS,
+    COLORS,
     SEEN,
-    add_outer,
     add_row,
     along_rays,
-    bent,
     columns,
     corner,
     geometry,
     interpolate,
     interpolate_along,
     kept,
+    linear,
+    linear_bwd_input,
+    linear_bwd_weight,
     load3,
     opacity,
     over_samples,
@@ -43,13 +44,12 @@ from kernels.sdf_field import (
     sample_on_ray,
     scratch,
     sdf_hidden,
+    sdf_inputs,
     seen_by_rgb,
-    seen_by_sdf,
     softplus,
+    softplus_grads,
     store3,
     tile_of_rays,
-    times,
-    times_back,
     vector,
 )
 
@@ -58,7 +58,7 @@ def render_back(volume, sdf_mlp, rgb_mlp, density, rays, rendered, upstream, opt
     """Gradients of the volume, both packed MLPs and the density.
 
     rays:     origins, directions, volume_idx, hit, edges, cells_per_unit and first_cell, as of `sdf_render`.
-    rendered: depth, sum of the weights, weights, light that reaches each sample, distances, their gradients, colours.
+    rendered: depth, sum of the weights, weights, light that reaches each sample, distances, their gradients, colors.
     upstream: of what `sdf_render` returns.
     options:  constants of the kernels.
     """
@@ -119,7 +119,7 @@ def _sdf_render_bwd_rgb_kernel(
     cells_per_unit_ptr, first_cell_ptr,  # [3], [3]
     sdf_mlp_ptr, rgb_mlp_ptr, density_ptr,  # packed, packed, [1]
     depth_ptr, total_ptr,  # [R], [R] sum of the weights
-    weights_ptr, trans_ptr, sdf_ptr, gradient_ptr, colours_ptr,  # [N] x 3, [N, 3], [N, 3]
+    weights_ptr, trans_ptr, sdf_ptr, gradient_ptr, colors_ptr,  # [N] x 3, [N, 3], [N, 3]
     up_rgb_ptr, up_depth_ptr, up_weights_ptr, up_sdf_ptr, up_gradient_ptr,  # [R, 3], [R], [N] x 2, [N, 3]
     d_sdf_ptr, d_gradient_ptr, d_feature_ptr, d_geometry_ptr,  # [N], [N, 3], [N, C], [N, H]
     d_rgb_mlp_ptr, d_density_ptr,  # [programs, packed] zeros, [programs]
@@ -129,7 +129,7 @@ def _sdf_render_bwd_rgb_kernel(
     SDF_LAYERS: tl.constexpr, RGB_LAYERS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     LINE: tl.constexpr = C + 2 * H + SEEN
-    ROWS: tl.constexpr = (RGB_LAYERS - 1) * H + COLOURS
+    ROWS: tl.constexpr = (RGB_LAYERS - 1) * H + COLORS
     last: tl.constexpr = (RGB_LAYERS - 1) * H * LINE
     d_mlp_ptr = d_rgb_mlp_ptr + tl.program_id(0).to(tl.int64) * ROWS * LINE
     keep_ptr += tl.program_id(0).to(tl.int64) * (RGB_LAYERS - 1) * BLOCK_R * BLOCK_S * H
@@ -154,11 +154,11 @@ def _sdf_render_bwd_rgb_kernel(
             d_weight = tl.load(up_weights_ptr + n, mask=ok, other=0.0)
             d_weight += d_depth * (start - tl.load(depth_ptr + r, mask=ok, other=0.0))
             if RGB_LAYERS > 0:
-                channel = tl.arange(0, COLOURS)[None, :]
+                channel = tl.arange(0, COLORS)[None, :]
                 some = ok[:, None] & (channel < 3)
-                colour = tl.load(colours_ptr + 3 * n[:, None] + channel, mask=some, other=0.0)
-                d_colour = tl.load(up_rgb_ptr + 3 * r[:, None] + channel, mask=some, other=0.0)
-                d_weight += tl.sum(d_colour * colour, axis=1)
+                color = tl.load(colors_ptr + 3 * n[:, None] + channel, mask=some, other=0.0)
+                d_color = tl.load(up_rgb_ptr + 3 * r[:, None] + channel, mask=some, other=0.0)
+                d_weight += tl.sum(d_color * color, axis=1)
 
             share = tl.reshape(weight * d_weight, (BLOCK_R, BLOCK_S))
             # summed afresh for every sample: a running sum minus its own term would drown what lies behind
@@ -179,12 +179,12 @@ def _sdf_render_bwd_rgb_kernel(
 
             if RGB_LAYERS > 0:
                 feature = interpolate(volume_ptr, place, ok, Z, Y, X, CHANNELS, C)
-                x = sdf_hidden(seen_by_sdf(point, 1.0), feature, sdf_mlp_ptr, keep_ptr, False, C, H, SDF_LAYERS, PREC)
+                x = sdf_hidden(sdf_inputs(point, 1.0), feature, sdf_mlp_ptr, keep_ptr, False, C, H, SDF_LAYERS, PREC)
                 geo = geometry(x, feature, sdf_mlp_ptr, C, H, SDF_LAYERS, PREC)
                 e = seen_by_rgb(point, direction, gradient)
                 x = rgb_hidden(e, feature, geo, rgb_mlp_ptr, keep_ptr, True, C, H, RGB_LAYERS, PREC)
                 tl.debug_barrier()  # other threads may read what is kept
-                d_out = d_colour * weight[:, None] * colour * (1.0 - colour)
+                d_out = d_color * weight[:, None] * color * (1.0 - color)
                 no_feature, no_geo = tl.zeros((1, C), tl.float32), tl.zeros((1, H), tl.float32)
                 no_e = tl.zeros((1, SEEN), tl.float32)
                 d_x, d_feature, d_geo, d_e = _rgb_layer_back(
@@ -216,16 +216,16 @@ def _rgb_layer_back(
     d_z, x, feature, geo, e, mlp_ptr, d_mlp_ptr, d_feature, d_geo, d_e,
     C: tl.constexpr, H: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """Back through one layer of the colour's MLP: adds to the gradients of all it saw and of its weights; d_x."""
+    """Back through one layer of the color's MLP: adds to the gradients of all it saw and of its weights; d_x."""
     LINE: tl.constexpr = C + 2 * H + SEEN
-    add_outer(d_mlp_ptr, LINE, d_z, x, None, PREC)
-    add_outer(d_mlp_ptr + H, LINE, d_z, feature, None, PREC)
-    add_outer(d_mlp_ptr + H + C, LINE, d_z, geo, None, PREC)
-    add_outer(d_mlp_ptr + 2 * H + C, LINE, d_z, e, None, PREC)
-    d_feature = times_back(d_z, mlp_ptr + H, LINE, d_feature, C, PREC)
-    d_geo = times_back(d_z, mlp_ptr + H + C, LINE, d_geo, H, PREC)
-    d_e = times_back(d_z, mlp_ptr + 2 * H + C, LINE, d_e, SEEN, PREC)
-    return times_back(d_z, mlp_ptr, LINE, tl.zeros((1, H), tl.float32), H, PREC), d_feature, d_geo, d_e
+    linear_bwd_weight(d_mlp_ptr, LINE, d_z, x, None, PREC)
+    linear_bwd_weight(d_mlp_ptr + H, LINE, d_z, feature, None, PREC)
+    linear_bwd_weight(d_mlp_ptr + H + C, LINE, d_z, geo, None, PREC)
+    linear_bwd_weight(d_mlp_ptr + 2 * H + C, LINE, d_z, e, None, PREC)
+    d_feature = linear_bwd_input(d_z, mlp_ptr + H, LINE, d_feature, C, PREC)
+    d_geo = linear_bwd_input(d_z, mlp_ptr + H + C, LINE, d_geo, H, PREC)
+    d_e = linear_bwd_input(d_z, mlp_ptr + 2 * H + C, LINE, d_e, SEEN, PREC)
+    return linear_bwd_input(d_z, mlp_ptr, LINE, tl.zeros((1, H), tl.float32), H, PREC), d_feature, d_geo, d_e
 
 
 @jit(varying=("N",))
@@ -262,7 +262,7 @@ def _sdf_render_bwd_sdf_kernel(
         vz = v[2] * tl.load(cells_per_unit_ptr + 2)
         feature = interpolate(volume_ptr, place, ok, Z, Y, X, CHANNELS, C)
         along = interpolate_along(volume_ptr, place, ok, vx, vy, vz, Z, Y, X, CHANNELS, C)  # f.
-        e, e_dot = seen_by_sdf(point, 1.0), seen_by_sdf(v, 0.0)
+        e, e_dot = sdf_inputs(point, 1.0), sdf_inputs(v, 0.0)
         zero = tl.zeros((1, H), tl.float32)
         x = tl.zeros((BLOCK_M, H), tl.float32)
         x_dot = x
@@ -270,11 +270,11 @@ def _sdf_render_bwd_sdf_kernel(
             tl.store(kept(keep_ptr, l, BLOCK_M, H), x)
             tl.store(kept(dots_ptr, l, BLOCK_M, H), x_dot)
             at = sdf_mlp_ptr + l * H * LINE
-            z_dot = times(along, at + H, LINE, times(e_dot, at + H + C, LINE, zero, H, PREC), H, PREC)
-            z_dot = times(x_dot, at, LINE, z_dot, H, PREC)
-            z = times(feature, at + H, LINE, times(e, at + H + C, LINE, zero, H, PREC), H, PREC)
-            x = softplus(times(x, at, LINE, z, H, PREC))
-            x_dot = bent(x)[0] * z_dot
+            z_dot = linear(along, at + H, LINE, linear(e_dot, at + H + C, LINE, zero, H, PREC), H, PREC)
+            z_dot = linear(x_dot, at, LINE, z_dot, H, PREC)
+            z = linear(feature, at + H, LINE, linear(e, at + H + C, LINE, zero, H, PREC), H, PREC)
+            x = softplus(linear(x, at, LINE, z, H, PREC))
+            x_dot = softplus_grads(x)[0] * z_dot
         tl.debug_barrier()  # other threads may read what is kept
 
         # the last layer: its row 0 is the distance's, the others are the geometry's
@@ -291,26 +291,26 @@ def _sdf_render_bwd_sdf_kernel(
             h = tl.arange(0, H)[None, :]
             d_feature += tl.load(d_feature_ptr + n[:, None] * C + c, mask=ok[:, None], other=0.0)
             d_geo = tl.load(d_geometry_ptr + n[:, None] * H + h, mask=ok[:, None], other=0.0)
-            d_x = times_back(d_geo, sdf_mlp_ptr + last + LINE, LINE, d_x, H, PREC)
-            d_feature = times_back(d_geo, sdf_mlp_ptr + last + LINE + H, LINE, d_feature, C, PREC)
-            add_outer(d_mlp_ptr + last + LINE, LINE, d_geo, x, None, PREC)
-            add_outer(d_mlp_ptr + last + LINE + H, LINE, d_geo, feature, None, PREC)
-            add_outer(d_mlp_ptr + last + LINE + H + C, LINE, d_geo, e, None, PREC)
+            d_x = linear_bwd_input(d_geo, sdf_mlp_ptr + last + LINE, LINE, d_x, H, PREC)
+            d_feature = linear_bwd_input(d_geo, sdf_mlp_ptr + last + LINE + H, LINE, d_feature, C, PREC)
+            linear_bwd_weight(d_mlp_ptr + last + LINE, LINE, d_geo, x, None, PREC)
+            linear_bwd_weight(d_mlp_ptr + last + LINE + H, LINE, d_geo, feature, None, PREC)
+            linear_bwd_weight(d_mlp_ptr + last + LINE + H + C, LINE, d_geo, e, None, PREC)
         for i in range(SDF_LAYERS - 1):
             l = SDF_LAYERS - 2 - i
-            slope, bend = bent(x)
+            slope, bend = softplus_grads(x)
             d_z = d_x * slope + hat_x * x_dot * bend
             hat_z = hat_x * slope
             x = tl.load(kept(keep_ptr, l, BLOCK_M, H))
             x_dot = tl.load(kept(dots_ptr, l, BLOCK_M, H))
             at, d_at = sdf_mlp_ptr + l * H * LINE, d_mlp_ptr + l * H * LINE
-            add_outer(d_at, LINE, d_z, x, product(tl.trans(hat_z), x_dot, None, PREC), PREC)
-            add_outer(d_at + H, LINE, d_z, feature, product(tl.trans(hat_z), along, None, PREC), PREC)
-            add_outer(d_at + H + C, LINE, d_z, e, product(tl.trans(hat_z), e_dot, None, PREC), PREC)
-            d_feature = times_back(d_z, at + H, LINE, d_feature, C, PREC)
-            hat_feature = times_back(hat_z, at + H, LINE, hat_feature, C, PREC)
-            d_x = times_back(d_z, at, LINE, zero, H, PREC)
-            hat_x = times_back(hat_z, at, LINE, zero, H, PREC)
+            linear_bwd_weight(d_at, LINE, d_z, x, product(tl.trans(hat_z), x_dot, None, PREC), PREC)
+            linear_bwd_weight(d_at + H, LINE, d_z, feature, product(tl.trans(hat_z), along, None, PREC), PREC)
+            linear_bwd_weight(d_at + H + C, LINE, d_z, e, product(tl.trans(hat_z), e_dot, None, PREC), PREC)
+            d_feature = linear_bwd_input(d_z, at + H, LINE, d_feature, C, PREC)
+            hat_feature = linear_bwd_input(hat_z, at + H, LINE, hat_feature, C, PREC)
+            d_x = linear_bwd_input(d_z, at, LINE, zero, H, PREC)
+            hat_x = linear_bwd_input(hat_z, at, LINE, zero, H, PREC)
         tl.debug_barrier()  # other threads may add to the sums, and keep the next tile
 
         # found once more, so that nothing need be held all through the layers

@@ -5,7 +5,7 @@ Both MLPs (UniPAD's decoders) see the point p and a conditioning vector c in eve
     z_l = W_l x_l + A_l f + G_l geometry + E_l e,   x_{l+1} = act(z_l),   x_0 = 0,   e = (p, 1, direction, gradient)
 
 where f is the interpolated feature; the softplus MLP of the distance has no G and of e only (p, 1), the ReLU MLP of the
-colour has all. The last z of the first is (distance, geometry). Softplus keeps its slope in its value:
+color has all. The last z of the first is (distance, geometry). Softplus keeps its slope in its value:
 act'(z) = 1 - exp(-100 act(z)), so no second array of activations is held.
 
 An MLP lies in one matrix [rows, line]: a row an output unit, layer after layer; in it the columns of W, A, G and E.
@@ -23,14 +23,14 @@ from kernels.sdf_alpha import _sigmoid
 from kernels.sdf_reference import folded
 from kernels.trilinear import _corner
 
-COLOURS = tl.constexpr(16)  # rows of the colour MLP's last layer: 3 and padding, as many as a dot must have
+COLORS = tl.constexpr(16)  # rows of the color MLP's last layer: 3 and padding, as many as a dot must have
 SEEN = tl.constexpr(16)  # columns of E: p 3, 1, direction 3, gradient 3 and padding
 
 
 def packed(mlp, channels, rgb):
     """An MLP as one matrix for the kernels, [rows, line]; autograd takes its gradient apart.
 
-    mlp: as for `folded`; of the colour if `rgb`, with conditioning vector (direction, feature, gradient, geometry).
+    mlp: as for `folded`; of the color if `rgb`, with conditioning vector (direction, feature, gradient, geometry).
     """
     A, bias, P, W = folded(mlp)
     hidden, zeros = len(P), A.new_zeros(len(A), SEEN.value)
@@ -47,7 +47,7 @@ def packed(mlp, channels, rgb):
     if H > hidden:
         layers = out.split([hidden] * (len(W) - 1) + [len(W[-1])])
         out = torch.cat([F.pad(layer, (0, 0, 0, H - hidden)) for layer in layers])
-    return F.pad(out, (0, 0, 0, COLOURS.value - 3 - (H - hidden))) if rgb else out
+    return F.pad(out, (0, 0, 0, COLORS.value - 3 - (H - hidden))) if rgb else out
 
 
 def padded(width):
@@ -188,7 +188,7 @@ def product(a, b, out, PREC: tl.constexpr):
 
 
 @triton.jit
-def times(x, ptr, LINE: tl.constexpr, out, N: tl.constexpr, PREC: tl.constexpr):
+def linear(x, ptr, LINE: tl.constexpr, out, N: tl.constexpr, PREC: tl.constexpr):
     """out [M, N] + x [M, K] W^T, where W [N, K] are columns of a packed MLP."""
     k = tl.arange(0, x.shape[1])[:, None]
     w = tl.load(ptr + tl.arange(0, N)[None, :] * LINE + k)
@@ -196,7 +196,7 @@ def times(x, ptr, LINE: tl.constexpr, out, N: tl.constexpr, PREC: tl.constexpr):
 
 
 @triton.jit
-def times_back(d_z, ptr, LINE: tl.constexpr, out, K: tl.constexpr, PREC: tl.constexpr):
+def linear_bwd_input(d_z, ptr, LINE: tl.constexpr, out, K: tl.constexpr, PREC: tl.constexpr):
     """out [M, K] + d_z [M, N] W, where W [N, K] are columns of a packed MLP."""
     n = tl.arange(0, d_z.shape[1])[:, None]
     w = tl.load(ptr + n * LINE + tl.arange(0, K)[None, :])
@@ -204,7 +204,7 @@ def times_back(d_z, ptr, LINE: tl.constexpr, out, K: tl.constexpr, PREC: tl.cons
 
 
 @triton.jit
-def add_outer(ptr, LINE: tl.constexpr, a, b, out, PREC: tl.constexpr):
+def linear_bwd_weight(ptr, LINE: tl.constexpr, a, b, out, PREC: tl.constexpr):
     """Add out + a^T b ([M, N], [M, K] -> [N, K]) to columns of a packed gradient that this program alone writes."""
     out = product(tl.trans(a), b, out, PREC)
     at = ptr + tl.arange(0, out.shape[0])[:, None] * LINE + tl.arange(0, out.shape[1])[None, :]
@@ -228,7 +228,7 @@ def columns(a, at: tl.constexpr):
 
 
 @triton.jit
-def seen_by_sdf(point, one):
+def sdf_inputs(point, one):
     """e [M, SEEN] of the distance's MLP; its tangent along `point` with one = 0."""
     k = tl.arange(0, SEEN)[None, :]
     x, y, z = point
@@ -238,11 +238,11 @@ def seen_by_sdf(point, one):
 
 @triton.jit
 def seen_by_rgb(point, direction, gradient):
-    """e [M, SEEN] of the colour's MLP."""
+    """e [M, SEEN] of the color's MLP."""
     k = tl.arange(0, SEEN)[None, :]
     dx, dy, dz = direction
     gx, gy, gz = gradient
-    e = seen_by_sdf(point, 1.0)
+    e = sdf_inputs(point, 1.0)
     e = tl.where(k == 4, dx[:, None], tl.where(k == 5, dy[:, None], tl.where(k == 6, dz[:, None], e)))
     return tl.where(k == 7, gx[:, None], tl.where(k == 8, gy[:, None], tl.where(k == 9, gz[:, None], e)))
 
@@ -255,7 +255,7 @@ def softplus(z):
 
 
 @triton.jit
-def bent(x):
+def softplus_grads(x):
     """act' and act'' / act' of the softplus where its value is x."""
     decay = tl.exp(-100.0 * x)
     return 1.0 - decay, 100.0 * decay
@@ -280,8 +280,8 @@ def sdf_hidden(
         at = mlp_ptr + l * H * LINE
         if KEEP:
             tl.store(kept(keep_ptr, l, M, H), x)
-        z = times(e, at + C + H, LINE, tl.zeros((1, H), tl.float32), H, PREC)
-        x = softplus(times(x, at, LINE, times(feature, at + H, LINE, z, H, PREC), H, PREC))
+        z = linear(e, at + C + H, LINE, tl.zeros((1, H), tl.float32), H, PREC)
+        x = softplus(linear(x, at, LINE, linear(feature, at + H, LINE, z, H, PREC), H, PREC))
     return x
 
 
@@ -299,7 +299,7 @@ def geometry(x, feature, mlp_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.c
     LINE: tl.constexpr = C + H + SEEN
     at = mlp_ptr + ((LAYERS - 1) * H + 1) * LINE
     bias = tl.load(at + C + H + 3 + tl.arange(0, H) * LINE)[None, :]
-    return times(x, at, LINE, times(feature, at + H, LINE, bias, H, PREC), H, PREC)
+    return linear(x, at, LINE, linear(feature, at + H, LINE, bias, H, PREC), H, PREC)
 
 
 @triton.jit
@@ -316,9 +316,9 @@ def distance_back(
     for i in range(LAYERS - 1):
         l = LAYERS - 2 - i
         at = mlp_ptr + l * H * LINE
-        d_z = d_x * bent(x)[0]
-        d_feature = times_back(d_z, at + H, LINE, d_feature, C, PREC)
-        d_x = times_back(d_z, at, LINE, tl.zeros((1, H), tl.float32), H, PREC)
+        d_z = d_x * softplus_grads(x)[0]
+        d_feature = linear_bwd_input(d_z, at + H, LINE, d_feature, C, PREC)
+        d_x = linear_bwd_input(d_z, at, LINE, tl.zeros((1, H), tl.float32), H, PREC)
         x = tl.load(kept(keep_ptr, l, M, H))
     px = tl.load(mlp_ptr + C + H + tl.arange(0, H) * LINE)[None, :]
     py = tl.load(mlp_ptr + C + H + 1 + tl.arange(0, H) * LINE)[None, :]
@@ -331,7 +331,7 @@ def rgb_hidden(
     e, feature, geo, mlp_ptr, keep_ptr,
     KEEP: tl.constexpr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """As `sdf_hidden`, of the colour's MLP."""
+    """As `sdf_hidden`, of the color's MLP."""
     LINE: tl.constexpr = C + 2 * H + SEEN
     M: tl.constexpr = e.shape[0]
     x = tl.zeros((M, H), tl.float32)
@@ -339,22 +339,22 @@ def rgb_hidden(
         at = mlp_ptr + l * H * LINE
         if KEEP:
             tl.store(kept(keep_ptr, l, M, H), x)
-        z = times(e, at + C + 2 * H, LINE, tl.zeros((1, H), tl.float32), H, PREC)
-        z = times(geo, at + C + H, LINE, times(feature, at + H, LINE, z, H, PREC), H, PREC)
-        x = tl.maximum(times(x, at, LINE, z, H, PREC), 0.0)
+        z = linear(e, at + C + 2 * H, LINE, tl.zeros((1, H), tl.float32), H, PREC)
+        z = linear(geo, at + C + H, LINE, linear(feature, at + H, LINE, z, H, PREC), H, PREC)
+        x = tl.maximum(linear(x, at, LINE, z, H, PREC), 0.0)
     return x
 
 
 @triton.jit
-def colour_of(
+def color_of(
     x, e, feature, geo, mlp_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr
 ):  # fmt: skip
-    """[M, COLOURS] in [0, 1] from the last x."""
+    """[M, COLORS] in [0, 1] from the last x."""
     LINE: tl.constexpr = C + 2 * H + SEEN
     at = mlp_ptr + (LAYERS - 1) * H * LINE
-    z = times(e, at + C + 2 * H, LINE, tl.zeros((1, COLOURS), tl.float32), COLOURS, PREC)
-    z = times(geo, at + C + H, LINE, times(feature, at + H, LINE, z, COLOURS, PREC), COLOURS, PREC)
-    return 1.0 / (1.0 + tl.exp(-times(x, at, LINE, z, COLOURS, PREC)))
+    z = linear(e, at + C + 2 * H, LINE, tl.zeros((1, COLORS), tl.float32), COLORS, PREC)
+    z = linear(geo, at + C + H, LINE, linear(feature, at + H, LINE, z, COLORS, PREC), COLORS, PREC)
+    return 1.0 / (1.0 + tl.exp(-linear(x, at, LINE, z, COLORS, PREC)))
 
 
 @triton.jit

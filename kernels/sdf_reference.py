@@ -32,7 +32,7 @@ def folded(mlp):
 
 
 def field_ref(volume, points, directions, volume_idx, mlps, cells):
-    """Distance [R, S], its gradient [R, S, 3] and colour [R, S, 3] (0 without the colour's MLP) at points [R, S, 3].
+    """Distance [R, S], its gradient [R, S, 3] and color [R, S, 3] (0 without the color's MLP) at points [R, S, 3].
 
     Analytic, as the kernels are: nothing is differentiated twice. Differentiable once in `volume` and the MLPs.
     """

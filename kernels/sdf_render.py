@@ -1,9 +1,9 @@
-"""Rays through a feature volume to depth and colour, with one hand-written backward.
+"""Rays through a feature volume to depth and color, with one hand-written backward.
 
     f = volume at p,  (sdf, geometry) = MLP(p, f),  g = d sdf / d p,  rgb = MLP(p, direction, f, g, geometry)
     alpha from (sdf, g) as in `sdf_alpha`,  compositing as in `composite`
 
-Colours and opacities read g, so training needs second derivatives of the distance: see kernels/sdf_backward.py.
+Colors and opacities read g, so training needs second derivatives of the distance: see kernels/sdf_backward.py.
 
 Sizes: R rays, S samples on each, N = R * S, C channels, H hidden units, M samples a tile.
 """
@@ -15,9 +15,9 @@ from kernels.composite import composite_ref
 from kernels.sdf_alpha import neus_alpha_ref, volsdf_alpha_ref
 from kernels.sdf_backward import render_back
 from kernels.sdf_field import (
-    COLOURS,
+    COLORS,
     along_rays,
-    colour_of,
+    color_of,
     columns,
     distance,
     distance_back,
@@ -32,8 +32,8 @@ from kernels.sdf_field import (
     sample_on_ray,
     scratch,
     sdf_hidden,
+    sdf_inputs,
     seen_by_rgb,
-    seen_by_sdf,
     slope_against,
     store3,
     tile_of_rays,
@@ -45,7 +45,7 @@ WIDTHS, LAYERS = (16, 64), (2, 8)  # smallest and largest
 
 
 def in_family(method, dtype, channels, hidden, sdf_layers, rgb_layers):
-    """Whether the kernels below were made for such a field. `rgb_layers`: 0 where colour is not rendered."""
+    """Whether the kernels below were made for such a field. `rgb_layers`: 0 where color is not rendered."""
     wide = all(WIDTHS[0] <= n <= WIDTHS[1] for n in (channels, hidden))
     deep = all(LAYERS[0] <= n <= LAYERS[1] for n in (sdf_layers, rgb_layers or sdf_layers))
     return method in METHODS and dtype == torch.float32 and wide and deep
@@ -59,7 +59,7 @@ def sdf_render(volume, rays, edges, mlps, density, cells, method, exact=False, s
         rays:    origins [R, 3], unit directions [R, 3], volume_idx [R] int32 and hit [R] bool (False: all is
                  transparent), the first two and `edges` in the renderer's unit of length, LiDAR frame.
         edges:   [R, S + 1] ascending distances: S samples, each at the start of its interval.
-        mlps:    of the distance and of the colour, the latter None where colour is not rendered. Each is a list of
+        mlps:    of the distance and of the color, the latter None where color is not rendered. Each is a list of
                  tensors: P, q, then C_l, d_l, W_l, b_l of every layer (see `sdf_field`).
         density: [1] NeuS's inv_s or VolSDF's beta.
         cells:   cells_per_unit [3] and first_cell [3]: cell = point * cells_per_unit + first_cell, (x, y, z).
@@ -72,7 +72,7 @@ def sdf_render(volume, rays, edges, mlps, density, cells, method, exact=False, s
                  than `stop`, `depth` by less than that share of the ray.
 
     Returns:
-        rgb:      [R, 3], black background; 0 without the colour MLP.
+        rgb:      [R, 3], black background; 0 without the color MLP.
         depth:    [R] sum of weight * start over the sum of weights + 1e-10.
         weights:  [R, S] share of each sample.
         sdf:      [R, S] signed distance at the samples.
@@ -151,7 +151,7 @@ def _check(volume, rays, edges, mlps, method):
 
 
 def _packed(volume, mlps):
-    """Both MLPs as matrices (of the colour an empty one if there is none) and the kernels' sizes."""
+    """Both MLPs as matrices (of the color an empty one if there is none) and the kernels' sizes."""
     (sdf, rgb), channels = mlps, volume.shape[4]
     packs = [packed(sdf, channels, False), volume.new_empty(0) if rgb is None else packed(rgb, channels, True)]
     sizes = dict(C=padded(channels), H=padded(len(sdf[0])))
@@ -166,18 +166,18 @@ class SdfRender(torch.autograd.Function):
         rgb, depth, total = edges.new_zeros(R, 3), edges.new_empty(R), edges.new_empty(R)  # total: of the weights
         new = edges.new_zeros if stop else edges.new_empty  # the kernel fills all that it does not stop before
         weights, trans, sdf = (new(R, S) for _ in range(3))
-        gradient, colours = new(R, S, 3), edges.new_empty(R, S, 3 if options["RGB_LAYERS"] else 0)
+        gradient, colors = new(R, S, 3), edges.new_empty(R, S, 3 if options["RGB_LAYERS"] else 0)
         if R:
             programs, launch = along_rays(R, options)
             keep = scratch(volume, programs, options["SDF_LAYERS"] - 1, options["H"])
             _sdf_render_fwd_kernel[(programs,)](
                 volume, *rays, sdf_mlp, rgb_mlp, density,
-                rgb, depth, total, weights, trans, sdf, gradient, colours, keep,
+                rgb, depth, total, weights, trans, sdf, gradient, colors, keep,
                 R, S, *volume.shape[1:], **options, STOP=stop, **launch,
             )  # fmt: skip
         ctx.options = options
         ctx.save_for_backward(
-            volume, sdf_mlp, rgb_mlp, density, *rays, depth, total, weights, trans, sdf, gradient, colours
+            volume, sdf_mlp, rgb_mlp, density, *rays, depth, total, weights, trans, sdf, gradient, colors
         )
         return rgb, depth, weights, sdf, gradient
 
@@ -207,7 +207,7 @@ def _sdf_values_kernel(
         origins_ptr, directions_ptr, volume_idx_ptr, cells_per_unit_ptr, first_cell_ptr, r, start, ok, Z
     )
     feature = interpolate(volume_ptr, place, ok, Z, Y, X, CHANNELS, C)
-    x = sdf_hidden(seen_by_sdf(point, 1.0), feature, mlp_ptr, mlp_ptr, False, C, H, LAYERS, PREC)
+    x = sdf_hidden(sdf_inputs(point, 1.0), feature, mlp_ptr, mlp_ptr, False, C, H, LAYERS, PREC)
     tl.store(sdf_ptr + n, distance(x, feature, mlp_ptr, C, H, LAYERS), mask=ok)
 
 
@@ -218,7 +218,7 @@ def _sdf_render_fwd_kernel(
     cells_per_unit_ptr, first_cell_ptr,  # [3], [3]
     sdf_mlp_ptr, rgb_mlp_ptr, density_ptr,  # packed, packed, [1]
     rgb_ptr, depth_ptr, total_ptr,  # [R, 3], [R], [R] sum of the weights
-    weights_ptr, trans_ptr, sdf_ptr, gradient_ptr, colours_ptr,  # [N] x 3, [N, 3], [N, 3]
+    weights_ptr, trans_ptr, sdf_ptr, gradient_ptr, colors_ptr,  # [N] x 3, [N, 3], [N, 3]
     keep_ptr,  # [programs, SDF_LAYERS - 1, M, H] scratch
     R, S, Z, Y, X, CHANNELS,
     NEUS: tl.constexpr, PREC: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
@@ -241,7 +241,7 @@ def _sdf_render_fwd_kernel(
                 origins_ptr, directions_ptr, volume_idx_ptr, cells_per_unit_ptr, first_cell_ptr, r, start, ok, Z
             )
             feature = interpolate(volume_ptr, place, ok, Z, Y, X, CHANNELS, C)
-            x = sdf_hidden(seen_by_sdf(point, 1.0), feature, sdf_mlp_ptr, keep_ptr, True, C, H, SDF_LAYERS, PREC)
+            x = sdf_hidden(sdf_inputs(point, 1.0), feature, sdf_mlp_ptr, keep_ptr, True, C, H, SDF_LAYERS, PREC)
             sdf = distance(x, feature, sdf_mlp_ptr, C, H, SDF_LAYERS)
             tl.debug_barrier()  # other threads may read what is kept
             qx, qy, qz, d_feature = distance_back(x, sdf_mlp_ptr, keep_ptr, C, H, SDF_LAYERS, PREC)
@@ -272,10 +272,10 @@ def _sdf_render_fwd_kernel(
                 geo = geometry(x, feature, sdf_mlp_ptr, C, H, SDF_LAYERS, PREC)
                 e = seen_by_rgb(point, direction, gradient)
                 x = rgb_hidden(e, feature, geo, rgb_mlp_ptr, keep_ptr, False, C, H, RGB_LAYERS, PREC)
-                colour = colour_of(x, e, feature, geo, rgb_mlp_ptr, C, H, RGB_LAYERS, PREC)
-                channel = tl.arange(0, COLOURS)[None, :]
-                tl.store(colours_ptr + 3 * n[:, None] + channel, colour, mask=ok[:, None] & (channel < 3))
-                r_, g_, b_ = columns(colour * weight_of[:, None], 0)
+                color = color_of(x, e, feature, geo, rgb_mlp_ptr, C, H, RGB_LAYERS, PREC)
+                channel = tl.arange(0, COLORS)[None, :]
+                tl.store(colors_ptr + 3 * n[:, None] + channel, color, mask=ok[:, None] & (channel < 3))
+                r_, g_, b_ = columns(color * weight_of[:, None], 0)
                 red += tl.sum(tl.reshape(r_, (BLOCK_R, BLOCK_S)), axis=1)
                 green += tl.sum(tl.reshape(g_, (BLOCK_R, BLOCK_S)), axis=1)
                 blue += tl.sum(tl.reshape(b_, (BLOCK_R, BLOCK_S)), axis=1)

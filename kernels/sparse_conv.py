@@ -1,6 +1,6 @@
-"""Sparse voxel convolution: over a neighbour table, a gather, a GEMM and a sum.
+"""Sparse voxel convolution: over a neighbor table, a gather, a GEMM and a sum.
 
-    out[m] = sum_k W_k x[i(k, m)]              over the offsets k at which m has a neighbour, i = neighbor_idx
+    out[m] = sum_k W_k x[i(k, m)]              over the offsets k at which m has a neighbor, i = neighbor_idx
     dL/dx[n] = sum_k W_k^T g[j(k, n)]          g = dL/dout, j = inverse_idx: the same sum over the inverse table
     dL/dW_k = sum_m g[m] x[i(k, m)]^T
 
@@ -34,7 +34,7 @@ def sparse_conv(features, weight, neighbor_idx, inverse_idx, allow_tf32=False):
         allow_tf32:   multiply fp32 features in tf32 (10 bits of mantissa) rather than in fp32.
 
     Returns:
-        [M, Cout] in the features' type; 0 for an output without neighbours.
+        [M, Cout] in the features' type; 0 for an output without neighbors.
 
     Differentiable once in `features` and `weight`. Accumulates in fp32 (fp64 for fp64 features); the weights' gradient
     stays fp32 until it is rounded to their type, so fp32 weights get it whole, under fp16 features too. Autocast casts
@@ -59,7 +59,7 @@ def sparse_conv_act(
 
     Args:
         features, weight, neighbor_idx, allow_tf32: as of `sparse_conv`.
-        scale, shift: [Cout] fp32 (fp64 for fp64 features) or None; a bias, or a batch normalisation in evaluation.
+        scale, shift: [Cout] fp32 (fp64 for fp64 features) or None; a bias, or a batch normalization in evaluation.
         residual:     [M, Cout] or None, cast to the features' type.
         relu:         whether negative results become 0.
 

@@ -1,4 +1,4 @@
-"""The products of a sparse convolution over a neighbour table: rows gathered times weights, and the weights' gradient.
+"""The products of a sparse convolution over a neighbor table: rows gathered times weights, and the weights' gradient.
 
 A tile of outputs multiplies, offset by offset, the rows it gathers; its loop is over the list that sparse_tiles has
 made, without a branch, so that indices, rows and weights of the next offsets are on their way while one is multiplied.
@@ -51,7 +51,7 @@ def gather_gemm(features, weight, table, allow_tf32, mirrored=False, act=(None, 
 def d_weight_of(features, d_out, table, allow_tf32, mirrored=False):
     """Features [N, I], d_out [M, O] and a `NeighborTable` [K, M] -> [O, K, I] fp32, offsets in the order of the table.
 
-    mirrored: the table is its own mirror image, so that most rows have several neighbours and share them.
+    mirrored: the table is its own mirror image, so that most rows have several neighbors and share them.
 
     Summed in chunks of pairs, or blocks of rows, whose sums are added in order.
     """
@@ -90,7 +90,7 @@ def _d_weight_of_groups(features, d_out, neighbor_idx):
     """`d_weight_of` where the table is not sparse and channels are few: by blocks of rows, several offsets at once.
 
     A block reads its rows of d_out once for all the offsets of a group, and these read much the same features. It also
-    multiplies where no neighbour is, which few channels have time for.
+    multiplies where no neighbor is, which few channels have time for.
     """
     I, (M, O), K = features.shape[1], d_out.shape, len(neighbor_idx)
     group, block_o = GROUP[I], _block(O, 64)

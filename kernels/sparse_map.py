@@ -32,7 +32,7 @@ def submanifold_map(
     coords: Tensor, keys: Tensor, order: Tensor | None, shape: Sequence[int], kernel: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:  # fmt: skip
-    """The neighbours of each voxel of a set in the same set.
+    """The neighbors of each voxel of a set in the same set.
 
     Args:
         coords:      [N, 4] int32 (b, z, y, x).
@@ -375,7 +375,7 @@ def _neighbors_kernel(
     M, N, Z, Y, X, KY, stride, padding, DZ, DY, STEPS,  # STEPS halvings of N leave nothing
     KX: tl.constexpr, DX: tl.constexpr, NO_KEY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One (kz, ky) column of offsets of BLOCK readers, in the order of their keys: neighbours search alike."""
+    """One (kz, ky) column of offsets of BLOCK readers, in the order of their keys: neighbors search alike."""
     p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     p_ok = p < M
     column = tl.program_id(1)

@@ -1,7 +1,7 @@
 """sparse_conv in plain PyTorch, which multiplies in the type it accumulates in: what runs on a CPU.
 
 A chunk of outputs at a time: one gather of all its pairs, a GEMM an offset, one sum a row. Dense chunks, with zeros
-where no neighbour is, would multiply 2 to 4 times as much.
+where no neighbor is, would multiply 2 to 4 times as much.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""A neighbour table made ready for the kernels that multiply over it: tiles of rows, and pairs offset by offset.
+"""A neighbor table made ready for the kernels that multiply over it: tiles of rows, and pairs offset by offset.
 
 A tile of BLOCK_M outputs multiplies at every offset that any of its rows has. So that its loop has no branch and can
 load ahead, what it reads lies in the order of the loop: a list of those offsets and, for each, the rows that its

@@ -1,6 +1,6 @@
 """A feature volume at points, with its spatial gradient as an output.
 
-A point lies between 8 voxel centres. With the fraction f and, per axis, the shares a = (1 - f, f) of the two corners
+A point lies between 8 voxel centers. With the fraction f and, per axis, the shares a = (1 - f, f) of the two corners
 and their slopes b = (-1, 1),
 
     value = sum_ijk az_i ay_j ax_k V_ijk,   d/dx = sum_ijk az_i ay_j bx_k V_ijk,   d/dy, d/dz alike
@@ -22,7 +22,7 @@ def trilinear(volume, points, volume_idx):
 
     Args:
         volume:     [B, Z, Y, X, C] features, at least one voxel.
-        points:     [R, S, 3] finite (x, y, z) in cells: 0 = centre of the first voxel, X - 1 = of the last; fp32 or
+        points:     [R, S, 3] finite (x, y, z) in cells: 0 = center of the first voxel, X - 1 = of the last; fp32 or
                     fp64.
         volume_idx: [R] int32, the volume each ray reads, in [0, B); not checked.
 

@@ -26,11 +26,11 @@ def voxel_pool(features, depths, lidar2image, low, cell, shape, stride, depth_ra
         features:    [B, N, h, w, C] image features of N views; that of row i and column j stands at pixel
                      (j * stride, i * stride), its upper left corner.
         depths:      [B, N, h, w, D] probability of each depth bin; bin k stands at its lower edge.
-        lidar2image: [B, N, 4, 4] LiDAR metres -> (u*d, v*d, d, 1).
-        low, cell:   (x, y, z) metres, LiDAR frame: lower corner of the grid, size of a voxel.
+        lidar2image: [B, N, 4, 4] LiDAR meters -> (u*d, v*d, d, 1).
+        low, cell:   (x, y, z) meters, LiDAR frame: lower corner of the grid, size of a voxel.
         shape:       voxels (X, Y, Z).
         stride:      pixels from one feature to the next.
-        depth_range: (nearest, farthest) metres along the optical axis, cut into D bins.
+        depth_range: (nearest, farthest) meters along the optical axis, cut into D bins.
         truncate:    round a point's place in the grid towards zero, as the original does, instead of down: points up
                      to a voxel below the grid's lower faces then count in the voxels behind them.
 
@@ -79,8 +79,8 @@ def voxel_pool_ref(features, depths, lidar2image, low, cell, shape, stride, dept
 def _geometry(lidar2image, low, cell, depth_range, D):
     """The frusta in fp64: matrices (u*d, v*d, d, 1) -> place in the grid [B, N, 3, 4], depths of the bins [D]."""
     # does not wait for the device to look for errors, as `torch.inverse` does
-    metres = torch.linalg.inv_ex(lidar2image.double()).inverse[..., :3, :]
-    places = [torch.cat([metres[..., i, :3], metres[..., i, 3:] - low[i]], dim=-1) for i in range(3)]
+    meters = torch.linalg.inv_ex(lidar2image.double()).inverse[..., :3, :]
+    places = [torch.cat([meters[..., i, :3], meters[..., i, 3:] - low[i]], dim=-1) for i in range(3)]
     # on a GPU, dividing by a Python number multiplies by its reciprocal, which moves points on cell faces
     places = [place / place.new_full((), size) for place, size in zip(places, cell, strict=True)]
     near, far = depth_range

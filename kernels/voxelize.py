@@ -21,10 +21,10 @@ def voxelize(points, point_counts, low, cell, shape, max_points, max_voxels):
     """Mean of the points in each occupied cell of a grid.
 
     Args:
-        points:       [P, C] fp32, first x, y, z in metres; the samples one after the other. A point that is not finite
+        points:       [P, C] fp32, first x, y, z in meters; the samples one after the other. A point that is not finite
                       lies in no cell.
         point_counts: [B] integers on the CPU, points of each sample.
-        low, cell:    (x, y, z) metres: lower corner of the grid, size of a cell.
+        low, cell:    (x, y, z) meters: lower corner of the grid, size of a cell.
         shape:        cells (Z, Y, X). A point on the lower border is inside, one on the upper border is not.
         max_points:   of a voxel, at least 1; the first ones count, later ones are dropped.
         max_voxels:   of a sample; the first to appear stay.
@@ -113,9 +113,9 @@ def grid_sample(points, point_counts, cell, noise=None):
     """One point of each occupied cell, for segmentation.
 
     Args:
-        points:       [P, C] fp32, first x, y, z in metres, finite; the samples one after the other.
+        points:       [P, C] fp32, first x, y, z in meters, finite; the samples one after the other.
         point_counts: [B] integers on the CPU, points of each sample.
-        cell:         metres, size of a cell on all axes. Cells are multiples of it: floor(point / cell) in float32.
+        cell:         meters, size of a cell on all axes. Cells are multiples of it: floor(point / cell) in float32.
         noise:        [P] uniform in [0, 1): the point of a cell with the smallest one is taken. None: the first.
 
     Returns:

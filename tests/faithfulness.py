@@ -34,7 +34,7 @@ RECORDS = {
     "sample_rays_default": "choice of rays and their targets",
     "render_collider": "where rays enter and leave the volume",
     "render_samplers": "stratified and importance samples",
-    "render_sdf_field": "distance, its gradient, colour; all gradients",
+    "render_sdf_field": "distance, its gradient, color; all gradients",
     "render_neus_eval": "NeuS: renderings, losses, all gradients",
     "render_volsdf_eval": "VolSDF: the same",
     "render_unisurf_sampler": "UniSurf's samples",

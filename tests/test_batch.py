@@ -11,7 +11,7 @@ from unipad.data.loader import held_out_batches, step_batches
 from unipad.data.nuscenes import BadFrame, Sample, collate
 
 
-def sample(token, points=3, boxes=2, size=(40, 33), labelled=True):
+def sample(token, points=3, boxes=2, size=(40, 33), labeled=True):
     """A sample whose every value is `token`, a number."""
     views = len(CAMERAS)
     return Sample(
@@ -19,7 +19,7 @@ def sample(token, points=3, boxes=2, size=(40, 33), labelled=True):
         lidar2image=np.full((views, 4, 4), token, np.float32),
         lidar2camera=np.full((views, 4, 4), token, np.float32),
         points=np.full((points, 5), token, np.float32),
-        point_labels=np.full(points, token, np.uint8) if labelled else None,
+        point_labels=np.full(points, token, np.uint8) if labeled else None,
         boxes=np.full((boxes, 9), token, np.float32),
         labels=np.full(boxes, token, np.int64),
         token=str(token),
@@ -75,7 +75,7 @@ def test_ragged_fields_are_concatenated_with_counts():
 
 
 def test_samples_without_point_labels():
-    batch = collate([sample(1, labelled=False)])
+    batch = collate([sample(1, labeled=False)])
     assert batch.point_labels is None
     assert batch.to("cpu").point_labels is None
 

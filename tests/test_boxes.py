@@ -17,7 +17,7 @@ from unipad.model.boxes import (
     footprint,
 )
 
-# One box that heads 30 degrees left of x, and its right and rear neighbours' yaws
+# One box that heads 30 degrees left of x, and its right and rear neighbors' yaws
 BOX = torch.tensor([[1.0, 2.0, 3.0, 2.0, 4.0, 1.5, math.pi / 6, 5.0, -6.0]], dtype=torch.float64)
 
 
@@ -28,8 +28,8 @@ def random_boxes(n):
     return boxes
 
 
-def at_centre(boxes):
-    """Recorded boxes whose z is the centre's, as the coders have them, as ours."""
+def at_center(boxes):
+    """Recorded boxes whose z is the center's, as the coders have them, as ours."""
     ours = boxes_from_original(boxes)
     ours[..., 2] -= ours[..., 5] / 2
     return ours
@@ -63,10 +63,10 @@ def test_there_and_back():
 
 def test_codes_are_the_originals():
     arrays, _ = load("det_box_utils")
-    boxes = at_centre(arrays["in/boxes"])
+    boxes = at_center(arrays["in/boxes"])
     assert_close_to_max(encode_boxes(boxes), arrays["out/normalized"], 1e-6)
     decoded = decode_boxes(arrays["out/normalized"])
-    turned = (decoded - at_centre(arrays["out/denormalized"]))[:, 6]
+    turned = (decoded - at_center(arrays["out/denormalized"]))[:, 6]
     assert torch.allclose(turned.cos(), torch.ones(40))
     assert_close_to_max(decoded[:, [0, 1, 2, 3, 4, 5, 7, 8]], boxes[:, [0, 1, 2, 3, 4, 5, 7, 8]], 1e-6)
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from tests.golden import assert_close_to_max, load, weights
-from unipad.config import Camera
+from unipad.config import CameraConfig
 from unipad.model.camera import FPN, MEAN, STD, Block, CameraEncoder, ConvNeXt, draw_mask
 from unipad.recipes import PRETRAIN
 
 DEPTHS, WIDTHS = (1, 2, 3, 1), (8, 16, 32, 64)  # of the records
-SMALL = Camera(
+SMALL = CameraConfig(
     depths=(1, 1, 2, 1), widths=(4, 8, 16, 32), drop_path=0.0, frozen_stages=0, channels=8, fpn_levels=4, depth_bins=5
 )
 
@@ -108,7 +108,7 @@ def test_depth_reads_the_projected_features():
     torch.testing.assert_close(depth, (feature @ weight.T + bias).softmax(-1))
 
 
-def test_padding_is_zero_after_normalisation():
+def test_padding_is_zero_after_normalization():
     images, sizes = make_images()
     images[0, 0, :, 0, 0] = torch.tensor([1.0, 0.5, 0.0])
     out = make_encoder().normalize(images, sizes)

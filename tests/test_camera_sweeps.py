@@ -41,7 +41,7 @@ from unipad.recipes import DETECT, PRETRAIN
 REPO = Path(__file__).parent.parent
 VERSION, SIZE, KEYFRAMES = "v1.0-mini", (64, 96), 3
 THREE = Data(camera_sweeps=3)
-TINY_CAMERA = config.Camera(
+TINY_CAMERA = config.CameraConfig(
     depths=(1, 1, 1, 1), widths=(4, 8, 16, 32), channels=8, drop_path=0.0, frozen_stages=0, depth_bins=16
 )
 GRID = config.Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(5.4, 6.0, 1.6))
@@ -140,7 +140,7 @@ def test_what_stands_still_is_where_each_image_shows_it(city):
                 errors.append(np.abs(depth[(v / d)[seen].astype(int), (u / d)[seen].astype(int)] / d[seen] - 1))
         right, keyframes = np.concatenate(right), np.concatenate(keyframes)
         assert len(right) > 200 and np.median(right) < 0.005
-        assert frame == 0 or np.median(keyframes) > 0.01  # the car has gone on by a metre or so
+        assert frame == 0 or np.median(keyframes) > 0.01  # the car has gone on by a meter or so
 
 
 def test_a_batch_holds_the_keyframe_of_one_frame_unchanged(city):
@@ -241,7 +241,7 @@ def test_frames_are_fused_as_the_formula_says():
 
 
 def several(batch, frames, shift=0.5):
-    """A batch of two-camera frames: the keyframe's, and the same images taken `shift` metres a frame further back."""
+    """A batch of two-camera frames: the keyframe's, and the same images taken `shift` meters a frame further back."""
     moved = [batch.lidar2camera.clone() for _ in range(frames)]
     for w, matrix in enumerate(moved):
         matrix[:, :, 2, 3] += shift * w * torch.tensor([1.0, -1.0])
@@ -374,7 +374,7 @@ def test_a_camera_of_several_frames_starts_fusion():
         recipe = PRETRAIN[modality]["tiny"]
         frames = 3 if modality == "camera" else 1
         recipe = replace(recipe, data=replace(recipe.data, camera_sweeps=frames))
-        saved[modality] = {"model": Pretrain(recipe).state_dict(), "config": {"recipe": convert.as_plain(recipe)}}
+        saved[modality] = {"model": Pretrain(recipe).state_dict(), "config": {"recipe": convert.to_dict(recipe)}}
     merged, _ = convert.merge(saved["camera"], saved["lidar"])
     recipe = from_plain(PretrainRecipe, merged["config"]["recipe"])
     assert recipe.data.camera_sweeps == 3

@@ -17,7 +17,7 @@ from unipad.config import Augment, DetectRecipe, Paste, from_plain, recipe_kind
 from unipad.errors import UserError
 from unipad.model.pretrain import Pretrain
 from unipad.recipes import DETECT, PRETRAIN, SEGMENT
-from unipad.runtime import RunFolder, World, as_plain
+from unipad.runtime import RunFolder, World, to_dict
 
 PAGE = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
 EVERY = [(modality, name) for modality, presets in PRETRAIN.items() for name in presets]
@@ -55,14 +55,14 @@ def test_help_has_words_for_every_flag(script, capsys):
 
 @pytest.mark.parametrize("recipe", [PRETRAIN["lidar"]["segment"], PRETRAIN["lidar"]["tiny"], SEGMENT["lidar"]["tiny"]])
 def test_a_recipe_knows_its_kind_and_its_lidar_s(recipe):
-    plain = as_plain(recipe)
+    plain = to_dict(recipe)
     assert from_plain(recipe_kind(plain), plain) == recipe
 
 
 @pytest.mark.parametrize("paste", [None, Paste(counts=(1,) * 10)])
 def test_a_recipe_comes_back_from_what_a_checkpoint_keeps(paste):
     recipe = DetectRecipe(augment=Augment(translation=(0.5, 0.5, 0.0)), balanced=True, paste=paste)
-    assert from_plain(DetectRecipe, as_plain(recipe)) == recipe
+    assert from_plain(DetectRecipe, to_dict(recipe)) == recipe
 
 
 def test_the_final_camera_has_the_parameters_of_the_original():
@@ -74,8 +74,8 @@ def test_the_final_camera_has_the_parameters_of_the_original():
 def test_a_run_from_before_a_setting_existed_goes_on(tmp_path):
     """What the run did not know had its default; under another value it is refused, as any other setting is."""
     args, recipe = train.Args(out=tmp_path / "run", resume="auto"), PRETRAIN["camera"]["tiny"]
-    config = {"args": as_plain(args), "recipe": as_plain(recipe), "steps": 8}
-    old = {"args": as_plain(args), "recipe": as_plain(recipe), "steps": 8}
+    config = {"args": to_dict(args), "recipe": to_dict(recipe), "steps": 8}
+    old = {"args": to_dict(args), "recipe": to_dict(recipe), "steps": 8}
     del old["recipe"]["camera"]["truncate"], old["recipe"]["optim"]["encoder_lr"], old["args"]["precision"]
     (args.out / "checkpoints").mkdir(parents=True)
     write_checkpoint({"step": 3, "config": old}, args.out / "checkpoints" / "last.pt")

@@ -20,7 +20,7 @@ from unipad.model.pretrain import Pretrain
 from unipad.model.segment import Segmenter
 from unipad.names import from_original, our_name, to_original
 from unipad.recipes import DETECT, PRETRAIN, SEGMENT
-from unipad.runtime import as_plain
+from unipad.runtime import to_dict
 
 # Config -> key -> (shape, dtype) of every released config; a name instead where another one has the same
 RELEASED = json.loads(lzma.decompress((FOLDER / "state_dicts.json.xz").read_bytes()))
@@ -105,7 +105,7 @@ def test_pooling_of_the_original_comes_with_its_truncation():
     assert recipe.camera.truncate and not PRETRAIN["camera"]["camera-0.075"].camera.truncate
 
 
-def test_a_larger_convnext_is_recognised():
+def test_a_larger_convnext_is_recognized():
     state = released("uvtr_cam_vs0.1_pretrain")
     wider = {k: torch.zeros(_wider(k, v.shape)) if k.startswith("img_backbone") else v for k, v in state.items()}
     for i, width in enumerate(CONVNEXT["base"][1][1:]):
@@ -325,7 +325,7 @@ def test_a_file_is_not_written_over_itself(tmp_path):
 
 def test_only_encoders_over_the_same_grid_are_merged(tmp_path):
     full, _ = convert_unipad(released("uvtr_lidar_vs0.075_pretrain"))
-    tiny = {"model": {}, "config": {"recipe": convert.as_plain(PRETRAIN["camera"]["tiny"])}}
+    tiny = {"model": {}, "config": {"recipe": convert.to_dict(PRETRAIN["camera"]["tiny"])}}
     with pytest.raises(UserError, match="the same grid"):
         convert.merge(tiny, full)
     with pytest.raises(UserError, match="camera's encoder first"):
@@ -348,12 +348,12 @@ def test_command_lines_mean_what_the_docstring_says(line, args):
 def test_a_u_net_goes_to_the_original_s_keys_without_its_head():
     """There is none of segmentation there; and no volume of a U-Net to fuse a camera's with."""
     recipe = SEGMENT["lidar"]["tiny"]
-    saved = {"model": Segmenter(recipe).state_dict(), "config": {"recipe": as_plain(recipe)}}
+    saved = {"model": Segmenter(recipe).state_dict(), "config": {"recipe": to_dict(recipe)}}
     theirs, report = convert_ours(saved, spconv=2)
     assert not report.faults and "head.weight" in str(report)
     back, unknown = from_original(theirs["state_dict"])
     assert not unknown and back.keys() == {name for name in saved["model"] if name.startswith("encoder.")}
     assert all(torch.equal(back[name], saved["model"][name]) for name in back)
-    camera = {"model": {}, "config": {"recipe": as_plain(DETECT["camera"]["tiny"])}}
+    camera = {"model": {}, "config": {"recipe": to_dict(DETECT["camera"]["tiny"])}}
     with pytest.raises(UserError, match="a LiDAR's second"):
         convert.merge(camera, saved)

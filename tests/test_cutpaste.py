@@ -139,7 +139,7 @@ def cube(x, y, z=0.0, size=2.0):
 
 
 def test_rectangles_by_hand():
-    """Edges of cubes of 2 m whose near sides are 10, 5 and 20 m away: 50 / 10 pixels a metre on either side, ..."""
+    """Edges of cubes of 2 m whose near sides are 10, 5 and 20 m away: 50 / 10 pixels a meter on either side, ..."""
     boxes = np.stack([cube(0, 11), cube(-4, 6), cube(0, -9), cube(0, 0.5), cube(0, 21), cube(90, 11)])
     rows, places = seen_rectangles(boxes, AHEAD, (64, 64))
     assert rows.tolist() == [4, 0, 1]  # not those behind the camera, around it and beside the image
@@ -148,8 +148,8 @@ def test_rectangles_by_hand():
 
 
 def test_pictures_are_laid_far_ones_first(tmp_path):
-    """Far red, then the sample's own blue, then near green, on grey."""
-    colours = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 200, 30)}
+    """Far red, then the sample's own blue, then near green, on gray."""
+    colors = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 200, 30)}
     boxes = {"red": cube(2.5, 21), "blue": cube(0.5, 13), "green": cube(-0.4, 8)}
 
     def seen(name, images):
@@ -164,8 +164,8 @@ def test_pictures_are_laid_far_ones_first(tmp_path):
             token=name,
         )
 
-    grey = np.full((64, 64, 3), 128, np.uint8)
-    filled = {name: np.full((64, 64, 3), colour, np.uint8) for name, colour in colours.items()}
+    gray = np.full((64, 64, 3), 128, np.uint8)
+    filled = {name: np.full((64, 64, 3), color, np.uint8) for name, color in colors.items()}
     made = {"boxes": [], "labels": [], "points": [], "pictures": []}
     with open(tmp_path / "objects.bin", "wb") as file:
         for k, name in enumerate(("green", "red")):
@@ -180,15 +180,15 @@ def test_pictures_are_laid_far_ones_first(tmp_path):
                 file.write(jpeg)
     objects = Objects((3,), file=tmp_path / "objects.bin", **{name: np.array(rows) for name, rows in made.items()})
 
-    image = grey.copy()
+    image = gray.copy()
     expected = {}
     for view, order in enumerate((("red", "blue", "green"), ("blue", "green"))):
-        expected[view] = grey.copy()
+        expected[view] = gray.copy()
         for name in order:
             _, ((left, top, right, bottom),) = seen_rectangles(boxes[name][None], AHEAD, (64, 64))
-            expected[view][top:bottom, left:right] = colours[name]
+            expected[view][top:bottom, left:right] = colors[name]
             if name == "blue":
-                image[top:bottom, left:right] = colours[name]
+                image[top:bottom, left:right] = colors[name]
     scene = seen("blue", [image, image])
     after = objects.pasted(scene, np.random.default_rng(0))
     assert len(after.boxes) == 3 and len(after.points) == 15

@@ -7,7 +7,7 @@ from kernels.voxel_pool import voxel_pool
 from tests.check import DivideLikeGpu
 from tests.golden import assert_close_to_max, load, weights
 from tests.test_rays import make_batch
-from unipad.config import Camera
+from unipad.config import CameraConfig
 from unipad.model.depth import ASPP, ComplexDepth, depth_head, depth_loss, depth_targets
 
 
@@ -68,10 +68,10 @@ def test_evaluation_drops_nothing():
 
 def test_an_unknown_head_is_refused():
     with pytest.raises(ValueError, match="choose simple or complex"):
-        depth_head(Camera(depth="deep"))
+        depth_head(CameraConfig(depth="deep"))
 
 
-RECORDED = Camera(depth_range=(1.0, 61.0), depth_weight=3.0)
+RECORDED = CameraConfig(depth_range=(1.0, 61.0), depth_weight=3.0)
 
 
 def recorded():
@@ -146,7 +146,7 @@ def test_targets_by_hand():
 def test_loss_by_hand():
     """Two features with a point, in bin 0: -ln(1/2) - ln(1 - 1/4) - ln(1 - 1/4) and -ln(1/4) - ln(1/2) - ln(3/4)."""
     batch = make_batch([[[0.0, 6.0, 2.0], [-1.6, 6.0, 2.0]]], views=1)
-    cfg = Camera(depth_range=(4.0, 16.0), depth_weight=2.0)
+    cfg = CameraConfig(depth_range=(4.0, 16.0), depth_weight=2.0)
     depths = torch.full((1, 1, 2, 4, 3), torch.nan)
     depths[0, 0, 1, 2] = torch.tensor([0.5, 0.25, 0.25])
     depths[0, 0, 1, 1] = torch.tensor([0.25, 0.5, 0.25])
@@ -160,7 +160,7 @@ def test_loss_without_a_point_is_zero_and_certainty_is_finite():
     depths = torch.zeros(1, 1, 2, 4, 3)
     depths[..., 2] = 1.0
     depths.requires_grad_()
-    cfg = Camera(depth_range=(4.0, 16.0), depth_weight=1.0)
+    cfg = CameraConfig(depth_range=(4.0, 16.0), depth_weight=1.0)
     assert depth_loss([depths], make_batch([[]], views=1), cfg) == 0
     wrong = depth_loss([depths], make_batch([[[0.0, 6.0, 2.0]]], views=1), cfg)
     (grad,) = torch.autograd.grad(wrong, depths)

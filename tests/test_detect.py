@@ -72,7 +72,7 @@ def test_plain_head_is_the_original():
     features = [arrays[f"in/feat_{i}"].requires_grad_() for i in range(2)]
     depths = [arrays[f"in/depth_{i}"].requires_grad_() for i in range(2)]
     height, width = arrays["in/img_shape"][0, 0, :2].tolist()
-    lift = GatherLift(GRID, config.Camera(channels=32, depth_bins=16))
+    lift = GatherLift(GRID, config.CameraConfig(channels=32, depth_bins=16))
     volume = lift(
         [f.permute(0, 1, 3, 4, 2) for f in features],
         [d.unflatten(0, (2, 6)).permute(0, 1, 3, 4, 2) for d in depths],
@@ -149,8 +149,8 @@ def test_denoising_head_is_the_original():
 def test_assignment_is_the_originals(weights, name):
     arrays, _ = load("det_box_utils")
     cfg = dataclasses.replace(RECORDED, code_weights=weights)
-    boxes = boxes_from_original(arrays["in/assign_gt_boxes_gravity_centre"])
-    boxes[:, 2] -= boxes[:, 5] / 2  # z is the centre's already
+    boxes = boxes_from_original(arrays["in/assign_gt_boxes_gravity_center"])
+    boxes[:, 2] -= boxes[:, 5] / 2  # z is the center's already
     logits, codes = arrays["in/coder_cls"][-1:, :1], arrays["in/coder_box"][-1:, :1]
     truth = boxes, arrays["in/assign_gt_labels"], [7]
     expected = arrays[f"out/assign_{name}_cls_cost"] + arrays[f"out/assign_{name}_reg_cost"]
@@ -173,7 +173,7 @@ def test_assignment_is_the_originals(weights, name):
 def test_detections_are_the_originals(name, least, nms):
     arrays, _ = load("det_box_utils")
     denoising = name.startswith("nmsfreeiou")
-    cfg = dataclasses.replace(RECORDED, denoising=denoising, kept=80, least_score=least, nms=nms)
+    cfg = dataclasses.replace(RECORDED, denoising=denoising, kept=80, min_score=least, nms=nms)
     found = Predictions(arrays["in/coder_cls"], arrays["in/coder_box"], arrays["in/coder_iou"][..., 0])
     found = found if denoising else dataclasses.replace(found, iou=None)
     for b, result in enumerate(detections(cfg, found)):
@@ -368,7 +368,7 @@ def test_half_precision_changes_the_volume_only():
 
 
 def test_only_chosen_classes_are_suppressed_and_only_places_in_range_stay():
-    """Twins of class 0 and of class 5, each also a metre beside; the last box is beyond the range."""
+    """Twins of class 0 and of class 5, each also a meter beside; the last box is beyond the range."""
     boxes = torch.zeros(1, 1, 5, 9)
     boxes[..., 3:6] = 4.0
     boxes[..., [1, 3], 0] = 1.0
@@ -379,7 +379,7 @@ def test_only_chosen_classes_are_suppressed_and_only_places_in_range_stay():
     (found,) = detections(dataclasses.replace(SMALL, kept=5), Predictions(logits, encode_boxes(boxes), None))
     assert found.labels.tolist() == [0, 5, 0] and found.boxes[:, 0].tolist() == [0, 1, 1]
     assert found.scores.tolist() == torch.tensor([3.0, 2.5, 2.0]).sigmoid().tolist()
-    (none,) = detections(dataclasses.replace(SMALL, least_score=0.99), Predictions(logits, encode_boxes(boxes), None))
+    (none,) = detections(dataclasses.replace(SMALL, min_score=0.99), Predictions(logits, encode_boxes(boxes), None))
     assert none.boxes.shape == (0, 9)
 
 
@@ -389,14 +389,14 @@ def test_a_head_learns_to_find_boxes():
     head, (boxes, _, counts) = Head(cfg, GRID, 16), some_boxes([3, 2])
     labels = torch.tensor([4, 7, 8, 2, 7])
     volume = torch.randn(2, 16, 3, 6, 6)
-    optimiser = torch.optim.AdamW(head.parameters(), 3e-3)
+    optimizer = torch.optim.AdamW(head.parameters(), 3e-3)
     history = []
     for step in range(150):
         losses = head.losses(volume, boxes, labels, counts, seeded(step, 1000 + step))
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         sum(losses.values()).backward()
         torch.nn.utils.clip_grad_norm_(head.parameters(), 35.0)
-        optimiser.step()
+        optimizer.step()
         history.append({name: value.item() for name, value in losses.items()})
     for name in ("class", "box"):
         assert history[-1][name] < history[0][name] / 4, name
@@ -412,7 +412,7 @@ def test_detector_joins_encoder_and_head():
     """On points alone; in training and in evaluation nothing is hidden."""
     recipe = config.DetectRecipe(
         grid=GRID,
-        lidar=config.Lidar(
+        lidar=config.LidarConfig(
             cell=tuple(c / 2 for c in GRID.cell),
             widths=(4, 4),
             blocks=1,

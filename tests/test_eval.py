@@ -24,12 +24,12 @@ from unipad.draw.mesh import distances, surface, write_ply
 from unipad.draw.views import write_film
 from unipad.errors import UserError
 from unipad.evaluate.detection import detect_all, evaluate_detections
-from unipad.evaluate.submission import MOST, table, write_submission
+from unipad.evaluate.submission import MAX_BOXES, table, write_submission
 from unipad.model.boxes import decode_boxes, encode_boxes
 from unipad.model.detect import Detections, Detector
 from unipad.model.pretrain import Pretrain
 from unipad.recipes import DETECT, PRETRAIN
-from unipad.runtime import World, as_plain
+from unipad.runtime import World, to_dict
 
 ALONE = World(0, 1, torch.device("cpu"))
 RECIPE = DETECT["lidar"]["tiny"]
@@ -135,7 +135,7 @@ def test_a_submission_by_hand(city, tmp_path):
         "attribute_name": "vehicle.parked",
     }
     scores = [r["detection_score"] for r in written["results"][second]]
-    assert len(scores) == MOST and min(scores) == pytest.approx(100 / 600)
+    assert len(scores) == MAX_BOXES and min(scores) == pytest.approx(100 / 600)
     assert written["results"][third] == []
 
 
@@ -143,7 +143,7 @@ def save_run(folder, model, root, recipe=None):
     """A run's folder as the training scripts leave it, as far as evaluation reads it; root None: as `convert` does."""
     (folder / "checkpoints").mkdir(parents=True)
     args = {"data_root": str(root), "version": "v1.0-mini"} if root else {}
-    config = {"args": args, "recipe": as_plain(recipe or model.recipe), "steps": 1}
+    config = {"args": args, "recipe": to_dict(recipe or model.recipe), "steps": 1}
     write_checkpoint({"model": model.state_dict(), "config": config, "step": 1}, folder / "checkpoints" / "last.pt")
     return folder
 
@@ -273,7 +273,7 @@ def test_a_ball_is_meshed_with_its_outside_out(tmp_path):
     assert [len(part) for part in surface(np.ones((3, 3, 3)), low, cell)] == [0, 0]
 
 
-def test_distances_are_the_fields_in_metres():
+def test_distances_are_the_fields_in_meters():
     recipe = PRETRAIN["camera"]["tiny"]
     model, grid = Pretrain(recipe).eval(), recipe.grid
     X, Y, Z = grid.shape

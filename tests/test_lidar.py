@@ -21,7 +21,7 @@ from unipad.model.norm import SyncedBatchNorm
 from unipad.model.sparse import SparseConv3d, SparseTensor, SubMConv3d, VoxelSet
 
 GRID = config.Grid(low=(-8.0, -4.0, -2.0), high=(8.0, 4.0, 4.0), cell=(1.0, 1.0, 2.0))  # 16 x 8 x 3
-TINY = config.Lidar(
+TINY = config.LidarConfig(
     cell=(0.25, 0.25, 0.5), widths=(4, 8, 8), blocks=1, sparse_channels=8, mask_block=4,
     neck_widths=(8, 12), neck_strides=(1, 2), neck_layers=1, channels=6,
 )  # fmt: skip
@@ -92,7 +92,7 @@ def test_paper_size():
     """The grid, the blocks of the mask and the parameters of uvtr_lidar_vs0.075_pretrain."""
     grid = config.Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(0.6, 0.6, 1.6))
     with torch.device("meta"):
-        encoder = LidarEncoder(config.Lidar(), grid)
+        encoder = LidarEncoder(config.LidarConfig(), grid)
     assert encoder.cells == (40, 1440, 1440) and encoder.mask_shape == (5, 180, 180)
     assert sum(p.numel() for p in encoder.parameters()) == 22_629_840
 

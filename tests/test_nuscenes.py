@@ -109,7 +109,7 @@ def test_points_counted_by_the_tables_lie_in_the_boxes(nusc, dataset):
         assert inside >= 0.9 * annotation["num_lidar_pts"]
 
 
-def test_box_centres_project_as_in_the_devkit(nusc, dataset):
+def test_box_centers_project_as_in_the_devkit(nusc, dataset):
     """Through lidar2image, against the devkit's boxes in each camera's frame."""
     seen = 0
     for i in range(len(dataset)):
@@ -120,11 +120,11 @@ def test_box_centres_project_as_in_the_devkit(nusc, dataset):
             _, truth, intrinsic = nusc.get_sample_data(camera_token, box_vis_level=BoxVisibility.ANY)
             for box in truth:
                 if box.token in tokens and box.center[2] > 1:
-                    centre = sample.boxes[tokens.index(box.token)][None, :3]
-                    pixel, depth = project(sample.lidar2image[view], centre)
+                    center = sample.boxes[tokens.index(box.token)][None, :3]
+                    pixel, depth = project(sample.lidar2image[view], center)
                     np.testing.assert_allclose(depth, box.center[2], atol=1e-3)
                     np.testing.assert_allclose(pixel, view_points(box.center[:, None], intrinsic, True)[:2], atol=0.05)
-                    camera_frame = sample.lidar2camera[view] @ [*centre[0], 1]
+                    camera_frame = sample.lidar2camera[view] @ [*center[0], 1]
                     np.testing.assert_allclose(camera_frame[:3], box.center, atol=1e-3)
                     seen += 1
     assert seen > 10

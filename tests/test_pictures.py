@@ -12,8 +12,8 @@ from unipad.config import Data
 from unipad.data.loader import held_out_batches
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.tables import CLASSES
-from unipad.draw.boxes import COLOURS, _edges, detection_views
-from unipad.draw.segments import COLOURS as SEGMENT_COLOURS
+from unipad.draw.boxes import COLORS, _edges, detection_views
+from unipad.draw.segments import COLORS as SEGMENT_COLORS
 from unipad.draw.segments import segment_views
 from unipad.draw.views import _onto_views
 from unipad.evaluate.rendering import _depth_sums
@@ -28,7 +28,7 @@ def test_depth_sums_by_hand():
     assert (abs_rel, squared, close, count) == pytest.approx((0.5, 4.0, 1, 2))
 
 
-def test_points_have_the_colours_of_their_classes():
+def test_points_have_the_colors_of_their_classes():
     """A wall of cars to the right, a wall of buses to the left, found as trucks; the last point has no label."""
     points = torch.zeros(201, 5)
     points[:, 0], points[:, 1] = 20.0, torch.arange(201) * 0.1 - 10
@@ -41,7 +41,7 @@ def test_points_have_the_colours_of_their_classes():
     picture = segment_views(batch, found)
     true, judged = np.split(picture[: 2 * (len(picture) * 47 // 100)], 2)  # the legend is below
     for number, part, left in ((4, true, False), (3, true, True), (10, judged, True)):
-        near = np.abs(part.astype(int) - 255 * SEGMENT_COLOURS[number]).max(axis=-1) < 3
+        near = np.abs(part.astype(int) - 255 * SEGMENT_COLORS[number]).max(axis=-1) < 3
         columns = np.flatnonzero(near.any(axis=0))
         assert near.sum() > 50 and (columns < picture.shape[1] / 2).all() == left, number
     batch.point_labels = None
@@ -76,7 +76,7 @@ def test_edges_end_before_the_camera_that_a_box_surrounds():
 
 @pytest.mark.parametrize("cameras", [True, False], ids=["cameras", "LiDAR alone"])
 def test_boxes_are_drawn_where_objects_are(cameras, city):
-    """Truth in white and nothing else; what is found in its class's colour, unless it is too unsure."""
+    """Truth in white and nothing else; what is found in its class's color, unless it is too unsure."""
     dataset = NuScenesDataset(city, "v1.0-mini", "mini_val", Data(cameras=cameras))
     _, batch = next(held_out_batches(dataset, 1))
     scores = torch.full((len(batch.boxes),), 0.2)
@@ -85,9 +85,9 @@ def test_boxes_are_drawn_where_objects_are(cameras, city):
     assert picture.dtype == np.uint8 and picture.shape == bolder.shape
     assert picture.shape[1] > (2000 if cameras else 600)
     names = {CLASSES[label] for label in batch.labels.tolist()}
-    for name, colour in zip(CLASSES, COLOURS, strict=True):
-        drawn = (abs(bolder.astype(int) - np.round(255 * np.array(colour))) < 8).all(axis=2)[100:].sum()  # no legend
-        was = (abs(picture.astype(int) - np.round(255 * np.array(colour))) < 8).all(axis=2)[100:].sum()
+    for name, color in zip(CLASSES, COLORS, strict=True):
+        drawn = (abs(bolder.astype(int) - np.round(255 * np.array(color))) < 8).all(axis=2)[100:].sum()  # no legend
+        was = (abs(picture.astype(int) - np.round(255 * np.array(color))) < 8).all(axis=2)[100:].sum()
         assert (drawn > was + 5) == (name in names), name
 
 

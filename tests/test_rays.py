@@ -16,7 +16,7 @@ FOCAL = 10.0  # pixels
 def make_batch(point_lists, views=2, size=(16, 32), unpadded=(12, 30)):
     """View 0 looks along +y from (0, 1, 2), view 1 along -y from there; principal point (16, 8), focal length 10.
 
-    Pixel (i, j) of every view has the colour (j / 32, i / 16, view).
+    Pixel (i, j) of every view has the color (j / 32, i / 16, view).
     """
     intrinsics = torch.tensor([[FOCAL, 0, 16, 0], [0, FOCAL, 8, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
     forward = torch.tensor([[1.0, 0, 0, 0], [0, 0, -1, 2], [0, 1, 0, -1], [0, 0, 0, 1]])
@@ -113,7 +113,7 @@ def test_depth_is_the_distance_along_the_ray():
         ((28.75, 10.75), 1.0, True),
         ((1.0, 11.0), 1.0, False),  # height 12
         ((1.0, 1.0), -1.0, False),  # behind the camera
-        ((16.0, 8.0), 0.0, False),  # in its centre
+        ((16.0, 8.0), 0.0, False),  # in its center
     ],
 )
 def test_only_points_strictly_inside_the_unpadded_image_are_visible(pixel, depth, visible):

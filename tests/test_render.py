@@ -28,7 +28,7 @@ FEW = Render(samples=12, importance=6, channels=8, truncation=1.5, **ALL_LOSSES)
 
 
 def recorded_rays(record, sample=""):
-    """Rays and targets of a record, back in metres."""
+    """Rays and targets of a record, back in meters."""
     unscale = 1 / RECORDED.scale
     names = ("ray_o", "ray_d", "target_depth", "target_rgb") if not sample else ("ray_o", "ray_d", "depth", "rgb")
     origins, directions, depth, rgb = (record[f"in/{name}{sample}"] for name in names)

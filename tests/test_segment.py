@@ -83,13 +83,13 @@ def test_sweeps_help_but_get_no_class(city):
 def test_a_few_steps_learn_one_frame(city):
     batch = collate([NuScenesDataset(city, "v1.0-mini", "mini_train", RECIPE.data)[0]])
     model = Segmenter(SegmentRecipe(grid=RECIPE.grid, lidar=RECIPE.lidar, segment=RECIPE.segment))
-    optimiser = torch.optim.AdamW(model.parameters(), 1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     curve = []
     for _ in range(8):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         with NoFloatCumsum():
             loss = sum(model(batch, None).values())
             loss.backward()
-        optimiser.step()
+        optimizer.step()
         curve.append(loss.item())
     assert curve[-1] < 0.7 * curve[0], curve

@@ -15,7 +15,7 @@ from tests.test_eval import ALONE, evaluate, save_run
 from tests.test_finetune import signals_and_threads  # noqa: F401
 from tests.test_train import checkpoint, curve
 from unipad.data.nuscenes import NuScenesDataset, collate
-from unipad.data.tables import SEGMENTS
+from unipad.data.tables import LIDARSEG_CLASSES
 from unipad.errors import UserError
 from unipad.evaluate.segmentation import (
     evaluate_segmentation,
@@ -39,7 +39,7 @@ def validation(city):
 
 def truth_of(batch):
     """A batch's own labels through the model's last step, as a perfect segmenter would find them; 1 where none is."""
-    hot = torch.nn.functional.one_hot((batch.point_labels.long() - 1).clamp(min=0), len(SEGMENTS))
+    hot = torch.nn.functional.one_hot((batch.point_labels.long() - 1).clamp(min=0), len(LIDARSEG_CLASSES))
     return classes_of(batch, hot)
 
 
@@ -68,9 +68,9 @@ def test_the_truth_through_files_and_devkit_scores_one(perfect, validation):
     folder, metrics = perfect
     assert metrics == {"mIoU": 1, "mAcc": 1, "allAcc": 1}
     summary = json.loads((folder / "segmentation_summary.json").read_text())
-    assert list(summary["iou_per_class"]) == list(SEGMENTS) and set(summary["iou_per_class"].values()) == {1.0}
+    assert list(summary["iou_per_class"]) == list(LIDARSEG_CLASSES) and set(summary["iou_per_class"].values()) == {1.0}
     words = segmentation_table(summary)
-    assert "mIoU: 1.0000" in words and all(name in words for name in SEGMENTS)
+    assert "mIoU: 1.0000" in words and all(name in words for name in LIDARSEG_CLASSES)
     meta = json.loads((folder / "mini_val" / "submission.json").read_text())["meta"]
     assert meta["use_lidar"] and not any(used for name, used in meta.items() if name != "use_lidar")
     sizes = [len(validation[i].points) for i in range(len(validation))]
@@ -161,7 +161,7 @@ def test_looks_are_summed_over_the_same_points(validation):
 
     def by_place(batch):
         x, y = batch.points[:, 0], batch.points[:, 1]
-        return torch.stack([x, y, torch.full_like(x, 1e-4)], dim=1)  # metres; the last wins where x and y are 0
+        return torch.stack([x, y, torch.full_like(x, 1e-4)], dim=1)  # meters; the last wins where x and y are 0
 
     batch = collate([validation[0]])
     (alone,), (together,) = (segment_in_looks(by_place, motions, batch) for motions in (eight[:7], eight))
@@ -236,7 +236,7 @@ def test_the_test_split_gives_a_submission_alone(runs, city, tmp_path, capsys):
     "of, flags, words",
     [
         ("run", {"task": "detect"}, ["--task detect needs a run of finetune.py", "one of finetune.py --task segment"]),
-        ("run", {"least_score": 0.5}, ["--least-score", "finetune.py"]),
+        ("run", {"min_score": 0.5}, ["--min-score", "finetune.py"]),
         ("run", {"masked": False}, ["--masked", "train.py"]),
         ("pre", {"task": "segment"}, ["--task segment needs a run of finetune.py --task segment", "train.py"]),
     ],

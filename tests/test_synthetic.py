@@ -193,7 +193,7 @@ def test_perfect_detector_scores_one(nusc, tmp_path):
     assert min(metrics["mean_dist_aps"].values()) == pytest.approx(1.0, abs=1e-4)
 
 
-def test_perfect_labeller_scores_one_on_all_classes(nusc, tmp_path):
+def test_perfect_labeler_scores_one_on_all_classes(nusc, tmp_path):
     mapper = LidarsegClassMapper(nusc)
     folder = tmp_path / "lidarseg" / "mini_val"
     folder.mkdir(parents=True)

@@ -10,7 +10,7 @@ import torch
 
 from tests.golden import load
 from unipad.batch import CAMERAS
-from unipad.config import Augment, Camera, Data
+from unipad.config import Augment, CameraConfig, Data
 from unipad.data.cutpaste import points_in_boxes
 from unipad.data.nuscenes import NuScenesDataset, collate, has_images
 from unipad.data.transforms import HIDDEN, augmented, distorted, grid_mask, motion, moved
@@ -215,7 +215,7 @@ def test_the_grid_hides_the_same_of_all_images_and_the_encoder_sees_zero(sample)
         shares.append(hidden.mean())
     assert 0.55 < np.mean(np.array(shares) > 0) < 0.8 and 0.1 < np.mean(shares) < 0.25, shares
     assert (white.images[0] == 255).all()
-    encoder = CameraEncoder(Camera(depths=(1,) * 4, widths=(4,) * 4, channels=4, depth_bins=2))
+    encoder = CameraEncoder(CameraConfig(depths=(1,) * 4, widths=(4,) * 4, channels=4, depth_bins=2))
     seen = encoder.normalize(torch.from_numpy(HIDDEN).view(1, 1, 3, 1, 1) / 255, torch.tensor([[[1, 1]]]))
     assert seen.abs().max() < 0.01
 
@@ -256,7 +256,7 @@ PIXEL = (200, 100, 50)
         ("ttttth", [np.array([2, 0, 1])], (50, 200, 100)),
     ],
 )
-def test_colours_by_hand(sample, coins, values, expected):
+def test_colors_by_hand(sample, coins, values, expected):
     if expected == "hue":
         h, s, v = colorsys.rgb_to_hsv(*PIXEL)
         expected = colorsys.hsv_to_rgb(h + 18 / 360, s, v)
@@ -269,10 +269,10 @@ def test_colours_by_hand(sample, coins, values, expected):
         np.testing.assert_allclose(image, np.broadcast_to(expected, image.shape), atol=0.51)
 
 
-def test_every_image_has_colours_of_its_own(city):
+def test_every_image_has_colors_of_its_own(city):
     plain = NuScenesDataset(city, "v1.0-mini", "mini_train", Data(), augment=Augment())
-    colourful = NuScenesDataset(city, "v1.0-mini", "mini_train", Data(), augment=Augment(photometric=True))
-    before, after, again = (d.read(0, np.random.default_rng(1)) for d in (plain, colourful, colourful))
+    colorful = NuScenesDataset(city, "v1.0-mini", "mini_train", Data(), augment=Augment(photometric=True))
+    before, after, again = (d.read(0, np.random.default_rng(1)) for d in (plain, colorful, colorful))
     shifts = [a.mean() - b.mean() for a, b in zip(after.images, before.images, strict=True)]
     assert all(abs(a - b) > 0.1 for a, b in itertools.combinations(shifts, 2))
     np.testing.assert_array_equal(after.images, again.images)

@@ -11,8 +11,8 @@ from tests.test_eval import RECIPE, tiny_detector, truth_of, validation
 from unipad.data.loader import held_out_batches
 from unipad.data.nuscenes import NuScenesDataset, collate
 from unipad.data.transforms import moved_boxes
-from unipad.evaluate.submission import MOST
-from unipad.evaluate.tta import detect_in_looks, looks, merged, moved_batch
+from unipad.evaluate.submission import MAX_BOXES
+from unipad.evaluate.tta import detect_tta, looks, merged, moved_batch
 from unipad.model.detect import Detections
 
 ALL = looks((1.0, 1.06, 0.96), (0.0, 0.3), flips=True)
@@ -52,13 +52,13 @@ def test_mapping_back_is_exact_for_a_detector_that_sees_the_truth(city):
     seen = []
 
     def oracle(moved):
-        """Recognises the look by the points, and returns the truth in its frame."""
+        """Recognizes the look by the points, and returns the truth in its frame."""
         seen.append(next(m for m in ALL if torch.equal(moved_batch(batch, m).points, moved.points)))
         boxes = torch.from_numpy(moved_boxes(batch.boxes.numpy(), seen[-1]))
         return truth_of(replace(moved, boxes=boxes))
 
     apart = truth_of(batch)
-    found = detect_in_looks(oracle, ALL, batch)
+    found = detect_tta(oracle, ALL, batch)
     assert all(a is b for a, b in zip(seen, ALL, strict=True))
     for once, truth in zip(found, apart, strict=True):
         alone = merged([truth])  # some of the truth overlaps: a rider on a parked cycle would go too
@@ -101,13 +101,13 @@ def test_the_better_of_two_looks_stays_and_other_classes_do_not_mind():
     many[:, 3:6] = 1
     scores = torch.arange(600) / 600
     most = merged([Detections(many, scores, torch.zeros(600, dtype=torch.int64))])
-    assert len(most.boxes) == MOST and most.scores[-1] == scores[100]
+    assert len(most.boxes) == MAX_BOXES and most.scores[-1] == scores[100]
 
 
 def test_one_look_straight_on_is_the_detector_itself(city):
     model = tiny_detector().eval()
     _, batch = next(held_out_batches(NuScenesDataset(city, "v1.0-mini", "mini_val", RECIPE.data), 1))
     (plain,) = model.detect(batch)
-    (looked,) = detect_in_looks(model.detect, looks(flips=False), batch)
+    (looked,) = detect_tta(model.detect, looks(flips=False), batch)
     best = merged([plain])
     assert torch.equal(looked.boxes, best.boxes) and torch.equal(looked.scores, best.scores)

@@ -12,7 +12,7 @@ from unipad.model.unet import Unet, UnetEncoder
 from unipad.names import to_original
 
 GRID = config.Grid(low=(-8.0, -8.0, -2.0), high=(8.0, 8.0, 4.0), cell=(1.0, 1.0, 2.0))  # 16 x 16 x 3
-SMALL = config.Unet(cell=0.5, mask_block=2, stem=4, widths=(4, 6, 6, 5), blocks=(1, 1, 1, 1))
+SMALL = config.UnetConfig(cell=0.5, mask_block=2, stem=4, widths=(4, 6, 6, 5), blocks=(1, 1, 1, 1))
 
 
 def cloud(counts=(300, 200)):
@@ -51,7 +51,7 @@ def test_weights_go_back_to_the_original_s_keys():
 def test_paper_size():
     """The U-Net of Pointcept's table, 39.2 M weights with a head of 20 classes, and 16 x 96 biases more or less."""
     with torch.device("meta"):
-        net = UnetEncoder(config.Unet(), config.Grid((-54.0, -54.0, -5.0), (54.0, 54.0, 3.0), (0.6, 0.6, 1.6)))
+        net = UnetEncoder(config.UnetConfig(), config.Grid((-54.0, -54.0, -5.0), (54.0, 54.0, 3.0), (0.6, 0.6, 1.6)))
     assert net.mask_shape == (10, 135, 135)
     assert sum(p.numel() for p in net.parameters()) == pytest.approx(39.2e6, rel=2e-3)
 

@@ -17,7 +17,7 @@ def test_gather_lift_reproduces_the_original():
     arrays, _ = golden.load("view_trans_2lvl")
     features = [arrays[f"in/feat_{l}"].permute(0, 1, 3, 4, 2) for l in range(2)]
     depths = [arrays[f"in/depth_{l}"].unflatten(0, (2, 6)).permute(0, 1, 3, 4, 2) for l in range(2)]
-    volume = GatherLift(GRID, config.Camera())(features, depths, arrays["in/lidar2img"][:, :, 0], (256, 448))
+    volume = GatherLift(GRID, config.CameraConfig())(features, depths, arrays["in/lidar2img"][:, :, 0], (256, 448))
     golden.assert_close_to_max(volume, arrays["out/volume"], 1e-5)
     assert volume.is_contiguous(memory_format=torch.channels_last_3d)
 
@@ -26,7 +26,7 @@ def test_voxel_pool_lift_reproduces_the_original():
     arrays, _ = golden.load("voxel_pool_depth")
     feature = arrays["in/feat"].permute(0, 1, 3, 4, 2)
     depth = arrays["in/depth"].unflatten(0, (2, 6)).permute(0, 1, 3, 4, 2)
-    camera = config.Camera(fpn_levels=1, depth_range=(1.0, 61.0), truncate=True)
+    camera = config.CameraConfig(fpn_levels=1, depth_range=(1.0, 61.0), truncate=True)
     volume = VoxelPoolLift(GRID, camera)([feature], [depth], arrays["in/lidar2img"][:, :, 0], (256, 448))
     golden.assert_close_to_max(volume, arrays["out/volume"], 1e-5)
     assert volume.is_contiguous(memory_format=torch.channels_last_3d)
@@ -34,9 +34,9 @@ def test_voxel_pool_lift_reproduces_the_original():
 
 def test_voxel_pooling_refuses_several_levels():
     with pytest.raises(AssertionError, match="one level"):
-        view_transform(GRID, config.Camera(view="pool", fpn_levels=4))
+        view_transform(GRID, config.CameraConfig(view="pool", fpn_levels=4))
     with pytest.raises(ValueError, match="choose gather or pool"):
-        view_transform(GRID, config.Camera(view="splat"))
+        view_transform(GRID, config.CameraConfig(view="splat"))
 
 
 def test_the_final_camera_encodes_and_learns_every_parameter():

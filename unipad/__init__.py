@@ -8,7 +8,7 @@ runtime.py     device, processes, random numbers, run folder
 checkpoint.py  checkpoints, and taking weights out of one
 convert.py     weights of UniPAD and of ImageNet to ours, and ours to UniPAD's
 names.py       what they are called there and here
-optimiser.py   AdamW and its schedules
+optimizer.py   AdamW and its schedules
 data/          nuScenes and the synthetic city, read into batches
 model/         encoders, volumes, rays, renderer, detection heads
 evaluate/      how good a model is: PSNR and depth errors, NDS and mAP

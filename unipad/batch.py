@@ -1,6 +1,6 @@
 """The batch: the one interface between data and model.
 
-Frames: LiDAR x right, y forward, z up; camera x right, y down, z forward. Metres, seconds, pixels.
+Frames: LiDAR x right, y forward, z up; camera x right, y down, z forward. Meters, seconds, pixels.
 Ragged fields are concatenated over the samples, with counts beside them.
 """
 
@@ -28,11 +28,11 @@ class Batch:
 
     images: Tensor  # [B, N, 3, H, W] RGB in [0, 1], zero-padded at the right and bottom to a multiple of 32
     image_sizes: Tensor  # [B, N, 2] int64 height, width before padding
-    lidar2image: Tensor  # [B, N, 4, 4] LiDAR metres of the keyframe -> (u*d, v*d, d, 1), pixels of `images`
-    lidar2camera: Tensor  # [B, N, 4, 4] LiDAR metres of the keyframe -> camera metres when the image was taken
-    points: Tensor  # [P, 5] x, y, z metres (LiDAR frame of the keyframe), intensity, time lag seconds
+    lidar2image: Tensor  # [B, N, 4, 4] LiDAR meters of the keyframe -> (u*d, v*d, d, 1), pixels of `images`
+    lidar2camera: Tensor  # [B, N, 4, 4] LiDAR meters of the keyframe -> camera meters when the image was taken
+    points: Tensor  # [P, 5] x, y, z meters (LiDAR frame of the keyframe), intensity, time lag seconds
     point_counts: Tensor  # [B] int64, on the host
-    boxes: Tensor  # [M, 9] x, y, z centre, w, l, h metres, yaw, vx, vy in the LiDAR frame
+    boxes: Tensor  # [M, 9] x, y, z center, w, l, h meters, yaw, vx, vy in the LiDAR frame
     labels: Tensor  # [M] int64 detection class 0-9
     box_counts: Tensor  # [B] int64, on the host
     point_labels: Tensor | None  # [P] uint8 lidarseg class 0-16, 0 is ignore; None where the set has no labels

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Grid:
-    """The feature volume [C, Z, Y, X] in the LiDAR frame; all triples are (x, y, z) in metres."""
+    """The feature volume [C, Z, Y, X] in the LiDAR frame; all triples are (x, y, z) in meters."""
 
     low: tuple[float, float, float] = (-51.2, -51.2, -5.0)
     high: tuple[float, float, float] = (51.2, 51.2, 3.0)
@@ -24,7 +24,7 @@ class Grid:
 
     @property
     def scale(self):
-        """Metres to the renderer's unit: 1 / the largest |coordinate| of the range."""
+        """Meters to the renderer's unit: 1 / the largest |coordinate| of the range."""
         return 1.0 / max(abs(v) for v in (*self.low, *self.high))
 
 
@@ -43,7 +43,7 @@ class Augment:
 
     rotation: float = 0.0  # radians about the vertical axis, at most so much either way
     scale: tuple[float, float] = (1.0, 1.0)  # smallest and largest factor of all lengths
-    translation: tuple[float, float, float] = (0.0, 0.0, 0.0)  # standard deviation of a shift along x, y, z, metres
+    translation: tuple[float, float, float] = (0.0, 0.0, 0.0)  # standard deviation of a shift along x, y, z, meters
     flip_x: float = 0.0  # probability that left and right change places: x changes its sign
     flip_y: float = 0.0  # probability that front and back do: y changes its sign
     shuffle: bool = False  # points in random order: decides which of a voxel count where there are too many
@@ -61,7 +61,7 @@ class Paste:
 
 
 @dataclass(frozen=True)
-class Camera:
+class CameraConfig:
     """Masked ConvNeXt, FPN, depth head and view transform.
 
     gather: every voxel takes what the views see at its corner. Bins run from one end of the depth range to the other.
@@ -76,7 +76,7 @@ class Camera:
     fpn_start: int = 1  # first stage the FPN takes
     fpn_levels: int = 4  # feature levels out; those beyond the stages come from stride-2 convolutions
     channels: int = 128  # of the FPN levels and of the volume
-    depth_range: tuple[float, float] = (0.0, 64.0)  # metres along the optical axis
+    depth_range: tuple[float, float] = (0.0, 64.0)  # meters along the optical axis
     depth_bins: int = 64
     volume_convs: int = 0  # 3 x 3 x 3 convolutions of the volume; pre-training has none
     depth: str = "simple"  # the head: simple (a 1x1 convolution) | complex (residual blocks and ASPP)
@@ -87,13 +87,13 @@ class Camera:
 
 
 @dataclass(frozen=True)
-class Lidar:
+class LidarConfig:
     """Voxels of the point cloud, masked; residual sparse encoder; dense neck over its output.
 
     The encoder halves the resolution between its stages, so `cell` is the grid's cell over 2^(stages - 1).
     """
 
-    cell: tuple[float, float, float] = (0.075, 0.075, 0.2)  # (x, y, z) metres of the encoder's voxels
+    cell: tuple[float, float, float] = (0.075, 0.075, 0.2)  # (x, y, z) meters of the encoder's voxels
     max_points: int = 10  # of a voxel; its feature is their mean
     max_voxels: tuple[int, int] = (120_000, 160_000)  # of a sample, in training and in evaluation
     mask_ratio: float = 0.8  # share of the occupied blocks hidden from the encoder; 0 = no masking
@@ -110,13 +110,13 @@ class Lidar:
 
 
 @dataclass(frozen=True)
-class Unet:
+class UnetConfig:
     """SpUNet: a sparse U-Net over one point of each voxel, with as many stages up as down.
 
     For pre-training the features of its points are gathered in the grid's cells; segmentation takes the points' own.
     """
 
-    cell: float = 0.1  # metres, the voxels' edge
+    cell: float = 0.1  # meters, the voxels' edge
     mask_ratio: float = 0.8  # share of the occupied blocks hidden in pre-training; 0 = no masking
     mask_block: int = 8  # voxels along the edge of a block
     stem: int = 32  # channels of the first convolution, 5 x 5 x 5
@@ -131,7 +131,7 @@ class Unet:
 
 @dataclass(frozen=True)
 class RayChoice:
-    """Which rays are cast in a training step. Radii in metres, in the ground plane of the LiDAR."""
+    """Which rays are cast in a training step. Radii in meters, in the ground plane of the LiDAR."""
 
     strategy: str = "depth"  # depth: LiDAR points first; random: pixels; dilation: every `dilation`-th pixel
     per_view: int = 512
@@ -153,11 +153,11 @@ class Render:
     sdf_layers: int = 6
     rgb_layers: int = 4
     variance: float = 0.3  # initial value; inverse deviation = exp(10 * variance)
-    near: float = 1.0  # metres from the camera where rays start
+    near: float = 1.0  # meters from the camera where rays start
     samples: int = 72  # stratified
     importance: int = 24  # drawn where the surface seems to be
     search: int = 128  # volsdf, unisurf: samples that look for the surface first and are not rendered
-    truncation: float = 0.1  # metres around the LiDAR depth, for the SDF losses
+    truncation: float = 0.1  # meters around the LiDAR depth, for the SDF losses
     depth_weight: float = 10.0
     rgb_weight: float = 10.0
     free_space_weight: float = 0.0
@@ -185,12 +185,12 @@ class Detect:
     iou_weight: float = 0.5
     noise_weight: float = 1.0  # of all losses of noisy ground truth
     noise_groups: int = 10  # copies of it, at most; together not more than there are queries
-    noise_scale: float = 1.0  # largest shift of a centre, in halves of the box's size
+    noise_scale: float = 1.0  # largest shift of a center, in halves of the box's size
     noise_split: float = 0.75  # share of that shift beyond which the copy counts as background
     kept: int = 300  # boxes of a sample, before suppression
-    least_score: float = 0.0
-    centre_low: tuple[float, float, float] = (-61.2, -61.2, -10.0)  # metres; boxes with a centre outside are dropped
-    centre_high: tuple[float, float, float] = (61.2, 61.2, 10.0)
+    min_score: float = 0.0
+    center_low: tuple[float, float, float] = (-61.2, -61.2, -10.0)  # meters; boxes with a center outside are dropped
+    center_high: tuple[float, float, float] = (61.2, 61.2, 10.0)
     iou_in_score: bool = True  # denoising: a box's score is sqrt(p * IoU); False: p alone
     # (class, IoU from above beyond which the worse box goes): barrier, motorcycle, traffic cone
     nms: tuple[tuple[int, float], ...] = ((5, 0.2), (6, 0.2), (9, 0.2))
@@ -224,7 +224,7 @@ class Optim:
     warmup_steps: int = 500  # cosine
     rise: float = 0.4  # one_cycle: share of the steps to the peak
     momentum: float = 0.9  # AdamW's first beta
-    least_momentum: float = 0.9 * 0.85 / 0.95  # one_cycle: at the peak of lr
+    min_momentum: float = 0.9 * 0.85 / 0.95  # one_cycle: at the peak of lr
     epochs: float = 12
     batch_size: int = 4  # samples per step, over all processes
 
@@ -236,8 +236,8 @@ class Recipe:
     grid: Grid = field(default_factory=Grid)
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)
-    camera: Camera | None = None
-    lidar: Lidar | Unet | None = None
+    camera: CameraConfig | None = None
+    lidar: LidarConfig | UnetConfig | None = None
     optim: Optim = field(default_factory=Optim)
 
 
@@ -265,7 +265,7 @@ class SegmentRecipe(FinetuneRecipe):
 
 
 def recipe_kind(plain):
-    """Which of the recipes' classes it was that `runtime.as_plain` made `plain` of."""
+    """Which of the recipes' classes it was that `runtime.to_dict` made `plain` of."""
     return DetectRecipe if "detect" in plain else SegmentRecipe if "segment" in plain else PretrainRecipe
 
 
@@ -285,7 +285,7 @@ def changed(settings, **flags):
 
 
 def from_plain(kind, plain):
-    """The dataclass `kind` out of what `runtime.as_plain` made of one. Raises TypeError for fields it does not have."""
+    """The dataclass `kind` out of what `runtime.to_dict` made of one. Raises TypeError for fields it does not have."""
     types_of = typing.get_type_hints(kind)
     return kind(**{name: _from_plain(types_of.get(name), value) for name, value in plain.items()})
 

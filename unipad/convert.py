@@ -11,7 +11,7 @@ torchvision's or mmpretrain's. UniPAD's may have weights of spconv 1, as its aut
 
 Every weight must find its place and every place its weight, unless --no-strict. Left out knowingly, and supplied on
 the way back: the weights of the box code, which are a setting here, and norms of stages that the FPN never reads. The
-optimiser's state stays behind.
+optimizer's state stays behind.
 """
 
 import re
@@ -24,7 +24,7 @@ import torch
 import tyro
 
 from unipad.checkpoint import last_checkpoint, part_of, read_checkpoint, write_checkpoint
-from unipad.config import CONVNEXT, DetectRecipe, Lidar, PretrainRecipe, SegmentRecipe, from_plain, recipe_kind
+from unipad.config import CONVNEXT, DetectRecipe, LidarConfig, PretrainRecipe, SegmentRecipe, from_plain, recipe_kind
 from unipad.errors import UserError, check_choices
 from unipad.model.camera import ConvNeXt
 from unipad.model.detect import Detector
@@ -32,7 +32,7 @@ from unipad.model.pretrain import Pretrain
 from unipad.model.segment import Segmenter
 from unipad.names import CODE_WEIGHTS, from_imagenet, from_original, to_original
 from unipad.recipes import DETECT, PRETRAIN
-from unipad.runtime import as_plain, one_sentence_errors
+from unipad.runtime import exit_on_user_error, to_dict
 
 BACKBONE = "encoder.camera.backbone."
 FRAME_FUSION = "encoder.frame_fusion.trans_conv.0.weight"
@@ -120,7 +120,7 @@ def convert_unipad(state, preset=None):
     if code_weights is not None:
         report.left.append(f"left out: {CODE_WEIGHTS}, a setting of the recipe")
     args = {"modality": modality, "preset": name} | ({"task": "detect"} if isinstance(recipe, DetectRecipe) else {})
-    return {"model": report.taken, "step": 0, "config": {"args": args, "recipe": as_plain(recipe), "steps": 0}}, report
+    return {"model": report.taken, "step": 0, "config": {"args": args, "recipe": to_dict(recipe), "steps": 0}}, report
 
 
 def convert_convnext(state):
@@ -163,7 +163,7 @@ def merge(camera, lidar):
     Both heads are left: they have learned other volumes. The convolution that joins them is new.
     """
     recipes = saved_recipe(camera), saved_recipe(lidar)
-    if recipes[0].camera is None or not isinstance(recipes[1].lidar, Lidar):
+    if recipes[0].camera is None or not isinstance(recipes[1].lidar, LidarConfig):
         raise UserError("--merge takes a checkpoint with a camera's encoder first and one with a LiDAR's second.")
     if recipes[0].grid != recipes[1].grid or type(recipes[0]) is not type(recipes[1]):
         raise UserError("--merge takes checkpoints over the same grid, both pre-trained or both fine-tuned.")
@@ -179,7 +179,7 @@ def merge(camera, lidar):
         others = {part_of(name) for name in saved["model"].keys() - report.taken}
         report.left += [f"left out: {part}" for part in sorted(others)]
     args = {"modality": "fusion", "preset": list(presets["fusion"])[-1]}
-    return {"model": report.taken, "step": 0, "config": {"args": args, "recipe": as_plain(recipe), "steps": 0}}, report
+    return {"model": report.taken, "step": 0, "config": {"args": args, "recipe": to_dict(recipe), "steps": 0}}, report
 
 
 def saved_recipe(saved):
@@ -214,7 +214,7 @@ def _with_sizes(recipe, ours, code_weights):
     if FRAME_FUSION in ours:
         width, all_widths, *_ = ours[FRAME_FUSION].shape
         recipe = replace(recipe, data=replace(recipe.data, camera_sweeps=all_widths // width, camera_rate=CAMERA_RATE))
-    if isinstance(recipe.lidar, Lidar) and "encoder.lidar.mask_token" in ours:
+    if isinstance(recipe.lidar, LidarConfig) and "encoder.lidar.mask_token" in ours:
         recipe = replace(recipe, lidar=replace(recipe.lidar, learnable_token=True))
     known = torch.tensor(recipe.detect.code_weights) if isinstance(recipe, DetectRecipe) else code_weights
     if code_weights is not None and not torch.equal(code_weights, known):
@@ -326,5 +326,5 @@ def _refuse_faults(report, path, args):
 
 
 if __name__ == "__main__":
-    with one_sentence_errors():
+    with exit_on_user_error():
         main(tyro.cli(Args, description=__doc__))

@@ -5,26 +5,26 @@ from dataclasses import replace
 
 from unipad.config import (
     Augment,
-    Camera,
+    CameraConfig,
     Data,
     Detect,
     DetectRecipe,
     Grid,
-    Lidar,
+    LidarConfig,
     Optim,
     Paste,
     PretrainRecipe,
     RayChoice,
     Render,
     SegmentRecipe,
-    Unet,
+    UnetConfig,
 )
 
 # The released configs' ranges and volumes, by the size of the LiDAR voxels that they are made for
 GRID_075 = Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(0.6, 0.6, 1.6))
 
 # The final recipes' camera: one level of features, 256 channels, pooled by depths from 1 to 60 m in steps of 0.5
-CAMERA_075 = Camera(
+CAMERA_075 = CameraConfig(
     fpn_start=3,
     fpn_levels=1,
     channels=256,
@@ -50,7 +50,7 @@ LIDAR_AUGMENT = Augment(
 
 # Two CPU cores, a few minutes, weights from scratch: a near and coarse volume, few rays, a surface that starts sharp.
 TINY_GRID = Grid(low=(-40.0, -40.0, -3.0), high=(40.0, 40.0, 9.0), cell=(1.25, 1.25, 2.0))
-TINY_CAMERA = Camera(  # a quarter of ConvNeXt-tiny's width
+TINY_CAMERA = CameraConfig(  # a quarter of ConvNeXt-tiny's width
     depths=(2, 2, 4, 2),
     widths=(24, 48, 96, 192),
     drop_path=0.0,
@@ -58,9 +58,9 @@ TINY_CAMERA = Camera(  # a quarter of ConvNeXt-tiny's width
     fpn_levels=3,
     channels=32,
 )
-TINY_LIDAR = Lidar(
+TINY_LIDAR = LidarConfig(
     cell=(0.3125, 0.3125, 0.5),
-    mask_block=2,  # as many metres as the paper's 8 voxels
+    mask_block=2,  # as many meters as the paper's 8 voxels
     widths=(16, 32, 32),
     blocks=1,
     sparse_channels=32,
@@ -69,7 +69,7 @@ TINY_LIDAR = Lidar(
     neck_layers=1,
     channels=32,
 )
-TINY_UNET = Unet(cell=0.3, mask_block=2, stem=16, widths=(24, 32, 48, 48, 32, 32), blocks=(1, 1, 1, 1, 1, 1))
+TINY_UNET = UnetConfig(cell=0.3, mask_block=2, stem=16, widths=(24, 32, 48, 48, 32, 32), blocks=(1, 1, 1, 1, 1, 1))
 TINY_RAYS = RayChoice(per_view=64, lidar_per_view=40, sky=0.0)  # a third of the rays for what no LiDAR point shows
 TINY_RENDER = Render(samples=40, importance=16, variance=0.5)
 TINY_OPTIM = Optim(lr=2e-3, backbone_lr=1.0, warmup_steps=20, epochs=6.5, batch_size=1)
@@ -95,7 +95,7 @@ PRETRAIN = {
         "camera-0.1-bevdet": PretrainRecipe(camera=CAMERA_BEVDET),
         "camera-0.1-bevdepth": PretrainRecipe(camera=CAMERA_BEVDEPTH),
         # The paper's ablation recipe for cameras (uvtr_cam_vs0.1_pretrain); nuScenes at 900 x 1600.
-        "camera-0.1": PretrainRecipe(camera=Camera()),
+        "camera-0.1": PretrainRecipe(camera=CameraConfig()),
     },
     "lidar": {
         "tiny": PretrainRecipe(
@@ -121,7 +121,7 @@ PRETRAIN = {
         "segment": PretrainRecipe(
             grid=GRID_075,
             augment=LIDAR_AUGMENT,
-            lidar=Unet(),
+            lidar=UnetConfig(),
             rays=RayChoice(far_radius=100.0),
             render=Render(rgb_weight=0.0),
             optim=Optim(schedule="one_cycle", lr=2e-4, start=0.1, final=1e-5, epochs=24, batch_size=16),
@@ -131,7 +131,7 @@ PRETRAIN = {
             grid=GRID_075,
             data=Data(sweeps=10),
             augment=Augment(rotation=0.3925, scale=(0.95, 1.05), shuffle=True),
-            lidar=Lidar(),
+            lidar=LidarConfig(),
             rays=RayChoice(far_radius=100.0),
             render=Render(rgb_weight=0.0, truncation=0.2),
             optim=Optim(schedule="one_cycle", lr=2e-4, start=0.1, final=1e-5, batch_size=16),
@@ -147,14 +147,14 @@ PRETRAIN = {
             render=TINY_RENDER,
             optim=replace(TINY_OPTIM, epochs=5.0),
         ),
-        # Both encoders of the final recipes trained jointly, which the original never did: the optimiser is the
+        # Both encoders of the final recipes trained jointly, which the original never did: the optimizer is the
         # cameras', the augmentation the LiDAR's.
         "fusion-0.075": PretrainRecipe(
             grid=GRID_075,
             data=Data(sweeps=10),
             augment=Augment(rotation=0.3925, scale=(0.95, 1.05), shuffle=True),
             camera=CAMERA_075,
-            lidar=Lidar(),
+            lidar=LidarConfig(),
             rays=RayChoice(far_radius=100.0),
         ),
     },
@@ -177,7 +177,7 @@ def _seeing(encoder, **others):
 
 
 CAMERA_075_FINAL = _seeing(CAMERA_075, depth_weight=1.0)  # the depth head learns from the LiDAR too
-LIDAR_FINAL = _seeing(Lidar())
+LIDAR_FINAL = _seeing(LidarConfig())
 TINY_CAMERA_SEEING = replace(TINY_CAMERA, mask_ratio=0.0, depth_weight=1.0)
 TINY_LIDAR_SEEING = replace(TINY_LIDAR, mask_ratio=0.0)
 CAMERA_075_DETECT = DetectRecipe(
@@ -189,7 +189,7 @@ CAMERA_075_DETECT = DetectRecipe(
     optim=Optim(epochs=24),
 )
 CAMERA_01_ABLATION = DetectRecipe(
-    augment=CAMERA_AUGMENT, camera=_seeing(Camera()), detect=PLAIN_HEAD, label_fraction=0.5
+    augment=CAMERA_AUGMENT, camera=_seeing(CameraConfig()), detect=PLAIN_HEAD, label_fraction=0.5
 )
 
 # modality -> name -> recipe; the last of a modality is the default where there are real data. The released configs name
@@ -294,7 +294,7 @@ SEGMENT = {
             grid=GRID_075,
             data=Data(cameras=False),
             augment=SEGMENT_AUGMENT,
-            lidar=Unet(cell=0.05, mask_ratio=0.0),
+            lidar=UnetConfig(cell=0.05, mask_ratio=0.0),
             optim=Optim(
                 schedule="one_cycle",
                 lr=2e-3,
@@ -303,7 +303,7 @@ SEGMENT = {
                 final=1e-3,
                 rise=0.04,
                 momentum=0.95,
-                least_momentum=0.85,
+                min_momentum=0.85,
                 epochs=50,
                 batch_size=12,
             ),

@@ -28,7 +28,7 @@ from unipad.errors import UserError
 
 
 @contextlib.contextmanager
-def one_sentence_errors():
+def exit_on_user_error():
     """Print a `UserError` as one line and exit with code 2; running out of GPU memory is one too."""
     try:
         yield
@@ -335,8 +335,8 @@ def _completed(saved, kinds):
     """The config of an older run with the settings that its `kinds` have gained since, at their defaults."""
     args, recipe = kinds
     with contextlib.suppress(TypeError):  # a setting that is gone: the difference will be named
-        saved = {**saved, "recipe": as_plain(from_plain(recipe, saved["recipe"]))}
-    return {**saved, "args": {**as_plain(args()), **saved["args"]}}
+        saved = {**saved, "recipe": to_dict(from_plain(recipe, saved["recipe"]))}
+    return {**saved, "args": {**to_dict(args()), **saved["args"]}}
 
 
 def _check_same_curve(saved, config, path):
@@ -358,7 +358,7 @@ def _difference(old, new):
     return f"{old} there, {new} now"
 
 
-def as_plain(config):
+def to_dict(config):
     """A dataclass as JSON-able values (and so as `weights_only` ones)."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
@@ -373,7 +373,7 @@ def commit():
     return done.stdout.strip() or None
 
 
-def spelled(values):
+def format_metrics(values):
     """A progress line's part: dict name -> number, three digits each."""
     return "  ".join(f"{name} {value:.3g}" for name, value in values.items())
 

@@ -86,7 +86,7 @@ from kernels.voxel_pool import voxel_pool, voxel_pool_ref
 from kernels.voxelize import voxelize, voxelize_ref
 from unipad.errors import UserError
 from unipad.recipes import PRETRAIN
-from unipad.runtime import commit, has_bf16, one_sentence_errors
+from unipad.runtime import commit, exit_on_user_error, has_bf16
 
 SIZES = ("small", "recipe")
 TYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -322,7 +322,7 @@ def _grid(recipe):
 
 
 def _points(recipe, device):
-    """[P, 5] x, y, z metres, intensity, time lag: ten sweeps of 32 beams over a street between walls.
+    """[P, 5] x, y, z meters, intensity, time lag: ten sweeps of 32 beams over a street between walls.
 
     The work of a sparse convolution depends on the number of neighbors. Random cells have none; surfaces scanned by a
     moving sensor have about as many as in nuScenes.
@@ -832,5 +832,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
         _work(sys.argv[2])
     else:
-        with one_sentence_errors():
+        with exit_on_user_error():
             sys.exit(main(tyro.cli(Args, description=__doc__)))

@@ -15,7 +15,7 @@ from tests.check import launches
 from unipad.data.loader import step_batches
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.model.pretrain import Pretrain
-from unipad.optimiser import make_optimiser, set_rates
+from unipad.optimizer import make_optimizer, set_rates
 from unipad.recipes import PRETRAIN, TINY_GRID
 from unipad.runtime import generators, mixed_precision
 
@@ -45,7 +45,7 @@ def step(net, batch, device):
     optim = net.recipe.optim
     net = deepcopy(net).to(device)
     net.renderer.exact = True  # by default its kernels round operands to tf32
-    optimizer = make_optimiser(net, optim)
+    optimizer = make_optimizer(net, optim)
     set_rates(optimizer, optim, 0, 100)
     autocast, scaler = mixed_precision("fp32", torch.device(device))
     with autocast:

@@ -42,7 +42,7 @@ def make_boxes(N, device):
     boxes[:, :2] -= 4
     boxes[:, 2:4] += 0.3
     boxes[:, 4] -= 4
-    boxes[1::10] = (boxes[1::10] * 2).round() / 2  # on a grid of half metres: equal, touching, contained ...
+    boxes[1::10] = (boxes[1::10] * 2).round() / 2  # on a grid of half meters: equal, touching, contained ...
     boxes[2::10] = (boxes[2::10] * 2).round() / 2
     boxes[1::10, 4] = (boxes[1::10, 4] / (pi / 2)).round() * (pi / 2)  # ... and straight
     boxes[2::10, 4] = (boxes[2::10, 4] / (pi / 2)).round() * (pi / 2)
@@ -55,7 +55,7 @@ def make_boxes(N, device):
 
 
 def make_boxes_3d(N, device):
-    """[N, 7] fp64, heights on a grid of half metres: equal, touching, contained."""
+    """[N, 7] fp64, heights on a grid of half meters: equal, touching, contained."""
     z_h = (torch.rand(N, 2, dtype=torch.float64, device=device) * 6).round() / 2
     boxes = make_boxes(N, device)
     return torch.cat([boxes[:, :2], z_h[:, :1], boxes[:, 2:4], z_h[:, 1:], boxes[:, 4:]], dim=1)

@@ -274,7 +274,7 @@ def test_rounding_keeps_nan():
     "method, sizes",
     [
         ("volsdf", dict(R=3, S=33, channels=20, hidden=24, sdf_layers=2, rgb_layers=3, density=0.1)),  # odd everywhere
-        ("neus", dict(R=1, S=1, sdf_layers=3, rgb_layers=0)),  # one sample, no colour
+        ("neus", dict(R=1, S=1, sdf_layers=3, rgb_layers=0)),  # one sample, no color
         ("volsdf", dict(R=2, S=32, channels=16, sdf_layers=2, rgb_layers=0, density=0.1)),  # exactly one tile
         ("neus", dict(R=1, S=33, channels=64, hidden=64, sdf_layers=2, rgb_layers=2)),  # wide: smaller tiles, one over
         ("neus", dict(R=0, S=5)),  # no rays

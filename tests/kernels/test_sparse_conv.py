@@ -199,7 +199,7 @@ def test_act_is_what_follows_the_convolution(case, act, dtype, device):
 @pytest.mark.parametrize("fn", [sparse_conv_act, sparse_conv_act_ref])
 @pytest.mark.parametrize("N, M", [(0, 70), (3, 70), (3, 0)])
 def test_act_of_nothing(fn, N, M, device):
-    """Without neighbours the shift stays."""
+    """Without neighbors the shift stays."""
     features, weight = torch.ones(N, 5, device=device), torch.ones(7, *THREE, 5, device=device)
     nothing = torch.full((27, M), -1, dtype=torch.int32, device=device)
     shift = torch.arange(-3.0, 4, device=device)
@@ -269,7 +269,7 @@ def test_by_hand(fn, device):
 
 @pytest.mark.parametrize("fn", [sparse_conv, sparse_conv_ref])
 @pytest.mark.parametrize("N", [0, 3])
-def test_outputs_without_neighbours_are_zero(fn, N, device):
+def test_outputs_without_neighbors_are_zero(fn, N, device):
     features = torch.ones(N, 5, device=device, requires_grad=True)
     weight = torch.ones(7, *THREE, 5, device=device, requires_grad=True)
     nothing = torch.full((27, 70), -1, dtype=torch.int32, device=device)

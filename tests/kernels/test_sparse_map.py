@@ -173,20 +173,20 @@ def test_inverse_reads_backwards(fn, device):
 
 @pytest.mark.parametrize("plain", [False, True], ids=["op", "ref"])
 def test_grid_of_8e9_cells(plain, device):
-    """Two neighbours along x in each corner of two of three samples; their keys differ beyond 32 bits."""
+    """Two neighbors along x in each corner of two of three samples; their keys differ beyond 32 bits."""
     shape = (41, 10000, 20000)
     outer = torch.tensor(list(product((0, 2), *((0, size - 1) for size in shape))), dtype=torch.int32, device=device)
     is_low = outer[:, 3] == 0
     inner = outer.clone()
     inner[:, 3] += torch.where(is_low, 1, -1)
-    coords = torch.cat([outer, inner])  # row i and row (i + 16) % 32 are neighbours
+    coords = torch.cat([outer, inner])  # row i and row (i + 16) % 32 are neighbors
     make_sub, make_strided = (submanifold_map_ref, strided_map_ref) if plain else (submanifold_map, strided_map)
     keys, order = (sort_voxels_ref if plain else sort_voxels)(coords, shape)
     assert keys[-1] == 3 * prod(shape) - 1
 
     neighbor_idx = make_sub(coords, keys, order, shape, (3, 3, 3), ONE)
     i = torch.arange(32, device=device)
-    above = torch.cat([is_low, ~is_low])  # the neighbour's x is greater
+    above = torch.cat([is_low, ~is_low])  # the neighbor's x is greater
     expected = torch.full((27, 32), -1, dtype=torch.int32, device=device)
     expected[13] = i
     expected[torch.where(above, 14, 12), i] = i.int().roll(16)

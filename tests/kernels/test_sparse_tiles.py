@@ -39,7 +39,7 @@ def make_table(K, M, share, device, seed=0):
     return torch.where(torch.rand(K, M, generator=gen) < share, read, -1).int().to(device)
 
 
-# K, M, share of neighbours
+# K, M, share of neighbors
 TABLES = [(27, 300, 0.3), (1, 64, 1.0), (8, 129, 0.1), (125, 70, 0.05), (3, 1, 0.0)]
 
 

@@ -106,7 +106,7 @@ def test_by_hand(fn, device):
 @pytest.mark.parametrize("fn", [trilinear, trilinear_ref])
 @pytest.mark.skipif(torch.__version__ < (2, 13), reason="grid_sample is twice differentiable from torch 2.13 on")
 def test_is_grid_sample_and_its_double_backward(fn, device):
-    """Zero padding included; sizes of 2^n + 1 voxels, so that normalised coordinates are exact on the faces too."""
+    """Zero padding included; sizes of 2^n + 1 voxels, so that normalized coordinates are exact on the faces too."""
     inputs = make_inputs(1, 3, 5, 9, 4, 6, 8, device)
     volume = inputs["volume"].requires_grad_()
     points = inputs["points"].double()
@@ -115,8 +115,8 @@ def test_is_grid_sample_and_its_double_backward(fn, device):
     across = torch.randn(6, 8, 4, device=device, dtype=torch.float64, requires_grad=True)  # dL/dvalue, as of an MLP
 
     def sampled():
-        normalised = points / torch.tensor([4.0, 2.0, 1.0], device=device) - 1
-        value = F.grid_sample(volume.permute(0, 4, 1, 2, 3), normalised[None, None], align_corners=True)
+        normalized = points / torch.tensor([4.0, 2.0, 1.0], device=device) - 1
+        value = F.grid_sample(volume.permute(0, 4, 1, 2, 3), normalized[None, None], align_corners=True)
         value = value[0, :, 0].permute(1, 2, 0)
         return value, torch.autograd.grad(value, points, across, create_graph=True)[0]
 

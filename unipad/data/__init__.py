@@ -2,7 +2,7 @@
 
     nuscenes.py   samples of the real set or the synthetic one -> batch
     tables.py     nuScenes tables -> index of samples, cached
-    transforms.py points, cameras and boxes move together; images change colours
+    transforms.py points, cameras and boxes move together; images change colors
     cutpaste.py   objects of other frames put into a sample
     loader.py     samples -> batches, sharded over processes
     synthetic.py  writes the city to disk in the nuScenes format (also a command line)

@@ -36,7 +36,7 @@ class Objects:
     """K objects to paste and their R pictures. In memory is where they stood; the rest is read from `file`."""
 
     counts: tuple[int, ...]  # objects of each class that a sample is filled up to
-    file: Path  # points [n, 5] float32, x, y, z metres from the box's centre; pictures as JPEG
+    file: Path  # points [n, 5] float32, x, y, z meters from the box's center; pictures as JPEG
     boxes: np.ndarray  # [K, 9] float32 as in `Batch`
     labels: np.ndarray  # [K] int64
     points: np.ndarray  # [K, 2] int64 first byte of the points, how many
@@ -239,7 +239,7 @@ class Cut:
 
     box: np.ndarray  # [9] float32 as in `Batch`
     label: int
-    points: np.ndarray  # [n, 5] float32, x, y, z metres from the box's centre
+    points: np.ndarray  # [n, 5] float32, x, y, z meters from the box's center
     pictures: list[tuple[int, np.ndarray]]  # view, JPEG
 
 
@@ -266,7 +266,7 @@ def cut_out(sample, least_points):
 
 
 def points_in_boxes(points, boxes):
-    """[M, P] bool: which of the points ([P, 3 or more] metres) lie in which box ([M, 9]), on its faces included."""
+    """[M, P] bool: which of the points ([P, 3 or more] meters) lie in which box ([M, 9]), on its faces included."""
     inside = np.empty((len(boxes), len(points)), bool)
     for row, (x, y, z, w, l, h, yaw) in zip(inside, boxes[:, :7].tolist(), strict=True):
         dx, dy, dz = points[:, 0] - x, points[:, 1] - y, points[:, 2] - z

@@ -58,7 +58,7 @@ class NuScenesDataset(torch.utils.data.Dataset):
 
     root:           folder that holds samples/, sweeps/ and <version>/ (or <version>/<version>/, as OpenPCDet has it).
     label_fraction: 1/k keeps every k-th keyframe, as the paper's 50 % and 20 %.
-    point_range:    (low, high), each (x, y, z) metres: points outside are left out, and boxes that are not above or
+    point_range:    (low, high), each (x, y, z) meters: points outside are left out, and boxes that are not above or
         below it from samples read with random numbers, since no head learns them. None keeps all.
     augment:        `Augment`, how samples vary that are read with random numbers; None = not at all.
 
@@ -202,7 +202,7 @@ class NuScenesDataset(torch.utils.data.Dataset):
         """The image as [h, w, 3] uint8 RGB at the wanted size, and the [4, 4] scaling of (u*d, v*d, d, 1) to it."""
         path = self._path(path)
         data = _load_bytes(path)
-        # OpenCV fills what a truncated JPEG lacks with grey, so the end marker has to be looked for.
+        # OpenCV fills what a truncated JPEG lacks with gray, so the end marker has to be looked for.
         if data.tobytes().rfind(b"\xff\xd9") < 0:
             raise BadFrame(path, "the JPEG is truncated")
         image = cv2.imdecode(data, cv2.IMREAD_COLOR)
@@ -219,16 +219,16 @@ class NuScenesDataset(torch.utils.data.Dataset):
 
 
 def _cropped(sample, low, high):
-    """The sample without the points that are not inside the box of corners `low` and `high`, (x, y, z) metres."""
+    """The sample without the points that are not inside the box of corners `low` and `high`, (x, y, z) meters."""
     points, labels = sample.points, sample.point_labels
     inside = ((points[:, :3] > np.float32(low)) & (points[:, :3] < np.float32(high))).all(axis=1)
     return replace(sample, points=points[inside], point_labels=None if labels is None else labels[inside])
 
 
 def _learnable(sample, low, high):
-    """The sample without the boxes whose centre, seen from above, is not between `low` and `high`."""
-    centre = sample.boxes[:, :2]
-    inside = ((centre > np.float32(low[:2])) & (centre < np.float32(high[:2]))).all(axis=1)
+    """The sample without the boxes whose center, seen from above, is not between `low` and `high`."""
+    center = sample.boxes[:, :2]
+    inside = ((center > np.float32(low[:2])) & (center < np.float32(high[:2]))).all(axis=1)
     return replace(sample, boxes=sample.boxes[inside], labels=sample.labels[inside])
 
 
@@ -249,7 +249,7 @@ def collate(samples):
     def concatenate(name):
         return torch.from_numpy(np.concatenate([getattr(s, name) for s in samples]))
 
-    labelled = all(s.point_labels is not None for s in samples)
+    labeled = all(s.point_labels is not None for s in samples)
     return Batch(
         images=images.div_(255),
         image_sizes=sizes,
@@ -260,7 +260,7 @@ def collate(samples):
         boxes=concatenate("boxes"),
         labels=concatenate("labels"),
         box_counts=torch.tensor([len(s.boxes) for s in samples]),
-        point_labels=concatenate("point_labels") if labelled else None,
+        point_labels=concatenate("point_labels") if labeled else None,
         tokens=tuple(s.token for s in samples),
         frame_lags=None if samples[0].frame_lags is None else stack("frame_lags"),
     )
@@ -279,7 +279,7 @@ def _load_bytes(path):
 
 
 def _load_points(path):
-    """[P, 5] float32: x, y, z metres in the sensor's frame, intensity, ring."""
+    """[P, 5] float32: x, y, z meters in the sensor's frame, intensity, ring."""
     data = _load_bytes(path)
     if len(data) % 20:
         raise BadFrame(path, f"is truncated: {len(data)} bytes are not a whole number of 20-byte points")

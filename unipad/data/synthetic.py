@@ -44,7 +44,7 @@ SCENES = sorted(TRAIN + VAL)
 
 KEYFRAME, SWEEP, CAMERA_SWEEP = 500_000, 50_000, 83_333  # microseconds between two
 START, SCENE_START = 1_532_402_927_000_000, 100_000_000  # microseconds: of the set, from scene to scene
-MAP_CELL, MAP_COARSE = 0.1, 4  # metres a pixel, which the devkit takes for granted; pixels drawn alike
+MAP_CELL, MAP_COARSE = 0.1, 4  # meters a pixel, which the devkit takes for granted; pixels drawn alike
 
 ATTRIBUTES = (
     "vehicle.moving", "vehicle.stopped", "vehicle.parked", "cycle.with_rider", "cycle.without_rider",

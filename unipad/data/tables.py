@@ -32,7 +32,7 @@ CLASSES = (
 )
 
 # lidarseg's 1 to 16
-SEGMENTS = (
+LIDARSEG_CLASSES = (
     "barrier",
     "bicycle",
     "bus",
@@ -52,7 +52,9 @@ SEGMENTS = (
 )
 
 SPLITS = {"trainval": ("train", "val"), "test": ("test",), "mini": ("mini_train", "mini_val")}  # by version suffix
-LEARNED = {f"v1.0-{suffix}": splits for suffix, splits in SPLITS.items() if len(splits) == 2}  # (training, validation)
+TRAIN_VAL_SPLITS = {
+    f"v1.0-{suffix}": splits for suffix, splits in SPLITS.items() if len(splits) == 2
+}  # (training, validation)
 
 # All of them, since the devkit opens all of them.
 TABLES = (
@@ -88,7 +90,7 @@ class Index:
     frame_lidar: np.ndarray  # [F] row of the keyframe among the LiDAR frames
     lidar_tokens: np.ndarray  # [F] sample_data tokens of LIDAR_TOP
     image_files: np.ndarray  # [F, N]
-    intrinsics: np.ndarray  # [F, N, 4, 4] camera metres -> (u*d, v*d, d, 1), pixels of the file
+    intrinsics: np.ndarray  # [F, N, 4, 4] camera meters -> (u*d, v*d, d, 1), pixels of the file
     lidar2camera: np.ndarray  # [F, N, 4, 4]
     box_offsets: np.ndarray  # [F + 1] boxes of keyframe f are box_offsets[f] .. box_offsets[f + 1]
     boxes: np.ndarray  # [M, 9] float32 as in `Batch`
@@ -326,7 +328,7 @@ def _samples(nusc, scenes):
 
 
 def _intrinsics(nusc, records):
-    """[len(records), 4, 4] camera metres -> (u*d, v*d, d, 1), pixels of the file, of cameras' sample_data records."""
+    """[len(records), 4, 4] camera meters -> (u*d, v*d, d, 1), pixels of the file, of cameras' sample_data records."""
     intrinsics = np.tile(np.eye(4), (len(records), 1, 1))
     for matrix, record in zip(intrinsics, records, strict=True):
         matrix[:3, :3] = nusc.get("calibrated_sensor", record["calibrated_sensor_token"])["camera_intrinsic"]

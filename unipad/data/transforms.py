@@ -1,7 +1,7 @@
-"""Augmentation: points, cameras and boxes of a sample move together, so that they still agree; images change colours.
+"""Augmentation: points, cameras and boxes of a sample move together, so that they still agree; images change colors.
 
 Order and meaning of the original's UnifiedRotScaleTransFlip, PhotoMetricDistortionMultiViewImage and GridMask. What
-differs: images stay bytes, so colours end at 0 and 255, which the original's floats may leave; the grid is drawn once
+differs: images stay bytes, so colors end at 0 and 255, which the original's floats may leave; the grid is drawn once
 a sample, there once for all samples that a GPU sees at a time. What is off draws no random number.
 """
 
@@ -12,13 +12,13 @@ import numpy as np
 
 from unipad.config import Augment
 
-# ImageNet's mean colour: what the encoder's normalisation takes to 0, where the original hides pixels after it.
+# ImageNet's mean color: what the encoder's normalization takes to 0, where the original hides pixels after it.
 HIDDEN = np.array([124, 116, 104], np.uint8)
 
 
 def augmented(sample, rng, cfg: Augment):
     """The sample turned about the LiDAR's vertical axis, scaled, shifted, mirrored, its points in another order and a
-    grid over its images; as `cfg` allows. Colours are `distorted`'s.
+    grid over its images; as `cfg` allows. Colors are `distorted`'s.
 
     rng: `np.random.Generator`, the only source of chance.
     """
@@ -39,7 +39,7 @@ def augmented(sample, rng, cfg: Augment):
 
 def motion(angle=0.0, scale=1.0, shift=(0.0, 0.0, 0.0), flip_x=False, flip_y=False):
     """[4, 4] old LiDAR frame -> new one: turned by `angle` radians, x towards y; then lengths times `scale`; then
-    shifted by metres x, y, z; then mirrored where x or y changes its sign, which leaves a left-handed frame.
+    shifted by meters x, y, z; then mirrored where x or y changes its sign, which leaves a left-handed frame.
     """
     cos, sin = np.cos(angle), np.sin(angle)
     move = np.eye(4)
@@ -52,7 +52,7 @@ def moved(sample, move):
     """The sample in the frame that `move`, a `motion`, leads to.
 
     Pixels keep what they show: the projections take the new points to where the old ones were seen. Depths along the
-    optical axis stay metres of the camera; distances between camera and points are the new frame's.
+    optical axis stay meters of the camera; distances between camera and points are the new frame's.
     """
     points, back = sample.points.copy(), np.linalg.inv(move)
     points[:, :3] = points[:, :3] @ move[:3, :3].T + move[:3, 3]
@@ -77,7 +77,7 @@ def moved_boxes(boxes, move):
 
 
 def distorted(sample, rng):
-    """The sample with the colours of each image changed: brightness, contrast, saturation, hue, order of channels.
+    """The sample with the colors of each image changed: brightness, contrast, saturation, hue, order of channels.
 
     Every change happens to one image in two, by numbers of the image's own.
     """
@@ -85,7 +85,7 @@ def distorted(sample, rng):
 
 
 def _distorted(image, rng):
-    """[h, w, 3] uint8 RGB, the original's steps in its order: contrast comes before the colours or after them."""
+    """[h, w, 3] uint8 RGB, the original's steps in its order: contrast comes before the colors or after them."""
     pixels = image.astype(np.float32)
     brightness = rng.uniform(-32, 32) if _heads(rng) else 0.0
     contrast_first = _heads(rng)

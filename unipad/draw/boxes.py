@@ -1,4 +1,4 @@
-"""Pictures of boxes: from above over the LiDAR points, and in the cameras' images. White what is there, in the colour
+"""Pictures of boxes: from above over the LiDAR points, and in the cameras' images. White what is there, in the color
 of its class what was found."""
 
 import matplotlib
@@ -13,11 +13,11 @@ from unipad.draw.views import DPI, picture_of
 from unipad.model.boxes import box_corners
 
 TITLE = 24  # pixels above an image
-REACH = 52.0  # metres from the LiDAR to the sides of the view from above; objects beyond 50 are not judged
+REACH = 52.0  # meters from the LiDAR to the sides of the view from above; objects beyond 50 are not judged
 ROWS = (5, 0, 1), (4, 3, 2)  # cameras as they stand on the car: front left, front, front right; the back ones below
 SKELETON = (0, 1, 2, 3, 0, 4, 5, 6, 7, 4), (1, 5), (2, 6), (3, 7)  # ways along corners that draw all edges
-NEAR = 0.1  # metres before a camera where edges end
-COLOURS = matplotlib.colormaps["tab10"].colors
+NEAR = 0.1  # meters before a camera where edges end
+COLORS = matplotlib.colormaps["tab10"].colors
 
 
 def detection_views(batch, found, least=0.3, width=520):
@@ -53,15 +53,15 @@ def _from_above(part, points, truth, boxes, labels):
     axis.set(xlim=(-REACH, REACH), ylim=(-REACH, REACH), xticks=[], yticks=[], aspect="equal", facecolor="black")
     axis.scatter(points[:, 0], points[:, 1], s=0.8, c=points[:, 2], cmap="gray", vmin=-5, vmax=3, linewidths=0)
     axis.plot(0, 0, "w+")
-    for these, colours, thick in ((truth, "white", 2.5), (boxes, [COLOURS[i] for i in labels], 1.2)):
+    for these, colors, thick in ((truth, "white", 2.5), (boxes, [COLORS[i] for i in labels], 1.2)):
         corners = box_corners(these)[:, :4, :2].numpy()
         front = corners[:, :2].mean(axis=1, keepdims=True)
         middle = corners.mean(axis=1, keepdims=True)
         outlines = np.concatenate([corners, corners[:, :1]], axis=1)
-        axis.add_collection(LineCollection(outlines, colors=colours, linewidths=thick))
-        axis.add_collection(LineCollection(np.concatenate([middle, front], axis=1), colors=colours, linewidths=thick))
+        axis.add_collection(LineCollection(outlines, colors=colors, linewidths=thick))
+        axis.add_collection(LineCollection(np.concatenate([middle, front], axis=1), colors=colors, linewidths=thick))
     names = [*CLASSES, "truth"]
-    handles = [Line2D([], [], color=c, label=n) for c, n in zip([*COLOURS, "white"], names, strict=True)]
+    handles = [Line2D([], [], color=c, label=n) for c, n in zip([*COLORS, "white"], names, strict=True)]
     axis.legend(handles=handles, loc="upper left", fontsize=7, facecolor="0.1", edgecolor="0.1", labelcolor="white")
 
 
@@ -70,10 +70,10 @@ def _in_camera(axis, image, lidar2image, truth, boxes, labels):
     height, width = image.shape[:2]
     axis.imshow(image)
     axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), xticks=[], yticks=[])
-    for these, colours, thick in ((truth, "white", 1.6), (boxes, [COLOURS[i] for i in labels], 1.0)):
+    for these, colors, thick in ((truth, "white", 1.6), (boxes, [COLORS[i] for i in labels], 1.0)):
         edges, box = _edges(box_corners(these).numpy(), lidar2image)
-        colours = colours if isinstance(colours, str) else [colours[b] for b in box]
-        axis.add_collection(LineCollection(edges, colors=colours, linewidths=thick))
+        colors = colors if isinstance(colors, str) else [colors[b] for b in box]
+        axis.add_collection(LineCollection(edges, colors=colors, linewidths=thick))
 
 
 def _edges(corners, lidar2image):

@@ -11,17 +11,17 @@ AT_A_TIME = 2**18  # points whose distance is read at once, or those of one x
 
 
 def check_mesh(grid, cell):
-    """Raises `UserError` where meshes of points `cell` metres apart cannot be made of a `config.Grid`."""
+    """Raises `UserError` where meshes of points `cell` meters apart cannot be made of a `config.Grid`."""
     most = min(h - l for l, h in zip(grid.low, grid.high, strict=True)) / 2
     if cell > most:
-        raise UserError(f"--mesh-cell {cell} is too coarse for a volume {2 * most} metres high; take at most {most}.")
+        raise UserError(f"--mesh-cell {cell} is too coarse for a volume {2 * most} meters high; take at most {most}.")
     if importlib.util.find_spec("skimage") is None:
         raise UserError("--mesh needs scikit-image: install it with pip install -e '.[mesh]'.")
 
 
 @torch.no_grad()
 def distances(model, volume, cell):
-    """Signed distance, [X, Y, Z] metres, at points `cell` metres apart from the grid's lower corner on.
+    """Signed distance, [X, Y, Z] meters, at points `cell` meters apart from the grid's lower corner on.
 
     model: a `Pretrain`; volume: [1, C, Z, Y, X] as its `encode` gives it.
     """
@@ -40,9 +40,9 @@ def distances(model, volume, cell):
 def surface(values, low, cell):
     """The zero level set by marching cubes (Lorensen and Cline, 1987).
 
-    values: [X, Y, Z] array of signed distances, positive outside; low: (x, y, z) metres of the first one.
+    values: [X, Y, Z] array of signed distances, positive outside; low: (x, y, z) meters of the first one.
 
-    Returns vertices [V, 3] float32 metres and triangles [T, 3] int32, counter-clockwise seen from outside; both empty
+    Returns vertices [V, 3] float32 meters and triangles [T, 3] int32, counter-clockwise seen from outside; both empty
     where nothing changes its sign.
     """
     from skimage.measure import marching_cubes
@@ -57,7 +57,7 @@ def write_ply(file, vertices, triangles):
     """Write a mesh as a binary PLY file."""
     header = f"""ply
 format binary_little_endian 1.0
-comment metres, LiDAR frame: x right, y forward, z up
+comment meters, LiDAR frame: x right, y forward, z up
 element vertex {len(vertices)}
 property float x
 property float y

@@ -5,14 +5,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from unipad.batch import CAMERAS
-from unipad.data.tables import SEGMENTS
+from unipad.data.tables import LIDARSEG_CLASSES
 from unipad.draw.boxes import NEAR, ROWS
 from unipad.draw.views import DPI, picture_of
 
 TITLE = 24  # pixels above an image
-REACH = 40.0  # metres from the LiDAR to the sides of the view from above
+REACH = 40.0  # meters from the LiDAR to the sides of the view from above
 # After the devkit's, whose vehicles are shades of one orange; 0 to 16
-COLOURS = (
+COLORS = (
     np.array(
         [
             (70, 70, 70), (150, 160, 175), (220, 20, 60), (255, 80, 40), (255, 225, 0), (140, 86, 255), (255, 61, 160),
@@ -30,7 +30,7 @@ def segment_views(batch, found, width=300):
     found: [K] the classes of the keyframe's points, as `Segmenter.segment` gives them.
     width: pixels of a camera's column.
 
-    Points without a label are grey in both. Where the batch has no labels at all,
+    Points without a label are gray in both. Where the batch has no labels at all,
     what was found stands alone.
     """
     points = batch.points[: batch.point_counts[0]]
@@ -57,18 +57,18 @@ def segment_views(batch, found, width=300):
                 _in_camera(axis, image, batch.lidar2image[0, view].cpu().numpy(), points, classes)
                 axis.set_title(CAMERAS[view], color="white", fontsize=8)
     handles = [
-        Line2D([], [], color=colour, label=label, marker="o", linestyle="")
-        for colour, label in zip(COLOURS[1:], SEGMENTS, strict=True)
+        Line2D([], [], color=color, label=label, marker="o", linestyle="")
+        for color, label in zip(COLORS[1:], LIDARSEG_CLASSES, strict=True)
     ]
-    colours = dict(facecolor="0.1", edgecolor="0.1", labelcolor="white")
-    foot.legend(handles=handles, loc="center", ncols=8, fontsize=8, **colours)
+    colors = dict(facecolor="0.1", edgecolor="0.1", labelcolor="white")
+    foot.legend(handles=handles, loc="center", ncols=8, fontsize=8, **colors)
     return picture_of(figure)
 
 
 def _from_above(axis, points, classes, name):
     axis.set(xlim=(-REACH, REACH), ylim=(-REACH, REACH), xticks=[], yticks=[], aspect="equal", facecolor="black")
     order = np.argsort(points[:, 2], kind="stable")  # what is above hides what is below
-    axis.scatter(points[order, 0], points[order, 1], s=4, c=COLOURS[classes[order]], linewidths=0)
+    axis.scatter(points[order, 0], points[order, 1], s=4, c=COLORS[classes[order]], linewidths=0)
     axis.plot(0, 0, "w+")
     axis.spines[:].set_color("0.4")
     axis.text(0.02, 0.96, name, color="white", transform=axis.transAxes, va="top")
@@ -83,4 +83,4 @@ def _in_camera(axis, image, lidar2image, points, classes):
     rows = np.flatnonzero(seen[:, 2] > NEAR)
     rows = rows[np.argsort(-seen[rows, 2], kind="stable")]
     u, v = (seen[rows, :2] / seen[rows, 2:]).T
-    axis.scatter(u, v, s=10, c=COLOURS[classes[rows]], linewidths=0)
+    axis.scatter(u, v, s=10, c=COLORS[classes[rows]], linewidths=0)

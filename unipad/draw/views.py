@@ -13,11 +13,11 @@ from PIL import Image
 
 from unipad.batch import CAMERAS
 from unipad.errors import UserError
-from unipad.evaluate.rendering import in_colour
+from unipad.evaluate.rendering import in_color
 from unipad.model.camera import MASK_BLOCK
 from unipad.model.rays import cast_rays, common_grid, project_points, rays_from_lidar
 
-FAR = 60.0  # metres at the far end of the colour scale
+FAR = 60.0  # meters at the far end of the color scale
 PANORAMA = (42, 360)  # rows and columns, a degree each; all around, x forward of the middle by a quarter
 TOP = 11.0  # degrees above the horizon of a panorama's first row: nuScenes' LiDAR sees from -30.7 to 10.7
 AT_A_TIME = 2**18  # rays; more, and those of six full images would take gigabytes
@@ -31,7 +31,7 @@ def rendered_views(model, batch, generators, stride=2, normals=False, width=240)
 
     generators: one a sample, for the masks; None: nothing is hidden from the encoders.
     stride:     pixels between rendered rays of a camera.
-    normals:    render the surface's normals too, as colours: how far they point right, ahead and up.
+    normals:    render the surface's normals too, as colors: how far they point right, ahead and up.
     width:      pixels of a camera's column.
     """
     was_training = model.training
@@ -52,12 +52,12 @@ def rendered_views(model, batch, generators, stride=2, normals=False, width=240)
         visible = masks["camera"][0, : len(images), None].float()
         visible = F.interpolate(visible, scale_factor=MASK_BLOCK)[..., :H, :W]
         rows["image, as the encoder sees it"] = (images * visible).permute(0, 2, 3, 1)
-    if cameras and in_colour(model, batch):
+    if cameras and in_color(model, batch):
         rows["rendered"] = rgb
     points = batch.points[: batch.point_counts[0]]
     rows["LiDAR depth"] = project(batch, points[points[:, 4] == 0, :3])
     if "lidar" in masks:
-        rows["voxels, as the encoder sees them"] = project(batch, _centres(model.recipe, masks["lidar"]))
+        rows["voxels, as the encoder sees them"] = project(batch, _centers(model.recipe, masks["lidar"]))
     rows["rendered depth"] = depth
     if normals:
         rows["rendered normals"] = (normal + 1) / 2 * (normal.norm(dim=-1, keepdim=True) > 0)
@@ -65,7 +65,7 @@ def rendered_views(model, batch, generators, stride=2, normals=False, width=240)
 
 
 def _rendered(model, volume, batch, stride):
-    """rgb [N, h, w, 3], depth [N, h, w] metres and normals [N, h, w, 3] of the first sample's views."""
+    """rgb [N, h, w, 3], depth [N, h, w] meters and normals [N, h, w, 3] of the first sample's views."""
     pixels, shape = common_grid(batch, 0, stride)
     parts = pixels.split(AT_A_TIME // len(pixels), dim=1)
     parts = [model.render_surface(volume, cast_rays(batch, 0, part)) for part in parts]
@@ -85,14 +85,14 @@ def _panorama_rays(device):
     return rays_from_lidar(aims.flatten(0, 1), 0)
 
 
-def _centres(recipe, voxels):
-    """[P, 3] metres, the centres of those `voxels` ([M, 4]) that are the first sample's."""
+def _centers(recipe, voxels):
+    """[P, 3] meters, the centers of those `voxels` ([M, 4]) that are the first sample's."""
     low, cell = (torch.tensor(t, device=voxels.device) for t in (recipe.grid.low, recipe.lidar.cell))
     return low + (voxels[voxels[:, 0] == 0, 1:].flip(-1) + 0.5) * cell
 
 
 def _onto_panorama(_, points):
-    """[1, rows, columns] metres from the LiDAR to `points` [P, 3], NaN where none falls."""
+    """[1, rows, columns] meters from the LiDAR to `points` [P, 3], NaN where none falls."""
     depth = points.norm(dim=1)
     up = torch.rad2deg(torch.asin(points[:, 2] / depth.clamp(min=1e-3)))
     around = torch.rad2deg(math.pi - torch.atan2(points[:, 1], points[:, 0])) % 360
@@ -103,11 +103,11 @@ def _onto_panorama(_, points):
 
 
 def _onto_views(batch, points):
-    """[N, H, W] metres along the first sample's rays to `points` [P, 3], NaN where none falls."""
+    """[N, H, W] meters along the first sample's rays to `points` [P, 3], NaN where none falls."""
     H, W = batch.image_sizes[0, 0].tolist()
     pixels, visible = project_points(points, batch.lidar2image[0], batch.image_sizes[0])  # [N, P, 3], [N, P]
-    centres = torch.linalg.inv(batch.lidar2camera[0])[:, :3, 3]  # [N, 3]
-    depth = (points[None] - centres[:, None]).norm(dim=-1)  # [N, P]
+    centers = torch.linalg.inv(batch.lidar2camera[0])[:, :3, 3]  # [N, 3]
+    depth = (points[None] - centers[:, None]).norm(dim=-1)  # [N, P]
     return _painted(pixels, visible, depth, H, W, thick=1)
 
 
@@ -126,22 +126,22 @@ def _painted(pixels, visible, depth, H, W, thick):
 
 
 def _sheet(rows, width):
-    """Rows of pictures with their names. rows: name -> [N, h, w, 3] colours or [N, h, w] metres, NaN for none."""
+    """Rows of pictures with their names. rows: name -> [N, h, w, 3] colors or [N, h, w] meters, NaN for none."""
     views, height, across = next(iter(rows.values())).shape[:3]
     inches = (width * views if views > 1 else 6 * width) / DPI
     size = (inches, inches / views * height / across * len(rows) + 0.5)
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     axes = figure.subplots(len(rows), views, squeeze=False)
-    colours = matplotlib.colormaps["turbo_r"].with_extremes(bad="black")
+    colors = matplotlib.colormaps["turbo_r"].with_extremes(bad="black")
     for line, (name, row) in zip(axes, rows.items(), strict=True):
         line[0].set_ylabel("\n".join(name.split(", ")))
         for axis, view in zip(line, row, strict=True):
-            axis.imshow(view.clip(0, 1)) if view.ndim == 3 else axis.imshow(view, colours, vmin=0, vmax=FAR)
+            axis.imshow(view.clip(0, 1)) if view.ndim == 3 else axis.imshow(view, colors, vmin=0, vmax=FAR)
             axis.set(xticks=[], yticks=[])
     for axis, name in zip(axes[0], CAMERAS if views > 1 else ["all around the LiDAR"], strict=True):
         axis.set_title(name)
     line = axes[list(rows).index("rendered depth")]
-    figure.colorbar(line[0].images[0], ax=line, label="metres", fraction=0.02)
+    figure.colorbar(line[0].images[0], ax=line, label="meters", fraction=0.02)
     return picture_of(figure)
 
 
@@ -162,7 +162,7 @@ def write_film(pictures, file, rate):
         others = (Image.open(picture).convert("RGB") for picture in pictures[1:])
         first.save(file, save_all=True, append_images=others, duration=round(1000 / rate), loop=0)
         return
-    width, height = (side // 2 * 2 for side in first.size)  # MP4 halves the resolution of colours
+    width, height = (side // 2 * 2 for side in first.size)  # MP4 halves the resolution of colors
     film = cv2.VideoWriter(str(file), cv2.VideoWriter_fourcc(*"mp4v"), rate, (width, height))
     if not film.isOpened():
         raise UserError(f"OpenCV cannot write {file} on this machine; take --film gif.")

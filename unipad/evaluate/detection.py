@@ -12,7 +12,7 @@ def evaluate_detections(model, dataset, folder, world, detect=None, size=1, work
     model, dataset, world, detect, size, workers: as for `detect_all`.
     folder: gets `results_nusc.json` and `metrics_summary.json` (the devkit's, see `submission.table`).
 
-    Returns dict: NDS, mAP, mATE (metres), mASE, mAOE (radians), mAVE (m/s), mAAE; the same in every process. A frame
+    Returns dict: NDS, mAP, mATE (meters), mASE, mAOE (radians), mAVE (m/s), mAAE; the same in every process. A frame
     that cannot be read counts as one in which nothing was found.
     """
     found = detect_all(model, dataset, world, detect, size, workers)
@@ -36,7 +36,7 @@ def detect_all(model, dataset, world, detect=None, size=1, workers=0):
     None in the others.
 
     model:  a `Detector`. dataset, world, size, workers: as for `of_all_frames`, which says what becomes of bad frames.
-    detect: function of a batch instead of `model.detect`, such as `tta.detect_in_looks` makes.
+    detect: function of a batch instead of `model.detect`, such as `tta.detect_tta` makes.
     """
 
     def found_in(batch):

@@ -1,4 +1,4 @@
-"""How good renderings are: PSNR of the colours, error of the depths."""
+"""How good renderings are: PSNR of the colors, error of the depths."""
 
 import torch
 
@@ -7,7 +7,7 @@ from unipad.model.rays import lidar_rays, pixel_rays
 from unipad.runtime import all_reduce_sum, generators
 
 RAYS_PER_VIEW = 256  # LiDAR rays a view that depth is judged on
-PIXEL_STRIDE = 8  # pixels between the rays that colour is judged on
+PIXEL_STRIDE = 8  # pixels between the rays that color is judged on
 
 
 @torch.no_grad()
@@ -19,8 +19,8 @@ def evaluate_rendering(model, batches, seed, device, masked=True):
         so every evaluation of a run sees the same.
     masked:  hide from the encoder what training hides.
 
-    Returns dict: psnr (dB, over a grid of pixels; not where colour is not learned or there are no images),
-    depth_abs_rel, depth_rmse (metres), depth_delta1 (share of rays within a factor 1.25). LiDAR depths are the truth;
+    Returns dict: psnr (dB, over a grid of pixels; not where color is not learned or there are no images),
+    depth_abs_rel, depth_rmse (meters), depth_delta1 (share of rays within a factor 1.25). LiDAR depths are the truth;
     a ray that misses the volume counts as black at depth 0. Sums run over all processes.
     """
     was_training = model.training
@@ -31,7 +31,7 @@ def evaluate_rendering(model, batches, seed, device, masked=True):
         draws = generators(seed, 0, range(position, position + len(batch)), device)
         volume, _ = model.encode(batch, draws if masked else None)
         batch = batch.keyframe()
-        for i in range(len(batch) if in_colour(model, batch) else 0):
+        for i in range(len(batch) if in_color(model, batch) else 0):
             rays, _ = pixel_rays(batch, i, PIXEL_STRIDE)
             rgb, _ = model.render(volume, rays)
             sums[0] += (rgb - rays.rgb).square().mean(1).double().sum()
@@ -51,8 +51,8 @@ def evaluate_rendering(model, batches, seed, device, masked=True):
     }
 
 
-def in_colour(model, batch):
-    """Whether the model learns colours and the batch shows some."""
+def in_color(model, batch):
+    """Whether the model learns colors and the batch shows some."""
     return model.recipe.render.rgb_weight > 0 and batch.images.shape[1] > 0
 
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from unipad.data.tables import SEGMENTS
+from unipad.data.tables import LIDARSEG_CLASSES
 from unipad.errors import UserError
 from unipad.evaluate.frames import of_all_frames
 from unipad.runtime import from_main
@@ -90,13 +90,13 @@ def score_segmentation(folder, dataset, tokens=None):
         results_folder=str(folder), eval_set=dataset.split, sample_tokens=list(tokens),
     )  # fmt: skip
     summary = LidarSegEval.evaluate(judge)
-    ious = {name: float(iou) for name, iou in summary["iou_per_class"].items() if name in SEGMENTS}
+    ious = {name: float(iou) for name, iou in summary["iou_per_class"].items() if name in LIDARSEG_CLASSES}
     counts = confusions.global_cm[1:, 1:]  # [16 true, 16 found]
     points, right = counts.sum(axis=1), counts.diagonal()
     accuracies = np.divide(right, points, out=np.full(len(points), np.nan), where=points > 0)
     summary |= {
         "iou_per_class": ious,
-        "acc_per_class": dict(zip(SEGMENTS, accuracies.tolist(), strict=True)),
+        "acc_per_class": dict(zip(LIDARSEG_CLASSES, accuracies.tolist(), strict=True)),
         "macc": float(np.nanmean(accuracies)),
         "allacc": float(right.sum() / points.sum()),
     }
@@ -112,9 +112,9 @@ def check_classes(file, label_file):
         raise UserError(f"{error.filename} is missing: every frame of the split needs one.") from None
     if len(classes) != count:
         raise UserError(f"{file} has {len(classes)} classes for {count} points; it needs one byte a point.")
-    wrong = classes[(classes < 1) | (classes > len(SEGMENTS))]
+    wrong = classes[(classes < 1) | (classes > len(LIDARSEG_CLASSES))]
     if len(wrong):
-        raise UserError(f"{file} holds class {wrong[0]}; the classes are 1 to {len(SEGMENTS)}.")
+        raise UserError(f"{file} holds class {wrong[0]}; the classes are 1 to {len(LIDARSEG_CLASSES)}.")
 
 
 def headline(summary):

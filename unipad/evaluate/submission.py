@@ -15,7 +15,7 @@ import numpy as np
 from unipad.data.tables import CLASSES
 from unipad.model.boxes import boxes_to_global
 
-MOST = 500  # boxes of a sample; nuScenes' rule
+MAX_BOXES = 500  # boxes of a sample; nuScenes' rule
 MOVING = 0.2  # m/s from which on an object counts as moving; the original's
 
 VEHICLE = ("vehicle.parked", "vehicle.moving")
@@ -53,18 +53,18 @@ def write_submission(found, index, file, use_camera, use_lidar):
 
 
 def _records(found, token, lidar2global):
-    """The best `MOST` boxes of one sample as the records of a submission."""
+    """The best `MAX_BOXES` boxes of one sample as the records of a submission."""
     boxes, scores, labels = (t.numpy() for t in (found.boxes, found.scores, found.labels))
     sound = np.isfinite(boxes).all(axis=1) & np.isfinite(scores) & (boxes[:, 3:6] > 0).all(axis=1)
     rows = np.nonzero(sound)[0]
-    rows = rows[np.argsort(-scores[rows], kind="stable")][:MOST]
-    centres, sizes, rotations, velocities = (a.tolist() for a in boxes_to_global(boxes[rows], lidar2global))
+    rows = rows[np.argsort(-scores[rows], kind="stable")][:MAX_BOXES]
+    centers, sizes, rotations, velocities = (a.tolist() for a in boxes_to_global(boxes[rows], lidar2global))
     moving = np.hypot(*boxes[rows, 7:].T) > MOVING
     names = [CLASSES[label] for label in labels[rows]]
     return [
         {
             "sample_token": token,
-            "translation": centre,
+            "translation": center,
             "size": size,
             "rotation": rotation,
             "velocity": velocity,
@@ -72,8 +72,8 @@ def _records(found, token, lidar2global):
             "detection_score": score,
             "attribute_name": ATTRIBUTES[name][int(moves)],
         }
-        for centre, size, rotation, velocity, name, score, moves in zip(
-            centres, sizes, rotations, velocities, names, scores[rows].tolist(), moving, strict=True
+        for center, size, rotation, velocity, name, score, moves in zip(
+            centers, sizes, rotations, velocities, names, scores[rows].tolist(), moving, strict=True
         )
     ]
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from unipad.data.transforms import motion, moved_boxes
-from unipad.evaluate.submission import MOST
+from unipad.evaluate.submission import MAX_BOXES
 from unipad.model.detect import Detections, suppressed
 from unipad.model.segment import classes_of
 
@@ -27,9 +27,9 @@ def looks(scales=(1.0,), angles=(0.0,), flips=True):
     return [motion(a, s, flip_x=x, flip_y=y) for a, s, (x, y) in itertools.product(angles, scales, mirrors)]
 
 
-def detect_in_looks(detect, motions, batch):
+def detect_tta(detect, motions, batch):
     """What `detect`, a function of a batch such as a `Detector`'s, finds in all looks at a batch: list of `Detections`
-    in the batch's own frame, best score first, `MOST` of a sample at most."""
+    in the batch's own frame, best score first, `MAX_BOXES` of a sample at most."""
     looked = []  # a list of samples for each look
     for move in motions:
         back = np.linalg.inv(move)
@@ -60,10 +60,10 @@ def moved_batch(batch, move):
 
 def merged(found):
     """Several `Detections` of one sample in the same frame as one, without boxes that overlap a better one of their
-    class; best score first, `MOST` at most."""
+    class; best score first, `MAX_BOXES` at most."""
     together = Detections(*(torch.cat([getattr(one, name) for one in found]) for name in ("boxes", "scores", "labels")))
     kept = suppressed(together, [(label, OVERLAP) for label in together.labels.unique().tolist()])
-    best = kept.scores.argsort(descending=True, stable=True)[:MOST]
+    best = kept.scores.argsort(descending=True, stable=True)[:MAX_BOXES]
     return Detections(kept.boxes[best], kept.scores[best], kept.labels[best])
 
 

@@ -1,11 +1,11 @@
 """Boxes: ours, the ten numbers that the head regresses, those of the original and those of nuScenes.
 
-    ours           x, y, z centre, w, l, h metres, yaw, vx, vy m/s; LiDAR frame; yaw is the direction of the heading
+    ours           x, y, z center, w, l, h meters, yaw, vx, vy m/s; LiDAR frame; yaw is the direction of the heading
                    (the box's length), counter-clockwise from x
     the original   mmdet3d 0.17's: z is the bottom's, and yaw' turns clockwise from -y,   yaw' = -yaw - pi / 2
-    code           x, y, log w, log l, z centre, log h, sin yaw', cos yaw', vx, vy;
+    code           x, y, log w, log l, z center, log h, sin yaw', cos yaw', vx, vy;
                    sin yaw' = -cos yaw,   cos yaw' = -sin yaw
-    nuScenes       centre, (w, l, h), a quaternion and a velocity, each in the global frame
+    nuScenes       center, (w, l, h), a quaternion and a velocity, each in the global frame
 
 mmdet3d 1.0 and later swap w and l and turn the other way: boxes of such a version are none of these.
 """
@@ -37,7 +37,7 @@ def footprint(boxes):
 
 
 def box_corners(boxes):
-    """[..., 9] ours -> [..., 8, 3] metres: at the bottom front left, front right, back right, back left; at the top."""
+    """[..., 9] ours -> [..., 8, 3] meters: at the bottom front left, front right, back right, back left; at the top."""
     ahead = boxes.new_tensor([1, 1, -1, -1, 1, 1, -1, -1]) / 2
     left = boxes.new_tensor([1, -1, -1, 1, 1, -1, -1, 1]) / 2
     up = boxes.new_tensor([-1, -1, -1, -1, 1, 1, 1, 1]) / 2
@@ -67,7 +67,7 @@ def boxes_to_global(boxes, lidar2global):
         boxes:        [K, 9] array, ours.
         lidar2global: [4, 4] rigid array, of the frame that the boxes are in.
 
-    Returns arrays, fp64: translation [K, 3] metres, size [K, 3] w, l, h metres, rotation [K, 4] unit quaternion
+    Returns arrays, fp64: translation [K, 3] meters, size [K, 3] w, l, h meters, rotation [K, 4] unit quaternion
     w, x, y, z, velocity [K, 2] m/s.
     """
     boxes, turn = np.asarray(boxes, np.float64), lidar2global[:3, :3]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from unipad.config import Camera
+from unipad.config import CameraConfig
 from unipad.model.depth import depth_head
 
 MASK_BLOCK = 32  # pixels: the encoder's total stride, so one block is one cell of its last stage
@@ -36,7 +36,7 @@ def draw_mask(noise, h, w, ratio):
 class CameraEncoder(nn.Module):
     """Feature levels of strides 4 * 2^fpn_start and on, and for each cell a distribution over depth bins."""
 
-    def __init__(self, cfg: Camera):
+    def __init__(self, cfg: CameraConfig):
         super().__init__()
         stages = range(cfg.fpn_start, len(cfg.depths))
         self.backbone = ConvNeXt(cfg.depths, cfg.widths, cfg.drop_path, cfg.frozen_stages, out_stages=stages)
@@ -53,7 +53,7 @@ class CameraEncoder(nn.Module):
 
         Args:
             images:      [B, N, 3, H, W] RGB in [0, 1]; H and W multiples of 32.
-            image_sizes: [B, N, 2] height, width before padding; the padding is zero after normalisation.
+            image_sizes: [B, N, 2] height, width before padding; the padding is zero after normalization.
             mask:        [B * N, 1, H / 32, W / 32] bool, True = visible; None = all.
             drop_noise:  [B * N, blocks] uniform in [0, 1): decides which blocks an image skips in training (drop path);
                          None = none.
@@ -89,7 +89,7 @@ class ConvNeXt(nn.Module):
     depths, widths: blocks and channels of each stage; stage i has stride 4 * 2^i.
     drop_path: rate at the last block, rising linearly from 0 at the first.
     frozen_stages: the first stages and their down-sampling get no gradient and drop no path.
-    out_stages: stages whose normalised outputs are returned.
+    out_stages: stages whose normalized outputs are returned.
 
     With the attribute `checkpointing`, only what goes into a block is kept for the backward pass, which then computes
     the block once more: the same numbers, less memory, more time.

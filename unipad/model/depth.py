@@ -3,17 +3,17 @@
 import torch
 from torch import nn
 
-from unipad.config import Camera
+from unipad.config import CameraConfig
 from unipad.model.decoder import Dropout
 from unipad.model.norm import SyncedBatchNorm
 from unipad.model.rays import project_points
 
 DILATIONS = (1, 6, 12, 18)  # cells from tap to tap of ASPP's convolutions, the first of which has a single tap
 DROPOUT = 0.5  # of what ASPP gives
-NEAR_RADIUS = 3.0  # metres in the ground plane; nearer points lie on the car itself
+NEAR_RADIUS = 3.0  # meters in the ground plane; nearer points lie on the car itself
 
 
-def depth_head(cfg: Camera):
+def depth_head(cfg: CameraConfig):
     """The head that `cfg` names: features [B * N, C, h, w] and generators to logits [B * N, bins, h, w]."""
     if cfg.depth == "simple":
         return SimpleDepth(cfg.channels, cfg.depth_bins, 1)
@@ -106,7 +106,7 @@ class DilatedConv(nn.Module):
         return self.bn(self.atrous_conv(x)).relu()
 
 
-def depth_loss(depths, batch, cfg: Camera):
+def depth_loss(depths, batch, cfg: CameraConfig):
     """Binary cross entropy of each depth bin's probability with whether LiDAR sees something in it first.
 
     depths: per level [B, N, h, w, D] probabilities, as `Encoder.encode` hands them out.
@@ -133,11 +133,11 @@ def depth_targets(batch, h, w, bins, depth_range):
     """The depth bin of the nearest LiDAR point in each feature's block of pixels.
 
     h, w:        features of a view, which divide the padded image evenly.
-    depth_range: (nearest, farthest) metres along the optical axis, cut into `bins`; points must lie between them,
+    depth_range: (nearest, farthest) meters along the optical axis, cut into `bins`; points must lie between them,
                  strictly inside the image and farther than NEAR_RADIUS from the LiDAR's axis.
 
     Returns [B, N, h, w] int64; -1 without a point. The original sorts the points by fp32 numbers that cannot tell
-    depths less than some metres apart, so there a farther point may win.
+    depths less than some meters apart, so there a farther point may win.
     """
     near, far = depth_range
     stride = batch.images.shape[-2] // h

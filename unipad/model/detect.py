@@ -84,7 +84,7 @@ class Detector(nn.Module):
 class Head(nn.Module):
     """One `config.Detect` on volumes of `channels` over one `config.Grid`.
 
-    Computes in the parameters' dtype, under autocast too: bf16 knows a place in the range to decimetres only.
+    Computes in the parameters' dtype, under autocast too: bf16 knows a place in the range to decimeters only.
     """
 
     def __init__(self, cfg, grid, channels):
@@ -131,8 +131,8 @@ class Head(nn.Module):
                 x = layer(x, place, reference, volume, blocked, dropout)
                 raw = self.reg_branches[i](x)  # [B, Q, 10]
                 move = torch.cat([raw[..., :2], raw[..., 4:5]], dim=-1)  # of x, y, z, as logits
-                centre = self.low + (self.high - self.low) * (move + self._start(reference)).sigmoid()
-                codes.append(torch.cat([centre[..., :2], raw[..., 2:4], centre[..., 2:], raw[..., 5:]], dim=-1))
+                center = self.low + (self.high - self.low) * (move + self._start(reference)).sigmoid()
+                codes.append(torch.cat([center[..., :2], raw[..., 2:4], center[..., 2:], raw[..., 5:]], dim=-1))
                 logits.append(self.cls_branches[i](x))
                 if self.cfg.denoising:
                     ious.append(self.iou_branches[i](x)[..., 0])
@@ -174,7 +174,7 @@ class Head(nn.Module):
         return torch.zeros_like(place), place, reference
 
     def _start(self, reference):
-        """What predicted centres are relative to. The plain head's pass through a share of the range and saturate."""
+        """What predicted centers are relative to. The plain head's pass through a share of the range and saturate."""
         if self.cfg.denoising:
             return reference
         most = math.log((1 - EPS) / EPS)
@@ -184,8 +184,8 @@ class Head(nn.Module):
 def detections(cfg, found):
     """Boxes that the last layer stands by, sample by sample. Not differentiable; waits for the device.
 
-    Of all queries and classes the `kept` best by class score; of these, the ones inside `centre_low` .. `centre_high`,
-    of at least `least_score`, and not suppressed by a better one of their class where `nms` has a threshold for it.
+    Of all queries and classes the `kept` best by class score; of these, the ones inside `center_low` .. `center_high`,
+    of at least `min_score`, and not suppressed by a better one of their class where `nms` has a threshold for it.
 
     cfg: `config.Detect`; found: `Predictions`. Returns a list of B `Detections`.
     """
@@ -196,8 +196,8 @@ def detections(cfg, found):
     if found.iou is not None and cfg.iou_in_score:
         iou = ((found.iou[-1].detach() + 1) / 2).clamp(0, 1).gather(1, query)
         scores = share.sqrt() * iou.sqrt()
-    low, high = tensor_like(cfg.centre_low, boxes), tensor_like(cfg.centre_high, boxes)
-    stays = ((boxes[..., :3] >= low) & (boxes[..., :3] <= high)).all(dim=-1) & (scores >= cfg.least_score)
+    low, high = tensor_like(cfg.center_low, boxes), tensor_like(cfg.center_high, boxes)
+    stays = ((boxes[..., :3] >= low) & (boxes[..., :3] <= high)).all(dim=-1) & (scores >= cfg.min_score)
     results = []
     for b in range(len(boxes)):
         kept = Detections(*(t[b, stays[b]] for t in (boxes, scores, labels)))

@@ -1,4 +1,4 @@
-"""The neural field: a feature volume at a point -> signed distance, its spatial gradient, colour.
+"""The neural field: a feature volume at a point -> signed distance, its spatial gradient, color.
 
 Both decoders are MLPs that see the point p and a conditioning vector c again in every layer:
 
@@ -29,9 +29,9 @@ LINEAR = 20.0  # torch's softplus is the identity where SHARPNESS * z exceeds th
 
 
 class Field(nn.Module):
-    """Signed distance, gradient and colour at points of a feature volume.
+    """Signed distance, gradient and color at points of a feature volume.
 
-    Points, distances and gradients are in the renderer's unit: metres * grid.scale. The parameters bear the
+    Points, distances and gradients are in the renderer's unit: meters * grid.scale. The parameters bear the
     original's names, so that its state dict loads once `pts_bbox_head.render_model.field.` is cut off.
     """
 
@@ -45,9 +45,9 @@ class Field(nn.Module):
         })  # fmt: skip
         self.deviation_network = nn.ParameterDict({"variance": nn.Parameter(torch.full((1,), cfg.variance))})
         # The first voxel's value sits at the range's lower limit, the last one's at the upper: align_corners=True.
-        per_metre = [(n - 1) / (h - l) for n, l, h in zip(grid.shape, grid.low, grid.high, strict=True)]
-        first = [-l * k for l, k in zip(grid.low, per_metre, strict=True)]
-        self.register_buffer("cells_per_unit", torch.tensor(per_metre) / grid.scale, persistent=False)  # [3]
+        per_meter = [(n - 1) / (h - l) for n, l, h in zip(grid.shape, grid.low, grid.high, strict=True)]
+        first = [-l * k for l, k in zip(grid.low, per_meter, strict=True)]
+        self.register_buffer("cells_per_unit", torch.tensor(per_meter) / grid.scale, persistent=False)  # [3]
         self.register_buffer("first_cell", torch.tensor(first), persistent=False)  # [3]
 
     def forward(self, volume, points, directions, volume_idx):
@@ -55,12 +55,12 @@ class Field(nn.Module):
 
         Args:
             volume:     [B, Z, Y, X, C] features.
-            points:     [R, S, 3] scaled metres, LiDAR frame; not differentiated.
+            points:     [R, S, 3] scaled meters, LiDAR frame; not differentiated.
             directions: [R, 3] unit vectors.
             volume_idx: [R] int32, the volume that a ray reads.
 
         Returns:
-            sdf:      [R, S] scaled metres, positive outside.
+            sdf:      [R, S] scaled meters, positive outside.
             gradient: [R, S, 3] d sdf / d point.
             rgb:      [R, S, 3] in [0, 1].
 
@@ -87,7 +87,7 @@ class Field(nn.Module):
         return self.sdf_decoder.value(feature.t(), points.flatten(0, 1).t()).view(points.shape[:2])
 
     def cells(self, points):
-        """Scaled metres -> voxels: 0 at the centre of the first, n - 1 at the centre of the last."""
+        """Scaled meters -> voxels: 0 at the center of the first, n - 1 at the center of the last."""
         return points * self.cells_per_unit + self.first_cell
 
     @property
@@ -97,7 +97,7 @@ class Field(nn.Module):
 
     @property
     def beta(self):
-        """[1] width of VolSDF's Laplace distribution, scaled metres."""
+        """[1] width of VolSDF's Laplace distribution, scaled meters."""
         return self.laplace_density["beta"].abs() + self.laplace_density["beta_min"]
 
 

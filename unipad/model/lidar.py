@@ -52,7 +52,7 @@ class LidarEncoder(nn.Module):
     visible ones, and the number of output voxels of each strided convolution.
     """
 
-    def __init__(self, cfg: config.Lidar, grid: config.Grid, point_channels=5):
+    def __init__(self, cfg: config.LidarConfig, grid: config.Grid, point_channels=5):
         super().__init__()
         self.cfg, self.low = cfg, grid.low
         stride = 2 ** (len(cfg.widths) - 1)
@@ -84,7 +84,7 @@ class LidarEncoder(nn.Module):
         """Encode the points of a batch.
 
         Args:
-            points:       [P, F] fp32 x, y, z metres in the LiDAR frame, ..., sample after sample.
+            points:       [P, F] fp32 x, y, z meters in the LiDAR frame, ..., sample after sample.
             point_counts: [B] points of each sample, on the host.
             noise:        [B, *mask_shape] uniform in [0, 1): decides which blocks of voxels are hidden, in training and
                           in evaluation; None = none.
@@ -98,7 +98,7 @@ class LidarEncoder(nn.Module):
         features, coords = voxelize(points, point_counts, self.low, cfg.cell, self.cells, cfg.max_points, max_voxels)
         # One more level of cells, in which no point lies: then 8 L + 1 become 4 L + 1, 2 L + 1 and L.
         shape = (self.cells[0] + 1, *self.cells[1:])
-        # Neighbours in the grid become neighbours in memory: they are read together.
+        # Neighbors in the grid become neighbors in memory: they are read together.
         _, order = sort_voxels(coords, shape, check=False)
         features, coords = features[order].to(self.encoder.conv_input[0].weight.dtype), coords[order]
         seen = coords

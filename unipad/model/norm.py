@@ -1,4 +1,4 @@
-"""Batch normalisation over the samples of all processes."""
+"""Batch normalization over the samples of all processes."""
 
 import torch
 import torch.distributed as dist
@@ -6,7 +6,7 @@ from torch import nn
 
 
 class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch normalisation of [N, C, ...] with the statistics of all processes' rows.
+    """Batch normalization of [N, C, ...] with the statistics of all processes' rows.
 
     `nn.SyncBatchNorm` does the same on GPUs only; this works wherever `torch.distributed` does, and where a process, or
     all of them, has no row or a single one, as sparse features may: a lone row becomes the bias, and without rows the
@@ -16,7 +16,7 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def _check_input_dim(self, x):
         if x.dim() < 2:
-            raise ValueError(f"batch normalisation takes [N, C, ...], not {tuple(x.shape)}")
+            raise ValueError(f"batch normalization takes [N, C, ...], not {tuple(x.shape)}")
 
     def forward(self, x):
         if not self.training:
@@ -32,15 +32,15 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
         count = sums[-1].detach()
         mean = sums[:-1] / count.clamp(min=1)
         # not mean(x^2) - mean(x)^2, which cancels where the mean is large
-        centred = x - mean.view(shape)
-        variance = over_processes(centred.square().sum(dims)) / count.clamp(min=1)
+        centered = x - mean.view(shape)
+        variance = over_processes(centered.square().sum(dims)) / count.clamp(min=1)
         with torch.no_grad():
             self.num_batches_tracked += 1
             momentum = self.momentum * (count > 0)
             self.running_mean.lerp_(mean, momentum)
             self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
-        return torch.addcmul(self.bias.view(shape), centred, scale.view(shape)).to(dtype)
+        return torch.addcmul(self.bias.view(shape), centered, scale.view(shape)).to(dtype)
 
 
 class SumOverProcesses(torch.autograd.Function):

@@ -12,7 +12,7 @@ from unipad.model.rays import choose_rays, lidar_points
 from unipad.model.render import Renderer
 from unipad.model.volume import ConvNormReLU3d, Encoder
 
-STOP = 1e-4  # of a ray's light: a GPU's picture looks no further; 0.03 of 255 grey levels, 1 cm at 100 m
+STOP = 1e-4  # of a ray's light: a GPU's picture looks no further; 0.03 of 255 gray levels, 1 cm at 100 m
 
 
 class Pretrain(nn.Module):
@@ -47,7 +47,7 @@ class Pretrain(nn.Module):
         return self.project(volume), masks
 
     def render(self, volume, rays):
-        """Render rays without gradients, some at a time; returns rgb [R, 3] in [0, 1] and depth [R] metres."""
+        """Render rays without gradients, some at a time; returns rgb [R, 3] in [0, 1] and depth [R] meters."""
         return self.render_surface(volume, rays)[:2]
 
     @torch.no_grad()

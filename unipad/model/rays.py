@@ -12,17 +12,17 @@ from torch import Tensor
 from unipad.batch import CAMERAS
 from unipad.config import RayChoice
 
-MIN_DEPTH = 1e-5  # metres in front of the camera; the original's
+MIN_DEPTH = 1e-5  # meters in front of the camera; the original's
 
 
 @dataclass(frozen=True)
 class Rays:
-    """R rays of all samples and views of a batch; metres, LiDAR frame."""
+    """R rays of all samples and views of a batch; meters, LiDAR frame."""
 
-    origins: Tensor  # [R, 3] camera centres
+    origins: Tensor  # [R, 3] camera centers
     directions: Tensor  # [R, 3] unit vectors
     depth: Tensor  # [R] distance along the ray to the LiDAR point, -1 = unknown
-    rgb: Tensor  # [R, 3] colour of the pixel, in [0, 1]
+    rgb: Tensor  # [R, 3] color of the pixel, in [0, 1]
     volume_idx: Tensor  # [R] int32 the sample whose volume the ray crosses
 
     def __len__(self):
@@ -92,7 +92,7 @@ def lidar_rays(batch, cfg: RayChoice, per_view, generators):
 
 
 def rays_from_lidar(aims, sample):
-    """Rays from the LiDAR to `aims` [K, 3] metres; to the origin itself: a ray of unknown depth. Their colour is 0."""
+    """Rays from the LiDAR to `aims` [K, 3] meters; to the origin itself: a ray of unknown depth. Their color is 0."""
     distance = aims.norm(dim=1)  # [K]
     known = distance > 0
     ahead = torch.eye(3, device=aims.device)[1]
@@ -128,12 +128,12 @@ def common_grid(batch, sample, stride):
 def project_points(points, lidar2image, image_sizes):
     """LiDAR points in each view.
 
-    points:      [P, 3] metres, LiDAR frame.
-    lidar2image: [N, 4, 4] LiDAR metres -> (u*d, v*d, d, 1).
+    points:      [P, 3] meters, LiDAR frame.
+    lidar2image: [N, 4, 4] LiDAR meters -> (u*d, v*d, d, 1).
     image_sizes: [N, 2] height, width before padding.
 
     Returns:
-        seen:    [N, P, 3] u, v pixels and depth along the optical axis, metres; u, v mean nothing behind a camera.
+        seen:    [N, P, 3] u, v pixels and depth along the optical axis, meters; u, v mean nothing behind a camera.
         visible: [N, P] bool, True in front of the camera and strictly inside the image.
     """
     seen = _transform(lidar2image, points[None])
@@ -165,9 +165,9 @@ def pixel_grid(image_sizes, H, W, interval, sky=0.0):
 def cast_rays(batch, sample, chosen):
     """Rays through the chosen pixels of one sample's views.
 
-    chosen: [N, K, 3] u, v inside the image, and depth along the optical axis in metres, 0 = unknown.
+    chosen: [N, K, 3] u, v inside the image, and depth along the optical axis in meters, 0 = unknown.
 
-    Returns `Rays`, N * K, view after view. The colour is that of the pixel at the truncated coordinates.
+    Returns `Rays`, N * K, view after view. The color is that of the pixel at the truncated coordinates.
     """
     N, K, _ = chosen.shape
     known = chosen[..., 2] > 0
@@ -188,7 +188,7 @@ def cast_rays(batch, sample, chosen):
 
 
 def lidar_points(batch, cfg: RayChoice):
-    """All points with the sample they belong to: [P, 3] metres, [P] int32, -1 for those not between the two radii."""
+    """All points with the sample they belong to: [P, 3] meters, [P] int32, -1 for those not between the two radii."""
     sample = torch.arange(len(batch), dtype=torch.int32).repeat_interleave(batch.point_counts)
     sample = sample.to(batch.points.device, non_blocking=True)
     return batch.points[:, :3], torch.where(_between_radii(batch.points, cfg), sample, -1)

@@ -1,4 +1,4 @@
-"""The differentiable renderer: rays through a feature volume -> colour and depth, and what they are compared with.
+"""The differentiable renderer: rays through a feature volume -> color and depth, and what they are compared with.
 
     alpha_s = opacity of sample s,   w_s = alpha_s * prod_{t<s} (1 - alpha_t + 1e-7)
     rgb = sum_s w_s c_s  (black background),   depth = sum_s w_s t_s / (sum_s w_s + 1e-10)
@@ -11,7 +11,7 @@
 On a GPU the first two run as one op with one backward, `kernels.sdf_render`, where the field is of its family; unisurf,
 fields outside it, fp64 and CPUs take the pieces one after the other.
 
-A sample stands at the start of its interval. Callers speak metres; inside, lengths are metres * grid.scale.
+A sample stands at the start of its interval. Callers speak meters; inside, lengths are meters * grid.scale.
 A ray that misses the box renders black at depth 0 and counts for no loss.
 """
 
@@ -35,14 +35,14 @@ from unipad.model.samplers import SAMPLERS
 class Rendered:
     """What R rays of B samples gave; S samples a ray."""
 
-    rgb: Tensor  # [R, 3]; clamped to [0, 1] outside training; black where the fused op runs and learns no colour
-    depth: Tensor  # [R] metres along the ray
+    rgb: Tensor  # [R, 3]; clamped to [0, 1] outside training; black where the fused op runs and learns no color
+    depth: Tensor  # [R] meters along the ray
     hit: Tensor  # [R] bool, False for rays that do not cross the volume
     weights: Tensor  # [R, S] share of each sample
-    starts: Tensor  # [R, S] scaled metres along the ray
-    sdf: Tensor  # [R, S] scaled metres
+    starts: Tensor  # [R, S] scaled meters along the ray
+    sdf: Tensor  # [R, S] scaled meters
     gradient: Tensor  # [R, S, 3] d sdf / d point, of length 1 for a true distance
-    points_sdf: Tensor | None  # [P] scaled metres, at the points handed in
+    points_sdf: Tensor | None  # [P] scaled meters, at the points handed in
     of_sample: Tensor  # [B, R] 1 where a ray hits and belongs to the sample, else 0
     points_of_sample: Tensor | None  # [B, P] the same for the points
 
@@ -50,7 +50,7 @@ class Rendered:
 class Renderer(nn.Module):
     """Field, sampler and losses of one `config.Render` on one `config.Grid`.
 
-    Computes in the parameters' dtype, under autocast too: a signed distance in half precision is off by decimetres.
+    Computes in the parameters' dtype, under autocast too: a signed distance in half precision is off by decimeters.
     """
 
     def __init__(self, cfg, grid):
@@ -73,10 +73,10 @@ class Renderer(nn.Module):
 
         Args:
             volume: [B, C, Z, Y, X] features, LiDAR frame; channels_last_3d saves a copy.
-            rays:   `Rays` with origins [R, 3] metres, directions [R, 3] unit, volume_idx [R] int32.
+            rays:   `Rays` with origins [R, 3] meters, directions [R, 3] unit, volume_idx [R] int32.
             jitter: [R, self.jitters] uniforms in [0, 1) that move the samples of each ray (training).
                     None: the same samples every time.
-            points: pair of [P, 3] metres and [P] int32 volume index (-1: leave out), for the loss `points`.
+            points: pair of [P, 3] meters and [P] int32 volume index (-1: leave out), for the loss `points`.
             stop:   as of `sdf_render`, where that runs: for pictures, not for losses.
 
         Returns:
@@ -117,9 +117,9 @@ class Renderer(nn.Module):
                     volume, bundle, edges, mlps, density, cells, self.cfg.method, self.exact, stop
                 )
             else:
-                sdf, gradient, colour = self.field(volume, along(starts), directions, rays.volume_idx)
+                sdf, gradient, color = self.field(volume, along(starts), directions, rays.volume_idx)
                 alpha = self._alpha(sdf, gradient, directions, deltas) * hit[:, None]
-                out, weights = composite(alpha, torch.cat([colour, starts[..., None]], dim=-1))
+                out, weights = composite(alpha, torch.cat([color, starts[..., None]], dim=-1))
                 rgb, depth = out[:, :3], out[:, 3] / (weights.sum(dim=1) + 1e-10)
 
             rgb = rgb if self.training else rgb.clamp(0, 1)
@@ -140,7 +140,7 @@ class Renderer(nn.Module):
             sdf         |start + sdf - d*| over samples within the truncation of d*
             eikonal     (|gradient| - 1)^2 over all samples
             points      |sdf| over the points handed to `forward`
-        Lengths are scaled metres. Targets: rays.rgb [R, 3], rays.depth [R] metres along the ray, <= 0 for none.
+        Lengths are scaled meters. Targets: rays.rgb [R, 3], rays.depth [R] meters along the ray, <= 0 for none.
         """
         cfg = self.cfg
         per_ray = rendered.of_sample  # [B, R]

@@ -1,7 +1,7 @@
 """Where the field is read along a ray, one function a renderer: edges [R, S + 1] of S = samples + importance intervals.
 
 All of them first look for the surface through `sdf_at` (starts [R, n] -> signed distance [R, n]) and then place the
-samples that are rendered. Lengths are scaled metres. `jitter` is a list of [R] uniforms or Nones, one for every
+samples that are rendered. Lengths are scaled meters. `jitter` is a list of [R] uniforms or Nones, one for every
 placement, in order. Nothing here is differentiable.
 """
 

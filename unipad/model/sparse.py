@@ -227,7 +227,7 @@ class SparseInverseConv3d(_SparseConvolution):
 
 
 class SparseBatchNorm(SyncedBatchNorm):
-    """Batch normalisation over the voxels that exist, in all samples of all processes."""
+    """Batch normalization over the voxels that exist, in all samples of all processes."""
 
     _cache = _versions = _inputs = None  # of scale and shift; versions of the tensors they derive from; these tensors
 

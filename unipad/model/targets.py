@@ -49,7 +49,7 @@ def draw_noise(cfg, counts, generators):
 
 
 def noisy_queries(cfg, grid, boxes, labels, counts, noise):
-    """Ground truth with its centres moved, at most by half of w, l, h along x, y, z.
+    """Ground truth with its centers moved, at most by half of w, l, h along x, y, z.
 
     Args:
         cfg:    `config.Detect`.
@@ -64,10 +64,10 @@ def noisy_queries(cfg, grid, boxes, labels, counts, noise):
     G = min(cfg.noise_groups, cfg.queries // P) if P else 0
     low, high = tensor_like(grid.low, boxes), tensor_like(grid.high, boxes)
     shift = noise[:G] * 2 - 1  # [G, M, 3]
-    centre = boxes[:, :3] + shift * (cfg.noise_scale / 2) * boxes[:, 3:6]
+    center = boxes[:, :3] + shift * (cfg.noise_scale / 2) * boxes[:, 3:6]
     slot = slot + P * torch.arange(G, device=boxes.device)[:, None]  # [G, M]
     references = boxes.new_zeros(len(counts), G * P, 3)
-    references[sample.expand_as(slot), slot] = ((centre - low) / (high - low)).clamp(0, 1)
+    references[sample.expand_as(slot), slot] = ((center - low) / (high - low)).clamp(0, 1)
 
     group = torch.arange(G, device=boxes.device).repeat_interleave(P)
     group = F.pad(group, (0, cfg.queries), value=-1)  # [G * P + Q]

@@ -22,7 +22,7 @@ INTENSITY = 255.0  # nuScenes' largest
 class UnetEncoder(nn.Module):
     """Point clouds to features of their points, or to a volume."""
 
-    def __init__(self, cfg: config.Unet, grid: config.Grid, point_channels=5):
+    def __init__(self, cfg: config.UnetConfig, grid: config.Grid, point_channels=5):
         super().__init__()
         self.cfg, self.grid = cfg, grid
         self.encoder = Unet(point_channels, cfg.stem, cfg.widths, cfg.blocks)

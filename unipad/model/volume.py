@@ -50,7 +50,7 @@ class Encoder(nn.Module):
                 self.frame_fusion = FrameFusion(self.channels, recipe.data.camera_sweeps)
             self.lift_convs = volume_convs(self.channels, recipe.camera.volume_convs)
         if recipe.lidar is not None:
-            unet = isinstance(recipe.lidar, config.Unet)
+            unet = isinstance(recipe.lidar, config.UnetConfig)
             self.lidar = (UnetEncoder if unet else LidarEncoder)(recipe.lidar, recipe.grid)
             convs = 0 if unet else recipe.lidar.volume_convs
             self.lidar_convs = volume_convs(self.channels, convs, bias=False, **NORM)
@@ -121,7 +121,7 @@ def _per_sample(generators, shape):
     return torch.stack([torch.rand(shape, generator=g, device=g.device) for g in generators])
 
 
-def view_transform(grid: config.Grid, camera: config.Camera):
+def view_transform(grid: config.Grid, camera: config.CameraConfig):
     """The module that `camera.view` names: features and depth probabilities of the views to a volume."""
     if camera.view == "gather":
         return GatherLift(grid, camera)
@@ -133,13 +133,13 @@ def view_transform(grid: config.Grid, camera: config.Camera):
 class GatherLift(nn.Module):
     """Every voxel gathers feature times depth probability from the views that see its lower corner. No parameters."""
 
-    def __init__(self, grid: config.Grid, camera: config.Camera):
+    def __init__(self, grid: config.Grid, camera: config.CameraConfig):
         super().__init__()
         self.grid, self.depth_range = grid, camera.depth_range
 
     def forward(self, features, depths, lidar2image, image_size):
         """features: per level [B, N, h, w, C]; depths: per level [B, N, h, w, D] probabilities;
-        lidar2image: [B, N, 4, 4] LiDAR metres -> pixels of an image of `image_size` (H, W), padding included.
+        lidar2image: [B, N, 4, 4] LiDAR meters -> pixels of an image of `image_size` (H, W), padding included.
 
         Returns [B, C, Z, Y, X] in memory format channels_last_3d.
         """
@@ -151,7 +151,7 @@ class GatherLift(nn.Module):
 class VoxelPoolLift(nn.Module):
     """Every pixel gives feature times depth probability to the voxels along its ray. No parameters."""
 
-    def __init__(self, grid: config.Grid, camera: config.Camera):
+    def __init__(self, grid: config.Grid, camera: config.CameraConfig):
         super().__init__()
         assert camera.fpn_levels == 1, f"voxel pooling takes one level of features, not {camera.fpn_levels}"
         self.grid, self.depth_range, self.truncate = grid, camera.depth_range, camera.truncate
@@ -218,7 +218,7 @@ class ConvNormReLU3d(nn.Sequential):
 
 
 class Conv3x3x3(nn.Conv3d):
-    """`nn.Conv3d` with kernel 3 and padding 1; on a CPU as a 2D convolution over three neighbouring slices at a time.
+    """`nn.Conv3d` with kernel 3 and padding 1; on a CPU as a 2D convolution over three neighboring slices at a time.
 
     There only 2D convolutions have fast kernels: forward and backward of 32 channels in 5 x 64 x 64 voxels take 41 ms
     instead of 317 (torch 2.13, one thread, channels last).

@@ -1,7 +1,7 @@
 """The synthetic city: a function of seed, place and time that cameras and LiDARs can look at.
 
     rig.py       the sensors on the ego vehicle
-    paint.py     how things look: colours, textures, sun and sky
+    paint.py     how things look: colors, textures, sun and sky
     raycast.py   exact ray casting, for cameras and LiDAR alike
     traffic.py   what comes and goes: the kinds of road users, and scenes, drives through the city among them
     streets.py   what stands: ground, houses, trees

@@ -1,6 +1,6 @@
-"""How the city looks: colours and textures by what is hit and where, sun with shadows on the ground, sky.
+"""How the city looks: colors and textures by what is hit and where, sun with shadows on the ground, sky.
 
-Colours are RGB in [0, 1]. Light = sky light from above + sun by Lambert's law; distance fades into haze.
+Colors are RGB in [0, 1]. Light = sky light from above + sun by Lambert's law; distance fades into haze.
 """
 
 import cv2
@@ -12,9 +12,9 @@ from unipad.data.city.streets import KERB, WHITE, YELLOW
 
 HAZE = np.array([0.76, 0.82, 0.88], np.float32)
 ZENITH = np.array([0.32, 0.52, 0.82], np.float32)
-HAZE_LENGTH = 320.0  # metres after which 1/e of a colour is left
+HAZE_LENGTH = 320.0  # meters after which 1/e of a color is left
 SUN, SKYLIGHT = np.float32(0.75), np.float32(0.42)
-FLOORS = {  # base colours of the ground
+FLOORS = {  # base colors of the ground
     "flat.driveable_surface": (0.34, 0.34, 0.36),
     "flat.other": (0.60, 0.47, 0.40),
     "flat.sidewalk": (0.63, 0.61, 0.57),
@@ -35,14 +35,14 @@ def photograph(scene, view, solids, distance, hit, shadow):
 
 
 def _light(scene, origin, directions, solids, distance, hit, shadow):
-    """[n, 3] colours that arrive along rays; directions: [3, n]."""
+    """[n, 3] colors that arrive along rays; directions: [3, n]."""
     rgb = np.empty((len(hit), 3), np.float32)
     above, floor, walls = (np.nonzero(chosen)[0] for chosen in (hit == SKY, hit == GROUND, hit >= 0))
     rgb[above] = sky(directions[:, above], scene.sun)
 
     x, y = (np.float32(origin[i]) + directions[i, floor] * distance[floor] for i in range(2))
     light = SKYLIGHT + SUN * np.float32(scene.sun[2]) * (1 - shadow(x, y))
-    rgb[floor] = ground_colour(scene.city, x, y, distance[floor]) * light[:, None]
+    rgb[floor] = ground_color(scene.city, x, y, distance[floor]) * light[:, None]
 
     points = origin + (directions[:, walls] * distance[walls]).T  # [k, 3]
     struck = hit[walls]
@@ -53,7 +53,7 @@ def _light(scene, origin, directions, solids, distance, hit, shadow):
     # little sky light reaches what is low or looks down
     open_sky = (0.75 + 0.25 * normal[:, 2]) * np.clip(0.65 + 0.35 * points[:, 2].astype(np.float32), 0, 1)
     light = SKYLIGHT * 1.25 * open_sky + SUN * np.maximum(facing, 0)
-    rgb[walls] = solid_colour(solids, struck, local, normal) * light[:, None]
+    rgb[walls] = solid_color(solids, struck, local, normal) * light[:, None]
 
     seen = np.nonzero(hit != SKY)[0]
     clear = np.exp(-distance[seen] / np.float32(HAZE_LENGTH))[:, None]
@@ -72,7 +72,7 @@ def sky(directions, sun):
     return (rgb + 0.35 * glow[:, None]).astype(np.float32)
 
 
-def ground_colour(city, x, y, distance):
+def ground_color(city, x, y, distance):
     """[n, 3] of the ground at world x, y: [n] float32; fine grain fades with distance."""
     category, mark, depth = city.ground(x, y)
     rgb = FLOOR_TABLE[category]
@@ -90,10 +90,10 @@ def ground_colour(city, x, y, distance):
     return rgb.astype(np.float32)
 
 
-def solid_colour(solids, struck, local, normal):
+def solid_color(solids, struck, local, normal):
     """[n, 3] of points on `solids[struck]`; local, normal: [n, 3] as `surface` gives them."""
     x, y, z = local.T
-    rgb = solids["colour"][struck] * (1 + np.float32(0.06) * noise(x * 9 + z * 7, y * 9 + z * 5))[:, None]
+    rgb = solids["color"][struck] * (1 + np.float32(0.06) * noise(x * 9 + z * 7, y * 9 + z * 5))[:, None]
     material = solids["material"][struck]
     for index, name in enumerate(MATERIALS):
         if name in TEXTURES:
@@ -134,8 +134,8 @@ def _signal(rgb, p, normal, half):
     z = p[:, 2] / half[:, 2]
     lamps = ((0.62, (0.35, 0.08, 0.06)), (0.0, (0.35, 0.26, 0.06)), (-0.62, (0.15, 0.85, 0.35)))
     lateral = np.where(np.abs(normal[:, 0]) > 0.5, p[:, 1], p[:, 0]) / half[:, 0]
-    for middle, colour in lamps:
-        rgb[(z - middle) ** 2 * 7 + lateral**2 * 2 < 0.7] = colour
+    for middle, color in lamps:
+        rgb[(z - middle) ** 2 * 7 + lateral**2 * 2 < 0.7] = color
     return rgb
 
 
@@ -204,14 +204,14 @@ TEXTURES = {
 }  # fmt: skip
 
 
-def _table(colours, length):
+def _table(colors, length):
     table = np.zeros((length, 3), np.float32)
-    for index, colour in colours.items():
-        table[index] = colour
+    for index, color in colors.items():
+        table[index] = color
     return table
 
 
-FLOOR_TABLE = _table({CATEGORY[name]: colour for name, colour in FLOORS.items()}, 32)
+FLOOR_TABLE = _table({CATEGORY[name]: color for name, color in FLOORS.items()}, 32)
 MARK_TABLE = _table(MARKS, 4)
 
 
@@ -245,15 +245,15 @@ def intensity(city, view, solids, distance, hit):
     rgb = np.where((mark > 0)[:, None], MARK_TABLE[mark], FLOOR_TABLE[category[floor]])
     bright[floor] = rgb.mean(axis=1)
     category[struck] = solids["category"][hit[struck]]
-    bright[struck] = solids["colour"][hit[struck]].mean(axis=1)
+    bright[struck] = solids["color"][hit[struck]].mean(axis=1)
     return 70 * bright**1.5, category
 
 
 class Shadows:
     """Shadows on the ground: 1 where the sun does not reach, on a raster around a scene's track."""
 
-    CELL = 0.125  # metres
-    REACH = 60.0  # metres around the track; beyond there are none
+    CELL = 0.125  # meters
+    REACH = 60.0  # meters around the track; beyond there are none
 
     def __init__(self, scene):
         self.sun = scene.sun
@@ -286,12 +286,12 @@ class Shadows:
     def _outlines(self, solids):
         """[n, 8, 2] int32 corners of each solid thrown on the ground, in 1/16 cells."""
         p = corners(solids)  # [n, 8, 3]
-        top = p[..., 2:] > solids["centre"][:, None, 2:]
+        top = p[..., 2:] > solids["center"][:, None, 2:]
         # an ellipsoid as the box of equal shadow area, a tapered box as one narrowed at the top
         lean = solids["taper"].mean(axis=1) * 2 * solids["half"][:, 2] / solids["half"][:, :2].max(axis=1)
         shrink = np.where(solids["round"], 0.78, 1)[:, None, None]
         narrow = np.where(top, 1 - lean.clip(0, 1)[:, None, None], 1)
-        middle = solids["centre"][:, None]
+        middle = solids["center"][:, None]
         p = middle + (p - middle) * shrink * np.concatenate([narrow, narrow, np.ones_like(narrow)], axis=-1)
         thrown = p[..., :2] - p[..., 2:] * (self.sun[:2] / self.sun[2])
         return ((thrown - self.low) / self.CELL * 16).round().astype(np.int32)

@@ -5,7 +5,7 @@ the largest t = (h_i - n_i . o) / (n_i . d) over the planes it runs against, and
 over the others. A view lays its rays out as a grid, so that a solid can touch only a rectangle of them: all
 (ray, solid) pairs of these rectangles are tested at once and the nearest hit of every ray is kept.
 
-World frame: x, y in the ground plane, z up, ground at z = 0; metres. Element-wise arithmetic only (no BLAS),
+World frame: x, y in the ground plane, z up, ground at z = 0; meters. Element-wise arithmetic only (no BLAS),
 so results do not depend on the number of threads.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 from unipad.data.city.solids import EDGES, corners, to_local
 
 GROUND, SKY = -1, -2  # in place of a solid's index
-NEAR = 0.05  # metres from the origin within which nothing is hit
+NEAR = 0.05  # meters from the origin within which nothing is hit
 
 
 class CameraView:
@@ -26,7 +26,7 @@ class CameraView:
         v, u = np.mgrid[: size[0], : size[1]].astype(np.float32).reshape(2, -1) + np.float32(0.5)
         x, y = (u - intrinsic[0, 2]) / intrinsic[0, 0], (v - intrinsic[1, 2]) / intrinsic[1, 1]
         norm = np.sqrt(x * x + y * y + 1)
-        self.cosine = (1 / norm).astype(np.float32)  # [n] depth along the optical axis per metre of ray
+        self.cosine = (1 / norm).astype(np.float32)  # [n] depth along the optical axis per meter of ray
         r = rotation
         self.directions = np.stack([(r[i, 0] * x + r[i, 1] * y + r[i, 2]) / norm for i in range(3)]).astype(np.float32)
 
@@ -66,7 +66,7 @@ class LidarView:
 
     def windows(self, solids):
         corner = corners(solids) - self.origin
-        middle = np.arctan2(solids["centre"][:, 1] - self.origin[1], solids["centre"][:, 0] - self.origin[0])
+        middle = np.arctan2(solids["center"][:, 1] - self.origin[1], solids["center"][:, 0] - self.origin[0])
         turn = np.arctan2(corner[..., 1], corner[..., 0]) - middle[:, None]
         turn = (turn + np.pi) % (2 * np.pi) - np.pi
         # the distance from the footprint bounds the elevations under which the solid is seen
@@ -98,7 +98,7 @@ def cast(view, solids):
     """The nearest surface along every ray of `view`.
 
     Returns:
-        distance: [n] float32 metres along the ray, inf where there is only sky.
+        distance: [n] float32 meters along the ray, inf where there is only sky.
         hit:      [n] int64 index into `solids`, GROUND or SKY.
     """
     n = view.directions.shape[1]
@@ -144,16 +144,16 @@ def surface(solids, struck, points):
         points: [k, 3] world.
 
     Returns:
-        local:  [k, 3] float32 from the solid's centre, x along its heading.
+        local:  [k, 3] float32 from the solid's center, x along its heading.
         normal: [k, 3] float32 outward, unit, in the solid's axes.
     """
     c, s = (f(solids["yaw"]).astype(np.float32)[struck] for f in (np.cos, np.sin))
-    x, y, z = (points - solids["centre"][struck]).astype(np.float32).T
+    x, y, z = (points - solids["center"][struck]).astype(np.float32).T
     local = np.stack([c * x + s * y, c * y - s * x, z], axis=1)
     half, taper, ball = (solids[field][struck] for field in ("half", "taper", "round"))
     lift = local[:, 2] + half[:, 2]
     front, back, side = taper.T
-    slack = np.stack(  # metres inside each plane; the face hit is the one with least
+    slack = np.stack(  # meters inside each plane; the face hit is the one with least
         [
             half[:, 0] - front * lift - local[:, 0],
             half[:, 0] - back * lift + local[:, 0],

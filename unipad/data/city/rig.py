@@ -1,7 +1,7 @@
 """The sensors on the ego vehicle: six cameras and a spinning LiDAR, as on the real nuScenes cars.
 
 Frames: ego x forward, y left, z up, at the middle of the rear axle on the ground; LiDAR x right, y forward,
-z up; camera x right, y down, z forward. Metres, seconds; pixels with the first one's middle at (0.5, 0.5).
+z up; camera x right, y down, z forward. Meters, seconds; pixels with the first one's middle at (0.5, 0.5).
 """
 
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ LIDAR_POSITION = (0.94, 0.0, 1.84)
 LIDAR_ROTATION = Quaternion(axis=(0, 0, 1), degrees=-90)  # LiDAR -> ego
 BEAMS = np.radians(np.linspace(-30.67, 10.67, 32))  # elevations, ring 0 first
 LIDAR_RANGE = 70.0
-RANGE_NOISE, INTENSITY_NOISE, DROPOUT = 0.01, 2.0, 0.02  # standard deviations in metres and of 255; share of beams
+RANGE_NOISE, INTENSITY_NOISE, DROPOUT = 0.01, 2.0, 0.02  # standard deviations in meters and of 255; share of beams
 
 # The ego vehicle in its own frame. Only the LiDAR sees it: the cameras are on its outside and look away.
 EGO = np.array(
@@ -92,7 +92,7 @@ def lidar_view(scene, columns, t):
 class Scan:
     """One revolution of the LiDAR, n returns in firing order: all rings of an azimuth, then the next azimuth."""
 
-    points: np.ndarray  # [n, 5] float32 x, y, z metres (LiDAR frame), intensity 0-255, ring
+    points: np.ndarray  # [n, 5] float32 x, y, z meters (LiDAR frame), intensity 0-255, ring
     category: np.ndarray  # [n] uint8 lidarseg index
     owner: np.ndarray  # [n] actor, -1 for anything else
     struck: np.ndarray  # [actors] beams that ended on each actor, returned or not
@@ -103,7 +103,7 @@ def scan(scene, t, columns, rng):
     view = lidar_view(scene, columns, t)
     rotation, translation = ego_pose(scene, t)
     ego = EGO.copy()
-    ego["centre"] = [rotation.rotate(c) + translation for c in EGO["centre"]]
+    ego["center"] = [rotation.rotate(c) + translation for c in EGO["center"]]
     ego["yaw"] = scene.ego.pose(t)[2]
     solids = np.concatenate([scene.solids(t), ego])
     distance, hit = cast(view, solids)

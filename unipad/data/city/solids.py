@@ -2,16 +2,16 @@
 
 import numpy as np
 
-# One solid. `taper`: how far the front, back and side faces lean inwards, in metres per metre of height.
+# One solid. `taper`: how far the front, back and side faces lean inwards, in meters per meter of height.
 SOLID = np.dtype(
     [
-        ("centre", "f8", 3),  # world, metres
+        ("center", "f8", 3),  # world, meters
         ("yaw", "f8"),
         ("half", "f4", 3),  # half length (along the heading), width, height
         ("taper", "f4", 3),
         ("round", "?"),  # an ellipsoid with semi-axes `half` instead of a box
         ("material", "u1"),  # index into MATERIALS
-        ("colour", "f4", 3),  # RGB in [0, 1]
+        ("color", "f4", 3),  # RGB in [0, 1]
         ("category", "u1"),  # index into CATEGORIES
         ("owner", "i4"),  # actor the solid is a piece of, -1 for the city itself
     ]
@@ -34,12 +34,12 @@ CATEGORIES = (
 CATEGORY = {name: index for index, name in enumerate(CATEGORIES)}
 
 
-def solid(base, yaw, size, material, colour, category, taper=(0, 0, 0), is_round=False, owner=-1):
+def solid(base, yaw, size, material, color, category, taper=(0, 0, 0), is_round=False, owner=-1):
     """A row of a SOLID array. base: x, y, z of the middle of the bottom; size: length, width, height."""
     x, y, z = base
     half = tuple(v / 2 for v in size)
     index = MATERIALS.index(material)
-    return (x, y, z + half[2]), yaw, half, taper, is_round, index, colour, CATEGORY[category], owner
+    return (x, y, z + half[2]), yaw, half, taper, is_round, index, color, CATEGORY[category], owner
 
 
 def corners(solids):
@@ -47,7 +47,7 @@ def corners(solids):
     c, s = np.cos(solids["yaw"])[:, None], np.sin(solids["yaw"])[:, None]
     p = solids["half"][:, None] * CORNERS
     turned = np.stack([c * p[..., 0] - s * p[..., 1], s * p[..., 0] + c * p[..., 1], p[..., 2]], axis=-1)
-    return turned + solids["centre"][:, None]
+    return turned + solids["center"][:, None]
 
 
 CORNERS = np.array([(x, y, z) for x in (-1.0, 1) for y in (-1, 1) for z in (-1, 1)])
@@ -55,7 +55,7 @@ EDGES = np.array([(i, i + k) for k in (1, 2, 4) for i in range(8) if not i & k])
 
 
 def to_local(solids, points):
-    """[n, 3] world points, [3] or [n, 3], from the centre of each solid, x along its heading."""
-    p = points - solids["centre"]
+    """[n, 3] world points, [3] or [n, 3], from the center of each solid, x along its heading."""
+    p = points - solids["center"]
     c, s = np.cos(solids["yaw"]), np.sin(solids["yaw"])
     return np.stack([c * p[:, 0] + s * p[:, 1], c * p[:, 1] - s * p[:, 0], p[:, 2]], axis=1)

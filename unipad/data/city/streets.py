@@ -4,7 +4,7 @@ Streets form a square grid that a smooth warp bends, so that no street is quite 
 
     grid = world + BEND * sin(2 pi * (y, x) / BEND_LENGTH + phase)
 
-World frame: x, y in the ground plane, z up, ground at z = 0; metres and radians.
+World frame: x, y in the ground plane, z up, ground at z = 0; meters and radians.
 """
 
 from functools import cache, lru_cache
@@ -13,14 +13,14 @@ import numpy as np
 
 from unipad.data.city.solids import CATEGORY, SOLID, solid
 
-PITCH = 72.0  # metres from street to street
+PITCH = 72.0  # meters from street to street
 STREETS = 7  # streets each way on the map; the city goes on beyond, but no scene gets there
-ROAD = 7.0  # metres from the middle of a street to its kerb: a lane of 4.2 and a parking lane
-LANE = 1.9  # metres from the middle of the street to the middle of a lane
+ROAD = 7.0  # meters from the middle of a street to its kerb: a lane of 4.2 and a parking lane
+LANE = 1.9  # meters from the middle of the street to the middle of a lane
 KERB_RADIUS = 4.0
-WALK = 3.5  # metres of sidewalk
-CROSSWALK = (4.5, 7.5)  # metres from the crossing's edge
-BEND, BEND_LENGTH = 6.0, 190.0  # metres
+WALK = 3.5  # meters of sidewalk
+CROSSWALK = (4.5, 7.5)  # meters from the crossing's edge
+BEND, BEND_LENGTH = 6.0, 190.0  # meters
 
 NO_MARK, WHITE, YELLOW, KERB = range(4)
 AXES = np.array([(1.0, 0.0), (0, 1), (-1, 0), (0, -1)])  # the four directions of a street, each left of the last
@@ -64,7 +64,7 @@ class City:
         Returns:
             category: [n] uint8 lidarseg index.
             mark:     [n] uint8 NO_MARK, WHITE, YELLOW or KERB.
-            depth:    [n] metres from the kerb into the block, negative on the road.
+            depth:    [n] meters from the kerb into the block, negative on the road.
         """
         gx, gy = self.to_grid(x, y)
         a, b = (g - np.float32(PITCH) * np.round(g / np.float32(PITCH)) for g in (gx, gy))  # from the nearest streets
@@ -93,7 +93,7 @@ class City:
         rng = np.random.default_rng([self.seed, 2, column + 99, row + 99])  # no seed is negative
         solids = []
         park = rng.random() < 0.15
-        brick = rng.integers(len(WALLS))  # neighbours resemble each other
+        brick = rng.integers(len(WALLS))  # neighbors resemble each other
         for side in range(4):  # counter-clockwise, the block on the left
             origin = (np.array([column, row]) + [(0, 0), (1, 0), (1, 1), (0, 1)][side]) * PITCH
             solids += self._furniture(rng, origin, side)

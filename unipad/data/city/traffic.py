@@ -4,7 +4,7 @@ Every scene shows all ten detection classes near its start: the big ones parked 
 a roadworks site with cones and barriers, people on the sidewalks and moving traffic. Nothing ever collides:
 an actor that would is not let in.
 
-World frame: x, y in the ground plane, z up, ground at z = 0; metres, seconds, radians.
+World frame: x, y in the ground plane, z up, ground at z = 0; meters, seconds, radians.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ import numpy as np
 from unipad.data.city.solids import SOLID, solid
 from unipad.data.city.streets import AXES, CROSSWALK, LANE, PITCH, ROAD, STREETS, City
 
-HOUSE_SIGHT, SIGHT = 140.0, 90.0  # metres within which houses, and all else, exist for a sensor
+HOUSE_SIGHT, SIGHT = 140.0, 90.0  # meters within which houses, and all else, exist for a sensor
 
 
 @dataclass(frozen=True)
@@ -23,15 +23,15 @@ class Kind:
 
     category: str
     size: tuple[float, float, float]  # width, length, height
-    colours: tuple
-    pieces: tuple  # (x range, y range, z range, material, colour or None for the actor's own, taper, round)
+    colors: tuple
+    pieces: tuple  # (x range, y range, z range, material, color or None for the actor's own, taper, round)
     moving: str = ""  # attributes when it moves and when it does not
     still: str = ""
 
 
-BLACK, GREY, WHITE, RED, ORANGE = (0.08,) * 3, (0.45,) * 3, (0.85,) * 3, (0.62, 0.12, 0.10), (0.92, 0.42, 0.08)
+BLACK, GRAY, WHITE, RED, ORANGE = (0.08,) * 3, (0.45,) * 3, (0.85,) * 3, (0.62, 0.12, 0.10), (0.92, 0.42, 0.08)
 SKIN, DENIM = (0.75, 0.57, 0.46), (0.18, 0.22, 0.35)
-PAINTS = (WHITE, GREY, BLACK, RED, (0.16, 0.27, 0.50), (0.60, 0.60, 0.62), (0.22, 0.32, 0.26), (0.70, 0.66, 0.55))
+PAINTS = (WHITE, GRAY, BLACK, RED, (0.16, 0.27, 0.50), (0.60, 0.60, 0.62), (0.22, 0.32, 0.26), (0.70, 0.66, 0.55))
 CLOTHES = (RED, (0.20, 0.30, 0.55), (0.85, 0.80, 0.70), (0.15, 0.15, 0.18), (0.75, 0.55, 0.15), (0.25, 0.45, 0.35))
 FULL, UPRIGHT = (-0.5, 0.5), (0, 0, 0)
 
@@ -48,16 +48,16 @@ CYCLE = (
     ((-0.5, -0.12), (-0.08, 0.08), (0, 0.60), "plain", BLACK, UPRIGHT, True),
     ((0.12, 0.5), (-0.08, 0.08), (0, 0.60), "plain", BLACK, UPRIGHT, True),
     ((-0.28, 0.30), (-0.09, 0.09), (0.44, 0.60), "plain", None, UPRIGHT, False),
-    ((0.24, 0.30), (-0.5, 0.5), (0.82, 0.92), "plain", GREY, UPRIGHT, False),
-    ((0.25, 0.30), (-0.06, 0.06), (0.50, 0.90), "plain", GREY, UPRIGHT, False),
+    ((0.24, 0.30), (-0.5, 0.5), (0.82, 0.92), "plain", GRAY, UPRIGHT, False),
+    ((0.25, 0.30), (-0.06, 0.06), (0.50, 0.90), "plain", GRAY, UPRIGHT, False),
     ((-0.28, -0.12), (-0.2, 0.2), (0.72, 0.82), "plain", BLACK, UPRIGHT, False),
-    ((-0.22, -0.18), (-0.06, 0.06), (0.55, 0.75), "plain", GREY, UPRIGHT, False),
+    ((-0.22, -0.18), (-0.06, 0.06), (0.55, 0.75), "plain", GRAY, UPRIGHT, False),
 )
 MOTORCYCLE = (
     *WHEELS,
     ((-0.40, 0.30), (-0.3, 0.3), (0.32, 0.68), "plain", None, (0.8, 0.2, 0.1), False),
     ((-0.46, 0.02), (-0.28, 0.28), (0.64, 0.78), "plain", BLACK, UPRIGHT, False),
-    ((0.18, 0.26), (-0.5, 0.5), (0.84, 1.0), "plain", GREY, UPRIGHT, False),
+    ((0.18, 0.26), (-0.5, 0.5), (0.84, 1.0), "plain", GRAY, UPRIGHT, False),
     ((0.20, 0.34), (-0.2, 0.2), (0.50, 0.88), "plain", None, UPRIGHT, False),
 )
 
@@ -103,7 +103,7 @@ KINDS = {
         (
             ((-0.48, 0.1), (-0.45, 0.45), (0.05, 0.30), "body", BLACK, UPRIGHT, False),
             (FULL, FULL, (0.30, 1), "cargo", None, UPRIGHT, False),
-            ((0.30, 0.34), (-0.3, 0.3), (0, 0.30), "plain", GREY, UPRIGHT, False),
+            ((0.30, 0.34), (-0.3, 0.3), (0, 0.30), "plain", GRAY, UPRIGHT, False),
         ), **VEHICLE,
     ),
     "construction": Kind(
@@ -115,7 +115,7 @@ KINDS = {
             ((-0.16, 0.08), (-0.44, 0.04), (0.60, 0.96), "cabin", None, (0.1, 0, 0), False),
             ((0.02, 0.42), (0.10, 0.24), (0.80, 1), "plain", None, (0.4, 0, 0), False),
             ((0.36, 0.42), (0.10, 0.24), (0.22, 0.84), "plain", None, UPRIGHT, False),
-            ((0.32, 0.50), (0.0, 0.34), (0.02, 0.26), "plain", GREY, (0, 0.4, 0), False),
+            ((0.32, 0.50), (0.0, 0.34), (0.02, 0.26), "plain", GRAY, (0, 0.4, 0), False),
         ), **VEHICLE,
     ),
     "pedestrian": Kind(
@@ -125,9 +125,9 @@ KINDS = {
         "vehicle.motorcycle", (0.8, 2.1, 1.65), (RED, BLACK, (0.16, 0.27, 0.50)),
         low(MOTORCYCLE, 0.72) + RIDER, **RIDDEN,
     ),
-    "motorcycle": Kind("vehicle.motorcycle", (0.8, 2.1, 1.25), (RED, BLACK, GREY), MOTORCYCLE, **RIDERLESS),
+    "motorcycle": Kind("vehicle.motorcycle", (0.8, 2.1, 1.25), (RED, BLACK, GRAY), MOTORCYCLE, **RIDERLESS),
     "cyclist": Kind("vehicle.bicycle", (0.65, 1.75, 1.75), CLOTHES, low(CYCLE, 0.62) + RIDER, **RIDDEN),
-    "bicycle": Kind("vehicle.bicycle", (0.6, 1.75, 1.1), (RED, (0.2, 0.4, 0.6), GREY), CYCLE, **RIDERLESS),
+    "bicycle": Kind("vehicle.bicycle", (0.6, 1.75, 1.1), (RED, (0.2, 0.4, 0.6), GRAY), CYCLE, **RIDERLESS),
     "cone": Kind(
         "movable_object.trafficcone", (0.45, 0.45, 0.9), (ORANGE,),
         (
@@ -138,7 +138,7 @@ KINDS = {
     "barrier": Kind(
         "movable_object.barrier", (2.2, 0.5, 1.0), (ORANGE,),
         (
-            ((-0.5, 0.5), FULL, (0, 0.2), "plain", GREY, UPRIGHT, False),
+            ((-0.5, 0.5), FULL, (0, 0.2), "plain", GRAY, UPRIGHT, False),
             ((-0.2, 0.2), FULL, (0.2, 1), "stripes", None, UPRIGHT, False),
         ),
     ),
@@ -147,11 +147,11 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Actor:
-    """Something with an annotation box: it follows `path` from `start` metres along it, at `speed` m/s."""
+    """Something with an annotation box: it follows `path` from `start` meters along it, at `speed` m/s."""
 
     kind: str  # of KINDS
     size: tuple[float, float, float]  # width, length, height
-    colour: tuple[float, float, float]
+    color: tuple[float, float, float]
     path: "Path"
     start: float
     speed: float
@@ -167,12 +167,12 @@ class Actor:
     def solids(self, owner):
         """Rows of a SOLID array, from the middle of the box's bottom."""
         (width, length, height), kind = self.size, KINDS[self.kind]
-        for *ranges, material, colour, taper, is_round in kind.pieces:
+        for *ranges, material, color, taper, is_round in kind.pieces:
             begin, end = np.array(ranges).T * (length, width, height)
             x, y, _ = (begin + end) / 2
-            colour = colour or self.colour
+            color = color or self.color
             size = tuple(end - begin)
-            yield solid((x, y, begin[2]), 0.0, size, material, colour, kind.category, taper, is_round, owner)
+            yield solid((x, y, begin[2]), 0.0, size, material, color, kind.category, taper, is_round, owner)
 
 
 class Path:
@@ -204,13 +204,13 @@ class Scene:
         # every scene has a crossing of its own, away from the border
         inner = STREETS - 3
         order = np.random.default_rng([seed, 4]).permutation(inner * inner)
-        self.node = (np.array(divmod(order[index % len(order)], inner)) + 2) * PITCH  # grid metres
+        self.node = (np.array(divmod(order[index % len(order)], inner)) + 2) * PITCH  # grid meters
         self.heading = int(rng.integers(4))
         self.turn = ("straight", "left", "right")[index % 3]
         # then always right: a long scene circles a block instead of leaving the city
         turns = [self.turn] + ["right"] * (2 + int(duration * 8 / PITCH))
         speed = rng.uniform(6.5, 8.5) if self.turn == "straight" else rng.uniform(5.5, 6.5)
-        self.before = rng.uniform(26, 32)  # metres from the start to the crossing
+        self.before = rng.uniform(26, 32)  # meters from the start to the crossing
         way = self._lane(self.heading, turns)
         self.ego = Actor("car", (1.73, 4.08, 1.56), WHITE, way, PITCH - self.before, speed)
 
@@ -244,7 +244,7 @@ class Scene:
     def boxes(self, t):
         """The actors' annotation boxes at time t, a SOLID array."""
         rows = [
-            solid((x, y, 0), yaw, (a.size[1], a.size[0], a.size[2]), "plain", a.colour, KINDS[a.kind].category)
+            solid((x, y, 0), yaw, (a.size[1], a.size[0], a.size[2]), "plain", a.color, KINDS[a.kind].category)
             for a, (x, y, yaw) in zip(self.actors, self.poses(t), strict=True)
         ]
         return np.array(rows, dtype=SOLID)
@@ -252,16 +252,16 @@ class Scene:
     def solids(self, t):
         """Everything that stands or moves within sight at time t, a SOLID array; the ego vehicle is not in it."""
         here = self.ego.pose(t)[:2]
-        apart = np.hypot(*(self.fixed["centre"][:, :2] - here).T)
+        apart = np.hypot(*(self.fixed["center"][:, :2] - here).T)
         sight = np.where(self.fixed["half"].max(axis=1) > 4, HOUSE_SIGHT, SIGHT)
         pieces = self._pieces.copy()
         x, y, yaw = self.poses(t)[pieces["owner"]].T
-        local = self._pieces["centre"]
+        local = self._pieces["center"]
         c, s = np.cos(yaw), np.sin(yaw)
-        pieces["centre"][:, 0] = x + c * local[:, 0] - s * local[:, 1]
-        pieces["centre"][:, 1] = y + s * local[:, 0] + c * local[:, 1]
+        pieces["center"][:, 0] = x + c * local[:, 0] - s * local[:, 1]
+        pieces["center"][:, 1] = y + s * local[:, 0] + c * local[:, 1]
         pieces["yaw"] = yaw
-        near = np.hypot(*(pieces["centre"][:, :2] - here).T) < SIGHT
+        near = np.hypot(*(pieces["center"][:, :2] - here).T) < SIGHT
         return np.concatenate([self.fixed[apart < sight], pieces[near]])
 
     def _park(self):
@@ -292,7 +292,7 @@ class Scene:
         return begin + length
 
     def _dig(self, begin, side):
-        """Roadworks on 11 metres of the parking lane: a digger between barriers, cones towards the traffic."""
+        """Roadworks on 11 meters of the parking lane: a digger between barriers, cones towards the traffic."""
         turned = 0.0 if side < 0 else np.pi
         for ahead in (0.4, 10.8):
             self._add("barrier", self._still(begin + ahead, side * (ROAD - 1.4), turned=turned))
@@ -330,7 +330,7 @@ class Scene:
             self._try(kind, lambda way=way: way, 1.6 * PITCH, (4.0, 9.0), gap=2.0, tries=4)
 
     def _try(self, kind, way, start=0.0, speed=(0.0, 0.0), gap=0.8, tries=12):
-        """Add an actor at a free place: `start` metres at most (or a range) along a way drawn anew each time."""
+        """Add an actor at a free place: `start` meters at most (or a range) along a way drawn anew each time."""
         begin, end = start if isinstance(start, tuple) else (0.0, start)
         for _ in range(tries):
             if self._add(kind, way(), self.rng.uniform(begin, end), self.rng.uniform(*speed), gap):
@@ -372,11 +372,11 @@ class Scene:
         return Path(np.array([(x, y), (x + 0.1 * np.cos(yaw), y + 0.1 * np.sin(yaw))]))
 
     def _add(self, kind, path, start=0.0, speed=0.0, gap=0.3):
-        """Let an actor in unless it comes within `gap` metres of another, ever; says whether it did."""
+        """Let an actor in unless it comes within `gap` meters of another, ever; says whether it did."""
         rng = self.rng
         size = tuple(float(v * rng.uniform(0.94, 1.06)) for v in KINDS[kind].size)
-        colours = KINDS[kind].colours
-        actor = Actor(kind, size, colours[rng.integers(len(colours))], path, start, speed)
+        colors = KINDS[kind].colors
+        actor = Actor(kind, size, colors[rng.integers(len(colors))], path, start, speed)
         discs, radius = self._discs(actor)
         for other, other_radius in self._taken:
             apart = np.linalg.norm(discs[:, :, None] - other[:, None], axis=-1)  # [times, discs, discs]
@@ -387,7 +387,7 @@ class Scene:
         return True
 
     def _discs(self, actor):
-        """Discs that cover an actor's footprint over time: centres [times, 5, 2], radius."""
+        """Discs that cover an actor's footprint over time: centers [times, 5, 2], radius."""
         width, length, _ = actor.size
         if length < width:
             width, length, across = length, width, np.pi / 2

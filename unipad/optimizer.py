@@ -7,7 +7,7 @@ import torch
 from unipad.config import Optim
 
 
-def make_optimiser(net, cfg: Optim):
+def make_optimizer(net, cfg: Optim):
     """AdamW over the weights of `net` that learn; each group's `scale` is its factor of the learning rate.
 
     net: a module whose `encoder` is an `unipad.model.volume.Encoder`; what is fused from both sensors is no encoder's.
@@ -25,9 +25,9 @@ def make_optimiser(net, cfg: Optim):
     return torch.optim.AdamW(groups, cfg.lr, weight_decay=cfg.weight_decay, fused=on_gpu)
 
 
-def set_rates(optimiser, cfg: Optim, step, steps):
+def set_rates(optimizer, cfg: Optim, step, steps):
     """Give every group its learning rate and its momentum for step `step` of `steps`."""
-    for group in optimiser.param_groups:
+    for group in optimizer.param_groups:
         group["lr"] = cfg.lr * group["scale"] * lr_at(cfg, step, steps)
         group["betas"] = (momentum_at(cfg, step, steps), 0.999)
 
@@ -43,7 +43,7 @@ def lr_at(cfg: Optim, step, steps):
 def momentum_at(cfg: Optim, step, steps):
     """AdamW's first beta."""
     if cfg.schedule == "one_cycle":
-        return _one_cycle(cfg, step, steps, cfg.momentum, cfg.least_momentum, cfg.momentum)
+        return _one_cycle(cfg, step, steps, cfg.momentum, cfg.min_momentum, cfg.momentum)
     return cfg.momentum
 
 

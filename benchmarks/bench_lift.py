@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.eager import eager_lift
 from benchmarks.harness import AGREE, DEVICE, Case, compare, compiled
-from kernels.lift import lift, lift_ref
+from unipad.kernels.lift import lift, lift_ref
 from unipad.recipes import PRETRAIN
 
 # preset, image (H, W) padded, content width / 1600, strides of the levels

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.harness import DEVICE, Case, compare, compiled
-from kernels.ray_sample import (
+from unipad.kernels.ray_sample import (
     clip_rays,
     clip_rays_ref,
     resample,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.harness import DEVICE, Case, compare
-from kernels.rotated_iou import (
+from unipad.kernels.rotated_iou import (
     paired_iou_3d,
     paired_iou_3d_ref,
     rotated_iou_bev,

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.harness import DEVICE, Case, compare, compiled
-from kernels.sdf_alpha import (
+from unipad.kernels.sdf_alpha import (
     interval_alpha,
     interval_alpha_ref,
     neus_alpha,

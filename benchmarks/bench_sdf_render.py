@@ -3,7 +3,7 @@
 Sampling, field and compositing: rays through a volume to color and depth; backward to the volume and every parameter.
 
     reference       the original's formulas in eager PyTorch, with a double backward through the gradient of the SDF
-    triton          `kernels.sdf_render` (GPU), products in tf32
+    triton          `unipad.kernels.sdf_render` (GPU), products in tf32
     triton, exact   the same with fp32 accuracy (GPU)
     triton, pieces  the same renderer, one kernel per op (GPU); "pieces" on a CPU, where it is the default
     analytic        `sdf_render_ref`, the PyTorch reference of the kernels (CPU)

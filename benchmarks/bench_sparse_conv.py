@@ -22,11 +22,11 @@ from torch.func import functional_call
 
 from benchmarks.harness import DEVICE, Case, compare
 from benchmarks.lidar_scene import NUSCENES, SHAPE, STAGES, voxels
-from kernels import tuning
-from kernels.sparse_conv import sparse_conv, sparse_conv_ref
-from kernels.sparse_map import inverse_map, out_shape, strided_map, submanifold_map
-from kernels.sparse_tiles import NeighborTable
-from kernels.voxel_keys import sort_voxels
+from unipad.kernels import tuning
+from unipad.kernels.sparse_conv import sparse_conv, sparse_conv_ref
+from unipad.kernels.sparse_map import inverse_map, out_shape, strided_map, submanifold_map
+from unipad.kernels.sparse_tiles import NeighborTable
+from unipad.kernels.voxel_keys import sort_voxels
 from unipad.model import sparse
 from unipad.model.lidar import SparseEncoder
 

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.harness import DEVICE, Case, compare
 from benchmarks.lidar_scene import SHAPE, STAGES, voxels
-from kernels.sparse_map import (
+from unipad.kernels.sparse_map import (
     inverse_map,
     inverse_map_ref,
     out_shape,
@@ -24,7 +24,7 @@ from kernels.sparse_map import (
     transposed_map,
     transposed_map_ref,
 )
-from kernels.voxel_keys import sort_voxels, sort_voxels_ref
+from unipad.kernels.voxel_keys import sort_voxels, sort_voxels_ref
 
 BATCHES = [1, 4] if DEVICE == "cuda" else [1]
 ONE = (1, 1, 1)

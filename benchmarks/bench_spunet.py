@@ -18,8 +18,8 @@ from torch import nn
 from benchmarks.bench_sparse_conv import AGREE_DEEP, Peer, PeerConv, Pointwise, half, installed
 from benchmarks.harness import DEVICE, Case, compare
 from benchmarks.lidar_scene import scene
-from kernels.sparse_conv import sparse_conv, sparse_conv_ref
-from kernels.voxelize import grid_sample
+from unipad.kernels.sparse_conv import sparse_conv, sparse_conv_ref
+from unipad.kernels.voxelize import grid_sample
 from unipad.model import sparse
 from unipad.model.unet import Unet
 from unipad.recipes import SEGMENT

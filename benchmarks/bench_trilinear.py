@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from benchmarks.eager import TWICE_DIFFERENTIABLE, gathered_sample
 from benchmarks.harness import DEVICE, Case, compare
-from kernels.trilinear import trilinear, trilinear_ref, trilinear_value, trilinear_value_ref
+from unipad.kernels.trilinear import trilinear, trilinear_ref, trilinear_value, trilinear_value_ref
 
 # (Z, Y, X, C), R, S. UniPAD: 6 cameras x 512 rays, 72 + 24 samples; on the CPU the tiny preset's 6 x 64 rays
 GPU_SIZES = [((5, 128, 128, 32), 3072, 96), ((5, 128, 128, 32), 24576, 96), ((5, 180, 180, 256), 3072, 96)]

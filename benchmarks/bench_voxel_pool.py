@@ -14,8 +14,8 @@ import torch
 from benchmarks.bench_lift import AGREE_HALF, rig
 from benchmarks.eager import eager_voxel_pool
 from benchmarks.harness import AGREE, DEVICE, Case, compare, compiled
-from kernels import voxel_pool as pool
-from kernels.voxel_pool import voxel_pool, voxel_pool_ref
+from unipad.kernels import voxel_pool as pool
+from unipad.kernels.voxel_pool import voxel_pool, voxel_pool_ref
 from unipad.recipes import GRID_075, TINY_GRID
 
 # name, grid, channels, depth bins, (nearest, farthest) meters, image (H, W) padded, content width / 1600, stride

@@ -4,7 +4,7 @@ import torch
 
 from benchmarks.harness import DEVICE, Case, compare
 from benchmarks.lidar_scene import CELL, LOW, SHAPE, scene
-from kernels.voxelize import grid_sample, voxelize, voxelize_ref
+from unipad.kernels.voxelize import grid_sample, voxelize, voxelize_ref
 
 BATCHES = [1, 4] if DEVICE == "cuda" else [1]
 SEGMENTATION_CELL = 0.05  # meters

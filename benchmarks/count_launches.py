@@ -20,7 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime.jit import KernelInterface
 
-from kernels import backend
+from unipad.kernels import backend
 from unipad.model.lidar import SparseEncoder
 from unipad.model.sparse import SparseTensor, VoxelSet, make_tables
 

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.lidar_scene import NUSCENES, SHAPE, STAGES, voxels
-from kernels import sparse_gemm, sparse_tiles
-from kernels.sparse_map import inverse_map, out_shape, strided_map, submanifold_map
-from kernels.voxel_keys import sort_voxels
+from unipad.kernels import sparse_gemm, sparse_tiles
+from unipad.kernels.sparse_map import inverse_map, out_shape, strided_map, submanifold_map
+from unipad.kernels.voxel_keys import sort_voxels
 
 WIDTHS, BLOCKS = (16, 32, 64, 128), 2
 DTYPE, BYTES = torch.bfloat16, 2
@@ -229,7 +229,7 @@ def print_kernels():
     )
     print("|" + "---|" * (6 + len(KINDS)))
     for file in ("sparse_tiles", "sparse_gemm"):
-        module = importlib.import_module(f"kernels.{file}")
+        module = importlib.import_module(f"unipad.kernels.{file}")
         for launch in importlib.import_module(f"tests.kernels.test_{file}").LAUNCHES:
             for element in launch.elements:
                 compiled = ahead_of_time.compile_launch(getattr(module, launch.kernel), launch, element, "sm_90")

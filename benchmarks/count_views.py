@@ -7,7 +7,7 @@ how many of its lanes work, how often it reads a row of features again while it 
 import torch
 
 from benchmarks import bench_lift, bench_voxel_pool
-from kernels import lift, voxel_pool
+from unipad.kernels import lift, voxel_pool
 from unipad.recipes import PRETRAIN
 
 BLOCKS = [(8, 1, 1), (4, 2, 1), (2, 2, 2), (16, 1, 1), (4, 4, 1), (4, 2, 2), (32, 1, 1), (8, 4, 1)]  # (x, y, z) voxels

@@ -12,7 +12,7 @@ from unipad.model.render import Rendered
 
 
 def eager_lift(features, depths, lidar2image, low, cell, shape, image_size, depth_range):
-    """`kernels.lift.lift` view by view: `F.grid_sample` of what each sees, scattered into a volume per view, summed.
+    """`kernels.lift` view by view: `F.grid_sample` of what each sees, scattered into a volume per view, summed.
 
     Samples in fp32, as `F.grid_sample` does under autocast.
     """
@@ -39,7 +39,7 @@ def eager_lift(features, depths, lidar2image, low, cell, shape, image_size, dept
 
 
 def eager_voxel_pool(features, depths, lidar2image, low, cell, shape, stride, depth_range, truncate=False):
-    """`kernels.voxel_pool.voxel_pool` point by point: all products of feature and probability, added up by voxel."""
+    """`kernels.voxel_pool` point by point: all products of feature and probability, added up by voxel."""
     (B, N, h, w, C), D = features.shape, depths.shape[4]
     X, Y, Z = shape
     near, far = depth_range

@@ -21,10 +21,10 @@ import tyro
 
 from benchmarks import harness
 from benchmarks.harness import DEVICE, TIMES, Row, gpu_events, machine
-from kernels.backend import references
 from unipad.data.nuscenes import NuScenesDataset, collate
 from unipad.data.synthetic import generate
 from unipad.data.tables import TRAIN_VAL_SPLITS
+from unipad.kernels.backend import references
 from unipad.model.detect import Detector
 from unipad.model.pretrain import Pretrain
 from unipad.model.segment import Segmenter

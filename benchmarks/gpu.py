@@ -40,7 +40,7 @@ import tyro
 from benchmarks import full_step, harness
 from benchmarks.harness import DEVICE, machine
 from benchmarks.report import Folder, page, read_records, read_rows, replace_table
-from kernels import tuning
+from unipad.kernels import tuning
 
 ROOT = Path(__file__).parents[1]
 ON_GPU = DEVICE == "cuda"

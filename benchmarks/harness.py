@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch._functorch import config as functorch_config
 
-from kernels.backend import triton
+from unipad.kernels.backend import triton
 from unipad.runtime import commit
 
 RESULTS = Path(__file__).with_name("results.csv")

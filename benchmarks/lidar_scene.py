@@ -74,7 +74,7 @@ def _distance(origin, ray, boxes):
 
 def voxels(batch=1, device="cpu"):
     """[N, 4] int32 (b, z, y, x) of the first stage."""
-    from kernels.voxelize import voxelize
+    from unipad.kernels.voxelize import voxelize
 
     scenes = [scene(seed, device) for seed in range(batch)]
     counts = [len(points) for points in scenes]
@@ -82,8 +82,8 @@ def voxels(batch=1, device="cpu"):
 
 
 if __name__ == "__main__":
-    from kernels.sparse_map import out_shape, strided_map, submanifold_map
-    from kernels.voxel_keys import sort_voxels
+    from unipad.kernels.sparse_map import out_shape, strided_map, submanifold_map
+    from unipad.kernels.voxel_keys import sort_voxels
 
     coords, shape = voxels(), SHAPE
     print("| stage | voxels | nuScenes | neighbors of 27 | nuScenes |\n|---|---|---|---|---|")

@@ -22,6 +22,6 @@
 
 A file holds the op, its PyTorch reference (same name and signature, `_ref` behind; it is the CPU path),
 the autograd Function and the kernels. Files behind dots are parts of the op above, whose reference and
-benchmark serve them too. Import from the file (`from kernels.composite import composite`);
+benchmark serve them too. Import from the file (`from unipad.kernels.composite import composite`);
 nothing is re-exported here, since an op that bears its file's name would hide the file.
 """

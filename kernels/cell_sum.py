@@ -9,7 +9,7 @@ A part of `sdf_render`: the reference is the gradient of `trilinear_ref`, and be
 
 import torch
 
-from kernels.backend import jit, tl, triton
+from unipad.kernels.backend import jit, tl, triton
 
 
 def cell_sum(d_volume, rays, edges, cells, cell, d_value, d_slope, v):

@@ -11,7 +11,7 @@ B is carried from the far end, so the gradient is exact where alpha is 0 or 1: n
 
 import torch
 
-from kernels.backend import jit, on_triton, tl, triton
+from unipad.kernels.backend import jit, on_triton, tl, triton
 
 EPS = 1e-7  # keeps light alive behind an opaque sample; UniPAD, renderers' weights
 

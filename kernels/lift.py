@@ -20,8 +20,8 @@ from itertools import accumulate
 import torch
 import torch.nn.functional as F
 
-from kernels.backend import jit, on_triton, strictly_deterministic, tl, triton
-from kernels.pixel_sum import HIT, pixel_sum
+from unipad.kernels.backend import jit, on_triton, strictly_deterministic, tl, triton
+from unipad.kernels.pixel_sum import HIT, pixel_sum
 
 
 def lift(features, depths, lidar2image, low, cell, shape, image_size, depth_range):

@@ -9,7 +9,7 @@ its voxel, P and F the probability and the feature that the forward found there.
 A part of `lift`: the reference is the gradient of `lift_ref`, and benchmarks.bench_lift times both.
 """
 
-from kernels.backend import jit, tl, triton
+from unipad.kernels.backend import jit, tl, triton
 
 
 def pixel_sum(d_feature, d_depth, begin, order, hits, d_volume, crowded):

@@ -18,7 +18,7 @@ Sizes: R rays, S samples on each before resampling, N (n) new ones.
 import torch
 import torch.nn.functional as F
 
-from kernels.backend import jit, on_triton, tl, triton
+from unipad.kernels.backend import jit, on_triton, tl, triton
 
 
 @torch.no_grad()

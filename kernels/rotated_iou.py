@@ -18,7 +18,7 @@ Sizes: N and M boxes, P pairs.
 
 import torch
 
-from kernels.backend import jit, on_triton, tl, triton
+from unipad.kernels.backend import jit, on_triton, tl, triton
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ Sizes: R rays, S samples on each. Sigmoids are taken of |x|, so nothing overflow
 import torch
 import torch.nn.functional as F
 
-from kernels.backend import jit, on_triton, tl, triton
+from unipad.kernels.backend import jit, on_triton, tl, triton
 
 
 def neus_alpha(sdf, gradient, directions, deltas, inv_s):

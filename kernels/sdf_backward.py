@@ -20,9 +20,9 @@ Sizes as in `sdf_render`.
 
 import torch
 
-from kernels.backend import jit, on_triton, tl, triton
-from kernels.cell_sum import cell_of, cell_sum
-from kernels.sdf_field import (
+from unipad.kernels.backend import jit, on_triton, tl, triton
+from unipad.kernels.cell_sum import cell_of, cell_sum
+from unipad.kernels.sdf_field import (
     COLORS,
     SEEN,
     add_row,

@@ -18,10 +18,10 @@ Sizes: M samples a tile, C channels and H hidden units (padded), LAYERS of the M
 import torch
 import torch.nn.functional as F
 
-from kernels.backend import tl, triton
-from kernels.sdf_alpha import _sigmoid
-from kernels.sdf_reference import folded
-from kernels.trilinear import _corner
+from unipad.kernels.backend import tl, triton
+from unipad.kernels.sdf_alpha import _sigmoid
+from unipad.kernels.sdf_reference import folded
+from unipad.kernels.trilinear import _corner
 
 COLORS = tl.constexpr(16)  # rows of the color MLP's last layer: 3 and padding, as many as a dot must have
 SEEN = tl.constexpr(16)  # columns of E: p 3, 1, direction 3, gradient 3 and padding

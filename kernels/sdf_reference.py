@@ -11,7 +11,7 @@ the kernels answer to and what shows that nothing needs to be differentiated twi
 import torch
 import torch.nn.functional as F
 
-from kernels.trilinear import _four_weights, trilinear_value_ref
+from unipad.kernels.trilinear import _four_weights, trilinear_value_ref
 
 
 def folded(mlp):

@@ -10,11 +10,11 @@ Sizes: R rays, S samples on each, N = R * S, C channels, H hidden units, M sampl
 
 import torch
 
-from kernels.backend import jit, on_triton, tl, triton
-from kernels.composite import composite_ref
-from kernels.sdf_alpha import neus_alpha_ref, volsdf_alpha_ref
-from kernels.sdf_backward import render_back
-from kernels.sdf_field import (
+from unipad.kernels.backend import jit, on_triton, tl, triton
+from unipad.kernels.composite import composite_ref
+from unipad.kernels.sdf_alpha import neus_alpha_ref, volsdf_alpha_ref
+from unipad.kernels.sdf_backward import render_back
+from unipad.kernels.sdf_field import (
     COLORS,
     along_rays,
     color_of,
@@ -38,7 +38,7 @@ from kernels.sdf_field import (
     store3,
     tile_of_rays,
 )
-from kernels.sdf_reference import field_ref, values_ref
+from unipad.kernels.sdf_reference import field_ref, values_ref
 
 METHODS = ("neus", "volsdf")
 WIDTHS, LAYERS = (16, 64), (2, 8)  # smallest and largest

@@ -13,10 +13,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels.backend import on_triton
-from kernels.sparse_gemm import d_weight_of, gather_gemm
-from kernels.sparse_reference import backward_ref, gather_gemm_ref
-from kernels.sparse_tiles import NeighborTable
+from unipad.kernels.backend import on_triton
+from unipad.kernels.sparse_gemm import d_weight_of, gather_gemm
+from unipad.kernels.sparse_reference import backward_ref, gather_gemm_ref
+from unipad.kernels.sparse_tiles import NeighborTable
 
 
 def sparse_conv(features, weight, neighbor_idx, inverse_idx, allow_tf32=False):

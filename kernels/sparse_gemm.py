@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from kernels import backend, tuning
-from kernels.backend import jit, tl, triton
+from unipad.kernels import backend, tuning
+from unipad.kernels.backend import jit, tl, triton
 
 
 def gather_gemm(features, weight, table, allow_tf32, mirrored=False, act=(None, None, None, False)):

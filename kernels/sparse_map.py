@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import host_wait, jit, on_triton, opaque, tl, triton
-from kernels.voxel_keys import NO_KEY, NO_KEY_SHORT, check_grid, checked, key_of, load_voxels, sort_voxels
+from unipad.kernels.backend import host_wait, jit, on_triton, opaque, tl, triton
+from unipad.kernels.voxel_keys import NO_KEY, NO_KEY_SHORT, check_grid, checked, key_of, load_voxels, sort_voxels
 
 
 @opaque(lambda coords, keys, order, shape, kernel, dilation: coords.new_empty(prod(kernel), len(coords)))

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.backend import StreamCache, jit, tl, triton
+from unipad.kernels.backend import StreamCache, jit, tl, triton
 
 
 class Tiles(NamedTuple):

@@ -14,7 +14,7 @@ of an interpolation would give, at the price of a single one.
 import torch
 from torch.nn import functional as F
 
-from kernels.backend import jit, on_triton, tl, triton
+from unipad.kernels.backend import jit, on_triton, tl, triton
 
 
 def trilinear(volume, points, volume_idx):

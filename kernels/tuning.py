@@ -19,7 +19,7 @@ from statistics import median
 
 import torch
 
-from kernels.backend import capturing, host_wait, strictly_deterministic, triton
+from unipad.kernels.backend import capturing, host_wait, strictly_deterministic, triton
 
 
 @dataclass

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import host_wait, jit, on_triton, opaque, tl, to_host, triton
+from unipad.kernels.backend import host_wait, jit, on_triton, opaque, tl, to_host, triton
 
 NO_KEY = 2**62  # sorts behind every voxel; a power of two, since F.pad takes its value as fp64
 NO_KEY_SHORT = 2**31 - 1  # the same of keys of 32 bits

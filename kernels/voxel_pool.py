@@ -16,7 +16,7 @@ Sizes: R pixels of all views with D depth bins each, so R D points; V voxels of 
 import torch
 import torch.nn.functional as F
 
-from kernels.backend import jit, on_triton, tl, triton
+from unipad.kernels.backend import jit, on_triton, tl, triton
 
 
 def voxel_pool(features, depths, lidar2image, low, cell, shape, stride, depth_range, truncate=False):

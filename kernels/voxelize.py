@@ -12,8 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kernels.backend import host_wait, jit, on_triton, tl, to_host, triton
-from kernels.voxel_keys import NO_KEY, check_grid  # NO_KEY: of points outside the grid
+from unipad.kernels.backend import host_wait, jit, on_triton, tl, to_host, triton
+from unipad.kernels.voxel_keys import NO_KEY, check_grid  # NO_KEY: of points outside the grid
 
 
 @torch.no_grad()

@@ -62,7 +62,7 @@ def launches_of(kernel_file, targets):
 
 def compile_launches(kernel_file, targets="default"):
     """Print the cost of every row as a JSON line: shared memory, and the rest on targets where the row has budgets."""
-    module = importlib.import_module(f"kernels.{kernel_file}")
+    module = importlib.import_module(f"unipad.kernels.{kernel_file}")
     for launch, element, target in launches_of(kernel_file, DEFAULT_TARGETS if targets == "default" else TARGETS):
         kernel = getattr(module, launch.kernel)
         if target in ASSEMBLED:

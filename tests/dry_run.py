@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 from triton.backends.compiler import GPUTarget
 
-from kernels import backend
+from unipad.kernels import backend
 
 aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)

@@ -20,10 +20,10 @@ from multiprocessing import get_context
 import torch
 from torch.utils._pytree import tree_iter
 
-from kernels.composite import _composite_fwd_kernel, composite
 from tests.dry_run import CUDA, DryRun, Generator, backward, to_gpu
 from unipad.batch import Batch
 from unipad.config import DetectRecipe, PretrainRecipe
+from unipad.kernels.composite import _composite_fwd_kernel, composite
 from unipad.model.detect import Detector
 from unipad.model.lidar import SparseEncoder
 from unipad.model.pretrain import Pretrain

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kernels.backend import tl, triton
+from unipad.kernels.backend import tl, triton
 
 
 @triton.jit

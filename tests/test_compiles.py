@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-import kernels
+import unipad.kernels
 from tests.ahead_of_time import AMD, DEFAULT_TARGETS, MAX_SHARED, launches_of
 
 KERNELS = {  # kernel file -> names of its kernels
     file.stem: names
-    for file in sorted(Path(kernels.__path__[0]).glob("*.py"))
+    for file in sorted(Path(unipad.kernels.__path__[0]).glob("*.py"))
     if (names := re.findall(r"^def (_\w+_kernel)\(", file.read_text(), re.MULTILINE))
 }
 

@@ -11,10 +11,10 @@ import eval as judge
 import finetune
 import train
 from benchmarks import label_efficiency
-from kernels import tuning
 from unipad.checkpoint import write_checkpoint
 from unipad.config import Augment, DetectRecipe, Paste, from_plain, recipe_kind
 from unipad.errors import UserError
+from unipad.kernels import tuning
 from unipad.model.pretrain import Pretrain
 from unipad.recipes import DETECT, PRETRAIN, SEGMENT
 from unipad.runtime import RunFolder, World, to_dict

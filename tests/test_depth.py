@@ -3,11 +3,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels.voxel_pool import voxel_pool
 from tests.check import DivideLikeGpu
 from tests.golden import assert_close_to_max, load, weights
 from tests.test_rays import make_batch
 from unipad.config import CameraConfig
+from unipad.kernels.voxel_pool import voxel_pool
 from unipad.model.depth import ASPP, ComplexDepth, depth_head, depth_loss, depth_targets
 
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from kernels import backend
-from kernels.ray_sample import clip_rays, merge, resample, sample_pdf, stratified_starts
-from kernels.sdf_alpha import laplace_density, neus_alpha, volsdf_alpha
 from tests.check import launches
 from tests.conftest import HAS_GPU
 from tests.golden import assert_close_to_max, load
+from unipad.kernels import backend
+from unipad.kernels.ray_sample import clip_rays, merge, resample, sample_pdf, stratified_starts
+from unipad.kernels.sdf_alpha import laplace_density, neus_alpha, volsdf_alpha
 
 # Of the largest distance. An interval of little weight magnifies the rounding of the CDF, and the original maps to
 # distances after resampling, not before.

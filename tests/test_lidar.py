@@ -4,10 +4,10 @@ from unittest import mock
 import pytest
 import torch
 
-from kernels import backend
 from tests.check import WaitRecorder
 from tests.golden import assert_close_to_max, load, weights
 from unipad import config
+from unipad.kernels import backend
 from unipad.model import sparse
 from unipad.model.lidar import (
     NORM,
@@ -297,7 +297,7 @@ def test_a_step_waits_for_nothing_but_sizes(monkeypatch, device):
     encoder = LidarEncoder(TINY, GRID).to(device)
     points, counts = cloud((40, 20))
     points, noise = points.to(device), noise_of(encoder, 2).to(device)
-    with WaitRecorder(without=("kernels.sparse_tiles", "kernels.sparse_gemm")) as waits:
+    with WaitRecorder(without=("unipad.kernels.sparse_tiles", "unipad.kernels.sparse_gemm")) as waits:
         encoder(points, counts, noise)[0].square().sum().backward()
     reached = "number of a convolution's output voxels"
     assert waits.named == ["number of occupied voxels", "indices of the visible voxels", reached, reached]

@@ -7,13 +7,13 @@ import torch
 
 import benchmarks.eager
 from benchmarks.eager import EagerRenderer
-from kernels import backend
-from kernels.lift import lift
-from kernels.sdf_alpha import laplace_density, neus_alpha
 from tests.check import launches
 from tests.conftest import HAS_GPU
 from tests.golden import assert_close_to_max, load, weights
 from unipad.config import Grid, Render
+from unipad.kernels import backend
+from unipad.kernels.lift import lift
+from unipad.kernels.sdf_alpha import laplace_density, neus_alpha
 from unipad.model.field import Field, Softplus
 from unipad.model.rays import Rays
 from unipad.model.render import Renderer

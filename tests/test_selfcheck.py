@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import kernels
-from kernels import backend
+import unipad.kernels
 from tests.check import launches
 from tests.conftest import HAS_GPU
 from unipad import selfcheck
 from unipad.errors import UserError
+from unipad.kernels import backend
 from unipad.selfcheck import Args, Case, checks, main, results, run
 
-FILES = [file.stem for file in Path(kernels.__path__[0]).glob("[!_]*.py")]
+FILES = [file.stem for file in Path(unipad.kernels.__path__[0]).glob("[!_]*.py")]
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_every_op_matches_its_reference(op, with_kernels):
 
 
 def test_every_op_has_a_case():
-    modules = [importlib.import_module(f"kernels.{file}") for file in FILES]
+    modules = [importlib.import_module(f"unipad.kernels.{file}") for file in FILES]
     ops = {
         name
         for module in modules

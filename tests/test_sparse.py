@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels import backend
+from unipad.kernels import backend
 from unipad.model.sparse import (
     SparseBatchNorm,
     SparseConv3d,

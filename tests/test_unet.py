@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from kernels import backend
 from tests.check import DivideLikeGpu, WaitRecorder
 from tests.golden import assert_close_to_max, load, weights
 from unipad import config
+from unipad.kernels import backend
 from unipad.model.sparse import SparseTensor, VoxelSet
 from unipad.model.unet import Unet, UnetEncoder
 from unipad.names import to_original
@@ -104,7 +104,7 @@ def test_a_step_waits_for_nothing_but_sizes(monkeypatch, device):
     net = UnetEncoder(SMALL, GRID).to(device)
     points, counts = cloud((40, 20))
     points, noise = points.to(device), torch.rand(2, *net.mask_shape, device=device)
-    with WaitRecorder(without=("kernels.sparse_tiles", "kernels.sparse_gemm")) as waits:
+    with WaitRecorder(without=("unipad.kernels.sparse_tiles", "unipad.kernels.sparse_gemm")) as waits:
         net(points, counts, noise)[0].square().sum().backward()
     occupied, reached = "number and extent of occupied cells", "number of a convolution's output voxels"
     assert waits.named == [occupied, "indices of the visible voxels", reached, reached]

@@ -14,3 +14,10 @@ model/         encoders, volumes, rays, renderer, detection heads
 evaluate/      how good a model is: PSNR and depth errors, NDS and mAP
 draw/          what a person looks at: pictures, films, meshes
 """
+
+from pathlib import Path
+
+# In a checkout `unipad.kernels` is the folder beside this one. It is no package of its own, since another distribution
+# has that name.
+if not (Path(__file__).parent / "kernels").is_dir():
+    __path__.append(str(Path(__file__).parents[1]))

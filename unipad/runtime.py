@@ -21,10 +21,10 @@ import torch.distributed as dist
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from kernels import tuning
 from unipad.checkpoint import last_checkpoint, read_checkpoint, write_checkpoint
 from unipad.config import from_plain
 from unipad.errors import UserError
+from unipad.kernels import tuning
 
 
 @contextlib.contextmanager

@@ -34,10 +34,11 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from kernels.backend import on_triton, triton
-from kernels.composite import composite, composite_ref
-from kernels.lift import lift, lift_ref
-from kernels.ray_sample import (
+from unipad.errors import UserError
+from unipad.kernels.backend import on_triton, triton
+from unipad.kernels.composite import composite, composite_ref
+from unipad.kernels.lift import lift, lift_ref
+from unipad.kernels.ray_sample import (
     clip_rays,
     clip_rays_ref,
     merge,
@@ -49,7 +50,7 @@ from kernels.ray_sample import (
     stratified_starts,
     stratified_starts_ref,
 )
-from kernels.rotated_iou import (
+from unipad.kernels.rotated_iou import (
     paired_iou_3d,
     paired_iou_3d_ref,
     rotated_iou_bev,
@@ -57,7 +58,7 @@ from kernels.rotated_iou import (
     rotated_nms,
     rotated_nms_ref,
 )
-from kernels.sdf_alpha import (
+from unipad.kernels.sdf_alpha import (
     interval_alpha,
     interval_alpha_ref,
     neus_alpha,
@@ -66,9 +67,9 @@ from kernels.sdf_alpha import (
     volsdf_alpha,
     volsdf_alpha_ref,
 )
-from kernels.sdf_render import sdf_render, sdf_render_ref, sdf_values, sdf_values_ref
-from kernels.sparse_conv import sparse_conv, sparse_conv_act, sparse_conv_act_ref, sparse_conv_ref
-from kernels.sparse_map import (
+from unipad.kernels.sdf_render import sdf_render, sdf_render_ref, sdf_values, sdf_values_ref
+from unipad.kernels.sparse_conv import sparse_conv, sparse_conv_act, sparse_conv_act_ref, sparse_conv_ref
+from unipad.kernels.sparse_map import (
     inverse_map,
     inverse_map_ref,
     out_shape,
@@ -79,12 +80,11 @@ from kernels.sparse_map import (
     transposed_map,
     transposed_map_ref,
 )
-from kernels.sparse_tiles import NeighborTable
-from kernels.trilinear import trilinear, trilinear_ref, trilinear_value, trilinear_value_ref
-from kernels.voxel_keys import sort_voxels, sort_voxels_ref, voxel_keys, voxel_keys_ref
-from kernels.voxel_pool import voxel_pool, voxel_pool_ref
-from kernels.voxelize import voxelize, voxelize_ref
-from unipad.errors import UserError
+from unipad.kernels.sparse_tiles import NeighborTable
+from unipad.kernels.trilinear import trilinear, trilinear_ref, trilinear_value, trilinear_value_ref
+from unipad.kernels.voxel_keys import sort_voxels, sort_voxels_ref, voxel_keys, voxel_keys_ref
+from unipad.kernels.voxel_pool import voxel_pool, voxel_pool_ref
+from unipad.kernels.voxelize import voxelize, voxelize_ref
 from unipad.recipes import PRETRAIN
 from unipad.runtime import commit, exit_on_user_error, has_bf16
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from ttsem.sanitize import KernelFault
 
-from kernels.backend import jit, tl
 from tests.check import check_against_ref
+from unipad.kernels.backend import jit, tl
 
 BLOCK = 8
 

@@ -8,8 +8,8 @@ import importlib.util
 import pytest
 import torch
 
-from kernels import backend
 from tests.conftest import HAS_GPU
+from unipad.kernels import backend
 
 
 @pytest.fixture(autouse=True)

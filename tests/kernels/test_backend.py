@@ -5,10 +5,10 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from kernels import backend
-from kernels.backend import host_wait, jit, on_triton, references, tl, to_host, triton
 from tests.conftest import HAS_GPU
 from tests.kernels.conftest import reversed_programs
+from unipad.kernels import backend
+from unipad.kernels.backend import host_wait, jit, on_triton, references, tl, to_host, triton
 
 
 @jit(varying=("N",))

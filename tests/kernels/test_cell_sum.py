@@ -1,10 +1,10 @@
 import torch
 from torch.nn import functional as F
 
-from kernels.cell_sum import cell_sum
-from kernels.trilinear import trilinear_ref
 from tests.ahead_of_time import Launch
 from tests.golden import assert_close_to_max
+from unipad.kernels.cell_sum import cell_sum
+from unipad.kernels.trilinear import trilinear_ref
 
 LAUNCHES = [
     Launch(

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from kernels.composite import composite, composite_ref
 from tests.ahead_of_time import Launch
 from tests.check import check_against_ref
+from unipad.kernels.composite import composite, composite_ref
 
 LAUNCHES = [
     Launch(kernel, blocks, dict(trans_ptr="*fp32"), divisible, num_warps=1, registers=registers, shared=128)

@@ -1,19 +1,19 @@
 import pytest
 import torch
 
-import kernels.lift
-import kernels.pixel_sum
-from kernels.lift import lift, lift_ref
+import unipad.kernels.lift
+import unipad.kernels.pixel_sum
 from tests import golden
 from tests.ahead_of_time import ASSEMBLED, Launch
 from tests.check import check_against_ref, launches
 from tests.conftest import HAS_GPU
+from unipad.kernels.lift import lift, lift_ref
 
 
 def launch(kernel, levels, channels, divisible, elements, registers, shared, gathered=()):
     forward = kernel == "_lift_fwd_kernel"
-    tile = kernels.lift.FWD_TILE if forward else kernels.lift.BWD_TILE
-    constexprs = kernels.lift._blocks(tile // (4 if "fp32" in elements else 2), channels)
+    tile = unipad.kernels.lift.FWD_TILE if forward else unipad.kernels.lift.BWD_TILE
+    constexprs = unipad.kernels.lift._blocks(tile // (4 if "fp32" in elements else 2), channels)
     constexprs |= {} if forward else dict(GATHERED=sum(1 << l for l in gathered))
     types = dict(
         feature_ptrs=("*",) * levels,
@@ -87,9 +87,9 @@ def make_inputs(B, N, sizes, C, D, shape, device):
     ],
 )
 def test_matches_reference(B, N, sizes, C, D, shape, dtype, crowd, device, monkeypatch):
-    monkeypatch.setattr(kernels.lift, "CROWD", crowd)
+    monkeypatch.setattr(unipad.kernels.lift, "CROWD", crowd)
     if not HAS_GPU:
-        monkeypatch.setattr(kernels.pixel_sum, "TILE", 2**13)
+        monkeypatch.setattr(unipad.kernels.pixel_sum, "TILE", 2**13)
     inputs = make_inputs(B, N, sizes, C, D, shape, device)
     assert lift_ref(**inputs).any() or not B * N * C * min(shape), "nothing is seen"
     check_against_ref(lift, lift_ref, inputs, dtype, wrt=("features", "depths"))
@@ -109,14 +109,14 @@ def large_blocks(monkeypatch):
     """The interpreter's time goes with the number of programs."""
     if not HAS_GPU:
         for name, size in dict(FWD_TILE=2**17, BWD_TILE=2**17, MAX_VOXELS=2**10).items():
-            monkeypatch.setattr(kernels.lift, name, size)
-        monkeypatch.setattr(kernels.pixel_sum, "TILE", 2**17)
+            monkeypatch.setattr(unipad.kernels.lift, name, size)
+        monkeypatch.setattr(unipad.kernels.pixel_sum, "TILE", 2**17)
 
 
 @pytest.mark.parametrize("op", [lift, lift_ref])
 def test_reproduces_the_original(op, device, large_blocks, monkeypatch):
     """Volume and gradients of Uni3DViewTrans: 2 samples, 6 views, 2 levels, the coarse one's gradients gathered."""
-    monkeypatch.setattr(kernels.lift, "CROWD", 2)
+    monkeypatch.setattr(unipad.kernels.lift, "CROWD", 2)
     arrays = {name: array.to(device) for name, array in golden.load("view_trans_2lvl")[0].items()}
     features = [arrays[f"in/feat_{l}"].permute(0, 1, 3, 4, 2).requires_grad_() for l in range(2)]
     depths = [arrays[f"in/depth_{l}"].unflatten(0, (2, 6)).permute(0, 1, 3, 4, 2).requires_grad_() for l in range(2)]
@@ -132,7 +132,7 @@ def test_reproduces_the_original(op, device, large_blocks, monkeypatch):
 def test_projection_is_that_of_the_original_to_the_bit():
     """What a view sees has sharp borders, so it must not depend on the last bit: 3854 pairs of voxel and view."""
     arrays, _ = golden.load("view_trans_2lvl")
-    place, seen = kernels.lift._project_ref(arrays["in/lidar2img"][:, :, 0], **RECORDED)
+    place, seen = unipad.kernels.lift._project_ref(arrays["in/lidar2img"][:, :, 0], **RECORDED)
     xyz = RECORDED["shape"]
     expected = arrays["out/mask"][:, :, 0].unflatten(2, xyz).permute(0, 1, 4, 3, 2).flatten(2)
     assert torch.equal(seen, expected) and seen.sum() == 3854
@@ -222,7 +222,7 @@ def test_gradcheck(device):
 @pytest.mark.parametrize("strict, crowd, gathered", [(True, 10**9, 2), (False, 10, 1), (False, 10**9, 0)])
 def test_what_is_gathered(strict, crowd, gathered, device, large_blocks, monkeypatch):
     """Crowded levels, or all of them where bits must not vary: 200 voxels, 15 and 60 pixels."""
-    monkeypatch.setattr(kernels.lift, "CROWD", crowd)
+    monkeypatch.setattr(unipad.kernels.lift, "CROWD", crowd)
     inputs = make_inputs(1, 1, [(3, 5), (6, 10)], 3, 4, (10, 10, 2), device)
     features, depths = inputs.pop("features"), inputs.pop("depths")
     leaves = [level.float().requires_grad_() for level in features + depths]
@@ -246,7 +246,7 @@ def test_a_feature_changes_its_ray_alone(op, device, large_blocks):
     inputs["features"][0][0, 1, 2, 3] += 1
     changed = (op(**inputs) != before).any(-1)
     geometry = list(inputs.values())[2:]
-    (u, v, _), seen = kernels.lift._project_ref(*geometry)
+    (u, v, _), seen = unipad.kernels.lift._project_ref(*geometry)
     near = ((u + 1) * 3 - 3).abs() < 1  # of columns 0 to 6
     near &= ((v + 1) * 2 - 2).abs() < 1  # of rows 0 to 4
     assert torch.equal(changed.flatten(), (seen & near)[0, 1]) and 1 < changed.sum() < seen[0, 1].sum()
@@ -254,7 +254,7 @@ def test_a_feature_changes_its_ray_alone(op, device, large_blocks):
 
 def test_more_cells_than_16_bits_count(device, large_blocks, monkeypatch):
     """The hits are sorted by 32-bit numbers then: each level alone has 2^15 + 356 cells."""
-    monkeypatch.setattr(kernels.lift, "CROWD", 0)
+    monkeypatch.setattr(unipad.kernels.lift, "CROWD", 0)
     inputs = make_inputs(1, 1, [(182, 182), (182, 182)], 1, 1, (4, 4, 1), device)
     # positions in 182 pixels are rounded to 1e-5 of a pixel, differently on a GPU than in the reference
     check_against_ref(lift, lift_ref, inputs, torch.float32, wrt=("features", "depths"), slack=1e-4)

@@ -1,15 +1,15 @@
 import torch
 
-import kernels.pixel_sum
-from kernels.pixel_sum import HIT, pixel_sum
+import unipad.kernels.pixel_sum
 from tests.ahead_of_time import ASSEMBLED, Launch
 from tests.conftest import HAS_GPU
 from tests.golden import assert_close_to_max
+from unipad.kernels.pixel_sum import HIT, pixel_sum
 
 
 def launch(walkers, channels, bins, registers):
     types = dict(begin_ptr="*i32", order_ptr="*i64", hit_ptr="*fp32", h="i32", w="i32")
-    blocks = kernels.pixel_sum._blocks(walkers, channels, bins)
+    blocks = unipad.kernels.pixel_sum._blocks(walkers, channels, bins)
     return Launch(
         "_pixel_sum_kernel", blocks, types, ("C", "D"), ("bf16",),
         registers=registers, shared=2048, budgets=ASSEMBLED,
@@ -22,7 +22,7 @@ LAUNCHES = [launch(8, 128, 64, 64), launch(1, 128, 64, 104)]
 def test_is_the_gradient_of_the_interpolation(device, monkeypatch):
     """Two levels' hits side by side, the second one's are summed; some lie on a column or a row of pixels."""
     if not HAS_GPU:
-        monkeypatch.setattr(kernels.pixel_sum, "TILE", 2**9)
+        monkeypatch.setattr(unipad.kernels.pixel_sum, "TILE", 2**9)
     B, N, h, w, C, D, V = 2, 3, 3, 4, 5, 6, 20
     hits = torch.rand(2, B, N, V, HIT.value, dtype=torch.float64)
     hits[..., :3] *= torch.tensor([w - 1, h - 1, D - 1])

@@ -1,7 +1,9 @@
 import pytest
 import torch
 
-from kernels.ray_sample import (
+from tests.ahead_of_time import Launch
+from tests.check import check_against_ref
+from unipad.kernels.ray_sample import (
     clip_rays,
     clip_rays_ref,
     merge,
@@ -13,8 +15,6 @@ from kernels.ray_sample import (
     stratified_starts,
     stratified_starts_ref,
 )
-from tests.ahead_of_time import Launch
-from tests.check import check_against_ref
 
 LAUNCHES = [
     Launch("_clip_rays_kernel", dict(BLOCK=512), types={"hit_ptr": "*i1"}, registers=40),

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.rotated_iou import (
+from tests import golden
+from tests.ahead_of_time import Launch
+from tests.check import check_against_ref, launches
+from unipad.kernels.rotated_iou import (
     BLOCK_M,
     BLOCK_N,
     BLOCK_P,
@@ -16,9 +19,6 @@ from kernels.rotated_iou import (
     rotated_nms,
     rotated_nms_ref,
 )
-from tests import golden
-from tests.ahead_of_time import Launch
-from tests.check import check_against_ref, launches
 
 TYPES = dict(order_ptr="*i64", suppressed_ptr="*i32", kept_ptr="*i1")
 # Triton 3.6 puts 32 bytes of the cosine's reduction of huge angles on the stack, 3.9 none.

@@ -1,7 +1,9 @@
 import pytest
 import torch
 
-from kernels.sdf_alpha import (
+from tests.ahead_of_time import Launch
+from tests.check import check_against_ref
+from unipad.kernels.sdf_alpha import (
     interval_alpha,
     interval_alpha_ref,
     laplace_density,
@@ -11,8 +13,6 @@ from kernels.sdf_alpha import (
     volsdf_alpha,
     volsdf_alpha_ref,
 )
-from tests.ahead_of_time import Launch
-from tests.check import check_against_ref
 
 LAUNCHES = [
     Launch("_neus_alpha_fwd_kernel", dict(BLOCK=512), registers=40),

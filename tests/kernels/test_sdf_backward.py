@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.sdf_render import sdf_render
 from tests.check import NoFloatCumsum, WaitRecorder, launches
 from tests.conftest import HAS_GPU
 from tests.golden import assert_close_to_max
@@ -32,6 +31,7 @@ from tests.kernels.test_sdf_render import (
     results,
 )
 from unipad.config import Grid, Render
+from unipad.kernels.sdf_render import sdf_render
 from unipad.model.rays import Rays
 from unipad.model.render import Renderer
 

@@ -5,17 +5,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import backend, sdf_field
-from kernels.composite import composite_ref
-from kernels.sdf_alpha import neus_alpha_ref, volsdf_alpha_ref
-from kernels.sdf_field import along_rays, over_samples
-from kernels.sdf_render import in_family, sdf_render, sdf_render_ref, sdf_values, sdf_values_ref
-from kernels.trilinear import trilinear_ref
 from tests.ahead_of_time import Launch
 from tests.check import check_against_ref, launches
 from tests.conftest import HAS_GPU
 from tests.golden import assert_close_to_max, load, under
 from unipad.config import Grid, Render
+from unipad.kernels import backend, sdf_field
+from unipad.kernels.composite import composite_ref
+from unipad.kernels.sdf_alpha import neus_alpha_ref, volsdf_alpha_ref
+from unipad.kernels.sdf_field import along_rays, over_samples
+from unipad.kernels.sdf_render import in_family, sdf_render, sdf_render_ref, sdf_values, sdf_values_ref
+from unipad.kernels.trilinear import trilinear_ref
 from unipad.model.rays import Rays
 from unipad.model.render import Renderer
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import sparse_gemm
-from kernels.sparse_conv import sparse_conv, sparse_conv_act, sparse_conv_act_ref, sparse_conv_ref
 from tests.check import check_against_ref, launches
+from unipad.kernels import sparse_gemm
+from unipad.kernels.sparse_conv import sparse_conv, sparse_conv_act, sparse_conv_act_ref, sparse_conv_ref
 
 ONE, THREE = (1, 1, 1), (3, 3, 3)
 # kind, kernel, batch, grid (Z, Y, X), voxels, Cin, Cout

@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 
-from kernels import tuning
-from kernels.sparse_gemm import BLOCK_E, BLOCK_R, GROUP, STAGES_OF, d_weight_of, gather_gemm
-from kernels.sparse_tiles import NeighborTable
 from tests.ahead_of_time import ASSEMBLED, Launch
 from tests.check import launches
+from unipad.kernels import tuning
+from unipad.kernels.sparse_gemm import BLOCK_E, BLOCK_R, GROUP, STAGES_OF, d_weight_of, gather_gemm
+from unipad.kernels.sparse_tiles import NeighborTable
 
 IEEE, TF32 = dict(PRECISION="ieee", WIDEN=False), dict(PRECISION="tf32", WIDEN=False)
 HALF, SINGLE, EVEN = ("bf16",), ("fp32",), ("I", "O")

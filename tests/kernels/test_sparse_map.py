@@ -5,7 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.sparse_map import (
+from tests.ahead_of_time import Launch
+from tests.check import check_against_ref, launches
+from tests.kernels.test_voxel_keys import FULL, SETS, SOME, random_voxels
+from unipad.kernels.sparse_map import (
     BLOCK,
     BLOCK_PAIRS,
     inverse_map,
@@ -19,10 +22,7 @@ from kernels.sparse_map import (
     transposed_map_ref,
     transposed_out_shape,
 )
-from kernels.voxel_keys import NO_KEY, NO_KEY_SHORT, sort_voxels, sort_voxels_ref
-from tests.ahead_of_time import Launch
-from tests.check import check_against_ref, launches
-from tests.kernels.test_voxel_keys import FULL, SETS, SOME, random_voxels
+from unipad.kernels.voxel_keys import NO_KEY, NO_KEY_SHORT, sort_voxels, sort_voxels_ref
 
 TYPES = dict.fromkeys(["slots", "kernel", "stride", "padding", "dilation"], ("i32",) * 3)
 TYPES |= dict(coords_ptr="*i32", order_ptr="*i64", reader_order_ptr="*i64")

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kernels import backend, sparse_tiles
-from kernels.sparse_conv import sparse_conv, sparse_conv_act
-from kernels.sparse_gemm import BLOCK_R, LEAST
-from kernels.sparse_tiles import BLOCK_C, BLOCK_K, WINDOW, NeighborTable
 from tests.ahead_of_time import Launch
 from tests.check import launches
 from tests.conftest import HAS_GPU
+from unipad.kernels import backend, sparse_tiles
+from unipad.kernels.sparse_conv import sparse_conv, sparse_conv_act
+from unipad.kernels.sparse_gemm import BLOCK_R, LEAST
+from unipad.kernels.sparse_tiles import BLOCK_C, BLOCK_K, WINDOW, NeighborTable
 
 INT = dict(elements=("i32",), budgets=("sm_80", "sm_90", "gfx942"))  # no argument has the element type
 LAUNCHES = [

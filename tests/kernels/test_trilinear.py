@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kernels.trilinear import trilinear, trilinear_ref, trilinear_value, trilinear_value_ref
 from tests.ahead_of_time import Launch
 from tests.check import check_against_ref, launches
+from unipad.kernels.trilinear import trilinear, trilinear_ref, trilinear_value, trilinear_value_ref
 
 FP32 = dict.fromkeys(
     ["points_ptr", "value_ptr", "gradient_ptr", "d_value_ptr", "d_gradient_ptr", "d_volume_ptr", "d_points_ptr"],

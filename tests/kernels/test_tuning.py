@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import tuning
+from unipad.kernels import tuning
 
 CPU = torch.device("cpu")
 CANDIDATES = [(64, 4), (128, 4), (128, 8)]

@@ -3,9 +3,9 @@ from math import prod
 import pytest
 import torch
 
-from kernels.voxel_keys import BLOCK, sort_voxels, sort_voxels_ref, voxel_keys, voxel_keys_ref
 from tests.ahead_of_time import Launch
 from tests.check import check_against_ref
+from unipad.kernels.voxel_keys import BLOCK, sort_voxels, sort_voxels_ref, voxel_keys, voxel_keys_ref
 
 TYPES = dict(coords_ptr="*i32", keys_ptr="*i64")
 LAUNCHES = [Launch("_keys_kernel", dict(BLOCK=BLOCK), TYPES, elements=("fp32",), registers=32)]

@@ -1,16 +1,16 @@
 import pytest
 import torch
 
-import kernels.voxel_pool
-from kernels.voxel_pool import BLOCK_P, CHUNK, voxel_pool, voxel_pool_ref
+import unipad.kernels.voxel_pool
 from tests import golden
 from tests.ahead_of_time import ASSEMBLED, Launch
 from tests.check import DivideLikeGpu, check_against_ref, launches
 from tests.conftest import HAS_GPU
+from unipad.kernels.voxel_pool import BLOCK_P, CHUNK, voxel_pool, voxel_pool_ref
 
 
 def launch(kernel, channels, divisible, elements, registers, shared=0):
-    blocks = kernels.voxel_pool._blocks(channels)
+    blocks = unipad.kernels.voxel_pool._blocks(channels)
     if kernel != "_voxel_pool_bwd_kernel":
         blocks["CHUNK"] = CHUNK
     types = dict(weight_ptr="*fp32", partial_ptr="*fp32", chunks="i32")
@@ -100,8 +100,8 @@ RECORDED = dict(  # geometry of the record voxel_pool_depth
 def test_reproduces_the_original(op, device, monkeypatch):
     """Volume and gradients of Uni3DVoxelPoolDepth: 2 samples, 6 views, 161280 points."""
     if not HAS_GPU:
-        monkeypatch.setattr(kernels.voxel_pool, "TILE", 2**16)
-        monkeypatch.setattr(kernels.voxel_pool, "BLOCK_P", 2**18)
+        monkeypatch.setattr(unipad.kernels.voxel_pool, "TILE", 2**16)
+        monkeypatch.setattr(unipad.kernels.voxel_pool, "BLOCK_P", 2**18)
     arrays = {name: array.to(device) for name, array in golden.load("voxel_pool_depth")[0].items()}
     features = arrays["in/feat"].permute(0, 1, 3, 4, 2).requires_grad_()
     depths = arrays["in/depth"].unflatten(0, (2, 6)).permute(0, 1, 3, 4, 2).requires_grad_()
@@ -120,11 +120,11 @@ def test_reproduces_the_original(op, device, monkeypatch):
 def test_points_lie_where_the_original_puts_them():
     """Every point of the record, 7632 of the 79955 inside only because they are rounded towards zero."""
     arrays, _ = golden.load("voxel_pool_depth")
-    matrices, bins = kernels.voxel_pool._geometry(
+    matrices, bins = unipad.kernels.voxel_pool._geometry(
         arrays["in/lidar2img"][:, :, 0], RECORDED["low"], RECORDED["cell"], RECORDED["depth_range"], 30
     )
     found = [
-        kernels.voxel_pool._voxels_ref(matrices, bins, (2, 6, 16, 28, 12), RECORDED["shape"], 16, truncate)
+        unipad.kernels.voxel_pool._voxels_ref(matrices, bins, (2, 6, 16, 28, 12), RECORDED["shape"], 16, truncate)
         for truncate in (True, False)
     ]
     b, x, y, z = arrays["out/voxel_coords_b_x_y_z"][:, :, 0].permute(5, 0, 1, 3, 4, 2).long()
@@ -197,9 +197,9 @@ def test_points_are_placed_as_on_a_cpu(device):
     """Grid coordinates are quotients on every device; multiplying by reciprocals would move some points."""
     inputs = make_inputs(1, 4, (5, 8), 3, 12, (9, 9, 5), device)
     geometry = inputs["lidar2image"], inputs["low"], (0.7, 0.3, 1.1), inputs["depth_range"], 12
-    matrices, bins = kernels.voxel_pool._geometry(*geometry)
+    matrices, bins = unipad.kernels.voxel_pool._geometry(*geometry)
     with DivideLikeGpu():
-        for ours, truth in zip(kernels.voxel_pool._geometry(*geometry), (matrices, bins), strict=True):
+        for ours, truth in zip(unipad.kernels.voxel_pool._geometry(*geometry), (matrices, bins), strict=True):
             assert torch.equal(ours, truth)
     sizes = matrices.new_tensor([0.7, 0.3, 1.1])[:, None]
     assert (matrices * sizes * (1 / sizes) != matrices).any()
@@ -233,7 +233,9 @@ def test_every_call_reads_the_cameras(device):
 def test_points_of_a_ray_that_share_a_voxel_are_one_run(device):
     """Pixels 0, 1, 2 at depths 1, 2, ..., 9: they stay at x = 0 or go on to 9 or 18; voxels 4 m long are counted."""
     sizes, view = (1, 1, 3), straight_view(device)
-    *_, begin = kernels.voxel_pool._find_points(view, sizes, 9, (0, -1, 0), (4, 2, 20), (5, 1, 1), 1, (1, 10), False)
+    *_, begin = unipad.kernels.voxel_pool._find_points(
+        view, sizes, 9, (0, -1, 0), (4, 2, 20), (5, 1, 1), 1, (1, 10), False
+    )
     # x = 0 * 9 | 1 2 3, 4 5 6 7, 8 9 | 2, 4 6, 8 10, 12 14, 16 18
     assert begin.tolist() == [0, 3, 5, 7, 8, 9]
 

@@ -3,10 +3,10 @@ from functools import partial
 import pytest
 import torch
 
-from kernels.voxelize import BLOCK_P, NO_KEY, TILE, grid_sample, voxelize, voxelize_ref
 from tests import golden
 from tests.ahead_of_time import Launch
 from tests.check import DivideLikeGpu, launches
+from unipad.kernels.voxelize import BLOCK_P, NO_KEY, TILE, grid_sample, voxelize, voxelize_ref
 
 TYPES = dict.fromkeys(["ends_ptr", "keys_ptr", "order_ptr", "first_ptr"], "*i64")
 TYPES |= dict(coords_ptr="*i32", low=("fp32",) * 3, cell=("fp32",) * 3, shape=("i32",) * 3, max_points="i32")

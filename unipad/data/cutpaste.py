@@ -24,11 +24,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from kernels.rotated_iou import rotated_iou_bev
 from unipad.config import Paste
 from unipad.data.loader import start_worker
 from unipad.data.nuscenes import BadFrame
 from unipad.data.tables import DataError, cache_paths, tables_state
+from unipad.kernels.rotated_iou import rotated_iou_bev
 
 
 @dataclass(frozen=True)
@@ -315,5 +315,5 @@ def _corners(boxes):
 
 
 def _footprints(boxes):
-    """[M, 9] boxes -> [M, 5] fp64 x, y, w, l, yaw as `kernels.rotated_iou` sees them."""
+    """[M, 9] boxes -> [M, 5] fp64 x, y, w, l, yaw as `unipad.kernels.rotated_iou` sees them."""
     return torch.from_numpy(boxes[:, [0, 1, 3, 4, 6]].astype(np.float64))

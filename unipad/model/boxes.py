@@ -32,7 +32,7 @@ def decode_boxes(codes):
 
 
 def footprint(boxes):
-    """[..., 9] ours -> [..., 5] x, y, w, l, yaw: boxes as `kernels.rotated_iou` sees them from above."""
+    """[..., 9] ours -> [..., 5] x, y, w, l, yaw: boxes as `unipad.kernels.rotated_iou` sees them from above."""
     return torch.cat([boxes[..., :2], boxes[..., 3:5], boxes[..., 6:7]], dim=-1)
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels.trilinear import trilinear
+from unipad.kernels.trilinear import trilinear
 
 
 class Dropout:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kernels.rotated_iou import rotated_nms
+from unipad.kernels.rotated_iou import rotated_nms
 from unipad.model.boxes import CODE_SIZE, decode_boxes, footprint
 from unipad.model.decoder import DecoderLayer, Dropout
 from unipad.model.depth import depth_loss

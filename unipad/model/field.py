@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels.trilinear import trilinear, trilinear_value
+from unipad.kernels.trilinear import trilinear, trilinear_value
 
 SHARPNESS = 100.0  # beta of the softplus; IDR's value, kept by VolSDF, NeuS and UniPAD
 LINEAR = 20.0  # torch's softplus is the identity where SHARPNESS * z exceeds this
@@ -113,7 +113,7 @@ class Decoder(nn.Module):
         self.fc_p = nn.Linear(3, hidden)
 
     def leaves(self):
-        """The parameters as `kernels.sdf_render` takes them: fc_p's, then fc_c's and lin's of each layer."""
+        """The parameters as `unipad.kernels.sdf_render` takes them: fc_p's, then fc_c's and lin's of each layer."""
         layers = [layer for l, fc in enumerate(self.fc_c) for layer in (fc, getattr(self, f"lin{l}"))]
         return [t for layer in (self.fc_p, *layers) for t in (layer.weight, layer.bias)]
 

@@ -6,10 +6,10 @@ Module and parameter names inside the encoder and the neck are mmdet3d's; `unipa
 import torch
 from torch import nn
 
-from kernels.backend import host_wait
-from kernels.voxel_keys import sort_voxels
-from kernels.voxelize import voxelize
 from unipad import config
+from unipad.kernels.backend import host_wait
+from unipad.kernels.voxel_keys import sort_voxels
+from unipad.kernels.voxelize import voxelize
 from unipad.model.norm import SyncedBatchNorm
 from unipad.model.sparse import (
     SparseBatchNorm,

@@ -8,7 +8,7 @@
     volsdf    where the error bound of the opacity asks for them           a Laplace density
     unisurf   around the first crossing of the surface and by occupancy    occupancy itself
 
-On a GPU the first two run as one op with one backward, `kernels.sdf_render`, where the field is of its family; unisurf,
+On a GPU the first two run as one op with one backward, `sdf_render`, where the field is of its family; unisurf,
 fields outside it, fp64 and CPUs take the pieces one after the other.
 
 A sample stands at the start of its interval. Callers speak meters; inside, lengths are meters * grid.scale.
@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.backend import on_triton
-from kernels.composite import composite
-from kernels.ray_sample import clip_rays
-from kernels.sdf_alpha import neus_alpha, unisurf_alpha, volsdf_alpha
-from kernels.sdf_render import in_family, sdf_render, sdf_values
+from unipad.kernels.backend import on_triton
+from unipad.kernels.composite import composite
+from unipad.kernels.ray_sample import clip_rays
+from unipad.kernels.sdf_alpha import neus_alpha, unisurf_alpha, volsdf_alpha
+from unipad.kernels.sdf_render import in_family, sdf_render, sdf_values
 from unipad.model.field import Field
 from unipad.model.samplers import SAMPLERS
 

@@ -9,10 +9,10 @@ import math
 
 import torch
 
-from kernels.backend import to_host
-from kernels.composite import composite
-from kernels.ray_sample import merge, resample, sample_pdf, stratified_starts
-from kernels.sdf_alpha import interval_alpha, laplace_density, unisurf_alpha
+from unipad.kernels.backend import to_host
+from unipad.kernels.composite import composite
+from unipad.kernels.ray_sample import merge, resample, sample_pdf, stratified_starts
+from unipad.kernels.sdf_alpha import interval_alpha, laplace_density, unisurf_alpha
 
 INV_S = 64.0  # NeuS's fixed inverse deviation while it looks for the surface (its first round)
 ERROR = 0.1  # VolSDF: bound on the error of the opacity that the placement aims for

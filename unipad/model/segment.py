@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels.backend import host_wait
+from unipad.kernels.backend import host_wait
 from unipad.model.volume import Encoder
 
 

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import backend, sparse_map, voxel_keys
-from kernels.backend import StreamCache
-from kernels.sparse_conv import sparse_conv, sparse_conv_act
-from kernels.sparse_tiles import NeighborTable
+from unipad.kernels import backend, sparse_map, voxel_keys
+from unipad.kernels.backend import StreamCache
+from unipad.kernels.sparse_conv import sparse_conv, sparse_conv_act
+from unipad.kernels.sparse_tiles import NeighborTable
 from unipad.model.norm import SyncedBatchNorm
 
 

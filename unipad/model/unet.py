@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels.backend import host_wait
-from kernels.voxelize import grid_sample
 from unipad import config
+from unipad.kernels.backend import host_wait
+from unipad.kernels.voxelize import grid_sample
 from unipad.model.lidar import ConvNormReLU, SparseBlock, draw_voxel_mask, in_fp32
 from unipad.model.sparse import SparseConv3d, SparseInverseConv3d, SparseTensor, SubMConv3d, VoxelSet
 

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.lift import lift
-from kernels.voxel_pool import voxel_pool
 from unipad import config
+from unipad.kernels.lift import lift
+from unipad.kernels.voxel_pool import voxel_pool
 from unipad.model.camera import MASK_BLOCK, CameraEncoder, draw_mask
 from unipad.model.lidar import NORM, LidarEncoder
 from unipad.model.norm import SyncedBatchNorm

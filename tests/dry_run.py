@@ -13,6 +13,7 @@ Patches replace only what PyTorch refuses to do without CUDA, nothing of this pr
 import contextlib
 import ctypes
 import importlib
+from collections import Counter
 from dataclasses import dataclass
 from itertools import cycle
 from types import SimpleNamespace
@@ -56,13 +57,14 @@ class DryRun(contextlib.ExitStack):
               to return in turn
     calls:    (kernel, arguments by name) of every launch
     launches: the same as `Launch`
+    operators: names of PyTorch's operators that ran on the GPU, one launch or more each; views and allocations are left out
 
     The device is an AMD GPU if `torch.version.hip` is set.
     """
 
     def __init__(self, answers=None):
         super().__init__()
-        self.answers, self.calls, self.launches = answers or {}, [], []
+        self.answers, self.calls, self.launches, self.operators = answers or {}, [], [], Counter()
 
     def __enter__(self):
         super().__enter__()
@@ -113,6 +115,8 @@ class _FakeDevice(TorchDispatchMode):
         if not from_gpu and (to is None or torch.device(to).type != "cuda"):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
+        if _launches(func):
+            self.dry.operators[func.overloadpacket.__name__] += 1
         if func in (aten._to_copy.default, aten.copy_.default):
             copied = self._copy(func, args, kwargs, to)
             if copied is not None:
@@ -174,6 +178,15 @@ _SIZED_BY_DATA = {
     aten.masked_select.default,
     aten.bincount.default,
 }
+
+
+_ALLOCATE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+
+
+def _launches(func):
+    """Whether an operator computes, and does not only allocate or make a view."""
+    is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+    return func.namespace == "aten" and not is_view and func.overloadpacket.__name__ not in _ALLOCATE
 
 
 def _tensors(tree):

@@ -203,6 +203,7 @@ def main(everything=False):
             try:
                 run, other = dry_step(step), dry_step(step, scene=1)
                 line |= {"launches": len(run.launches), "distinct": len(set(run.launches))}
+                line |= {"operators": run.operators.total()}
                 found = specialized_on_data(run.calls, other.calls)
                 if found:
                     line["fault"] = f"compiled again for another scene: {sorted(found)}"

@@ -13,6 +13,15 @@ import pytest
 
 from tests import dry_step
 
+# step -> launches of the project's kernels, and operators of PyTorch, at most. Each is work of the host: at one sample,
+# the LiDAR's step is as long as its host takes. (More than a step on a GPU runs, which fuses the operators of the
+# optimizer and of the norms of gradients.)
+BUDGETS = {
+    "train camera-0.1": (13, 1349),
+    "detect lidar-0.075": (126, 3993),
+    "segment segment": (283, 1175),
+}
+
 pytest.importorskip("triton", reason="Triton has wheels for Linux only")
 
 
@@ -29,6 +38,9 @@ def test_main_recipes_pass_a_dry_run_and_their_launches_compile():
     lines = run("sys.exit(main())")
     assert [line["step"] for line in lines if "step" in line] == list(dry_step.MAIN)
     assert len([line for line in lines if "kernel" in line]) >= 12
+    for step, (launches, operators) in BUDGETS.items():
+        (line,) = (line for line in lines if line.get("step") == step)
+        assert line["launches"] <= launches and line["operators"] <= operators, line
 
 
 def test_a_hundred_scenes_compile_no_more_kernels_than_ten():

@@ -57,7 +57,7 @@ class DryRun(contextlib.ExitStack):
               to return in turn
     calls:    (kernel, arguments by name) of every launch
     launches: the same as `Launch`
-    operators: names of PyTorch's operators that ran on the GPU, one launch or more each; views and allocations are left out
+    operators: names of PyTorch operators that ran on the GPU, one launch or more each; not views and allocations
 
     The device is an AMD GPU if `torch.version.hip` is set.
     """

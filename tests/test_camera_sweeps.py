@@ -16,8 +16,8 @@ from torch import nn
 
 import finetune
 import train
+from tests.scripts import environment
 from tests.test_rays import generators, make_batch
-from tests.test_train import environment
 from unipad import config, convert
 from unipad.batch import CAMERAS
 from unipad.config import Augment, Data, DetectRecipe, Paste, PretrainRecipe, from_plain

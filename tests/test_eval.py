@@ -16,7 +16,8 @@ import tyro
 from PIL import Image
 
 from eval import Args, main
-from tests.test_train import REPO, environment
+from tests import scripts
+from tests.scripts import REPO, environment
 from unipad.checkpoint import write_checkpoint
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.tables import CLASSES
@@ -166,7 +167,10 @@ def evaluate(run, **flags):
 
 def script(run, *flags, launcher=()):
     """eval.py as a user starts it."""
-    command = [sys.executable, *launcher, REPO / "eval.py", run, "--device", "cpu", "--workers", 0, *flags]
+    flags = [run, "--device", "cpu", "--workers", 0, *flags]
+    if not launcher:
+        return scripts.run("eval.py", *flags, cwd=run)
+    command = [sys.executable, *launcher, REPO / "eval.py", *flags]
     clean = dict(env=environment(), capture_output=True, text=True, timeout=300)
     return subprocess.run(list(map(str, command)), **clean)
 

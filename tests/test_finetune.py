@@ -12,7 +12,9 @@ import torch
 
 import finetune
 import train
-from tests.test_train import REPO, assert_same_weights, checkpoint, curve, environment
+from tests import scripts
+from tests.scripts import REPO, environment
+from tests.test_train import assert_same_weights, checkpoint, curve
 from unipad import recipes
 from unipad.config import Paste
 from unipad.errors import UserError
@@ -40,8 +42,7 @@ def straight(city, tmp_path_factory):
     out = tmp_path_factory.mktemp("finetune") / "run"
     flags = ["--modality", "lidar", "--preset", "tiny", "--data-root", city, "--steps", 4, "--out", out]
     flags += ["--device", "cpu", "--workers", 0, "--log-every", 1, "--val-every", 3]
-    command = [sys.executable, REPO / "finetune.py", *flags]
-    done = subprocess.run(list(map(str, command)), env=environment(), capture_output=True, text=True, timeout=300)
+    done = scripts.run("finetune.py", *flags, cwd=out.parent)
     assert done.returncode == 0, done.stderr[-4000:]
     return out, done
 
@@ -163,8 +164,7 @@ def test_a_users_mistake_is_one_sentence(flags, words, city, tmp_path):
 
 
 def test_help_explains_every_flag():
-    command = [sys.executable, "finetune.py", "--help"]
-    done = subprocess.run(command, cwd=REPO, env=environment(), capture_output=True, text=True)
+    done = scripts.run("finetune.py", "--help", cwd=REPO)
     for name in finetune.Args.__dataclass_fields__:
         assert "--" + name.replace("_", "-") in done.stdout
     assert "default" in done.stdout and done.returncode == 0

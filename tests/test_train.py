@@ -1,38 +1,32 @@
-"""The training script as a user runs it: by subprocess, on a small city, on the CPU."""
+"""The training script as a user runs it: in a process of its own, on a small city, on the CPU."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests import scripts
+from tests.scripts import REPO, Script, environment
 from train import Args
 
-REPO = Path(__file__).parent.parent
 SMALL = ["--device", "cpu", "--workers", "0", "--rays-per-view", "8"]
 SMALL += ["--log-every", "1", "--val-samples", "1", "--picture-stride", "16"]
 
 
-def train(*flags, cwd, launcher=(sys.executable,), check=True):
+def train(*flags, cwd, launcher=None, check=True):
     """Run train.py with SMALL settings in `cwd`; returns the finished process."""
-    done = subprocess.run(
-        [*launcher, str(REPO / "train.py"), *SMALL, *map(str, flags)],
-        cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    if launcher:
+        command = [*launcher, str(REPO / "train.py"), *SMALL, *map(str, flags)]
+        done = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300)
+    else:
+        done = scripts.run("train.py", *SMALL, *flags, cwd=cwd)
     if check:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
-
-
-def environment():
-    """Ours without what the test suite adds for the kernels; compiled paths need no interpreter."""
-    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return clean | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
 
 
 def curve(run, name="train/loss"):
@@ -88,8 +82,7 @@ def test_stopped_and_resumed_is_bit_equal_to_straight(straight, city, tmp_path):
 def test_killed_and_resumed_is_bit_equal_to_straight(straight, city, tmp_path):
     """kill -9 in the middle; the newest run is found by itself."""
     flags = ["--data-root", str(city), "--preset", "tiny", "--steps", "8", "--save-every", "1"]
-    command = [sys.executable, str(REPO / "train.py"), *SMALL, *flags]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL)
+    process = Script("train.py", *SMALL, *flags, cwd=tmp_path)
     last = wait_for(lambda: list(tmp_path.glob("outputs/train-camera/*/checkpoints/last.pt")), process)[0]
     process.kill()
     process.wait()
@@ -192,8 +185,7 @@ def test_fusion_starts_from_a_camera_and_a_lidar_run(straight, city, tmp_path):
 
 def test_ctrl_c_saves(city, tmp_path):
     flags = ["--data-root", str(city), "--preset", "tiny", "--steps", "500", "--out", str(tmp_path / "run")]
-    command = [sys.executable, str(REPO / "train.py"), *SMALL, *flags]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True)
+    process = Script("train.py", *SMALL, *flags, cwd=tmp_path)
     log = tmp_path / "run" / "log.jsonl"
     wait_for(lambda: log.exists() and "train/loss" in log.read_text(), process)  # it may be in the midst of a line
     process.send_signal(signal.SIGINT)
@@ -267,8 +259,7 @@ def test_a_run_is_not_continued_under_other_settings(straight, city, tmp_path):
 
 
 def test_help_explains_every_flag():
-    command = [sys.executable, "train.py", "--help"]
-    done = subprocess.run(command, cwd=REPO, env=environment(), capture_output=True, text=True)
+    done = scripts.run("train.py", "--help", cwd=REPO)
     for name in Args.__dataclass_fields__:
         assert "--" + name.replace("_", "-") in done.stdout
     assert "default" in done.stdout and done.returncode == 0

@@ -1,0 +1,80 @@
+"""Scripts in processes of their own, as a user starts them, but forked from one that has imported them already.
+
+Imports take ten seconds of a core, and the suite starts scripts fifty times. The server computes nothing before it
+forks, so the processes inherit no threads of OpenMP.
+"""
+
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from multiprocessing import forkserver
+from pathlib import Path
+from unittest import mock
+
+REPO = Path(__file__).parents[1]
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["train", "finetune", "eval", "unipad.convert"])
+
+
+def environment():
+    """The environment without what the test suite adds for the kernels: scripts take the references on a CPU."""
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return clean | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+
+
+class Script:
+    """A running script, with the methods of `subprocess.Popen` that tests use."""
+
+    def __init__(self, name, *flags, cwd):
+        self.args = [str(REPO / name), *map(str, flags)]
+        self.output = Path(tempfile.mkdtemp())
+        with mock.patch.dict(os.environ, environment(), clear=True):
+            forkserver.ensure_running()
+        self.process = SERVER.Process(target=_run, args=(self.args, str(cwd), str(self.output)))
+        self.process.start()
+
+    @property
+    def returncode(self):
+        return self.process.exitcode
+
+    def poll(self):
+        self.process.join(0)
+        return self.process.exitcode
+
+    def kill(self):
+        self.process.kill()
+
+    def send_signal(self, number):
+        os.kill(self.process.pid, number)
+
+    def wait(self, timeout=None):
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        return self.process.exitcode
+
+    def communicate(self, timeout=None):
+        """What it printed to stdout and to stderr."""
+        self.wait(timeout)
+        return tuple((self.output / name).read_text() for name in ("stdout", "stderr"))
+
+
+def run(name, *flags, cwd, timeout=300):
+    """Run a script of the repository to its end."""
+    script = Script(name, *flags, cwd=cwd)
+    out, err = script.communicate(timeout)
+    return subprocess.CompletedProcess(script.args, script.returncode, out, err)
+
+
+def _run(args, cwd, output):
+    for fd, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"{output}/{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), fd)
+    os.chdir(cwd)
+    multiprocessing.set_start_method("fork", force=True)  # as in a process that was not started by multiprocessing
+    sys.argv = args
+    sys.path[0] = str(REPO)
+    runpy.run_path(args[0], run_name="__main__")

@@ -1,7 +1,7 @@
 """Compile kernels for GPUs that are not there, and read off the machine code what they cost.
 
-    python -m tests.ahead_of_time composite      prints one JSON line per kernel, element type and target
-    python -m tests.ahead_of_time composite all  the same for all targets
+    python -m tests.ahead_of_time composite      prints one JSON line per kernel and element type, for sm_90
+    python -m tests.ahead_of_time composite all  the same for every launch and target
 
 Runs in a process of its own, without TRITON_INTERPRET: Triton carries its assemblers, so no GPU is needed.
 """
@@ -23,7 +23,6 @@ TARGETS = {f"sm_{arch}": ("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 12
 MAX_SHARED = dict(sm_80=166_912, sm_86=101_376, sm_89=101_376, sm_90=232_448, sm_100=232_448, sm_120=101_376)
 MAX_SHARED |= dict(gfx942=65_536)
 NVIDIA, AMD = tuple(target for target in TARGETS if target != "gfx942"), ("gfx942",)
-DEFAULT_TARGETS = ("sm_90",)  # of the suite, where most budgets are
 ASSEMBLED = ("sm_80", "sm_90", "gfx942")  # down to machine code; the others until shared memory is allocated
 
 
@@ -54,16 +53,23 @@ class Launch:
         return "HMMA" if self.mma and target == "sm_80" else self.mma
 
 
-def launches_of(kernel_file, targets):
-    """(row, element type, target) of every row of tests/kernels/test_<kernel_file>.py's LAUNCHES."""
+def launches_of(kernel_file, which):
+    """(row, element type, target) of the rows of tests/kernels/test_<kernel_file>.py's LAUNCHES.
+
+    which: "all", or "first": of each kernel the first row with a budget for sm_90, for that target alone
+    """
     rows = importlib.import_module(f"tests.kernels.test_{kernel_file}").LAUNCHES
+    targets = tuple(TARGETS)
+    if which == "first":
+        rows = {row.kernel: row for row in reversed(rows) if "sm_90" in row.budgets}.values()
+        targets = ("sm_90",)
     return [(row, e, target) for row in rows for e in row.elements for target in targets if target in row.targets]
 
 
-def compile_launches(kernel_file, targets="default"):
+def compile_launches(kernel_file, which="first"):
     """Print the cost of every row as a JSON line: shared memory, and the rest on targets where the row has budgets."""
     module = importlib.import_module(f"unipad.kernels.{kernel_file}")
-    for launch, element, target in launches_of(kernel_file, DEFAULT_TARGETS if targets == "default" else TARGETS):
+    for launch, element, target in launches_of(kernel_file, which):
         kernel = getattr(module, launch.kernel)
         if target in ASSEMBLED:
             compiled = compile_launch(kernel, launch, element, target)

@@ -1,4 +1,4 @@
-"""Scripts in processes of their own, as a user starts them, but forked from one that has imported them already.
+"""Python programs in processes of their own, as a user starts them, but forked from one that has imported them already.
 
 Imports take ten seconds of a core, and the suite starts scripts fifty times. The server computes nothing before it
 forks, so the processes inherit no threads of OpenMP.
@@ -16,7 +16,7 @@ from unittest import mock
 
 REPO = Path(__file__).parents[1]
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["train", "finetune", "eval", "unipad.convert"])
+SERVER.set_forkserver_preload(["train", "finetune", "eval", "unipad.convert", "tests.ahead_of_time"])
 
 
 def environment():
@@ -26,10 +26,13 @@ def environment():
 
 
 class Script:
-    """A running script, with the methods of `subprocess.Popen` that tests use."""
+    """A running program, with the methods of `subprocess.Popen` that tests use.
 
-    def __init__(self, name, *flags, cwd):
-        self.args = [str(REPO / name), *map(str, flags)]
+    args: as after `python`: a script of this repository, "-m" and a module, or "-c" and code; then its flags
+    """
+
+    def __init__(self, *args, cwd=REPO):
+        self.args = list(map(str, args))
         self.output = Path(tempfile.mkdtemp())
         with mock.patch.dict(os.environ, environment(), clear=True):
             forkserver.ensure_running()
@@ -63,9 +66,9 @@ class Script:
         return tuple((self.output / name).read_text() for name in ("stdout", "stderr"))
 
 
-def run(name, *flags, cwd, timeout=300):
-    """Run a script of the repository to its end."""
-    script = Script(name, *flags, cwd=cwd)
+def run(*args, cwd=REPO, timeout=300):
+    """Run a program to its end."""
+    script = Script(*args, cwd=cwd)
     out, err = script.communicate(timeout)
     return subprocess.CompletedProcess(script.args, script.returncode, out, err)
 
@@ -75,6 +78,14 @@ def _run(args, cwd, output):
         os.dup2(os.open(f"{output}/{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), fd)
     os.chdir(cwd)
     multiprocessing.set_start_method("fork", force=True)  # as in a process that was not started by multiprocessing
-    sys.argv = args
     sys.path[0] = str(REPO)
-    runpy.run_path(args[0], run_name="__main__")
+    kind, *rest = args
+    if kind == "-c":
+        sys.argv = ["-c", *rest[1:]]
+        exec(rest[0], {"__name__": "__main__"})
+    elif kind == "-m":
+        sys.argv = rest
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = [str(REPO / kind), *rest]
+        runpy.run_path(sys.argv[0], run_name="__main__")

@@ -4,13 +4,10 @@ The project's own kernels are checked where they are compiled anyway: tests/test
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests import scripts
 from unipad.kernels.backend import tl, triton
 
 
@@ -53,9 +50,7 @@ KERNELS = [narrow, widened_too_late, carried, wide]
 def found():
     """kernel -> its int32 products, found in a process without the interpreter."""
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.test_addresses"]
-    done = subprocess.run(command, env=env, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    done = scripts.run("-m", "tests.test_addresses")
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
 

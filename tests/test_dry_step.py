@@ -1,17 +1,14 @@
-"""A training step neither waits for the device unmarked nor mixes devices, and all it launches compiles.
+"""A training step neither waits for the device unmarked nor mixes devices.
 
-On a simulated GPU, for the main recipes; `python -m tests.dry_step --all` covers all recipes, variants and targets.
+On a simulated GPU, for the main recipes; `python -m tests.dry_step --all` covers all recipes and variants, and compiles
+what they launch for all targets.
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from tests import dry_step
+from tests import dry_step, scripts
 
 # step -> launches of the project's kernels, and operators of PyTorch, at most. Each is work of the host: at one sample,
 # the LiDAR's step is as long as its host takes. (More than a step on a GPU runs, which fuses the operators of the
@@ -27,27 +24,24 @@ pytest.importorskip("triton", reason="Triton has wheels for Linux only")
 
 def run(code):
     """The JSON lines of a program that runs without Triton's interpreter."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", f"from tests.dry_step import *; {code}"]
-    done = subprocess.run(command, env=env, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    done = scripts.run("-c", f"import sys; from tests.dry_step import *; {code}", timeout=600)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_main_recipes_pass_a_dry_run_and_their_launches_compile():
+def test_main_recipes_pass_a_dry_run():
     lines = run("sys.exit(main())")
     assert [line["step"] for line in lines if "step" in line] == list(dry_step.MAIN)
-    assert len([line for line in lines if "kernel" in line]) >= 12
     for step, (launches, operators) in BUDGETS.items():
         (line,) = (line for line in lines if line.get("step") == step)
         assert line["launches"] <= launches and line["operators"] <= operators, line
 
 
-def test_a_hundred_scenes_compile_no_more_kernels_than_ten():
+def test_twenty_scenes_compile_no_more_kernels_than_ten():
     """The number of voxels differs from step to step, and each compilation would stall a run for seconds."""
-    ((of_ten, of_all),) = run("print(json.dumps(count_specializations(20, first=10)))")
-    assert of_all == of_ten and len(of_all) >= 10
-    assert max(n for kernel, n in of_all.items() if kernel != "_gather_gemm_kernel") <= 5
+    ((of_ten, of_twenty),) = run("print(json.dumps(count_specializations(20, first=10)))")
+    assert of_twenty == of_ten and len(of_twenty) >= 10
+    assert max(n for kernel, n in of_twenty.items() if kernel != "_gather_gemm_kernel") <= 5
 
 
 def test_every_recipe_is_covered():

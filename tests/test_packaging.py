@@ -40,7 +40,7 @@ def test_wheel_has_every_module(installed):
 
 def test_every_import_is_declared():
     declared = {name.lower() for name in re.findall(r'^    "([\w-]+)', PROJECT.split("[project.optional")[0], re.M)}
-    optional = {"triton", "skimage"}  # torch for GPUs brings Triton, `unipad.kernels.backend` does without; extra `mesh`
+    optional = {"triton", "skimage"}  # torch for GPUs brings Triton, the CPU does without; extra `mesh`
     files = [*REPO.glob("unipad/**/*.py"), *REPO.glob("kernels/*.py"), *(REPO / name for name in SCRIPTS)]
     nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
     imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}

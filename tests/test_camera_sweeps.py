@@ -203,7 +203,7 @@ def test_pictures_of_what_moves_are_cut_where_it_was():
 def test_objects_are_pasted_into_all_frames(city):
     """Pixels change where a pasted box was when the image was taken, and nowhere else."""
     dataset = NuScenesDataset(city, VERSION, "mini_train", THREE)
-    objects = load_objects(dataset, Paste(counts=(8,) * 10, least_points=1))
+    objects = load_objects(dataset, Paste(counts=(8,) * 10, min_points=1))
     whole = dataset[2]
     pasted = dataset.pasting(objects).read(2, np.random.default_rng(0))
     new = pasted.boxes[len(whole.boxes) :]

@@ -79,7 +79,7 @@ def test_objects_are_pasted_until_the_last_epochs(city, tmp_path, monkeypatch):
     """Of four steps the last is the last epoch's: there the sample is what it is without pasting."""
     tiny = recipes.DETECT["lidar"]["tiny"]
     optim = replace(tiny.optim, epochs=4)
-    paste = Paste(counts=(12,) * 10, least_points=1, off_epochs=1)
+    paste = Paste(counts=(12,) * 10, min_points=1, off_epochs=1)
     boxes = {}
     for name, recipe in {
         "plain": replace(tiny, optim=optim),

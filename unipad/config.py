@@ -56,7 +56,7 @@ class Paste:
     """Cut-and-paste: objects of other training frames that fill a sample up. Classes in the order of `data.tables`."""
 
     counts: tuple[int, ...] = (2, 3, 7, 4, 6, 2, 6, 6, 2, 2)  # objects of each class that a sample is filled up to
-    least_points: int = 5  # LiDAR points of an object, over all sweeps of its sample
+    min_points: int = 5  # LiDAR points of an object, over all sweeps of its sample
     off_epochs: float = 5.0  # the last epochs, which paste nothing
 
 
@@ -187,7 +187,7 @@ class Detect:
     noise_groups: int = 10  # copies of it, at most; together not more than there are queries
     noise_scale: float = 1.0  # largest shift of a center, in halves of the box's size
     noise_split: float = 0.75  # share of that shift beyond which the copy counts as background
-    kept: int = 300  # boxes of a sample, before suppression
+    max_detections: int = 300  # boxes of a sample, before suppression
     min_score: float = 0.0
     center_low: tuple[float, float, float] = (-61.2, -61.2, -10.0)  # meters; boxes with a center outside are dropped
     center_high: tuple[float, float, float] = (61.2, 61.2, 10.0)

@@ -29,8 +29,9 @@ from tqdm import tqdm
 
 from unipad.checkpoint import read_run
 from unipad.config import DetectRecipe, SegmentRecipe
+from unipad.data.dataset import BadFrame, collate
 from unipad.data.loader import held_out_batches
-from unipad.data.nuscenes import BadFrame, NuScenesDataset, collate, has_images
+from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.synthetic import city_once
 from unipad.data.tables import CLASSES, LIDARSEG_CLASSES, scene_tokens
 from unipad.draw.boxes import detection_views
@@ -148,7 +149,7 @@ def detect(args, model, dataset, out, world, say):
 def segment(args, model, dataset, out, world, say):
     """A class for every point of the split: the submission, the devkit's metrics, and pictures."""
     if dataset.split != "test":
-        dataset.need_point_labels()
+        dataset.require_point_labels()
     function = model.segment
     if args.tta:
         function = partial(segment_in_looks, model.logits, looks_of(args, "segment"))
@@ -169,7 +170,7 @@ def segment(args, model, dataset, out, world, say):
 
 def drawn_frames(args, model, dataset, found):
     """Yield (number, batch of one) for the frames that are drawn: with images too what the LiDAR alone has found."""
-    with_images = has_images(dataset.root, dataset.version, dataset.split)
+    with_images = NuScenesDataset.has_images(dataset.root, dataset.version, dataset.split)
     settings = replace(model.recipe.data, cameras=with_images, camera_sweeps=1)  # of images, the keyframe's
     drawn = NuScenesDataset(dataset.root, dataset.version, dataset.split, settings)
     for i, (_, batch) in enumerate(held_out_batches(drawn, args.pictures)):

@@ -137,10 +137,10 @@ def main(args: Args):
             train_set = NuScenesDataset(root, args.version, train_split, *settings)
             val_set = NuScenesDataset(root, args.version, val_split, recipe.data, point_range=box)
             if recipe.paste:
-                train_set = train_set.pasting(load_objects(train_set, recipe.paste, workers))
+                train_set = train_set.with_objects(load_objects(train_set, recipe.paste, workers))
         if task.of_points:
-            train_set.need_point_labels()
-            val_set.need_point_labels()
+            train_set.require_point_labels()
+            val_set.require_point_labels()
         if recipe.balanced:
             train_set = train_set.balanced(args.seed)
         steps = args.steps or max(1, round(optim.epochs * len(train_set) / optim.batch_size))

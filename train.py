@@ -35,7 +35,7 @@ from unipad.batch import CAMERAS
 from unipad.checkpoint import take_weights
 from unipad.config import CONVNEXT, UnetConfig, changed
 from unipad.data.loader import held_out_batches, step_batches
-from unipad.data.nuscenes import NuScenesDataset, has_images
+from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.synthetic import city_once
 from unipad.data.tables import CAMERA_SWEEPS, TRAIN_VAL_SPLITS
 from unipad.draw.views import rendered_views
@@ -111,7 +111,7 @@ def main(args: Args):
         train_split, val_split = TRAIN_VAL_SPLITS[args.version]
         box = (recipe.grid.low, recipe.grid.high)  # points outside are no targets: no ray reaches them
         with world.main_first():  # the first to come builds the index
-            seen = has_images(root, args.version, train_split)
+            seen = NuScenesDataset.has_images(root, args.version, train_split)
             recipe = replace(recipe, data=replace(recipe.data, cameras=casts_from_cameras(args, seen, say)))
             settings = (recipe.data, args.label_fraction, box, recipe.augment)
             train_set = NuScenesDataset(root, args.version, train_split, *settings)

@@ -42,10 +42,9 @@ from unipad.config import (
     SegmentRecipe,
     UnetConfig,
 )
+from unipad.data.dataset import DEFAULT_DATASET, BadFrame, collate, dataset_class
 from unipad.data.loader import held_out_batches
-from unipad.data.nuscenes import BadFrame, NuScenesDataset, collate, has_images
-from unipad.data.synthetic import city_once
-from unipad.data.tables import CLASSES, LIDARSEG_CLASSES, scene_tokens
+from unipad.data.tables import CLASSES, LIDARSEG_CLASSES
 from unipad.draw.boxes import detection_views
 from unipad.draw.mesh import check_mesh, distances, surface, write_ply
 from unipad.draw.segments import segment_views
@@ -84,8 +83,9 @@ class Args:
     checkpoint: Annotated[Path, tyro.conf.Positional]  # folder of a run, or a checkpoint
     task: Literal["detect", "segment", "render"] | None = None  # what to evaluate (default: what it was trained for)
     split: str = "val"  # train, val or test; of v1.0-mini, mini_train and mini_val
-    data_root: Path | None = None  # folder of a nuScenes set (default: the run's, or a synthetic city)
-    version: str | None = None  # version of the set (default: the run's, or v1.0-mini)
+    data_root: Path | None = None  # folder of the dataset (default: the run's, or a synthetic city)
+    version: str | None = None  # version of the dataset (default: the run's)
+    dataset: str | None = None  # package.module:Class of another dataset (default: the run's)
     out: Path | None = None  # folder for the results, which overwrites them (default: eval in the run's folder)
     batch_size: int = 1  # samples per batch and process
     workers: int | None = None  # data loading processes per process (default: 4 with a GPU, 1 without)
@@ -150,14 +150,17 @@ def main(args: Args):
         recipe = replace(recipe, **{name: part for name, part in vars(args.recipe).items() if part is not None})
         task = task_of(args, recipe)
         trained = saved["config"]["args"]
-        version = args.version or trained.get("version", "v1.0-mini")
-        mini = version.endswith("-mini") and args.split in ("train", "val")
-        split = f"mini_{args.split}" if mini else args.split
+        name = args.dataset or trained.get("dataset", DEFAULT_DATASET)
+        kind = dataset_class(name)
+        if task != "render" and task not in kind.tasks:
+            raise UserError(f"--dataset {name} is not for --task {task}; see unipad/data/dataset.py.")
+        version = args.version or trained.get("version", kind.default_version)
+        split = kind.splits(version).get(args.split, args.split)
         with world.main_first():  # makes the city, builds the index
-            root = args.data_root or trained.get("data_root") or city_once(recipe.data.camera_sweeps - 1)
+            root = args.data_root or trained.get("data_root") or kind.default_root(recipe.data)
             # augmentation may move points into the grid; segmentation labels those outside too
             box = None if args.tta or task == "segment" else (recipe.grid.low, recipe.grid.high)
-            dataset = NuScenesDataset(root, version, split, recipe.data, point_range=box)
+            dataset = kind(root, version, split, recipe.data, point_range=box)
 
         model = TASKS[task](recipe).to(world.device).eval()
         try:
@@ -196,7 +199,7 @@ def detect(args, model, dataset, out, world):
 def segment(args, model, dataset, out, world):
     """A class for every point of the split: the submission, the devkit's metrics, and pictures."""
     if dataset.split != "test":
-        dataset.need_point_labels()
+        dataset.require_point_labels()
     function = model.segment
     if args.tta:
         function = partial(segment_in_looks, model.logits, looks_of(args, "segment"))
@@ -218,9 +221,9 @@ def segment(args, model, dataset, out, world):
 
 def drawn_frames(args, model, dataset, found):
     """Yield (number, batch of one) for the frames to draw: with images, even if only the LiDAR was used."""
-    with_images = has_images(dataset.root, dataset.version, dataset.split)
+    with_images = dataset.has_images(dataset.root, dataset.version, dataset.split)
     settings = replace(model.recipe.data, cameras=with_images, camera_sweeps=1)  # of images, the keyframe's
-    drawn = NuScenesDataset(dataset.root, dataset.version, dataset.split, settings)
+    drawn = type(dataset)(dataset.root, dataset.version, dataset.split, settings)
     for i, (_, batch) in enumerate(held_out_batches(drawn, args.pictures)):
         if batch.tokens[0] in found:
             yield i, batch
@@ -269,13 +272,11 @@ def rows_of(args, dataset):
     """The frames to render, as rows of the dataset."""
     count = len(dataset)
     if args.scene:
-        scenes = scene_tokens(dataset.root, dataset.version)
-        row_of = {token.decode(): row for row, token in enumerate(dataset.index.tokens)}
-        of_scene = {name: [row_of[t] for t in tokens if t in row_of] for name, tokens in scenes.items()}
-        if not of_scene.get(args.scene):
-            known = ", ".join([name for name, rows in of_scene.items() if rows][:5])
+        scenes = dataset.scenes()
+        if args.scene not in scenes:
+            known = ", ".join(list(scenes)[:5])
             raise UserError(f"--scene {args.scene} is not in {dataset.split}; scenes there are {known}.")
-        return of_scene[args.scene]
+        return scenes[args.scene]
     outside = [row for row in args.frames if not 0 <= row < count]
     if outside:
         raise UserError(f"--frames {outside[0]} is not in {dataset.split}, which has frames 0 to {count - 1}.")

@@ -30,10 +30,8 @@ from unipad import cli
 from unipad.checkpoint import take_weights
 from unipad.config import DetectRecipe, SegmentRecipe
 from unipad.data.cutpaste import load_objects
+from unipad.data.dataset import DEFAULT_DATASET, dataset_class
 from unipad.data.loader import held_out_batches, step_batches
-from unipad.data.nuscenes import NuScenesDataset
-from unipad.data.synthetic import city_once
-from unipad.data.tables import TRAIN_VAL_SPLITS
 from unipad.draw.boxes import detection_views
 from unipad.draw.segments import segment_views
 from unipad.errors import UserError, check_ranges
@@ -68,8 +66,9 @@ class Args:
     config: Path | None = None  # take all settings from this run or config.json; other flags override them
     resume: str = "never"  # a run's folder: resume it, with its settings; auto: resume what --out has, or the newest
     pretrained: tuple[Path, ...] = ()  # runs or checkpoints to take encoders from; for fusion up to two (default: none)
-    data_root: Path | None = None  # folder of a nuScenes set (default: a synthetic city, made in data/synthetic)
-    version: Literal["v1.0-mini", "v1.0-trainval"] = "v1.0-mini"  # version of the set
+    data_root: Path | None = None  # folder of the dataset (default: a synthetic city, made in data/synthetic)
+    version: str | None = None  # version of the dataset (default: v1.0-mini; nuScenes also has v1.0-trainval)
+    dataset: str = DEFAULT_DATASET  # package.module:Class of another dataset; see unipad/data/dataset.py
     out: Path | None = None  # run folder (default: outputs/finetune-<modality, or segment>/<time>)
     seed: int = 0  # seed of weights, sample order, augmentation and noise
     steps: int | None = None  # optimizer steps of the schedule (default: from --epochs)
@@ -145,25 +144,29 @@ def main(args: Args):
             cli.check_frozen(recipe, args.pretrained, "--pretrained")
 
         # Data
-        train_split, val_split = TRAIN_VAL_SPLITS[args.version]
+        dataset = dataset_class(args.dataset)
+        if args.task not in dataset.tasks:
+            raise UserError(f"--dataset {args.dataset} is not for --task {args.task}; see unipad/data/dataset.py.")
+        version = args.version or dataset.default_version
+        train_split, val_split = dataset.train_val_splits(version)
         box = None if task.of_points else (recipe.grid.low, recipe.grid.high)  # nothing outside is seen or found
         with world.main_first():  # makes the city, builds the index, cuts out the objects
-            root = args.data_root or city_once(recipe.data.camera_sweeps - 1)
-            train_set = NuScenesDataset(
+            root = args.data_root or dataset.default_root(recipe.data)
+            train_set = dataset(
                 root,
-                args.version,
+                version,
                 train_split,
                 recipe.data,
                 label_fraction=recipe.label_fraction,
                 point_range=box,
                 augment=recipe.augment,
             )
-            val_set = NuScenesDataset(root, args.version, val_split, recipe.data, point_range=box)
+            val_set = dataset(root, version, val_split, recipe.data, point_range=box)
             if recipe.paste:
-                train_set = train_set.pasting(load_objects(train_set, recipe.paste, workers))
+                train_set = train_set.with_objects(load_objects(train_set, recipe.paste, workers))
         if task.of_points:
-            train_set.need_point_labels()
-            val_set.need_point_labels()
+            train_set.require_point_labels()
+            val_set.require_point_labels()
         if recipe.balanced:
             train_set = train_set.balanced(args.seed)
         steps = args.steps or max(1, round(optim.epochs * len(train_set) / optim.batch_size))
@@ -183,7 +186,8 @@ def main(args: Args):
         autocast, scaler = mixed_precision(args.precision, device)
 
         # Run
-        run = RunFolder(path, run_config(replace(args, data_root=root.resolve()), steps), world, saved)
+        config = run_config(replace(args, data_root=root.resolve(), version=version), steps)
+        run = RunFolder(path, config, world, saved)
         if args.tune:
             run.tune()
         parts = {"model": net, "optimizer": optimizer, "scaler": scaler}

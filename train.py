@@ -34,10 +34,8 @@ from unipad import cli
 from unipad.batch import CAMERAS
 from unipad.checkpoint import take_weights
 from unipad.config import PretrainRecipe, UnetConfig
+from unipad.data.dataset import DEFAULT_DATASET, dataset_class
 from unipad.data.loader import held_out_batches, step_batches
-from unipad.data.nuscenes import NuScenesDataset, has_images
-from unipad.data.synthetic import city_once
-from unipad.data.tables import TRAIN_VAL_SPLITS
 from unipad.draw.views import rendered_views
 from unipad.errors import UserError, check_ranges
 from unipad.evaluate.rendering import evaluate_rendering
@@ -67,8 +65,9 @@ class Args:
     backbone: Literal["tiny", "small", "base", "large"] | None = None  # ConvNeXt size (default: the recipe's)
     config: Path | None = None  # take all settings from this run or config.json; other flags override them
     resume: str = "never"  # a run's folder: resume it, with its settings; auto: resume what --out has, or the newest
-    data_root: Path | None = None  # folder of a nuScenes set (default: a synthetic city, made in data/synthetic)
-    version: Literal["v1.0-mini", "v1.0-trainval"] = "v1.0-mini"  # version of the set
+    data_root: Path | None = None  # folder of the dataset (default: a synthetic city, made in data/synthetic)
+    version: str | None = None  # version of the dataset (default: v1.0-mini; nuScenes also has v1.0-trainval)
+    dataset: str = DEFAULT_DATASET  # package.module:Class of another dataset; see unipad/data/dataset.py
     label_fraction: float = 1.0  # fraction 1/k of the training frames that is used: every k-th
     out: Path | None = None  # run folder (default: outputs/train-<modality, or segment>/<time>)
     init: tuple[Path, ...] = ()  # runs or checkpoints to take encoders from; for fusion, a camera and a LiDAR one
@@ -112,21 +111,23 @@ def main(args: Args):
             cli.check_frozen(recipe, args.init, "--init")
 
         # Data
-        train_split, val_split = TRAIN_VAL_SPLITS[args.version]
+        dataset = dataset_class(args.dataset)
+        version = args.version or dataset.default_version
+        train_split, val_split = dataset.train_val_splits(version)
         box = (recipe.grid.low, recipe.grid.high)  # points outside are no targets: no ray reaches them
         with world.main_first():  # makes the city, builds the index
-            root = args.data_root or city_once(recipe.data.camera_sweeps - 1)
-            recipe = with_ray_origins(recipe, has_images(root, args.version, train_split), print0)
-            train_set = NuScenesDataset(
+            root = args.data_root or dataset.default_root(recipe.data)
+            recipe = with_ray_origins(recipe, dataset.has_images(root, version, train_split), print0)
+            train_set = dataset(
                 root,
-                args.version,
+                version,
                 train_split,
                 recipe.data,
                 label_fraction=args.label_fraction,
                 point_range=box,
                 augment=recipe.augment,
             )
-            val_set = NuScenesDataset(root, args.version, val_split, recipe.data, point_range=box)
+            val_set = dataset(root, version, val_split, recipe.data, point_range=box)
         steps = args.steps or max(1, round(optim.epochs * len(train_set) / optim.batch_size))
         micro_batch = world.micro_batch(optim.batch_size, args.accumulate)
 
@@ -142,7 +143,7 @@ def main(args: Args):
         autocast, scaler = mixed_precision(args.precision, device)
 
         # Run
-        config = run_config(replace(args, data_root=root.resolve(), recipe=recipe), steps)
+        config = run_config(replace(args, data_root=root.resolve(), version=version, recipe=recipe), steps)
         run = RunFolder(path, config, world, saved)
         if args.tune:
             run.tune()

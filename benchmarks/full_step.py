@@ -21,7 +21,8 @@ import tyro
 
 from benchmarks import harness
 from benchmarks.harness import DEVICE, TIMES, Row, gpu_events, machine
-from unipad.data.nuscenes import NuScenesDataset, collate
+from unipad.data.dataset import collate
+from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.synthetic import generate
 from unipad.data.tables import TRAIN_VAL_SPLITS
 from unipad.kernels.backend import references

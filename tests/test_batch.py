@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from unipad.batch import CAMERAS
+from unipad.data.dataset import BadFrame, Sample, collate
 from unipad.data.loader import held_out_batches, step_batches
-from unipad.data.nuscenes import BadFrame, Sample, collate
 
 
 def sample(token, points=3, boxes=2, size=(40, 33), labeled=True):

@@ -26,8 +26,9 @@ from unipad.data.city import rig
 from unipad.data.city.raycast import cast
 from unipad.data.city.traffic import Scene
 from unipad.data.cutpaste import cut_out, load_objects, seen_rectangles
+from unipad.data.dataset import Sample, collate
 from unipad.data.loader import step_batches
-from unipad.data.nuscenes import NuScenesDataset, Sample, collate
+from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.transforms import HIDDEN
 from unipad.draw.views import rendered_views
 from unipad.errors import UserError
@@ -205,7 +206,7 @@ def test_objects_are_pasted_into_all_frames(city):
     dataset = NuScenesDataset(city, VERSION, "mini_train", THREE)
     objects = load_objects(dataset, Paste(counts=(8,) * 10, min_points=1))
     whole = dataset[2]
-    pasted = dataset.pasting(objects).read(2, np.random.default_rng(0))
+    pasted = dataset.with_objects(objects).read(2, np.random.default_rng(0))
     new = pasted.boxes[len(whole.boxes) :]
     assert (np.abs(new[:, 7:]).max(axis=1) > 1).any()
     changed = 0

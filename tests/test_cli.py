@@ -158,7 +158,6 @@ def test_a_flag_that_does_not_fit_is_refused_in_one_sentence(script, flags, word
         (train, ["--modality", "radar"], ["'radar'", "--modality", "'camera'", "'fusion'"]),
         (train, ["--render.method", "nerf"], ["'nerf'", "--render.method", "'volsdf'"]),
         (train, ["--data.camera-sweeps", 7], ["'7'", "--data.camera-sweeps", "'6'"]),
-        (train, ["--version", "v1.0-test"], ["'v1.0-test'", "--version", "'v1.0-mini'"]),
         (train, ["--precision", "fp8"], ["fp8", "--precision", "bf16"]),
         (train, ["--optim.lr", "fast"], ["--optim.lr", "'fast'"]),
         (train, ["--detect.queries", 9], ["--detect.queries"]),

@@ -15,9 +15,9 @@ from shapely.geometry import MultiPoint
 from unipad.config import Augment, Data, Paste
 from unipad.data import cutpaste
 from unipad.data.cutpaste import Objects, cut_out, load_objects, points_in_boxes, seen_rectangles
+from unipad.data.dataset import DataError, Sample
 from unipad.data.loader import step_batches
-from unipad.data.nuscenes import NuScenesDataset, Sample
-from unipad.data.tables import DataError
+from unipad.data.nuscenes import NuScenesDataset
 
 VERSION = "v1.0-mini"
 PASTE = Paste()
@@ -201,7 +201,7 @@ def test_pictures_are_laid_far_ones_first(tmp_path):
 def test_pasting_ends_at_a_position_of_the_stream(city, train, objects):
     augment = Augment(rotation=0.1, shuffle=True)
     plain = NuScenesDataset(city, VERSION, "mini_val", Data(sweeps=2), augment=augment)
-    pasting = plain.pasting(objects)
+    pasting = plain.with_objects(objects)
 
     def boxes(dataset, **stream):
         batches = step_batches(dataset, share=1, **stream)

@@ -16,8 +16,9 @@ from pyquaternion import Quaternion
 
 from unipad.batch import CAMERAS
 from unipad.config import Data
+from unipad.data.dataset import BadFrame, DataError, collate
 from unipad.data.loader import held_out_batches, step_batches
-from unipad.data.nuscenes import BadFrame, DataError, NuScenesDataset, collate
+from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.tables import CLASSES
 
 VERSION = "v1.0-mini"

@@ -8,7 +8,8 @@ import pytest
 
 from unipad.config import Data
 from unipad.data import tables
-from unipad.data.nuscenes import DataError, NuScenesDataset
+from unipad.data.dataset import DataError
+from unipad.data.nuscenes import NuScenesDataset
 
 VERSION = "v1.0-mini"
 pytestmark = pytest.mark.usefixtures("own_user_cache")

@@ -228,6 +228,9 @@ def test_accumulated_passes_give_the_gradient_of_one_step(city, tmp_path):
     "flags, words",
     [
         (["--preset", "huge"], ["--preset huge", "tiny"]),
+        (["--version", "v1.0-test"], ["--version v1.0-test", "nothing to train on"]),
+        (["--version", "v2"], ["--version v2", "v1.0-mini"]),
+        (["--dataset", "no.such:Class"], ["--dataset no.such:Class", "package.module:Class"]),
         (["--version", "v1.0-trainval"], ["v1.0-trainval", "v1.0-mini"]),
         (["--data-root", "nowhere"], ["nowhere"]),
         (["--data-root", "."], ["tables"]),

@@ -12,7 +12,8 @@ from tests.golden import load
 from unipad.batch import CAMERAS
 from unipad.config import Augment, CameraConfig, Data
 from unipad.data.cutpaste import points_in_boxes
-from unipad.data.nuscenes import NuScenesDataset, collate, has_images
+from unipad.data.dataset import collate
+from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.transforms import HIDDEN, augmented, distorted, grid_mask, motion, moved
 from unipad.model.boxes import boxes_from_original, boxes_to_original
 from unipad.model.camera import CameraEncoder
@@ -279,13 +280,13 @@ def test_every_image_has_colors_of_its_own(city):
 
 
 def test_a_set_without_images(city, tmp_path):
-    assert has_images(city, "v1.0-mini", "mini_train")
+    assert NuScenesDataset.has_images(city, "v1.0-mini", "mini_train")
     (tmp_path / "set").mkdir()
     for part in ("v1.0-mini", "sweeps", "lidarseg", "maps"):
         (tmp_path / "set" / part).symlink_to(city / part)
     (tmp_path / "set" / "samples").mkdir()
     (tmp_path / "set" / "samples" / "LIDAR_TOP").symlink_to(city / "samples" / "LIDAR_TOP")
-    assert not has_images(tmp_path / "set", "v1.0-mini", "mini_train")
+    assert not NuScenesDataset.has_images(tmp_path / "set", "v1.0-mini", "mini_train")
     dataset = NuScenesDataset(tmp_path / "set", "v1.0-mini", "mini_train", Data(cameras=False))
     batch = collate([dataset[0], dataset[1]])
     assert batch.images.shape[:3] == (2, 0, 3) and batch.lidar2image.shape == (2, 0, 4, 4)

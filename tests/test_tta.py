@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from tests.test_eval import RECIPE, tiny_detector, truth_of, validation
+from unipad.data.dataset import collate
 from unipad.data.loader import held_out_batches
-from unipad.data.nuscenes import NuScenesDataset, collate
+from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.transforms import moved_boxes
 from unipad.evaluate.submission import MAX_BOXES
 from unipad.evaluate.tta import detect_tta, looks, merged, moved_batch

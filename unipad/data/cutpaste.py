@@ -25,9 +25,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from unipad.config import Paste
+from unipad.data.dataset import BadFrame, DataError
 from unipad.data.loader import start_worker
-from unipad.data.nuscenes import BadFrame
-from unipad.data.tables import DataError, cache_paths, tables_state
+from unipad.data.tables import cache_paths
 from unipad.kernels.rotated_iou import rotated_iou_bev
 
 
@@ -126,7 +126,7 @@ def load_objects(dataset, paste: Paste, workers=0):
     """
     settings = _digest(f"{FORMAT} {dataset.data} {paste.min_points} {dataset.frames.tolist()}")
     name = f"{dataset.version}-{dataset.split}-objects-{settings}"
-    tables = _digest(tables_state(dataset.root, dataset.version))
+    tables = _digest(dataset.fingerprint())
     paths = cache_paths(dataset.root, f"{name}-{tables}.npz")
     arrays, file = next(filter(None, map(_read, paths)), None) or _cut_out(dataset, paste, paths, workers)
     if not len(arrays["labels"]):
@@ -228,7 +228,7 @@ class _Frames(Dataset):
 
     def __getitem__(self, i):
         try:
-            return cut_out(self.dataset.whole(i), self.min_points), []
+            return cut_out(self.dataset.load(self.dataset.frames[i]), self.min_points), []
         except BadFrame as bad:
             return [], [str(bad)]
 

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from unipad.data.nuscenes import BadFrame, collate
-from unipad.data.tables import DataError
+from unipad.data.dataset import BadFrame, DataError, collate
 
 
 def step_batches(dataset, share, start=0, seed=0, rank=0, world=1, workers=0, pinned=False, paste_until=math.inf):

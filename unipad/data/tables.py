@@ -16,7 +16,7 @@ from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 from unipad.batch import CAMERAS
-from unipad.errors import UserError
+from unipad.data.dataset import DataError
 
 CLASSES = (
     "car",
@@ -51,10 +51,13 @@ LIDARSEG_CLASSES = (
     "vegetation",
 )
 
-SPLITS = {"trainval": ("train", "val"), "test": ("test",), "mini": ("mini_train", "mini_val")}  # by version suffix
-TRAIN_VAL_SPLITS = {
-    f"v1.0-{suffix}": splits for suffix, splits in SPLITS.items() if len(splits) == 2
-}  # (training, validation)
+# By the version's suffix
+SPLITS = {
+    "trainval": {"train": "train", "val": "val"},
+    "test": {"test": "test"},
+    "mini": {"train": "mini_train", "val": "mini_val"},
+}
+TRAIN_VAL_SPLITS = {f"v1.0-{suffix}": tuple(splits.values()) for suffix, splits in SPLITS.items() if "val" in splits}
 
 # All of them, since the devkit opens all of them.
 TABLES = (
@@ -72,10 +75,6 @@ TABLES = (
     "sensor",
     "visibility",
 )
-
-
-class DataError(UserError):
-    """The data set as a whole cannot be used: one sentence that names the folder or flag, and the mend."""
 
 
 @dataclass(frozen=True)
@@ -171,10 +170,12 @@ def load_camera_sweeps(root, version, split):
 
 
 def _load(kind, build, root, version, split, ending=""):
-    splits = SPLITS.get(version.rpartition("-")[2], ())
+    splits = tuple(SPLITS.get(version.rpartition("-")[2], {}).values())
     if split not in splits:
         has = f"it has {' and '.join(splits)}" if splits else "its name must end in -mini, -trainval or -test"
-        owner = next((f"; {split} belongs to --version v1.0-{v}" for v, names in SPLITS.items() if split in names), "")
+        owner = next(
+            (f"; {split} belongs to --version v1.0-{v}" for v, names in SPLITS.items() if split in names.values()), ""
+        )
         raise DataError(f"--version {version} has no split {split}: {has}{owner}.")
     state = f"format {FORMAT} {tables_state(root, version)}"
     for path in cache_paths(root, f"{version}-{split}{ending}.npz"):

@@ -46,6 +46,10 @@ class Pretrain(nn.Module):
         volume, masks = self.encoder(batch, generators)
         return self.project(volume), masks
 
+    def in_color(self, batch) -> bool:
+        """Whether the model learns colors and the batch has images."""
+        return self.recipe.render.rgb_weight > 0 and batch.images.shape[1] > 0
+
     def render(self, volume, rays):
         """Render rays without gradients, some at a time; returns rgb [R, 3] in [0, 1] and depth [R] meters."""
         return self.render_surface(volume, rays)[:2]

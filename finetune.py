@@ -33,6 +33,7 @@ from unipad.data.cutpaste import load_objects
 from unipad.data.dataset import DEFAULT_DATASET, dataset_class
 from unipad.data.loader import held_out_batches, step_batches
 from unipad.draw.boxes import detection_views
+from unipad.draw.scene3d import detected_scene, segmented_scene
 from unipad.draw.segments import segment_views
 from unipad.errors import UserError, check_ranges
 from unipad.evaluate.detection import evaluate_detections
@@ -94,7 +95,9 @@ class Task:
     presets: dict  # modality -> name -> recipe
     model: type  # of a recipe; maps a batch and generators to losses
     evaluate: Callable  # model, dataset, folder, world, workers= -> metrics by name
-    picture: Callable  # model, batch of one -> picture
+    predict: Callable  # model, batch -> what is found in each sample
+    picture: Callable  # batch of one, what is found in it -> picture
+    scene: Callable  # the same -> 3D view
     of_points: bool  # every LiDAR point counts, outside the grid too; False: boxes inside
 
 
@@ -103,14 +106,18 @@ TASKS = {
         presets=DETECT,
         model=Detector,
         evaluate=evaluate_detections,
-        picture=lambda net, batch: detection_views(batch, *net.detect(batch)),
+        predict=Detector.detect,
+        picture=detection_views,
+        scene=detected_scene,
         of_points=False,
     ),
     "segment": Task(
         presets=SEGMENT,
         model=Segmenter,
         evaluate=evaluate_segmentation,
-        picture=lambda net, batch: segment_views(batch, *net.segment(batch)),
+        predict=Segmenter.segment,
+        picture=segment_views,
+        scene=segmented_scene,
         of_points=True,
     ),
 }
@@ -202,9 +209,12 @@ def main(args: Args):
                 found = task.evaluate(net, val_set, path / "eval", world, workers=workers)
                 if world.is_main:
                     _, frame = next(held_out_batches(val_set, 1))
+                    frame = frame.to(device)
                     net.eval()
-                    run.picture("val", task.picture(net, frame.to(device)), step)
+                    (predicted,) = task.predict(net, frame)
                     net.train()
+                    run.picture("val", task.picture(frame, predicted), step)
+                    run.scene("val", task.scene(frame, predicted), step)
             run.scalars({f"val/{name}": value for name, value in found.items()}, step)
             print0(f"step {step}/{steps}  {val_split}: {format_metrics(found)}")
             return found

@@ -36,6 +36,7 @@ from unipad.checkpoint import take_weights
 from unipad.config import PretrainRecipe, UnetConfig
 from unipad.data.dataset import DEFAULT_DATASET, dataset_class
 from unipad.data.loader import held_out_batches, step_batches
+from unipad.draw.scene3d import rendered_scene
 from unipad.draw.views import rendered_views
 from unipad.errors import UserError, check_ranges
 from unipad.evaluate.rendering import evaluate_rendering
@@ -162,6 +163,8 @@ def main(args: Args):
                     _, frame = next(held_out_batches(val_set, 1))
                     draws = generators(args.seed, 0, [0], device)
                     run.picture("val", rendered_views(net, frame.to(device), draws, args.picture_stride), step)
+                    draws = generators(args.seed, 0, [0], device)
+                    run.scene("val", rendered_scene(net, frame.to(device), draws), step)
             run.scalars({f"val/{name}": value for name, value in found.items()}, step)
             print0(f"step {step}/{steps}  held-out frames: {format_metrics(found)}")
             return found

@@ -353,6 +353,14 @@ class RunFolder:
             Image.fromarray(image).save(self.path / "images" / f"{name}_{step:06d}.png")
             self._board.add_image(name, image, step, dataformats="HWC")
 
+    def scene(self, name: str, mesh, step: int):
+        """Write a `scene3d.Mesh` to TensorBoard, turned so that its camera stands behind the car."""
+        if self.writes:
+            x, y, z = mesh.vertices.T
+            upright = np.stack([x, z, -y], axis=1)  # the plugin's y is up, its camera looks along -z
+            vertices, colors, faces = (torch.from_numpy(a)[None] for a in (upright, mesh.colors, mesh.faces))
+            self._board.add_mesh(name, vertices, colors, faces, VIEW_3D, step)
+
     def save(self, step: int, parts: dict, metrics: dict, keep: bool = False):
         """Write checkpoints/last.pt, whole or not at all; `keep` leaves a step_<N>.pt beside it.
 
@@ -371,6 +379,10 @@ class RunFolder:
         if self.writes:
             self._board.close()
             self._log.close()
+
+
+# Colors as they are from both sides, without lights
+VIEW_3D = {"material": {"cls": "MeshBasicMaterial", "side": 2}, "camera": {"cls": "PerspectiveCamera", "fov": 60}}
 
 
 def resumed(saved: dict | None, parts: dict) -> tuple[int, dict]:

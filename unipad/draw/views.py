@@ -73,10 +73,10 @@ def _rendered(model, volume, batch, stride):
 
 
 def _rendered_panorama(model, volume):
-    return [t.unflatten(0, (1, *PANORAMA)) for t in model.render_surface(volume, _panorama_rays(volume.device))]
+    return [t.unflatten(0, (1, *PANORAMA)) for t in model.render_surface(volume, panorama_rays(volume.device))]
 
 
-def _panorama_rays(device):
+def panorama_rays(device):
     rows, columns = PANORAMA
     up = torch.deg2rad(TOP - torch.arange(rows, device=device))[:, None]  # [rows, 1]
     around = math.pi - torch.deg2rad(torch.arange(columns, device=device) + 0.5)  # [columns], clockwise as images run

@@ -9,11 +9,14 @@ import matplotlib
 import numpy as np
 import torch
 
+from unipad.batch import Batch
 from unipad.draw.boxes import COLORS as BOX_COLORS
 from unipad.draw.boxes import SKELETON
 from unipad.draw.segments import COLORS as POINT_COLORS
 from unipad.draw.views import FAR, PANORAMA, panorama_rays
 from unipad.model.boxes import box_corners
+from unipad.model.detect import Detections
+from unipad.model.pretrain import Pretrain
 
 MAX_POINTS = 20_000  # of a scene, every k-th; at 48 bytes each
 POINT_SIZE, EDGE_SIZE = 0.12, 0.1  # meters
@@ -36,8 +39,11 @@ class Mesh:
 
 
 @torch.no_grad()
-def rendered_scene(model, batch, generators):
-    """What a `Pretrain` renders of the batch's first sample, as seen from the LiDAR, with the points and boxes."""
+def rendered_scene(model: Pretrain, batch: Batch, generators: list[torch.Generator]) -> Mesh:
+    """The first sample's surface as rendered from the LiDAR, its points (gray) and its boxes (white).
+
+    generators: one per sample, for the masks.
+    """
     was_training = model.training
     model.eval()
     volume, _ = model.encode(batch, generators)
@@ -48,20 +54,20 @@ def rendered_scene(model, batch, generators):
     return joined(surface(ends.cpu().numpy()), lidar(batch), boxes(batch.boxes[: batch.box_counts[0]], WHITE))
 
 
-def detected_scene(batch, found, min_score=0.3):
-    """The first sample's points, true boxes (white) and `Detections` (in the color of their class)."""
+def detected_scene(batch: Batch, found: Detections, min_score: float = 0.3) -> Mesh:
+    """The first sample's points, ground-truth boxes (white) and detections (in the color of their class)."""
     shown = found.scores >= min_score
     colors = [BOX_COLORS[label] for label in found.labels[shown].tolist()]
     truth = batch.boxes[: batch.box_counts[0]]
     return joined(lidar(batch), boxes(truth, WHITE), boxes(found.boxes[shown], colors))
 
 
-def segmented_scene(batch, found):
-    """The keyframe's points of the first sample in the colors of the classes `found` ([K])."""
+def segmented_scene(batch: Batch, found: torch.Tensor) -> Mesh:
+    """The keyframe's points of the first sample in the colors of their predicted classes, `found` [K]."""
     return lidar(batch, POINT_COLORS[found.cpu().numpy()])
 
 
-def lidar(batch, colors=None):
+def lidar(batch: Batch, colors: np.ndarray | None = None) -> Mesh:
     """The keyframe's LiDAR points of the first sample, a small triangle each. colors: [K, 3] in [0, 1]; None: gray."""
     points = batch.points[: batch.point_counts[0]]
     points = points[points[:, 4] == 0, :3].cpu().numpy()  # [K, 3]
@@ -72,7 +78,7 @@ def lidar(batch, colors=None):
     return Mesh.of(corners.reshape(-1, 3), colors.repeat(3, axis=0), np.arange(3 * len(points)).reshape(-1, 3))
 
 
-def boxes(boxes, colors):
+def boxes(boxes: torch.Tensor, colors) -> Mesh:
     """The edges of boxes [M, 9] as thin bars. colors: [M, 3] in [0, 1], or one for all."""
     edges = [edge for way in SKELETON for edge in zip(way, way[1:], strict=False)]  # 12 pairs of corners
     ends = box_corners(boxes.float().cpu()).numpy()[:, edges]  # [M, 12, 2, 3]
@@ -82,7 +88,7 @@ def boxes(boxes, colors):
     return Mesh.of(vertices.reshape(-1, 3), per_box.repeat(72, axis=0), (first + BAR).reshape(-1, 3))
 
 
-def surface(ends):
+def surface(ends: np.ndarray) -> Mesh:
     """The ends [rows * columns, 3] of a panorama's rays as a closed strip, in the colors of the pictures' depths."""
     rows, columns = PANORAMA
     depth = np.linalg.norm(ends, axis=1)
@@ -95,7 +101,7 @@ def surface(ends):
     return Mesh.of(ends, colors, np.concatenate([quads[:, :3], quads[:, 1:]]))
 
 
-def joined(*meshes):
+def joined(*meshes: Mesh) -> Mesh:
     """Several meshes as one."""
     starts = np.cumsum([0] + [len(mesh.vertices) for mesh in meshes])
     return Mesh(

@@ -38,7 +38,7 @@ def evaluate_rendering(model, batches, seed, device, masked=True):
             sums[1] += len(rays)
         rays = lidar_rays(batch, model.recipe.rays, RAYS_PER_VIEW, draws)
         _, depth = model.render(volume, rays)
-        sums[2:] += _depth_sums(depth, rays.depth)
+        sums[2:] += depth_sums(depth, rays.depth)
     model.train(was_training)
     squared, pixels, abs_rel, squared_m, close, depths = all_reduce_sum(sums).tolist()
     if not depths:
@@ -51,7 +51,7 @@ def evaluate_rendering(model, batches, seed, device, masked=True):
     }
 
 
-def _depth_sums(depth, truth):
+def depth_sums(depth, truth):
     """[4] sums over rays with a truth: |error| / truth, error^2, within a factor 1.25, count."""
     known = truth > 0
     truth = torch.where(known, truth, 1.0).double()

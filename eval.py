@@ -59,7 +59,7 @@ from unipad.evaluate.segmentation import (
     write_segmentation,
 )
 from unipad.evaluate.submission import score_submission, table
-from unipad.evaluate.tta import detect_tta, looks, segment_in_looks
+from unipad.evaluate.tta import detect_tta, segment_tta, tta_views
 from unipad.model.detect import Detector
 from unipad.model.pretrain import Pretrain
 from unipad.model.segment import Segmenter
@@ -118,7 +118,7 @@ TASK_FLAGS = {
 }
 TASKS = {"detect": Detector, "segment": Segmenter, "render": Pretrain}
 # Factors and degrees of --tta; a scene flipped twice is rotated by 180 degrees
-LOOKS = {"detect": ((1.0, 1.06, 0.96), (0.0,)), "segment": ((1.0,), (0.0, 90.0))}
+TTA = {"detect": ((1.0, 1.06, 0.96), (0.0,)), "segment": ((1.0,), (0.0, 90.0))}
 
 
 def parse(argv=None) -> Args:
@@ -182,7 +182,7 @@ def detect(args, model, dataset, out, world):
     """Boxes of the whole split: the submission, the devkit's metrics, and pictures."""
     function = model.detect
     if args.tta:
-        function = partial(detect_tta, model.detect, looks_of(args, "detect"))
+        function = partial(detect_tta, model.detect, views_of(args, "detect"))
     found = detect_all(model, dataset, world, function, args.batch_size, world.workers(args.workers))
     if not world.is_main:
         return
@@ -202,7 +202,7 @@ def segment(args, model, dataset, out, world):
         dataset.require_point_labels()
     function = model.segment
     if args.tta:
-        function = partial(segment_in_looks, model.logits, looks_of(args, "segment"))
+        function = partial(segment_tta, model.logits, views_of(args, "segment"))
     found = segment_all(model, dataset, world, function, args.batch_size, world.workers(args.workers))
     if not world.is_main:
         return
@@ -229,11 +229,11 @@ def drawn_frames(args, model, dataset, found):
             yield i, batch
 
 
-def looks_of(args, task):
+def views_of(args, task):
     """The transforms of --tta."""
     given = args.tta_scales, args.tta_angles
-    scales, angles = (values or default for values, default in zip(given, LOOKS[task], strict=True))
-    return looks(scales, np.radians(angles), args.tta_flips)
+    scales, angles = (values or default for values, default in zip(given, TTA[task], strict=True))
+    return tta_views(scales, np.radians(angles), args.tta_flips)
 
 
 def render(args, model, dataset, out, world):

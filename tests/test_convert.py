@@ -226,7 +226,7 @@ def test_merged_encoders_start_fusion(tmp_path, capsys):
         sources.append(net.state_dict())
         torch.save({"state_dict": to_original(net.state_dict())[0]}, tmp_path / f"{modality}.pth")
     main(Args(tuple(tmp_path / name for name in ("camera.pth", "lidar.pth", "fusion.pt")), merge=True))
-    assert "left out: head" in capsys.readouterr().out
+    assert "dropped: head" in capsys.readouterr().out
     saved = read_checkpoint(tmp_path / "fusion.pt")
     net = Detector(from_dict(DetectRecipe, saved["config"]["recipe"]))
     taken = take_weights(net, "encoder.", [tmp_path / "fusion.pt"], "--pretrained", lambda _: None)
@@ -286,7 +286,7 @@ def broken(kind, folder):
         ("code in an old file", {}, "holds code beside its weights"),
         ("text", {}, "is not a checkpoint"),
         ("another project", {}, r"is not a checkpoint of UniPAD.*none of its 1 weights \(such as layer1"),
-        ("a list", {}, "holds no weights: a list"),
+        ("a list", {}, "has no weights: it is a list"),
         ("one key less", {}, "1 weights are missing, 0 unexpected, 0 of another.*input_proj.bias; --no-strict"),
         ("one key more", {}, "0 weights are missing, 1 unexpected, .*such as .*mtoken3"),
         ("other blocks", {}, "no blocks of a ConvNeXt"),

@@ -81,24 +81,24 @@ class Settings:
 @dataclass(frozen=True)
 class Args:
     checkpoint: Annotated[Path, tyro.conf.Positional]  # folder of a run, or a checkpoint
-    task: Literal["detect", "segment", "render"] | None = None  # what to evaluate (default: what it was trained for)
+    task: Literal["detect", "segment", "render"] | None = None  # what to evaluate; None: what it was trained for
     split: str = "val"  # train, val or test; of v1.0-mini, mini_train and mini_val
-    data_root: Path | None = None  # folder of the dataset (default: the run's, or a synthetic city)
-    version: str | None = None  # version of the dataset (default: the run's)
-    dataset: str | None = None  # package.module:Class of another dataset (default: the run's)
-    out: Path | None = None  # folder for the results, which overwrites them (default: eval in the run's folder)
+    data_root: Path | None = None  # folder of the dataset; None: the run's, or a synthetic city
+    version: str | None = None  # version of the dataset; None: the run's
+    dataset: str | None = None  # package.module:Class of another dataset; None: the run's
+    out: Path | None = None  # folder of the results, whose files are overwritten; None: eval in the run's folder
     batch_size: int = 1  # samples per batch and process
-    workers: int | None = None  # data loading processes per process (default: 4 with a GPU, 1 without)
-    precision: Literal["bf16", "fp16", "fp32"] | None = None  # of the encoder (default: bf16 or fp16 on a GPU)
+    workers: int | None = None  # data loading processes per process; None: 4 with a GPU, 1 without
+    precision: Literal["bf16", "fp16", "fp32"] | None = None  # of the encoder; None: bf16 or fp16 on a GPU, else fp32
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     deterministic: bool = False  # bit-equal results on a GPU too, with slower kernels
     pictures: int = 4  # frames that are drawn (detect, segment) or rendered (render), spread over the split
     min_score: float = 0.3  # detect: lowest score of a box that is drawn, 0 to 1
     tta: bool = False  # detect, segment: test-time augmentation, merging the predictions of several views of a frame
-    tta_scales: tuple[float, ...] | None = None  # --tta: factors of all lengths (default: 1 1.06 0.96; segment: 1)
-    tta_angles: tuple[float, ...] | None = None  # --tta: degrees about the vertical axis (default: 0; segment: 0 90)
+    tta_scales: tuple[float, ...] | None = None  # --tta: factors of all lengths; None: 1 1.06 0.96; segment: 1
+    tta_angles: tuple[float, ...] | None = None  # --tta: degrees about the vertical axis; None: 0; segment: 0 90
     tta_flips: bool = True  # --tta: flip front and back, left and right, and both
-    frames: tuple[int, ...] = ()  # render: these frames of the split, counted from 0 (default: --pictures of them)
+    frames: tuple[int, ...] = ()  # render: these frames of the split, from 0; without: --pictures of them
     scene: str | None = None  # render: all frames of this scene, and a film of them
     film: Literal["gif", "mp4"] = "gif"  # render: format of the film
     film_rate: float = 4.0  # render: frames per second of the film; keyframes are half a second apart

@@ -226,7 +226,7 @@ def test_merged_encoders_start_fusion(tmp_path, capsys):
         sources.append(net.state_dict())
         torch.save({"state_dict": to_original(net.state_dict())[0]}, tmp_path / f"{modality}.pth")
     main(Args(tuple(tmp_path / name for name in ("camera.pth", "lidar.pth", "fusion.pt")), merge=True))
-    assert "left out: head" in capsys.readouterr().out
+    assert "dropped: head" in capsys.readouterr().out
     saved = read_checkpoint(tmp_path / "fusion.pt")
     net = Detector(from_dict(DetectRecipe, saved["config"]["recipe"]))
     taken = take_weights(net, "encoder.", [tmp_path / "fusion.pt"], "--pretrained", lambda _: None)
@@ -281,16 +281,16 @@ def broken(kind, folder):
     "kind, flags, words",
     [
         ("absent", {}, "there is no checkpoint"),
-        ("truncated", {}, "is cut off or damaged"),
-        ("code", {}, r"holds code beside its weights \(.*\) and was not opened.*torch.save\("),
-        ("code in an old file", {}, "holds code beside its weights"),
+        ("truncated", {}, "is truncated or damaged"),
+        ("code", {}, r"contains code besides weights \(.*\) and was not opened.*torch.save\("),
+        ("code in an old file", {}, "contains code besides weights"),
         ("text", {}, "is not a checkpoint"),
         ("another project", {}, r"is not a checkpoint of UniPAD.*none of its 1 weights \(such as layer1"),
-        ("a list", {}, "holds no weights: a list"),
+        ("a list", {}, "has no weights: it is a list"),
         ("one key less", {}, "1 weights are missing, 0 unexpected, 0 of another.*input_proj.bias; --no-strict"),
         ("one key more", {}, "0 weights are missing, 1 unexpected, .*such as .*mtoken3"),
-        ("other blocks", {}, "no blocks of a ConvNeXt"),
-        ("new recipe", {}, r"of another version of this project \(radar"),
+        ("other blocks", {}, "no ConvNeXt blocks"),
+        ("new recipe", {}, "of another version of this project: train or convert again"),
         ("whole", {"preset": "camera-0.075"}, "does not fit preset camera-0.075: .* of another shape"),
         ("whole", {"preset": "lidar-0.075"}, "--preset lidar-0.075 is not known; use tiny, camera-0.075, "),
         ("whole", {"kind": "convnext"}, "--kind convnext: .* is of kind unipad"),
@@ -319,7 +319,7 @@ def test_a_number_of_paths_that_means_nothing_is_refused(paths, merge):
 
 def test_a_file_is_not_written_over_itself(tmp_path):
     file = broken("whole", tmp_path)
-    with pytest.raises(UserError, match="over itself"):
+    with pytest.raises(UserError, match="overwrite its own source"):
         main(Args((file, file)))
 
 
@@ -328,7 +328,7 @@ def test_only_encoders_over_the_same_grid_are_merged(tmp_path):
     tiny = {"model": {}, "config": {"recipe": convert.to_dict(PRETRAIN["camera"]["tiny"])}}
     with pytest.raises(UserError, match="the same grid"):
         convert.merge(tiny, full)
-    with pytest.raises(UserError, match="camera's encoder first"):
+    with pytest.raises(UserError, match="camera encoder first"):
         convert.merge(full, tiny)
 
 

@@ -333,8 +333,8 @@ def test_what_is_no_checkpoint_is_said(detector_run, city, tmp_path, capsys):
     for path, word in {
         tmp_path / "nowhere": "no checkpoint",
         tmp_path / "empty": "without checkpoints/last.pt",
-        corrupt: "cut off or damaged",
-        tmp_path / "other.pt": "holds no model",
+        corrupt: "truncated or damaged",
+        tmp_path / "other.pt": "has no model",
         save_run(tmp_path / "few", few, city): "4 classes",
         save_run(tmp_path / "wide", tiny_detector(), city, wide): "do not fit",
     }.items():

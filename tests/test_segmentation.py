@@ -25,7 +25,7 @@ from unipad.evaluate.segmentation import (
     segmentation_table,
     write_segmentation,
 )
-from unipad.evaluate.tta import looks, segment_in_looks
+from unipad.evaluate.tta import segment_tta, tta_views
 from unipad.model.pretrain import Pretrain
 from unipad.model.segment import Segmenter, classes_of
 from unipad.recipes import PRETRAIN, SEGMENT
@@ -149,14 +149,14 @@ def test_unreadable_frames_are_named_and_not_judged(city, tmp_path, capsys):
 
 def test_looks_are_summed_over_the_same_points(validation):
     """The truth seen from eight sides is the truth; over eight sides x and y are 0, from fewer they are not."""
-    eight = looks(angles=np.radians([0, 90]))
+    eight = tta_views(angles=np.radians([0, 90]))
     sides = {tuple(np.round(move[:2, :2], 6).flatten() + 0) for move in eight}
     assert len(sides) == 8
 
     def logits(batch):
         return torch.nn.functional.one_hot((batch.point_labels.long() - 1).clamp(min=0), 16)
 
-    found = segment_all(Segmenter(RECIPE), validation, ALONE, lambda b: segment_in_looks(logits, eight, b))
+    found = segment_all(Segmenter(RECIPE), validation, ALONE, lambda b: segment_tta(logits, eight, b))
     for i in range(len(validation)):
         assert np.array_equal(found[validation[i].token], validation[i].point_labels.clip(1))
 
@@ -165,7 +165,7 @@ def test_looks_are_summed_over_the_same_points(validation):
         return torch.stack([x, y, torch.full_like(x, 1e-4)], dim=1)  # meters; the last wins where x and y are 0
 
     batch = collate([validation[0]])
-    (alone,), (together,) = (segment_in_looks(by_place, motions, batch) for motions in (eight[:7], eight))
+    (alone,), (together,) = (segment_tta(by_place, motions, batch) for motions in (eight[:7], eight))
     assert len(alone.unique()) > 1 and (together == 3).all()
 
 

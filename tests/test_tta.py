@@ -13,10 +13,10 @@ from unipad.data.loader import held_out_batches
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.transforms import moved_boxes
 from unipad.evaluate.submission import MAX_BOXES
-from unipad.evaluate.tta import detect_tta, looks, merged, moved_batch
+from unipad.evaluate.tta import detect_tta, merged, transformed_batch, tta_views
 from unipad.model.detect import Detections
 
-ALL = looks((1.0, 1.06, 0.96), (0.0, 0.3), flips=True)
+ALL = tta_views((1.0, 1.06, 0.96), (0.0, 0.3), flips=True)
 
 
 def frames(root, count, **settings):
@@ -26,8 +26,8 @@ def frames(root, count, **settings):
 
 def test_looks_by_hand():
     assert len(ALL) == 24 and np.array_equal(ALL[0], np.eye(4))
-    assert [np.diag(move).tolist() for move in looks()] == [[x, y, 1, 1] for x in (1, -1) for y in (1, -1)]
-    (turned,) = looks((2.0,), (math.pi / 2,), flips=False)
+    assert [np.diag(move).tolist() for move in tta_views()] == [[x, y, 1, 1] for x in (1, -1) for y in (1, -1)]
+    (turned,) = tta_views((2.0,), (math.pi / 2,), flips=False)
     assert turned @ [1, 0, 0, 1] == pytest.approx([0, 2, 0, 1])
 
 
@@ -35,7 +35,7 @@ def test_looks_by_hand():
 def test_points_and_cameras_move_together(move, city):
     """What a point is seen at does not change, and its place in the new frame is the motion's."""
     batch = frames(city, 1, cameras=True)
-    other = moved_batch(batch, move)
+    other = transformed_batch(batch, move)
     homogeneous = torch.cat([batch.points[:, :3].double(), torch.ones(len(batch.points), 1).double()], dim=1)
     assert torch.allclose(other.points[:, :3].double(), (homogeneous @ torch.from_numpy(move).T)[:, :3], atol=1e-4)
     assert torch.equal(other.points[:, 3:], batch.points[:, 3:]) and other.images is batch.images
@@ -54,7 +54,7 @@ def test_mapping_back_is_exact_for_a_detector_that_sees_the_truth(city):
 
     def oracle(moved):
         """Recognizes the look by the points, and returns the truth in its frame."""
-        seen.append(next(m for m in ALL if torch.equal(moved_batch(batch, m).points, moved.points)))
+        seen.append(next(m for m in ALL if torch.equal(transformed_batch(batch, m).points, moved.points)))
         boxes = torch.from_numpy(moved_boxes(batch.boxes.numpy(), seen[-1]))
         return truth_of(replace(moved, boxes=boxes))
 
@@ -109,6 +109,6 @@ def test_one_look_straight_on_is_the_detector_itself(city):
     model = tiny_detector().eval()
     _, batch = next(held_out_batches(NuScenesDataset(city, "v1.0-mini", "mini_val", RECIPE.data), 1))
     (plain,) = model.detect(batch)
-    (looked,) = detect_tta(model.detect, looks(flips=False), batch)
+    (looked,) = detect_tta(model.detect, tta_views(flips=False), batch)
     best = merged([plain])
     assert torch.equal(looked.boxes, best.boxes) and torch.equal(looked.scores, best.scores)

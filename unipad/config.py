@@ -181,7 +181,7 @@ class Detect:
     focal_alpha: float = 0.25
     class_weight: float = 2.0  # in the loss and in the assignment
     box_weight: float = 0.25  # in the loss and in the assignment
-    code_weights: tuple[float, ...] = (2.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.2, 0.2)  # see `model.boxes`
+    code_weights: tuple[float, ...] = (2.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.2, 0.2)  # see `unipad.boxes`
     iou_weight: float = 0.5
     noise_weight: float = 1.0  # of all losses of noisy ground truth
     noise_groups: int = 10  # copies of it, at most; together not more than there are queries

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from unipad.boxes import boxes_to_global
 from unipad.data.tables import CLASSES
-from unipad.model.boxes import boxes_to_global
 
 MAX_BOXES = 500  # boxes of a sample; nuScenes' rule
 MOVING = 0.2  # m/s from which on an object counts as moving; the original's

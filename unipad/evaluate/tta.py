@@ -12,7 +12,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from unipad.data.transforms import motion, moved_boxes
+from unipad.boxes import transform_boxes
+from unipad.data.transforms import make_transform
 from unipad.evaluate.submission import MAX_BOXES
 from unipad.model.detect import Detections, suppressed
 from unipad.model.segment import classes_of
@@ -21,10 +22,10 @@ OVERLAP = 0.1  # IoU from above beyond which the worse of two boxes goes; the or
 
 
 def looks(scales=(1.0,), angles=(0.0,), flips=True):
-    """Every combination as a `motion`, [4, 4]: factors of all lengths, radians from x towards y, and with `flips` x, y
+    """Every combination as a [4, 4] transform: factors of all lengths, radians from x towards y, and with `flips` x, y
     or both mirrored."""
     mirrors = list(itertools.product((False, True), repeat=2)) if flips else [(False, False)]
-    return [motion(a, s, flip_x=x, flip_y=y) for a, s, (x, y) in itertools.product(angles, scales, mirrors)]
+    return [make_transform(a, s, flip_x=x, flip_y=y) for a, s, (x, y) in itertools.product(angles, scales, mirrors)]
 
 
 def detect_tta(detect, motions, batch):
@@ -46,7 +47,7 @@ def segment_in_looks(logits, motions, batch):
 
 
 def moved_batch(batch, move):
-    """The batch in the frame that `move`, a `motion`, leads to, but for its true boxes: they stay in the old one."""
+    """The batch in the frame that `move` [4, 4] leads to, but for its true boxes: they stay in the old one."""
     forth, back = (torch.from_numpy(m).to(batch.points.device) for m in (move, np.linalg.inv(move)))  # fp64
     points = batch.points.clone()
     points[:, :3] = (points[:, :3].double() @ forth[:3, :3].T + forth[:3, 3]).to(points.dtype)
@@ -68,5 +69,5 @@ def merged(found):
 
 
 def _seen_from(found, move):
-    boxes = moved_boxes(found.boxes.float().cpu().numpy(), move)
+    boxes = transform_boxes(found.boxes.float().cpu().numpy(), move)
     return replace(found, boxes=torch.from_numpy(boxes).to(found.boxes.device))

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from unipad.boxes import CODE_SIZE, decode_boxes, footprint
 from unipad.kernels.rotated_iou import rotated_nms
-from unipad.model.boxes import CODE_SIZE, decode_boxes, footprint
 from unipad.model.decoder import DecoderLayer, Dropout
 from unipad.model.depth import depth_loss
 from unipad.model.targets import detection_losses, draw_noise, noisy_queries, tensor_like

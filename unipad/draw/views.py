@@ -13,8 +13,7 @@ from PIL import Image
 
 from unipad.batch import CAMERAS
 from unipad.errors import UserError
-from unipad.evaluate.rendering import in_color
-from unipad.model.camera import MASK_BLOCK
+from unipad.model.mask import MASK_BLOCK
 from unipad.model.rays import cast_rays, common_grid, project_points, rays_from_lidar
 
 FAR = 60.0  # meters at the far end of the color scale
@@ -52,7 +51,7 @@ def rendered_views(model, batch, generators, stride=2, normals=False, width=240)
         visible = masks["camera"][0, : len(images), None].float()
         visible = F.interpolate(visible, scale_factor=MASK_BLOCK)[..., :H, :W]
         rows["image, as the encoder sees it"] = (images * visible).permute(0, 2, 3, 1)
-    if cameras and in_color(model, batch):
+    if model.learns_color(batch):
         rows["rendered"] = rgb
     points = batch.points[: batch.point_counts[0]]
     rows["LiDAR depth"] = project(batch, points[points[:, 4] == 0, :3])

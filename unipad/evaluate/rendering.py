@@ -31,7 +31,7 @@ def evaluate_rendering(model, batches, seed, device, masked=True):
         draws = generators(seed, 0, range(position, position + len(batch)), device)
         volume, _ = model.encode(batch, draws if masked else None)
         batch = batch.keyframe()
-        for i in range(len(batch) if in_color(model, batch) else 0):
+        for i in range(len(batch) if model.learns_color(batch) else 0):
             rays, _ = pixel_rays(batch, i, PIXEL_STRIDE)
             rgb, _ = model.render(volume, rays)
             sums[0] += (rgb - rays.rgb).square().mean(1).double().sum()
@@ -49,11 +49,6 @@ def evaluate_rendering(model, batches, seed, device, masked=True):
         "depth_rmse": (squared_m / depths) ** 0.5,
         "depth_delta1": close / depths,
     }
-
-
-def in_color(model, batch):
-    """Whether the model learns colors and the batch shows some."""
-    return model.recipe.render.rgb_weight > 0 and batch.images.shape[1] > 0
 
 
 def _depth_sums(depth, truth):

@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from unipad.batch import Batch
 from unipad.config import Recipe
+from unipad.model.encoder import Encoder
 from unipad.model.rays import choose_rays, lidar_points
 from unipad.model.render import Renderer
-from unipad.model.volume import ConvNormReLU3d, Encoder
+from unipad.model.volume import ConvNormReLU3d
 
 STOP = 1e-4  # of a ray's light: a GPU's picture looks no further; 0.03 of 255 gray levels, 1 cm at 100 m
 
@@ -45,6 +47,10 @@ class Pretrain(nn.Module):
         """The volume [B, C, Z, Y, X] that rays are cast through, and the masks it was seen through, as `Encoder`'s."""
         volume, masks = self.encoder(batch, generators)
         return self.project(volume), masks
+
+    def learns_color(self, batch: Batch) -> bool:
+        """Whether the model learns colors and the batch shows some."""
+        return self.recipe.render.rgb_weight > 0 and batch.images.shape[1] > 0
 
     def render(self, volume, rays):
         """Render rays without gradients, some at a time; returns rgb [R, 3] in [0, 1] and depth [R] meters."""

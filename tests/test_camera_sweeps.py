@@ -20,7 +20,7 @@ from tests.test_rays import generators, make_batch
 from tests.test_train import environment
 from unipad import config, convert
 from unipad.batch import CAMERAS
-from unipad.config import Augment, Data, DetectRecipe, Paste, PretrainRecipe, from_plain
+from unipad.config import Augment, Data, DetectRecipe, Paste, PretrainRecipe, from_dict
 from unipad.data import synthetic
 from unipad.data.city import rig
 from unipad.data.city.raycast import cast
@@ -205,7 +205,7 @@ def test_pictures_of_what_moves_are_cut_where_it_was():
 def test_objects_are_pasted_into_all_frames(city):
     """Pixels change where a pasted box was when the image was taken, and nowhere else."""
     dataset = NuScenesDataset(city, VERSION, "mini_train", THREE)
-    objects = load_objects(dataset, Paste(counts=(8,) * 10, least_points=1))
+    objects = load_objects(dataset, Paste(counts=(8,) * 10, min_points=1))
     whole = dataset[2]
     pasted = dataset.with_objects(objects).read(2, np.random.default_rng(0))
     new = pasted.boxes[len(whole.boxes) :]
@@ -323,17 +323,11 @@ def test_finetuned_and_judged_with_the_same_frames(city, tmp_path):
     recipe = PRETRAIN["camera"]["tiny"]
     state = {"model": Pretrain(recipe).state_dict(), "config": {}}
     torch.save(state, tmp_path / "one.pt")
-    flags = ["--device", "cpu", "--workers", "0", "--steps", "1", "--camera-sweeps", "2", "--preset", "tiny"]
+    flags = ["--device", "cpu", "--workers", "0", "--steps", "1", "--data.camera-sweeps", "2", "--preset", "tiny"]
     flags += ["--data-root", str(city), "--pretrained", str(tmp_path / "one.pt"), "--out", str(tmp_path / "run")]
-    both = "import sys, tyro, finetune, eval as judge; finetune.main(tyro.cli(finetune.Args, args=sys.argv[2:])); "
-    both += "judge.main(judge.Args(sys.argv[1], device='cpu', workers=0, pictures=1))"
-    command = [
-        sys.executable,
-        "-c",
-        both.replace("sys.argv[1]", "judge.Path(sys.argv[1])"),
-        str(tmp_path / "run"),
-        *flags,
-    ]
+    both = "import sys, finetune, eval; finetune.main(finetune.parse(sys.argv[2:])); "
+    both += "eval.main(eval.parse([sys.argv[1], '--device', 'cpu', '--workers', 0, '--pictures', 1]))"
+    command = [sys.executable, "-c", both, str(tmp_path / "run"), *flags]
     done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "new, from scratch: encoder.frame_fusion.time_conv, encoder.frame_fusion.trans_conv" in done.stdout
@@ -359,7 +353,7 @@ def test_checkpoints_of_several_frames_come_and_go(tuned):
         state["pts_bbox_head.code_weights"] = torch.tensor(recipe.detect.code_weights)
     ours, report = convert.convert_unipad(state)
     assert not report.faults, report
-    found = from_plain(kind, ours["config"]["recipe"])
+    found = from_dict(kind, ours["config"]["recipe"])
     assert found.data.camera_sweeps == 4 and found.data.camera_rate == 12.0
     build(found).load_state_dict(ours["model"])
     back, report = convert.convert_ours(ours)
@@ -378,7 +372,7 @@ def test_a_camera_of_several_frames_starts_fusion():
         recipe = replace(recipe, data=replace(recipe.data, camera_sweeps=frames))
         saved[modality] = {"model": Pretrain(recipe).state_dict(), "config": {"recipe": convert.to_dict(recipe)}}
     merged, _ = convert.merge(saved["camera"], saved["lidar"])
-    recipe = from_plain(PretrainRecipe, merged["config"]["recipe"])
+    recipe = from_dict(PretrainRecipe, merged["config"]["recipe"])
     assert recipe.data.camera_sweeps == 3
     new = {
         name.split(".")[1] for name in Pretrain(recipe).encoder.state_dict(prefix="encoder.").keys() - merged["model"]
@@ -397,8 +391,7 @@ def test_presets_and_flags():
         assert count == (257 + 3 * 256) * 256 + 2 * 3 * 256
     for script in (train, finetune):
         for modality in ("camera", "fusion"):
-            assert script.recipe_of(script.Args(modality=modality, camera_sweeps=5)).data.camera_sweeps == 5
-        with pytest.raises(UserError, match="--camera-sweeps does not go with --modality lidar"):
-            script.recipe_of(script.Args(modality="lidar", camera_sweeps=2))
-        with pytest.raises(UserError, match="--camera-sweeps 7 is not known; use 1, 2, 3, 4, 5, 6"):
-            script.recipe_of(script.Args(camera_sweeps=7))
+            args = script.parse(["--modality", modality, "--data.camera-sweeps", 5])
+            assert args.recipe.data.camera_sweeps == 5
+        with pytest.raises(UserError, match="--data.camera-sweeps needs a camera encoder"):
+            script.parse(["--modality", "lidar", "--data.camera-sweeps", 2])

@@ -11,7 +11,7 @@ import tyro
 from tests.golden import FOLDER
 from unipad import convert
 from unipad.checkpoint import read_checkpoint, take_weights
-from unipad.config import CONVNEXT, DetectRecipe, PretrainRecipe, from_plain
+from unipad.config import CONVNEXT, DetectRecipe, PretrainRecipe, from_dict
 from unipad.convert import Args, convert_ours, convert_unipad, main
 from unipad.errors import UserError
 from unipad.model.camera import ConvNeXt
@@ -90,7 +90,7 @@ def test_through_files_to_a_model_and_back(modality, tuned, tmp_path, capsys):
     main(Args((source, ours)))
     saved = read_checkpoint(ours)
     assert f"{modality} tiny" in capsys.readouterr().out and saved["config"]["args"]["modality"] == modality
-    recipe = from_plain(kind, saved["config"]["recipe"])
+    recipe = from_dict(kind, saved["config"]["recipe"])
     if tuned:
         assert torch.equal(torch.tensor(recipe.detect.code_weights), state["pts_bbox_head.code_weights"])
     assert_same(saved["model"], net.state_dict())
@@ -101,7 +101,7 @@ def test_through_files_to_a_model_and_back(modality, tuned, tmp_path, capsys):
 
 def test_pooling_of_the_original_comes_with_its_truncation():
     ours, _ = convert_unipad(released("uvtr_cam_vs0.075_pretrain"))
-    recipe = from_plain(PretrainRecipe, ours["config"]["recipe"])
+    recipe = from_dict(PretrainRecipe, ours["config"]["recipe"])
     assert recipe.camera.truncate and not PRETRAIN["camera"]["camera-0.075"].camera.truncate
 
 
@@ -112,7 +112,7 @@ def test_a_larger_convnext_is_recognized():
         wider[f"img_neck.lateral_convs.{i}.conv.weight"] = torch.zeros(128, width, 1, 1)
     ours, report = convert_unipad(wider)
     assert not report.faults, report
-    recipe = from_plain(PretrainRecipe, ours["config"]["recipe"])
+    recipe = from_dict(PretrainRecipe, ours["config"]["recipe"])
     assert (recipe.camera.depths, recipe.camera.widths) == CONVNEXT["base"]
 
 
@@ -228,7 +228,7 @@ def test_merged_encoders_start_fusion(tmp_path, capsys):
     main(Args(tuple(tmp_path / name for name in ("camera.pth", "lidar.pth", "fusion.pt")), merge=True))
     assert "left out: head" in capsys.readouterr().out
     saved = read_checkpoint(tmp_path / "fusion.pt")
-    net = Detector(from_plain(DetectRecipe, saved["config"]["recipe"]))
+    net = Detector(from_dict(DetectRecipe, saved["config"]["recipe"]))
     taken = take_weights(net, "encoder.", [tmp_path / "fusion.pt"], "--pretrained", lambda _: None)
     expected = {name: w for source in sources for name, w in source.items() if name.startswith("encoder.")}
     assert_same({name: net.state_dict()[name] for name in taken}, expected)

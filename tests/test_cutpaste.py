@@ -65,7 +65,7 @@ def test_objects_are_what_the_frames_hold(train, objects):
     for i in range(len(train)):
         sample = train[i]
         inside = points_in_boxes(sample.points, sample.boxes)
-        for row in np.flatnonzero(inside.sum(axis=1) >= PASTE.least_points):
+        for row in np.flatnonzero(inside.sum(axis=1) >= PASTE.min_points):
             np.testing.assert_array_equal(objects.boxes[k], sample.boxes[row])
             assert objects.labels[k] == sample.labels[row]
             np.testing.assert_allclose(objects._points(k), sample.points[inside[row]], atol=1e-5)
@@ -238,7 +238,7 @@ def test_objects_are_cut_out_once(copy, monkeypatch):
     load_objects(dataset_of(copy), replace(PASTE, counts=(1,) * 10))
     assert len(cuts) == n
     load_objects(dataset_of(copy, sweeps=2), PASTE)
-    load_objects(dataset_of(copy), replace(PASTE, least_points=9))
+    load_objects(dataset_of(copy), replace(PASTE, min_points=9))
     load_objects(dataset_of(copy, label_fraction=0.5), PASTE)
     assert len(cuts) == 3 * n + (n + 1) // 2 and len(files(copy)) == 8
 
@@ -296,7 +296,7 @@ def test_a_root_that_cannot_be_written(copy, tmp_path):
 
 def test_no_object_is_one_sentence(copy):
     with pytest.raises(DataError, match="no frame of .* mini_train has an object of 1000000 LiDAR points") as refused:
-        load_objects(dataset_of(copy), replace(PASTE, least_points=10**6))
+        load_objects(dataset_of(copy), replace(PASTE, min_points=10**6))
     assert "\n" not in str(refused.value) and str(refused.value).endswith(".")
     for table in ("sample_annotation", "instance"):
         (copy / VERSION / f"{table}.json").write_text("[]")

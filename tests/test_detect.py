@@ -20,9 +20,9 @@ from unipad.recipes import GRID_075
 GRID = config.Grid(
     low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(5.4, 6.0, 1.6)
 )  # of the records: 20 x 18 x 5
-RECORDED = config.Detect(queries=30, layers=3, heads=4, hidden=48, dropout=0.0, kept=60)
+RECORDED = config.Detect(queries=30, layers=3, heads=4, hidden=48, dropout=0.0, max_detections=60)
 PLAIN = dataclasses.replace(RECORDED, denoising=False, code_weights=(1.0,) * 10, nms=())
-SMALL = config.Detect(queries=12, layers=2, heads=2, hidden=16, noise_groups=3, kept=20)
+SMALL = config.Detect(queries=12, layers=2, heads=2, hidden=16, noise_groups=3, max_detections=20)
 
 
 def recorded_truth(arrays):
@@ -175,7 +175,7 @@ def test_assignment_is_the_originals(weights, name):
 def test_detections_are_the_originals(name, least, nms):
     arrays, _ = load("det_box_utils")
     denoising = name.startswith("nmsfreeiou")
-    cfg = dataclasses.replace(RECORDED, denoising=denoising, kept=80, min_score=least, nms=nms)
+    cfg = dataclasses.replace(RECORDED, denoising=denoising, max_detections=80, min_score=least, nms=nms)
     found = Predictions(arrays["in/coder_cls"], arrays["in/coder_box"], arrays["in/coder_iou"][..., 0])
     found = found if denoising else dataclasses.replace(found, iou=None)
     for b, result in enumerate(detections(cfg, found)):
@@ -378,7 +378,7 @@ def test_only_chosen_classes_are_suppressed_and_only_places_in_range_stay():
     logits = torch.full((1, 1, 5, 10), -20.0)
     for query, (label, logit) in enumerate([(0, 3.0), (0, 2.0), (5, 1.0), (5, 2.5), (1, 4.0)]):
         logits[0, 0, query, label] = logit
-    (found,) = detections(dataclasses.replace(SMALL, kept=5), Predictions(logits, encode_boxes(boxes), None))
+    (found,) = detections(dataclasses.replace(SMALL, max_detections=5), Predictions(logits, encode_boxes(boxes), None))
     assert found.labels.tolist() == [0, 5, 0] and found.boxes[:, 0].tolist() == [0, 1, 1]
     assert found.scores.tolist() == torch.tensor([3.0, 2.5, 2.0]).sigmoid().tolist()
     (none,) = detections(dataclasses.replace(SMALL, min_score=0.99), Predictions(logits, encode_boxes(boxes), None))

@@ -177,14 +177,12 @@ def runs(city, tmp_path_factory):
     """Folders of a pre-trained model and of a fine-tuning from it, as short as it can be."""
     folder = tmp_path_factory.mktemp("segment")
     save_run(folder / "pre", Pretrain(PRETRAIN["lidar"]["segment-tiny"]), city)
-    finetune.main(fine(city, folder / "run", pretrained=(folder / "pre",), steps=2, lr=1e-12))
+    finetune.main(fine(city, folder / "run", "--pretrained", folder / "pre", "--steps", 2, "--lr", 1e-12))
     return folder
 
 
-def fine(city, out, **flags):
-    return finetune.Args(
-        **{**SMALL, "task": "segment", "preset": "tiny", "data_root": city, "out": out, "steps": 3, **flags}
-    )
+def fine(city, out, *flags):
+    return finetune.parse([*SMALL, "--task", "segment", "--data-root", city, "--out", out, "--steps", 3, *flags])
 
 
 def test_a_run_leaves_all_it_promises(runs):
@@ -205,15 +203,15 @@ def test_the_u_net_is_taken_from_pre_training(runs):
 
 def test_stopped_and_resumed_is_bit_equal_to_straight(city, tmp_path):
     finetune.main(fine(city, tmp_path / "straight"))
-    finetune.main(fine(city, tmp_path / "parts", stop_at=1))
-    finetune.main(fine(city, tmp_path / "parts", resume="auto"))
+    finetune.main(fine(city, tmp_path / "parts", "--stop-at", 1))
+    finetune.main(fine(city, tmp_path / "parts", "--resume", "auto"))
     straight, parts = (checkpoint(tmp_path / name)["model"] for name in ("straight", "parts"))
     assert straight.keys() == parts.keys() and all(torch.equal(straight[name], parts[name]) for name in straight)
     assert curve(tmp_path / "straight") == curve(tmp_path / "parts")
 
 
 def test_a_run_is_judged_and_drawn(runs, capsys):
-    evaluate(runs / "run", task="segment", batch_size=2, pictures=1)
+    evaluate(runs / "run", "--task", "segment", "--batch-size", 2, "--pictures", 1)
     said = capsys.readouterr().out
     assert "mIoU: 0." in said and "allAcc: 0." in said and "driveable_surface" in said
     picture = np.asarray(Image.open(runs / "run" / "eval" / "segments_0.png"))
@@ -227,7 +225,8 @@ def test_the_test_split_gives_a_submission_alone(runs, city, tmp_path, capsys):
     (root / "v1.0-mini").rename(tables)
     scenes = json.loads((tables / "scene.json").read_text())
     (tables / "scene.json").write_text(json.dumps([s | {"name": f"scene-{77 + i:04}"} for i, s in enumerate(scenes)]))
-    evaluate(runs / "run", data_root=root, version="v1.0-test", split="test", pictures=1, out=tmp_path / "eval")
+    flags = ["--data-root", root, "--version", "v1.0-test", "--split", "test", "--pictures", 1]
+    evaluate(runs / "run", *flags, "--out", tmp_path / "eval")
     assert "no metrics" in capsys.readouterr().out
     assert len(list((tmp_path / "eval" / "lidarseg" / "test").glob("*_lidarseg.bin"))) == 6
     assert (tmp_path / "eval" / "test" / "submission.json").exists() and (tmp_path / "eval" / "segments_0.png").exists()
@@ -236,27 +235,31 @@ def test_the_test_split_gives_a_submission_alone(runs, city, tmp_path, capsys):
 @pytest.mark.parametrize(
     "of, flags, words",
     [
-        ("run", {"task": "detect"}, ["--task detect needs a run of finetune.py", "one of finetune.py --task segment"]),
-        ("run", {"min_score": 0.5}, ["--min-score", "finetune.py"]),
-        ("run", {"masked": False}, ["--masked", "train.py"]),
-        ("pre", {"task": "segment"}, ["--task segment needs a run of finetune.py --task segment", "train.py"]),
+        (
+            "run",
+            ["--task", "detect"],
+            ["--task detect needs a run of finetune.py", "is one of finetune.py --task"],
+        ),
+        ("run", ["--min-score", 0.5], ["--min-score", "finetune.py"]),
+        ("run", ["--no-masked"], ["--masked", "train.py"]),
+        ("pre", ["--task", "segment"], ["--task segment needs a run of finetune.py --task segment", "train.py"]),
     ],
     ids=["task", "score", "masked", "pre-training"],
 )
 def test_a_users_mistake_is_one_sentence(of, flags, words, runs):
     with pytest.raises(UserError) as error:
-        evaluate(runs / of, **flags)
+        evaluate(runs / of, *flags)
     assert all(word in str(error.value) for word in words), error.value
 
 
 def test_other_mistakes(runs, city, tmp_path):
     with pytest.raises(UserError, match="--modality camera does not go with --task segment; use lidar"):
-        finetune.main(fine(city, tmp_path / "run", modality="camera"))
-    with pytest.raises(UserError, match="17 classes apart, and nuScenes asks for 16"):
+        finetune.main(fine(city, tmp_path / "run", "--modality", "camera"))
+    with pytest.raises(UserError, match="17 classes, and nuScenes asks for 16"):
         recipe = replace(RECIPE, segment=replace(RECIPE.segment, classes=17))
         evaluate(save_run(tmp_path / "17", Segmenter(recipe), city))
     root = shutil.copytree(city, tmp_path / "set", ignore=shutil.ignore_patterns("unipad-index", "lidarseg.json"))
     with pytest.raises(UserError, match="frames without lidarseg labels; unpack nuScenes-lidarseg in"):
         finetune.main(fine(Path(root), tmp_path / "run"))
     with pytest.raises(UserError, match="frames without lidarseg labels"):
-        evaluate(runs / "run", data_root=root)
+        evaluate(runs / "run", "--data-root", root)

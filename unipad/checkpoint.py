@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from unipad.config import from_plain, recipe_kind
+from unipad.config import AnyRecipe, from_dict
 from unipad.errors import UserError
 
 
@@ -70,8 +70,7 @@ def read_run(path: Path):
     file = find_checkpoint(path)
     saved = read_checkpoint(file)
     try:
-        plain = saved["config"]["recipe"]
-        recipe = from_plain(recipe_kind(plain), plain)
+        recipe = from_dict(AnyRecipe, saved["config"]["recipe"])
         saved["model"], saved["config"]["args"]
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise UserError(f"{file} holds no model with a recipe of this version of the project ({error}).") from None

@@ -24,14 +24,14 @@ import torch
 import tyro
 
 from unipad.checkpoint import last_checkpoint, part_of, read_checkpoint, write_checkpoint
-from unipad.config import CONVNEXT, DetectRecipe, LidarConfig, PretrainRecipe, SegmentRecipe, from_plain, recipe_kind
+from unipad.config import CONVNEXT, AnyRecipe, DetectRecipe, LidarConfig, PretrainRecipe, SegmentRecipe, from_dict
 from unipad.errors import UserError, check_choices
 from unipad.model.camera import ConvNeXt
 from unipad.model.detect import Detector
 from unipad.model.pretrain import Pretrain
 from unipad.model.segment import Segmenter
 from unipad.names import CODE_WEIGHTS, from_imagenet, from_original, to_original
-from unipad.recipes import DETECT, PRETRAIN
+from unipad.recipes import DEFAULT_PRESET, DETECT, PRETRAIN
 from unipad.runtime import exit_on_user_error, to_dict
 
 BACKBONE = "encoder.camera.backbone."
@@ -107,7 +107,8 @@ def convert_unipad(state, preset=None):
     presets, modality = _presets(ours)
     check_choices(preset=(preset, presets))
     reports = {}
-    for name in [preset] if preset else list(presets)[::-1]:
+    default = DEFAULT_PRESET[modality]
+    for name in [preset] if preset else [default, *(n for n in reversed(presets) if n != default)]:
         recipe = _with_sizes(presets[name], ours, code_weights)
         report = Report(unexpected=[key for key in unknown if key != CODE_WEIGHTS])
         _compare(ours, _shapes(recipe), report, _unread_norms(recipe))
@@ -168,7 +169,7 @@ def merge(camera, lidar):
     if recipes[0].grid != recipes[1].grid or type(recipes[0]) is not type(recipes[1]):
         raise UserError("--merge takes checkpoints over the same grid, both pre-trained or both fine-tuned.")
     presets = DETECT if isinstance(recipes[0], DetectRecipe) else PRETRAIN
-    recipe = list(presets["fusion"].values())[-1]
+    recipe = presets["fusion"][DEFAULT_PRESET["fusion"]]
     recipe = replace(recipe, grid=recipes[0].grid, camera=recipes[0].camera, lidar=recipes[1].lidar)
     images = {name: getattr(recipes[0].data, name) for name in ("camera_sweeps", "camera_rate")}
     recipe = replace(recipe, data=replace(recipe.data, **images))
@@ -178,21 +179,16 @@ def merge(camera, lidar):
         report.taken |= {name: w for name, w in saved["model"].items() if name.startswith(parts)}
         others = {part_of(name) for name in saved["model"].keys() - report.taken}
         report.left += [f"left out: {part}" for part in sorted(others)]
-    args = {"modality": "fusion", "preset": list(presets["fusion"])[-1]}
+    args = {"modality": "fusion", "preset": DEFAULT_PRESET["fusion"]}
     return {"model": report.taken, "step": 0, "config": {"args": args, "recipe": to_dict(recipe), "steps": 0}}, report
 
 
 def saved_recipe(saved):
     """The recipe of a checkpoint of ours. Raises `UserError` for one that this version does not know."""
-    plain = saved["config"]["recipe"]
-    kind = recipe_kind(plain)
     try:
-        return from_plain(kind, plain)
+        return from_dict(AnyRecipe, saved["config"]["recipe"])
     except (TypeError, AttributeError):
-        known = kind.__dataclass_fields__.keys()
-        strange = ", ".join(sorted(plain.keys() - known)) or "one of its settings"
-        sentence = f"the checkpoint's recipe is of another version of this project ({strange} is not known here)."
-        raise UserError(sentence) from None
+        raise UserError("the checkpoint is of another version of this project: train or convert again.") from None
 
 
 def _presets(ours):

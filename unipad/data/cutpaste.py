@@ -123,17 +123,17 @@ def load_objects(dataset, paste: Paste, workers=0):
     workers: processes that read frames; 0 reads in this one.
 
     They are cut out again when the tables change, or what is read of them (sweeps, cameras, image size, frames), or
-    `paste.least_points`. Frames that cannot be read are named on stderr and left out.
+    `paste.min_points`. Frames that cannot be read are named on stderr and left out.
     Raises `DataError` where there is no object, or no room for the files.
     """
-    settings = _digest(f"{FORMAT} {dataset.data} {paste.least_points} {dataset.frames.tolist()}")
+    settings = _digest(f"{FORMAT} {dataset.data} {paste.min_points} {dataset.frames.tolist()}")
     name = f"{dataset.version}-{dataset.split}-objects-{settings}"
     tables = _digest(dataset.fingerprint())
     paths = cache_paths(dataset.root, f"{name}-{tables}.npz")
     arrays, file = next(filter(None, map(_read, paths)), None) or _cut_out(dataset, paste, paths, workers)
     if not len(arrays["labels"]):
         raise DataError(
-            f"no frame of {dataset.root / dataset.version} {dataset.split} has an object of {paste.least_points} LiDAR "
+            f"no frame of {dataset.root / dataset.version} {dataset.split} has an object of {paste.min_points} LiDAR "
             "points or more that could be pasted; use a preset without cut-and-paste."
         )
     return Objects(paste.counts, file, **arrays)
@@ -179,7 +179,7 @@ def _cut_out(dataset, paste, paths, workers):
 def _write(dataset, paste, path, workers):
     """Both files, each renamed when it is whole: the heavy one first, since the other one vouches for it."""
     frames = DataLoader(
-        _Frames(dataset, paste.least_points),
+        _Frames(dataset, paste.min_points),
         batch_size=None,
         num_workers=workers,
         worker_init_fn=start_worker,
@@ -222,15 +222,15 @@ def _write(dataset, paste, path, workers):
 class _Frames(Dataset):
     """Item i: the `Cut`s of frame i, and what could not be read."""
 
-    def __init__(self, dataset, least_points):
-        self.dataset, self.least_points = dataset, least_points
+    def __init__(self, dataset, min_points):
+        self.dataset, self.min_points = dataset, min_points
 
     def __len__(self):
         return len(self.dataset)
 
     def __getitem__(self, i):
         try:
-            return cut_out(self.dataset.load(self.dataset.frames[i]), self.least_points), []
+            return cut_out(self.dataset.load(self.dataset.frames[i]), self.min_points), []
         except BadFrame as bad:
             return [], [str(bad)]
 
@@ -245,11 +245,11 @@ class Cut:
     pictures: list[tuple[int, np.ndarray]]  # view, JPEG
 
 
-def cut_out(sample, least_points):
+def cut_out(sample, min_points):
     """List of `Cut`: the objects of a sample with so many points or more."""
     pictures = [[] for _ in sample.boxes]
     inside = points_in_boxes(sample.points, sample.boxes)
-    enough = inside.sum(axis=1) >= least_points
+    enough = inside.sum(axis=1) >= min_points
     for view, image in enumerate(sample.images):
         boxes = _when_taken(sample, view, sample.boxes)
         for row, (left, top, right, bottom) in zip(

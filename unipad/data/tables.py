@@ -58,7 +58,6 @@ SPLITS = {
     "test": {"test": "test"},
     "mini": {"train": "mini_train", "val": "mini_val"},
 }
-TRAIN_VAL_SPLITS = {f"v1.0-{suffix}": tuple(splits.values()) for suffix, splits in SPLITS.items() if "val" in splits}
 
 # All of them, since the devkit opens all of them.
 TABLES = (

@@ -190,7 +190,9 @@ def detections(cfg, found):
 
     cfg: `config.Detect`; found: `Predictions`. Returns a list of B `Detections`.
     """
-    share, query = found.logits[-1].detach().sigmoid().flatten(1).topk(min(cfg.kept, found.logits[-1, 0].numel()))
+    share, query = (
+        found.logits[-1].detach().sigmoid().flatten(1).topk(min(cfg.max_detections, found.logits[-1, 0].numel()))
+    )
     query, labels = query // cfg.classes, query % cfg.classes  # [B, kept] each
     boxes = decode_boxes(found.codes[-1].detach().gather(1, query[..., None].expand(-1, -1, CODE_SIZE)))
     scores = share

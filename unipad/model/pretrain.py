@@ -48,8 +48,8 @@ class Pretrain(nn.Module):
         volume, masks = self.encoder(batch, generators)
         return self.project(volume), masks
 
-    def learns_color(self, batch: Batch) -> bool:
-        """Whether the model learns colors and the batch shows some."""
+    def in_color(self, batch: Batch) -> bool:
+        """Whether the model learns colors and the batch has images."""
         return self.recipe.render.rgb_weight > 0 and batch.images.shape[1] > 0
 
     def render(self, volume, rays):

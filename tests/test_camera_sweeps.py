@@ -34,8 +34,9 @@ from unipad.draw.views import rendered_views
 from unipad.errors import UserError
 from unipad.evaluate.rendering import evaluate_rendering
 from unipad.model.detect import Detector
+from unipad.model.encoder import Encoder
 from unipad.model.pretrain import Pretrain
-from unipad.model.volume import Encoder, FrameFusion
+from unipad.model.volume import FrameFusion
 from unipad.names import to_original
 from unipad.recipes import DETECT, PRETRAIN
 

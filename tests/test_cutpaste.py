@@ -12,9 +12,10 @@ from nuscenes.utils.geometry_utils import points_in_box
 from pyquaternion import Quaternion
 from shapely.geometry import MultiPoint
 
+from unipad.boxes import points_in_boxes
 from unipad.config import Augment, Data, Paste
 from unipad.data import cutpaste
-from unipad.data.cutpaste import Objects, cut_out, load_objects, points_in_boxes, seen_rectangles
+from unipad.data.cutpaste import Objects, cut_out, load_objects, seen_rectangles
 from unipad.data.dataset import DataError, Sample
 from unipad.data.loader import step_batches
 from unipad.data.nuscenes import NuScenesDataset
@@ -95,7 +96,7 @@ def test_a_sample_is_filled_up_without_overlaps(sample, objects, empty):
     before, counts = np.bincount(sample.labels, minlength=10), np.array(PASTE.counts)
     pasted_of_class = np.zeros(10, int)
     for seed in range(5):
-        after = objects.pasted(sample, np.random.default_rng(seed))
+        after = objects.paste_into(sample, np.random.default_rng(seed))
         own = len(sample.boxes)
         np.testing.assert_array_equal(after.boxes[:own], sample.boxes)
         np.testing.assert_array_equal(after.labels[:own], sample.labels)
@@ -119,7 +120,7 @@ def test_a_sample_is_filled_up_without_overlaps(sample, objects, empty):
 
 
 def test_chance_comes_from_the_generator_alone(sample, objects):
-    one, same, other = (objects.pasted(sample, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    one, same, other = (objects.paste_into(sample, np.random.default_rng(seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(one.points, same.points)
     np.testing.assert_array_equal(one.images, same.images)
     assert one.boxes.tolist() != other.boxes.tolist()
@@ -127,7 +128,7 @@ def test_chance_comes_from_the_generator_alone(sample, objects):
 
 def test_nothing_is_missing(sample, objects):
     full = replace(objects, counts=tuple(np.bincount(sample.labels, minlength=10).tolist()))
-    assert full.pasted(sample, np.random.default_rng(0)) is sample
+    assert full.paste_into(sample, np.random.default_rng(0)) is sample
 
 
 # A camera that looks along y: u = 50 x / y + 32, v = 32 - 50 z / y
@@ -190,7 +191,7 @@ def test_pictures_are_laid_far_ones_first(tmp_path):
             if name == "blue":
                 image[top:bottom, left:right] = colors[name]
     scene = seen("blue", [image, image])
-    after = objects.pasted(scene, np.random.default_rng(0))
+    after = objects.paste_into(scene, np.random.default_rng(0))
     assert len(after.boxes) == 3 and len(after.points) == 15
     for view in range(2):
         np.testing.assert_allclose(after.images[view].astype(int), expected[view], atol=4)  # JPEG

@@ -5,11 +5,13 @@ import pytest
 import torch
 
 from tests.golden import assert_close_to_max, load, weights
+from tests.original_boxes import boxes_from_original, boxes_to_original
 from unipad import config
 from unipad.batch import Batch
-from unipad.model.boxes import boxes_from_original, boxes_to_original, encode_boxes
-from unipad.model.decoder import Dropout, SelfAttention, VolumeAttention
+from unipad.boxes import encode_boxes
+from unipad.model.decoder import SelfAttention, VolumeAttention
 from unipad.model.detect import Detector, Head, Predictions, detections
+from unipad.model.dropout import Dropout
 from unipad.model.targets import assign, assignment_cost, detection_losses, draw_noise, noisy_queries
 from unipad.model.volume import ConvNormReLU3d, GatherLift
 from unipad.names import our_name

@@ -15,6 +15,7 @@ from PIL import Image
 
 from eval import main, parse
 from tests.test_train import REPO, environment
+from unipad.boxes import decode_boxes, encode_boxes
 from unipad.checkpoint import write_checkpoint
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.tables import CLASSES
@@ -23,7 +24,6 @@ from unipad.draw.views import write_film
 from unipad.errors import UserError
 from unipad.evaluate.detection import detect_all, evaluate_detections
 from unipad.evaluate.submission import MAX_BOXES, table, write_submission
-from unipad.model.boxes import decode_boxes, encode_boxes
 from unipad.model.detect import Detections, Detector
 from unipad.model.pretrain import Pretrain
 from unipad.recipes import DETECT, PRETRAIN

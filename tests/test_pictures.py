@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.test_train import train
+from unipad.boxes import box_corners
 from unipad.config import Data
 from unipad.data.loader import held_out_batches
 from unipad.data.nuscenes import NuScenesDataset
@@ -17,7 +18,6 @@ from unipad.draw.segments import COLORS as SEGMENT_COLORS
 from unipad.draw.segments import segment_views
 from unipad.draw.views import onto_views
 from unipad.evaluate.rendering import depth_sums
-from unipad.model.boxes import box_corners
 from unipad.model.detect import Detections
 
 
@@ -65,7 +65,7 @@ def test_edges_end_at_a_camera_inside_the_box():
     """A pinhole at the origin that looks along y, in a box 2 m wide and high that reaches from y = -1 to y = 4."""
     pinhole = torch.tensor([[10.0, 8, 0, 0], [0, 6, -10, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
     box = torch.tensor([[0, 1.5, 0, 2, 5, 2, torch.pi / 2, 0, 0]])
-    lines, owner = edges(box_corners(box).numpy(), pinhole.numpy())
+    lines, owner = edges(box_corners(box), pinhole.numpy())
     assert len(lines) == 8 and (owner == 0).all()  # the four at the back are behind the camera
     front = lines[(abs(lines - [8, 6]) < 3).all(axis=(1, 2))]
     assert len(front) == 4

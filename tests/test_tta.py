@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from tests.test_eval import RECIPE, tiny_detector, truth_of, validation
+from unipad.boxes import transform_boxes
 from unipad.data.dataset import collate
 from unipad.data.loader import held_out_batches
 from unipad.data.nuscenes import NuScenesDataset
-from unipad.data.transforms import moved_boxes
 from unipad.evaluate.submission import MAX_BOXES
 from unipad.evaluate.tta import detect_tta, merged, transformed_batch, tta_views
 from unipad.model.detect import Detections
@@ -55,7 +55,7 @@ def test_mapping_back_is_exact_for_a_detector_that_sees_the_truth(city):
     def oracle(moved):
         """Recognizes the look by the points, and returns the truth in its frame."""
         seen.append(next(m for m in ALL if torch.equal(transformed_batch(batch, m).points, moved.points)))
-        boxes = torch.from_numpy(moved_boxes(batch.boxes.numpy(), seen[-1]))
+        boxes = torch.from_numpy(transform_boxes(batch.boxes.numpy(), seen[-1]))
         return truth_of(replace(moved, boxes=boxes))
 
     apart = truth_of(batch)

@@ -24,6 +24,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from unipad.boxes import box_corners, footprint, points_in_boxes
 from unipad.config import Paste
 from unipad.data.dataset import BadFrame, DataError
 from unipad.data.loader import start_worker
@@ -42,7 +43,7 @@ class Objects:
     points: np.ndarray  # [K, 2] int64 first byte of the points, how many
     pictures: np.ndarray  # [R, 4] int64 object (ascending), view, first byte, bytes
 
-    def pasted(self, sample, rng):
+    def paste_into(self, sample, rng):
         """The sample with objects in it, behind its own points and boxes; pasted points have label 0.
 
         rng: `np.random.Generator`, the only source of chance.
@@ -74,7 +75,8 @@ class Objects:
             drawn.extend(rng.choice(of_class, min(max(missing, 0), len(of_class)), replace=False))
         drawn = np.array(drawn, np.int64)
         own = len(sample.boxes)
-        boxes = _footprints(np.concatenate([sample.boxes, self.boxes[drawn]]))
+        boxes = np.concatenate([sample.boxes, self.boxes[drawn]]).astype(np.float64)
+        boxes = footprint(torch.from_numpy(boxes))
         overlap = (rotated_iou_bev(boxes[own:], boxes) > 0).numpy()  # [drawn, own + drawn]
         there = np.zeros(len(boxes), bool)
         there[:own] = True
@@ -265,18 +267,6 @@ def cut_out(sample, min_points):
     return cuts
 
 
-def points_in_boxes(points, boxes):
-    """[M, P] bool: which of the points ([P, 3 or more] meters) lie in which box ([M, 9]), on its faces included."""
-    inside = np.empty((len(boxes), len(points)), bool)
-    for row, (x, y, z, w, l, h, yaw) in zip(inside, boxes[:, :7].tolist(), strict=True):
-        dx, dy, dz = points[:, 0] - x, points[:, 1] - y, points[:, 2] - z
-        cos, sin = np.cos(yaw), np.sin(yaw)
-        row[:] = np.abs(dx * cos + dy * sin) <= l / 2
-        row &= np.abs(dy * cos - dx * sin) <= w / 2
-        row &= np.abs(dz) <= h / 2
-    return inside
-
-
 def _when_taken(sample, view, boxes):
     """[M, 9] boxes of the keyframe where they were when the image of `view` was taken, by their velocities."""
     if sample.frame_lags is None:
@@ -294,7 +284,9 @@ def seen_rectangles(boxes, lidar2image, size):
     camera and whose rectangle is two pixels wide and high at least.
     """
     height, width = size
-    pixels = _corners(boxes) @ lidar2image.T.astype(np.float64)  # [M, 8, 4]
+    corners = box_corners(boxes)
+    corners = np.concatenate([corners, np.ones_like(corners[..., :1])], axis=-1)
+    pixels = corners @ lidar2image.T.astype(np.float64)  # [M, 8, 4]
     rows = np.flatnonzero((pixels[..., 2] > 0).all(axis=1))
     depth = pixels[rows, :, 2]
     places = pixels[rows, :, :2] / depth[..., None]
@@ -303,17 +295,3 @@ def seen_rectangles(boxes, lidar2image, size):
     wide = (rectangles[:, 2:] - rectangles[:, :2] > 1).all(axis=1)
     order = np.argsort(-depth[wide].mean(axis=1), kind="stable")
     return rows[wide][order], rectangles[wide][order]
-
-
-def _corners(boxes):
-    """[M, 8, 4] float64 corners of boxes [M, 9] as x, y, z, 1."""
-    x, y, z, w, l, h, yaw = boxes[:, :7].astype(np.float64).T[..., None]  # [M, 1] each
-    along, across, up = np.array([[a, b, c] for a in (-0.5, 0.5) for b in (-0.5, 0.5) for c in (-0.5, 0.5)]).T
-    dx, dy = along * l, across * w
-    cos, sin = np.cos(yaw), np.sin(yaw)
-    return np.stack([x + dx * cos - dy * sin, y + dx * sin + dy * cos, z + up * h, np.ones_like(dx)], axis=-1)
-
-
-def _footprints(boxes):
-    """[M, 9] boxes -> [M, 5] fp64 x, y, w, l, yaw as `unipad.kernels.rotated_iou` sees them."""
-    return torch.from_numpy(boxes[:, [0, 1, 3, 4, 6]].astype(np.float64))

@@ -16,6 +16,7 @@ from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 from unipad.batch import CAMERAS
+from unipad.boxes import boxes_from_global
 from unipad.data.dataset import DataError
 
 CLASSES = (
@@ -57,7 +58,6 @@ SPLITS = {
     "test": {"test": "test"},
     "mini": {"train": "mini_train", "val": "mini_val"},
 }
-TRAIN_VAL_SPLITS = {f"v1.0-{suffix}": tuple(splits.values()) for suffix, splits in SPLITS.items() if "val" in splits}
 
 # All of them, since the devkit opens all of them.
 TABLES = (
@@ -267,7 +267,9 @@ def _build_split(nusc, split, scenes, verbose):
                 velocities.append(nusc.box_velocity(annotation["token"])[:2])
                 labels.append(CLASSES.index(name))
     box_frames = np.array(box_frames, np.int64)
-    boxes = _boxes(annotations, np.array(velocities).reshape(-1, 2), lidar2global[frame_lidar[box_frames]])
+    sizes = np.array([a["size"] for a in annotations]).reshape(-1, 3)
+    velocities = np.array(velocities).reshape(-1, 2)
+    boxes = boxes_from_global(_matrices(annotations), sizes, velocities, lidar2global[frame_lidar[box_frames]])
 
     lidarseg, classes = _lidarseg(nusc)
     return Index(
@@ -350,18 +352,6 @@ def _matrices(records):
         matrices[:, :3, :3] = Rotation.from_quat(wxyz[:, [1, 2, 3, 0]]).as_matrix()
         matrices[:, :3, 3] = [r["translation"] for r in records]
     return matrices
-
-
-def _boxes(annotations, velocities, lidar2global):
-    """[M, 9] float32 boxes as in `Batch`; velocities [M, 2] m/s global, NaN where unknown; lidar2global [M, 4, 4]."""
-    global2lidar = np.linalg.inv(lidar2global)
-    box2lidar = global2lidar @ _matrices(annotations)
-    boxes = np.zeros((len(annotations), 9), np.float32)
-    boxes[:, :3] = box2lidar[:, :3, 3]
-    boxes[:, 3:6] = np.array([a["size"] for a in annotations]).reshape(-1, 3)
-    boxes[:, 6] = np.arctan2(box2lidar[:, 1, 0], box2lidar[:, 0, 0])
-    boxes[:, 7:] = np.einsum("mij,mj->mi", global2lidar[:, :2, :2], np.nan_to_num(velocities))
-    return boxes
 
 
 def _lidarseg(nusc):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from unipad.batch import CAMERAS, Batch
 from unipad.errors import UserError
-from unipad.model.camera import MASK_BLOCK
+from unipad.model.mask import MASK_BLOCK
 from unipad.model.pretrain import Pretrain
 from unipad.model.rays import cast_rays, common_grid, project_points, rays_from_lidar
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from unipad.batch import Batch
-from unipad.data.transforms import motion, moved_boxes
+from unipad.boxes import transform_boxes
+from unipad.data.transforms import make_transform
 from unipad.evaluate.submission import MAX_BOXES
 from unipad.model.detect import Detections, suppressed
 from unipad.model.segment import classes_of
@@ -27,7 +28,7 @@ def tta_views(
     """All combinations as transforms [4, 4]: factors of all lengths, radians from x towards y, and with `flips` x, y
     or both flipped."""
     flipped = list(itertools.product((False, True), repeat=2)) if flips else [(False, False)]
-    return [motion(a, s, flip_x=x, flip_y=y) for a, s, (x, y) in itertools.product(angles, scales, flipped)]
+    return [make_transform(a, s, flip_x=x, flip_y=y) for a, s, (x, y) in itertools.product(angles, scales, flipped)]
 
 
 def detect_tta(detect: Callable[[Batch], list[Detections]], views: list[np.ndarray], batch: Batch) -> list[Detections]:
@@ -73,5 +74,5 @@ def merged(found: Sequence[Detections]) -> Detections:
 
 
 def _transformed(found, transform):
-    boxes = moved_boxes(found.boxes.float().cpu().numpy(), transform)
+    boxes = transform_boxes(found.boxes.float().cpu().numpy(), transform)
     return replace(found, boxes=torch.from_numpy(boxes).to(found.boxes.device))

@@ -16,21 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from unipad.config import CameraConfig
 from unipad.model.depth import depth_head
 
-MASK_BLOCK = 32  # pixels: the encoder's total stride, so one block is one cell of its last stage
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's RGB in [0, 1]: what the published weights were trained on
 STD = (0.229, 0.224, 0.225)
-
-
-def draw_mask(noise, h, w, ratio):
-    """Which blocks of each image stay visible: those with the smallest noise.
-
-    noise: [M, h * w] uniform in [0, 1).
-    ratio: share of blocks hidden, in [0, 1); the number that stays is rounded half to even.
-
-    Returns [M, 1, h, w] bool, True = visible.
-    """
-    kept = noise.argsort(dim=1)[:, : round(h * w * (1 - ratio))]
-    return torch.zeros_like(noise, dtype=torch.bool).scatter(1, kept, True).view(-1, 1, h, w)
 
 
 class CameraEncoder(nn.Module):

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from unipad.config import CameraConfig
-from unipad.model.decoder import Dropout
+from unipad.model.dropout import Dropout
 from unipad.model.norm import SyncedBatchNorm
 from unipad.model.rays import project_points
 

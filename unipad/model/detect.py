@@ -15,12 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from unipad.boxes import CODE_SIZE, decode_boxes, footprint
 from unipad.kernels.rotated_iou import rotated_nms
-from unipad.model.boxes import CODE_SIZE, decode_boxes, footprint
-from unipad.model.decoder import DecoderLayer, Dropout
+from unipad.model.decoder import DecoderLayer
 from unipad.model.depth import depth_loss
+from unipad.model.dropout import Dropout
+from unipad.model.encoder import Encoder
 from unipad.model.targets import detection_losses, draw_noise, noisy_queries, tensor_like
-from unipad.model.volume import Encoder
 
 EPS = 1e-5  # shares of the range are kept so far from 0 and 1 before their logit is taken; mmdet's
 PRIOR = 0.01  # score of every class at the start (focal loss, arXiv 1708.02002)

@@ -10,39 +10,19 @@ from unipad import config
 from unipad.kernels.backend import host_wait
 from unipad.kernels.voxel_keys import sort_voxels
 from unipad.kernels.voxelize import voxelize
+from unipad.model.mask import draw_voxel_mask
 from unipad.model.norm import SyncedBatchNorm
 from unipad.model.sparse import (
-    SparseBatchNorm,
+    NORM,
+    ConvNormReLU,
+    SparseBlock,
     SparseConv3d,
     SparseTensor,
     SubMConv3d,
     VoxelSet,
-    conv_norm_relu,
+    in_fp32,
     make_tables,
 )
-
-NORM = dict(eps=1e-3, momentum=0.01)  # of all batch norms here, as SECOND has them
-
-
-def draw_voxel_mask(coords, noise, block, ratio):
-    """Which voxels stay visible: those in the blocks with the smallest noise, of the blocks that hold voxels.
-
-    coords: [N, 4] int32 (b, z, y, x).
-    noise:  [B, Z', Y', X'] uniform in [0, 1), for each block of voxels.
-    block:  voxels along the edge of a block.
-    ratio:  share of each sample's occupied blocks hidden, in [0, 1); the number that stays is rounded half to even.
-
-    Returns [N] bool, True = visible.
-    """
-    _, Z, Y, X = noise.shape
-    b, z, y, x = torch.cat([coords[:, :1], coords[:, 1:] // block], dim=1).long().unbind(1)
-    cell = ((b * Z + z) * Y + y) * X + x
-    occupied = torch.zeros(noise.numel(), dtype=torch.bool, device=noise.device)
-    occupied = occupied.index_fill(0, cell, True).view(len(noise), -1)
-    kept = (occupied.sum(1, keepdim=True).double() * (1 - ratio)).round()  # [B, 1]
-    order = noise.flatten(1).masked_fill(~occupied, 2).argsort(dim=1, stable=True)
-    first = torch.arange(order.shape[1], device=order.device) < kept  # [B, blocks]
-    return torch.zeros_like(occupied).scatter(1, order, first).flatten()[cell]
 
 
 class LidarEncoder(nn.Module):
@@ -143,41 +123,6 @@ class SparseEncoder(nn.Module):
     def forward(self, x):
         """x: SparseTensor; returns one of 1 / 2^(stages - 1) the resolution."""
         return self.conv_out(self.encoder_layers(in_fp32(self.conv_input, x)))
-
-
-def in_fp32(stem, x):
-    """The first convolution, without autocast, and its result in autocast's type: bf16 rounds 50 m to 25 cm."""
-    device = x.features.device.type
-    with torch.autocast(device, enabled=False):
-        x = stem(x)
-    return x.replace(x.features.to(torch.get_autocast_dtype(device))) if torch.is_autocast_enabled(device) else x
-
-
-class ConvNormReLU(nn.Sequential):
-    def __init__(self, conv):
-        super().__init__(conv, SparseBatchNorm(conv.weight.shape[0], **NORM))
-
-    def forward(self, x):
-        return conv_norm_relu(*self, x)
-
-
-class SparseBlock(nn.Module):
-    """relu(x + norm(conv(relu(norm(conv(x)))))); an x of another width is projected before it is added."""
-
-    def __init__(self, width, in_channels=None):
-        super().__init__()
-        self.proj = None
-        if in_channels not in (None, width):
-            self.proj = nn.Sequential(SubMConv3d(in_channels, width, 1, bias=False), SparseBatchNorm(width, **NORM))
-        self.conv1 = SubMConv3d(in_channels or width, width, 3, bias=False)
-        self.bn1 = SparseBatchNorm(width, **NORM)
-        self.conv2 = SubMConv3d(width, width, 3, bias=False)
-        self.bn2 = SparseBatchNorm(width, **NORM)
-
-    def forward(self, x):
-        y = conv_norm_relu(self.conv1, self.bn1, x)
-        x = x if self.proj is None else self.proj(x)
-        return conv_norm_relu(self.conv2, self.bn2, y, x.features)
 
 
 class Second(nn.Module):

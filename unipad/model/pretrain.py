@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from unipad.batch import Batch
 from unipad.config import Recipe
+from unipad.model.encoder import Encoder
 from unipad.model.rays import choose_rays, lidar_points
 from unipad.model.render import Renderer
-from unipad.model.volume import ConvNormReLU3d, Encoder
+from unipad.model.volume import ConvNormReLU3d
 
 STOP = 1e-4  # of a ray's light: a GPU's picture looks no further; 0.03 of 255 gray levels, 1 cm at 100 m
 
@@ -46,7 +48,7 @@ class Pretrain(nn.Module):
         volume, masks = self.encoder(batch, generators)
         return self.project(volume), masks
 
-    def in_color(self, batch) -> bool:
+    def in_color(self, batch: Batch) -> bool:
         """Whether the model learns colors and the batch has images."""
         return self.recipe.render.rgb_weight > 0 and batch.images.shape[1] > 0
 

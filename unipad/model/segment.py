@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from unipad.kernels.backend import host_wait
-from unipad.model.volume import Encoder
+from unipad.model.encoder import Encoder
 
 
 class Segmenter(nn.Module):

@@ -20,6 +20,8 @@ from unipad.kernels.sparse_conv import sparse_conv, sparse_conv_act
 from unipad.kernels.sparse_tiles import NeighborTable
 from unipad.model.norm import SyncedBatchNorm
 
+NORM = dict(eps=1e-3, momentum=0.01)  # of all batch norms here, as SECOND has them
+
 
 class Table(NamedTuple):
     """Which rows a convolution of N voxels to M voxels with K offsets gathers; -1 where there is no voxel."""
@@ -35,9 +37,9 @@ class Table(NamedTuple):
 class VoxelSet:
     """Voxels that exist in a batch of grids, and a `StreamCache` of the tables of the convolutions on them.
 
-    A set that a strided or transposed convolution makes knows the one it came from (`source`) and the table between
-    them. The other way the reference is weak: the next convolution of that geometry finds the set as long as somebody
-    uses it, and nothing keeps the voxels of past batches on the device.
+    The set that a strided convolution makes knows the one it came from (`source`) and the table between them. The other
+    way the reference is weak: the next convolution of that geometry finds the set as long as somebody uses it, and
+    nothing keeps the voxels of past batches on the device.
     """
 
     def __init__(self, coords, shape, batch_size, in_order=False, check=True):
@@ -75,16 +77,10 @@ class VoxelSet:
 
     def strided(self, kernel, stride, padding, dilation):
         """The voxels that a strided convolution reaches: all whose window holds one of these."""
-        return self._reach("strided", (kernel, stride, padding, dilation))
-
-    def transposed(self, kernel, stride, padding, dilation):
-        """The voxels that a transposed convolution reaches: all that one of these spreads to."""
-        return self._reach("transposed", (kernel, stride, padding, dilation))
-
-    def _reach(self, kind, geometry):
-        made = self._cache.find((kind, geometry), self.coords.device)
-        made = None if made is None else made()
-        return self._make_reached(kind, geometry) if made is None else made
+        geometry = (kernel, stride, padding, dilation)
+        reached = self._cache.find(geometry, self.coords.device)
+        reached = None if reached is None else reached()
+        return self._make_strided(geometry) if reached is None else reached
 
     # Compiled code takes tables that exist as inputs. It cannot make them: their sizes depend on the data.
     @torch.compiler.disable
@@ -97,19 +93,15 @@ class VoxelSet:
         return table
 
     @torch.compiler.disable
-    def _make_reached(self, kind, geometry):
-        if kind == "strided":
-            shape = sparse_map.out_shape(self.shape, *geometry)
-            coords, neighbor_idx = sparse_map.strided_map(
-                self.coords, self.shape, *geometry, self.batch_size, *self._in_order()
-            )
-        else:
-            shape = sparse_map.transposed_out_shape(self.shape, *geometry)
-            coords, neighbor_idx = sparse_map.transposed_map(self.coords, self.shape, *geometry, self.batch_size)
-        made = VoxelSet(coords, shape, self.batch_size, in_order=True, check=False)
-        made.source = (self, geometry[0], Table.of(neighbor_idx, sparse_map.inverse_map(neighbor_idx, len(self))))
-        self._cache.put((kind, geometry), self.coords.device, weakref.ref(made))
-        return made
+    def _make_strided(self, geometry):
+        shape = sparse_map.out_shape(self.shape, *geometry)
+        coords, neighbor_idx = sparse_map.strided_map(
+            self.coords, self.shape, *geometry, self.batch_size, *self._in_order()
+        )
+        reached = VoxelSet(coords, shape, self.batch_size, in_order=True, check=False)
+        reached.source = (self, geometry[0], Table.of(neighbor_idx, sparse_map.inverse_map(neighbor_idx, len(self))))
+        self._cache.put(geometry, self.coords.device, weakref.ref(reached))
+        return reached
 
     def _in_order(self):
         """Ascending keys, and the voxel of each key; None for the latter if the voxels are in this order already."""
@@ -201,16 +193,8 @@ class SparseConv3d(_SparseConvolution):
     def link(self, voxels):
         if (self.kernel, self.stride, self.padding) == ((1, 1, 1), (1, 1, 1), (0, 0, 0)):
             return voxels, None
-        reached = self._reach(voxels, self.kernel, self.stride, self.padding, self.dilation)
+        reached = voxels.strided(self.kernel, self.stride, self.padding, self.dilation)
         return reached, reached.source[2]
-
-    _reach = staticmethod(VoxelSet.strided)
-
-
-class SparseConvTranspose3d(SparseConv3d):
-    """`nn.ConvTranspose3d` on voxels: the output has every voxel that one of the input's spreads to."""
-
-    _reach = staticmethod(VoxelSet.transposed)
 
 
 class SparseInverseConv3d(_SparseConvolution):
@@ -271,6 +255,41 @@ def conv_norm_relu(conv, norm, x, residual=None):
         return y.replace((y.features if residual is None else y.features + residual).relu())
     act = *norm.scale_and_shift(), residual, True
     return SparseTensor(sparse_conv_act(x.features, conv.weight, table.neighbors, *act, conv.allow_tf32), voxels)
+
+
+def in_fp32(stem, x):
+    """The first convolution, without autocast, and its result in autocast's type: bf16 rounds 50 m to 25 cm."""
+    device = x.features.device.type
+    with torch.autocast(device, enabled=False):
+        x = stem(x)
+    return x.replace(x.features.to(torch.get_autocast_dtype(device))) if torch.is_autocast_enabled(device) else x
+
+
+class ConvNormReLU(nn.Sequential):
+    def __init__(self, conv):
+        super().__init__(conv, SparseBatchNorm(conv.weight.shape[0], **NORM))
+
+    def forward(self, x):
+        return conv_norm_relu(*self, x)
+
+
+class SparseBlock(nn.Module):
+    """relu(x + norm(conv(relu(norm(conv(x)))))); an x of another width is projected before it is added."""
+
+    def __init__(self, width, in_channels=None):
+        super().__init__()
+        self.proj = None
+        if in_channels not in (None, width):
+            self.proj = nn.Sequential(SubMConv3d(in_channels, width, 1, bias=False), SparseBatchNorm(width, **NORM))
+        self.conv1 = SubMConv3d(in_channels or width, width, 3, bias=False)
+        self.bn1 = SparseBatchNorm(width, **NORM)
+        self.conv2 = SubMConv3d(width, width, 3, bias=False)
+        self.bn2 = SparseBatchNorm(width, **NORM)
+
+    def forward(self, x):
+        y = conv_norm_relu(self.conv1, self.bn1, x)
+        x = x if self.proj is None else self.proj(x)
+        return conv_norm_relu(self.conv2, self.bn2, y, x.features)
 
 
 def make_tables(net, voxels):

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from unipad.boxes import decode_boxes, encode_boxes
 from unipad.kernels.backend import host_wait
 from unipad.kernels.rotated_iou import paired_iou_3d
-from unipad.model.boxes import decode_boxes, encode_boxes
 
 COMPARED = 8  # entries of a code that the assignment looks at: all but the velocity
 IMPOSSIBLE = 1e8  # cost instead of one that is not finite

@@ -13,8 +13,17 @@ from torch import nn
 from unipad import config
 from unipad.kernels.backend import host_wait
 from unipad.kernels.voxelize import grid_sample
-from unipad.model.lidar import ConvNormReLU, SparseBlock, draw_voxel_mask, in_fp32
-from unipad.model.sparse import SparseConv3d, SparseInverseConv3d, SparseTensor, SubMConv3d, VoxelSet
+from unipad.model.mask import draw_voxel_mask
+from unipad.model.sparse import (
+    ConvNormReLU,
+    SparseBlock,
+    SparseConv3d,
+    SparseInverseConv3d,
+    SparseTensor,
+    SubMConv3d,
+    VoxelSet,
+    in_fp32,
+)
 
 INTENSITY = 255.0  # nuScenes' largest
 

@@ -191,7 +191,7 @@ class Head(nn.Module):
         return torch.zeros_like(position), position, reference
 
     def _anchor(self, reference):
-        """Logits that predicted centers are relative to; the plain head converts them to fractions, which clamps them."""
+        """Logits that predicted centers are relative to; in the plain head clamped, by conversion to fractions."""
         if self.cfg.denoising:
             return reference
         limit = math.log((1 - EPS) / EPS)

@@ -71,9 +71,8 @@ class Step:
     def __init__(self, recipe, model, root):
         version = "v1.0-mini"
         box = None if model is Segmenter else (recipe.grid.low, recipe.grid.high)  # as the scripts read it
-        data = NuScenesDataset(
-            root, version, NuScenesDataset.train_val_splits(version)[0], recipe.data, point_range=box
-        )
+        split, _ = NuScenesDataset.train_val_splits(version)
+        data = NuScenesDataset(root, version, split, recipe.data, point_range=box)
         self.batch = collate([data[len(data) - 1]]).to(DEVICE)  # the last: with sweeps before it
         torch.manual_seed(0)
         with torch.device(DEVICE):

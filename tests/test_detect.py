@@ -151,7 +151,7 @@ def test_denoising_head_is_the_original():
 def test_assignment_is_the_originals(weights, name):
     arrays, _ = load("det_box_utils")
     cfg = dataclasses.replace(RECORDED, code_weights=weights)
-    boxes = boxes_from_original(arrays["in/assign_gt_boxes_gravity_center"])
+    boxes = boxes_from_original(arrays["in/assign_gt_boxes_gravity_centre"])
     boxes[:, 2] -= boxes[:, 5] / 2  # z is the center's already
     logits, codes = arrays["in/coder_cls"][-1:, :1], arrays["in/coder_box"][-1:, :1]
     truth = boxes, arrays["in/assign_gt_labels"], [7]

@@ -146,7 +146,7 @@ def test_encoders_are_taken_and_the_rest_is_listed(city, tmp_path, capsys):
     "flags, words",
     [
         (["--preset", "huge"], "--preset huge is not known; use tiny"),
-        (["--version", "v1.0-trainval"], "holds no --version v1.0-trainval"),
+        (["--version", "v1.0-trainval"], "has no --version v1.0-trainval"),
         (["--label-fraction", 0.3], "--label-fraction 0.3 is not 1/k"),
         (["--batch-size", 3, "--accumulate", 2], "--batch-size 3 cannot be split"),
         (["--pretrained", "nowhere"], "there is no checkpoint nowhere"),

@@ -300,7 +300,7 @@ def test_a_step_waits_for_nothing_but_sizes(monkeypatch, device):
 
 def test_cells_that_miss_the_grid_are_refused():
     with pytest.raises(
-        AssertionError, match=r"an encoder of stride 4 needs \(64, 32, 12\).*take voxels of \(0.25, 0.25"
+        AssertionError, match=r"an encoder of stride 4 needs \(64, 32, 12\).*use voxels of \(0.25, 0.25"
     ):
         make_encoder(cell=(0.25, 0.5, 0.5))
     with pytest.raises(AssertionError, match="multiples of 3"):

@@ -105,7 +105,7 @@ class DrivingDataset(torch.utils.data.Dataset):
         if not 0 < label_fraction <= 1 or abs(round(1 / label_fraction) * label_fraction - 1) > 0.02:
             raise DataError(f"--label-fraction {label_fraction} is not 1/k; give 1, 0.5, 0.2, 0.1 or the like.")
         if not frame_count:
-            raise DataError(f"{Path(root) / version} has no scene of split {split}; unpack the whole set there.")
+            raise DataError(f"{Path(root) / version} has no frame of split {split}; unpack the whole dataset there.")
         self.root, self.version, self.split, self.data = Path(root), version, split, data
         self.point_range, self.augment, self.objects = point_range, augment, None
         self.frames = np.arange(frame_count)[:: round(1 / label_fraction)]  # rows of the split's frames

@@ -14,7 +14,7 @@ import numpy as np
 from unipad.boxes import transform_boxes
 from unipad.config import Augment
 
-# ImageNet's mean color: what the encoder's normalization takes to 0, where the original hides pixels after it.
+# ImageNet's mean color, which the encoder normalizes to 0; the original hides pixels after normalization.
 HIDDEN = np.array([124, 116, 104], np.uint8)
 
 
@@ -80,7 +80,7 @@ def photometric_distortion(sample, rng: np.random.Generator):
 
 
 def _distort(image, rng):
-    """[h, w, 3] uint8 RGB, the original's steps in its order: contrast comes before the colors or after them."""
+    """[h, w, 3] uint8 RGB, the original's steps in its order: contrast comes before or after saturation and hue."""
     pixels = image.astype(np.float32)
     brightness = rng.uniform(-32, 32) if _coin(rng) else 0.0
     contrast_first = _coin(rng)
@@ -107,7 +107,7 @@ def _coin(rng):
 
 
 def _behind_grid(images, rng):
-    """The images, [h, w, 3] uint8 each, with the same grid over all of them."""
+    """The images, [h, w, 3] uint8 each, behind the same grid."""
     height = _padded(images[0].shape[0])
     period = rng.integers(2, height)
     top, left = rng.integers(period, size=2)
@@ -115,21 +115,21 @@ def _behind_grid(images, rng):
 
 
 def _grid_of(image, period, top, left):
-    """[h, w] bool: the part of the padded image's grid that lies over the image."""
+    """[h, w] bool: the padded image's grid, without the padding."""
     h, w = image.shape[:2]
     return grid_mask(_padded(h), _padded(w), period, top, left)[:h, :w]
 
 
 def _padded(length):
-    """Pixels with the padding that a batch gives an image: to a multiple of 32."""
+    """Height or width as a batch pads it: to a multiple of 32."""
     return -(-length // 32) * 32
 
 
-def grid_mask(height, width, period, top, left):
-    """[height, width] bool, True = visible: bars half as wide as the `period`, rows and columns of them.
+def grid_mask(height: int, width: int, period: int, top: int, left: int) -> np.ndarray:
+    """[height, width] bool, True = visible: rows and columns of bars, half as wide as the `period`.
 
-    The grid is laid over an area half as high and wide again, `top` and `left` pixels from its corner, and the image
-    is that area's middle. As in the original, no bar starts where less than a whole period is left.
+    The grid covers an area 1.5 times as high and wide, starting `top` and `left` pixels from its corner; the image is
+    the middle of that area. As in the original, no bar starts where less than a whole period is left.
     """
     bar = min(max(int(period * 0.5 + 0.5), 1), period - 1)
     rows, columns = _bars(height, period, top, bar), _bars(width, period, left, bar)

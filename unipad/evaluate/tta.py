@@ -16,7 +16,7 @@ from unipad.batch import Batch
 from unipad.boxes import transform_boxes
 from unipad.data.transforms import make_transform
 from unipad.evaluate.submission import MAX_BOXES
-from unipad.model.detect import Detections, suppressed
+from unipad.model.detect import Detections, suppress
 from unipad.model.segment import classes_of
 
 OVERLAP = 0.1  # bird's-eye IoU above which the worse of two boxes is dropped; the original's
@@ -68,7 +68,7 @@ def merged(found: Sequence[Detections]) -> Detections:
     """Several detections of one sample, in the same frame, as one: without boxes that overlap a better one of their
     class, best score first, `MAX_BOXES` at most."""
     together = Detections(*(torch.cat([getattr(one, name) for one in found]) for name in ("boxes", "scores", "labels")))
-    kept = suppressed(together, [(label, OVERLAP) for label in together.labels.unique().tolist()])
+    kept = suppress(together, [(label, OVERLAP) for label in together.labels.unique().tolist()])
     best = kept.scores.argsort(descending=True, stable=True)[:MAX_BOXES]
     return Detections(kept.boxes[best], kept.scores[best], kept.labels[best])
 

@@ -1,17 +1,20 @@
-"""Dropout that is reproducible sample by sample, whatever else is in the batch."""
+"""Dropout drawn per sample: what a sample loses does not depend on the rest of the batch."""
+
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 
 class Dropout:
-    """Dropout whose masks come from one `torch.Generator` a sample; without generators nothing is dropped."""
+    """Dropout with masks from one `torch.Generator` per sample; without generators nothing is dropped."""
 
-    def __init__(self, rate=0.0, generators=None):
+    def __init__(self, rate: float = 0.0, generators: Sequence[torch.Generator] | None = None):
         self.rate, self.generators = rate, generators
         self.drops = rate > 0 and generators is not None
 
-    def __call__(self, x):
-        """x: [M, ...], each sample's M / B rows after those of the sample before."""
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [M, ...], M / B rows per sample, sample after sample."""
         if not self.drops:
             return x
         kept = torch.empty_like(x, dtype=torch.bool)

@@ -1,11 +1,13 @@
 """The encoder: images, points or both to one volume. It is what survives pre-training."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from unipad import config
+from unipad.batch import Batch
 from unipad.model.camera import CameraEncoder
 from unipad.model.lidar import LidarEncoder
 from unipad.model.mask import MASK_BLOCK, draw_mask
@@ -16,24 +18,22 @@ from unipad.model.volume import ConvNormReLU3d, FrameFusion, view_transform, vol
 
 @dataclass(frozen=True)
 class Encoded:
-    """What the encoders make of a batch.
+    """A batch, encoded.
 
-    masks: "camera", [B, N, H / 32, W / 32] bool, True where the encoder saw the image (the views as in `Batch`), and
-           "lidar", [M, 4] int32 (b, z, y, x) the voxels that it saw; empty where nothing is hidden.
+    masks: "camera", [B, N, H / 32, W / 32] bool, True = visible to the encoder, and "lidar", [M, 4] int32 (b, z, y, x)
+           of the visible voxels; {} without masking.
     """
 
     volume: Tensor  # [B, C, Z, Y, X], LiDAR frame
-    masks: dict
-    depths: list | None  # per level [B, N, h, w, D] probabilities of the depth bins; None without images
+    masks: dict[str, Tensor]
+    depths: list[Tensor] | None  # per level [B, N, h, w, D] probabilities of the depth bins; None without images
 
 
 class Encoder(nn.Module):
-    """Images, points or both to a volume; the volumes of both are summed and convolved once.
+    """Images, points or both to one volume; the volumes of both are summed and convolved once.
 
-    With camera sweeps every frame of images has a volume of its own, all of them in the keyframe's LiDAR frame, before
-    `FrameFusion` makes one of them.
-
-    It is what survives pre-training: fine-tuning starts from its weights.
+    With camera sweeps each frame of images is lifted to a volume of its own, all in the keyframe's LiDAR frame, which
+    `FrameFusion` merges. Fine-tuning starts from the weights of this module.
     """
 
     def __init__(self, recipe: config.Recipe):
@@ -41,7 +41,7 @@ class Encoder(nn.Module):
         self.recipe = recipe
         encoders = [encoder for encoder in (recipe.camera, recipe.lidar) if encoder is not None]
         self.channels, *other = {encoder.channels for encoder in encoders}
-        assert not other, f"the encoders' volumes have {self.channels} and {other[0]} channels: they must be as many"
+        assert not other, f"the encoders' volumes have {self.channels} and {other[0]} channels: they must be equal"
         if recipe.camera is not None:
             self.camera = CameraEncoder(recipe.camera)
             self.lift = view_transform(recipe.grid, recipe.camera)
@@ -56,24 +56,24 @@ class Encoder(nn.Module):
         if len(encoders) > 1:
             self.fuse = ConvNormReLU3d(self.channels, self.channels)
 
-    def set_checkpointing(self, on):
-        """Whether activations of the ConvNeXt are computed again in the backward pass instead of kept."""
+    def set_checkpointing(self, on: bool):
+        """Whether to recompute the ConvNeXt's activations in the backward pass instead of keeping them."""
         if self.recipe.camera is not None:
             self.camera.backbone.checkpointing = on
 
-    def forward(self, batch, generators, masked=True):
+    def forward(
+        self, batch: Batch, generators: Sequence[torch.Generator] | None, masked: bool = True
+    ) -> tuple[Tensor, dict]:
         """The volume and the masks of `encode`."""
         encoded = self.encode(batch, generators, masked)
         return encoded.volume, encoded.masks
 
-    def encode(self, batch, generators, masked=True):
+    def encode(self, batch: Batch, generators: Sequence[torch.Generator] | None, masked: bool = True) -> Encoded:
         """Encode a batch.
 
-        batch:      a `Batch` on the model's device.
-        generators: one `torch.Generator` a sample, on that device; None = no chance: no mask, no path is dropped.
+        batch:      on the model's device.
+        generators: one per sample, on that device; None: nothing random, so no mask, no drop path, no dropout.
         masked:     hide blocks of pixels and voxels, in training and in evaluation.
-
-        Returns `Encoded`.
         """
         masked = masked and generators is not None
         volumes, masks, depths = [], {}, None
@@ -92,7 +92,7 @@ class Encoder(nn.Module):
         cfg, mask = self.recipe.camera, None
         B, N, _, H, W = batch.images.shape
         frames = self.recipe.data.camera_sweeps
-        assert batch.frames == frames, f"a batch with {batch.frames} frames of images, and the recipe has {frames}"
+        assert batch.frames == frames, f"the batch has {batch.frames} frames of images, the recipe {frames}"
         if masked:
             h, w = H // MASK_BLOCK, W // MASK_BLOCK
             mask = draw_mask(
@@ -111,10 +111,10 @@ class Encoder(nn.Module):
 
 
 def _by_frame(tensors, frames):
-    """[B, frames * cameras, ...] each -> [B * frames, cameras, ...]: a view transform then takes frames for samples."""
+    """[B, frames * cameras, ...] each -> [B * frames, cameras, ...]: a view transform then sees frames as samples."""
     return [t.unflatten(1, (frames, -1)).flatten(0, 1) for t in tensors]
 
 
 def _per_sample(generators, shape):
-    """[B, *shape] uniform in [0, 1), each sample's from its own generator."""
+    """[B, *shape] uniform in [0, 1), each sample from its own generator."""
     return torch.stack([torch.rand(shape, generator=g, device=g.device) for g in generators])

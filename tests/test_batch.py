@@ -41,9 +41,9 @@ class Made(torch.utils.data.Dataset):
         return sample(i, points=i, size=(8, 8))
 
 
-def seen(n, passes, **stream):
-    """Tokens of each of the first passes."""
-    batches = itertools.islice(step_batches(Made(n), **stream), passes)
+def seen(n, count, **stream):
+    """Tokens of each of the first `count` micro-batches."""
+    batches = itertools.islice(step_batches(Made(n), **stream), count)
     return [tuple(int(t) for t in batch.tokens) for batch, _ in batches]
 
 
@@ -89,41 +89,41 @@ def test_to_moves_all_but_the_counts():
 
 
 def test_an_epoch_shows_every_frame_once_and_drops_none():
-    order = sum(seen(5, passes=5, share=2), ())
+    order = sum(seen(5, count=5, micro_batch=2), ())
     assert sorted(order[:5]) == sorted(order[5:]) == list(range(5))
     assert order[:5] != order[5:]
-    assert order != sum(seen(5, passes=5, share=2, seed=1), ())
+    assert order != sum(seen(5, count=5, micro_batch=2, seed=1), ())
 
 
 def test_a_stream_that_starts_later_goes_on_where_the_other_was():
-    assert seen(7, passes=9, share=3)[4:] == seen(7, passes=5, share=3, start=4)
+    assert seen(7, count=9, micro_batch=3)[4:] == seen(7, count=5, micro_batch=3, start=4)
 
 
 def test_two_processes_see_what_one_sees():
-    one = seen(7, passes=6, share=4)
-    parts = [seen(7, passes=6, share=2, rank=rank, world=2) for rank in range(2)]
+    one = seen(7, count=6, micro_batch=4)
+    parts = [seen(7, count=6, micro_batch=2, rank=rank, world=2) for rank in range(2)]
     assert one == [a + b for a, b in zip(*parts, strict=True)]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(workers):
-    assert seen(7, passes=5, share=3, workers=workers) == seen(7, passes=5, share=3)
+    assert seen(7, count=5, micro_batch=3, workers=workers) == seen(7, count=5, micro_batch=3)
 
 
 def test_a_pass_may_be_larger_than_the_dataset():
-    (order,) = seen(2, passes=1, share=5)
+    (order,) = seen(2, count=1, micro_batch=5)
     assert sorted(order[:2]) == sorted(order[2:4]) == [0, 1]
 
 
 def test_the_stream_leaves_the_global_random_numbers_alone():
     state = torch.get_rng_state()
-    seen(3, passes=1, share=1, workers=1)
+    seen(3, count=1, micro_batch=1, workers=1)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_bad_frames_are_replaced_by_the_next_and_named(workers):
-    stream = step_batches(Made(5, bad={1, 2, 4}), share=5, workers=workers)
+    stream = step_batches(Made(5, bad={1, 2, 4}), micro_batch=5, workers=workers)
     batch, bad_frames = next(stream)
     assert sorted(batch.tokens) == ["0", "0", "3", "3", "3"]
     assert sorted(bad_frames) == [f"frame-{i}: is missing" for i in (1, 2, 2, 4)]

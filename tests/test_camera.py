@@ -5,7 +5,8 @@ import torch
 
 from tests.golden import assert_close_to_max, load, weights
 from unipad.config import CameraConfig
-from unipad.model.camera import FPN, MEAN, STD, Block, CameraEncoder, ConvNeXt, draw_mask
+from unipad.model.camera import FPN, MEAN, STD, Block, CameraEncoder, ConvNeXt
+from unipad.model.mask import draw_mask
 from unipad.recipes import PRETRAIN
 
 DEPTHS, WIDTHS = (1, 2, 3, 1), (8, 16, 32, 64)  # of the records

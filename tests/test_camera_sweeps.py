@@ -25,7 +25,7 @@ from unipad.data import synthetic
 from unipad.data.city import rig
 from unipad.data.city.raycast import cast
 from unipad.data.city.traffic import Scene
-from unipad.data.cutpaste import cut_out, load_objects, seen_rectangles
+from unipad.data.cutpaste import cut_out, load_objects, visible_rectangles
 from unipad.data.dataset import Sample, collate
 from unipad.data.loader import step_batches
 from unipad.data.nuscenes import NuScenesDataset
@@ -34,8 +34,9 @@ from unipad.draw.views import rendered_views
 from unipad.errors import UserError
 from unipad.evaluate.rendering import evaluate_rendering
 from unipad.model.detect import Detector
+from unipad.model.encoder import Encoder
 from unipad.model.pretrain import Pretrain
-from unipad.model.volume import Encoder, FrameFusion
+from unipad.model.volume import FrameFusion
 from unipad.names import to_original
 from unipad.recipes import DETECT, PRETRAIN
 
@@ -214,7 +215,7 @@ def test_objects_are_pasted_into_all_frames(city):
         lag = whole.frame_lags[view // 6]
         then = np.c_[new[:, :2] - lag * new[:, 7:], new[:, 2:]]
         covered = np.zeros(SIZE, bool)
-        for left, top, right, bottom in seen_rectangles(then, whole.lidar2image[view], SIZE)[1]:
+        for left, top, right, bottom in visible_rectangles(then, whole.lidar2image[view], SIZE)[1]:
             covered[top:bottom, left:right] = True
         difference = (before != after).any(-1)
         assert not (difference & ~covered).any()

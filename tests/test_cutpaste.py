@@ -12,9 +12,10 @@ from nuscenes.utils.geometry_utils import points_in_box
 from pyquaternion import Quaternion
 from shapely.geometry import MultiPoint
 
+from unipad.boxes import points_in_boxes
 from unipad.config import Augment, Data, Paste
 from unipad.data import cutpaste
-from unipad.data.cutpaste import Objects, cut_out, load_objects, points_in_boxes, seen_rectangles
+from unipad.data.cutpaste import Objects, cut_out, load_objects, visible_rectangles
 from unipad.data.dataset import DataError, Sample
 from unipad.data.loader import step_batches
 from unipad.data.nuscenes import NuScenesDataset
@@ -69,7 +70,7 @@ def test_objects_are_what_the_frames_hold(train, objects):
             assert objects.labels[k] == sample.labels[row]
             np.testing.assert_allclose(objects._points(k), sample.points[inside[row]], atol=1e-5)
             for view, image in enumerate(sample.images):
-                rows, places = seen_rectangles(sample.boxes, sample.lidar2image[view], image.shape[:2])
+                rows, places = visible_rectangles(sample.boxes, sample.lidar2image[view], image.shape[:2])
                 picture = objects._picture(k, view)
                 assert (picture is not None) == (row in rows)
                 if picture is not None:
@@ -95,7 +96,7 @@ def test_a_sample_is_filled_up_without_overlaps(sample, objects, empty):
     before, counts = np.bincount(sample.labels, minlength=10), np.array(PASTE.counts)
     pasted_of_class = np.zeros(10, int)
     for seed in range(5):
-        after = objects.pasted(sample, np.random.default_rng(seed))
+        after = objects.paste_into(sample, np.random.default_rng(seed))
         own = len(sample.boxes)
         np.testing.assert_array_equal(after.boxes[:own], sample.boxes)
         np.testing.assert_array_equal(after.labels[:own], sample.labels)
@@ -119,7 +120,7 @@ def test_a_sample_is_filled_up_without_overlaps(sample, objects, empty):
 
 
 def test_chance_comes_from_the_generator_alone(sample, objects):
-    one, same, other = (objects.pasted(sample, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    one, same, other = (objects.paste_into(sample, np.random.default_rng(seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(one.points, same.points)
     np.testing.assert_array_equal(one.images, same.images)
     assert one.boxes.tolist() != other.boxes.tolist()
@@ -127,7 +128,7 @@ def test_chance_comes_from_the_generator_alone(sample, objects):
 
 def test_nothing_is_missing(sample, objects):
     full = replace(objects, counts=tuple(np.bincount(sample.labels, minlength=10).tolist()))
-    assert full.pasted(sample, np.random.default_rng(0)) is sample
+    assert full.paste_into(sample, np.random.default_rng(0)) is sample
 
 
 # A camera that looks along y: u = 50 x / y + 32, v = 32 - 50 z / y
@@ -141,7 +142,7 @@ def cube(x, y, z=0.0, size=2.0):
 def test_rectangles_by_hand():
     """Edges of cubes of 2 m whose near sides are 10, 5 and 20 m away: 50 / 10 pixels a meter on either side, ..."""
     boxes = np.stack([cube(0, 11), cube(-4, 6), cube(0, -9), cube(0, 0.5), cube(0, 21), cube(90, 11)])
-    rows, places = seen_rectangles(boxes, AHEAD, (64, 64))
+    rows, places = visible_rectangles(boxes, AHEAD, (64, 64))
     assert rows.tolist() == [4, 0, 1]  # not those behind the camera, around it and beside the image
     expected = {0: [27, 27, 37, 37], 1: [0, 22, 10, 42], 4: [29, 29, 34, 34]}
     assert [expected[r] for r in rows] == places.tolist()
@@ -185,12 +186,12 @@ def test_pictures_are_laid_far_ones_first(tmp_path):
     for view, order in enumerate((("red", "blue", "green"), ("blue", "green"))):
         expected[view] = gray.copy()
         for name in order:
-            _, ((left, top, right, bottom),) = seen_rectangles(boxes[name][None], AHEAD, (64, 64))
+            _, ((left, top, right, bottom),) = visible_rectangles(boxes[name][None], AHEAD, (64, 64))
             expected[view][top:bottom, left:right] = colors[name]
             if name == "blue":
                 image[top:bottom, left:right] = colors[name]
     scene = seen("blue", [image, image])
-    after = objects.pasted(scene, np.random.default_rng(0))
+    after = objects.paste_into(scene, np.random.default_rng(0))
     assert len(after.boxes) == 3 and len(after.points) == 15
     for view in range(2):
         np.testing.assert_allclose(after.images[view].astype(int), expected[view], atol=4)  # JPEG
@@ -204,7 +205,7 @@ def test_pasting_ends_at_a_position_of_the_stream(city, train, objects):
     pasting = plain.with_objects(objects)
 
     def boxes(dataset, **stream):
-        batches = step_batches(dataset, share=1, **stream)
+        batches = step_batches(dataset, micro_batch=1, **stream)
         return [next(batches)[0].boxes.tolist() for _ in range(4)]
 
     never, until_two, always = boxes(plain), boxes(pasting, paste_until=2), boxes(pasting)

@@ -5,11 +5,13 @@ import pytest
 import torch
 
 from tests.golden import assert_close_to_max, load, weights
+from tests.original_boxes import boxes_from_original, boxes_to_original
 from unipad import config
 from unipad.batch import Batch
-from unipad.model.boxes import boxes_from_original, boxes_to_original, encode_boxes
-from unipad.model.decoder import Dropout, SelfAttention, VolumeAttention
+from unipad.boxes import encode_boxes
+from unipad.model.decoder import SelfAttention, VolumeAttention
 from unipad.model.detect import Detector, Head, Predictions, detections
+from unipad.model.dropout import Dropout
 from unipad.model.targets import assign, assignment_cost, detection_losses, draw_noise, noisy_queries
 from unipad.model.volume import ConvNormReLU3d, GatherLift
 from unipad.names import our_name
@@ -149,7 +151,7 @@ def test_denoising_head_is_the_original():
 def test_assignment_is_the_originals(weights, name):
     arrays, _ = load("det_box_utils")
     cfg = dataclasses.replace(RECORDED, code_weights=weights)
-    boxes = boxes_from_original(arrays["in/assign_gt_boxes_gravity_center"])
+    boxes = boxes_from_original(arrays["in/assign_gt_boxes_gravity_centre"])
     boxes[:, 2] -= boxes[:, 5] / 2  # z is the center's already
     logits, codes = arrays["in/coder_cls"][-1:, :1], arrays["in/coder_box"][-1:, :1]
     truth = boxes, arrays["in/assign_gt_labels"], [7]

@@ -9,16 +9,10 @@ from tests.golden import assert_close_to_max, load, weights
 from unipad import config
 from unipad.kernels import backend
 from unipad.model import sparse
-from unipad.model.lidar import (
-    NORM,
-    LidarEncoder,
-    Second,
-    SecondFPN,
-    SparseEncoder,
-    draw_voxel_mask,
-)
+from unipad.model.lidar import LidarEncoder, Second, SecondFPN, SparseEncoder
+from unipad.model.mask import draw_voxel_mask
 from unipad.model.norm import SyncedBatchNorm
-from unipad.model.sparse import SparseConv3d, SparseTensor, SubMConv3d, VoxelSet
+from unipad.model.sparse import NORM, SparseConv3d, SparseTensor, SubMConv3d, VoxelSet
 
 GRID = config.Grid(low=(-8.0, -4.0, -2.0), high=(8.0, 4.0, 4.0), cell=(1.0, 1.0, 2.0))  # 16 x 8 x 3
 TINY = config.LidarConfig(
@@ -306,7 +300,7 @@ def test_a_step_waits_for_nothing_but_sizes(monkeypatch, device):
 
 def test_cells_that_miss_the_grid_are_refused():
     with pytest.raises(
-        AssertionError, match=r"an encoder of stride 4 needs \(64, 32, 12\).*take voxels of \(0.25, 0.25"
+        AssertionError, match=r"an encoder of stride 4 needs \(64, 32, 12\).*use voxels of \(0.25, 0.25"
     ):
         make_encoder(cell=(0.25, 0.5, 0.5))
     with pytest.raises(AssertionError, match="multiples of 3"):

@@ -293,9 +293,9 @@ def test_balanced_frames_are_read_and_resumed_exactly(city):
         batches = step_batches(dataset, **stream)
         return [next(batches)[0].tokens for _ in range(passes)]
 
-    whole = tokens(6, share=2)
-    assert tokens(3, share=2, start=3) == whole[3:]
-    both = [tokens(6, share=1, rank=rank, world=2) for rank in range(2)]
+    whole = tokens(6, micro_batch=2)
+    assert tokens(3, micro_batch=2, start=3) == whole[3:]
+    both = [tokens(6, micro_batch=1, rank=rank, world=2) for rank in range(2)]
     assert [a + b for a, b in zip(*both, strict=True)] == whole
     assert len({t for batch in whole for t in batch}) > 1
 
@@ -336,7 +336,7 @@ def test_a_bad_frame_is_named_and_replaced_by_the_next(copy, kind, damage, reaso
         dataset[0]
     assert str(bad.value).startswith(f"{path}: ")
 
-    batch, bad_frames = next(step_batches(dataset, share=len(dataset)))
+    batch, bad_frames = next(step_batches(dataset, micro_batch=len(dataset)))
     tokens = [t.decode() for t in dataset.index.tokens]
     assert set(batch.tokens) == set(tokens[1:])
     assert batch.tokens.count(tokens[1]) == 2
@@ -358,6 +358,6 @@ def test_no_readable_frame_is_one_sentence(copy, workers):
     shutil.rmtree(copy / "samples" / "LIDAR_TOP")
     dataset = NuScenesDataset(copy, VERSION, "mini_val", Data())
     with pytest.raises(DataError, match=r"none of the \d+ frames can be read \(.*: is missing\)"):
-        next(step_batches(dataset, share=1, workers=workers))
+        next(step_batches(dataset, micro_batch=1, workers=workers))
     with pytest.raises(DataError, match="none of the"):
         next(held_out_batches(dataset, 1))

@@ -100,4 +100,4 @@ def test_each_fault_of_a_set_is_one_sentence(city, copy, tmp_path):
 def test_a_split_without_scenes_is_refused(copy):
     table = copy / VERSION / "scene.json"
     table.write_text(table.read_text().replace("scene-0103", "scene-9103").replace("scene-0916", "scene-9916"))
-    refuse(["no scene of split mini_val"], copy)
+    refuse(["no frame of split mini_val"], copy)

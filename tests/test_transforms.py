@@ -9,25 +9,32 @@ import pytest
 import torch
 
 from tests.golden import load
+from tests.original_boxes import boxes_from_original, boxes_to_original
 from unipad.batch import CAMERAS
+from unipad.boxes import points_in_boxes
 from unipad.config import Augment, CameraConfig, Data
-from unipad.data.cutpaste import points_in_boxes
 from unipad.data.dataset import collate
 from unipad.data.nuscenes import NuScenesDataset
-from unipad.data.transforms import HIDDEN, augmented, distorted, grid_mask, motion, moved
-from unipad.model.boxes import boxes_from_original, boxes_to_original
+from unipad.data.transforms import (
+    HIDDEN,
+    apply_transform,
+    augment_sample,
+    grid_mask,
+    make_transform,
+    photometric_distortion,
+)
 from unipad.model.camera import CameraEncoder
 from unipad.model.rays import cast_rays, project_points
 
-MOTIONS = {
-    "turned and scaled": motion(0.3, 1.05),
-    "shifted": motion(shift=(0.7, -0.4, 0.2)),
-    "left and right": motion(flip_x=True),
-    "front and back": motion(flip_y=True),
-    "all": motion(-0.7, 0.9, (-0.3, 0.5, 0.4), flip_x=True, flip_y=True),
-    "all, left-handed": motion(0.7, 1.1, (-0.3, 0.5, 0.4), flip_y=True),
+TRANSFORMS = {
+    "turned and scaled": make_transform(0.3, 1.05),
+    "shifted": make_transform(shift=(0.7, -0.4, 0.2)),
+    "left and right": make_transform(flip_x=True),
+    "front and back": make_transform(flip_y=True),
+    "all": make_transform(-0.7, 0.9, (-0.3, 0.5, 0.4), flip_x=True, flip_y=True),
+    "all, left-handed": make_transform(0.7, 1.1, (-0.3, 0.5, 0.4), flip_y=True),
 }
-every_motion = pytest.mark.parametrize("move", MOTIONS.values(), ids=MOTIONS.keys())
+every_transform = pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +43,7 @@ def sample(city):
 
 
 def test_a_quarter_turn_by_hand(sample):
-    quarter = moved(sample, motion(np.pi / 2, 2.0))
+    quarter = apply_transform(sample, make_transform(np.pi / 2, 2.0))
     x, y, z = sample.points[:, :3].T
     np.testing.assert_allclose(quarter.points[:, :3], np.stack([-2 * y, 2 * x, 2 * z], axis=1), rtol=1e-6, atol=1e-5)
     assert (quarter.points[:, 3:] == sample.points[:, 3:]).all()
@@ -56,7 +63,7 @@ def test_mirrors_by_hand(sample):
         "y": torch.stack([x, -y, z, w, l, h, np.pi - yaw, vx, -vy], dim=1),
     }
     for axis, boxes in truth.items():
-        after = moved(sample, motion(**{f"flip_{axis}": True}))
+        after = apply_transform(sample, make_transform(**{f"flip_{axis}": True}))
         expected = boxes_from_original(boxes)
         torch.testing.assert_close(torch.from_numpy(after.boxes[:, :6]), expected[:, :6])
         torch.testing.assert_close(torch.from_numpy(after.boxes[:, 7:]), expected[:, 7:])
@@ -67,14 +74,14 @@ def test_mirrors_by_hand(sample):
 
 def test_steps_follow_each_other_as_in_the_original():
     """Turn, scale, shift, mirror, worked out for one point: (1, 0) -> (0, 1) -> (0, 2) -> (10, 22) -> (-10, 22)."""
-    after = motion(np.pi / 2, 2.0, (10, 20, 30), flip_x=True) @ [1, 0, 0, 1]
+    after = make_transform(np.pi / 2, 2.0, (10, 20, 30), flip_x=True) @ [1, 0, 0, 1]
     np.testing.assert_allclose(after, [-10, 22, 30, 1], atol=1e-12)
 
 
-@every_motion
-def test_points_stay_in_their_boxes(sample, move):
+@every_transform
+def test_points_stay_in_their_boxes(sample, transform):
     """But for those that rounding takes through a face."""
-    after = moved(sample, move)
+    after = apply_transform(sample, transform)
     grown = sample.boxes * np.float32([1, 1, 1, 1.01, 1.01, 1.01, 1, 1, 1])
     shrunk = sample.boxes * np.float32([1, 1, 1, 0.99, 0.99, 0.99, 1, 1, 1])
     inside = points_in_boxes(after.points, after.boxes)
@@ -83,10 +90,10 @@ def test_points_stay_in_their_boxes(sample, move):
     assert inside[surely].all() and perhaps[inside].all()
 
 
-@every_motion
-def test_boxes_keep_their_front_and_their_velocity(sample, move):
+@every_transform
+def test_boxes_keep_their_front_and_their_velocity(sample, transform):
     """A box's front, and where it is a second later, move as points do."""
-    boxes, after = sample.boxes.astype(float), moved(sample, move).boxes.astype(float)
+    boxes, after = sample.boxes.astype(float), apply_transform(sample, transform).boxes.astype(float)
     assert (np.hypot(*boxes[:, 7:].T) > 1).any()
 
     def ahead(b):
@@ -94,15 +101,15 @@ def test_boxes_keep_their_front_and_their_velocity(sample, move):
         return b[:, :2] + heading * b[:, 4:5] / 2, b[:, :2] + b[:, 7:]
 
     for before, then in zip(ahead(boxes), ahead(after), strict=True):
-        expected = np.c_[before, boxes[:, 2], np.ones(len(boxes))] @ move.T
+        expected = np.c_[before, boxes[:, 2], np.ones(len(boxes))] @ transform.T
         np.testing.assert_allclose(then, expected[:, :2], atol=1e-3)
     assert (np.abs(after[:, 6]) <= np.pi + 1e-6).all()
 
 
-@every_motion
-def test_pixels_keep_what_they_show(sample, move):
+@every_transform
+def test_pixels_keep_what_they_show(sample, transform):
     seen = []
-    for s in (sample, moved(sample, move)):
+    for s in (sample, apply_transform(sample, transform)):
         batch = collate([s])
         pixels, visible = project_points(batch.points[:, :3], batch.lidar2image[0], batch.image_sizes[0])
         seen.append((pixels, visible))
@@ -112,9 +119,9 @@ def test_pixels_keep_what_they_show(sample, move):
     torch.testing.assert_close(after[both], before[both], rtol=1e-3, atol=0.02)
 
 
-@every_motion
-def test_rays_still_end_on_the_points(sample, move):
-    batch = collate([moved(sample, move)])
+@every_transform
+def test_rays_still_end_on_the_points(sample, transform):
+    batch = collate([apply_transform(sample, transform)])
     points = batch.points[:, :3]
     pixels, visible = project_points(points, batch.lidar2image[0], batch.image_sizes[0])
     rows = [view.nonzero()[:50, 0] for view in visible]
@@ -132,7 +139,7 @@ def test_augmentation_stays_in_its_limits_and_keeps_labels_with_points(sample):
     length = np.linalg.norm(sample.points[:, :3], axis=1).sum()
     scales = set()
     for seed in range(5):
-        varied = augmented(sample, np.random.default_rng(seed), cfg)
+        varied = augment_sample(sample, np.random.default_rng(seed), cfg)
         scale = np.linalg.norm(varied.points[:, :3], axis=1).sum() / length
         assert 0.9 <= scale <= 1.1
         scales.add(round(float(scale), 3))
@@ -141,17 +148,17 @@ def test_augmentation_stays_in_its_limits_and_keeps_labels_with_points(sample):
         varied_key = [tuple(row) for row in np.column_stack([varied.points[:, 3:], varied.point_labels])]
         assert key != varied_key and sorted(key) == sorted(varied_key)
     assert len(scales) > 1
-    again = augmented(sample, np.random.default_rng(0), cfg)
-    assert (again.points == augmented(sample, np.random.default_rng(0), cfg).points).all()
+    again = augment_sample(sample, np.random.default_rng(0), cfg)
+    assert (again.points == augment_sample(sample, np.random.default_rng(0), cfg).points).all()
 
 
 def test_what_is_off_draws_nothing(sample):
     """So that runs from before it existed go on with the numbers that they had."""
     rng, plain = np.random.default_rng(3), np.random.default_rng(3)
-    varied = augmented(sample, rng, Augment(rotation=0.4, scale=(0.9, 1.1), shuffle=True))
+    varied = augment_sample(sample, rng, Augment(rotation=0.4, scale=(0.9, 1.1), shuffle=True))
     angle, scale, order = plain.uniform(-0.4, 0.4), plain.uniform(0.9, 1.1), plain.permutation(len(sample.points))
     assert rng.bit_generator.state == plain.bit_generator.state
-    np.testing.assert_array_equal(varied.points, moved(sample, motion(angle, scale)).points[order])
+    np.testing.assert_array_equal(varied.points, apply_transform(sample, make_transform(angle, scale)).points[order])
 
 
 def test_shifts_and_mirrors_are_as_frequent_as_asked(sample):
@@ -160,7 +167,7 @@ def test_shifts_and_mirrors_are_as_frequent_as_asked(sample):
     cfg = Augment(translation=(0.5, 1.0, 0.0), flip_x=0.5, flip_y=0.2)
     moves = []
     for seed in range(400):
-        varied = augmented(small, np.random.default_rng(seed), cfg)
+        varied = augment_sample(small, np.random.default_rng(seed), cfg)
         moves.append(np.linalg.inv(varied.lidar2camera[0].astype(float)) @ sample.lidar2camera[0])
     moves = np.array(moves)  # old LiDAR frame -> new
     mirrored = moves[:, [0, 1], [0, 1]] < 0
@@ -209,7 +216,7 @@ def test_the_grid_hides_the_same_of_all_images_and_the_encoder_sees_zero(sample)
         sample, images=[np.full((40, 64, 3), 255, np.uint8)] * 6, points=sample.points[:1], point_labels=None
     )
     for seed in range(100):
-        varied = augmented(white, np.random.default_rng(seed), Augment(grid_mask=0.7))
+        varied = augment_sample(white, np.random.default_rng(seed), Augment(grid_mask=0.7))
         hidden = (varied.images[0] == HIDDEN).all(axis=2)
         assert all((image == varied.images[0]).all() for image in varied.images)
         assert (varied.images[0][~hidden] == 255).all()
@@ -263,7 +270,7 @@ def test_colors_by_hand(sample, coins, values, expected):
         expected = colorsys.hsv_to_rgb(h + 18 / 360, s, v)
     image = np.full((2, 3, 3), PIXEL, np.uint8)
     script = Script(coins * 2, values * 2)
-    after = distorted(replace(sample, images=[image, image]), script).images
+    after = photometric_distortion(replace(sample, images=[image, image]), script).images
     assert not script.coins and not script.values and len(after) == 2
     for image in after:
         assert image.dtype == np.uint8

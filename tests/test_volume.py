@@ -7,7 +7,8 @@ from torch import nn
 from tests import golden
 from tests.test_rays import generators, make_batch
 from unipad import config
-from unipad.model.volume import Conv3x3x3, ConvNormReLU3d, Encoder, GatherLift, VoxelPoolLift, view_transform
+from unipad.model.encoder import Encoder
+from unipad.model.volume import Conv3x3x3, ConvNormReLU3d, GatherLift, VoxelPoolLift, view_transform
 from unipad.recipes import CAMERA_075
 
 GRID = config.Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(5.4, 6.0, 1.6))  # of the record

@@ -14,7 +14,7 @@ import torch
 
 from unipad.batch import Batch
 from unipad.config import Augment, Data
-from unipad.data.transforms import augmented, distorted
+from unipad.data.transforms import augment_sample, photometric_distortion
 from unipad.errors import UserError
 
 DEFAULT_DATASET = "unipad.data.nuscenes:NuScenesDataset"
@@ -105,7 +105,7 @@ class DrivingDataset(torch.utils.data.Dataset):
         if not 0 < label_fraction <= 1 or abs(round(1 / label_fraction) * label_fraction - 1) > 0.02:
             raise DataError(f"--label-fraction {label_fraction} is not 1/k; give 1, 0.5, 0.2, 0.1 or the like.")
         if not frame_count:
-            raise DataError(f"{Path(root) / version} has no scene of split {split}; unpack the whole set there.")
+            raise DataError(f"{Path(root) / version} has no frame of split {split}; unpack the whole dataset there.")
         self.root, self.version, self.split, self.data = Path(root), version, split, data
         self.point_range, self.augment, self.objects = point_range, augment, None
         self.frames = np.arange(frame_count)[:: round(1 / label_fraction)]  # rows of the split's frames
@@ -170,11 +170,11 @@ class DrivingDataset(torch.utils.data.Dataset):
         sample = self.load(self.frames[i])
         if rng is not None:
             if self.augment is not None and self.augment.photometric:
-                sample = distorted(sample, rng)  # before other images' pixels come in, as in the original
+                sample = photometric_distortion(sample, rng)  # before other images' pixels come in, as in the original
             if self.objects is not None and paste:
-                sample = self.objects.pasted(sample, rng)
+                sample = self.objects.paste_into(sample, rng)
             if self.augment is not None:
-                sample = augmented(sample, rng, self.augment)
+                sample = augment_sample(sample, rng, self.augment)
         if self.point_range is not None:
             sample = _crop_points(sample, *self.point_range)
             sample = sample if rng is None else _crop_boxes(sample, *self.point_range)

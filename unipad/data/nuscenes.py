@@ -1,14 +1,14 @@
 """nuScenes files -> samples: the real dataset and the synthetic one through the same code.
 
-Frames as in `unipad.batch`. What follows the original UniPAD's data pipeline:
-    cameras    lidar2camera goes through the global frame, each sensor with the ego pose of its own timestamp, those of
-               camera sweeps too: from the keyframe's LiDAR frame to where the camera was when it took the image
-    sweeps     moved into the keyframe's LiDAR frame; time lag is keyframe time minus sweep time, 0 for the keyframe;
-               points with |x| < 1 and |y| < 1 (the car itself) leave the sweeps, but not the keyframe
+As in the original UniPAD:
+    cameras    lidar2camera goes through the global frame, with the ego pose at each sensor's own timestamp; also for
+               camera sweeps: from the keyframe's LiDAR frame to the camera when it took the image
+    sweeps     transformed into the keyframe's LiDAR frame; time lag is keyframe time minus sweep time, 0 for the
+               keyframe; points with |x| < 1 and |y| < 1 (the car itself) are removed from sweeps, not from the keyframe
     intensity  as in the file, 0-255
-    boxes      those with at least one LiDAR or radar point; a velocity that the tables do not give is 0
-What does not: the nearest sweeps are taken (the original draws 9 of the last 10 at random), and a keyframe without
-sweeps before it, at the start of a scene, stands alone (the original repeats it; images are repeated here too).
+    boxes      those with at least one LiDAR or radar point; a velocity that the tables do not have is 0
+Unlike in the original: the nearest sweeps are taken (there 9 of the last 10 at random), and at the start of a scene a
+keyframe has no sweeps (there it is repeated, as images are here too).
 """
 
 from pathlib import Path
@@ -122,7 +122,7 @@ class NuScenesDataset(DrivingDataset):
         return views
 
     def _frame_lags(self, frame):
-        """[S] float32 seconds, 0 first; None where images are of the keyframe alone."""
+        """[S] float32 seconds, 0 first; None without camera sweeps."""
         if self.camera_sweeps is None:
             return None
         rate, sweeps = self.data.camera_rate, self.camera_sweeps
@@ -130,7 +130,7 @@ class NuScenesDataset(DrivingDataset):
         return np.concatenate([[0], lags[: self.data.camera_sweeps - 1]]).astype(np.float32)
 
     def _read_points(self, key):
-        """List of [P, 5]: the LiDAR frame in row `key`, then each sweep before it, as far as the scene goes back."""
+        """List of [P, 5]: the LiDAR frame in row `key`, then the sweeps before it, as far as the scene goes back."""
         index = self.index
         points = _load_points(self._path(index.lidar_files[key]))
         points[:, 4] = 0
@@ -154,10 +154,10 @@ class NuScenesDataset(DrivingDataset):
         return self.index.lidarseg_classes[labels]
 
     def _read_image(self, path):
-        """The image as [h, w, 3] uint8 RGB at the wanted size, and the [4, 4] scaling of (u*d, v*d, d, 1) to it."""
+        """The image as [h, w, 3] uint8 RGB, resized to `data.image_size`, and the [4, 4] scaling of pixels."""
         path = self._path(path)
         data = _load_bytes(path)
-        # OpenCV fills what a truncated JPEG lacks with gray, so the end marker has to be looked for.
+        # OpenCV fills what a truncated JPEG lacks with gray, so look for the end marker.
         if data.tobytes().rfind(b"\xff\xd9") < 0:
             raise BadFrame(path, "the JPEG is truncated")
         image = cv2.imdecode(data, cv2.IMREAD_COLOR)
@@ -192,5 +192,5 @@ def _load_points(path):
         raise BadFrame(path, f"is truncated: {len(data)} bytes are not a whole number of 20-byte points")
     points = data.view(np.float32).reshape(-1, 5)
     if not np.isfinite(points).all():
-        raise BadFrame(path, "holds values that are not finite")
+        raise BadFrame(path, "has values that are not finite")
     return points

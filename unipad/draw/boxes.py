@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from unipad.batch import CAMERAS, Batch
+from unipad.boxes import box_corners
 from unipad.data.tables import CLASSES
 from unipad.draw.views import DPI, picture_of
-from unipad.model.boxes import box_corners
 from unipad.model.detect import Detections
 
 TITLE = 24  # pixels above an image
@@ -55,7 +55,7 @@ def _from_above(part, points, truth, boxes, labels):
     axis.scatter(points[:, 0], points[:, 1], s=0.8, c=points[:, 2], cmap="gray", vmin=-5, vmax=3, linewidths=0)
     axis.plot(0, 0, "w+")
     for these, colors, thick in ((truth, "white", 2.5), (boxes, [COLORS[i] for i in labels], 1.2)):
-        corners = box_corners(these)[:, :4, :2].numpy()
+        corners = box_corners(these)[:, :4, :2]
         front = corners[:, :2].mean(axis=1, keepdims=True)
         middle = corners.mean(axis=1, keepdims=True)
         outlines = np.concatenate([corners, corners[:, :1]], axis=1)
@@ -72,7 +72,7 @@ def _in_camera(axis, image, lidar2image, truth, boxes, labels):
     axis.imshow(image)
     axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), xticks=[], yticks=[])
     for these, colors, thick in ((truth, "white", 1.6), (boxes, [COLORS[i] for i in labels], 1.0)):
-        lines, box = edges(box_corners(these).numpy(), lidar2image)
+        lines, box = edges(box_corners(these), lidar2image)
         colors = colors if isinstance(colors, str) else [colors[b] for b in box]
         axis.add_collection(LineCollection(lines, colors=colors, linewidths=thick))
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from unipad.batch import CAMERAS, Batch
 from unipad.errors import UserError
-from unipad.model.camera import MASK_BLOCK
+from unipad.model.mask import MASK_BLOCK
 from unipad.model.pretrain import Pretrain
 from unipad.model.rays import cast_rays, common_grid, project_points, rays_from_lidar
 
@@ -64,7 +64,10 @@ def rendered_views(
     rows["rendered depth"] = depth
     if normals:
         rows["rendered normals"] = (normal + 1) / 2 * (normal.norm(dim=-1, keepdim=True) > 0)
-    return _sheet({name: row.float().cpu().numpy() for name, row in rows.items()}, width)
+    titles = ["all around the LiDAR"]
+    if cameras:
+        titles = CAMERAS if len(images) == len(CAMERAS) else [f"camera {i}" for i in range(len(images))]
+    return _sheet({name: row.float().cpu().numpy() for name, row in rows.items()}, titles, width)
 
 
 def _rendered(model, volume, batch, stride):
@@ -128,8 +131,11 @@ def _painted(pixels, visible, depth, H, W, thick):
     return canvas
 
 
-def _sheet(rows, width):
-    """Rows of pictures with their names. rows: name -> [N, h, w, 3] colors or [N, h, w] meters, NaN where unknown."""
+def _sheet(rows, titles, width):
+    """Rows of pictures with their names, and titles of the N columns.
+
+    rows: name -> [N, h, w, 3] colors or [N, h, w] meters, NaN where unknown.
+    """
     views, height, across = next(iter(rows.values())).shape[:3]
     inches = (width * views if views > 1 else 6 * width) / DPI
     size = (inches, inches / views * height / across * len(rows) + 0.5)
@@ -141,7 +147,7 @@ def _sheet(rows, width):
         for axis, view in zip(line, row, strict=True):
             axis.imshow(view.clip(0, 1)) if view.ndim == 3 else axis.imshow(view, colors, vmin=0, vmax=FAR)
             axis.set(xticks=[], yticks=[])
-    for axis, name in zip(axes[0], CAMERAS if views > 1 else ["all around the LiDAR"], strict=True):
+    for axis, name in zip(axes[0], titles, strict=True):
         axis.set_title(name)
     line = axes[list(rows).index("rendered depth")]
     figure.colorbar(line[0].images[0], ax=line, label="meters", fraction=0.02)

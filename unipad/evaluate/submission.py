@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from unipad.boxes import boxes_to_global
 from unipad.data.tables import CLASSES, Index
-from unipad.model.boxes import boxes_to_global
 from unipad.model.detect import Detections
 
 MAX_BOXES = 500  # boxes per sample; nuScenes' rule

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from unipad.batch import Batch
-from unipad.data.transforms import motion, moved_boxes
+from unipad.boxes import transform_boxes
+from unipad.data.transforms import make_transform
 from unipad.evaluate.submission import MAX_BOXES
-from unipad.model.detect import Detections, suppressed
+from unipad.model.detect import Detections, suppress
 from unipad.model.segment import classes_of
 
 OVERLAP = 0.1  # bird's-eye IoU above which the worse of two boxes is dropped; the original's
@@ -27,7 +28,7 @@ def tta_views(
     """All combinations as transforms [4, 4]: factors of all lengths, radians from x towards y, and with `flips` x, y
     or both flipped."""
     flipped = list(itertools.product((False, True), repeat=2)) if flips else [(False, False)]
-    return [motion(a, s, flip_x=x, flip_y=y) for a, s, (x, y) in itertools.product(angles, scales, flipped)]
+    return [make_transform(a, s, flip_x=x, flip_y=y) for a, s, (x, y) in itertools.product(angles, scales, flipped)]
 
 
 def detect_tta(detect: Callable[[Batch], list[Detections]], views: list[np.ndarray], batch: Batch) -> list[Detections]:
@@ -67,11 +68,11 @@ def merged(found: Sequence[Detections]) -> Detections:
     """Several detections of one sample, in the same frame, as one: without boxes that overlap a better one of their
     class, best score first, `MAX_BOXES` at most."""
     together = Detections(*(torch.cat([getattr(one, name) for one in found]) for name in ("boxes", "scores", "labels")))
-    kept = suppressed(together, [(label, OVERLAP) for label in together.labels.unique().tolist()])
+    kept = suppress(together, [(label, OVERLAP) for label in together.labels.unique().tolist()])
     best = kept.scores.argsort(descending=True, stable=True)[:MAX_BOXES]
     return Detections(kept.boxes[best], kept.scores[best], kept.labels[best])
 
 
 def _transformed(found, transform):
-    boxes = moved_boxes(found.boxes.float().cpu().numpy(), transform)
+    boxes = transform_boxes(found.boxes.float().cpu().numpy(), transform)
     return replace(found, boxes=torch.from_numpy(boxes).to(found.boxes.device))

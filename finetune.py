@@ -204,7 +204,7 @@ def main(args: Args):
         print0(f"{path}: {len(train_set)} frames, {millions:.1f} M weights, steps {first} to {last}, {device}")
 
         def validate(step):
-            """Detect or segment in the whole validation split: metrics and a picture."""
+            """Detect or segment in the whole validation split: metrics, a picture and a 3D view."""
             with autocast:
                 found = task.evaluate(net, val_set, path / "eval", world, workers=workers)
                 if world.is_main:

@@ -155,7 +155,7 @@ def main(args: Args):
         print0(f"{path}: {len(train_set)} frames, {millions:.1f} M weights, steps {first} to {last}, {device}")
 
         def validate(step):
-            """Render held-out frames: metrics and a picture."""
+            """Render held-out frames: metrics, a picture and a 3D view."""
             with autocast:
                 frames = held_out_batches(val_set, args.val_samples, world.rank, world.size)
                 found = evaluate_rendering(net, frames, args.seed, device)

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from unipad.batch import Batch
+from unipad.boxes import box_corners
 from unipad.draw.boxes import COLORS as BOX_COLORS
 from unipad.draw.boxes import SKELETON
 from unipad.draw.segments import COLORS as POINT_COLORS
 from unipad.draw.views import FAR, PANORAMA, panorama_rays
-from unipad.model.boxes import box_corners
 from unipad.model.detect import Detections
 from unipad.model.pretrain import Pretrain
 
@@ -80,8 +80,8 @@ def lidar(batch: Batch, colors: np.ndarray | None = None) -> Mesh:
 
 def boxes(boxes: torch.Tensor, colors) -> Mesh:
     """The edges of boxes [M, 9] as thin bars. colors: [M, 3] in [0, 1], or one for all."""
-    edges = [edge for way in SKELETON for edge in zip(way, way[1:], strict=False)]  # 12 pairs of corners
-    ends = box_corners(boxes.float().cpu()).numpy()[:, edges]  # [M, 12, 2, 3]
+    edges = [edge for path in SKELETON for edge in zip(path, path[1:], strict=False)]  # 12 pairs of corners
+    ends = box_corners(boxes.float().cpu().numpy())[:, edges]  # [M, 12, 2, 3]
     vertices = ends[:, :, :, None] + EDGE_SIZE * CORNERS  # [M, 12, 2, 3, 3]: a triangle at each end
     per_box = np.broadcast_to(np.reshape(colors, (-1, 3)), (len(boxes), 3))
     first = 6 * np.arange(12 * len(boxes))[:, None, None]  # vertex of each bar

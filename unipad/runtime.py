@@ -354,11 +354,9 @@ class RunFolder:
             self._board.add_image(name, image, step, dataformats="HWC")
 
     def scene(self, name: str, mesh, step: int):
-        """Write a `scene3d.Mesh` to TensorBoard, turned so that its camera stands behind the car."""
+        """Write a `draw.scene3d.Mesh` to TensorBoard."""
         if self.writes:
-            x, y, z = mesh.vertices.T
-            upright = np.stack([x, z, -y], axis=1)  # the plugin's y is up, its camera looks along -z
-            vertices, colors, faces = (torch.from_numpy(a)[None] for a in (upright, mesh.colors, mesh.faces))
+            vertices, colors, faces = (torch.from_numpy(a)[None] for a in (mesh.vertices, mesh.colors, mesh.faces))
             self._board.add_mesh(name, vertices, colors, faces, VIEW_3D, step)
 
     def save(self, step: int, parts: dict, metrics: dict, keep: bool = False):
@@ -381,7 +379,7 @@ class RunFolder:
             self._log.close()
 
 
-# Colors as they are from both sides, without lights
+# Visible from both sides, colors without lights
 VIEW_3D = {"material": {"cls": "MeshBasicMaterial", "side": 2}, "camera": {"cls": "PerspectiveCamera", "fov": 60}}
 
 

@@ -1,6 +1,6 @@
 """The 3D view in TensorBoard: LiDAR points, boxes and the rendered surface as one colored triangle mesh.
 
-A `Mesh` is in the LiDAR frame: x right, y forward, z up, meters.
+A `Mesh` is in the LiDAR frame: x right, y forward, z up, meters. So the view begins from above, forward at the top.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from unipad.model.pretrain import Pretrain
 MAX_POINTS = 20_000  # of a scene, every k-th; at 48 bytes each
 POINT_SIZE, EDGE_SIZE = 0.12, 0.1  # meters
 JUMP = 1.2  # ratio of neighboring depths above which the surface is open between them
-WHITE, GRAY = (1.0, 1.0, 1.0), (0.7, 0.7, 0.7)
+TRUTH, GRAY = (0.0, 0.0, 0.0), (0.35, 0.35, 0.35)  # of boxes and of points, on TensorBoard's white
 CORNERS = np.eye(3) - 1 / 3  # of a triangle that is visible from above and from all sides
 BAR = np.array([[i, j, i + 3, j, j + 3, i + 3] for i, j in ((0, 1), (1, 2), (2, 0))]).reshape(6, 3)  # between two such
 
@@ -40,7 +40,7 @@ class Mesh:
 
 @torch.no_grad()
 def rendered_scene(model: Pretrain, batch: Batch, generators: list[torch.Generator]) -> Mesh:
-    """The first sample's surface as rendered from the LiDAR, its points (gray) and its boxes (white).
+    """The first sample's surface as rendered from the LiDAR, its points (gray) and its boxes (black).
 
     generators: one per sample, for the masks.
     """
@@ -51,15 +51,15 @@ def rendered_scene(model: Pretrain, batch: Batch, generators: list[torch.Generat
     _, depth = model.render(volume, rays)
     model.train(was_training)
     ends = rays.origins + rays.directions * depth[:, None]
-    return joined(surface(ends.cpu().numpy()), lidar(batch), boxes(batch.boxes[: batch.box_counts[0]], WHITE))
+    return joined(surface(ends.cpu().numpy()), lidar(batch), boxes(batch.boxes[: batch.box_counts[0]], TRUTH))
 
 
 def detected_scene(batch: Batch, found: Detections, min_score: float = 0.3) -> Mesh:
-    """The first sample's points, ground-truth boxes (white) and detections (in the color of their class)."""
+    """The first sample's points, ground-truth boxes (black) and detections (in the color of their class)."""
     shown = found.scores >= min_score
     colors = [BOX_COLORS[label] for label in found.labels[shown].tolist()]
     truth = batch.boxes[: batch.box_counts[0]]
-    return joined(lidar(batch), boxes(truth, WHITE), boxes(found.boxes[shown], colors))
+    return joined(lidar(batch), boxes(truth, TRUTH), boxes(found.boxes[shown], colors))
 
 
 def segmented_scene(batch: Batch, found: torch.Tensor) -> Mesh:

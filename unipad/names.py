@@ -98,11 +98,6 @@ def from_imagenet(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tenso
     return _renamed(state, IMAGENET, 0, 1)
 
 
-def our_name(key):
-    """What the original's `key` is called here; None if it has no place."""
-    return _rename(key, UNIPAD, 0, 1)[0]
-
-
 def _renamed(state, rows, source, target, spconv=1):
     renamed, unknown = {}, []
     for key, value in state.items():

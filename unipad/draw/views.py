@@ -137,7 +137,8 @@ def _sheet(rows, width):
         for axis, view in zip(line, row, strict=True):
             axis.imshow(view.clip(0, 1)) if view.ndim == 3 else axis.imshow(view, colors, vmin=0, vmax=FAR)
             axis.set(xticks=[], yticks=[])
-    for axis, name in zip(axes[0], CAMERAS if views > 1 else ["all around the LiDAR"], strict=True):
+    titles = CAMERAS if "image" in rows else ["all around the LiDAR"]  # another dataset may have other cameras
+    for axis, name in zip(axes[0], titles, strict=False):
         axis.set_title(name)
     line = axes[list(rows).index("rendered depth")]
     figure.colorbar(line[0].images[0], ax=line, label="meters", fraction=0.02)

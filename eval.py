@@ -59,7 +59,7 @@ from unipad.evaluate.segmentation import (
     write_segmentation,
 )
 from unipad.evaluate.submission import score_submission, table
-from unipad.evaluate.tta import detect_tta, looks, segment_in_looks
+from unipad.evaluate.tta import detect_tta, segment_tta, tta_views
 from unipad.model.detect import Detector
 from unipad.model.pretrain import Pretrain
 from unipad.model.segment import Segmenter
@@ -81,24 +81,24 @@ class Settings:
 @dataclass(frozen=True)
 class Args:
     checkpoint: Annotated[Path, tyro.conf.Positional]  # folder of a run, or a checkpoint
-    task: Literal["detect", "segment", "render"] | None = None  # what to evaluate (default: what it was trained for)
+    task: Literal["detect", "segment", "render"] | None = None  # what to evaluate; None: what it was trained for
     split: str = "val"  # train, val or test; of v1.0-mini, mini_train and mini_val
-    data_root: Path | None = None  # folder of the dataset (default: the run's, or a synthetic city)
-    version: str | None = None  # version of the dataset (default: the run's)
-    dataset: str | None = None  # package.module:Class of another dataset (default: the run's)
-    out: Path | None = None  # folder for the results, which overwrites them (default: eval in the run's folder)
+    data_root: Path | None = None  # folder of the dataset; None: the run's, or a synthetic city
+    version: str | None = None  # version of the dataset; None: the run's
+    dataset: str | None = None  # package.module:Class of another dataset; None: the run's
+    out: Path | None = None  # folder of the results, whose files are overwritten; None: eval in the run's folder
     batch_size: int = 1  # samples per batch and process
-    workers: int | None = None  # data loading processes per process (default: 4 with a GPU, 1 without)
-    precision: Literal["bf16", "fp16", "fp32"] | None = None  # of the encoder (default: bf16 or fp16 on a GPU)
+    workers: int | None = None  # data loading processes per process; None: 4 with a GPU, 1 without
+    precision: Literal["bf16", "fp16", "fp32"] | None = None  # of the encoder; None: bf16 or fp16 on a GPU, else fp32
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     deterministic: bool = False  # bit-equal results on a GPU too, with slower kernels
     pictures: int = 4  # frames that are drawn (detect, segment) or rendered (render), spread over the split
     min_score: float = 0.3  # detect: lowest score of a box that is drawn, 0 to 1
     tta: bool = False  # detect, segment: test-time augmentation, merging the predictions of several views of a frame
-    tta_scales: tuple[float, ...] | None = None  # --tta: factors of all lengths (default: 1 1.06 0.96; segment: 1)
-    tta_angles: tuple[float, ...] | None = None  # --tta: degrees about the vertical axis (default: 0; segment: 0 90)
+    tta_scales: tuple[float, ...] | None = None  # --tta: factors of all lengths; None: 1 1.06 0.96; segment: 1
+    tta_angles: tuple[float, ...] | None = None  # --tta: degrees about the vertical axis; None: 0; segment: 0 90
     tta_flips: bool = True  # --tta: flip front and back, left and right, and both
-    frames: tuple[int, ...] = ()  # render: these frames of the split, counted from 0 (default: --pictures of them)
+    frames: tuple[int, ...] = ()  # render: these frames of the split, from 0; without: --pictures of them
     scene: str | None = None  # render: all frames of this scene, and a film of them
     film: Literal["gif", "mp4"] = "gif"  # render: format of the film
     film_rate: float = 4.0  # render: frames per second of the film; keyframes are half a second apart
@@ -118,7 +118,7 @@ TASK_FLAGS = {
 }
 TASKS = {"detect": Detector, "segment": Segmenter, "render": Pretrain}
 # Factors and degrees of --tta; a scene flipped twice is rotated by 180 degrees
-LOOKS = {"detect": ((1.0, 1.06, 0.96), (0.0,)), "segment": ((1.0,), (0.0, 90.0))}
+TTA = {"detect": ((1.0, 1.06, 0.96), (0.0,)), "segment": ((1.0,), (0.0, 90.0))}
 
 
 def parse(argv=None) -> Args:
@@ -182,7 +182,7 @@ def detect(args, model, dataset, out, world):
     """Boxes of the whole split: the submission, the devkit's metrics, and pictures."""
     function = model.detect
     if args.tta:
-        function = partial(detect_tta, model.detect, looks_of(args, "detect"))
+        function = partial(detect_tta, model.detect, views_of(args, "detect"))
     found = detect_all(model, dataset, world, function, args.batch_size, world.workers(args.workers))
     if not world.is_main:
         return
@@ -202,7 +202,7 @@ def segment(args, model, dataset, out, world):
         dataset.require_point_labels()
     function = model.segment
     if args.tta:
-        function = partial(segment_in_looks, model.logits, looks_of(args, "segment"))
+        function = partial(segment_tta, model.logits, views_of(args, "segment"))
     found = segment_all(model, dataset, world, function, args.batch_size, world.workers(args.workers))
     if not world.is_main:
         return
@@ -229,11 +229,11 @@ def drawn_frames(args, model, dataset, found):
             yield i, batch
 
 
-def looks_of(args, task):
+def views_of(args, task):
     """The transforms of --tta."""
     given = args.tta_scales, args.tta_angles
-    scales, angles = (values or default for values, default in zip(given, LOOKS[task], strict=True))
-    return looks(scales, np.radians(angles), args.tta_flips)
+    scales, angles = (values or default for values, default in zip(given, TTA[task], strict=True))
+    return tta_views(scales, np.radians(angles), args.tta_flips)
 
 
 def render(args, model, dataset, out, world):

@@ -60,29 +60,29 @@ from unipad.runtime import (
 @dataclass(frozen=True)
 class Args:
     task: Literal["detect", "segment"] = "detect"  # boxes of ten classes, or one of 16 classes for every LiDAR point
-    modality: Literal["camera", "lidar", "fusion"] | None = None  # what is encoded (default: camera; segment: lidar)
-    preset: str | None = None  # a recipe of docs/recipes.md by its name (default: tiny without --data-root)
-    backbone: Literal["tiny", "small", "base", "large"] | None = None  # ConvNeXt size (default: the recipe's)
+    modality: Literal["camera", "lidar", "fusion"] | None = None  # what is encoded; None: camera, or lidar to segment
+    preset: str | None = None  # a recipe of docs/recipes.md; without: tiny, or with --data-root the paper's
+    backbone: Literal["tiny", "small", "base", "large"] | None = None  # ConvNeXt size; None: the recipe's
     config: Path | None = None  # take all settings from this run or config.json; other flags override them
     resume: str = "never"  # a run's folder: resume it, with its settings; auto: resume what --out has, or the newest
-    pretrained: tuple[Path, ...] = ()  # runs or checkpoints to take encoders from; for fusion up to two (default: none)
-    data_root: Path | None = None  # folder of the dataset (default: a synthetic city, made in data/synthetic)
-    version: str | None = None  # version of the dataset (default: v1.0-mini; nuScenes also has v1.0-trainval)
+    pretrained: tuple[Path, ...] = ()  # runs or checkpoints to take encoders from; for fusion up to two
+    data_root: Path | None = None  # folder of the dataset; None: a synthetic city, made in data/synthetic
+    version: str | None = None  # version of the dataset, such as v1.0-trainval; None: its default, v1.0-mini
     dataset: str = DEFAULT_DATASET  # package.module:Class of another dataset; see unipad/data/dataset.py
-    out: Path | None = None  # run folder (default: outputs/finetune-<modality, or segment>/<time>)
+    out: Path | None = None  # run folder; None: outputs/finetune-<modality, or segment>/<time>
     seed: int = 0  # seed of weights, sample order, augmentation and noise
-    steps: int | None = None  # optimizer steps of the schedule (default: from --epochs)
-    stop_at: int | None = None  # save and stop at this step, with the schedule unchanged (default: the last)
+    steps: int | None = None  # optimizer steps of the schedule; None: from --epochs
+    stop_at: int | None = None  # save and stop at this step, with the schedule unchanged; None: the last
     accumulate: int = 1  # micro-batches per step and process, to save memory
-    workers: int | None = None  # data loading processes per training process (default: 4 with a GPU, 1 without)
-    precision: Literal["bf16", "fp16", "fp32"] | None = None  # of the encoder (default: bf16 or fp16 on a GPU)
+    workers: int | None = None  # data loading processes per training process; None: 4 with a GPU, 1 without
+    precision: Literal["bf16", "fp16", "fp32"] | None = None  # of the encoder; None: bf16 or fp16 on a GPU, else fp32
     checkpointing: bool = False  # recompute ConvNeXt activations in the backward pass: less memory, more time
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     deterministic: bool = False  # bit-equal runs on a GPU too, with slower kernels
     tune: bool = False  # autotune kernel launches (off with --deterministic); reuse choices in tuning.json
     log_every: int = 10  # steps between progress lines
-    val_every: int | None = None  # steps between validations on the whole split (default: a third of the run)
-    save_every: int | None = None  # steps between checkpoints (default: a twentieth of the run, at most 1000)
+    val_every: int | None = None  # steps between validations on the whole split; None: a third of the run
+    save_every: int | None = None  # steps between checkpoints; None: a twentieth of the run, at most 1000
     # the preset's, with the flags' changes
     recipe: Annotated[DetectRecipe | SegmentRecipe | None, tyro.conf.arg(name="")] = None
 

@@ -61,31 +61,31 @@ from unipad.runtime import (
 @dataclass(frozen=True)
 class Args:
     modality: Literal["camera", "lidar", "fusion"] = "camera"  # what is encoded
-    preset: str | None = None  # a recipe of docs/recipes.md by its name (default: tiny without --data-root)
-    backbone: Literal["tiny", "small", "base", "large"] | None = None  # ConvNeXt size (default: the recipe's)
+    preset: str | None = None  # a recipe of docs/recipes.md; without: tiny, or with --data-root the paper's
+    backbone: Literal["tiny", "small", "base", "large"] | None = None  # ConvNeXt size; None: the recipe's
     config: Path | None = None  # take all settings from this run or config.json; other flags override them
     resume: str = "never"  # a run's folder: resume it, with its settings; auto: resume what --out has, or the newest
-    data_root: Path | None = None  # folder of the dataset (default: a synthetic city, made in data/synthetic)
-    version: str | None = None  # version of the dataset (default: v1.0-mini; nuScenes also has v1.0-trainval)
+    data_root: Path | None = None  # folder of the dataset; None: a synthetic city, made in data/synthetic
+    version: str | None = None  # version of the dataset, such as v1.0-trainval; None: its default, v1.0-mini
     dataset: str = DEFAULT_DATASET  # package.module:Class of another dataset; see unipad/data/dataset.py
     label_fraction: float = 1.0  # fraction 1/k of the training frames that is used: every k-th
-    out: Path | None = None  # run folder (default: outputs/train-<modality, or segment>/<time>)
+    out: Path | None = None  # run folder; None: outputs/train-<modality, or segment>/<time>
     init: tuple[Path, ...] = ()  # runs or checkpoints to take encoders from; for fusion, a camera and a LiDAR one
     seed: int = 0  # seed of weights, sample order, masks and rays
-    steps: int | None = None  # optimizer steps of the schedule (default: from --epochs)
-    stop_at: int | None = None  # save and stop at this step, with the schedule unchanged (default: the last)
+    steps: int | None = None  # optimizer steps of the schedule; None: from --epochs
+    stop_at: int | None = None  # save and stop at this step, with the schedule unchanged; None: the last
     accumulate: int = 1  # micro-batches per step and process, to save memory
-    workers: int | None = None  # data loading processes per training process (default: 4 with a GPU, 1 without)
-    precision: Literal["bf16", "fp16", "fp32"] | None = None  # of the encoder (default: bf16 or fp16 on a GPU)
+    workers: int | None = None  # data loading processes per training process; None: 4 with a GPU, 1 without
+    precision: Literal["bf16", "fp16", "fp32"] | None = None  # of the encoder; None: bf16 or fp16 on a GPU, else fp32
     checkpointing: bool = False  # recompute ConvNeXt activations in the backward pass: less memory, more time
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     deterministic: bool = False  # bit-equal runs on a GPU too, with slower kernels
     tune: bool = False  # autotune kernel launches (off with --deterministic); reuse choices in tuning.json
     log_every: int = 10  # steps between progress lines
-    val_every: int | None = None  # steps between validations (default: a third of the run)
+    val_every: int | None = None  # steps between validations; None: a third of the run
     val_samples: int = 12  # held-out frames that a validation renders
     picture_stride: int = 2  # pixels between the rays of a picture
-    save_every: int | None = None  # steps between checkpoints (default: a twentieth of the run, at most 1000)
+    save_every: int | None = None  # steps between checkpoints; None: a twentieth of the run, at most 1000
     recipe: Annotated[PretrainRecipe | None, tyro.conf.arg(name="")] = None  # the preset's, with the flags' changes
 
 

@@ -26,12 +26,12 @@ class Args:
     modality: Literal["camera", "lidar", "fusion"] = "lidar"  # what is encoded
     label_fraction: float = 0.2  # fraction of the training frames that fine-tuning uses
     seeds: tuple[int, ...] = (0,)  # seeds of the fine-tuning runs
-    pretrained: Path | None = None  # run to start from (default: train one with train.py's defaults for the task)
+    pretrained: Path | None = None  # run to start from; None: train one with train.py's defaults for the task
     init: Path | None = None  # what cameras start from, pre-training and "from scratch": ImageNet's, for full recipes
-    pretrain_steps: int | None = None  # steps of pre-training (default: its preset's)
+    pretrain_steps: int | None = None  # steps of pre-training; None: its preset's
     steps: int = 600  # steps of each fine-tuning run
-    preset: str | None = None  # preset of fine-tuning (default: tiny; with --data-root finetune.py's)
-    data_root: Path | None = None  # folder of a nuScenes set (default: the synthetic city)
+    preset: str | None = None  # preset of fine-tuning; None: tiny; with --data-root finetune.py's
+    data_root: Path | None = None  # folder of a nuScenes set; None: the synthetic city
     version: Literal["v1.0-mini", "v1.0-trainval"] = "v1.0-mini"  # version of the set
     out: Path = Path("outputs/label-efficiency")  # folder of all runs; runs finished there are not repeated
 

@@ -1,4 +1,4 @@
-"""Every preset builds, and says no more than it does."""
+"""Every preset builds, survives a checkpoint and is documented."""
 
 import re
 from pathlib import Path
@@ -44,7 +44,7 @@ def test_a_dict_says_which_recipe_and_which_lidar_encoder_it_is(recipe):
 
 
 @pytest.mark.parametrize("paste", [None, Paste(counts=(1,) * 10)])
-def test_a_recipe_comes_back_from_what_a_checkpoint_keeps(paste):
+def test_a_recipe_survives_a_checkpoint(paste):
     recipe = DetectRecipe(augment=Augment(translation=(0.5, 0.5, 0.0)), balanced=True, paste=paste)
     assert from_dict(DetectRecipe, to_dict(recipe)) == recipe
 
@@ -55,7 +55,7 @@ def test_the_final_camera_has_the_parameters_of_the_original():
     assert sum(p.numel() for p in net.parameters()) == 55_538_029
 
 
-def test_a_run_keeps_how_kernels_are_launched(tmp_path):
+def test_a_run_keeps_its_kernel_launches(tmp_path):
     run = RunFolder(tmp_path, {}, World(0, 1, torch.device("cpu")))
     try:
         run.tune()
@@ -72,7 +72,7 @@ def test_a_run_keeps_how_kernels_are_launched(tmp_path):
 
 
 @pytest.mark.parametrize("command", sorted(set(re.findall(r"`python ((?:train|finetune)\.py .*?)`", PAGE))))
-def test_a_command_of_the_recipes_page_is_one(command):
+def test_a_command_of_the_recipes_page_parses(command):
     script, *flags = command.split()
     args = {"train.py": train, "finetune.py": finetune}[script].parse(flags)
     encoders = args.recipe.camera is not None, args.recipe.lidar is not None

@@ -14,7 +14,7 @@ from unipad.model.detect import Detector, Head, Predictions, detections
 from unipad.model.dropout import Dropout
 from unipad.model.targets import assign, assignment_cost, detection_losses, draw_noise, noisy_queries
 from unipad.model.volume import ConvNormReLU3d, GatherLift
-from unipad.names import our_name
+from unipad.names import from_original
 from unipad.recipes import GRID_075
 
 GRID = config.Grid(
@@ -60,7 +60,8 @@ def assert_gradients_as_recorded(arrays, head, rel):
     params = dict(head.named_parameters())
     assert expected.keys() == params.keys()
     _, record = load("uvtr_dn_head_train") if head.cfg.denoising else load("uvtr_head_eval")
-    noise = [our_name(key.removeprefix("grad/")) for key in record["noise_only_arrays"]["arrays"]]
+    keys = [key.removeprefix("grad/") for key in record["noise_only_arrays"]["arrays"]]
+    noise, _ = from_original(dict.fromkeys(keys))
     for key, param in params.items():
         if f"head.{key}" in noise:  # 0 but for rounding
             assert param.grad.abs().max() < 1e-7, key

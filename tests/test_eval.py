@@ -1,4 +1,4 @@
-"""Evaluation: what is found, as nuScenes' devkit judges it, and the script as a user runs it."""
+"""Evaluation: detections through the nuScenes devkit, and eval.py as a user runs it."""
 
 import json
 import math
@@ -45,7 +45,7 @@ def validation(root, **settings):
 
 
 def truth_of(batch):
-    """A batch's own boxes through the head's code and back, as a perfect detector would find them."""
+    """The boxes of a batch through the head's code and back: a perfect detector."""
     labels = batch.labels.split(batch.box_counts.tolist())
     boxes = decode_boxes(encode_boxes(batch.boxes)).split(batch.box_counts.tolist())
     return [Detections(b, torch.ones(len(b)), l) for b, l in zip(boxes, labels, strict=True)]
@@ -62,7 +62,7 @@ def test_the_truth_through_code_json_and_devkit_scores_one(city, tmp_path):
     assert metrics["mAVE"] < 0.05
 
 
-def test_a_model_that_finds_nothing_scores_zero(city, tmp_path):
+def test_no_detections_score_zero(city, tmp_path):
     metrics = evaluate_detections(tiny_detector(), validation(city), tmp_path, ALONE, lambda batch: [NOTHING])
     assert metrics == {"NDS": 0, "mAP": 0, "mATE": 1, "mASE": 1, "mAOE": 1, "mAVE": 1, "mAAE": 1}
     written = json.loads((tmp_path / "results_nusc.json").read_text())
@@ -97,7 +97,7 @@ def test_unreadable_frames_are_named_and_empty(city, tmp_path, capsys):
 
 
 def test_a_submission_by_hand(city, tmp_path):
-    """Attributes by class and speed; the best 500; nothing that the devkit stops at."""
+    """Attributes by class and speed; the best 500; nothing that the devkit would fail on."""
     dataset = validation(city)
     index = replace(dataset.index, lidar2global=np.tile(np.eye(4), (len(dataset.index.lidar2global), 1, 1)))
     boxes = torch.tensor([[1.0, 2, 3, 2, 4, 1.5, 0, 0, 0]]).repeat(7, 1)
@@ -138,7 +138,7 @@ def test_a_submission_by_hand(city, tmp_path):
 
 
 def save_run(folder, model, root, recipe=None):
-    """A run's folder as the training scripts leave it, as far as evaluation reads it; root None: as `convert` does."""
+    """A run's folder as the training scripts write it, as far as evaluation reads it; root None: as `convert` does."""
     (folder / "checkpoints").mkdir(parents=True)
     args = {"data_root": str(root), "version": "v1.0-mini"} if root else {}
     config = {"args": args, "recipe": to_dict(recipe or model.recipe), "steps": 1}
@@ -169,7 +169,7 @@ def script(run, *flags, launcher=()):
     return subprocess.run(list(map(str, command)), **clean)
 
 
-def test_a_detector_is_judged_and_its_boxes_are_drawn(detector_run):
+def test_a_detector_is_evaluated_and_its_boxes_are_drawn(detector_run):
     done = script(detector_run, "--pictures", 1)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "NDS: 0." in done.stdout and "Per-class results:" in done.stdout and "traffic_cone" in done.stdout
@@ -180,7 +180,7 @@ def test_a_detector_is_judged_and_its_boxes_are_drawn(detector_run):
     assert np.asarray(Image.open(out / "boxes_0.png")).std() > 20
 
 
-def test_a_converted_checkpoint_knows_no_data(city, tmp_path, monkeypatch, capsys):
+def test_a_converted_checkpoint_has_no_dataset(city, tmp_path, monkeypatch, capsys):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "synthetic").symlink_to(city)
     monkeypatch.chdir(tmp_path)
@@ -199,15 +199,15 @@ def test_two_processes_find_what_one_finds(detector_run, tmp_path):
     assert one == two
 
 
-def test_looks_are_merged_into_a_valid_submission(detector_run, tmp_path, capsys):
+def test_tta_writes_a_valid_submission(detector_run, tmp_path, capsys):
     flags = ["--tta", "--tta-scales", 1.0, 1.06, "--no-tta-flips", "--pictures", 1]
     evaluate(detector_run, *flags, "--out", tmp_path)
     assert "NDS: 0." in capsys.readouterr().out
     assert all(json.loads((tmp_path / "results_nusc.json").read_text())["results"].values())
 
 
-def test_the_test_split_gives_a_submission_alone(detector_run, city, tmp_path, capsys):
-    """The city as nuScenes' test set comes: other names, and not an annotation."""
+def test_the_test_split_gives_only_a_submission(detector_run, city, tmp_path, capsys):
+    """The city in the form of nuScenes' test set: other names and no annotations."""
     root = shutil.copytree(city, tmp_path / "set", ignore=shutil.ignore_patterns("unipad-index"))
     tables = root / "v1.0-test"
     (root / "v1.0-mini").rename(tables)
@@ -241,8 +241,8 @@ def test_a_scene_is_rendered_filmed_and_meshed(camera_run, tmp_path, capsys):
     assert film.get(cv2.CAP_PROP_FRAME_COUNT) == 3 and film.get(cv2.CAP_PROP_FPS) == 4
 
 
-def test_frames_are_rendered_by_number_with_all_to_see(camera_run, tmp_path, city):
-    """Nothing is hidden: one row of images less. A frame that is missing is named and left out."""
+def test_frames_are_rendered_by_number_with_and_without_masks(camera_run, tmp_path, city):
+    """Without masks there is one row of images less. A missing frame is named and skipped."""
     root = shutil.copytree(city, tmp_path / "set")
     dataset = validation(root)
     (root / dataset.index.image_files[1][0].decode()).unlink()
@@ -254,8 +254,8 @@ def test_frames_are_rendered_by_number_with_all_to_see(camera_run, tmp_path, cit
     assert json.loads((tmp_path / "whole" / "render.json").read_text())["frames"] == [2]
 
 
-def test_a_ball_is_meshed_with_its_outside_out(tmp_path):
-    """Radius 3 m around (1, -2, 0): every vertex lies on it, the volume that the triangles enclose is the ball's."""
+def test_the_mesh_of_a_ball_faces_outward(tmp_path):
+    """Radius 3 m around (1, -2, 0): all vertices lie on it, and the triangles enclose its volume."""
     pytest.importorskip("skimage")
     cell, low = 0.25, np.array([-4.0, -7, -5])
     axes = [np.arange(l, l + 10, cell) for l in low]
@@ -274,7 +274,7 @@ def test_a_ball_is_meshed_with_its_outside_out(tmp_path):
     assert [len(part) for part in surface(np.ones((3, 3, 3)), low, cell)] == [0, 0]
 
 
-def test_distances_are_the_fields_in_meters():
+def test_distances_are_the_sdf_in_meters():
     recipe = PRETRAIN["camera"]["tiny"]
     model, grid = Pretrain(recipe).eval(), recipe.grid
     X, Y, Z = grid.shape
@@ -309,7 +309,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize("run, flags, words", MISTAKES, ids=lambda value: " ".join(map(str, value)))
-def test_a_users_mistake_is_one_sentence(run, flags, words, detector_run, camera_run):
+def test_a_user_error_is_one_sentence(run, flags, words, detector_run, camera_run):
     with pytest.raises(UserError) as error:
         evaluate({"detector": detector_run, "camera": camera_run}[run], *flags)
     sentence = str(error.value)
@@ -322,7 +322,7 @@ def test_a_setting_of_the_recipe_is_changed_for_evaluation(detector_run, tmp_pat
     assert {len(boxes) for boxes in found.values()} == {7}
 
 
-def test_what_is_no_checkpoint_is_said(detector_run, city, tmp_path, capsys):
+def test_what_is_not_a_checkpoint_is_refused(detector_run, city, tmp_path, capsys):
     corrupt = tmp_path / "corrupt.pt"
     corrupt.write_bytes((detector_run / "checkpoints" / "last.pt").read_bytes()[:5000])
     torch.save({"state_dict": {}}, tmp_path / "other.pt")
@@ -333,8 +333,8 @@ def test_what_is_no_checkpoint_is_said(detector_run, city, tmp_path, capsys):
     for path, word in {
         tmp_path / "nowhere": "no checkpoint",
         tmp_path / "empty": "without checkpoints/last.pt",
-        corrupt: "cut off or damaged",
-        tmp_path / "other.pt": "holds no model",
+        corrupt: "truncated or damaged",
+        tmp_path / "other.pt": "has no model",
         save_run(tmp_path / "few", few, city): "4 classes",
         save_run(tmp_path / "wide", tiny_detector(), city, wide): "do not fit",
     }.items():

@@ -1,4 +1,4 @@
-"""The fine-tuning script: most runs inside this process, those that a user starts otherwise by subprocess."""
+"""finetune.py: most runs in this process, some in a subprocess as a user starts them."""
 
 import json
 import signal
@@ -21,7 +21,7 @@ SMALL = ["--preset", "tiny", "--device", "cpu", "--workers", 0, "--log-every", 1
 
 @pytest.fixture(autouse=True)
 def signals_and_threads():
-    """A run handles signals until its process ends; this process goes on."""
+    """A run handles signals until its process ends; restore the handlers, since this process does not end."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():
@@ -29,7 +29,7 @@ def signals_and_threads():
 
 
 def run(out, city, *flags):
-    """finetune.py in this process; of a flag given twice, the last counts."""
+    """finetune.py in this process; of a flag that is given twice, the last one counts."""
     small = [*SMALL, "--modality", "lidar", "--data-root", city, "--out", out, "--steps", 4]
     finetune.main(finetune.parse([*small, *flags]))
     return out
@@ -47,7 +47,7 @@ def straight(city, tmp_path_factory):
     return out, done
 
 
-def test_a_run_leaves_all_it_promises(straight):
+def test_a_run_writes_all_its_files(straight):
     out, done = straight
     assert sorted(curve(out)) == [1, 2, 3, 4] and sorted(curve(out, "val/NDS")) == [3, 4]
     assert {"train/class", "train/box", "train/iou", "train/noisy_class", "val/mAP"} <= {
@@ -61,7 +61,7 @@ def test_a_run_leaves_all_it_promises(straight):
     assert "mini_val" in done.stdout and f"python eval.py {out}" in done.stdout
 
 
-def test_stopped_and_resumed_is_bit_equal_to_straight(straight, city, tmp_path):
+def test_a_stopped_and_resumed_run_is_bit_equal(straight, city, tmp_path):
     run(tmp_path / "run", city, "--stop-at", 2, "--val-every", 3)
     assert checkpoint(tmp_path / "run")["step"] == 2
     run(tmp_path / "run", city, "--resume", "auto", "--val-every", 3, "--tune")
@@ -70,14 +70,14 @@ def test_stopped_and_resumed_is_bit_equal_to_straight(straight, city, tmp_path):
 
 
 @pytest.mark.parametrize("modality", ["camera", "fusion"])
-def test_cameras_learn_too(modality, city, tmp_path):
+def test_camera_and_fusion_train(modality, city, tmp_path):
     out = run(tmp_path / "run", city, "--modality", modality, "--steps", 2)
     assert curve(out, "train/depth")[2] > 0
     assert json.loads((out / "eval" / "results_nusc.json").read_text())["meta"]["use_camera"]
 
 
 def test_objects_are_pasted_until_the_last_epochs(city, tmp_path, monkeypatch):
-    """Of four steps the last is the last epoch's: there the sample is what it is without pasting."""
+    """Of four steps, the last one is the last epoch: its sample is the one without pasting."""
     tiny = recipes.DETECT["lidar"]["tiny"]
     optim = replace(tiny.optim, epochs=4)
     paste = Paste(counts=(12,) * 10, min_points=1, off_epochs=1)
@@ -108,8 +108,8 @@ def test_objects_are_pasted_until_the_last_epochs(city, tmp_path, monkeypatch):
     assert curve(tmp_path / "again") == curve(tmp_path / "balanced and pasted")
 
 
-def test_two_processes_are_told_what_one_is(straight, city, tmp_path):
-    """At the first step, which all weigh alike; later ones differ by rounding, and by what is a mean of one process."""
+def test_two_processes_have_the_losses_of_one(straight, city, tmp_path):
+    """At the first step; later ones differ by rounding, and in means that are taken per process."""
     flags = ["--modality", "lidar", "--preset", "tiny", "--data-root", city, "--steps", 1, "--out", tmp_path / "two"]
     flags += ["--device", "cpu", "--workers", 0, "--log-every", 1, "--batch-size", 2]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
@@ -122,7 +122,7 @@ def test_two_processes_are_told_what_one_is(straight, city, tmp_path):
     assert curve(tmp_path / "two", "val/NDS").keys() == {1}
 
 
-def test_encoders_are_taken_and_the_rest_is_named(city, tmp_path, capsys):
+def test_encoders_are_taken_and_the_rest_is_listed(city, tmp_path, capsys):
     small = [*SMALL, "--data-root", city, "--steps", 1, "--val-samples", 1, "--rays.per-view", 8]
     small += ["--picture-stride", 32, "--modality", "lidar", "--out", tmp_path / "runs" / "pre"]
     train.main(train.parse(small))
@@ -130,7 +130,7 @@ def test_encoders_are_taken_and_the_rest_is_named(city, tmp_path, capsys):
     out = run(tmp_path / "run", city, "--pretrained", tmp_path / "runs", "--steps", 1, "--lr", 1e-12)
     said = capsys.readouterr().out
     assert "took 0.25 M weights, encoder.lidar.backbone, encoder.lidar.encoder, encoder.lidar.neck" in said
-    assert "left project, renderer" in said
+    assert "ignored project, renderer" in said
     source, weights = checkpoint(tmp_path / "runs" / "pre")["model"], checkpoint(out)["model"]
     taken = [name for name in weights if name.startswith("encoder.") and "running" not in name and "num" not in name]
     for name in taken:
@@ -153,6 +153,6 @@ def test_encoders_are_taken_and_the_rest_is_named(city, tmp_path, capsys):
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_a_users_mistake_is_one_sentence(flags, words, city, tmp_path):
+def test_a_user_error_is_one_sentence(flags, words, city, tmp_path):
     with pytest.raises(UserError, match=words):
         run(tmp_path / "run", city, *flags)

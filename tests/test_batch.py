@@ -1,4 +1,4 @@
-"""The batch and the stream of batches, on samples that are made up."""
+"""The batch and the stream of batches, on made-up samples."""
 
 import itertools
 
@@ -26,8 +26,8 @@ def sample(token, points=3, boxes=2, size=(40, 33), labeled=True):
     )
 
 
-class Made(torch.utils.data.Dataset):
-    """n samples; those in `bad` cannot be read."""
+class Fake(torch.utils.data.Dataset):
+    """A dataset of n samples; those in `bad` cannot be read."""
 
     def __init__(self, n, bad=()):
         self.n, self.bad = n, bad
@@ -43,7 +43,7 @@ class Made(torch.utils.data.Dataset):
 
 def seen(n, count, **stream):
     """Tokens of each of the first `count` micro-batches."""
-    batches = itertools.islice(step_batches(Made(n), **stream), count)
+    batches = itertools.islice(step_batches(Fake(n), **stream), count)
     return [tuple(int(t) for t in batch.tokens) for batch, _ in batches]
 
 
@@ -95,7 +95,7 @@ def test_an_epoch_shows_every_frame_once_and_drops_none():
     assert order != sum(seen(5, count=5, micro_batch=2, seed=1), ())
 
 
-def test_a_stream_that_starts_later_goes_on_where_the_other_was():
+def test_a_stream_started_later_resumes_where_another_stopped():
     assert seen(7, count=9, micro_batch=3)[4:] == seen(7, count=5, micro_batch=3, start=4)
 
 
@@ -110,12 +110,12 @@ def test_workers_change_nothing(workers):
     assert seen(7, count=5, micro_batch=3, workers=workers) == seen(7, count=5, micro_batch=3)
 
 
-def test_a_pass_may_be_larger_than_the_dataset():
+def test_a_micro_batch_may_be_larger_than_the_dataset():
     (order,) = seen(2, count=1, micro_batch=5)
     assert sorted(order[:2]) == sorted(order[2:4]) == [0, 1]
 
 
-def test_the_stream_leaves_the_global_random_numbers_alone():
+def test_the_stream_does_not_touch_the_global_generator():
     state = torch.get_rng_state()
     seen(3, count=1, micro_batch=1, workers=1)
     assert torch.equal(torch.get_rng_state(), state)
@@ -123,15 +123,15 @@ def test_the_stream_leaves_the_global_random_numbers_alone():
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_bad_frames_are_replaced_by_the_next_and_named(workers):
-    stream = step_batches(Made(5, bad={1, 2, 4}), micro_batch=5, workers=workers)
+    stream = step_batches(Fake(5, bad={1, 2, 4}), micro_batch=5, workers=workers)
     batch, bad_frames = next(stream)
     assert sorted(batch.tokens) == ["0", "0", "3", "3", "3"]
     assert sorted(bad_frames) == [f"frame-{i}: is missing" for i in (1, 2, 2, 4)]
 
 
 def test_held_out_frames_are_spread_and_shared():
-    frames = [(p, batch.tokens) for p, batch in held_out_batches(Made(10), 4)]
+    frames = [(p, batch.tokens) for p, batch in held_out_batches(Fake(10), 4)]
     assert frames == [(0, ("0",)), (1, ("2",)), (2, ("5",)), (3, ("7",))]
-    shared = [list(held_out_batches(Made(10), 4, rank, 2)) for rank in range(2)]
+    shared = [list(held_out_batches(Fake(10), 4, rank, 2)) for rank in range(2)]
     assert [[p for p, _ in part] for part in shared] == [[0, 2], [1, 3]]
-    assert len(list(held_out_batches(Made(3), 8))) == 3
+    assert len(list(held_out_batches(Fake(3), 8))) == 3

@@ -36,7 +36,7 @@ def objects(train):
 
 @pytest.fixture(scope="module")
 def sample(city):
-    """Of another street than the objects."""
+    """From another street than the objects."""
     return NuScenesDataset(city, VERSION, "mini_val", Data(sweeps=2))[1]
 
 
@@ -59,8 +59,8 @@ def test_points_in_boxes_are_the_devkits(sample):
     assert points_in_boxes(sample.points, sample.boxes[:0]).shape == (0, len(sample.points))
 
 
-def test_objects_are_what_the_frames_hold(train, objects):
-    """Every box with enough points, in the order of the frames, with its points and its rectangles of the images."""
+def test_objects_are_those_of_the_frames(train, objects):
+    """Every box with enough points, in the order of the frames, with its points and its rectangles in the images."""
     k = 0
     for i in range(len(train)):
         sample = train[i]
@@ -81,7 +81,7 @@ def test_objects_are_what_the_frames_hold(train, objects):
     assert k == len(objects.labels) > 50 and len(objects.pictures) > 20
 
 
-def test_few_points_are_no_object(train):
+def test_boxes_with_too_few_points_are_no_objects(train):
     sample = train[0]
     counts = points_in_boxes(sample.points, sample.boxes).sum(axis=1)
     assert (counts < 50).any()
@@ -119,14 +119,14 @@ def test_a_sample_is_filled_up_without_overlaps(sample, objects, empty):
     assert (pasted_of_class > 0).sum() >= (9 if empty else 2)
 
 
-def test_chance_comes_from_the_generator_alone(sample, objects):
+def test_randomness_comes_from_the_generator_alone(sample, objects):
     one, same, other = (objects.paste_into(sample, np.random.default_rng(seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(one.points, same.points)
     np.testing.assert_array_equal(one.images, same.images)
     assert one.boxes.tolist() != other.boxes.tolist()
 
 
-def test_nothing_is_missing(sample, objects):
+def test_a_full_sample_stays_as_it_is(sample, objects):
     full = replace(objects, counts=tuple(np.bincount(sample.labels, minlength=10).tolist()))
     assert full.paste_into(sample, np.random.default_rng(0)) is sample
 
@@ -140,7 +140,7 @@ def cube(x, y, z=0.0, size=2.0):
 
 
 def test_rectangles_by_hand():
-    """Edges of cubes of 2 m whose near sides are 10, 5 and 20 m away: 50 / 10 pixels a meter on either side, ..."""
+    """Cubes of 2 m whose near sides are 10, 5 and 20 m away: 50 / 10 pixels per meter, ..."""
     boxes = np.stack([cube(0, 11), cube(-4, 6), cube(0, -9), cube(0, 0.5), cube(0, 21), cube(90, 11)])
     rows, places = visible_rectangles(boxes, AHEAD, (64, 64))
     assert rows.tolist() == [4, 0, 1]  # not those behind the camera, around it and beside the image
@@ -148,7 +148,7 @@ def test_rectangles_by_hand():
     assert [expected[r] for r in rows] == places.tolist()
 
 
-def test_pictures_are_laid_far_ones_first(tmp_path):
+def test_pictures_are_pasted_far_ones_first(tmp_path):
     """Far red, then the sample's own blue, then near green, on gray."""
     colors = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 200, 30)}
     boxes = {"red": cube(2.5, 21), "blue": cube(0.5, 13), "green": cube(-0.4, 8)}
@@ -256,7 +256,7 @@ def test_objects_are_cut_out_again_when_the_tables_change(copy):
 
 
 @pytest.mark.parametrize("kind", ["bin", "npz"])
-def test_damaged_files_are_made_again(copy, monkeypatch, kind):
+def test_damaged_files_are_rebuilt(copy, monkeypatch, kind):
     objects = load_objects(dataset_of(copy), PASTE)
     path = objects.file.with_suffix(f".{kind}")
     path.write_bytes(path.read_bytes()[:-100])
@@ -265,7 +265,7 @@ def test_damaged_files_are_made_again(copy, monkeypatch, kind):
     assert len(cuts) == len(dataset_of(copy))
 
 
-def test_workers_make_the_same_files(copy):
+def test_workers_write_the_same_files(copy):
     objects = load_objects(dataset_of(copy), PASTE)
     contents = objects.file.read_bytes()
     objects.file.unlink()
@@ -304,7 +304,7 @@ def test_no_object_is_one_sentence(copy):
         load_objects(dataset_of(copy), PASTE)
 
 
-def test_nothing_half_written_stays(copy, monkeypatch):
+def test_no_partial_file_is_left(copy, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(DataError, match="No space left"):
         load_objects(dataset_of(copy), PASTE)

@@ -10,6 +10,7 @@ from unipad.config import Augment
 from unipad.data.dataset import DEFAULT_DATASET, DataError, dataset_class
 from unipad.data.loader import all_batches, held_out_batches, step_batches
 from unipad.data.nuscenes import NuScenesDataset
+from unipad.draw.views import rendered_views
 from unipad.errors import UserError
 from unipad.model.pretrain import Pretrain
 from unipad.optimizer import make_optimizer
@@ -92,7 +93,9 @@ def test_two_samples_of_another_dataset_are_learned(toy, tmp_path, modality):
     assert any(not torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
 
     val_set = toy(tmp_path, "any", val_split, recipe.data, point_range=box)
-    assert [batch.tokens for _, batch in held_out_batches(val_set, 1)] == [("toy-0",)]
+    ((_, batch),) = held_out_batches(val_set, 1)
+    assert batch.tokens == ("toy-0",)
+    assert rendered_views(net, batch, None, stride=16).shape[2] == 3
     assert [bad for _, bad in all_batches(val_set)] == [[], [], [f"{tmp_path / '2.npy'}: is missing"]]
 
 

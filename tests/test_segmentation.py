@@ -169,7 +169,7 @@ def test_logits_of_views_are_summed_per_point(validation):
     assert len(alone.unique()) > 1 and (together == 3).all()
 
 
-SMALL = dict(device="cpu", workers=0, log_every=1)
+SMALL = ["--preset", "tiny", "--device", "cpu", "--workers", 0, "--log-every", 1]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Points, cameras and boxes still agree after they were moved; images change as the original's do."""
+"""Points, cameras and boxes still agree after a transform; images change as in the original."""
 
 import colorsys
 import itertools
@@ -27,7 +27,7 @@ from unipad.model.camera import CameraEncoder
 from unipad.model.rays import cast_rays, project_points
 
 TRANSFORMS = {
-    "turned and scaled": make_transform(0.3, 1.05),
+    "rotated and scaled": make_transform(0.3, 1.05),
     "shifted": make_transform(shift=(0.7, -0.4, 0.2)),
     "left and right": make_transform(flip_x=True),
     "front and back": make_transform(flip_y=True),
@@ -42,12 +42,12 @@ def sample(city):
     return NuScenesDataset(city, "v1.0-mini", "mini_val", Data(sweeps=2))[0]
 
 
-def test_a_quarter_turn_by_hand(sample):
-    quarter = apply_transform(sample, make_transform(np.pi / 2, 2.0))
+def test_a_rotation_by_90_degrees_by_hand(sample):
+    rotated = apply_transform(sample, make_transform(np.pi / 2, 2.0))
     x, y, z = sample.points[:, :3].T
-    np.testing.assert_allclose(quarter.points[:, :3], np.stack([-2 * y, 2 * x, 2 * z], axis=1), rtol=1e-6, atol=1e-5)
-    assert (quarter.points[:, 3:] == sample.points[:, 3:]).all()
-    before, after = sample.boxes, quarter.boxes
+    np.testing.assert_allclose(rotated.points[:, :3], np.stack([-2 * y, 2 * x, 2 * z], axis=1), rtol=1e-6, atol=1e-5)
+    assert (rotated.points[:, 3:] == sample.points[:, 3:]).all()
+    before, after = sample.boxes, rotated.boxes
     np.testing.assert_allclose(after[:, :2], 2 * np.stack([-before[:, 1], before[:, 0]], axis=1), rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(after[:, 3:6], 2 * before[:, 3:6], rtol=1e-6)
     np.testing.assert_allclose(np.exp(1j * after[:, 6]), 1j * np.exp(1j * before[:, 6]), atol=1e-5)
@@ -55,8 +55,8 @@ def test_a_quarter_turn_by_hand(sample):
     assert (np.abs(after[:, 6]) <= np.pi + 1e-6).all()
 
 
-def test_mirrors_by_hand(sample):
-    """Against what the original does to its boxes: y and vy, or x and vx, change sign; yaw becomes pi - yaw, -yaw."""
+def test_flips_by_hand(sample):
+    """As the original flips its boxes: y and vy, or x and vx, change sign; yaw becomes pi - yaw or -yaw."""
     x, y, z, w, l, h, yaw, vx, vy = boxes_to_original(torch.from_numpy(sample.boxes)).T
     truth = {
         "x": torch.stack([-x, y, z, w, l, h, -yaw, -vx, vy], dim=1),
@@ -72,15 +72,15 @@ def test_mirrors_by_hand(sample):
         np.testing.assert_array_equal(after.points[:, :3], sample.points[:, :3] * sign)
 
 
-def test_steps_follow_each_other_as_in_the_original():
-    """Turn, scale, shift, mirror, worked out for one point: (1, 0) -> (0, 1) -> (0, 2) -> (10, 22) -> (-10, 22)."""
+def test_transforms_are_in_the_originals_order():
+    """Rotate, scale, shift, flip, worked out for one point: (1, 0) -> (0, 1) -> (0, 2) -> (10, 22) -> (-10, 22)."""
     after = make_transform(np.pi / 2, 2.0, (10, 20, 30), flip_x=True) @ [1, 0, 0, 1]
     np.testing.assert_allclose(after, [-10, 22, 30, 1], atol=1e-12)
 
 
 @every_transform
 def test_points_stay_in_their_boxes(sample, transform):
-    """But for those that rounding takes through a face."""
+    """Except for those that rounding moves through a face."""
     after = apply_transform(sample, transform)
     grown = sample.boxes * np.float32([1, 1, 1, 1.01, 1.01, 1.01, 1, 1, 1])
     shrunk = sample.boxes * np.float32([1, 1, 1, 0.99, 0.99, 0.99, 1, 1, 1])
@@ -91,8 +91,8 @@ def test_points_stay_in_their_boxes(sample, transform):
 
 
 @every_transform
-def test_boxes_keep_their_front_and_their_velocity(sample, transform):
-    """A box's front, and where it is a second later, move as points do."""
+def test_headings_and_velocities_are_transformed_as_points_are(sample, transform):
+    """So are a box's front, and its center a second later."""
     boxes, after = sample.boxes.astype(float), apply_transform(sample, transform).boxes.astype(float)
     assert (np.hypot(*boxes[:, 7:].T) > 1).any()
 
@@ -134,7 +134,7 @@ def test_rays_still_end_on_the_points(sample, transform):
     torch.testing.assert_close(ends, aims, rtol=1e-3, atol=1e-2)
 
 
-def test_augmentation_stays_in_its_limits_and_keeps_labels_with_points(sample):
+def test_augmentation_stays_in_its_limits_and_labels_stay_with_points(sample):
     cfg = Augment(rotation=0.4, scale=(0.9, 1.1), shuffle=True)
     length = np.linalg.norm(sample.points[:, :3], axis=1).sum()
     scales = set()
@@ -152,8 +152,8 @@ def test_augmentation_stays_in_its_limits_and_keeps_labels_with_points(sample):
     assert (again.points == augment_sample(sample, np.random.default_rng(0), cfg).points).all()
 
 
-def test_what_is_off_draws_nothing(sample):
-    """So that runs from before it existed go on with the numbers that they had."""
+def test_what_is_off_draws_no_random_number(sample):
+    """So that a new augmentation does not change the random numbers of older recipes."""
     rng, plain = np.random.default_rng(3), np.random.default_rng(3)
     varied = augment_sample(sample, rng, Augment(rotation=0.4, scale=(0.9, 1.1), shuffle=True))
     angle, scale, order = plain.uniform(-0.4, 0.4), plain.uniform(0.9, 1.1), plain.permutation(len(sample.points))
@@ -161,8 +161,8 @@ def test_what_is_off_draws_nothing(sample):
     np.testing.assert_array_equal(varied.points, apply_transform(sample, make_transform(angle, scale)).points[order])
 
 
-def test_shifts_and_mirrors_are_as_frequent_as_asked(sample):
-    """The LiDAR's own place tells: the camera that looked ahead looks left, right, ahead or back, from elsewhere."""
+def test_shifts_and_flips_have_their_frequencies(sample):
+    """Told from the cameras: the camera that looked ahead looks left, right, ahead or back, from elsewhere."""
     small = replace(sample, points=sample.points[:1], point_labels=None)
     cfg = Augment(translation=(0.5, 1.0, 0.0), flip_x=0.5, flip_y=0.2)
     moves = []
@@ -177,8 +177,8 @@ def test_shifts_and_mirrors_are_as_frequent_as_asked(sample):
     assert np.abs(moves[:, 2, 3]).max() < 1e-5
 
 
-def test_points_and_boxes_are_cropped_after_they_moved(city):
-    """Boxes only where a head learns from them."""
+def test_points_and_boxes_are_cropped_after_the_transform(city):
+    """Boxes only for training."""
     box = ((-20.0, -20.0, -5.0), (20.0, 20.0, 3.0))
     dataset = NuScenesDataset(city, "v1.0-mini", "mini_train", Data(), 1.0, box, Augment(rotation=0.7))
     plain, varied = dataset[0], dataset.read(0, np.random.default_rng(0))
@@ -191,7 +191,7 @@ def test_points_and_boxes_are_cropped_after_they_moved(city):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_the_grid_is_the_originals(seed):
-    """The original's draws, replayed on numpy's old generator: hidden at all, period, top, left."""
+    """The original's draws, replayed with numpy's old generator: whether at all, period, top, left."""
     arrays, _ = load("grid_mask")
     truth = arrays[f"out/seed{seed}"].numpy()
     draws = np.random.RandomState(seed)
@@ -204,13 +204,13 @@ def test_the_grid_is_the_originals(seed):
 
 
 def test_a_grid_by_hand():
-    """4 x 6 is the middle of 6 x 9 from (1, 1) on; period 2: bars on every other row and column."""
+    """4 x 6 is the middle of 6 x 9, from (1, 1); period 2: bars on every other row and column."""
     rows, columns = "1010", "101010"
     expected = [[r == "1" or c == "1" for c in columns] for r in rows]
     assert grid_mask(4, 6, 2, 1, 1).tolist() == expected
 
 
-def test_the_grid_hides_the_same_of_all_images_and_the_encoder_sees_zero(sample):
+def test_the_grid_is_the_same_in_all_images_and_zero_for_the_encoder(sample):
     shares = []
     white = replace(
         sample, images=[np.full((40, 64, 3), 255, np.uint8)] * 6, points=sample.points[:1], point_labels=None
@@ -229,7 +229,7 @@ def test_the_grid_hides_the_same_of_all_images_and_the_encoder_sees_zero(sample)
 
 
 class Script:
-    """Stands for a generator: `random` says heads or tails as written, `uniform` and `permutation` what is written."""
+    """A scripted generator: `random` returns the given coins, `uniform` and `permutation` the given values."""
 
     def __init__(self, coins, values):
         self.coins, self.values = [0.0 if c == "h" else 0.9 for c in coins], list(values)
@@ -277,7 +277,7 @@ def test_colors_by_hand(sample, coins, values, expected):
         np.testing.assert_allclose(image, np.broadcast_to(expected, image.shape), atol=0.51)
 
 
-def test_every_image_has_colors_of_its_own(city):
+def test_colors_are_drawn_per_image(city):
     plain = NuScenesDataset(city, "v1.0-mini", "mini_train", Data(), augment=Augment())
     colorful = NuScenesDataset(city, "v1.0-mini", "mini_train", Data(), augment=Augment(photometric=True))
     before, after, again = (d.read(0, np.random.default_rng(1)) for d in (plain, colorful, colorful))
@@ -286,7 +286,7 @@ def test_every_image_has_colors_of_its_own(city):
     np.testing.assert_array_equal(after.images, again.images)
 
 
-def test_a_set_without_images(city, tmp_path):
+def test_a_dataset_without_images(city, tmp_path):
     assert NuScenesDataset.has_images(city, "v1.0-mini", "mini_train")
     (tmp_path / "set").mkdir()
     for part in ("v1.0-mini", "sweeps", "lidarseg", "maps"):

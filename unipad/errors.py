@@ -1,5 +1,6 @@
 """User-facing errors: one sentence, exit code 2. Free of torch, which processes that only draw need not load."""
 
+from collections.abc import Sequence
 from operator import attrgetter
 
 
@@ -14,21 +15,12 @@ def check_choices(**flags):
             raise UserError(f"{_flag(name)} {value} is not known; use {', '.join(map(str, choices))}.")
 
 
-def check_ranges(args, above_0=(), not_below_0=(), fraction=()):
-    """Names of fields of `args`, nested ones by their path; None is skipped. Raises `UserError`.
-
-    fraction: from 0 to below 1.
-    """
-    rules = [
-        (above_0, lambda value: value > 0, "must be above 0"),
-        (not_below_0, lambda value: value >= 0, "must not be below 0"),
-        (fraction, lambda value: 0 <= value < 1, "must be from 0 to below 1"),
-    ]
-    for names, holds, rule in rules:
-        for name in names:
-            value = attrgetter(name)(args)
-            if value is not None and not holds(value):
-                raise UserError(f"{_flag(name)} {value} {rule}.")
+def check_ranges(args, above_0: Sequence[str] = (), not_below_0: Sequence[str] = ()):
+    """Names of fields of `args`, nested ones by their path; None is skipped. Raises `UserError`."""
+    for name in (*above_0, *not_below_0):
+        value = attrgetter(name)(args)
+        if value is not None and not (value > 0 if name in above_0 else value >= 0):
+            raise UserError(f"{_flag(name)} {value} must {'be above' if name in above_0 else 'not be below'} 0.")
 
 
 def _flag(name):

@@ -1,4 +1,4 @@
-"""The dataset interface: what a dataset returns, what a script asks of it, and how samples become a batch.
+"""The interface of a dataset: what it returns, what the scripts need of it, and samples -> batch.
 
 Another dataset is one file with one subclass of `DrivingDataset`, which the scripts take as
 `--dataset package.module:Class`. Frames and units are those of `unipad.batch`.
@@ -21,7 +21,7 @@ DEFAULT_DATASET = "unipad.data.nuscenes:NuScenesDataset"
 
 
 class DataError(UserError):
-    """The dataset as a whole cannot be used: one sentence that names the folder or flag, and the fix."""
+    """The dataset as a whole cannot be used: one sentence with the folder or flag, and the fix."""
 
 
 class BadFrame(Exception):
@@ -33,52 +33,56 @@ class BadFrame(Exception):
 
 @dataclass(frozen=True)
 class Sample:
-    """One keyframe: the LiDAR frame is that of its LiDAR, x right, y forward, z up; camera frames are x right, y down,
-    z forward. Meters, seconds, radians.
+    """One keyframe. Meters, seconds, radians; "LiDAR" is the frame of the keyframe's LiDAR: x right, y forward, z up.
 
-    N views: the cameras in the order of `CAMERAS`, of the keyframe first, then, with camera sweeps, of each of the
-    S - 1 frames of images before it, the newest first. N = 0 without images. N and S are the same for all samples.
+    N views: the cameras of the keyframe in a fixed order (nuScenes: `CAMERAS`), then, with camera sweeps, those of the
+    S - 1 frames of images before it, the newest first. N and S are the same in all samples; N = 0 without images.
+
+    images:       N times [h, w, 3] uint8 RGB, not padded; sizes may differ.
+    lidar2image:  [N, 4, 4] float32 LiDAR -> (u*d, v*d, d, 1) in pixels of `images`, d along the optical axis.
+    lidar2camera: [N, 4, 4] float32 rigid, LiDAR -> camera (x right, y down, z forward) when the image was taken.
+    points:       [P, 5] float32 x, y, z in LiDAR, intensity 0-255, time lag: 0 for those of the keyframe, which come
+                  first, and the age of those of sweeps, which are transformed into LiDAR.
+    point_labels: [P] uint8 class 1-16 in the order of `tables.LIDARSEG_CLASSES`, 0 for none, as in sweeps; None if the
+                  dataset has no such labels.
+    boxes:        [M, 9] float32 x, y, z of the center, w, l, h, yaw, vx, vy in LiDAR; yaw is the direction of l, from x
+                  towards y; an unknown velocity is 0. M = 0 without boxes.
+    labels:       [M] int64 class 0-9 in the order of `tables.CLASSES`.
+    token:        name of the frame, unique in the split.
+    frame_lags:   [S] float32 age of each frame of images, 0 first; None: S = 1.
     """
 
-    images: list[np.ndarray]  # N times [h, w, 3] uint8 RGB, not padded; sizes may differ
-    lidar2image: np.ndarray  # [N, 4, 4] float32 LiDAR -> (u*d, v*d, d, 1), pixels of the image as returned
-    lidar2camera: np.ndarray  # [N, 4, 4] float32 rigid, LiDAR -> camera when the image was taken
-    points: (
-        np.ndarray
-    )  # [P, 5] float32 x, y, z in the LiDAR frame, intensity 0-255, time lag (0: the keyframe's, first)
-    point_labels: (
-        np.ndarray | None
-    )  # [P] uint8 class 1-16 of `tables.LIDARSEG_CLASSES`, 0: none (sweeps); None: no labels
-    boxes: np.ndarray  # [M, 9] float32 x, y, z center, w, l, h, yaw of l from x towards y, vx, vy; LiDAR frame
-    labels: np.ndarray  # [M] int64 class 0-9 of `tables.CLASSES`; M = 0 where there are no boxes
-    token: str  # names the frame; unique in the split
-    frame_lags: np.ndarray | None = (
-        None  # [S] float32 from each frame of images to the keyframe's, 0 first; None: S = 1
-    )
+    images: list[np.ndarray]
+    lidar2image: np.ndarray
+    lidar2camera: np.ndarray
+    points: np.ndarray
+    point_labels: np.ndarray | None
+    boxes: np.ndarray
+    labels: np.ndarray
+    token: str
+    frame_lags: np.ndarray | None = None
 
 
 class DrivingDataset(torch.utils.data.Dataset):
-    """Keyframes of one split of one version of a dataset, in the order of time.
+    """The keyframes of one split of a dataset, in the order of time.
 
-    `dataset[i]` is a `Sample`, without augmentation; `dataset.read(i, rng)` is one with it. Both raise `BadFrame` where
-    the frame cannot be read: the loader names it on stderr and takes the next one.
+    `dataset[i]` is a `Sample` as it was recorded; `dataset.read(i, rng)` is an augmented one, for training.
 
-    A subclass must have `splits`, `load` and a constructor (root, version, split, data, **settings) that finds the
-    frames and hands their number to this class:
+    A subclass must define `splits`, `load` and the constructor, which finds the frames and passes on their number:
 
         def __init__(self, root, version, split, data, **settings):
             self.files = sorted(Path(root, version, split).glob("*.npz"))
             super().__init__(len(self.files), root, version, split, data, **settings)
 
-    Whatever is wrong with the dataset as a whole raises `DataError`: one sentence. Readers run in worker processes, to
-    which the dataset is copied: keep it small and picklable.
+    The other methods have defaults. What is wrong with the dataset as a whole raises `DataError`, one sentence; what is
+    wrong with one frame raises `BadFrame`, upon which the loader names the frame on stderr and takes the next one.
+    The dataset is copied to worker processes, so it must be picklable, and should be small.
     """
 
-    default_version = ""  # of --version
+    default_version = ""  # without --version
+    # What finetune.py can train and eval.py can score: "detect", "segment". Pre-training needs neither. The nuScenes
+    # devkit scores, so a dataset that names a task also needs the tables and the `index` of `NuScenesDataset`.
     tasks: tuple[str, ...] = ()
-    """What finetune.py can train and eval.py can score on it: "detect", "segment" or both. The nuScenes devkit scores,
-    so a dataset that names a task must also have what `NuScenesDataset` has for it: tables, `index`. Pre-training
-    needs no task."""
 
     def __init__(
         self,
@@ -95,12 +99,12 @@ class DrivingDataset(torch.utils.data.Dataset):
         frame_count:    frames of the split.
         root, version:  --data-root, --version.
         split:          one of the values of `splits(version)`.
-        data:           what `load` reads: images or not, their size, how many LiDAR and camera sweeps. A dataset that
-            cannot do what is asked for raises `DataError`.
+        data:           what `load` must read: images or none, their size, how many LiDAR and camera sweeps. A dataset
+                        that cannot raises `DataError`.
         label_fraction: 1/k keeps every k-th frame.
-        point_range:    (low, high), each (x, y, z) meters: points outside are left out, and in training also boxes
-            whose center is outside as seen from above, since no head learns them. None keeps all.
-        augment:        how `read` varies samples; None: not at all.
+        point_range:    (low, high), each (x, y, z) meters: points outside are left out, and in `read` with `rng` also
+                        boxes whose center is outside seen from above, since no head learns them. None keeps all.
+        augment:        how `read` augments samples; None: not at all.
         """
         if not 0 < label_fraction <= 1 or abs(round(1 / label_fraction) * label_fraction - 1) > 0.02:
             raise DataError(f"--label-fraction {label_fraction} is not 1/k; give 1, 0.5, 0.2, 0.1 or the like.")
@@ -108,52 +112,52 @@ class DrivingDataset(torch.utils.data.Dataset):
             raise DataError(f"{Path(root) / version} has no frame of split {split}; unpack the whole dataset there.")
         self.root, self.version, self.split, self.data = Path(root), version, split, data
         self.point_range, self.augment, self.objects = point_range, augment, None
-        self.frames = np.arange(frame_count)[:: round(1 / label_fraction)]  # rows of the split's frames
+        self.frames = np.arange(frame_count)[:: round(1 / label_fraction)]  # numbers of the frames used
 
-    # What a subclass defines
+    # To define in a subclass
 
     @classmethod
     def splits(cls, version: str) -> dict[str, str]:
-        """{"train": its name, "val": its name}, or {"test": its name}, of a version. Raises `DataError` for a version
-        that there is not."""
+        """Names of a version's splits by purpose: {"train": ..., "val": ...} or {"test": ...}. Raises `DataError` for
+        a version that does not exist."""
         raise NotImplementedError
 
     @classmethod
     def default_root(cls, data: Data) -> Path:
-        """Where the dataset is without --data-root; may make it there."""
+        """Folder of the dataset without --data-root."""
         raise DataError(f"--dataset {cls.__module__}:{cls.__qualname__} needs --data-root.")
 
     @classmethod
     def has_images(cls, root: str | Path, version: str, split: str) -> bool:
-        """Whether the images of the split are there; without them rays are cast from the LiDAR."""
+        """Whether the split has images; without them rays are cast from the LiDAR."""
         return True
 
     def load(self, frame: int) -> Sample:
-        """Row `frame` of the split's frames as the files have it. Raises `BadFrame`, with the path of the file, where
-        one is missing or broken: nothing else may come out of a bad file."""
+        """Read frame number `frame` of the split. Raises `BadFrame` with the file's path where one is missing or
+        broken, and nothing else."""
         raise NotImplementedError
 
     def labels_of(self, frame: int) -> np.ndarray:
-        """`Sample.labels` of row `frame`, for `balanced`; override it where they can be had without reading files."""
+        """`Sample.labels` of frame number `frame`, for `balanced`; override it if that needs no reading of samples."""
         return self.load(frame).labels
 
     def scenes(self) -> dict[str, list[int]]:
-        """{scene: its frames as indices into the dataset, in the order of time}; {} where there are no scenes."""
+        """{scene: indices of its frames in the dataset, in the order of time}; {} without scenes."""
         return {}
 
     def fingerprint(self) -> str:
-        """A string that changes when the labels do: what was made from them and cached is then made again."""
+        """A string that changes with the dataset: caches of what was made from it are then rebuilt."""
         return ""
 
     def require_point_labels(self):
         """Raise `DataError` unless every frame has `point_labels`."""
         raise DataError(f"{self.root / self.version} has no labels of LiDAR points.")
 
-    # What every dataset has
+    # The same for every dataset
 
     @classmethod
     def train_val_splits(cls, version: str) -> tuple[str, str]:
-        """Names of the two splits that training needs. Raises `DataError` where the version has no such."""
+        """Names of the splits to train and to validate on. Raises `DataError` if the version has none."""
         splits = cls.splits(version)
         if not {"train", "val"} <= splits.keys():
             raise DataError(f"--version {version} has nothing to train on: it has split {' and '.join(splits)} alone.")
@@ -166,7 +170,7 @@ class DrivingDataset(torch.utils.data.Dataset):
         return self.read(i)
 
     def read(self, i: int, rng: np.random.Generator | None = None, paste: bool = True) -> Sample:
-        """Sample i, cropped; with `rng` augmented too, and, if `paste`, with objects pasted into it."""
+        """Sample i, cropped to `point_range`; with `rng` also augmented, and, if `paste`, with objects pasted in."""
         sample = self.load(self.frames[i])
         if rng is not None:
             if self.augment is not None and self.augment.photometric:
@@ -180,14 +184,14 @@ class DrivingDataset(torch.utils.data.Dataset):
             sample = sample if rng is None else _crop_boxes(sample, *self.point_range)
         return sample
 
-    def with_objects(self, objects):
-        """The same dataset, whose `read` pastes `objects`, a `cutpaste.Objects`."""
+    def with_objects(self, objects) -> "DrivingDataset":
+        """This dataset with `objects`, a `cutpaste.Objects`, that `read` pastes into samples."""
         dataset = copy.copy(self)
         dataset.objects = objects
         return dataset
 
-    def balanced(self, seed: int):
-        """The dataset with frames drawn with replacement so that every class is as frequent as any other (CBGS).
+    def balanced(self, seed: int) -> "DrivingDataset":
+        """This dataset with frames drawn with replacement so that every class is as frequent as any other (CBGS).
 
         For each class that occurs, equally many frames of those that hold it, together as many as there are pairs of a
         frame and a class in it: the longer epoch of the original. A function of the seed and the labels.

@@ -19,15 +19,17 @@ from pathlib import Path
 
 import tyro
 
+from unipad.checkpoint import write_checkpoint
 from unipad.data.synthetic import generate
+from unipad.model.encoder import Encoder
 from unipad.recipes import DETECT, PRETRAIN, SEGMENT
 
 CITY = Path("data/full-size")
 COMMON = ["--steps", "1", "--batch-size", "1", "--workers", "0", "--data-root", str(CITY)]
 SCRIPTS = {
-    "train": ("train.py", PRETRAIN, ["--val-samples", "1", "--picture-stride", "64"]),
-    "finetune": ("finetune.py", DETECT, []),
-    "segment": ("finetune.py", SEGMENT, ["--task", "segment"]),
+    "train": ("train.py", PRETRAIN, "--init", ["--val-samples", "1", "--picture-stride", "64"]),
+    "finetune": ("finetune.py", DETECT, "--pretrained", []),
+    "segment": ("finetune.py", SEGMENT, "--pretrained", ["--task", "segment"]),
 }
 
 
@@ -42,19 +44,26 @@ def main(args: Args):
     if not CITY.exists():
         generate(CITY, scenes=2, keyframes=2, image_size=(900, 1600), camera_sweeps=2)
     print(f"{'script':<12}{'modality':<10}{'preset':<24}{'seconds':>9}{'peak GB':>9}  loss", flush=True)
-    for task, (script, presets, flags) in SCRIPTS.items():
+    for task, (script, presets, init, flags) in SCRIPTS.items():
         for modality, named in presets.items():
-            for name in named:
+            for name, recipe in named.items():
                 if not name.endswith("tiny") and name in (args.presets or named) and task == (args.task or task):
                     again = ["--checkpointing"] if modality != "lidar" else []
                     which = ["--modality", modality, "--preset", name, "--device", args.device]
-                    row = measured(script, [*flags, *again, *which])
+                    row = measured(script, [*flags, *again, *which], recipe, init)
                     print(f"{script:<12}{modality:<10}{name:<24}{row}", flush=True)
 
 
-def measured(script, flags):
-    """Run a script for one step: its seconds, peak memory and loss as a table's cells."""
+def measured(script, flags, recipe, init):
+    """Run a script for one step: its seconds, peak memory and loss as a table's cells.
+
+    init: the flag that names trained weights, which frozen stages need; here they are random.
+    """
     with tempfile.TemporaryDirectory() as folder:
+        if recipe.camera is not None:
+            weights = Encoder(recipe).state_dict(prefix="encoder.")
+            write_checkpoint({"model": weights}, Path(folder, "init.pt"))
+            flags = [*flags, init, f"{folder}/init.pt"]
         begin = time.perf_counter()
         command = [sys.executable, script, *COMMON, *flags, "--out", f"{folder}/run"]
         done = subprocess.run(command, capture_output=True, text=True)

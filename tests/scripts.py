@@ -15,6 +15,7 @@ from pathlib import Path
 from unittest import mock
 
 REPO = Path(__file__).parents[1]
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["train", "finetune", "eval", "unipad.convert", "tests.ahead_of_time"])
 

@@ -1,4 +1,4 @@
-"""The collider, the samplers and the opacities against records of the original, by references and by kernels."""
+"""Collider, samplers and opacities compared with records of the original, by references and by kernels."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ EDGES = 3e-6
 
 @pytest.fixture(params=["reference", "kernels"])
 def device(request, monkeypatch):
-    """Every test runs twice, by references and by kernels; asserts that kernels ran where they were meant."""
+    """Every test runs with references and with kernels; asserts that the kernels ran."""
     if request.param == "reference":
         yield "cpu"
         return
@@ -49,7 +49,7 @@ def test_collider(device):
     assert_close_to_max(far, rec["out/fars"], 1e-6, "far")
 
 
-def test_rays_at_which_the_original_stops_are_marked(device):
+def test_rays_that_the_original_rejects_are_marked(device):
     rec = record("render_collider", device)
     assert rec["out/miss_assert_fired"].all()
     box = rec["in/scene_box_scaled"].tolist()
@@ -75,7 +75,7 @@ def test_samples_by_weight(device):
 
 
 def test_order_of_merged_samples(device):
-    """The order may differ from the original's only between samples that coincide but for rounding."""
+    """The order may only differ from the original's between samples that are equal up to rounding."""
     rec = record("render_samplers", device)
     edges = stratified_starts(rec["in/nears"], rec["in/fars"], 40)
     new = sample_pdf(edges, rec["in/pdf_weights"], 24)

@@ -1,4 +1,4 @@
-"""From the images to the volume that rays are cast through, features are channels-last and never laid out anew."""
+"""From the images to the volume that rays are cast through, features stay channels-last and are never re-laid."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ AS_BY_ROWS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class LayoutWatch(TorchDispatchMode):
-    """Counts convolutions and layer norms, notes those that read or write features in another layout."""
+    """Counts convolutions and layer norms, and records those that read or write features in another layout."""
 
     def __init__(self):
         super().__init__()
@@ -40,7 +40,7 @@ class LayoutWatch(TorchDispatchMode):
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("camera", [TINY_CAMERA, POOL], ids=["gather", "pool"])
-def test_nothing_is_laid_out_anew(camera, precision):
+def test_nothing_is_re_laid(camera, precision):
     net = Pretrain(config.PretrainRecipe(grid=GRID, camera=camera, rays=config.RayChoice(per_view=4)))
     batch = make_batch([[]], size=(64, 96), unpadded=(60, 90))
     with LayoutWatch() as watch, torch.autocast("cpu", precision, enabled=precision != torch.float32):
@@ -52,7 +52,7 @@ def test_nothing_is_laid_out_anew(camera, precision):
 
 @pytest.mark.parametrize("depth", ["simple", "complex"])
 def test_levels_are_what_the_kernels_read(depth, monkeypatch):
-    """Their `.contiguous()` copies nothing: what it is called on lies in memory as it should already."""
+    """Their `.contiguous()` copies nothing, since the tensors are contiguous already."""
     copied, plain = [], torch.Tensor.contiguous
 
     def watched(tensor, *args, **kwargs):
@@ -67,15 +67,15 @@ def test_levels_are_what_the_kernels_read(depth, monkeypatch):
     assert not copied
 
 
-def test_weights_of_the_volumes_convolution_lie_as_the_volume_does():
-    """Else cuDNN lays them out anew at every call. Loading keeps their place in memory."""
+def test_weights_of_the_volumes_convolution_have_its_layout():
+    """Else cuDNN re-lays them at every call. Loading a state dict keeps the layout."""
     conv = Conv3x3x3(4, 6)
     conv.load_state_dict({"weight": torch.randn(6, 4, 3, 3, 3), "bias": torch.zeros(6)})
     assert conv.weight.is_contiguous(memory_format=torch.channels_last_3d)
 
 
-def test_probabilities_keep_the_type_of_their_logits():
-    """Under autocast a softmax gives fp32, twice the memory; only its sums need it."""
+def test_probabilities_keep_the_dtype_of_their_logits():
+    """Under autocast a softmax returns fp32, twice the memory; only its sums need it."""
     encoder = CameraEncoder(replace(TINY_CAMERA, depth_bins=64)).double()
     logits = 5 * torch.randn(1, 64, 3, 4, dtype=torch.bfloat16)
     parts = dict(

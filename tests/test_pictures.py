@@ -1,4 +1,4 @@
-"""What judges and shows the renderings: depth errors by hand, LiDAR points on a canvas, a damaged frame in a run."""
+"""Depth errors by hand, pictures of points and boxes, and a damaged frame in a run."""
 
 import shutil
 from types import SimpleNamespace
@@ -8,28 +8,28 @@ import pytest
 import torch
 
 from tests.test_train import train
+from unipad.boxes import box_corners
 from unipad.config import Data
 from unipad.data.loader import held_out_batches
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.tables import CLASSES
-from unipad.draw.boxes import COLORS, _edges, detection_views
+from unipad.draw.boxes import COLORS, detection_views, edges
 from unipad.draw.segments import COLORS as SEGMENT_COLORS
 from unipad.draw.segments import segment_views
-from unipad.draw.views import _onto_views
-from unipad.evaluate.rendering import _depth_sums
-from unipad.model.boxes import box_corners
+from unipad.draw.views import onto_views
+from unipad.evaluate.rendering import depth_sums
 from unipad.model.detect import Detections
 
 
 def test_depth_sums_by_hand():
-    """One ray exact, one 50 % too far, one without truth."""
+    """One ray exact, one 50 % too far, one without ground truth."""
     depth, truth = torch.tensor([4.0, 6.0, 9.0]), torch.tensor([4.0, 4.0, -1.0])
-    abs_rel, squared, close, count = _depth_sums(depth, truth).tolist()
+    abs_rel, squared, close, count = depth_sums(depth, truth).tolist()
     assert (abs_rel, squared, close, count) == pytest.approx((0.5, 4.0, 1, 2))
 
 
 def test_points_have_the_colors_of_their_classes():
-    """A wall of cars to the right, a wall of buses to the left, found as trucks; the last point has no label."""
+    """A wall of cars to the right, a wall of buses to the left, predicted as trucks; the last point has no label."""
     points = torch.zeros(201, 5)
     points[:, 0], points[:, 1] = 20.0, torch.arange(201) * 0.1 - 10
     points[100:200, 0] = -20.0
@@ -56,27 +56,27 @@ def test_the_nearer_of_two_lidar_points_is_drawn_on_top():
         image_sizes=torch.tensor([[[12, 16]]]),
     )
     points = torch.tensor([[0.0, 0, 5], [0, 0, 9], [0, 0, -3]])  # two ahead of the camera, one behind it
-    canvas = _onto_views(batch, points)
+    canvas = onto_views(batch, points)
     assert canvas[0, 6, 8] == 5
     assert canvas.isfinite().sum() == 9  # three pixels wide, nothing of the point behind
 
 
-def test_edges_end_before_the_camera_that_a_box_surrounds():
-    """A pinhole at the origin that looks along y, in a box 2 m wide and high that reaches from y = -1 to y = 4."""
+def test_edges_end_at_a_camera_inside_the_box():
+    """A pinhole camera at the origin looking along y, in a box 2 m wide and high from y = -1 to y = 4."""
     pinhole = torch.tensor([[10.0, 8, 0, 0], [0, 6, -10, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
     box = torch.tensor([[0, 1.5, 0, 2, 5, 2, torch.pi / 2, 0, 0]])
-    edges, owner = _edges(box_corners(box).numpy(), pinhole.numpy())
-    assert len(edges) == 8 and (owner == 0).all()  # the four at the back are behind the camera
-    front = edges[(abs(edges - [8, 6]) < 3).all(axis=(1, 2))]
+    lines, owner = edges(box_corners(box), pinhole.numpy())
+    assert len(lines) == 8 and (owner == 0).all()  # the four at the back are behind the camera
+    front = lines[(abs(lines - [8, 6]) < 3).all(axis=(1, 2))]
     assert len(front) == 4
     assert abs(front - [8, 6]) == pytest.approx(2.5, abs=1e-4)  # 1 m at a depth of 4
-    long = edges[(abs(edges - [8, 6]) > 3).any(axis=(1, 2))]
+    long = lines[(abs(lines - [8, 6]) > 3).any(axis=(1, 2))]
     assert abs(long - [8, 6]).max(axis=1) == pytest.approx(100, rel=1e-3)  # 1 m where edges end, at a depth of 0.1
 
 
 @pytest.mark.parametrize("cameras", [True, False], ids=["cameras", "LiDAR alone"])
 def test_boxes_are_drawn_where_objects_are(cameras, city):
-    """Truth in white and nothing else; what is found in its class's color, unless it is too unsure."""
+    """Ground truth in white; detections in the color of their class, if their score is high enough."""
     dataset = NuScenesDataset(city, "v1.0-mini", "mini_val", Data(cameras=cameras))
     _, batch = next(held_out_batches(dataset, 1))
     scores = torch.full((len(batch.boxes),), 0.2)

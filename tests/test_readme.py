@@ -2,28 +2,32 @@
 
 import re
 import shlex
-import subprocess
 import sys
 
 import pytest
 
 import finetune
 import train
-from tests.scripts import REPO, environment
+from tests import scripts
+from tests.scripts import REPO
+from unipad import cli
 
 README = (REPO / "README.md").read_text()
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)  # those of ```sh need what is not here
 COMMANDS = [line for block in BLOCKS for line in block.strip().splitlines()]
 
 QUICK = "--device cpu --preset tiny --steps 2 --workers 0"
-FEW_RAYS = "--rays-per-view 8 --val-samples 1 --picture-stride 16"
+FEW_RAYS = "--rays.per-view 8 --val-samples 1 --picture-stride 16"
 # What stands in for the sizes, folders and launchers of the README
 SMALLER = [
     (r"^pip install .* && ", ""),
     (r"^python ", "{python} "),
-    (r"^torchrun --nproc-per-node 8", "{python} -m torch.distributed.run --standalone --nproc-per-node 2"),
+    (
+        r"^torchrun --nproc-per-node 8(.*)$",
+        r"{python} -m torch.distributed.run --standalone --nproc-per-node 2\1 --batch-size 2",
+    ),
     (r"--data-root /data/nuscenes --version v1.0-trainval", "--data-root data/synthetic"),
-    (r"--batch-size 8", "--batch-size 2"),
+    (r"--init convnext.pt", "--init outputs/train-camera"),
     (r"(train\.py --modality.*)$", rf"\1 {QUICK} {FEW_RAYS}"),
     (r"--preset segment(?:-tiny)?(.*) --preset tiny", r"--preset segment-tiny\1"),
     (r"(finetune\.py .*)$", rf"\1 {QUICK}"),
@@ -50,27 +54,43 @@ def test_command_runs(command, city, tmp_path):
     for pattern, smaller in SMALLER:
         command = re.sub(pattern, smaller, command)
     command = command.format(python=sys.executable)
-    scripts = {"train": (train, dict(rays_per_view=8, val_samples=1, picture_stride=16)), "finetune": (finetune, {})}
+    callers = {"train": (train, FEW_RAYS.split()), "finetune": (finetune, [])}
     for name, modality in re.findall(r"outputs/(train|finetune)-(\w+)", command):  # runs that it goes on from
-        script, flags = scripts[name]
-        what = dict(modality=modality, preset="tiny")
+        script, flags = callers[name]
+        what = ["--modality", modality]
         if modality == "segment":
-            train_or_tune = {"train": dict(modality="lidar", preset="segment-tiny"), "finetune": dict(task="segment")}
-            what = dict(preset="tiny") | train_or_tune[name]
-        settings = dict(**what, data_root=city, device="cpu", workers=0, steps=1)
-        script.main(script.Args(out=tmp_path / f"outputs/{name}-{modality}" / "run", **settings, **flags))
-    python, name, *flags = shlex.split(command)
-    if name in ("train.py", "finetune.py", "eval.py"):
-        done = scripts.run(name, *flags, cwd=tmp_path)
-    else:
-        done = subprocess.run([python, name, *flags], cwd=tmp_path, env=environment(), capture_output=True, text=True)
+            what = ["--modality", "lidar", "--preset", "segment-tiny"] if script is train else ["--task", "segment"]
+        out = tmp_path / f"outputs/{name}-{modality}" / "run"
+        flags = ["--preset", "tiny", "--data-root", city, "--device", "cpu", "--workers", 0, "--steps", 1, *flags]
+        script.main(script.parse([*flags, *what, "--out", out]))
+    python, *arguments = shlex.split(command)
+    assert python == sys.executable
+    done = scripts.run(*arguments, cwd=tmp_path)
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
     if " train.py" in command:
         assert list(tmp_path.glob("outputs/train-*/*/images/val_000002.png"))
 
 
-def test_the_tree_names_every_file():
-    tree = README.split("## Tree")[1]
-    for file in [*REPO.glob("*.py"), *REPO.glob("unipad/**/*.py"), *REPO.glob("kernels/*.py")]:
-        if file.name != "__init__.py":
-            assert file.name in tree, f"{file.relative_to(REPO)} is missing from the README's tree"
+def test_files_name_every_folder_and_kernel():
+    files = README.split("## Files")[1]
+    for path in [*REPO.glob("*.py"), *REPO.glob("unipad/*/"), *REPO.glob("kernels/*.py"), *REPO.glob("docs/*.md")]:
+        if path.name not in ("__init__.py", "__pycache__"):
+            assert path.name in files, f"{path.relative_to(REPO)} is missing from the README"
+
+
+def paper_commands():
+    """Commands of the README and of docs/recipes.md that run a recipe of the paper on nuScenes."""
+    nuscenes = "--data-root /data/nuscenes --version v1.0-trainval"
+    commands = [re.sub(r"^torchrun --nproc-per-node 8", "python", c) for c in COMMANDS if nuscenes in c]
+    rows = re.findall(r"`(python (?:train|finetune)\.py [^`]*)`", (REPO / "docs" / "recipes.md").read_text())
+    return commands + [f"{row} {nuscenes}" for row in rows]
+
+
+def test_paper_commands_start_frozen_stages_from_trained_weights():
+    commands = paper_commands()
+    assert len(commands) > 30
+    for command in commands:
+        _, script, *flags = shlex.split(command)
+        script, flag = {"train.py": (train, "--init"), "finetune.py": (finetune, "--pretrained")}[script]
+        args = script.parse(flags)
+        cli.check_frozen(args.recipe, getattr(args, flag[2:]), flag)

@@ -1,0 +1,77 @@
+"""The 3D view: what is where, by hand, and that TensorBoard's files hold it."""
+
+import numpy as np
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.test_rays import make_batch
+from unipad.draw import scene3d
+from unipad.runtime import RunFolder, World
+
+FACES_OF_BAR = 6
+
+
+def spheres(radius):
+    return radius * scene3d.panorama_rays("cpu").directions.numpy()
+
+
+def test_surface_is_a_closed_strip():
+    rows, columns = scene3d.PANORAMA
+    mesh = scene3d.surface(spheres(10.0))
+    assert mesh.vertices.shape == (rows * columns, 3) and len(mesh.faces) == 2 * (rows - 1) * columns
+    sides = mesh.vertices[mesh.faces] - mesh.vertices[np.roll(mesh.faces, 1, axis=1)]
+    assert np.linalg.norm(sides, axis=2).max() < 10 * np.radians(1) * 1.5  # no triangle spans more than one cell
+    edges = np.sort(np.concatenate([mesh.faces[:, [i, (i + 1) % 3]] for i in range(3)]), axis=1)
+    _, counts = np.unique(edges, axis=0, return_counts=True)
+    assert (counts == 1).sum() == 2 * columns  # open at the top and the bottom alone
+
+
+def test_surface_is_open_where_depth_jumps():
+    ends = spheres(10.0).reshape(*scene3d.PANORAMA, 3)
+    ends[:, :100] *= 3
+    mesh = scene3d.surface(ends.reshape(-1, 3))
+    depth = np.linalg.norm(mesh.vertices, axis=1)[mesh.faces]
+    assert (depth.max(axis=1) < 1.01 * depth.min(axis=1)).all() and len(mesh.faces) > 0
+
+
+def test_edges_of_a_box():
+    box = torch.tensor([[10.0, 20.0, 1.0, 2.0, 4.0, 6.0, np.pi / 2, 0.0, 0.0]])  # heads along y: 2 across x, 4 along y
+    mesh = scene3d.boxes(box, scene3d.TRUTH)
+    assert len(mesh.faces) == 12 * FACES_OF_BAR and (mesh.colors == 0).all()
+    slack = scene3d.EDGE_SIZE
+    assert abs(mesh.vertices.min(axis=0) - (9, 18, -2)).max() < slack
+    assert abs(mesh.vertices.max(axis=0) - (11, 22, 4)).max() < slack
+    for bar in np.split(mesh.vertices, 12):  # every bar is along one axis
+        assert (np.ptp(bar, axis=0) > 1.5).sum() == 1
+
+
+def test_points_of_sweeps_are_left_out_and_crowds_thinned(monkeypatch):
+    points = torch.tensor([[float(i), 0.0, 0.0, 0.0, 0.1 * (i >= 5)] for i in range(7)])
+    batch = make_batch([[]])
+    batch = type(batch)(**{**vars(batch), "points": points, "point_counts": torch.tensor([7])})
+    assert len(scene3d.lidar(batch).faces) == 5
+    monkeypatch.setattr(scene3d, "MAX_POINTS", 2)
+    colors = np.arange(5)[:, None] / [255, 255, 255]
+    mesh = scene3d.lidar(batch, colors)
+    np.testing.assert_allclose(mesh.vertices.reshape(-1, 3, 3).mean(axis=1)[:, 0], [0, 3], atol=1e-6)
+    assert mesh.colors[:, 0].tolist() == [0] * 3 + [3] * 3
+
+
+def test_nothing_is_an_empty_mesh():
+    nothing = scene3d.boxes(torch.zeros(0, 9), [])
+    assert len(nothing.vertices) == len(nothing.colors) == len(nothing.faces) == 0
+    one = scene3d.boxes(torch.ones(1, 9), scene3d.TRUTH)
+    np.testing.assert_array_equal(scene3d.joined(nothing, one, one).faces[72:], one.faces + 72)
+
+
+def test_tensorboard_reads_the_scene(tmp_path):
+    run = RunFolder(tmp_path, {}, World(0, 1, torch.device("cpu")))
+    mesh = scene3d.boxes(torch.ones(1, 9), scene3d.TRUTH)
+    run.scene("val", mesh, 3)
+    run.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"), {"tensors": 0})
+    events.Reload()
+    (event,) = events.Tensors("val_VERTEX")
+    assert event.step == 3
+    stored = np.array(event.tensor_proto.float_val or np.frombuffer(event.tensor_proto.tensor_content, np.float32))
+    np.testing.assert_array_equal(stored.reshape(-1, 3), mesh.vertices)

@@ -1,0 +1,111 @@
+"""The 3D view in TensorBoard: LiDAR points, boxes and the rendered surface as one colored triangle mesh.
+
+A `Mesh` is in the LiDAR frame: x right, y forward, z up, meters. So the view begins from above, forward at the top.
+"""
+
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+import torch
+
+from unipad.batch import Batch
+from unipad.boxes import box_corners
+from unipad.draw.boxes import COLORS as BOX_COLORS
+from unipad.draw.boxes import SKELETON
+from unipad.draw.segments import COLORS as POINT_COLORS
+from unipad.draw.views import FAR, PANORAMA, panorama_rays
+from unipad.model.detect import Detections
+from unipad.model.pretrain import Pretrain
+
+MAX_POINTS = 20_000  # of a scene, every k-th; at 48 bytes each
+POINT_SIZE, EDGE_SIZE = 0.12, 0.1  # meters
+JUMP = 1.2  # ratio of neighboring depths above which the surface is open between them
+TRUTH, GRAY = (0.0, 0.0, 0.0), (0.35, 0.35, 0.35)  # of boxes and of points, on TensorBoard's white
+CORNERS = np.eye(3) - 1 / 3  # of a triangle that is visible from above and from all sides
+BAR = np.array([[i, j, i + 3, j, j + 3, i + 3] for i, j in ((0, 1), (1, 2), (2, 0))]).reshape(6, 3)  # between two such
+
+
+@dataclass(frozen=True)
+class Mesh:
+    vertices: np.ndarray  # [V, 3] float32 meters
+    colors: np.ndarray  # [V, 3] uint8
+    faces: np.ndarray  # [F, 3] int32 rows of `vertices`
+
+    @classmethod
+    def of(cls, vertices, colors, faces):
+        """From arrays of any type, colors in [0, 1]."""
+        return cls(vertices.astype(np.float32), (255 * colors).astype(np.uint8), faces.astype(np.int32))
+
+
+@torch.no_grad()
+def rendered_scene(model: Pretrain, batch: Batch, generators: list[torch.Generator]) -> Mesh:
+    """The first sample's surface as rendered from the LiDAR, its points (gray) and its boxes (black).
+
+    generators: one per sample, for the masks.
+    """
+    was_training = model.training
+    model.eval()
+    volume, _ = model.encode(batch, generators)
+    rays = panorama_rays(volume.device)
+    _, depth = model.render(volume, rays)
+    model.train(was_training)
+    ends = rays.origins + rays.directions * depth[:, None]
+    return joined(surface(ends.cpu().numpy()), lidar(batch), boxes(batch.boxes[: batch.box_counts[0]], TRUTH))
+
+
+def detected_scene(batch: Batch, found: Detections, min_score: float = 0.3) -> Mesh:
+    """The first sample's points, ground-truth boxes (black) and detections (in the color of their class)."""
+    shown = found.scores >= min_score
+    colors = [BOX_COLORS[label] for label in found.labels[shown].tolist()]
+    truth = batch.boxes[: batch.box_counts[0]]
+    return joined(lidar(batch), boxes(truth, TRUTH), boxes(found.boxes[shown], colors))
+
+
+def segmented_scene(batch: Batch, found: torch.Tensor) -> Mesh:
+    """The keyframe's points of the first sample in the colors of their predicted classes, `found` [K]."""
+    return lidar(batch, POINT_COLORS[found.cpu().numpy()])
+
+
+def lidar(batch: Batch, colors: np.ndarray | None = None) -> Mesh:
+    """The keyframe's LiDAR points of the first sample, a small triangle each. colors: [K, 3] in [0, 1]; None: gray."""
+    points = batch.points[: batch.point_counts[0]]
+    points = points[points[:, 4] == 0, :3].cpu().numpy()  # [K, 3]
+    colors = np.full(points.shape, GRAY) if colors is None else colors
+    some = slice(None, None, -(-len(points) // MAX_POINTS) or 1)
+    points, colors = points[some], colors[some]
+    corners = points[:, None] + POINT_SIZE * CORNERS  # [K, 3, 3]
+    return Mesh.of(corners.reshape(-1, 3), colors.repeat(3, axis=0), np.arange(3 * len(points)).reshape(-1, 3))
+
+
+def boxes(boxes: torch.Tensor, colors) -> Mesh:
+    """The edges of boxes [M, 9] as thin bars. colors: [M, 3] in [0, 1], or one for all."""
+    edges = [edge for path in SKELETON for edge in zip(path, path[1:], strict=False)]  # 12 pairs of corners
+    ends = box_corners(boxes.float().cpu().numpy())[:, edges]  # [M, 12, 2, 3]
+    vertices = ends[:, :, :, None] + EDGE_SIZE * CORNERS  # [M, 12, 2, 3, 3]: a triangle at each end
+    per_box = np.broadcast_to(np.reshape(colors, (-1, 3)), (len(boxes), 3))
+    first = 6 * np.arange(12 * len(boxes))[:, None, None]  # vertex of each bar
+    return Mesh.of(vertices.reshape(-1, 3), per_box.repeat(72, axis=0), (first + BAR).reshape(-1, 3))
+
+
+def surface(ends: np.ndarray) -> Mesh:
+    """The ends [rows * columns, 3] of a panorama's rays as a closed strip, in the colors of the pictures' depths."""
+    rows, columns = PANORAMA
+    depth = np.linalg.norm(ends, axis=1)
+    left = np.arange(rows * columns).reshape(rows, columns)
+    right = np.roll(left, -1, axis=1)
+    quads = np.stack([left[:-1], left[1:], right[:-1], right[1:]], axis=-1).reshape(-1, 4)
+    near, far = depth[quads].min(axis=1), depth[quads].max(axis=1)
+    quads = quads[far < JUMP * near]  # elsewhere one object hides another
+    colors = matplotlib.colormaps["turbo_r"](depth / FAR)[:, :3]
+    return Mesh.of(ends, colors, np.concatenate([quads[:, :3], quads[:, 1:]]))
+
+
+def joined(*meshes: Mesh) -> Mesh:
+    """Several meshes as one."""
+    starts = np.cumsum([0] + [len(mesh.vertices) for mesh in meshes])
+    return Mesh(
+        np.concatenate([mesh.vertices for mesh in meshes]),
+        np.concatenate([mesh.colors for mesh in meshes]),
+        np.concatenate([mesh.faces + np.int32(start) for mesh, start in zip(meshes, starts, strict=False)]),
+    )

@@ -13,6 +13,7 @@ data/          nuScenes and the synthetic city, read into batches
 model/         encoders, volumes, rays, renderer, detection heads
 evaluate/      how good a model is: PSNR and depth errors, NDS and mAP
 draw/          what a person looks at: pictures, films, meshes
+selfcheck/     every op compared with its reference in fp64
 """
 
 from pathlib import Path

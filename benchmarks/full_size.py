@@ -1,12 +1,12 @@
-"""One step of each preset at the paper's size: does it fit, how long does it take, how much memory does it need?
+"""Run one step of each preset at the paper's size and print its time, peak memory and loss.
 
-    python -m benchmarks.full_size                        # all presets but the tiny ones, on the CPU
+    python -m benchmarks.full_size                        # all presets except the tiny ones, on the CPU
     python -m benchmarks.full_size camera-0.1 --task train
     python -m benchmarks.full_size --device cuda
 
-Makes a synthetic city of 900 x 1600 images once (data/full-size) and runs train.py or finetune.py on it as a user
-would: batch 1, the blocks of the ConvNeXt computed once more in the backward pass. Seconds are of the whole process,
-data and validation included; the memory is its peak after the step, or the GPU's.
+Generates a synthetic city of 900 x 1600 images once (data/full-size) and runs train.py or finetune.py on it as a user
+would, with batch 1 and activation checkpointing of the ConvNeXt. Seconds are those of the whole process, with data and
+validation. Memory is the peak of the GPU, or on the CPU of the process.
 """
 
 import json
@@ -33,7 +33,7 @@ SCRIPTS = {
 
 @dataclass(frozen=True)
 class Args:
-    presets: tyro.conf.Positional[tuple[str, ...]] = ()  # names of presets (default: all but tiny)
+    presets: tyro.conf.Positional[tuple[str, ...]] = ()  # names of presets (default: all except tiny)
     task: str | None = None  # train, finetune or segment (default: all three)
     device: str = "cpu"  # cpu or cuda
 
@@ -46,14 +46,14 @@ def main(args: Args):
         for modality, named in presets.items():
             for name in named:
                 if not name.endswith("tiny") and name in (args.presets or named) and task == (args.task or task):
-                    again = ["--checkpointing"] if modality != "lidar" else []
-                    which = ["--modality", modality, "--preset", name, "--device", args.device]
-                    row = measured(script, [*flags, *again, *which])
+                    checkpointing = ["--checkpointing"] if modality != "lidar" else []
+                    preset = ["--modality", modality, "--preset", name, "--device", args.device]
+                    row = measure(script, [*flags, *checkpointing, *preset])
                     print(f"{script:<12}{modality:<10}{name:<24}{row}", flush=True)
 
 
-def measured(script, flags):
-    """Run a script for one step: its seconds, peak memory and loss as a table's cells."""
+def measure(script, flags):
+    """Run one step of a script; returns its seconds, peak memory and loss as cells of the table."""
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
         command = [sys.executable, script, *COMMON, *flags, "--out", f"{folder}/run"]

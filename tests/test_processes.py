@@ -1,6 +1,6 @@
-"""Two processes learn what one learns: the gradients of a whole step, in fp64, where rounding hides nothing.
+"""Two processes compute the gradients of one, over a whole step.
 
-In fp32 the untrained network amplifies rounding errors of 1e-7 to 1 % of the gradient's norm.
+In fp64: in fp32 the untrained network amplifies rounding errors of 1e-7 to 1 % of the gradient's norm.
 """
 
 import os
@@ -21,8 +21,8 @@ def test_two_processes_have_the_gradients_of_one(modality, city, tmp_path):
     grads = {}
     for size, launcher in {1: [], 2: [*torchrun, "2"]}.items():
         command = [sys.executable, *launcher, __file__, modality, str(city), str(tmp_path / f"{size}.pt")]
-        clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        environment = clean | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+        inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        environment = inherited | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-4000:]
         grads[size] = torch.load(tmp_path / f"{size}.pt", weights_only=True)
@@ -30,11 +30,11 @@ def test_two_processes_have_the_gradients_of_one(modality, city, tmp_path):
     whole = torch.stack([grad.norm() for grad in grads[1].values()]).norm()
     for name, grad in grads[1].items():
         assert (grad - grads[2][name]).norm() <= 1e-7 * whole, name
-    assert sum(grad.norm() > 1e-4 * whole for grad in grads[1].values()) > 50  # so there was something to compare
+    assert sum(grad.norm() > 1e-4 * whole for grad in grads[1].values()) > 50, "most are zero"
 
 
 def save_gradients(modality, city, file):
-    """One step of this process's share of two samples; the main process saves what all agree on."""
+    """Run one step on this process's part of two samples; the main process saves the averaged gradients."""
     from unipad.data.loader import step_batches
     from unipad.data.nuscenes import NuScenesDataset
     from unipad.model.pretrain import Pretrain
@@ -49,10 +49,10 @@ def save_gradients(modality, city, file):
         torch.manual_seed(0)
         net = Pretrain(recipe).double()
         model = torch.nn.parallel.DistributedDataParallel(net) if world.size > 1 else net
-        share = 2 // world.size
-        batch, _ = next(step_batches(dataset, share, rank=world.rank, world=world.size))
-        first = world.rank * share
-        draws = generators(0, 0, range(first, first + share), world.device)
+        samples = 2 // world.size
+        batch, _ = next(step_batches(dataset, samples, rank=world.rank, world=world.size))
+        first = world.rank * samples
+        draws = generators(0, 0, range(first, first + samples), world.device)
         losses, _ = model(replace(batch, images=batch.images.double()), draws)
         sum(losses.values()).backward()
         if world.is_main:

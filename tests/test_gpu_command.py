@@ -110,8 +110,9 @@ def test_other_stages_run_after_one_that_stalls_or_crashes(tmp_path, monkeypatch
         return plain([sys.executable, "-c", code], **options)
 
     monkeypatch.setattr(subprocess, "Popen", popen)
+    monkeypatch.setattr(gpu, "time_limit", lambda names, end: 0.5)
     began, folder = time.monotonic(), Folder(tmp_path)
-    gpu.run(folder, ["selfcheck", "steps"], [], time.time() + 2)
+    gpu.run(folder, ["selfcheck", "steps"], [], time.time() + 1)
     assert time.monotonic() - began < 20
     assert [(r["name"], r["ended"]) for r in folder.records("ended")] == [("selfcheck", ended), ("steps", ended)]
     assert requested == ["selfcheck,steps", "steps"], "a new process for the remaining stage"
@@ -187,7 +188,7 @@ time.sleep(60)
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     monkeypatch.setattr(gpu, "ON_GPU", False)
     monkeypatch.setattr(full_step, "city", lambda: tmp_path)
-    monkeypatch.setattr(harness, "deadline", time.monotonic() + 5)
+    monkeypatch.setattr(harness, "deadline", time.monotonic() + 3)
     gpu.train_tiny(folder := Folder(tmp_path))
     (record,) = folder.records("training")
     assert record["ended"] == "out of time" and record["curve"] == [[1, 2.5]]
@@ -204,14 +205,14 @@ def test_stages_run_without_a_gpu(tmp_path):
 
 
 def test_the_command_keeps_its_time_limit(tmp_path):
-    """Most stages are cut off; the report is complete all the same."""
-    began = time.monotonic()
-    command = [sys.executable, "-m", "benchmarks.gpu", "--minutes", "0.5", "--out", str(tmp_path)]
+    """Stages that take longer are cut off; the report is complete all the same."""
+    began, stages = time.monotonic(), ["selfcheck", "steps"]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--minutes", "0.1", "--out", str(tmp_path), "--stages", *stages]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - began < 120
+    assert time.monotonic() - began < 60
     text = (tmp_path / "report.md").read_text()
-    assert all(f"| {name} | " in text for name in gpu.STAGES)
+    assert all(f"| {name} | " in text for name in stages)
     assert text in done.stdout
 
 

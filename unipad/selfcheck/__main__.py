@@ -60,10 +60,9 @@ def main(args):
         print(*failed, sep="\n")
         return 1
     skipped = sum(result.status == "skipped" for result in found)
-    passed = (
-        f"{len(cases) - skipped} checks passed, {skipped} skipped" if skipped else f"All {len(cases)} checks passed"
-    )
-    print(f"{passed}, in {took:.0f} s on {_machine()}.")
+    passed = len(cases) - skipped
+    counts = f"{passed} checks passed, {skipped} skipped" if skipped else f"All {passed} checks passed"
+    print(f"{counts}, in {took:.0f} s on {_machine()}.")
     return 0
 
 

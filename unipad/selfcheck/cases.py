@@ -77,7 +77,7 @@ def _rig(scale, device):
 
 
 def _view_cases(size, recipe):
-    """Volumes offset from the rig's planes: rounding decides on which side a corner on an image border falls."""
+    """The volumes are offset a little, so that no corner is projected onto an image border, where rounding decides."""
 
     def lifted(device, dtype):
         low, cell = (-54.0137, -54.0137, -5.0137), (0.84375, 0.84375, 1.6)
@@ -122,41 +122,41 @@ def _view_cases(size, recipe):
 def _box_cases(size, recipe):
     def boxes(N, device):
         """[N, 7] boxes of the size of road users, three around each location."""
-        places = N // 3 + 1
-        which = torch.randint(places, (N,), device=device)
-        middle = (torch.rand(places, 3, device=device) - 0.5) * torch.tensor([108.0, 108, 2], device=device)
+        locations = N // 3 + 1
+        location = torch.randint(locations, (N,), device=device)
+        center = (torch.rand(locations, 3, device=device) - 0.5) * torch.tensor([108.0, 108, 2], device=device)
         sizes = torch.tensor([1.9, 4.6, 1.7], device=device) * (0.5 + torch.rand(N, 3, device=device))
-        yaw = (6.3 * torch.rand(places, device=device))[which] + 0.2 * torch.randn(N, device=device)
-        return torch.cat([middle[which] + 0.5 * torch.randn(N, 3, device=device), sizes, yaw[:, None]], dim=1)
+        yaw = (6.3 * torch.rand(locations, device=device))[location] + 0.2 * torch.randn(N, device=device)
+        return torch.cat([center[location] + 0.5 * torch.randn(N, 3, device=device), sizes, yaw[:, None]], dim=1)
 
-    def above(N, device):
+    def bev_boxes(N, device):
         return boxes(N, device)[:, [0, 1, 3, 4, 6]].contiguous()
 
     N, M = (3000, 900) if recipe else (40, 33)
 
     def two_sets(device, dtype):
-        both = above(N + M, device)
+        both = bev_boxes(N + M, device)
         return dict(a=both[:N].contiguous(), b=both[N:].contiguous())
 
-    def partners(device, dtype):
+    def shifted_pairs(device, dtype):
         a = boxes(N, device)
         return dict(a=a, b=a + 0.3 * torch.randn_like(a) * a.new_tensor([1, 1, 1, 0, 0, 0, 1]))
 
     def overlapping(device, dtype):
-        """With a threshold that no IoU is near, so that rounding does not change what is suppressed."""
-        found = above(N, device)
-        iou = rotated_iou_bev_ref(found.double(), found.double()).flatten()
+        """With a threshold far from every IoU, so that rounding does not change which boxes are suppressed."""
+        rectangles = bev_boxes(N, device)
+        iou = rotated_iou_bev_ref(rectangles.double(), rectangles.double()).flatten()
         near = iou[(iou > 0.1) & (iou < 0.3)].sort().values
         gap = near.diff().argmax()
         threshold = ((near[gap] + near[gap + 1]) / 2).item()
-        return dict(boxes=found, scores=torch.randperm(N, device=device).float(), threshold=threshold)
+        return dict(boxes=rectangles, scores=torch.randperm(N, device=device).float(), threshold=threshold)
 
     yield from _each("fp32", "rotated_iou_bev", size, rotated_iou_bev, rotated_iou_bev_ref, two_sets)
-    yield from _each("fp32", "paired_iou_3d", size, paired_iou_3d, paired_iou_3d_ref, partners)
+    yield from _each("fp32", "paired_iou_3d", size, paired_iou_3d, paired_iou_3d_ref, shifted_pairs)
     yield from _each("fp32", "rotated_nms", size, rotated_nms, rotated_nms_ref, overlapping)
 
 
-# Rays: those of six views with 512 pixels each, with 72 samples and 24 more
+# Rays: six views of 512 rays each, with 72 stratified and 24 importance samples
 
 
 def _ray_cases(size, recipe):
@@ -174,7 +174,7 @@ def _ray_cases(size, recipe):
 
     def weighted(device, dtype):
         edges = torch.rand(R, S + 1, device=device).sort(dim=1).values
-        weights = torch.rand(R, S, device=device) ** 4 + 0.01  # no mass so small that rounding moves samples
+        weights = torch.rand(R, S, device=device) ** 4 + 0.01  # no weight so small that rounding moves samples
         return dict(edges=edges, weights=weights, n=n, jitter=torch.rand(R, device=device))
 
     def lists(device, dtype):
@@ -254,16 +254,18 @@ def _field_cases(size, recipe):
     def inputs(method, C=32, hidden=16, sdf_layers=6, rgb_layers=4):
         def make(device, dtype):
             cells = torch.tensor([[X / 2, Y / 2, 5 * Z], [X / 2, Y / 2, Z / 2]], device=device).unbind()
-            many = 2 * R
-            origins = torch.randn(many, 3, device=device) * 0.02
-            directions = F.normalize(torch.randn(many, 3, device=device) * torch.tensor([1, 1, 0.1], device=device))
-            edges = (0.02 + 1.3 * torch.rand(many, S + 1, device=device)).sort(dim=1).values
+            candidates = 2 * R
+            origins = torch.randn(candidates, 3, device=device) * 0.02
+            directions = F.normalize(
+                torch.randn(candidates, 3, device=device) * torch.tensor([1, 1, 0.1], device=device)
+            )
+            edges = (0.02 + 1.3 * torch.rand(candidates, S + 1, device=device)).sort(dim=1).values
             points = origins[:, None].double() + directions[:, None].double() * edges[:, :-1, None].double()
-            place = points * cells[0] + cells[1]
-            clear = ((place - place.round()).abs() > CLEAR).all(dim=2).all(dim=1).nonzero()[:R, 0]
+            cell = points * cells[0] + cells[1]
+            clear = ((cell - cell.round()).abs() > CLEAR).all(dim=2).all(dim=1).nonzero()[:R, 0]
             assert len(clear) == R, "too few rays stay clear of cell faces"
-            which = torch.arange(R, device=device)
-            rays = origins[clear], directions[clear], (which % 2).int(), which % 10 != 3
+            i = torch.arange(R, device=device)
+            rays = origins[clear], directions[clear], (i % 2).int(), i % 10 != 3
             sdf_mlp = _mlp(C, 1 + hidden, hidden, sdf_layers, 0.0, device)
             rgb_mlp = _mlp(6 + C + hidden, 3, hidden, rgb_layers, OFF_KINK, device) if rgb_layers else None
             return dict(

@@ -1,4 +1,4 @@
-"""The cases of LiDAR: voxels and sparse convolutions."""
+"""The LiDAR cases of the self-check: voxels and sparse convolutions."""
 
 import math
 from functools import partial
@@ -25,9 +25,9 @@ from unipad.selfcheck.check import Case
 
 LIDAR = PRETRAIN["lidar"]["lidar-0.075"]
 THREE, TWO, ONE = (3, 3, 3), (2, 2, 2), (1, 1, 1)
-DOWN = [(THREE, TWO, padding, ONE) for padding in (ONE, ONE, (0, 1, 1))]  # between stages of the encoder
+DOWN = [(THREE, TWO, padding, ONE) for padding in (ONE, ONE, (0, 1, 1))]  # convolutions between encoder stages
 UP = (TWO, TWO, (0, 0, 0), ONE)
-WIDTHS = 16, 32, 64, 128  # of the stages
+WIDTHS = 16, 32, 64, 128  # channels per stage
 
 
 def _grid(recipe):
@@ -55,7 +55,7 @@ def _points(recipe, device):
     for sweep in range(10):
         elevation = torch.linspace(-30.67, 10.67, 32, device=device).deg2rad()[:, None]
         azimuth = (torch.arange(1084, device=device) + torch.rand((), device=device)) * (2 * math.pi / 1084)
-        facet = (azimuth * (40 / (2 * math.pi))).long() % 40  # each has a wall, at its own distance
+        facet = (azimuth * (40 / (2 * math.pi))).long() % 40  # each has a wall at its own distance
         wall = 4 + 30 * torch.rand(40, generator=torch.Generator().manual_seed(2)).to(device) ** 2
         along = wall[facet] / ((azimuth * 40 / (2 * math.pi)) % 1 - 0.5).mul(2 * math.pi / 40).cos()
         t = torch.minimum(along / elevation.cos(), torch.where(elevation < 0, -1.84 / elevation.sin(), math.inf))
@@ -63,9 +63,9 @@ def _points(recipe, device):
         height = elevation.sin().expand_as(t) * t
         xyz = torch.stack([elevation.cos() * azimuth.cos() * t, elevation.cos() * azimuth.sin() * t, height], dim=-1)
         xyz = xyz + torch.tensor([0.0, -0.3 * sweep, 0.0], device=device)  # 6 m/s at 20 Hz
-        back = torch.rand_like(t) < 0.4
+        returned = torch.rand_like(t) < 0.4
         rest = torch.stack([torch.rand_like(t), torch.full_like(t, 0.05 * sweep)], dim=-1)
-        sweeps.append(torch.cat([xyz, rest], dim=-1)[back & (t < 70)])
+        sweeps.append(torch.cat([xyz, rest], dim=-1)[returned & (t < 70)])
     return torch.cat(sweeps)
 
 
@@ -90,7 +90,7 @@ def voxel_cases(size, recipe):
             max_points=10 if recipe else 3, max_voxels=120000 if recipe else 300,
         )  # fmt: skip
 
-    def set_of(number):
+    def voxels_of(number):
         def inputs(device, dtype):
             coords, shape = _stage(number, recipe, device)
             return dict(coords=coords, shape=shape)
@@ -108,7 +108,7 @@ def voxel_cases(size, recipe):
     def pairs(number, geometry):
         def inputs(device, dtype):
             names = "kernel", "stride", "padding", "dilation"
-            return set_of(number)(device, dtype) | dict(zip(names, geometry, strict=True)) | dict(batch_size=1)
+            return voxels_of(number)(device, dtype) | dict(zip(names, geometry, strict=True)) | dict(batch_size=1)
 
         return inputs
 
@@ -120,8 +120,8 @@ def voxel_cases(size, recipe):
         return Case(name, size, "fp32", inputs, op, ref, double=False)
 
     yield case("voxelize", voxelize, voxelize_ref, points)
-    yield case("voxel_keys", voxel_keys, voxel_keys_ref, set_of(0))
-    yield case("sort_voxels", sort_voxels, sort_voxels_ref, set_of(0))
+    yield case("voxel_keys", voxel_keys, voxel_keys_ref, voxels_of(0))
+    yield case("sort_voxels", sort_voxels, sort_voxels_ref, voxels_of(0))
     yield case("submanifold_map 3x3x3", submanifold_map, submanifold_map_ref, neighbors(THREE))
     yield case("submanifold_map 5x5x5", submanifold_map, submanifold_map_ref, neighbors((5, 5, 5)))
     for number, geometry in enumerate(DOWN):
@@ -133,7 +133,7 @@ def voxel_cases(size, recipe):
 def sparse_cases(size, recipe):
     def inputs(kind, number, kernel, c_in, c_out):
         def make(device, dtype):
-            coords, shape = _stage(number if recipe else 0, recipe, device)  # a small scene has no later stages
+            coords, shape = _stage(number if recipe else 0, recipe, device)  # the small scene has no later stages
             if kind == "submanifold":
                 table = submanifold_map_ref(coords, *sort_voxels_ref(coords, shape), shape, kernel, ONE)
                 tables = table, None

@@ -5,6 +5,9 @@
     python finetune.py --task segment                               # a class for every LiDAR point
     python finetune.py --modality camera --pretrained RUN --data-root /data/nuscenes --version v1.0-trainval
     torchrun --nproc-per-node 4 finetune.py --modality lidar --data-root /data/nuscenes --version v1.0-trainval
+    python finetune.py --task segment --preset segment --help       # the settings of a recipe and their values
+    python finetune.py --config outputs/finetune-lidar/RUN --seed 1 # a run's settings again, but for the seed
+    python finetune.py --resume outputs/finetune-lidar/RUN          # resume a run, with its settings
 
 The first line takes a few minutes on two CPU cores. The paper's recipes are presets: the ablations are what its
 headline gains were measured with (a half or a fifth of the labels), the others are its final models.
@@ -12,14 +15,10 @@ headline gains were measured with (a half or a fifth of the labels), the others 
 
 import math
 import os
-import sys
-import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from datetime import timedelta
-from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal
 
 # Before torch loads OpenMP; see train.py
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -27,78 +26,76 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import torch
 import tyro
 
+from unipad import cli
 from unipad.checkpoint import take_weights
-from unipad.config import CONVNEXT, changed
+from unipad.config import DetectRecipe, SegmentRecipe
 from unipad.data.cutpaste import load_objects
+from unipad.data.dataset import DEFAULT_DATASET, dataset_class
 from unipad.data.loader import held_out_batches, step_batches
-from unipad.data.nuscenes import NuScenesDataset
-from unipad.data.synthetic import city_once
-from unipad.data.tables import CAMERA_SWEEPS, TRAIN_VAL_SPLITS
 from unipad.draw.boxes import detection_views
 from unipad.draw.segments import segment_views
-from unipad.errors import UserError, check_choices, check_ranges
+from unipad.errors import UserError, check_ranges
 from unipad.evaluate.detection import evaluate_detections
 from unipad.evaluate.segmentation import evaluate_segmentation
 from unipad.model.detect import Detector
 from unipad.model.segment import Segmenter
 from unipad.optimizer import lr_at, make_optimizer, set_rates
-from unipad.recipes import DETECT, SEGMENT
+from unipad.recipes import DEFAULT_PRESET, DETECT, SEGMENT
 from unipad.runtime import (
-    PRECISIONS,
+    Progress,
     RunFolder,
     StopOnSignal,
     exit_on_user_error,
+    find_run,
     format_metrics,
     generators,
-    mean_over_processes,
-    memory_mb,
+    local_gradients,
     mixed_precision,
+    resumed,
+    run_config,
     start,
-    to_dict,
 )
 
 
 @dataclass(frozen=True)
 class Args:
-    task: str = "detect"  # what is learned: detect, boxes of ten classes; segment, one of 16 classes a LiDAR point
-    modality: str | None = None  # what is encoded: camera, lidar, or both by fusion (default: camera; segment: lidar)
-    preset: str | None = None  # tiny, or a recipe of the paper by its name (default: tiny without --data-root)
-    pretrained: tuple[Path, ...] = ()  # runs or checkpoints to take encoders from; for fusion up to two (default: none)
-    data_root: Path | None = None  # folder of a nuScenes set (default: a synthetic city, made in data/synthetic)
-    version: str = "v1.0-mini"  # version of the set: v1.0-mini or v1.0-trainval
-    label_fraction: float | None = None  # share of the training frames, 0 to 1: every k-th (default: the recipe's)
-    out: Path | None = None  # run folder (default: outputs/finetune-<modality, or segment>/<time>)
-    resume: str = "never"  # never; auto: go on with --out, or with the newest unfinished run; or a run folder
-    seed: int = 0  # seed of weights, order of samples, augmentation and noise
-    steps: int | None = None  # optimizer steps that the schedule spans (default: from --epochs)
-    stop_at: int | None = None  # optimizer step to save and stop at, the schedule unchanged (default: the last)
-    epochs: float | None = None  # passes over the training frames (default: the recipe's)
-    camera_sweeps: int | None = None  # frames of images a sample, its own and those before it (default: the recipe's)
-    batch_size: int | None = None  # samples a step, over all processes (default: the recipe's)
-    accumulate: int = 1  # passes that a step is split into, to save memory
-    lr: float | None = None  # peak learning rate (default: the recipe's)
-    paste_off_epochs: float | None = None  # last epochs without objects cut out of other frames (default: the recipe's)
-    backbone: str | None = None  # ConvNeXt tiny, small, base or large (default: the recipe's)
-    workers: int | None = None  # data loading processes of each training process (default: 4 with a GPU, 1 without)
-    precision: str | None = None  # bf16, fp16 or fp32, of the encoder (default: bf16 or fp16 with a GPU, fp32 without)
-    checkpointing: bool = False  # forget activations of the ConvNeXt and compute them again: less memory, more time
+    task: Literal["detect", "segment"] = "detect"  # boxes of ten classes, or one of 16 classes for every LiDAR point
+    modality: Literal["camera", "lidar", "fusion"] | None = None  # what is encoded; None: camera, or lidar to segment
+    preset: str | None = None  # a recipe of docs/recipes.md; without: tiny, or with --data-root the paper's
+    backbone: Literal["tiny", "small", "base", "large"] | None = None  # ConvNeXt size; None: the recipe's
+    config: Path | None = None  # take all settings from this run or config.json; other flags override them
+    resume: str = "never"  # a run's folder: resume it, with its settings; auto: resume what --out has, or the newest
+    pretrained: tuple[Path, ...] = ()  # runs or checkpoints to take encoders from; for fusion up to two
+    data_root: Path | None = None  # folder of the dataset; None: a synthetic city, made in data/synthetic
+    version: str | None = None  # version of the dataset, such as v1.0-trainval; None: its default, v1.0-mini
+    dataset: str = DEFAULT_DATASET  # package.module:Class of another dataset; see unipad/data/dataset.py
+    out: Path | None = None  # run folder; None: outputs/finetune-<modality, or segment>/<time>
+    seed: int = 0  # seed of weights, sample order, augmentation and noise
+    steps: int | None = None  # optimizer steps of the schedule; None: from --epochs
+    stop_at: int | None = None  # save and stop at this step, with the schedule unchanged; None: the last
+    accumulate: int = 1  # micro-batches per step and process, to save memory
+    workers: int | None = None  # data loading processes per training process; None: 4 with a GPU, 1 without
+    precision: Literal["bf16", "fp16", "fp32"] | None = None  # of the encoder; None: bf16 or fp16 on a GPU, else fp32
+    checkpointing: bool = False  # recompute ConvNeXt activations in the backward pass: less memory, more time
     device: str = "auto"  # auto, cpu, cuda or cuda:N
-    deterministic: bool = False  # bit-equal runs on a GPU too, by slower kernels
-    tune: bool = False  # try how to launch kernels, but for --deterministic; what the run's tuning.json has is kept to
+    deterministic: bool = False  # bit-equal runs on a GPU too, with slower kernels
+    tune: bool = False  # autotune kernel launches (off with --deterministic); reuse choices in tuning.json
     log_every: int = 10  # steps between progress lines
-    val_every: int | None = None  # steps between looks at the whole validation split (default: a third of the run)
-    save_every: int | None = None  # steps between checkpoints (default: a twentieth of the run, at most 1000)
+    val_every: int | None = None  # steps between validations on the whole split; None: a third of the run
+    save_every: int | None = None  # steps between checkpoints; None: a twentieth of the run, at most 1000
+    # the preset's, with the flags' changes
+    recipe: Annotated[DetectRecipe | SegmentRecipe | None, tyro.conf.arg(name="")] = None
 
 
 @dataclass(frozen=True)
 class Task:
-    """What fine-tuning for one task has of its own."""
+    """What is specific to fine-tuning for one task."""
 
-    presets: dict  # modality -> name -> recipe; the first modality is the default
-    model: type  # of a recipe; a batch and generators to losses
+    presets: dict  # modality -> name -> recipe
+    model: type  # of a recipe; maps a batch and generators to losses
     evaluate: Callable  # model, dataset, folder, world, workers= -> metrics by name
     picture: Callable  # model, batch of one -> picture
-    of_points: bool  # every LiDAR point counts, also outside the grid; False: boxes inside
+    of_points: bool  # every LiDAR point counts, outside the grid too; False: boxes inside
 
 
 TASKS = {
@@ -119,113 +116,129 @@ TASKS = {
 }
 
 
+def parse(argv=None) -> Args:
+    args = cli.parse(Args, lambda args: cli.run_args(args) or with_preset(args), __doc__, argv)
+    positive = ("steps", "stop_at", "accumulate", "log_every", "val_every", "save_every")
+    positive += ("recipe.optim.epochs", "recipe.optim.batch_size", "recipe.optim.lr")
+    check_ranges(args, positive, ("workers", "seed"))
+    cli.check_recipe(args.recipe)
+    return args
+
+
+def with_preset(args):
+    modality = args.modality or ("camera" if args.task == "detect" else "lidar")
+    presets = TASKS[args.task].presets
+    if modality not in presets:
+        raise UserError(f"--modality {modality} does not go with --task {args.task}; use {', '.join(presets)}.")
+    default = DEFAULT_PRESET[modality if args.task == "detect" else args.task]
+    return cli.with_preset(args, presets, modality, default)
+
+
 def main(args: Args):
-    recipe = recipe_of(args)
-    task, optim = TASKS[args.task], recipe.optim
-    args = replace(args, modality=args.modality or next(iter(task.presets)))
+    task, recipe, optim = TASKS[args.task], args.recipe, args.recipe.optim
     with start(args.device, args.deterministic) as world:
-        device = world.device
-        say = partial(print, flush=True) if world.is_main else lambda *_: None
+        device, print0, workers = world.device, world.print0, world.workers(args.workers)
+        kind = f"finetune-{args.modality if args.task == 'detect' else args.task}"
+        path, saved = find_run(kind, args.out, args.resume, world)
+        if not saved:
+            cli.check_frozen(recipe, args.pretrained, "--pretrained")
 
         # Data
-        train_split, val_split = TRAIN_VAL_SPLITS[args.version]
+        dataset = dataset_class(args.dataset)
+        if args.task not in dataset.tasks:
+            raise UserError(f"--dataset {args.dataset} is not for --task {args.task}; see unipad/data/dataset.py.")
+        version = args.version or dataset.default_version
+        train_split, val_split = dataset.train_val_splits(version)
         box = None if task.of_points else (recipe.grid.low, recipe.grid.high)  # nothing outside is seen or found
-        workers = args.workers if args.workers is not None else (4 if device.type == "cuda" else 1)
-        with world.main_first():  # the first to come makes the city, builds the index and cuts the objects out
-            root = args.data_root or city_once(recipe.data.camera_sweeps - 1)
-            settings = (recipe.data, recipe.label_fraction, box, recipe.augment)
-            train_set = NuScenesDataset(root, args.version, train_split, *settings)
-            val_set = NuScenesDataset(root, args.version, val_split, recipe.data, point_range=box)
+        with world.main_first():  # makes the city, builds the index, cuts out the objects
+            root = args.data_root or dataset.default_root(recipe.data)
+            train_set = dataset(
+                root,
+                version,
+                train_split,
+                recipe.data,
+                label_fraction=recipe.label_fraction,
+                point_range=box,
+                augment=recipe.augment,
+            )
+            val_set = dataset(root, version, val_split, recipe.data, point_range=box)
             if recipe.paste:
-                train_set = train_set.pasting(load_objects(train_set, recipe.paste, workers))
+                train_set = train_set.with_objects(load_objects(train_set, recipe.paste, workers))
         if task.of_points:
-            train_set.need_point_labels()
-            val_set.need_point_labels()
+            train_set.require_point_labels()
+            val_set.require_point_labels()
         if recipe.balanced:
             train_set = train_set.balanced(args.seed)
         steps = args.steps or max(1, round(optim.epochs * len(train_set) / optim.batch_size))
-        passes = world.size * args.accumulate
-        if optim.batch_size % passes:
-            raise UserError(
-                f"--batch-size {optim.batch_size} cannot be split over {world.size} processes x {args.accumulate} "
-                f"passes; use a multiple of {passes}."
-            )
-        share = optim.batch_size // passes  # samples of one pass of one process
-        pasted_epochs = optim.epochs - (recipe.paste.off_epochs if recipe.paste else 0)
-        paste_until = max(0, round(pasted_epochs / optim.epochs * steps)) * optim.batch_size  # position in the stream
+        micro_batch = world.micro_batch(optim.batch_size, args.accumulate)
+        pasting_epochs = optim.epochs - (recipe.paste.off_epochs if recipe.paste else 0)
+        paste_until = max(0, round(pasting_epochs / optim.epochs * steps)) * optim.batch_size  # position in the stream
 
         # Model and optimizer
         torch.manual_seed(args.seed)
         net = task.model(recipe).to(device)
         net.encoder.set_checkpointing(args.checkpointing)
-        take_weights(net, "encoder.", args.pretrained, "--pretrained", say)
-        model = (
-            torch.nn.parallel.DistributedDataParallel(net) if world.size > 1 else net
-        )  # all take the main one's weights
+        if not saved:
+            take_weights(net, "encoder.", args.pretrained, "--pretrained", print0)
+        # DistributedDataParallel gives all processes the main one's weights
+        model = torch.nn.parallel.DistributedDataParallel(net) if world.size > 1 else net
         optimizer = make_optimizer(net, optim)
         autocast, scaler = mixed_precision(args.precision, device)
-        parts = {"model": net, "optimizer": optimizer, "scaler": scaler}
 
-        # A new run, or one to go on with
-        config = {"args": to_dict(replace(args, data_root=root.resolve())), "recipe": to_dict(recipe), "steps": steps}
-        kinds = (Args, type(recipe))
-        kind = f"finetune-{args.modality if args.task == 'detect' else args.task}"
-        run, saved = RunFolder.new_or_resumed(kind, args.out, args.resume, config, world, kinds)
+        # Run
+        config = run_config(replace(args, data_root=root.resolve(), version=version), steps)
+        run = RunFolder(path, config, world, saved)
         if args.tune:
             run.tune()
-        first, found = 0, None  # metrics of the last look
-        if saved:
-            first, found = saved["step"], saved["found"]
-            for name, part in parts.items():
-                part.load_state_dict(saved[name])
+        parts = {"model": net, "optimizer": optimizer, "scaler": scaler}
+        first, metrics = resumed(saved, parts)  # metrics: of the last validation
         last = min(steps, args.stop_at or steps)
         millions = sum(p.numel() for p in net.parameters()) / 1e6
-        say(f"{run.path}: {len(train_set)} frames, {millions:.1f} M weights, steps {first} to {last}, {device}")
+        print0(f"{path}: {len(train_set)} frames, {millions:.1f} M weights, steps {first} to {last}, {device}")
 
-        def save(step, keep=False):
-            state = {name: part.state_dict() for name, part in parts.items()}
-            run.save(state | {"step": step, "found": found, "config": config}, keep)
-
-        def look(step):
+        def validate(step):
             """Detect or segment in the whole validation split: metrics and a picture."""
             with autocast:
-                metrics = task.evaluate(net, val_set, run.path / "eval", world, workers=workers)
+                found = task.evaluate(net, val_set, path / "eval", world, workers=workers)
                 if world.is_main:
                     _, frame = next(held_out_batches(val_set, 1))
                     net.eval()
                     run.picture("val", task.picture(net, frame.to(device)), step)
                     net.train()
-            run.scalars({f"val/{name}": value for name, value in metrics.items()}, step)
-            say(f"step {step}/{steps}  {val_split}: {format_metrics(metrics)}")
-            return metrics
+            run.scalars({f"val/{name}": value for name, value in found.items()}, step)
+            print0(f"step {step}/{steps}  {val_split}: {format_metrics(found)}")
+            return found
 
         val_every = args.val_every or math.ceil(steps / 3)
         save_every = args.save_every or min(1000, math.ceil(steps / 20))
-        start_at, pinned = first * args.accumulate, device.type == "cuda"
-        stream = (share, start_at, args.seed, world.rank, world.size, workers, pinned, paste_until)
-        batches = step_batches(train_set, *stream)
-        unreadable = set()
+        batches = step_batches(
+            train_set,
+            micro_batch,
+            start=first * args.accumulate,
+            seed=args.seed,
+            rank=world.rank,
+            world=world.size,
+            workers=workers,
+            pinned=device.type == "cuda",
+            paste_until=paste_until,
+        )
         stop = StopOnSignal()
-        since, clock = first, time.perf_counter()
+        progress = Progress(run, world, first, last, steps, optim.batch_size)
 
         for step in range(first, last):
             set_rates(optimizer, optim, step, steps)
             values = {}
-            for part in range(args.accumulate):
+            for i in range(args.accumulate):
                 batch, bad_frames = next(batches)
-                position = (part * world.size + world.rank) * share  # of these samples among the step's
-                draws = generators(args.seed, step, range(position, position + share), device)
-                only_adds = world.size > 1 and part < args.accumulate - 1  # the last pass averages over processes
-                with model.no_sync() if only_adds else nullcontext():
+                progress.skip(bad_frames)
+                draws = generators(args.seed, step, world.positions(i, micro_batch), device)
+                with local_gradients(model, more=i < args.accumulate - 1):
                     with autocast:
                         losses = model(batch.to(device), draws)
                     loss = sum(losses.values())
                     scaler.scale(loss / args.accumulate).backward()
                 for name, value in {"loss": loss, **losses}.items():
                     values[name] = values.get(name, 0) + value.detach() / args.accumulate
-                for frame in set(bad_frames) - unreadable:
-                    print(f"skipped {frame}", file=sys.stderr)
-                unreadable.update(bad_frames)
             scaler.unscale_(optimizer)
             values["grad_norm"] = torch.nn.utils.clip_grad_norm_(net.parameters(), optim.clip)
             scaler.step(optimizer)
@@ -233,75 +246,31 @@ def main(args: Args):
             optimizer.zero_grad()
 
             done = step + 1
-            report = done % args.log_every == 0 or done == last
-            look_now = done % val_every == 0 or done == last
-            stopped = (report or world.size == 1) and stop.asked(world)
-            save_now = done % save_every == 0 or look_now or stopped
-            if report or save_now:  # the host waits here, in `backend.host_wait`s and in the scaler of fp16
-                values = mean_over_processes(values)
-                # fp16 skips a step whose gradient overflows; anything else that is not finite would be saved
-                if not math.isfinite(values["loss"] + (0 if scaler.is_enabled() else values["grad_norm"])):
-                    raise UserError(f"the loss is not finite at step {done}: lower --lr or use --precision fp32.")
-            if report:
-                speed = optim.batch_size * (done - since) / (time.perf_counter() - clock)
-                since, clock = done, time.perf_counter()
-                rates = {"lr": optim.lr * lr_at(optim, step, steps), "samples_per_s": speed, **memory_mb(device)}
-                run.scalars({f"train/{name}": value for name, value in (values | rates).items()}, done)
-                left = timedelta(seconds=round((last - done) * optim.batch_size / speed))
-                say(f"step {done}/{steps}  {format_metrics(values)}  {format_metrics(rates)}  {left} to go")
-            if look_now:
-                found = look(done)
-                since, clock = done, time.perf_counter()
+            report_now = done % args.log_every == 0 or done == last
+            validate_now = done % val_every == 0 or done == last
+            stop_now = (report_now or world.size == 1) and stop.asked(world)
+            save_now = done % save_every == 0 or validate_now or stop_now
+            if report_now or save_now:  # the host waits here, in `backend.host_wait`s and in the scaler of fp16
+                values = progress.finite(values, scaler, done)
+            if report_now:
+                progress.report(done, values, lr=optim.lr * lr_at(optim, step, steps))
+            if validate_now:
+                metrics = validate(done)
+                progress.restart(done)
             if save_now:
-                save(done, keep=look_now)
-            if stopped:
-                say(f"stopped after step {done}, saved; go on with --resume {run.path}")
+                run.save(done, parts, metrics, keep=validate_now)
+            if stop_now:
+                print0(f"stopped after step {done}, saved; resume with --resume {path}")
                 break
 
         run.close()
-        if unreadable:
-            say(f"{len(unreadable)} frames could not be read and were replaced; they are named above.")
-        say(summary(found, val_split, run.path))
+        progress.sum_up()
+        print0(summary(metrics, val_split, path))
 
 
-def recipe_of(args):
-    """The preset with the flags' changes."""
-    check_choices(task=(args.task, TASKS))
-    of_task = TASKS[args.task].presets
-    modality = args.modality or next(iter(of_task))
-    if modality in DETECT and modality not in of_task:
-        raise UserError(f"--modality {modality} does not go with --task {args.task}; use {', '.join(of_task)}.")
-    check_choices(modality=(modality, of_task))
-    presets = of_task[modality]
-    name = args.preset or (list(presets)[-1] if args.data_root else "tiny")
-    check_choices(
-        preset=(name, presets),
-        version=(args.version, TRAIN_VAL_SPLITS),
-        precision=(args.precision, PRECISIONS),
-        backbone=(args.backbone, CONVNEXT),
-        camera_sweeps=(args.camera_sweeps, range(1, CAMERA_SWEEPS + 2)),
-    )
-    positive = ("steps", "stop_at", "epochs", "batch_size", "accumulate", "log_every", "val_every", "save_every", "lr")
-    check_ranges(args, positive, ("workers", "seed", "paste_off_epochs"))
-    recipe = presets[name]
-    if args.paste_off_epochs is not None and recipe.paste is None:
-        raise UserError(f"--paste-off-epochs does not go with --preset {name}, which pastes nothing; leave it out.")
-    for flag in ("backbone", "camera_sweeps"):
-        if getattr(args, flag) is not None and recipe.camera is None:
-            raise UserError(f"--{flag.replace('_', '-')} does not go with --modality {modality}; leave it out.")
-    depths, widths = CONVNEXT[args.backbone] if args.backbone else (None, None)
-    return replace(
-        changed(recipe, label_fraction=args.label_fraction),
-        data=changed(recipe.data, camera_sweeps=args.camera_sweeps),
-        paste=changed(recipe.paste, off_epochs=args.paste_off_epochs),
-        camera=changed(recipe.camera, depths=depths, widths=widths),
-        optim=changed(recipe.optim, lr=args.lr, epochs=args.epochs, batch_size=args.batch_size),
-    )
-
-
-def summary(found, split, path):
+def summary(metrics, split, path):
     """How good the model is and where to look."""
-    lines = [f"{split:<13}{'  '.join(f'{name} {value:.3f}' for name, value in found.items())}"] if found else []
+    lines = [f"{split:<13}{'  '.join(f'{name} {value:.3f}' for name, value in metrics.items())}"] if metrics else []
     lines += [f"pictures     {path / 'images'}", f"checkpoint   {path / 'checkpoints' / 'last.pt'}"]
     lines += [f"curves       tensorboard --logdir {path.parent}"]
     return "\n".join([*lines, f"all classes  python eval.py {path}"])
@@ -309,4 +278,4 @@ def summary(found, split, path):
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(tyro.cli(Args, description=__doc__))
+        main(parse())

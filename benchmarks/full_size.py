@@ -16,45 +16,55 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
+from unipad.checkpoint import write_checkpoint
 from unipad.data.synthetic import generate
+from unipad.model.encoder import Encoder
 from unipad.recipes import DETECT, PRETRAIN, SEGMENT
 
 CITY = Path("data/full-size")
 COMMON = ["--steps", "1", "--batch-size", "1", "--workers", "0", "--data-root", str(CITY)]
 SCRIPTS = {
-    "train": ("train.py", PRETRAIN, ["--val-samples", "1", "--picture-stride", "64"]),
-    "finetune": ("finetune.py", DETECT, []),
-    "segment": ("finetune.py", SEGMENT, ["--task", "segment"]),
+    "train": ("train.py", PRETRAIN, "--init", ["--val-samples", "1", "--picture-stride", "64"]),
+    "finetune": ("finetune.py", DETECT, "--pretrained", []),
+    "segment": ("finetune.py", SEGMENT, "--pretrained", ["--task", "segment"]),
 }
 
 
 @dataclass(frozen=True)
 class Args:
     presets: tyro.conf.Positional[tuple[str, ...]] = ()  # names of presets (default: all except tiny)
-    task: str | None = None  # train, finetune or segment (default: all three)
-    device: str = "cpu"  # cpu or cuda
+    task: Literal["train", "finetune", "segment"] | None = None  # default: all three
+    device: Literal["cpu", "cuda"] = "cpu"  # device of the step
 
 
 def main(args: Args):
     if not CITY.exists():
         generate(CITY, scenes=2, keyframes=2, image_size=(900, 1600), camera_sweeps=2)
     print(f"{'script':<12}{'modality':<10}{'preset':<24}{'seconds':>9}{'peak GB':>9}  loss", flush=True)
-    for task, (script, presets, flags) in SCRIPTS.items():
+    for task, (script, presets, init, flags) in SCRIPTS.items():
         for modality, named in presets.items():
-            for name in named:
+            for name, recipe in named.items():
                 if not name.endswith("tiny") and name in (args.presets or named) and task == (args.task or task):
                     checkpointing = ["--checkpointing"] if modality != "lidar" else []
                     preset = ["--modality", modality, "--preset", name, "--device", args.device]
-                    row = measure(script, [*flags, *checkpointing, *preset])
+                    row = measure(script, [*flags, *checkpointing, *preset], recipe, init)
                     print(f"{script:<12}{modality:<10}{name:<24}{row}", flush=True)
 
 
-def measure(script, flags):
-    """Run one step of a script; returns its seconds, peak memory and loss as cells of the table."""
+def measure(script, flags, recipe, init):
+    """Run one step of a script; returns its seconds, peak memory and loss as cells of the table.
+
+    init: the flag for trained weights, which frozen stages need; here they are random.
+    """
     with tempfile.TemporaryDirectory() as folder:
+        if recipe.camera is not None:
+            weights = Encoder(recipe).state_dict(prefix="encoder.")
+            write_checkpoint({"model": weights}, Path(folder, "init.pt"))
+            flags = [*flags, init, f"{folder}/init.pt"]
         begin = time.perf_counter()
         command = [sys.executable, script, *COMMON, *flags, "--out", f"{folder}/run"]
         done = subprocess.run(command, capture_output=True, text=True)

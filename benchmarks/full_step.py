@@ -22,9 +22,9 @@ import tyro
 
 from benchmarks import harness
 from benchmarks.harness import DEVICE, TIMES, Row, gpu_events, machine
-from unipad.data.nuscenes import NuScenesDataset, collate
+from unipad.data.dataset import collate
+from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.synthetic import generate
-from unipad.data.tables import TRAIN_VAL_SPLITS
 from unipad.kernels.backend import references
 from unipad.model.detect import Detector
 from unipad.model.pretrain import Pretrain
@@ -72,7 +72,8 @@ class Step:
     def __init__(self, recipe, model, root):
         version = "v1.0-mini"
         box = None if model is Segmenter else (recipe.grid.low, recipe.grid.high)  # as the scripts read it
-        data = NuScenesDataset(root, version, TRAIN_VAL_SPLITS[version][0], recipe.data, point_range=box)
+        split, _ = NuScenesDataset.train_val_splits(version)
+        data = NuScenesDataset(root, version, split, recipe.data, point_range=box)
         self.batch = collate([data[len(data) - 1]]).to(DEVICE)  # the last: with sweeps before it
         torch.manual_seed(0)
         with torch.device(DEVICE):

@@ -1,13 +1,13 @@
-"""What pre-training is worth where labels are few: fine-tuning from scratch and from a pre-trained encoder.
+"""What pre-training gains with few labels: fine-tuning from scratch and from a pre-trained encoder.
 
     python -m benchmarks.label_efficiency --modality lidar                      # synthetic city, a few minutes a run
     python -m benchmarks.label_efficiency --modality camera --seeds 0 1 2
     python -m benchmarks.label_efficiency --task segment --seeds 0 1 2
     python -m benchmarks.label_efficiency --modality lidar --pretrained RUN --preset lidar-0.075-ablation --steps 7000 \
-        --data-root /data/nuscenes --version v1.0-trainval      # what the paper's headline gains were measured with
+        --data-root /data/nuscenes --version v1.0-trainval      # the recipe of the paper's headline gains
 
-Pre-trains once (or takes --pretrained), then fine-tunes twice a seed: same seed, steps and label fraction, with and
-without the pre-trained encoder. Prints NDS and mAP, or mIoU, on the validation split of each run.
+Pre-trains once (or takes --pretrained), then fine-tunes twice per seed: same seed, steps and label fraction, with and
+without the pre-trained encoder. Prints NDS and mAP, or mIoU, of each run on the validation split.
 """
 
 import json
@@ -22,17 +22,18 @@ import tyro
 
 @dataclass(frozen=True)
 class Args:
-    task: Literal["detect", "segment"] = "detect"  # what is fine-tuned for
-    modality: str = "lidar"  # camera, lidar or fusion
-    label_fraction: float = 0.2  # share of the training frames that fine-tuning sees
-    seeds: tuple[int, ...] = (0,)  # of the fine-tuning runs
-    pretrained: Path | None = None  # run to start from (default: one is made with train.py's defaults, of the task)
-    pretrain_steps: int | None = None  # of the run that is made (default: its preset's)
-    steps: int = 600  # of each fine-tuning run
-    preset: str | None = None  # of fine-tuning (default: tiny; with --data-root finetune.py's)
-    data_root: Path | None = None  # folder of a nuScenes set (default: the synthetic city)
-    version: str = "v1.0-mini"  # version of the set
-    out: Path = Path("outputs/label-efficiency")  # folder of all runs; those that are finished there are not run again
+    task: Literal["detect", "segment"] = "detect"  # task of fine-tuning
+    modality: Literal["camera", "lidar", "fusion"] = "lidar"  # what is encoded
+    label_fraction: float = 0.2  # fraction of the training frames that fine-tuning uses
+    seeds: tuple[int, ...] = (0,)  # seeds of the fine-tuning runs
+    pretrained: Path | None = None  # run to start from; None: train one with train.py's defaults for the task
+    init: Path | None = None  # what cameras start from, pre-training and "from scratch": ImageNet's, for full recipes
+    pretrain_steps: int | None = None  # steps of pre-training; None: its preset's
+    steps: int = 600  # steps of each fine-tuning run
+    preset: str | None = None  # preset of fine-tuning; None: tiny; with --data-root finetune.py's
+    data_root: Path | None = None  # folder of a nuScenes set; None: the synthetic city
+    version: Literal["v1.0-mini", "v1.0-trainval"] = "v1.0-mini"  # version of the set
+    out: Path = Path("outputs/label-efficiency")  # folder of all runs; runs finished there are not repeated
 
 
 METRICS = {"detect": ("NDS", "mAP"), "segment": ("mIoU", "mAcc", "allAcc")}
@@ -47,6 +48,7 @@ def main(args: Args):
         preset = {"segment": "segment" if args.data_root else "segment-tiny"}.get(args.task)
         flags = ["--preset", preset] if preset else []
         flags += ["--steps", args.pretrain_steps] if args.pretrain_steps else []
+        flags += ["--init", args.init] if args.init else []
         run("train.py", pretrained, *common, *flags)
     rows = []
     for seed in args.seeds:
@@ -55,7 +57,8 @@ def main(args: Args):
             flags = ["--task", args.task, "--label-fraction", args.label_fraction, "--seed", seed]
             flags += ["--steps", args.steps, "--val-every", args.steps]
             flags += ["--preset", args.preset] if args.preset else []
-            flags += ["--pretrained", pretrained] if start == "pretrained" else []
+            source = pretrained if start == "pretrained" else args.init
+            flags += ["--pretrained", source] if source else []
             run("finetune.py", folder, *common, *flags)
             rows.append((seed, start, [last(folder, f"val/{name}") for name in METRICS[args.task]]))
     print(f"\n{args.task}, {args.modality}, {args.label_fraction:.0%} of the labels")
@@ -65,7 +68,7 @@ def main(args: Args):
 
 
 def run(script, folder, *flags):
-    """Run a script of this repository into `folder`, or what is left of a run there; stop where it fails."""
+    """Run a script of this repository into `folder`, or resume a run there; exit if it fails."""
     command = [sys.executable, script, "--out", folder, "--resume", "auto", *flags]
     done = subprocess.run([str(part) for part in command])
     if done.returncode:

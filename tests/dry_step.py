@@ -60,12 +60,12 @@ def steps():
     camera, lidar = named["train camera-0.1"], named["train lidar-0.075"]
     for method in ("volsdf", "unisurf"):
         render = replace(camera.recipe.render, method=method)
-        found.append(Step(f"{camera.name} --renderer {method}", replace(camera.recipe, render=render)))
+        found.append(Step(f"{camera.name} --render.method {method}", replace(camera.recipe, render=render)))
     for choice in ("random", "dilation"):
         rays = replace(camera.recipe.rays, strategy=choice)
-        found.append(Step(f"{camera.name} --ray-choice {choice}", replace(camera.recipe, rays=rays)))
+        found.append(Step(f"{camera.name} --rays.strategy {choice}", replace(camera.recipe, rays=rays)))
     data = replace(lidar.recipe.data, cameras=False)
-    found.append(Step(f"{lidar.name} --rays-from lidar", replace(lidar.recipe, data=data)))
+    found.append(Step(f"{lidar.name} --data.no-cameras", replace(lidar.recipe, data=data)))
     token = replace(lidar.recipe.lidar, learnable_token=True)
     found.append(Step(f"{lidar.name}, a token for hidden voxels", replace(lidar.recipe, lidar=token)))
     for step in (named[name] for name in WITH_VARIANTS):

@@ -1,4 +1,4 @@
-"""The batch and the stream of batches, on samples that are made up."""
+"""The batch and the stream of batches, on made-up samples."""
 
 import itertools
 
@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from unipad.batch import CAMERAS
+from unipad.data.dataset import BadFrame, Sample, collate
 from unipad.data.loader import held_out_batches, step_batches
-from unipad.data.nuscenes import BadFrame, Sample, collate
 
 
 def sample(token, points=3, boxes=2, size=(40, 33), labeled=True):
@@ -26,8 +26,8 @@ def sample(token, points=3, boxes=2, size=(40, 33), labeled=True):
     )
 
 
-class Made(torch.utils.data.Dataset):
-    """n samples; those in `bad` cannot be read."""
+class Fake(torch.utils.data.Dataset):
+    """A dataset of n samples; those in `bad` cannot be read."""
 
     def __init__(self, n, bad=()):
         self.n, self.bad = n, bad
@@ -41,9 +41,9 @@ class Made(torch.utils.data.Dataset):
         return sample(i, points=i, size=(8, 8))
 
 
-def seen(n, passes, **stream):
-    """Tokens of each of the first passes."""
-    batches = itertools.islice(step_batches(Made(n), **stream), passes)
+def seen(n, count, **stream):
+    """Tokens of each of the first `count` micro-batches."""
+    batches = itertools.islice(step_batches(Fake(n), **stream), count)
     return [tuple(int(t) for t in batch.tokens) for batch, _ in batches]
 
 
@@ -89,49 +89,49 @@ def test_to_moves_all_but_the_counts():
 
 
 def test_an_epoch_shows_every_frame_once_and_drops_none():
-    order = sum(seen(5, passes=5, share=2), ())
+    order = sum(seen(5, count=5, micro_batch=2), ())
     assert sorted(order[:5]) == sorted(order[5:]) == list(range(5))
     assert order[:5] != order[5:]
-    assert order != sum(seen(5, passes=5, share=2, seed=1), ())
+    assert order != sum(seen(5, count=5, micro_batch=2, seed=1), ())
 
 
-def test_a_stream_that_starts_later_goes_on_where_the_other_was():
-    assert seen(7, passes=9, share=3)[4:] == seen(7, passes=5, share=3, start=4)
+def test_a_stream_started_later_resumes_where_another_stopped():
+    assert seen(7, count=9, micro_batch=3)[4:] == seen(7, count=5, micro_batch=3, start=4)
 
 
 def test_two_processes_see_what_one_sees():
-    one = seen(7, passes=6, share=4)
-    parts = [seen(7, passes=6, share=2, rank=rank, world=2) for rank in range(2)]
+    one = seen(7, count=6, micro_batch=4)
+    parts = [seen(7, count=6, micro_batch=2, rank=rank, world=2) for rank in range(2)]
     assert one == [a + b for a, b in zip(*parts, strict=True)]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(workers):
-    assert seen(7, passes=5, share=3, workers=workers) == seen(7, passes=5, share=3)
+    assert seen(7, count=5, micro_batch=3, workers=workers) == seen(7, count=5, micro_batch=3)
 
 
-def test_a_pass_may_be_larger_than_the_dataset():
-    (order,) = seen(2, passes=1, share=5)
+def test_a_micro_batch_may_be_larger_than_the_dataset():
+    (order,) = seen(2, count=1, micro_batch=5)
     assert sorted(order[:2]) == sorted(order[2:4]) == [0, 1]
 
 
-def test_the_stream_leaves_the_global_random_numbers_alone():
+def test_the_stream_does_not_touch_the_global_generator():
     state = torch.get_rng_state()
-    seen(3, passes=1, share=1, workers=1)
+    seen(3, count=1, micro_batch=1, workers=1)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_bad_frames_are_replaced_by_the_next_and_named(workers):
-    stream = step_batches(Made(5, bad={1, 2, 4}), share=5, workers=workers)
+    stream = step_batches(Fake(5, bad={1, 2, 4}), micro_batch=5, workers=workers)
     batch, bad_frames = next(stream)
     assert sorted(batch.tokens) == ["0", "0", "3", "3", "3"]
     assert sorted(bad_frames) == [f"frame-{i}: is missing" for i in (1, 2, 2, 4)]
 
 
 def test_held_out_frames_are_spread_and_shared():
-    frames = [(p, batch.tokens) for p, batch in held_out_batches(Made(10), 4)]
+    frames = [(p, batch.tokens) for p, batch in held_out_batches(Fake(10), 4)]
     assert frames == [(0, ("0",)), (1, ("2",)), (2, ("5",)), (3, ("7",))]
-    shared = [list(held_out_batches(Made(10), 4, rank, 2)) for rank in range(2)]
+    shared = [list(held_out_batches(Fake(10), 4, rank, 2)) for rank in range(2)]
     assert [[p for p, _ in part] for part in shared] == [[0, 2], [1, 3]]
-    assert len(list(held_out_batches(Made(3), 8))) == 3
+    assert len(list(held_out_batches(Fake(3), 8))) == 3

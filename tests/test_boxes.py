@@ -6,12 +6,11 @@ import torch
 from pyquaternion import Quaternion
 
 from tests.golden import assert_close_to_max, load
-from unipad.data.tables import _boxes
-from unipad.model.boxes import (
+from tests.original_boxes import boxes_from_original, boxes_to_original
+from unipad.boxes import (
     box_corners,
-    boxes_from_original,
+    boxes_from_global,
     boxes_to_global,
-    boxes_to_original,
     decode_boxes,
     encode_boxes,
     footprint,
@@ -29,7 +28,7 @@ def random_boxes(n):
 
 
 def at_center(boxes):
-    """Recorded boxes whose z is the center's, as the coders have them, as ours."""
+    """Recorded boxes whose z is the center, as the coders have them, as in `Batch`."""
     ours = boxes_from_original(boxes)
     ours[..., 2] -= ours[..., 5] / 2
     return ours
@@ -45,19 +44,19 @@ def test_by_hand():
 
 
 @pytest.mark.parametrize("yaw, original", [(-math.pi / 2, 0.0), (math.pi, math.pi / 2), (0.0, -math.pi / 2)])
-def test_the_original_turns_clockwise_from_minus_y(yaw, original):
+def test_the_originals_yaw_is_clockwise_from_minus_y(yaw, original):
     box = BOX.clone()
     box[0, 6] = yaw
     assert boxes_to_original(box)[0, 6].item() == pytest.approx(original)
 
 
-def test_there_and_back():
+def test_round_trips():
     boxes = random_boxes(50)
-    for there, back in ((encode_boxes, decode_boxes), (boxes_to_original, boxes_from_original)):
-        assert torch.allclose(back(there(boxes)), boxes, rtol=0, atol=1e-12)
-        assert back(there(boxes[:0])).shape == (0, 9)
+    for convert, invert in ((encode_boxes, decode_boxes), (boxes_to_original, boxes_from_original)):
+        assert torch.allclose(invert(convert(boxes)), boxes, rtol=0, atol=1e-12)
+        assert invert(convert(boxes[:0])).shape == (0, 9)
     stretched = encode_boxes(boxes)
-    stretched[:, 6:8] *= 3  # sin and cos that a network gave
+    stretched[:, 6:8] *= 3  # sin and cos as a network predicts them
     assert torch.allclose(decode_boxes(stretched), boxes, rtol=0, atol=1e-12)
 
 
@@ -72,7 +71,7 @@ def test_codes_are_the_originals():
 
 
 def test_a_box_has_the_corners_that_the_original_gives_it():
-    """mmdet3d 0.17: corners of a box with w along x and l along y, turned clockwise by yaw'."""
+    """mmdet3d 0.17: corners of a box with w along x and l along y, rotated clockwise by yaw'."""
     boxes = random_boxes(20)
     for box, original in zip(boxes, boxes_to_original(boxes), strict=True):
         w, l, yaw = box[3], box[4], box[6]
@@ -84,15 +83,15 @@ def test_a_box_has_the_corners_that_the_original_gives_it():
         assert torch.allclose(original[:2] + turned, front_left, atol=1e-12)
 
 
-def test_to_global_is_the_inverse_of_reading_the_tables():
+def test_to_global_is_the_inverse_of_from_global():
     lidar2global = Quaternion(axis=(0.01, -0.02, 1), angle=2.2).transformation_matrix
     lidar2global[:3, 3] = (400.0, 1100.0, 1.8)
     boxes = random_boxes(8).float()
     translation, size, rotation, velocity = boxes_to_global(boxes, lidar2global)
-    annotations = [
-        {"translation": t, "size": s, "rotation": r} for t, s, r in zip(translation, size, rotation, strict=True)
-    ]
-    again = _boxes(annotations, velocity, np.tile(lidar2global, (8, 1, 1)))
+    box2global = np.tile(np.eye(4), (8, 1, 1))
+    box2global[:, :3, :3] = [Quaternion(q).rotation_matrix for q in rotation]
+    box2global[:, :3, 3] = translation
+    again = boxes_from_global(box2global, size, velocity, np.tile(lidar2global, (8, 1, 1)))
     np.testing.assert_allclose(again[:, :7], boxes[:, :7], rtol=0, atol=2e-5)
     np.testing.assert_allclose(again[:, 7:], boxes[:, 7:], rtol=0, atol=0.05)  # the LiDAR leans by 2 degrees
     assert [len(t) for t in boxes_to_global(boxes[:0], lidar2global)] == [0, 0, 0, 0]
@@ -110,8 +109,8 @@ def test_to_global_by_hand():
 
 def test_corners_by_hand():
     """Heading along y, so that its left is -x."""
-    corners = box_corners(torch.tensor([[1.0, 2, 3, 2, 4, 6, math.pi / 2, 0, 0]], dtype=torch.float64))
+    corners = box_corners(np.array([[1.0, 2, 3, 2, 4, 6, math.pi / 2, 0, 0]]))
     bottom = [[0, 4], [2, 4], [2, 0], [0, 0]]
     expected = [[x, y, z] for z in (0, 6) for x, y in bottom]
-    assert torch.allclose(corners, torch.tensor([expected]).double(), rtol=0, atol=1e-12)
-    assert box_corners(torch.zeros(0, 9)).shape == (0, 8, 3)
+    np.testing.assert_allclose(corners, [expected], rtol=0, atol=1e-12)
+    assert box_corners(np.zeros((0, 9))).shape == (0, 8, 3)

@@ -5,7 +5,8 @@ import torch
 
 from tests.golden import assert_close_to_max, load, weights
 from unipad.config import CameraConfig
-from unipad.model.camera import FPN, MEAN, STD, Block, CameraEncoder, ConvNeXt, draw_mask
+from unipad.model.camera import FPN, MEAN, STD, Block, CameraEncoder, ConvNeXt
+from unipad.model.mask import draw_mask
 from unipad.recipes import PRETRAIN
 
 DEPTHS, WIDTHS = (1, 2, 3, 1), (8, 16, 32, 64)  # of the records
@@ -57,12 +58,12 @@ def test_mask_is_the_originals():
 
 
 @pytest.mark.parametrize("ratio, kept", [(0.0, 15), (0.3, 10), (0.5, 8), (0.1, 14)])  # 10.5, 7.5, 13.5
-def test_mask_keeps_a_fixed_share(ratio, kept):
+def test_mask_hides_a_fixed_fraction(ratio, kept):
     mask = draw_mask(torch.rand(4, 15), 3, 5, ratio)
     assert mask.shape == (4, 1, 3, 5) and mask.flatten(1).sum(1).tolist() == [kept] * 4
 
 
-def test_fpn_takes_the_relu_before_the_second_further_level_only():
+def test_fpn_applies_relu_only_before_the_second_further_level():
     net = FPN([3], 4, 3)
     x = torch.randn(1, 3, 8, 8)
     first, second, third = net([x])
@@ -78,7 +79,7 @@ def test_fpn_upsamples_to_odd_sizes():
 
 
 def make_encoder(cfg=SMALL):
-    """An encoder whose blocks all matter (at the start gamma is 1e-6)."""
+    """An encoder whose blocks all matter (gamma is 1e-6 at initialization)."""
     encoder = CameraEncoder(cfg)
     for name, param in encoder.named_parameters():
         if name.endswith("gamma"):
@@ -123,7 +124,7 @@ def test_each_image_has_its_own_padding():
     assert [int((view != 0).all(0).sum()) for view in out[0]] == [32 * 20, 10 * 64]
 
 
-def test_hidden_blocks_are_not_seen():
+def test_hidden_blocks_are_not_encoded():
     encoder = make_encoder()
     images, sizes = make_images(1, 1, (64, 96), (64, 96))
     mask = torch.tensor([[[[True, False, True], [False, True, True]]]])
@@ -133,8 +134,8 @@ def test_hidden_blocks_are_not_seen():
     torch.testing.assert_close(features + depths, others + other_depths, rtol=0, atol=0)
 
 
-def test_visible_blocks_are_seen_as_if_alone():
-    """A block among hidden ones gives what it gives in an image of its own size: zeros surround it both times."""
+def test_visible_blocks_are_encoded_as_if_alone():
+    """A block among hidden ones gives the same as in an image of its own size: zeros surround it both times."""
     net = make_encoder().backbone
     image = torch.randn(1, 3, 64, 96)
     mask = torch.zeros(1, 1, 2, 3, dtype=torch.bool)
@@ -184,7 +185,7 @@ def test_drop_path_skips_or_amplifies_a_branch():
 
 
 def test_drop_path_keeps_the_expectation():
-    """Averaged over an even grid of noise, the branch is as strong as without drop path."""
+    """Averaged over an even grid of noise, the branch is the same as without drop path."""
     net = ConvNeXt((1, 1), (4, 4), out_stages=(0,)).train()
     block = net.stages[0][0]
     torch.nn.init.ones_(block.gamma)
@@ -231,13 +232,13 @@ def test_every_trained_parameter_gets_a_gradient():
     assert all(p.grad is not None for p in encoder.parameters() if p.requires_grad)
 
 
-def test_more_levels_than_the_fpn_gives_are_refused():
+def test_fewer_levels_than_stages_are_rejected():
     with pytest.raises(AssertionError, match="start the FPN"):
         FPN([8, 16, 32], 4, 2)
 
 
-def test_blocks_computed_again_give_the_same_bits(monkeypatch):
-    """With a mask, dropped paths and a frozen stage. A trained block runs forward once more in the backward pass."""
+def test_recomputed_blocks_give_the_same_bits(monkeypatch):
+    """With a mask, drop path and a frozen stage. A trained block runs forward once more in the backward pass."""
     encoder = make_encoder(replace(SMALL, drop_path=0.3, frozen_stages=1)).train()
     images, mask, noise = make_images(1, 2), draw_mask(torch.rand(2, 6), 2, 3, 0.3), torch.rand(2, 5)
     calls, forward = [], Block.forward

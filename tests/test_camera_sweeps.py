@@ -1,4 +1,4 @@
-"""Camera sweeps: frames of images before the keyframe, from the tables to a detector, beside the keyframe's alone."""
+"""Camera sweeps: frames of images before the keyframe, from the tables to a detector."""
 
 import subprocess
 import sys
@@ -20,21 +20,23 @@ from tests.test_rays import generators, make_batch
 from tests.test_train import environment
 from unipad import config, convert
 from unipad.batch import CAMERAS
-from unipad.config import Augment, Data, DetectRecipe, Paste, PretrainRecipe, from_plain
+from unipad.config import Augment, Data, DetectRecipe, Paste, PretrainRecipe, from_dict
 from unipad.data import synthetic
 from unipad.data.city import rig
 from unipad.data.city.raycast import cast
 from unipad.data.city.traffic import Scene
-from unipad.data.cutpaste import cut_out, load_objects, seen_rectangles
+from unipad.data.cutpaste import cut_out, load_objects, visible_rectangles
+from unipad.data.dataset import Sample, collate
 from unipad.data.loader import step_batches
-from unipad.data.nuscenes import NuScenesDataset, Sample, collate
+from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.transforms import HIDDEN
 from unipad.draw.views import rendered_views
 from unipad.errors import UserError
 from unipad.evaluate.rendering import evaluate_rendering
 from unipad.model.detect import Detector
+from unipad.model.encoder import Encoder
 from unipad.model.pretrain import Pretrain
-from unipad.model.volume import Encoder, FrameFusion
+from unipad.model.volume import FrameFusion
 from unipad.names import to_original
 from unipad.recipes import DETECT, PRETRAIN
 
@@ -49,7 +51,7 @@ GRID = config.Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(5.4, 
 
 @pytest.fixture(scope="module")
 def city(tmp_path_factory):
-    """Two frames of images between keyframes, where the real set has five."""
+    """Two frames of images between keyframes, where nuScenes has five."""
     root = tmp_path_factory.mktemp("data") / "city"
     settings = {"scenes": 2, "keyframes": KEYFRAMES, "image_size": SIZE, "columns": 90, "sweeps": 0}
     return synthetic.generate(root, **settings, camera_sweeps=2, workers=1, progress=False)
@@ -61,7 +63,7 @@ def nusc(city):
 
 
 def before(nusc, sample, camera, count):
-    """The keyframe's record of a camera and `count` before it, by the devkit's chain; the first is repeated."""
+    """A camera's record at the keyframe and `count` before it, by the devkit's chain; the first is repeated."""
     chain = [nusc.get("sample_data", nusc.get("sample", sample.token)["data"][camera])]
     while len(chain) <= count:
         chain.append(nusc.get("sample_data", chain[-1]["prev"]) if chain[-1]["prev"] else chain[-1])
@@ -75,8 +77,8 @@ def sensor2global(nusc, record):
     return next(steps) @ next(steps)
 
 
-def test_the_synthetic_chain_is_as_in_the_real_set(nusc, city):
-    """Through keyframes and sweeps, 12 Hz before every keyframe but the first, a sweep the next keyframe's."""
+def test_the_synthetic_chain_is_as_in_nuscenes(nusc, city):
+    """Through keyframes and sweeps, 12 Hz before each keyframe but the first; a sweep belongs to the next keyframe."""
     for scene in nusc.scene:
         samples = [nusc.get("sample", scene["first_sample_token"])]
         while samples[-1]["next"]:
@@ -97,7 +99,7 @@ def test_the_synthetic_chain_is_as_in_the_real_set(nusc, city):
 
 
 def test_files_poses_and_times_are_those_of_the_devkits_chain(nusc, city):
-    """At the start of a scene too, where its first frame is repeated; intervals as the chain has them."""
+    """Also at the start of a scene, where its first frame is repeated; lags as in the chain."""
     dataset = NuScenesDataset(city, VERSION, "mini_val", Data(camera_sweeps=6))
     for i in range(KEYFRAMES):
         sample, sweeps = dataset[i], dataset.camera_sweeps
@@ -121,8 +123,8 @@ def test_files_poses_and_times_are_those_of_the_devkits_chain(nusc, city):
     np.testing.assert_allclose(nominal.frame_lags, [0, 1 / 12, 2 / 12], atol=1e-7)
 
 
-def test_what_stands_still_is_where_each_image_shows_it(city):
-    """LiDAR points of the keyframe have the depths that the city's own rays find in the pixels of every frame."""
+def test_static_points_project_onto_what_each_image_shows(city):
+    """LiDAR points of the keyframe have the depths that ray casting finds in the pixels of every frame."""
     sample = NuScenesDataset(city, VERSION, "mini_val", THREE)[2]
     scene = Scene(0, synthetic.SCENES.index("scene-0103"), (KEYFRAMES - 1) * 0.5)
     points = sample.points[sample.point_labels >= 15, :3]  # walls and trees: the ground looks alike from everywhere
@@ -143,7 +145,7 @@ def test_what_stands_still_is_where_each_image_shows_it(city):
         assert frame == 0 or np.median(keyframes) > 0.01  # the car has gone on by a meter or so
 
 
-def test_a_batch_holds_the_keyframe_of_one_frame_unchanged(city):
+def test_the_keyframe_is_the_same_with_and_without_sweeps(city):
     samples = [NuScenesDataset(city, VERSION, "mini_train", data) for data in (Data(), THREE)]
     one, three = (collate([dataset[1], dataset[2]]) for dataset in samples)
     assert one.frame_lags is None and one.frames == 1 and three.frames == 3
@@ -157,8 +159,8 @@ def test_a_batch_holds_the_keyframe_of_one_frame_unchanged(city):
     assert all(torch.equal(t, getattr(one.keyframe(), n)) for n, t in vars(one).items() if torch.is_tensor(t))
 
 
-def test_all_frames_move_together(city):
-    """Every point keeps its pixel in every view, one grid hides in all; a stream goes on where another one stopped."""
+def test_all_frames_are_augmented_together(city):
+    """Every point keeps its pixel in every view, with one grid over all; a stream resumes where another one stopped."""
     dataset = NuScenesDataset(city, VERSION, "mini_train", THREE)
     whole = dataset[1]
     vary = Augment(rotation=0.4, scale=(0.9, 1.1), translation=(0.5,) * 3, flip_x=1.0, grid_mask=1.0)
@@ -176,8 +178,8 @@ def test_all_frames_move_together(city):
     assert torch.equal(a.images, b.images) and torch.equal(a.lidar2image, b.lidar2image)
 
 
-def test_pictures_of_what_moves_are_cut_where_it_was():
-    """A camera at rest that looks along y; a box 10 m before it, which came 2 m to the right in half a second."""
+def test_pictures_of_moving_objects_are_cut_out_where_they_were():
+    """A camera at rest that looks along y; a box 10 m ahead, which moved 2 m to the right in half a second."""
     look = np.array([[60.0, 32, 0, 0], [0, 32, -60, 0], [0, 1, 0, 0], [0, 0, 0, 1]], np.float32)
     images = [np.zeros((64, 64, 3), np.uint8) for _ in range(2)]
     images[0][:, 34:41] = 200  # now: 32 + 60 * 0.5 / 10.5 to 32 + 60 * 1.5 / 9.5
@@ -203,9 +205,9 @@ def test_pictures_of_what_moves_are_cut_where_it_was():
 def test_objects_are_pasted_into_all_frames(city):
     """Pixels change where a pasted box was when the image was taken, and nowhere else."""
     dataset = NuScenesDataset(city, VERSION, "mini_train", THREE)
-    objects = load_objects(dataset, Paste(counts=(8,) * 10, least_points=1))
+    objects = load_objects(dataset, Paste(counts=(8,) * 10, min_points=1))
     whole = dataset[2]
-    pasted = dataset.pasting(objects).read(2, np.random.default_rng(0))
+    pasted = dataset.with_objects(objects).read(2, np.random.default_rng(0))
     new = pasted.boxes[len(whole.boxes) :]
     assert (np.abs(new[:, 7:]).max(axis=1) > 1).any()
     changed = 0
@@ -213,7 +215,7 @@ def test_objects_are_pasted_into_all_frames(city):
         lag = whole.frame_lags[view // 6]
         then = np.c_[new[:, :2] - lag * new[:, 7:], new[:, 2:]]
         covered = np.zeros(SIZE, bool)
-        for left, top, right, bottom in seen_rectangles(then, whole.lidar2image[view], SIZE)[1]:
+        for left, top, right, bottom in visible_rectangles(then, whole.lidar2image[view], SIZE)[1]:
             covered[top:bottom, left:right] = True
         difference = (before != after).any(-1)
         assert not (difference & ~covered).any()
@@ -222,7 +224,7 @@ def test_objects_are_pasted_into_all_frames(city):
 
 
 def test_frames_are_fused_as_the_formula_says():
-    """UVTR's: a channel of time, 1 x 1 x 1, norm, ReLU; all frames' channels, 1 x 1 x 1, norm, ReLU."""
+    """UVTR's: a channel of time, 1 x 1 x 1, norm, ReLU; then all frames' channels, 1 x 1 x 1, norm, ReLU."""
     fusion = FrameFusion(5, 3).double()
     for norm in (fusion.time_conv[1], fusion.trans_conv[1]):
         nn.init.normal_(norm.weight)
@@ -241,7 +243,7 @@ def test_frames_are_fused_as_the_formula_says():
 
 
 def several(batch, frames, shift=0.5):
-    """A batch of two-camera frames: the keyframe's, and the same images taken `shift` meters a frame further back."""
+    """A batch of two-camera frames: the keyframe's, and the same images taken `shift` meters further back per frame."""
     moved = [batch.lidar2camera.clone() for _ in range(frames)]
     for w, matrix in enumerate(moved):
         matrix[:, :, 2, 3] += shift * w * torch.tensor([1.0, -1.0])
@@ -257,7 +259,7 @@ def several(batch, frames, shift=0.5):
 
 
 @pytest.mark.parametrize("view", ["gather", "pool"])
-def test_each_frame_is_lifted_apart_and_counts(view):
+def test_each_frame_is_lifted_by_itself_and_matters(view):
     levels = {"fpn_levels": 1, "fpn_start": 3, "view": "pool"} if view == "pool" else {}
     camera = replace(TINY_CAMERA, **levels)
     encoder = Encoder(config.Recipe(grid=GRID, data=THREE, camera=camera)).eval()
@@ -286,7 +288,7 @@ def test_each_frame_is_lifted_apart_and_counts(view):
         encoder(batch.keyframe(), None)
 
 
-def test_every_weight_of_the_fusion_learns_and_a_step_repeats():
+def test_every_fusion_weight_gets_a_gradient_and_a_step_is_reproducible():
     encoder = Encoder(config.Recipe(grid=GRID, data=THREE, camera=TINY_CAMERA))
     batch = several(make_batch([[], []], size=(64, 96), unpadded=(60, 90)), 3)
     encoded = encoder.encode(batch, generators(0, 1))
@@ -297,8 +299,8 @@ def test_every_weight_of_the_fusion_learns_and_a_step_repeats():
     assert torch.equal(encoder.encode(batch, generators(0, 1)).volume, encoded.volume)
 
 
-def test_rays_judgement_and_pictures_are_of_the_keyframe(city):
-    """All twelve views are encoded; six cast rays, in training, where renderings are judged, and in pictures."""
+def test_rays_metrics_and_pictures_are_of_the_keyframe(city):
+    """All twelve views are encoded; six cast rays, in training, evaluation and pictures."""
     recipe = PRETRAIN["camera"]["tiny"]
     recipe = replace(recipe, data=replace(recipe.data, camera_sweeps=2, image_size=SIZE))
     recipe = replace(recipe, rays=replace(recipe.rays, per_view=8, lidar_per_view=8))
@@ -316,22 +318,16 @@ def test_rays_judgement_and_pictures_are_of_the_keyframe(city):
     assert rendered_views(net, batch, generators(0), stride=32).shape[1] > 6 * 200
 
 
-def test_finetuned_and_judged_with_the_same_frames(city, tmp_path):
-    """From a checkpoint of one frame, so that the fusion of frames is new; eval.py reads as many as were trained on."""
+def test_finetuning_and_evaluation_read_the_same_frames(city, tmp_path):
+    """From a checkpoint of one frame, so that the fusion is new; eval.py reads as many frames as training did."""
     recipe = PRETRAIN["camera"]["tiny"]
     state = {"model": Pretrain(recipe).state_dict(), "config": {}}
     torch.save(state, tmp_path / "one.pt")
-    flags = ["--device", "cpu", "--workers", "0", "--steps", "1", "--camera-sweeps", "2", "--preset", "tiny"]
+    flags = ["--device", "cpu", "--workers", "0", "--steps", "1", "--data.camera-sweeps", "2", "--preset", "tiny"]
     flags += ["--data-root", str(city), "--pretrained", str(tmp_path / "one.pt"), "--out", str(tmp_path / "run")]
-    both = "import sys, tyro, finetune, eval as judge; finetune.main(tyro.cli(finetune.Args, args=sys.argv[2:])); "
-    both += "judge.main(judge.Args(sys.argv[1], device='cpu', workers=0, pictures=1))"
-    command = [
-        sys.executable,
-        "-c",
-        both.replace("sys.argv[1]", "judge.Path(sys.argv[1])"),
-        str(tmp_path / "run"),
-        *flags,
-    ]
+    both = "import sys, finetune, eval; finetune.main(finetune.parse(sys.argv[2:])); "
+    both += "eval.main(eval.parse([sys.argv[1], '--device', 'cpu', '--workers', 0, '--pictures', 1]))"
+    command = [sys.executable, "-c", both, str(tmp_path / "run"), *flags]
     done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "new, from scratch: encoder.frame_fusion.time_conv, encoder.frame_fusion.trans_conv" in done.stdout
@@ -340,8 +336,8 @@ def test_finetuned_and_judged_with_the_same_frames(city, tmp_path):
 
 
 @pytest.mark.parametrize("tuned", [False, True])
-def test_checkpoints_of_several_frames_come_and_go(tuned):
-    """Under the names that the original's view transform has, in whose time they then think."""
+def test_checkpoints_of_several_frames_convert_both_ways(tuned):
+    """Under the names of the original's view transform, and with its 12 Hz as the time of frames."""
     kind, presets, build = (DetectRecipe, DETECT, Detector) if tuned else (PretrainRecipe, PRETRAIN, Pretrain)
     recipe = presets["camera"]["tiny"]
     net = build(replace(recipe, data=replace(recipe.data, camera_sweeps=4)))
@@ -357,18 +353,18 @@ def test_checkpoints_of_several_frames_come_and_go(tuned):
         state["pts_bbox_head.code_weights"] = torch.tensor(recipe.detect.code_weights)
     ours, report = convert.convert_unipad(state)
     assert not report.faults, report
-    found = from_plain(kind, ours["config"]["recipe"])
+    found = from_dict(kind, ours["config"]["recipe"])
     assert found.data.camera_sweeps == 4 and found.data.camera_rate == 12.0
     build(found).load_state_dict(ours["model"])
     back, report = convert.convert_ours(ours)
     assert not report.faults and back["state_dict"].keys() == state.keys()
     assert all(torch.equal(back["state_dict"][k], v) for k, v in state.items())
-    assert not any("times" in line for line in report.left)
+    assert not any("timestamps" in line for line in report.notes)
     ours["config"]["recipe"]["data"]["camera_rate"] = 0.0
-    assert any("learned from the tables' times" in line for line in convert.convert_ours(ours)[1].left)
+    assert any("trained with timestamps" in line for line in convert.convert_ours(ours)[1].notes)
 
 
-def test_a_camera_of_several_frames_starts_fusion():
+def test_a_camera_checkpoint_of_several_frames_starts_fusion():
     saved = {}
     for modality in ("camera", "lidar"):
         recipe = PRETRAIN[modality]["tiny"]
@@ -376,7 +372,7 @@ def test_a_camera_of_several_frames_starts_fusion():
         recipe = replace(recipe, data=replace(recipe.data, camera_sweeps=frames))
         saved[modality] = {"model": Pretrain(recipe).state_dict(), "config": {"recipe": convert.to_dict(recipe)}}
     merged, _ = convert.merge(saved["camera"], saved["lidar"])
-    recipe = from_plain(PretrainRecipe, merged["config"]["recipe"])
+    recipe = from_dict(PretrainRecipe, merged["config"]["recipe"])
     assert recipe.data.camera_sweeps == 3
     new = {
         name.split(".")[1] for name in Pretrain(recipe).encoder.state_dict(prefix="encoder.").keys() - merged["model"]
@@ -385,7 +381,7 @@ def test_a_camera_of_several_frames_starts_fusion():
 
 
 def test_presets_and_flags():
-    """The presets add the fusion of three frames to those of one, and nothing else; LiDAR has none to fuse."""
+    """Presets of three frames only add their fusion to those of one; LiDAR has none to fuse."""
     for presets, build in ((PRETRAIN, Pretrain), (DETECT, Detector)):
         with torch.device("meta"):
             one, three = (build(presets["camera"][name]) for name in ("camera-0.075", "camera-0.075-sweeps"))
@@ -395,8 +391,7 @@ def test_presets_and_flags():
         assert count == (257 + 3 * 256) * 256 + 2 * 3 * 256
     for script in (train, finetune):
         for modality in ("camera", "fusion"):
-            assert script.recipe_of(script.Args(modality=modality, camera_sweeps=5)).data.camera_sweeps == 5
-        with pytest.raises(UserError, match="--camera-sweeps does not go with --modality lidar"):
-            script.recipe_of(script.Args(modality="lidar", camera_sweeps=2))
-        with pytest.raises(UserError, match="--camera-sweeps 7 is not known; use 1, 2, 3, 4, 5, 6"):
-            script.recipe_of(script.Args(camera_sweeps=7))
+            args = script.parse(["--modality", modality, "--data.camera-sweeps", 5])
+            assert args.recipe.data.camera_sweeps == 5
+        with pytest.raises(UserError, match="--data.camera-sweeps needs a camera encoder"):
+            script.parse(["--modality", "lidar", "--data.camera-sweeps", 2])

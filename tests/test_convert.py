@@ -1,4 +1,4 @@
-"""Checkpoints of the original and of ConvNeXt become ours, and ours the original's, bit for bit; nothing else does."""
+"""Checkpoints of the original and of ConvNeXt to ours and back, bit for bit; nothing else converts."""
 
 import json
 import lzma
@@ -11,14 +11,14 @@ import tyro
 from tests.golden import FOLDER
 from unipad import convert
 from unipad.checkpoint import read_checkpoint, take_weights
-from unipad.config import CONVNEXT, DetectRecipe, PretrainRecipe, from_plain
+from unipad.config import CONVNEXT, DetectRecipe, PretrainRecipe, from_dict
 from unipad.convert import Args, convert_ours, convert_unipad, main
 from unipad.errors import UserError
 from unipad.model.camera import ConvNeXt
 from unipad.model.detect import Detector
 from unipad.model.pretrain import Pretrain
 from unipad.model.segment import Segmenter
-from unipad.names import from_original, our_name, to_original
+from unipad.names import from_original, to_original
 from unipad.recipes import DETECT, PRETRAIN, SEGMENT
 from unipad.runtime import to_dict
 
@@ -58,12 +58,12 @@ def test_the_lists_are_of_every_released_config():
 
 
 @pytest.mark.parametrize("name", PRESET_OF)
-def test_every_released_config_comes_and_goes_bit_for_bit(name):
+def test_every_released_config_converts_and_back_bit_for_bit(name):
     state = released(name)
     ours, report = convert_unipad(state)
     assert not report.faults, report
     assert ours["config"]["args"]["preset"] == PRESET_OF[name]
-    left = state.keys() - {k for k in state if our_name(k) in ours["model"]}
+    left = {k for k, w in state.items() if not from_original({k: w})[0].keys() & ours["model"].keys()}
     assert left == {k for k in state if "norm0" in k or k.endswith("code_weights")}
     back, report = convert_ours(ours)
     assert not report.faults and back.keys() == {"meta", "state_dict"}
@@ -90,7 +90,7 @@ def test_through_files_to_a_model_and_back(modality, tuned, tmp_path, capsys):
     main(Args((source, ours)))
     saved = read_checkpoint(ours)
     assert f"{modality} tiny" in capsys.readouterr().out and saved["config"]["args"]["modality"] == modality
-    recipe = from_plain(kind, saved["config"]["recipe"])
+    recipe = from_dict(kind, saved["config"]["recipe"])
     if tuned:
         assert torch.equal(torch.tensor(recipe.detect.code_weights), state["pts_bbox_head.code_weights"])
     assert_same(saved["model"], net.state_dict())
@@ -99,9 +99,9 @@ def test_through_files_to_a_model_and_back(modality, tuned, tmp_path, capsys):
     assert_same(read_checkpoint(back)["state_dict"], state)
 
 
-def test_pooling_of_the_original_comes_with_its_truncation():
+def test_pooling_of_the_original_keeps_its_truncation():
     ours, _ = convert_unipad(released("uvtr_cam_vs0.075_pretrain"))
-    recipe = from_plain(PretrainRecipe, ours["config"]["recipe"])
+    recipe = from_dict(PretrainRecipe, ours["config"]["recipe"])
     assert recipe.camera.truncate and not PRETRAIN["camera"]["camera-0.075"].camera.truncate
 
 
@@ -112,7 +112,7 @@ def test_a_larger_convnext_is_recognized():
         wider[f"img_neck.lateral_convs.{i}.conv.weight"] = torch.zeros(128, width, 1, 1)
     ours, report = convert_unipad(wider)
     assert not report.faults, report
-    recipe = from_plain(PretrainRecipe, ours["config"]["recipe"])
+    recipe = from_dict(PretrainRecipe, ours["config"]["recipe"])
     assert (recipe.camera.depths, recipe.camera.widths) == CONVNEXT["base"]
 
 
@@ -226,9 +226,9 @@ def test_merged_encoders_start_fusion(tmp_path, capsys):
         sources.append(net.state_dict())
         torch.save({"state_dict": to_original(net.state_dict())[0]}, tmp_path / f"{modality}.pth")
     main(Args(tuple(tmp_path / name for name in ("camera.pth", "lidar.pth", "fusion.pt")), merge=True))
-    assert "left out: head" in capsys.readouterr().out
+    assert "dropped: head" in capsys.readouterr().out
     saved = read_checkpoint(tmp_path / "fusion.pt")
-    net = Detector(from_plain(DetectRecipe, saved["config"]["recipe"]))
+    net = Detector(from_dict(DetectRecipe, saved["config"]["recipe"]))
     taken = take_weights(net, "encoder.", [tmp_path / "fusion.pt"], "--pretrained", lambda _: None)
     expected = {name: w for source in sources for name, w in source.items() if name.startswith("encoder.")}
     assert_same({name: net.state_dict()[name] for name in taken}, expected)
@@ -238,14 +238,14 @@ def test_merged_encoders_start_fusion(tmp_path, capsys):
 
 
 class Code:
-    """Unpickled, it would leave a file behind."""
+    """Unpickling it would create a file."""
 
     def __reduce__(self):
         return Path.touch, (Path("executed"),)
 
 
 def broken(kind, folder):
-    """A file that cannot be converted, of a kind."""
+    """A file of a kind that cannot be converted."""
     file = folder / f"{kind}.pth"
     shapes = {key: shape for key, (shape, _) in RELEASED["uvtr_cam_vs0.1_pretrain"].items()}
     state = {"state_dict": {key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}}
@@ -281,22 +281,22 @@ def broken(kind, folder):
     "kind, flags, words",
     [
         ("absent", {}, "there is no checkpoint"),
-        ("truncated", {}, "is cut off or damaged"),
-        ("code", {}, r"holds code beside its weights \(.*\) and was not opened.*torch.save\("),
-        ("code in an old file", {}, "holds code beside its weights"),
+        ("truncated", {}, "is truncated or damaged"),
+        ("code", {}, r"contains code besides weights \(.*\) and was not opened.*torch.save\("),
+        ("code in an old file", {}, "contains code besides weights"),
         ("text", {}, "is not a checkpoint"),
         ("another project", {}, r"is not a checkpoint of UniPAD.*none of its 1 weights \(such as layer1"),
-        ("a list", {}, "holds no weights: a list"),
+        ("a list", {}, "has no weights: it is a list"),
         ("one key less", {}, "1 weights are missing, 0 unexpected, 0 of another.*input_proj.bias; --no-strict"),
         ("one key more", {}, "0 weights are missing, 1 unexpected, .*such as .*mtoken3"),
-        ("other blocks", {}, "no blocks of a ConvNeXt"),
-        ("new recipe", {}, r"of another version of this project \(radar"),
+        ("other blocks", {}, "no ConvNeXt blocks"),
+        ("new recipe", {}, "of another version of this project: train or convert again"),
         ("whole", {"preset": "camera-0.075"}, "does not fit preset camera-0.075: .* of another shape"),
         ("whole", {"preset": "lidar-0.075"}, "--preset lidar-0.075 is not known; use tiny, camera-0.075, "),
         ("whole", {"kind": "convnext"}, "--kind convnext: .* is of kind unipad"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_one_sentence_and_nothing_runs(kind, flags, words, tmp_path, monkeypatch):
+def test_what_does_not_fit_is_refused_in_one_sentence_and_not_executed(kind, flags, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=words) as caught:
         main(Args((broken(kind, tmp_path), tmp_path / "out.pt"), **flags))
@@ -304,7 +304,7 @@ def test_what_does_not_fit_is_one_sentence_and_nothing_runs(kind, flags, words, 
     assert not (tmp_path / "executed").exists() and not (tmp_path / "out.pt").exists()
 
 
-def test_loosely_what_fits_is_taken(tmp_path, capsys):
+def test_no_strict_converts_what_fits(tmp_path, capsys):
     main(Args((broken("one key less", tmp_path), tmp_path / "out.pt"), strict=False))
     out = capsys.readouterr().out
     assert "missing: encoder.camera.input_proj.bias" in out
@@ -312,23 +312,23 @@ def test_loosely_what_fits_is_taken(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("paths, merge", [("", False), ("a", False), ("abc", False), ("ab", True)])
-def test_a_number_of_paths_that_means_nothing_is_refused(paths, merge):
+def test_a_wrong_number_of_paths_is_refused(paths, merge):
     with pytest.raises(UserError, match="SOURCE OUT"):
         main(Args(tuple(map(Path, paths)), merge=merge))
 
 
-def test_a_file_is_not_written_over_itself(tmp_path):
+def test_a_file_does_not_overwrite_itself(tmp_path):
     file = broken("whole", tmp_path)
-    with pytest.raises(UserError, match="over itself"):
+    with pytest.raises(UserError, match="overwrite its own source"):
         main(Args((file, file)))
 
 
-def test_only_encoders_over_the_same_grid_are_merged(tmp_path):
+def test_only_encoders_with_the_same_grid_are_merged(tmp_path):
     full, _ = convert_unipad(released("uvtr_lidar_vs0.075_pretrain"))
     tiny = {"model": {}, "config": {"recipe": convert.to_dict(PRETRAIN["camera"]["tiny"])}}
     with pytest.raises(UserError, match="the same grid"):
         convert.merge(tiny, full)
-    with pytest.raises(UserError, match="camera's encoder first"):
+    with pytest.raises(UserError, match="camera encoder first"):
         convert.merge(full, tiny)
 
 
@@ -345,8 +345,8 @@ def test_command_lines_mean_what_the_docstring_says(line, args):
     assert tyro.cli(Args, args=line.split()) == args
 
 
-def test_a_u_net_goes_to_the_original_s_keys_without_its_head():
-    """There is none of segmentation there; and no volume of a U-Net to fuse a camera's with."""
+def test_a_u_net_converts_to_the_original_s_keys_without_its_head():
+    """The original has no segmentation head; and a U-Net has no volume to fuse with a camera's."""
     recipe = SEGMENT["lidar"]["tiny"]
     saved = {"model": Segmenter(recipe).state_dict(), "config": {"recipe": to_dict(recipe)}}
     theirs, report = convert_ours(saved, spconv=2)

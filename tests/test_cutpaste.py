@@ -12,12 +12,13 @@ from nuscenes.utils.geometry_utils import points_in_box
 from pyquaternion import Quaternion
 from shapely.geometry import MultiPoint
 
+from unipad.boxes import points_in_boxes
 from unipad.config import Augment, Data, Paste
 from unipad.data import cutpaste
-from unipad.data.cutpaste import Objects, cut_out, load_objects, points_in_boxes, seen_rectangles
+from unipad.data.cutpaste import Objects, cut_out, load_objects, visible_rectangles
+from unipad.data.dataset import DataError, Sample
 from unipad.data.loader import step_batches
-from unipad.data.nuscenes import NuScenesDataset, Sample
-from unipad.data.tables import DataError
+from unipad.data.nuscenes import NuScenesDataset
 
 VERSION = "v1.0-mini"
 PASTE = Paste()
@@ -35,7 +36,7 @@ def objects(train):
 
 @pytest.fixture(scope="module")
 def sample(city):
-    """Of another street than the objects."""
+    """From another street than the objects."""
     return NuScenesDataset(city, VERSION, "mini_val", Data(sweeps=2))[1]
 
 
@@ -58,18 +59,18 @@ def test_points_in_boxes_are_the_devkits(sample):
     assert points_in_boxes(sample.points, sample.boxes[:0]).shape == (0, len(sample.points))
 
 
-def test_objects_are_what_the_frames_hold(train, objects):
-    """Every box with enough points, in the order of the frames, with its points and its rectangles of the images."""
+def test_objects_are_those_of_the_frames(train, objects):
+    """Every box with enough points, in the order of the frames, with its points and its rectangles in the images."""
     k = 0
     for i in range(len(train)):
         sample = train[i]
         inside = points_in_boxes(sample.points, sample.boxes)
-        for row in np.flatnonzero(inside.sum(axis=1) >= PASTE.least_points):
+        for row in np.flatnonzero(inside.sum(axis=1) >= PASTE.min_points):
             np.testing.assert_array_equal(objects.boxes[k], sample.boxes[row])
             assert objects.labels[k] == sample.labels[row]
             np.testing.assert_allclose(objects._points(k), sample.points[inside[row]], atol=1e-5)
             for view, image in enumerate(sample.images):
-                rows, places = seen_rectangles(sample.boxes, sample.lidar2image[view], image.shape[:2])
+                rows, places = visible_rectangles(sample.boxes, sample.lidar2image[view], image.shape[:2])
                 picture = objects._picture(k, view)
                 assert (picture is not None) == (row in rows)
                 if picture is not None:
@@ -80,7 +81,7 @@ def test_objects_are_what_the_frames_hold(train, objects):
     assert k == len(objects.labels) > 50 and len(objects.pictures) > 20
 
 
-def test_few_points_are_no_object(train):
+def test_boxes_with_too_few_points_are_no_objects(train):
     sample = train[0]
     counts = points_in_boxes(sample.points, sample.boxes).sum(axis=1)
     assert (counts < 50).any()
@@ -95,7 +96,7 @@ def test_a_sample_is_filled_up_without_overlaps(sample, objects, empty):
     before, counts = np.bincount(sample.labels, minlength=10), np.array(PASTE.counts)
     pasted_of_class = np.zeros(10, int)
     for seed in range(5):
-        after = objects.pasted(sample, np.random.default_rng(seed))
+        after = objects.paste_into(sample, np.random.default_rng(seed))
         own = len(sample.boxes)
         np.testing.assert_array_equal(after.boxes[:own], sample.boxes)
         np.testing.assert_array_equal(after.labels[:own], sample.labels)
@@ -118,16 +119,16 @@ def test_a_sample_is_filled_up_without_overlaps(sample, objects, empty):
     assert (pasted_of_class > 0).sum() >= (9 if empty else 2)
 
 
-def test_chance_comes_from_the_generator_alone(sample, objects):
-    one, same, other = (objects.pasted(sample, np.random.default_rng(seed)) for seed in (1, 1, 2))
+def test_randomness_comes_from_the_generator_alone(sample, objects):
+    one, same, other = (objects.paste_into(sample, np.random.default_rng(seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(one.points, same.points)
     np.testing.assert_array_equal(one.images, same.images)
     assert one.boxes.tolist() != other.boxes.tolist()
 
 
-def test_nothing_is_missing(sample, objects):
+def test_a_full_sample_stays_as_it_is(sample, objects):
     full = replace(objects, counts=tuple(np.bincount(sample.labels, minlength=10).tolist()))
-    assert full.pasted(sample, np.random.default_rng(0)) is sample
+    assert full.paste_into(sample, np.random.default_rng(0)) is sample
 
 
 # A camera that looks along y: u = 50 x / y + 32, v = 32 - 50 z / y
@@ -139,15 +140,15 @@ def cube(x, y, z=0.0, size=2.0):
 
 
 def test_rectangles_by_hand():
-    """Edges of cubes of 2 m whose near sides are 10, 5 and 20 m away: 50 / 10 pixels a meter on either side, ..."""
+    """Cubes of 2 m whose near sides are 10, 5 and 20 m away: 50 / 10 pixels per meter, ..."""
     boxes = np.stack([cube(0, 11), cube(-4, 6), cube(0, -9), cube(0, 0.5), cube(0, 21), cube(90, 11)])
-    rows, places = seen_rectangles(boxes, AHEAD, (64, 64))
+    rows, places = visible_rectangles(boxes, AHEAD, (64, 64))
     assert rows.tolist() == [4, 0, 1]  # not those behind the camera, around it and beside the image
     expected = {0: [27, 27, 37, 37], 1: [0, 22, 10, 42], 4: [29, 29, 34, 34]}
     assert [expected[r] for r in rows] == places.tolist()
 
 
-def test_pictures_are_laid_far_ones_first(tmp_path):
+def test_pictures_are_pasted_far_ones_first(tmp_path):
     """Far red, then the sample's own blue, then near green, on gray."""
     colors = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 200, 30)}
     boxes = {"red": cube(2.5, 21), "blue": cube(0.5, 13), "green": cube(-0.4, 8)}
@@ -185,12 +186,12 @@ def test_pictures_are_laid_far_ones_first(tmp_path):
     for view, order in enumerate((("red", "blue", "green"), ("blue", "green"))):
         expected[view] = gray.copy()
         for name in order:
-            _, ((left, top, right, bottom),) = seen_rectangles(boxes[name][None], AHEAD, (64, 64))
+            _, ((left, top, right, bottom),) = visible_rectangles(boxes[name][None], AHEAD, (64, 64))
             expected[view][top:bottom, left:right] = colors[name]
             if name == "blue":
                 image[top:bottom, left:right] = colors[name]
     scene = seen("blue", [image, image])
-    after = objects.pasted(scene, np.random.default_rng(0))
+    after = objects.paste_into(scene, np.random.default_rng(0))
     assert len(after.boxes) == 3 and len(after.points) == 15
     for view in range(2):
         np.testing.assert_allclose(after.images[view].astype(int), expected[view], atol=4)  # JPEG
@@ -201,10 +202,10 @@ def test_pictures_are_laid_far_ones_first(tmp_path):
 def test_pasting_ends_at_a_position_of_the_stream(city, train, objects):
     augment = Augment(rotation=0.1, shuffle=True)
     plain = NuScenesDataset(city, VERSION, "mini_val", Data(sweeps=2), augment=augment)
-    pasting = plain.pasting(objects)
+    pasting = plain.with_objects(objects)
 
     def boxes(dataset, **stream):
-        batches = step_batches(dataset, share=1, **stream)
+        batches = step_batches(dataset, micro_batch=1, **stream)
         return [next(batches)[0].boxes.tolist() for _ in range(4)]
 
     never, until_two, always = boxes(plain), boxes(pasting, paste_until=2), boxes(pasting)
@@ -237,7 +238,7 @@ def test_objects_are_cut_out_once(copy, monkeypatch):
     load_objects(dataset_of(copy), replace(PASTE, counts=(1,) * 10))
     assert len(cuts) == n
     load_objects(dataset_of(copy, sweeps=2), PASTE)
-    load_objects(dataset_of(copy), replace(PASTE, least_points=9))
+    load_objects(dataset_of(copy), replace(PASTE, min_points=9))
     load_objects(dataset_of(copy, label_fraction=0.5), PASTE)
     assert len(cuts) == 3 * n + (n + 1) // 2 and len(files(copy)) == 8
 
@@ -255,7 +256,7 @@ def test_objects_are_cut_out_again_when_the_tables_change(copy):
 
 
 @pytest.mark.parametrize("kind", ["bin", "npz"])
-def test_damaged_files_are_made_again(copy, monkeypatch, kind):
+def test_damaged_files_are_rebuilt(copy, monkeypatch, kind):
     objects = load_objects(dataset_of(copy), PASTE)
     path = objects.file.with_suffix(f".{kind}")
     path.write_bytes(path.read_bytes()[:-100])
@@ -264,7 +265,7 @@ def test_damaged_files_are_made_again(copy, monkeypatch, kind):
     assert len(cuts) == len(dataset_of(copy))
 
 
-def test_workers_make_the_same_files(copy):
+def test_workers_write_the_same_files(copy):
     objects = load_objects(dataset_of(copy), PASTE)
     contents = objects.file.read_bytes()
     objects.file.unlink()
@@ -295,7 +296,7 @@ def test_a_root_that_cannot_be_written(copy, tmp_path):
 
 def test_no_object_is_one_sentence(copy):
     with pytest.raises(DataError, match="no frame of .* mini_train has an object of 1000000 LiDAR points") as refused:
-        load_objects(dataset_of(copy), replace(PASTE, least_points=10**6))
+        load_objects(dataset_of(copy), replace(PASTE, min_points=10**6))
     assert "\n" not in str(refused.value) and str(refused.value).endswith(".")
     for table in ("sample_annotation", "instance"):
         (copy / VERSION / f"{table}.json").write_text("[]")
@@ -303,7 +304,7 @@ def test_no_object_is_one_sentence(copy):
         load_objects(dataset_of(copy), PASTE)
 
 
-def test_nothing_half_written_stays(copy, monkeypatch):
+def test_no_partial_file_is_left(copy, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(DataError, match="No space left"):
         load_objects(dataset_of(copy), PASTE)

@@ -32,8 +32,8 @@ def test_complex_depth_is_the_original():
         assert_close_to_max(param.grad, gradients[key], 1e-5, key)
 
 
-def test_aspp_looks_as_far_as_its_dilations():
-    """With the image's mean cut off, a cell reaches the eight cells 6, 12 and 18 away."""
+def test_aspp_reaches_as_far_as_its_dilations():
+    """Without the image's mean, a cell reaches the eight cells at distance 6, 12 and 18."""
     net = ASPP(2, 3).eval().double()
     torch.nn.init.zeros_(net.global_avg_pool[1].weight)
     x = torch.randn(1, 2, 41, 41, dtype=torch.float64, requires_grad=True)
@@ -45,8 +45,8 @@ def test_aspp_looks_as_far_as_its_dilations():
     assert reached <= rings and {max(map(abs, cell)) for cell in reached} == set(steps)
 
 
-def test_dropout_is_a_sample_s_own():
-    """Half of the cells are dropped, the others doubled; what one sample drops does not depend on the others."""
+def test_dropout_is_drawn_per_sample():
+    """Half of the cells are dropped, the others doubled; a sample's mask does not depend on the others."""
     net = ComplexDepth(8, 4, 2).train()
     net.depth_conv[4] = torch.nn.Identity()
     x = torch.randn(4, 8, 6, 7)  # two samples of two views
@@ -60,13 +60,13 @@ def test_dropout_is_a_sample_s_own():
     assert not torch.equal(kept[0], kept[1])
 
 
-def test_evaluation_drops_nothing():
+def test_no_dropout_in_evaluation():
     net = ComplexDepth(8, 4, 2).eval()
     x = torch.randn(2, 8, 6, 7)
     torch.testing.assert_close(net(x, generators(2)), net(x), rtol=0, atol=0)
 
 
-def test_an_unknown_head_is_refused():
+def test_an_unknown_head_is_rejected():
     with pytest.raises(ValueError, match="choose simple or complex"):
         depth_head(CameraConfig(depth="deep"))
 
@@ -98,7 +98,7 @@ def test_targets_are_the_originals():
 
 
 def test_loss_is_the_originals():
-    """With the gradient of all that reaches the depths: through the volume and through the loss."""
+    """Also the gradient of the depths, through the volume and through the loss."""
     batch, depths, arrays = recorded()
     depths.requires_grad_()
     loss = depth_loss([depths], batch, RECORDED)
@@ -111,7 +111,7 @@ def test_loss_is_the_originals():
 
 
 def test_targets_are_the_same_on_a_gpu():
-    """Points around bin borders, some of which would move if multiplied by the reciprocal of the bin size."""
+    """Points near bin borders, some of which would move if multiplied by the reciprocal of the bin size."""
     near, far, bins = 3.0, 8.0, 100
     ahead = (torch.arange(1, bins).double() * (far - near) / bins + near + 1).float()
     ahead = torch.cat([ahead, ahead.nextafter(torch.zeros(()))])
@@ -167,7 +167,7 @@ def test_loss_without_a_point_is_zero_and_certainty_is_finite():
     assert wrong.isfinite() and grad.isfinite().all() and 150 < wrong < 200
 
 
-def test_loss_widens_half_precision():
+def test_loss_is_computed_in_fp32():
     batch, depths, _ = recorded()
     with torch.autocast("cpu", torch.bfloat16):
         loss = depth_loss([depths.bfloat16()], batch, RECORDED)

@@ -5,22 +5,24 @@ import pytest
 import torch
 
 from tests.golden import assert_close_to_max, load, weights
+from tests.original_boxes import boxes_from_original, boxes_to_original
 from unipad import config
 from unipad.batch import Batch
-from unipad.model.boxes import boxes_from_original, boxes_to_original, encode_boxes
-from unipad.model.decoder import Dropout, SelfAttention, VolumeAttention
+from unipad.boxes import encode_boxes
+from unipad.model.decoder import SelfAttention, VolumeAttention
 from unipad.model.detect import Detector, Head, Predictions, detections
+from unipad.model.dropout import Dropout
 from unipad.model.targets import assign, assignment_cost, detection_losses, draw_noise, noisy_queries
 from unipad.model.volume import ConvNormReLU3d, GatherLift
-from unipad.names import our_name
+from unipad.names import from_original
 from unipad.recipes import GRID_075
 
 GRID = config.Grid(
     low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(5.4, 6.0, 1.6)
 )  # of the records: 20 x 18 x 5
-RECORDED = config.Detect(queries=30, layers=3, heads=4, hidden=48, dropout=0.0, kept=60)
+RECORDED = config.Detect(queries=30, layers=3, heads=4, hidden=48, dropout=0.0, max_detections=60)
 PLAIN = dataclasses.replace(RECORDED, denoising=False, code_weights=(1.0,) * 10, nms=())
-SMALL = config.Detect(queries=12, layers=2, heads=2, hidden=16, noise_groups=3, kept=20)
+SMALL = config.Detect(queries=12, layers=2, heads=2, hidden=16, noise_groups=3, max_detections=20)
 
 
 def recorded_truth(arrays):
@@ -37,7 +39,7 @@ def recorded_head(arrays, cfg):
 
 
 def recorded_losses(arrays, name):
-    """[L] of a term of the original; it calls the last layer by no number."""
+    """[L] values of a term of the original, whose name has no number for the last layer."""
     keys = [f"out/loss/d{l}.{name}" for l in range(2)] + [f"out/loss/{name}"]
     return torch.stack([arrays[key].reshape(()) for key in keys])
 
@@ -58,7 +60,8 @@ def assert_gradients_as_recorded(arrays, head, rel):
     params = dict(head.named_parameters())
     assert expected.keys() == params.keys()
     _, record = load("uvtr_dn_head_train") if head.cfg.denoising else load("uvtr_head_eval")
-    noise = [our_name(key.removeprefix("grad/")) for key in record["noise_only_arrays"]["arrays"]]
+    keys = [key.removeprefix("grad/") for key in record["noise_only_arrays"]["arrays"]]
+    noise, _ = from_original(dict.fromkeys(keys))
     for key, param in params.items():
         if f"head.{key}" in noise:  # 0 but for rounding
             assert param.grad.abs().max() < 1e-7, key
@@ -67,7 +70,7 @@ def assert_gradients_as_recorded(arrays, head, rel):
 
 
 def test_plain_head_is_the_original():
-    """From image features and depths through view transform, head, assignment and losses; and back."""
+    """From image features and depths through view transform, head, assignment and losses, with gradients."""
     arrays, _ = load("uvtr_head_eval")
     features = [arrays[f"in/feat_{i}"].requires_grad_() for i in range(2)]
     depths = [arrays[f"in/depth_{i}"].requires_grad_() for i in range(2)]
@@ -106,7 +109,7 @@ def test_plain_head_is_the_original():
 
 
 def assert_same_boxes(boxes, expected, rel):
-    """Equal but for whole turns."""
+    """Equal up to full rotations."""
     apart = boxes[:, 6] - expected[:, 6]
     assert torch.allclose(apart.cos(), torch.ones_like(apart), atol=1e-6)
     rest = [0, 1, 2, 3, 4, 5, 7, 8]
@@ -149,7 +152,7 @@ def test_denoising_head_is_the_original():
 def test_assignment_is_the_originals(weights, name):
     arrays, _ = load("det_box_utils")
     cfg = dataclasses.replace(RECORDED, code_weights=weights)
-    boxes = boxes_from_original(arrays["in/assign_gt_boxes_gravity_center"])
+    boxes = boxes_from_original(arrays["in/assign_gt_boxes_gravity_centre"])
     boxes[:, 2] -= boxes[:, 5] / 2  # z is the center's already
     logits, codes = arrays["in/coder_cls"][-1:, :1], arrays["in/coder_box"][-1:, :1]
     truth = boxes, arrays["in/assign_gt_labels"], [7]
@@ -162,7 +165,7 @@ def test_assignment_is_the_originals(weights, name):
 
 
 @pytest.mark.parametrize(
-    "name, least, nms",
+    "name, min_score, nms",
     [
         ("nmsfree", 0.0, ()),
         ("nmsfree_thr", 0.6, ()),
@@ -170,10 +173,10 @@ def test_assignment_is_the_originals(weights, name):
         ("nmsfreeiou_thr", 0.4, ()),
     ],
 )
-def test_detections_are_the_originals(name, least, nms):
+def test_detections_are_the_originals(name, min_score, nms):
     arrays, _ = load("det_box_utils")
     denoising = name.startswith("nmsfreeiou")
-    cfg = dataclasses.replace(RECORDED, denoising=denoising, kept=80, min_score=least, nms=nms)
+    cfg = dataclasses.replace(RECORDED, denoising=denoising, max_detections=80, min_score=min_score, nms=nms)
     found = Predictions(arrays["in/coder_cls"], arrays["in/coder_box"], arrays["in/coder_iou"][..., 0])
     found = found if denoising else dataclasses.replace(found, iou=None)
     for b, result in enumerate(detections(cfg, found)):
@@ -185,7 +188,7 @@ def test_detections_are_the_originals(name, least, nms):
 
 
 def test_full_size():
-    """As many weights as final_uvtr_fusion_vs0.075_finetune and abl_uvtr_cam_vs0.1_finetune have in their heads."""
+    """As many weights as the heads of final_uvtr_fusion_vs0.075_finetune and abl_uvtr_cam_vs0.1_finetune."""
     with torch.device("meta"):
         head = Head(config.Detect(), GRID_075, 256)
         plain = Head(config.Detect(denoising=False), config.Grid(), 128)
@@ -210,7 +213,7 @@ def seeded(*seeds):
 @pytest.mark.parametrize("denoising", [False, True])
 @pytest.mark.parametrize("counts", [[3, 0], [0, 0], [0, 2], [1, 14]])
 def test_frames_without_and_with_too_many_boxes(counts, denoising):
-    """14 boxes are more than queries: none is copied with noise, and all queries are assigned."""
+    """14 boxes are more than there are queries: none gets a noisy copy, and all queries are assigned."""
     head = Head(dataclasses.replace(SMALL, denoising=denoising), GRID, 8)
     losses = head.losses(torch.randn(2, 8, 2, 3, 4), *some_boxes(counts), seeded(0, 1))
     names = {"class", "box"} | ({"iou", "noisy_class", "noisy_box", "noisy_iou"} if denoising else set())
@@ -238,7 +241,7 @@ def test_noise_of_a_sample_does_not_depend_on_the_others():
     assert both.shape == (3, 5, 3) and torch.equal(both[:, 3:], second)
 
 
-def test_samples_do_not_see_each_other():
+def test_samples_are_independent():
     head = Head(SMALL, GRID, 8)
     volume = torch.randn(3, 8, 2, 3, 4)
     together, _ = head(volume, generators=seeded(0, 1, 2))
@@ -270,7 +273,7 @@ def test_noisy_queries_by_hand():
 
 
 def test_assignment_by_hand():
-    """Two boxes and three queries: one query hits a box, one has the other's class, the third is nothing."""
+    """Two boxes and three queries: one query hits a box, one has the other box's class, the third matches neither."""
     boxes, _, _ = some_boxes([2])
     codes = encode_boxes(boxes[[1, 0, 0]])[None, None].clone()
     codes[..., 2, :] += 1
@@ -291,7 +294,7 @@ def test_assignment_by_hand():
 
 
 def test_losses_by_hand():
-    """One box, two queries; the first is assigned: off by 0.5 m in x and by 1 m/s, IoU guessed as 0.5."""
+    """One box, two queries; the first is assigned: off by 0.5 m in x and by 1 m/s, predicted IoU 0.5."""
     box = torch.tensor([[1.0, 2.0, 0.0, 2.0, 4.0, 1.5, 0.0, 0.0, 0.0]])
     codes = encode_boxes(box).repeat(1, 1, 2, 1)  # [1, 1, 2, 10]
     codes[0, 0, 0, 0] += 0.5
@@ -307,7 +310,7 @@ def test_losses_by_hand():
     assert losses["iou"].item() == pytest.approx(0.5 * abs(0 - (2 * overlap - 1)), rel=1e-4)
 
 
-def test_what_is_not_finite_neither_raises_nor_spreads():
+def test_non_finite_values_neither_raise_nor_spread():
     boxes, labels, _ = some_boxes([2])
     boxes[1, 7], boxes[0, 3] = torch.nan, 0.0  # of unknown speed; without a width
     codes = torch.randn(1, 1, 4, 10)
@@ -319,20 +322,20 @@ def test_what_is_not_finite_neither_raises_nor_spreads():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_attention_is_torchs(masked):
+def test_attention_is_that_of_torch(masked):
     ours, torchs = SelfAttention(8, 2), torch.nn.MultiheadAttention(8, 2, batch_first=True)
     torchs.load_state_dict({k.replace("in_proj.", "in_proj_"): v for k, v in ours.state_dict().items()})
-    x, place = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    x, position = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
     blocked = torch.rand(5, 5) > 0.6 if masked else None
     if masked:
         blocked.fill_diagonal_(False)
-    expected, _ = torchs(x + place, x + place, x, attn_mask=blocked)
-    assert torch.allclose(ours(x, place, blocked, Dropout()), expected, atol=1e-6)
+    expected, _ = torchs(x + position, x + position, x, attn_mask=blocked)
+    assert torch.allclose(ours(x, position, blocked, Dropout()), expected, atol=1e-6)
     # written out, as it is where something may drop
-    assert torch.allclose(ours(x, place, blocked, Dropout(1e-12, seeded(0, 1))), expected, atol=1e-6)
+    assert torch.allclose(ours(x, position, blocked, Dropout(1e-12, seeded(0, 1))), expected, atol=1e-6)
 
 
-def test_the_volume_is_seen_where_grid_sample_sees_it():
+def test_the_volume_is_sampled_as_by_grid_sample():
     look = VolumeAttention(6)
     volume, reference = torch.randn(2, 6, 3, 4, 5), 4 * torch.randn(2, 40, 3)
     at = (2 * reference.sigmoid() - 1)[:, None, None]
@@ -342,7 +345,7 @@ def test_the_volume_is_seen_where_grid_sample_sees_it():
     assert torch.allclose(look(x, reference, volume.permute(0, 2, 3, 4, 1)), expected, atol=1e-6)
 
 
-def test_dropout_is_drawn_for_each_sample_and_keeps_the_mean():
+def test_dropout_is_drawn_per_sample_and_keeps_the_mean():
     x = torch.ones(2, 300, 40)
     dropped = Dropout(0.25, seeded(0, 1))(x)
     assert dropped.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
@@ -351,13 +354,13 @@ def test_dropout_is_drawn_for_each_sample_and_keeps_the_mean():
     assert Dropout(0.25)(x) is x and Dropout(0.0, seeded(0, 1))(x) is x
 
 
-def test_nothing_is_dropped_outside_training():
+def test_no_dropout_in_evaluation():
     head = Head(SMALL, GRID, 8).eval()
     volume = torch.randn(1, 8, 2, 3, 4)
     assert torch.equal(head(volume, generators=seeded(0))[0].codes, head(volume)[0].codes)
 
 
-def test_half_precision_changes_the_volume_only():
+def test_half_precision_only_changes_the_volume():
     head = Head(SMALL, GRID, 8)
     volume = torch.randn(1, 8, 2, 3, 4).bfloat16()
     plain, _ = head(volume.float())
@@ -367,8 +370,8 @@ def test_half_precision_changes_the_volume_only():
     assert torch.allclose(found.codes, plain.codes, rtol=1e-5, atol=1e-4)
 
 
-def test_only_chosen_classes_are_suppressed_and_only_places_in_range_stay():
-    """Twins of class 0 and of class 5, each also a meter beside; the last box is beyond the range."""
+def test_only_chosen_classes_are_suppressed_and_only_centers_in_range_kept():
+    """Pairs of class 0 and of class 5, a meter apart; the last box is out of range."""
     boxes = torch.zeros(1, 1, 5, 9)
     boxes[..., 3:6] = 4.0
     boxes[..., [1, 3], 0] = 1.0
@@ -376,7 +379,7 @@ def test_only_chosen_classes_are_suppressed_and_only_places_in_range_stay():
     logits = torch.full((1, 1, 5, 10), -20.0)
     for query, (label, logit) in enumerate([(0, 3.0), (0, 2.0), (5, 1.0), (5, 2.5), (1, 4.0)]):
         logits[0, 0, query, label] = logit
-    (found,) = detections(dataclasses.replace(SMALL, kept=5), Predictions(logits, encode_boxes(boxes), None))
+    (found,) = detections(dataclasses.replace(SMALL, max_detections=5), Predictions(logits, encode_boxes(boxes), None))
     assert found.labels.tolist() == [0, 5, 0] and found.boxes[:, 0].tolist() == [0, 1, 1]
     assert found.scores.tolist() == torch.tensor([3.0, 2.5, 2.0]).sigmoid().tolist()
     (none,) = detections(dataclasses.replace(SMALL, min_score=0.99), Predictions(logits, encode_boxes(boxes), None))
@@ -384,7 +387,7 @@ def test_only_chosen_classes_are_suppressed_and_only_places_in_range_stay():
 
 
 def test_a_head_learns_to_find_boxes():
-    """After a few steps the losses are small, and of all detections of a box's class the best lies on the box."""
+    """After a few steps the losses are small, and the best detection of a box's class lies on the box."""
     cfg = dataclasses.replace(SMALL, queries=20, dropout=0.0)
     head, (boxes, _, counts) = Head(cfg, GRID, 16), some_boxes([3, 2])
     labels = torch.tensor([4, 7, 8, 2, 7])
@@ -409,7 +412,7 @@ def test_a_head_learns_to_find_boxes():
 
 
 def test_detector_joins_encoder_and_head():
-    """On points alone; in training and in evaluation nothing is hidden."""
+    """With points alone; nothing is masked in training or evaluation."""
     recipe = config.DetectRecipe(
         grid=GRID,
         lidar=config.LidarConfig(

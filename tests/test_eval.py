@@ -1,22 +1,21 @@
-"""Evaluation: what is found, as nuScenes' devkit judges it, and the script as a user runs it."""
+"""Evaluation: detections through the nuScenes devkit, and eval.py as a user runs it."""
 
 import json
 import math
 import shutil
 import subprocess
 import sys
-from dataclasses import fields, replace
-from pathlib import Path
+from dataclasses import replace
 
 import cv2
 import numpy as np
 import pytest
 import torch
-import tyro
 from PIL import Image
 
-from eval import Args, main
+from eval import main, parse
 from tests.test_train import REPO, environment
+from unipad.boxes import decode_boxes, encode_boxes
 from unipad.checkpoint import write_checkpoint
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.tables import CLASSES
@@ -25,7 +24,6 @@ from unipad.draw.views import write_film
 from unipad.errors import UserError
 from unipad.evaluate.detection import detect_all, evaluate_detections
 from unipad.evaluate.submission import MAX_BOXES, table, write_submission
-from unipad.model.boxes import decode_boxes, encode_boxes
 from unipad.model.detect import Detections, Detector
 from unipad.model.pretrain import Pretrain
 from unipad.recipes import DETECT, PRETRAIN
@@ -47,7 +45,7 @@ def validation(root, **settings):
 
 
 def truth_of(batch):
-    """A batch's own boxes through the head's code and back, as a perfect detector would find them."""
+    """The boxes of a batch through the head's code and back: a perfect detector."""
     labels = batch.labels.split(batch.box_counts.tolist())
     boxes = decode_boxes(encode_boxes(batch.boxes)).split(batch.box_counts.tolist())
     return [Detections(b, torch.ones(len(b)), l) for b, l in zip(boxes, labels, strict=True)]
@@ -64,7 +62,7 @@ def test_the_truth_through_code_json_and_devkit_scores_one(city, tmp_path):
     assert metrics["mAVE"] < 0.05
 
 
-def test_a_model_that_finds_nothing_scores_zero(city, tmp_path):
+def test_no_detections_score_zero(city, tmp_path):
     metrics = evaluate_detections(tiny_detector(), validation(city), tmp_path, ALONE, lambda batch: [NOTHING])
     assert metrics == {"NDS": 0, "mAP": 0, "mATE": 1, "mASE": 1, "mAOE": 1, "mAVE": 1, "mAAE": 1}
     written = json.loads((tmp_path / "results_nusc.json").read_text())
@@ -99,7 +97,7 @@ def test_unreadable_frames_are_named_and_empty(city, tmp_path, capsys):
 
 
 def test_a_submission_by_hand(city, tmp_path):
-    """Attributes by class and speed; the best 500; nothing that the devkit stops at."""
+    """Attributes by class and speed; the best 500; nothing that the devkit would fail on."""
     dataset = validation(city)
     index = replace(dataset.index, lidar2global=np.tile(np.eye(4), (len(dataset.index.lidar2global), 1, 1)))
     boxes = torch.tensor([[1.0, 2, 3, 2, 4, 1.5, 0, 0, 0]]).repeat(7, 1)
@@ -140,7 +138,7 @@ def test_a_submission_by_hand(city, tmp_path):
 
 
 def save_run(folder, model, root, recipe=None):
-    """A run's folder as the training scripts leave it, as far as evaluation reads it; root None: as `convert` does."""
+    """A run's folder as the training scripts write it, as far as evaluation reads it; root None: as `convert` does."""
     (folder / "checkpoints").mkdir(parents=True)
     args = {"data_root": str(root), "version": "v1.0-mini"} if root else {}
     config = {"args": args, "recipe": to_dict(recipe or model.recipe), "steps": 1}
@@ -160,8 +158,8 @@ def camera_run(city, tmp_path_factory):
     return save_run(tmp_path_factory.mktemp("runs") / "camera", Pretrain(PRETRAIN["camera"]["tiny"]), city)
 
 
-def evaluate(run, **flags):
-    main(Args(run, device="cpu", workers=0, **flags))
+def evaluate(run, *flags):
+    main(parse([run, "--device", "cpu", "--workers", 0, *flags]))
 
 
 def script(run, *flags, launcher=()):
@@ -171,7 +169,7 @@ def script(run, *flags, launcher=()):
     return subprocess.run(list(map(str, command)), **clean)
 
 
-def test_a_detector_is_judged_and_its_boxes_are_drawn(detector_run):
+def test_a_detector_is_evaluated_and_its_boxes_are_drawn(detector_run):
     done = script(detector_run, "--pictures", 1)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "NDS: 0." in done.stdout and "Per-class results:" in done.stdout and "traffic_cone" in done.stdout
@@ -182,13 +180,13 @@ def test_a_detector_is_judged_and_its_boxes_are_drawn(detector_run):
     assert np.asarray(Image.open(out / "boxes_0.png")).std() > 20
 
 
-def test_a_converted_checkpoint_knows_no_data(city, tmp_path, monkeypatch, capsys):
+def test_a_converted_checkpoint_has_no_dataset(city, tmp_path, monkeypatch, capsys):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "synthetic").symlink_to(city)
     monkeypatch.chdir(tmp_path)
     run = save_run(tmp_path / "run", tiny_detector(), None)
     alone = (run / "checkpoints" / "last.pt").rename(tmp_path / "lidar.pt")
-    evaluate(alone, pictures=1)
+    evaluate(alone, "--pictures", 1)
     assert "NDS: 0." in capsys.readouterr().out and (tmp_path / "eval" / "boxes_0.png").exists()
 
 
@@ -196,19 +194,20 @@ def test_two_processes_find_what_one_finds(detector_run, tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
     done = script(detector_run, "--pictures", 1, "--out", tmp_path / "two", launcher=torchrun)
     assert done.returncode == 0, done.stderr[-4000:]
-    evaluate(detector_run, pictures=1, out=tmp_path / "one")
+    evaluate(detector_run, "--pictures", 1, "--out", tmp_path / "one")
     one, two = ((tmp_path / name / "results_nusc.json").read_text() for name in ("one", "two"))
     assert one == two
 
 
-def test_looks_are_merged_into_a_valid_submission(detector_run, tmp_path, capsys):
-    evaluate(detector_run, tta=True, tta_scales=(1.0, 1.06), tta_flips=False, pictures=1, out=tmp_path)
+def test_tta_writes_a_valid_submission(detector_run, tmp_path, capsys):
+    flags = ["--tta", "--tta-scales", 1.0, 1.06, "--no-tta-flips", "--pictures", 1]
+    evaluate(detector_run, *flags, "--out", tmp_path)
     assert "NDS: 0." in capsys.readouterr().out
     assert all(json.loads((tmp_path / "results_nusc.json").read_text())["results"].values())
 
 
-def test_the_test_split_gives_a_submission_alone(detector_run, city, tmp_path, capsys):
-    """The city as nuScenes' test set comes: other names, and not an annotation."""
+def test_the_test_split_gives_only_a_submission(detector_run, city, tmp_path, capsys):
+    """The city in the form of nuScenes' test set: other names and no annotations."""
     root = shutil.copytree(city, tmp_path / "set", ignore=shutil.ignore_patterns("unipad-index"))
     tables = root / "v1.0-test"
     (root / "v1.0-mini").rename(tables)
@@ -217,7 +216,8 @@ def test_the_test_split_gives_a_submission_alone(detector_run, city, tmp_path, c
     for name in ("sample_annotation", "instance"):
         (tables / f"{name}.json").write_text("[]")
     (tables / "lidarseg.json").unlink()
-    evaluate(detector_run, data_root=root, version="v1.0-test", split="test", pictures=1, out=tmp_path / "eval")
+    flags = ["--data-root", root, "--version", "v1.0-test", "--split", "test", "--pictures", 1]
+    evaluate(detector_run, *flags, "--out", tmp_path / "eval")
     assert "no metrics" in capsys.readouterr().out
     written = json.loads((tmp_path / "eval" / "results_nusc.json").read_text())["results"]
     assert len(written) == 6 and not (tmp_path / "eval" / "metrics_summary.json").exists()
@@ -225,7 +225,8 @@ def test_the_test_split_gives_a_submission_alone(detector_run, city, tmp_path, c
 
 def test_a_scene_is_rendered_filmed_and_meshed(camera_run, tmp_path, capsys):
     pytest.importorskip("skimage")
-    evaluate(camera_run, out=tmp_path, scene="scene-0103", picture_stride=16, mesh=True, mesh_cell=4.0)
+    flags = ["--scene", "scene-0103", "--picture-stride", 16, "--mesh", "--mesh-cell", 4.0]
+    evaluate(camera_run, *flags, "--out", tmp_path)
     words = capsys.readouterr().out
     assert "psnr" in words and "depth_rmse" in words
     written = json.loads((tmp_path / "render.json").read_text())
@@ -240,21 +241,21 @@ def test_a_scene_is_rendered_filmed_and_meshed(camera_run, tmp_path, capsys):
     assert film.get(cv2.CAP_PROP_FRAME_COUNT) == 3 and film.get(cv2.CAP_PROP_FPS) == 4
 
 
-def test_frames_are_rendered_by_number_with_all_to_see(camera_run, tmp_path, city):
-    """Nothing is hidden: one row of images less. A frame that is missing is named and left out."""
+def test_frames_are_rendered_by_number_with_and_without_masks(camera_run, tmp_path, city):
+    """Without masks there is one row of images less. A missing frame is named and skipped."""
     root = shutil.copytree(city, tmp_path / "set")
     dataset = validation(root)
     (root / dataset.index.image_files[1][0].decode()).unlink()
-    flags = dict(data_root=root, frames=(2, 1), picture_stride=16)
-    evaluate(camera_run, out=tmp_path / "masked", **flags)
-    evaluate(camera_run, out=tmp_path / "whole", masked=False, **flags)
+    flags = ["--data-root", root, "--frames", 2, 1, "--picture-stride", 16]
+    evaluate(camera_run, *flags, "--out", tmp_path / "masked")
+    evaluate(camera_run, *flags, "--out", tmp_path / "whole", "--no-masked")
     masked, whole = (Image.open(tmp_path / name / "frame_00002.png") for name in ("masked", "whole"))
     assert masked.size[0] == whole.size[0] and masked.size[1] > whole.size[1] + 50
     assert json.loads((tmp_path / "whole" / "render.json").read_text())["frames"] == [2]
 
 
-def test_a_ball_is_meshed_with_its_outside_out(tmp_path):
-    """Radius 3 m around (1, -2, 0): every vertex lies on it, the volume that the triangles enclose is the ball's."""
+def test_the_mesh_of_a_ball_faces_outward(tmp_path):
+    """Radius 3 m around (1, -2, 0): all vertices lie on it, and the triangles enclose its volume."""
     pytest.importorskip("skimage")
     cell, low = 0.25, np.array([-4.0, -7, -5])
     axes = [np.arange(l, l + 10, cell) for l in low]
@@ -273,7 +274,7 @@ def test_a_ball_is_meshed_with_its_outside_out(tmp_path):
     assert [len(part) for part in surface(np.ones((3, 3, 3)), low, cell)] == [0, 0]
 
 
-def test_distances_are_the_fields_in_meters():
+def test_distances_are_the_sdf_in_meters():
     recipe = PRETRAIN["camera"]["tiny"]
     model, grid = Pretrain(recipe).eval(), recipe.grid
     X, Y, Z = grid.shape
@@ -288,34 +289,40 @@ def test_distances_are_the_fields_in_meters():
 
 
 MISTAKES = [
-    ("detector", {"task": "render"}, ["--task render", "train.py"]),
-    ("camera", {"task": "detect"}, ["--task detect", "finetune.py"]),
-    ("camera", {"task": "segment"}, ["--task segment", "finetune.py --task segment", "train.py"]),
-    ("camera", {"task": "boxes"}, ["--task boxes", "detect, segment, render"]),
-    ("camera", {"tta": True}, ["--tta", "finetune.py"]),
-    ("detector", {"mesh": True}, ["--mesh", "train.py"]),
-    ("detector", {"split": "test"}, ["split test", "mini_val", "v1.0-test"]),
-    ("detector", {"split": "everything"}, ["split everything", "mini_val"]),
-    ("detector", {"version": "v1.0-trainval"}, ["v1.0-trainval", "v1.0-mini"]),
-    ("detector", {"data_root": "nowhere"}, ["--data-root nowhere"]),
-    ("detector", {"out": Path(__file__)}, ["--out", "is a file"]),
-    ("detector", {"precision": "fp8"}, ["--precision fp8", "bf16"]),
-    ("detector", {"tta_scales": (0.0,)}, ["--tta-scales"]),
-    ("camera", {"scene": "scene-0061"}, ["--scene scene-0061", "mini_val", "scene-0103"]),
-    ("camera", {"frames": (3,)}, ["--frames 3", "0 to 2"]),
-    ("camera", {"picture_stride": 0}, ["--picture-stride 0"]),
+    ("detector", ["--task", "render"], ["--task render", "train.py"]),
+    ("camera", ["--task", "detect"], ["--task detect", "finetune.py"]),
+    ("camera", ["--task", "segment"], ["--task segment", "finetune.py --task segment", "train.py"]),
+    ("camera", ["--tta"], ["--tta", "finetune.py"]),
+    ("detector", ["--mesh"], ["--mesh", "train.py"]),
+    ("detector", ["--split", "test"], ["split test", "mini_val", "v1.0-test"]),
+    ("detector", ["--split", "everything"], ["split everything", "mini_val"]),
+    ("detector", ["--version", "v1.0-trainval"], ["v1.0-trainval", "v1.0-mini"]),
+    ("detector", ["--data-root", "nowhere"], ["--data-root nowhere"]),
+    ("detector", ["--out", __file__], ["--out", "is a file"]),
+    ("detector", ["--tta-scales", 0.0], ["--tta-scales"]),
+    ("detector", ["--camera.mask-ratio", 0.5], ["--camera.mask-ratio sets nothing", "no camera"]),
+    ("detector", ["--detect.queries", 30], ["do not fit the recipe"]),
+    ("camera", ["--scene", "scene-0061"], ["--scene scene-0061", "mini_val", "scene-0103"]),
+    ("camera", ["--frames", 3], ["--frames 3", "0 to 2"]),
+    ("camera", ["--picture-stride", 0], ["--picture-stride 0"]),
 ]
 
 
-@pytest.mark.parametrize("run, flags, words", MISTAKES, ids=lambda value: str(value) if isinstance(value, dict) else "")
-def test_a_users_mistake_is_one_sentence(run, flags, words, detector_run, camera_run):
+@pytest.mark.parametrize("run, flags, words", MISTAKES, ids=lambda value: " ".join(map(str, value)))
+def test_a_user_error_is_one_sentence(run, flags, words, detector_run, camera_run):
     with pytest.raises(UserError) as error:
-        evaluate({"detector": detector_run, "camera": camera_run}[run], **flags)
+        evaluate({"detector": detector_run, "camera": camera_run}[run], *flags)
     sentence = str(error.value)
     assert all(word in sentence for word in words) and "\n" not in sentence, sentence
 
 
-def test_what_is_no_checkpoint_is_said(detector_run, city, tmp_path, capsys):
+def test_a_setting_of_the_recipe_is_changed_for_evaluation(detector_run, tmp_path):
+    evaluate(detector_run, "--detect.max-detections", 7, "--detect.nms", "--pictures", 1, "--out", tmp_path)
+    found = json.loads((tmp_path / "results_nusc.json").read_text())["results"]
+    assert {len(boxes) for boxes in found.values()} == {7}
+
+
+def test_what_is_not_a_checkpoint_is_refused(detector_run, city, tmp_path, capsys):
     corrupt = tmp_path / "corrupt.pt"
     corrupt.write_bytes((detector_run / "checkpoints" / "last.pt").read_bytes()[:5000])
     torch.save({"state_dict": {}}, tmp_path / "other.pt")
@@ -326,20 +333,11 @@ def test_what_is_no_checkpoint_is_said(detector_run, city, tmp_path, capsys):
     for path, word in {
         tmp_path / "nowhere": "no checkpoint",
         tmp_path / "empty": "without checkpoints/last.pt",
-        corrupt: "cut off or damaged",
-        tmp_path / "other.pt": "holds no model",
+        corrupt: "truncated or damaged",
+        tmp_path / "other.pt": "has no model",
         save_run(tmp_path / "few", few, city): "4 classes",
         save_run(tmp_path / "wide", tiny_detector(), city, wide): "do not fit",
     }.items():
         with pytest.raises(UserError) as error:
             evaluate(path)
         assert word in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
-
-
-def test_help_explains_every_flag(capsys):
-    with pytest.raises(SystemExit):
-        tyro.cli(Args, args=["--help"])
-    words = capsys.readouterr().out
-    for field in fields(Args):
-        assert ("--" + field.name.replace("_", "-") in words) or field.name == "checkpoint"
-    assert "folder of a run, or a checkpoint" in words

@@ -9,16 +9,10 @@ from tests.golden import assert_close_to_max, load, weights
 from unipad import config
 from unipad.kernels import backend
 from unipad.model import sparse
-from unipad.model.lidar import (
-    NORM,
-    LidarEncoder,
-    Second,
-    SecondFPN,
-    SparseEncoder,
-    draw_voxel_mask,
-)
+from unipad.model.lidar import LidarEncoder, Second, SecondFPN, SparseEncoder
+from unipad.model.mask import draw_voxel_mask
 from unipad.model.norm import SyncedBatchNorm
-from unipad.model.sparse import SparseConv3d, SparseTensor, SubMConv3d, VoxelSet
+from unipad.model.sparse import NORM, SparseConv3d, SparseTensor, SubMConv3d, VoxelSet
 
 GRID = config.Grid(low=(-8.0, -4.0, -2.0), high=(8.0, 4.0, 4.0), cell=(1.0, 1.0, 2.0))  # 16 x 8 x 3
 TINY = config.LidarConfig(
@@ -28,7 +22,7 @@ TINY = config.LidarConfig(
 
 
 def recorded_noise(arrays):
-    """The record's uniforms, one a block in ascending order, at the places of their blocks: [2, 6, 20, 20]."""
+    """The record's uniforms, one per block in ascending order, at their blocks: [2, 6, 20, 20]."""
     noise = torch.zeros(2, 6, 20, 20)
     drawn = torch.cat([arrays["in/rand_masking_0"][0], arrays["in/rand_masking_1"][0]])
     noise[tuple(arrays["out/block_coords"].long().unbind(1))] = drawn
@@ -98,8 +92,8 @@ def test_paper_size():
 
 
 @pytest.mark.parametrize("ratio, kept", [(0.0, [5, 10, 0]), (0.8, [1, 2, 0]), (0.5, [2, 5, 0]), (0.25, [4, 8, 0])])
-def test_mask_keeps_a_share_of_the_occupied_blocks(ratio, kept):
-    """5, 10 and no occupied blocks in the samples, with up to 8 voxels in each; halves are rounded to even."""
+def test_mask_hides_a_fraction_of_the_occupied_blocks(ratio, kept):
+    """Samples with 5, 10 and no occupied blocks of up to 8 voxels; halves are rounded to even."""
     blocks = [torch.randperm(3 * 4 * 5)[:n] for n in (5, 10)]
     coords = []
     for b, cells in enumerate(blocks):
@@ -130,7 +124,7 @@ def cloud(counts=(300, 200), seed=0):
 
 
 def make_encoder(**settings):
-    """An encoder whose norms have seen points: in evaluation too its numbers are about 1."""
+    """An encoder whose norms have seen points, so that its activations are about 1 in evaluation too."""
     encoder = LidarEncoder(dataclasses.replace(TINY, **settings), GRID)
     norms = [module for module in encoder.modules() if isinstance(module, SyncedBatchNorm)]
     for norm in norms:
@@ -143,7 +137,7 @@ def make_encoder(**settings):
 
 
 def sparse_part(encoder, *args):
-    """What goes into the sparse encoder and what comes out, for these arguments of `encoder`: SparseTensors."""
+    """The SparseTensors that go into the sparse encoder and come out, for these arguments of `encoder`."""
     passed = []
     handle = encoder.encoder.register_forward_hook(lambda _, args, out: passed.extend([*args, out]))
     encoder(*args)
@@ -155,7 +149,7 @@ def noise_of(encoder, B, seed=0):
     return torch.rand(B, *encoder.mask_shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_volume_fits_the_grid_and_everything_learns():
+def test_volume_fits_the_grid_and_every_parameter_gets_a_gradient():
     encoder = make_encoder()
     points, counts = cloud()
     volume = encoder(points, counts, noise_of(encoder, 2))[0]
@@ -168,7 +162,7 @@ def test_volume_fits_the_grid_and_everything_learns():
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
 def test_evaluation_without_gradients_is_fused(precision):
-    """And gives the same numbers, after its norms change too."""
+    """With the same results, also after its norms change."""
     encoder = make_encoder(blocks=2).eval()
     features, voxels = (x := sparse_part(encoder, *cloud())[0]).features, x.voxels
     net, cast = encoder.encoder, torch.autocast("cpu", precision, enabled=precision != torch.float32)
@@ -186,7 +180,7 @@ def test_evaluation_without_gradients_is_fused(precision):
         assert_close_to_max(out.features, stepwise.features, 1e-5 if precision == torch.float32 else 0.05)
 
 
-def test_voxels_lie_where_the_points_are():
+def test_voxels_are_where_the_points_are():
     encoder = make_encoder()
     here = torch.tensor([[5.3, -2.1, 3.2, 0.5, 0.1]])
     x, out = sparse_part(encoder, here, torch.tensor([1]))
@@ -202,8 +196,8 @@ def test_voxels_are_in_the_order_of_the_grid():
     assert (x.voxels.keys().diff() > 0).all()
 
 
-def test_hidden_blocks_are_not_seen():
-    """In evaluation too: points in hidden blocks make no difference."""
+def test_hidden_blocks_are_not_encoded():
+    """Also in evaluation: points in hidden blocks make no difference."""
     encoder = make_encoder().eval()
     points, counts = cloud((400,))
     noise = noise_of(encoder, 1)
@@ -241,7 +235,7 @@ def test_learnable_token_takes_the_place_of_hidden_voxels():
     assert encoder.mask_token.grad.any()
 
 
-def test_samples_do_not_depend_on_each_other():
+def test_samples_are_independent():
     encoder = make_encoder().eval()
     points, counts = cloud((300, 0, 200))
     noise = noise_of(encoder, 3)
@@ -250,7 +244,7 @@ def test_samples_do_not_depend_on_each_other():
     assert_close_to_max(encoder(points[:0], counts[1:2], noise[1:2])[0], volume[1:2], 1e-5)
 
 
-def test_a_batch_without_points_is_no_error():
+def test_a_batch_without_points_works():
     encoder = make_encoder()
     volume = encoder(torch.zeros(0, 5), torch.tensor([0, 0]), noise_of(encoder, 2))[0]
     assert volume.shape == (2, 6, *GRID.shape[::-1])
@@ -279,7 +273,7 @@ def test_autocast_runs_in_bf16():
         assert param.grad.dtype == torch.float32 and param.grad.isfinite().all(), name
 
 
-def test_runs_are_equal_to_the_bit():
+def test_runs_are_bit_equal():
     encoder = make_encoder()
     results = []
     for _ in range(2):
@@ -290,8 +284,8 @@ def test_runs_are_equal_to_the_bit():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_a_step_waits_for_nothing_but_sizes(monkeypatch, device):
-    """With the kernels, except those whose results no size depends on."""
+def test_a_step_only_waits_for_sizes(monkeypatch, device):
+    """Including the kernels, except those on whose results no size depends."""
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
     monkeypatch.setattr(backend, "interpret", device == "cpu")
     encoder = LidarEncoder(TINY, GRID).to(device)
@@ -304,9 +298,9 @@ def test_a_step_waits_for_nothing_but_sizes(monkeypatch, device):
     assert set(waits.unnamed) <= {"_local_scalar_dense"}  # from point counts, which are on the host
 
 
-def test_cells_that_miss_the_grid_are_refused():
+def test_cells_that_do_not_fit_the_grid_are_rejected():
     with pytest.raises(
-        AssertionError, match=r"an encoder of stride 4 needs \(64, 32, 12\).*take voxels of \(0.25, 0.25"
+        AssertionError, match=r"an encoder of stride 4 needs \(64, 32, 12\).*use voxels of \(0.25, 0.25"
     ):
         make_encoder(cell=(0.25, 0.5, 0.5))
     with pytest.raises(AssertionError, match="multiples of 3"):

@@ -1,4 +1,4 @@
-"""Reading nuScenes: geometry against the devkit's own functions, which frames, and frames that cannot be read."""
+"""Reading nuScenes: geometry compared with the devkit's, the choice of frames, and frames that cannot be read."""
 
 import os
 import shutil
@@ -16,8 +16,9 @@ from pyquaternion import Quaternion
 
 from unipad.batch import CAMERAS
 from unipad.config import Data
+from unipad.data.dataset import BadFrame, DataError, collate
 from unipad.data.loader import held_out_batches, step_batches
-from unipad.data.nuscenes import BadFrame, DataError, NuScenesDataset, collate
+from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.tables import CLASSES
 
 VERSION = "v1.0-mini"
@@ -110,7 +111,7 @@ def test_points_counted_by_the_tables_lie_in_the_boxes(nusc, dataset):
 
 
 def test_box_centers_project_as_in_the_devkit(nusc, dataset):
-    """Through lidar2image, against the devkit's boxes in each camera's frame."""
+    """Through lidar2image, compared with the devkit's boxes in each camera's frame."""
     seen = 0
     for i in range(len(dataset)):
         sample = dataset[i]
@@ -156,7 +157,7 @@ def test_images_are_the_files(nusc, dataset):
 
 
 def test_resized_images_keep_their_geometry(city):
-    """A point's place relative to the image does not change; the picture is the same but for its sampling."""
+    """Points project to the same relative position; the image is the same up to resampling."""
     full = NuScenesDataset(city, VERSION, "mini_val", Data())[0]
     small = NuScenesDataset(city, VERSION, "mini_val", Data(image_size=(36, 96)))[0]
     h, w = full.images[0].shape[:2]
@@ -173,7 +174,7 @@ def test_resized_images_keep_their_geometry(city):
 
 @pytest.mark.parametrize("sweeps", [1, 3, 10])
 def test_sweeps_are_the_devkits(nusc, city, sweeps):
-    """But for the keyframe's points on the car itself, which stay."""
+    """Except for the keyframe's points on the car itself, which are kept."""
     dataset = NuScenesDataset(city, VERSION, "mini_val", Data(sweeps=sweeps))
     for i in range(len(dataset)):
         sample = dataset[i]
@@ -193,7 +194,7 @@ def test_a_scene_starts_without_sweeps(dataset):
 
 
 def test_sweeps_leave_the_ground_in_place(dataset):
-    """Static ground, seen from a moving car, is one plane after compensation."""
+    """Static ground, seen from a moving car, is one plane after ego-motion compensation."""
     points = dataset[len(dataset) - 1].points
     lags = np.unique(points[:, 4])
     assert len(lags) >= 3
@@ -215,13 +216,13 @@ def test_point_labels_are_the_devkits(nusc, dataset):
     assert not sample.point_labels[~keyframe].any()
 
 
-def test_a_set_without_lidarseg_has_no_point_labels(copy):
+def test_a_dataset_without_lidarseg_has_no_point_labels(copy):
     (copy / VERSION / "lidarseg.json").unlink()
     assert NuScenesDataset(copy, VERSION, "mini_val", Data())[0].point_labels is None
 
 
-def test_a_set_without_annotations_has_no_boxes(copy):
-    """As the test split of the real set."""
+def test_a_dataset_without_annotations_has_no_boxes(copy):
+    """As in the test split of nuScenes."""
     for table in ("sample_annotation", "instance"):
         (copy / VERSION / f"{table}.json").write_text("[]")
     sample = NuScenesDataset(copy, VERSION, "mini_val", Data())[0]
@@ -262,7 +263,7 @@ def uneven(city):
     return dataset
 
 
-def test_balanced_frames_give_every_class_its_share(uneven):
+def test_balanced_frames_have_each_class_equally_often(uneven):
     """11 pairs of a frame and cars, 6 with buses, 3 with pedestrians: 20 // 3 frames drawn for each of the three."""
     balanced = uneven.balanced(seed=0)
     assert len(balanced) == 18 and len(uneven) == 12
@@ -274,7 +275,7 @@ def test_balanced_frames_give_every_class_its_share(uneven):
     assert uneven.balanced(seed=1).frames.tolist() != balanced.frames.tolist()
 
 
-def test_balanced_frames_are_of_those_that_are_used(uneven):
+def test_balanced_frames_are_drawn_from_the_used_ones(uneven):
     uneven.frames = uneven.frames[::4]  # 0 without boxes, 4 with cars, 8 with cars and a bus
     cars, bus = uneven.balanced(seed=0).frames
     assert cars in (4, 8) and bus == 8
@@ -292,9 +293,9 @@ def test_balanced_frames_are_read_and_resumed_exactly(city):
         batches = step_batches(dataset, **stream)
         return [next(batches)[0].tokens for _ in range(passes)]
 
-    whole = tokens(6, share=2)
-    assert tokens(3, share=2, start=3) == whole[3:]
-    both = [tokens(6, share=1, rank=rank, world=2) for rank in range(2)]
+    whole = tokens(6, micro_batch=2)
+    assert tokens(3, micro_batch=2, start=3) == whole[3:]
+    both = [tokens(6, micro_batch=1, rank=rank, world=2) for rank in range(2)]
     assert [a + b for a, b in zip(*both, strict=True)] == whole
     assert len({t for batch in whole for t in batch}) > 1
 
@@ -335,7 +336,7 @@ def test_a_bad_frame_is_named_and_replaced_by_the_next(copy, kind, damage, reaso
         dataset[0]
     assert str(bad.value).startswith(f"{path}: ")
 
-    batch, bad_frames = next(step_batches(dataset, share=len(dataset)))
+    batch, bad_frames = next(step_batches(dataset, micro_batch=len(dataset)))
     tokens = [t.decode() for t in dataset.index.tokens]
     assert set(batch.tokens) == set(tokens[1:])
     assert batch.tokens.count(tokens[1]) == 2
@@ -343,7 +344,7 @@ def test_a_bad_frame_is_named_and_replaced_by_the_next(copy, kind, damage, reaso
     assert [b.tokens for _, b in held_out_batches(dataset, 1)] == [(tokens[1],)]
 
 
-def test_a_broken_sweep_spoils_only_the_frames_that_use_it(copy):
+def test_a_broken_sweep_affects_only_the_frames_that_use_it(copy):
     dataset = NuScenesDataset(copy, VERSION, "mini_val", Data(sweeps=2))
     sweep = dataset.index.lidar_prev[dataset.index.frame_lidar[1]]
     (copy / dataset.index.lidar_files[sweep].decode()).unlink()
@@ -357,6 +358,6 @@ def test_no_readable_frame_is_one_sentence(copy, workers):
     shutil.rmtree(copy / "samples" / "LIDAR_TOP")
     dataset = NuScenesDataset(copy, VERSION, "mini_val", Data())
     with pytest.raises(DataError, match=r"none of the \d+ frames can be read \(.*: is missing\)"):
-        next(step_batches(dataset, share=1, workers=workers))
+        next(step_batches(dataset, micro_batch=1, workers=workers))
     with pytest.raises(DataError, match="none of the"):
         next(held_out_batches(dataset, 1))

@@ -8,23 +8,23 @@ import pytest
 import torch
 
 from tests.test_train import train
+from unipad.boxes import box_corners
 from unipad.config import Data
 from unipad.data.loader import held_out_batches
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.tables import CLASSES
-from unipad.draw.boxes import COLORS, _edges, detection_views
+from unipad.draw.boxes import COLORS, detection_views, edges
 from unipad.draw.segments import COLORS as SEGMENT_COLORS
 from unipad.draw.segments import segment_views
-from unipad.draw.views import _onto_views
-from unipad.evaluate.rendering import _depth_sums
-from unipad.model.boxes import box_corners
+from unipad.draw.views import onto_views
+from unipad.evaluate.rendering import depth_sums
 from unipad.model.detect import Detections
 
 
 def test_depth_sums_by_hand():
     """One ray is exact, one 50 % too far, one without ground truth."""
     depth, truth = torch.tensor([4.0, 6.0, 9.0]), torch.tensor([4.0, 4.0, -1.0])
-    abs_rel, squared, close, count = _depth_sums(depth, truth).tolist()
+    abs_rel, squared, close, count = depth_sums(depth, truth).tolist()
     assert (abs_rel, squared, close, count) == pytest.approx((0.5, 4.0, 1, 2))
 
 
@@ -56,7 +56,7 @@ def test_the_nearer_of_two_lidar_points_is_drawn_on_top():
         image_sizes=torch.tensor([[[12, 16]]]),
     )
     points = torch.tensor([[0.0, 0, 5], [0, 0, 9], [0, 0, -3]])  # two in front of the camera, one behind it
-    canvas = _onto_views(batch, points)
+    canvas = onto_views(batch, points)
     assert canvas[0, 6, 8] == 5
     assert canvas.isfinite().sum() == 9  # three pixels wide; the point behind is not drawn
 
@@ -65,12 +65,12 @@ def test_edges_of_a_box_around_the_camera_end_in_front_of_it():
     """A pinhole camera at the origin that looks along y, in a box 2 m wide and high from y = -1 to y = 4."""
     pinhole = torch.tensor([[10.0, 8, 0, 0], [0, 6, -10, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
     box = torch.tensor([[0, 1.5, 0, 2, 5, 2, torch.pi / 2, 0, 0]])
-    edges, owner = _edges(box_corners(box).numpy(), pinhole.numpy())
-    assert len(edges) == 8 and (owner == 0).all()  # the four at the back are behind the camera
-    front = edges[(abs(edges - [8, 6]) < 3).all(axis=(1, 2))]
+    lines, owner = edges(box_corners(box), pinhole.numpy())
+    assert len(lines) == 8 and (owner == 0).all()  # the four at the back are behind the camera
+    front = lines[(abs(lines - [8, 6]) < 3).all(axis=(1, 2))]
     assert len(front) == 4
     assert abs(front - [8, 6]) == pytest.approx(2.5, abs=1e-4)  # 1 m at a depth of 4
-    long = edges[(abs(edges - [8, 6]) > 3).any(axis=(1, 2))]
+    long = lines[(abs(lines - [8, 6]) > 3).any(axis=(1, 2))]
     assert abs(long - [8, 6]).max(axis=1) == pytest.approx(100, rel=1e-3)  # 1 m where edges end, at a depth of 0.1
 
 

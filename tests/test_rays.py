@@ -47,7 +47,7 @@ def generators(*seeds):
 
 
 def point_cloud(count, seed=0):
-    """Points all around, in view of one of the two cameras or of none."""
+    """Points all around, seen by one of the two cameras or by none."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.rand(count, 3, generator=generator) - 0.5) * torch.tensor([20.0, 20.0, 6.0])
 
@@ -87,7 +87,7 @@ def test_rays_are_the_originals():
 
 
 def test_a_point_straight_ahead():
-    """5 m ahead of view 0, which stands at y = 1: on the axis, so its depth is its distance."""
+    """5 m ahead of view 0, which is at y = 1: on the axis, so its depth is its distance."""
     rays = lidar_rays(make_batch([[0.0, 6.0, 2.0]]), ALL_RADII, 1, generators(0))
     torch.testing.assert_close(rays.origins, torch.tensor([[0.0, 1.0, 2.0]]).expand(2, 3))
     torch.testing.assert_close(rays.directions[0], torch.tensor([0.0, 1.0, 0.0]))
@@ -158,7 +158,7 @@ def test_points_are_drawn_without_replacement():
 
 
 def test_every_point_is_drawn_equally_often():
-    """Of 6 points 3 are drawn, 600 times: 300 each, give or take 5 standard deviations of 12."""
+    """3 of 6 points are drawn, 600 times: 300 each, within 5 standard deviations of 12."""
     points = torch.tensor([[x, 6.0, 2.0] for x in (-2.5, -1.5, -0.5, 0.5, 1.5, 2.5)])
     batch = make_batch([points] * 600, views=1)
     rays = choose_rays(batch, replace(ALL_RADII, per_view=3), generators(*range(600)))
@@ -182,7 +182,7 @@ def test_a_view_short_of_candidates_repeats_them():
     assert len(rays) == 11 and sorted((columns == x).sum().item() for x in (0, 16)) == [5, 6]
 
 
-def test_generators_decide():
+def test_rays_are_a_function_of_the_generators():
     batch = make_batch([point_cloud(300)])
     for strategy in ("depth", "random", "dilation"):
         cfg = replace(ALL_RADII, strategy=strategy, dilation=2)
@@ -192,7 +192,7 @@ def test_generators_decide():
 
 
 @pytest.mark.parametrize("strategy", ["depth", "random", "dilation"])
-def test_a_sample_gets_the_same_rays_alone(strategy):
+def test_a_sample_alone_gets_the_same_rays(strategy):
     clouds = [point_cloud(70, 1), point_cloud(110, 2)]
     cfg = replace(ALL_RADII, strategy=strategy)
     both = choose_rays(make_batch(clouds), cfg, generators(1, 2))
@@ -207,7 +207,7 @@ def test_a_sample_gets_the_same_rays_alone(strategy):
 
 @pytest.mark.parametrize("strategy", ["depth", "random", "dilation"])
 def test_nothing_waits_for_the_gpu(strategy):
-    """Tensors without values: whatever needs one on the host, or a shape that depends on one, raises."""
+    """With meta tensors: whatever needs a value on the host, or a shape that depends on one, raises."""
     batch, mode = make_batch([point_cloud(9), point_cloud(5)]), FakeTensorMode(allow_non_fake_inputs=True)
     names = ("images", "image_sizes", "lidar2image", "lidar2camera", "points")
     fake = replace(batch, **{name: mode.from_tensor(getattr(batch, name)) for name in names})
@@ -236,7 +236,7 @@ def test_dilation_takes_every_pixel_of_its_grid():
 
 
 def test_pixels_get_the_depth_of_the_nearest_point_in_them():
-    """Pixel (16, 8) of view 0 is its axis: points at 9 m, and at 4 m a little aside in the same pixel."""
+    """Pixel (16, 8) of view 0 is on its axis: points at 9 m, and at 4 m slightly off the axis in the same pixel."""
     batch = make_batch([[[0.0, 10.0, 2.0], [0.2, 5.0, 1.9]]])
     cfg = replace(ALL_RADII, strategy="dilation", dilation=8)
     rays = choose_rays(batch, cfg, generators(0))
@@ -270,12 +270,12 @@ def test_pixel_rays_lie_on_the_grid():
     torch.testing.assert_close(seen.view(2, 2, 3, 6, 3)[1, 1, 2, 3, :2], torch.tensor([15.0, 10.0]))
 
 
-def test_unknown_strategy_is_refused():
+def test_unknown_strategy_is_rejected():
     with pytest.raises(ValueError, match="no ray strategy 'all'"):
         choose_rays(make_batch([[]]), replace(ALL_RADII, strategy="all"), generators(0))
 
 
-def test_without_cameras_rays_go_from_the_lidar_to_points_of_the_keyframe():
+def test_without_cameras_rays_go_from_the_lidar_to_the_keyframes_points():
     points = torch.tensor([
         [6.0, 0, 8, 0, 0],  # radius 6, distance 10
         [0, 5, 0, 0, 0.05],  # of a sweep

@@ -16,7 +16,7 @@ BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.strip().splitlines()]
 
 QUICK = "--device cpu --preset tiny --steps 2 --workers 0"
-FEW_RAYS = "--rays-per-view 8 --val-samples 1 --picture-stride 16"
+FEW_RAYS = "--rays.per-view 8 --val-samples 1 --picture-stride 16"
 # What stands in for the sizes, folders and launchers of the README
 SMALLER = [
     (r"^pip install .* && ", ""),
@@ -50,15 +50,15 @@ def test_command_runs(command, city, tmp_path):
     for pattern, smaller in SMALLER:
         command = re.sub(pattern, smaller, command)
     command = command.format(python=sys.executable)
-    scripts = {"train": (train, dict(rays_per_view=8, val_samples=1, picture_stride=16)), "finetune": (finetune, {})}
+    scripts = {"train": (train, FEW_RAYS.split()), "finetune": (finetune, [])}
     for name, modality in re.findall(r"outputs/(train|finetune)-(\w+)", command):  # runs that it goes on from
         script, flags = scripts[name]
-        what = dict(modality=modality, preset="tiny")
+        what = ["--modality", modality]
         if modality == "segment":
-            train_or_tune = {"train": dict(modality="lidar", preset="segment-tiny"), "finetune": dict(task="segment")}
-            what = dict(preset="tiny") | train_or_tune[name]
-        settings = dict(**what, data_root=city, device="cpu", workers=0, steps=1)
-        script.main(script.Args(out=tmp_path / f"outputs/{name}-{modality}" / "run", **settings, **flags))
+            what = ["--modality", "lidar", "--preset", "segment-tiny"] if script is train else ["--task", "segment"]
+        out = tmp_path / f"outputs/{name}-{modality}" / "run"
+        flags = ["--preset", "tiny", "--data-root", city, "--device", "cpu", "--workers", 0, "--steps", 1, *flags]
+        script.main(script.parse([*flags, *what, "--out", out]))
     done = subprocess.run(shlex.split(command), cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
     if " train.py" in command:

@@ -1,4 +1,4 @@
-"""The renderer against records of the original, against double backward of its formulas, and by hand."""
+"""The renderer compared with records of the original, with double backward of its formulas, and by hand."""
 
 from dataclasses import replace
 
@@ -37,7 +37,7 @@ def recorded_rays(record, sample=""):
 
 
 def random_scene(B=2, per_sample=(9, 14), channels=8, grid=SMALL, dtype=torch.float32):
-    """A random volume and rays from near its middle, shuffled over the samples; a third of them without depth."""
+    """A random volume and rays from near its middle, shuffled over the batch; a third of them without depth."""
     X, Y, Z = grid.shape
     volume = torch.randn(B, channels, Z, Y, X, dtype=dtype)
     idx = torch.cat([torch.full((n,), b) for b, n in enumerate(per_sample)]).int()
@@ -49,7 +49,7 @@ def random_scene(B=2, per_sample=(9, 14), channels=8, grid=SMALL, dtype=torch.fl
 
 
 def gradients(losses, renderer, volume):
-    """Gradient of the total by the volume and every parameter that asks for one, by name."""
+    """Gradient of the total w.r.t. the volume and every trained parameter, by name."""
     named = {"volume": volume} | {name: p for name, p in renderer.named_parameters() if p.requires_grad}
     return dict(zip(named, torch.autograd.grad(sum(losses.values()), list(named.values())), strict=True))
 
@@ -89,7 +89,7 @@ def test_field_equals_the_original():
     ],
 )
 def test_rendering_equals_the_original(name, cfg, weights_rel):
-    """Outputs, every loss under two truncations, and the gradients of all that has one."""
+    """Outputs, every loss with two truncations, and all gradients."""
     record, sidecar = load(name)
     renderer = Renderer(replace(cfg, truncation=1.5), RECORDED).eval()
     renderer.field.load_state_dict(weights(record, "renderer.field."))
@@ -145,7 +145,7 @@ def test_unisurf_places_samples_as_the_original():
 
 
 def test_training_step_of_the_render_head_equals_the_original():
-    """Lift over two levels, projection with batch statistics, two samples rendered with the recorded jitter."""
+    """Lift from two levels, projection with batch statistics, two samples rendered with the recorded jitter."""
     record, _ = load("render_head_viewtrans_train")
     levels = [record[f"in/{kind}_{l}"].requires_grad_() for kind in ("feat", "depth_map") for l in (0, 1)]
     features = [f.permute(0, 1, 3, 4, 2) for f in levels[:2]]  # [B, N, h, w, C]
@@ -183,7 +183,7 @@ def test_training_step_of_the_render_head_equals_the_original():
         assert_close_to_max(head.state_dict()[name], expected, 1e-5, name)
 
 
-def test_rays_that_the_original_refuses_do_not_hit():
+def test_rays_that_the_original_rejects_do_not_hit():
     record, _ = load("render_collider")
     hits, misses = len(record["in/origins"]), len(record["in/miss_origins"])
     assert record["out/miss_assert_fired"].all()
@@ -224,7 +224,7 @@ def test_gradients_equal_double_backward(twice, monkeypatch):
 
 
 def test_gradient_is_the_derivative_of_the_distance():
-    """In fp64, against first-order autograd of the distance alone; half of the points are outside the volume's edge."""
+    """In fp64, compared with first-order autograd of the distance alone; half of the points are outside the volume."""
     field = Field(FEW, SMALL).double()
     volume, _ = random_scene(dtype=torch.float64)
     volume = volume.permute(0, 2, 3, 4, 1).contiguous()
@@ -236,7 +236,7 @@ def test_gradient_is_the_derivative_of_the_distance():
 
 
 def test_softplus_is_linear_beyond_the_threshold():
-    """As torch's: value, slope and curvature; from 0.2 on exactly z, 1 and 0."""
+    """Like torch's: value, slope and curvature; from 0.2 up exactly z, 1 and 0."""
     z = torch.tensor([-3.0, -0.2, -0.01, 0.0, 0.01, 0.199, 0.201, 0.3, 5.0], dtype=torch.float64, requires_grad=True)
     out, slope = Softplus.apply(z)
     expected = torch.nn.functional.softplus(z, beta=100)
@@ -251,7 +251,7 @@ def test_softplus_is_linear_beyond_the_threshold():
 
 
 @pytest.mark.parametrize("method", ["neus", "volsdf", "unisurf"])
-def test_rays_that_miss_count_for_nothing(method):
+def test_rays_that_miss_do_not_count(method):
     cfg = replace(FEW, method=method, search=16)
     volume, rays = random_scene(dtype=torch.float64)
     volume.requires_grad_()
@@ -269,7 +269,7 @@ def test_rays_that_miss_count_for_nothing(method):
         assert_close_to_max(value, expected[name], 1e-8, name)
 
 
-def test_nothing_but_misses_and_no_rays_at_all():
+def test_only_misses_and_no_rays_at_all():
     volume, rays = random_scene()
     volume.requires_grad_()
     renderer = Renderer(FEW, SMALL)
@@ -284,7 +284,7 @@ def test_nothing_but_misses_and_no_rays_at_all():
 
 @pytest.mark.parametrize("method", ["neus", "unisurf"])
 def test_a_batch_is_the_mean_of_its_samples(method):
-    """Of two samples with unequal numbers of rays; (VolSDF's rays decide together when to stop searching)."""
+    """Two samples with unequal numbers of rays; without VolSDF, whose rays decide together when to stop searching."""
     volume, rays = random_scene()
     renderer = Renderer(replace(FEW, method=method, search=16), SMALL)
     jitter = torch.rand(len(rays), renderer.jitters)
@@ -335,7 +335,7 @@ def test_losses_by_hand():
 
 
 def test_points_on_the_surface():
-    """The distances are those of the field at the points of each volume, and they train it."""
+    """The distances are those of the field at each volume's points, and have gradients."""
     volume, rays = random_scene()
     volume.requires_grad_()
     renderer = Renderer(replace(FEW, points_weight=1.0), SMALL)
@@ -352,7 +352,7 @@ def test_points_on_the_surface():
 
 
 @pytest.mark.parametrize("method", ["neus", "volsdf", "unisurf"])
-def test_jitter_alone_moves_samples(method):
+def test_only_jitter_moves_samples(method):
     volume, rays = random_scene()
     renderer = Renderer(replace(FEW, method=method, search=16), SMALL)
     first, again = renderer(volume, rays), renderer(volume, rays)
@@ -365,7 +365,7 @@ def test_jitter_alone_moves_samples(method):
         assert (out.starts.diff(dim=1) >= 0).all() and torch.isfinite(out.depth).all()
 
 
-def test_half_precision_is_kept_out():
+def test_autocast_has_no_effect():
     volume, rays = random_scene()
     renderer = Renderer(FEW, SMALL)
     plain = renderer.loss(renderer(volume, rays), rays)
@@ -377,7 +377,7 @@ def test_half_precision_is_kept_out():
 
 @pytest.mark.parametrize("method", ["neus", "volsdf", "unisurf"])
 def test_kernels_render_what_the_references_render(method, device, monkeypatch):
-    """All ops take their kernels and fit together. In fp64: in fp32, rounding may move samples."""
+    """All ops run their kernels and fit together. In fp64, since rounding in fp32 may move samples."""
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
     volume, rays = random_scene(per_sample=(2, 3), dtype=torch.float64)
     renderer = Renderer(replace(FEW, method=method, search=16), SMALL).double()

@@ -1,4 +1,4 @@
-"""The losses of segmentation against their definitions, and a model that learns by them."""
+"""The segmentation losses compared with their definitions, and a model that learns with them."""
 
 from dataclasses import replace
 
@@ -7,7 +7,8 @@ import torch
 
 from tests.check import NoFloatCumsum
 from unipad.config import Segment, SegmentRecipe
-from unipad.data.nuscenes import NuScenesDataset, collate
+from unipad.data.dataset import collate
+from unipad.data.nuscenes import NuScenesDataset
 from unipad.model.segment import Segmenter, classes_of, losses, lovasz_softmax
 from unipad.recipes import SEGMENT
 
@@ -15,8 +16,8 @@ RECIPE = SEGMENT["lidar"]["tiny"]
 
 
 def by_definition(probabilities, labels):
-    """Lovász's extension of the loss 1 - IoU, class by class: errors in descending order times what each adds to the
-    loss of the set of points before it."""
+    """Lovász's extension of 1 - IoU, per class: errors in descending order, each times what it adds to the loss of the
+    points before it."""
     values = []
     for c in labels.unique().tolist():
         true = {i for i, label in enumerate(labels.tolist()) if label == c}
@@ -45,7 +46,7 @@ def test_lovasz_softmax_has_the_gradient_of_its_value():
     assert torch.autograd.gradcheck(lambda x: lovasz_softmax(x.softmax(dim=1), labels), logits)
 
 
-def test_lovasz_softmax_of_hard_guesses_is_one_minus_iou():
+def test_lovasz_softmax_of_hard_predictions_is_one_minus_iou():
     labels, guesses = torch.randint(4, (200,)), torch.randint(4, (200,))
     ious = [((labels == c) & (guesses == c)).sum() / ((labels == c) | (guesses == c)).sum() for c in range(4)]
     hard = torch.nn.functional.one_hot(guesses, 4).double()
@@ -53,7 +54,7 @@ def test_lovasz_softmax_of_hard_guesses_is_one_minus_iou():
 
 
 def test_losses_by_hand():
-    """Two points of class 1 and 3, the second guessed right with 3/4, a third one without a label."""
+    """Two points of class 1 and 3, the second predicted correctly with 3/4, a third one without a label."""
     logits = torch.tensor([[0.0, 0, 0], [0, 0, 6], [9, 0, 0]]).double()
     logits[1, 2] = torch.tensor(6.0).log()
     found = losses(Segment(classes=3), logits, torch.tensor([1, 3, 0], dtype=torch.uint8))
@@ -68,8 +69,8 @@ def test_losses_by_hand():
         assert twice[name].item() == pytest.approx(factor * found[name].item())
 
 
-def test_sweeps_help_but_get_no_class(city):
-    """Points of sweeps are encoded, and only the keyframe's own are judged, in the file's order."""
+def test_sweeps_are_encoded_but_not_classified(city):
+    """Points of sweeps are encoded; only the keyframe's own get a class, in the file's order."""
     data = replace(RECIPE.data, sweeps=2)
     batch = collate([NuScenesDataset(city, "v1.0-mini", "mini_train", data)[i] for i in (1, 2)])
     alone = [NuScenesDataset(city, "v1.0-mini", "mini_train", RECIPE.data)[i] for i in (1, 2)]

@@ -1,4 +1,4 @@
-"""Segmentation as the devkit judges it, and the scripts as a user runs them for it."""
+"""Segmentation through the devkit, and the scripts as a user runs them for it."""
 
 import json
 import shutil
@@ -14,7 +14,8 @@ import finetune
 from tests.test_eval import ALONE, evaluate, save_run
 from tests.test_finetune import signals_and_threads  # noqa: F401
 from tests.test_train import checkpoint, curve
-from unipad.data.nuscenes import NuScenesDataset, collate
+from unipad.data.dataset import collate
+from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.tables import LIDARSEG_CLASSES
 from unipad.errors import UserError
 from unipad.evaluate.segmentation import (
@@ -24,7 +25,7 @@ from unipad.evaluate.segmentation import (
     segmentation_table,
     write_segmentation,
 )
-from unipad.evaluate.tta import looks, segment_in_looks
+from unipad.evaluate.tta import segment_tta, tta_views
 from unipad.model.pretrain import Pretrain
 from unipad.model.segment import Segmenter, classes_of
 from unipad.recipes import PRETRAIN, SEGMENT
@@ -38,7 +39,7 @@ def validation(city):
 
 
 def truth_of(batch):
-    """A batch's own labels through the model's last step, as a perfect segmenter would find them; 1 where none is."""
+    """The labels of a batch through the model's last step: a perfect segmenter; 1 where there is no label."""
     hot = torch.nn.functional.one_hot((batch.point_labels.long() - 1).clamp(min=0), len(LIDARSEG_CLASSES))
     return classes_of(batch, hot)
 
@@ -57,7 +58,7 @@ def files_of(validation, folder):
 
 @pytest.fixture(scope="module")
 def perfect(validation, tmp_path_factory):
-    """(folder, metrics) of the truth, written and judged."""
+    """(folder, metrics) of the ground truth, written and scored."""
     folder, model = tmp_path_factory.mktemp("perfect"), Segmenter(RECIPE).train()
     metrics = evaluate_segmentation(model, validation, folder, ALONE, truth_of, size=2)
     assert model.training
@@ -77,7 +78,7 @@ def test_the_truth_through_files_and_devkit_scores_one(perfect, validation):
     assert [file.stat().st_size for file in files_of(validation, folder)] == sizes
 
 
-def test_the_devkit_s_own_check_takes_the_folder(perfect, validation, city):
+def test_the_devkit_s_own_check_accepts_the_folder(perfect, validation, city):
     from nuscenes import NuScenes
     from nuscenes.eval.lidarseg import validate_submission
 
@@ -89,7 +90,7 @@ def test_the_devkit_s_own_check_takes_the_folder(perfect, validation, city):
 
 
 def test_metrics_by_hand(perfect, validation, tmp_path):
-    """Every second car is called a bus, in the devkit's own numbers and by counting."""
+    """Every second car is labeled a bus: the devkit's numbers, and by counting."""
     found = {}
     for i in range(len(validation)):
         sample = validation[i]
@@ -136,7 +137,7 @@ def test_a_wrong_file_is_one_sentence(spoil, words, perfect, validation, tmp_pat
     assert "\n" not in str(error.value)
 
 
-def test_unreadable_frames_are_named_and_not_judged(city, tmp_path, capsys):
+def test_unreadable_frames_are_named_and_do_not_count(city, tmp_path, capsys):
     root = shutil.copytree(city, tmp_path / "city")
     dataset = NuScenesDataset(root, "v1.0-mini", "mini_val", RECIPE.data)
     file = root / dataset.index.lidar_files[dataset.index.frame_lidar[1]].decode()
@@ -146,16 +147,16 @@ def test_unreadable_frames_are_named_and_not_judged(city, tmp_path, capsys):
     assert [f.exists() for f in files_of(dataset, tmp_path / "eval")] == [True, False, True]
 
 
-def test_looks_are_summed_over_the_same_points(validation):
-    """The truth seen from eight sides is the truth; over eight sides x and y are 0, from fewer they are not."""
-    eight = looks(angles=np.radians([0, 90]))
+def test_logits_of_views_are_summed_per_point(validation):
+    """The truth in eight views is the truth; summed over all eight, x and y are 0, over fewer they are not."""
+    eight = tta_views(angles=np.radians([0, 90]))
     sides = {tuple(np.round(move[:2, :2], 6).flatten() + 0) for move in eight}
     assert len(sides) == 8
 
     def logits(batch):
         return torch.nn.functional.one_hot((batch.point_labels.long() - 1).clamp(min=0), 16)
 
-    found = segment_all(Segmenter(RECIPE), validation, ALONE, lambda b: segment_in_looks(logits, eight, b))
+    found = segment_all(Segmenter(RECIPE), validation, ALONE, lambda b: segment_tta(logits, eight, b))
     for i in range(len(validation)):
         assert np.array_equal(found[validation[i].token], validation[i].point_labels.clip(1))
 
@@ -164,29 +165,27 @@ def test_looks_are_summed_over_the_same_points(validation):
         return torch.stack([x, y, torch.full_like(x, 1e-4)], dim=1)  # meters; the last wins where x and y are 0
 
     batch = collate([validation[0]])
-    (alone,), (together,) = (segment_in_looks(by_place, motions, batch) for motions in (eight[:7], eight))
+    (alone,), (together,) = (segment_tta(by_place, motions, batch) for motions in (eight[:7], eight))
     assert len(alone.unique()) > 1 and (together == 3).all()
 
 
-SMALL = dict(device="cpu", workers=0, log_every=1)
+SMALL = ["--preset", "tiny", "--device", "cpu", "--workers", 0, "--log-every", 1]
 
 
 @pytest.fixture(scope="module")
 def runs(city, tmp_path_factory):
-    """Folders of a pre-trained model and of a fine-tuning from it, as short as it can be."""
+    """Folders of a pre-trained model and of the shortest fine-tuning from it."""
     folder = tmp_path_factory.mktemp("segment")
     save_run(folder / "pre", Pretrain(PRETRAIN["lidar"]["segment-tiny"]), city)
-    finetune.main(fine(city, folder / "run", pretrained=(folder / "pre",), steps=2, lr=1e-12))
+    finetune.main(fine(city, folder / "run", "--pretrained", folder / "pre", "--steps", 2, "--lr", 1e-12))
     return folder
 
 
-def fine(city, out, **flags):
-    return finetune.Args(
-        **{**SMALL, "task": "segment", "preset": "tiny", "data_root": city, "out": out, "steps": 3, **flags}
-    )
+def fine(city, out, *flags):
+    return finetune.parse([*SMALL, "--task", "segment", "--data-root", city, "--out", out, "--steps", 3, *flags])
 
 
-def test_a_run_leaves_all_it_promises(runs):
+def test_a_run_writes_all_its_files(runs):
     run = runs / "run"
     assert sorted(curve(run)) == [1, 2] and 0 <= curve(run, "val/mIoU")[2] < 0.3
     assert curve(run, "train/lovasz")[1] > 0 and curve(run, "train/cross_entropy")[1] > 0
@@ -202,31 +201,32 @@ def test_the_u_net_is_taken_from_pre_training(runs):
         torch.testing.assert_close(weights[name], source[name], rtol=1e-5, atol=1e-9)
 
 
-def test_stopped_and_resumed_is_bit_equal_to_straight(city, tmp_path):
+def test_a_stopped_and_resumed_run_is_bit_equal(city, tmp_path):
     finetune.main(fine(city, tmp_path / "straight"))
-    finetune.main(fine(city, tmp_path / "parts", stop_at=1))
-    finetune.main(fine(city, tmp_path / "parts", resume="auto"))
+    finetune.main(fine(city, tmp_path / "parts", "--stop-at", 1))
+    finetune.main(fine(city, tmp_path / "parts", "--resume", "auto"))
     straight, parts = (checkpoint(tmp_path / name)["model"] for name in ("straight", "parts"))
     assert straight.keys() == parts.keys() and all(torch.equal(straight[name], parts[name]) for name in straight)
     assert curve(tmp_path / "straight") == curve(tmp_path / "parts")
 
 
-def test_a_run_is_judged_and_drawn(runs, capsys):
-    evaluate(runs / "run", task="segment", batch_size=2, pictures=1)
+def test_a_run_is_evaluated_and_drawn(runs, capsys):
+    evaluate(runs / "run", "--task", "segment", "--batch-size", 2, "--pictures", 1)
     said = capsys.readouterr().out
     assert "mIoU: 0." in said and "allAcc: 0." in said and "driveable_surface" in said
     picture = np.asarray(Image.open(runs / "run" / "eval" / "segments_0.png"))
     assert picture.shape[1] > 1000 and picture.std() > 20
 
 
-def test_the_test_split_gives_a_submission_alone(runs, city, tmp_path, capsys):
-    """The city as nuScenes' test set comes: other names, and not a label."""
+def test_the_test_split_gives_only_a_submission(runs, city, tmp_path, capsys):
+    """The city in the form of nuScenes' test set: other names and no labels."""
     root = shutil.copytree(city, tmp_path / "set", ignore=shutil.ignore_patterns("unipad-index", "lidarseg*"))
     tables = root / "v1.0-test"
     (root / "v1.0-mini").rename(tables)
     scenes = json.loads((tables / "scene.json").read_text())
     (tables / "scene.json").write_text(json.dumps([s | {"name": f"scene-{77 + i:04}"} for i, s in enumerate(scenes)]))
-    evaluate(runs / "run", data_root=root, version="v1.0-test", split="test", pictures=1, out=tmp_path / "eval")
+    flags = ["--data-root", root, "--version", "v1.0-test", "--split", "test", "--pictures", 1]
+    evaluate(runs / "run", *flags, "--out", tmp_path / "eval")
     assert "no metrics" in capsys.readouterr().out
     assert len(list((tmp_path / "eval" / "lidarseg" / "test").glob("*_lidarseg.bin"))) == 6
     assert (tmp_path / "eval" / "test" / "submission.json").exists() and (tmp_path / "eval" / "segments_0.png").exists()
@@ -235,27 +235,31 @@ def test_the_test_split_gives_a_submission_alone(runs, city, tmp_path, capsys):
 @pytest.mark.parametrize(
     "of, flags, words",
     [
-        ("run", {"task": "detect"}, ["--task detect needs a run of finetune.py", "one of finetune.py --task segment"]),
-        ("run", {"min_score": 0.5}, ["--min-score", "finetune.py"]),
-        ("run", {"masked": False}, ["--masked", "train.py"]),
-        ("pre", {"task": "segment"}, ["--task segment needs a run of finetune.py --task segment", "train.py"]),
+        (
+            "run",
+            ["--task", "detect"],
+            ["--task detect needs a run of finetune.py", "is one of finetune.py --task"],
+        ),
+        ("run", ["--min-score", 0.5], ["--min-score", "finetune.py"]),
+        ("run", ["--no-masked"], ["--masked", "train.py"]),
+        ("pre", ["--task", "segment"], ["--task segment needs a run of finetune.py --task segment", "train.py"]),
     ],
     ids=["task", "score", "masked", "pre-training"],
 )
-def test_a_users_mistake_is_one_sentence(of, flags, words, runs):
+def test_a_user_error_is_one_sentence(of, flags, words, runs):
     with pytest.raises(UserError) as error:
-        evaluate(runs / of, **flags)
+        evaluate(runs / of, *flags)
     assert all(word in str(error.value) for word in words), error.value
 
 
-def test_other_mistakes(runs, city, tmp_path):
+def test_other_user_errors(runs, city, tmp_path):
     with pytest.raises(UserError, match="--modality camera does not go with --task segment; use lidar"):
-        finetune.main(fine(city, tmp_path / "run", modality="camera"))
-    with pytest.raises(UserError, match="17 classes apart, and nuScenes asks for 16"):
+        finetune.main(fine(city, tmp_path / "run", "--modality", "camera"))
+    with pytest.raises(UserError, match="17 classes, and nuScenes asks for 16"):
         recipe = replace(RECIPE, segment=replace(RECIPE.segment, classes=17))
         evaluate(save_run(tmp_path / "17", Segmenter(recipe), city))
     root = shutil.copytree(city, tmp_path / "set", ignore=shutil.ignore_patterns("unipad-index", "lidarseg.json"))
     with pytest.raises(UserError, match="frames without lidarseg labels; unpack nuScenes-lidarseg in"):
         finetune.main(fine(Path(root), tmp_path / "run"))
     with pytest.raises(UserError, match="frames without lidarseg labels"):
-        evaluate(runs / "run", data_root=root)
+        evaluate(runs / "run", "--data-root", root)

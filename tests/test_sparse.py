@@ -12,7 +12,6 @@ from unipad.kernels import backend
 from unipad.model.sparse import (
     SparseBatchNorm,
     SparseConv3d,
-    SparseConvTranspose3d,
     SparseInverseConv3d,
     SparseTensor,
     SubMConv3d,
@@ -52,7 +51,7 @@ def sparse(name, channels, shape=SHAPE, dtype=torch.float64, device="cpu"):
 
 
 def occupancy(voxels):
-    """[B, 1, Z, Y, X] fp64: 1 where a voxel is."""
+    """[B, 1, Z, Y, X] fp64: 1 in occupied voxels."""
     cells = torch.zeros(voxels.batch_size, 1, *voxels.shape, dtype=torch.float64, device=voxels.coords.device)
     b, z, y, x = voxels.coords.long().unbind(1)
     cells[b, 0, z, y, x] = 1
@@ -68,7 +67,7 @@ def dense_of(x):
 
 
 def geometry_of(conv):
-    """What F.conv_transpose3d takes behind the bias."""
+    """The arguments of F.conv_transpose3d after the bias."""
     return conv.stride, conv.padding, 0, 1, conv.dilation
 
 
@@ -142,20 +141,6 @@ def test_strided_is_conv3d(name, geometry, device):
         assert (conv(x).voxels.keys().diff() > 0).all()
 
 
-@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-@pytest.mark.parametrize("name", ["none", "one", "scattered"])
-def test_transposed_is_conv_transpose3d(name, geometry, device):
-    channels = CHANNELS[GEOMETRIES.index(geometry) % len(CHANNELS)]
-    conv = SparseConvTranspose3d(*channels, *geometry).double().to(device)
-    x = sparse(name, channels[0], device=device)
-
-    def convolve(cells, weight):
-        return F.conv_transpose3d(cells, weight.transpose(0, 1), None, *geometry_of(conv))
-
-    ones = x.features.new_ones(1, 1, *conv.kernel)
-    assert_is_dense_convolution(conv, x, convolve, (convolve(occupancy(x.voxels), ones) > 0.5).double())
-
-
 @pytest.mark.parametrize("geometry", [g for g in GEOMETRIES if g != (1, 1, 0, 1)], ids=str)
 @pytest.mark.parametrize("name", ["none", "one", "scattered"])
 def test_inverse_is_conv_transpose3d_at_the_first_voxels(name, geometry, device):
@@ -178,7 +163,7 @@ def test_inverse_is_conv_transpose3d_at_the_first_voxels(name, geometry, device)
     assert up(x).voxels is first.voxels
 
 
-def test_inverse_needs_a_convolution_to_go_back_over():
+def test_inverse_needs_a_convolution_to_invert():
     x = sparse("one", 2)
     with pytest.raises(AssertionError, match="nothing to go back to"):
         SparseInverseConv3d(2, 2, 3).double()(x)
@@ -186,7 +171,7 @@ def test_inverse_needs_a_convolution_to_go_back_over():
         SparseInverseConv3d(2, 2, 3).double()(SparseConv3d(2, 2, 2, 2).double()(x))
 
 
-def test_weights_lie_and_are_drawn_as_expected():
+def test_weight_layout_and_initialization():
     conv = SparseConv3d(16, 8, (3, 2, 1), 2)
     assert conv.weight.shape == (8, 3, 2, 1, 16) and conv.bias.shape == (8,)
     bound = 1 / math.sqrt(16 * 6)
@@ -204,7 +189,6 @@ def test_tables_are_made_once():
     first, second = (conv(x) for conv in down)
     assert first.voxels is second.voxels
     assert SparseConv3d(2, 2, 3, 2, 0).double()(x).voxels is not first.voxels
-    assert SparseConvTranspose3d(2, 2, 3, 2, 1).double()(x).voxels is not first.voxels
 
 
 def test_a_graph_uses_the_tables_of_its_warm_up_and_caches_none(monkeypatch):
@@ -222,8 +206,8 @@ def test_a_graph_uses_the_tables_of_its_warm_up_and_caches_none(monkeypatch):
     assert voxels.submanifold(kernel, one) is not table
 
 
-def test_voxels_that_nobody_uses_are_freed():
-    """At once, not by the garbage collector: on a GPU they are memory."""
+def test_unused_voxels_are_freed():
+    """At once, not by the garbage collector, since they take GPU memory."""
     gc.disable()
     try:
         x = sparse("scattered", 2)
@@ -247,7 +231,7 @@ def test_voxels_that_nobody_uses_are_freed():
         ((2, 0, 0, 0), "grid 2 of a batch of 2"),
     ],
 )
-def test_bad_voxels_are_refused(voxel, message):
+def test_bad_voxels_are_rejected(voxel, message):
     coords = torch.tensor([(0, 1, 2, 3), voxel], dtype=torch.int32)
     with pytest.raises(ValueError, match=message):
         VoxelSet(coords, SHAPE, 2)
@@ -264,19 +248,19 @@ def test_batch_norm_is_over_the_voxels():
 
 
 class Small(nn.Module):
-    """Every kind of convolution once."""
+    """A net with every kind of convolution."""
 
     def __init__(self):
         super().__init__()
         self.stem, self.norm = SubMConv3d(3, 8, 3, bias=False), SparseBatchNorm(8)
         self.down, self.up = SparseConv3d(8, 16, 3, 2, 1), SparseInverseConv3d(16, 8, 3)
-        self.point, self.spread = SparseConv3d(8, 4, 1), SparseConvTranspose3d(4, 5, 2, 2)
+        self.point, self.halve = SparseConv3d(8, 4, 1), SparseConv3d(4, 5, 2, 2)
 
     def forward(self, x):
         x = self.norm(self.stem(x))
         y = self.up(self.down(x.replace(x.features.relu())))
         y = y.replace((x.features + y.features).relu())
-        return self.spread(self.point(y)).dense()
+        return self.halve(self.point(y)).dense()
 
 
 def step(net, call, x):
@@ -305,7 +289,7 @@ def test_compiled_is_eager():
     assert_compiled_is_eager(torch.compile(compiled, backend="aot_eager"), eager, compiled, ["scattered"])
 
 
-def test_with_its_tables_made_it_is_one_graph():
+def test_with_its_tables_built_it_is_one_graph():
     eager, compiled = Small(), Small()
     compiled.load_state_dict(eager.state_dict())
     torch._dynamo.reset()

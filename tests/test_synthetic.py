@@ -1,4 +1,4 @@
-"""The synthetic city: the unmodified devkit takes it for nuScenes, its sensors agree, its seed decides all."""
+"""The synthetic city: the devkit reads it as nuScenes, its sensors agree, it is a function of its seed."""
 
 import json
 import subprocess
@@ -32,7 +32,7 @@ USED = {"use_camera": True, "use_lidar": True, "use_radar": False, "use_map": Fa
 
 @pytest.fixture(scope="module")
 def city(tmp_path_factory):
-    """Root of a set with both scenes of mini_val, since LidarSegEval wants every scene of a split."""
+    """Root of a dataset with both scenes of mini_val, since LidarSegEval requires every scene of a split."""
     return synthetic.generate(tmp_path_factory.mktemp("data") / "city", **SMALL, progress=False)
 
 
@@ -43,7 +43,7 @@ def nusc(city):
 
 @pytest.fixture(scope="module")
 def scene():
-    """A drive that turns left, of 2 seconds."""
+    """A drive of 2 seconds that turns left."""
     return Scene(0, 1, 2.0)
 
 
@@ -72,14 +72,14 @@ def test_devkit_loads_and_draws_it(nusc, tmp_path):
         assert picture.std() > 20, name
 
 
-def test_it_says_that_it_is_synthetic(nusc, city):
+def test_it_is_marked_as_synthetic(nusc, city):
     assert synthetic.is_synthetic(city)
     assert "Synthetic" in (city / "README.txt").read_text()
     assert all(log["vehicle"] == "synthetic" and "synthetic" in log["location"] for log in nusc.log)
     assert all("Synthetic" in scene["description"] for scene in nusc.scene)
 
 
-def test_chains_and_times_are_as_in_the_real_set(nusc):
+def test_chains_and_times_are_as_in_nuscenes(nusc):
     for scene in nusc.scene:
         first, last = nusc.get("sample", scene["first_sample_token"]), nusc.get("sample", scene["last_sample_token"])
         assert first["prev"] == last["next"] == ""
@@ -132,7 +132,7 @@ def test_ego_and_traffic_move_at_plausible_speeds(nusc):
     assert max(speeds["movable_object.trafficcone"] + speeds["vehicle.trailer"]) == 0
 
 
-def test_tables_say_where_the_sensors_were(nusc):
+def test_poses_in_the_tables_are_those_of_the_sensors(nusc):
     for record in validation(nusc)[:2]:
         name = nusc.get("scene", record["scene_token"])["name"]
         scene = Scene(0, synthetic.SCENES.index(name), (SMALL["keyframes"] - 1) * 0.5)
@@ -210,7 +210,7 @@ def test_perfect_labeler_scores_one_on_all_classes(nusc, tmp_path):
 
 
 def test_lidar_and_cameras_agree(scene):
-    """At one instant every LiDAR point is a camera's surface, but for what hides it from the camera."""
+    """At one instant every LiDAR point is on the surface that a camera sees, unless occluded from the camera."""
     t, size = 1.0, (450, 800)
     scan = rig.scan(scene, t, 360, np.random.default_rng(0))
     points = scan.points[scan.category != CATEGORY["vehicle.ego"], :3].astype(np.float64)
@@ -251,7 +251,7 @@ def test_cast_by_hand():
 
 @pytest.mark.parametrize("kind", ["camera", "lidar"])
 def test_windows_lose_no_hit(scene, kind, monkeypatch):
-    """Testing each solid against its window of rays only gives what testing it against all gives."""
+    """Testing each solid against its window of rays gives the same as testing it against all rays."""
     solids = scene.solids(0.5)
     if kind == "camera":
         view = rig.camera_view(scene, "CAM_FRONT_LEFT", (40, 64), 0.5)
@@ -265,7 +265,7 @@ def test_windows_lose_no_hit(scene, kind, monkeypatch):
         np.testing.assert_array_equal(windowed, full)
 
 
-def test_seed_decides_all_and_workers_nothing(tmp_path):
+def test_the_seed_decides_everything_and_workers_nothing(tmp_path):
     alone = synthetic.generate(tmp_path / "alone", workers=1, **TINY)
     pair = synthetic.generate(tmp_path / "pair", workers=2, **TINY)
     other = synthetic.generate(tmp_path / "other", workers=1, seed=1, **TINY)
@@ -279,7 +279,7 @@ def contents(root):
     return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-def test_a_failure_leaves_nothing_and_the_old_set_in_place(tmp_path, monkeypatch):
+def test_a_failure_leaves_the_old_dataset_in_place(tmp_path, monkeypatch):
     root = synthetic.generate(tmp_path / "set", workers=1, **TINY)
     before = contents(root)
     monkeypatch.setattr(synthetic, "_tables", lambda *_: 1 / 0)
@@ -305,13 +305,13 @@ def test_both_splits_are_in_any_number_of_scenes():
 @pytest.mark.parametrize(
     "setting", [{"scenes": 1}, {"keyframes": 1}, {"image_size": (8, 8)}, {"workers": 0}, {"camera_sweeps": 6}]
 )
-def test_senseless_settings_are_refused(tmp_path, setting):
+def test_invalid_settings_are_rejected(tmp_path, setting):
     with pytest.raises(synthetic.SettingError, match=next(iter(setting)).replace("_", "-")):
         synthetic.generate(tmp_path / "set", **setting)
     assert not (tmp_path / "set").exists()
 
 
-def test_command_line_keeps_its_hands_off_other_folders(tmp_path):
+def test_command_line_does_not_touch_other_folders(tmp_path):
     (tmp_path / "thesis.tex").touch()
     command = [sys.executable, "-m", "unipad.data.synthetic", "--out", str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])

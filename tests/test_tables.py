@@ -1,4 +1,4 @@
-"""The tables of nuScenes: both layouts, the cached index, and what can be wrong with a set."""
+"""The tables of nuScenes: both layouts, the cached index, and what can be wrong with a dataset."""
 
 import json
 import shutil
@@ -8,7 +8,8 @@ import pytest
 
 from unipad.config import Data
 from unipad.data import tables
-from unipad.data.nuscenes import DataError, NuScenesDataset
+from unipad.data.dataset import DataError
+from unipad.data.nuscenes import NuScenesDataset
 
 VERSION = "v1.0-mini"
 pytestmark = pytest.mark.usefixtures("own_user_cache")
@@ -41,7 +42,7 @@ def test_the_index_is_built_once_for_all_splits(copy, monkeypatch):
     assert not list(copy.glob("unipad-index/*.part"))
 
 
-def test_the_index_is_built_again_when_the_tables_change(copy, monkeypatch):
+def test_the_index_is_rebuilt_when_the_tables_change(copy, monkeypatch):
     builds = count_builds(monkeypatch)
     before = NuScenesDataset(copy, VERSION, "mini_val", Data())[0]
     table = copy / VERSION / "sample_annotation.json"
@@ -54,7 +55,7 @@ def test_the_index_is_built_again_when_the_tables_change(copy, monkeypatch):
     np.testing.assert_allclose(after.boxes[:, 5], before.boxes[:, 5] + 1, atol=1e-5)
 
 
-def test_a_damaged_index_is_built_again(copy, monkeypatch):
+def test_a_damaged_index_is_rebuilt(copy, monkeypatch):
     builds = count_builds(monkeypatch)
     NuScenesDataset(copy, VERSION, "mini_val", Data())
     path = copy / "unipad-index" / f"{VERSION}-mini_val.npz"
@@ -73,7 +74,7 @@ def test_a_root_that_cannot_be_written_uses_the_users_cache(copy, tmp_path, monk
 
 
 def refuse(words, root, version=VERSION, split="mini_val"):
-    """The set is refused in one sentence that holds all of `words`."""
+    """The dataset is rejected with one sentence that contains all of `words`."""
     with pytest.raises(DataError) as refused:
         NuScenesDataset(root, version, split, Data())
     sentence = str(refused.value)
@@ -81,7 +82,7 @@ def refuse(words, root, version=VERSION, split="mini_val"):
     assert "\n" not in sentence and sentence.endswith(".")
 
 
-def test_each_fault_of_a_set_is_one_sentence(city, copy, tmp_path):
+def test_each_fault_of_a_dataset_is_one_sentence(city, copy, tmp_path):
     (tmp_path / "empty").mkdir()
     refuse(["--data-root", tmp_path / "nowhere"], tmp_path / "nowhere")
     refuse([tmp_path / "empty", "no nuScenes tables", f"{VERSION}/scene.json"], tmp_path / "empty")
@@ -96,7 +97,7 @@ def test_each_fault_of_a_set_is_one_sentence(city, copy, tmp_path):
     refuse([copy / VERSION, "lacks ego_pose.json"], copy)
 
 
-def test_a_split_without_scenes_is_refused(copy):
+def test_a_split_without_scenes_is_rejected(copy):
     table = copy / VERSION / "scene.json"
     table.write_text(table.read_text().replace("scene-0103", "scene-9103").replace("scene-0916", "scene-9916"))
-    refuse(["no scene of split mini_val"], copy)
+    refuse(["no frame of split mini_val"], copy)

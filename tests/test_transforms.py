@@ -1,4 +1,4 @@
-"""Points, cameras and boxes still agree after they were moved; images change as the original's do."""
+"""Points, cameras and boxes still agree after a transform; images change as in the original."""
 
 import colorsys
 import itertools
@@ -9,24 +9,32 @@ import pytest
 import torch
 
 from tests.golden import load
+from tests.original_boxes import boxes_from_original, boxes_to_original
 from unipad.batch import CAMERAS
+from unipad.boxes import points_in_boxes
 from unipad.config import Augment, CameraConfig, Data
-from unipad.data.cutpaste import points_in_boxes
-from unipad.data.nuscenes import NuScenesDataset, collate, has_images
-from unipad.data.transforms import HIDDEN, augmented, distorted, grid_mask, motion, moved
-from unipad.model.boxes import boxes_from_original, boxes_to_original
+from unipad.data.dataset import collate
+from unipad.data.nuscenes import NuScenesDataset
+from unipad.data.transforms import (
+    HIDDEN,
+    apply_transform,
+    augment_sample,
+    grid_mask,
+    make_transform,
+    photometric_distortion,
+)
 from unipad.model.camera import CameraEncoder
 from unipad.model.rays import cast_rays, project_points
 
-MOTIONS = {
-    "turned and scaled": motion(0.3, 1.05),
-    "shifted": motion(shift=(0.7, -0.4, 0.2)),
-    "left and right": motion(flip_x=True),
-    "front and back": motion(flip_y=True),
-    "all": motion(-0.7, 0.9, (-0.3, 0.5, 0.4), flip_x=True, flip_y=True),
-    "all, left-handed": motion(0.7, 1.1, (-0.3, 0.5, 0.4), flip_y=True),
+TRANSFORMS = {
+    "rotated and scaled": make_transform(0.3, 1.05),
+    "shifted": make_transform(shift=(0.7, -0.4, 0.2)),
+    "left and right": make_transform(flip_x=True),
+    "front and back": make_transform(flip_y=True),
+    "all": make_transform(-0.7, 0.9, (-0.3, 0.5, 0.4), flip_x=True, flip_y=True),
+    "all, left-handed": make_transform(0.7, 1.1, (-0.3, 0.5, 0.4), flip_y=True),
 }
-every_motion = pytest.mark.parametrize("move", MOTIONS.values(), ids=MOTIONS.keys())
+every_transform = pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +42,12 @@ def sample(city):
     return NuScenesDataset(city, "v1.0-mini", "mini_val", Data(sweeps=2))[0]
 
 
-def test_a_quarter_turn_by_hand(sample):
-    quarter = moved(sample, motion(np.pi / 2, 2.0))
+def test_a_rotation_by_90_degrees_by_hand(sample):
+    rotated = apply_transform(sample, make_transform(np.pi / 2, 2.0))
     x, y, z = sample.points[:, :3].T
-    np.testing.assert_allclose(quarter.points[:, :3], np.stack([-2 * y, 2 * x, 2 * z], axis=1), rtol=1e-6, atol=1e-5)
-    assert (quarter.points[:, 3:] == sample.points[:, 3:]).all()
-    before, after = sample.boxes, quarter.boxes
+    np.testing.assert_allclose(rotated.points[:, :3], np.stack([-2 * y, 2 * x, 2 * z], axis=1), rtol=1e-6, atol=1e-5)
+    assert (rotated.points[:, 3:] == sample.points[:, 3:]).all()
+    before, after = sample.boxes, rotated.boxes
     np.testing.assert_allclose(after[:, :2], 2 * np.stack([-before[:, 1], before[:, 0]], axis=1), rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(after[:, 3:6], 2 * before[:, 3:6], rtol=1e-6)
     np.testing.assert_allclose(np.exp(1j * after[:, 6]), 1j * np.exp(1j * before[:, 6]), atol=1e-5)
@@ -47,15 +55,15 @@ def test_a_quarter_turn_by_hand(sample):
     assert (np.abs(after[:, 6]) <= np.pi + 1e-6).all()
 
 
-def test_mirrors_by_hand(sample):
-    """Against what the original does to its boxes: y and vy, or x and vx, change sign; yaw becomes pi - yaw, -yaw."""
+def test_flips_by_hand(sample):
+    """As the original flips its boxes: y and vy, or x and vx, change sign; yaw becomes pi - yaw or -yaw."""
     x, y, z, w, l, h, yaw, vx, vy = boxes_to_original(torch.from_numpy(sample.boxes)).T
     truth = {
         "x": torch.stack([-x, y, z, w, l, h, -yaw, -vx, vy], dim=1),
         "y": torch.stack([x, -y, z, w, l, h, np.pi - yaw, vx, -vy], dim=1),
     }
     for axis, boxes in truth.items():
-        after = moved(sample, motion(**{f"flip_{axis}": True}))
+        after = apply_transform(sample, make_transform(**{f"flip_{axis}": True}))
         expected = boxes_from_original(boxes)
         torch.testing.assert_close(torch.from_numpy(after.boxes[:, :6]), expected[:, :6])
         torch.testing.assert_close(torch.from_numpy(after.boxes[:, 7:]), expected[:, 7:])
@@ -64,16 +72,16 @@ def test_mirrors_by_hand(sample):
         np.testing.assert_array_equal(after.points[:, :3], sample.points[:, :3] * sign)
 
 
-def test_steps_follow_each_other_as_in_the_original():
-    """Turn, scale, shift, mirror, worked out for one point: (1, 0) -> (0, 1) -> (0, 2) -> (10, 22) -> (-10, 22)."""
-    after = motion(np.pi / 2, 2.0, (10, 20, 30), flip_x=True) @ [1, 0, 0, 1]
+def test_transforms_are_in_the_originals_order():
+    """Rotate, scale, shift, flip, worked out for one point: (1, 0) -> (0, 1) -> (0, 2) -> (10, 22) -> (-10, 22)."""
+    after = make_transform(np.pi / 2, 2.0, (10, 20, 30), flip_x=True) @ [1, 0, 0, 1]
     np.testing.assert_allclose(after, [-10, 22, 30, 1], atol=1e-12)
 
 
-@every_motion
-def test_points_stay_in_their_boxes(sample, move):
-    """But for those that rounding takes through a face."""
-    after = moved(sample, move)
+@every_transform
+def test_points_stay_in_their_boxes(sample, transform):
+    """Except for those that rounding moves through a face."""
+    after = apply_transform(sample, transform)
     grown = sample.boxes * np.float32([1, 1, 1, 1.01, 1.01, 1.01, 1, 1, 1])
     shrunk = sample.boxes * np.float32([1, 1, 1, 0.99, 0.99, 0.99, 1, 1, 1])
     inside = points_in_boxes(after.points, after.boxes)
@@ -82,10 +90,10 @@ def test_points_stay_in_their_boxes(sample, move):
     assert inside[surely].all() and perhaps[inside].all()
 
 
-@every_motion
-def test_boxes_keep_their_front_and_their_velocity(sample, move):
-    """A box's front, and where it is a second later, move as points do."""
-    boxes, after = sample.boxes.astype(float), moved(sample, move).boxes.astype(float)
+@every_transform
+def test_headings_and_velocities_are_transformed_as_points_are(sample, transform):
+    """So are a box's front, and its center a second later."""
+    boxes, after = sample.boxes.astype(float), apply_transform(sample, transform).boxes.astype(float)
     assert (np.hypot(*boxes[:, 7:].T) > 1).any()
 
     def ahead(b):
@@ -93,15 +101,15 @@ def test_boxes_keep_their_front_and_their_velocity(sample, move):
         return b[:, :2] + heading * b[:, 4:5] / 2, b[:, :2] + b[:, 7:]
 
     for before, then in zip(ahead(boxes), ahead(after), strict=True):
-        expected = np.c_[before, boxes[:, 2], np.ones(len(boxes))] @ move.T
+        expected = np.c_[before, boxes[:, 2], np.ones(len(boxes))] @ transform.T
         np.testing.assert_allclose(then, expected[:, :2], atol=1e-3)
     assert (np.abs(after[:, 6]) <= np.pi + 1e-6).all()
 
 
-@every_motion
-def test_pixels_keep_what_they_show(sample, move):
+@every_transform
+def test_pixels_keep_what_they_show(sample, transform):
     seen = []
-    for s in (sample, moved(sample, move)):
+    for s in (sample, apply_transform(sample, transform)):
         batch = collate([s])
         pixels, visible = project_points(batch.points[:, :3], batch.lidar2image[0], batch.image_sizes[0])
         seen.append((pixels, visible))
@@ -111,9 +119,9 @@ def test_pixels_keep_what_they_show(sample, move):
     torch.testing.assert_close(after[both], before[both], rtol=1e-3, atol=0.02)
 
 
-@every_motion
-def test_rays_still_end_on_the_points(sample, move):
-    batch = collate([moved(sample, move)])
+@every_transform
+def test_rays_still_end_on_the_points(sample, transform):
+    batch = collate([apply_transform(sample, transform)])
     points = batch.points[:, :3]
     pixels, visible = project_points(points, batch.lidar2image[0], batch.image_sizes[0])
     rows = [view.nonzero()[:50, 0] for view in visible]
@@ -126,12 +134,12 @@ def test_rays_still_end_on_the_points(sample, move):
     torch.testing.assert_close(ends, aims, rtol=1e-3, atol=1e-2)
 
 
-def test_augmentation_stays_in_its_limits_and_keeps_labels_with_points(sample):
+def test_augmentation_stays_in_its_limits_and_labels_stay_with_points(sample):
     cfg = Augment(rotation=0.4, scale=(0.9, 1.1), shuffle=True)
     length = np.linalg.norm(sample.points[:, :3], axis=1).sum()
     scales = set()
     for seed in range(5):
-        varied = augmented(sample, np.random.default_rng(seed), cfg)
+        varied = augment_sample(sample, np.random.default_rng(seed), cfg)
         scale = np.linalg.norm(varied.points[:, :3], axis=1).sum() / length
         assert 0.9 <= scale <= 1.1
         scales.add(round(float(scale), 3))
@@ -140,26 +148,26 @@ def test_augmentation_stays_in_its_limits_and_keeps_labels_with_points(sample):
         varied_key = [tuple(row) for row in np.column_stack([varied.points[:, 3:], varied.point_labels])]
         assert key != varied_key and sorted(key) == sorted(varied_key)
     assert len(scales) > 1
-    again = augmented(sample, np.random.default_rng(0), cfg)
-    assert (again.points == augmented(sample, np.random.default_rng(0), cfg).points).all()
+    again = augment_sample(sample, np.random.default_rng(0), cfg)
+    assert (again.points == augment_sample(sample, np.random.default_rng(0), cfg).points).all()
 
 
-def test_what_is_off_draws_nothing(sample):
-    """So that runs from before it existed go on with the numbers that they had."""
+def test_what_is_off_draws_no_random_number(sample):
+    """So that a new augmentation does not change the random numbers of older recipes."""
     rng, plain = np.random.default_rng(3), np.random.default_rng(3)
-    varied = augmented(sample, rng, Augment(rotation=0.4, scale=(0.9, 1.1), shuffle=True))
+    varied = augment_sample(sample, rng, Augment(rotation=0.4, scale=(0.9, 1.1), shuffle=True))
     angle, scale, order = plain.uniform(-0.4, 0.4), plain.uniform(0.9, 1.1), plain.permutation(len(sample.points))
     assert rng.bit_generator.state == plain.bit_generator.state
-    np.testing.assert_array_equal(varied.points, moved(sample, motion(angle, scale)).points[order])
+    np.testing.assert_array_equal(varied.points, apply_transform(sample, make_transform(angle, scale)).points[order])
 
 
-def test_shifts_and_mirrors_are_as_frequent_as_asked(sample):
-    """The LiDAR's own place tells: the camera that looked ahead looks left, right, ahead or back, from elsewhere."""
+def test_shifts_and_flips_have_their_frequencies(sample):
+    """Told from the cameras: the camera that looked ahead looks left, right, ahead or back, from elsewhere."""
     small = replace(sample, points=sample.points[:1], point_labels=None)
     cfg = Augment(translation=(0.5, 1.0, 0.0), flip_x=0.5, flip_y=0.2)
     moves = []
     for seed in range(400):
-        varied = augmented(small, np.random.default_rng(seed), cfg)
+        varied = augment_sample(small, np.random.default_rng(seed), cfg)
         moves.append(np.linalg.inv(varied.lidar2camera[0].astype(float)) @ sample.lidar2camera[0])
     moves = np.array(moves)  # old LiDAR frame -> new
     mirrored = moves[:, [0, 1], [0, 1]] < 0
@@ -169,8 +177,8 @@ def test_shifts_and_mirrors_are_as_frequent_as_asked(sample):
     assert np.abs(moves[:, 2, 3]).max() < 1e-5
 
 
-def test_points_and_boxes_are_cropped_after_they_moved(city):
-    """Boxes only where a head learns from them."""
+def test_points_and_boxes_are_cropped_after_the_transform(city):
+    """Boxes only for training."""
     box = ((-20.0, -20.0, -5.0), (20.0, 20.0, 3.0))
     dataset = NuScenesDataset(city, "v1.0-mini", "mini_train", Data(), 1.0, box, Augment(rotation=0.7))
     plain, varied = dataset[0], dataset.read(0, np.random.default_rng(0))
@@ -183,7 +191,7 @@ def test_points_and_boxes_are_cropped_after_they_moved(city):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_the_grid_is_the_originals(seed):
-    """The original's draws, replayed on numpy's old generator: hidden at all, period, top, left."""
+    """The original's draws, replayed with numpy's old generator: whether at all, period, top, left."""
     arrays, _ = load("grid_mask")
     truth = arrays[f"out/seed{seed}"].numpy()
     draws = np.random.RandomState(seed)
@@ -196,19 +204,19 @@ def test_the_grid_is_the_originals(seed):
 
 
 def test_a_grid_by_hand():
-    """4 x 6 is the middle of 6 x 9 from (1, 1) on; period 2: bars on every other row and column."""
+    """4 x 6 is the middle of 6 x 9, from (1, 1); period 2: bars on every other row and column."""
     rows, columns = "1010", "101010"
     expected = [[r == "1" or c == "1" for c in columns] for r in rows]
     assert grid_mask(4, 6, 2, 1, 1).tolist() == expected
 
 
-def test_the_grid_hides_the_same_of_all_images_and_the_encoder_sees_zero(sample):
+def test_the_grid_is_the_same_in_all_images_and_zero_for_the_encoder(sample):
     shares = []
     white = replace(
         sample, images=[np.full((40, 64, 3), 255, np.uint8)] * 6, points=sample.points[:1], point_labels=None
     )
     for seed in range(100):
-        varied = augmented(white, np.random.default_rng(seed), Augment(grid_mask=0.7))
+        varied = augment_sample(white, np.random.default_rng(seed), Augment(grid_mask=0.7))
         hidden = (varied.images[0] == HIDDEN).all(axis=2)
         assert all((image == varied.images[0]).all() for image in varied.images)
         assert (varied.images[0][~hidden] == 255).all()
@@ -221,7 +229,7 @@ def test_the_grid_hides_the_same_of_all_images_and_the_encoder_sees_zero(sample)
 
 
 class Script:
-    """Stands for a generator: `random` says heads or tails as written, `uniform` and `permutation` what is written."""
+    """A scripted generator: `random` returns the given coins, `uniform` and `permutation` the given values."""
 
     def __init__(self, coins, values):
         self.coins, self.values = [0.0 if c == "h" else 0.9 for c in coins], list(values)
@@ -262,14 +270,14 @@ def test_colors_by_hand(sample, coins, values, expected):
         expected = colorsys.hsv_to_rgb(h + 18 / 360, s, v)
     image = np.full((2, 3, 3), PIXEL, np.uint8)
     script = Script(coins * 2, values * 2)
-    after = distorted(replace(sample, images=[image, image]), script).images
+    after = photometric_distortion(replace(sample, images=[image, image]), script).images
     assert not script.coins and not script.values and len(after) == 2
     for image in after:
         assert image.dtype == np.uint8
         np.testing.assert_allclose(image, np.broadcast_to(expected, image.shape), atol=0.51)
 
 
-def test_every_image_has_colors_of_its_own(city):
+def test_colors_are_drawn_per_image(city):
     plain = NuScenesDataset(city, "v1.0-mini", "mini_train", Data(), augment=Augment())
     colorful = NuScenesDataset(city, "v1.0-mini", "mini_train", Data(), augment=Augment(photometric=True))
     before, after, again = (d.read(0, np.random.default_rng(1)) for d in (plain, colorful, colorful))
@@ -278,14 +286,14 @@ def test_every_image_has_colors_of_its_own(city):
     np.testing.assert_array_equal(after.images, again.images)
 
 
-def test_a_set_without_images(city, tmp_path):
-    assert has_images(city, "v1.0-mini", "mini_train")
+def test_a_dataset_without_images(city, tmp_path):
+    assert NuScenesDataset.has_images(city, "v1.0-mini", "mini_train")
     (tmp_path / "set").mkdir()
     for part in ("v1.0-mini", "sweeps", "lidarseg", "maps"):
         (tmp_path / "set" / part).symlink_to(city / part)
     (tmp_path / "set" / "samples").mkdir()
     (tmp_path / "set" / "samples" / "LIDAR_TOP").symlink_to(city / "samples" / "LIDAR_TOP")
-    assert not has_images(tmp_path / "set", "v1.0-mini", "mini_train")
+    assert not NuScenesDataset.has_images(tmp_path / "set", "v1.0-mini", "mini_train")
     dataset = NuScenesDataset(tmp_path / "set", "v1.0-mini", "mini_train", Data(cameras=False))
     batch = collate([dataset[0], dataset[1]])
     assert batch.images.shape[:3] == (2, 0, 3) and batch.lidar2image.shape == (2, 0, 4, 4)

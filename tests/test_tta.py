@@ -1,4 +1,4 @@
-"""Test-time augmentation: a detector that cannot be fooled finds the same in every look, and merging keeps it."""
+"""Test-time augmentation: a perfect detector finds the same in every view, and merging keeps it."""
 
 import math
 from dataclasses import replace
@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from tests.test_eval import RECIPE, tiny_detector, truth_of, validation
+from unipad.boxes import transform_boxes
+from unipad.data.dataset import collate
 from unipad.data.loader import held_out_batches
-from unipad.data.nuscenes import NuScenesDataset, collate
-from unipad.data.transforms import moved_boxes
+from unipad.data.nuscenes import NuScenesDataset
 from unipad.evaluate.submission import MAX_BOXES
-from unipad.evaluate.tta import detect_tta, looks, merged, moved_batch
+from unipad.evaluate.tta import detect_tta, merged, transformed_batch, tta_views
 from unipad.model.detect import Detections
 
-ALL = looks((1.0, 1.06, 0.96), (0.0, 0.3), flips=True)
+ALL = tta_views((1.0, 1.06, 0.96), (0.0, 0.3), flips=True)
 
 
 def frames(root, count, **settings):
@@ -23,18 +24,18 @@ def frames(root, count, **settings):
     return collate([dataset[i] for i in range(count)])
 
 
-def test_looks_by_hand():
+def test_views_by_hand():
     assert len(ALL) == 24 and np.array_equal(ALL[0], np.eye(4))
-    assert [np.diag(move).tolist() for move in looks()] == [[x, y, 1, 1] for x in (1, -1) for y in (1, -1)]
-    (turned,) = looks((2.0,), (math.pi / 2,), flips=False)
-    assert turned @ [1, 0, 0, 1] == pytest.approx([0, 2, 0, 1])
+    assert [np.diag(move).tolist() for move in tta_views()] == [[x, y, 1, 1] for x in (1, -1) for y in (1, -1)]
+    (view,) = tta_views((2.0,), (math.pi / 2,), flips=False)
+    assert view @ [1, 0, 0, 1] == pytest.approx([0, 2, 0, 1])
 
 
 @pytest.mark.parametrize("move", ALL[1::5], ids=lambda move: f"{move[0, 0]:.2f} {move[0, 1]:.2f}")
 def test_points_and_cameras_move_together(move, city):
-    """What a point is seen at does not change, and its place in the new frame is the motion's."""
+    """Points keep their pixels, and their place in the new frame is the transform's."""
     batch = frames(city, 1, cameras=True)
-    other = moved_batch(batch, move)
+    other = transformed_batch(batch, move)
     homogeneous = torch.cat([batch.points[:, :3].double(), torch.ones(len(batch.points), 1).double()], dim=1)
     assert torch.allclose(other.points[:, :3].double(), (homogeneous @ torch.from_numpy(move).T)[:, :3], atol=1e-4)
     assert torch.equal(other.points[:, 3:], batch.points[:, 3:]) and other.images is batch.images
@@ -46,15 +47,15 @@ def test_points_and_cameras_move_together(move, city):
         assert torch.allclose(before, after, rtol=1e-4, atol=2e-2)
 
 
-def test_mapping_back_is_exact_for_a_detector_that_sees_the_truth(city):
-    """It finds every object where the look has moved it; all looks together find each of them once."""
+def test_mapping_back_is_exact_for_a_perfect_detector(city):
+    """It finds every object where the view has moved it; all views together find each object once."""
     batch = frames(city, 2)
     seen = []
 
     def oracle(moved):
-        """Recognizes the look by the points, and returns the truth in its frame."""
-        seen.append(next(m for m in ALL if torch.equal(moved_batch(batch, m).points, moved.points)))
-        boxes = torch.from_numpy(moved_boxes(batch.boxes.numpy(), seen[-1]))
+        """Recognizes the view by its points, and returns the truth in its frame."""
+        seen.append(next(m for m in ALL if torch.equal(transformed_batch(batch, m).points, moved.points)))
+        boxes = torch.from_numpy(transform_boxes(batch.boxes.numpy(), seen[-1]))
         return truth_of(replace(moved, boxes=boxes))
 
     apart = truth_of(batch)
@@ -70,7 +71,7 @@ def test_mapping_back_is_exact_for_a_detector_that_sees_the_truth(city):
         assert torch.equal(once.labels[order], alone.labels[expected])
 
 
-def test_merging_what_is_the_same_changes_nothing():
+def test_merging_equal_detections_changes_nothing():
     boxes = torch.zeros(40, 9)
     boxes[:, 0] = torch.arange(40.0) * 3
     boxes[:, 3:6] = torch.tensor([2.0, 1.5, 1.0])
@@ -84,16 +85,16 @@ def test_merging_what_is_the_same_changes_nothing():
     assert len(merged([nothing, nothing]).boxes) == 0
 
 
-def test_the_better_of_two_looks_stays_and_other_classes_do_not_mind():
+def test_merging_keeps_the_better_box_of_each_class():
     box = torch.tensor([[0.0, 0, 0, 2, 4, 1, 0, 0, 0]])
     near = box + torch.tensor([0.5, 0, 0, 0, 0, 0, 0, 0, 0])
     car, bus = torch.tensor([0]), torch.tensor([3])
-    looked = [
+    found_in_views = [
         Detections(box, torch.tensor([0.5]), car),
         Detections(near, torch.tensor([0.6]), car),
         Detections(near, torch.tensor([0.4]), bus),
     ]
-    found = merged(looked)
+    found = merged(found_in_views)
     assert found.scores.tolist() == pytest.approx([0.6, 0.4]) and found.labels.tolist() == [0, 3]
     assert torch.equal(found.boxes, torch.cat([near, near]))
     many = torch.zeros(600, 9)
@@ -104,10 +105,10 @@ def test_the_better_of_two_looks_stays_and_other_classes_do_not_mind():
     assert len(most.boxes) == MAX_BOXES and most.scores[-1] == scores[100]
 
 
-def test_one_look_straight_on_is_the_detector_itself(city):
+def test_one_unchanged_view_is_the_detector_itself(city):
     model = tiny_detector().eval()
     _, batch = next(held_out_batches(NuScenesDataset(city, "v1.0-mini", "mini_val", RECIPE.data), 1))
     (plain,) = model.detect(batch)
-    (looked,) = detect_tta(model.detect, looks(flips=False), batch)
+    (found_in_views,) = detect_tta(model.detect, tta_views(flips=False), batch)
     best = merged([plain])
-    assert torch.equal(looked.boxes, best.boxes) and torch.equal(looked.scores, best.scores)
+    assert torch.equal(found_in_views.boxes, best.boxes) and torch.equal(found_in_views.scores, best.scores)

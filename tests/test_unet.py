@@ -1,4 +1,4 @@
-"""SpUNet: the original's numbers, and points that keep their features whatever else is in the batch."""
+"""SpUNet: the original's results, and features of points that do not depend on the rest of the batch."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_is_the_original():
         assert_close_to_max(param.grad, gradients[key], 1e-5, key)
 
 
-def test_weights_go_back_to_the_original_s_keys():
+def test_weights_convert_back_to_the_originals_keys():
     arrays, _ = load("spunet_eval")
     ours = {f"encoder.lidar.encoder.{name}": w for name, w in weights(arrays, "encoder.lidar.encoder.").items()}
     theirs = {name.removeprefix("state/"): w for name, w in arrays.items() if name.startswith("state/")}
@@ -57,7 +57,7 @@ def test_paper_size():
 
 
 def test_points_have_the_features_of_their_voxels_in_any_batch():
-    """A sample's features are the same alone, beside another one and with a far point; a point's are its voxel's."""
+    """A sample's features are the same alone, with another sample and with a far point; a point has its voxel's."""
     points, counts = cloud()
     net = UnetEncoder(SMALL, GRID).eval()
     features, rows, voxel_of = net.of_voxels(points, counts)
@@ -70,7 +70,7 @@ def test_points_have_the_features_of_their_voxels_in_any_batch():
 
 
 def test_without_points_every_layer_runs_and_has_a_gradient():
-    """Else processes that have points would wait for this one for ever."""
+    """Else processes that have points would wait for this one forever."""
     net = UnetEncoder(SMALL, GRID)
     features, rows, voxel_of = net.of_voxels(torch.zeros(0, 5), [0, 0])
     assert features.shape == (0, 5) and not len(rows) and not len(voxel_of)
@@ -82,7 +82,7 @@ def test_without_points_every_layer_runs_and_has_a_gradient():
         assert all(p.grad is not None and not p.grad.any() for p in net.parameters())
 
 
-def test_a_volume_s_cell_holds_the_mean_of_its_points():
+def test_a_cell_of_the_volume_is_the_mean_of_its_points():
     points, counts = cloud()
     net = UnetEncoder(SMALL, GRID).eval()
     volume, seen = net(points, counts)
@@ -97,8 +97,8 @@ def test_a_volume_s_cell_holds_the_mean_of_its_points():
     assert torch.equal(seen[:, 1:], ((points[rows, :3] - torch.tensor(GRID.low)) / 0.5).int().flip(1))
 
 
-def test_a_step_waits_for_nothing_but_sizes(monkeypatch, device):
-    """With the kernels, except those whose results no size depends on."""
+def test_a_step_only_waits_for_sizes(monkeypatch, device):
+    """Including the kernels, except those on whose results no size depends."""
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
     monkeypatch.setattr(backend, "interpret", device == "cpu")
     net = UnetEncoder(SMALL, GRID).to(device)
@@ -124,7 +124,7 @@ def test_cells_of_points_are_the_same_on_a_gpu():
 
 
 def test_hidden_blocks_are_empty():
-    """What is left is encoded as if nothing else had been there; a point on the border stays inside."""
+    """Visible blocks are encoded as if there were nothing else; a point on the border stays inside."""
     points, counts = cloud((400, 200))
     points[0, :3] = torch.tensor([8.0, 8.0, 4.0]).nextafter(torch.zeros(3))
     net = UnetEncoder(SMALL, GRID).eval()

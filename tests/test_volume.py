@@ -7,7 +7,8 @@ from torch import nn
 from tests import golden
 from tests.test_rays import generators, make_batch
 from unipad import config
-from unipad.model.volume import Conv3x3x3, ConvNormReLU3d, Encoder, GatherLift, VoxelPoolLift, view_transform
+from unipad.model.encoder import Encoder
+from unipad.model.volume import Conv3x3x3, ConvNormReLU3d, GatherLift, VoxelPoolLift, view_transform
 from unipad.recipes import CAMERA_075
 
 GRID = config.Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(5.4, 6.0, 1.6))  # of the record
@@ -32,15 +33,15 @@ def test_voxel_pool_lift_reproduces_the_original():
     assert volume.is_contiguous(memory_format=torch.channels_last_3d)
 
 
-def test_voxel_pooling_refuses_several_levels():
+def test_voxel_pooling_rejects_several_levels():
     with pytest.raises(AssertionError, match="one level"):
         view_transform(GRID, config.CameraConfig(view="pool", fpn_levels=4))
     with pytest.raises(ValueError, match="choose gather or pool"):
         view_transform(GRID, config.CameraConfig(view="splat"))
 
 
-def test_the_final_camera_encodes_and_learns_every_parameter():
-    """The structure of the final recipe at a small size; its depths are handed out beside the volume."""
+def test_every_parameter_of_the_final_camera_gets_a_gradient():
+    """The final recipe's structure at a small size; its depths are returned with the volume."""
     camera = replace(CAMERA_075, depths=(1, 1, 1, 1), widths=(4, 8, 16, 32), channels=8, aspp_channels=4)
     camera = replace(camera, depth_bins=20, frozen_stages=0)
     encoder = Encoder(config.Recipe(grid=GRID, camera=camera))

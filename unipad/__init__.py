@@ -1,18 +1,20 @@
 """UniPAD: self-supervised pre-training for autonomous driving by neural rendering.
 
-config.py      every setting as frozen dataclasses
-recipes.py     their values: the paper's, the released configs', tiny ones
-batch.py       what the data hands to the model
-errors.py      what the user can mend, in one sentence
+config.py      all settings, as frozen dataclasses
+recipes.py     presets: the paper's, the released configs', tiny ones
+batch.py       the batch: the interface between data and model
+boxes.py       box geometry, below both
+errors.py      user-facing errors: one sentence
 runtime.py     device, processes, random numbers, run folder
-checkpoint.py  checkpoints, and taking weights out of one
-convert.py     weights of UniPAD and of ImageNet to ours, and ours to UniPAD's
-names.py       what they are called there and here
+checkpoint.py  reading checkpoints and runs, and taking weights from them
+convert.py     checkpoints of UniPAD and ImageNet -> ours, and back to UniPAD's
+names.py       parameter names there and here
 optimizer.py   AdamW and its schedules
-data/          nuScenes and the synthetic city, read into batches
-model/         encoders, volumes, rays, renderer, detection heads
-evaluate/      how good a model is: PSNR and depth errors, NDS and mAP
-draw/          what a person looks at: pictures, films, meshes
+cli.py         command lines: a script's flags and every setting of the recipe
+data/          datasets read into batches, and the synthetic city
+model/         encoders, volumes, rays, renderer, heads
+evaluate/      metrics: PSNR and depth errors, NDS and mAP, mIoU
+draw/          pictures, films, meshes
 selfcheck/     every op compared with its reference in fp64
 """
 

@@ -1,11 +1,12 @@
 """The batch: the one interface between data and model.
 
 Frames: LiDAR x right, y forward, z up; camera x right, y down, z forward. Meters, seconds, pixels.
-Ragged fields are concatenated over the samples, with counts beside them.
+Ragged fields are concatenated over the samples, with the counts in a field of their own.
 """
 
 from dataclasses import dataclass, fields, replace
 
+import torch
 from torch import Tensor
 
 CAMERAS = (
@@ -20,10 +21,10 @@ CAMERAS = (
 
 @dataclass(frozen=True)
 class Batch:
-    """B samples of N views: the keyframe's cameras in the order of `CAMERAS`, then, where camera sweeps are read, those
-    of each frame before it, the newest first. N = 0 where no images are read.
+    """B samples of N views: the keyframe's cameras in the order of `CAMERAS`, then, with camera sweeps, those of each
+    frame before it, the newest first. N = 0 without images.
 
-    All views are encoded; what is rendered, compared and drawn are those of `keyframe()`.
+    All views are encoded; only those of `keyframe()` are rendered, compared and drawn.
     """
 
     images: Tensor  # [B, N, 3, H, W] RGB in [0, 1], zero-padded at the right and bottom to a multiple of 32
@@ -35,35 +36,35 @@ class Batch:
     boxes: Tensor  # [M, 9] x, y, z center, w, l, h meters, yaw, vx, vy in the LiDAR frame
     labels: Tensor  # [M] int64 detection class 0-9
     box_counts: Tensor  # [B] int64, on the host
-    point_labels: Tensor | None  # [P] uint8 lidarseg class 0-16, 0 is ignore; None where the set has no labels
+    point_labels: Tensor | None  # [P] uint8 lidarseg class 0-16, 0 is ignored; None without labels
     tokens: tuple[str, ...]  # sample tokens
-    frame_lags: Tensor | None = None  # [B, S] seconds from each of S frames of images to the keyframe's; None: S = 1
+    frame_lags: Tensor | None = None  # [B, S] seconds, age of each of S frames of images, 0 first; None: S = 1
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.tokens)
 
     @property
-    def frames(self):
-        """S: how many frames the views are of."""
+    def frames(self) -> int:
+        """S: number of frames that the views are of."""
         return 1 if self.frame_lags is None else self.frame_lags.shape[1]
 
-    def keyframe(self):
-        """The batch with the keyframe's views alone; their tensors are not copied."""
+    def keyframe(self) -> "Batch":
+        """The batch with only the keyframe's views; nothing is copied."""
         views = slice(self.images.shape[1] // self.frames)
         of_views = ("images", "image_sizes", "lidar2image", "lidar2camera")
         return replace(self, **{name: getattr(self, name)[:, views] for name in of_views}, frame_lags=None)
 
-    def to(self, device):
-        """The same batch on `device`; from pinned memory the copies overlap with the host's work.
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch on `device`; from pinned memory the copies overlap with the host's work.
 
         The counts stay on the host, which slices by them.
         """
         moved = {k: t.to(device, non_blocking=True) for k, t in self._tensors().items() if not k.endswith("_counts")}
         return replace(self, **moved)
 
-    def pin_memory(self):
+    def pin_memory(self) -> "Batch":
         return replace(self, **{k: t.pin_memory() for k, t in self._tensors().items()})
 
-    def _tensors(self):
+    def _tensors(self) -> dict[str, Tensor]:
         named = {f.name: getattr(self, f.name) for f in fields(self)}
         return {k: v for k, v in named.items() if isinstance(v, Tensor)}

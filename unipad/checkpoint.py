@@ -1,17 +1,19 @@
-"""Checkpoints: data, never code. Written whole or not at all; read part by part."""
+"""Checkpoints: data, never code. Written whole or not at all; encoders can be taken from them."""
 
 import os
 import pickle
 import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from unipad.config import from_plain, recipe_kind
+from unipad.config import AnyRecipe, Recipe, from_dict
 from unipad.errors import UserError
 
 
-def write_checkpoint(state, file: Path):
+def write_checkpoint(state: dict, file: Path):
     """Save under a temporary name and rename, so that a crash leaves the previous file intact."""
     part = file.with_name(f".{file.name}.{os.getpid()}")
     with part.open("wb") as f:
@@ -21,8 +23,8 @@ def write_checkpoint(state, file: Path):
     part.replace(file)
 
 
-def read_checkpoint(file: Path):
-    """Load a checkpoint as data, never as code; tensors land on the CPU. Raises `UserError` where that cannot be."""
+def read_checkpoint(file: Path) -> dict:
+    """Load a checkpoint as data, never as code, onto the CPU. Raises `UserError` where that is not possible."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -34,58 +36,57 @@ def read_checkpoint(file: Path):
 
 
 def _why_unreadable(file, error):
-    """One sentence about a file that PyTorch does not read as data."""
+    """Why PyTorch does not read a file as data, in one sentence."""
     code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
     if code:
         return (
-            f"{file} holds code beside its weights ({code[1]}) and was not opened: if you trust it, re-save it once by "
+            f"{file} contains code besides weights ({code[1]}) and was not opened: if you trust it, re-save it with "
             f"torch.save({{'state_dict': torch.load('{file}', weights_only=False)['state_dict']}}, 'weights.pth') "
-            "and take weights.pth."
+            "and use weights.pth."
         )
     with file.open("rb") as f:
         begin = f.read(2)
     if begin == b"PK" or isinstance(error, EOFError):
-        return f"{file} is cut off or damaged: copy it once more."
+        return f"{file} is truncated or damaged: copy it again."
     return f"{file} is not a checkpoint ({type(error).__name__} while reading it)."
 
 
-def last_checkpoint(run: Path):
+def last_checkpoint(run: Path) -> Path | None:
     """The newest state of a run folder, or None."""
     file = run / "checkpoints" / "last.pt"
     return file if file.exists() else None
 
 
-def find_checkpoint(path: Path):
-    """The checkpoint that a user means by a checkpoint, a run folder, or a folder of runs (its newest)."""
+def find_checkpoint(path: Path) -> Path:
+    """The file meant by a checkpoint, a run folder, or a folder of runs (the newest of them)."""
     newest = max(path.glob("*/checkpoints/last.pt"), default=None, key=lambda file: file.stat().st_mtime)
     return last_checkpoint(path) or newest or path
 
 
-def read_run(path: Path):
-    """What is known of a run: (its last state, its recipe, its folder).
+def read_run(path: Path) -> tuple[dict, Recipe, Path]:
+    """(last checkpoint, recipe, folder) of a run.
 
-    path: as for `find_checkpoint`; of a checkpoint that is in no run, the folder is the one it is in.
+    path: as for `find_checkpoint`; the folder of a checkpoint outside a run is the one that contains it.
     Raises `UserError` where there is none.
     """
     file = find_checkpoint(path)
     saved = read_checkpoint(file)
     try:
-        plain = saved["config"]["recipe"]
-        recipe = from_plain(recipe_kind(plain), plain)
+        recipe = from_dict(AnyRecipe, saved["config"]["recipe"])
         saved["model"], saved["config"]["args"]
     except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise UserError(f"{file} holds no model with a recipe of this version of the project ({error}).") from None
+        raise UserError(f"{file} has no model with a recipe of this version of the project: {error}.") from None
     return saved, recipe, file.parent.parent if file.parent.name == "checkpoints" else file.parent
 
 
-def take_weights(net, prefix, paths, flag, say):
-    """Load the weights of `net` whose names begin with `prefix` out of other runs, and say what was taken.
+def take_weights(net: nn.Module, prefix: str, paths: Sequence[Path], flag: str, say: Callable[[str], None]) -> set[str]:
+    """Load the weights of `net` whose names begin with `prefix` from other runs, and say what was taken.
 
-    paths: as for `find_checkpoint`; a later one's weights go over an earlier one's.
+    paths: as for `find_checkpoint`; where several have a weight, the last one counts.
     flag:  the flag that named them, for messages.
-    say:   called with one line for each path: how many weights it gave, what was left and why, what stays new.
+    say:   called with a line per path: how many weights it gave, what it has besides; then with what stays random.
 
-    Returns the names taken. Raises `UserError` for a file without any of the weights, or with one of another shape.
+    Returns the names taken. Raises `UserError` for a file that has none of the weights, or one of another shape.
     """
     mine = {name: w for name, w in net.state_dict().items() if name.startswith(prefix)}
     taken = set()
@@ -99,12 +100,12 @@ def take_weights(net, prefix, paths, flag, say):
         if not common or other:
             has = _parts(n for n in theirs if n.startswith(prefix))
             what = f"its {other[0]} has another shape" if other else f"of {_parts(mine)} it has {has or 'none'}"
-            mend = "" if has else ", or bring weights of another project over by python -m unipad.convert"
-            raise UserError(f"{flag} {path} does not fit: {what}; name a run whose preset has the same encoder{mend}.")
+            fix = "" if has else ", or convert weights of another project with python -m unipad.convert"
+            raise UserError(f"{flag} {path} does not fit: {what}; name a run whose preset has the same encoder{fix}.")
         net.load_state_dict(common, strict=False)
         taken |= common.keys()
         left = _parts(theirs.keys() - common.keys())
-        left = f"; left {left}, which have no place here" if left else ""
+        left = f"; ignored {left}, not part of this model" if left else ""
         millions = sum(w.numel() for w in common.values()) / 1e6
         say(f"{flag} {file}: took {millions:.2f} M weights, {_parts(common)}{left}")
     new = mine.keys() - taken
@@ -116,11 +117,11 @@ def take_weights(net, prefix, paths, flag, say):
     return taken
 
 
-def part_of(name):
+def part_of(name: str) -> str:
     """The module that a weight belongs to: two levels of an encoder, one of anything else."""
     return ".".join(name.split(".")[: 3 if name.startswith("encoder.") else 1])
 
 
-def _parts(names):
-    """The modules that the weights `names` belong to, in words."""
+def _parts(names: Iterable[str]) -> str:
+    """The modules that the weights `names` belong to, for a message."""
     return ", ".join(sorted({part_of(name) for name in names}))

@@ -1,17 +1,16 @@
-"""Weights of others as checkpoints of this project, and ours as the original's.
+"""Convert checkpoints of UniPAD and of ImageNet to this project's, and ours to UniPAD's.
 
     python -m unipad.convert epoch_12.pth camera.pt                    # UniPAD's own: any released config
-    python -m unipad.convert convnext_small_1k_224_ema.pth convnext.pt # ConvNeXt of ImageNet, to start cameras from
-    python -m unipad.convert outputs/train-lidar/<time> lidar.pth      # ours, for UniPAD's mmdet3d set-up
-    python -m unipad.convert --merge CAMERA LIDAR fusion.pt            # both encoders: what fusion starts from
+    python -m unipad.convert convnext_small_1k_224_ema.pth convnext.pt # ImageNet's ConvNeXt, to initialize cameras
+    python -m unipad.convert outputs/train-lidar/<time> lidar.pth      # ours, for UniPAD's mmdet3d
+    python -m unipad.convert --merge CAMERA LIDAR fusion.pt            # both encoders, to initialize fusion
 
-What comes out goes into `train.py --init`, `finetune.py --pretrained` and, where it is a whole detector, `eval.py`.
-Files are read as data: nothing in them is executed. ConvNeXt's may be the official ones, timm's (`pytorch_model.bin`),
-torchvision's or mmpretrain's. UniPAD's may have weights of spconv 1, as its authors' do, or of spconv 2.
+Use the result with `train.py --init`, `finetune.py --pretrained` or, if it is a whole detector, `eval.py`. Files are
+read as data: nothing in them is executed. ConvNeXts may be the official ones, timm's (`pytorch_model.bin`),
+torchvision's or mmpretrain's. UniPAD's may have weights of spconv 1, as the released ones do, or of spconv 2.
 
-Every weight must find its place and every place its weight, unless --no-strict. Left out knowingly, and supplied on
-the way back: the weights of the box code, which are a setting here, and norms of stages that the FPN never reads. The
-optimizer's state stays behind.
+All weights must match one to one, unless --no-strict. Two kinds are dropped, and restored on the way back: the weights
+of the box code, which are a setting here, and norms of stages that the FPN never reads. Optimizer state is dropped.
 """
 
 import re
@@ -24,34 +23,43 @@ import torch
 import tyro
 
 from unipad.checkpoint import last_checkpoint, part_of, read_checkpoint, write_checkpoint
-from unipad.config import CONVNEXT, DetectRecipe, LidarConfig, PretrainRecipe, SegmentRecipe, from_plain, recipe_kind
+from unipad.config import (
+    CONVNEXT,
+    AnyRecipe,
+    DetectRecipe,
+    LidarConfig,
+    PretrainRecipe,
+    Recipe,
+    SegmentRecipe,
+    from_dict,
+)
 from unipad.errors import UserError, check_choices
 from unipad.model.camera import ConvNeXt
 from unipad.model.detect import Detector
 from unipad.model.pretrain import Pretrain
 from unipad.model.segment import Segmenter
 from unipad.names import CODE_WEIGHTS, from_imagenet, from_original, to_original
-from unipad.recipes import DETECT, PRETRAIN
+from unipad.recipes import DEFAULT_PRESET, DETECT, PRETRAIN
 from unipad.runtime import exit_on_user_error, to_dict
 
 BACKBONE = "encoder.camera.backbone."
 FRAME_FUSION = "encoder.frame_fusion.trans_conv.0.weight"
-CAMERA_RATE = 12.0  # Hz, by which the original counts the time of camera sweeps
-CLASSIFIER = ("head.", "classifier.", "norm.", "backbone.norm")  # of an ImageNet file, and the norm before it
+CAMERA_RATE = 12.0  # Hz: the age of the original's camera sweeps is their number over this
+CLASSIFIER = ("head.", "classifier.", "norm.", "backbone.norm")  # of an ImageNet file, with the norm before it
 
 
 @dataclass
 class Report:
-    """What became of the weights of one file."""
+    """What was done with the weights of one file."""
 
     taken: dict = field(default_factory=dict)  # name -> tensor
-    missing: list = field(default_factory=list)  # names of the model that the file lacks
-    unexpected: list = field(default_factory=list)  # keys of the file that the model has no place for
-    misshapen: list = field(default_factory=list)  # "name (shape in the file, shape in the model)"
-    left: list = field(default_factory=list)  # keys that are left out, or supplied, knowingly
+    missing: list = field(default_factory=list)  # names in the model alone
+    unexpected: list = field(default_factory=list)  # keys in the file alone
+    misshapen: list = field(default_factory=list)  # "name (shape in the file) for (shape in the model)"
+    notes: list = field(default_factory=list)  # what was dropped or supplied on purpose
 
     @property
-    def faults(self):
+    def faults(self) -> int:
         return len(self.missing) + len(self.unexpected) + len(self.misshapen)
 
     def __str__(self):
@@ -64,10 +72,10 @@ class Report:
         for name, keys in columns.items():
             if name != "taken" and keys:
                 lines.append(f"{name}: {', '.join(keys[:8])}" + (f" and {len(keys) - 8} more" if len(keys) > 8 else ""))
-        return "\n".join([*lines, *self.left])
+        return "\n".join([*lines, *self.notes])
 
 
-def read_weights(path):
+def read_weights(path: Path) -> tuple[dict, str, dict]:
     """(state dict, kind, everything) of a file or run folder; kind: unipad, convnext or ours.
 
     Raises `UserError` for a file that is none of them.
@@ -82,7 +90,7 @@ def read_weights(path):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict):
-        raise UserError(f"{file} holds no weights: a {type(saved).__name__} instead of a state dict.")
+        raise UserError(f"{file} has no weights: it is a {type(saved).__name__}, not a state dict.")
     state = {str(k).removeprefix("module."): v for k, v in state.items() if torch.is_tensor(v)}
     unipad, convnext = (len(rename(state)[0]) for rename in (from_original, from_imagenet))
     if not unipad and not convnext:
@@ -94,20 +102,18 @@ def read_weights(path):
     return state, "unipad" if unipad >= convnext else "convnext", saved
 
 
-def convert_unipad(state, preset=None):
-    """A checkpoint of the original.
+def convert_unipad(state: dict[str, torch.Tensor], preset: str | None = None) -> tuple[dict, Report]:
+    """A state dict of the original as (checkpoint of ours, `Report`).
 
-    state:  key -> tensor.
-    preset: the recipe it belongs to; None: the one whose weights fit, of several the final one.
-
-    Returns (checkpoint of ours, `Report`).
+    preset: the recipe it belongs to; None: the one whose weights fit, of several the default.
     """
     ours, unknown = from_original(state)
     code_weights = state.get(CODE_WEIGHTS)
     presets, modality = _presets(ours)
     check_choices(preset=(preset, presets))
     reports = {}
-    for name in [preset] if preset else list(presets)[::-1]:
+    default = DEFAULT_PRESET[modality]
+    for name in [preset] if preset else [default, *(n for n in reversed(presets) if n != default)]:
         recipe = _with_sizes(presets[name], ours, code_weights)
         report = Report(unexpected=[key for key in unknown if key != CODE_WEIGHTS])
         _compare(ours, _shapes(recipe), report, _unread_norms(recipe))
@@ -116,59 +122,59 @@ def convert_unipad(state, preset=None):
             break
     name = min(reports, key=lambda n: reports[n][0].faults)
     report, recipe = reports[name]
-    report.left.insert(0, f"recipe: {modality} {name}" + ("" if preset else " (--preset chooses another)"))
+    report.notes.insert(0, f"recipe: {modality} {name}" + ("" if preset else " (--preset chooses another)"))
     if code_weights is not None:
-        report.left.append(f"left out: {CODE_WEIGHTS}, a setting of the recipe")
+        report.notes.append(f"dropped: {CODE_WEIGHTS}, a setting of the recipe")
     args = {"modality": modality, "preset": name} | ({"task": "detect"} if isinstance(recipe, DetectRecipe) else {})
     return {"model": report.taken, "step": 0, "config": {"args": args, "recipe": to_dict(recipe), "steps": 0}}, report
 
 
-def convert_convnext(state):
-    """The weights of an ImageNet ConvNeXt as (checkpoint of a camera's backbone, `Report`)."""
+def convert_convnext(state: dict[str, torch.Tensor]) -> tuple[dict, Report]:
+    """An ImageNet ConvNeXt as (checkpoint of a camera backbone, `Report`)."""
     ours, unknown = from_imagenet(state)
     depths, widths = _convnext_sizes(ours)
     if not depths:
-        raise UserError("the file has no blocks of a ConvNeXt with a layer scale: it cannot start this encoder.")
+        raise UserError("the file has no ConvNeXt blocks with layer scale: it cannot initialize this encoder.")
     with torch.device("meta"):
         shapes = {name: w.shape for name, w in ConvNeXt(depths, widths, out_stages=()).state_dict().items()}
     report = Report(unexpected=[key for key in unknown if not key.startswith(CLASSIFIER)])
     _compare(ours, shapes, report)
     report.taken = {BACKBONE + name: w for name, w in report.taken.items()}
     size = next((name for name, sizes in CONVNEXT.items() if sizes == (depths, widths)), None)
-    report.left += [f"ConvNeXt {size or f'of {depths} blocks and {widths} channels'}; its classifier is left out"]
+    report.notes += [f"ConvNeXt {size or f'of {depths} blocks and {widths} channels'}; classifier dropped"]
     return {"model": report.taken, "config": {"backbone": size}}, report
 
 
-def convert_ours(saved, spconv=1):
+def convert_ours(saved: dict, spconv: int = 1) -> tuple[dict, Report]:
     """A checkpoint of ours as (mmcv's dict with the original's keys, `Report`)."""
     recipe = saved_recipe(saved)
     report = Report()
     _compare(saved["model"], _shapes(recipe), report)
     state, nameless = to_original(report.taken, spconv)
-    report.left += [f"left out: {name}, which the original has no name for" for name in nameless]
+    report.notes += [f"dropped: {name}, which the original does not have" for name in nameless]
     for key, (width, fill) in _unread_norms(recipe).items():
         state["img_backbone." + key.removeprefix(BACKBONE)] = torch.full((width,), fill)
-        report.left.append(f"supplied: {key}, which nothing reads")
+        report.notes.append(f"supplied: {key}, which is never read")
     if recipe.camera is not None and recipe.data.camera_sweeps > 1 and recipe.data.camera_rate != CAMERA_RATE:
-        report.left.append(f"learned from the tables' times: how old a sweep is, which is n / {CAMERA_RATE} s there")
+        report.notes.append(f"trained with timestamps of sweeps, where the original has n / {CAMERA_RATE} s")
     if isinstance(recipe, DetectRecipe):
         state[CODE_WEIGHTS] = torch.tensor(recipe.detect.code_weights)
-        report.left.append(f"supplied: {CODE_WEIGHTS}, from the recipe")
+        report.notes.append(f"supplied: {CODE_WEIGHTS}, from the recipe")
     return {"meta": {"config": saved["config"]}, "state_dict": state}, report
 
 
-def merge(camera, lidar):
-    """The encoders of a camera's and of a LiDAR's checkpoint of ours, as (checkpoint to start fusion from, `Report`).
+def merge(camera: dict, lidar: dict) -> tuple[dict, Report]:
+    """The encoders of a camera and of a LiDAR checkpoint of ours, as (checkpoint to initialize fusion, `Report`).
 
-    Both heads are left: they have learned other volumes. The convolution that joins them is new.
+    Heads are dropped: they were trained on other volumes. The convolution that fuses the volumes is new.
     """
     recipes = saved_recipe(camera), saved_recipe(lidar)
     if recipes[0].camera is None or not isinstance(recipes[1].lidar, LidarConfig):
-        raise UserError("--merge takes a checkpoint with a camera's encoder first and one with a LiDAR's second.")
+        raise UserError("--merge takes a checkpoint with a camera encoder first and one with a LiDAR encoder second.")
     if recipes[0].grid != recipes[1].grid or type(recipes[0]) is not type(recipes[1]):
-        raise UserError("--merge takes checkpoints over the same grid, both pre-trained or both fine-tuned.")
+        raise UserError("--merge takes checkpoints with the same grid, both pre-trained or both fine-tuned.")
     presets = DETECT if isinstance(recipes[0], DetectRecipe) else PRETRAIN
-    recipe = list(presets["fusion"].values())[-1]
+    recipe = presets["fusion"][DEFAULT_PRESET["fusion"]]
     recipe = replace(recipe, grid=recipes[0].grid, camera=recipes[0].camera, lidar=recipes[1].lidar)
     images = {name: getattr(recipes[0].data, name) for name in ("camera_sweeps", "camera_rate")}
     recipe = replace(recipe, data=replace(recipe.data, **images))
@@ -177,26 +183,21 @@ def merge(camera, lidar):
     for saved, parts in ((camera, of_images), (lidar, ("encoder.lidar",))):
         report.taken |= {name: w for name, w in saved["model"].items() if name.startswith(parts)}
         others = {part_of(name) for name in saved["model"].keys() - report.taken}
-        report.left += [f"left out: {part}" for part in sorted(others)]
-    args = {"modality": "fusion", "preset": list(presets["fusion"])[-1]}
+        report.notes += [f"dropped: {part}" for part in sorted(others)]
+    args = {"modality": "fusion", "preset": DEFAULT_PRESET["fusion"]}
     return {"model": report.taken, "step": 0, "config": {"args": args, "recipe": to_dict(recipe), "steps": 0}}, report
 
 
-def saved_recipe(saved):
-    """The recipe of a checkpoint of ours. Raises `UserError` for one that this version does not know."""
-    plain = saved["config"]["recipe"]
-    kind = recipe_kind(plain)
+def saved_recipe(saved: dict) -> Recipe:
+    """The recipe of a checkpoint of ours. Raises `UserError` for one of another version of this project."""
     try:
-        return from_plain(kind, plain)
+        return from_dict(AnyRecipe, saved["config"]["recipe"])
     except (TypeError, AttributeError):
-        known = kind.__dataclass_fields__.keys()
-        strange = ", ".join(sorted(plain.keys() - known)) or "one of its settings"
-        sentence = f"the checkpoint's recipe is of another version of this project ({strange} is not known here)."
-        raise UserError(sentence) from None
+        raise UserError("the checkpoint is of another version of this project: train or convert again.") from None
 
 
 def _presets(ours):
-    """(presets of the task and modality that these names belong to, the modality)."""
+    """(presets of the task and modality that these names are of, the modality)."""
     camera, lidar = (any(n.startswith(f"encoder.{part}.") for n in ours) for part in ("camera", "lidar"))
     modality = "fusion" if camera and lidar else "camera" if camera else "lidar"
     tuned = any(name.startswith("head.") for name in ours)
@@ -204,8 +205,8 @@ def _presets(ours):
 
 
 def _with_sizes(recipe, ours, code_weights):
-    """A recipe for the original's weights: with the file's size of ConvNeXt, and its number of frames of images, whose
-    times and whose pooling are the original's."""
+    """A recipe for the original's weights: with the file's ConvNeXt size and number of camera frames, and with the
+    original's sweep times and pooling."""
     if recipe.camera is not None:
         backbone = {name.removeprefix(BACKBONE): w for name, w in ours.items() if name.startswith(BACKBONE)}
         depths, widths = _convnext_sizes(backbone)
@@ -238,9 +239,9 @@ def _shapes(recipe):
 
 
 def _unread_norms(recipe):
-    """Norms of stages before the FPN's first, which the original has: name -> (channels, value at the start).
+    """Norms of stages before the FPN's first, which the original has: name -> (channels, initial value).
 
-    mmdet's FPN is handed all stages; where there is a single level, it is the last one's alone.
+    mmdet's FPN gets all stages; with a single level, only the last.
     """
     camera = recipe.camera
     if camera is None or camera.fpn_levels == 1:
@@ -256,7 +257,7 @@ def _unread_norms(recipe):
 def _compare(state, shapes, report, unread=()):
     for name, weight in state.items():
         if name in unread:
-            report.left.append(f"left out: {name}, which nothing reads")
+            report.notes.append(f"dropped: {name}, which is never read")
         elif name not in shapes:
             report.unexpected.append(name)
         elif weight.shape != shapes[name]:
@@ -268,20 +269,20 @@ def _compare(state, shapes, report, unread=()):
 
 @dataclass(frozen=True)
 class Args:
-    paths: tyro.conf.Positional[tuple[Path, ...]]  # SOURCE OUT: a file or run, and what to write; see --merge
+    paths: tyro.conf.Positional[tuple[Path, ...]]  # SOURCE OUT: a file or run, and the file to write; see --merge
     kind: Literal["auto", "unipad", "convnext", "ours"] = "auto"  # what SOURCE is
-    merge: bool = False  # join the encoders of two checkpoints, ours or UniPAD's: CAMERA LIDAR OUT
-    preset: str | None = None  # of UniPAD's: the recipe it belongs to (default: the one that fits)
-    spconv: Literal[1, 2] = 1  # of ours: layout of the sparse convolutions' weights in OUT
-    strict: bool = True  # refuse what does not fit to the last weight
+    merge: bool = False  # merge the encoders of two checkpoints, ours or UniPAD's: CAMERA LIDAR OUT
+    preset: str | None = None  # UniPAD: the recipe that SOURCE belongs to (default: the one that fits)
+    spconv: Literal[1, 2] = 1  # ours: layout of the weights of sparse convolutions in OUT
+    strict: bool = True  # refuse a file unless all weights match
 
 
 def main(args: Args):
     if len(args.paths) != (3 if args.merge else 2):
-        raise UserError("name what to read and what to write: SOURCE OUT, or --merge CAMERA LIDAR OUT.")
+        raise UserError("name the input and the output: SOURCE OUT, or --merge CAMERA LIDAR OUT.")
     *sources, out = args.paths
     if any(out.resolve() == path.resolve() for path in sources):
-        raise UserError(f"{out} would be written over itself; name another file.")
+        raise UserError(f"{out} would overwrite its own source; name another file.")
     if args.merge:
         result, report = merge(*(_as_ours(path, args) for path in sources))
     else:
@@ -305,7 +306,7 @@ def main(args: Args):
 def _as_ours(path, args):
     state, kind, saved = read_weights(path)
     if kind == "convnext":
-        raise UserError(f"--merge {path} is a ConvNeXt of ImageNet; name trained encoders.")
+        raise UserError(f"--merge {path} is an ImageNet ConvNeXt; name trained encoders.")
     if kind == "ours":
         return saved
     result, report = convert_unipad(state)
@@ -321,7 +322,7 @@ def _refuse_faults(report, path, args):
         preset = f"preset {args.preset}" if args.preset else "any recipe"
         raise UserError(
             f"{path} does not fit {preset}: {len(report.missing)} weights are missing, {len(report.unexpected)} "
-            f"unexpected, {len(report.misshapen)} of another shape, such as {first}; --no-strict takes what fits."
+            f"unexpected, {len(report.misshapen)} of another shape, such as {first}; --no-strict converts what fits."
         )
 
 

@@ -1,30 +1,27 @@
-"""What the user can mend, said in one sentence. Without torch, so that processes which only draw need not load it."""
+"""User-facing errors: one sentence, exit code 2. Free of torch, which processes that only draw need not load."""
+
+from collections.abc import Sequence
+from operator import attrgetter
 
 
 class UserError(Exception):
-    """Something the user can mend: the message is one sentence that names the flag or file and the mend."""
+    """Something that the user can fix: the message is one sentence that names the flag or file, and the fix."""
 
 
 def check_choices(**flags):
-    """flags: name -> (value, what it may be); None is left out. Raises `UserError`."""
+    """flags: name -> (value, allowed values); None is skipped. Raises `UserError`."""
     for name, (value, choices) in flags.items():
         if value is not None and value not in choices:
             raise UserError(f"{_flag(name)} {value} is not known; use {', '.join(map(str, choices))}.")
 
 
-def check_ranges(args, above_0=(), not_below_0=(), share=()):
-    """Names of fields of `args`; None is left out. share: from 0 to below 1. Raises `UserError`."""
-    rules = [
-        (above_0, lambda value: value > 0, "must be above 0"),
-        (not_below_0, lambda value: value >= 0, "must not be below 0"),
-        (share, lambda value: 0 <= value < 1, "must be from 0 to below 1"),
-    ]
-    for names, holds, rule in rules:
-        for name in names:
-            value = getattr(args, name)
-            if value is not None and not holds(value):
-                raise UserError(f"{_flag(name)} {value} {rule}.")
+def check_ranges(args, above_0: Sequence[str] = (), not_below_0: Sequence[str] = ()):
+    """Names of fields of `args`, nested ones by their path; None is skipped. Raises `UserError`."""
+    for name in (*above_0, *not_below_0):
+        value = attrgetter(name)(args)
+        if value is not None and not (value > 0 if name in above_0 else value >= 0):
+            raise UserError(f"{_flag(name)} {value} must {'be above' if name in above_0 else 'not be below'} 0.")
 
 
 def _flag(name):
-    return "--" + name.replace("_", "-")
+    return "--" + name.removeprefix("recipe.").replace("_", "-")

@@ -1,4 +1,4 @@
-"""What the weights of others are called here, and how their tensors are laid out: one table each, read both ways.
+"""Names and layouts of other projects' weights and of ours: one table each, read in both directions.
 
 UniPAD's own checkpoints, with sparse convolutions of spconv 1 or 2, and ImageNet's ConvNeXt of four libraries.
 """
@@ -6,8 +6,10 @@ UniPAD's own checkpoints, with sparse convolutions of spconv 1 or 2, and ImageNe
 import re
 from functools import cache
 
-# Beginnings of the original's keys and of ours; * is a number. The first that fits counts, in either direction.
-# A third entry says how the tensors are laid out where that differs, see `LAYOUTS`.
+import torch
+
+# Prefixes of the original's keys and of ours; * is a number. The first match counts, in either direction.
+# A third entry names the layout where it differs, see `LAYOUTS`.
 DECODER = "pts_bbox_head.transformer.decoder.layers.*."
 PLAIN_REFERENCES = ("pts_bbox_head.transformer.reference_points.", "head.reference_points.")
 DENOISING_REFERENCES = ("pts_bbox_head.reference_points.", "head.reference_points.")
@@ -20,7 +22,7 @@ UNIPAD = [
     ("pts_middle_encoder.mtoken", "encoder.lidar.mask_token"),
     ("pts_middle_encoder.", "encoder.lidar.encoder.", "sparse"),
     ("pts_backbone.", "encoder.lidar.backbone.", "slices"),
-    # Convolution, norm and ReLU of all blocks in one row there, a row of blocks here
+    # Convolution, norm and ReLU of all blocks in one list there, a list of blocks here
     *[(f"pts_neck.extra_blocks.{3 * i + j}.", f"encoder.lidar_convs.{i}.{j}.") for i in range(4) for j in range(2)],
     ("pts_neck.", "encoder.lidar.neck.", "slices"),
     ("pts_bbox_head.view_trans.time_conv.", "encoder.frame_fusion.time_conv."),
@@ -44,7 +46,7 @@ UNIPAD = [
 ]
 CODE_WEIGHTS = "pts_bbox_head.code_weights"
 
-# The same for ConvNeXt, whose names here are the official ones; this way only
+# The same for ConvNeXt, whose names here are the official ones; to ours only
 IMAGENET = [
     ("backbone.downsample_layers.", "downsample_layers."),  # mmpretrain
     ("backbone.stages.*.*.depthwise_conv.", "stages.*.*.dwconv."),
@@ -74,31 +76,26 @@ IMAGENET = [
 ]
 
 
-def from_original(state):
-    """Weights under the original's keys, in the names and layouts of ours.
+def from_original(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Weights under the original's keys, in our names and layouts.
 
-    state: key -> tensor of a whole model or of a part of it; sparse convolutions' weights may be spconv 1's,
-        (kz, ky, kx, Cin, Cout), or spconv 2's.
+    state: of a whole model or a part of it; weights of sparse convolutions may be spconv 1's, (kz, ky, kx, Cin, Cout),
+        or spconv 2's.
 
-    Returns (dict name -> tensor, list of the keys that have no name here).
+    Returns (tensors by name, keys without a name here).
     """
     return _renamed(state, UNIPAD, 0, 1)
 
 
-def to_original(state, spconv=1):
-    """The inverse of `from_original`; spconv: 1 or 2, the layout of sparse convolutions' weights."""
+def to_original(state: dict[str, torch.Tensor], spconv: int = 1) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The inverse of `from_original`; spconv: 1 or 2, the layout of the weights of sparse convolutions."""
     other = DENOISING_REFERENCES if "head.reference_points.bias" in state else PLAIN_REFERENCES
     return _renamed(state, [row for row in UNIPAD if row is not other], 1, 0, spconv)
 
 
-def from_imagenet(state):
-    """Weights of an ImageNet ConvNeXt in the names of `model.camera.ConvNeXt`; returns as `from_original` does."""
+def from_imagenet(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Weights of an ImageNet ConvNeXt in the names of `model.camera.ConvNeXt`; returns what `from_original` does."""
     return _renamed(state, IMAGENET, 0, 1)
-
-
-def our_name(key):
-    """What the original's `key` is called here; None if it has no place."""
-    return _rename(key, UNIPAD, 0, 1)[0]
 
 
 def _renamed(state, rows, source, target, spconv=1):
@@ -114,23 +111,23 @@ def _renamed(state, rows, source, target, spconv=1):
 
 def _rename(key, rows, source, target):
     for row in rows:
-        if found := _beginning(row[source]).match(key):
+        if found := _prefix(row[source]).match(key):
             numbers = iter(found.groups())
-            begin = "".join(next(numbers) if c == "*" else c for c in row[target])
-            return begin + key[found.end() :], row[2] if len(row) > 2 else None
+            prefix = "".join(next(numbers) if c == "*" else c for c in row[target])
+            return prefix + key[found.end() :], row[2] if len(row) > 2 else None
     return None, None
 
 
 @cache
-def _beginning(pattern):
+def _prefix(pattern):
     return re.compile(re.escape(pattern).replace(r"\*", r"(\d+)"))
 
 
 def _sparse(weight, to_ours, spconv):
     """Sparse convolutions: here (Cout, kz, ky, kx, Cin).
 
-    spconv 1 has (kz, ky, kx, Cin, Cout), and spconv 2 what we have; but for 1 x 1 x 1 it reads the same memory as a
-    matrix (Cin, Cout).
+    spconv 1 has (kz, ky, kx, Cin, Cout), spconv 2 the same as here, except that it reads the memory of a 1 x 1 x 1
+    convolution as a matrix (Cin, Cout).
     """
     if weight.dim() != 5:
         return weight

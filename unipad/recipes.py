@@ -1,4 +1,4 @@
-"""The recipes: those of the paper and of the released configs, and tiny ones for two CPU cores."""
+"""The presets: recipes of the paper and of the released configs, and tiny ones for two CPU cores."""
 
 import math
 from dataclasses import replace
@@ -23,7 +23,7 @@ from unipad.config import (
 # The released configs' ranges and volumes, by the size of the LiDAR voxels that they are made for
 GRID_075 = Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(0.6, 0.6, 1.6))
 
-# The final recipes' camera: one level of features, 256 channels, pooled by depths from 1 to 60 m in steps of 0.5
+# The final recipes' camera: one feature level of 256 channels, pooled over depths from 1 to 60 m in steps of 0.5 m
 CAMERA_075 = CameraConfig(
     fpn_start=3,
     fpn_levels=1,
@@ -34,21 +34,21 @@ CAMERA_075 = CameraConfig(
     view="pool",
 )
 
-# The ablation's camera with the view transform of BEVDet (depths guessed by one convolution) or BEVDepth (by a deeper
-# head, which fine-tuning holds against the LiDAR). The paper's ablation has BEVDet's, but no config is released: the
-# level of features and the depths are the final recipes'.
+# The ablation's camera with the view transform of BEVDet (depth from one convolution) or of BEVDepth (from a deeper
+# head, supervised by LiDAR in fine-tuning). The paper's ablation has BEVDet's, but no config is released: feature level
+# and depth bins are the final recipes'.
 CAMERA_BEVDET = replace(CAMERA_075, channels=128, depth="simple")
 CAMERA_BEVDEPTH = replace(CAMERA_075, channels=128)
 
-# UVTR-CS: no config is released. The paper improves 48.8 / 39.2, which are those of UVTR's L2CS3-R101: three frames.
+# UVTR-CS: no config is released. The paper starts from 48.8 / 39.2, which is UVTR's L2CS3-R101: three frames.
 THREE_FRAMES = Data(sweeps=10, camera_sweeps=3)
 
-# What the LiDAR's fine-tuning and the pre-training for segmentation vary
+# Of LiDAR fine-tuning and of pre-training for segmentation
 LIDAR_AUGMENT = Augment(
     rotation=0.785, scale=(0.9, 1.1), translation=(0.5, 0.5, 0.5), flip_x=0.5, flip_y=0.5, shuffle=True
 )
 
-# Two CPU cores, a few minutes, weights from scratch: a near and coarse volume, few rays, a surface that starts sharp.
+# For two CPU cores and a few minutes, from scratch: a small coarse volume, few rays, a surface that starts sharp.
 TINY_GRID = Grid(low=(-40.0, -40.0, -3.0), high=(40.0, 40.0, 9.0), cell=(1.25, 1.25, 2.0))
 TINY_CAMERA = CameraConfig(  # a quarter of ConvNeXt-tiny's width
     depths=(2, 2, 4, 2),
@@ -70,7 +70,7 @@ TINY_LIDAR = LidarConfig(
     channels=32,
 )
 TINY_UNET = UnetConfig(cell=0.3, mask_block=2, stem=16, widths=(24, 32, 48, 48, 32, 32), blocks=(1, 1, 1, 1, 1, 1))
-TINY_RAYS = RayChoice(per_view=64, lidar_per_view=40, sky=0.0)  # a third of the rays for what no LiDAR point shows
+TINY_RAYS = RayChoice(per_view=64, lidar_per_view=40, sky=0.0)  # a third of the rays where LiDAR sees nothing
 TINY_RENDER = Render(samples=40, importance=16, variance=0.5)
 TINY_OPTIM = Optim(lr=2e-3, backbone_lr=1.0, warmup_steps=20, epochs=6.5, batch_size=1)
 
@@ -78,7 +78,7 @@ CAMERA_075_PRETRAIN = PretrainRecipe(
     grid=GRID_075, data=Data(sweeps=10), camera=CAMERA_075, rays=RayChoice(far_radius=100.0)
 )
 
-# modality -> name -> recipe; the last of a modality is the default where there are real data
+# modality -> name -> recipe
 PRETRAIN = {
     "camera": {
         "tiny": PretrainRecipe(
@@ -104,7 +104,7 @@ PRETRAIN = {
             augment=Augment(rotation=0.3925, scale=(0.95, 1.05), shuffle=True),
             lidar=TINY_LIDAR,
             rays=replace(TINY_RAYS, lidar_per_view=64),
-            # Depth alone gives no gradient where a sharp surface has vanished: one run in two never found it again.
+            # Depth alone has no gradient where a sharp surface has vanished: every second run never recovered it.
             render=replace(TINY_RENDER, rgb_weight=0.0, variance=0.3),
             optim=TINY_OPTIM,
         ),
@@ -117,7 +117,7 @@ PRETRAIN = {
             render=replace(TINY_RENDER, rgb_weight=0.0, variance=0.3),
             optim=TINY_OPTIM,
         ),
-        # The paper's for segmentation, of which no config is released: the volume is the LiDAR recipe's
+        # The paper's for segmentation; no config is released, so the volume is the LiDAR recipe's
         "segment": PretrainRecipe(
             grid=GRID_075,
             augment=LIDAR_AUGMENT,
@@ -147,8 +147,8 @@ PRETRAIN = {
             render=TINY_RENDER,
             optim=replace(TINY_OPTIM, epochs=5.0),
         ),
-        # Both encoders of the final recipes trained jointly, which the original never did: the optimizer is the
-        # cameras', the augmentation the LiDAR's.
+        # Trains both encoders of the final recipes jointly, which the original never did: the cameras' optimizer and
+        # the LiDAR's augmentation.
         "fusion-0.075": PretrainRecipe(
             grid=GRID_075,
             data=Data(sweeps=10),
@@ -160,7 +160,7 @@ PRETRAIN = {
     },
 }
 
-# The plain head of the camera ablation: no velocity or position counts more, nothing is suppressed
+# Head of the camera ablation: all entries of the code weigh the same, nothing is suppressed
 PLAIN_HEAD = Detect(denoising=False, code_weights=(1.0,) * 10, nms=())
 LIDAR_OPTIM = Optim(schedule="one_cycle", lr=1e-3, start=0.1, final=1e-5, clip=10.0, epochs=20, batch_size=16)
 CAMERA_AUGMENT = Augment(rotation=0.3925, scale=(0.95, 1.05), photometric=True, grid_mask=0.7)
@@ -171,15 +171,15 @@ TINY_HEAD = Detect(queries=200, layers=3, heads=4, hidden=128, dropout=0.0, nois
 TINY_DETECT_OPTIM = Optim(lr=1e-3, backbone_lr=1.0, warmup_steps=50, epochs=15, batch_size=1)
 
 
-def _seeing(encoder, **others):
-    """An encoder of the paper as fine-tuning has it: it sees everything, and its volume is convolved."""
+def _unmasked(encoder, **others):
+    """An encoder of the paper as fine-tuning uses it: nothing is masked, and its volume is convolved."""
     return replace(encoder, mask_ratio=0.0, volume_convs=3, **others)
 
 
-CAMERA_075_FINAL = _seeing(CAMERA_075, depth_weight=1.0)  # the depth head learns from the LiDAR too
-LIDAR_FINAL = _seeing(LidarConfig())
-TINY_CAMERA_SEEING = replace(TINY_CAMERA, mask_ratio=0.0, depth_weight=1.0)
-TINY_LIDAR_SEEING = replace(TINY_LIDAR, mask_ratio=0.0)
+CAMERA_075_FINAL = _unmasked(CAMERA_075, depth_weight=1.0)  # LiDAR supervises the depth head
+LIDAR_FINAL = _unmasked(LidarConfig())
+TINY_CAMERA_UNMASKED = replace(TINY_CAMERA, mask_ratio=0.0, depth_weight=1.0)
+TINY_LIDAR_UNMASKED = replace(TINY_LIDAR, mask_ratio=0.0)
 CAMERA_075_DETECT = DetectRecipe(
     grid=GRID_075,
     data=Data(sweeps=10),
@@ -189,26 +189,25 @@ CAMERA_075_DETECT = DetectRecipe(
     optim=Optim(epochs=24),
 )
 CAMERA_01_ABLATION = DetectRecipe(
-    augment=CAMERA_AUGMENT, camera=_seeing(CameraConfig()), detect=PLAIN_HEAD, label_fraction=0.5
+    augment=CAMERA_AUGMENT, camera=_unmasked(CameraConfig()), detect=PLAIN_HEAD, label_fraction=0.5
 )
 
-# modality -> name -> recipe; the last of a modality is the default where there are real data. The released configs name
-# samples a GPU, not GPUs: batches are those of four.
+# modality -> name -> recipe. The released configs state samples per GPU, not GPUs: batch sizes are for four.
 DETECT = {
     "camera": {
         "tiny": DetectRecipe(
             grid=TINY_GRID,
             data=Data(image_size=(128, 224)),
             augment=replace(CAMERA_AUGMENT, grid_mask=0.0),
-            camera=TINY_CAMERA_SEEING,
+            camera=TINY_CAMERA_UNMASKED,
             detect=TINY_HEAD,
             optim=replace(TINY_DETECT_OPTIM, epochs=12),
         ),
         # final_uvtr_cam_vs0.075_finetune
         "camera-0.075": CAMERA_075_DETECT,
         "camera-0.075-sweeps": replace(CAMERA_075_DETECT, data=THREE_FRAMES),
-        "camera-0.1-bevdet": replace(CAMERA_01_ABLATION, camera=_seeing(CAMERA_BEVDET)),
-        "camera-0.1-bevdepth": replace(CAMERA_01_ABLATION, camera=_seeing(CAMERA_BEVDEPTH, depth_weight=1.0)),
+        "camera-0.1-bevdet": replace(CAMERA_01_ABLATION, camera=_unmasked(CAMERA_BEVDET)),
+        "camera-0.1-bevdepth": replace(CAMERA_01_ABLATION, camera=_unmasked(CAMERA_BEVDEPTH, depth_weight=1.0)),
         # abl_uvtr_cam_vs0.1_finetune
         "camera-0.1": CAMERA_01_ABLATION,
     },
@@ -216,9 +215,9 @@ DETECT = {
         "tiny": DetectRecipe(
             grid=TINY_GRID,
             data=Data(cameras=False),
-            # not mirrored: cars would drive on the left
+            # no flips: cars would drive on the left
             augment=Augment(rotation=0.3925, scale=(0.95, 1.05), shuffle=True),
-            lidar=TINY_LIDAR_SEEING,
+            lidar=TINY_LIDAR_UNMASKED,
             detect=TINY_HEAD,
             optim=TINY_DETECT_OPTIM,
         ),
@@ -248,8 +247,8 @@ DETECT = {
             grid=TINY_GRID,
             data=Data(image_size=(128, 224)),
             augment=replace(CAMERA_AUGMENT, grid_mask=0.0, shuffle=True),
-            camera=TINY_CAMERA_SEEING,
-            lidar=TINY_LIDAR_SEEING,
+            camera=TINY_CAMERA_UNMASKED,
+            lidar=TINY_LIDAR_UNMASKED,
             detect=TINY_HEAD,
             optim=replace(TINY_DETECT_OPTIM, epochs=10),
         ),
@@ -276,10 +275,10 @@ DETECT = {
     },
 }
 
-# Mirrored too: no class of a point has a heading
+# With flips: the classes of points have no heading
 SEGMENT_AUGMENT = Augment(rotation=math.pi, scale=(0.9, 1.1), flip_x=0.5, flip_y=0.5, shuffle=True)
 
-# The same for segmentation
+# modality -> name -> recipe
 SEGMENT = {
     "lidar": {
         "tiny": SegmentRecipe(
@@ -289,7 +288,7 @@ SEGMENT = {
             lidar=replace(TINY_UNET, mask_ratio=0.0),
             optim=Optim(schedule="one_cycle", lr=5e-3, start=0.1, final=1e-3, epochs=17.5, batch_size=2),
         ),
-        # Pointcept's semseg-spunet-v1m1-0-base, which the paper fine-tunes by; the Lovász softmax is added
+        # Pointcept's semseg-spunet-v1m1-0-base, with which the paper fine-tunes, plus the Lovász softmax
         "segment": SegmentRecipe(
             grid=GRID_075,
             data=Data(cameras=False),
@@ -310,3 +309,6 @@ SEGMENT = {
         ),
     },
 }
+
+# Defaults where there is real data; the synthetic city has "tiny". By modality, for segmentation by task.
+DEFAULT_PRESET = {"camera": "camera-0.1", "lidar": "lidar-0.075", "fusion": "fusion-0.075", "segment": "segment"}

@@ -1,8 +1,9 @@
-"""Where a run happens and what it leaves behind: device, processes, random numbers, run folder."""
+"""Where a run happens and what it leaves behind: device, processes, random numbers, progress, run folder."""
 
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import platform
 import resource
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +23,6 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from unipad.checkpoint import last_checkpoint, read_checkpoint, write_checkpoint
-from unipad.config import from_plain
 from unipad.errors import UserError
 from unipad.kernels import tuning
 
@@ -35,7 +35,7 @@ def exit_on_user_error():
     except UserError as error:
         sys.exit(_refuse(str(error)))
     except torch.OutOfMemoryError:
-        sys.exit(_refuse("the GPU is out of memory: lower --batch-size, or take --precision bf16."))
+        sys.exit(_refuse("the GPU is out of memory: lower --batch-size, or use --precision bf16."))
 
 
 def _refuse(sentence):
@@ -52,9 +52,14 @@ class World:
     device: torch.device
 
     @property
-    def is_main(self):
+    def is_main(self) -> bool:
         """True in the one process that writes files and prints."""
         return self.rank == 0
+
+    def print0(self, *values):
+        """Print in the main process."""
+        if self.is_main:
+            print(*values, flush=True)
 
     @contextlib.contextmanager
     def main_first(self):
@@ -65,9 +70,28 @@ class World:
         if self.size > 1 and self.is_main:
             dist.barrier()
 
+    def workers(self, asked: int | None) -> int:
+        """Data loading processes per process: what was asked for, or 4 with a GPU and 1 without."""
+        return asked if asked is not None else 4 if self.device.type == "cuda" else 1
 
-# Gloo's destructor waits for a thread that may wait for Python's lock. Python's own reference is given up without the
-# lock, the one in DistributedDataParallel with it: so Python's has to be the last, or a process may never end.
+    def micro_batch(self, batch_size: int, accumulate: int) -> int:
+        """Samples of a micro-batch: a step is `accumulate` of them in every process. Raises `UserError`."""
+        parts = self.size * accumulate
+        if batch_size % parts:
+            raise UserError(
+                f"--batch-size {batch_size} cannot be split over {self.size} processes x {accumulate} micro-batches; "
+                f"use a multiple of {parts}."
+            )
+        return batch_size // parts
+
+    def positions(self, index: int, micro_batch: int) -> range:
+        """Positions in the step's batch of this process's micro-batch number `index`."""
+        first = (index * self.size + self.rank) * micro_batch
+        return range(first, first + micro_batch)
+
+
+# Gloo's destructor waits for a thread that may wait for the GIL. Python's own reference is dropped without the GIL, the
+# one in DistributedDataParallel with it: so Python's has to be the last, or a process may never end.
 _GROUPS = []
 
 
@@ -79,7 +103,7 @@ def start(device: str, deterministic: bool) -> Iterator[World]:
         the GPU of its local rank.
     """
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: PyTorch sees no GPU here; use --device cpu or leave the flag out.")
+        raise UserError(f"--device {device}: PyTorch finds no GPU here; use --device cpu or leave the flag out.")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -93,14 +117,14 @@ def start(device: str, deterministic: bool) -> Iterator[World]:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         gpus = torch.cuda.device_count()
         if device.index >= gpus:
-            raise UserError(f"{device} is wanted, but there are only {gpus} GPUs; choose another or fewer processes.")
+            raise UserError(f"{device} does not exist, there are {gpus} GPUs; choose another one or fewer processes.")
         torch.cuda.set_device(device)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     if size > 1:
         gpu = device if device.type == "cuda" else None
-        # The first may take hours over what the others wait for: an index, objects to paste, the devkit's metrics.
+        # The others may wait for hours for the main one: an index, objects to paste, the devkit's metrics.
         dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu, timeout=timedelta(hours=12))
         _GROUPS.append(dist.group.WORLD)
     try:
@@ -113,8 +137,8 @@ def start(device: str, deterministic: bool) -> Iterator[World]:
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def mixed_precision(precision, device):
-    """(autocast, gradient scaler) of a name in `PRECISIONS`; None: on a GPU bf16, or fp16 if it lacks bf16; else fp32.
+def mixed_precision(precision: str | None, device: torch.device) -> tuple[torch.autocast, torch.amp.GradScaler]:
+    """(autocast, gradient scaler) for a name in `PRECISIONS`; None: on a GPU bf16, or fp16 if it lacks bf16; else fp32.
 
     Raises `UserError` for bf16 on a GPU without it, where compilers emulate it slowly or fail.
     """
@@ -127,38 +151,38 @@ def mixed_precision(precision, device):
     return autocast, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
 
-def has_bf16(device):
+def has_bf16(device: torch.device) -> bool:
     """False for NVIDIA GPUs before Ampere. On ROCm, capabilities start at 9 and every supported GPU has bf16."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def generators(seed, step, positions, device):
-    """One random generator a sample, a function of (seed, step, position in the global batch) alone.
+def generators(seed: int, step: int, positions: Iterable[int], device) -> list[torch.Generator]:
+    """One random generator per sample, a function of (seed, step, position in the global batch) alone.
 
-    All randomness of a training step comes from here. So a step draws the same numbers after a resume as
-    without one, and however its samples are spread over processes.
+    All randomness of a training step comes from here. So a step draws the same numbers whether or not the run was
+    resumed, and however its samples are spread over processes.
     """
     states = [np.random.SeedSequence([seed, step, p]).generate_state(1, np.uint64)[0] for p in positions]
     return [torch.Generator(device).manual_seed(int(state)) for state in states]
 
 
-def all_reduce_sum(tensor):
-    """The sum over all processes, in place; the tensor itself where there is one process."""
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over all processes, in place; a no-op with one process."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
-def from_main(value, world):
-    """The main process's `value`, in every process; it travels pickled. All processes must ask."""
+def from_main(value, world: World):
+    """The main process's `value` in every process, sent pickled. Collective: all processes must call it."""
     values = [value]
     if world.size > 1:
         dist.broadcast_object_list(values, device=world.device)
     return values[0]
 
 
-def to_main(value, world):
-    """The list of every process's `value` in the main process, None elsewhere. All processes must ask."""
+def to_main(value, world: World) -> list | None:
+    """The list of all processes' `value`s in the main process, None elsewhere. Collective."""
     values = [None] * world.size if world.is_main else None
     if world.size == 1:
         return [value]
@@ -166,15 +190,67 @@ def to_main(value, world):
     return values
 
 
-def mean_over_processes(values):
-    """dict name -> scalar tensor to dict name -> float, the mean over all processes. Waits for the device."""
+def mean_over_processes(values: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Scalar tensors by name to floats, the mean over all processes. Waits for the device. Collective."""
     total = all_reduce_sum(torch.stack([v.detach().double() for v in values.values()]))
     size = dist.get_world_size() if dist.is_initialized() else 1
     return dict(zip(values, (total / size).tolist(), strict=True))
 
 
+def local_gradients(model, more: bool):
+    """Context in which `model`'s gradients stay in this process, if `more` micro-batches of the step follow.
+
+    The backward pass of the last one averages over processes.
+    """
+    return model.no_sync() if more and hasattr(model, "no_sync") else contextlib.nullcontext()
+
+
+class Progress:
+    """What a training loop reports: losses and speed, to the run and as lines; unreadable frames, each once."""
+
+    def __init__(self, run, world: World, step: int, last: int, steps: int, batch_size: int):
+        """step: done so far; last: where this process stops, of the `steps` that the schedule spans."""
+        self.run, self.world, self.last, self.steps, self.batch_size = run, world, last, steps, batch_size
+        self.unreadable = set()
+        self.restart(step)
+
+    def restart(self, step: int):
+        """Measure speed from here on, so without what came before."""
+        self.since, self.clock = step, time.perf_counter()
+
+    def skip(self, bad_frames: list[str]):
+        """Name frames that could not be read."""
+        for frame in set(bad_frames) - self.unreadable:
+            print(f"skipped {frame}", file=sys.stderr)
+        self.unreadable.update(bad_frames)
+
+    def sum_up(self):
+        """Say how many frames could not be read."""
+        if self.unreadable:
+            self.world.print0(f"{len(self.unreadable)} unreadable frames, named above, were replaced by others.")
+
+    def finite(self, values: dict[str, torch.Tensor], scaler, step: int) -> dict[str, float]:
+        """`mean_over_processes`; raises `UserError` where training has diverged, before that would be saved."""
+        values = mean_over_processes(values)
+        # fp16 skips a step whose gradient overflows, and lowers its scale
+        if not math.isfinite(values["loss"] + (0 if scaler.is_enabled() else values["grad_norm"])):
+            raise UserError(f"the loss is not finite at step {step}: lower --lr or use --precision fp32.")
+        return values
+
+    def report(self, step: int, values: dict[str, float], lr: float, rays_per_sample: int = 0):
+        """Log the values of `step` and print them, with the speed since the last report."""
+        speed = self.batch_size * (step - self.since) / (time.perf_counter() - self.clock)
+        self.restart(step)
+        rates = {"lr": lr, "samples_per_s": speed, **memory_mb(self.world.device)}
+        rates |= {"rays_per_s": speed * rays_per_sample} if rays_per_sample else {}
+        self.run.scalars({f"train/{name}": value for name, value in (values | rates).items()}, step)
+        left = timedelta(seconds=round((self.last - step) * self.batch_size / speed))
+        line = f"step {step}/{self.steps}  {format_metrics(values)}  {format_metrics(rates)}  {left} left"
+        self.world.print0(line)
+
+
 class StopOnSignal:
-    """Ctrl-C and SIGTERM let the step in hand end, so that it can be saved; a second one stops at once."""
+    """Ctrl-C and SIGTERM let the current step finish, so that it can be saved; a second one stops at once."""
 
     def __init__(self):
         self.signal = 0
@@ -186,22 +262,55 @@ class StopOnSignal:
             raise KeyboardInterrupt
         self.signal = number
 
-    def asked(self, world):
-        """True in all processes as soon as one was signalled. Every process must ask at the same steps."""
+    def asked(self, world: World) -> bool:
+        """True in all processes once one of them was signaled. Collective."""
         if world.size == 1:
             return self.signal > 0
         return all_reduce_sum(torch.tensor(float(self.signal), device=world.device)).item() > 0
 
 
+def find_run(kind: str, out: Path | None, resume: str, world: World) -> tuple[Path, dict | None]:
+    """The folder of this run and the checkpoint that it resumes from, or None. The main process decides for all.
+
+    kind:   runs without `out` are in outputs/<kind>/<time>.
+    resume: "never"; "auto", what is in `out`, or the newest run of this kind if it is unfinished; or a run's folder.
+    """
+    found = _find_run(Path("outputs") / kind, out, resume) if world.is_main else None
+    return from_main(found, world)  # the others may see another clock, or another disk
+
+
+def _find_run(root, out, resume):
+    if resume == "never":
+        if out and last_checkpoint(out):
+            raise UserError(f"--out {out} has a run already; resume it with --resume auto or choose another folder.")
+        return out or _new_run_path(root), None
+    if resume != "auto":
+        path = Path(resume)
+        if not last_checkpoint(path):
+            raise UserError(f"--resume {path} has no checkpoints/last.pt; name the folder of a run.")
+        return path, read_checkpoint(last_checkpoint(path))
+    newest = max(root.glob("*/checkpoints/last.pt"), default=None, key=lambda file: file.stat().st_mtime)
+    path = out or (newest.parent.parent if newest else _new_run_path(root))
+    saved = read_checkpoint(last_checkpoint(path)) if last_checkpoint(path) else None
+    if saved and not out and saved["step"] >= saved["config"]["steps"]:
+        return _new_run_path(root), None
+    return path, saved
+
+
 class RunFolder:
     """A run's folder: config.json, log.jsonl, tensorboard/, checkpoints/, images/. Only the main process writes.
 
-    All but tuning.json, which is there on request: processes have GPUs of their own, and the last to write it wins.
+    Except for tuning.json, where asked for: processes have GPUs of their own, and the last one to write it wins.
     """
 
-    def __init__(self, path: Path, config, world: World, first=0):
-        """`first`: the step that the run goes on from; what a crashed run logged after it is dropped."""
-        self.path, self.writes = path, world.is_main
+    def __init__(self, path: Path, config: dict, world: World, saved: dict | None = None):
+        """config: as `run_config` makes it.
+        saved:  the checkpoint that the run resumes from; what was logged after it is dropped. Raises `UserError` if it
+            was trained under other settings.
+        """
+        if saved:
+            _check_same_curve(saved["config"], config, path)
+        self.path, self.config, self.writes = path, config, world.is_main
         if not self.writes:
             return
         if path.is_file():
@@ -209,6 +318,7 @@ class RunFolder:
         for name in ("checkpoints", "images"):
             (path / name).mkdir(parents=True, exist_ok=True)
         (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        first = saved["step"] if saved else 0
         self._board = SummaryWriter(path / "tensorboard", purge_step=first + 1 if first else None)
         _drop_records_after(first, path / "log.jsonl")
         self._log = (path / "log.jsonl").open("a")
@@ -216,77 +326,45 @@ class RunFolder:
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         self.log({"command": sys.argv, "commit": commit(), "versions": versions, "gpu": gpu, "config": config})
 
-    @classmethod
-    def new_or_resumed(cls, name, out, resume, config, world, kinds):
-        """The folder of this run and the checkpoint it goes on from, or None. The main process decides for all.
-
-        name:   of the kind of run; runs without `out` live in outputs/<name>/<time>.
-        resume: "never"; "auto", the newest checkpoint of `out` or of the newest run, if it is unfinished;
-            or the run folder to go on with.
-        config: {"args": ..., "recipe": ..., "steps": ...}; must agree with the checkpoint's where it
-            decides the curve.
-        kinds:  the dataclasses of args and recipe: what they have learned since the run began had its default then.
-        """
-        decided = cls._decide(name, out, resume, config, kinds) if world.is_main else None
-        path, saved = from_main(decided, world)  # the others may see another clock, or another disk
-        return cls(path, config, world, saved["step"] if saved else 0), saved
-
-    @staticmethod
-    def _decide(name, out, resume, config, kinds):
-        root = Path("outputs") / name
-        path = out or _new_run_path(root)
-        if resume == "never":
-            if out and last_checkpoint(out):
-                raise UserError(f"--out {out} holds a run already; add --resume auto or choose another folder.")
-        elif resume == "auto":
-            newest = max(root.glob("*/checkpoints/last.pt"), default=None, key=lambda f: f.stat().st_mtime)
-            path = out or (newest.parent.parent if newest else path)
-        else:
-            path = Path(resume)
-            if not last_checkpoint(path):
-                raise UserError(f"--resume {path} has no checkpoints/last.pt; name the folder of a run.")
-        file = last_checkpoint(path) if resume != "never" else None
-        saved = read_checkpoint(file) if file else None
-        if saved and resume == "auto" and not out and saved["step"] >= saved["config"]["steps"]:
-            path, saved = _new_run_path(root), None
-        if saved:
-            _check_same_curve(_completed(saved["config"], kinds), config, path)
-        return path, saved
-
     def tune(self):
-        """Try ways to launch kernels on this GPU until the run is closed; keep what was fastest in tuning.json."""
+        """Autotune kernel launches on this GPU until the run is closed; the fastest are kept in tuning.json."""
         file = self.path / "tuning.json"
         try:
             tuning.enable(file)
         except ValueError:
-            raise UserError(f"{file} is damaged; remove it, and the launches are tried again.") from None
+            raise UserError(f"{file} is damaged; remove it to tune again.") from None
 
-    def log(self, record):
+    def log(self, record: dict):
         """Append one JSON line."""
         if self.writes:
             self._log.write(json.dumps(record) + "\n")
             self._log.flush()
 
-    def scalars(self, values, step):
-        """Write `values` (name -> float) to TensorBoard and to log.jsonl."""
+    def scalars(self, values: dict[str, float], step: int):
+        """Write scalars by name to TensorBoard and to log.jsonl."""
         if self.writes:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
             self.log({"step": step, **values})
 
-    def picture(self, name, image, step):
+    def picture(self, name: str, image: np.ndarray, step: int):
         """Write `image` ([H, W, 3] uint8) to TensorBoard and to images/<name>_<step>.png."""
         if self.writes:
             Image.fromarray(image).save(self.path / "images" / f"{name}_{step:06d}.png")
             self._board.add_image(name, image, step, dataformats="HWC")
 
-    def save(self, state, keep=False):
-        """Write checkpoints/last.pt, whole or not at all; `keep` leaves a step_<N>.pt beside it."""
+    def save(self, step: int, parts: dict, metrics: dict, keep: bool = False):
+        """Write checkpoints/last.pt, whole or not at all; `keep` leaves a step_<N>.pt beside it.
+
+        parts: name -> what has a `state_dict`; metrics: what `resumed` should return beside the step.
+        """
         if self.writes:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= {"step": step, "metrics": metrics, "config": self.config}
             folder = self.path / "checkpoints"
             write_checkpoint(state, folder / "last.pt")
             if keep:
-                write_checkpoint(state, folder / f"step_{state['step']}.pt")
+                write_checkpoint(state, folder / f"step_{step}.pt")
 
     def close(self):
         tuning.disable()
@@ -295,8 +373,17 @@ class RunFolder:
             self._log.close()
 
 
+def resumed(saved: dict | None, parts: dict) -> tuple[int, dict]:
+    """Load `parts` from a checkpoint of `RunFolder.save`; returns (step, metrics). A new run starts at (0, {})."""
+    if not saved:
+        return 0, {}
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])
+    return saved["step"], saved["metrics"]
+
+
 def _drop_records_after(step, log):
-    """Cut records of later steps, and a half-written last line, off a log.jsonl."""
+    """Remove the records of later steps, and a half-written last line, from a log.jsonl."""
     if log.exists():
         part = log.with_name(f".{log.name}.{os.getpid()}")
         with part.open("w") as f:
@@ -308,14 +395,15 @@ def _drop_records_after(step, log):
 
 
 def _new_run_path(root):
-    """root/<time>, with a number behind where two runs start in one second."""
+    """root/<time>, with a number appended where two runs start in the same second."""
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
     names = [stamp] + [f"{stamp}_{i}" for i in range(2, 100)]
     return next(root / name for name in names if not (root / name).exists())
 
 
-# Flags that may differ when a run goes on: they change where it runs and what it shows, not what it should compute.
+# Flags that may differ when a run resumes: they change where it runs and what it shows, not what it computes.
 FREE_FLAGS = {
+    "config",
     "out",
     "resume",
     "stop_at",
@@ -331,40 +419,45 @@ FREE_FLAGS = {
 }
 
 
-def _completed(saved, kinds):
-    """The config of an older run with the settings that its `kinds` have gained since, at their defaults."""
-    args, recipe = kinds
-    with contextlib.suppress(TypeError):  # a setting that is gone: the difference will be named
-        saved = {**saved, "recipe": to_dict(from_plain(recipe, saved["recipe"]))}
-    return {**saved, "args": {**to_dict(args()), **saved["args"]}}
+def _check_same_curve(old, new, path):
+    """Refuse to resume a run under other settings."""
+    for was, now in (
+        ({**old["args"], "steps": old["steps"]}, {**new["args"], "steps": new["steps"]}),
+        (dict(_flatten(old["recipe"])), dict(_flatten(new["recipe"]))),
+    ):
+        if was.keys() != now.keys():
+            raise UserError(f"{path} was made by another version of this project; start a new run.")
+        for name in now:
+            if name not in FREE_FLAGS and was[name] != now[name]:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(
+                    f"{path} was started with {flag} {was[name]}, not {now[name]}; resume it by --resume {path} alone, "
+                    "or start a new run."
+                )
 
 
-def _check_same_curve(saved, config, path):
-    """Refuse to go on with a run under other settings."""
-    old = {**saved["args"], "recipe": saved["recipe"], "steps": saved["steps"]}
-    new = {**config["args"], "recipe": config["recipe"], "steps": config["steps"]}
-    for name in new.keys() - FREE_FLAGS:
-        if old.get(name) != new[name]:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(
-                f"{path} was started with another {flag} ({_difference(old.get(name), new[name])}); "
-                f"repeat the flags of its config.json or start afresh with --resume never."
-            )
+def _flatten(settings, prefix=""):
+    """Yield (dotted name, value) of nested dicts."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
-def _difference(old, new):
-    if isinstance(old, dict) and isinstance(new, dict):
-        return "; ".join(f"{k}: {_difference(old.get(k), new[k])}" for k in new if old.get(k) != new[k])
-    return f"{old} there, {new} now"
+def run_config(args, steps: int) -> dict:
+    """What config.json holds: a script's flags, their recipe, and the steps of the schedule."""
+    flags = to_dict(args)
+    return {"args": flags, "recipe": flags.pop("recipe"), "steps": steps}
 
 
-def to_dict(config):
-    """A dataclass as JSON-able values (and so as `weights_only` ones)."""
+def to_dict(config) -> dict:
+    """A dataclass as JSON-able values, which `weights_only` reads too; `config.from_dict` is the inverse."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
-def commit():
-    """The commit of this code, `-dirty` behind it where files have changed; None where git does not tell."""
+def commit() -> str | None:
+    """The commit of this code, with `-dirty` appended where files have changed; None where git cannot tell."""
     command = ["git", "describe", "--always", "--dirty"]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
@@ -373,13 +466,13 @@ def commit():
     return done.stdout.strip() or None
 
 
-def format_metrics(values):
-    """A progress line's part: dict name -> number, three digits each."""
+def format_metrics(values: dict[str, float]) -> str:
+    """Numbers with their names, three digits each, for a progress line."""
     return "  ".join(f"{name} {value:.3g}" for name, value in values.items())
 
 
-def memory_mb(device):
-    """Peak memory so far: of the GPU, or of this process."""
+def memory_mb(device: torch.device) -> dict[str, float]:
+    """Peak memory so far, of the GPU or of this process."""
     if device.type == "cuda":
         return {"gpu_mem_mb": torch.cuda.max_memory_allocated(device) / 2**20}
     return {"mem_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10}

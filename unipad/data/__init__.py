@@ -1,12 +1,13 @@
-"""Data: nuScenes tables to batches, and a synthetic city in the same format.
+"""Data: from files to batches, and a synthetic city in the nuScenes format.
 
-    nuscenes.py   samples of the real set or the synthetic one -> batch
-    tables.py     nuScenes tables -> index of samples, cached
-    transforms.py points, cameras and boxes move together; images change colors
-    cutpaste.py   objects of other frames put into a sample
-    loader.py     samples -> batches, sharded over processes
-    synthetic.py  writes the city to disk in the nuScenes format (also a command line)
-    city/         the city itself: streets, traffic, ray casting, paint
+dataset.py    the interface of a dataset, and samples -> batch
+nuscenes.py   the nuScenes dataset, real or synthetic
+tables.py     nuScenes tables -> index of samples, cached
+transforms.py augmentation: points, cameras and boxes together; colors of images
+cutpaste.py   objects of other frames pasted into a sample
+loader.py     samples -> batches, split over processes
+synthetic.py  writes the city to disk in the nuScenes format (also a command line)
+city/         the city itself: streets, traffic, ray casting, paint
 
 Nothing here imports unipad.model; what passes between them is the batch.
 """

@@ -1,14 +1,14 @@
-"""Cut-and-paste: objects of other training frames, their points and their pixels, put into a sample.
+"""Cut-and-paste: points and pixels of objects from other training frames, pasted into a sample.
 
-As the original's UnifiedDataBaseSampler and UnifiedObjectSample have it:
-    which     so many of a class that there are `Paste.counts` of it, those of the sample counted; drawn at random
-    where     where they stood in the LiDAR's frame; one whose box would overlap with another, from above, is left out
-    points    of all sweeps; what the sample had inside a pasted box goes
-    pixels    the rectangle around a box, far ones first; rectangles around the sample's own boxes are laid again in
-              their turn, so that what is nearer covers what is farther; in images of camera sweeps, around the box
-              where its velocity says that it was
-What does not: pixels come from the camera that they go to, where the original has one picture of an object for all; and
-of objects that overlap with each other the one drawn first stays, not the last.
+As in the original's UnifiedDataBaseSampler and UnifiedObjectSample:
+    which     drawn at random, until the sample has `Paste.counts` of each class, its own objects included
+    where     where they were in their own LiDAR frame; one whose box overlaps another, seen from above, is left out
+    points    of all sweeps; the sample's points inside a pasted box are removed
+    pixels    the rectangle around a box, far ones first; rectangles around the sample's own boxes are pasted again in
+              their turn, so that near objects cover far ones; in images of camera sweeps, around the box where its
+              velocity puts it at that time
+Unlike in the original: pixels come from the camera that they are pasted into, where the original has one picture of an
+object for all cameras; of overlapping objects the first one drawn stays, not the last.
 """
 
 import hashlib
@@ -24,29 +24,27 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from unipad.boxes import box_corners, footprint, points_in_boxes
 from unipad.config import Paste
-from unipad.data.loader import start_worker
-from unipad.data.nuscenes import BadFrame
-from unipad.data.tables import DataError, cache_paths, tables_state
+from unipad.data.dataset import BadFrame, DataError, DrivingDataset, Sample
+from unipad.data.loader import init_worker
+from unipad.data.tables import cache_paths
 from unipad.kernels.rotated_iou import rotated_iou_bev
 
 
 @dataclass(frozen=True)
 class Objects:
-    """K objects to paste and their R pictures. In memory is where they stood; the rest is read from `file`."""
+    """K objects to paste and their R pictures. Boxes are in memory; points and pictures are read from `file`."""
 
     counts: tuple[int, ...]  # objects of each class that a sample is filled up to
     file: Path  # points [n, 5] float32, x, y, z meters from the box's center; pictures as JPEG
     boxes: np.ndarray  # [K, 9] float32 as in `Batch`
     labels: np.ndarray  # [K] int64
-    points: np.ndarray  # [K, 2] int64 first byte of the points, how many
-    pictures: np.ndarray  # [R, 4] int64 object (ascending), view, first byte, bytes
+    points: np.ndarray  # [K, 2] int64 first byte, number of points
+    pictures: np.ndarray  # [R, 4] int64 object (ascending), view, first byte, size in bytes
 
-    def pasted(self, sample, rng):
-        """The sample with objects in it, behind its own points and boxes; pasted points have label 0.
-
-        rng: `np.random.Generator`, the only source of chance.
-        """
+    def paste_into(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        """The sample with objects appended to its points and boxes; pasted points have label 0."""
         chosen = self._chosen(sample, rng)
         if not len(chosen):
             return sample
@@ -66,7 +64,7 @@ class Objects:
         )
 
     def _chosen(self, sample, rng):
-        """Objects, drawn class by class, that overlap neither with the sample's boxes nor with each other."""
+        """Rows of objects, drawn class by class, that overlap neither the sample's boxes nor each other."""
         drawn = []
         for label, count in enumerate(self.counts):
             of_class = np.flatnonzero(self.labels == label)
@@ -74,7 +72,8 @@ class Objects:
             drawn.extend(rng.choice(of_class, min(max(missing, 0), len(of_class)), replace=False))
         drawn = np.array(drawn, np.int64)
         own = len(sample.boxes)
-        boxes = _footprints(np.concatenate([sample.boxes, self.boxes[drawn]]))
+        boxes = np.concatenate([sample.boxes, self.boxes[drawn]]).astype(np.float64)
+        boxes = footprint(torch.from_numpy(boxes))
         overlap = (rotated_iou_bev(boxes[own:], boxes) > 0).numpy()  # [drawn, own + drawn]
         there = np.zeros(len(boxes), bool)
         there[:own] = True
@@ -83,14 +82,14 @@ class Objects:
         return drawn[there[own:]]
 
     def _points(self, k):
-        """[n, 5] float32 points of object k where it stood."""
+        """[n, 5] float32 points of object k in its LiDAR frame."""
         first, count = self.points[k]
         points = np.fromfile(self.file, np.float32, 5 * count, offset=first).reshape(-1, 5)
         points[:, :3] += self.boxes[k, :3]
         return points
 
     def _picture(self, k, view):
-        """[h, w, 3] uint8 RGB: object k as `view` saw it; None where it did not."""
+        """[h, w, 3] uint8 RGB: object k in `view`; None where it is not visible."""
         rows = slice(*np.searchsorted(self.pictures[:, 0], [k, k + 1]))
         for _, of, first, size in self.pictures[rows]:
             if of == view:
@@ -99,10 +98,10 @@ class Objects:
         return None
 
     def _painted(self, sample, view, chosen):
-        """The sample's image of `view` with the `chosen` objects in it."""
+        """The sample's image of `view` with the `chosen` objects pasted into it."""
         image, own = sample.images[view].copy(), len(sample.boxes)
-        boxes = _when_taken(sample, view, np.concatenate([sample.boxes, self.boxes[chosen]]))
-        rows, rectangles = seen_rectangles(boxes, sample.lidar2image[view], image.shape[:2])
+        boxes = _at_image_time(sample, view, np.concatenate([sample.boxes, self.boxes[chosen]]))
+        rows, rectangles = visible_rectangles(boxes, sample.lidar2image[view], image.shape[:2])
         for row, (left, top, right, bottom) in zip(rows, rectangles, strict=True):
             if row < own:
                 picture = sample.images[view][top:bottom, left:right]
@@ -114,31 +113,31 @@ class Objects:
         return image
 
 
-def load_objects(dataset, paste: Paste, workers=0):
-    """The objects of the frames of a `NuScenesDataset`, cut out once and cached beside the index.
+def load_objects(dataset: DrivingDataset, paste: Paste, workers: int = 0) -> Objects:
+    """The objects in the frames of a dataset, cut out once and cached beside the data.
 
-    dataset: not balanced, or frames would be cut out as often as they are drawn.
+    dataset: not `balanced`, or frames would be cut out as often as they are drawn.
     workers: processes that read frames; 0 reads in this one.
 
-    They are cut out again when the tables change, or what is read of them (sweeps, cameras, image size, frames), or
-    `paste.least_points`. Frames that cannot be read are named on stderr and left out.
+    They are cut out again when the dataset, what is read of it (sweeps, cameras, image size, frames) or
+    `paste.min_points` changes. Frames that cannot be read are named on stderr and left out.
     Raises `DataError` where there is no object, or no room for the files.
     """
-    settings = _digest(f"{FORMAT} {dataset.data} {paste.least_points} {dataset.frames.tolist()}")
+    settings = _digest(f"{FORMAT} {dataset.data} {paste.min_points} {dataset.frames.tolist()}")
     name = f"{dataset.version}-{dataset.split}-objects-{settings}"
-    tables = _digest(tables_state(dataset.root, dataset.version))
+    tables = _digest(dataset.fingerprint())
     paths = cache_paths(dataset.root, f"{name}-{tables}.npz")
     arrays, file = next(filter(None, map(_read, paths)), None) or _cut_out(dataset, paste, paths, workers)
     if not len(arrays["labels"]):
         raise DataError(
-            f"no frame of {dataset.root / dataset.version} {dataset.split} has an object of {paste.least_points} LiDAR "
+            f"no frame of {dataset.root / dataset.version} {dataset.split} has an object of {paste.min_points} LiDAR "
             "points or more that could be pasted; use a preset without cut-and-paste."
         )
     return Objects(paste.counts, file, **arrays)
 
 
-FORMAT = 1  # of the two files; the next number when what is in them comes to mean something else
-QUALITY = 95  # of the JPEGs, of 100: hardly more is lost than the set's own JPEGs have lost already
+FORMAT = 1  # of the two files; increment when the meaning of their contents changes
+QUALITY = 95  # of the JPEGs, up to 100: loses little more than the dataset's own JPEGs have lost already
 
 
 def _digest(text):
@@ -146,7 +145,7 @@ def _digest(text):
 
 
 def _read(path):
-    """(arrays of `Objects`, its file) from the cache; None where they are not there, or not whole."""
+    """(arrays of `Objects`, its file) from the cache; None where they are missing or incomplete."""
     file = path.with_suffix(".bin")
     try:
         with np.load(path, allow_pickle=False) as arrays:
@@ -157,13 +156,13 @@ def _read(path):
 
 
 def _cut_out(dataset, paste, paths, workers):
-    """What `_read` returns, newly made and written to the first of `paths` that can be written."""
+    """What `_read` returns, made anew and written to the first of `paths` that can be written."""
     for path in paths:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             made = _write(dataset, paste, path, workers)
             for old in path.parent.glob(f"{path.stem.rpartition('-')[0]}-*"):
-                if path.stem not in old.name:  # of other tables
+                if path.stem not in old.name:  # of labels that have changed
                     old.unlink(missing_ok=True)
             return made
         except OSError as error:
@@ -175,12 +174,12 @@ def _cut_out(dataset, paste, paths, workers):
 
 
 def _write(dataset, paste, path, workers):
-    """Both files, each renamed when it is whole: the heavy one first, since the other one vouches for it."""
+    """Write both files, each renamed when complete: the large one first, since the other one vouches for it."""
     frames = DataLoader(
-        _Frames(dataset, paste.least_points),
+        _Frames(dataset, paste.min_points),
         batch_size=None,
         num_workers=workers,
-        worker_init_fn=start_worker,
+        worker_init_fn=init_worker,
         generator=torch.Generator(),  # or the loader would draw from the global one
     )
     title = f"cutting objects out of {dataset.version} {dataset.split}"
@@ -188,27 +187,27 @@ def _write(dataset, paste, path, workers):
     file = path.with_suffix(".bin")
     parts = {to: to.with_name(f"{to.name}.{os.getpid()}.part") for to in (file, path)}
     try:
-        with open(parts[file], "wb") as heavy:
+        with open(parts[file], "wb") as large_file:
             for cuts, bad_frames in tqdm(frames, title, len(dataset), unit="frame"):
                 for bad in bad_frames:
                     tqdm.write(f"skipped {bad}", file=sys.stderr)
                 for cut in cuts:
-                    points.append((heavy.tell(), len(cut.points)))
-                    heavy.write(cut.points)
+                    points.append((large_file.tell(), len(cut.points)))
+                    large_file.write(cut.points)
                     for view, jpeg in cut.pictures:
-                        pictures.append((len(boxes), view, heavy.tell(), len(jpeg)))
-                        heavy.write(jpeg)
+                        pictures.append((len(boxes), view, large_file.tell(), len(jpeg)))
+                        large_file.write(jpeg)
                     boxes.append(cut.box)
                     labels.append(cut.label)
-            size = heavy.tell()
+            size = large_file.tell()
         arrays = {
             "boxes": np.array(boxes, np.float32).reshape(-1, 9),
             "labels": np.array(labels, np.int64),
             "points": np.array(points, np.int64).reshape(-1, 2),
             "pictures": np.array(pictures, np.int64).reshape(-1, 4),
         }
-        with open(parts[path], "wb") as light:
-            np.savez_compressed(light, size=size, **arrays)
+        with open(parts[path], "wb") as small_file:
+            np.savez_compressed(small_file, size=size, **arrays)
         for to in (file, path):
             os.replace(parts[to], to)
     finally:
@@ -220,15 +219,15 @@ def _write(dataset, paste, path, workers):
 class _Frames(Dataset):
     """Item i: the `Cut`s of frame i, and what could not be read."""
 
-    def __init__(self, dataset, least_points):
-        self.dataset, self.least_points = dataset, least_points
+    def __init__(self, dataset, min_points):
+        self.dataset, self.min_points = dataset, min_points
 
     def __len__(self):
         return len(self.dataset)
 
     def __getitem__(self, i):
         try:
-            return cut_out(self.dataset.whole(i), self.least_points), []
+            return cut_out(self.dataset.load(self.dataset.frames[i]), self.min_points), []
         except BadFrame as bad:
             return [], [str(bad)]
 
@@ -243,15 +242,15 @@ class Cut:
     pictures: list[tuple[int, np.ndarray]]  # view, JPEG
 
 
-def cut_out(sample, least_points):
-    """List of `Cut`: the objects of a sample with so many points or more."""
+def cut_out(sample: Sample, min_points: int) -> list[Cut]:
+    """The objects of a sample with at least `min_points` points."""
     pictures = [[] for _ in sample.boxes]
     inside = points_in_boxes(sample.points, sample.boxes)
-    enough = inside.sum(axis=1) >= least_points
+    enough = inside.sum(axis=1) >= min_points
     for view, image in enumerate(sample.images):
-        boxes = _when_taken(sample, view, sample.boxes)
+        boxes = _at_image_time(sample, view, sample.boxes)
         for row, (left, top, right, bottom) in zip(
-            *seen_rectangles(boxes, sample.lidar2image[view], image.shape[:2]), strict=True
+            *visible_rectangles(boxes, sample.lidar2image[view], image.shape[:2]), strict=True
         ):
             if enough[row]:
                 picture = cv2.cvtColor(image[top:bottom, left:right], cv2.COLOR_RGB2BGR)
@@ -265,20 +264,8 @@ def cut_out(sample, least_points):
     return cuts
 
 
-def points_in_boxes(points, boxes):
-    """[M, P] bool: which of the points ([P, 3 or more] meters) lie in which box ([M, 9]), on its faces included."""
-    inside = np.empty((len(boxes), len(points)), bool)
-    for row, (x, y, z, w, l, h, yaw) in zip(inside, boxes[:, :7].tolist(), strict=True):
-        dx, dy, dz = points[:, 0] - x, points[:, 1] - y, points[:, 2] - z
-        cos, sin = np.cos(yaw), np.sin(yaw)
-        row[:] = np.abs(dx * cos + dy * sin) <= l / 2
-        row &= np.abs(dy * cos - dx * sin) <= w / 2
-        row &= np.abs(dz) <= h / 2
-    return inside
-
-
-def _when_taken(sample, view, boxes):
-    """[M, 9] boxes of the keyframe where they were when the image of `view` was taken, by their velocities."""
+def _at_image_time(sample, view, boxes):
+    """[M, 9] boxes of the keyframe, moved by their velocities to the time when the image of `view` was taken."""
     if sample.frame_lags is None:
         return boxes
     boxes = boxes.copy()
@@ -286,15 +273,19 @@ def _when_taken(sample, view, boxes):
     return boxes
 
 
-def seen_rectangles(boxes, lidar2image, size):
-    """Where boxes [M, 9] are in an image of `size` (height, width).
+def visible_rectangles(
+    boxes: np.ndarray, lidar2image: np.ndarray, size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rectangles around boxes [M, 9] in an image of `size` (height, width).
 
-    Returns rows [S] of the boxes that are seen, far ones first, and rectangles [S, 4] int left, top, right, bottom
-    pixels, the last two exclusive: around all corners, within the image. A box is seen that lies wholly before the
-    camera and whose rectangle is two pixels wide and high at least.
+    Returns rows [S] of the visible boxes, far ones first, and rectangles [S, 4] int left, top, right, bottom pixels,
+    the last two exclusive: around all corners, clipped to the image. A box is visible if it is entirely in front of
+    the camera and its rectangle is at least two pixels wide and high.
     """
     height, width = size
-    pixels = _corners(boxes) @ lidar2image.T.astype(np.float64)  # [M, 8, 4]
+    corners = box_corners(boxes)
+    corners = np.concatenate([corners, np.ones_like(corners[..., :1])], axis=-1)
+    pixels = corners @ lidar2image.T.astype(np.float64)  # [M, 8, 4]
     rows = np.flatnonzero((pixels[..., 2] > 0).all(axis=1))
     depth = pixels[rows, :, 2]
     places = pixels[rows, :, :2] / depth[..., None]
@@ -303,17 +294,3 @@ def seen_rectangles(boxes, lidar2image, size):
     wide = (rectangles[:, 2:] - rectangles[:, :2] > 1).all(axis=1)
     order = np.argsort(-depth[wide].mean(axis=1), kind="stable")
     return rows[wide][order], rectangles[wide][order]
-
-
-def _corners(boxes):
-    """[M, 8, 4] float64 corners of boxes [M, 9] as x, y, z, 1."""
-    x, y, z, w, l, h, yaw = boxes[:, :7].astype(np.float64).T[..., None]  # [M, 1] each
-    along, across, up = np.array([[a, b, c] for a in (-0.5, 0.5) for b in (-0.5, 0.5) for c in (-0.5, 0.5)]).T
-    dx, dy = along * l, across * w
-    cos, sin = np.cos(yaw), np.sin(yaw)
-    return np.stack([x + dx * cos - dy * sin, y + dx * sin + dy * cos, z + up * h, np.ones_like(dx)], axis=-1)
-
-
-def _footprints(boxes):
-    """[M, 9] boxes -> [M, 5] fp64 x, y, w, l, yaw as `unipad.kernels.rotated_iou` sees them."""
-    return torch.from_numpy(boxes[:, [0, 1, 3, 4, 6]].astype(np.float64))

@@ -1,42 +1,54 @@
-"""Samples in the order of training: a stream of batches that is a function of the pass alone.
+"""Samples in the order of training: micro-batch i is a function of i and the seed alone.
 
-Position p of the stream is frame `permutation(seed, p // n)[p % n]` of a dataset with n frames. A pass takes the next
-share * world positions, each process a contiguous share of them. So a stream that starts at a later pass goes on
-exactly where another one stopped, two processes see what one sees, and no frame is dropped at the end of an epoch.
+Position p of the stream is frame `permutation(seed, p // n)[p % n]` of a dataset with n frames. The i-th micro-batches
+of all processes are the next micro_batch * world positions, contiguous for each process. So a stream started at a later
+micro-batch resumes exactly where another one stopped, two processes see what one sees, and no frame is dropped at the
+end of an epoch.
 """
 
 import itertools
 import math
 import signal
 import sys
+from collections.abc import Iterator
 
 import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from unipad.data.nuscenes import BadFrame, collate
-from unipad.data.tables import DataError
+from unipad.batch import Batch
+from unipad.data.dataset import BadFrame, DataError, DrivingDataset, collate
 
 
-def step_batches(dataset, share, start=0, seed=0, rank=0, world=1, workers=0, pinned=False, paste_until=math.inf):
-    """Yield (Batch, bad_frames) for the passes from `start` on, without end.
+def step_batches(
+    dataset: DrivingDataset,
+    micro_batch: int,
+    start: int = 0,
+    seed: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    pinned: bool = False,
+    paste_until: float = math.inf,
+) -> Iterator[tuple[Batch, list[str]]]:
+    """Yield (Batch, bad_frames) for the micro-batches from `start` on, without end.
 
-    share:      samples of one pass of one of the `world` processes; this one is `rank`.
-    workers:    processes that load; 0 loads in this one.
-    pinned:     lay the batches in pinned memory, from where a GPU copies without waiting.
+    micro_batch: samples in a micro-batch of one of the `world` processes; this one is `rank`.
+    workers:     processes that load; 0 loads in this one.
+    pinned:      put batches in pinned memory, from which a GPU copies without waiting.
     paste_until: position of the stream from which on nothing is pasted into samples.
-    bad_frames: list of `path: reason` of the frames that could not be read. In place of such a frame stands the next
-        one of the dataset that can; it is named each time its turn comes.
+    bad_frames:  `path: reason` of each frame that could not be read. The next readable frame of the dataset takes its
+        place; it is named each time its turn comes.
 
     Raises `DataError` when no frame at all can be read.
     """
     loader = DataLoader(
-        Passes(dataset, share, seed, rank, world, paste_until),
-        batch_size=None,  # an item of the dataset is a whole batch already
+        MicroBatches(dataset, micro_batch, seed, rank, world, paste_until),
+        batch_size=None,  # an item is a whole batch already
         sampler=itertools.count(start),
         num_workers=workers,
-        worker_init_fn=start_worker,
+        worker_init_fn=init_worker,
         pin_memory=pinned,
         generator=torch.Generator(),  # or the loader would draw from the global one
     )
@@ -46,12 +58,11 @@ def step_batches(dataset, share, start=0, seed=0, rank=0, world=1, workers=0, pi
         yield batch, bad_frames
 
 
-def held_out_batches(dataset, count, rank=0, world=1):
+def held_out_batches(dataset: DrivingDataset, count: int, rank: int = 0, world: int = 1) -> Iterator[tuple[int, Batch]]:
     """Yield (position, Batch of one) for `count` frames spread evenly over the dataset, in order.
 
     Process `rank` of `world` gets every world-th of them. A frame that cannot be read is named on stderr and replaced
-    by the next one.
-    Raises `DataError` when no frame at all can be read.
+    by the next one. Raises `DataError` when no frame at all can be read.
     """
     count = min(count, len(dataset))
     for position in range(rank, count, world):
@@ -64,29 +75,30 @@ def held_out_batches(dataset, count, rank=0, world=1):
         yield position, collate([sample])
 
 
-def all_batches(dataset, size=1, rank=0, world=1, workers=0, pinned=False):
-    """Yield (Batch, bad_frames) until every frame was there once, in order; process `rank` of `world` gets every
-    world-th of them.
+def all_batches(
+    dataset: DrivingDataset, size: int = 1, rank: int = 0, world: int = 1, workers: int = 0, pinned: bool = False
+) -> Iterator[tuple[Batch | None, list[str]]]:
+    """Yield (Batch, bad_frames) over every frame once, in order; process `rank` of `world` gets every world-th frame.
 
-    size:       samples of a batch.
-    bad_frames: list of `path: reason` of the frames that could not be read. Nothing stands in their place: a batch has
-        fewer samples, and is None where it would have none.
+    size:       samples per batch.
+    bad_frames: `path: reason` of each frame that could not be read. Nothing takes its place: the batch has fewer
+        samples, and is None instead of empty.
     """
     loader = DataLoader(
-        Readable(dataset),
+        ReadableFrames(dataset),
         batch_size=size,
         sampler=range(rank, len(dataset), world),
         collate_fn=_of_readable,
         num_workers=workers,
-        worker_init_fn=start_worker,
+        worker_init_fn=init_worker,
         pin_memory=pinned,
         generator=torch.Generator(),
     )
     yield from loader
 
 
-class Readable(Dataset):
-    """`dataset[i]` is the sample of frame i, or `path: reason` where it cannot be read."""
+class ReadableFrames(Dataset):
+    """Item i is the sample of frame i, or `path: reason` where it cannot be read."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -103,12 +115,12 @@ def _of_readable(items):
     return collate(samples) if samples else None, [item for item in items if isinstance(item, str)]
 
 
-class Passes(Dataset):
-    """`dataset[i]` is what `step_batches` yields for pass i; None instead of the batch when no frame can be read."""
+class MicroBatches(Dataset):
+    """Item i is what `step_batches` yields for micro-batch i; None instead of the batch when no frame can be read."""
 
-    def __init__(self, dataset, share, seed, rank, world, paste_until=math.inf):
-        self.dataset, self.share, self.seed, self.rank, self.world = dataset, share, seed, rank, world
-        self.paste_until = paste_until
+    def __init__(self, dataset, micro_batch, seed, rank, world, paste_until):
+        self.dataset, self.micro_batch, self.seed = dataset, micro_batch, seed
+        self.rank, self.world, self.paste_until = rank, world, paste_until
 
     def __getitem__(self, i):
         samples, bad_frames = [], []
@@ -121,16 +133,16 @@ class Passes(Dataset):
         return collate(samples), bad_frames
 
     def frames(self, i):
-        """Positions in the stream of this process's share of pass i, and their indices into the dataset."""
+        """Positions in the stream of this process's micro-batch i, and their indices into the dataset."""
         n = len(self.dataset)
-        first = (i * self.world + self.rank) * self.share
-        positions = range(first, first + self.share)
+        first = (i * self.world + self.rank) * self.micro_batch
+        positions = range(first, first + self.micro_batch)
         order = {e: np.random.default_rng([self.seed, e]).permutation(n) for e in {p // n for p in positions}}
         return [(p, int(order[p // n][p % n])) for p in positions]
 
 
 def _read_from(dataset, first, bad_frames, rng=None, paste=False):
-    """The sample of frame `first` or of the next one that can be read; those that cannot are added to `bad_frames`."""
+    """The sample of frame `first` or of the next one that can be read; bad ones are added to `bad_frames`."""
     for k in range(len(dataset)):
         try:
             return dataset.read((first + k) % len(dataset), rng, paste)
@@ -140,13 +152,15 @@ def _read_from(dataset, first, bad_frames, rng=None, paste=False):
 
 
 def _none_readable(dataset, bad_frames):
-    return DataError(f"none of the {len(dataset)} frames can be read ({bad_frames[0]}); unpack the set's files there.")
+    return DataError(
+        f"none of the {len(dataset)} frames can be read ({bad_frames[0]}); unpack the dataset's files there."
+    )
 
 
-def start_worker(_):
-    """What a process of a DataLoader does first."""
+def init_worker(_):
+    """Run first in each worker process of a DataLoader."""
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-    # Ctrl-C reaches every process of the terminal; the main one decides what to do and ends its workers.
+    # Ctrl-C reaches every process of the terminal; the main one decides what to do and terminates its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # this is how it ends them
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # this is how it does so

@@ -1,150 +1,105 @@
-"""nuScenes files -> samples -> batch: the real set and the synthetic one through the same code.
+"""nuScenes files -> samples: the real dataset and the synthetic one through the same code.
 
-Frames as in `unipad.batch`. What follows the original UniPAD's data pipeline:
-    cameras    lidar2camera goes through the global frame, each sensor with the ego pose of its own timestamp, those of
-               camera sweeps too: from the keyframe's LiDAR frame to where the camera was when it took the image
-    sweeps     moved into the keyframe's LiDAR frame; time lag is keyframe time minus sweep time, 0 for the keyframe;
-               points with |x| < 1 and |y| < 1 (the car itself) leave the sweeps, but not the keyframe
+As in the original UniPAD:
+    cameras    lidar2camera goes through the global frame, with the ego pose at each sensor's own timestamp; also for
+               camera sweeps: from the keyframe's LiDAR frame to the camera when it took the image
+    sweeps     transformed into the keyframe's LiDAR frame; time lag is keyframe time minus sweep time, 0 for the
+               keyframe; points with |x| < 1 and |y| < 1 (the car itself) are removed from sweeps, not from the keyframe
     intensity  as in the file, 0-255
-    boxes      those with at least one LiDAR or radar point; a velocity that the tables do not give is 0
-What does not: the nearest sweeps are taken (the original draws 9 of the last 10 at random), and a keyframe without
-sweeps before it, at the start of a scene, stands alone (the original repeats it; images are repeated here too).
+    boxes      those with at least one LiDAR or radar point; a velocity that the tables do not have is 0
+Unlike in the original: the nearest sweeps are taken (there 9 of the last 10 at random), and at the start of a scene a
+keyframe has no sweeps (there it is repeated, as images are here too).
 """
 
-import copy
-from dataclasses import dataclass, replace
+from pathlib import Path
 
 import cv2
 import numpy as np
-import torch
 
-from unipad.batch import CAMERAS, Batch
-from unipad.config import Data
-from unipad.data.tables import DataError, find_root, load_camera_sweeps, load_index
-from unipad.data.transforms import augmented, distorted
-
-
-class BadFrame(Exception):
-    """One frame cannot be read: `path: reason`."""
-
-    def __init__(self, path, reason):
-        super().__init__(f"{path}: {reason}")
+from unipad.batch import CAMERAS
+from unipad.config import Augment, Data
+from unipad.data.dataset import BadFrame, DataError, DrivingDataset, Sample
+from unipad.data.synthetic import city_once
+from unipad.data.tables import SPLITS, find_root, load_camera_sweeps, load_index, scene_tokens, tables_state
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One keyframe, N views of S frames; fields as in `Batch`."""
-
-    images: list[np.ndarray]  # N times [h, w, 3] uint8 RGB, not padded
-    lidar2image: np.ndarray  # [N, 4, 4] float32
-    lidar2camera: np.ndarray  # [N, 4, 4] float32
-    points: np.ndarray  # [P, 5] float32, the keyframe's first
-    point_labels: np.ndarray | None  # [P] uint8, 0 for points of sweeps
-    boxes: np.ndarray  # [M, 9] float32
-    labels: np.ndarray  # [M] int64
-    token: str
-    frame_lags: np.ndarray | None = None  # [S] float32
-
-
-def has_images(root, version, split):
-    """Whether the cameras' files of the split's first keyframe are there, any of them. Raises `DataError`."""
-    root = find_root(root, version)
-    files = load_index(root, version, split).image_files[:1].flatten()
-    return any((root / name.decode()).is_file() for name in files)
-
-
-class NuScenesDataset(torch.utils.data.Dataset):
+class NuScenesDataset(DrivingDataset):
     """Keyframes of one split in the order of time.
 
-    root:           folder that holds samples/, sweeps/ and <version>/ (or <version>/<version>/, as OpenPCDet has it).
-    label_fraction: 1/k keeps every k-th keyframe, as the paper's 50 % and 20 %.
-    point_range:    (low, high), each (x, y, z) meters: points outside are left out, and boxes that are not above or
-        below it from samples read with random numbers, since no head learns them. None keeps all.
-    augment:        `Augment`, how samples vary that are read with random numbers; None = not at all.
-
-    `dataset[i]` is a `Sample`; it raises `BadFrame` where a file of the frame is missing or broken.
-    Raises `DataError` for what is wrong with the set as a whole.
+    root: folder that holds samples/, sweeps/ and <version>/ (or <version>/<version>/, as OpenPCDet has it).
     """
 
-    def __init__(self, root, version, split, data: Data, label_fraction=1.0, point_range=None, augment=None):
-        if not 0 < label_fraction <= 1 or abs(round(1 / label_fraction) * label_fraction - 1) > 0.02:
-            raise DataError(f"--label-fraction {label_fraction} is not 1/k; give 1, 0.5, 0.2, 0.1 or the like.")
-        self.root, self.version, self.split = find_root(root, version), version, split
-        self.index, self.camera_sweeps = load_index(self.root, version, split), None
+    default_version = "v1.0-mini"
+    tasks = ("detect", "segment")
+
+    def __init__(
+        self,
+        root: str | Path,
+        version: str,
+        split: str,
+        data: Data,
+        label_fraction: float = 1.0,
+        point_range: tuple | None = None,
+        augment: Augment | None = None,
+    ):
+        root = find_root(root, version)
+        self.index, self.camera_sweeps = load_index(root, version, split), None
         if data.cameras and data.camera_sweeps > 1:
-            self.camera_sweeps = load_camera_sweeps(self.root, version, split)
-        self.frames = np.arange(len(self.index.tokens))[:: round(1 / label_fraction)]
-        if not len(self.frames):
-            raise DataError(f"{self.root / version} has no scene of split {split}; unpack the whole set there.")
-        self.data, self.point_range, self.augment, self.objects = data, point_range, augment, None
+            self.camera_sweeps = load_camera_sweeps(root, version, split)
+        settings = (label_fraction, point_range, augment)
+        super().__init__(len(self.index.tokens), root, version, split, data, *settings)
 
-    def __len__(self):
-        return len(self.frames)
+    @classmethod
+    def splits(cls, version):
+        """By the version's last word: v1.0-trainval has train and val, v1.0-mini mini_train and mini_val."""
+        known = SPLITS.get(version.rpartition("-")[2])
+        if known is None:
+            versions = ", ".join(f"v1.0-{suffix}" for suffix in SPLITS)
+            raise DataError(f"--version {version} is not known; use {versions}.")
+        return known
 
-    def __getitem__(self, i):
-        return self.read(i)
+    @classmethod
+    def default_root(cls, data):
+        """A synthetic city, made where it is not there yet."""
+        return city_once(data.camera_sweeps - 1)
 
-    def pasting(self, objects):
-        """The same frames, filled up with `objects`, a `cutpaste.Objects`, where they are varied."""
-        dataset = copy.copy(self)
-        dataset.objects = objects
-        return dataset
+    @classmethod
+    def has_images(cls, root, version, split):
+        """Whether any image of the split's first keyframe is there."""
+        root = find_root(root, version)
+        files = load_index(root, version, split).image_files[:1].flatten()
+        return any((root / name.decode()).is_file() for name in files)
 
-    def balanced(self, seed):
-        """Frames of these drawn with replacement so that every class is as frequent as any other (CBGS).
+    def labels_of(self, frame):
+        return self.index.labels[slice(*self.index.box_offsets[frame : frame + 2])]
 
-        For each class that there is, equally many frames of those that hold it, together as many as there are pairs
-        of a frame and a class in it: the longer epoch of the original. A function of the seed and the tables.
-        Raises `DataError` where no frame holds a box.
-        """
-        rng = np.random.default_rng([seed, 0, 2])  # the stream's own are [seed, epoch] and [seed, position, 1]
-        offsets, labels = self.index.box_offsets, self.index.labels
-        classes = [np.unique(labels[offsets[f] : offsets[f + 1]]) for f in self.frames]
-        pairs = np.concatenate(classes)
-        if not len(pairs):
-            raise DataError(f"no frame of {self.root / self.version} {self.split} has a box to balance the classes by.")
-        frame_of_pair = np.repeat(self.frames, [len(c) for c in classes])
-        present = np.unique(pairs)
-        share = len(pairs) // len(present)
-        dataset = copy.copy(self)
-        dataset.frames = np.concatenate([rng.choice(frame_of_pair[pairs == c], share) for c in present])
-        return dataset
+    def scenes(self):
+        row_of = {self.index.tokens[f].decode(): i for i, f in enumerate(self.frames)}
+        scenes = scene_tokens(self.root, self.version)
+        rows = {name: [row_of[t] for t in tokens if t in row_of] for name, tokens in scenes.items()}
+        return {name: of_scene for name, of_scene in rows.items() if of_scene}
 
-    def need_point_labels(self):
-        """Raises `DataError` where a keyframe of the split has no lidarseg labels."""
+    def fingerprint(self):
+        return tables_state(self.root, self.version)
+
+    def require_point_labels(self):
         if not all(self.index.lidarseg_files):
             where = f"{self.root / self.version} {self.split}"
             raise DataError(f"{where} has frames without lidarseg labels; unpack nuScenes-lidarseg in {self.root}.")
 
-    def read(self, i, rng=None, paste=True):
-        """Sample i; varied, where there is a `np.random.Generator` to vary it with; `paste`: with objects pasted."""
-        sample = self.whole(i)
-        if rng is not None:
-            if self.augment is not None and self.augment.photometric:
-                sample = distorted(sample, rng)  # before other images' pixels come in, as in the original
-            if self.objects is not None and paste:
-                sample = self.objects.pasted(sample, rng)
-            if self.augment is not None:
-                sample = augmented(sample, rng, self.augment)
-        if self.point_range is not None:
-            sample = _cropped(sample, *self.point_range)
-            sample = sample if rng is None else _learnable(sample, *self.point_range)
-        return sample
-
-    def whole(self, i):
-        """Sample i as the files have it: nothing varied, nothing left out."""
-        f, index = self.frames[i], self.index
-        clouds = self._read_points(index.frame_lidar[f])
+    def load(self, frame):
+        index = self.index
+        clouds = self._read_points(index.frame_lidar[frame])
         points, point_labels = np.concatenate(clouds), None
-        if index.lidarseg_files[f]:
+        if index.lidarseg_files[frame]:
             point_labels = np.zeros(len(points), np.uint8)
-            point_labels[: len(clouds[0])] = self._read_labels(f, len(clouds[0]))
-        files, intrinsics, lidar2camera = self._views(f)
+            point_labels[: len(clouds[0])] = self._read_labels(frame, len(clouds[0]))
+        files, intrinsics, lidar2camera = self._views(frame)
         images, scales = [], np.empty((len(files), 4, 4))
         for view, file in enumerate(files):
             image, scales[view] = self._read_image(file)
             images.append(image)
-        b = slice(index.box_offsets[f], index.box_offsets[f + 1])
+        b = slice(*index.box_offsets[frame : frame + 2])
         return Sample(
             images=images,
             lidar2image=(scales @ intrinsics @ lidar2camera).astype(np.float32),
@@ -153,29 +108,29 @@ class NuScenesDataset(torch.utils.data.Dataset):
             point_labels=point_labels,
             boxes=index.boxes[b],
             labels=index.labels[b],
-            token=index.tokens[f].decode(),
-            frame_lags=self._frame_lags(f),
+            token=index.tokens[frame].decode(),
+            frame_lags=self._frame_lags(frame),
         )
 
-    def _views(self, f):
-        """(files [N], intrinsics [N, 4, 4], lidar2camera [N, 4, 4]) of the views that keyframe f has, as in `Batch`."""
+    def _views(self, frame):
+        """(files [N], intrinsics [N, 4, 4], lidar2camera [N, 4, 4]) of the views of a keyframe, as in `Batch`."""
         names = ("image_files", "intrinsics", "lidar2camera")
-        views = [getattr(self.index, name)[f, : len(CAMERAS) if self.data.cameras else 0] for name in names]
+        views = [getattr(self.index, name)[frame, : len(CAMERAS) if self.data.cameras else 0] for name in names]
         if self.camera_sweeps is not None:
-            before = [getattr(self.camera_sweeps, name)[f, : self.data.camera_sweeps - 1] for name in names]
+            before = [getattr(self.camera_sweeps, name)[frame, : self.data.camera_sweeps - 1] for name in names]
             views = [np.concatenate([key, *frames]) for key, frames in zip(views, before, strict=True)]
         return views
 
-    def _frame_lags(self, f):
-        """[S] float32 seconds, 0 first; None where images are of the keyframe alone."""
+    def _frame_lags(self, frame):
+        """[S] float32 seconds, 0 first; None without camera sweeps."""
         if self.camera_sweeps is None:
             return None
         rate, sweeps = self.data.camera_rate, self.camera_sweeps
-        lags = sweeps.numbers[f] / rate if rate else sweeps.lags[f]
+        lags = sweeps.numbers[frame] / rate if rate else sweeps.lags[frame]
         return np.concatenate([[0], lags[: self.data.camera_sweeps - 1]]).astype(np.float32)
 
     def _read_points(self, key):
-        """List of [P, 5]: the LiDAR frame in row `key`, then each sweep before it, as far as the scene goes back."""
+        """List of [P, 5]: the LiDAR frame in row `key`, then the sweeps before it, as far as the scene goes back."""
         index = self.index
         points = _load_points(self._path(index.lidar_files[key]))
         points[:, 4] = 0
@@ -190,19 +145,19 @@ class NuScenesDataset(torch.utils.data.Dataset):
             sweep = index.lidar_prev[sweep]
         return clouds
 
-    def _read_labels(self, f, count):
+    def _read_labels(self, frame, count):
         """[count] uint8 lidarseg class 0-16 of the keyframe's points."""
-        path = self._path(self.index.lidarseg_files[f])
+        path = self._path(self.index.lidarseg_files[frame])
         labels = _load_bytes(path)
         if len(labels) != count:
             raise BadFrame(path, f"has {len(labels)} labels for {count} points")
         return self.index.lidarseg_classes[labels]
 
     def _read_image(self, path):
-        """The image as [h, w, 3] uint8 RGB at the wanted size, and the [4, 4] scaling of (u*d, v*d, d, 1) to it."""
+        """The image as [h, w, 3] uint8 RGB, resized to `data.image_size`, and the [4, 4] scaling of pixels."""
         path = self._path(path)
         data = _load_bytes(path)
-        # OpenCV fills what a truncated JPEG lacks with gray, so the end marker has to be looked for.
+        # OpenCV fills what a truncated JPEG lacks with gray, so look for the end marker.
         if data.tobytes().rfind(b"\xff\xd9") < 0:
             raise BadFrame(path, "the JPEG is truncated")
         image = cv2.imdecode(data, cv2.IMREAD_COLOR)
@@ -216,54 +171,6 @@ class NuScenesDataset(torch.utils.data.Dataset):
 
     def _path(self, name):
         return self.root / name.decode()
-
-
-def _cropped(sample, low, high):
-    """The sample without the points that are not inside the box of corners `low` and `high`, (x, y, z) meters."""
-    points, labels = sample.points, sample.point_labels
-    inside = ((points[:, :3] > np.float32(low)) & (points[:, :3] < np.float32(high))).all(axis=1)
-    return replace(sample, points=points[inside], point_labels=None if labels is None else labels[inside])
-
-
-def _learnable(sample, low, high):
-    """The sample without the boxes whose center, seen from above, is not between `low` and `high`."""
-    center = sample.boxes[:, :2]
-    inside = ((center > np.float32(low[:2])) & (center < np.float32(high[:2]))).all(axis=1)
-    return replace(sample, boxes=sample.boxes[inside], labels=sample.labels[inside])
-
-
-def collate(samples):
-    """Samples -> `Batch` on the CPU."""
-    views = len(samples[0].images)
-    sizes = [image.shape[:2] for s in samples for image in s.images]
-    sizes = torch.tensor(sizes, dtype=torch.int64).view(len(samples), views, 2)
-    H, W = (-(-max(sizes[..., i].flatten().tolist(), default=1) // 32) * 32 for i in range(2))
-    images = torch.zeros(len(samples), views, 3, H, W)
-    for sample, views in zip(samples, images, strict=True):
-        for image, view in zip(sample.images, views, strict=True):
-            view[:, : image.shape[0], : image.shape[1]] = torch.from_numpy(image).permute(2, 0, 1)
-
-    def stack(name):
-        return torch.from_numpy(np.stack([getattr(s, name) for s in samples]))
-
-    def concatenate(name):
-        return torch.from_numpy(np.concatenate([getattr(s, name) for s in samples]))
-
-    labeled = all(s.point_labels is not None for s in samples)
-    return Batch(
-        images=images.div_(255),
-        image_sizes=sizes,
-        lidar2image=stack("lidar2image"),
-        lidar2camera=stack("lidar2camera"),
-        points=concatenate("points"),
-        point_counts=torch.tensor([len(s.points) for s in samples]),
-        boxes=concatenate("boxes"),
-        labels=concatenate("labels"),
-        box_counts=torch.tensor([len(s.boxes) for s in samples]),
-        point_labels=concatenate("point_labels") if labeled else None,
-        tokens=tuple(s.token for s in samples),
-        frame_lags=None if samples[0].frame_lags is None else stack("frame_lags"),
-    )
 
 
 def _load_bytes(path):
@@ -285,5 +192,5 @@ def _load_points(path):
         raise BadFrame(path, f"is truncated: {len(data)} bytes are not a whole number of 20-byte points")
     points = data.view(np.float32).reshape(-1, 5)
     if not np.isfinite(points).all():
-        raise BadFrame(path, "holds values that are not finite")
+        raise BadFrame(path, "has values that are not finite")
     return points

@@ -4,10 +4,10 @@
     python -m unipad.data.synthetic --out data/full --image-size 900 1600     # the real resolution
     python -m unipad.data.synthetic --out data/sweeps --camera-sweeps 2       # images between the keyframes too
 
-The set bears the version and scene names of the real mini set, so that every tool knows its splits; vehicle,
-location, descriptions and a README.txt in its root say that it is synthetic. As in the real set, boxes and
-samples have the LiDAR's time and cameras fire a little earlier, a sweep belongs to the keyframe after it, and
-an ego pose has the token of its sample_data.
+It has the version and scene names of nuScenes mini, so that every tool knows its splits; vehicle, location,
+descriptions and a README.txt in its root say that it is synthetic. As in nuScenes, boxes and samples have the
+LiDAR's timestamp and cameras fire a little earlier, a sweep belongs to the keyframe after it, and an ego pose has
+the token of its sample_data.
 """
 
 import json
@@ -42,9 +42,9 @@ TRAIN = (
 VAL = ("scene-0103", "scene-0916")
 SCENES = sorted(TRAIN + VAL)
 
-KEYFRAME, SWEEP, CAMERA_SWEEP = 500_000, 50_000, 83_333  # microseconds between two
-START, SCENE_START = 1_532_402_927_000_000, 100_000_000  # microseconds: of the set, from scene to scene
-MAP_CELL, MAP_COARSE = 0.1, 4  # meters a pixel, which the devkit takes for granted; pixels drawn alike
+KEYFRAME, SWEEP, CAMERA_SWEEP = 500_000, 50_000, 83_333  # intervals in microseconds
+START, SCENE_START = 1_532_402_927_000_000, 100_000_000  # microseconds: of the first scene, between scenes
+MAP_CELL, MAP_COARSE = 0.1, 4  # meters per pixel, as the devkit assumes; pixels drawn as one
 
 ATTRIBUTES = (
     "vehicle.moving", "vehicle.stopped", "vehicle.parked", "cycle.with_rider", "cycle.without_rider",
@@ -54,8 +54,8 @@ VISIBILITY = ("v0-40", "v40-60", "v60-80", "v80-100")  # tokens 1 to 4
 
 README = """Synthetic data: a procedural city, ray cast and written in the nuScenes format by unipad.data.synthetic.
 
-It bears the version and the scene names of the nuScenes mini set so that the same tools and splits work, but
-holds nothing of nuScenes, and results on it say nothing about the real world.
+It has the version and scene names of nuScenes mini, so that the same tools and splits work, but contains no
+nuScenes data, and results on it say nothing about the real world.
 
 {settings}
 """
@@ -66,27 +66,27 @@ class Args:
     """Write a synthetic city in the nuScenes format."""
 
     out: Path
-    """Folder to write: absent, empty, or an older synthetic set, which is replaced."""
+    """Folder to write: new, empty, or an older synthetic dataset, which is replaced."""
     scenes: int = 10
-    """Scenes, 2 to 10; two of them (one of 2) are for validation, as in the real mini set."""
+    """Scenes, 2 to 10; two of them (one of 2) are for validation, as in nuScenes mini."""
     keyframes: int = 10
-    """Keyframes a scene, at 2 Hz; 2 to 400."""
+    """Keyframes per scene, at 2 Hz; 2 to 400."""
     image_size: tuple[int, int] = (144, 256)
-    """Height and width of the images in pixels; the real ones have 900 1600."""
+    """Height and width of the images in pixels; nuScenes has 900 1600."""
     workers: int | None = None
-    """Processes, by default one a core; they change how long it takes and nothing else."""
+    """Processes (default: one per core, at most 16); they do not change the result."""
     seed: int = 0
-    """Another seed is another city."""
+    """Seed of the city."""
     columns: int = 360
-    """LiDAR azimuths a revolution, 16 to 4096; the real one has about 1084."""
+    """LiDAR azimuths per revolution, 16 to 4096; nuScenes has about 1084."""
     sweeps: int = 9
-    """LiDAR sweeps before every keyframe but the first, at 20 Hz; 0 to 9."""
+    """LiDAR sweeps before each keyframe but the first, at 20 Hz; 0 to 9."""
     camera_sweeps: int = 0
-    """Frames of images before every keyframe but the first, at 12 Hz; 0 to 5."""
+    """Frames of images before each keyframe but the first, at 12 Hz; 0 to 5."""
 
 
 class SettingError(UserError):
-    """A setting that cannot be followed, in one sentence."""
+    """An invalid setting, in one sentence."""
 
 
 def generate(
@@ -101,11 +101,11 @@ def generate(
     camera_sweeps=0,
     progress=True,
 ):
-    """Write a synthetic set and return its root.
+    """Write a synthetic dataset and return its root.
 
-    The arguments are those of `Args`; `progress` shows a bar. The set is made in a folder beside `out` and
-    renamed when it is whole. Workers are spawned: a script that calls this needs its `__main__` guard.
-    Raises SettingError with one sentence where a setting makes no sense or `out` holds something else.
+    The arguments are those of `Args`; `progress` shows a bar. The dataset is written to a folder beside `out` and
+    renamed when complete. Workers are spawned: a script that calls this needs a `__main__` guard.
+    Raises SettingError with one sentence for an invalid setting, or if `out` contains something else.
     """
     args = Args(Path(out), scenes, keyframes, tuple(image_size), workers, seed, columns, sweeps, camera_sweeps)
     _check(args)
@@ -123,22 +123,22 @@ def generate(
 
 
 def is_synthetic(root):
-    """Whether a folder holds a set written by this module."""
+    """Whether a folder contains a dataset written by this module."""
     log = Path(root) / VERSION / "log.json"
     return log.is_file() and all(record["vehicle"] == "synthetic" for record in json.loads(log.read_text()))
 
 
 def city_once(camera_sweeps=0):
-    """The embedded data set's root, of that with so many `camera_sweeps`; it is made where it is not there yet."""
+    """The root of the default dataset with that many `camera_sweeps`, which is generated if it does not exist yet."""
     root = Path(f"data/synthetic-{camera_sweeps}-camera-sweeps" if camera_sweeps else "data/synthetic")
     if not is_synthetic(root):
-        print(f"no --data-root: making a synthetic city in {root}, once", flush=True)
+        print(f"no --data-root: generating a synthetic city in {root}, once", flush=True)
         generate(root, camera_sweeps=camera_sweeps)
     return root
 
 
 def scene_names(count):
-    """`count` scenes of the real mini set in its order: one of each split, or both of val, as LidarSegEval wants."""
+    """`count` scenes of nuScenes mini in its order: one of each split, or both of val, as LidarSegEval requires."""
     val = min(2, count - 1)
     return sorted(VAL[:val] + TRAIN[: count - val])
 
@@ -162,7 +162,9 @@ def _check(args):
     if args.out.exists() and not args.out.is_dir():
         raise SettingError(f"--out {args.out}: is a file; name a folder.")
     if args.out.is_dir() and any(args.out.iterdir()) and not is_synthetic(args.out):
-        raise SettingError(f"--out {args.out}: holds something that is not a synthetic set; name another folder.")
+        raise SettingError(
+            f"--out {args.out}: contains something that is not a synthetic dataset; name another folder."
+        )
 
 
 def _write(args, root, progress):
@@ -201,10 +203,7 @@ def _shadows(scene):
 
 
 def _render(task, done=lambda: None):
-    """Write the files of one keyframe and of the sweeps before it.
-
-    Returns of each actor how many returns lie in its box and which share of it is visible, as `rig.census` does.
-    """
+    """Write the files of one keyframe and of the sweeps before it; returns `rig.census` of the keyframe."""
     args, root, name, k = task
     scene = _scene(args.seed, name, args.keyframes)
     for channel in rig.CAMERAS:
@@ -223,8 +222,7 @@ def _render(task, done=lambda: None):
 
 
 def _stamps(channel, args, k):
-    """(microseconds since the scene's start, is keyframe) of the frames of a channel up to keyframe k from the one
-    before, in order; the keyframe itself is the last."""
+    """(microseconds since the scene's start, is keyframe) of a channel's frames after keyframe k - 1, to keyframe k."""
     if channel in rig.CAMERAS:
         sweeps, step, early = args.camera_sweeps, CAMERA_SWEEP, round(rig.CAMERAS[channel].early * 1e6)
     else:
@@ -233,7 +231,7 @@ def _stamps(channel, args, k):
 
 
 def _tables(args, counts):
-    """All tables as lists of records; counts: scene name -> what `_render` returned for each keyframe."""
+    """All tables as lists of records; counts: scene name -> result of `_render` for each keyframe."""
     channels = {**dict.fromkeys(rig.CAMERAS, "camera"), rig.LIDAR: "lidar"}
     tables = {
         "category": [
@@ -318,12 +316,12 @@ def _channel_records(tables, args, name, channel):
     keys = [("sample_data", name, channel, stamp) for stamp, _ in stamps]
     sample = 0
     for (stamp, is_key), chain in zip(stamps, _chain(args, keys), strict=True):
-        turn, translation = rig.ego_pose(scene, stamp / 1e6)
+        rotation, translation = rig.ego_pose(scene, stamp / 1e6)
         tables["ego_pose"].append(
             {
                 "token": chain["token"],
                 "timestamp": _time(name, stamp),
-                "rotation": turn.elements.tolist(),
+                "rotation": rotation.elements.tolist(),
                 "translation": translation.tolist(),
             }
         )
@@ -348,7 +346,7 @@ def _channel_records(tables, args, name, channel):
 
 
 def _actor_records(tables, args, name, seen):
-    """Instances and their annotations, from the first keyframe an actor is in sight to the last."""
+    """Instances and their annotations, from the first to the last keyframe in which an actor is in sight."""
     scene = _scene(args.seed, name, args.keyframes)
     times = np.arange(args.keyframes) * KEYFRAME / 1e6
     ego = scene.ego.pose(times)
@@ -388,7 +386,7 @@ def _actor_records(tables, args, name, seen):
 
 
 def _chain(args, keys):
-    """Token, prev and next of records that follow one another."""
+    """Token, prev and next of consecutive records."""
     tokens = ["", *(_token(args, *key) for key in keys), ""]
     for before, token, after in zip(tokens, tokens[1:], tokens[2:], strict=False):
         yield {"token": token, "prev": before, "next": after}
@@ -416,7 +414,7 @@ def _lidarseg(args, name, stamp):
 
 
 def _draw_map(args, root):
-    """The semantic prior, white where a vehicle or a walker may be; row 0 is the largest y."""
+    """The semantic prior, white where vehicles or pedestrians may be; row 0 is the largest y."""
     count = int(STREETS * PITCH / MAP_CELL) // MAP_COARSE
     middle = ((np.arange(count) + 0.5) * MAP_CELL * MAP_COARSE).astype(np.float32)
     x, y = np.meshgrid(middle, middle[::-1])

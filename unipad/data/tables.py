@@ -1,7 +1,7 @@
 """nuScenes tables -> `Index` and `CameraSweeps`: what the samples of a split need, as flat arrays.
 
-The devkit reads the tables once (half a minute and several GB for the full set); the index is cached beside the data
-and read back in a moment. Workers hold the index alone: no devkit, no Python objects to copy.
+The devkit reads the tables once (half a minute and several GB for full nuScenes); the index is cached beside the data.
+Workers hold the index alone: no devkit, no Python objects to copy.
 """
 
 import hashlib
@@ -16,7 +16,8 @@ from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 from unipad.batch import CAMERAS
-from unipad.errors import UserError
+from unipad.boxes import boxes_from_global
+from unipad.data.dataset import DataError
 
 CLASSES = (
     "car",
@@ -51,12 +52,14 @@ LIDARSEG_CLASSES = (
     "vegetation",
 )
 
-SPLITS = {"trainval": ("train", "val"), "test": ("test",), "mini": ("mini_train", "mini_val")}  # by version suffix
-TRAIN_VAL_SPLITS = {
-    f"v1.0-{suffix}": splits for suffix, splits in SPLITS.items() if len(splits) == 2
-}  # (training, validation)
+# By the version's suffix
+SPLITS = {
+    "trainval": {"train": "train", "val": "val"},
+    "test": {"test": "test"},
+    "mini": {"train": "mini_train", "val": "mini_val"},
+}
 
-# All of them, since the devkit opens all of them.
+# All, since the devkit opens all of them
 TABLES = (
     "attribute",
     "calibrated_sensor",
@@ -74,10 +77,6 @@ TABLES = (
 )
 
 
-class DataError(UserError):
-    """The data set as a whole cannot be used: one sentence that names the folder or flag, and the mend."""
-
-
 @dataclass(frozen=True)
 class Index:
     """What the samples of one split need from the tables.
@@ -92,38 +91,38 @@ class Index:
     image_files: np.ndarray  # [F, N]
     intrinsics: np.ndarray  # [F, N, 4, 4] camera meters -> (u*d, v*d, d, 1), pixels of the file
     lidar2camera: np.ndarray  # [F, N, 4, 4]
-    box_offsets: np.ndarray  # [F + 1] boxes of keyframe f are box_offsets[f] .. box_offsets[f + 1]
+    box_offsets: np.ndarray  # [F + 1] keyframe f has boxes box_offsets[f] to box_offsets[f + 1], exclusive
     boxes: np.ndarray  # [M, 9] float32 as in `Batch`
     labels: np.ndarray  # [M] int64
     lidar_files: np.ndarray  # [L]
     lidar_times: np.ndarray  # [L] int64 microseconds
     lidar2global: np.ndarray  # [L, 4, 4]
-    lidar_prev: np.ndarray  # [L] row of the LiDAR frame before, -1 at the start of a scene
+    lidar_prev: np.ndarray  # [L] row of the previous LiDAR frame, -1 at the start of a scene
     lidarseg_files: np.ndarray  # [F] empty where a keyframe has no labels
-    lidarseg_classes: np.ndarray  # [256] uint8 from the files' categories to classes 0-16
+    lidarseg_classes: np.ndarray  # [256] uint8 category in the files -> class 0-16
 
 
 @dataclass(frozen=True)
 class CameraSweeps:
-    """The images before those of each keyframe of a split: an index of its own, since it is six times as large.
+    """The images before each keyframe of a split: an index of its own, since it is six times as large.
 
-    F keyframes in the order of the `Index`, W = `CAMERA_SWEEPS` frames before each, the newest first, N cameras. The
-    chain of a camera runs through the keyframes before; where a scene does not go back so far, its first frame is
-    repeated (the original never takes that one, except as a keyframe).
+    F keyframes in the order of the `Index`, W = `CAMERA_SWEEPS` frames before each, the newest first, N cameras. These
+    include earlier keyframes; where the scene does not go back that far, its first frame is repeated (the original
+    never takes that one, except as a keyframe).
     """
 
     image_files: np.ndarray  # [F, W, N]
     intrinsics: np.ndarray  # [F, W, N, 4, 4] float32 as in `Index`
     lidar2camera: np.ndarray  # [F, W, N, 4, 4] float32 from the LiDAR at the keyframe's time to the camera at its own
-    numbers: np.ndarray  # [F, W] int64 how many frames before the keyframe's it is: 1, 2, ..., of CAM_FRONT
-    lags: np.ndarray  # [F, W] float32 seconds from it to the keyframe's, of CAM_FRONT
+    numbers: np.ndarray  # [F, W] int64 frames back from the keyframe: 1, 2, ..., of CAM_FRONT
+    lags: np.ndarray  # [F, W] float32 seconds before the keyframe, of CAM_FRONT
 
 
-CAMERA_SWEEPS = 5  # 12 Hz against the keyframes' 2 Hz: all images since the keyframe before
+CAMERA_SWEEPS = 5  # 12 Hz, keyframes at 2 Hz: all images since the previous keyframe
 
 
-def find_root(root, version):
-    """The folder below which the devkit finds `version`: `root` itself or root/version. Raises `DataError`."""
+def find_root(root: str | Path, version: str) -> Path:
+    """The devkit's dataroot of `version`: `root` itself or root/version. Raises `DataError`."""
     root = Path(root)
     if not root.is_dir():
         raise DataError(f"--data-root {root} is not a folder; give the one that holds samples/ and {version}/.")
@@ -131,22 +130,22 @@ def find_root(root, version):
         if _has_tables(data_root / version):
             missing = [f"{t}.json" for t in TABLES if not (data_root / version / f"{t}.json").is_file()]
             if missing:
-                raise DataError(f"{data_root / version} lacks {', '.join(missing)}; unpack the set's metadata again.")
+                raise DataError(f"{data_root / version} lacks {', '.join(missing)}; unpack the metadata again.")
             return data_root
     if _has_tables(root):
         raise DataError(f"--data-root {root} is the folder of the tables itself; give the one above it.")
     versions = sorted({p.parent.name for pattern in ("*/scene.json", "*/*/scene.json") for p in root.glob(pattern)})
     if versions:
-        raise DataError(f"{root} holds no --version {version}; it has {', '.join(versions)}.")
-    raise DataError(f"{root} holds no nuScenes tables; --data-root must be the folder with {version}/scene.json in it.")
+        raise DataError(f"{root} has no --version {version}; it has {', '.join(versions)}.")
+    raise DataError(f"{root} has no nuScenes tables; --data-root must be the folder with {version}/scene.json in it.")
 
 
 def _has_tables(folder):
     return any((folder / f"{t}.json").is_file() for t in TABLES)
 
 
-def scene_tokens(root, version):
-    """{scene name: [sample token, ...] in the order of time}; root: as `find_root` gives it."""
+def scene_tokens(root: Path, version: str) -> dict[str, list[str]]:
+    """{scene name: [sample token, ...] in the order of time}; root: from `find_root`."""
     scenes, samples = (json.loads((root / version / f"{table}.json").read_text()) for table in ("scene", "sample"))
     names = {scene["token"]: scene["name"] for scene in scenes}
     tokens = {name: [] for name in names.values()}
@@ -155,26 +154,28 @@ def scene_tokens(root, version):
     return tokens
 
 
-def load_index(root, version, split):
-    """The index of a split from its cache; built, for all splits of the version, where the tables have changed.
+def load_index(root: Path, version: str, split: str) -> Index:
+    """The index of a split from its cache; rebuilt, for all splits of the version, when the tables have changed.
 
-    root: as `find_root` gives it. The cache is root/unipad-index or, where that cannot be written, the user's cache
-    folder; it is replaced in one step, so processes that build it at the same time do no harm.
-    Raises `DataError` for a split that is not the version's, and for tables that the devkit refuses.
+    root: from `find_root`. The cache is root/unipad-index or, where that cannot be written, the user's cache folder; it
+    is replaced atomically, so several processes may build it at the same time.
+    Raises `DataError` for a split that the version does not have, and for tables that the devkit rejects.
     """
     return _load(Index, _build_split, root, version, split)
 
 
-def load_camera_sweeps(root, version, split):
-    """The `CameraSweeps` of a split, cached and built as `load_index` does it."""
+def load_camera_sweeps(root: Path, version: str, split: str) -> CameraSweeps:
+    """The `CameraSweeps` of a split, cached like the index of `load_index`."""
     return _load(CameraSweeps, _build_camera_sweeps, root, version, split, "-camera-sweeps")
 
 
 def _load(kind, build, root, version, split, ending=""):
-    splits = SPLITS.get(version.rpartition("-")[2], ())
+    splits = tuple(SPLITS.get(version.rpartition("-")[2], {}).values())
     if split not in splits:
         has = f"it has {' and '.join(splits)}" if splits else "its name must end in -mini, -trainval or -test"
-        owner = next((f"; {split} belongs to --version v1.0-{v}" for v, names in SPLITS.items() if split in names), "")
+        owner = next(
+            (f"; {split} belongs to --version v1.0-{v}" for v, names in SPLITS.items() if split in names.values()), ""
+        )
         raise DataError(f"--version {version} has no split {split}: {has}{owner}.")
     state = f"format {FORMAT} {tables_state(root, version)}"
     for path in cache_paths(root, f"{version}-{split}{ending}.npz"):
@@ -188,25 +189,25 @@ def _load(kind, build, root, version, split, ending=""):
     return built[split]
 
 
-def tables_state(root, version):
+def tables_state(root: Path, version: str) -> str:
     """A string that changes when the tables do: their names, sizes and times."""
     tables = sorted((root / version).glob("*.json"))
     return " ".join(f"{t.name}:{t.stat().st_size}:{t.stat().st_mtime_ns}" for t in tables)
 
 
-def cache_paths(root, name):
-    """Where a file made from the tables may be, in order: beside the data, in the user's cache folder."""
+def cache_paths(root: Path, name: str) -> tuple[Path, Path]:
+    """Where to cache a file made from the dataset, in order: beside the data, in the user's cache folder."""
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
     return root / "unipad-index" / name, user / "unipad" / folder / name
 
 
-FORMAT = 1  # of the index; the next number when a field comes to mean something else
-LARGE = 100e6  # bytes of tables from which on indexing takes long enough to say so
+FORMAT = 1  # of the index; increment when the meaning of a field changes
+LARGE = 100e6  # bytes of tables from which on indexing shows a progress bar
 
 
 def _read_index(kind, path, state):
-    """The index at `path`, of class `kind`; None where there is none or it belongs to other tables."""
+    """The index at `path`, of class `kind`; None where there is none or the tables have changed."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return kind(**{f.name: file[f.name] for f in fields(kind)}) if file["state"] == state else None
@@ -215,7 +216,7 @@ def _read_index(kind, path, state):
 
 
 def _write_index(index, state, paths):
-    """Write to the first of `paths` that can be written; without any, the next run builds the index again."""
+    """Write to the first of `paths` that can be written; if none can, the next run rebuilds the index."""
     for path in paths:
         part = path.with_suffix(f".{os.getpid()}.part")
         try:
@@ -229,8 +230,8 @@ def _write_index(index, state, paths):
 
 
 def _build(build, root, version, splits, verbose):
-    """{split: what `build` makes of it} from the tables. `verbose` shows how far it is."""
-    # The devkit takes seconds to import and brings matplotlib along; a cached index does without it.
+    """{split: what `build` makes of it} from the tables; `verbose` shows progress."""
+    # The devkit takes seconds to import and imports matplotlib; a cached index needs neither.
     from nuscenes import NuScenes
     from nuscenes.utils.splits import create_splits_scenes
 
@@ -240,7 +241,7 @@ def _build(build, root, version, splits, verbose):
         return {split: build(nusc, split, set(scenes[split]), verbose) for split in splits}
     except (AssertionError, OSError, ValueError, KeyError, IndexError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise DataError(f"{root / version} is not a complete nuScenes set ({reason}); unpack it again.") from error
+        raise DataError(f"{root / version} is not a complete nuScenes dataset ({reason}); unpack it again.") from error
 
 
 def _build_split(nusc, split, scenes, verbose):
@@ -266,7 +267,9 @@ def _build_split(nusc, split, scenes, verbose):
                 velocities.append(nusc.box_velocity(annotation["token"])[:2])
                 labels.append(CLASSES.index(name))
     box_frames = np.array(box_frames, np.int64)
-    boxes = _boxes(annotations, np.array(velocities).reshape(-1, 2), lidar2global[frame_lidar[box_frames]])
+    sizes = np.array([a["size"] for a in annotations]).reshape(-1, 3)
+    velocities = np.array(velocities).reshape(-1, 2)
+    boxes = boxes_from_global(_matrices(annotations), sizes, velocities, lidar2global[frame_lidar[box_frames]])
 
     lidarseg, classes = _lidarseg(nusc)
     return Index(
@@ -328,7 +331,7 @@ def _samples(nusc, scenes):
 
 
 def _intrinsics(nusc, records):
-    """[len(records), 4, 4] camera meters -> (u*d, v*d, d, 1), pixels of the file, of cameras' sample_data records."""
+    """[len(records), 4, 4] of sample_data records of cameras: camera meters -> (u*d, v*d, d, 1), pixels of the file."""
     intrinsics = np.tile(np.eye(4), (len(records), 1, 1))
     for matrix, record in zip(intrinsics, records, strict=True):
         matrix[:3, :3] = nusc.get("calibrated_sensor", record["calibrated_sensor_token"])["camera_intrinsic"]
@@ -336,7 +339,7 @@ def _intrinsics(nusc, records):
 
 
 def _sensor2global(nusc, records):
-    """[len(records), 4, 4] of sample_data records, each at its own time."""
+    """[len(records), 4, 4] of sample_data records, each at its own timestamp."""
     sensor2ego = _matrices([nusc.get("calibrated_sensor", r["calibrated_sensor_token"]) for r in records])
     return _matrices([nusc.get("ego_pose", r["ego_pose_token"]) for r in records]) @ sensor2ego
 
@@ -351,20 +354,8 @@ def _matrices(records):
     return matrices
 
 
-def _boxes(annotations, velocities, lidar2global):
-    """[M, 9] float32 boxes as in `Batch`; velocities [M, 2] m/s global, NaN where unknown; lidar2global [M, 4, 4]."""
-    global2lidar = np.linalg.inv(lidar2global)
-    box2lidar = global2lidar @ _matrices(annotations)
-    boxes = np.zeros((len(annotations), 9), np.float32)
-    boxes[:, :3] = box2lidar[:, :3, 3]
-    boxes[:, 3:6] = np.array([a["size"] for a in annotations]).reshape(-1, 3)
-    boxes[:, 6] = np.arctan2(box2lidar[:, 1, 0], box2lidar[:, 0, 0])
-    boxes[:, 7:] = np.einsum("mij,mj->mi", global2lidar[:, :2, :2], np.nan_to_num(velocities))
-    return boxes
-
-
 def _lidarseg(nusc):
-    """({LiDAR sample_data token: label file}, [256] uint8 category -> class); empty and zeros where there is none."""
+    """({LiDAR sample_data token: label file}, [256] uint8 category -> class); empty and zeros without lidarseg."""
     from nuscenes.eval.lidarseg.utils import LidarsegClassMapper
 
     classes = np.zeros(256, np.uint8)

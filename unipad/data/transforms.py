@@ -1,26 +1,26 @@
-"""Augmentation: points, cameras and boxes of a sample move together, so that they still agree; images change colors.
+"""Augmentation: points, cameras and boxes of a sample are transformed together; images change colors.
 
-Order and meaning of the original's UnifiedRotScaleTransFlip, PhotoMetricDistortionMultiViewImage and GridMask. What
-differs: images stay bytes, so colors end at 0 and 255, which the original's floats may leave; the grid is drawn once
-a sample, there once for all samples that a GPU sees at a time. What is off draws no random number.
+Order and meaning are those of the original's UnifiedRotScaleTransFlip, PhotoMetricDistortionMultiViewImage and
+GridMask. What differs: images stay bytes, so colors are clipped to 0-255, which the original's floats may leave; the
+grid is drawn per sample, there once for all samples on a GPU. An augmentation that is off draws no random number.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import cv2
 import numpy as np
 
+from unipad.boxes import transform_boxes
 from unipad.config import Augment
 
-# ImageNet's mean color: what the encoder's normalization takes to 0, where the original hides pixels after it.
+# ImageNet's mean color, which the encoder normalizes to 0; the original hides pixels after normalization.
 HIDDEN = np.array([124, 116, 104], np.uint8)
 
 
-def augmented(sample, rng, cfg: Augment):
-    """The sample turned about the LiDAR's vertical axis, scaled, shifted, mirrored, its points in another order and a
-    grid over its images; as `cfg` allows. Colors are `distorted`'s.
-
-    rng: `np.random.Generator`, the only source of chance.
+def augment_sample(sample, rng: np.random.Generator, cfg: Augment):
+    """The sample rotated about the LiDAR's vertical axis, scaled, shifted and mirrored, its points shuffled and a grid
+    over its images, as `cfg` says. Colors change in `photometric_distortion`.
     """
     angle = rng.uniform(-cfg.rotation, cfg.rotation)
     scale = rng.uniform(*cfg.scale)
@@ -31,88 +31,83 @@ def augmented(sample, rng, cfg: Augment):
     shift = rng.normal(scale=cfg.translation) if any(cfg.translation) else np.zeros(3)
     flip_x = cfg.flip_x > 0 and rng.random() < cfg.flip_x
     flip_y = cfg.flip_y > 0 and rng.random() < cfg.flip_y
-    sample = moved(sample, motion(angle, scale, shift, flip_x, flip_y))
+    sample = apply_transform(sample, make_transform(angle, scale, shift, flip_x, flip_y))
     if sample.images and cfg.grid_mask > 0 and rng.random() < cfg.grid_mask:
         sample = replace(sample, images=_behind_grid(sample.images, rng))
     return sample
 
 
-def motion(angle=0.0, scale=1.0, shift=(0.0, 0.0, 0.0), flip_x=False, flip_y=False):
-    """[4, 4] old LiDAR frame -> new one: turned by `angle` radians, x towards y; then lengths times `scale`; then
-    shifted by meters x, y, z; then mirrored where x or y changes its sign, which leaves a left-handed frame.
+def make_transform(
+    angle: float = 0.0,
+    scale: float = 1.0,
+    shift: Sequence[float] = (0.0, 0.0, 0.0),
+    flip_x: bool = False,
+    flip_y: bool = False,
+) -> np.ndarray:
+    """[4, 4] old LiDAR frame -> new one: rotate by `angle` radians, x towards y; scale all lengths; shift by meters
+    x, y, z; then change the sign of x or y, which leaves a left-handed frame.
     """
     cos, sin = np.cos(angle), np.sin(angle)
-    move = np.eye(4)
-    move[:3, :3] = scale * np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
-    move[:3, 3] = shift
-    return np.diag([-1.0 if flip_x else 1.0, -1.0 if flip_y else 1.0, 1.0, 1.0]) @ move
+    transform = np.eye(4)
+    transform[:3, :3] = scale * np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
+    transform[:3, 3] = shift
+    return np.diag([-1.0 if flip_x else 1.0, -1.0 if flip_y else 1.0, 1.0, 1.0]) @ transform
 
 
-def moved(sample, move):
-    """The sample in the frame that `move`, a `motion`, leads to.
+def apply_transform(sample, transform: np.ndarray):
+    """The sample in the frame that `transform`, of `make_transform`, leads to.
 
-    Pixels keep what they show: the projections take the new points to where the old ones were seen. Depths along the
-    optical axis stay meters of the camera; distances between camera and points are the new frame's.
+    Images stay: the projections take the new points to where the old ones were seen. Depths along the optical axis
+    stay meters of the camera; distances between camera and points are the new frame's.
     """
-    points, back = sample.points.copy(), np.linalg.inv(move)
-    points[:, :3] = points[:, :3] @ move[:3, :3].T + move[:3, 3]
+    points, inverse = sample.points.copy(), np.linalg.inv(transform)
+    points[:, :3] = points[:, :3] @ transform[:3, :3].T + transform[:3, 3]
     return replace(
         sample,
         points=points,
-        boxes=moved_boxes(sample.boxes, move),
-        lidar2image=(sample.lidar2image.astype(np.float64) @ back).astype(np.float32),
-        lidar2camera=(sample.lidar2camera.astype(np.float64) @ back).astype(np.float32),
+        boxes=transform_boxes(sample.boxes, transform),
+        lidar2image=(sample.lidar2image.astype(np.float64) @ inverse).astype(np.float32),
+        lidar2camera=(sample.lidar2camera.astype(np.float64) @ inverse).astype(np.float32),
     )
 
 
-def moved_boxes(boxes, move):
-    """[M, 9] boxes as in `Batch` in the frame that `move`, a `motion` or the inverse of one, leads to."""
-    boxes, linear = boxes.copy(), move[:3, :3]
-    boxes[:, :3] = boxes[:, :3] @ linear.T + move[:3, 3]
-    boxes[:, 3:6] *= np.linalg.norm(linear[:, 0])
-    heading = np.stack([np.cos(boxes[:, 6]), np.sin(boxes[:, 6])], axis=1) @ linear[:2, :2].T
-    boxes[:, 6] = np.arctan2(heading[:, 1], heading[:, 0])
-    boxes[:, 7:] = boxes[:, 7:] @ linear[:2, :2].T
-    return boxes
+def photometric_distortion(sample, rng: np.random.Generator):
+    """The sample with each image's brightness, contrast, saturation, hue and order of channels changed.
 
-
-def distorted(sample, rng):
-    """The sample with the colors of each image changed: brightness, contrast, saturation, hue, order of channels.
-
-    Every change happens to one image in two, by numbers of the image's own.
+    Each change has probability 1/2 and is drawn per image.
     """
-    return replace(sample, images=[_distorted(image, rng) for image in sample.images])
+    return replace(sample, images=[_distort(image, rng) for image in sample.images])
 
 
-def _distorted(image, rng):
-    """[h, w, 3] uint8 RGB, the original's steps in its order: contrast comes before the colors or after them."""
+def _distort(image, rng):
+    """[h, w, 3] uint8 RGB, the original's steps in its order: contrast comes before or after saturation and hue."""
     pixels = image.astype(np.float32)
-    brightness = rng.uniform(-32, 32) if _heads(rng) else 0.0
-    contrast_first = _heads(rng)
-    contrast = rng.uniform(0.5, 1.5) if _heads(rng) else 1.0
-    saturation = rng.uniform(0.5, 1.5) if _heads(rng) else 1.0
-    hue = rng.uniform(-18, 18) if _heads(rng) else 0.0  # degrees
+    brightness = rng.uniform(-32, 32) if _coin(rng) else 0.0
+    contrast_first = _coin(rng)
+    contrast = rng.uniform(0.5, 1.5) if _coin(rng) else 1.0
+    saturation = rng.uniform(0.5, 1.5) if _coin(rng) else 1.0
+    hue = rng.uniform(-18, 18) if _coin(rng) else 0.0  # degrees
     pixels += brightness
     if contrast_first:
         pixels *= contrast
     if saturation != 1 or hue != 0:
-        hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV)  # of floats: degrees, share, the pixels' own unit
+        hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV)  # of floats: degrees, fraction, the pixels' own unit
         hsv[..., 0] = (hsv[..., 0] + hue) % 360
         hsv[..., 1] *= saturation
         pixels = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
     if not contrast_first:
         pixels *= contrast
-    if _heads(rng):
+    if _coin(rng):
         pixels = pixels[..., rng.permutation(3)]
     return np.rint(pixels.clip(0, 255)).astype(np.uint8)
 
 
-def _heads(rng):
+def _coin(rng):
     return rng.random() < 0.5
 
 
 def _behind_grid(images, rng):
-    """The images, [h, w, 3] uint8 each, with the same grid over all of them."""
+    """The images, [h, w, 3] uint8 each, behind the same grid."""
     height = _padded(images[0].shape[0])
     period = rng.integers(2, height)
     top, left = rng.integers(period, size=2)
@@ -120,21 +115,21 @@ def _behind_grid(images, rng):
 
 
 def _grid_of(image, period, top, left):
-    """[h, w] bool: the part of the padded image's grid that lies over the image."""
+    """[h, w] bool: the padded image's grid, without the padding."""
     h, w = image.shape[:2]
     return grid_mask(_padded(h), _padded(w), period, top, left)[:h, :w]
 
 
 def _padded(length):
-    """Pixels with the padding that a batch gives an image: to a multiple of 32."""
+    """Height or width as a batch pads it: to a multiple of 32."""
     return -(-length // 32) * 32
 
 
-def grid_mask(height, width, period, top, left):
-    """[height, width] bool, True = visible: bars half as wide as the `period`, rows and columns of them.
+def grid_mask(height: int, width: int, period: int, top: int, left: int) -> np.ndarray:
+    """[height, width] bool, True = visible: rows and columns of bars, half as wide as the `period`.
 
-    The grid is laid over an area half as high and wide again, `top` and `left` pixels from its corner, and the image
-    is that area's middle. As in the original, no bar starts where less than a whole period is left.
+    The grid covers an area 1.5 times as high and wide, starting `top` and `left` pixels from its corner; the image is
+    the middle of that area. As in the original, no bar starts where less than a whole period is left.
     """
     bar = min(max(int(period * 0.5 + 0.5), 1), period - 1)
     rows, columns = _bars(height, period, top, bar), _bars(width, period, left, bar)

@@ -1,7 +1,7 @@
-"""What a person looks at.
+"""Pictures, films and meshes.
 
-views.py     pictures and films of real beside rendered
-boxes.py     boxes from above and in the cameras
-segments.py  classes of points from above and in the cameras
-mesh.py      the surface that a model renders, as a PLY file
+views.py     renderings beside images and LiDAR depth; films
+boxes.py     boxes from above and in the camera images
+segments.py  classes of points from above and in the camera images
+mesh.py      the rendered surface as a PLY file
 """

@@ -1,5 +1,5 @@
-"""Pictures of boxes: from above over the LiDAR points, and in the cameras' images. White what is there, in the color
-of its class what was found."""
+"""Pictures of boxes: from above over the LiDAR points, and in the camera images. Ground truth is white, predictions
+have the colors of their classes."""
 
 import matplotlib
 import numpy as np
@@ -7,36 +7,37 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from unipad.batch import CAMERAS
+from unipad.batch import CAMERAS, Batch
+from unipad.boxes import box_corners
 from unipad.data.tables import CLASSES
 from unipad.draw.views import DPI, picture_of
-from unipad.model.boxes import box_corners
+from unipad.model.detect import Detections
 
 TITLE = 24  # pixels above an image
-REACH = 52.0  # meters from the LiDAR to the sides of the view from above; objects beyond 50 are not judged
-ROWS = (5, 0, 1), (4, 3, 2)  # cameras as they stand on the car: front left, front, front right; the back ones below
-SKELETON = (0, 1, 2, 3, 0, 4, 5, 6, 7, 4), (1, 5), (2, 6), (3, 7)  # ways along corners that draw all edges
-NEAR = 0.1  # meters before a camera where edges end
+REACH = 52.0  # meters from the LiDAR to the sides of the view from above; objects beyond 50 are not evaluated
+ROWS = (5, 0, 1), (4, 3, 2)  # cameras as mounted on the car: front left, front, front right; the back ones below
+SKELETON = (0, 1, 2, 3, 0, 4, 5, 6, 7, 4), (1, 5), (2, 6), (3, 7)  # paths along corners that draw all edges
+NEAR = 0.1  # meters in front of a camera at which edges are cut
 COLORS = matplotlib.colormaps["tab10"].colors
 
 
-def detection_views(batch, found, least=0.3, width=520):
-    """A sheet of the batch's first sample: from above, and in its cameras where it has any. [H, W, 3] uint8.
+def detection_views(batch: Batch, found: Detections, min_score: float = 0.3, width: int = 520) -> np.ndarray:
+    """The batch's first sample from above, and in its cameras if it has any: [H, W, 3] uint8.
 
-    found: `Detections` of that sample; those with a score below `least` are left out.
+    found: of that sample; those with a score below `min_score` are not drawn.
     width: pixels of a camera's column.
     """
     batch = batch.keyframe()
     cameras = batch.images.shape[1] > 0
     truth = batch.boxes[: batch.box_counts[0]].cpu()
-    shown = found.scores >= least
+    shown = found.scores >= min_score
     boxes, labels = found.boxes[shown].float().cpu(), found.labels[shown].cpu()
     H, W = batch.image_sizes[0, 0].tolist() if cameras else (9, 16)
     height = 2 * (width * H / W + TITLE)
     figure = Figure(figsize=((height + 3 * width * cameras) / DPI, height / DPI), dpi=DPI, layout="constrained")
     figure.set_facecolor("0.1")
-    shares = [height, 3 * width] if cameras else [height]
-    above, *others = figure.subfigures(1, len(shares), width_ratios=shares, squeeze=False)[0]
+    widths = [height, 3 * width] if cameras else [height]
+    above, *others = figure.subfigures(1, len(widths), width_ratios=widths, squeeze=False)[0]
     points = batch.points[: batch.point_counts[0]]
     _from_above(above, points[points[:, 4] == 0, :3].cpu().numpy(), truth, boxes, labels)
     for grid in others:
@@ -54,7 +55,7 @@ def _from_above(part, points, truth, boxes, labels):
     axis.scatter(points[:, 0], points[:, 1], s=0.8, c=points[:, 2], cmap="gray", vmin=-5, vmax=3, linewidths=0)
     axis.plot(0, 0, "w+")
     for these, colors, thick in ((truth, "white", 2.5), (boxes, [COLORS[i] for i in labels], 1.2)):
-        corners = box_corners(these)[:, :4, :2].numpy()
+        corners = box_corners(these)[:, :4, :2]
         front = corners[:, :2].mean(axis=1, keepdims=True)
         middle = corners.mean(axis=1, keepdims=True)
         outlines = np.concatenate([corners, corners[:, :1]], axis=1)
@@ -66,30 +67,30 @@ def _from_above(part, points, truth, boxes, labels):
 
 
 def _in_camera(axis, image, lidar2image, truth, boxes, labels):
-    """One camera's `image` [h, w, 3] with the edges that are before it; lidar2image [4, 4]."""
+    """One camera's `image` [h, w, 3] with the edges in front of it; lidar2image [4, 4]."""
     height, width = image.shape[:2]
     axis.imshow(image)
     axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), xticks=[], yticks=[])
     for these, colors, thick in ((truth, "white", 1.6), (boxes, [COLORS[i] for i in labels], 1.0)):
-        edges, box = _edges(box_corners(these).numpy(), lidar2image)
+        lines, box = edges(box_corners(these), lidar2image)
         colors = colors if isinstance(colors, str) else [colors[b] for b in box]
-        axis.add_collection(LineCollection(edges, colors=colors, linewidths=thick))
+        axis.add_collection(LineCollection(lines, colors=colors, linewidths=thick))
 
 
-def _edges(corners, lidar2image):
-    """Pixels [E, 2, 2] of the two ends of every edge, as far as it is before the camera, and the box [E] it is of.
+def edges(corners, lidar2image):
+    """Pixels [E, 2, 2] of both ends of every edge, cut where it is behind the camera, and its box [E].
 
     corners: [K, 8, 3] as `box_corners` gives them.
     """
     seen = corners @ lidar2image[:3, :3].T + lidar2image[:3, 3]  # [K, 8, 3] u*d, v*d, d
-    steps = [step for way in SKELETON for step in zip(way, way[1:], strict=False)]
-    a, b = (seen[:, [step[end] for step in steps]].reshape(-1, 3) for end in (0, 1))  # [K * 12, 3]
-    before = np.maximum(a[:, 2], b[:, 2]) > NEAR
-    box = np.repeat(np.arange(len(corners)), len(steps))[before]
-    a, b = a[before], b[before]
+    pairs = [pair for path in SKELETON for pair in zip(path, path[1:], strict=False)]
+    a, b = (seen[:, [pair[end] for pair in pairs]].reshape(-1, 3) for end in (0, 1))  # [K * 12, 3]
+    front = np.maximum(a[:, 2], b[:, 2]) > NEAR
+    box = np.repeat(np.arange(len(corners)), len(pairs))[front]
+    a, b = a[front], b[front]
     ends = []
     for end, other in ((a, b), (b, a)):
-        share = np.clip((NEAR - end[:, 2:]) / np.where(other == end, 1, other - end)[:, 2:], 0, 1)
-        end = np.where(end[:, 2:] < NEAR, end + share * (other - end), end)
+        t = np.clip((NEAR - end[:, 2:]) / np.where(other == end, 1, other - end)[:, 2:], 0, 1)
+        end = np.where(end[:, 2:] < NEAR, end + t * (other - end), end)
         ends.append(end[:, :2] / end[:, 2:])
     return np.stack(ends, axis=1), box

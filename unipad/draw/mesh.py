@@ -1,29 +1,32 @@
-"""The surface that a pre-trained model believes in, as a mesh: where its signed distance is zero."""
+"""The surface of a pre-trained model as a mesh: where its signed distance is zero."""
 
 import importlib.util
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from unipad.config import Grid
 from unipad.errors import UserError
+from unipad.model.pretrain import Pretrain
 
-AT_A_TIME = 2**18  # points whose distance is read at once, or those of one x
+AT_A_TIME = 2**18  # points per evaluation of the SDF, or those of one x
 
 
-def check_mesh(grid, cell):
-    """Raises `UserError` where meshes of points `cell` meters apart cannot be made of a `config.Grid`."""
+def check_mesh(grid: Grid, cell: float):
+    """Raises `UserError` where a mesh sampled every `cell` meters cannot be made."""
     most = min(h - l for l, h in zip(grid.low, grid.high, strict=True)) / 2
     if cell > most:
-        raise UserError(f"--mesh-cell {cell} is too coarse for a volume {2 * most} meters high; take at most {most}.")
+        raise UserError(f"--mesh-cell {cell} is too coarse for a volume {2 * most} meters high; use at most {most}.")
     if importlib.util.find_spec("skimage") is None:
-        raise UserError("--mesh needs scikit-image: install it with pip install -e '.[mesh]'.")
+        raise UserError("--mesh needs scikit-image: pip install -e '.[mesh]'.")
 
 
 @torch.no_grad()
-def distances(model, volume, cell):
-    """Signed distance, [X, Y, Z] meters, at points `cell` meters apart from the grid's lower corner on.
+def distances(model: Pretrain, volume: torch.Tensor, cell: float) -> torch.Tensor:
+    """Signed distance, [X, Y, Z] meters, at points `cell` meters apart, starting at the grid's lower corner.
 
-    model: a `Pretrain`; volume: [1, C, Z, Y, X] as its `encode` gives it.
+    volume: [1, C, Z, Y, X], from `Pretrain.encode`.
     """
     renderer, grid = model.renderer, model.recipe.grid
     with torch.autocast(volume.device.type, enabled=False):
@@ -37,13 +40,13 @@ def distances(model, volume, cell):
     return torch.cat(parts).view(len(x), len(y), len(z))
 
 
-def surface(values, low, cell):
+def surface(values: np.ndarray, low: tuple, cell: float) -> tuple[np.ndarray, np.ndarray]:
     """The zero level set by marching cubes (Lorensen and Cline, 1987).
 
-    values: [X, Y, Z] array of signed distances, positive outside; low: (x, y, z) meters of the first one.
+    values: [X, Y, Z] signed distances, positive outside; low: (x, y, z) meters of the first one.
 
     Returns vertices [V, 3] float32 meters and triangles [T, 3] int32, counter-clockwise seen from outside; both empty
-    where nothing changes its sign.
+    where the sign never changes.
     """
     from skimage.measure import marching_cubes
 
@@ -53,7 +56,7 @@ def surface(values, low, cell):
     return (vertices + low).astype(np.float32), triangles.astype(np.int32)
 
 
-def write_ply(file, vertices, triangles):
+def write_ply(file: Path, vertices: np.ndarray, triangles: np.ndarray):
     """Write a mesh as a binary PLY file."""
     header = f"""ply
 format binary_little_endian 1.0

@@ -1,17 +1,18 @@
-"""Pictures of classes of LiDAR points: from above, and over the cameras' images. What is true above what was found."""
+"""Pictures of the classes of LiDAR points: from above, and over the camera images. Ground truth above predictions."""
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from unipad.batch import CAMERAS
+from unipad.batch import CAMERAS, Batch
 from unipad.data.tables import LIDARSEG_CLASSES
 from unipad.draw.boxes import NEAR, ROWS
 from unipad.draw.views import DPI, picture_of
 
 TITLE = 24  # pixels above an image
 REACH = 40.0  # meters from the LiDAR to the sides of the view from above
-# After the devkit's, whose vehicles are shades of one orange; 0 to 16
+# Classes 0 to 16. Based on the devkit's, whose vehicles are all shades of one orange
 COLORS = (
     np.array(
         [
@@ -24,14 +25,13 @@ COLORS = (
 )  # fmt: skip
 
 
-def segment_views(batch, found, width=300):
-    """A sheet of the batch's first sample: from above, and in its cameras where it has any. [H, W, 3] uint8.
+def segment_views(batch: Batch, found: torch.Tensor, width: int = 300) -> np.ndarray:
+    """The batch's first sample from above, and in its cameras if it has any: [H, W, 3] uint8.
 
-    found: [K] the classes of the keyframe's points, as `Segmenter.segment` gives them.
+    found: [K] classes of the keyframe's points, from `Segmenter.segment`.
     width: pixels of a camera's column.
 
-    Points without a label are gray in both. Where the batch has no labels at all,
-    what was found stands alone.
+    Points without a label are gray in both. A batch without labels shows the predictions alone.
     """
     points = batch.points[: batch.point_counts[0]]
     key = points[:, 4] == 0
@@ -48,8 +48,8 @@ def segment_views(batch, found, width=300):
     figure.set_facecolor("0.1")
     *lines, foot = figure.subfigures(len(rows) + 1, 1, height_ratios=[height] * len(rows) + [70])
     for line, (name, classes) in zip(lines, rows.items(), strict=True):
-        shares = [height, 3 * width] if cameras else [height]
-        above, *others = line.subfigures(1, len(shares), width_ratios=shares, squeeze=False)[0]
+        widths = [height, 3 * width] if cameras else [height]
+        above, *others = line.subfigures(1, len(widths), width_ratios=widths, squeeze=False)[0]
         _from_above(above.subplots(), points, classes, name)
         for grid in others:
             for axis, view in zip(grid.subplots(2, 3).flat, np.ravel(ROWS), strict=True):
@@ -67,7 +67,7 @@ def segment_views(batch, found, width=300):
 
 def _from_above(axis, points, classes, name):
     axis.set(xlim=(-REACH, REACH), ylim=(-REACH, REACH), xticks=[], yticks=[], aspect="equal", facecolor="black")
-    order = np.argsort(points[:, 2], kind="stable")  # what is above hides what is below
+    order = np.argsort(points[:, 2], kind="stable")  # higher points hide lower ones
     axis.scatter(points[order, 0], points[order, 1], s=4, c=COLORS[classes[order]], linewidths=0)
     axis.plot(0, 0, "w+")
     axis.spines[:].set_color("0.4")
@@ -75,7 +75,7 @@ def _from_above(axis, points, classes, name):
 
 
 def _in_camera(axis, image, lidar2image, points, classes):
-    """One camera's `image` [h, w, 3], darkened, with the points before it, the nearest on top; lidar2image [4, 4]."""
+    """One camera's `image` [h, w, 3], darkened, with the points in front of it, nearest on top; lidar2image [4, 4]."""
     height, width = image.shape[:2]
     axis.imshow(image * 0.4)
     axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), xticks=[], yticks=[])

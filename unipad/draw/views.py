@@ -1,6 +1,7 @@
-"""Pictures of what a model renders or finds beside what is really there. A picture is [H, W, 3] uint8."""
+"""Pictures of what a model renders beside images and LiDAR depth, and films of them. A picture is [H, W, 3] uint8."""
 
 import math
+from pathlib import Path
 
 import cv2
 import matplotlib
@@ -11,27 +12,29 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from unipad.batch import CAMERAS
+from unipad.batch import CAMERAS, Batch
 from unipad.errors import UserError
-from unipad.evaluate.rendering import in_color
-from unipad.model.camera import MASK_BLOCK
+from unipad.model.mask import MASK_BLOCK
+from unipad.model.pretrain import Pretrain
 from unipad.model.rays import cast_rays, common_grid, project_points, rays_from_lidar
 
 FAR = 60.0  # meters at the far end of the color scale
-PANORAMA = (42, 360)  # rows and columns, a degree each; all around, x forward of the middle by a quarter
-TOP = 11.0  # degrees above the horizon of a panorama's first row: nuScenes' LiDAR sees from -30.7 to 10.7
-AT_A_TIME = 2**18  # rays; more, and those of six full images would take gigabytes
+PANORAMA = (42, 360)  # rows and columns of a degree each, all around the LiDAR; +x is a quarter right of the middle
+TOP = 11.0  # elevation of a panorama's first row, degrees: nuScenes' LiDAR covers -30.7 to 10.7
+AT_A_TIME = 2**18  # rays; those of six full images would take gigabytes
 DPI = 80
 
 
 @torch.no_grad()
-def rendered_views(model, batch, generators, stride=2, normals=False, width=240):
-    """A sheet of the batch's first sample: what the encoders saw, what is there and what is rendered, one above the
-    other. Six cameras stand side by side; without cameras, one panorama from the LiDAR.
+def rendered_views(
+    model: Pretrain, batch: Batch, generators: list | None, stride: int = 2, normals: bool = False, width: int = 240
+) -> np.ndarray:
+    """The batch's first sample in rows: images, what the encoders saw, LiDAR depth, renderings. Six cameras side by
+    side; without cameras, one panorama from the LiDAR.
 
-    generators: one a sample, for the masks; None: nothing is hidden from the encoders.
+    generators: one per sample, for the masks; None: no masking.
     stride:     pixels between rendered rays of a camera.
-    normals:    render the surface's normals too, as colors: how far they point right, ahead and up.
+    normals:    render surface normals too, as colors: red right, green ahead, blue up.
     width:      pixels of a camera's column.
     """
     was_training = model.training
@@ -43,7 +46,7 @@ def rendered_views(model, batch, generators, stride=2, normals=False, width=240)
     model.train(was_training)
 
     rows = {}
-    project = _onto_views if cameras else _onto_panorama
+    project = onto_views if cameras else _onto_panorama
     if cameras:
         H, W = batch.image_sizes[0, 0].tolist()
         images = batch.images[0, ..., :H, :W]  # [N, 3, H, W]
@@ -52,7 +55,7 @@ def rendered_views(model, batch, generators, stride=2, normals=False, width=240)
         visible = masks["camera"][0, : len(images), None].float()
         visible = F.interpolate(visible, scale_factor=MASK_BLOCK)[..., :H, :W]
         rows["image, as the encoder sees it"] = (images * visible).permute(0, 2, 3, 1)
-    if cameras and in_color(model, batch):
+    if model.in_color(batch):
         rows["rendered"] = rgb
     points = batch.points[: batch.point_counts[0]]
     rows["LiDAR depth"] = project(batch, points[points[:, 4] == 0, :3])
@@ -61,7 +64,10 @@ def rendered_views(model, batch, generators, stride=2, normals=False, width=240)
     rows["rendered depth"] = depth
     if normals:
         rows["rendered normals"] = (normal + 1) / 2 * (normal.norm(dim=-1, keepdim=True) > 0)
-    return _sheet({name: row.float().cpu().numpy() for name, row in rows.items()}, width)
+    titles = ["all around the LiDAR"]
+    if cameras:
+        titles = CAMERAS if len(images) == len(CAMERAS) else [f"camera {i}" for i in range(len(images))]
+    return _sheet({name: row.float().cpu().numpy() for name, row in rows.items()}, titles, width)
 
 
 def _rendered(model, volume, batch, stride):
@@ -102,7 +108,7 @@ def _onto_panorama(_, points):
     return _painted(pixels, visible[None], depth[None], rows, columns, thick=0)
 
 
-def _onto_views(batch, points):
+def onto_views(batch, points):
     """[N, H, W] meters along the first sample's rays to `points` [P, 3], NaN where none falls."""
     H, W = batch.image_sizes[0, 0].tolist()
     pixels, visible = project_points(points, batch.lidar2image[0], batch.image_sizes[0])  # [N, P, 3], [N, P]
@@ -112,7 +118,7 @@ def _onto_views(batch, points):
 
 
 def _painted(pixels, visible, depth, H, W, thick):
-    """[N, H, W]: every visible point paints its depth onto its pixel and `thick` more around; the nearest is on top."""
+    """[N, H, W]: every visible point paints its depth onto its pixel and `thick` more around it, the nearest on top."""
     pixels, visible, depth = pixels.cpu(), visible.cpu(), depth.cpu()
     canvas = torch.full((len(pixels), H, W), torch.nan)
     for view in range(len(pixels)):
@@ -125,8 +131,11 @@ def _painted(pixels, visible, depth, H, W, thick):
     return canvas
 
 
-def _sheet(rows, width):
-    """Rows of pictures with their names. rows: name -> [N, h, w, 3] colors or [N, h, w] meters, NaN for none."""
+def _sheet(rows, titles, width):
+    """Rows of pictures with their names, and titles of the N columns.
+
+    rows: name -> [N, h, w, 3] colors or [N, h, w] meters, NaN where unknown.
+    """
     views, height, across = next(iter(rows.values())).shape[:3]
     inches = (width * views if views > 1 else 6 * width) / DPI
     size = (inches, inches / views * height / across * len(rows) + 0.5)
@@ -138,22 +147,22 @@ def _sheet(rows, width):
         for axis, view in zip(line, row, strict=True):
             axis.imshow(view.clip(0, 1)) if view.ndim == 3 else axis.imshow(view, colors, vmin=0, vmax=FAR)
             axis.set(xticks=[], yticks=[])
-    for axis, name in zip(axes[0], CAMERAS if views > 1 else ["all around the LiDAR"], strict=True):
+    for axis, name in zip(axes[0], titles, strict=True):
         axis.set_title(name)
     line = axes[list(rows).index("rendered depth")]
     figure.colorbar(line[0].images[0], ax=line, label="meters", fraction=0.02)
     return picture_of(figure)
 
 
-def picture_of(figure):
+def picture_of(figure: Figure) -> np.ndarray:
     """A matplotlib figure as a picture."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def write_film(pictures, file, rate):
-    """Put picture files one after the other into a GIF, or an MP4 by OpenCV; `rate` of them a second.
+def write_film(pictures: list[Path], file: Path, rate: float):
+    """Join picture files into a GIF, or an MP4 with OpenCV, at `rate` per second.
 
     Raises `UserError` where this OpenCV cannot write MP4.
     """
@@ -162,10 +171,10 @@ def write_film(pictures, file, rate):
         others = (Image.open(picture).convert("RGB") for picture in pictures[1:])
         first.save(file, save_all=True, append_images=others, duration=round(1000 / rate), loop=0)
         return
-    width, height = (side // 2 * 2 for side in first.size)  # MP4 halves the resolution of colors
+    width, height = (side // 2 * 2 for side in first.size)  # MP4 halves the resolution of color, so sides are even
     film = cv2.VideoWriter(str(file), cv2.VideoWriter_fourcc(*"mp4v"), rate, (width, height))
     if not film.isOpened():
-        raise UserError(f"OpenCV cannot write {file} on this machine; take --film gif.")
+        raise UserError(f"OpenCV cannot write {file} on this machine; use --film gif.")
     for picture in pictures:
         film.write(cv2.imread(str(picture))[:height, :width])
     film.release()

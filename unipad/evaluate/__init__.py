@@ -1,9 +1,9 @@
 """How good a model is.
 
-frames.py        what a model says of every frame of a split
+frames.py        predictions for every frame of a split, over all processes
 rendering.py     PSNR of colors, errors of depths
-detection.py     boxes of a whole split, judged by the devkit
+detection.py     boxes of a whole split, scored by the devkit
 submission.py    boxes -> results_nusc.json -> the devkit's metrics
 segmentation.py  points of a whole split -> files of classes -> the devkit's metrics
-tta.py           one batch in many looks: turned, scaled, mirrored, and merged
+tta.py           test-time augmentation: predictions for rotated, scaled and flipped views, merged
 """

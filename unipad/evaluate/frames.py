@@ -1,33 +1,44 @@
-"""What a model says of every frame of a split, over all processes."""
+"""Predictions for every frame of a split, over all processes."""
 
 import sys
+from collections.abc import Callable
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
+from unipad.batch import Batch
+from unipad.data.dataset import DrivingDataset
 from unipad.data.loader import all_batches
 from unipad.errors import UserError
-from unipad.runtime import to_main
+from unipad.runtime import World, to_main
 
 
 @torch.no_grad()
-def of_all_frames(model, dataset, world, predict, size=1, workers=0, doing="looking"):
-    """What is predicted for every frame of a dataset: {sample token: prediction} in the main process, None in others.
+def predict_all(
+    model: nn.Module,
+    dataset: DrivingDataset,
+    world: World,
+    predict: Callable[[Batch], list],
+    size: int = 1,
+    workers: int = 0,
+    desc: str = "predicting",
+) -> dict | None:
+    """{sample token: prediction} for every frame of a dataset, in the main process; None in the others.
 
-    model:   put in eval mode here and back into the mode it was in.
-    dataset: a `NuScenesDataset` of all the split's frames.
-    world:   `runtime.World`; each process takes every world-th frame.
-    predict: function of a batch on the device; returns one prediction a sample, on the host.
-    size:    samples of a batch; workers: processes that load, for each process; doing: beside the progress bar.
+    model:   put in eval mode here, and back into the mode it was in.
+    dataset: all frames of a split; each process takes every world-th.
+    predict: from a batch on the device to one prediction per sample, on the host.
+    size:    samples per batch. workers: data loading processes per process. desc: label of the progress bar.
 
-    A frame that cannot be read is named on stderr and missing in the result. Raises `UserError` if all are.
+    A frame that cannot be read is named on stderr and missing from the result. Raises `UserError` if all are.
     """
     was_training = model.training
     model.eval()
     found, unreadable = {}, []
     pinned = world.device.type == "cuda"
-    silent = None if world.is_main else True  # None: where nobody watches
-    with tqdm(total=len(dataset), desc=doing, unit="frame", leave=False, disable=silent) as bar:
+    silent = None if world.is_main else True  # None: without a terminal
+    with tqdm(total=len(dataset), desc=desc, unit="frame", leave=False, disable=silent) as bar:
         for batch, bad_frames in all_batches(dataset, size, world.rank, world.size, workers, pinned):
             unreadable += bad_frames
             if batch is not None:

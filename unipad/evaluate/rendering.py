@@ -1,26 +1,31 @@
-"""How good renderings are: PSNR of the colors, error of the depths."""
+"""Quality of renderings: PSNR of colors, errors of depths."""
+
+from collections.abc import Iterable
 
 import torch
 
+from unipad.batch import Batch
 from unipad.errors import UserError
+from unipad.model.pretrain import Pretrain
 from unipad.model.rays import lidar_rays, pixel_rays
 from unipad.runtime import all_reduce_sum, generators
 
-RAYS_PER_VIEW = 256  # LiDAR rays a view that depth is judged on
-PIXEL_STRIDE = 8  # pixels between the rays that color is judged on
+RAYS_PER_VIEW = 256  # LiDAR rays per view that depth is measured on
+PIXEL_STRIDE = 8  # pixels between the rays that color is measured on
 
 
 @torch.no_grad()
-def evaluate_rendering(model, batches, seed, device, masked=True):
+def evaluate_rendering(
+    model: Pretrain, batches: Iterable[tuple[int, Batch]], seed: int, device: torch.device, masked: bool = True
+) -> dict[str, float]:
     """Render held-out frames and compare them with their images and LiDAR points.
 
-    model:   a `Pretrain`; put in eval mode here and back into the mode it was in.
-    batches: iterable of (position, Batch): the position seeds the masks and the choice of LiDAR rays,
-        so every evaluation of a run sees the same.
-    masked:  hide from the encoder what training hides.
+    model:   put in eval mode here, and back into the mode it was in.
+    batches: the position seeds the masks and the choice of LiDAR rays, so every evaluation of a run sees the same.
+    masked:  mask the encoder's input as in training.
 
-    Returns dict: psnr (dB, over a grid of pixels; not where color is not learned or there are no images),
-    depth_abs_rel, depth_rmse (meters), depth_delta1 (share of rays within a factor 1.25). LiDAR depths are the truth;
+    Returns dict: psnr (dB, over a grid of pixels; absent without images or where color is not learned),
+    depth_abs_rel, depth_rmse (meters), depth_delta1 (share of rays within a factor 1.25). LiDAR depth is the truth;
     a ray that misses the volume counts as black at depth 0. Sums run over all processes.
     """
     was_training = model.training
@@ -31,18 +36,18 @@ def evaluate_rendering(model, batches, seed, device, masked=True):
         draws = generators(seed, 0, range(position, position + len(batch)), device)
         volume, _ = model.encode(batch, draws if masked else None)
         batch = batch.keyframe()
-        for i in range(len(batch) if in_color(model, batch) else 0):
+        for i in range(len(batch) if model.in_color(batch) else 0):
             rays, _ = pixel_rays(batch, i, PIXEL_STRIDE)
             rgb, _ = model.render(volume, rays)
             sums[0] += (rgb - rays.rgb).square().mean(1).double().sum()
             sums[1] += len(rays)
         rays = lidar_rays(batch, model.recipe.rays, RAYS_PER_VIEW, draws)
         _, depth = model.render(volume, rays)
-        sums[2:] += _depth_sums(depth, rays.depth)
+        sums[2:] += depth_sums(depth, rays.depth)
     model.train(was_training)
     squared, pixels, abs_rel, squared_m, close, depths = all_reduce_sum(sums).tolist()
     if not depths:
-        raise UserError("none of these frames has a LiDAR point in view: take more frames.")
+        raise UserError("none of these frames has a LiDAR point in view: use more frames.")
     psnr = {"psnr": -10 * torch.tensor(squared / pixels).log10().item()} if pixels else {}
     return psnr | {
         "depth_abs_rel": abs_rel / depths,
@@ -51,12 +56,7 @@ def evaluate_rendering(model, batches, seed, device, masked=True):
     }
 
 
-def in_color(model, batch):
-    """Whether the model learns colors and the batch shows some."""
-    return model.recipe.render.rgb_weight > 0 and batch.images.shape[1] > 0
-
-
-def _depth_sums(depth, truth):
+def depth_sums(depth: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """[4] sums over rays with a truth: |error| / truth, error^2, within a factor 1.25, count."""
     known = truth > 0
     truth = torch.where(known, truth, 1.0).double()

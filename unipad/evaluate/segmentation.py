@@ -1,31 +1,44 @@
-"""How good a segmentation is: a class for every point of every keyframe, written as nuScenes wants it, then the devkit.
+"""Segmentation metrics: a class for every point of every keyframe, written in nuScenes' format, scored by the devkit.
 
-    <folder>/lidarseg/<split>/<LIDAR_TOP sample_data token>_lidarseg.bin    uint8 a point, 1 to 16, in the file's order
-    <folder>/<split>/submission.json                                        what was used
+    <folder>/lidarseg/<split>/<LIDAR_TOP sample_data token>_lidarseg.bin    uint8 per point, 1 to 16, in file order
+    <folder>/<split>/submission.json                                        the sensors that were used
 
-The devkit's evaluation asks for every scene that a split has in the real set, and stops at a file that it does not like
-without naming it. Here it judges the frames that there are, after every file was looked at.
+The devkit's evaluation requires every scene that a split has in the real set, and stops at an invalid file without
+naming it. Here it scores the frames that exist, after every file has been validated.
 """
 
 import json
 import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 
+from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.tables import LIDARSEG_CLASSES
 from unipad.errors import UserError
-from unipad.evaluate.frames import of_all_frames
-from unipad.runtime import from_main
+from unipad.evaluate.frames import predict_all
+from unipad.model.segment import Segmenter
+from unipad.runtime import World, from_main
 
 
-def evaluate_segmentation(model, dataset, folder, world, segment=None, size=1, workers=0):
-    """Segment every frame of a split and let the devkit judge.
+def evaluate_segmentation(
+    model: Segmenter,
+    dataset: NuScenesDataset,
+    folder: Path,
+    world: World,
+    segment: Callable | None = None,
+    size: int = 1,
+    workers: int = 0,
+) -> dict[str, float]:
+    """Segment every frame of a split and score with the devkit.
 
     model, dataset, world, segment, size, workers: as for `segment_all`.
-    folder: gets the files and `segmentation_summary.json` (see `score_segmentation`).
+    folder: for the files and `segmentation_summary.json` (see `score_segmentation`).
 
-    Returns dict: mIoU, mAcc, allAcc, the same in every process. A frame that cannot be read is not judged.
+    Returns mIoU, mAcc, allAcc, the same in every process. A frame that cannot be read does not count.
     """
     found = segment_all(model, dataset, world, segment, size, workers)
     metrics = None
@@ -35,23 +48,29 @@ def evaluate_segmentation(model, dataset, folder, world, segment=None, size=1, w
     return from_main(metrics, world)
 
 
-def segment_all(model, dataset, world, segment=None, size=1, workers=0):
-    """The classes of every frame's points: {sample token: [K] uint8 on the host} in the main process, None in the
-    others.
+def segment_all(
+    model: Segmenter,
+    dataset: NuScenesDataset,
+    world: World,
+    segment: Callable | None = None,
+    size: int = 1,
+    workers: int = 0,
+) -> dict[str, torch.Tensor] | None:
+    """{sample token: [K] uint8 classes of its points, on the host}, in the main process; None in the others.
 
-    model:   a `Segmenter`. dataset, world, size, workers: as for `of_all_frames`, which says what becomes of bad
-             frames; the dataset leaves no point out.
-    segment: function of a batch instead of `model.segment`.
+    dataset, world, size, workers: as for `predict_all`, which says what becomes of bad frames; the dataset must not
+        crop points.
+    segment: function of a batch in place of `model.segment`.
     """
 
     def found_in(batch):
         return [classes.cpu() for classes in (segment or model.segment)(batch)]
 
-    return of_all_frames(model, dataset, world, found_in, size, workers, "segmenting")
+    return predict_all(model, dataset, world, found_in, size, workers, "segmenting")
 
 
-def write_segmentation(found, dataset, folder):
-    """Write what `segment_all` found as a submission to nuScenes."""
+def write_segmentation(found: dict[str, torch.Tensor], dataset: NuScenesDataset, folder: Path):
+    """Write the result of `segment_all` as a submission to nuScenes."""
     files = _files(dataset, folder)
     for part in (folder / "lidarseg" / dataset.split, folder / dataset.split):
         part.mkdir(parents=True, exist_ok=True)
@@ -61,23 +80,23 @@ def write_segmentation(found, dataset, folder):
     (folder / dataset.split / "submission.json").write_text(json.dumps({"meta": uses}, indent=2) + "\n")
 
 
-def score_segmentation(folder, dataset, tokens=None):
-    """What the devkit's LidarSegEval says of written classes; kept in `segmentation_summary.json`.
+def score_segmentation(folder: Path, dataset: NuScenesDataset, tokens: Iterable[str] | None = None) -> dict:
+    """Score written files with the devkit's LidarSegEval; writes `segmentation_summary.json`.
 
-    dataset: a `NuScenesDataset` of all the split's frames.
-    tokens:  of the samples to judge; None: of all in the split.
+    dataset: all frames of the split.
+    tokens:  of the samples to score; None: all of the split.
 
-    Returns dict: miou, freq_weighted_iou, macc and allacc in [0, 1], iou_per_class and acc_per_class: class -> value,
-    NaN for one that nothing is nor was found to be. The accuracies come from the devkit's table of confusions, and no
-    class that does not occur counts. Raises `UserError` for a file that is missing or wrong.
+    Returns miou, freq_weighted_iou, macc and allacc in [0, 1], iou_per_class and acc_per_class: class -> value, NaN for
+    a class that is neither true nor predicted anywhere. The accuracies come from the devkit's confusion matrix; classes
+    that do not occur do not count. Raises `UserError` for a missing or invalid file.
     """
-    os.environ.setdefault("MPLBACKEND", "Agg")  # the devkit imports pyplot, which looks for a screen
+    os.environ.setdefault("MPLBACKEND", "Agg")  # the devkit imports pyplot, which looks for a display
     from nuscenes import NuScenes
     from nuscenes.eval.lidarseg.evaluate import LidarSegEval
     from nuscenes.eval.lidarseg.utils import ConfusionMatrix, LidarsegClassMapper
 
     index, files = dataset.index, _files(dataset, folder)
-    tokens = dict.fromkeys(files if tokens is None else tokens)  # in their order, and found at once
+    tokens = dict.fromkeys(files if tokens is None else tokens)  # ordered, with fast lookup
     for token, label_file in zip(index.tokens, index.lidarseg_files, strict=True):
         if token.decode() in tokens:
             check_classes(files[token.decode()], dataset.root / label_file.decode())
@@ -85,11 +104,11 @@ def score_segmentation(folder, dataset, tokens=None):
     mapper = LidarsegClassMapper(nusc)
     names = {number: name for name, number in mapper.coarse_name_2_coarse_idx_mapping.items()}
     confusions = ConfusionMatrix(len(names), mapper.ignore_class["index"])
-    judge = SimpleNamespace(
+    evaluation = SimpleNamespace(
         nusc=nusc, mapper=mapper, id2name=names, global_cm=confusions, verbose=False,
         results_folder=str(folder), eval_set=dataset.split, sample_tokens=list(tokens),
     )  # fmt: skip
-    summary = LidarSegEval.evaluate(judge)
+    summary = LidarSegEval.evaluate(evaluation)
     ious = {name: float(iou) for name, iou in summary["iou_per_class"].items() if name in LIDARSEG_CLASSES}
     counts = confusions.global_cm[1:, 1:]  # [16 true, 16 found]
     points, right = counts.sum(axis=1), counts.diagonal()
@@ -104,26 +123,26 @@ def score_segmentation(folder, dataset, tokens=None):
     return summary
 
 
-def check_classes(file, label_file):
-    """Raises `UserError` where `file` is no uint8 class from 1 to 16 for each byte of `label_file`, the truth."""
+def check_classes(file: Path, label_file: Path):
+    """Raises `UserError` unless `file` has one uint8 class from 1 to 16 per byte of `label_file`, the ground truth."""
     try:
         classes, count = np.fromfile(file, np.uint8), label_file.stat().st_size
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} is missing: every frame of the split needs one.") from None
     if len(classes) != count:
-        raise UserError(f"{file} has {len(classes)} classes for {count} points; it needs one byte a point.")
+        raise UserError(f"{file} has {len(classes)} classes for {count} points; it needs one byte per point.")
     wrong = classes[(classes < 1) | (classes > len(LIDARSEG_CLASSES))]
     if len(wrong):
         raise UserError(f"{file} holds class {wrong[0]}; the classes are 1 to {len(LIDARSEG_CLASSES)}.")
 
 
-def headline(summary):
-    """mIoU, mAcc and allAcc, dict of name -> number."""
+def headline(summary: dict) -> dict[str, float]:
+    """mIoU, mAcc and allAcc."""
     return {"mIoU": summary["miou"], "mAcc": summary["macc"], "allAcc": summary["allacc"]}
 
 
-def segmentation_table(summary):
-    """The summary in words: the means, then each class."""
+def segmentation_table(summary: dict) -> str:
+    """The summary as text: the means, then each class."""
     lines = [f"{name}: {value:.4f}" for name, value in headline(summary).items()]
     lines += ["", "Per-class results:", f"{'Class':<22}{'IoU':>8}{'Acc':>8}"]
     accuracies = summary["acc_per_class"]

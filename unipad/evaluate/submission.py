@@ -1,26 +1,27 @@
-"""Detections -> `results_nusc.json` as nuScenes wants it, and what the unmodified devkit makes of it.
+"""Detections -> `results_nusc.json` in nuScenes' format, scored by the unmodified devkit.
 
-What the devkit leaves to whoever uses it: it cannot filter a file without a single box (an untrained model's), and
-stops at numbers that are not finite and at boxes without a size. Such boxes are left out here, and nothing found gives
-the metrics of nothing found: mAP and NDS 0, all errors 1.
+The devkit fails on a file without a single box (an untrained model's), on numbers that are not finite and on boxes
+without a size. Such boxes are dropped here, and a file without boxes gets mAP and NDS 0 and all errors 1.
 """
 
 import json
 import os
 import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
-from unipad.data.tables import CLASSES
-from unipad.model.boxes import boxes_to_global
+from unipad.boxes import boxes_to_global
+from unipad.data.tables import CLASSES, Index
+from unipad.model.detect import Detections
 
-MAX_BOXES = 500  # boxes of a sample; nuScenes' rule
-MOVING = 0.2  # m/s from which on an object counts as moving; the original's
+MAX_BOXES = 500  # boxes per sample; nuScenes' rule
+MOVING = 0.2  # m/s above which an object counts as moving; the original's
 
 VEHICLE = ("vehicle.parked", "vehicle.moving")
 CYCLE = ("cycle.without_rider", "cycle.with_rider")
-# class -> its attribute (standing still, moving), for want of a prediction; the original's
+# class -> attribute (at rest, moving), since none is predicted; the original's
 ATTRIBUTES = {
     "car": VEHICLE,
     "truck": VEHICLE,
@@ -34,15 +35,15 @@ ATTRIBUTES = {
     "traffic_cone": ("", ""),
 }
 
-# of the devkit's summary, in the order in which papers print them
+# Keys of the devkit's summary, in the order in which papers print them
 ERRORS = {"mATE": "trans_err", "mASE": "scale_err", "mAOE": "orient_err", "mAVE": "vel_err", "mAAE": "attr_err"}
 
 
-def write_submission(found, index, file, use_camera, use_lidar):
-    """Write what was found in a split, every sample of which becomes a key.
+def write_submission(found: dict[str, Detections], index: Index, file: Path, use_camera: bool, use_lidar: bool):
+    """Write the detections of a split; every sample of it becomes a key.
 
-    found: {sample token: `Detections` on the host, in the LiDAR frame of the keyframe}; a sample may be missing.
-    index: `tables.Index` of the split.
+    found: by sample token, on the host, in the LiDAR frame of the keyframe; samples may be missing.
+    index: of the split.
     """
     results = {}
     for token, lidar in zip(index.tokens, index.frame_lidar, strict=True):
@@ -55,8 +56,8 @@ def write_submission(found, index, file, use_camera, use_lidar):
 def _records(found, token, lidar2global):
     """The best `MAX_BOXES` boxes of one sample as the records of a submission."""
     boxes, scores, labels = (t.numpy() for t in (found.boxes, found.scores, found.labels))
-    sound = np.isfinite(boxes).all(axis=1) & np.isfinite(scores) & (boxes[:, 3:6] > 0).all(axis=1)
-    rows = np.nonzero(sound)[0]
+    valid = np.isfinite(boxes).all(axis=1) & np.isfinite(scores) & (boxes[:, 3:6] > 0).all(axis=1)
+    rows = np.nonzero(valid)[0]
     rows = rows[np.argsort(-scores[rows], kind="stable")][:MAX_BOXES]
     centers, sizes, rotations, velocities = (a.tolist() for a in boxes_to_global(boxes[rows], lidar2global))
     moving = np.hypot(*boxes[rows, 7:].T) > MOVING
@@ -78,12 +79,12 @@ def _records(found, token, lidar2global):
     ]
 
 
-def score_submission(file, root, version, split):
-    """The devkit's summary of the detection metrics (CVPR 2019), as it stands in `metrics_summary.json` beside `file`.
+def score_submission(file: Path, root: Path, version: str, split: str) -> dict:
+    """The devkit's summary of the detection metrics (CVPR 2019); writes `metrics_summary.json` beside `file`.
 
-    root: as `tables.find_root` gives it. Takes half a minute and several GB for the full set.
+    root: from `tables.find_root`. Takes half a minute and several GB for the full set.
     """
-    os.environ.setdefault("MPLBACKEND", "Agg")  # the devkit imports pyplot, which looks for a screen
+    os.environ.setdefault("MPLBACKEND", "Agg")  # the devkit imports pyplot, which looks for a display
     from nuscenes import NuScenes
     from nuscenes.eval.common.config import config_factory
     from nuscenes.eval.common.data_classes import EvalBoxes
@@ -102,14 +103,14 @@ def score_submission(file, root, version, split):
     return summary
 
 
-def headline(summary):
-    """NDS, mAP and the five mean errors of true positives, dict of name -> number."""
+def headline(summary: dict) -> dict[str, float]:
+    """NDS, mAP and the five mean errors of true positives."""
     errors = {name: summary["tp_errors"][key] for name, key in ERRORS.items()}
     return {"NDS": summary["nd_score"], "mAP": summary["mean_ap"]} | errors
 
 
-def table(summary):
-    """The summary in the devkit's words: the means, then each class."""
+def table(summary: dict) -> str:
+    """The summary as the devkit prints it: the means, then each class."""
     values = headline(summary)
     lines = [f"{name}: {values[name]:.4f}" for name in ("mAP", *ERRORS, "NDS")]
     heads = ("AP", *(name[1:] for name in ERRORS))

@@ -1,53 +1,59 @@
-"""Test-time augmentation: a batch is looked at turned, scaled and mirrored, and what was found each time is merged;
-logits of points are summed.
+"""Test-time augmentation: predictions for rotated, scaled and flipped views of a batch, merged.
 
-As the original's final fusion recipe does it: of all boxes of a class, those that overlap a better one go, whichever
-look found it. Images keep their pixels; the cameras move with the points. So every look encodes the same images again,
-which is most of the time of a camera's or a fusion model.
+As in the original's final fusion recipe, boxes that overlap a better one of their class are dropped, whichever view
+they come from; logits of points are summed. Images keep their pixels and the cameras move with the points, so every
+view encodes the same images again, which is most of the time of a camera or fusion model.
 """
 
 import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 
-from unipad.data.transforms import motion, moved_boxes
+from unipad.batch import Batch
+from unipad.boxes import transform_boxes
+from unipad.data.transforms import make_transform
 from unipad.evaluate.submission import MAX_BOXES
-from unipad.model.detect import Detections, suppressed
+from unipad.model.detect import Detections, suppress
 from unipad.model.segment import classes_of
 
-OVERLAP = 0.1  # IoU from above beyond which the worse of two boxes goes; the original's
+OVERLAP = 0.1  # bird's-eye IoU above which the worse of two boxes is dropped; the original's
 
 
-def looks(scales=(1.0,), angles=(0.0,), flips=True):
-    """Every combination as a `motion`, [4, 4]: factors of all lengths, radians from x towards y, and with `flips` x, y
-    or both mirrored."""
-    mirrors = list(itertools.product((False, True), repeat=2)) if flips else [(False, False)]
-    return [motion(a, s, flip_x=x, flip_y=y) for a, s, (x, y) in itertools.product(angles, scales, mirrors)]
+def tta_views(
+    scales: Sequence[float] = (1.0,), angles: Sequence[float] = (0.0,), flips: bool = True
+) -> list[np.ndarray]:
+    """All combinations as transforms [4, 4]: factors of all lengths, radians from x towards y, and with `flips` x, y
+    or both flipped."""
+    flipped = list(itertools.product((False, True), repeat=2)) if flips else [(False, False)]
+    return [make_transform(a, s, flip_x=x, flip_y=y) for a, s, (x, y) in itertools.product(angles, scales, flipped)]
 
 
-def detect_tta(detect, motions, batch):
-    """What `detect`, a function of a batch such as a `Detector`'s, finds in all looks at a batch: list of `Detections`
-    in the batch's own frame, best score first, `MAX_BOXES` of a sample at most."""
-    looked = []  # a list of samples for each look
-    for move in motions:
-        back = np.linalg.inv(move)
-        looked.append([_seen_from(found, back) for found in detect(moved_batch(batch, move))])
-    return [merged(of_sample) for of_sample in zip(*looked, strict=True)]
+def detect_tta(detect: Callable[[Batch], list[Detections]], views: list[np.ndarray], batch: Batch) -> list[Detections]:
+    """Merged detections of all views of a batch, in its own frame, best score first, `MAX_BOXES` per sample at most.
 
-
-def segment_in_looks(logits, motions, batch):
-    """The classes that the logits of all looks stand for together, as `Segmenter.segment` returns them.
-
-    logits: function of a batch such as a `Segmenter`'s.
+    detect: such as `Detector.detect`. views: from `tta_views`.
     """
-    return classes_of(batch, sum(logits(moved_batch(batch, move)) for move in motions))
+    found = []  # a list of samples for each view
+    for view in views:
+        back = np.linalg.inv(view)
+        found.append([_transformed(of_sample, back) for of_sample in detect(transformed_batch(batch, view))])
+    return [merged(of_sample) for of_sample in zip(*found, strict=True)]
 
 
-def moved_batch(batch, move):
-    """The batch in the frame that `move`, a `motion`, leads to, but for its true boxes: they stay in the old one."""
-    forth, back = (torch.from_numpy(m).to(batch.points.device) for m in (move, np.linalg.inv(move)))  # fp64
+def segment_tta(logits: Callable[[Batch], torch.Tensor], views: list[np.ndarray], batch: Batch) -> list[torch.Tensor]:
+    """Classes by the summed logits of all views of a batch, as `Segmenter.segment` returns them.
+
+    logits: such as `Segmenter.logits`. views: from `tta_views`.
+    """
+    return classes_of(batch, sum(logits(transformed_batch(batch, view)) for view in views))
+
+
+def transformed_batch(batch: Batch, transform: np.ndarray) -> Batch:
+    """The batch in the frame that `transform` [4, 4] leads to, except for its true boxes, which stay as they are."""
+    forth, back = (torch.from_numpy(m).to(batch.points.device) for m in (transform, np.linalg.inv(transform)))  # fp64
     points = batch.points.clone()
     points[:, :3] = (points[:, :3].double() @ forth[:3, :3].T + forth[:3, 3]).to(points.dtype)
     return replace(
@@ -58,15 +64,15 @@ def moved_batch(batch, move):
     )
 
 
-def merged(found):
-    """Several `Detections` of one sample in the same frame as one, without boxes that overlap a better one of their
-    class; best score first, `MAX_BOXES` at most."""
+def merged(found: Sequence[Detections]) -> Detections:
+    """Several detections of one sample, in the same frame, as one: without boxes that overlap a better one of their
+    class, best score first, `MAX_BOXES` at most."""
     together = Detections(*(torch.cat([getattr(one, name) for one in found]) for name in ("boxes", "scores", "labels")))
-    kept = suppressed(together, [(label, OVERLAP) for label in together.labels.unique().tolist()])
+    kept = suppress(together, [(label, OVERLAP) for label in together.labels.unique().tolist()])
     best = kept.scores.argsort(descending=True, stable=True)[:MAX_BOXES]
     return Detections(kept.boxes[best], kept.scores[best], kept.labels[best])
 
 
-def _seen_from(found, move):
-    boxes = moved_boxes(found.boxes.float().cpu().numpy(), move)
+def _transformed(found, transform):
+    boxes = transform_boxes(found.boxes.float().cpu().numpy(), transform)
     return replace(found, boxes=torch.from_numpy(boxes).to(found.boxes.device))

@@ -1,40 +1,29 @@
 """Images to features and depth probabilities: masked ConvNeXt, FPN, depth head.
 
 Hidden 32-pixel blocks take no part, as if every convolution were sparse. Only the 7x7 convolutions look across
-blocks (the strided ones have kernels as large as their strides), so it is enough that the residual stream which
-they read is zero in hidden blocks: the stem, every down-sampling, every block's branch and the outputs are multiplied
-by the mask, and nothing else needs to be.
+blocks (the strided ones have kernels as large as their strides), so it suffices that the residual stream which they
+read is zero in hidden blocks: the outputs of the stem, of every down-sampling, of every block's branch and of the
+stages are multiplied by the mask, nothing else.
 
-Module and parameter names are the official ConvNeXt's and mmdet's, but for the FPN's `.conv.`, which is dropped.
+Module and parameter names are the official ConvNeXt's and mmdet's, except that the FPN's `.conv.` is dropped.
 """
+
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from unipad.config import CameraConfig
 from unipad.model.depth import depth_head
 
-MASK_BLOCK = 32  # pixels: the encoder's total stride, so one block is one cell of its last stage
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's RGB in [0, 1]: what the published weights were trained on
 STD = (0.229, 0.224, 0.225)
 
 
-def draw_mask(noise, h, w, ratio):
-    """Which blocks of each image stay visible: those with the smallest noise.
-
-    noise: [M, h * w] uniform in [0, 1).
-    ratio: share of blocks hidden, in [0, 1); the number that stays is rounded half to even.
-
-    Returns [M, 1, h, w] bool, True = visible.
-    """
-    kept = noise.argsort(dim=1)[:, : round(h * w * (1 - ratio))]
-    return torch.zeros_like(noise, dtype=torch.bool).scatter(1, kept, True).view(-1, 1, h, w)
-
-
 class CameraEncoder(nn.Module):
-    """Feature levels of strides 4 * 2^fpn_start and on, and for each cell a distribution over depth bins."""
+    """Feature levels of strides 4 * 2^fpn_start and up, and a distribution over depth bins for each cell."""
 
     def __init__(self, cfg: CameraConfig):
         super().__init__()
@@ -45,21 +34,27 @@ class CameraEncoder(nn.Module):
         self.depth_net = depth_head(cfg)
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
-        # As the activations are: else cuDNN re-lays the weights at every call, and DDP warns about 1x1 gradients.
+        # As the activations are, else cuDNN re-lays the weights at every call, and DDP warns about 1x1 gradients.
         self.to(memory_format=torch.channels_last)
 
-    def forward(self, images, image_sizes, mask=None, drop_noise=None, generators=None):
+    def forward(
+        self,
+        images: Tensor,
+        image_sizes: Tensor,
+        mask: Tensor | None = None,
+        drop_noise: Tensor | None = None,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Encode the images of a batch.
 
         Args:
             images:      [B, N, 3, H, W] RGB in [0, 1]; H and W multiples of 32.
             image_sizes: [B, N, 2] height, width before padding; the padding is zero after normalization.
-            mask:        [B * N, 1, H / 32, W / 32] bool, True = visible; None = all.
-            drop_noise:  [B * N, blocks] uniform in [0, 1): decides which blocks an image skips in training (drop path);
-                         None = none.
-            generators:  one `torch.Generator` a sample, for the depth head's dropout in training; None = none.
+            mask:        [B * N, 1, H / 32, W / 32] bool, True = visible; None: all are.
+            drop_noise:  [B * N, blocks] uniform in [0, 1): which blocks each image skips in training; None: none.
+            generators:  one `torch.Generator` per sample, for the depth head's dropout in training; None: no dropout.
 
-        Returns, each a list over levels, channels last and contiguous, in one dtype:
+        Returns two lists over levels, channels last and contiguous, in one dtype:
             features: [B, N, h, w, C].
             depths:   [B, N, h, w, D] probabilities of the depth bins.
         """
@@ -69,14 +64,14 @@ class CameraEncoder(nn.Module):
         for level in self.neck(self.backbone(x, mask, drop_noise)):
             feature = self.input_proj(level)
             logits = self.depth_net(feature, generators).permute(0, 2, 3, 1).contiguous()  # free in channels_last
-            with torch.autocast(logits.device.type, enabled=False):  # it would have the probabilities in fp32
+            with torch.autocast(logits.device.type, enabled=False):  # it would make the probabilities fp32
                 depth = logits.softmax(-1)
             features.append(feature.permute(0, 2, 3, 1).contiguous().unflatten(0, (B, N)))
             depths.append(depth.unflatten(0, (B, N)))
         return features, depths
 
-    def normalize(self, images, image_sizes):
-        """ImageNet's mean and deviation; zero in the padding."""
+    def normalize(self, images: Tensor, image_sizes: Tensor) -> Tensor:
+        """Subtract ImageNet's mean, divide by its deviation; zero in the padding."""
         rows = torch.arange(images.shape[-2], device=images.device)[:, None]  # [H, 1]
         cols = torch.arange(images.shape[-1], device=images.device)  # [W]
         height, width = image_sizes[..., None, None, None].unbind(2)  # [B, N, 1, 1, 1]
@@ -84,20 +79,27 @@ class CameraEncoder(nn.Module):
 
 
 class ConvNeXt(nn.Module):
-    """A ConvNet for the 2020s (arXiv 2201.03545), with hidden blocks that take no part.
+    """ConvNeXt (arXiv 2201.03545), in which hidden blocks take no part.
 
     depths, widths: blocks and channels of each stage; stage i has stride 4 * 2^i.
     drop_path: rate at the last block, rising linearly from 0 at the first.
-    frozen_stages: the first stages and their down-sampling get no gradient and drop no path.
+    frozen_stages: the first stages and their down-sampling get no gradient, and no drop path.
     out_stages: stages whose normalized outputs are returned.
 
-    With the attribute `checkpointing`, only what goes into a block is kept for the backward pass, which then computes
-    the block once more: the same numbers, less memory, more time.
+    With `checkpointing`, only the input of a block is kept for the backward pass, which recomputes the block: the same
+    numbers, less memory, more time.
     """
 
     checkpointing = False
 
-    def __init__(self, depths, widths, drop_path=0.0, frozen_stages=0, out_stages=(0, 1, 2, 3)):
+    def __init__(
+        self,
+        depths: Sequence[int],
+        widths: Sequence[int],
+        drop_path: float = 0.0,
+        frozen_stages: int = 0,
+        out_stages: Iterable[int] = (0, 1, 2, 3),
+    ):
         super().__init__()
         self.out_stages = tuple(out_stages)
         rates = torch.linspace(0, drop_path, sum(depths), device="cpu")
@@ -118,11 +120,11 @@ class ConvNeXt(nn.Module):
         self.downsample_layers[:frozen_stages].requires_grad_(False)
         self.stages[:frozen_stages].requires_grad_(False)
 
-    def forward(self, images, mask=None, drop_noise=None):
+    def forward(self, images: Tensor, mask: Tensor | None = None, drop_noise: Tensor | None = None) -> list[Tensor]:
         """List over `out_stages` of [M, width, H / stride, W / stride]; hidden cells are exactly zero.
 
         images: [M, 3, H, W]; mask: [M, 1, h, w] bool, True = visible, or None.
-        drop_noise: [M, blocks] uniform in [0, 1), looked at in training only; None = no path is dropped.
+        drop_noise: [M, blocks] uniform in [0, 1), used in training only; None: no path is dropped.
         """
         x, outs = images, []
         block_noise = iter(drop_noise.unbind(1) if self.training and drop_noise is not None else ())
@@ -131,7 +133,7 @@ class ConvNeXt(nn.Module):
             visible = None if mask is None else F.interpolate(mask.to(x.dtype), size=x.shape[-2:])  # [M, 1, h, w]
             x = _scaled(x, visible)
             for block in stage:
-                scale = _survival(next(block_noise, None), block.drop_path, visible)
+                scale = _branch_scale(next(block_noise, None), block.drop_path, visible)
                 if self.checkpointing and torch.is_grad_enabled():
                     x = checkpoint(block, x, scale, use_reentrant=False, preserve_rng_state=False)
                 else:
@@ -144,7 +146,7 @@ class ConvNeXt(nn.Module):
 class Block(nn.Module):
     """x + scale * gamma * mlp(norm(7x7 depthwise(x)))."""
 
-    def __init__(self, width, drop_path=0.0, gamma=1e-6):
+    def __init__(self, width: int, drop_path: float = 0.0, gamma: float = 1e-6):
         super().__init__()
         self.dwconv = nn.Conv2d(width, width, 7, padding=3, groups=width)
         self.norm = nn.LayerNorm(width, eps=1e-6)
@@ -153,32 +155,32 @@ class Block(nn.Module):
         self.gamma = nn.Parameter(torch.full((width,), gamma))
         self.drop_path = drop_path  # rate at which an image skips the branch in training
 
-    def forward(self, x, scale=None):
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """x: [M, width, h, w]; scale: [M, 1, h or 1, w or 1] or None."""
         y = self.norm(self.dwconv(x).permute(0, 2, 3, 1)).to(x.dtype)  # [M, h, w, width]
         y = F.gelu(self.pwconv1(y))
-        # gamma times the small weights, instead of times the activations and their gradients
+        # gamma times the weights, which are smaller than the activations and their gradients
         y = F.linear(y, self.gamma[:, None] * self.pwconv2.weight, self.gamma * self.pwconv2.bias)
         y = y.permute(0, 3, 1, 2)
         return x + y if scale is None else torch.addcmul(x, y, scale)
 
 
 class LayerNorm2d(nn.LayerNorm):
-    """LayerNorm over the channels of [M, C, h, w]; keeps the dtype, which autocast would raise to fp32."""
+    """LayerNorm over the channels of [M, C, h, w]; keeps the dtype, which autocast would make fp32."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).to(x.dtype)
 
 
 class FPN(nn.Module):
-    """Feature pyramid of mmdet 2.14: top-down sums; a stride-2 convolution of the last output for each further level.
+    """Feature pyramid of mmdet 2.14: top-down sums; each further level is a stride-2 convolution of the last one.
 
-    The first of those takes the output as it is, the following ones its ReLU.
+    The first of those convolves the output as it is, the following ones its ReLU.
     """
 
-    def __init__(self, widths, channels, levels):
+    def __init__(self, widths: Sequence[int], channels: int, levels: int):
         super().__init__()
-        assert levels >= len(widths), f"{levels} levels out of {len(widths)} stages: start the FPN at a later stage"
+        assert levels >= len(widths), f"{levels} levels from {len(widths)} stages: start the FPN at a later stage"
         extra = levels - len(widths)
         self.lateral_convs = nn.ModuleList(nn.Conv2d(width, channels, 1) for width in widths)
         self.fpn_convs = nn.ModuleList(
@@ -187,7 +189,7 @@ class FPN(nn.Module):
         )
         self.apply(_init_fpn)
 
-    def forward(self, inputs):
+    def forward(self, inputs: list[Tensor]) -> list[Tensor]:
         """inputs: list of [M, width, h, w], finest first; returns a list of `levels` [M, channels, h, w]."""
         sums = [conv(x) for conv, x in zip(self.lateral_convs, inputs, strict=True)]
         for i in range(len(sums) - 1, 0, -1):
@@ -202,15 +204,15 @@ def _scaled(x, scale):
     return x if scale is None else x * scale
 
 
-def _survival(noise, rate, visible):
-    """What a block's branch is multiplied by: 1 / (1 - rate) where noise >= rate, else 0; times the mask.
+def _branch_scale(noise, rate, visible):
+    """The scale of a block's branch: 1 / (1 - rate) where noise >= rate, else 0; times the mask.
 
     noise: [M] or None (nothing is dropped); visible: [M, 1, h, w] or None (nothing is hidden).
     """
     if noise is None or rate == 0:
         return visible
-    kept = ((noise >= rate) / (1 - rate)).view(-1, 1, 1, 1)
-    return kept if visible is None else kept.to(visible.dtype) * visible
+    scale = ((noise >= rate) / (1 - rate)).view(-1, 1, 1, 1)
+    return scale if visible is None else scale.to(visible.dtype) * visible
 
 
 def _init_convnext(module):

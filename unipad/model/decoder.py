@@ -1,40 +1,24 @@
-"""UVTR's decoder: queries look at each other, then at one point of the volume, and move the point.
+"""UVTR's decoder: queries attend to each other, then to one point of the volume, their reference point.
 
-    x <- norm(x + attention(x + p, x + p, x))               p is the query's place, the same in every layer
+    x <- norm(x + attention(x + p, x + p, x))               p: the query's positional embedding, the same in every layer
     x <- norm(x + W (g(x + p) V(r)) + e(r))                 V(r): the volume at the reference point, g: a sigmoid gate
     x <- norm(x + mlp(x))
 
-A reference point r is kept as logits: sigmoid(r) runs from 0 at the low end of the volume to 1 at the high end.
+A reference point r is stored as logits: sigmoid(r) is 0 at the low end of the volume and 1 at the high end.
 """
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from unipad.kernels.trilinear import trilinear
-
-
-class Dropout:
-    """Dropout whose masks come from one `torch.Generator` a sample; without generators nothing is dropped."""
-
-    def __init__(self, rate=0.0, generators=None):
-        self.rate, self.generators = rate, generators
-        self.drops = rate > 0 and generators is not None
-
-    def __call__(self, x):
-        """x: [M, ...], each sample's M / B rows after those of the sample before."""
-        if not self.drops:
-            return x
-        kept = torch.empty_like(x, dtype=torch.bool)
-        for mask, generator in zip(kept.chunk(len(self.generators)), self.generators, strict=True):
-            mask.bernoulli_(1 - self.rate, generator=generator)
-        return torch.where(kept, x / (1 - self.rate), 0)
+from unipad.model.dropout import Dropout
 
 
 class DecoderLayer(nn.Module):
-    """channels: of queries and volume; heads: of the attention among queries; hidden: width of the MLP."""
+    """channels: of queries and volume; heads: of the self-attention; hidden: width of the MLP."""
 
-    def __init__(self, channels, heads, hidden):
+    def __init__(self, channels: int, heads: int, hidden: int):
         super().__init__()
         self.attention = SelfAttention(channels, heads)
         self.cross = VolumeAttention(channels)
@@ -45,31 +29,39 @@ class DecoderLayer(nn.Module):
             nn.init.xavier_uniform_(matrix)
         nn.init.zeros_(self.cross.attention_weights.weight)
 
-    def forward(self, x, place, reference, volume, blocked=None, dropout=None):
+    def forward(
+        self,
+        x: Tensor,
+        position: Tensor,
+        reference: Tensor,
+        volume: Tensor,
+        blocked: Tensor | None = None,
+        dropout: Dropout | None = None,
+    ) -> Tensor:
         """One layer.
 
         Args:
             x:         [B, Q, C] queries.
-            place:     [B, Q, C] added to them where they ask, not where they answer.
+            position:  [B, Q, C] positional embeddings, added to queries and keys, not to values.
             reference: [B, Q, 3] logits (x, y, z).
             volume:    [B, Z, Y, X, C].
-            blocked:   [Q, Q] bool, True where the query of the row must not see that of the column; None = nowhere.
-            dropout:   `Dropout`; None = none.
+            blocked:   [Q, Q] bool, True where the row's query must not attend to the column's; None: nowhere.
+            dropout:   None: none.
 
         Returns [B, Q, C].
         """
         dropout = dropout or Dropout()
-        x = self.norms[0](x + dropout(self.attention(x, place, blocked, dropout)))
+        x = self.norms[0](x + dropout(self.attention(x, position, blocked, dropout)))
         x = self.norms[1](
-            x + dropout(self.cross(x + place, reference, volume)) + self.cross.position_encoder(reference)
+            x + dropout(self.cross(x + position, reference, volume)) + self.cross.position_encoder(reference)
         )
         return self.norms[2](x + dropout(self.contract(dropout(self.expand(x).relu()))))
 
 
 class SelfAttention(nn.Module):
-    """`nn.MultiheadAttention` of queries among themselves, with dropout that is drawn sample by sample."""
+    """`nn.MultiheadAttention` of queries to themselves, with dropout drawn per sample."""
 
-    def __init__(self, channels, heads):
+    def __init__(self, channels: int, heads: int):
         super().__init__()
         assert channels % heads == 0, f"{channels} channels cannot be split over {heads} heads"
         self.heads = heads
@@ -78,17 +70,17 @@ class SelfAttention(nn.Module):
         nn.init.zeros_(self.in_proj.bias)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x, place, blocked, dropout):
-        """x, place: [B, Q, C]; blocked: [Q, Q] bool or None; returns [B, Q, C]."""
+    def forward(self, x: Tensor, position: Tensor, blocked: Tensor | None, dropout: Dropout) -> Tensor:
+        """x, position: [B, Q, C]; blocked: [Q, Q] bool or None; returns [B, Q, C]."""
         C = x.shape[-1]
         weight, bias = self.in_proj.weight, self.in_proj.bias
-        asked = F.linear(x + place, weight[: 2 * C], bias[: 2 * C])
-        told = F.linear(x, weight[2 * C :], bias[2 * C :])
-        query, key, value = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (*asked.chunk(2, -1), told))
+        query, key = F.linear(x + position, weight[: 2 * C], bias[: 2 * C]).chunk(2, -1)
+        value = F.linear(x, weight[2 * C :], bias[2 * C :])
+        query, key, value = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, key, value))
         if not dropout.drops:
-            seen = None if blocked is None else ~blocked
-            out = F.scaled_dot_product_attention(query, key, value, attn_mask=seen)  # [B, heads, Q, C / heads]
-        else:  # torch's own drops with global random numbers
+            allowed = None if blocked is None else ~blocked
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)  # [B, heads, Q, C / heads]
+        else:  # torch's own dropout uses the global random numbers
             weights = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5  # [B, heads, Q, Q]
             if blocked is not None:
                 weights = weights.masked_fill(blocked, -torch.inf)
@@ -97,9 +89,9 @@ class SelfAttention(nn.Module):
 
 
 class VolumeAttention(nn.Module):
-    """Each query takes the volume at its reference point, as much of it as its gate lets through."""
+    """Each query reads the volume at its reference point, times its gate."""
 
-    def __init__(self, channels):
+    def __init__(self, channels: int):
         super().__init__()
         self.attention_weights = nn.Linear(channels, 1)
         self.output_proj = nn.Linear(channels, channels)
@@ -110,11 +102,11 @@ class VolumeAttention(nn.Module):
         nn.init.zeros_(self.attention_weights.bias)
         nn.init.zeros_(self.output_proj.bias)
 
-    def forward(self, x, reference, volume):
+    def forward(self, x: Tensor, reference: Tensor, volume: Tensor) -> Tensor:
         """x: [B, Q, C]; reference: [B, Q, 3] logits; volume: [B, Z, Y, X, C]; returns [B, Q, C]."""
         B, Z, Y, X, _ = volume.shape
         u, v, w = reference.sigmoid().unbind(-1)  # fractions of the range
         # The range's ends are the faces of the outermost cells (align_corners=False), unlike in the renderer.
         cells = torch.stack([u * X, v * Y, w * Z], dim=-1) - 0.5
-        found, _ = trilinear(volume, cells, torch.arange(B, dtype=torch.int32, device=volume.device))
-        return self.output_proj(self.attention_weights(x).sigmoid() * found)
+        sampled, _ = trilinear(volume, cells, torch.arange(B, dtype=torch.int32, device=volume.device))
+        return self.output_proj(self.attention_weights(x).sigmoid() * sampled)

@@ -1,20 +1,23 @@
-"""How far away what an image shows is: heads that guess it, and what LiDAR says about their guesses."""
+"""Depth heads and their LiDAR supervision."""
+
+from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from unipad.batch import Batch
 from unipad.config import CameraConfig
-from unipad.model.decoder import Dropout
+from unipad.model.dropout import Dropout
 from unipad.model.norm import SyncedBatchNorm
 from unipad.model.rays import project_points
 
-DILATIONS = (1, 6, 12, 18)  # cells from tap to tap of ASPP's convolutions, the first of which has a single tap
-DROPOUT = 0.5  # of what ASPP gives
+DILATIONS = (1, 6, 12, 18)  # of ASPP's 3x3 convolutions, in cells; the first is 1x1
+DROPOUT = 0.5  # of ASPP's output
 NEAR_RADIUS = 3.0  # meters in the ground plane; nearer points lie on the car itself
 
 
-def depth_head(cfg: CameraConfig):
-    """The head that `cfg` names: features [B * N, C, h, w] and generators to logits [B * N, bins, h, w]."""
+def depth_head(cfg: CameraConfig) -> nn.Module:
+    """The head that `cfg` names: features [B * N, C, h, w] and generators -> logits [B * N, bins, h, w]."""
     if cfg.depth == "simple":
         return SimpleDepth(cfg.channels, cfg.depth_bins, 1)
     if cfg.depth == "complex":
@@ -25,14 +28,14 @@ def depth_head(cfg: CameraConfig):
 class SimpleDepth(nn.Conv2d):
     """A 1x1 convolution."""
 
-    def forward(self, x, generators=None):
+    def forward(self, x: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
         return super().forward(x)
 
 
 class ComplexDepth(nn.Module):
-    """The original's DepthNet: three residual blocks, a look around at several scales, a 1x1 convolution. Its names."""
+    """The original's DepthNet, with its names: three residual blocks, ASPP, a 1x1 convolution."""
 
-    def __init__(self, channels, bins, aspp_channels):
+    def __init__(self, channels: int, bins: int, aspp_channels: int):
         super().__init__()
         self.reduce_conv = nn.Sequential(
             nn.Conv2d(channels, channels, 3, padding=1), SyncedBatchNorm(channels), nn.ReLU(inplace=True)
@@ -41,9 +44,9 @@ class ComplexDepth(nn.Module):
             *[ResidualBlock(channels) for _ in range(3)], ASPP(channels, aspp_channels), nn.Conv2d(channels, bins, 1)
         )
 
-    def forward(self, x, generators=None):
-        """x: [B * N, C, h, w]; generators: one `torch.Generator` a sample, for the dropout in training; None = nothing
-        is dropped. Returns [B * N, bins, h, w]."""
+    def forward(self, x: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+        """x: [B * N, C, h, w]; generators: one `torch.Generator` per sample, for dropout in training; None: no dropout.
+        Returns [B * N, bins, h, w]."""
         dropout = Dropout(DROPOUT, generators if self.training else None)
         *blocks, aspp, logits = self.depth_conv
         x = self.reduce_conv(x)
@@ -55,22 +58,22 @@ class ComplexDepth(nn.Module):
 class ResidualBlock(nn.Module):
     """ResNet's basic block (arXiv 1512.03385)."""
 
-    def __init__(self, channels):
+    def __init__(self, channels: int):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn1 = SyncedBatchNorm(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = SyncedBatchNorm(channels)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         y = self.bn1(self.conv1(x)).relu()
         return (x + self.bn2(self.conv2(y))).relu()
 
 
 class ASPP(nn.Module):
-    """Atrous spatial pyramid pooling (arXiv 1706.05587): each cell, rings around it, the mean of the image."""
+    """Atrous spatial pyramid pooling (arXiv 1706.05587): dilated convolutions and the mean of the image."""
 
-    def __init__(self, channels, hidden):
+    def __init__(self, channels: int, hidden: int):
         super().__init__()
         for i, dilation in enumerate(DILATIONS, start=1):
             self.add_module(f"aspp{i}", DilatedConv(channels, hidden, dilation))
@@ -82,19 +85,19 @@ class ASPP(nn.Module):
         for conv in (m for m in self.modules() if isinstance(m, nn.Conv2d)):
             nn.init.kaiming_normal_(conv.weight)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """[M, C, h, w] -> [M, C, h, w], at least 0."""
         scales = [getattr(self, f"aspp{i}")(x) for i in range(1, len(DILATIONS) + 1)]
         mean = self.global_avg_pool(x).expand_as(scales[0])
-        # joined as they lie in memory: a mean that is the same everywhere would turn channels_last into rows
+        # concatenated in channels-last order: the expanded mean would make torch.cat choose the other layout
         joined = torch.cat([scale.permute(0, 2, 3, 1) for scale in (*scales, mean)], dim=-1).permute(0, 3, 1, 2)
         return self.bn1(self.conv1(joined)).relu()
 
 
 class DilatedConv(nn.Module):
-    """A 3x3 convolution with taps `dilation` cells apart; 1x1 where that is one cell."""
+    """A dilated 3x3 convolution; 1x1 for dilation 1."""
 
-    def __init__(self, in_channels, out_channels, dilation):
+    def __init__(self, in_channels: int, out_channels: int, dilation: int):
         super().__init__()
         kernel, padding = (1, 0) if dilation == 1 else (3, dilation)
         self.atrous_conv = nn.Conv2d(
@@ -102,17 +105,17 @@ class DilatedConv(nn.Module):
         )  # fmt: skip
         self.bn = SyncedBatchNorm(out_channels)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.bn(self.atrous_conv(x)).relu()
 
 
-def depth_loss(depths, batch, cfg: CameraConfig):
-    """Binary cross entropy of each depth bin's probability with whether LiDAR sees something in it first.
+def depth_loss(depths: list[Tensor], batch: Batch, cfg: CameraConfig) -> Tensor:
+    """Binary cross entropy between the probability of each depth bin and the bin of the nearest LiDAR point.
 
-    depths: per level [B, N, h, w, D] probabilities, as `Encoder.encode` hands them out.
-    batch:  the `Batch` that they were made of; views of camera sweeps are held against the keyframe's points too.
+    depths: per level [B, N, h, w, D] probabilities, from `Encoder.encode`.
+    batch:  that they were computed from; views of camera sweeps are compared with the keyframe's points too.
 
-    Returns the sum over bins, the mean over all features with a LiDAR point (0 without any), the sum over levels, times
+    Returns the sum over bins, mean over features with a LiDAR point (0 without any) and sum over levels, times
     `cfg.depth_weight`. Computed in fp32 or better; the logarithm of 0 is that of the smallest number.
     Follows Uni3DVoxelPoolDepth.loss of the original.
     """
@@ -122,22 +125,22 @@ def depth_loss(depths, batch, cfg: CameraConfig):
         target = depth_targets(batch, h, w, D, cfg.depth_range)
         depth = depth.to(torch.promote_types(depth.dtype, torch.float32))
         occupied = target[..., None] == torch.arange(D, device=depth.device)
-        # not F.binary_cross_entropy, which aborts a GPU's process where an overflow has made a NaN
+        # not F.binary_cross_entropy, which aborts the process on a GPU where an overflow has made a NaN
         likelihood = torch.where(occupied, depth, 1 - depth).clamp(min=torch.finfo(depth.dtype).tiny)
         known = target >= 0
         total = total - (likelihood.log().sum(-1) * known).sum() / known.sum().clamp(min=1)
     return cfg.depth_weight * total
 
 
-def depth_targets(batch, h, w, bins, depth_range):
+def depth_targets(batch: Batch, h: int, w: int, bins: int, depth_range: tuple[float, float]) -> Tensor:
     """The depth bin of the nearest LiDAR point in each feature's block of pixels.
 
-    h, w:        features of a view, which divide the padded image evenly.
-    depth_range: (nearest, farthest) meters along the optical axis, cut into `bins`; points must lie between them,
+    h, w:        size of the feature map, which divides the padded image evenly.
+    depth_range: (nearest, farthest) meters along the optical axis, divided into `bins`; points count between them,
                  strictly inside the image and farther than NEAR_RADIUS from the LiDAR's axis.
 
-    Returns [B, N, h, w] int64; -1 without a point. The original sorts the points by fp32 numbers that cannot tell
-    depths less than some meters apart, so there a farther point may win.
+    Returns [B, N, h, w] int64; -1 without a point. The original sorts points by fp32 keys that do not resolve depths a
+    few meters apart, so there a farther point may win.
     """
     near, far = depth_range
     stride = batch.images.shape[-2] // h

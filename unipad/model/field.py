@@ -1,12 +1,12 @@
 """The neural field: a feature volume at a point -> signed distance, its spatial gradient, color.
 
-Both decoders are MLPs that see the point p and a conditioning vector c again in every layer:
+Both decoders are MLPs that take the point p and a conditioning vector c again in every layer:
 
     x_0 = P p,   z_l = W_l (x_l + C_l c) + b_l,   x_{l+1} = act(z_l)
 
-W_l C_l (stacked: A) and W_0 P are multiplied out once a call, so that one GEMM A c serves all layers:
+W_l C_l (stacked: A) and W_0 P are multiplied out once per call, so that one GEMM A c serves all layers:
 
-    z_0 = A_0 c + W_0 P p,   z_l = A_l c + W_l x_l      (biases folded in alike)
+    z_0 = A_0 c + W_0 P p,   z_l = A_l c + W_l x_l      (biases likewise)
 
 The gradient of the distance is a reverse pass written in ordinary torch operations, with z_bar_l = d sdf / d z_l and
 f the interpolated feature, which is the SDF decoder's c:
@@ -14,14 +14,15 @@ f the interpolated feature, which is the SDF decoder's c:
     z_bar_{L-1} = e_0,   z_bar_{l-1} = act'(z_{l-1}) * (W_l^T z_bar_l)
     d sdf / d f = sum_l A_l^T z_bar_l,   grad sdf = (W_0 P)^T z_bar_0 + sum_i (d sdf / d f_i) (d f_i / d p)
 
-so first-order autograd trains through it: no graph of a graph, no double backward of the interpolation.
-Samples are the columns of every matrix here: the rows of one layer are then contiguous.
+so first-order autograd trains through it, without a double backward of the interpolation.
+Samples are the columns of every matrix here, so that the rows of a layer are contiguous.
 """
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+from unipad.config import Grid, Render
 from unipad.kernels.trilinear import trilinear, trilinear_value
 
 SHARPNESS = 100.0  # beta of the softplus; IDR's value, kept by VolSDF, NeuS and UniPAD
@@ -31,11 +32,11 @@ LINEAR = 20.0  # torch's softplus is the identity where SHARPNESS * z exceeds th
 class Field(nn.Module):
     """Signed distance, gradient and color at points of a feature volume.
 
-    Points, distances and gradients are in the renderer's unit: meters * grid.scale. The parameters bear the
-    original's names, so that its state dict loads once `pts_bbox_head.render_model.field.` is cut off.
+    Points and distances are in the renderer's unit, meters * grid.scale. Parameters have the original's names, so that
+    its state dict loads once the prefix `pts_bbox_head.render_model.field.` is removed.
     """
 
-    def __init__(self, cfg, grid):
+    def __init__(self, cfg: Render, grid: Grid):
         super().__init__()
         self.sdf_decoder = SdfDecoder(cfg.channels, 1 + cfg.hidden, cfg.hidden, cfg.sdf_layers)
         self.rgb_decoder = RgbDecoder(3 + cfg.channels + 3 + cfg.hidden, 3, cfg.hidden, cfg.rgb_layers)
@@ -44,20 +45,22 @@ class Field(nn.Module):
             "beta": nn.Parameter(torch.full((1,), cfg.variance)),
         })  # fmt: skip
         self.deviation_network = nn.ParameterDict({"variance": nn.Parameter(torch.full((1,), cfg.variance))})
-        # The first voxel's value sits at the range's lower limit, the last one's at the upper: align_corners=True.
+        # The first voxel's value lies at the range's lower limit, the last one's at the upper: align_corners=True.
         per_meter = [(n - 1) / (h - l) for n, l, h in zip(grid.shape, grid.low, grid.high, strict=True)]
         first = [-l * k for l, k in zip(grid.low, per_meter, strict=True)]
         self.register_buffer("cells_per_unit", torch.tensor(per_meter) / grid.scale, persistent=False)  # [3]
         self.register_buffer("first_cell", torch.tensor(first), persistent=False)  # [3]
 
-    def forward(self, volume, points, directions, volume_idx):
+    def forward(
+        self, volume: Tensor, points: Tensor, directions: Tensor, volume_idx: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The field at samples along rays.
 
         Args:
             volume:     [B, Z, Y, X, C] features.
             points:     [R, S, 3] scaled meters, LiDAR frame; not differentiated.
             directions: [R, 3] unit vectors.
-            volume_idx: [R] int32, the volume that a ray reads.
+            volume_idx: [R] int32, the volume of each ray.
 
         Returns:
             sdf:      [R, S] scaled meters, positive outside.
@@ -76,8 +79,8 @@ class Field(nn.Module):
         rgb = self.rgb_decoder([directions, feature.t(), gradient.t(), geometry], points)
         return sdf.view(R, S), gradient.view(R, S, 3), rgb.t().reshape(R, S, 3)
 
-    def sdf(self, volume, points, volume_idx):
-        """Only the signed distance [R, S] at points [R, S, 3]; differentiable once in `volume` and the parameters."""
+    def sdf(self, volume: Tensor, points: Tensor, volume_idx: Tensor) -> Tensor:
+        """The signed distance alone, [R, S] at points [R, S, 3]; differentiable once in `volume` and the parameters."""
         cells = self.cells(points)
         if torch.is_grad_enabled():
             feature, _ = trilinear(volume, cells, volume_idx)
@@ -86,25 +89,25 @@ class Field(nn.Module):
         feature = feature.flatten(0, 1)
         return self.sdf_decoder.value(feature.t(), points.flatten(0, 1).t()).view(points.shape[:2])
 
-    def cells(self, points):
+    def cells(self, points: Tensor) -> Tensor:
         """Scaled meters -> voxels: 0 at the center of the first, n - 1 at the center of the last."""
         return points * self.cells_per_unit + self.first_cell
 
     @property
-    def inv_s(self):
+    def inv_s(self) -> Tensor:
         """[1] sharpness of NeuS's logistic distribution."""
         return torch.exp(10 * self.deviation_network["variance"]).clip(1e-6, 1e6)
 
     @property
-    def beta(self):
+    def beta(self) -> Tensor:
         """[1] width of VolSDF's Laplace distribution, scaled meters."""
         return self.laplace_density["beta"].abs() + self.laplace_density["beta_min"]
 
 
 class Decoder(nn.Module):
-    """The leaves that both decoders share: lin0.., fc_c.0.., fc_p."""
+    """The parameters of both decoders: lin0.., fc_c.0.., fc_p."""
 
-    def __init__(self, inputs, outputs, hidden, layers):
+    def __init__(self, inputs: int, outputs: int, hidden: int, layers: int):
         super().__init__()
         self.widths = [hidden] * (layers - 1) + [outputs]
         for l, width in enumerate(self.widths):
@@ -112,7 +115,7 @@ class Decoder(nn.Module):
         self.fc_c = nn.ModuleList(nn.Linear(inputs, hidden) for _ in self.widths)
         self.fc_p = nn.Linear(3, hidden)
 
-    def leaves(self):
+    def leaves(self) -> list[Tensor]:
         """The parameters as `unipad.kernels.sdf_render` takes them: fc_p's, then fc_c's and lin's of each layer."""
         layers = [layer for l, fc in enumerate(self.fc_c) for layer in (fc, getattr(self, f"lin{l}"))]
         return [t for layer in (self.fc_p, *layers) for t in (layer.weight, layer.bias)]
@@ -129,9 +132,9 @@ class Decoder(nn.Module):
 
 class SdfDecoder(Decoder):
     def forward(self, feature, points):
-        """feature [C, M] and points [3, M] of M samples -> distance and its derivative by both inputs.
+        """feature [C, M] and points [3, M] of M samples -> distance and its derivatives w.r.t. both.
 
-        Returns: sdf [M], geometry [outputs - 1, M], d_feature [M, C], d_point [M, 3] (its direct part only).
+        Returns: sdf [M], geometry [outputs - 1, M], d_feature [M, C], d_point [M, 3] (the direct part only).
         """
         A, bias, P, W = self.folded()
         first, *inner, last = torch.addmm(bias, A, feature).split(self.widths)
@@ -161,10 +164,10 @@ class SdfDecoder(Decoder):
 
 
 class RgbDecoder(Decoder):
-    def forward(self, seen, points):
-        """seen: list of [K, M] that make up the `inputs` rows, in order; points [3, M] -> rgb [3, M] in [0, 1]."""
+    def forward(self, inputs: list[Tensor], points: Tensor) -> Tensor:
+        """inputs: list of [K, M], the rows of c in order; points [3, M] -> rgb [3, M] in [0, 1]."""
         A, out, P, W = self.folded()
-        for a, part in zip(A.split([len(part) for part in seen], dim=1), seen, strict=True):
+        for a, part in zip(A.split([len(part) for part in inputs], dim=1), inputs, strict=True):
             out = torch.addmm(out, a, part)
         first, *inner = out.split(self.widths)
         x = torch.addmm(first, P, points)
@@ -178,7 +181,7 @@ class Softplus(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z):
-        # Beyond the threshold, 80 stands for infinity: the slope is exactly 1 and the value exactly z, as in torch.
+        # Beyond the threshold, 80 serves as infinity: the slope is exactly 1 and the value exactly z, as in torch.
         # log(sigmoid(|x|)), not -log1p(exp(-|x|)): exp and log1p take a slow path on a CPU where results are tiny.
         x = F.threshold(-SHARPNESS * z, -LINEAR, -80, inplace=True).clamp_(max=80)  # -SHARPNESS z
         slope = x.neg().sigmoid_()

@@ -1,58 +1,40 @@
-"""Points to a volume: voxels, a mask of blocks, a residual sparse encoder, a dense neck over its output.
+"""Points to a volume: voxelization, block mask, residual sparse encoder, dense neck.
 
-Module and parameter names inside the encoder and the neck are mmdet3d's; `unipad.names` says how the rest is renamed.
+Module and parameter names inside the encoder and the neck are mmdet3d's; `unipad.names` maps the rest.
 """
 
+from collections.abc import Sequence
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from unipad import config
 from unipad.kernels.backend import host_wait
 from unipad.kernels.voxel_keys import sort_voxels
 from unipad.kernels.voxelize import voxelize
+from unipad.model.mask import draw_voxel_mask
 from unipad.model.norm import SyncedBatchNorm
 from unipad.model.sparse import (
-    SparseBatchNorm,
+    NORM,
+    ConvNormReLU,
+    SparseBlock,
     SparseConv3d,
     SparseTensor,
     SubMConv3d,
     VoxelSet,
-    conv_norm_relu,
+    in_fp32,
     make_tables,
 )
-
-NORM = dict(eps=1e-3, momentum=0.01)  # of all batch norms here, as SECOND has them
-
-
-def draw_voxel_mask(coords, noise, block, ratio):
-    """Which voxels stay visible: those in the blocks with the smallest noise, of the blocks that hold voxels.
-
-    coords: [N, 4] int32 (b, z, y, x).
-    noise:  [B, Z', Y', X'] uniform in [0, 1), for each block of voxels.
-    block:  voxels along the edge of a block.
-    ratio:  share of each sample's occupied blocks hidden, in [0, 1); the number that stays is rounded half to even.
-
-    Returns [N] bool, True = visible.
-    """
-    _, Z, Y, X = noise.shape
-    b, z, y, x = torch.cat([coords[:, :1], coords[:, 1:] // block], dim=1).long().unbind(1)
-    cell = ((b * Z + z) * Y + y) * X + x
-    occupied = torch.zeros(noise.numel(), dtype=torch.bool, device=noise.device)
-    occupied = occupied.index_fill(0, cell, True).view(len(noise), -1)
-    kept = (occupied.sum(1, keepdim=True).double() * (1 - ratio)).round()  # [B, 1]
-    order = noise.flatten(1).masked_fill(~occupied, 2).argsort(dim=1, stable=True)
-    first = torch.arange(order.shape[1], device=order.device) < kept  # [B, blocks]
-    return torch.zeros_like(occupied).scatter(1, order, first).flatten()[cell]
 
 
 class LidarEncoder(nn.Module):
     """Point clouds to a volume.
 
-    A step waits for the device where a size depends on the points: the number of occupied voxels, the indices of the
-    visible ones, and the number of output voxels of each strided convolution.
+    The host waits for the device where a size depends on the points: for the number of occupied voxels, the indices of
+    the visible ones, and the number of output voxels of each strided convolution.
     """
 
-    def __init__(self, cfg: config.LidarConfig, grid: config.Grid, point_channels=5):
+    def __init__(self, cfg: config.LidarConfig, grid: config.Grid, point_channels: int = 5):
         super().__init__()
         self.cfg, self.low = cfg, grid.low
         stride = 2 ** (len(cfg.widths) - 1)
@@ -61,7 +43,7 @@ class LidarEncoder(nn.Module):
         wanted = tuple(stride * size for size in grid.shape)
         assert cells == wanted, (
             f"voxels of {cfg.cell} m make {cells} cells (x, y, z) of the range, but an encoder of stride {stride} "
-            f"needs {wanted} for a volume of {grid.shape}: take voxels of {tuple(c / stride for c in grid.cell)} m"
+            f"needs {wanted} for a volume of {grid.shape}: use voxels of {tuple(c / stride for c in grid.cell)} m"
         )
         coarse = max(cfg.neck_strides)
         assert not any(size % coarse for size in grid.shape[:2]), (
@@ -76,29 +58,29 @@ class LidarEncoder(nn.Module):
         if cfg.learnable_token:
             self.mask_token = nn.Parameter(torch.empty(1, point_channels))
             nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
-        # As the activations are: else cuDNN re-lays the weights at every call.
+        # As the activations are, else cuDNN re-lays the weights at every call.
         self.backbone.to(memory_format=torch.channels_last)
         self.neck.to(memory_format=torch.channels_last)
 
-    def forward(self, points, point_counts, noise=None):
+    def forward(self, points: Tensor, point_counts: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Encode the points of a batch.
 
         Args:
             points:       [P, F] fp32 x, y, z meters in the LiDAR frame, ..., sample after sample.
             point_counts: [B] points of each sample, on the host.
-            noise:        [B, *mask_shape] uniform in [0, 1): decides which blocks of voxels are hidden, in training and
-                          in evaluation; None = none.
+            noise:        [B, *mask_shape] uniform in [0, 1): which blocks of voxels are hidden, in training and in
+                          evaluation; None: none.
 
         Returns:
             volume: [B, C, Z, Y, X] in memory format channels_last_3d.
-            seen:   [M, 4] int32 (b, z, y, x), the voxels that were not hidden.
+            seen:   [M, 4] int32 (b, z, y, x), the visible voxels.
         """
         cfg = self.cfg
         max_voxels = cfg.max_voxels[0 if self.training else 1]
         features, coords = voxelize(points, point_counts, self.low, cfg.cell, self.cells, cfg.max_points, max_voxels)
-        # One more level of cells, in which no point lies: then 8 L + 1 become 4 L + 1, 2 L + 1 and L.
+        # One more level of cells, always empty: then 8 L + 1 levels become 4 L + 1, 2 L + 1 and L.
         shape = (self.cells[0] + 1, *self.cells[1:])
-        # Neighbors in the grid become neighbors in memory: they are read together.
+        # Neighbors in the grid become neighbors in memory, since they are read together.
         _, order = sort_voxels(coords, shape, check=False)
         features, coords = features[order].to(self.encoder.conv_input[0].weight.dtype), coords[order]
         seen = coords
@@ -114,12 +96,12 @@ class LidarEncoder(nn.Module):
         voxels = VoxelSet(coords, shape, len(point_counts), in_order=True, check=False)
         sets = make_tables(self.encoder, voxels)
         x = self.encoder(SparseTensor(features, voxels)).dense()
-        del sets  # kept until here: the encoder finds its tables through them
+        del sets  # kept until here, since the encoder finds its tables through them
         return self.neck(self.backbone(x)), seen
 
 
 class SparseEncoder(nn.Module):
-    """SECOND's sparse encoder with residual blocks; strides 2 between stages, on all axes.
+    """SECOND's sparse encoder with residual blocks; stride 2 between stages, on all axes.
 
     in_channels:  of the voxels' features.
     widths:       channels of each stage.
@@ -127,69 +109,34 @@ class SparseEncoder(nn.Module):
     out_channels: after a last 1 x 1 x 1 convolution.
     """
 
-    def __init__(self, in_channels, widths, blocks, out_channels):
+    def __init__(self, in_channels: int, widths: Sequence[int], blocks: int, out_channels: int):
         super().__init__()
         self.conv_input = ConvNormReLU(SubMConv3d(in_channels, widths[0], 3, bias=False))
         self.encoder_layers = nn.Sequential()
         for i, width in enumerate(widths):
             stage = nn.Sequential(*[SparseBlock(width) for _ in range(blocks)])
             if i < len(widths) - 1:
-                # the last one drops the outermost levels: what is left of 2 L + 1 is L
+                # the last one drops the outermost levels: 2 L + 1 become L
                 padding = (0, 1, 1) if i == len(widths) - 2 else 1
                 stage.append(ConvNormReLU(SparseConv3d(width, widths[i + 1], 3, 2, padding, bias=False)))
             self.encoder_layers.add_module(f"encoder_layer{i + 1}", stage)
         self.conv_out = ConvNormReLU(SparseConv3d(widths[-1], out_channels, 1, bias=False))
 
-    def forward(self, x):
-        """x: SparseTensor; returns one of 1 / 2^(stages - 1) the resolution."""
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        """Returns one of 1 / 2^(stages - 1) the resolution."""
         return self.conv_out(self.encoder_layers(in_fp32(self.conv_input, x)))
 
 
-def in_fp32(stem, x):
-    """The first convolution, without autocast, and its result in autocast's type: bf16 rounds 50 m to 25 cm."""
-    device = x.features.device.type
-    with torch.autocast(device, enabled=False):
-        x = stem(x)
-    return x.replace(x.features.to(torch.get_autocast_dtype(device))) if torch.is_autocast_enabled(device) else x
-
-
-class ConvNormReLU(nn.Sequential):
-    def __init__(self, conv):
-        super().__init__(conv, SparseBatchNorm(conv.weight.shape[0], **NORM))
-
-    def forward(self, x):
-        return conv_norm_relu(*self, x)
-
-
-class SparseBlock(nn.Module):
-    """relu(x + norm(conv(relu(norm(conv(x)))))); an x of another width is projected before it is added."""
-
-    def __init__(self, width, in_channels=None):
-        super().__init__()
-        self.proj = None
-        if in_channels not in (None, width):
-            self.proj = nn.Sequential(SubMConv3d(in_channels, width, 1, bias=False), SparseBatchNorm(width, **NORM))
-        self.conv1 = SubMConv3d(in_channels or width, width, 3, bias=False)
-        self.bn1 = SparseBatchNorm(width, **NORM)
-        self.conv2 = SubMConv3d(width, width, 3, bias=False)
-        self.bn2 = SparseBatchNorm(width, **NORM)
-
-    def forward(self, x):
-        y = conv_norm_relu(self.conv1, self.bn1, x)
-        x = x if self.proj is None else self.proj(x)
-        return conv_norm_relu(self.conv2, self.bn2, y, x.features)
-
-
 class Second(nn.Module):
-    """SECOND3D with parallel branches: each reads the same input, with its own stride in x and y.
+    """SECOND3D with parallel branches: all read the same input, each with its own stride in x and y.
 
-    Its kernels of 1 x 3 x 3 never look across levels, so they are 2D convolutions of all levels of all samples.
+    Its 1 x 3 x 3 kernels never look across levels, so they are 2D convolutions of all levels of all samples.
 
-    widths, strides: of the branches.
-    layers: of each, after the one that strides.
+    widths, strides: per branch.
+    layers:          of each branch, after the strided one.
     """
 
-    def __init__(self, in_channels, widths, strides, layers):
+    def __init__(self, in_channels: int, widths: Sequence[int], strides: Sequence[int], layers: int):
         super().__init__()
         self.blocks = nn.ModuleList()
         for width, stride in zip(widths, strides, strict=True):
@@ -201,15 +148,15 @@ class Second(nn.Module):
                 branch += [conv, SyncedBatchNorm(width, **NORM), nn.ReLU(inplace=True)]
             self.blocks.append(nn.Sequential(*branch))
 
-    def forward(self, x):
-        """x: [B, C, Z, Y, X]; returns, for each branch, [B, width, Z, Y / stride, X / stride]."""
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """x: [B, C, Z, Y, X]; returns per branch [B, width, Z, Y / stride, X / stride]."""
         return [_as_volume(block(_as_images(x)), len(x)) for block in self.blocks]
 
 
 class SecondFPN(nn.Module):
-    """SECOND3DFPN: the branches, each brought to `channels` and to the finest resolution, and summed."""
+    """SECOND3DFPN: the branches, each upsampled to the finest resolution with `channels`, and summed."""
 
-    def __init__(self, widths, strides, channels):
+    def __init__(self, widths: Sequence[int], strides: Sequence[int], channels: int):
         super().__init__()
         self.deblocks = nn.ModuleList()
         for width, stride in zip(widths, strides, strict=True):
@@ -219,18 +166,18 @@ class SecondFPN(nn.Module):
                 conv = nn.ConvTranspose2d(width, channels, stride, stride=stride, bias=False)
             self.deblocks.append(nn.Sequential(conv, SyncedBatchNorm(channels, **NORM), nn.ReLU(inplace=True)))
 
-    def forward(self, branches):
-        """branches: as `Second` returns them; returns [B, channels, Z, Y, X]."""
+    def forward(self, branches: list[Tensor]) -> Tensor:
+        """branches: from `Second`; returns [B, channels, Z, Y, X]."""
         B = len(branches[0])
         ups = [up(_as_images(x)) for up, x in zip(self.deblocks, branches, strict=True)]
         return _as_volume(sum(ups[1:], ups[0]), B)
 
 
 def _as_images(x):
-    """[B, C, Z, Y, X] as [B * Z, C, Y, X], channels last: a view, if x is channels_last_3d."""
+    """[B, C, Z, Y, X] -> [B * Z, C, Y, X], channels last: a view, if x is channels_last_3d."""
     return x.permute(0, 2, 3, 4, 1).flatten(0, 1).permute(0, 3, 1, 2)
 
 
 def _as_volume(x, B):
-    """[B * Z, C, Y, X] as [B, C, Z, Y, X]; the inverse of `_as_images`."""
+    """[B * Z, C, Y, X] -> [B, C, Z, Y, X]; the inverse of `_as_images`."""
     return x.unflatten(0, (B, -1)).transpose(1, 2)

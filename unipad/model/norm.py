@@ -2,38 +2,38 @@
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 
 class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch normalization of [N, C, ...] with the statistics of all processes' rows.
+    """Batch normalization of [N, C, ...] with statistics over the rows of all processes.
 
-    `nn.SyncBatchNorm` does the same on GPUs only; this works wherever `torch.distributed` does, and where a process, or
-    all of them, has no row or a single one, as sparse features may: a lone row becomes the bias, and without rows the
-    running statistics stay. Otherwise, in one process, and in eval mode, it is `nn.BatchNorm1d`, `2d` and `3d`.
-    Statistics and the result are computed in fp32 or better; x keeps its type.
+    Unlike `nn.SyncBatchNorm`, not for GPUs only, and a process, or all of them, may have no row or a single one, as
+    sparse features do: a lone row becomes the bias, and without rows the running statistics stay. Otherwise, in one
+    process and in eval mode, it is `nn.BatchNorm1d`, `2d` and `3d`.
+    Statistics and the result are computed in fp32 or better; x keeps its dtype.
     """
 
     def _check_input_dim(self, x):
         if x.dim() < 2:
             raise ValueError(f"batch normalization takes [N, C, ...], not {tuple(x.shape)}")
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
         alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
         if alone and x.numel() > x.shape[1]:
             return super().forward(x)
-        over_processes = _same if alone else SumOverProcesses.apply
+        sum_over_processes = _identity if alone else SumOverProcesses.apply
         dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
         dims = [d for d in range(x.dim()) if d != 1]
         shape = [1, -1] + [1] * (x.dim() - 2)
-        sums = over_processes(torch.cat([x.sum(dims), x.new_full((1,), x[:, 0].numel())]))  # [C + 1]
+        sums = sum_over_processes(torch.cat([x.sum(dims), x.new_full((1,), x[:, 0].numel())]))  # [C + 1]
         count = sums[-1].detach()
         mean = sums[:-1] / count.clamp(min=1)
         # not mean(x^2) - mean(x)^2, which cancels where the mean is large
         centered = x - mean.view(shape)
-        variance = over_processes(centered.square().sum(dims)) / count.clamp(min=1)
+        variance = sum_over_processes(centered.square().sum(dims)) / count.clamp(min=1)
         with torch.no_grad():
             self.num_batches_tracked += 1
             momentum = self.momentum * (count > 0)
@@ -44,7 +44,10 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 class SumOverProcesses(torch.autograd.Function):
-    """Sum of a tensor over all processes; its gradient is the sum of theirs, since each of their losses used it."""
+    """Sum of a tensor over all processes. Its gradient is the sum of theirs, since each of their losses used it.
+
+    `torch.distributed.nn.functional.all_reduce` does the same, and is deprecated in torch 2.13.
+    """
 
     @staticmethod
     def forward(ctx, x):
@@ -54,10 +57,10 @@ class SumOverProcesses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_sum):
-        d_sum = d_sum.clone()  # also makes it contiguous, which gloo asks for
+        d_sum = d_sum.clone()  # also makes it contiguous, as gloo requires
         dist.all_reduce(d_sum)
         return d_sum
 
 
-def _same(x):
+def _identity(x):
     return x

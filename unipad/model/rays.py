@@ -1,15 +1,16 @@
-"""Which rays are cast, and what they should see: from the cameras or, where a batch has none, from the LiDAR itself.
+"""Which rays are cast, and their targets: from the cameras or, where a batch has none, from the LiDAR.
 
-A candidate for a ray is (u, v, z): a pixel, and the depth of what it shows along the optical axis, 0 where no LiDAR
-point tells. Nothing here waits for the GPU: candidates that may not be chosen are masked, never removed.
+A candidate for a ray is (u, v, z): a pixel and its depth along the optical axis, 0 where no LiDAR point gives one.
+Nothing here waits for the GPU: candidates that must not be chosen are masked, never removed.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from unipad.batch import CAMERAS
+from unipad.batch import CAMERAS, Batch
 from unipad.config import RayChoice
 
 MIN_DEPTH = 1e-5  # meters in front of the camera; the original's
@@ -21,30 +22,30 @@ class Rays:
 
     origins: Tensor  # [R, 3] camera centers
     directions: Tensor  # [R, 3] unit vectors
-    depth: Tensor  # [R] distance along the ray to the LiDAR point, -1 = unknown
+    depth: Tensor  # [R] distance along the ray to the LiDAR point, -1: unknown
     rgb: Tensor  # [R, 3] color of the pixel, in [0, 1]
     volume_idx: Tensor  # [R] int32 the sample whose volume the ray crosses
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.depth)
 
-    def __getitem__(self, rows):
+    def __getitem__(self, rows) -> "Rays":
         return Rays(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
 
-def choose_rays(batch, cfg: RayChoice, generators):
+def choose_rays(batch: Batch, cfg: RayChoice, generators: Sequence[torch.Generator]) -> Rays:
     """The rays of one training step.
 
     depth:    at most `lidar_per_view` LiDAR points, without replacement; the rest are pixels of a grid.
     random:   pixels, uniformly with replacement.
     dilation: every `cfg.dilation`-th pixel of each row and column, in random order.
-    Pixels of the last two have the depth of the nearest LiDAR point that falls into them, where there is one.
+    Pixels of the last two have the depth of the nearest LiDAR point that falls into them, if any.
 
-    batch: a `Batch`; its `point_counts` are read by the host.
-    generators: one `torch.Generator` a sample, on the batch's device. A sample's rays depend on its own alone.
+    batch:      its `point_counts` are read on the host.
+    generators: one per sample, on the batch's device. A sample's rays depend on its own generator alone.
 
-    Returns `Rays`: B * N * per_view of them (dilation: one for each cell of the grid over the padded image),
-    sample after sample, view after view. A view with fewer candidates casts some twice.
+    Returns B * N * per_view rays (dilation: one per cell of the grid over the padded image), sample after sample, view
+    after view. A view with fewer candidates casts some twice.
     Without cameras: B * 6 * per_view rays from the LiDAR to points, whatever the strategy.
     """
     if not batch.images.shape[1]:
@@ -72,18 +73,18 @@ def choose_rays(batch, cfg: RayChoice, generators):
     return _concatenated(parts)
 
 
-def lidar_rays(batch, cfg: RayChoice, per_view, generators):
-    """`per_view` rays through LiDAR points for every view, or six times as many from the LiDAR where there is none.
+def lidar_rays(batch: Batch, cfg: RayChoice, per_view: int, generators: Sequence[torch.Generator]) -> Rays:
+    """`per_view` rays through LiDAR points for each view; without cameras, six times as many from the LiDAR.
 
-    A view with fewer points casts some twice; one without any casts rays of unknown depth. From the LiDAR only the
-    keyframe's points are aimed at: the sweeps saw theirs from elsewhere.
+    A view with fewer points casts some twice; one without any casts rays of unknown depth. Rays from the LiDAR go only
+    to the keyframe's points, since sweeps were taken from elsewhere.
     """
     if not batch.images.shape[1]:
         parts = []
         for b, points in enumerate(batch.points.split(batch.point_counts.tolist())):
-            own = _between_radii(points, cfg) & (points[:, 4] == 0)
-            aims = _draw(points[None, :, :3], 1 * own[None], len(CAMERAS) * per_view, generators[b])
-            parts.append(rays_from_lidar(aims[0], b))
+            allowed = _between_radii(points, cfg) & (points[:, 4] == 0)
+            targets = _draw(points[None, :, :3], 1 * allowed[None], len(CAMERAS) * per_view, generators[b])
+            parts.append(rays_from_lidar(targets[0], b))
         return _concatenated(parts)
     parts = []
     for b, (seen, visible) in enumerate(_lidar_in_views(batch, cfg)):
@@ -91,31 +92,31 @@ def lidar_rays(batch, cfg: RayChoice, per_view, generators):
     return _concatenated(parts)
 
 
-def rays_from_lidar(aims, sample):
-    """Rays from the LiDAR to `aims` [K, 3] meters; to the origin itself: a ray of unknown depth. Their color is 0."""
-    distance = aims.norm(dim=1)  # [K]
+def rays_from_lidar(targets: Tensor, sample: int) -> Rays:
+    """Rays from the LiDAR to `targets` [K, 3] meters, with color 0; unknown depth where the target is the origin."""
+    distance = targets.norm(dim=1)  # [K]
     known = distance > 0
-    ahead = torch.eye(3, device=aims.device)[1]
+    ahead = torch.eye(3, device=targets.device)[1]
     return Rays(
-        origins=torch.zeros_like(aims),
-        directions=torch.where(known[:, None], aims / distance[:, None], ahead),
+        origins=torch.zeros_like(targets),
+        directions=torch.where(known[:, None], targets / distance[:, None], ahead),
         depth=distance.where(known, -1.0),
-        rgb=torch.zeros_like(aims),
+        rgb=torch.zeros_like(targets),
         volume_idx=torch.full_like(distance, sample, dtype=torch.int32),
     )
 
 
-def pixel_rays(batch, sample, stride):
+def pixel_rays(batch: Batch, sample: int, stride: int) -> tuple[Rays, tuple[int, int, int]]:
     """Rays through every `stride`-th pixel of one sample's views, row after row, without depth; for pictures.
 
-    Returns (`Rays`, (N, h, w)). Covers the part that is inside all the unpadded images.
+    Returns (`Rays`, (N, h, w)). Covers the area inside all unpadded images.
     """
     pixels, shape = common_grid(batch, sample, stride)
     return cast_rays(batch, sample, pixels), shape
 
 
-def common_grid(batch, sample, stride):
-    """Every `stride`-th pixel of the part that is inside all the unpadded images of a sample, for `cast_rays`.
+def common_grid(batch: Batch, sample: int, stride: int) -> tuple[Tensor, tuple[int, int, int]]:
+    """Every `stride`-th pixel of the area inside all unpadded images of a sample, for `cast_rays`.
 
     Returns ([N, h * w, 3] u, v, 0; row after row, (N, h, w)).
     """
@@ -125,15 +126,15 @@ def common_grid(batch, sample, stride):
     return pixels, (len(pixels), -(-H // stride), -(-W // stride))
 
 
-def project_points(points, lidar2image, image_sizes):
-    """LiDAR points in each view.
+def project_points(points: Tensor, lidar2image: Tensor, image_sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Project LiDAR points into each view.
 
     points:      [P, 3] meters, LiDAR frame.
     lidar2image: [N, 4, 4] LiDAR meters -> (u*d, v*d, d, 1).
     image_sizes: [N, 2] height, width before padding.
 
     Returns:
-        seen:    [N, P, 3] u, v pixels and depth along the optical axis, meters; u, v mean nothing behind a camera.
+        seen:    [N, P, 3] u, v pixels and depth along the optical axis, meters; u, v are meaningless behind a camera.
         visible: [N, P] bool, True in front of the camera and strictly inside the image.
     """
     seen = _transform(lidar2image, points[None])
@@ -144,8 +145,8 @@ def project_points(points, lidar2image, image_sizes):
     return torch.stack([u, v, depth], dim=-1), visible
 
 
-def pixel_grid(image_sizes, H, W, interval, sky=0.0):
-    """Pixels `interval` apart, in rows from int(sky * height) of each image down.
+def pixel_grid(image_sizes: Tensor, H: int, W: int, interval: int, sky: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Pixels `interval` apart, in the rows of each image below int(sky * height).
 
     image_sizes: [N, 2] height, width before padding; at most H and W.
 
@@ -154,7 +155,7 @@ def pixel_grid(image_sizes, H, W, interval, sky=0.0):
         inside: [N, G] bool, False in the padding.
     """
     height, width = image_sizes[:, :, None, None].unbind(1)  # [N, 1, 1]
-    top = (sky * height.double()).long()  # in double, as the host would round it
+    top = (sky * height.double()).long()  # in double, to round as the host does
     v = top + torch.arange(0, H - int(sky * H), interval, device=height.device)[:, None]  # [N, rows, 1]
     u = torch.arange(0, W, interval, device=height.device)  # [cols]
     inside = (v < height) & (u < width)
@@ -162,12 +163,12 @@ def pixel_grid(image_sizes, H, W, interval, sky=0.0):
     return pixels.flatten(1, 2).float(), inside.flatten(1)
 
 
-def cast_rays(batch, sample, chosen):
+def cast_rays(batch: Batch, sample: int, chosen: Tensor) -> Rays:
     """Rays through the chosen pixels of one sample's views.
 
     chosen: [N, K, 3] u, v inside the image, and depth along the optical axis in meters, 0 = unknown.
 
-    Returns `Rays`, N * K, view after view. The color is that of the pixel at the truncated coordinates.
+    Returns N * K rays, view after view. Their color is that of the pixel at the truncated coordinates.
     """
     N, K, _ = chosen.shape
     known = chosen[..., 2] > 0
@@ -187,15 +188,15 @@ def cast_rays(batch, sample, chosen):
     return Rays(**{f.name: getattr(rays, f.name).flatten(0, 1) for f in fields(Rays)})
 
 
-def lidar_points(batch, cfg: RayChoice):
-    """All points with the sample they belong to: [P, 3] meters, [P] int32, -1 for those not between the two radii."""
+def lidar_points(batch: Batch, cfg: RayChoice) -> tuple[Tensor, Tensor]:
+    """All points and their samples: [P, 3] meters, [P] int32, -1 for points not between the two radii."""
     sample = torch.arange(len(batch), dtype=torch.int32).repeat_interleave(batch.point_counts)
     sample = sample.to(batch.points.device, non_blocking=True)
     return batch.points[:, :3], torch.where(_between_radii(batch.points, cfg), sample, -1)
 
 
 def _lidar_in_views(batch, cfg):
-    """For each sample: `project_points` of its points; only those between the two radii are visible."""
+    """For each sample, `project_points` of its points; only those between the two radii are visible."""
     for b, points in enumerate(batch.points.split(batch.point_counts.tolist())):
         seen, visible = project_points(points[:, :3], batch.lidar2image[b], batch.image_sizes[b])
         yield seen, visible & _between_radii(points, cfg)
@@ -207,11 +208,11 @@ def _between_radii(points, cfg):
 
 
 def _draw(candidates, rank, count, generator):
-    """Draw `count` candidates of each view without replacement: those of the highest rank first, none of rank 0.
+    """Draw `count` candidates per view without replacement: those of the highest rank first, none of rank 0.
 
     candidates: [N, K, 3]; rank: [N, K] int.
 
-    Returns [N, count, 3]. Where too few have a rank they are repeated in turn; where none has, zeros.
+    Returns [N, count, 3]. Too few candidates with a rank are repeated in turn; without any, zeros.
     """
     key = rank + torch.rand(rank.shape, generator=generator, device=rank.device)
     key, index = key.topk(min(count, key.shape[1]), dim=1)
@@ -224,7 +225,7 @@ def _draw(candidates, rank, count, generator):
 
 
 def _at_most(chosen, count, generator):
-    """At most `count` of each row of `chosen`, at random. chosen: [N, K] bool."""
+    """At most `count` of the True entries in each row of `chosen` [N, K] bool, at random."""
     if count >= chosen.shape[1]:
         return chosen
     key = torch.rand(chosen.shape, generator=generator, device=chosen.device).where(chosen, 2.0)
@@ -243,7 +244,7 @@ def _with_lidar_depth(pixels, seen, visible, H, W):
 def _transform(matrices, points):
     """[N, 4, 4] x [N or 1, K, 3] -> [N, K, 3].
 
-    Written out, because a matmul may run in TF32 or, under autocast, in bf16: pixels would be off by several.
+    Written out, since a matmul may run in TF32 or, under autocast, in bf16, and be off by several pixels.
     """
     x, y, z = points[:, None].unbind(-1)  # [N or 1, 1, K]
     a, b, c, d = matrices[:, :3, :, None].unbind(2)  # columns, [N, 3, 1]
@@ -251,7 +252,7 @@ def _transform(matrices, points):
 
 
 def _inverse(matrices):
-    """Inverses of [N, 4, 4], found in double. Does not wait for the GPU to look for errors, as `torch.inverse` does."""
+    """Inverses of [N, 4, 4], computed in double; unlike `torch.inverse`, without waiting for the GPU's error check."""
     return torch.linalg.inv_ex(matrices.double()).inverse.to(matrices.dtype)
 
 

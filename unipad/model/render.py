@@ -1,18 +1,18 @@
-"""The differentiable renderer: rays through a feature volume -> color and depth, and what they are compared with.
+"""The differentiable renderer: rays through a feature volume -> color and depth, and their losses.
 
     alpha_s = opacity of sample s,   w_s = alpha_s * prod_{t<s} (1 - alpha_t + 1e-7)
     rgb = sum_s w_s c_s  (black background),   depth = sum_s w_s t_s / (sum_s w_s + 1e-10)
 
     method    where samples are placed                                     opacity from
-    neus      stratified, then where a fixed, sharp NeuS sees the surface  the slope-extrapolated logistic CDF
-    volsdf    where the error bound of the opacity asks for them           a Laplace density
-    unisurf   around the first crossing of the surface and by occupancy    occupancy itself
+    neus      stratified, then where a fixed, sharp NeuS has its surface   the slope-extrapolated logistic CDF
+    volsdf    where the error bound of the opacity is largest              a Laplace density
+    unisurf   around the first surface crossing and by occupancy           occupancy itself
 
-On a GPU the first two run as one op with one backward, `sdf_render`, where the field is of its family; unisurf,
-fields outside it, fp64 and CPUs take the pieces one after the other.
+On a GPU the first two run as one fused op, `sdf_render`, where it supports the field; unisurf, other fields, fp64 and
+CPUs run op by op.
 
-A sample stands at the start of its interval. Callers speak meters; inside, lengths are meters * grid.scale.
-A ray that misses the box renders black at depth 0 and counts for no loss.
+A sample lies at the start of its interval. The interface is in meters; inside, lengths are meters * grid.scale.
+A ray that misses the box renders black at depth 0 and does not count in any loss.
 """
 
 import math
@@ -22,68 +22,76 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unipad import config
 from unipad.kernels.backend import on_triton
 from unipad.kernels.composite import composite
 from unipad.kernels.ray_sample import clip_rays
 from unipad.kernels.sdf_alpha import neus_alpha, unisurf_alpha, volsdf_alpha
 from unipad.kernels.sdf_render import in_family, sdf_render, sdf_values
 from unipad.model.field import Field
+from unipad.model.rays import Rays
 from unipad.model.samplers import SAMPLERS
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """What R rays of B samples gave; S samples a ray."""
+    """R rendered rays of B batch samples, S samples along each ray."""
 
     rgb: Tensor  # [R, 3]; clamped to [0, 1] outside training; black where the fused op runs and learns no color
     depth: Tensor  # [R] meters along the ray
     hit: Tensor  # [R] bool, False for rays that do not cross the volume
-    weights: Tensor  # [R, S] share of each sample
+    weights: Tensor  # [R, S] of each sample in the color
     starts: Tensor  # [R, S] scaled meters along the ray
     sdf: Tensor  # [R, S] scaled meters
     gradient: Tensor  # [R, S, 3] d sdf / d point, of length 1 for a true distance
-    points_sdf: Tensor | None  # [P] scaled meters, at the points handed in
-    of_sample: Tensor  # [B, R] 1 where a ray hits and belongs to the sample, else 0
-    points_of_sample: Tensor | None  # [B, P] the same for the points
+    points_sdf: Tensor | None  # [P] scaled meters, at the given points
+    of_sample: Tensor  # [B, R] 1 where a ray hits and belongs to the batch sample, else 0
+    points_of_sample: Tensor | None  # [B, P] likewise for points
 
 
 class Renderer(nn.Module):
     """Field, sampler and losses of one `config.Render` on one `config.Grid`.
 
-    Computes in the parameters' dtype, under autocast too: a signed distance in half precision is off by decimeters.
+    Computes in the parameters' dtype, even under autocast: signed distances in half precision are off by decimeters.
     """
 
-    def __init__(self, cfg, grid):
+    def __init__(self, cfg: config.Render, grid: config.Grid):
         super().__init__()
         self.cfg = cfg
-        self.exact = False  # True: on a GPU the fused op's products are as exact as fp32, not tf32
+        self.exact = False  # True: the fused op multiplies in fp32, not tf32
         self.scale = grid.scale
         self.box = [[v * grid.scale for v in corner] for corner in (grid.low, grid.high)]
         if cfg.method not in SAMPLERS:
             raise ValueError(f"no renderer {cfg.method!r}: choose {', '.join(SAMPLERS)}")
         self.sample, self.jitters = SAMPLERS[cfg.method]
         self.field = Field(cfg, grid)
-        # Distributed training waits for the gradient of every parameter that asks for one.
+        # DDP waits for the gradient of every parameter that requires one.
         self.field.deviation_network.requires_grad_(cfg.method == "neus")
         self.field.laplace_density["beta"].requires_grad_(cfg.method == "volsdf")
         self.field.rgb_decoder.requires_grad_(cfg.rgb_weight > 0)
 
-    def forward(self, volume, rays, jitter=None, points=None, stop=0.0):
+    def forward(
+        self,
+        volume: Tensor,
+        rays: Rays,
+        jitter: Tensor | None = None,
+        points: tuple[Tensor, Tensor] | None = None,
+        stop: float = 0.0,
+    ) -> Rendered:
         """Render rays.
 
         Args:
             volume: [B, C, Z, Y, X] features, LiDAR frame; channels_last_3d saves a copy.
-            rays:   `Rays` with origins [R, 3] meters, directions [R, 3] unit, volume_idx [R] int32.
-            jitter: [R, self.jitters] uniforms in [0, 1) that move the samples of each ray (training).
+            rays:   R of them; depth and color are not used.
+            jitter: [R, self.jitters] uniforms in [0, 1) that jitter the samples of each ray, in training.
                     None: the same samples every time.
             points: pair of [P, 3] meters and [P] int32 volume index (-1: leave out), for the loss `points`.
-            stop:   as of `sdf_render`, where that runs: for pictures, not for losses.
+            stop:   transmittance at which `sdf_render` stops, where that runs: for pictures, not for losses.
 
-        Returns:
-            `Rendered`; no rays give empty tensors. Differentiable once in `volume` and the parameters.
+        Without rays all tensors are empty. Differentiable once in `volume` and the parameters.
 
-        On a GPU neither this nor `loss` or their backward waits for the host, so that a CUDA graph can hold them; only
-        VolSDF's sampler does, see `volsdf_edges`.
+        On a GPU neither this, `loss` nor their backward synchronizes with the host, so that a CUDA graph can capture
+        them; only VolSDF's sampler does, see `volsdf_edges`.
         """
         with torch.autocast(volume.device.type, enabled=False):
             dtype = self.field.cells_per_unit.dtype
@@ -130,16 +138,16 @@ class Renderer(nn.Module):
             rgb, depth / self.scale, hit, weights, starts, sdf, gradient, points_sdf, of_sample, points_of_sample
         )
 
-    def loss(self, rendered, rays):
-        """The terms whose weight in the config is above 0, weighted: dict of name -> scalar.
+    def loss(self, rendered: Rendered, rays: Rays) -> dict[str, Tensor]:
+        """The weighted terms whose weight in the config is above 0: name -> scalar.
 
-        Each is a mean over what it applies to in one sample, then over the samples (one without any counts as 0):
+        Each is a mean over what it applies to in a batch sample, then over batch samples (0 for one without any):
             rgb         |c - c*| over all rays and channels
             depth       |d - d*| over rays with a target
             free_space  relu(truncation - sdf) over samples more than the truncation before d*
             sdf         |start + sdf - d*| over samples within the truncation of d*
             eikonal     (|gradient| - 1)^2 over all samples
-            points      |sdf| over the points handed to `forward`
+            points      |sdf| over the points given to `forward`
         Lengths are scaled meters. Targets: rays.rgb [R, 3], rays.depth [R] meters along the ray, <= 0 for none.
         """
         cfg = self.cfg
@@ -163,7 +171,7 @@ class Renderer(nn.Module):
             return {name: weights[name] * term() for name, term in terms.items() if weights[name] > 0}
 
     def _fused(self, volume):
-        """Whether the kernels of `sdf_render` run; else the composed pieces do."""
+        """Whether `sdf_render` runs; else the field, the opacity and `composite` run op by op."""
         cfg = self.cfg
         layers = cfg.sdf_layers, cfg.rgb_layers if cfg.rgb_weight > 0 else 0
         return on_triton(volume) and in_family(cfg.method, volume.dtype, cfg.channels, cfg.hidden, *layers)
@@ -177,7 +185,7 @@ class Renderer(nn.Module):
         return unisurf_alpha(sdf)
 
     def _at_points(self, volume, points):
-        """Signed distance at LiDAR points and whose they are; (None, None) where no loss asks for it."""
+        """Signed distance at LiDAR points, and their batch samples; (None, None) where no loss needs them."""
         if points is None or self.cfg.points_weight == 0:
             return None, None
         position, volume_idx = points
@@ -187,21 +195,21 @@ class Renderer(nn.Module):
 
 
 def _of_sample(volume_idx, B, dtype):
-    """[B, R] 1 where the ray belongs to the sample. Sums over samples are then products: no atomics, no sorting."""
+    """[B, R] 1 where the ray belongs to the batch sample. Sums per sample are then products: no atomics, no sorting."""
     return (volume_idx == torch.arange(B, device=volume_idx.device)[:, None]).to(dtype)
 
 
 def _range_of_sample(starts, of_sample, volume_idx):
-    """Smallest and largest start among the rays of one's own sample, [R] each."""
-    mine, volume_idx = of_sample.bool(), volume_idx.long()
-    low = torch.where(mine, starts[:, 0], math.inf)  # [B, R]
-    high = torch.where(mine, starts[:, -1], -math.inf)
+    """Smallest and largest start among the rays of the same batch sample, [R] each."""
+    same, volume_idx = of_sample.bool(), volume_idx.long()
+    low = torch.where(same, starts[:, 0], math.inf)  # [B, R]
+    high = torch.where(same, starts[:, -1], -math.inf)
     low, high = F.pad(low, (0, 1), value=math.inf), F.pad(high, (0, 1), value=-math.inf)  # R may be 0
     return low.amin(dim=1)[volume_idx], high.amax(dim=1)[volume_idx]
 
 
 def _mean(value, of_sample, mask=None):
-    """Mean of value [R, K] over each sample's rays (of these, where mask [R, K]), then over the samples."""
+    """Mean of value [R, K] over each batch sample's rays (where mask [R, K], if given), then over the batch."""
     if mask is None:
         count = of_sample.sum(dim=1) * value.shape[1]
     else:

@@ -1,39 +1,43 @@
-"""Where the field is read along a ray, one function a renderer: edges [R, S + 1] of S = samples + importance intervals.
+"""Where along a ray the field is sampled, one function per renderer: edges [R, S + 1] of S = samples + importance
+intervals.
 
-All of them first look for the surface through `sdf_at` (starts [R, n] -> signed distance [R, n]) and then place the
-samples that are rendered. Lengths are scaled meters. `jitter` is a list of [R] uniforms or Nones, one for every
-placement, in order. Nothing here is differentiable.
+Each first searches for the surface with `sdf_at` (starts [R, n] -> signed distance [R, n]) and then places the samples
+that are rendered. Lengths are scaled meters. `jitter` is a list of [R] uniforms or Nones, one per placement, in order.
+Nothing here is differentiable.
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
+from unipad.config import Render
 from unipad.kernels.backend import to_host
 from unipad.kernels.composite import composite
 from unipad.kernels.ray_sample import merge, resample, sample_pdf, stratified_starts
 from unipad.kernels.sdf_alpha import interval_alpha, laplace_density, unisurf_alpha
 
-INV_S = 64.0  # NeuS's fixed inverse deviation while it looks for the surface (its first round)
-ERROR = 0.1  # VolSDF: bound on the error of the opacity that the placement aims for
+INV_S = 64.0  # NeuS's fixed inverse deviation while it searches for the surface (its first round)
+ERROR = 0.1  # VolSDF: bound on the opacity's error that the placement must meet
 ROUNDS = 5  # VolSDF: rounds of placement at most
 BISECTIONS = 10  # VolSDF: steps that narrow down beta in one round
-INTERVAL = 0.05  # UniSurf: half of the interval around the surface, as a share of the ray inside the box
+INTERVAL = 0.05  # UniSurf: half the interval around the surface, as a fraction of the ray inside the box
 
 
-def neus_edges(cfg, sdf_at, near, far, jitter, beta):
-    """`samples` stratified over the ray, `importance` where a surface of sharpness INV_S would take its weight."""
+def neus_edges(cfg: Render, sdf_at: Callable, near: Tensor, far: Tensor, jitter: Sequence, beta: Tensor) -> Tensor:
+    """`samples` stratified over the ray, `importance` drawn from the weights of a surface of sharpness INV_S."""
     edges = stratified_starts(near, far, cfg.samples, jitter[0])
     alpha = interval_alpha(sdf_at(edges[:, :-1]), edges.diff(dim=1), INV_S)
     return resample(edges, _weights(alpha), cfg.importance, jitter[1])
 
 
-def volsdf_edges(cfg, sdf_at, near, far, jitter, beta):
+def volsdf_edges(cfg: Render, sdf_at: Callable, near: Tensor, far: Tensor, jitter: Sequence, beta: Tensor) -> Tensor:
     """`importance` by VolSDF's algorithm 1 and `samples` stratified over the ray.
 
     Starting from `search` samples, each round adds as many where the opacity's error bound is largest, until a Laplace
-    density of the field's own `beta` [1] meets the bound on every ray of the call: the rays that are rendered together
-    decide together when to stop (as in the original), which costs one look of the host at the device a round.
+    density of the field's own `beta` [1] meets the bound on every ray of the call: rays rendered together stop together
+    (as in the original), for which the host waits for the device once per round.
     """
     edges = stratified_starts(near, far, cfg.search, jitter[0])
     sdf = sdf_at(edges[:, :-1])
@@ -42,20 +46,20 @@ def volsdf_edges(cfg, sdf_at, near, far, jitter, beta):
         deltas = edges.diff(dim=1)
         clearance = _clearance(sdf, deltas)
         loosest = _tighten(beta, loosest, sdf, deltas, clearance)
-        passed, error = _light_and_error(loosest[:, None], sdf, deltas, clearance)
+        transmittance, error = _transmittance_and_error(loosest[:, None], sdf, deltas, clearance)
         if i == ROUNDS or to_host((loosest <= beta).all(), "convergence of VolSDF's sampler"):
             break
-        new_edges = sample_pdf(edges, error * passed, cfg.search, jitter[i])
+        new_edges = sample_pdf(edges, error * transmittance, cfg.search, jitter[i])
         edges, order = merge(edges, new_edges)
         sdf = torch.cat([sdf, sdf_at(new_edges[:, :-1])], dim=1).gather(1, order)
     alpha = 1 - torch.exp(-deltas * laplace_density(sdf, loosest[:, None]))
-    drawn = sample_pdf(edges, alpha * passed, cfg.importance, jitter[ROUNDS])
+    drawn = sample_pdf(edges, alpha * transmittance, cfg.importance, jitter[ROUNDS])
     return merge(drawn, stratified_starts(near, far, cfg.samples, jitter[ROUNDS + 1]))[0]
 
 
-def unisurf_edges(cfg, sdf_at, near, far, jitter, beta):
+def unisurf_edges(cfg: Render, sdf_at: Callable, near: Tensor, far: Tensor, jitter: Sequence, beta: Tensor) -> Tensor:
     """`samples` stratified around the first entry into a surface (over the whole ray where there is none), `importance`
-    where the occupancy of `search` stratified samples takes its weight."""
+    drawn from the weights of the occupancy at `search` stratified samples."""
     edges = stratified_starts(near, far, cfg.search, jitter[0])
     starts = edges[:, :-1]
     sdf = sdf_at(starts)
@@ -64,7 +68,7 @@ def unisurf_edges(cfg, sdf_at, near, far, jitter, beta):
     changes = sdf[:, :-1] * sdf[:, 1:] < 0  # [R, search - 1]
     first = changes.int().argmax(dim=1, keepdim=True)  # [R, 1]
     (before, after), (start, end) = ((x.gather(1, first), x.gather(1, first + 1)) for x in (sdf, starts))
-    enters = changes.any(dim=1) & (before[:, 0] > 0)  # a ray that starts inside leaves first: no surface to see
+    enters = changes.any(dim=1) & (before[:, 0] > 0)  # a ray that starts inside leaves first: no visible surface
     surface = ((before * end - after * start) / (before - after))[:, 0]  # [R], by linear interpolation
     half = INTERVAL * (far - near)
     low = torch.where(enters, torch.maximum(surface - half, near), near)
@@ -72,7 +76,7 @@ def unisurf_edges(cfg, sdf_at, near, far, jitter, beta):
     return merge(stratified_starts(low, high, cfg.samples, jitter[2]), drawn)[0]
 
 
-# Renderer -> its sampler and how many uniforms that takes a ray
+# Renderer -> its sampler and the number of uniforms that it takes per ray
 SAMPLERS = {"neus": (neus_edges, 2), "volsdf": (volsdf_edges, ROUNDS + 2), "unisurf": (unisurf_edges, 3)}
 
 
@@ -81,9 +85,9 @@ def _weights(alpha):
 
 
 def _clearance(sdf, deltas):
-    """d* of theorem 1: how far every interval stays from the surface at least, [R, S]; 0 where the surface crosses it.
+    """d* of theorem 1: a lower bound on each interval's distance to the surface, [R, S]; 0 where it is crossed.
 
-    The two distances are radii of balls free of surface around the interval's ends. The last column repeats.
+    The signed distances are radii of surface-free balls around the interval's ends. The last column is repeated.
     """
     length, here, there = deltas[:, :-1], sdf[:, :-1].abs(), sdf[:, 1:].abs()
     s = (length + here + there) / 2
@@ -95,22 +99,22 @@ def _clearance(sdf, deltas):
     return torch.cat([height, height[:, -1:]], dim=1)
 
 
-def _light_and_error(beta, sdf, deltas, clearance):
-    """Transmittance before each sample and the bound on the opacity's relative error up to its end, [R, S] each."""
-    depth = deltas * laplace_density(sdf, beta)
+def _transmittance_and_error(beta, sdf, deltas, clearance):
+    """Transmittance before each sample, and the bound on the opacity's relative error up to its end, [R, S] each."""
+    optical_depth = deltas * laplace_density(sdf, beta)
     error = torch.exp(-clearance / beta) * deltas**2 / (4 * beta**2)
     # running sums as products with triangular matrices: on a GPU, a cumsum of floats is not deterministic
     up_to = torch.ones(2 * deltas.shape[1:], dtype=deltas.dtype, device=deltas.device).triu()  # [S, S]
-    passed = torch.exp(-(depth @ up_to.triu(1)))
-    return passed, torch.exp(error @ up_to).clamp(max=1e6) - 1
+    transmittance = torch.exp(-(optical_depth @ up_to.triu(1)))
+    return transmittance, torch.exp(error @ up_to).clamp(max=1e6) - 1
 
 
 def _tighten(beta, loosest, sdf, deltas, clearance):
-    """The smallest beta per ray, [R], known to meet ERROR: the field's own if that does, else by bisection below."""
+    """The smallest beta per ray, [R], that meets ERROR: the field's own if that does, else found by bisection."""
 
     def meets(beta):
-        passed, error = _light_and_error(beta, sdf, deltas, clearance)
-        return (passed * error).amax(dim=1) <= ERROR  # [R]
+        transmittance, error = _transmittance_and_error(beta, sdf, deltas, clearance)
+        return (transmittance * error).amax(dim=1) <= ERROR  # [R]
 
     high = torch.where(meets(beta), beta, loosest)
     low = beta.expand_as(high)

@@ -1,44 +1,46 @@
-"""Segmentation of the LiDAR's points: SpUNet, a linear head, cross entropy and the Lovász softmax.
+"""Segmentation of LiDAR points: SpUNet, a linear head, cross entropy and the Lovász softmax.
 
     Lovász softmax (arXiv 1705.08790): the mean, over the classes c that occur, of sum_i e_i (J_i - J_{i-1})
 
-with e_i the points' errors of class c, 1 - p_c where c is true and p_c elsewhere, in descending order, and J_i = 1 -
-IoU of c if the first i points were wrong and no others. It is the convex extension of the IoU's loss.
+with e_i the errors of class c, 1 - p_c at points of class c and p_c elsewhere, in descending order, and J_i = 1 - IoU
+of c if the first i points were wrong and no others: the convex extension of 1 - IoU.
 """
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+from unipad import config
+from unipad.batch import Batch
 from unipad.kernels.backend import host_wait
-from unipad.model.volume import Encoder
+from unipad.model.encoder import Encoder
 
 
 class Segmenter(nn.Module):
     """The encoder of one `config.SegmentRecipe` and a head: a batch to classes of its points."""
 
-    def __init__(self, recipe):
+    def __init__(self, recipe: config.SegmentRecipe):
         super().__init__()
         self.recipe = recipe
         self.encoder = Encoder(recipe)
         self.head = nn.Linear(self.encoder.channels, recipe.segment.classes)
 
-    def forward(self, batch, generators):
-        """Losses of one training step over one point a voxel: dict of name -> weighted value; see `losses`.
+    def forward(self, batch: Batch, generators) -> dict[str, Tensor]:
+        """Losses of one training step over one point per voxel: name -> weighted value; see `losses`.
 
-        batch: a `Batch` with point labels on the model's device. generators: not needed, nothing here is by chance.
+        batch: with point labels, on the model's device. generators: not used, since nothing here is random.
         """
         logits, rows, _ = self._of_voxels(batch)
         return losses(self.recipe.segment, logits, batch.point_labels[rows])
 
     @torch.no_grad()
-    def logits(self, batch):
-        """[P, classes] of every point: its voxel's. Put the model in eval mode first."""
+    def logits(self, batch: Batch) -> Tensor:
+        """[P, classes]; a point has those of its voxel. Put the model in eval mode first."""
         logits, _, voxel_of = self._of_voxels(batch)
         return logits[voxel_of]
 
-    def segment(self, batch):
-        """The classes of each sample's keyframe, a list of [K] uint8 from 1 on, in the order of its points."""
+    def segment(self, batch: Batch) -> list[Tensor]:
+        """Per sample, [K] uint8 classes from 1 up of the keyframe's points, in their order."""
         return classes_of(batch, self.logits(batch))
 
     def _of_voxels(self, batch):
@@ -47,19 +49,19 @@ class Segmenter(nn.Module):
             return self.head(features.to(self.head.weight.dtype)), rows, voxel_of
 
 
-def classes_of(batch, logits):
-    """The classes that logits [P, classes] of a batch's points stand for, as `Segmenter.segment` returns them."""
-    found = logits.argmax(dim=1).to(torch.uint8) + 1
+def classes_of(batch: Batch, logits: Tensor) -> list[Tensor]:
+    """Logits [P, classes] of a batch's points -> classes as `Segmenter.segment` returns them."""
+    classes = logits.argmax(dim=1).to(torch.uint8) + 1
     key = batch.points[:, 4] == 0  # points of sweeps have a time lag
-    parts = zip(*(t.split(batch.point_counts.tolist()) for t in (found, key)), strict=True)
-    return [classes[rows] for classes, rows in parts]
+    samples = zip(*(t.split(batch.point_counts.tolist()) for t in (classes, key)), strict=True)
+    return [classes[rows] for classes, rows in samples]
 
 
-def losses(cfg, logits, labels):
-    """`cross_entropy`, the mean over the points with a label, and `lovasz`, each times its weight.
+def losses(cfg: config.Segment, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """`cross_entropy`, the mean over labeled points, and `lovasz`, each times its weight.
 
-    cfg: `config.Segment`; logits: [P, K]; labels: [P] uint8 from 1 to K, 0 = none. Without any label both are 0. Of
-    several processes each has the losses of its own points.
+    logits: [P, K]; labels: [P] uint8 from 1 to K, 0: none. Without labels both are 0. Each process has the losses of
+    its own points.
     """
     with host_wait("indices of the labeled points"):
         known = (labels > 0).nonzero()[:, 0]
@@ -69,10 +71,10 @@ def losses(cfg, logits, labels):
     return {"cross_entropy": cfg.cross_entropy_weight * cross_entropy, "lovasz": cfg.lovasz_weight * lovasz}
 
 
-def lovasz_softmax(probabilities, labels):
-    """The Lovász softmax of probabilities [P, K] and labels [P] from 0 on, over all points at once; 0 without points.
+def lovasz_softmax(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """The Lovász softmax of probabilities [P, K] and labels [P] from 0 up, over all points at once; 0 without points.
 
-    Differentiable once; where errors are equal, their order decides between two subgradients.
+    Differentiable once; where errors are equal, their order decides between subgradients.
     """
     if not len(labels):
         return probabilities.sum()

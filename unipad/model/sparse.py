@@ -1,12 +1,13 @@
-"""Convolutions on the occupied voxels of a batch of grids.
+"""Sparse convolutions on the occupied voxels of a batch of grids, and the blocks made of them.
 
-Only voxels that exist have a row of features. Which rows a convolution gathers depends on where the voxels are, not on
-its weights: a `VoxelSet` makes these tables once for each geometry and keeps them. All triples are (z, y, x).
+Only occupied voxels have a row of features. Which rows a convolution gathers depends on where the voxels are, not on
+its weights: a `VoxelSet` builds these neighbor tables once per geometry and keeps them. All triples are (z, y, x).
 """
 
 import dataclasses
 import math
 import weakref
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -20,9 +21,12 @@ from unipad.kernels.sparse_conv import sparse_conv, sparse_conv_act
 from unipad.kernels.sparse_tiles import NeighborTable
 from unipad.model.norm import SyncedBatchNorm
 
+NORM = dict(eps=1e-3, momentum=0.01)  # of the LiDAR encoders' batch norms, as in SECOND
+Triple = tuple[int, int, int]
+
 
 class Table(NamedTuple):
-    """Which rows a convolution of N voxels to M voxels with K offsets gathers; -1 where there is no voxel."""
+    """Which rows a convolution of N to M voxels with K offsets gathers; -1 where there is no voxel."""
 
     neighbors: NeighborTable  # [K, M], the input that an output reads
     inverse: NeighborTable | None  # [K, N], the output that an input reaches; None: neighbors.idx.flip(0)
@@ -33,19 +37,26 @@ class Table(NamedTuple):
 
 
 class VoxelSet:
-    """Voxels that exist in a batch of grids, and a `StreamCache` of the tables of the convolutions on them.
+    """The occupied voxels of a batch of grids, and a `StreamCache` of the tables of the convolutions on them.
 
-    A set that a strided or transposed convolution makes knows the one it came from (`source`) and the table between
-    them. The other way the reference is weak: the next convolution of that geometry finds the set as long as somebody
-    uses it, and nothing keeps the voxels of past batches on the device.
+    The set that a strided convolution makes knows the one it came from (`source`) and the table between them. The other
+    way the reference is weak: the next convolution of that geometry finds the set as long as it is in use, and the
+    voxels of past batches do not stay on the device.
     """
 
-    def __init__(self, coords, shape, batch_size, in_order=False, check=True):
+    def __init__(
+        self,
+        coords: Tensor,
+        shape: Sequence[int],
+        batch_size: int,
+        in_order: bool = False,
+        check: bool = True,
+    ):
         """
         coords:     [N, 4] int32 (b, z, y, x), each once.
         shape:      cells (Z, Y, X).
         batch_size: number of grids; some may be empty.
-        in_order:   the voxels are known to be in ascending order: spares sorting them.
+        in_order:   the voxels are already in ascending order, and need not be sorted.
         check:      raise ValueError for a voxel that is outside or occurs twice; waits for the device.
         """
         assert coords.dim() == 2 and coords.shape[1] == 4, f"coordinates are [N, 4], not {tuple(coords.shape)}"
@@ -68,25 +79,19 @@ class VoxelSet:
         """[N] int64, the row of each voxel among all cells of the batch."""
         return self._cache.get("keys", self.coords.device, lambda: voxel_keys.voxel_keys(self.coords, self.shape))
 
-    def submanifold(self, kernel, dilation):
-        """The table of a convolution from these voxels to the same ones."""
+    def submanifold(self, kernel: Triple, dilation: Triple) -> Table:
+        """The table of a convolution from these voxels to themselves."""
         table = self._cache.find((kernel, dilation), self.coords.device)
         return self._make_table(kernel, dilation) if table is None else table
 
-    def strided(self, kernel, stride, padding, dilation):
-        """The voxels that a strided convolution reaches: all whose window holds one of these."""
-        return self._reach("strided", (kernel, stride, padding, dilation))
+    def strided(self, kernel: Triple, stride: Triple, padding: Triple, dilation: Triple) -> "VoxelSet":
+        """The output voxels of a strided convolution: all whose window contains one of these."""
+        geometry = (kernel, stride, padding, dilation)
+        reached = self._cache.find(geometry, self.coords.device)
+        reached = None if reached is None else reached()
+        return self._make_strided(geometry) if reached is None else reached
 
-    def transposed(self, kernel, stride, padding, dilation):
-        """The voxels that a transposed convolution reaches: all that one of these spreads to."""
-        return self._reach("transposed", (kernel, stride, padding, dilation))
-
-    def _reach(self, kind, geometry):
-        made = self._cache.find((kind, geometry), self.coords.device)
-        made = None if made is None else made()
-        return self._make_reached(kind, geometry) if made is None else made
-
-    # Compiled code takes tables that exist as inputs. It cannot make them: their sizes depend on the data.
+    # Compiled code takes existing tables as inputs. It cannot build them, since their sizes depend on the data.
     @torch.compiler.disable
     def _make_table(self, kernel, dilation):
         neighbor_idx = sparse_map.submanifold_map(self.coords, *self._in_order(), self.shape, kernel, dilation)
@@ -97,22 +102,18 @@ class VoxelSet:
         return table
 
     @torch.compiler.disable
-    def _make_reached(self, kind, geometry):
-        if kind == "strided":
-            shape = sparse_map.out_shape(self.shape, *geometry)
-            coords, neighbor_idx = sparse_map.strided_map(
-                self.coords, self.shape, *geometry, self.batch_size, *self._in_order()
-            )
-        else:
-            shape = sparse_map.transposed_out_shape(self.shape, *geometry)
-            coords, neighbor_idx = sparse_map.transposed_map(self.coords, self.shape, *geometry, self.batch_size)
-        made = VoxelSet(coords, shape, self.batch_size, in_order=True, check=False)
-        made.source = (self, geometry[0], Table.of(neighbor_idx, sparse_map.inverse_map(neighbor_idx, len(self))))
-        self._cache.put((kind, geometry), self.coords.device, weakref.ref(made))
-        return made
+    def _make_strided(self, geometry):
+        shape = sparse_map.out_shape(self.shape, *geometry)
+        coords, neighbor_idx = sparse_map.strided_map(
+            self.coords, self.shape, *geometry, self.batch_size, *self._in_order()
+        )
+        reached = VoxelSet(coords, shape, self.batch_size, in_order=True, check=False)
+        reached.source = (self, geometry[0], Table.of(neighbor_idx, sparse_map.inverse_map(neighbor_idx, len(self))))
+        self._cache.put(geometry, self.coords.device, weakref.ref(reached))
+        return reached
 
     def _in_order(self):
-        """Ascending keys, and the voxel of each key; None for the latter if the voxels are in this order already."""
+        """Ascending keys, and the voxel of each key; None for the latter if the voxels are already in order."""
         if self._is_in_order:
             return self.keys(), None
         make = partial(voxel_keys.sort_voxels, self.coords, self.shape, check=False)
@@ -121,17 +122,17 @@ class VoxelSet:
 
 @dataclasses.dataclass(frozen=True)
 class SparseTensor:
-    """Features of the voxels that exist."""
+    """Features of the occupied voxels."""
 
     features: Tensor  # [N, C]
     voxels: VoxelSet  # of N voxels
 
-    def replace(self, features):
-        """Other features of the same voxels."""
+    def replace(self, features: Tensor) -> "SparseTensor":
+        """The same voxels with other features."""
         return SparseTensor(features, self.voxels)
 
-    def dense(self):
-        """[B, C, Z, Y, X] in memory format channels_last_3d; 0 where no voxel is."""
+    def dense(self) -> Tensor:
+        """[B, C, Z, Y, X] in memory format channels_last_3d; 0 in empty voxels."""
         voxels, C = self.voxels, self.features.shape[1]
         cells = self.features.new_zeros(voxels.batch_size * math.prod(voxels.shape), C)
         cells.index_copy_(0, voxels.keys(), self.features)
@@ -139,7 +140,7 @@ class SparseTensor:
 
 
 class _SparseConvolution(nn.Module):
-    """weight: (Cout, kz, ky, kx, Cin), as spconv 2 has it; drawn as `nn.Conv3d` draws its own."""
+    """weight: (Cout, kz, ky, kx, Cin), as in spconv 2; initialized as in `nn.Conv3d`."""
 
     allow_tf32 = False  # multiply fp32 features in tf32
 
@@ -152,20 +153,20 @@ class _SparseConvolution(nn.Module):
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
 
-    def reach(self, voxels):
-        """The voxels of the output for these of the input; makes the table between them, if it is not there."""
+    def reach(self, voxels: VoxelSet) -> VoxelSet:
+        """The output voxels for these input voxels; builds the table between them if there is none yet."""
         return self.link(voxels)[0]
 
-    def link(self, voxels):
-        """What `reach` returns, and the `Table` between them; None: every voxel reads itself alone, K = 1."""
+    def link(self, voxels: VoxelSet) -> tuple[VoxelSet, Table | None]:
+        """`reach(voxels)` and the `Table` between them; None: every voxel reads only itself, K = 1."""
         raise NotImplementedError
 
-    def forward(self, x):
+    def forward(self, x: SparseTensor) -> SparseTensor:
         voxels, table = self.link(x.voxels)
         return SparseTensor(self.convolve(x.features, table), voxels)
 
-    def convolve(self, features, table):
-        """[N, Cin] to [M, Cout]."""
+    def convolve(self, features: Tensor, table: Table | None) -> Tensor:
+        """[N, Cin] -> [M, Cout]."""
         if table is None:
             return F.linear(features, self.weight.flatten(1), self.bias)
         out = sparse_conv(features, self.weight, *table, allow_tf32=self.allow_tf32)
@@ -178,7 +179,7 @@ class _SparseConvolution(nn.Module):
 
 
 class SubMConv3d(_SparseConvolution):
-    """Submanifold convolution: the output has the voxels of the input. Offsets lie around kernel // 2."""
+    """Submanifold convolution: the output has the voxels of the input. Offsets are centered at kernel // 2."""
 
     def __init__(self, in_channels, out_channels, kernel, dilation=1, bias=True):
         super().__init__(in_channels, out_channels, kernel, bias)
@@ -189,7 +190,7 @@ class SubMConv3d(_SparseConvolution):
 
 
 class SparseConv3d(_SparseConvolution):
-    """`nn.Conv3d` on voxels: the output has every voxel whose window holds one of the input's, in ascending order.
+    """`nn.Conv3d` on voxels: the output has every voxel whose window contains one of the input, in ascending order.
 
     A 1 x 1 x 1 kernel without stride and padding leaves the voxels and their order as they are.
     """
@@ -201,22 +202,14 @@ class SparseConv3d(_SparseConvolution):
     def link(self, voxels):
         if (self.kernel, self.stride, self.padding) == ((1, 1, 1), (1, 1, 1), (0, 0, 0)):
             return voxels, None
-        reached = self._reach(voxels, self.kernel, self.stride, self.padding, self.dilation)
+        reached = voxels.strided(self.kernel, self.stride, self.padding, self.dilation)
         return reached, reached.source[2]
-
-    _reach = staticmethod(VoxelSet.strided)
-
-
-class SparseConvTranspose3d(SparseConv3d):
-    """`nn.ConvTranspose3d` on voxels: the output has every voxel that one of the input's spreads to."""
-
-    _reach = staticmethod(VoxelSet.transposed)
 
 
 class SparseInverseConv3d(_SparseConvolution):
-    """Back to the voxels that a `SparseConv3d` of the same kernel came from, over its table read backwards.
+    """Back to the input voxels of a `SparseConv3d` with the same kernel, by the inverse of its table.
 
-    It is that convolution's transpose, restricted to these voxels.
+    The transpose of that convolution, restricted to these voxels.
     """
 
     def link(self, voxels):
@@ -227,18 +220,18 @@ class SparseInverseConv3d(_SparseConvolution):
 
 
 class SparseBatchNorm(SyncedBatchNorm):
-    """Batch normalization over the voxels that exist, in all samples of all processes."""
+    """Batch normalization over the occupied voxels of all samples of all processes."""
 
-    _cache = _versions = _inputs = None  # of scale and shift; versions of the tensors they derive from; these tensors
+    _cache = _versions = _inputs = None  # of scale and shift; versions of the tensors they derive from; those tensors
 
-    def forward(self, x):
+    def forward(self, x: SparseTensor) -> SparseTensor:
         return x.replace(super().forward(x.features))
 
-    def scale_and_shift(self):
-        """([C], [C]): what the layer does in evaluation.
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """([C], [C]): the layer in evaluation mode.
 
-        Cached until the mode, a parameter or a statistic changes; a change through `.data`, which autograd does not
-        record, goes unnoticed. A CUDA graph that reads it must not be replayed after a change.
+        Cached until the mode, a parameter or a statistic changes; changes through `.data`, which autograd does not
+        record, go unnoticed. A CUDA graph that reads it must not be replayed after a change.
         """
         inputs = self.weight, self.bias, self.running_mean, self.running_var
         if torch.compiler.is_compiling() or any(t.is_inference() for t in inputs):
@@ -259,13 +252,15 @@ class SparseBatchNorm(SyncedBatchNorm):
         return super().train(mode)
 
 
-def conv_norm_relu(conv, norm, x, residual=None):
-    """relu(norm(conv(x)) + residual) of SparseTensors; in evaluation, without gradients, in one kernel.
+def conv_norm_relu(
+    conv: _SparseConvolution, norm: SparseBatchNorm, x: SparseTensor, residual: Tensor | None = None
+) -> SparseTensor:
+    """relu(norm(conv(x)) + residual); in evaluation mode without gradients, in one kernel.
 
     residual: [M, Cout] or None.
     """
-    stepwise = norm.training or torch.is_grad_enabled() or conv.bias is not None
-    voxels, table = (None, None) if stepwise else conv.link(x.voxels)
+    unfused = norm.training or torch.is_grad_enabled() or conv.bias is not None
+    voxels, table = (None, None) if unfused else conv.link(x.voxels)
     if table is None:
         y = norm(conv(x))
         return y.replace((y.features if residual is None else y.features + residual).relu())
@@ -273,14 +268,49 @@ def conv_norm_relu(conv, norm, x, residual=None):
     return SparseTensor(sparse_conv_act(x.features, conv.weight, table.neighbors, *act, conv.allow_tf32), voxels)
 
 
-def make_tables(net, voxels):
-    """Make all tables of `net` at once, before it runs on `voxels`.
+def in_fp32(stem: nn.Module, x: SparseTensor) -> SparseTensor:
+    """The first convolution without autocast, its result in autocast's dtype: bf16 would round 50 m to 25 cm."""
+    device = x.features.device.type
+    with torch.autocast(device, enabled=False):
+        x = stem(x)
+    return x.replace(x.features.to(torch.get_autocast_dtype(device))) if torch.is_autocast_enabled(device) else x
 
-    Then nothing in the net waits for the device (only to make a table does), and `torch.compile` takes it as one graph.
+
+class ConvNormReLU(nn.Sequential):
+    def __init__(self, conv: _SparseConvolution):
+        super().__init__(conv, SparseBatchNorm(conv.weight.shape[0], **NORM))
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        return conv_norm_relu(*self, x)
+
+
+class SparseBlock(nn.Module):
+    """relu(x + norm(conv(relu(norm(conv(x)))))); an x of another width is projected before it is added."""
+
+    def __init__(self, width: int, in_channels: int | None = None):
+        super().__init__()
+        self.proj = None
+        if in_channels not in (None, width):
+            self.proj = nn.Sequential(SubMConv3d(in_channels, width, 1, bias=False), SparseBatchNorm(width, **NORM))
+        self.conv1 = SubMConv3d(in_channels or width, width, 3, bias=False)
+        self.bn1 = SparseBatchNorm(width, **NORM)
+        self.conv2 = SubMConv3d(width, width, 3, bias=False)
+        self.bn2 = SparseBatchNorm(width, **NORM)
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        y = conv_norm_relu(self.conv1, self.bn1, x)
+        x = x if self.proj is None else self.proj(x)
+        return conv_norm_relu(self.conv2, self.bn2, y, x.features)
+
+
+def make_tables(net: nn.Module, voxels: VoxelSet) -> list[VoxelSet]:
+    """Build all tables of `net` before it runs on `voxels`.
+
+    Then nothing in the net waits for the device (only building a table does), and `torch.compile` makes it one graph.
 
     net: its sparse convolutions run in the order in which they are registered, each on the voxels of the one before.
 
-    Returns the voxel sets [VoxelSet]: keep them until the net has run.
+    Returns the voxel sets: keep them until the net has run.
     """
     sets = [voxels]
     for module in net.modules():

@@ -1,10 +1,11 @@
-"""What the detection head is told: which query should have found which box, and how far off it is.
+"""Hungarian assignment and detection losses, for all layers of the decoder at once.
 
-Boxes and labels of all samples stand one after the other, as in `Batch`; `counts`, a list of ints, says how many each
-sample has, and 0 is fine. All layers of the decoder are assigned and compared at once.
+Boxes and labels of all samples are concatenated, as in `Batch`; `counts`, a list of ints, has the number of each
+sample, which may be 0.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,50 +15,48 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from unipad.boxes import decode_boxes, encode_boxes
+from unipad.config import Detect, Grid
 from unipad.kernels.backend import host_wait
 from unipad.kernels.rotated_iou import paired_iou_3d
-from unipad.model.boxes import decode_boxes, encode_boxes
 
-COMPARED = 8  # entries of a code that the assignment looks at: all but the velocity
-IMPOSSIBLE = 1e8  # cost instead of one that is not finite
+COMPARED = 8  # entries of a code that the assignment compares: all but the velocity
+IMPOSSIBLE = 1e8  # replaces a cost that is not finite
 
 
 @dataclass(frozen=True)
 class Noisy:
-    """Ground truth with noise, as queries that are to be turned back into it (denoising, arXiv 2203.01305).
+    """Ground truth with noise, as queries that learn to reconstruct it (denoising, arXiv 2203.01305).
 
-    There are G groups of P slots in every sample; sample b uses the first n_b of each group, M = sum of n_b.
+    Each sample has G groups of P slots; sample b uses the first n_b of each group, M = sum of n_b.
     """
 
-    references: Tensor  # [B, G * P, 3] share of the range, in [0, 1]; 0 in slots that are not used
-    blocked: Tensor  # [G * P + Q, G * P + Q] bool: groups do not see each other, and the Q queries see none of them
+    references: Tensor  # [B, G * P, 3] fraction of the range, in [0, 1]; 0 in unused slots
+    blocked: Tensor  # [G * P + Q, G * P + Q] bool: groups see neither each other nor, from the Q queries, are they seen
     sample: Tensor  # [M] int64
     slot: Tensor  # [G, M] int64
     boxes: Tensor  # [M, 9]
-    labels: Tensor  # [G, M] int64; the number of classes, which is the background, where the noise is large
+    labels: Tensor  # [G, M] int64; K, the background, where the noise is large
 
-    def __len__(self):
-        """Queries a sample."""
+    def __len__(self) -> int:
+        """Noisy queries per sample."""
         return self.references.shape[1]
 
 
-def draw_noise(cfg, counts, generators):
-    """[groups, M, 3] uniform in [0, 1) for `noisy_queries`; what a sample gets does not depend on the others."""
+def draw_noise(cfg: Detect, counts: list[int], generators: Sequence[torch.Generator]) -> Tensor:
+    """[groups, M, 3] uniform in [0, 1) for `noisy_queries`; a sample's noise does not depend on the other samples."""
     pairs = zip(counts, generators, strict=True)
     draws = [torch.rand(cfg.noise_groups, n, 3, generator=g, device=g.device) for n, g in pairs]
     return torch.cat(draws, dim=1)
 
 
-def noisy_queries(cfg, grid, boxes, labels, counts, noise):
-    """Ground truth with its centers moved, at most by half of w, l, h along x, y, z.
+def noisy_queries(cfg: Detect, grid: Grid, boxes: Tensor, labels: Tensor, counts: list[int], noise: Tensor) -> Noisy:
+    """Ground truth with its centers shifted by at most `noise_scale` times half of w, l, h along x, y, z.
 
     Args:
-        cfg:    `config.Detect`.
-        grid:   `config.Grid`, whose range the references are a share of.
-        boxes:  [M, 9] ours; labels: [M] int64; counts: B ints.
-        noise:  [groups, M, 3] uniform in [0, 1); the last groups are not used where a sample has many boxes.
-
-    Returns `Noisy`.
+        grid:   whose range the references are fractions of.
+        boxes:  [M, 9]; labels: [M] int64; counts: B ints.
+        noise:  [groups, M, 3] uniform in [0, 1); the last groups are not used if a sample has many boxes.
     """
     sample, slot = _rows(counts, boxes.device)
     P = max(counts, default=0)
@@ -77,22 +76,23 @@ def noisy_queries(cfg, grid, boxes, labels, counts, noise):
 
 
 @torch.no_grad()
-def assign(cfg, logits, codes, boxes, labels, counts):
-    """The cheapest one-to-one assignment of boxes to queries, in every layer and sample (Hungarian method).
+def assign(
+    cfg: Detect, logits: Tensor, codes: Tensor, boxes: Tensor, labels: Tensor, counts: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The cheapest one-to-one assignment of boxes to queries, per layer and sample (Hungarian method).
 
-    cost = class_weight * (focal loss with the box's class - without it) + box_weight * sum of |weighted code - box's|
+    cost = class_weight * (focal loss as the box's class - as background) + box_weight * |weighted code - box's|_1
 
     Args:
-        cfg:    `config.Detect`.
         logits: [L, B, Q, K]; codes: [L, B, Q, 10].
-        boxes:  [M, 9] ours; labels: [M]; counts: B ints.
+        boxes:  [M, 9]; labels: [M]; counts: B ints.
 
-    Returns (sample [N], query [L, N], box [L, N]) int64, on the device of `logits`: query and row of `boxes` that
-    belong together; N = sum over samples of min(Q, n_b).
+    Returns (sample [N], query [L, N], box [L, N]) int64, on the device of `logits`: each query and its row of `boxes`;
+    N = sum over samples of min(Q, n_b).
     """
     L, B, Q, _ = logits.shape
     cost = assignment_cost(cfg, logits, codes, boxes, labels, counts)
-    # NaN would raise here; the loss is not finite then either, and whoever steps knows what to do about it
+    # scipy rejects NaN; the loss is not finite then either, which the training loop handles
     with host_wait("assignment costs for the Hungarian method"):
         cost = cost.cpu().numpy()
     cost = np.nan_to_num(cost, nan=IMPOSSIBLE, posinf=IMPOSSIBLE, neginf=-IMPOSSIBLE)
@@ -108,8 +108,10 @@ def assign(cfg, logits, codes, boxes, labels, counts):
     return tuple(torch.from_numpy(t).to(logits.device, non_blocking=True) for t in (sample, query, box))
 
 
-def assignment_cost(cfg, logits, codes, boxes, labels, counts):
-    """[L, B, Q, P] what it costs to assign each of a sample's boxes to a query; only the first n_b of P count."""
+def assignment_cost(
+    cfg: Detect, logits: Tensor, codes: Tensor, boxes: Tensor, labels: Tensor, counts: list[int]
+) -> Tensor:
+    """[L, B, Q, P] cost of assigning each box of a sample to each query; only the first n_b of P are valid."""
     sample, slot = _rows(counts, boxes.device)
     P = max(counts, default=0)
     of_box = labels.new_zeros(len(counts), P)
@@ -117,9 +119,9 @@ def assignment_cost(cfg, logits, codes, boxes, labels, counts):
     of_box[sample, slot] = labels
     target[sample, slot] = encode_boxes(boxes)[:, :COMPARED]
 
-    share = logits.sigmoid()
-    present = -(share + 1e-12).log() * cfg.focal_alpha * (1 - share) ** cfg.focal_gamma
-    absent = -(1 - share + 1e-12).log() * (1 - cfg.focal_alpha) * share**cfg.focal_gamma
+    prob = logits.sigmoid()
+    present = -(prob + 1e-12).log() * cfg.focal_alpha * (1 - prob) ** cfg.focal_gamma
+    absent = -(1 - prob + 1e-12).log() * (1 - cfg.focal_alpha) * prob**cfg.focal_gamma
     of_class = present - absent  # [L, B, Q, K]
     of_class = of_class.gather(-1, of_box[None, :, None].expand(*of_class.shape[:3], P))  # [L, B, Q, P]
     weights = tensor_like(cfg.code_weights[:COMPARED], codes)
@@ -127,22 +129,23 @@ def assignment_cost(cfg, logits, codes, boxes, labels, counts):
     return cfg.class_weight * of_class + cfg.box_weight * of_code
 
 
-def detection_losses(cfg, found, noisy_found, noisy, boxes, labels, counts):
+def detection_losses(
+    cfg: Detect, found, noisy_found, noisy: Noisy | None, boxes: Tensor, labels: Tensor, counts: list[int]
+) -> dict[str, Tensor]:
     """The head's losses.
 
     Args:
-        cfg:         `config.Detect`.
-        found:       `Predictions` of the queries.
-        noisy_found: `Predictions` of the noisy ground truth `noisy`; None for both: the head does not denoise.
-        boxes:       [M, 9] ours; labels: [M]; counts: B ints.
+        found:       `detect.Predictions` of the queries.
+        noisy_found: those of the noisy ground truth `noisy`; both are None in a head without denoising.
+        boxes:       [M, 9]; labels: [M]; counts: B ints.
 
-    Returns dict of name -> [L] weighted loss of each layer, in sums over queries
-        class        focal loss over all queries, per assigned box
-        box          |code - box's code|, weighted entry by entry, of assigned queries, per assigned box
+    Returns name -> [L] weighted loss of each layer, summed over queries:
+        class        focal loss of all queries, per assigned box
+        box          |code - box's code|, weighted per entry, of assigned queries, per assigned box
         iou          |iou - (2 IoU - 1)| of assigned queries that overlap their box, per such query (with an IoU branch)
-        noisy_*      the same of the noisy queries; `noisy_class` per expected query that is not background
-    Numbers of boxes are means over all processes, as the original has them. Without boxes the losses of box and IoU
-    are 0, with a gradient of 0 for every weight.
+        noisy_*      the same for the noisy queries; `noisy_class` per expected foreground query
+    Numbers of boxes are means over all processes, as in the original. Without boxes the losses of box and IoU are 0,
+    with a gradient of 0 for every weight.
     """
     sample, query, box = assign(cfg, found.logits, found.codes, boxes, labels, counts)
     layer = torch.arange(len(query), device=query.device)[:, None]  # [L, 1]
@@ -155,10 +158,10 @@ def detection_losses(cfg, found, noisy_found, noisy, boxes, labels, counts):
     losses |= _box_losses(cfg, found, (layer, sample, query), boxes[box], assigned)
     if noisy is not None:
         sample, slot = noisy.sample.repeat(len(noisy.slot)), noisy.slot.flatten()  # [G * M]
-        # so many stay foreground: a ball of radius `noise_split` in a cube of edge 2
-        near = max(noisy.slot.numel() * math.pi / 6 * cfg.noise_split**3, 1.0)
+        # expected number of foreground queries: a ball of radius `noise_split` in a cube of edge 2
+        foreground = max(noisy.slot.numel() * math.pi / 6 * cfg.noise_split**3, 1.0)
         logits, kinds = noisy_found.logits[:, sample, slot], noisy.labels.flatten().expand(len(layer), -1)
-        terms = {"class": cfg.class_weight * _focal(cfg, logits, kinds).sum(dim=1) / near}
+        terms = {"class": cfg.class_weight * _focal(cfg, logits, kinds).sum(dim=1) / foreground}
         truth = noisy.boxes.repeat(len(noisy.slot), 1)
         terms |= _box_losses(cfg, noisy_found, (layer, sample, slot), truth, *denoised)
         losses |= {f"noisy_{name}": cfg.noise_weight * value for name, value in terms.items()}
@@ -166,47 +169,47 @@ def detection_losses(cfg, found, noisy_found, noisy, boxes, labels, counts):
 
 
 def _focal(cfg, logits, kinds):
-    """Focal loss (arXiv 1708.02002) of [..., K] logits against classes [...], K = none of them; summed over K."""
+    """Focal loss (arXiv 1708.02002) of logits [..., K] for classes [...], K = background; summed over K."""
     truth = (kinds[..., None] == torch.arange(cfg.classes, device=kinds.device)).to(logits.dtype)
-    share = logits.sigmoid()
-    wrong = truth * (1 - share) + (1 - truth) * share
+    prob = logits.sigmoid()
+    wrong = truth * (1 - prob) + (1 - truth) * prob
     weight = (truth * cfg.focal_alpha + (1 - truth) * (1 - cfg.focal_alpha)) * wrong**cfg.focal_gamma
     return (weight * F.binary_cross_entropy_with_logits(logits, truth, reduction="none")).sum(dim=-1)
 
 
 def _box_losses(cfg, found, at, boxes, count):
-    """Losses of codes and IoUs of the predictions `at` (layer, sample, query) against boxes [L, N, 9] or [N, 9]."""
+    """Losses of codes and IoUs of the predictions `at` (layer, sample, query) for boxes [L, N, 9] or [N, 9]."""
     codes = found.codes[at]  # [L, N, 10]
     target = encode_boxes(boxes).expand_as(codes)
-    # a box without a size or with a velocity that nobody knows teaches nothing
+    # boxes without a size or with unknown velocity do not count
     known = target.isfinite().all(dim=-1, keepdim=True)
     error = (codes - torch.where(known, target, 0)).abs() * known
     losses = {"box": cfg.box_weight * (error * tensor_like(cfg.code_weights, codes)).sum(dim=(1, 2)) / count}
     if found.iou is not None:
-        guess = decode_boxes(codes.detach())[..., :7]
+        predicted = decode_boxes(codes.detach())[..., :7]
         with torch.no_grad():
-            overlap = paired_iou_3d(guess.flatten(0, 1), boxes[..., :7].expand_as(guess).flatten(0, 1))
+            overlap = paired_iou_3d(predicted.flatten(0, 1), boxes[..., :7].expand_as(predicted).flatten(0, 1))
         overlap = overlap.view(codes.shape[:2])  # [L, N]
-        hits = (overlap > 0) & known[..., 0]  # also not where a size overflows
+        hits = (overlap > 0) & known[..., 0]  # nor where a size overflows
         error = (found.iou[at] - (2 * torch.where(hits, overlap, 0) - 1)).abs() * hits
         losses["iou"] = cfg.iou_weight * error.sum(dim=1) / hits.sum(dim=1).clamp(min=1)
     return losses
 
 
 def _rows(counts, device):
-    """Sample and place in it, [M] int64 each, of boxes that stand one after the other."""
+    """Sample, and slot in it, of each of the concatenated boxes, [M] int64 each."""
     sample = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     slot = torch.cat([torch.arange(n) for n in counts])
     return sample.to(device, non_blocking=True), slot.to(device, non_blocking=True)
 
 
-def tensor_like(numbers, like):
-    """A list of numbers as a tensor of the type and on the device of `like`, without the host wait of `new_tensor`."""
+def tensor_like(numbers: Sequence[float], like: Tensor) -> Tensor:
+    """Numbers as a tensor with the dtype and device of `like`, without the host wait of `new_tensor`."""
     return torch.tensor(numbers, dtype=like.dtype).to(like.device, non_blocking=True)
 
 
 def _mean_over_processes(numbers, like):
-    """[len(numbers)] of the type and on the device of `like`."""
+    """[len(numbers)] with the dtype and device of `like`."""
     mean = tensor_like(numbers, like)
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(mean)

@@ -1,28 +1,38 @@
-"""SpUNet: points -> one point a voxel -> a sparse U-Net -> features of every point, or a volume of them.
+"""SpUNet: points -> one point per voxel -> a sparse U-Net -> features of every point, or a volume of them.
 
-Names inside `Unet` are the original's SpUNetBase's, after Pointcept: 5 x 5 x 5 stem, strided convolutions down, their
-inverses up, features of the way down beside those of the way up. What differs: cells are multiples of their size from
-the LiDAR on, where Pointcept counts from each sample's minimum; so a sample's features do not depend on its farthest
-point, nor on what else is in the batch.
+Names inside `Unet` are those of the original's SpUNetBase, after Pointcept: 5 x 5 x 5 stem, strided convolutions down,
+their inverses up, skip connections. What differs: the voxel grid starts at the LiDAR, in Pointcept at each sample's
+minimum; so a sample's features depend neither on its farthest point nor on what else is in the batch.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from unipad import config
 from unipad.kernels.backend import host_wait
 from unipad.kernels.voxelize import grid_sample
-from unipad.model.lidar import ConvNormReLU, SparseBlock, draw_voxel_mask, in_fp32
-from unipad.model.sparse import SparseConv3d, SparseInverseConv3d, SparseTensor, SubMConv3d, VoxelSet
+from unipad.model.mask import draw_voxel_mask
+from unipad.model.sparse import (
+    ConvNormReLU,
+    SparseBlock,
+    SparseConv3d,
+    SparseInverseConv3d,
+    SparseTensor,
+    SubMConv3d,
+    VoxelSet,
+    in_fp32,
+)
 
-INTENSITY = 255.0  # nuScenes' largest
+INTENSITY = 255.0  # largest in nuScenes
 
 
 class UnetEncoder(nn.Module):
     """Point clouds to features of their points, or to a volume."""
 
-    def __init__(self, cfg: config.UnetConfig, grid: config.Grid, point_channels=5):
+    def __init__(self, cfg: config.UnetConfig, grid: config.Grid, point_channels: int = 5):
         super().__init__()
         self.cfg, self.grid = cfg, grid
         self.encoder = Unet(point_channels, cfg.stem, cfg.widths, cfg.blocks)
@@ -31,16 +41,16 @@ class UnetEncoder(nn.Module):
         self.cells = [round((high - low) / cfg.cell) for low, high in extents]
         self.mask_shape = tuple(-(-size // cfg.mask_block) for size in self.cells)  # blocks (z, y, x)
 
-    def forward(self, points, point_counts, noise=None):
+    def forward(self, points: Tensor, point_counts: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Encode the points of a batch, all inside the grid.
 
         points, point_counts: as for `LidarEncoder.forward`.
-        noise: [B, *mask_shape] uniform in [0, 1): decides which blocks of voxels are hidden; None = none.
+        noise: [B, *mask_shape] uniform in [0, 1): which blocks of voxels are hidden; None: none.
 
         Returns:
-            volume: [B, C, Z, Y, X] in memory format channels_last_3d: the mean feature of the points in each cell, 0
-                    where there is none.
-            seen:   [M, 4] int32 (b, z, y, x) from the grid's lower corner, the voxels that were not hidden.
+            volume: [B, C, Z, Y, X] in memory format channels_last_3d: the mean feature of the points in each cell, 0 in
+                    empty cells.
+            seen:   [M, 4] int32 (b, z, y, x) from the grid's lower corner, the visible voxels.
         """
         rows, coords, _, extent = grid_sample(points, point_counts, self.cfg.cell)
         sample, *cells = coords.unbind(1)
@@ -55,13 +65,13 @@ class UnetEncoder(nn.Module):
         features = self._encode(points[rows], coords, extent, len(point_counts))
         return self._volume(features, points[rows, :3], coords[:, 0], len(point_counts)), seen
 
-    def of_voxels(self, points, point_counts):
-        """Features of one point a voxel, for segmentation. Points may be anywhere.
+    def of_voxels(self, points: Tensor, point_counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features of one point per voxel, for segmentation. Points may be anywhere.
 
         Returns:
             features: [V, C].
-            rows:     [V] int64, the points that they are of.
-            voxel_of: [P] int64, the row among `features` of each point's voxel.
+            rows:     [V] int64, the points chosen.
+            voxel_of: [P] int64, the row in `features` of each point's voxel.
         """
         rows, coords, voxel_of, extent = grid_sample(points, point_counts, self.cfg.cell)
         return self._encode(points[rows], coords, extent, len(point_counts)), rows, voxel_of
@@ -69,13 +79,12 @@ class UnetEncoder(nn.Module):
     def _encode(self, points, coords, extent, B):
         """[V, C] features of the voxels `coords` [V, 4], all within `extent`, each with one point, [V, 5].
 
-        Also runs without points: batch norms of other processes wait for those of this one.
+        Also runs without points, since the batch norms of other processes wait for those of this one.
         """
         features = points.to(self.encoder.conv_input[0].weight.dtype, copy=True)
         features[:, 3] *= 1 / INTENSITY
         step = 2 ** len(self.encoder.down)
-        # From a cell that the coarsest voxels begin at, whatever the batch; ended where they end, or its last would
-        # have none above it.
+        # Start and end at multiples of the coarsest voxels, whatever the batch: else the last voxel has no parent.
         low = [first // step * step for first in extent[0]]
         shape = [-(-(last + 1 - l) // step) * step for last, l in zip(extent[1], low, strict=True)]
         sample, *cells = coords.unbind(1)
@@ -85,39 +94,39 @@ class UnetEncoder(nn.Module):
     def _volume(self, features, places, sample, B):
         X, Y, Z = self.grid.shape
         axes = zip(places.unbind(1), self.grid.low, self.grid.cell, self.grid.shape, strict=True)
-        # by a tensor: on a GPU, dividing by a number multiplies by its reciprocal, which moves points into other cells
+        # divide by a tensor: on a GPU, a number is inverted and multiplied, which moves points into other cells
         x, y, z = (((p - low) / p.new_full((), cell)).long().clamp(max=size - 1) for p, low, cell, size in axes)
         key, order = (((sample.long() * Z + z) * Y + y) * X + x).sort(stable=True)
         begin = torch.searchsorted(key, torch.arange(B * Z * Y * X, device=key.device))
-        # means of many, so not in half precision, under autocast too; 0 without points
+        # means of many points, so not in half precision, even under autocast; 0 without points
         volume = F.embedding_bag(order, features.to(places.dtype), begin, mode="mean")
         return volume.view(B, Z, Y, X, -1).permute(0, 4, 1, 2, 3)
 
 
 class Unet(nn.Module):
-    """SparseTensor to one of the same voxels, whose grid has sides that are multiples of 2^(stages down).
+    """SparseTensor -> one of the same voxels. The sides of their grid are multiples of 2^(stages down).
 
     stem:   channels of the first convolution.
-    widths: of the stages down, and up again; blocks: residual blocks of each.
+    widths: channels per stage, down and up again; blocks: residual blocks per stage.
     """
 
-    def __init__(self, in_channels, stem, widths, blocks):
+    def __init__(self, in_channels: int, stem: int, widths: Sequence[int], blocks: Sequence[int]):
         super().__init__()
         stages = len(widths) // 2
-        assert len(widths) == len(blocks) == 2 * stages, f"{widths} and {blocks}: not as many stages up as down"
+        assert len(widths) == len(blocks) == 2 * stages, f"{widths} and {blocks}: as many stages up as down are needed"
         self.conv_input = ConvNormReLU(SubMConv3d(in_channels, stem, 5, bias=False))
         self.down, self.up, self.enc, self.dec = (nn.ModuleList() for _ in range(4))
-        above = stem  # channels of the stage over this one, on the way down
+        above = stem  # channels of the next finer stage, on the way down
         for s in range(stages):
             down, up = widths[s], widths[-1 - s]
-            below = widths[-2 - s]  # on the way up; of the last stage, its own
+            below = widths[-2 - s]  # of the next coarser stage, on the way up; for the coarsest, its own
             self.down.append(ConvNormReLU(SparseConv3d(above, down, 2, 2, bias=False)))
             self.enc.append(_blocks(down, down, blocks[s]))
             self.up.append(ConvNormReLU(SparseInverseConv3d(below, up, 2, bias=False)))
             self.dec.append(_blocks(up + above, up, blocks[-1 - s]))
             above = down
 
-    def forward(self, x):
+    def forward(self, x: SparseTensor) -> SparseTensor:
         x = in_fp32(self.conv_input, x)
         skips = []
         for down, enc in zip(self.down, self.enc, strict=True):

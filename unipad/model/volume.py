@@ -1,6 +1,4 @@
-"""The volume: what the encoders of cameras and LiDAR see, in one grid of voxels."""
-
-from dataclasses import dataclass
+"""Volumes of voxels: features of the views lifted into one, frames fused, and dense 3D convolutions."""
 
 import torch
 import torch.nn.functional as F
@@ -9,120 +7,11 @@ from torch import Tensor, nn
 from unipad import config
 from unipad.kernels.lift import lift
 from unipad.kernels.voxel_pool import voxel_pool
-from unipad.model.camera import MASK_BLOCK, CameraEncoder, draw_mask
-from unipad.model.lidar import NORM, LidarEncoder
 from unipad.model.norm import SyncedBatchNorm
-from unipad.model.unet import UnetEncoder
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """What the encoders make of a batch.
-
-    masks: "camera", [B, N, H / 32, W / 32] bool, True where the encoder saw the image (the views as in `Batch`), and
-           "lidar", [M, 4] int32 (b, z, y, x) the voxels that it saw; empty where nothing is hidden.
-    """
-
-    volume: Tensor  # [B, C, Z, Y, X], LiDAR frame
-    masks: dict
-    depths: list | None  # per level [B, N, h, w, D] probabilities of the depth bins; None without images
-
-
-class Encoder(nn.Module):
-    """Images, points or both to a volume; the volumes of both are summed and convolved once.
-
-    With camera sweeps every frame of images has a volume of its own, all of them in the keyframe's LiDAR frame, before
-    `FrameFusion` makes one of them.
-
-    It is what survives pre-training: fine-tuning starts from its weights.
-    """
-
-    def __init__(self, recipe: config.Recipe):
-        super().__init__()
-        self.recipe = recipe
-        encoders = [encoder for encoder in (recipe.camera, recipe.lidar) if encoder is not None]
-        self.channels, *other = {encoder.channels for encoder in encoders}
-        assert not other, f"the encoders' volumes have {self.channels} and {other[0]} channels: they must be as many"
-        if recipe.camera is not None:
-            self.camera = CameraEncoder(recipe.camera)
-            self.lift = view_transform(recipe.grid, recipe.camera)
-            if recipe.data.camera_sweeps > 1:
-                self.frame_fusion = FrameFusion(self.channels, recipe.data.camera_sweeps)
-            self.lift_convs = volume_convs(self.channels, recipe.camera.volume_convs)
-        if recipe.lidar is not None:
-            unet = isinstance(recipe.lidar, config.UnetConfig)
-            self.lidar = (UnetEncoder if unet else LidarEncoder)(recipe.lidar, recipe.grid)
-            convs = 0 if unet else recipe.lidar.volume_convs
-            self.lidar_convs = volume_convs(self.channels, convs, bias=False, **NORM)
-        if len(encoders) > 1:
-            self.fuse = ConvNormReLU3d(self.channels, self.channels)
-
-    def set_checkpointing(self, on):
-        """Whether activations of the ConvNeXt are computed again in the backward pass instead of kept."""
-        if self.recipe.camera is not None:
-            self.camera.backbone.checkpointing = on
-
-    def forward(self, batch, generators, masked=True):
-        """The volume and the masks of `encode`."""
-        encoded = self.encode(batch, generators, masked)
-        return encoded.volume, encoded.masks
-
-    def encode(self, batch, generators, masked=True):
-        """Encode a batch.
-
-        batch:      a `Batch` on the model's device.
-        generators: one `torch.Generator` a sample, on that device; None = no chance: no mask, no path is dropped.
-        masked:     hide blocks of pixels and voxels, in training and in evaluation.
-
-        Returns `Encoded`.
-        """
-        masked = masked and generators is not None
-        volumes, masks, depths = [], {}, None
-        if self.recipe.camera is not None:
-            volume, depths = self._encode_images(batch, generators, masked, masks)
-            volumes.append(volume)
-        if self.recipe.lidar is not None:
-            noise = _per_sample(generators, self.lidar.mask_shape) if masked else None
-            volume, seen = self.lidar(batch.points, batch.point_counts, noise)
-            volumes.append(self.lidar_convs(volume))
-            masks |= {"lidar": seen} if masked else {}
-        volume = volumes[0] if len(volumes) == 1 else self.fuse(volumes[0] + volumes[1])
-        return Encoded(volume, masks, depths)
-
-    def _encode_images(self, batch, generators, masked, masks):
-        cfg, mask = self.recipe.camera, None
-        B, N, _, H, W = batch.images.shape
-        frames = self.recipe.data.camera_sweeps
-        assert batch.frames == frames, f"a batch with {batch.frames} frames of images, and the recipe has {frames}"
-        if masked:
-            h, w = H // MASK_BLOCK, W // MASK_BLOCK
-            mask = draw_mask(
-                _per_sample(generators, (N, h * w)).flatten(0, 1), h, w, cfg.mask_ratio
-            )  # [B * N, 1, h, w]
-            masks["camera"] = mask.view(B, N, h, w)
-        drop_noise = None
-        if generators is not None:
-            drop_noise = _per_sample(generators, (N, sum(cfg.depths))).flatten(0, 1)
-        features, depths = self.camera(batch.images, batch.image_sizes, mask, drop_noise, generators)
-        of_frames = [_by_frame(t, frames) for t in (features, depths, [batch.lidar2image])]
-        volume = self.lift(*of_frames[:2], *of_frames[2], (H, W))
-        if frames > 1:
-            volume = self.frame_fusion(volume, batch.frame_lags)
-        return self.lift_convs(volume), depths
-
-
-def _by_frame(tensors, frames):
-    """[B, frames * cameras, ...] each -> [B * frames, cameras, ...]: a view transform then takes frames for samples."""
-    return [t.unflatten(1, (frames, -1)).flatten(0, 1) for t in tensors]
-
-
-def _per_sample(generators, shape):
-    """[B, *shape] uniform in [0, 1), each sample's from its own generator."""
-    return torch.stack([torch.rand(shape, generator=g, device=g.device) for g in generators])
-
-
-def view_transform(grid: config.Grid, camera: config.CameraConfig):
-    """The module that `camera.view` names: features and depth probabilities of the views to a volume."""
+def view_transform(grid: config.Grid, camera: config.CameraConfig) -> nn.Module:
+    """The module that `camera.view` names: features and depth probabilities of the views -> a volume."""
     if camera.view == "gather":
         return GatherLift(grid, camera)
     if camera.view == "pool":
@@ -131,14 +20,19 @@ def view_transform(grid: config.Grid, camera: config.CameraConfig):
 
 
 class GatherLift(nn.Module):
-    """Every voxel gathers feature times depth probability from the views that see its lower corner. No parameters."""
+    """Each voxel gathers feature times depth probability from the views that see its lower corner. No parameters."""
 
     def __init__(self, grid: config.Grid, camera: config.CameraConfig):
         super().__init__()
         self.grid, self.depth_range = grid, camera.depth_range
 
-    def forward(self, features, depths, lidar2image, image_size):
-        """features: per level [B, N, h, w, C]; depths: per level [B, N, h, w, D] probabilities;
+    def forward(
+        self, features: list[Tensor], depths: list[Tensor], lidar2image: Tensor, image_size: tuple[int, int]
+    ) -> Tensor:
+        """Lift features into the grid.
+
+        features:    per level [B, N, h, w, C].
+        depths:      per level [B, N, h, w, D] probabilities.
         lidar2image: [B, N, 4, 4] LiDAR meters -> pixels of an image of `image_size` (H, W), padding included.
 
         Returns [B, C, Z, Y, X] in memory format channels_last_3d.
@@ -149,15 +43,17 @@ class GatherLift(nn.Module):
 
 
 class VoxelPoolLift(nn.Module):
-    """Every pixel gives feature times depth probability to the voxels along its ray. No parameters."""
+    """Each pixel adds feature times depth probability to the voxels along its ray. No parameters."""
 
     def __init__(self, grid: config.Grid, camera: config.CameraConfig):
         super().__init__()
         assert camera.fpn_levels == 1, f"voxel pooling takes one level of features, not {camera.fpn_levels}"
         self.grid, self.depth_range, self.truncate = grid, camera.depth_range, camera.truncate
 
-    def forward(self, features, depths, lidar2image, image_size):
-        """As `GatherLift.forward`, of one level."""
+    def forward(
+        self, features: list[Tensor], depths: list[Tensor], lidar2image: Tensor, image_size: tuple[int, int]
+    ) -> Tensor:
+        """As `GatherLift.forward`, with one level."""
         (feature,), (depth,) = features, depths
         grid = self.grid
         stride = image_size[0] // feature.shape[2]
@@ -168,12 +64,12 @@ class VoxelPoolLift(nn.Module):
 
 
 class FrameFusion(nn.Module):
-    """One volume out of those of several frames: each is told how old it is, then all their channels are mixed.
+    """Fuse the volumes of several frames: the age of each is appended as a channel, then all channels are mixed.
 
     UVTR's `sweep_cat_with_time` (arXiv 2206.00630), with the names of its parameters.
     """
 
-    def __init__(self, channels, frames):
+    def __init__(self, channels: int, frames: int):
         super().__init__()
         self.frames = frames
         self.time_conv, self.trans_conv = (
@@ -181,35 +77,35 @@ class FrameFusion(nn.Module):
             for width in (channels + 1, channels * frames)
         )
 
-    def forward(self, volumes, lags):
-        """volumes: [B * frames, C, Z, Y, X], the keyframe's first of each sample; lags: [B, frames] seconds.
+    def forward(self, volumes: Tensor, lags: Tensor) -> Tensor:
+        """volumes: [B * frames, C, Z, Y, X], of each sample the keyframe's first; lags: [B, frames] seconds.
 
         Returns [B, C, Z, Y, X] in memory format channels_last_3d.
         """
-        told, mixed = self.time_conv[0], self.trans_conv[0]
-        weight = told.weight.flatten(1)
-        # The age is one more channel, the same in all cells of a frame: a part of the bias, not a copy of the volume
-        bias = told.bias + lags.flatten()[:, None] * weight[:, -1]  # [B * frames, C]
+        with_age, mix = self.time_conv[0], self.trans_conv[0]
+        weight = with_age.weight.flatten(1)
+        # The age is a constant channel, so it is added to the bias instead of copying the volume
+        bias = with_age.bias + lags.flatten()[:, None] * weight[:, -1]  # [B * frames, C]
         x = F.linear(volumes.permute(0, 2, 3, 4, 1), weight[:, :-1])  # [B * frames, Z, Y, X, C]
         x = x + bias[:, None, None, None].to(x.dtype)
         x = self.time_conv[1:](x.permute(0, 4, 1, 2, 3))
         x = x.unflatten(0, (-1, self.frames)).permute(0, 3, 4, 5, 1, 2).flatten(-2)  # [B, Z, Y, X, frames * C]
-        x = F.linear(x, mixed.weight.flatten(1), mixed.bias)
+        x = F.linear(x, mix.weight.flatten(1), mix.bias)
         return self.trans_conv[1:](x.permute(0, 4, 1, 2, 3))
 
 
-def volume_convs(channels, count, **settings):
-    """`count` of `ConvNormReLU3d` in a row; none of them leaves the volume as it is."""
+def volume_convs(channels: int, count: int, **settings) -> nn.Sequential:
+    """`count` times `ConvNormReLU3d`; the identity for 0."""
     return nn.Sequential(*[ConvNormReLU3d(channels, channels, **settings) for _ in range(count)])
 
 
 class ConvNormReLU3d(nn.Sequential):
     """[B, in_channels, Z, Y, X] -> [B, out_channels, Z, Y, X], at least 0; channels_last_3d stays channels_last_3d.
 
-    norm: eps and momentum of the batch norm, where they are not PyTorch's.
+    norm: eps and momentum of the batch norm, if not PyTorch's.
     """
 
-    def __init__(self, in_channels, out_channels, bias=True, **norm):
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = True, **norm: float):
         super().__init__(
             Conv3x3x3(in_channels, out_channels, bias),
             SyncedBatchNorm(out_channels, **norm),
@@ -218,17 +114,17 @@ class ConvNormReLU3d(nn.Sequential):
 
 
 class Conv3x3x3(nn.Conv3d):
-    """`nn.Conv3d` with kernel 3 and padding 1; on a CPU as a 2D convolution over three neighboring slices at a time.
+    """`nn.Conv3d` with kernel 3 and padding 1; on a CPU, a 2D convolution of three neighboring slices at a time.
 
-    There only 2D convolutions have fast kernels: forward and backward of 32 channels in 5 x 64 x 64 voxels take 41 ms
+    On CPUs only 2D convolutions have fast kernels: forward and backward of 32 channels in 5 x 64 x 64 voxels take 41 ms
     instead of 317 (torch 2.13, one thread, channels last).
     """
 
-    def __init__(self, in_channels, out_channels, bias=True):
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = True):
         super().__init__(in_channels, out_channels, kernel_size=3, padding=1, bias=bias)
-        self.to(memory_format=torch.channels_last_3d)  # as the volume is: else cuDNN re-lays them at every call
+        self.to(memory_format=torch.channels_last_3d)  # as the volume is, else cuDNN re-lays the weights at every call
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda:
             return super().forward(x)
         B, _, Z, _, _ = x.shape

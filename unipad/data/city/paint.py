@@ -1,6 +1,6 @@
-"""How the city looks: colors and textures by what is hit and where, sun with shadows on the ground, sky.
+"""Appearance of the city: colors and textures, sun with shadows on the ground, sky.
 
-Colors are RGB in [0, 1]. Light = sky light from above + sun by Lambert's law; distance fades into haze.
+Colors are RGB in [0, 1]. Light = sky light from above + sun by Lambert's law; distant surfaces fade into haze.
 """
 
 import cv2
@@ -12,7 +12,7 @@ from unipad.data.city.streets import KERB, WHITE, YELLOW
 
 HAZE = np.array([0.76, 0.82, 0.88], np.float32)
 ZENITH = np.array([0.32, 0.52, 0.82], np.float32)
-HAZE_LENGTH = 320.0  # meters after which 1/e of a color is left
+HAZE_LENGTH = 320.0  # meters after which 1/e of a color remains
 SUN, SKYLIGHT = np.float32(0.75), np.float32(0.42)
 FLOORS = {  # base colors of the ground
     "flat.driveable_surface": (0.34, 0.34, 0.36),
@@ -25,7 +25,7 @@ GLASS = np.array([0.13, 0.17, 0.21], np.float32)
 
 
 def photograph(scene, view, solids, distance, hit, shadow):
-    """[h, w, 3] uint8 image of what `cast` found; shadow: of `Shadows.at` the same moment."""
+    """[h, w, 3] uint8 image of the hits of `cast`; shadow: from `Shadows.at` the same time."""
     image = np.empty((len(hit), 3), np.uint8)
     for begin in range(0, len(hit), CHUNK):
         part = slice(begin, begin + CHUNK)
@@ -45,15 +45,15 @@ def _light(scene, origin, directions, solids, distance, hit, shadow):
     rgb[floor] = ground_color(scene.city, x, y, distance[floor]) * light[:, None]
 
     points = origin + (directions[:, walls] * distance[walls]).T  # [k, 3]
-    struck = hit[walls]
-    local, normal = surface(solids, struck, points)
+    solid = hit[walls]
+    local, normal = surface(solids, solid, points)
     c, s = np.cos(solids["yaw"]), np.sin(solids["yaw"])
     sun = np.stack([c * scene.sun[0] + s * scene.sun[1], c * scene.sun[1] - s * scene.sun[0], scene.sun[2] + 0 * c])
-    facing = sum(normal[:, i] * sun[i].astype(np.float32)[struck] for i in range(3))
-    # little sky light reaches what is low or looks down
+    facing = sum(normal[:, i] * sun[i].astype(np.float32)[solid] for i in range(3))
+    # low or downward-facing surfaces get little sky light
     open_sky = (0.75 + 0.25 * normal[:, 2]) * np.clip(0.65 + 0.35 * points[:, 2].astype(np.float32), 0, 1)
     light = SKYLIGHT * 1.25 * open_sky + SUN * np.maximum(facing, 0)
-    rgb[walls] = solid_color(solids, struck, local, normal) * light[:, None]
+    rgb[walls] = solid_color(solids, solid, local, normal) * light[:, None]
 
     seen = np.nonzero(hit != SKY)[0]
     clear = np.exp(-distance[seen] / np.float32(HAZE_LENGTH))[:, None]
@@ -73,7 +73,7 @@ def sky(directions, sun):
 
 
 def ground_color(city, x, y, distance):
-    """[n, 3] of the ground at world x, y: [n] float32; fine grain fades with distance."""
+    """[n, 3] of the ground at world x, y: [n] float32; grain fades with distance."""
     category, mark, depth = city.ground(x, y)
     rgb = FLOOR_TABLE[category]
     grass, walk = category == CATEGORY["flat.terrain"], category == CATEGORY["flat.sidewalk"]
@@ -90,15 +90,15 @@ def ground_color(city, x, y, distance):
     return rgb.astype(np.float32)
 
 
-def solid_color(solids, struck, local, normal):
-    """[n, 3] of points on `solids[struck]`; local, normal: [n, 3] as `surface` gives them."""
+def solid_color(solids, hit, local, normal):
+    """[n, 3] of points on `solids[hit]`; local, normal: [n, 3] from `surface`."""
     x, y, z = local.T
-    rgb = solids["color"][struck] * (1 + np.float32(0.06) * noise(x * 9 + z * 7, y * 9 + z * 5))[:, None]
-    material = solids["material"][struck]
+    rgb = solids["color"][hit] * (1 + np.float32(0.06) * noise(x * 9 + z * 7, y * 9 + z * 5))[:, None]
+    material = solids["material"][hit]
     for index, name in enumerate(MATERIALS):
         if name in TEXTURES:
             chosen = np.nonzero(material == index)[0]
-            half = solids["half"][struck[chosen]]
+            half = solids["half"][hit[chosen]]
             rgb[chosen] = TEXTURES[name](rgb[chosen], local[chosen], normal[chosen], half)
     return rgb
 
@@ -170,12 +170,12 @@ def _cabin(rgb, p, normal, half):
 def _coach(rgb, p, normal, half):
     """A bus: a band of windows, a white stripe, wheels and lights."""
     rgb = _body(rgb, p, normal, half)
-    share = (p[:, 2] + half[:, 2]) / (2 * half[:, 2])
+    level = (p[:, 2] + half[:, 2]) / (2 * half[:, 2])  # fraction of the height
     side = np.abs(normal[:, 1]) > 0.5
     along = np.where(side, p[:, 0] % 1.45, np.abs(p[:, 1]))
     wall = normal[:, 2] < 0.5
-    pane = wall & (share > 0.44) & (share < 0.84) & np.where(side, along > 0.12, along < half[:, 1] - 0.15)
-    rgb[wall & (share > 0.34) & (share < 0.39)] = 0.9
+    pane = wall & (level > 0.44) & (level < 0.84) & np.where(side, along > 0.12, along < half[:, 1] - 0.15)
+    rgb[wall & (level > 0.34) & (level < 0.39)] = 0.9
     rgb[pane] = GLASS + 0.06
     return rgb
 
@@ -191,7 +191,7 @@ def _cargo(rgb, p, normal, half):
 
 
 def _stripes(rgb, p, normal, half):
-    """Reflecting white bands, level on a cone and slanted on a barrier."""
+    """Reflective white bands, horizontal on a cone and slanted on a barrier."""
     slanted = half[:, 1] > 0.6
     phase = np.where(slanted, p[:, 1] + p[:, 2], p[:, 2]) % np.where(slanted, 0.5, 0.4)
     rgb[phase < np.where(slanted, 0.25, 0.16)] = 0.92
@@ -216,7 +216,7 @@ MARK_TABLE = _table(MARKS, 4)
 
 
 def _noise_table():
-    """[256, 256] smooth noise of a few octaves, periodic, about -1 to 1."""
+    """[256, 256] smooth periodic noise of a few octaves, in [-1, 1]."""
     rng = np.random.default_rng(7)
     spectrum = np.fft.rfft2(rng.normal(size=(256, 256)))
     frequency = np.hypot(np.fft.fftfreq(256)[:, None], np.fft.rfftfreq(256)[None])
@@ -228,32 +228,32 @@ NOISE = _noise_table()
 
 
 def noise(x, y):
-    """Noise at x, y: [n] in cells of its table."""
+    """Noise at x, y: [n], in cells of its table."""
     return NOISE[np.floor(x).astype(np.int64) & 255, np.floor(y).astype(np.int64) & 255]
 
 
 def intensity(city, view, solids, distance, hit):
-    """[n] float32 LiDAR intensity in [0, 255] of what `cast` found: brightness at the surface, without its texture.
+    """[n] float32 LiDAR intensity in [0, 255] of the hits of `cast`, from the surface's color without texture.
 
-    Also returns [n] uint8, the lidarseg index of what was hit; 0 for the sky.
+    Also returns [n] uint8, the lidarseg index of each hit; 0 for the sky.
     """
     category = np.zeros(len(hit), np.uint8)
     bright = np.zeros(len(hit), np.float32)
-    floor, struck = np.nonzero(hit == GROUND)[0], np.nonzero(hit >= 0)[0]
+    floor, walls = np.nonzero(hit == GROUND)[0], np.nonzero(hit >= 0)[0]
     x, y = (np.float32(view.origin[i]) + view.directions[i, floor] * distance[floor] for i in range(2))
     category[floor], mark, _ = city.ground(x, y)
     rgb = np.where((mark > 0)[:, None], MARK_TABLE[mark], FLOOR_TABLE[category[floor]])
     bright[floor] = rgb.mean(axis=1)
-    category[struck] = solids["category"][hit[struck]]
-    bright[struck] = solids["color"][hit[struck]].mean(axis=1)
+    category[walls] = solids["category"][hit[walls]]
+    bright[walls] = solids["color"][hit[walls]].mean(axis=1)
     return 70 * bright**1.5, category
 
 
 class Shadows:
-    """Shadows on the ground: 1 where the sun does not reach, on a raster around a scene's track."""
+    """Shadows on the ground, 1 in full shadow, on a raster around a scene's track."""
 
     CELL = 0.125  # meters
-    REACH = 60.0  # meters around the track; beyond there are none
+    REACH = 60.0  # meters around the track; no shadows beyond
 
     def __init__(self, scene):
         self.sun = scene.sun
@@ -265,7 +265,7 @@ class Shadows:
         self.fixed = cv2.GaussianBlur(self.fixed, (5, 5), 1.2)
 
     def at(self, solids):
-        """Function of world x, y: [n] giving the shade [n] in [0, 1], with the movers among `solids`."""
+        """Function of world x, y: [n] that returns the shadow [n] in [0, 1], also of the actors in `solids`."""
         raster = self.fixed.copy()
         self._draw(raster, solids[solids["owner"] >= 0])
         height, width = raster.shape
@@ -284,14 +284,14 @@ class Shadows:
             cv2.fillConvexPoly(raster, cv2.convexHull(outline), 255, shift=4)
 
     def _outlines(self, solids):
-        """[n, 8, 2] int32 corners of each solid thrown on the ground, in 1/16 cells."""
+        """[n, 8, 2] int32 corners of each solid projected along the sun onto the ground, in 1/16 cells."""
         p = corners(solids)  # [n, 8, 3]
         top = p[..., 2:] > solids["center"][:, None, 2:]
-        # an ellipsoid as the box of equal shadow area, a tapered box as one narrowed at the top
+        # an ellipsoid counts as the box of equal shadow area, a tapered box is narrowed at the top
         lean = solids["taper"].mean(axis=1) * 2 * solids["half"][:, 2] / solids["half"][:, :2].max(axis=1)
         shrink = np.where(solids["round"], 0.78, 1)[:, None, None]
         narrow = np.where(top, 1 - lean.clip(0, 1)[:, None, None], 1)
         middle = solids["center"][:, None]
         p = middle + (p - middle) * shrink * np.concatenate([narrow, narrow, np.ones_like(narrow)], axis=-1)
-        thrown = p[..., :2] - p[..., 2:] * (self.sun[:2] / self.sun[2])
-        return ((thrown - self.low) / self.CELL * 16).round().astype(np.int32)
+        projected = p[..., :2] - p[..., 2:] * (self.sun[:2] / self.sun[2])
+        return ((projected - self.low) / self.CELL * 16).round().astype(np.int32)

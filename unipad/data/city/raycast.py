@@ -2,7 +2,7 @@
 
 A solid is a tapered box {p : n_i . p <= h_i} of six planes, or an ellipsoid. A ray o + t d enters the box at
 the largest t = (h_i - n_i . o) / (n_i . d) over the planes it runs against, and leaves it at the smallest
-over the others. A view lays its rays out as a grid, so that a solid can touch only a rectangle of them: all
+over the others. The rays of a view form a grid, so that a solid can only be hit by a rectangle of them: all
 (ray, solid) pairs of these rectangles are tested at once and the nearest hit of every ray is kept.
 
 World frame: x, y in the ground plane, z up, ground at z = 0; meters. Element-wise arithmetic only (no BLAS),
@@ -14,11 +14,11 @@ import numpy as np
 from unipad.data.city.solids import EDGES, corners, to_local
 
 GROUND, SKY = -1, -2  # in place of a solid's index
-NEAR = 0.05  # meters from the origin within which nothing is hit
+NEAR = 0.05  # meters; nothing nearer to the origin is hit
 
 
 class CameraView:
-    """The pixels of a pinhole camera, each looked at through its middle."""
+    """The rays of a pinhole camera, one through the center of each pixel."""
 
     def __init__(self, origin, rotation, intrinsic, size):
         """origin: [3] and rotation: [3, 3] camera -> world; intrinsic: [3, 3] pixels; size: (height, width)."""
@@ -31,12 +31,12 @@ class CameraView:
         self.directions = np.stack([(r[i, 0] * x + r[i, 1] * y + r[i, 2]) / norm for i in range(3)]).astype(np.float32)
 
     def windows(self, solids):
-        """Rectangles of pixels that can see each solid: (solid, row begin, end, column begin, end), each [w]."""
+        """Rectangles of pixels that may see each solid: (solid, row begin, end, column begin, end), each [w]."""
         corner = np.einsum("nkj,ji->nki", corners(solids) - self.origin, self.rotation)  # [n, 8, 3] camera
         a, b = corner[:, EDGES[0]], corner[:, EDGES[1]]  # [n, 12, 3]
         za, zb = a[..., 2:], b[..., 2:]
         with np.errstate(divide="ignore", invalid="ignore"):
-            s = (NEAR - za) / (zb - za)  # where an edge passes the near plane
+            s = (NEAR - za) / (zb - za)  # where an edge crosses the near plane
             a, b = np.where(za < NEAR, a + s * (b - a), a), np.where(zb < NEAR, a + s * (b - a), b)
             p = np.concatenate([a, b], axis=1)  # [n, 24, 3]
             u = self.intrinsic[0, 0] * p[..., 0] / p[..., 2] + self.intrinsic[0, 2]
@@ -52,7 +52,7 @@ class CameraView:
 
 
 class LidarView:
-    """The beams of an upright spinning LiDAR: one row a ring, one column an azimuth, counter-clockwise."""
+    """The beams of an upright spinning LiDAR: one row per ring, one column per azimuth, counter-clockwise."""
 
     def __init__(self, origin, yaw, elevations, columns):
         """origin: [3]; yaw: radians of column 0 in the world; elevations: [rings] radians, ascending."""
@@ -67,9 +67,9 @@ class LidarView:
     def windows(self, solids):
         corner = corners(solids) - self.origin
         middle = np.arctan2(solids["center"][:, 1] - self.origin[1], solids["center"][:, 0] - self.origin[0])
-        turn = np.arctan2(corner[..., 1], corner[..., 0]) - middle[:, None]
-        turn = (turn + np.pi) % (2 * np.pi) - np.pi
-        # the distance from the footprint bounds the elevations under which the solid is seen
+        angle = np.arctan2(corner[..., 1], corner[..., 0]) - middle[:, None]
+        angle = (angle + np.pi) % (2 * np.pi) - np.pi
+        # the distance to the footprint bounds the elevations of the solid
         local = to_local(solids, self.origin)[:, :2]
         near = np.hypot(*np.maximum(np.abs(local) - solids["half"][:, :2], 0).T)
         far = np.hypot(corner[..., 0], corner[..., 1]).max(axis=1)
@@ -81,11 +81,11 @@ class LidarView:
         row1 = np.searchsorted(self.elevations, up + margin)
         columns = self.shape[1]
         around = near == 0
-        col0 = np.floor((middle + turn.min(axis=1) - self.yaw - margin) / self.step).astype(np.int64)
-        col1 = np.ceil((middle + turn.max(axis=1) - self.yaw + margin) / self.step).astype(np.int64) + 1
+        col0 = np.floor((middle + angle.min(axis=1) - self.yaw - margin) / self.step).astype(np.int64)
+        col1 = np.ceil((middle + angle.max(axis=1) - self.yaw + margin) / self.step).astype(np.int64) + 1
         begin = np.where(around, 0, col0 % columns)
         end = begin + np.where(around, columns, np.minimum(col1 - col0, columns))
-        # a window over the seam is two windows
+        # a window across the seam becomes two
         index = np.tile(np.arange(len(solids)), 2)
         begin = np.concatenate([begin, np.zeros_like(begin)])
         end = np.concatenate([np.minimum(end, columns), end - columns])
@@ -95,14 +95,14 @@ class LidarView:
 
 
 def cast(view, solids):
-    """The nearest surface along every ray of `view`.
+    """The nearest surface along each ray of `view`.
 
     Returns:
-        distance: [n] float32 meters along the ray, inf where there is only sky.
+        distance: [n] float32 meters along the ray, inf for sky.
         hit:      [n] int64 index into `solids`, GROUND or SKY.
     """
     n = view.directions.shape[1]
-    # Distance and index share a key: the bits of positive floats are ordered as the floats are.
+    # Distance and index in one key: the bits of positive floats are ordered as the floats are.
     with np.errstate(divide="ignore"):
         ground = -np.float32(view.origin[2]) / view.directions[2]
     ground = np.where(ground > 0, ground, np.float32(np.inf))
@@ -117,7 +117,7 @@ def cast(view, solids):
 
 
 def crossings(view, solids):
-    """Yields (ray, solid, distance), each [k], for every solid that a ray would hit were it alone."""
+    """Yields (ray, solid, distance), each [k], of all hits, also those behind other solids."""
     solid, row0, row1, col0, col1 = view.windows(solids)
     area = (row1 - row0) * (col1 - col0)
     for is_round, entry in ((False, _box_entry), (True, _ellipsoid_entry)):
@@ -132,28 +132,28 @@ def crossings(view, solids):
                 yield ray[met], np.repeat(solid[part], area[part])[met], distance[met]
 
 
-CHUNK = 1 << 16  # pairs tested (rays painted) together: their temporaries stay in the processor's caches
+CHUNK = 1 << 16  # pairs tested (rays painted) together, so that temporaries stay in the CPU's caches
 
 
-def surface(solids, struck, points):
-    """Points on the surface of solids, seen from within.
+def surface(solids, hit, points):
+    """Points on the surface of solids, in the solids' own axes.
 
     Args:
         solids: [n] SOLID.
-        struck: [k] index into `solids` of each point.
+        hit:    [k] index into `solids` of each point.
         points: [k, 3] world.
 
     Returns:
         local:  [k, 3] float32 from the solid's center, x along its heading.
         normal: [k, 3] float32 outward, unit, in the solid's axes.
     """
-    c, s = (f(solids["yaw"]).astype(np.float32)[struck] for f in (np.cos, np.sin))
-    x, y, z = (points - solids["center"][struck]).astype(np.float32).T
+    c, s = (f(solids["yaw"]).astype(np.float32)[hit] for f in (np.cos, np.sin))
+    x, y, z = (points - solids["center"][hit]).astype(np.float32).T
     local = np.stack([c * x + s * y, c * y - s * x, z], axis=1)
-    half, taper, ball = (solids[field][struck] for field in ("half", "taper", "round"))
+    half, taper, ball = (solids[field][hit] for field in ("half", "taper", "round"))
     lift = local[:, 2] + half[:, 2]
     front, back, side = taper.T
-    slack = np.stack(  # meters inside each plane; the face hit is the one with least
+    slack = np.stack(  # meters inside each plane; the face hit has the least
         [
             half[:, 0] - front * lift - local[:, 0],
             half[:, 0] - back * lift + local[:, 0],
@@ -176,7 +176,7 @@ def _key(distance, index):
 
 
 def _rays(row0, row1, col0, col1, width):
-    """Indices of the rays of rectangles, one after the other."""
+    """Indices of the rays in rectangles, concatenated."""
     rows = row1 - row0
     row = np.arange(rows.sum()) + np.repeat(row0 - np.cumsum(rows) + rows, rows)
     length = np.repeat(col1 - col0, rows)
@@ -190,7 +190,7 @@ def _local_rays(solids, d, count):
 
 
 def _box_entry(solids, origin, d, count):
-    """Distances [pairs] at which rays `d` (three [pairs]) enter; `count` rays belong to each solid; inf is a miss."""
+    """Distances [pairs] at which rays `d` (three [pairs]), `count` per solid, enter; inf: a miss."""
     o, half = to_local(solids, origin), solids["half"]
     lift = o[:, 2] + half[:, 2]
     front, back, side = solids["taper"].T
@@ -207,13 +207,13 @@ def _box_entry(solids, origin, d, count):
     ):
         if inwards is not None and inwards.any():
             along = along + np.repeat(inwards.astype(np.float32), count) * dz
-        # a ray parallel to the plane leaves it at +-infinity, by the side it runs on
+        # a ray parallel to the plane crosses it at +-infinity, by the side it runs on
         along = np.where(np.abs(along) < 1e-12, np.float32(1e-12), along)
         t = np.repeat(room.astype(np.float32), count) / along
         against = along < 0
         np.maximum(enter, t, out=enter, where=against)
         np.minimum(leave, t, out=leave, where=~against)
-    # a ray that starts inside has no entry
+    # a ray that starts inside does not enter
     return np.where((enter < leave) & (enter > NEAR), enter, np.float32(np.inf))
 
 

@@ -1,7 +1,7 @@
 """The sensors on the ego vehicle: six cameras and a spinning LiDAR, as on the real nuScenes cars.
 
 Frames: ego x forward, y left, z up, at the middle of the rear axle on the ground; LiDAR x right, y forward,
-z up; camera x right, y down, z forward. Meters, seconds; pixels with the first one's middle at (0.5, 0.5).
+z up; camera x right, y down, z forward. Meters, seconds; the center of the first pixel is at (0.5, 0.5).
 """
 
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ from unipad.data.city.solids import SOLID, solid, to_local
 
 @dataclass(frozen=True)
 class Camera:
-    """The real one, rounded."""
+    """A camera of nuScenes, rounded."""
 
     position: tuple[float, float, float]  # ego frame
     yaw: float  # degrees to the left
     pitch: float  # degrees up
     focal: float  # pixels at 900 x 1600, as is the principal point
     principal: tuple[float, float]
-    early: float  # seconds it fires before the LiDAR's time: the LiDAR triggers it as it sweeps past
+    early: float  # seconds it fires before the LiDAR's timestamp, since the LiDAR triggers it as it sweeps past
 
 
 CAMERAS = {
@@ -35,16 +35,16 @@ CAMERAS = {
     "CAM_FRONT_LEFT": Camera((1.52, 0.49, 1.51), 55.2, 0.1, 1272.6, (826.6, 479.8), 0.0431),
 }
 FULL_SIZE = (900, 1600)
-CAMERA_AXES = Quaternion(0.5, -0.5, 0.5, -0.5)  # camera -> ego for one that looks ahead
+CAMERA_AXES = Quaternion(0.5, -0.5, 0.5, -0.5)  # camera -> ego, looking ahead
 
 LIDAR = "LIDAR_TOP"
 LIDAR_POSITION = (0.94, 0.0, 1.84)
 LIDAR_ROTATION = Quaternion(axis=(0, 0, 1), degrees=-90)  # LiDAR -> ego
 BEAMS = np.radians(np.linspace(-30.67, 10.67, 32))  # elevations, ring 0 first
 LIDAR_RANGE = 70.0
-RANGE_NOISE, INTENSITY_NOISE, DROPOUT = 0.01, 2.0, 0.02  # standard deviations in meters and of 255; share of beams
+RANGE_NOISE, INTENSITY_NOISE, DROPOUT = 0.01, 2.0, 0.02  # standard deviations in meters and of 255; fraction of beams
 
-# The ego vehicle in its own frame. Only the LiDAR sees it: the cameras are on its outside and look away.
+# The ego vehicle in its own frame. Only the LiDAR sees it, since the cameras look outwards.
 EGO = np.array(
     [
         solid((1.39, 0, 0.2), 0.0, (4.08, 1.73, 0.7), "body", (0.9,) * 3, "vehicle.ego"),
@@ -63,12 +63,12 @@ def ego_pose(scene, t):
 def camera_rotation(channel):
     """Camera -> ego."""
     camera = CAMERAS[channel]
-    turn = Quaternion(axis=(0, 0, 1), degrees=camera.yaw) * Quaternion(axis=(0, 1, 0), degrees=-camera.pitch)
-    return turn * CAMERA_AXES
+    rotation = Quaternion(axis=(0, 0, 1), degrees=camera.yaw) * Quaternion(axis=(0, 1, 0), degrees=-camera.pitch)
+    return rotation * CAMERA_AXES
 
 
 def intrinsic(channel, size):
-    """[3, 3] pixels, for images of (height, width) `size`."""
+    """[3, 3] camera meters -> pixels of images of `size` (height, width)."""
     camera, (sy, sx) = CAMERAS[channel], np.divide(size, FULL_SIZE)
     (u, v), f = camera.principal, camera.focal
     return np.array([[f * sx, 0, u * sx], [0, f * sy, v * sy], [0, 0, 1]])
@@ -82,7 +82,7 @@ def camera_view(scene, channel, size, t):
 
 
 def lidar_view(scene, columns, t):
-    """The beams of the LiDAR at time t; its first column looks along its x axis, to the right."""
+    """The beams of the LiDAR at time t; the first column points along its x axis, to the right."""
     rotation, translation = ego_pose(scene, t)
     origin = rotation.rotate(np.array(LIDAR_POSITION)) + translation
     return LidarView(origin, scene.ego.pose(t)[2] - np.pi / 2, BEAMS, columns)
@@ -90,16 +90,16 @@ def lidar_view(scene, columns, t):
 
 @dataclass(frozen=True)
 class Scan:
-    """One revolution of the LiDAR, n returns in firing order: all rings of an azimuth, then the next azimuth."""
+    """One LiDAR revolution, n returns in firing order: all rings of an azimuth, then the next azimuth."""
 
     points: np.ndarray  # [n, 5] float32 x, y, z meters (LiDAR frame), intensity 0-255, ring
     category: np.ndarray  # [n] uint8 lidarseg index
-    owner: np.ndarray  # [n] actor, -1 for anything else
-    struck: np.ndarray  # [actors] beams that ended on each actor, returned or not
+    owner: np.ndarray  # [n] actor that was hit, -1 for anything else
+    hits: np.ndarray  # [actors] beams that hit each actor, returned or not
 
 
 def scan(scene, t, columns, rng):
-    """Scan the scene at time t, all beams at once; columns: azimuths; rng draws noise and dropout."""
+    """Scan the scene at time t, all beams at once; columns: number of azimuths; rng: for noise and dropout."""
     view = lidar_view(scene, columns, t)
     rotation, translation = ego_pose(scene, t)
     ego = EGO.copy()
@@ -109,32 +109,32 @@ def scan(scene, t, columns, rng):
     distance, hit = cast(view, solids)
     bright, category = intensity(scene.city, view, solids, distance, hit)
     owner = np.where(hit >= 0, solids["owner"][hit], -1)
-    struck = np.bincount(owner[owner >= 0], minlength=len(scene.actors))
+    hits = np.bincount(owner[owner >= 0], minlength=len(scene.actors))
 
     n = len(hit)
-    kept = (rng.random(n) > DROPOUT) & (distance < LIDAR_RANGE)
-    reach = np.where(kept, distance, 0) + rng.normal(0, RANGE_NOISE, n)
+    returned = (rng.random(n) > DROPOUT) & (distance < LIDAR_RANGE)
+    measured = np.where(returned, distance, 0) + rng.normal(0, RANGE_NOISE, n)
     bright = (bright + rng.normal(0, INTENSITY_NOISE, n)).clip(0, 255)
     azimuth = view.step * np.arange(columns)
     flat, up = np.cos(BEAMS)[:, None], np.sin(BEAMS)[:, None] + 0 * azimuth
-    x, y, z = (axis.ravel() * reach for axis in (flat * np.cos(azimuth), flat * np.sin(azimuth), up))
+    x, y, z = (axis.ravel() * measured for axis in (flat * np.cos(azimuth), flat * np.sin(azimuth), up))
     ring = np.repeat(np.arange(len(BEAMS)), columns)
     order = np.arange(n).reshape(view.shape).T.ravel()
-    order = order[kept[order]]
+    order = order[returned[order]]
     points = np.stack([x, y, z, bright, ring], axis=1)[order].astype(np.float32)
-    return Scan(points, category[order], owner[order], struck)
+    return Scan(points, category[order], owner[order], hits)
 
 
 def census(scene, t, columns, scan):
-    """What a scan knows of each actor.
+    """How much of each actor a scan sees.
 
     Returns:
-        inside:  [actors] int64 own returns that lie inside its box.
-        visible: [actors] share of the beams towards it that nothing stops before it; 0 where there are none.
+        inside:  [actors] int64 its returns that lie inside its box.
+        visible: [actors] fraction of the beams towards it that are not occluded; 0 without any.
     """
-    mine = np.nonzero(scan.owner >= 0)[0]
-    owner, (x, y, z) = scan.owner[mine], scan.points[mine, :3].astype(np.float64).T
-    ahead, left = y + LIDAR_POSITION[0], LIDAR_POSITION[1] - x  # LiDAR_ROTATION, by hand
+    of_actors = np.nonzero(scan.owner >= 0)[0]
+    owner, (x, y, z) = scan.owner[of_actors], scan.points[of_actors, :3].astype(np.float64).T
+    ahead, left = y + LIDAR_POSITION[0], LIDAR_POSITION[1] - x  # LIDAR_ROTATION, by hand
     ego_x, ego_y, heading = scene.ego.pose(t)
     c, s = np.cos(heading), np.sin(heading)
     world = np.stack([ego_x + c * ahead - s * left, ego_y + s * ahead + c * left, z + LIDAR_POSITION[2]], axis=1)
@@ -148,4 +148,4 @@ def census(scene, t, columns, scan):
     n = view.directions.shape[1]
     alone = [pieces["owner"][piece] * np.int64(n) + ray for ray, piece, _ in crossings(view, pieces)]
     possible = np.bincount(np.unique(np.concatenate([np.empty(0, np.int64), *alone])) // n, minlength=len(inside))
-    return inside, scan.struck / np.maximum(possible, 1)
+    return inside, scan.hits / np.maximum(possible, 1)

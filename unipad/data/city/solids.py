@@ -1,4 +1,4 @@
-"""What the city is made of: upright convex solids, one row each of a structured array."""
+"""Upright convex solids, the primitives of the city: one row each of a structured array."""
 
 import numpy as np
 
@@ -13,13 +13,13 @@ SOLID = np.dtype(
         ("material", "u1"),  # index into MATERIALS
         ("color", "f4", 3),  # RGB in [0, 1]
         ("category", "u1"),  # index into CATEGORIES
-        ("owner", "i4"),  # actor the solid is a piece of, -1 for the city itself
+        ("owner", "i4"),  # actor that the solid is part of, -1 for the static city
     ]
 )
 
 MATERIALS = ("plain", "facade", "foliage", "signal", "body", "cabin", "coach", "cargo", "stripes")
 
-# lidarseg's categories, in the order of its indices
+# lidarseg's categories, by index
 CATEGORIES = (
     "noise", "animal", "human.pedestrian.adult", "human.pedestrian.child",
     "human.pedestrian.construction_worker", "human.pedestrian.personal_mobility",
@@ -35,7 +35,7 @@ CATEGORY = {name: index for index, name in enumerate(CATEGORIES)}
 
 
 def solid(base, yaw, size, material, color, category, taper=(0, 0, 0), is_round=False, owner=-1):
-    """A row of a SOLID array. base: x, y, z of the middle of the bottom; size: length, width, height."""
+    """A row of a SOLID array. base: x, y, z of the center of the bottom; size: length, width, height."""
     x, y, z = base
     half = tuple(v / 2 for v in size)
     index = MATERIALS.index(material)
@@ -43,11 +43,11 @@ def solid(base, yaw, size, material, color, category, taper=(0, 0, 0), is_round=
 
 
 def corners(solids):
-    """[n, 8, 3] corners of the untapered boxes around the solids, world."""
+    """[n, 8, 3] corners of the boxes around the solids, without taper; world."""
     c, s = np.cos(solids["yaw"])[:, None], np.sin(solids["yaw"])[:, None]
     p = solids["half"][:, None] * CORNERS
-    turned = np.stack([c * p[..., 0] - s * p[..., 1], s * p[..., 0] + c * p[..., 1], p[..., 2]], axis=-1)
-    return turned + solids["center"][:, None]
+    rotated = np.stack([c * p[..., 0] - s * p[..., 1], s * p[..., 0] + c * p[..., 1], p[..., 2]], axis=-1)
+    return rotated + solids["center"][:, None]
 
 
 CORNERS = np.array([(x, y, z) for x in (-1.0, 1) for y in (-1, 1) for z in (-1, 1)])
@@ -55,7 +55,7 @@ EDGES = np.array([(i, i + k) for k in (1, 2, 4) for i in range(8) if not i & k])
 
 
 def to_local(solids, points):
-    """[n, 3] world points, [3] or [n, 3], from the center of each solid, x along its heading."""
+    """[n, 3] world points ([3] or [n, 3]) relative to the center of each solid, x along its heading."""
     p = points - solids["center"]
     c, s = np.cos(solids["yaw"]), np.sin(solids["yaw"])
     return np.stack([c * p[:, 0] + s * p[:, 1], c * p[:, 1] - s * p[:, 0], p[:, 2]], axis=1)

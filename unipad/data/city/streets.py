@@ -1,6 +1,6 @@
-"""What stands in the city: ground, houses, trees.
+"""The static city: ground, houses, trees.
 
-Streets form a square grid that a smooth warp bends, so that no street is quite straight:
+Streets form a square grid under a smooth warp, so that no street is quite straight:
 
     grid = world + BEND * sin(2 pi * (y, x) / BEND_LENGTH + phase)
 
@@ -14,16 +14,16 @@ import numpy as np
 from unipad.data.city.solids import CATEGORY, SOLID, solid
 
 PITCH = 72.0  # meters from street to street
-STREETS = 7  # streets each way on the map; the city goes on beyond, but no scene gets there
-ROAD = 7.0  # meters from the middle of a street to its kerb: a lane of 4.2 and a parking lane
-LANE = 1.9  # meters from the middle of the street to the middle of a lane
+STREETS = 7  # streets each way on the map; the city continues beyond, but no scene gets there
+ROAD = 7.0  # meters from the center line of a street to its kerb: a lane of 4.2 and a parking lane
+LANE = 1.9  # meters from the center line of the street to that of a lane
 KERB_RADIUS = 4.0
 WALK = 3.5  # meters of sidewalk
-CROSSWALK = (4.5, 7.5)  # meters from the crossing's edge
+CROSSWALK = (4.5, 7.5)  # meters from the edge of the intersection
 BEND, BEND_LENGTH = 6.0, 190.0  # meters
 
 NO_MARK, WHITE, YELLOW, KERB = range(4)
-AXES = np.array([(1.0, 0.0), (0, 1), (-1, 0), (0, -1)])  # the four directions of a street, each left of the last
+AXES = np.array([(1.0, 0.0), (0, 1), (-1, 0), (0, -1)])  # the four directions of a street, each to the left of the last
 
 
 class City:
@@ -32,7 +32,7 @@ class City:
     @classmethod
     @lru_cache(maxsize=1)
     def of(cls, seed):
-        """The city of a seed, built once: scenes share its blocks."""
+        """The city of a seed, built once and shared by all scenes."""
         return cls(seed)
 
     def __init__(self, seed):
@@ -45,21 +45,21 @@ class City:
         return x + np.float32(BEND) * np.sin(k * y + p), y + np.float32(BEND) * np.sin(k * x + q)
 
     def to_world(self, grid):
-        """[n, 2] grid to world: the inverse of `to_grid` as a fixed point."""
+        """[n, 2] grid to world: the inverse of `to_grid`, by fixed-point iteration."""
         k = 2 * np.pi / BEND_LENGTH
         world = grid
-        for _ in range(10):  # contracts by BEND * k = 0.2 a round
+        for _ in range(10):  # contracts by BEND * k = 0.2 per iteration
             world = grid - BEND * np.sin(k * world[:, ::-1] + self.phase)
         return world
 
     def spot(self, origin, direction, ahead, left):
-        """World x, y and heading of the point `ahead` and to the `left` of a grid point, looking along a street."""
+        """World x, y and heading of the point `ahead` of a grid point and to its `left`, along a street."""
         grid = np.asarray(origin) + ahead * AXES[direction] + left * AXES[(direction + 1) % 4]
         tail, here, nose = self.to_world(grid + np.array([[-0.5], [0], [0.5]]) * AXES[direction])
         return *here, np.arctan2(*(nose - tail)[::-1])
 
     def ground(self, x, y):
-        """What the ground is at world points x, y: [n] float32.
+        """The ground at world points x, y: [n] float32.
 
         Returns:
             category: [n] uint8 lidarseg index.
@@ -89,11 +89,11 @@ class City:
 
     @cache  # noqa: B019 (a process holds one city)
     def block(self, column, row):
-        """SOLID array of what stands between streets `column`, `column` + 1 and `row`, `row` + 1."""
+        """SOLID array of the block between streets `column`, `column` + 1 and `row`, `row` + 1."""
         rng = np.random.default_rng([self.seed, 2, column + 99, row + 99])  # no seed is negative
         solids = []
         park = rng.random() < 0.15
-        brick = rng.integers(len(WALLS))  # neighbors resemble each other
+        brick = rng.integers(len(WALLS))  # neighboring houses look alike
         for side in range(4):  # counter-clockwise, the block on the left
             origin = (np.array([column, row]) + [(0, 0), (1, 0), (1, 1), (0, 1)][side]) * PITCH
             solids += self._furniture(rng, origin, side)

@@ -1,8 +1,8 @@
-"""What comes and goes in the city: kinds of road users, and scenes, drives through the city among them.
+"""Road users, and scenes: drives through the city in traffic.
 
-Every scene shows all ten detection classes near its start: the big ones parked along the kerb on both sides,
+Every scene has all ten detection classes near its start: the large ones parked along the kerb on both sides,
 a roadworks site with cones and barriers, people on the sidewalks and moving traffic. Nothing ever collides:
-an actor that would is not let in.
+an actor that would is not added.
 
 World frame: x, y in the ground plane, z up, ground at z = 0; meters, seconds, radians.
 """
@@ -14,18 +14,18 @@ import numpy as np
 from unipad.data.city.solids import SOLID, solid
 from unipad.data.city.streets import AXES, CROSSWALK, LANE, PITCH, ROAD, STREETS, City
 
-HOUSE_SIGHT, SIGHT = 140.0, 90.0  # meters within which houses, and all else, exist for a sensor
+HOUSE_SIGHT, SIGHT = 140.0, 90.0  # meters up to which sensors see houses and everything else
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of road user. Pieces span (x, y, z) ranges as shares of the box's length, width and height."""
+    """A kind of road user. Pieces span (x, y, z) ranges, in fractions of the box's length, width and height."""
 
     category: str
     size: tuple[float, float, float]  # width, length, height
     colors: tuple
     pieces: tuple  # (x range, y range, z range, material, color or None for the actor's own, taper, round)
-    moving: str = ""  # attributes when it moves and when it does not
+    moving: str = ""  # nuScenes attribute when it moves, and when it does not
     still: str = ""
 
 
@@ -62,12 +62,12 @@ MOTORCYCLE = (
 )
 
 
-def low(pieces, share):
-    """Pieces pressed into the lower `share` of the box, to make room for a rider."""
-    return tuple((x, y, (z[0] * share, z[1] * share), *rest) for x, y, z, *rest in pieces)
+def low(pieces, fraction):
+    """Pieces squeezed into the lower `fraction` of the box, to make room for a rider."""
+    return tuple((x, y, (z[0] * fraction, z[1] * fraction), *rest) for x, y, z, *rest in pieces)
 
 
-# Attributes as the original fills them in for want of a prediction: a bus stands at its stop, others are parked.
+# Attributes as the original assigns them to detections: a still bus is at its stop, other vehicles are parked.
 VEHICLE = {"moving": "vehicle.moving", "still": "vehicle.parked"}
 RIDDEN = {"moving": "cycle.with_rider", "still": "cycle.with_rider"}
 RIDERLESS = {"moving": "cycle.without_rider", "still": "cycle.without_rider"}
@@ -147,7 +147,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Actor:
-    """Something with an annotation box: it follows `path` from `start` meters along it, at `speed` m/s."""
+    """An object with an annotation box: it follows `path` from `start` meters along it, at `speed` m/s."""
 
     kind: str  # of KINDS
     size: tuple[float, float, float]  # width, length, height
@@ -165,7 +165,7 @@ class Actor:
         return KINDS[self.kind].moving if self.speed else KINDS[self.kind].still
 
     def solids(self, owner):
-        """Rows of a SOLID array, from the middle of the box's bottom."""
+        """Rows of a SOLID array, relative to the center of the box's bottom."""
         (width, length, height), kind = self.size, KINDS[self.kind]
         for *ranges, material, color, taper, is_round in kind.pieces:
             begin, end = np.array(ranges).T * (length, width, height)
@@ -176,7 +176,7 @@ class Actor:
 
 
 class Path:
-    """A way through the world by its length; points: [n, 2]. Before and after, one stands at its ends."""
+    """A polyline by arc length; points: [n, 2]. Before its start and after its end, an actor stands still there."""
 
     def __init__(self, points):
         step = np.diff(points, axis=0)
@@ -194,23 +194,23 @@ class Scene:
     """A drive through the city, with the traffic around it."""
 
     sun: np.ndarray  # [3] unit, towards the sun
-    track: np.ndarray  # [n, 2] way of the ego vehicle
-    fixed: np.ndarray  # [n] SOLID, all of the city that may come into sight
+    track: np.ndarray  # [n, 2] of the ego vehicle
+    fixed: np.ndarray  # [n] SOLID, all of the static city that may come into sight
 
     def __init__(self, seed, index, duration):
         """index: 0.. of the scene within its set; duration: seconds it lasts."""
         self.city, self.index, self.duration = City.of(seed), index, duration
         self.rng = rng = np.random.default_rng([seed, 3, index])
-        # every scene has a crossing of its own, away from the border
+        # every scene has an intersection of its own, away from the border
         inner = STREETS - 3
         order = np.random.default_rng([seed, 4]).permutation(inner * inner)
         self.node = (np.array(divmod(order[index % len(order)], inner)) + 2) * PITCH  # grid meters
         self.heading = int(rng.integers(4))
         self.turn = ("straight", "left", "right")[index % 3]
-        # then always right: a long scene circles a block instead of leaving the city
+        # then always right, so that a long scene circles a block instead of leaving the city
         turns = [self.turn] + ["right"] * (2 + int(duration * 8 / PITCH))
         speed = rng.uniform(6.5, 8.5) if self.turn == "straight" else rng.uniform(5.5, 6.5)
-        self.before = rng.uniform(26, 32)  # meters from the start to the crossing
+        self.before = rng.uniform(26, 32)  # meters from the start to the intersection
         way = self._lane(self.heading, turns)
         self.ego = Actor("car", (1.73, 4.08, 1.56), WHITE, way, PITCH - self.before, speed)
 
@@ -250,7 +250,7 @@ class Scene:
         return np.array(rows, dtype=SOLID)
 
     def solids(self, t):
-        """Everything that stands or moves within sight at time t, a SOLID array; the ego vehicle is not in it."""
+        """All solids within sight at time t except the ego vehicle, a SOLID array."""
         here = self.ego.pose(t)[:2]
         apart = np.hypot(*(self.fixed["center"][:, :2] - here).T)
         sight = np.where(self.fixed["half"].max(axis=1) > 4, HOUSE_SIGHT, SIGHT)
@@ -265,7 +265,7 @@ class Scene:
         return np.concatenate([self.fixed[apart < sight], pieces[near]])
 
     def _park(self):
-        """Along the kerbs: every big kind beside the start, on both sides; what comes in the other streets."""
+        """Park along the kerbs: every large kind on both sides of the start; a random mix in the other streets."""
         rng = self.rng
         for side, kinds in ((-1, ["site", "truck"]), (1, ["bus", "trailer"])):
             begin, end = -self.before - 18, -ROAD - CROSSWALK[1] - 1.5
@@ -285,28 +285,28 @@ class Scene:
                     begin = begin + 5 if kind == "none" else self._kerb(kind, arm, begin, side) + rng.uniform(0.8, 3)
 
     def _kerb(self, kind, heading, begin, side):
-        """Park at the kerb on one side (1 left, -1 right) of a street; returns where the next one can stand."""
+        """Park at the kerb on one side (1 left, -1 right) of a street; returns where the next one may start."""
         width, length, _ = KINDS[kind].size
         spot = self._still(begin + length / 2, side * (ROAD - width / 2 - 0.3), heading, 0.0 if side < 0 else np.pi)
         self._add(kind, spot)
         return begin + length
 
     def _dig(self, begin, side):
-        """Roadworks on 11 meters of the parking lane: a digger between barriers, cones towards the traffic."""
-        turned = 0.0 if side < 0 else np.pi
+        """Roadworks on 11 meters of the parking lane: an excavator between barriers, cones towards the traffic."""
+        rotation = 0.0 if side < 0 else np.pi
         for ahead in (0.4, 10.8):
-            self._add("barrier", self._still(begin + ahead, side * (ROAD - 1.4), turned=turned))
-        self._add("construction", self._still(begin + 5.6, side * (ROAD - 1.5), turned=turned))
+            self._add("barrier", self._still(begin + ahead, side * (ROAD - 1.4), rotation=rotation))
+        self._add("construction", self._still(begin + 5.6, side * (ROAD - 1.5), rotation=rotation))
         for ahead in (0.6, 3.2, 5.8, 8.4, 10.6):
             self._add("cone", self._still(begin + ahead, side * (ROAD - 3.1)), gap=0.0)
 
     def _walk(self):
-        """People and riderless cycles on the sidewalks, people on the crosswalks."""
+        """Add people and riderless cycles on the sidewalks, people on the crosswalks."""
         rng = self.rng
         behind = -self.before
         for kind in ("bicycle", "bicycle", "motorcycle"):
             self._try(kind, lambda: self._still(rng.uniform(behind, -15), rng.choice([-1, 1]) * (ROAD + 0.7)))
-        self._try("pedestrian", lambda: self._still(rng.uniform(behind, -12), -ROAD - 1.6, turned=rng.uniform(0, 6)))
+        self._try("pedestrian", lambda: self._still(rng.uniform(behind, -12), -ROAD - 1.6, rotation=rng.uniform(0, 6)))
         for _ in range(7):
             left = rng.choice([-1, 1]) * (ROAD + rng.uniform(1.1, 2.2))
             ends = rng.permutation([(-58, left), (-12, left)])
@@ -316,7 +316,7 @@ class Scene:
             self._try("pedestrian", lambda ends=ends: self._line(*ends), 12, (0.7, 1.5))
 
     def _drive(self):
-        """Traffic: before and behind the ego vehicle on its own way, a cyclist, and others from everywhere."""
+        """Add traffic: ahead of and behind the ego vehicle, a cyclist, and others from everywhere."""
         rng, ego = self.rng, self.ego
         self._add("car", ego.path, ego.start + rng.uniform(13, 18), ego.speed)
         self._add("motorcyclist", ego.path, ego.start - rng.uniform(8, 11), ego.speed)
@@ -330,21 +330,21 @@ class Scene:
             self._try(kind, lambda way=way: way, 1.6 * PITCH, (4.0, 9.0), gap=2.0, tries=4)
 
     def _try(self, kind, way, start=0.0, speed=(0.0, 0.0), gap=0.8, tries=12):
-        """Add an actor at a free place: `start` meters at most (or a range) along a way drawn anew each time."""
+        """Add an actor where it is free: at most `start` meters (or a range) along a path drawn anew for each try."""
         begin, end = start if isinstance(start, tuple) else (0.0, start)
         for _ in range(tries):
             if self._add(kind, way(), self.rng.uniform(begin, end), self.rng.uniform(*speed), gap):
                 break
 
     def _lane(self, heading, turns, left=-LANE):
-        """Path along a lane `left` of the middle of the street, from one street before the crossing on."""
+        """Path along a lane, `left` of the street's center line, starting one street before the intersection."""
         node, k, points = self.node.astype(float), heading, []
         points.append((node - PITCH * AXES[k] + left * AXES[(k + 1) % 4])[None])
         for turn in turns:
             enter = node - 9.5 * AXES[k] + left * AXES[(k + 1) % 4]
             out = (k + {"straight": 0, "left": 1, "right": -1}[turn]) % 4
             leave = node + 9.5 * AXES[out] + left * AXES[(out + 1) % 4]
-            # a parabola between the lanes, with its middle where they cross
+            # a parabola between the lanes, with its apex where they cross
             apex = (enter + leave) / 2 if out == k else node + left * (AXES[(k + 1) % 4] + AXES[(out + 1) % 4])
             u = np.linspace(0, 1, 20)[:, None]
             points.append((1 - u) ** 2 * enter + 2 * u * (1 - u) * apex + u**2 * leave)
@@ -353,7 +353,7 @@ class Scene:
         return self._path(np.concatenate(points))
 
     def _path(self, corners):
-        """Path through grid points, bent with the streets."""
+        """Path through grid points, warped like the streets."""
         corners = np.asarray(corners, float)
         length = np.append(0, np.hypot(*np.diff(corners, axis=0).T).cumsum())
         s = np.arange(0, length[-1], 0.5)
@@ -361,18 +361,18 @@ class Scene:
         return Path(self.city.to_world(grid))
 
     def _line(self, begin, end):
-        """Path between two (ahead, left) of the crossing on the first street."""
+        """Path between two points (ahead, left), relative to the intersection on the first street."""
         axes = AXES[[self.heading, (self.heading + 1) % 4]]
         return self._path(self.node + np.array([begin, end]) @ axes)
 
-    def _still(self, ahead, left, heading=None, turned=0.0):
-        """Path of one who stays, `ahead` of the crossing and to the `left` of the street's middle."""
+    def _still(self, ahead, left, heading=None, rotation=0.0):
+        """Path that stays at a point `ahead` of the intersection and to the `left` of the center line."""
         x, y, yaw = self.city.spot(self.node, self.heading if heading is None else heading, ahead, left)
-        yaw += turned
+        yaw += rotation
         return Path(np.array([(x, y), (x + 0.1 * np.cos(yaw), y + 0.1 * np.sin(yaw))]))
 
     def _add(self, kind, path, start=0.0, speed=0.0, gap=0.3):
-        """Let an actor in unless it comes within `gap` meters of another, ever; says whether it did."""
+        """Add an actor unless it ever comes within `gap` meters of another; returns whether it was added."""
         rng = self.rng
         size = tuple(float(v * rng.uniform(0.94, 1.06)) for v in KINDS[kind].size)
         colors = KINDS[kind].colors

@@ -1,0 +1,249 @@
+"""The scripts' command lines: every setting is a flag, and a run's folder says all that starts or resumes it."""
+
+import dataclasses
+import json
+import re
+import typing
+
+import pytest
+
+import eval as evaluation
+import finetune
+import train
+from tests import test_dataset
+from tests.test_finetune import signals_and_threads  # noqa: F401
+from tests.test_train import SMALL, assert_same_weights, checkpoint, curve
+from unipad.config import DetectRecipe, PretrainRecipe, SegmentRecipe, from_dict
+from unipad.errors import UserError
+from unipad.recipes import DEFAULT_PRESET, DETECT, PRETRAIN, SEGMENT
+from unipad.runtime import run_config
+
+toy = test_dataset.toy  # a fixture
+EVERY = [(train, ["--modality", m, "--preset", p], r) for m, presets in PRETRAIN.items() for p, r in presets.items()]
+for task, table in {"detect": DETECT, "segment": SEGMENT}.items():
+    for m, presets in table.items():
+        for p, r in presets.items():
+            EVERY.append((finetune, ["--task", task, "--modality", m, "--preset", p], r))
+PARSED = pytest.mark.parametrize(
+    "script, chosen, recipe", EVERY, ids=lambda v: "-".join(v[1::2]) if v and isinstance(v, list) else ""
+)
+
+
+def settings(recipe):
+    """Yield (dotted name, type, value) of every setting."""
+    hints = typing.get_type_hints(type(recipe))
+    for name, value in vars(recipe).items():
+        if dataclasses.is_dataclass(value):
+            yield from ((f"{name}.{inner}", hint, v) for inner, hint, v in settings(value))
+        elif value is not None or not any(map(dataclasses.is_dataclass, typing.get_args(hints[name]))):
+            yield name, hints[name], value
+
+
+def another(hint, value):
+    """Another value of a setting, and how it is typed after its flag."""
+    if isinstance(value, bool):
+        return not value, []
+    if typing.get_origin(hint) is typing.Literal:
+        value = next(choice for choice in typing.get_args(hint) if choice != value)
+        return value, [value]
+    if value is None:  # the size of images
+        return (64, 96), [64, 96]
+    if isinstance(value, tuple):
+        value = value or ((1, 0.5),)  # no suppression
+        value = tuple((c, iou / 2) for c, iou in value) if isinstance(value[0], tuple) else tuple(v + 1 for v in value)
+        return value, [v for part in value for v in (part if isinstance(part, tuple) else (part,))]
+    return value + 1, [value + 1]
+
+
+@PARSED
+def test_every_setting_of_a_recipe_is_a_flag(script, chosen, recipe):
+    expected, flags, count = {}, [], 0
+    for name, hint, value in settings(recipe):
+        if name.endswith(("mask_ratio", "center_low")):  # of a limited range
+            value, typed = (0.125, [0.125]) if name.endswith("mask_ratio") else ((-9.0, -8.0, -7.5), [-9.0, -8.0, -7.5])
+        elif name == "data.camera_sweeps" and recipe.camera is None:
+            continue  # refused
+        else:
+            value, typed = another(hint, value)
+        *section, field = name.replace("_", "-").split(".")
+        flag = ".".join([*section, f"no-{field}" if value is False else field])
+        flags += [f"--{flag}", *typed]
+        expected[name] = value
+        count += 1
+    parsed = script.parse([*chosen, *flags]).recipe
+    assert {name: value for name, _, value in settings(parsed) if name in expected} == expected
+    assert type(parsed) is type(recipe) and count >= 40
+
+
+@PARSED
+def test_without_flags_a_recipe_is_the_preset(script, chosen, recipe):
+    assert script.parse(chosen).recipe == recipe
+
+
+@PARSED
+def test_a_config_file_gives_the_recipe_back(script, chosen, recipe, tmp_path):
+    args = script.parse([*chosen, "--seed", 3, "--precision", "fp32"])
+    (tmp_path / "config.json").write_text(json.dumps(run_config(args, 8)))
+    again = script.parse(["--config", tmp_path])
+    assert dataclasses.replace(again, config=None) == args
+
+
+def test_short_names_and_sections_set_the_same():
+    short = train.parse(["--lr", 0.5, "--epochs", 3, "--batch-size", 7]).recipe.optim
+    assert short == train.parse(["--optim.lr", 0.5, "--optim.epochs", 3, "--optim.batch-size", 7]).recipe.optim
+    assert (short.lr, short.epochs, short.batch_size) == (0.5, 3, 7)
+    assert finetune.parse(["--modality", "lidar", "--label-fraction", 0.5]).recipe.label_fraction == 0.5
+
+
+def test_a_config_is_where_flags_start_from(tmp_path):
+    args = train.parse(["--modality", "lidar", "--lr", 0.5, "--init", "a.pt", "b.pt", "--stop-at", 2, "--out", "x"])
+    (tmp_path / "config.json").write_text(json.dumps(run_config(args, 8)))
+    again = train.parse(["--config", tmp_path / "config.json", "--optim.clip", 2, "--seed", 5])
+    assert again.recipe.optim == dataclasses.replace(args.recipe.optim, clip=2) and again.init == args.init
+    assert (again.seed, again.modality, again.out, again.stop_at) == (5, "lidar", None, None)
+    for flags, words in {
+        ("--modality", "camera"): "--modality camera is not what the run has, --modality lidar",
+        ("--preset", "segment"): "--preset segment is not what the run has, --preset tiny",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            train.parse(["--config", tmp_path, *flags])
+
+
+@pytest.mark.parametrize("kind", [PretrainRecipe, DetectRecipe, SegmentRecipe])
+def test_a_recipe_of_other_fields_is_refused(kind, tmp_path):
+    config = run_config(train.parse([]), 8)
+    del config["recipe"]["optim"]["clip"]
+    with pytest.raises(TypeError):
+        from_dict(kind, config["recipe"])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="config.json is of another script or of another version"):
+        train.parse(["--config", tmp_path])
+
+
+def test_default_presets_are_named():
+    for tables in (PRETRAIN, DETECT):
+        for modality, presets in tables.items():
+            assert DEFAULT_PRESET[modality] in presets and "tiny" in presets
+    assert DEFAULT_PRESET["segment"] in SEGMENT["lidar"]
+    assert train.parse(["--data-root", "x"]).preset == "camera-0.1" and train.parse([]).preset == "tiny"
+    assert finetune.parse(["--data-root", "x", "--task", "segment"]).preset == "segment"
+
+
+@pytest.mark.parametrize(
+    "script, flags, words",
+    [
+        (train, ["--modality", "lidar", "--camera.mask-ratio", 0.5], "--camera.mask-ratio sets nothing.* no camera"),
+        (train, ["--lidar.cell", 1, 1, 1], "--lidar.cell sets nothing: this recipe has no lidar"),
+        (finetune, ["--modality", "lidar", "--paste.off-epochs", 1], "--paste.off-epochs sets nothing.* no paste"),
+        (train, ["--modality", "lidar", "--backbone", "base"], "--backbone does not go with --modality lidar"),
+        (train, ["--modality", "lidar", "--data.camera-sweeps", 2], "--data.camera-sweeps needs a camera encoder"),
+        (train, ["--camera.mask-ratio", 1], "--camera.mask-ratio 1.0 must be from 0 to below 1"),
+        (train, ["--preset", "huge"], "--preset huge is not known; use tiny, camera-0.075"),
+        (train, ["--lr", 0], "--optim.lr 0.0 must be above 0"),
+        (train, ["--rays.per-view", 0], "--rays.per-view 0 must be above 0"),
+        (train, ["--render.rgb-weight", -1], "--render.rgb-weight -1.0 must not be below 0"),
+        (train, ["--config", "nowhere"], "--config nowhere: there is no nowhere; name the folder of a run"),
+        (train, ["--resume", "nowhere"], "--resume nowhere: there is no nowhere/config.json"),
+        (finetune, ["--task", "segment", "--modality", "camera"], "--modality camera does not go with --task segment"),
+    ],
+    ids=lambda v: " ".join(map(str, v)) if isinstance(v, list) else "",
+)
+def test_a_flag_that_does_not_fit_is_refused_in_one_sentence(script, flags, words):
+    with pytest.raises(UserError, match=words) as error:
+        script.parse(flags)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "script, flags, words",
+    [
+        (train, ["--modality", "radar"], ["'radar'", "--modality", "'camera'", "'fusion'"]),
+        (train, ["--render.method", "nerf"], ["'nerf'", "--render.method", "'volsdf'"]),
+        (train, ["--data.camera-sweeps", 7], ["'7'", "--data.camera-sweeps", "'6'"]),
+        (train, ["--precision", "fp8"], ["fp8", "--precision", "bf16"]),
+        (train, ["--optim.lr", "fast"], ["--optim.lr", "'fast'"]),
+        (train, ["--detect.queries", 9], ["--detect.queries"]),
+        (finetune, ["--task", "boxes"], ["'boxes'", "--task", "'segment'"]),
+    ],
+    ids=lambda v: " ".join(map(str, v)) if isinstance(v, list) and v[0].startswith("--") else "",
+)
+def test_what_is_not_a_value_is_refused_by_name(script, flags, words, capsys):
+    with pytest.raises(SystemExit) as end:
+        script.parse(flags)
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and not out and all(word in err for word in words), err
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        (train, ["--modality", "fusion"]),
+        (train, ["--modality", "lidar", "--preset", "segment"]),
+        (finetune, ["--modality", "lidar", "--preset", "lidar-0.075"]),
+        (finetune, ["--task", "segment"]),
+        (evaluation, []),
+    ],
+    ids=lambda v: "-".join(v[1::2]) if isinstance(v, list) else v.__name__,
+)
+def test_help_has_words_for_every_flag(script, flags, capsys):
+    """tyro takes them from the comment behind a field, which it misses where the field spans several lines."""
+    with pytest.raises(SystemExit):
+        script.parse([*flags, "--help"])
+    words = capsys.readouterr().out
+    described = re.split(r"\n\W{1,2}(?=--\w)", words.split("show this help message")[1])[1:]
+    for flag in described:
+        text = flag.split("\n╰")[0].split("(default")[0]
+        assert re.search(r"[a-z]{2,} [a-z]", " ".join(re.sub("[│─]", " ", text).split())), flag
+    own = [field.name for field in dataclasses.fields(script.Args) if field.name not in ("recipe", "checkpoint")]
+    of_recipe = [name for name, *_ in settings(script.parse(flags).recipe)] if flags else []
+    assert len(described) == len(own) + len(of_recipe)
+    at = [words.index("--" + name.replace("_", "-") + " ") for name in ("preset", "seed", "device") if name in own]
+    assert flags == [] or max(at) < words.index("--grid.cell")  # the script's first, then the recipe's
+    assert "Recipe(" not in words
+
+
+def test_a_run_is_all_that_resuming_needs(city, tmp_path):
+    """Stopped, then resumed by its folder alone: bit-equal to an uninterrupted run, and started again by its config."""
+    flags = [*SMALL, "--modality", "lidar", "--data-root", city, "--steps", 3, "--lr", 1e-3, "--render.samples", 16]
+    train.main(train.parse([*flags, "--out", tmp_path / "straight"]))
+    train.main(train.parse([*flags, "--out", tmp_path / "run", "--stop-at", 1]))
+    assert checkpoint(tmp_path / "run")["step"] == 1
+    train.main(train.parse(["--resume", tmp_path / "run"]))
+    assert_same_weights(tmp_path / "run", tmp_path / "straight")
+    train.main(train.parse(["--config", tmp_path / "run" / "config.json", "--out", tmp_path / "again"]))
+    assert curve(tmp_path / "again") == curve(tmp_path / "straight")
+    out = tmp_path / "run" / "eval"
+    evaluation.main(evaluation.parse([tmp_path / "run", "--device", "cpu", "--workers", 0, "--picture-stride", 16]))
+    assert json.loads((out / "render.json").read_text())["depth_rmse"] > 0
+
+
+@pytest.mark.parametrize(
+    "script, flags, flag",
+    [
+        (train, ["--modality", "camera"], "--init"),
+        (train, ["--modality", "fusion"], "--init"),
+        (finetune, ["--modality", "camera"], "--pretrained"),
+    ],
+    ids=["train camera", "train fusion", "finetune"],
+)
+def test_a_frozen_stage_needs_trained_weights(script, flags, flag, city, tmp_path):
+    """The presets of the paper freeze the first stage: random, it would stay so."""
+    args = [*flags, "--data-root", city, "--device", "cpu", "--out", tmp_path / "run"]
+    for resume in ("never", "auto"):
+        with pytest.raises(UserError, match=f"first stages, so their weights must come from {flag}"):
+            script.main(script.parse([*args, "--resume", resume]))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="there is no checkpoint nowhere.pt"):
+        script.main(script.parse([*args, "--preset", "tiny", "--camera.frozen-stages", 1, flag, "nowhere.pt"]))
+
+
+def test_another_dataset_is_named_by_its_class(toy, tmp_path):
+    """One camera, no boxes' head: pre-training runs, fine-tuning says what it lacks."""
+    flags = ["--dataset", "toy_set:Toy", "--data-root", tmp_path]
+    small = [*SMALL, "--version", "any", "--steps", 1, "--out", tmp_path / "run"]
+    train.main(train.parse([*flags, *small]))
+    assert curve(tmp_path / "run")[1] > 0 and (tmp_path / "run" / "images" / "val_000001.png").exists()
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["args"]["dataset"] == "toy_set:Toy"
+    evaluation.main(evaluation.parse([tmp_path / "run", "--device", "cpu", "--workers", 0, "--picture-stride", 16]))
+    with pytest.raises(UserError, match="--dataset toy_set:Toy is not for --task detect"):
+        finetune.main(finetune.parse([*flags, "--device", "cpu", "--preset", "tiny"]))

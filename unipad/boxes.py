@@ -1,0 +1,101 @@
+"""Box geometry, for data and model alike. All boxes are [..., 9] as in `Batch`, but for these:
+
+    code      what the head regresses: x, y, log w, log l, z center, log h, sin yaw', cos yaw', vx, vy
+              yaw' is mmdet3d 0.17's, clockwise from -y: yaw' = -yaw - pi / 2, sin yaw' = -cos yaw, cos yaw' = -sin yaw
+    nuScenes  center, (w, l, h), a quaternion and a velocity, each in the global frame
+
+mmdet3d 1.0 and later swap w and l and rotate the other way: boxes of such a version are none of these.
+"""
+
+import numpy as np
+import torch
+from scipy.spatial.transform import Rotation
+from torch import Tensor
+
+CODE_SIZE = 10
+
+
+def encode_boxes(boxes: Tensor) -> Tensor:
+    """Boxes [..., 9] -> codes [..., 10]; sizes of 0 give -inf. Differentiable."""
+    x, y, z, w, l, h, yaw, vx, vy = boxes.unbind(-1)
+    return torch.stack([x, y, w.log(), l.log(), z, h.log(), -yaw.cos(), -yaw.sin(), vx, vy], dim=-1)
+
+
+def decode_boxes(codes: Tensor) -> Tensor:
+    """Codes [..., 10] -> boxes [..., 9], yaw in [-pi, pi]; sin and cos of a code need not lie on the unit circle."""
+    x, y, w, l, z, h, sin, cos, vx, vy = codes.unbind(-1)
+    return torch.stack([x, y, z, w.exp(), l.exp(), h.exp(), torch.atan2(-cos, -sin), vx, vy], dim=-1)
+
+
+def footprint(boxes: Tensor) -> Tensor:
+    """Boxes [..., 9] -> [..., 5] x, y, w, l, yaw: as `unipad.kernels.rotated_iou` sees them from above."""
+    return torch.cat([boxes[..., :2], boxes[..., 3:5], boxes[..., 6:7]], dim=-1)
+
+
+def box_corners(boxes: np.ndarray) -> np.ndarray:
+    """Boxes [M, 9] -> [M, 8, 3] float64 meters: at the bottom front left, front right, back right, back left; at the
+    top the same."""
+    x, y, z, w, l, h, yaw = np.asarray(boxes, np.float64)[:, :7].T[..., None]  # [M, 1] each
+    ahead = np.array([1, 1, -1, -1, 1, 1, -1, -1]) / 2
+    left = np.array([1, -1, -1, 1, 1, -1, -1, 1]) / 2
+    up = np.array([-1, -1, -1, -1, 1, 1, 1, 1]) / 2
+    along, across, cos, sin = ahead * l, left * w, np.cos(yaw), np.sin(yaw)
+    return np.stack([x + along * cos - across * sin, y + along * sin + across * cos, z + up * h], axis=-1)
+
+
+def points_in_boxes(points: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """[M, P] bool: which of the points ([P, 3 or more] meters) lie in which box ([M, 9]), on its faces included."""
+    inside = np.empty((len(boxes), len(points)), bool)
+    for row, (x, y, z, w, l, h, yaw) in zip(inside, boxes[:, :7].tolist(), strict=True):
+        dx, dy, dz = points[:, 0] - x, points[:, 1] - y, points[:, 2] - z
+        cos, sin = np.cos(yaw), np.sin(yaw)
+        row[:] = np.abs(dx * cos + dy * sin) <= l / 2
+        row &= np.abs(dy * cos - dx * sin) <= w / 2
+        row &= np.abs(dz) <= h / 2
+    return inside
+
+
+def transform_boxes(boxes: np.ndarray, transform: np.ndarray) -> np.ndarray:
+    """Boxes [M, 9] in the frame that `transform` leads to: [4, 4], of `transforms.make_transform` or an inverse."""
+    boxes, linear = boxes.copy(), transform[:3, :3]
+    boxes[:, :3] = boxes[:, :3] @ linear.T + transform[:3, 3]
+    boxes[:, 3:6] *= np.linalg.norm(linear[:, 0])
+    heading = np.stack([np.cos(boxes[:, 6]), np.sin(boxes[:, 6])], axis=1) @ linear[:2, :2].T
+    boxes[:, 6] = np.arctan2(heading[:, 1], heading[:, 0])
+    boxes[:, 7:] = boxes[:, 7:] @ linear[:2, :2].T
+    return boxes
+
+
+def boxes_from_global(
+    box2global: np.ndarray, sizes: np.ndarray, velocities: np.ndarray, lidar2global: np.ndarray
+) -> np.ndarray:
+    """Boxes [M, 9] float32 of nuScenes' annotations.
+
+    box2global:   [M, 4, 4] rigid.
+    sizes:        [M, 3] w, l, h meters.
+    velocities:   [M, 2] m/s, global; NaN, where unknown, becomes 0.
+    lidar2global: [M, 4, 4] rigid, of the frame that each box goes to.
+    """
+    global2lidar = np.linalg.inv(lidar2global)
+    box2lidar = global2lidar @ box2global
+    boxes = np.zeros((len(sizes), 9), np.float32)
+    boxes[:, :3] = box2lidar[:, :3, 3]
+    boxes[:, 3:6] = sizes
+    boxes[:, 6] = np.arctan2(box2lidar[:, 1, 0], box2lidar[:, 0, 0])
+    boxes[:, 7:] = np.einsum("mij,mj->mi", global2lidar[:, :2, :2], np.nan_to_num(velocities))
+    return boxes
+
+
+def boxes_to_global(boxes: np.ndarray, lidar2global: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Boxes [K, 9] as nuScenes' results have them; lidar2global: [4, 4] rigid, of the frame that they are in.
+
+    Returns arrays, fp64: translation [K, 3] meters, size [K, 3] w, l, h meters, rotation [K, 4] unit quaternion
+    w, x, y, z, velocity [K, 2] m/s.
+    """
+    boxes, lidar_rotation = np.asarray(boxes, np.float64), lidar2global[:3, :3]
+    if not len(boxes):  # scipy makes no rotation of none
+        return np.zeros((0, 3)), np.zeros((0, 3)), np.zeros((0, 4)), np.zeros((0, 2))
+    rotation = Rotation.from_matrix(lidar_rotation) * Rotation.from_euler("z", boxes[:, 6:7])
+    translation = boxes[:, :3] @ lidar_rotation.T + lidar2global[:3, 3]
+    velocity = boxes[:, 7:] @ lidar_rotation[:2, :2].T  # a box has none along the LiDAR's z
+    return translation, boxes[:, 3:6].copy(), rotation.as_quat()[:, [3, 0, 1, 2]], velocity

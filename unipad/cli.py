@@ -1,0 +1,116 @@
+"""The command line of the scripts: their own flags, then every setting of the recipe that these choose.
+
+A script's `Args` is a dataclass whose field `recipe` is None until a recipe is chosen. So the command line is parsed
+twice: for the flags that choose (`--modality`, `--preset`, `--config`, ...), then for all of them, with the chosen
+recipe's values as defaults.
+"""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import tyro
+
+from unipad.config import CONVNEXT, Recipe, from_dict
+from unipad.errors import UserError, check_choices
+
+A = TypeVar("A")
+CHOOSES = ("task", "modality", "preset", "backbone")  # flags that choose the recipe
+
+
+def parse(kind: type[A], choose: Callable[[A], A], description: str, argv: Sequence[str] | None = None) -> A:
+    """The dataclass `kind` from the command line; settings of the recipe are flags by section (`--optim.lr`).
+
+    choose: the script's flags, parsed, to the defaults of all flags: those with their recipe, or a former run's.
+    argv:   the flags (default: those of this process).
+
+    Exits with code 2 where tyro cannot parse a flag. Raises `UserError` for a flag of a section the recipe lacks.
+    """
+    argv = list(map(str, sys.argv[1:] if argv is None else argv))
+    read = partial(
+        tyro.cli,
+        kind,
+        args=argv,
+        description=description,
+        console_outputs=os.environ.get("RANK", "0") == "0",
+        config=(tyro.conf.AvoidSubcommands,),  # a section that is None has no flags
+    )
+    script_flags, _ = read(return_unknown_args=True, add_help=False)
+    chosen = choose(script_flags)
+    for flag in argv:
+        section = re.match(r"--(\w+)\.", flag)
+        if section and getattr(chosen.recipe, section[1], flag) is None:
+            raise UserError(f"{flag} sets nothing: this recipe has no {section[1]} section; leave it out.")
+    args = read(default=chosen)
+    for name in CHOOSES:
+        given, kept = getattr(args, name, None), getattr(chosen, name, None)
+        if given != kept:
+            raise UserError(f"--{name} {given} is not what the run has, {name} {kept}; leave it out.")
+    return args
+
+
+def run_args(args: A) -> A | None:
+    """The flags of the run that `--config` or `--resume RUN` names, or None without either.
+
+    The run's folder, and where it started and stopped, stay its own. Raises `UserError` where there is no such run, or
+    another script or version of this project made it.
+    """
+    run = args.config or (Path(args.resume) if args.resume not in ("never", "auto") else None)
+    if run is None:
+        return None
+    file = run / "config.json" if args.config is None or run.is_dir() else run
+    try:
+        config = json.loads(file.read_text())
+        saved = from_dict(type(args), {**config["args"], "recipe": config["recipe"]})
+    except OSError:
+        flag = "--config" if args.config else "--resume"
+        raise UserError(f"{flag} {run}: there is no {file}; name the folder of a run.") from None
+    except (ValueError, KeyError, TypeError):
+        sentence = f"{file} is of another script or of another version of this project; start a new run."
+        raise UserError(sentence) from None
+    return replace(saved, config=None, resume="never", out=None, stop_at=None)
+
+
+def with_preset(args: A, presets: dict[str, dict[str, Recipe]], modality: str, default: str) -> A:
+    """Flags with the recipe that they name.
+
+    presets:  modality -> name -> recipe, of one task.
+    modality: of `presets`.
+    default:  name of the preset where there is real data; the synthetic city has "tiny".
+    """
+    name = args.preset or (default if args.data_root else "tiny")
+    check_choices(preset=(name, presets[modality]))
+    recipe = presets[modality][name]
+    if args.backbone:
+        if recipe.camera is None:
+            raise UserError(f"--backbone does not go with --modality {modality}, which has no camera; leave it out.")
+        depths, widths = CONVNEXT[args.backbone]
+        recipe = replace(recipe, camera=replace(recipe.camera, depths=depths, widths=widths))
+    return replace(args, modality=modality, preset=name, recipe=recipe)
+
+
+def check_recipe(recipe: Recipe):
+    """Raises `UserError` for settings that do not go together."""
+    if recipe.camera is None and recipe.data.camera_sweeps > 1:
+        raise UserError("--data.camera-sweeps needs a camera encoder, which this recipe has not; leave it out.")
+    for name in ("camera", "lidar"):
+        encoder = getattr(recipe, name)
+        if encoder is not None and not 0 <= encoder.mask_ratio < 1:
+            raise UserError(f"--{name}.mask-ratio {encoder.mask_ratio} must be from 0 to below 1.")
+    if getattr(recipe, "paste", None) is not None and recipe.paste.off_epochs < 0:
+        raise UserError(f"--paste.off-epochs {recipe.paste.off_epochs} must not be below 0.")
+
+
+def check_frozen(recipe: Recipe, sources: Sequence[Path], flag: str):
+    """Refuse to freeze random weights. sources: the checkpoints that `flag` names."""
+    if recipe.camera is not None and recipe.camera.frozen_stages and not sources:
+        raise UserError(
+            f"this recipe does not train the camera's first stages, so their weights must come from {flag}: a run, or "
+            "ImageNet's by python -m unipad.convert; --camera.frozen-stages 0 trains them from scratch."
+        )

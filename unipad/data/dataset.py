@@ -1,0 +1,272 @@
+"""The interface of a dataset: what it returns, what the scripts need of it, and samples -> batch.
+
+Another dataset is one file with one subclass of `DrivingDataset`, which the scripts take as
+`--dataset package.module:Class`. Frames and units are those of `unipad.batch`.
+"""
+
+import copy
+import importlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from unipad.batch import Batch
+from unipad.config import Augment, Data
+from unipad.data.transforms import augment_sample, photometric_distortion
+from unipad.errors import UserError
+
+DEFAULT_DATASET = "unipad.data.nuscenes:NuScenesDataset"
+
+
+class DataError(UserError):
+    """The dataset as a whole cannot be used: one sentence with the folder or flag, and the fix."""
+
+
+class BadFrame(Exception):
+    """One frame cannot be read: `path: reason`."""
+
+    def __init__(self, path, reason):
+        super().__init__(f"{path}: {reason}")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One keyframe. Meters, seconds, radians; "LiDAR" is the frame of the keyframe's LiDAR: x right, y forward, z up.
+
+    N views: the cameras of the keyframe in a fixed order (nuScenes: `CAMERAS`), then, with camera sweeps, those of the
+    S - 1 frames of images before it, the newest first. N and S are the same in all samples; N = 0 without images.
+
+    images:       N times [h, w, 3] uint8 RGB, not padded; sizes may differ.
+    lidar2image:  [N, 4, 4] float32 LiDAR -> (u*d, v*d, d, 1) in pixels of `images`, d along the optical axis.
+    lidar2camera: [N, 4, 4] float32 rigid, LiDAR -> camera (x right, y down, z forward) when the image was taken.
+    points:       [P, 5] float32 x, y, z in LiDAR, intensity 0-255, time lag: 0 for those of the keyframe, which come
+                  first, and the age of those of sweeps, which are transformed into LiDAR.
+    point_labels: [P] uint8 class 1-16 in the order of `tables.LIDARSEG_CLASSES`, 0 for none, as in sweeps; None if the
+                  dataset has no such labels.
+    boxes:        [M, 9] float32 x, y, z of the center, w, l, h, yaw, vx, vy in LiDAR; yaw is the direction of l, from x
+                  towards y; an unknown velocity is 0. M = 0 without boxes.
+    labels:       [M] int64 class 0-9 in the order of `tables.CLASSES`.
+    token:        name of the frame, unique in the split.
+    frame_lags:   [S] float32 age of each frame of images, 0 first; None: S = 1.
+    """
+
+    images: list[np.ndarray]
+    lidar2image: np.ndarray
+    lidar2camera: np.ndarray
+    points: np.ndarray
+    point_labels: np.ndarray | None
+    boxes: np.ndarray
+    labels: np.ndarray
+    token: str
+    frame_lags: np.ndarray | None = None
+
+
+class DrivingDataset(torch.utils.data.Dataset):
+    """The keyframes of one split of a dataset, in the order of time.
+
+    `dataset[i]` is a `Sample` as it was recorded; `dataset.read(i, rng)` is an augmented one, for training.
+
+    A subclass must define `splits`, `load` and the constructor, which finds the frames and passes on their number:
+
+        def __init__(self, root, version, split, data, **settings):
+            self.files = sorted(Path(root, version, split).glob("*.npz"))
+            super().__init__(len(self.files), root, version, split, data, **settings)
+
+    The other methods have defaults. What is wrong with the dataset as a whole raises `DataError`, one sentence; what is
+    wrong with one frame raises `BadFrame`, upon which the loader names the frame on stderr and takes the next one.
+    The dataset is copied to worker processes, so it must be picklable, and should be small.
+    """
+
+    default_version = ""  # without --version
+    # What finetune.py can train and eval.py can score: "detect", "segment". Pre-training needs neither. The nuScenes
+    # devkit scores, so a dataset that names a task also needs the tables and the `index` of `NuScenesDataset`.
+    tasks: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        frame_count: int,
+        root: str | Path,
+        version: str,
+        split: str,
+        data: Data,
+        label_fraction: float = 1.0,
+        point_range: tuple | None = None,
+        augment: Augment | None = None,
+    ):
+        """
+        frame_count:    frames of the split.
+        root, version:  --data-root, --version.
+        split:          one of the values of `splits(version)`.
+        data:           what `load` must read: images or none, their size, how many LiDAR and camera sweeps. A dataset
+                        that cannot raises `DataError`.
+        label_fraction: 1/k keeps every k-th frame.
+        point_range:    (low, high), each (x, y, z) meters: points outside are left out, and in `read` with `rng` also
+                        boxes whose center is outside seen from above, since no head learns them. None keeps all.
+        augment:        how `read` augments samples; None: not at all.
+        """
+        if not 0 < label_fraction <= 1 or abs(round(1 / label_fraction) * label_fraction - 1) > 0.02:
+            raise DataError(f"--label-fraction {label_fraction} is not 1/k; give 1, 0.5, 0.2, 0.1 or the like.")
+        if not frame_count:
+            raise DataError(f"{Path(root) / version} has no frame of split {split}; unpack the whole dataset there.")
+        self.root, self.version, self.split, self.data = Path(root), version, split, data
+        self.point_range, self.augment, self.objects = point_range, augment, None
+        self.frames = np.arange(frame_count)[:: round(1 / label_fraction)]  # numbers of the frames used
+
+    # To define in a subclass
+
+    @classmethod
+    def splits(cls, version: str) -> dict[str, str]:
+        """Names of a version's splits by purpose: {"train": ..., "val": ...} or {"test": ...}. Raises `DataError` for
+        a version that does not exist."""
+        raise NotImplementedError
+
+    @classmethod
+    def default_root(cls, data: Data) -> Path:
+        """Folder of the dataset without --data-root."""
+        raise DataError(f"--dataset {cls.__module__}:{cls.__qualname__} needs --data-root.")
+
+    @classmethod
+    def has_images(cls, root: str | Path, version: str, split: str) -> bool:
+        """Whether the split has images; without them rays are cast from the LiDAR."""
+        return True
+
+    def load(self, frame: int) -> Sample:
+        """Read frame number `frame` of the split. Raises `BadFrame` with the file's path where one is missing or
+        broken, and nothing else."""
+        raise NotImplementedError
+
+    def labels_of(self, frame: int) -> np.ndarray:
+        """`Sample.labels` of frame number `frame`, for `balanced`; override it if that needs no reading of samples."""
+        return self.load(frame).labels
+
+    def scenes(self) -> dict[str, list[int]]:
+        """{scene: indices of its frames in the dataset, in the order of time}; {} without scenes."""
+        return {}
+
+    def fingerprint(self) -> str:
+        """A string that changes with the dataset: caches of what was made from it are then rebuilt."""
+        return ""
+
+    def require_point_labels(self):
+        """Raise `DataError` unless every frame has `point_labels`."""
+        raise DataError(f"{self.root / self.version} has no labels of LiDAR points.")
+
+    # The same for every dataset
+
+    @classmethod
+    def train_val_splits(cls, version: str) -> tuple[str, str]:
+        """Names of the splits to train and to validate on. Raises `DataError` if the version has none."""
+        splits = cls.splits(version)
+        if not {"train", "val"} <= splits.keys():
+            raise DataError(f"--version {version} has nothing to train on: it has split {' and '.join(splits)} alone.")
+        return splits["train"], splits["val"]
+
+    def __len__(self):
+        return len(self.frames)
+
+    def __getitem__(self, i) -> Sample:
+        return self.read(i)
+
+    def read(self, i: int, rng: np.random.Generator | None = None, paste: bool = True) -> Sample:
+        """Sample i, cropped to `point_range`; with `rng` also augmented, and, if `paste`, with objects pasted in."""
+        sample = self.load(self.frames[i])
+        if rng is not None:
+            if self.augment is not None and self.augment.photometric:
+                sample = photometric_distortion(sample, rng)  # before other images' pixels come in, as in the original
+            if self.objects is not None and paste:
+                sample = self.objects.paste_into(sample, rng)
+            if self.augment is not None:
+                sample = augment_sample(sample, rng, self.augment)
+        if self.point_range is not None:
+            sample = _crop_points(sample, *self.point_range)
+            sample = sample if rng is None else _crop_boxes(sample, *self.point_range)
+        return sample
+
+    def with_objects(self, objects) -> "DrivingDataset":
+        """This dataset with `objects`, a `cutpaste.Objects`, that `read` pastes into samples."""
+        dataset = copy.copy(self)
+        dataset.objects = objects
+        return dataset
+
+    def balanced(self, seed: int) -> "DrivingDataset":
+        """This dataset with frames drawn with replacement so that every class is as frequent as any other (CBGS).
+
+        For each class that occurs, equally many frames of those that hold it, together as many as there are pairs of a
+        frame and a class in it: the longer epoch of the original. A function of the seed and the labels.
+        Raises `DataError` where no frame holds a box.
+        """
+        rng = np.random.default_rng([seed, 0, 2])  # the stream's own are [seed, epoch] and [seed, position, 1]
+        classes = [np.unique(self.labels_of(f)) for f in self.frames]
+        pairs = np.concatenate(classes)
+        if not len(pairs):
+            raise DataError(f"no frame of {self.root / self.version} {self.split} has a box to balance the classes by.")
+        frame_of_pair = np.repeat(self.frames, [len(c) for c in classes])
+        present = np.unique(pairs)
+        per_class = len(pairs) // len(present)
+        dataset = copy.copy(self)
+        dataset.frames = np.concatenate([rng.choice(frame_of_pair[pairs == c], per_class) for c in present])
+        return dataset
+
+
+def dataset_class(name: str) -> type[DrivingDataset]:
+    """The class that `--dataset package.module:Class` names. Raises `UserError`."""
+    module_name, _, class_name = name.partition(":")
+    try:
+        kind = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"--dataset {name} cannot be imported ({error}); give package.module:Class, its folder in PYTHONPATH."
+        ) from error
+    if not (isinstance(kind, type) and issubclass(kind, DrivingDataset)):
+        raise UserError(f"--dataset {name} is not a subclass of unipad.data.dataset.DrivingDataset.")
+    return kind
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Samples to a `Batch` on the CPU."""
+    views = len(samples[0].images)
+    sizes = [image.shape[:2] for s in samples for image in s.images]
+    sizes = torch.tensor(sizes, dtype=torch.int64).view(len(samples), views, 2)
+    H, W = (-(-max(sizes[..., i].flatten().tolist(), default=1) // 32) * 32 for i in range(2))
+    images = torch.zeros(len(samples), views, 3, H, W)
+    for sample, views in zip(samples, images, strict=True):
+        for image, view in zip(sample.images, views, strict=True):
+            view[:, : image.shape[0], : image.shape[1]] = torch.from_numpy(image).permute(2, 0, 1)
+
+    def stack(name):
+        return torch.from_numpy(np.stack([getattr(s, name) for s in samples]))
+
+    def concatenate(name):
+        return torch.from_numpy(np.concatenate([getattr(s, name) for s in samples]))
+
+    labeled = all(s.point_labels is not None for s in samples)
+    return Batch(
+        images=images.div_(255),
+        image_sizes=sizes,
+        lidar2image=stack("lidar2image"),
+        lidar2camera=stack("lidar2camera"),
+        points=concatenate("points"),
+        point_counts=torch.tensor([len(s.points) for s in samples]),
+        boxes=concatenate("boxes"),
+        labels=concatenate("labels"),
+        box_counts=torch.tensor([len(s.boxes) for s in samples]),
+        point_labels=concatenate("point_labels") if labeled else None,
+        tokens=tuple(s.token for s in samples),
+        frame_lags=None if samples[0].frame_lags is None else stack("frame_lags"),
+    )
+
+
+def _crop_points(sample, low, high):
+    """Without the points that are not inside the box of corners `low` and `high`, (x, y, z) meters."""
+    points, labels = sample.points, sample.point_labels
+    inside = ((points[:, :3] > np.float32(low)) & (points[:, :3] < np.float32(high))).all(axis=1)
+    return replace(sample, points=points[inside], point_labels=None if labels is None else labels[inside])
+
+
+def _crop_boxes(sample, low, high):
+    """Without the boxes whose center, seen from above, is not between `low` and `high`."""
+    center = sample.boxes[:, :2]
+    inside = ((center > np.float32(low[:2])) & (center < np.float32(high[:2]))).all(axis=1)
+    return replace(sample, boxes=sample.boxes[inside], labels=sample.labels[inside])

@@ -1,0 +1,40 @@
+"""Which blocks of images and of LiDAR voxels are hidden from the encoders."""
+
+import torch
+from torch import Tensor
+
+MASK_BLOCK = 32  # pixels: the image encoder's total stride, so one block is one cell of its last stage
+
+
+def draw_mask(noise: Tensor, h: int, w: int, ratio: float) -> Tensor:
+    """Which blocks of each image stay visible: those with the smallest noise.
+
+    noise: [M, h * w] uniform in [0, 1).
+    ratio: fraction of blocks hidden, in [0, 1); the number of visible ones is rounded half to even.
+
+    Returns [M, 1, h, w] bool, True = visible.
+    """
+    visible = noise.argsort(dim=1)[:, : round(h * w * (1 - ratio))]
+    return torch.zeros_like(noise, dtype=torch.bool).scatter(1, visible, True).view(-1, 1, h, w)
+
+
+def draw_voxel_mask(coords: Tensor, noise: Tensor, block: int, ratio: float) -> Tensor:
+    """Which voxels stay visible: of the occupied blocks, those with the smallest noise.
+
+    coords: [N, 4] int32 (b, z, y, x).
+    noise:  [B, Z', Y', X'] uniform in [0, 1), for each block of voxels.
+    block:  voxels along the edge of a block.
+    ratio:  fraction of each sample's occupied blocks hidden, in [0, 1); the number of visible ones is rounded half to
+            even.
+
+    Returns [N] bool, True = visible.
+    """
+    _, Z, Y, X = noise.shape
+    b, z, y, x = torch.cat([coords[:, :1], coords[:, 1:] // block], dim=1).long().unbind(1)
+    cell = ((b * Z + z) * Y + y) * X + x
+    occupied = torch.zeros(noise.numel(), dtype=torch.bool, device=noise.device)
+    occupied = occupied.index_fill(0, cell, True).view(len(noise), -1)
+    count = (occupied.sum(1, keepdim=True).double() * (1 - ratio)).round()  # [B, 1]
+    order = noise.flatten(1).masked_fill(~occupied, 2).argsort(dim=1, stable=True)
+    first = torch.arange(order.shape[1], device=order.device) < count  # [B, blocks]
+    return torch.zeros_like(occupied).scatter(1, order, first).flatten()[cell]

@@ -1,12 +1,12 @@
-"""One step of each preset at the paper's size: does it fit, how long does it take, how much memory does it need?
+"""Run one step of each preset at the paper's size and print its time, peak memory and loss.
 
-    python -m benchmarks.full_size                        # all presets but the tiny ones, on the CPU
+    python -m benchmarks.full_size                        # all presets except the tiny ones, on the CPU
     python -m benchmarks.full_size camera-0.1 --task train
     python -m benchmarks.full_size --device cuda
 
-Makes a synthetic city of 900 x 1600 images once (data/full-size) and runs train.py or finetune.py on it as a user
-would: batch 1, the blocks of the ConvNeXt computed once more in the backward pass. Seconds are of the whole process,
-data and validation included; the memory is its peak after the step, or the GPU's.
+Generates a synthetic city of 900 x 1600 images once (data/full-size) and runs train.py or finetune.py on it as a user
+would, with batch 1 and activation checkpointing of the ConvNeXt. Seconds are those of the whole process, with data and
+validation. Memory is the peak of the GPU, or on the CPU of the process.
 """
 
 import json
@@ -16,6 +16,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -35,9 +36,9 @@ SCRIPTS = {
 
 @dataclass(frozen=True)
 class Args:
-    presets: tyro.conf.Positional[tuple[str, ...]] = ()  # names of presets (default: all but tiny)
-    task: str | None = None  # train, finetune or segment (default: all three)
-    device: str = "cpu"  # cpu or cuda
+    presets: tyro.conf.Positional[tuple[str, ...]] = ()  # names of presets (default: all except tiny)
+    task: Literal["train", "finetune", "segment"] | None = None  # default: all three
+    device: Literal["cpu", "cuda"] = "cpu"  # device of the step
 
 
 def main(args: Args):
@@ -48,16 +49,16 @@ def main(args: Args):
         for modality, named in presets.items():
             for name, recipe in named.items():
                 if not name.endswith("tiny") and name in (args.presets or named) and task == (args.task or task):
-                    again = ["--checkpointing"] if modality != "lidar" else []
-                    which = ["--modality", modality, "--preset", name, "--device", args.device]
-                    row = measured(script, [*flags, *again, *which], recipe, init)
+                    checkpointing = ["--checkpointing"] if modality != "lidar" else []
+                    preset = ["--modality", modality, "--preset", name, "--device", args.device]
+                    row = measure(script, [*flags, *checkpointing, *preset], recipe, init)
                     print(f"{script:<12}{modality:<10}{name:<24}{row}", flush=True)
 
 
-def measured(script, flags, recipe, init):
-    """Run a script for one step: its seconds, peak memory and loss as a table's cells.
+def measure(script, flags, recipe, init):
+    """Run one step of a script; returns its seconds, peak memory and loss as cells of the table.
 
-    init: the flag that names trained weights, which frozen stages need; here they are random.
+    init: the flag for trained weights, which frozen stages need; here they are random.
     """
     with tempfile.TemporaryDirectory() as folder:
         if recipe.camera is not None:

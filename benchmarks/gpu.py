@@ -1,4 +1,4 @@
-"""Verify and benchmark everything on a GPU, by one command.
+"""Verify and benchmark everything on a GPU with one command.
 
     python -m benchmarks.gpu                          eight minutes; what does not fit is left out
     python -m benchmarks.gpu --minutes 15 --stages steps ops
@@ -44,7 +44,7 @@ from unipad.kernels import tuning
 
 ROOT = Path(__file__).parents[1]
 ON_GPU = DEVICE == "cuda"
-# Of the total time; what a stage does not use goes to later ones
+# Of the total time; time that a stage does not use goes to later ones
 TIME_FRACTIONS = {"machine": 0.02, "selfcheck": 0.22, "steps": 0.18, "ops": 0.3, "tests": 0.2, "training": 0.08}
 # Benchmarks and their fractions of the time of stage ops, the most important first
 OPS = {
@@ -86,7 +86,7 @@ def _copy(size):
 
 
 def _back_to_back(fn, runs=20):
-    """Milliseconds per run when launched back to back, without flushing caches; the least of five measurements."""
+    """Milliseconds per run when launched back to back, without flushing caches; the fastest of five measurements."""
     fn()
     return min(_runs(fn, runs) for _ in range(5)) / runs
 
@@ -114,7 +114,7 @@ def check_ops(folder):
     for size in selfcheck.SIZES if ON_GPU else ("small",):  # each compiles first: the small ones may be all there is
         for result in selfcheck.results(list(selfcheck.checks((size,)))):
             print(result, flush=True)
-            folder.write("selfcheck", vars(result) | {"ok": result.ok, "line": str(result)})
+            folder.write("selfcheck", vars(result) | {"line": str(result)})
 
 
 def measure_steps(folder):
@@ -128,21 +128,21 @@ def benchmark_op(folder, op):
 
 def run_tests(folder):
     """Run the kernel tests until time runs out; without a GPU those of one file, in the interpreter."""
-    what = ["tests/kernels", "-n", str(min(16, os.cpu_count()))] if ON_GPU else ["tests/kernels/test_backend.py", "-n0"]
+    jobs = str(min(16, os.cpu_count()))
+    paths = ["tests/kernels", "-n", jobs] if ON_GPU else ["tests/kernels/test_backend.py", "-n0"]
     flags = ["-q", "-p", "no:cacheprovider", "--durations=10", "-o", "addopts="]
-    done = subprocess.Popen(
-        [sys.executable, "-m", "pytest", *flags, *what], cwd=ROOT, text=True, stdout=subprocess.PIPE
-    )  # fmt: skip
+    command = [sys.executable, "-m", "pytest", *flags, *paths]
+    process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE)
     # interrupted, pytest still lists the tests that failed
-    interrupt = threading.Timer(min(harness.deadline - time.monotonic(), 3600), done.send_signal, [signal.SIGINT])
+    interrupt = threading.Timer(min(harness.deadline - time.monotonic(), 3600), process.send_signal, [signal.SIGINT])
     interrupt.daemon = True
     interrupt.start()
-    for line in done.stdout:
+    for line in process.stdout:
         print(line, end="", flush=True)
         if line.startswith(("FAILED", "ERROR", "!")) or " passed" in line or " failed" in line:
             folder.write("tests", {"line": line.strip()})
     interrupt.cancel()
-    folder.write("tests", {"line": f"exit code {done.wait()}"})
+    folder.write("tests", {"line": f"exit code {process.wait()}"})
 
 
 def train_tiny(folder):
@@ -187,7 +187,7 @@ def plan(stages):
 
 
 def time_limit(names, end):
-    """Seconds for the first of these stages, so that all can finish by `end` (of `time.time()`)."""
+    """Seconds for the first of these stages, so that all can finish by `end` (a `time.time()`)."""
     return max(2.0, (end - time.time()) * STAGE_FRACTIONS[names[0]] / sum(STAGE_FRACTIONS[name] for name in names))
 
 
@@ -282,6 +282,7 @@ def save_rows(folder):
 
 
 def finish(folder):
+    """Write report.md, results.csv and the README's table; returns the report."""
     text = page(folder)
     (folder.path / "report.md").write_text(text)
     save_rows(folder)

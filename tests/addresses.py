@@ -61,7 +61,7 @@ class Op:
 
 
 def int32_products(ttir):
-    """ "file.py: source line" of every int32 product in an address that is not in `KNOWN_SMALL`."""
+    """Every int32 product in an address that is not in `KNOWN_SMALL`, as "file.py: source line"."""
     ops, addresses = _read(ttir)
     seen, found, left = set(), set(), list(addresses)
     while left:
@@ -118,14 +118,14 @@ def _read(ttir):
 
 
 def _pairs(text):
-    """Names and initial values of the values carried by a loop: (%a = %b, ...)."""
+    """Names and initial values of the variables that a loop carries: (%a = %b, ...)."""
     listed = re.search(r"(?:iter_args)?\(((?:%[\w.]+ = [^,)]+(?:, )?)+)\)", text)
     pairs = re.findall(r"(%[\w.]+) = (%[\w.#]+)", listed[1]) if listed else []
     return [a for a, _ in pairs], [b for _, b in pairs]
 
 
 def _kind(value, ops):
-    """ "constant": bounded at compile time; "block": a block index; None: anything else."""
+    """What a value is: "constant", bounded at compile time; "block", a block index; None, anything else."""
     op = ops.get(value)
     if op is None:
         return None

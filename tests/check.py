@@ -1,4 +1,4 @@
-"""The comparisons that every kernel test uses."""
+"""Comparisons and checks that many tests use."""
 
 from contextlib import ExitStack, contextmanager
 from unittest import mock
@@ -16,7 +16,7 @@ def check_against_ref(op, ref, inputs, dtype, wrt=None, slack=None, magnitude=0.
 
     op, ref: same signature, return a tensor or a tuple of tensors; integer and bool outputs must be equal.
     inputs:  dict name -> value. fp64 tensors are cast to `dtype`; fp32 ones are geometry and stay what they are;
-             lists of tensors are taken element by element; anything else is passed through.
+             lists of tensors are handled element by element; anything else is passed through.
     wrt:     names of the inputs whose gradients are compared; None: all floating ones.
     slack:   allowed on top of that, as a fraction of the largest true value; None: SLACK of the type.
     magnitude: of terms whose difference is an output or gradient; slack is a fraction of it where they cancel.
@@ -28,9 +28,9 @@ def check_against_ref(op, ref, inputs, dtype, wrt=None, slack=None, magnitude=0.
     with launches() as launched:
         ours = _run(op, inputs, dtype, wrt)
     if all(t.numel() for t in truth.values()):
-        assert launched, "the op took its reference, not its kernels"
+        assert launched, "the op ran its reference, not its kernels"
     if not any(t.numel() for name, t in truth.items() if name.startswith("out")):
-        assert not launched, f"nothing to do, yet launched {launched}"
+        assert not launched, f"there is nothing to do, but it launched {launched}"
     assert ours.keys() == truth.keys()
     for name in truth:
         assert ours[name].dtype == plain[name].dtype and ours[name].shape == plain[name].shape, name
@@ -45,7 +45,7 @@ def check_against_ref(op, ref, inputs, dtype, wrt=None, slack=None, magnitude=0.
 
 @contextmanager
 def launches():
-    """Collects the names of the kernels launched inside: `with launches() as names`."""
+    """Collects the names of the kernels that are launched inside: `with launches() as names`."""
     from triton.runtime.jit import KernelInterface
 
     names = []

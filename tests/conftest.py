@@ -1,4 +1,4 @@
-"""One switch for the whole suite: with a GPU the kernels run compiled, without one they run in Triton's interpreter."""
+"""Shared fixtures. With a GPU the kernels run compiled; without one, in Triton's interpreter."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ def fixed_seed():
 
 @pytest.fixture(scope="session")
 def city(tmp_path_factory):
-    """Root of a small synthetic set, v1.0-mini: to be read, not to be damaged."""
+    """Root of a small synthetic dataset, v1.0-mini. Read-only: tests that modify it use `copy`."""
     from unipad.data.synthetic import generate
 
     root = tmp_path_factory.mktemp("data") / "city"
@@ -37,7 +37,7 @@ def city(tmp_path_factory):
 
 @pytest.fixture
 def copy(city, tmp_path, own_user_cache):
-    """A city of one's own to damage."""
+    """Root of a copy of the city that the test may modify."""
     return shutil.copytree(city, tmp_path / "city", ignore=shutil.ignore_patterns("unipad-index"))
 
 

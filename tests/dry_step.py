@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_iter
 
 from tests.dry_run import CUDA, DryRun, Generator, backward, to_gpu
 from unipad.batch import Batch
-from unipad.config import DetectRecipe, PretrainRecipe
+from unipad.config import DetectRecipe, PretrainRecipe, UnetConfig
 from unipad.kernels.composite import _composite_fwd_kernel, composite
 from unipad.model.detect import Detector
 from unipad.model.lidar import SparseEncoder
@@ -95,10 +95,16 @@ def dry_step(step, scene=0):
 
 
 def _shallow(recipe):
-    """The recipe with one block per ConvNeXt stage: further blocks launch the same kernels."""
-    if recipe.camera is None:
-        return recipe
-    return replace(recipe, camera=replace(recipe.camera, depths=(1,) * len(recipe.camera.depths)))
+    """The recipe with one block per stage and two decoder layers: further ones launch the same kernels."""
+    if recipe.camera:
+        recipe = replace(recipe, camera=replace(recipe.camera, depths=(1,) * len(recipe.camera.depths)))
+    if isinstance(recipe.lidar, UnetConfig):
+        recipe = replace(recipe, lidar=replace(recipe.lidar, blocks=(1,) * len(recipe.lidar.blocks)))
+    elif recipe.lidar:
+        recipe = replace(recipe, lidar=replace(recipe.lidar, blocks=1, neck_layers=1))
+    if isinstance(recipe, DetectRecipe):
+        recipe = replace(recipe, detect=replace(recipe.detect, layers=2))
+    return recipe
 
 
 def make_batch(recipe, scene):

@@ -1,9 +1,9 @@
-"""Writes docs/faithfulness.md: how far from the original's numbers every record of it is reproduced.
+"""Write docs/faithfulness.md: how closely each record of the original code is reproduced.
 
     python -m tests.faithfulness
 
-Runs the tests that load a record, and notes what they compare. An error is the largest difference of an array over its
-largest entry; what must be equal to the last bit is not among them.
+Runs the tests that load a record and collects the errors of their comparisons (`golden.assert_close_to_max`). Arrays
+that must be bit-equal are not among them.
 """
 
 import inspect
@@ -18,48 +18,48 @@ from tests import golden
 
 REPO = Path(__file__).parent.parent
 TABLE = REPO / "docs" / "faithfulness.md"
-# Record -> what of the original it holds
+# Record -> its contents
 RECORDS = {
     "convnext_mask": "masked ConvNeXt, outputs and all gradients",
     "convnext_nomask": "the same without a mask",
-    "fpn_vs01": "FPN of the ablation's camera",
-    "custom_fpn_single": "FPN of the final camera",
-    "depth_net_aspp": "complex depth head",
+    "fpn_vs01": "FPN of the ablation's camera encoder",
+    "custom_fpn_single": "FPN of the final camera encoder",
+    "depth_net_aspp": "complex depth head (ASPP)",
     "view_trans_2lvl": "gather view transform over two levels",
     "voxel_pool_depth": "pooling view transform, depth targets and loss",
     "voxelize_vfe": "voxels and their features",
     "sparse_encoder_eval": "sparse encoder (spconv 1 weights)",
-    "sparse_encoder_mask_eval": "the same under a mask of blocks",
+    "sparse_encoder_mask_eval": "the same with masked blocks",
     "second3d_fpn_eval": "dense neck of the LiDAR encoder",
-    "sample_rays_default": "choice of rays and their targets",
-    "render_collider": "where rays enter and leave the volume",
+    "sample_rays_default": "ray selection and targets",
+    "render_collider": "near and far ends of rays in the volume",
     "render_samplers": "stratified and importance samples",
-    "render_sdf_field": "distance, its gradient, color; all gradients",
+    "render_sdf_field": "SDF, its gradient, color; all gradients",
     "render_neus_eval": "NeuS: renderings, losses, all gradients",
     "render_volsdf_eval": "VolSDF: the same",
     "render_unisurf_sampler": "UniSurf's samples",
     "render_head_viewtrans_train": "a training step of the render head",
-    "uvtr_head_eval": "plain detection head: a step, boxes",
-    "uvtr_dn_head_train": "denoising detection head: a step",
-    "det_box_utils": "box codes, IoU, assignment, suppression",
-    "grid_mask": "grid mask of the images",
-    "spunet_eval": "sparse U-Net of segmentation (spconv 2 weights)",
+    "uvtr_head_eval": "detection head: a training step and its boxes",
+    "uvtr_dn_head_train": "denoising detection head: a training step",
+    "det_box_utils": "box codes, IoU, assignment, NMS",
+    "grid_mask": "GridMask augmentation of images",
+    "spunet_eval": "SpUNet of segmentation (spconv 2 weights)",
 }
 HEAD = """# Faithfulness
 
-Every record of the original code (fp32, CPU, reduced sizes, random weights; `tests/golden`) is reproduced with the
-recorded weights, brought over by `unipad.convert`. An error is the largest difference over the largest entry of an
-array, gradients among them; tolerances differ, so the last column says how much of its own the nearest comparison uses.
-Arrays of indices, masks and labels, and those of records without a number, are equal to the last bit. Written by
-`python -m tests.faithfulness`.
+Every record of the original code in `tests/golden` (fp32, CPU, reduced sizes, random weights) is reproduced with the
+recorded weights, converted by `unipad.convert`. An error is the largest absolute difference of an array, gradients
+included, as a fraction of its largest entry. Tolerances differ, so the last column has the largest error as a
+percentage of its tolerance. Arrays of indices, masks and labels, and all arrays of records marked "equal", are
+bit-equal. Written by `python -m tests.faithfulness`.
 
-| record | what | compared | median error | largest error | of its tolerance, at most |
+| record | contents | comparisons | median error | largest error | of tolerance |
 |---|---|---|---|---|---|
 """
 
 
-class Watcher:
-    """A pytest plugin: keeps the tests that load a record, and collects what they compare."""
+class Collector:
+    """A pytest plugin: selects the tests that load a record, and collects the errors of their comparisons."""
 
     def __init__(self):
         self.errors = defaultdict(list)  # record -> (error, tolerance) of each comparison
@@ -69,21 +69,21 @@ class Watcher:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item):
-        golden.watched = seen = []
+        golden.seen = seen = []
         try:
             return (yield)
         finally:
-            golden.watched, record = None, None
-            for what in seen:
-                if isinstance(what, str):
-                    record = what
-                    self.errors[record]  # a record all of whose arrays are equal is one, too
+            golden.seen, record = None, None
+            for entry in seen:
+                if isinstance(entry, str):
+                    record = entry
+                    self.errors[record]  # creates the entry: all arrays of a record may be bit-equal
                 elif record is not None:
-                    self.errors[record].append(what)
+                    self.errors[record].append(entry)
 
 
 def loads_a_record(function):
-    """Whether a test calls `golden.load`, by itself or through functions of its module."""
+    """Whether a test calls `golden.load`, directly or through functions of its module."""
     functions = dict(inspect.getmembers(sys.modules[function.__module__], inspect.isfunction))
     functions = {n: inspect.getsource(f) for n, f in functions.items() if f.__module__ == function.__module__}
     loading = {"load"}
@@ -97,28 +97,28 @@ def _calls(text, names):
 
 
 def table(errors):
-    """The page: `errors` as `Watcher` has them."""
+    """The page. errors: as `Collector.errors`."""
     rows = []
-    for record, what in RECORDS.items():
+    for record, contents in RECORDS.items():
         if not errors[record]:
-            rows.append(f"| `{record}` | {what} | | equal | equal | |")
+            rows.append(f"| `{record}` | {contents} | | equal | equal | |")
             continue
         found = sorted(error for error, _ in errors[record])
         used = max(error / tolerance for error, tolerance in errors[record])
         rows.append(
-            f"| `{record}` | {what} | {len(found)} | {found[len(found) // 2]:.1e} | {found[-1]:.1e} | {used:.0%} |"
+            f"| `{record}` | {contents} | {len(found)} | {found[len(found) // 2]:.1e} | {found[-1]:.1e} | {used:.0%} |"
         )
     return HEAD + "\n".join(rows) + "\n"
 
 
 def main():
     files = sorted(file for file in (REPO / "tests").rglob("test_*.py") if _calls(file.read_text(), {"load"}))
-    watcher = Watcher()
-    code = pytest.main(["-n", "0", "-q", "-p", "no:cacheprovider", *map(str, files)], plugins=[watcher])
-    absent = RECORDS.keys() - watcher.errors.keys()
+    collector = Collector()
+    code = pytest.main(["-n", "0", "-q", "-p", "no:cacheprovider", *map(str, files)], plugins=[collector])
+    absent = RECORDS.keys() - collector.errors.keys()
     if code or absent:
-        sys.exit(f"{TABLE} stays as it was: " + (f"no test loads {', '.join(absent)}" if absent else "tests failed"))
-    TABLE.write_text(table(watcher.errors))
+        sys.exit(f"{TABLE} is unchanged: " + (f"no test loads {', '.join(absent)}" if absent else "tests failed"))
+    TABLE.write_text(table(collector.errors))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Collider, samplers and opacities compared with records of the original, by references and by kernels."""
+"""Ray clipping, samplers and alpha compared with records of the original, for references and for kernels."""
 
 import pytest
 import torch
@@ -10,14 +10,14 @@ from unipad.kernels import backend
 from unipad.kernels.ray_sample import clip_rays, merge, resample, sample_pdf, stratified_starts
 from unipad.kernels.sdf_alpha import laplace_density, neus_alpha, volsdf_alpha
 
-# Of the largest distance. An interval of little weight magnifies the rounding of the CDF, and the original maps to
-# distances after resampling, not before.
+# Fraction of the largest distance. An interval of little weight magnifies the rounding of the CDF, and the original
+# converts to distances after resampling, not before.
 EDGES = 3e-6
 
 
 @pytest.fixture(params=["reference", "kernels"])
 def device(request, monkeypatch):
-    """Every test runs with references and with kernels; asserts that the kernels ran."""
+    """Runs each test with the references, and with the kernels, which must be launched."""
     if request.param == "reference":
         yield "cpu"
         return
@@ -25,11 +25,11 @@ def device(request, monkeypatch):
     monkeypatch.setattr(backend, "interpret", not HAS_GPU)
     with launches() as launched:
         yield "cuda" if HAS_GPU else "cpu"
-    assert launched, "the ops took their references"
+    assert launched, "the ops ran their references"
 
 
 def record(name, device):
-    """Arrays of a record without their last axis where it has length 1."""
+    """Arrays of a record, without the last axis where it has length 1."""
     arrays = load(name)[0]
     return {k: (v.squeeze(-1) if v.ndim > 1 else v).to(device) for k, v in arrays.items()}
 
@@ -39,7 +39,7 @@ def assert_edges(edges, arrays, case):
     assert_close_to_max(edges[:, 1:], arrays[f"out/{case}_ends"], EDGES, f"{case} ends")
 
 
-def test_collider(device):
+def test_near_and_far_of_rays(device):
     rec = record("render_collider", device)
     box = rec["in/scene_box_scaled"].tolist()
     near_plane = (rec["in/near_plane"] * rec["in/scale_factor"]).item()
@@ -49,7 +49,7 @@ def test_collider(device):
     assert_close_to_max(far, rec["out/fars"], 1e-6, "far")
 
 
-def test_rays_that_the_original_rejects_are_marked(device):
+def test_rays_that_fail_an_assertion_of_the_original_are_marked_as_misses(device):
     rec = record("render_collider", device)
     assert rec["out/miss_assert_fired"].all()
     box = rec["in/scene_box_scaled"].tolist()
@@ -59,13 +59,13 @@ def test_rays_that_the_original_rejects_are_marked(device):
     torch.testing.assert_close(far - near, torch.ones_like(near))
 
 
-def test_even_samples(device):
+def test_uniform_samples(device):
     rec = record("render_samplers", device)
     edges = stratified_starts(rec["in/nears"], rec["in/fars"], 12)
     assert_edges(edges, rec, "UniformSampler_eval")
 
 
-def test_samples_by_weight(device):
+def test_importance_samples(device):
     rec = record("render_samplers", device)
     edges = stratified_starts(rec["in/nears"], rec["in/fars"], 40)
     new = sample_pdf(edges, rec["in/pdf_weights"], 24)
@@ -75,7 +75,7 @@ def test_samples_by_weight(device):
 
 
 def test_order_of_merged_samples(device):
-    """The order may only differ from the original's between samples that are equal up to rounding."""
+    """The order may differ from the original's only between samples that are equal up to rounding."""
     rec = record("render_samplers", device)
     edges = stratified_starts(rec["in/nears"], rec["in/fars"], 40)
     new = sample_pdf(edges, rec["in/pdf_weights"], 24)
@@ -96,17 +96,17 @@ def test_jittered_samples(device):
 
 
 def test_importance_samples_of_neus(device):
-    """From the recorded weights of 72 even samples to the 96 samples that are rendered."""
+    """From the recorded weights of 72 uniform samples to the 96 samples that are rendered."""
     rec = record("render_neus_eval", device)
-    even = stratified_starts(rec["out/nears"], rec["out/fars"], 72)
-    points = rec["in/ray_o"][:, None] + even[:, :-1, None] * rec["in/ray_d"][:, None]
+    uniform = stratified_starts(rec["out/nears"], rec["out/fars"], 72)
+    points = rec["in/ray_o"][:, None] + uniform[:, :-1, None] * rec["in/ray_d"][:, None]
     assert_close_to_max(points, rec["out/init_sampled_points"], 1e-6)
-    edges = resample(even, rec["out/init_weights"], 24)
+    edges = resample(uniform, rec["out/init_weights"], 24)
     assert_close_to_max(edges[:, :-1], rec["out/z_vals"], EDGES)
     assert_close_to_max(edges[:, 1:], rec["out/ends"], EDGES)
 
 
-def test_opacity_of_neus(device):
+def test_alpha_of_neus(device):
     rec = record("render_neus_eval", device)
     inv_s = torch.exp(10 * rec["state/pts_bbox_head.render_model.field.deviation_network.variance"])
     alpha = neus_alpha(rec["out/sdf"], rec["out/gradients"], rec["in/ray_d"], rec["out/deltas"], inv_s)

@@ -1,4 +1,4 @@
-"""From the images to the volume that rays are cast through, features stay channels-last and are never re-laid."""
+"""Features are channels-last from the images to the volume, and no op copies them to another memory format."""
 
 from dataclasses import replace
 
@@ -15,11 +15,11 @@ from unipad.recipes import TINY_CAMERA
 
 GRID = config.Grid(low=(-8.0, -8.0, -2.0), high=(8.0, 8.0, 2.0), cell=(1.0, 2.0, 2.0))
 POOL = replace(TINY_CAMERA, fpn_start=3, fpn_levels=1, view="pool", depth="complex", aspp_channels=8, volume_convs=1)
-AS_BY_ROWS = {4: torch.channels_last, 5: torch.channels_last_3d}
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-class LayoutWatch(TorchDispatchMode):
-    """Counts convolutions and layer norms, and records those that read or write features in another layout."""
+class LayoutRecorder(TorchDispatchMode):
+    """Counts convolutions and layer norms, and records those that read or write features in another memory format."""
 
     def __init__(self):
         super().__init__()
@@ -32,7 +32,7 @@ class LayoutWatch(TorchDispatchMode):
             self.calls += 1
             features = [*args[: 2 if name == "convolution_backward" else 1], out if torch.is_tensor(out) else out[0]]
             for x in filter(torch.is_tensor, features):  # images have no gradient
-                layout = AS_BY_ROWS[x.dim()] if name.startswith("convolution") else torch.contiguous_format
+                layout = CHANNELS_LAST[x.dim()] if name.startswith("convolution") else torch.contiguous_format
                 if not x.is_contiguous(memory_format=layout):
                     self.faults.append((name, tuple(x.shape), x.stride()))
         return out
@@ -40,42 +40,42 @@ class LayoutWatch(TorchDispatchMode):
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("camera", [TINY_CAMERA, POOL], ids=["gather", "pool"])
-def test_nothing_is_re_laid(camera, precision):
+def test_no_layer_changes_the_memory_format(camera, precision):
     net = Pretrain(config.PretrainRecipe(grid=GRID, camera=camera, rays=config.RayChoice(per_view=4)))
     batch = make_batch([[]], size=(64, 96), unpadded=(60, 90))
-    with LayoutWatch() as watch, torch.autocast("cpu", precision, enabled=precision != torch.float32):
+    with LayoutRecorder() as recorder, torch.autocast("cpu", precision, enabled=precision != torch.float32):
         volume, _ = net.encode(batch, generators(0))
         volume.square().sum().backward()
     assert volume.is_contiguous(memory_format=torch.channels_last_3d)
-    assert watch.calls > 60 and not watch.faults
+    assert recorder.calls > 60 and not recorder.faults
 
 
 @pytest.mark.parametrize("depth", ["simple", "complex"])
-def test_levels_are_what_the_kernels_read(depth, monkeypatch):
-    """Their `.contiguous()` copies nothing, since the tensors are contiguous already."""
+def test_levels_are_contiguous_without_a_copy(depth, monkeypatch):
+    """As the kernels read them: `.contiguous()` is called on contiguous tensors only."""
     copied, plain = [], torch.Tensor.contiguous
 
-    def watched(tensor, *args, **kwargs):
+    def recording(tensor, *args, **kwargs):
         if not args and not kwargs and not tensor.is_contiguous():
             copied.append(tensor.shape)
         return plain(tensor, *args, **kwargs)
 
-    monkeypatch.setattr(torch.Tensor, "contiguous", watched)
+    monkeypatch.setattr(torch.Tensor, "contiguous", recording)
     encoder = CameraEncoder(replace(TINY_CAMERA, depth=depth, aspp_channels=8, depth_bins=5))
     features, depths = encoder(torch.rand(1, 2, 3, 64, 96), torch.tensor([60, 90]).expand(1, 2, 2))
     assert len(features) == len(depths) == 3 and all(t.is_contiguous() for t in features + depths)
     assert not copied
 
 
-def test_weights_of_the_volumes_convolution_have_its_layout():
-    """Else cuDNN re-lays them at every call. Loading a state dict keeps the layout."""
+def test_weights_of_the_volume_convolution_are_channels_last():
+    """As the volume is: otherwise cuDNN would convert them at every call. Loading a state dict keeps their format."""
     conv = Conv3x3x3(4, 6)
     conv.load_state_dict({"weight": torch.randn(6, 4, 3, 3, 3), "bias": torch.zeros(6)})
     assert conv.weight.is_contiguous(memory_format=torch.channels_last_3d)
 
 
-def test_probabilities_keep_the_dtype_of_their_logits():
-    """Under autocast a softmax returns fp32, twice the memory; only its sums need it."""
+def test_depth_probabilities_keep_the_dtype_of_their_logits():
+    """Under autocast a softmax returns fp32, twice the memory of bf16, though only its sums need fp32."""
     encoder = CameraEncoder(replace(TINY_CAMERA, depth_bins=64)).double()
     logits = 5 * torch.randn(1, 64, 3, 4, dtype=torch.bfloat16)
     parts = dict(

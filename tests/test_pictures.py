@@ -1,4 +1,4 @@
-"""Depth errors by hand, pictures of points and boxes, and a damaged frame in a run."""
+"""Depth errors and pictures of boxes, points and segments; a damaged frame in a run."""
 
 import shutil
 from types import SimpleNamespace
@@ -22,14 +22,14 @@ from unipad.model.detect import Detections
 
 
 def test_depth_sums_by_hand():
-    """One ray exact, one 50 % too far, one without ground truth."""
+    """One ray is exact, one 50 % too far, one without ground truth."""
     depth, truth = torch.tensor([4.0, 6.0, 9.0]), torch.tensor([4.0, 4.0, -1.0])
     abs_rel, squared, close, count = depth_sums(depth, truth).tolist()
     assert (abs_rel, squared, close, count) == pytest.approx((0.5, 4.0, 1, 2))
 
 
 def test_points_have_the_colors_of_their_classes():
-    """A wall of cars to the right, a wall of buses to the left, predicted as trucks; the last point has no label."""
+    """A wall of cars on the right, a wall of buses predicted as trucks on the left; the last point has no label."""
     points = torch.zeros(201, 5)
     points[:, 0], points[:, 1] = 20.0, torch.arange(201) * 0.1 - 10
     points[100:200, 0] = -20.0
@@ -37,15 +37,15 @@ def test_points_have_the_colors_of_their_classes():
     batch = SimpleNamespace(
         points=points, point_counts=torch.tensor([201]), point_labels=labels, images=torch.zeros(1, 0, 3, 32, 32)
     )
-    found = torch.where(labels == 3, 10, 4).byte()
-    picture = segment_views(batch, found)
-    true, judged = np.split(picture[: 2 * (len(picture) * 47 // 100)], 2)  # the legend is below
-    for number, part, left in ((4, true, False), (3, true, True), (10, judged, True)):
+    predicted = torch.where(labels == 3, 10, 4).byte()
+    picture = segment_views(batch, predicted)
+    truth, prediction = np.split(picture[: 2 * (len(picture) * 47 // 100)], 2)  # the legend is below
+    for number, part, left in ((4, truth, False), (3, truth, True), (10, prediction, True)):
         near = np.abs(part.astype(int) - 255 * SEGMENT_COLORS[number]).max(axis=-1) < 3
         columns = np.flatnonzero(near.any(axis=0))
         assert near.sum() > 50 and (columns < picture.shape[1] / 2).all() == left, number
     batch.point_labels = None
-    assert len(segment_views(batch, found)) < 0.7 * len(picture)
+    assert len(segment_views(batch, predicted)) < 0.7 * len(picture)
 
 
 def test_the_nearer_of_two_lidar_points_is_drawn_on_top():
@@ -55,14 +55,14 @@ def test_the_nearer_of_two_lidar_points_is_drawn_on_top():
         lidar2camera=torch.eye(4).expand(1, 1, 4, 4),
         image_sizes=torch.tensor([[[12, 16]]]),
     )
-    points = torch.tensor([[0.0, 0, 5], [0, 0, 9], [0, 0, -3]])  # two ahead of the camera, one behind it
+    points = torch.tensor([[0.0, 0, 5], [0, 0, 9], [0, 0, -3]])  # two in front of the camera, one behind it
     canvas = onto_views(batch, points)
     assert canvas[0, 6, 8] == 5
-    assert canvas.isfinite().sum() == 9  # three pixels wide, nothing of the point behind
+    assert canvas.isfinite().sum() == 9  # three pixels wide; the point behind is not drawn
 
 
-def test_edges_end_at_a_camera_inside_the_box():
-    """A pinhole camera at the origin looking along y, in a box 2 m wide and high from y = -1 to y = 4."""
+def test_edges_of_a_box_around_the_camera_end_in_front_of_it():
+    """A pinhole camera at the origin that looks along y, in a box 2 m wide and high from y = -1 to y = 4."""
     pinhole = torch.tensor([[10.0, 8, 0, 0], [0, 6, -10, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
     box = torch.tensor([[0, 1.5, 0, 2, 5, 2, torch.pi / 2, 0, 0]])
     lines, owner = edges(box_corners(box), pinhole.numpy())
@@ -76,7 +76,7 @@ def test_edges_end_at_a_camera_inside_the_box():
 
 @pytest.mark.parametrize("cameras", [True, False], ids=["cameras", "LiDAR alone"])
 def test_boxes_are_drawn_where_objects_are(cameras, city):
-    """Ground truth in white; detections in the color of their class, if their score is high enough."""
+    """Ground truth in white; detections in the color of their class, unless their score is too low."""
     dataset = NuScenesDataset(city, "v1.0-mini", "mini_val", Data(cameras=cameras))
     _, batch = next(held_out_batches(dataset, 1))
     scores = torch.full((len(batch.boxes),), 0.2)
@@ -91,7 +91,7 @@ def test_boxes_are_drawn_where_objects_are(cameras, city):
         assert (drawn > was + 5) == (name in names), name
 
 
-def test_a_damaged_frame_is_skipped_and_named_in_a_run(city, tmp_path):
+def test_a_run_skips_a_damaged_frame_and_names_it(city, tmp_path):
     root = shutil.copytree(city, tmp_path / "city")
     broken = sorted(root.glob("samples/LIDAR_TOP/*.pcd.bin"))[0]
     broken.write_bytes(broken.read_bytes()[:-7])

@@ -1,4 +1,4 @@
-"""The encoder's default precision depends on the GPU."""
+"""The default precision depends on the GPU."""
 
 import pytest
 import torch

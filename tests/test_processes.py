@@ -1,6 +1,6 @@
-"""Two processes learn what one learns: the gradients of a whole step, in fp64, where rounding hides nothing.
+"""Two processes compute the gradients of one, over a whole step.
 
-In fp32 the untrained network amplifies rounding errors of 1e-7 to 1 % of the gradient's norm.
+In fp64: in fp32 the untrained network amplifies rounding errors of 1e-7 to 1 % of the gradient's norm.
 """
 
 import os
@@ -15,48 +15,67 @@ import torch
 REPO = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("modality", ["camera", "fusion"])
-def test_two_processes_have_the_gradients_of_one(modality, city, tmp_path):
+MODALITIES = "camera", "fusion"
+
+
+@pytest.fixture(scope="module")
+def gradients(city, tmp_path_factory):
+    """number of processes -> modality -> {parameter: gradient}"""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    grads = {}
+    found = {}
     for size, launcher in {1: [], 2: [*torchrun, "2"]}.items():
-        command = [sys.executable, *launcher, __file__, modality, str(city), str(tmp_path / f"{size}.pt")]
-        clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        environment = clean | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+        file = tmp_path_factory.mktemp("gradients") / "gradients.pt"
+        command = [sys.executable, *launcher, __file__, str(city), str(file)]
+        inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        environment = inherited | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-4000:]
-        grads[size] = torch.load(tmp_path / f"{size}.pt", weights_only=True)
-    assert grads[1].keys() == grads[2].keys()
-    whole = torch.stack([grad.norm() for grad in grads[1].values()]).norm()
-    for name, grad in grads[1].items():
-        assert (grad - grads[2][name]).norm() <= 1e-7 * whole, name
-    assert sum(grad.norm() > 1e-4 * whole for grad in grads[1].values()) > 50  # so there was something to compare
+        found[size] = torch.load(file, weights_only=True)
+    return found
 
 
-def save_gradients(modality, city, file):
-    """One step of this process's share of two samples; the main process saves what all agree on."""
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_two_processes_have_the_gradients_of_one(modality, gradients):
+    one, two = gradients[1][modality], gradients[2][modality]
+    assert one.keys() == two.keys()
+    whole = torch.stack([grad.norm() for grad in one.values()]).norm()
+    for name, grad in one.items():
+        assert (grad - two[name]).norm() <= 1e-7 * whole, name
+    assert sum(grad.norm() > 1e-4 * whole for grad in one.values()) > 50, "most are zero"
+
+
+def save_gradients(city, file):
+    """Run a step of each modality on this process's part of two samples; the main process saves the mean gradients."""
+    from unipad.runtime import start
+
+    with start("cpu", deterministic=False) as world:
+        gradients = {modality: step(modality, city, world) for modality in MODALITIES}
+        if world.is_main:
+            torch.save(gradients, file)
+
+
+def step(modality, city, world):
+    """The gradients of one step: {parameter: gradient}."""
     from unipad.data.loader import step_batches
     from unipad.data.nuscenes import NuScenesDataset
     from unipad.model.pretrain import Pretrain
     from unipad.recipes import PRETRAIN
-    from unipad.runtime import generators, start
+    from unipad.runtime import generators
 
     recipe = PRETRAIN[modality]["tiny"]
     recipe = replace(recipe, rays=replace(recipe.rays, per_view=8))
     box = (recipe.grid.low, recipe.grid.high)
     dataset = NuScenesDataset(city, "v1.0-mini", "mini_train", recipe.data, point_range=box)
-    with start("cpu", deterministic=False) as world:
-        torch.manual_seed(0)
-        net = Pretrain(recipe).double()
-        model = torch.nn.parallel.DistributedDataParallel(net) if world.size > 1 else net
-        share = 2 // world.size
-        batch, _ = next(step_batches(dataset, share, rank=world.rank, world=world.size))
-        first = world.rank * share
-        draws = generators(0, 0, range(first, first + share), world.device)
-        losses, _ = model(replace(batch, images=batch.images.double()), draws)
-        sum(losses.values()).backward()
-        if world.is_main:
-            torch.save({name: p.grad for name, p in net.named_parameters() if p.grad is not None}, file)
+    torch.manual_seed(0)
+    net = Pretrain(recipe).double()
+    model = torch.nn.parallel.DistributedDataParallel(net) if world.size > 1 else net
+    samples = 2 // world.size
+    batch, _ = next(step_batches(dataset, samples, rank=world.rank, world=world.size))
+    first = world.rank * samples
+    draws = generators(0, 0, range(first, first + samples), world.device)
+    losses, _ = model(replace(batch, images=batch.images.double()), draws)
+    sum(losses.values()).backward()
+    return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ import torch
 import unipad.kernels
 from tests.check import launches
 from tests.conftest import HAS_GPU
-from unipad import selfcheck
 from unipad.errors import UserError
 from unipad.kernels import backend
-from unipad.selfcheck import Args, Case, checks, main, results, run
+from unipad.selfcheck import Case, __main__, checks, processes, results, run
+from unipad.selfcheck.__main__ import Args, main
 
 FILES = [file.stem for file in Path(unipad.kernels.__path__[0]).glob("[!_]*.py")]
 
@@ -31,7 +31,7 @@ def with_kernels(monkeypatch):
 @pytest.fixture
 def in_process(monkeypatch):
     """Run the checks in this process, on a GPU too, so that ops can be replaced."""
-    monkeypatch.setattr(selfcheck, "results", partial(results, isolate=False))
+    monkeypatch.setattr(__main__, "results", partial(results, isolate=False))
 
 
 def op_of(case):
@@ -46,7 +46,7 @@ ONE_EACH = {op_of(case): case for case in reversed(SMALL)}  # the first of each 
 def test_every_op_matches_its_reference(op, with_kernels):
     with launches() as launched:
         result = run(ONE_EACH[op])
-    assert result.ok, result
+    assert result.status == "ok", result
     assert launched or op == "unisurf_alpha", "the op ran its reference, not its kernels"
 
 
@@ -93,15 +93,30 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_reported(fault, in_process, monkeypatch, capsys):
-    """And the cases before and after it still run."""
+    """The cases before and after it still run."""
     changes, message = FAULTS[fault]
     cases = [ONE_EACH["merge"], replace(ONE_EACH["composite"], **changes), ONE_EACH["clip_rays"]]
-    monkeypatch.setattr(selfcheck, "checks", lambda sizes: cases)
+    monkeypatch.setattr(__main__, "checks", lambda sizes: cases)
     assert main(Args()) == 1
     printed = capsys.readouterr().out
     assert printed.count("  ok  ") == 2
     assert printed.count(f"  FAIL  {message}") == 2, "once as it happens, once at the end"
     assert "1 of 3 checks failed. Please report" in printed and torch.__version__ in printed
+
+
+def out_of_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+
+@pytest.mark.parametrize("part", ["inputs", "ref", "op"])
+def test_a_recipe_size_that_does_not_fit_into_memory_is_skipped(part, in_process, monkeypatch, capsys):
+    """A small GPU is not a wrong kernel. Running out of memory at a small size is a failure."""
+    small = replace(ONE_EACH["composite"], **{part: lambda *args, **inputs: out_of_memory()})
+    monkeypatch.setattr(__main__, "checks", lambda sizes: [replace(small, size="recipe"), ONE_EACH["merge"]])
+    assert main(Args()) == 0
+    printed = capsys.readouterr().out
+    assert "  skipped  needs more memory\n" in printed and "1 checks passed, 1 skipped, in " in printed
+    assert run(small).status == "FAIL"
 
 
 def test_a_wrong_gradient_is_reported():
@@ -110,7 +125,7 @@ def test_a_wrong_gradient_is_reported():
         return out, weights + (weights - weights.detach())
 
     result = run(replace(ONE_EACH["composite"], op=half))
-    assert not result.ok and result.message.startswith("d_alpha: error ")
+    assert result.status == "FAIL" and result.message.startswith("d_alpha: error ")
 
 
 def test_a_wrong_index_is_reported():
@@ -149,7 +164,7 @@ for name in json.load(sys.stdin):
     if op == "crashes":
         os._exit(139)
     print("printed by a library")
-    print(json.dumps(dict(name=op, size=size, dtype=dtype, error=0, bound=1, ms=1, message="lost" * (op == "last"))))
+    print(json.dumps(dict(name=op, size=size, dtype=dtype, status="FAIL" if op == "last" else "ok")))
     sys.stdout.flush()
     if op == "last":
         os._exit(0)
@@ -158,19 +173,18 @@ for name in json.load(sys.stdin):
 
 def test_a_crash_does_not_affect_other_cases(monkeypatch):
     """One process exits without a result; another reports a lost context as its result and exits."""
-    monkeypatch.setattr(selfcheck, "_compile", lambda cases: None)
+    monkeypatch.setattr(processes, "_compile", lambda cases: None)
     plain = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda command, **kw: plain([sys.executable, "-c", WORKER], **kw))
     names = ["first", "crashes", "second", "last", "third"]
     cases = [Case(name, "small", "fp32", None, None, None) for name in names]
     found = list(results(cases, isolate=True))
     assert [result.name for result in found] == names
-    assert [result.ok for result in found] == [True, False, True, False, True]
+    assert [result.status for result in found] == ["ok", "FAIL", "ok", "FAIL", "ok"]
     assert found[1].message == "its process ended with exit code 139 before the result was known"
 
 
 def test_a_real_worker_process(monkeypatch):
-    """As far as possible without a GPU."""
-    monkeypatch.setattr(selfcheck, "_compile", lambda cases: None)
+    monkeypatch.setattr(processes, "_compile", lambda cases: None)
     cases = [case for case in SMALL if case.name == "merge"]
-    assert [result.ok for result in results(cases, isolate=True)] == [True]
+    assert [result.status for result in results(cases, isolate=True)] == ["ok"]

@@ -15,6 +15,7 @@ data/          datasets read into batches, and the synthetic city
 model/         encoders, volumes, rays, renderer, heads
 evaluate/      metrics: PSNR and depth errors, NDS and mAP, mIoU
 draw/          pictures, films, meshes
+selfcheck/     every op compared with its reference in fp64
 """
 
 from pathlib import Path

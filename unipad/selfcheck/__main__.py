@@ -1,0 +1,87 @@
+"""Check that the kernels compute correct results on your GPU: compare every op with its PyTorch reference in fp64.
+
+    python -m unipad.selfcheck                           all ops, at small and at recipe sizes
+    python -m unipad.selfcheck --sizes small             small sizes only
+    python -m unipad.selfcheck --ops lift sdf_render     ops whose names start with one of these
+
+Prints one line per check: the largest error of outputs and gradients, its bound, and for information the time of
+forward and backward. The exit code is 1 if a check fails. A check at recipe size that does not fit into the GPU's
+memory is skipped. Without a GPU, the references run at small sizes.
+
+An error is the largest absolute difference of an output or gradient, as a fraction of its largest true value. It may be
+twice the error of the reference in the same type, plus a slack. The true values are computed in fp64 from inputs
+rounded to the type, which are what the kernels read. Integers and booleans must be equal. NaN and infinity always fail.
+
+A faulting kernel can destroy the GPU context of its process. So the checks run in a separate process, and after a crash
+the remaining ones continue in a new process.
+"""
+
+import contextlib
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import tyro
+
+from unipad.errors import UserError
+from unipad.kernels.backend import on_triton, triton
+from unipad.runtime import commit, exit_on_user_error
+from unipad.selfcheck.cases import SIZES, checks
+from unipad.selfcheck.processes import results, work
+
+
+@dataclass
+class Args:
+    sizes: tuple[Literal["small", "recipe"], ...] = SIZES  # sizes of the inputs
+    ops: tuple[str, ...] = ()  # prefixes of op names (default: all ops)
+
+
+def main(args):
+    """Print a line per check and what to report; returns the exit code."""
+    on_gpu = torch.cuda.is_available()
+    if not (on_gpu or on_triton(torch.empty(0))):
+        print("There is no GPU to check: the PyTorch references run instead of the kernels, at small sizes.")
+        args = replace(args, sizes=("small",))
+    cases = [case for case in checks(args.sizes) if not args.ops or case.name.startswith(args.ops)]
+    if not cases:
+        raise UserError(f"--ops {' '.join(args.ops)}: no op has a name that starts so; leave the flag out to run all.")
+    began, found = time.perf_counter(), []
+    for result in results(cases):
+        print(result, flush=True)
+        found.append(result)
+    took = time.perf_counter() - began
+    failed = [result for result in found if result.status == "FAIL"]
+    if failed:
+        print(f"{len(failed)} of {len(cases)} checks failed. Please report these lines: {_machine()}")
+        print(*failed, sep="\n")
+        return 1
+    skipped = sum(result.status == "skipped" for result in found)
+    passed = len(cases) - skipped
+    counts = f"{passed} checks passed, {skipped} skipped" if skipped else f"All {passed} checks passed"
+    print(f"{counts}, in {took:.0f} s on {_machine()}.")
+    return 0
+
+
+def _machine():
+    """GPU, driver, versions and commit."""
+    device = "no GPU"
+    if torch.cuda.is_available():
+        driver = "unknown"
+        with contextlib.suppress(OSError):
+            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0] or driver
+        device = f"{torch.cuda.get_device_name()}, driver {driver}"
+    versions = f"torch {torch.__version__}, triton {getattr(triton, '__version__', 'none')}"
+    return f"{device}, {versions}, Python {platform.python_version()}, commit {commit()}"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        work(sys.argv[2])
+    else:
+        with exit_on_user_error():
+            sys.exit(main(tyro.cli(Args, description=__doc__)))

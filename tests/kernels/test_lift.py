@@ -274,9 +274,9 @@ def test_frames_are_more_views(device, large_blocks):
 
 def test_rejects_mismatched_shapes(device):
     inputs = make_inputs(1, 2, [(3, 5)], 3, 4, (2, 2, 2), device)
-    with pytest.raises(AssertionError, match="does not fit"):
+    with pytest.raises(AssertionError, match="does not match"):
         lift(**inputs | dict(lidar2image=views(1, 3, device)))
-    with pytest.raises(AssertionError, match="does not fit"):
+    with pytest.raises(AssertionError, match="does not match"):
         lift(**inputs | dict(depths=[torch.rand(1, 2, 3, 4, 4, device=device)]))
     with pytest.raises(AssertionError, match="32 bits"):
         lift(**inputs | dict(shape=(2**10, 2**10, 2**10)))

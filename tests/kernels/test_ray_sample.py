@@ -196,5 +196,5 @@ def test_merge_by_hand(fn, device):
 
 @pytest.mark.parametrize("fn", [resample, sample_pdf])
 def test_rejects_mismatched_shapes(fn, device):
-    with pytest.raises(AssertionError, match="do not fit"):
+    with pytest.raises(AssertionError, match="do not match"):
         fn(torch.rand(2, 4, device=device), torch.rand(2, 4, device=device), 3)

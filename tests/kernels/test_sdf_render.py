@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.eager import eager_field
 from tests.ahead_of_time import Launch
 from tests.check import check_against_ref, launches
 from tests.conftest import HAS_GPU
@@ -112,28 +113,16 @@ def called(op, method="neus", **options):
 def composed(method):
     """The formulas one after the other, layer by layer, the gradient of the distance by autograd."""
 
-    def mlp(leaves, point, seen, act):
-        (P, q), layers = leaves[:2], [leaves[i : i + 4] for i in range(2, len(leaves), 4)]
-        x = point @ P.t() + q
-        for l, (C, d, W, b) in enumerate(layers):
-            x = (x + seen @ C.t() + d) @ W.t() + b
-            x = act(x) if l < len(layers) - 1 else x
-        return x
-
     def call(
         volume, origins, directions, volume_idx, hit, edges, sdf_mlp, rgb_mlp, density, cells_per_unit, first_cell
     ):
         starts, deltas = edges[:, :-1], edges.diff(dim=1)
-        points = (origins[:, None] + directions[:, None] * starts[..., None]).requires_grad_()
-        with torch.enable_grad():
-            feature = trilinear_ref(volume, points * cells_per_unit + first_cell, volume_idx)[0]
-            out = mlp(sdf_mlp, points, feature, lambda z: F.softplus(z, beta=100))
-            sdf, geometry = out[..., 0], out[..., 1:]
-            (gradient,) = torch.autograd.grad(sdf.sum(), points, create_graph=True)
-        rgb = torch.zeros_like(points)
-        if rgb_mlp is not None:
-            seen = torch.cat([directions[:, None].expand_as(points), feature, gradient, geometry], dim=-1)
-            rgb = mlp(rgb_mlp, points, seen, torch.relu).sigmoid()
+        points = origins[:, None] + directions[:, None] * starts[..., None]
+
+        def interpolate(points):
+            return trilinear_ref(volume, points * cells_per_unit + first_cell, volume_idx)[0]
+
+        sdf, gradient, rgb = eager_field(interpolate, points, directions, sdf_mlp, rgb_mlp)
         if method == "neus":
             alpha = neus_alpha_ref(sdf, gradient, directions, deltas, density)
         else:
@@ -361,13 +350,13 @@ def test_distances_alone():
     assert nothing.shape == (0, 17)
 
 
-def test_rejects_what_does_not_fit():
+def test_rejects_what_does_not_match():
     inputs = make_inputs(2, 3, sdf_layers=2, rgb_layers=0)
     for wrong, message in [
-        (dict(hit=inputs["hit"][:1]), "do not fit"),
-        (dict(edges=inputs["edges"][:, :1]), "do not fit"),
+        (dict(hit=inputs["hit"][:1]), "do not match"),
+        (dict(edges=inputs["edges"][:, :1]), "do not match"),
         (dict(volume=inputs["volume"][:, :0]), "no voxel"),
-        (dict(volume=inputs["volume"][..., :16]), "does not fit volume"),
+        (dict(volume=inputs["volume"][..., :16]), "does not match volume"),
         (dict(volume=inputs["volume"].double()), "no kernel for"),
         (dict(sdf_mlp=random_mlp(32, 9, 8, 2)), "no kernel for"),
     ]:

@@ -363,12 +363,12 @@ def test_a_table_changed_in_place_is_read_anew(device):
             table[0, 1] = -1
 
 
-def test_rejects_what_does_not_fit(device):
+def test_rejects_what_does_not_match(device):
     inputs, *_ = make_inputs("strided", THREE, 1, THREE, 5, 2, 3, device, torch.float32)
     features, weight, table, inverse = inputs.values()
     for args, message in [
-        ((features[:, :1], weight, table, inverse), "do not fit"),
-        ((features, weight.flatten(1, 3), table, inverse), "do not fit"),
+        ((features[:, :1], weight, table, inverse), "do not match"),
+        ((features, weight.flatten(1, 3), table, inverse), "do not match"),
         ((features, weight, table[1:], inverse), "no table"),
         ((features, weight, table, inverse[:, 1:]), "no table"),
         ((features, weight, table.long(), inverse), "int32"),

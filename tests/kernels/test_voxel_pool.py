@@ -302,9 +302,9 @@ def test_strict_determinism_keeps_the_kernels(device):
 
 def test_rejects_mismatched_shapes(device):
     inputs = make_inputs(1, 2, (3, 5), 3, 4, (2, 2, 2), device)
-    with pytest.raises(AssertionError, match="do[es]* not fit"):
+    with pytest.raises(AssertionError, match="do[es]* not match"):
         voxel_pool(**inputs | dict(lidar2image=views(1, 3, device)))
-    with pytest.raises(AssertionError, match="do not fit"):
+    with pytest.raises(AssertionError, match="do not match"):
         voxel_pool(**inputs | dict(depths=torch.rand(1, 2, 3, 4, 4, device=device)))
     with pytest.raises(AssertionError, match="32 bits"):
         voxel_pool(**inputs | dict(shape=(2**10, 2**10, 2**10)))

@@ -227,7 +227,7 @@ def test_grid_sample_takes_one_point_of_each_cell(device):
 
 
 @pytest.mark.parametrize("fn", [voxelize, voxelize_ref, partial(grid_sample, cell=0.5)], ids=["op", "ref", "sample"])
-def test_rejects_what_does_not_fit(fn, device):
+def test_rejects_what_does_not_match(fn, device):
     inputs = make_inputs([4, 5], 4, device)
     if isinstance(fn, partial):
         inputs = {name: inputs[name] for name in ("points", "point_counts")}

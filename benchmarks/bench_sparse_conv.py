@@ -1,22 +1,21 @@
 """sparse_conv: kernels, reference and spconv, at the stages of the LiDAR recipe.
 
     python -m benchmarks.bench_sparse_conv
-    python -m benchmarks.bench_sparse_conv --tune                 our launches as fast as the tuner finds them
+    python -m benchmarks.bench_sparse_conv --tune                 our launches autotuned
     OMP_NUM_THREADS=1 python -m benchmarks.bench_sparse_conv      on a CPU: with more threads the spconv wheel races
 
-Voxels come from benchmarks/lidar_scene.py, whose statistics are printed beside those of nuScenes. "cold" makes the
-tables in every run, from unsorted coordinates as a peer does; elsewhere they are made once. Errors are against fp64.
-Peers, where they are installed: spconv (pip install spconv-cu126; spconv for a CPU) and spconv-triton, whose interface
-is the same.
+Voxels come from benchmarks/lidar_scene.py, whose statistics are printed next to those of nuScenes. "cold" builds the
+tables in every run, from unsorted coordinates as a peer does; otherwise they are built once. Errors are w.r.t. fp64.
+Peers, if installed: spconv (pip install spconv-cu126; spconv for a CPU) and spconv-triton, with the same interface.
 """
 
-import argparse
 import copy
 import importlib
 from dataclasses import dataclass, field
 from unittest import mock
 
 import torch
+import tyro
 from torch import nn
 from torch.func import functional_call
 
@@ -293,13 +292,15 @@ def tensors(N, c_in, c_out, for_features=True, for_weight=True):
     return features, nn.Parameter(weight.to(DTYPE), requires_grad=for_weight)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tune", action="store_true", help="try our launches before they are timed")
-    tuned = ""  # behind the name of an op
-    if parser.parse_args().tune:
+def main(tune: bool = False):
+    """Measure and print.
+
+    Args:
+        tune: autotune our launches first.
+    """
+    tuned = ", tuned" if tune else ""  # suffix of the op's name
+    if tune:
         tuning.enable()
-        tuned = ", tuned"
     libs = installed()
     for batch in [1, 4] if DEVICE == "cuda" else [1]:
         levels = stages(batch)
@@ -318,7 +319,7 @@ if __name__ == "__main__":
             )
 
         sized = list(zip(levels, WIDTHS, strict=True))
-        # where tensor cores bind, not the gather
+        # bound by tensor cores, not by the gather
         wide = [(levels[1], 128), (levels[1], 256)] if DEVICE == "cuda" else []
 
         peers = {name: warm_peer(lib) for name, lib in libs.items()}
@@ -338,3 +339,7 @@ if __name__ == "__main__":
         cases = [strided_case(*s, geometry) for s, geometry in zip(sized, STAGES, strict=False)]
         exact = strided(sparse_conv_ref)
         compare(f"sparse_conv, strided, cold{tuned}", exact, strided(sparse_conv), peers, cases, AGREE, exact)
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)

@@ -1,4 +1,4 @@
-"""The peers: parts of the model as the original's formulas read in eager PyTorch, on the parameters of ours.
+"""Peers: parts of the model as the original's formulas in eager PyTorch, on our parameters.
 
 Our speed and, in tests, our gradients are compared with them: no kernels, no folded weights, no hand-written
 derivatives.
@@ -12,7 +12,7 @@ from unipad.model.render import Rendered
 
 
 def eager_lift(features, depths, lidar2image, low, cell, shape, image_size, depth_range):
-    """`kernels.lift` view by view: `F.grid_sample` of what each sees, scattered into a volume per view, summed.
+    """`unipad.kernels.lift` view by view: `F.grid_sample` at visible voxels, scattered into a volume per view, summed.
 
     Samples in fp32, as `F.grid_sample` does under autocast.
     """
@@ -39,7 +39,7 @@ def eager_lift(features, depths, lidar2image, low, cell, shape, image_size, dept
 
 
 def eager_voxel_pool(features, depths, lidar2image, low, cell, shape, stride, depth_range, truncate=False):
-    """`kernels.voxel_pool` point by point: all products of feature and probability, added up by voxel."""
+    """`unipad.kernels.voxel_pool` point by point: products of feature and probability, summed by voxel."""
     (B, N, h, w, C), D = features.shape, depths.shape[4]
     X, Y, Z = shape
     near, far = depth_range

@@ -43,7 +43,7 @@ IMAGE = (24, 40)  # pixels
 
 
 def views(B, N, device):
-    """[B, N, 4, 4] cameras in the origin that look along y, turned and scaled a little; rows in fp32."""
+    """[B, N, 4, 4] cameras at the origin looking along y, slightly rotated and scaled; rows in fp32."""
     intrinsics = torch.tensor([[20.0, 0, 20, 0], [0, 20, 12, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
     extrinsics = torch.tensor([[1.0, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]])  # x right, y ahead, z up
     turned = extrinsics + 0.05 * torch.randn(B, N, 4, 4) * torch.tensor([1.0, 1, 1, 0])[:, None]
@@ -181,7 +181,7 @@ def test_corners_are_those_of_a_float32_arange(op, device):
 
 @pytest.mark.parametrize("op", [lift, lift_ref])
 def test_what_no_camera_can_see_is_zero(op, device):
-    """Corners behind the camera, in it, on the limits of the depth range; a view that is not a number."""
+    """Corners behind the camera, at its center, on the limits of the depth range; a view of NaNs."""
     view = torch.eye(4, device=device).expand(1, 2, 4, 4).clone()  # depth is z, pixel (x, y) / z
     view[:, 1] = torch.nan
     ones = [torch.ones(1, 2, 1, 1, 1, device=device)]
@@ -240,7 +240,7 @@ def test_what_is_gathered(strict, crowd, gathered, device, large_blocks, monkeyp
 
 @pytest.mark.parametrize("op", [lift, lift_ref])
 def test_a_feature_changes_its_ray_alone(op, device, large_blocks):
-    """Exactly the voxels that its view sees less than a pixel away from it."""
+    """Exactly the voxels that the view sees less than a pixel away."""
     inputs = make_inputs(1, 2, [(5, 7)], 3, 4, (8, 8, 3), device)
     before = op(**inputs)
     inputs["features"][0][0, 1, 2, 3] += 1

@@ -1,4 +1,4 @@
-"""The fused renderer against its formulas one by one under autograd, which differentiates the distance twice."""
+"""The fused renderer compared with its formulas one by one under autograd, which differentiates the distance twice."""
 
 import numpy as np
 import pytest
@@ -80,7 +80,7 @@ def random_mlp(conditions, outputs, hidden, layers):
 
 
 def make_inputs(R, S, channels=32, hidden=16, sdf_layers=6, rgb_layers=4, density=20.0, B=2):
-    """Rays of two volumes from near the middle, a third of each outside the box; the fourth ray of them misses."""
+    """Rays of two volumes from near the middle, a third of each outside the box; the fourth ray misses."""
     rgb = random_mlp(3 + channels + 3 + hidden, 3, hidden, rgb_layers) if rgb_layers else None
     inputs = dict(
         volume=torch.randn(B, 5, 9, 9, channels),
@@ -181,9 +181,9 @@ def assert_as_composed(inputs, method, rel, op=sdf_render, dtype=torch.float32, 
 def test_field_of_the_presets(seed):
     """All 46 gradients; samples outside the box, towards the surface and away from it, tiles half full.
 
-    What is compared: the largest error of an output or gradient, against the composed formulas in fp64. What it may be:
-    1e-5 of the largest true entry; and where fp32 itself loses more than that (`d_density`, one number summed over all
-    samples, with seed 2), twice the largest error of the composed formulas in fp32.
+    The largest error of an output or gradient, compared with the composed formulas in fp64, is at most 1e-5 of the
+    largest true entry; where fp32 itself loses more (`d_density`, one number summed over all samples, with seed 2), at
+    most twice the largest error of the composed formulas in fp32.
     """
     torch.manual_seed(seed)
     inputs = make_inputs(5, 40)
@@ -313,7 +313,7 @@ def test_softplus_beyond_its_threshold():
 
 
 def test_a_ray_stops_where_its_light_does():
-    """All is solid: the first two rays reach far in, the others not; one misses; tiles of two rays, the last of one."""
+    """A solid volume: two rays reach far into it, two do not, one misses; tiles of two rays, the last of one."""
     inputs = make_inputs(5, 96, sdf_layers=2, rgb_layers=2, density=0.1)
     inputs["sdf_mlp"][-1][0] -= 2.0
     inputs["edges"][2:] *= 0.01

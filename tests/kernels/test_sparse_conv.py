@@ -14,8 +14,8 @@ CASES = [
     ("submanifold", THREE, 3, (3, 4, 5), 37, 5, 18),  # odd everywhere; the second sample is empty
     ("submanifold", THREE, 1, THREE, 27, 18, 5),  # a full block
     ("submanifold", THREE, 2, (4, 5, 6), 64, 16, 16),  # exactly one tile
-    ("submanifold", THREE, 2, (4, 5, 6), 65, 1, 16),  # one over; many offsets a step
-    ("submanifold", THREE, 1, (3, 4, 5), 33, 32, 8),  # two offsets a step, and back eight
+    ("submanifold", THREE, 2, (4, 5, 6), 65, 1, 16),  # one over; many offsets per step
+    ("submanifold", THREE, 1, (3, 4, 5), 33, 32, 8),  # two offsets per step, eight in the backward
     ("submanifold", (3, 1, 1), 1, (4, 4, 9), 129, 128, 128),  # one over, and two steps an offset
     ("submanifold", ONE, 1, (2, 3, 4), 20, 5, 18),
     ("submanifold", THREE, 1, (4, 4, 4), 1, 5, 16),
@@ -198,7 +198,7 @@ def test_act_is_what_follows_the_convolution(case, act, dtype, device):
 
 @pytest.mark.parametrize("fn", [sparse_conv_act, sparse_conv_act_ref])
 @pytest.mark.parametrize("N, M", [(0, 70), (3, 70), (3, 0)])
-def test_act_of_nothing(fn, N, M, device):
+def test_act_of_empty_inputs(fn, N, M, device):
     """Without neighbors the shift stays."""
     features, weight = torch.ones(N, 5, device=device), torch.ones(7, *THREE, 5, device=device)
     nothing = torch.full((27, M), -1, dtype=torch.int32, device=device)
@@ -220,7 +220,7 @@ def test_act_has_no_gradient(device):
 
 
 def test_tf32_is_taken_by_choice(device):
-    """In the interpreter it multiplies in fp32; that the flag reaches the kernel is what this shows there."""
+    """The interpreter multiplies in fp32; there this shows only that the flag reaches the kernel."""
     inputs, *_ = make_inputs("submanifold", ONE, 1, (2, 3, 4), 20, 40, 80, device, torch.float32)
     truth = sparse_conv_ref(**inputs)
     error = (sparse_conv(**inputs, allow_tf32=True) - truth).abs().max() / truth.abs().max()
@@ -351,7 +351,7 @@ def test_the_weights_gradient_passes_the_largest_fp16(fn, device):
 
 
 def test_a_table_changed_in_place_is_read_anew(device):
-    """What is made of a table is remembered."""
+    """What is derived from a table is cached."""
     features, weight = torch.tensor([[1.0], [2]], device=device), torch.ones(1, 1, 1, 1, 1, device=device)
     weight.requires_grad_()
     for fn in (sparse_conv, sparse_conv_ref):
@@ -369,8 +369,8 @@ def test_rejects_what_does_not_match(device):
     for args, message in [
         ((features[:, :1], weight, table, inverse), "do not match"),
         ((features, weight.flatten(1, 3), table, inverse), "do not match"),
-        ((features, weight, table[1:], inverse), "no table"),
-        ((features, weight, table, inverse[:, 1:]), "no table"),
+        ((features, weight, table[1:], inverse), "not a table"),
+        ((features, weight, table, inverse[:, 1:]), "not a table"),
         ((features, weight, table.long(), inverse), "int32"),
         ((features.int(), weight, table, inverse), "torch.int32"),
     ]:

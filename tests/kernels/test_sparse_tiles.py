@@ -33,22 +33,22 @@ LAUNCHES = [
 ]  # fmt: skip
 
 
-def make_table(K, M, share, device, seed=0):
+def make_table(K, M, fraction, device, seed=0):
     gen = torch.Generator().manual_seed(seed)
     read = torch.randint(0, 2 * M, (K, M), generator=gen)
-    return torch.where(torch.rand(K, M, generator=gen) < share, read, -1).int().to(device)
+    return torch.where(torch.rand(K, M, generator=gen) < fraction, read, -1).int().to(device)
 
 
-# K, M, share of neighbors
+# K, M, fraction of neighbors
 TABLES = [(27, 300, 0.3), (1, 64, 1.0), (8, 129, 0.1), (125, 70, 0.05), (3, 1, 0.0)]
 
 
 @pytest.mark.parametrize("block_m", [64, 128])
 @pytest.mark.parametrize("sort", [True, False])
-@pytest.mark.parametrize("K, M, share", TABLES)
-def test_tiles_hold_the_table(K, M, share, sort, block_m, monkeypatch, device):
+@pytest.mark.parametrize("K, M, fraction", TABLES)
+def test_tiles_hold_the_table(K, M, fraction, sort, block_m, monkeypatch, device):
     monkeypatch.setattr(sparse_tiles, "WINDOW", 128)  # several windows
-    table = make_table(K, M, share, device)
+    table = make_table(K, M, fraction, device)
     made = NeighborTable(table).tiles(block_m, sort)
     rows = made.row_idx.flatten()
     assert rows[rows >= 0].sort()[0].tolist() == list(range(M)) and (sort or rows[:M].tolist() == list(range(M)))
@@ -66,10 +66,10 @@ def test_tiles_hold_the_table(K, M, share, sort, block_m, monkeypatch, device):
     assert torch.equal(made.pairs_idx.long(), torch.stack(windows, dim=1))
 
 
-@pytest.mark.parametrize("K, M, share", TABLES)
-def test_pairs_are_in_the_order_of_the_table(K, M, share, monkeypatch, device):
+@pytest.mark.parametrize("K, M, fraction", TABLES)
+def test_pairs_are_in_the_order_of_the_table(K, M, fraction, monkeypatch, device):
     monkeypatch.setattr(sparse_tiles, "WINDOW", 128)
-    table = make_table(K, M, share, device)
+    table = make_table(K, M, fraction, device)
     k, m = (table >= 0).nonzero(as_tuple=True)
     made = NeighborTable(table).pairs()
     assert torch.equal(made.row_idx[: len(m)].long(), m) and torch.equal(made.read_idx[: len(m)], table[k, m])

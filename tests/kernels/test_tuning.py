@@ -35,7 +35,7 @@ def choose(clock, n=1000, candidates=CANDIDATES):
     return tuning.choose(("op", torch.bfloat16, n), candidates, clock.run, CPU)
 
 
-def test_off_it_takes_the_default_and_runs_nothing():
+def test_off_uses_the_default_and_runs_nothing():
     clock = Clock({})
     assert choose(clock) == (64, 4)
     tuning.enable(timer=Clock(dict.fromkeys(CANDIDATES, 1.0)))
@@ -90,7 +90,7 @@ def test_what_does_not_fit_the_gpu_is_left_out():
     assert tuning.choose(("op", 5), CANDIDATES, run, CPU) == (128, 4)
 
 
-def test_where_bits_must_not_vary_nothing_is_tried(tmp_path):
+def test_nothing_is_timed_under_strict_determinism(tmp_path):
     clock = Clock({(64, 4): 3.0, (128, 4): 1.0, (128, 8): 2.0})
     path = tmp_path / "tuning.json"
     tuning.enable(path, clock)

@@ -37,7 +37,7 @@ LAUNCHES = [
 
 
 def views(B, N, device):
-    """[B, N, 4, 4] cameras in the origin that look along y, turned and scaled a little; images of 40 x 24 pixels."""
+    """[B, N, 4, 4] cameras at the origin looking along y, slightly rotated and scaled; images of 40 x 24 pixels."""
     intrinsics = torch.tensor([[20.0, 0, 20, 0], [0, 20, 12, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
     extrinsics = torch.tensor([[1.0, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]])  # x right, y ahead, z up
     turned = extrinsics + 0.05 * torch.randn(B, N, 4, 4) * torch.tensor([1.0, 1, 1, 0])[:, None]
@@ -45,7 +45,7 @@ def views(B, N, device):
 
 
 def make_inputs(B, N, size, C, D, shape, device, truncate=False):
-    """A grid of 12 x 12 x 4 m ahead of the cameras; a share of the points, behind its lower faces too, miss it."""
+    """A grid of 12 x 12 x 4 m ahead of the cameras; some points miss it, also below its lower faces."""
     h, w = size
     extent = 12.0, 12.0, 4.0
     return dict(
@@ -170,7 +170,7 @@ def test_points_below_the_grid_count_only_when_truncated(op, truncate, counted, 
 
 
 @pytest.mark.parametrize("op", [voxel_pool, voxel_pool_ref])
-def test_what_lies_nowhere_is_left_out(op, device):
+def test_points_outside_are_dropped(op, device):
     """A view that is not a number, one that is singular; their gradients are 0."""
     features = torch.ones(1, 3, 1, 2, 1, device=device, requires_grad=True)
     depths = torch.ones(1, 3, 1, 2, 1, device=device, requires_grad=True)
@@ -184,7 +184,7 @@ def test_what_lies_nowhere_is_left_out(op, device):
 
 
 def test_points_on_faces_lie_on_the_same_side_for_kernel_and_reference(device):
-    """Cameras along the grid's axes, bins as far apart as voxels: whole planes of points lie on faces, as rounded."""
+    """Cameras along the grid's axes, bins as far apart as voxels: planes of points lie on faces, up to rounding."""
     inputs = make_inputs(1, 4, (5, 8), 3, 12, (9, 9, 5), device)
     a, b, c, d = torch.tensor([[20.0, 20, 0, 0], [0, 12, -20, 0], [0, 1, 0, 0], [0, 0, 0, 1]]).unbind(1)  # ahead is y
     turned = [[a, b, c, d], [b, -a, c, d], [-a, -b, c, d], [-b, a, c, d]]

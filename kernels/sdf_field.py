@@ -50,7 +50,7 @@ def packed(mlp, channels, rgb):
 
 
 def fold_batched(mlp):
-    """`sdf_reference.fold` in batched products: a loop over the layers would launch twice as many kernels."""
+    """`sdf_reference.fold` in batched products: 25 operators instead of 55 in forward and backward of six layers."""
     P, q, *layers = mlp
     C, d, W, b = (layers[i::4] for i in range(4))
     inner = torch.stack(W[:-1])  # [L - 1, H, H]

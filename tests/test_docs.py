@@ -9,7 +9,7 @@ import pytest
 
 REPO = Path(__file__).parents[1]
 TEXT = (REPO / "docs/kernels.md").read_text()
-EXAMPLES = dict(re.findall(r"^## (.*)\n\n```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE))
+EXAMPLES = dict(re.findall(r"^## ([^\n]*)\n\n```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE))
 
 
 @pytest.mark.parametrize("title", EXAMPLES)
@@ -31,7 +31,7 @@ def test_every_op_has_a_row():
     ops = set()
     for file in (REPO / "kernels").glob("*.py"):
         functions = {node.name for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)}
-        ops |= {name for name in functions if f"{name}_ref" in functions}
+        ops |= {name for name in functions if f"{name}_ref" in functions and name[0] != "_"}
     assert len(ops) > 15
     missing = {op for op in ops if not re.search(rf"^\|.*`{op}`", TEXT, re.MULTILINE)}
     assert missing == {"trilinear_value", "voxel_keys"}  # parts of `trilinear` and `sort_voxels`

@@ -231,11 +231,11 @@ def test_every_call_reads_the_cameras(device):
 
 
 def test_points_of_a_ray_that_share_a_voxel_are_one_run(device):
-    """Pixels 0, 1, 2 at depths 1, 2, ..., 9: they stay at x = 0 or go on to 9 or 18; voxels 4 m long are counted."""
-    sizes, view = (1, 1, 3), straight_view(device)
+    """Pixels 0, 1, 2 at depths 1, 2, ..., 9: they stay at x = 0 or reach 9 or 18; voxels 4 m long are counted."""
     *_, begin = unipad.kernels.voxel_pool._find_points(
-        view, sizes, 9, (0, -1, 0), (4, 2, 20), (5, 1, 1), 1, (1, 10), False
-    )
+        straight_view(device), sizes=(1, 1, 1, 3, 0), D=9, low=(0, -1, 0), cell=(4, 2, 20), shape=(5, 1, 1),
+        stride=1, depth_range=(1, 10), truncate=False,
+    )  # fmt: skip
     # x = 0 * 9 | 1 2 3, 4 5 6 7, 8 9 | 2, 4 6, 8 10, 12 14, 16 18
     assert begin.tolist() == [0, 3, 5, 7, 8, 9]
 

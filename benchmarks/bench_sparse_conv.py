@@ -38,22 +38,22 @@ AGREE_DEEP = 5e-2 if DEVICE == "cuda" else 5e-3  # after 21 convolutions
 
 @dataclass
 class Level:
-    """Voxels of one stage, and what each implementation keeps about them."""
+    """Voxels of one stage, and what each implementation caches for them."""
 
     name: str
     coords: torch.Tensor  # [N, 4] int32
     shape: tuple  # cells (Z, Y, X)
     batch: int
-    kept: dict = field(default_factory=dict)
+    cache: dict = field(default_factory=dict)
 
     def submanifold(self):
         table = submanifold_map(self.coords, *sort_voxels(self.coords, self.shape, False), self.shape, THREE, ONE)
         return NeighborTable(table), None  # its own mirror image
 
     def table(self):
-        if "table" not in self.kept:
-            self.kept["table"] = self.submanifold()
-        return self.kept["table"]
+        if "table" not in self.cache:
+            self.cache["table"] = self.submanifold()
+        return self.cache["table"]
 
     def pairs(self):
         return (self.table()[0].idx >= 0).sum().item()
@@ -112,7 +112,7 @@ class Encoders:
 
     def ours(self, op, keep):
         def run(features, weights, level):
-            known = level.kept if keep else {}
+            known = level.cache if keep else {}
             if "voxels" not in known:
                 known["voxels"] = sparse.VoxelSet(level.coords, level.shape, level.batch, check=False)
                 known["sets"] = sparse.make_tables(self.encoder, known["voxels"])
@@ -134,7 +134,7 @@ class Encoders:
         encoder = as_peer(self.encoder, lib)
 
         def run(features, weights, level):
-            known = level.kept.setdefault(lib.__name__ + " encoder", {}) if keep else {}
+            known = level.cache.setdefault(lib.__name__ + " encoder", {}) if keep else {}
             tensor = lib.SparseConvTensor(features, level.coords, list(level.shape), level.batch, indice_dict=known)
             with half():
                 return encoder(Peer(tensor)).dense()
@@ -169,11 +169,11 @@ def installed():
 
 def warm_peer(lib):
     def run(features, weight, level):
-        if lib.__name__ not in level.kept:
+        if lib.__name__ not in level.cache:
             tensor = lib.SparseConvTensor(features, level.coords, list(level.shape), level.batch)
-            level.kept[lib.__name__] = tensor
+            level.cache[lib.__name__] = tensor
         conv = peer_conv(lib, level, weight)
-        return conv(level.kept[lib.__name__].replace_feature(features)).features
+        return conv(level.cache[lib.__name__].replace_feature(features)).features
 
     return run
 
@@ -197,7 +197,7 @@ def strided_peer(lib):
 def peer_conv(lib, level, weight, geometry=None):
     """The peer's module with this weight, made once."""
     key = lib.__name__, id(weight)
-    if key not in level.kept:
+    if key not in level.cache:
         out_channels, in_channels = weight.shape[0], weight.shape[4]
         if geometry is None:
             conv = lib.SubMConv3d(in_channels, out_channels, 3, bias=False, indice_key="0")
@@ -205,8 +205,8 @@ def peer_conv(lib, level, weight, geometry=None):
             kernel, stride, padding, _ = geometry
             conv = lib.SparseConv3d(in_channels, out_channels, kernel, stride, padding, bias=False)
         conv.weight = weight
-        level.kept[key] = conv.to(DEVICE)
-    return level.kept[key]
+        level.cache[key] = conv.to(DEVICE)
+    return level.cache[key]
 
 
 class Peer:

@@ -96,17 +96,17 @@ def main():
     backend.interpret = True
     encoder = SparseEncoder(5, WIDTHS, 2, 256)
     features = torch.randn(N, 5, requires_grad=True)
-    kept = {}
+    made = {}
 
     def make():
-        kept["set"] = voxels()
-        kept["sets"] = make_tables(encoder, kept["set"])
+        made["set"] = voxels()
+        made["sets"] = make_tables(encoder, made["set"])
 
     def forward():
-        kept["out"] = encoder(SparseTensor(features, kept["set"])).dense()
+        made["out"] = encoder(SparseTensor(features, made["set"])).dense()
 
     def backward():
-        kept["out"].sum().backward()
+        made["out"].sum().backward()
 
     def step():
         forward()

@@ -193,8 +193,8 @@ def d_weight(table, c_in, c_out):
 
 
 def print_layers(found):
-    print("## Products over those needed, and MB of the L2 over the least\n")
-    print("| layer, channels | pass | GFLOP needed | waste | with padding | MB | past the L1 | least | programs |")
+    print("## Products over those needed, and MB from the L2 next to the minimum\n")
+    print("| layer, channels | pass | GFLOP needed | waste | with padding | MB | past the L1 | minimum | programs |")
     print("|---|---|---|---|---|---|---|---|---|")
     total = torch.zeros(5, dtype=torch.float64)
     for layer in found:
@@ -210,7 +210,7 @@ def print_layers(found):
             print(f"| {label} | {name} | {gflop:.2f} | {c.waste:.2f} | {c.products:.2f} | {cells} | {c.programs} |")
     gflop, done, near, past, least = total.tolist()
     print(f"\nForward and backward of all: {gflop:.0f} GFLOP needed, {done:.0f} done; ", end="")
-    print(f"{near:.0f} MB, {past:.0f} past the L1, least {least:.0f}.")
+    print(f"{near:.0f} MB, {past:.0f} past the L1, minimum {least:.0f}.")
     tables = {id(t): t.nbytes for layer in found for t in (layer.table, layer.inverse)}
     print(f"Tables, read and written once each to make their tiles: {sum(tables.values()) / 1e6:.0f} MB.\n")
 

@@ -180,7 +180,7 @@ def test_corners_are_those_of_a_float32_arange(op, device):
 
 
 @pytest.mark.parametrize("op", [lift, lift_ref])
-def test_what_no_camera_can_see_is_zero(op, device):
+def test_invisible_voxels_are_zero(op, device):
     """Corners behind the camera, at its center, on the limits of the depth range; a view of NaNs."""
     view = torch.eye(4, device=device).expand(1, 2, 4, 4).clone()  # depth is z, pixel (x, y) / z
     view[:, 1] = torch.nan
@@ -189,7 +189,7 @@ def test_what_no_camera_can_see_is_zero(op, device):
     assert volume.flatten().tolist() == [0, 0, 0, 1, 1, 0]  # depth -1, 0, 1, 2, 3, 4
 
 
-def test_views_of_one_voxel_add_up(device):
+def test_views_of_one_voxel_are_summed(device):
     """Every view hits the same taps with the same voxels, so the atomic sums collide."""
     inputs = make_inputs(1, 1, [(2, 2)], 4, 2, (4, 4, 2), device)
     inputs["lidar2image"] = inputs["lidar2image"].expand(1, 3, 4, 4)
@@ -220,7 +220,7 @@ def test_gradcheck(device):
 
 
 @pytest.mark.parametrize("strict, crowd, gathered", [(True, 10**9, 2), (False, 10, 1), (False, 10**9, 0)])
-def test_what_is_gathered(strict, crowd, gathered, device, large_blocks, monkeypatch):
+def test_levels_that_gather(strict, crowd, gathered, device, large_blocks, monkeypatch):
     """Crowded levels, or all of them where bits must not vary: 200 voxels, 15 and 60 pixels."""
     monkeypatch.setattr(unipad.kernels.lift, "CROWD", crowd)
     inputs = make_inputs(1, 1, [(3, 5), (6, 10)], 3, 4, (10, 10, 2), device)

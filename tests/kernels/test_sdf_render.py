@@ -269,7 +269,7 @@ def test_rounding_keeps_nan():
         ("neus", dict(R=0, S=5)),  # no rays
     ],
 )
-def test_family(method, sizes):
+def test_supported_fields(method, sizes):
     inputs = make_inputs(**sizes)
     wrt = [name for name in GRADIENTS if inputs[name] is not None]
     check_against_ref(called(sdf_render, method, exact=True), composed(method), inputs, torch.float32, wrt)
@@ -312,7 +312,7 @@ def test_softplus_beyond_its_threshold():
     check_against_ref(called(sdf_render, exact=True), composed("neus"), inputs, torch.float32, GRADIENTS)
 
 
-def test_a_ray_stops_where_its_light_does():
+def test_rays_stop_at_low_transmittance():
     """A solid volume: two rays reach far into it, two do not, one misses; tiles of two rays, the last of one."""
     inputs = make_inputs(5, 96, sdf_layers=2, rgb_layers=2, density=0.1)
     inputs["sdf_mlp"][-1][0] -= 2.0
@@ -339,7 +339,7 @@ def test_rays_that_miss_stop_at_once():
     assert not rgb.any() and not depth.any() and not weights.any() and sdf[:, :32].all() and not sdf[:, 32:].any()
 
 
-def test_distances_alone():
+def test_sdf_values():
     inputs = make_inputs(5, 17, sdf_layers=3)
     rays = inputs["origins"], inputs["directions"], inputs["volume_idx"]
     starts, cells = inputs["edges"][:, :-1], (CELLS_PER_UNIT, FIRST_CELL)

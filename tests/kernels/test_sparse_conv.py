@@ -171,7 +171,7 @@ ACTS = [(True, True, True, True), (True, True, False, False), (False, True, Fals
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("act", ACTS, ids=str)
 @pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[9]], ids=str)
-def test_act_is_what_follows_the_convolution(case, act, dtype, device):
+def test_act_is_the_epilogue(case, act, dtype, device):
     """Rounded once: half a last bit from fp64, and what sums in fp32 are away."""
     inputs, *_ = make_inputs(*case, device)
     del inputs["inverse_idx"]
@@ -219,7 +219,7 @@ def test_act_has_no_gradient(device):
         sparse_conv_act(**inputs, shift=torch.ones(5, device=device))
 
 
-def test_tf32_is_taken_by_choice(device):
+def test_tf32_is_opt_in(device):
     """The interpreter multiplies in fp32; there this shows only that the flag reaches the kernel."""
     inputs, *_ = make_inputs("submanifold", ONE, 1, (2, 3, 4), 20, 40, 80, device, torch.float32)
     truth = sparse_conv_ref(**inputs)
@@ -350,7 +350,7 @@ def test_the_weights_gradient_passes_the_largest_fp16(fn, device):
     assert d_weight.item() == 3e6
 
 
-def test_a_table_changed_in_place_is_read_anew(device):
+def test_a_table_modified_in_place_is_read_again(device):
     """What is derived from a table is cached."""
     features, weight = torch.tensor([[1.0], [2]], device=device), torch.ones(1, 1, 1, 1, 1, device=device)
     weight.requires_grad_()

@@ -116,7 +116,7 @@ def test_a_table_caches_its_tiles_and_pairs(device):
     assert launched == ["_tiles_kernel", "_pairs_kernel"]  # tiles of any size have the pair counts
 
 
-def test_a_changed_table_is_refused(device):
+def test_a_modified_table_is_rejected(device):
     idx = make_table(3, 40, 0.5, device)
     table = NeighborTable(idx)
     tiles = table.tiles(64)

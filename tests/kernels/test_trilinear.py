@@ -143,7 +143,7 @@ def test_gradcheck(fn, device):
     )
 
 
-def test_strict_determinism_takes_the_reference(device):
+def test_strict_determinism_runs_the_reference(device):
     inputs = make_inputs(1, 2, 3, 4, 5, 2, 3, device)
     torch.use_deterministic_algorithms(True)
     with launches() as launched:

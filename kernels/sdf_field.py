@@ -9,10 +9,10 @@ color has all. The last z of the distance's is (distance, geometry). The slope o
 act'(z) = 1 - exp(-100 act(z)), so no second array of activations is stored.
 
 An MLP is one matrix [rows, line]: a row per output unit, layer after layer, with the columns of W, A, G and E. Widths
-are powers of two from 16 on. `packed` pads with zeros, which changes no result: a padded row multiplies padded columns
+are powers of two from 16 on. `pack` pads with zeros, which changes no result: a padded row multiplies padded columns
 only.
 
-Sizes: M samples a tile, C channels and H hidden units (padded), LAYERS of the MLP. PREC is `tl.dot`'s input precision.
+Sizes: M samples per tile, C channels and H hidden units (padded), LAYERS of the MLP. PREC: input precision of `tl.dot`.
 """
 
 import torch
@@ -26,14 +26,14 @@ COLORS = tl.constexpr(16)  # rows of the color MLP's last layer: 3 and padding, 
 INPUTS = tl.constexpr(16)  # columns of E: p 3, 1, direction 3, gradient 3 and padding
 
 
-def packed(mlp, channels, rgb):
+def pack(mlp, channels, rgb):
     """An MLP as one matrix for the kernels, [rows, line]; autograd splits its gradient.
 
     mlp: as in `sdf_reference`; of the color if `rgb`, conditioned on (direction, feature, gradient, geometry).
     """
     A, bias, P, W = fold_batched(mlp)
     hidden, zeros = len(P), A.new_zeros(len(A), INPUTS.value)
-    C, H = padded(channels), padded(hidden)
+    C, H = padded_width(channels), padded_width(hidden)
     pieces = A.split([3, channels, 3, hidden] if rgb else [channels], dim=1)
     direction, feature, gradient, geometry = pieces if rgb else (zeros[:, :3], *pieces, zeros[:, :3], zeros[:, :0])
     columns = [
@@ -60,7 +60,7 @@ def fold_batched(mlp):
     return A, bias[:, None], W[0] @ P, W
 
 
-def padded(width):
+def padded_width(width):
     """The kernels' width for `width` channels or units."""
     return max(16, triton.next_power_of_2(width))
 

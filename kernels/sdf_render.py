@@ -30,8 +30,8 @@ from unipad.kernels.sdf_field import (
     new_scratch,
     opacity,
     over_samples,
-    packed,
-    padded,
+    pack,
+    padded_width,
     precision,
     ray_tile,
     rgb_hidden,
@@ -94,7 +94,7 @@ def sdf_render(
     assert not (stop and torch.is_grad_enabled()), "rays that stop early have no gradients: render under no_grad"
     if not on_triton(volume):
         return sdf_render_ref(volume, rays, edges, mlps, density, cells, method)
-    (sdf_mlp, rgb_mlp), sizes = _packed(volume, mlps)
+    (sdf_mlp, rgb_mlp), sizes = _pack(volume, mlps)
     (origins, directions, volume_idx, hit), (cells_per_unit, first_cell) = rays, cells
     geometry = dict(
         origins_ptr=origins, directions_ptr=directions, volume_idx_ptr=volume_idx, hit_ptr=hit, edges_ptr=edges,
@@ -131,7 +131,7 @@ def sdf_values(
     if not on_triton(volume):
         return sdf_values_ref(volume, rays, starts, sdf_mlp, cells)
     origins, directions, volume_idx = rays
-    ((packed_mlp, _), sizes), (R, S), PREC = _packed(volume, (sdf_mlp, None)), starts.shape, precision(exact)
+    ((packed_mlp, _), sizes), (R, S), PREC = _pack(volume, (sdf_mlp, None)), starts.shape, precision(exact)
     sdf = starts.new_empty(R, S)
     if sdf.numel():
         _, Z, Y, X, CHANNELS = volume.shape
@@ -169,11 +169,11 @@ def _check(volume, rays, edges, mlps, method):
     )
 
 
-def _packed(volume, mlps):
+def _pack(volume, mlps):
     """Both MLPs as matrices (an empty one without a color MLP) and the kernels' sizes."""
     (sdf, rgb), channels = mlps, volume.shape[4]
-    packs = [packed(sdf, channels, False), volume.new_empty(0) if rgb is None else packed(rgb, channels, True)]
-    sizes = dict(C=padded(channels), H=padded(len(sdf[0])))
+    packs = [pack(sdf, channels, False), volume.new_empty(0) if rgb is None else pack(rgb, channels, True)]
+    sizes = dict(C=padded_width(channels), H=padded_width(len(sdf[0])))
     return packs, sizes | dict(SDF_LAYERS=len(sdf[2::4]), RGB_LAYERS=0 if rgb is None else len(rgb[2::4]))
 
 

@@ -161,7 +161,7 @@ def test_transposed_by_hand(fn, device):
 
 
 @pytest.mark.parametrize("fn", [inverse_map, inverse_map_ref])
-def test_inverse_reads_backwards(fn, device):
+def test_inverse_map_twice_is_the_identity(fn, device):
     coords = random_voxels(2, (5, 7, 9), 200, device)
     out_coords, neighbor_idx = strided_map_ref(coords, (5, 7, 9), (3, 3, 3), (2, 2, 2), ONE, ONE)
     inverse_idx = fn(neighbor_idx, 200)

@@ -3,45 +3,30 @@
 In fp64: in fp32 the untrained network amplifies rounding errors of 1e-7 to 1 % of the gradient's norm.
 """
 
-import os
-import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
-import pytest
 import torch
 
-REPO = Path(__file__).parent.parent
-
+from tests import scripts
+from tests.scripts import TWO_PROCESSES
 
 MODALITIES = "camera", "fusion"
 
 
-@pytest.fixture(scope="module")
-def gradients(city, tmp_path_factory):
-    """number of processes -> modality -> {parameter: gradient}"""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    found = {}
-    for size, launcher in {1: [], 2: [*torchrun, "2"]}.items():
-        file = tmp_path_factory.mktemp("gradients") / "gradients.pt"
-        command = [sys.executable, *launcher, __file__, str(city), str(file)]
-        inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        environment = inherited | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+def test_two_processes_have_the_gradients_of_one(city, tmp_path):
+    found = []
+    for launcher in ((), TWO_PROCESSES):
+        done = scripts.run(*launcher, __file__, city, tmp_path / "gradients.pt")
         assert done.returncode == 0, done.stderr[-4000:]
-        found[size] = torch.load(file, weights_only=True)
-    return found
-
-
-@pytest.mark.parametrize("modality", MODALITIES)
-def test_two_processes_have_the_gradients_of_one(modality, gradients):
-    one, two = gradients[1][modality], gradients[2][modality]
-    assert one.keys() == two.keys()
-    whole = torch.stack([grad.norm() for grad in one.values()]).norm()
-    for name, grad in one.items():
-        assert (grad - two[name]).norm() <= 1e-7 * whole, name
-    assert sum(grad.norm() > 1e-4 * whole for grad in one.values()) > 50, "most are zero"
+        found.append(torch.load(tmp_path / "gradients.pt", weights_only=True))
+    for modality in MODALITIES:
+        one, two = (grads[modality] for grads in found)
+        assert one.keys() == two.keys()
+        whole = torch.stack([grad.norm() for grad in one.values()]).norm()
+        for name, grad in one.items():
+            assert (grad - two[name]).norm() <= 1e-7 * whole, name
+        assert sum(grad.norm() > 1e-4 * whole for grad in one.values()) > 50, "most are zero"
 
 
 def save_gradients(city, file):

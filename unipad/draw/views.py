@@ -9,6 +9,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -137,20 +139,34 @@ def _sheet(rows, titles, width):
     rows: name -> [N, h, w, 3] colors or [N, h, w] meters, NaN where unknown.
     """
     views, height, across = next(iter(rows.values())).shape[:3]
-    inches = (width * views if views > 1 else 6 * width) / DPI
-    size = (inches, inches / views * height / across * len(rows) + 0.5)
-    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
-    axes = figure.subplots(len(rows), views, squeeze=False)
+    width = width if views > 1 else 6 * width
+    height = round(width * height / across)
+    left, top, right, gap = 44, 24, 76, 6  # pixels: for the names, the titles and the color bar; between pictures
+    W, H = left + views * (width + gap) + right, top + len(rows) * (height + gap)
+    xs = [left + i * (width + gap) for i in range(views)]
+    ys = [top + i * (height + gap) for i in range(len(rows))]
     colors = matplotlib.colormaps["turbo_r"].with_extremes(bad="black")
-    for line, (name, row) in zip(axes, rows.items(), strict=True):
-        line[0].set_ylabel("\n".join(name.split(", ")))
-        for axis, view in zip(line, row, strict=True):
-            axis.imshow(view.clip(0, 1)) if view.ndim == 3 else axis.imshow(view, colors, vmin=0, vmax=FAR)
-            axis.set(xticks=[], yticks=[])
-    for axis, name in zip(axes[0], titles, strict=True):
-        axis.set_title(name)
-    line = axes[list(rows).index("rendered depth")]
-    figure.colorbar(line[0].images[0], ax=line, label="meters", fraction=0.02)
+
+    # one image: axes for each of the pictures would take a second to lay out
+    sheet = np.full((H, W, 3), 255, np.uint8)
+    for y, row in zip(ys, rows.values(), strict=True):
+        for x, view in zip(xs, row, strict=True):
+            picture = view.clip(0, 1) if view.ndim == 3 else colors(view / FAR)[..., :3]
+            smooth = view.ndim == 3 and view.shape[1] > width  # depths are not averaged across edges
+            how = cv2.INTER_AREA if smooth else cv2.INTER_NEAREST
+            picture = cv2.resize(np.float32(picture), (width, height), interpolation=how)
+            sheet[y : y + height, x : x + width] = np.rint(255 * picture)
+
+    figure = Figure(figsize=(W / DPI, H / DPI), dpi=DPI)
+    figure.figimage(sheet, zorder=-1)
+    for y, name in zip(ys, rows, strict=True):
+        lines, middle = "\n".join(name.split(", ")), 1 - (y + height / 2) / H
+        figure.text((left - 6) / W, middle, lines, rotation=90, ha="right", va="center")
+    for x, title in zip(xs, titles, strict=True):
+        figure.text((x + width / 2) / W, 1 - top / 2 / H, title, ha="center", va="center")
+    y = ys[list(rows).index("rendered depth")]
+    bar = figure.add_axes((1 - (right - 6) / W, 1 - (y + height) / H, 12 / W, height / H))
+    figure.colorbar(ScalarMappable(Normalize(0, FAR), colors), bar, label="meters")
     return picture_of(figure)
 
 

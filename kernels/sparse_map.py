@@ -232,10 +232,10 @@ def _reached(coords, out, slots, geometry, batch_size, transposed):
         return coords.new_empty(0, dtype=dtype)
     pairs = prod(slots) * len(coords)
     keys = coords.new_empty(pairs + 1, dtype=dtype)
-    (Z, Y, X), (kernel, stride, padding, dilation) = out, map(tuple, geometry)
+    (Z, Y, X), (kernel_size, stride, padding, dilation) = out, map(tuple, geometry)
     _reached_keys_kernel[(triton.cdiv(pairs + 1, BLOCK_PAIRS),)](
         coords_ptr=coords, keys_ptr=keys, PAIRS=pairs, N=len(coords), Z=Z, Y=Y, X=X, slots=tuple(slots),
-        kernel=kernel, stride=stride, padding=padding, dilation=dilation,
+        kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation,
         TRANSPOSED=transposed, NO_KEY=no_key, BLOCK_PAIRS=BLOCK_PAIRS,
     )  # fmt: skip
     # sorts keys only, which moves half as much as sorting pairs
@@ -420,7 +420,7 @@ def _neighbors_kernel(
 @jit(varying=("PAIRS", "N", "Z", "Y", "X"))
 def _reached_keys_kernel(
     coords_ptr, keys_ptr,  # [N, 4], [PAIRS + 1]
-    PAIRS, N, Z, Y, X, slots, kernel, stride, padding, dilation,  # PAIRS = slots * N; Z, Y, X: the output grid
+    PAIRS, N, Z, Y, X, slots, kernel_size, stride, padding, dilation,  # PAIRS = slots * N; Z, Y, X: the output grid
     TRANSPOSED: tl.constexpr, NO_KEY: tl.constexpr, BLOCK_PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Keys of the output cells of all pairs of a slot and an input, and NO_KEY behind them."""
@@ -429,9 +429,9 @@ def _reached_keys_kernel(
     t, i = (pair // N).to(tl.int32), (pair % N).to(tl.int32)
     b, z, y, x = load_voxels(coords_ptr, i, ok)
     tz, ty, tx = t // (slots[1] * slots[2]), t // slots[2] % slots[1], t % slots[2]
-    z, z_ok = _reached_cell(z, tz, Z, kernel[0], stride[0], padding[0], dilation[0], TRANSPOSED)
-    y, y_ok = _reached_cell(y, ty, Y, kernel[1], stride[1], padding[1], dilation[1], TRANSPOSED)
-    x, x_ok = _reached_cell(x, tx, X, kernel[2], stride[2], padding[2], dilation[2], TRANSPOSED)
+    z, z_ok = _reached_cell(z, tz, Z, kernel_size[0], stride[0], padding[0], dilation[0], TRANSPOSED)
+    y, y_ok = _reached_cell(y, ty, Y, kernel_size[1], stride[1], padding[1], dilation[1], TRANSPOSED)
+    x, x_ok = _reached_cell(x, tx, X, kernel_size[2], stride[2], padding[2], dilation[2], TRANSPOSED)
     key = tl.where(ok & z_ok & y_ok & x_ok, key_of(b, z, y, x, Z, Y, X), NO_KEY)
     tl.store(keys_ptr + pair, key.to(keys_ptr.dtype.element_ty), mask=pair <= PAIRS)
 

@@ -65,7 +65,7 @@ class NeighborTable:
     The cache is freed with the table: keep the table while convolutions use it, and do not modify `idx`.
     """
 
-    def __init__(self, idx):
+    def __init__(self, idx: Tensor):
         self.idx, self.cache = idx.contiguous(), StreamCache()
         self._version = _version(self.idx)
         _tables.setdefault(id(self.idx), self)
@@ -74,7 +74,7 @@ class NeighborTable:
         return NeighborTable, (self.idx,)  # the version counter of a copied tensor starts at 0
 
     @staticmethod
-    def of(table):
+    def of(table: "Tensor | NeighborTable") -> "NeighborTable":
         """`table` as a `NeighborTable`: itself, the unmodified one of this tensor if there is one, or a new one.
 
         The lookup by tensor is for compiled code, which passes tensors only.

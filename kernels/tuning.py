@@ -12,6 +12,7 @@ Under `torch.use_deterministic_algorithms(True)` nothing is timed, so that timin
 import json
 import math
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -34,7 +35,7 @@ class _State:
 _state = _State()
 
 
-def enable(path=None, timer=None):
+def enable(path: str | Path | None = None, timer: Callable[[Callable], float] | None = None):
     """Time candidates from now on.
 
     Args:

@@ -24,7 +24,7 @@ from unipad.kernels.sparse_map import (
 )
 from unipad.kernels.voxel_keys import NO_KEY, NO_KEY_SHORT, sort_voxels, sort_voxels_ref
 
-TYPES = dict.fromkeys(["slots", "kernel", "stride", "padding", "dilation"], ("i32",) * 3)
+TYPES = dict.fromkeys(["slots", "kernel_size", "stride", "padding", "dilation"], ("i32",) * 3)
 TYPES |= dict(coords_ptr="*i32", order_ptr="*i64", reader_order_ptr="*i64")
 LONG, SHORT = TYPES | dict(keys_ptr="*i64"), TYPES | dict(keys_ptr="*i32")
 VOXELS, PAIRS = dict(BLOCK=BLOCK), dict(BLOCK_PAIRS=BLOCK_PAIRS)

@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="Triton has wheels for Linux only")
 PROGRAM = """
 from tests.dry_step import *
 main()
-print(json.dumps(dict(zip(("of_few", "of_all"), count_specializations(12, first=6)))))
+print(json.dumps(dict(zip(("of_few", "of_all"), count_specializations(20, first=10)))))
 print_seeded_faults()
 """
 

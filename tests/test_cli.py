@@ -13,7 +13,6 @@ import eval as evaluation
 import finetune
 import train
 from tests import test_dataset
-from tests.test_finetune import signals_and_threads  # noqa: F401
 from tests.test_train import REPO, SMALL, assert_same_weights, checkpoint, curve, environment
 from unipad.config import DetectRecipe, PretrainRecipe, SegmentRecipe, from_dict
 from unipad.errors import UserError

@@ -355,5 +355,5 @@ def test_a_u_net_converts_to_the_original_s_keys_without_its_head():
     assert not unknown and back.keys() == {name for name in saved["model"] if name.startswith("encoder.")}
     assert all(torch.equal(back[name], saved["model"][name]) for name in back)
     camera = {"model": {}, "config": {"recipe": to_dict(DETECT["camera"]["tiny"])}}
-    with pytest.raises(UserError, match="a LiDAR's second"):
+    with pytest.raises(UserError, match="a LiDAR encoder second"):
         convert.merge(camera, saved)

@@ -1,16 +1,16 @@
-"""lift: kernel, reference, and the original's formulas in eager PyTorch and compiled by it; then how time grows.
+"""lift: kernel, reference, and the original's formulas in PyTorch, eager and compiled; then scaling.
 
     python -m benchmarks.bench_lift
     OMP_NUM_THREADS=1 python -m benchmarks.bench_lift --paper      on a CPU: paper size too
 
-Kernels that may not differ from run to run are a row of their own.
+Strict determinism has a row of its own.
 """
 
-import argparse
 import math
 from functools import partial
 
 import torch
+import tyro
 
 from benchmarks.eager import eager_lift
 from benchmarks.harness import AGREE, DEVICE, Case, compare, compiled
@@ -22,7 +22,7 @@ PAPER = ("camera-0.1", (928, 1600), 1.0, (8, 16, 32, 64))
 TINY = ("tiny", (160, 256), 0.16, (8, 16, 32))
 # nuScenes' rig at 900 x 1600: yaw to the left of ahead in degrees, focal length in pixels
 CAMERAS = [(0, 1266), (-55, 1266), (-110, 1266), (180, 809), (110, 1266), (55, 1266)]
-# a result in bf16 is off by up to 4e-3 of itself where two sums round to different sides
+# bf16 results differ by up to 4e-3 where two sums round to different sides
 AGREE_HALF = 1e-2
 
 
@@ -46,9 +46,9 @@ def case(preset, image_size, scale, strides, dtype=torch.float32, views=6, chann
 
 
 def rig(scale, count=6):
-    """[1, count, 4, 4] cameras half a meter from the LiDAR's axis and 0.3 m below it; images `scale` times 1600 wide.
+    """[1, count, 4, 4] cameras half a meter from the LiDAR's axis and 0.3 m below it; images `scale` * 1600 wide.
 
-    More views than cameras see what the first of them see, as those of the frame before would.
+    Views beyond the sixth repeat the first ones, as those of an earlier frame would.
     """
     views = []
     for yaw, focal in (CAMERAS[n % len(CAMERAS)] for n in range(count)):
@@ -62,7 +62,7 @@ def rig(scale, count=6):
 
 
 def bit_equal(*inputs):
-    """`lift` as `--deterministic` has it: its backward gathers on every level."""
+    """`lift` under `--deterministic`: its backward gathers on every level."""
     torch.use_deterministic_algorithms(True)
     try:
         return lift(*inputs)
@@ -70,10 +70,13 @@ def bit_equal(*inputs):
         torch.use_deterministic_algorithms(False)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--paper", action="store_true", help="paper size on a CPU too")
-    paper, on_gpu = parser.parse_args().paper, DEVICE == "cuda"
+def main(paper: bool = False):
+    """Measure and print.
+
+    Args:
+        paper: paper size on a CPU too.
+    """
+    on_gpu = DEVICE == "cuda"
     strict = {"triton, bit-equal": bit_equal} if on_gpu else {}
     peers = {"eager": eager_lift, "compiled": compiled(eager_lift), **strict}
     run = partial(compare, "lift", lift_ref, lift)
@@ -87,3 +90,7 @@ if __name__ == "__main__":
     scaling += [case(*size, dtype, across=across) for across in ((64, 256) if on_gpu else (32, 128))]
     scaling += [case(*size, dtype, channels=channels) for channels in ((64, 256, 512) if on_gpu else (16, 64, 128))]
     run({"eager": eager_lift, **strict}, scaling, agree=AGREE_HALF if on_gpu else AGREE)
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)

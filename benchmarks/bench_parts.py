@@ -1,17 +1,18 @@
-"""The parts of a camera's training step, one beside the other: where its time goes.
+"""The parts of a camera training step, each timed alone.
 
     python -m benchmarks.bench_parts --preset camera-0.1
 
 Under autocast to bf16 on a GPU, in fp32 on a CPU. The ConvNeXt's depthwise 7x7 and the convolution to the rendered
-volume stand twice: channels-last, as the model runs them, and by rows, where a library may have faster kernels. There
-is no depthwise kernel of our own: nothing says yet that one would beat cuDNN's.
+volume are timed in two layouts: channels-last, as the model runs them, and contiguous, where a library may have faster
+kernels. There is no depthwise kernel of our own: no measurement yet shows that one would beat cuDNN's.
 """
 
-import argparse
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+import tyro
 
 from benchmarks.bench_step import random_batch
 from benchmarks.harness import DEVICE, milliseconds
@@ -29,7 +30,7 @@ class Part:
     run: object  # inputs -> list of tensors
     inputs: list
     parameters: list
-    times: int = 1  # in a step
+    times: int = 1  # per step
 
 
 def autocast():
@@ -37,7 +38,7 @@ def autocast():
 
 
 def parts(net, batch):
-    """The parts in the order of a step, each with the inputs that the one before it made."""
+    """The parts in the order of a step, each with the outputs of the one before as inputs."""
     camera, (H, W) = net.encoder.camera, batch.images.shape[-2:]
     images = (
         camera.normalize(batch.images, batch.image_sizes).flatten(0, 1).contiguous(memory_format=torch.channels_last)
@@ -98,7 +99,7 @@ def forward_backward(part, inputs):
 
 
 def measure(part):
-    """Milliseconds of a step in the part: forward, forward + backward."""
+    """Milliseconds per step: forward, forward + backward."""
     inputs = [t.detach().requires_grad_() for t in part.inputs]
 
     def forward():
@@ -108,13 +109,15 @@ def measure(part):
     return [part.times * milliseconds(fn)[0] for fn in (forward, lambda: forward_backward(part, inputs))]
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="tiny", choices=PRETRAIN["camera"])
-    recipe = PRETRAIN["camera"][parser.parse_args().preset]
+def main(preset: Literal[tuple(PRETRAIN["camera"])] = "tiny"):
+    recipe = PRETRAIN["camera"][preset]
     torch.manual_seed(0)
     net = Pretrain(recipe).to(DEVICE)
-    print("| part | a step runs it | forward ms | forward + backward ms |\n|---|---|---|---|")
+    print("| part | times per step | forward ms | forward + backward ms |\n|---|---|---|---|")
     for part in parts(net, random_batch(recipe)):
         forward, both = measure(part)
         print(f"| {part.name} | {part.times} | {forward:.3f} | {both:.3f} |", flush=True)
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)

@@ -3,8 +3,8 @@
 Forward: rays through a volume to color, depth and the loss of the camera recipe. Backward: to the volume and to
 every parameter. "reference" is the eager peer; both run on the same parameters, rays and jitter.
 
-Both are asserted to agree in fp64 to 1e-5 of the largest entry. In fp32 rounding decides where some importance samples
-fall (the inverse CDF jumps over intervals of hardly any mass), which alone moves gradients by up to AGREE_FP32.
+Both are asserted to agree in fp64 to 1e-5 of the largest entry. In fp32 rounding moves some importance samples (the
+inverse CDF jumps over intervals of almost no mass), which alone changes gradients by up to AGREE_FP32.
 """
 
 from copy import deepcopy

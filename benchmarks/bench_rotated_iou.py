@@ -1,7 +1,7 @@
-"""IoU of turned boxes and NMS: kernels, references, and what others do.   python -m benchmarks.bench_rotated_iou
+"""IoU of rotated boxes and NMS: kernels, references and peers.   python -m benchmarks.bench_rotated_iou
 
-Peers: intersections and enclosed corners sorted by angle, as the known CUDA kernels do it, in eager PyTorch; NMS row by
-row over the matrix; on a CPU shapely, if it is installed.
+Peers: intersections and enclosed corners sorted by angle, as in the known CUDA kernels, in eager PyTorch; NMS row by
+row over the matrix; on a CPU shapely, if installed.
 """
 
 import torch

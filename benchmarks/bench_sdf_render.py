@@ -1,4 +1,4 @@
-"""The fused NeuS renderer for few and many rays, compared with its peers.   python -m benchmarks.bench_sdf_render
+"""The fused NeuS renderer for few and many rays, and its peers.   python -m benchmarks.bench_sdf_render
 
 Sampling, field and compositing: rays through a volume to color and depth; backward to the volume and every parameter.
 
@@ -6,11 +6,10 @@ Sampling, field and compositing: rays through a volume to color and depth; backw
     triton          `unipad.kernels.sdf_render` (GPU), products in tf32
     triton, exact   the same with fp32 accuracy (GPU)
     triton, pieces  the same renderer, one kernel per op (GPU); "pieces" on a CPU, where it is the default
-    analytic        `sdf_render_ref`, the PyTorch reference of the kernels (CPU)
     compiled        the reference under torch.compile, or its error
 
-All are asserted to agree: see `benchmarks.bench_render` for why importance sampling keeps fp32 from agreeing better;
-in tf32 distances are off by up to a hundredth of the largest.
+All are asserted to agree; `benchmarks.bench_render` explains why importance sampling limits the agreement in fp32. In
+tf32 distances are off by up to a hundredth of the largest.
 """
 
 from copy import copy
@@ -65,13 +64,6 @@ def pieces(renderer, *inputs):
     return triton(renderer, *inputs)
 
 
-def analytic(renderer, *inputs):
-    """On a CPU the fused op is its reference."""
-    renderer = copy(renderer)
-    renderer._fused = lambda volume: True
-    return triton(renderer, *inputs)
-
-
 def eager(renderer, *inputs):
     return triton(EagerRenderer(renderer), *inputs)
 
@@ -80,8 +72,8 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     cases = [case(R) for R in RAYS]
     on_gpu = {"triton, pieces": pieces, "triton, exact": exact}
-    peers = on_gpu if DEVICE == "cuda" else {"pieces": pieces, "analytic": analytic}
+    peers = on_gpu if DEVICE == "cuda" else {"pieces": pieces}
     rows = compare("sdf_render", eager, triton, peers | {"compiled": compiled(eager)}, cases, AGREE)
-    print("\n| case | impl | forward + backward, us a ray |\n|---|---|---|")
+    print("\n| case | impl | forward + backward, us per ray |\n|---|---|---|")
     for row in (row for row in rows if row.both_ms):
         print(f"| {row.case} | {row.impl} | {1e3 * row.both_ms / int(row.case.split()[0][2:]):.1f} |")

@@ -1,22 +1,21 @@
 """sparse_conv: kernels, reference and spconv, at the stages of the LiDAR recipe.
 
     python -m benchmarks.bench_sparse_conv
-    python -m benchmarks.bench_sparse_conv --tune                 our launches as fast as the tuner finds them
+    python -m benchmarks.bench_sparse_conv --tune                 our launches autotuned
     OMP_NUM_THREADS=1 python -m benchmarks.bench_sparse_conv      on a CPU: with more threads the spconv wheel races
 
-Voxels come from benchmarks/lidar_scene.py, whose statistics are printed beside those of nuScenes. "cold" makes the
-tables in every run, from unsorted coordinates as a peer does; elsewhere they are made once. Errors are against fp64.
-Peers, where they are installed: spconv (pip install spconv-cu126; spconv for a CPU) and spconv-triton, whose interface
-is the same.
+Voxels come from benchmarks/lidar_scene.py, whose statistics are printed next to those of nuScenes. "cold" builds the
+tables in every run, from unsorted coordinates as a peer does; otherwise they are built once. Errors are w.r.t. fp64.
+Peers, if installed: spconv (pip install spconv-cu126; spconv for a CPU) and spconv-triton, with the same interface.
 """
 
-import argparse
 import copy
 import importlib
 from dataclasses import dataclass, field
 from unittest import mock
 
 import torch
+import tyro
 from torch import nn
 from torch.func import functional_call
 
@@ -39,22 +38,22 @@ AGREE_DEEP = 5e-2 if DEVICE == "cuda" else 5e-3  # after 21 convolutions
 
 @dataclass
 class Level:
-    """Voxels of one stage, and what each implementation keeps about them."""
+    """Voxels of one stage, and what each implementation caches for them."""
 
     name: str
     coords: torch.Tensor  # [N, 4] int32
     shape: tuple  # cells (Z, Y, X)
     batch: int
-    kept: dict = field(default_factory=dict)
+    cache: dict = field(default_factory=dict)
 
     def submanifold(self):
         table = submanifold_map(self.coords, *sort_voxels(self.coords, self.shape, False), self.shape, THREE, ONE)
         return NeighborTable(table), None  # its own mirror image
 
     def table(self):
-        if "table" not in self.kept:
-            self.kept["table"] = self.submanifold()
-        return self.kept["table"]
+        if "table" not in self.cache:
+            self.cache["table"] = self.submanifold()
+        return self.cache["table"]
 
     def pairs(self):
         return (self.table()[0].idx >= 0).sum().item()
@@ -113,7 +112,7 @@ class Encoders:
 
     def ours(self, op, keep):
         def run(features, weights, level):
-            known = level.kept if keep else {}
+            known = level.cache if keep else {}
             if "voxels" not in known:
                 known["voxels"] = sparse.VoxelSet(level.coords, level.shape, level.batch, check=False)
                 known["sets"] = sparse.make_tables(self.encoder, known["voxels"])
@@ -135,7 +134,7 @@ class Encoders:
         encoder = as_peer(self.encoder, lib)
 
         def run(features, weights, level):
-            known = level.kept.setdefault(lib.__name__ + " encoder", {}) if keep else {}
+            known = level.cache.setdefault(lib.__name__ + " encoder", {}) if keep else {}
             tensor = lib.SparseConvTensor(features, level.coords, list(level.shape), level.batch, indice_dict=known)
             with half():
                 return encoder(Peer(tensor)).dense()
@@ -170,11 +169,11 @@ def installed():
 
 def warm_peer(lib):
     def run(features, weight, level):
-        if lib.__name__ not in level.kept:
+        if lib.__name__ not in level.cache:
             tensor = lib.SparseConvTensor(features, level.coords, list(level.shape), level.batch)
-            level.kept[lib.__name__] = tensor
+            level.cache[lib.__name__] = tensor
         conv = peer_conv(lib, level, weight)
-        return conv(level.kept[lib.__name__].replace_feature(features)).features
+        return conv(level.cache[lib.__name__].replace_feature(features)).features
 
     return run
 
@@ -198,7 +197,7 @@ def strided_peer(lib):
 def peer_conv(lib, level, weight, geometry=None):
     """The peer's module with this weight, made once."""
     key = lib.__name__, id(weight)
-    if key not in level.kept:
+    if key not in level.cache:
         out_channels, in_channels = weight.shape[0], weight.shape[4]
         if geometry is None:
             conv = lib.SubMConv3d(in_channels, out_channels, 3, bias=False, indice_key="0")
@@ -206,8 +205,8 @@ def peer_conv(lib, level, weight, geometry=None):
             kernel, stride, padding, _ = geometry
             conv = lib.SparseConv3d(in_channels, out_channels, kernel, stride, padding, bias=False)
         conv.weight = weight
-        level.kept[key] = conv.to(DEVICE)
-    return level.kept[key]
+        level.cache[key] = conv.to(DEVICE)
+    return level.cache[key]
 
 
 class Peer:
@@ -293,13 +292,15 @@ def tensors(N, c_in, c_out, for_features=True, for_weight=True):
     return features, nn.Parameter(weight.to(DTYPE), requires_grad=for_weight)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tune", action="store_true", help="try our launches before they are timed")
-    tuned = ""  # behind the name of an op
-    if parser.parse_args().tune:
+def main(tune: bool = False):
+    """Measure and print.
+
+    Args:
+        tune: autotune our launches first.
+    """
+    tuned = ", tuned" if tune else ""  # suffix of the op's name
+    if tune:
         tuning.enable()
-        tuned = ", tuned"
     libs = installed()
     for batch in [1, 4] if DEVICE == "cuda" else [1]:
         levels = stages(batch)
@@ -318,7 +319,7 @@ if __name__ == "__main__":
             )
 
         sized = list(zip(levels, WIDTHS, strict=True))
-        # where tensor cores bind, not the gather
+        # bound by tensor cores, not by the gather
         wide = [(levels[1], 128), (levels[1], 256)] if DEVICE == "cuda" else []
 
         peers = {name: warm_peer(lib) for name, lib in libs.items()}
@@ -338,3 +339,7 @@ if __name__ == "__main__":
         cases = [strided_case(*s, geometry) for s, geometry in zip(sized, STAGES, strict=False)]
         exact = strided(sparse_conv_ref)
         compare(f"sparse_conv, strided, cold{tuned}", exact, strided(sparse_conv), peers, cases, AGREE, exact)
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)

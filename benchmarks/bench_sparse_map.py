@@ -3,7 +3,7 @@
     python -m benchmarks.bench_sparse_map
 
 Voxels come from benchmarks/lidar_scene.py. The peer keeps a row number for every cell of the grid, which needs no
-search, but memory for all cells: 340 MB a sample at the first stage.
+search, but memory for all cells: 340 MB per sample at the first stage.
 """
 
 from itertools import product

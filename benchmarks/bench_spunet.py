@@ -3,16 +3,16 @@
     python -m benchmarks.bench_spunet                      # 23.5k voxels, and on a GPU 120k
     OMP_NUM_THREADS=1 python -m benchmarks.bench_spunet    # on a CPU: with more threads the spconv wheel races
 
-The newest sweeps of benchmarks/lidar_scene.py in cells of 0.05 m, as fine-tuning has them: one sweep makes 21k voxels,
-eight 120k. Every run makes its tables from the voxels, as every step of training does. Peers, where they are
-installed: spconv and spconv-triton, see bench_sparse_conv.
+The newest sweeps of benchmarks/lidar_scene.py in cells of 0.05 m, as in fine-tuning: one sweep gives 21k voxels, eight
+120k. Every run makes its tables from the voxels, as every training step does. Peers, if installed: spconv and
+spconv-triton, see bench_sparse_conv.
 """
 
-import argparse
 import copy
 from unittest import mock
 
 import torch
+import tyro
 from torch import nn
 
 from benchmarks.bench_sparse_conv import AGREE_DEEP, Peer, PeerConv, Pointwise, half, installed
@@ -93,16 +93,22 @@ def as_peer(net, lib):
     return twin
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = [23_500, 120_000] if DEVICE == "cuda" else [23_500]
-    parser.add_argument("--voxels", type=int, nargs="+", default=sizes, help="most voxels of each case")
+def main(voxels: tuple[int, ...] = (23_500, 120_000) if DEVICE == "cuda" else (23_500,)):
+    """Measure and print.
+
+    Args:
+        voxels: most voxels of each case.
+    """
     nets, libs = Nets(), installed()
     cases = []
-    for most in parser.parse_args().voxels:
+    for most in voxels:
         coords = voxels_of(scene(device=DEVICE), most)
         features = torch.randn(len(coords), 5, device=DEVICE, requires_grad=True)
         moved = features.nbytes + sum(w.nbytes for w in nets.weights)
         cases.append(Case(f"N={len(coords)}", (features, nets.weights, coords), moved))
     peers = {name: nets.theirs(lib) for name, lib in libs.items()}
     compare("SpUNet", nets.ours(sparse_conv_ref), nets.ours(sparse_conv), peers, cases, AGREE_DEEP)
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)

@@ -2,13 +2,14 @@
 
 The eager twin shares the weights, the encoder, the rays and the random numbers; its lift samples every view densely,
 its render projection is `nn.Conv3d`, its renderer differentiates twice through autograd. Both losses are asserted to
-agree before anything is timed. Forward, backward and the optimizer; the data is random.
+agree before anything is timed. Forward, backward and optimizer; random data.
 """
 
-import argparse
 from copy import deepcopy
+from typing import Literal
 
 import torch
+import tyro
 
 from benchmarks.eager import EagerRenderer, eager_lift
 from benchmarks.harness import DEVICE, Case, compare
@@ -54,7 +55,7 @@ def random_batch(recipe):
 
 
 class EagerLift(torch.nn.Module):
-    """`GatherLift` by `eager_lift`."""
+    """`GatherLift` with `eager_lift`."""
 
     def __init__(self, lift):
         super().__init__()
@@ -80,7 +81,7 @@ def eager_twin(net):
 
 
 def step_of(net, batch):
-    """A function that makes one training step and returns its loss; every call draws the same random numbers."""
+    """A function that runs one training step and returns its loss; every call draws the same random numbers."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.0)  # the same weights at every call
 
     def step():
@@ -95,13 +96,15 @@ def step_of(net, batch):
     return step
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preset", default="tiny", choices=PRETRAIN["camera"])
-    recipe = PRETRAIN["camera"][parser.parse_args().preset]
+def main(preset: Literal[tuple(PRETRAIN["camera"])] = "tiny"):
+    recipe = PRETRAIN["camera"][preset]
     torch.manual_seed(0)
     batch, net = random_batch(recipe), Pretrain(recipe).to(DEVICE)
     steps = {"ours": step_of(net, batch), "eager": step_of(eager_twin(net), batch)}
-    case = Case(f"{recipe.rays.per_view} rays a view", (), batch.images.nbytes)
+    case = Case(f"{recipe.rays.per_view} rays per view", (), batch.images.nbytes)
     peers = {"ours": steps["ours"]} if DEVICE == "cpu" else {}
     compare("step", steps["eager"], steps["ours"], peers, [case])
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)

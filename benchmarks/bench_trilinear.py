@@ -1,7 +1,7 @@
-"""trilinear: kernel, reference, and the double backward they replace.   python -m benchmarks.bench_trilinear
+"""trilinear: kernel, reference, and the double backward that they replace.   python -m benchmarks.bench_trilinear
 
-What is timed is what the renderer needs: the features at the points and, for an upstream gradient of the features (as
-an MLP would give it), the gradient with respect to the points; then the backward of both.
+Timed is what the renderer needs: the features at the points and, for an upstream gradient of the features (as from an
+MLP), the gradient w.r.t. the points; then the backward of both.
 """
 
 import torch

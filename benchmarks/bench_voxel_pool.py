@@ -1,8 +1,8 @@
 """voxel_pool: kernel, reference, the original's formulas in eager PyTorch and compiled by it, BEVPoolv2, BEVFusion's
-bev_pool; then how time grows.   python -m benchmarks.bench_voxel_pool
+bev_pool; then scaling.   python -m benchmarks.bench_voxel_pool
 
-The peers run if mmdet3d is installed. Every timed call finds and sorts the points, since every training step has new
-cameras.
+The peers run if mmdet3d is installed. Every timed call finds and sorts the points, since cameras change at every
+training step.
 """
 
 import importlib
@@ -35,7 +35,7 @@ def case(size, dtype=torch.float32, views=6, channels=None, across=None):
     sizes = (*lidar2image.shape[:2], *(size // stride for size in image_size))
     features = torch.randn(*sizes, C, device=DEVICE).to(dtype).requires_grad_()
     depths = torch.randn(*sizes, bins, device=DEVICE).softmax(-1).to(dtype).requires_grad_()
-    # off the rig's planes: points on faces of voxels would lie on either side of them, as a peer rounds
+    # shifted off the rig's planes: peers would round points on voxel faces to either side
     low = tuple(l + 0.0137 for l in grid.low)
     geometry = (lidar2image, low, cell, shape, stride, depth_range)
     out_bytes = math.prod(shape) * C * features.element_size()

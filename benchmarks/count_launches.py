@@ -1,10 +1,10 @@
-"""What the LiDAR recipe's sparse encoder asks of the host: launches, and the microseconds of Python between them.
+"""Host cost of the LiDAR recipe's sparse encoder: launches, and the microseconds of Python between them.
 
     python -m benchmarks.count_launches
 
 Needs no GPU. Launches are counted in Triton's interpreter on a small scene, since they do not depend on its size: the
-project's kernels, and PyTorch's operators but for views and allocations, each of which is one launch or more. Seconds
-are of all that happens above the launches: kernels are left out, and operators have next to no voxels to work on.
+project's kernels, and PyTorch's operators except views and allocations, each of which is one launch or more. Times
+cover everything above the launches: kernels are not run, and operators have almost no voxels to process.
 """
 
 import os
@@ -30,7 +30,7 @@ ALLOCATES = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_str
 
 
 class Operators(TorchDispatchMode):
-    """Counts the operators that are run, but for those that only allocate or make a view."""
+    """Counts the operators that run, except those that only allocate or make a view."""
 
     def __init__(self, counts):
         super().__init__()
@@ -46,7 +46,7 @@ class Operators(TorchDispatchMode):
 
 @contextmanager
 def kernels_replaced(make):
-    """make(kernel, grid) returns what takes the place of a kernel's launch."""
+    """make(plain, kernel, grid) returns the replacement of a kernel's launch."""
     plain = KernelInterface.__getitem__
     with mock.patch.object(KernelInterface, "__getitem__", lambda kernel, grid: make(plain, kernel, grid)):
         yield
@@ -96,17 +96,17 @@ def main():
     backend.interpret = True
     encoder = SparseEncoder(5, WIDTHS, 2, 256)
     features = torch.randn(N, 5, requires_grad=True)
-    kept = {}
+    made = {}
 
     def make():
-        kept["set"] = voxels()
-        kept["sets"] = make_tables(encoder, kept["set"])
+        made["set"] = voxels()
+        made["sets"] = make_tables(encoder, made["set"])
 
     def forward():
-        kept["out"] = encoder(SparseTensor(features, kept["set"])).dense()
+        made["out"] = encoder(SparseTensor(features, made["set"])).dense()
 
     def backward():
-        kept["out"].sum().backward()
+        made["out"].sum().backward()
 
     def step():
         forward()
@@ -116,7 +116,7 @@ def main():
         with torch.no_grad():
             forward()
 
-    print("| part | launches | of them ours | launched most |\n|---|---|---|---|")
+    print("| part | launches | ours | most frequent |\n|---|---|---|---|")
     for name, part in [("tables", make), ("forward", forward), ("backward", backward)]:
         with counted() as counts:
             part()
@@ -124,7 +124,7 @@ def main():
         most = ", ".join(f"{launch} {n}" for launch, n in counts.most_common(8))
         print(f"| {name} | {counts.total()} | {ours} | {most} |")
     encoder.eval()
-    infer()  # norms keep what they make of their statistics
+    infer()  # fills the norms' caches
     with counted() as counts:
         infer()
     print(f"| forward, inference | {counts.total()} |")

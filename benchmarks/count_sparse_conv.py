@@ -1,15 +1,14 @@
-"""sparse_conv on the LiDAR recipe's encoder, counted: products and bytes against the least, and the machine code.
+"""sparse_conv on the LiDAR recipe's encoder, counted: products and bytes w.r.t. the minimum, and the machine code.
 
     python -m benchmarks.count_sparse_conv
 
 Needs no GPU: voxels come from benchmarks/lidar_scene.py. The machine code is that of the tests' launches, so its table
-needs what they do (pip install -e '.[test]').
+needs their dependencies (pip install -e '.[test]').
 
-A product is one row times one [Cin, Cout] matrix. "waste": products done over those that pairs of voxels need; a tile
-multiplies all its rows at every offset that one of them has. "reuse": pairs over the distinct rows that a tile reads.
-Bytes are what the multiprocessors ask of the L2: indices, rows, weights, sums and results. A row that an earlier offset
-of a tile has read comes from the L1, if that still has it ("MB"), or from the L2 again ("past the L1"). The least reads
-every row, weight and index of a pair once.
+A product is one row times one [Cin, Cout] matrix. "waste": computed over necessary products, since a tile multiplies
+all its rows at every offset that one of them has. "reuse": pairs over distinct rows read per tile. Bytes are L2
+requests: indices, rows, weights, sums and results. A row that an earlier offset of a tile has read comes from the L1 if
+still cached ("MB"), or from the L2 again ("past the L1"). The minimum reads every row, weight and index of a pair once.
 """
 
 import importlib.util
@@ -25,7 +24,7 @@ from unipad.kernels.voxel_keys import sort_voxels
 
 WIDTHS, BLOCKS = (16, 32, 64, 128), 2
 DTYPE, BYTES = torch.bfloat16, 2
-HIDDEN = "LEAST", "MULTIPLE", "SORT", "SHARE", "NEAR"
+HIDDEN = "LEAST", "MULTIPLE", "SORT", "OFFSETS_PER_BIT", "NEAR"
 KINDS = "HGMMA", "HMMA", "FFMA", "LDGSTS", "LDG"
 
 
@@ -33,7 +32,7 @@ KINDS = "HGMMA", "HMMA", "FFMA", "LDGSTS", "LDG"
 class Layer:
     name: str
     table: torch.Tensor  # [K, M] of the forward
-    inverse: torch.Tensor  # [K, N] of the gradient of the features; the same where it is its own mirror image
+    inverse: torch.Tensor  # [K, N] for the gradient of the features; the same if it is its own mirror image
     out_coords: torch.Tensor  # [M, 4]
     coords: torch.Tensor  # [N, 4]
     c_in: int
@@ -43,7 +42,7 @@ class Layer:
     def passes(self):
         """(pass, table, coordinates of its rows, channels read, channels written)."""
         yield "forward", self.table, self.out_coords, self.c_in, self.c_out
-        if self.c_in > 5:  # nobody asks for the gradient of the points
+        if self.c_in > 5:  # points need no gradient
             yield "d_features", self.inverse, self.coords, self.c_out, self.c_in
 
 
@@ -73,7 +72,7 @@ def masks(table):
 
 
 def by_mask(table, window):
-    """The order of rows sorted by mask among each `window` of them, as sparse_tiles sorts."""
+    """The order of rows sorted by mask within windows, as in sparse_tiles."""
     place = torch.arange(table.shape[1])
     return ((place // window << len(table)) + masks(table)).sort(stable=True)[1]
 
@@ -101,13 +100,13 @@ def waste_and_reuse(table, order, block_m):
 
 def print_orders(found, block_m=64):
     orders = {
-        "as the voxels are": lambda table, _: torch.arange(table.shape[1]),
+        "as voxels": lambda table, _: torch.arange(table.shape[1]),
         "Morton": lambda _, coords: morton(coords),
         f"by mask in {sparse_tiles.WINDOW}": lambda table, _: by_mask(table, sparse_tiles.WINDOW),
         "by mask in 4096": lambda table, _: by_mask(table, 4096),
         "by mask": lambda table, _: by_mask(table, 2**40),
     }
-    print(f"## Waste / reuse of rows in tiles of {block_m}\n\n| table | pairs a row | {' | '.join(orders)} |")
+    print(f"## Waste / reuse of rows in tiles of {block_m}\n\n| table | pairs per row | {' | '.join(orders)} |")
     print("|" + "---|" * (len(orders) + 2))
     for layer in found[1:]:
         for name, table, coords, *_ in layer.passes():
@@ -194,8 +193,8 @@ def d_weight(table, c_in, c_out):
 
 
 def print_layers(found):
-    print("## Products over those needed, and MB of the L2 over the least\n")
-    print("| layer, channels | pass | GFLOP needed | waste | with padding | MB | past the L1 | least | programs |")
+    print("## Products over those needed, and MB from the L2 next to the minimum\n")
+    print("| layer, channels | pass | GFLOP needed | waste | with padding | MB | past the L1 | minimum | programs |")
     print("|---|---|---|---|---|---|---|---|---|")
     total = torch.zeros(5, dtype=torch.float64)
     for layer in found:
@@ -211,7 +210,7 @@ def print_layers(found):
             print(f"| {label} | {name} | {gflop:.2f} | {c.waste:.2f} | {c.products:.2f} | {cells} | {c.programs} |")
     gflop, done, near, past, least = total.tolist()
     print(f"\nForward and backward of all: {gflop:.0f} GFLOP needed, {done:.0f} done; ", end="")
-    print(f"{near:.0f} MB, {past:.0f} past the L1, least {least:.0f}.")
+    print(f"{near:.0f} MB, {past:.0f} past the L1, minimum {least:.0f}.")
     tables = {id(t): t.nbytes for layer in found for t in (layer.table, layer.inverse)}
     print(f"Tables, read and written once each to make their tiles: {sum(tables.values()) / 1e6:.0f} MB.\n")
 

@@ -1,7 +1,9 @@
-"""What lift and voxel_pool touch on nuScenes' rig at paper size, on any machine.   python -m benchmarks.count_views
+"""Memory accesses of lift and voxel_pool on nuScenes' rig at paper size, without a GPU.
 
-Counts decide how the kernels are laid out where there is no GPU to time them on: how many views a program passes over,
-how many of its lanes work, how often it reads a row of features again while it still has it, how uneven the sums are.
+    python -m benchmarks.count_views
+
+Counts guide the choice of blocks where there is no GPU to time them: how many views a program skips, how many of its
+lanes work, how often it rereads a cached row of features, how uneven the sums are.
 """
 
 import torch
@@ -37,11 +39,9 @@ def count_lift():
         pixels[stride] = h * w, (((n * h + rows)[:, None]) * w + columns).flatten(0, 1)
 
     every, voxels = N * X * Y * Z, X * Y * Z
-    print(
-        f"## lift\n\n{len(voxel)} of {every} pairs of view and voxel are seen, {len(voxel) / voxels:.2f} views a voxel:"
-    )
+    print(f"## lift\n\n{len(voxel)} of {every} pairs of view and voxel are seen, {len(voxel) / voxels:.2f} per voxel:")
     print(f"{1 - len(voxel) / every:.1%} of the views would be skipped voxel by voxel\n")
-    print("| block x, y, z | programs | views skipped | lanes at work | rows read again |", end="")
+    print("| block x, y, z | programs | views skipped | active lanes | rows reread |", end="")
     print("".join(f" stride {s} |" for s in strides) + "\n|" + "---|" * (5 + len(strides)))
     for bx, by, bz in BLOCKS:
         across, down = -(-X // bx), -(-Y // by)
@@ -53,7 +53,7 @@ def count_lift():
         lanes = len(voxel) / (passes * bx * by * bz)
         print(f"| {bx}, {by}, {bz} | {programs} | {1 - passes / (programs * N):.1%} | {lanes:.1%} | {again} |")
 
-    print("\n| stride | pixels | with a hit | hits of a pixel, mean | most | channels added if directly |")
+    print("\n| stride | pixels | with a hit | hits per pixel, mean | max | channels added without gathering |")
     print("|---|---|---|---|---|---|")
     for stride, (size, pixel) in pixels.items():
         hits = torch.bincount(pixel.flatten(), minlength=N * size)
@@ -75,7 +75,7 @@ def count_pool():
     inside = voxel < V
     hit = len(voxel[inside].unique())
     print(f"\n## voxel_pool\n\n{inside.sum()} of {inside.numel()} points lie in {hit} of {V} voxels\n")
-    print("| points a run | rows read | of a voxel, mean | most |\n|---|---|---|---|")
+    print("| points per run | rows read | per voxel, mean | max |\n|---|---|---|---|")
     for most in RUNS:
         rows = torch.bincount(voxel[inside & (since % most == 0)])
         rows = rows[rows > 0].float()

@@ -1,7 +1,7 @@
-"""The peers: parts of the model as the original's formulas read in eager PyTorch, on the parameters of ours.
+"""Peers: parts of the model as the original's formulas in eager PyTorch, on our parameters.
 
-They are what our speed is compared with, and what the tests hold our gradients against: nothing here knows a kernel,
-a folded weight or a derivative by hand.
+Our speed and, in tests, our gradients are compared with them: no kernels, no folded weights, no hand-written
+derivatives.
 """
 
 import torch
@@ -12,7 +12,7 @@ from unipad.model.render import Rendered
 
 
 def eager_lift(features, depths, lidar2image, low, cell, shape, image_size, depth_range):
-    """`kernels.lift` view by view: `F.grid_sample` of what each sees, scattered into a volume per view, summed.
+    """`unipad.kernels.lift` view by view: `F.grid_sample` at visible voxels, scattered into a volume per view, summed.
 
     Samples in fp32, as `F.grid_sample` does under autocast.
     """
@@ -39,7 +39,7 @@ def eager_lift(features, depths, lidar2image, low, cell, shape, image_size, dept
 
 
 def eager_voxel_pool(features, depths, lidar2image, low, cell, shape, stride, depth_range, truncate=False):
-    """`kernels.voxel_pool` point by point: all products of feature and probability, added up by voxel."""
+    """`unipad.kernels.voxel_pool` point by point: products of feature and probability, summed by voxel."""
     (B, N, h, w, C), D = features.shape, depths.shape[4]
     X, Y, Z = shape
     near, far = depth_range
@@ -57,6 +57,7 @@ def eager_voxel_pool(features, depths, lidar2image, low, cell, shape, stride, de
     return volume.view(B, Z, Y, X, C)
 
 
+SOFTPLUS = nn.Softplus(beta=100)
 TWICE_DIFFERENTIABLE = torch.__version__ >= (2, 13)  # of `F.grid_sample` for volumes
 
 
@@ -137,7 +138,8 @@ class EagerRenderer(nn.Module):
         starts, deltas = edges[:, :-1], edges.diff(dim=1)
 
         points = origins[:, None] + directions[:, None] * starts[..., None]
-        sdf, gradient, rgb = self._field(volume, points, directions)
+        mlps = self.field.sdf_decoder.leaves(), self.field.rgb_decoder.leaves()
+        sdf, gradient, rgb = eager_field(lambda p: self._interpolate(volume, p), points, directions, *mlps)
         slope = -F.relu(-(directions[:, None] * gradient).sum(-1))
         before = torch.sigmoid((sdf - slope * deltas / 2) * self.field.inv_s)
         after = torch.sigmoid((sdf + slope * deltas / 2) * self.field.inv_s)
@@ -155,7 +157,8 @@ class EagerRenderer(nn.Module):
     def _search(self, volume, origins, directions, edges):
         """Weights of the stratified samples under a fixed, sharp NeuS."""
         starts, deltas = edges[:, :-1], edges.diff(dim=1)[:, :-1]
-        sdf = self._decode(volume, origins[:, None] + directions[:, None] * starts[..., None])[0][..., 0]
+        points = origins[:, None] + directions[:, None] * starts[..., None]
+        sdf = _mlp(self.field.sdf_decoder.leaves(), points, self._interpolate(volume, points), SOFTPLUS)[..., 0]
         slope = sdf.diff(dim=1) / (deltas + 1e-5)
         slope = torch.minimum(slope, F.pad(slope[:, :-1], (1, 0))).clip(-1e3, 0)
         middle = (sdf[:, 1:] + sdf[:, :-1]) / 2
@@ -163,25 +166,13 @@ class EagerRenderer(nn.Module):
         after = torch.sigmoid((middle + slope * deltas / 2) * 64)
         return F.pad(_weights((before - after + 1e-5) / (before + 1e-5)), (0, 1))
 
-    def _field(self, volume, points, directions):
-        points = points.detach().requires_grad_()
-        with torch.enable_grad():
-            out, feature = self._decode(volume, points)
-            sdf, geometry = out[..., :1], out[..., 1:]
-            (gradient,) = torch.autograd.grad(sdf, points, torch.ones_like(sdf), create_graph=True)
-        seen = torch.cat([directions[:, None].expand_as(points), feature, gradient, geometry], dim=-1)
-        rgb = torch.sigmoid(_mlp(self.field.rgb_decoder, points, seen, F.relu))
-        return sdf[..., 0], gradient, rgb
-
-    def _decode(self, volume, points):
-        """Output of the SDF decoder and the feature at points [R, S, 3]."""
+    def _interpolate(self, volume, points):
+        """Features [R, S, C] of a volume [C, Z, Y, X] at points [R, S, 3]."""
         low, high = points.new_tensor(self.low), points.new_tensor(self.high)
         grid = (points - low) / (high - low) * 2 - 1
         if TWICE_DIFFERENTIABLE:
-            feature = F.grid_sample(volume[None], grid[None, None], align_corners=True)[0, :, 0].permute(1, 2, 0)
-        else:
-            feature = gathered_sample(volume, grid)
-        return _mlp(self.field.sdf_decoder, points, feature, nn.Softplus(beta=100)), feature
+            return F.grid_sample(volume[None], grid[None, None], align_corners=True)[0, :, 0].permute(1, 2, 0)
+        return gathered_sample(volume, grid)
 
     def _loss(self, rendered, rays, mine):
         cfg, trunc = self.cfg, self.cfg.truncation * self.scale
@@ -201,11 +192,31 @@ class EagerRenderer(nn.Module):
         return {k: getattr(cfg, f"{k}_weight") * v for k, v in terms.items() if getattr(cfg, f"{k}_weight") > 0}
 
 
-def _mlp(decoder, points, condition, activation):
-    x = decoder.fc_p(points)
-    for l, fc_c in enumerate(decoder.fc_c):
-        x = getattr(decoder, f"lin{l}")(x + fc_c(condition))
-        if l < len(decoder.fc_c) - 1:
+def eager_field(interpolate, points, directions, sdf_mlp, rgb_mlp):
+    """Distance [R, S], its gradient by autograd and color at points [R, S, 3]; differentiable any number of times.
+
+    interpolate: gives the features [R, S, C] at points.
+    sdf_mlp, rgb_mlp: as `unipad.kernels.sdf_render` takes them; without the latter color is 0.
+    """
+    points = points.detach().requires_grad_()
+    with torch.enable_grad():
+        feature = interpolate(points)
+        out = _mlp(sdf_mlp, points, feature, SOFTPLUS)
+        sdf, geometry = out[..., :1], out[..., 1:]
+        (gradient,) = torch.autograd.grad(sdf, points, torch.ones_like(sdf), create_graph=True)
+    if rgb_mlp is None:
+        return sdf[..., 0], gradient, torch.zeros_like(points)
+    seen = torch.cat([directions[:, None].expand_as(points), feature, gradient, geometry], dim=-1)
+    return sdf[..., 0], gradient, torch.sigmoid(_mlp(rgb_mlp, points, seen, F.relu))
+
+
+def _mlp(leaves, points, condition, activation):
+    P, q, *layers = leaves
+    x = F.linear(points, P, q)
+    for l in range(0, len(layers), 4):
+        C, d, W, b = layers[l : l + 4]
+        x = F.linear(x + F.linear(condition, C, d), W, b)
+        if l + 4 < len(layers):
             x = activation(x)
     return x
 

@@ -1,11 +1,11 @@
 """Time and memory of one op under several implementations, side by side; prints a Markdown table.
 
 An implementation is timed only if its outputs and gradients agree with the true values; one that disagrees or raises
-gets a row without times, and the others still run. Times are medians, with the 20th and 80th percentiles for forward:
-of forward, of backward, and of both together, with the L2 flushed before each run. They include launching from Python,
-which dominates for small ops. "gpu ms" is the GPU time of forward and backward: the sum of its kernels' times by the
-profiler, with caches as the previous run left them. Bandwidth is the forward's least traffic over its time,
-as a fraction of what a copy reaches on the same device in the same minute, not of the data sheet.
+gets a row without times, and the others still run. Times are medians of forward (with the 20th and 80th percentiles),
+backward, and both together, with the L2 flushed before each run. They include launching from Python, which dominates
+for small ops. "gpu ms" is the GPU time of forward and backward: the sum of its kernels' times by the profiler, with
+caches as the previous run left them. Bandwidth is the forward's minimum traffic over its time, as a fraction of what a
+copy reaches on the same device in the same minute.
 
 On a GPU: the op (its kernels), its peers, then its reference; rows are appended to results.csv.
 On a CPU: the reference, which is what the op runs there, and its peers; nothing is appended.
@@ -28,7 +28,7 @@ from unipad.runtime import commit
 
 RESULTS = Path(__file__).with_name("results.csv")
 code_commit = commit()  # of the measured code; `benchmarks.gpu` can set it where git is not available
-deadline = math.inf  # of time.monotonic(); set by `benchmarks.gpu`: nothing is started after it
+deadline = math.inf  # of time.monotonic(), set by `benchmarks.gpu`; no measurement starts after it
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 AGREE = 1e-3  # largest error of an output or gradient, as a fraction of its largest true value
 TIMES = ("fwd_ms", "fwd_p20", "fwd_p80", "bwd_ms", "both_ms", "gpu_ms", "peak_mb", "of_copy", "error")  # of `Row`
@@ -37,13 +37,13 @@ TIMES = ("fwd_ms", "fwd_p20", "fwd_p80", "bwd_ms", "both_ms", "gpu_ms", "peak_mb
 @dataclass
 class Case:
     name: str  # what varies, e.g. "R=3072 S=96 C=3"
-    inputs: tuple  # positional arguments, tensors on DEVICE; gradients are taken of those that require them
-    fwd_bytes: int  # least bytes the forward must move
+    inputs: tuple  # positional arguments, tensors on DEVICE; gradients are computed for those that require them
+    fwd_bytes: int  # minimum traffic of the forward
 
 
 @dataclass
 class Row:
-    """One line of results.csv. Milliseconds are medians; None: there is none (no gradient, no GPU, not timed)."""
+    """One line of results.csv. Milliseconds are medians; None: not measured (no gradient, no GPU, not timed)."""
 
     op: str
     case: str
@@ -54,10 +54,10 @@ class Row:
     bwd_ms: float | None
     both_ms: float | None
     gpu_ms: float | None  # of forward and backward
-    peak_mb: float | None  # of forward and backward, above what the inputs take
+    peak_mb: float | None  # of forward and backward, without the inputs
     of_copy: float | None  # fraction of the copy's bandwidth that the forward reaches
-    error: float | None  # largest, of outputs and gradients, as a fraction of each one's largest true value
-    note: str  # the reason if it was not timed
+    error: float | None  # largest error of outputs and gradients, as a fraction of each one's largest true value
+    note: str  # why it was not timed
     device: str
     torch: str
     triton: str
@@ -65,7 +65,7 @@ class Row:
 
 
 def machine():
-    """The columns of a row that say where it was measured."""
+    """The columns of a row that describe the machine."""
     return dict(
         device=_device_name(),
         torch=torch.__version__,
@@ -79,12 +79,12 @@ def compare(op, reference, kernels, peers, cases, agree=AGREE, exact=None):
 
     Args:
         op:        the name.
-        reference: the function every other one must agree with.
-        kernels:   the op itself; on a CPU it is the reference and left out.
+        reference: the function that all others must agree with.
+        kernels:   the op itself; skipped on a CPU, where it is the reference.
         peers:     {name: function} other implementations. All functions take a case's inputs.
         cases:     list of Case.
         agree:     largest error, as AGREE; more only where rounding is known to move a result by more.
-        exact:     the function that gives the truth when its inputs are in fp64; None: the reference, in their type.
+        exact:     the function that computes the true values from fp64 inputs; None: the reference, in their type.
 
     Returns the list of `Row`.
     """
@@ -115,7 +115,7 @@ def compare(op, reference, kernels, peers, cases, agree=AGREE, exact=None):
             print(_line(row), flush=True)
             rows.append(row)
             if name in compiled and row.error is None:
-                del impls[name]  # it would fail to compile at every size, as slowly
+                del impls[name]  # it would fail to compile at every size
             if DEVICE == "cuda":
                 append(row)
                 torch.cuda.synchronize()  # raises here if this one destroyed the GPU context, not in the next one
@@ -152,13 +152,13 @@ def _line(row):
 
 
 def compiled(fn):
-    """`fn` under torch.compile, with a backward that can run repeatedly after one forward, as timing it requires."""
+    """`fn` under torch.compile, with a backward that can run repeatedly after one forward, for timing."""
     functorch_config.donated_buffer = False
     return torch.compile(fn)
 
 
 def largest_error(fn, reference, inputs):
-    """Of outputs and gradients, as a share of each one's largest true value; NaN if one is."""
+    """Largest error of outputs and gradients, as a fraction of each one's largest true value; NaN if one is."""
     ups = _upstream(reference, inputs)
     return _largest_error(_forward_backward(fn, inputs, ups), _forward_backward(reference, inputs, ups))
 
@@ -206,7 +206,7 @@ def _upstream(fn, inputs):
 
 
 def _forward_backward(fn, inputs, ups):
-    """Everything two implementations are to agree on: outputs, then gradients."""
+    """What implementations must agree on: outputs, then gradients."""
     outs = _outputs(fn, inputs)
     if not ups:
         return outs
@@ -220,7 +220,7 @@ def _outputs(fn, inputs):
 
 
 def _wanted(inputs):
-    """The inputs whose gradients are taken, those in lists too."""
+    """The inputs that require gradients, those in lists too."""
     flat = [t for value in inputs for t in (value if isinstance(value, (list, tuple)) else [value])]
     return [t for t in flat if torch.is_tensor(t) and t.requires_grad]
 
@@ -300,7 +300,7 @@ def _peak_mb(fn):
 
 
 def _peak_cpu_mb(fn):
-    """Of what PyTorch allocates; scratch of the libraries that it calls is not seen."""
+    """Of PyTorch's allocations; scratch memory of libraries is not counted."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         fn()
     changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -1,9 +1,9 @@
-"""A made-up street seen by a 32-beam LiDAR, ten sweeps gathered, with the statistics of nuScenes.
+"""A synthetic street seen by a 32-beam LiDAR, ten sweeps accumulated, with the statistics of nuScenes.
 
-What a sparse convolution costs depends on how many neighbors a voxel has. Random cells have none and spheres too many;
-here rays meet ground, walls, cars and shrubs, and the sweeps of a moving sensor lie beside each other.
+The cost of a sparse convolution depends on the number of neighbors per voxel. Random cells have none and spheres too
+many; here rays hit ground, walls, cars and shrubs, and the sensor moves between sweeps.
 
-    python -m benchmarks.lidar_scene      prints voxels and neighbors of each stage beside those of nuScenes
+    python -m benchmarks.lidar_scene      prints voxels and neighbors of each stage next to those of nuScenes
 """
 
 import math
@@ -12,16 +12,16 @@ import torch
 
 LOW, CELL, SHAPE = (-54.0, -54.0, -5.0), (0.075, 0.075, 0.2), (41, 1440, 1440)  # LiDAR recipe, grid (Z, Y, X)
 STAGES = [((3, 3, 3), (2, 2, 2), p, (1, 1, 1)) for p in ((1, 1, 1), (1, 1, 1), (0, 1, 1))]  # between stages 1 to 4
-# One nuScenes frame: voxels of stages 1 to 4, and of their 27 cells the occupied ones
+# One nuScenes frame: voxels of stages 1 to 4, and occupied cells out of 27
 NUSCENES = [(79.7e3, 7.4), (69.3e3, 14.0), (29.7e3, 16.3), (10.3e3, 16.6)]
 
 BEAMS, AZIMUTHS, SWEEPS = 32, 1084, 10
 HEIGHT = 1.84  # meters, of the sensor above the ground
 SPEED = 0.6  # meters between sweeps: 12 m/s at 20 Hz
-# Numbers and sizes, share of returns and depth of shrubs are tuned until the statistics fit.
+# Numbers and sizes, return rate and depth of shrubs are tuned to match the statistics.
 HOUSES, CARS, SHRUBS = 12, 40, 160
-RETURNED = 0.75  # share of the rays that come back
-DEPTH = 0.7  # meters that a ray goes into a shrub, on average
+RETURNED = 0.75  # fraction of rays with a return
+DEPTH = 0.7  # meters that a ray penetrates a shrub, on average
 
 
 def scene(seed=0, device="cpu"):
@@ -37,9 +37,9 @@ def scene(seed=0, device="cpu"):
     azimuth = torch.arange(AZIMUTHS) * (2 * math.pi / AZIMUTHS)
     sweeps = []
     for sweep in range(SWEEPS):
-        turned = azimuth + uniform(1, 0, 2 * math.pi / AZIMUTHS)
+        rotated = azimuth + uniform(1, 0, 2 * math.pi / AZIMUTHS)
         ray = torch.stack(
-            [elevation.cos() * turned.cos(), elevation.cos() * turned.sin(), elevation.sin().expand(-1, AZIMUTHS)], -1
+            [elevation.cos() * rotated.cos(), elevation.cos() * rotated.sin(), elevation.sin().expand(-1, AZIMUTHS)], -1
         ).flatten(0, 1)  # [R, 3]
         origin = torch.tensor([0.0, -SPEED * sweep, 0.0])
         ground = torch.where(ray[:, 2] < 0, -HEIGHT / ray[:, 2], math.inf)
@@ -54,11 +54,11 @@ def scene(seed=0, device="cpu"):
 
 
 def _boxes(uniform, n, size, height, far):
-    """[n, 6] lower and upper corners of boxes on the ground, up to `far` meters beside the sensor's street."""
+    """[n, 6] lower and upper corners of boxes on the ground, up to `far` meters from the sensor."""
     angle, distance = uniform(n, 0, 2 * math.pi), uniform(n, 6, far)
     middle = torch.stack([angle.cos() * distance, angle.sin() * distance], dim=1)
     half = torch.stack([uniform(n, *size), uniform(n, *size)], dim=1) / 2
-    # nothing stands on the sensor's way
+    # keep the sensor's path free
     middle[:, 0] += torch.where(middle[:, 0] < 0, -1, 1) * (half[:, 0] + 3 - middle[:, 0].abs()).clamp(min=0)
     top = uniform(n, 0.3, 1) * height - HEIGHT
     ground = torch.full((n, 1), -HEIGHT)

@@ -1,7 +1,7 @@
-"""Which path an op takes: Triton kernels for tensors on a GPU, the PyTorch reference everywhere else.
+"""Dispatch: Triton kernels for tensors on a GPU, the PyTorch reference everywhere else.
 
-Kernel files import `triton` and `tl` from here, so that they import on machines without Triton too
-(macOS, Windows), where only the references run.
+Kernel files import `triton` and `tl` from here, so that they can be imported without Triton (macOS, Windows), where
+only the references run.
 """
 
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ try:
 except ModuleNotFoundError:  # Triton has wheels for Linux only
 
     class _Absent:
-        """Takes the place of `triton` and `tl` while kernel files are read; never runs anything."""
+        """Stands in for `triton` and `tl` so that kernel files can be imported; runs nothing."""
 
         constexpr = int
 
@@ -24,15 +24,15 @@ except ModuleNotFoundError:  # Triton has wheels for Linux only
 
     triton = tl = _Absent()
 
-# Tests set this: tensors on the CPU then take the kernels too, in Triton's interpreter (TRITON_INTERPRET=1).
+# Set by tests: ops run their kernels on CPU tensors too, in Triton's interpreter (TRITON_INTERPRET=1).
 interpret = False
 _references_only = False
-waiting_for = None  # the reason given to the `host_wait` that is active; read by tests
+waiting_for = None  # reason of the active `host_wait`; read by tests
 
 
 @contextmanager
 def references():
-    """Every op takes its PyTorch reference inside this context, on a GPU too; checks compare the kernels with it."""
+    """Inside this context every op runs its PyTorch reference, on a GPU too; checks compare the kernels with it."""
     global _references_only
     before, _references_only = _references_only, True
     try:
@@ -42,22 +42,22 @@ def references():
 
 
 def jit(kernel=None, *, varying=()):
-    """Decorator of a kernel that the host launches; functions that kernels call keep `triton.jit`.
+    """Decorator for kernels that the host launches; functions called by kernels keep `triton.jit`.
 
-    The kernel runs on the GPU that holds its first tensor, whichever is the current device. FP fusion is on:
-    Triton's default depends on its version, and so would the rounding.
+    Launch it with keywords, tensors first: it runs on the GPU of its first tensor, whichever device is current. FP
+    fusion is on: Triton's default depends on its version, and so would the rounding.
 
     varying: names of integers that change with the data, such as the number of voxels (Triton's `do_not_specialize`).
-        Triton compiles a kernel again for an integer that is 1 or a multiple of 16, which may stall a run at any step.
+        Triton recompiles a kernel for an integer that is 1 or a multiple of 16, which may stall a run at any step.
     """
     if kernel is None:
         return partial(jit, varying=varying)
     kernel = triton.jit(kernel, do_not_specialize=varying)
 
-    def run(*args, **kwargs):
-        first = next(a[0] if isinstance(a, tuple) else a for a in args if not isinstance(a, (int, float, type(None))))
-        with torch.cuda.device_of(first):
-            return type(kernel).run(kernel, *args, **{"enable_fp_fusion": True} | kwargs)
+    def run(*, grid, warmup, enable_fp_fusion=True, **kwargs):
+        first = next(v for v in kwargs.values() if not isinstance(v, (int, float, type(None))))
+        with torch.cuda.device_of(first[0] if isinstance(first, tuple) else first):
+            return type(kernel).run(kernel, grid=grid, warmup=warmup, enable_fp_fusion=enable_fp_fusion, **kwargs)
 
     kernel.run = run
     return kernel
@@ -66,8 +66,8 @@ def jit(kernel=None, *, varying=()):
 def on_triton(tensor, deterministic=True):
     """True if an op on `tensor` runs its Triton kernels.
 
-    deterministic: False for an op whose kernels add atomically; it takes its reference
-        under `torch.use_deterministic_algorithms(True)`.
+    deterministic: False for an op whose kernels add atomically; it runs its reference under
+        `torch.use_deterministic_algorithms(True)`.
     """
     if _references_only or not deterministic and strictly_deterministic():
         return False
@@ -75,7 +75,7 @@ def on_triton(tensor, deterministic=True):
 
 
 def capturing(device):
-    """True while a CUDA graph is recorded: it runs again later, so what is made in it is nobody else's to use."""
+    """True during CUDA graph capture: tensors made then must not be cached, since replays overwrite them."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
@@ -129,7 +129,7 @@ class StreamCache:
 def host_wait(reason):
     """Marks code in which the host waits for the device, with the reason.
 
-    Ops and models wait nowhere else in a training step; detections and pictures wait without it.
+    Ops and models wait nowhere else in a training step; decoding detections and drawing are not marked.
     """
     global waiting_for
     before, waiting_for = waiting_for, reason
@@ -146,12 +146,12 @@ def to_host(tensor, reason):
 
 
 def strictly_deterministic():
-    """True under `torch.use_deterministic_algorithms(True)`; its `warn_only` is no promise."""
+    """True under `torch.use_deterministic_algorithms(True)`, without `warn_only`."""
     return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 def opaque(fake):
-    """Decorator: torch.compile calls the op without looking inside, and knows its outputs' shapes from `fake`."""
+    """Decorator: torch.compile does not trace into the op; `fake` gives its outputs' shapes."""
 
     def wrap(op):
         custom_op = torch.library.custom_op(f"unipad::{op.__name__}", op, mutates_args=())
@@ -159,7 +159,7 @@ def opaque(fake):
 
         @wraps(op)
         def call(*args, **kwargs):
-            # outside of a graph the plain function: the registered one costs tens of microseconds a call
+            # the plain function outside of a graph: the registered one costs tens of microseconds per call
             return (custom_op if torch.compiler.is_compiling() else op)(*args, **kwargs)
 
         return call

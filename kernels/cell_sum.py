@@ -1,10 +1,11 @@
-"""The gradient of a volume that was interpolated along rays, without atomics: samples are sorted by their cell.
+"""Gradient of a volume interpolated along rays, without atomics: samples are sorted by cell.
 
     d_volume_voxel = sum over its 8 cells, over the samples in each:  w d_value + (b . v) d_slope
 
-with the voxel's share w in the sample and its slope b by the point. Within a cell, samples stay in order.
+with the voxel's weight w in the sample and its slope b, the derivative of w w.r.t. the point. Within a cell, samples
+stay in order.
 
-A part of `sdf_render`: the reference is the gradient of `trilinear_ref`, and benchmarks.bench_sdf_render times all.
+Part of `sdf_render`: the reference is the gradient of `trilinear_ref`; timed by benchmarks.bench_sdf_render.
 """
 
 import torch
@@ -12,35 +13,38 @@ import torch
 from unipad.kernels.backend import jit, tl, triton
 
 
-def cell_sum(d_volume, rays, edges, cells, cell, d_value, d_slope, v):
+def cell_sum(d_volume, cell, d_value, d_slope, v, *, origins, directions, edges, cells_per_unit, first_cell):
     """Fill d_volume [B, Z, Y, X, CHANNELS] fp32.
 
     Args:
-        rays:    origins [R, 3] and directions [R, 3].
-        edges:   [R, S + 1] distances; sample n = r * S + s lies at the start of its interval.
-        cells:   cells_per_unit [3] and first_cell [3]: place in cells = point * cells_per_unit + first_cell.
         cell:    [N] int32, `cell_of` each sample.
-        d_value: [N, C] gradient by the interpolated value; the first CHANNELS columns count.
-        d_slope: [N, C] gradient by the derivative of the value along v.
+        d_value: [N, C] gradient w.r.t. the interpolated value; columns from CHANNELS on are padding.
+        d_slope: [N, C] gradient w.r.t. the derivative of the value along v.
         v:       [N, 3] direction of that derivative, per unit of length.
+        origins, directions: [R, 3] each.
+        edges:   [R, S + 1] distances; sample n = r * S + s lies at the start of its interval.
+        cells_per_unit, first_cell: [3] each: cell coordinate = point * cells_per_unit + first_cell.
 
-    Deterministic: the bits depend on the arguments alone. Tensors are contiguous. For GPUs and the interpreter.
+    Deterministic. Tensors must be contiguous. GPU and interpreter only.
     """
     B, Z, Y, X, CHANNELS = d_volume.shape
     cell, order = cell.sort(stable=True)
     numbers = torch.arange(B * (Z + 1) * (Y + 1) * (X + 1) + 1, dtype=torch.int32, device=cell.device)
     _cell_sum_kernel[(B * Z * Y * X,)](
-        order, torch.searchsorted(cell, numbers), *rays, edges, *cells, d_value, d_slope, v, d_volume,
-        edges.shape[1] - 1, Z, Y, X, CHANNELS, C=d_value.shape[1], BLOCK_N=BLOCK_N, num_warps=1,
+        order_ptr=order, first_of_cell_ptr=torch.searchsorted(cell, numbers),
+        origins_ptr=origins, directions_ptr=directions, edges_ptr=edges,
+        cells_per_unit_ptr=cells_per_unit, first_cell_ptr=first_cell,
+        d_value_ptr=d_value, d_slope_ptr=d_slope, v_ptr=v, d_volume_ptr=d_volume,
+        S=edges.shape[1] - 1, Z=Z, Y=Y, X=X, CHANNELS=CHANNELS, C=d_value.shape[1], BLOCK_N=BLOCK_N, num_warps=1,
     )  # fmt: skip
 
 
-BLOCK_N = 32  # samples of a cell that a voxel takes in at a time
+BLOCK_N = 32  # samples of a cell per iteration
 
 
 @triton.jit
 def cell_of(place, Z, Y, X):
-    """Number of the cell that each place lies in, those half outside the volume too; elsewhere the largest int32."""
+    """Index of the cell around each place, cells half outside the volume included; elsewhere the largest int32."""
     ux, uy, uz, first = place
     x, y, z = tl.floor(ux) + 1, tl.floor(uy) + 1, tl.floor(uz) + 1
     inside = (x >= 0) & (x <= X) & (y >= 0) & (y <= Y) & (z >= 0) & (z <= Z)
@@ -72,9 +76,9 @@ def _cell_sum_kernel(
             n = tl.load(order_ptr + i, mask=ok, other=0)
             start = tl.load(edges_ptr + n + n // S, mask=ok, other=0.0)
             r = n // S
-            ax, bx = _share(origins_ptr, directions_ptr, cells_per_unit_ptr, first_cell_ptr, 0, r, start, ok, x, kx)
-            ay, by = _share(origins_ptr, directions_ptr, cells_per_unit_ptr, first_cell_ptr, 1, r, start, ok, y, ky)
-            az, bz = _share(origins_ptr, directions_ptr, cells_per_unit_ptr, first_cell_ptr, 2, r, start, ok, z, kz)
+            ax, bx = _weight(origins_ptr, directions_ptr, cells_per_unit_ptr, first_cell_ptr, 0, r, start, ok, x, kx)
+            ay, by = _weight(origins_ptr, directions_ptr, cells_per_unit_ptr, first_cell_ptr, 1, r, start, ok, y, ky)
+            az, bz = _weight(origins_ptr, directions_ptr, cells_per_unit_ptr, first_cell_ptr, 2, r, start, ok, z, kz)
             vx = tl.load(v_ptr + 3 * n, mask=ok, other=0.0)
             vy = tl.load(v_ptr + 3 * n + 1, mask=ok, other=0.0)
             vz = tl.load(v_ptr + 3 * n + 2, mask=ok, other=0.0)
@@ -87,8 +91,8 @@ def _cell_sum_kernel(
 
 
 @triton.jit
-def _share(origins_ptr, directions_ptr, cells_per_unit_ptr, first_cell_ptr, AXIS, r, start, ok, corner, upper):
-    """Along one axis: the share of a sample that corner of its cell has, and its slope by the point."""
+def _weight(origins_ptr, directions_ptr, cells_per_unit_ptr, first_cell_ptr, AXIS, r, start, ok, corner, upper):
+    """Along one axis: the weight of a corner of its cell in a sample, and its derivative w.r.t. the point."""
     direction = tl.load(directions_ptr + 3 * r + AXIS, mask=ok, other=0.0)
     point = tl.load(origins_ptr + 3 * r + AXIS, mask=ok, other=0.0) + direction * start
     cells_per_unit = tl.load(cells_per_unit_ptr + AXIS)

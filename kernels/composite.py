@@ -1,22 +1,23 @@
 """Alpha-composite samples along rays, front to back.
 
-    k_s = 1 - alpha_s + 1e-7   (light that passes; the original's epsilon)
+    k_s = 1 - alpha_s + 1e-7   (light that passes sample s; the original's epsilon)
     T_s = prod_{t<s} k_t,   w_s = T_s * alpha_s,   out = sum_s w_s * value_s
 
     dL/dalpha_s = T_s * (g_s - B_s),   g_s = dL/dw_s + dL/dout . value_s
     B_{s-1} = alpha_s * g_s + k_s * B_s,   B_{S-1} = 0
 
-B is carried from the far end, so the gradient is exact where alpha is 0 or 1: nothing is divided by k.
+B is accumulated from the far end, so the gradient is exact where alpha is 0 or 1: nothing is divided by k.
 """
 
 import torch
+from torch import Tensor
 
 from unipad.kernels.backend import jit, on_triton, tl, triton
 
-EPS = 1e-7  # keeps light alive behind an opaque sample; UniPAD, renderers' weights
+EPS = 1e-7  # lets some light through an opaque sample; UniPAD's renderers have it too
 
 
-def composite(alpha, values):
+def composite(alpha: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Composite `values` along each ray by opacity.
 
     Args:
@@ -25,19 +26,19 @@ def composite(alpha, values):
 
     Returns:
         out:     [R, C] rendered value; rays with S == 0 give 0.
-        weights: [R, S] share of each sample; sums to at most 1 (+ S * 1e-7) along a ray.
+        weights: [R, S] weight of each sample; sums to at most 1 (+ S * 1e-7) along a ray.
 
-    Differentiable once in `alpha` and `values` on a GPU (the reference: any number of times).
-    Accumulates in fp32 (fp64 for fp64 inputs). Raises AssertionError if the shapes do not fit.
+    Differentiable once w.r.t. `alpha` and `values` on a GPU (the reference: any number of times). Deterministic.
+    Accumulates in fp32 (fp64 for fp64 inputs). Raises AssertionError if shapes do not match.
     """
-    assert alpha.shape == values.shape[:2], f"alpha {tuple(alpha.shape)} does not fit values {tuple(values.shape)}"
+    assert alpha.shape == values.shape[:2], f"alpha {tuple(alpha.shape)} does not match values {tuple(values.shape)}"
     if not on_triton(values):
         return composite_ref(alpha, values)
     return Composite.apply(alpha, values)
 
 
 def composite_ref(alpha, values):
-    """`composite` in plain PyTorch: the definition the kernels answer to."""
+    """`composite` in plain PyTorch: what the kernels are compared with."""
     ones = alpha.new_ones(alpha.shape[0], 1)  # [R, 1]
     trans = torch.cat([ones, 1 - alpha + EPS], dim=1).cumprod(dim=1)[:, :-1]  # [R, S]
     weights = trans * alpha  # [R, S]
@@ -53,7 +54,10 @@ class Composite(torch.autograd.Function):
         trans = torch.empty_like(alpha, dtype=torch.promote_types(alpha.dtype, torch.float32))  # [R, S], T_s
         if R:
             grid, blocks = _blocks(R, C)
-            _composite_fwd_kernel[grid](alpha, values, out, trans, weights, R, S, C, **blocks)
+            _composite_fwd_kernel[grid](
+                alpha_ptr=alpha, values_ptr=values, out_ptr=out, trans_ptr=trans, weights_ptr=weights,
+                R=R, S=S, C=C, **blocks,
+            )  # fmt: skip
         ctx.save_for_backward(alpha, values, trans)
         return out, weights
 
@@ -67,17 +71,18 @@ class Composite(torch.autograd.Function):
         if R and S:
             grid, blocks = _blocks(R, C)
             _composite_bwd_kernel[grid](
-                alpha, values, trans, d_out, d_weights, d_alpha, d_values, R, S, C, **blocks
+                alpha_ptr=alpha, values_ptr=values, trans_ptr=trans, d_out_ptr=d_out, d_weights_ptr=d_weights,
+                d_alpha_ptr=d_alpha, d_values_ptr=d_values, R=R, S=S, C=C, **blocks,
             )  # fmt: skip
         return d_alpha, d_values
 
 
-BLOCK_R = 32  # rays per program, at most: one warp, one lane a ray
-TILE = 512  # rays x channels per program, at most: 16 registers a lane
+BLOCK_R = 32  # rays per program, at most: one warp, one ray per lane
+TILE = 512  # rays x channels per program, at most: 16 registers per lane
 
 
 def _blocks(R, C):
-    """Grid, and how the kernels are to be launched on it."""
+    """Grid and launch options of both kernels."""
     block_c = triton.next_power_of_2(max(C, 1))
     block_r = max(1, min(BLOCK_R, TILE // block_c))
     return (triton.cdiv(R, block_r),), dict(BLOCK_C=block_c, BLOCK_R=block_r, num_warps=1)

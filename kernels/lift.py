@@ -1,61 +1,66 @@
-"""Lift image features into a volume of voxels: every voxel gathers what the views see at its corner.
+"""Lift image features into a voxel volume: every voxel gathers what the views see at its lower corner.
 
     volume[x] = sum_{n, l} F_nl(u, v) * P_nl(u, v, d)        (u d, v d, d, 1) = lidar2image_n @ (x, 1)
 
     dL/dF_nl = P_nl * g,   dL/dP_nl = <g, F_nl>,   g = dL/dvolume[x]
 
 F_nl(u, v) is the bilinear feature of level l of view n, P_nl(u, v, d) the trilinear probability that the surface seen
-there lies at depth d; both gradients spread over the taps by the shares that the forward gathered with.
-In a rig of six cameras about 1.1 views see a voxel: views x voxels are projected, only what is seen is gathered.
+there lies at depth d; both gradients spread over the taps with the weights of the forward. In a rig of six cameras
+about 1.1 views see a voxel: all views x voxels are projected, but only visible ones gather.
 
-A program owns a block of voxels side by side in x and y, which mostly the same view sees, in the same pixels. In the
-backward it adds to a level's gradients atomically where a pixel is hit a few times. Where voxels crowd into few pixels
-(a coarse level), and on every level where bits must not vary, it writes down what it hit instead; the hits are sorted
-by the cell between four pixels that they lie in, and each pixel's owner sums over the cells around it.
+A program owns a block of voxels adjacent in x and y, which mostly project into the same view and pixels. Its backward
+adds atomically to a level's gradients where a pixel is hit a few times. Where many voxels hit each pixel (a coarse
+level), and on every level under strict determinism, it records the hits instead; they are sorted by the cell between
+four pixels that they lie in, and each pixel sums over the cells around it.
 """
 
 import math
+from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from unipad.kernels.backend import jit, on_triton, strictly_deterministic, tl, triton
 from unipad.kernels.pixel_sum import HIT, pixel_sum
 
 
-def lift(features, depths, lidar2image, low, cell, shape, image_size, depth_range):
+def lift(
+    features: Sequence[Tensor], depths: Sequence[Tensor], lidar2image: Tensor, low: Sequence[float],
+    cell: Sequence[float], shape: Sequence[int], image_size: Sequence[int], depth_range: Sequence[float],
+) -> Tensor:  # fmt: skip
     """Sum feature times depth probability over all views and levels, at the lower corner of each voxel.
 
     Args:
         features:    one [B, N, h, w, C] per level: image features of N views.
-        depths:      one [B, N, h, w, D] per level: probability of each depth bin; the first bin's stands at
-                     depth_range[0], the last one's at depth_range[1].
+        depths:      one [B, N, h, w, D] per level: probability of each depth bin; the first bin is at depth_range[0],
+                     the last at depth_range[1].
         lidar2image: [B, N, 4, 4] LiDAR meters -> (u*d, v*d, d, 1), pixels of an image of `image_size`.
         low, cell:   (x, y, z) meters, LiDAR frame: lower corner of the grid, size of a voxel.
         shape:       voxels (X, Y, Z).
-        image_size:  (H, W) pixels; u = 0 and u = W stand at the centers of a level's first and last column.
+        image_size:  (H, W) pixels; u = 0 and u = W are the centers of a level's first and last column.
         depth_range: (nearest, farthest) meters along the optical axis.
 
     Returns:
         [B, Z, Y, X, C] in the features' type. A view counts where the corner lies strictly inside its image and the
-        depth range, and farther than 1e-5 m; a voxel that no view sees is 0.
+        depth range, and farther away than 1e-5 m; a voxel that no view sees is 0.
 
-    Differentiable once in `features` and `depths`. Accumulates in fp32 (fp64 for fp64 features); projects in fp32.
-    Gradients of fine levels are added atomically, so that their last bits vary from run to run, but for
-    `torch.use_deterministic_algorithms(True)`. A view is whatever has a matrix: several frames are more views.
-    Follows Uni3DViewTrans of the original.
+    Differentiable once w.r.t. `features` and `depths`. Accumulates in fp32 (fp64 for fp64 features); projects in fp32.
+    Gradients of fine levels are added atomically, so their last bits vary from run to run, except under
+    `torch.use_deterministic_algorithms(True)`. Every matrix is a view: pass several frames as more views. Raises
+    AssertionError if shapes do not match. Follows Uni3DViewTrans of the original.
     """
     assert len(features) == len(depths), f"{len(features)} levels of features, {len(depths)} of depths"
     (B, N, _, _, C), D = features[0].shape, depths[0].shape[4]
-    assert lidar2image.shape == (B, N, 4, 4), f"lidar2image {tuple(lidar2image.shape)} does not fit {B} x {N} views"
+    assert lidar2image.shape == (B, N, 4, 4), f"lidar2image {tuple(lidar2image.shape)} does not match {B} x {N} views"
     for feature, depth in zip(features, depths, strict=True):
         h, w = feature.shape[2:4]
         assert feature.shape == (B, N, h, w, C), f"level {tuple(feature.shape)} is not [{B}, {N}, h, w, {C}]"
-        assert depth.shape == (B, N, h, w, D), f"depth {tuple(depth.shape)} does not fit {tuple(feature.shape)}"
-        assert h * w * D, f"level of {h} x {w} pixels, {D} depth bins"
+        assert depth.shape == (B, N, h, w, D), f"depth {tuple(depth.shape)} does not match {tuple(feature.shape)}"
+        assert h * w * D, f"empty level: {h} x {w} pixels, {D} depth bins"
     hits = len(features) * B * N * math.prod(shape)
-    assert hits < 2**31, "views x voxels of all levels are counted in 32 bits: take fewer samples"
+    assert hits < 2**31, "views x voxels of all levels must fit 32 bits: use fewer samples"
     if not on_triton(features[0]):
         return lift_ref(features, depths, lidar2image, low, cell, shape, image_size, depth_range)
     return Lift.apply(lidar2image, low, cell, shape, image_size, depth_range, *features, *depths)
@@ -67,7 +72,7 @@ def lift_ref(features, depths, lidar2image, low, cell, shape, image_size, depth_
     X, Y, Z = shape
     acc_type = torch.float64 if features[0].dtype == torch.float64 else torch.float32
     place, seen = _project_ref(lidar2image, low, cell, shape, image_size, depth_range)
-    b, voxel, n = seen.transpose(1, 2).nonzero(as_tuple=True)  # [P] pairs of voxel and view, a voxel's side by side
+    b, voxel, n = seen.transpose(1, 2).nonzero(as_tuple=True)  # [P] pairs of voxel and view, sorted by voxel
     u, v, d = place[:, b, n, voxel].to(acc_type)  # [P]
     view = b * N + n
 
@@ -76,17 +81,17 @@ def lift_ref(features, depths, lidar2image, low, cell, shape, image_size, depth_
     volume = 0
     for feature, depth in zip(features, depths, strict=True):
         h, w = feature.shape[2:4]
-        x, x_share = _nodes_ref(u, w)  # [2, P] each
-        y, y_share = _nodes_ref(v, h)
-        z, z_share = _nodes_ref(d, D)
+        x, x_weight = _nodes_ref(u, w)  # [2, P] each
+        y, y_weight = _nodes_ref(v, h)
+        z, z_weight = _nodes_ref(d, D)
         pixel = ((view * h + y)[:, None] * w + x).flatten(0, 1)  # [4, P]
-        share = (y_share[:, None] * x_share).flatten(0, 1)  # [4, P]
+        weight = (y_weight[:, None] * x_weight).flatten(0, 1)  # [4, P]
         at_nodes = depth.flatten().index_select(0, (pixel[:, None] * D + z).flatten()).view(4, 2, -1)
-        probability = (share[:, None] * z_share * at_nodes).sum(dim=(0, 1))  # [P]
+        probability = (weight[:, None] * z_weight * at_nodes).sum(dim=(0, 1))  # [P]
         table = feature.flatten(0, 3).to(acc_type)
         table = table if C else F.pad(table, (0, 1))  # `embedding_bag` refuses a table without columns
         volume = volume + F.embedding_bag(
-            pixel.T.flatten(), table, begin, mode="sum", per_sample_weights=(share * probability).T.flatten()
+            pixel.T.flatten(), table, begin, mode="sum", per_sample_weights=(weight * probability).T.flatten()
         )
     return volume[:, :C].view(B, Z, Y, X, C).to(features[0].dtype)
 
@@ -101,7 +106,7 @@ def _project_ref(lidar2image, low, cell, shape, image_size, depth_range):
     X, Y, Z = shape
     low, cell = (torch.tensor(t, dtype=torch.float32, device=lidar2image.device).double() for t in (low, cell))
     index = torch.arange(max(shape), device=lidar2image.device)[:, None]
-    x, y, z = (index * cell + low).float().T  # rounded once, as a GPU's fused multiply-add does in torch.arange
+    x, y, z = (index * cell + low).float().T  # rounded once, like the fused multiply-add of torch.arange on a GPU
     x, y, z = x[:X], y[:Y, None], z[:Z, None, None]  # [X], [Y, 1], [Z, 1, 1]
 
     rows = lidar2image.float()[..., None, None, None]  # [B, N, 4, 4, 1, 1, 1]
@@ -117,12 +122,12 @@ def _project_ref(lidar2image, low, cell, shape, image_size, depth_range):
 
 
 def _nodes_ref(place, size):
-    """The two of `size` nodes from -1 to 1 around each place: their indices [2, P] and shares [2, P]."""
+    """The two of `size` nodes from -1 to 1 around each place: their indices [2, P] and weights [2, P]."""
     position = (place + 1) / 2 * (size - 1)
     first = position.floor()
-    share = position - first
+    weight = position - first
     first = first.long()
-    return torch.stack([first, (first + 1).clamp(max=size - 1)]), torch.stack([1 - share, share])
+    return torch.stack([first, (first + 1).clamp(max=size - 1)]), torch.stack([1 - weight, weight])
 
 
 class Lift(torch.autograd.Function):
@@ -134,12 +139,14 @@ class Lift(torch.autograd.Function):
         B, _, _, _, C = features[0].shape
         volume = features[0].new_empty(B, *reversed(shape), C)
         ctx.save_for_backward(lidar2image, *levels)
-        # what a compiled kernel receives; the interpreter would hand it fp64
+        # rounded to fp32 as for a compiled kernel; the interpreter would pass fp64
         low, cell = (tuple(torch.tensor(t, dtype=torch.float32).tolist()) for t in (low, cell))
-        ctx.geometry = low, cell, tuple(shape), tuple(image_size), tuple(depth_range)
+        ctx.geometry = dict(
+            low=low, cell=cell, shape=tuple(shape), image_size=tuple(image_size), depth_range=tuple(depth_range)
+        )
         ctx.bit_equal = strictly_deterministic()
         if volume.numel():
-            _launch(_lift_fwd_kernel, FWD_TILE, features, depths, (volume,), lidar2image, *ctx.geometry)
+            _launch(_lift_fwd_kernel, FWD_TILE, features, depths, lidar2image, ctx.geometry, volume_ptr=volume)
         return volume
 
     @staticmethod
@@ -149,21 +156,21 @@ class Lift(torch.autograd.Function):
         if d_volume.numel() and lidar2image.numel():
             half = len(levels) // 2
             d_volume = d_volume.contiguous()
-            d_levels = _backward(d_volume, levels[:half], levels[half:], ctx.bit_equal, lidar2image, *ctx.geometry)
+            d_levels = _backward(d_volume, levels[:half], levels[half:], lidar2image, ctx.geometry, ctx.bit_equal)
         else:
             d_levels = [torch.zeros_like(level) for level in levels]
         return None, None, None, None, None, None, *d_levels
 
 
-def _backward(d_volume, features, depths, bit_equal, lidar2image, low, cell, shape, *limits):
+def _backward(d_volume, features, depths, lidar2image, geometry, bit_equal):
     """The gradients of all features, then of all depths."""
-    (B, N), V = lidar2image.shape[:2], math.prod(shape)
+    (B, N), V = lidar2image.shape[:2], math.prod(geometry["shape"])
     acc_type = torch.float64 if features[0].dtype == torch.float64 else torch.float32
     coarse = [V >= CROWD * N * feature.shape[2:4].numel() for feature in features]
     gathered = [l for l in range(len(features)) if coarse[l] or bit_equal]
     pixels = [B * N * features[l].shape[2:4].numel() for l in gathered]
     ends, cells = list(accumulate(pixels)), sum(pixels)
-    # a radix sort takes half as many passes over half as wide keys
+    # a radix sort takes half as many passes over 16-bit keys
     key_type = torch.int16 if cells < 2**15 else torch.int32
     cell_of = torch.full((len(gathered), B * N * V), cells, dtype=key_type, device=d_volume.device)
     hits = torch.empty(len(gathered), B * N * V, HIT.value, dtype=acc_type, device=d_volume.device)
@@ -178,8 +185,8 @@ def _backward(d_volume, features, depths, bit_equal, lidar2image, low, cell, sha
             outs.append((torch.zeros_like(feature, dtype=acc_type), torch.zeros_like(depth, dtype=acc_type)))
             first_cells.append(0)
     _launch(
-        _lift_bwd_kernel, BWD_TILE, features, depths, (d_volume, tuple(outs), tuple(first_cells)),
-        lidar2image, low, cell, shape, *limits, GATHERED=sum(1 << l for l in gathered),
+        _lift_bwd_kernel, BWD_TILE, features, depths, lidar2image, geometry, d_volume_ptr=d_volume,
+        out_ptrs=tuple(outs), first_cells=tuple(first_cells), GATHERED=sum(1 << l for l in gathered),
     )  # fmt: skip
 
     if gathered:
@@ -193,22 +200,22 @@ def _backward(d_volume, features, depths, bit_equal, lidar2image, low, cell, sha
     return [d.to(level.dtype) for d, level in zip((*d_features, *d_depths), (*features, *depths), strict=True)]
 
 
-# All untuned: chosen by what the compiler makes of them for sm_90, without a GPU to time them on
+# All untuned: chosen from the compiler's output for sm_90, without timing on a GPU
 FWD_TILE = 4096  # bytes of features per program: voxels x channels
 BWD_TILE = 2048  # twice that spills
-MAX_VOXELS = 32  # per program: each also carries its place in every view, which few channels would not outweigh
-CROWD = 4  # voxels a pixel of a level; where there are so many, its pixels gather their gradients
+MAX_VOXELS = 32  # per program: with few channels, projecting voxels would outweigh gathering
+CROWD = 4  # voxels per pixel of a level from which its pixels gather their gradients
 
 
-def _launch(kernel, tile, features, depths, volumes, lidar2image, low, cell, shape, image_size, depth_range, **flags):
+def _launch(kernel, tile, features, depths, lidar2image, geometry, **rest):
+    """Launch a kernel with the arguments that both take, and the rest."""
     B, N, _, _, C = features[0].shape
-    X, Y, Z = shape
+    X, Y, Z = geometry["shape"]
     blocks = _blocks(tile // features[0].element_size(), C)
     kernel[(triton.cdiv(X, blocks["BLOCK_X"]) * triton.cdiv(Y, blocks["BLOCK_Y"]) * Z, B)](
-        tuple(features), tuple(depths), *volumes, lidar2image,
-        tuple(tuple(feature.shape[2:4]) for feature in features), low, cell, shape, image_size, depth_range,
-        N, C, depths[0].shape[4],
-        **blocks, **flags,
+        feature_ptrs=tuple(features), depth_ptrs=tuple(depths), lidar2image_ptr=lidar2image,
+        sizes=tuple(tuple(feature.shape[2:4]) for feature in features), N=N, C=C, D=depths[0].shape[4],
+        **geometry, **blocks, **rest,
     )  # fmt: skip
 
 
@@ -239,12 +246,12 @@ def _lift_fwd_kernel(
         u, v, d, seen = _project(lidar2image_ptr + view * 16, x, y, z, i_ok, image_size, depth_range)
         if tl.max(seen.to(tl.int32), axis=0) > 0:
             mask = seen[:, None] & c_ok[None, :]
-            z0, z1, z_share = _nodes(d, D)
+            z0, z1, z_weight = _nodes(d, D)
             for l in tl.static_range(len(feature_ptrs)):
                 h, w = sizes[l]
-                pixels, shares = _taps(view, u, v, h, w)
+                pixels, weights = _taps(view, u, v, h, w)
                 feature, probability = _gather(
-                    feature_ptrs[l], depth_ptrs[l], pixels, shares, z0, z1, z_share, seen, mask, c, C, D, acc_ty
+                    feature_ptrs[l], depth_ptrs[l], pixels, weights, z0, z1, z_weight, seen, mask, c, C, D, acc_ty
                 )
                 acc += feature * probability[:, None]
     row = b * shape[0] * shape[1] * shape[2] + i
@@ -256,7 +263,7 @@ def _lift_bwd_kernel(
     feature_ptrs, depth_ptrs,  # per level [B, N, h, w, C], [B, N, h, w, D]
     d_volume_ptr,  # [B, Z, Y, X, C]
     out_ptrs,  # per level d_feature, d_depth, added to; where gathered cell_idx [B, N, V], hit [B, N, V, HIT]
-    first_cells,  # per level, of its cells: there are as many as pixels
+    first_cells,  # per level, index of its first cell: a level has as many cells as pixels
     lidar2image_ptr,  # [B, N, 4, 4]
     sizes, low, cell, shape, image_size, depth_range,  # per level (h, w); the rest as in `lift`
     N, C, D,
@@ -277,12 +284,12 @@ def _lift_bwd_kernel(
         u, v, d, seen = _project(lidar2image_ptr + view * 16, x, y, z, i_ok, image_size, depth_range)
         if tl.max(seen.to(tl.int32), axis=0) > 0:
             mask = seen[:, None] & c_ok[None, :]
-            z0, z1, z_share = _nodes(d, D)
+            z0, z1, z_weight = _nodes(d, D)
             for l in tl.static_range(len(feature_ptrs)):
                 h, w = sizes[l]
-                pixels, shares = _taps(view, u, v, h, w)
+                pixels, weights = _taps(view, u, v, h, w)
                 feature, probability = _gather(
-                    feature_ptrs[l], depth_ptrs[l], pixels, shares, z0, z1, z_share, seen, mask, c, C, D, acc_ty
+                    feature_ptrs[l], depth_ptrs[l], pixels, weights, z0, z1, z_weight, seen, mask, c, C, D, acc_ty
                 )
                 along = tl.sum(g * feature, axis=1)
                 if GATHERED & (1 << l):
@@ -296,13 +303,13 @@ def _lift_bwd_kernel(
                 else:
                     _scatter(
                         out_ptrs[l][0], out_ptrs[l][1], g * probability[:, None], along,
-                        pixels, shares, z0, z1, z_share, seen, mask, c, C, D,
+                        pixels, weights, z0, z1, z_weight, seen, mask, c, C, D,
                     )  # fmt: skip
 
 
 @triton.jit
 def _corners(low, cell, shape, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr):
-    """The program's voxels: their numbers, their lower corners in meters [BLOCK_X * BLOCK_Y], whether they exist."""
+    """The program's voxels [BLOCK_X * BLOCK_Y]: indices, lower corners in meters, whether they exist."""
     lane = tl.arange(0, BLOCK_X * BLOCK_Y)
     block = tl.program_id(0)
     along_x, along_y = tl.cdiv(shape[0], BLOCK_X), tl.cdiv(shape[1], BLOCK_Y)
@@ -311,7 +318,7 @@ def _corners(low, cell, shape, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr):
     z = block // (along_x * along_y)
     i = (z * shape[1] + y) * shape[0] + x
     ok = (x < shape[0]) & (y < shape[1])
-    # rounded once, as a fused multiply-add is: a corner an ulp off could cross the border of an image
+    # rounded once, like a fused multiply-add: a corner off by one ulp could cross an image border
     x = (x.to(tl.float64) * cell[0] + low[0]).to(tl.float32)
     y = (y.to(tl.float64) * cell[1] + low[1]).to(tl.float32)
     z = (z.to(tl.float64) * cell[2] + low[2]).to(tl.float32)
@@ -334,38 +341,38 @@ def _project(p, x, y, z, ok, image_size, depth_range):
 
 @triton.jit
 def _inside(place):
-    """-1 to 1 as it is, what lies beyond at the border, also what is not a number: it is multiplied with what is 0."""
+    """Clamped to [-1, 1], NaN too: such places have weight 0 but must not give an infinite or NaN factor."""
     return tl.minimum(tl.maximum(place, -1.0), 1.0)
 
 
 @triton.jit
 def _taps(view, u, v, h, w):
-    """The four pixels around (u, v), counted over all views, and their bilinear shares."""
-    x0, x1, x_share = _nodes(u, w)
-    y0, y1, y_share = _nodes(v, h)
+    """The four pixels around (u, v), counted over all views, and their bilinear weights."""
+    x0, x1, x_weight = _nodes(u, w)
+    y0, y1, y_weight = _nodes(v, h)
     y0, y1 = (view * h + y0) * w, (view * h + y1) * w
-    shares = (1 - y_share) * (1 - x_share), (1 - y_share) * x_share, y_share * (1 - x_share), y_share * x_share
-    return (y0 + x0, y0 + x1, y1 + x0, y1 + x1), shares
+    weights = (1 - y_weight) * (1 - x_weight), (1 - y_weight) * x_weight, y_weight * (1 - x_weight), y_weight * x_weight
+    return (y0 + x0, y0 + x1, y1 + x0, y1 + x1), weights
 
 
 @triton.jit
 def _nodes(place, size):
-    """The two of `size` nodes from -1 to 1 around each place, and the second one's share."""
+    """The two of `size` nodes from -1 to 1 around each place, and the weight of the second."""
     position = _position(place, size)
     first = tl.floor(position)
-    share = position - first
+    weight = position - first
     first = first.to(tl.int32)
-    return first, tl.minimum(first + 1, size - 1), share
+    return first, tl.minimum(first + 1, size - 1), weight
 
 
 @triton.jit
 def _position(place, size):
-    """Places counted in nodes from the first."""
+    """Places in units of nodes, from the first node."""
     return (place + 1) / 2 * (size - 1)
 
 
 @triton.jit
-def _gather(feature_ptr, depth_ptr, pixels, shares, z0, z1, z_share, seen, mask, c, C, D, acc_ty: tl.constexpr):
+def _gather(feature_ptr, depth_ptr, pixels, weights, z0, z1, z_weight, seen, mask, c, C, D, acc_ty: tl.constexpr):
     """One level's bilinear features [BLOCK_V, BLOCK_C] and trilinear probabilities [BLOCK_V]; 0 where not seen."""
     feature = tl.zeros(mask.shape, acc_ty)
     probability = tl.zeros(seen.shape, acc_ty)
@@ -373,20 +380,20 @@ def _gather(feature_ptr, depth_ptr, pixels, shares, z0, z1, z_share, seen, mask,
         row = tl.load(feature_ptr + pixels[k][:, None] * C + c[None, :], mask=mask, other=0.0).to(acc_ty)
         near = tl.load(depth_ptr + pixels[k] * D + z0, mask=seen, other=0.0).to(acc_ty)
         far = tl.load(depth_ptr + pixels[k] * D + z1, mask=seen, other=0.0).to(acc_ty)
-        feature += shares[k][:, None] * row
-        probability += shares[k] * (near * (1 - z_share) + far * z_share)
+        feature += weights[k][:, None] * row
+        probability += weights[k] * (near * (1 - z_weight) + far * z_weight)
     return feature, probability
 
 
 @triton.jit
 def _scatter(
-    d_feature_ptr, d_depth_ptr, d_feature, d_probability, pixels, shares, z0, z1, z_share, seen, mask, c, C, D
+    d_feature_ptr, d_depth_ptr, d_feature, d_probability, pixels, weights, z0, z1, z_weight, seen, mask, c, C, D
 ):  # fmt: skip
     """Add the gradients of what `_gather` returned to one level's features and depths."""
     for k in tl.static_range(4):
-        # relaxed: only so does the compiler emit reductions of four channels that nobody waits for
+        # relaxed: only then does the compiler emit vector reductions (four channels) without a result to wait for
         row = pixels[k][:, None] * C + c[None, :]
-        tl.atomic_add(d_feature_ptr + row, shares[k][:, None] * d_feature, mask=mask, sem="relaxed")
-        d_tap = shares[k] * d_probability
-        tl.atomic_add(d_depth_ptr + pixels[k] * D + z0, d_tap * (1 - z_share), mask=seen, sem="relaxed")
-        tl.atomic_add(d_depth_ptr + pixels[k] * D + z1, d_tap * z_share, mask=seen, sem="relaxed")
+        tl.atomic_add(d_feature_ptr + row, weights[k][:, None] * d_feature, mask=mask, sem="relaxed")
+        d_tap = weights[k] * d_probability
+        tl.atomic_add(d_depth_ptr + pixels[k] * D + z0, d_tap * (1 - z_weight), mask=seen, sem="relaxed")
+        tl.atomic_add(d_depth_ptr + pixels[k] * D + z1, d_tap * z_weight, mask=seen, sem="relaxed")

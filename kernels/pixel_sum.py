@@ -1,12 +1,12 @@
-"""The gradients of one level of `lift`, without atomics: the voxels that hit it are sorted by the cell they lie in.
+"""Gradients of one level of `lift`, without atomics: the voxels that hit it are sorted by cell.
 
     d_feature_pixel = sum over its 4 cells, over the hits in each:  s P g
     d_depth_pixel,k = sum over its 4 cells, over the hits in each:  s max(0, 1 - |z - k|) <g, F>
 
-A cell lies between four pixels. s is the pixel's bilinear share in a hit, z the hit's depth in bins, g the gradient of
-its voxel, P and F the probability and the feature that the forward found there. Within a cell, hits stay in order.
+A cell lies between four pixels. s is the pixel's bilinear weight in a hit, z the hit's depth in bins, g the gradient of
+its voxel, P and F the probability and the feature interpolated in the forward. Within a cell, hits stay in order.
 
-A part of `lift`: the reference is the gradient of `lift_ref`, and benchmarks.bench_lift times both.
+Part of `lift`: the reference is the gradient of `lift_ref`; timed by benchmarks.bench_lift.
 """
 
 from unipad.kernels.backend import jit, tl, triton
@@ -17,28 +17,28 @@ def pixel_sum(d_feature, d_depth, begin, order, hits, d_volume, crowded):
 
     Args:
         begin:    [>= P + 1] int32 where each cell's hits begin in `order`, and where the last one's end; a cell has the
-                  number of its upper left pixel, of P pixels of all views.
-        order:    [levels * B * N * V] int64 rows of `hits`, by cell; those before and behind the level's are not read.
+                  index of its upper left pixel, of P pixels of all views.
+        order:    [levels * B * N * V] int64 rows of `hits` by cell; other levels' are not read.
         hits:     [levels, B * N * V, HIT] column and row in pixels, depth in bins, probability, <g, F> of each of V
                   voxels in each view.
         d_volume: [B, Z, Y, X, C].
-        crowded:  whether pixels have many hits, which walkers then share out among them.
+        crowded:  whether pixels have many hits: several walkers then split them.
 
-    Accumulates in the type of `hits`. Deterministic: the bits depend on the arguments alone. Tensors are contiguous.
-    For GPUs and the interpreter.
+    Accumulates in the type of `hits`. Deterministic. Tensors must be contiguous. GPU and interpreter only.
     """
     (B, N, h, w, C), D = d_feature.shape, d_depth.shape[4]
     P, V = B * N * h * w, d_volume[0, ..., 0].numel()
     blocks = _blocks(WALKERS if crowded else 1, C, D)
     _pixel_sum_kernel[(triton.cdiv(P, blocks["BLOCK_P"]),)](
-        begin, order, hits, d_volume, d_feature, d_depth, P, h, w, B, N, V, C, D, **blocks
-    )
+        begin_ptr=begin, order_ptr=order, hit_ptr=hits, d_volume_ptr=d_volume,
+        d_feature_ptr=d_feature, d_depth_ptr=d_depth, P=P, h=h, w=w, B=B, N=N, V=V, C=C, D=D, **blocks,
+    )  # fmt: skip
 
 
-HIT = tl.constexpr(5)  # numbers of a hit
-# Untuned: chosen by what the compiler makes of them for sm_90, without a GPU to time them on
+HIT = tl.constexpr(5)  # values per hit
+# Untuned: chosen from the compiler's output for sm_90, without timing on a GPU
 TILE = 1024  # walkers x channels per program
-WALKERS = 8  # that share the hits of a pixel
+WALKERS = 8  # that split the hits of a pixel
 
 
 def _blocks(walkers, C, D):
@@ -64,7 +64,7 @@ def _pixel_sum_kernel(
     k = tl.arange(0, BLOCK_D)[None, :]
     d_feature = tl.zeros((BLOCK_P * WALKERS, BLOCK_C), acc_ty)
     d_depth = tl.zeros((BLOCK_P * WALKERS, BLOCK_D), acc_ty)
-    for up in range(2):  # cells of the pixel's own row, of the one above: at its left and at its right side by side
+    for up in range(2):  # cells of the pixel's row and of the row above: those left and right are adjacent
         ok = (p < P) & (y >= up)
         cell = p - up * w
         begin = tl.load(begin_ptr + cell - (x > 0).to(tl.int32), mask=ok, other=0)
@@ -79,11 +79,11 @@ def _pixel_sum_kernel(
             hit_z = tl.load(at_ptr + 2, mask=at_ok, other=0.0)
             probability = tl.load(at_ptr + 3, mask=at_ok, other=0.0)
             along = tl.load(at_ptr + 4, mask=at_ok, other=0.0)
-            share = (1 - tl.abs(hit_x - x)) * (1 - tl.abs(hit_y - y))
+            weight = (1 - tl.abs(hit_x - x)) * (1 - tl.abs(hit_y - y))
             row = (hit // V // N % B * V + hit % V).to(tl.int64)[:, None] * C + c
             g = tl.load(d_volume_ptr + row, mask=at_ok[:, None] & (c < C), other=0.0).to(acc_ty)
-            d_feature += (share * probability)[:, None] * g
-            d_depth += (share * along)[:, None] * tl.maximum(1 - tl.abs(hit_z[:, None] - k), 0)
+            d_feature += (weight * probability)[:, None] * g
+            d_depth += (weight * along)[:, None] * tl.maximum(1 - tl.abs(hit_z[:, None] - k), 0)
     d_feature = tl.sum(tl.reshape(d_feature, (BLOCK_P, WALKERS, BLOCK_C)), axis=1)
     d_depth = tl.sum(tl.reshape(d_depth, (BLOCK_P, WALKERS, BLOCK_D)), axis=1)
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]

@@ -1,39 +1,44 @@
-"""Where rays are sampled: clipped to a box, stratified, then resampled where the weights are.
+"""Samples along rays: clipped to a box, stratified, then resampled by weight.
 
     clip:        t = (wall - origin) / (direction + 1e-6) for six walls; inside from the last entry to the first exit
-    stratified:  edge_s = near + x_s (far - near), x_s = s / S or moved between the neighboring middles
-    resampling:  new_j = CDF^-1((j + jitter) / (n + 1)), piecewise linear over the intervals; both lists merged by rank
+    stratified:  edge_s = near + x_s (far - near), x_s = s / S or jittered between the adjacent midpoints
+    resampling:  new_j = CDF^-1((j + jitter) / (n + 1)), piecewise linear over the intervals; lists merged by rank
 
 An *edge list* [R, S + 1] holds the starts of S samples and the end of the last one, ascending; a sample stands at its
 start and reaches to the next: `starts = edges[:, :-1]`, `deltas = edges.diff(dim=1)`. Edges are distances along the
 ray. The original resamples in [0, 1] and maps to [near, far] afterwards; the map is affine and both the inverse CDF and
-the merge commute with it, so near and far need not be carried along and results differ by rounding only.
+the merge commute with it, so near and far are not needed here and results differ by rounding only.
 
 Ranks are counted, not sorted: a new start lies in the interval that its CDF value selected, so one sweep along the ray
-inverts the CDF and merges. Nothing here is differentiable: it chooses where the field is read.
+inverts the CDF and merges. Nothing here is differentiable: it chooses where the field is sampled.
 
 Sizes: R rays, S samples on each before resampling, N (n) new ones.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from unipad.kernels.backend import jit, on_triton, tl, triton
 
 
 @torch.no_grad()
-def clip_rays(origins, directions, low, high, near):
-    """The part of each ray inside a box, no closer than `near`; units are the caller's.
+def clip_rays(
+    origins: Tensor, directions: Tensor, low: Sequence[float], high: Sequence[float], near: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The part of each ray inside a box and beyond `near`, in the caller's units.
 
     Args:
         origins:    [R, 3] (x, y, z).
         directions: [R, 3] unit vectors; components may be 0.
-        low, high:  3 floats each, the box.
-        near:       float, distance from the origin where a ray starts at the earliest.
+        low, high:  (x, y, z) corners of the box.
+        near:       distance from the origin where a ray starts at the earliest.
 
     Returns:
-        near, far: [R] distances, far >= near + 1e-6. A ray that misses gets [near, near + 1], to stay finite.
-        hit:       [R] bool; False where the ray passes the box, starts behind it, or leaves it before `near`.
+        near, far: [R] distances, far >= near + 1e-6. A ray that misses gets near and near + 1, which are finite.
+        hit:       [R] bool; False where the ray misses the box, starts behind it, or leaves it before `near`.
 
     1 / (d + 1e-6) is the original's guard against zero components; it biases every distance by about 1e-6 / d.
     Computes in fp32.
@@ -41,13 +46,16 @@ def clip_rays(origins, directions, low, high, near):
     if not on_triton(origins):
         return clip_rays_ref(origins, directions, low, high, near)
     R = origins.shape[0]
-    assert origins.shape == directions.shape == (R, 3), f"{tuple(origins.shape)} and {tuple(directions.shape)} rays"
+    fits = origins.shape == directions.shape == (R, 3)
+    assert fits, f"origins {tuple(origins.shape)} and directions {tuple(directions.shape)} do not match"
     enter, leave = origins.new_empty(R), origins.new_empty(R)
     hit = origins.new_empty(R, dtype=torch.bool)
     if R:
         _clip_rays_kernel[(triton.cdiv(R, BLOCK),)](
-            origins.contiguous(), directions.contiguous(), enter, leave, hit,
-            R, *map(float, low), *map(float, high), float(near), BLOCK=BLOCK,
+            origins_ptr=origins.contiguous(), directions_ptr=directions.contiguous(),
+            enter_ptr=enter, leave_ptr=leave, hit_ptr=hit,
+            R=R, low_x=float(low[0]), low_y=float(low[1]), low_z=float(low[2]),
+            high_x=float(high[0]), high_y=float(high[1]), high_z=float(high[2]), near=float(near), BLOCK=BLOCK,
         )  # fmt: skip
     return enter, leave, hit
 
@@ -66,27 +74,28 @@ def clip_rays_ref(origins, directions, low, high, near):
 
 
 @torch.no_grad()
-def stratified_starts(near, far, S, jitter=None):
+def stratified_starts(near: Tensor, far: Tensor, S: int, jitter: Tensor | None = None) -> Tensor:
     """Edges of S intervals that divide [near, far] evenly.
 
     Args:
         near, far: [R] distances.
         S:         number of samples, at least 1.
-        jitter:    [R] in [0, 1), one number a ray: every edge moves to that share of the way between the middles of its
-                   two intervals (the first edge from near on, the last one up to far). None: even intervals.
+        jitter:    [R] in [0, 1), one number per ray: every edge moves to that fraction of the way between the midpoints
+                   of its two intervals (the first edge starts at near, the last ends at far). None: even intervals.
 
     Returns:
         edges: [R, S + 1] ascending.
     """
     if not on_triton(near):
         return stratified_starts_ref(near, far, S, jitter)
-    assert S >= 1, "a ray needs at least one sample"
+    assert S >= 1, "rays need at least one sample"
     R = near.shape[0]
     edges = near.new_empty(R, S + 1)
     if R:
         _stratified_starts_kernel[(triton.cdiv(edges.numel(), BLOCK),)](
-            near.contiguous(), far.contiguous(), near if jitter is None else jitter.contiguous(), edges,
-            R, S, JITTER=jitter is not None, BLOCK=BLOCK,
+            near_ptr=near.contiguous(), far_ptr=far.contiguous(),
+            jitter_ptr=near if jitter is None else jitter.contiguous(), edges_ptr=edges,
+            R=R, S=S, JITTER=jitter is not None, BLOCK=BLOCK,
         )  # fmt: skip
     return edges
 
@@ -99,25 +108,24 @@ def stratified_starts_ref(near, far, S, jitter=None):
         middles = (x[:, 1:] + x[:, :-1]) / 2  # [1, S]
         lower, upper = torch.cat([x[:, :1], middles], dim=1), torch.cat([middles, x[:, -1:]], dim=1)  # [1, S + 1]
         x = lower + (upper - lower) * jitter[:, None]  # [R, S + 1]
-    # x far + (1 - x) near would leave near ~ far out of order by rounding
+    # x far + (1 - x) near could be out of order by rounding where near ~ far
     return near[:, None] + x * (far - near)[:, None]
 
 
 @torch.no_grad()
-def sample_pdf(edges, weights, n, jitter=None):
-    """Draw n samples by inverse transform from a density that is constant on each interval.
+def sample_pdf(edges: Tensor, weights: Tensor, n: int, jitter: Tensor | None = None) -> Tensor:
+    """Draw n samples by inverse transform sampling from a density that is constant on each interval.
 
     Args:
         edges:   [R, S + 1] ascending, S at least 1.
-        weights: [R, S] mass of each interval, >= 0, of any sum; rows that sum to less than 1e-5 are padded evenly.
+        weights: [R, S] mass of each interval, >= 0, not normalized; rows that sum to less than 1e-5 are padded evenly.
         n:       number of samples drawn.
-        jitter:  [R] in [0, 1), one number a ray: the position inside each of the n + 1 equal shares of the mass.
-                 None: their middles.
+        jitter:  [R] in [0, 1), one number per ray: the position inside each of n + 1 strata of equal mass. None: 0.5.
 
     Returns:
         new_edges: [R, n + 1] ascending, within `edges`: n starts and the end of the last.
 
-    The CDF is summed in fp64: it is divided by as little as 1e-5, so an fp32 sum would move samples visibly.
+    The CDF is summed in fp64: divided by as little as 1e-5, an fp32 sum would visibly move samples.
     """
     if not on_triton(edges):
         return sample_pdf_ref(edges, weights, n, jitter)
@@ -145,7 +153,7 @@ def sample_pdf_ref(edges, weights, n, jitter=None):
 
 
 @torch.no_grad()
-def merge(edges, new_edges):
+def merge(edges: Tensor, new_edges: Tensor) -> tuple[Tensor, Tensor]:
     """Merge two edge lists of the same rays by start; of equal starts the old one comes first.
 
     Args:
@@ -154,19 +162,20 @@ def merge(edges, new_edges):
 
     Returns:
         merged: [R, S + n + 1] ascending; its last edge is the larger of the two last ones.
-        order:  [R, S + n] int64: `torch.cat([old, new], dim=1).gather(1, order)` brings what is known of the samples
-                into the merged order.
+        order:  [R, S + n] int64: `torch.cat([old, new], dim=1).gather(1, order)` puts per-sample values into the merged
+                order.
     """
     if not on_triton(edges):
         return merge_ref(edges, new_edges)
     (R, S), n = edges[:, 1:].shape, new_edges.shape[1] - 1
-    assert new_edges.shape[0] == R, f"{R} and {new_edges.shape[0]} rays"
+    assert new_edges.shape[0] == R, f"edges of {R} and {new_edges.shape[0]} rays"
     merged, order = edges.new_empty(R, S + n + 1), edges.new_empty(R, S + n, dtype=torch.int64)
     if R:
         block_r, block_n = _tile(n)
         _merge_kernel[(triton.cdiv(R, block_r),)](
-            edges.contiguous(), new_edges.contiguous(), merged, order, R, S, n, BLOCK_R=block_r, BLOCK_N=block_n
-        )
+            edges_ptr=edges.contiguous(), new_edges_ptr=new_edges.contiguous(), merged_ptr=merged, order_idx_ptr=order,
+            R=R, S=S, N=n, BLOCK_R=block_r, BLOCK_N=block_n,
+        )  # fmt: skip
     return merged, order
 
 
@@ -179,8 +188,8 @@ def merge_ref(edges, new_edges):
 
 
 @torch.no_grad()
-def resample(edges, weights, n, jitter=None):
-    """`sample_pdf`, merged with the edges it drew from: [R, S + n + 1], in one launch."""
+def resample(edges: Tensor, weights: Tensor, n: int, jitter: Tensor | None = None) -> Tensor:
+    """`sample_pdf` merged with the edges it draws from: [R, S + n + 1], in one launch. Arguments as of `sample_pdf`."""
     if not on_triton(edges):
         return resample_ref(edges, weights, n, jitter)
     return _resample(edges, weights, n, jitter, merge=True)
@@ -194,20 +203,21 @@ def resample_ref(edges, weights, n, jitter=None):
 
 def _resample(edges, weights, n, jitter, merge):
     R, S = weights.shape
-    assert S >= 1 and edges.shape == (R, S + 1), f"edges {tuple(edges.shape)} do not fit weights {tuple(weights.shape)}"
+    fits = S >= 1 and edges.shape == (R, S + 1)
+    assert fits, f"edges {tuple(edges.shape)} do not match weights {tuple(weights.shape)}"
     out = edges.new_empty(R, (S if merge else 0) + n + 1)
     if R:
         jitter = edges.new_full((R,), 0.5) if jitter is None else jitter.contiguous()
         block_r, block_n = _tile(n)
         _resample_kernel[(triton.cdiv(R, block_r),)](
-            edges.contiguous(), weights.contiguous(), jitter, out,
-            R, S, n, MERGE=merge, BLOCK_R=block_r, BLOCK_N=block_n,
+            edges_ptr=edges.contiguous(), weights_ptr=weights.contiguous(), jitter_ptr=jitter, out_ptr=out,
+            R=R, S=S, N=n, MERGE=merge, BLOCK_R=block_r, BLOCK_N=block_n,
         )  # fmt: skip
     return out
 
 
 BLOCK = 512  # rays or edges per program
-PAIRS = 256  # pairs of a ray and a new edge per program
+PAIRS = 256  # rays x new edges per program
 
 
 def _tile(n):
@@ -238,7 +248,7 @@ def _clip_rays_kernel(
 
 @triton.jit
 def _slab(origins_ptr, directions_ptr, i, i_ok, low, high):
-    """Distances at which rays enter and leave the space between two walls of one axis."""
+    """Distances at which rays enter and leave the slab between two walls of one axis."""
     origin = tl.load(origins_ptr + i, mask=i_ok, other=0.0).to(tl.float32)
     direction = tl.load(directions_ptr + i, mask=i_ok, other=1.0).to(tl.float32)
     inverse = 1.0 / (direction + 1e-6)
@@ -287,13 +297,13 @@ def _resample_kernel(
 
     jitter = tl.load(jitter_ptr + r, mask=r_ok, other=0.0).to(acc_ty)
     u = (j + jitter[:, None]) / (N + 1)  # [BLOCK_R, BLOCK_N]
-    new = tl.full((BLOCK_R, BLOCK_N), float("inf"), acc_ty)  # inf until the sweep reaches its interval
-    rank = j + tl.zeros((BLOCK_R, BLOCK_N), tl.int32)  # place of a new start: new and old ones before it
+    new = tl.full((BLOCK_R, BLOCK_N), float("inf"), acc_ty)  # inf until the sweep reaches the interval
+    rank = j + tl.zeros((BLOCK_R, BLOCK_N), tl.int32)  # of a new start: number of new and old ones before it
     mass = tl.zeros((BLOCK_R,), tl.float64)
     cdf = tl.zeros((BLOCK_R,), acc_ty)
     low = tl.load(edges_ptr + r * (S + 1), mask=r_ok, other=0.0).to(acc_ty)
     for s in range(S):
-        if MERGE:  # a new start that is still inf cannot lie before this old one
+        if MERGE:  # a new start that is still inf lies behind this old one
             before = (new < low[:, None]) & (j < N)
             tl.store(out_row + s + tl.sum(before.to(tl.int32), axis=1), low, mask=r_ok)
             rank += (low[:, None] <= new).to(tl.int32)
@@ -301,14 +311,14 @@ def _resample_kernel(
         mass += (weight / total).to(tl.float64)
         high = tl.load(edges_ptr + r * (S + 1) + s + 1, mask=r_ok, other=0.0).to(acc_ty)
         next_cdf = tl.minimum(mass.to(acc_ty), 1.0)
-        share = next_cdf - cdf
-        t = (u - cdf[:, None]) / tl.where(share < 1e-5, 1.0, share)[:, None]
+        interval = next_cdf - cdf  # its mass
+        t = (u - cdf[:, None]) / tl.where(interval < 1e-5, 1.0, interval)[:, None]
         t = tl.minimum(tl.maximum(t, 0.0), 1.0)
-        # rounding must not carry a sample past its interval: ranks rely on the order
+        # rounding must not move a sample past its interval: ranks rely on the order
         point = tl.minimum(low[:, None] + t * (high - low)[:, None], high[:, None])
         new = tl.where((cdf[:, None] <= u) & (u < next_cdf[:, None]), point, new)
         cdf, low = next_cdf, high
-    new = tl.where(new == float("inf"), low[:, None], new)  # the sum of all shares may round to less than u
+    new = tl.where(new == float("inf"), low[:, None], new)  # the CDF may round to less than u
     if MERGE:
         tl.store(out_row[:, None] + rank, new, mask=r_ok[:, None] & (j < N))
         tl.store(out_row + S + N, low, mask=r_ok)

@@ -1,39 +1,40 @@
-"""Overlap of upright boxes turned about z: IoU from above, IoU in 3D, and non-maximum suppression.
+"""IoU of boxes rotated about z, in bird's-eye view and in 3D, and non-maximum suppression.
 
-A box from above is x, y, w, l, yaw: center in meters, size in meters, at least 0, and yaw in radians counter-clockwise
-from x to the heading; l lies along the heading, w across. In 3D x, y, z, w, l, h, yaw, z being the center's.
+A BEV box is x, y, w, l, yaw: center in meters, size in meters, at least 0, and yaw in radians counter-clockwise from x
+to the heading; l lies along the heading, w across. A 3D box is x, y, z, w, l, h, yaw, with z of the center.
 
-The area that b shares with a is an integral along the outline of b alone (Green's theorem). In a's frame, x along its
-heading, a is |x| <= l / 2, |y| <= w / 2, and
+The area of the intersection of a and b is an integral along the outline of b alone (Green's theorem). In a's frame, x
+along its heading, a is |x| <= l / 2, |y| <= w / 2, and
 
     area = sum over the edges of b, counter-clockwise, of   integral of clamp(x, -l / 2, l / 2) dy  over |y| <= w / 2
 
-because clamp(x) grows by 1 inside a and not at all beside it. No polygon is built, no corners are sorted, nothing is
-indexed. And it is continuous: an edge on the border of a, or parallel to it, or of no length, contributes the same from
-either side, where clipping has to decide. Corners are taken relative to a's center, so that far from the origin no
-digits are lost but those that the coordinates lack.
+because clamp(x) has derivative 1 inside a and 0 beside it. No polygon is built, no corners are sorted, nothing is
+indexed. It is continuous: an edge on the border of a, parallel to it, or of length 0 contributes the same from either
+side, where clipping would need case distinctions. Corners are relative to a's center, so that no precision is lost far
+from the origin.
 
 Sizes: N and M boxes, P pairs.
 """
 
 import torch
+from torch import Tensor
 
 from unipad.kernels.backend import jit, on_triton, tl, triton
 
 
 @torch.no_grad()
-def rotated_iou_bev(a, b):
-    """Intersection over union of every box of one set with every box of another, seen from above.
+def rotated_iou_bev(a: Tensor, b: Tensor) -> Tensor:
+    """Intersection over union, in bird's-eye view, of every box of one set with every box of another.
 
     Args:
         a: [N, 5] fp32 or fp64 x, y, w, l, yaw; finite.
         b: [M, 5] the same.
 
     Returns:
-        iou: [N, M] in [0, 1]; 0 for boxes that are apart and for boxes without area.
+        iou: [N, M] in [0, 1]; 0 for disjoint boxes and for boxes without area.
 
-    Within 1e-5 of the truth in fp32 for boxes of everyday shape; corners are off by about 1e-7 of the box, which tells
-    in thin ones. Deterministic. Not differentiable. Raises AssertionError on other shapes or types.
+    Within 1e-5 of the truth in fp32 for boxes of usual shape; corners are off by about 1e-7 of the box size, which
+    matters for thin ones. Deterministic. Not differentiable. Raises AssertionError on other shapes or types.
     """
     if not on_triton(a):
         return rotated_iou_bev_ref(a, b)
@@ -42,43 +43,45 @@ def rotated_iou_bev(a, b):
     if iou.numel():
         grid = (triton.cdiv(len(a), BLOCK_N), triton.cdiv(len(b), BLOCK_M))
         blocks = dict(BLOCK_N=BLOCK_N, BLOCK_M=BLOCK_M, num_warps=8)
-        _iou_kernel[grid](a.contiguous(), b.contiguous(), iou, *iou.shape, **blocks)
+        _iou_kernel[grid](a_ptr=a.contiguous(), b_ptr=b.contiguous(), iou_ptr=iou, N=len(a), M=len(b), **blocks)
     return iou
 
 
 @torch.no_grad()
 def rotated_iou_bev_ref(a, b):
-    """`rotated_iou_bev` in plain PyTorch. Only pairs whose circumscribed circles meet are worked out."""
+    """`rotated_iou_bev` in plain PyTorch. Computes only pairs whose circumscribed circles intersect."""
     _check(5, a, b)
     iou = a.new_zeros(len(a), len(b))
     reach_a, reach_b = (boxes[:, 2:4].norm(dim=1) / 2 for boxes in (a, b))
     distance = (a[:, None, :2] - b[None, :, :2]).norm(dim=2)
     i, j = (distance < reach_a[:, None] + reach_b[None, :]).nonzero(as_tuple=True)
     a, b = a.index_select(0, i), b.index_select(0, j)
-    iou[i, j] = _ratio(_overlap_ref(a, b), a[:, 2] * a[:, 3], b[:, 2] * b[:, 3])
+    iou[i, j] = _ratio_ref(_overlap_ref(a, b), a[:, 2] * a[:, 3], b[:, 2] * b[:, 3])
     return iou
 
 
 @torch.no_grad()
-def paired_iou_3d(a, b):
-    """Intersection over union of each box with its partner, by volume.
+def paired_iou_3d(a: Tensor, b: Tensor) -> Tensor:
+    """Intersection over union in 3D of each box with its partner.
 
     Args:
         a: [N, 7] fp32 or fp64 x, y, z, w, l, h, yaw; finite.
         b: [N, 7] the same.
 
     Returns:
-        iou: [N] in [0, 1]; 0 for boxes that are apart and for boxes without volume.
+        iou: [N] in [0, 1]; 0 for disjoint boxes and for boxes without volume.
 
     As exact as `rotated_iou_bev`. Deterministic. Not differentiable. Raises AssertionError on other shapes or types.
     """
     if not on_triton(a):
         return paired_iou_3d_ref(a, b)
     _check(7, a, b)
-    assert len(a) == len(b), f"{len(a)} boxes, {len(b)} partners"
+    assert len(a) == len(b), f"{len(a)} boxes do not match {len(b)} partners"
     iou = a.new_empty(len(a))
     if len(a):
-        _paired_kernel[(triton.cdiv(len(a), BLOCK_P),)](a.contiguous(), b.contiguous(), iou, len(a), BLOCK_P=BLOCK_P)
+        _paired_kernel[(triton.cdiv(len(a), BLOCK_P),)](
+            a_ptr=a.contiguous(), b_ptr=b.contiguous(), iou_ptr=iou, N=len(a), BLOCK_P=BLOCK_P
+        )
     return iou
 
 
@@ -86,27 +89,27 @@ def paired_iou_3d(a, b):
 def paired_iou_3d_ref(a, b):
     """`paired_iou_3d` in plain PyTorch."""
     _check(7, a, b)
-    assert len(a) == len(b), f"{len(a)} boxes, {len(b)} partners"
+    assert len(a) == len(b), f"{len(a)} boxes do not match {len(b)} partners"
     above = [0, 1, 3, 4, 6]
     area = _overlap_ref(a[:, above], b[:, above])
     dz, half_a, half_b = b[:, 2] - a[:, 2], a[:, 5] / 2, b[:, 5] / 2
     height = (torch.minimum(half_a, dz + half_b) - torch.maximum(-half_a, dz - half_b)).clamp(min=0)
-    return _ratio(area * height, a[:, 3:6].prod(dim=1), b[:, 3:6].prod(dim=1))
+    return _ratio_ref(area * height, a[:, 3:6].prod(dim=1), b[:, 3:6].prod(dim=1))
 
 
 @torch.no_grad()
-def rotated_nms(boxes, scores, threshold):
-    """Non-maximum suppression from above: the best box stays, those that overlap it too much go, and so on.
+def rotated_nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
+    """Greedy non-maximum suppression in bird's-eye view.
 
     Args:
         boxes:     [N, 5] fp32 or fp64 x, y, w, l, yaw; finite.
-        scores:    [N], not NaN. Of equal scores the lower row comes first.
-        threshold: a box goes if its IoU with a better one that stays is greater.
+        scores:    [N], not NaN. Ties: the lower row comes first.
+        threshold: a box is suppressed if its IoU with a better box that is kept is greater.
 
     Returns:
-        rows: [K] int64 rows of `boxes`, scores descending.
+        rows: [K] int64 rows of `boxes`, by descending score.
 
-    Deterministic. Waits for the device, once: for K. Keeps N^2 / 8 bytes while it runs. Not differentiable.
+    Deterministic. Waits for the device once, for K. Allocates N^2 / 8 bytes. Not differentiable.
     """
     if not on_triton(boxes):
         return rotated_nms_ref(boxes, scores, threshold)
@@ -116,7 +119,10 @@ def rotated_nms(boxes, scores, threshold):
         return order
     W = triton.cdiv(N, 32)
     suppressed = torch.empty(32 * W, W, dtype=torch.int32, device=boxes.device)
-    _suppress_kernel[(W, W)](boxes.contiguous(), order, suppressed, N, W, float(threshold), num_warps=8)
+    _suppress_kernel[(W, W)](
+        boxes_ptr=boxes.contiguous(), order_ptr=order, suppressed_ptr=suppressed,
+        N=N, W=W, threshold=float(threshold), num_warps=8,
+    )  # fmt: skip
     return order[_greedy(suppressed, N)]
 
 
@@ -124,8 +130,8 @@ def rotated_nms(boxes, scores, threshold):
 def rotated_nms_ref(boxes, scores, threshold):
     """`rotated_nms` in plain PyTorch.
 
-    All boxes are judged at once, again and again, by the judgement before: the i-th best box is right after i rounds at
-    most, and when nothing changes all are. Rounds are as many as the longest chain of boxes that overlap.
+    Each round decides all boxes at once from the decisions of the previous round: the i-th best box is right after at
+    most i rounds, and all are when nothing changes. The longest chain of overlapping boxes bounds the rounds.
     """
     order = _best_first(boxes, scores)
     ranked = boxes.index_select(0, order)
@@ -138,19 +144,19 @@ def rotated_nms_ref(boxes, scores, threshold):
 
 
 def _greedy(suppressed, N):
-    """[N] bool: which ranked boxes stay, from the words of `_suppress_kernel`."""
+    """[N] bool: which ranked boxes are kept, from the words of `_suppress_kernel`."""
     W = suppressed.shape[1]
     block_w = triton.next_power_of_2(W)
-    warps = min(max(block_w // 32, 1), 8)  # one word a lane as long as that is possible
+    warps = min(max(block_w // 32, 1), 8)  # one word per lane as long as possible
     kept = torch.empty(N, dtype=torch.bool, device=suppressed.device)
-    _greedy_kernel[(1,)](suppressed, kept, N, W, BLOCK_W=block_w, num_warps=warps)
+    _greedy_kernel[(1,)](suppressed_ptr=suppressed, kept_ptr=kept, N=N, W=W, BLOCK_W=block_w, num_warps=warps)
     return kept
 
 
 def _best_first(boxes, scores):
     """[N] int64 rows by descending score."""
     _check(5, boxes)
-    assert scores.shape == boxes.shape[:1], f"scores {tuple(scores.shape)} do not fit boxes {tuple(boxes.shape)}"
+    assert scores.shape == boxes.shape[:1], f"scores {tuple(scores.shape)} do not match boxes {tuple(boxes.shape)}"
     return scores.argsort(descending=True, stable=True)
 
 
@@ -158,11 +164,11 @@ def _check(columns, *boxes):
     for t in boxes:
         assert t.dim() == 2 and t.shape[1] == columns, f"boxes are [N, {columns}], not {tuple(t.shape)}"
         assert t.dtype in (torch.float32, torch.float64), f"boxes are float32 or float64, not {t.dtype}"
-        assert t.dtype == boxes[0].dtype, f"boxes of {boxes[0].dtype} and of {t.dtype}"
+        assert t.dtype == boxes[0].dtype, f"boxes of different types: {boxes[0].dtype}, {t.dtype}"
 
 
 def _overlap_ref(a, b):
-    """[P] square meters that a: [P, 5] and b: [P, 5] share."""
+    """[P] area in square meters of the intersection of a [P, 5] and b [P, 5]."""
     (dx, dy), half_a, half_b = (b - a)[:, :2].T, a[:, 2:4].T / 2, b[:, 2:4].T / 2
     half_w, half_l = half_a
     cos_a, sin_a, yaw = a[:, 4].cos(), a[:, 4].sin(), b[:, 4] - a[:, 4]
@@ -175,12 +181,13 @@ def _overlap_ref(a, b):
     py = y[:, None] + torch.stack([along_y - across_y, along_y + across_y, across_y - along_y, -along_y - across_y], 1)
     area = _edges_ref(px, py, px.roll(-1, 1), py.roll(-1, 1), half_l[:, None], half_w[:, None]).sum(dim=1)
 
-    # on one of the four axes a and b lie side by side: then rounding is all that the sum consists of
-    apart = (x.abs() >= half_l + along_x.abs() + across_x.abs()) | (y.abs() >= half_w + along_y.abs() + across_y.abs())
-    apart |= (x * cos + y * sin).abs() >= half_b[1] + half_l * cos.abs() + half_w * sin.abs()
-    apart |= (y * cos - x * sin).abs() >= half_b[0] + half_l * sin.abs() + half_w * cos.abs()
+    # separated along one of the four axes: the sum would be rounding errors
+    disjoint = x.abs() >= half_l + along_x.abs() + across_x.abs()
+    disjoint |= y.abs() >= half_w + along_y.abs() + across_y.abs()
+    disjoint |= (x * cos + y * sin).abs() >= half_b[1] + half_l * cos.abs() + half_w * sin.abs()
+    disjoint |= (y * cos - x * sin).abs() >= half_b[0] + half_l * sin.abs() + half_w * cos.abs()
     most = torch.minimum(a[:, 2] * a[:, 3], b[:, 2] * b[:, 3])
-    return torch.where(apart, 0, torch.minimum(area.clamp(min=0), most))
+    return torch.where(disjoint, 0, torch.minimum(area.clamp(min=0), most))
 
 
 def _edges_ref(px, py, qx, qy, half_l, half_w):
@@ -190,7 +197,7 @@ def _edges_ref(px, py, qx, qy, half_l, half_w):
     x0, x1 = px + (y0 - py) * slope, qx + (y1 - qy) * slope
     low, high = torch.minimum(x0, x1), torch.maximum(x0, x1)
     low_in, high_in = torch.clamp(low, -half_l, half_l), torch.clamp(high, -half_l, half_l)
-    # of the edge's extent along x what lies in front of a, less what lies behind it
+    # length of the edge's extent along x in front of a, minus that behind a
     beyond = torch.maximum(high, half_l) - torch.maximum(low, half_l)
     beyond = beyond - (torch.minimum(high, -half_l) - torch.minimum(low, -half_l))
     along = (high_in + low_in) * (high_in - low_in) / 2 + half_l * beyond  # of clamp(x) over x
@@ -198,14 +205,14 @@ def _edges_ref(px, py, qx, qy, half_l, half_w):
     return (y1 - y0) * mean
 
 
-def _ratio(shared, size_a, size_b):
-    union = size_a + size_b - shared
-    return torch.where(union > 0, shared / union, 0)
+def _ratio_ref(intersection, size_a, size_b):
+    union = size_a + size_b - intersection
+    return torch.where(union > 0, intersection / union, 0)
 
 
-BLOCK_N = 16  # boxes of a per program of the matrix: two pairs a lane (with four, ptxas spills)
-BLOCK_M = 32  # boxes of b
-BLOCK_P = 128  # pairs per program: one a lane
+BLOCK_N = 16  # boxes of a per program: two pairs per lane (with four, ptxas spills)
+BLOCK_M = 32  # boxes of b per program
+BLOCK_P = 128  # pairs per program: one per lane
 
 
 @jit(varying=("N", "M"))
@@ -230,15 +237,15 @@ def _suppress_kernel(
     w = tl.program_id(1)
     k = tl.arange(0, 32)
     j = w * 32 + k
-    # words left of the diagonal stay unwritten: nobody reads them
+    # words left of the diagonal are neither written nor read
     if w >= tl.program_id(0):
         i_ok, j_ok = i < N, j < N
         row_i = tl.load(order_ptr + i, mask=i_ok, other=0)
         row_j = tl.load(order_ptr + j, mask=j_ok, other=0)
         iou = _iou_tile(boxes_ptr, row_i, i_ok, boxes_ptr, row_j, j_ok)
-        goes = (iou > threshold) & (i[:, None] < j[None, :]) & j_ok[None, :]
-        word = tl.sum(goes.to(tl.int32) << k[None, :], axis=1)
-        tl.store(suppressed_ptr + i.to(tl.int64) * W + w, word)  # behind the last box nothing outranks anything
+        suppresses = (iou > threshold) & (i[:, None] < j[None, :]) & j_ok[None, :]
+        word = tl.sum(suppresses.to(tl.int32) << k[None, :], axis=1)
+        tl.store(suppressed_ptr + i.to(tl.int64) * W + w, word)  # rows from N on are 0
 
 
 @jit(varying=("N", "W"))
@@ -246,13 +253,13 @@ def _greedy_kernel(
     suppressed_ptr, kept_ptr,  # [32 W, W], [N]
     N, W, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """One program: 32 boxes at a time, whose loads wait for nothing, are judged one after the other in registers."""
+    """One program: 32 boxes at a time, whose loads do not depend on each other, are decided in order in registers."""
     word = tl.arange(0, BLOCK_W)
     k = tl.arange(0, 32)
     gone = tl.zeros((BLOCK_W,), tl.int32)
     row_ptr = suppressed_ptr
     for w in range(W):
-        own = tl.sum(tl.where(word == w, gone, 0), axis=0)  # of these 32 boxes
+        own = tl.sum(tl.where(word == w, gone, 0), axis=0)  # bits of these 32 boxes
         for step in tl.static_range(32):
             ahead = tl.load(row_ptr + word, mask=(word > w) & (word < W), other=0)
             here = tl.load(row_ptr + w)
@@ -278,7 +285,7 @@ def _paired_kernel(
     dz = _column(b + 2, n_ok) - _column(a + 2, n_ok)
     area = _overlap(dx, dy, w_a, l_a, cos_a, sin_a, w_b, l_b, cos_b, sin_b)
     height = tl.minimum(h_a / 2, dz + h_b / 2) - tl.maximum(-h_a / 2, dz - h_b / 2)
-    iou = _quotient(area * tl.maximum(height, 0.0), w_a * l_a * h_a, w_b * l_b * h_b)
+    iou = _ratio(area * tl.maximum(height, 0.0), w_a * l_a * h_a, w_b * l_b * h_b)
     tl.store(iou_ptr + n, iou, mask=n_ok)
 
 
@@ -295,7 +302,7 @@ def _iou_tile(a_ptr, n, n_ok, b_ptr, m, m_ok):
         w_a[:, None], l_a[:, None], cos_a[:, None], sin_a[:, None],
         w_b[None, :], l_b[None, :], cos_b[None, :], sin_b[None, :],
     )  # fmt: skip
-    return _quotient(area, (w_a * l_a)[:, None], (w_b * l_b)[None, :])
+    return _ratio(area, (w_a * l_a)[:, None], (w_b * l_b)[None, :])
 
 
 @triton.jit
@@ -319,7 +326,7 @@ def _shape_3d(ptr, ok):
 
 @triton.jit
 def _overlap(dx, dy, w_a, l_a, cos_a, sin_a, w_b, l_b, cos_b, sin_b):
-    """Area that boxes a and b share; dx, dy lead from the center of a to that of b."""
+    """Area of the intersection of a and b; dx, dy from the center of a to that of b."""
     half_w, half_l = w_a / 2, l_a / 2
     x, y = dx * cos_a + dy * sin_a, dy * cos_a - dx * sin_a
     cos, sin = cos_b * cos_a + sin_b * sin_a, sin_b * cos_a - cos_b * sin_a
@@ -333,23 +340,23 @@ def _overlap(dx, dy, w_a, l_a, cos_a, sin_a, w_b, l_b, cos_b, sin_b):
     area += _edge(x - right_x, y - right_y, x - left_x, y - left_y, half_l, half_w)
     area += _edge(x - left_x, y - left_y, x + right_x, y + right_y, half_l, half_w)
 
-    # on one of the four axes a and b lie side by side: then rounding is all that the sum consists of
-    apart = tl.abs(x) >= half_l + tl.abs(along_x) + tl.abs(across_x)
-    apart |= tl.abs(y) >= half_w + tl.abs(along_y) + tl.abs(across_y)
-    apart |= tl.abs(x * cos + y * sin) >= l_b / 2 + half_l * tl.abs(cos) + half_w * tl.abs(sin)
-    apart |= tl.abs(y * cos - x * sin) >= w_b / 2 + half_l * tl.abs(sin) + half_w * tl.abs(cos)
-    return tl.where(apart, 0.0, tl.minimum(tl.maximum(area, 0.0), tl.minimum(w_a * l_a, w_b * l_b)))
+    # separated along one of the four axes: the sum would be rounding errors
+    disjoint = tl.abs(x) >= half_l + tl.abs(along_x) + tl.abs(across_x)
+    disjoint |= tl.abs(y) >= half_w + tl.abs(along_y) + tl.abs(across_y)
+    disjoint |= tl.abs(x * cos + y * sin) >= l_b / 2 + half_l * tl.abs(cos) + half_w * tl.abs(sin)
+    disjoint |= tl.abs(y * cos - x * sin) >= w_b / 2 + half_l * tl.abs(sin) + half_w * tl.abs(cos)
+    return tl.where(disjoint, 0.0, tl.minimum(tl.maximum(area, 0.0), tl.minimum(w_a * l_a, w_b * l_b)))
 
 
 @triton.jit
 def _edge(px, py, qx, qy, half_l, half_w):
     """The integral of the file's header over one edge, from p to q."""
-    y0, y1 = _held(py, half_w), _held(qy, half_w)
+    y0, y1 = _clamp(py, half_w), _clamp(qy, half_w)
     slope = (qx - px) / tl.where(py == qy, 1.0, qy - py)
     x0, x1 = px + (y0 - py) * slope, qx + (y1 - qy) * slope
     low, high = tl.minimum(x0, x1), tl.maximum(x0, x1)
-    low_in, high_in = _held(low, half_l), _held(high, half_l)
-    # of the edge's extent along x what lies in front of a, less what lies behind it
+    low_in, high_in = _clamp(low, half_l), _clamp(high, half_l)
+    # length of the edge's extent along x in front of a, minus that behind a
     beyond = tl.maximum(high, half_l) - tl.maximum(low, half_l)
     beyond -= tl.minimum(high, -half_l) - tl.minimum(low, -half_l)
     along = (high_in + low_in) * (high_in - low_in) / 2 + half_l * beyond  # of clamp(x) over x
@@ -358,11 +365,11 @@ def _edge(px, py, qx, qy, half_l, half_w):
 
 
 @triton.jit
-def _held(value, half):
+def _clamp(value, half):
     return tl.minimum(tl.maximum(value, -half), half)
 
 
 @triton.jit
-def _quotient(shared, size_a, size_b):
-    union = size_a + size_b - shared
-    return tl.where(union > 0, shared / tl.where(union > 0, union, 1.0), 0.0)
+def _ratio(intersection, size_a, size_b):
+    union = size_a + size_b - intersection
+    return tl.where(union > 0, intersection / tl.where(union > 0, union, 1.0), 0.0)

@@ -1,6 +1,6 @@
 """Signed distance to opacity: NeuS, VolSDF, UniSurf.
 
-NeuS (eq. 13, as UniPAD's get_alpha has it): along the ray the SDF falls by `slope` per unit; sigma is the sigmoid.
+NeuS (eq. 13, as in UniPAD's get_alpha): along the ray the SDF changes by `slope` per unit; sigma is the sigmoid.
 
     slope = min(direction . gradient, 0),   prev, next = sdf -+ slope * delta / 2
     P = sigma(prev * inv_s),   N = sigma(next * inv_s),   alpha = clip((P - N + e) / (P + e), 0, 1),   e = 1e-5
@@ -12,16 +12,17 @@ NeuS (eq. 13, as UniPAD's get_alpha has it): along the ray the SDF falls by `slo
 VolSDF (eq. 2): density = Laplace CDF of -sdf / beta, over beta; alpha = 1 - exp(-density * delta).
 UniSurf: occupancy sigma(-10 sdf).
 
-Sizes: R rays, S samples on each. Sigmoids are taken of |x|, so nothing overflows for any inv_s.
+Sizes: R rays, S samples on each. Sigmoids are computed from |x|, so nothing overflows for any inv_s.
 """
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from unipad.kernels.backend import jit, on_triton, tl, triton
 
 
-def neus_alpha(sdf, gradient, directions, deltas, inv_s):
+def neus_alpha(sdf: Tensor, gradient: Tensor, directions: Tensor, deltas: Tensor, inv_s: Tensor) -> Tensor:
     """Opacity of each sample from the SDF and its gradient there.
 
     Args:
@@ -34,8 +35,8 @@ def neus_alpha(sdf, gradient, directions, deltas, inv_s):
     Returns:
         alpha: [R, S] in [0, 1].
 
-    Differentiable once in `sdf`, `gradient` and `inv_s`; clipped values pass no gradient. Accumulates in fp32 (fp64 for
-    fp64 inputs). Deterministic.
+    Differentiable once w.r.t. `sdf`, `gradient` and `inv_s`; clipped values pass no gradient. Accumulates in fp32 (fp64
+    for fp64 inputs). Deterministic. Raises AssertionError if shapes do not match.
     """
     if not on_triton(sdf):
         return neus_alpha_ref(sdf, gradient, directions, deltas, inv_s)
@@ -54,31 +55,39 @@ class NeusAlpha(torch.autograd.Function):
     @staticmethod
     def forward(ctx, sdf, gradient, directions, deltas, inv_s):
         R, S = sdf.shape
-        assert gradient.shape == (R, S, 3), f"gradient {tuple(gradient.shape)} does not fit sdf {(R, S)}"
-        assert directions.shape == (R, 3), f"directions {tuple(directions.shape)} do not fit sdf {(R, S)}"
-        assert deltas.shape == (R, S), f"deltas {tuple(deltas.shape)} do not fit sdf {(R, S)}"
-        inputs = [t.contiguous() for t in (sdf, gradient, directions, deltas, inv_s)]
-        alpha = torch.empty_like(inputs[0])
+        assert gradient.shape == (R, S, 3), f"gradient {tuple(gradient.shape)} does not match sdf {(R, S)}"
+        assert directions.shape == (R, 3), f"directions {tuple(directions.shape)} do not match sdf {(R, S)}"
+        assert deltas.shape == (R, S), f"deltas {tuple(deltas.shape)} do not match sdf {(R, S)}"
+        sdf, gradient, directions, deltas, inv_s = (
+            t.contiguous() for t in (sdf, gradient, directions, deltas, inv_s)
+        )  # fmt: skip
+        alpha = torch.empty_like(sdf)
         if sdf.numel():
-            _neus_alpha_fwd_kernel[_grid(sdf)](*inputs, alpha, R, S, BLOCK=BLOCK)
-        ctx.save_for_backward(*inputs)
+            _neus_alpha_fwd_kernel[_grid(sdf)](
+                sdf_ptr=sdf, gradient_ptr=gradient, directions_ptr=directions, deltas_ptr=deltas, inv_s_ptr=inv_s,
+                alpha_ptr=alpha, R=R, S=S, BLOCK=BLOCK,
+            )  # fmt: skip
+        ctx.save_for_backward(sdf, gradient, directions, deltas, inv_s)
         return alpha
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_alpha):
         sdf, gradient, directions, deltas, inv_s = ctx.saved_tensors
+        R, S = sdf.shape
         d_sdf, d_gradient, d_inv_s = torch.empty_like(sdf), torch.empty_like(gradient), _partial_sums(sdf)
         if sdf.numel():
             _neus_alpha_bwd_kernel[_grid(sdf)](
-                *ctx.saved_tensors, d_alpha.contiguous(), d_sdf, d_gradient, d_inv_s, *sdf.shape, BLOCK=BLOCK
-            )
+                sdf_ptr=sdf, gradient_ptr=gradient, directions_ptr=directions, deltas_ptr=deltas, inv_s_ptr=inv_s,
+                d_alpha_ptr=d_alpha.contiguous(), d_sdf_ptr=d_sdf, d_gradient_ptr=d_gradient, d_inv_s_ptr=d_inv_s,
+                R=R, S=S, BLOCK=BLOCK,
+            )  # fmt: skip
         return d_sdf, d_gradient, None, None, d_inv_s.sum().to(inv_s.dtype).reshape(inv_s.shape)
 
 
 @torch.no_grad()
-def interval_alpha(sdf, deltas, inv_s):
-    """Opacity of the intervals between samples, from SDF values alone: where NeuS draws its importance samples.
+def interval_alpha(sdf: Tensor, deltas: Tensor, inv_s: float) -> Tensor:
+    """Opacity of the intervals between samples from SDF values alone, for NeuS's importance sampling.
 
     The slope of an interval is the smaller of its own and its predecessor's difference quotient (0 before the first),
     clipped to [-1000, 0]; the value is not clipped.
@@ -86,7 +95,7 @@ def interval_alpha(sdf, deltas, inv_s):
     Args:
         sdf:    [R, S] signed distance at the samples, S at least 1.
         deltas: [R, S] length of the intervals, in the unit of sdf; the last is not read.
-        inv_s:  float, fixed (64 in the original).
+        inv_s:  fixed inverse deviation (64 in the original).
 
     Returns:
         alpha: [R, S]; the last column is 0, since S samples have S - 1 intervals between them.
@@ -95,11 +104,13 @@ def interval_alpha(sdf, deltas, inv_s):
     """
     if not on_triton(sdf):
         return interval_alpha_ref(sdf, deltas, inv_s)
-    assert sdf.shape == deltas.shape, f"deltas {tuple(deltas.shape)} do not fit sdf {tuple(sdf.shape)}"
-    sdf = sdf.contiguous()
+    assert sdf.shape == deltas.shape, f"deltas {tuple(deltas.shape)} do not match sdf {tuple(sdf.shape)}"
+    sdf, (R, S) = sdf.contiguous(), sdf.shape
     alpha = torch.empty_like(sdf)
     if sdf.numel():
-        _interval_alpha_kernel[_grid(sdf)](sdf, deltas.contiguous(), alpha, *sdf.shape, float(inv_s), BLOCK=BLOCK)
+        _interval_alpha_kernel[_grid(sdf)](
+            sdf_ptr=sdf, deltas_ptr=deltas.contiguous(), alpha_ptr=alpha, R=R, S=S, inv_s=float(inv_s), BLOCK=BLOCK
+        )
     return alpha
 
 
@@ -114,7 +125,7 @@ def interval_alpha_ref(sdf, deltas, inv_s):
     return F.pad((prev_cdf - next_cdf + 1e-5) / (prev_cdf + 1e-5), (0, 1))
 
 
-def volsdf_alpha(sdf, deltas, beta):
+def volsdf_alpha(sdf: Tensor, deltas: Tensor, beta: Tensor) -> Tensor:
     """Opacity of each sample under VolSDF's Laplace density.
 
     Args:
@@ -125,7 +136,7 @@ def volsdf_alpha(sdf, deltas, beta):
     Returns:
         alpha: [R, S] in [0, 1).
 
-    Differentiable once in `sdf` and `beta`. Accumulates in fp32 (fp64 for fp64 inputs). Deterministic.
+    Differentiable once w.r.t. `sdf` and `beta`. Accumulates in fp32 (fp64 for fp64 inputs). Deterministic.
     """
     if not on_triton(sdf):
         return volsdf_alpha_ref(sdf, deltas, beta)
@@ -137,8 +148,8 @@ def volsdf_alpha_ref(sdf, deltas, beta):
     return 1 - torch.exp(-laplace_density(sdf, beta) * deltas.detach())
 
 
-def laplace_density(sdf, beta):
-    """Density of VolSDF per unit of sdf; `beta` broadcasts. In [0, 1 / beta], half of that at the surface."""
+def laplace_density(sdf: Tensor, beta: Tensor) -> Tensor:
+    """Density of VolSDF per unit of sdf, in [0, 1 / beta], 1 / (2 beta) at the surface; `beta` broadcasts."""
     tail = torch.exp(-torch.where(sdf < 0, -sdf, sdf) / beta) / 2  # abs() would have no gradient at 0
     return torch.where(sdf < 0, 1 - tail, tail) / beta
 
@@ -146,28 +157,33 @@ def laplace_density(sdf, beta):
 class VolsdfAlpha(torch.autograd.Function):
     @staticmethod
     def forward(ctx, sdf, deltas, beta):
-        assert sdf.shape == deltas.shape, f"deltas {tuple(deltas.shape)} do not fit sdf {tuple(sdf.shape)}"
-        inputs = [t.contiguous() for t in (sdf, deltas, beta)]
-        alpha = torch.empty_like(inputs[0])
+        assert sdf.shape == deltas.shape, f"deltas {tuple(deltas.shape)} do not match sdf {tuple(sdf.shape)}"
+        sdf, deltas, beta = (t.contiguous() for t in (sdf, deltas, beta))
+        R, S = sdf.shape
+        alpha = torch.empty_like(sdf)
         if sdf.numel():
-            _volsdf_alpha_fwd_kernel[_grid(sdf)](*inputs, alpha, *sdf.shape, BLOCK=BLOCK)
-        ctx.save_for_backward(*inputs)
+            _volsdf_alpha_fwd_kernel[_grid(sdf)](
+                sdf_ptr=sdf, deltas_ptr=deltas, beta_ptr=beta, alpha_ptr=alpha, R=R, S=S, BLOCK=BLOCK
+            )
+        ctx.save_for_backward(sdf, deltas, beta)
         return alpha
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_alpha):
         sdf, deltas, beta = ctx.saved_tensors
+        R, S = sdf.shape
         d_sdf, d_beta = torch.empty_like(sdf), _partial_sums(sdf)
         if sdf.numel():
             _volsdf_alpha_bwd_kernel[_grid(sdf)](
-                sdf, deltas, beta, d_alpha.contiguous(), d_sdf, d_beta, *sdf.shape, BLOCK=BLOCK
-            )
+                sdf_ptr=sdf, deltas_ptr=deltas, beta_ptr=beta, d_alpha_ptr=d_alpha.contiguous(),
+                d_sdf_ptr=d_sdf, d_beta_ptr=d_beta, R=R, S=S, BLOCK=BLOCK,
+            )  # fmt: skip
         return d_sdf, None, d_beta.sum().to(beta.dtype).reshape(beta.shape)
 
 
-def unisurf_alpha(sdf):
-    """Opacity of each sample under UniSurf: [R, S] -> [R, S]. One sigmoid: PyTorch's own kernel on every device."""
+def unisurf_alpha(sdf: Tensor) -> Tensor:
+    """Opacity of each sample under UniSurf: [R, S] -> [R, S]. A sigmoid, which needs no kernel of ours."""
     return torch.sigmoid(-10 * sdf)
 
 
@@ -179,22 +195,22 @@ def _grid(sdf):
 
 
 def _partial_sums(sdf):
-    """One number a program, summed afterwards: the gradient of a scalar without atomics."""
+    """One number per program, summed afterwards: the gradient of a scalar without atomics."""
     return torch.empty(_grid(sdf), dtype=torch.promote_types(sdf.dtype, torch.float32), device=sdf.device)
 
 
 @triton.jit
-def _sigmoid(x):
+def sigmoid(x):
     decay = tl.exp(-tl.abs(x))
     return tl.where(x < 0, decay, 1.0) / (1.0 + decay)
 
 
 @triton.jit
 def _neus_section(sdf_ptr, gradient_ptr, directions_ptr, deltas_ptr, i, r, ok, acc_ty: tl.constexpr):
-    """The section of the ray that sample i stands for.
+    """The section of the ray around sample i.
 
-    Returns the SDF extrapolated to its two ends, and what d_slope is multiplied by to give d_gradient: delta / 2 * the
-    direction, (x, y, z); 0 where the ray does not approach the surface.
+    Returns the SDF extrapolated to its two ends, and d slope / d gradient times delta / 2: (x, y, z) of delta / 2 *
+    direction; 0 where the ray does not approach the surface.
     """
     sdf = tl.load(sdf_ptr + i, mask=ok, other=0.0).to(acc_ty)
     half = tl.load(deltas_ptr + i, mask=ok, other=0.0).to(acc_ty) / 2
@@ -221,7 +237,7 @@ def _neus_alpha_fwd_kernel(
     ok = r < R
     prev_sdf, next_sdf, _, _, _ = _neus_section(sdf_ptr, gradient_ptr, directions_ptr, deltas_ptr, i, r, ok, acc_ty)
     inv_s = tl.load(inv_s_ptr).to(acc_ty)
-    prev_cdf, next_cdf = _sigmoid(prev_sdf * inv_s), _sigmoid(next_sdf * inv_s)
+    prev_cdf, next_cdf = sigmoid(prev_sdf * inv_s), sigmoid(next_sdf * inv_s)
     alpha = (prev_cdf - next_cdf + 1e-5) / (prev_cdf + 1e-5)
     tl.store(alpha_ptr + i, tl.minimum(tl.maximum(alpha, 0.0), 1.0), mask=ok)
 
@@ -240,7 +256,7 @@ def _neus_alpha_bwd_kernel(
     ok = r < R
     prev_sdf, next_sdf, x, y, z = _neus_section(sdf_ptr, gradient_ptr, directions_ptr, deltas_ptr, i, r, ok, acc_ty)
     inv_s = tl.load(inv_s_ptr).to(acc_ty)
-    prev_cdf, next_cdf = _sigmoid(prev_sdf * inv_s), _sigmoid(next_sdf * inv_s)
+    prev_cdf, next_cdf = sigmoid(prev_sdf * inv_s), sigmoid(next_sdf * inv_s)
 
     d_alpha = tl.load(d_alpha_ptr + i, mask=ok, other=0.0).to(acc_ty)
     alpha = (prev_cdf - next_cdf + 1e-5) / (prev_cdf + 1e-5)
@@ -266,7 +282,7 @@ def _interval_alpha_kernel(
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     s = i % S
     ok = i // S < R
-    here, there = ok & (s < S - 1), ok & (s > 0)  # the interval exists; so does the one before it
+    here, there = ok & (s < S - 1), ok & (s > 0)  # whether the interval and the one before it exist
 
     before = tl.load(sdf_ptr + i - 1, mask=there, other=0.0).to(acc_ty)
     sdf = tl.load(sdf_ptr + i, mask=ok, other=0.0).to(acc_ty)
@@ -277,7 +293,7 @@ def _interval_alpha_kernel(
     slope = tl.minimum((behind - sdf) / (delta + 1e-5), slope_before)
     half = tl.minimum(tl.maximum(slope, -1000.0), 0.0) * delta / 2
     middle = (sdf + behind) / 2
-    prev_cdf, next_cdf = _sigmoid((middle - half) * inv_s), _sigmoid((middle + half) * inv_s)
+    prev_cdf, next_cdf = sigmoid((middle - half) * inv_s), sigmoid((middle + half) * inv_s)
     alpha = (prev_cdf - next_cdf + 1e-5) / (prev_cdf + 1e-5)
     tl.store(alpha_ptr + i, tl.where(here, alpha, 0.0), mask=ok)
 

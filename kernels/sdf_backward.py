@@ -1,20 +1,20 @@
-"""The gradient of `sdf_render`, in two kernels: back along the rays to each sample, then to what made the sample.
+"""The gradient of `sdf_render`, in two kernels: along the rays to each sample, then through the field.
 
-Colors and opacities read the gradient g of the distance, so training needs second derivatives. With v = dL/dg,
+Colors and opacities depend on the gradient g of the distance, so training needs second derivatives. With v = dL/dg,
 
     dL/dtheta through g = v^T d g / d theta = d (d sdf / dv) / d theta :
 
-the gradient of *one* directional derivative. The backward of the distance is therefore reverse mode over the MLP and a
-single tangent of it (dots: derivatives along v; bars: derivatives of L; z^ : of the distance itself):
+the gradient of *one* directional derivative. The backward of the distance is therefore reverse mode over the MLP and
+one tangent of it (z. is the derivative of z along v, z- that of L w.r.t. z, z^ that of the distance w.r.t. z):
 
     z._l = W_l x._l + A_l f. (+ E_0 v),   x._{l+1} = act'(z_l) z._l,   f. = (df / dp) v
     x^_l = W_l^T z^_l,   z^_{l-1} = act'(z_{l-1}) x^_l,   z^_last = e_0   (the reverse pass that gave g)
     x-_l = W_l^T z-_l,   z-_{l-1} = act'(z_{l-1}) x-_l + act''(z_{l-1}) z._{l-1} x^_l
     W-_l = z-_l x_l^T + z^_l x._l^T,   A-_l = z-_l f^T + z^_l f.^T,   f- = sum_l A_l^T z-_l,   f^ = sum_l A_l^T z^_l
 
-with the matrices of `sdf_field`; a corner of the cell with share w and slope b gets w f- + (b . v) f^.
+with the matrices of `sdf_field`; a corner of the cell with weight w and slope b gets w f- + (b . v) f^.
 
-The reference is the gradient of `sdf_render_ref`, which autograd takes; benchmarks.bench_sdf_render times both.
+The reference is the gradient of `sdf_render_ref` by autograd; timed by benchmarks.bench_sdf_render.
 Sizes as in `sdf_render`.
 """
 
@@ -24,7 +24,8 @@ from unipad.kernels.backend import jit, on_triton, tl, triton
 from unipad.kernels.cell_sum import cell_of, cell_sum
 from unipad.kernels.sdf_field import (
     COLORS,
-    SEEN,
+    INPUTS,
+    activation_ptr,
     add_row,
     along_rays,
     columns,
@@ -32,72 +33,81 @@ from unipad.kernels.sdf_field import (
     geometry,
     interpolate,
     interpolate_along,
-    kept,
     linear,
     linear_bwd_input,
     linear_bwd_weight,
     load3,
+    load_row,
+    new_scratch,
     opacity,
     over_samples,
     product,
+    ray_tile,
     rgb_hidden,
+    rgb_inputs,
     sample_on_ray,
-    scratch,
     sdf_hidden,
     sdf_inputs,
-    seen_by_rgb,
     softplus,
     softplus_grads,
     store3,
-    tile_of_rays,
-    vector,
 )
 
 
-def render_back(volume, sdf_mlp, rgb_mlp, density, rays, rendered, upstream, options):
-    """Gradients of the volume, both packed MLPs and the density.
+def render_bwd(saved, upstream, options):
+    """Gradients w.r.t. the volume, both packed MLPs and the density.
 
-    rays:     origins, directions, volume_idx, hit, edges, cells_per_unit and first_cell, as of `sdf_render`.
-    rendered: depth, sum of the weights, weights, light that reaches each sample, distances, their gradients, colors.
-    upstream: of what `sdf_render` returns.
+    saved:    what the forward kernel read, and wrote but for `rgb`, by the name of the kernels' arguments.
+    upstream: gradients of what `sdf_render` returns, likewise.
     options:  constants of the kernels.
     """
-    R, S, C, H = len(rays[0]), rays[4].shape[1] - 1, options["C"], options["H"]
+    volume, sdf_mlp, rgb_mlp, edges = (saved[f"{name}_ptr"] for name in ("volume", "sdf_mlp", "rgb_mlp", "edges"))
+    R, S, C, H = len(edges), edges.shape[1] - 1, options["C"], options["H"]
     if not R:
-        return [torch.zeros_like(t) for t in (volume, sdf_mlp, rgb_mlp, density)]
+        return [torch.zeros_like(t) for t in (volume, sdf_mlp, rgb_mlp, saved["density_ptr"])]
+    _, Z, Y, X, CHANNELS = volume.shape
+    sizes = dict(S=S, Z=Z, Y=Y, X=X, CHANNELS=CHANNELS)
     scatter, has_rgb = on_triton(volume, deterministic=False), options["RGB_LAYERS"] > 0
-    # what the first kernel hands on to the second
+    # what the first kernel hands to the second
     d_sdf, d_gradient = volume.new_empty(R, S), volume.new_empty(R, S, 3)
     d_feature = volume.new_empty(R * S if has_rgb or not scatter else 0, C)
     d_geometry = volume.new_empty(R * S if has_rgb else 0, H)
 
     programs, launch = along_rays(R, options)
-    keep = scratch(volume, programs, max(options["RGB_LAYERS"] - 1, 0), H)
+    scratch = new_scratch(volume, programs, max(options["RGB_LAYERS"] - 1, 0), H)
     d_rgb_mlp, d_density = volume.new_zeros(programs, *rgb_mlp.shape), volume.new_empty(programs)
     _sdf_render_bwd_rgb_kernel[(programs,)](
-        volume, *rays, sdf_mlp, rgb_mlp, density, *rendered, *(t.contiguous() for t in upstream),
-        d_sdf, d_gradient, d_feature, d_geometry, d_rgb_mlp, d_density, keep,
-        R, S, *volume.shape[1:], **options, **launch,
+        **saved, **{name: t.contiguous() for name, t in upstream.items()},
+        d_sdf_ptr=d_sdf, d_gradient_ptr=d_gradient, d_feature_ptr=d_feature, d_geometry_ptr=d_geometry,
+        d_rgb_mlp_ptr=d_rgb_mlp, d_density_ptr=d_density, scratch_ptr=scratch, R=R, **sizes, **options, **launch,
     )  # fmt: skip
-    d_rgb_mlp = d_rgb_mlp.sum(0)  # here already, so that its parts need not outlive the next ones
+    d_rgb_mlp = d_rgb_mlp.sum(0)  # already here, so that the programs' sums are freed before the next ones
 
     programs, launch = over_samples(R * S, options)
-    keep = scratch(volume, programs, 2 * (options["SDF_LAYERS"] - 1), H)
+    scratch = new_scratch(volume, programs, 2 * (options["SDF_LAYERS"] - 1), H)
     d_volume, d_sdf_mlp = torch.zeros_like(volume), volume.new_zeros(programs, *sdf_mlp.shape)
     d_slope = volume.new_empty(0 if scatter else R * S, C)
     cell = torch.empty(len(d_slope), dtype=torch.int32, device=volume.device)
     _sdf_render_bwd_sdf_kernel[(programs,)](
-        volume, *rays, sdf_mlp, d_sdf, d_gradient, d_feature, d_geometry, d_sdf_mlp, d_volume, keep, d_slope, cell,
-        R * S, S, *volume.shape[1:], **options, SCATTER=scatter, **launch,
+        volume_ptr=volume, origins_ptr=saved["origins_ptr"], directions_ptr=saved["directions_ptr"],
+        volume_idx_ptr=saved["volume_idx_ptr"], edges_ptr=edges,
+        cells_per_unit_ptr=saved["cells_per_unit_ptr"], first_cell_ptr=saved["first_cell_ptr"], sdf_mlp_ptr=sdf_mlp,
+        d_sdf_ptr=d_sdf, d_gradient_ptr=d_gradient, d_feature_ptr=d_feature, d_geometry_ptr=d_geometry,
+        d_sdf_mlp_ptr=d_sdf_mlp, d_volume_ptr=d_volume, scratch_ptr=scratch, d_slope_ptr=d_slope, cell_idx_ptr=cell,
+        N=R * S, **sizes, **options, SCATTER=scatter, **launch,
     )  # fmt: skip
     if not scatter:
-        cell_sum(d_volume, rays[:2], rays[4], rays[5:], cell, d_feature, d_slope, d_gradient)
+        cell_sum(
+            d_volume, cell, d_feature, d_slope, d_gradient,
+            origins=saved["origins_ptr"], directions=saved["directions_ptr"], edges=edges,
+            cells_per_unit=saved["cells_per_unit_ptr"], first_cell=saved["first_cell_ptr"],
+        )  # fmt: skip
     return d_volume, d_sdf_mlp.sum(0), d_rgb_mlp, d_density.sum(0, keepdim=True)
 
 
 @triton.jit
-def opacity_back(d_alpha, sdf, gradient, direction, delta, density, NEUS: tl.constexpr):
-    """Gradients by the distance, the slope of the distance along the ray, and the density's parameter; [M] each."""
+def opacity_bwd(d_alpha, sdf, gradient, direction, delta, density, NEUS: tl.constexpr):
+    """Gradients w.r.t. the distance, its slope along the ray, and the density's parameter; [M] each."""
     alpha, slope, a, b = opacity(sdf, gradient, direction, delta, density, NEUS)
     if NEUS:
         half = tl.minimum(slope, 0.0) * delta / 2
@@ -123,16 +133,16 @@ def _sdf_render_bwd_rgb_kernel(
     up_rgb_ptr, up_depth_ptr, up_weights_ptr, up_sdf_ptr, up_gradient_ptr,  # [R, 3], [R], [N] x 2, [N, 3]
     d_sdf_ptr, d_gradient_ptr, d_feature_ptr, d_geometry_ptr,  # [N], [N, 3], [N, C], [N, H]
     d_rgb_mlp_ptr, d_density_ptr,  # [programs, packed] zeros, [programs]
-    keep_ptr,  # [programs, RGB_LAYERS - 1, M, H] scratch
+    scratch_ptr,  # [programs, RGB_LAYERS - 1, M, H] scratch
     R, S, Z, Y, X, CHANNELS,
     NEUS: tl.constexpr, PREC: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
     SDF_LAYERS: tl.constexpr, RGB_LAYERS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    LINE: tl.constexpr = C + 2 * H + SEEN
+    LINE: tl.constexpr = C + 2 * H + INPUTS
     ROWS: tl.constexpr = (RGB_LAYERS - 1) * H + COLORS
     last: tl.constexpr = (RGB_LAYERS - 1) * H * LINE
     d_mlp_ptr = d_rgb_mlp_ptr + tl.program_id(0).to(tl.int64) * ROWS * LINE
-    keep_ptr += tl.program_id(0).to(tl.int64) * (RGB_LAYERS - 1) * BLOCK_R * BLOCK_S * H
+    scratch_ptr += tl.program_id(0).to(tl.int64) * (RGB_LAYERS - 1) * BLOCK_R * BLOCK_S * H
     density = tl.load(density_ptr)
     d_density = tl.zeros((BLOCK_R * BLOCK_S,), tl.float32)
     tiles = tl.cdiv(S, BLOCK_S)
@@ -141,7 +151,7 @@ def _sdf_render_bwd_rgb_kernel(
     for group in range(tl.program_id(0), tl.cdiv(R, BLOCK_R), tl.num_programs(0)):
         behind = tl.zeros((BLOCK_R,), tl.float32)  # sum of weight * d_weight over the tiles behind
         for i in range(tiles):
-            r, n, ok, start, delta = tile_of_rays(edges_ptr, group, tiles - 1 - i, R, S, BLOCK_R, BLOCK_S)
+            r, n, ok, start, delta = ray_tile(edges_ptr, group, tiles - 1 - i, R, S, BLOCK_R, BLOCK_S)
             point, direction, place = sample_on_ray(
                 origins_ptr, directions_ptr, volume_idx_ptr, cells_per_unit_ptr, first_cell_ptr, r, start, ok, Z
             )
@@ -160,16 +170,16 @@ def _sdf_render_bwd_rgb_kernel(
                 d_color = tl.load(up_rgb_ptr + 3 * r[:, None] + channel, mask=some, other=0.0)
                 d_weight += tl.sum(d_color * color, axis=1)
 
-            share = tl.reshape(weight * d_weight, (BLOCK_R, BLOCK_S))
-            # summed afresh for every sample: a running sum minus its own term would drown what lies behind
-            later = behind[:, None] + tl.sum(tl.where(behind_it, share[:, None, :], 0.0), axis=2)
-            behind += tl.sum(share, axis=1)
+            term = tl.reshape(weight * d_weight, (BLOCK_R, BLOCK_S))
+            # summed for every sample: a running sum minus its own term would lose small terms behind it to rounding
+            later = behind[:, None] + tl.sum(tl.where(behind_it, term[:, None, :], 0.0), axis=2)
+            behind += tl.sum(term, axis=1)
             alpha, _, _, _ = opacity(sdf, gradient, direction, delta, density, NEUS)
             k = 1.0 - tl.minimum(tl.maximum(alpha, 0.0), 1.0) + 1e-7
             trans = tl.load(trans_ptr + n, mask=ok, other=0.0)
             d_alpha = trans * d_weight - tl.reshape(later, (BLOCK_R * BLOCK_S,)) / k
             d_alpha = tl.where(ok & tl.load(hit_ptr + r, mask=ok, other=0), d_alpha, 0.0)
-            d_sdf, d_slope, d_density_of = opacity_back(d_alpha, sdf, gradient, direction, delta, density, NEUS)
+            d_sdf, d_slope, d_density_of = opacity_bwd(d_alpha, sdf, gradient, direction, delta, density, NEUS)
             d_density += d_density_of
             tl.store(d_sdf_ptr + n, d_sdf + tl.load(up_sdf_ptr + n, mask=ok, other=0.0), mask=ok)
             vx, vy, vz = load3(up_gradient_ptr, n, ok)
@@ -179,23 +189,23 @@ def _sdf_render_bwd_rgb_kernel(
 
             if RGB_LAYERS > 0:
                 feature = interpolate(volume_ptr, place, ok, Z, Y, X, CHANNELS, C)
-                x = sdf_hidden(sdf_inputs(point, 1.0), feature, sdf_mlp_ptr, keep_ptr, False, C, H, SDF_LAYERS, PREC)
+                x = sdf_hidden(sdf_inputs(point, 1.0), feature, sdf_mlp_ptr, scratch_ptr, False, C, H, SDF_LAYERS, PREC)
                 geo = geometry(x, feature, sdf_mlp_ptr, C, H, SDF_LAYERS, PREC)
-                e = seen_by_rgb(point, direction, gradient)
-                x = rgb_hidden(e, feature, geo, rgb_mlp_ptr, keep_ptr, True, C, H, RGB_LAYERS, PREC)
-                tl.debug_barrier()  # other threads may read what is kept
+                e = rgb_inputs(point, direction, gradient)
+                x = rgb_hidden(e, feature, geo, rgb_mlp_ptr, scratch_ptr, True, C, H, RGB_LAYERS, PREC)
+                tl.debug_barrier()  # other threads read the scratch
                 d_out = d_color * weight[:, None] * color * (1.0 - color)
                 no_feature, no_geo = tl.zeros((1, C), tl.float32), tl.zeros((1, H), tl.float32)
-                no_e = tl.zeros((1, SEEN), tl.float32)
-                d_x, d_feature, d_geo, d_e = _rgb_layer_back(
+                no_e = tl.zeros((1, INPUTS), tl.float32)
+                d_x, d_feature, d_geo, d_e = _rgb_layer_bwd(
                     d_out, x, feature, geo, e, rgb_mlp_ptr + last, d_mlp_ptr + last,
                     no_feature, no_geo, no_e, C, H, PREC,
                 )  # fmt: skip
                 for j in range(RGB_LAYERS - 1):
                     l = RGB_LAYERS - 2 - j
                     d_z = tl.where(x > 0, d_x, 0.0)
-                    x = tl.load(kept(keep_ptr, l, BLOCK_R * BLOCK_S, H))
-                    d_x, d_feature, d_geo, d_e = _rgb_layer_back(
+                    x = tl.load(activation_ptr(scratch_ptr, l, BLOCK_R * BLOCK_S, H))
+                    d_x, d_feature, d_geo, d_e = _rgb_layer_bwd(
                         d_z, x, feature, geo, e, rgb_mlp_ptr + l * H * LINE, d_mlp_ptr + l * H * LINE,
                         d_feature, d_geo, d_e, C, H, PREC,
                     )  # fmt: skip
@@ -206,47 +216,47 @@ def _sdf_render_bwd_rgb_kernel(
                 rows = n[:, None]
                 tl.store(d_feature_ptr + rows * C + tl.arange(0, C)[None, :], d_feature, mask=ok[:, None])
                 tl.store(d_geometry_ptr + rows * H + tl.arange(0, H)[None, :], d_geo, mask=ok[:, None])
-                tl.debug_barrier()  # other threads may add to the sums, and keep the next tile
+                tl.debug_barrier()  # other threads add to the sums and overwrite the scratch
             store3(d_gradient_ptr, n, (vx, vy, vz), ok)
     tl.store(d_density_ptr + tl.program_id(0), tl.sum(d_density, axis=0))
 
 
 @triton.jit
-def _rgb_layer_back(
+def _rgb_layer_bwd(
     d_z, x, feature, geo, e, mlp_ptr, d_mlp_ptr, d_feature, d_geo, d_e,
     C: tl.constexpr, H: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """Back through one layer of the color's MLP: adds to the gradients of all it saw and of its weights; d_x."""
-    LINE: tl.constexpr = C + 2 * H + SEEN
+    """Backward of one layer of the color's MLP: adds to the gradients of its weights and inputs; returns d_x first."""
+    LINE: tl.constexpr = C + 2 * H + INPUTS
     linear_bwd_weight(d_mlp_ptr, LINE, d_z, x, None, PREC)
     linear_bwd_weight(d_mlp_ptr + H, LINE, d_z, feature, None, PREC)
     linear_bwd_weight(d_mlp_ptr + H + C, LINE, d_z, geo, None, PREC)
     linear_bwd_weight(d_mlp_ptr + 2 * H + C, LINE, d_z, e, None, PREC)
     d_feature = linear_bwd_input(d_z, mlp_ptr + H, LINE, d_feature, C, PREC)
     d_geo = linear_bwd_input(d_z, mlp_ptr + H + C, LINE, d_geo, H, PREC)
-    d_e = linear_bwd_input(d_z, mlp_ptr + 2 * H + C, LINE, d_e, SEEN, PREC)
+    d_e = linear_bwd_input(d_z, mlp_ptr + 2 * H + C, LINE, d_e, INPUTS, PREC)
     return linear_bwd_input(d_z, mlp_ptr, LINE, tl.zeros((1, H), tl.float32), H, PREC), d_feature, d_geo, d_e
 
 
 @jit(varying=("N",))
 def _sdf_render_bwd_sdf_kernel(
     volume_ptr,  # [B, Z, Y, X, CHANNELS]
-    origins_ptr, directions_ptr, volume_idx_ptr, hit_ptr, edges_ptr,  # [R, 3] x 2, [R] x 2, [R, S + 1]
+    origins_ptr, directions_ptr, volume_idx_ptr, edges_ptr,  # [R, 3] x 2, [R], [R, S + 1]
     cells_per_unit_ptr, first_cell_ptr,  # [3], [3]
     sdf_mlp_ptr,  # packed
     d_sdf_ptr, d_gradient_ptr, d_feature_ptr, d_geometry_ptr,  # [N], [N, 3], [N, C], [N, H]
     d_sdf_mlp_ptr, d_volume_ptr,  # [programs, packed] zeros, [B, Z, Y, X, CHANNELS] zeros
-    keep_ptr,  # [programs, 2, SDF_LAYERS - 1, M, H] scratch
-    d_slope_ptr, cell_idx_ptr,  # [N, C], [N]: written, and d_feature rewritten, instead of d_volume without SCATTER
+    scratch_ptr,  # [programs, 2, SDF_LAYERS - 1, M, H] scratch
+    d_slope_ptr, cell_idx_ptr,  # [N, C], [N]: without SCATTER these and d_feature are written instead of d_volume
     N, S, Z, Y, X, CHANNELS,
     NEUS: tl.constexpr, PREC: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
     SDF_LAYERS: tl.constexpr, RGB_LAYERS: tl.constexpr, SCATTER: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    LINE: tl.constexpr = C + H + SEEN
+    LINE: tl.constexpr = C + H + INPUTS
     ROWS: tl.constexpr = SDF_LAYERS * H + 1
     d_mlp_ptr = d_sdf_mlp_ptr + tl.program_id(0).to(tl.int64) * ROWS * LINE
-    keep_ptr += tl.program_id(0).to(tl.int64) * 2 * (SDF_LAYERS - 1) * BLOCK_M * H
-    dots_ptr = keep_ptr + (SDF_LAYERS - 1) * BLOCK_M * H
+    scratch_ptr += tl.program_id(0).to(tl.int64) * 2 * (SDF_LAYERS - 1) * BLOCK_M * H
+    dots_ptr = scratch_ptr + (SDF_LAYERS - 1) * BLOCK_M * H
     c = tl.arange(0, C)[None, :]
     for tile in range(tl.program_id(0), tl.cdiv(N, BLOCK_M), tl.num_programs(0)):
         n = tile * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
@@ -267,23 +277,23 @@ def _sdf_render_bwd_sdf_kernel(
         x = tl.zeros((BLOCK_M, H), tl.float32)
         x_dot = x
         for l in range(SDF_LAYERS - 1):
-            tl.store(kept(keep_ptr, l, BLOCK_M, H), x)
-            tl.store(kept(dots_ptr, l, BLOCK_M, H), x_dot)
+            tl.store(activation_ptr(scratch_ptr, l, BLOCK_M, H), x)
+            tl.store(activation_ptr(dots_ptr, l, BLOCK_M, H), x_dot)
             at = sdf_mlp_ptr + l * H * LINE
             z_dot = linear(along, at + H, LINE, linear(e_dot, at + H + C, LINE, zero, H, PREC), H, PREC)
             z_dot = linear(x_dot, at, LINE, z_dot, H, PREC)
             z = linear(feature, at + H, LINE, linear(e, at + H + C, LINE, zero, H, PREC), H, PREC)
             x = softplus(linear(x, at, LINE, z, H, PREC))
             x_dot = softplus_grads(x)[0] * z_dot
-        tl.debug_barrier()  # other threads may read what is kept
+        tl.debug_barrier()  # other threads read the scratch
 
         # the last layer: its row 0 is the distance's, the others are the geometry's
         last: tl.constexpr = (SDF_LAYERS - 1) * H * LINE
         d_sdf = tl.load(d_sdf_ptr + n, mask=ok, other=0.0)[:, None]
-        d_x = d_sdf * vector(sdf_mlp_ptr + last, H)  # x-
-        d_feature = d_sdf * vector(sdf_mlp_ptr + last + H, C)  # f-
-        hat_x = tl.broadcast_to(vector(sdf_mlp_ptr + last, H), (BLOCK_M, H))  # x^
-        hat_feature = tl.broadcast_to(vector(sdf_mlp_ptr + last + H, C), (BLOCK_M, C))  # f^
+        d_x = d_sdf * load_row(sdf_mlp_ptr + last, H)  # x-
+        d_feature = d_sdf * load_row(sdf_mlp_ptr + last + H, C)  # f-
+        hat_x = tl.broadcast_to(load_row(sdf_mlp_ptr + last, H), (BLOCK_M, H))  # x^
+        hat_feature = tl.broadcast_to(load_row(sdf_mlp_ptr + last + H, C), (BLOCK_M, C))  # f^
         add_row(d_mlp_ptr + last, tl.sum(d_sdf * x + x_dot, axis=0))
         add_row(d_mlp_ptr + last + H, tl.sum(d_sdf * feature + along, axis=0))
         add_row(d_mlp_ptr + last + H + C, tl.sum(d_sdf * e, axis=0))
@@ -301,8 +311,8 @@ def _sdf_render_bwd_sdf_kernel(
             slope, bend = softplus_grads(x)
             d_z = d_x * slope + hat_x * x_dot * bend
             hat_z = hat_x * slope
-            x = tl.load(kept(keep_ptr, l, BLOCK_M, H))
-            x_dot = tl.load(kept(dots_ptr, l, BLOCK_M, H))
+            x = tl.load(activation_ptr(scratch_ptr, l, BLOCK_M, H))
+            x_dot = tl.load(activation_ptr(dots_ptr, l, BLOCK_M, H))
             at, d_at = sdf_mlp_ptr + l * H * LINE, d_mlp_ptr + l * H * LINE
             linear_bwd_weight(d_at, LINE, d_z, x, product(tl.trans(hat_z), x_dot, None, PREC), PREC)
             linear_bwd_weight(d_at + H, LINE, d_z, feature, product(tl.trans(hat_z), along, None, PREC), PREC)
@@ -311,9 +321,9 @@ def _sdf_render_bwd_sdf_kernel(
             hat_feature = linear_bwd_input(hat_z, at + H, LINE, hat_feature, C, PREC)
             d_x = linear_bwd_input(d_z, at, LINE, zero, H, PREC)
             hat_x = linear_bwd_input(hat_z, at, LINE, zero, H, PREC)
-        tl.debug_barrier()  # other threads may add to the sums, and keep the next tile
+        tl.debug_barrier()  # other threads add to the sums and overwrite the scratch
 
-        # found once more, so that nothing need be held all through the layers
+        # recomputed, so that nothing is held in registers through the layers
         start = tl.load(edges_ptr + n + r, mask=ok, other=0.0)
         _, _, place = sample_on_ray(
             origins_ptr, directions_ptr, volume_idx_ptr, cells_per_unit_ptr, first_cell_ptr, r, start, ok, Z
@@ -324,8 +334,8 @@ def _sdf_render_bwd_sdf_kernel(
             vy = v[1] * tl.load(cells_per_unit_ptr + 1)
             vz = v[2] * tl.load(cells_per_unit_ptr + 2)
             for k in range(8):  # rolled: an atomic add has no latency to hide
-                row, row_ok, share, bx, by, bz = corner(place, ok, Z, Y, X, k)
-                d_row = share[:, None] * d_feature + (bx * vx + by * vy + bz * vz)[:, None] * hat_feature
+                row, row_ok, weight, bx, by, bz = corner(place, ok, Z, Y, X, k)
+                d_row = weight[:, None] * d_feature + (bx * vx + by * vy + bz * vz)[:, None] * hat_feature
                 some = row_ok[:, None] & (c < CHANNELS)
                 tl.atomic_add(d_volume_ptr + row[:, None] * CHANNELS + c, d_row, mask=some, sem="relaxed")
         else:

@@ -1,47 +1,46 @@
-"""The neural field on a tile of samples, inside a kernel: what the kernels of `sdf_render` share.
+"""The neural field on a tile of samples, inside a kernel; used by all kernels of `sdf_render`.
 
-Both MLPs (UniPAD's decoders) see the point p and a conditioning vector c in every layer. Multiplied out,
+Both MLPs (UniPAD's decoders) see the point p and a conditioning vector in every layer. Multiplied out,
 
     z_l = W_l x_l + A_l f + G_l geometry + E_l e,   x_{l+1} = act(z_l),   x_0 = 0,   e = (p, 1, direction, gradient)
 
 where f is the interpolated feature; the softplus MLP of the distance has no G and of e only (p, 1), the ReLU MLP of the
-color has all. The last z of the first is (distance, geometry). Softplus keeps its slope in its value:
-act'(z) = 1 - exp(-100 act(z)), so no second array of activations is held.
+color has all. The last z of the distance's is (distance, geometry). The slope of the softplus follows from its value,
+act'(z) = 1 - exp(-100 act(z)), so no second array of activations is stored.
 
-An MLP lies in one matrix [rows, line]: a row an output unit, layer after layer; in it the columns of W, A, G and E.
-Widths are powers of two from 16 on. `packed` pads with zeros, which changes no result: a padded row is met by padded
-columns only.
+An MLP is one matrix [rows, line]: a row per output unit, layer after layer, with the columns of W, A, G and E. Widths
+are powers of two from 16 on. `pack` pads with zeros, which changes no result: a padded row multiplies padded columns
+only.
 
-Sizes: M samples a tile, C channels and H hidden units (padded), LAYERS of the MLP. PREC is `tl.dot`'s input precision.
+Sizes: M samples per tile, C channels and H hidden units (padded), LAYERS of the MLP. PREC: input precision of `tl.dot`.
 """
 
 import torch
 import torch.nn.functional as F
 
 from unipad.kernels.backend import tl, triton
-from unipad.kernels.sdf_alpha import _sigmoid
-from unipad.kernels.sdf_reference import folded
-from unipad.kernels.trilinear import _corner
+from unipad.kernels.sdf_alpha import sigmoid
+from unipad.kernels.trilinear import axis_corner
 
 COLORS = tl.constexpr(16)  # rows of the color MLP's last layer: 3 and padding, as many as a dot must have
-SEEN = tl.constexpr(16)  # columns of E: p 3, 1, direction 3, gradient 3 and padding
+INPUTS = tl.constexpr(16)  # columns of E: p 3, 1, direction 3, gradient 3 and padding
 
 
-def packed(mlp, channels, rgb):
-    """An MLP as one matrix for the kernels, [rows, line]; autograd takes its gradient apart.
+def pack(mlp, channels, rgb):
+    """An MLP as one matrix for the kernels, [rows, line]; autograd splits its gradient.
 
-    mlp: as for `folded`; of the color if `rgb`, with conditioning vector (direction, feature, gradient, geometry).
+    mlp: as in `sdf_reference`; of the color if `rgb`, conditioned on (direction, feature, gradient, geometry).
     """
-    A, bias, P, W = folded(mlp)
-    hidden, zeros = len(P), A.new_zeros(len(A), SEEN.value)
-    C, H = padded(channels), padded(hidden)
+    A, bias, P, W = fold_batched(mlp)
+    hidden, zeros = len(P), A.new_zeros(len(A), INPUTS.value)
+    C, H = padded_width(channels), padded_width(hidden)
     pieces = A.split([3, channels, 3, hidden] if rgb else [channels], dim=1)
     direction, feature, gradient, geometry = pieces if rgb else (zeros[:, :3], *pieces, zeros[:, :3], zeros[:, :0])
     columns = [
         F.pad(torch.cat(W[1:]), (0, H - hidden, hidden, 0)),
         F.pad(feature, (0, C - channels)) if C > channels else feature,
         F.pad(geometry, (0, H - hidden)) if rgb and H > hidden else geometry,
-        F.pad(P, (0, 0, 0, len(A) - hidden)), bias[:, None], direction, gradient, zeros[:, :6],
+        F.pad(P, (0, 0, 0, len(A) - hidden)), bias, direction, gradient, zeros[:, :6],
     ]  # fmt: skip
     out = torch.cat(columns, dim=1)
     if H > hidden:
@@ -50,8 +49,19 @@ def packed(mlp, channels, rgb):
     return F.pad(out, (0, 0, 0, COLORS.value - 3 - (H - hidden))) if rgb else out
 
 
-def padded(width):
-    """The width that kernels take for `width`."""
+def fold_batched(mlp):
+    """`sdf_reference.fold` in batched products: 25 operators instead of 55 in forward and backward of six layers."""
+    P, q, *layers = mlp
+    C, d, W, b = (layers[i::4] for i in range(4))
+    inner = torch.stack(W[:-1])  # [L - 1, H, H]
+    A = torch.cat([torch.bmm(inner, torch.stack(C[:-1])).flatten(0, 1), W[-1] @ C[-1]])
+    offsets, biases = torch.stack([d[0] + q, *d[1:-1]])[..., None], torch.stack(b[:-1])[..., None]
+    bias = torch.cat([torch.baddbmm(biases, inner, offsets).flatten(), torch.addmv(b[-1], W[-1], d[-1])])
+    return A, bias[:, None], W[0] @ P, W
+
+
+def padded_width(width):
+    """The kernels' width for `width` channels or units."""
     return max(16, triton.next_power_of_2(width))
 
 
@@ -60,26 +70,26 @@ def precision(exact):
     return "ieee" if torch.version.hip else "tf32x3" if exact else "tf32"
 
 
-# How the kernels are launched; untuned, without a GPU to time them on
+# Launch parameters; untuned, without timing on a GPU
 BLOCK_S = 32  # samples of a ray per tile, at most, in the kernels that walk along rays
-BLOCK_M = 64  # samples per tile, of two rays then; 64 rows is what a Hopper matrix instruction takes
+BLOCK_M = 64  # samples per tile, of two rays there; the rows of a Hopper matrix instruction
 WARPS = 4
-NARROW = 32  # a field with more channels or units than that takes half of the samples
+NARROW = 32  # fields with more channels or units have tiles of half as many samples
 EXACT = 4  # factor by which tiles are smaller under tf32x3, which holds every operand in two parts
-PROGRAMS = 528  # at most, of the backward: 4 per multiprocessor of an H100; each sums its own gradient of the MLPs
+PROGRAMS = 528  # at most: 4 per multiprocessor of an H100; each sums its own gradient of the MLPs
 
 
 def over_samples(N, options):
-    """Number of programs over N samples, and how to launch them. A program takes several tiles in turn."""
+    """Number of programs over N samples and their launch options. A program loops over several tiles."""
     narrow = max(options["C"], options["H"]) <= NARROW
     block, warps = BLOCK_M if narrow else BLOCK_M // 2, WARPS
-    if options["PREC"] == "tf32x3":  # as compiled: more warps spill more in a narrow field, less in a wide one
+    if options["PREC"] == "tf32x3":  # in compiled code more warps spill more in a narrow field, less in a wide one
         block, warps = BLOCK_M // EXACT, WARPS // 2 if narrow else WARPS * 2
     return min(PROGRAMS, triton.cdiv(N, block)), dict(BLOCK_M=block, num_warps=warps, num_stages=1)
 
 
 def along_rays(R, options):
-    """As `over_samples`, over R rays."""
+    """The same over R rays."""
     _, launch = over_samples(0, options)
     block = launch.pop("BLOCK_M")
     block_s = min(BLOCK_S, block)
@@ -87,8 +97,8 @@ def along_rays(R, options):
     return min(PROGRAMS, triton.cdiv(R, block_r)), dict(BLOCK_R=block_r, BLOCK_S=block_s, **launch)
 
 
-def scratch(like, programs, layers, H):
-    """What programs keep of a tile's layers."""
+def new_scratch(like, programs, layers, H):
+    """[programs, layers, M, H] where programs store activations of a tile."""
     return like.new_empty(programs, layers, BLOCK_M, H)
 
 
@@ -113,18 +123,18 @@ def sample_on_ray(
 
 @triton.jit
 def corner(place, ok, Z, Y, X, K: tl.constexpr):
-    """Corner K of the 8 around each place: its row in the volume, whether it is one, its share and three slopes."""
+    """Corner K of the 8 around each place: its row in the volume, whether it exists, its weight and three slopes."""
     ux, uy, uz, first = place
-    z, z_ok, az, bz = _corner(uz, Z, K // 4)
-    y, y_ok, ay, by = _corner(uy, Y, K // 2 % 2)
-    x, x_ok, ax, bx = _corner(ux, X, K % 2)
+    z, z_ok, az, bz = axis_corner(uz, Z, K // 4)
+    y, y_ok, ay, by = axis_corner(uy, Y, K // 2 % 2)
+    x, x_ok, ax, bx = axis_corner(ux, X, K % 2)
     row = ((first + z) * Y + y) * X + x
     return row, ok & x_ok & y_ok & z_ok, az * ay * ax, az * ay * bx, az * by * ax, bz * ay * ax
 
 
 @triton.jit
-def rows_of(volume_ptr, row, ok, CHANNELS, C: tl.constexpr):
-    """Features [M, C] of voxels; 0 where there is none and in padded channels."""
+def load_features(volume_ptr, row, ok, CHANNELS, C: tl.constexpr):
+    """Features [M, C] of voxels; 0 where not ok and in padded channels."""
     c = tl.arange(0, C)[None, :]
     return tl.load(volume_ptr + row[:, None] * CHANNELS + c, mask=ok[:, None] & (c < CHANNELS), other=0.0)
 
@@ -134,29 +144,29 @@ def interpolate(volume_ptr, place, ok, Z, Y, X, CHANNELS, C: tl.constexpr):
     """The feature [M, C] at each place."""
     feature = tl.zeros((place[0].shape[0], C), tl.float32)
     for k in range(8):
-        row, row_ok, share, _, _, _ = corner(place, ok, Z, Y, X, k)
-        feature += share[:, None] * rows_of(volume_ptr, row, row_ok, CHANNELS, C)
+        row, row_ok, weight, _, _, _ = corner(place, ok, Z, Y, X, k)
+        feature += weight[:, None] * load_features(volume_ptr, row, row_ok, CHANNELS, C)
     return feature
 
 
 @triton.jit
 def interpolate_along(volume_ptr, place, ok, vx, vy, vz, Z, Y, X, CHANNELS, C: tl.constexpr):
-    """Derivative [M, C] of the feature along v, in cells."""
+    """Derivative [M, C] of the feature along v (in cells)."""
     feature = tl.zeros((vx.shape[0], C), tl.float32)
     for k in range(8):
         row, row_ok, _, bx, by, bz = corner(place, ok, Z, Y, X, k)
-        feature += (bx * vx + by * vy + bz * vz)[:, None] * rows_of(volume_ptr, row, row_ok, CHANNELS, C)
+        feature += (bx * vx + by * vy + bz * vz)[:, None] * load_features(volume_ptr, row, row_ok, CHANNELS, C)
     return feature
 
 
 @triton.jit
-def slope_against(volume_ptr, place, ok, d_feature, Z, Y, X, CHANNELS, C: tl.constexpr):
-    """Gradient, per cell, of d_feature [M, C] . feature by the place: three of [M]."""
+def interpolate_bwd_place(volume_ptr, place, ok, d_feature, Z, Y, X, CHANNELS, C: tl.constexpr):
+    """Gradient of the dot product d_feature . feature w.r.t. the place, per cell: three of [M]."""
     gx = tl.zeros((d_feature.shape[0],), tl.float32)
     gy, gz = gx, gx
     for k in range(8):
         row, row_ok, _, bx, by, bz = corner(place, ok, Z, Y, X, k)
-        along = tl.sum(rows_of(volume_ptr, row, row_ok, CHANNELS, C) * d_feature, axis=1)
+        along = tl.sum(load_features(volume_ptr, row, row_ok, CHANNELS, C) * d_feature, axis=1)
         gx += bx * along
         gy += by * along
         gz += bz * along
@@ -164,14 +174,14 @@ def slope_against(volume_ptr, place, ok, d_feature, Z, Y, X, CHANNELS, C: tl.con
 
 
 @triton.jit
-def vector(ptr, N: tl.constexpr):
+def load_row(ptr, N: tl.constexpr):
     """[1, N]."""
     return tl.load(ptr + tl.arange(0, N))[None, :]
 
 
 @triton.jit
 def to_tf32(x):
-    """x rounded to tf32's 10-bit mantissa, ties away from 0; tensor cores alone would truncate.
+    """x rounded to tf32's 10-bit mantissa, ties away from 0; tensor cores would truncate.
 
     Adds half a unit in the last place in fp32 arithmetic, which preserves infinities and NaNs.
     """
@@ -229,17 +239,17 @@ def columns(a, at: tl.constexpr):
 
 @triton.jit
 def sdf_inputs(point, one):
-    """e [M, SEEN] of the distance's MLP; its tangent along `point` with one = 0."""
-    k = tl.arange(0, SEEN)[None, :]
+    """e [M, INPUTS] of the distance's MLP; with one = 0, its tangent along `point`."""
+    k = tl.arange(0, INPUTS)[None, :]
     x, y, z = point
     e = tl.where(k == 0, x[:, None], tl.where(k == 1, y[:, None], tl.where(k == 2, z[:, None], 0.0)))
     return tl.where(k == 3, one, e)
 
 
 @triton.jit
-def seen_by_rgb(point, direction, gradient):
-    """e [M, SEEN] of the color's MLP."""
-    k = tl.arange(0, SEEN)[None, :]
+def rgb_inputs(point, direction, gradient):
+    """e [M, INPUTS] of the color's MLP."""
+    k = tl.arange(0, INPUTS)[None, :]
     dx, dy, dz = direction
     gx, gy, gz = gradient
     e = sdf_inputs(point, 1.0)
@@ -249,37 +259,37 @@ def seen_by_rgb(point, direction, gradient):
 
 @triton.jit
 def softplus(z):
-    """log(1 + exp(100 z)) / 100; beyond torch's threshold exactly z."""
+    """log(1 + exp(100 z)) / 100; exactly z beyond torch's threshold."""
     value = tl.maximum(z, 0.0) + 0.01 * tl.log(1.0 + tl.exp(-100.0 * tl.abs(z)))
     return tl.where(100.0 * z > 20.0, z, value)
 
 
 @triton.jit
 def softplus_grads(x):
-    """act' and act'' / act' of the softplus where its value is x."""
+    """act' and act'' / act' of the softplus with value x."""
     decay = tl.exp(-100.0 * x)
     return 1.0 - decay, 100.0 * decay
 
 
 @triton.jit
-def kept(ptr, l, M: tl.constexpr, H: tl.constexpr):
-    """Where this program keeps x_l, [M, H]."""
+def activation_ptr(ptr, l, M: tl.constexpr, H: tl.constexpr):
+    """Where this program stores x_l, [M, H]."""
     return ptr + (l * M + tl.arange(0, M)[:, None]) * H + tl.arange(0, H)[None, :]
 
 
 @triton.jit
 def sdf_hidden(
-    e, feature, mlp_ptr, keep_ptr,
-    KEEP: tl.constexpr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr,
+    e, feature, mlp_ptr, scratch_ptr,
+    STORE: tl.constexpr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """What the last layer is given, [M, H]; KEEP: what each layer before it was given stays at `kept`."""
-    LINE: tl.constexpr = C + H + SEEN
+    """Input of the last layer, [M, H]; with STORE, those of the layers before it are written to scratch."""
+    LINE: tl.constexpr = C + H + INPUTS
     M: tl.constexpr = e.shape[0]
     x = tl.zeros((M, H), tl.float32)
     for l in range(LAYERS - 1):
         at = mlp_ptr + l * H * LINE
-        if KEEP:
-            tl.store(kept(keep_ptr, l, M, H), x)
+        if STORE:
+            tl.store(activation_ptr(scratch_ptr, l, M, H), x)
         z = linear(e, at + C + H, LINE, tl.zeros((1, H), tl.float32), H, PREC)
         x = softplus(linear(x, at, LINE, linear(feature, at + H, LINE, z, H, PREC), H, PREC))
     return x
@@ -288,30 +298,30 @@ def sdf_hidden(
 @triton.jit
 def distance(x, feature, mlp_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr):
     """[M] from the last x."""
-    at = mlp_ptr + (LAYERS - 1) * H * (C + H + SEEN)
-    sdf = tl.sum(x * vector(at, H), axis=1) + tl.sum(feature * vector(at + H, C), axis=1)
+    at = mlp_ptr + (LAYERS - 1) * H * (C + H + INPUTS)
+    sdf = tl.sum(x * load_row(at, H), axis=1) + tl.sum(feature * load_row(at + H, C), axis=1)
     return sdf + tl.load(at + H + C + 3)
 
 
 @triton.jit
 def geometry(x, feature, mlp_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr):
     """[M, H] from the last x."""
-    LINE: tl.constexpr = C + H + SEEN
+    LINE: tl.constexpr = C + H + INPUTS
     at = mlp_ptr + ((LAYERS - 1) * H + 1) * LINE
     bias = tl.load(at + C + H + 3 + tl.arange(0, H) * LINE)[None, :]
     return linear(x, at, LINE, linear(feature, at + H, LINE, bias, H, PREC), H, PREC)
 
 
 @triton.jit
-def distance_back(
-    x, mlp_ptr, keep_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr
+def distance_bwd(
+    x, mlp_ptr, scratch_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr
 ):  # fmt: skip
-    """After `sdf_hidden`: the distance's direct derivative by the point, three of [M], and by the feature [M, C]."""
-    LINE: tl.constexpr = C + H + SEEN
+    """After `sdf_hidden`: the distance's direct derivative w.r.t. the point, three of [M], and the feature, [M, C]."""
+    LINE: tl.constexpr = C + H + INPUTS
     M: tl.constexpr = x.shape[0]
     at = mlp_ptr + (LAYERS - 1) * H * LINE
-    d_feature = tl.broadcast_to(vector(at + H, C), (M, C))
-    d_x = tl.broadcast_to(vector(at, H), (M, H))
+    d_feature = tl.broadcast_to(load_row(at + H, C), (M, C))
+    d_x = tl.broadcast_to(load_row(at, H), (M, H))
     d_z = d_x
     for i in range(LAYERS - 1):
         l = LAYERS - 2 - i
@@ -319,7 +329,7 @@ def distance_back(
         d_z = d_x * softplus_grads(x)[0]
         d_feature = linear_bwd_input(d_z, at + H, LINE, d_feature, C, PREC)
         d_x = linear_bwd_input(d_z, at, LINE, tl.zeros((1, H), tl.float32), H, PREC)
-        x = tl.load(kept(keep_ptr, l, M, H))
+        x = tl.load(activation_ptr(scratch_ptr, l, M, H))
     px = tl.load(mlp_ptr + C + H + tl.arange(0, H) * LINE)[None, :]
     py = tl.load(mlp_ptr + C + H + 1 + tl.arange(0, H) * LINE)[None, :]
     pz = tl.load(mlp_ptr + C + H + 2 + tl.arange(0, H) * LINE)[None, :]
@@ -328,17 +338,17 @@ def distance_back(
 
 @triton.jit
 def rgb_hidden(
-    e, feature, geo, mlp_ptr, keep_ptr,
-    KEEP: tl.constexpr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr,
+    e, feature, geo, mlp_ptr, scratch_ptr,
+    STORE: tl.constexpr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """As `sdf_hidden`, of the color's MLP."""
-    LINE: tl.constexpr = C + 2 * H + SEEN
+    """As `sdf_hidden`, for the color's MLP."""
+    LINE: tl.constexpr = C + 2 * H + INPUTS
     M: tl.constexpr = e.shape[0]
     x = tl.zeros((M, H), tl.float32)
     for l in range(LAYERS - 1):
         at = mlp_ptr + l * H * LINE
-        if KEEP:
-            tl.store(kept(keep_ptr, l, M, H), x)
+        if STORE:
+            tl.store(activation_ptr(scratch_ptr, l, M, H), x)
         z = linear(e, at + C + 2 * H, LINE, tl.zeros((1, H), tl.float32), H, PREC)
         z = linear(geo, at + C + H, LINE, linear(feature, at + H, LINE, z, H, PREC), H, PREC)
         x = tl.maximum(linear(x, at, LINE, z, H, PREC), 0.0)
@@ -350,7 +360,7 @@ def color_of(
     x, e, feature, geo, mlp_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr
 ):  # fmt: skip
     """[M, COLORS] in [0, 1] from the last x."""
-    LINE: tl.constexpr = C + 2 * H + SEEN
+    LINE: tl.constexpr = C + 2 * H + INPUTS
     at = mlp_ptr + (LAYERS - 1) * H * LINE
     z = linear(e, at + C + 2 * H, LINE, tl.zeros((1, COLORS), tl.float32), COLORS, PREC)
     z = linear(geo, at + C + H, LINE, linear(feature, at + H, LINE, z, COLORS, PREC), COLORS, PREC)
@@ -359,11 +369,11 @@ def color_of(
 
 @triton.jit
 def opacity(sdf, gradient, direction, delta, density, NEUS: tl.constexpr):
-    """alpha before clipping, the slope along the ray and two more values that its gradient needs, each [M]."""
+    """alpha before clipping, the slope along the ray and two more values for the gradient, each [M]."""
     if NEUS:
         slope = gradient[0] * direction[0] + gradient[1] * direction[1] + gradient[2] * direction[2]
         half = tl.minimum(slope, 0.0) * delta / 2
-        prev_cdf, next_cdf = _sigmoid((sdf - half) * density), _sigmoid((sdf + half) * density)
+        prev_cdf, next_cdf = sigmoid((sdf - half) * density), sigmoid((sdf + half) * density)
         return (prev_cdf - next_cdf + 1e-5) / (prev_cdf + 1e-5), slope, prev_cdf, next_cdf
     else:
         tail = tl.exp(-tl.abs(sdf) / density) / 2
@@ -372,8 +382,8 @@ def opacity(sdf, gradient, direction, delta, density, NEUS: tl.constexpr):
 
 
 @triton.jit
-def tile_of_rays(edges_ptr, group, tile, R, S, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Samples [BLOCK_R * BLOCK_S] of a tile, ray by ray: their rays, places, whether they exist, starts and lengths."""
+def ray_tile(edges_ptr, group, tile, R, S, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Samples [BLOCK_R * BLOCK_S] of a tile, by ray: ray and sample index, whether they exist, start and length."""
     m = tl.arange(0, BLOCK_R * BLOCK_S).to(tl.int64)
     r = group * BLOCK_R + m // BLOCK_S
     s = tile * BLOCK_S + m % BLOCK_S

@@ -1,173 +1,140 @@
-"""The neural field in plain PyTorch, with the gradient of the distance and all of its derivatives written out.
+"""The neural field of `sdf_render` in plain PyTorch: a feature at a point -> signed distance, its gradient, color.
 
-Formulas and names as in `sdf_render`: hats belong to the reverse pass that gives the gradient, dots to derivatives
-along v = dL/dgradient. Samples are the columns of every matrix: the rows of one layer are then contiguous.
+What CPUs train with, and what the kernels are compared with. Both MLPs see the point p and a conditioning vector c
+again in every layer:
 
-On a CPU this takes as long as the composed pieces (`unipad.model.field`), which autograd differentiates: 1.3 times at
-384 rays x 56 samples, 0.9 to 1.15 times at 512 to 3072 x 96 (one thread). So CPUs keep the pieces, and this is what
-the kernels answer to and what shows that nothing needs to be differentiated twice.
+    x_0 = P p + q,   z_l = W_l (x_l + C_l c + d_l) + b_l,   x_{l+1} = act(z_l)
+
+W_l C_l (stacked: A), W_0 P and the biases are multiplied out once per call, so that one GEMM A c serves all layers:
+
+    z_0 = A_0 c + W_0 P p,   z_l = A_l c + W_l x_l      (biases likewise)
+
+The gradient of the distance is a reverse pass written in ordinary torch operations, with z^_l = d sdf / d z_l and the
+interpolated feature f, which is the conditioning vector of the distance's MLP:
+
+    z^_{L-1} = e_0,   z^_{l-1} = act'(z_{l-1}) * (W_l^T z^_l)
+    d sdf / d f = sum_l A_l^T z^_l,   gradient = (W_0 P)^T z^_0 + sum_i (d sdf / d f_i) (d f_i / d p)
+
+so first-order autograd trains through it: no double backward. Samples are the columns of every matrix here: the rows
+of one layer are then contiguous. An MLP is a list of tensors: P [H, 3], q [H], then C_l [H, K], d_l [H], W_l [n_l, H],
+b_l [n_l] of each layer, at least two.
 """
 
 import torch
 import torch.nn.functional as F
 
-from unipad.kernels.trilinear import _four_weights, trilinear_value_ref
+from unipad.kernels.trilinear import trilinear_ref, trilinear_value_ref
 
-
-def folded(mlp):
-    """An MLP's matrices multiplied out.
-
-    mlp: list of P [H, 3], q [H], then C_l [H, K], d_l [H], W_l [n_l, H], b_l [n_l] of each layer, at least two, of
-         x_0 = P p + q,  z_l = W_l (x_l + C_l c + d_l) + b_l.
-
-    Returns W_l C_l [sum n_l, K], the biases [sum n_l], W_0 P [H, 3], and the list of W_l.
-    """
-    point, offset, *layers = mlp
-    C, d, W, b = (layers[i::4] for i in range(4))
-    inner = torch.stack(W[:-1])  # [L - 1, H, H]
-    A = torch.cat([torch.bmm(inner, torch.stack(C[:-1])).flatten(0, 1), W[-1] @ C[-1]])
-    offsets, biases = torch.stack([d[0] + offset, *d[1:-1]])[..., None], torch.stack(b[:-1])[..., None]
-    bias = torch.cat([torch.baddbmm(biases, inner, offsets).flatten(), torch.addmv(b[-1], W[-1], d[-1])])
-    return A, bias, W[0] @ point, W
+SHARPNESS = 100.0  # beta of the softplus; IDR's value, kept by VolSDF, NeuS and UniPAD
+LINEAR = 20.0  # torch's softplus is the identity where SHARPNESS * z exceeds this
 
 
 def field_ref(volume, points, directions, volume_idx, mlps, cells):
-    """Distance [R, S], its gradient [R, S, 3] and color [R, S, 3] (0 without the color's MLP) at points [R, S, 3].
-
-    Analytic, as the kernels are: nothing is differentiated twice. Differentiable once in `volume` and the MLPs.
-    """
-    sdf, rgb = (None if mlp is None else folded(mlp) for mlp in mlps)
-    flat = [(*m[:3], *m[3]) for m in (sdf, rgb) if m is not None]
-    geometry = points, directions, volume_idx, *cells
-    return FieldRef.apply(volume, geometry, len(flat[0]), *(t for m in flat for t in m))
+    """Distance [R, S], its gradient [R, S, 3] and color [R, S, 3] at points [R, S, 3]; arguments as of `sdf_render`."""
+    cells_per_unit, first_cell = cells
+    feature, slope = trilinear_ref(volume, points * cells_per_unit + first_cell, volume_idx)
+    return decode(feature, slope, points, directions, mlps, cells_per_unit)
 
 
+@torch.no_grad()
 def values_ref(volume, points, volume_idx, sdf_mlp, cells):
     """The distance alone, [R, S] at points [R, S, 3]; not differentiable."""
-    A, bias, P, W = folded(sdf_mlp)
     cells_per_unit, first_cell = cells
-    feature = trilinear_value_ref(volume, points * cells_per_unit + first_cell, volume_idx).flatten(0, 1).t()
-    widths = [*(len(w) for w in W[:-1]), 1]
-    rows = sum(widths)  # of the last layer, only the distance
-    z, *inner = torch.addmm(bias[:rows, None], A[:rows], feature).split(widths)
-    z = torch.addmm(z, P, points.flatten(0, 1).t())
-    for w, a in zip((*W[1:-1], W[-1][:1]), inner, strict=True):
-        z = torch.addmm(a, w, _softplus(z))
-    return z.view(points.shape[:2])
+    feature = trilinear_value_ref(volume, points * cells_per_unit + first_cell, volume_idx)
+    return decode_sdf(feature, points, sdf_mlp)
 
 
-class FieldRef(torch.autograd.Function):
+def decode(feature, slope, points, directions, mlps, cells_per_unit):
+    """The field from what was interpolated.
+
+    Args:
+        feature:        [R, S, C] the volume at the points.
+        slope:          [R, S, 3, C] its derivative w.r.t. the point, per cell.
+        points:         [R, S, 3]; not differentiated.
+        directions:     [R, 3] unit vectors.
+        mlps:           of the distance and of the color; None for the latter: color is 0.
+        cells_per_unit: [3].
+
+    Returns:
+        sdf:      [R, S].
+        gradient: [R, S, 3] d sdf / d point.
+        rgb:      [R, S, 3] in [0, 1].
+
+    Differentiable once in `feature`, `slope` and the MLPs.
+    """
+    (R, S, _), (sdf_mlp, rgb_mlp) = points.shape, mlps
+    feature, slope = feature.flatten(0, 1), slope.flatten(0, 1)  # [N, C], [N, 3, C] with N = R * S
+    points = points.flatten(0, 1).t()  # [3, N]
+
+    A, bias, P, W = fold(sdf_mlp)
+    widths = [len(w) for w in W]
+    first, *inner, last = torch.addmm(bias, A, feature.t()).split(widths)
+    x, act_grad = Softplus.apply(torch.addmm(first, P, points))
+    act_grads = [act_grad]
+    for w, a in zip(W[1:], inner, strict=False):
+        x, act_grad = Softplus.apply(torch.addmm(a, w, x))
+        act_grads.append(act_grad)
+    last = torch.addmm(last, W[-1], x)
+    sdf, geometry = last[0], last[1:]
+
+    z_hat = [W[-1][0][:, None] * act_grads.pop()]
+    for w in W[-2:0:-1]:
+        z_hat.append((w.t() @ z_hat[-1]) * act_grads.pop())
+    rows = sum(widths[:-1])
+    d_feature = torch.addmm(A[rows], torch.cat(z_hat[::-1]).t(), A[:rows])  # [N, C]
+    gradient = z_hat[-1].t() @ P + cells_per_unit * (slope * d_feature[:, None]).sum(-1)  # [N, 3]
+
+    if rgb_mlp is None:
+        return sdf.view(R, S), gradient.view(R, S, 3), points.new_zeros(R, S, 3)
+    directions = directions.t()[:, :, None].expand(3, R, S).flatten(1)
+    A, out, P, W = fold(rgb_mlp)
+    seen = [directions, feature.t(), gradient.t(), geometry]
+    for a, part in zip(A.split([len(part) for part in seen], dim=1), seen, strict=True):
+        out = torch.addmm(out, a, part)
+    first, *inner = out.split([len(w) for w in W])
+    x = torch.addmm(first, P, points)
+    for w, a in zip(W[1:], inner, strict=True):
+        x = torch.addmm(a, w, x.relu())
+    return sdf.view(R, S), gradient.view(R, S, 3), x.sigmoid().t().reshape(R, S, 3)
+
+
+def decode_sdf(feature, points, sdf_mlp):
+    """The distance alone, [R, S], from features [R, S, C] at points [R, S, 3]; differentiable as `decode`."""
+    feature, shape, points = feature.flatten(0, 1), points.shape[:2], points.flatten(0, 1).t()
+    A, bias, P, W = fold(sdf_mlp)
+    widths = [*(len(w) for w in W[:-1]), 1]  # of the last layer, only the distance
+    rows = sum(widths)
+    first, *inner, last = torch.addmm(bias[:rows], A[:rows], feature.t()).split(widths)
+    x, _ = Softplus.apply(torch.addmm(first, P, points))
+    for w, a in zip(W[1:], inner, strict=False):
+        x, _ = Softplus.apply(torch.addmm(a, w, x))
+    return torch.addmm(last, W[-1][:1], x)[0].view(shape)
+
+
+def fold(mlp):
+    """A [sum n_l, K], the biases [sum n_l, 1], W_0 P [H, 3], and the list of W_l."""
+    P, q, *layers = mlp
+    C, d, W, b = (layers[i::4] for i in range(4))
+    A = torch.cat([w @ c for w, c in zip(W, C, strict=True)])
+    d = [d[0] + q, *d[1:]]
+    bias = torch.cat([w @ inner + outer for w, inner, outer in zip(W, d, b, strict=True)])
+    return A, bias[:, None], W[0] @ P, W
+
+
+class Softplus(torch.autograd.Function):
+    """log(1 + exp(SHARPNESS z)) / SHARPNESS and its derivative, both differentiable once in z."""
+
     @staticmethod
-    def forward(ctx, volume, geometry, n_sdf, *mlps):
-        points, directions, volume_idx, cells_per_unit, first_cell = geometry
-        (R, S, _), (A, bias, P, *W) = points.shape, mlps[:n_sdf]
-        rows, weights = _four_weights(volume, points * cells_per_unit + first_cell, volume_idx)
-        corners = volume.flatten(0, 3).index_select(0, rows.flatten()).unflatten(0, rows.shape)  # [N, 8, C]
-        feature, *slopes = torch.bmm(weights, corners).unbind(1)  # slopes: by the cell, [N, C] each
-        feature = feature.t().contiguous()  # [C, N]
-        point = points.flatten(0, 1).t()  # [3, N]
-
-        widths = [len(w) for w in W]
-        z, *inner = torch.addmm(bias[:, None], A, feature).split(widths)
-        z = torch.addmm(z, P, point)
-        xs = []
-        for w, a in zip(W[1:], inner, strict=True):
-            xs.append(_softplus(z))
-            z = torch.addmm(a, w, xs[-1])
-        decays = [torch.exp(-100 * x) for x in xs]  # 1 - act'
-        inner_rows = len(A) - widths[-1]
-        hats = A.new_empty(inner_rows, R * S)
-        hat = hats.split(widths[:-1])
-        torch.addcmul(W[-1][0][:, None], W[-1][0][:, None], decays[-1], value=-1, out=hat[-1])  # z^
-        for l in range(len(xs) - 2, -1, -1):
-            torch.mm(W[l + 1].t(), hat[l + 1], out=hat[l])
-            hat[l].addcmul_(hat[l], decays[l], value=-1)
-        hat_feature = torch.addmm(A[inner_rows][:, None], A[:inner_rows].t(), hats)  # [C, N]
-        gradient = torch.stack([(s * hat_feature.t()).sum(1) for s in slopes]) * cells_per_unit[:, None]
-        gradient.addmm_(P.t(), hat[0])  # [3, N]
-
-        rgb_xs, rgb = [], points.new_zeros(3, R * S)
-        if mlps[n_sdf:]:
-            A, bias, P, *W = mlps[n_sdf:]
-            along, *others = A.split([3, len(feature), 3, len(z) - 1], dim=1)
-            y = torch.addmm(bias[:, None], others[0], feature)
-            y.addmm_(others[1], gradient).addmm_(others[2], z[1:])
-            y.view(-1, R, S).add_((along @ directions.t())[..., None])
-            y, *inner = y.split([len(w) for w in W])
-            y = torch.addmm(y, P, point)
-            for w, a in zip(W[1:], inner, strict=True):
-                rgb_xs.append(y.relu_())
-                y = torch.addmm(a, w, rgb_xs[-1])
-            rgb = y.sigmoid_()
-        ctx.save_for_backward(
-            volume, point, directions, rows, weights, cells_per_unit, feature, hats, hat_feature, *mlps
-        )
-        ctx.rgb, ctx.seen = rgb, (feature, gradient, z[1:])
-        ctx.slopes, ctx.xs, ctx.decays, ctx.rgb_xs, ctx.n_sdf = slopes, xs, decays, rgb_xs, n_sdf
-        return z[0].view(R, S), gradient.t().reshape(R, S, 3), rgb.t().reshape(R, S, 3)
+    def forward(ctx, z):
+        # Beyond the threshold, 80 stands for infinity: the slope is exactly 1 and the value exactly z, as in torch.
+        # log(sigmoid(|x|)), not -log1p(exp(-|x|)): exp and log1p take a slow path on a CPU where results are tiny.
+        x = F.threshold(-SHARPNESS * z, -LINEAR, -80, inplace=True).clamp_(max=80)  # -SHARPNESS z
+        slope = x.neg().sigmoid_()
+        ctx.save_for_backward(slope)
+        return z.relu().sub_(x.abs_().sigmoid_().log_(), alpha=1 / SHARPNESS), slope
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, d_sdf, d_gradient, d_rgb):
-        volume, point, directions, rows, weights, per_unit, feature, hats, hat_feature, *mlps = ctx.saved_tensors
-        N, C = len(rows), len(feature)
-        v = d_gradient.reshape(N, 3).t()
-        d_z, d_feature, d_rgb_mlp = d_sdf.reshape(1, N), 0, []
-        A, bias, P, *W = mlps[: ctx.n_sdf]
-        if mlps[ctx.n_sdf :]:
-            B, _, Q, *U = mlps[ctx.n_sdf :]
-            d_y = [d_rgb.reshape(N, 3).t() * ctx.rgb * (1 - ctx.rgb)]
-            for u, x in zip(U[:0:-1], ctx.rgb_xs[::-1], strict=True):
-                d_y.append((u.t() @ d_y[-1]) * (x > 0))
-            d_y = d_y[::-1]
-            d_U = [d @ x.t() for d, x in zip(d_y[1:], ctx.rgb_xs, strict=True)]
-            d_Q = d_y[0] @ point.t()
-            d_y = torch.cat(d_y)
-            d_along = d_y.view(len(d_y), len(directions), -1).sum(2) @ directions
-            d_B = torch.cat([d_along, *(d_y @ part.t() for part in ctx.seen)], dim=1)
-            d_rgb_mlp = [d_B, d_y.sum(1), d_Q, None, *d_U]
-            d_feature, d_g, d_geometry = (part.t() @ d_y for part in B[:, 3:].split([C, 3, len(W[-1]) - 1], dim=1))
-            v = v + d_g
-            d_z = torch.cat([d_z, d_geometry])
-        else:
-            d_z = torch.cat([d_z, d_z.new_zeros(len(W[-1]) - 1, N)])
-
-        v_cells = per_unit[:, None] * v
-        f_dot = sum(s * x[:, None] for s, x in zip(ctx.slopes, v_cells, strict=True)).t()  # [C, N]
-        widths = [len(w) for w in W]
-        z_dot, *inner = (A[: -widths[-1]] @ f_dot).split(widths[:-1])
-        z_dots, x_dots = [torch.addmm(z_dot, P, v)], []
-        for l, decay in enumerate(ctx.decays):
-            x_dots.append(torch.addcmul(z_dots[l], z_dots[l], decay, value=-1))
-            if l < len(inner):
-                z_dots.append(torch.addmm(inner[l], W[l + 1], x_dots[l]))
-
-        d_zs, hat = [d_z], hats.split(widths[:-1])
-        for l in range(len(W) - 2, -1, -1):
-            d_x, decay = W[l + 1].t() @ d_zs[-1], ctx.decays[l]
-            d_x = torch.addcmul(d_x, d_x, decay, value=-1)
-            d_zs.append(d_x.addcmul_(hat[l] * decay, z_dots[l], value=100))
-        d_zs = d_zs[::-1]
-        d_W = [d @ x.t() for d, x in zip(d_zs[1:], ctx.xs, strict=True)]
-        for d, h, x_dot in zip(d_W, hat[1:], x_dots, strict=False):
-            d.addmm_(h, x_dot.t())
-        d_W[-1][0] += x_dots[-1].sum(1)
-        d_P = d_zs[0] @ point.t() + hat[0] @ v.t()
-        d_zs = torch.cat(d_zs)
-        d_A = d_zs @ feature.t()
-        d_A[: len(hats)].addmm_(hats, f_dot.t())
-        d_A[len(hats)] += f_dot.sum(1)
-        d_feature = A.t() @ d_zs + d_feature
-
-        along = (weights[:, 1:] * v_cells.t()[..., None]).sum(1)  # [N, 8], b . v of the corners
-        both = torch.stack([d_feature.t(), hat_feature.t()], dim=1)  # [N, 2, C]
-        d_corners = torch.bmm(torch.stack([weights[:, 0], along], dim=2), both)  # [N, 8, C]
-        d_volume = torch.zeros_like(volume)
-        d_volume.flatten(0, 3).index_add_(0, rows.flatten(), d_corners.flatten(0, 1))
-        return d_volume, None, None, d_A, d_zs.sum(1), d_P, None, *d_W, *d_rgb_mlp
-
-
-def _softplus(z):
-    """As `softplus`, in torch."""
-    x = F.threshold(-100 * z, -20, -80).clamp_(max=80)  # 80 stands for infinity: the value is exactly z
-    return z.relu().sub_(x.abs_().sigmoid_().log_(), alpha=0.01)
+    def backward(ctx, d_out, d_slope):
+        (slope,) = ctx.saved_tensors
+        return slope * (d_out + SHARPNESS * d_slope * (1 - slope))

@@ -1,42 +1,45 @@
-"""Rays through a feature volume to depth and color, with one hand-written backward.
+"""Render rays through a feature volume to depth and color, with one hand-written backward.
 
     f = volume at p,  (sdf, geometry) = MLP(p, f),  g = d sdf / d p,  rgb = MLP(p, direction, f, g, geometry)
     alpha from (sdf, g) as in `sdf_alpha`,  compositing as in `composite`
 
-Colors and opacities read g, so training needs second derivatives of the distance: see kernels/sdf_backward.py.
+Colors and opacities depend on g, so training needs second derivatives of the distance: see kernels/sdf_backward.py.
 
-Sizes: R rays, S samples on each, N = R * S, C channels, H hidden units, M samples a tile.
+Sizes: R rays, S samples on each, N = R * S, C channels, H hidden units, M samples per tile.
 """
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from unipad.kernels.backend import jit, on_triton, tl, triton
 from unipad.kernels.composite import composite_ref
 from unipad.kernels.sdf_alpha import neus_alpha_ref, volsdf_alpha_ref
-from unipad.kernels.sdf_backward import render_back
+from unipad.kernels.sdf_backward import render_bwd
 from unipad.kernels.sdf_field import (
     COLORS,
     along_rays,
     color_of,
     columns,
     distance,
-    distance_back,
+    distance_bwd,
     geometry,
     interpolate,
+    interpolate_bwd_place,
+    new_scratch,
     opacity,
     over_samples,
-    packed,
-    padded,
+    pack,
+    padded_width,
     precision,
+    ray_tile,
     rgb_hidden,
+    rgb_inputs,
     sample_on_ray,
-    scratch,
     sdf_hidden,
     sdf_inputs,
-    seen_by_rgb,
-    slope_against,
     store3,
-    tile_of_rays,
 )
 from unipad.kernels.sdf_reference import field_ref, values_ref
 
@@ -44,53 +47,62 @@ METHODS = ("neus", "volsdf")
 WIDTHS, LAYERS = (16, 64), (2, 8)  # smallest and largest
 
 
-def in_family(method, dtype, channels, hidden, sdf_layers, rgb_layers):
-    """Whether the kernels below were made for such a field. `rgb_layers`: 0 where color is not rendered."""
+def in_family(method: str, dtype: torch.dtype, channels: int, hidden: int, sdf_layers: int, rgb_layers: int) -> bool:
+    """Whether the kernels support such a field. `rgb_layers`: 0 where color is not rendered."""
     wide = all(WIDTHS[0] <= n <= WIDTHS[1] for n in (channels, hidden))
     deep = all(LAYERS[0] <= n <= LAYERS[1] for n in (sdf_layers, rgb_layers or sdf_layers))
     return method in METHODS and dtype == torch.float32 and wide and deep
 
 
-def sdf_render(volume, rays, edges, mlps, density, cells, method, exact=False, stop=0.0):
+def sdf_render(
+    volume: Tensor, rays: tuple[Tensor, Tensor, Tensor, Tensor], edges: Tensor,
+    mlps: tuple[Sequence[Tensor], Sequence[Tensor] | None], density: Tensor, cells: tuple[Tensor, Tensor],
+    method: str, exact: bool = False, stop: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Render rays.
 
     Args:
         volume:  [B, Z, Y, X, C] features, at least one voxel.
-        rays:    origins [R, 3], unit directions [R, 3], volume_idx [R] int32 and hit [R] bool (False: all is
-                 transparent), the first two and `edges` in the renderer's unit of length, LiDAR frame.
+        rays:    origins [R, 3], unit directions [R, 3], volume_idx [R] int32 and hit [R] bool (False: transparent);
+                 origins and `edges` in any unit of length, in the volume's frame (here LiDAR).
         edges:   [R, S + 1] ascending distances: S samples, each at the start of its interval.
         mlps:    of the distance and of the color, the latter None where color is not rendered. Each is a list of
-                 tensors: P, q, then C_l, d_l, W_l, b_l of every layer (see `sdf_field`).
+                 tensors: P, q, then C_l, d_l, W_l, b_l of every layer (see `sdf_reference`).
         density: [1] NeuS's inv_s or VolSDF's beta.
         cells:   cells_per_unit [3] and first_cell [3]: cell = point * cells_per_unit + first_cell, (x, y, z).
         method:  "neus" or "volsdf".
         exact:   compute the MLPs' matrix products with fp32 accuracy (tf32x3) instead of tf32 (operands rounded to a
-                 10-bit mantissa). tf32x3 takes three products for one, in tiles of a quarter of the samples; its cost
-                 was not measured on a GPU.
-        stop:    above 0 and under `no_grad` only: kernels leave a ray where less than this share of its light is left,
-                 and rays that miss at once. What lies behind has weight, distance and gradient 0; `rgb` is off by less
-                 than `stop`, `depth` by less than that share of the ray.
+                 10-bit mantissa). tf32x3 computes three products for one, in tiles of a quarter of the samples; its
+                 cost was not measured on a GPU.
+        stop:    above 0 under `no_grad` only: kernels stop where a ray's transmittance is below it, and at once on rays
+                 that miss. Samples behind have weight, distance and gradient 0; `rgb` is off by less than `stop`,
+                 `depth` by less than `stop` times the ray's length.
 
     Returns:
         rgb:      [R, 3], black background; 0 without the color MLP.
-        depth:    [R] sum of weight * start over the sum of weights + 1e-10.
-        weights:  [R, S] share of each sample.
+        depth:    [R] sum of weight * start, divided by the sum of weights + 1e-10.
+        weights:  [R, S] weight of each sample.
         sdf:      [R, S] signed distance at the samples.
         gradient: [R, S, 3] d sdf / d point.
 
-    Differentiable once, through every output, in `volume`, the MLPs and `density`. fp32. Kernels never wait for the
-    host. They add atomically into the gradient of `volume`, so that its last bits vary from run to run; under strict
-    determinism a sum over samples sorted by cell takes their place. Raises AssertionError if shapes do not fit or the
-    field is not `in_family`.
+    Differentiable once, through every output, w.r.t. `volume`, the MLPs and `density`. fp32. The host never waits for
+    the device. Kernels add atomically to the gradient of `volume`, so its last bits vary from run to run; under strict
+    determinism samples are sorted by cell and summed instead. Raises AssertionError if shapes do not match or the field
+    is not `in_family`.
     """
     _check(volume, rays, edges, mlps, method)
-    assert not (stop and torch.is_grad_enabled()), "a ray that stops early has no gradients: render under no_grad"
+    assert not (stop and torch.is_grad_enabled()), "rays that stop early have no gradients: render under no_grad"
     if not on_triton(volume):
         return sdf_render_ref(volume, rays, edges, mlps, density, cells, method)
-    packs, sizes = _packed(volume, mlps)
-    geometry = [t.contiguous() for t in (*rays, edges, *cells)]
+    (sdf_mlp, rgb_mlp), sizes = _pack(volume, mlps)
+    (origins, directions, volume_idx, hit), (cells_per_unit, first_cell) = rays, cells
+    geometry = dict(
+        origins_ptr=origins, directions_ptr=directions, volume_idx_ptr=volume_idx, hit_ptr=hit, edges_ptr=edges,
+        cells_per_unit_ptr=cells_per_unit, first_cell_ptr=first_cell,
+    )  # fmt: skip
+    geometry = {name: tensor.contiguous() for name, tensor in geometry.items()}
     options = dict(NEUS=method == "neus", PREC=precision(exact), **sizes)
-    return SdfRender.apply(volume.contiguous(), *packs, density, geometry, options, float(stop))
+    return SdfRender.apply(volume.contiguous(), sdf_mlp, rgb_mlp, density, geometry, options, float(stop))
 
 
 def sdf_render_ref(volume, rays, edges, mlps, density, cells, method, exact=False, stop=0.0):
@@ -108,7 +120,10 @@ def sdf_render_ref(volume, rays, edges, mlps, density, cells, method, exact=Fals
 
 
 @torch.no_grad()
-def sdf_values(volume, rays, starts, sdf_mlp, cells, exact=False):
+def sdf_values(
+    volume: Tensor, rays: tuple[Tensor, Tensor, Tensor], starts: Tensor, sdf_mlp: Sequence[Tensor],
+    cells: tuple[Tensor, Tensor], exact: bool = False,
+) -> Tensor:  # fmt: skip
     """The signed distance alone, [R, S] at starts [R, S]; arguments as of `sdf_render`, `rays` without `hit`.
 
     Not differentiable: for searches along rays.
@@ -116,13 +131,17 @@ def sdf_values(volume, rays, starts, sdf_mlp, cells, exact=False):
     if not on_triton(volume):
         return sdf_values_ref(volume, rays, starts, sdf_mlp, cells)
     origins, directions, volume_idx = rays
-    (packs, sizes), (R, S), PREC = _packed(volume, (sdf_mlp, None)), starts.shape, precision(exact)
+    ((packed_mlp, _), sizes), (R, S), PREC = _pack(volume, (sdf_mlp, None)), starts.shape, precision(exact)
     sdf = starts.new_empty(R, S)
     if sdf.numel():
-        rays = [t.contiguous() for t in (origins, directions, volume_idx, starts, *cells)]
+        _, Z, Y, X, CHANNELS = volume.shape
+        cells_per_unit, first_cell = cells
         _, launch = over_samples(R * S, sizes | dict(PREC=PREC))
         _sdf_values_kernel[(triton.cdiv(R * S, launch["BLOCK_M"]),)](
-            volume.contiguous(), *rays, packs[0], sdf, R, S, *volume.shape[1:],
+            volume_ptr=volume.contiguous(), origins_ptr=origins.contiguous(), directions_ptr=directions.contiguous(),
+            volume_idx_ptr=volume_idx.contiguous(), starts_ptr=starts.contiguous(),
+            cells_per_unit_ptr=cells_per_unit.contiguous(), first_cell_ptr=first_cell.contiguous(),
+            mlp_ptr=packed_mlp, sdf_ptr=sdf, R=R, S=S, Z=Z, Y=Y, X=X, CHANNELS=CHANNELS,
             C=sizes["C"], H=sizes["H"], LAYERS=sizes["SDF_LAYERS"], PREC=PREC, **launch,
         )  # fmt: skip
     return sdf
@@ -141,53 +160,60 @@ def _check(volume, rays, edges, mlps, method):
     R = len(edges)
     fits = volume.dim() == 5 and origins.shape == directions.shape == (R, 3) and volume_idx.shape == hit.shape == (R,)
     shapes = [tuple(t.shape) for t in (volume, *rays, edges)]
-    assert fits and edges.dim() == 2 and edges.shape[1] > 1, f"volume, rays and edges of {shapes} do not fit"
-    assert min(volume.shape[1:4]) > 0, f"no voxel in volume {tuple(volume.shape)}"
+    assert fits and edges.dim() == 2 and edges.shape[1] > 1, f"volume, rays and edges of {shapes} do not match"
+    assert min(volume.shape[1:4]) > 0, f"volume {tuple(volume.shape)} has no voxels"
     (H, C), layers = mlps[0][2].shape, [0 if m is None else len(m[2::4]) for m in mlps]
-    assert C == volume.shape[4], f"an MLP for {C} channels does not fit volume {tuple(volume.shape)}"
+    assert C == volume.shape[4], f"an MLP for {C} channels does not match volume {tuple(volume.shape)}"
     assert in_family(method, volume.dtype, C, H, *layers), (
         f"no kernel for {method}, {volume.dtype}, {C=}, {H=}, {layers=}"
     )
 
 
-def _packed(volume, mlps):
-    """Both MLPs as matrices (of the color an empty one if there is none) and the kernels' sizes."""
+def _pack(volume, mlps):
+    """Both MLPs as matrices (an empty one without a color MLP) and the kernels' sizes."""
     (sdf, rgb), channels = mlps, volume.shape[4]
-    packs = [packed(sdf, channels, False), volume.new_empty(0) if rgb is None else packed(rgb, channels, True)]
-    sizes = dict(C=padded(channels), H=padded(len(sdf[0])))
+    packs = [pack(sdf, channels, False), volume.new_empty(0) if rgb is None else pack(rgb, channels, True)]
+    sizes = dict(C=padded_width(channels), H=padded_width(len(sdf[0])))
     return packs, sizes | dict(SDF_LAYERS=len(sdf[2::4]), RGB_LAYERS=0 if rgb is None else len(rgb[2::4]))
 
 
 class SdfRender(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, volume, sdf_mlp, rgb_mlp, density, rays, options, stop):
-        edges = rays[4]
+    def forward(ctx, volume, sdf_mlp, rgb_mlp, density, geometry, options, stop):
+        edges = geometry["edges_ptr"]
         R, S = len(edges), edges.shape[1] - 1
-        rgb, depth, total = edges.new_zeros(R, 3), edges.new_empty(R), edges.new_empty(R)  # total: of the weights
-        new = edges.new_zeros if stop else edges.new_empty  # the kernel fills all that it does not stop before
-        weights, trans, sdf = (new(R, S) for _ in range(3))
-        gradient, colors = new(R, S, 3), edges.new_empty(R, S, 3 if options["RGB_LAYERS"] else 0)
+        rgb = edges.new_zeros(R, 3)
+        new = edges.new_zeros if stop else edges.new_empty  # the kernel fills all samples up to where it stops
+        saved = dict(
+            volume_ptr=volume, sdf_mlp_ptr=sdf_mlp, rgb_mlp_ptr=rgb_mlp, density_ptr=density, **geometry,
+            depth_ptr=edges.new_empty(R), total_ptr=edges.new_empty(R),
+            weights_ptr=new(R, S), trans_ptr=new(R, S), sdf_ptr=new(R, S), gradient_ptr=new(R, S, 3),
+            colors_ptr=edges.new_empty(R, S, 3 if options["RGB_LAYERS"] else 0),
+        )  # fmt: skip
         if R:
+            _, Z, Y, X, CHANNELS = volume.shape
             programs, launch = along_rays(R, options)
-            keep = scratch(volume, programs, options["SDF_LAYERS"] - 1, options["H"])
+            scratch = new_scratch(volume, programs, options["SDF_LAYERS"] - 1, options["H"])
             _sdf_render_fwd_kernel[(programs,)](
-                volume, *rays, sdf_mlp, rgb_mlp, density,
-                rgb, depth, total, weights, trans, sdf, gradient, colors, keep,
-                R, S, *volume.shape[1:], **options, STOP=stop, **launch,
+                **saved, rgb_ptr=rgb, scratch_ptr=scratch, R=R, S=S, Z=Z, Y=Y, X=X, CHANNELS=CHANNELS,
+                STOP=stop, **options, **launch,
             )  # fmt: skip
-        ctx.options = options
-        ctx.save_for_backward(
-            volume, sdf_mlp, rgb_mlp, density, *rays, depth, total, weights, trans, sdf, gradient, colors
-        )
-        return rgb, depth, weights, sdf, gradient
+        ctx.options, ctx.names = options, tuple(saved)
+        ctx.save_for_backward(*saved.values())
+        return rgb, saved["depth_ptr"], saved["weights_ptr"], saved["sdf_ptr"], saved["gradient_ptr"]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, *upstream):
-        volume, sdf_mlp, rgb_mlp, density, *rest = ctx.saved_tensors
-        rays, rendered = rest[:7], rest[7:]
-        grads = render_back(volume, sdf_mlp, rgb_mlp, density, rays, rendered, upstream, ctx.options)
-        return *grads, None, None, None
+    def backward(ctx, d_rgb, d_depth, d_weights, d_sdf, d_gradient):
+        saved = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+        upstream = dict(
+            up_rgb_ptr=d_rgb,
+            up_depth_ptr=d_depth,
+            up_weights_ptr=d_weights,
+            up_sdf_ptr=d_sdf,
+            up_gradient_ptr=d_gradient,
+        )
+        return *render_bwd(saved, upstream, ctx.options), None, None, None
 
 
 @jit(varying=("R",))
@@ -219,33 +245,33 @@ def _sdf_render_fwd_kernel(
     sdf_mlp_ptr, rgb_mlp_ptr, density_ptr,  # packed, packed, [1]
     rgb_ptr, depth_ptr, total_ptr,  # [R, 3], [R], [R] sum of the weights
     weights_ptr, trans_ptr, sdf_ptr, gradient_ptr, colors_ptr,  # [N] x 3, [N, 3], [N, 3]
-    keep_ptr,  # [programs, SDF_LAYERS - 1, M, H] scratch
+    scratch_ptr,  # [programs, SDF_LAYERS - 1, M, H] scratch
     R, S, Z, Y, X, CHANNELS,
     NEUS: tl.constexpr, PREC: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
     SDF_LAYERS: tl.constexpr, RGB_LAYERS: tl.constexpr, STOP: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     density = tl.load(density_ptr)
-    keep_ptr += tl.program_id(0).to(tl.int64) * (SDF_LAYERS - 1) * BLOCK_R * BLOCK_S * H
+    scratch_ptr += tl.program_id(0).to(tl.int64) * (SDF_LAYERS - 1) * BLOCK_R * BLOCK_S * H
     for group in range(tl.program_id(0), tl.cdiv(R, BLOCK_R), tl.num_programs(0)):
-        passed = tl.full((BLOCK_R,), 1.0, tl.float32)  # light that reaches the tile
-        if STOP > 0:  # rays that miss, or do not exist, need not keep the others company
+        passed = tl.full((BLOCK_R,), 1.0, tl.float32)  # transmittance up to the tile
+        if STOP > 0:  # 0 for rays that miss or do not exist, which need no samples
             ray = group * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
             passed = tl.load(hit_ptr + ray, mask=ray < R, other=0).to(tl.float32)
         total = tl.zeros((BLOCK_R,), tl.float32)
         reach, red, green, blue = total, total, total, total
         tile, tiles = 0, tl.cdiv(S, BLOCK_S)
         while tile < tiles:
-            r, n, ok, start, delta = tile_of_rays(edges_ptr, group, tile, R, S, BLOCK_R, BLOCK_S)
+            r, n, ok, start, delta = ray_tile(edges_ptr, group, tile, R, S, BLOCK_R, BLOCK_S)
             point, direction, place = sample_on_ray(
                 origins_ptr, directions_ptr, volume_idx_ptr, cells_per_unit_ptr, first_cell_ptr, r, start, ok, Z
             )
             feature = interpolate(volume_ptr, place, ok, Z, Y, X, CHANNELS, C)
-            x = sdf_hidden(sdf_inputs(point, 1.0), feature, sdf_mlp_ptr, keep_ptr, True, C, H, SDF_LAYERS, PREC)
+            x = sdf_hidden(sdf_inputs(point, 1.0), feature, sdf_mlp_ptr, scratch_ptr, True, C, H, SDF_LAYERS, PREC)
             sdf = distance(x, feature, sdf_mlp_ptr, C, H, SDF_LAYERS)
-            tl.debug_barrier()  # other threads may read what is kept
-            qx, qy, qz, d_feature = distance_back(x, sdf_mlp_ptr, keep_ptr, C, H, SDF_LAYERS, PREC)
-            gx, gy, gz = slope_against(volume_ptr, place, ok, d_feature, Z, Y, X, CHANNELS, C)
+            tl.debug_barrier()  # other threads read the scratch
+            qx, qy, qz, d_feature = distance_bwd(x, sdf_mlp_ptr, scratch_ptr, C, H, SDF_LAYERS, PREC)
+            gx, gy, gz = interpolate_bwd_place(volume_ptr, place, ok, d_feature, Z, Y, X, CHANNELS, C)
             gx = gx * tl.load(cells_per_unit_ptr) + qx
             gy = gy * tl.load(cells_per_unit_ptr + 1) + qy
             gz = gz * tl.load(cells_per_unit_ptr + 2) + qz
@@ -254,7 +280,7 @@ def _sdf_render_fwd_kernel(
             alpha, _, _, _ = opacity(sdf, gradient, direction, delta, density, NEUS)
             hit = ok & tl.load(hit_ptr + r, mask=ok, other=0)
             alpha = tl.reshape(tl.where(hit, tl.minimum(tl.maximum(alpha, 0.0), 1.0), 0.0), (BLOCK_R, BLOCK_S))
-            # behind the last sample nothing weakens the light; k >= 1e-7, so dividing by it is safe
+            # 1 behind the last sample; k >= 1e-7, so dividing by it is safe
             k = tl.where(tl.reshape(ok, (BLOCK_R, BLOCK_S)), 1.0 - alpha + 1e-7, 1.0)
             through = passed[:, None] * tl.cumprod(k, axis=1)
             trans = through / k
@@ -270,8 +296,8 @@ def _sdf_render_fwd_kernel(
             store3(gradient_ptr, n, gradient, ok)
             if RGB_LAYERS > 0:
                 geo = geometry(x, feature, sdf_mlp_ptr, C, H, SDF_LAYERS, PREC)
-                e = seen_by_rgb(point, direction, gradient)
-                x = rgb_hidden(e, feature, geo, rgb_mlp_ptr, keep_ptr, False, C, H, RGB_LAYERS, PREC)
+                e = rgb_inputs(point, direction, gradient)
+                x = rgb_hidden(e, feature, geo, rgb_mlp_ptr, scratch_ptr, False, C, H, RGB_LAYERS, PREC)
                 color = color_of(x, e, feature, geo, rgb_mlp_ptr, C, H, RGB_LAYERS, PREC)
                 channel = tl.arange(0, COLORS)[None, :]
                 tl.store(colors_ptr + 3 * n[:, None] + channel, color, mask=ok[:, None] & (channel < 3))
@@ -279,7 +305,7 @@ def _sdf_render_fwd_kernel(
                 red += tl.sum(tl.reshape(r_, (BLOCK_R, BLOCK_S)), axis=1)
                 green += tl.sum(tl.reshape(g_, (BLOCK_R, BLOCK_S)), axis=1)
                 blue += tl.sum(tl.reshape(b_, (BLOCK_R, BLOCK_S)), axis=1)
-            tl.debug_barrier()  # the next tile is kept in the same place
+            tl.debug_barrier()  # the next tile overwrites the scratch
             tile += 1
             if STOP > 0:
                 tiles = tl.where(tl.max(passed, axis=0) < STOP, tile, tiles)

@@ -1,11 +1,11 @@
-"""Sparse voxel convolution: over a neighbor table, a gather, a GEMM and a sum.
+"""Sparse voxel convolution: gather, GEMM and sum over a neighbor table.
 
     out[m] = sum_k W_k x[i(k, m)]              over the offsets k at which m has a neighbor, i = neighbor_idx
     dL/dx[n] = sum_k W_k^T g[j(k, n)]          g = dL/dout, j = inverse_idx: the same sum over the inverse table
     dL/dW_k = sum_m g[m] x[i(k, m)]^T
 
-Submanifold, strided, inverse and transposed convolution differ in their tables alone (kernels/sparse_map.py). The
-products are kernels/sparse_gemm.py's, and kernels/sparse_reference.py's on a CPU.
+Submanifold, strided, inverse and transposed convolutions differ only in their tables (kernels/sparse_map.py). The
+products are in kernels/sparse_gemm.py, on a CPU in kernels/sparse_reference.py.
 """
 
 from functools import partial
@@ -19,26 +19,29 @@ from unipad.kernels.sparse_reference import backward_ref, gather_gemm_ref
 from unipad.kernels.sparse_tiles import NeighborTable
 
 
-def sparse_conv(features, weight, neighbor_idx, inverse_idx, allow_tf32=False):
+def sparse_conv(
+    features: Tensor, weight: Tensor, neighbor_idx: Tensor | NeighborTable, inverse_idx: Tensor | NeighborTable | None,
+    allow_tf32: bool = False,
+) -> Tensor:  # fmt: skip
     """Convolve the features of N voxels to those of M voxels.
 
     Args:
-        features:     [N, Cin] fp16, bf16 or fp32; fp64 takes the reference.
+        features:     [N, Cin] fp16, bf16 or fp32; fp64 runs the reference.
         weight:       [Cout, kz, ky, kx, Cin] any floating type, rounded to the features' type; K = kz * ky * kx.
-        neighbor_idx: [K, M] int32, the row of `features` that an output reads at an offset; -1 where no voxel is. At
-                      one offset no row is read twice. Not checked. Or a `NeighborTable`, which caches what kernels
-                      derive from it for all convolutions and gradients; for a tensor that is computed on every call.
+        neighbor_idx: [K, M] int32, the row of `features` that an output reads at an offset, -1 for none; no row is
+                      read twice at one offset. Not checked. Or a `NeighborTable`, which caches what kernels derive
+                      from it for all convolutions and gradients; for a tensor it is computed on every call.
         inverse_idx:  [K, N] int32, the inverse: m where neighbor_idx[k, m] = n, else -1. Not checked. Or its
                       `NeighborTable`. None: the table is its own mirror image, inverse_idx = neighbor_idx.flip(0), as
-                      on one set of voxels with an odd kernel; the gradients then use what is cached in it.
-        allow_tf32:   multiply fp32 features in tf32 (10 bits of mantissa) rather than in fp32.
+                      on one set of voxels with an odd kernel; gradients then use the cache of `neighbor_idx`.
+        allow_tf32:   multiply fp32 features in tf32 (10-bit mantissa).
 
     Returns:
         [M, Cout] in the features' type; 0 for an output without neighbors.
 
-    Differentiable once in `features` and `weight`. Accumulates in fp32 (fp64 for fp64 features); the weights' gradient
-    stays fp32 until it is rounded to their type, so fp32 weights get it whole, under fp16 features too. Autocast casts
-    the features. Bit-equal from run to run. Raises AssertionError if shapes or types do not fit.
+    Differentiable once w.r.t. `features` and `weight`. Accumulates in fp32 (fp64 for fp64 features); the gradient of
+    `weight` is fp32 until it is cast to the type of `weight`, also for fp16 features. Autocast casts the features.
+    Deterministic. Raises AssertionError if shapes or types do not match.
     """
     _check_inverse(features, neighbor_idx, inverse_idx)
     features = _check(features, weight, neighbor_idx)
@@ -46,27 +49,28 @@ def sparse_conv(features, weight, neighbor_idx, inverse_idx, allow_tf32=False):
 
 
 def sparse_conv_ref(features, weight, neighbor_idx, inverse_idx, allow_tf32=False):
-    """`sparse_conv` in plain PyTorch, which multiplies in the type it accumulates in."""
+    """`sparse_conv` in plain PyTorch; multiplies in the accumulation type."""
     _check_inverse(features, neighbor_idx, inverse_idx)
     features = _check(features, weight, neighbor_idx)
     return _run(features, weight, neighbor_idx, inverse_idx, allow_tf32, True)
 
 
 def sparse_conv_act(
-    features, weight, neighbor_idx, scale=None, shift=None, residual=None, relu=False, allow_tf32=False
-):  # fmt: skip
-    """A convolution and what follows it in a network, for inference: relu(sparse_conv(...) * scale + shift + residual).
+    features: Tensor, weight: Tensor, neighbor_idx: Tensor | NeighborTable, scale: Tensor | None = None,
+    shift: Tensor | None = None, residual: Tensor | None = None, relu: bool = False, allow_tf32: bool = False,
+) -> Tensor:  # fmt: skip
+    """A convolution with its epilogue, for inference: relu(sparse_conv(...) * scale + shift + residual).
 
     Args:
         features, weight, neighbor_idx, allow_tf32: as of `sparse_conv`.
-        scale, shift: [Cout] fp32 (fp64 for fp64 features) or None; a bias, or a batch normalization in evaluation.
+        scale, shift: [Cout] fp32 (fp64 for fp64 features) or None: a bias, or a batch normalization in evaluation.
         residual:     [M, Cout] or None, cast to the features' type.
-        relu:         whether negative results become 0.
+        relu:         apply a ReLU.
 
     Returns:
-        [M, Cout] in the features' type. All is computed in fp32 (fp64 for fp64 features) and rounded once.
+        [M, Cout] in the features' type, computed in fp32 (fp64 for fp64 features) and rounded once.
 
-    Not differentiable: raises AssertionError where a gradient would be asked for, or if shapes or types do not fit.
+    Not differentiable: raises AssertionError if a gradient is needed, or if shapes or types do not match.
     """
     features, *rest = _check_act(features, weight, neighbor_idx, scale, shift, residual)
     return _run_act(features, *rest, relu, allow_tf32, _on_reference(features))
@@ -86,12 +90,12 @@ def _on_reference(features):
 
 
 def _check(features, weight, neighbor_idx):
-    """The features, in autocast's type where that is on."""
+    """The features, cast under autocast."""
     fits = features.dim() == 2 and weight.dim() == 5 and features.shape[1] == weight.shape[4]
-    assert fits, f"{tuple(features.shape)=} and {tuple(weight.shape)=} do not fit"
+    assert fits, f"{tuple(features.shape)=} and {tuple(weight.shape)=} do not match"
     K, neighbor_idx = weight.shape[1:4].numel(), _tensor(neighbor_idx)
     fits = neighbor_idx.dim() == 2 and neighbor_idx.shape[0] == K
-    assert fits, f"{tuple(neighbor_idx.shape)=} is no table of {K} offsets"
+    assert fits, f"{tuple(neighbor_idx.shape)=} is not a table of {K} offsets"
     assert neighbor_idx.dtype == torch.int32, f"tables are int32, not {neighbor_idx.dtype}"
     assert features.is_floating_point() and weight.is_floating_point(), f"{features.dtype=}, {weight.dtype=}"
     if features.dtype != torch.float64 and torch.is_autocast_enabled(features.device.type):
@@ -105,7 +109,7 @@ def _check_inverse(features, neighbor_idx, inverse_idx):
         assert M == N, f"a table of {M} outputs and {N} inputs is not its own mirror image"
     else:
         inverse_idx = _tensor(inverse_idx)
-        assert inverse_idx.shape == (K, N), f"{tuple(inverse_idx.shape)=} is no table of {K} offsets, {N} rows"
+        assert inverse_idx.shape == (K, N), f"{tuple(inverse_idx.shape)=} is not a table of {K} offsets, {N} rows"
         assert inverse_idx.dtype == torch.int32, f"tables are int32, not {inverse_idx.dtype}"
 
 
@@ -115,7 +119,7 @@ def _check_act(features, weight, neighbor_idx, scale, shift, residual):
     assert residual is None or residual.shape == shape, f"{tuple(residual.shape)=}, not {shape}"
     given = [t for t in (features, weight, scale, shift, residual) if t is not None]
     tracked = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-    assert not tracked, "sparse_conv_act has no gradient: call sparse_conv, or this under torch.no_grad()"
+    assert not tracked, "sparse_conv_act has no gradient: use sparse_conv, or torch.no_grad()"
     return features, weight, neighbor_idx, scale, shift, None if residual is None else residual.to(features.dtype)
 
 
@@ -139,7 +143,7 @@ def _run_act(features, weight, neighbor_idx, *rest):
     return _forward_act(features, weight, neighbor_idx, *rest)
 
 
-# torch.library ops pass tensors to these three functions, SparseConv passes `NeighborTable`s
+# Registered ops pass tensors to these three functions, SparseConv passes `NeighborTable`s
 
 
 def _forward(
@@ -181,7 +185,7 @@ def _backward(
     features: Tensor, weight: Tensor, neighbor_idx: Tensor, inverse_idx: Tensor | None, d_out: Tensor,
     for_features: bool, for_weight: bool, allow_tf32: bool, reference: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of the features and of the weights; empty where not asked for."""
+    """Gradients w.r.t. the features and the weights; empty where not needed."""
     mirrored = inverse_idx is None
     table = NeighborTable.of(neighbor_idx)
     inverse = table if mirrored else NeighborTable.of(inverse_idx)
@@ -201,7 +205,7 @@ def _backward(
     )
 
 
-# torch.compile calls these without looking inside. Elsewhere they would cost tens of microseconds a call.
+# torch.compile does not trace into these. Elsewhere they would cost tens of microseconds per call.
 _sparse_conv_op = torch.library.custom_op("unipad::sparse_conv", _forward, mutates_args=())
 _sparse_conv_act_op = torch.library.custom_op("unipad::sparse_conv_act", _forward_act, mutates_args=())
 _sparse_conv_bwd_op = torch.library.custom_op("unipad::sparse_conv_bwd", _backward, mutates_args=())

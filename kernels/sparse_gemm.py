@@ -1,8 +1,8 @@
-"""The products of a sparse convolution over a neighbor table: rows gathered times weights, and the weights' gradient.
+"""The products of a sparse convolution over a neighbor table: gathered rows times weights, and the weights' gradient.
 
-A tile of outputs multiplies, offset by offset, the rows it gathers; its loop is over the list that sparse_tiles has
-made, without a branch, so that indices, rows and weights of the next offsets are on their way while one is multiplied.
-Few channels make short products: then several offsets lie side by side in one. Nothing is added atomically.
+A tile of outputs multiplies, offset by offset, the rows it gathers. Its loop over the list made by sparse_tiles has no
+branch, so indices, rows and weights of the next offsets are loaded while one is multiplied. With few channels several
+offsets are packed side by side into one product. Nothing is added atomically.
 
 Sizes: N inputs and M outputs of a table of K offsets, I and O channels of what is read and written.
 """
@@ -19,7 +19,7 @@ from unipad.kernels.backend import jit, tl, triton
 def gather_gemm(features, weight, table, allow_tf32, mirrored=False, act=(None, None, None, False)):
     """Features [N, I], weights [O, K, I] and a `NeighborTable` [K, M] -> [M, O] in the features' type.
 
-    mirrored: the table's offsets are those of the weights in reverse.
+    mirrored: the table's offsets are reversed w.r.t. the weights'.
     act:      scale, shift, residual and relu of `sparse_conv_act`.
 
     Every output is summed by one program, in the order of the offsets.
@@ -29,19 +29,21 @@ def gather_gemm(features, weight, table, allow_tf32, mirrored=False, act=(None, 
     out = features.new_empty(M, O)
     if not min(M, I, O, len(features)):
         return out.zero_()
-    *act, relu = (v.contiguous() if torch.is_tensor(v) else v for v in act)
+    scale, shift, residual, relu = (v.contiguous() if torch.is_tensor(v) else v for v in act)
 
     def launch(blocks, table=table):
         ready = table.tiles(blocks.m, blocks.sort)
         _gather_gemm_kernel[(len(ready.count_idx), triton.cdiv(O, blocks.o))](
-            features, weight, *ready[:4], out, *act, K, I, O,
+            features_ptr=features, weight_ptr=weight, row_idx_ptr=ready.row_idx, count_idx_ptr=ready.count_idx,
+            offset_idx_ptr=ready.offset_idx, read_idx_ptr=ready.read_idx, out_ptr=out,
+            scale_ptr=scale, shift_ptr=shift, residual_ptr=residual, K=K, I=I, O=O,
             RELU=relu, MIRRORED=mirrored, PRECISION=_precision(allow_tf32), WIDEN=_widen(features),
             C=I if blocks.pack > 1 else 0, PACK=blocks.pack, STEPS=triton.cdiv(I, blocks.i), NEAR=blocks.near,
             BLOCK_M=blocks.m, BLOCK_I=blocks.i, BLOCK_O=blocks.o, num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
 
     def run_trial(blocks):
-        launch(blocks, table.trial())  # also makes the tiles, unless an earlier layer has
+        launch(blocks, table.trial())  # also makes the tiles, unless they are cached
 
     kind = "gather_gemm", features.dtype, allow_tf32, K, I, O, M
     launch(tuning.choose(kind, _blocks(features.dtype, M <= FEW_ROWS, I, O, allow_tf32), run_trial, features.device))
@@ -51,9 +53,9 @@ def gather_gemm(features, weight, table, allow_tf32, mirrored=False, act=(None, 
 def d_weight_of(features, d_out, table, allow_tf32, mirrored=False):
     """Features [N, I], d_out [M, O] and a `NeighborTable` [K, M] -> [O, K, I] fp32, offsets in the order of the table.
 
-    mirrored: the table is its own mirror image, so that most rows have several neighbors and share them.
+    mirrored: the table is its own mirror image, so most rows have several neighbors, many in common.
 
-    Summed in chunks of pairs, or blocks of rows, whose sums are added in order.
+    Sums of chunks of pairs, or of blocks of rows, are added in order.
     """
     (N, I), (M, O), K = features.shape, d_out.shape, len(table.idx)
     d_weight = features.new_empty(O, K, I, dtype=torch.float32)
@@ -65,13 +67,14 @@ def d_weight_of(features, d_out, table, allow_tf32, mirrored=False):
     most = min(_limits(features.dtype, I, O, allow_tf32)[1], 128)
     block_i, block_o = (_block(channels, most) for channels in (I, O))
     grid = triton.cdiv(I, block_i) * triton.cdiv(O, block_o)
-    first, end, until_idx = table.chunks(_parts(K, M, I, O, grid), LEAST, 2 * BLOCK_R)
-    partial = features.new_empty(len(first), O, I, dtype=torch.float32)
+    chunks = table.chunks(_parts(K, M, I, O, grid), LEAST, 2 * BLOCK_R)
+    partial = features.new_empty(len(chunks.first), O, I, dtype=torch.float32)
 
     def launch(way):
-        block_r, stages = way
-        _d_weight_kernel[(len(first), grid)](
-            features, d_out, *table.pairs()[:2], first, end, partial, I, O,
+        (block_r, stages), pairs = way, table.pairs()
+        _d_weight_kernel[(len(chunks.first), grid)](
+            features_ptr=features, d_out_ptr=d_out, read_idx_ptr=pairs.read_idx, row_idx_ptr=pairs.row_idx,
+            first_ptr=chunks.first, end_ptr=chunks.end, partial_ptr=partial, I=I, O=O,
             PRECISION=_precision(allow_tf32), WIDEN=_widen(features),
             BLOCK_R=block_r, BLOCK_I=block_i, BLOCK_O=block_o,
             num_warps=8 if block_i * block_o > 8192 else 4, num_stages=stages,
@@ -80,17 +83,19 @@ def d_weight_of(features, d_out, table, allow_tf32, mirrored=False):
     kind = "d_weight", features.dtype, allow_tf32, K, I, O, M
     ways = [(BLOCK_R, STAGES), (2 * BLOCK_R, STAGES), (BLOCK_R, FEWER_STAGES)]
     if features.dtype == torch.float32 and not allow_tf32:
-        ways = ways[2:]  # more spill on sm_80
+        ways = ways[2:]  # the others spill on sm_80
     launch(tuning.choose(kind, ways, launch, features.device))
-    _sum_chunks_kernel[(K, triton.cdiv(O * I, BLOCK_E))](partial, until_idx, d_weight, K, I, O, BLOCK_E=BLOCK_E)
+    _sum_chunks_kernel[(K, triton.cdiv(O * I, BLOCK_E))](
+        partial_ptr=partial, until_idx_ptr=chunks.until_idx, d_weight_ptr=d_weight, K=K, I=I, O=O, BLOCK_E=BLOCK_E
+    )  # fmt: skip
     return d_weight
 
 
 def _d_weight_of_groups(features, d_out, neighbor_idx):
-    """`d_weight_of` where the table is not sparse and channels are few: by blocks of rows, several offsets at once.
+    """`d_weight_of` for dense tables and few channels: by blocks of rows, several offsets at once.
 
-    A block reads its rows of d_out once for all the offsets of a group, and these read much the same features. It also
-    multiplies where no neighbor is, which few channels have time for.
+    A block reads its rows of d_out once for all offsets of a group, which read mostly the same features. It also
+    multiplies missing neighbors, which is cheap with few channels.
     """
     I, (M, O), K = features.shape[1], d_out.shape, len(neighbor_idx)
     group, block_o = GROUP[I], _block(O, 64)
@@ -98,9 +103,9 @@ def _d_weight_of_groups(features, d_out, neighbor_idx):
     parts = triton.cdiv(M, rows)
     partial = features.new_empty(parts, O, K, I, dtype=torch.float32)
     _d_weight_of_groups_kernel[(parts, groups)](
-        features, d_out, neighbor_idx, partial, M, K, O, rows, WIDEN=_widen(features),
-        BLOCK_R=BLOCK_R, C=I, GROUP=group, BLOCK_O=block_o, num_warps=8 if group * I * block_o >= 8192 else 4,
-        num_stages=STAGES,
+        features_ptr=features, d_out_ptr=d_out, table_idx_ptr=neighbor_idx, partial_ptr=partial,
+        M=M, K=K, O=O, R=rows, WIDEN=_widen(features), BLOCK_R=BLOCK_R, C=I, GROUP=group, BLOCK_O=block_o,
+        num_warps=8 if group * I * block_o >= 8192 else 4, num_stages=STAGES,
     )  # fmt: skip
     return partial.sum(dim=0) if parts > 1 else partial[0]
 
@@ -115,35 +120,35 @@ def _group_rows(K, M, I):
 
 
 def _parts(K, M, I, O, tiles):
-    """Chunks that the pairs are cut into at most, but for what the offsets round up."""
+    """Chunks of pairs at most, not counting partial chunks of offsets."""
     return max(1, min(-(-PROGRAMS // tiles), -(-K * M // LEAST), PARTIAL // (O * I)))
 
 
 class Blocks(NamedTuple):
     """One way to launch the gather-GEMM."""
 
-    m: int  # outputs a tile
-    i: int  # columns of the features a step: input channels, of `pack` offsets side by side
-    o: int  # output channels a tile
+    m: int  # outputs per tile
+    i: int  # columns of the features per step: input channels, of `pack` offsets side by side
+    o: int  # output channels per tile
     pack: int
     warps: int
     stages: int
-    near: bool  # rows are read through the L1, which otherwise asynchronous loads of 16 bytes pass by
-    sort: bool  # rows with the same offsets share tiles
+    near: bool  # read rows through the L1, which asynchronous 16-byte loads otherwise bypass
+    sort: bool  # rows with the same offsets go to the same tiles
 
 
-# All untimed: chosen by what benchmarks/count_sparse_conv.py counts and what the compiler makes of them for sm_90
-# Two kinds of loads, indices and rows, are two steps ahead each, or one each; AMD has half the memory for that
+# All untimed: chosen by the counts of benchmarks/count_sparse_conv.py and the compiler's output for sm_90
+# Loads of indices and of rows are each two steps ahead, or one; AMD has half the memory for that
 STAGES_OF = {"nvidia": (5, 3), "amd": (2, 1)}
 STAGES, FEWER_STAGES = STAGES_OF["amd" if torch.version.hip else "nvidia"]
-FEW_ROWS = 8192  # up to here tiles of 64 rows; wider ones read the weights half as often, 45 for 89 MB at stage 4
-BLOCK_R = 64  # pairs a step of the gradient of the weights
-LEAST = 1024  # of them a chunk: their rows are several times what the chunk's sums take
-PROGRAMS = 1024  # of both: chunks, but for what an offset rounds up, and tiles of channels; eight a multiprocessor
-PARTIAL = 2**23  # sums kept apart in it, at most: 32 MB, which are written and read in the L2
+FEW_ROWS = 8192  # up to here tiles of 64 rows; tiles of 128 read the weights half as often (45 MB, not 89, at stage 4)
+BLOCK_R = 64  # pairs per step of the gradient of the weights
+LEAST = 1024  # pairs per chunk, at least: reading their rows then outweighs writing the chunk's sums
+PROGRAMS = 1024  # chunks (not counting partial ones) x tiles of channels, at most; eight per multiprocessor
+PARTIAL = 2**23  # partial sums, at most: 32 MB, which stay in the L2
 GROUP = {8: 16, 16: 8, 32: 8, 64: 4}  # input channels -> offsets whose gradients a program sums at once
-GROUP_PROGRAMS = 192  # that these are summed by: more would write and read more sums
-BLOCK_E = 1024  # of them a program that adds them
+GROUP_PROGRAMS = 192  # for the grouped sums: more programs would write and read more partial sums
+BLOCK_E = 1024  # sums per program of the last addition
 
 
 @lru_cache
@@ -155,14 +160,14 @@ def _blocks(dtype, few_rows, I, O, allow_tf32):
     if _odd(I, O) or dtype == torch.float32 and not allow_tf32:
         return [Blocks(64, i, o, pack, 4, STAGES, True, True), Blocks(64, i, o, pack, 4, STAGES, True, False)]
     ms = (64, 128) if few_rows else (128, 64)
-    # a tile reads each of its rows two to three times; whether the L1 still has it is for a GPU to say, and so is
-    # whether fewer products with nothing are worth rows that lie farther apart
+    # a tile reads each of its rows two to three times: only a GPU can tell whether the L1 still has them, and whether
+    # fewer empty products are worth reading rows that are farther apart
     ways = [(STAGES, True, True), (STAGES, False, True), (FEWER_STAGES, True, True), (STAGES, True, False)]
     return [Blocks(m, i, o, pack, 8 if m * o > 8192 else 4, *way) for way in ways for m in ms]
 
 
 def _limits(dtype, I, O, allow_tf32):
-    """Columns of a step, and output channels a tile, at most."""
+    """Columns per step and output channels per tile, at most."""
     if dtype != torch.float32:
         step, most = 64, 128
     else:
@@ -171,20 +176,20 @@ def _limits(dtype, I, O, allow_tf32):
 
 
 def _odd(*channels):
-    """Rows that are read element by element, which takes more registers."""
+    """Whether rows are read element by element, which takes more registers."""
     return any(c % 16 and c != 8 for c in channels)
 
 
 def _block(channels, most):
-    return max(16, min(triton.next_power_of_2(channels), most))  # 16 is the least that tl.dot takes
+    return max(16, min(triton.next_power_of_2(channels), most))  # 16 is the minimum of tl.dot
 
 
 def _precision(allow_tf32):
-    return "tf32" if allow_tf32 else "ieee"  # of fp32 alone
+    return "tf32" if allow_tf32 else "ieee"  # matters for fp32 only
 
 
 def _widen(features):
-    return backend.interpret and features.dtype == torch.bfloat16  # the interpreter multiplies bf16's bit patterns
+    return backend.interpret and features.dtype == torch.bfloat16  # the interpreter would multiply bf16's bit patterns
 
 
 @jit
@@ -282,7 +287,7 @@ def _d_weight_kernel(
             g, x = g.to(tl.float32), x.to(tl.float32)
         acc = tl.dot(tl.trans(g), x, acc, input_precision=PRECISION)
     at = (chunk * O + o[:, None]) * I + i[None, :]
-    wanted = tl.where(first < end, O, 0)  # nobody reads the sums of an empty chunk
+    wanted = tl.where(first < end, O, 0)  # sums of empty chunks are not read
     tl.store(partial_ptr + at, acc, mask=(o < wanted)[:, None] & i_ok)
 
 

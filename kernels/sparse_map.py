@@ -1,4 +1,4 @@
-"""Which input voxel each offset of a sparse convolution reads, as tables of row numbers.
+"""Neighbor tables: which input voxel each offset of a sparse convolution reads, as row numbers.
 
 Voxels are found by their keys in ascending order (kernels/voxel_keys.py), so every table is the same from run to run.
 An offset k = (kz, ky, kx) of a kernel, counted row-major, links input cell i and output cell o by
@@ -6,12 +6,12 @@ An offset k = (kz, ky, kx) of a kernel, counted row-major, links input cell i an
     submanifold           i = o + (k - kernel // 2) dilation            outputs: the inputs themselves
     strided               i = o stride - padding + k dilation           outputs: every o in the grid that has an input
     transposed            o = i stride - padding + k dilation           outputs: every o in the grid that has an input
-    inverse               a table read backwards: from input and offset to output
+    inverse               a table inverted: from input and offset to output
 
-on each axis. Along x the cells that a voxel reads lie side by side in the keys, so a table takes one binary search a
-(kz, ky) column and a walk. The outputs of a strided or transposed convolution are the distinct keys of all cells that
-an input reaches; a transposed table is the one that its outputs would have as a strided convolution's inputs, read
-backwards. The references write out all (input, offset) pairs and sort them instead, which a CPU does faster.
+on each axis. Along x the cells that a voxel reads are adjacent in the keys, so a table takes one binary search per
+(kz, ky) column and a linear walk. The outputs of a strided or transposed convolution are the distinct keys of all cells
+that an input reaches; a transposed table is that of the strided convolution from its outputs to its inputs, inverted.
+The references materialize and sort all (input, offset) pairs instead, which is faster on a CPU.
 
 Sizes: N inputs, M outputs, K = kz ky kx offsets. All triples are (z, y, x).
 """
@@ -36,13 +36,13 @@ def submanifold_map(
 
     Args:
         coords:      [N, 4] int32 (b, z, y, x).
-        keys, order: of `sort_voxels`; without an order the voxels are in that of their keys.
+        keys, order: of `sort_voxels`; order None: the voxels are sorted by key.
         shape:       cells (Z, Y, X).
-        kernel:      offsets (kz, ky, kx). An even kernel reaches farther down: 2 covers -1 and 0.
+        kernel:      offsets (kz, ky, kx). An even kernel reaches farther towards lower cells: 2 covers -1 and 0.
         dilation:    cells between offsets (z, y, x).
 
     Returns:
-        neighbor_idx: [K, N] int32 rows of `coords`; -1 where there is no voxel, beyond the borders above all.
+        neighbor_idx: [K, N] int32 rows of `coords`; -1 where there is no voxel, as beyond the borders.
 
     Raises ValueError if a coordinate does not fit int32 (see `check_grid`), as do the maps below.
     """
@@ -119,17 +119,17 @@ def strided_map(
     """Output voxels of a strided convolution, and the input that each offset of each one reads.
 
     Args:
-        coords:   [N, 4] int32 (b, z, y, x), each once and inside the grid, in any order.
+        coords:   [N, 4] int32 (b, z, y, x), unique and inside the grid, in any order.
         shape:    cells (Z, Y, X) of the input.
         kernel, stride, padding, dilation: cells (z, y, x), as torch's conv3d.
-        batch_size: number of grids, if known: where all their cells have keys of 32 bits, a GPU sorts half as many.
-        keys, order: of `sort_voxels`, if there are any; an order of None is that of the keys.
+        batch_size: number of grids, if known: if all keys fit 32 bits, a GPU sorts half as many bytes.
+        keys, order: of `sort_voxels`, if already computed; order None: the voxels are sorted by key.
 
     Returns:
-        out_coords:   [M, 4] int32, every cell of the output grid that reads at least one voxel, in ascending order.
+        out_coords:   [M, 4] int32, every cell of the output grid that reads at least one voxel, sorted by key.
         neighbor_idx: [K, M] int32 rows of `coords`, -1 where there is no voxel.
 
-    Waits for the device, once: for M.
+    Waits for the device once, for M.
     """
     geometry = kernel, stride, padding, dilation
     if not on_triton(coords):
@@ -143,7 +143,7 @@ def strided_map(
 
 
 def strided_map_ref(coords, shape, kernel, stride, padding, dilation, batch_size=None, keys=None, order=None):
-    """`strided_map` in plain PyTorch, which needs nothing but the first six."""
+    """`strided_map` in plain PyTorch; uses the first six arguments only."""
     _, out = _checked_strided(coords, shape, (kernel, stride, padding, dilation), batch_size)
     cells, offsets, valids = [], [], []
     for axis, (size, reach) in enumerate(zip(out, _reach(kernel, stride, dilation), strict=True)):
@@ -166,7 +166,7 @@ def _checked_strided(coords, shape, geometry, batch_size):
 
 
 def _reach(kernel, stride, dilation):
-    """How many outputs of a strided convolution read one cell, at most, on each axis."""
+    """Most outputs of a strided convolution that read one cell, on each axis."""
     return tuple((k - 1) * d // s + 1 for k, s, d in zip(kernel, stride, dilation, strict=True))
 
 
@@ -189,7 +189,7 @@ def transposed_map(
         return transposed_map_ref(coords, shape, *geometry)
     coords, out = _checked_transposed(coords, shape, geometry, batch_size)
     reached = _reached(coords, out, kernel, geometry, batch_size, transposed=True)
-    # that of a strided convolution from the outputs to the inputs
+    # the table of the strided convolution from the outputs to the inputs
     inverse_idx = _neighbors(coords, None, reached, None, out, *geometry)
     return _coords(reached, out), inverse_map(inverse_idx, len(reached))
 
@@ -232,40 +232,46 @@ def _reached(coords, out, slots, geometry, batch_size, transposed):
         return coords.new_empty(0, dtype=dtype)
     pairs = prod(slots) * len(coords)
     keys = coords.new_empty(pairs + 1, dtype=dtype)
+    (Z, Y, X), (kernel_size, stride, padding, dilation) = out, map(tuple, geometry)
     _reached_keys_kernel[(triton.cdiv(pairs + 1, BLOCK_PAIRS),)](
-        coords, keys, pairs, len(coords), *out, tuple(slots), *map(tuple, geometry),
+        coords_ptr=coords, keys_ptr=keys, PAIRS=pairs, N=len(coords), Z=Z, Y=Y, X=X, slots=tuple(slots),
+        kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation,
         TRANSPOSED=transposed, NO_KEY=no_key, BLOCK_PAIRS=BLOCK_PAIRS,
     )  # fmt: skip
-    # of keys alone: half of what sorting them with their places moves
+    # sorts keys only, which moves half as much as sorting pairs
     with host_wait("number of a convolution's output voxels"):
-        return torch.unique(keys)[:-1]  # no key is the last one
+        return torch.unique(keys)[:-1]  # without NO_KEY
 
 
 def _coords(keys, shape):
     """[M, 4] int32 (b, z, y, x) of keys."""
     coords = keys.new_empty(len(keys), 4, dtype=torch.int32)
     if len(keys):
-        _coords_kernel[(triton.cdiv(len(keys), BLOCK),)](keys, coords, len(keys), *shape, BLOCK=BLOCK)
+        Z, Y, X = shape
+        _coords_kernel[(triton.cdiv(len(keys), BLOCK),)](
+            keys_ptr=keys, coords_ptr=coords, M=len(keys), Z=Z, Y=Y, X=X, BLOCK=BLOCK
+        )  # fmt: skip
     return coords
 
 
 def _neighbors(coords, reader_order, keys, order, shape, kernel, stride, padding, dilation):
-    """[K, M] int32, the row that each offset of each reader reads: of the cell o stride - padding + k dilation.
+    """[K, M] int32, the row that each offset of each reader reads: that of cell o stride - padding + k dilation.
 
     Args:
         coords:       [M, 4] int32 of the readers.
-        reader_order: [M] int64, in which they are best taken, or None.
-        keys, order:  [N] of the voxels that are read, as `sort_voxels` gives them.
-        shape:        cells (Z, Y, X) of these.
+        reader_order: [M] int64, the order in which to process them, or None.
+        keys, order:  [N] of the voxels that are read, as of `sort_voxels`.
+        shape:        cells (Z, Y, X) of their grid.
         kernel, stride, padding, dilation: cells (z, y, x).
     """
-    (kz, ky, kx), M, N = kernel, len(coords), len(keys)
+    (kz, ky, kx), (dz, dy, dx), (Z, Y, X), M, N = kernel, dilation, shape, len(coords), len(keys)
     neighbor_idx = coords.new_empty(prod(kernel), M)
     if neighbor_idx.numel():
         _neighbors_kernel[(triton.cdiv(M, BLOCK), kz * ky)](
-            coords, reader_order, keys, order, neighbor_idx,
-            M, N, *shape, ky, tuple(stride), tuple(padding), *dilation[:2], N.bit_length(),
-            KX=kx, DX=dilation[2], NO_KEY=NO_KEY if keys.dtype == torch.int64 else NO_KEY_SHORT, BLOCK=BLOCK,
+            coords_ptr=coords, reader_order_ptr=reader_order, keys_ptr=keys, order_ptr=order,
+            neighbor_idx_ptr=neighbor_idx, M=M, N=N, Z=Z, Y=Y, X=X, KY=ky, stride=tuple(stride), padding=tuple(padding),
+            DZ=dz, DY=dy, STEPS=N.bit_length(),
+            KX=kx, DX=dx, NO_KEY=NO_KEY if keys.dtype == torch.int64 else NO_KEY_SHORT, BLOCK=BLOCK,
         )  # fmt: skip
     return neighbor_idx
 
@@ -308,11 +314,10 @@ def _gather_pairs_ref(coords, cells, offsets, valids, out, kernel):
 
 @opaque(lambda neighbor_idx, N: neighbor_idx.new_empty(len(neighbor_idx), N))
 def inverse_map(neighbor_idx: Tensor, N: int) -> Tensor:
-    """A table read backwards: the output that each input reaches through each offset.
+    """A table inverted: the output that each input reaches through each offset.
 
     Args:
-        neighbor_idx: [K, M] int32 rows in [0, N) or -1, in each row of the table every input at most once, as the maps
-                      above make them.
+        neighbor_idx: [K, M] int32 rows in [0, N) or -1, every input at most once per offset, as in the maps above.
         N:            number of inputs.
 
     Returns:
@@ -324,7 +329,9 @@ def inverse_map(neighbor_idx: Tensor, N: int) -> Tensor:
     K, M = neighbor_idx.shape
     inverse_idx = neighbor_idx.new_full((K, N), -1)
     if neighbor_idx.numel() and N:
-        _inverse_kernel[(triton.cdiv(M, BLOCK), K)](neighbor_idx.contiguous(), inverse_idx, M, N, BLOCK=BLOCK)
+        _inverse_kernel[(triton.cdiv(M, BLOCK), K)](
+            neighbor_idx_ptr=neighbor_idx.contiguous(), inverse_idx_ptr=inverse_idx, M=M, N=N, BLOCK=BLOCK
+        )  # fmt: skip
     return inverse_idx
 
 
@@ -372,10 +379,10 @@ def _coords_kernel(keys_ptr, coords_ptr, M, Z, Y, X, BLOCK: tl.constexpr):
 def _neighbors_kernel(
     coords_ptr, reader_order_ptr, keys_ptr, order_ptr,  # [M, 4], [M] or None, [N], [N] or None
     neighbor_idx_ptr,  # [K, M]
-    M, N, Z, Y, X, KY, stride, padding, DZ, DY, STEPS,  # STEPS halvings of N leave nothing
+    M, N, Z, Y, X, KY, stride, padding, DZ, DY, STEPS,  # STEPS halvings take N to 0
     KX: tl.constexpr, DX: tl.constexpr, NO_KEY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One (kz, ky) column of offsets of BLOCK readers, in the order of their keys: neighbors search alike."""
+    """One (kz, ky) column of offsets of BLOCK readers, in the order of their keys: adjacent lanes search alike."""
     p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     p_ok = p < M
     column = tl.program_id(1)
@@ -413,7 +420,7 @@ def _neighbors_kernel(
 @jit(varying=("PAIRS", "N", "Z", "Y", "X"))
 def _reached_keys_kernel(
     coords_ptr, keys_ptr,  # [N, 4], [PAIRS + 1]
-    PAIRS, N, Z, Y, X, slots, kernel, stride, padding, dilation,  # PAIRS = slots * N; Z, Y, X: the output grid
+    PAIRS, N, Z, Y, X, slots, kernel_size, stride, padding, dilation,  # PAIRS = slots * N; Z, Y, X: the output grid
     TRANSPOSED: tl.constexpr, NO_KEY: tl.constexpr, BLOCK_PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Keys of the output cells of all pairs of a slot and an input, and NO_KEY behind them."""
@@ -422,9 +429,9 @@ def _reached_keys_kernel(
     t, i = (pair // N).to(tl.int32), (pair % N).to(tl.int32)
     b, z, y, x = load_voxels(coords_ptr, i, ok)
     tz, ty, tx = t // (slots[1] * slots[2]), t // slots[2] % slots[1], t % slots[2]
-    z, z_ok = _reached_cell(z, tz, Z, kernel[0], stride[0], padding[0], dilation[0], TRANSPOSED)
-    y, y_ok = _reached_cell(y, ty, Y, kernel[1], stride[1], padding[1], dilation[1], TRANSPOSED)
-    x, x_ok = _reached_cell(x, tx, X, kernel[2], stride[2], padding[2], dilation[2], TRANSPOSED)
+    z, z_ok = _reached_cell(z, tz, Z, kernel_size[0], stride[0], padding[0], dilation[0], TRANSPOSED)
+    y, y_ok = _reached_cell(y, ty, Y, kernel_size[1], stride[1], padding[1], dilation[1], TRANSPOSED)
+    x, x_ok = _reached_cell(x, tx, X, kernel_size[2], stride[2], padding[2], dilation[2], TRANSPOSED)
     key = tl.where(ok & z_ok & y_ok & x_ok, key_of(b, z, y, x, Z, Y, X), NO_KEY)
     tl.store(keys_ptr + pair, key.to(keys_ptr.dtype.element_ty), mask=pair <= PAIRS)
 
@@ -440,7 +447,7 @@ def _inverse_kernel(neighbor_idx_ptr, inverse_idx_ptr, M, N, BLOCK: tl.constexpr
 
 @triton.jit
 def _reached_cell(cell, slot, size, kernel, stride, padding, dilation, TRANSPOSED: tl.constexpr):
-    """On one axis, the cell in a slot of those that an input reaches, and whether it exists."""
+    """On one axis, the slot-th cell that an input reaches, and whether it exists."""
     if TRANSPOSED:
         place = cell * stride - padding + slot * dilation
         return place, (place >= 0) & (place < size)

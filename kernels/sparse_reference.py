@@ -1,7 +1,7 @@
-"""sparse_conv in plain PyTorch, which multiplies in the type it accumulates in: what runs on a CPU.
+"""`sparse_conv` in plain PyTorch, multiplying in the accumulation type: the CPU path.
 
-A chunk of outputs at a time: one gather of all its pairs, a GEMM an offset, one sum a row. Dense chunks, with zeros
-where no neighbor is, would multiply 2 to 4 times as much.
+For each chunk of outputs: one gather of all its pairs, a GEMM per offset, a sum per row. Dense chunks, with zeros for
+missing neighbors, would multiply 2 to 4 times as much.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 def gather_gemm_ref(features, weight, table, finish=None):
     """Features [N, Cin], weights [K, Cin, Cout] and a `NeighborTable` [K, M] -> [M, Cout] in the accumulation type.
 
-    finish: called with a chunk of the result and the slice of its rows, changes it while it is in the cache.
+    finish: called with a chunk of the result and the slice of its rows; modifies it while it is in the cache.
     """
     x, w = _wide(features), _wide(weight).unbind()
     out = x.new_zeros(table.idx.shape[1], weight.shape[2])
@@ -31,11 +31,11 @@ def gather_gemm_ref(features, weight, table, finish=None):
 
 
 def backward_ref(features, weight, d_out, inverse, mirrored, for_features, for_weight):
-    """Gradients of features [N, Cin] and weights [Cout, K, Cin] in the type that is summed in, None if not asked for.
+    """Gradients w.r.t. features [N, Cin] and weights [Cout, K, Cin] in the accumulation type; None if not needed.
 
     Both use the inverse `NeighborTable`: each chunk of rows of `features` gathers the gradients of its outputs.
 
-    mirrored: `inverse` has its offsets in reverse.
+    mirrored: the offsets of `inverse` are reversed.
     """
     x, g = _wide(features), _wide(d_out)
     d_features = torch.zeros_like(x) if for_features else None
@@ -60,7 +60,7 @@ def backward_ref(features, weight, d_out, inverse, mirrored, for_features, for_w
 
 
 def _buffer(tensor, chunks):
-    """Room for the pairs of any chunk, with the tensor's columns: new memory for each chunk would cost a page fault."""
+    """Memory for the pairs of any chunk, with the tensor's columns: new memory per chunk would cost page faults."""
     return tensor.new_empty(max((len(n) for _, n, *_ in chunks), default=0), tensor.shape[1])
 
 
@@ -69,12 +69,12 @@ def _wide(tensor):
 
 
 def _chunks(table, channels):
-    """The pairs of a `NeighborTable`, some outputs at a time and within those offset by offset; cached in the table.
+    """The pairs of a `NeighborTable` by chunks of outputs, by offset within a chunk; cached in the table.
 
     Returns a list of
         first:  the chunk's first output.
         n, m:   [P] int32 the pairs: row that is read, output counted from `first`.
-        counts: [K] list, pairs an offset.
+        counts: [K] list, pairs per offset.
         order:  [P] int32 the same pairs sorted by output ...
         starts: [R] int32 ... and where each output's begin.
     """
@@ -82,7 +82,7 @@ def _chunks(table, channels):
     def make():
         idx = table.idx.cpu().numpy()
         M = idx.shape[1]
-        # of 2^20 features, so that a GEMM has rows enough, and what was gathered is still in the cache when it is read
+        # 2^20 features: enough rows per GEMM, and the gathered rows stay in the cache
         rows = 2**20 // channels * M // max(np.count_nonzero(idx >= 0), 1)
         rows = max(256, min(rows, 4096))
         return [_chunk(idx[:, i : i + rows], i, table.idx.device) for i in range(0, M, rows)]

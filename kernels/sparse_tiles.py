@@ -1,14 +1,14 @@
-"""A neighbor table made ready for the kernels that multiply over it: tiles of rows, and pairs offset by offset.
+"""What the sparse GEMMs read of a neighbor table: tiles of rows, and pairs by offset.
 
-A tile of BLOCK_M outputs multiplies at every offset that any of its rows has. So that its loop has no branch and can
-load ahead, what it reads lies in the order of the loop: a list of those offsets and, for each, the rows that its
-outputs read, side by side. Rows with the same offsets belong into one tile: within a window of rows they are sorted by
-which offsets they have. A wider window leaves fewer products with nothing, and rows that are read together farther
-apart; benchmarks/count_sparse_conv.py counts both. In the inverse table of a convolution of stride 2 a row has one of
-eight sets of offsets, by the parities of its cell, and the same sort finds these.
+A tile of BLOCK_M outputs multiplies at every offset that any of its rows has. Its data are stored in the order of its
+loop, which then has no branch and can prefetch: a list of those offsets and, for each, the rows that its outputs read.
+Rows with the same offsets should be in the same tile: within a window, rows are sorted by the set of their offsets. A
+wider window leaves fewer empty products, but rows that are read together are farther apart;
+benchmarks/count_sparse_conv.py counts both. In the inverse table of a stride-2 convolution a row has one of eight sets
+of offsets, by the parities of its cell, and the same sort groups them.
 
-The gradient of the weights sums over the pairs of an offset, of which the middle one has several times as many as the
-others: they are packed, and cut into equal chunks.
+The gradient of the weights sums over the pairs of an offset, of which the center offset has several times as many as
+the others: pairs are packed and split into equal chunks.
 
 All this is computed once per `NeighborTable` and cached in it, for all layers on one set of voxels and their gradients.
 """
@@ -25,36 +25,36 @@ from unipad.kernels.backend import StreamCache, jit, tl, triton
 class Tiles(NamedTuple):
     """T tiles of BLOCK_M outputs each."""
 
-    row_idx: Tensor  # [T, BLOCK_M] int32, the output at each place of a tile; -1 behind the last
-    count_idx: Tensor  # [T] int32, offsets that any row of the tile has
-    offset_idx: Tensor  # [T, K] int32, these offsets, ascending; unwritten behind the count
-    read_idx: Tensor  # [T, K, BLOCK_M] int32, what each output reads at each of them, -1 for nothing; as far
+    row_idx: Tensor  # [T, BLOCK_M] int32, the outputs of a tile; -1 behind the last
+    count_idx: Tensor  # [T] int32, number of offsets that any row of the tile has
+    offset_idx: Tensor  # [T, K] int32, these offsets, ascending; not written from `count_idx` on
+    read_idx: Tensor  # [T, K, BLOCK_M] int32, row that each output reads at each of them, -1 for none; likewise
     pairs_idx: Tensor  # [K, windows] int32, pairs of each offset in each window of rows
 
 
 class Pairs(NamedTuple):
-    """All pairs of a row that is read and an output, offset by offset, outputs ascending in each."""
+    """All pairs of a row that is read and an output, by offset, then by output."""
 
-    read_idx: Tensor  # [K * M] int32; unwritten behind the last pair
+    read_idx: Tensor  # [K * M] int32; not written behind the last pair
     row_idx: Tensor  # [K * M] int32
-    ends: Tensor  # [K, windows] int64, where the pairs of an offset in a window of rows end
+    ends: Tensor  # [K, windows] int64, end of the pairs of each offset in each window
 
 
 class Chunks(NamedTuple):
-    """The pairs of every offset cut into chunks of one length, in the order of `Pairs`; C of them at most."""
+    """The pairs of every offset in chunks of one length, in the order of `Pairs`; at most C."""
 
-    first: Tensor  # [C] int64, place of the chunk's first pair ...
-    end: Tensor  # [C] int64, ... and behind its last; chunks that are not needed are empty
-    until_idx: Tensor  # [K] int32, chunks up to the end of each offset
+    first: Tensor  # [C] int64, index of the chunk's first pair ...
+    end: Tensor  # [C] int64, ... and one past its last; unused chunks are empty
+    until_idx: Tensor  # [K] int32, number of chunks up to the end of each offset
 
 
-# Rows that are sorted among themselves. Of 1024, 4096 and all rows, by count: 1.95, 1.80 and 1.65 times the products
-# that the pairs of stage 1 need, 1.32, 1.28 and 1.18 at stage 2; unsorted 2.56 and 1.54. Of more than 1024 the
-# sort spills.
+# Rows that are sorted together. Windows of 1024, 4096 and all rows compute 1.95, 1.80 and 1.65 times the necessary
+# products at stage 1, 1.32, 1.28 and 1.18 times at stage 2; unsorted 2.56 and 1.54 (counted). Beyond 1024 the sort
+# spills.
 WINDOW = 1024
-BLOCK_K = 8  # offsets a step
-BLOCK_C = 16  # chunks a program
-KEY_BITS = 48  # of the sort's key say which offsets a row has; more offsets than that share them
+BLOCK_K = 8  # offsets per step
+BLOCK_C = 16  # chunks per program
+KEY_BITS = 48  # of the sort key for a row's offsets; with more offsets several share a bit
 
 _tables = weakref.WeakValueDictionary()  # id of an index tensor -> its `NeighborTable`
 
@@ -62,10 +62,10 @@ _tables = weakref.WeakValueDictionary()  # id of an index tensor -> its `Neighbo
 class NeighborTable:
     """A neighbor table idx [K, M] int32 with a cache of what kernels derive from it; an argument of `sparse_conv`.
 
-    The cache is freed with the table: keep the table as long as convolutions use it, and do not change `idx`.
+    The cache is freed with the table: keep the table while convolutions use it, and do not modify `idx`.
     """
 
-    def __init__(self, idx):
+    def __init__(self, idx: Tensor):
         self.idx, self.cache = idx.contiguous(), StreamCache()
         self._version = _version(self.idx)
         _tables.setdefault(id(self.idx), self)
@@ -74,10 +74,10 @@ class NeighborTable:
         return NeighborTable, (self.idx,)  # the version counter of a copied tensor starts at 0
 
     @staticmethod
-    def of(table):
-        """`table` as a `NeighborTable`: itself, the existing one of this tensor if it has not changed, or a new one.
+    def of(table: "Tensor | NeighborTable") -> "NeighborTable":
+        """`table` as a `NeighborTable`: itself, the unmodified one of this tensor if there is one, or a new one.
 
-        The lookup by tensor is for code from torch.compile, which passes tensors only.
+        The lookup by tensor is for compiled code, which passes tensors only.
         """
         if isinstance(table, NeighborTable):
             return table
@@ -85,7 +85,7 @@ class NeighborTable:
         return NeighborTable(table) if owner is None or owner._version != _version(table) else owner
 
     def get(self, key, make):
-        assert self._version == _version(self.idx), "a neighbor table has changed: its cache is no longer valid"
+        assert self._version == _version(self.idx), "a neighbor table was modified: its cache is no longer valid"
         return self.cache.get(key, self.idx.device, make)
 
     def tiles(self, block_m, sort=True):
@@ -136,8 +136,10 @@ def _make_tiles(table, block_m, sort):
     T = windows * (window // block_m)
     made = Tiles(*(table.new_empty(size) for size in [(T, block_m), T, (T, K), (T, K, block_m), (K, windows)]))
     _tiles_kernel[(windows,)](
-        table, *made, M, K, windows,
-        SORT=sort, SHARE=triton.cdiv(K, KEY_BITS), WINDOW=window, BLOCK_M=block_m, BLOCK_K=BLOCK_K, num_warps=16,
+        table_idx_ptr=table, row_idx_ptr=made.row_idx, count_idx_ptr=made.count_idx, offset_idx_ptr=made.offset_idx,
+        read_idx_ptr=made.read_idx, pairs_idx_ptr=made.pairs_idx, M=M, K=K, W=windows,
+        SORT=sort, OFFSETS_PER_BIT=triton.cdiv(K, KEY_BITS), WINDOW=window, BLOCK_M=block_m, BLOCK_K=BLOCK_K,
+        num_warps=16,
     )  # fmt: skip
     return made
 
@@ -146,7 +148,8 @@ def _make_pairs(table, counts):
     (K, M), windows = table.shape, counts.shape[1]
     made = Pairs(table.new_empty(K * M), table.new_empty(K * M), counts.flatten().cumsum(0).view(K, windows))
     _pairs_kernel[(windows, triton.cdiv(K, BLOCK_K))](
-        table, *made, M, K, windows, WINDOW=_window(M), BLOCK_K=BLOCK_K, num_warps=8
+        table_idx_ptr=table, read_idx_ptr=made.read_idx, row_idx_ptr=made.row_idx, ends_ptr=made.ends,
+        M=M, K=K, W=windows, WINDOW=_window(M), BLOCK_K=BLOCK_K, num_warps=8,
     )  # fmt: skip
     return made
 
@@ -156,7 +159,8 @@ def _make_chunks(ends, parts, least, multiple):
     C = parts + K
     made = Chunks(ends.new_empty(C), ends.new_empty(C), ends.new_empty(K, dtype=torch.int32))
     _chunks_kernel[(triton.cdiv(C, BLOCK_C),)](
-        ends, *made, windows, K, parts,
+        ends_ptr=ends, first_ptr=made.first, end_ptr=made.end, until_idx_ptr=made.until_idx,
+        W=windows, K=K, PARTS=parts,
         LEAST=least, MULTIPLE=multiple, BLOCK_C=BLOCK_C, BLOCK_OFFSETS=triton.next_power_of_2(K),
     )  # fmt: skip
     return made
@@ -167,7 +171,7 @@ def _tiles_kernel(
     table_idx_ptr,  # [K, M]
     row_idx_ptr, count_idx_ptr, offset_idx_ptr, read_idx_ptr, pairs_idx_ptr,  # as `Tiles` has them
     M, K, W,  # W windows
-    SORT: tl.constexpr, SHARE: tl.constexpr,  # offsets that share a bit of the key
+    SORT: tl.constexpr, OFFSETS_PER_BIT: tl.constexpr,  # of the sort key
     WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     TILES: tl.constexpr = WINDOW // BLOCK_M
@@ -180,8 +184,8 @@ def _tiles_kernel(
             m = window * WINDOW + i[None, :]
             ok = (k < K) & (m < M)
             n = tl.load(table_idx_ptr + k.to(tl.int64) * M + m, mask=ok, other=-1)
-            key += tl.sum((n >= 0).to(tl.int64) << (k // SHARE).to(tl.int64), axis=0)
-        key = tl.where(window * WINDOW + i < M, key, 1 << 50)  # no row: behind all others
+            key += tl.sum((n >= 0).to(tl.int64) << (k // OFFSETS_PER_BIT).to(tl.int64), axis=0)
+        key = tl.where(window * WINDOW + i < M, key, 1 << 50)  # behind all rows
         i = (_sort(key * WINDOW + i, WINDOW) % WINDOW).to(tl.int32)
     m = window * WINDOW + i
     m_ok = m < M
@@ -206,7 +210,7 @@ def _tiles_kernel(
 
 @triton.jit
 def _sort(key, SIZE: tl.constexpr):
-    """[SIZE] keys, ascending: the network of `tl.sort`, which takes a second in the interpreter."""
+    """[SIZE] keys, ascending: the network of `tl.sort`, whose own code takes a second in the interpreter."""
     i = tl.arange(0, SIZE)
     size = 2
     while size <= SIZE:

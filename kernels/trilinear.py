@@ -1,23 +1,24 @@
 """A feature volume at points, with its spatial gradient as an output.
 
-A point lies between 8 voxel centers. With the fraction f and, per axis, the shares a = (1 - f, f) of the two corners
+A point lies between 8 voxel centers. With the fraction f and, per axis, the weights a = (1 - f, f) of the two corners
 and their slopes b = (-1, 1),
 
     value = sum_ijk az_i ay_j ax_k V_ijk,   d/dx = sum_ijk az_i ay_j bx_k V_ijk,   d/dy, d/dz alike
 
-so four sums over the same 8 rows. A corner outside the volume has no share and no slope (zero padding, as
+so four sums over the same 8 rows. A corner outside the volume has weight and slope 0 (zero padding, as
 F.grid_sample with align_corners=True). Both outputs are differentiable: of the gradient, dL/dV takes the four weights
-above and dL/dpoint takes the mixed second derivatives (bx ay' ...); the pure ones are 0. That is what double backward
-of an interpolation would give, at the price of a single one.
+above and dL/dpoint takes the mixed second derivatives (bx ay' ...); the pure ones are 0. That equals the double
+backward of an interpolation, at the cost of a single one.
 """
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from unipad.kernels.backend import jit, on_triton, tl, triton
 
 
-def trilinear(volume, points, volume_idx):
+def trilinear(volume: Tensor, points: Tensor, volume_idx: Tensor) -> tuple[Tensor, Tensor]:
     """Interpolate `volume` at `points`.
 
     Args:
@@ -28,12 +29,12 @@ def trilinear(volume, points, volume_idx):
 
     Returns:
         value:    [R, S, C].
-        gradient: [R, S, 3, C] d value / d (x, y, z), per cell; on a face between cells, of the upper cell.
+        gradient: [R, S, 3, C] d value / d (x, y, z), per cell; on a face between cells, that of the upper cell.
 
-    Outputs have the promoted type of `volume` and `points` and are accumulated in it.
-    Differentiable once in `volume` and `points`, through both outputs. The kernel adds atomically into the gradient of
-    `volume`, so its last bits vary from run to run; under strict determinism the reference runs instead.
-    Raises AssertionError if shapes or types do not fit.
+    Outputs have the promoted type of `volume` and `points` and are accumulated in it. Differentiable once w.r.t.
+    `volume` and `points`, through both outputs. The kernel adds atomically to the gradient of `volume`, so its last
+    bits vary from run to run; under strict determinism the reference runs instead. Raises AssertionError if shapes or
+    types do not match.
     """
     _check(volume, points, volume_idx)
     if not on_triton(volume, deterministic=False):
@@ -42,14 +43,14 @@ def trilinear(volume, points, volume_idx):
 
 
 def trilinear_ref(volume, points, volume_idx):
-    """`trilinear` in plain PyTorch: the definition the kernels answer to."""
+    """`trilinear` in plain PyTorch: what the kernels are compared with."""
     rows, weights = _four_weights(volume, points, volume_idx)
     features = volume.flatten(0, 3).index_select(0, rows.flatten()).unflatten(0, rows.shape)  # [N, 8, C]
     out = torch.bmm(weights, features.to(weights.dtype)).unflatten(0, points.shape[:2])  # [R, S, 4, C]
     return out[:, :, 0], out[:, :, 1:]
 
 
-def trilinear_value(volume, points, volume_idx):
+def trilinear_value(volume: Tensor, points: Tensor, volume_idx: Tensor) -> Tensor:
     """The value of `trilinear` alone, for searches along rays that need no gradient: not differentiable."""
     _check(volume, points, volume_idx)
     if not on_triton(volume):
@@ -60,30 +61,30 @@ def trilinear_value(volume, points, volume_idx):
 @torch.no_grad()
 def trilinear_value_ref(volume, points, volume_idx):
     """`trilinear_value` in plain PyTorch."""
-    rows, share, _ = _corners(volume, points, volume_idx)
-    ax, ay, az = share.unbind(1)  # [2, N] each
+    rows, weight, _ = _corners(volume, points, volume_idx)
+    ax, ay, az = weight.unbind(1)  # [2, N] each
     weights = (az[:, None, None] * ay[:, None] * ax).flatten(0, 2).t().contiguous()  # [N, 8]
-    if not points.numel() or not volume.shape[4]:  # embedding_bag refuses, at random, a table without columns
+    if not points.numel() or not volume.shape[4]:  # embedding_bag may reject a table without columns
         return weights.new_zeros(*points.shape[:2], volume.shape[4])
-    # a bag is a weighted sum of table rows: the 8 rows are never written out
+    # a bag is a weighted sum of table rows: the 8 rows are never materialized
     value = F.embedding_bag(rows, volume.flatten(0, 3).to(weights.dtype), per_sample_weights=weights, mode="sum")
     return value.unflatten(0, points.shape[:2])
 
 
 def _check(volume, points, volume_idx):
     fits = volume.dim() == 5 and points.shape[2:] == (3,) and volume_idx.shape == points.shape[:1]
-    assert fits, f"{tuple(volume.shape)=}, {tuple(points.shape)=} and {tuple(volume_idx.shape)=} do not fit"
-    assert points.dtype in (torch.float32, torch.float64), f"points of {points.dtype} lie too coarsely"
-    assert min(volume.shape[1:4]) > 0, f"no voxel in volume {tuple(volume.shape)}"
+    assert fits, f"{tuple(volume.shape)=}, {tuple(points.shape)=} and {tuple(volume_idx.shape)=} do not match"
+    assert points.dtype in (torch.float32, torch.float64), f"points are fp32 or fp64, not {points.dtype}"
+    assert min(volume.shape[1:4]) > 0, f"volume {tuple(volume.shape)} has no voxels"
 
 
 def _corners(volume, points, volume_idx):
     """The 8 voxels around each of the N = R * S points.
 
     Returns:
-        rows:  [N, 8] int64 rows of `volume.flatten(0, 3)`; a corner outside is clamped.
-        share: [2, 3, N] of the lower and upper corner along x, y, z; 0 outside.
-        slope: [2, 3, N] d share / d point: -1, 1; 0 outside.
+        rows:   [N, 8] int64 rows of `volume.flatten(0, 3)`; a corner outside is clamped.
+        weight: [2, 3, N] of the lower and upper corner along x, y, z; 0 outside.
+        slope:  [2, 3, N] d weight / d point: -1, 1; 0 outside.
     """
     Z, Y, X = volume.shape[1:4]
     dtype = torch.promote_types(volume.dtype, points.dtype)
@@ -93,23 +94,23 @@ def _corners(volume, points, volume_idx):
     fraction = point - low
     corner = torch.stack([low, low + 1])  # [2, 3, N]
     inside = ((corner >= 0) & (corner < size)).to(dtype)
-    share = torch.stack([1 - fraction, fraction]) * inside
+    weight = torch.stack([1 - fraction, fraction]) * inside
     slope = torch.stack([-inside[0], inside[1]])
     x, y, z = corner.clamp(min=0).minimum(size - 1).long().unbind(1)  # [2, N] each
     first = volume_idx.long().repeat_interleave(points.shape[1]) * Z  # [N]
     rows = ((first + z[:, None, None]) * Y + y[:, None]) * X + x  # [2, 2, 2, N]
-    return rows.flatten(0, 2).t().contiguous(), share, slope
+    return rows.flatten(0, 2).t().contiguous(), weight, slope
 
 
 def _four_weights(volume, points, volume_idx):
-    """Rows [N, 8] of the 8 voxels, and [N, 4, 8] their weights in the value and in its derivatives by x, y, z."""
-    rows, share, slope = _corners(volume, points, volume_idx)
-    (ax, ay, az), (bx, by, bz) = share.unbind(1), slope.unbind(1)  # [2, N] each
+    """Rows [N, 8] of the 8 voxels, and [N, 4, 8] their weights in the value and its derivatives w.r.t. x, y, z."""
+    rows, weight, slope = _corners(volume, points, volume_idx)
+    (ax, ay, az), (bx, by, bz) = weight.unbind(1), slope.unbind(1)  # [2, N] each
     wx = torch.stack([ax, bx, ax, ax])  # [4, 2, N]: for the value, d/dx, d/dy, d/dz
     wy = torch.stack([ay, ay, by, ay])
     wz = torch.stack([az, az, az, bz])
     weights = wz[:, :, None, None] * wy[:, None, :, None] * wx[:, None, None]  # [4, 2, 2, 2, N]
-    # contiguous, or a batched product with them runs matrix by matrix
+    # contiguous, since bmm would otherwise run matrix by matrix
     return rows, weights.flatten(1, 3).permute(2, 0, 1).contiguous()
 
 
@@ -129,10 +130,11 @@ class Trilinear(torch.autograd.Function):
         d_volume = torch.zeros_like(volume, dtype=d_value.dtype) if for_volume else d_value
         d_points = torch.zeros_like(points, dtype=d_value.dtype) if for_points else d_value
         if d_value.numel():
-            sizes, grid, blocks = _launch(volume, points)
+            grid, sizes = _launch(volume, points)
             _trilinear_bwd_kernel[grid](
-                volume, points, volume_idx, d_value, d_gradient, d_volume, d_points, *sizes,
-                FOR_VOLUME=for_volume, FOR_POINTS=for_points, **blocks,
+                volume_ptr=volume, points_ptr=points, volume_idx_ptr=volume_idx,
+                d_value_ptr=d_value, d_gradient_ptr=d_gradient, d_volume_ptr=d_volume, d_points_ptr=d_points,
+                FOR_VOLUME=for_volume, FOR_POINTS=for_points, **sizes,
             )  # fmt: skip
         return (
             d_volume.to(volume.dtype) if for_volume else None,
@@ -147,24 +149,25 @@ def _forward(volume, points, volume_idx, with_gradient):
     value = volume.new_empty(R, S, C, dtype=torch.promote_types(volume.dtype, points.dtype))
     gradient = value.new_empty(R, S, 3, C) if with_gradient else value
     if value.numel():
-        sizes, grid, blocks = _launch(volume, points)
+        grid, sizes = _launch(volume, points)
         _trilinear_fwd_kernel[grid](
-            volume.contiguous(), points.contiguous(), volume_idx.contiguous(), value, gradient, *sizes,
-            WITH_GRADIENT=with_gradient, **blocks,
+            volume_ptr=volume.contiguous(), points_ptr=points.contiguous(), volume_idx_ptr=volume_idx.contiguous(),
+            value_ptr=value, gradient_ptr=gradient, WITH_GRADIENT=with_gradient, **sizes,
         )  # fmt: skip
     return value, gradient
 
 
-TILE = 1024  # points x channels per program: 8 of each of the four sums a thread
+TILE = 1024  # points x channels per program: 8 of each of the four sums per thread
 
 
 def _launch(volume, points):
-    """Sizes, grid and block sizes, the same for both kernels."""
+    """Grid, and the sizes that both kernels take."""
     _, Z, Y, X, C = volume.shape
     R, S, _ = points.shape
     block_c = triton.next_power_of_2(C)
     block_n = max(1, TILE // block_c)
-    return (R * S, S, Z, Y, X, C), (triton.cdiv(R * S, block_n),), dict(BLOCK_C=block_c, BLOCK_N=block_n)
+    sizes = dict(N=R * S, S=S, Z=Z, Y=Y, X=X, C=C, BLOCK_C=block_c, BLOCK_N=block_n)
+    return (triton.cdiv(R * S, block_n),), sizes
 
 
 @jit(varying=("N", "S"))
@@ -184,9 +187,9 @@ def _trilinear_fwd_kernel(
     value = tl.zeros((BLOCK_N, BLOCK_C), acc_ty)
     gx, gy, gz = value, value, value
     for k in tl.static_range(8):
-        z, z_ok, az, bz = _corner(pz, Z, k // 4)
-        y, y_ok, ay, by = _corner(py, Y, k // 2 % 2)
-        x, x_ok, ax, bx = _corner(px, X, k % 2)
+        z, z_ok, az, bz = axis_corner(pz, Z, k // 4)
+        y, y_ok, ay, by = axis_corner(py, Y, k // 2 % 2)
+        x, x_ok, ax, bx = axis_corner(px, X, k % 2)
         row = ((first + z) * Y + y) * X + x
         row_ok = (z_ok & y_ok & x_ok)[:, None] & nc_ok
         feature = tl.load(volume_ptr + row[:, None] * C + c, mask=row_ok, other=0.0).to(acc_ty)
@@ -227,9 +230,9 @@ def _trilinear_bwd_kernel(
     d_px = tl.zeros((BLOCK_N,), acc_ty)
     d_py, d_pz = d_px, d_px
     for k in range(8):  # rolled: unrolled it spills, and an atomic add has no latency to hide
-        z, z_ok, az, bz = _corner(pz, Z, k // 4)
-        y, y_ok, ay, by = _corner(py, Y, k // 2 % 2)
-        x, x_ok, ax, bx = _corner(px, X, k % 2)
+        z, z_ok, az, bz = axis_corner(pz, Z, k // 4)
+        y, y_ok, ay, by = axis_corner(py, Y, k // 2 % 2)
+        x, x_ok, ax, bx = axis_corner(px, X, k % 2)
         row = ((first + z) * Y + y) * X + x
         row_ok = (z_ok & y_ok & x_ok)[:, None] & nc_ok
         if FOR_VOLUME:
@@ -262,12 +265,12 @@ def _load_points(points_ptr, volume_idx_ptr, n, n_ok, S, Z, acc_ty: tl.constexpr
 
 
 @triton.jit
-def _corner(p, size, upper):
-    """Along one axis: index of the lower or upper corner, whether it is inside, its share and slope (0 outside)."""
+def axis_corner(p, size, upper):
+    """Along one axis: index of the lower or upper corner, whether it is inside, its weight and slope (0 outside)."""
     low = tl.floor(p)
     corner = low + upper
     inside = (corner >= 0) & (corner < size)
     index = tl.where(inside, corner, 0.0).to(tl.int64)
-    sign = 2 * upper - 1  # share: 1 - f or f
+    sign = 2 * upper - 1  # weight: 1 - f or f
     one = inside.to(p.dtype)
     return index, inside, one * (1 - upper + sign * (p - low)), one * sign

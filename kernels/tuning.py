@@ -1,17 +1,18 @@
-"""Which of an op's launches is fastest: found by trying each once for each kind of work, and remembered in a file.
+"""Autotuning: each candidate launch of an op is timed once per kind of work; the fastest is remembered in a file.
 
-The time of a candidate includes all the work that it causes: if it needs tiles that no earlier layer has made of the
-table, those too, since every step makes them again. Runs are timed as in a training step: back to back, with the L2 as
-the previous run leaves it and the host ahead of the device. The median decides.
+The time of a candidate includes all the work it causes, such as tiles of the table that no earlier layer has made,
+since every step makes them again. Runs are timed as in a training step: back to back, with the L2 as the previous run
+leaves it and the host ahead of the device. The lowest median wins.
 
-Off until `enable` is called: every op then takes the first of its candidates, which is a sensible one. Another choice
-may add in another order, so results are bit-equal between runs that choose alike: with tuning off, or with one file.
-Under `torch.use_deterministic_algorithms(True)` nothing is tried, since the clock would decide about bits.
+Off until `enable` is called: every op uses the first of its candidates, a sensible default. Candidates may sum in
+different orders, so results are bit-equal only between runs with the same choices: with tuning off, or with one file.
+Under `torch.use_deterministic_algorithms(True)` nothing is timed, so that timing cannot change bits.
 """
 
 import json
 import math
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -27,20 +28,20 @@ class _State:
     on: bool = False
     path: Path | None = None
     timer: object = None
-    known: dict = field(default_factory=dict)  # device -> kind of work -> the candidate chosen, as a list
-    chosen: dict = field(default_factory=dict)  # the same found in this process: (device, kind) -> candidate
+    known: dict = field(default_factory=dict)  # device -> kind of work -> the fastest candidate, as a list
+    chosen: dict = field(default_factory=dict)  # in this process: (device, kind) -> candidate
 
 
 _state = _State()
 
 
-def enable(path=None, timer=None):
-    """Try candidates from now on.
+def enable(path: str | Path | None = None, timer: Callable[[Callable], float] | None = None):
+    """Time candidates from now on.
 
     Args:
-        path:  a JSON file of what is known, read now, written at every find; None: nothing is kept. A run's folder is a
-               good place. What another process writes meanwhile is lost, not damaged.
-        timer: takes a function, returns its milliseconds; None: times it on the GPU, and without one chooses nothing.
+        path:  JSON file of results, read now and written after every search, e.g. in the run's folder; None: not saved.
+               Concurrent processes overwrite each other's results; the file stays valid.
+        timer: takes a function, returns its milliseconds; None: GPU timing, and no search without a GPU.
     """
     global _state
     path = None if path is None else Path(path)
@@ -49,13 +50,13 @@ def enable(path=None, timer=None):
 
 
 def disable():
-    """Take the first candidate from now on, whatever was found."""
+    """Use the first candidate from now on."""
     global _state
     _state = _State()
 
 
 def bucket(n):
-    """Numbers up to the same power of two are one kind of work: no new search when a count of voxels changes."""
+    """n rounded up to a power of two: no new search when the number of voxels changes a little."""
     return 1 << max(n - 1, 0).bit_length()
 
 
@@ -63,11 +64,11 @@ def choose(kind, candidates, run, device):
     """The fastest of the candidates.
 
     Args:
-        kind:       tuple that says what work this is; the last is how much of it, and is put in a bucket.
+        kind:       tuple that identifies the work; the last entry is its size, which `bucket` rounds.
         candidates: tuples; the first is the default.
-        run:        takes a candidate and does the work, including what only this candidate needs; may be called many
-                    times, and must leave nothing behind that makes another call cheaper.
-        device:     where.
+        run:        takes a candidate and does the work, including what only this candidate needs; called many times,
+                    and must not make later calls cheaper.
+        device:     to run on.
     """
     if not _state.on or len(candidates) == 1:
         return candidates[0]
@@ -81,13 +82,13 @@ def choose(kind, candidates, run, device):
 
 
 def _look_up(work, candidates):
-    """What the file says, None where it says nothing or what is no candidate any more."""
+    """The file's entry; None if there is none or it is no longer a candidate."""
     known, name = _known(work)
     return next((c for c in candidates if list(c) == known.get(name)), None)
 
 
 def _search(work, candidates, run):
-    """The fastest; None where nothing may be timed."""
+    """The fastest; None where timing is not possible or not allowed."""
     device = work[0]
     can_time = _state.timer is not None or device.type == "cuda"
     if not can_time or capturing(device) or strictly_deterministic():
@@ -101,14 +102,14 @@ def _search(work, candidates, run):
 
 
 def _known(work):
-    """What is known for the device, and the work's name in it."""
+    """The results for the device, and the key of the work among them."""
     device, *kind = work
     device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return _state.known.setdefault(device, {}), " ".join(map(str, kind))
 
 
 RUNS = 21
-SPIN = 2**22  # clock cycles, 2 to 3 ms at 1.4 to 2 GHz: time for the host to launch all runs
+SPIN = 2**22  # clock cycles, 2 to 3 ms at 1.4 to 2 GHz: enough for the host to launch all runs
 
 
 def _time(fn, device):
@@ -135,7 +136,7 @@ def _milliseconds(fn, device):
 def _save():
     if _state.path is not None:
         _state.path.parent.mkdir(parents=True, exist_ok=True)
-        # not the process's number, which one on another machine may have too
+        # not the process id, which a process on another machine may share
         new = _state.path.with_name(f"{_state.path.name}.{uuid.uuid4().hex}")
         new.write_text(json.dumps(_state.known, indent=1, sort_keys=True))
         new.replace(_state.path)

@@ -1,8 +1,7 @@
-"""Voxels by key: the order that everything about sparse voxels is searched in.
+"""Voxels sorted by key: the index of a sparse grid.
 
 A voxel (b, z, y, x) of a grid (Z, Y, X) has the key ((b Z + z) Y + y) X + x, an int64: grids may have more than 2^31
-cells. Keys in ascending order are the whole index; there is no hash table and nothing is atomic, so what is found is
-the same from run to run.
+cells. The sorted keys are the whole index; without a hash table and atomics, results are the same from run to run.
 """
 
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from torch import Tensor
 from unipad.kernels.backend import host_wait, jit, on_triton, opaque, tl, to_host, triton
 
 NO_KEY = 2**62  # sorts behind every voxel; a power of two, since F.pad takes its value as fp64
-NO_KEY_SHORT = 2**31 - 1  # the same of keys of 32 bits
+NO_KEY_SHORT = 2**31 - 1  # the same for 32-bit keys
 
 
 @opaque(lambda coords, shape: coords.new_empty(len(coords), dtype=torch.int64))
@@ -31,7 +30,10 @@ def voxel_keys(coords: Tensor, shape: Sequence[int]) -> Tensor:
     coords = checked(coords, shape)
     keys = coords.new_empty(len(coords), dtype=torch.int64)
     if len(coords):
-        _keys_kernel[(triton.cdiv(len(coords), BLOCK),)](coords, keys, len(coords), *shape, BLOCK=BLOCK)
+        Z, Y, X = shape
+        _keys_kernel[(triton.cdiv(len(coords), BLOCK),)](
+            coords_ptr=coords, keys_ptr=keys, N=len(coords), Z=Z, Y=Y, X=X, BLOCK=BLOCK
+        )  # fmt: skip
     return keys
 
 
@@ -54,14 +56,14 @@ def sort_voxels(coords: Tensor, shape: Sequence[int], check: bool = True) -> tup
     Args:
         coords: [N, 4] int32 (b, z, y, x), each once, in any order.
         shape:  cells (Z, Y, X).
-        check:  raise on coordinates that are outside the grid or occur twice. It waits for the device, once; without
-                it such coordinates give wrong tables.
+        check:  raise on coordinates that are outside the grid or occur twice; waits for the device once. Unchecked,
+                such coordinates give wrong tables.
 
     Returns:
         keys:  [N] int64 ascending.
         order: [N] int64, row of each key: keys[i] is the key of coords[order[i]].
 
-    Raises ValueError that names an invalid voxel, or for a grid that `check_grid` rejects.
+    Raises ValueError, naming the voxel, on invalid coordinates, and for a grid that `check_grid` rejects.
     """
     if not on_triton(coords):
         return sort_voxels_ref(coords, shape, check)
@@ -95,10 +97,10 @@ def _raise_on_faults(coords, shape, keys, order):
 
 
 def checked(coords, shape, *triples):
-    """The coordinates, contiguous."""
+    """The coordinates, contiguous, after checks of all shapes."""
     assert coords.dim() == 2 and coords.shape[1] == 4, f"coordinates are [N, 4], not {tuple(coords.shape)}"
     assert coords.dtype == torch.int32, f"coordinates are int32, not {coords.dtype}"
-    assert all(len(t) == 3 for t in (shape, *triples)), f"a triple (z, y, x) each: {shape}, {triples}"
+    assert all(len(t) == 3 for t in (shape, *triples)), f"not triples (z, y, x): {shape}, {triples}"
     check_grid(shape)
     return coords.contiguous()
 
@@ -106,7 +108,7 @@ def checked(coords, shape, *triples):
 def check_grid(cells, batch_size=1):
     """Raise ValueError if coordinates in a grid of `cells` (Z, Y, X) do not fit int32, or keys of a batch int64.
 
-    A convolution passes the grid that its kernel reaches, padding included: kernels compute coordinates in int32.
+    A convolution passes the grid that its kernel reaches, including padding: kernels compute coordinates in int32.
     """
     if max(cells) >= 2**31 or batch_size * prod(cells) > NO_KEY:
         raise ValueError(

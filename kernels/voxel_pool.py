@@ -1,51 +1,58 @@
-"""Pool image features into a volume of voxels: every pixel spreads along its ray, by the probability of each depth.
+"""Pool image features into a voxel volume: every pixel spreads along its ray, weighted by depth probability.
 
     volume[x] = sum_{x(r, k) = x} F[r] * P[r, k]
 
     dL/dF[r] = sum_k P[r, k] * g[x(r, k)],   dL/dP[r, k] = <g[x(r, k)], F[r]>,   g = dL/dvolume
 
-x(r, k) is the voxel that holds point k of pixel r's ray. Points next to each other on a ray that share a voxel are a
-run, which reads its feature once, with the sum of its probabilities. For the forward the runs are sorted by voxel,
-stably, and each voxel's are summed in order by the program that owns it; where they are many, whole chunks of them were
-summed by programs of their own before. In the backward a program owns pixels and walks along their rays. Nothing is
-atomic.
+x(r, k) is the voxel that contains point k of pixel r's ray. Consecutive points of a ray in one voxel are a run, which
+reads its feature once, with the sum of its probabilities. For the forward the runs are sorted by voxel, stably, and the
+program that owns a voxel sums its runs in order; where there are many, other programs have summed whole chunks of them
+before. In the backward a program owns pixels and walks along their rays. Nothing is atomic.
 
 Sizes: R pixels of all views with D depth bins each, so R D points; V voxels of all samples.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from unipad.kernels.backend import jit, on_triton, tl, triton
 
 
-def voxel_pool(features, depths, lidar2image, low, cell, shape, stride, depth_range, truncate=False):
-    """Sum feature times depth probability over the points of all views' frusta that fall into each voxel.
+def voxel_pool(
+    features: Tensor, depths: Tensor, lidar2image: Tensor, low: Sequence[float], cell: Sequence[float],
+    shape: Sequence[int], stride: int, depth_range: Sequence[float], truncate: bool = False,
+) -> Tensor:  # fmt: skip
+    """Sum feature times depth probability over the points of all views' frusta in each voxel.
 
     Args:
-        features:    [B, N, h, w, C] image features of N views; that of row i and column j stands at pixel
-                     (j * stride, i * stride), its upper left corner.
-        depths:      [B, N, h, w, D] probability of each depth bin; bin k stands at its lower edge.
+        features:    [B, N, h, w, C] image features of N views; row i, column j is at pixel (j * stride, i * stride),
+                     the upper left corner of its patch.
+        depths:      [B, N, h, w, D] probability of each depth bin; bin k is at its lower edge.
         lidar2image: [B, N, 4, 4] LiDAR meters -> (u*d, v*d, d, 1).
         low, cell:   (x, y, z) meters, LiDAR frame: lower corner of the grid, size of a voxel.
         shape:       voxels (X, Y, Z).
         stride:      pixels from one feature to the next.
-        depth_range: (nearest, farthest) meters along the optical axis, cut into D bins.
-        truncate:    round a point's place in the grid towards zero, as the original does, instead of down: points up
-                     to a voxel below the grid's lower faces then count in the voxels behind them.
+        depth_range: (nearest, farthest) meters along the optical axis, divided into D bins.
+        truncate:    round cell coordinates towards zero, as the original does, instead of down: points up to one voxel
+                     below the grid's lower faces then count in the first voxels.
 
     Returns:
         [B, Z, Y, X, C] in the features' type; a voxel without points is 0.
 
-    Differentiable once in `features` and `depths`. Accumulates in fp32 (fp64 for fp64 features); bit-equal from run to
-    run. Points are placed in fp64, by kernel and reference to the bit alike; those of a singular matrix lie nowhere.
-    A view is whatever has a matrix: several frames are more views. Follows Uni3DVoxelPoolDepth of the original.
+    Differentiable once w.r.t. `features` and `depths`. Accumulates in fp32 (fp64 for fp64 features). Deterministic.
+    Points are placed in fp64, bit-equal in kernel and reference; those of a singular matrix are dropped. Every matrix
+    is a view: pass several frames as more views. Raises AssertionError if shapes do not match. Follows
+    Uni3DVoxelPoolDepth of the original.
     """
     (B, N, h, w, _), D = features.shape, depths.shape[4]
-    assert lidar2image.shape == (B, N, 4, 4), f"lidar2image {tuple(lidar2image.shape)} does not fit {B} x {N} views"
-    assert depths.shape == (B, N, h, w, D), f"depths {tuple(depths.shape)} do not fit features {tuple(features.shape)}"
+    assert lidar2image.shape == (B, N, 4, 4), f"lidar2image {tuple(lidar2image.shape)} does not match {B} x {N} views"
+    fits = depths.shape == (B, N, h, w, D)
+    assert fits, f"depths {tuple(depths.shape)} do not match features {tuple(features.shape)}"
     X, Y, Z = shape
-    assert max(B * N * h * w * D, B * X * Y * Z) < 2**30, "points and voxels are counted in 32 bits: take fewer samples"
+    assert max(B * N * h * w * D, B * X * Y * Z) < 2**30, "points and voxels must fit 32 bits: use fewer samples"
     if not on_triton(features):
         return voxel_pool_ref(features, depths, lidar2image, low, cell, shape, stride, depth_range, truncate)
     return VoxelPool.apply(features, depths, lidar2image, low, cell, shape, stride, depth_range, truncate)
@@ -77,8 +84,8 @@ def voxel_pool_ref(features, depths, lidar2image, low, cell, shape, stride, dept
 
 
 def _geometry(lidar2image, low, cell, depth_range, D):
-    """The frusta in fp64: matrices (u*d, v*d, d, 1) -> place in the grid [B, N, 3, 4], depths of the bins [D]."""
-    # does not wait for the device to look for errors, as `torch.inverse` does
+    """The frusta in fp64: matrices (u*d, v*d, d, 1) -> cell coordinates [B, N, 3, 4], depths of the bins [D]."""
+    # unlike `torch.inverse`, does not wait for the device to check for errors
     meters = torch.linalg.inv_ex(lidar2image.double()).inverse[..., :3, :]
     places = [torch.cat([meters[..., i, :3], meters[..., i, 3:] - low[i]], dim=-1) for i in range(3)]
     # on a GPU, dividing by a Python number multiplies by its reciprocal, which moves points on cell faces
@@ -89,7 +96,7 @@ def _geometry(lidar2image, low, cell, depth_range, D):
 
 
 def _voxels_ref(matrices, bins, sizes, shape, stride, truncate):
-    """[R * D] the voxel that each point lies in, counted over all samples; their number where it lies in none."""
+    """[R * D] index of each point's voxel, counted over all samples; their number for points outside."""
     B, _, h, w, _ = sizes
     X, Y, Z = shape
     u = torch.arange(w, device=bins.device)[:, None] * stride  # [w, 1]
@@ -110,30 +117,37 @@ class VoxelPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features, depths, lidar2image, low, cell, shape, stride, depth_range, truncate):
         features, depths = features.contiguous(), depths.contiguous()
-        (B, N, h, w, C), D, (X, Y, Z) = features.shape, depths.shape[4], shape
+        (B, _, _, _, C), D, (X, Y, Z) = features.shape, depths.shape[4], shape
         P, V = depths.numel(), B * X * Y * Z
         volume = features.new_empty(B, Z, Y, X, C)
         if not min(P, V, C):
             ctx.save_for_backward(features, depths, torch.empty(0))
             ctx.voxels = 0
             return volume.zero_()
-        geometry = (N, h, w), D, tuple(low), tuple(cell), tuple(shape), stride, tuple(depth_range), truncate
-        voxel, order, pixel, begin = _find_points(lidar2image, *geometry)
+        voxel, order, pixel, begin = _find_points(
+            lidar2image, features.shape, D, low, cell, tuple(shape), stride, depth_range, truncate
+        )
         ctx.save_for_backward(features, depths, voxel)
         ctx.voxels = V
         acc_type = torch.float64 if features.dtype == torch.float64 else torch.float32
         weight = torch.empty(P, dtype=acc_type, device=features.device)
-        _runs_kernel[(triton.cdiv(P, BLOCK_P),)](depths, voxel, order, begin, weight, P, V, D, BLOCK_P=BLOCK_P)
+        _runs_kernel[(triton.cdiv(P, BLOCK_P),)](
+            depths_ptr=depths, voxel_idx_ptr=voxel, order_idx_ptr=order, begin_idx_ptr=begin, weight_ptr=weight,
+            P=P, V=V, D=D, BLOCK_P=BLOCK_P,
+        )  # fmt: skip
         chunks = P // CHUNK
         partial = torch.empty(chunks, C, dtype=acc_type, device=features.device)
         blocks = _blocks(C)
         if chunks:
             _chunks_kernel[(triton.cdiv(chunks, blocks["BLOCK_R"]),)](
-                features, weight, voxel, order, pixel, begin, partial, chunks, V, C, CHUNK=CHUNK, **blocks
-            )
+                features_ptr=features, weight_ptr=weight, voxel_idx_ptr=voxel, order_idx_ptr=order,
+                pixel_idx_ptr=pixel, begin_idx_ptr=begin, partial_ptr=partial,
+                chunks=chunks, V=V, C=C, CHUNK=CHUNK, **blocks,
+            )  # fmt: skip
         _voxel_pool_fwd_kernel[(triton.cdiv(V, blocks["BLOCK_R"]),)](
-            features, weight, pixel, begin, partial, volume, V, C, CHUNK=CHUNK, **blocks
-        )
+            features_ptr=features, weight_ptr=weight, pixel_idx_ptr=pixel, begin_idx_ptr=begin,
+            partial_ptr=partial, volume_ptr=volume, V=V, C=C, CHUNK=CHUNK, **blocks,
+        )  # fmt: skip
         return volume
 
     @staticmethod
@@ -146,44 +160,45 @@ class VoxelPool(torch.autograd.Function):
             d_features, d_depths = torch.empty_like(features), torch.empty_like(depths)
             blocks = _blocks(C)
             _voxel_pool_bwd_kernel[(triton.cdiv(R, blocks["BLOCK_R"]),)](
-                features, depths, voxel, d_volume.contiguous(), d_features, d_depths, R, V, C, D, **blocks
-            )
+                features_ptr=features, depths_ptr=depths, voxel_idx_ptr=voxel, d_volume_ptr=d_volume.contiguous(),
+                d_features_ptr=d_features, d_depths_ptr=d_depths, R=R, V=V, C=C, D=D, **blocks,
+            )  # fmt: skip
         else:
             d_features, d_depths = torch.zeros_like(features), torch.zeros_like(depths)
         return d_features, d_depths, None, None, None, None, None, None, None
 
 
 def _find_points(lidar2image, sizes, D, low, cell, shape, stride, depth_range, truncate):
-    """The voxels of the points, which depend on the cameras alone; all int32.
+    """Voxels of the points of features of `sizes` [B, N, h, w, C], which depend on the cameras alone; all int32.
 
     Returns:
-        voxel: [P] voxel of each point; the number of voxels for a point outside all of them.
-        order: [P] the first point of each run, sorted by voxel; behind the runs, all other points.
-        pixel: [P] of those points.
+        voxel: [P] voxel of each point; the number of voxels for points outside.
+        order: [P] first point of each run, sorted by voxel, then all other points.
+        pixel: [P] pixels of those points.
         begin: [V + 1] each voxel's first run in `order`.
     """
-    (B, N), h, w, (X, Y, Z) = lidar2image.shape[:2], *sizes[1:], shape
+    (B, N, h, w, _), (X, Y, Z) = sizes, shape
     P, V = B * N * h * w * D, B * X * Y * Z
     matrices, bins = _geometry(lidar2image, low, cell, depth_range, D)
     voxel = torch.empty(B * N * h * w, D, dtype=torch.int32, device=lidar2image.device)
     _voxels_kernel[(triton.cdiv(P, BLOCK_P),)](
-        matrices.contiguous(), bins, voxel, P, N, h, w, D, stride, shape, V,
-        TRUNCATE=truncate, BLOCK_P=BLOCK_P,
-        enable_fp_fusion=False,  # a point on a voxel's face would lie on the other side of it
+        matrices_ptr=matrices.contiguous(), bins_ptr=bins, voxel_idx_ptr=voxel,
+        P=P, N=N, h=h, w=w, D=D, stride=stride, shape=shape, V=V, TRUNCATE=truncate, BLOCK_P=BLOCK_P,
+        enable_fp_fusion=False,  # a point on a voxel face could end up on the other side of it
     )  # fmt: skip
-    goes_on = F.pad(voxel[:, 1:] == voxel[:, :-1], (1, 0))
-    of_runs, order = voxel.masked_fill(goes_on, V).flatten().sort(stable=True)
+    continues = F.pad(voxel[:, 1:] == voxel[:, :-1], (1, 0))
+    of_runs, order = voxel.masked_fill(continues, V).flatten().sort(stable=True)
     numbers = torch.arange(V + 1, dtype=torch.int32, device=voxel.device)
     begin = torch.searchsorted(of_runs, numbers, out_int32=True)
     order = order.int()
     return voxel.flatten(), order, order // D, begin
 
 
-# All untuned: chosen by what the compiler makes of them for sm_90, without a GPU to time them on
+# All untuned: chosen from the compiler's output for sm_90, without timing on a GPU
 BLOCK_P = 256  # points per program
 TILE = 1024  # voxels, chunks or pixels x channels per program
-CHUNK = 64  # runs; wherever it begins, a voxel of 2 * CHUNK - 1 runs or more holds a whole chunk
-UNROLL = tl.constexpr(4)  # runs whose loads are under way together
+CHUNK = 64  # runs; a voxel with at least 2 * CHUNK - 1 runs contains a whole chunk
+UNROLL = tl.constexpr(4)  # runs whose loads are in flight together
 
 
 def _blocks(C):
@@ -214,7 +229,7 @@ def _voxels_kernel(
 
 @triton.jit
 def _cell(row_ptr, u, v, d, ok, size, TRUNCATE: tl.constexpr):
-    """The cell that a point lies in on one axis, and whether it is in the grid; 0 where not."""
+    """Cell of a point on one axis, and whether it is in the grid; 0 where not."""
     a = tl.load(row_ptr, mask=ok, other=0.0)
     b = tl.load(row_ptr + 1, mask=ok, other=0.0)
     c = tl.load(row_ptr + 2, mask=ok, other=0.0)
@@ -239,12 +254,12 @@ def _runs_kernel(
     ok = i < tl.load(begin_idx_ptr + V)
     voxel = tl.load(voxel_idx_ptr + p, mask=ok, other=0)
     weight = tl.zeros((BLOCK_P,), weight_ptr.dtype.element_ty)
-    goes_on, k = ok, 0
-    while tl.max(goes_on.to(tl.int32), axis=0) > 0:
-        weight += tl.load(depths_ptr + p + k, mask=goes_on, other=0.0).to(weight.dtype)
+    continues, k = ok, 0
+    while tl.max(continues.to(tl.int32), axis=0) > 0:
+        weight += tl.load(depths_ptr + p + k, mask=continues, other=0.0).to(weight.dtype)
         k += 1
-        goes_on &= p % D + k < D
-        goes_on &= tl.load(voxel_idx_ptr + p + k, mask=goes_on, other=-1) == voxel
+        continues &= p % D + k < D
+        continues &= tl.load(voxel_idx_ptr + p + k, mask=continues, other=-1) == voxel
     tl.store(weight_ptr + i, weight, mask=ok)
 
 
@@ -255,7 +270,7 @@ def _chunks_kernel(
     chunks, V, C,
     CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The sum of each chunk of sorted runs that lies in one voxel; of other chunks nothing is written."""
+    """The sum of each chunk of sorted runs that lies in one voxel; other chunks are not written."""
     chunk = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
     c = tl.arange(0, BLOCK_C)[None, :]
     ok = (chunk + 1) * CHUNK <= tl.load(begin_idx_ptr + V)
@@ -283,7 +298,7 @@ def _voxel_pool_fwd_kernel(
     v_ok = v < V
     begin = tl.load(begin_idx_ptr + v, mask=v_ok, other=0)
     end = tl.load(begin_idx_ptr + v + 1, mask=v_ok, other=0)
-    # a voxel's runs: some up to the first whole chunk, whole chunks, the rest
+    # a voxel's runs: those before the first whole chunk, whole chunks, the rest
     first = tl.cdiv(begin, CHUNK)
     whole = tl.maximum(end // CHUNK - first, 0)
     before = tl.where(whole > 0, first * CHUNK - begin, end - begin)
@@ -332,7 +347,7 @@ def _voxel_pool_bwd_kernel(
         voxel = tl.load(voxel_idx_ptr + p, mask=r_ok, other=V)
         ok = voxel < V
         probability = tl.load(depths_ptr + p, mask=ok, other=0.0).to(acc_ty)
-        # a run's points after its first have its gradient already
+        # later points of a run reuse the gradient of its first
         other = voxel != before
         at = voxel.to(tl.int64)[:, None] * C + c
         found = tl.load(d_volume_ptr + at, mask=(ok & other)[:, None] & (c < C), other=0.0).to(acc_ty)

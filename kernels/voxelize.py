@@ -1,40 +1,46 @@
-"""Points to voxels: the mean of the first points of each occupied cell, and one point a cell.
+"""Points to voxels: the mean of the first points of each occupied cell, or one point per cell.
 
-    cell = floor((point - low) / size)  in float32, as the original's; a voxel's feature is the mean of its points
+    cell = floor((point - low) / size)  in float32, as in the original; a voxel's feature is the mean of its points
 
-Points are sorted by the key of their cell, stably: those of a cell then lie together, the first to come in front, and
-which points count and the order of the sums are the same from run to run. Nothing is atomic.
+Points are sorted stably by the key of their cell, so those of a cell are adjacent, in input order: which points count
+and the order of summation are the same from run to run. Nothing is atomic.
 
-Sizes: P points of B samples, C numbers a point, V voxels.
+Sizes: P points of B samples, C values per point, V voxels.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from unipad.kernels.backend import host_wait, jit, on_triton, tl, to_host, triton
 from unipad.kernels.voxel_keys import NO_KEY, check_grid  # NO_KEY: of points outside the grid
 
 
 @torch.no_grad()
-def voxelize(points, point_counts, low, cell, shape, max_points, max_voxels):
+def voxelize(
+    points: Tensor, point_counts: Tensor | Sequence[int], low: Sequence[float], cell: Sequence[float],
+    shape: Sequence[int], max_points: int, max_voxels: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Mean of the points in each occupied cell of a grid.
 
     Args:
-        points:       [P, C] fp32, first x, y, z in meters; the samples one after the other. A point that is not finite
-                      lies in no cell.
+        points:       [P, C] fp32, first x, y, z in meters; samples concatenated. Non-finite points are dropped.
         point_counts: [B] integers on the CPU, points of each sample.
         low, cell:    (x, y, z) meters: lower corner of the grid, size of a cell.
         shape:        cells (Z, Y, X). A point on the lower border is inside, one on the upper border is not.
-        max_points:   of a voxel, at least 1; the first ones count, later ones are dropped.
-        max_voxels:   of a sample; the first to appear stay.
+        max_points:   per voxel, at least 1; later points are dropped.
+        max_voxels:   per sample; later voxels are dropped.
 
     Returns:
         features: [V, C] means.
-        coords:   [V, 4] int32 (b, z, y, x), each once; sample after sample, within one in the order of first points.
+        coords:   [V, 4] int32 (b, z, y, x), unique; by sample, then in the order of first points.
 
-    Waits for the device, once: for V. Not differentiable. Raises ValueError for a grid that `check_grid` rejects.
-    Follows hard_voxelize_cpu and HardSimpleVFE of the original.
+    Waits for the device once, for V. Not differentiable. Deterministic. Raises ValueError for a grid that `check_grid`
+    rejects, AssertionError on points of another shape or type. Follows hard_voxelize_cpu and HardSimpleVFE of the
+    original.
     """
     if not on_triton(points):
         return voxelize_ref(points, point_counts, low, cell, shape, max_points, max_voxels)
@@ -45,17 +51,22 @@ def voxelize(points, point_counts, low, cell, shape, max_points, max_voxels):
     points = points.contiguous()
     on_device = counts.to(points.device, non_blocking=True)
     ends = on_device.cumsum(0)
-    # what a compiled kernel receives; the interpreter would hand it fp64
+    # rounded to fp32 as for a compiled kernel; the interpreter would pass fp64
     low, cell = (tuple(np.float32(t).tolist()) for t in (low, cell))
 
     keys = torch.empty(P, dtype=torch.int64, device=points.device)
     grid = (triton.cdiv(P, BLOCK_P),)
-    _cell_keys_kernel[grid](points, ends, keys, P, C, B, low, cell, tuple(shape), NO_KEY=NO_KEY, BLOCK_P=BLOCK_P)
+    _cell_keys_kernel[grid](
+        points_ptr=points, ends_ptr=ends, keys_ptr=keys, P=P, C=C, B=B, low=low, cell=cell, shape=tuple(shape),
+        NO_KEY=NO_KEY, BLOCK_P=BLOCK_P,
+    )  # fmt: skip
     keys, order = keys.sort(stable=True)
     start = torch.empty(P, dtype=torch.int32, device=points.device)
-    _mark_first_kernel[grid](keys, order, start, P, NO_KEY=NO_KEY, BLOCK_P=BLOCK_P)
+    _mark_first_kernel[grid](
+        keys_ptr=keys, order_ptr=order, start_idx_ptr=start, P=P, NO_KEY=NO_KEY, BLOCK_P=BLOCK_P
+    )  # fmt: skip
 
-    kept = start >= 0  # [P] the points that are the first of a voxel
+    kept = start >= 0  # [P] whether a point is the first of a voxel
     if int(counts.max()) > max_voxels:
         number = F.pad(kept.cumsum(0), (1, 0))  # voxels before each point
         before = number[ends - on_device].repeat_interleave(on_device, output_size=P)  # ... before its sample
@@ -69,8 +80,9 @@ def voxelize(points, point_counts, low, cell, shape, max_points, max_voxels):
         block_c = triton.next_power_of_2(C)
         block_v = max(1, TILE // block_c)
         _mean_kernel[(triton.cdiv(V, block_v),)](
-            points, keys, order, start, first, features, coords,
-            P, C, V, tuple(shape), max_points, NO_KEY=NO_KEY, BLOCK_V=block_v, BLOCK_C=block_c,
+            points_ptr=points, keys_ptr=keys, order_ptr=order, start_idx_ptr=start, first_ptr=first,
+            features_ptr=features, coords_ptr=coords, P=P, C=C, V=V, shape=tuple(shape), max_points=max_points,
+            NO_KEY=NO_KEY, BLOCK_V=block_v, BLOCK_C=block_c,
         )  # fmt: skip
     return features, coords
 
@@ -109,31 +121,33 @@ def voxelize_ref(points, point_counts, low, cell, shape, max_points, max_voxels)
 
 
 @torch.no_grad()
-def grid_sample(points, point_counts, cell, noise=None):
+def grid_sample(
+    points: Tensor, point_counts: Tensor | Sequence[int], cell: float, noise: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, tuple[list[int], list[int]]]:
     """One point of each occupied cell, for segmentation.
 
     Args:
-        points:       [P, C] fp32, first x, y, z in meters, finite; the samples one after the other.
+        points:       [P, C] fp32, first x, y, z in meters, finite; samples concatenated.
         point_counts: [B] integers on the CPU, points of each sample.
-        cell:         meters, size of a cell on all axes. Cells are multiples of it: floor(point / cell) in float32.
-        noise:        [P] uniform in [0, 1): the point of a cell with the smallest one is taken. None: the first.
+        cell:         meters, size of a cell on all axes; cell coordinates are floor(point / cell) in float32.
+        noise:        [P] uniform in [0, 1): the point of a cell with the smallest value is taken. None: the first.
 
     Returns:
-        rows:    [V] int64, rows of `points`, one a cell, in ascending order of `coords`.
-        coords:  [V, 4] int32 (b, z, y, x) of the cells, negative ones too.
-        cell_of: [P] int64, the row among `coords` of each point.
+        rows:    [V] int64, rows of `points`, one per cell, in ascending order of `coords`.
+        coords:  [V, 4] int32 (b, z, y, x) of the cells, possibly negative.
+        cell_of: [P] int64, row of `coords` of each point.
         extent:  lowest and highest cell along each axis, two lists (z, y, x); zeros without points.
 
-    Waits for the device, once: for V and the extent. Raises ValueError if the coordinates of a cell do not fit int32,
-    e.g. because a point is not finite. Elementwise torch and its sorts on every device: nothing is left for a kernel of
-    our own. Follows GridSample of Pointcept, which counts cells from each sample's minimum; that shifts their
-    coordinates, not their borders.
+    Waits for the device once, for V and the extent. Raises ValueError if the coordinates of a cell do not fit int32,
+    e.g. because a point is not finite. Elementwise PyTorch and its sorts on every device, without a kernel of our own.
+    Follows GridSample of Pointcept, which counts cells from each sample's minimum; that shifts their coordinates, not
+    their borders.
     """
     counts, P = _check(points, point_counts), len(points)
     if not P:
         none = torch.empty(0, dtype=torch.int64, device=points.device)
         return none, none.new_empty((0, 4), dtype=torch.int32), none, ([0, 0, 0], [0, 0, 0])
-    # on a GPU, dividing by a Python number multiplies by its reciprocal, which moves points into other cells
+    # on a GPU, dividing by a Python number multiplies by its reciprocal, which could move points into other cells
     sample, place = _samples(counts, points), (points[:, :3] / points.new_full((), cell)).floor().long()
     low, high = place.amin(dim=0), place.amax(dim=0)
     x, y, z = (place - low).unbind(1)
@@ -150,7 +164,7 @@ def grid_sample(points, point_counts, cell, noise=None):
     V, *extent = to_host(numbers, "number and extent of occupied cells")
     low, high = extent[:3], extent[3:]
     if min(low) < -(2**31) or max(high) >= 2**31:
-        raise ValueError(f"points fall into cells (z, y, x) = {low} to {high}, beyond 32 bits: are all points finite?")
+        raise ValueError(f"points lie in cells (z, y, x) = {low} to {high}, beyond 32 bits: are all points finite?")
     check_grid([h - l + 1 for l, h in zip(low, high, strict=True)], len(counts))
     rows, cell_of = order[new.nonzero_static(size=V)[:, 0]], torch.empty_like(order)
     cell_of[order] = new.cumsum(0) - 1
@@ -164,7 +178,7 @@ def _check(points, point_counts, shape=(1, 1, 1), max_points=1):
     assert fits, f"points are [P, 3 or more] float32, not {tuple(points.shape)} {points.dtype}"
     assert counts.device.type == "cpu", "points are counted on the CPU, so that nothing waits for the device"
     assert int(counts.sum()) == len(points), f"{counts.tolist()} points in the samples, {len(points)} in all"
-    assert max_points >= 1, f"a voxel of at most {max_points} points"
+    assert max_points >= 1, f"max_points is at least 1, not {max_points}"
     check_grid(shape, len(counts))
     return counts
 
@@ -176,7 +190,7 @@ def _samples(counts, points):
 
 
 BLOCK_P = 256  # points per program
-TILE = 1024  # voxels x numbers per program
+TILE = 1024  # voxels x values per program
 
 
 @jit(varying=("P", "B"))
@@ -200,8 +214,8 @@ def _cell_keys_kernel(
 
 @triton.jit
 def _cell(point, low, size, cells):
-    """The cell that a point lies in on one axis, and whether it is in the grid; 0 where not."""
-    # an approximate quotient, as `/` is, would put points on a border into another cell than the original's
+    """Cell of a point on one axis, and whether it is in the grid; 0 where not."""
+    # `/` is approximate and would put points on a border into another cell than the original does
     place = tl.floor(tl.div_rn(point - low, size + tl.zeros_like(point)))
     inside = (place >= 0) & (place < cells)  # false for NaN
     return tl.where(inside, place, 0.0).to(tl.int64), inside
@@ -212,7 +226,7 @@ def _mark_first_kernel(
     keys_ptr, order_ptr, start_idx_ptr,  # [P] sorted, [P], [P]
     P, NO_KEY: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """For the first point of each voxel the place in `order` where the voxel's points start, -1 for other points."""
+    """For the first point of each voxel, where the voxel's points start in `order`; -1 for other points."""
     q = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)  # [BLOCK_P]
     q_ok = q < P
     key = tl.load(keys_ptr + q, mask=q_ok, other=NO_KEY)

@@ -262,10 +262,11 @@ def print_seeded_faults():
         options = dict(launch.options) | {"num_stages": stages}
         return compile_line(replace(launch, options=tuple(options.items())), "sm_120").get("fault", "")[:6] or None
 
+    sizes = dict(R=1, S=8, C=1, BLOCK_R=1, BLOCK_C=16)
     faults = {
         "a tensor left on the CPU": lambda x: x + torch.ones(8),
         "a CPU tensor in a launch": lambda x: _composite_fwd_kernel[(1,)](
-            x, torch.ones(8), *3 * [x], 1, 8, 1, BLOCK_R=1, BLOCK_C=16
+            **dict.fromkeys(("alpha_ptr", "out_ptr", "trans_ptr", "weights_ptr"), x), values_ptr=torch.ones(8), **sizes
         ),
         "a CPU generator": lambda x: torch.rand(8, device=CUDA, generator=torch.Generator()),
         "item": lambda x: x.sum().item(),

@@ -14,7 +14,7 @@ from unipad.config import Grid, Render
 from unipad.kernels import backend
 from unipad.kernels.lift import lift
 from unipad.kernels.sdf_alpha import laplace_density, neus_alpha
-from unipad.model.field import Field, Softplus
+from unipad.model.field import Field
 from unipad.model.rays import Rays
 from unipad.model.render import Renderer
 from unipad.model.samplers import unisurf_edges
@@ -233,21 +233,6 @@ def test_gradient_is_the_derivative_of_the_distance():
     _, gradient, _ = field(volume, points, torch.zeros(6, 3, dtype=torch.float64), idx)
     (expected,) = torch.autograd.grad(field.sdf(volume, points, idx).sum(), points)
     assert_close_to_max(gradient, expected, 1e-12)
-
-
-def test_softplus_is_linear_beyond_the_threshold():
-    """Like torch's: value, slope and curvature; from 0.2 up exactly z, 1 and 0."""
-    z = torch.tensor([-3.0, -0.2, -0.01, 0.0, 0.01, 0.199, 0.201, 0.3, 5.0], dtype=torch.float64, requires_grad=True)
-    out, slope = Softplus.apply(z)
-    expected = torch.nn.functional.softplus(z, beta=100)
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-16)
-    (expected_slope,) = torch.autograd.grad(expected.sum(), z, create_graph=True)
-    torch.testing.assert_close(slope, expected_slope, rtol=0, atol=1e-15)
-    assert slope[-3:].tolist() == [1, 1, 1] and out[-3:].tolist() == z[-3:].tolist()
-    (curvature,) = torch.autograd.grad(slope.sum(), z)
-    (expected_curvature,) = torch.autograd.grad(expected_slope.sum(), z)
-    torch.testing.assert_close(curvature, expected_curvature, rtol=0, atol=1e-13)
-    assert curvature[-3:].tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("method", ["neus", "volsdf", "unisurf"])

@@ -39,7 +39,7 @@ def _double_kernel(
 
 def double(x, fault=""):
     out = torch.empty_like(x)
-    _double_kernel[(-(-len(x) // BLOCK),)](x, out, len(x), FAULT=fault, BLOCK=BLOCK)
+    _double_kernel[(-(-len(x) // BLOCK),)](x_ptr=x, out_ptr=out, N=len(x), FAULT=fault, BLOCK=BLOCK)
     return out
 
 
@@ -100,7 +100,8 @@ def test_a_tensor_left_on_the_cpu():
 
 def test_a_tensor_left_on_the_cpu_in_a_tuple():
     with pytest.raises(ValueError, match="x_ptr cannot be accessed from Triton"):
-        _double_kernel[(1,)]((torch.rand(5, device="cuda"), torch.rand(5)), None, 5, FAULT="", BLOCK=BLOCK)
+        pair = torch.rand(5, device="cuda"), torch.rand(5)
+        _double_kernel[(1,)](x_ptr=pair, out_ptr=None, N=5, FAULT="", BLOCK=BLOCK)
 
 
 @pytest.mark.parametrize(
@@ -145,5 +146,5 @@ def _count_kernel(cell_idx_ptr, count_ptr, before_ptr, N, BLOCK: tl.constexpr): 
 def test_atomic_adds_are_not_a_race():
     cell = torch.tensor([2, 0, 2, 2, 1, 0, 2, 0, 2, 1, 2], device="cuda", dtype=torch.int32)
     count, before = torch.zeros(3, device="cuda", dtype=torch.int32), torch.empty_like(cell)
-    _count_kernel[(2,)](cell, count, before, len(cell), BLOCK=BLOCK)
+    _count_kernel[(2,)](cell_idx_ptr=cell, count_ptr=count, before_ptr=before, N=len(cell), BLOCK=BLOCK)
     assert count.tolist() == [3, 2, 6] and before.tolist() == [0, 0, 1, 2, 0, 1, 3, 2, 4, 1, 5]

@@ -29,22 +29,26 @@ class OfDevice:
         return self.index
 
 
-@pytest.mark.parametrize("args", [(OfDevice(3), 5), ((OfDevice(3), OfDevice(3)), 5), (None, OfDevice(3), 5)])
-def test_a_kernel_runs_on_the_gpu_of_its_first_tensor_with_fp_fusion(monkeypatch, args):
+@pytest.mark.parametrize("x, N", [(OfDevice(3), 5), ((OfDevice(3), OfDevice(3)), 5), (None, OfDevice(3))])
+def test_a_kernel_runs_on_the_gpu_of_its_first_tensor_with_fp_fusion(monkeypatch, x, N):
     guarded, launched = [], []
     monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: guarded.append(tensor.index) or nullcontext())
-    monkeypatch.setattr(type(_double_kernel), "run", lambda kernel, *args, **kwargs: launched.append((args, kwargs)))
-    _double_kernel[(1,)](*args, BLOCK=8)
-    ((given, options),) = launched
-    assert guarded == [3] and given == args
-    assert options == dict(grid=(1,), warmup=False, BLOCK=8, enable_fp_fusion=True)
-    _double_kernel[(1,)](*args, BLOCK=8, enable_fp_fusion=False)
-    assert not launched[1][1]["enable_fp_fusion"]
+    monkeypatch.setattr(type(_double_kernel), "run", lambda kernel, **given: launched.append(given))
+    _double_kernel[(1,)](x_ptr=x, N=N, BLOCK=8)
+    assert guarded == [3]
+    assert launched == [dict(grid=(1,), warmup=False, x_ptr=x, N=N, BLOCK=8, enable_fp_fusion=True)]
+    _double_kernel[(1,)](x_ptr=x, N=N, BLOCK=8, enable_fp_fusion=False)
+    assert not launched[1]["enable_fp_fusion"]
+
+
+def test_a_kernel_is_launched_by_keyword():
+    with pytest.raises(TypeError, match="positional"):
+        _double_kernel[(1,)](torch.arange(8.0), 5, 8, BLOCK=8)
 
 
 def test_a_kernel_computes_under_the_guard(device):
     x = torch.arange(8.0, device=device)
-    _double_kernel[(1,)](x, 5, 8, BLOCK=8)
+    _double_kernel[(1,)](x_ptr=x, N=5, WIDTH=8, BLOCK=8)
     assert x.tolist() == [0, 2, 4, 6, 8, 5, 6, 7]
 
 

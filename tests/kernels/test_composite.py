@@ -72,5 +72,5 @@ def test_gradcheck(device):
 
 
 def test_rejects_mismatched_shapes(device):
-    with pytest.raises(AssertionError, match="does not fit"):
+    with pytest.raises(AssertionError, match="does not match"):
         composite(torch.rand(2, 3, device=device), torch.rand(2, 4, 3, device=device))

@@ -43,7 +43,7 @@ IMAGE = (24, 40)  # pixels
 
 
 def views(B, N, device):
-    """[B, N, 4, 4] cameras in the origin that look along y, turned and scaled a little; rows in fp32."""
+    """[B, N, 4, 4] cameras at the origin looking along y, slightly rotated and scaled; rows in fp32."""
     intrinsics = torch.tensor([[20.0, 0, 20, 0], [0, 20, 12, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
     extrinsics = torch.tensor([[1.0, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]])  # x right, y ahead, z up
     turned = extrinsics + 0.05 * torch.randn(B, N, 4, 4) * torch.tensor([1.0, 1, 1, 0])[:, None]
@@ -180,8 +180,8 @@ def test_corners_are_those_of_a_float32_arange(op, device):
 
 
 @pytest.mark.parametrize("op", [lift, lift_ref])
-def test_what_no_camera_can_see_is_zero(op, device):
-    """Corners behind the camera, in it, on the limits of the depth range; a view that is not a number."""
+def test_invisible_voxels_are_zero(op, device):
+    """Corners behind the camera, at its center, on the limits of the depth range; a view of NaNs."""
     view = torch.eye(4, device=device).expand(1, 2, 4, 4).clone()  # depth is z, pixel (x, y) / z
     view[:, 1] = torch.nan
     ones = [torch.ones(1, 2, 1, 1, 1, device=device)]
@@ -189,7 +189,7 @@ def test_what_no_camera_can_see_is_zero(op, device):
     assert volume.flatten().tolist() == [0, 0, 0, 1, 1, 0]  # depth -1, 0, 1, 2, 3, 4
 
 
-def test_views_of_one_voxel_add_up(device):
+def test_views_of_one_voxel_are_summed(device):
     """Every view hits the same taps with the same voxels, so the atomic sums collide."""
     inputs = make_inputs(1, 1, [(2, 2)], 4, 2, (4, 4, 2), device)
     inputs["lidar2image"] = inputs["lidar2image"].expand(1, 3, 4, 4)
@@ -220,7 +220,7 @@ def test_gradcheck(device):
 
 
 @pytest.mark.parametrize("strict, crowd, gathered", [(True, 10**9, 2), (False, 10, 1), (False, 10**9, 0)])
-def test_what_is_gathered(strict, crowd, gathered, device, large_blocks, monkeypatch):
+def test_levels_that_gather(strict, crowd, gathered, device, large_blocks, monkeypatch):
     """Crowded levels, or all of them where bits must not vary: 200 voxels, 15 and 60 pixels."""
     monkeypatch.setattr(unipad.kernels.lift, "CROWD", crowd)
     inputs = make_inputs(1, 1, [(3, 5), (6, 10)], 3, 4, (10, 10, 2), device)
@@ -240,7 +240,7 @@ def test_what_is_gathered(strict, crowd, gathered, device, large_blocks, monkeyp
 
 @pytest.mark.parametrize("op", [lift, lift_ref])
 def test_a_feature_changes_its_ray_alone(op, device, large_blocks):
-    """Exactly the voxels that its view sees less than a pixel away from it."""
+    """Exactly the voxels that the view sees less than a pixel away."""
     inputs = make_inputs(1, 2, [(5, 7)], 3, 4, (8, 8, 3), device)
     before = op(**inputs)
     inputs["features"][0][0, 1, 2, 3] += 1
@@ -274,9 +274,9 @@ def test_frames_are_more_views(device, large_blocks):
 
 def test_rejects_mismatched_shapes(device):
     inputs = make_inputs(1, 2, [(3, 5)], 3, 4, (2, 2, 2), device)
-    with pytest.raises(AssertionError, match="does not fit"):
+    with pytest.raises(AssertionError, match="does not match"):
         lift(**inputs | dict(lidar2image=views(1, 3, device)))
-    with pytest.raises(AssertionError, match="does not fit"):
+    with pytest.raises(AssertionError, match="does not match"):
         lift(**inputs | dict(depths=[torch.rand(1, 2, 3, 4, 4, device=device)]))
     with pytest.raises(AssertionError, match="32 bits"):
         lift(**inputs | dict(shape=(2**10, 2**10, 2**10)))

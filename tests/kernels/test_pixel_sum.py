@@ -41,9 +41,9 @@ def test_is_the_gradient_of_the_interpolation(device, monkeypatch):
     rows = (1 - (y[..., None] - torch.arange(h)).abs()).clamp(min=0)  # [B, N, V, h]
     columns = (1 - (x[..., None] - torch.arange(w)).abs()).clamp(min=0)
     bins = (1 - (z[..., None] - torch.arange(D)).abs()).clamp(min=0)
-    share = rows[..., None] * columns[..., None, :] * seen[..., None, None]  # [B, N, V, h, w]
-    expected = torch.einsum("bnvhw,bnv,bvc->bnhwc", share, probability, d_volume.view(B, V, C))
-    expected_depth = torch.einsum("bnvhw,bnv,bnvd->bnhwd", share, along, bins)
+    weight = rows[..., None] * columns[..., None, :] * seen[..., None, None]  # [B, N, V, h, w]
+    expected = torch.einsum("bnvhw,bnv,bvc->bnhwc", weight, probability, d_volume.view(B, V, C))
+    expected_depth = torch.einsum("bnvhw,bnv,bnvd->bnhwd", weight, along, bins)
 
     for crowded in (False, True):
         d_feature, d_depth = torch.empty_like(expected, device=device), torch.empty_like(expected_depth, device=device)

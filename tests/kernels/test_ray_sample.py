@@ -117,7 +117,7 @@ def test_stratified_starts_by_hand(fn, device):
 
 @pytest.mark.parametrize("fn", [stratified_starts, stratified_starts_ref])
 def test_edges_of_the_shortest_ray_ascend(fn, device):
-    """far - near is a few steps of fp32: 33 edges fall on few numbers, yet none before its predecessor."""
+    """far - near is a few ulps of fp32: 33 edges round to few numbers, but stay ascending."""
     near = uniform(16, device=device).float()
     far = torch.maximum(near, near + 1e-6)
     for jitter in (None, uniform(16, device=device).float()):
@@ -174,7 +174,7 @@ def test_samples_stay_between_the_edges_when_u_rounds_to_one(fn, device):
 
 @pytest.mark.parametrize("fn", [resample, resample_ref])
 def test_a_spike_is_sampled_alone(fn, device):
-    """All mass between two edges that coincide: all new samples fall on them, and nothing moves."""
+    """All mass between two equal edges: all new samples equal them."""
     edges = torch.tensor([[0.0, 0.25, 0.25, 1.0]], device=device)
     weights = torch.tensor([[0.0, 1.0, 0.0]], device=device)
     assert fn(edges, weights, 3).tolist() == [[0, 0.25, 0.25, 0.25, 0.25, 0.25, 1]]
@@ -196,5 +196,5 @@ def test_merge_by_hand(fn, device):
 
 @pytest.mark.parametrize("fn", [resample, sample_pdf])
 def test_rejects_mismatched_shapes(fn, device):
-    with pytest.raises(AssertionError, match="do not fit"):
+    with pytest.raises(AssertionError, match="do not match"):
         fn(torch.rand(2, 4, device=device), torch.rand(2, 4, device=device), 3)

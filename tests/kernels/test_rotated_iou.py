@@ -133,7 +133,7 @@ BY_HAND = [  # a, b, IoU: x, y, w, l, yaw
     ((0, 0, 2, 8, pi / 4), (2, -2, 1, 1, 0.3), 0),  # ... and not there
     ((0, 0, 4, 4, 0), (1, 0, 1, 2, 0), 1 / 8),  # contained, one edge on an edge
     ((5, 5, 4, 2, 1.1), (5, 5, 4, 2, 1.1), 1),
-    ((5, 5, 4, 2, 1.1), (5, 5, 4, 2, 1.1 + pi), 1),  # turned round
+    ((5, 5, 4, 2, 1.1), (5, 5, 4, 2, 1.1 + pi), 1),  # rotated by pi
     ((0, 0, 2, 2, 0), (2, 0, 2, 2, 0), 0),  # one edge in common
     ((0, 0, 2, 2, 0), (2, 2, 2, 2, 0), 0),  # one corner
     ((0, 0, 2, 2, 0), (1 + sqrt(2), 0, 2, 2, pi / 4), 0),  # a corner on an edge
@@ -167,8 +167,8 @@ def test_paired_by_hand(fn, device):
     torch.testing.assert_close(fn(a, b), expected, rtol=0, atol=5e-7)
 
 
-def test_symmetric_and_blind_to_where_and_how_one_stands(device):
-    """To fp32's rounding: turned by an odd angle, moved by a power of two that costs no digit of the coordinates."""
+def test_symmetric_and_invariant_to_rigid_motion(device):
+    """Up to fp32 rounding: rotated by an odd angle, moved by a power of two so that coordinates stay exact."""
     a, b = (make_boxes(40, device).float() for _ in range(2))
     for boxes in (a, b):
         boxes[:, :2] = (boxes[:, :2] * 64).round() / 64
@@ -233,7 +233,7 @@ def test_nms_by_hand(fn, device):
 
 @pytest.mark.parametrize("fn", [rotated_nms, rotated_nms_ref])
 def test_nms_of_a_chain(fn, device):
-    """Each box overlaps the next: every other one stays, the last after all others are judged."""
+    """Each box overlaps the next: every other one is kept, the last decided after all others."""
     boxes = torch.tensor([[0, 0, 1, 1, 0.0]], device=device).repeat(101, 1)
     boxes[:, 0] = torch.arange(101, device=device) * 0.6
     rows = fn(boxes, -torch.arange(101.0, device=device), 0.2)
@@ -278,13 +278,13 @@ def test_is_the_original(bev, paired, nms, device):
 @pytest.mark.parametrize("fn, columns", [
     (rotated_iou_bev, 5), (rotated_iou_bev_ref, 5), (paired_iou_3d, 7), (paired_iou_3d_ref, 7),
 ])  # fmt: skip
-def test_rejects_what_does_not_fit(fn, columns, device):
+def test_rejects_what_does_not_match(fn, columns, device):
     boxes = torch.rand(4, columns, device=device)
     with pytest.raises(AssertionError, match=rf"\[N, {columns}\]"):
         fn(boxes, boxes[:, :4])
     with pytest.raises(AssertionError, match="float32 or float64"):
         fn(boxes.half(), boxes.half())
-    with pytest.raises(AssertionError, match="and of"):
+    with pytest.raises(AssertionError, match="different types"):
         fn(boxes, boxes.double())
     if columns == 7:
         with pytest.raises(AssertionError, match="3 partners"):
@@ -293,5 +293,5 @@ def test_rejects_what_does_not_fit(fn, columns, device):
 
 @pytest.mark.parametrize("fn", [rotated_nms, rotated_nms_ref])
 def test_nms_rejects_what_does_not_fit(fn, device):
-    with pytest.raises(AssertionError, match="do not fit"):
+    with pytest.raises(AssertionError, match="do not match"):
         fn(torch.rand(4, 5, device=device), torch.rand(3, device=device), 0.2)

@@ -203,5 +203,5 @@ def test_volsdf_alpha_gradcheck(device):
 def test_rejects_mismatched_shapes(name, device):
     inputs = neus_inputs(3, 4, device)
     inputs[name] = inputs[name][:2]
-    with pytest.raises(AssertionError, match="fit sdf"):
+    with pytest.raises(AssertionError, match="match sdf"):
         neus_alpha(**inputs)

@@ -1,10 +1,11 @@
-"""The fused renderer against its formulas one by one under autograd, which differentiates the distance twice."""
+"""The fused renderer compared with its formulas one by one under autograd, which differentiates the distance twice."""
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.eager import eager_field
 from tests.ahead_of_time import Launch
 from tests.check import check_against_ref, launches
 from tests.conftest import HAS_GPU
@@ -79,7 +80,7 @@ def random_mlp(conditions, outputs, hidden, layers):
 
 
 def make_inputs(R, S, channels=32, hidden=16, sdf_layers=6, rgb_layers=4, density=20.0, B=2):
-    """Rays of two volumes from near the middle, a third of each outside the box; the fourth ray of them misses."""
+    """Rays of two volumes from near the middle, a third of each outside the box; the fourth ray misses."""
     rgb = random_mlp(3 + channels + 3 + hidden, 3, hidden, rgb_layers) if rgb_layers else None
     inputs = dict(
         volume=torch.randn(B, 5, 9, 9, channels),
@@ -112,28 +113,16 @@ def called(op, method="neus", **options):
 def composed(method):
     """The formulas one after the other, layer by layer, the gradient of the distance by autograd."""
 
-    def mlp(leaves, point, seen, act):
-        (P, q), layers = leaves[:2], [leaves[i : i + 4] for i in range(2, len(leaves), 4)]
-        x = point @ P.t() + q
-        for l, (C, d, W, b) in enumerate(layers):
-            x = (x + seen @ C.t() + d) @ W.t() + b
-            x = act(x) if l < len(layers) - 1 else x
-        return x
-
     def call(
         volume, origins, directions, volume_idx, hit, edges, sdf_mlp, rgb_mlp, density, cells_per_unit, first_cell
     ):
         starts, deltas = edges[:, :-1], edges.diff(dim=1)
-        points = (origins[:, None] + directions[:, None] * starts[..., None]).requires_grad_()
-        with torch.enable_grad():
-            feature = trilinear_ref(volume, points * cells_per_unit + first_cell, volume_idx)[0]
-            out = mlp(sdf_mlp, points, feature, lambda z: F.softplus(z, beta=100))
-            sdf, geometry = out[..., 0], out[..., 1:]
-            (gradient,) = torch.autograd.grad(sdf.sum(), points, create_graph=True)
-        rgb = torch.zeros_like(points)
-        if rgb_mlp is not None:
-            seen = torch.cat([directions[:, None].expand_as(points), feature, gradient, geometry], dim=-1)
-            rgb = mlp(rgb_mlp, points, seen, torch.relu).sigmoid()
+        points = origins[:, None] + directions[:, None] * starts[..., None]
+
+        def interpolate(points):
+            return trilinear_ref(volume, points * cells_per_unit + first_cell, volume_idx)[0]
+
+        sdf, gradient, rgb = eager_field(interpolate, points, directions, sdf_mlp, rgb_mlp)
         if method == "neus":
             alpha = neus_alpha_ref(sdf, gradient, directions, deltas, density)
         else:
@@ -192,9 +181,9 @@ def assert_as_composed(inputs, method, rel, op=sdf_render, dtype=torch.float32, 
 def test_field_of_the_presets(seed):
     """All 46 gradients; samples outside the box, towards the surface and away from it, tiles half full.
 
-    What is compared: the largest error of an output or gradient, against the composed formulas in fp64. What it may be:
-    1e-5 of the largest true entry; and where fp32 itself loses more than that (`d_density`, one number summed over all
-    samples, with seed 2), twice the largest error of the composed formulas in fp32.
+    The largest error of an output or gradient, compared with the composed formulas in fp64, is at most 1e-5 of the
+    largest true entry; where fp32 itself loses more (`d_density`, one number summed over all samples, with seed 2), at
+    most twice the largest error of the composed formulas in fp32.
     """
     torch.manual_seed(seed)
     inputs = make_inputs(5, 40)
@@ -280,7 +269,7 @@ def test_rounding_keeps_nan():
         ("neus", dict(R=0, S=5)),  # no rays
     ],
 )
-def test_family(method, sizes):
+def test_supported_fields(method, sizes):
     inputs = make_inputs(**sizes)
     wrt = [name for name in GRADIENTS if inputs[name] is not None]
     check_against_ref(called(sdf_render, method, exact=True), composed(method), inputs, torch.float32, wrt)
@@ -323,8 +312,8 @@ def test_softplus_beyond_its_threshold():
     check_against_ref(called(sdf_render, exact=True), composed("neus"), inputs, torch.float32, GRADIENTS)
 
 
-def test_a_ray_stops_where_its_light_does():
-    """All is solid: the first two rays reach far in, the others not; one misses; tiles of two rays, the last of one."""
+def test_rays_stop_at_low_transmittance():
+    """A solid volume: two rays reach far into it, two do not, one misses; tiles of two rays, the last of one."""
     inputs = make_inputs(5, 96, sdf_layers=2, rgb_layers=2, density=0.1)
     inputs["sdf_mlp"][-1][0] -= 2.0
     inputs["edges"][2:] *= 0.01
@@ -350,7 +339,7 @@ def test_rays_that_miss_stop_at_once():
     assert not rgb.any() and not depth.any() and not weights.any() and sdf[:, :32].all() and not sdf[:, 32:].any()
 
 
-def test_distances_alone():
+def test_sdf_values():
     inputs = make_inputs(5, 17, sdf_layers=3)
     rays = inputs["origins"], inputs["directions"], inputs["volume_idx"]
     starts, cells = inputs["edges"][:, :-1], (CELLS_PER_UNIT, FIRST_CELL)
@@ -361,13 +350,13 @@ def test_distances_alone():
     assert nothing.shape == (0, 17)
 
 
-def test_rejects_what_does_not_fit():
+def test_rejects_what_does_not_match():
     inputs = make_inputs(2, 3, sdf_layers=2, rgb_layers=0)
     for wrong, message in [
-        (dict(hit=inputs["hit"][:1]), "do not fit"),
-        (dict(edges=inputs["edges"][:, :1]), "do not fit"),
+        (dict(hit=inputs["hit"][:1]), "do not match"),
+        (dict(edges=inputs["edges"][:, :1]), "do not match"),
         (dict(volume=inputs["volume"][:, :0]), "no voxel"),
-        (dict(volume=inputs["volume"][..., :16]), "does not fit volume"),
+        (dict(volume=inputs["volume"][..., :16]), "does not match volume"),
         (dict(volume=inputs["volume"].double()), "no kernel for"),
         (dict(sdf_mlp=random_mlp(32, 9, 8, 2)), "no kernel for"),
     ]:

@@ -14,8 +14,8 @@ CASES = [
     ("submanifold", THREE, 3, (3, 4, 5), 37, 5, 18),  # odd everywhere; the second sample is empty
     ("submanifold", THREE, 1, THREE, 27, 18, 5),  # a full block
     ("submanifold", THREE, 2, (4, 5, 6), 64, 16, 16),  # exactly one tile
-    ("submanifold", THREE, 2, (4, 5, 6), 65, 1, 16),  # one over; many offsets a step
-    ("submanifold", THREE, 1, (3, 4, 5), 33, 32, 8),  # two offsets a step, and back eight
+    ("submanifold", THREE, 2, (4, 5, 6), 65, 1, 16),  # one over; many offsets per step
+    ("submanifold", THREE, 1, (3, 4, 5), 33, 32, 8),  # two offsets per step, eight in the backward
     ("submanifold", (3, 1, 1), 1, (4, 4, 9), 129, 128, 128),  # one over, and two steps an offset
     ("submanifold", ONE, 1, (2, 3, 4), 20, 5, 18),
     ("submanifold", THREE, 1, (4, 4, 4), 1, 5, 16),
@@ -171,7 +171,7 @@ ACTS = [(True, True, True, True), (True, True, False, False), (False, True, Fals
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("act", ACTS, ids=str)
 @pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[9]], ids=str)
-def test_act_is_what_follows_the_convolution(case, act, dtype, device):
+def test_act_is_the_epilogue(case, act, dtype, device):
     """Rounded once: half a last bit from fp64, and what sums in fp32 are away."""
     inputs, *_ = make_inputs(*case, device)
     del inputs["inverse_idx"]
@@ -198,7 +198,7 @@ def test_act_is_what_follows_the_convolution(case, act, dtype, device):
 
 @pytest.mark.parametrize("fn", [sparse_conv_act, sparse_conv_act_ref])
 @pytest.mark.parametrize("N, M", [(0, 70), (3, 70), (3, 0)])
-def test_act_of_nothing(fn, N, M, device):
+def test_act_of_empty_inputs(fn, N, M, device):
     """Without neighbors the shift stays."""
     features, weight = torch.ones(N, 5, device=device), torch.ones(7, *THREE, 5, device=device)
     nothing = torch.full((27, M), -1, dtype=torch.int32, device=device)
@@ -219,8 +219,8 @@ def test_act_has_no_gradient(device):
         sparse_conv_act(**inputs, shift=torch.ones(5, device=device))
 
 
-def test_tf32_is_taken_by_choice(device):
-    """In the interpreter it multiplies in fp32; that the flag reaches the kernel is what this shows there."""
+def test_tf32_is_opt_in(device):
+    """The interpreter multiplies in fp32; there this shows only that the flag reaches the kernel."""
     inputs, *_ = make_inputs("submanifold", ONE, 1, (2, 3, 4), 20, 40, 80, device, torch.float32)
     truth = sparse_conv_ref(**inputs)
     error = (sparse_conv(**inputs, allow_tf32=True) - truth).abs().max() / truth.abs().max()
@@ -350,8 +350,8 @@ def test_the_weights_gradient_passes_the_largest_fp16(fn, device):
     assert d_weight.item() == 3e6
 
 
-def test_a_table_changed_in_place_is_read_anew(device):
-    """What is made of a table is remembered."""
+def test_a_table_modified_in_place_is_read_again(device):
+    """What is derived from a table is cached."""
     features, weight = torch.tensor([[1.0], [2]], device=device), torch.ones(1, 1, 1, 1, 1, device=device)
     weight.requires_grad_()
     for fn in (sparse_conv, sparse_conv_ref):
@@ -363,14 +363,14 @@ def test_a_table_changed_in_place_is_read_anew(device):
             table[0, 1] = -1
 
 
-def test_rejects_what_does_not_fit(device):
+def test_rejects_what_does_not_match(device):
     inputs, *_ = make_inputs("strided", THREE, 1, THREE, 5, 2, 3, device, torch.float32)
     features, weight, table, inverse = inputs.values()
     for args, message in [
-        ((features[:, :1], weight, table, inverse), "do not fit"),
-        ((features, weight.flatten(1, 3), table, inverse), "do not fit"),
-        ((features, weight, table[1:], inverse), "no table"),
-        ((features, weight, table, inverse[:, 1:]), "no table"),
+        ((features[:, :1], weight, table, inverse), "do not match"),
+        ((features, weight.flatten(1, 3), table, inverse), "do not match"),
+        ((features, weight, table[1:], inverse), "not a table"),
+        ((features, weight, table, inverse[:, 1:]), "not a table"),
         ((features, weight, table.long(), inverse), "int32"),
         ((features.int(), weight, table, inverse), "torch.int32"),
     ]:

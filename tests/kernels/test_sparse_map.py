@@ -24,7 +24,7 @@ from unipad.kernels.sparse_map import (
 )
 from unipad.kernels.voxel_keys import NO_KEY, NO_KEY_SHORT, sort_voxels, sort_voxels_ref
 
-TYPES = dict.fromkeys(["slots", "kernel", "stride", "padding", "dilation"], ("i32",) * 3)
+TYPES = dict.fromkeys(["slots", "kernel_size", "stride", "padding", "dilation"], ("i32",) * 3)
 TYPES |= dict(coords_ptr="*i32", order_ptr="*i64", reader_order_ptr="*i64")
 LONG, SHORT = TYPES | dict(keys_ptr="*i64"), TYPES | dict(keys_ptr="*i32")
 VOXELS, PAIRS = dict(BLOCK=BLOCK), dict(BLOCK_PAIRS=BLOCK_PAIRS)
@@ -161,7 +161,7 @@ def test_transposed_by_hand(fn, device):
 
 
 @pytest.mark.parametrize("fn", [inverse_map, inverse_map_ref])
-def test_inverse_reads_backwards(fn, device):
+def test_inverse_map_twice_is_the_identity(fn, device):
     coords = random_voxels(2, (5, 7, 9), 200, device)
     out_coords, neighbor_idx = strided_map_ref(coords, (5, 7, 9), (3, 3, 3), (2, 2, 2), ONE, ONE)
     inverse_idx = fn(neighbor_idx, 200)

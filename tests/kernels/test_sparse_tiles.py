@@ -17,7 +17,7 @@ from unipad.kernels.sparse_tiles import BLOCK_C, BLOCK_K, WINDOW, NeighborTable
 INT = dict(elements=("i32",), budgets=("sm_80", "sm_90", "gfx942"))  # no argument has the element type
 LAUNCHES = [
     Launch(
-        "_tiles_kernel", dict(SORT=sort, SHARE=1, WINDOW=WINDOW, BLOCK_M=m, BLOCK_K=BLOCK_K),
+        "_tiles_kernel", dict(SORT=sort, OFFSETS_PER_BIT=1, WINDOW=WINDOW, BLOCK_M=m, BLOCK_K=BLOCK_K),
         num_warps=16, registers=128, shared=32768, **INT,
     )
     for m, sort in [(64, True), (128, True), (128, False)]
@@ -33,22 +33,22 @@ LAUNCHES = [
 ]  # fmt: skip
 
 
-def make_table(K, M, share, device, seed=0):
+def make_table(K, M, fraction, device, seed=0):
     gen = torch.Generator().manual_seed(seed)
     read = torch.randint(0, 2 * M, (K, M), generator=gen)
-    return torch.where(torch.rand(K, M, generator=gen) < share, read, -1).int().to(device)
+    return torch.where(torch.rand(K, M, generator=gen) < fraction, read, -1).int().to(device)
 
 
-# K, M, share of neighbors
+# K, M, fraction of neighbors
 TABLES = [(27, 300, 0.3), (1, 64, 1.0), (8, 129, 0.1), (125, 70, 0.05), (3, 1, 0.0)]
 
 
 @pytest.mark.parametrize("block_m", [64, 128])
 @pytest.mark.parametrize("sort", [True, False])
-@pytest.mark.parametrize("K, M, share", TABLES)
-def test_tiles_hold_the_table(K, M, share, sort, block_m, monkeypatch, device):
+@pytest.mark.parametrize("K, M, fraction", TABLES)
+def test_tiles_hold_the_table(K, M, fraction, sort, block_m, monkeypatch, device):
     monkeypatch.setattr(sparse_tiles, "WINDOW", 128)  # several windows
-    table = make_table(K, M, share, device)
+    table = make_table(K, M, fraction, device)
     made = NeighborTable(table).tiles(block_m, sort)
     rows = made.row_idx.flatten()
     assert rows[rows >= 0].sort()[0].tolist() == list(range(M)) and (sort or rows[:M].tolist() == list(range(M)))
@@ -66,10 +66,10 @@ def test_tiles_hold_the_table(K, M, share, sort, block_m, monkeypatch, device):
     assert torch.equal(made.pairs_idx.long(), torch.stack(windows, dim=1))
 
 
-@pytest.mark.parametrize("K, M, share", TABLES)
-def test_pairs_are_in_the_order_of_the_table(K, M, share, monkeypatch, device):
+@pytest.mark.parametrize("K, M, fraction", TABLES)
+def test_pairs_are_in_the_order_of_the_table(K, M, fraction, monkeypatch, device):
     monkeypatch.setattr(sparse_tiles, "WINDOW", 128)
-    table = make_table(K, M, share, device)
+    table = make_table(K, M, fraction, device)
     k, m = (table >= 0).nonzero(as_tuple=True)
     made = NeighborTable(table).pairs()
     assert torch.equal(made.row_idx[: len(m)].long(), m) and torch.equal(made.read_idx[: len(m)], table[k, m])
@@ -116,12 +116,12 @@ def test_a_table_caches_its_tiles_and_pairs(device):
     assert launched == ["_tiles_kernel", "_pairs_kernel"]  # tiles of any size have the pair counts
 
 
-def test_a_changed_table_is_refused(device):
+def test_a_modified_table_is_rejected(device):
     idx = make_table(3, 40, 0.5, device)
     table = NeighborTable(idx)
     tiles = table.tiles(64)
     idx[0, 0] = 7
-    with pytest.raises(AssertionError, match="has changed"):
+    with pytest.raises(AssertionError, match="was modified"):
         table.tiles(64)
     assert NeighborTable.of(idx).tiles(64) is not tiles
 

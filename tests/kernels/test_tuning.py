@@ -35,7 +35,7 @@ def choose(clock, n=1000, candidates=CANDIDATES):
     return tuning.choose(("op", torch.bfloat16, n), candidates, clock.run, CPU)
 
 
-def test_off_it_takes_the_default_and_runs_nothing():
+def test_off_uses_the_default_and_runs_nothing():
     clock = Clock({})
     assert choose(clock) == (64, 4)
     tuning.enable(timer=Clock(dict.fromkeys(CANDIDATES, 1.0)))
@@ -58,7 +58,7 @@ def test_the_fastest_is_found_once_for_each_kind_of_work():
     assert choose(clock, n=1025) == (64, 4) and len(clock.ran) == 6
 
 
-def test_a_file_remembers(tmp_path):
+def test_choices_are_saved_in_a_file(tmp_path):
     path = tmp_path / "run" / "tuning.json"
     clock = Clock({(64, 4): 3.0, (128, 4): 2.0, (128, 8): 1.0})
     tuning.enable(path, clock)
@@ -77,7 +77,7 @@ def test_buckets(n, expected):
     assert tuning.bucket(n) == expected
 
 
-def test_what_does_not_fit_the_gpu_is_left_out():
+def test_candidates_beyond_shared_memory_are_skipped():
     triton = pytest.importorskip("triton", reason="Triton has wheels for Linux only")
     clock = Clock(dict.fromkeys(CANDIDATES, 1.0))
 
@@ -90,7 +90,7 @@ def test_what_does_not_fit_the_gpu_is_left_out():
     assert tuning.choose(("op", 5), CANDIDATES, run, CPU) == (128, 4)
 
 
-def test_where_bits_must_not_vary_nothing_is_tried(tmp_path):
+def test_nothing_is_timed_under_strict_determinism(tmp_path):
     clock = Clock({(64, 4): 3.0, (128, 4): 1.0, (128, 8): 2.0})
     path = tmp_path / "tuning.json"
     tuning.enable(path, clock)
@@ -103,7 +103,7 @@ def test_where_bits_must_not_vary_nothing_is_tried(tmp_path):
     assert choose(clock) == (128, 4) and len(clock.ran) == 3  # what a file says is as good as a default
 
 
-def test_two_processes_with_one_number_do_not_share_a_temporary_file(tmp_path, monkeypatch):
+def test_two_processes_with_one_id_do_not_share_a_temporary_file(tmp_path, monkeypatch):
     """Of two machines, say."""
     path, names = tmp_path / "tuning.json", set()
     monkeypatch.setattr("os.getpid", lambda: 1)

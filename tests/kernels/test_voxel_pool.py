@@ -37,7 +37,7 @@ LAUNCHES = [
 
 
 def views(B, N, device):
-    """[B, N, 4, 4] cameras in the origin that look along y, turned and scaled a little; images of 40 x 24 pixels."""
+    """[B, N, 4, 4] cameras at the origin looking along y, slightly rotated and scaled; images of 40 x 24 pixels."""
     intrinsics = torch.tensor([[20.0, 0, 20, 0], [0, 20, 12, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
     extrinsics = torch.tensor([[1.0, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]])  # x right, y ahead, z up
     turned = extrinsics + 0.05 * torch.randn(B, N, 4, 4) * torch.tensor([1.0, 1, 1, 0])[:, None]
@@ -45,7 +45,7 @@ def views(B, N, device):
 
 
 def make_inputs(B, N, size, C, D, shape, device, truncate=False):
-    """A grid of 12 x 12 x 4 m ahead of the cameras; a share of the points, behind its lower faces too, miss it."""
+    """A grid of 12 x 12 x 4 m ahead of the cameras; some points miss it, also below its lower faces."""
     h, w = size
     extent = 12.0, 12.0, 4.0
     return dict(
@@ -170,7 +170,7 @@ def test_points_below_the_grid_count_only_when_truncated(op, truncate, counted, 
 
 
 @pytest.mark.parametrize("op", [voxel_pool, voxel_pool_ref])
-def test_what_lies_nowhere_is_left_out(op, device):
+def test_points_outside_are_dropped(op, device):
     """A view that is not a number, one that is singular; their gradients are 0."""
     features = torch.ones(1, 3, 1, 2, 1, device=device, requires_grad=True)
     depths = torch.ones(1, 3, 1, 2, 1, device=device, requires_grad=True)
@@ -184,7 +184,7 @@ def test_what_lies_nowhere_is_left_out(op, device):
 
 
 def test_points_on_faces_lie_on_the_same_side_for_kernel_and_reference(device):
-    """Cameras along the grid's axes, bins as far apart as voxels: whole planes of points lie on faces, as rounded."""
+    """Cameras along the grid's axes, bins as far apart as voxels: planes of points lie on faces, up to rounding."""
     inputs = make_inputs(1, 4, (5, 8), 3, 12, (9, 9, 5), device)
     a, b, c, d = torch.tensor([[20.0, 20, 0, 0], [0, 12, -20, 0], [0, 1, 0, 0], [0, 0, 0, 1]]).unbind(1)  # ahead is y
     turned = [[a, b, c, d], [b, -a, c, d], [-a, -b, c, d], [-b, a, c, d]]
@@ -231,11 +231,11 @@ def test_every_call_reads_the_cameras(device):
 
 
 def test_points_of_a_ray_that_share_a_voxel_are_one_run(device):
-    """Pixels 0, 1, 2 at depths 1, 2, ..., 9: they stay at x = 0 or go on to 9 or 18; voxels 4 m long are counted."""
-    sizes, view = (1, 1, 3), straight_view(device)
+    """Pixels 0, 1, 2 at depths 1, 2, ..., 9: they stay at x = 0 or reach 9 or 18; voxels 4 m long are counted."""
     *_, begin = unipad.kernels.voxel_pool._find_points(
-        view, sizes, 9, (0, -1, 0), (4, 2, 20), (5, 1, 1), 1, (1, 10), False
-    )
+        straight_view(device), sizes=(1, 1, 1, 3, 0), D=9, low=(0, -1, 0), cell=(4, 2, 20), shape=(5, 1, 1),
+        stride=1, depth_range=(1, 10), truncate=False,
+    )  # fmt: skip
     # x = 0 * 9 | 1 2 3, 4 5 6 7, 8 9 | 2, 4 6, 8 10, 12 14, 16 18
     assert begin.tolist() == [0, 3, 5, 7, 8, 9]
 
@@ -302,9 +302,9 @@ def test_strict_determinism_keeps_the_kernels(device):
 
 def test_rejects_mismatched_shapes(device):
     inputs = make_inputs(1, 2, (3, 5), 3, 4, (2, 2, 2), device)
-    with pytest.raises(AssertionError, match="do[es]* not fit"):
+    with pytest.raises(AssertionError, match="do[es]* not match"):
         voxel_pool(**inputs | dict(lidar2image=views(1, 3, device)))
-    with pytest.raises(AssertionError, match="do not fit"):
+    with pytest.raises(AssertionError, match="do not match"):
         voxel_pool(**inputs | dict(depths=torch.rand(1, 2, 3, 4, 4, device=device)))
     with pytest.raises(AssertionError, match="32 bits"):
         voxel_pool(**inputs | dict(shape=(2**10, 2**10, 2**10)))

@@ -195,14 +195,14 @@ def test_grid_sample_has_the_cell_borders_of_the_original_on_a_gpu_too(device):
 
 
 @pytest.mark.parametrize("far", [1e9, torch.inf, torch.nan])
-def test_points_in_cells_beyond_32_bits_are_refused(far, device):
+def test_points_in_cells_beyond_32_bits_are_rejected(far, device):
     points = torch.tensor([[1.0, 2.0, 3.0], [1.0, far, 3.0]], device=device)
     with pytest.raises(ValueError, match="beyond 32 bits"):
         grid_sample(points, [2], 0.05)
 
 
 @pytest.mark.parametrize("fn", [voxelize, voxelize_ref])
-def test_grids_too_large_for_their_keys_are_refused(fn, device):
+def test_grids_too_large_for_their_keys_are_rejected(fn, device):
     points = torch.zeros(1, 3, device=device)
     with pytest.raises(ValueError, match="too many"):
         fn(points, [1], (0, 0, 0), (1, 1, 1), (1, 1, 2**31), 1, 1)
@@ -227,7 +227,7 @@ def test_grid_sample_takes_one_point_of_each_cell(device):
 
 
 @pytest.mark.parametrize("fn", [voxelize, voxelize_ref, partial(grid_sample, cell=0.5)], ids=["op", "ref", "sample"])
-def test_rejects_what_does_not_fit(fn, device):
+def test_rejects_what_does_not_match(fn, device):
     inputs = make_inputs([4, 5], 4, device)
     if isinstance(fn, partial):
         inputs = {name: inputs[name] for name in ("points", "point_counts")}

@@ -1,0 +1,29 @@
+"""The reference's own pieces; test_sdf_render.py compares the whole field."""
+
+import torch
+import torch.nn.functional as F
+
+from tests.kernels.test_sdf_render import random_mlp
+from unipad.kernels.sdf_field import fold_batched
+from unipad.kernels.sdf_reference import Softplus, fold
+
+
+def test_batched_folding_gives_the_same():
+    mlp = [t.double() for t in random_mlp(conditions=5, outputs=3, hidden=7, layers=4)]
+    for batched, looped in zip(fold_batched(mlp)[:3], fold(mlp)[:3], strict=True):
+        torch.testing.assert_close(batched, looped, rtol=1e-14, atol=1e-14)
+
+
+def test_softplus_is_linear_beyond_the_threshold():
+    """As torch's: value, slope and curvature; from 0.2 on exactly z, 1 and 0."""
+    z = torch.tensor([-3.0, -0.2, -0.01, 0.0, 0.01, 0.199, 0.201, 0.3, 5.0], dtype=torch.float64, requires_grad=True)
+    out, slope = Softplus.apply(z)
+    expected = F.softplus(z, beta=100)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-16)
+    (expected_slope,) = torch.autograd.grad(expected.sum(), z, create_graph=True)
+    torch.testing.assert_close(slope, expected_slope, rtol=0, atol=1e-15)
+    assert slope[-3:].tolist() == [1, 1, 1] and out[-3:].tolist() == z[-3:].tolist()
+    (curvature,) = torch.autograd.grad(slope.sum(), z)
+    (expected_curvature,) = torch.autograd.grad(expected_slope.sum(), z)
+    torch.testing.assert_close(curvature, expected_curvature, rtol=0, atol=1e-13)
+    assert curvature[-3:].tolist() == [0, 0, 0]

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 import typing
 
 import pytest
@@ -11,8 +13,7 @@ import eval as evaluation
 import finetune
 import train
 from tests import test_dataset
-from tests.test_finetune import signals_and_threads  # noqa: F401
-from tests.test_train import SMALL, assert_same_weights, checkpoint, curve
+from tests.test_train import REPO, SMALL, assert_same_weights, checkpoint, curve, environment
 from unipad.config import DetectRecipe, PretrainRecipe, SegmentRecipe, from_dict
 from unipad.errors import UserError
 from unipad.recipes import DEFAULT_PRESET, DETECT, PRETRAIN, SEGMENT
@@ -202,19 +203,27 @@ def test_help_has_words_for_every_flag(script, flags, capsys):
     assert "Recipe(" not in words
 
 
+def run(script, *flags, path=""):
+    """A script as a user runs it, without the interpreter that the test suite switches on."""
+    command = [sys.executable, REPO / f"{script}.py", *flags]
+    env = environment() | {"PYTHONPATH": f"{REPO}:{path}"}
+    done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 def test_a_run_is_all_that_resuming_needs(city, tmp_path):
     """Stopped, then resumed by its folder alone: bit-equal to an uninterrupted run, and started again by its config."""
-    flags = [*SMALL, "--modality", "lidar", "--data-root", city, "--steps", 3, "--lr", 1e-3, "--render.samples", 16]
-    train.main(train.parse([*flags, "--out", tmp_path / "straight"]))
-    train.main(train.parse([*flags, "--out", tmp_path / "run", "--stop-at", 1]))
+    flags = [*SMALL, "--modality", "lidar", "--data-root", city, "--steps", 2, "--val-every", 9]
+    flags += ["--lr", 1e-3, "--render.samples", 16]
+    run("train", *flags, "--out", tmp_path / "straight")
+    run("train", *flags, "--out", tmp_path / "run", "--stop-at", 1)
     assert checkpoint(tmp_path / "run")["step"] == 1
-    train.main(train.parse(["--resume", tmp_path / "run"]))
+    run("train", "--resume", tmp_path / "run")
     assert_same_weights(tmp_path / "run", tmp_path / "straight")
-    train.main(train.parse(["--config", tmp_path / "run" / "config.json", "--out", tmp_path / "again"]))
+    run("train", "--config", tmp_path / "run" / "config.json", "--out", tmp_path / "again")
     assert curve(tmp_path / "again") == curve(tmp_path / "straight")
-    out = tmp_path / "run" / "eval"
-    evaluation.main(evaluation.parse([tmp_path / "run", "--device", "cpu", "--workers", 0, "--picture-stride", 16]))
-    assert json.loads((out / "render.json").read_text())["depth_rmse"] > 0
+    run("eval", tmp_path / "run", "--device", "cpu", "--workers", 0, "--picture-stride", 16, "--pictures", 1)
+    assert json.loads((tmp_path / "run" / "eval" / "render.json").read_text())["depth_rmse"] > 0
 
 
 @pytest.mark.parametrize(
@@ -238,12 +247,13 @@ def test_a_frozen_stage_needs_trained_weights(script, flags, flag, city, tmp_pat
 
 
 def test_another_dataset_is_named_by_its_class(toy, tmp_path):
-    """One camera, no boxes' head: pre-training runs, fine-tuning says what it lacks."""
+    """One camera and no task: pre-training and rendering run, fine-tuning says that it cannot."""
     flags = ["--dataset", "toy_set:Toy", "--data-root", tmp_path]
-    small = [*SMALL, "--version", "any", "--steps", 1, "--out", tmp_path / "run"]
-    train.main(train.parse([*flags, *small]))
+    small = ["--version", "any", "--steps", 1, "--out", tmp_path / "run"]
+    run("train", *SMALL, *flags, *small, path=tmp_path)
     assert curve(tmp_path / "run")[1] > 0 and (tmp_path / "run" / "images" / "val_000001.png").exists()
     assert json.loads((tmp_path / "run" / "config.json").read_text())["args"]["dataset"] == "toy_set:Toy"
-    evaluation.main(evaluation.parse([tmp_path / "run", "--device", "cpu", "--workers", 0, "--picture-stride", 16]))
+    small = ["--device", "cpu", "--workers", 0, "--picture-stride", 16, "--pictures", 1]
+    run("eval", tmp_path / "run", *small, path=tmp_path)
     with pytest.raises(UserError, match="--dataset toy_set:Toy is not for --task detect"):
         finetune.main(finetune.parse([*flags, "--device", "cpu", "--preset", "tiny"]))

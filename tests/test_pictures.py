@@ -81,7 +81,7 @@ def test_boxes_are_drawn_where_objects_are(cameras, city):
     _, batch = next(held_out_batches(dataset, 1))
     scores = torch.full((len(batch.boxes),), 0.2)
     picture = detection_views(batch, Detections(batch.boxes, scores, batch.labels))
-    bolder = detection_views(batch, Detections(batch.boxes, scores, batch.labels), least=0.1)
+    bolder = detection_views(batch, Detections(batch.boxes, scores, batch.labels), min_score=0.1)
     assert picture.dtype == np.uint8 and picture.shape == bolder.shape
     assert picture.shape[1] > (2000 if cameras else 600)
     names = {CLASSES[label] for label in batch.labels.tolist()}

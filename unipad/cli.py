@@ -51,7 +51,7 @@ def parse(kind: type[A], choose: Callable[[A], A], description: str, argv: Seque
     for name in CHOOSES:
         given, kept = getattr(args, name, None), getattr(chosen, name, None)
         if given != kept:
-            raise UserError(f"--{name} {given} is not what the run has, {name} {kept}; leave it out.")
+            raise UserError(f"--{name} {given} is not what the run has, --{name} {kept}; leave it out.")
     return args
 
 

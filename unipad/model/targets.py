@@ -32,7 +32,7 @@ class Noisy:
     """
 
     references: Tensor  # [B, G * P, 3] fraction of the range, in [0, 1]; 0 in unused slots
-    blocked: Tensor  # [G * P + Q, G * P + Q] bool: groups see neither each other nor, from the Q queries, are they seen
+    blocked: Tensor  # [G * P + Q, G * P + Q] bool: no query sees another group; the Q queries see none
     sample: Tensor  # [M] int64
     slot: Tensor  # [G, M] int64
     boxes: Tensor  # [M, 9]

@@ -15,8 +15,8 @@ from tests import dry_step, scripts
 # optimizer and of the norms of gradients.)
 BUDGETS = {
     "train camera-0.1": (13, 1349),
-    "detect lidar-0.075": (126, 3993),
-    "segment segment": (283, 1175),
+    "detect lidar-0.075": (92, 1807),
+    "segment segment": (169, 659),
 }
 
 pytest.importorskip("triton", reason="Triton has wheels for Linux only")

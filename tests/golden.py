@@ -25,14 +25,14 @@ def load(name):
     return arrays, json.loads((FOLDER / f"{name}.json").read_text())
 
 
-def _strip_prefix(arrays, prefix):
+def strip_prefix(arrays, prefix):
     """The arrays whose names start with `prefix`, under the rest of their names."""
     return {key[len(prefix) :]: value for key, value in arrays.items() if key.startswith(prefix)}
 
 
 def weights(arrays, part, kind="state/"):
     """State dict of our module `part` (such as "project."), converted from the arrays of a kind."""
-    return _strip_prefix(from_original(_strip_prefix(arrays, kind))[0], part)
+    return strip_prefix(from_original(strip_prefix(arrays, kind))[0], part)
 
 
 def assert_close_to_max(actual, expected, rel, name=""):

@@ -30,14 +30,15 @@ class Script:
     """A running program, with the methods of `subprocess.Popen` that tests use.
 
     args: as after `python`: a script of this repository, "-m" and a module, or "-c" and code; then its flags
+    path: a folder to import from besides
     """
 
-    def __init__(self, *args, cwd=REPO):
+    def __init__(self, *args, cwd=REPO, path=""):
         self.args = list(map(str, args))
         self.output = Path(tempfile.mkdtemp())
         with mock.patch.dict(os.environ, environment(), clear=True):
             forkserver.ensure_running()
-        self.process = SERVER.Process(target=_run, args=(self.args, str(cwd), str(self.output)))
+        self.process = SERVER.Process(target=_run, args=(self.args, str(cwd), str(path), str(self.output)))
         self.process.start()
 
     @property
@@ -67,19 +68,20 @@ class Script:
         return tuple((self.output / name).read_text() for name in ("stdout", "stderr"))
 
 
-def run(*args, cwd=REPO, timeout=300):
+def run(*args, cwd=REPO, path="", timeout=300):
     """Run a program to its end."""
-    script = Script(*args, cwd=cwd)
+    script = Script(*args, cwd=cwd, path=path)
     out, err = script.communicate(timeout)
     return subprocess.CompletedProcess(script.args, script.returncode, out, err)
 
 
-def _run(args, cwd, output):
+def _run(args, cwd, path, output):
     for fd, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{output}/{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), fd)
     os.chdir(cwd)
     multiprocessing.set_start_method("fork", force=True)  # as in a process that was not started by multiprocessing
     sys.path[0] = str(REPO)
+    sys.path.append(path)
     kind, *rest = args
     if kind == "-c":
         sys.argv = ["-c", *rest[1:]]

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import re
-import subprocess
-import sys
 import typing
 
 import pytest
@@ -12,8 +10,8 @@ import pytest
 import eval as evaluation
 import finetune
 import train
-from tests import test_dataset
-from tests.test_train import REPO, SMALL, assert_same_weights, checkpoint, curve, environment
+from tests import scripts, test_dataset
+from tests.test_train import SMALL, assert_same_weights, checkpoint, curve
 from unipad.config import DetectRecipe, PretrainRecipe, SegmentRecipe, from_dict
 from unipad.errors import UserError
 from unipad.recipes import DEFAULT_PRESET, DETECT, PRETRAIN, SEGMENT
@@ -205,9 +203,7 @@ def test_help_has_words_for_every_flag(script, flags, capsys):
 
 def run(script, *flags, path=""):
     """A script as a user runs it, without the interpreter that the test suite switches on."""
-    command = [sys.executable, REPO / f"{script}.py", *flags]
-    env = environment() | {"PYTHONPATH": f"{REPO}:{path}"}
-    done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, timeout=300)
+    done = scripts.run(f"{script}.py", *flags, path=path)
     assert done.returncode == 0, done.stderr[-4000:]
 
 

@@ -9,7 +9,7 @@ from benchmarks.eager import eager_field
 from tests.ahead_of_time import Launch
 from tests.check import check_against_ref, launches
 from tests.conftest import HAS_GPU
-from tests.golden import assert_close_to_max, load, under
+from tests.golden import assert_close_to_max, load, strip_prefix
 from unipad.config import Grid, Render
 from unipad.kernels import backend, sdf_field
 from unipad.kernels.composite import composite_ref
@@ -376,7 +376,7 @@ def test_golden_record(monkeypatch):
     losses = dict(free_space_weight=1.0, sdf_weight=10.0, eikonal_weight=0.01, truncation=1.5)
     renderer = Renderer(Render(**losses), grid).to(DEVICE).eval()
     renderer.exact = True
-    renderer.field.load_state_dict(under(record, "state/pts_bbox_head.render_model.field."))
+    renderer.field.load_state_dict(strip_prefix(record, "state/pts_bbox_head.render_model.field."))
     R, unscale = len(record["in/ray_o"]), 1 / grid.scale
     rays = Rays(
         record["in/ray_o"] * unscale, record["in/ray_d"], record["in/target_depth"][:, 0] * unscale,
@@ -404,7 +404,7 @@ def test_golden_record(monkeypatch):
         sum(losses.values()).backward()
     assert launched == ["_sdf_render_bwd_rgb_kernel", "_sdf_render_bwd_sdf_kernel"]
     assert_close_to_max(volume.grad, record["grad/feature_volume"], 1e-3, "volume")
-    expected = under(record, "grad/pts_bbox_head.render_model.field.")
+    expected = strip_prefix(record, "grad/pts_bbox_head.render_model.field.")
     assert len(expected) == 45
     for name, value in expected.items():
         assert_close_to_max(renderer.field.get_parameter(name).grad, value, 1e-3, name)

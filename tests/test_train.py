@@ -234,7 +234,7 @@ def test_a_run_does_not_resume_with_other_settings(straight, city, tmp_path):
     run, _ = straight
     flags = ["--data-root", city, "--preset", "tiny", "--steps", 8, "--out", run]
     again = train(*flags, cwd=tmp_path, check=False)
-    assert again.returncode == 2 and "holds a run already" in again.stderr
+    assert again.returncode == 2 and "has a run already" in again.stderr
     other = train(*flags, "--seed", 1, "--resume", "auto", cwd=tmp_path, check=False)
     assert other.returncode == 2 and "was started with --seed 0, not 1" in other.stderr
     other = train(*flags, "--render.samples", 9, "--resume", run, cwd=tmp_path, check=False)

@@ -79,14 +79,15 @@ def read_run(path: Path) -> tuple[dict, Recipe, Path]:
     return saved, recipe, file.parent.parent if file.parent.name == "checkpoints" else file.parent
 
 
-def take_weights(net: nn.Module, prefix: str, paths: Sequence[Path], flag: str, say: Callable[[str], None]) -> set[str]:
-    """Load the weights of `net` whose names begin with `prefix` from other runs, and say what was taken.
+def take_weights(net: nn.Module, prefix: str, paths: Sequence[Path], flag: str, print0: Callable) -> set[str]:
+    """Load the weights of `net` whose names begin with `prefix` from other runs, and print what was taken.
 
-    paths: as for `find_checkpoint`; where several have a weight, the last one counts.
-    flag:  the flag that named them, for messages.
-    say:   called with a line per path: how many weights it gave, what it has besides; then with what stays random.
+    paths:  as for `find_checkpoint`; where several have a weight, the last one counts.
+    flag:   the flag that named them, for messages.
+    print0: called with a line per path: how many weights it gave, what it has besides; then with what stays random.
 
-    Returns the names taken. Raises `UserError` for a file that has none of the weights, or one of another shape.
+    Returns the names taken. Raises `UserError` for a file that has none of the weights, or one of another shape, and
+    where none of the files has the camera's frozen stages.
     """
     mine = {name: w for name, w in net.state_dict().items() if name.startswith(prefix)}
     taken = set()
@@ -107,13 +108,20 @@ def take_weights(net: nn.Module, prefix: str, paths: Sequence[Path], flag: str, 
         left = _parts(theirs.keys() - common.keys())
         left = f"; ignored {left}, not part of this model" if left else ""
         millions = sum(w.numel() for w in common.values()) / 1e6
-        say(f"{flag} {file}: took {millions:.2f} M weights, {_parts(common)}{left}")
+        print0(f"{flag} {file}: took {millions:.2f} M weights, {_parts(common)}{left}")
     new = mine.keys() - taken
+    frozen = [name for name, p in net.named_parameters() if name in new and not p.requires_grad]
+    frozen = [name for name in frozen if name.startswith("encoder.camera.")]
+    if paths and frozen:
+        raise UserError(
+            f"{flag} {' '.join(map(str, paths))} has no weights of {part_of(frozen[0])}, whose first stages this "
+            "recipe does not train; name a run or checkpoint that has them too."
+        )
     if paths and new:
         rest = {part_of(name) for name in new} & {part_of(name) for name in taken}
         whole = _parts(name for name in new if part_of(name) not in rest)
         some = ", ".join(sorted(name for name in new if part_of(name) in rest))
-        say("new, from scratch: " + ", ".join(filter(None, [whole, some])))
+        print0("new, from scratch: " + ", ".join(filter(None, [whole, some])))
     return taken
 
 

@@ -116,6 +116,15 @@ TASK_FLAGS = {
     "segment": ("tta", "tta_scales", "tta_angles", "tta_flips", "batch_size"),
     "render": ("frames", "scene", "film", "film_rate", "picture_stride", "masked", "mesh", "mesh_cell"),
 }
+# Flags that have no effect without another one
+NEEDS = {
+    "tta_scales": "tta",
+    "tta_angles": "tta",
+    "tta_flips": "tta",
+    "film": "scene",
+    "film_rate": "scene",
+    "mesh_cell": "mesh",
+}
 TASKS = {"detect": Detector, "segment": Segmenter, "render": Pretrain}
 # Factors and degrees of --tta; a scene flipped twice is rotated by 180 degrees
 TTA = {"detect": ((1.0, 1.06, 0.96), (0.0,)), "segment": ((1.0,), (0.0, 90.0))}
@@ -128,8 +137,12 @@ def parse(argv=None) -> Args:
     args = cli.parse(Args, with_settings, __doc__, argv)
     positive = ("batch_size", "pictures", "film_rate", "picture_stride", "mesh_cell")
     check_ranges(args, positive, ("workers", "seed", "min_score"))
+    cli.check_recipe(args.recipe)
     if () in (args.tta_scales, args.tta_angles) or min(args.tta_scales or (1.0,)) <= 0:
         raise UserError("--tta-scales must be above 0, and --tta-scales and --tta-angles need at least one value each.")
+    for flag, other in NEEDS.items():
+        if getattr(args, flag) != Args.__dataclass_fields__[flag].default and not getattr(args, other):
+            raise UserError(f"--{flag.replace('_', '-')} changes nothing without --{other}; add it, or leave this out.")
     if args.frames and args.scene:
         raise UserError("--frames and --scene both choose frames; leave one out.")
     if args.out and args.out.is_file():

@@ -4,16 +4,20 @@ import dataclasses
 import json
 import re
 import typing
+from dataclasses import replace
 
 import pytest
+import torch
 
 import eval as evaluation
 import finetune
 import train
 from tests import scripts, test_dataset
 from tests.test_train import SMALL, assert_same_weights, checkpoint, curve
+from unipad.checkpoint import take_weights
 from unipad.config import DetectRecipe, PretrainRecipe, SegmentRecipe, from_dict
 from unipad.errors import UserError
+from unipad.model.pretrain import Pretrain
 from unipad.recipes import DEFAULT_PRESET, DETECT, PRETRAIN, SEGMENT
 from unipad.runtime import run_config
 
@@ -60,7 +64,7 @@ def test_every_setting_of_a_recipe_is_a_flag(script, chosen, recipe):
     for name, hint, value in settings(recipe):
         if name.endswith(("mask_ratio", "center_low")):  # of a limited range
             value, typed = (0.125, [0.125]) if name.endswith("mask_ratio") else ((-9.0, -8.0, -7.5), [-9.0, -8.0, -7.5])
-        elif name == "data.camera_sweeps" and recipe.camera is None:
+        elif name == ("data.camera_sweeps" if recipe.camera is None else "data.cameras"):
             continue  # refused
         else:
             value, typed = another(hint, value)
@@ -84,7 +88,7 @@ def test_a_config_file_gives_the_recipe_back(script, chosen, recipe, tmp_path):
     args = script.parse([*chosen, "--seed", 3, "--precision", "fp32"])
     (tmp_path / "config.json").write_text(json.dumps(run_config(args, 8)))
     again = script.parse(["--config", tmp_path])
-    assert dataclasses.replace(again, config=None) == args
+    assert replace(again, config=None) == args
 
 
 def test_short_names_and_sections_set_the_same():
@@ -98,7 +102,7 @@ def test_a_config_is_where_flags_start_from(tmp_path):
     args = train.parse(["--modality", "lidar", "--lr", 0.5, "--init", "a.pt", "b.pt", "--stop-at", 2, "--out", "x"])
     (tmp_path / "config.json").write_text(json.dumps(run_config(args, 8)))
     again = train.parse(["--config", tmp_path / "config.json", "--optim.clip", 2, "--seed", 5])
-    assert again.recipe.optim == dataclasses.replace(args.recipe.optim, clip=2) and again.init == args.init
+    assert again.recipe.optim == replace(args.recipe.optim, clip=2) and again.init == args.init
     assert (again.seed, again.modality, again.out, again.stop_at) == (5, "lidar", None, None)
     for flags, words in {
         ("--modality", "camera"): "--modality camera is not what the run has, --modality lidar",
@@ -136,6 +140,7 @@ def test_default_presets_are_named():
         (finetune, ["--modality", "lidar", "--paste.off-epochs", 1], "--paste.off-epochs sets nothing.* no paste"),
         (train, ["--modality", "lidar", "--backbone", "base"], "--backbone does not go with --modality lidar"),
         (train, ["--modality", "lidar", "--data.camera-sweeps", 2], "--data.camera-sweeps needs a camera encoder"),
+        (finetune, ["--data.no-cameras"], "--data.no-cameras does not go with a camera encoder"),
         (train, ["--camera.mask-ratio", 1], "--camera.mask-ratio 1.0 must be from 0 to below 1"),
         (train, ["--preset", "huge"], "--preset huge is not known; use tiny, camera-0.075"),
         (train, ["--lr", 0], "--optim.lr 0.0 must be above 0"),
@@ -240,6 +245,19 @@ def test_a_frozen_stage_needs_trained_weights(script, flags, flag, city, tmp_pat
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match="there is no checkpoint nowhere.pt"):
         script.main(script.parse([*args, "--preset", "tiny", "--camera.frozen-stages", 1, flag, "nowhere.pt"]))
+
+
+def test_weights_must_include_the_frozen_stages(tmp_path):
+    """A LiDAR run does not start the camera of fusion."""
+    recipe = PRETRAIN["fusion"]["tiny"]
+    weights = Pretrain(recipe).state_dict()
+    for name in ("lidar", "camera"):
+        state = {"model": {n: w for n, w in weights.items() if n.startswith(f"encoder.{name}.")}}
+        torch.save(state, tmp_path / f"{name}.pt")
+    net = Pretrain(replace(recipe, camera=replace(recipe.camera, frozen_stages=1)))
+    with pytest.raises(UserError, match="lidar.pt has no weights of encoder.camera.backbone, whose first stages"):
+        take_weights(net, "encoder.", [tmp_path / "lidar.pt"], "--init", print)
+    assert take_weights(net, "encoder.", [tmp_path / "lidar.pt", tmp_path / "camera.pt"], "--init", print)
 
 
 def test_another_dataset_is_named_by_its_class(toy, tmp_path):

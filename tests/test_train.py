@@ -213,7 +213,8 @@ def test_accumulated_micro_batches_have_the_gradient_of_a_batch(city, tmp_path):
         (["--batch-size", "3", "--accumulate", "2"], ["--batch-size 3"]),
         (["--steps", "0"], ["--steps 0"]),
         (["--out", __file__], ["--out", "is a file"]),
-        (["--data.no-cameras"], ["--modality lidar", "--render.rgb-weight 0"]),
+        (["--data.no-cameras"], ["--data.no-cameras", "camera encoder"]),
+        (["--data.no-cameras", "--modality", "lidar", "--render.rgb-weight", "1"], ["--render.rgb-weight 0"]),
         (["--preset", "camera-0.1"], ["--init", "--camera.frozen-stages 0"]),
         (["--init", "nowhere"], ["nowhere"]),
     ],
@@ -239,6 +240,8 @@ def test_a_run_does_not_resume_with_other_settings(straight, city, tmp_path):
     assert other.returncode == 2 and "was started with --seed 0, not 1" in other.stderr
     other = train(*flags, "--render.samples", 9, "--resume", run, cwd=tmp_path, check=False)
     assert other.returncode == 2 and "was started with --render.samples 40, not 9" in other.stderr
+    other = train(*flags[:-1], tmp_path / "other", "--resume", run, cwd=tmp_path, check=False)
+    assert other.returncode == 2 and f"is not the run that --resume {run} names" in other.stderr
 
 
 def wait_for(condition, process, seconds=120):

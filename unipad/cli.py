@@ -97,6 +97,8 @@ def with_preset(args: A, presets: dict[str, dict[str, Recipe]], modality: str, d
 
 def check_recipe(recipe: Recipe):
     """Raises `UserError` for settings that do not go together."""
+    if recipe.camera is not None and not recipe.data.cameras:
+        raise UserError("--data.no-cameras does not go with a camera encoder, which this recipe has; leave it out.")
     if recipe.camera is None and recipe.data.camera_sweeps > 1:
         raise UserError("--data.camera-sweeps needs a camera encoder, which this recipe has not; leave it out.")
     for name in ("camera", "lidar"):

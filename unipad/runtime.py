@@ -288,6 +288,8 @@ def _find_run(root, out, resume):
         path = Path(resume)
         if not last_checkpoint(path):
             raise UserError(f"--resume {path} has no checkpoints/last.pt; name the folder of a run.")
+        if out and out.resolve() != path.resolve():
+            raise UserError(f"--out {out} is not the run that --resume {path} names, which stays there; leave it out.")
         return path, read_checkpoint(last_checkpoint(path))
     newest = max(root.glob("*/checkpoints/last.pt"), default=None, key=lambda file: file.stat().st_mtime)
     path = out or (newest.parent.parent if newest else _new_run_path(root))

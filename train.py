@@ -215,7 +215,8 @@ def main(args: Args):
             if report_now or save_now:  # the host waits here, in `backend.host_wait`s and in the scaler of fp16
                 values = progress.finite(values, scaler, done)
             if report_now:
-                lr, rays = optim.lr * lr_at(optim, step, steps), len(CAMERAS) * recipe.rays.per_view
+                views = batch.keyframe().images.shape[1] or len(CAMERAS)  # without images, as many rays from the LiDAR
+                lr, rays = optim.lr * lr_at(optim, step, steps), views * recipe.rays.per_view
                 progress.report(done, values, lr, rays_per_sample=rays)
             if validate_now:
                 metrics["after"] = validate(done)
@@ -235,8 +236,8 @@ def with_ray_origins(recipe, has_images, print0):
     """The recipe as this set allows it: without images, rays of a LiDAR encoder start at the LiDAR."""
     if recipe.data.cameras and (has_images or recipe.camera is not None):
         return recipe
-    if recipe.camera is not None or recipe.render.rgb_weight:
-        raise UserError("rays from the LiDAR have no color: they need --modality lidar and --render.rgb-weight 0.")
+    if recipe.render.rgb_weight:
+        raise UserError("rays from the LiDAR have no color: they need --render.rgb-weight 0.")
     if recipe.data.cameras:
         print0("the set has no images: rays are cast from the LiDAR")
     return replace(recipe, data=replace(recipe.data, cameras=False))

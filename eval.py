@@ -42,7 +42,7 @@ from unipad.config import (
     SegmentRecipe,
     UnetConfig,
 )
-from unipad.data.dataset import DEFAULT_DATASET, BadFrame, collate, dataset_class
+from unipad.data.dataset import DEFAULT_DATASET, BadFrame, check_recorded, collate, dataset_class
 from unipad.data.loader import held_out_batches
 from unipad.data.tables import CLASSES, LIDARSEG_CLASSES
 from unipad.draw.boxes import detection_views
@@ -85,7 +85,7 @@ class Args:
     split: str = "val"  # train, val or test; of v1.0-mini, mini_train and mini_val
     data_root: Path | None = None  # folder of the dataset; None: the run's, or a synthetic city
     version: str | None = None  # version of the dataset; None: the run's
-    dataset: str | None = None  # package.module:Class of another dataset; None: the run's
+    dataset: str | None = None  # package.module:Class; None: the run's, if it is one of unipad.data
     out: Path | None = None  # folder of the results, whose files are overwritten; None: eval in the run's folder
     batch_size: int = 1  # samples per batch and process
     workers: int | None = None  # data loading processes per process; None: 4 with a GPU, 1 without
@@ -164,6 +164,8 @@ def main(args: Args):
         task = task_of(args, recipe)
         trained = saved["config"]["args"]
         name = args.dataset or trained.get("dataset", DEFAULT_DATASET)
+        if args.dataset is None:
+            check_recorded(name, args.checkpoint)
         kind = dataset_class(name)
         if task != "render" and task not in kind.tasks:
             raise UserError(f"--dataset {name} is not for --task {task}; see unipad/data/dataset.py.")

@@ -268,6 +268,23 @@ def test_another_dataset_is_named_by_its_class(toy, tmp_path):
     assert curve(tmp_path / "run")[1] > 0 and (tmp_path / "run" / "images" / "val_000001.png").exists()
     assert json.loads((tmp_path / "run" / "config.json").read_text())["args"]["dataset"] == "toy_set:Toy"
     small = ["--device", "cpu", "--workers", 0, "--picture-stride", 16, "--pictures", 1]
-    run("eval", tmp_path / "run", *small, path=tmp_path)
+    run("eval", tmp_path / "run", *small, *flags[:2], path=tmp_path)
     with pytest.raises(UserError, match="--dataset toy_set:Toy is not for --task detect"):
         finetune.main(finetune.parse([*flags, "--device", "cpu", "--preset", "tiny"]))
+    assert train.parse(["--resume", tmp_path / "run", *flags[:2]]).dataset == "toy_set:Toy"
+
+
+def test_a_run_does_not_choose_the_code_that_is_imported(tmp_path):
+    """The folder may be somebody else's, and hold a module that its name imports."""
+    recipe = PRETRAIN["lidar"]["tiny"]
+    args = replace(train.parse(["--modality", "lidar"]), dataset="unipad.outputs.evil:Class")
+    config = run_config(args, 1)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    state = {"model": Pretrain(recipe).state_dict(), "config": config, "step": 1}
+    torch.save(state, tmp_path / "last.pt")
+    words = "is of --dataset unipad.outputs.evil:Class, which is code: repeat this flag"
+    for flag in ("--config", "--resume"):
+        with pytest.raises(UserError, match=words):
+            train.parse([flag, tmp_path])
+    with pytest.raises(UserError, match=words):
+        evaluation.main(evaluation.parse([tmp_path / "last.pt", "--device", "cpu"]))

@@ -18,6 +18,7 @@ from typing import TypeVar
 import tyro
 
 from unipad.config import CONVNEXT, Recipe, from_dict
+from unipad.data.dataset import DEFAULT_DATASET, check_recorded
 from unipad.errors import UserError, check_choices
 
 A = TypeVar("A")
@@ -58,8 +59,8 @@ def parse(kind: type[A], choose: Callable[[A], A], description: str, argv: Seque
 def run_args(args: A) -> A | None:
     """The flags of the run that `--config` or `--resume RUN` names, or None without either.
 
-    The run's folder, and where it started and stopped, stay its own. Raises `UserError` where there is no such run, or
-    another script or version of this project made it.
+    The run's folder, and where it started and stopped, stay its own. Raises `UserError` where there is no such run,
+    another script or version of this project made it, or its dataset must be named by --dataset.
     """
     run = args.config or (Path(args.resume) if args.resume not in ("never", "auto") else None)
     if run is None:
@@ -74,6 +75,8 @@ def run_args(args: A) -> A | None:
     except (ValueError, KeyError, TypeError):
         sentence = f"{file} is of another script or of another version of this project; start a new run."
         raise UserError(sentence) from None
+    if args.dataset == DEFAULT_DATASET:
+        check_recorded(saved.dataset, run)
     return replace(saved, config=None, resume="never", out=None, stop_at=None)
 
 

@@ -1,7 +1,8 @@
 """The interface of a dataset: what it returns, what the scripts need of it, and samples -> batch.
 
 Another dataset is one file with one subclass of `DrivingDataset`, which the scripts take as
-`--dataset package.module:Class`. Frames and units are those of `unipad.batch`.
+`--dataset package.module:Class`. Frames and units are those of `unipad.batch`. A run of a class outside `unipad.data`
+is resumed, repeated and evaluated with that flag too: data do not say which code is imported.
 """
 
 import copy
@@ -222,6 +223,13 @@ def dataset_class(name: str) -> type[DrivingDataset]:
     if not (isinstance(kind, type) and issubclass(kind, DrivingDataset)):
         raise UserError(f"--dataset {name} is not a subclass of unipad.data.dataset.DrivingDataset.")
     return kind
+
+
+def check_recorded(name: str, run: Path):
+    """Raises `UserError` for a class outside `unipad.data` that is named by a run alone: whoever made the run could
+    choose what is imported."""
+    if not str(name).startswith("unipad.data."):
+        raise UserError(f"{run} is of --dataset {name}, which is code: repeat this flag if you want it to be imported.")
 
 
 def collate(samples: list[Sample]) -> Batch:

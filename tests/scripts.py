@@ -35,7 +35,8 @@ class Script:
 
     def __init__(self, *args, cwd=REPO, path=""):
         self.args = list(map(str, args))
-        self.output = Path(tempfile.mkdtemp())
+        self.folder = tempfile.TemporaryDirectory()  # removed with this object
+        self.output = Path(self.folder.name)
         with mock.patch.dict(os.environ, environment(), clear=True):
             forkserver.ensure_running()
         self.process = SERVER.Process(target=_run, args=(self.args, str(cwd), str(path), str(self.output)))

@@ -55,7 +55,7 @@ def test_command_runs(command, city, tmp_path):
         command = re.sub(pattern, smaller, command)
     command = command.format(python=sys.executable)
     callers = {"train": (train, FEW_RAYS.split()), "finetune": (finetune, [])}
-    for name, modality in re.findall(r"outputs/(train|finetune)-(\w+)", command):  # runs that it goes on from
+    for name, modality in re.findall(r"outputs/(train|finetune)-(\w+)", command):  # runs that it starts from
         script, flags = callers[name]
         what = ["--modality", modality]
         if modality == "segment":

@@ -37,7 +37,8 @@ def lr_at(cfg: Optim, step: int, steps: int) -> float:
     """Factor of the peak learning rate."""
     if cfg.schedule == "one_cycle":
         return _one_cycle(cfg, step, steps, cfg.start, 1.0, cfg.final)
-    warm = cfg.start + (1 - cfg.start) * min(1.0, step / cfg.warmup_steps)
+    warmed = step / cfg.warmup_steps if step < cfg.warmup_steps else 1.0
+    warm = cfg.start + (1 - cfg.start) * warmed
     return warm * _cosine(1.0, cfg.final, step / steps)
 
 

@@ -1,0 +1,56 @@
+"""Schedules of learning rate and momentum by hand, and which weights have which learning rate."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from unipad.config import Optim
+from unipad.model.pretrain import Pretrain
+from unipad.optimizer import lr_at, make_optimizer, momentum_at, set_rates
+from unipad.recipes import PRETRAIN
+
+
+def test_cosine_by_hand():
+    """A linear warm-up from a third, times half a cosine over all steps."""
+    cfg = Optim(start=1 / 3, final=0.1, warmup_steps=10)
+    cosine = {0: 1.0, 50: 0.55, 100: 0.1}
+    assert lr_at(cfg, 0, 100) == pytest.approx(1 / 3)
+    assert lr_at(cfg, 50, 100) == pytest.approx(cosine[50])
+    assert lr_at(replace(cfg, warmup_steps=75), 50, 100) == pytest.approx(cosine[50] * (1 / 3 + 2 / 3 * 50 / 75))
+    for step, factor in cosine.items():
+        assert lr_at(replace(cfg, warmup_steps=0), step, 100) == pytest.approx(factor)
+        assert momentum_at(cfg, step, 100) == cfg.momentum
+
+
+def test_one_cycle_by_hand():
+    """Half a cosine up in 40 % of the steps, another one down; the momentum the other way round."""
+    cfg = Optim(schedule="one_cycle", start=0.1, final=0.01, rise=0.4, momentum=0.95, min_momentum=0.85)
+    for step, lr, momentum in (
+        (0, 0.1, 0.95),
+        (20, 0.55, 0.9),
+        (40, 1.0, 0.85),
+        (70, 0.505, 0.9),
+        (100, 0.01, 0.95),
+    ):
+        assert lr_at(cfg, step, 100) == pytest.approx(lr) and momentum_at(cfg, step, 100) == pytest.approx(momentum)
+
+
+def test_parts_have_their_own_rates():
+    recipe = PRETRAIN["fusion"]["tiny"]
+    cfg = replace(recipe.optim, lr=1.0, backbone_lr=0.1, encoder_lr=0.5, start=1.0, warmup_steps=0)
+    with torch.device("meta"):
+        net = Pretrain(replace(recipe, camera=replace(recipe.camera, frozen_stages=1)))
+    optimizer = make_optimizer(net, cfg)
+    set_rates(optimizer, cfg, 0, 100)
+    rate = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, p in net.named_parameters():
+        if not p.requires_grad:
+            assert p not in rate, name
+        elif name.startswith("encoder.camera.backbone."):
+            assert rate[p] == 0.1, name
+        elif name.startswith("encoder.") and not name.startswith("encoder.fuse."):
+            assert rate[p] == 0.5, name
+        else:
+            assert rate[p] == 1.0, name
+    assert set(rate.values()) == {0.1, 0.5, 1.0}

@@ -5,6 +5,7 @@ import torch
 
 from tests.golden import assert_close_to_max, load, weights
 from unipad.config import CameraConfig
+from unipad.errors import UserError
 from unipad.model.camera import FPN, MEAN, STD, Block, CameraEncoder, ConvNeXt
 from unipad.model.mask import draw_mask
 from unipad.recipes import PRETRAIN
@@ -233,7 +234,7 @@ def test_every_trained_parameter_gets_a_gradient():
 
 
 def test_fewer_levels_than_stages_are_rejected():
-    with pytest.raises(AssertionError, match="start the FPN"):
+    with pytest.raises(UserError, match="start the FPN"):
         FPN([8, 16, 32], 4, 2)
 
 

@@ -159,6 +159,29 @@ def test_a_flag_that_does_not_fit_is_refused_in_one_sentence(script, flags, word
 
 
 @pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--camera.fpn-levels", 1], "--camera.fpn-levels 1 is less than the 3 stages.* --camera.fpn-start"),
+        (["--camera.view", "pool"], "--camera.view pool takes one level of features, not 3"),
+        (
+            ["--modality", "fusion", "--camera.channels", 16],
+            "have 16 and 32 channels; make --camera.channels and --lidar",
+        ),
+        (["--modality", "lidar", "--grid.cell", 1, 1, 2], "--lidar.cell .* makes .* voxels .*; use voxels of"),
+        (["--modality", "lidar", "--lidar.neck-strides", 1, 3], "--lidar.neck-strides .* multiples of 3"),
+        (
+            ["--modality", "lidar", "--preset", "segment-tiny", "--lidar.blocks", 1, 1],
+            "--lidar.widths .* as many up as",
+        ),
+    ],
+    ids=lambda v: " ".join(map(str, v)) if isinstance(v, list) else "",
+)
+def test_settings_that_do_not_fit_each_other_name_their_flags(flags, words):
+    with pytest.raises(UserError, match=words), torch.device("meta"):
+        Pretrain(train.parse(flags).recipe)
+
+
+@pytest.mark.parametrize(
     "script, flags, words",
     [
         (train, ["--modality", "radar"], ["'radar'", "--modality", "'camera'", "'fusion'"]),

@@ -7,6 +7,7 @@ import torch
 from tests.check import WaitRecorder
 from tests.golden import assert_close_to_max, load, weights
 from unipad import config
+from unipad.errors import UserError
 from unipad.kernels import backend
 from unipad.model import sparse
 from unipad.model.lidar import LidarEncoder, Second, SecondFPN, SparseEncoder
@@ -299,9 +300,7 @@ def test_a_step_only_waits_for_sizes(monkeypatch, device):
 
 
 def test_cells_that_do_not_fit_the_grid_are_rejected():
-    with pytest.raises(
-        AssertionError, match=r"an encoder of stride 4 needs \(64, 32, 12\).*use voxels of \(0.25, 0.25"
-    ):
+    with pytest.raises(UserError, match=r"an encoder of stride 4 needs \(64, 32, 12\).*use voxels of \(0.25, 0.25"):
         make_encoder(cell=(0.25, 0.5, 0.5))
-    with pytest.raises(AssertionError, match="multiples of 3"):
+    with pytest.raises(UserError, match="multiples of 3"):
         make_encoder(neck_strides=(1, 3))

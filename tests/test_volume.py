@@ -7,6 +7,7 @@ from torch import nn
 from tests import golden
 from tests.test_rays import generators, make_batch
 from unipad import config
+from unipad.errors import UserError
 from unipad.model.encoder import Encoder
 from unipad.model.volume import Conv3x3x3, ConvNormReLU3d, GatherLift, VoxelPoolLift, view_transform
 from unipad.recipes import CAMERA_075
@@ -34,7 +35,7 @@ def test_voxel_pool_lift_reproduces_the_original():
 
 
 def test_voxel_pooling_rejects_several_levels():
-    with pytest.raises(AssertionError, match="one level"):
+    with pytest.raises(UserError, match="one level"):
         view_transform(GRID, config.CameraConfig(view="pool", fpn_levels=4))
     with pytest.raises(ValueError, match="choose gather or pool"):
         view_transform(GRID, config.CameraConfig(view="splat"))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from unipad.config import CameraConfig
+from unipad.errors import UserError
 from unipad.model.depth import depth_head
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's RGB in [0, 1]: what the published weights were trained on
@@ -180,7 +181,11 @@ class FPN(nn.Module):
 
     def __init__(self, widths: Sequence[int], channels: int, levels: int):
         super().__init__()
-        assert levels >= len(widths), f"{levels} levels from {len(widths)} stages: start the FPN at a later stage"
+        if levels < len(widths):
+            raise UserError(
+                f"--camera.fpn-levels {levels} is less than the {len(widths)} stages that the FPN reads; raise it, or "
+                "start the FPN at a later stage by --camera.fpn-start."
+            )
         extra = levels - len(widths)
         self.lateral_convs = nn.ModuleList(nn.Conv2d(width, channels, 1) for width in widths)
         self.fpn_convs = nn.ModuleList(

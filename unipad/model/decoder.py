@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unipad.errors import UserError
 from unipad.kernels.trilinear import trilinear
 from unipad.model.dropout import Dropout
 
@@ -63,7 +64,8 @@ class SelfAttention(nn.Module):
 
     def __init__(self, channels: int, heads: int):
         super().__init__()
-        assert channels % heads == 0, f"{channels} channels cannot be split over {heads} heads"
+        if channels % heads:
+            raise UserError(f"--detect.heads {heads} does not divide the {channels} channels; use a divisor of them.")
         self.heads = heads
         self.in_proj = nn.Linear(channels, 3 * channels)
         self.out_proj = nn.Linear(channels, channels)

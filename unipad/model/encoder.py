@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from unipad import config
 from unipad.batch import Batch
+from unipad.errors import UserError
 from unipad.model.camera import CameraEncoder
 from unipad.model.lidar import LidarEncoder
 from unipad.model.mask import MASK_BLOCK, draw_mask
@@ -41,7 +42,11 @@ class Encoder(nn.Module):
         self.recipe = recipe
         encoders = [encoder for encoder in (recipe.camera, recipe.lidar) if encoder is not None]
         self.channels, *other = {encoder.channels for encoder in encoders}
-        assert not other, f"the encoders' volumes have {self.channels} and {other[0]} channels: they must be equal"
+        if other:
+            raise UserError(
+                f"the encoders' volumes have {recipe.camera.channels} and {recipe.lidar.channels} channels; make "
+                "--camera.channels and --lidar.channels equal."
+            )
         if recipe.camera is not None:
             self.camera = CameraEncoder(recipe.camera)
             self.lift = view_transform(recipe.grid, recipe.camera)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from unipad import config
+from unipad.errors import UserError
 from unipad.kernels.backend import host_wait
 from unipad.kernels.voxel_keys import sort_voxels
 from unipad.kernels.voxelize import voxelize
@@ -41,14 +42,18 @@ class LidarEncoder(nn.Module):
         extents = zip(grid.low, grid.high, cfg.cell, strict=True)
         cells = tuple(round((high - low) / cell) for low, high, cell in extents)  # (X, Y, Z)
         wanted = tuple(stride * size for size in grid.shape)
-        assert cells == wanted, (
-            f"voxels of {cfg.cell} m make {cells} cells (x, y, z) of the range, but an encoder of stride {stride} "
-            f"needs {wanted} for a volume of {grid.shape}: use voxels of {tuple(c / stride for c in grid.cell)} m"
-        )
+        if cells != wanted:
+            raise UserError(
+                f"--lidar.cell {cfg.cell} makes {cells} voxels (x, y, z) of the range, but an encoder of stride "
+                f"{stride} needs {wanted} for a volume of {grid.shape}; use voxels of "
+                f"{tuple(c / stride for c in grid.cell)} m."
+            )
         coarse = max(cfg.neck_strides)
-        assert not any(size % coarse for size in grid.shape[:2]), (
-            f"a neck of strides {cfg.neck_strides} needs a volume of (x, y) multiples of {coarse}, not {grid.shape[:2]}"
-        )
+        if any(size % coarse for size in grid.shape[:2]):
+            raise UserError(
+                f"--lidar.neck-strides {cfg.neck_strides} needs a volume whose sides in x and y are multiples of "
+                f"{coarse}, not {grid.shape[:2]}; change it or --grid.cell."
+            )
         self.cells = cells[::-1]  # (Z, Y, X)
         self.mask_shape = tuple(-(-size // cfg.mask_block) for size in self.cells)  # blocks (z, y, x)
         self.encoder = SparseEncoder(point_channels, cfg.widths, cfg.blocks, cfg.sparse_channels)

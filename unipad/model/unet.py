@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unipad import config
+from unipad.errors import UserError
 from unipad.kernels.backend import host_wait
 from unipad.kernels.voxelize import grid_sample
 from unipad.model.mask import draw_voxel_mask
@@ -113,7 +114,10 @@ class Unet(nn.Module):
     def __init__(self, in_channels: int, stem: int, widths: Sequence[int], blocks: Sequence[int]):
         super().__init__()
         stages = len(widths) // 2
-        assert len(widths) == len(blocks) == 2 * stages, f"{widths} and {blocks}: as many stages up as down are needed"
+        if not len(widths) == len(blocks) == 2 * stages:
+            raise UserError(
+                f"--lidar.widths {widths} and --lidar.blocks {blocks} need one number per stage: as many up as down."
+            )
         self.conv_input = ConvNormReLU(SubMConv3d(in_channels, stem, 5, bias=False))
         self.down, self.up, self.enc, self.dec = (nn.ModuleList() for _ in range(4))
         above = stem  # channels of the next finer stage, on the way down

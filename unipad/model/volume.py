@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unipad import config
+from unipad.errors import UserError
 from unipad.kernels.lift import lift
 from unipad.kernels.voxel_pool import voxel_pool
 from unipad.model.norm import SyncedBatchNorm
@@ -47,7 +48,11 @@ class VoxelPoolLift(nn.Module):
 
     def __init__(self, grid: config.Grid, camera: config.CameraConfig):
         super().__init__()
-        assert camera.fpn_levels == 1, f"voxel pooling takes one level of features, not {camera.fpn_levels}"
+        if camera.fpn_levels != 1:
+            raise UserError(
+                f"--camera.view pool takes one level of features, not {camera.fpn_levels}; use --camera.fpn-levels 1 "
+                "and --camera.fpn-start of the last stage."
+            )
         self.grid, self.depth_range, self.truncate = grid, camera.depth_range, camera.truncate
 
     def forward(

@@ -165,13 +165,13 @@ def test_a_flag_that_does_not_fit_is_refused_in_one_sentence(script, flags, word
         (["--camera.view", "pool"], "--camera.view pool takes one level of features, not 3"),
         (
             ["--modality", "fusion", "--camera.channels", 16],
-            "have 16 and 32 channels; make --camera.channels and --lidar",
+            "have 16 and 32 channels; make --camera.channels",
         ),
         (["--modality", "lidar", "--grid.cell", 1, 1, 2], "--lidar.cell .* makes .* voxels .*; use voxels of"),
         (["--modality", "lidar", "--lidar.neck-strides", 1, 3], "--lidar.neck-strides .* multiples of 3"),
         (
             ["--modality", "lidar", "--preset", "segment-tiny", "--lidar.blocks", 1, 1],
-            "--lidar.widths .* as many up as",
+            "--lidar.widths .* many up as",
         ),
     ],
     ids=lambda v: " ".join(map(str, v)) if isinstance(v, list) else "",

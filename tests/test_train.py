@@ -224,6 +224,7 @@ def test_a_user_error_is_one_sentence(flags, words, city, tmp_path):
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("this machine has a GPU: asking for it is no mistake")
     first = [] if "--data-root" in flags else ["--data-root", city]
+    first += [] if "--preset" in flags else ["--preset", "tiny"]
     done = train(*first, "--steps", 1, *flags, cwd=tmp_path, check=False)
     assert done.returncode == 2, done.stderr[-2000:]
     sentence = done.stderr.strip().splitlines()[-1]

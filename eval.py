@@ -91,7 +91,7 @@ class Args:
     workers: int | None = None  # data loading processes per process; None: 4 with a GPU, 1 without
     precision: Literal["bf16", "fp16", "fp32"] | None = None  # of the encoder; None: bf16 or fp16 on a GPU, else fp32
     device: str = "auto"  # auto, cpu, cuda or cuda:N
-    deterministic: bool = False  # bit-equal results on a GPU too, with slower kernels
+    deterministic: bool = False  # bitwise reproducible results on a GPU too, with slower kernels
     pictures: int = 4  # frames that are drawn (detect, segment) or rendered (render), spread over the split
     min_score: float = 0.3  # detect: lowest score of a box that is drawn, 0 to 1
     tta: bool = False  # detect, segment: test-time augmentation, merging the predictions of several views of a frame

@@ -168,7 +168,7 @@ def _largest_error(ours, truth):
 
 
 def _double(value):
-    """Floating tensors in fp64, those in lists too; the rest as it is."""
+    """Floating tensors in fp64, also those in lists; everything else unchanged."""
     if isinstance(value, (list, tuple)):
         return type(value)(_double(v) for v in value)
     if not torch.is_tensor(value) or not value.is_floating_point():

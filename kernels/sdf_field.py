@@ -215,7 +215,7 @@ def linear_bwd_input(d_z, ptr, LINE: tl.constexpr, out, K: tl.constexpr, PREC: t
 
 @triton.jit
 def linear_bwd_weight(ptr, LINE: tl.constexpr, a, b, out, PREC: tl.constexpr):
-    """Add out + a^T b ([M, N], [M, K] -> [N, K]) to columns of a packed gradient that this program alone writes."""
+    """Add out + a^T b ([M, N], [M, K] -> [N, K]) to columns of a packed gradient that only this program writes."""
     out = product(tl.trans(a), b, out, PREC)
     at = ptr + tl.arange(0, out.shape[0])[:, None] * LINE + tl.arange(0, out.shape[1])[None, :]
     tl.store(at, tl.load(at) + out)
@@ -223,7 +223,7 @@ def linear_bwd_weight(ptr, LINE: tl.constexpr, a, b, out, PREC: tl.constexpr):
 
 @triton.jit
 def add_row(ptr, value):
-    """Add value [K] to a row of a packed gradient that this program alone writes."""
+    """Add value [K] to a row of a packed gradient that only this program writes."""
     at = ptr + tl.arange(0, value.shape[0])
     tl.store(at, tl.load(at) + value)
 

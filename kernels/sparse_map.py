@@ -423,7 +423,7 @@ def _reached_keys_kernel(
     PAIRS, N, Z, Y, X, slots, kernel_size, stride, padding, dilation,  # PAIRS = slots * N; Z, Y, X: the output grid
     TRANSPOSED: tl.constexpr, NO_KEY: tl.constexpr, BLOCK_PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """Keys of the output cells of all pairs of a slot and an input, and NO_KEY behind them."""
+    """Keys of the output cells of all pairs of a slot and an input, and NO_KEY after them."""
     pair = tl.program_id(0).to(tl.int64) * BLOCK_PAIRS + tl.arange(0, BLOCK_PAIRS)  # [BLOCK_PAIRS]
     ok = pair < PAIRS
     t, i = (pair // N).to(tl.int32), (pair % N).to(tl.int32)

@@ -51,7 +51,7 @@ def trilinear_ref(volume, points, volume_idx):
 
 
 def trilinear_value(volume: Tensor, points: Tensor, volume_idx: Tensor) -> Tensor:
-    """The value of `trilinear` alone, for searches along rays that need no gradient: not differentiable."""
+    """Only the value of `trilinear`, for searches along rays that need no gradient: not differentiable."""
     _check(volume, points, volume_idx)
     if not on_triton(volume):
         return trilinear_value_ref(volume, points, volume_idx)

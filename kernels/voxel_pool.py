@@ -169,7 +169,7 @@ class VoxelPool(torch.autograd.Function):
 
 
 def _find_points(lidar2image, sizes, D, low, cell, shape, stride, depth_range, truncate):
-    """Voxels of the points of features of `sizes` [B, N, h, w, C], which depend on the cameras alone; all int32.
+    """Voxels of the points of features of `sizes` [B, N, h, w, C], which depend only on the cameras; all int32.
 
     Returns:
         voxel: [P] voxel of each point; the number of voxels for points outside.

@@ -1,4 +1,4 @@
-"""Python programs in processes of their own, as a user starts them, but forked from one that has imported them already.
+"""Python programs in separate processes, as a user starts them, but forked from one that has imported them already.
 
 Imports take ten seconds of a core, and the suite starts scripts fifty times. The server computes nothing before it
 forks, so the processes inherit no threads of OpenMP.
@@ -69,7 +69,7 @@ class Script:
 
 
 def run(*args, cwd=REPO, path="", timeout=300):
-    """Run a program to its end."""
+    """Run a program until it exits."""
     script = Script(*args, cwd=cwd, path=path)
     out, err = script.communicate(timeout)
     return subprocess.CompletedProcess(script.args, script.returncode, out, err)

@@ -34,7 +34,7 @@ def test_convnext_is_the_original(name):
 
 @pytest.mark.parametrize(
     "record, widths, levels, first",
-    [("fpn_vs01", [16, 32, 64], 4, 1), ("custom_fpn_single", [64], 1, 0)],  # the latter: of the last stage alone
+    [("fpn_vs01", [16, 32, 64], 4, 1), ("custom_fpn_single", [64], 1, 0)],  # the latter: only of the last stage
 )
 def test_fpn_is_mmdets(record, widths, levels, first):
     arrays, _ = load(record)

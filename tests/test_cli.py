@@ -208,7 +208,7 @@ def run(script, *flags, path=""):
 
 
 def test_a_run_is_all_that_resuming_needs(city, tmp_path):
-    """Stopped, then resumed by its folder alone: bit-equal to an uninterrupted run, and started again by its config."""
+    """Resumed given only its folder, a run is bitwise equal to an uninterrupted one; its config starts it again."""
     flags = [*SMALL, "--modality", "lidar", "--data-root", city, "--steps", 2, "--val-every", 9]
     flags += ["--lr", 1e-3, "--render.samples", 16]
     run("train", *flags, "--out", tmp_path / "straight")

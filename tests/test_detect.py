@@ -412,7 +412,7 @@ def test_a_head_learns_to_find_boxes():
 
 
 def test_detector_joins_encoder_and_head():
-    """With points alone; nothing is masked in training or evaluation."""
+    """With points only; nothing is masked in training or evaluation."""
     recipe = config.DetectRecipe(
         grid=GRID,
         lidar=config.LidarConfig(

@@ -1,4 +1,4 @@
-"""finetune.py: most runs in this process, some in processes of their own as a user starts them."""
+"""finetune.py: most runs in this process, some in separate processes, as a user starts them."""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""train.py as a user runs it: in a process of its own, on a small city, on the CPU."""
+"""train.py as a user runs it: in a separate process, on a small city, on the CPU."""
 
 import json
 import signal

@@ -211,7 +211,7 @@ def test_a_grid_by_hand():
 
 
 def test_the_grid_is_the_same_in_all_images_and_zero_for_the_encoder(sample):
-    shares = []
+    hidden_fractions = []
     white = replace(
         sample, images=[np.full((40, 64, 3), 255, np.uint8)] * 6, points=sample.points[:1], point_labels=None
     )
@@ -220,8 +220,9 @@ def test_the_grid_is_the_same_in_all_images_and_zero_for_the_encoder(sample):
         hidden = (varied.images[0] == HIDDEN).all(axis=2)
         assert all((image == varied.images[0]).all() for image in varied.images)
         assert (varied.images[0][~hidden] == 255).all()
-        shares.append(hidden.mean())
-    assert 0.55 < np.mean(np.array(shares) > 0) < 0.8 and 0.1 < np.mean(shares) < 0.25, shares
+        hidden_fractions.append(hidden.mean())
+    hidden_fractions = np.array(hidden_fractions)
+    assert 0.55 < (hidden_fractions > 0).mean() < 0.8 and 0.1 < hidden_fractions.mean() < 0.25, hidden_fractions
     assert (white.images[0] == 255).all()
     encoder = CameraEncoder(CameraConfig(depths=(1,) * 4, widths=(4,) * 4, channels=4, depth_bins=2))
     seen = encoder.normalize(torch.from_numpy(HIDDEN).view(1, 1, 3, 1, 1) / 255, torch.tensor([[[1, 1]]]))

@@ -1,4 +1,4 @@
-"""SpUNet: the original's results, and features of points that do not depend on the rest of the batch."""
+"""SpUNet reproduces the original's results; features of points do not depend on the rest of the batch."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def test_weights_convert_back_to_the_originals_keys():
     arrays, _ = load("spunet_eval")
     ours = {f"encoder.lidar.encoder.{name}": w for name, w in weights(arrays, "encoder.lidar.encoder.").items()}
     theirs = {name.removeprefix("state/"): w for name, w in arrays.items() if name.startswith("state/")}
-    del theirs["pts_middle_encoder.mtoken"]  # which nothing reads
+    del theirs["pts_middle_encoder.mtoken"]  # unused
     back, unknown = to_original(ours, spconv=2)
     assert not unknown and back.keys() == theirs.keys()
     assert all(torch.equal(back[name], theirs[name]) for name in theirs)
@@ -98,7 +98,7 @@ def test_a_cell_of_the_volume_is_the_mean_of_its_points():
 
 
 def test_a_step_only_waits_for_sizes(monkeypatch, device):
-    """Including the kernels, except those on whose results no size depends."""
+    """Kernels included, except those whose results determine no size."""
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
     monkeypatch.setattr(backend, "interpret", device == "cpu")
     net = UnetEncoder(SMALL, GRID).to(device)

@@ -22,7 +22,7 @@ from unipad.kernels.rotated_iou import (
 
 TYPES = dict(order_ptr="*i64", suppressed_ptr="*i32", kept_ptr="*i1")
 # Triton 3.6 puts 32 bytes of the cosine's reduction of huge angles on the stack, 3.9 none.
-# fp64 is for checks alone: its cosine takes a stack to reduce huge angles, and pairs take twice the registers
+# fp64 is only for checks: its cosine takes a stack to reduce huge angles, and pairs take twice the registers
 LAUNCHES = [
     Launch(kernel, blocks, TYPES, elements=("fp32",), num_warps=warps, registers=registers, shared=shared, stack=32)
     for kernel, blocks, warps, registers, shared in [
@@ -241,7 +241,7 @@ def test_nms_of_a_chain(fn, device):
 
 
 def test_nms_of_more_boxes_than_a_warp_holds(device):
-    """1100 boxes are 35 words, the last ones in a second register of a lane or in another warp. The verdicts alone."""
+    """1100 boxes are 35 words, the last ones in a second register of a lane or in another warp; no IoU is computed."""
     N, W = 1100, 35
     over = torch.zeros(32 * W, 32 * W, dtype=torch.bool, device=device)
     over[:N, :N] = (torch.rand(N, N, device=device) < 0.01).triu(diagonal=1)

@@ -29,7 +29,7 @@ NVIDIA = AMPERE + HOPPER
 TILE, ALONG = dict(BLOCK_M=64), dict(BLOCK_R=2, BLOCK_S=32)
 FIELD = dict(C=32, H=16, PREC="tf32")  # of every preset
 RGB = FIELD | dict(NEUS=True, SDF_LAYERS=6, RGB_LAYERS=4)
-NO_RGB = RGB | dict(RGB_LAYERS=0)  # LiDAR alone
+NO_RGB = RGB | dict(RGB_LAYERS=0)  # LiDAR only
 IEEE, TRAIN = dict(PREC="ieee"), dict(STOP=0.0)
 WIDE = RGB | dict(C=64, H=64)  # the widest field, in tiles of half as many samples
 EXACT = RGB | dict(PREC="tf32x3")  # in tiles of a quarter as many samples, with two warps

@@ -111,7 +111,7 @@ def test_reproduces_the_original(op, device, monkeypatch):
         volume, (features, depths), arrays["in/w_out"].permute(0, 2, 3, 4, 1)
     )  # fmt: skip
     golden.assert_close_to_max(d_features.permute(0, 1, 4, 2, 3), arrays["grad/feat"], 1e-5, "features")
-    # the record's gradient holds that of the depth loss too, which reaches pixels with a target alone
+    # the record's gradient holds that of the depth loss too, which reaches only pixels with a target
     no_target = arrays["out/downsampled_gt_onehot_argmax"].view(2, 6, 16, 28) < 0
     expected = arrays["grad/depth"].unflatten(0, (2, 6)).permute(0, 1, 3, 4, 2)
     golden.assert_close_to_max(d_depths[no_target], expected[no_target], 1e-5, "depths")

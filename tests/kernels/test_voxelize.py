@@ -35,7 +35,7 @@ def make_inputs(point_counts, C, device, max_points=3, max_voxels=1000):
 
 
 def check_matches_reference(inputs):
-    """In fp32 alone: in fp64 points on a border lie in other cells."""
+    """Only in fp32: in fp64 points on a border lie in other cells."""
     with launches() as launched:
         features, coords = voxelize(**inputs)
     expected, expected_coords = voxelize_ref(**inputs)

@@ -26,7 +26,7 @@ from unipad.data.tables import SPLITS, find_root, load_camera_sweeps, load_index
 class NuScenesDataset(DrivingDataset):
     """Keyframes of one split in the order of time.
 
-    root: folder that holds samples/, sweeps/ and <version>/ (or <version>/<version>/, as OpenPCDet has it).
+    root: folder that holds samples/, sweeps/ and <version>/ (or <version>/<version>/, as in OpenPCDet's layout).
     """
 
     default_version = "v1.0-mini"

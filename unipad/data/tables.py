@@ -104,7 +104,7 @@ class Index:
 
 @dataclass(frozen=True)
 class CameraSweeps:
-    """The images before each keyframe of a split: an index of its own, since it is six times as large.
+    """The images before each keyframe of a split: a separate index, since it is six times as large.
 
     F keyframes in the order of the `Index`, W = `CAMERA_SWEEPS` frames before each, the newest first, N cameras. These
     include earlier keyframes; where the scene does not go back that far, its first frame is repeated (the original

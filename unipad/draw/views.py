@@ -1,4 +1,4 @@
-"""Pictures of what a model renders beside images and LiDAR depth, and films of them. A picture is [H, W, 3] uint8."""
+"""Pictures of what a model renders next to images and LiDAR depth, and films of them. A picture is [H, W, 3] uint8."""
 
 import math
 from pathlib import Path

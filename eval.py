@@ -98,7 +98,7 @@ class Args:
     tta_scales: tuple[float, ...] | None = None  # --tta: factors of all lengths; None: 1 1.06 0.96; segment: 1
     tta_angles: tuple[float, ...] | None = None  # --tta: degrees about the vertical axis; None: 0; segment: 0 90
     tta_flips: bool = True  # --tta: flip front and back, left and right, and both
-    frames: tuple[int, ...] = ()  # render: these frames of the split, from 0; without: --pictures of them
+    frames: tuple[int, ...] = ()  # render: frames of the split, counted from 0; none: --pictures of them, spread out
     scene: str | None = None  # render: all frames of this scene, and a film of them
     film: Literal["gif", "mp4"] = "gif"  # render: format of the film
     film_rate: float = 4.0  # render: frames per second of the film; keyframes are half a second apart
@@ -156,7 +156,7 @@ def main(args: Args):
             raise UserError(f"--dataset {name} is not for --task {task}; see unipad/data/dataset.py.")
         version = args.version or trained.get("version", kind.default_version)
         split = kind.splits(version).get(args.split, args.split)
-        with world.main_first():  # makes the city, builds the index
+        with world.main_first():  # generates the city, builds the index
             root = args.data_root or trained.get("data_root") or kind.default_root(recipe.data)
             # augmentation may move points into the grid; segmentation labels those outside too
             box = None if args.tta or task == "segment" else (recipe.grid.low, recipe.grid.high)
@@ -237,7 +237,7 @@ def views_of(args, task):
 
 
 def render(args, model, dataset, out, world):
-    """Color, depth and normals of some frames beside their images and LiDAR points, and their errors."""
+    """Color, depth and normals of some frames next to their images and LiDAR points, and their errors."""
     if args.mesh:
         check_mesh(model.recipe.grid, args.mesh_cell)
     device, rows, done = world.device, rows_of(args, dataset), []

@@ -6,7 +6,7 @@
     python finetune.py --modality camera --pretrained RUN --data-root /data/nuscenes --version v1.0-trainval
     torchrun --nproc-per-node 4 finetune.py --modality lidar --data-root /data/nuscenes --version v1.0-trainval
     python finetune.py --task segment --preset segment --help       # the settings of a recipe and their values
-    python finetune.py --config outputs/finetune-lidar/RUN --seed 1 # a run's settings again, but for the seed
+    python finetune.py --config outputs/finetune-lidar/RUN --seed 1 # a run's settings again, with another seed
     python finetune.py --resume outputs/finetune-lidar/RUN          # resume a run, with its settings
 
 The first line takes a few minutes on two CPU cores. The paper's recipes are presets: the ablations are what its
@@ -67,7 +67,7 @@ class Args:
     config: Path | None = None  # take all settings from this run or config.json; other flags override them
     resume: str = "never"  # a run's folder: resume it, with its settings; auto: resume what --out has, or the newest
     pretrained: tuple[Path, ...] = ()  # runs or checkpoints to take encoders from; for fusion up to two
-    data_root: Path | None = None  # folder of the dataset; None: a synthetic city, made in data/synthetic
+    data_root: Path | None = None  # folder of the dataset; None: a synthetic city, generated in data/synthetic
     version: str | None = None  # version of the dataset, such as v1.0-trainval; None: its default, v1.0-mini
     dataset: str = DEFAULT_DATASET  # package.module:Class of another dataset; see unipad/data/dataset.py
     out: Path | None = None  # run folder; None: outputs/finetune-<modality, or segment>/<time>
@@ -157,7 +157,7 @@ def main(args: Args):
         version = args.version or dataset.default_version
         train_split, val_split = dataset.train_val_splits(version)
         box = None if task.of_points else (recipe.grid.low, recipe.grid.high)  # nothing outside is seen or found
-        with world.main_first():  # makes the city, builds the index, cuts out the objects
+        with world.main_first():  # generates the city, builds the index, cuts out the objects
             root = args.data_root or dataset.default_root(recipe.data)
             train_set = dataset(
                 root,

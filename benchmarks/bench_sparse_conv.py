@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_sparse_conv
     python -m benchmarks.bench_sparse_conv --tune                 our launches autotuned
-    OMP_NUM_THREADS=1 python -m benchmarks.bench_sparse_conv      on a CPU: with more threads the spconv wheel races
+    OMP_NUM_THREADS=1 python -m benchmarks.bench_sparse_conv      on a CPU: the spconv wheel has races with more threads
 
 Voxels come from benchmarks/lidar_scene.py, whose statistics are printed next to those of nuScenes. "cold" builds the
 tables in every run, from unsorted coordinates as a peer does; otherwise they are built once. Errors are w.r.t. fp64.

@@ -1,7 +1,7 @@
 """SpUNet at full size, forward and backward, from cells to features: ours, and with the peers' convolutions.
 
     python -m benchmarks.bench_spunet                      # 23.5k voxels, and on a GPU 120k
-    OMP_NUM_THREADS=1 python -m benchmarks.bench_spunet    # on a CPU: with more threads the spconv wheel races
+    OMP_NUM_THREADS=1 python -m benchmarks.bench_spunet    # on a CPU: with more threads the spconv wheel has data races
 
 The newest sweeps of benchmarks/lidar_scene.py in cells of 0.05 m, as in fine-tuning: one sweep gives 21k voxels, eight
 120k. Every run makes its tables from the voxels, as every training step does. Peers, if installed: spconv and

@@ -122,7 +122,7 @@ def print_orders(found, block_m=64):
 
 @dataclass
 class Cost:
-    waste: float  # products done over needed, rows alone
+    waste: float  # computed over necessary products, counting rows only
     products: float  # ... with the padding of channels
     near: float  # bytes
     past: float  # bytes past the L1

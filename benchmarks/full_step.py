@@ -174,7 +174,7 @@ def main(args: Args, write=None):
         if write:
             write(record)
         if DEVICE == "cuda":
-            torch.cuda.synchronize()  # raises here if this recipe destroyed the GPU context, not in the next one
+            torch.cuda.synchronize()  # raises here if this recipe corrupted the GPU context, not in the next one
 
 
 if __name__ == "__main__":

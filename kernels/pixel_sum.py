@@ -22,7 +22,7 @@ def pixel_sum(d_feature, d_depth, begin, order, hits, d_volume, crowded):
         hits:     [levels, B * N * V, HIT] column and row in pixels, depth in bins, probability, <g, F> of each of V
                   voxels in each view.
         d_volume: [B, Z, Y, X, C].
-        crowded:  whether pixels have many hits: several walkers then split them.
+        crowded:  whether pixels have many hits: several lanes, its walkers, then split those of a pixel.
 
     Accumulates in the type of `hits`. Deterministic. Tensors must be contiguous. GPU and interpreter only.
     """
@@ -38,7 +38,7 @@ def pixel_sum(d_feature, d_depth, begin, order, hits, d_volume, crowded):
 HIT = tl.constexpr(5)  # values per hit
 # Untuned: chosen from the compiler's output for sm_90, without timing on a GPU
 TILE = 1024  # walkers x channels per program
-WALKERS = 8  # that split the hits of a pixel
+WALKERS = 8  # lanes that split the hits of a pixel
 
 
 def _blocks(walkers, C, D):

@@ -1,6 +1,6 @@
 """The neural field of `sdf_render` in plain PyTorch: a feature at a point -> signed distance, its gradient, color.
 
-What CPUs train with, and what the kernels are compared with. Both MLPs see the point p and a conditioning vector c
+Used for training on a CPU, and compared with the kernels. Both MLPs see the point p and a conditioning vector c
 again in every layer:
 
     x_0 = P p + q,   z_l = W_l (x_l + C_l c + d_l) + b_l,   x_{l+1} = act(z_l)

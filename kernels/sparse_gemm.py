@@ -171,7 +171,7 @@ def _limits(dtype, I, O, allow_tf32):
     if dtype != torch.float32:
         step, most = 64, 128
     else:
-        step, most = 32, 64 if allow_tf32 else 32  # without tensor cores the registers bind
+        step, most = 32, 64 if allow_tf32 else 32  # without tensor cores, registers are the limit
     return (step // 2, most // 2) if _odd(I, O) else (step, most)
 
 
@@ -200,7 +200,7 @@ def _gather_gemm_kernel(
     scale_ptr, shift_ptr, residual_ptr,  # [O], [O], [M, O]; each or None
     K, I, O,  # offsets, input and output channels
     RELU: tl.constexpr, MIRRORED: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-    C: tl.constexpr, PACK: tl.constexpr, STEPS: tl.constexpr,  # C = I where PACK > 1; STEPS blocks of I an offset
+    C: tl.constexpr, PACK: tl.constexpr, STEPS: tl.constexpr,  # C = I where PACK > 1; STEPS blocks of I per offset
     NEAR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
@@ -294,7 +294,7 @@ def _d_weight_kernel(
 @jit(varying=("M", "R"))
 def _d_weight_of_groups_kernel(
     features_ptr, d_out_ptr, table_idx_ptr, partial_ptr,  # [N, C], [M, O], [K, M], [parts, O, K, C]
-    M, K, O, R,  # outputs, offsets, output channels, outputs a part
+    M, K, O, R,  # outputs, offsets, output channels, outputs per part
     WIDEN: tl.constexpr, BLOCK_R: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0).to(tl.int64)

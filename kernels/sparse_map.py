@@ -87,7 +87,7 @@ def submanifold_map_ref(coords, keys, order, shape, kernel, dilation):
             if mirrored:
                 neighbor_idx[K - 1 - k].index_copy_(0, read, reader.int())
             wanted += dx
-            for _ in range(dx if i + 1 < kx else 0):  # the walk: at most one key a cell
+            for _ in range(dx if i + 1 < kx else 0):  # the walk: at most one key per cell
                 at += key < wanted
                 key = padded_keys.index_select(0, at)
     return neighbor_idx
@@ -413,7 +413,7 @@ def _neighbors_kernel(
         tl.store(neighbor_idx_ptr + (column * KX + k).to(tl.int64) * M + m, neighbor, mask=p_ok)
         wanted += DX
         if k + 1 < KX:
-            for _ in tl.static_range(DX):  # the walk: at most one key a cell
+            for _ in tl.static_range(DX):  # the walk: at most one key per cell
                 at += (tl.load(keys_ptr + at, mask=in_column & (at < N), other=NO_KEY) < wanted).to(tl.int32)
 
 

@@ -15,7 +15,7 @@ def check_against_ref(op, ref, inputs, dtype, wrt=None, slack=None, magnitude=0.
     """Outputs and gradients of `op` may be at most twice as far from the fp64 truth as `ref` run in `dtype` is.
 
     op, ref: same signature, return a tensor or a tuple of tensors; integer and bool outputs must be equal.
-    inputs:  dict name -> value. fp64 tensors are cast to `dtype`; fp32 ones are geometry and stay what they are;
+    inputs:  dict name -> value. fp64 tensors are cast to `dtype`; fp32 ones are geometry and stay fp32;
              lists of tensors are handled element by element; anything else is passed through.
     wrt:     names of the inputs whose gradients are compared; None: all floating ones.
     slack:   allowed on top of that, as a fraction of the largest true value; None: SLACK of the type.

@@ -21,7 +21,7 @@ SERVER.set_forkserver_preload(["train", "finetune", "eval", "unipad.convert", "t
 
 
 def environment():
-    """The environment without what the test suite adds for the kernels: scripts take the references on a CPU."""
+    """The environment without what the test suite adds for the kernels: scripts use the references on a CPU."""
     clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return clean | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
 

@@ -140,7 +140,7 @@ def test_static_points_project_onto_what_each_image_shows(city):
                 errors.append(np.abs(depth[(v / d)[seen].astype(int), (u / d)[seen].astype(int)] / d[seen] - 1))
         right, keyframes = np.concatenate(right), np.concatenate(keyframes)
         assert len(right) > 200 and np.median(right) < 0.005
-        assert frame == 0 or np.median(keyframes) > 0.01  # the car has gone on by a meter or so
+        assert frame == 0 or np.median(keyframes) > 0.01  # the car has moved by about a meter
 
 
 def test_the_keyframe_is_the_same_with_and_without_sweeps(city):

@@ -1,4 +1,4 @@
-"""The scripts' command lines: every setting is a flag, and a run's folder says all that starts or resumes it."""
+"""The scripts' command lines: every setting is a flag, and a run's folder is enough to repeat or resume the run."""
 
 import dataclasses
 import json
@@ -101,8 +101,8 @@ def test_a_config_is_where_flags_start_from(tmp_path):
     assert again.recipe.optim == dataclasses.replace(args.recipe.optim, clip=2) and again.init == args.init
     assert (again.seed, again.modality, again.out, again.stop_at) == (5, "lidar", None, None)
     for flags, words in {
-        ("--modality", "camera"): "--modality camera is not what the run has, --modality lidar",
-        ("--preset", "segment"): "--preset segment is not what the run has, --preset tiny",
+        ("--modality", "camera"): "--modality camera differs from the run's --modality lidar",
+        ("--preset", "segment"): "--preset segment differs from the run's --preset tiny",
     }.items():
         with pytest.raises(UserError, match=words):
             train.parse(["--config", tmp_path, *flags])
@@ -185,7 +185,7 @@ def test_what_is_not_a_value_is_refused_by_name(script, flags, words, capsys):
     ids=lambda v: "-".join(v[1::2]) if isinstance(v, list) else v.__name__,
 )
 def test_help_has_words_for_every_flag(script, flags, capsys):
-    """tyro takes them from the comment behind a field, which it misses where the field spans several lines."""
+    """tyro takes them from the comment after a field, which it misses where the field spans several lines."""
     with pytest.raises(SystemExit):
         script.parse([*flags, "--help"])
     words = capsys.readouterr().out

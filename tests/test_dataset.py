@@ -123,7 +123,7 @@ def test_the_default_is_nuscenes():
     assert dataset_class(DEFAULT_DATASET) is NuScenesDataset
     assert NuScenesDataset.train_val_splits("v1.0-mini") == ("mini_train", "mini_val")
     assert NuScenesDataset.splits("v1.0-test") == {"test": "test"}
-    with pytest.raises(DataError, match="v1.0-test has nothing to train on"):
+    with pytest.raises(DataError, match="v1.0-test has no training split"):
         NuScenesDataset.train_val_splits("v1.0-test")
     with pytest.raises(DataError, match="--version v2 is not known; use v1.0-trainval, v1.0-test, v1.0-mini."):
         NuScenesDataset.train_val_splits("v2")

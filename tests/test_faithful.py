@@ -38,6 +38,6 @@ def test_a_page_from_comparisons():
 def test_tests_that_load_records_are_found():
     from tests import test_camera, test_golden_samplers
 
-    assert loads_a_record(test_camera.test_convnext_is_the_original)
+    assert loads_a_record(test_camera.test_convnext_matches_the_original)
     assert loads_a_record(test_golden_samplers.test_near_and_far_of_rays)  # through a helper
     assert not loads_a_record(test_camera.test_levels_and_shapes)

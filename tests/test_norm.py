@@ -60,7 +60,7 @@ def test_without_rows_nothing_is_counted():
 SPLITS = [(torch.float32, 2, 1e-5), (torch.float32, 1, 1e-5), (torch.bfloat16, 2, 1e-2), (torch.float32, 4, 1e-5)]
 
 
-def test_two_processes_are_one(tmp_path):
+def test_two_processes_match_one(tmp_path):
     torch.multiprocessing.spawn(one_of_two, args=(tmp_path,), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for (dtype, _, rel), a, b in zip(SPLITS, first, second, strict=True):

@@ -52,7 +52,7 @@ def point_cloud(count, seed=0):
     return (torch.rand(count, 3, generator=generator) - 0.5) * torch.tensor([20.0, 20.0, 6.0])
 
 
-def test_rays_are_the_originals():
+def test_rays_match_the_original():
     arrays, sidecar = load("sample_rays_default")
     cfg = RayChoice(per_view=64, near_radius=3.0, far_radius=100.0)
     scale = 1 / max(map(abs, sidecar["pc_range"]))

@@ -103,7 +103,7 @@ def test_rendering_equals_the_original(name, cfg, weights_rel):
     assert_close_to_max(out.starts, record["out/z_vals"][..., 0], 1e-3, "starts")
     assert_close_to_max(out.sdf, record["out/sdf"][..., 0], 1e-3, "sdf")
     assert_close_to_max(out.gradient, record["out/gradients"], 1e-3, "gradient")
-    # samples that nearly coincide trade weights; sidecar, fp32_noise_floor
+    # samples that nearly coincide trade weights: see fp32_noise_floor in the record's JSON file
     assert_close_to_max(out.weights, record["out/weights"][..., 0], weights_rel, "weights")
 
     losses = renderer.loss(out, rays)

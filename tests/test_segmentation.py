@@ -202,12 +202,12 @@ def test_the_u_net_is_taken_from_pre_training(runs):
 
 
 def test_a_stopped_and_resumed_run_is_bit_equal(city, tmp_path):
-    finetune.main(fine(city, tmp_path / "straight"))
+    finetune.main(fine(city, tmp_path / "uninterrupted"))
     finetune.main(fine(city, tmp_path / "parts", "--stop-at", 1))
     finetune.main(fine(city, tmp_path / "parts", "--resume", "auto"))
-    straight, parts = (checkpoint(tmp_path / name)["model"] for name in ("straight", "parts"))
-    assert straight.keys() == parts.keys() and all(torch.equal(straight[name], parts[name]) for name in straight)
-    assert curve(tmp_path / "straight") == curve(tmp_path / "parts")
+    whole, parts = (checkpoint(tmp_path / name)["model"] for name in ("uninterrupted", "parts"))
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert curve(tmp_path / "uninterrupted") == curve(tmp_path / "parts")
 
 
 def test_a_run_is_evaluated_and_drawn(runs, capsys):

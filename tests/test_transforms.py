@@ -114,7 +114,7 @@ def test_pixels_keep_what_they_show(sample, transform):
         pixels, visible = project_points(batch.points[:, :3], batch.lidar2image[0], batch.image_sizes[0])
         seen.append((pixels, visible))
     (before, visible), (after, also_visible) = seen
-    assert (visible == also_visible).float().mean() > 0.9999 and visible.any()  # but for rounding at an image's edge
+    assert (visible == also_visible).float().mean() > 0.9999 and visible.any()  # except for rounding at an image's edge
     both = visible & also_visible
     torch.testing.assert_close(after[both], before[both], rtol=1e-3, atol=0.02)
 
@@ -190,7 +190,7 @@ def test_points_and_boxes_are_cropped_after_the_transform(city):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_the_grid_is_the_originals(seed):
+def test_the_grid_matches_the_original(seed):
     """The original's draws, replayed with numpy's old generator: whether at all, period, top, left."""
     arrays, _ = load("grid_mask")
     truth = arrays[f"out/seed{seed}"].numpy()

@@ -20,7 +20,7 @@ def cloud(counts=(300, 200)):
     return points, torch.tensor(counts)
 
 
-def test_is_the_original():
+def test_matches_the_original():
     arrays, record = load("spunet_eval")
     cfg = record["config"]
     net = Unet(cfg["in_channels"], cfg["base_channels"], cfg["channels"], cfg["layers"]).eval()
@@ -49,7 +49,7 @@ def test_weights_convert_back_to_the_originals_keys():
 
 
 def test_paper_size():
-    """The U-Net of Pointcept's table, 39.2 M weights with a head of 20 classes, and 16 x 96 biases more or less."""
+    """Pointcept's table says 39.2 M weights, which include a head of 20 classes; some biases differ too."""
     with torch.device("meta"):
         net = UnetEncoder(config.UnetConfig(), config.Grid((-54.0, -54.0, -5.0), (54.0, 54.0, 3.0), (0.6, 0.6, 1.6)))
     assert net.mask_shape == (10, 135, 135)

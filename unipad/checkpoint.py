@@ -1,4 +1,4 @@
-"""Checkpoints: data, never code. Written whole or not at all; encoders can be taken from them."""
+"""Checkpoints: data, never code. Written atomically; encoders can be taken from them."""
 
 import os
 import pickle

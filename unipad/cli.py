@@ -21,13 +21,13 @@ from unipad.config import CONVNEXT, Recipe, from_dict
 from unipad.errors import UserError, check_choices
 
 A = TypeVar("A")
-CHOOSES = ("task", "modality", "preset", "backbone")  # flags that choose the recipe
+RECIPE_FLAGS = ("task", "modality", "preset", "backbone")  # they choose the recipe
 
 
 def parse(kind: type[A], choose: Callable[[A], A], description: str, argv: Sequence[str] | None = None) -> A:
     """The dataclass `kind` from the command line; settings of the recipe are flags by section (`--optim.lr`).
 
-    choose: the script's flags, parsed, to the defaults of all flags: those with their recipe, or a former run's.
+    choose: maps the script's parsed flags to defaults for all flags: the same with their recipe, or an earlier run's.
     argv:   the flags (default: those of this process).
 
     Exits with code 2 where tyro cannot parse a flag. Raises `UserError` for a flag of a section the recipe lacks.
@@ -48,10 +48,10 @@ def parse(kind: type[A], choose: Callable[[A], A], description: str, argv: Seque
         if section and getattr(chosen.recipe, section[1], flag) is None:
             raise UserError(f"{flag} sets nothing: this recipe has no {section[1]} section; leave it out.")
     args = read(default=chosen)
-    for name in CHOOSES:
+    for name in RECIPE_FLAGS:
         given, kept = getattr(args, name, None), getattr(chosen, name, None)
         if given != kept:
-            raise UserError(f"--{name} {given} is not what the run has, --{name} {kept}; leave it out.")
+            raise UserError(f"--{name} {given} differs from the run's --{name} {kept}; leave it out.")
     return args
 
 
@@ -96,9 +96,9 @@ def with_preset(args: A, presets: dict[str, dict[str, Recipe]], modality: str, d
 
 
 def check_recipe(recipe: Recipe):
-    """Raises `UserError` for settings that do not go together."""
+    """Raises `UserError` for settings that cannot be combined."""
     if recipe.camera is None and recipe.data.camera_sweeps > 1:
-        raise UserError("--data.camera-sweeps needs a camera encoder, which this recipe has not; leave it out.")
+        raise UserError("--data.camera-sweeps needs a camera encoder, which this recipe does not have; leave it out.")
     for name in ("camera", "lidar"):
         encoder = getattr(recipe, name)
         if encoder is not None and not 0 <= encoder.mask_ratio < 1:

@@ -1,7 +1,7 @@
 """Every setting of the method as frozen dataclasses. `recipes` has the values that the paper used.
 
 A recipe says what is computed; where, and with how many workers, is up to the scripts' own flags. Every field is a flag
-of the scripts too, by its section (`--grid.cell 0.6 0.6 1.6`); the comment behind it is the flag's help.
+of the scripts too, by its section (`--grid.cell 0.6 0.6 1.6`); the comment after it is the flag's help.
 """
 
 import dataclasses

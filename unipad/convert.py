@@ -53,8 +53,8 @@ class Report:
     """What was done with the weights of one file."""
 
     taken: dict = field(default_factory=dict)  # name -> tensor
-    missing: list = field(default_factory=list)  # names in the model alone
-    unexpected: list = field(default_factory=list)  # keys in the file alone
+    missing: list = field(default_factory=list)  # names only in the model
+    unexpected: list = field(default_factory=list)  # keys only in the file
     misshapen: list = field(default_factory=list)  # "name (shape in the file) for (shape in the model)"
     notes: list = field(default_factory=list)  # what was dropped or supplied on purpose
 

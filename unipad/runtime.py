@@ -360,9 +360,9 @@ class RunFolder:
             self._board.add_mesh(name, vertices, colors, faces, VIEW_3D, step)
 
     def save(self, step: int, parts: dict, metrics: dict, keep: bool = False):
-        """Write checkpoints/last.pt, whole or not at all; `keep` leaves a step_<N>.pt beside it.
+        """Write checkpoints/last.pt atomically; `keep` also keeps it as step_<N>.pt.
 
-        parts: name -> what has a `state_dict`; metrics: what `resumed` should return beside the step.
+        parts: name -> what has a `state_dict`; metrics: what `resumed` should return with the step.
         """
         if self.writes:
             state = {name: part.state_dict() for name, part in parts.items()}

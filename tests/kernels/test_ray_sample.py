@@ -36,7 +36,7 @@ SHAPES = pytest.mark.parametrize(
         (33, 9, 7),  # one ray over
         (3, 6, 8),  # one new edge over a power of two
         (3, 6, 0),  # no new samples
-        (1, 2, 300),  # one ray a program
+        (1, 2, 300),  # one ray per program
         (0, 24, 7),  # no rays
     ],
 )

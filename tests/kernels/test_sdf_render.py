@@ -48,7 +48,7 @@ def launch(kernel, constexprs, targets, registers=255, shared=0, stack=0, mma=""
 
 
 # Stacks: a tile of 64 samples, what a Hopper matrix instruction takes, needs a few more registers than there are.
-# Half of the samples (BLOCK_M = 32) spill a fifth of that, for 1.6 times the instructions a sample.
+# Half of the samples (BLOCK_M = 32) spill a fifth of that, for 1.6 times the instructions per sample.
 # Budgets: what Triton 3.9 needs or, where that was more before operands were rounded, Triton 3.6; WIDE and EXACT by 3.9
 # only. A wide field has 4 times the activations per sample. No row is both wide and exact: no preset has such a
 # field, and compiling it takes minutes. Its stack in bytes, by 3.9 on sm_90: forward 2288, backward 1016 and 416.

@@ -16,7 +16,7 @@ CASES = [
     ("submanifold", THREE, 2, (4, 5, 6), 64, 16, 16),  # exactly one tile
     ("submanifold", THREE, 2, (4, 5, 6), 65, 1, 16),  # one over; many offsets per step
     ("submanifold", THREE, 1, (3, 4, 5), 33, 32, 8),  # two offsets per step, eight in the backward
-    ("submanifold", (3, 1, 1), 1, (4, 4, 9), 129, 128, 128),  # one over, and two steps an offset
+    ("submanifold", (3, 1, 1), 1, (4, 4, 9), 129, 128, 128),  # one over, and two steps per offset
     ("submanifold", ONE, 1, (2, 3, 4), 20, 5, 18),
     ("submanifold", THREE, 1, (4, 4, 4), 1, 5, 16),
     ("submanifold", THREE, 2, (4, 4, 4), 0, 5, 16),
@@ -117,7 +117,7 @@ def test_more_offsets_than_bits_in_a_key(device):
 
 
 @pytest.mark.parametrize("wrt", ["features", "weight"])
-def test_gradient_of_one_input_alone(wrt, device):
+def test_gradient_of_only_one_input(wrt, device):
     inputs, *_ = make_inputs(*CASES[0], device)
     check_against_ref(sparse_conv, sparse_conv_ref, inputs, torch.float32, wrt=(wrt,))
 
@@ -172,7 +172,7 @@ ACTS = [(True, True, True, True), (True, True, False, False), (False, True, Fals
 @pytest.mark.parametrize("act", ACTS, ids=str)
 @pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[9]], ids=str)
 def test_act_is_the_epilogue(case, act, dtype, device):
-    """Rounded once: half a last bit from fp64, and what sums in fp32 are away."""
+    """Rounded once: off from fp64 by at most half a last bit plus the error of fp32 sums."""
     inputs, *_ = make_inputs(*case, device)
     del inputs["inverse_idx"]
     gen = torch.Generator().manual_seed(2)
@@ -187,7 +187,7 @@ def test_act_is_the_epilogue(case, act, dtype, device):
     truth = truth if shift is None else truth + shift
     truth = truth if residual is None else truth + residual.to(dtype)
     truth = truth.relu() if act[3] else truth
-    last_bit = 0.51 if dtype != torch.bfloat16 or device != "cpu" else 1.01  # the interpreter cuts bf16 off
+    last_bit = 0.51 if dtype != torch.bfloat16 or device != "cpu" else 1.01  # the interpreter truncates bf16
     bound = last_bit * torch.finfo(dtype).eps * truth.abs() + 1e-6 * truth.abs().max()
     for fn in (sparse_conv_act, sparse_conv_act_ref):
         with launches() as launched:

@@ -69,7 +69,7 @@ def test_choices_are_saved_in_a_file(tmp_path):
     tuning.enable(path, Clock({}))  # it would raise if it timed anything
     assert choose(clock) == (128, 8) and len(clock.ran) == 3
     tuning.enable(path, clock)
-    assert choose(clock, candidates=CANDIDATES[:2]) == (128, 4)  # what the code no longer offers is searched anew
+    assert choose(clock, candidates=CANDIDATES[:2]) == (128, 4)  # what the code no longer offers is searched again
 
 
 @pytest.mark.parametrize("n, expected", [(0, 1), (1, 1), (2, 2), (3, 4), (64, 64), (65, 128)])

@@ -251,7 +251,7 @@ def test_frames_are_more_views(device):
     torch.testing.assert_close(together, sum(voxel_pool(**half) for half in halves), rtol=1e-12, atol=1e-12)
 
 
-def test_a_feature_changes_its_ray_alone(device):
+def test_a_feature_changes_only_its_ray(device):
     inputs = make_inputs(1, 2, (5, 7), 3, 12, (6, 6, 2), device)
     before = voxel_pool(**inputs)
     inputs["features"][0, 1, 2, 3] += 1

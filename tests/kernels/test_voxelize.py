@@ -124,7 +124,7 @@ def test_cells_are_found_in_float32(fn, device):
 
 @pytest.mark.parametrize("fn", [voxelize, voxelize_ref])
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_is_the_original(fn, mode, device):
+def test_matches_the_original(fn, mode, device):
     arrays, sidecar = golden.load("voxelize_vfe")
     config = sidecar["config"]
     samples = [arrays["in/points_0"], arrays["in/points_1"]]

@@ -114,7 +114,7 @@ class Objects:
 
 
 def load_objects(dataset: DrivingDataset, paste: Paste, workers: int = 0) -> Objects:
-    """The objects in the frames of a dataset, cut out once and cached beside the data.
+    """The objects in the frames of a dataset, cut out once and cached next to the data.
 
     dataset: not `balanced`, or frames would be cut out as often as they are drawn.
     workers: processes that read frames; 0 reads in this one.
@@ -156,7 +156,7 @@ def _read(path):
 
 
 def _cut_out(dataset, paste, paths, workers):
-    """What `_read` returns, made anew and written to the first of `paths` that can be written."""
+    """What `_read` returns, computed from the dataset and written to the first of `paths` that can be written."""
     for path in paths:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -66,7 +66,7 @@ class Sample:
 class DrivingDataset(torch.utils.data.Dataset):
     """The keyframes of one split of a dataset, in the order of time.
 
-    `dataset[i]` is a `Sample` as it was recorded; `dataset.read(i, rng)` is an augmented one, for training.
+    `dataset[i]` is a `Sample` as recorded; `dataset.read(i, rng)` is an augmented one, for training.
 
     A subclass must define `splits`, `load` and the constructor, which finds the frames and passes on their number:
 
@@ -138,7 +138,7 @@ class DrivingDataset(torch.utils.data.Dataset):
         raise NotImplementedError
 
     def labels_of(self, frame: int) -> np.ndarray:
-        """`Sample.labels` of frame number `frame`, for `balanced`; override it if that needs no reading of samples."""
+        """`Sample.labels` of frame number `frame`, for `balanced`; override it if labels can be read alone."""
         return self.load(frame).labels
 
     def scenes(self) -> dict[str, list[int]]:
@@ -160,7 +160,7 @@ class DrivingDataset(torch.utils.data.Dataset):
         """Names of the splits to train and to validate on. Raises `DataError` if the version has none."""
         splits = cls.splits(version)
         if not {"train", "val"} <= splits.keys():
-            raise DataError(f"--version {version} has nothing to train on: it has split {' and '.join(splits)} alone.")
+            raise DataError(f"--version {version} has no training split: it only has {' and '.join(splits)}.")
         return splits["train"], splits["val"]
 
     def __len__(self):

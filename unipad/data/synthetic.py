@@ -103,7 +103,7 @@ def generate(
 ):
     """Write a synthetic dataset and return its root.
 
-    The arguments are those of `Args`; `progress` shows a bar. The dataset is written to a folder beside `out` and
+    The arguments are those of `Args`; `progress` shows a bar. The dataset is written to a folder next to `out` and
     renamed when complete. Workers are spawned: a script that calls this needs a `__main__` guard.
     Raises SettingError with one sentence for an invalid setting, or if `out` contains something else.
     """

@@ -23,7 +23,7 @@ from unipad.model.rays import cast_rays, common_grid, project_points, rays_from_
 FAR = 60.0  # meters at the far end of the color scale
 PANORAMA = (42, 360)  # rows and columns of a degree each, all around the LiDAR; +x is a quarter right of the middle
 TOP = 11.0  # elevation of a panorama's first row, degrees: nuScenes' LiDAR covers -30.7 to 10.7
-AT_A_TIME = 2**18  # rays; those of six full images would take gigabytes
+CHUNK = 2**18  # rays; those of six full images would take gigabytes
 DPI = 80
 
 
@@ -75,7 +75,7 @@ def rendered_views(
 def _rendered(model, volume, batch, stride):
     """rgb [N, h, w, 3], depth [N, h, w] meters and normals [N, h, w, 3] of the first sample's views."""
     pixels, shape = common_grid(batch, 0, stride)
-    parts = pixels.split(AT_A_TIME // len(pixels), dim=1)
+    parts = pixels.split(CHUNK // len(pixels), dim=1)
     parts = [model.render_surface(volume, cast_rays(batch, 0, part)) for part in parts]
     of_views = [[t.unflatten(0, (len(pixels), -1)) for t in part] for part in parts]
     return [torch.cat(kind, dim=1).unflatten(1, shape[1:]) for kind in zip(*of_views, strict=True)]

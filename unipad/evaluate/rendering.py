@@ -20,7 +20,7 @@ def evaluate_rendering(
 ) -> dict[str, float]:
     """Render held-out frames and compare them with their images and LiDAR points.
 
-    model:   put in eval mode here, and back into the mode it was in.
+    model:   put in eval mode here; its mode is restored afterwards.
     batches: the position seeds the masks and the choice of LiDAR rays, so every evaluation of a run sees the same.
     masked:  mask the encoder's input as in training.
 

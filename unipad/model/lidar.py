@@ -58,7 +58,7 @@ class LidarEncoder(nn.Module):
         if cfg.learnable_token:
             self.mask_token = nn.Parameter(torch.empty(1, point_channels))
             nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
-        # As the activations are, else cuDNN re-lays the weights at every call.
+        # As the activations are, else cuDNN converts their layout at every call.
         self.backbone.to(memory_format=torch.channels_last)
         self.neck.to(memory_format=torch.channels_last)
 

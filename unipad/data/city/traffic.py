@@ -176,7 +176,7 @@ class Actor:
 
 
 class Path:
-    """A polyline by arc length; points: [n, 2]. Before its start and after its end, an actor stands still there."""
+    """A polyline parameterized by arc length; points: [n, 2]. Before its start and after its end, actors stand still."""
 
     def __init__(self, points):
         step = np.diff(points, axis=0)
@@ -201,7 +201,7 @@ class Scene:
         """index: 0.. of the scene within its set; duration: seconds it lasts."""
         self.city, self.index, self.duration = City.of(seed), index, duration
         self.rng = rng = np.random.default_rng([seed, 3, index])
-        # every scene has an intersection of its own, away from the border
+        # every scene has another intersection, away from the border
         inner = STREETS - 3
         order = np.random.default_rng([seed, 4]).permutation(inner * inner)
         self.node = (np.array(divmod(order[index % len(order)], inner)) + 2) * PITCH  # grid meters
@@ -330,7 +330,7 @@ class Scene:
             self._try(kind, lambda way=way: way, 1.6 * PITCH, (4.0, 9.0), gap=2.0, tries=4)
 
     def _try(self, kind, way, start=0.0, speed=(0.0, 0.0), gap=0.8, tries=12):
-        """Add an actor where it is free: at most `start` meters (or a range) along a path drawn anew for each try."""
+        """Add an actor where it is free: at most `start` meters (or a range) along a path drawn for each try."""
         begin, end = start if isinstance(start, tuple) else (0.0, start)
         for _ in range(tries):
             if self._add(kind, way(), self.rng.uniform(begin, end), self.rng.uniform(*speed), gap):

@@ -286,25 +286,24 @@ def rows_of(args, dataset):
 
 def task_of(args, recipe):
     """What the checkpoint was trained for. Raises `UserError` where another task, or another task's flag, is given."""
-    can = {DetectRecipe: "detect", SegmentRecipe: "segment"}.get(type(recipe), "render")
+    trained_for = {DetectRecipe: "detect", SegmentRecipe: "segment"}.get(type(recipe), "render")
     made_by = {"detect": "finetune.py", "segment": "finetune.py --task segment", "render": "train.py"}
-    if args.task not in (None, can):
-        raise UserError(
-            f"--task {args.task} needs a run of {made_by[args.task]}, and {args.checkpoint} is one of {made_by[can]}."
-        )
+    origin = f"{args.checkpoint} is one of {made_by[trained_for]}."
+    if args.task not in (None, trained_for):
+        raise UserError(f"--task {args.task} needs a run of {made_by[args.task]}, and {origin}")
     for task, flag in [
-        (task, flag) for task, flags in TASK_FLAGS.items() for flag in flags if flag not in TASK_FLAGS[can]
+        (task, flag) for task, flags in TASK_FLAGS.items() for flag in flags if flag not in TASK_FLAGS[trained_for]
     ]:
         if getattr(args, flag) != Args.__dataclass_fields__[flag].default:
             flag = "--" + flag.replace("_", "-")
-            raise UserError(f"{flag} needs a run of {made_by[task]}, and {args.checkpoint} is one of {made_by[can]}.")
-    asked = {"detect": len(CLASSES), "segment": len(LIDARSEG_CLASSES)}.get(can)
-    if asked and (classes := getattr(recipe, can).classes) != asked:
+            raise UserError(f"{flag} needs a run of {made_by[task]}, and {origin}")
+    expected = {"detect": len(CLASSES), "segment": len(LIDARSEG_CLASSES)}.get(trained_for)
+    if expected and (classes := getattr(recipe, trained_for).classes) != expected:
         raise UserError(
-            f"{args.checkpoint} has {classes} classes, and nuScenes asks for {asked}; "
-            f"fine-tune it with a recipe of {asked}."
+            f"{args.checkpoint} has {classes} classes, and nuScenes asks for {expected}; "
+            f"fine-tune it with a recipe of {expected}."
         )
-    return can
+    return trained_for
 
 
 if __name__ == "__main__":

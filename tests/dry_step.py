@@ -249,11 +249,11 @@ def print_seeded_faults():
         return dry
 
     def respecialized(*sizes):
-        here, there = (
+        first, second = (
             caught(lambda _, shape=(R, S): composite(*(torch.zeros(*shape, *n, device=CUDA) for n in ((), (3,)))))
             for R, S in sizes
         )
-        return [f"{kernel} on {name}" for kernel, name in specialized_on_data(here.calls, there.calls)] or None
+        return [f"{kernel} on {name}" for kernel, name in specialized_on_data(first.calls, second.calls)] or None
 
     def too_large(stages):
         def convolve(x):

@@ -109,7 +109,7 @@ def test_a_config_is_where_flags_start_from(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [PretrainRecipe, DetectRecipe, SegmentRecipe])
-def test_a_recipe_of_other_fields_is_refused(kind, tmp_path):
+def test_a_recipe_of_other_fields_is_rejected(kind, tmp_path):
     config = run_config(train.parse([]), 8)
     del config["recipe"]["optim"]["clip"]
     with pytest.raises(TypeError):
@@ -147,7 +147,7 @@ def test_default_presets_are_named():
     ],
     ids=lambda v: " ".join(map(str, v)) if isinstance(v, list) else "",
 )
-def test_a_flag_that_does_not_fit_is_refused_in_one_sentence(script, flags, words):
+def test_a_flag_that_does_not_fit_is_rejected_in_one_sentence(script, flags, words):
     with pytest.raises(UserError, match=words) as error:
         script.parse(flags)
     assert "\n" not in str(error.value)
@@ -166,7 +166,7 @@ def test_a_flag_that_does_not_fit_is_refused_in_one_sentence(script, flags, word
     ],
     ids=lambda v: " ".join(map(str, v)) if isinstance(v, list) and v[0].startswith("--") else "",
 )
-def test_what_is_not_a_value_is_refused_by_name(script, flags, words, capsys):
+def test_what_is_not_a_value_is_rejected_by_name(script, flags, words, capsys):
     with pytest.raises(SystemExit) as end:
         script.parse(flags)
     out, err = capsys.readouterr()

@@ -296,7 +296,7 @@ def broken(kind, folder):
         ("whole", {"kind": "convnext"}, "--kind convnext: .* is of kind unipad"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_refused_in_one_sentence_and_not_executed(kind, flags, words, tmp_path, monkeypatch):
+def test_what_does_not_fit_is_rejected_in_one_sentence_and_not_executed(kind, flags, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=words) as caught:
         main(Args((broken(kind, tmp_path), tmp_path / "out.pt"), **flags))
@@ -312,7 +312,7 @@ def test_no_strict_converts_what_fits(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("paths, merge", [("", False), ("a", False), ("abc", False), ("ab", True)])
-def test_a_wrong_number_of_paths_is_refused(paths, merge):
+def test_a_wrong_number_of_paths_is_rejected(paths, merge):
     with pytest.raises(UserError, match="SOURCE OUT"):
         main(Args(tuple(map(Path, paths)), merge=merge))
 
@@ -345,7 +345,7 @@ def test_command_lines_mean_what_the_docstring_says(line, args):
     assert tyro.cli(Args, args=line.split()) == args
 
 
-def test_a_u_net_converts_to_the_original_s_keys_without_its_head():
+def test_a_unet_converts_to_the_originals_keys_without_its_head():
     """The original has no segmentation head; and a U-Net has no volume to fuse with a camera's."""
     recipe = SEGMENT["lidar"]["tiny"]
     saved = {"model": Segmenter(recipe).state_dict(), "config": {"recipe": to_dict(recipe)}}

@@ -130,12 +130,12 @@ def test_the_default_is_nuscenes():
 
 
 @pytest.mark.parametrize("name", ["", "toy_set", "toy_set:", "toy_set:Nobody", "no_such.module:Toy", ":Toy"])
-def test_a_class_that_cannot_be_imported_is_one_sentence(toy, name):
+def test_a_class_that_cannot_be_imported_is_a_one_sentence_error(toy, name):
     with pytest.raises(UserError, match=f"--dataset {name} cannot be imported .*; give package.module:Class"):
         dataset_class(name)
 
 
 @pytest.mark.parametrize("name", ["toy_set:Unrelated", "toy_set:np"])
-def test_a_class_of_another_kind_is_one_sentence(toy, name):
+def test_a_class_of_another_kind_is_a_one_sentence_error(toy, name):
     with pytest.raises(UserError, match=f"--dataset {name} is not a subclass of unipad.data.dataset.DrivingDataset."):
         dataset_class(name)

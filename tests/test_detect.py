@@ -322,7 +322,7 @@ def test_non_finite_values_neither_raise_nor_spread():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_attention_is_that_of_torch(masked):
+def test_attention_matches_torch(masked):
     ours, torchs = SelfAttention(8, 2), torch.nn.MultiheadAttention(8, 2, batch_first=True)
     torchs.load_state_dict({k.replace("in_proj.", "in_proj_"): v for k, v in ours.state_dict().items()})
     x, position = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
@@ -335,7 +335,7 @@ def test_attention_is_that_of_torch(masked):
     assert torch.allclose(ours(x, position, blocked, Dropout(1e-12, seeded(0, 1))), expected, atol=1e-6)
 
 
-def test_the_volume_is_sampled_as_by_grid_sample():
+def test_the_volume_is_sampled_like_grid_sample():
     look = VolumeAttention(6)
     volume, reference = torch.randn(2, 6, 3, 4, 5), 4 * torch.randn(2, 40, 3)
     at = (2 * reference.sigmoid() - 1)[:, None, None]

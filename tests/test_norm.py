@@ -27,7 +27,7 @@ def norm_step(norm, x, d_out):
 
 
 @pytest.mark.parametrize("plain, shape", [(nn.BatchNorm1d, (60, 3)), (nn.BatchNorm3d, (4, 3, 5, 3, 1))])
-def test_one_process_is_plain_batch_norm(plain, shape):
+def test_one_process_matches_plain_batch_norm(plain, shape):
     ours, plain = SyncedBatchNorm(3, eps=1e-3, momentum=0.01), plain(3, eps=1e-3, momentum=0.01)
     x, d_out = torch.randn(2, *shape)
     a, b = (norm_step(norm, x, d_out) for norm in (ours, plain))

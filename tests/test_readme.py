@@ -40,7 +40,7 @@ SMALLER = [
 ]
 
 
-def test_every_kind_of_command_is_met():
+def test_every_kind_of_command_is_found():
     assert sum("train.py" in c for c in COMMANDS) >= 4
     assert [c for c in COMMANDS if "pytest" in c] == ["pip install -e '.[test]' && pytest"]
 

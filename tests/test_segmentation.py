@@ -78,7 +78,7 @@ def test_the_truth_through_files_and_devkit_scores_one(perfect, validation):
     assert [file.stat().st_size for file in files_of(validation, folder)] == sizes
 
 
-def test_the_devkit_s_own_check_accepts_the_folder(perfect, validation, city):
+def test_the_devkits_check_accepts_the_folder(perfect, validation, city):
     from nuscenes import NuScenes
     from nuscenes.eval.lidarseg import validate_submission
 
@@ -125,7 +125,7 @@ def test_metrics_by_hand(perfect, validation, tmp_path):
     ],
     ids=["short", "long", "class 0", "class 17", "missing"],
 )
-def test_a_wrong_file_is_one_sentence(spoil, words, perfect, validation, tmp_path):
+def test_a_wrong_file_is_a_one_sentence_error(spoil, words, perfect, validation, tmp_path):
     folder = shutil.copytree(perfect[0], tmp_path / "eval")
     file = files_of(validation, folder)[1]
     classes = np.fromfile(file, np.uint8)
@@ -193,7 +193,7 @@ def test_a_run_writes_all_its_files(runs):
     assert json.loads((run / "config.json").read_text())["args"]["modality"] == "lidar"
 
 
-def test_the_u_net_is_taken_from_pre_training(runs):
+def test_the_unet_is_taken_from_pre_training(runs):
     source, weights = (checkpoint(runs / name)["model"] for name in ("pre", "run"))
     taken = [name for name in weights if name.startswith("encoder.") and "running" not in name and "num" not in name]
     assert len(taken) > 50

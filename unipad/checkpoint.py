@@ -80,11 +80,11 @@ def read_run(path: Path) -> tuple[dict, Recipe, Path]:
 
 
 def take_weights(net: nn.Module, prefix: str, paths: Sequence[Path], flag: str, say: Callable[[str], None]) -> set[str]:
-    """Load the weights of `net` whose names begin with `prefix` from other runs, and say what was taken.
+    """Load the weights of `net` whose names begin with `prefix` from other runs, and report what was taken.
 
     paths: as for `find_checkpoint`; where several have a weight, the last one counts.
     flag:  the flag that named them, for messages.
-    say:   called with a line per path: how many weights it gave, what it has besides; then with what stays random.
+    say:   called with a line per path: how many weights were taken and what was ignored; then with what stays random.
 
     Returns the names taken. Raises `UserError` for a file that has none of the weights, or one of another shape.
     """
@@ -110,10 +110,10 @@ def take_weights(net: nn.Module, prefix: str, paths: Sequence[Path], flag: str, 
         say(f"{flag} {file}: took {millions:.2f} M weights, {_parts(common)}{left}")
     new = mine.keys() - taken
     if paths and new:
-        rest = {part_of(name) for name in new} & {part_of(name) for name in taken}
-        whole = _parts(name for name in new if part_of(name) not in rest)
-        some = ", ".join(sorted(name for name in new if part_of(name) in rest))
-        say("new, from scratch: " + ", ".join(filter(None, [whole, some])))
+        mixed = {part_of(name) for name in new} & {part_of(name) for name in taken}
+        new_parts = _parts(name for name in new if part_of(name) not in mixed)
+        new_weights = ", ".join(sorted(name for name in new if part_of(name) in mixed))
+        say("new, from scratch: " + ", ".join(filter(None, [new_parts, new_weights])))
     return taken
 
 

@@ -94,10 +94,10 @@ def read_weights(path: Path) -> tuple[dict, str, dict]:
     state = {str(k).removeprefix("module."): v for k, v in state.items() if torch.is_tensor(v)}
     unipad, convnext = (len(rename(state)[0]) for rename in (from_original, from_imagenet))
     if not unipad and not convnext:
-        some = f" (such as {next(iter(state))})" if state else ""
+        example = f" (such as {next(iter(state))})" if state else ""
         raise UserError(
             f"{file} is not a checkpoint of UniPAD, of a ConvNeXt or of this project: "
-            f"none of its {len(state)} weights{some} has a known name."
+            f"none of its {len(state)} weights{example} has a known name."
         )
     return state, "unipad" if unipad >= convnext else "convnext", saved
 

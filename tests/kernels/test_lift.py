@@ -129,7 +129,7 @@ def test_reproduces_the_original(op, device, large_blocks, monkeypatch):
         golden.assert_close_to_max(d_depth, arrays[f"grad/depth_{l}"], 1e-5, f"depth_{l}")
 
 
-def test_projection_is_that_of_the_original_to_the_bit():
+def test_projection_matches_the_original_bitwise():
     """What a view sees has sharp borders, so it must not depend on the last bit: 3854 pairs of voxel and view."""
     arrays, _ = golden.load("view_trans_2lvl")
     place, seen = unipad.kernels.lift._project_ref(arrays["in/lidar2img"][:, :, 0], **RECORDED)

@@ -93,7 +93,7 @@ def test_paired_matches_reference(N, device):
 
 @pytest.mark.parametrize("fn", [rotated_iou_bev, rotated_iou_bev_ref])
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=str)
-def test_iou_is_polygon_clipping(fn, dtype, atol, device):
+def test_iou_matches_polygon_clipping(fn, dtype, atol, device):
     """10,000 pairs, a tenth of them on one grid, hundreds of equal, thin and empty ones."""
     a, b = make_boxes(100, device), make_boxes(100, device)
     b[::4] = a[::4]
@@ -109,7 +109,7 @@ def test_iou_is_polygon_clipping(fn, dtype, atol, device):
 
 @pytest.mark.parametrize("fn", [paired_iou_3d, paired_iou_3d_ref])
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=str)
-def test_paired_is_polygon_clipping_times_height(fn, dtype, atol, device):
+def test_paired_matches_polygon_clipping_times_height(fn, dtype, atol, device):
     N = 10000 if fn is paired_iou_3d_ref else 2000  # the interpreter is slow
     a, b = make_boxes_3d(N, device), make_boxes_3d(N, device)
     b[::9] = a[::9]

@@ -276,7 +276,7 @@ def test_supported_fields(method, sizes):
 
 
 @pytest.mark.parametrize("method, rgb_layers", [("neus", 4), ("volsdf", 0)])
-def test_reference_is_the_formulas(method, rgb_layers):
+def test_reference_matches_the_formulas(method, rgb_layers):
     """In fp64; 1e-7 is what exp(-20) at softplus's threshold leaves."""
     inputs = make_inputs(7, 13, channels=5, hidden=7, sdf_layers=3, rgb_layers=rgb_layers, density=5.0)
     assert_as_composed(inputs, method, 1e-7, sdf_render_ref, torch.float64)
@@ -425,9 +425,8 @@ def test_the_renderer_fuses_what_is_in_the_family(method, channels, fuses, monke
     rays = Rays(torch.zeros(2, 3), directions, torch.tensor([4.0, 5.0]), torch.rand(2, 3), torch.zeros(2).int())
 
     def step(device):
-        net, seen = renderer.to(device), volume.to(device)
-        there = Rays(*(value.to(device) for value in vars(rays).values()))
-        losses = net.loss(net(seen, there), there)
+        net, on_device = renderer.to(device), Rays(*(value.to(device) for value in vars(rays).values()))
+        losses = net.loss(net(volume.to(device), on_device), on_device)
         parameters = [p for p in net.parameters() if p.requires_grad]
         return [*losses.values(), *torch.autograd.grad(sum(losses.values()), [volume, *parameters])]
 

@@ -229,7 +229,7 @@ def test_tf32_is_opt_in(device):
 
 
 @pytest.mark.parametrize("case", [FIVE, *(c for c in CASES if c[4])], ids=str)
-def test_is_the_dense_convolution(case, device):
+def test_matches_dense_convolution(case, device):
     """fp64, forward and both gradients, for every kind: scatter, convolve densely, read where voxels are."""
     kind, kernel, B = case[:3]
     inputs, (coords, shape), (out_coords, out_shape) = make_inputs(*case, device)
@@ -296,7 +296,7 @@ def test_bit_equal_from_run_to_run(dtype, mirrored, fn, device):
 
 
 @pytest.mark.parametrize("fn", [sparse_conv, sparse_conv_ref])
-def test_compiled_is_eager(fn, device):
+def test_compiled_matches_eager(fn, device):
     compiled = torch.compile(fn, backend="aot_eager", fullgraph=True, dynamic=True)
     for case in (CASES[0], ("submanifold", THREE, 2, (3, 4, 5), 40, 5, 18)):  # other sizes, the same graph
         inputs, *_ = make_inputs(*case, device, torch.float32)
@@ -306,7 +306,7 @@ def test_compiled_is_eager(fn, device):
 
 
 @torch.no_grad()
-def test_act_compiled_is_eager(device):
+def test_act_compiled_matches_eager(device):
     compiled = torch.compile(sparse_conv_act, backend="aot_eager", fullgraph=True)
     (inputs, *_), gen = make_inputs(*CASES[0], device, torch.float32), torch.Generator().manual_seed(2)
     del inputs["inverse_idx"]

@@ -105,7 +105,7 @@ def test_by_hand(fn, device):
 
 @pytest.mark.parametrize("fn", [trilinear, trilinear_ref])
 @pytest.mark.skipif(torch.__version__ < (2, 13), reason="grid_sample is twice differentiable from torch 2.13 on")
-def test_is_grid_sample_and_its_double_backward(fn, device):
+def test_matches_grid_sample_and_its_double_backward(fn, device):
     """Zero padding included; sizes of 2^n + 1 voxels, so that normalized coordinates are exact on the faces too."""
     inputs = make_inputs(1, 3, 5, 9, 4, 6, 8, device)
     volume = inputs["volume"].requires_grad_()

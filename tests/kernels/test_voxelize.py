@@ -84,7 +84,7 @@ def one_by_one(points, point_counts, low, cell, shape, max_points, max_voxels):
 
 @pytest.mark.parametrize("fn", [voxelize, voxelize_ref])
 @pytest.mark.parametrize("max_points, max_voxels", [(3, 1000), (2, 40), (1, 1)])
-def test_is_the_loop_over_points(fn, max_points, max_voxels, device):
+def test_matches_a_loop_over_points(fn, max_points, max_voxels, device):
     inputs = make_inputs([200, 0, 311], 5, device, max_points, max_voxels)
     inputs["points"][3::50, :3] = torch.tensor([float("nan"), 1e30, -float("inf")], device=device)  # in no cell
     features, coords = fn(**inputs)

@@ -75,11 +75,11 @@ class Objects:
         boxes = np.concatenate([sample.boxes, self.boxes[drawn]]).astype(np.float64)
         boxes = footprint(torch.from_numpy(boxes))
         overlap = (rotated_iou_bev(boxes[own:], boxes) > 0).numpy()  # [drawn, own + drawn]
-        there = np.zeros(len(boxes), bool)
-        there[:own] = True
+        placed = np.zeros(len(boxes), bool)
+        placed[:own] = True
         for i in range(len(drawn)):
-            there[own + i] = not (overlap[i] & there).any()
-        return drawn[there[own:]]
+            placed[own + i] = not (overlap[i] & placed).any()
+        return drawn[placed[own:]]
 
     def _points(self, k):
         """[n, 5] float32 points of object k in its LiDAR frame."""

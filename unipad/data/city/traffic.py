@@ -176,7 +176,7 @@ class Actor:
 
 
 class Path:
-    """A polyline parameterized by arc length; points: [n, 2]. Before its start and after its end, actors stand still."""
+    """A polyline parameterized by arc length; points: [n, 2]. At its ends, actors stand still."""
 
     def __init__(self, points):
         step = np.diff(points, axis=0)
@@ -211,8 +211,8 @@ class Scene:
         turns = [self.turn] + ["right"] * (2 + int(duration * 8 / PITCH))
         speed = rng.uniform(6.5, 8.5) if self.turn == "straight" else rng.uniform(5.5, 6.5)
         self.before = rng.uniform(26, 32)  # meters from the start to the intersection
-        way = self._lane(self.heading, turns)
-        self.ego = Actor("car", (1.73, 4.08, 1.56), WHITE, way, PITCH - self.before, speed)
+        path = self._lane(self.heading, turns)
+        self.ego = Actor("car", (1.73, 4.08, 1.56), WHITE, path, PITCH - self.before, speed)
 
         self._times = np.arange(0, duration + 0.25, 0.25)
         self._taken = [self._discs(self.ego)]
@@ -326,14 +326,14 @@ class Scene:
             kind = rng.choice(["car", "truck", "bus", "motorcyclist"], p=[0.7, 0.1, 0.07, 0.13])
             turns = [rng.choice(["straight", "left", "right"], p=[0.6, 0.2, 0.2])]
             turns += ["straight"] * (1 + int(self.duration * 9 / PITCH))
-            way = self._lane(int(rng.integers(4)), turns)
-            self._try(kind, lambda way=way: way, 1.6 * PITCH, (4.0, 9.0), gap=2.0, tries=4)
+            path = self._lane(int(rng.integers(4)), turns)
+            self._try(kind, lambda path=path: path, 1.6 * PITCH, (4.0, 9.0), gap=2.0, tries=4)
 
-    def _try(self, kind, way, start=0.0, speed=(0.0, 0.0), gap=0.8, tries=12):
+    def _try(self, kind, make_path, start=0.0, speed=(0.0, 0.0), gap=0.8, tries=12):
         """Add an actor where it is free: at most `start` meters (or a range) along a path drawn for each try."""
         begin, end = start if isinstance(start, tuple) else (0.0, start)
         for _ in range(tries):
-            if self._add(kind, way(), self.rng.uniform(begin, end), self.rng.uniform(*speed), gap):
+            if self._add(kind, make_path(), self.rng.uniform(begin, end), self.rng.uniform(*speed), gap):
                 break
 
     def _lane(self, heading, turns, left=-LANE):

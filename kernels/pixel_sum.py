@@ -78,12 +78,12 @@ def _pixel_sum_kernel(
             hit_y = tl.load(at_ptr + 1, mask=at_ok, other=0.0)
             hit_z = tl.load(at_ptr + 2, mask=at_ok, other=0.0)
             probability = tl.load(at_ptr + 3, mask=at_ok, other=0.0)
-            along = tl.load(at_ptr + 4, mask=at_ok, other=0.0)
+            d_probability = tl.load(at_ptr + 4, mask=at_ok, other=0.0)
             weight = (1 - tl.abs(hit_x - x)) * (1 - tl.abs(hit_y - y))
             row = (hit // V // N % B * V + hit % V).to(tl.int64)[:, None] * C + c
             g = tl.load(d_volume_ptr + row, mask=at_ok[:, None] & (c < C), other=0.0).to(acc_ty)
             d_feature += (weight * probability)[:, None] * g
-            d_depth += (weight * along)[:, None] * tl.maximum(1 - tl.abs(hit_z[:, None] - k), 0)
+            d_depth += (weight * d_probability)[:, None] * tl.maximum(1 - tl.abs(hit_z[:, None] - k), 0)
     d_feature = tl.sum(tl.reshape(d_feature, (BLOCK_P, WALKERS, BLOCK_C)), axis=1)
     d_depth = tl.sum(tl.reshape(d_depth, (BLOCK_P, WALKERS, BLOCK_D)), axis=1)
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]

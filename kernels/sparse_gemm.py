@@ -163,7 +163,7 @@ def _blocks(dtype, few_rows, I, O, allow_tf32):
     # a tile reads each of its rows two to three times: only a GPU can tell whether the L1 still has them, and whether
     # fewer empty products are worth reading rows that are farther apart
     candidates = [(STAGES, True, True), (STAGES, False, True), (FEWER_STAGES, True, True), (STAGES, True, False)]
-    return [Blocks(m, i, o, pack, 8 if m * o > 8192 else 4, *way) for way in candidates for m in ms]
+    return [Blocks(m, i, o, pack, 8 if m * o > 8192 else 4, *candidate) for candidate in candidates for m in ms]
 
 
 def _limits(dtype, I, O, allow_tf32):

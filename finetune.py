@@ -95,8 +95,8 @@ class Task:
     presets: dict  # modality -> name -> recipe
     model: type  # of a recipe; maps a batch and generators to losses
     evaluate: Callable  # model, dataset, folder, world, workers= -> metrics by name
-    predict: Callable  # model, batch -> what is found in each sample
-    picture: Callable  # batch of one, what is found in it -> picture
+    predict: Callable  # model, batch -> the predictions for each sample
+    picture: Callable  # batch of one, its predictions -> picture
     scene: Callable  # the same -> 3D view
     of_points: bool  # every LiDAR point counts, outside the grid too; False: boxes inside
 

@@ -164,8 +164,8 @@ def train_tiny(folder):
         curve = [[r["step"], r["train/loss"]] for r in logged if "train/loss" in r]
         last = next((r for r in reversed(logged) if "val/depth_abs_rel" in r), {})
         found = {k: v for k, v in last.items() if k.startswith("val/")}
-        took = time.perf_counter() - began
-        folder.write("training", {"device": device, "seconds": took, "ended": ended, "curve": curve} | found)
+        seconds = time.perf_counter() - began
+        folder.write("training", {"device": device, "seconds": seconds, "ended": ended, "curve": curve} | found)
 
 
 STAGES = {

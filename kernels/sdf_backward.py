@@ -279,11 +279,11 @@ def _sdf_render_bwd_sdf_kernel(
         for l in range(SDF_LAYERS - 1):
             tl.store(activation_ptr(scratch_ptr, l, BLOCK_M, H), x)
             tl.store(activation_ptr(dots_ptr, l, BLOCK_M, H), x_dot)
-            at = sdf_mlp_ptr + l * H * LINE
-            z_dot = linear(along, at + H, LINE, linear(e_dot, at + H + C, LINE, zero, H, PREC), H, PREC)
-            z_dot = linear(x_dot, at, LINE, z_dot, H, PREC)
-            z = linear(feature, at + H, LINE, linear(e, at + H + C, LINE, zero, H, PREC), H, PREC)
-            x = softplus(linear(x, at, LINE, z, H, PREC))
+            layer_ptr = sdf_mlp_ptr + l * H * LINE
+            z_dot = linear(along, layer_ptr + H, LINE, linear(e_dot, layer_ptr + H + C, LINE, zero, H, PREC), H, PREC)
+            z_dot = linear(x_dot, layer_ptr, LINE, z_dot, H, PREC)
+            z = linear(feature, layer_ptr + H, LINE, linear(e, layer_ptr + H + C, LINE, zero, H, PREC), H, PREC)
+            x = softplus(linear(x, layer_ptr, LINE, z, H, PREC))
             x_dot = softplus_grads(x)[0] * z_dot
         tl.debug_barrier()  # other threads read the scratch
 
@@ -313,14 +313,14 @@ def _sdf_render_bwd_sdf_kernel(
             hat_z = hat_x * slope
             x = tl.load(activation_ptr(scratch_ptr, l, BLOCK_M, H))
             x_dot = tl.load(activation_ptr(dots_ptr, l, BLOCK_M, H))
-            at, d_at = sdf_mlp_ptr + l * H * LINE, d_mlp_ptr + l * H * LINE
-            linear_bwd_weight(d_at, LINE, d_z, x, product(tl.trans(hat_z), x_dot, None, PREC), PREC)
-            linear_bwd_weight(d_at + H, LINE, d_z, feature, product(tl.trans(hat_z), along, None, PREC), PREC)
-            linear_bwd_weight(d_at + H + C, LINE, d_z, e, product(tl.trans(hat_z), e_dot, None, PREC), PREC)
-            d_feature = linear_bwd_input(d_z, at + H, LINE, d_feature, C, PREC)
-            hat_feature = linear_bwd_input(hat_z, at + H, LINE, hat_feature, C, PREC)
-            d_x = linear_bwd_input(d_z, at, LINE, zero, H, PREC)
-            hat_x = linear_bwd_input(hat_z, at, LINE, zero, H, PREC)
+            layer_ptr, d_layer_ptr = sdf_mlp_ptr + l * H * LINE, d_mlp_ptr + l * H * LINE
+            linear_bwd_weight(d_layer_ptr, LINE, d_z, x, product(tl.trans(hat_z), x_dot, None, PREC), PREC)
+            linear_bwd_weight(d_layer_ptr + H, LINE, d_z, feature, product(tl.trans(hat_z), along, None, PREC), PREC)
+            linear_bwd_weight(d_layer_ptr + H + C, LINE, d_z, e, product(tl.trans(hat_z), e_dot, None, PREC), PREC)
+            d_feature = linear_bwd_input(d_z, layer_ptr + H, LINE, d_feature, C, PREC)
+            hat_feature = linear_bwd_input(hat_z, layer_ptr + H, LINE, hat_feature, C, PREC)
+            d_x = linear_bwd_input(d_z, layer_ptr, LINE, zero, H, PREC)
+            hat_x = linear_bwd_input(hat_z, layer_ptr, LINE, zero, H, PREC)
         tl.debug_barrier()  # other threads add to the sums and overwrite the scratch
 
         # recomputed: otherwise they would occupy registers throughout the layers

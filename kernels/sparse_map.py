@@ -368,11 +368,11 @@ def _coords_kernel(keys_ptr, coords_ptr, M, Z, Y, X, BLOCK: tl.constexpr):
     row = row // X
     y = (row % Y).to(tl.int32)
     row = row // Y
-    at = coords_ptr + m.to(tl.int64) * 4
-    tl.store(at, (row // Z).to(tl.int32), mask=m_ok)
-    tl.store(at + 1, (row % Z).to(tl.int32), mask=m_ok)
-    tl.store(at + 2, y, mask=m_ok)
-    tl.store(at + 3, x, mask=m_ok)
+    voxel_ptr = coords_ptr + m.to(tl.int64) * 4
+    tl.store(voxel_ptr, (row // Z).to(tl.int32), mask=m_ok)
+    tl.store(voxel_ptr + 1, (row % Z).to(tl.int32), mask=m_ok)
+    tl.store(voxel_ptr + 2, y, mask=m_ok)
+    tl.store(voxel_ptr + 3, x, mask=m_ok)
 
 
 @jit(varying=("M", "N", "Z", "Y", "X", "STEPS"))

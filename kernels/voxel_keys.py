@@ -131,11 +131,11 @@ def _keys_kernel(coords_ptr, keys_ptr, N, Z, Y, X, BLOCK: tl.constexpr):
 @triton.jit
 def load_voxels(coords_ptr, i, ok):
     """b, z, y, x of the voxels i, int32."""
-    at = coords_ptr + i.to(tl.int64) * 4
-    b = tl.load(at, mask=ok, other=0)
-    z = tl.load(at + 1, mask=ok, other=0)
-    y = tl.load(at + 2, mask=ok, other=0)
-    x = tl.load(at + 3, mask=ok, other=0)
+    voxel_ptr = coords_ptr + i.to(tl.int64) * 4
+    b = tl.load(voxel_ptr, mask=ok, other=0)
+    z = tl.load(voxel_ptr + 1, mask=ok, other=0)
+    y = tl.load(voxel_ptr + 2, mask=ok, other=0)
+    x = tl.load(voxel_ptr + 3, mask=ok, other=0)
     return b, z, y, x
 
 

@@ -145,7 +145,7 @@ class RayChoice:
     lidar_per_view: int = 512  # depth: at most this many of them through LiDAR points
     near_radius: float = 3.0  # meters in the ground plane: nearest LiDAR points to aim at
     far_radius: float = 50.0  # meters in the ground plane: farthest LiDAR points to aim at
-    pixel_interval: int = 4  # pixels between those that fill up a view
+    pixel_interval: int = 4  # spacing in pixels of the grid that fills up a view
     dilation: int = 16  # dilation: pixels between rays
     sky: float = 0.4  # top fraction of an image that gets no fill-up pixels
 

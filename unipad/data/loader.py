@@ -163,4 +163,4 @@ def init_worker(_):
     torch.set_num_threads(1)
     # Ctrl-C reaches every process of the terminal; the main one decides what to do and terminates its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # this is how it does so
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how the main process terminates it

@@ -30,7 +30,7 @@ class Script:
     """A running program, with the methods of `subprocess.Popen` that tests use.
 
     args: as after `python`: a script of this repository, "-m" and a module, or "-c" and code; then its flags
-    path: a folder to import from besides
+    path: an additional folder to import from
     """
 
     def __init__(self, *args, cwd=REPO, path=""):

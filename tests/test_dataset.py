@@ -1,4 +1,4 @@
-"""The dataset interface: a dataset in one file outside the package, read and learned from as nuScenes is."""
+"""The dataset interface: a dataset in one file outside the package, read and trained on like nuScenes."""
 
 import sys
 from dataclasses import replace
@@ -18,7 +18,7 @@ from unipad.recipes import PRETRAIN
 from unipad.runtime import generators
 
 TOY = '''
-"""Three frames: one camera that looks forward, a wall of LiDAR points before it; the last frame is broken."""
+"""Three frames: one camera that looks forward, a wall of LiDAR points in front of it; the last frame is broken."""
 
 from pathlib import Path
 

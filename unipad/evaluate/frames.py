@@ -53,5 +53,7 @@ def predict_all(
     found = {token: one for part, _ in parts for token, one in part.items()}
     if not found:
         reasons = [frame for _, bad_frames in parts for frame in bad_frames]
-        raise UserError(f"none of the {len(dataset)} frames can be read ({reasons[0]}); unpack the set's files there.")
+        raise UserError(
+            f"none of the {len(dataset)} frames can be read ({reasons[0]}); unpack the dataset's files there."
+        )
     return found

@@ -43,8 +43,8 @@ def voxel_pool(
         [B, Z, Y, X, C] in the features' type; a voxel without points is 0.
 
     Differentiable once w.r.t. `features` and `depths`. Accumulates in fp32 (fp64 for fp64 features). Deterministic.
-    Points are placed in fp64, bit-equal in kernel and reference; those of a singular matrix are dropped. Every matrix
-    is a view: pass several frames as more views. Raises AssertionError if shapes do not match. Follows
+    Points are placed in fp64, bitwise equal in kernel and reference; those of a singular matrix are dropped. Every
+    matrix is a view: pass several frames as more views. Raises AssertionError if shapes do not match. Follows
     Uni3DVoxelPoolDepth of the original.
     """
     (B, N, h, w, _), D = features.shape, depths.shape[4]

@@ -30,7 +30,7 @@ class Case:
     wrt: tuple = ()  # names of the inputs whose gradients are compared
     slack: float | None = None  # None: SLACK of the type
     double: bool = True  # False: compare with fp32, whose rounding decides e.g. which cell a point lies in
-    strict: bool = False  # run under strict determinism, twice: both runs must be bit-equal
+    strict: bool = False  # run under strict determinism, twice: both runs must be bitwise equal
 
     def __str__(self):
         return f"{self.name}, {self.size}, {self.dtype}"

@@ -90,7 +90,7 @@ def test_field_equals_the_original():
 )
 def test_rendering_equals_the_original(name, cfg, weights_rel):
     """Outputs, every loss with two truncations, and all gradients."""
-    record, sidecar = load(name)
+    record, meta = load(name)
     renderer = Renderer(replace(cfg, truncation=1.5), RECORDED).eval()
     renderer.field.load_state_dict(weights(record, "renderer.field."))
     volume = record["in/feature_volume"].requires_grad_()
@@ -121,7 +121,7 @@ def test_rendering_equals_the_original(name, cfg, weights_rel):
     for key, value in expected.items():
         assert_close_to_max(found[key], value, 1e-3, key)
     frozen = {n for n, p in renderer.field.named_parameters() if not p.requires_grad}
-    assert frozen == {key.removeprefix(FIELD) for key in sidecar["params_without_grad"]}
+    assert frozen == {key.removeprefix(FIELD) for key in meta["params_without_grad"]}
 
 
 def test_unisurf_places_samples_as_the_original():

@@ -143,7 +143,7 @@ def test_augmentation_stays_in_its_limits_and_labels_stay_with_points(sample):
         scale = np.linalg.norm(varied.points[:, :3], axis=1).sum() / length
         assert 0.9 <= scale <= 1.1
         scales.add(round(float(scale), 3))
-        # intensity and lag are not moved, so they tell where a point went
+        # intensity and lag do not change, so they identify a point
         key = [tuple(row) for row in np.column_stack([sample.points[:, 3:], sample.point_labels])]
         varied_key = [tuple(row) for row in np.column_stack([varied.points[:, 3:], varied.point_labels])]
         assert key != varied_key and sorted(key) == sorted(varied_key)
@@ -162,7 +162,7 @@ def test_what_is_off_draws_no_random_number(sample):
 
 
 def test_shifts_and_flips_have_their_frequencies(sample):
-    """Told from the cameras: the camera that looked ahead looks left, right, ahead or back, from elsewhere."""
+    """Measured from the first camera's matrix before and after: it gives the transform that was drawn."""
     small = replace(sample, points=sample.points[:1], point_labels=None)
     cfg = Augment(translation=(0.5, 1.0, 0.0), flip_x=0.5, flip_y=0.2)
     moves = []
@@ -191,7 +191,7 @@ def test_points_and_boxes_are_cropped_after_the_transform(city):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_the_grid_matches_the_original(seed):
-    """The original's draws, replayed with numpy's old generator: whether at all, period, top, left."""
+    """The original's draws, replayed with numpy's old generator: whether there is a grid, period, top, left."""
     arrays, _ = load("grid_mask")
     truth = arrays[f"out/seed{seed}"].numpy()
     draws = np.random.RandomState(seed)

@@ -125,15 +125,15 @@ def test_cells_are_found_in_float32(fn, device):
 @pytest.mark.parametrize("fn", [voxelize, voxelize_ref])
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_matches_the_original(fn, mode, device):
-    arrays, sidecar = golden.load("voxelize_vfe")
-    config = sidecar["config"]
+    arrays, meta = golden.load("voxelize_vfe")
+    config = meta["config"]
     samples = [arrays["in/points_0"], arrays["in/points_1"]]
     features, coords = fn(
         torch.cat(samples).to(device),
         [len(sample) for sample in samples],
         config["point_cloud_range"][:3],
         config["voxel_size"],
-        sidecar["grid_size_xyz"][::-1],
+        meta["grid_size_xyz"][::-1],
         config["max_num_points"],
         config["max_voxels"][mode == "eval"],
     )

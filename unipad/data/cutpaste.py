@@ -91,8 +91,8 @@ class Objects:
     def _picture(self, k, view):
         """[h, w, 3] uint8 RGB: object k in `view`; None where it is not visible."""
         rows = slice(*np.searchsorted(self.pictures[:, 0], [k, k + 1]))
-        for _, of, first, size in self.pictures[rows]:
-            if of == view:
+        for _, picture_view, first, size in self.pictures[rows]:
+            if picture_view == view:
                 jpeg = np.fromfile(self.file, np.uint8, size, offset=first)
                 return cv2.cvtColor(cv2.imdecode(jpeg, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
         return None
@@ -149,8 +149,8 @@ def _read(path):
     file = path.with_suffix(".bin")
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            whole = file.stat().st_size == arrays["size"]
-            return ({k: arrays[k] for k in ("boxes", "labels", "points", "pictures")}, file) if whole else None
+            complete = file.stat().st_size == arrays["size"]
+            return ({k: arrays[k] for k in ("boxes", "labels", "points", "pictures")}, file) if complete else None
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None
 
@@ -160,11 +160,11 @@ def _cut_out(dataset, paste, paths, workers):
     for path in paths:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            made = _write(dataset, paste, path, workers)
+            arrays_and_file = _write(dataset, paste, path, workers)
             for old in path.parent.glob(f"{path.stem.rpartition('-')[0]}-*"):
-                if path.stem not in old.name:  # of labels that have changed
+                if path.stem not in old.name:  # of an earlier state of the tables
                     old.unlink(missing_ok=True)
-            return made
+            return arrays_and_file
         except OSError as error:
             reason = error.strerror
     raise DataError(
@@ -174,7 +174,7 @@ def _cut_out(dataset, paste, paths, workers):
 
 
 def _write(dataset, paste, path, workers):
-    """Write both files, each renamed when complete: the large one first, since the other one vouches for it."""
+    """Write both files, each renamed when complete: the large one first: the small one shows that it is complete."""
     frames = DataLoader(
         _Frames(dataset, paste.min_points),
         batch_size=None,

@@ -68,14 +68,14 @@ class DrivingDataset(torch.utils.data.Dataset):
 
     `dataset[i]` is a `Sample` as recorded; `dataset.read(i, rng)` is an augmented one, for training.
 
-    A subclass must define `splits`, `load` and the constructor, which finds the frames and passes on their number:
+    A subclass must define `splits`, `load` and the constructor, which finds the frames and passes their number on:
 
         def __init__(self, root, version, split, data, **settings):
             self.files = sorted(Path(root, version, split).glob("*.npz"))
             super().__init__(len(self.files), root, version, split, data, **settings)
 
-    The other methods have defaults. What is wrong with the dataset as a whole raises `DataError`, one sentence; what is
-    wrong with one frame raises `BadFrame`, upon which the loader names the frame on stderr and takes the next one.
+    The other methods have defaults. Problems with the dataset as a whole raise `DataError`, one sentence; problems with
+    one frame raise `BadFrame`: the loader then names the frame on stderr and takes the next one.
     The dataset is copied to worker processes, so it must be picklable, and should be small.
     """
 
@@ -193,9 +193,9 @@ class DrivingDataset(torch.utils.data.Dataset):
     def balanced(self, seed: int) -> "DrivingDataset":
         """This dataset with frames drawn with replacement so that every class is as frequent as any other (CBGS).
 
-        For each class that occurs, equally many frames of those that hold it, together as many as there are pairs of a
-        frame and a class in it: the longer epoch of the original. A function of the seed and the labels.
-        Raises `DataError` where no frame holds a box.
+        For each class that occurs, equally many frames are drawn from those that contain it, in total as many as there
+        are pairs of a frame and a class in it: the longer epoch of the original. A function of the seed and the labels.
+        Raises `DataError` where no frame has a box.
         """
         rng = np.random.default_rng([seed, 0, 2])  # the stream's own are [seed, epoch] and [seed, position, 1]
         classes = [np.unique(self.labels_of(f)) for f in self.frames]

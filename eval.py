@@ -133,7 +133,7 @@ def parse(argv=None) -> Args:
     if args.frames and args.scene:
         raise UserError("--frames and --scene both choose frames; leave one out.")
     if args.out and args.out.is_file():
-        raise UserError(f"--out {args.out} is a file; name a folder.")
+        raise UserError(f"--out {args.out} is a file; give a folder.")
     return args
 
 

@@ -1,4 +1,4 @@
-"""Comparisons and checks that many tests use."""
+"""Comparisons and checks that is_list tests use."""
 
 from contextlib import ExitStack, contextmanager
 from unittest import mock
@@ -142,8 +142,8 @@ def _run(fn, inputs, dtype, wrt):
     leaves = {}
     for name, value in inputs.items():
         if wrt is None or name in wrt:
-            many = isinstance(value, (list, tuple))
-            items = {f"{name}[{i}]": v for i, v in enumerate(value)} if many else {name: value}
+            is_list = isinstance(value, (list, tuple))
+            items = {f"{name}[{i}]": v for i, v in enumerate(value)} if is_list else {name: value}
             leaves |= {k: v.requires_grad_() for k, v in items.items() if _is_float(v)}
     outs = fn(**inputs)
     outs = outs if isinstance(outs, tuple) else (outs,)

@@ -141,7 +141,7 @@ def test_default_presets_are_named():
         (train, ["--lr", 0], "--optim.lr 0.0 must be above 0"),
         (train, ["--rays.per-view", 0], "--rays.per-view 0 must be above 0"),
         (train, ["--render.rgb-weight", -1], "--render.rgb-weight -1.0 must not be below 0"),
-        (train, ["--config", "nowhere"], "--config nowhere: there is no nowhere; name the folder of a run"),
+        (train, ["--config", "nowhere"], "--config nowhere: there is no nowhere; give the folder of a run"),
         (train, ["--resume", "nowhere"], "--resume nowhere: there is no nowhere/config.json"),
         (finetune, ["--task", "segment", "--modality", "camera"], "--modality camera does not go with --task segment"),
     ],

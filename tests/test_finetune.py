@@ -125,9 +125,9 @@ def test_encoders_are_taken_and_the_rest_is_listed(city, tmp_path, capsys):
     train.main(train.parse(small))
     capsys.readouterr()
     out = run(tmp_path / "run", city, "--pretrained", tmp_path / "runs", "--steps", 1, "--lr", 1e-12)
-    said = capsys.readouterr().out
-    assert "took 0.25 M weights, encoder.lidar.backbone, encoder.lidar.encoder, encoder.lidar.neck" in said
-    assert "ignored project, renderer" in said
+    output = capsys.readouterr().out
+    assert "took 0.25 M weights, encoder.lidar.backbone, encoder.lidar.encoder, encoder.lidar.neck" in output
+    assert "ignored project, renderer" in output
     source, weights = checkpoint(tmp_path / "runs" / "pre")["model"], checkpoint(out)["model"]
     taken = [name for name in weights if name.startswith("encoder.") and "running" not in name and "num" not in name]
     for name in taken:

@@ -212,8 +212,8 @@ def test_a_stopped_and_resumed_run_is_bit_equal(city, tmp_path):
 
 def test_a_run_is_evaluated_and_drawn(runs, capsys):
     evaluate(runs / "run", "--task", "segment", "--batch-size", 2, "--pictures", 1)
-    said = capsys.readouterr().out
-    assert "mIoU: 0." in said and "allAcc: 0." in said and "driveable_surface" in said
+    output = capsys.readouterr().out
+    assert "mIoU: 0." in output and "allAcc: 0." in output and "driveable_surface" in output
     picture = np.asarray(Image.open(runs / "run" / "eval" / "segments_0.png"))
     assert picture.shape[1] > 1000 and picture.std() > 20
 

@@ -30,7 +30,7 @@ def read_checkpoint(file: Path) -> dict:
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {file}.") from None
     except IsADirectoryError:
-        raise UserError(f"{file} is a folder without checkpoints/last.pt; name a run or a file.") from None
+        raise UserError(f"{file} is a folder without checkpoints/last.pt; give a run or a file.") from None
     except Exception as error:
         raise UserError(_why_unreadable(file, error)) from None
 
@@ -101,7 +101,7 @@ def take_weights(net: nn.Module, prefix: str, paths: Sequence[Path], flag: str, 
             has = _parts(n for n in theirs if n.startswith(prefix))
             what = f"its {other[0]} has another shape" if other else f"of {_parts(mine)} it has {has or 'none'}"
             fix = "" if has else ", or convert weights of another project with python -m unipad.convert"
-            raise UserError(f"{flag} {path} does not fit: {what}; name a run whose preset has the same encoder{fix}.")
+            raise UserError(f"{flag} {path} does not fit: {what}; give a run whose preset has the same encoder{fix}.")
         net.load_state_dict(common, strict=False)
         taken |= common.keys()
         left = _parts(theirs.keys() - common.keys())

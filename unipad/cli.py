@@ -70,7 +70,7 @@ def run_args(args: A) -> A | None:
         saved = from_dict(type(args), {**config["args"], "recipe": config["recipe"]})
     except OSError:
         flag = "--config" if args.config else "--resume"
-        raise UserError(f"{flag} {run}: there is no {file}; name the folder of a run.") from None
+        raise UserError(f"{flag} {run}: there is no {file}; give the folder of a run.") from None
     except (ValueError, KeyError, TypeError):
         sentence = f"{file} is of another script or of another version of this project; start a new run."
         raise UserError(sentence) from None

@@ -279,10 +279,10 @@ class Args:
 
 def main(args: Args):
     if len(args.paths) != (3 if args.merge else 2):
-        raise UserError("name the input and the output: SOURCE OUT, or --merge CAMERA LIDAR OUT.")
+        raise UserError("give the input and the output: SOURCE OUT, or --merge CAMERA LIDAR OUT.")
     *sources, out = args.paths
     if any(out.resolve() == path.resolve() for path in sources):
-        raise UserError(f"{out} would overwrite its own source; name another file.")
+        raise UserError(f"{out} would overwrite its own source; give another file.")
     if args.merge:
         result, report = merge(*(_as_ours(path, args) for path in sources))
     else:
@@ -306,7 +306,7 @@ def main(args: Args):
 def _as_ours(path, args):
     state, kind, saved = read_weights(path)
     if kind == "convnext":
-        raise UserError(f"--merge {path} is an ImageNet ConvNeXt; name trained encoders.")
+        raise UserError(f"--merge {path} is an ImageNet ConvNeXt; give trained encoders.")
     if kind == "ours":
         return saved
     result, report = convert_unipad(state)

@@ -287,7 +287,7 @@ def _find_run(root, out, resume):
     if resume != "auto":
         path = Path(resume)
         if not last_checkpoint(path):
-            raise UserError(f"--resume {path} has no checkpoints/last.pt; name the folder of a run.")
+            raise UserError(f"--resume {path} has no checkpoints/last.pt; give the folder of a run.")
         return path, read_checkpoint(last_checkpoint(path))
     newest = max(root.glob("*/checkpoints/last.pt"), default=None, key=lambda file: file.stat().st_mtime)
     path = out or (newest.parent.parent if newest else _new_run_path(root))
@@ -314,7 +314,7 @@ class RunFolder:
         if not self.writes:
             return
         if path.is_file():
-            raise UserError(f"--out {path} is a file; name a folder.")
+            raise UserError(f"--out {path} is a file; give a folder.")
         for name in ("checkpoints", "images"):
             (path / name).mkdir(parents=True, exist_ok=True)
         (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")

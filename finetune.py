@@ -136,7 +136,7 @@ def with_preset(args):
     modality = args.modality or ("camera" if args.task == "detect" else "lidar")
     presets = TASKS[args.task].presets
     if modality not in presets:
-        raise UserError(f"--modality {modality} does not go with --task {args.task}; use {', '.join(presets)}.")
+        raise UserError(f"--modality {modality} does not work with --task {args.task}; use {', '.join(presets)}.")
     default = DEFAULT_PRESET[modality if args.task == "detect" else args.task]
     return cli.with_preset(args, presets, modality, default)
 

@@ -189,7 +189,7 @@ def merge_ref(edges, new_edges):
 
 @torch.no_grad()
 def resample(edges: Tensor, weights: Tensor, n: int, jitter: Tensor | None = None) -> Tensor:
-    """`sample_pdf` merged with the edges it draws from: [R, S + n + 1], in one launch. Arguments as of `sample_pdf`."""
+    """`sample_pdf` merged with the edges it draws from: [R, S + n + 1], in one launch; same arguments."""
     if not on_triton(edges):
         return resample_ref(edges, weights, n, jitter)
     return _resample(edges, weights, n, jitter, merge=True)

@@ -30,7 +30,7 @@ LINEAR = 20.0  # torch's softplus is the identity where SHARPNESS * z exceeds th
 
 
 def field_ref(volume, points, directions, volume_idx, mlps, cells):
-    """Distance [R, S], its gradient [R, S, 3] and color [R, S, 3] at points [R, S, 3]; arguments as of `sdf_render`."""
+    """Distance [R, S], its gradient [R, S, 3] and color [R, S, 3] at points [R, S, 3]; the rest as in `sdf_render`."""
     cells_per_unit, first_cell = cells
     feature, slope = trilinear_ref(volume, points * cells_per_unit + first_cell, volume_idx)
     return decode(feature, slope, points, directions, mlps, cells_per_unit)

@@ -124,7 +124,7 @@ def sdf_values(
     volume: Tensor, rays: tuple[Tensor, Tensor, Tensor], starts: Tensor, sdf_mlp: Sequence[Tensor],
     cells: tuple[Tensor, Tensor], exact: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Only the signed distance, [R, S] at starts [R, S]; arguments as of `sdf_render`, `rays` without `hit`.
+    """Only the signed distance, [R, S] at starts [R, S]; arguments as for `sdf_render`, `rays` without `hit`.
 
     Not differentiable: for searches along rays.
     """

@@ -62,7 +62,7 @@ def sparse_conv_act(
     """A convolution with its epilogue, for inference: relu(sparse_conv(...) * scale + shift + residual).
 
     Args:
-        features, weight, neighbor_idx, allow_tf32: as of `sparse_conv`.
+        features, weight, neighbor_idx, allow_tf32: as for `sparse_conv`.
         scale, shift: [Cout] fp32 (fp64 for fp64 features) or None: a bias, or a batch normalization in evaluation mode.
         residual:     [M, Cout] or None, cast to the features' type.
         relu:         apply a ReLU.

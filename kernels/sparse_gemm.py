@@ -137,7 +137,7 @@ class Blocks(NamedTuple):
     sort: bool  # rows with the same offsets go to the same tiles
 
 
-# All untimed: chosen by the counts of benchmarks/count_sparse_conv.py and the compiler's output for sm_90
+# All untuned: chosen from the counts of benchmarks/count_sparse_conv.py and the compiler's output for sm_90
 # Loads of indices and of rows are each two steps ahead, or one; AMD has half the memory for that
 STAGES_OF = {"nvidia": (5, 3), "amd": (2, 1)}
 STAGES, FEWER_STAGES = STAGES_OF["amd" if torch.version.hip else "nvidia"]

@@ -260,7 +260,7 @@ def _neighbors(coords, reader_order, keys, order, shape, kernel, stride, padding
     Args:
         coords:       [M, 4] int32 of the readers.
         reader_order: [M] int64, the order in which to process them, or None.
-        keys, order:  [N] of the voxels that are read, as of `sort_voxels`.
+        keys, order:  [N] of the voxels that are read, as returned by `sort_voxels`.
         shape:        cells (Z, Y, X) of their grid.
         kernel, stride, padding, dilation: cells (z, y, x).
     """
@@ -382,7 +382,7 @@ def _neighbors_kernel(
     M, N, Z, Y, X, KY, stride, padding, DZ, DY, STEPS,  # STEPS halvings take N to 0
     KX: tl.constexpr, DX: tl.constexpr, NO_KEY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One (kz, ky) column of offsets of BLOCK readers, in the order of their keys: adjacent lanes search alike."""
+    """One (kz, ky) column of offsets of BLOCK readers, in the order of their keys: adjacent lanes search similarly."""
     p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     p_ok = p < M
     column = tl.program_id(1)

@@ -3,7 +3,7 @@
 A point lies between 8 voxel centers. With the fraction f and, per axis, the weights a = (1 - f, f) of the two corners
 and their slopes b = (-1, 1),
 
-    value = sum_ijk az_i ay_j ax_k V_ijk,   d/dx = sum_ijk az_i ay_j bx_k V_ijk,   d/dy, d/dz alike
+    value = sum_ijk az_i ay_j ax_k V_ijk,   d/dx = sum_ijk az_i ay_j bx_k V_ijk,   d/dy, d/dz likewise
 
 so four sums over the same 8 rows. A corner outside the volume has weight and slope 0 (zero padding, as
 F.grid_sample with align_corners=True). Both outputs are differentiable: of the gradient, dL/dV takes the four weights

@@ -120,7 +120,7 @@ def _time(fn, device):
 
 
 def _milliseconds(fn, device):
-    """Median of `RUNS` back-to-back runs, in ms, by CUDA events."""
+    """Median of `RUNS` back-to-back runs, in ms, with CUDA events."""
     with torch.cuda.device(device), host_wait("timing of a launch"):
         fn()  # compiles
         torch.cuda._sleep(SPIN)

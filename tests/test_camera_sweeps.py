@@ -311,8 +311,8 @@ def test_rays_metrics_and_pictures_are_of_the_keyframe(city):
     assert len(rays[0]) == 6 * 8 and net.encoder.frame_fusion.trans_conv[0].weight.grad.any()
     metrics = evaluate_rendering(net, [(0, batch)], 0, torch.device("cpu"))
     assert metrics["psnr"] > 0 and metrics["depth_abs_rel"] > 0
-    judged = sum(len(r) for r in rays[1:])
-    assert judged == 6 * 8 * 12 + 6 * 256  # every eighth pixel of six views, and LiDAR rays
+    ray_count = sum(len(r) for r in rays[1:])
+    assert ray_count == 6 * 8 * 12 + 6 * 256  # every eighth pixel of six views, and LiDAR rays
     assert rendered_views(net, batch, generators(0), stride=32).shape[1] > 6 * 200
 
 

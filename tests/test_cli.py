@@ -134,7 +134,7 @@ def test_default_presets_are_named():
         (train, ["--modality", "lidar", "--camera.mask-ratio", 0.5], "--camera.mask-ratio sets nothing.* no camera"),
         (train, ["--lidar.cell", 1, 1, 1], "--lidar.cell sets nothing: this recipe has no lidar"),
         (finetune, ["--modality", "lidar", "--paste.off-epochs", 1], "--paste.off-epochs sets nothing.* no paste"),
-        (train, ["--modality", "lidar", "--backbone", "base"], "--backbone does not go with --modality lidar"),
+        (train, ["--modality", "lidar", "--backbone", "base"], "--backbone does not work with --modality lidar"),
         (train, ["--modality", "lidar", "--data.camera-sweeps", 2], "--data.camera-sweeps needs a camera encoder"),
         (train, ["--camera.mask-ratio", 1], "--camera.mask-ratio 1.0 must be from 0 to below 1"),
         (train, ["--preset", "huge"], "--preset huge is not known; use tiny, camera-0.075"),
@@ -143,7 +143,7 @@ def test_default_presets_are_named():
         (train, ["--render.rgb-weight", -1], "--render.rgb-weight -1.0 must not be below 0"),
         (train, ["--config", "nowhere"], "--config nowhere: there is no nowhere; give the folder of a run"),
         (train, ["--resume", "nowhere"], "--resume nowhere: there is no nowhere/config.json"),
-        (finetune, ["--task", "segment", "--modality", "camera"], "--modality camera does not go with --task segment"),
+        (finetune, ["--task", "segment", "--modality", "camera"], "--modality camera does not work with --task"),
     ],
     ids=lambda v: " ".join(map(str, v)) if isinstance(v, list) else "",
 )

@@ -110,8 +110,8 @@ def test_plain_head_matches_the_original():
 
 def assert_same_boxes(boxes, expected, rel):
     """Equal up to full rotations."""
-    apart = boxes[:, 6] - expected[:, 6]
-    assert torch.allclose(apart.cos(), torch.ones_like(apart), atol=1e-6)
+    difference = boxes[:, 6] - expected[:, 6]
+    assert torch.allclose(difference.cos(), torch.ones_like(difference), atol=1e-6)
     rest = [0, 1, 2, 3, 4, 5, 7, 8]
     assert_close_to_max(boxes[:, rest], expected[:, rest], rel)
 

@@ -253,7 +253,7 @@ def test_a_user_error_is_one_sentence(of, flags, words, runs):
 
 
 def test_other_user_errors(runs, city, tmp_path):
-    with pytest.raises(UserError, match="--modality camera does not go with --task segment; use lidar"):
+    with pytest.raises(UserError, match="--modality camera does not work with --task segment; use lidar"):
         finetune.main(fine(city, tmp_path / "run", "--modality", "camera"))
     with pytest.raises(UserError, match="17 classes, and nuScenes asks for 16"):
         recipe = replace(RECIPE, segment=replace(RECIPE.segment, classes=17))

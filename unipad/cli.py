@@ -89,7 +89,7 @@ def with_preset(args: A, presets: dict[str, dict[str, Recipe]], modality: str, d
     recipe = presets[modality][name]
     if args.backbone:
         if recipe.camera is None:
-            raise UserError(f"--backbone does not go with --modality {modality}, which has no camera; leave it out.")
+            raise UserError(f"--backbone does not work with --modality {modality}, which has no camera; leave it out.")
         depths, widths = CONVNEXT[args.backbone]
         recipe = replace(recipe, camera=replace(recipe.camera, depths=depths, widths=widths))
     return replace(args, modality=modality, preset=name, recipe=recipe)

@@ -174,7 +174,7 @@ def _cut_out(dataset, paste, paths, workers):
 
 
 def _write(dataset, paste, path, workers):
-    """Write both files, each renamed when complete: the large one first: the small one shows that it is complete."""
+    """Write both files, each renamed when complete, the large one first: the small one implies that it is complete."""
     frames = DataLoader(
         _Frames(dataset, paste.min_points),
         batch_size=None,

@@ -107,7 +107,7 @@ class DrivingDataset(torch.utils.data.Dataset):
         augment:        how `read` augments samples; None: not at all.
         """
         if not 0 < label_fraction <= 1 or abs(round(1 / label_fraction) * label_fraction - 1) > 0.02:
-            raise DataError(f"--label-fraction {label_fraction} is not 1/k; give 1, 0.5, 0.2, 0.1 or the like.")
+            raise DataError(f"--label-fraction {label_fraction} is not 1/k; give 1, 0.5, 0.2, 0.1 or another 1/k.")
         if not frame_count:
             raise DataError(f"{Path(root) / version} has no frame of split {split}; unpack the whole dataset there.")
         self.root, self.version, self.split, self.data = Path(root), version, split, data

@@ -252,7 +252,7 @@ class Scene:
     def solids(self, t):
         """All solids within sight at time t except the ego vehicle, a SOLID array."""
         here = self.ego.pose(t)[:2]
-        apart = np.hypot(*(self.fixed["center"][:, :2] - here).T)
+        distance = np.hypot(*(self.fixed["center"][:, :2] - here).T)
         sight = np.where(self.fixed["half"].max(axis=1) > 4, HOUSE_SIGHT, SIGHT)
         pieces = self._pieces.copy()
         x, y, yaw = self.poses(t)[pieces["owner"]].T
@@ -262,7 +262,7 @@ class Scene:
         pieces["center"][:, 1] = y + s * local[:, 0] + c * local[:, 1]
         pieces["yaw"] = yaw
         near = np.hypot(*(pieces["center"][:, :2] - here).T) < SIGHT
-        return np.concatenate([self.fixed[apart < sight], pieces[near]])
+        return np.concatenate([self.fixed[distance < sight], pieces[near]])
 
     def _park(self):
         """Park along the kerbs: every large kind on both sides of the start; a random mix in the other streets."""
@@ -379,8 +379,8 @@ class Scene:
         actor = Actor(kind, size, colors[rng.integers(len(colors))], path, start, speed)
         discs, radius = self._discs(actor)
         for other, other_radius in self._taken:
-            apart = np.linalg.norm(discs[:, :, None] - other[:, None], axis=-1)  # [times, discs, discs]
-            if apart.min() < radius + other_radius + gap:
+            distance = np.linalg.norm(discs[:, :, None] - other[:, None], axis=-1)  # [times, discs, discs]
+            if distance.min() < radius + other_radius + gap:
                 return False
         self._taken.append((discs, radius))
         self.actors.append(actor)

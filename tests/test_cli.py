@@ -115,7 +115,7 @@ def test_a_recipe_of_other_fields_is_rejected(kind, tmp_path):
     with pytest.raises(TypeError):
         from_dict(kind, config["recipe"])
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="config.json is of another script or of another version"):
+    with pytest.raises(UserError, match="config.json is from another script or another version"):
         train.parse(["--config", tmp_path])
 
 

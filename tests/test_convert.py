@@ -290,7 +290,7 @@ def broken(kind, folder):
         ("one key less", {}, "1 weights are missing, 0 unexpected, 0 of another.*input_proj.bias; --no-strict"),
         ("one key more", {}, "0 weights are missing, 1 unexpected, .*such as .*mtoken3"),
         ("other blocks", {}, "no ConvNeXt blocks"),
-        ("new recipe", {}, "of another version of this project: train or convert again"),
+        ("new recipe", {}, "from another version of this project: train or convert again"),
         ("whole", {"preset": "camera-0.075"}, "does not fit preset camera-0.075: .* of another shape"),
         ("whole", {"preset": "lidar-0.075"}, "--preset lidar-0.075 is not known; use tiny, camera-0.075, "),
         ("whole", {"kind": "convnext"}, "--kind convnext: .* is of kind unipad"),

@@ -72,7 +72,7 @@ def run_args(args: A) -> A | None:
         flag = "--config" if args.config else "--resume"
         raise UserError(f"{flag} {run}: there is no {file}; give the folder of a run.") from None
     except (ValueError, KeyError, TypeError):
-        sentence = f"{file} is of another script or of another version of this project; start a new run."
+        sentence = f"{file} is from another script or another version of this project; start a new run."
         raise UserError(sentence) from None
     return replace(saved, config=None, resume="never", out=None, stop_at=None)
 

@@ -150,8 +150,8 @@ def convert_ours(saved: dict, spconv: int = 1) -> tuple[dict, Report]:
     recipe = saved_recipe(saved)
     report = Report()
     _compare(saved["model"], _shapes(recipe), report)
-    state, nameless = to_original(report.taken, spconv)
-    report.notes += [f"dropped: {name}, which the original does not have" for name in nameless]
+    state, unknown = to_original(report.taken, spconv)
+    report.notes += [f"dropped: {name}, which the original does not have" for name in unknown]
     for key, (width, fill) in _unread_norms(recipe).items():
         state["img_backbone." + key.removeprefix(BACKBONE)] = torch.full((width,), fill)
         report.notes.append(f"supplied: {key}, which is never read")
@@ -189,19 +189,19 @@ def merge(camera: dict, lidar: dict) -> tuple[dict, Report]:
 
 
 def saved_recipe(saved: dict) -> Recipe:
-    """The recipe of a checkpoint of ours. Raises `UserError` for one of another version of this project."""
+    """The recipe of a checkpoint of ours. Raises `UserError` for one from another version of this project."""
     try:
         return from_dict(AnyRecipe, saved["config"]["recipe"])
     except (TypeError, AttributeError):
-        raise UserError("the checkpoint is of another version of this project: train or convert again.") from None
+        raise UserError("the checkpoint is from another version of this project: train or convert again.") from None
 
 
 def _presets(ours):
-    """(presets of the task and modality that these names are of, the modality)."""
+    """(presets of the task and modality that these names belong to, the modality)."""
     camera, lidar = (any(n.startswith(f"encoder.{part}.") for n in ours) for part in ("camera", "lidar"))
     modality = "fusion" if camera and lidar else "camera" if camera else "lidar"
-    tuned = any(name.startswith("head.") for name in ours)
-    return (DETECT if tuned else PRETRAIN)[modality], modality
+    fine_tuned = any(name.startswith("head.") for name in ours)
+    return (DETECT if fine_tuned else PRETRAIN)[modality], modality
 
 
 def _with_sizes(recipe, ours, code_weights):

@@ -40,10 +40,10 @@ class LidarEncoder(nn.Module):
         stride = 2 ** (len(cfg.widths) - 1)
         extents = zip(grid.low, grid.high, cfg.cell, strict=True)
         cells = tuple(round((high - low) / cell) for low, high, cell in extents)  # (X, Y, Z)
-        wanted = tuple(stride * size for size in grid.shape)
-        assert cells == wanted, (
+        required = tuple(stride * size for size in grid.shape)
+        assert cells == required, (
             f"voxels of {cfg.cell} m make {cells} cells (x, y, z) of the range, but an encoder of stride {stride} "
-            f"needs {wanted} for a volume of {grid.shape}: use voxels of {tuple(c / stride for c in grid.cell)} m"
+            f"needs {required} for a volume of {grid.shape}: use voxels of {tuple(c / stride for c in grid.cell)} m"
         )
         coarse = max(cfg.neck_strides)
         assert not any(size % coarse for size in grid.shape[:2]), (
@@ -123,7 +123,7 @@ class SparseEncoder(nn.Module):
         self.conv_out = ConvNormReLU(SparseConv3d(widths[-1], out_channels, 1, bias=False))
 
     def forward(self, x: SparseTensor) -> SparseTensor:
-        """Returns one of 1 / 2^(stages - 1) the resolution."""
+        """Returns a SparseTensor at 1 / 2^(stages - 1) of the resolution."""
         return self.conv_out(self.encoder_layers(in_fp32(self.conv_input, x)))
 
 

@@ -25,7 +25,7 @@ CHANNELS = [(1, 5), (5, 16), (16, 18), (18, 1)]
 
 
 def coords_of(name, shape=SHAPE):
-    """Voxels [N, 4] in no order, and the number of grids."""
+    """Voxels [N, 4] in random order, and the number of grids."""
     Z, Y, X = shape
     if name == "none":
         return torch.empty(0, 4, dtype=torch.int32), 2

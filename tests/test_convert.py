@@ -210,13 +210,13 @@ def test_a_camera_starts_from_imagenet(tmp_path):
     camera = PRETRAIN["camera"]["tiny"].camera
     torch.save({"model": ConvNeXt(camera.depths, camera.widths, out_stages=()).state_dict()}, tmp_path / "small.pth")
     main(Args((tmp_path / "small.pth", tmp_path / "convnext.pt")))
-    net, said = Pretrain(PRETRAIN["camera"]["tiny"]), []
-    taken = take_weights(net, "encoder.", [tmp_path / "convnext.pt"], "--init", said.append)
+    net, lines = Pretrain(PRETRAIN["camera"]["tiny"]), []
+    taken = take_weights(net, "encoder.", [tmp_path / "convnext.pt"], "--init", lines.append)
     new = {n for n in net.state_dict() if n.startswith("encoder.camera.backbone.")} - taken
     assert new == {f"encoder.camera.backbone.norm{i}.{end}" for i in (1, 2, 3) for end in ("weight", "bias")}
     weights = read_checkpoint(tmp_path / "convnext.pt")["model"]
     assert_same({n: net.state_dict()[n] for n in taken}, weights)
-    assert said[1].startswith("new, from scratch: encoder.camera.depth_net") and "backbone.norm1.weight" in said[1]
+    assert lines[1].startswith("new, from scratch: encoder.camera.depth_net") and "backbone.norm1.weight" in lines[1]
 
 
 def test_merged_encoders_start_fusion(tmp_path, capsys):

@@ -100,11 +100,11 @@ def test_nothing_is_timed_under_strict_determinism(tmp_path):
     assert choose(clock) == (128, 4)
     torch.use_deterministic_algorithms(True)
     tuning.enable(path, Clock({}))
-    assert choose(clock) == (128, 4) and len(clock.ran) == 3  # what a file says is as good as a default
+    assert choose(clock) == (128, 4) and len(clock.ran) == 3  # choices from a file are used, as the default would be
 
 
 def test_two_processes_with_one_id_do_not_share_a_temporary_file(tmp_path, monkeypatch):
-    """Of two machines, say."""
+    """For example on two machines."""
     path, names = tmp_path / "tuning.json", set()
     monkeypatch.setattr("os.getpid", lambda: 1)
     replace = Path.replace

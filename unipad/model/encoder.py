@@ -1,4 +1,4 @@
-"""The encoder: images, points or both to one volume. It is what survives pre-training."""
+"""The encoder: images, points or both to one volume. Fine-tuning starts from its weights."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

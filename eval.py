@@ -91,14 +91,14 @@ class Args:
     workers: int | None = None  # data loading processes per process; None: 4 with a GPU, 1 without
     precision: Literal["bf16", "fp16", "fp32"] | None = None  # of the encoder; None: bf16 or fp16 on a GPU, else fp32
     device: str = "auto"  # auto, cpu, cuda or cuda:N
-    deterministic: bool = False  # bit-equal results on a GPU too, with slower kernels
+    deterministic: bool = False  # bitwise reproducible results on a GPU too, with slower kernels
     pictures: int = 4  # frames that are drawn (detect, segment) or rendered (render), spread over the split
     min_score: float = 0.3  # detect: lowest score of a box that is drawn, 0 to 1
     tta: bool = False  # detect, segment: test-time augmentation, merging the predictions of several views of a frame
     tta_scales: tuple[float, ...] | None = None  # --tta: factors of all lengths; None: 1 1.06 0.96; segment: 1
     tta_angles: tuple[float, ...] | None = None  # --tta: degrees about the vertical axis; None: 0; segment: 0 90
     tta_flips: bool = True  # --tta: flip front and back, left and right, and both
-    frames: tuple[int, ...] = ()  # render: these frames of the split, from 0; without: --pictures of them
+    frames: tuple[int, ...] = ()  # render: frames of the split, counted from 0; none: --pictures of them, spread out
     scene: str | None = None  # render: all frames of this scene, and a film of them
     film: Literal["gif", "mp4"] = "gif"  # render: format of the film
     film_rate: float = 4.0  # render: frames per second of the film; keyframes are half a second apart
@@ -146,7 +146,7 @@ def parse(argv=None) -> Args:
     if args.frames and args.scene:
         raise UserError("--frames and --scene both choose frames; leave one out.")
     if args.out and args.out.is_file():
-        raise UserError(f"--out {args.out} is a file; name a folder.")
+        raise UserError(f"--out {args.out} is a file; give a folder.")
     return args
 
 
@@ -171,7 +171,7 @@ def main(args: Args):
             raise UserError(f"--dataset {name} is not for --task {task}; see unipad/data/dataset.py.")
         version = args.version or trained.get("version", kind.default_version)
         split = kind.splits(version).get(args.split, args.split)
-        with world.main_first():  # makes the city, builds the index
+        with world.main_first():  # generates the city, builds the index
             root = args.data_root or trained.get("data_root") or kind.default_root(recipe.data)
             # augmentation may move points into the grid; segmentation labels those outside too
             box = None if args.tta or task == "segment" else (recipe.grid.low, recipe.grid.high)
@@ -252,7 +252,7 @@ def views_of(args, task):
 
 
 def render(args, model, dataset, out, world):
-    """Color, depth and normals of some frames beside their images and LiDAR points, and their errors."""
+    """Color, depth and normals of some frames next to their images and LiDAR points, and their errors."""
     if args.mesh:
         check_mesh(model.recipe.grid, args.mesh_cell)
     device, rows, done = world.device, rows_of(args, dataset), []
@@ -301,25 +301,24 @@ def rows_of(args, dataset):
 
 def task_of(args, recipe):
     """What the checkpoint was trained for. Raises `UserError` where another task, or another task's flag, is given."""
-    can = {DetectRecipe: "detect", SegmentRecipe: "segment"}.get(type(recipe), "render")
+    trained_for = {DetectRecipe: "detect", SegmentRecipe: "segment"}.get(type(recipe), "render")
     made_by = {"detect": "finetune.py", "segment": "finetune.py --task segment", "render": "train.py"}
-    if args.task not in (None, can):
-        raise UserError(
-            f"--task {args.task} needs a run of {made_by[args.task]}, and {args.checkpoint} is one of {made_by[can]}."
-        )
+    origin = f"{args.checkpoint} is one of {made_by[trained_for]}."
+    if args.task not in (None, trained_for):
+        raise UserError(f"--task {args.task} needs a run of {made_by[args.task]}, and {origin}")
     for task, flag in [
-        (task, flag) for task, flags in TASK_FLAGS.items() for flag in flags if flag not in TASK_FLAGS[can]
+        (task, flag) for task, flags in TASK_FLAGS.items() for flag in flags if flag not in TASK_FLAGS[trained_for]
     ]:
         if getattr(args, flag) != Args.__dataclass_fields__[flag].default:
             flag = "--" + flag.replace("_", "-")
-            raise UserError(f"{flag} needs a run of {made_by[task]}, and {args.checkpoint} is one of {made_by[can]}.")
-    asked = {"detect": len(CLASSES), "segment": len(LIDARSEG_CLASSES)}.get(can)
-    if asked and (classes := getattr(recipe, can).classes) != asked:
+            raise UserError(f"{flag} needs a run of {made_by[task]}, and {origin}")
+    expected = {"detect": len(CLASSES), "segment": len(LIDARSEG_CLASSES)}.get(trained_for)
+    if expected and (classes := getattr(recipe, trained_for).classes) != expected:
         raise UserError(
-            f"{args.checkpoint} has {classes} classes, and nuScenes asks for {asked}; "
-            f"fine-tune it with a recipe of {asked}."
+            f"{args.checkpoint} has {classes} classes, and nuScenes asks for {expected}; "
+            f"fine-tune it with a recipe of {expected}."
         )
-    return can
+    return trained_for
 
 
 if __name__ == "__main__":

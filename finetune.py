@@ -6,7 +6,7 @@
     python finetune.py --modality camera --pretrained RUN --data-root /data/nuscenes --version v1.0-trainval
     torchrun --nproc-per-node 4 finetune.py --modality lidar --data-root /data/nuscenes --version v1.0-trainval
     python finetune.py --task segment --preset segment --help       # the settings of a recipe and their values
-    python finetune.py --config outputs/finetune-lidar/RUN --seed 1 # a run's settings again, but for the seed
+    python finetune.py --config outputs/finetune-lidar/RUN --seed 1 # a run's settings again, with another seed
     python finetune.py --resume outputs/finetune-lidar/RUN          # resume a run, with its settings
 
 The first line takes a few minutes on two CPU cores. The paper's recipes are presets: the ablations are what its
@@ -67,7 +67,7 @@ class Args:
     config: Path | None = None  # take all settings from this run or config.json; other flags override them
     resume: str = "never"  # a run's folder: resume it, with its settings; auto: resume what --out has, or the newest
     pretrained: tuple[Path, ...] = ()  # runs or checkpoints to take encoders from; for fusion up to two
-    data_root: Path | None = None  # folder of the dataset; None: a synthetic city, made in data/synthetic
+    data_root: Path | None = None  # folder of the dataset; None: a synthetic city, generated in data/synthetic
     version: str | None = None  # version of the dataset, such as v1.0-trainval; None: its default, v1.0-mini
     dataset: str = DEFAULT_DATASET  # package.module:Class of another dataset; see unipad/data/dataset.py
     out: Path | None = None  # run folder; None: outputs/finetune-<modality, or segment>/<time>
@@ -79,7 +79,7 @@ class Args:
     precision: Literal["bf16", "fp16", "fp32"] | None = None  # of the encoder; None: bf16 or fp16 on a GPU, else fp32
     checkpointing: bool = False  # recompute ConvNeXt activations in the backward pass: less memory, more time
     device: str = "auto"  # auto, cpu, cuda or cuda:N
-    deterministic: bool = False  # bit-equal runs on a GPU too, with slower kernels
+    deterministic: bool = False  # bitwise reproducible runs on a GPU too, with slower kernels
     tune: bool = False  # autotune kernel launches (off with --deterministic); reuse choices in tuning.json
     log_every: int = 10  # steps between progress lines
     val_every: int | None = None  # steps between validations on the whole split; None: a third of the run
@@ -95,8 +95,8 @@ class Task:
     presets: dict  # modality -> name -> recipe
     model: type  # of a recipe; maps a batch and generators to losses
     evaluate: Callable  # model, dataset, folder, world, workers= -> metrics by name
-    predict: Callable  # model, batch -> what is found in each sample
-    picture: Callable  # batch of one, what is found in it -> picture
+    predict: Callable  # model, batch -> the predictions for each sample
+    picture: Callable  # batch of one, its predictions -> picture
     scene: Callable  # the same -> 3D view
     of_points: bool  # every LiDAR point counts, outside the grid too; False: boxes inside
 
@@ -136,7 +136,7 @@ def with_preset(args):
     modality = args.modality or ("camera" if args.task == "detect" else "lidar")
     presets = TASKS[args.task].presets
     if modality not in presets:
-        raise UserError(f"--modality {modality} does not go with --task {args.task}; use {', '.join(presets)}.")
+        raise UserError(f"--modality {modality} does not work with --task {args.task}; use {', '.join(presets)}.")
     default = DEFAULT_PRESET[modality if args.task == "detect" else args.task]
     return cli.with_preset(args, presets, modality, default)
 
@@ -157,7 +157,7 @@ def main(args: Args):
         version = args.version or dataset.default_version
         train_split, val_split = dataset.train_val_splits(version)
         box = None if task.of_points else (recipe.grid.low, recipe.grid.high)  # nothing outside is seen or found
-        with world.main_first():  # makes the city, builds the index, cuts out the objects
+        with world.main_first():  # generates the city, builds the index, cuts out the objects
             root = args.data_root or dataset.default_root(recipe.data)
             train_set = dataset(
                 root,

@@ -6,9 +6,9 @@
     python train.py --modality lidar --preset segment-tiny          # the sparse U-Net that segmentation starts from
     python train.py --modality camera --init convnext.pt --data-root /data/nuscenes --version v1.0-trainval
     torchrun --nproc-per-node 4 train.py --modality lidar --data-root /data/nuscenes --version v1.0-trainval
-    python train.py --modality camera --steps 4 --device cpu        # is everything in place?
+    python train.py --modality camera --steps 4 --device cpu        # a quick test of the installation
     python train.py --modality camera --preset camera-0.1 --help    # the settings of a recipe and their values
-    python train.py --config outputs/train-camera/RUN --seed 1      # a run's settings again, but for the seed
+    python train.py --config outputs/train-camera/RUN --seed 1      # a run's settings again, with another seed
     python train.py --resume outputs/train-camera/RUN               # resume a run, with its settings
 
 The first lines take a few minutes on two CPU cores and end with pictures of what the model renders on frames
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 # Before torch loads OpenMP, whose threads wait by spinning: as soon as anything else runs on the machine, they block
-# each other for milliseconds at a time. On two cores, a step beside another process took 10 times as long, now 2.5;
+# each other for milliseconds at a time. On two cores, a step next to another process took 10 times as long, now 2.5;
 # on an idle machine it takes 8 % longer.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
@@ -66,7 +66,7 @@ class Args:
     backbone: Literal["tiny", "small", "base", "large"] | None = None  # ConvNeXt size; None: the recipe's
     config: Path | None = None  # take all settings from this run or config.json; other flags override them
     resume: str = "never"  # a run's folder: resume it, with its settings; auto: resume what --out has, or the newest
-    data_root: Path | None = None  # folder of the dataset; None: a synthetic city, made in data/synthetic
+    data_root: Path | None = None  # folder of the dataset; None: a synthetic city, generated in data/synthetic
     version: str | None = None  # version of the dataset, such as v1.0-trainval; None: its default, v1.0-mini
     dataset: str = DEFAULT_DATASET  # package.module:Class of another dataset; see unipad/data/dataset.py
     label_fraction: float = 1.0  # fraction 1/k of the training frames that is used: every k-th
@@ -80,7 +80,7 @@ class Args:
     precision: Literal["bf16", "fp16", "fp32"] | None = None  # of the encoder; None: bf16 or fp16 on a GPU, else fp32
     checkpointing: bool = False  # recompute ConvNeXt activations in the backward pass: less memory, more time
     device: str = "auto"  # auto, cpu, cuda or cuda:N
-    deterministic: bool = False  # bit-equal runs on a GPU too, with slower kernels
+    deterministic: bool = False  # bitwise reproducible runs on a GPU too, with slower kernels
     tune: bool = False  # autotune kernel launches (off with --deterministic); reuse choices in tuning.json
     log_every: int = 10  # steps between progress lines
     val_every: int | None = None  # steps between validations; None: a third of the run
@@ -116,7 +116,7 @@ def main(args: Args):
         version = args.version or dataset.default_version
         train_split, val_split = dataset.train_val_splits(version)
         box = (recipe.grid.low, recipe.grid.high)  # points outside are no targets: no ray reaches them
-        with world.main_first():  # makes the city, builds the index
+        with world.main_first():  # generates the city, builds the index
             root = args.data_root or dataset.default_root(recipe.data)
             recipe = with_ray_origins(recipe, dataset.has_images(root, version, train_split), print0)
             train_set = dataset(
@@ -233,13 +233,13 @@ def main(args: Args):
 
 
 def with_ray_origins(recipe, has_images, print0):
-    """The recipe as this set allows it: without images, rays of a LiDAR encoder start at the LiDAR."""
+    """The recipe adapted to the dataset: without images, rays of a LiDAR encoder start at the LiDAR."""
     if recipe.data.cameras and (has_images or recipe.camera is not None):
         return recipe
     if recipe.render.rgb_weight:
         raise UserError("rays from the LiDAR have no color: they need --render.rgb-weight 0.")
     if recipe.data.cameras:
-        print0("the set has no images: rays are cast from the LiDAR")
+        print0("the dataset has no images: rays are cast from the LiDAR")
     return replace(recipe, data=replace(recipe.data, cameras=False))
 
 

@@ -3,7 +3,7 @@
     python -m benchmarks.bench_lift
     OMP_NUM_THREADS=1 python -m benchmarks.bench_lift --paper      on a CPU: paper size too
 
-Strict determinism has a row of its own.
+Strict determinism has a separate row.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The parts of a camera training step, each timed alone.
+"""The parts of a camera training step, each timed separately.
 
     python -m benchmarks.bench_parts --preset camera-0.1
 
@@ -45,7 +45,7 @@ def parts(net, batch):
     )
     for i, stage in enumerate(camera.backbone.stages):
         size = len(images), stage[0].dwconv.in_channels, H // 2 ** (i + 2), W // 2 ** (i + 2)
-        for name, layout in {"": torch.channels_last, ", by rows": torch.contiguous_format}.items():
+        for name, layout in {"": torch.channels_last, ", contiguous": torch.contiguous_format}.items():
             x = torch.randn(size, device=DEVICE, dtype=PRECISION).contiguous(memory_format=layout)
             yield _convolution(f"depthwise 7x7, stage {i}{name}", stage[0].dwconv, x, layout, len(stage))
     yield Part("backbone", camera.backbone, [images], list(camera.backbone.parameters()))
@@ -54,7 +54,7 @@ def parts(net, batch):
         features, depths = camera(batch.images, batch.image_sizes)
         return features + depths
 
-    yield Part("camera encoder, backbone and all", encode, [], list(camera.parameters()))
+    yield Part("camera encoder, including the backbone", encode, [], list(camera.parameters()))
 
     def lift(*levels):
         half = len(levels) // 2
@@ -64,7 +64,7 @@ def parts(net, batch):
         levels = encode()
         volume = lift(*levels)[0]
     yield Part("view transform", lift, levels, [])
-    for name, layout in {"": torch.channels_last_3d, ", by rows": torch.contiguous_format}.items():
+    for name, layout in {"": torch.channels_last_3d, ", contiguous": torch.contiguous_format}.items():
         yield _convolution(f"render_conv{name}", net.project[0], volume.contiguous(memory_format=layout), layout)
 
     rays = choose_rays(batch, net.recipe.rays, generators(0, 0, [0], DEVICE))
@@ -80,11 +80,11 @@ def parts(net, batch):
     def step(*_):
         return list(net(batch, generators(0, 0, [0], DEVICE))[0].values())
 
-    yield Part("the step, without its optimizer", step, [], list(net.parameters()))
+    yield Part("whole step, without the optimizer", step, [], list(net.parameters()))
 
 
 def _convolution(name, conv, x, layout, times=1):
-    conv = deepcopy(conv).to(memory_format=layout)  # a library takes the layout of either
+    conv = deepcopy(conv).to(memory_format=layout)  # a library follows the layout of the input or of the weights
     with torch.no_grad(), autocast():
         out = conv(x)
     assert out.is_contiguous(memory_format=layout) or DEVICE == "cpu", f"{name} does not keep its layout"

@@ -90,7 +90,7 @@ def sorted_corners(a, b):
     ok = torch.cat([crosses, enclosed(p, q, dq), enclosed(q, p, dp)], dim=2)
     mean = (points * ok[..., None]).sum(dim=2, keepdim=True) / ok.sum(dim=2).clamp(min=1)[..., None, None]
     points = points - mean
-    angle = torch.atan2(points[..., 1], points[..., 0]).masked_fill(~ok, 10)  # behind all
+    angle = torch.atan2(points[..., 1], points[..., 0]).masked_fill(~ok, 10)  # sorts after all others
     order = angle.argsort(dim=2)
     points, ok = points.gather(2, order[..., None].expand_as(points)), ok.gather(2, order)
     points = torch.where(ok[..., None], points, points[:, :, :1])  # the rest close the polygon
@@ -107,7 +107,7 @@ def by_shapely(a, b):
 
 
 def row_by_row(boxes, scores, threshold):
-    """The matrix, then the greedy loop on the host, as mmdet3d's nms_gpu has it."""
+    """The matrix, then the greedy loop on the host, as in mmdet3d's nms_gpu."""
     order = scores.argsort(descending=True, stable=True)
     ranked = boxes[order]
     over = (rotated_iou_bev(ranked, ranked) > threshold).cpu().numpy()

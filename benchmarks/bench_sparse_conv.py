@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_sparse_conv
     python -m benchmarks.bench_sparse_conv --tune                 our launches autotuned
-    OMP_NUM_THREADS=1 python -m benchmarks.bench_sparse_conv      on a CPU: with more threads the spconv wheel races
+    OMP_NUM_THREADS=1 python -m benchmarks.bench_sparse_conv      on a CPU: the spconv wheel has races with more threads
 
 Voxels come from benchmarks/lidar_scene.py, whose statistics are printed next to those of nuScenes. "cold" builds the
 tables in every run, from unsorted coordinates as a peer does; otherwise they are built once. Errors are w.r.t. fp64.
@@ -88,7 +88,7 @@ def cold(op):
 
 
 def strided(op):
-    """With its map. Rows come in any order, so what is compared is their sum."""
+    """Includes building the map. Rows come in any order, so their sum is compared."""
 
     def run(features, weight, level, geometry):
         _, table = strided_map(level.coords, level.shape, *geometry, level.batch)
@@ -112,11 +112,11 @@ class Encoders:
 
     def ours(self, op, keep):
         def run(features, weights, level):
-            known = level.cache if keep else {}
-            if "voxels" not in known:
-                known["voxels"] = sparse.VoxelSet(level.coords, level.shape, level.batch, check=False)
-                known["sets"] = sparse.make_tables(self.encoder, known["voxels"])
-            tensor = sparse.SparseTensor(features, known["voxels"])
+            cache = level.cache if keep else {}
+            if "voxels" not in cache:
+                cache["voxels"] = sparse.VoxelSet(level.coords, level.shape, level.batch, check=False)
+                cache["sets"] = sparse.make_tables(self.encoder, cache["voxels"])
+            tensor = sparse.SparseTensor(features, cache["voxels"])
             with mock.patch.object(sparse, "sparse_conv", op), half():
                 return self.encoder(tensor).dense()
 
@@ -134,8 +134,8 @@ class Encoders:
         encoder = as_peer(self.encoder, lib)
 
         def run(features, weights, level):
-            known = level.cache.setdefault(lib.__name__ + " encoder", {}) if keep else {}
-            tensor = lib.SparseConvTensor(features, level.coords, list(level.shape), level.batch, indice_dict=known)
+            cache = level.cache.setdefault(lib.__name__ + " encoder", {}) if keep else {}
+            tensor = lib.SparseConvTensor(features, level.coords, list(level.shape), level.batch, indice_dict=cache)
             with half():
                 return encoder(Peer(tensor)).dense()
 
@@ -150,7 +150,7 @@ def half():
 
 
 def installed():
-    """{name: module} of the peers that can run here; says which cannot, and why."""
+    """{name: module} of the peers that can run here; prints which cannot, and why."""
     libs = {}
     for name, module in {"spconv": "spconv.pytorch", "spconv-triton": "spconv_triton.pytorch"}.items():
         try:

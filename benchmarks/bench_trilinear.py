@@ -21,8 +21,8 @@ def case(shape, R, S, gradients=True):
     *size, C = shape
     volume = torch.randn(1, *shape, device=DEVICE, requires_grad=gradients)
     size = torch.tensor(size[::-1], device=DEVICE)
-    way = F.normalize(torch.randn(R, 1, 3, device=DEVICE), dim=-1) * torch.linspace(0, 1, S, device=DEVICE)[:, None]
-    points = (size - 1) / 2 * (1 + way)
+    offset = F.normalize(torch.randn(R, 1, 3, device=DEVICE), dim=-1) * torch.linspace(0, 1, S, device=DEVICE)[:, None]
+    points = (size - 1) / 2 * (1 + offset)
     # away from the faces, where the rounding of normalized coordinates may pick the other cell
     points = points.floor() + 0.05 + 0.9 * points.frac()
     volume_idx = torch.zeros(R, dtype=torch.int32, device=DEVICE)

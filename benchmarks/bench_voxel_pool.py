@@ -78,7 +78,7 @@ class Peer:
 
 
 def peers():
-    """Those that this machine has."""
+    """The peers installed on this machine."""
     found = {"eager": eager_voxel_pool}
     if DEVICE == "cuda":
         for name, module in PEERS.items():

@@ -84,7 +84,7 @@ def microseconds(run, repeats=20):
 
 
 def voxels():
-    """A line of neighbors."""
+    """N voxels side by side along x."""
     coords = torch.zeros(N, 4, dtype=torch.int32)
     coords[:, 3] = torch.arange(N)
     return VoxelSet(coords, SHAPE, 1, in_order=True, check=False)
@@ -96,17 +96,17 @@ def main():
     backend.interpret = True
     encoder = SparseEncoder(5, WIDTHS, 2, 256)
     features = torch.randn(N, 5, requires_grad=True)
-    made = {}
+    state = {}
 
     def make():
-        made["set"] = voxels()
-        made["sets"] = make_tables(encoder, made["set"])
+        state["set"] = voxels()
+        state["sets"] = make_tables(encoder, state["set"])
 
     def forward():
-        made["out"] = encoder(SparseTensor(features, made["set"])).dense()
+        state["out"] = encoder(SparseTensor(features, state["set"])).dense()
 
     def backward():
-        made["out"].sum().backward()
+        state["out"].sum().backward()
 
     def step():
         forward()

@@ -2,13 +2,14 @@
 
     python -m benchmarks.count_sparse_conv
 
-Needs no GPU: voxels come from benchmarks/lidar_scene.py. The machine code is that of the tests' launches, so its table
-needs their dependencies (pip install -e '.[test]').
+Needs no GPU: voxels come from benchmarks/lidar_scene.py. The machine code is compiled from the tests' launches, so its
+table needs the test dependencies (pip install -e '.[test]').
 
 A product is one row times one [Cin, Cout] matrix. "waste": computed over necessary products, since a tile multiplies
 all its rows at every offset that one of them has. "reuse": pairs over distinct rows read per tile. Bytes are L2
 requests: indices, rows, weights, sums and results. A row that an earlier offset of a tile has read comes from the L1 if
-still cached ("MB"), or from the L2 again ("past the L1"). The minimum reads every row, weight and index of a pair once.
+still cached (column "MB"), or from the L2 again (column "past the L1"). The minimum reads every row, weight and index
+of a pair once.
 """
 
 import importlib.util
@@ -111,8 +112,8 @@ def print_orders(found, block_m=64):
     for layer in found[1:]:
         for name, table, coords, *_ in layer.passes():
             if name == "forward" or layer.inverse is not layer.table:
-                of = [waste_and_reuse(table, order(table, coords), block_m) for order in orders.values()]
-                cells = " | ".join(f"{waste:.2f} / {reuse:.1f}" for waste, reuse in of)
+                counted = [waste_and_reuse(table, order(table, coords), block_m) for order in orders.values()]
+                cells = " | ".join(f"{waste:.2f} / {reuse:.1f}" for waste, reuse in counted)
                 print(f"| {layer.name}, {name} | {(table >= 0).sum() / table.shape[1]:.1f} | {cells} |", flush=True)
     print()
 
@@ -122,11 +123,11 @@ def print_orders(found, block_m=64):
 
 @dataclass
 class Cost:
-    waste: float  # products done over needed, rows alone
+    waste: float  # computed over necessary products, counting rows only
     products: float  # ... with the padding of channels
-    near: float  # bytes
-    past: float  # bytes past the L1
-    least: float  # bytes
+    bytes_cached: float  # from the L2, if rows read earlier by a tile come from the L1
+    bytes_uncached: float  # from the L2, if they do not
+    bytes_minimum: float
     programs: int
 
 
@@ -155,7 +156,7 @@ def d_weight_of_groups(table, c_in, c_out):
     group, block_r = sparse_gemm.GROUP[c_in], sparse_gemm.BLOCK_R
     groups, parts = -(-K // group), -(-M // sparse_gemm._group_rows(K, M, c_in))
     # the rows that the offsets of a group read for one block of rows come from the L2 once
-    near = sum(
+    rows_read = sum(
         (part >= 0).sum().item() / waste_and_reuse(part, torch.arange(M), block_r)[1] for part in table.split(group)
     )
     rest = 4 * K * M + groups * M * c_out * BYTES + (2 * parts + 1) * 4 * K * c_in * c_out
@@ -163,7 +164,7 @@ def d_weight_of_groups(table, c_in, c_out):
     return Cost(
         waste,
         waste * groups * group / K,
-        near * c_in * BYTES + rest,
+        rows_read * c_in * BYTES + rest,
         pairs * c_in * BYTES + rest,
         4 * pairs + ((int(table.max()) + 1) * c_in + M * c_out) * BYTES + 4 * K * c_in * c_out,
         parts * groups,
@@ -193,7 +194,7 @@ def d_weight(table, c_in, c_out):
 
 
 def print_layers(found):
-    print("## Products over those needed, and MB from the L2 next to the minimum\n")
+    print("## Products relative to those needed, and MB from the L2 compared with the minimum\n")
     print("| layer, channels | pass | GFLOP needed | waste | with padding | MB | past the L1 | minimum | programs |")
     print("|---|---|---|---|---|---|---|---|---|")
     total = torch.zeros(5, dtype=torch.float64)
@@ -204,13 +205,13 @@ def print_layers(found):
         grouped = sparse_gemm._in_groups(DTYPE, len(layer.table), layer.c_in, layer.c_out, layer.inverse is layer.table)
         costs["d_weight"] = (d_weight_of_groups if grouped else d_weight)(layer.table, layer.c_in, layer.c_out)
         for name, c in costs.items():
-            mb = torch.tensor([c.near, c.past, c.least], dtype=torch.float64) / 1e6
+            mb = torch.tensor([c.bytes_cached, c.bytes_uncached, c.bytes_minimum], dtype=torch.float64) / 1e6
             total += layer.times * torch.cat([torch.tensor([gflop, gflop * c.products]), mb])
             cells = " | ".join(f"{value:.1f}" for value in mb)
             print(f"| {label} | {name} | {gflop:.2f} | {c.waste:.2f} | {c.products:.2f} | {cells} | {c.programs} |")
-    gflop, done, near, past, least = total.tolist()
-    print(f"\nForward and backward of all: {gflop:.0f} GFLOP needed, {done:.0f} done; ", end="")
-    print(f"{near:.0f} MB, {past:.0f} past the L1, minimum {least:.0f}.")
+    gflop, computed, cached, uncached, minimum = total.tolist()
+    print(f"\nForward and backward of all: {gflop:.0f} GFLOP needed, {computed:.0f} computed; ", end="")
+    print(f"{cached:.0f} MB, {uncached:.0f} past the L1, minimum {minimum:.0f}.")
     tables = {id(t): t.nbytes for layer in found for t in (layer.table, layer.inverse)}
     print(f"Tables, read and written once each to make their tiles: {sum(tables.values()) / 1e6:.0f} MB.\n")
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.count_views
 
-Counts guide the choice of blocks where there is no GPU to time them: how many views a program skips, how many of its
-lanes work, how often it rereads a cached row of features, how uneven the sums are.
+Without a GPU to time them, counts guide the choice of block shapes: how many views a program skips, how many of its
+lanes are active, how often it rereads a cached row of features, how uneven the sums are.
 """
 
 import torch

@@ -234,6 +234,6 @@ def _inverse_cdf(x, weights, n, jitter):
     u = (u + (0.5 if jitter is None else jitter) / (n + 1)).expand(len(x), -1).contiguous()
     i = torch.searchsorted(cdf, u, right=True)
     below, above = (i - 1).clamp(0, x.shape[1] - 1), i.clamp(0, x.shape[1] - 1)
-    prob = cdf.gather(1, above) - cdf.gather(1, below)
-    t = (u - cdf.gather(1, below)) / torch.where(prob < 1e-5, 1, prob)
+    mass = cdf.gather(1, above) - cdf.gather(1, below)
+    t = (u - cdf.gather(1, below)) / torch.where(mass < 1e-5, 1, mass)
     return x.gather(1, below) + t.clip(0, 1) * (x.gather(1, above) - x.gather(1, below))

@@ -6,7 +6,7 @@
 Uses one sample of the synthetic city (batch 1), at 900 x 1600 pixels and with the recipe's number of sweeps. The step
 is that of train.py and finetune.py: bf16 on a GPU, forward, backward, gradient clipping and AdamW, but with a learning
 rate of 0, so that every step is the same. Loss and gradient norm are compared with those of the same step on the
-PyTorch references, unless those need more memory than there is. For camera encoders the gradient norm means little:
+PyTorch references, unless those run out of memory. For camera encoders the gradient norm means little:
 untrained, their gradients are large and mostly rounding error.
 """
 
@@ -174,7 +174,7 @@ def main(args: Args, write=None):
         if write:
             write(record)
         if DEVICE == "cuda":
-            torch.cuda.synchronize()  # raises here if this recipe destroyed the GPU context, not in the next one
+            torch.cuda.synchronize()  # raises here if this recipe corrupted the GPU context, not in the next one
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu                          eight minutes; what does not fit is left out
     python -m benchmarks.gpu --minutes 15 --stages steps ops
-    python -m benchmarks.gpu --report outputs/gpu/<time>        write the report and the README's table again
+    python -m benchmarks.gpu --report outputs/gpu/<time>        rewrite the report and the README's table
 
 Stages, the most important first, each with a fraction of the time:
 
@@ -15,8 +15,8 @@ Stages, the most important first, each with a fraction of the time:
 
 Results are written as soon as they are known: records.jsonl, results.csv, log.txt and report.md in --out. If a stage
 fails or runs out of time, its results so far are kept and the next stage runs in a new process. At the end the rows are
-added to benchmarks/results.csv, and the README's table is generated from it. On a CPU everything runs at tiny sizes, as
-a trial, and results.csv and the README do not change.
+added to benchmarks/results.csv, and the README's table is generated from it. On a CPU everything runs at tiny sizes, to
+try it out, and results.csv and the README do not change.
 """
 
 import csv
@@ -111,7 +111,7 @@ def _runs(fn, runs):
 def check_ops(folder):
     from unipad import selfcheck
 
-    for size in selfcheck.SIZES if ON_GPU else ("small",):  # each compiles first: the small ones may be all there is
+    for size in selfcheck.SIZES if ON_GPU else ("small",):  # the small ones first: compiling may take all the time
         for result in selfcheck.results(list(selfcheck.checks((size,)))):
             print(result, flush=True)
             folder.write("selfcheck", vars(result) | {"line": str(result)})
@@ -164,8 +164,8 @@ def train_tiny(folder):
         curve = [[r["step"], r["train/loss"]] for r in logged if "train/loss" in r]
         last = next((r for r in reversed(logged) if "val/depth_abs_rel" in r), {})
         found = {k: v for k, v in last.items() if k.startswith("val/")}
-        took = time.perf_counter() - began
-        folder.write("training", {"device": device, "seconds": took, "ended": ended, "curve": curve} | found)
+        seconds = time.perf_counter() - began
+        folder.write("training", {"device": device, "seconds": seconds, "ended": ended, "curve": curve} | found)
 
 
 STAGES = {
@@ -214,7 +214,7 @@ def run(folder, names, later, end):
             begun = [r for r in folder.records("begun")[-1:] if r["name"] in left[:1] and r["until"] > began]
             if begun:
                 began, limit = begun[0]["at"], begun[0]["until"]
-            # if the process ended between two stages, the earlier one broke it
+            # if the process ended between two stages, the earlier one killed it
             if left and (time.time() > limit if running else begun or left[0] == first):
                 reason = "out of time" if running else f"exit code {process.returncode}"
                 record = {"name": left.pop(0), "ended": reason, "seconds": round(time.time() - began, 1)}
@@ -264,7 +264,7 @@ def work(path, code_commit, end, names, later):
             ended = "failed"
         folder.write("ended", {"name": name, "ended": ended, "seconds": round(time.time() - began, 1)})
         if ON_GPU:
-            torch.cuda.synchronize()  # raises if a kernel destroyed the GPU context: the next stages need a new process
+            torch.cuda.synchronize()  # raises if a kernel corrupted the GPU context: the next stages need a new process
 
 
 def save_rows(folder):

@@ -3,7 +3,7 @@
 An implementation is timed only if its outputs and gradients agree with the true values; one that disagrees or raises
 gets a row without times, and the others still run. Times are medians of forward (with the 20th and 80th percentiles),
 backward, and both together, with the L2 flushed before each run. They include launching from Python, which dominates
-for small ops. "gpu ms" is the GPU time of forward and backward: the sum of its kernels' times by the profiler, with
+for small ops. "gpu ms" is the GPU time of forward and backward: the sum of its kernels' times from the profiler, with
 caches as the previous run left them. Bandwidth is the forward's minimum traffic over its time, as a fraction of what a
 copy reaches on the same device in the same minute.
 
@@ -118,7 +118,7 @@ def compare(op, reference, kernels, peers, cases, agree=AGREE, exact=None):
                 del impls[name]  # it would fail to compile at every size
             if DEVICE == "cuda":
                 append(row)
-                torch.cuda.synchronize()  # raises here if this one destroyed the GPU context, not in the next one
+                torch.cuda.synchronize()  # raises here if this one corrupted the GPU context, not in the next one
     return rows
 
 
@@ -168,7 +168,7 @@ def _largest_error(ours, truth):
 
 
 def _double(value):
-    """Floating tensors in fp64, those in lists too; the rest as it is."""
+    """Floating tensors in fp64, also those in lists; everything else unchanged."""
     if isinstance(value, (list, tuple)):
         return type(value)(_double(v) for v in value)
     if not torch.is_tensor(value) or not value.is_floating_point():

@@ -27,7 +27,7 @@ class Args:
     label_fraction: float = 0.2  # fraction of the training frames that fine-tuning uses
     seeds: tuple[int, ...] = (0,)  # seeds of the fine-tuning runs
     pretrained: Path | None = None  # run to start from; None: train one with train.py's defaults for the task
-    init: Path | None = None  # what cameras start from, pre-training and "from scratch": ImageNet's, for full recipes
+    init: Path | None = None  # ImageNet weights of the camera encoder, with and without pre-training
     pretrain_steps: int | None = None  # steps of pre-training; None: its preset's
     steps: int = 600  # steps of each fine-tuning run
     preset: str | None = None  # preset of fine-tuning; None: tiny; with --data-root finetune.py's

@@ -8,7 +8,7 @@ TITLES = ["op", "case", "impl", "fwd ms", "fwd+bwd ms", "GPU ms", "peak MB", "er
 KEYS = ("op", "case", "impl", "fwd_ms", "both_ms", "gpu_ms", "peak_mb", "error", "note")
 STEP_TITLES = ["recipe", "loss", "reference", "gradient norm", "reference", "ms", "GPU ms", "idle", "launches", "MB"]
 BEGIN, END = "<!-- verified: written by python -m benchmarks.gpu -->", "<!-- /verified -->"
-# op -> part of the name of the case that the README shows, one of a paper's recipe; other ops show their last case
+# op -> part of the name of the case that the README shows, from a recipe of the paper; other ops show their last case
 README_CASES = {
     "sdf_render": "R=3072",
     "lift": "camera-0.1 bfloat16, 6 views, 128",
@@ -22,7 +22,7 @@ README_CASES = {
 
 
 class Folder:
-    """The results of a run; every line is on disk when a call returns."""
+    """The results of a run; a record is on disk when `write` returns."""
 
     def __init__(self, path):
         self.path = path

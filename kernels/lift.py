@@ -204,11 +204,11 @@ def _backward(d_volume, features, depths, lidar2image, geometry, bit_equal):
 FWD_TILE = 4096  # bytes of features per program: voxels x channels
 BWD_TILE = 2048  # twice that spills
 MAX_VOXELS = 32  # per program: with few channels, projecting voxels would outweigh gathering
-CROWD = 4  # voxels per pixel of a level from which its pixels gather their gradients
+CROWD = 4  # where a level has at least so many voxels per pixel, its pixels gather their gradients
 
 
 def _launch(kernel, tile, features, depths, lidar2image, geometry, **rest):
-    """Launch a kernel with the arguments that both take, and the rest."""
+    """Launch one of the two kernels with their common arguments and `rest`."""
     B, N, _, _, C = features[0].shape
     X, Y, Z = geometry["shape"]
     blocks = _blocks(tile // features[0].element_size(), C)
@@ -291,7 +291,7 @@ def _lift_bwd_kernel(
                 feature, probability = _gather(
                     feature_ptrs[l], depth_ptrs[l], pixels, weights, z0, z1, z_weight, seen, mask, c, C, D, acc_ty
                 )
-                along = tl.sum(g * feature, axis=1)
+                d_probability = tl.sum(g * feature, axis=1)
                 if GATHERED & (1 << l):
                     tl.store(out_ptrs[l][0] + view * V + i, first_cells[l] + pixels[0], mask=seen)
                     hit_ptr = out_ptrs[l][1] + (view * V + i) * HIT
@@ -299,10 +299,10 @@ def _lift_bwd_kernel(
                     tl.store(hit_ptr + 1, _position(v, h), mask=seen)
                     tl.store(hit_ptr + 2, _position(d, D), mask=seen)
                     tl.store(hit_ptr + 3, probability, mask=seen)
-                    tl.store(hit_ptr + 4, along, mask=seen)
+                    tl.store(hit_ptr + 4, d_probability, mask=seen)
                 else:
                     _scatter(
-                        out_ptrs[l][0], out_ptrs[l][1], g * probability[:, None], along,
+                        out_ptrs[l][0], out_ptrs[l][1], g * probability[:, None], d_probability,
                         pixels, weights, z0, z1, z_weight, seen, mask, c, C, D,
                     )  # fmt: skip
 
@@ -336,11 +336,11 @@ def _project(p, x, y, z, ok, image_size, depth_range):
     v = vd / clamped / image_size[0] * 2 - 1
     place = (d - depth_range[0]) / (depth_range[1] - depth_range[0]) * 2 - 1
     seen = ok & (d > 1e-5) & (tl.abs(u) < 1) & (tl.abs(v) < 1) & (tl.abs(place) < 1)
-    return _inside(u), _inside(v), _inside(place), seen
+    return _clamp(u), _clamp(v), _clamp(place), seen
 
 
 @triton.jit
-def _inside(place):
+def _clamp(place):
     """Clamped to [-1, 1], NaN too: such places have weight 0 but must not give an infinite or NaN factor."""
     return tl.minimum(tl.maximum(place, -1.0), 1.0)
 
@@ -367,7 +367,7 @@ def _nodes(place, size):
 
 @triton.jit
 def _position(place, size):
-    """Places in units of nodes, from the first node."""
+    """Places in units of the distance between nodes, from the first node."""
     return (place + 1) / 2 * (size - 1)
 
 

@@ -22,7 +22,7 @@ def pixel_sum(d_feature, d_depth, begin, order, hits, d_volume, crowded):
         hits:     [levels, B * N * V, HIT] column and row in pixels, depth in bins, probability, <g, F> of each of V
                   voxels in each view.
         d_volume: [B, Z, Y, X, C].
-        crowded:  whether pixels have many hits: several walkers then split them.
+        crowded:  whether pixels have many hits: several lanes, its walkers, then split those of a pixel.
 
     Accumulates in the type of `hits`. Deterministic. Tensors must be contiguous. GPU and interpreter only.
     """
@@ -38,7 +38,7 @@ def pixel_sum(d_feature, d_depth, begin, order, hits, d_volume, crowded):
 HIT = tl.constexpr(5)  # values per hit
 # Untuned: chosen from the compiler's output for sm_90, without timing on a GPU
 TILE = 1024  # walkers x channels per program
-WALKERS = 8  # that split the hits of a pixel
+WALKERS = 8  # lanes that split the hits of a pixel
 
 
 def _blocks(walkers, C, D):
@@ -78,12 +78,12 @@ def _pixel_sum_kernel(
             hit_y = tl.load(at_ptr + 1, mask=at_ok, other=0.0)
             hit_z = tl.load(at_ptr + 2, mask=at_ok, other=0.0)
             probability = tl.load(at_ptr + 3, mask=at_ok, other=0.0)
-            along = tl.load(at_ptr + 4, mask=at_ok, other=0.0)
+            d_probability = tl.load(at_ptr + 4, mask=at_ok, other=0.0)
             weight = (1 - tl.abs(hit_x - x)) * (1 - tl.abs(hit_y - y))
             row = (hit // V // N % B * V + hit % V).to(tl.int64)[:, None] * C + c
             g = tl.load(d_volume_ptr + row, mask=at_ok[:, None] & (c < C), other=0.0).to(acc_ty)
             d_feature += (weight * probability)[:, None] * g
-            d_depth += (weight * along)[:, None] * tl.maximum(1 - tl.abs(hit_z[:, None] - k), 0)
+            d_depth += (weight * d_probability)[:, None] * tl.maximum(1 - tl.abs(hit_z[:, None] - k), 0)
     d_feature = tl.sum(tl.reshape(d_feature, (BLOCK_P, WALKERS, BLOCK_C)), axis=1)
     d_depth = tl.sum(tl.reshape(d_depth, (BLOCK_P, WALKERS, BLOCK_D)), axis=1)
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]

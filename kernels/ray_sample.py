@@ -4,8 +4,8 @@
     stratified:  edge_s = near + x_s (far - near), x_s = s / S or jittered between the adjacent midpoints
     resampling:  new_j = CDF^-1((j + jitter) / (n + 1)), piecewise linear over the intervals; lists merged by rank
 
-An *edge list* [R, S + 1] holds the starts of S samples and the end of the last one, ascending; a sample stands at its
-start and reaches to the next: `starts = edges[:, :-1]`, `deltas = edges.diff(dim=1)`. Edges are distances along the
+An *edge list* [R, S + 1] holds the starts of S samples and the end of the last one, ascending; a sample lies at its
+start and extends to the next: `starts = edges[:, :-1]`, `deltas = edges.diff(dim=1)`. Edges are distances along the
 ray. The original resamples in [0, 1] and maps to [near, far] afterwards; the map is affine and both the inverse CDF and
 the merge commute with it, so near and far are not needed here and results differ by rounding only.
 
@@ -189,7 +189,7 @@ def merge_ref(edges, new_edges):
 
 @torch.no_grad()
 def resample(edges: Tensor, weights: Tensor, n: int, jitter: Tensor | None = None) -> Tensor:
-    """`sample_pdf` merged with the edges it draws from: [R, S + n + 1], in one launch. Arguments as of `sample_pdf`."""
+    """`sample_pdf` merged with the edges it draws from: [R, S + n + 1], in one launch; same arguments."""
     if not on_triton(edges):
         return resample_ref(edges, weights, n, jitter)
     return _resample(edges, weights, n, jitter, merge=True)

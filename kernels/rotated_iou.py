@@ -8,7 +8,7 @@ along its heading, a is |x| <= l / 2, |y| <= w / 2, and
 
     area = sum over the edges of b, counter-clockwise, of   integral of clamp(x, -l / 2, l / 2) dy  over |y| <= w / 2
 
-because clamp(x) has derivative 1 inside a and 0 beside it. No polygon is built, no corners are sorted, nothing is
+because clamp(x) has derivative 1 inside a and 0 outside. No polygon is built, no corners are sorted, nothing is
 indexed. It is continuous: an edge on the border of a, parallel to it, or of length 0 contributes the same from either
 side, where clipping would need case distinctions. Corners are relative to a's center, so that no precision is lost far
 from the origin.
@@ -147,7 +147,7 @@ def _greedy(suppressed, N):
     """[N] bool: which ranked boxes are kept, from the words of `_suppress_kernel`."""
     W = suppressed.shape[1]
     block_w = triton.next_power_of_2(W)
-    warps = min(max(block_w // 32, 1), 8)  # one word per lane as long as possible
+    warps = min(max(block_w // 32, 1), 8)  # one word per lane while possible
     kept = torch.empty(N, dtype=torch.bool, device=suppressed.device)
     _greedy_kernel[(1,)](suppressed_ptr=suppressed, kept_ptr=kept, N=N, W=W, BLOCK_W=block_w, num_warps=warps)
     return kept

@@ -282,20 +282,20 @@ def _interval_alpha_kernel(
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     s = i % S
     ok = i // S < R
-    here, there = ok & (s < S - 1), ok & (s > 0)  # whether the interval and the one before it exist
+    interval_ok, before_ok = ok & (s < S - 1), ok & (s > 0)  # whether the interval and the one before it exist
 
-    before = tl.load(sdf_ptr + i - 1, mask=there, other=0.0).to(acc_ty)
+    sdf_before = tl.load(sdf_ptr + i - 1, mask=before_ok, other=0.0).to(acc_ty)
     sdf = tl.load(sdf_ptr + i, mask=ok, other=0.0).to(acc_ty)
-    behind = tl.load(sdf_ptr + i + 1, mask=here, other=0.0).to(acc_ty)
-    delta_before = tl.load(deltas_ptr + i - 1, mask=there, other=0.0).to(acc_ty)
-    delta = tl.load(deltas_ptr + i, mask=here, other=0.0).to(acc_ty)
-    slope_before = tl.where(there, (sdf - before) / (delta_before + 1e-5), 0.0)
-    slope = tl.minimum((behind - sdf) / (delta + 1e-5), slope_before)
+    sdf_after = tl.load(sdf_ptr + i + 1, mask=interval_ok, other=0.0).to(acc_ty)
+    delta_before = tl.load(deltas_ptr + i - 1, mask=before_ok, other=0.0).to(acc_ty)
+    delta = tl.load(deltas_ptr + i, mask=interval_ok, other=0.0).to(acc_ty)
+    slope_before = tl.where(before_ok, (sdf - sdf_before) / (delta_before + 1e-5), 0.0)
+    slope = tl.minimum((sdf_after - sdf) / (delta + 1e-5), slope_before)
     half = tl.minimum(tl.maximum(slope, -1000.0), 0.0) * delta / 2
-    middle = (sdf + behind) / 2
+    middle = (sdf + sdf_after) / 2
     prev_cdf, next_cdf = sigmoid((middle - half) * inv_s), sigmoid((middle + half) * inv_s)
     alpha = (prev_cdf - next_cdf + 1e-5) / (prev_cdf + 1e-5)
-    tl.store(alpha_ptr + i, tl.where(here, alpha, 0.0), mask=ok)
+    tl.store(alpha_ptr + i, tl.where(interval_ok, alpha, 0.0), mask=ok)
 
 
 @jit(varying=("R",))

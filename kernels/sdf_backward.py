@@ -57,9 +57,9 @@ from unipad.kernels.sdf_field import (
 def render_bwd(saved, upstream, options):
     """Gradients w.r.t. the volume, both packed MLPs and the density.
 
-    saved:    what the forward kernel read, and wrote but for `rgb`, by the name of the kernels' arguments.
-    upstream: gradients of what `sdf_render` returns, likewise.
-    options:  constants of the kernels.
+    saved:    inputs of the forward kernel and its outputs except `rgb`, by name of the kernel argument.
+    upstream: gradients w.r.t. the outputs of `sdf_render`, also by name of the kernel argument.
+    options:  constexpr arguments of the kernels.
     """
     volume, sdf_mlp, rgb_mlp, edges = (saved[f"{name}_ptr"] for name in ("volume", "sdf_mlp", "rgb_mlp", "edges"))
     R, S, C, H = len(edges), edges.shape[1] - 1, options["C"], options["H"]
@@ -68,7 +68,7 @@ def render_bwd(saved, upstream, options):
     _, Z, Y, X, CHANNELS = volume.shape
     sizes = dict(S=S, Z=Z, Y=Y, X=X, CHANNELS=CHANNELS)
     scatter, has_rgb = on_triton(volume, deterministic=False), options["RGB_LAYERS"] > 0
-    # what the first kernel hands to the second
+    # written by the first kernel, read by the second
     d_sdf, d_gradient = volume.new_empty(R, S), volume.new_empty(R, S, 3)
     d_feature = volume.new_empty(R * S if has_rgb or not scatter else 0, C)
     d_geometry = volume.new_empty(R * S if has_rgb else 0, H)
@@ -81,7 +81,7 @@ def render_bwd(saved, upstream, options):
         d_sdf_ptr=d_sdf, d_gradient_ptr=d_gradient, d_feature_ptr=d_feature, d_geometry_ptr=d_geometry,
         d_rgb_mlp_ptr=d_rgb_mlp, d_density_ptr=d_density, scratch_ptr=scratch, R=R, **sizes, **options, **launch,
     )  # fmt: skip
-    d_rgb_mlp = d_rgb_mlp.sum(0)  # already here, so that the programs' sums are freed before the next ones
+    d_rgb_mlp = d_rgb_mlp.sum(0)  # summed now, to free the programs' sums before the next are allocated
 
     programs, launch = over_samples(R * S, options)
     scratch = new_scratch(volume, programs, 2 * (options["SDF_LAYERS"] - 1), H)
@@ -165,9 +165,9 @@ def _sdf_render_bwd_rgb_kernel(
             d_weight += d_depth * (start - tl.load(depth_ptr + r, mask=ok, other=0.0))
             if RGB_LAYERS > 0:
                 channel = tl.arange(0, COLORS)[None, :]
-                some = ok[:, None] & (channel < 3)
-                color = tl.load(colors_ptr + 3 * n[:, None] + channel, mask=some, other=0.0)
-                d_color = tl.load(up_rgb_ptr + 3 * r[:, None] + channel, mask=some, other=0.0)
+                color_ok = ok[:, None] & (channel < 3)
+                color = tl.load(colors_ptr + 3 * n[:, None] + channel, mask=color_ok, other=0.0)
+                d_color = tl.load(up_rgb_ptr + 3 * r[:, None] + channel, mask=color_ok, other=0.0)
                 d_weight += tl.sum(d_color * color, axis=1)
 
             term = tl.reshape(weight * d_weight, (BLOCK_R, BLOCK_S))
@@ -279,11 +279,11 @@ def _sdf_render_bwd_sdf_kernel(
         for l in range(SDF_LAYERS - 1):
             tl.store(activation_ptr(scratch_ptr, l, BLOCK_M, H), x)
             tl.store(activation_ptr(dots_ptr, l, BLOCK_M, H), x_dot)
-            at = sdf_mlp_ptr + l * H * LINE
-            z_dot = linear(along, at + H, LINE, linear(e_dot, at + H + C, LINE, zero, H, PREC), H, PREC)
-            z_dot = linear(x_dot, at, LINE, z_dot, H, PREC)
-            z = linear(feature, at + H, LINE, linear(e, at + H + C, LINE, zero, H, PREC), H, PREC)
-            x = softplus(linear(x, at, LINE, z, H, PREC))
+            layer_ptr = sdf_mlp_ptr + l * H * LINE
+            z_dot = linear(along, layer_ptr + H, LINE, linear(e_dot, layer_ptr + H + C, LINE, zero, H, PREC), H, PREC)
+            z_dot = linear(x_dot, layer_ptr, LINE, z_dot, H, PREC)
+            z = linear(feature, layer_ptr + H, LINE, linear(e, layer_ptr + H + C, LINE, zero, H, PREC), H, PREC)
+            x = softplus(linear(x, layer_ptr, LINE, z, H, PREC))
             x_dot = softplus_grads(x)[0] * z_dot
         tl.debug_barrier()  # other threads read the scratch
 
@@ -313,17 +313,17 @@ def _sdf_render_bwd_sdf_kernel(
             hat_z = hat_x * slope
             x = tl.load(activation_ptr(scratch_ptr, l, BLOCK_M, H))
             x_dot = tl.load(activation_ptr(dots_ptr, l, BLOCK_M, H))
-            at, d_at = sdf_mlp_ptr + l * H * LINE, d_mlp_ptr + l * H * LINE
-            linear_bwd_weight(d_at, LINE, d_z, x, product(tl.trans(hat_z), x_dot, None, PREC), PREC)
-            linear_bwd_weight(d_at + H, LINE, d_z, feature, product(tl.trans(hat_z), along, None, PREC), PREC)
-            linear_bwd_weight(d_at + H + C, LINE, d_z, e, product(tl.trans(hat_z), e_dot, None, PREC), PREC)
-            d_feature = linear_bwd_input(d_z, at + H, LINE, d_feature, C, PREC)
-            hat_feature = linear_bwd_input(hat_z, at + H, LINE, hat_feature, C, PREC)
-            d_x = linear_bwd_input(d_z, at, LINE, zero, H, PREC)
-            hat_x = linear_bwd_input(hat_z, at, LINE, zero, H, PREC)
+            layer_ptr, d_layer_ptr = sdf_mlp_ptr + l * H * LINE, d_mlp_ptr + l * H * LINE
+            linear_bwd_weight(d_layer_ptr, LINE, d_z, x, product(tl.trans(hat_z), x_dot, None, PREC), PREC)
+            linear_bwd_weight(d_layer_ptr + H, LINE, d_z, feature, product(tl.trans(hat_z), along, None, PREC), PREC)
+            linear_bwd_weight(d_layer_ptr + H + C, LINE, d_z, e, product(tl.trans(hat_z), e_dot, None, PREC), PREC)
+            d_feature = linear_bwd_input(d_z, layer_ptr + H, LINE, d_feature, C, PREC)
+            hat_feature = linear_bwd_input(hat_z, layer_ptr + H, LINE, hat_feature, C, PREC)
+            d_x = linear_bwd_input(d_z, layer_ptr, LINE, zero, H, PREC)
+            hat_x = linear_bwd_input(hat_z, layer_ptr, LINE, zero, H, PREC)
         tl.debug_barrier()  # other threads add to the sums and overwrite the scratch
 
-        # recomputed, so that nothing is held in registers through the layers
+        # recomputed: otherwise they would occupy registers throughout the layers
         start = tl.load(edges_ptr + n + r, mask=ok, other=0.0)
         _, _, place = sample_on_ray(
             origins_ptr, directions_ptr, volume_idx_ptr, cells_per_unit_ptr, first_cell_ptr, r, start, ok, Z
@@ -336,8 +336,8 @@ def _sdf_render_bwd_sdf_kernel(
             for k in range(8):  # rolled: an atomic add has no latency to hide
                 row, row_ok, weight, bx, by, bz = corner(place, ok, Z, Y, X, k)
                 d_row = weight[:, None] * d_feature + (bx * vx + by * vy + bz * vz)[:, None] * hat_feature
-                some = row_ok[:, None] & (c < CHANNELS)
-                tl.atomic_add(d_volume_ptr + row[:, None] * CHANNELS + c, d_row, mask=some, sem="relaxed")
+                c_ok = row_ok[:, None] & (c < CHANNELS)
+                tl.atomic_add(d_volume_ptr + row[:, None] * CHANNELS + c, d_row, mask=c_ok, sem="relaxed")
         else:
             tl.store(d_feature_ptr + n[:, None] * C + c, d_feature, mask=ok[:, None])
             tl.store(d_slope_ptr + n[:, None] * C + c, hat_feature, mask=ok[:, None])

@@ -66,13 +66,13 @@ def padded_width(width):
 
 
 def precision(exact):
-    """`tl.dot`'s input precision. AMD's matrix units take fp32 as it is."""
+    """`tl.dot`'s input precision. AMD's matrix units multiply fp32 directly."""
     return "ieee" if torch.version.hip else "tf32x3" if exact else "tf32"
 
 
 # Launch parameters; untuned, without timing on a GPU
 BLOCK_S = 32  # samples of a ray per tile, at most, in the kernels that walk along rays
-BLOCK_M = 64  # samples per tile, of two rays there; the rows of a Hopper matrix instruction
+BLOCK_M = 64  # samples per tile (along rays: of two rays); the rows of a Hopper matrix instruction
 WARPS = 4
 NARROW = 32  # fields with more channels or units have tiles of half as many samples
 EXACT = 4  # factor by which tiles are smaller under tf32x3, which holds every operand in two parts
@@ -89,7 +89,7 @@ def over_samples(N, options):
 
 
 def along_rays(R, options):
-    """The same over R rays."""
+    """As `over_samples`, for kernels that walk along R rays."""
     _, launch = over_samples(0, options)
     block = launch.pop("BLOCK_M")
     block_s = min(BLOCK_S, block)
@@ -166,10 +166,10 @@ def interpolate_bwd_place(volume_ptr, place, ok, d_feature, Z, Y, X, CHANNELS, C
     gy, gz = gx, gx
     for k in range(8):
         row, row_ok, _, bx, by, bz = corner(place, ok, Z, Y, X, k)
-        along = tl.sum(load_features(volume_ptr, row, row_ok, CHANNELS, C) * d_feature, axis=1)
-        gx += bx * along
-        gy += by * along
-        gz += bz * along
+        d_weight = tl.sum(load_features(volume_ptr, row, row_ok, CHANNELS, C) * d_feature, axis=1)
+        gx += bx * d_weight
+        gy += by * d_weight
+        gz += bz * d_weight
     return gx, gy, gz
 
 
@@ -215,17 +215,17 @@ def linear_bwd_input(d_z, ptr, LINE: tl.constexpr, out, K: tl.constexpr, PREC: t
 
 @triton.jit
 def linear_bwd_weight(ptr, LINE: tl.constexpr, a, b, out, PREC: tl.constexpr):
-    """Add out + a^T b ([M, N], [M, K] -> [N, K]) to columns of a packed gradient that this program alone writes."""
+    """Add out + a^T b ([M, N], [M, K] -> [N, K]) to columns of a packed gradient that only this program writes."""
     out = product(tl.trans(a), b, out, PREC)
-    at = ptr + tl.arange(0, out.shape[0])[:, None] * LINE + tl.arange(0, out.shape[1])[None, :]
-    tl.store(at, tl.load(at) + out)
+    out_ptr = ptr + tl.arange(0, out.shape[0])[:, None] * LINE + tl.arange(0, out.shape[1])[None, :]
+    tl.store(out_ptr, tl.load(out_ptr) + out)
 
 
 @triton.jit
 def add_row(ptr, value):
-    """Add value [K] to a row of a packed gradient that this program alone writes."""
-    at = ptr + tl.arange(0, value.shape[0])
-    tl.store(at, tl.load(at) + value)
+    """Add value [K] to a row of a packed gradient that only this program writes."""
+    out_ptr = ptr + tl.arange(0, value.shape[0])
+    tl.store(out_ptr, tl.load(out_ptr) + value)
 
 
 @triton.jit
@@ -287,29 +287,29 @@ def sdf_hidden(
     M: tl.constexpr = e.shape[0]
     x = tl.zeros((M, H), tl.float32)
     for l in range(LAYERS - 1):
-        at = mlp_ptr + l * H * LINE
+        layer_ptr = mlp_ptr + l * H * LINE
         if STORE:
             tl.store(activation_ptr(scratch_ptr, l, M, H), x)
-        z = linear(e, at + C + H, LINE, tl.zeros((1, H), tl.float32), H, PREC)
-        x = softplus(linear(x, at, LINE, linear(feature, at + H, LINE, z, H, PREC), H, PREC))
+        z = linear(e, layer_ptr + C + H, LINE, tl.zeros((1, H), tl.float32), H, PREC)
+        x = softplus(linear(x, layer_ptr, LINE, linear(feature, layer_ptr + H, LINE, z, H, PREC), H, PREC))
     return x
 
 
 @triton.jit
 def distance(x, feature, mlp_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr):
     """[M] from the last x."""
-    at = mlp_ptr + (LAYERS - 1) * H * (C + H + INPUTS)
-    sdf = tl.sum(x * load_row(at, H), axis=1) + tl.sum(feature * load_row(at + H, C), axis=1)
-    return sdf + tl.load(at + H + C + 3)
+    layer_ptr = mlp_ptr + (LAYERS - 1) * H * (C + H + INPUTS)
+    sdf = tl.sum(x * load_row(layer_ptr, H), axis=1) + tl.sum(feature * load_row(layer_ptr + H, C), axis=1)
+    return sdf + tl.load(layer_ptr + H + C + 3)
 
 
 @triton.jit
 def geometry(x, feature, mlp_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr):
     """[M, H] from the last x."""
     LINE: tl.constexpr = C + H + INPUTS
-    at = mlp_ptr + ((LAYERS - 1) * H + 1) * LINE
-    bias = tl.load(at + C + H + 3 + tl.arange(0, H) * LINE)[None, :]
-    return linear(x, at, LINE, linear(feature, at + H, LINE, bias, H, PREC), H, PREC)
+    layer_ptr = mlp_ptr + ((LAYERS - 1) * H + 1) * LINE
+    bias = tl.load(layer_ptr + C + H + 3 + tl.arange(0, H) * LINE)[None, :]
+    return linear(x, layer_ptr, LINE, linear(feature, layer_ptr + H, LINE, bias, H, PREC), H, PREC)
 
 
 @triton.jit
@@ -319,16 +319,16 @@ def distance_bwd(
     """After `sdf_hidden`: the distance's direct derivative w.r.t. the point, three of [M], and the feature, [M, C]."""
     LINE: tl.constexpr = C + H + INPUTS
     M: tl.constexpr = x.shape[0]
-    at = mlp_ptr + (LAYERS - 1) * H * LINE
-    d_feature = tl.broadcast_to(load_row(at + H, C), (M, C))
-    d_x = tl.broadcast_to(load_row(at, H), (M, H))
+    layer_ptr = mlp_ptr + (LAYERS - 1) * H * LINE
+    d_feature = tl.broadcast_to(load_row(layer_ptr + H, C), (M, C))
+    d_x = tl.broadcast_to(load_row(layer_ptr, H), (M, H))
     d_z = d_x
     for i in range(LAYERS - 1):
         l = LAYERS - 2 - i
-        at = mlp_ptr + l * H * LINE
+        layer_ptr = mlp_ptr + l * H * LINE
         d_z = d_x * softplus_grads(x)[0]
-        d_feature = linear_bwd_input(d_z, at + H, LINE, d_feature, C, PREC)
-        d_x = linear_bwd_input(d_z, at, LINE, tl.zeros((1, H), tl.float32), H, PREC)
+        d_feature = linear_bwd_input(d_z, layer_ptr + H, LINE, d_feature, C, PREC)
+        d_x = linear_bwd_input(d_z, layer_ptr, LINE, tl.zeros((1, H), tl.float32), H, PREC)
         x = tl.load(activation_ptr(scratch_ptr, l, M, H))
     px = tl.load(mlp_ptr + C + H + tl.arange(0, H) * LINE)[None, :]
     py = tl.load(mlp_ptr + C + H + 1 + tl.arange(0, H) * LINE)[None, :]
@@ -346,12 +346,12 @@ def rgb_hidden(
     M: tl.constexpr = e.shape[0]
     x = tl.zeros((M, H), tl.float32)
     for l in range(LAYERS - 1):
-        at = mlp_ptr + l * H * LINE
+        layer_ptr = mlp_ptr + l * H * LINE
         if STORE:
             tl.store(activation_ptr(scratch_ptr, l, M, H), x)
-        z = linear(e, at + C + 2 * H, LINE, tl.zeros((1, H), tl.float32), H, PREC)
-        z = linear(geo, at + C + H, LINE, linear(feature, at + H, LINE, z, H, PREC), H, PREC)
-        x = tl.maximum(linear(x, at, LINE, z, H, PREC), 0.0)
+        z = linear(e, layer_ptr + C + 2 * H, LINE, tl.zeros((1, H), tl.float32), H, PREC)
+        z = linear(geo, layer_ptr + C + H, LINE, linear(feature, layer_ptr + H, LINE, z, H, PREC), H, PREC)
+        x = tl.maximum(linear(x, layer_ptr, LINE, z, H, PREC), 0.0)
     return x
 
 
@@ -361,10 +361,10 @@ def color_of(
 ):  # fmt: skip
     """[M, COLORS] in [0, 1] from the last x."""
     LINE: tl.constexpr = C + 2 * H + INPUTS
-    at = mlp_ptr + (LAYERS - 1) * H * LINE
-    z = linear(e, at + C + 2 * H, LINE, tl.zeros((1, COLORS), tl.float32), COLORS, PREC)
-    z = linear(geo, at + C + H, LINE, linear(feature, at + H, LINE, z, COLORS, PREC), COLORS, PREC)
-    return 1.0 / (1.0 + tl.exp(-linear(x, at, LINE, z, COLORS, PREC)))
+    layer_ptr = mlp_ptr + (LAYERS - 1) * H * LINE
+    z = linear(e, layer_ptr + C + 2 * H, LINE, tl.zeros((1, COLORS), tl.float32), COLORS, PREC)
+    z = linear(geo, layer_ptr + C + H, LINE, linear(feature, layer_ptr + H, LINE, z, COLORS, PREC), COLORS, PREC)
+    return 1.0 / (1.0 + tl.exp(-linear(x, layer_ptr, LINE, z, COLORS, PREC)))
 
 
 @triton.jit
@@ -388,9 +388,9 @@ def ray_tile(edges_ptr, group, tile, R, S, BLOCK_R: tl.constexpr, BLOCK_S: tl.co
     r = group * BLOCK_R + m // BLOCK_S
     s = tile * BLOCK_S + m % BLOCK_S
     ok = (r < R) & (s < S)
-    at = edges_ptr + r * (S + 1) + s
-    start = tl.load(at, mask=ok, other=0.0)
-    return r, r * S + s, ok, start, tl.load(at + 1, mask=ok, other=0.0) - start
+    edge_ptr = edges_ptr + r * (S + 1) + s
+    start = tl.load(edge_ptr, mask=ok, other=0.0)
+    return r, r * S + s, ok, start, tl.load(edge_ptr + 1, mask=ok, other=0.0) - start
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """The neural field of `sdf_render` in plain PyTorch: a feature at a point -> signed distance, its gradient, color.
 
-What CPUs train with, and what the kernels are compared with. Both MLPs see the point p and a conditioning vector c
+Used for training on a CPU, and compared with the kernels. Both MLPs see the point p and a conditioning vector c
 again in every layer:
 
     x_0 = P p + q,   z_l = W_l (x_l + C_l c + d_l) + b_l,   x_{l+1} = act(z_l)
@@ -30,7 +30,7 @@ LINEAR = 20.0  # torch's softplus is the identity where SHARPNESS * z exceeds th
 
 
 def field_ref(volume, points, directions, volume_idx, mlps, cells):
-    """Distance [R, S], its gradient [R, S, 3] and color [R, S, 3] at points [R, S, 3]; arguments as of `sdf_render`."""
+    """Distance [R, S], its gradient [R, S, 3] and color [R, S, 3] at points [R, S, 3]; the rest as in `sdf_render`."""
     cells_per_unit, first_cell = cells
     feature, slope = trilinear_ref(volume, points * cells_per_unit + first_cell, volume_idx)
     return decode(feature, slope, points, directions, mlps, cells_per_unit)
@@ -38,7 +38,7 @@ def field_ref(volume, points, directions, volume_idx, mlps, cells):
 
 @torch.no_grad()
 def values_ref(volume, points, volume_idx, sdf_mlp, cells):
-    """The distance alone, [R, S] at points [R, S, 3]; not differentiable."""
+    """Only the distance, [R, S] at points [R, S, 3]; not differentiable."""
     cells_per_unit, first_cell = cells
     feature = trilinear_value_ref(volume, points * cells_per_unit + first_cell, volume_idx)
     return decode_sdf(feature, points, sdf_mlp)
@@ -99,7 +99,7 @@ def decode(feature, slope, points, directions, mlps, cells_per_unit):
 
 
 def decode_sdf(feature, points, sdf_mlp):
-    """The distance alone, [R, S], from features [R, S, C] at points [R, S, 3]; differentiable as `decode`."""
+    """Only the distance, [R, S], from features [R, S, C] at points [R, S, 3]; differentiable as `decode`."""
     feature, shape, points = feature.flatten(0, 1), points.shape[:2], points.flatten(0, 1).t()
     A, bias, P, W = fold(sdf_mlp)
     widths = [*(len(w) for w in W[:-1]), 1]  # of the last layer, only the distance

@@ -72,8 +72,8 @@ def sdf_render(
         cells:   cells_per_unit [3] and first_cell [3]: cell = point * cells_per_unit + first_cell, (x, y, z).
         method:  "neus" or "volsdf".
         exact:   compute the MLPs' matrix products with fp32 accuracy (tf32x3) instead of tf32 (operands rounded to a
-                 10-bit mantissa). tf32x3 computes three products for one, in tiles of a quarter of the samples; its
-                 cost was not measured on a GPU.
+                 10-bit mantissa). tf32x3 computes three products instead of one, in tiles of a quarter of the samples;
+                 its cost was not measured on a GPU.
         stop:    above 0 under `no_grad` only: kernels stop where a ray's transmittance is below it, and at once on rays
                  that miss. Samples behind have weight, distance and gradient 0; `rgb` is off by less than `stop`,
                  `depth` by less than `stop` times the ray's length.
@@ -124,7 +124,7 @@ def sdf_values(
     volume: Tensor, rays: tuple[Tensor, Tensor, Tensor], starts: Tensor, sdf_mlp: Sequence[Tensor],
     cells: tuple[Tensor, Tensor], exact: bool = False,
 ) -> Tensor:  # fmt: skip
-    """The signed distance alone, [R, S] at starts [R, S]; arguments as of `sdf_render`, `rays` without `hit`.
+    """Only the signed distance, [R, S] at starts [R, S]; arguments as for `sdf_render`, `rays` without `hit`.
 
     Not differentiable: for searches along rays.
     """

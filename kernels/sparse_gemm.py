@@ -70,8 +70,8 @@ def d_weight_of(features, d_out, table, allow_tf32, mirrored=False):
     chunks = table.chunks(_parts(K, M, I, O, grid), LEAST, 2 * BLOCK_R)
     partial = features.new_empty(len(chunks.first), O, I, dtype=torch.float32)
 
-    def launch(way):
-        (block_r, stages), pairs = way, table.pairs()
+    def launch(candidate):
+        (block_r, stages), pairs = candidate, table.pairs()
         _d_weight_kernel[(len(chunks.first), grid)](
             features_ptr=features, d_out_ptr=d_out, read_idx_ptr=pairs.read_idx, row_idx_ptr=pairs.row_idx,
             first_ptr=chunks.first, end_ptr=chunks.end, partial_ptr=partial, I=I, O=O,
@@ -81,10 +81,10 @@ def d_weight_of(features, d_out, table, allow_tf32, mirrored=False):
         )  # fmt: skip
 
     kind = "d_weight", features.dtype, allow_tf32, K, I, O, M
-    ways = [(BLOCK_R, STAGES), (2 * BLOCK_R, STAGES), (BLOCK_R, FEWER_STAGES)]
+    candidates = [(BLOCK_R, STAGES), (2 * BLOCK_R, STAGES), (BLOCK_R, FEWER_STAGES)]
     if features.dtype == torch.float32 and not allow_tf32:
-        ways = ways[2:]  # the others spill on sm_80
-    launch(tuning.choose(kind, ways, launch, features.device))
+        candidates = candidates[2:]  # the others spill on sm_80
+    launch(tuning.choose(kind, candidates, launch, features.device))
     _sum_chunks_kernel[(K, triton.cdiv(O * I, BLOCK_E))](
         partial_ptr=partial, until_idx_ptr=chunks.until_idx, d_weight_ptr=d_weight, K=K, I=I, O=O, BLOCK_E=BLOCK_E
     )  # fmt: skip
@@ -137,7 +137,7 @@ class Blocks(NamedTuple):
     sort: bool  # rows with the same offsets go to the same tiles
 
 
-# All untimed: chosen by the counts of benchmarks/count_sparse_conv.py and the compiler's output for sm_90
+# All untuned: chosen from the counts of benchmarks/count_sparse_conv.py and the compiler's output for sm_90
 # Loads of indices and of rows are each two steps ahead, or one; AMD has half the memory for that
 STAGES_OF = {"nvidia": (5, 3), "amd": (2, 1)}
 STAGES, FEWER_STAGES = STAGES_OF["amd" if torch.version.hip else "nvidia"]
@@ -162,8 +162,8 @@ def _blocks(dtype, few_rows, I, O, allow_tf32):
     ms = (64, 128) if few_rows else (128, 64)
     # a tile reads each of its rows two to three times: only a GPU can tell whether the L1 still has them, and whether
     # fewer empty products are worth reading rows that are farther apart
-    ways = [(STAGES, True, True), (STAGES, False, True), (FEWER_STAGES, True, True), (STAGES, True, False)]
-    return [Blocks(m, i, o, pack, 8 if m * o > 8192 else 4, *way) for way in ways for m in ms]
+    candidates = [(STAGES, True, True), (STAGES, False, True), (FEWER_STAGES, True, True), (STAGES, True, False)]
+    return [Blocks(m, i, o, pack, 8 if m * o > 8192 else 4, *candidate) for candidate in candidates for m in ms]
 
 
 def _limits(dtype, I, O, allow_tf32):
@@ -171,7 +171,7 @@ def _limits(dtype, I, O, allow_tf32):
     if dtype != torch.float32:
         step, most = 64, 128
     else:
-        step, most = 32, 64 if allow_tf32 else 32  # without tensor cores the registers bind
+        step, most = 32, 64 if allow_tf32 else 32  # without tensor cores, registers are the limit
     return (step // 2, most // 2) if _odd(I, O) else (step, most)
 
 
@@ -200,7 +200,7 @@ def _gather_gemm_kernel(
     scale_ptr, shift_ptr, residual_ptr,  # [O], [O], [M, O]; each or None
     K, I, O,  # offsets, input and output channels
     RELU: tl.constexpr, MIRRORED: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-    C: tl.constexpr, PACK: tl.constexpr, STEPS: tl.constexpr,  # C = I where PACK > 1; STEPS blocks of I an offset
+    C: tl.constexpr, PACK: tl.constexpr, STEPS: tl.constexpr,  # C = I where PACK > 1; STEPS blocks of I per offset
     NEAR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
@@ -294,7 +294,7 @@ def _d_weight_kernel(
 @jit(varying=("M", "R"))
 def _d_weight_of_groups_kernel(
     features_ptr, d_out_ptr, table_idx_ptr, partial_ptr,  # [N, C], [M, O], [K, M], [parts, O, K, C]
-    M, K, O, R,  # outputs, offsets, output channels, outputs a part
+    M, K, O, R,  # outputs, offsets, output channels, outputs per part
     WIDEN: tl.constexpr, BLOCK_R: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0).to(tl.int64)

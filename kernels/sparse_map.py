@@ -87,7 +87,7 @@ def submanifold_map_ref(coords, keys, order, shape, kernel, dilation):
             if mirrored:
                 neighbor_idx[K - 1 - k].index_copy_(0, read, reader.int())
             wanted += dx
-            for _ in range(dx if i + 1 < kx else 0):  # the walk: at most one key a cell
+            for _ in range(dx if i + 1 < kx else 0):  # the walk: at most one key per cell
                 at += key < wanted
                 key = padded_keys.index_select(0, at)
     return neighbor_idx
@@ -260,7 +260,7 @@ def _neighbors(coords, reader_order, keys, order, shape, kernel, stride, padding
     Args:
         coords:       [M, 4] int32 of the readers.
         reader_order: [M] int64, the order in which to process them, or None.
-        keys, order:  [N] of the voxels that are read, as of `sort_voxels`.
+        keys, order:  [N] of the voxels that are read, as returned by `sort_voxels`.
         shape:        cells (Z, Y, X) of their grid.
         kernel, stride, padding, dilation: cells (z, y, x).
     """
@@ -368,11 +368,11 @@ def _coords_kernel(keys_ptr, coords_ptr, M, Z, Y, X, BLOCK: tl.constexpr):
     row = row // X
     y = (row % Y).to(tl.int32)
     row = row // Y
-    at = coords_ptr + m.to(tl.int64) * 4
-    tl.store(at, (row // Z).to(tl.int32), mask=m_ok)
-    tl.store(at + 1, (row % Z).to(tl.int32), mask=m_ok)
-    tl.store(at + 2, y, mask=m_ok)
-    tl.store(at + 3, x, mask=m_ok)
+    voxel_ptr = coords_ptr + m.to(tl.int64) * 4
+    tl.store(voxel_ptr, (row // Z).to(tl.int32), mask=m_ok)
+    tl.store(voxel_ptr + 1, (row % Z).to(tl.int32), mask=m_ok)
+    tl.store(voxel_ptr + 2, y, mask=m_ok)
+    tl.store(voxel_ptr + 3, x, mask=m_ok)
 
 
 @jit(varying=("M", "N", "Z", "Y", "X", "STEPS"))
@@ -382,7 +382,7 @@ def _neighbors_kernel(
     M, N, Z, Y, X, KY, stride, padding, DZ, DY, STEPS,  # STEPS halvings take N to 0
     KX: tl.constexpr, DX: tl.constexpr, NO_KEY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One (kz, ky) column of offsets of BLOCK readers, in the order of their keys: adjacent lanes search alike."""
+    """One (kz, ky) column of offsets of BLOCK readers, in the order of their keys: adjacent lanes search similarly."""
     p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     p_ok = p < M
     column = tl.program_id(1)
@@ -413,7 +413,7 @@ def _neighbors_kernel(
         tl.store(neighbor_idx_ptr + (column * KX + k).to(tl.int64) * M + m, neighbor, mask=p_ok)
         wanted += DX
         if k + 1 < KX:
-            for _ in tl.static_range(DX):  # the walk: at most one key a cell
+            for _ in tl.static_range(DX):  # the walk: at most one key per cell
                 at += (tl.load(keys_ptr + at, mask=in_column & (at < N), other=NO_KEY) < wanted).to(tl.int32)
 
 
@@ -423,7 +423,7 @@ def _reached_keys_kernel(
     PAIRS, N, Z, Y, X, slots, kernel_size, stride, padding, dilation,  # PAIRS = slots * N; Z, Y, X: the output grid
     TRANSPOSED: tl.constexpr, NO_KEY: tl.constexpr, BLOCK_PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """Keys of the output cells of all pairs of a slot and an input, and NO_KEY behind them."""
+    """Keys of the output cells of all pairs of a slot and an input, and NO_KEY after them."""
     pair = tl.program_id(0).to(tl.int64) * BLOCK_PAIRS + tl.arange(0, BLOCK_PAIRS)  # [BLOCK_PAIRS]
     ok = pair < PAIRS
     t, i = (pair // N).to(tl.int32), (pair % N).to(tl.int32)

@@ -23,10 +23,10 @@ def gather_gemm_ref(features, weight, table, finish=None):
         torch.index_select(x, 0, n, out=x_rows[:P])
         for a, b, product in zip(x_rows[:P].split(counts), w, products[:P].split(counts), strict=True):
             torch.mm(a, b, out=product)
-        there = slice(first, first + len(starts))
-        out[there] = F.embedding_bag(order, products[:P], starts, mode="sum")
+        rows = slice(first, first + len(starts))
+        out[rows] = F.embedding_bag(order, products[:P], starts, mode="sum")
         if finish is not None:
-            finish(out[there], there)
+            finish(out[rows], rows)
     return out
 
 
@@ -45,17 +45,17 @@ def backward_ref(features, weight, d_out, inverse, mirrored, for_features, for_w
     chunks = _chunks(inverse, max(g.shape[1], x.shape[1]))
     g_rows, x_rows = _buffer(g, chunks), _buffer(x, chunks)  # the latter holds products too
     for first, m, n, counts, order, starts in chunks:
-        P, there = len(m), slice(first, first + len(starts))
+        P, rows = len(m), slice(first, first + len(starts))
         torch.index_select(g, 0, m, out=g_rows[:P])
         by_offset = g_rows[:P].split(counts), x_rows[:P].split(counts)
         if for_weight:
-            torch.index_select(x[there], 0, n, out=x_rows[:P])
+            torch.index_select(x[rows], 0, n, out=x_rows[:P])
             for a, b, d in zip(*by_offset, d_w, strict=True):
                 d.addmm_(a.T, b)
         if for_features:
             for a, product, b in zip(*by_offset, w, strict=True):
                 torch.mm(a, b, out=product)
-            d_features[there] = F.embedding_bag(order, x_rows[:P], starts, mode="sum")
+            d_features[rows] = F.embedding_bag(order, x_rows[:P], starts, mode="sum")
     return d_features, d_weight.transpose(0, 1) if for_weight else None
 
 
@@ -92,9 +92,9 @@ def _chunks(table, channels):
 
 def _chunk(idx, first, device):
     (K, R), idx = idx.shape, np.ascontiguousarray(idx)
-    there = idx >= 0
-    pairs = np.flatnonzero(there)  # numpy finds them 4 times as fast as torch
-    counts = np.count_nonzero(there, axis=1)
+    has = idx >= 0
+    pairs = np.flatnonzero(has)  # numpy finds them 4 times as fast as torch
+    counts = np.count_nonzero(has, axis=1)
     m = (pairs - np.repeat(np.arange(K) * R, counts)).astype(np.int16)  # 16 bits, which numpy sorts by radix
     lengths = np.bincount(m, minlength=R)
     arrays = idx.ravel()[pairs], m, m.argsort(kind="stable"), lengths.cumsum() - lengths

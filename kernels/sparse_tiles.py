@@ -1,4 +1,4 @@
-"""What the sparse GEMMs read of a neighbor table: tiles of rows, and pairs by offset.
+"""The layouts of a neighbor table that the sparse GEMMs read: tiles of rows, and pairs by offset.
 
 A tile of BLOCK_M outputs multiplies at every offset that any of its rows has. Its data are stored in the order of its
 loop, which then has no branch and can prefetch: a list of those offsets and, for each, the rows that its outputs read.
@@ -25,17 +25,17 @@ from unipad.kernels.backend import StreamCache, jit, tl, triton
 class Tiles(NamedTuple):
     """T tiles of BLOCK_M outputs each."""
 
-    row_idx: Tensor  # [T, BLOCK_M] int32, the outputs of a tile; -1 behind the last
+    row_idx: Tensor  # [T, BLOCK_M] int32, the outputs of a tile; -1 after the last
     count_idx: Tensor  # [T] int32, number of offsets that any row of the tile has
-    offset_idx: Tensor  # [T, K] int32, these offsets, ascending; not written from `count_idx` on
-    read_idx: Tensor  # [T, K, BLOCK_M] int32, row that each output reads at each of them, -1 for none; likewise
+    offset_idx: Tensor  # [T, K] int32, these offsets, ascending; only the first `count_idx` are written
+    read_idx: Tensor  # [T, K, BLOCK_M] int32, row that each output reads at each of them, -1 for none; as above
     pairs_idx: Tensor  # [K, windows] int32, pairs of each offset in each window of rows
 
 
 class Pairs(NamedTuple):
     """All pairs of a row that is read and an output, by offset, then by output."""
 
-    read_idx: Tensor  # [K * M] int32; not written behind the last pair
+    read_idx: Tensor  # [K * M] int32; not written after the last pair
     row_idx: Tensor  # [K * M] int32
     ends: Tensor  # [K, windows] int64, end of the pairs of each offset in each window
 
@@ -169,7 +169,7 @@ def _make_chunks(ends, parts, least, multiple):
 @jit(varying=("M", "W"))
 def _tiles_kernel(
     table_idx_ptr,  # [K, M]
-    row_idx_ptr, count_idx_ptr, offset_idx_ptr, read_idx_ptr, pairs_idx_ptr,  # as `Tiles` has them
+    row_idx_ptr, count_idx_ptr, offset_idx_ptr, read_idx_ptr, pairs_idx_ptr,  # the fields of `Tiles`
     M, K, W,  # W windows
     SORT: tl.constexpr, OFFSETS_PER_BIT: tl.constexpr,  # of the sort key
     WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -185,7 +185,7 @@ def _tiles_kernel(
             ok = (k < K) & (m < M)
             n = tl.load(table_idx_ptr + k.to(tl.int64) * M + m, mask=ok, other=-1)
             key += tl.sum((n >= 0).to(tl.int64) << (k // OFFSETS_PER_BIT).to(tl.int64), axis=0)
-        key = tl.where(window * WINDOW + i < M, key, 1 << 50)  # behind all rows
+        key = tl.where(window * WINDOW + i < M, key, 1 << 50)  # after all rows
         i = (_sort(key * WINDOW + i, WINDOW) % WINDOW).to(tl.int32)
     m = window * WINDOW + i
     m_ok = m < M

@@ -3,7 +3,7 @@
 A point lies between 8 voxel centers. With the fraction f and, per axis, the weights a = (1 - f, f) of the two corners
 and their slopes b = (-1, 1),
 
-    value = sum_ijk az_i ay_j ax_k V_ijk,   d/dx = sum_ijk az_i ay_j bx_k V_ijk,   d/dy, d/dz alike
+    value = sum_ijk az_i ay_j ax_k V_ijk,   d/dx = sum_ijk az_i ay_j bx_k V_ijk,   d/dy, d/dz likewise
 
 so four sums over the same 8 rows. A corner outside the volume has weight and slope 0 (zero padding, as
 F.grid_sample with align_corners=True). Both outputs are differentiable: of the gradient, dL/dV takes the four weights
@@ -51,7 +51,7 @@ def trilinear_ref(volume, points, volume_idx):
 
 
 def trilinear_value(volume: Tensor, points: Tensor, volume_idx: Tensor) -> Tensor:
-    """The value of `trilinear` alone, for searches along rays that need no gradient: not differentiable."""
+    """Only the value of `trilinear`, for searches along rays that need no gradient: not differentiable."""
     _check(volume, points, volume_idx)
     if not on_triton(volume):
         return trilinear_value_ref(volume, points, volume_idx)
@@ -200,10 +200,10 @@ def _trilinear_fwd_kernel(
             gz += (bz * ay * ax)[:, None] * feature
     tl.store(value_ptr + n[:, None] * C + c, value, mask=nc_ok)
     if WITH_GRADIENT:
-        at = gradient_ptr + n[:, None] * 3 * C + c
-        tl.store(at, gx, mask=nc_ok)
-        tl.store(at + C, gy, mask=nc_ok)
-        tl.store(at + 2 * C, gz, mask=nc_ok)
+        row_ptr = gradient_ptr + n[:, None] * 3 * C + c
+        tl.store(row_ptr, gx, mask=nc_ok)
+        tl.store(row_ptr + C, gy, mask=nc_ok)
+        tl.store(row_ptr + 2 * C, gz, mask=nc_ok)
 
 
 @jit(varying=("N", "S"))
@@ -221,11 +221,11 @@ def _trilinear_bwd_kernel(
     nc_ok = n_ok[:, None] & (c < C)
     px, py, pz, first = _load_points(points_ptr, volume_idx_ptr, n, n_ok, S, Z, acc_ty)
 
-    at = d_gradient_ptr + n[:, None] * 3 * C + c
+    row_ptr = d_gradient_ptr + n[:, None] * 3 * C + c
     d_value = tl.load(d_value_ptr + n[:, None] * C + c, mask=nc_ok, other=0.0)
-    d_gx = tl.load(at, mask=nc_ok, other=0.0)
-    d_gy = tl.load(at + C, mask=nc_ok, other=0.0)
-    d_gz = tl.load(at + 2 * C, mask=nc_ok, other=0.0)
+    d_gx = tl.load(row_ptr, mask=nc_ok, other=0.0)
+    d_gy = tl.load(row_ptr + C, mask=nc_ok, other=0.0)
+    d_gz = tl.load(row_ptr + 2 * C, mask=nc_ok, other=0.0)
 
     d_px = tl.zeros((BLOCK_N,), acc_ty)
     d_py, d_pz = d_px, d_px

@@ -1,12 +1,12 @@
-"""Autotuning: each candidate launch of an op is timed once per kind of work; the fastest is remembered in a file.
+"""Autotuning: each candidate launch of an op is timed once per kind of work; the fastest is saved in a file.
 
-The time of a candidate includes all the work it causes, such as tiles of the table that no earlier layer has made,
-since every step makes them again. Runs are timed as in a training step: back to back, with the L2 as the previous run
-leaves it and the host ahead of the device. The lowest median wins.
+The time of a candidate includes all the work it causes, such as tiles of the table that no earlier layer has computed,
+since every step computes them again. Runs are timed as in a training step: back to back, with the L2 as the previous
+run leaves it and the host ahead of the device. The lowest median wins.
 
 Off until `enable` is called: every op uses the first of its candidates, a sensible default. Candidates may sum in
-different orders, so results are bit-equal only between runs with the same choices: with tuning off, or with one file.
-Under `torch.use_deterministic_algorithms(True)` nothing is timed, so that timing cannot change bits.
+different orders, so results are bitwise equal only between runs with the same choices: tuning off, or the same file.
+Under `torch.use_deterministic_algorithms(True)` nothing is timed, so that timing cannot change results.
 """
 
 import json
@@ -120,7 +120,7 @@ def _time(fn, device):
 
 
 def _milliseconds(fn, device):
-    """Median of `RUNS` back-to-back runs, in ms, by CUDA events."""
+    """Median of `RUNS` back-to-back runs, in ms, with CUDA events."""
     with torch.cuda.device(device), host_wait("timing of a launch"):
         fn()  # compiles
         torch.cuda._sleep(SPIN)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unipad.kernels.backend import host_wait, jit, on_triton, opaque, tl, to_host, triton
 
-NO_KEY = 2**62  # sorts behind every voxel; a power of two, since F.pad takes its value as fp64
+NO_KEY = 2**62  # sorts after every voxel; a power of two, since F.pad takes its value as fp64
 NO_KEY_SHORT = 2**31 - 1  # the same for 32-bit keys
 
 
@@ -97,7 +97,7 @@ def _raise_on_faults(coords, shape, keys, order):
 
 
 def checked(coords, shape, *triples):
-    """The coordinates, contiguous, after checks of all shapes."""
+    """`coords`, contiguous, after checks of its shape and type and of the other arguments."""
     assert coords.dim() == 2 and coords.shape[1] == 4, f"coordinates are [N, 4], not {tuple(coords.shape)}"
     assert coords.dtype == torch.int32, f"coordinates are int32, not {coords.dtype}"
     assert all(len(t) == 3 for t in (shape, *triples)), f"not triples (z, y, x): {shape}, {triples}"
@@ -131,11 +131,11 @@ def _keys_kernel(coords_ptr, keys_ptr, N, Z, Y, X, BLOCK: tl.constexpr):
 @triton.jit
 def load_voxels(coords_ptr, i, ok):
     """b, z, y, x of the voxels i, int32."""
-    at = coords_ptr + i.to(tl.int64) * 4
-    b = tl.load(at, mask=ok, other=0)
-    z = tl.load(at + 1, mask=ok, other=0)
-    y = tl.load(at + 2, mask=ok, other=0)
-    x = tl.load(at + 3, mask=ok, other=0)
+    voxel_ptr = coords_ptr + i.to(tl.int64) * 4
+    b = tl.load(voxel_ptr, mask=ok, other=0)
+    z = tl.load(voxel_ptr + 1, mask=ok, other=0)
+    y = tl.load(voxel_ptr + 2, mask=ok, other=0)
+    x = tl.load(voxel_ptr + 3, mask=ok, other=0)
     return b, z, y, x
 
 

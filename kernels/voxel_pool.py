@@ -43,8 +43,8 @@ def voxel_pool(
         [B, Z, Y, X, C] in the features' type; a voxel without points is 0.
 
     Differentiable once w.r.t. `features` and `depths`. Accumulates in fp32 (fp64 for fp64 features). Deterministic.
-    Points are placed in fp64, bit-equal in kernel and reference; those of a singular matrix are dropped. Every matrix
-    is a view: pass several frames as more views. Raises AssertionError if shapes do not match. Follows
+    Points are placed in fp64, bitwise equal in kernel and reference; those of a singular matrix are dropped. Every
+    matrix is a view: pass several frames as more views. Raises AssertionError if shapes do not match. Follows
     Uni3DVoxelPoolDepth of the original.
     """
     (B, N, h, w, _), D = features.shape, depths.shape[4]
@@ -169,7 +169,7 @@ class VoxelPool(torch.autograd.Function):
 
 
 def _find_points(lidar2image, sizes, D, low, cell, shape, stride, depth_range, truncate):
-    """Voxels of the points of features of `sizes` [B, N, h, w, C], which depend on the cameras alone; all int32.
+    """Voxels of the points of features of `sizes` [B, N, h, w, C], which depend only on the cameras; all int32.
 
     Returns:
         voxel: [P] voxel of each point; the number of voxels for points outside.
@@ -187,9 +187,9 @@ def _find_points(lidar2image, sizes, D, low, cell, shape, stride, depth_range, t
         enable_fp_fusion=False,  # a point on a voxel face could end up on the other side of it
     )  # fmt: skip
     continues = F.pad(voxel[:, 1:] == voxel[:, :-1], (1, 0))
-    of_runs, order = voxel.masked_fill(continues, V).flatten().sort(stable=True)
+    run_voxel, order = voxel.masked_fill(continues, V).flatten().sort(stable=True)
     numbers = torch.arange(V + 1, dtype=torch.int32, device=voxel.device)
-    begin = torch.searchsorted(of_runs, numbers, out_int32=True)
+    begin = torch.searchsorted(run_voxel, numbers, out_int32=True)
     order = order.int()
     return voxel.flatten(), order, order // D, begin
 
@@ -308,9 +308,9 @@ def _voxel_pool_fwd_kernel(
     for i in tl.range(0, tl.max(terms, axis=0), loop_unroll_factor=UNROLL):
         in_chunk = (i >= before) & (i < before + whole)
         run = begin + i + tl.where(i < before, 0, whole * (CHUNK - 1))
-        alone = (i < terms) & ~in_chunk
-        mask = alone[:, None] & (c < C)
-        acc += _run(features_ptr, weight_ptr, pixel_idx_ptr, run, alone, mask, c, C, acc.dtype)
+        single = (i < terms) & ~in_chunk
+        mask = single[:, None] & (c < C)
+        acc += _run(features_ptr, weight_ptr, pixel_idx_ptr, run, single, mask, c, C, acc.dtype)
         chunk = (first + i - before).to(tl.int64)[:, None]
         acc += tl.load(partial_ptr + chunk * C + c, mask=in_chunk[:, None] & (c < C), other=0.0)
     tl.store(volume_ptr + v.to(tl.int64)[:, None] * C + c, acc, mask=v_ok[:, None] & (c < C))
@@ -350,8 +350,8 @@ def _voxel_pool_bwd_kernel(
         # later points of a run reuse the gradient of its first
         other = voxel != before
         at = voxel.to(tl.int64)[:, None] * C + c
-        found = tl.load(d_volume_ptr + at, mask=(ok & other)[:, None] & (c < C), other=0.0).to(acc_ty)
-        g = tl.where(other[:, None], found, g)
+        d_voxel = tl.load(d_volume_ptr + at, mask=(ok & other)[:, None] & (c < C), other=0.0).to(acc_ty)
+        g = tl.where(other[:, None], d_voxel, g)
         before = voxel
         acc += probability[:, None] * g
         tl.store(d_depths_ptr + p, tl.sum(g * feature, axis=1), mask=r_ok)

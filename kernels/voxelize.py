@@ -201,10 +201,10 @@ def _cell_keys_kernel(
 ):  # fmt: skip
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)  # [BLOCK_P]
     p_ok = p < P
-    at = points_ptr + p.to(tl.int64) * C
-    x, x_ok = _cell(tl.load(at, mask=p_ok, other=0.0), low[0], cell[0], shape[2])
-    y, y_ok = _cell(tl.load(at + 1, mask=p_ok, other=0.0), low[1], cell[1], shape[1])
-    z, z_ok = _cell(tl.load(at + 2, mask=p_ok, other=0.0), low[2], cell[2], shape[0])
+    point_ptr = points_ptr + p.to(tl.int64) * C
+    x, x_ok = _cell(tl.load(point_ptr, mask=p_ok, other=0.0), low[0], cell[0], shape[2])
+    y, y_ok = _cell(tl.load(point_ptr + 1, mask=p_ok, other=0.0), low[1], cell[1], shape[1])
+    z, z_ok = _cell(tl.load(point_ptr + 2, mask=p_ok, other=0.0), low[2], cell[2], shape[0])
     b = tl.zeros((BLOCK_P,), tl.int64)
     for sample in range(B):
         b += (p >= tl.load(ends_ptr + sample)).to(tl.int64)
@@ -262,9 +262,9 @@ def _mean_kernel(
     tl.store(features_ptr + v.to(tl.int64)[:, None] * C + c, mean, mask=v_ok[:, None] & (c < C))
 
     Z, Y, X = shape
-    at = coords_ptr + v.to(tl.int64) * 4
+    voxel_ptr = coords_ptr + v.to(tl.int64) * 4
     row = key // X  # ((b Z) + z) Y + y
-    tl.store(at, (row // Y // Z).to(tl.int32), mask=v_ok)
-    tl.store(at + 1, (row // Y % Z).to(tl.int32), mask=v_ok)
-    tl.store(at + 2, (row % Y).to(tl.int32), mask=v_ok)
-    tl.store(at + 3, (key % X).to(tl.int32), mask=v_ok)
+    tl.store(voxel_ptr, (row // Y // Z).to(tl.int32), mask=v_ok)
+    tl.store(voxel_ptr + 1, (row // Y % Z).to(tl.int32), mask=v_ok)
+    tl.store(voxel_ptr + 2, (row % Y).to(tl.int32), mask=v_ok)
+    tl.store(voxel_ptr + 3, (key % X).to(tl.int32), mask=v_ok)

@@ -1,9 +1,9 @@
-"""Compile kernels for GPUs that are not there, and read off the machine code what they cost.
+"""Compile kernels for GPUs that this machine does not have, and read their resource use from the machine code.
 
     python -m tests.ahead_of_time composite      prints one JSON line per kernel and element type, for sm_90
     python -m tests.ahead_of_time composite all  the same for every launch and target
 
-Runs in a process of its own, without TRITON_INTERPRET: Triton carries its assemblers, so no GPU is needed.
+Runs in its own process, without TRITON_INTERPRET. No GPU is needed: Triton ships the assemblers.
 """
 
 import importlib
@@ -23,29 +23,29 @@ TARGETS = {f"sm_{arch}": ("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 12
 MAX_SHARED = dict(sm_80=166_912, sm_86=101_376, sm_89=101_376, sm_90=232_448, sm_100=232_448, sm_120=101_376)
 MAX_SHARED |= dict(gfx942=65_536)
 NVIDIA, AMD = tuple(target for target in TARGETS if target != "gfx942"), ("gfx942",)
-ASSEMBLED = ("sm_80", "sm_90", "gfx942")  # down to machine code; the others until shared memory is allocated
+ASSEMBLED = ("sm_80", "sm_90", "gfx942")  # compiled to machine code; the others until shared memory is allocated
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One way the code launches a kernel, and what that may cost on the targets of `budgets`.
+    """One way the code launches a kernel, and the resources it may use on the targets of `budgets`.
 
-    Types of runtime arguments are read off their names: `*_idx_ptr` points to int32, any other `*_ptr` to the element
-    type; UPPER CASE sizes are int32, other scalars fp32. `types` says otherwise.
+    Types of runtime arguments follow from their names: `*_idx_ptr` points to int32, any other `*_ptr` to the element
+    type; UPPER CASE sizes are int32, other scalars fp32. Exceptions are in `types`.
     """
 
     kernel: str
     constexprs: dict = field(default_factory=dict)
     types: dict = field(default_factory=dict)  # argument -> "i64", "*fp32", "*" (to an element) or a tuple of such
-    divisible: tuple = ()  # sizes that are multiples of 16 in this launch; Triton compiles these apart
+    divisible: tuple = ()  # sizes that are multiples of 16 in this launch; Triton specializes on them
     elements: tuple = ("fp32", "bf16")  # element types to compile for
     targets: tuple = tuple(TARGETS)
     num_warps: int = 4
     num_stages: int | dict | None = None  # None: the target's default; a dict: by vendor
     registers: int = 255  # at most, per thread
     shared: int = 0  # at most, bytes per program
-    stack: int = 0  # at most, bytes per thread; above 0 means spills and wants a written reason
-    mma: str = ""  # the matrix instruction that sm_90's machine code must have, "HGMMA" or "HMMA"; sm_80 knows HMMA
+    stack: int = 0  # at most, bytes per thread; above 0 means spills and needs a comment that says why
+    mma: str = ""  # the matrix instruction that sm_90's machine code must have, "HGMMA" or "HMMA"; sm_80 only has HMMA
     budgets: tuple = ("sm_90",)  # targets, out of ASSEMBLED, where the costs are asserted; on AMD the stack only
 
     def matrix(self, target):
@@ -56,7 +56,7 @@ class Launch:
 def launches_of(kernel_file, which):
     """(row, element type, target) of the rows of tests/kernels/test_<kernel_file>.py's LAUNCHES.
 
-    which: "all", or "first": of each kernel the first row with a budget for sm_90, for that target alone
+    which: "all", or "first": of each kernel the first row with a budget for sm_90, for that target only.
     """
     rows = importlib.import_module(f"tests.kernels.test_{kernel_file}").LAUNCHES
     targets = tuple(TARGETS)
@@ -100,7 +100,7 @@ def shared_of(kernel, launch, element, target):
 
 
 def compile_launch(kernel, launch, element, target):
-    """The compiled kernel, as Triton has it."""
+    """Triton's compiled kernel."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -142,7 +142,7 @@ def _of_element(type_, element):
 
 
 def _paths(type_, path):
-    """Every scalar of an argument's type with the path Triton knows it by: (argument, place in the tuple, ...)."""
+    """Every scalar of an argument's type with Triton's path to it: (argument, position in the tuple, ...)."""
     if isinstance(type_, tuple):
         for i, t in enumerate(type_):
             yield from _paths(t, (*path, i))
@@ -153,7 +153,7 @@ def _paths(type_, path):
 def _cost(compiled, mma):
     """Registers and stack bytes per thread, shared bytes per program, and `mma` if the machine code has it.
 
-    On AMD's targets the stack alone.
+    On AMD's targets only the stack.
     """
     if "amdgcn" in compiled.asm:
         return {"stack": int(re.search(r"\.private_segment_fixed_size: +(\d+)", compiled.asm["amdgcn"])[1])}

@@ -1,4 +1,4 @@
-"""Comparisons and checks that many tests use."""
+"""Comparisons and checks that is_list tests use."""
 
 from contextlib import ExitStack, contextmanager
 from unittest import mock
@@ -15,7 +15,7 @@ def check_against_ref(op, ref, inputs, dtype, wrt=None, slack=None, magnitude=0.
     """Outputs and gradients of `op` may be at most twice as far from the fp64 truth as `ref` run in `dtype` is.
 
     op, ref: same signature, return a tensor or a tuple of tensors; integer and bool outputs must be equal.
-    inputs:  dict name -> value. fp64 tensors are cast to `dtype`; fp32 ones are geometry and stay what they are;
+    inputs:  dict name -> value. fp64 tensors are cast to `dtype`; fp32 ones are geometry and stay fp32;
              lists of tensors are handled element by element; anything else is passed through.
     wrt:     names of the inputs whose gradients are compared; None: all floating ones.
     slack:   allowed on top of that, as a fraction of the largest true value; None: SLACK of the type.
@@ -142,8 +142,8 @@ def _run(fn, inputs, dtype, wrt):
     leaves = {}
     for name, value in inputs.items():
         if wrt is None or name in wrt:
-            many = isinstance(value, (list, tuple))
-            items = {f"{name}[{i}]": v for i, v in enumerate(value)} if many else {name: value}
+            is_list = isinstance(value, (list, tuple))
+            items = {f"{name}[{i}]": v for i, v in enumerate(value)} if is_list else {name: value}
             leaves |= {k: v.requires_grad_() for k, v in items.items() if _is_float(v)}
     outs = fn(**inputs)
     outs = outs if isinstance(outs, tuple) else (outs,)

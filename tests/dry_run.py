@@ -54,7 +54,7 @@ class DryRun(contextlib.ExitStack):
     """Inside this context there is a "cuda" device, which computes shapes only.
 
     answers:  reason of a `host_wait` -> the value that the host reads: the number of rows found, or a list of values
-              to return in turn
+              to return one after the other
     calls:    (kernel, arguments by name) of every launch
     launches: the same as `Launch`
     operators: names of PyTorch operators that ran on the GPU, one launch or more each; not views and allocations

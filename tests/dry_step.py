@@ -48,7 +48,7 @@ class Step:
 
 
 def steps():
-    """Every recipe of train.py and finetune.py, and variants by their flags."""
+    """Every recipe of train.py and finetune.py, and variants named by their flags."""
     found = []
     for task, presets in (("train", PRETRAIN), ("detect", DETECT), ("segment", SEGMENT)):
         for modality, named in presets.items():
@@ -221,7 +221,7 @@ def main(everything=False):
         of_ten, of_hundred = count_specializations(100, first=10)
         line = {"scenes": 100, "specializations": of_hundred}
         if of_ten != of_hundred:
-            line["fault"] = f"ten scenes need {of_ten} alone"
+            line["fault"] = f"the first ten scenes need only {of_ten}"
         faults += "fault" in line
         print(json.dumps(line), flush=True)
     work = [(launch, target) for launch in launches for target in targets] if everything else []
@@ -237,7 +237,7 @@ def _compile_line(work):
 
 
 def print_seeded_faults():
-    """Print what is detected of faults made on purpose."""
+    """Print which of the faults made on purpose are detected."""
 
     def caught(fault):
         with DryRun() as dry:
@@ -249,11 +249,11 @@ def print_seeded_faults():
         return dry
 
     def respecialized(*sizes):
-        here, there = (
+        first, second = (
             caught(lambda _, shape=(R, S): composite(*(torch.zeros(*shape, *n, device=CUDA) for n in ((), (3,)))))
             for R, S in sizes
         )
-        return [f"{kernel} on {name}" for kernel, name in specialized_on_data(here.calls, there.calls)] or None
+        return [f"{kernel} on {name}" for kernel, name in specialized_on_data(first.calls, second.calls)] or None
 
     def too_large(stages):
         def convolve(x):

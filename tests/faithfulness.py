@@ -3,7 +3,7 @@
     python -m tests.faithfulness
 
 Runs the tests that load a record and collects the errors of their comparisons (`golden.assert_close_to_max`). Arrays
-that must be bit-equal are not among them.
+that must be bitwise equal are not among them.
 """
 
 import inspect
@@ -47,11 +47,11 @@ RECORDS = {
 }
 HEAD = """# Faithfulness
 
-Every record of the original code in `tests/golden` (fp32, CPU, reduced sizes, random weights) is reproduced with the
-recorded weights, converted by `unipad.convert`. An error is the largest absolute difference of an array, gradients
-included, as a fraction of its largest entry. Tolerances differ, so the last column has the largest error as a
-percentage of its tolerance. Arrays of indices, masks and labels, and all arrays of records marked "equal", are
-bit-equal. Written by `python -m tests.faithfulness`.
+`tests/golden` holds records of the original code: inputs, weights, outputs and gradients (fp32, CPU, reduced sizes,
+random weights). Our modules reproduce each record with its weights, converted by `unipad.convert`. An error is the
+largest absolute difference of an array, gradients included, as a fraction of its largest entry. Tolerances differ, so
+the last column has the largest error as a percentage of its tolerance. Arrays of indices, masks and labels, and all
+arrays of records marked "equal", are bitwise equal. Written by `python -m tests.faithfulness`.
 
 | record | contents | comparisons | median error | largest error | of tolerance |
 |---|---|---|---|---|---|
@@ -69,15 +69,15 @@ class Collector:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item):
-        golden.seen = seen = []
+        golden.log = log = []
         try:
             return (yield)
         finally:
-            golden.seen, record = None, None
-            for entry in seen:
+            golden.log, record = None, None
+            for entry in log:
                 if isinstance(entry, str):
                     record = entry
-                    self.errors[record]  # creates the entry: all arrays of a record may be bit-equal
+                    self.errors[record]  # creates the entry: all arrays of a record may be bitwise equal
                 elif record is not None:
                     self.errors[record].append(entry)
 

@@ -1,4 +1,5 @@
-"""Records of the original UniPAD: `tests/golden/<name>.npz` has arrays, `<name>.json` says what was called and how.
+"""Records of runs of the original UniPAD: `tests/golden/<name>.npz` has arrays, `<name>.json` says what was called, and
+how.
 
 Array names: `state/<key>` weights, by their keys in the original state_dict, `in/<name>` inputs, `out/<name>` outputs,
 `grad/<name>` gradients of the sum that the JSON file names.
@@ -13,13 +14,13 @@ import torch
 from unipad.names import from_original
 
 FOLDER = Path(__file__).parent / "golden"
-seen = None  # while `tests.faithfulness` runs, a list: names of loaded records, and (error, tolerance) of comparisons
+log = None  # while `tests.faithfulness` runs, a list: names of loaded records, and (error, tolerance) of comparisons
 
 
 def load(name):
     """A record: (dict array name -> CPU tensor, dict of the JSON file)."""
-    if seen is not None:
-        seen.append(name)
+    if log is not None:
+        log.append(name)
     with np.load(FOLDER / f"{name}.npz") as file:
         arrays = {key: torch.from_numpy(file[key]) for key in file.files}
     return arrays, json.loads((FOLDER / f"{name}.json").read_text())
@@ -42,6 +43,6 @@ def assert_close_to_max(actual, expected, rel, name=""):
         return
     actual, expected = actual.detach().double(), expected.double()
     error, largest = (actual - expected).abs().max().item(), expected.abs().max().item()
-    if seen is not None:
-        seen.append((error / largest if largest else error, rel))
+    if log is not None:
+        log.append((error / largest if largest else error, rel))
     assert error <= rel * largest, f"{name}: off by {error:.2e}, allowed is {rel:g} of the largest entry {largest:.2e}"

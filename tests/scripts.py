@@ -1,4 +1,4 @@
-"""Python programs in processes of their own, as a user starts them, but forked from one that has imported them already.
+"""Python programs in separate processes, as a user starts them, but forked from one that has imported them already.
 
 Imports take ten seconds of a core, and the suite starts scripts fifty times. The server computes nothing before it
 forks, so the processes inherit no threads of OpenMP.
@@ -21,7 +21,7 @@ SERVER.set_forkserver_preload(["train", "finetune", "eval", "unipad.convert", "t
 
 
 def environment():
-    """The environment without what the test suite adds for the kernels: scripts take the references on a CPU."""
+    """The environment without what the test suite adds for the kernels: scripts use the references on a CPU."""
     clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return clean | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
 
@@ -30,7 +30,7 @@ class Script:
     """A running program, with the methods of `subprocess.Popen` that tests use.
 
     args: as after `python`: a script of this repository, "-m" and a module, or "-c" and code; then its flags
-    path: a folder to import from besides
+    path: an additional folder to import from
     """
 
     def __init__(self, *args, cwd=REPO, path=""):
@@ -70,7 +70,7 @@ class Script:
 
 
 def run(*args, cwd=REPO, path="", timeout=300):
-    """Run a program to its end."""
+    """Run a program until it exits."""
     script = Script(*args, cwd=cwd, path=path)
     out, err = script.communicate(timeout)
     return subprocess.CompletedProcess(script.args, script.returncode, out, err)

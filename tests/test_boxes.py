@@ -60,7 +60,7 @@ def test_round_trips():
     assert torch.allclose(decode_boxes(stretched), boxes, rtol=0, atol=1e-12)
 
 
-def test_codes_are_the_originals():
+def test_codes_match_the_original():
     arrays, _ = load("det_box_utils")
     boxes = at_center(arrays["in/boxes"])
     assert_close_to_max(encode_boxes(boxes), arrays["out/normalized"], 1e-6)

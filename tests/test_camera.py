@@ -17,7 +17,7 @@ SMALL = CameraConfig(
 
 
 @pytest.mark.parametrize("name", ["convnext_mask", "convnext_nomask"])
-def test_convnext_is_the_original(name):
+def test_convnext_matches_the_original(name):
     arrays, _ = load(name)
     net = ConvNeXt(DEPTHS, WIDTHS)
     net.load_state_dict(weights(arrays, "encoder.camera.backbone."))
@@ -35,9 +35,9 @@ def test_convnext_is_the_original(name):
 
 @pytest.mark.parametrize(
     "record, widths, levels, first",
-    [("fpn_vs01", [16, 32, 64], 4, 1), ("custom_fpn_single", [64], 1, 0)],  # the latter: of the last stage alone
+    [("fpn_vs01", [16, 32, 64], 4, 1), ("custom_fpn_single", [64], 1, 0)],  # the latter: only of the last stage
 )
-def test_fpn_is_mmdets(record, widths, levels, first):
+def test_fpn_matches_mmdet(record, widths, levels, first):
     arrays, _ = load(record)
     net = FPN(widths, 24, levels)
     net.load_state_dict(weights(arrays, "encoder.camera.neck."))
@@ -53,7 +53,7 @@ def test_fpn_is_mmdets(record, widths, levels, first):
         assert_close_to_max(param.grad, gradients[key], 1e-5, key)
 
 
-def test_mask_is_the_originals():
+def test_mask_matches_the_original():
     arrays, _ = load("convnext_mask")
     assert torch.equal(draw_mask(arrays["in/rand_masking"], 3, 5, 0.3), arrays["in/mask"])
 

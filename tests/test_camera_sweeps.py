@@ -140,7 +140,7 @@ def test_static_points_project_onto_what_each_image_shows(city):
                 errors.append(np.abs(depth[(v / d)[seen].astype(int), (u / d)[seen].astype(int)] / d[seen] - 1))
         right, keyframes = np.concatenate(right), np.concatenate(keyframes)
         assert len(right) > 200 and np.median(right) < 0.005
-        assert frame == 0 or np.median(keyframes) > 0.01  # the car has gone on by a meter or so
+        assert frame == 0 or np.median(keyframes) > 0.01  # the car has moved by about a meter
 
 
 def test_the_keyframe_is_the_same_with_and_without_sweeps(city):
@@ -311,8 +311,8 @@ def test_rays_metrics_and_pictures_are_of_the_keyframe(city):
     assert len(rays[0]) == 6 * 8 and net.encoder.frame_fusion.trans_conv[0].weight.grad.any()
     metrics = evaluate_rendering(net, [(0, batch)], 0, torch.device("cpu"))
     assert metrics["psnr"] > 0 and metrics["depth_abs_rel"] > 0
-    judged = sum(len(r) for r in rays[1:])
-    assert judged == 6 * 8 * 12 + 6 * 256  # every eighth pixel of six views, and LiDAR rays
+    ray_count = sum(len(r) for r in rays[1:])
+    assert ray_count == 6 * 8 * 12 + 6 * 256  # every eighth pixel of six views, and LiDAR rays
     assert rendered_views(net, batch, generators(0), stride=32).shape[1] > 6 * 200
 
 

@@ -1,4 +1,4 @@
-"""The scripts' command lines: every setting is a flag, and a run's folder says all that starts or resumes it."""
+"""The scripts' command lines: every setting is a flag, and a run's folder is enough to repeat or resume the run."""
 
 import dataclasses
 import json
@@ -105,21 +105,21 @@ def test_a_config_is_where_flags_start_from(tmp_path):
     assert again.recipe.optim == replace(args.recipe.optim, clip=2) and again.init == args.init
     assert (again.seed, again.modality, again.out, again.stop_at) == (5, "lidar", None, None)
     for flags, words in {
-        ("--modality", "camera"): "--modality camera is not what the run has, --modality lidar",
-        ("--preset", "segment"): "--preset segment is not what the run has, --preset tiny",
+        ("--modality", "camera"): "--modality camera differs from the run's --modality lidar",
+        ("--preset", "segment"): "--preset segment differs from the run's --preset tiny",
     }.items():
         with pytest.raises(UserError, match=words):
             train.parse(["--config", tmp_path, *flags])
 
 
 @pytest.mark.parametrize("kind", [PretrainRecipe, DetectRecipe, SegmentRecipe])
-def test_a_recipe_of_other_fields_is_refused(kind, tmp_path):
+def test_a_recipe_of_other_fields_is_rejected(kind, tmp_path):
     config = run_config(train.parse([]), 8)
     del config["recipe"]["optim"]["clip"]
     with pytest.raises(TypeError):
         from_dict(kind, config["recipe"])
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="config.json is of another script or of another version"):
+    with pytest.raises(UserError, match="config.json is from another script or another version"):
         train.parse(["--config", tmp_path])
 
 
@@ -138,21 +138,21 @@ def test_default_presets_are_named():
         (train, ["--modality", "lidar", "--camera.mask-ratio", 0.5], "--camera.mask-ratio sets nothing.* no camera"),
         (train, ["--lidar.cell", 1, 1, 1], "--lidar.cell sets nothing: this recipe has no lidar"),
         (finetune, ["--modality", "lidar", "--paste.off-epochs", 1], "--paste.off-epochs sets nothing.* no paste"),
-        (train, ["--modality", "lidar", "--backbone", "base"], "--backbone does not go with --modality lidar"),
+        (train, ["--modality", "lidar", "--backbone", "base"], "--backbone does not work with --modality lidar"),
         (train, ["--modality", "lidar", "--data.camera-sweeps", 2], "--data.camera-sweeps needs a camera encoder"),
-        (finetune, ["--data.no-cameras"], "--data.no-cameras does not go with a camera encoder"),
+        (finetune, ["--data.no-cameras"], "--data.no-cameras does not work with a camera encoder"),
         (train, ["--camera.mask-ratio", 1], "--camera.mask-ratio 1.0 must be from 0 to below 1"),
         (train, ["--preset", "huge"], "--preset huge is not known; use tiny, camera-0.075"),
         (train, ["--lr", 0], "--optim.lr 0.0 must be above 0"),
         (train, ["--rays.per-view", 0], "--rays.per-view 0 must be above 0"),
         (train, ["--render.rgb-weight", -1], "--render.rgb-weight -1.0 must not be below 0"),
-        (train, ["--config", "nowhere"], "--config nowhere: there is no nowhere; name the folder of a run"),
+        (train, ["--config", "nowhere"], "--config nowhere: there is no nowhere; give the folder of a run"),
         (train, ["--resume", "nowhere"], "--resume nowhere: there is no nowhere/config.json"),
-        (finetune, ["--task", "segment", "--modality", "camera"], "--modality camera does not go with --task segment"),
+        (finetune, ["--task", "segment", "--modality", "camera"], "--modality camera does not work with --task"),
     ],
     ids=lambda v: " ".join(map(str, v)) if isinstance(v, list) else "",
 )
-def test_a_flag_that_does_not_fit_is_refused_in_one_sentence(script, flags, words):
+def test_a_flag_that_does_not_fit_is_rejected_in_one_sentence(script, flags, words):
     with pytest.raises(UserError, match=words) as error:
         script.parse(flags)
     assert "\n" not in str(error.value)
@@ -194,7 +194,7 @@ def test_settings_that_do_not_fit_each_other_name_their_flags(flags, words):
     ],
     ids=lambda v: " ".join(map(str, v)) if isinstance(v, list) and v[0].startswith("--") else "",
 )
-def test_what_is_not_a_value_is_refused_by_name(script, flags, words, capsys):
+def test_what_is_not_a_value_is_rejected_by_name(script, flags, words, capsys):
     with pytest.raises(SystemExit) as end:
         script.parse(flags)
     out, err = capsys.readouterr()
@@ -213,7 +213,7 @@ def test_what_is_not_a_value_is_refused_by_name(script, flags, words, capsys):
     ids=lambda v: "-".join(v[1::2]) if isinstance(v, list) else v.__name__,
 )
 def test_help_has_words_for_every_flag(script, flags, capsys):
-    """tyro takes them from the comment behind a field, which it misses where the field spans several lines."""
+    """tyro takes them from the comment after a field, which it misses where the field spans several lines."""
     with pytest.raises(SystemExit):
         script.parse([*flags, "--help"])
     words = capsys.readouterr().out
@@ -236,7 +236,7 @@ def run(script, *flags, path=""):
 
 
 def test_a_run_is_all_that_resuming_needs(city, tmp_path):
-    """Stopped, then resumed by its folder alone: bit-equal to an uninterrupted run, and started again by its config."""
+    """Resumed given only its folder, a run is bitwise equal to an uninterrupted one; its config starts it again."""
     flags = [*SMALL, "--modality", "lidar", "--preset", "tiny", "--data-root", city, "--steps", 2, "--val-every", 9]
     flags += ["--lr", 1e-3, "--render.samples", 16]
     run("train", *flags, "--out", tmp_path / "straight")

@@ -29,7 +29,7 @@ def test_a_preset_builds_the_encoders_of_its_modality(modality, name):
     assert hasattr(net, "fuse") == (modality == "fusion")
 
 
-def test_the_paper_s_recipes():
+def test_recipes_of_the_paper():
     """Sizes that unipad.md and the released configs state."""
     camera, lidar = PRETRAIN["camera"]["camera-0.1"], PRETRAIN["lidar"]["lidar-0.075"]
     assert camera.grid.shape == (128, 128, 5) and lidar.grid.shape == (180, 180, 5)

@@ -210,13 +210,13 @@ def test_a_camera_starts_from_imagenet(tmp_path):
     camera = PRETRAIN["camera"]["tiny"].camera
     torch.save({"model": ConvNeXt(camera.depths, camera.widths, out_stages=()).state_dict()}, tmp_path / "small.pth")
     main(Args((tmp_path / "small.pth", tmp_path / "convnext.pt")))
-    net, said = Pretrain(PRETRAIN["camera"]["tiny"]), []
-    taken = take_weights(net, "encoder.", [tmp_path / "convnext.pt"], "--init", said.append)
+    net, lines = Pretrain(PRETRAIN["camera"]["tiny"]), []
+    taken = take_weights(net, "encoder.", [tmp_path / "convnext.pt"], "--init", lines.append)
     new = {n for n in net.state_dict() if n.startswith("encoder.camera.backbone.")} - taken
     assert new == {f"encoder.camera.backbone.norm{i}.{end}" for i in (1, 2, 3) for end in ("weight", "bias")}
     weights = read_checkpoint(tmp_path / "convnext.pt")["model"]
     assert_same({n: net.state_dict()[n] for n in taken}, weights)
-    assert said[1].startswith("new, from scratch: encoder.camera.depth_net") and "backbone.norm1.weight" in said[1]
+    assert lines[1].startswith("new, from scratch: encoder.camera.depth_net") and "backbone.norm1.weight" in lines[1]
 
 
 def test_merged_encoders_start_fusion(tmp_path, capsys):
@@ -290,13 +290,13 @@ def broken(kind, folder):
         ("one key less", {}, "1 weights are missing, 0 unexpected, 0 of another.*input_proj.bias; --no-strict"),
         ("one key more", {}, "0 weights are missing, 1 unexpected, .*such as .*mtoken3"),
         ("other blocks", {}, "no ConvNeXt blocks"),
-        ("new recipe", {}, "of another version of this project: train or convert again"),
+        ("new recipe", {}, "from another version of this project: train or convert again"),
         ("whole", {"preset": "camera-0.075"}, "does not fit preset camera-0.075: .* of another shape"),
         ("whole", {"preset": "lidar-0.075"}, "--preset lidar-0.075 is not known; use tiny, camera-0.075, "),
         ("whole", {"kind": "convnext"}, "--kind convnext: .* is of kind unipad"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_refused_in_one_sentence_and_not_executed(kind, flags, words, tmp_path, monkeypatch):
+def test_what_does_not_fit_is_rejected_in_one_sentence_and_not_executed(kind, flags, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=words) as caught:
         main(Args((broken(kind, tmp_path), tmp_path / "out.pt"), **flags))
@@ -312,7 +312,7 @@ def test_no_strict_converts_what_fits(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("paths, merge", [("", False), ("a", False), ("abc", False), ("ab", True)])
-def test_a_wrong_number_of_paths_is_refused(paths, merge):
+def test_a_wrong_number_of_paths_is_rejected(paths, merge):
     with pytest.raises(UserError, match="SOURCE OUT"):
         main(Args(tuple(map(Path, paths)), merge=merge))
 
@@ -345,7 +345,7 @@ def test_command_lines_mean_what_the_docstring_says(line, args):
     assert tyro.cli(Args, args=line.split()) == args
 
 
-def test_a_u_net_converts_to_the_original_s_keys_without_its_head():
+def test_a_unet_converts_to_the_originals_keys_without_its_head():
     """The original has no segmentation head; and a U-Net has no volume to fuse with a camera's."""
     recipe = SEGMENT["lidar"]["tiny"]
     saved = {"model": Segmenter(recipe).state_dict(), "config": {"recipe": to_dict(recipe)}}

@@ -52,10 +52,10 @@ def without_boxes(sample):
     return replace(sample, boxes=sample.boxes[:0], labels=sample.labels[:0])
 
 
-def test_points_in_boxes_are_the_devkits(sample):
+def test_points_in_boxes_match_the_devkit(sample):
     ours = points_in_boxes(sample.points, sample.boxes)
     theirs = np.array([points_in_box(devkit_box(b), sample.points[:, :3].T) for b in sample.boxes.astype(float)])
-    assert ours.sum() > 100 and (ours != theirs).mean() < 1e-6  # but for rounding on a face
+    assert ours.sum() > 100 and (ours != theirs).mean() < 1e-6  # except for rounding on a face
     assert points_in_boxes(sample.points, sample.boxes[:0]).shape == (0, len(sample.points))
 
 
@@ -294,7 +294,7 @@ def test_a_root_that_cannot_be_written(copy, tmp_path):
     assert "\n" not in str(refused.value) and str(refused.value).endswith(".")
 
 
-def test_no_object_is_one_sentence(copy):
+def test_no_object_is_a_one_sentence_error(copy):
     with pytest.raises(DataError, match="no frame of .* mini_train has an object of 1000000 LiDAR points") as refused:
         load_objects(dataset_of(copy), replace(PASTE, min_points=10**6))
     assert "\n" not in str(refused.value) and str(refused.value).endswith(".")

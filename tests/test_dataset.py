@@ -1,4 +1,4 @@
-"""The dataset interface: a dataset in one file outside the package, read and learned from as nuScenes is."""
+"""The dataset interface: a dataset in one file outside the package, read and trained on like nuScenes."""
 
 import sys
 from dataclasses import replace
@@ -18,7 +18,7 @@ from unipad.recipes import PRETRAIN
 from unipad.runtime import generators
 
 TOY = '''
-"""Three frames: one camera that looks forward, a wall of LiDAR points before it; the last frame is broken."""
+"""Three frames: one camera that looks forward, a wall of LiDAR points in front of it; the last frame is broken."""
 
 from pathlib import Path
 
@@ -123,19 +123,19 @@ def test_the_default_is_nuscenes():
     assert dataset_class(DEFAULT_DATASET) is NuScenesDataset
     assert NuScenesDataset.train_val_splits("v1.0-mini") == ("mini_train", "mini_val")
     assert NuScenesDataset.splits("v1.0-test") == {"test": "test"}
-    with pytest.raises(DataError, match="v1.0-test has nothing to train on"):
+    with pytest.raises(DataError, match="v1.0-test has no training split"):
         NuScenesDataset.train_val_splits("v1.0-test")
     with pytest.raises(DataError, match="--version v2 is not known; use v1.0-trainval, v1.0-test, v1.0-mini."):
         NuScenesDataset.train_val_splits("v2")
 
 
 @pytest.mark.parametrize("name", ["", "toy_set", "toy_set:", "toy_set:Nobody", "no_such.module:Toy", ":Toy"])
-def test_a_class_that_cannot_be_imported_is_one_sentence(toy, name):
+def test_a_class_that_cannot_be_imported_is_a_one_sentence_error(toy, name):
     with pytest.raises(UserError, match=f"--dataset {name} cannot be imported .*; give package.module:Class"):
         dataset_class(name)
 
 
 @pytest.mark.parametrize("name", ["toy_set:Unrelated", "toy_set:np"])
-def test_a_class_of_another_kind_is_one_sentence(toy, name):
+def test_a_class_of_another_kind_is_a_one_sentence_error(toy, name):
     with pytest.raises(UserError, match=f"--dataset {name} is not a subclass of unipad.data.dataset.DrivingDataset."):
         dataset_class(name)

@@ -15,7 +15,7 @@ def generators(B):
     return [torch.Generator().manual_seed(b) for b in range(B)]
 
 
-def test_complex_depth_is_the_original():
+def test_complex_depth_matches_the_original():
     arrays, _ = load("depth_net_aspp")
     net = ComplexDepth(16, 30, 6).eval()
     net.load_state_dict(weights(arrays, "encoder.camera.depth_net."))
@@ -90,14 +90,14 @@ def recorded():
     return batch, depths, arrays
 
 
-def test_targets_are_the_originals():
+def test_targets_match_the_original():
     batch, _, arrays = recorded()
     targets = depth_targets(batch, 16, 28, 30, RECORDED.depth_range)
     expected = arrays["out/downsampled_gt_onehot_argmax"].view(2, 6, 16, 28)
     assert torch.equal(targets, expected) and (targets >= 0).sum() > 1000
 
 
-def test_loss_is_the_originals():
+def test_loss_matches_the_original():
     """Also the gradient of the depths, through the volume and through the loss."""
     batch, depths, arrays = recorded()
     depths.requires_grad_()

@@ -63,13 +63,13 @@ def assert_gradients_as_recorded(arrays, head, rel):
     keys = [key.removeprefix("grad/") for key in record["noise_only_arrays"]["arrays"]]
     noise, _ = from_original(dict.fromkeys(keys))
     for key, param in params.items():
-        if f"head.{key}" in noise:  # 0 but for rounding
+        if f"head.{key}" in noise:  # 0 except for rounding
             assert param.grad.abs().max() < 1e-7, key
         else:
             assert_close_to_max(param.grad, expected[key], rel, key)
 
 
-def test_plain_head_is_the_original():
+def test_plain_head_matches_the_original():
     """From image features and depths through view transform, head, assignment and losses, with gradients."""
     arrays, _ = load("uvtr_head_eval")
     features = [arrays[f"in/feat_{i}"].requires_grad_() for i in range(2)]
@@ -110,13 +110,13 @@ def test_plain_head_is_the_original():
 
 def assert_same_boxes(boxes, expected, rel):
     """Equal up to full rotations."""
-    apart = boxes[:, 6] - expected[:, 6]
-    assert torch.allclose(apart.cos(), torch.ones_like(apart), atol=1e-6)
+    difference = boxes[:, 6] - expected[:, 6]
+    assert torch.allclose(difference.cos(), torch.ones_like(difference), atol=1e-6)
     rest = [0, 1, 2, 3, 4, 5, 7, 8]
     assert_close_to_max(boxes[:, rest], expected[:, rest], rel)
 
 
-def test_denoising_head_is_the_original():
+def test_denoising_head_matches_the_original():
     arrays, _ = load("uvtr_dn_head_train")
     head = recorded_head(arrays, RECORDED)
     volume = arrays["in/pts_feats"].requires_grad_()
@@ -149,7 +149,7 @@ def test_denoising_head_is_the_original():
 
 
 @pytest.mark.parametrize("weights, name", [(RECORDED.code_weights, "cw"), (PLAIN.code_weights, "nocw")])
-def test_assignment_is_the_originals(weights, name):
+def test_assignment_matches_the_original(weights, name):
     arrays, _ = load("det_box_utils")
     cfg = dataclasses.replace(RECORDED, code_weights=weights)
     boxes = boxes_from_original(arrays["in/assign_gt_boxes_gravity_centre"])
@@ -173,7 +173,7 @@ def test_assignment_is_the_originals(weights, name):
         ("nmsfreeiou_thr", 0.4, ()),
     ],
 )
-def test_detections_are_the_originals(name, min_score, nms):
+def test_detections_match_the_original(name, min_score, nms):
     arrays, _ = load("det_box_utils")
     denoising = name.startswith("nmsfreeiou")
     cfg = dataclasses.replace(RECORDED, denoising=denoising, max_detections=80, min_score=min_score, nms=nms)
@@ -322,7 +322,7 @@ def test_non_finite_values_neither_raise_nor_spread():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_attention_is_that_of_torch(masked):
+def test_attention_matches_torch(masked):
     ours, torchs = SelfAttention(8, 2), torch.nn.MultiheadAttention(8, 2, batch_first=True)
     torchs.load_state_dict({k.replace("in_proj.", "in_proj_"): v for k, v in ours.state_dict().items()})
     x, position = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
@@ -331,11 +331,11 @@ def test_attention_is_that_of_torch(masked):
         blocked.fill_diagonal_(False)
     expected, _ = torchs(x + position, x + position, x, attn_mask=blocked)
     assert torch.allclose(ours(x, position, blocked, Dropout()), expected, atol=1e-6)
-    # written out, as it is where something may drop
+    # with a dropout rate above 0 the attention is computed step by step
     assert torch.allclose(ours(x, position, blocked, Dropout(1e-12, seeded(0, 1))), expected, atol=1e-6)
 
 
-def test_the_volume_is_sampled_as_by_grid_sample():
+def test_the_volume_is_sampled_like_grid_sample():
     look = VolumeAttention(6)
     volume, reference = torch.randn(2, 6, 3, 4, 5), 4 * torch.randn(2, 40, 3)
     at = (2 * reference.sigmoid() - 1)[:, None, None]
@@ -412,7 +412,7 @@ def test_a_head_learns_to_find_boxes():
 
 
 def test_detector_joins_encoder_and_head():
-    """With points alone; nothing is masked in training or evaluation."""
+    """With points only; nothing is masked in training or evaluation."""
     recipe = config.DetectRecipe(
         grid=GRID,
         lidar=config.LidarConfig(

@@ -322,7 +322,7 @@ def test_a_setting_of_the_recipe_is_changed_for_evaluation(detector_run, tmp_pat
     assert {len(boxes) for boxes in found.values()} == {7}
 
 
-def test_what_is_not_a_checkpoint_is_refused(detector_run, city, tmp_path, capsys):
+def test_what_is_not_a_checkpoint_is_rejected(detector_run, city, tmp_path, capsys):
     corrupt = tmp_path / "corrupt.pt"
     corrupt.write_bytes((detector_run / "checkpoints" / "last.pt").read_bytes()[:5000])
     torch.save({"state_dict": {}}, tmp_path / "other.pt")

@@ -28,7 +28,7 @@ def test_errors_are_within_their_tolerances(record):
 
 
 def test_a_page_from_comparisons():
-    """The last column is relative to each comparison's own tolerance; a record that is bit-equal throughout says so."""
+    """The last column is relative to each comparison's own tolerance; a record may be bitwise equal throughout."""
     errors = {name: [] for name in RECORDS} | {"fpn_vs01": [(2e-4, 1e-3), (9e-6, 1e-5), (0.0, 1e-5)]}
     page = table(errors)
     assert "| `fpn_vs01` | FPN of the ablation's camera encoder | 3 | 9.0e-06 | 2.0e-04 | 90% |" in page
@@ -38,6 +38,6 @@ def test_a_page_from_comparisons():
 def test_tests_that_load_records_are_found():
     from tests import test_camera, test_golden_samplers
 
-    assert loads_a_record(test_camera.test_convnext_is_the_original)
+    assert loads_a_record(test_camera.test_convnext_matches_the_original)
     assert loads_a_record(test_golden_samplers.test_near_and_far_of_rays)  # through a helper
     assert not loads_a_record(test_camera.test_levels_and_shapes)

@@ -1,4 +1,4 @@
-"""finetune.py: most runs in this process, some in processes of their own as a user starts them."""
+"""finetune.py: most runs in this process, some in separate processes, as a user starts them."""
 
 import json
 import signal
@@ -36,7 +36,7 @@ def run(out, city, *flags):
 
 
 @pytest.fixture(scope="module")
-def straight(city, tmp_path_factory):
+def uninterrupted(city, tmp_path_factory):
     """Four steps from scratch as a user starts them: (run folder, finished process)."""
     out = tmp_path_factory.mktemp("finetune") / "run"
     flags = ["--modality", "lidar", "--preset", "tiny", "--data-root", city, "--steps", 4, "--out", out]
@@ -46,8 +46,8 @@ def straight(city, tmp_path_factory):
     return out, done
 
 
-def test_a_run_writes_all_its_files(straight):
-    out, done = straight
+def test_a_run_writes_all_its_files(uninterrupted):
+    out, done = uninterrupted
     assert sorted(curve(out)) == [1, 2, 3, 4] and sorted(curve(out, "val/NDS")) == [3, 4]
     assert {"train/class", "train/box", "train/iou", "train/noisy_class", "val/mAP"} <= {
         name for line in (out / "log.jsonl").read_text().splitlines() for name in json.loads(line)
@@ -60,12 +60,12 @@ def test_a_run_writes_all_its_files(straight):
     assert "mini_val" in done.stdout and f"python eval.py {out}" in done.stdout
 
 
-def test_a_stopped_and_resumed_run_is_bit_equal(straight, city, tmp_path):
+def test_a_stopped_and_resumed_run_is_bit_equal(uninterrupted, city, tmp_path):
     run(tmp_path / "run", city, "--stop-at", 2, "--val-every", 3)
     assert checkpoint(tmp_path / "run")["step"] == 2
     run(tmp_path / "run", city, "--resume", "auto", "--val-every", 3, "--tune")
-    assert_same_weights(tmp_path / "run", straight[0])
-    assert curve(tmp_path / "run") == curve(straight[0])
+    assert_same_weights(tmp_path / "run", uninterrupted[0])
+    assert curve(tmp_path / "run") == curve(uninterrupted[0])
 
 
 @pytest.mark.parametrize("modality", ["camera", "fusion"])
@@ -107,7 +107,7 @@ def test_objects_are_pasted_until_the_last_epochs(city, tmp_path, monkeypatch):
     assert curve(tmp_path / "again") == curve(tmp_path / "balanced and pasted")
 
 
-def test_two_processes_have_the_losses_of_one(straight, city, tmp_path):
+def test_two_processes_have_the_losses_of_one(uninterrupted, city, tmp_path):
     """At the first step; later ones differ by rounding, and in means that are taken per process."""
     flags = ["--modality", "lidar", "--preset", "tiny", "--data-root", city, "--steps", 1, "--out", tmp_path / "two"]
     flags += ["--device", "cpu", "--workers", 0, "--log-every", 1, "--batch-size", 2]
@@ -125,9 +125,9 @@ def test_encoders_are_taken_and_the_rest_is_listed(city, tmp_path, capsys):
     train.main(train.parse(small))
     capsys.readouterr()
     out = run(tmp_path / "run", city, "--pretrained", tmp_path / "runs", "--steps", 1, "--lr", 1e-12)
-    said = capsys.readouterr().out
-    assert "took 0.25 M weights, encoder.lidar.backbone, encoder.lidar.encoder, encoder.lidar.neck" in said
-    assert "ignored project, renderer" in said
+    output = capsys.readouterr().out
+    assert "took 0.25 M weights, encoder.lidar.backbone, encoder.lidar.encoder, encoder.lidar.neck" in output
+    assert "ignored project, renderer" in output
     source, weights = checkpoint(tmp_path / "runs" / "pre")["model"], checkpoint(out)["model"]
     taken = [name for name in weights if name.startswith("encoder.") and "running" not in name and "num" not in name]
     for name in taken:

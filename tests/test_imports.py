@@ -1,4 +1,4 @@
-"""Imports run down: scripts -> unipad -> kernels, data and model apart, no cycle, no private name across files."""
+"""Layers: scripts -> unipad -> kernels, data and model separate, no cycle, no private name across files."""
 
 import ast
 from functools import cache
@@ -33,7 +33,7 @@ def imports(module):
     return found
 
 
-def test_floors():
+def test_layers():
     def inside(module, folder):
         return f"{module}.".startswith(f"unipad.{folder}.")
 

@@ -30,7 +30,7 @@ def recorded_noise(arrays):
     return noise
 
 
-def test_mask_is_the_originals():
+def test_mask_matches_the_original():
     arrays, record = load("sparse_encoder_mask_eval")
     mask = record["config"]["mae_cfg"]
     coords = arrays["in/coors"]
@@ -40,7 +40,7 @@ def test_mask_is_the_originals():
 
 
 @pytest.mark.parametrize("name", ["sparse_encoder_eval", "sparse_encoder_mask_eval"])
-def test_sparse_encoder_is_the_original(name):
+def test_sparse_encoder_matches_the_original(name):
     arrays, record = load(name)
     net = SparseEncoder(5, [stage[0] for stage in record["config"]["encoder_channels"]], 2, 32).eval()
     net.load_state_dict(weights(arrays, "encoder.lidar.encoder."))
@@ -62,7 +62,7 @@ def test_sparse_encoder_is_the_original(name):
         assert_close_to_max(param.grad, gradients[key], 1e-5, key)
 
 
-def test_neck_is_the_original():
+def test_neck_matches_the_original():
     arrays, record = load("second3d_fpn_eval")
     widths, strides = record["config"]["backbone"]["out_channels"], record["config"]["backbone"]["layer_strides"]
     backbone, neck = Second(32, widths, strides, 2).eval(), SecondFPN(widths, strides, 24).eval()
@@ -286,7 +286,7 @@ def test_runs_are_bit_equal():
 
 
 def test_a_step_only_waits_for_sizes(monkeypatch, device):
-    """Including the kernels, except those on whose results no size depends."""
+    """Kernels included, except those whose results determine no size."""
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
     monkeypatch.setattr(backend, "interpret", device == "cpu")
     encoder = LidarEncoder(TINY, GRID).to(device)

@@ -27,7 +27,7 @@ def norm_step(norm, x, d_out):
 
 
 @pytest.mark.parametrize("plain, shape", [(nn.BatchNorm1d, (60, 3)), (nn.BatchNorm3d, (4, 3, 5, 3, 1))])
-def test_one_process_is_plain_batch_norm(plain, shape):
+def test_one_process_matches_plain_batch_norm(plain, shape):
     ours, plain = SyncedBatchNorm(3, eps=1e-3, momentum=0.01), plain(3, eps=1e-3, momentum=0.01)
     x, d_out = torch.randn(2, *shape)
     a, b = (norm_step(norm, x, d_out) for norm in (ours, plain))
@@ -60,7 +60,7 @@ def test_without_rows_nothing_is_counted():
 SPLITS = [(torch.float32, 2, 1e-5), (torch.float32, 1, 1e-5), (torch.bfloat16, 2, 1e-2), (torch.float32, 4, 1e-5)]
 
 
-def test_two_processes_are_one(tmp_path):
+def test_two_processes_match_one(tmp_path):
     torch.multiprocessing.spawn(one_of_two, args=(tmp_path,), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for (dtype, _, rel), a, b in zip(SPLITS, first, second, strict=True):

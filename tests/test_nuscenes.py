@@ -66,7 +66,7 @@ def test_frames_are_the_keyframes_of_the_split_in_time(nusc, dataset):
     assert len(dataset) == sum(s["nbr_samples"] for s in nusc.scene if s["name"] in names)
 
 
-def test_boxes_are_the_devkits(nusc, dataset):
+def test_boxes_match_the_devkit(nusc, dataset):
     for i in range(len(dataset)):
         sample = dataset[i]
         annotations = annotations_of(nusc, sample)
@@ -173,7 +173,7 @@ def test_resized_images_keep_their_geometry(city):
 
 
 @pytest.mark.parametrize("sweeps", [1, 3, 10])
-def test_sweeps_are_the_devkits(nusc, city, sweeps):
+def test_sweeps_match_the_devkit(nusc, city, sweeps):
     """Except for the keyframe's points on the car itself, which are kept."""
     dataset = NuScenesDataset(city, VERSION, "mini_val", Data(sweeps=sweeps))
     for i in range(len(dataset)):
@@ -204,7 +204,7 @@ def test_sweeps_leave_the_ground_in_place(dataset):
     np.testing.assert_allclose(ground, ground[0], atol=0.05)
 
 
-def test_point_labels_are_the_devkits(nusc, dataset):
+def test_point_labels_match_the_devkit(nusc, dataset):
     mapper = LidarsegClassMapper(nusc)
     sample = dataset[1]
     token = nusc.get("sample", sample.token)["data"]["LIDAR_TOP"]
@@ -281,7 +281,7 @@ def test_balanced_frames_are_drawn_from_the_used_ones(uneven):
     assert cars in (4, 8) and bus == 8
 
 
-def test_balancing_without_boxes_is_one_sentence(uneven):
+def test_balancing_without_boxes_is_a_one_sentence_error(uneven):
     uneven.frames = uneven.frames[:1]
     with pytest.raises(DataError, match="no frame of .* mini_train has a box to balance the classes by.$"):
         uneven.balanced(seed=0)
@@ -354,7 +354,7 @@ def test_a_broken_sweep_affects_only_the_frames_that_use_it(copy):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_no_readable_frame_is_one_sentence(copy, workers):
+def test_no_readable_frame_is_a_one_sentence_error(copy, workers):
     shutil.rmtree(copy / "samples" / "LIDAR_TOP")
     dataset = NuScenesDataset(copy, VERSION, "mini_val", Data())
     with pytest.raises(DataError, match=r"none of the \d+ frames can be read \(.*: is missing\)"):

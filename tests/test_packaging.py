@@ -1,4 +1,4 @@
-"""What `pip install` brings, read from pyproject.toml without a network."""
+"""What `pip install` installs, according to pyproject.toml, without a network."""
 
 import ast
 import re
@@ -19,7 +19,7 @@ SCRIPTS = ["train.py", "finetune.py", "eval.py"]
 def installed(tmp_path_factory):
     """The names of the files in the wheel."""
     folder = tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "README.md", "LICENSE", "unipad", "kernels"):  # a build writes beside its sources
+    for name in ("pyproject.toml", "README.md", "LICENSE", "unipad", "kernels"):  # a build writes next to its sources
         (folder / name).symlink_to(REPO / name)
     command = "from setuptools import build_meta; print(build_meta.build_wheel('.'))"
     done = subprocess.run([sys.executable, "-c", command], cwd=folder, capture_output=True, text=True)
@@ -40,7 +40,7 @@ def test_wheel_has_every_module(installed):
 
 def test_every_import_is_declared():
     declared = {name.lower() for name in re.findall(r'^    "([\w-]+)', PROJECT.split("[project.optional")[0], re.M)}
-    optional = {"triton", "skimage"}  # torch for GPUs brings Triton, the CPU does without; extra `mesh`
+    optional = {"triton", "skimage"}  # GPU builds of torch depend on Triton, a CPU needs none; extra `mesh`
     files = [*REPO.glob("unipad/**/*.py"), *REPO.glob("kernels/*.py"), *(REPO / name for name in SCRIPTS)]
     nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
     imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}

@@ -74,7 +74,7 @@ def test_edges_of_a_box_around_the_camera_end_in_front_of_it():
     assert abs(long - [8, 6]).max(axis=1) == pytest.approx(100, rel=1e-3)  # 1 m where edges end, at a depth of 0.1
 
 
-@pytest.mark.parametrize("cameras", [True, False], ids=["cameras", "LiDAR alone"])
+@pytest.mark.parametrize("cameras", [True, False], ids=["cameras", "LiDAR only"])
 def test_boxes_are_drawn_where_objects_are(cameras, city):
     """Ground truth in white; detections in the color of their class, unless their score is too low."""
     dataset = NuScenesDataset(city, "v1.0-mini", "mini_val", Data(cameras=cameras))

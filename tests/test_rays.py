@@ -52,10 +52,10 @@ def point_cloud(count, seed=0):
     return (torch.rand(count, 3, generator=generator) - 0.5) * torch.tensor([20.0, 20.0, 6.0])
 
 
-def test_rays_are_the_originals():
-    arrays, sidecar = load("sample_rays_default")
+def test_rays_match_the_original():
+    arrays, meta = load("sample_rays_default")
     cfg = RayChoice(per_view=64, near_radius=3.0, far_radius=100.0)
-    scale = 1 / max(map(abs, sidecar["pc_range"]))
+    scale = 1 / max(map(abs, meta["pc_range"]))
     lidar2image, lidar2camera = arrays["in/lidar2img"][:, :, 0], arrays["in/lidar2cam"][:, :, 0]
     batch = replace(
         make_batch([[], []]),

@@ -1,4 +1,4 @@
-"""The README's commands do what they say, at small sizes."""
+"""The README's commands run, at small sizes."""
 
 import re
 import shlex
@@ -13,12 +13,12 @@ from tests.scripts import REPO
 from unipad import cli
 
 README = (REPO / "README.md").read_text()
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)  # those of ```sh need what is not here
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)  # those in ```sh need a cluster, a GPU or files
 COMMANDS = [line for block in BLOCKS for line in block.strip().splitlines()]
 
 QUICK = "--device cpu --preset tiny --steps 2 --workers 0"
 FEW_RAYS = "--rays.per-view 8 --val-samples 1 --picture-stride 16"
-# What stands in for the sizes, folders and launchers of the README
+# Replacements that make the README's commands small: sizes, folders, launchers
 SMALLER = [
     (r"^pip install .* && ", ""),
     (r"^python ", "{python} "),
@@ -40,7 +40,7 @@ SMALLER = [
 ]
 
 
-def test_every_kind_of_command_is_met():
+def test_every_kind_of_command_is_found():
     assert sum("train.py" in c for c in COMMANDS) >= 4
     assert [c for c in COMMANDS if "pytest" in c] == ["pip install -e '.[test]' && pytest"]
 
@@ -55,7 +55,7 @@ def test_command_runs(command, city, tmp_path):
         command = re.sub(pattern, smaller, command)
     command = command.format(python=sys.executable)
     callers = {"train": (train, FEW_RAYS.split()), "finetune": (finetune, [])}
-    for name, modality in re.findall(r"outputs/(train|finetune)-(\w+)", command):  # runs that it starts from
+    for name, modality in re.findall(r"outputs/(train|finetune)-(\w+)", command):  # runs that the command needs
         script, flags = callers[name]
         what = ["--modality", modality]
         if modality == "segment":

@@ -90,7 +90,7 @@ def test_field_equals_the_original():
 )
 def test_rendering_equals_the_original(name, cfg, weights_rel):
     """Outputs, every loss with two truncations, and all gradients."""
-    record, sidecar = load(name)
+    record, meta = load(name)
     renderer = Renderer(replace(cfg, truncation=1.5), RECORDED).eval()
     renderer.field.load_state_dict(weights(record, "renderer.field."))
     volume = record["in/feature_volume"].requires_grad_()
@@ -103,7 +103,7 @@ def test_rendering_equals_the_original(name, cfg, weights_rel):
     assert_close_to_max(out.starts, record["out/z_vals"][..., 0], 1e-3, "starts")
     assert_close_to_max(out.sdf, record["out/sdf"][..., 0], 1e-3, "sdf")
     assert_close_to_max(out.gradient, record["out/gradients"], 1e-3, "gradient")
-    # samples that nearly coincide trade weights; sidecar, fp32_noise_floor
+    # samples that nearly coincide trade weights: see fp32_noise_floor in the record's JSON file
     assert_close_to_max(out.weights, record["out/weights"][..., 0], weights_rel, "weights")
 
     losses = renderer.loss(out, rays)
@@ -121,7 +121,7 @@ def test_rendering_equals_the_original(name, cfg, weights_rel):
     for key, value in expected.items():
         assert_close_to_max(found[key], value, 1e-3, key)
     frozen = {n for n, p in renderer.field.named_parameters() if not p.requires_grad}
-    assert frozen == {key.removeprefix(FIELD) for key in sidecar["params_without_grad"]}
+    assert frozen == {key.removeprefix(FIELD) for key in meta["params_without_grad"]}
 
 
 def test_unisurf_places_samples_as_the_original():
@@ -224,7 +224,7 @@ def test_gradients_equal_double_backward(twice, monkeypatch):
 
 
 def test_gradient_is_the_derivative_of_the_distance():
-    """In fp64, compared with first-order autograd of the distance alone; half of the points are outside the volume."""
+    """In fp64, compared with first-order autograd of only the distance; half of the points are outside the volume."""
     field = Field(FEW, SMALL).double()
     volume, _ = random_scene(dtype=torch.float64)
     volume = volume.permute(0, 2, 3, 4, 1).contiguous()

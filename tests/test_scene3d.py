@@ -23,7 +23,7 @@ def test_surface_is_a_closed_strip():
     assert np.linalg.norm(sides, axis=2).max() < 10 * np.radians(1) * 1.5  # no triangle spans more than one cell
     edges = np.sort(np.concatenate([mesh.faces[:, [i, (i + 1) % 3]] for i in range(3)]), axis=1)
     _, counts = np.unique(edges, axis=0, return_counts=True)
-    assert (counts == 1).sum() == 2 * columns  # open at the top and the bottom alone
+    assert (counts == 1).sum() == 2 * columns  # open only at the top and the bottom
 
 
 def test_surface_is_open_where_depth_jumps():

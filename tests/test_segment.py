@@ -34,7 +34,7 @@ def by_definition(probabilities, labels):
 
 
 @pytest.mark.parametrize("P, K", [(1, 2), (7, 3), (40, 5), (40, 60)])
-def test_lovasz_softmax_is_its_definition(P, K):
+def test_lovasz_softmax_matches_its_definition(P, K):
     probabilities, labels = torch.randn(P, K, dtype=torch.float64).softmax(dim=1), torch.randint(K, (P,))
     assert lovasz_softmax(probabilities, labels).item() == pytest.approx(
         by_definition(probabilities, labels), abs=1e-12

@@ -78,7 +78,7 @@ def test_the_truth_through_files_and_devkit_scores_one(perfect, validation):
     assert [file.stat().st_size for file in files_of(validation, folder)] == sizes
 
 
-def test_the_devkit_s_own_check_accepts_the_folder(perfect, validation, city):
+def test_the_devkits_check_accepts_the_folder(perfect, validation, city):
     from nuscenes import NuScenes
     from nuscenes.eval.lidarseg import validate_submission
 
@@ -125,7 +125,7 @@ def test_metrics_by_hand(perfect, validation, tmp_path):
     ],
     ids=["short", "long", "class 0", "class 17", "missing"],
 )
-def test_a_wrong_file_is_one_sentence(spoil, words, perfect, validation, tmp_path):
+def test_a_wrong_file_is_a_one_sentence_error(spoil, words, perfect, validation, tmp_path):
     folder = shutil.copytree(perfect[0], tmp_path / "eval")
     file = files_of(validation, folder)[1]
     classes = np.fromfile(file, np.uint8)
@@ -193,7 +193,7 @@ def test_a_run_writes_all_its_files(runs):
     assert json.loads((run / "config.json").read_text())["args"]["modality"] == "lidar"
 
 
-def test_the_u_net_is_taken_from_pre_training(runs):
+def test_the_unet_is_taken_from_pre_training(runs):
     source, weights = (checkpoint(runs / name)["model"] for name in ("pre", "run"))
     taken = [name for name in weights if name.startswith("encoder.") and "running" not in name and "num" not in name]
     assert len(taken) > 50
@@ -202,18 +202,18 @@ def test_the_u_net_is_taken_from_pre_training(runs):
 
 
 def test_a_stopped_and_resumed_run_is_bit_equal(city, tmp_path):
-    finetune.main(fine(city, tmp_path / "straight"))
+    finetune.main(fine(city, tmp_path / "uninterrupted"))
     finetune.main(fine(city, tmp_path / "parts", "--stop-at", 1))
     finetune.main(fine(city, tmp_path / "parts", "--resume", "auto"))
-    straight, parts = (checkpoint(tmp_path / name)["model"] for name in ("straight", "parts"))
-    assert straight.keys() == parts.keys() and all(torch.equal(straight[name], parts[name]) for name in straight)
-    assert curve(tmp_path / "straight") == curve(tmp_path / "parts")
+    whole, parts = (checkpoint(tmp_path / name)["model"] for name in ("uninterrupted", "parts"))
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert curve(tmp_path / "uninterrupted") == curve(tmp_path / "parts")
 
 
 def test_a_run_is_evaluated_and_drawn(runs, capsys):
     evaluate(runs / "run", "--task", "segment", "--batch-size", 2, "--pictures", 1)
-    said = capsys.readouterr().out
-    assert "mIoU: 0." in said and "allAcc: 0." in said and "driveable_surface" in said
+    output = capsys.readouterr().out
+    assert "mIoU: 0." in output and "allAcc: 0." in output and "driveable_surface" in output
     picture = np.asarray(Image.open(runs / "run" / "eval" / "segments_0.png"))
     assert picture.shape[1] > 1000 and picture.std() > 20
 
@@ -253,7 +253,7 @@ def test_a_user_error_is_one_sentence(of, flags, words, runs):
 
 
 def test_other_user_errors(runs, city, tmp_path):
-    with pytest.raises(UserError, match="--modality camera does not go with --task segment; use lidar"):
+    with pytest.raises(UserError, match="--modality camera does not work with --task segment; use lidar"):
         finetune.main(fine(city, tmp_path / "run", "--modality", "camera"))
     with pytest.raises(UserError, match="17 classes, and nuScenes asks for 16"):
         recipe = replace(RECIPE, segment=replace(RECIPE.segment, classes=17))

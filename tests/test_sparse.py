@@ -25,7 +25,7 @@ CHANNELS = [(1, 5), (5, 16), (16, 18), (18, 1)]
 
 
 def coords_of(name, shape=SHAPE):
-    """Voxels [N, 4] in no order, and the number of grids."""
+    """Voxels [N, 4] in random order, and the number of grids."""
     Z, Y, X = shape
     if name == "none":
         return torch.empty(0, 4, dtype=torch.int32), 2
@@ -95,7 +95,7 @@ def assert_is_dense_convolution(conv, x, convolve, active):
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)
 @pytest.mark.parametrize("name", ["none", "one", "block", "scattered"])
 @pytest.mark.parametrize("dilation", [1, (1, 2, 3)], ids=str)
-def test_submanifold_is_masked_conv3d(name, kernel, dilation, device):
+def test_submanifold_matches_masked_conv3d(name, kernel, dilation, device):
     channels = CHANNELS[KERNELS.index(kernel) % len(CHANNELS)]
     conv = SubMConv3d(*channels, kernel, dilation=dilation).double().to(device)
     x = sparse(name, channels[0], device=device)
@@ -127,7 +127,7 @@ GEOMETRIES = [
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 @pytest.mark.parametrize("name", ["none", "one", "block", "scattered"])
-def test_strided_is_conv3d(name, geometry, device):
+def test_strided_matches_conv3d(name, geometry, device):
     channels = CHANNELS[GEOMETRIES.index(geometry) % len(CHANNELS)]
     conv = SparseConv3d(*channels, *geometry, bias=name != "block").double().to(device)
     x = sparse(name, channels[0], device=device)
@@ -143,7 +143,7 @@ def test_strided_is_conv3d(name, geometry, device):
 
 @pytest.mark.parametrize("geometry", [g for g in GEOMETRIES if g != (1, 1, 0, 1)], ids=str)
 @pytest.mark.parametrize("name", ["none", "one", "scattered"])
-def test_inverse_is_conv_transpose3d_at_the_first_voxels(name, geometry, device):
+def test_inverse_matches_conv_transpose3d_at_the_first_voxels(name, geometry, device):
     channels = CHANNELS[GEOMETRIES.index(geometry) % len(CHANNELS)]
     down = SparseConv3d(2, channels[0], *geometry).double().to(device)
     up = SparseInverseConv3d(*channels, geometry[0]).double().to(device)
@@ -282,7 +282,7 @@ def assert_compiled_is_eager(call, eager, compiled, names):
             torch.testing.assert_close(b[key], a[key], rtol=1e-5, atol=1e-6, msg=f"{name}: {key}")
 
 
-def test_compiled_is_eager():
+def test_compiled_matches_eager():
     eager, compiled = Small(), Small()
     compiled.load_state_dict(eager.state_dict())
     torch._dynamo.reset()

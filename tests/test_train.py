@@ -1,4 +1,4 @@
-"""train.py as a user runs it: in a process of its own, on a small city, on the CPU."""
+"""train.py as a user runs it: in a separate process, on a small city, on the CPU."""
 
 import json
 import signal
@@ -33,14 +33,14 @@ def checkpoint(run):
 
 
 @pytest.fixture(scope="module")
-def straight(city, tmp_path_factory):
+def uninterrupted(city, tmp_path_factory):
     """An uninterrupted run of eight steps: (run folder, finished process)."""
-    run = tmp_path_factory.mktemp("straight") / "run"
+    run = tmp_path_factory.mktemp("uninterrupted") / "run"
     return run, train("--data-root", city, "--preset", "tiny", "--steps", 8, "--out", run, cwd=run.parent)
 
 
-def test_a_run_writes_all_its_files(straight):
-    run, done = straight
+def test_a_run_writes_all_its_files(uninterrupted):
+    run, done = uninterrupted
     config = json.loads((run / "config.json").read_text())
     assert config["steps"] == 8 and config["recipe"]["rays"]["per_view"] == 8
     first = json.loads((run / "log.jsonl").read_text().splitlines()[0])
@@ -53,26 +53,26 @@ def test_a_run_writes_all_its_files(straight):
     assert "depth_abs_rel" in done.stdout and "tensorboard --logdir" in done.stdout
 
 
-def test_tensorboard_has_all_tags(straight):
+def test_tensorboard_has_all_tags(uninterrupted):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(straight[0] / "tensorboard")).Reload()
+    events = EventAccumulator(str(uninterrupted[0] / "tensorboard")).Reload()
     tags = set(events.Tags()["scalars"])
     assert {"train/loss", "train/rgb", "train/depth", "train/lr", "train/samples_per_s", "train/rays_per_s"} <= tags
     assert {"val/psnr", "val/depth_abs_rel", "val/depth_rmse", "val/depth_delta1"} <= tags
     assert events.Tags()["images"] == ["val"]
 
 
-def test_a_stopped_and_resumed_run_is_bit_equal(straight, city, tmp_path):
+def test_a_stopped_and_resumed_run_is_bit_equal(uninterrupted, city, tmp_path):
     flags = ["--data-root", city, "--preset", "tiny", "--steps", 8, "--out", tmp_path / "run"]
     train(*flags, "--stop-at", 3, cwd=tmp_path)
     assert checkpoint(tmp_path / "run")["step"] == 3
     # flags that change memory and speed, but no result
     train(*flags, "--resume", "auto", "--checkpointing", "--tune", cwd=tmp_path)
-    assert_same_weights(tmp_path / "run", straight[0])
+    assert_same_weights(tmp_path / "run", uninterrupted[0])
 
 
-def test_a_killed_and_resumed_run_is_bit_equal(straight, city, tmp_path):
+def test_a_killed_and_resumed_run_is_bit_equal(uninterrupted, city, tmp_path):
     """kill -9 in the middle; --resume auto finds the newest run."""
     flags = ["--data-root", str(city), "--preset", "tiny", "--steps", "8", "--save-every", "1"]
     process = Script("train.py", *SMALL, *flags, cwd=tmp_path)
@@ -88,12 +88,12 @@ def test_a_killed_and_resumed_run_is_bit_equal(straight, city, tmp_path):
     assert f"steps {killed_after} to 8" in done.stdout
     logged = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in logged if "train/loss" in r] == list(range(1, 9))
-    assert curve(run) == curve(straight[0])
-    assert_same_weights(run, straight[0])
+    assert curve(run) == curve(uninterrupted[0])
+    assert_same_weights(run, uninterrupted[0])
 
 
-def test_resuming_a_finished_run_prints_its_results(straight, city, tmp_path):
-    run, first = straight
+def test_resuming_a_finished_run_prints_its_results(uninterrupted, city, tmp_path):
+    run, first = uninterrupted
     done = train("--data-root", city, "--preset", "tiny", "--steps", 8, "--resume", run, cwd=tmp_path)
     assert done.stdout.splitlines()[-8:-3] == first.stdout.splitlines()[-8:-3]  # the table
 
@@ -121,11 +121,11 @@ def test_trains_as_a_gpu_user_would(flags, city, tmp_path):
 @pytest.mark.parametrize("modality", ["lidar", "fusion"])
 def test_lidar_and_fusion_train_and_resume_bit_equal(modality, city, tmp_path):
     flags = ["--modality", modality, "--data-root", city, "--preset", "tiny", "--steps", 4]
-    done = train(*flags, "--out", tmp_path / "straight", cwd=tmp_path)
+    done = train(*flags, "--out", tmp_path / "uninterrupted", cwd=tmp_path)
     assert "depth_abs_rel" in done.stdout and ("psnr" in done.stdout) == (modality == "fusion")
     train(*flags, "--stop-at", 2, "--out", tmp_path / "run", cwd=tmp_path)
     train(*flags, "--resume", tmp_path / "run", cwd=tmp_path)
-    assert_same_weights(tmp_path / "run", tmp_path / "straight")
+    assert_same_weights(tmp_path / "run", tmp_path / "uninterrupted")
 
 
 def test_lidar_trains_without_images(city, tmp_path):
@@ -138,18 +138,18 @@ def test_lidar_trains_without_images(city, tmp_path):
     (root / "samples" / "LIDAR_TOP").symlink_to(city / "samples" / "LIDAR_TOP")
     flags = ["--modality", "lidar", "--preset", "tiny", "--steps", 2]
     done = train(*flags, "--data-root", root, "--out", tmp_path / "without", cwd=tmp_path)
-    assert "the set has no images: rays are cast from the LiDAR" in done.stdout
+    assert "the dataset has no images: rays are cast from the LiDAR" in done.stdout
     assert (tmp_path / "without" / "images" / "val_000002.png").stat().st_size > 10_000
     train(*flags, "--data-root", city, "--data.no-cameras", "--out", tmp_path / "with", cwd=tmp_path)
     assert curve(tmp_path / "with") == curve(tmp_path / "without")
 
 
-def test_fusion_starts_from_a_camera_and_a_lidar_run(straight, city, tmp_path):
+def test_fusion_starts_from_a_camera_and_a_lidar_run(uninterrupted, city, tmp_path):
     flags = ["--data-root", city, "--preset", "tiny", "--steps", 1]
     train(*flags, "--modality", "lidar", "--out", tmp_path / "lidar", cwd=tmp_path)
-    init = ["--init", straight[0], tmp_path / "lidar"]
+    init = ["--init", uninterrupted[0], tmp_path / "lidar"]
     train(*flags, "--modality", "fusion", *init, "--lr", 1e-12, "--out", tmp_path / "fusion", cwd=tmp_path)
-    sources = checkpoint(straight[0])["model"], checkpoint(tmp_path / "lidar")["model"]
+    sources = checkpoint(uninterrupted[0])["model"], checkpoint(tmp_path / "lidar")["model"]
     weights = checkpoint(tmp_path / "fusion")["model"]
     taken = 0
     for name, weight in weights.items():
@@ -202,7 +202,7 @@ def test_accumulated_micro_batches_have_the_gradient_of_a_batch(city, tmp_path):
     "flags, words",
     [
         (["--preset", "huge"], ["--preset huge", "tiny"]),
-        (["--version", "v1.0-test"], ["--version v1.0-test", "nothing to train on"]),
+        (["--version", "v1.0-test"], ["--version v1.0-test", "no training split"]),
         (["--version", "v2"], ["--version v2", "v1.0-mini"]),
         (["--dataset", "no.such:Class"], ["--dataset no.such:Class", "package.module:Class"]),
         (["--version", "v1.0-trainval"], ["v1.0-trainval", "v1.0-mini"]),
@@ -232,8 +232,8 @@ def test_a_user_error_is_one_sentence(flags, words, city, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_a_run_does_not_resume_with_other_settings(straight, city, tmp_path):
-    run, _ = straight
+def test_a_run_does_not_resume_with_other_settings(uninterrupted, city, tmp_path):
+    run, _ = uninterrupted
     flags = ["--data-root", city, "--preset", "tiny", "--steps", 8, "--out", run]
     again = train(*flags, cwd=tmp_path, check=False)
     assert again.returncode == 2 and "has a run already" in again.stderr

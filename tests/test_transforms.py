@@ -114,7 +114,7 @@ def test_pixels_keep_what_they_show(sample, transform):
         pixels, visible = project_points(batch.points[:, :3], batch.lidar2image[0], batch.image_sizes[0])
         seen.append((pixels, visible))
     (before, visible), (after, also_visible) = seen
-    assert (visible == also_visible).float().mean() > 0.9999 and visible.any()  # but for rounding at an image's edge
+    assert (visible == also_visible).float().mean() > 0.9999 and visible.any()  # except for rounding at an image's edge
     both = visible & also_visible
     torch.testing.assert_close(after[both], before[both], rtol=1e-3, atol=0.02)
 
@@ -143,7 +143,7 @@ def test_augmentation_stays_in_its_limits_and_labels_stay_with_points(sample):
         scale = np.linalg.norm(varied.points[:, :3], axis=1).sum() / length
         assert 0.9 <= scale <= 1.1
         scales.add(round(float(scale), 3))
-        # intensity and lag are not moved, so they tell where a point went
+        # intensity and lag do not change, so they identify a point
         key = [tuple(row) for row in np.column_stack([sample.points[:, 3:], sample.point_labels])]
         varied_key = [tuple(row) for row in np.column_stack([varied.points[:, 3:], varied.point_labels])]
         assert key != varied_key and sorted(key) == sorted(varied_key)
@@ -162,7 +162,7 @@ def test_what_is_off_draws_no_random_number(sample):
 
 
 def test_shifts_and_flips_have_their_frequencies(sample):
-    """Told from the cameras: the camera that looked ahead looks left, right, ahead or back, from elsewhere."""
+    """Measured from the first camera's matrix before and after: it gives the transform that was drawn."""
     small = replace(sample, points=sample.points[:1], point_labels=None)
     cfg = Augment(translation=(0.5, 1.0, 0.0), flip_x=0.5, flip_y=0.2)
     moves = []
@@ -190,8 +190,8 @@ def test_points_and_boxes_are_cropped_after_the_transform(city):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_the_grid_is_the_originals(seed):
-    """The original's draws, replayed with numpy's old generator: whether at all, period, top, left."""
+def test_the_grid_matches_the_original(seed):
+    """The original's draws, replayed with numpy's old generator: whether there is a grid, period, top, left."""
     arrays, _ = load("grid_mask")
     truth = arrays[f"out/seed{seed}"].numpy()
     draws = np.random.RandomState(seed)
@@ -211,7 +211,7 @@ def test_a_grid_by_hand():
 
 
 def test_the_grid_is_the_same_in_all_images_and_zero_for_the_encoder(sample):
-    shares = []
+    hidden_fractions = []
     white = replace(
         sample, images=[np.full((40, 64, 3), 255, np.uint8)] * 6, points=sample.points[:1], point_labels=None
     )
@@ -220,8 +220,9 @@ def test_the_grid_is_the_same_in_all_images_and_zero_for_the_encoder(sample):
         hidden = (varied.images[0] == HIDDEN).all(axis=2)
         assert all((image == varied.images[0]).all() for image in varied.images)
         assert (varied.images[0][~hidden] == 255).all()
-        shares.append(hidden.mean())
-    assert 0.55 < np.mean(np.array(shares) > 0) < 0.8 and 0.1 < np.mean(shares) < 0.25, shares
+        hidden_fractions.append(hidden.mean())
+    hidden_fractions = np.array(hidden_fractions)
+    assert 0.55 < (hidden_fractions > 0).mean() < 0.8 and 0.1 < hidden_fractions.mean() < 0.25, hidden_fractions
     assert (white.images[0] == 255).all()
     encoder = CameraEncoder(CameraConfig(depths=(1,) * 4, widths=(4,) * 4, channels=4, depth_bins=2))
     seen = encoder.normalize(torch.from_numpy(HIDDEN).view(1, 1, 3, 1, 1) / 255, torch.tensor([[[1, 1]]]))

@@ -58,10 +58,10 @@ def test_mapping_back_is_exact_for_a_perfect_detector(city):
         boxes = torch.from_numpy(transform_boxes(batch.boxes.numpy(), seen[-1]))
         return truth_of(replace(moved, boxes=boxes))
 
-    apart = truth_of(batch)
+    truths = truth_of(batch)
     found = detect_tta(oracle, ALL, batch)
     assert all(a is b for a, b in zip(seen, ALL, strict=True))
-    for once, truth in zip(found, apart, strict=True):
+    for once, truth in zip(found, truths, strict=True):
         alone = merged([truth])  # some of the truth overlaps: a rider on a parked cycle would go too
         assert len(once.boxes) == len(alone.boxes) > 20
         order, expected = (t.boxes[:, 0].argsort() for t in (once, alone))

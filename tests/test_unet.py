@@ -1,4 +1,4 @@
-"""SpUNet: the original's results, and features of points that do not depend on the rest of the batch."""
+"""SpUNet reproduces the original's results; features of points do not depend on the rest of the batch."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def cloud(counts=(300, 200)):
     return points, torch.tensor(counts)
 
 
-def test_is_the_original():
+def test_matches_the_original():
     arrays, record = load("spunet_eval")
     cfg = record["config"]
     net = Unet(cfg["in_channels"], cfg["base_channels"], cfg["channels"], cfg["layers"]).eval()
@@ -42,14 +42,14 @@ def test_weights_convert_back_to_the_originals_keys():
     arrays, _ = load("spunet_eval")
     ours = {f"encoder.lidar.encoder.{name}": w for name, w in weights(arrays, "encoder.lidar.encoder.").items()}
     theirs = {name.removeprefix("state/"): w for name, w in arrays.items() if name.startswith("state/")}
-    del theirs["pts_middle_encoder.mtoken"]  # which nothing reads
+    del theirs["pts_middle_encoder.mtoken"]  # unused
     back, unknown = to_original(ours, spconv=2)
     assert not unknown and back.keys() == theirs.keys()
     assert all(torch.equal(back[name], theirs[name]) for name in theirs)
 
 
 def test_paper_size():
-    """The U-Net of Pointcept's table, 39.2 M weights with a head of 20 classes, and 16 x 96 biases more or less."""
+    """Pointcept's table says 39.2 M weights, which include a head of 20 classes; some biases differ too."""
     with torch.device("meta"):
         net = UnetEncoder(config.UnetConfig(), config.Grid((-54.0, -54.0, -5.0), (54.0, 54.0, 3.0), (0.6, 0.6, 1.6)))
     assert net.mask_shape == (10, 135, 135)
@@ -98,7 +98,7 @@ def test_a_cell_of_the_volume_is_the_mean_of_its_points():
 
 
 def test_a_step_only_waits_for_sizes(monkeypatch, device):
-    """Including the kernels, except those on whose results no size depends."""
+    """Kernels included, except those whose results determine no size."""
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
     monkeypatch.setattr(backend, "interpret", device == "cpu")
     net = UnetEncoder(SMALL, GRID).to(device)

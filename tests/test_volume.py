@@ -70,7 +70,7 @@ def test_render_projection_reproduces_the_original():
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d], ids=str)
 @pytest.mark.parametrize("Z", [1, 4])
-def test_sliced_convolution_is_conv3d(Z, memory_format):
+def test_sliced_convolution_matches_conv3d(Z, memory_format):
     ours, plain = Conv3x3x3(3, 5).double(), nn.Conv3d(3, 5, kernel_size=3, padding=1).double()
     plain.load_state_dict(ours.state_dict())
     x = torch.randn(2, 3, Z, 6, 7, dtype=torch.float64).contiguous(memory_format=memory_format).requires_grad_()

@@ -8,7 +8,7 @@ errors.py      user-facing errors: one sentence
 runtime.py     device, processes, random numbers, run folder
 checkpoint.py  reading checkpoints and runs, and taking weights from them
 convert.py     checkpoints of UniPAD and ImageNet -> ours, and back to UniPAD's
-names.py       parameter names there and here
+names.py       parameter names in UniPAD and here
 optimizer.py   AdamW and its schedules
 cli.py         command lines: a script's flags and every setting of the recipe
 data/          datasets read into batches, and the synthetic city
@@ -20,7 +20,7 @@ selfcheck/     every op compared with its reference in fp64
 
 from pathlib import Path
 
-# In a checkout `unipad.kernels` is the folder beside this one. It is no package of its own, since another distribution
-# has that name.
+# In a checkout `unipad.kernels` is the folder next to this one. It is not a top-level package, since another
+# distribution has that name.
 if not (Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(Path(__file__).parents[1]))

@@ -1,7 +1,7 @@
 """The batch: the one interface between data and model.
 
 Frames: LiDAR x right, y forward, z up; camera x right, y down, z forward. Meters, seconds, pixels.
-Ragged fields are concatenated over the samples, with the counts in a field of their own.
+Ragged fields are concatenated over the samples, with the counts in a separate field.
 """
 
 from dataclasses import dataclass, fields, replace

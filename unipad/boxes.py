@@ -1,4 +1,4 @@
-"""Box geometry, for data and model alike. All boxes are [..., 9] as in `Batch`, but for these:
+"""Box geometry, for data and model alike. All boxes are [..., 9] as in `Batch`, except these:
 
     code      what the head regresses: x, y, log w, log l, z center, log h, sin yaw', cos yaw', vx, vy
               yaw' is mmdet3d 0.17's, clockwise from -y: yaw' = -yaw - pi / 2, sin yaw' = -cos yaw, cos yaw' = -sin yaw

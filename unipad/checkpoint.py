@@ -1,4 +1,4 @@
-"""Checkpoints: data, never code. Written whole or not at all; encoders can be taken from them."""
+"""Checkpoints: data, never code. Written atomically; encoders can be taken from them."""
 
 import os
 import pickle
@@ -30,7 +30,7 @@ def read_checkpoint(file: Path) -> dict:
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {file}.") from None
     except IsADirectoryError:
-        raise UserError(f"{file} is a folder without checkpoints/last.pt; name a run or a file.") from None
+        raise UserError(f"{file} is a folder without checkpoints/last.pt; give a run or a file.") from None
     except Exception as error:
         raise UserError(_why_unreadable(file, error)) from None
 
@@ -80,11 +80,11 @@ def read_run(path: Path) -> tuple[dict, Recipe, Path]:
 
 
 def take_weights(net: nn.Module, prefix: str, paths: Sequence[Path], flag: str, print0: Callable) -> set[str]:
-    """Load the weights of `net` whose names begin with `prefix` from other runs, and print what was taken.
+    """Load the weights of `net` whose names begin with `prefix` from other runs, and report what was taken.
 
     paths:  as for `find_checkpoint`; where several have a weight, the last one counts.
     flag:   the flag that named them, for messages.
-    print0: called with a line per path: how many weights it gave, what it has besides; then with what stays random.
+    print0: called with a line per path: how many weights were taken and what was ignored; then with what stays random.
 
     Returns the names taken. Raises `UserError` for a file that has none of the weights, or one of another shape, and
     where none of the files has the camera's frozen stages.
@@ -102,7 +102,7 @@ def take_weights(net: nn.Module, prefix: str, paths: Sequence[Path], flag: str, 
             has = _parts(n for n in theirs if n.startswith(prefix))
             what = f"its {other[0]} has another shape" if other else f"of {_parts(mine)} it has {has or 'none'}"
             fix = "" if has else ", or convert weights of another project with python -m unipad.convert"
-            raise UserError(f"{flag} {path} does not fit: {what}; name a run whose preset has the same encoder{fix}.")
+            raise UserError(f"{flag} {path} does not fit: {what}; give a run whose preset has the same encoder{fix}.")
         net.load_state_dict(common, strict=False)
         taken |= common.keys()
         left = _parts(theirs.keys() - common.keys())
@@ -118,10 +118,10 @@ def take_weights(net: nn.Module, prefix: str, paths: Sequence[Path], flag: str, 
             "recipe does not train; name a run or checkpoint that has them too."
         )
     if paths and new:
-        rest = {part_of(name) for name in new} & {part_of(name) for name in taken}
-        whole = _parts(name for name in new if part_of(name) not in rest)
-        some = ", ".join(sorted(name for name in new if part_of(name) in rest))
-        print0("new, from scratch: " + ", ".join(filter(None, [whole, some])))
+        mixed = {part_of(name) for name in new} & {part_of(name) for name in taken}
+        new_parts = _parts(name for name in new if part_of(name) not in mixed)
+        new_weights = ", ".join(sorted(name for name in new if part_of(name) in mixed))
+        print0("new, from scratch: " + ", ".join(filter(None, [new_parts, new_weights])))
     return taken
 
 

@@ -22,13 +22,13 @@ from unipad.data.dataset import DEFAULT_DATASET, check_recorded
 from unipad.errors import UserError, check_choices
 
 A = TypeVar("A")
-CHOOSES = ("task", "modality", "preset", "backbone")  # flags that choose the recipe
+RECIPE_FLAGS = ("task", "modality", "preset", "backbone")  # they choose the recipe
 
 
 def parse(kind: type[A], choose: Callable[[A], A], description: str, argv: Sequence[str] | None = None) -> A:
     """The dataclass `kind` from the command line; settings of the recipe are flags by section (`--optim.lr`).
 
-    choose: the script's flags, parsed, to the defaults of all flags: those with their recipe, or a former run's.
+    choose: maps the script's parsed flags to defaults for all flags: the same with their recipe, or an earlier run's.
     argv:   the flags (default: those of this process).
 
     Exits with code 2 where tyro cannot parse a flag. Raises `UserError` for a flag of a section the recipe lacks.
@@ -49,10 +49,10 @@ def parse(kind: type[A], choose: Callable[[A], A], description: str, argv: Seque
         if section and getattr(chosen.recipe, section[1], flag) is None:
             raise UserError(f"{flag} sets nothing: this recipe has no {section[1]} section; leave it out.")
     args = read(default=chosen)
-    for name in CHOOSES:
+    for name in RECIPE_FLAGS:
         given, kept = getattr(args, name, None), getattr(chosen, name, None)
         if given != kept:
-            raise UserError(f"--{name} {given} is not what the run has, --{name} {kept}; leave it out.")
+            raise UserError(f"--{name} {given} differs from the run's --{name} {kept}; leave it out.")
     return args
 
 
@@ -71,9 +71,9 @@ def run_args(args: A) -> A | None:
         saved = from_dict(type(args), {**config["args"], "recipe": config["recipe"]})
     except OSError:
         flag = "--config" if args.config else "--resume"
-        raise UserError(f"{flag} {run}: there is no {file}; name the folder of a run.") from None
+        raise UserError(f"{flag} {run}: there is no {file}; give the folder of a run.") from None
     except (ValueError, KeyError, TypeError):
-        sentence = f"{file} is of another script or of another version of this project; start a new run."
+        sentence = f"{file} is from another script or another version of this project; start a new run."
         raise UserError(sentence) from None
     if args.dataset == DEFAULT_DATASET:
         check_recorded(saved.dataset, run)
@@ -92,18 +92,18 @@ def with_preset(args: A, presets: dict[str, dict[str, Recipe]], modality: str, d
     recipe = presets[modality][name]
     if args.backbone:
         if recipe.camera is None:
-            raise UserError(f"--backbone does not go with --modality {modality}, which has no camera; leave it out.")
+            raise UserError(f"--backbone does not work with --modality {modality}, which has no camera; leave it out.")
         depths, widths = CONVNEXT[args.backbone]
         recipe = replace(recipe, camera=replace(recipe.camera, depths=depths, widths=widths))
     return replace(args, modality=modality, preset=name, recipe=recipe)
 
 
 def check_recipe(recipe: Recipe):
-    """Raises `UserError` for settings that do not go together."""
+    """Raises `UserError` for settings that cannot be combined."""
     if recipe.camera is not None and not recipe.data.cameras:
-        raise UserError("--data.no-cameras does not go with a camera encoder, which this recipe has; leave it out.")
+        raise UserError("--data.no-cameras does not work with a camera encoder, which this recipe has; leave it out.")
     if recipe.camera is None and recipe.data.camera_sweeps > 1:
-        raise UserError("--data.camera-sweeps needs a camera encoder, which this recipe has not; leave it out.")
+        raise UserError("--data.camera-sweeps needs a camera encoder, which this recipe does not have; leave it out.")
     for name in ("camera", "lidar"):
         encoder = getattr(recipe, name)
         if encoder is not None and not 0 <= encoder.mask_ratio < 1:

@@ -1,7 +1,7 @@
 """Every setting of the method as frozen dataclasses. `recipes` has the values that the paper used.
 
 A recipe says what is computed; where, and with how many workers, is up to the scripts' own flags. Every field is a flag
-of the scripts too, by its section (`--grid.cell 0.6 0.6 1.6`); the comment behind it is the flag's help.
+of the scripts too, by its section (`--grid.cell 0.6 0.6 1.6`); the comment after it is the flag's help.
 """
 
 import dataclasses
@@ -145,7 +145,7 @@ class RayChoice:
     lidar_per_view: int = 512  # depth: at most this many of them through LiDAR points
     near_radius: float = 3.0  # meters in the ground plane: nearest LiDAR points to aim at
     far_radius: float = 50.0  # meters in the ground plane: farthest LiDAR points to aim at
-    pixel_interval: int = 4  # pixels between those that fill up a view
+    pixel_interval: int = 4  # spacing in pixels of the grid that fills up a view
     dilation: int = 16  # dilation: pixels between rays
     sky: float = 0.4  # top fraction of an image that gets no fill-up pixels
 

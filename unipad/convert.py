@@ -53,8 +53,8 @@ class Report:
     """What was done with the weights of one file."""
 
     taken: dict = field(default_factory=dict)  # name -> tensor
-    missing: list = field(default_factory=list)  # names in the model alone
-    unexpected: list = field(default_factory=list)  # keys in the file alone
+    missing: list = field(default_factory=list)  # names only in the model
+    unexpected: list = field(default_factory=list)  # keys only in the file
     misshapen: list = field(default_factory=list)  # "name (shape in the file) for (shape in the model)"
     notes: list = field(default_factory=list)  # what was dropped or supplied on purpose
 
@@ -94,10 +94,10 @@ def read_weights(path: Path) -> tuple[dict, str, dict]:
     state = {str(k).removeprefix("module."): v for k, v in state.items() if torch.is_tensor(v)}
     unipad, convnext = (len(rename(state)[0]) for rename in (from_original, from_imagenet))
     if not unipad and not convnext:
-        some = f" (such as {next(iter(state))})" if state else ""
+        example = f" (such as {next(iter(state))})" if state else ""
         raise UserError(
             f"{file} is not a checkpoint of UniPAD, of a ConvNeXt or of this project: "
-            f"none of its {len(state)} weights{some} has a known name."
+            f"none of its {len(state)} weights{example} has a known name."
         )
     return state, "unipad" if unipad >= convnext else "convnext", saved
 
@@ -150,8 +150,8 @@ def convert_ours(saved: dict, spconv: int = 1) -> tuple[dict, Report]:
     recipe = saved_recipe(saved)
     report = Report()
     _compare(saved["model"], _shapes(recipe), report)
-    state, nameless = to_original(report.taken, spconv)
-    report.notes += [f"dropped: {name}, which the original does not have" for name in nameless]
+    state, unknown = to_original(report.taken, spconv)
+    report.notes += [f"dropped: {name}, which the original does not have" for name in unknown]
     for key, (width, fill) in _unread_norms(recipe).items():
         state["img_backbone." + key.removeprefix(BACKBONE)] = torch.full((width,), fill)
         report.notes.append(f"supplied: {key}, which is never read")
@@ -189,19 +189,19 @@ def merge(camera: dict, lidar: dict) -> tuple[dict, Report]:
 
 
 def saved_recipe(saved: dict) -> Recipe:
-    """The recipe of a checkpoint of ours. Raises `UserError` for one of another version of this project."""
+    """The recipe of a checkpoint of ours. Raises `UserError` for one from another version of this project."""
     try:
         return from_dict(AnyRecipe, saved["config"]["recipe"])
     except (TypeError, AttributeError):
-        raise UserError("the checkpoint is of another version of this project: train or convert again.") from None
+        raise UserError("the checkpoint is from another version of this project: train or convert again.") from None
 
 
 def _presets(ours):
-    """(presets of the task and modality that these names are of, the modality)."""
+    """(presets of the task and modality that these names belong to, the modality)."""
     camera, lidar = (any(n.startswith(f"encoder.{part}.") for n in ours) for part in ("camera", "lidar"))
     modality = "fusion" if camera and lidar else "camera" if camera else "lidar"
-    tuned = any(name.startswith("head.") for name in ours)
-    return (DETECT if tuned else PRETRAIN)[modality], modality
+    fine_tuned = any(name.startswith("head.") for name in ours)
+    return (DETECT if fine_tuned else PRETRAIN)[modality], modality
 
 
 def _with_sizes(recipe, ours, code_weights):
@@ -279,10 +279,10 @@ class Args:
 
 def main(args: Args):
     if len(args.paths) != (3 if args.merge else 2):
-        raise UserError("name the input and the output: SOURCE OUT, or --merge CAMERA LIDAR OUT.")
+        raise UserError("give the input and the output: SOURCE OUT, or --merge CAMERA LIDAR OUT.")
     *sources, out = args.paths
     if any(out.resolve() == path.resolve() for path in sources):
-        raise UserError(f"{out} would overwrite its own source; name another file.")
+        raise UserError(f"{out} would overwrite its own source; give another file.")
     if args.merge:
         result, report = merge(*(_as_ours(path, args) for path in sources))
     else:
@@ -306,7 +306,7 @@ def main(args: Args):
 def _as_ours(path, args):
     state, kind, saved = read_weights(path)
     if kind == "convnext":
-        raise UserError(f"--merge {path} is an ImageNet ConvNeXt; name trained encoders.")
+        raise UserError(f"--merge {path} is an ImageNet ConvNeXt; give trained encoders.")
     if kind == "ours":
         return saved
     result, report = convert_unipad(state)

@@ -1,4 +1,4 @@
-"""Names and layouts of other projects' weights and of ours: one table each, read in both directions.
+"""Names and layouts of weights in other projects and in ours: one table for each project, read in both directions.
 
 UniPAD's own checkpoints, with sparse convolutions of spconv 1 or 2, and ImageNet's ConvNeXt of four libraries.
 """

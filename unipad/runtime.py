@@ -206,7 +206,7 @@ def local_gradients(model, more: bool):
 
 
 class Progress:
-    """What a training loop reports: losses and speed, to the run and as lines; unreadable frames, each once."""
+    """What a training loop reports: losses and speed, to the run and the terminal; unreadable frames, each once."""
 
     def __init__(self, run, world: World, step: int, last: int, steps: int, batch_size: int):
         """step: done so far; last: where this process stops, of the `steps` that the schedule spans."""
@@ -215,7 +215,7 @@ class Progress:
         self.restart(step)
 
     def restart(self, step: int):
-        """Measure speed from here on, so without what came before."""
+        """Measure speed from this step and moment on."""
         self.since, self.clock = step, time.perf_counter()
 
     def skip(self, bad_frames: list[str]):
@@ -287,7 +287,7 @@ def _find_run(root, out, resume):
     if resume != "auto":
         path = Path(resume)
         if not last_checkpoint(path):
-            raise UserError(f"--resume {path} has no checkpoints/last.pt; name the folder of a run.")
+            raise UserError(f"--resume {path} has no checkpoints/last.pt; give the folder of a run.")
         if out and out.resolve() != path.resolve():
             raise UserError(f"--out {out} is not the run that --resume {path} names, which stays there; leave it out.")
         return path, read_checkpoint(last_checkpoint(path))
@@ -302,7 +302,7 @@ def _find_run(root, out, resume):
 class RunFolder:
     """A run's folder: config.json, log.jsonl, tensorboard/, checkpoints/, images/. Only the main process writes.
 
-    Except for tuning.json, where asked for: processes have GPUs of their own, and the last one to write it wins.
+    Except for tuning.json with --tune: each process tunes its own GPU, and the last one to write the file wins.
     """
 
     def __init__(self, path: Path, config: dict, world: World, saved: dict | None = None):
@@ -311,12 +311,12 @@ class RunFolder:
             was trained under other settings.
         """
         if saved:
-            _check_same_curve(saved["config"], config, path)
+            _check_same_settings(saved["config"], config, path)
         self.path, self.config, self.writes = path, config, world.is_main
         if not self.writes:
             return
         if path.is_file():
-            raise UserError(f"--out {path} is a file; name a folder.")
+            raise UserError(f"--out {path} is a file; give a folder.")
         for name in ("checkpoints", "images"):
             (path / name).mkdir(parents=True, exist_ok=True)
         (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -362,9 +362,9 @@ class RunFolder:
             self._board.add_mesh(name, vertices, colors, faces, VIEW_3D, step)
 
     def save(self, step: int, parts: dict, metrics: dict, keep: bool = False):
-        """Write checkpoints/last.pt, whole or not at all; `keep` leaves a step_<N>.pt beside it.
+        """Write checkpoints/last.pt atomically; `keep` also keeps it as step_<N>.pt.
 
-        parts: name -> what has a `state_dict`; metrics: what `resumed` should return beside the step.
+        parts: name -> what has a `state_dict`; metrics: what `resumed` should return with the step.
         """
         if self.writes:
             state = {name: part.state_dict() for name, part in parts.items()}
@@ -431,7 +431,7 @@ FREE_FLAGS = {
 }
 
 
-def _check_same_curve(old, new, path):
+def _check_same_settings(old, new, path):
     """Refuse to resume a run under other settings."""
     for was, now in (
         ({**old["args"], "steps": old["steps"]}, {**new["args"], "steps": new["steps"]}),
@@ -443,8 +443,8 @@ def _check_same_curve(old, new, path):
             if name not in FREE_FLAGS and was[name] != now[name]:
                 flag = "--" + name.replace("_", "-")
                 raise UserError(
-                    f"{path} was started with {flag} {was[name]}, not {now[name]}; resume it by --resume {path} alone, "
-                    "or start a new run."
+                    f"{path} was started with {flag} {was[name]}, not {now[name]}; resume it with only "
+                    f"--resume {path}, or start a new run."
                 )
 
 

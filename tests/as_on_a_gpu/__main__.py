@@ -1,8 +1,8 @@
 """Execute the GPU code path without a GPU: the kernel tests, and one small training step of each modality.
 
     python -m tests.as_on_a_gpu                                     everything
-    python -m tests.as_on_a_gpu tests/kernels/test_lift.py -k crowd  a part; arguments are pytest's
-    python -m tests.as_on_a_gpu --env PATH ...                      in this environment, created if missing
+    python -m tests.as_on_a_gpu tests/kernels/test_lift.py -k crowd  some tests; arguments go to pytest
+    python -m tests.as_on_a_gpu --env PATH ...                      with this environment, created if missing
 
 Linux, Python 3.11 or newer. The first run creates a virtual environment in ~/.cache/unipad-triton. The package ttsem
 compiles every launch to TTIR for sm_90 with Triton's front end and executes it on the CPU. The exit code is 1 on
@@ -18,7 +18,7 @@ Kernel faults are reported with their source line. `seeded_faults.py` has one fa
 Not checked: the order between threads of one program (read the `debug_barrier`s), shared memory and registers
 (tests/test_compiles.py), everything below TTIR (layouts, PTX), tf32x3 (computed in fp32), cuBLAS and cuDNN (replaced by
 the CPU's matrix products and convolutions; autocast uses the CPU's lists), several streams or GPUs, host waits, and
-speed. Tests that it cannot judge are skipped and listed, each with its reason (`plugin.UNSUPPORTED`).
+speed. Tests that cannot run this way are skipped and listed, each with its reason (`plugin.UNSUPPORTED`).
 """
 
 import argparse
@@ -59,7 +59,7 @@ def _is_ready():
 
 
 def environment(folder):
-    """Python of the environment in `folder` (None: one in ~/.cache), created if missing."""
+    """The Python executable of the environment in `folder` (None: one in ~/.cache), created if missing."""
     pins = hashlib.sha256(repr((PINS, OTHERS, sys.version_info[:2])).encode()).hexdigest()[:8]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     own = cache / "unipad-triton" / f"as-on-a-gpu-{pins}"

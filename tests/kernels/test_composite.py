@@ -29,7 +29,7 @@ def make_inputs(R, S, C, device):
         (7, 5, 3),  # odd everywhere
         (32, 24, 3),  # exactly one block
         (33, 24, 32),  # one ray over
-        (5, 7, 65),  # fewer rays a program, so that its tile stays small
+        (5, 7, 65),  # fewer rays per program, so that its tile stays small
         (0, 24, 3),  # no rays
         (5, 0, 3),  # no samples
         (5, 24, 0),  # no channels

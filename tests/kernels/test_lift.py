@@ -75,9 +75,9 @@ def make_inputs(B, N, sizes, C, D, shape, device):
     [
         (1, 1, [(1, 1)], 1, 1, (1, 1, 1)),
         (3, 2, [(5, 7), (3, 5)], 3, 5, (5, 7, 1)),  # odd everywhere
-        (1, 2, [(3, 5)], 4, 8, (8, 4, 2)),  # exactly one block a slice
+        (1, 2, [(3, 5)], 4, 8, (8, 4, 2)),  # exactly one block per slice
         (1, 1, [(6, 10), (3, 5), (2, 3), (1, 2)], 32, 16, (9, 3, 1)),  # one voxel over, all four levels
-        (1, 1, [(3, 5)], 65, 4, (3, 3, 1)),  # fewer voxels a program, so that its tile stays small
+        (1, 1, [(3, 5)], 65, 4, (3, 3, 1)),  # fewer voxels per program, so that its tile stays small
         (1, 1, [(2, 3)], 512, 4, (2, 3, 1)),  # as many channels as there may be
         (1, 12, [(2, 3)], 2, 3, (4, 3, 1)),  # two frames of six views
         (0, 2, [(3, 5)], 3, 4, (2, 2, 2)),  # no samples
@@ -106,7 +106,7 @@ RECORDED = dict(  # geometry of the record view_trans_2lvl
 
 @pytest.fixture
 def large_blocks(monkeypatch):
-    """The interpreter's time goes with the number of programs."""
+    """The interpreter's time grows with the number of programs."""
     if not HAS_GPU:
         for name, size in dict(FWD_TILE=2**17, BWD_TILE=2**17, MAX_VOXELS=2**10).items():
             monkeypatch.setattr(unipad.kernels.lift, name, size)
@@ -129,7 +129,7 @@ def test_reproduces_the_original(op, device, large_blocks, monkeypatch):
         golden.assert_close_to_max(d_depth, arrays[f"grad/depth_{l}"], 1e-5, f"depth_{l}")
 
 
-def test_projection_is_that_of_the_original_to_the_bit():
+def test_projection_matches_the_original_bitwise():
     """What a view sees has sharp borders, so it must not depend on the last bit: 3854 pairs of voxel and view."""
     arrays, _ = golden.load("view_trans_2lvl")
     place, seen = unipad.kernels.lift._project_ref(arrays["in/lidar2img"][:, :, 0], **RECORDED)
@@ -239,7 +239,7 @@ def test_levels_that_gather(strict, crowd, gathered, device, large_blocks, monke
 
 
 @pytest.mark.parametrize("op", [lift, lift_ref])
-def test_a_feature_changes_its_ray_alone(op, device, large_blocks):
+def test_a_feature_changes_only_its_ray(op, device, large_blocks):
     """Exactly the voxels that the view sees less than a pixel away."""
     inputs = make_inputs(1, 2, [(5, 7)], 3, 4, (8, 8, 3), device)
     before = op(**inputs)

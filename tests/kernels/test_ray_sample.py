@@ -36,7 +36,7 @@ SHAPES = pytest.mark.parametrize(
         (33, 9, 7),  # one ray over
         (3, 6, 8),  # one new edge over a power of two
         (3, 6, 0),  # no new samples
-        (1, 2, 300),  # one ray a program
+        (1, 2, 300),  # one ray per program
         (0, 24, 7),  # no rays
     ],
 )
@@ -182,7 +182,7 @@ def test_a_spike_is_sampled_alone(fn, device):
 
 @pytest.mark.parametrize("R, S, n", [(1, 1, 1), (7, 5, 3), (16, 24, 8), (17, 9, 8), (3, 5, 9), (3, 4, 0), (0, 4, 4)])
 def test_merge_matches_reference(R, S, n, device):
-    """Values from 0 to 9, so that most starts coincide: the order tells old from new."""
+    """Values from 0 to 9, so that most starts coincide: the order distinguishes old from new."""
     old, new = (torch.randint(10, (R, k + 1), device=device).sort(dim=1).values.double() for k in (S, n))
     check_against_ref(merge, merge_ref, dict(edges=old, new_edges=new), torch.float32, wrt=[])
 

@@ -22,7 +22,7 @@ from unipad.kernels.rotated_iou import (
 
 TYPES = dict(order_ptr="*i64", suppressed_ptr="*i32", kept_ptr="*i1")
 # Triton 3.6 puts 32 bytes of the cosine's reduction of huge angles on the stack, 3.9 none.
-# fp64 is for checks alone: its cosine takes a stack to reduce huge angles, and pairs take twice the registers
+# fp64 is only for checks: its cosine uses stack to reduce huge angles, and pairs take twice the registers
 LAUNCHES = [
     Launch(kernel, blocks, TYPES, elements=("fp32",), num_warps=warps, registers=registers, shared=shared, stack=32)
     for kernel, blocks, warps, registers, shared in [
@@ -93,7 +93,7 @@ def test_paired_matches_reference(N, device):
 
 @pytest.mark.parametrize("fn", [rotated_iou_bev, rotated_iou_bev_ref])
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=str)
-def test_iou_is_polygon_clipping(fn, dtype, atol, device):
+def test_iou_matches_polygon_clipping(fn, dtype, atol, device):
     """10,000 pairs, a tenth of them on one grid, hundreds of equal, thin and empty ones."""
     a, b = make_boxes(100, device), make_boxes(100, device)
     b[::4] = a[::4]
@@ -109,8 +109,8 @@ def test_iou_is_polygon_clipping(fn, dtype, atol, device):
 
 @pytest.mark.parametrize("fn", [paired_iou_3d, paired_iou_3d_ref])
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=str)
-def test_paired_is_polygon_clipping_times_height(fn, dtype, atol, device):
-    N = 10000 if fn is paired_iou_3d_ref else 2000  # the interpreter takes its time
+def test_paired_matches_polygon_clipping_times_height(fn, dtype, atol, device):
+    N = 10000 if fn is paired_iou_3d_ref else 2000  # the interpreter is slow
     a, b = make_boxes_3d(N, device), make_boxes_3d(N, device)
     b[::9] = a[::9]
     above = [0, 1, 3, 4, 6]
@@ -241,7 +241,7 @@ def test_nms_of_a_chain(fn, device):
 
 
 def test_nms_of_more_boxes_than_a_warp_holds(device):
-    """1100 boxes are 35 words, the last ones in a second register of a lane or in another warp. The verdicts alone."""
+    """1100 boxes are 35 words, the last ones in a second register of a lane or in another warp; no IoU is computed."""
     N, W = 1100, 35
     over = torch.zeros(32 * W, 32 * W, dtype=torch.bool, device=device)
     over[:N, :N] = (torch.rand(N, N, device=device) < 0.01).triu(diagonal=1)
@@ -265,7 +265,7 @@ def from_mmdet3d(boxes):
     (rotated_iou_bev, paired_iou_3d, rotated_nms),
     (rotated_iou_bev_ref, paired_iou_3d_ref, rotated_nms_ref),
 ])  # fmt: skip
-def test_is_the_original(bev, paired, nms, device):
+def test_matches_the_original(bev, paired, nms, device):
     arrays, _ = golden.load("det_box_utils")
     a, b, to_nms = (from_mmdet3d(arrays[f"in/{name}"]).to(device) for name in ("boxes", "boxes_b", "nms_boxes"))
     above = [0, 1, 3, 4, 6]

@@ -29,7 +29,7 @@ NVIDIA = AMPERE + HOPPER
 TILE, ALONG = dict(BLOCK_M=64), dict(BLOCK_R=2, BLOCK_S=32)
 FIELD = dict(C=32, H=16, PREC="tf32")  # of every preset
 RGB = FIELD | dict(NEUS=True, SDF_LAYERS=6, RGB_LAYERS=4)
-NO_RGB = RGB | dict(RGB_LAYERS=0)  # LiDAR alone
+NO_RGB = RGB | dict(RGB_LAYERS=0)  # LiDAR only
 IEEE, TRAIN = dict(PREC="ieee"), dict(STOP=0.0)
 WIDE = RGB | dict(C=64, H=64)  # the widest field, in tiles of half as many samples
 EXACT = RGB | dict(PREC="tf32x3")  # in tiles of a quarter as many samples, with two warps
@@ -48,7 +48,7 @@ def launch(kernel, constexprs, targets, registers=255, shared=0, stack=0, mma=""
 
 
 # Stacks: a tile of 64 samples, what a Hopper matrix instruction takes, needs a few more registers than there are.
-# Half of the samples (BLOCK_M = 32) spill a fifth of that, for 1.6 times the instructions a sample.
+# Half of the samples (BLOCK_M = 32) spill a fifth of that, for 1.6 times the instructions per sample.
 # Budgets: what Triton 3.9 needs or, where that was more before operands were rounded, Triton 3.6; WIDE and EXACT by 3.9
 # only. A wide field has 4 times the activations per sample. No row is both wide and exact: no preset has such a
 # field, and compiling it takes minutes. Its stack in bytes, by 3.9 on sm_90: forward 2288, backward 1016 and 416.
@@ -276,7 +276,7 @@ def test_supported_fields(method, sizes):
 
 
 @pytest.mark.parametrize("method, rgb_layers", [("neus", 4), ("volsdf", 0)])
-def test_reference_is_the_formulas(method, rgb_layers):
+def test_reference_matches_the_formulas(method, rgb_layers):
     """In fp64; 1e-7 is what exp(-20) at softplus's threshold leaves."""
     inputs = make_inputs(7, 13, channels=5, hidden=7, sdf_layers=3, rgb_layers=rgb_layers, density=5.0)
     assert_as_composed(inputs, method, 1e-7, sdf_render_ref, torch.float64)
@@ -425,9 +425,8 @@ def test_the_renderer_fuses_what_is_in_the_family(method, channels, fuses, monke
     rays = Rays(torch.zeros(2, 3), directions, torch.tensor([4.0, 5.0]), torch.rand(2, 3), torch.zeros(2).int())
 
     def step(device):
-        net, seen = renderer.to(device), volume.to(device)
-        there = Rays(*(value.to(device) for value in vars(rays).values()))
-        losses = net.loss(net(seen, there), there)
+        net, on_device = renderer.to(device), Rays(*(value.to(device) for value in vars(rays).values()))
+        losses = net.loss(net(volume.to(device), on_device), on_device)
         parameters = [p for p in net.parameters() if p.requires_grad]
         return [*losses.values(), *torch.autograd.grad(sum(losses.values()), [volume, *parameters])]
 

@@ -16,7 +16,7 @@ CASES = [
     ("submanifold", THREE, 2, (4, 5, 6), 64, 16, 16),  # exactly one tile
     ("submanifold", THREE, 2, (4, 5, 6), 65, 1, 16),  # one over; many offsets per step
     ("submanifold", THREE, 1, (3, 4, 5), 33, 32, 8),  # two offsets per step, eight in the backward
-    ("submanifold", (3, 1, 1), 1, (4, 4, 9), 129, 128, 128),  # one over, and two steps an offset
+    ("submanifold", (3, 1, 1), 1, (4, 4, 9), 129, 128, 128),  # one over, and two steps per offset
     ("submanifold", ONE, 1, (2, 3, 4), 20, 5, 18),
     ("submanifold", THREE, 1, (4, 4, 4), 1, 5, 16),
     ("submanifold", THREE, 2, (4, 4, 4), 0, 5, 16),
@@ -117,7 +117,7 @@ def test_more_offsets_than_bits_in_a_key(device):
 
 
 @pytest.mark.parametrize("wrt", ["features", "weight"])
-def test_gradient_of_one_input_alone(wrt, device):
+def test_gradient_of_only_one_input(wrt, device):
     inputs, *_ = make_inputs(*CASES[0], device)
     check_against_ref(sparse_conv, sparse_conv_ref, inputs, torch.float32, wrt=(wrt,))
 
@@ -172,7 +172,7 @@ ACTS = [(True, True, True, True), (True, True, False, False), (False, True, Fals
 @pytest.mark.parametrize("act", ACTS, ids=str)
 @pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[9]], ids=str)
 def test_act_is_the_epilogue(case, act, dtype, device):
-    """Rounded once: half a last bit from fp64, and what sums in fp32 are away."""
+    """Rounded once: off from fp64 by at most half a last bit plus the error of fp32 sums."""
     inputs, *_ = make_inputs(*case, device)
     del inputs["inverse_idx"]
     gen = torch.Generator().manual_seed(2)
@@ -187,7 +187,7 @@ def test_act_is_the_epilogue(case, act, dtype, device):
     truth = truth if shift is None else truth + shift
     truth = truth if residual is None else truth + residual.to(dtype)
     truth = truth.relu() if act[3] else truth
-    last_bit = 0.51 if dtype != torch.bfloat16 or device != "cpu" else 1.01  # the interpreter cuts bf16 off
+    last_bit = 0.51 if dtype != torch.bfloat16 or device != "cpu" else 1.01  # the interpreter truncates bf16
     bound = last_bit * torch.finfo(dtype).eps * truth.abs() + 1e-6 * truth.abs().max()
     for fn in (sparse_conv_act, sparse_conv_act_ref):
         with launches() as launched:
@@ -229,7 +229,7 @@ def test_tf32_is_opt_in(device):
 
 
 @pytest.mark.parametrize("case", [FIVE, *(c for c in CASES if c[4])], ids=str)
-def test_is_the_dense_convolution(case, device):
+def test_matches_dense_convolution(case, device):
     """fp64, forward and both gradients, for every kind: scatter, convolve densely, read where voxels are."""
     kind, kernel, B = case[:3]
     inputs, (coords, shape), (out_coords, out_shape) = make_inputs(*case, device)
@@ -296,7 +296,7 @@ def test_bit_equal_from_run_to_run(dtype, mirrored, fn, device):
 
 
 @pytest.mark.parametrize("fn", [sparse_conv, sparse_conv_ref])
-def test_compiled_is_eager(fn, device):
+def test_compiled_matches_eager(fn, device):
     compiled = torch.compile(fn, backend="aot_eager", fullgraph=True, dynamic=True)
     for case in (CASES[0], ("submanifold", THREE, 2, (3, 4, 5), 40, 5, 18)):  # other sizes, the same graph
         inputs, *_ = make_inputs(*case, device, torch.float32)
@@ -306,7 +306,7 @@ def test_compiled_is_eager(fn, device):
 
 
 @torch.no_grad()
-def test_act_compiled_is_eager(device):
+def test_act_compiled_matches_eager(device):
     compiled = torch.compile(sparse_conv_act, backend="aot_eager", fullgraph=True)
     (inputs, *_), gen = make_inputs(*CASES[0], device, torch.float32), torch.Generator().manual_seed(2)
     del inputs["inverse_idx"]

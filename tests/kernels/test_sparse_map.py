@@ -95,7 +95,7 @@ def densify(values, coords, B, shape):
 
 
 @pytest.mark.parametrize("B, shape, N, geometry", [*CASES, (*SOME, FIVE)])
-def test_reference_is_dense_convolution(B, shape, N, geometry, device):
+def test_reference_matches_dense_convolution(B, shape, N, geometry, device):
     """Exact: small integers in fp64, rounded since cuDNN may convolve by FFT. Active outputs are those that a kernel
     of ones reaches."""
     coords, (kernel, stride, padding, dilation) = random_voxels(B, shape, N, device), geometry

@@ -38,7 +38,7 @@ SHAPES = [  # B, Z, Y, X, C, R, S
     (3, 3, 5, 7, 3, 5, 7),  # odd everywhere
     (2, 2, 3, 4, 32, 8, 4),  # exactly one block
     (2, 2, 3, 4, 32, 11, 3),  # one point over
-    (1, 2, 3, 4, 65, 5, 3),  # fewer points a program, so that its tile stays small
+    (1, 2, 3, 4, 65, 5, 3),  # fewer points per program, so that its tile stays small
     (1, 2, 3, 4, 3, 0, 5),  # no rays
     (1, 2, 3, 4, 3, 5, 0),  # no samples
     (1, 2, 3, 4, 0, 5, 5),  # no channels
@@ -69,7 +69,7 @@ def test_value_matches_reference(shape, device):
 
 
 @pytest.mark.parametrize("wrt", [("volume",), ("points",)])
-def test_gradient_of_one_input_alone(wrt, device):
+def test_gradient_of_only_one_input(wrt, device):
     check_against_ref(trilinear, trilinear_ref, make_inputs(2, 3, 4, 5, 3, 4, 5, device), torch.float32, wrt=wrt)
 
 
@@ -105,7 +105,7 @@ def test_by_hand(fn, device):
 
 @pytest.mark.parametrize("fn", [trilinear, trilinear_ref])
 @pytest.mark.skipif(torch.__version__ < (2, 13), reason="grid_sample is twice differentiable from torch 2.13 on")
-def test_is_grid_sample_and_its_double_backward(fn, device):
+def test_matches_grid_sample_and_its_double_backward(fn, device):
     """Zero padding included; sizes of 2^n + 1 voxels, so that normalized coordinates are exact on the faces too."""
     inputs = make_inputs(1, 3, 5, 9, 4, 6, 8, device)
     volume = inputs["volume"].requires_grad_()

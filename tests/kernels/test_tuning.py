@@ -69,7 +69,7 @@ def test_choices_are_saved_in_a_file(tmp_path):
     tuning.enable(path, Clock({}))  # it would raise if it timed anything
     assert choose(clock) == (128, 8) and len(clock.ran) == 3
     tuning.enable(path, clock)
-    assert choose(clock, candidates=CANDIDATES[:2]) == (128, 4)  # what the code no longer offers is searched anew
+    assert choose(clock, candidates=CANDIDATES[:2]) == (128, 4)  # what the code no longer offers is searched again
 
 
 @pytest.mark.parametrize("n, expected", [(0, 1), (1, 1), (2, 2), (3, 4), (64, 64), (65, 128)])
@@ -100,11 +100,11 @@ def test_nothing_is_timed_under_strict_determinism(tmp_path):
     assert choose(clock) == (128, 4)
     torch.use_deterministic_algorithms(True)
     tuning.enable(path, Clock({}))
-    assert choose(clock) == (128, 4) and len(clock.ran) == 3  # what a file says is as good as a default
+    assert choose(clock) == (128, 4) and len(clock.ran) == 3  # choices from a file are used, as the default would be
 
 
 def test_two_processes_with_one_id_do_not_share_a_temporary_file(tmp_path, monkeypatch):
-    """Of two machines, say."""
+    """For example on two machines."""
     path, names = tmp_path / "tuning.json", set()
     monkeypatch.setattr("os.getpid", lambda: 1)
     replace = Path.replace

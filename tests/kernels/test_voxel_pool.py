@@ -111,7 +111,7 @@ def test_reproduces_the_original(op, device, monkeypatch):
         volume, (features, depths), arrays["in/w_out"].permute(0, 2, 3, 4, 1)
     )  # fmt: skip
     golden.assert_close_to_max(d_features.permute(0, 1, 4, 2, 3), arrays["grad/feat"], 1e-5, "features")
-    # the record's gradient holds that of the depth loss too, which reaches pixels with a target alone
+    # the record's gradient holds that of the depth loss too, which reaches only pixels with a target
     no_target = arrays["out/downsampled_gt_onehot_argmax"].view(2, 6, 16, 28) < 0
     expected = arrays["grad/depth"].unflatten(0, (2, 6)).permute(0, 1, 3, 4, 2)
     golden.assert_close_to_max(d_depths[no_target], expected[no_target], 1e-5, "depths")
@@ -251,7 +251,7 @@ def test_frames_are_more_views(device):
     torch.testing.assert_close(together, sum(voxel_pool(**half) for half in halves), rtol=1e-12, atol=1e-12)
 
 
-def test_a_feature_changes_its_ray_alone(device):
+def test_a_feature_changes_only_its_ray(device):
     inputs = make_inputs(1, 2, (5, 7), 3, 12, (6, 6, 2), device)
     before = voxel_pool(**inputs)
     inputs["features"][0, 1, 2, 3] += 1

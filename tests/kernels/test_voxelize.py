@@ -35,7 +35,7 @@ def make_inputs(point_counts, C, device, max_points=3, max_voxels=1000):
 
 
 def check_matches_reference(inputs):
-    """In fp32 alone: in fp64 points on a border lie in other cells."""
+    """Only in fp32: in fp64 points on a border lie in other cells."""
     with launches() as launched:
         features, coords = voxelize(**inputs)
     expected, expected_coords = voxelize_ref(**inputs)
@@ -84,7 +84,7 @@ def one_by_one(points, point_counts, low, cell, shape, max_points, max_voxels):
 
 @pytest.mark.parametrize("fn", [voxelize, voxelize_ref])
 @pytest.mark.parametrize("max_points, max_voxels", [(3, 1000), (2, 40), (1, 1)])
-def test_is_the_loop_over_points(fn, max_points, max_voxels, device):
+def test_matches_a_loop_over_points(fn, max_points, max_voxels, device):
     inputs = make_inputs([200, 0, 311], 5, device, max_points, max_voxels)
     inputs["points"][3::50, :3] = torch.tensor([float("nan"), 1e30, -float("inf")], device=device)  # in no cell
     features, coords = fn(**inputs)
@@ -124,16 +124,16 @@ def test_cells_are_found_in_float32(fn, device):
 
 @pytest.mark.parametrize("fn", [voxelize, voxelize_ref])
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_is_the_original(fn, mode, device):
-    arrays, sidecar = golden.load("voxelize_vfe")
-    config = sidecar["config"]
+def test_matches_the_original(fn, mode, device):
+    arrays, meta = golden.load("voxelize_vfe")
+    config = meta["config"]
     samples = [arrays["in/points_0"], arrays["in/points_1"]]
     features, coords = fn(
         torch.cat(samples).to(device),
         [len(sample) for sample in samples],
         config["point_cloud_range"][:3],
         config["voxel_size"],
-        sidecar["grid_size_xyz"][::-1],
+        meta["grid_size_xyz"][::-1],
         config["max_num_points"],
         config["max_voxels"][mode == "eval"],
     )

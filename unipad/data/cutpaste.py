@@ -75,11 +75,11 @@ class Objects:
         boxes = np.concatenate([sample.boxes, self.boxes[drawn]]).astype(np.float64)
         boxes = footprint(torch.from_numpy(boxes))
         overlap = (rotated_iou_bev(boxes[own:], boxes) > 0).numpy()  # [drawn, own + drawn]
-        there = np.zeros(len(boxes), bool)
-        there[:own] = True
+        placed = np.zeros(len(boxes), bool)
+        placed[:own] = True
         for i in range(len(drawn)):
-            there[own + i] = not (overlap[i] & there).any()
-        return drawn[there[own:]]
+            placed[own + i] = not (overlap[i] & placed).any()
+        return drawn[placed[own:]]
 
     def _points(self, k):
         """[n, 5] float32 points of object k in its LiDAR frame."""
@@ -91,8 +91,8 @@ class Objects:
     def _picture(self, k, view):
         """[h, w, 3] uint8 RGB: object k in `view`; None where it is not visible."""
         rows = slice(*np.searchsorted(self.pictures[:, 0], [k, k + 1]))
-        for _, of, first, size in self.pictures[rows]:
-            if of == view:
+        for _, picture_view, first, size in self.pictures[rows]:
+            if picture_view == view:
                 jpeg = np.fromfile(self.file, np.uint8, size, offset=first)
                 return cv2.cvtColor(cv2.imdecode(jpeg, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
         return None
@@ -114,7 +114,7 @@ class Objects:
 
 
 def load_objects(dataset: DrivingDataset, paste: Paste, workers: int = 0) -> Objects:
-    """The objects in the frames of a dataset, cut out once and cached beside the data.
+    """The objects in the frames of a dataset, cut out once and cached next to the data.
 
     dataset: not `balanced`, or frames would be cut out as often as they are drawn.
     workers: processes that read frames; 0 reads in this one.
@@ -149,22 +149,22 @@ def _read(path):
     file = path.with_suffix(".bin")
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            whole = file.stat().st_size == arrays["size"]
-            return ({k: arrays[k] for k in ("boxes", "labels", "points", "pictures")}, file) if whole else None
+            complete = file.stat().st_size == arrays["size"]
+            return ({k: arrays[k] for k in ("boxes", "labels", "points", "pictures")}, file) if complete else None
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None
 
 
 def _cut_out(dataset, paste, paths, workers):
-    """What `_read` returns, made anew and written to the first of `paths` that can be written."""
+    """What `_read` returns, computed from the dataset and written to the first of `paths` that can be written."""
     for path in paths:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            made = _write(dataset, paste, path, workers)
+            arrays_and_file = _write(dataset, paste, path, workers)
             for old in path.parent.glob(f"{path.stem.rpartition('-')[0]}-*"):
-                if path.stem not in old.name:  # of labels that have changed
+                if path.stem not in old.name:  # of an earlier state of the tables
                     old.unlink(missing_ok=True)
-            return made
+            return arrays_and_file
         except OSError as error:
             reason = error.strerror
     raise DataError(
@@ -174,7 +174,7 @@ def _cut_out(dataset, paste, paths, workers):
 
 
 def _write(dataset, paste, path, workers):
-    """Write both files, each renamed when complete: the large one first, since the other one vouches for it."""
+    """Write both files, each renamed when complete, the large one first: the small one implies that it is complete."""
     frames = DataLoader(
         _Frames(dataset, paste.min_points),
         batch_size=None,

@@ -67,16 +67,16 @@ class Sample:
 class DrivingDataset(torch.utils.data.Dataset):
     """The keyframes of one split of a dataset, in the order of time.
 
-    `dataset[i]` is a `Sample` as it was recorded; `dataset.read(i, rng)` is an augmented one, for training.
+    `dataset[i]` is a `Sample` as recorded; `dataset.read(i, rng)` is an augmented one, for training.
 
-    A subclass must define `splits`, `load` and the constructor, which finds the frames and passes on their number:
+    A subclass must define `splits`, `load` and the constructor, which finds the frames and passes their number on:
 
         def __init__(self, root, version, split, data, **settings):
             self.files = sorted(Path(root, version, split).glob("*.npz"))
             super().__init__(len(self.files), root, version, split, data, **settings)
 
-    The other methods have defaults. What is wrong with the dataset as a whole raises `DataError`, one sentence; what is
-    wrong with one frame raises `BadFrame`, upon which the loader names the frame on stderr and takes the next one.
+    The other methods have defaults. Problems with the dataset as a whole raise `DataError`, one sentence; problems with
+    one frame raise `BadFrame`: the loader then names the frame on stderr and takes the next one.
     The dataset is copied to worker processes, so it must be picklable, and should be small.
     """
 
@@ -108,7 +108,7 @@ class DrivingDataset(torch.utils.data.Dataset):
         augment:        how `read` augments samples; None: not at all.
         """
         if not 0 < label_fraction <= 1 or abs(round(1 / label_fraction) * label_fraction - 1) > 0.02:
-            raise DataError(f"--label-fraction {label_fraction} is not 1/k; give 1, 0.5, 0.2, 0.1 or the like.")
+            raise DataError(f"--label-fraction {label_fraction} is not 1/k; give 1, 0.5, 0.2, 0.1 or another 1/k.")
         if not frame_count:
             raise DataError(f"{Path(root) / version} has no frame of split {split}; unpack the whole dataset there.")
         self.root, self.version, self.split, self.data = Path(root), version, split, data
@@ -139,7 +139,7 @@ class DrivingDataset(torch.utils.data.Dataset):
         raise NotImplementedError
 
     def labels_of(self, frame: int) -> np.ndarray:
-        """`Sample.labels` of frame number `frame`, for `balanced`; override it if that needs no reading of samples."""
+        """`Sample.labels` of frame number `frame`, for `balanced`; override it if labels can be read alone."""
         return self.load(frame).labels
 
     def scenes(self) -> dict[str, list[int]]:
@@ -161,7 +161,7 @@ class DrivingDataset(torch.utils.data.Dataset):
         """Names of the splits to train and to validate on. Raises `DataError` if the version has none."""
         splits = cls.splits(version)
         if not {"train", "val"} <= splits.keys():
-            raise DataError(f"--version {version} has nothing to train on: it has split {' and '.join(splits)} alone.")
+            raise DataError(f"--version {version} has no training split: it only has {' and '.join(splits)}.")
         return splits["train"], splits["val"]
 
     def __len__(self):
@@ -194,9 +194,9 @@ class DrivingDataset(torch.utils.data.Dataset):
     def balanced(self, seed: int) -> "DrivingDataset":
         """This dataset with frames drawn with replacement so that every class is as frequent as any other (CBGS).
 
-        For each class that occurs, equally many frames of those that hold it, together as many as there are pairs of a
-        frame and a class in it: the longer epoch of the original. A function of the seed and the labels.
-        Raises `DataError` where no frame holds a box.
+        For each class that occurs, equally many frames are drawn from those that contain it, in total as many as there
+        are pairs of a frame and a class in it: the longer epoch of the original. A function of the seed and the labels.
+        Raises `DataError` where no frame has a box.
         """
         rng = np.random.default_rng([seed, 0, 2])  # the stream's own are [seed, epoch] and [seed, position, 1]
         classes = [np.unique(self.labels_of(f)) for f in self.frames]

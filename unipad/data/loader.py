@@ -32,14 +32,14 @@ def step_batches(
     pinned: bool = False,
     paste_until: float = math.inf,
 ) -> Iterator[tuple[Batch, list[str]]]:
-    """Yield (Batch, bad_frames) for the micro-batches from `start` on, without end.
+    """Yield (Batch, bad_frames) for the micro-batches from `start` on, endlessly.
 
     micro_batch: samples in a micro-batch of one of the `world` processes; this one is `rank`.
     workers:     processes that load; 0 loads in this one.
     pinned:      put batches in pinned memory, from which a GPU copies without waiting.
     paste_until: position of the stream from which on nothing is pasted into samples.
     bad_frames:  `path: reason` of each frame that could not be read. The next readable frame of the dataset takes its
-        place; it is named each time its turn comes.
+        place; it is named each time it would be read.
 
     Raises `DataError` when no frame at all can be read.
     """
@@ -163,4 +163,4 @@ def init_worker(_):
     torch.set_num_threads(1)
     # Ctrl-C reaches every process of the terminal; the main one decides what to do and terminates its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # this is how it does so
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how the main process terminates it

@@ -26,7 +26,7 @@ from unipad.data.tables import SPLITS, find_root, load_camera_sweeps, load_index
 class NuScenesDataset(DrivingDataset):
     """Keyframes of one split in the order of time.
 
-    root: folder that holds samples/, sweeps/ and <version>/ (or <version>/<version>/, as OpenPCDet has it).
+    root: folder that holds samples/, sweeps/ and <version>/ (or <version>/<version>/, as in OpenPCDet's layout).
     """
 
     default_version = "v1.0-mini"
@@ -60,12 +60,12 @@ class NuScenesDataset(DrivingDataset):
 
     @classmethod
     def default_root(cls, data):
-        """A synthetic city, made where it is not there yet."""
+        """A synthetic city, generated if it does not exist yet."""
         return city_once(data.camera_sweeps - 1)
 
     @classmethod
     def has_images(cls, root, version, split):
-        """Whether any image of the split's first keyframe is there."""
+        """Whether any image of the split's first keyframe exists."""
         root = find_root(root, version)
         files = load_index(root, version, split).image_files[:1].flatten()
         return any((root / name.decode()).is_file() for name in files)

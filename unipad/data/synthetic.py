@@ -103,7 +103,7 @@ def generate(
 ):
     """Write a synthetic dataset and return its root.
 
-    The arguments are those of `Args`; `progress` shows a bar. The dataset is written to a folder beside `out` and
+    The arguments are those of `Args`; `progress` shows a bar. The dataset is written to a folder next to `out` and
     renamed when complete. Workers are spawned: a script that calls this needs a `__main__` guard.
     Raises SettingError with one sentence for an invalid setting, or if `out` contains something else.
     """
@@ -160,10 +160,10 @@ def _check(args):
     if args.workers is not None and args.workers < 1:
         raise SettingError(f"--workers {args.workers}: must be at least 1.")
     if args.out.exists() and not args.out.is_dir():
-        raise SettingError(f"--out {args.out}: is a file; name a folder.")
+        raise SettingError(f"--out {args.out}: is a file; give a folder.")
     if args.out.is_dir() and any(args.out.iterdir()) and not is_synthetic(args.out):
         raise SettingError(
-            f"--out {args.out}: contains something that is not a synthetic dataset; name another folder."
+            f"--out {args.out}: contains something that is not a synthetic dataset; give another folder."
         )
 
 

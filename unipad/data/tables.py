@@ -1,7 +1,7 @@
 """nuScenes tables -> `Index` and `CameraSweeps`: what the samples of a split need, as flat arrays.
 
-The devkit reads the tables once (half a minute and several GB for full nuScenes); the index is cached beside the data.
-Workers hold the index alone: no devkit, no Python objects to copy.
+The devkit reads the tables once (half a minute and several GB for full nuScenes); the index is cached next to the data.
+Workers only hold the index: no devkit, no Python objects to copy.
 """
 
 import hashlib
@@ -104,7 +104,7 @@ class Index:
 
 @dataclass(frozen=True)
 class CameraSweeps:
-    """The images before each keyframe of a split: an index of its own, since it is six times as large.
+    """The images before each keyframe of a split: a separate index, since it is six times as large.
 
     F keyframes in the order of the `Index`, W = `CAMERA_SWEEPS` frames before each, the newest first, N cameras. These
     include earlier keyframes; where the scene does not go back that far, its first frame is repeated (the original
@@ -196,7 +196,7 @@ def tables_state(root: Path, version: str) -> str:
 
 
 def cache_paths(root: Path, name: str) -> tuple[Path, Path]:
-    """Where to cache a file made from the dataset, in order: beside the data, in the user's cache folder."""
+    """Where to cache a file made from the dataset, in order: next to the data, in the user's cache folder."""
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
     return root / "unipad-index" / name, user / "unipad" / folder / name

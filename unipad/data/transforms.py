@@ -58,7 +58,7 @@ def apply_transform(sample, transform: np.ndarray):
     """The sample in the frame that `transform`, of `make_transform`, leads to.
 
     Images stay: the projections take the new points to where the old ones were seen. Depths along the optical axis
-    stay meters of the camera; distances between camera and points are the new frame's.
+    stay in the camera's meters; distances between camera and points are those of the new frame.
     """
     points, inverse = sample.points.copy(), np.linalg.inv(transform)
     points[:, :3] = points[:, :3] @ transform[:3, :3].T + transform[:3, 3]

@@ -10,7 +10,7 @@ from unipad.config import Grid
 from unipad.errors import UserError
 from unipad.model.pretrain import Pretrain
 
-AT_A_TIME = 2**18  # points per evaluation of the SDF, or those of one x
+CHUNK = 2**18  # points per evaluation of the SDF, or those of one x
 
 
 def check_mesh(grid: Grid, cell: float):
@@ -33,8 +33,8 @@ def distances(model: Pretrain, volume: torch.Tensor, cell: float) -> torch.Tenso
         volume = volume.permute(0, 2, 3, 4, 1).to(renderer.field.cells_per_unit.dtype).contiguous()
         x, y, z = (torch.arange(l, h, cell, device=volume.device) for l, h in zip(grid.low, grid.high, strict=True))
         parts = []
-        for some in x.split(max(1, AT_A_TIME // (len(y) * len(z)))):
-            points = torch.cartesian_prod(some, y, z).to(volume.dtype) * renderer.scale  # [.. * Y * Z, 3]
+        for x_part in x.split(max(1, CHUNK // (len(y) * len(z)))):
+            points = torch.cartesian_prod(x_part, y, z).to(volume.dtype) * renderer.scale  # [.. * Y * Z, 3]
             first = torch.zeros(len(points), dtype=torch.int32, device=volume.device)
             parts.append(renderer.field.sdf(volume, points[:, None], first)[:, 0].float() / renderer.scale)
     return torch.cat(parts).view(len(x), len(y), len(z))

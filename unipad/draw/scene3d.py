@@ -72,8 +72,8 @@ def lidar(batch: Batch, colors: np.ndarray | None = None) -> Mesh:
     points = batch.points[: batch.point_counts[0]]
     points = points[points[:, 4] == 0, :3].cpu().numpy()  # [K, 3]
     colors = np.full(points.shape, GRAY) if colors is None else colors
-    some = slice(None, None, -(-len(points) // MAX_POINTS) or 1)
-    points, colors = points[some], colors[some]
+    thinned = slice(None, None, -(-len(points) // MAX_POINTS) or 1)
+    points, colors = points[thinned], colors[thinned]
     corners = points[:, None] + POINT_SIZE * CORNERS  # [K, 3, 3]
     return Mesh.of(corners.reshape(-1, 3), colors.repeat(3, axis=0), np.arange(3 * len(points)).reshape(-1, 3))
 

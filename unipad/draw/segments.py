@@ -31,7 +31,7 @@ def segment_views(batch: Batch, found: torch.Tensor, width: int = 300) -> np.nda
     found: [K] classes of the keyframe's points, from `Segmenter.segment`.
     width: pixels of a camera's column.
 
-    Points without a label are gray in both. A batch without labels shows the predictions alone.
+    Points without a label are gray in both. A batch without labels shows only the predictions.
     """
     points = batch.points[: batch.point_counts[0]]
     key = points[:, 4] == 0

@@ -1,4 +1,4 @@
-"""Pictures of what a model renders beside images and LiDAR depth, and films of them. A picture is [H, W, 3] uint8."""
+"""Pictures of what a model renders next to images and LiDAR depth, and films of them. A picture is [H, W, 3] uint8."""
 
 import math
 from pathlib import Path
@@ -23,7 +23,7 @@ from unipad.model.rays import cast_rays, common_grid, project_points, rays_from_
 FAR = 60.0  # meters at the far end of the color scale
 PANORAMA = (42, 360)  # rows and columns of a degree each, all around the LiDAR; +x is a quarter right of the middle
 TOP = 11.0  # elevation of a panorama's first row, degrees: nuScenes' LiDAR covers -30.7 to 10.7
-AT_A_TIME = 2**18  # rays; those of six full images would take gigabytes
+CHUNK = 2**18  # rays; those of six full images would take gigabytes
 DPI = 80
 
 
@@ -75,7 +75,7 @@ def rendered_views(
 def _rendered(model, volume, batch, stride):
     """rgb [N, h, w, 3], depth [N, h, w] meters and normals [N, h, w, 3] of the first sample's views."""
     pixels, shape = common_grid(batch, 0, stride)
-    parts = pixels.split(AT_A_TIME // len(pixels), dim=1)
+    parts = pixels.split(CHUNK // len(pixels), dim=1)
     parts = [model.render_surface(volume, cast_rays(batch, 0, part)) for part in parts]
     of_views = [[t.unflatten(0, (len(pixels), -1)) for t in part] for part in parts]
     return [torch.cat(kind, dim=1).unflatten(1, shape[1:]) for kind in zip(*of_views, strict=True)]
@@ -87,10 +87,10 @@ def _rendered_panorama(model, volume):
 
 def panorama_rays(device):
     rows, columns = PANORAMA
-    up = torch.deg2rad(TOP - torch.arange(rows, device=device))[:, None]  # [rows, 1]
-    around = math.pi - torch.deg2rad(torch.arange(columns, device=device) + 0.5)  # [columns], clockwise as images run
-    aims = torch.stack([up.cos() * around.cos(), up.cos() * around.sin(), up.sin().expand(rows, columns)], dim=-1)
-    return rays_from_lidar(aims.flatten(0, 1), 0)
+    elevation = torch.deg2rad(TOP - torch.arange(rows, device=device))[:, None]  # [rows, 1]
+    azimuth = math.pi - torch.deg2rad(torch.arange(columns, device=device) + 0.5)  # [columns], clockwise
+    x, y, z = elevation.cos() * azimuth.cos(), elevation.cos() * azimuth.sin(), elevation.sin().expand(rows, columns)
+    return rays_from_lidar(torch.stack([x, y, z], dim=-1).flatten(0, 1), 0)
 
 
 def _centers(recipe, voxels):
@@ -102,10 +102,10 @@ def _centers(recipe, voxels):
 def _onto_panorama(_, points):
     """[1, rows, columns] meters from the LiDAR to `points` [P, 3], NaN where none falls."""
     depth = points.norm(dim=1)
-    up = torch.rad2deg(torch.asin(points[:, 2] / depth.clamp(min=1e-3)))
-    around = torch.rad2deg(math.pi - torch.atan2(points[:, 1], points[:, 0])) % 360
+    elevation = torch.rad2deg(torch.asin(points[:, 2] / depth.clamp(min=1e-3)))
+    azimuth = torch.rad2deg(math.pi - torch.atan2(points[:, 1], points[:, 0])) % 360  # clockwise
     rows, columns = PANORAMA
-    pixels = torch.stack([around.clamp(max=columns - 1), (TOP - up).round()], dim=-1)[None]  # [1, P, 2]
+    pixels = torch.stack([azimuth.clamp(max=columns - 1), (TOP - elevation).round()], dim=-1)[None]  # [1, P, 2]
     visible = (pixels[0, :, 1] >= 0) & (pixels[0, :, 1] < rows)
     return _painted(pixels, visible[None], depth[None], rows, columns, thick=0)
 
@@ -153,8 +153,8 @@ def _sheet(rows, titles, width):
         for x, view in zip(xs, row, strict=True):
             picture = view.clip(0, 1) if view.ndim == 3 else colors(view / FAR)[..., :3]
             smooth = view.ndim == 3 and view.shape[1] > width  # depths are not averaged across edges
-            how = cv2.INTER_AREA if smooth else cv2.INTER_NEAREST
-            picture = cv2.resize(np.float32(picture), (width, height), interpolation=how)
+            interpolation = cv2.INTER_AREA if smooth else cv2.INTER_NEAREST
+            picture = cv2.resize(np.float32(picture), (width, height), interpolation=interpolation)
             sheet[y : y + height, x : x + width] = np.rint(255 * picture)
 
     figure = Figure(figsize=(W / DPI, H / DPI), dpi=DPI)

@@ -1,4 +1,4 @@
-"""How good a model is.
+"""Evaluation: predictions for a split, and their metrics.
 
 frames.py        predictions for every frame of a split, over all processes
 rendering.py     PSNR of colors, errors of depths

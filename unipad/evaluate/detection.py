@@ -54,7 +54,7 @@ def detect_all(
 ) -> dict[str, Detections] | None:
     """{sample token: `Detections` on the host} for every frame, in the main process; None in the others.
 
-    dataset, world, size, workers: as for `predict_all`, which says what becomes of bad frames.
+    dataset, world, size, workers: as for `predict_all`, which describes how bad frames are handled.
     detect: function of a batch in place of `model.detect`, such as `tta.detect_tta`.
     """
 

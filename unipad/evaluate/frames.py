@@ -26,7 +26,7 @@ def predict_all(
 ) -> dict | None:
     """{sample token: prediction} for every frame of a dataset, in the main process; None in the others.
 
-    model:   put in eval mode here, and back into the mode it was in.
+    model:   put in eval mode here; its mode is restored afterwards.
     dataset: all frames of a split; each process takes every world-th.
     predict: from a batch on the device to one prediction per sample, on the host.
     size:    samples per batch. workers: data loading processes per process. desc: label of the progress bar.
@@ -53,5 +53,7 @@ def predict_all(
     found = {token: one for part, _ in parts for token, one in part.items()}
     if not found:
         reasons = [frame for _, bad_frames in parts for frame in bad_frames]
-        raise UserError(f"none of the {len(dataset)} frames can be read ({reasons[0]}); unpack the set's files there.")
+        raise UserError(
+            f"none of the {len(dataset)} frames can be read ({reasons[0]}); unpack the dataset's files there."
+        )
     return found

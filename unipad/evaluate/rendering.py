@@ -20,12 +20,12 @@ def evaluate_rendering(
 ) -> dict[str, float]:
     """Render held-out frames and compare them with their images and LiDAR points.
 
-    model:   put in eval mode here, and back into the mode it was in.
+    model:   put in eval mode here; its mode is restored afterwards.
     batches: the position seeds the masks and the choice of LiDAR rays, so every evaluation of a run sees the same.
     masked:  mask the encoder's input as in training.
 
     Returns dict: psnr (dB, over a grid of pixels; absent without images or where color is not learned),
-    depth_abs_rel, depth_rmse (meters), depth_delta1 (share of rays within a factor 1.25). LiDAR depth is the truth;
+    depth_abs_rel, depth_rmse (meters), depth_delta1 (fraction of rays within a factor 1.25). LiDAR depth is the truth;
     a ray that misses the volume counts as black at depth 0. Sums run over all processes.
     """
     was_training = model.training

@@ -58,8 +58,8 @@ def segment_all(
 ) -> dict[str, torch.Tensor] | None:
     """{sample token: [K] uint8 classes of its points, on the host}, in the main process; None in the others.
 
-    dataset, world, size, workers: as for `predict_all`, which says what becomes of bad frames; the dataset must not
-        crop points.
+    dataset, world, size, workers: as for `predict_all`, which describes how bad frames are handled; the dataset must
+        not crop points.
     segment: function of a batch in place of `model.segment`.
     """
 

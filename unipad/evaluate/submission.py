@@ -80,7 +80,7 @@ def _records(found, token, lidar2global):
 
 
 def score_submission(file: Path, root: Path, version: str, split: str) -> dict:
-    """The devkit's summary of the detection metrics (CVPR 2019); writes `metrics_summary.json` beside `file`.
+    """The devkit's summary of the detection metrics (CVPR 2019); writes `metrics_summary.json` next to `file`.
 
     root: from `tables.find_root`. Takes half a minute and several GB for the full set.
     """
@@ -93,7 +93,7 @@ def score_submission(file: Path, root: Path, version: str, split: str) -> dict:
     config, written = config_factory("detection_cvpr_2019"), json.loads(file.read_text())
     if any(written["results"].values()):
         nusc = NuScenes(version, str(root), verbose=False)
-        with tempfile.TemporaryDirectory() as plots:  # it insists on a folder for plots
+        with tempfile.TemporaryDirectory() as plots:  # the devkit requires a folder for plots
             metrics, _ = DetectionEval(nusc, config, str(file), split, plots, verbose=False).evaluate()
     else:
         nothing = {"gt_boxes": EvalBoxes(), "pred_boxes": EvalBoxes()}

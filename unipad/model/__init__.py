@@ -1,4 +1,4 @@
-"""The model. Frames are the LiDAR's, lengths meters; a volume is [B, C, Z, Y, X], a ray knows which volume it reads.
+"""The model. Frames are the LiDAR's, lengths meters; a volume is [B, C, Z, Y, X], a ray has the index of its volume.
 
 encoder.py   images, points or both -> one volume: what pre-training trains and fine-tuning starts from
 mask.py      which blocks of images and voxels are hidden from the encoders

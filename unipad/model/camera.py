@@ -35,7 +35,7 @@ class CameraEncoder(nn.Module):
         self.depth_net = depth_head(cfg)
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
-        # As the activations are, else cuDNN re-lays the weights at every call, and DDP warns about 1x1 gradients.
+        # As the activations are, else cuDNN converts their layout at every call, and DDP warns about 1x1 gradients.
         self.to(memory_format=torch.channels_last)
 
     def forward(
@@ -64,8 +64,8 @@ class CameraEncoder(nn.Module):
         features, depths = [], []
         for level in self.neck(self.backbone(x, mask, drop_noise)):
             feature = self.input_proj(level)
-            logits = self.depth_net(feature, generators).permute(0, 2, 3, 1).contiguous()  # free in channels_last
-            with torch.autocast(logits.device.type, enabled=False):  # it would make the probabilities fp32
+            logits = self.depth_net(feature, generators).permute(0, 2, 3, 1).contiguous()  # no copy in channels_last
+            with torch.autocast(logits.device.type, enabled=False):  # autocast would make the probabilities fp32
                 depth = logits.softmax(-1)
             features.append(feature.permute(0, 2, 3, 1).contiguous().unflatten(0, (B, N)))
             depths.append(depth.unflatten(0, (B, N)))
@@ -176,7 +176,7 @@ class LayerNorm2d(nn.LayerNorm):
 class FPN(nn.Module):
     """Feature pyramid of mmdet 2.14: top-down sums; each further level is a stride-2 convolution of the last one.
 
-    The first of those convolves the output as it is, the following ones its ReLU.
+    The first of those reads the last output directly, the following ones its ReLU.
     """
 
     def __init__(self, widths: Sequence[int], channels: int, levels: int):

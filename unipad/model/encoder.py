@@ -1,4 +1,4 @@
-"""The encoder: images, points or both to one volume. It is what survives pre-training."""
+"""The encoder: images, points or both to one volume. Fine-tuning starts from its weights."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Encoded:
 class Encoder(nn.Module):
     """Images, points or both to one volume; the volumes of both are summed and convolved once.
 
-    With camera sweeps each frame of images is lifted to a volume of its own, all in the keyframe's LiDAR frame, which
+    With camera sweeps each frame of images is lifted to a separate volume, all in the keyframe's LiDAR frame, which
     `FrameFusion` merges. Fine-tuning starts from the weights of this module.
     """
 

@@ -56,7 +56,7 @@ class Field(nn.Module):
         return decode(feature, slope, points, directions, mlps, self.cells_per_unit)
 
     def sdf(self, volume: Tensor, points: Tensor, volume_idx: Tensor) -> Tensor:
-        """The signed distance alone, [R, S] at points [R, S, 3]; differentiable once in `volume` and the parameters."""
+        """Only the signed distance, [R, S] at points [R, S, 3]; differentiable once in `volume` and the parameters."""
         cells = self.cells(points)
         if torch.is_grad_enabled():
             feature, _ = trilinear(volume, cells, volume_idx)

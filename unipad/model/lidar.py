@@ -41,11 +41,11 @@ class LidarEncoder(nn.Module):
         stride = 2 ** (len(cfg.widths) - 1)
         extents = zip(grid.low, grid.high, cfg.cell, strict=True)
         cells = tuple(round((high - low) / cell) for low, high, cell in extents)  # (X, Y, Z)
-        wanted = tuple(stride * size for size in grid.shape)
-        if cells != wanted:
+        required = tuple(stride * size for size in grid.shape)
+        if cells != required:
             raise UserError(
                 f"--lidar.cell {cfg.cell} makes {cells} voxels (x, y, z) of the range, but an encoder of stride "
-                f"{stride} needs {wanted} for a volume of {grid.shape}; use voxels of "
+                f"{stride} needs {required} for a volume of {grid.shape}; use voxels of "
                 f"{tuple(c / stride for c in grid.cell)} m."
             )
         coarse = max(cfg.neck_strides)
@@ -63,7 +63,7 @@ class LidarEncoder(nn.Module):
         if cfg.learnable_token:
             self.mask_token = nn.Parameter(torch.empty(1, point_channels))
             nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
-        # As the activations are, else cuDNN re-lays the weights at every call.
+        # As the activations are, else cuDNN converts their layout at every call.
         self.backbone.to(memory_format=torch.channels_last)
         self.neck.to(memory_format=torch.channels_last)
 
@@ -128,7 +128,7 @@ class SparseEncoder(nn.Module):
         self.conv_out = ConvNormReLU(SparseConv3d(widths[-1], out_channels, 1, bias=False))
 
     def forward(self, x: SparseTensor) -> SparseTensor:
-        """Returns one of 1 / 2^(stages - 1) the resolution."""
+        """Returns a SparseTensor at 1 / 2^(stages - 1) of the resolution."""
         return self.conv_out(self.encoder_layers(in_fp32(self.conv_input, x)))
 
 

@@ -42,7 +42,7 @@ def choose_rays(batch: Batch, cfg: RayChoice, generators: Sequence[torch.Generat
     Pixels of the last two have the depth of the nearest LiDAR point that falls into them, if any.
 
     batch:      its `point_counts` are read on the host.
-    generators: one per sample, on the batch's device. A sample's rays depend on its own generator alone.
+    generators: one per sample, on the batch's device. A sample's rays depend only on its own generator.
 
     Returns B * N * per_view rays (dilation: one per cell of the grid over the padded image), sample after sample, view
     after view. A view with fewer candidates casts some twice.

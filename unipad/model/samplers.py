@@ -89,12 +89,12 @@ def _clearance(sdf, deltas):
 
     The signed distances are radii of surface-free balls around the interval's ends. The last column is repeated.
     """
-    length, here, there = deltas[:, :-1], sdf[:, :-1].abs(), sdf[:, 1:].abs()
-    s = (length + here + there) / 2
-    area = (s * (s - length) * (s - here) * (s - there)).clamp(min=0).sqrt()  # Heron
-    height = torch.where(here + there > length, 2 * area / length, 0)
-    height = torch.where(length**2 + here**2 <= there**2, here, height)
-    height = torch.where(length**2 + there**2 <= here**2, there, height)
+    length, before, after = deltas[:, :-1], sdf[:, :-1].abs(), sdf[:, 1:].abs()
+    s = (length + before + after) / 2
+    area = (s * (s - length) * (s - before) * (s - after)).clamp(min=0).sqrt()  # Heron
+    height = torch.where(before + after > length, 2 * area / length, 0)
+    height = torch.where(length**2 + before**2 <= after**2, before, height)
+    height = torch.where(length**2 + after**2 <= before**2, after, height)
     height = torch.where(sdf[:, :-1].sign() * sdf[:, 1:].sign() == 1, height, 0)
     return torch.cat([height, height[:, -1:]], dim=1)
 

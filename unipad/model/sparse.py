@@ -39,9 +39,9 @@ class Table(NamedTuple):
 class VoxelSet:
     """The occupied voxels of a batch of grids, and a `StreamCache` of the tables of the convolutions on them.
 
-    The set that a strided convolution makes knows the one it came from (`source`) and the table between them. The other
-    way the reference is weak: the next convolution of that geometry finds the set as long as it is in use, and the
-    voxels of past batches do not stay on the device.
+    The output set of a strided convolution refers to its input set (`source`) and to the table between them. The input
+    set refers to it only weakly: the next convolution of that geometry finds the output set as long as it is in use,
+    and the voxels of past batches do not stay on the device.
     """
 
     def __init__(

@@ -114,19 +114,19 @@ def assignment_cost(
     """[L, B, Q, P] cost of assigning each box of a sample to each query; only the first n_b of P are valid."""
     sample, slot = _rows(counts, boxes.device)
     P = max(counts, default=0)
-    of_box = labels.new_zeros(len(counts), P)
+    box_label = labels.new_zeros(len(counts), P)
     target = codes.new_zeros(len(counts), P, COMPARED)
-    of_box[sample, slot] = labels
+    box_label[sample, slot] = labels
     target[sample, slot] = encode_boxes(boxes)[:, :COMPARED]
 
     prob = logits.sigmoid()
     present = -(prob + 1e-12).log() * cfg.focal_alpha * (1 - prob) ** cfg.focal_gamma
     absent = -(1 - prob + 1e-12).log() * (1 - cfg.focal_alpha) * prob**cfg.focal_gamma
-    of_class = present - absent  # [L, B, Q, K]
-    of_class = of_class.gather(-1, of_box[None, :, None].expand(*of_class.shape[:3], P))  # [L, B, Q, P]
+    class_cost = present - absent  # [L, B, Q, K]
+    class_cost = class_cost.gather(-1, box_label[None, :, None].expand(*class_cost.shape[:3], P))  # [L, B, Q, P]
     weights = tensor_like(cfg.code_weights[:COMPARED], codes)
-    of_code = torch.cdist(codes[..., :COMPARED] * weights, target * weights, p=1)
-    return cfg.class_weight * of_class + cfg.box_weight * of_code
+    code_cost = torch.cdist(codes[..., :COMPARED] * weights, target * weights, p=1)
+    return cfg.class_weight * class_cost + cfg.box_weight * code_cost
 
 
 def detection_losses(

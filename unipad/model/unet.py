@@ -105,7 +105,7 @@ class UnetEncoder(nn.Module):
 
 
 class Unet(nn.Module):
-    """SparseTensor -> one of the same voxels. The sides of their grid are multiples of 2^(stages down).
+    """SparseTensor -> SparseTensor with the same voxels. The sides of their grid are multiples of 2^(stages down).
 
     stem:   channels of the first convolution.
     widths: channels per stage, down and up again; blocks: residual blocks per stage.

@@ -127,7 +127,7 @@ class Conv3x3x3(nn.Conv3d):
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True):
         super().__init__(in_channels, out_channels, kernel_size=3, padding=1, bias=bias)
-        self.to(memory_format=torch.channels_last_3d)  # as the volume is, else cuDNN re-lays the weights at every call
+        self.to(memory_format=torch.channels_last_3d)  # as the volume is, else cuDNN converts it at every call
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda:

@@ -4,7 +4,7 @@
     python -m unipad.selfcheck --sizes small             small sizes only
     python -m unipad.selfcheck --ops lift sdf_render     ops whose names start with one of these
 
-Prints one line per check: the largest error of outputs and gradients, its bound, and for information the time of
+Prints one line per check: the largest error of outputs and gradients, its bound, and, for information, the time of
 forward and backward. The exit code is 1 if a check fails. A check at recipe size that does not fit into the GPU's
 memory is skipped. Without a GPU, the references run at small sizes.
 
@@ -12,7 +12,7 @@ An error is the largest absolute difference of an output or gradient, as a fract
 twice the error of the reference in the same type, plus a slack. The true values are computed in fp64 from inputs
 rounded to the type, which are what the kernels read. Integers and booleans must be equal. NaN and infinity always fail.
 
-A faulting kernel can destroy the GPU context of its process. So the checks run in a separate process, and after a crash
+A faulting kernel can corrupt the GPU context of its process. So the checks run in a separate process, and after a crash
 the remaining ones continue in a new process.
 """
 
@@ -48,7 +48,7 @@ def main(args):
         args = replace(args, sizes=("small",))
     cases = [case for case in checks(args.sizes) if not args.ops or case.name.startswith(args.ops)]
     if not cases:
-        raise UserError(f"--ops {' '.join(args.ops)}: no op has a name that starts so; leave the flag out to run all.")
+        raise UserError(f"--ops {' '.join(args.ops)}: no op's name starts with that; leave the flag out to run all.")
     began, found = time.perf_counter(), []
     for result in results(cases):
         print(result, flush=True)

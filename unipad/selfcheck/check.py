@@ -30,7 +30,7 @@ class Case:
     wrt: tuple = ()  # names of the inputs whose gradients are compared
     slack: float | None = None  # None: SLACK of the type
     double: bool = True  # False: compare with fp32, whose rounding decides e.g. which cell a point lies in
-    strict: bool = False  # run under strict determinism, twice: both runs must be bit-equal
+    strict: bool = False  # run under strict determinism, twice: both runs must be bitwise equal
 
     def __str__(self):
         return f"{self.name}, {self.size}, {self.dtype}"
@@ -133,22 +133,22 @@ def _compare(ours, plain, truth, case):
     slack = SLACK[case.dtype] if case.slack is None else case.slack
     worst, error, bound, message = -1.0, 0.0, slack, ""
     for name, true in truth.items():
-        found = ours[name]
-        if found.shape != true.shape:
-            return math.nan, slack, f"{name} is {list(found.shape)}, not {list(true.shape)}"
+        value = ours[name]
+        if value.shape != true.shape:
+            return math.nan, slack, f"{name} is {list(value.shape)}, not {list(true.shape)}"
         if not true.is_floating_point():
-            if not torch.equal(found, true):
-                wrong = (found != true).sum().item()
+            if not torch.equal(value, true):
+                wrong = (value != true).sum().item()
                 return math.nan, 0.0, f"{name}: {wrong} of {true.numel()} numbers are wrong"
             continue
         if not true.isfinite().all():
             return math.nan, slack, f"{name}: the reference in fp64 is not finite"
-        if not found.isfinite().all():
-            return math.nan, slack, f"{name}: {(~found.isfinite()).sum().item()} of {true.numel()} are not finite"
-        here, limit = _error(found, true), 2 * _error(plain[name], true) + slack
-        if here / limit > worst:
-            worst, error, bound = here / limit, here, limit
-            message = "" if here <= limit else f"{name}: error {here:.1e} exceeds {limit:.1e}"
+        if not value.isfinite().all():
+            return math.nan, slack, f"{name}: {(~value.isfinite()).sum().item()} of {true.numel()} are not finite"
+        own_error, own_bound = _error(value, true), 2 * _error(plain[name], true) + slack
+        if own_error / own_bound > worst:
+            worst, error, bound = own_error / own_bound, own_error, own_bound
+            message = "" if error <= bound else f"{name}: error {error:.1e} exceeds {bound:.1e}"
     return error, bound, message
 
 

@@ -57,8 +57,8 @@ def _points(recipe, device):
         azimuth = (torch.arange(1084, device=device) + torch.rand((), device=device)) * (2 * math.pi / 1084)
         facet = (azimuth * (40 / (2 * math.pi))).long() % 40  # each has a wall at its own distance
         wall = 4 + 30 * torch.rand(40, generator=torch.Generator().manual_seed(2)).to(device) ** 2
-        along = wall[facet] / ((azimuth * 40 / (2 * math.pi)) % 1 - 0.5).mul(2 * math.pi / 40).cos()
-        t = torch.minimum(along / elevation.cos(), torch.where(elevation < 0, -1.84 / elevation.sin(), math.inf))
+        to_wall = wall[facet] / ((azimuth * 40 / (2 * math.pi)) % 1 - 0.5).mul(2 * math.pi / 40).cos()  # horizontal
+        t = torch.minimum(to_wall / elevation.cos(), torch.where(elevation < 0, -1.84 / elevation.sin(), math.inf))
         t = t + 0.02 * torch.randn_like(t) + (torch.rand_like(t) < 0.1) * -0.5 * torch.rand_like(t).log()
         height = elevation.sin().expand_as(t) * t
         xyz = torch.stack([elevation.cos() * azimuth.cos() * t, elevation.cos() * azimuth.sin() * t, height], dim=-1)

@@ -1,4 +1,4 @@
-"""Run cases in worker processes: a faulting kernel can destroy the GPU context of its process."""
+"""Run cases in worker processes: a faulting kernel can corrupt the GPU context of its process."""
 
 import contextlib
 import faulthandler

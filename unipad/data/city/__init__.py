@@ -7,5 +7,5 @@
     streets.py   the static city: ground, houses, trees
     solids.py    the primitives: tapered boxes and ellipsoids, with their lidarseg categories
 
-Imports run down this list.
+Each module imports only from those below it in this list.
 """

@@ -104,7 +104,7 @@ def solid_color(solids, hit, local, normal):
 
 
 def _facade(rgb, p, normal, half):
-    """Windows in storeys of 3.1 m and bays of 2.7 m, some lit or curtained; shop windows at the bottom."""
+    """Windows in stories of 3.1 m and bays of 2.7 m, some lit or curtained; shop windows at the bottom."""
     side = np.abs(normal[:, 0]) > 0.5
     along, width = np.where(side, p[:, 1], p[:, 0]), np.where(side, half[:, 1], half[:, 0])
     z, storey = p[:, 2] + half[:, 2], (p[:, 2] + half[:, 2]) // 3.1

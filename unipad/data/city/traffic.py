@@ -176,7 +176,7 @@ class Actor:
 
 
 class Path:
-    """A polyline by arc length; points: [n, 2]. Before its start and after its end, an actor stands still there."""
+    """A polyline parameterized by arc length; points: [n, 2]. At its ends, actors stand still."""
 
     def __init__(self, points):
         step = np.diff(points, axis=0)
@@ -201,7 +201,7 @@ class Scene:
         """index: 0.. of the scene within its set; duration: seconds it lasts."""
         self.city, self.index, self.duration = City.of(seed), index, duration
         self.rng = rng = np.random.default_rng([seed, 3, index])
-        # every scene has an intersection of its own, away from the border
+        # every scene has another intersection, away from the border
         inner = STREETS - 3
         order = np.random.default_rng([seed, 4]).permutation(inner * inner)
         self.node = (np.array(divmod(order[index % len(order)], inner)) + 2) * PITCH  # grid meters
@@ -211,8 +211,8 @@ class Scene:
         turns = [self.turn] + ["right"] * (2 + int(duration * 8 / PITCH))
         speed = rng.uniform(6.5, 8.5) if self.turn == "straight" else rng.uniform(5.5, 6.5)
         self.before = rng.uniform(26, 32)  # meters from the start to the intersection
-        way = self._lane(self.heading, turns)
-        self.ego = Actor("car", (1.73, 4.08, 1.56), WHITE, way, PITCH - self.before, speed)
+        path = self._lane(self.heading, turns)
+        self.ego = Actor("car", (1.73, 4.08, 1.56), WHITE, path, PITCH - self.before, speed)
 
         self._times = np.arange(0, duration + 0.25, 0.25)
         self._taken = [self._discs(self.ego)]
@@ -252,7 +252,7 @@ class Scene:
     def solids(self, t):
         """All solids within sight at time t except the ego vehicle, a SOLID array."""
         here = self.ego.pose(t)[:2]
-        apart = np.hypot(*(self.fixed["center"][:, :2] - here).T)
+        distance = np.hypot(*(self.fixed["center"][:, :2] - here).T)
         sight = np.where(self.fixed["half"].max(axis=1) > 4, HOUSE_SIGHT, SIGHT)
         pieces = self._pieces.copy()
         x, y, yaw = self.poses(t)[pieces["owner"]].T
@@ -262,7 +262,7 @@ class Scene:
         pieces["center"][:, 1] = y + s * local[:, 0] + c * local[:, 1]
         pieces["yaw"] = yaw
         near = np.hypot(*(pieces["center"][:, :2] - here).T) < SIGHT
-        return np.concatenate([self.fixed[apart < sight], pieces[near]])
+        return np.concatenate([self.fixed[distance < sight], pieces[near]])
 
     def _park(self):
         """Park along the kerbs: every large kind on both sides of the start; a random mix in the other streets."""
@@ -326,14 +326,14 @@ class Scene:
             kind = rng.choice(["car", "truck", "bus", "motorcyclist"], p=[0.7, 0.1, 0.07, 0.13])
             turns = [rng.choice(["straight", "left", "right"], p=[0.6, 0.2, 0.2])]
             turns += ["straight"] * (1 + int(self.duration * 9 / PITCH))
-            way = self._lane(int(rng.integers(4)), turns)
-            self._try(kind, lambda way=way: way, 1.6 * PITCH, (4.0, 9.0), gap=2.0, tries=4)
+            path = self._lane(int(rng.integers(4)), turns)
+            self._try(kind, lambda path=path: path, 1.6 * PITCH, (4.0, 9.0), gap=2.0, tries=4)
 
-    def _try(self, kind, way, start=0.0, speed=(0.0, 0.0), gap=0.8, tries=12):
-        """Add an actor where it is free: at most `start` meters (or a range) along a path drawn anew for each try."""
+    def _try(self, kind, make_path, start=0.0, speed=(0.0, 0.0), gap=0.8, tries=12):
+        """Add an actor where it is free: at most `start` meters (or a range) along a path drawn for each try."""
         begin, end = start if isinstance(start, tuple) else (0.0, start)
         for _ in range(tries):
-            if self._add(kind, way(), self.rng.uniform(begin, end), self.rng.uniform(*speed), gap):
+            if self._add(kind, make_path(), self.rng.uniform(begin, end), self.rng.uniform(*speed), gap):
                 break
 
     def _lane(self, heading, turns, left=-LANE):
@@ -379,8 +379,8 @@ class Scene:
         actor = Actor(kind, size, colors[rng.integers(len(colors))], path, start, speed)
         discs, radius = self._discs(actor)
         for other, other_radius in self._taken:
-            apart = np.linalg.norm(discs[:, :, None] - other[:, None], axis=-1)  # [times, discs, discs]
-            if apart.min() < radius + other_radius + gap:
+            distance = np.linalg.norm(discs[:, :, None] - other[:, None], axis=-1)  # [times, discs, discs]
+            if distance.min() < radius + other_radius + gap:
                 return False
         self._taken.append((discs, radius))
         self.actors.append(actor)

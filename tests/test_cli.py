@@ -238,7 +238,7 @@ def run(script, *flags, path=""):
 def test_a_run_is_all_that_resuming_needs(city, tmp_path):
     """Resumed given only its folder, a run is bitwise equal to an uninterrupted one; its config starts it again."""
     flags = [*SMALL, "--modality", "lidar", "--preset", "tiny", "--data-root", city, "--steps", 2, "--val-every", 9]
-    flags += ["--lr", 1e-3, "--render.samples", 16]
+    flags += ["--lr", 1e-3]
     run("train", *flags, "--out", tmp_path / "straight")
     run("train", *flags, "--out", tmp_path / "run", "--stop-at", 1)
     assert checkpoint(tmp_path / "run")["step"] == 1

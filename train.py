@@ -85,7 +85,7 @@ class Args:
     log_every: int = 10  # steps between progress lines
     val_every: int | None = None  # steps between validations; None: a third of the run
     val_samples: int = 12  # held-out frames that a validation renders
-    picture_stride: int = 2  # pixels between the rays of a picture
+    picture_stride: int = 2  # pixels between the rays of a picture; half as many degrees in the 3D view
     save_every: int | None = None  # steps between checkpoints; None: a twentieth of the run, at most 1000
     recipe: Annotated[PretrainRecipe | None, tyro.conf.arg(name="")] = None  # the preset's, with the flags' changes
 
@@ -164,7 +164,8 @@ def main(args: Args):
                     draws = generators(args.seed, 0, [0], device)
                     run.picture("val", rendered_views(net, frame.to(device), draws, args.picture_stride), step)
                     draws = generators(args.seed, 0, [0], device)
-                    run.scene("val", rendered_scene(net, frame.to(device), draws), step)
+                    degrees = max(1, args.picture_stride // 2)
+                    run.scene("val", rendered_scene(net, frame.to(device), draws, degrees), step)
             run.scalars({f"val/{name}": value for name, value in found.items()}, step)
             print0(f"step {step}/{steps}  held-out frames: {format_metrics(found)}")
             return found

@@ -1,6 +1,7 @@
 """The 3D view: what is where, by hand, and that TensorBoard's files hold it."""
 
 import numpy as np
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -11,16 +12,17 @@ from unipad.runtime import RunFolder, World
 FACES_OF_BAR = 6
 
 
-def spheres(radius):
-    return radius * scene3d.panorama_rays("cpu").directions.numpy()
+def spheres(radius, stride=1):
+    return radius * scene3d.panorama_rays("cpu", stride).directions.numpy()
 
 
-def test_surface_is_a_closed_strip():
-    rows, columns = scene3d.PANORAMA
-    mesh = scene3d.surface(spheres(10.0))
+@pytest.mark.parametrize("stride", [1, 8])
+def test_surface_is_a_closed_strip(stride):
+    rows, columns = (-(-size // stride) for size in scene3d.PANORAMA)
+    mesh = scene3d.surface(spheres(10.0, stride), columns)
     assert mesh.vertices.shape == (rows * columns, 3) and len(mesh.faces) == 2 * (rows - 1) * columns
     sides = mesh.vertices[mesh.faces] - mesh.vertices[np.roll(mesh.faces, 1, axis=1)]
-    assert np.linalg.norm(sides, axis=2).max() < 10 * np.radians(1) * 1.5  # no triangle spans more than one cell
+    assert np.linalg.norm(sides, axis=2).max() < 10 * np.radians(stride) * 1.5  # no triangle spans more than one cell
     edges = np.sort(np.concatenate([mesh.faces[:, [i, (i + 1) % 3]] for i in range(3)]), axis=1)
     _, counts = np.unique(edges, axis=0, return_counts=True)
     assert (counts == 1).sum() == 2 * columns  # open only at the top and the bottom

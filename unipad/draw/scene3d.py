@@ -39,19 +39,21 @@ class Mesh:
 
 
 @torch.no_grad()
-def rendered_scene(model: Pretrain, batch: Batch, generators: list[torch.Generator]) -> Mesh:
+def rendered_scene(model: Pretrain, batch: Batch, generators: list[torch.Generator], stride: int = 1) -> Mesh:
     """The first sample's surface as rendered from the LiDAR, its points (gray) and its boxes (black).
 
     generators: one per sample, for the masks.
+    stride:     degrees between rendered rays.
     """
     was_training = model.training
     model.eval()
     volume, _ = model.encode(batch, generators)
-    rays = panorama_rays(volume.device)
+    rays = panorama_rays(volume.device, stride)
     _, depth = model.render(volume, rays)
     model.train(was_training)
     ends = rays.origins + rays.directions * depth[:, None]
-    return joined(surface(ends.cpu().numpy()), lidar(batch), boxes(batch.boxes[: batch.box_counts[0]], TRUTH))
+    strip = surface(ends.cpu().numpy(), columns=-(-PANORAMA[1] // stride))
+    return joined(strip, lidar(batch), boxes(batch.boxes[: batch.box_counts[0]], TRUTH))
 
 
 def detected_scene(batch: Batch, found: Detections, min_score: float = 0.3) -> Mesh:
@@ -88,11 +90,10 @@ def boxes(boxes: torch.Tensor, colors) -> Mesh:
     return Mesh.of(vertices.reshape(-1, 3), per_box.repeat(72, axis=0), (first + BAR).reshape(-1, 3))
 
 
-def surface(ends: np.ndarray) -> Mesh:
+def surface(ends: np.ndarray, columns: int = PANORAMA[1]) -> Mesh:
     """The ends [rows * columns, 3] of a panorama's rays as a closed strip, in the colors of the pictures' depths."""
-    rows, columns = PANORAMA
     depth = np.linalg.norm(ends, axis=1)
-    left = np.arange(rows * columns).reshape(rows, columns)
+    left = np.arange(len(ends)).reshape(-1, columns)
     right = np.roll(left, -1, axis=1)
     quads = np.stack([left[:-1], left[1:], right[:-1], right[1:]], axis=-1).reshape(-1, 4)
     near, far = depth[quads].min(axis=1), depth[quads].max(axis=1)

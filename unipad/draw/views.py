@@ -85,11 +85,13 @@ def _rendered_panorama(model, volume):
     return [t.unflatten(0, (1, *PANORAMA)) for t in model.render_surface(volume, panorama_rays(volume.device))]
 
 
-def panorama_rays(device):
+def panorama_rays(device, stride: int = 1):
+    """Rays from the LiDAR, row by row, `stride` degrees apart."""
     rows, columns = PANORAMA
-    elevation = torch.deg2rad(TOP - torch.arange(rows, device=device))[:, None]  # [rows, 1]
-    azimuth = math.pi - torch.deg2rad(torch.arange(columns, device=device) + 0.5)  # [columns], clockwise
-    x, y, z = elevation.cos() * azimuth.cos(), elevation.cos() * azimuth.sin(), elevation.sin().expand(rows, columns)
+    elevation = torch.deg2rad(TOP - torch.arange(0, rows, stride, device=device))[:, None]  # [rows, 1]
+    azimuth = math.pi - torch.deg2rad(torch.arange(0, columns, stride, device=device) + 0.5)  # [columns], clockwise
+    x, y = elevation.cos() * azimuth.cos(), elevation.cos() * azimuth.sin()
+    z = elevation.sin().expand(x.shape)
     return rays_from_lidar(torch.stack([x, y, z], dim=-1).flatten(0, 1), 0)
 
 

@@ -82,7 +82,7 @@ class Settings:
 class Args:
     checkpoint: Annotated[Path, tyro.conf.Positional]  # folder of a run, or a checkpoint
     task: Literal["detect", "segment", "render"] | None = None  # what to evaluate; None: what it was trained for
-    split: str = "val"  # train, val or test; of v1.0-mini, mini_train and mini_val
+    split: str = "val"  # train, val or test; for v1.0-mini, train and val mean mini_train and mini_val
     data_root: Path | None = None  # folder of the dataset; None: the run's, or a synthetic city
     version: str | None = None  # version of the dataset; None: the run's
     dataset: str | None = None  # package.module:Class; None: the run's, if it is one of unipad.data
@@ -95,10 +95,10 @@ class Args:
     pictures: int = 4  # frames that are drawn (detect, segment) or rendered (render), spread over the split
     min_score: float = 0.3  # detect: lowest score of a box that is drawn, 0 to 1
     tta: bool = False  # detect, segment: test-time augmentation, merging the predictions of several views of a frame
-    tta_scales: tuple[float, ...] | None = None  # --tta: factors of all lengths; None: 1 1.06 0.96; segment: 1
-    tta_angles: tuple[float, ...] | None = None  # --tta: degrees about the vertical axis; None: 0; segment: 0 90
-    tta_flips: bool = True  # --tta: flip front and back, left and right, and both
-    frames: tuple[int, ...] = ()  # render: frames of the split, counted from 0; none: --pictures of them, spread out
+    tta_scales: tuple[float, ...] | None = None  # --tta: scale factors; None: 1 1.06 0.96 (segment: 1)
+    tta_angles: tuple[float, ...] | None = None  # --tta: degrees about the vertical axis; None: 0 (segment: 0 90)
+    tta_flips: bool = True  # --tta: also flip front to back, left to right, and both
+    frames: tuple[int, ...] = ()  # render: frames of the split, counted from 0; if none, --pictures of them, spread out
     scene: str | None = None  # render: all frames of this scene, and a film of them
     film: Literal["gif", "mp4"] = "gif"  # render: format of the film
     film_rate: float = 4.0  # render: frames per second of the film; keyframes are half a second apart
@@ -107,7 +107,7 @@ class Args:
     seed: int = 0  # seed of the masks
     mesh: bool = False  # render: write the surface of each frame as a PLY file
     mesh_cell: float = 0.4  # render: meters between the points where --mesh samples the signed distance
-    recipe: Annotated[Settings | None, tyro.conf.arg(name="")] = None  # the run's, with the flags' changes
+    recipe: Annotated[Settings | None, tyro.conf.arg(name="")] = None  # the run's, as changed by flags
 
 
 # Flags that only some tasks have
@@ -126,7 +126,7 @@ NEEDS = {
     "mesh_cell": "mesh",
 }
 TASKS = {"detect": Detector, "segment": Segmenter, "render": Pretrain}
-# Factors and degrees of --tta; a scene flipped twice is rotated by 180 degrees
+# Default scales and angles of --tta; a scene flipped twice is rotated by 180 degrees
 TTA = {"detect": ((1.0, 1.06, 0.96), (0.0,)), "segment": ((1.0,), (0.0, 90.0))}
 
 
@@ -142,9 +142,9 @@ def parse(argv=None) -> Args:
         raise UserError("--tta-scales must be above 0, and --tta-scales and --tta-angles need at least one value each.")
     for flag, other in NEEDS.items():
         if getattr(args, flag) != Args.__dataclass_fields__[flag].default and not getattr(args, other):
-            raise UserError(f"--{flag.replace('_', '-')} changes nothing without --{other}; add it, or leave this out.")
+            raise UserError(f"--{flag.replace('_', '-')} has no effect without --{other}; add it, or drop this flag.")
     if args.frames and args.scene:
-        raise UserError("--frames and --scene both choose frames; leave one out.")
+        raise UserError("--frames and --scene both choose frames; drop one of them.")
     if args.out and args.out.is_file():
         raise UserError(f"--out {args.out} is a file; give a folder.")
     return args
@@ -168,7 +168,7 @@ def main(args: Args):
             check_recorded(name, args.checkpoint)
         kind = dataset_class(name)
         if task != "render" and task not in kind.tasks:
-            raise UserError(f"--dataset {name} is not for --task {task}; see unipad/data/dataset.py.")
+            raise UserError(f"--dataset {name} does not support --task {task}; see unipad/data/dataset.py.")
         version = args.version or trained.get("version", kind.default_version)
         split = kind.splits(version).get(args.split, args.split)
         with world.main_first():  # generates the city, builds the index
@@ -186,7 +186,7 @@ def main(args: Args):
         out = args.out or run / "eval"
         if world.is_main:
             out.mkdir(parents=True, exist_ok=True)
-        print0(f"{args.checkpoint}, step {saved['step']}: {task} in {len(dataset)} frames of {split}, {world.device}")
+        print0(f"{args.checkpoint}, step {saved['step']}: {task} on {len(dataset)} frames of {split}, {world.device}")
         autocast, _ = mixed_precision(args.precision, world.device)
         with autocast:
             {"detect": detect, "segment": segment, "render": render}[task](args, model, dataset, out, world)
@@ -237,7 +237,7 @@ def segment(args, model, dataset, out, world):
 def drawn_frames(args, model, dataset, found):
     """Yield (number, batch of one) for the frames to draw: with images, even if only the LiDAR was used."""
     with_images = dataset.has_images(dataset.root, dataset.version, dataset.split)
-    settings = replace(model.recipe.data, cameras=with_images, camera_sweeps=1)  # of images, the keyframe's
+    settings = replace(model.recipe.data, cameras=with_images, camera_sweeps=1)  # only the keyframe's images
     drawn = type(dataset)(dataset.root, dataset.version, dataset.split, settings)
     for i, (_, batch) in enumerate(held_out_batches(drawn, args.pictures)):
         if batch.tokens[0] in found:
@@ -290,7 +290,7 @@ def rows_of(args, dataset):
         scenes = dataset.scenes()
         if args.scene not in scenes:
             known = ", ".join(list(scenes)[:5])
-            raise UserError(f"--scene {args.scene} is not in {dataset.split}; scenes there are {known}.")
+            raise UserError(f"--scene {args.scene} is not in {dataset.split}; its scenes include {known}.")
         return scenes[args.scene]
     outside = [row for row in args.frames if not 0 <= row < count]
     if outside:
@@ -303,7 +303,7 @@ def task_of(args, recipe):
     """What the checkpoint was trained for. Raises `UserError` where another task, or another task's flag, is given."""
     trained_for = {DetectRecipe: "detect", SegmentRecipe: "segment"}.get(type(recipe), "render")
     made_by = {"detect": "finetune.py", "segment": "finetune.py --task segment", "render": "train.py"}
-    origin = f"{args.checkpoint} is one of {made_by[trained_for]}."
+    origin = f"{args.checkpoint} is from {made_by[trained_for]}."
     if args.task not in (None, trained_for):
         raise UserError(f"--task {args.task} needs a run of {made_by[args.task]}, and {origin}")
     for task, flag in [
@@ -315,8 +315,8 @@ def task_of(args, recipe):
     expected = {"detect": len(CLASSES), "segment": len(LIDARSEG_CLASSES)}.get(trained_for)
     if expected and (classes := getattr(recipe, trained_for).classes) != expected:
         raise UserError(
-            f"{args.checkpoint} has {classes} classes, and nuScenes asks for {expected}; "
-            f"fine-tune it with a recipe of {expected}."
+            f"{args.checkpoint} has {classes} classes, but nuScenes has {expected}; "
+            f"fine-tune with a recipe that has {expected}."
         )
     return trained_for
 

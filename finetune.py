@@ -9,7 +9,7 @@
     python finetune.py --config outputs/finetune-lidar/RUN --seed 1 # a run's settings again, with another seed
     python finetune.py --resume outputs/finetune-lidar/RUN          # resume a run, with its settings
 
-The first line takes a few minutes on two CPU cores. The paper's recipes are presets: the ablations are what its
+The first command takes a few minutes on two CPU cores. The paper's recipes are presets: the ablations are what its
 headline gains were measured with (a half or a fifth of the labels), the others are its final models.
 """
 
@@ -84,7 +84,7 @@ class Args:
     log_every: int = 10  # steps between progress lines
     val_every: int | None = None  # steps between validations on the whole split; None: a third of the run
     save_every: int | None = None  # steps between checkpoints; None: a twentieth of the run, at most 1000
-    # the preset's, with the flags' changes
+    # the preset's, as changed by flags
     recipe: Annotated[DetectRecipe | SegmentRecipe | None, tyro.conf.arg(name="")] = None
 
 
@@ -153,7 +153,9 @@ def main(args: Args):
         # Data
         dataset = dataset_class(args.dataset)
         if args.task not in dataset.tasks:
-            raise UserError(f"--dataset {args.dataset} is not for --task {args.task}; see unipad/data/dataset.py.")
+            raise UserError(
+                f"--dataset {args.dataset} does not support --task {args.task}; see unipad/data/dataset.py."
+            )
         version = args.version or dataset.default_version
         train_split, val_split = dataset.train_val_splits(version)
         box = None if task.of_points else (recipe.grid.low, recipe.grid.high)  # nothing outside is seen or found

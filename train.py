@@ -11,7 +11,7 @@
     python train.py --config outputs/train-camera/RUN --seed 1      # a run's settings again, with another seed
     python train.py --resume outputs/train-camera/RUN               # resume a run, with its settings
 
-The first lines take a few minutes on two CPU cores and end with pictures of what the model renders on frames
+The first commands take a few minutes on two CPU cores and end with pictures of what the model renders on frames
 that it was never trained on. The paper's recipes (--preset camera-0.1 and lidar-0.075, the defaults with --data-root)
 are 12 epochs at 4 and at 16 samples per step.
 """
@@ -87,7 +87,7 @@ class Args:
     val_samples: int = 12  # held-out frames that a validation renders
     picture_stride: int = 2  # pixels between the rays of a picture; half as many degrees in the 3D view
     save_every: int | None = None  # steps between checkpoints; None: a twentieth of the run, at most 1000
-    recipe: Annotated[PretrainRecipe | None, tyro.conf.arg(name="")] = None  # the preset's, with the flags' changes
+    recipe: Annotated[PretrainRecipe | None, tyro.conf.arg(name="")] = None  # the preset's, as changed by flags
 
 
 def parse(argv=None) -> Args:

@@ -1,4 +1,4 @@
-"""voxelize and grid_sample: kernels and reference on ten sweeps of a LiDAR.   python -m benchmarks.bench_voxelize"""
+"""voxelize and grid_sample: kernels and reference on ten LiDAR sweeps.   python -m benchmarks.bench_voxelize"""
 
 import torch
 

@@ -25,7 +25,7 @@ from unipad.kernels.voxel_keys import sort_voxels
 
 WIDTHS, BLOCKS = (16, 32, 64, 128), 2
 DTYPE, BYTES = torch.bfloat16, 2
-HIDDEN = "LEAST", "MULTIPLE", "SORT", "OFFSETS_PER_BIT", "NEAR"
+HIDDEN = "LEAST", "MULTIPLE", "SORT", "OFFSETS_PER_BIT", "VIA_L1"
 KINDS = "HGMMA", "HMMA", "FFMA", "LDGSTS", "LDG"
 
 

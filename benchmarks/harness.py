@@ -5,7 +5,7 @@ gets a row without times, and the others still run. Times are medians of forward
 backward, and both together, with the L2 flushed before each run. They include launching from Python, which dominates
 for small ops. "gpu ms" is the GPU time of forward and backward: the sum of its kernels' times from the profiler, with
 caches as the previous run left them. Bandwidth is the forward's minimum traffic over its time, as a fraction of what a
-copy reaches on the same device in the same minute.
+copy reaches on the same device just before.
 
 On a GPU: the op (its kernels), its peers, then its reference; rows are appended to results.csv.
 On a CPU: the reference, which is what the op runs there, and its peers; nothing is appended.
@@ -28,7 +28,7 @@ from unipad.runtime import commit
 
 RESULTS = Path(__file__).with_name("results.csv")
 code_commit = commit()  # of the measured code; `benchmarks.gpu` can set it where git is not available
-deadline = math.inf  # of time.monotonic(), set by `benchmarks.gpu`; no measurement starts after it
+deadline = math.inf  # a value of time.monotonic(), set by `benchmarks.gpu`; no measurement starts after it
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 AGREE = 1e-3  # largest error of an output or gradient, as a fraction of its largest true value
 TIMES = ("fwd_ms", "fwd_p20", "fwd_p80", "bwd_ms", "both_ms", "gpu_ms", "peak_mb", "of_copy", "error")  # of `Row`
@@ -83,8 +83,8 @@ def compare(op, reference, kernels, peers, cases, agree=AGREE, exact=None):
         kernels:   the op itself; skipped on a CPU, where it is the reference.
         peers:     {name: function} other implementations. All functions take a case's inputs.
         cases:     list of Case.
-        agree:     largest error, as AGREE; more only where rounding is known to move a result by more.
-        exact:     the function that computes the true values from fp64 inputs; None: the reference, in their type.
+        agree:     largest error allowed, like AGREE; larger only where rounding is known to cause more.
+        exact:     computes the true values from fp64 inputs; None: the reference does, in the inputs' own type.
 
     Returns the list of `Row`.
     """
@@ -137,7 +137,7 @@ def _checked(fn, case, ups, truth, agree, copy, quick):
         if not measured["error"] <= agree:  # NaN too
             return measured | {"note": f"error {measured['error']:.1e} exceeds {agree:.0e}: not timed"}
         return measured | _measure(fn, case, ups, copy, quick) | {"note": ""}
-    except Exception as error:  # e.g. of a peer that is not built for this machine
+    except Exception as error:  # e.g. from a peer that is not built for this machine
         reason = (str(error).strip().splitlines() or [""])[0]
         return measured | {"note": f"{type(error).__name__}: {reason}"[:200]}
 
@@ -168,7 +168,7 @@ def _largest_error(ours, truth):
 
 
 def _double(value):
-    """Floating tensors in fp64, also those in lists; everything else unchanged."""
+    """Floating-point tensors in fp64, including those in lists; everything else unchanged."""
     if isinstance(value, (list, tuple)):
         return type(value)(_double(v) for v in value)
     if not torch.is_tensor(value) or not value.is_floating_point():
@@ -220,7 +220,7 @@ def _outputs(fn, inputs):
 
 
 def _wanted(inputs):
-    """The inputs that require gradients, those in lists too."""
+    """The inputs that require gradients, including those in lists."""
     flat = [t for value in inputs for t in (value if isinstance(value, (list, tuple)) else [value])]
     return [t for t in flat if torch.is_tensor(t) and t.requires_grad]
 
@@ -233,7 +233,7 @@ def _error(ours, truth):
 
 
 def milliseconds(fn, quick=False):
-    """Median, 20th and 80th percentile in ms: of 100 runs on a GPU, of at least 5 within a second on a CPU.
+    """Median, 20th and 80th percentile in ms: of 100 runs on a GPU; on a CPU, of one second's runs, at least 5.
 
     On a GPU, fewer (at least 5) if 100 would take longer than two seconds. quick: three runs.
     """
@@ -284,7 +284,7 @@ def gpu_events(fn, runs=1):
         torch.cuda.synchronize()
     events = profile.profiler.kineto_results.events()
     on_gpu = torch.autograd.DeviceType.CUDA
-    named = {e.name() for e in events if e.device_type() != on_gpu}  # host annotations appear on the GPU again
+    named = {e.name() for e in events if e.device_type() != on_gpu}  # host annotations are repeated as GPU events
     return [e for e in events if e.device_type() == on_gpu and e.name() not in named]
 
 

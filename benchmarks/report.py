@@ -144,7 +144,7 @@ def readme_table(rows):
         theirs = [peer["impl"], f"{_ms(peer):.3f}", f"{_ms(peer) / _ms(row):.1f}"] if peer else ["-"] * 3
         gpu = f"{float(row['gpu_ms']):.3f}" if row["gpu_ms"] else "-"
         cells.append([row["device"], row["op"], row["case"], f"{_ms(row):.3f}", gpu, *theirs, row["commit"]])
-    return _table(["GPU", "op", "case", "ms", "GPU ms", "fastest peer", "its ms", "ratio", "commit"], cells)
+    return _table(["GPU", "op", "case", "ms", "GPU ms", "fastest peer", "peer ms", "ratio", "commit"], cells)
 
 
 def _ms(row):

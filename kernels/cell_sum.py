@@ -20,7 +20,7 @@ def cell_sum(d_volume, cell, d_value, d_slope, v, *, origins, directions, edges,
         cell:    [N] int32, `cell_of` each sample.
         d_value: [N, C] gradient w.r.t. the interpolated value; columns from CHANNELS on are padding.
         d_slope: [N, C] gradient w.r.t. the derivative of the value along v.
-        v:       [N, 3] direction of that derivative, per unit of length.
+        v:       [N, 3] direction of that derivative, per unit length.
         origins, directions: [R, 3] each.
         edges:   [R, S + 1] distances; sample n = r * S + s lies at the start of its interval.
         cells_per_unit, first_cell: [3] each: cell coordinate = point * cells_per_unit + first_cell.

@@ -9,8 +9,8 @@ start and extends to the next: `starts = edges[:, :-1]`, `deltas = edges.diff(di
 ray. The original resamples in [0, 1] and maps to [near, far] afterwards; the map is affine and both the inverse CDF and
 the merge commute with it, so near and far are not needed here and results differ by rounding only.
 
-Ranks are counted, not sorted: a new start lies in the interval that its CDF value selected, so one sweep along the ray
-inverts the CDF and merges. Nothing here is differentiable: it chooses where the field is sampled.
+Ranks are found by counting, not by sorting: a new start lies in the interval that its CDF value selected, so one sweep
+along the ray inverts the CDF and merges. Nothing here is differentiable: it chooses where the field is sampled.
 
 Sizes: R rays, S samples on each before resampling, N (n) new ones.
 """
@@ -34,11 +34,11 @@ def clip_rays(
         origins:    [R, 3] (x, y, z).
         directions: [R, 3] unit vectors; components may be 0.
         low, high:  (x, y, z) corners of the box.
-        near:       distance from the origin where a ray starts at the earliest.
+        near:       smallest distance from the origin at which a ray may start.
 
     Returns:
         near, far: [R] distances, far >= near + 1e-6. A ray that misses gets near and near + 1, which are finite.
-        hit:       [R] bool; False where the ray misses the box, starts behind it, or leaves it before `near`.
+        hit:       [R] bool; False where the ray misses the box, starts beyond it, or leaves it before `near`.
 
     1 / (d + 1e-6) is the original's guard against zero components; it biases every distance by about 1e-6 / d.
     Computes in fp32.
@@ -154,7 +154,7 @@ def sample_pdf_ref(edges, weights, n, jitter=None):
 
 @torch.no_grad()
 def merge(edges: Tensor, new_edges: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge two edge lists of the same rays by start; of equal starts the old one comes first.
+    """Merge two edge lists of the same rays by start; among equal starts, old ones come first.
 
     Args:
         edges:     [R, S + 1] ascending.
@@ -303,7 +303,7 @@ def _resample_kernel(
     cdf = tl.zeros((BLOCK_R,), acc_ty)
     low = tl.load(edges_ptr + r * (S + 1), mask=r_ok, other=0.0).to(acc_ty)
     for s in range(S):
-        if MERGE:  # a new start that is still inf lies behind this old one
+        if MERGE:  # a new start that is still inf comes after this old one
             before = (new < low[:, None]) & (j < N)
             tl.store(out_row + s + tl.sum(before.to(tl.int32), axis=1), low, mask=r_ok)
             rank += (low[:, None] <= new).to(tl.int32)

@@ -1,6 +1,6 @@
 """Signed distance to opacity: NeuS, VolSDF, UniSurf.
 
-NeuS (eq. 13, as in UniPAD's get_alpha): along the ray the SDF changes by `slope` per unit; sigma is the sigmoid.
+NeuS (eq. 13, as in UniPAD's get_alpha): along the ray the SDF changes by `slope` per unit length; sigma is the sigmoid.
 
     slope = min(direction . gradient, 0),   prev, next = sdf -+ slope * delta / 2
     P = sigma(prev * inv_s),   N = sigma(next * inv_s),   alpha = clip((P - N + e) / (P + e), 0, 1),   e = 1e-5
@@ -9,10 +9,10 @@ NeuS (eq. 13, as in UniPAD's get_alpha): along the ray the SDF changes by `slope
     b = dL/dnext / inv_s = -d_alpha / (P + e) * N (1 - N)
     d_sdf = inv_s (a + b),   d_slope = inv_s (b - a) delta / 2,   d_inv_s = sum(prev * a + next * b)
 
-VolSDF (eq. 2): density = Laplace CDF of -sdf / beta, over beta; alpha = 1 - exp(-density * delta).
+VolSDF (eq. 2): density = Psi(-sdf / beta) / beta, Psi the standard Laplace CDF; alpha = 1 - exp(-density * delta).
 UniSurf: occupancy sigma(-10 sdf).
 
-Sizes: R rays, S samples on each. Sigmoids are computed from |x|, so nothing overflows for any inv_s.
+Sizes: R rays, S samples on each. Sigmoids are computed from |x|, so they never overflow, whatever inv_s is.
 """
 
 import torch
@@ -30,7 +30,7 @@ def neus_alpha(sdf: Tensor, gradient: Tensor, directions: Tensor, deltas: Tensor
         gradient:   [R, S, 3] d sdf / d point, (x, y, z).
         directions: [R, 3] unit vectors.
         deltas:     [R, S] length of the sample's interval, in the unit of sdf.
-        inv_s:      [1] inverse deviation of the logistic density.
+        inv_s:      [1] inverse scale of the logistic density (s in the paper).
 
     Returns:
         alpha: [R, S] in [0, 1].
@@ -95,7 +95,7 @@ def interval_alpha(sdf: Tensor, deltas: Tensor, inv_s: float) -> Tensor:
     Args:
         sdf:    [R, S] signed distance at the samples, S at least 1.
         deltas: [R, S] length of the intervals, in the unit of sdf; the last is not read.
-        inv_s:  fixed inverse deviation (64 in the original).
+        inv_s:  fixed inverse scale (64 in the original).
 
     Returns:
         alpha: [R, S]; the last column is 0, since S samples have S - 1 intervals between them.
@@ -149,7 +149,7 @@ def volsdf_alpha_ref(sdf, deltas, beta):
 
 
 def laplace_density(sdf: Tensor, beta: Tensor) -> Tensor:
-    """Density of VolSDF per unit of sdf, in [0, 1 / beta], 1 / (2 beta) at the surface; `beta` broadcasts."""
+    """VolSDF's density per unit of sdf, in [0, 1 / beta], 1 / (2 beta) at the surface; `beta` broadcasts."""
     tail = torch.exp(-torch.where(sdf < 0, -sdf, sdf) / beta) / 2  # abs() would have no gradient at 0
     return torch.where(sdf < 0, 1 - tail, tail) / beta
 
@@ -183,7 +183,7 @@ class VolsdfAlpha(torch.autograd.Function):
 
 
 def unisurf_alpha(sdf: Tensor) -> Tensor:
-    """Opacity of each sample under UniSurf: [R, S] -> [R, S]. A sigmoid, which needs no kernel of ours."""
+    """Opacity of each sample under UniSurf: [R, S] -> [R, S]. A plain sigmoid needs no custom kernel."""
     return torch.sigmoid(-10 * sdf)
 
 

@@ -1,10 +1,10 @@
 """The products of a sparse convolution over a neighbor table: gathered rows times weights, and the weights' gradient.
 
 A tile of outputs multiplies, offset by offset, the rows it gathers. Its loop over the list made by sparse_tiles has no
-branch, so indices, rows and weights of the next offsets are loaded while one is multiplied. With few channels several
-offsets are packed side by side into one product. Nothing is added atomically.
+branch, so indices, rows and weights of the next offsets are loaded during the current product. With few channels
+several offsets are packed side by side into one product. Nothing is added atomically.
 
-Sizes: N inputs and M outputs of a table of K offsets, I and O channels of what is read and written.
+Sizes: N inputs and M outputs of a table of K offsets, I and O channels of the rows read and written.
 """
 
 from functools import lru_cache
@@ -38,7 +38,7 @@ def gather_gemm(features, weight, table, allow_tf32, mirrored=False, act=(None, 
             offset_idx_ptr=ready.offset_idx, read_idx_ptr=ready.read_idx, out_ptr=out,
             scale_ptr=scale, shift_ptr=shift, residual_ptr=residual, K=K, I=I, O=O,
             RELU=relu, MIRRORED=mirrored, PRECISION=_precision(allow_tf32), WIDEN=_widen(features),
-            C=I if blocks.pack > 1 else 0, PACK=blocks.pack, STEPS=triton.cdiv(I, blocks.i), NEAR=blocks.near,
+            C=I if blocks.pack > 1 else 0, PACK=blocks.pack, STEPS=triton.cdiv(I, blocks.i), VIA_L1=blocks.via_l1,
             BLOCK_M=blocks.m, BLOCK_I=blocks.i, BLOCK_O=blocks.o, num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
 
@@ -95,7 +95,7 @@ def _d_weight_of_groups(features, d_out, neighbor_idx):
     """`d_weight_of` for dense tables and few channels: by blocks of rows, several offsets at once.
 
     A block reads its rows of d_out once for all offsets of a group, which read mostly the same features. It also
-    multiplies missing neighbors, which is cheap with few channels.
+    multiplies zeros for missing neighbors, which is cheap with few channels.
     """
     I, (M, O), K = features.shape[1], d_out.shape, len(neighbor_idx)
     group, block_o = GROUP[I], _block(O, 64)
@@ -120,7 +120,7 @@ def _group_rows(K, M, I):
 
 
 def _parts(K, M, I, O, tiles):
-    """Chunks of pairs at most, not counting partial chunks of offsets."""
+    """Maximum number of chunks of pairs, not counting the partial chunk of each offset."""
     return max(1, min(-(-PROGRAMS // tiles), -(-K * M // LEAST), PARTIAL // (O * I)))
 
 
@@ -133,22 +133,23 @@ class Blocks(NamedTuple):
     pack: int
     warps: int
     stages: int
-    near: bool  # read rows through the L1, which asynchronous 16-byte loads otherwise bypass
+    via_l1: bool  # read rows through the L1, which asynchronous 16-byte loads otherwise bypass
     sort: bool  # rows with the same offsets go to the same tiles
 
 
 # All untuned: chosen from the counts of benchmarks/count_sparse_conv.py and the compiler's output for sm_90
-# Loads of indices and of rows are each two steps ahead, or one; AMD has half the memory for that
+# Indices and rows are each loaded two steps ahead, or one; AMD has half the memory for that
 STAGES_OF = {"nvidia": (5, 3), "amd": (2, 1)}
 STAGES, FEWER_STAGES = STAGES_OF["amd" if torch.version.hip else "nvidia"]
-FEW_ROWS = 8192  # up to here tiles of 64 rows; tiles of 128 read the weights half as often (45 MB, not 89, at stage 4)
+# Up to this many rows, tiles have 64 rows; tiles of 128 read the weights half as often (45 MB, not 89, at stage 4)
+FEW_ROWS = 8192
 BLOCK_R = 64  # pairs per step of the gradient of the weights
 LEAST = 1024  # pairs per chunk, at least: reading their rows then outweighs writing the chunk's sums
 PROGRAMS = 1024  # chunks (not counting partial ones) x tiles of channels, at most; eight per multiprocessor
 PARTIAL = 2**23  # partial sums, at most: 32 MB, which stay in the L2
 GROUP = {8: 16, 16: 8, 32: 8, 64: 4}  # input channels -> offsets whose gradients a program sums at once
-GROUP_PROGRAMS = 192  # for the grouped sums: more programs would write and read more partial sums
-BLOCK_E = 1024  # sums per program of the last addition
+GROUP_PROGRAMS = 192  # of the grouped sums; more would write and read more partial sums
+BLOCK_E = 1024  # elements per program of the final sum over chunks
 
 
 @lru_cache
@@ -201,7 +202,7 @@ def _gather_gemm_kernel(
     K, I, O,  # offsets, input and output channels
     RELU: tl.constexpr, MIRRORED: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     C: tl.constexpr, PACK: tl.constexpr, STEPS: tl.constexpr,  # C = I where PACK > 1; STEPS blocks of I per offset
-    NEAR: tl.constexpr,
+    VIA_L1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0).to(tl.int64)
@@ -239,8 +240,8 @@ def _gather_gemm_kernel(
             x_ok = (n >= 0)[:, None] & c_ok[None, :]
         k = (K - 1 - k if MIRRORED else k).to(tl.int64)
         at_w = k[:, None] * C + c[:, None] if PACK > 1 else k * I + c[:, None]
-        near: tl.constexpr = ".ca" if NEAR else ""
-        x = tl.load(features_ptr + at_x, mask=x_ok, other=0.0, cache_modifier=near)  # [BLOCK_M, BLOCK_I]
+        modifier: tl.constexpr = ".ca" if VIA_L1 else ""
+        x = tl.load(features_ptr + at_x, mask=x_ok, other=0.0, cache_modifier=modifier)  # [BLOCK_M, BLOCK_I]
         w = tl.load(weight_ptr + at_w, mask=c_ok[:, None] & o_ok[None, :], other=0.0)  # [BLOCK_I, BLOCK_O]
         if WIDEN:
             x, w = x.to(tl.float32), w.to(tl.float32)

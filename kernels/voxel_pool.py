@@ -5,11 +5,11 @@
     dL/dF[r] = sum_k P[r, k] * g[x(r, k)],   dL/dP[r, k] = <g[x(r, k)], F[r]>,   g = dL/dvolume
 
 x(r, k) is the voxel that contains point k of pixel r's ray. Consecutive points of a ray in one voxel are a run, which
-reads its feature once, with the sum of its probabilities. For the forward the runs are sorted by voxel, stably, and the
-program that owns a voxel sums its runs in order; where there are many, other programs have summed whole chunks of them
-before. In the backward a program owns pixels and walks along their rays. Nothing is atomic.
+reads its feature once, with the sum of its probabilities. For the forward, runs are sorted stably by voxel, and the
+program that owns a voxel sums its runs in order; where there are many, an earlier kernel has already summed whole
+chunks of them. In the backward a program owns pixels and walks along their rays. No atomics.
 
-Sizes: R pixels of all views with D depth bins each, so R D points; V voxels of all samples.
+Sizes: R pixels of all views with D depth bins each, so P = R * D points; V voxels of all samples.
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ def voxel_pool(
         stride:      pixels from one feature to the next.
         depth_range: (nearest, farthest) meters along the optical axis, divided into D bins.
         truncate:    round cell coordinates towards zero, as the original does, instead of down: points up to one voxel
-                     below the grid's lower faces then count in the first voxels.
+                     below the grid's lower faces then go to the first voxels.
 
     Returns:
         [B, Z, Y, X, C] in the features' type; a voxel without points is 0.
@@ -96,7 +96,7 @@ def _geometry(lidar2image, low, cell, depth_range, D):
 
 
 def _voxels_ref(matrices, bins, sizes, shape, stride, truncate):
-    """[R * D] index of each point's voxel, counted over all samples; their number for points outside."""
+    """[R * D] index of each point's voxel among those of all samples; V for points outside."""
     B, _, h, w, _ = sizes
     X, Y, Z = shape
     u = torch.arange(w, device=bins.device)[:, None] * stride  # [w, 1]
@@ -169,10 +169,10 @@ class VoxelPool(torch.autograd.Function):
 
 
 def _find_points(lidar2image, sizes, D, low, cell, shape, stride, depth_range, truncate):
-    """Voxels of the points of features of `sizes` [B, N, h, w, C], which depend only on the cameras; all int32.
+    """Voxels and runs of all points, from the cameras alone; `sizes` is the features' [B, N, h, w, C]. All int32.
 
     Returns:
-        voxel: [P] voxel of each point; the number of voxels for points outside.
+        voxel: [P] voxel of each point; V for points outside.
         order: [P] first point of each run, sorted by voxel, then all other points.
         pixel: [P] pixels of those points.
         begin: [V + 1] each voxel's first run in `order`.
@@ -348,10 +348,10 @@ def _voxel_pool_bwd_kernel(
         ok = voxel < V
         probability = tl.load(depths_ptr + p, mask=ok, other=0.0).to(acc_ty)
         # later points of a run reuse the gradient of its first
-        other = voxel != before
+        is_new = voxel != before
         at = voxel.to(tl.int64)[:, None] * C + c
-        d_voxel = tl.load(d_volume_ptr + at, mask=(ok & other)[:, None] & (c < C), other=0.0).to(acc_ty)
-        g = tl.where(other[:, None], d_voxel, g)
+        d_voxel = tl.load(d_volume_ptr + at, mask=(ok & is_new)[:, None] & (c < C), other=0.0).to(acc_ty)
+        g = tl.where(is_new[:, None], d_voxel, g)
         before = voxel
         acc += probability[:, None] * g
         tl.store(d_depths_ptr + p, tl.sum(g * feature, axis=1), mask=r_ok)

@@ -3,7 +3,7 @@
     cell = floor((point - low) / size)  in float32, as in the original; a voxel's feature is the mean of its points
 
 Points are sorted stably by the key of their cell, so those of a cell are adjacent, in input order: which points count
-and the order of summation are the same from run to run. Nothing is atomic.
+and the order of summation are the same from run to run. No atomics.
 
 Sizes: P points of B samples, C values per point, V voxels.
 """

@@ -328,7 +328,7 @@ def test_finetuning_and_evaluation_read_the_same_frames(city, tmp_path):
     done = scripts.run("-c", both, tmp_path / "run", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "new, from scratch: encoder.frame_fusion.time_conv, encoder.frame_fusion.trans_conv" in done.stdout
-    assert "detect in 3 frames of mini_val" in done.stdout
+    assert "detect on 3 frames of mini_val" in done.stdout
     assert (tmp_path / "run" / "eval" / "boxes_0.png").is_file()
 
 

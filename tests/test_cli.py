@@ -135,9 +135,9 @@ def test_default_presets_are_named():
 @pytest.mark.parametrize(
     "script, flags, words",
     [
-        (train, ["--modality", "lidar", "--camera.mask-ratio", 0.5], "--camera.mask-ratio sets nothing.* no camera"),
-        (train, ["--lidar.cell", 1, 1, 1], "--lidar.cell sets nothing: this recipe has no lidar"),
-        (finetune, ["--modality", "lidar", "--paste.off-epochs", 1], "--paste.off-epochs sets nothing.* no paste"),
+        (train, ["--modality", "lidar", "--camera.mask-ratio", 0.5], "--camera.mask-ratio has no effect.* no camera"),
+        (train, ["--lidar.cell", 1, 1, 1], "--lidar.cell has no effect: this recipe has no lidar"),
+        (finetune, ["--modality", "lidar", "--paste.off-epochs", 1], "--paste.off-epochs has no effect.* no paste"),
         (train, ["--modality", "lidar", "--backbone", "base"], "--backbone does not work with --modality lidar"),
         (train, ["--modality", "lidar", "--data.camera-sweeps", 2], "--data.camera-sweeps needs a camera encoder"),
         (finetune, ["--data.no-cameras"], "--data.no-cameras does not work with a camera encoder"),
@@ -292,7 +292,7 @@ def test_another_dataset_is_named_by_its_class(toy, tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["args"]["dataset"] == "toy_set:Toy"
     small = ["--device", "cpu", "--workers", 0, "--picture-stride", 16, "--pictures", 1]
     run("eval", tmp_path / "run", *small, *flags[:2], path=tmp_path)
-    with pytest.raises(UserError, match="--dataset toy_set:Toy is not for --task detect"):
+    with pytest.raises(UserError, match="--dataset toy_set:Toy does not support --task detect"):
         finetune.main(finetune.parse([*flags, "--device", "cpu", "--preset", "tiny"]))
     assert train.parse(["--resume", tmp_path / "run", *flags[:2]]).dataset == "toy_set:Toy"
 

@@ -238,7 +238,7 @@ def test_the_test_split_gives_only_a_submission(runs, city, tmp_path, capsys):
         (
             "run",
             ["--task", "detect"],
-            ["--task detect needs a run of finetune.py", "is one of finetune.py --task"],
+            ["--task detect needs a run of finetune.py", "is from finetune.py --task"],
         ),
         ("run", ["--min-score", 0.5], ["--min-score", "finetune.py"]),
         ("run", ["--no-masked"], ["--masked", "train.py"]),
@@ -255,7 +255,7 @@ def test_a_user_error_is_one_sentence(of, flags, words, runs):
 def test_other_user_errors(runs, city, tmp_path):
     with pytest.raises(UserError, match="--modality camera does not work with --task segment; use lidar"):
         finetune.main(fine(city, tmp_path / "run", "--modality", "camera"))
-    with pytest.raises(UserError, match="17 classes, and nuScenes asks for 16"):
+    with pytest.raises(UserError, match="17 classes, but nuScenes has 16"):
         recipe = replace(RECIPE, segment=replace(RECIPE.segment, classes=17))
         evaluate(save_run(tmp_path / "17", Segmenter(recipe), city))
     root = shutil.copytree(city, tmp_path / "set", ignore=shutil.ignore_patterns("unipad-index", "lidarseg.json"))

@@ -1,4 +1,4 @@
-"""Test-time augmentation: a perfect detector finds the same in every view, and merging keeps it."""
+"""Test-time augmentation: a perfect detector finds the same boxes in every view, and merging keeps them."""
 
 import math
 from dataclasses import replace
@@ -33,7 +33,7 @@ def test_views_by_hand():
 
 @pytest.mark.parametrize("move", ALL[1::5], ids=lambda move: f"{move[0, 0]:.2f} {move[0, 1]:.2f}")
 def test_points_and_cameras_move_together(move, city):
-    """Points keep their pixels, and their place in the new frame is the transform's."""
+    """Points project to the same pixels as before, and are where the transform moves them."""
     batch = frames(city, 1, cameras=True)
     other = transformed_batch(batch, move)
     homogeneous = torch.cat([batch.points[:, :3].double(), torch.ones(len(batch.points), 1).double()], dim=1)
@@ -62,7 +62,7 @@ def test_mapping_back_is_exact_for_a_perfect_detector(city):
     found = detect_tta(oracle, ALL, batch)
     assert all(a is b for a, b in zip(seen, ALL, strict=True))
     for once, truth in zip(found, truths, strict=True):
-        alone = merged([truth])  # some of the truth overlaps: a rider on a parked cycle would go too
+        alone = merged([truth])  # some true boxes overlap: a rider on a parked cycle is suppressed too
         assert len(once.boxes) == len(alone.boxes) > 20
         order, expected = (t.boxes[:, 0].argsort() for t in (once, alone))
         a, b = once.boxes[order], alone.boxes[expected]

@@ -47,7 +47,7 @@ def parse(kind: type[A], choose: Callable[[A], A], description: str, argv: Seque
     for flag in argv:
         section = re.match(r"--(\w+)\.", flag)
         if section and getattr(chosen.recipe, section[1], flag) is None:
-            raise UserError(f"{flag} sets nothing: this recipe has no {section[1]} section; leave it out.")
+            raise UserError(f"{flag} has no effect: this recipe has no {section[1]} section; leave it out.")
     args = read(default=chosen)
     for name in RECIPE_FLAGS:
         given, kept = getattr(args, name, None), getattr(chosen, name, None)

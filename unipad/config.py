@@ -159,7 +159,7 @@ class Render:
     hidden: int = 16  # width of both decoders and of the geometry feature
     sdf_layers: int = 6  # layers of the SDF decoder
     rgb_layers: int = 4  # layers of the color decoder
-    variance: float = 0.3  # initial value; the inverse standard deviation is exp(10 * variance)
+    variance: float = 0.3  # initial value; NeuS's inverse scale is exp(10 * variance)
     near: float = 1.0  # meters from the camera at which rays start
     samples: int = 72  # stratified samples per ray
     importance: int = 24  # importance samples per ray, around the estimated surface

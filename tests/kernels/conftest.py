@@ -1,6 +1,6 @@
 """In this folder, ops run their kernels on CPU tensors too, in the interpreter, instead of their references.
 
-pytest tests/kernels --reverse-programs     the last program first: results must not depend on their order
+pytest tests/kernels --reverse-programs     programs in reverse order: results must not depend on it
 """
 
 import importlib.util
@@ -29,7 +29,7 @@ def poisoned_memory():
 
 
 def pytest_addoption(parser):
-    parser.addoption("--reverse-programs", action="store_true", help="the interpreter runs the last program first")
+    parser.addoption("--reverse-programs", action="store_true", help="the interpreter runs programs in reverse order")
 
 
 @pytest.fixture(autouse=True)

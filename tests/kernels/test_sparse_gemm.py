@@ -19,7 +19,8 @@ MORE, FEWER = ({vendor: stages[i] for vendor, stages in STAGES_OF.items()} for i
 LAUNCHES = [
     Launch(
         "_gather_gemm_kernel",
-        flags | act | dict(MIRRORED=mirrored, NEAR=True, C=c, PACK=pack, STEPS=steps, BLOCK_M=m, BLOCK_I=i, BLOCK_O=o),
+        flags | act | dict(MIRRORED=mirrored, VIA_L1=True, C=c, PACK=pack, STEPS=steps)
+        | dict(BLOCK_M=m, BLOCK_I=i, BLOCK_O=o),
         dict(scale_ptr="*fp32", shift_ptr="*fp32"), divisible, elements, num_warps=warps, num_stages=MORE,
         registers=registers, shared=shared, mma=mma, budgets=targets,
     )
@@ -41,11 +42,11 @@ LAUNCHES = [
 ] + [
     Launch(
         "_gather_gemm_kernel",
-        IEEE | PLAIN | dict(MIRRORED=False, NEAR=near, C=0, PACK=1, STEPS=2, BLOCK_M=m, BLOCK_I=64, BLOCK_O=128),
+        IEEE | PLAIN | dict(MIRRORED=False, VIA_L1=via_l1, C=0, PACK=1, STEPS=2, BLOCK_M=m, BLOCK_I=64, BLOCK_O=128),
         dict(scale_ptr="*fp32", shift_ptr="*fp32"), EVEN, HALF, num_warps=m // 16, num_stages=stages,
         registers=120, shared=shared, mma="HGMMA",
     )
-    for near, m, stages, shared in [  # what the tuner tries besides
+    for via_l1, m, stages, shared in [  # what the tuner tries besides
         (False, 128, MORE, 99336),
         (False, 64, MORE, 74248),
         (True, 128, FEWER, 66568),
@@ -53,12 +54,12 @@ LAUNCHES = [
 ] + [
     Launch(  # what the tuner tries with fewer channels: several offsets per product, and one
         "_gather_gemm_kernel",
-        IEEE | PLAIN | dict(MIRRORED=True, NEAR=near, C=c if c < 64 else 0, PACK=64 // c, STEPS=1)
+        IEEE | PLAIN | dict(MIRRORED=True, VIA_L1=via_l1, C=c if c < 64 else 0, PACK=64 // c, STEPS=1)
         | dict(BLOCK_M=m, BLOCK_I=64, BLOCK_O=max(c, 16)),
         dict(scale_ptr="*fp32", shift_ptr="*fp32"), EVEN, HALF, num_stages=stages, budgets=(),
     )
     for c in (8, 16, 32, 64)
-    for near, m, stages in [(True, 64, MORE), (False, 128, MORE), (True, 128, FEWER)]
+    for via_l1, m, stages in [(True, 64, MORE), (False, 128, MORE), (True, 128, FEWER)]
 ] + [
     Launch(
         "_d_weight_kernel",

@@ -18,7 +18,7 @@ from unipad.kernels.composite import composite
 from unipad.kernels.ray_sample import merge, resample, sample_pdf, stratified_starts
 from unipad.kernels.sdf_alpha import interval_alpha, laplace_density, unisurf_alpha
 
-INV_S = 64.0  # NeuS's fixed inverse deviation while it searches for the surface (its first round)
+INV_S = 64.0  # NeuS's fixed inverse scale while it searches for the surface (its first round)
 ERROR = 0.1  # VolSDF: bound on the opacity's error that the placement must meet
 ROUNDS = 5  # VolSDF: rounds of placement at most
 BISECTIONS = 10  # VolSDF: steps that narrow down beta in one round

@@ -234,8 +234,13 @@ def main(args: Args):
 
 
 def with_ray_origins(recipe, has_images, print0):
-    """The recipe adapted to the dataset: without images, rays of a LiDAR encoder start at the LiDAR."""
-    if recipe.data.cameras and (has_images or recipe.camera is not None):
+    """The recipe adapted to the dataset: without images, rays of a LiDAR encoder start at the LiDAR.
+
+    Raises `UserError` where a camera encoder has no images, or rays from the LiDAR a color loss.
+    """
+    if recipe.camera is not None and not has_images:
+        raise UserError("the dataset has no images, which a camera encoder needs; use --modality lidar.")
+    if recipe.data.cameras and has_images:
         return recipe
     if recipe.render.rgb_weight:
         raise UserError("rays from the LiDAR have no color: they need --render.rgb-weight 0.")

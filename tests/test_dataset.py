@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from train import with_ray_origins
 from unipad.config import Augment
 from unipad.data.dataset import DEFAULT_DATASET, DataError, dataset_class
 from unipad.data.loader import all_batches, held_out_batches, step_batches
@@ -110,6 +111,14 @@ def test_what_a_dataset_does_not_define_has_a_default(toy, tmp_path):
     dataset.frames = dataset.frames[:2]  # classes 0, and 0 and 1
     balanced = dataset.balanced(seed=0)
     assert len(balanced) == 2 and balanced.frames[1] == 1
+
+
+@pytest.mark.parametrize("modality", ["camera", "fusion"])
+def test_a_camera_without_images_is_a_one_sentence_error(modality):
+    with pytest.raises(
+        UserError, match="the dataset has no images, which a camera encoder needs; use --modality lidar."
+    ):
+        with_ray_origins(PRETRAIN[modality]["tiny"], False, print)
 
 
 def test_fractions_and_missing_frames_are_checked_for_every_dataset(toy, tmp_path):

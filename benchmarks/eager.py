@@ -193,7 +193,7 @@ class EagerRenderer(nn.Module):
 
 
 def eager_field(interpolate, points, directions, sdf_mlp, rgb_mlp):
-    """Distance [R, S], its gradient by autograd and color at points [R, S, 3]; differentiable any number of times.
+    """Distance [R, S], gradient (from autograd) and color at points [R, S, 3]; differentiable any number of times.
 
     interpolate: gives the features [R, S, C] at points.
     sdf_mlp, rgb_mlp: as `unipad.kernels.sdf_render` takes them; without the latter color is 0.

@@ -65,8 +65,8 @@ def test_codes_match_the_original():
     boxes = at_center(arrays["in/boxes"])
     assert_close_to_max(encode_boxes(boxes), arrays["out/normalized"], 1e-6)
     decoded = decode_boxes(arrays["out/normalized"])
-    turned = (decoded - at_center(arrays["out/denormalized"]))[:, 6]
-    assert torch.allclose(turned.cos(), torch.ones(40))
+    yaw_error = (decoded - at_center(arrays["out/denormalized"]))[:, 6]
+    assert torch.allclose(yaw_error.cos(), torch.ones(40))
     assert_close_to_max(decoded[:, [0, 1, 2, 3, 4, 5, 7, 8]], boxes[:, [0, 1, 2, 3, 4, 5, 7, 8]], 1e-6)
 
 
@@ -79,8 +79,8 @@ def test_a_box_has_the_corners_that_the_original_gives_it():
         front_left = box[:2] + l / 2 * ahead + w / 2 * left
         cos, sin = original[6].cos(), original[6].sin()
         dx, dy = original[3] / 2, -original[4] / 2  # at yaw' = 0 it heads for -y, and its left is +x
-        turned = torch.stack([dx * cos + dy * sin, -dx * sin + dy * cos])
-        assert torch.allclose(original[:2] + turned, front_left, atol=1e-12)
+        rotated = torch.stack([dx * cos + dy * sin, -dx * sin + dy * cos])
+        assert torch.allclose(original[:2] + rotated, front_left, atol=1e-12)
 
 
 def test_to_global_is_the_inverse_of_from_global():

@@ -10,9 +10,9 @@ import pytest
 
 from tests import dry_step, scripts
 
-# step -> launches of the project's kernels, and operators of PyTorch, at most. Each costs host time: with one
-# sample, host time limits the LiDAR step. (A step on a GPU runs fewer: there the operators of the optimizer and of the
-# norms of gradients are fused.)
+# step -> launches of our kernels, and operators of PyTorch, at most, with one block per stage of the encoders.
+# Each is work of the host: at one sample, the LiDAR's step takes as long as its host does. (A step on a GPU runs fewer
+# operators, since it fuses those of the optimizer and of the norms of gradients.)
 BUDGETS = {
     "train camera-0.1": (13, 1349),
     "detect lidar-0.075": (92, 1807),

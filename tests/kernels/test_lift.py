@@ -46,8 +46,8 @@ def views(B, N, device):
     """[B, N, 4, 4] cameras at the origin looking along y, slightly rotated and scaled; rows in fp32."""
     intrinsics = torch.tensor([[20.0, 0, 20, 0], [0, 20, 12, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
     extrinsics = torch.tensor([[1.0, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]])  # x right, y ahead, z up
-    turned = extrinsics + 0.05 * torch.randn(B, N, 4, 4) * torch.tensor([1.0, 1, 1, 0])[:, None]
-    return (intrinsics @ turned).to(device)
+    perturbed = extrinsics + 0.05 * torch.randn(B, N, 4, 4) * torch.tensor([1.0, 1, 1, 0])[:, None]
+    return (intrinsics @ perturbed).to(device)
 
 
 def make_inputs(B, N, sizes, C, D, shape, device):

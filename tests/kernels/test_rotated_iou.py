@@ -178,8 +178,8 @@ def test_symmetric_and_invariant_to_rigid_motion(device):
     torch.testing.assert_close(rotated_iou_bev(b, a).T, iou, **close)
     far = a.new_tensor([4096, -8192, 0, 0, 0])
     assert torch.equal(rotated_iou_bev(a + far, b + far), iou)
-    turned = [turn(boxes.double(), 0.777).float() for boxes in (a, b)]
-    torch.testing.assert_close(rotated_iou_bev(*turned), iou, **close)
+    rotated = [turn(boxes.double(), 0.777).float() for boxes in (a, b)]
+    torch.testing.assert_close(rotated_iou_bev(*rotated), iou, **close)
     mirror = a.new_tensor([1, -1, 1, 1, -1])
     torch.testing.assert_close(rotated_iou_bev(a * mirror, b * mirror), iou, **close)
     size = a.new_tensor([8, 8, 8, 8, 1])

@@ -40,8 +40,8 @@ def views(B, N, device):
     """[B, N, 4, 4] cameras at the origin looking along y, slightly rotated and scaled; images of 40 x 24 pixels."""
     intrinsics = torch.tensor([[20.0, 0, 20, 0], [0, 20, 12, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
     extrinsics = torch.tensor([[1.0, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]])  # x right, y ahead, z up
-    turned = extrinsics + 0.05 * torch.randn(B, N, 4, 4) * torch.tensor([1.0, 1, 1, 0])[:, None]
-    return (intrinsics @ turned).to(device)
+    perturbed = extrinsics + 0.05 * torch.randn(B, N, 4, 4) * torch.tensor([1.0, 1, 1, 0])[:, None]
+    return (intrinsics @ perturbed).to(device)
 
 
 def make_inputs(B, N, size, C, D, shape, device, truncate=False):
@@ -187,8 +187,8 @@ def test_points_on_faces_lie_on_the_same_side_for_kernel_and_reference(device):
     """Cameras along the grid's axes, bins as far apart as voxels: planes of points lie on faces, up to rounding."""
     inputs = make_inputs(1, 4, (5, 8), 3, 12, (9, 9, 5), device)
     a, b, c, d = torch.tensor([[20.0, 20, 0, 0], [0, 12, -20, 0], [0, 1, 0, 0], [0, 0, 0, 1]]).unbind(1)  # ahead is y
-    turned = [[a, b, c, d], [b, -a, c, d], [-a, -b, c, d], [-b, a, c, d]]
-    inputs["lidar2image"] = torch.stack([torch.stack(view, dim=1) for view in turned])[None].to(device)
+    rotated = [[a, b, c, d], [b, -a, c, d], [-a, -b, c, d], [-b, a, c, d]]
+    inputs["lidar2image"] = torch.stack([torch.stack(view, dim=1) for view in rotated])[None].to(device)
     inputs |= dict(low=(-2.7, -2.7, -1.5), cell=(0.6, 0.6, 0.6), depth_range=(0.3, 7.5), stride=4)
     check_against_ref(voxel_pool, voxel_pool_ref, inputs, torch.float32, wrt=("features", "depths"))
 

@@ -305,7 +305,7 @@ def test_a_run_does_not_choose_the_code_that_is_imported(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     state = {"model": Pretrain(recipe).state_dict(), "config": config, "step": 1}
     torch.save(state, tmp_path / "last.pt")
-    words = "is of --dataset unipad.outputs.evil:Class, which is code: repeat this flag"
+    words = "used --dataset unipad.outputs.evil:Class, which is code: repeat this flag"
     for flag in ("--config", "--resume"):
         with pytest.raises(UserError, match=words):
             train.parse([flag, tmp_path])

@@ -3,7 +3,7 @@
 config.py      all settings, as frozen dataclasses
 recipes.py     presets: the paper's, the released configs', tiny ones
 batch.py       the batch: the interface between data and model
-boxes.py       box geometry, below both
+boxes.py       box geometry, for data and model
 errors.py      user-facing errors: one sentence
 runtime.py     device, processes, random numbers, run folder
 checkpoint.py  reading checkpoints and runs, and taking weights from them
@@ -14,7 +14,7 @@ cli.py         command lines: a script's flags and every setting of the recipe
 data/          datasets read into batches, and the synthetic city
 model/         encoders, volumes, rays, renderer, heads
 evaluate/      metrics: PSNR and depth errors, NDS and mAP, mIoU
-draw/          pictures, films, meshes
+draw/          pictures, videos, meshes
 selfcheck/     every op compared with its reference in fp64
 """
 

@@ -45,11 +45,11 @@ class Batch:
 
     @property
     def frames(self) -> int:
-        """S: number of frames that the views are of."""
+        """S: number of frames of images."""
         return 1 if self.frame_lags is None else self.frame_lags.shape[1]
 
     def keyframe(self) -> "Batch":
-        """The batch with only the keyframe's views; nothing is copied."""
+        """The batch with only the keyframe's views, without a copy."""
         views = slice(self.images.shape[1] // self.frames)
         of_views = ("images", "image_sizes", "lidar2image", "lidar2camera")
         return replace(self, **{name: getattr(self, name)[:, views] for name in of_views}, frame_lags=None)

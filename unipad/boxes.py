@@ -4,7 +4,7 @@
               yaw' is mmdet3d 0.17's, clockwise from -y: yaw' = -yaw - pi / 2, sin yaw' = -cos yaw, cos yaw' = -sin yaw
     nuScenes  center, (w, l, h), a quaternion and a velocity, each in the global frame
 
-mmdet3d 1.0 and later swap w and l and rotate the other way: boxes of such a version are none of these.
+None of these is the format of mmdet3d 1.0 and later, which swaps w and l and rotates the other way.
 """
 
 import numpy as np
@@ -28,13 +28,13 @@ def decode_boxes(codes: Tensor) -> Tensor:
 
 
 def footprint(boxes: Tensor) -> Tensor:
-    """Boxes [..., 9] -> [..., 5] x, y, w, l, yaw: as `unipad.kernels.rotated_iou` sees them from above."""
+    """Boxes [..., 9] -> [..., 5] x, y, w, l, yaw: the bird's-eye view boxes of `unipad.kernels.rotated_iou`."""
     return torch.cat([boxes[..., :2], boxes[..., 3:5], boxes[..., 6:7]], dim=-1)
 
 
 def box_corners(boxes: np.ndarray) -> np.ndarray:
-    """Boxes [M, 9] -> [M, 8, 3] float64 meters: at the bottom front left, front right, back right, back left; at the
-    top the same."""
+    """Boxes [M, 9] -> [M, 8, 3] float64 meters: front left, front right, back right, back left at the bottom, then the
+    same at the top."""
     x, y, z, w, l, h, yaw = np.asarray(boxes, np.float64)[:, :7].T[..., None]  # [M, 1] each
     ahead = np.array([1, 1, -1, -1, 1, 1, -1, -1]) / 2
     left = np.array([1, -1, -1, 1, 1, -1, -1, 1]) / 2
@@ -56,7 +56,7 @@ def points_in_boxes(points: np.ndarray, boxes: np.ndarray) -> np.ndarray:
 
 
 def transform_boxes(boxes: np.ndarray, transform: np.ndarray) -> np.ndarray:
-    """Boxes [M, 9] in the frame that `transform` leads to: [4, 4], of `transforms.make_transform` or an inverse."""
+    """Boxes [M, 9] transformed by `transform`: [4, 4], from `transforms.make_transform`, or an inverse."""
     boxes, linear = boxes.copy(), transform[:3, :3]
     boxes[:, :3] = boxes[:, :3] @ linear.T + transform[:3, 3]
     boxes[:, 3:6] *= np.linalg.norm(linear[:, 0])
@@ -74,7 +74,7 @@ def boxes_from_global(
     box2global:   [M, 4, 4] rigid.
     sizes:        [M, 3] w, l, h meters.
     velocities:   [M, 2] m/s, global; NaN, where unknown, becomes 0.
-    lidar2global: [M, 4, 4] rigid, of the frame that each box goes to.
+    lidar2global: [M, 4, 4] rigid, of the LiDAR frame that each box is transformed into.
     """
     global2lidar = np.linalg.inv(lidar2global)
     box2lidar = global2lidar @ box2global
@@ -93,7 +93,7 @@ def boxes_to_global(boxes: np.ndarray, lidar2global: np.ndarray) -> tuple[np.nda
     w, x, y, z, velocity [K, 2] m/s.
     """
     boxes, lidar_rotation = np.asarray(boxes, np.float64), lidar2global[:3, :3]
-    if not len(boxes):  # scipy makes no rotation of none
+    if not len(boxes):  # scipy has no empty rotations
         return np.zeros((0, 3)), np.zeros((0, 3)), np.zeros((0, 4)), np.zeros((0, 2))
     rotation = Rotation.from_matrix(lidar_rotation) * Rotation.from_euler("z", boxes[:, 6:7])
     translation = boxes[:, :3] @ lidar_rotation.T + lidar2global[:3, 3]

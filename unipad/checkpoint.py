@@ -1,4 +1,4 @@
-"""Checkpoints: data, never code. Written atomically; encoders can be taken from them."""
+"""Checkpoints: written atomically, read as data and never as code, loaded whole or in part (such as an encoder)."""
 
 import os
 import pickle

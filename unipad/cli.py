@@ -85,7 +85,7 @@ def with_preset(args: A, presets: dict[str, dict[str, Recipe]], modality: str, d
 
     presets:  modality -> name -> recipe, of one task.
     modality: of `presets`.
-    default:  name of the preset where there is real data; the synthetic city has "tiny".
+    default:  name of the preset with --data-root; without, on the synthetic city, it is "tiny".
     """
     name = args.preset or (default if args.data_root else "tiny")
     check_choices(preset=(name, presets[modality]))

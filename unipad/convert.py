@@ -156,7 +156,7 @@ def convert_ours(saved: dict, spconv: int = 1) -> tuple[dict, Report]:
         state["img_backbone." + key.removeprefix(BACKBONE)] = torch.full((width,), fill)
         report.notes.append(f"supplied: {key}, which is never read")
     if recipe.camera is not None and recipe.data.camera_sweeps > 1 and recipe.data.camera_rate != CAMERA_RATE:
-        report.notes.append(f"trained with timestamps of sweeps, where the original has n / {CAMERA_RATE} s")
+        report.notes.append(f"trained with measured ages of camera sweeps; the original has n / {CAMERA_RATE} s")
     if isinstance(recipe, DetectRecipe):
         state[CODE_WEIGHTS] = torch.tensor(recipe.detect.code_weights)
         report.notes.append(f"supplied: {CODE_WEIGHTS}, from the recipe")

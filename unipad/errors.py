@@ -1,4 +1,4 @@
-"""User-facing errors: one sentence, exit code 2. Free of torch, which processes that only draw need not load."""
+"""User-facing errors: one sentence, exit code 2. Does not import torch: processes that only draw do not load it."""
 
 from collections.abc import Sequence
 from operator import attrgetter

@@ -9,9 +9,9 @@ from unipad.config import Optim
 
 
 def make_optimizer(net: nn.Module, cfg: Optim) -> torch.optim.AdamW:
-    """AdamW over the trainable weights of `net`; each group's `scale` is its factor of the learning rate.
+    """AdamW over the trainable weights of `net`; each group's `scale` multiplies its learning rate.
 
-    net: a module whose `encoder` is an `Encoder`; its fusion of both sensors counts as the rest.
+    net: a module whose `encoder` is an `Encoder`; the convolution that fuses both sensors is in the group `rest`.
     """
     groups = {"backbone": [], "encoders": [], "rest": []}
     for name, p in net.named_parameters():
@@ -34,7 +34,7 @@ def set_rates(optimizer: torch.optim.AdamW, cfg: Optim, step: int, steps: int):
 
 
 def lr_at(cfg: Optim, step: int, steps: int) -> float:
-    """Factor of the peak learning rate."""
+    """Learning rate as a fraction of the peak."""
     if cfg.schedule == "one_cycle":
         return _one_cycle(cfg, step, steps, cfg.start, 1.0, cfg.final)
     warmed = step / cfg.warmup_steps if step < cfg.warmup_steps else 1.0

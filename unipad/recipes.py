@@ -20,7 +20,7 @@ from unipad.config import (
     UnetConfig,
 )
 
-# The released configs' ranges and volumes, by the size of the LiDAR voxels that they are made for
+# Range and volume of the released configs for LiDAR voxels of 0.075 m
 GRID_075 = Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(0.6, 0.6, 1.6))
 
 # The final recipes' camera: one feature level of 256 channels, pooled over depths from 1 to 60 m in steps of 0.5 m
@@ -43,7 +43,7 @@ CAMERA_BEVDEPTH = replace(CAMERA_075, channels=128)
 # UVTR-CS: no config is released. The paper starts from 48.8 / 39.2, which is UVTR's L2CS3-R101: three frames.
 THREE_FRAMES = Data(sweeps=10, camera_sweeps=3)
 
-# Of LiDAR fine-tuning and of pre-training for segmentation
+# For LiDAR fine-tuning and for pre-training for segmentation
 LIDAR_AUGMENT = Augment(
     rotation=0.785, scale=(0.9, 1.1), translation=(0.5, 0.5, 0.5), flip_x=0.5, flip_y=0.5, shuffle=True
 )
@@ -70,7 +70,7 @@ TINY_LIDAR = LidarConfig(
     channels=32,
 )
 TINY_UNET = UnetConfig(cell=0.3, mask_block=2, stem=16, widths=(24, 32, 48, 48, 32, 32), blocks=(1, 1, 1, 1, 1, 1))
-TINY_RAYS = RayChoice(per_view=64, lidar_per_view=40, sky=0.0)  # a third of the rays where LiDAR sees nothing
+TINY_RAYS = RayChoice(per_view=64, lidar_per_view=40, sky=0.0)  # the other 24 also go where there is no LiDAR point
 TINY_RENDER = Render(samples=40, importance=16, variance=0.5)
 TINY_OPTIM = Optim(lr=2e-3, backbone_lr=1.0, warmup_steps=20, epochs=6.5, batch_size=1)
 
@@ -104,7 +104,8 @@ PRETRAIN = {
             augment=Augment(rotation=0.3925, scale=(0.95, 1.05), shuffle=True),
             lidar=TINY_LIDAR,
             rays=replace(TINY_RAYS, lidar_per_view=64),
-            # Depth alone has no gradient where a sharp surface has vanished: every second run never recovered it.
+            # With the depth loss alone, a sharp surface that has vanished has no gradient: half of the runs never
+            # recovered it.
             render=replace(TINY_RENDER, rgb_weight=0.0, variance=0.3),
             optim=TINY_OPTIM,
         ),
@@ -160,7 +161,7 @@ PRETRAIN = {
     },
 }
 
-# Head of the camera ablation: all entries of the code weigh the same, nothing is suppressed
+# Head of the camera ablation: all code weights are 1, no NMS
 PLAIN_HEAD = Detect(denoising=False, code_weights=(1.0,) * 10, nms=())
 LIDAR_OPTIM = Optim(schedule="one_cycle", lr=1e-3, start=0.1, final=1e-5, clip=10.0, epochs=20, batch_size=16)
 CAMERA_AUGMENT = Augment(rotation=0.3925, scale=(0.95, 1.05), photometric=True, grid_mask=0.7)
@@ -310,5 +311,5 @@ SEGMENT = {
     },
 }
 
-# Defaults where there is real data; the synthetic city has "tiny". By modality, for segmentation by task.
+# Defaults with --data-root; the synthetic city's is "tiny". By modality, for segmentation by task.
 DEFAULT_PRESET = {"camera": "camera-0.1", "lidar": "lidar-0.075", "fusion": "fusion-0.075", "segment": "segment"}

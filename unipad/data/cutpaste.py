@@ -2,11 +2,11 @@
 
 As in the original's UnifiedDataBaseSampler and UnifiedObjectSample:
     which     drawn at random, until the sample has `Paste.counts` of each class, its own objects included
-    where     where they were in their own LiDAR frame; one whose box overlaps another, seen from above, is left out
+    where     at their place in their own LiDAR frame; one whose box overlaps another in bird's-eye view is left out
     points    of all sweeps; the sample's points inside a pasted box are removed
     pixels    the rectangle around a box, far ones first; rectangles around the sample's own boxes are pasted again in
-              their turn, so that near objects cover far ones; in images of camera sweeps, around the box where its
-              velocity puts it at that time
+              the same order, so that near objects cover far ones; in images of camera sweeps, around the box moved by
+              its velocity to the time of the image
 Unlike in the original: pixels come from the camera that they are pasted into, where the original has one picture of an
 object for all cameras; of overlapping objects the first one drawn stays, not the last.
 """
@@ -116,11 +116,11 @@ class Objects:
 def load_objects(dataset: DrivingDataset, paste: Paste, workers: int = 0) -> Objects:
     """The objects in the frames of a dataset, cut out once and cached next to the data.
 
-    dataset: not `balanced`, or frames would be cut out as often as they are drawn.
+    dataset: not `balanced`, or objects would be cut out of a frame as often as it is drawn.
     workers: processes that read frames; 0 reads in this one.
 
-    They are cut out again when the dataset, what is read of it (sweeps, cameras, image size, frames) or
-    `paste.min_points` changes. Frames that cannot be read are named on stderr and left out.
+    They are cut out again when the dataset, the part of it that is read (sweeps, cameras, image size, frames) or
+    `paste.min_points` changes. Frames that cannot be read are reported on stderr and left out.
     Raises `DataError` where there is no object, or no room for the files.
     """
     settings = _digest(f"{FORMAT} {dataset.data} {paste.min_points} {dataset.frames.tolist()}")
@@ -137,7 +137,7 @@ def load_objects(dataset: DrivingDataset, paste: Paste, workers: int = 0) -> Obj
 
 
 FORMAT = 1  # of the two files; increment when the meaning of their contents changes
-QUALITY = 95  # of the JPEGs, up to 100: loses little more than the dataset's own JPEGs have lost already
+QUALITY = 95  # of the JPEGs, up to 100: loses little compared with the dataset's own JPEG compression
 
 
 def _digest(text):
@@ -174,7 +174,7 @@ def _cut_out(dataset, paste, paths, workers):
 
 
 def _write(dataset, paste, path, workers):
-    """Write both files, each renamed when complete, the large one first: the small one implies that it is complete."""
+    """Write both files, renaming each when complete, the large one first: where the small one exists, both are."""
     frames = DataLoader(
         _Frames(dataset, paste.min_points),
         batch_size=None,
@@ -217,7 +217,7 @@ def _write(dataset, paste, path, workers):
 
 
 class _Frames(Dataset):
-    """Item i: the `Cut`s of frame i, and what could not be read."""
+    """Item i: the `Cut`s of frame i, and `path: reason` if it could not be read, both as lists."""
 
     def __init__(self, dataset, min_points):
         self.dataset, self.min_points = dataset, min_points

@@ -1,8 +1,8 @@
-"""The interface of a dataset: what it returns, what the scripts need of it, and samples -> batch.
+"""The interface of a dataset: what it returns, what the scripts need from it, and samples -> batch.
 
-Another dataset is one file with one subclass of `DrivingDataset`, which the scripts take as
-`--dataset package.module:Class`. Frames and units are those of `unipad.batch`. A run of a class outside `unipad.data`
-is resumed, repeated and evaluated with that flag too: data do not say which code is imported.
+A new dataset is one file with one subclass of `DrivingDataset`, which the scripts take as
+`--dataset package.module:Class`. Frames and units are those of `unipad.batch`. To resume, repeat or evaluate a run of
+a class outside `unipad.data`, give that flag again: the files of a run do not decide which code is imported.
 """
 
 import copy
@@ -42,8 +42,8 @@ class Sample:
     images:       N times [h, w, 3] uint8 RGB, not padded; sizes may differ.
     lidar2image:  [N, 4, 4] float32 LiDAR -> (u*d, v*d, d, 1) in pixels of `images`, d along the optical axis.
     lidar2camera: [N, 4, 4] float32 rigid, LiDAR -> camera (x right, y down, z forward) when the image was taken.
-    points:       [P, 5] float32 x, y, z in LiDAR, intensity 0-255, time lag: 0 for those of the keyframe, which come
-                  first, and the age of those of sweeps, which are transformed into LiDAR.
+    points:       [P, 5] float32 x, y, z in LiDAR, intensity 0-255, time lag. Points of the keyframe come first, with
+                  time lag 0; those of sweeps are transformed into LiDAR and have their age.
     point_labels: [P] uint8 class 1-16 in the order of `tables.LIDARSEG_CLASSES`, 0 for none, as in sweeps; None if the
                   dataset has no such labels.
     boxes:        [M, 9] float32 x, y, z of the center, w, l, h, yaw, vx, vy in LiDAR; yaw is the direction of l, from x
@@ -76,13 +76,13 @@ class DrivingDataset(torch.utils.data.Dataset):
             super().__init__(len(self.files), root, version, split, data, **settings)
 
     The other methods have defaults. Problems with the dataset as a whole raise `DataError`, one sentence; problems with
-    one frame raise `BadFrame`: the loader then names the frame on stderr and takes the next one.
+    one frame raise `BadFrame`: the loader then reports the frame on stderr and takes the next one.
     The dataset is copied to worker processes, so it must be picklable, and should be small.
     """
 
     default_version = ""  # without --version
-    # What finetune.py can train and eval.py can score: "detect", "segment". Pre-training needs neither. The nuScenes
-    # devkit scores, so a dataset that names a task also needs the tables and the `index` of `NuScenesDataset`.
+    # What finetune.py can train and eval.py can score: "detect", "segment". Pre-training needs neither. Metrics are the
+    # nuScenes devkit's, so a dataset that names a task also needs the tables and the `index` of `NuScenesDataset`.
     tasks: tuple[str, ...] = ()
 
     def __init__(
@@ -104,8 +104,8 @@ class DrivingDataset(torch.utils.data.Dataset):
                         that cannot raises `DataError`.
         label_fraction: 1/k keeps every k-th frame.
         point_range:    (low, high), each (x, y, z) meters: points outside are left out, and in `read` with `rng` also
-                        boxes whose center is outside seen from above, since no head learns them. None keeps all.
-        augment:        how `read` augments samples; None: not at all.
+                        boxes whose center is outside in x or y, since no head learns them. None keeps all.
+        augment:        how `read` augments samples; None: no augmentation.
         """
         if not 0 < label_fraction <= 1 or abs(round(1 / label_fraction) * label_fraction - 1) > 0.02:
             raise DataError(f"--label-fraction {label_fraction} is not 1/k; give 1, 0.5, 0.2, 0.1 or another 1/k.")
@@ -134,8 +134,8 @@ class DrivingDataset(torch.utils.data.Dataset):
         return True
 
     def load(self, frame: int) -> Sample:
-        """Read frame number `frame` of the split. Raises `BadFrame` with the file's path where one is missing or
-        broken, and nothing else."""
+        """Read frame number `frame` of the split. Raises `BadFrame` with the path of a missing or broken file, and no
+        other exception."""
         raise NotImplementedError
 
     def labels_of(self, frame: int) -> np.ndarray:
@@ -147,7 +147,7 @@ class DrivingDataset(torch.utils.data.Dataset):
         return {}
 
     def fingerprint(self) -> str:
-        """A string that changes with the dataset: caches of what was made from it are then rebuilt."""
+        """A string that changes with the dataset: caches made from the dataset are then rebuilt."""
         return ""
 
     def require_point_labels(self):
@@ -175,7 +175,7 @@ class DrivingDataset(torch.utils.data.Dataset):
         sample = self.load(self.frames[i])
         if rng is not None:
             if self.augment is not None and self.augment.photometric:
-                sample = photometric_distortion(sample, rng)  # before other images' pixels come in, as in the original
+                sample = photometric_distortion(sample, rng)  # before pixels are pasted in, as in the original
             if self.objects is not None and paste:
                 sample = self.objects.paste_into(sample, rng)
             if self.augment is not None:
@@ -195,10 +195,10 @@ class DrivingDataset(torch.utils.data.Dataset):
         """This dataset with frames drawn with replacement so that every class is as frequent as any other (CBGS).
 
         For each class that occurs, equally many frames are drawn from those that contain it, in total as many as there
-        are pairs of a frame and a class in it: the longer epoch of the original. A function of the seed and the labels.
-        Raises `DataError` where no frame has a box.
+        are pairs of a frame and a class in it: the longer epoch of the original. Depends only on the seed and the
+        labels. Raises `DataError` where no frame has a box.
         """
-        rng = np.random.default_rng([seed, 0, 2])  # the stream's own are [seed, epoch] and [seed, position, 1]
+        rng = np.random.default_rng([seed, 0, 2])  # the loader uses [seed, epoch] and [seed, position, 1]
         classes = [np.unique(self.labels_of(f)) for f in self.frames]
         pairs = np.concatenate(classes)
         if not len(pairs):
@@ -226,10 +226,10 @@ def dataset_class(name: str) -> type[DrivingDataset]:
 
 
 def check_recorded(name: str, run: Path):
-    """Raises `UserError` for a class outside `unipad.data` that is named by a run alone: whoever made the run could
-    choose what is imported."""
+    """Raises `UserError` for a class outside `unipad.data` that only the run names: whoever made the run could choose
+    what is imported."""
     if not str(name).startswith("unipad.data."):
-        raise UserError(f"{run} is of --dataset {name}, which is code: repeat this flag if you want it to be imported.")
+        raise UserError(f"{run} used --dataset {name}, which is code: repeat this flag if you want it to be imported.")
 
 
 def collate(samples: list[Sample]) -> Batch:
@@ -267,14 +267,14 @@ def collate(samples: list[Sample]) -> Batch:
 
 
 def _crop_points(sample, low, high):
-    """Without the points that are not inside the box of corners `low` and `high`, (x, y, z) meters."""
+    """The sample with only the points inside the box with corners `low` and `high`, (x, y, z) meters."""
     points, labels = sample.points, sample.point_labels
     inside = ((points[:, :3] > np.float32(low)) & (points[:, :3] < np.float32(high))).all(axis=1)
     return replace(sample, points=points[inside], point_labels=None if labels is None else labels[inside])
 
 
 def _crop_boxes(sample, low, high):
-    """Without the boxes whose center, seen from above, is not between `low` and `high`."""
+    """The sample with only the boxes whose center lies between `low` and `high` in x and y."""
     center = sample.boxes[:, :2]
     inside = ((center > np.float32(low[:2])) & (center < np.float32(high[:2]))).all(axis=1)
     return replace(sample, boxes=sample.boxes[inside], labels=sample.labels[inside])

@@ -36,10 +36,10 @@ def step_batches(
 
     micro_batch: samples in a micro-batch of one of the `world` processes; this one is `rank`.
     workers:     processes that load; 0 loads in this one.
-    pinned:      put batches in pinned memory, from which a GPU copies without waiting.
+    pinned:      put batches in pinned memory, so that copies to a GPU are asynchronous.
     paste_until: position of the stream from which on nothing is pasted into samples.
     bad_frames:  `path: reason` of each frame that could not be read. The next readable frame of the dataset takes its
-        place; it is named each time it would be read.
+        place; a bad frame is reported each time it would be read.
 
     Raises `DataError` when no frame at all can be read.
     """
@@ -61,8 +61,8 @@ def step_batches(
 def held_out_batches(dataset: DrivingDataset, count: int, rank: int = 0, world: int = 1) -> Iterator[tuple[int, Batch]]:
     """Yield (position, Batch of one) for `count` frames spread evenly over the dataset, in order.
 
-    Process `rank` of `world` gets every world-th of them. A frame that cannot be read is named on stderr and replaced
-    by the next one. Raises `DataError` when no frame at all can be read.
+    Process `rank` of `world` gets every world-th of them. A frame that cannot be read is reported on stderr and
+    replaced by the next one. Raises `DataError` when no frame at all can be read.
     """
     count = min(count, len(dataset))
     for position in range(rank, count, world):

@@ -4,11 +4,11 @@ As in the original UniPAD:
     cameras    lidar2camera goes through the global frame, with the ego pose at each sensor's own timestamp; also for
                camera sweeps: from the keyframe's LiDAR frame to the camera when it took the image
     sweeps     transformed into the keyframe's LiDAR frame; time lag is keyframe time minus sweep time, 0 for the
-               keyframe; points with |x| < 1 and |y| < 1 (the car itself) are removed from sweeps, not from the keyframe
+               keyframe; points with |x| < 1 and |y| < 1 (ego vehicle) are removed from sweeps, not from the keyframe
     intensity  as in the file, 0-255
     boxes      those with at least one LiDAR or radar point; a velocity that the tables do not have is 0
-Unlike in the original: the nearest sweeps are taken (there 9 of the last 10 at random), and at the start of a scene a
-keyframe has no sweeps (there it is repeated, as images are here too).
+Unlike in the original: the nearest sweeps are taken (in the original, 9 of the last 10 at random), and at the start of
+a scene a keyframe has no LiDAR sweeps (the original repeats the keyframe, as is done here for camera sweeps).
 """
 
 from pathlib import Path
@@ -65,7 +65,7 @@ class NuScenesDataset(DrivingDataset):
 
     @classmethod
     def has_images(cls, root, version, split):
-        """Whether any image exists of 16 keyframes, spread over the split: a part of them may not be unpacked."""
+        """Whether any image of 16 keyframes, spread over the split, exists: some of the images may not be unpacked."""
         root = find_root(root, version)
         files = load_index(root, version, split).image_files
         files = files[:: max(1, len(files) // 16)].flatten()

@@ -138,7 +138,7 @@ def city_once(camera_sweeps=0):
 
 
 def scene_names(count):
-    """`count` scenes of nuScenes mini in its order: one of each split, or both of val, as LidarSegEval requires."""
+    """`count` scenes of nuScenes mini in its order, with both of val, as LidarSegEval requires; one of val for 2."""
     val = min(2, count - 1)
     return sorted(VAL[:val] + TRAIN[: count - val])
 
@@ -414,7 +414,7 @@ def _lidarseg(args, name, stamp):
 
 
 def _draw_map(args, root):
-    """The semantic prior, white where vehicles or pedestrians may be; row 0 is the largest y."""
+    """The semantic prior map, white where vehicles or pedestrians may be; row 0 is the largest y."""
     count = int(STREETS * PITCH / MAP_CELL) // MAP_COARSE
     middle = ((np.arange(count) + 0.5) * MAP_CELL * MAP_COARSE).astype(np.float32)
     x, y = np.meshgrid(middle, middle[::-1])

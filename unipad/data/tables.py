@@ -203,7 +203,7 @@ def cache_paths(root: Path, name: str) -> tuple[Path, Path]:
 
 
 FORMAT = 1  # of the index; increment when the meaning of a field changes
-LARGE = 100e6  # bytes of tables from which on indexing shows a progress bar
+LARGE = 100e6  # bytes; indexing larger tables shows a progress bar
 
 
 def _read_index(kind, path, state):
@@ -230,7 +230,7 @@ def _write_index(index, state, paths):
 
 
 def _build(build, root, version, splits, verbose):
-    """{split: what `build` makes of it} from the tables; `verbose` shows progress."""
+    """{split: result of `build`} from the tables; `verbose` shows progress."""
     # The devkit takes seconds to import and imports matplotlib; a cached index needs neither.
     from nuscenes import NuScenes
     from nuscenes.utils.splits import create_splits_scenes

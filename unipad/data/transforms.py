@@ -1,8 +1,9 @@
 """Augmentation: points, cameras and boxes of a sample are transformed together; images change colors.
 
 Order and meaning are those of the original's UnifiedRotScaleTransFlip, PhotoMetricDistortionMultiViewImage and
-GridMask. What differs: images stay bytes, so colors are clipped to 0-255, which the original's floats may leave; the
-grid is drawn per sample, there once for all samples on a GPU. An augmentation that is off draws no random number.
+GridMask, with two differences: images stay uint8, so colors are clipped to 0-255 (the original's floats may go beyond);
+the grid is drawn per sample (in the original, once for all samples of a GPU). An augmentation that is off draws no
+random number.
 """
 
 from collections.abc import Sequence
@@ -19,8 +20,8 @@ HIDDEN = np.array([124, 116, 104], np.uint8)
 
 
 def augment_sample(sample, rng: np.random.Generator, cfg: Augment):
-    """The sample rotated about the LiDAR's vertical axis, scaled, shifted and mirrored, its points shuffled and a grid
-    over its images, as `cfg` says. Colors change in `photometric_distortion`.
+    """The sample rotated about the LiDAR's vertical axis, scaled, shifted and flipped, its points shuffled and its
+    images masked by a grid, as `cfg` says. Colors change in `photometric_distortion`.
     """
     angle = rng.uniform(-cfg.rotation, cfg.rotation)
     scale = rng.uniform(*cfg.scale)
@@ -55,9 +56,9 @@ def make_transform(
 
 
 def apply_transform(sample, transform: np.ndarray):
-    """The sample in the frame that `transform`, of `make_transform`, leads to.
+    """The sample transformed by `transform`, [4, 4] from `make_transform`.
 
-    Images stay: the projections take the new points to where the old ones were seen. Depths along the optical axis
+    Images do not change: the new projections map the new points to the same pixels. Depths along the optical axis
     stay in the camera's meters; distances between camera and points are those of the new frame.
     """
     points, inverse = sample.points.copy(), np.linalg.inv(transform)
@@ -91,7 +92,7 @@ def _distort(image, rng):
     if contrast_first:
         pixels *= contrast
     if saturation != 1 or hue != 0:
-        hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV)  # of floats: degrees, fraction, the pixels' own unit
+        hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV)  # of floats: degrees, a fraction, the unit of the pixels
         hsv[..., 0] = (hsv[..., 0] + hue) % 360
         hsv[..., 1] *= saturation
         pixels = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
@@ -115,7 +116,7 @@ def _behind_grid(images, rng):
 
 
 def _grid_of(image, period, top, left):
-    """[h, w] bool: the padded image's grid, without the padding."""
+    """[h, w] bool: the grid of the padded image, cropped to the image."""
     h, w = image.shape[:2]
     return grid_mask(_padded(h), _padded(w), period, top, left)[:h, :w]
 
@@ -128,8 +129,8 @@ def _padded(length):
 def grid_mask(height: int, width: int, period: int, top: int, left: int) -> np.ndarray:
     """[height, width] bool, True = visible: rows and columns of bars, half as wide as the `period`.
 
-    The grid covers an area 1.5 times as high and wide, starting `top` and `left` pixels from its corner; the image is
-    the middle of that area. As in the original, no bar starts where less than a whole period is left.
+    The grid covers an area 1.5 times as high and wide as the image, which lies in its middle; the first bars start
+    `top` and `left` pixels from its corner. As in the original, no bar starts where less than a whole period is left.
     """
     bar = min(max(int(period * 0.5 + 0.5), 1), period - 1)
     rows, columns = _bars(height, period, top, bar), _bars(width, period, left, bar)

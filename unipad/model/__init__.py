@@ -1,4 +1,4 @@
-"""The model. Frames are the LiDAR's, lengths meters; a volume is [B, C, Z, Y, X], a ray has the index of its volume.
+"""The model. Coordinates are in the LiDAR frame, in meters; a volume is [B, C, Z, Y, X]; a ray has its volume's index.
 
 encoder.py   images, points or both -> one volume: what pre-training trains and fine-tuning starts from
 mask.py      which blocks of images and voxels are hidden from the encoders
@@ -6,9 +6,9 @@ camera.py    images -> features and depth probabilities of every view
 depth.py     depth heads and their LiDAR supervision
 lidar.py     points -> voxels -> sparse encoder and neck -> volume
 unet.py      points -> sparse U-Net -> features of points, or a volume
-volume.py    view transforms, fusion of frames, dense 3D convolutions
+volume.py    view transforms, frame fusion, dense 3D convolutions
 sparse.py    sparse convolutions and the blocks made of them
-norm.py      batch norm over all processes
+norm.py      batch norm synchronized over processes
 dropout.py   dropout drawn per sample
 
 pretrain.py  the whole pre-training model: a batch -> losses

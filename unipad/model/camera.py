@@ -1,9 +1,9 @@
 """Images to features and depth probabilities: masked ConvNeXt, FPN, depth head.
 
-Hidden 32-pixel blocks take no part, as if every convolution were sparse. Only the 7x7 convolutions look across
-blocks (the strided ones have kernels as large as their strides), so it suffices that the residual stream which they
-read is zero in hidden blocks: the outputs of the stem, of every down-sampling, of every block's branch and of the
-stages are multiplied by the mask, nothing else.
+Masked 32-pixel blocks of the image contribute nothing, as if every convolution were sparse. Only the 7x7 convolutions
+look across blocks (the strided ones have kernels as large as their strides), so it is enough that their input, the
+residual stream, is zero in masked blocks: the mask multiplies the outputs of the stem, of every downsampling, of every
+residual branch and of the stages, nothing else.
 
 Module and parameter names are the official ConvNeXt's and mmdet's, except that the FPN's `.conv.` is dropped.
 """
@@ -35,7 +35,7 @@ class CameraEncoder(nn.Module):
         self.depth_net = depth_head(cfg)
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
-        # As the activations are, else cuDNN converts their layout at every call, and DDP warns about 1x1 gradients.
+        # As the activations: else cuDNN converts the weights at every call, and DDP warns about 1x1 gradients.
         self.to(memory_format=torch.channels_last)
 
     def forward(
@@ -72,7 +72,7 @@ class CameraEncoder(nn.Module):
         return features, depths
 
     def normalize(self, images: Tensor, image_sizes: Tensor) -> Tensor:
-        """Subtract ImageNet's mean, divide by its deviation; zero in the padding."""
+        """Subtract ImageNet's mean, divide by its standard deviation; zero in the padding."""
         rows = torch.arange(images.shape[-2], device=images.device)[:, None]  # [H, 1]
         cols = torch.arange(images.shape[-1], device=images.device)  # [W]
         height, width = image_sizes[..., None, None, None].unbind(2)  # [B, N, 1, 1, 1]
@@ -80,11 +80,11 @@ class CameraEncoder(nn.Module):
 
 
 class ConvNeXt(nn.Module):
-    """ConvNeXt (arXiv 2201.03545), in which hidden blocks take no part.
+    """ConvNeXt (arXiv 2201.03545) with masked blocks of the image left out, see the header.
 
     depths, widths: blocks and channels of each stage; stage i has stride 4 * 2^i.
     drop_path: rate at the last block, rising linearly from 0 at the first.
-    frozen_stages: the first stages and their down-sampling get no gradient, and no drop path.
+    frozen_stages: number of first stages that, with their downsampling, get no gradient and no drop path.
     out_stages: stages whose normalized outputs are returned.
 
     With `checkpointing`, only the input of a block is kept for the backward pass, which recomputes the block: the same
@@ -160,7 +160,7 @@ class Block(nn.Module):
         """x: [M, width, h, w]; scale: [M, 1, h or 1, w or 1] or None."""
         y = self.norm(self.dwconv(x).permute(0, 2, 3, 1)).to(x.dtype)  # [M, h, w, width]
         y = F.gelu(self.pwconv1(y))
-        # gamma times the weights, which are smaller than the activations and their gradients
+        # multiply the weights by gamma: they are smaller than the activations and their gradients
         y = F.linear(y, self.gamma[:, None] * self.pwconv2.weight, self.gamma * self.pwconv2.bias)
         y = y.permute(0, 3, 1, 2)
         return x + y if scale is None else torch.addcmul(x, y, scale)
@@ -174,9 +174,9 @@ class LayerNorm2d(nn.LayerNorm):
 
 
 class FPN(nn.Module):
-    """Feature pyramid of mmdet 2.14: top-down sums; each further level is a stride-2 convolution of the last one.
+    """Feature pyramid of mmdet 2.14: top-down sums; each extra level is a stride-2 convolution of the level before it.
 
-    The first of those reads the last output directly, the following ones its ReLU.
+    The first extra level reads the level before it directly, the others its ReLU.
     """
 
     def __init__(self, widths: Sequence[int], channels: int, levels: int):

@@ -47,7 +47,7 @@ class DecoderLayer(nn.Module):
             reference: [B, Q, 3] logits (x, y, z).
             volume:    [B, Z, Y, X, C].
             blocked:   [Q, Q] bool, True where the row's query must not attend to the column's; None: nowhere.
-            dropout:   None: none.
+            dropout:   None: no dropout.
 
         Returns [B, Q, C].
         """
@@ -82,7 +82,7 @@ class SelfAttention(nn.Module):
         if not dropout.drops:
             allowed = None if blocked is None else ~blocked
             out = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)  # [B, heads, Q, C / heads]
-        else:  # torch's own dropout uses the global random numbers
+        else:  # torch's own dropout uses the global random generator
             weights = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5  # [B, heads, Q, Q]
             if blocked is not None:
                 weights = weights.masked_fill(blocked, -torch.inf)
@@ -91,7 +91,7 @@ class SelfAttention(nn.Module):
 
 
 class VolumeAttention(nn.Module):
-    """Each query reads the volume at its reference point, times its gate."""
+    """Each query reads the volume at its reference point, scaled by its gate."""
 
     def __init__(self, channels: int):
         super().__init__()

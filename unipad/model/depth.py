@@ -13,7 +13,7 @@ from unipad.model.rays import project_points
 
 DILATIONS = (1, 6, 12, 18)  # of ASPP's 3x3 convolutions, in cells; the first is 1x1
 DROPOUT = 0.5  # of ASPP's output
-NEAR_RADIUS = 3.0  # meters in the ground plane; nearer points lie on the car itself
+NEAR_RADIUS = 3.0  # meters in the ground plane; nearer points lie on the ego vehicle
 
 
 def depth_head(cfg: CameraConfig) -> nn.Module:
@@ -113,10 +113,10 @@ def depth_loss(depths: list[Tensor], batch: Batch, cfg: CameraConfig) -> Tensor:
     """Binary cross entropy between the probability of each depth bin and the bin of the nearest LiDAR point.
 
     depths: per level [B, N, h, w, D] probabilities, from `Encoder.encode`.
-    batch:  that they were computed from; views of camera sweeps are compared with the keyframe's points too.
+    batch:  the batch they were computed from; views of camera sweeps, too, are compared with the keyframe's points.
 
     Returns the sum over bins, mean over features with a LiDAR point (0 without any) and sum over levels, times
-    `cfg.depth_weight`. Computed in fp32 or better; the logarithm of 0 is that of the smallest number.
+    `cfg.depth_weight`. Computed in fp32 or better; log(0) is replaced by the log of the smallest normal number.
     Follows Uni3DVoxelPoolDepth.loss of the original.
     """
     total = 0
@@ -136,7 +136,7 @@ def depth_targets(batch: Batch, h: int, w: int, bins: int, depth_range: tuple[fl
     """The depth bin of the nearest LiDAR point in each feature's block of pixels.
 
     h, w:        size of the feature map, which divides the padded image evenly.
-    depth_range: (nearest, farthest) meters along the optical axis, divided into `bins`; points count between them,
+    depth_range: (nearest, farthest) meters along the optical axis, divided into `bins`; only points between them count,
                  strictly inside the image and farther than NEAR_RADIUS from the LiDAR's axis.
 
     Returns [B, N, h, w] int64; -1 without a point. The original sorts points by fp32 keys that do not resolve depths a
@@ -152,7 +152,7 @@ def depth_targets(batch: Batch, h: int, w: int, bins: int, depth_range: tuple[fl
         cell = v.round().long() // stride * w + u.round().long() // stride
         nearest = z.new_full((len(z), h * w), torch.inf)
         nearest = nearest.scatter_reduce(1, cell.where(visible, 0), z.where(visible, torch.inf), "amin")
-        # by a tensor: on a GPU, dividing by a number multiplies by its reciprocal, which moves points into other bins
+        # divide by a tensor: a GPU multiplies by the reciprocal of a number instead, which moves points to other bins
         bin_ = (nearest - near) / nearest.new_full((), (far - near) / bins)
         targets.append(torch.where(bin_ < bins, bin_, -1).long().view(-1, h, w))
     return torch.stack(targets)

@@ -191,7 +191,7 @@ class Head(nn.Module):
         return torch.zeros_like(position), position, reference
 
     def _anchor(self, reference):
-        """Logits that predicted centers are relative to; in the plain head clamped, by conversion to fractions."""
+        """Logits that predicted offsets are added to; in the plain head clamped, as in mmdet's `inverse_sigmoid`."""
         if self.cfg.denoising:
             return reference
         limit = math.log((1 - EPS) / EPS)

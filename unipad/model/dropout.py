@@ -1,4 +1,4 @@
-"""Dropout drawn per sample: what a sample loses does not depend on the rest of the batch."""
+"""Dropout drawn per sample: what is dropped from a sample does not depend on the rest of the batch."""
 
 from collections.abc import Sequence
 

@@ -31,7 +31,7 @@ class Encoded:
 
 
 class Encoder(nn.Module):
-    """Images, points or both to one volume; the volumes of both are summed and convolved once.
+    """Images, points or both to one volume; with both, the two volumes are summed and convolved once.
 
     With camera sweeps each frame of images is lifted to a separate volume, all in the keyframe's LiDAR frame, which
     `FrameFusion` merges. Fine-tuning starts from the weights of this module.

@@ -65,7 +65,7 @@ class Field(nn.Module):
         return decode_sdf(feature, points, self.sdf_decoder.leaves())
 
     def cells(self, points: Tensor) -> Tensor:
-        """Scaled meters -> voxels: 0 at the center of the first, n - 1 at the center of the last."""
+        """Scaled meters -> voxel coordinates: 0 at the center of the first voxel, n - 1 at that of the last."""
         return points * self.cells_per_unit + self.first_cell
 
     @property
@@ -80,7 +80,7 @@ class Field(nn.Module):
 
 
 class Decoder(nn.Module):
-    """An MLP's parameters: lin0.., fc_c.0.., fc_p."""
+    """The parameters of one MLP: lin0.., fc_c.0.., fc_p."""
 
     def __init__(self, inputs: int, outputs: int, hidden: int, layers: int):
         super().__init__()

@@ -63,7 +63,7 @@ class LidarEncoder(nn.Module):
         if cfg.learnable_token:
             self.mask_token = nn.Parameter(torch.empty(1, point_channels))
             nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
-        # As the activations are, else cuDNN converts their layout at every call.
+        # As the activations: else cuDNN converts the weights at every call.
         self.backbone.to(memory_format=torch.channels_last)
         self.neck.to(memory_format=torch.channels_last)
 
@@ -135,7 +135,7 @@ class SparseEncoder(nn.Module):
 class Second(nn.Module):
     """SECOND3D with parallel branches: all read the same input, each with its own stride in x and y.
 
-    Its 1 x 3 x 3 kernels never look across levels, so they are 2D convolutions of all levels of all samples.
+    Its 1 x 3 x 3 kernels never look across z levels, so they are 2D convolutions of all levels of all samples.
 
     widths, strides: per branch.
     layers:          of each branch, after the strided one.

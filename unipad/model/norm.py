@@ -8,10 +8,10 @@ from torch import Tensor, nn
 class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch normalization of [N, C, ...] with statistics over the rows of all processes.
 
-    Unlike `nn.SyncBatchNorm`, not for GPUs only, and a process, or all of them, may have no row or a single one, as
-    sparse features do: a lone row becomes the bias, and without rows the running statistics stay. Otherwise, in one
-    process and in eval mode, it is `nn.BatchNorm1d`, `2d` and `3d`.
-    Statistics and the result are computed in fp32 or better; x keeps its dtype.
+    Unlike `nn.SyncBatchNorm` it also runs on CPUs, and a process, or all of them, may have no row or a single one, as
+    happens with sparse features: a lone row becomes the bias, and without rows the running statistics do not change.
+    In eval mode, and in a single process with more rows, it is the same as `nn.BatchNorm1d`, `2d` and `3d`.
+    Statistics and the result are computed in fp32 or better; the output has the dtype of x.
     """
 
     def _check_input_dim(self, x):
@@ -44,7 +44,7 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 class SumOverProcesses(torch.autograd.Function):
-    """Sum of a tensor over all processes. Its gradient is the sum of theirs, since each of their losses used it.
+    """Sum of a tensor over all processes. The gradient is summed too, since every process's loss depends on the sum.
 
     `torch.distributed.nn.functional.all_reduce` does the same, and is deprecated in torch 2.13.
     """

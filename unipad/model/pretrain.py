@@ -16,7 +16,7 @@ from unipad.model.rays import Rays, choose_rays, lidar_points
 from unipad.model.render import Renderer
 from unipad.model.volume import ConvNormReLU3d
 
-STOP = 1e-4  # transmittance where a GPU stops rendering a picture's ray; 0.03 of 255 gray levels, 1 cm at 100 m
+STOP = 1e-4  # transmittance at which rays of pictures end on a GPU: an error of 0.03 gray levels of 255, 1 cm at 100 m
 
 
 class Pretrain(nn.Module):
@@ -37,7 +37,7 @@ class Pretrain(nn.Module):
 
         Returns:
             losses: name of each term -> its weighted value, the mean over samples.
-            missed: fraction of rays that do not cross the volume, and so do not count.
+            missed: fraction of rays that do not cross the volume, and so do not count in the losses.
         """
         volume, _ = self.encode(batch, generators)
         batch = batch.keyframe()  # rays and points of another time do not match the volume
@@ -64,7 +64,7 @@ class Pretrain(nn.Module):
     @torch.no_grad()
     def render_surface(self, volume: Tensor, rays: Rays) -> tuple[Tensor, Tensor, Tensor]:
         """`render` and the surface normals [R, 3]: unit vectors, LiDAR frame; 0 for rays that miss the volume."""
-        chunk = 8192 if volume.is_cuda else 512  # rays; what fits a CPU's caches takes two thirds of the time
+        chunk = 8192 if volume.is_cuda else 512  # rays; a CPU needs a third less time if they fit its caches
         parts = []
         for i in range(0, len(rays), chunk):
             rendered = self.renderer(volume, rays[i : i + chunk], stop=STOP)

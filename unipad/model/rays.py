@@ -13,7 +13,7 @@ from torch import Tensor
 from unipad.batch import CAMERAS, Batch
 from unipad.config import RayChoice
 
-MIN_DEPTH = 1e-5  # meters in front of the camera; the original's
+MIN_DEPTH = 1e-5  # meters in front of the camera; as in the original
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def choose_rays(batch: Batch, cfg: RayChoice, generators: Sequence[torch.Generat
     depth:    at most `lidar_per_view` LiDAR points, without replacement; the rest are pixels of a grid.
     random:   pixels, uniformly with replacement.
     dilation: every `cfg.dilation`-th pixel of each row and column, in random order.
-    Pixels of the last two have the depth of the nearest LiDAR point that falls into them, if any.
+    With the last two, a pixel has the depth of the nearest LiDAR point that falls into it, if any.
 
     batch:      its `point_counts` are read on the host.
     generators: one per sample, on the batch's device. A sample's rays depend only on its own generator.
@@ -77,7 +77,7 @@ def lidar_rays(batch: Batch, cfg: RayChoice, per_view: int, generators: Sequence
     """`per_view` rays through LiDAR points for each view; without cameras, six times as many from the LiDAR.
 
     A view with fewer points casts some twice; one without any casts rays of unknown depth. Rays from the LiDAR go only
-    to the keyframe's points, since sweeps were taken from elsewhere.
+    to the keyframe's points, since sweeps were recorded from other positions.
     """
     if not batch.images.shape[1]:
         parts = []

@@ -65,7 +65,7 @@ class Renderer(nn.Module):
             raise ValueError(f"no renderer {cfg.method!r}: choose {', '.join(SAMPLERS)}")
         self.sample, self.jitters = SAMPLERS[cfg.method]
         self.field = Field(cfg, grid)
-        # DDP waits for the gradient of every parameter that requires one.
+        # Freeze what is not used: DDP waits for the gradient of every parameter that requires one.
         self.field.deviation_network.requires_grad_(cfg.method == "neus")
         self.field.laplace_density["beta"].requires_grad_(cfg.method == "volsdf")
         self.field.rgb_decoder.requires_grad_(cfg.rgb_weight > 0)
@@ -86,7 +86,7 @@ class Renderer(nn.Module):
             jitter: [R, self.jitters] uniforms in [0, 1) that jitter the samples of each ray, in training.
                     None: the same samples every time.
             points: pair of [P, 3] meters and [P] int32 volume index (-1: leave out), for the loss `points`.
-            stop:   transmittance at which `sdf_render` stops, where that runs: for pictures, not for losses.
+            stop:   transmittance at which a ray ends, in the fused op only: for pictures, not for losses.
 
         Without rays all tensors are empty. Differentiable once in `volume` and the parameters.
 

@@ -41,18 +41,18 @@ def volsdf_edges(cfg: Render, sdf_at: Callable, near: Tensor, far: Tensor, jitte
     """
     edges = stratified_starts(near, far, cfg.search, jitter[0])
     sdf = sdf_at(edges[:, :-1])
-    loosest = (edges.diff(dim=1).square().sum(dim=1) / (4 * math.log(1 + ERROR))).sqrt()  # [R], lemma 2
+    beta_plus = (edges.diff(dim=1).square().sum(dim=1) / (4 * math.log(1 + ERROR))).sqrt()  # [R], lemma 2
     for i in range(1, ROUNDS + 1):
         deltas = edges.diff(dim=1)
         clearance = _clearance(sdf, deltas)
-        loosest = _tighten(beta, loosest, sdf, deltas, clearance)
-        transmittance, error = _transmittance_and_error(loosest[:, None], sdf, deltas, clearance)
-        if i == ROUNDS or to_host((loosest <= beta).all(), "convergence of VolSDF's sampler"):
+        beta_plus = _tighten(beta, beta_plus, sdf, deltas, clearance)
+        transmittance, error = _transmittance_and_error(beta_plus[:, None], sdf, deltas, clearance)
+        if i == ROUNDS or to_host((beta_plus <= beta).all(), "convergence of VolSDF's sampler"):
             break
         new_edges = sample_pdf(edges, error * transmittance, cfg.search, jitter[i])
         edges, order = merge(edges, new_edges)
         sdf = torch.cat([sdf, sdf_at(new_edges[:, :-1])], dim=1).gather(1, order)
-    alpha = 1 - torch.exp(-deltas * laplace_density(sdf, loosest[:, None]))
+    alpha = 1 - torch.exp(-deltas * laplace_density(sdf, beta_plus[:, None]))
     drawn = sample_pdf(edges, alpha * transmittance, cfg.importance, jitter[ROUNDS])
     return merge(drawn, stratified_starts(near, far, cfg.samples, jitter[ROUNDS + 1]))[0]
 
@@ -91,7 +91,7 @@ def _clearance(sdf, deltas):
     """
     length, before, after = deltas[:, :-1], sdf[:, :-1].abs(), sdf[:, 1:].abs()
     s = (length + before + after) / 2
-    area = (s * (s - length) * (s - before) * (s - after)).clamp(min=0).sqrt()  # Heron
+    area = (s * (s - length) * (s - before) * (s - after)).clamp(min=0).sqrt()  # Heron's formula
     height = torch.where(before + after > length, 2 * area / length, 0)
     height = torch.where(length**2 + before**2 <= after**2, before, height)
     height = torch.where(length**2 + after**2 <= before**2, after, height)
@@ -109,14 +109,14 @@ def _transmittance_and_error(beta, sdf, deltas, clearance):
     return transmittance, torch.exp(error @ up_to).clamp(max=1e6) - 1
 
 
-def _tighten(beta, loosest, sdf, deltas, clearance):
+def _tighten(beta, beta_plus, sdf, deltas, clearance):
     """The smallest beta per ray, [R], that meets ERROR: the field's own if that does, else found by bisection."""
 
     def meets(beta):
         transmittance, error = _transmittance_and_error(beta, sdf, deltas, clearance)
         return (transmittance * error).amax(dim=1) <= ERROR  # [R]
 
-    high = torch.where(meets(beta), beta, loosest)
+    high = torch.where(meets(beta), beta, beta_plus)
     low = beta.expand_as(high)
     for _ in range(BISECTIONS):
         middle = (low + high) / 2

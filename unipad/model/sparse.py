@@ -53,7 +53,7 @@ class VoxelSet:
         check: bool = True,
     ):
         """
-        coords:     [N, 4] int32 (b, z, y, x), each once.
+        coords:     [N, 4] int32 (b, z, y, x), each voxel once.
         shape:      cells (Z, Y, X).
         batch_size: number of grids; some may be empty.
         in_order:   the voxels are already in ascending order, and need not be sorted.
@@ -222,7 +222,7 @@ class SparseInverseConv3d(_SparseConvolution):
 class SparseBatchNorm(SyncedBatchNorm):
     """Batch normalization over the occupied voxels of all samples of all processes."""
 
-    _cache = _versions = _inputs = None  # of scale and shift; versions of the tensors they derive from; those tensors
+    _cache = _versions = _inputs = None  # scale and shift; versions of the tensors they depend on; these tensors
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         return x.replace(super().forward(x.features))

@@ -1,6 +1,6 @@
 """Hungarian assignment and detection losses, for all layers of the decoder at once.
 
-Boxes and labels of all samples are concatenated, as in `Batch`; `counts`, a list of ints, has the number of each
+Boxes and labels of all samples are concatenated, as in `Batch`; `counts` is a list of ints, the number of boxes of each
 sample, which may be 0.
 """
 
@@ -54,7 +54,7 @@ def noisy_queries(cfg: Detect, grid: Grid, boxes: Tensor, labels: Tensor, counts
     """Ground truth with its centers shifted by at most `noise_scale` times half of w, l, h along x, y, z.
 
     Args:
-        grid:   whose range the references are fractions of.
+        grid:   references are fractions of its range.
         boxes:  [M, 9]; labels: [M] int64; counts: B ints.
         noise:  [groups, M, 3] uniform in [0, 1); the last groups are not used if a sample has many boxes.
     """
@@ -190,7 +190,7 @@ def _box_losses(cfg, found, at, boxes, count):
         with torch.no_grad():
             overlap = paired_iou_3d(predicted.flatten(0, 1), boxes[..., :7].expand_as(predicted).flatten(0, 1))
         overlap = overlap.view(codes.shape[:2])  # [L, N]
-        hits = (overlap > 0) & known[..., 0]  # nor where a size overflows
+        hits = (overlap > 0) & known[..., 0]  # False too where a predicted size overflows
         error = (found.iou[at] - (2 * torch.where(hits, overlap, 0) - 1)).abs() * hits
         losses["iou"] = cfg.iou_weight * error.sum(dim=1) / hits.sum(dim=1).clamp(min=1)
     return losses

@@ -1,8 +1,8 @@
 """SpUNet: points -> one point per voxel -> a sparse U-Net -> features of every point, or a volume of them.
 
 Names inside `Unet` are those of the original's SpUNetBase, after Pointcept: 5 x 5 x 5 stem, strided convolutions down,
-their inverses up, skip connections. What differs: the voxel grid starts at the LiDAR, in Pointcept at each sample's
-minimum; so a sample's features depend neither on its farthest point nor on what else is in the batch.
+their inverses up, skip connections. One difference: the voxel grid is aligned with the LiDAR, in Pointcept with
+each sample's minimum; so a sample's features depend neither on its farthest point nor on the rest of the batch.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from unipad.model.sparse import (
     in_fp32,
 )
 
-INTENSITY = 255.0  # largest in nuScenes
+INTENSITY = 255.0  # maximum in nuScenes
 
 
 class UnetEncoder(nn.Module):
@@ -95,11 +95,11 @@ class UnetEncoder(nn.Module):
     def _volume(self, features, places, sample, B):
         X, Y, Z = self.grid.shape
         axes = zip(places.unbind(1), self.grid.low, self.grid.cell, self.grid.shape, strict=True)
-        # divide by a tensor: on a GPU, a number is inverted and multiplied, which moves points into other cells
+        # divide by a tensor: a GPU multiplies by the reciprocal of a number instead, which moves points to other cells
         x, y, z = (((p - low) / p.new_full((), cell)).long().clamp(max=size - 1) for p, low, cell, size in axes)
         key, order = (((sample.long() * Z + z) * Y + y) * X + x).sort(stable=True)
         begin = torch.searchsorted(key, torch.arange(B * Z * Y * X, device=key.device))
-        # means of many points, so not in half precision, even under autocast; 0 without points
+        # means over many points, so not in half precision, even under autocast; 0 in cells without points
         volume = F.embedding_bag(order, features.to(places.dtype), begin, mode="mean")
         return volume.view(B, Z, Y, X, -1).permute(0, 4, 1, 2, 3)
 

@@ -1,4 +1,4 @@
-"""Volumes of voxels: features of the views lifted into one, frames fused, and dense 3D convolutions."""
+"""View transforms (image features lifted into a volume of voxels), frame fusion, and dense 3D convolutions."""
 
 import torch
 import torch.nn.functional as F
@@ -89,7 +89,7 @@ class FrameFusion(nn.Module):
         """
         with_age, mix = self.time_conv[0], self.trans_conv[0]
         weight = with_age.weight.flatten(1)
-        # The age is a constant channel, so it is added to the bias instead of copying the volume
+        # The age is a constant channel, so it goes into the bias instead of copying the volume.
         bias = with_age.bias + lags.flatten()[:, None] * weight[:, -1]  # [B * frames, C]
         x = F.linear(volumes.permute(0, 2, 3, 4, 1), weight[:, :-1])  # [B * frames, Z, Y, X, C]
         x = x + bias[:, None, None, None].to(x.dtype)

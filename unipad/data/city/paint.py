@@ -8,7 +8,7 @@ import numpy as np
 
 from unipad.data.city.raycast import CHUNK, GROUND, SKY, surface
 from unipad.data.city.solids import CATEGORY, MATERIALS, corners
-from unipad.data.city.streets import KERB, WHITE, YELLOW
+from unipad.data.city.streets import CURB, WHITE, YELLOW
 
 HAZE = np.array([0.76, 0.82, 0.88], np.float32)
 ZENITH = np.array([0.32, 0.52, 0.82], np.float32)
@@ -20,7 +20,7 @@ FLOORS = {  # base colors of the ground
     "flat.sidewalk": (0.63, 0.61, 0.57),
     "flat.terrain": (0.33, 0.43, 0.19),
 }
-MARKS = {WHITE: (0.92, 0.92, 0.90), YELLOW: (0.85, 0.66, 0.18), KERB: (0.74, 0.73, 0.70)}
+MARKS = {WHITE: (0.92, 0.92, 0.90), YELLOW: (0.85, 0.66, 0.18), CURB: (0.74, 0.73, 0.70)}
 GLASS = np.array([0.13, 0.17, 0.21], np.float32)
 
 
@@ -107,15 +107,15 @@ def _facade(rgb, p, normal, half):
     """Windows in stories of 3.1 m and bays of 2.7 m, some lit or curtained; shop windows at the bottom."""
     side = np.abs(normal[:, 0]) > 0.5
     along, width = np.where(side, p[:, 1], p[:, 0]), np.where(side, half[:, 1], half[:, 0])
-    z, storey = p[:, 2] + half[:, 2], (p[:, 2] + half[:, 2]) // 3.1
+    z, story = p[:, 2] + half[:, 2], (p[:, 2] + half[:, 2]) // 3.1
     bay = (along + width) // 2.7
     u, v = (along + width) % 2.7, z % 3.1
-    shop = storey == 0
+    shop = story == 0
     tall, wide = (v > np.where(shop, 0.5, 0.9)) & (v < np.where(shop, 2.6, 2.4)), np.where(shop, 1.05, 0.6)
     pane = tall & (np.abs(u - 1.35) < wide)
     pane &= (z < 2 * half[:, 2] - 0.6) & (width - np.abs(along) > 0.4)
     frame = pane & ((np.abs(u - 1.35) < 0.05) | (np.abs(v - 1.7) < 0.04))
-    tint = noise(bay * 37 + half[:, 0] * 91, storey * 53 + half[:, 1] * 77)
+    tint = noise(bay * 37 + half[:, 0] * 91, story * 53 + half[:, 1] * 77)
     glass = GLASS * 1.3 + (0.18 + 0.22 * tint)[:, None] * np.array([0.9, 1.0, 1.1], np.float32)
     rgb = rgb * np.where((v < 0.12) & ~shop, 0.85, 1)[:, None]
     rgb[pane] = glass[pane]
@@ -140,7 +140,7 @@ def _signal(rgb, p, normal, half):
 
 
 def _body(rgb, p, normal, half):
-    """The lower half of a vehicle: wheels, sill, lights, plates."""
+    """The lower half of a vehicle: wheels, sill, lights, license plates."""
     side = np.abs(normal[:, 1]) > 0.5
     z = p[:, 2] + half[:, 2]
     rgb[z < 0.14] = 0.08

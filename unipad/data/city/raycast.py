@@ -207,7 +207,7 @@ def _box_entry(solids, origin, d, count):
     ):
         if inwards is not None and inwards.any():
             along = along + np.repeat(inwards.astype(np.float32), count) * dz
-        # a ray parallel to the plane crosses it at +-infinity, by the side it runs on
+        # a ray parallel to the plane crosses it at plus or minus infinity, depending on its side of the plane
         along = np.where(np.abs(along) < 1e-12, np.float32(1e-12), along)
         t = np.repeat(room.astype(np.float32), count) / along
         against = along < 0

@@ -16,7 +16,7 @@ from unipad.data.city.solids import SOLID, solid, to_local
 
 @dataclass(frozen=True)
 class Camera:
-    """A camera of nuScenes, rounded."""
+    """A camera of nuScenes, with rounded calibration."""
 
     position: tuple[float, float, float]  # ego frame
     yaw: float  # degrees to the left
@@ -42,7 +42,7 @@ LIDAR_POSITION = (0.94, 0.0, 1.84)
 LIDAR_ROTATION = Quaternion(axis=(0, 0, 1), degrees=-90)  # LiDAR -> ego
 BEAMS = np.radians(np.linspace(-30.67, 10.67, 32))  # elevations, ring 0 first
 LIDAR_RANGE = 70.0
-RANGE_NOISE, INTENSITY_NOISE, DROPOUT = 0.01, 2.0, 0.02  # standard deviations in meters and of 255; fraction of beams
+RANGE_NOISE, INTENSITY_NOISE, DROPOUT = 0.01, 2.0, 0.02  # standard deviations in meters and of 0-255; fraction of beams
 
 # The ego vehicle in its own frame. Only the LiDAR sees it, since the cameras look outwards.
 EGO = np.array(
@@ -134,7 +134,7 @@ def census(scene, t, columns, scan):
     """
     of_actors = np.nonzero(scan.owner >= 0)[0]
     owner, (x, y, z) = scan.owner[of_actors], scan.points[of_actors, :3].astype(np.float64).T
-    ahead, left = y + LIDAR_POSITION[0], LIDAR_POSITION[1] - x  # LIDAR_ROTATION, by hand
+    ahead, left = y + LIDAR_POSITION[0], LIDAR_POSITION[1] - x  # LIDAR_ROTATION, written out
     ego_x, ego_y, heading = scene.ego.pose(t)
     c, s = np.cos(heading), np.sin(heading)
     world = np.stack([ego_x + c * ahead - s * left, ego_y + s * ahead + c * left, z + LIDAR_POSITION[2]], axis=1)

@@ -15,14 +15,14 @@ from unipad.data.city.solids import CATEGORY, SOLID, solid
 
 PITCH = 72.0  # meters from street to street
 STREETS = 7  # streets each way on the map; the city continues beyond, but no scene gets there
-ROAD = 7.0  # meters from the center line of a street to its kerb: a lane of 4.2 and a parking lane
+ROAD = 7.0  # meters from the center line of a street to its curb: a lane of 4.2 and a parking lane
 LANE = 1.9  # meters from the center line of the street to that of a lane
-KERB_RADIUS = 4.0
+CURB_RADIUS = 4.0
 WALK = 3.5  # meters of sidewalk
 CROSSWALK = (4.5, 7.5)  # meters from the edge of the intersection
 BEND, BEND_LENGTH = 6.0, 190.0  # meters
 
-NO_MARK, WHITE, YELLOW, KERB = range(4)
+NO_MARK, WHITE, YELLOW, CURB = range(4)
 AXES = np.array([(1.0, 0.0), (0, 1), (-1, 0), (0, -1)])  # the four directions of a street, each to the left of the last
 
 
@@ -63,13 +63,13 @@ class City:
 
         Returns:
             category: [n] uint8 lidarseg index.
-            mark:     [n] uint8 NO_MARK, WHITE, YELLOW or KERB.
-            depth:    [n] meters from the kerb into the block, negative on the road.
+            mark:     [n] uint8 NO_MARK, WHITE, YELLOW or CURB.
+            depth:    [n] meters from the curb into the block, negative on the road.
         """
         gx, gy = self.to_grid(x, y)
         a, b = (g - np.float32(PITCH) * np.round(g / np.float32(PITCH)) for g in (gx, gy))  # from the nearest streets
         ea, eb = np.abs(a) - np.float32(ROAD), np.abs(b) - np.float32(ROAD)
-        r = np.float32(KERB_RADIUS)
+        r = np.float32(CURB_RADIUS)
         depth = np.where((ea < r) & (eb < r), r - np.hypot(r - ea, r - eb), np.minimum(ea, eb))
         paved = (np.floor(gx / 13) + np.floor(gy / 13)) % 3 == 0
         lot = np.where(paved, CATEGORY["flat.other"], CATEGORY["flat.terrain"])
@@ -84,7 +84,7 @@ class City:
         stop = (np.abs(ahead - 8.7) < 0.25) & arriving & (wide < 4.2)
         edge = (ahead > 9.5) & (np.abs(wide - 4.3) < 0.08)
         middle = (ahead > 9.5) & (np.abs(wide - 0.18) < 0.08)
-        mark = np.select([depth > 0.3, depth > 0, zebra | stop | edge, middle], [NO_MARK, KERB, WHITE, YELLOW], NO_MARK)
+        mark = np.select([depth > 0.3, depth > 0, zebra | stop | edge, middle], [NO_MARK, CURB, WHITE, YELLOW], NO_MARK)
         return category, mark.astype(np.uint8), depth
 
     @cache  # noqa: B019 (a process holds one city)

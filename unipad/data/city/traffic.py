@@ -1,7 +1,7 @@
 """Road users, and scenes: drives through the city in traffic.
 
-Every scene has all ten detection classes near its start: the large ones parked along the kerb on both sides,
-a roadworks site with cones and barriers, people on the sidewalks and moving traffic. Nothing ever collides:
+Every scene has all ten detection classes near its start: the large ones parked along the curb on both sides,
+a construction site with cones and barriers, people on the sidewalks and moving traffic. Nothing ever collides:
 an actor that would is not added.
 
 World frame: x, y in the ground plane, z up, ground at z = 0; meters, seconds, radians.
@@ -67,7 +67,7 @@ def low(pieces, fraction):
     return tuple((x, y, (z[0] * fraction, z[1] * fraction), *rest) for x, y, z, *rest in pieces)
 
 
-# Attributes as the original assigns them to detections: a still bus is at its stop, other vehicles are parked.
+# Attributes as the original assigns them to detections: a stationary bus is at its stop, other vehicles are parked.
 VEHICLE = {"moving": "vehicle.moving", "still": "vehicle.parked"}
 RIDDEN = {"moving": "cycle.with_rider", "still": "cycle.with_rider"}
 RIDERLESS = {"moving": "cycle.without_rider", "still": "cycle.without_rider"}
@@ -201,7 +201,7 @@ class Scene:
         """index: 0.. of the scene within its set; duration: seconds it lasts."""
         self.city, self.index, self.duration = City.of(seed), index, duration
         self.rng = rng = np.random.default_rng([seed, 3, index])
-        # every scene has another intersection, away from the border
+        # every scene has a different intersection, away from the border
         inner = STREETS - 3
         order = np.random.default_rng([seed, 4]).permutation(inner * inner)
         self.node = (np.array(divmod(order[index % len(order)], inner)) + 2) * PITCH  # grid meters
@@ -230,9 +230,7 @@ class Scene:
         blocks = sorted({(i + di, j + dj) for i, j in blocks for di in reach for dj in reach})
         self.fixed = np.concatenate([self.city.block(*b) for b in blocks])
         high, bearing = rng.uniform(0.6, 0.95), rng.uniform(0, 2 * np.pi)
-        self.sun = np.array(
-            [np.cos(high) * np.cos(bearing), np.cos(high) * np.sin(bearing), np.sin(high)]
-        )  # towards it
+        self.sun = np.array([np.cos(high) * np.cos(bearing), np.cos(high) * np.sin(bearing), np.sin(high)])
 
     def poses(self, t):
         """[actors, 3] x, y, yaw at time t."""
@@ -265,7 +263,7 @@ class Scene:
         return np.concatenate([self.fixed[distance < sight], pieces[near]])
 
     def _park(self):
-        """Park along the kerbs: every large kind on both sides of the start; a random mix in the other streets."""
+        """Park along the curbs: every large kind on both sides of the start; a random mix in the other streets."""
         rng = self.rng
         for side, kinds in ((-1, ["site", "truck"]), (1, ["bus", "trailer"])):
             begin, end = -self.before - 18, -ROAD - CROSSWALK[1] - 1.5
@@ -276,23 +274,23 @@ class Scene:
                     self._dig(begin, side)
                     begin += 12.5
                 else:
-                    begin = self._kerb(kind, self.heading, begin, side) + rng.uniform(0.8, 1.4)
+                    begin = self._curb(kind, self.heading, begin, side) + rng.uniform(0.8, 1.4)
         for arm in range(4):
             for side in (-1, 1):
                 begin = ROAD + 11
                 while begin < PITCH - 24:
                     kind = rng.choice(["car", "truck", "motorcycle", "none"], p=[0.55, 0.06, 0.07, 0.32])
-                    begin = begin + 5 if kind == "none" else self._kerb(kind, arm, begin, side) + rng.uniform(0.8, 3)
+                    begin = begin + 5 if kind == "none" else self._curb(kind, arm, begin, side) + rng.uniform(0.8, 3)
 
-    def _kerb(self, kind, heading, begin, side):
-        """Park at the kerb on one side (1 left, -1 right) of a street; returns where the next one may start."""
+    def _curb(self, kind, heading, begin, side):
+        """Park at the curb on one side (1 left, -1 right) of a street; returns where the next one may start."""
         width, length, _ = KINDS[kind].size
         spot = self._still(begin + length / 2, side * (ROAD - width / 2 - 0.3), heading, 0.0 if side < 0 else np.pi)
         self._add(kind, spot)
         return begin + length
 
     def _dig(self, begin, side):
-        """Roadworks on 11 meters of the parking lane: an excavator between barriers, cones towards the traffic."""
+        """A construction site on 11 m of the parking lane: an excavator between barriers, cones towards the traffic."""
         rotation = 0.0 if side < 0 else np.pi
         for ahead in (0.4, 10.8):
             self._add("barrier", self._still(begin + ahead, side * (ROAD - 1.4), rotation=rotation))

@@ -1,7 +1,7 @@
 """Evaluate a model, with pictures of its predictions.
 
-    python eval.py RUN                                  # NDS and mAP of boxes, or mIoU of points, or how well a
-                                                        # pre-trained model renders
+    python eval.py RUN                                  # NDS and mAP of boxes, mIoU of points, or PSNR and depth errors
+                                                        # of a pre-trained model
     python eval.py RUN --tta                            # boxes merged from twelve views of every frame, points from
                                                         # eight: rotated, scaled and flipped
     python eval.py RUN --version v1.0-test --split test --data-root /data/nuscenes       # a submission
@@ -48,7 +48,7 @@ from unipad.data.tables import CLASSES, LIDARSEG_CLASSES
 from unipad.draw.boxes import detection_views
 from unipad.draw.mesh import check_mesh, distances, surface, write_ply
 from unipad.draw.segments import segment_views
-from unipad.draw.views import rendered_views, write_film
+from unipad.draw.views import rendered_views, write_video
 from unipad.errors import UserError, check_ranges
 from unipad.evaluate.detection import detect_all, submit
 from unipad.evaluate.rendering import evaluate_rendering
@@ -98,10 +98,10 @@ class Args:
     tta_scales: tuple[float, ...] | None = None  # --tta: scale factors; None: 1 1.06 0.96 (segment: 1)
     tta_angles: tuple[float, ...] | None = None  # --tta: degrees about the vertical axis; None: 0 (segment: 0 90)
     tta_flips: bool = True  # --tta: also flip front to back, left to right, and both
-    frames: tuple[int, ...] = ()  # render: frames of the split, counted from 0; if none, --pictures of them, spread out
-    scene: str | None = None  # render: all frames of this scene, and a film of them
-    film: Literal["gif", "mp4"] = "gif"  # render: format of the film
-    film_rate: float = 4.0  # render: frames per second of the film; keyframes are half a second apart
+    frames: tuple[int, ...] = ()  # render: frames of the split, counted from 0; if none, as many as --pictures
+    scene: str | None = None  # render: all frames of this scene, and a video of them
+    video: Literal["gif", "mp4"] = "gif"  # render: format of the video
+    video_fps: float = 4.0  # render: frames per second of the video; keyframes are half a second apart
     picture_stride: int = 1  # render: pixels between rays
     masked: bool = True  # render: mask the encoder's input as in training
     seed: int = 0  # seed of the masks
@@ -114,15 +114,15 @@ class Args:
 TASK_FLAGS = {
     "detect": ("tta", "tta_scales", "tta_angles", "tta_flips", "min_score", "batch_size"),
     "segment": ("tta", "tta_scales", "tta_angles", "tta_flips", "batch_size"),
-    "render": ("frames", "scene", "film", "film_rate", "picture_stride", "masked", "mesh", "mesh_cell"),
+    "render": ("frames", "scene", "video", "video_fps", "picture_stride", "masked", "mesh", "mesh_cell"),
 }
 # Flags that have no effect without another one
 NEEDS = {
     "tta_scales": "tta",
     "tta_angles": "tta",
     "tta_flips": "tta",
-    "film": "scene",
-    "film_rate": "scene",
+    "video": "scene",
+    "video_fps": "scene",
     "mesh_cell": "mesh",
 }
 TASKS = {"detect": Detector, "segment": Segmenter, "render": Pretrain}
@@ -135,7 +135,7 @@ def parse(argv=None) -> Args:
     if argv[:1] in ([], ["-h"], ["--help"]):  # no checkpoint, so no recipe
         return tyro.cli(Args, args=argv, description=__doc__, config=(tyro.conf.AvoidSubcommands,))
     args = cli.parse(Args, with_settings, __doc__, argv)
-    positive = ("batch_size", "pictures", "film_rate", "picture_stride", "mesh_cell")
+    positive = ("batch_size", "pictures", "video_fps", "picture_stride", "mesh_cell")
     check_ranges(args, positive, ("workers", "seed", "min_score"))
     cli.check_recipe(args.recipe)
     if () in (args.tta_scales, args.tta_angles) or min(args.tta_scales or (1.0,)) <= 0:
@@ -198,16 +198,16 @@ def detect(args, model, dataset, out, world):
     function = model.detect
     if args.tta:
         function = partial(detect_tta, model.detect, views_of(args, "detect"))
-    found = detect_all(model, dataset, world, function, args.batch_size, world.workers(args.workers))
+    detections = detect_all(model, dataset, world, function, args.batch_size, world.workers(args.workers))
     if not world.is_main:
         return
-    file = submit(found, model.recipe, dataset, out)
+    file = submit(detections, model.recipe, dataset, out)
     if dataset.split == "test":
         world.print0(f"the test split has no public annotations: no metrics, but a submission in {file}")
     else:
         world.print0(table(score_submission(file, dataset.root, dataset.version, dataset.split)))
-    for i, batch in drawn_frames(args, model, dataset, found):
-        picture = detection_views(batch, found[batch.tokens[0]], args.min_score)
+    for i, batch in drawn_frames(args, model, dataset, detections):
+        picture = detection_views(batch, detections[batch.tokens[0]], args.min_score)
         Image.fromarray(picture).save(out / f"boxes_{i}.png")
 
 
@@ -218,29 +218,29 @@ def segment(args, model, dataset, out, world):
     function = model.segment
     if args.tta:
         function = partial(segment_tta, model.logits, views_of(args, "segment"))
-    found = segment_all(model, dataset, world, function, args.batch_size, world.workers(args.workers))
+    predictions = segment_all(model, dataset, world, function, args.batch_size, world.workers(args.workers))
     if not world.is_main:
         return
-    write_segmentation(found, dataset, out)
-    if len(found) < len(dataset):
-        missing = len(dataset) - len(found)
+    write_segmentation(predictions, dataset, out)
+    if len(predictions) < len(dataset):
+        missing = len(dataset) - len(predictions)
         world.print0(f"incomplete: {missing} of {len(dataset)} frames could not be read and have no file")
     if dataset.split == "test":
         world.print0(f"the test split has no public labels: no metrics, but a submission in {out}")
     else:
-        world.print0(segmentation_table(score_segmentation(out, dataset, found)))
-    for i, batch in drawn_frames(args, model, dataset, found):
-        picture = segment_views(batch, found[batch.tokens[0]])
+        world.print0(segmentation_table(score_segmentation(out, dataset, predictions)))
+    for i, batch in drawn_frames(args, model, dataset, predictions):
+        picture = segment_views(batch, predictions[batch.tokens[0]])
         Image.fromarray(picture).save(out / f"segments_{i}.png")
 
 
-def drawn_frames(args, model, dataset, found):
+def drawn_frames(args, model, dataset, predictions):
     """Yield (number, batch of one) for the frames to draw: with images, even if only the LiDAR was used."""
     with_images = dataset.has_images(dataset.root, dataset.version, dataset.split)
     settings = replace(model.recipe.data, cameras=with_images, camera_sweeps=1)  # only the keyframe's images
     drawn = type(dataset)(dataset.root, dataset.version, dataset.split, settings)
     for i, (_, batch) in enumerate(held_out_batches(drawn, args.pictures)):
-        if batch.tokens[0] in found:
+        if batch.tokens[0] in predictions:
             yield i, batch
 
 
@@ -262,12 +262,12 @@ def render(args, model, dataset, out, world):
         except BadFrame as bad:
             print(f"skipped {bad}", file=sys.stderr)
             continue
-        hidden = [generators(args.seed, 0, [row], device) if args.masked else None for _ in range(2)]
+        mask_generators = [generators(args.seed, 0, [row], device) if args.masked else None for _ in range(2)]
         width = max(240, min(480, batch.images.shape[-1]))
-        picture = rendered_views(model, batch, hidden[0], args.picture_stride, normals=True, width=width)
+        picture = rendered_views(model, batch, mask_generators[0], args.picture_stride, normals=True, width=width)
         Image.fromarray(picture).save(out / f"frame_{row:05d}.png")
         if args.mesh:
-            volume, _ = model.encode(batch, hidden[1])
+            volume, _ = model.encode(batch, mask_generators[1])
             values = distances(model, volume, args.mesh_cell).cpu().numpy()
             write_ply(out / f"mesh_{row:05d}.ply", *surface(values, model.recipe.grid.low, args.mesh_cell))
         done.append(row)
@@ -280,7 +280,7 @@ def render(args, model, dataset, out, world):
         (out / "render.json").write_text(json.dumps({"frames": sorted(sum(parts, [])), **metrics}, indent=2) + "\n")
         if args.scene:
             pictures = [out / f"frame_{row:05d}.png" for row in sorted(sum(parts, []))]
-            write_film(pictures, out / f"{args.scene}.{args.film}", args.film_rate)
+            write_video(pictures, out / f"{args.scene}.{args.video}", args.video_fps)
 
 
 def rows_of(args, dataset):

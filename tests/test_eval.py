@@ -19,7 +19,7 @@ from unipad.checkpoint import write_checkpoint
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.tables import CLASSES
 from unipad.draw.mesh import distances, surface, write_ply
-from unipad.draw.views import write_film
+from unipad.draw.views import write_video
 from unipad.errors import UserError
 from unipad.evaluate.detection import detect_all, evaluate_detections
 from unipad.evaluate.submission import MAX_BOXES, table, write_submission
@@ -227,14 +227,14 @@ def test_a_scene_is_rendered_filmed_and_meshed(camera_run, tmp_path, capsys):
     assert "psnr" in words and "depth_rmse" in words
     written = json.loads((tmp_path / "render.json").read_text())
     assert written["frames"] == [0, 1, 2] and 0 < written["psnr"] < 30
-    film = Image.open(tmp_path / "scene-0103.gif")
-    assert film.n_frames == 3 and film.size == Image.open(tmp_path / "frame_00002.png").size
-    assert film.size[0] > 6 * 240  # six columns, and names
+    video = Image.open(tmp_path / "scene-0103.gif")
+    assert video.n_frames == 3 and video.size == Image.open(tmp_path / "frame_00002.png").size
+    assert video.size[0] > 6 * 240  # six columns, and names
     header, _ = (tmp_path / "mesh_00000.ply").read_bytes().split(b"end_header\n")
     assert b"element vertex" in header
-    write_film(sorted(tmp_path.glob("frame_*.png")), tmp_path / "film.mp4", rate=4)
-    film = cv2.VideoCapture(str(tmp_path / "film.mp4"))
-    assert film.get(cv2.CAP_PROP_FRAME_COUNT) == 3 and film.get(cv2.CAP_PROP_FPS) == 4
+    write_video(sorted(tmp_path.glob("frame_*.png")), tmp_path / "video.mp4", fps=4)
+    video = cv2.VideoCapture(str(tmp_path / "video.mp4"))
+    assert video.get(cv2.CAP_PROP_FRAME_COUNT) == 3 and video.get(cv2.CAP_PROP_FPS) == 4
 
 
 def test_frames_are_rendered_by_number_with_and_without_masks(camera_run, tmp_path, city):
@@ -298,7 +298,7 @@ MISTAKES = [
     ("detector", ["--tta", "--tta-scales", 0.0], ["--tta-scales"]),
     ("detector", ["--tta-angles", 90.0], ["--tta-angles has no effect without --tta"]),
     ("camera", ["--mesh-cell", 1.0], ["--mesh-cell has no effect without --mesh"]),
-    ("camera", ["--film", "mp4"], ["--film has no effect without --scene"]),
+    ("camera", ["--video", "mp4"], ["--video has no effect without --scene"]),
     ("camera", ["--data.no-cameras"], ["--data.no-cameras", "camera encoder"]),
     ("detector", ["--camera.mask-ratio", 0.5], ["--camera.mask-ratio has no effect", "no camera"]),
     ("detector", ["--detect.queries", 30], ["do not fit the recipe"]),

@@ -1,8 +1,8 @@
-"""Pictures, films and meshes.
+"""Pictures, videos and meshes.
 
-views.py     renderings next to images and LiDAR depth; films
-boxes.py     boxes from above and in the camera images
-segments.py  classes of points from above and in the camera images
+views.py     renderings next to images and LiDAR depth; videos
+boxes.py     boxes in bird's-eye view and in the camera images
+segments.py  classes of points in bird's-eye view and in the camera images
 mesh.py      the rendered surface as a PLY file
 scene3d.py   points, boxes and the rendered surface as TensorBoard's 3D view
 """

@@ -1,5 +1,5 @@
-"""Pictures of boxes: from above over the LiDAR points, and in the camera images. Ground truth is white, predictions
-have the colors of their classes."""
+"""Pictures of boxes: in bird's-eye view over the LiDAR points, and in the camera images. Ground truth is white,
+predictions have the colors of their classes."""
 
 import matplotlib
 import numpy as np
@@ -14,24 +14,24 @@ from unipad.draw.views import DPI, picture_of
 from unipad.model.detect import Detections
 
 TITLE = 24  # pixels above an image
-REACH = 52.0  # meters from the LiDAR to the sides of the view from above; objects beyond 50 are not evaluated
+REACH = 52.0  # meters from the LiDAR to the sides of the bird's-eye view; objects beyond 50 are not evaluated
 ROWS = (5, 0, 1), (4, 3, 2)  # cameras as mounted on the car: front left, front, front right; the back ones below
 SKELETON = (0, 1, 2, 3, 0, 4, 5, 6, 7, 4), (1, 5), (2, 6), (3, 7)  # paths along corners that draw all edges
-NEAR = 0.1  # meters in front of a camera at which edges are cut
+NEAR = 0.1  # meters in front of a camera at which edges are clipped
 COLORS = matplotlib.colormaps["tab10"].colors
 
 
-def detection_views(batch: Batch, found: Detections, min_score: float = 0.3, width: int = 520) -> np.ndarray:
-    """The batch's first sample from above, and in its cameras if it has any: [H, W, 3] uint8.
+def detection_views(batch: Batch, detections: Detections, min_score: float = 0.3, width: int = 520) -> np.ndarray:
+    """The batch's first sample in bird's-eye view, and in its cameras if it has any: [H, W, 3] uint8.
 
-    found: of that sample; those with a score below `min_score` are not drawn.
-    width: pixels of a camera's column.
+    detections: of that sample; those with a score below `min_score` are not drawn.
+    width:      pixels of a camera's column.
     """
     batch = batch.keyframe()
     cameras = batch.images.shape[1] > 0
     truth = batch.boxes[: batch.box_counts[0]].cpu()
-    shown = found.scores >= min_score
-    boxes, labels = found.boxes[shown].float().cpu(), found.labels[shown].cpu()
+    shown = detections.scores >= min_score
+    boxes, labels = detections.boxes[shown].float().cpu(), detections.labels[shown].cpu()
     H, W = batch.image_sizes[0, 0].tolist() if cameras else (9, 16)
     height = 2 * (width * H / W + TITLE)
     figure = Figure(figsize=((height + 3 * width * cameras) / DPI, height / DPI), dpi=DPI, layout="constrained")
@@ -67,7 +67,7 @@ def _from_above(part, points, truth, boxes, labels):
 
 
 def _in_camera(axis, image, lidar2image, truth, boxes, labels):
-    """One camera's `image` [h, w, 3] with the edges in front of it; lidar2image [4, 4]."""
+    """One camera's `image` [h, w, 3] with the box edges that are in front of the camera; lidar2image [4, 4]."""
     height, width = image.shape[:2]
     axis.imshow(image)
     axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), xticks=[], yticks=[])
@@ -78,7 +78,7 @@ def _in_camera(axis, image, lidar2image, truth, boxes, labels):
 
 
 def edges(corners, lidar2image):
-    """Pixels [E, 2, 2] of both ends of every edge, cut where it is behind the camera, and its box [E].
+    """Pixels [E, 2, 2] of both ends of every visible edge, clipped at the near plane, and the edge's box [E].
 
     corners: [K, 8, 3] as `box_corners` gives them.
     """

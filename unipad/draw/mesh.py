@@ -10,7 +10,7 @@ from unipad.config import Grid
 from unipad.errors import UserError
 from unipad.model.pretrain import Pretrain
 
-CHUNK = 2**18  # points per evaluation of the SDF, or those of one x
+CHUNK = 2**18  # points per evaluation of the SDF, or one x slice if it has more
 
 
 def check_mesh(grid: Grid, cell: float):

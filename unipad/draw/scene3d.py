@@ -1,6 +1,6 @@
 """The 3D view in TensorBoard: LiDAR points, boxes and the rendered surface as one colored triangle mesh.
 
-A `Mesh` is in the LiDAR frame: x right, y forward, z up, meters. So the view begins from above, forward at the top.
+A `Mesh` is in the LiDAR frame: x right, y forward, z up, meters. So the initial view is from above, forward at the top.
 """
 
 from dataclasses import dataclass
@@ -20,10 +20,10 @@ from unipad.model.pretrain import Pretrain
 
 MAX_POINTS = 20_000  # of a scene, every k-th; at 48 bytes each
 POINT_SIZE, EDGE_SIZE = 0.12, 0.1  # meters
-JUMP = 1.2  # ratio of neighboring depths above which the surface is open between them
-TRUTH, GRAY = (0.0, 0.0, 0.0), (0.35, 0.35, 0.35)  # of boxes and of points, on TensorBoard's white
+JUMP = 1.2  # ratio of neighboring depths above which the surface has a gap between them
+TRUTH, GRAY = (0.0, 0.0, 0.0), (0.35, 0.35, 0.35)  # of boxes and of points, on TensorBoard's white background
 CORNERS = np.eye(3) - 1 / 3  # of a triangle that is visible from above and from all sides
-BAR = np.array([[i, j, i + 3, j, j + 3, i + 3] for i, j in ((0, 1), (1, 2), (2, 0))]).reshape(6, 3)  # between two such
+BAR = np.array([[i, j, i + 3, j, j + 3, i + 3] for i, j in ((0, 1), (1, 2), (2, 0))]).reshape(6, 3)  # joins two
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,17 @@ def rendered_scene(model: Pretrain, batch: Batch, generators: list[torch.Generat
     return joined(strip, lidar(batch), boxes(batch.boxes[: batch.box_counts[0]], TRUTH))
 
 
-def detected_scene(batch: Batch, found: Detections, min_score: float = 0.3) -> Mesh:
+def detected_scene(batch: Batch, detections: Detections, min_score: float = 0.3) -> Mesh:
     """The first sample's points, ground-truth boxes (black) and detections (in the color of their class)."""
-    shown = found.scores >= min_score
-    colors = [BOX_COLORS[label] for label in found.labels[shown].tolist()]
+    shown = detections.scores >= min_score
+    colors = [BOX_COLORS[label] for label in detections.labels[shown].tolist()]
     truth = batch.boxes[: batch.box_counts[0]]
-    return joined(lidar(batch), boxes(truth, TRUTH), boxes(found.boxes[shown], colors))
+    return joined(lidar(batch), boxes(truth, TRUTH), boxes(detections.boxes[shown], colors))
 
 
-def segmented_scene(batch: Batch, found: torch.Tensor) -> Mesh:
-    """The keyframe's points of the first sample in the colors of their predicted classes, `found` [K]."""
-    return lidar(batch, POINT_COLORS[found.cpu().numpy()])
+def segmented_scene(batch: Batch, classes: torch.Tensor) -> Mesh:
+    """The keyframe's points of the first sample in the colors of their predicted `classes` [K]."""
+    return lidar(batch, POINT_COLORS[classes.cpu().numpy()])
 
 
 def lidar(batch: Batch, colors: np.ndarray | None = None) -> Mesh:
@@ -91,7 +91,7 @@ def boxes(boxes: torch.Tensor, colors) -> Mesh:
 
 
 def surface(ends: np.ndarray, columns: int = PANORAMA[1]) -> Mesh:
-    """The ends [rows * columns, 3] of a panorama's rays as a closed strip, in the colors of the pictures' depths."""
+    """The ends [rows * columns, 3] of a panorama's rays as a closed strip, colored by depth as in the pictures."""
     depth = np.linalg.norm(ends, axis=1)
     left = np.arange(len(ends)).reshape(-1, columns)
     right = np.roll(left, -1, axis=1)

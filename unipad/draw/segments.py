@@ -1,4 +1,4 @@
-"""Pictures of the classes of LiDAR points: from above, and over the camera images. Ground truth above predictions."""
+"""Pictures of the classes of LiDAR points: in bird's-eye view, and over the camera images; ground truth on top."""
 
 import numpy as np
 import torch
@@ -11,8 +11,8 @@ from unipad.draw.boxes import NEAR, ROWS
 from unipad.draw.views import DPI, picture_of
 
 TITLE = 24  # pixels above an image
-REACH = 40.0  # meters from the LiDAR to the sides of the view from above
-# Classes 0 to 16. Based on the devkit's, whose vehicles are all shades of one orange
+REACH = 40.0  # meters from the LiDAR to the sides of the bird's-eye view
+# Classes 0 to 16. Based on the devkit's colors, in which all vehicles are shades of one orange
 COLORS = (
     np.array(
         [
@@ -25,21 +25,21 @@ COLORS = (
 )  # fmt: skip
 
 
-def segment_views(batch: Batch, found: torch.Tensor, width: int = 300) -> np.ndarray:
-    """The batch's first sample from above, and in its cameras if it has any: [H, W, 3] uint8.
+def segment_views(batch: Batch, predicted: torch.Tensor, width: int = 300) -> np.ndarray:
+    """The batch's first sample in bird's-eye view, and in its cameras if it has any: [H, W, 3] uint8.
 
-    found: [K] classes of the keyframe's points, from `Segmenter.segment`.
-    width: pixels of a camera's column.
+    predicted: [K] classes of the keyframe's points, from `Segmenter.segment`.
+    width:     pixels of a camera's column.
 
     Points without a label are gray in both. A batch without labels shows only the predictions.
     """
     points = batch.points[: batch.point_counts[0]]
     key = points[:, 4] == 0
-    points, found = points[key, :3].cpu().numpy(), found.cpu().numpy()
-    rows = {"found": found}
+    points, predicted = points[key, :3].cpu().numpy(), predicted.cpu().numpy()
+    rows = {"predicted": predicted}
     if batch.point_labels is not None:
         truth = batch.point_labels[: batch.point_counts[0]][key].cpu().numpy()
-        rows = {"true": truth, "found": np.where(truth > 0, found, 0)}
+        rows = {"true": truth, "predicted": np.where(truth > 0, predicted, 0)}
     cameras = batch.images.shape[1] > 0
     H, W = batch.image_sizes[0, 0].tolist() if cameras else (1, 1)
     height = 2 * (width * H / W + TITLE) if cameras else 2 * width  # of a row

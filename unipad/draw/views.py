@@ -1,4 +1,4 @@
-"""Pictures of what a model renders next to images and LiDAR depth, and films of them. A picture is [H, W, 3] uint8."""
+"""Pictures of what a model renders next to images and LiDAR depth, and videos of them. A picture is [H, W, 3] uint8."""
 
 import math
 from pathlib import Path
@@ -21,9 +21,9 @@ from unipad.model.pretrain import Pretrain
 from unipad.model.rays import cast_rays, common_grid, project_points, rays_from_lidar
 
 FAR = 60.0  # meters at the far end of the color scale
-PANORAMA = (42, 360)  # rows and columns of a degree each, all around the LiDAR; +x is a quarter right of the middle
+PANORAMA = (42, 360)  # rows and columns of one degree each, clockwise around the LiDAR; forward is column 90
 TOP = 11.0  # elevation of a panorama's first row, degrees: nuScenes' LiDAR covers -30.7 to 10.7
-CHUNK = 2**18  # rays; those of six full images would take gigabytes
+CHUNK = 2**18  # rays rendered at once; those of six full images would take gigabytes
 DPI = 80
 
 
@@ -31,8 +31,8 @@ DPI = 80
 def rendered_views(
     model: Pretrain, batch: Batch, generators: list | None, stride: int = 2, normals: bool = False, width: int = 240
 ) -> np.ndarray:
-    """The batch's first sample in rows: images, what the encoders saw, LiDAR depth, renderings. Six cameras side by
-    side; without cameras, one panorama from the LiDAR.
+    """The batch's first sample in rows: images, masked images, LiDAR depth, masked voxels, renderings. Six cameras side
+    by side; without cameras, one panorama from the LiDAR.
 
     generators: one per sample, for the masks; None: no masking.
     stride:     pixels between rendered rays of a camera.
@@ -96,13 +96,13 @@ def panorama_rays(device, stride: int = 1):
 
 
 def _centers(recipe, voxels):
-    """[P, 3] meters, the centers of those `voxels` ([M, 4]) that are the first sample's."""
+    """[P, 3] meters, the centers of those `voxels` [M, 4] that belong to the first sample."""
     low, cell = (torch.tensor(t, device=voxels.device) for t in (recipe.grid.low, recipe.lidar.cell))
     return low + (voxels[voxels[:, 0] == 0, 1:].flip(-1) + 0.5) * cell
 
 
 def _onto_panorama(_, points):
-    """[1, rows, columns] meters from the LiDAR to `points` [P, 3], NaN where none falls."""
+    """[1, rows, columns] meters from the LiDAR to `points` [P, 3]; NaN in pixels without a point."""
     depth = points.norm(dim=1)
     elevation = torch.rad2deg(torch.asin(points[:, 2] / depth.clamp(min=1e-3)))
     azimuth = torch.rad2deg(math.pi - torch.atan2(points[:, 1], points[:, 0])) % 360  # clockwise
@@ -113,7 +113,7 @@ def _onto_panorama(_, points):
 
 
 def onto_views(batch, points):
-    """[N, H, W] meters along the first sample's rays to `points` [P, 3], NaN where none falls."""
+    """[N, H, W] meters along the first sample's rays to `points` [P, 3]; NaN in pixels without a point."""
     H, W = batch.image_sizes[0, 0].tolist()
     pixels, visible = project_points(points, batch.lidar2image[0], batch.image_sizes[0])  # [N, P, 3], [N, P]
     centers = torch.linalg.inv(batch.lidar2camera[0])[:, :3, 3]  # [N, 3]
@@ -136,7 +136,7 @@ def _painted(pixels, visible, depth, H, W, thick):
 
 
 def _sheet(rows, titles, width):
-    """Rows of pictures with their names, and titles of the N columns.
+    """One picture of named rows of pictures, with titles of the N columns.
 
     rows: name -> [N, h, w, 3] colors or [N, h, w] meters, NaN where unknown.
     """
@@ -149,7 +149,7 @@ def _sheet(rows, titles, width):
     ys = [top + i * (height + gap) for i in range(len(rows))]
     colors = matplotlib.colormaps["turbo_r"].with_extremes(bad="black")
 
-    # one image: axes for each of the pictures would take a second to lay out
+    # one image for all: separate axes for each picture would take a second to lay out
     sheet = np.full((H, W, 3), 255, np.uint8)
     for y, row in zip(ys, rows.values(), strict=True):
         for x, view in zip(xs, row, strict=True):
@@ -179,20 +179,20 @@ def picture_of(figure: Figure) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def write_film(pictures: list[Path], file: Path, rate: float):
-    """Join picture files into a GIF, or an MP4 with OpenCV, at `rate` per second.
+def write_video(pictures: list[Path], file: Path, fps: float):
+    """Join picture files into a GIF, or an MP4 with OpenCV, at `fps` frames per second.
 
     Raises `UserError` where this OpenCV cannot write MP4.
     """
     first = Image.open(pictures[0]).convert("RGB")
     if file.suffix == ".gif":
         others = (Image.open(picture).convert("RGB") for picture in pictures[1:])
-        first.save(file, save_all=True, append_images=others, duration=round(1000 / rate), loop=0)
+        first.save(file, save_all=True, append_images=others, duration=round(1000 / fps), loop=0)
         return
     width, height = (side // 2 * 2 for side in first.size)  # MP4 halves the resolution of color, so sides are even
-    film = cv2.VideoWriter(str(file), cv2.VideoWriter_fourcc(*"mp4v"), rate, (width, height))
-    if not film.isOpened():
-        raise UserError(f"OpenCV cannot write {file} on this machine; use --film gif.")
+    video = cv2.VideoWriter(str(file), cv2.VideoWriter_fourcc(*"mp4v"), fps, (width, height))
+    if not video.isOpened():
+        raise UserError(f"OpenCV cannot write {file} on this machine; use --video gif.")
     for picture in pictures:
-        film.write(cv2.imread(str(picture))[:height, :width])
-    film.release()
+        video.write(cv2.imread(str(picture))[:height, :width])
+    video.release()

@@ -4,6 +4,6 @@ frames.py        predictions for every frame of a split, over all processes
 rendering.py     PSNR of colors, errors of depths
 detection.py     boxes of a whole split, scored by the devkit
 submission.py    boxes -> results_nusc.json -> the devkit's metrics
-segmentation.py  points of a whole split -> files of classes -> the devkit's metrics
+segmentation.py  classes of the points of a whole split -> files -> the devkit's metrics
 tta.py           test-time augmentation: predictions for rotated, scaled and flipped views, merged
 """

@@ -28,19 +28,19 @@ def evaluate_detections(
     Returns NDS, mAP, mATE (meters), mASE, mAOE (radians), mAVE (m/s), mAAE; the same in every process. A frame that
     cannot be read counts as one without detections.
     """
-    found = detect_all(model, dataset, world, detect, size, workers)
+    detections = detect_all(model, dataset, world, detect, size, workers)
     metrics = None
     if world.is_main:
-        file = submit(found, model.recipe, dataset, folder)
+        file = submit(detections, model.recipe, dataset, folder)
         metrics = headline(score_submission(file, dataset.root, dataset.version, dataset.split))
     return from_main(metrics, world)
 
 
-def submit(found: dict[str, Detections], recipe: Recipe, dataset: NuScenesDataset, folder: Path) -> Path:
+def submit(detections: dict[str, Detections], recipe: Recipe, dataset: NuScenesDataset, folder: Path) -> Path:
     """Write the result of `detect_all` to folder/results_nusc.json; returns the file."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "results_nusc.json"
-    write_submission(found, dataset.index, file, recipe.camera is not None, recipe.lidar is not None)
+    write_submission(detections, dataset.index, file, recipe.camera is not None, recipe.lidar is not None)
     return file
 
 
@@ -58,8 +58,8 @@ def detect_all(
     detect: function of a batch in place of `model.detect`, such as `tta.detect_tta`.
     """
 
-    def found_in(batch):
-        found = (detect or model.detect)(batch)
-        return [Detections(one.boxes.float().cpu(), one.scores.float().cpu(), one.labels.cpu()) for one in found]
+    def predict(batch):
+        detections = (detect or model.detect)(batch)
+        return [Detections(one.boxes.float().cpu(), one.scores.float().cpu(), one.labels.cpu()) for one in detections]
 
-    return predict_all(model, dataset, world, found_in, size, workers, "detecting")
+    return predict_all(model, dataset, world, predict, size, workers, "detecting")

@@ -31,29 +31,29 @@ def predict_all(
     predict: from a batch on the device to one prediction per sample, on the host.
     size:    samples per batch. workers: data loading processes per process. desc: label of the progress bar.
 
-    A frame that cannot be read is named on stderr and missing from the result. Raises `UserError` if all are.
+    A frame that cannot be read is reported on stderr and missing from the result. Raises `UserError` if none can.
     """
     was_training = model.training
     model.eval()
-    found, unreadable = {}, []
+    predictions, unreadable = {}, []
     pinned = world.device.type == "cuda"
-    silent = None if world.is_main else True  # None: without a terminal
+    silent = None if world.is_main else True  # None: no bar where there is no terminal
     with tqdm(total=len(dataset), desc=desc, unit="frame", leave=False, disable=silent) as bar:
         for batch, bad_frames in all_batches(dataset, size, world.rank, world.size, workers, pinned):
             unreadable += bad_frames
             if batch is not None:
-                found |= zip(batch.tokens, predict(batch.to(world.device)), strict=True)
+                predictions |= zip(batch.tokens, predict(batch.to(world.device)), strict=True)
             bar.update(size * world.size)
     model.train(was_training)
     for frame in unreadable:
         print(f"skipped {frame}", file=sys.stderr)
-    parts = to_main((found, unreadable), world)
+    parts = to_main((predictions, unreadable), world)
     if parts is None:
         return None
-    found = {token: one for part, _ in parts for token, one in part.items()}
-    if not found:
+    predictions = {token: one for part, _ in parts for token, one in part.items()}
+    if not predictions:
         reasons = [frame for _, bad_frames in parts for frame in bad_frames]
         raise UserError(
             f"none of the {len(dataset)} frames can be read ({reasons[0]}); unpack the dataset's files there."
         )
-    return found
+    return predictions

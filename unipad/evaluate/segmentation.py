@@ -40,11 +40,11 @@ def evaluate_segmentation(
 
     Returns mIoU, mAcc, allAcc, the same in every process. A frame that cannot be read does not count.
     """
-    found = segment_all(model, dataset, world, segment, size, workers)
+    predictions = segment_all(model, dataset, world, segment, size, workers)
     metrics = None
     if world.is_main:
-        write_segmentation(found, dataset, folder)
-        metrics = headline(score_segmentation(folder, dataset, found))
+        write_segmentation(predictions, dataset, folder)
+        metrics = headline(score_segmentation(folder, dataset, predictions))
     return from_main(metrics, world)
 
 
@@ -63,18 +63,18 @@ def segment_all(
     segment: function of a batch in place of `model.segment`.
     """
 
-    def found_in(batch):
+    def predict(batch):
         return [classes.cpu() for classes in (segment or model.segment)(batch)]
 
-    return predict_all(model, dataset, world, found_in, size, workers, "segmenting")
+    return predict_all(model, dataset, world, predict, size, workers, "segmenting")
 
 
-def write_segmentation(found: dict[str, torch.Tensor], dataset: NuScenesDataset, folder: Path):
+def write_segmentation(predictions: dict[str, torch.Tensor], dataset: NuScenesDataset, folder: Path):
     """Write the result of `segment_all` as a submission to nuScenes."""
     files = _files(dataset, folder)
     for part in (folder / "lidarseg" / dataset.split, folder / dataset.split):
         part.mkdir(parents=True, exist_ok=True)
-    for token, classes in found.items():
+    for token, classes in predictions.items():
         classes.numpy().tofile(files[token])
     uses = {"use_camera": False, "use_lidar": True, "use_radar": False, "use_map": False, "use_external": False}
     (folder / dataset.split / "submission.json").write_text(json.dumps({"meta": uses}, indent=2) + "\n")
@@ -110,7 +110,7 @@ def score_segmentation(folder: Path, dataset: NuScenesDataset, tokens: Iterable[
     )  # fmt: skip
     summary = LidarSegEval.evaluate(evaluation)
     ious = {name: float(iou) for name, iou in summary["iou_per_class"].items() if name in LIDARSEG_CLASSES}
-    counts = confusions.global_cm[1:, 1:]  # [16 true, 16 found]
+    counts = confusions.global_cm[1:, 1:]  # [16 true, 16 predicted]
     points, right = counts.sum(axis=1), counts.diagonal()
     accuracies = np.divide(right, points, out=np.full(len(points), np.nan), where=points > 0)
     summary |= {

@@ -17,11 +17,11 @@ from unipad.data.tables import CLASSES, Index
 from unipad.model.detect import Detections
 
 MAX_BOXES = 500  # boxes per sample; nuScenes' rule
-MOVING = 0.2  # m/s above which an object counts as moving; the original's
+MOVING = 0.2  # m/s above which an object counts as moving; as in the original
 
 VEHICLE = ("vehicle.parked", "vehicle.moving")
 CYCLE = ("cycle.without_rider", "cycle.with_rider")
-# class -> attribute (at rest, moving), since none is predicted; the original's
+# class -> attribute (at rest, moving), since attributes are not predicted; as in the original
 ATTRIBUTES = {
     "car": VEHICLE,
     "truck": VEHICLE,
@@ -39,23 +39,23 @@ ATTRIBUTES = {
 ERRORS = {"mATE": "trans_err", "mASE": "scale_err", "mAOE": "orient_err", "mAVE": "vel_err", "mAAE": "attr_err"}
 
 
-def write_submission(found: dict[str, Detections], index: Index, file: Path, use_camera: bool, use_lidar: bool):
+def write_submission(detections: dict[str, Detections], index: Index, file: Path, use_camera: bool, use_lidar: bool):
     """Write the detections of a split; every sample of it becomes a key.
 
-    found: by sample token, on the host, in the LiDAR frame of the keyframe; samples may be missing.
-    index: of the split.
+    detections: by sample token, on the host, in the LiDAR frame of the keyframe; samples may be missing.
+    index:      of the split.
     """
     results = {}
     for token, lidar in zip(index.tokens, index.frame_lidar, strict=True):
         token = token.decode()
-        results[token] = _records(found[token], token, index.lidar2global[lidar]) if token in found else []
+        results[token] = _records(detections[token], token, index.lidar2global[lidar]) if token in detections else []
     uses = {"use_camera": use_camera, "use_lidar": use_lidar, "use_radar": False, "use_map": False}
     file.write_text(json.dumps({"meta": uses | {"use_external": False}, "results": results}))
 
 
-def _records(found, token, lidar2global):
+def _records(detections, token, lidar2global):
     """The best `MAX_BOXES` boxes of one sample as the records of a submission."""
-    boxes, scores, labels = (t.numpy() for t in (found.boxes, found.scores, found.labels))
+    boxes, scores, labels = (t.numpy() for t in (detections.boxes, detections.scores, detections.labels))
     valid = np.isfinite(boxes).all(axis=1) & np.isfinite(scores) & (boxes[:, 3:6] > 0).all(axis=1)
     rows = np.nonzero(valid)[0]
     rows = rows[np.argsort(-scores[rows], kind="stable")][:MAX_BOXES]

@@ -36,11 +36,11 @@ def detect_tta(detect: Callable[[Batch], list[Detections]], views: list[np.ndarr
 
     detect: such as `Detector.detect`. views: from `tta_views`.
     """
-    found = []  # a list of samples for each view
+    detections = []  # a list of samples for each view
     for view in views:
         back = np.linalg.inv(view)
-        found.append([_transformed(of_sample, back) for of_sample in detect(transformed_batch(batch, view))])
-    return [merged(of_sample) for of_sample in zip(*found, strict=True)]
+        detections.append([_transformed(of_sample, back) for of_sample in detect(transformed_batch(batch, view))])
+    return [merged(of_sample) for of_sample in zip(*detections, strict=True)]
 
 
 def segment_tta(logits: Callable[[Batch], torch.Tensor], views: list[np.ndarray], batch: Batch) -> list[torch.Tensor]:
@@ -52,7 +52,7 @@ def segment_tta(logits: Callable[[Batch], torch.Tensor], views: list[np.ndarray]
 
 
 def transformed_batch(batch: Batch, transform: np.ndarray) -> Batch:
-    """The batch in the frame that `transform` [4, 4] leads to, except for its true boxes, which stay as they are."""
+    """The batch transformed by `transform` [4, 4], except for its ground-truth boxes, which do not change."""
     forth, back = (torch.from_numpy(m).to(batch.points.device) for m in (transform, np.linalg.inv(transform)))  # fp64
     points = batch.points.clone()
     points[:, :3] = (points[:, :3].double() @ forth[:3, :3].T + forth[:3, 3]).to(points.dtype)
@@ -64,15 +64,17 @@ def transformed_batch(batch: Batch, transform: np.ndarray) -> Batch:
     )
 
 
-def merged(found: Sequence[Detections]) -> Detections:
-    """Several detections of one sample, in the same frame, as one: without boxes that overlap a better one of their
+def merged(detections: Sequence[Detections]) -> Detections:
+    """All `detections` of one sample, in the same frame, as one: without boxes that overlap a better one of their
     class, best score first, `MAX_BOXES` at most."""
-    together = Detections(*(torch.cat([getattr(one, name) for one in found]) for name in ("boxes", "scores", "labels")))
+    together = Detections(
+        *(torch.cat([getattr(one, name) for one in detections]) for name in ("boxes", "scores", "labels"))
+    )
     kept = suppress(together, [(label, OVERLAP) for label in together.labels.unique().tolist()])
     best = kept.scores.argsort(descending=True, stable=True)[:MAX_BOXES]
     return Detections(kept.boxes[best], kept.scores[best], kept.labels[best])
 
 
-def _transformed(found, transform):
-    boxes = transform_boxes(found.boxes.float().cpu().numpy(), transform)
-    return replace(found, boxes=torch.from_numpy(boxes).to(found.boxes.device))
+def _transformed(detections, transform):
+    boxes = transform_boxes(detections.boxes.float().cpu().numpy(), transform)
+    return replace(detections, boxes=torch.from_numpy(boxes).to(detections.boxes.device))

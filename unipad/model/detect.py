@@ -81,8 +81,8 @@ class Detector(nn.Module):
     def detect(self, batch: Batch) -> list[Detections]:
         """The boxes of each sample. Put the model in eval mode first."""
         volume, _ = self.encoder(batch, None)
-        found, _ = self.head(volume)
-        return detections(self.head.cfg, found)
+        predictions, _ = self.head(volume)
+        return detections(self.head.cfg, predictions)
 
 
 class Head(nn.Module):
@@ -146,8 +146,8 @@ class Head(nn.Module):
                 if self.cfg.denoising:
                     ious.append(self.iou_branches[i](x)[..., 0])
                 reference = (reference + offset).detach()
-            found = Predictions(torch.stack(logits), torch.stack(codes), torch.stack(ious) if ious else None)
-        return (found, None) if noisy is None else found.split(len(noisy))[::-1]
+            predictions = Predictions(torch.stack(logits), torch.stack(codes), torch.stack(ious) if ious else None)
+        return (predictions, None) if noisy is None else predictions.split(len(noisy))[::-1]
 
     def losses(
         self,
@@ -173,9 +173,9 @@ class Head(nn.Module):
         if self.cfg.denoising:
             noise = draw_noise(self.cfg, counts, generators) if noise is None else noise
             noisy = noisy_queries(self.cfg, self.grid, boxes, labels, counts, noise)
-        found, noisy_found = self(volume, noisy, generators)
+        predictions, noisy_predictions = self(volume, noisy, generators)
         with torch.autocast(volume.device.type, enabled=False):
-            losses = detection_losses(self.cfg, found, noisy_found, noisy, boxes, labels, counts)
+            losses = detection_losses(self.cfg, predictions, noisy_predictions, noisy, boxes, labels, counts)
         return {name: per_layer.sum() for name, per_layer in losses.items()}
 
     def _queries(self, B, noisy):
@@ -198,20 +198,20 @@ class Head(nn.Module):
         return reference.clamp(-limit, limit)
 
 
-def detections(cfg: Detect, found: Predictions) -> list[Detections]:
+def detections(cfg: Detect, predictions: Predictions) -> list[Detections]:
     """The boxes that the last layer predicts, per sample. Not differentiable; waits for the device.
 
     Of all queries and classes, the `max_detections` best by class score; of these, those inside `center_low` to
     `center_high`, with at least `min_score`, and not suppressed by a better one of their class if `nms` has a threshold
     for it.
     """
-    prob = found.logits[-1].detach().sigmoid().flatten(1)  # [B, Q * K]
+    prob = predictions.logits[-1].detach().sigmoid().flatten(1)  # [B, Q * K]
     prob, query = prob.topk(min(cfg.max_detections, prob.shape[1]))
     query, labels = query // cfg.classes, query % cfg.classes  # [B, max_detections] each
-    boxes = decode_boxes(found.codes[-1].detach().gather(1, query[..., None].expand(-1, -1, CODE_SIZE)))
+    boxes = decode_boxes(predictions.codes[-1].detach().gather(1, query[..., None].expand(-1, -1, CODE_SIZE)))
     scores = prob
-    if found.iou is not None and cfg.iou_in_score:
-        iou = ((found.iou[-1].detach() + 1) / 2).clamp(0, 1).gather(1, query)
+    if predictions.iou is not None and cfg.iou_in_score:
+        iou = ((predictions.iou[-1].detach() + 1) / 2).clamp(0, 1).gather(1, query)
         scores = prob.sqrt() * iou.sqrt()
     low, high = tensor_like(cfg.center_low, boxes), tensor_like(cfg.center_high, boxes)
     valid = ((boxes[..., :3] >= low) & (boxes[..., :3] <= high)).all(dim=-1) & (scores >= cfg.min_score)
@@ -222,15 +222,15 @@ def detections(cfg: Detect, found: Predictions) -> list[Detections]:
     return results
 
 
-def suppress(found: Detections, nms: Iterable[tuple[int, float]]) -> Detections:
-    """`found` without boxes that overlap a better one of their class; nms: pairs (class, largest IoU allowed)."""
-    keep = torch.ones_like(found.scores, dtype=torch.bool)
+def suppress(detections: Detections, nms: Iterable[tuple[int, float]]) -> Detections:
+    """`detections` without boxes that overlap a better one of their class; nms: pairs (class, largest IoU allowed)."""
+    keep = torch.ones_like(detections.scores, dtype=torch.bool)
     for label, threshold in nms:
-        rows = (found.labels == label).nonzero()[:, 0]
-        best = rotated_nms(footprint(found.boxes[rows]), found.scores[rows], threshold)
+        rows = (detections.labels == label).nonzero()[:, 0]
+        best = rotated_nms(footprint(detections.boxes[rows]), detections.scores[rows], threshold)
         keep[rows] = False
         keep[rows[best]] = True
-    return Detections(found.boxes[keep], found.scores[keep], found.labels[keep])
+    return Detections(detections.boxes[keep], detections.scores[keep], detections.labels[keep])
 
 
 def _per_layer(layers, channels, out, normed=False):

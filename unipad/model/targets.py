@@ -96,15 +96,15 @@ def assign(
     with host_wait("assignment costs for the Hungarian method"):
         cost = cost.cpu().numpy()
     cost = np.nan_to_num(cost, nan=IMPOSSIBLE, posinf=IMPOSSIBLE, neginf=-IMPOSSIBLE)
-    found = [np.zeros((2, L, 0), np.int64)]  # (query, box)
+    matches = [np.zeros((2, L, 0), np.int64)]  # (query, box)
     first = 0
     for b, n in enumerate(counts):
         pairs = np.array([linear_sum_assignment(cost[l, b, :, :n]) for l in range(L)], np.int64)  # [L, 2, min(Q, n)]
         pairs[:, 1] += first
-        found.append(pairs.transpose(1, 0, 2))
+        matches.append(pairs.transpose(1, 0, 2))
         first += n
     sample = np.repeat(np.arange(B), [min(Q, n) for n in counts])
-    query, box = np.concatenate(found, axis=2)
+    query, box = np.concatenate(matches, axis=2)
     return tuple(torch.from_numpy(t).to(logits.device, non_blocking=True) for t in (sample, query, box))
 
 
@@ -130,14 +130,14 @@ def assignment_cost(
 
 
 def detection_losses(
-    cfg: Detect, found, noisy_found, noisy: Noisy | None, boxes: Tensor, labels: Tensor, counts: list[int]
+    cfg: Detect, predictions, noisy_predictions, noisy: Noisy | None, boxes: Tensor, labels: Tensor, counts: list[int]
 ) -> dict[str, Tensor]:
     """The head's losses.
 
     Args:
-        found:       `detect.Predictions` of the queries.
-        noisy_found: those of the noisy ground truth `noisy`; both are None in a head without denoising.
-        boxes:       [M, 9]; labels: [M]; counts: B ints.
+        predictions:       `detect.Predictions` of the queries.
+        noisy_predictions: those of the noisy ground truth `noisy`; both are None in a head without denoising.
+        boxes:             [M, 9]; labels: [M]; counts: B ints.
 
     Returns name -> [L] weighted loss of each layer, summed over queries:
         class        focal loss of all queries, per assigned box
@@ -147,51 +147,51 @@ def detection_losses(
     Numbers of boxes are means over all processes, as in the original. Without boxes the losses of box and IoU are 0,
     with a gradient of 0 for every weight.
     """
-    sample, query, box = assign(cfg, found.logits, found.codes, boxes, labels, counts)
+    sample, query, box = assign(cfg, predictions.logits, predictions.codes, boxes, labels, counts)
     layer = torch.arange(len(query), device=query.device)[:, None]  # [L, 1]
-    kinds = torch.full(found.logits.shape[:3], cfg.classes, device=labels.device)  # [L, B, Q]
-    kinds[layer, sample, query] = labels[box]
+    target_class = torch.full(predictions.logits.shape[:3], cfg.classes, device=labels.device)  # [L, B, Q]
+    target_class[layer, sample, query] = labels[box]
     numbers = [query.shape[1]] if noisy is None else [query.shape[1], noisy.slot.numel()]
     assigned, *denoised = _mean_over_processes(numbers, boxes).clamp(min=1)
 
-    losses = {"class": cfg.class_weight * _focal(cfg, found.logits, kinds).sum(dim=(1, 2)) / assigned}
-    losses |= _box_losses(cfg, found, (layer, sample, query), boxes[box], assigned)
+    losses = {"class": cfg.class_weight * _focal(cfg, predictions.logits, target_class).sum(dim=(1, 2)) / assigned}
+    losses |= _box_losses(cfg, predictions, (layer, sample, query), boxes[box], assigned)
     if noisy is not None:
         sample, slot = noisy.sample.repeat(len(noisy.slot)), noisy.slot.flatten()  # [G * M]
         # expected number of foreground queries: a ball of radius `noise_split` in a cube of edge 2
         foreground = max(noisy.slot.numel() * math.pi / 6 * cfg.noise_split**3, 1.0)
-        logits, kinds = noisy_found.logits[:, sample, slot], noisy.labels.flatten().expand(len(layer), -1)
-        terms = {"class": cfg.class_weight * _focal(cfg, logits, kinds).sum(dim=1) / foreground}
+        logits, target_class = noisy_predictions.logits[:, sample, slot], noisy.labels.flatten().expand(len(layer), -1)
+        terms = {"class": cfg.class_weight * _focal(cfg, logits, target_class).sum(dim=1) / foreground}
         truth = noisy.boxes.repeat(len(noisy.slot), 1)
-        terms |= _box_losses(cfg, noisy_found, (layer, sample, slot), truth, *denoised)
+        terms |= _box_losses(cfg, noisy_predictions, (layer, sample, slot), truth, *denoised)
         losses |= {f"noisy_{name}": cfg.noise_weight * value for name, value in terms.items()}
     return losses
 
 
-def _focal(cfg, logits, kinds):
+def _focal(cfg, logits, target_class):
     """Focal loss (arXiv 1708.02002) of logits [..., K] for classes [...], K = background; summed over K."""
-    truth = (kinds[..., None] == torch.arange(cfg.classes, device=kinds.device)).to(logits.dtype)
+    truth = (target_class[..., None] == torch.arange(cfg.classes, device=target_class.device)).to(logits.dtype)
     prob = logits.sigmoid()
     wrong = truth * (1 - prob) + (1 - truth) * prob
     weight = (truth * cfg.focal_alpha + (1 - truth) * (1 - cfg.focal_alpha)) * wrong**cfg.focal_gamma
     return (weight * F.binary_cross_entropy_with_logits(logits, truth, reduction="none")).sum(dim=-1)
 
 
-def _box_losses(cfg, found, at, boxes, count):
+def _box_losses(cfg, predictions, at, boxes, count):
     """Losses of codes and IoUs of the predictions `at` (layer, sample, query) for boxes [L, N, 9] or [N, 9]."""
-    codes = found.codes[at]  # [L, N, 10]
+    codes = predictions.codes[at]  # [L, N, 10]
     target = encode_boxes(boxes).expand_as(codes)
     # boxes without a size or with unknown velocity do not count
     known = target.isfinite().all(dim=-1, keepdim=True)
     error = (codes - torch.where(known, target, 0)).abs() * known
     losses = {"box": cfg.box_weight * (error * tensor_like(cfg.code_weights, codes)).sum(dim=(1, 2)) / count}
-    if found.iou is not None:
+    if predictions.iou is not None:
         predicted = decode_boxes(codes.detach())[..., :7]
         with torch.no_grad():
             overlap = paired_iou_3d(predicted.flatten(0, 1), boxes[..., :7].expand_as(predicted).flatten(0, 1))
         overlap = overlap.view(codes.shape[:2])  # [L, N]
         hits = (overlap > 0) & known[..., 0]  # False too where a predicted size overflows
-        error = (found.iou[at] - (2 * torch.where(hits, overlap, 0) - 1)).abs() * hits
+        error = (predictions.iou[at] - (2 * torch.where(hits, overlap, 0) - 1)).abs() * hits
         losses["iou"] = cfg.iou_weight * error.sum(dim=1) / hits.sum(dim=1).clamp(min=1)
     return losses
 

@@ -233,12 +233,12 @@ def _ray_cases(size, recipe):
 
 # The fused renderer
 
-CLEAR = 2e-4  # distance in cells between a sample and the nearest face, where the slope of the volume jumps
-OFF_KINK = 3.0  # bias of the color MLP's hidden units: five standard deviations, so that rounding switches none
+CLEAR = 2e-4  # cells: smallest distance between a sample and a cell face, where the volume's gradient jumps
+OFF_KINK = 3.0  # bias of the color MLP's hidden units: five standard deviations, so that rounding flips no ReLU
 
 
 def _mlp(conditions, outputs, hidden, layers, bias, device):
-    """Leaves with the distribution of `nn.Linear`, in the order that `sdf_render` takes."""
+    """Parameters distributed as those of `nn.Linear`, in the order that `sdf_render` takes."""
     widths = [(hidden, 3), *[(hidden, conditions), (hidden, hidden)] * (layers - 1), (hidden, conditions)]
     leaves = []
     for rows, columns in [*widths, (outputs, hidden)]:

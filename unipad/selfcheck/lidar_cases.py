@@ -179,7 +179,7 @@ def sparse_cases(size, recipe):
         yield from conv(dtypes, f"{width}, stage {number + 1}", sub, number, THREE, width, width)
     yield from conv("fp16", "8 -> 32", sub, 0, THREE, 8, 32)  # few channels: groups of offsets
     yield from conv("bf16", "5x5x5, 5 -> 32", sub, 0, (5, 5, 5), 5, 32)  # SpUNet's stem
-    yield from conv("bf16", "96", sub, 1, THREE, 96, 96)  # SpUNet's way up
+    yield from conv("bf16", "96", sub, 1, THREE, 96, 96)  # SpUNet's decoder
     yield from conv("fp16", "256", sub, 3, THREE, 256, 256)
     for number in range(3):
         what = THREE, WIDTHS[number], WIDTHS[number + 1]

@@ -82,9 +82,10 @@ def read_run(path: Path) -> tuple[dict, Recipe, Path]:
 def take_weights(net: nn.Module, prefix: str, paths: Sequence[Path], flag: str, print0: Callable) -> set[str]:
     """Load the weights of `net` whose names begin with `prefix` from other runs, and report what was taken.
 
-    paths:  as for `find_checkpoint`; where several have a weight, the last one counts.
+    paths:  as for `find_checkpoint`; where several have a weight, the last one wins.
     flag:   the flag that named them, for messages.
-    print0: called with a line per path: how many weights were taken and what was ignored; then with what stays random.
+    print0: called with a line per path: how many weights were taken and what was ignored; then with what keeps its
+            random initialization.
 
     Returns the names taken. Raises `UserError` for a file that has none of the weights, or one of another shape, and
     where none of the files has the camera's frozen stages.

@@ -59,8 +59,8 @@ def parse(kind: type[A], choose: Callable[[A], A], description: str, argv: Seque
 def run_args(args: A) -> A | None:
     """The flags of the run that `--config` or `--resume RUN` names, or None without either.
 
-    The run's folder, and where it started and stopped, stay its own. Raises `UserError` where there is no such run,
-    another script or version of this project made it, or its dataset must be named by --dataset.
+    --config, --resume, --out and --stop-at are not copied. Raises `UserError` where there is no such run, another
+    script or version of this project made it, or its dataset must be named by --dataset.
     """
     run = args.config or (Path(args.resume) if args.resume not in ("never", "auto") else None)
     if run is None:
@@ -117,5 +117,5 @@ def check_frozen(recipe: Recipe, sources: Sequence[Path], flag: str):
     if recipe.camera is not None and recipe.camera.frozen_stages and not sources:
         raise UserError(
             f"this recipe does not train the camera's first stages, so their weights must come from {flag}: a run, or "
-            "ImageNet's by python -m unipad.convert; --camera.frozen-stages 0 trains them from scratch."
+            "ImageNet weights from python -m unipad.convert; --camera.frozen-stages 0 trains them from scratch."
         )

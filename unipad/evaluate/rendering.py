@@ -21,7 +21,8 @@ def evaluate_rendering(
     """Render held-out frames and compare them with their images and LiDAR points.
 
     model:   put in eval mode here; its mode is restored afterwards.
-    batches: the position seeds the masks and the choice of LiDAR rays, so every evaluation of a run sees the same.
+    batches: pairs (position, batch). The position seeds the masks and the choice of LiDAR rays, so that every
+             evaluation of a run has the same ones.
     masked:  mask the encoder's input as in training.
 
     Returns dict: psnr (dB, over a grid of pixels; absent without images or where color is not learned),

@@ -1,4 +1,4 @@
-"""UVTR's decoder: queries attend to each other, then to one point of the volume, their reference point.
+"""UVTR's decoder: queries attend to each other, then each to one point of the volume, its reference point.
 
     x <- norm(x + attention(x + p, x + p, x))               p: the query's positional embedding, the same in every layer
     x <- norm(x + W (g(x + p) V(r)) + e(r))                 V(r): the volume at the reference point, g: a sigmoid gate

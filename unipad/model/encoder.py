@@ -19,7 +19,7 @@ from unipad.model.volume import ConvNormReLU3d, FrameFusion, view_transform, vol
 
 @dataclass(frozen=True)
 class Encoded:
-    """A batch, encoded.
+    """The output of `Encoder.encode`.
 
     masks: "camera", [B, N, H / 32, W / 32] bool, True = visible to the encoder, and "lidar", [M, 4] int32 (b, z, y, x)
            of the visible voxels; {} without masking.

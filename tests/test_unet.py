@@ -60,19 +60,19 @@ def test_points_have_the_features_of_their_voxels_in_any_batch():
     """A sample's features are the same alone, with another sample and with a far point; a point has its voxel's."""
     points, counts = cloud()
     net = UnetEncoder(SMALL, GRID).eval()
-    features, rows, voxel_of = net.of_voxels(points, counts)
+    features, rows, voxel_of = net.voxel_features(points, counts)
     assert features.shape == (len(rows), 5)
     assert torch.equal((points[:, :3] / 0.5).floor(), (points[rows[voxel_of], :3] / 0.5).floor())
     assert torch.equal(voxel_of[rows], torch.arange(len(rows)))
     far = torch.tensor([[-91.3, 70.0, 9.0, 1.0, 0.0]])
-    alone, _, alone_of = net.of_voxels(torch.cat([points[300:], far]), [201])
+    alone, _, alone_of = net.voxel_features(torch.cat([points[300:], far]), [201])
     torch.testing.assert_close(alone[alone_of[:200]], features[voxel_of[300:]], rtol=1e-4, atol=1e-5)
 
 
 def test_without_points_every_layer_runs_and_has_a_gradient():
     """Else processes that have points would wait for this one forever."""
     net = UnetEncoder(SMALL, GRID)
-    features, rows, voxel_of = net.of_voxels(torch.zeros(0, 5), [0, 0])
+    features, rows, voxel_of = net.voxel_features(torch.zeros(0, 5), [0, 0])
     assert features.shape == (0, 5) and not len(rows) and not len(voxel_of)
     volume, seen = net(torch.zeros(0, 5), [0, 0], torch.rand(2, *net.mask_shape))
     assert volume.shape == (2, 5, 3, 16, 16) and not volume.any() and not len(seen)
@@ -87,7 +87,7 @@ def test_a_cell_of_the_volume_is_the_mean_of_its_points():
     net = UnetEncoder(SMALL, GRID).eval()
     volume, seen = net(points, counts)
     assert volume.shape == (2, 5, 3, 16, 16) and volume.is_contiguous(memory_format=torch.channels_last_3d)
-    features, rows, _ = net.of_voxels(points, counts)
+    features, rows, _ = net.voxel_features(points, counts)
     x, y, z = ((points[rows, :3] - torch.tensor(GRID.low)) / torch.tensor(GRID.cell)).long().unbind(1)
     sample = (rows >= 300).long()
     total, count = torch.zeros(2, 3, 16, 16, 5), torch.zeros(2, 3, 16, 16, 1)

@@ -19,7 +19,7 @@ import numpy as np
 from unipad.batch import CAMERAS
 from unipad.config import Augment, Data
 from unipad.data.dataset import BadFrame, DataError, DrivingDataset, Sample
-from unipad.data.synthetic import city_once
+from unipad.data.synthetic import ensure_city
 from unipad.data.tables import SPLITS, find_root, load_camera_sweeps, load_index, scene_tokens, tables_state
 
 
@@ -61,7 +61,7 @@ class NuScenesDataset(DrivingDataset):
     @classmethod
     def default_root(cls, data):
         """A synthetic city, generated if it does not exist yet."""
-        return city_once(data.camera_sweeps - 1)
+        return ensure_city(data.camera_sweeps - 1)
 
     @classmethod
     def has_images(cls, root, version, split):

@@ -128,7 +128,7 @@ def is_synthetic(root):
     return log.is_file() and all(record["vehicle"] == "synthetic" for record in json.loads(log.read_text()))
 
 
-def city_once(camera_sweeps=0):
+def ensure_city(camera_sweeps=0):
     """The root of the default dataset with that many `camera_sweeps`, which is generated if it does not exist yet."""
     root = Path(f"data/synthetic-{camera_sweeps}-camera-sweeps" if camera_sweeps else "data/synthetic")
     if not is_synthetic(root):

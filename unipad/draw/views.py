@@ -57,7 +57,7 @@ def rendered_views(
         visible = masks["camera"][0, : len(images), None].float()
         visible = F.interpolate(visible, scale_factor=MASK_BLOCK)[..., :H, :W]
         rows["image, as the encoder sees it"] = (images * visible).permute(0, 2, 3, 1)
-    if model.in_color(batch):
+    if model.renders_color(batch):
         rows["rendered"] = rgb
     points = batch.points[: batch.point_counts[0]]
     rows["LiDAR depth"] = project(batch, points[points[:, 4] == 0, :3])

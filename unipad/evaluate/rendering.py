@@ -37,7 +37,7 @@ def evaluate_rendering(
         draws = generators(seed, 0, range(position, position + len(batch)), device)
         volume, _ = model.encode(batch, draws if masked else None)
         batch = batch.keyframe()
-        for i in range(len(batch) if model.in_color(batch) else 0):
+        for i in range(len(batch) if model.renders_color(batch) else 0):
             rays, _ = pixel_rays(batch, i, PIXEL_STRIDE)
             rgb, _ = model.render(volume, rays)
             sums[0] += (rgb - rays.rgb).square().mean(1).double().sum()

@@ -53,7 +53,7 @@ class Pretrain(nn.Module):
         volume, masks = self.encoder(batch, generators)
         return self.project(volume), masks
 
-    def in_color(self, batch: Batch) -> bool:
+    def renders_color(self, batch: Batch) -> bool:
         """Whether the model learns colors and the batch has images."""
         return self.recipe.render.rgb_weight > 0 and batch.images.shape[1] > 0
 

@@ -30,21 +30,21 @@ class Segmenter(nn.Module):
 
         batch: with point labels, on the model's device. generators: not used, since nothing here is random.
         """
-        logits, rows, _ = self._of_voxels(batch)
+        logits, rows, _ = self._voxel_logits(batch)
         return losses(self.recipe.segment, logits, batch.point_labels[rows])
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
         """[P, classes]; a point has those of its voxel. Put the model in eval mode first."""
-        logits, _, voxel_of = self._of_voxels(batch)
+        logits, _, voxel_of = self._voxel_logits(batch)
         return logits[voxel_of]
 
     def segment(self, batch: Batch) -> list[Tensor]:
         """Per sample, [K] uint8 classes from 1 up of the keyframe's points, in their order."""
         return classes_of(batch, self.logits(batch))
 
-    def _of_voxels(self, batch):
-        features, rows, voxel_of = self.encoder.lidar.of_voxels(batch.points, batch.point_counts)
+    def _voxel_logits(self, batch):
+        features, rows, voxel_of = self.encoder.lidar.voxel_features(batch.points, batch.point_counts)
         with torch.autocast(features.device.type, enabled=False):
             return self.head(features.to(self.head.weight.dtype)), rows, voxel_of
 

@@ -66,7 +66,7 @@ class UnetEncoder(nn.Module):
         features = self._encode(points[rows], coords, extent, len(point_counts))
         return self._volume(features, points[rows, :3], coords[:, 0], len(point_counts)), seen
 
-    def of_voxels(self, points: Tensor, point_counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def voxel_features(self, points: Tensor, point_counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Features of one point per voxel, for segmentation. Points may be anywhere.
 
         Returns:

@@ -42,20 +42,8 @@ from unipad.model.detect import Detector
 from unipad.model.segment import Segmenter
 from unipad.optimizer import lr_at, make_optimizer, set_rates
 from unipad.recipes import DEFAULT_PRESET, DETECT, SEGMENT
-from unipad.runtime import (
-    Progress,
-    RunFolder,
-    StopOnSignal,
-    exit_on_user_error,
-    find_run,
-    format_metrics,
-    generators,
-    local_gradients,
-    mixed_precision,
-    resumed,
-    run_config,
-    start,
-)
+from unipad.run_folder import Progress, RunFolder, find_run, format_metrics, resumed, run_config
+from unipad.runtime import StopOnSignal, exit_on_user_error, generators, local_gradients, mixed_precision, start
 
 
 @dataclass(frozen=True)
@@ -151,33 +139,7 @@ def main(args: Args):
             cli.check_frozen(recipe, args.pretrained, "--pretrained")
 
         # Data
-        dataset = dataset_class(args.dataset)
-        if args.task not in dataset.tasks:
-            raise UserError(
-                f"--dataset {args.dataset} does not support --task {args.task}; see unipad/data/dataset.py."
-            )
-        version = args.version or dataset.default_version
-        train_split, val_split = dataset.train_val_splits(version)
-        box = None if task.of_points else (recipe.grid.low, recipe.grid.high)  # nothing outside is seen or found
-        with world.main_first():  # generates the city, builds the index, cuts out the objects
-            root = args.data_root or dataset.default_root(recipe.data)
-            train_set = dataset(
-                root,
-                version,
-                train_split,
-                recipe.data,
-                label_fraction=recipe.label_fraction,
-                point_range=box,
-                augment=recipe.augment,
-            )
-            val_set = dataset(root, version, val_split, recipe.data, point_range=box)
-            if recipe.paste:
-                train_set = train_set.with_objects(load_objects(train_set, recipe.paste, workers))
-        if task.of_points:
-            train_set.require_point_labels()
-            val_set.require_point_labels()
-        if recipe.balanced:
-            train_set = train_set.balanced(args.seed)
+        args, train_set, val_set = open_datasets(args, world)
         steps = args.steps or max(1, round(optim.epochs * len(train_set) / optim.batch_size))
         micro_batch = world.micro_batch(optim.batch_size, args.accumulate)
         pasting_epochs = optim.epochs - (recipe.paste.off_epochs if recipe.paste else 0)
@@ -195,8 +157,7 @@ def main(args: Args):
         autocast, scaler = mixed_precision(args.precision, device)
 
         # Run
-        config = run_config(replace(args, data_root=root.resolve(), version=version), steps)
-        run = RunFolder(path, config, world, saved)
+        run = RunFolder(path, run_config(args, steps), world, saved)
         if args.tune:
             run.tune()
         parts = {"model": net, "optimizer": optimizer, "scaler": scaler}
@@ -205,22 +166,7 @@ def main(args: Args):
         millions = sum(p.numel() for p in net.parameters()) / 1e6
         print0(f"{path}: {len(train_set)} frames, {millions:.1f} M weights, steps {first} to {last}, {device}")
 
-        def validate(step):
-            """Detect or segment in the whole validation split: metrics, a picture and a 3D view."""
-            with autocast:
-                found = task.evaluate(net, val_set, path / "eval", world, workers=workers)
-                if world.is_main:
-                    _, frame = next(held_out_batches(val_set, 1))
-                    frame = frame.to(device)
-                    net.eval()
-                    (predicted,) = task.predict(net, frame)
-                    net.train()
-                    run.picture("val", task.picture(frame, predicted), step)
-                    run.scene("val", task.scene(frame, predicted), step)
-            run.scalars({f"val/{name}": value for name, value in found.items()}, step)
-            print0(f"step {step}/{steps}  {val_split}: {format_metrics(found)}")
-            return found
-
+        # Loop
         val_every = args.val_every or math.ceil(steps / 3)
         save_every = args.save_every or min(1000, math.ceil(steps / 20))
         batches = step_batches(
@@ -267,7 +213,8 @@ def main(args: Args):
             if report_now:
                 progress.report(done, values, lr=optim.lr * lr_at(optim, step, steps))
             if validate_now:
-                metrics = validate(done)
+                with autocast:
+                    metrics = validate(net, val_set, run, args, world, done)
                 progress.restart(done)
             if save_now:
                 run.save(done, parts, metrics, keep=validate_now)
@@ -277,7 +224,55 @@ def main(args: Args):
 
         run.close()
         progress.sum_up()
-        print0(summary(metrics, val_split, path))
+        print0(summary(metrics, val_set.split, path))
+
+
+def open_datasets(args, world):
+    """(args, training set, validation set); args with what the flags left open: the folder and the version."""
+    task, recipe = TASKS[args.task], args.recipe
+    dataset = dataset_class(args.dataset)
+    if args.task not in dataset.tasks:
+        raise UserError(f"--dataset {args.dataset} does not support --task {args.task}; see unipad/data/dataset.py.")
+    version = args.version or dataset.default_version
+    train_split, val_split = dataset.train_val_splits(version)
+    box = None if task.of_points else (recipe.grid.low, recipe.grid.high)  # nothing outside is seen or found
+    with world.main_first():  # generates the city, builds the index, cuts out the objects
+        root = args.data_root or dataset.default_root(recipe.data)
+        train_set = dataset(
+            root,
+            version,
+            train_split,
+            recipe.data,
+            label_fraction=recipe.label_fraction,
+            point_range=box,
+            augment=recipe.augment,
+        )
+        val_set = dataset(root, version, val_split, recipe.data, point_range=box)
+        if recipe.paste:
+            train_set = train_set.with_objects(load_objects(train_set, recipe.paste, world.workers(args.workers)))
+    if task.of_points:
+        train_set.require_point_labels()
+        val_set.require_point_labels()
+    if recipe.balanced:
+        train_set = train_set.balanced(args.seed)
+    return replace(args, data_root=root.resolve(), version=version), train_set, val_set
+
+
+def validate(net, val_set, run, args, world, step):
+    """Detect or segment in the whole validation split: metrics, which are returned, and a picture and a 3D view."""
+    task = TASKS[args.task]
+    found = task.evaluate(net, val_set, run.path / "eval", world, workers=world.workers(args.workers))
+    if world.is_main:
+        _, frame = next(held_out_batches(val_set, 1))
+        frame = frame.to(world.device)
+        net.eval()
+        (predicted,) = task.predict(net, frame)
+        net.train()
+        run.picture("val", task.picture(frame, predicted), step)
+        run.scene("val", task.scene(frame, predicted), step)
+    run.scalars({f"val/{name}": value for name, value in found.items()}, step)
+    world.print0(f"step {step}/{run.config['steps']}  {val_set.split}: {format_metrics(found)}")
+    return found
 
 
 def summary(metrics, split, path):

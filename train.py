@@ -43,20 +43,8 @@ from unipad.evaluate.rendering import evaluate_rendering
 from unipad.model.pretrain import Pretrain
 from unipad.optimizer import lr_at, make_optimizer, set_rates
 from unipad.recipes import DEFAULT_PRESET, PRETRAIN
-from unipad.runtime import (
-    Progress,
-    RunFolder,
-    StopOnSignal,
-    exit_on_user_error,
-    find_run,
-    format_metrics,
-    generators,
-    local_gradients,
-    mixed_precision,
-    resumed,
-    run_config,
-    start,
-)
+from unipad.run_folder import Progress, RunFolder, find_run, format_metrics, resumed, run_config
+from unipad.runtime import StopOnSignal, exit_on_user_error, generators, local_gradients, mixed_precision, start
 
 
 @dataclass(frozen=True)
@@ -112,23 +100,8 @@ def main(args: Args):
             cli.check_frozen(recipe, args.init, "--init")
 
         # Data
-        dataset = dataset_class(args.dataset)
-        version = args.version or dataset.default_version
-        train_split, val_split = dataset.train_val_splits(version)
-        box = (recipe.grid.low, recipe.grid.high)  # points outside are no targets: no ray reaches them
-        with world.main_first():  # generates the city, builds the index
-            root = args.data_root or dataset.default_root(recipe.data)
-            recipe = with_ray_origins(recipe, dataset.has_images(root, version, train_split), print0)
-            train_set = dataset(
-                root,
-                version,
-                train_split,
-                recipe.data,
-                label_fraction=args.label_fraction,
-                point_range=box,
-                augment=recipe.augment,
-            )
-            val_set = dataset(root, version, val_split, recipe.data, point_range=box)
+        args, train_set, val_set = open_datasets(args, world)
+        recipe = args.recipe
         steps = args.steps or max(1, round(optim.epochs * len(train_set) / optim.batch_size))
         micro_batch = world.micro_batch(optim.batch_size, args.accumulate)
 
@@ -144,8 +117,7 @@ def main(args: Args):
         autocast, scaler = mixed_precision(args.precision, device)
 
         # Run
-        config = run_config(replace(args, data_root=root.resolve(), version=version, recipe=recipe), steps)
-        run = RunFolder(path, config, world, saved)
+        run = RunFolder(path, run_config(args, steps), world, saved)
         if args.tune:
             run.tune()
         parts = {"model": net, "optimizer": optimizer, "scaler": scaler}
@@ -153,25 +125,11 @@ def main(args: Args):
         last = min(steps, args.stop_at or steps)
         millions = sum(p.numel() for p in net.parameters()) / 1e6
         print0(f"{path}: {len(train_set)} frames, {millions:.1f} M weights, steps {first} to {last}, {device}")
-
-        def validate(step):
-            """Render held-out frames: metrics, a picture and a 3D view."""
-            with autocast:
-                frames = held_out_batches(val_set, args.val_samples, world.rank, world.size)
-                found = evaluate_rendering(net, frames, args.seed, device)
-                if world.is_main:
-                    _, frame = next(held_out_batches(val_set, 1))
-                    draws = generators(args.seed, 0, [0], device)
-                    run.picture("val", rendered_views(net, frame.to(device), draws, args.picture_stride), step)
-                    draws = generators(args.seed, 0, [0], device)
-                    degrees = max(1, args.picture_stride // 2)
-                    run.scene("val", rendered_scene(net, frame.to(device), draws, degrees), step)
-            run.scalars({f"val/{name}": value for name, value in found.items()}, step)
-            print0(f"step {step}/{steps}  held-out frames: {format_metrics(found)}")
-            return found
-
         if not saved:
-            metrics["before"] = validate(0)
+            with autocast:
+                metrics["before"] = validate(net, val_set, run, args, world, 0)
+
+        # Loop
         val_every = args.val_every or math.ceil(steps / 3)
         save_every = args.save_every or min(1000, math.ceil(steps / 20))
         # What a step sees is a function of (seed, step), its order and random numbers too, so none of it is saved.
@@ -220,7 +178,8 @@ def main(args: Args):
                 lr, rays = optim.lr * lr_at(optim, step, steps), views * recipe.rays.per_view
                 progress.report(done, values, lr, rays_per_sample=rays)
             if validate_now:
-                metrics["after"] = validate(done)
+                with autocast:
+                    metrics["after"] = validate(net, val_set, run, args, world, done)
                 progress.restart(done)
             if save_now:
                 run.save(done, parts, metrics, keep=validate_now)
@@ -231,6 +190,29 @@ def main(args: Args):
         run.close()
         progress.sum_up()
         print0(summary(metrics, path))
+
+
+def open_datasets(args, world):
+    """(args, training set, validation set); args with what the flags left open: folder, version, origin of the rays."""
+    recipe = args.recipe
+    dataset = dataset_class(args.dataset)
+    version = args.version or dataset.default_version
+    train_split, val_split = dataset.train_val_splits(version)
+    box = (recipe.grid.low, recipe.grid.high)  # points outside are no targets: no ray reaches them
+    with world.main_first():  # generates the city, builds the index
+        root = args.data_root or dataset.default_root(recipe.data)
+        recipe = with_ray_origins(recipe, dataset.has_images(root, version, train_split), world.print0)
+        train_set = dataset(
+            root,
+            version,
+            train_split,
+            recipe.data,
+            label_fraction=args.label_fraction,
+            point_range=box,
+            augment=recipe.augment,
+        )
+        val_set = dataset(root, version, val_split, recipe.data, point_range=box)
+    return replace(args, data_root=root.resolve(), version=version, recipe=recipe), train_set, val_set
 
 
 def with_ray_origins(recipe, has_images, print0):
@@ -247,6 +229,22 @@ def with_ray_origins(recipe, has_images, print0):
     if recipe.data.cameras:
         print0("the dataset has no images: rays are cast from the LiDAR")
     return replace(recipe, data=replace(recipe.data, cameras=False))
+
+
+def validate(net, val_set, run, args, world, step):
+    """Render held-out frames: metrics, which are returned, and a picture and a 3D view for the run."""
+    frames = held_out_batches(val_set, args.val_samples, world.rank, world.size)
+    found = evaluate_rendering(net, frames, args.seed, world.device)
+    if world.is_main:
+        _, frame = next(held_out_batches(val_set, 1))
+        frame = frame.to(world.device)
+        draws = generators(args.seed, 0, [0], world.device)
+        run.picture("val", rendered_views(net, frame, draws, args.picture_stride), step)
+        draws = generators(args.seed, 0, [0], world.device)
+        run.scene("val", rendered_scene(net, frame, draws, degrees=max(1, args.picture_stride // 2)), step)
+    run.scalars({f"val/{name}": value for name, value in found.items()}, step)
+    world.print0(f"step {step}/{run.config['steps']}  held-out frames: {format_metrics(found)}")
+    return found
 
 
 def summary(metrics, path):

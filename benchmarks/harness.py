@@ -24,7 +24,7 @@ import torch
 from torch._functorch import config as functorch_config
 
 from unipad.kernels.backend import triton
-from unipad.runtime import commit
+from unipad.run_folder import commit
 
 RESULTS = Path(__file__).with_name("results.csv")
 code_commit = commit()  # of the measured code; `benchmarks.gpu` can set it where git is not available

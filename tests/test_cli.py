@@ -19,7 +19,7 @@ from unipad.config import DetectRecipe, PretrainRecipe, SegmentRecipe, from_dict
 from unipad.errors import UserError
 from unipad.model.pretrain import Pretrain
 from unipad.recipes import DEFAULT_PRESET, DETECT, PRETRAIN, SEGMENT
-from unipad.runtime import run_config
+from unipad.run_folder import run_config
 
 toy = test_dataset.toy  # a fixture
 EVERY = [(train, ["--modality", m, "--preset", p], r) for m, presets in PRETRAIN.items() for p, r in presets.items()]

@@ -8,12 +8,13 @@ import torch
 
 import finetune
 import train
-from unipad.config import AnyRecipe, Augment, DetectRecipe, Paste, from_dict
+from unipad.config import AnyRecipe, Augment, DetectRecipe, Paste, from_dict, to_dict
 from unipad.errors import UserError
 from unipad.kernels import tuning
 from unipad.model.pretrain import Pretrain
 from unipad.recipes import DETECT, PRETRAIN, SEGMENT
-from unipad.runtime import RunFolder, World, to_dict
+from unipad.run_folder import RunFolder
+from unipad.runtime import World
 
 PAGE = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
 EVERY = [(modality, name) for modality, presets in PRETRAIN.items() for name in presets]

@@ -11,7 +11,7 @@ import tyro
 from tests.golden import FOLDER
 from unipad import convert
 from unipad.checkpoint import read_checkpoint, take_weights
-from unipad.config import CONVNEXT, DetectRecipe, PretrainRecipe, from_dict
+from unipad.config import CONVNEXT, DetectRecipe, PretrainRecipe, from_dict, to_dict
 from unipad.convert import Args, convert_ours, convert_unipad, main
 from unipad.errors import UserError
 from unipad.model.camera import ConvNeXt
@@ -20,7 +20,6 @@ from unipad.model.pretrain import Pretrain
 from unipad.model.segment import Segmenter
 from unipad.names import from_original, to_original
 from unipad.recipes import DETECT, PRETRAIN, SEGMENT
-from unipad.runtime import to_dict
 
 # Config -> key -> (shape, dtype) of every released config; a name instead where another one has the same
 RELEASED = json.loads(lzma.decompress((FOLDER / "state_dicts.json.xz").read_bytes()))

@@ -16,6 +16,7 @@ from tests import scripts
 from tests.scripts import REPO, TWO_PROCESSES
 from unipad.boxes import decode_boxes, encode_boxes
 from unipad.checkpoint import write_checkpoint
+from unipad.config import to_dict
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.tables import CLASSES
 from unipad.draw.mesh import distances, surface, write_ply
@@ -26,7 +27,7 @@ from unipad.evaluate.submission import MAX_BOXES, table, write_submission
 from unipad.model.detect import Detections, Detector
 from unipad.model.pretrain import Pretrain
 from unipad.recipes import DETECT, PRETRAIN
-from unipad.runtime import World, to_dict
+from unipad.runtime import World
 
 ALONE = World(0, 1, torch.device("cpu"))
 RECIPE = DETECT["lidar"]["tiny"]

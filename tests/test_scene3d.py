@@ -7,7 +7,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.test_rays import make_batch
 from unipad.draw import scene3d
-from unipad.runtime import RunFolder, World
+from unipad.run_folder import RunFolder
+from unipad.runtime import World
 
 FACES_OF_BAR = 6
 

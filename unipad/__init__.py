@@ -5,7 +5,8 @@ recipes.py     presets: the paper's, the released configs', tiny ones
 batch.py       the batch: the interface between data and model
 boxes.py       box geometry, for data and model
 errors.py      user-facing errors: one sentence
-runtime.py     device, processes, random numbers, run folder
+runtime.py     device, processes, random numbers, signals
+run_folder.py  what a training run leaves: folder, log, checkpoints
 checkpoint.py  reading checkpoints and runs, and taking weights from them
 convert.py     checkpoints of UniPAD and ImageNet -> ours, and back to UniPAD's
 names.py       parameter names in UniPAD and here

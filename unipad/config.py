@@ -5,6 +5,7 @@ of the scripts too, by its section (`--grid.cell 0.6 0.6 1.6`); the comment afte
 """
 
 import dataclasses
+import json
 import types
 import typing
 from dataclasses import dataclass, field
@@ -282,8 +283,13 @@ CONVNEXT = {
 }
 
 
+def to_dict(config) -> dict:
+    """A dataclass as JSON-able values, which `weights_only` reads too; `from_dict` is the inverse."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
 def from_dict(kind, value):
-    """`runtime.to_dict` undone: JSON-able `value` as a `kind`, a dataclass or a union of dataclasses.
+    """`to_dict` undone: JSON-able `value` as a `kind`, a dataclass or a union of dataclasses.
 
     Raises TypeError where the fields are not exactly those of a dataclass of `kind`.
     """

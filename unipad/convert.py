@@ -32,6 +32,7 @@ from unipad.config import (
     Recipe,
     SegmentRecipe,
     from_dict,
+    to_dict,
 )
 from unipad.errors import UserError, check_choices
 from unipad.model.camera import ConvNeXt
@@ -40,7 +41,7 @@ from unipad.model.pretrain import Pretrain
 from unipad.model.segment import Segmenter
 from unipad.names import CODE_WEIGHTS, from_imagenet, from_original, to_original
 from unipad.recipes import DEFAULT_PRESET, DETECT, PRETRAIN
-from unipad.runtime import exit_on_user_error, to_dict
+from unipad.runtime import exit_on_user_error
 
 BACKBONE = "encoder.camera.backbone."
 FRAME_FUSION = "encoder.frame_fusion.trans_conv.0.weight"

@@ -29,7 +29,8 @@ import tyro
 
 from unipad.errors import UserError
 from unipad.kernels.backend import on_triton, triton
-from unipad.runtime import commit, exit_on_user_error
+from unipad.run_folder import commit
+from unipad.runtime import exit_on_user_error
 from unipad.selfcheck.cases import SIZES, checks
 from unipad.selfcheck.processes import results, work
 

@@ -241,7 +241,7 @@ def validate(net, val_set, run, args, world, step):
         draws = generators(args.seed, 0, [0], world.device)
         run.picture("val", rendered_views(net, frame, draws, args.picture_stride), step)
         draws = generators(args.seed, 0, [0], world.device)
-        run.scene("val", rendered_scene(net, frame, draws, degrees=max(1, args.picture_stride // 2)), step)
+        run.scene("val", rendered_scene(net, frame, draws, stride=max(1, args.picture_stride // 2)), step)
     run.scalars({f"val/{name}": value for name, value in found.items()}, step)
     world.print0(f"step {step}/{run.config['steps']}  held-out frames: {format_metrics(found)}")
     return found

@@ -70,7 +70,7 @@ class Args:
     deterministic: bool = False  # bitwise reproducible runs on a GPU too, with slower kernels
     tune: bool = False  # autotune kernel launches (off with --deterministic); reuse choices in tuning.json
     log_every: int = 10  # steps between progress lines
-    val_every: int | None = None  # steps between validations on the whole split; None: a third of the run
+    val_every: int | None = None  # steps between validations on the whole split; None: a third of the run; 0: none
     save_every: int | None = None  # steps between checkpoints; None: a twentieth of the run, at most 1000
     # the preset's, as changed by flags
     recipe: Annotated[DetectRecipe | SegmentRecipe | None, tyro.conf.arg(name="")] = None
@@ -113,9 +113,9 @@ TASKS = {
 
 def parse(argv=None) -> Args:
     args = cli.parse(Args, lambda args: cli.run_args(args) or with_preset(args), __doc__, argv)
-    positive = ("steps", "stop_at", "accumulate", "log_every", "val_every", "save_every")
+    positive = ("steps", "stop_at", "accumulate", "log_every", "save_every")
     positive += ("recipe.optim.epochs", "recipe.optim.batch_size", "recipe.optim.lr")
-    check_ranges(args, positive, ("workers", "seed"))
+    check_ranges(args, positive, ("workers", "seed", "val_every"))
     cli.check_recipe(args.recipe)
     return args
 
@@ -167,7 +167,7 @@ def main(args: Args):
         print0(f"{path}: {len(train_set)} frames, {millions:.1f} M weights, steps {first} to {last}, {device}")
 
         # Loop
-        val_every = args.val_every or math.ceil(steps / 3)
+        val_every = math.ceil(steps / 3) if args.val_every is None else args.val_every
         save_every = args.save_every or min(1000, math.ceil(steps / 20))
         batches = step_batches(
             train_set,
@@ -205,9 +205,9 @@ def main(args: Args):
 
             done = step + 1
             report_now = done % args.log_every == 0 or done == last
-            validate_now = done % val_every == 0 or done == last
+            validate_now = val_every > 0 and (done % val_every == 0 or done == last)
             stop_now = (report_now or world.size == 1) and stop.asked(world)
-            save_now = done % save_every == 0 or validate_now or stop_now
+            save_now = done % save_every == 0 or validate_now or stop_now or done == last
             if report_now or save_now:  # the host waits here, in `backend.host_wait`s and in the scaler of fp16
                 values = progress.finite(values, scaler, done)
             if report_now:

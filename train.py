@@ -71,7 +71,7 @@ class Args:
     deterministic: bool = False  # bitwise reproducible runs on a GPU too, with slower kernels
     tune: bool = False  # autotune kernel launches (off with --deterministic); reuse choices in tuning.json
     log_every: int = 10  # steps between progress lines
-    val_every: int | None = None  # steps between validations; None: a third of the run
+    val_every: int | None = None  # steps between validations; None: a third of the run; 0: no validation
     val_samples: int = 12  # held-out frames that a validation renders
     picture_stride: int = 2  # pixels between the rays of a picture; half as many degrees in the 3D view
     save_every: int | None = None  # steps between checkpoints; None: a twentieth of the run, at most 1000
@@ -83,9 +83,11 @@ def parse(argv=None) -> Args:
         return cli.run_args(args) or cli.with_preset(args, PRETRAIN, args.modality, DEFAULT_PRESET[args.modality])
 
     args = cli.parse(Args, choose, __doc__, argv)
-    positive = ("steps", "stop_at", "accumulate", "log_every", "val_every", "val_samples", "picture_stride")
+    positive = ("steps", "stop_at", "accumulate", "log_every", "val_samples", "picture_stride")
     positive += ("save_every", "recipe.optim.epochs", "recipe.optim.batch_size", "recipe.optim.lr")
-    check_ranges(args, (*positive, "recipe.rays.per_view"), ("workers", "seed", "recipe.render.rgb_weight"))
+    check_ranges(
+        args, (*positive, "recipe.rays.per_view"), ("workers", "seed", "val_every", "recipe.render.rgb_weight")
+    )
     cli.check_recipe(args.recipe)
     return args
 
@@ -121,16 +123,16 @@ def main(args: Args):
         if args.tune:
             run.tune()
         parts = {"model": net, "optimizer": optimizer, "scaler": scaler}
-        first, metrics = resumed(saved, parts)  # metrics: before training and at the last validation
+        first, metrics = resumed(saved, parts)  # metrics: {"before": before training, "after": of the last validation}
         last = min(steps, args.stop_at or steps)
         millions = sum(p.numel() for p in net.parameters()) / 1e6
         print0(f"{path}: {len(train_set)} frames, {millions:.1f} M weights, steps {first} to {last}, {device}")
-        if not saved:
+        if not saved and args.val_every != 0:
             with autocast:
                 metrics["before"] = validate(net, val_set, run, args, world, 0)
 
         # Loop
-        val_every = args.val_every or math.ceil(steps / 3)
+        val_every = math.ceil(steps / 3) if args.val_every is None else args.val_every
         save_every = args.save_every or min(1000, math.ceil(steps / 20))
         # What a step sees is a function of (seed, step), its order and random numbers too, so none of it is saved.
         batches = step_batches(
@@ -168,9 +170,9 @@ def main(args: Args):
 
             done = step + 1
             report_now = done % args.log_every == 0 or done == last
-            validate_now = done % val_every == 0 or done == last
+            validate_now = val_every > 0 and (done % val_every == 0 or done == last)
             stop_now = (report_now or world.size == 1) and stop.asked(world)
-            save_now = done % save_every == 0 or validate_now or stop_now
+            save_now = done % save_every == 0 or validate_now or stop_now or done == last
             if report_now or save_now:  # the host waits here, in `backend.host_wait`s and in the scaler of fp16
                 values = progress.finite(values, scaler, done)
             if report_now:
@@ -250,10 +252,10 @@ def validate(net, val_set, run, args, world, step):
 def summary(metrics, path):
     """What the run improved and where to look."""
     lines = []
-    if "after" in metrics:
-        before, after = metrics["before"], metrics["after"]
-        lines += [f"{'held-out frames':<20}{'before':>10}{'after':>10}"]
-        lines += [f"{name:<20}{before[name]:>10.3f}{after[name]:>10.3f}" for name in before]
+    if metrics:
+        lines += [f"{'held-out frames':<20}" + "".join(f"{when:>10}" for when in metrics)]
+        for name in next(iter(metrics.values())):
+            lines += [f"{name:<20}" + "".join(f"{values[name]:>10.3f}" for values in metrics.values())]
         lines += [f"pictures     {path / 'images'}"]
     lines += [f"checkpoint   {path / 'checkpoints' / 'last.pt'}"]
     return "\n".join([*lines, f"curves       tensorboard --logdir {path.parent}"])

@@ -7,6 +7,7 @@ forks, so the processes inherit no threads of OpenMP.
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,6 @@ from pathlib import Path
 from unittest import mock
 
 REPO = Path(__file__).parents[1]
-TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["train", "finetune", "eval", "unipad.convert", "tests.ahead_of_time"])
 
@@ -29,17 +29,18 @@ def environment():
 class Script:
     """A running program, with the methods of `subprocess.Popen` that tests use.
 
-    args: as after `python`: a script of this repository, "-m" and a module, or "-c" and code; then its flags
-    path: an additional folder to import from
+    args:      as after `python`: a script of this repository, "-m" and a module, or "-c" and code; then its flags
+    path:      an additional folder to import from
+    variables: environment variables to set
     """
 
-    def __init__(self, *args, cwd=REPO, path=""):
+    def __init__(self, *args, cwd=REPO, path="", variables=None):
         self.args = list(map(str, args))
         self.folder = tempfile.TemporaryDirectory()  # removed with this object
         self.output = Path(self.folder.name)
         with mock.patch.dict(os.environ, environment(), clear=True):
             forkserver.ensure_running()
-        self.process = SERVER.Process(target=_run, args=(self.args, str(cwd), str(path), str(self.output)))
+        self.process = SERVER.Process(target=_run, args=(self.args, str(cwd), str(path), variables, self.output))
         self.process.start()
 
     @property
@@ -76,7 +77,20 @@ def run(*args, cwd=REPO, path="", timeout=300):
     return subprocess.CompletedProcess(script.args, script.returncode, out, err)
 
 
-def _run(args, cwd, path, output):
+def run_two(*args, cwd=REPO, timeout=300):
+    """Run a program in two processes, as torchrun starts them; returns the main one when both have exited."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting_point = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    ranks = [meeting_point | {"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+    main, other = (Script(*args, cwd=cwd, variables=variables) for variables in ranks)
+    out, err = main.communicate(timeout)
+    other_out, other_err = other.communicate(timeout)
+    return subprocess.CompletedProcess(main.args, main.returncode or other.returncode, out + other_out, err + other_err)
+
+
+def _run(args, cwd, path, variables, output):
+    os.environ.update(variables or {})
     for fd, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{output}/{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), fd)
     os.chdir(cwd)

@@ -13,7 +13,6 @@ from PIL import Image
 
 from eval import main, parse
 from tests import scripts
-from tests.scripts import REPO, TWO_PROCESSES
 from unipad.boxes import decode_boxes, encode_boxes
 from unipad.checkpoint import write_checkpoint
 from unipad.config import to_dict
@@ -162,9 +161,9 @@ def evaluate(run, *flags):
     main(parse([run, "--device", "cpu", "--workers", 0, *flags]))
 
 
-def script(run, *flags, launcher=()):
+def script(checkpoint, *flags, run=scripts.run):
     """eval.py as a user starts it."""
-    return scripts.run(*launcher, REPO / "eval.py", run, "--device", "cpu", "--workers", 0, *flags)
+    return run("eval.py", checkpoint, "--device", "cpu", "--workers", 0, *flags)
 
 
 def test_a_detector_is_evaluated_and_its_boxes_are_drawn(detector_run):
@@ -189,7 +188,7 @@ def test_a_converted_checkpoint_has_no_dataset(city, tmp_path, monkeypatch, caps
 
 
 def test_two_processes_find_what_one_finds(detector_run, tmp_path):
-    done = script(detector_run, "--pictures", 1, "--out", tmp_path / "two", launcher=TWO_PROCESSES)
+    done = script(detector_run, "--pictures", 1, "--out", tmp_path / "two", run=scripts.run_two)
     assert done.returncode == 0, done.stderr[-4000:]
     evaluate(detector_run, "--pictures", 1, "--out", tmp_path / "one")
     one, two = ((tmp_path / name / "results_nusc.json").read_text() for name in ("one", "two"))

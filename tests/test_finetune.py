@@ -10,13 +10,12 @@ import torch
 import finetune
 import train
 from tests import scripts
-from tests.scripts import REPO, TWO_PROCESSES
 from tests.test_train import assert_same_weights, checkpoint, curve
 from unipad import recipes
 from unipad.config import Paste
 from unipad.errors import UserError
 
-SMALL = ["--preset", "tiny", "--device", "cpu", "--workers", 0, "--log-every", 1]
+SMALL = ["--preset", "tiny", "--device", "cpu", "--workers", 0, "--log-every", 1, "--val-every", 0]
 
 
 @pytest.fixture(autouse=True)
@@ -61,16 +60,16 @@ def test_a_run_writes_all_its_files(uninterrupted):
 
 
 def test_a_stopped_and_resumed_run_is_bit_equal(uninterrupted, city, tmp_path):
-    run(tmp_path / "run", city, "--stop-at", 2, "--val-every", 3)
+    run(tmp_path / "run", city, "--stop-at", 2)
     assert checkpoint(tmp_path / "run")["step"] == 2
-    run(tmp_path / "run", city, "--resume", "auto", "--val-every", 3, "--tune")
+    run(tmp_path / "run", city, "--resume", "auto", "--tune")
     assert_same_weights(tmp_path / "run", uninterrupted[0])
     assert curve(tmp_path / "run") == curve(uninterrupted[0])
 
 
 @pytest.mark.parametrize("modality", ["camera", "fusion"])
 def test_camera_and_fusion_train(modality, city, tmp_path):
-    out = run(tmp_path / "run", city, "--modality", modality, "--steps", 2)
+    out = run(tmp_path / "run", city, "--modality", modality, "--steps", 2, "--val-every", 2)
     assert curve(out, "train/depth")[2] > 0
     assert json.loads((out / "eval" / "results_nusc.json").read_text())["meta"]["use_camera"]
 
@@ -111,7 +110,7 @@ def test_two_processes_have_the_losses_of_one(uninterrupted, city, tmp_path):
     """At the first step; later ones differ by rounding, and in means that are taken per process."""
     flags = ["--modality", "lidar", "--preset", "tiny", "--data-root", city, "--steps", 1, "--out", tmp_path / "two"]
     flags += ["--device", "cpu", "--workers", 0, "--log-every", 1, "--batch-size", 2]
-    done = scripts.run(*TWO_PROCESSES, REPO / "finetune.py", *flags)
+    done = scripts.run_two("finetune.py", *flags)
     assert done.returncode == 0, done.stderr[-4000:]
     run(tmp_path / "one", city, "--steps", 1, "--batch-size", 2)
     for name in ("train/class", "train/box"):

@@ -9,15 +9,14 @@ from dataclasses import replace
 import torch
 
 from tests import scripts
-from tests.scripts import TWO_PROCESSES
 
 MODALITIES = "camera", "fusion"
 
 
 def test_two_processes_have_the_gradients_of_one(city, tmp_path):
     found = []
-    for launcher in ((), TWO_PROCESSES):
-        done = scripts.run(*launcher, __file__, city, tmp_path / "gradients.pt")
+    for run in (scripts.run, scripts.run_two):
+        done = run(__file__, city, tmp_path / "gradients.pt")
         assert done.returncode == 0, done.stderr[-4000:]
         found.append(torch.load(tmp_path / "gradients.pt", weights_only=True))
     for modality in MODALITIES:

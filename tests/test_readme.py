@@ -17,7 +17,7 @@ README = (REPO / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)  # those in ```sh need a cluster, a GPU or files
 COMMANDS = [line for block in BLOCKS for line in block.strip().splitlines()]
 
-QUICK = "--device cpu --preset tiny --steps 2 --workers 0"
+QUICK = "--device cpu --preset tiny --steps 2 --val-every 2 --workers 0"
 FEW_RAYS = "--rays.per-view 8 --val-samples 1 --picture-stride 16 --render.samples 12 --render.importance 4"
 # Replacements that make the README's commands small: sizes, folders, launchers
 SMALLER = [
@@ -62,7 +62,21 @@ def test_command_runs(command, city, tmp_path):
         if modality == "segment":
             what = ["--modality", "lidar", "--preset", "segment-tiny"] if script is train else ["--task", "segment"]
         out = tmp_path / f"outputs/{name}-{modality}" / "run"
-        flags = ["--preset", "tiny", "--data-root", city, "--device", "cpu", "--workers", 0, "--steps", 1, *flags]
+        flags = [
+            "--preset",
+            "tiny",
+            "--data-root",
+            city,
+            "--device",
+            "cpu",
+            "--workers",
+            0,
+            "--steps",
+            1,
+            "--val-every",
+            0,
+            *flags,
+        ]
         script.main(script.parse([*flags, *what, "--out", out]))
     python, *arguments = shlex.split(command)
     assert python == sys.executable

@@ -9,8 +9,8 @@ from unipad.kernels.ray_sample import (
     clip_rays_ref,
     resample,
     resample_ref,
-    stratified_starts,
-    stratified_starts_ref,
+    stratified_edges,
+    stratified_edges_ref,
 )
 
 # Rays, samples, new samples. UniPAD: 6 cameras x 512 rays, 72 + 24; on the CPU the tiny preset's 6 x 64 rays, 48 + 16
@@ -45,5 +45,5 @@ if __name__ == "__main__":
     sizes = GPU_SIZES if DEVICE == "cuda" else CPU_SIZES
     compare("clip_rays", clip_rays_ref, clip_rays, peers(clip_rays_ref), [clip_case(R) for R, _, _ in sizes[:2]])
     starts = [start_case(R, S) for R, S, _ in sizes[:2]]
-    compare("stratified_starts", stratified_starts_ref, stratified_starts, peers(stratified_starts_ref), starts)
+    compare("stratified_edges", stratified_edges_ref, stratified_edges, peers(stratified_edges_ref), starts)
     compare("resample", resample_ref, resample, peers(resample_ref), [resample_case(*size) for size in sizes])

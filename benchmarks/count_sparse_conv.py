@@ -25,7 +25,7 @@ from unipad.kernels.voxel_keys import sort_voxels
 
 WIDTHS, BLOCKS = (16, 32, 64, 128), 2
 DTYPE, BYTES = torch.bfloat16, 2
-HIDDEN = "LEAST", "MULTIPLE", "SORT", "OFFSETS_PER_BIT", "VIA_L1"
+HIDDEN = "MIN_PAIRS", "MULTIPLE", "SORT", "OFFSETS_PER_BIT", "VIA_L1"
 KINDS = "HGMMA", "HMMA", "FFMA", "LDGSTS", "LDG"
 
 
@@ -177,8 +177,8 @@ def d_weight(table, c_in, c_out):
     most = sparse_gemm._limits(DTYPE, c_in, c_out, False)[1]
     block_i, block_o = (sparse_gemm._block(c, most) for c in (c_in, c_out))
     tiles_i, tiles_o = -(-c_in // block_i), -(-c_out // block_o)
-    parts = sparse_gemm._parts(K, M, c_in, c_out, tiles_i * tiles_o)
-    size = max(-(-pairs // parts), sparse_gemm.LEAST)
+    parts = sparse_gemm._max_chunks(K, M, c_in, c_out, tiles_i * tiles_o)
+    size = max(-(-pairs // parts), sparse_gemm.MIN_PAIRS)
     chunks = (-(-counts // (-(-size // (2 * block_r)) * 2 * block_r))).sum().item()
     rows = (-(-counts // block_r)).sum().item() * block_r
     sums = (2 * chunks + K) * 4 * c_in * c_out

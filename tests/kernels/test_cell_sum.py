@@ -20,10 +20,10 @@ def make_inputs(R, S, channels, B=2, Z=2, Y=3, X=2):
     origins, directions = torch.randn(R, 3) * 0.1, F.normalize(torch.randn(R, 3), dim=1)
     origins[:1], directions[:1] = 0, torch.tensor([1.0, 0, 0])
     edges = (torch.arange(S + 1) / 64).expand(R, S + 1).contiguous()
-    cells_per_unit, first_cell = torch.tensor([1.0, 2.0, 1.0]), torch.tensor([0.5, 1.0, 0.5])
+    cells_per_unit, cell_offset = torch.tensor([1.0, 2.0, 1.0]), torch.tensor([0.5, 1.0, 0.5])
     d_value, d_slope, v = torch.randn(R * S, 16), torch.randn(R * S, 16), torch.randn(R * S, 3)
     points = origins[:, None] + directions[:, None] * edges[:, :-1, None]
-    place = points * cells_per_unit + first_cell
+    place = points * cells_per_unit + cell_offset
     x, y, z = (place.flatten(0, 1).floor() + 1).long().unbind(1)
     inside = (x >= 0) & (x <= X) & (y >= 0) & (y <= Y) & (z >= 0) & (z <= Z)
     cell = ((volume_idx.repeat_interleave(S) * (Z + 1) + z) * (Y + 1) + y) * (X + 1) + x
@@ -31,7 +31,7 @@ def make_inputs(R, S, channels, B=2, Z=2, Y=3, X=2):
     d_volume = torch.empty(B, Z, Y, X, channels)
     inputs = dict(
         d_volume=d_volume, cell=cell, d_value=d_value, d_slope=d_slope, v=v, origins=origins, directions=directions,
-        edges=edges, cells_per_unit=cells_per_unit, first_cell=first_cell,
+        edges=edges, cells_per_unit=cells_per_unit, cell_offset=cell_offset,
     )  # fmt: skip
     return inputs, place, volume_idx.int()
 

@@ -68,7 +68,7 @@ def test_strict_determinism_sums_by_cell():
     """No atomic adds, and not the reference either; on faces and outside too."""
     inputs = make_inputs(2, 20, channels=16, sdf_layers=2, rgb_layers=2, B=1)
     inputs["volume"] = inputs["volume"][:, :2, :3, :3]
-    inputs["cells_per_unit"], inputs["first_cell"] = torch.tensor([[1.0, 1, 2], [1.0, 1, 0.5]], device=DEVICE)
+    inputs["cells_per_unit"], inputs["cell_offset"] = torch.tensor([[1.0, 1, 2], [1.0, 1, 0.5]], device=DEVICE)
     inputs["edges"] = torch.arange(21, device=DEVICE).expand(2, 21) / 8
     inputs["origins"] = torch.zeros(2, 3, device=DEVICE)
     inputs["directions"] = torch.tensor([[1.0, 0, 0], [0, 0.6, 0.8]], device=DEVICE)

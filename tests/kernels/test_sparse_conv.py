@@ -157,7 +157,7 @@ def test_weights_gradient_of_several_offsets_at_once(kernel, c_in, c_out, dtype,
 
 def test_weights_gradient_in_many_chunks(monkeypatch, device):
     """Of the three offsets, which have 0 to 150 pairs, in two to five chunks and in more than wanted."""
-    monkeypatch.setattr(sparse_gemm, "LEAST", 8)
+    monkeypatch.setattr(sparse_gemm, "MIN_PAIRS", 8)
     monkeypatch.setattr(sparse_gemm, "BLOCK_R", 16)
     inputs, *_ = make_inputs("submanifold", (3, 1, 1), 1, (4, 5, 9), 150, 3, 20, device)
     check_against_ref(sparse_conv, sparse_conv_ref, inputs, torch.float32, wrt=("weight",))

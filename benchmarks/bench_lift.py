@@ -1,9 +1,9 @@
-"""lift: kernel, reference, and the original's formulas in PyTorch, eager and compiled; then scaling.
+"""lift: kernel, reference, and the original's formulas, eager and compiled; then more and fewer views, voxels, channels.
 
     python -m benchmarks.bench_lift
     OMP_NUM_THREADS=1 python -m benchmarks.bench_lift --paper      on a CPU: paper size too
 
-Strict determinism has a separate row.
+Strict determinism is timed in a row of its own.
 """
 
 import math

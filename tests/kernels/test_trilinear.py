@@ -112,22 +112,22 @@ def test_matches_grid_sample_and_its_double_backward(fn, device):
     points = inputs["points"].double()
     points[:3] = points[:3].round()  # on faces
     points.requires_grad_()
-    across = torch.randn(6, 8, 4, device=device, dtype=torch.float64, requires_grad=True)  # dL/dvalue, as of an MLP
+    d_value = torch.randn(6, 8, 4, device=device, dtype=torch.float64, requires_grad=True)  # dL/dvalue, as of an MLP
 
     def sampled():
         normalized = points / torch.tensor([4.0, 2.0, 1.0], device=device) - 1
         value = F.grid_sample(volume.permute(0, 4, 1, 2, 3), normalized[None, None], align_corners=True)
         value = value[0, :, 0].permute(1, 2, 0)
-        return value, torch.autograd.grad(value, points, across, create_graph=True)[0]
+        return value, torch.autograd.grad(value, points, d_value, create_graph=True)[0]
 
     def ours():
         value, gradient = fn(volume, points, inputs["volume_idx"])
-        return value, torch.einsum("rsdc,rsc->rsd", gradient, across)
+        return value, torch.einsum("rsdc,rsc->rsd", gradient, d_value)
 
     ups = torch.randn(6, 8, 4, device=device).double(), torch.randn(6, 8, 3, device=device).double()
     for truth, out in [
         (sampled(), ours()),
-        *[[torch.autograd.grad(f(), (volume, points, across), ups) for f in (sampled, ours)]],
+        *[[torch.autograd.grad(f(), (volume, points, d_value), ups) for f in (sampled, ours)]],
     ]:
         for t, o in zip(truth, out, strict=True):
             torch.testing.assert_close(o, t, rtol=1e-12, atol=1e-12)

@@ -1,4 +1,4 @@
-"""lift: kernel, reference, and the original's formulas, eager and compiled; then more and fewer views, voxels, channels.
+"""lift: kernel, reference, the original's formulas (eager and compiled); then more and fewer views, voxels, channels.
 
     python -m benchmarks.bench_lift
     OMP_NUM_THREADS=1 python -m benchmarks.bench_lift --paper      on a CPU: paper size too

@@ -82,7 +82,7 @@ def gathered_sample(volume, grid):
 
 
 class EagerRenderer(nn.Module):
-    """NeuS, sample by sample of a batch: `F.grid_sample`, MLPs layer by layer, the gradient of the distance by autograd.
+    """NeuS, one batch item at a time: `F.grid_sample`, MLPs layer by layer, the gradient of the distance by autograd.
 
     Replaces the `Renderer` it is made from and shares its parameters. Training it differentiates
     `torch.autograd.grad(create_graph=True)`; before torch 2.13, the first release in which `F.grid_sample` is twice

@@ -20,7 +20,7 @@ LAUNCHES = [launch(8, 128, 64, 64), launch(1, 128, 64, 104)]
 
 
 def test_is_the_gradient_of_the_interpolation(device, monkeypatch):
-    """Two levels' hits side by side, the second one's are summed; some lie on a column or a row of pixels."""
+    """Hits of two levels, of which those of the second are summed; some lie on a column or a row of pixels."""
     if not HAS_GPU:
         monkeypatch.setattr(unipad.kernels.pixel_sum, "TILE", 2**9)
     B, N, h, w, C, D, V = 2, 3, 3, 4, 5, 6, 20

@@ -75,8 +75,8 @@ def test_clip_rays_matches_reference(R, dtype, device):
         ((-5, 0, 0), (1, 0, 0), (3, 7)),  # from outside
         ((-2.5, 0, 0), (1, 0, 0), (1, 4.5)),  # enters before `near`
         ((5, 0, 0), (1, 0, 0), None),  # the box lies behind
-        ((0, 5, 0), (1, 0, 0), None),  # passes it, parallel to its walls
-        ((-6, 0, 0), (0.6, 0.8, 0), None),  # passes it
+        ((0, 5, 0), (1, 0, 0), None),  # misses it, parallel to its walls
+        ((-6, 0, 0), (0.6, 0.8, 0), None),  # misses it
         ((1.5, 0, 0), (1, 0, 0), None),  # leaves it before `near`
     ],
 )
@@ -117,7 +117,7 @@ def test_stratified_edges_by_hand(fn, device):
 
 @pytest.mark.parametrize("fn", [stratified_edges, stratified_edges_ref])
 def test_edges_of_the_shortest_ray_ascend(fn, device):
-    """far - near is a few ulps of fp32: 33 edges round to few numbers, but stay ascending."""
+    """far - near is a few ulps of fp32: 33 edges round to a few distinct numbers, but stay ascending."""
     near = uniform(16, device=device).float()
     far = torch.maximum(near, near + 1e-6)
     for jitter in (None, uniform(16, device=device).float()):

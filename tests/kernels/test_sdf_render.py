@@ -1,4 +1,4 @@
-"""The fused renderer compared with its formulas one by one under autograd, which differentiates the distance twice."""
+"""The fused renderer compared with its formulas, one op after the other, under autograd with a double backward."""
 
 import numpy as np
 import pytest
@@ -69,13 +69,13 @@ TF32, TF32_GRADIENT = 2e-3, 2e-2
 
 
 def random_mlp(conditions, outputs, hidden, layers):
-    """Leaves with `nn.Linear`'s spread."""
+    """The tensors of an MLP, initialized like `nn.Linear`."""
     widths = [(hidden, 3), *[(hidden, conditions), (hidden, hidden)] * (layers - 1), (hidden, conditions)]
     widths.append((outputs, hidden))
     leaves = []
     for rows, columns in widths:
-        spread = columns**-0.5
-        leaves += [(torch.rand(rows, columns) * 2 - 1) * spread, (torch.rand(rows) * 2 - 1) * spread]
+        bound = columns**-0.5
+        leaves += [(torch.rand(rows, columns) * 2 - 1) * bound, (torch.rand(rows) * 2 - 1) * bound]
     return leaves
 
 
@@ -112,7 +112,7 @@ def called(op, method="neus", **options):
 
 
 def composed(method):
-    """The formulas one after the other, layer by layer, the gradient of the distance by autograd."""
+    """The formulas, one op and one MLP layer after the other; the gradient of the distance by autograd."""
 
     def call(
         volume, origins, directions, volume_idx, hit, edges, sdf_mlp, rgb_mlp, density_param,
@@ -279,7 +279,7 @@ def test_supported_fields(method, sizes):
 
 @pytest.mark.parametrize("method, rgb_layers", [("neus", 4), ("volsdf", 0)])
 def test_reference_matches_the_formulas(method, rgb_layers):
-    """In fp64; 1e-7 is what exp(-20) at softplus's threshold leaves."""
+    """In fp64; errors up to 1e-7 come from the softplus, which drops a term of exp(-20) at its threshold."""
     inputs = make_inputs(7, 13, channels=5, hidden=7, sdf_layers=3, rgb_layers=rgb_layers, density_param=5.0)
     assert_as_composed(inputs, method, 1e-7, sdf_render_ref, torch.float64)
 
@@ -307,7 +307,7 @@ def test_opacity_clipped_at_both_ends():
 
 
 def test_softplus_beyond_its_threshold():
-    """Units far in the linear part, and far in the flat one."""
+    """Hidden units far in the linear part of the softplus, and far in the flat part."""
     inputs = make_inputs(2, 12, sdf_layers=3, rgb_layers=2)
     inputs["sdf_mlp"][1][::2] += 1.0
     inputs["sdf_mlp"][1][1::4] -= 1.0
@@ -413,8 +413,8 @@ def test_golden_record(monkeypatch):
 
 
 @pytest.mark.parametrize("method, channels, fuses", [("volsdf", 16, True), ("neus", 8, False), ("unisurf", 16, False)])
-def test_the_renderer_fuses_what_is_in_the_family(method, channels, fuses, monkeypatch):
-    """The losses and gradients of the pieces, which fields outside the family take."""
+def test_the_renderer_fuses_supported_fields(method, channels, fuses, monkeypatch):
+    """Losses and gradients equal those of the separate ops, which all other fields use."""
     cfg = Render(
         method=method, channels=channels, samples=6, importance=4, search=8, sdf_layers=2, rgb_layers=2,
         truncation=1.5, free_space_weight=1.0, sdf_weight=10.0, eikonal_weight=0.01,

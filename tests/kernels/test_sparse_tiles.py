@@ -93,7 +93,7 @@ def test_chunks_are_of_one_length(max_chunks, min_pairs, multiple, size, device)
 
 
 def test_rows_with_the_same_offsets_share_tiles(device):
-    """The inverse table of a 3 x 3 x 3 convolution of stride 2: eight classes of rows, as parities of cells go."""
+    """The inverse table of a 3 x 3 x 3 convolution of stride 2: eight classes of rows, by the parities of cells."""
     gen = torch.Generator().manual_seed(0)
     parity = torch.randint(0, 8, (1024,), generator=gen)
     has = torch.ones(27, 1024, dtype=torch.bool)
@@ -102,9 +102,9 @@ def test_rows_with_the_same_offsets_share_tiles(device):
         middle = (torch.arange(27) // step % 3 == 1)[:, None]
         has &= middle == is_odd  # one offset reaches an odd cell, two an even one
     table = torch.where(has, 0, -1).int().to(device)
-    needed, done = has.sum().item(), 64 * NeighborTable(table).tiles(64).count_idx.sum().item()
-    assert done < 1.6 * needed
-    assert 64 * has.view(27, 16, 64).any(dim=2).sum() > 7 * needed  # in the order of the rows
+    needed, computed = has.sum().item(), 64 * NeighborTable(table).tiles(64).count_idx.sum().item()
+    assert computed < 1.6 * needed
+    assert 64 * has.view(27, 16, 64).any(dim=2).sum() > 7 * needed  # unsorted
 
 
 def test_a_table_caches_its_tiles_and_pairs(device):

@@ -81,11 +81,11 @@ def test_by_hand(fn, device):
     points = torch.tensor(
         [
             [0.25, 0.5, 1.75],  # inside a cell
-            [1, 1, 1],  # on a voxel: slopes of the cell above, the same here
-            [2, 2, 2],  # on the last voxel: above it lies nothing, so the slopes fall to 0
+            [1, 1, 1],  # on a voxel: slopes of the upper cell, the same here
+            [2, 2, 2],  # on the last voxel: the upper cell is outside, where the value falls to 0
             [-0.5, 0, 0],  # half a cell outside: half the first voxel
-            [-1, 0, 0],  # a cell outside: nothing yet, but rising
-            [3, 0, 0],  # a cell outside at the other end: nothing, for good
+            [-1, 0, 0],  # one cell below the first voxel: 0, with a slope towards it
+            [3, 0, 0],  # one cell above the last voxel: 0, with slope 0
             [0, 0, -7],  # far outside
         ],
         device=device,

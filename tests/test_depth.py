@@ -33,7 +33,7 @@ def test_complex_depth_matches_the_original():
 
 
 def test_aspp_reaches_as_far_as_its_dilations():
-    """Without the image's mean, a cell reaches the eight cells at distance 6, 12 and 18."""
+    """Without the global average pooling, a cell reaches the eight cells at distance 6, 12 and 18."""
     net = ASPP(2, 3).eval().double()
     torch.nn.init.zeros_(net.global_avg_pool[1].weight)
     x = torch.randn(1, 2, 41, 41, dtype=torch.float64, requires_grad=True)

@@ -36,7 +36,7 @@ def objects(train):
 
 @pytest.fixture(scope="module")
 def sample(city):
-    """From another street than the objects."""
+    """Of another scene than the objects."""
     return NuScenesDataset(city, VERSION, "mini_val", Data(sweeps=2))[1]
 
 
@@ -149,7 +149,7 @@ def test_rectangles_by_hand():
 
 
 def test_pictures_are_pasted_far_ones_first(tmp_path):
-    """Far red, then the sample's own blue, then near green, on gray."""
+    """From far to near: a pasted red object, the sample's own blue one and a pasted green one, on gray."""
     colors = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 200, 30)}
     boxes = {"red": cube(2.5, 21), "blue": cube(0.5, 13), "green": cube(-0.4, 8)}
 

@@ -18,7 +18,7 @@ def _double_kernel(x_ptr, N, WIDTH, BLOCK: tl.constexpr):
 
 
 class FakeTensor:
-    """Looks to `torch.cuda.device_of` like a tensor on GPU `index`."""
+    """For `torch.cuda.device_of`, a tensor on GPU `index`."""
 
     is_cuda = True
 

@@ -62,7 +62,7 @@ def make_boxes_3d(N, device):
 
 
 def clipped_area(a, b):
-    """[P] of boxes [P, 5] each, by shapely."""
+    """Intersection areas [P] of boxes [P, 5] each, by shapely."""
     shapely = pytest.importorskip("shapely")
     a, b = a.cpu().double().numpy(), b.cpu().double().numpy()
     area = np.zeros(len(a))
@@ -73,7 +73,7 @@ def clipped_area(a, b):
 
 
 def corners(boxes):
-    """[P, 4, 2]"""
+    """[P, 4, 2], counter-clockwise."""
     x, y, w, l, yaw = boxes.T[..., None]
     along, across = l / 2 * np.array([1, 1, -1, -1]), w / 2 * np.array([-1, 1, 1, -1])
     return np.stack([x + along * np.cos(yaw) - across * np.sin(yaw), y + along * np.sin(yaw) + across * np.cos(yaw)], 2)
@@ -155,7 +155,7 @@ def test_iou_by_hand(fn, dtype, atol, device):
 
 @pytest.mark.parametrize("fn", [paired_iou_3d, paired_iou_3d_ref])
 def test_paired_by_hand(fn, device):
-    """Half of the height; twice the height and half of the length; on top; high above; no height."""
+    """Equal; shifted by half the height; twice the height and half the length; stacked; far above; without height."""
     a = torch.tensor([[1.0, 2, 3, 2, 4, 2, 0.7]], device=device).repeat(6, 1)
     b = a.clone()
     b[1, 2] += 1
@@ -220,7 +220,7 @@ def test_nms_is_greedy(fn, N, threshold, device):
 
 @pytest.mark.parametrize("fn", [rotated_nms, rotated_nms_ref])
 def test_nms_by_hand(fn, device):
-    """Squares of 1 m on a line: 1 loses to 2, so 0, which it overlaps, stays; 3 is 2 again, in a later row."""
+    """Squares of 1 m on a line: 2 suppresses 1, so 0, which overlaps 1, is kept; 3 equals 2, in a later row."""
     boxes = torch.zeros(5, 5, device=device)
     boxes[:, 0] = torch.tensor([0.8, 0.4, 0, 0, 1.6], device=device)
     boxes[:, 2:4] = 1

@@ -103,7 +103,7 @@ def test_neus_alpha_by_hand(fn, device):
 
 @pytest.mark.parametrize("fn", [interval_alpha, interval_alpha_ref])
 def test_interval_alpha_by_hand(fn, device):
-    """Values 1, 0, 1, -3 at distance 1: slopes -1, 1, -4; with their predecessors' -1, -1, -4."""
+    """SDF 1, 0, 1, -3 at unit distances: slopes -1, 1, -4; the minima with their predecessors are -1, -1, -4."""
     sdf = torch.tensor([[1.0, 0, 1, -3]], device=device, dtype=torch.float64)
     alpha = fn(sdf, torch.full_like(sdf, 1.0), torch.tensor(3.0).log().item())
 
@@ -114,7 +114,7 @@ def test_interval_alpha_by_hand(fn, device):
 
 @pytest.mark.parametrize("fn", [interval_alpha, interval_alpha_ref])
 def test_interval_alpha_of_coincident_samples(fn, device):
-    """A step over no distance: the slope is limited to -1000, the opacity finite; its successor inherits the slope."""
+    """A step of the SDF over distance 0: its slope is limited to -1000, the next interval inherits it."""
     sdf = torch.tensor([[0.5, -0.5, -0.5, -0.5]], device=device)
     alpha = fn(sdf, torch.tensor([[0.0, 1.0, 1.0, 1.0]], device=device), 64.0)
     torch.testing.assert_close(alpha[0, 0].item(), 1e-5 / 0.50001, rtol=1e-5, atol=0)

@@ -65,7 +65,7 @@ def test_zero_upstream_gradient():
 
 
 def test_strict_determinism_sums_by_cell():
-    """No atomic adds, and not the reference either; on faces and outside too."""
+    """Neither atomic adds nor the reference; some samples lie on faces or outside."""
     inputs = make_inputs(2, 20, channels=16, sdf_layers=2, rgb_layers=2, B=1)
     inputs["volume"] = inputs["volume"][:, :2, :3, :3]
     inputs["cells_per_unit"], inputs["cell_offset"] = torch.tensor([[1.0, 1, 2], [1.0, 1, 0.5]], device=DEVICE)

@@ -47,11 +47,11 @@ def launch(kernel, constexprs, targets, registers=255, shared=0, stack=0, mma=""
     )  # fmt: skip
 
 
-# Stacks: a tile of 64 samples, what a Hopper matrix instruction takes, needs a few more registers than there are.
+# Stacks: a tile of 64 samples, the size of a Hopper matrix instruction, needs a few more registers than there are.
 # Half of the samples (BLOCK_M = 32) spill a fifth of that, for 1.6 times the instructions per sample.
-# Budgets: what Triton 3.9 needs or, where that was more before operands were rounded, Triton 3.6; WIDE and EXACT by 3.9
-# only. A wide field has 4 times the activations per sample. No row is both wide and exact: no preset has such a
-# field, and compiling it takes minutes. Its stack in bytes, by 3.9 on sm_90: forward 2288, backward 1016 and 416.
+# Budgets: the cost with Triton 3.9, or with 3.6 before operands were rounded, where that was higher; of WIDE and EXACT
+# with 3.9 only. A wide field has 4 times the activations per sample. No row is both wide and exact: no preset has such
+# a field, and compiling it takes minutes. Its stack with 3.9 on sm_90 is 2288 bytes forward, 1016 and 416 backward.
 LAUNCHES = [
     launch("_sdf_values_kernel", FIELD | TILE | dict(LAYERS=6), NVIDIA, 168, 20480, 0, "HGMMA"),
     launch("_sdf_render_fwd_kernel", RGB | ALONG | TRAIN, AMPERE, 255, 20480, 176, "HMMA"),

@@ -199,7 +199,7 @@ def test_act_is_the_epilogue(case, act, dtype, device):
 @pytest.mark.parametrize("fn", [sparse_conv_act, sparse_conv_act_ref])
 @pytest.mark.parametrize("N, M", [(0, 70), (3, 70), (3, 0)])
 def test_act_of_empty_inputs(fn, N, M, device):
-    """Without neighbors the shift stays."""
+    """An output without neighbors is its shift."""
     features, weight = torch.ones(N, 5, device=device), torch.ones(7, *THREE, 5, device=device)
     nothing = torch.full((27, M), -1, dtype=torch.int32, device=device)
     shift = torch.arange(-3.0, 4, device=device)
@@ -351,7 +351,7 @@ def test_the_weights_gradient_exceeds_the_largest_fp16(fn, device):
 
 
 def test_a_table_modified_in_place_is_read_again(device):
-    """What is derived from a table is cached."""
+    """Layouts cached for the old values are not used."""
     features, weight = torch.tensor([[1.0], [2]], device=device), torch.ones(1, 1, 1, 1, 1, device=device)
     weight.requires_grad_()
     for fn in (sparse_conv, sparse_conv_ref):

@@ -133,7 +133,7 @@ def test_reference_matches_dense_convolution(B, shape, N, geometry, device):
 
 @pytest.mark.parametrize("fn", [submanifold_map, submanifold_map_ref])
 def test_submanifold_by_hand(fn, device):
-    """Voxels 0 and 1 are side by side; the next key, of 2, lies in the next row of cells; 3 lies in the next sample."""
+    """Voxels 0 and 1 are neighbors; 2 has the next key, but lies in the next row of cells; 3 is in the next sample."""
     coords = torch.tensor([[0, 0, 0, 2], [0, 0, 0, 3], [0, 0, 1, 0], [1, 0, 0, 0]], dtype=torch.int32, device=device)
     shape = (1, 2, 4)
     keys, order = sort_voxels(coords, shape)
@@ -274,7 +274,7 @@ def test_grid_smaller_than_the_kernel_has_no_output(device):
 
 
 def test_compiles_without_graph_breaks(device):
-    """Including output sizes that depend on the data; voxels of another number need no new graph."""
+    """Including output sizes that depend on the data; another number of voxels needs no new graph."""
     shape = (5, 7, 9)
 
     def tables(coords):

@@ -149,7 +149,7 @@ def test_strict_determinism_runs_the_reference(device):
     with launches() as launched:
         trilinear(**inputs)
         assert not launched
-        trilinear_value(**inputs)  # adds nothing atomically
+        trilinear_value(**inputs)  # has no atomic adds
         assert launched == ["_trilinear_fwd_kernel"]
 
 

@@ -114,7 +114,7 @@ def test_interval_alpha_by_hand(fn, device):
 
 @pytest.mark.parametrize("fn", [interval_alpha, interval_alpha_ref])
 def test_interval_alpha_of_coincident_samples(fn, device):
-    """A step of the SDF over distance 0: its slope is limited to -1000, the next interval inherits it."""
+    """The SDF jumps over distance 0: slope limited to -1000, finite opacity; the next interval inherits the slope."""
     sdf = torch.tensor([[0.5, -0.5, -0.5, -0.5]], device=device)
     alpha = fn(sdf, torch.tensor([[0.0, 1.0, 1.0, 1.0]], device=device), 64.0)
     torch.testing.assert_close(alpha[0, 0].item(), 1e-5 / 0.50001, rtol=1e-5, atol=0)

@@ -28,7 +28,7 @@ class Tiles(NamedTuple):
     row_idx: Tensor  # [T, BLOCK_M] int32, the outputs of a tile; -1 after the last
     count_idx: Tensor  # [T] int32, number of offsets that any row of the tile has
     offset_idx: Tensor  # [T, K] int32, these offsets, ascending; only the first `count_idx` are written
-    read_idx: Tensor  # [T, K, BLOCK_M] int32, row that each output reads at each of these offsets, -1 for none
+    read_idx: Tensor  # [T, K, BLOCK_M] int32, row that each output reads at them, -1 for none; likewise
     pairs_idx: Tensor  # [K, windows] int32, number of pairs of each offset in each window of rows
 
 

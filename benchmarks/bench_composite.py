@@ -1,4 +1,4 @@
-"""composite: kernel, reference, and the product written out.   python -m benchmarks.bench_composite"""
+"""composite: kernel, reference, and the original's formula, eager.   python -m benchmarks.bench_composite"""
 
 import torch
 
@@ -17,7 +17,7 @@ def case(R, S, C):
     return Case(name=f"R={R} S={S} C={C}", inputs=(alpha, values), fwd_bytes=moved)
 
 
-def written_out(alpha, values):
+def eager(alpha, values):
     """The original's formula: weights, then a sum over a tensor of the size of `values`."""
     trans = torch.cat([torch.ones_like(alpha[:, :1]), 1 - alpha + EPS], dim=1).cumprod(dim=1)[:, :-1]
     weights = alpha * trans
@@ -26,4 +26,4 @@ def written_out(alpha, values):
 
 if __name__ == "__main__":
     sizes = GPU_SIZES if DEVICE == "cuda" else CPU_SIZES
-    compare("composite", composite_ref, composite, {"written out": written_out}, [case(*size) for size in sizes])
+    compare("composite", composite_ref, composite, {"eager": eager}, [case(*size) for size in sizes])

@@ -1,9 +1,9 @@
-"""lift: kernel, reference, and the original's formulas in PyTorch, eager and compiled; then scaling.
+"""lift: kernel, reference, the original's formulas (eager and compiled); then more and fewer views, voxels, channels.
 
     python -m benchmarks.bench_lift
     OMP_NUM_THREADS=1 python -m benchmarks.bench_lift --paper      on a CPU: paper size too
 
-Strict determinism has a separate row.
+Strict determinism is timed in a row of its own.
 """
 
 import math
@@ -61,7 +61,7 @@ def rig(scale, count=6):
     return torch.stack(views)[None].to(DEVICE)
 
 
-def bit_equal(*inputs):
+def deterministic(*inputs):
     """`lift` under `--deterministic`: its backward gathers on every level."""
     torch.use_deterministic_algorithms(True)
     try:
@@ -77,7 +77,7 @@ def main(paper: bool = False):
         paper: paper size on a CPU too.
     """
     on_gpu = DEVICE == "cuda"
-    strict = {"triton, bit-equal": bit_equal} if on_gpu else {}
+    strict = {"triton, bit-equal": deterministic} if on_gpu else {}
     peers = {"eager": eager_lift, "compiled": compiled(eager_lift), **strict}
     run = partial(compare, "lift", lift_ref, lift)
     if on_gpu:

@@ -2,9 +2,9 @@
 
     python -m benchmarks.bench_parts --preset camera-0.1
 
-Under autocast to bf16 on a GPU, in fp32 on a CPU. The ConvNeXt's depthwise 7x7 and the convolution to the rendered
-volume are timed in two layouts: channels-last, as the model runs them, and contiguous, where a library may have faster
-kernels. There is no depthwise kernel of our own: no measurement yet shows that one would beat cuDNN's.
+Under autocast to bf16 on a GPU, in fp32 on a CPU. ConvNeXt's depthwise 7x7 convolution and the convolution before the
+renderer are timed in two layouts: channels-last, as the model runs them, and contiguous, where a library may have
+faster kernels. There is no depthwise kernel in this project: no measurement shows that one would beat cuDNN's.
 """
 
 from copy import deepcopy

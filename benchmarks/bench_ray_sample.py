@@ -1,4 +1,4 @@
-"""ray_sample: kernels and reference, sorting and compiled.   python -m benchmarks.bench_ray_sample"""
+"""ray_sample: kernels, and the references, eager and compiled.   python -m benchmarks.bench_ray_sample"""
 
 import torch
 import torch.nn.functional as F
@@ -9,8 +9,8 @@ from unipad.kernels.ray_sample import (
     clip_rays_ref,
     resample,
     resample_ref,
-    stratified_starts,
-    stratified_starts_ref,
+    stratified_edges,
+    stratified_edges_ref,
 )
 
 # Rays, samples, new samples. UniPAD: 6 cameras x 512 rays, 72 + 24; on the CPU the tiny preset's 6 x 64 rays, 48 + 16
@@ -25,7 +25,7 @@ def clip_case(R):
     return Case(name=f"R={R}", inputs=(origins, directions, *box), fwd_bytes=(6 * 4 + 2 * 4 + 1) * R)
 
 
-def start_case(R, S):
+def edges_case(R, S):
     near, jitter = torch.rand(R, device=DEVICE), torch.rand(R, device=DEVICE)
     return Case(name=f"R={R} S={S}", inputs=(near, near + 1, S, jitter), fwd_bytes=4 * R * (3 + S + 1))
 
@@ -44,6 +44,6 @@ def peers(reference):
 if __name__ == "__main__":
     sizes = GPU_SIZES if DEVICE == "cuda" else CPU_SIZES
     compare("clip_rays", clip_rays_ref, clip_rays, peers(clip_rays_ref), [clip_case(R) for R, _, _ in sizes[:2]])
-    starts = [start_case(R, S) for R, S, _ in sizes[:2]]
-    compare("stratified_starts", stratified_starts_ref, stratified_starts, peers(stratified_starts_ref), starts)
+    cases = [edges_case(R, S) for R, S, _ in sizes[:2]]
+    compare("stratified_edges", stratified_edges_ref, stratified_edges, peers(stratified_edges_ref), cases)
     compare("resample", resample_ref, resample, peers(resample_ref), [resample_case(*size) for size in sizes])

@@ -25,7 +25,7 @@ LOSSES = dict(free_space_weight=1.0, sdf_weight=10.0, eikonal_weight=0.01, trunc
 
 
 def case(preset, **settings):
-    """Rays of one sample from cameras around the origin outwards, three quarters of them with a depth."""
+    """One sample's rays, from cameras around the origin outwards; three quarters of them have a depth."""
     recipe = PRETRAIN["camera"][preset]
     cfg, grid, R = replace(recipe.render, **settings), recipe.grid, VIEWS * recipe.rays.per_view
     renderer = Renderer(cfg, grid).to(DEVICE)

@@ -1,7 +1,7 @@
 """IoU of rotated boxes and NMS: kernels, references and peers.   python -m benchmarks.bench_rotated_iou
 
-Peers: intersections and enclosed corners sorted by angle, as in the known CUDA kernels, in eager PyTorch; NMS row by
-row over the matrix; on a CPU shapely, if installed.
+Peers: polygon clipping that sorts edge crossings and enclosed corners by angle, as the usual CUDA kernels do, in eager
+PyTorch; NMS by a loop over the rows of the IoU matrix; on a CPU shapely, if installed.
 """
 
 import torch
@@ -20,29 +20,29 @@ from unipad.kernels.rotated_iou import (
 # N, M. UniPAD: 300 decoded boxes; 900 queries and the boxes of a busy frame; then a matrix that fills a GPU
 GPU_SIZES = [(300, 300), (900, 100), (4096, 4096)]
 CPU_SIZES = [(300, 300), (900, 100)]
-# boxes; 300 are decoded, 3000 are what test-time augmentation merges
+# boxes; the head decodes 300, test-time augmentation merges 3000
 GPU_NMS = [300, 1000, 3000, 10000]
 CPU_NMS = [300, 3000]
 THRESHOLD = 0.2  # of the recipes
 RANGE = 54.0  # meters, of the recipes
 
 
-def boxes_3d(N, places):
-    """[N, 7] of the sizes of road users, around as many places as there are objects, so that some overlap."""
-    centers = F.pad((torch.rand(places, 2, device=DEVICE) * 2 - 1) * RANGE, (0, 1))
-    which = torch.randint(places, (N,), device=DEVICE)
+def boxes_3d(N, objects):
+    """[N, 7] boxes as large as road users, several around each of `objects` objects, so that some overlap."""
+    centers = F.pad((torch.rand(objects, 2, device=DEVICE) * 2 - 1) * RANGE, (0, 1))
+    which = torch.randint(objects, (N,), device=DEVICE)
     centers = centers[which] + 0.5 * torch.randn(N, 3, device=DEVICE)
     sizes = torch.tensor([1.9, 4.6, 1.7], device=DEVICE) * (0.5 + torch.rand(N, 3, device=DEVICE))
-    yaw = (torch.rand(places, device=DEVICE) * 6.3)[which] + 0.2 * torch.randn(N, device=DEVICE)
+    yaw = (torch.rand(objects, device=DEVICE) * 6.3)[which] + 0.2 * torch.randn(N, device=DEVICE)
     return torch.cat([centers, sizes, yaw[:, None]], dim=1)
 
 
-def from_above(boxes):
+def to_bev(boxes):
     return boxes[:, [0, 1, 3, 4, 6]].contiguous()
 
 
 def iou_case(N, M):
-    boxes = from_above(boxes_3d(N + M, max(M // 3, 1)))
+    boxes = to_bev(boxes_3d(N + M, max(M // 3, 1)))
     return Case(f"N={N} M={M}", (boxes[:N], boxes[N:]), fwd_bytes=boxes.nbytes + 4 * N * M)
 
 
@@ -53,7 +53,7 @@ def paired_case(N):
 
 
 def nms_case(N):
-    boxes, scores = from_above(boxes_3d(N, max(N // 5, 1))), torch.rand(N, device=DEVICE)
+    boxes, scores = to_bev(boxes_3d(N, max(N // 5, 1))), torch.rand(N, device=DEVICE)
     return Case(f"N={N}", (boxes, scores, THRESHOLD), fwd_bytes=boxes.nbytes + scores.nbytes)
 
 
@@ -76,11 +76,11 @@ def sorted_corners(a, b):
     dp, dq = p.roll(-1, 2) - p, q.roll(-1, 2) - q
     start = q[:, :, None, :, :] - p[:, :, :, None, :]  # [N, M, 4, 4, 2]
     ep, eq = dp[:, :, :, None, :], dq[:, :, None, :, :]
-    slant = cross(ep, eq)
-    safe = torch.where(slant == 0, 1, slant)
+    denominator = cross(ep, eq)  # 0 where the edges are parallel
+    safe = torch.where(denominator == 0, 1, denominator)
     t, s = cross(start, eq) / safe, cross(start, ep) / safe
     crossing = (p[:, :, :, None, :] + t[..., None] * ep).flatten(2, 3)
-    crosses = ((slant != 0) & (t >= 0) & (t <= 1) & (s >= 0) & (s <= 1)).flatten(2, 3)
+    crosses = ((denominator != 0) & (t >= 0) & (t <= 1) & (s >= 0) & (s <= 1)).flatten(2, 3)
 
     def enclosed(points, origin, edges):
         side = cross(edges[:, :, None, :, :], points[:, :, :, None, :] - origin[:, :, None, :, :])
@@ -93,7 +93,7 @@ def sorted_corners(a, b):
     angle = torch.atan2(points[..., 1], points[..., 0]).masked_fill(~ok, 10)  # sorts after all others
     order = angle.argsort(dim=2)
     points, ok = points.gather(2, order[..., None].expand_as(points)), ok.gather(2, order)
-    points = torch.where(ok[..., None], points, points[:, :, :1])  # the rest close the polygon
+    points = torch.where(ok[..., None], points, points[:, :, :1])  # repeat the first corner, which closes the polygon
     shared = cross(points, points.roll(-1, 2)).sum(dim=2) / 2 * (ok.sum(dim=2) > 2)
     return shared / ((a[:, 2] * a[:, 3])[:, None] + (b[:, 2] * b[:, 3])[None, :] - shared)
 
@@ -111,11 +111,11 @@ def row_by_row(boxes, scores, threshold):
     order = scores.argsort(descending=True, stable=True)
     ranked = boxes[order]
     over = (rotated_iou_bev(ranked, ranked) > threshold).cpu().numpy()
-    gone, kept = over[0] & False, []
+    suppressed, kept = over[0] & False, []
     for i in range(len(over)):
-        if not gone[i]:
+        if not suppressed[i]:
             kept.append(i)
-            gone |= over[i]
+            suppressed |= over[i]
     return order[torch.tensor(kept, device=order.device)]
 
 

@@ -5,8 +5,8 @@ Sampling, field and compositing: rays through a volume to color and depth; backw
     reference       the original's formulas in eager PyTorch, with a double backward through the gradient of the SDF
     triton          `unipad.kernels.sdf_render` (GPU), products in tf32
     triton, exact   the same with fp32 accuracy (GPU)
-    triton, pieces  the same renderer, one kernel per op (GPU); "pieces" on a CPU, where it is the default
-    compiled        the reference under torch.compile, or its error
+    triton, unfused the same renderer, one kernel per op (GPU); "unfused" on a CPU, where it is the default
+    compiled        the reference under torch.compile, or the error that it raises
 
 All are asserted to agree; `benchmarks.bench_render` explains why importance sampling limits the agreement in fp32. In
 tf32 distances are off by up to a hundredth of the largest.
@@ -31,18 +31,18 @@ AGREE = 5e-2 if DEVICE == "cuda" else AGREE_FP32
 
 
 def case(R):
-    """R rays of one sample from cameras around the origin outwards; on a CPU through the tiny preset's volume."""
+    """R rays of one sample, from cameras around the origin outwards; on a CPU through the tiny preset's volume."""
     recipe = PRETRAIN["camera"]["camera-0.1" if DEVICE == "cuda" else "tiny"]
     cfg, grid = replace(recipe.render, samples=SAMPLES, importance=IMPORTANCE), recipe.grid
     renderer = Renderer(cfg, grid).to(DEVICE)
     (X, Y, Z), C = grid.shape, cfg.channels
     volume = torch.randn(1, C, Z, Y, X, device=DEVICE).relu().to(memory_format=torch.channels_last_3d)
     directions = F.normalize(torch.randn(R, 3, device=DEVICE) * torch.tensor([1, 1, 0.1], device=DEVICE), dim=1)
-    nothing = torch.zeros(R, device=DEVICE)
-    rays = Rays(directions, directions, nothing, directions, nothing.int())
+    zeros = torch.zeros(R, device=DEVICE)
+    rays = Rays(directions, directions, zeros, directions, zeros.int())
     jitter = torch.rand(R, renderer.jitters, device=DEVICE)
     parameters = [p for p in renderer.parameters() if p.requires_grad]
-    moved = volume.nbytes + 2 * directions.nbytes + 4 * nothing.nbytes
+    moved = volume.nbytes + 2 * directions.nbytes + 4 * zeros.nbytes
     name = f"R={R} S={SAMPLES}+{IMPORTANCE} C={C}"
     return Case(name, (renderer, volume.requires_grad_(), rays, jitter, parameters), moved)
 
@@ -58,7 +58,7 @@ def exact(renderer, *inputs):
     return triton(renderer, *inputs)
 
 
-def pieces(renderer, *inputs):
+def unfused(renderer, *inputs):
     renderer = copy(renderer)
     renderer._fused = lambda volume: False
     return triton(renderer, *inputs)
@@ -71,8 +71,8 @@ def eager(renderer, *inputs):
 if __name__ == "__main__":
     torch.manual_seed(0)
     cases = [case(R) for R in RAYS]
-    on_gpu = {"triton, pieces": pieces, "triton, exact": exact}
-    peers = on_gpu if DEVICE == "cuda" else {"pieces": pieces}
+    on_gpu = {"triton, unfused": unfused, "triton, exact": exact}
+    peers = on_gpu if DEVICE == "cuda" else {"unfused": unfused}
     rows = compare("sdf_render", eager, triton, peers | {"compiled": compiled(eager)}, cases, AGREE)
     print("\n| case | impl | forward + backward, us per ray |\n|---|---|---|")
     for row in (row for row in rows if row.both_ms):

@@ -104,9 +104,10 @@ class Encoders:
         self.encoder = SparseEncoder(5, WIDTHS, 2, 256).to(DEVICE)
         for module in self.encoder.modules():
             if isinstance(module, sparse.SparseBatchNorm):
-                # off the ReLUs' kinks, where rounding decides: gradients in fp32 are up to 12 % away from fp64's
+                # keeps inputs away from the ReLUs' kinks, where rounding decides: there, gradients in fp32 differ from
+                # those in fp64 by up to 12 %
                 nn.init.constant_(module.bias, 8)
-        # without the norms' biases: those in front of another norm have gradients of 0, plus rounding
+        # without the norms' biases: the gradient of a bias before another norm is 0, so only rounding errors remain
         self.names = [name for name, p in self.encoder.named_parameters() if p.dim() == 5]
         self.weights = [self.encoder.get_parameter(name) for name in self.names]
 
@@ -229,7 +230,7 @@ class PeerConv(nn.Module):
 
 
 class Pointwise(nn.Module):
-    """A 1 x 1 x 1 convolution, which spconv too computes as a product, but with its weights in another order."""
+    """A 1 x 1 x 1 convolution; spconv also computes a matrix product, but with the weights in another order."""
 
     def __init__(self, weight):
         super().__init__()
@@ -319,7 +320,7 @@ def main(tune: bool = False):
             )
 
         sized = list(zip(levels, WIDTHS, strict=True))
-        # bound by tensor cores, not by the gather
+        # with these channels, tensor cores are the limit, not the gather
         wide = [(levels[1], 128), (levels[1], 256)] if DEVICE == "cuda" else []
 
         peers = {name: warm_peer(lib) for name, lib in libs.items()}

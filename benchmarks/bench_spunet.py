@@ -27,10 +27,10 @@ from unipad.recipes import SEGMENT
 CFG = SEGMENT["lidar"]["segment"].lidar
 
 
-def voxels_of(points, most):
-    """[V, 4] int32 (b, z, y, x) of the `most` newest voxels of points [P, 5]."""
+def voxels_of(points, max_voxels):
+    """[V, 4] int32 (b, z, y, x) of the `max_voxels` newest voxels of points [P, 5]."""
     rows, coords, *_ = grid_sample(points, [len(points)], CFG.cell)
-    coords = coords[points[rows, 4].argsort(stable=True)[:most].sort().values]
+    coords = coords[points[rows, 4].argsort(stable=True)[:max_voxels].sort().values]
     coords[:, 1:] -= coords[:, 1:].amin(dim=0)
     return coords
 
@@ -42,7 +42,7 @@ class Nets:
         self.net = Unet(5, CFG.stem, CFG.widths, CFG.blocks).to(DEVICE)
         for module in self.net.modules():
             if isinstance(module, sparse.SparseBatchNorm):
-                # off the ReLUs' kinks, where rounding decides; see bench_sparse_conv
+                # keeps inputs away from the ReLUs' kinks, where rounding decides; see bench_sparse_conv
                 nn.init.constant_(module.bias, 8)
         self.weights = [p for p in self.net.parameters() if p.dim() == 5]
         self.step = 2 ** len(self.net.down)
@@ -97,12 +97,12 @@ def main(voxels: tuple[int, ...] = (23_500, 120_000) if DEVICE == "cuda" else (2
     """Measure and print.
 
     Args:
-        voxels: number of voxels of each case, at most.
+        voxels: maximum number of voxels of each case.
     """
     nets, libs = Nets(), installed()
     cases = []
-    for most in voxels:
-        coords = voxels_of(scene(device=DEVICE), most)
+    for max_voxels in voxels:
+        coords = voxels_of(scene(device=DEVICE), max_voxels)
         features = torch.randn(len(coords), 5, device=DEVICE, requires_grad=True)
         moved = features.nbytes + sum(w.nbytes for w in nets.weights)
         cases.append(Case(f"N={len(coords)}", (features, nets.weights, coords), moved))

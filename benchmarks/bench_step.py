@@ -1,8 +1,8 @@
 """A whole training step: ours, and the same model built from the original's formulas.   python -m benchmarks.bench_step
 
-The eager twin shares the weights, the encoder, the rays and the random numbers; its lift samples every view densely,
-its render projection is `nn.Conv3d`, its renderer differentiates twice through autograd. Both losses are asserted to
-agree before anything is timed. Forward, backward and optimizer; random data.
+The eager model has the same weights, encoder, rays and random numbers; its lift samples every view densely, its
+convolution before the renderer is `nn.Conv3d`, its renderer differentiates twice through autograd. Both losses are
+asserted to agree before anything is timed. A step is forward, backward and optimizer, on random data.
 """
 
 from copy import deepcopy
@@ -70,7 +70,7 @@ class EagerLift(torch.nn.Module):
 
 
 def eager_twin(net):
-    """The same weights under the original's formulas."""
+    """A copy of the model that computes the original's formulas."""
     twin = deepcopy(net)
     twin.encoder.lift = EagerLift(twin.encoder.lift)
     conv = twin.project[0]

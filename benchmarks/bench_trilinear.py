@@ -1,7 +1,7 @@
 """trilinear: kernel, reference, and the double backward that they replace.   python -m benchmarks.bench_trilinear
 
-Timed is what the renderer needs: the features at the points and, for an upstream gradient of the features (as from an
-MLP), the gradient w.r.t. the points; then the backward of both.
+The forward is what the renderer needs: the features at the points and, for an upstream gradient of the features (as
+from an MLP), the gradient w.r.t. the points. The backward is that of both.
 """
 
 import torch
@@ -17,7 +17,7 @@ CPU_SIZES = [((5, 64, 64, 32), 384, 64), ((5, 64, 64, 32), 384, 96)]
 
 
 def case(shape, R, S, gradients=True):
-    """Rays from the middle of one volume outwards."""
+    """Rays from the center of a volume outwards."""
     *size, C = shape
     volume = torch.randn(1, *shape, device=DEVICE, requires_grad=gradients)
     size = torch.tensor(size[::-1], device=DEVICE)
@@ -26,16 +26,16 @@ def case(shape, R, S, gradients=True):
     # away from the faces, where the rounding of normalized coordinates may pick the other cell
     points = points.floor() + 0.05 + 0.9 * points.frac()
     volume_idx = torch.zeros(R, dtype=torch.int32, device=DEVICE)
-    across = torch.randn(R, S, C, device=DEVICE)
-    moved = volume.nbytes + points.nbytes + across.nbytes * (4 if gradients else 1)
-    inputs = (volume, points, volume_idx) + ((across,) if gradients else ())
+    d_value = torch.randn(R, S, C, device=DEVICE)
+    moved = volume.nbytes + points.nbytes + d_value.nbytes * (4 if gradients else 1)
+    inputs = (volume, points, volume_idx) + ((d_value,) if gradients else ())
     return Case(name=f"ZYXC={shape} R={R} S={S}", inputs=inputs, fwd_bytes=moved)
 
 
 def with_gradient(op):
-    def run(volume, points, volume_idx, across):
+    def run(volume, points, volume_idx, d_value):
         value, gradient = op(volume, points, volume_idx)
-        return value, torch.einsum("rsdc,rsc->rsd", gradient, across)
+        return value, torch.einsum("rsdc,rsc->rsd", gradient, d_value)
 
     return run
 
@@ -52,11 +52,11 @@ def gathers(volume, points, volume_idx):
     return gathered_sample(volume[0].permute(3, 0, 1, 2), points * (2 / (size - 1)) - 1)
 
 
-def double_backward(volume, points, volume_idx, across):
+def double_backward(volume, points, volume_idx, d_value):
     """As the original: differentiate the lookup, and let the loss differentiate that."""
     points = points.detach().requires_grad_()
     value = (grid_sample if TWICE_DIFFERENTIABLE else gathers)(volume, points, volume_idx)
-    return value, torch.autograd.grad(value, points, across, create_graph=True)[0]
+    return value, torch.autograd.grad(value, points, d_value, create_graph=True)[0]
 
 
 if __name__ == "__main__":

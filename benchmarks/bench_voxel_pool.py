@@ -1,8 +1,9 @@
-"""voxel_pool: kernel, reference, the original's formulas in eager PyTorch and compiled by it, BEVPoolv2, BEVFusion's
-bev_pool; then scaling.   python -m benchmarks.bench_voxel_pool
+"""voxel_pool: kernel, reference and peers; then more and fewer views, voxels and channels.
 
-The peers run if mmdet3d is installed. Every timed call finds and sorts the points, since cameras change at every
-training step.
+    python -m benchmarks.bench_voxel_pool
+
+Peers: the original's formulas, eager and compiled; BEVPoolv2 and BEVFusion's bev_pool, if mmdet3d is installed. Every
+timed call finds and sorts the points, since cameras change at every training step.
 """
 
 import importlib
@@ -35,7 +36,7 @@ def case(size, dtype=torch.float32, views=6, channels=None, across=None):
     sizes = (*lidar2image.shape[:2], *(size // stride for size in image_size))
     features = torch.randn(*sizes, C, device=DEVICE).to(dtype).requires_grad_()
     depths = torch.randn(*sizes, bins, device=DEVICE).softmax(-1).to(dtype).requires_grad_()
-    # shifted off the rig's planes: peers would round points on voxel faces to either side
+    # shifted so that no camera plane lies on voxel faces: peers would round points on faces to either side
     low = tuple(l + 0.0137 for l in grid.low)
     geometry = (lidar2image, low, cell, shape, stride, depth_range)
     out_bytes = math.prod(shape) * C * features.element_size()
@@ -45,7 +46,7 @@ def case(size, dtype=torch.float32, views=6, channels=None, across=None):
 
 
 class Peer:
-    """An op of mmdet3d with the signature of `voxel_pool`; PyTorch finds the points, as in the op's own model."""
+    """An op of mmdet3d with the signature of `voxel_pool`; PyTorch finds the points, as in mmdet3d's models."""
 
     def __init__(self, name, module):
         self.pool = getattr(self, f"_{name.lower()}")
@@ -64,7 +65,7 @@ class Peer:
         R = features.shape[2:4].numel()
         first = torch.cat([voxel.new_zeros(1), (voxel[1:] != voxel[:-1]).nonzero()[:, 0] + 1])
         lengths = torch.diff(first, append=first.new_tensor([len(voxel)]))
-        at_depth = (pixel // R * D + k) * R + pixel % R  # it has depths as [B, N, D, h, w]
+        at_depth = (pixel // R * D + k) * R + pixel % R  # the op takes depths as [B, N, D, h, w]
         ranks = [i.int() for i in (at_depth, pixel, voxel)]
         out_shape = (len(features), *reversed(shape), features.shape[4])
         volume = self.op(depths.movedim(4, 2), features, *ranks, out_shape, first.int(), lengths.int())
@@ -85,7 +86,7 @@ def peers():
             try:
                 found[name] = Peer(name, importlib.import_module(module))
             except ImportError as error:
-                print(f"without {name}: {error}")
+                print(f"{name} is left out: {error}")
     return found
 
 

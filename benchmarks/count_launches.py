@@ -1,4 +1,4 @@
-"""Host cost of the LiDAR recipe's sparse encoder: launches, and the microseconds of Python between them.
+"""Host cost of the LiDAR recipe's sparse encoder: number of launches, and the time in Python between them.
 
     python -m benchmarks.count_launches
 
@@ -46,7 +46,7 @@ class Operators(TorchDispatchMode):
 
 @contextmanager
 def kernels_replaced(make):
-    """make(plain, kernel, grid) returns the replacement of a kernel's launch."""
+    """Inside, kernels are launched by what `make(plain, kernel, grid)` returns."""
     plain = KernelInterface.__getitem__
     with mock.patch.object(KernelInterface, "__getitem__", lambda kernel, grid: make(plain, kernel, grid)):
         yield

@@ -1,4 +1,4 @@
-"""sparse_conv on the LiDAR recipe's encoder, counted: products and bytes w.r.t. the minimum, and the machine code.
+"""Costs of sparse_conv on the LiDAR recipe's encoder: products and bytes relative to the minimum, and machine code.
 
     python -m benchmarks.count_sparse_conv
 
@@ -25,7 +25,7 @@ from unipad.kernels.voxel_keys import sort_voxels
 
 WIDTHS, BLOCKS = (16, 32, 64, 128), 2
 DTYPE, BYTES = torch.bfloat16, 2
-HIDDEN = "LEAST", "MULTIPLE", "SORT", "OFFSETS_PER_BIT", "VIA_L1"
+HIDDEN = "MIN_PAIRS", "MULTIPLE", "SORT", "OFFSETS_PER_BIT", "VIA_L1"
 KINDS = "HGMMA", "HMMA", "FFMA", "LDGSTS", "LDG"
 
 
@@ -74,8 +74,8 @@ def masks(table):
 
 def by_mask(table, window):
     """The order of rows sorted by mask within windows, as in sparse_tiles."""
-    place = torch.arange(table.shape[1])
-    return ((place // window << len(table)) + masks(table)).sort(stable=True)[1]
+    m = torch.arange(table.shape[1])
+    return ((m // window << len(table)) + masks(table)).sort(stable=True)[1]
 
 
 def morton(coords):
@@ -101,7 +101,7 @@ def waste_and_reuse(table, order, block_m):
 
 def print_orders(found, block_m=64):
     orders = {
-        "as voxels": lambda table, _: torch.arange(table.shape[1]),
+        "unsorted": lambda table, _: torch.arange(table.shape[1]),
         "Morton": lambda _, coords: morton(coords),
         f"by mask in {sparse_tiles.WINDOW}": lambda table, _: by_mask(table, sparse_tiles.WINDOW),
         "by mask in 4096": lambda table, _: by_mask(table, 4096),
@@ -155,7 +155,7 @@ def d_weight_of_groups(table, c_in, c_out):
     (K, M), pairs = table.shape, (table >= 0).sum().item()
     group, block_r = sparse_gemm.GROUP[c_in], sparse_gemm.BLOCK_R
     groups, parts = -(-K // group), -(-M // sparse_gemm._group_rows(K, M, c_in))
-    # the rows that the offsets of a group read for one block of rows come from the L2 once
+    # for one block of outputs, a row that several offsets of a group read comes from the L2 once
     rows_read = sum(
         (part >= 0).sum().item() / waste_and_reuse(part, torch.arange(M), block_r)[1] for part in table.split(group)
     )
@@ -174,11 +174,11 @@ def d_weight_of_groups(table, c_in, c_out):
 def d_weight(table, c_in, c_out):
     (K, M), counts = table.shape, (table >= 0).sum(dim=1)
     pairs, block_r = counts.sum().item(), sparse_gemm.BLOCK_R
-    most = sparse_gemm._limits(DTYPE, c_in, c_out, False)[1]
-    block_i, block_o = (sparse_gemm._block(c, most) for c in (c_in, c_out))
+    max_block = sparse_gemm._limits(DTYPE, c_in, c_out, False)[1]
+    block_i, block_o = (sparse_gemm._block(c, max_block) for c in (c_in, c_out))
     tiles_i, tiles_o = -(-c_in // block_i), -(-c_out // block_o)
-    parts = sparse_gemm._parts(K, M, c_in, c_out, tiles_i * tiles_o)
-    size = max(-(-pairs // parts), sparse_gemm.LEAST)
+    max_chunks = sparse_gemm._max_chunks(K, M, c_in, c_out, tiles_i * tiles_o)
+    size = max(-(-pairs // max_chunks), sparse_gemm.MIN_PAIRS)
     chunks = (-(-counts // (-(-size // (2 * block_r)) * 2 * block_r))).sum().item()
     rows = (-(-counts // block_r)).sum().item() * block_r
     sums = (2 * chunks + K) * 4 * c_in * c_out

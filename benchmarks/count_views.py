@@ -1,9 +1,9 @@
-"""Memory accesses of lift and voxel_pool on nuScenes' rig at paper size, without a GPU.
+"""Memory accesses of lift and voxel_pool on nuScenes' rig at the paper's size, counted without a GPU.
 
     python -m benchmarks.count_views
 
-Without a GPU to time them, counts guide the choice of block shapes: how many views a program skips, how many of its
-lanes are active, how often it rereads a cached row of features, how uneven the sums are.
+The counts guide the choice of block shapes: how many views a program skips, how many of its lanes are active, how often
+it rereads a cached row of features, how uneven the sums are.
 """
 
 import torch
@@ -13,14 +13,14 @@ from unipad.kernels import lift, voxel_pool
 from unipad.recipes import PRETRAIN
 
 BLOCKS = [(8, 1, 1), (4, 2, 1), (2, 2, 2), (16, 1, 1), (4, 4, 1), (4, 2, 2), (32, 1, 1), (8, 4, 1)]  # (x, y, z) voxels
-RUNS = (1, 2, 4)  # points of a ray read together, at most
+RUNS = (1, 2, 4)  # maximum number of points of a ray that are read together
 
 
 def count_lift():
     _, image_size, scale, strides = bench_lift.PAPER
     recipe = PRETRAIN["camera"]["camera-0.1"]
     (X, Y, Z), N = recipe.grid.shape, len(bench_lift.CAMERAS)
-    place, seen = lift._project_ref(
+    uvd, seen = lift._project_ref(
         bench_lift.rig(scale),
         recipe.grid.low,
         recipe.grid.cell,
@@ -28,7 +28,7 @@ def count_lift():
         image_size,
         recipe.camera.depth_range,
     )
-    (u, v, _), seen = place[:, 0], seen[0]  # [N, V] each
+    (u, v, _), seen = uvd[:, 0], seen[0]  # [N, V] each
     n, voxel = seen.nonzero(as_tuple=True)  # [P] pairs of view and voxel
     x, y, z = voxel % X, voxel // X % Y, voxel // (X * Y)
     pixels = {}  # stride -> [4, P] around each pair
@@ -69,17 +69,17 @@ def count_pool():
     sizes = (1, lidar2image.shape[1], image_size[0] // stride, image_size[1] // stride, C)
     V = grid.shape[0] * grid.shape[1] * grid.shape[2]
     voxel = voxel_pool._voxels_ref(matrices, bins, sizes, grid.shape, stride, False).view(-1, D)
-    since = torch.zeros_like(voxel)  # points of the run before this one
+    index_in_run = torch.zeros_like(voxel)
     for k in range(1, D):
-        since[:, k] = torch.where(voxel[:, k] == voxel[:, k - 1], since[:, k - 1] + 1, 0)
+        index_in_run[:, k] = torch.where(voxel[:, k] == voxel[:, k - 1], index_in_run[:, k - 1] + 1, 0)
     inside = voxel < V
     hit = len(voxel[inside].unique())
     print(f"\n## voxel_pool\n\n{inside.sum()} of {inside.numel()} points lie in {hit} of {V} voxels\n")
     print("| points per run | rows read | per voxel, mean | max |\n|---|---|---|---|")
-    for most in RUNS:
-        rows = torch.bincount(voxel[inside & (since % most == 0)])
+    for length in RUNS:
+        rows = torch.bincount(voxel[inside & (index_in_run % length == 0)])
         rows = rows[rows > 0].float()
-        print(f"| {most} | {rows.sum():.0f} | {rows.mean():.2f} | {rows.max():.0f} |")
+        print(f"| {length} | {rows.sum():.0f} | {rows.mean():.2f} | {rows.max():.0f} |")
 
 
 if __name__ == "__main__":

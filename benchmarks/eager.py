@@ -22,15 +22,15 @@ def eager_lift(features, depths, lidar2image, low, cell, shape, image_size, dept
     points = F.pad(torch.cartesian_prod(*axes), (0, 1), value=1.0)  # [V, 4], x slowest
     ud, vd, d, _ = (points @ lidar2image.flatten(0, 1).mT).unbind(-1)  # [B * N, V]
     u, v = ud / d.clamp(min=1e-5) / W, vd / d.clamp(min=1e-5) / H
-    place = torch.stack([u, v, (d - near) / (far - near)], dim=-1) * 2 - 1
-    seen = (d > 1e-5) & (place.abs() < 1).all(-1)
+    uvd = torch.stack([u, v, (d - near) / (far - near)], dim=-1) * 2 - 1
+    seen = (d > 1e-5) & (uvd.abs() < 1).all(-1)
     voxels = [s.nonzero()[:, 0] for s in seen]
-    place = nn.utils.rnn.pad_sequence([p[i] for p, i in zip(place, voxels, strict=True)], batch_first=True)
+    uvd = nn.utils.rnn.pad_sequence([p[i] for p, i in zip(uvd, voxels, strict=True)], batch_first=True)
     volume = 0
     for feature, depth in zip(features, depths, strict=True):
         feature, depth = (t.flatten(0, 1).permute(0, 3, 1, 2).float() for t in (feature, depth))
-        sampled = F.grid_sample(feature, place[:, :, None, :2], align_corners=True)[..., 0]  # [B * N, C, longest]
-        probability = F.grid_sample(depth[:, None], place[:, :, None, None], align_corners=True)[:, :, :, 0, 0]
+        sampled = F.grid_sample(feature, uvd[:, :, None, :2], align_corners=True)[..., 0]  # [B * N, C, longest]
+        probability = F.grid_sample(depth[:, None], uvd[:, :, None, None], align_corners=True)[:, :, :, 0, 0]
         views = sampled.new_zeros(B * N, len(points), feature.shape[1])
         for n, values in enumerate((sampled * probability).mT):
             views[n, voxels[n]] = values[: len(voxels[n])]
@@ -46,9 +46,9 @@ def eager_voxel_pool(features, depths, lidar2image, low, cell, shape, stride, de
     axes = [torch.arange(n, device=features.device, dtype=torch.float64) for n in (h, w, D)]
     v, u, d = torch.meshgrid(axes[0] * stride, axes[1] * stride, near + (far - near) / D * axes[2], indexing="ij")
     points = torch.stack([u * d, v * d, d, torch.ones_like(d)], dim=-1).flatten(0, 2)  # [h * w * D, 4]
-    places = points @ torch.inverse(lidar2image.double()).mT  # [B, N, h * w * D, 4]
-    places = [(places[..., i] - low[i]) / cell[i] for i in range(3)]
-    x, y, z = (p.long() if truncate else p.floor().long() for p in places)
+    points = points @ torch.inverse(lidar2image.double()).mT  # [B, N, h * w * D, 4]
+    coords = [(points[..., i] - low[i]) / cell[i] for i in range(3)]
+    x, y, z = (c.long() if truncate else c.floor().long() for c in coords)
     inside = (x >= 0) & (x < X) & (y >= 0) & (y < Y) & (z >= 0) & (z < Z)
     sample = torch.arange(B, device=features.device)[:, None, None]
     voxel = ((sample * Z + z) * Y + y) * X + x
@@ -67,24 +67,24 @@ def gathered_sample(volume, grid):
     Returns [..., C], differentiable any number of times.
     """
     size = grid.new_tensor(volume.shape[:0:-1])  # X, Y, Z
-    place = (grid + 1) / 2 * (size - 1)
-    first = place.detach().floor()
-    part = place - first
+    coord = (grid + 1) / 2 * (size - 1)
+    first = coord.detach().floor()
+    fraction = coord - first
     rows = volume.permute(1, 2, 3, 0).flatten(0, 2)  # [Z * Y * X, C]
     out = 0
     for corner in torch.cartesian_prod(*[torch.arange(2.0, device=grid.device)] * 3):
         at = first + corner
         inside = ((at >= 0) & (at <= size - 1)).all(dim=-1)
         x, y, z = torch.minimum(at.clamp(min=0), size - 1).long().unbind(-1)
-        weight = torch.where(corner > 0, part, 1 - part).prod(dim=-1) * inside
+        weight = torch.where(corner > 0, fraction, 1 - fraction).prod(dim=-1) * inside
         out = out + rows[(z * volume.shape[2] + y) * volume.shape[3] + x] * weight[..., None]
     return out
 
 
 class EagerRenderer(nn.Module):
-    """NeuS one sample after the other: `F.grid_sample`, MLPs layer by layer, the gradient of the distance by autograd.
+    """NeuS, one batch item at a time: `F.grid_sample`, MLPs layer by layer, the gradient of the distance by autograd.
 
-    Takes the place of the `Renderer` it is made from and shares its parameters. Training it differentiates
+    Replaces the `Renderer` it is made from and shares its parameters. Training it differentiates
     `torch.autograd.grad(create_graph=True)`; before torch 2.13, the first release in which `F.grid_sample` is twice
     differentiable, `gathered_sample` replaces it.
     """
@@ -99,19 +99,19 @@ class EagerRenderer(nn.Module):
         """As `Renderer.forward`, without `points` and `stop`."""
         with torch.autocast(volume.device.type, enabled=False):
             volume = volume.to(self.field.cells_per_unit.dtype)
-            mine = [(rays.volume_idx == b).nonzero()[:, 0] for b in range(len(volume))]
+            rows = [(rays.volume_idx == b).nonzero()[:, 0] for b in range(len(volume))]
             parts = [
                 self._render(volume[b], rays.origins[i], rays.directions[i], None if jitter is None else jitter[i])
-                for b, i in enumerate(mine)
+                for b, i in enumerate(rows)
             ]
-        back = torch.cat(mine).argsort()
-        joined = {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
+        original_order = torch.cat(rows).argsort()
+        joined = {name: torch.cat([part[name] for part in parts])[original_order] for name in parts[0]}
         of_sample = (rays.volume_idx == torch.arange(len(volume), device=volume.device)[:, None]) & joined["hit"]
         return Rendered(**joined, points_sdf=None, of_sample=of_sample.to(volume), points_of_sample=None)
 
     def loss(self, rendered, rays):
         """As `Renderer.loss`, sample by sample."""
-        terms = [self._loss(rendered, rays, mine.bool()) for mine in rendered.of_sample]
+        terms = [self._loss(rendered, rays, own.bool()) for own in rendered.of_sample]
         return {name: torch.stack([t[name] for t in terms]).mean() for name in terms[0]}
 
     def _render(self, volume, origins, directions, jitter):
@@ -146,8 +146,8 @@ class EagerRenderer(nn.Module):
         alpha = ((before - after + 1e-5) / (before + 1e-5)).clip(0, 1) * hit
         weights = _weights(alpha)
         depth = (weights * starts).sum(1) / (weights.sum(1) + 1e-10)
-        seen = starts[hit[:, 0]]
-        depth = torch.where(hit[:, 0], depth.clip(seen.min(), seen.max()), 0) / self.scale
+        hit_starts = starts[hit[:, 0]]
+        depth = torch.where(hit[:, 0], depth.clip(hit_starts.min(), hit_starts.max()), 0) / self.scale
         rgb = (weights[..., None] * rgb).sum(1)
         return dict(
             rgb=rgb if self.training else rgb.clamp(0, 1), depth=depth, hit=hit[:, 0], weights=weights,
@@ -174,20 +174,20 @@ class EagerRenderer(nn.Module):
             return F.grid_sample(volume[None], grid[None, None], align_corners=True)[0, :, 0].permute(1, 2, 0)
         return gathered_sample(volume, grid)
 
-    def _loss(self, rendered, rays, mine):
+    def _loss(self, rendered, rays, own):
         cfg, trunc = self.cfg, self.cfg.truncation * self.scale
-        target = rays.depth[mine, None] * self.scale
+        target = rays.depth[own, None] * self.scale
         valid = target > 0
-        starts, sdf = rendered.starts[mine], rendered.sdf[mine]
+        starts, sdf = rendered.starts[own], rendered.sdf[own]
         front, back = valid & (starts < target - trunc), valid & (starts > target + trunc)
         around = valid & ~front & ~back
-        depth = rendered.depth[mine, None] * self.scale
+        depth = rendered.depth[own, None] * self.scale
         terms = {
-            "rgb": F.l1_loss(rendered.rgb[mine], rays.rgb[mine]),
+            "rgb": F.l1_loss(rendered.rgb[own], rays.rgb[own]),
             "depth": (valid * (target - depth).abs()).sum() / valid.sum().clamp(min=1),
             "free_space": (F.relu(trunc - sdf) * front).sum() / front.sum().clamp(min=1),
             "sdf": ((starts + sdf - target).abs() * around).sum() / around.sum().clamp(min=1),
-            "eikonal": ((rendered.gradient[mine].norm(dim=-1) - 1) ** 2).mean(),
+            "eikonal": ((rendered.gradient[own].norm(dim=-1) - 1) ** 2).mean(),
         }
         return {k: getattr(cfg, f"{k}_weight") * v for k, v in terms.items() if getattr(cfg, f"{k}_weight") > 0}
 
@@ -206,8 +206,8 @@ def eager_field(interpolate, points, directions, sdf_mlp, rgb_mlp):
         (gradient,) = torch.autograd.grad(sdf, points, torch.ones_like(sdf), create_graph=True)
     if rgb_mlp is None:
         return sdf[..., 0], gradient, torch.zeros_like(points)
-    seen = torch.cat([directions[:, None].expand_as(points), feature, gradient, geometry], dim=-1)
-    return sdf[..., 0], gradient, torch.sigmoid(_mlp(rgb_mlp, points, seen, F.relu))
+    condition = torch.cat([directions[:, None].expand_as(points), feature, gradient, geometry], dim=-1)
+    return sdf[..., 0], gradient, torch.sigmoid(_mlp(rgb_mlp, points, condition, F.relu))
 
 
 def _mlp(leaves, points, condition, activation):
@@ -222,8 +222,8 @@ def _mlp(leaves, points, condition, activation):
 
 
 def _weights(alpha):
-    passed = torch.cumprod(torch.cat([torch.ones_like(alpha[:, :1]), 1 - alpha + 1e-7], 1), 1)
-    return alpha * passed[:, :-1]
+    transmittance = torch.cumprod(torch.cat([torch.ones_like(alpha[:, :1]), 1 - alpha + 1e-7], 1), 1)
+    return alpha * transmittance[:, :-1]
 
 
 def _inverse_cdf(x, weights, n, jitter):

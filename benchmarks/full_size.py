@@ -5,8 +5,8 @@
     python -m benchmarks.full_size --device cuda
 
 Generates a synthetic city of 900 x 1600 images once (data/full-size) and runs train.py or finetune.py on it as a user
-would, with batch 1 and activation checkpointing of the ConvNeXt. Seconds are those of the whole process, with data and
-validation. Memory is the peak of the GPU, or on the CPU of the process.
+would, with batch 1 and activation checkpointing of the ConvNeXt. Seconds are those of the whole process, including data
+loading and validation. Memory is the peak on the GPU, or of the process on the CPU.
 """
 
 import json
@@ -36,7 +36,7 @@ SCRIPTS = {
 
 @dataclass(frozen=True)
 class Args:
-    presets: tyro.conf.Positional[tuple[str, ...]] = ()  # names of presets (default: all except tiny)
+    presets: tyro.conf.Positional[tuple[str, ...]] = ()  # names of presets (default: all except the tiny ones)
     task: Literal["train", "finetune", "segment"] | None = None  # default: all three
     device: Literal["cpu", "cuda"] = "cpu"  # device of the step
 

@@ -36,7 +36,7 @@ from unipad.runtime import generators, mixed_precision
 CITY = Path("data/full-size" if DEVICE == "cuda" else "data/small-size")
 IMAGE_SIZE = (900, 1600) if DEVICE == "cuda" else (144, 256)
 TASKS = {"train": (PRETRAIN, Pretrain), "finetune": (DETECT, Detector), "segment": (SEGMENT, Segmenter)}
-# measured first, as users run them first and time may run out
+# measured first, since users run them first and time may run out
 FIRST = ("train/camera/camera-0.1", "train/lidar/lidar-0.075", "train/fusion/fusion-0.075", "segment/lidar/segment")
 TIMED = 5  # steps
 COSTLIEST = 20  # kernels to list

@@ -23,10 +23,10 @@ import tyro
 @dataclass(frozen=True)
 class Args:
     task: Literal["detect", "segment"] = "detect"  # task of fine-tuning
-    modality: Literal["camera", "lidar", "fusion"] = "lidar"  # what is encoded
+    modality: Literal["camera", "lidar", "fusion"] = "lidar"  # input of the encoder
     label_fraction: float = 0.2  # fraction of the training frames that fine-tuning uses
     seeds: tuple[int, ...] = (0,)  # seeds of the fine-tuning runs
-    pretrained: Path | None = None  # run to start from; None: train one with train.py's defaults for the task
+    pretrained: Path | None = None  # pre-training run; None: train one with train.py's defaults for the task
     init: Path | None = None  # ImageNet weights of the camera encoder, with and without pre-training
     pretrain_steps: int | None = None  # steps of pre-training; None: its preset's
     steps: int = 600  # steps of each fine-tuning run

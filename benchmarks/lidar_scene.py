@@ -1,7 +1,7 @@
 """A synthetic street seen by a 32-beam LiDAR, ten sweeps accumulated, with the statistics of nuScenes.
 
-The cost of a sparse convolution depends on the number of neighbors per voxel. Random cells have none and spheres too
-many; here rays hit ground, walls, cars and shrubs, and the sensor moves between sweeps.
+The cost of a sparse convolution depends on the number of neighbors per voxel. Random voxels have too few and voxels on
+spheres too many; here rays hit ground, walls, cars and shrubs, and the sensor moves between sweeps.
 
     python -m benchmarks.lidar_scene      prints voxels and neighbors of each stage next to those of nuScenes
 """
@@ -45,7 +45,7 @@ def scene(seed=0, device="cpu"):
         ground = torch.where(ray[:, 2] < 0, -HEIGHT / ray[:, 2], math.inf)
         shrub = _distance(origin, ray, shrubs) - DEPTH * uniform(len(ray), 0, 1).log()
         t = torch.minimum(ground, torch.minimum(shrub, _distance(origin, ray, solid)))
-        t = t + 0.02 * torch.randn(t.shape, generator=gen)  # the sensor's error
+        t = t + 0.02 * torch.randn(t.shape, generator=gen)  # range noise of the sensor
         hit = (t > 2) & (t < 70) & (uniform(len(t), 0, 1) < RETURNED)
         point = origin + ray[hit] * t[hit, None]
         rest = torch.stack([uniform(len(point), 0, 1), torch.full((len(point),), 0.05 * sweep)], dim=1)

@@ -4,8 +4,8 @@
     voxelize.py     points -> voxels with the mean of their points, or one point per cell
     voxel_keys.py   voxels sorted by key
     sparse_map.py   neighbor tables: which voxels each offset of a sparse convolution reads
-    sparse_conv.py  convolution over a neighbor table; for inference, with its epilogue
-    sparse_gemm.py  ... its products; sparse_tiles.py, a table's tiles; sparse_reference.py, in plain PyTorch
+    sparse_conv.py  convolution over a neighbor table; for inference, with a fused epilogue
+    sparse_gemm.py  ... its GEMMs; sparse_tiles.py, table layouts that they read; sparse_reference.py, in plain PyTorch
     tuning.py       autotuning of an op's launches, saved in a file; off by default
     lift.py         voxel <- sum over views and levels of bilinear feature x trilinear depth probability
     pixel_sum.py    ... its gradients without atomics
@@ -22,6 +22,6 @@
 
 A file holds the op, its PyTorch reference (same signature, suffix `_ref`; also the CPU path), the autograd Function
 and the kernels. Files listed with dots are parts of the op above and share its reference and benchmark. Import from the
-file (`from unipad.kernels.composite import composite`): nothing is re-exported here, since an op named like its file
-would hide the file. docs/kernels.md has a row per op.
+file (`from unipad.kernels.composite import composite`): nothing is re-exported here, since an op with the name of its
+file would shadow the module. docs/kernels.md has a row per op.
 """

@@ -44,8 +44,8 @@ def references():
 def jit(kernel=None, *, varying=()):
     """Decorator for kernels that the host launches; functions called by kernels keep `triton.jit`.
 
-    Launch it with keywords, tensors first: it runs on the GPU of its first tensor, whichever device is current. FP
-    fusion is on: Triton's default depends on its version, and so would the rounding.
+    Launch the kernel with keyword arguments, tensors first: it runs on the GPU of the first tensor, whichever device is
+    current. FP fusion is on unless a launch turns it off: Triton's default, and so the rounding, varies by version.
 
     varying: names of integers that change with the data, such as the number of voxels (Triton's `do_not_specialize`).
         Triton recompiles a kernel for an integer that is 1 or a multiple of 16, which may stall a run at any step.
@@ -80,15 +80,15 @@ def capturing(device):
 
 
 def stream(device):
-    """The handle of the current CUDA stream; 0 on a CPU. Results of other streams may not be ready on it."""
+    """The handle of the current CUDA stream; 0 on a CPU. Work queued on other streams may not have finished."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 class StreamCache:
     """Values derived from an owner's tensors, which must not change: computed once per stream, freed with the owner.
 
-    Streams do not share entries, since they do not wait for each other. A CUDA graph is captured on its own stream and
-    uses entries of any stream, since `torch.cuda.graph` synchronizes the device first; the owner must outlive the
+    Streams do not share entries, since streams do not wait for each other. A CUDA graph is captured on its own stream
+    and uses entries of any stream, since `torch.cuda.graph` synchronizes the device first; the owner must outlive the
     graph. Values computed during a capture are valid only while the graph is replayed and are not cached. Compiled code
     reads the cache and does not write to it.
     """

@@ -2,8 +2,8 @@
 
     d_volume_voxel = sum over its 8 cells, over the samples in each:  w d_value + (b . v) d_slope
 
-with the voxel's weight w in the sample and its slope b, the derivative of w w.r.t. the point. Within a cell, samples
-stay in order.
+where w is the voxel's interpolation weight for the sample, and b = dw / dpoint. The sort is stable, so each cell sums
+its samples in a fixed order.
 
 Part of `sdf_render`: the reference is the gradient of `trilinear_ref`; timed by benchmarks.bench_sdf_render.
 """
@@ -13,27 +13,27 @@ import torch
 from unipad.kernels.backend import jit, tl, triton
 
 
-def cell_sum(d_volume, cell, d_value, d_slope, v, *, origins, directions, edges, cells_per_unit, first_cell):
+def cell_sum(d_volume, cell, d_value, d_slope, v, *, origins, directions, edges, cells_per_unit, cell_offset):
     """Fill d_volume [B, Z, Y, X, CHANNELS] fp32.
 
     Args:
         cell:    [N] int32, `cell_of` each sample.
         d_value: [N, C] gradient w.r.t. the interpolated value; columns from CHANNELS on are padding.
-        d_slope: [N, C] gradient w.r.t. the derivative of the value along v.
-        v:       [N, 3] direction of that derivative, per unit length.
+        d_slope: [N, C] gradient w.r.t. the value's directional derivative along v.
+        v:       [N, 3] that direction, per unit length.
         origins, directions: [R, 3] each.
         edges:   [R, S + 1] distances; sample n = r * S + s lies at the start of its interval.
-        cells_per_unit, first_cell: [3] each: cell coordinate = point * cells_per_unit + first_cell.
+        cells_per_unit, cell_offset: [3] each: cell coordinate = point * cells_per_unit + cell_offset.
 
     Deterministic. Tensors must be contiguous. GPU and interpreter only.
     """
     B, Z, Y, X, CHANNELS = d_volume.shape
     cell, order = cell.sort(stable=True)
-    numbers = torch.arange(B * (Z + 1) * (Y + 1) * (X + 1) + 1, dtype=torch.int32, device=cell.device)
+    all_cells = torch.arange(B * (Z + 1) * (Y + 1) * (X + 1) + 1, dtype=torch.int32, device=cell.device)
     _cell_sum_kernel[(B * Z * Y * X,)](
-        order_ptr=order, first_of_cell_ptr=torch.searchsorted(cell, numbers),
+        order_ptr=order, first_of_cell_ptr=torch.searchsorted(cell, all_cells),
         origins_ptr=origins, directions_ptr=directions, edges_ptr=edges,
-        cells_per_unit_ptr=cells_per_unit, first_cell_ptr=first_cell,
+        cells_per_unit_ptr=cells_per_unit, cell_offset_ptr=cell_offset,
         d_value_ptr=d_value, d_slope_ptr=d_slope, v_ptr=v, d_volume_ptr=d_volume,
         S=edges.shape[1] - 1, Z=Z, Y=Y, X=X, CHANNELS=CHANNELS, C=d_value.shape[1], BLOCK_N=BLOCK_N, num_warps=1,
     )  # fmt: skip
@@ -43,9 +43,9 @@ BLOCK_N = 32  # samples of a cell per iteration
 
 
 @triton.jit
-def cell_of(place, Z, Y, X):
-    """Index of the cell around each place, cells half outside the volume included; elsewhere the largest int32."""
-    ux, uy, uz, first = place
+def cell_of(grid_coords, Z, Y, X):
+    """Index of each sample's cell, which may be partly outside the volume; wholly outside, the largest int32."""
+    ux, uy, uz, first = grid_coords
     x, y, z = tl.floor(ux) + 1, tl.floor(uy) + 1, tl.floor(uz) + 1
     inside = (x >= 0) & (x <= X) & (y >= 0) & (y <= Y) & (z >= 0) & (z <= Z)
     z = first // Z * (Z + 1) + tl.where(inside, z, 0.0).to(tl.int64)
@@ -56,7 +56,7 @@ def cell_of(place, Z, Y, X):
 @jit
 def _cell_sum_kernel(
     order_ptr, first_of_cell_ptr,  # [N] int64 samples by cell, [cells + 1] int64
-    origins_ptr, directions_ptr, edges_ptr, cells_per_unit_ptr, first_cell_ptr,  # [R, 3] x 2, [R, S + 1], [3], [3]
+    origins_ptr, directions_ptr, edges_ptr, cells_per_unit_ptr, cell_offset_ptr,  # [R, 3] x 2, [R, S + 1], [3], [3]
     d_value_ptr, d_slope_ptr, v_ptr,  # [N, C], [N, C], [N, 3]
     d_volume_ptr,  # [B, Z, Y, X, CHANNELS]
     S, Z, Y, X, CHANNELS,
@@ -76,9 +76,9 @@ def _cell_sum_kernel(
             n = tl.load(order_ptr + i, mask=ok, other=0)
             start = tl.load(edges_ptr + n + n // S, mask=ok, other=0.0)
             r = n // S
-            ax, bx = _weight(origins_ptr, directions_ptr, cells_per_unit_ptr, first_cell_ptr, 0, r, start, ok, x, kx)
-            ay, by = _weight(origins_ptr, directions_ptr, cells_per_unit_ptr, first_cell_ptr, 1, r, start, ok, y, ky)
-            az, bz = _weight(origins_ptr, directions_ptr, cells_per_unit_ptr, first_cell_ptr, 2, r, start, ok, z, kz)
+            ax, bx = _weight(origins_ptr, directions_ptr, cells_per_unit_ptr, cell_offset_ptr, 0, r, start, ok, x, kx)
+            ay, by = _weight(origins_ptr, directions_ptr, cells_per_unit_ptr, cell_offset_ptr, 1, r, start, ok, y, ky)
+            az, bz = _weight(origins_ptr, directions_ptr, cells_per_unit_ptr, cell_offset_ptr, 2, r, start, ok, z, kz)
             vx = tl.load(v_ptr + 3 * n, mask=ok, other=0.0)
             vy = tl.load(v_ptr + 3 * n + 1, mask=ok, other=0.0)
             vz = tl.load(v_ptr + 3 * n + 2, mask=ok, other=0.0)
@@ -91,12 +91,12 @@ def _cell_sum_kernel(
 
 
 @triton.jit
-def _weight(origins_ptr, directions_ptr, cells_per_unit_ptr, first_cell_ptr, AXIS, r, start, ok, corner, upper):
-    """Along one axis: the weight of a corner of its cell in a sample, and its derivative w.r.t. the point."""
+def _weight(origins_ptr, directions_ptr, cells_per_unit_ptr, cell_offset_ptr, AXIS, r, start, ok, corner, upper):
+    """Along one axis: the interpolation weight of a corner for the samples, and its derivative w.r.t. the point."""
     direction = tl.load(directions_ptr + 3 * r + AXIS, mask=ok, other=0.0)
     point = tl.load(origins_ptr + 3 * r + AXIS, mask=ok, other=0.0) + direction * start
     cells_per_unit = tl.load(cells_per_unit_ptr + AXIS)
-    place = point * cells_per_unit + tl.load(first_cell_ptr + AXIS)
+    coord = point * cells_per_unit + tl.load(cell_offset_ptr + AXIS)
     sign = 2 * upper - 1
-    # 1 - upper + sign * (place - low), where corner = low + upper
-    return 1 + sign * (place - corner), sign * cells_per_unit
+    # 1 - upper + sign * (coord - low), where corner = low + upper
+    return 1 + sign * (coord - corner), sign * cells_per_unit

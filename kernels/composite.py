@@ -6,7 +6,7 @@
     dL/dalpha_s = T_s * (g_s - B_s),   g_s = dL/dw_s + dL/dout . value_s
     B_{s-1} = alpha_s * g_s + k_s * B_s,   B_{S-1} = 0
 
-B is accumulated from the far end, so the gradient is exact where alpha is 0 or 1: nothing is divided by k.
+B is accumulated from the far end instead of divided by k, so the gradient is exact where alpha is 0 or 1.
 """
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unipad.kernels.backend import jit, on_triton, tl, triton
 
-EPS = 1e-7  # lets some light through an opaque sample; UniPAD's renderers have it too
+EPS = 1e-7  # transmittance of an opaque sample, as in UniPAD's renderers
 
 
 def composite(alpha: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -22,7 +22,7 @@ def composite(alpha: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         alpha:  [R, S] opacity of each sample, in [0, 1].
-        values: [R, S, C] what is composited (RGB, metric depth, features).
+        values: [R, S, C] RGB, metric depth, features, ...
 
     Returns:
         out:     [R, C] rendered value; rays with S == 0 give 0.

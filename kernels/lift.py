@@ -4,14 +4,15 @@
 
     dL/dF_nl = P_nl * g,   dL/dP_nl = <g, F_nl>,   g = dL/dvolume[x]
 
-F_nl(u, v) is the bilinear feature of level l of view n, P_nl(u, v, d) the trilinear probability that the surface seen
-there lies at depth d; both gradients spread over the taps with the weights of the forward. In a rig of six cameras
-about 1.1 views see a voxel: all views x voxels are projected, but only visible ones gather.
+F_nl(u, v) is the bilinearly interpolated feature of level l of view n, P_nl(u, v, d) the trilinearly interpolated
+probability that the surface seen there lies at depth d; both gradients are distributed over the taps with the weights
+of the forward. In a rig of six cameras about 1.1 views see a voxel: every voxel is projected into every view, but
+features are gathered only where it is visible.
 
-A program owns a block of voxels adjacent in x and y, which mostly project into the same view and pixels. Its backward
-adds atomically to a level's gradients where a pixel is hit a few times. Where many voxels hit each pixel (a coarse
-level), and on every level under strict determinism, it records the hits instead; they are sorted by the cell between
-four pixels that they lie in, and each pixel sums over the cells around it.
+A program owns a block of voxels adjacent in x and y, which mostly project into the same view and pixels. The backward
+adds atomically to the gradients of fine levels, where few voxels project onto a pixel. On coarse levels, where many do,
+and on every level under strict determinism, it records each projection (a "hit") instead: the hits are sorted by the
+cell between four pixels that they lie in, and each pixel sums over the cells around it.
 """
 
 import math
@@ -43,12 +44,12 @@ def lift(
         depth_range: (nearest, farthest) meters along the optical axis.
 
     Returns:
-        [B, Z, Y, X, C] in the features' type. A view counts where the corner lies strictly inside its image and the
-        depth range, and farther away than 1e-5 m; a voxel that no view sees is 0.
+        [B, Z, Y, X, C] in the features' type. A view sees a corner strictly inside its image and the depth range, and
+        deeper than 1e-5 m; a voxel that no view sees is 0.
 
     Differentiable once w.r.t. `features` and `depths`. Accumulates in fp32 (fp64 for fp64 features); projects in fp32.
     Gradients of fine levels are added atomically, so their last bits vary from run to run, except under
-    `torch.use_deterministic_algorithms(True)`. Every matrix is a view: pass several frames as more views. Raises
+    `torch.use_deterministic_algorithms(True)`. To lift several frames into one volume, pass them as more views. Raises
     AssertionError if shapes do not match. Follows Uni3DViewTrans of the original.
     """
     assert len(features) == len(depths), f"{len(features)} levels of features, {len(depths)} of depths"
@@ -67,16 +68,16 @@ def lift(
 
 
 def lift_ref(features, depths, lidar2image, low, cell, shape, image_size, depth_range):
-    """`lift` in plain PyTorch: a voxel is a weighted sum of 4 rows per level and view that sees it."""
+    """`lift` in plain PyTorch: a voxel is a weighted sum of 4 rows for each level and each view that sees it."""
     (B, N, _, _, C), D = features[0].shape, depths[0].shape[4]
     X, Y, Z = shape
     acc_type = torch.float64 if features[0].dtype == torch.float64 else torch.float32
-    place, seen = _project_ref(lidar2image, low, cell, shape, image_size, depth_range)
+    uvd, seen = _project_ref(lidar2image, low, cell, shape, image_size, depth_range)
     b, voxel, n = seen.transpose(1, 2).nonzero(as_tuple=True)  # [P] pairs of voxel and view, sorted by voxel
-    u, v, d = place[:, b, n, voxel].to(acc_type)  # [P]
+    u, v, d = uvd[:, b, n, voxel].to(acc_type)  # [P]
     view = b * N + n
 
-    taps = 4 * seen.sum(dim=1).flatten()  # [B * V] of a level
+    taps = 4 * seen.sum(dim=1).flatten()  # [B * V] rows that a voxel sums, per level
     begin = taps.cumsum(dim=0) - taps
     volume = 0
     for feature, depth in zip(features, depths, strict=True):
@@ -97,11 +98,11 @@ def lift_ref(features, depths, lidar2image, low, cell, shape, image_size, depth_
 
 
 def _project_ref(lidar2image, low, cell, shape, image_size, depth_range):
-    """Where each view sees the voxels' lower corners.
+    """Project the voxels' lower corners into each view.
 
     Returns:
-        place: [3, B, N, V] fp32 u, v, depth; the image and the depth range span -1 to 1.
-        seen:  [B, N, V] bool, True strictly inside both.
+        uvd:  [3, B, N, V] fp32 u, v, depth, normalized so that the image and the depth range span -1 to 1.
+        seen: [B, N, V] bool, True strictly inside both.
     """
     X, Y, Z = shape
     low, cell = (torch.tensor(t, dtype=torch.float32, device=lidar2image.device).double() for t in (low, cell))
@@ -117,13 +118,13 @@ def _project_ref(lidar2image, low, cell, shape, image_size, depth_range):
     (H, W), (near, far) = image_size, depth_range
     in_front = d > 1e-5
     clamped = d.clamp(min=1e-5)
-    place = torch.stack([ud / clamped / W, vd / clamped / H, (d - near) / (far - near)]) * 2 - 1
-    return place, in_front & (place.abs() < 1).all(dim=0)
+    uvd = torch.stack([ud / clamped / W, vd / clamped / H, (d - near) / (far - near)]) * 2 - 1
+    return uvd, in_front & (uvd.abs() < 1).all(dim=0)
 
 
-def _nodes_ref(place, size):
-    """The two of `size` nodes from -1 to 1 around each place: their indices [2, P] and weights [2, P]."""
-    position = (place + 1) / 2 * (size - 1)
+def _nodes_ref(coord, size):
+    """Of `size` nodes evenly spaced from -1 to 1, the two around each coordinate: indices [2, P] and weights [2, P]."""
+    position = (coord + 1) / 2 * (size - 1)
     first = position.floor()
     weight = position - first
     first = first.long()
@@ -144,7 +145,7 @@ class Lift(torch.autograd.Function):
         ctx.geometry = dict(
             low=low, cell=cell, shape=tuple(shape), image_size=tuple(image_size), depth_range=tuple(depth_range)
         )
-        ctx.bit_equal = strictly_deterministic()
+        ctx.deterministic = strictly_deterministic()
         if volume.numel():
             _launch(_lift_fwd_kernel, FWD_TILE, features, depths, lidar2image, ctx.geometry, volume_ptr=volume)
         return volume
@@ -156,30 +157,30 @@ class Lift(torch.autograd.Function):
         if d_volume.numel() and lidar2image.numel():
             half = len(levels) // 2
             d_volume = d_volume.contiguous()
-            d_levels = _backward(d_volume, levels[:half], levels[half:], lidar2image, ctx.geometry, ctx.bit_equal)
+            d_levels = _backward(d_volume, levels[:half], levels[half:], lidar2image, ctx.geometry, ctx.deterministic)
         else:
             d_levels = [torch.zeros_like(level) for level in levels]
         return None, None, None, None, None, None, *d_levels
 
 
-def _backward(d_volume, features, depths, lidar2image, geometry, bit_equal):
+def _backward(d_volume, features, depths, lidar2image, geometry, deterministic):
     """The gradients of all features, then of all depths."""
     (B, N), V = lidar2image.shape[:2], math.prod(geometry["shape"])
     acc_type = torch.float64 if features[0].dtype == torch.float64 else torch.float32
-    coarse = [V >= CROWD * N * feature.shape[2:4].numel() for feature in features]
-    gathered = [l for l in range(len(features)) if coarse[l] or bit_equal]
+    coarse = [V >= COARSE * N * feature.shape[2:4].numel() for feature in features]
+    gathered = [l for l in range(len(features)) if coarse[l] or deterministic]
     pixels = [B * N * features[l].shape[2:4].numel() for l in gathered]
     ends, cells = list(accumulate(pixels)), sum(pixels)
     # a radix sort takes half as many passes over 16-bit keys
     key_type = torch.int16 if cells < 2**15 else torch.int32
-    cell_of = torch.full((len(gathered), B * N * V), cells, dtype=key_type, device=d_volume.device)
+    cell_idx = torch.full((len(gathered), B * N * V), cells, dtype=key_type, device=d_volume.device)
     hits = torch.empty(len(gathered), B * N * V, HIT.value, dtype=acc_type, device=d_volume.device)
 
     outs, first_cells = [], []
     for l, (feature, depth) in enumerate(zip(features, depths, strict=True)):
         if l in gathered:
             i = gathered.index(l)
-            outs.append((cell_of[i], hits[i]))
+            outs.append((cell_idx[i], hits[i]))
             first_cells.append(ends[i] - pixels[i])
         else:
             outs.append((torch.zeros_like(feature, dtype=acc_type), torch.zeros_like(depth, dtype=acc_type)))
@@ -190,12 +191,12 @@ def _backward(d_volume, features, depths, lidar2image, geometry, bit_equal):
     )  # fmt: skip
 
     if gathered:
-        by_cell, order = cell_of.flatten().sort(stable=True)
-        numbers = torch.arange(cells + 1, dtype=key_type, device=by_cell.device)
-        begin = torch.searchsorted(by_cell, numbers, out_int32=True)
+        sorted_idx, order = cell_idx.flatten().sort(stable=True)
+        all_cells = torch.arange(cells + 1, dtype=key_type, device=cell_idx.device)
+        begin = torch.searchsorted(sorted_idx, all_cells, out_int32=True)
     for l in gathered:
         outs[l] = torch.empty_like(features[l]), torch.empty_like(depths[l])
-        pixel_sum(*outs[l], begin[first_cells[l] :], order, hits, d_volume, crowded=coarse[l])
+        pixel_sum(*outs[l], begin[first_cells[l] :], order, hits, d_volume, many_hits=coarse[l])
     d_features, d_depths = zip(*outs, strict=True)
     return [d.to(level.dtype) for d, level in zip((*d_features, *d_depths), (*features, *depths), strict=True)]
 
@@ -203,12 +204,12 @@ def _backward(d_volume, features, depths, lidar2image, geometry, bit_equal):
 # All untuned: chosen from the compiler's output for sm_90, without timing on a GPU
 FWD_TILE = 4096  # bytes of features per program: voxels x channels
 BWD_TILE = 2048  # twice that spills
-MAX_VOXELS = 32  # per program: with few channels, projecting voxels would outweigh gathering
-CROWD = 4  # where a level has at least so many voxels per pixel, its pixels gather their gradients
+MAX_VOXELS = 32  # per program: with few channels, projecting voxels would take longer than gathering
+COARSE = 4  # voxels per pixel from which a level is coarse: its pixels gather their gradients
 
 
 def _launch(kernel, tile, features, depths, lidar2image, geometry, **rest):
-    """Launch one of the two kernels with their common arguments and `rest`."""
+    """Launch the forward or backward kernel with their common arguments and `rest`."""
     B, N, _, _, C = features[0].shape
     X, Y, Z = geometry["shape"]
     blocks = _blocks(tile // features[0].element_size(), C)
@@ -262,12 +263,12 @@ def _lift_fwd_kernel(
 def _lift_bwd_kernel(
     feature_ptrs, depth_ptrs,  # per level [B, N, h, w, C], [B, N, h, w, D]
     d_volume_ptr,  # [B, Z, Y, X, C]
-    out_ptrs,  # per level d_feature, d_depth, added to; where gathered cell_idx [B, N, V], hit [B, N, V, HIT]
+    out_ptrs,  # per level (d_feature, d_depth), added to; if gathered (cell_idx [B, N, V], hits [B, N, V, HIT])
     first_cells,  # per level, index of its first cell: a level has as many cells as pixels
     lidar2image_ptr,  # [B, N, 4, 4]
     sizes, low, cell, shape, image_size, depth_range,  # per level (h, w); the rest as in `lift`
     N, C, D,
-    GATHERED: tl.constexpr,  # bits of the levels
+    GATHERED: tl.constexpr,  # bit l: level l is gathered
     BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     acc_ty: tl.constexpr = tl.float64 if d_volume_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -327,27 +328,27 @@ def _corners(low, cell, shape, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr):
 
 @triton.jit
 def _project(p, x, y, z, ok, image_size, depth_range):
-    """Where the view with matrix p sees the points: u, v, depth in (-1, 1), and whether it does."""
+    """Project points with the matrix at p: u, v, depth, normalized to (-1, 1), and whether the view sees them."""
     ud = tl.load(p) * x + tl.load(p + 1) * y + tl.load(p + 2) * z + tl.load(p + 3)
     vd = tl.load(p + 4) * x + tl.load(p + 5) * y + tl.load(p + 6) * z + tl.load(p + 7)
     d = tl.load(p + 8) * x + tl.load(p + 9) * y + tl.load(p + 10) * z + tl.load(p + 11)
     clamped = tl.maximum(d, 1e-5)
     u = ud / clamped / image_size[1] * 2 - 1
     v = vd / clamped / image_size[0] * 2 - 1
-    place = (d - depth_range[0]) / (depth_range[1] - depth_range[0]) * 2 - 1
-    seen = ok & (d > 1e-5) & (tl.abs(u) < 1) & (tl.abs(v) < 1) & (tl.abs(place) < 1)
-    return _clamp(u), _clamp(v), _clamp(place), seen
+    depth = (d - depth_range[0]) / (depth_range[1] - depth_range[0]) * 2 - 1
+    seen = ok & (d > 1e-5) & (tl.abs(u) < 1) & (tl.abs(v) < 1) & (tl.abs(depth) < 1)
+    return _clamp(u), _clamp(v), _clamp(depth), seen
 
 
 @triton.jit
-def _clamp(place):
-    """Clamped to [-1, 1], NaN too: such places have weight 0 but must not give an infinite or NaN factor."""
-    return tl.minimum(tl.maximum(place, -1.0), 1.0)
+def _clamp(coord):
+    """Clamped to [-1, 1], NaN too: points that are not seen get weight 0, and 0 times infinity or NaN is NaN."""
+    return tl.minimum(tl.maximum(coord, -1.0), 1.0)
 
 
 @triton.jit
 def _taps(view, u, v, h, w):
-    """The four pixels around (u, v), counted over all views, and their bilinear weights."""
+    """The four pixels around (u, v), as indices over all views, and their bilinear weights."""
     x0, x1, x_weight = _nodes(u, w)
     y0, y1, y_weight = _nodes(v, h)
     y0, y1 = (view * h + y0) * w, (view * h + y1) * w
@@ -356,9 +357,9 @@ def _taps(view, u, v, h, w):
 
 
 @triton.jit
-def _nodes(place, size):
-    """The two of `size` nodes from -1 to 1 around each place, and the weight of the second."""
-    position = _position(place, size)
+def _nodes(coord, size):
+    """Of `size` nodes evenly spaced from -1 to 1, the two around each coordinate, and the weight of the second."""
+    position = _position(coord, size)
     first = tl.floor(position)
     weight = position - first
     first = first.to(tl.int32)
@@ -366,9 +367,9 @@ def _nodes(place, size):
 
 
 @triton.jit
-def _position(place, size):
-    """Places in units of the distance between nodes, from the first node."""
-    return (place + 1) / 2 * (size - 1)
+def _position(coord, size):
+    """Coordinates from [-1, 1] to [0, size - 1]: integers are nodes."""
+    return (coord + 1) / 2 * (size - 1)
 
 
 @triton.jit

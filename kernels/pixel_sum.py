@@ -1,10 +1,11 @@
-"""Gradients of one level of `lift`, without atomics: the voxels that hit it are sorted by cell.
+"""Gradients of one level of `lift`, without atomics: hits (projections of voxels into views) are sorted by cell.
 
     d_feature_pixel = sum over its 4 cells, over the hits in each:  s P g
     d_depth_pixel,k = sum over its 4 cells, over the hits in each:  s max(0, 1 - |z - k|) <g, F>
 
-A cell lies between four pixels. s is the pixel's bilinear weight in a hit, z the hit's depth in bins, g the gradient of
-its voxel, P and F the probability and the feature interpolated in the forward. Within a cell, hits stay in order.
+A cell lies between four pixels. s is the pixel's bilinear weight for a hit, z the hit's depth in bins, g the gradient
+w.r.t. its voxel, P and F the probability and the feature interpolated in the forward. The sort is stable, so each cell
+sums its hits in a fixed order.
 
 Part of `lift`: the reference is the gradient of `lift_ref`; timed by benchmarks.bench_lift.
 """
@@ -12,23 +13,23 @@ Part of `lift`: the reference is the gradient of `lift_ref`; timed by benchmarks
 from unipad.kernels.backend import jit, tl, triton
 
 
-def pixel_sum(d_feature, d_depth, begin, order, hits, d_volume, crowded):
+def pixel_sum(d_feature, d_depth, begin, order, hits, d_volume, many_hits):
     """Fill d_feature [B, N, h, w, C] and d_depth [B, N, h, w, D].
 
     Args:
-        begin:    [>= P + 1] int32 where each cell's hits begin in `order`, and where the last one's end; a cell has the
-                  index of its upper left pixel, of P pixels of all views.
-        order:    [levels * B * N * V] int64 rows of `hits` by cell; other levels' are not read.
-        hits:     [levels, B * N * V, HIT] column and row in pixels, depth in bins, probability, <g, F> of each of V
-                  voxels in each view.
-        d_volume: [B, Z, Y, X, C].
-        crowded:  whether pixels have many hits: several lanes, its walkers, then split those of a pixel.
+        begin:     [>= P + 1] int32 start of each cell's hits in `order`, then the end of the last cell's. A cell has
+                   the index of its upper left pixel, out of P pixels of all views.
+        order:     [levels * B * N * V] int64 rows of `hits` by cell; those of other levels are not read.
+        hits:      [levels, B * N * V, HIT] column and row in pixels, depth in bins, probability, <g, F>, for each view
+                   and each of V voxels.
+        d_volume:  [B, Z, Y, X, C].
+        many_hits: several lanes split the hits of a pixel; faster where pixels have many.
 
     Accumulates in the type of `hits`. Deterministic. Tensors must be contiguous. GPU and interpreter only.
     """
     (B, N, h, w, C), D = d_feature.shape, d_depth.shape[4]
     P, V = B * N * h * w, d_volume[0, ..., 0].numel()
-    blocks = _blocks(WALKERS if crowded else 1, C, D)
+    blocks = _blocks(MAX_LANES if many_hits else 1, C, D)
     _pixel_sum_kernel[(triton.cdiv(P, blocks["BLOCK_P"]),)](
         begin_ptr=begin, order_ptr=order, hit_ptr=hits, d_volume_ptr=d_volume,
         d_feature_ptr=d_feature, d_depth_ptr=d_depth, P=P, h=h, w=w, B=B, N=N, V=V, C=C, D=D, **blocks,
@@ -37,40 +38,40 @@ def pixel_sum(d_feature, d_depth, begin, order, hits, d_volume, crowded):
 
 HIT = tl.constexpr(5)  # values per hit
 # Untuned: chosen from the compiler's output for sm_90, without timing on a GPU
-TILE = 1024  # walkers x channels per program
-WALKERS = 8  # lanes that split the hits of a pixel
+TILE = 1024  # lanes x channels per program
+MAX_LANES = 8  # per pixel: they split its hits
 
 
-def _blocks(walkers, C, D):
+def _blocks(lanes_per_pixel, C, D):
     BLOCK_C, BLOCK_D = triton.next_power_of_2(C), triton.next_power_of_2(D)
     lanes = max(TILE // max(BLOCK_C, BLOCK_D), 1)
-    walkers = min(walkers, lanes)
-    return dict(BLOCK_P=lanes // walkers, WALKERS=walkers, BLOCK_C=BLOCK_C, BLOCK_D=BLOCK_D)
+    lanes_per_pixel = min(lanes_per_pixel, lanes)
+    return dict(BLOCK_P=lanes // lanes_per_pixel, LANES=lanes_per_pixel, BLOCK_C=BLOCK_C, BLOCK_D=BLOCK_D)
 
 
 @jit(varying=("P", "B"))
 def _pixel_sum_kernel(
-    begin_ptr, order_ptr, hit_ptr,  # [P + 1] of each cell; hits of all levels, by cell; [levels, B, N, V, HIT]
+    begin_ptr, order_ptr, hit_ptr,  # [P + 1], [levels * B * N * V], [levels, B, N, V, HIT]
     d_volume_ptr,  # [B, V, C]
     d_feature_ptr, d_depth_ptr,  # [P, C], [P, D]
     P, h, w, B, N, V, C, D,  # P pixels of all views of a level
-    BLOCK_P: tl.constexpr, WALKERS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr, LANES: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     acc_ty: tl.constexpr = hit_ptr.dtype.element_ty
-    lane = tl.arange(0, BLOCK_P * WALKERS)
-    p = tl.program_id(0) * BLOCK_P + lane // WALKERS
+    lane = tl.arange(0, BLOCK_P * LANES)
+    p = tl.program_id(0) * BLOCK_P + lane // LANES
     x, y = p % w, p // w % h
     c = tl.arange(0, BLOCK_C)[None, :]
     k = tl.arange(0, BLOCK_D)[None, :]
-    d_feature = tl.zeros((BLOCK_P * WALKERS, BLOCK_C), acc_ty)
-    d_depth = tl.zeros((BLOCK_P * WALKERS, BLOCK_D), acc_ty)
-    for up in range(2):  # cells of the pixel's row and of the row above: those left and right are adjacent
+    d_feature = tl.zeros((BLOCK_P * LANES, BLOCK_C), acc_ty)
+    d_depth = tl.zeros((BLOCK_P * LANES, BLOCK_D), acc_ty)
+    for up in range(2):  # cells of the pixel's row and of the row above; left and right cell are adjacent in `order`
         ok = (p < P) & (y >= up)
         cell = p - up * w
         begin = tl.load(begin_ptr + cell - (x > 0).to(tl.int32), mask=ok, other=0)
         end = tl.load(begin_ptr + cell + 1, mask=ok, other=0)
-        for i in range(0, tl.max(end - begin, axis=0), WALKERS):
-            at = begin + i + lane % WALKERS
+        for i in range(0, tl.max(end - begin, axis=0), LANES):
+            at = begin + i + lane % LANES
             at_ok = at < end
             hit = tl.load(order_ptr + at, mask=at_ok, other=0).to(tl.int32)
             at_ptr = hit_ptr + hit.to(tl.int64) * HIT
@@ -84,8 +85,8 @@ def _pixel_sum_kernel(
             g = tl.load(d_volume_ptr + row, mask=at_ok[:, None] & (c < C), other=0.0).to(acc_ty)
             d_feature += (weight * probability)[:, None] * g
             d_depth += (weight * d_probability)[:, None] * tl.maximum(1 - tl.abs(hit_z[:, None] - k), 0)
-    d_feature = tl.sum(tl.reshape(d_feature, (BLOCK_P, WALKERS, BLOCK_C)), axis=1)
-    d_depth = tl.sum(tl.reshape(d_depth, (BLOCK_P, WALKERS, BLOCK_D)), axis=1)
+    d_feature = tl.sum(tl.reshape(d_feature, (BLOCK_P, LANES, BLOCK_C)), axis=1)
+    d_depth = tl.sum(tl.reshape(d_depth, (BLOCK_P, LANES, BLOCK_D)), axis=1)
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
     tl.store(d_feature_ptr + p.to(tl.int64) * C + c, d_feature, mask=(p < P) & (c < C))
     tl.store(d_depth_ptr + p.to(tl.int64) * D + k, d_depth, mask=(p < P) & (k < D))

@@ -1,16 +1,16 @@
 """Samples along rays: clipped to a box, stratified, then resampled by weight.
 
-    clip:        t = (wall - origin) / (direction + 1e-6) for six walls; inside from the last entry to the first exit
+    clip:        t = (wall - origin) / (direction + 1e-6) for six walls; inside between the last entry and first exit
     stratified:  edge_s = near + x_s (far - near), x_s = s / S or jittered between the adjacent midpoints
     resampling:  new_j = CDF^-1((j + jitter) / (n + 1)), piecewise linear over the intervals; lists merged by rank
 
 An *edge list* [R, S + 1] holds the starts of S samples and the end of the last one, ascending; a sample lies at its
 start and extends to the next: `starts = edges[:, :-1]`, `deltas = edges.diff(dim=1)`. Edges are distances along the
-ray. The original resamples in [0, 1] and maps to [near, far] afterwards; the map is affine and both the inverse CDF and
-the merge commute with it, so near and far are not needed here and results differ by rounding only.
+ray. The original resamples in [0, 1] and maps to [near, far] afterwards. That map is affine, and the inverse CDF and
+the merge commute with it, so resampling does not need near and far; results differ by rounding only.
 
 Ranks are found by counting, not by sorting: a new start lies in the interval that its CDF value selected, so one sweep
-along the ray inverts the CDF and merges. Nothing here is differentiable: it chooses where the field is sampled.
+along the ray inverts the CDF and merges. Nothing here is differentiable: it only decides where the field is sampled.
 
 Sizes: R rays, S samples on each before resampling, N (n) new ones.
 """
@@ -74,7 +74,7 @@ def clip_rays_ref(origins, directions, low, high, near):
 
 
 @torch.no_grad()
-def stratified_starts(near: Tensor, far: Tensor, S: int, jitter: Tensor | None = None) -> Tensor:
+def stratified_edges(near: Tensor, far: Tensor, S: int, jitter: Tensor | None = None) -> Tensor:
     """Edges of S intervals that divide [near, far] evenly.
 
     Args:
@@ -87,12 +87,12 @@ def stratified_starts(near: Tensor, far: Tensor, S: int, jitter: Tensor | None =
         edges: [R, S + 1] ascending.
     """
     if not on_triton(near):
-        return stratified_starts_ref(near, far, S, jitter)
+        return stratified_edges_ref(near, far, S, jitter)
     assert S >= 1, "rays need at least one sample"
     R = near.shape[0]
     edges = near.new_empty(R, S + 1)
     if R:
-        _stratified_starts_kernel[(triton.cdiv(edges.numel(), BLOCK),)](
+        _stratified_edges_kernel[(triton.cdiv(edges.numel(), BLOCK),)](
             near_ptr=near.contiguous(), far_ptr=far.contiguous(),
             jitter_ptr=near if jitter is None else jitter.contiguous(), edges_ptr=edges,
             R=R, S=S, JITTER=jitter is not None, BLOCK=BLOCK,
@@ -101,8 +101,8 @@ def stratified_starts(near: Tensor, far: Tensor, S: int, jitter: Tensor | None =
 
 
 @torch.no_grad()
-def stratified_starts_ref(near, far, S, jitter=None):
-    """`stratified_starts` in plain PyTorch."""
+def stratified_edges_ref(near, far, S, jitter=None):
+    """`stratified_edges` in plain PyTorch."""
     x = torch.linspace(0, 1, S + 1, dtype=near.dtype, device=near.device)[None]  # [1, S + 1]
     if jitter is not None:
         middles = (x[:, 1:] + x[:, :-1]) / 2  # [1, S]
@@ -257,7 +257,7 @@ def _slab(origins_ptr, directions_ptr, i, i_ok, low, high):
 
 
 @jit(varying=("R",))
-def _stratified_starts_kernel(
+def _stratified_edges_kernel(
     near_ptr, far_ptr, jitter_ptr,  # [R], [R], [R] (not read without JITTER)
     edges_ptr,  # [R, S + 1]
     R, S,
@@ -311,8 +311,8 @@ def _resample_kernel(
         mass += (weight / total).to(tl.float64)
         high = tl.load(edges_ptr + r * (S + 1) + s + 1, mask=r_ok, other=0.0).to(acc_ty)
         next_cdf = tl.minimum(mass.to(acc_ty), 1.0)
-        interval = next_cdf - cdf  # its mass
-        t = (u - cdf[:, None]) / tl.where(interval < 1e-5, 1.0, interval)[:, None]
+        interval_mass = next_cdf - cdf
+        t = (u - cdf[:, None]) / tl.where(interval_mass < 1e-5, 1.0, interval_mass)[:, None]
         t = tl.minimum(tl.maximum(t, 0.0), 1.0)
         # rounding must not move a sample past its interval: ranks rely on the order
         point = tl.minimum(low[:, None] + t * (high - low)[:, None], high[:, None])

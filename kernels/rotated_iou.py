@@ -9,9 +9,9 @@ along its heading, a is |x| <= l / 2, |y| <= w / 2, and
     area = sum over the edges of b, counter-clockwise, of   integral of clamp(x, -l / 2, l / 2) dy  over |y| <= w / 2
 
 because clamp(x) has derivative 1 inside a and 0 outside. No polygon is built, no corners are sorted, nothing is
-indexed. It is continuous: an edge on the border of a, parallel to it, or of length 0 contributes the same from either
-side, where clipping would need case distinctions. Corners are relative to a's center, so that no precision is lost far
-from the origin.
+indexed. The integral is continuous, so an edge on the border of a, parallel to it, or of length 0 needs no special
+case, as it would in polygon clipping. Corners are relative to a's center, so that no precision is lost far from the
+origin.
 
 Sizes: N and M boxes, P pairs.
 """
@@ -33,8 +33,8 @@ def rotated_iou_bev(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         iou: [N, M] in [0, 1]; 0 for disjoint boxes and for boxes without area.
 
-    Within 1e-5 of the truth in fp32 for boxes of usual shape; corners are off by about 1e-7 of the box size, which
-    matters for thin ones. Deterministic. Not differentiable. Raises AssertionError on other shapes or types.
+    In fp32 the error is at most 1e-5 for boxes of usual shape; corners are off by about 1e-7 of the box size, which
+    matters for thin boxes. Deterministic. Not differentiable. Raises AssertionError on other shapes or types.
     """
     if not on_triton(a):
         return rotated_iou_bev_ref(a, b)
@@ -49,12 +49,12 @@ def rotated_iou_bev(a: Tensor, b: Tensor) -> Tensor:
 
 @torch.no_grad()
 def rotated_iou_bev_ref(a, b):
-    """`rotated_iou_bev` in plain PyTorch. Computes only pairs whose circumscribed circles intersect."""
+    """`rotated_iou_bev` in plain PyTorch; computes only pairs whose circumscribed circles intersect."""
     _check(5, a, b)
     iou = a.new_zeros(len(a), len(b))
-    reach_a, reach_b = (boxes[:, 2:4].norm(dim=1) / 2 for boxes in (a, b))
+    radius_a, radius_b = (boxes[:, 2:4].norm(dim=1) / 2 for boxes in (a, b))
     distance = (a[:, None, :2] - b[None, :, :2]).norm(dim=2)
-    i, j = (distance < reach_a[:, None] + reach_b[None, :]).nonzero(as_tuple=True)
+    i, j = (distance < radius_a[:, None] + radius_b[None, :]).nonzero(as_tuple=True)
     a, b = a.index_select(0, i), b.index_select(0, j)
     iou[i, j] = _ratio_ref(_overlap_ref(a, b), a[:, 2] * a[:, 3], b[:, 2] * b[:, 3])
     return iou
@@ -71,7 +71,7 @@ def paired_iou_3d(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         iou: [N] in [0, 1]; 0 for disjoint boxes and for boxes without volume.
 
-    As exact as `rotated_iou_bev`. Deterministic. Not differentiable. Raises AssertionError on other shapes or types.
+    As accurate as `rotated_iou_bev`. Deterministic. Not differentiable. Raises AssertionError on other shapes or types.
     """
     if not on_triton(a):
         return paired_iou_3d_ref(a, b)
@@ -90,8 +90,8 @@ def paired_iou_3d_ref(a, b):
     """`paired_iou_3d` in plain PyTorch."""
     _check(7, a, b)
     assert len(a) == len(b), f"{len(a)} boxes do not match {len(b)} partners"
-    above = [0, 1, 3, 4, 6]
-    area = _overlap_ref(a[:, above], b[:, above])
+    bev = [0, 1, 3, 4, 6]
+    area = _overlap_ref(a[:, bev], b[:, bev])
     dz, half_a, half_b = b[:, 2] - a[:, 2], a[:, 5] / 2, b[:, 5] / 2
     height = (torch.minimum(half_a, dz + half_b) - torch.maximum(-half_a, dz - half_b)).clamp(min=0)
     return _ratio_ref(area * height, a[:, 3:6].prod(dim=1), b[:, 3:6].prod(dim=1))
@@ -104,7 +104,7 @@ def rotated_nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
     Args:
         boxes:     [N, 5] fp32 or fp64 x, y, w, l, yaw; finite.
         scores:    [N], not NaN. Ties: the lower row comes first.
-        threshold: a box is suppressed if its IoU with a better box that is kept is greater.
+        threshold: a box is suppressed if its IoU with a kept box of higher score is greater.
 
     Returns:
         rows: [K] int64 rows of `boxes`, by descending score.
@@ -130,8 +130,9 @@ def rotated_nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
 def rotated_nms_ref(boxes, scores, threshold):
     """`rotated_nms` in plain PyTorch.
 
-    Each round decides all boxes at once from the decisions of the previous round: the i-th best box is right after at
-    most i rounds, and all are when nothing changes. The longest chain of overlapping boxes bounds the rounds.
+    Each round decides all boxes at once from the decisions of the previous round: the decision on the i-th best box is
+    final after at most i rounds, and all are once nothing changes. The longest chain of overlapping boxes limits the
+    number of rounds.
     """
     order = _best_first(boxes, scores)
     ranked = boxes.index_select(0, order)
@@ -144,7 +145,7 @@ def rotated_nms_ref(boxes, scores, threshold):
 
 
 def _greedy(suppressed, N):
-    """[N] bool: which ranked boxes are kept, from the words of `_suppress_kernel`."""
+    """[N] bool: which ranked boxes are kept, from the bit masks of `_suppress_kernel`."""
     W = suppressed.shape[1]
     block_w = triton.next_power_of_2(W)
     warps = min(max(block_w // 32, 1), 8)  # one word per lane while possible
@@ -181,13 +182,13 @@ def _overlap_ref(a, b):
     py = y[:, None] + torch.stack([along_y - across_y, along_y + across_y, across_y - along_y, -along_y - across_y], 1)
     area = _edges_ref(px, py, px.roll(-1, 1), py.roll(-1, 1), half_l[:, None], half_w[:, None]).sum(dim=1)
 
-    # separated along one of the four axes: the sum would be rounding errors
+    # disjoint boxes are separated along one of the four axes; their sum would consist of rounding errors
     disjoint = x.abs() >= half_l + along_x.abs() + across_x.abs()
     disjoint |= y.abs() >= half_w + along_y.abs() + across_y.abs()
     disjoint |= (x * cos + y * sin).abs() >= half_b[1] + half_l * cos.abs() + half_w * sin.abs()
     disjoint |= (y * cos - x * sin).abs() >= half_b[0] + half_l * sin.abs() + half_w * cos.abs()
-    most = torch.minimum(a[:, 2] * a[:, 3], b[:, 2] * b[:, 3])
-    return torch.where(disjoint, 0, torch.minimum(area.clamp(min=0), most))
+    max_area = torch.minimum(a[:, 2] * a[:, 3], b[:, 2] * b[:, 3])
+    return torch.where(disjoint, 0, torch.minimum(area.clamp(min=0), max_area))
 
 
 def _edges_ref(px, py, qx, qy, half_l, half_w):
@@ -230,7 +231,7 @@ def _iou_kernel(
 @jit(varying=("N", "W"))
 def _suppress_kernel(
     boxes_ptr, order_ptr,  # [N, 5], [N]
-    suppressed_ptr,  # [32 W, W], ranked: bit k of word w in row i: box i outranks box 32 w + k and overlaps it
+    suppressed_ptr,  # [32 W, W]; boxes by rank; bit k of word w in row i: box i outranks box 32 w + k and overlaps it
     N, W, threshold,
 ):  # fmt: skip
     i = tl.program_id(0) * 32 + tl.arange(0, 32)
@@ -256,16 +257,16 @@ def _greedy_kernel(
     """One program: 32 boxes at a time, whose loads do not depend on each other, are decided in order in registers."""
     word = tl.arange(0, BLOCK_W)
     k = tl.arange(0, 32)
-    gone = tl.zeros((BLOCK_W,), tl.int32)
+    removed = tl.zeros((BLOCK_W,), tl.int32)
     row_ptr = suppressed_ptr
     for w in range(W):
-        own = tl.sum(tl.where(word == w, gone, 0), axis=0)  # bits of these 32 boxes
+        own = tl.sum(tl.where(word == w, removed, 0), axis=0)  # `removed` of these 32 boxes
         for step in tl.static_range(32):
             ahead = tl.load(row_ptr + word, mask=(word > w) & (word < W), other=0)
             here = tl.load(row_ptr + w)
-            stays = ((own >> step) & 1) - 1  # all bits set, or none
-            gone |= ahead & stays
-            own |= here & stays
+            keep = ((own >> step) & 1) - 1  # all bits set if the box is kept, else none
+            removed |= ahead & keep
+            own |= here & keep
             row_ptr += W
         tl.store(kept_ptr + w * 32 + k, ((own >> k) & 1) == 0, mask=w * 32 + k < N)
 
@@ -340,7 +341,7 @@ def _overlap(dx, dy, w_a, l_a, cos_a, sin_a, w_b, l_b, cos_b, sin_b):
     area += _edge(x - right_x, y - right_y, x - left_x, y - left_y, half_l, half_w)
     area += _edge(x - left_x, y - left_y, x + right_x, y + right_y, half_l, half_w)
 
-    # separated along one of the four axes: the sum would be rounding errors
+    # disjoint boxes are separated along one of the four axes; their sum would consist of rounding errors
     disjoint = tl.abs(x) >= half_l + tl.abs(along_x) + tl.abs(across_x)
     disjoint |= tl.abs(y) >= half_w + tl.abs(along_y) + tl.abs(across_y)
     disjoint |= tl.abs(x * cos + y * sin) >= l_b / 2 + half_l * tl.abs(cos) + half_w * tl.abs(sin)

@@ -90,7 +90,7 @@ def interval_alpha(sdf: Tensor, deltas: Tensor, inv_s: float) -> Tensor:
     """Opacity of the intervals between samples from SDF values alone, for NeuS's importance sampling.
 
     The slope of an interval is the smaller of its own and its predecessor's difference quotient (0 before the first),
-    clipped to [-1000, 0]; the value is not clipped.
+    clipped to [-1000, 0]; the opacity is not clipped.
 
     Args:
         sdf:    [R, S] signed distance at the samples, S at least 1.
@@ -209,8 +209,8 @@ def sigmoid(x):
 def _neus_section(sdf_ptr, gradient_ptr, directions_ptr, deltas_ptr, i, r, ok, acc_ty: tl.constexpr):
     """The section of the ray around sample i.
 
-    Returns the SDF extrapolated to its two ends, and d slope / d gradient times delta / 2: (x, y, z) of delta / 2 *
-    direction; 0 where the ray does not approach the surface.
+    Returns the SDF extrapolated to the section's two ends, and the (x, y, z) of delta / 2 * direction, which is
+    d slope / d gradient times delta / 2; 0 where the ray does not approach the surface.
     """
     sdf = tl.load(sdf_ptr + i, mask=ok, other=0.0).to(acc_ty)
     half = tl.load(deltas_ptr + i, mask=ok, other=0.0).to(acc_ty) / 2

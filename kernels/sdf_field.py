@@ -1,16 +1,16 @@
-"""The neural field on a tile of samples, inside a kernel; used by all kernels of `sdf_render`.
+"""The neural field on a tile of samples: device functions of the kernels of `sdf_render`.
 
 Both MLPs (UniPAD's decoders) see the point p and a conditioning vector in every layer. Multiplied out,
 
     z_l = W_l x_l + A_l f + G_l geometry + E_l e,   x_{l+1} = act(z_l),   x_0 = 0,   e = (p, 1, direction, gradient)
 
-where f is the interpolated feature; the softplus MLP of the distance has no G and of e only (p, 1), the ReLU MLP of the
-color has all. The last z of the distance's is (distance, geometry). The slope of the softplus follows from its value,
-act'(z) = 1 - exp(-100 act(z)), so no second array of activations is stored.
+where f is the interpolated feature. The distance MLP (softplus) has no G, and its e is only (p, 1); the color MLP
+(ReLU) has all terms. The distance MLP's last z is (distance, geometry). The derivative of the softplus follows from its
+value, act'(z) = 1 - exp(-100 act(z)), so no second array of activations is stored.
 
-An MLP is one matrix [rows, line]: a row per output unit, layer after layer, with the columns of W, A, G and E. Widths
-are powers of two from 16 on. `pack` pads with zeros, which changes no result: a padded row multiplies padded columns
-only.
+An MLP is packed into one matrix [rows, STRIDE]: a row per output unit, layer after layer, with the columns of W, A, G
+and E. Widths are powers of two from 16 on. `pack` pads with zeros, which changes no result: the outputs of padded rows
+are multiplied by padded columns only.
 
 Sizes: M samples per tile, C channels and H hidden units (padded), LAYERS of the MLP. PREC: input precision of `tl.dot`.
 """
@@ -22,14 +22,14 @@ from unipad.kernels.backend import tl, triton
 from unipad.kernels.sdf_alpha import sigmoid
 from unipad.kernels.trilinear import axis_corner
 
-COLORS = tl.constexpr(16)  # rows of the color MLP's last layer: 3 and padding, as many as a dot must have
+COLORS = tl.constexpr(16)  # rows of the color MLP's last layer: 3 and padding up to the minimum of tl.dot
 INPUTS = tl.constexpr(16)  # columns of E: p 3, 1, direction 3, gradient 3 and padding
 
 
 def pack(mlp, channels, rgb):
-    """An MLP as one matrix for the kernels, [rows, line]; autograd splits its gradient.
+    """An MLP packed into one matrix [rows, STRIDE] for the kernels; autograd splits its gradient.
 
-    mlp: as in `sdf_reference`; of the color if `rgb`, conditioned on (direction, feature, gradient, geometry).
+    mlp: as in `sdf_reference`. With `rgb` it is the color MLP, conditioned on (direction, feature, gradient, geometry).
     """
     A, bias, P, W = fold_batched(mlp)
     hidden, zeros = len(P), A.new_zeros(len(A), INPUTS.value)
@@ -50,7 +50,7 @@ def pack(mlp, channels, rgb):
 
 
 def fold_batched(mlp):
-    """`sdf_reference.fold` in batched products: 25 operators instead of 55 in forward and backward of six layers."""
+    """`sdf_reference.fold` in batched products: for six layers 25 operators instead of 55, forward and backward."""
     P, q, *layers = mlp
     C, d, W, b = (layers[i::4] for i in range(4))
     inner = torch.stack(W[:-1])  # [L - 1, H, H]
@@ -74,13 +74,13 @@ def precision(exact):
 BLOCK_S = 32  # samples of a ray per tile, at most, in the kernels that walk along rays
 BLOCK_M = 64  # samples per tile (along rays: of two rays); the rows of a Hopper matrix instruction
 WARPS = 4
-NARROW = 32  # fields with more channels or units have tiles of half as many samples
+NARROW = 32  # fields with more channels or hidden units use tiles of half as many samples
 EXACT = 4  # factor by which tiles are smaller under tf32x3, which holds every operand in two parts
 PROGRAMS = 528  # at most: 4 per multiprocessor of an H100; each sums its own gradient of the MLPs
 
 
-def over_samples(N, options):
-    """Number of programs over N samples and their launch options. A program loops over several tiles."""
+def sample_launch(N, options):
+    """Number of programs and launch options for kernels over N samples. A program loops over several tiles."""
     narrow = max(options["C"], options["H"]) <= NARROW
     block, warps = BLOCK_M if narrow else BLOCK_M // 2, WARPS
     if options["PREC"] == "tf32x3":  # in compiled code more warps spill more in a narrow field, less in a wide one
@@ -88,9 +88,9 @@ def over_samples(N, options):
     return min(PROGRAMS, triton.cdiv(N, block)), dict(BLOCK_M=block, num_warps=warps, num_stages=1)
 
 
-def along_rays(R, options):
-    """As `over_samples`, for kernels that walk along R rays."""
-    _, launch = over_samples(0, options)
+def ray_launch(R, options):
+    """The same for kernels that walk along R rays."""
+    _, launch = sample_launch(0, options)
     block = launch.pop("BLOCK_M")
     block_s = min(BLOCK_S, block)
     block_r = block // block_s
@@ -98,33 +98,33 @@ def along_rays(R, options):
 
 
 def new_scratch(like, programs, layers, H):
-    """[programs, layers, M, H] where programs store activations of a tile."""
+    """[programs, layers, M, H] memory in which a program stores the activations of a tile."""
     return like.new_empty(programs, layers, BLOCK_M, H)
 
 
 @triton.jit
 def sample_on_ray(
-    origins_ptr, directions_ptr, volume_idx_ptr, cells_per_unit_ptr, first_cell_ptr,  # [R, 3] x 2, [R], [3], [3]
+    origins_ptr, directions_ptr, volume_idx_ptr, cells_per_unit_ptr, cell_offset_ptr,  # [R, 3] x 2, [R], [3], [3]
     r, t, ok, Z,
 ):  # fmt: skip
-    """Samples [M] of rays r at distances t: their points and directions, cell coordinates, first slices of volumes."""
+    """Samples [M] of rays r at distances t: points, directions, and grid coordinates with the volumes' first slice."""
     dx = tl.load(directions_ptr + 3 * r, mask=ok, other=0.0)
     dy = tl.load(directions_ptr + 3 * r + 1, mask=ok, other=0.0)
     dz = tl.load(directions_ptr + 3 * r + 2, mask=ok, other=0.0)
     px = tl.load(origins_ptr + 3 * r, mask=ok, other=0.0) + dx * t
     py = tl.load(origins_ptr + 3 * r + 1, mask=ok, other=0.0) + dy * t
     pz = tl.load(origins_ptr + 3 * r + 2, mask=ok, other=0.0) + dz * t
-    ux = px * tl.load(cells_per_unit_ptr) + tl.load(first_cell_ptr)
-    uy = py * tl.load(cells_per_unit_ptr + 1) + tl.load(first_cell_ptr + 1)
-    uz = pz * tl.load(cells_per_unit_ptr + 2) + tl.load(first_cell_ptr + 2)
+    ux = px * tl.load(cells_per_unit_ptr) + tl.load(cell_offset_ptr)
+    uy = py * tl.load(cells_per_unit_ptr + 1) + tl.load(cell_offset_ptr + 1)
+    uz = pz * tl.load(cells_per_unit_ptr + 2) + tl.load(cell_offset_ptr + 2)
     first = tl.load(volume_idx_ptr + r, mask=ok, other=0).to(tl.int64) * Z
     return (px, py, pz), (dx, dy, dz), (ux, uy, uz, first)
 
 
 @triton.jit
-def corner(place, ok, Z, Y, X, K: tl.constexpr):
-    """Corner K of the 8 around each place: its row in the volume, whether it exists, its weight and three slopes."""
-    ux, uy, uz, first = place
+def corner(grid_coords, ok, Z, Y, X, K: tl.constexpr):
+    """Corner K of each sample's cell: its row in the volume, whether it exists, its weight and three slopes."""
+    ux, uy, uz, first = grid_coords
     z, z_ok, az, bz = axis_corner(uz, Z, K // 4)
     y, y_ok, ay, by = axis_corner(uy, Y, K // 2 % 2)
     x, x_ok, ax, bx = axis_corner(ux, X, K % 2)
@@ -140,32 +140,32 @@ def load_features(volume_ptr, row, ok, CHANNELS, C: tl.constexpr):
 
 
 @triton.jit
-def interpolate(volume_ptr, place, ok, Z, Y, X, CHANNELS, C: tl.constexpr):
-    """The feature [M, C] at each place."""
-    feature = tl.zeros((place[0].shape[0], C), tl.float32)
+def interpolate(volume_ptr, grid_coords, ok, Z, Y, X, CHANNELS, C: tl.constexpr):
+    """The interpolated feature [M, C]."""
+    feature = tl.zeros((grid_coords[0].shape[0], C), tl.float32)
     for k in range(8):
-        row, row_ok, weight, _, _, _ = corner(place, ok, Z, Y, X, k)
+        row, row_ok, weight, _, _, _ = corner(grid_coords, ok, Z, Y, X, k)
         feature += weight[:, None] * load_features(volume_ptr, row, row_ok, CHANNELS, C)
     return feature
 
 
 @triton.jit
-def interpolate_along(volume_ptr, place, ok, vx, vy, vz, Z, Y, X, CHANNELS, C: tl.constexpr):
+def interpolate_along(volume_ptr, grid_coords, ok, vx, vy, vz, Z, Y, X, CHANNELS, C: tl.constexpr):
     """Derivative [M, C] of the feature along v (in cells)."""
     feature = tl.zeros((vx.shape[0], C), tl.float32)
     for k in range(8):
-        row, row_ok, _, bx, by, bz = corner(place, ok, Z, Y, X, k)
+        row, row_ok, _, bx, by, bz = corner(grid_coords, ok, Z, Y, X, k)
         feature += (bx * vx + by * vy + bz * vz)[:, None] * load_features(volume_ptr, row, row_ok, CHANNELS, C)
     return feature
 
 
 @triton.jit
-def interpolate_bwd_place(volume_ptr, place, ok, d_feature, Z, Y, X, CHANNELS, C: tl.constexpr):
-    """Gradient of the dot product d_feature . feature w.r.t. the place, per cell: three of [M]."""
+def interpolate_bwd_coords(volume_ptr, grid_coords, ok, d_feature, Z, Y, X, CHANNELS, C: tl.constexpr):
+    """Gradient of the dot product d_feature . feature w.r.t. the grid coordinates: three of [M]."""
     gx = tl.zeros((d_feature.shape[0],), tl.float32)
     gy, gz = gx, gx
     for k in range(8):
-        row, row_ok, _, bx, by, bz = corner(place, ok, Z, Y, X, k)
+        row, row_ok, _, bx, by, bz = corner(grid_coords, ok, Z, Y, X, k)
         d_weight = tl.sum(load_features(volume_ptr, row, row_ok, CHANNELS, C) * d_feature, axis=1)
         gx += bx * d_weight
         gy += by * d_weight
@@ -183,7 +183,7 @@ def load_row(ptr, N: tl.constexpr):
 def to_tf32(x):
     """x rounded to tf32's 10-bit mantissa, ties away from 0; tensor cores would truncate.
 
-    Adds half a unit in the last place in fp32 arithmetic, which preserves infinities and NaNs.
+    Adds half a unit in the last grid_coords in fp32 arithmetic, which preserves infinities and NaNs.
     """
     power = (x.to(tl.int32, bitcast=True) & -0x800000).to(tl.float32, bitcast=True)
     return ((x + power * (1 / 2048)).to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
@@ -198,26 +198,26 @@ def product(a, b, out, PREC: tl.constexpr):
 
 
 @triton.jit
-def linear(x, ptr, LINE: tl.constexpr, out, N: tl.constexpr, PREC: tl.constexpr):
+def linear(x, ptr, STRIDE: tl.constexpr, out, N: tl.constexpr, PREC: tl.constexpr):
     """out [M, N] + x [M, K] W^T, where W [N, K] are columns of a packed MLP."""
     k = tl.arange(0, x.shape[1])[:, None]
-    w = tl.load(ptr + tl.arange(0, N)[None, :] * LINE + k)
+    w = tl.load(ptr + tl.arange(0, N)[None, :] * STRIDE + k)
     return product(x, w, tl.broadcast_to(out, (x.shape[0], N)), PREC)
 
 
 @triton.jit
-def linear_bwd_input(d_z, ptr, LINE: tl.constexpr, out, K: tl.constexpr, PREC: tl.constexpr):
+def linear_bwd_input(d_z, ptr, STRIDE: tl.constexpr, out, K: tl.constexpr, PREC: tl.constexpr):
     """out [M, K] + d_z [M, N] W, where W [N, K] are columns of a packed MLP."""
     n = tl.arange(0, d_z.shape[1])[:, None]
-    w = tl.load(ptr + n * LINE + tl.arange(0, K)[None, :])
+    w = tl.load(ptr + n * STRIDE + tl.arange(0, K)[None, :])
     return product(d_z, w, tl.broadcast_to(out, (d_z.shape[0], K)), PREC)
 
 
 @triton.jit
-def linear_bwd_weight(ptr, LINE: tl.constexpr, a, b, out, PREC: tl.constexpr):
+def linear_bwd_weight(ptr, STRIDE: tl.constexpr, a, b, out, PREC: tl.constexpr):
     """Add out + a^T b ([M, N], [M, K] -> [N, K]) to columns of a packed gradient that only this program writes."""
     out = product(tl.trans(a), b, out, PREC)
-    out_ptr = ptr + tl.arange(0, out.shape[0])[:, None] * LINE + tl.arange(0, out.shape[1])[None, :]
+    out_ptr = ptr + tl.arange(0, out.shape[0])[:, None] * STRIDE + tl.arange(0, out.shape[1])[None, :]
     tl.store(out_ptr, tl.load(out_ptr) + out)
 
 
@@ -239,7 +239,7 @@ def columns(a, at: tl.constexpr):
 
 @triton.jit
 def sdf_inputs(point, one):
-    """e [M, INPUTS] of the distance's MLP; with one = 0, its tangent along `point`."""
+    """e [M, INPUTS] of the distance MLP; with one = 0, its tangent along `point`."""
     k = tl.arange(0, INPUTS)[None, :]
     x, y, z = point
     e = tl.where(k == 0, x[:, None], tl.where(k == 1, y[:, None], tl.where(k == 2, z[:, None], 0.0)))
@@ -248,7 +248,7 @@ def sdf_inputs(point, one):
 
 @triton.jit
 def rgb_inputs(point, direction, gradient):
-    """e [M, INPUTS] of the color's MLP."""
+    """e [M, INPUTS] of the color MLP."""
     k = tl.arange(0, INPUTS)[None, :]
     dx, dy, dz = direction
     gx, gy, gz = gradient
@@ -259,21 +259,21 @@ def rgb_inputs(point, direction, gradient):
 
 @triton.jit
 def softplus(z):
-    """log(1 + exp(100 z)) / 100; exactly z beyond torch's threshold."""
+    """log(1 + exp(100 z)) / 100; exactly z above the threshold of torch's softplus."""
     value = tl.maximum(z, 0.0) + 0.01 * tl.log(1.0 + tl.exp(-100.0 * tl.abs(z)))
     return tl.where(100.0 * z > 20.0, z, value)
 
 
 @triton.jit
 def softplus_grads(x):
-    """act' and act'' / act' of the softplus with value x."""
+    """act' and act'' / act' where the softplus has value x."""
     decay = tl.exp(-100.0 * x)
     return 1.0 - decay, 100.0 * decay
 
 
 @triton.jit
 def activation_ptr(ptr, l, M: tl.constexpr, H: tl.constexpr):
-    """Where this program stores x_l, [M, H]."""
+    """Pointers [M, H] to where this program stores x_l."""
     return ptr + (l * M + tl.arange(0, M)[:, None]) * H + tl.arange(0, H)[None, :]
 
 
@@ -283,21 +283,21 @@ def sdf_hidden(
     STORE: tl.constexpr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Input of the last layer, [M, H]; with STORE, those of the layers before it are written to scratch."""
-    LINE: tl.constexpr = C + H + INPUTS
+    STRIDE: tl.constexpr = C + H + INPUTS
     M: tl.constexpr = e.shape[0]
     x = tl.zeros((M, H), tl.float32)
     for l in range(LAYERS - 1):
-        layer_ptr = mlp_ptr + l * H * LINE
+        layer_ptr = mlp_ptr + l * H * STRIDE
         if STORE:
             tl.store(activation_ptr(scratch_ptr, l, M, H), x)
-        z = linear(e, layer_ptr + C + H, LINE, tl.zeros((1, H), tl.float32), H, PREC)
-        x = softplus(linear(x, layer_ptr, LINE, linear(feature, layer_ptr + H, LINE, z, H, PREC), H, PREC))
+        z = linear(e, layer_ptr + C + H, STRIDE, tl.zeros((1, H), tl.float32), H, PREC)
+        x = softplus(linear(x, layer_ptr, STRIDE, linear(feature, layer_ptr + H, STRIDE, z, H, PREC), H, PREC))
     return x
 
 
 @triton.jit
 def distance(x, feature, mlp_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr):
-    """[M] from the last x."""
+    """The distance [M], from the last layer's input x."""
     layer_ptr = mlp_ptr + (LAYERS - 1) * H * (C + H + INPUTS)
     sdf = tl.sum(x * load_row(layer_ptr, H), axis=1) + tl.sum(feature * load_row(layer_ptr + H, C), axis=1)
     return sdf + tl.load(layer_ptr + H + C + 3)
@@ -305,34 +305,35 @@ def distance(x, feature, mlp_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.c
 
 @triton.jit
 def geometry(x, feature, mlp_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr):
-    """[M, H] from the last x."""
-    LINE: tl.constexpr = C + H + INPUTS
-    layer_ptr = mlp_ptr + ((LAYERS - 1) * H + 1) * LINE
-    bias = tl.load(layer_ptr + C + H + 3 + tl.arange(0, H) * LINE)[None, :]
-    return linear(x, layer_ptr, LINE, linear(feature, layer_ptr + H, LINE, bias, H, PREC), H, PREC)
+    """The geometry [M, H], from the last layer's input x."""
+    STRIDE: tl.constexpr = C + H + INPUTS
+    layer_ptr = mlp_ptr + ((LAYERS - 1) * H + 1) * STRIDE
+    bias = tl.load(layer_ptr + C + H + 3 + tl.arange(0, H) * STRIDE)[None, :]
+    return linear(x, layer_ptr, STRIDE, linear(feature, layer_ptr + H, STRIDE, bias, H, PREC), H, PREC)
 
 
 @triton.jit
 def distance_bwd(
     x, mlp_ptr, scratch_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr
 ):  # fmt: skip
-    """After `sdf_hidden`: the distance's direct derivative w.r.t. the point, three of [M], and the feature, [M, C]."""
-    LINE: tl.constexpr = C + H + INPUTS
+    """After `sdf_hidden`: derivatives of the distance w.r.t. the point at a fixed feature, three of [M], and w.r.t. the
+    feature, [M, C]."""
+    STRIDE: tl.constexpr = C + H + INPUTS
     M: tl.constexpr = x.shape[0]
-    layer_ptr = mlp_ptr + (LAYERS - 1) * H * LINE
+    layer_ptr = mlp_ptr + (LAYERS - 1) * H * STRIDE
     d_feature = tl.broadcast_to(load_row(layer_ptr + H, C), (M, C))
     d_x = tl.broadcast_to(load_row(layer_ptr, H), (M, H))
     d_z = d_x
     for i in range(LAYERS - 1):
         l = LAYERS - 2 - i
-        layer_ptr = mlp_ptr + l * H * LINE
+        layer_ptr = mlp_ptr + l * H * STRIDE
         d_z = d_x * softplus_grads(x)[0]
-        d_feature = linear_bwd_input(d_z, layer_ptr + H, LINE, d_feature, C, PREC)
-        d_x = linear_bwd_input(d_z, layer_ptr, LINE, tl.zeros((1, H), tl.float32), H, PREC)
+        d_feature = linear_bwd_input(d_z, layer_ptr + H, STRIDE, d_feature, C, PREC)
+        d_x = linear_bwd_input(d_z, layer_ptr, STRIDE, tl.zeros((1, H), tl.float32), H, PREC)
         x = tl.load(activation_ptr(scratch_ptr, l, M, H))
-    px = tl.load(mlp_ptr + C + H + tl.arange(0, H) * LINE)[None, :]
-    py = tl.load(mlp_ptr + C + H + 1 + tl.arange(0, H) * LINE)[None, :]
-    pz = tl.load(mlp_ptr + C + H + 2 + tl.arange(0, H) * LINE)[None, :]
+    px = tl.load(mlp_ptr + C + H + tl.arange(0, H) * STRIDE)[None, :]
+    py = tl.load(mlp_ptr + C + H + 1 + tl.arange(0, H) * STRIDE)[None, :]
+    pz = tl.load(mlp_ptr + C + H + 2 + tl.arange(0, H) * STRIDE)[None, :]
     return tl.sum(d_z * px, axis=1), tl.sum(d_z * py, axis=1), tl.sum(d_z * pz, axis=1), d_feature
 
 
@@ -341,17 +342,17 @@ def rgb_hidden(
     e, feature, geo, mlp_ptr, scratch_ptr,
     STORE: tl.constexpr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """As `sdf_hidden`, for the color's MLP."""
-    LINE: tl.constexpr = C + 2 * H + INPUTS
+    """`sdf_hidden` for the color MLP."""
+    STRIDE: tl.constexpr = C + 2 * H + INPUTS
     M: tl.constexpr = e.shape[0]
     x = tl.zeros((M, H), tl.float32)
     for l in range(LAYERS - 1):
-        layer_ptr = mlp_ptr + l * H * LINE
+        layer_ptr = mlp_ptr + l * H * STRIDE
         if STORE:
             tl.store(activation_ptr(scratch_ptr, l, M, H), x)
-        z = linear(e, layer_ptr + C + 2 * H, LINE, tl.zeros((1, H), tl.float32), H, PREC)
-        z = linear(geo, layer_ptr + C + H, LINE, linear(feature, layer_ptr + H, LINE, z, H, PREC), H, PREC)
-        x = tl.maximum(linear(x, layer_ptr, LINE, z, H, PREC), 0.0)
+        z = linear(e, layer_ptr + C + 2 * H, STRIDE, tl.zeros((1, H), tl.float32), H, PREC)
+        z = linear(geo, layer_ptr + C + H, STRIDE, linear(feature, layer_ptr + H, STRIDE, z, H, PREC), H, PREC)
+        x = tl.maximum(linear(x, layer_ptr, STRIDE, z, H, PREC), 0.0)
     return x
 
 
@@ -359,31 +360,31 @@ def rgb_hidden(
 def color_of(
     x, e, feature, geo, mlp_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr
 ):  # fmt: skip
-    """[M, COLORS] in [0, 1] from the last x."""
-    LINE: tl.constexpr = C + 2 * H + INPUTS
-    layer_ptr = mlp_ptr + (LAYERS - 1) * H * LINE
-    z = linear(e, layer_ptr + C + 2 * H, LINE, tl.zeros((1, COLORS), tl.float32), COLORS, PREC)
-    z = linear(geo, layer_ptr + C + H, LINE, linear(feature, layer_ptr + H, LINE, z, COLORS, PREC), COLORS, PREC)
-    return 1.0 / (1.0 + tl.exp(-linear(x, layer_ptr, LINE, z, COLORS, PREC)))
+    """The color [M, COLORS] in [0, 1], from the last layer's input x."""
+    STRIDE: tl.constexpr = C + 2 * H + INPUTS
+    layer_ptr = mlp_ptr + (LAYERS - 1) * H * STRIDE
+    z = linear(e, layer_ptr + C + 2 * H, STRIDE, tl.zeros((1, COLORS), tl.float32), COLORS, PREC)
+    z = linear(geo, layer_ptr + C + H, STRIDE, linear(feature, layer_ptr + H, STRIDE, z, COLORS, PREC), COLORS, PREC)
+    return 1.0 / (1.0 + tl.exp(-linear(x, layer_ptr, STRIDE, z, COLORS, PREC)))
 
 
 @triton.jit
-def opacity(sdf, gradient, direction, delta, density, NEUS: tl.constexpr):
-    """alpha before clipping, the slope along the ray and two more values for the gradient, each [M]."""
+def opacity(sdf, gradient, direction, delta, density_param, NEUS: tl.constexpr):
+    """alpha before clipping, the slope along the ray and two intermediate values for the backward, each [M]."""
     if NEUS:
         slope = gradient[0] * direction[0] + gradient[1] * direction[1] + gradient[2] * direction[2]
         half = tl.minimum(slope, 0.0) * delta / 2
-        prev_cdf, next_cdf = sigmoid((sdf - half) * density), sigmoid((sdf + half) * density)
+        prev_cdf, next_cdf = sigmoid((sdf - half) * density_param), sigmoid((sdf + half) * density_param)
         return (prev_cdf - next_cdf + 1e-5) / (prev_cdf + 1e-5), slope, prev_cdf, next_cdf
     else:
-        tail = tl.exp(-tl.abs(sdf) / density) / 2
-        laplace = tl.where(sdf < 0, 1.0 - tail, tail) / density
+        tail = tl.exp(-tl.abs(sdf) / density_param) / 2
+        laplace = tl.where(sdf < 0, 1.0 - tail, tail) / density_param
         return 1.0 - tl.exp(-laplace * delta), sdf, tail, laplace
 
 
 @triton.jit
 def ray_tile(edges_ptr, group, tile, R, S, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Samples [BLOCK_R * BLOCK_S] of a tile, by ray: ray and sample index, whether they exist, start and length."""
+    """Samples [BLOCK_R * BLOCK_S] of a tile, ray by ray: ray and sample index, whether it exists, start and length."""
     m = tl.arange(0, BLOCK_R * BLOCK_S).to(tl.int64)
     r = group * BLOCK_R + m // BLOCK_S
     s = tile * BLOCK_S + m % BLOCK_S

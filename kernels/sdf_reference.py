@@ -1,7 +1,7 @@
 """The neural field of `sdf_render` in plain PyTorch: a feature at a point -> signed distance, its gradient, color.
 
-Used for training on a CPU, and compared with the kernels. Both MLPs see the point p and a conditioning vector c
-again in every layer:
+Training on a CPU uses it, and the kernels are compared with it. Both MLPs get the point p and, in every layer, a
+conditioning vector c:
 
     x_0 = P p + q,   z_l = W_l (x_l + C_l c + d_l) + b_l,   x_{l+1} = act(z_l)
 
@@ -10,7 +10,7 @@ W_l C_l (stacked: A), W_0 P and the biases are multiplied out once per call, so 
     z_0 = A_0 c + W_0 P p,   z_l = A_l c + W_l x_l      (biases likewise)
 
 The gradient of the distance is a reverse pass written in ordinary torch operations, with z^_l = d sdf / d z_l and the
-interpolated feature f, which is the conditioning vector of the distance's MLP:
+interpolated feature f, which is the conditioning vector of the distance MLP:
 
     z^_{L-1} = e_0,   z^_{l-1} = act'(z_{l-1}) * (W_l^T z^_l)
     d sdf / d f = sum_l A_l^T z^_l,   gradient = (W_0 P)^T z^_0 + sum_i (d sdf / d f_i) (d f_i / d p)
@@ -26,33 +26,33 @@ import torch.nn.functional as F
 from unipad.kernels.trilinear import trilinear_ref, trilinear_value_ref
 
 SHARPNESS = 100.0  # beta of the softplus; IDR's value, kept by VolSDF, NeuS and UniPAD
-LINEAR = 20.0  # torch's softplus is the identity where SHARPNESS * z exceeds this
+THRESHOLD = 20.0  # the softplus is the identity where SHARPNESS * z exceeds this, as in torch
 
 
 def field_ref(volume, points, directions, volume_idx, mlps, cells):
     """Distance [R, S], its gradient [R, S, 3] and color [R, S, 3] at points [R, S, 3]; the rest as in `sdf_render`."""
-    cells_per_unit, first_cell = cells
-    feature, slope = trilinear_ref(volume, points * cells_per_unit + first_cell, volume_idx)
+    cells_per_unit, cell_offset = cells
+    feature, slope = trilinear_ref(volume, points * cells_per_unit + cell_offset, volume_idx)
     return decode(feature, slope, points, directions, mlps, cells_per_unit)
 
 
 @torch.no_grad()
 def values_ref(volume, points, volume_idx, sdf_mlp, cells):
     """Only the distance, [R, S] at points [R, S, 3]; not differentiable."""
-    cells_per_unit, first_cell = cells
-    feature = trilinear_value_ref(volume, points * cells_per_unit + first_cell, volume_idx)
+    cells_per_unit, cell_offset = cells
+    feature = trilinear_value_ref(volume, points * cells_per_unit + cell_offset, volume_idx)
     return decode_sdf(feature, points, sdf_mlp)
 
 
 def decode(feature, slope, points, directions, mlps, cells_per_unit):
-    """The field from what was interpolated.
+    """The field from the interpolated volume.
 
     Args:
         feature:        [R, S, C] the volume at the points.
         slope:          [R, S, 3, C] its derivative w.r.t. the point, per cell.
         points:         [R, S, 3]; not differentiated.
         directions:     [R, 3] unit vectors.
-        mlps:           of the distance and of the color; None for the latter: color is 0.
+        mlps:           (distance MLP, color MLP); with None for the latter the color is 0.
         cells_per_unit: [3].
 
     Returns:
@@ -88,8 +88,8 @@ def decode(feature, slope, points, directions, mlps, cells_per_unit):
         return sdf.view(R, S), gradient.view(R, S, 3), points.new_zeros(R, S, 3)
     directions = directions.t()[:, :, None].expand(3, R, S).flatten(1)
     A, out, P, W = fold(rgb_mlp)
-    seen = [directions, feature.t(), gradient.t(), geometry]
-    for a, part in zip(A.split([len(part) for part in seen], dim=1), seen, strict=True):
+    conditions = [directions, feature.t(), gradient.t(), geometry]
+    for a, part in zip(A.split([len(part) for part in conditions], dim=1), conditions, strict=True):
         out = torch.addmm(out, a, part)
     first, *inner = out.split([len(w) for w in W])
     x = torch.addmm(first, P, points)
@@ -126,9 +126,9 @@ class Softplus(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z):
-        # Beyond the threshold, 80 stands for infinity: the slope is exactly 1 and the value exactly z, as in torch.
+        # Beyond the threshold, 80 acts as infinity: the slope is exactly 1 and the value exactly z, as in torch.
         # log(sigmoid(|x|)), not -log1p(exp(-|x|)): exp and log1p take a slow path on a CPU where results are tiny.
-        x = F.threshold(-SHARPNESS * z, -LINEAR, -80, inplace=True).clamp_(max=80)  # -SHARPNESS z
+        x = F.threshold(-SHARPNESS * z, -THRESHOLD, -80, inplace=True).clamp_(max=80)  # -SHARPNESS z
         slope = x.neg().sigmoid_()
         ctx.save_for_backward(slope)
         return z.relu().sub_(x.abs_().sigmoid_().log_(), alpha=1 / SHARPNESS), slope

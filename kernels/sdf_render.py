@@ -19,23 +19,23 @@ from unipad.kernels.sdf_alpha import neus_alpha_ref, volsdf_alpha_ref
 from unipad.kernels.sdf_backward import render_bwd
 from unipad.kernels.sdf_field import (
     COLORS,
-    along_rays,
     color_of,
     columns,
     distance,
     distance_bwd,
     geometry,
     interpolate,
-    interpolate_bwd_place,
+    interpolate_bwd_coords,
     new_scratch,
     opacity,
-    over_samples,
     pack,
     padded_width,
     precision,
+    ray_launch,
     ray_tile,
     rgb_hidden,
     rgb_inputs,
+    sample_launch,
     sample_on_ray,
     sdf_hidden,
     sdf_inputs,
@@ -47,8 +47,10 @@ METHODS = ("neus", "volsdf")
 WIDTHS, LAYERS = (16, 64), (2, 8)  # smallest and largest
 
 
-def in_family(method: str, dtype: torch.dtype, channels: int, hidden: int, sdf_layers: int, rgb_layers: int) -> bool:
-    """Whether the kernels support such a field. `rgb_layers`: 0 where color is not rendered."""
+def kernels_support(
+    method: str, dtype: torch.dtype, channels: int, hidden: int, sdf_layers: int, rgb_layers: int
+) -> bool:
+    """Whether there is a kernel for such a field. `rgb_layers`: 0 where color is not rendered."""
     wide = all(WIDTHS[0] <= n <= WIDTHS[1] for n in (channels, hidden))
     deep = all(LAYERS[0] <= n <= LAYERS[1] for n in (sdf_layers, rgb_layers or sdf_layers))
     return method in METHODS and dtype == torch.float32 and wide and deep
@@ -56,27 +58,27 @@ def in_family(method: str, dtype: torch.dtype, channels: int, hidden: int, sdf_l
 
 def sdf_render(
     volume: Tensor, rays: tuple[Tensor, Tensor, Tensor, Tensor], edges: Tensor,
-    mlps: tuple[Sequence[Tensor], Sequence[Tensor] | None], density: Tensor, cells: tuple[Tensor, Tensor],
+    mlps: tuple[Sequence[Tensor], Sequence[Tensor] | None], density_param: Tensor, cells: tuple[Tensor, Tensor],
     method: str, exact: bool = False, stop: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Render rays.
 
     Args:
-        volume:  [B, Z, Y, X, C] features, at least one voxel.
-        rays:    origins [R, 3], unit directions [R, 3], volume_idx [R] int32 and hit [R] bool (False: transparent);
-                 origins and `edges` in any unit of length, in the volume's frame (here LiDAR).
-        edges:   [R, S + 1] ascending distances: S samples, each at the start of its interval.
-        mlps:    of the distance and of the color, the latter None where color is not rendered. Each is a list of
-                 tensors: P, q, then C_l, d_l, W_l, b_l of every layer (see `sdf_reference`).
-        density: [1] NeuS's inv_s or VolSDF's beta.
-        cells:   cells_per_unit [3] and first_cell [3]: cell = point * cells_per_unit + first_cell, (x, y, z).
-        method:  "neus" or "volsdf".
-        exact:   compute the MLPs' matrix products with fp32 accuracy (tf32x3) instead of tf32 (operands rounded to a
-                 10-bit mantissa). tf32x3 computes three products instead of one, in tiles of a quarter of the samples;
-                 its cost was not measured on a GPU.
-        stop:    above 0 under `no_grad` only: kernels stop where a ray's transmittance is below it, and at once on rays
-                 that miss. Samples behind have weight, distance and gradient 0; `rgb` is off by less than `stop`,
-                 `depth` by less than `stop` times the ray's length.
+        volume: [B, Z, Y, X, C] features, at least one voxel.
+        rays:   origins [R, 3], unit directions [R, 3], volume_idx [R] int32 and hit [R] bool (False: transparent);
+                origins and `edges` in any unit of length, in the volume's frame (here LiDAR).
+        edges:  [R, S + 1] ascending distances: S samples, each at the start of its interval.
+        mlps:   (distance MLP, color MLP), the latter None where color is not rendered. Each is a list of tensors: P, q,
+                then C_l, d_l, W_l, b_l of every layer (see `sdf_reference`).
+        density_param: [1] NeuS's inv_s or VolSDF's beta.
+        cells:  cells_per_unit [3] and cell_offset [3]: cell = point * cells_per_unit + cell_offset, (x, y, z).
+        method: "neus" or "volsdf".
+        exact:  compute the MLPs' matrix products with fp32 accuracy (tf32x3) instead of tf32 (operands rounded to a
+                10-bit mantissa). tf32x3 computes three products instead of one, in tiles of a quarter of the samples;
+                its cost was not measured on a GPU.
+        stop:   transmittance below which kernels stop marching a ray; rays that miss stop at once. 0: off; above 0 only
+                under `no_grad`. Samples behind have weight, distance and gradient 0; `rgb` is off by less than `stop`,
+                `depth` by less than `stop` times the ray's length.
 
     Returns:
         rgb:      [R, 3], black background; 0 without the color MLP.
@@ -85,36 +87,36 @@ def sdf_render(
         sdf:      [R, S] signed distance at the samples.
         gradient: [R, S, 3] d sdf / d point.
 
-    Differentiable once, through every output, w.r.t. `volume`, the MLPs and `density`. fp32. The host never waits for
-    the device. Kernels add atomically to the gradient of `volume`, so its last bits vary from run to run; under strict
-    determinism samples are sorted by cell and summed instead. Raises AssertionError if shapes do not match or the field
-    is not `in_family`.
+    Differentiable once, through every output, w.r.t. `volume`, the MLPs and `density_param`. fp32. The host never waits
+    for the device. Kernels add atomically to the gradient of `volume`, so its last bits vary from run to run; under
+    strict determinism samples are sorted by cell and summed instead. Raises AssertionError if shapes do not match or
+    `kernels_support` is False for the field.
     """
     _check(volume, rays, edges, mlps, method)
     assert not (stop and torch.is_grad_enabled()), "rays that stop early have no gradients: render under no_grad"
     if not on_triton(volume):
-        return sdf_render_ref(volume, rays, edges, mlps, density, cells, method)
+        return sdf_render_ref(volume, rays, edges, mlps, density_param, cells, method)
     (sdf_mlp, rgb_mlp), sizes = _pack(volume, mlps)
-    (origins, directions, volume_idx, hit), (cells_per_unit, first_cell) = rays, cells
-    geometry = dict(
+    (origins, directions, volume_idx, hit), (cells_per_unit, cell_offset) = rays, cells
+    ray_tensors = dict(
         origins_ptr=origins, directions_ptr=directions, volume_idx_ptr=volume_idx, hit_ptr=hit, edges_ptr=edges,
-        cells_per_unit_ptr=cells_per_unit, first_cell_ptr=first_cell,
+        cells_per_unit_ptr=cells_per_unit, cell_offset_ptr=cell_offset,
     )  # fmt: skip
-    geometry = {name: tensor.contiguous() for name, tensor in geometry.items()}
+    ray_tensors = {name: tensor.contiguous() for name, tensor in ray_tensors.items()}
     options = dict(NEUS=method == "neus", PREC=precision(exact), **sizes)
-    return SdfRender.apply(volume.contiguous(), sdf_mlp, rgb_mlp, density, geometry, options, float(stop))
+    return SdfRender.apply(volume.contiguous(), sdf_mlp, rgb_mlp, density_param, ray_tensors, options, float(stop))
 
 
-def sdf_render_ref(volume, rays, edges, mlps, density, cells, method, exact=False, stop=0.0):
-    """`sdf_render` in plain PyTorch, on any field and in fp64 too; `exact` and `stop` change nothing."""
+def sdf_render_ref(volume, rays, edges, mlps, density_param, cells, method, exact=False, stop=0.0):
+    """`sdf_render` in plain PyTorch, for any field and in fp64 too; ignores `exact` and `stop`."""
     origins, directions, volume_idx, hit = rays
     starts, deltas = edges[:, :-1], edges.diff(dim=1)
     points = origins[:, None] + directions[:, None] * starts[..., None]  # [R, S, 3]
     sdf, gradient, rgb = field_ref(volume, points, directions, volume_idx, mlps, cells)
     if method == "neus":
-        alpha = neus_alpha_ref(sdf, gradient, directions, deltas, density)
+        alpha = neus_alpha_ref(sdf, gradient, directions, deltas, density_param)
     else:
-        alpha = volsdf_alpha_ref(sdf, deltas, density)
+        alpha = volsdf_alpha_ref(sdf, deltas, density_param)
     out, weights = composite_ref(alpha * hit[:, None], torch.cat([rgb, starts[..., None]], dim=-1))
     return out[:, :3], out[:, 3] / (weights.sum(dim=1) + 1e-10), weights, sdf, gradient
 
@@ -126,7 +128,7 @@ def sdf_values(
 ) -> Tensor:  # fmt: skip
     """Only the signed distance, [R, S] at starts [R, S]; arguments as for `sdf_render`, `rays` without `hit`.
 
-    Not differentiable: for searches along rays.
+    Not differentiable: used to search for the surface along rays.
     """
     if not on_triton(volume):
         return sdf_values_ref(volume, rays, starts, sdf_mlp, cells)
@@ -135,12 +137,12 @@ def sdf_values(
     sdf = starts.new_empty(R, S)
     if sdf.numel():
         _, Z, Y, X, CHANNELS = volume.shape
-        cells_per_unit, first_cell = cells
-        _, launch = over_samples(R * S, sizes | dict(PREC=PREC))
+        cells_per_unit, cell_offset = cells
+        _, launch = sample_launch(R * S, sizes | dict(PREC=PREC))
         _sdf_values_kernel[(triton.cdiv(R * S, launch["BLOCK_M"]),)](
             volume_ptr=volume.contiguous(), origins_ptr=origins.contiguous(), directions_ptr=directions.contiguous(),
             volume_idx_ptr=volume_idx.contiguous(), starts_ptr=starts.contiguous(),
-            cells_per_unit_ptr=cells_per_unit.contiguous(), first_cell_ptr=first_cell.contiguous(),
+            cells_per_unit_ptr=cells_per_unit.contiguous(), cell_offset_ptr=cell_offset.contiguous(),
             mlp_ptr=packed_mlp, sdf_ptr=sdf, R=R, S=S, Z=Z, Y=Y, X=X, CHANNELS=CHANNELS,
             C=sizes["C"], H=sizes["H"], LAYERS=sizes["SDF_LAYERS"], PREC=PREC, **launch,
         )  # fmt: skip
@@ -164,13 +166,13 @@ def _check(volume, rays, edges, mlps, method):
     assert min(volume.shape[1:4]) > 0, f"volume {tuple(volume.shape)} has no voxels"
     (H, C), layers = mlps[0][2].shape, [0 if m is None else len(m[2::4]) for m in mlps]
     assert C == volume.shape[4], f"an MLP for {C} channels does not match volume {tuple(volume.shape)}"
-    assert in_family(method, volume.dtype, C, H, *layers), (
+    assert kernels_support(method, volume.dtype, C, H, *layers), (
         f"no kernel for {method}, {volume.dtype}, {C=}, {H=}, {layers=}"
     )
 
 
 def _pack(volume, mlps):
-    """Both MLPs as matrices (an empty one without a color MLP) and the kernels' sizes."""
+    """Both packed MLPs (an empty tensor without a color MLP) and the kernels' sizes."""
     (sdf, rgb), channels = mlps, volume.shape[4]
     packs = [pack(sdf, channels, False), volume.new_empty(0) if rgb is None else pack(rgb, channels, True)]
     sizes = dict(C=padded_width(channels), H=padded_width(len(sdf[0])))
@@ -179,20 +181,20 @@ def _pack(volume, mlps):
 
 class SdfRender(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, volume, sdf_mlp, rgb_mlp, density, geometry, options, stop):
-        edges = geometry["edges_ptr"]
+    def forward(ctx, volume, sdf_mlp, rgb_mlp, density_param, ray_tensors, options, stop):
+        edges = ray_tensors["edges_ptr"]
         R, S = len(edges), edges.shape[1] - 1
         rgb = edges.new_zeros(R, 3)
         new = edges.new_zeros if stop else edges.new_empty  # the kernel fills all samples up to where it stops
         saved = dict(
-            volume_ptr=volume, sdf_mlp_ptr=sdf_mlp, rgb_mlp_ptr=rgb_mlp, density_ptr=density, **geometry,
+            volume_ptr=volume, sdf_mlp_ptr=sdf_mlp, rgb_mlp_ptr=rgb_mlp, density_param_ptr=density_param, **ray_tensors,
             depth_ptr=edges.new_empty(R), total_ptr=edges.new_empty(R),
             weights_ptr=new(R, S), trans_ptr=new(R, S), sdf_ptr=new(R, S), gradient_ptr=new(R, S, 3),
             colors_ptr=edges.new_empty(R, S, 3 if options["RGB_LAYERS"] else 0),
         )  # fmt: skip
         if R:
             _, Z, Y, X, CHANNELS = volume.shape
-            programs, launch = along_rays(R, options)
+            programs, launch = ray_launch(R, options)
             scratch = new_scratch(volume, programs, options["SDF_LAYERS"] - 1, options["H"])
             _sdf_render_fwd_kernel[(programs,)](
                 **saved, rgb_ptr=rgb, scratch_ptr=scratch, R=R, S=S, Z=Z, Y=Y, X=X, CHANNELS=CHANNELS,
@@ -220,7 +222,7 @@ class SdfRender(torch.autograd.Function):
 def _sdf_values_kernel(
     volume_ptr,  # [B, Z, Y, X, CHANNELS]
     origins_ptr, directions_ptr, volume_idx_ptr, starts_ptr,  # [R, 3] x 2, [R], [N]
-    cells_per_unit_ptr, first_cell_ptr, mlp_ptr,  # [3], [3], packed
+    cells_per_unit_ptr, cell_offset_ptr, mlp_ptr,  # [3], [3], packed
     sdf_ptr,  # [N]
     R, S, Z, Y, X, CHANNELS,
     C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -229,10 +231,10 @@ def _sdf_values_kernel(
     r = n // S
     ok = r < R
     start = tl.load(starts_ptr + n, mask=ok, other=0.0)
-    point, _, place = sample_on_ray(
-        origins_ptr, directions_ptr, volume_idx_ptr, cells_per_unit_ptr, first_cell_ptr, r, start, ok, Z
+    point, _, grid_coords = sample_on_ray(
+        origins_ptr, directions_ptr, volume_idx_ptr, cells_per_unit_ptr, cell_offset_ptr, r, start, ok, Z
     )
-    feature = interpolate(volume_ptr, place, ok, Z, Y, X, CHANNELS, C)
+    feature = interpolate(volume_ptr, grid_coords, ok, Z, Y, X, CHANNELS, C)
     x = sdf_hidden(sdf_inputs(point, 1.0), feature, mlp_ptr, mlp_ptr, False, C, H, LAYERS, PREC)
     tl.store(sdf_ptr + n, distance(x, feature, mlp_ptr, C, H, LAYERS), mask=ok)
 
@@ -241,8 +243,8 @@ def _sdf_values_kernel(
 def _sdf_render_fwd_kernel(
     volume_ptr,  # [B, Z, Y, X, CHANNELS]
     origins_ptr, directions_ptr, volume_idx_ptr, hit_ptr, edges_ptr,  # [R, 3] x 2, [R] x 2, [R, S + 1]
-    cells_per_unit_ptr, first_cell_ptr,  # [3], [3]
-    sdf_mlp_ptr, rgb_mlp_ptr, density_ptr,  # packed, packed, [1]
+    cells_per_unit_ptr, cell_offset_ptr,  # [3], [3]
+    sdf_mlp_ptr, rgb_mlp_ptr, density_param_ptr,  # packed, packed, [1]
     rgb_ptr, depth_ptr, total_ptr,  # [R, 3], [R], [R] sum of the weights
     weights_ptr, trans_ptr, sdf_ptr, gradient_ptr, colors_ptr,  # [N] x 3, [N, 3], [N, 3]
     scratch_ptr,  # [programs, SDF_LAYERS - 1, M, H] scratch
@@ -251,7 +253,7 @@ def _sdf_render_fwd_kernel(
     SDF_LAYERS: tl.constexpr, RGB_LAYERS: tl.constexpr, STOP: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    density = tl.load(density_ptr)
+    density_param = tl.load(density_param_ptr)
     scratch_ptr += tl.program_id(0).to(tl.int64) * (SDF_LAYERS - 1) * BLOCK_R * BLOCK_S * H
     for group in range(tl.program_id(0), tl.cdiv(R, BLOCK_R), tl.num_programs(0)):
         passed = tl.full((BLOCK_R,), 1.0, tl.float32)  # transmittance up to the tile
@@ -259,25 +261,25 @@ def _sdf_render_fwd_kernel(
             ray = group * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
             passed = tl.load(hit_ptr + ray, mask=ray < R, other=0).to(tl.float32)
         total = tl.zeros((BLOCK_R,), tl.float32)
-        reach, red, green, blue = total, total, total, total
+        depth_sum, red, green, blue = total, total, total, total
         tile, tiles = 0, tl.cdiv(S, BLOCK_S)
         while tile < tiles:
             r, n, ok, start, delta = ray_tile(edges_ptr, group, tile, R, S, BLOCK_R, BLOCK_S)
-            point, direction, place = sample_on_ray(
-                origins_ptr, directions_ptr, volume_idx_ptr, cells_per_unit_ptr, first_cell_ptr, r, start, ok, Z
+            point, direction, grid_coords = sample_on_ray(
+                origins_ptr, directions_ptr, volume_idx_ptr, cells_per_unit_ptr, cell_offset_ptr, r, start, ok, Z
             )
-            feature = interpolate(volume_ptr, place, ok, Z, Y, X, CHANNELS, C)
+            feature = interpolate(volume_ptr, grid_coords, ok, Z, Y, X, CHANNELS, C)
             x = sdf_hidden(sdf_inputs(point, 1.0), feature, sdf_mlp_ptr, scratch_ptr, True, C, H, SDF_LAYERS, PREC)
             sdf = distance(x, feature, sdf_mlp_ptr, C, H, SDF_LAYERS)
             tl.debug_barrier()  # other threads read the scratch
             qx, qy, qz, d_feature = distance_bwd(x, sdf_mlp_ptr, scratch_ptr, C, H, SDF_LAYERS, PREC)
-            gx, gy, gz = interpolate_bwd_place(volume_ptr, place, ok, d_feature, Z, Y, X, CHANNELS, C)
+            gx, gy, gz = interpolate_bwd_coords(volume_ptr, grid_coords, ok, d_feature, Z, Y, X, CHANNELS, C)
             gx = gx * tl.load(cells_per_unit_ptr) + qx
             gy = gy * tl.load(cells_per_unit_ptr + 1) + qy
             gz = gz * tl.load(cells_per_unit_ptr + 2) + qz
             gradient = (gx, gy, gz)
 
-            alpha, _, _, _ = opacity(sdf, gradient, direction, delta, density, NEUS)
+            alpha, _, _, _ = opacity(sdf, gradient, direction, delta, density_param, NEUS)
             hit = ok & tl.load(hit_ptr + r, mask=ok, other=0)
             alpha = tl.reshape(tl.where(hit, tl.minimum(tl.maximum(alpha, 0.0), 1.0), 0.0), (BLOCK_R, BLOCK_S))
             # 1 behind the last sample; k >= 1e-7, so dividing by it is safe
@@ -288,9 +290,9 @@ def _sdf_render_fwd_kernel(
             last = tl.arange(0, BLOCK_S)[None, :] == BLOCK_S - 1
             passed = tl.sum(tl.where(last, through, 0.0), axis=1)
             total += tl.sum(weight, axis=1)
-            reach += tl.sum(weight * tl.reshape(start, (BLOCK_R, BLOCK_S)), axis=1)
-            weight_of = tl.reshape(weight, (BLOCK_R * BLOCK_S,))
-            tl.store(weights_ptr + n, weight_of, mask=ok)
+            depth_sum += tl.sum(weight * tl.reshape(start, (BLOCK_R, BLOCK_S)), axis=1)
+            flat_weight = tl.reshape(weight, (BLOCK_R * BLOCK_S,))
+            tl.store(weights_ptr + n, flat_weight, mask=ok)
             tl.store(trans_ptr + n, tl.reshape(trans, (BLOCK_R * BLOCK_S,)), mask=ok)
             tl.store(sdf_ptr + n, sdf, mask=ok)
             store3(gradient_ptr, n, gradient, ok)
@@ -301,7 +303,7 @@ def _sdf_render_fwd_kernel(
                 color = color_of(x, e, feature, geo, rgb_mlp_ptr, C, H, RGB_LAYERS, PREC)
                 channel = tl.arange(0, COLORS)[None, :]
                 tl.store(colors_ptr + 3 * n[:, None] + channel, color, mask=ok[:, None] & (channel < 3))
-                r_, g_, b_ = columns(color * weight_of[:, None], 0)
+                r_, g_, b_ = columns(color * flat_weight[:, None], 0)
                 red += tl.sum(tl.reshape(r_, (BLOCK_R, BLOCK_S)), axis=1)
                 green += tl.sum(tl.reshape(g_, (BLOCK_R, BLOCK_S)), axis=1)
                 blue += tl.sum(tl.reshape(b_, (BLOCK_R, BLOCK_S)), axis=1)
@@ -310,7 +312,7 @@ def _sdf_render_fwd_kernel(
             if STOP > 0:
                 tiles = tl.where(tl.max(passed, axis=0) < STOP, tile, tiles)
         r = group * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
-        tl.store(depth_ptr + r, reach / (total + 1e-10), mask=r < R)
+        tl.store(depth_ptr + r, depth_sum / (total + 1e-10), mask=r < R)
         tl.store(total_ptr + r, total, mask=r < R)
         if RGB_LAYERS > 0:
             store3(rgb_ptr, r, (red, green, blue), r < R)

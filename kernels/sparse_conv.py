@@ -4,8 +4,8 @@
     dL/dx[n] = sum_k W_k^T g[j(k, n)]          g = dL/dout, j = inverse_idx: the same sum over the inverse table
     dL/dW_k = sum_m g[m] x[i(k, m)]^T
 
-Submanifold, strided, inverse and transposed convolutions differ only in their tables (kernels/sparse_map.py). The
-products are in kernels/sparse_gemm.py, on a CPU in kernels/sparse_reference.py.
+Submanifold, strided, inverse and transposed convolutions differ only in their tables (kernels/sparse_map.py). The GEMMs
+are in kernels/sparse_gemm.py, for a CPU in kernels/sparse_reference.py.
 """
 
 from functools import partial
@@ -29,11 +29,11 @@ def sparse_conv(
         features:     [N, Cin] fp16, bf16 or fp32; fp64 runs the reference.
         weight:       [Cout, kz, ky, kx, Cin] any floating type, rounded to the features' type; K = kz * ky * kx.
         neighbor_idx: [K, M] int32, the row of `features` that an output reads at an offset, -1 for none; no row is
-                      read twice at one offset. Not checked. Or a `NeighborTable`, which caches what kernels derive
-                      from it for all convolutions and gradients; for a tensor it is computed on every call.
+                      read twice at one offset. Not checked. Or a `NeighborTable`, which caches the layouts that kernels
+                      derive from it for all convolutions and gradients; for a tensor they are computed on every call.
         inverse_idx:  [K, N] int32, the inverse: m where neighbor_idx[k, m] = n, else -1. Not checked. Or its
                       `NeighborTable`. None: the table is its own mirror image, inverse_idx = neighbor_idx.flip(0), as
-                      on one set of voxels with an odd kernel; gradients then use the cache of `neighbor_idx`.
+                      for a submanifold convolution with an odd kernel; gradients then use the cache of `neighbor_idx`.
         allow_tf32:   multiply fp32 features in tf32 (10-bit mantissa).
 
     Returns:
@@ -143,7 +143,7 @@ def _run_act(features, weight, neighbor_idx, *rest):
     return _forward_act(features, weight, neighbor_idx, *rest)
 
 
-# Registered ops pass tensors to these three functions, SparseConv passes `NeighborTable`s
+# The registered ops call these three functions with tensors, SparseConv calls them with `NeighborTable`s
 
 
 def _forward(
@@ -205,7 +205,7 @@ def _backward(
     )
 
 
-# For torch.compile only, which does not trace into these: calling them costs tens of microseconds more.
+# For torch.compile, which does not trace into these. Not used otherwise: a call costs tens of microseconds more.
 _sparse_conv_op = torch.library.custom_op("unipad::sparse_conv", _forward, mutates_args=())
 _sparse_conv_act_op = torch.library.custom_op("unipad::sparse_conv_act", _forward_act, mutates_args=())
 _sparse_conv_bwd_op = torch.library.custom_op("unipad::sparse_conv_bwd", _backward, mutates_args=())
@@ -234,9 +234,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _gradients(ctx, d_out, backward):
-    wanted = ctx.needs_input_grad[:2]
-    grads = backward(*ctx.saved_tensors, *ctx.tables, d_out, *wanted, ctx.allow_tf32, ctx.reference)
-    return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), None, None, None, None
+    needed = ctx.needs_input_grad[:2]
+    grads = backward(*ctx.saved_tensors, *ctx.tables, d_out, *needed, ctx.allow_tf32, ctx.reference)
+    return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), None, None, None, None
 
 
 _sparse_conv_op.register_autograd(partial(_gradients, backward=_sparse_conv_bwd_op), setup_context=_setup_context)

@@ -1,8 +1,8 @@
-"""The products of a sparse convolution over a neighbor table: gathered rows times weights, and the weights' gradient.
+"""The GEMMs of a sparse convolution over a neighbor table: gathered rows times weights, and the weights' gradient.
 
-A tile of outputs multiplies, offset by offset, the rows it gathers. Its loop over the list made by sparse_tiles has no
-branch, so indices, rows and weights of the next offsets are loaded during the current product. With few channels
-several offsets are packed side by side into one product. Nothing is added atomically.
+A program computes a tile of outputs: offset by offset, it gathers rows and multiplies them by weights. The loop over
+the offsets, listed by sparse_tiles, has no branch, so indices, rows and weights of the next offsets are loaded during
+the current product. With few channels several offsets are packed side by side into one product. No atomics.
 
 Sizes: N inputs and M outputs of a table of K offsets, I and O channels of the rows read and written.
 """
@@ -19,7 +19,7 @@ from unipad.kernels.backend import jit, tl, triton
 def gather_gemm(features, weight, table, allow_tf32, mirrored=False, act=(None, None, None, False)):
     """Features [N, I], weights [O, K, I] and a `NeighborTable` [K, M] -> [M, O] in the features' type.
 
-    mirrored: the table's offsets are reversed w.r.t. the weights'.
+    mirrored: the table's offsets are in the reverse order of the weights'.
     act:      scale, shift, residual and relu of `sparse_conv_act`.
 
     Every output is summed by one program, in the order of the offsets.
@@ -32,10 +32,10 @@ def gather_gemm(features, weight, table, allow_tf32, mirrored=False, act=(None, 
     scale, shift, residual, relu = (v.contiguous() if torch.is_tensor(v) else v for v in act)
 
     def launch(blocks, table=table):
-        ready = table.tiles(blocks.m, blocks.sort)
-        _gather_gemm_kernel[(len(ready.count_idx), triton.cdiv(O, blocks.o))](
-            features_ptr=features, weight_ptr=weight, row_idx_ptr=ready.row_idx, count_idx_ptr=ready.count_idx,
-            offset_idx_ptr=ready.offset_idx, read_idx_ptr=ready.read_idx, out_ptr=out,
+        tiles = table.tiles(blocks.m, blocks.sort)
+        _gather_gemm_kernel[(len(tiles.count_idx), triton.cdiv(O, blocks.o))](
+            features_ptr=features, weight_ptr=weight, row_idx_ptr=tiles.row_idx, count_idx_ptr=tiles.count_idx,
+            offset_idx_ptr=tiles.offset_idx, read_idx_ptr=tiles.read_idx, out_ptr=out,
             scale_ptr=scale, shift_ptr=shift, residual_ptr=residual, K=K, I=I, O=O,
             RELU=relu, MIRRORED=mirrored, PRECISION=_precision(allow_tf32), WIDEN=_widen(features),
             C=I if blocks.pack > 1 else 0, PACK=blocks.pack, STEPS=triton.cdiv(I, blocks.i), VIA_L1=blocks.via_l1,
@@ -53,7 +53,7 @@ def gather_gemm(features, weight, table, allow_tf32, mirrored=False, act=(None, 
 def d_weight_of(features, d_out, table, allow_tf32, mirrored=False):
     """Features [N, I], d_out [M, O] and a `NeighborTable` [K, M] -> [O, K, I] fp32, offsets in the order of the table.
 
-    mirrored: the table is its own mirror image, so most rows have several neighbors, many in common.
+    mirrored: the table is its own mirror image, so most rows have several neighbors and share many of them.
 
     Sums of chunks of pairs, or of blocks of rows, are added in order.
     """
@@ -64,10 +64,10 @@ def d_weight_of(features, d_out, table, allow_tf32, mirrored=False):
     features, d_out = features.contiguous(), d_out.contiguous()
     if _in_groups(features.dtype, K, I, O, mirrored):
         return _d_weight_of_groups(features, d_out, table.idx)
-    most = min(_limits(features.dtype, I, O, allow_tf32)[1], 128)
-    block_i, block_o = (_block(channels, most) for channels in (I, O))
+    max_block = min(_limits(features.dtype, I, O, allow_tf32)[1], 128)
+    block_i, block_o = (_block(channels, max_block) for channels in (I, O))
     grid = triton.cdiv(I, block_i) * triton.cdiv(O, block_o)
-    chunks = table.chunks(_parts(K, M, I, O, grid), LEAST, 2 * BLOCK_R)
+    chunks = table.chunks(_max_chunks(K, M, I, O, grid), MIN_PAIRS, 2 * BLOCK_R)
     partial = features.new_empty(len(chunks.first), O, I, dtype=torch.float32)
 
     def launch(candidate):
@@ -86,7 +86,8 @@ def d_weight_of(features, d_out, table, allow_tf32, mirrored=False):
         candidates = candidates[2:]  # the others spill on sm_80
     launch(tuning.choose(kind, candidates, launch, features.device))
     _sum_chunks_kernel[(K, triton.cdiv(O * I, BLOCK_E))](
-        partial_ptr=partial, until_idx_ptr=chunks.until_idx, d_weight_ptr=d_weight, K=K, I=I, O=O, BLOCK_E=BLOCK_E
+        partial_ptr=partial, chunk_end_idx_ptr=chunks.chunk_end_idx, d_weight_ptr=d_weight,
+        K=K, I=I, O=O, BLOCK_E=BLOCK_E,
     )  # fmt: skip
     return d_weight
 
@@ -119,9 +120,9 @@ def _group_rows(K, M, I):
     return triton.cdiv(triton.cdiv(M, triton.cdiv(GROUP_PROGRAMS, triton.cdiv(K, GROUP[I]))), BLOCK_R) * BLOCK_R
 
 
-def _parts(K, M, I, O, tiles):
-    """Maximum number of chunks of pairs, not counting the partial chunk of each offset."""
-    return max(1, min(-(-PROGRAMS // tiles), -(-K * M // LEAST), PARTIAL // (O * I)))
+def _max_chunks(K, M, I, O, tiles):
+    """Maximum number of chunks of pairs, not counting the last, shorter chunk of each offset."""
+    return max(1, min(-(-PROGRAMS // tiles), -(-K * M // MIN_PAIRS), MAX_PARTIAL // (O * I)))
 
 
 class Blocks(NamedTuple):
@@ -134,46 +135,46 @@ class Blocks(NamedTuple):
     warps: int
     stages: int
     via_l1: bool  # read rows through the L1, which asynchronous 16-byte loads otherwise bypass
-    sort: bool  # rows with the same offsets go to the same tiles
+    sort: bool  # sort rows so that those with the same offsets share tiles
 
 
 # All untuned: chosen from the counts of benchmarks/count_sparse_conv.py and the compiler's output for sm_90
-# Indices and rows are each loaded two steps ahead, or one; AMD has half the memory for that
+# Indices and rows are each loaded two steps ahead, or one; AMD GPUs have less shared memory for that
 STAGES_OF = {"nvidia": (5, 3), "amd": (2, 1)}
 STAGES, FEWER_STAGES = STAGES_OF["amd" if torch.version.hip else "nvidia"]
 # Up to this many rows, tiles have 64 rows; tiles of 128 read the weights half as often (45 MB, not 89, at stage 4)
 FEW_ROWS = 8192
 BLOCK_R = 64  # pairs per step of the gradient of the weights
-LEAST = 1024  # pairs per chunk, at least: reading their rows then outweighs writing the chunk's sums
-PROGRAMS = 1024  # chunks (not counting partial ones) x tiles of channels, at most; eight per multiprocessor
-PARTIAL = 2**23  # partial sums, at most: 32 MB, which stay in the L2
+MIN_PAIRS = 1024  # pairs per chunk, at least: reading their rows then outweighs writing the chunk's sums
+PROGRAMS = 1024  # chunks (not counting the last of an offset) x tiles of channels, at most; eight per multiprocessor
+MAX_PARTIAL = 2**23  # partial sums: 32 MB, which stay in the L2
 GROUP = {8: 16, 16: 8, 32: 8, 64: 4}  # input channels -> offsets whose gradients a program sums at once
-GROUP_PROGRAMS = 192  # of the grouped sums; more would write and read more partial sums
+GROUP_PROGRAMS = 192  # of the sums over groups of offsets; more would write and read more partial sums
 BLOCK_E = 1024  # elements per program of the final sum over chunks
 
 
 @lru_cache
 def _blocks(dtype, few_rows, I, O, allow_tf32):
     """Ways to launch the gather-GEMM, the default first."""
-    step, most = _limits(dtype, I, O, allow_tf32)
+    step, max_o = _limits(dtype, I, O, allow_tf32)
     pack = max(1, step // I)
-    i, o = step if pack > 1 else _block(I, step), _block(O, most)
+    i, o = step if pack > 1 else _block(I, step), _block(O, max_o)
     if _odd(I, O) or dtype == torch.float32 and not allow_tf32:
         return [Blocks(64, i, o, pack, 4, STAGES, True, True), Blocks(64, i, o, pack, 4, STAGES, True, False)]
     ms = (64, 128) if few_rows else (128, 64)
-    # a tile reads each of its rows two to three times: only a GPU can tell whether the L1 still has them, and whether
-    # fewer empty products are worth reading rows that are farther apart
+    # a tile reads each of its rows two to three times: only timing on a GPU can tell whether they are still in the L1,
+    # and whether fewer empty products are worth reading rows that are farther apart
     candidates = [(STAGES, True, True), (STAGES, False, True), (FEWER_STAGES, True, True), (STAGES, True, False)]
     return [Blocks(m, i, o, pack, 8 if m * o > 8192 else 4, *candidate) for candidate in candidates for m in ms]
 
 
 def _limits(dtype, I, O, allow_tf32):
-    """Columns per step and output channels per tile, at most."""
+    """Maximum columns per step and output channels per tile."""
     if dtype != torch.float32:
-        step, most = 64, 128
+        step, max_o = 64, 128
     else:
-        step, most = 32, 64 if allow_tf32 else 32  # without tensor cores, registers are the limit
-    return (step // 2, most // 2) if _odd(I, O) else (step, most)
+        step, max_o = 32, 64 if allow_tf32 else 32  # without tensor cores, registers are the limit
+    return (step // 2, max_o // 2) if _odd(I, O) else (step, max_o)
 
 
 def _odd(*channels):
@@ -181,8 +182,8 @@ def _odd(*channels):
     return any(c % 16 and c != 8 for c in channels)
 
 
-def _block(channels, most):
-    return max(16, min(triton.next_power_of_2(channels), most))  # 16 is the minimum of tl.dot
+def _block(channels, max_block):
+    return max(16, min(triton.next_power_of_2(channels), max_block))  # 16 is the minimum of tl.dot
 
 
 def _precision(allow_tf32):
@@ -190,7 +191,8 @@ def _precision(allow_tf32):
 
 
 def _widen(features):
-    return backend.interpret and features.dtype == torch.bfloat16  # the interpreter would multiply bf16's bit patterns
+    # the interpreter would multiply the bit patterns of bf16
+    return backend.interpret and features.dtype == torch.bfloat16
 
 
 @jit
@@ -218,9 +220,9 @@ def _gather_gemm_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
     for step in range(tl.cdiv(count, PACK) if PACK > 1 else count * STEPS):
         if PACK > 1:  # columns are the channels of several offsets
-            place, c = step * PACK + j // C, j % C
-            c_ok = (place < count) & (j < PACK * C)
-            k = tl.load(offset_idx_ptr + place, mask=c_ok, other=0)
+            slot, c = step * PACK + j // C, j % C
+            c_ok = (slot < count) & (j < PACK * C)
+            k = tl.load(offset_idx_ptr + slot, mask=c_ok, other=0)
             if C % 8 == 0:  # a thread's columns belong to one offset: one index for all
                 n = tl.full((BLOCK_M, BLOCK_I), -1, tl.int32)
                 for p in tl.static_range(PACK):
@@ -228,14 +230,14 @@ def _gather_gemm_kernel(
                     rows = tl.load(read_idx_ptr + at * BLOCK_M + lane, mask=lane < (count - at) * BLOCK_M, other=-1)
                     n = tl.where((j // C == p)[None, :], rows[:, None], n)
             else:
-                n = tl.load(read_idx_ptr + place[None, :] * BLOCK_M + lane[:, None], mask=c_ok[None, :], other=-1)
+                n = tl.load(read_idx_ptr + slot[None, :] * BLOCK_M + lane[:, None], mask=c_ok[None, :], other=-1)
             at_x = n.to(tl.int64) * C + c[None, :]
             x_ok = n >= 0
         else:
-            place, c = step // STEPS, step % STEPS * BLOCK_I + j
+            slot, c = step // STEPS, step % STEPS * BLOCK_I + j
             c_ok = c < I
-            k = tl.load(offset_idx_ptr + place)
-            n = tl.load(read_idx_ptr + place * BLOCK_M + lane).to(tl.int64)
+            k = tl.load(offset_idx_ptr + slot)
+            n = tl.load(read_idx_ptr + slot * BLOCK_M + lane).to(tl.int64)
             at_x = n[:, None] * I + c[None, :]
             x_ok = (n >= 0)[:, None] & c_ok[None, :]
         k = (K - 1 - k if MIRRORED else k).to(tl.int64)
@@ -265,7 +267,7 @@ def _gather_gemm_kernel(
 def _d_weight_kernel(
     features_ptr, d_out_ptr,  # [N, I], [M, O]
     read_idx_ptr, row_idx_ptr, first_ptr, end_ptr,  # of `Pairs` and `Chunks`
-    partial_ptr,  # [C, O, I]
+    partial_ptr,  # [chunks, O, I]
     I, O,  # input and output channels
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
@@ -288,8 +290,8 @@ def _d_weight_kernel(
             g, x = g.to(tl.float32), x.to(tl.float32)
         acc = tl.dot(tl.trans(g), x, acc, input_precision=PRECISION)
     at = (chunk * O + o[:, None]) * I + i[None, :]
-    wanted = tl.where(first < end, O, 0)  # sums of empty chunks are not read
-    tl.store(partial_ptr + at, acc, mask=(o < wanted)[:, None] & i_ok)
+    o_end = tl.where(first < end, O, 0)  # sums of empty chunks are not read
+    tl.store(partial_ptr + at, acc, mask=(o < o_end)[:, None] & i_ok)
 
 
 @jit(varying=("M", "R"))
@@ -326,13 +328,13 @@ def _d_weight_of_groups_kernel(
 
 @jit
 def _sum_chunks_kernel(
-    partial_ptr, until_idx_ptr, d_weight_ptr,  # [C, O, I], of `Chunks`, [O, K, I]
+    partial_ptr, chunk_end_idx_ptr, d_weight_ptr,  # [chunks, O, I], [K], [O, K, I]
     K, I, O,
     BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     k = tl.program_id(0)
-    first = tl.load(until_idx_ptr + k - 1, mask=k > 0, other=0)
-    end = tl.load(until_idx_ptr + k)
+    first = tl.load(chunk_end_idx_ptr + k - 1, mask=k > 0, other=0)
+    end = tl.load(chunk_end_idx_ptr + k)
     e = tl.program_id(1).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)  # of [O, I]
     e_ok = e < O * I
     partial_ptr += first.to(tl.int64) * O * I

@@ -6,12 +6,12 @@ An offset k = (kz, ky, kx) of a kernel, counted row-major, links input cell i an
     submanifold           i = o + (k - kernel // 2) dilation            outputs: the inputs themselves
     strided               i = o stride - padding + k dilation           outputs: every o in the grid that has an input
     transposed            o = i stride - padding + k dilation           outputs: every o in the grid that has an input
-    inverse               a table inverted: from input and offset to output
+    inverse               another table, inverted: from input and offset to output
 
-on each axis. Along x the cells that a voxel reads are adjacent in the keys, so a table takes one binary search per
-(kz, ky) column and a linear walk. The outputs of a strided or transposed convolution are the distinct keys of all cells
-that an input reaches; a transposed table is that of the strided convolution from its outputs to its inputs, inverted.
-The references materialize and sort all (input, offset) pairs instead, which is faster on a CPU.
+on each axis. The cells that a voxel reads along x have consecutive keys, so a table takes one binary search per
+(kz, ky) column and then a linear scan. The outputs of a strided or transposed convolution are the distinct keys of all
+cells that an input reaches. A transposed table is the inverse of the table of the strided convolution from its outputs
+to its inputs. The references materialize and sort all (input, offset) pairs instead, which is faster on a CPU.
 
 Sizes: N inputs, M outputs, K = kz ky kx offsets. All triples are (z, y, x).
 """
@@ -36,7 +36,7 @@ def submanifold_map(
 
     Args:
         coords:      [N, 4] int32 (b, z, y, x).
-        keys, order: of `sort_voxels`; order None: the voxels are sorted by key.
+        keys, order: from `sort_voxels`; order None: `coords` are sorted by key.
         shape:       cells (Z, Y, X).
         kernel:      offsets (kz, ky, kx). An even kernel reaches farther towards lower cells: 2 covers -1 and 0.
         dilation:    cells between offsets (z, y, x).
@@ -65,7 +65,7 @@ def submanifold_map_ref(coords, keys, order, shape, kernel, dilation):
     if order is None:
         order = torch.arange(N, device=coords.device)
     z, y, x = (coords[:, 1 + axis].index_select(0, order) for axis in range(3))  # [N] each, sorted by key
-    # the last cell of a row is followed by the first of the next
+    # consecutive keys may lie in different rows of cells, so borders are checked on each axis
     in_z, in_y, in_x = (
         [(cell + (i - k // 2) * d >= 0) & (cell + (i - k // 2) * d < size) for i in range(k)]
         for cell, size, k, d in zip((z, y, x), shape, kernel, dilation, strict=True)
@@ -87,7 +87,7 @@ def submanifold_map_ref(coords, keys, order, shape, kernel, dilation):
             if mirrored:
                 neighbor_idx[K - 1 - k].index_copy_(0, read, reader.int())
             wanted += dx
-            for _ in range(dx if i + 1 < kx else 0):  # the walk: at most one key per cell
+            for _ in range(dx if i + 1 < kx else 0):  # the linear scan: at most one key per cell
                 at += key < wanted
                 key = padded_keys.index_select(0, at)
     return neighbor_idx
@@ -122,8 +122,8 @@ def strided_map(
         coords:   [N, 4] int32 (b, z, y, x), unique and inside the grid, in any order.
         shape:    cells (Z, Y, X) of the input.
         kernel, stride, padding, dilation: cells (z, y, x), as torch's conv3d.
-        batch_size: number of grids, if known: if all keys fit 32 bits, a GPU sorts half as many bytes.
-        keys, order: of `sort_voxels`, if already computed; order None: the voxels are sorted by key.
+        batch_size: number of grids, if known: if all keys then fit in 32 bits, a GPU sorts half as many bytes.
+        keys, order: from `sort_voxels`, if already computed; order None: `coords` are sorted by key.
 
     Returns:
         out_coords:   [M, 4] int32, every cell of the output grid that reads at least one voxel, sorted by key.
@@ -148,9 +148,9 @@ def strided_map_ref(coords, shape, kernel, stride, padding, dilation, batch_size
     cells, offsets, valids = [], [], []
     for axis, (size, reach) in enumerate(zip(out, _reach(kernel, stride, dilation), strict=True)):
         back = torch.arange(reach, device=coords.device)[:, None]
-        place = coords[:, 1 + axis].long() + padding[axis]  # [N]
-        cell = place // stride[axis] - back  # [reach, N]
-        distance = place - cell * stride[axis]
+        padded = coords[:, 1 + axis].long() + padding[axis]  # [N]
+        cell = padded // stride[axis] - back  # [reach, N]
+        distance = padded - cell * stride[axis]
         offset = distance // dilation[axis]
         valids.append((offset * dilation[axis] == distance) & (offset < kernel[axis]) & (cell >= 0) & (cell < size))
         cells.append(cell)
@@ -166,7 +166,7 @@ def _checked_strided(coords, shape, geometry, batch_size):
 
 
 def _reach(kernel, stride, dilation):
-    """Most outputs of a strided convolution that read one cell, on each axis."""
+    """Maximum number of outputs of a strided convolution that read one cell, on each axis."""
     return tuple((k - 1) * d // s + 1 for k, s, d in zip(kernel, stride, dilation, strict=True))
 
 
@@ -221,7 +221,7 @@ def _reached(coords, out, slots, geometry, batch_size, transposed):
     Args:
         coords:     [N, 4] int32 of the inputs.
         out:        cells (Z, Y, X) of the output grid.
-        slots:      the most cells that an input reaches on each axis.
+        slots:      maximum number of cells that an input reaches on each axis.
         geometry:   kernel, stride, padding, dilation.
         batch_size: number of grids, or None.
         transposed: True where an input spreads, False where an output reads.
@@ -238,7 +238,7 @@ def _reached(coords, out, slots, geometry, batch_size, transposed):
         kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation,
         TRANSPOSED=transposed, NO_KEY=no_key, BLOCK_PAIRS=BLOCK_PAIRS,
     )  # fmt: skip
-    # sorts keys only, which moves half as much as sorting pairs
+    # sorts keys without values, which moves half as many bytes
     with host_wait("number of a convolution's output voxels"):
         return torch.unique(keys)[:-1]  # without NO_KEY
 
@@ -255,12 +255,12 @@ def _coords(keys, shape):
 
 
 def _neighbors(coords, reader_order, keys, order, shape, kernel, stride, padding, dilation):
-    """[K, M] int32, the row that each offset of each reader reads: that of cell o stride - padding + k dilation.
+    """[K, M] int32, the row that each offset of each reader (output) reads, in cell o stride - padding + k dilation.
 
     Args:
         coords:       [M, 4] int32 of the readers.
         reader_order: [M] int64, the order in which to process them, or None.
-        keys, order:  [N] of the voxels that are read, as returned by `sort_voxels`.
+        keys, order:  [N] of the voxels that are read, from `sort_voxels`.
         shape:        cells (Z, Y, X) of their grid.
         kernel, stride, padding, dilation: cells (z, y, x).
     """
@@ -306,15 +306,15 @@ def _gather_pairs_ref(coords, cells, offsets, valids, out, kernel):
     m = is_first.cumsum(0) - 1
     key = key[is_first]  # [M]
     neighbor_idx = coords.new_full((prod(kernel), len(key)), -1)
-    place = k.index_select(0, order) * len(key) + m
-    neighbor_idx.view(-1).index_copy_(0, place, (pair % max(len(coords), 1)).int().index_select(0, order))
+    entry = k.index_select(0, order) * len(key) + m
+    neighbor_idx.view(-1).index_copy_(0, entry, (pair % max(len(coords), 1)).int().index_select(0, order))
     b, z, y, x = key // (Z * Y * X), key // (Y * X) % Z, key // X % Y, key % X
     return torch.stack([b, z, y, x], dim=1).int(), neighbor_idx
 
 
 @opaque(lambda neighbor_idx, N: neighbor_idx.new_empty(len(neighbor_idx), N))
 def inverse_map(neighbor_idx: Tensor, N: int) -> Tensor:
-    """A table inverted: the output that each input reaches through each offset.
+    """Invert a table: the output that each input reaches through each offset.
 
     Args:
         neighbor_idx: [K, M] int32 rows in [0, N) or -1, every input at most once per offset, as in the maps above.
@@ -379,7 +379,7 @@ def _coords_kernel(keys_ptr, coords_ptr, M, Z, Y, X, BLOCK: tl.constexpr):
 def _neighbors_kernel(
     coords_ptr, reader_order_ptr, keys_ptr, order_ptr,  # [M, 4], [M] or None, [N], [N] or None
     neighbor_idx_ptr,  # [K, M]
-    M, N, Z, Y, X, KY, stride, padding, DZ, DY, STEPS,  # STEPS halvings take N to 0
+    M, N, Z, Y, X, KY, stride, padding, DZ, DY, STEPS,  # STEPS of the binary search
     KX: tl.constexpr, DX: tl.constexpr, NO_KEY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One (kz, ky) column of offsets of BLOCK readers, in the order of their keys: adjacent lanes search similarly."""
@@ -405,7 +405,7 @@ def _neighbors_kernel(
     for k in tl.static_range(KX):
         x_k = x + k * DX
         key = tl.load(keys_ptr + at, mask=in_column & (at < N), other=NO_KEY)
-        # the last cell of a row is followed by the first of the next
+        # consecutive keys may lie in different rows of cells
         found = (key == wanted) & (x_k >= 0) & (x_k < X)
         neighbor = tl.where(found, at, -1)
         if order_ptr is not None:
@@ -413,7 +413,7 @@ def _neighbors_kernel(
         tl.store(neighbor_idx_ptr + (column * KX + k).to(tl.int64) * M + m, neighbor, mask=p_ok)
         wanted += DX
         if k + 1 < KX:
-            for _ in tl.static_range(DX):  # the walk: at most one key per cell
+            for _ in tl.static_range(DX):  # the linear scan: at most one key per cell
                 at += (tl.load(keys_ptr + at, mask=in_column & (at < N), other=NO_KEY) < wanted).to(tl.int32)
 
 
@@ -449,10 +449,10 @@ def _inverse_kernel(neighbor_idx_ptr, inverse_idx_ptr, M, N, BLOCK: tl.constexpr
 def _reached_cell(cell, slot, size, kernel, stride, padding, dilation, TRANSPOSED: tl.constexpr):
     """On one axis, the slot-th cell that an input reaches, and whether it exists."""
     if TRANSPOSED:
-        place = cell * stride - padding + slot * dilation
-        return place, (place >= 0) & (place < size)
+        out = cell * stride - padding + slot * dilation
+        return out, (out >= 0) & (out < size)
     else:
-        place = (cell + padding) // stride - slot  # counted from the highest
-        distance = cell + padding - place * stride
+        out = (cell + padding) // stride - slot  # slots count down from the highest output
+        distance = cell + padding - out * stride
         offset = distance // dilation
-        return place, (offset * dilation == distance) & (offset < kernel) & (place >= 0) & (place < size)
+        return out, (offset * dilation == distance) & (offset < kernel) & (out >= 0) & (out < size)

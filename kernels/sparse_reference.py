@@ -1,7 +1,7 @@
 """`sparse_conv` in plain PyTorch, multiplying in the accumulation type: the CPU path.
 
 For each chunk of outputs: one gather of all its pairs, a GEMM per offset, a sum per row. Dense chunks, with zeros for
-missing neighbors, would multiply 2 to 4 times as much.
+missing neighbors, would take 2 to 4 times as many multiplications.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 def gather_gemm_ref(features, weight, table, finish=None):
     """Features [N, Cin], weights [K, Cin, Cout] and a `NeighborTable` [K, M] -> [M, Cout] in the accumulation type.
 
-    finish: called with a chunk of the result and the slice of its rows; modifies it while it is in the cache.
+    finish: called with a chunk of the result and the slice of its rows; modifies the chunk while it is in the cache.
     """
     x, w = _wide(features), _wide(weight).unbind()
     out = x.new_zeros(table.idx.shape[1], weight.shape[2])
@@ -73,10 +73,10 @@ def _chunks(table, channels):
 
     Returns a list of
         first:  the chunk's first output.
-        n, m:   [P] int32 the pairs: row that is read, output counted from `first`.
+        n, m:   [P] int32 the pairs: row that is read, output relative to `first`.
         counts: [K] list, pairs per offset.
         order:  [P] int32 the same pairs sorted by output ...
-        starts: [R] int32 ... and where each output's begin.
+        starts: [R] int32 ... and the position of each output's first pair in it.
     """
 
     def make():

@@ -1,14 +1,14 @@
 """The layouts of a neighbor table that the sparse GEMMs read: tiles of rows, and pairs by offset.
 
-A tile of BLOCK_M outputs multiplies at every offset that any of its rows has. Its data are stored in the order of its
-loop, which then has no branch and can prefetch: a list of those offsets and, for each, the rows that its outputs read.
-Rows with the same offsets should be in the same tile: within a window, rows are sorted by the set of their offsets. A
-wider window leaves fewer empty products, but rows that are read together are farther apart;
-benchmarks/count_sparse_conv.py counts both. In the inverse table of a stride-2 convolution a row has one of eight sets
-of offsets, by the parities of its cell, and the same sort groups them.
+A tile of BLOCK_M outputs computes a product at every offset at which any of its rows has a neighbor. Its data are
+stored in the order of the kernel's loop, which then has no branch and can prefetch: a list of those offsets and, for
+each, the rows that the outputs read. Rows with the same offsets should be in the same tile: within a window, rows are
+sorted by the set of their offsets. A wider window leaves fewer empty products, but rows that are read together are
+farther apart; benchmarks/count_sparse_conv.py counts both. In the inverse table of a stride-2 convolution a row has one
+of eight sets of offsets, by the parities of its cell, and the same sort groups them.
 
-The gradient of the weights sums over the pairs of an offset, of which the center offset has several times as many as
-the others: pairs are packed and split into equal chunks.
+The gradient of the weights sums over the pairs of each offset. The center offset has several times as many pairs as the
+others, so pairs are stored offset after offset and split into chunks of equal length.
 
 All this is computed once per `NeighborTable` and cached in it, for all layers on one set of voxels and their gradients.
 """
@@ -28,8 +28,8 @@ class Tiles(NamedTuple):
     row_idx: Tensor  # [T, BLOCK_M] int32, the outputs of a tile; -1 after the last
     count_idx: Tensor  # [T] int32, number of offsets that any row of the tile has
     offset_idx: Tensor  # [T, K] int32, these offsets, ascending; only the first `count_idx` are written
-    read_idx: Tensor  # [T, K, BLOCK_M] int32, row that each output reads at each of them, -1 for none; as above
-    pairs_idx: Tensor  # [K, windows] int32, pairs of each offset in each window of rows
+    read_idx: Tensor  # [T, K, BLOCK_M] int32, row that each output reads at them, -1 for none; likewise
+    pairs_idx: Tensor  # [K, windows] int32, number of pairs of each offset in each window of rows
 
 
 class Pairs(NamedTuple):
@@ -41,26 +41,26 @@ class Pairs(NamedTuple):
 
 
 class Chunks(NamedTuple):
-    """The pairs of every offset in chunks of one length, in the order of `Pairs`; at most C."""
+    """The pairs of every offset in chunks of equal length, in the order of `Pairs`; at most C chunks."""
 
     first: Tensor  # [C] int64, index of the chunk's first pair ...
     end: Tensor  # [C] int64, ... and one past its last; unused chunks are empty
-    until_idx: Tensor  # [K] int32, number of chunks up to the end of each offset
+    chunk_end_idx: Tensor  # [K] int32, one past the last chunk of each offset
 
 
 # Rows that are sorted together. Windows of 1024, 4096 and all rows compute 1.95, 1.80 and 1.65 times the necessary
 # products at stage 1, 1.32, 1.28 and 1.18 times at stage 2; unsorted 2.56 and 1.54 (counted). Beyond 1024 the sort
-# spills.
+# spills registers.
 WINDOW = 1024
 BLOCK_K = 8  # offsets per step
 BLOCK_C = 16  # chunks per program
-KEY_BITS = 48  # of the sort key for a row's offsets; with more offsets several share a bit
+KEY_BITS = 48  # of the sort key, one per offset; with more offsets several share a bit
 
 _tables = weakref.WeakValueDictionary()  # id of an index tensor -> its `NeighborTable`
 
 
 class NeighborTable:
-    """A neighbor table idx [K, M] int32 with a cache of what kernels derive from it; an argument of `sparse_conv`.
+    """A neighbor table idx [K, M] int32 with a cache of the layouts that kernels read; an argument of `sparse_conv`.
 
     The cache is freed with the table: keep the table while convolutions use it, and do not modify `idx`.
     """
@@ -75,7 +75,8 @@ class NeighborTable:
 
     @staticmethod
     def of(table: "Tensor | NeighborTable") -> "NeighborTable":
-        """`table` as a `NeighborTable`: itself, the unmodified one of this tensor if there is one, or a new one.
+        """`table` as a `NeighborTable`: itself; or that of the tensor, if there is one and the tensor was not modified
+        since; or a new one.
 
         The lookup by tensor is for compiled code, which passes tensors only.
         """
@@ -107,13 +108,13 @@ class NeighborTable:
 
         return self.get("pairs", make)
 
-    def chunks(self, parts, least, multiple):
-        """`Chunks`, for M > 0: at most parts + K, of equal length, just long enough to cover all pairs.
+    def chunks(self, max_chunks, min_pairs, multiple):
+        """`Chunks`, for M > 0: at most max_chunks + K, of equal length, just long enough to cover all pairs.
 
-        least, multiple: a chunk has at least `least` pairs and a multiple of `multiple`, except the last of an offset.
+        The length is at least `min_pairs` and a multiple of `multiple`; the last chunk of an offset may be shorter.
         """
-        key = "chunks", parts, least, multiple
-        return self.get(key, lambda: _make_chunks(self.pairs().ends, parts, least, multiple))
+        key = "chunks", max_chunks, min_pairs, multiple
+        return self.get(key, lambda: _make_chunks(self.pairs().ends, max_chunks, min_pairs, multiple))
 
     def trial(self):
         """A copy that starts with this table's cache; what is added to the copy's cache is not added to this one."""
@@ -154,14 +155,14 @@ def _make_pairs(table, counts):
     return made
 
 
-def _make_chunks(ends, parts, least, multiple):
+def _make_chunks(ends, max_chunks, min_pairs, multiple):
     K, windows = ends.shape
-    C = parts + K
+    C = max_chunks + K
     made = Chunks(ends.new_empty(C), ends.new_empty(C), ends.new_empty(K, dtype=torch.int32))
     _chunks_kernel[(triton.cdiv(C, BLOCK_C),)](
-        ends_ptr=ends, first_ptr=made.first, end_ptr=made.end, until_idx_ptr=made.until_idx,
-        W=windows, K=K, PARTS=parts,
-        LEAST=least, MULTIPLE=multiple, BLOCK_C=BLOCK_C, BLOCK_OFFSETS=triton.next_power_of_2(K),
+        ends_ptr=ends, first_ptr=made.first, end_ptr=made.end, chunk_end_idx_ptr=made.chunk_end_idx,
+        W=windows, K=K, MAX_CHUNKS=max_chunks,
+        MIN_PAIRS=min_pairs, MULTIPLE=multiple, BLOCK_C=BLOCK_C, BLOCK_OFFSETS=triton.next_power_of_2(K),
     )  # fmt: skip
     return made
 
@@ -201,24 +202,24 @@ def _tiles_kernel(
         tl.store(pairs_idx_ptr + k.to(tl.int64) * W + window, tl.sum((n >= 0).to(tl.int32), axis=1), mask=k < K)
         n = tl.reshape(n, (BLOCK_K, TILES, BLOCK_M))
         has = tl.max(n, axis=2) >= 0  # [BLOCK_K, TILES]
-        place = tile * K + count[None, :] + tl.cumsum(has.to(tl.int32), axis=0) - 1
-        tl.store(offset_idx_ptr + place, tl.broadcast_to(k[:, None], has.shape), mask=has)
-        tl.store(read_idx_ptr + place[:, :, None] * BLOCK_M + lane, n, mask=has[:, :, None])
+        dest = tile * K + count[None, :] + tl.cumsum(has.to(tl.int32), axis=0) - 1
+        tl.store(offset_idx_ptr + dest, tl.broadcast_to(k[:, None], has.shape), mask=has)
+        tl.store(read_idx_ptr + dest[:, :, None] * BLOCK_M + lane, n, mask=has[:, :, None])
         count += tl.sum(has.to(tl.int32), axis=0)
     tl.store(count_idx_ptr + window * TILES + tl.arange(0, TILES), count)
 
 
 @triton.jit
 def _sort(key, SIZE: tl.constexpr):
-    """[SIZE] keys, ascending: the network of `tl.sort`, whose own code takes a second in the interpreter."""
+    """[SIZE] keys, ascending: the bitonic network of `tl.sort`, which itself takes a second in the interpreter."""
     i = tl.arange(0, SIZE)
     size = 2
     while size <= SIZE:
         stride = size // 2
         while stride > 0:
             other = tl.gather(key, i ^ stride, 0)
-            wants_least = ((i & size) == 0) == ((i & stride) == 0)
-            key = tl.where(wants_least, tl.minimum(key, other), tl.maximum(key, other))
+            takes_min = ((i & size) == 0) == ((i & stride) == 0)
+            key = tl.where(takes_min, tl.minimum(key, other), tl.maximum(key, other))
             stride = stride // 2
         size = size * 2
     return key
@@ -235,31 +236,31 @@ def _pairs_kernel(
     k = (tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
     n = tl.load(table_idx_ptr + k[:, None] * M + m, mask=(k < K)[:, None] & (m < M), other=-1)  # [BLOCK_K, WINDOW]
     has = n >= 0
-    number = has.to(tl.int32)
-    begin = tl.load(ends_ptr + k * W + window, mask=k < K, other=0) - tl.sum(number, axis=1)
-    place = begin[:, None] + tl.cumsum(number, axis=1) - 1
-    tl.store(read_idx_ptr + place, n, mask=has)
-    tl.store(row_idx_ptr + place, tl.broadcast_to(m, has.shape).to(tl.int32), mask=has)
+    counts = has.to(tl.int32)
+    begin = tl.load(ends_ptr + k * W + window, mask=k < K, other=0) - tl.sum(counts, axis=1)
+    dest = begin[:, None] + tl.cumsum(counts, axis=1) - 1
+    tl.store(read_idx_ptr + dest, n, mask=has)
+    tl.store(row_idx_ptr + dest, tl.broadcast_to(m, has.shape).to(tl.int32), mask=has)
 
 
-@jit(varying=("W", "PARTS"))
+@jit(varying=("W", "MAX_CHUNKS"))
 def _chunks_kernel(
-    ends_ptr, first_ptr, end_ptr, until_idx_ptr,  # [K, W], [PARTS + K], [PARTS + K], [K]
-    W, K, PARTS,
-    LEAST: tl.constexpr, MULTIPLE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_OFFSETS: tl.constexpr,
+    ends_ptr, first_ptr, end_ptr, chunk_end_idx_ptr,  # [K, W], [MAX_CHUNKS + K], [MAX_CHUNKS + K], [K]
+    W, K, MAX_CHUNKS,
+    MIN_PAIRS: tl.constexpr, MULTIPLE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_OFFSETS: tl.constexpr,
 ):  # fmt: skip
     k = tl.arange(0, BLOCK_OFFSETS)
     end = tl.load(ends_ptr + (k + 1).to(tl.int64) * W - 1, mask=k < K, other=0)
     begin = tl.load(ends_ptr + k.to(tl.int64) * W - 1, mask=(k > 0) & (k < K), other=0)
-    size = tl.maximum(tl.cdiv(tl.max(end, axis=0), PARTS), LEAST)
+    size = tl.maximum(tl.cdiv(tl.max(end, axis=0), MAX_CHUNKS), MIN_PAIRS)
     size = tl.cdiv(size, MULTIPLE) * MULTIPLE
-    number = tl.where(k < K, tl.cdiv(end - begin, size), 0)
-    until = tl.cumsum(number, axis=0)
-    tl.store(until_idx_ptr + k, until.to(tl.int32), mask=k < K)
+    count = tl.where(k < K, tl.cdiv(end - begin, size), 0)
+    chunk_end = tl.cumsum(count, axis=0)
+    tl.store(chunk_end_idx_ptr + k, chunk_end.to(tl.int32), mask=k < K)
     chunk = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    nth = chunk[:, None] - (until - number)[None, :]  # [BLOCK_C, BLOCK_OFFSETS]
-    mine = (nth >= 0) & (nth < number[None, :])  # at one offset, or at none
-    first = tl.sum(tl.where(mine, begin[None, :] + nth * size, 0), axis=1)
-    last = tl.sum(tl.where(mine, end[None, :], 0), axis=1)
-    tl.store(first_ptr + chunk, first, mask=chunk < PARTS + K)
-    tl.store(end_ptr + chunk, tl.minimum(first + size, last), mask=chunk < PARTS + K)
+    nth = chunk[:, None] - (chunk_end - count)[None, :]  # [BLOCK_C, BLOCK_OFFSETS]
+    of_offset = (nth >= 0) & (nth < count[None, :])  # True at the chunk's offset; nowhere if the chunk is unused
+    first = tl.sum(tl.where(of_offset, begin[None, :] + nth * size, 0), axis=1)
+    last = tl.sum(tl.where(of_offset, end[None, :], 0), axis=1)
+    tl.store(first_ptr + chunk, first, mask=chunk < MAX_CHUNKS + K)
+    tl.store(end_ptr + chunk, tl.minimum(first + size, last), mask=chunk < MAX_CHUNKS + K)

@@ -5,10 +5,10 @@ and their slopes b = (-1, 1),
 
     value = sum_ijk az_i ay_j ax_k V_ijk,   d/dx = sum_ijk az_i ay_j bx_k V_ijk,   d/dy, d/dz likewise
 
-so four sums over the same 8 rows. A corner outside the volume has weight and slope 0 (zero padding, as
-F.grid_sample with align_corners=True). Both outputs are differentiable: of the gradient, dL/dV takes the four weights
-above and dL/dpoint takes the mixed second derivatives (bx ay' ...); the pure ones are 0. That equals the double
-backward of an interpolation, at the cost of a single one.
+which are four sums over the same 8 rows. A corner outside the volume has weight and slope 0 (zero padding, as
+F.grid_sample with align_corners=True). Both outputs are differentiable: dL/dV uses the weights of the four sums again;
+dL/dpoint through the gradient uses the mixed second derivatives (az_i by_j bx_k, ...), as the pure ones are 0. The
+result equals the double backward of an interpolation, at the cost of a single backward.
 """
 
 import torch
@@ -51,7 +51,7 @@ def trilinear_ref(volume, points, volume_idx):
 
 
 def trilinear_value(volume: Tensor, points: Tensor, volume_idx: Tensor) -> Tensor:
-    """Only the value of `trilinear`, for searches along rays that need no gradient: not differentiable."""
+    """Only the value of `trilinear`, for searches along rays, which need no gradient: not differentiable."""
     _check(volume, points, volume_idx)
     if not on_triton(volume):
         return trilinear_value_ref(volume, points, volume_idx)
@@ -157,7 +157,7 @@ def _forward(volume, points, volume_idx, with_gradient):
     return value, gradient
 
 
-TILE = 1024  # points x channels per program: 8 of each of the four sums per thread
+TILE = 1024  # points x channels per program: 8 elements of each of the four sums per thread
 
 
 def _launch(volume, points):

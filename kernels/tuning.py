@@ -1,4 +1,4 @@
-"""Autotuning: each candidate launch of an op is timed once per kind of work; the fastest is saved in a file.
+"""Autotuning: the candidate launches of an op are timed once per kind of work; the fastest is saved in a file.
 
 The time of a candidate includes all the work it causes, such as tiles of the table that no earlier layer has computed,
 since every step computes them again. Runs are timed as in a training step: back to back, with the L2 as the previous
@@ -41,7 +41,7 @@ def enable(path: str | Path | None = None, timer: Callable[[Callable], float] | 
     Args:
         path:  JSON file of results, read now and written after every search, e.g. in the run's folder; None: not saved.
                Concurrent processes overwrite each other's results; the file stays valid.
-        timer: takes a function, returns its milliseconds; None: GPU timing, and no search without a GPU.
+        timer: takes a function, returns its time in ms; None: CUDA events, and no search without a GPU.
     """
     global _state
     path = None if path is None else Path(path)
@@ -56,7 +56,7 @@ def disable():
 
 
 def bucket(n):
-    """n rounded up to a power of two: no new search when the number of voxels changes a little."""
+    """n rounded up to a power of two, so that a slightly different number of voxels needs no new search."""
     return 1 << max(n - 1, 0).bit_length()
 
 
@@ -109,7 +109,7 @@ def _known(work):
 
 
 RUNS = 21
-SPIN = 2**22  # clock cycles, 2 to 3 ms at 1.4 to 2 GHz: enough for the host to launch all runs
+SPIN = 2**22  # clock cycles that the device waits, 2 to 3 ms at 1.4 to 2 GHz: the host launches all runs meanwhile
 
 
 def _time(fn, device):

@@ -1,7 +1,7 @@
 """Voxels sorted by key: the index of a sparse grid.
 
 A voxel (b, z, y, x) of a grid (Z, Y, X) has the key ((b Z + z) Y + y) X + x, an int64: grids may have more than 2^31
-cells. The sorted keys are the whole index; without a hash table and atomics, results are the same from run to run.
+cells. The sorted keys are the whole index; without a hash table or atomics, results are the same from run to run.
 """
 
 from collections.abc import Sequence
@@ -108,7 +108,7 @@ def checked(coords, shape, *triples):
 def check_grid(cells, batch_size=1):
     """Raise ValueError if coordinates in a grid of `cells` (Z, Y, X) do not fit int32, or keys of a batch int64.
 
-    A convolution passes the grid that its kernel reaches, including padding: kernels compute coordinates in int32.
+    A convolution passes the grid that it reaches, including padding, since coordinates are computed in int32.
     """
     if max(cells) >= 2**31 or batch_size * prod(cells) > NO_KEY:
         raise ValueError(

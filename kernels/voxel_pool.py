@@ -1,13 +1,13 @@
-"""Pool image features into a voxel volume: every pixel spreads along its ray, weighted by depth probability.
+"""Pool image features into a voxel volume: every pixel is spread along its ray, weighted by depth probability.
 
     volume[x] = sum_{x(r, k) = x} F[r] * P[r, k]
 
     dL/dF[r] = sum_k P[r, k] * g[x(r, k)],   dL/dP[r, k] = <g[x(r, k)], F[r]>,   g = dL/dvolume
 
-x(r, k) is the voxel that contains point k of pixel r's ray. Consecutive points of a ray in one voxel are a run, which
-reads its feature once, with the sum of its probabilities. For the forward, runs are sorted stably by voxel, and the
-program that owns a voxel sums its runs in order; where there are many, an earlier kernel has already summed whole
-chunks of them. In the backward a program owns pixels and walks along their rays. No atomics.
+x(r, k) is the voxel that contains point k of pixel r's ray. Consecutive points of a ray in one voxel form a run: its
+feature is read once and multiplied by the sum of the probabilities. For the forward, runs are sorted stably by voxel,
+and the program that owns a voxel sums its runs in order; of a voxel with many runs, an earlier kernel has already
+summed whole chunks. In the backward a program owns pixels and walks along their rays. No atomics.
 
 Sizes: R pixels of all views with D depth bins each, so P = R * D points; V voxels of all samples.
 """
@@ -29,7 +29,7 @@ def voxel_pool(
 
     Args:
         features:    [B, N, h, w, C] image features of N views; row i, column j is at pixel (j * stride, i * stride),
-                     the upper left corner of its patch.
+                     the upper left corner of the feature's patch.
         depths:      [B, N, h, w, D] probability of each depth bin; bin k is at its lower edge.
         lidar2image: [B, N, 4, 4] LiDAR meters -> (u*d, v*d, d, 1).
         low, cell:   (x, y, z) meters, LiDAR frame: lower corner of the grid, size of a voxel.
@@ -43,9 +43,9 @@ def voxel_pool(
         [B, Z, Y, X, C] in the features' type; a voxel without points is 0.
 
     Differentiable once w.r.t. `features` and `depths`. Accumulates in fp32 (fp64 for fp64 features). Deterministic.
-    Points are placed in fp64, bitwise equal in kernel and reference; those of a singular matrix are dropped. Every
-    matrix is a view: pass several frames as more views. Raises AssertionError if shapes do not match. Follows
-    Uni3DVoxelPoolDepth of the original.
+    Points are assigned to voxels in fp64, bitwise equal in kernel and reference; those of a singular matrix are
+    dropped. To pool several frames into one volume, pass them as more views. Raises AssertionError if shapes do not
+    match. Follows Uni3DVoxelPoolDepth of the original.
     """
     (B, N, h, w, _), D = features.shape, depths.shape[4]
     assert lidar2image.shape == (B, N, 4, 4), f"lidar2image {tuple(lidar2image.shape)} does not match {B} x {N} views"
@@ -87,12 +87,12 @@ def _geometry(lidar2image, low, cell, depth_range, D):
     """The frusta in fp64: matrices (u*d, v*d, d, 1) -> cell coordinates [B, N, 3, 4], depths of the bins [D]."""
     # unlike `torch.inverse`, does not wait for the device to check for errors
     meters = torch.linalg.inv_ex(lidar2image.double()).inverse[..., :3, :]
-    places = [torch.cat([meters[..., i, :3], meters[..., i, 3:] - low[i]], dim=-1) for i in range(3)]
+    rows = [torch.cat([meters[..., i, :3], meters[..., i, 3:] - low[i]], dim=-1) for i in range(3)]
     # on a GPU, dividing by a Python number multiplies by its reciprocal, which moves points on cell faces
-    places = [place / place.new_full((), size) for place, size in zip(places, cell, strict=True)]
+    rows = [row / row.new_full((), size) for row, size in zip(rows, cell, strict=True)]
     near, far = depth_range
     bins = near + (far - near) / max(D, 1) * torch.arange(D, dtype=torch.float64, device=lidar2image.device)
-    return torch.stack(places, dim=-2), bins
+    return torch.stack(rows, dim=-2), bins
 
 
 def _voxels_ref(matrices, bins, sizes, shape, stride, truncate):
@@ -104,10 +104,10 @@ def _voxels_ref(matrices, bins, sizes, shape, stride, truncate):
     cells, inside = [], True
     for row, size in zip(matrices[..., None, None, None].unbind(2), shape, strict=True):  # [B, N, 4, 1, 1, 1]
         a, b, c, d = row.unbind(2)
-        place = (a * u + b * v + c) * bins + d  # [B, N, h, w, D]
-        place = place.trunc() if truncate else place.floor()
-        inside = inside & (place >= 0) & (place < size)
-        cells.append(torch.where(inside, place, 0).long())
+        coord = (a * u + b * v + c) * bins + d  # [B, N, h, w, D]
+        coord = coord.trunc() if truncate else coord.floor()
+        inside = inside & (coord >= 0) & (coord < size)
+        cells.append(torch.where(inside, coord, 0).long())
     x, y, z = cells
     sample = torch.arange(B, device=bins.device).view(B, 1, 1, 1, 1)
     return torch.where(inside, ((sample * Z + z) * Y + y) * X + x, B * Z * Y * X).flatten()
@@ -174,7 +174,7 @@ def _find_points(lidar2image, sizes, D, low, cell, shape, stride, depth_range, t
     Returns:
         voxel: [P] voxel of each point; V for points outside.
         order: [P] first point of each run, sorted by voxel, then all other points.
-        pixel: [P] pixels of those points.
+        pixel: [P] pixel of each point of `order`.
         begin: [V + 1] each voxel's first run in `order`.
     """
     (B, N, h, w, _), (X, Y, Z) = sizes, shape
@@ -184,12 +184,12 @@ def _find_points(lidar2image, sizes, D, low, cell, shape, stride, depth_range, t
     _voxels_kernel[(triton.cdiv(P, BLOCK_P),)](
         matrices_ptr=matrices.contiguous(), bins_ptr=bins, voxel_idx_ptr=voxel,
         P=P, N=N, h=h, w=w, D=D, stride=stride, shape=shape, V=V, TRUNCATE=truncate, BLOCK_P=BLOCK_P,
-        enable_fp_fusion=False,  # a point on a voxel face could end up on the other side of it
+        enable_fp_fusion=False,  # fusion could move a point on a voxel face to the other side
     )  # fmt: skip
     continues = F.pad(voxel[:, 1:] == voxel[:, :-1], (1, 0))
     run_voxel, order = voxel.masked_fill(continues, V).flatten().sort(stable=True)
-    numbers = torch.arange(V + 1, dtype=torch.int32, device=voxel.device)
-    begin = torch.searchsorted(run_voxel, numbers, out_int32=True)
+    all_voxels = torch.arange(V + 1, dtype=torch.int32, device=voxel.device)
+    begin = torch.searchsorted(run_voxel, all_voxels, out_int32=True)
     order = order.int()
     return voxel.flatten(), order, order // D, begin
 
@@ -197,7 +197,7 @@ def _find_points(lidar2image, sizes, D, low, cell, shape, stride, depth_range, t
 # All untuned: chosen from the compiler's output for sm_90, without timing on a GPU
 BLOCK_P = 256  # points per program
 TILE = 1024  # voxels, chunks or pixels x channels per program
-CHUNK = 64  # runs; a voxel with at least 2 * CHUNK - 1 runs contains a whole chunk
+CHUNK = 64  # runs per chunk; a voxel with at least 2 * CHUNK - 1 runs contains a whole chunk
 UNROLL = tl.constexpr(4)  # runs whose loads are in flight together
 
 
@@ -233,13 +233,13 @@ def _cell(row_ptr, u, v, d, ok, size, TRUNCATE: tl.constexpr):
     a = tl.load(row_ptr, mask=ok, other=0.0)
     b = tl.load(row_ptr + 1, mask=ok, other=0.0)
     c = tl.load(row_ptr + 2, mask=ok, other=0.0)
-    place = (a * u + b * v + c) * d + tl.load(row_ptr + 3, mask=ok, other=0.0)
+    coord = (a * u + b * v + c) * d + tl.load(row_ptr + 3, mask=ok, other=0.0)
     if TRUNCATE:
-        place = tl.where(place < 0, tl.ceil(place), tl.floor(place))
+        coord = tl.where(coord < 0, tl.ceil(coord), tl.floor(coord))
     else:
-        place = tl.floor(place)
-    inside = (place >= 0) & (place < size)  # false for NaN
-    return tl.where(inside, place, 0.0).to(tl.int32), inside
+        coord = tl.floor(coord)
+    inside = (coord >= 0) & (coord < size)  # false for NaN
+    return tl.where(inside, coord, 0.0).to(tl.int32), inside
 
 
 @jit(varying=("P", "V"))
@@ -318,7 +318,7 @@ def _voxel_pool_fwd_kernel(
 
 @triton.jit
 def _run(features_ptr, weight_ptr, pixel_idx_ptr, at, ok, mask, c, C, acc_ty: tl.constexpr):
-    """What the sorted runs `at` add to their voxels [BLOCK_R, BLOCK_C]; 0 where not ok."""
+    """What the sorted runs `at` add to their voxels: [BLOCK_R, BLOCK_C]; 0 where not ok."""
     pixel = tl.load(pixel_idx_ptr + at, mask=ok, other=0)
     weight = tl.load(weight_ptr + at, mask=ok, other=0.0)
     feature = tl.load(features_ptr + pixel.to(tl.int64)[:, None] * C + c, mask=mask, other=0.0).to(acc_ty)

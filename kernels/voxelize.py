@@ -93,9 +93,9 @@ def voxelize_ref(points, point_counts, low, cell, shape, max_points, max_voxels)
     counts = _check(points, point_counts, shape, max_points)
     (Z, Y, X), P = shape, len(points)
     low, cell = points.new_tensor(low), points.new_tensor(cell)
-    place = ((points[:, :3] - low) / cell).floor()
-    inside = ((place >= 0) & (place < points.new_tensor([X, Y, Z]))).all(dim=1)
-    x, y, z = torch.where(inside[:, None], place, 0).long().unbind(1)  # [P] each
+    coord = ((points[:, :3] - low) / cell).floor()
+    inside = ((coord >= 0) & (coord < points.new_tensor([X, Y, Z]))).all(dim=1)
+    x, y, z = torch.where(inside[:, None], coord, 0).long().unbind(1)  # [P] each
     b = _samples(counts, points)
     key = torch.where(inside, ((b * Z + z) * Y + y) * X + x, NO_KEY)
 
@@ -115,8 +115,8 @@ def voxelize_ref(points, point_counts, low, cell, shape, max_points, max_voxels)
 
     before = count.cumsum(0) - count
     slot = torch.arange(int(count.sum()), device=points.device)
-    which = (at - before).repeat_interleave(count) + slot  # places in `order`, voxel after voxel
-    features = F.embedding_bag(order.index_select(0, which), points, before, mode="mean")
+    position = (at - before).repeat_interleave(count) + slot  # in `order`, voxel after voxel
+    features = F.embedding_bag(order.index_select(0, position), points, before, mode="mean")
     return features, coords
 
 
@@ -139,18 +139,17 @@ def grid_sample(
         extent:  lowest and highest cell along each axis, two lists (z, y, x); zeros without points.
 
     Waits for the device once, for V and the extent. Raises ValueError if the coordinates of a cell do not fit int32,
-    e.g. because a point is not finite. Elementwise PyTorch and its sorts on every device, without a kernel of our own.
-    Follows GridSample of Pointcept, which counts cells from each sample's minimum; that shifts their coordinates, not
-    their borders.
+    e.g. because a point is not finite. Plain PyTorch on every device, without a Triton kernel. Follows GridSample of
+    Pointcept, which counts cells from each sample's minimum; that shifts their coordinates, not their borders.
     """
     counts, P = _check(points, point_counts), len(points)
     if not P:
         none = torch.empty(0, dtype=torch.int64, device=points.device)
         return none, none.new_empty((0, 4), dtype=torch.int32), none, ([0, 0, 0], [0, 0, 0])
     # on a GPU, dividing by a Python number multiplies by its reciprocal, which could move points into other cells
-    sample, place = _samples(counts, points), (points[:, :3] / points.new_full((), cell)).floor().long()
-    low, high = place.amin(dim=0), place.amax(dim=0)
-    x, y, z = (place - low).unbind(1)
+    sample, coord = _samples(counts, points), (points[:, :3] / points.new_full((), cell)).floor().long()
+    low, high = coord.amin(dim=0), coord.amax(dim=0)
+    x, y, z = (coord - low).unbind(1)
     X, Y, Z = (high - low + 1).unbind()
     key = ((sample * Z + z) * Y + y) * X + x
     if noise is None:
@@ -168,7 +167,7 @@ def grid_sample(
     check_grid([h - l + 1 for l, h in zip(low, high, strict=True)], len(counts))
     rows, cell_of = order[new.nonzero_static(size=V)[:, 0]], torch.empty_like(order)
     cell_of[order] = new.cumsum(0) - 1
-    return rows, torch.cat([sample[:, None], place.flip(1)], dim=1)[rows].int(), cell_of, (low, high)
+    return rows, torch.cat([sample[:, None], coord.flip(1)], dim=1)[rows].int(), cell_of, (low, high)
 
 
 def _check(points, point_counts, shape=(1, 1, 1), max_points=1):
@@ -216,9 +215,9 @@ def _cell_keys_kernel(
 def _cell(point, low, size, cells):
     """Cell of a point on one axis, and whether it is in the grid; 0 where not."""
     # `/` is approximate and would put points on a border into another cell than the original does
-    place = tl.floor(tl.div_rn(point - low, size + tl.zeros_like(point)))
-    inside = (place >= 0) & (place < cells)  # false for NaN
-    return tl.where(inside, place, 0.0).to(tl.int64), inside
+    coord = tl.floor(tl.div_rn(point - low, size + tl.zeros_like(point)))
+    inside = (coord >= 0) & (coord < cells)  # false for NaN
+    return tl.where(inside, coord, 0.0).to(tl.int64), inside
 
 
 @jit(varying=("P",))

@@ -27,8 +27,8 @@ KNOWN_SMALL = {  # file -> part of a source line -> why its product stays below 
     "sdf_field.py": {"tile * BLOCK_S": "index of a sample on its ray"},
     "sparse_gemm.py": {
         "e < O * I": "weights of one offset",
-        "place * BLOCK_M": "entries of one tile: offsets x rows",
-        "place[None, :] * BLOCK_M": "entries of one tile: offsets x rows",
+        "slot * BLOCK_M": "entries of one tile: offsets x rows",
+        "slot[None, :] * BLOCK_M": "entries of one tile: offsets x rows",
         "at * BLOCK_M": "entries of one tile: offsets x rows",
         "count * STEPS": "channel blocks over the offsets of a tile",
         "r * BLOCK_R": "pairs of one chunk",

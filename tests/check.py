@@ -1,4 +1,4 @@
-"""Comparisons and checks that is_list tests use."""
+"""Comparisons and checks that several test files use."""
 
 from contextlib import ExitStack, contextmanager
 from unittest import mock
@@ -12,14 +12,14 @@ SLACK = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # frac
 
 
 def check_against_ref(op, ref, inputs, dtype, wrt=None, slack=None, magnitude=0.0):
-    """Outputs and gradients of `op` may be at most twice as far from the fp64 truth as `ref` run in `dtype` is.
+    """Assert that the error of `op` w.r.t. fp64 is at most twice that of `ref` run in `dtype`, plus some slack.
 
-    op, ref: same signature, return a tensor or a tuple of tensors; integer and bool outputs must be equal.
-    inputs:  dict name -> value. fp64 tensors are cast to `dtype`; fp32 ones are geometry and stay fp32;
-             lists of tensors are handled element by element; anything else is passed through.
-    wrt:     names of the inputs whose gradients are compared; None: all floating ones.
-    slack:   allowed on top of that, as a fraction of the largest true value; None: SLACK of the type.
-    magnitude: of terms whose difference is an output or gradient; slack is a fraction of it where they cancel.
+    op, ref:   same signature, return a tensor or a tuple of tensors; integer and bool outputs must be equal.
+    inputs:    dict name -> value. fp64 tensors are cast to `dtype`; fp32 ones are geometry and stay fp32;
+               lists of tensors are handled element by element; anything else is passed through.
+    wrt:       names of the inputs whose gradients are compared too; None: all floating-point tensors.
+    slack:     as a fraction of the largest true value; None: SLACK of the type.
+    magnitude: size of the terms that cancel in outputs or gradients: slack is at least a fraction of it.
 
     Also asserts that `op` launched a kernel, and that it launched none when all its outputs are empty.
     """
@@ -77,6 +77,7 @@ class DivideLikeGpu(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+# Operators for which the host waits
 BLOCKING = "nonzero", "_local_scalar_dense", "_unique2", "unique_consecutive", "unique_dim", "masked_select", "equal"
 
 

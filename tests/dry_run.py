@@ -158,7 +158,7 @@ class _FakeDevice(TorchDispatchMode):
         if func is aten._local_scalar_dense.default:
             return number
         if func is aten._unique2.default:
-            inverse, counts = (len(args[0]) if wanted else 0 for wanted in (*args[2:], False, False)[:2])
+            inverse, counts = (len(args[0]) if returned else 0 for returned in (*args[2:], False, False)[:2])
             return args[0].new_empty(number), *(args[0].new_empty(n, dtype=torch.int64) for n in (inverse, counts))
         if func is aten.nonzero.default:
             return args[0].new_empty(number, args[0].dim(), dtype=torch.int64)
@@ -208,7 +208,7 @@ def _install_cuda_guard():
     """
     if torch.backends.cuda.is_built():
         return
-    cuda, lazy = 1, 17  # places in c10::DeviceType
+    cuda, lazy = 1, 17  # values of c10::DeviceType
     c10 = ctypes.CDLL(f"{torch.__path__[0]}/lib/libc10.so")
     guards = (ctypes.c_void_p * (lazy + 1)).in_dll(c10, "_ZN3c104impl26device_guard_impl_registryE")
     if guards[cuda] is None:
@@ -269,8 +269,8 @@ def _call_node(node, given):
              for g, m in zip(given, node._input_metadata, strict=True)]  # fmt: skip
     out = node.apply(*given)
     out = out if isinstance(out, tuple) else (out,)
-    wanted = iter([g for g, needed in zip(out, node.needs_input_grad, strict=True) if needed])
-    return [None if below is None else next(wanted) for below, _ in node.next_functions]
+    grads = iter([g for g, needed in zip(out, node.needs_input_grad, strict=True) if needed])
+    return [None if below is None else next(grads) for below, _ in node.next_functions]
 
 
 def _topological_order(root):

@@ -1,4 +1,4 @@
-"""The batch and the stream of batches, on made-up samples."""
+"""The batch and the stream of batches, on fake samples."""
 
 import itertools
 
@@ -26,7 +26,7 @@ def sample(token, points=3, boxes=2, size=(40, 33), labeled=True):
     )
 
 
-class Fake(torch.utils.data.Dataset):
+class FakeDataset(torch.utils.data.Dataset):
     """A dataset of n samples; those in `bad` cannot be read."""
 
     def __init__(self, n, bad=()):
@@ -43,7 +43,7 @@ class Fake(torch.utils.data.Dataset):
 
 def seen(n, count, **stream):
     """Tokens of each of the first `count` micro-batches."""
-    batches = itertools.islice(step_batches(Fake(n), **stream), count)
+    batches = itertools.islice(step_batches(FakeDataset(n), **stream), count)
     return [tuple(int(t) for t in batch.tokens) for batch, _ in batches]
 
 
@@ -123,15 +123,15 @@ def test_the_stream_does_not_touch_the_global_generator():
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_bad_frames_are_replaced_by_the_next_and_named(workers):
-    stream = step_batches(Fake(5, bad={1, 2, 4}), micro_batch=5, workers=workers)
+    stream = step_batches(FakeDataset(5, bad={1, 2, 4}), micro_batch=5, workers=workers)
     batch, bad_frames = next(stream)
     assert sorted(batch.tokens) == ["0", "0", "3", "3", "3"]
     assert sorted(bad_frames) == [f"frame-{i}: is missing" for i in (1, 2, 2, 4)]
 
 
 def test_held_out_frames_are_spread_and_shared():
-    frames = [(p, batch.tokens) for p, batch in held_out_batches(Fake(10), 4)]
+    frames = [(p, batch.tokens) for p, batch in held_out_batches(FakeDataset(10), 4)]
     assert frames == [(0, ("0",)), (1, ("2",)), (2, ("5",)), (3, ("7",))]
-    shared = [list(held_out_batches(Fake(10), 4, rank, 2)) for rank in range(2)]
+    shared = [list(held_out_batches(FakeDataset(10), 4, rank, 2)) for rank in range(2)]
     assert [[p for p, _ in part] for part in shared] == [[0, 2], [1, 3]]
-    assert len(list(held_out_batches(Fake(3), 8))) == 3
+    assert len(list(held_out_batches(FakeDataset(3), 8))) == 3

@@ -16,7 +16,7 @@ from unipad.boxes import (
     footprint,
 )
 
-# One box that heads 30 degrees left of x, and its right and rear neighbors' yaws
+# One box that heads 30 degrees to the left of x
 BOX = torch.tensor([[1.0, 2.0, 3.0, 2.0, 4.0, 1.5, math.pi / 6, 5.0, -6.0]], dtype=torch.float64)
 
 
@@ -28,7 +28,7 @@ def random_boxes(n):
 
 
 def at_center(boxes):
-    """Recorded boxes whose z is the center, as the coders have them, as in `Batch`."""
+    """Boxes as in `Batch` from recorded ones whose z is already the center, as the original's box coder has it."""
     ours = boxes_from_original(boxes)
     ours[..., 2] -= ours[..., 5] / 2
     return ours
@@ -98,10 +98,10 @@ def test_to_global_is_the_inverse_of_from_global():
 
 
 def test_to_global_by_hand():
-    turn = np.eye(4)
-    turn[:2, :2] = [[0, -1], [1, 0]]
-    turn[:3, 3] = (10, 20, 30)
-    translation, size, rotation, velocity = boxes_to_global(BOX, turn)
+    lidar2global = np.eye(4)
+    lidar2global[:2, :2] = [[0, -1], [1, 0]]
+    lidar2global[:3, 3] = (10, 20, 30)
+    translation, size, rotation, velocity = boxes_to_global(BOX, lidar2global)
     assert translation.tolist() == [[8, 21, 33]] and size.tolist() == [[2, 4, 1.5]] and velocity.tolist() == [[6, 5]]
     expected = Quaternion(axis=(0, 0, 1), degrees=120)
     assert Quaternion(rotation[0]).rotation_matrix == pytest.approx(expected.rotation_matrix)

@@ -136,7 +136,7 @@ def test_hidden_blocks_are_not_encoded():
 
 
 def test_visible_blocks_are_encoded_as_if_alone():
-    """A block among hidden ones gives the same as in an image of its own size: zeros surround it both times."""
+    """A block among hidden ones gives the same as in an image of its own size: in both it is surrounded by zeros."""
     net = make_encoder().backbone
     image = torch.randn(1, 3, 64, 96)
     mask = torch.zeros(1, 1, 2, 3, dtype=torch.bool)

@@ -158,7 +158,7 @@ def test_the_keyframe_is_the_same_with_and_without_sweeps(city):
 
 
 def test_all_frames_are_augmented_together(city):
-    """Every point keeps its pixel in every view, with one grid over all; a stream resumes where another one stopped."""
+    """Every point keeps its pixel in every view; all share one GridMask; a stream resumes where another one stopped."""
     dataset = NuScenesDataset(city, VERSION, "mini_train", THREE)
     whole = dataset[1]
     vary = Augment(rotation=0.4, scale=(0.9, 1.1), translation=(0.5,) * 3, flip_x=1.0, grid_mask=1.0)
@@ -178,14 +178,14 @@ def test_all_frames_are_augmented_together(city):
 
 def test_pictures_of_moving_objects_are_cut_out_where_they_were():
     """A camera at rest that looks along y; a box 10 m ahead, which moved 2 m to the right in half a second."""
-    look = np.array([[60.0, 32, 0, 0], [0, 32, -60, 0], [0, 1, 0, 0], [0, 0, 0, 1]], np.float32)
+    lidar2image = np.array([[60.0, 32, 0, 0], [0, 32, -60, 0], [0, 1, 0, 0], [0, 0, 0, 1]], np.float32)
     images = [np.zeros((64, 64, 3), np.uint8) for _ in range(2)]
     images[0][:, 34:41] = 200  # now: 32 + 60 * 0.5 / 10.5 to 32 + 60 * 1.5 / 9.5
     images[1][:, 22:29] = 100  # then: 32 - 60 * 1.5 / 9.5 to 32 - 60 * 0.5 / 10.5
     box = np.array([[1.0, 10, 0, 1, 1, 1, 0, 4, 0]], np.float32)
     sample = Sample(
         images=images,
-        lidar2image=np.stack([look] * 2),
+        lidar2image=np.stack([lidar2image] * 2),
         lidar2camera=np.stack([np.eye(4, dtype=np.float32)] * 2),
         points=np.array([[1.0, 10, 0, 0, 0]], np.float32),
         point_labels=None,
@@ -221,8 +221,8 @@ def test_objects_are_pasted_into_all_frames(city):
     assert changed >= 4
 
 
-def test_frames_are_fused_as_the_formula_says():
-    """UVTR's: a channel of time, 1 x 1 x 1, norm, ReLU; then all frames' channels, 1 x 1 x 1, norm, ReLU."""
+def test_frames_are_fused_by_the_formula():
+    """As in UVTR: append time as a channel, 1 x 1 x 1, norm, ReLU; concatenate all frames, 1 x 1 x 1, norm, ReLU."""
     fusion = FrameFusion(5, 3).double()
     for norm in (fusion.time_conv[1], fusion.trans_conv[1]):
         nn.init.normal_(norm.weight)
@@ -232,16 +232,16 @@ def test_frames_are_fused_as_the_formula_says():
     plane = lags.view(6, 1, 1, 1, 1).expand(-1, 1, 2, 4, 3)
     truth = fusion.trans_conv(fusion.time_conv(torch.cat([volumes, plane], 1)).view(2, 15, 2, 4, 3))
     d_out = torch.randn_like(truth)
-    wanted = torch.autograd.grad(truth, [volumes, *fusion.parameters()], d_out)
+    expected = torch.autograd.grad(truth, [volumes, *fusion.parameters()], d_out)
     fused = fusion(volumes, lags)
     assert fused.is_contiguous(memory_format=torch.channels_last_3d)
     found = torch.autograd.grad(fused, [volumes, *fusion.parameters()], d_out)
-    for a, b in zip((fused, *found), (truth, *wanted), strict=True):
+    for a, b in zip((fused, *found), (truth, *expected), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 def several(batch, frames, shift=0.5):
-    """A batch of two-camera frames: the keyframe's, and the same images taken `shift` meters further back per frame."""
+    """A batch of several frames of two cameras: the keyframe, and its images taken `shift` meters further back each."""
     moved = [batch.lidar2camera.clone() for _ in range(frames)]
     for w, matrix in enumerate(moved):
         matrix[:, :, 2, 3] += shift * w * torch.tensor([1.0, -1.0])

@@ -49,7 +49,7 @@ def another(hint, value):
     if typing.get_origin(hint) is typing.Literal:
         value = next(choice for choice in typing.get_args(hint) if choice != value)
         return value, [value]
-    if value is None:  # the size of images
+    if value is None:  # the image size
         return (64, 96), [64, 96]
     if isinstance(value, tuple):
         value = value or ((1, 0.5),)  # no suppression
@@ -62,10 +62,10 @@ def another(hint, value):
 def test_every_setting_of_a_recipe_is_a_flag(script, chosen, recipe):
     expected, flags, count = {}, [], 0
     for name, hint, value in settings(recipe):
-        if name.endswith(("mask_ratio", "center_low")):  # of a limited range
+        if name.endswith(("mask_ratio", "center_low")):  # limited to a range
             value, typed = (0.125, [0.125]) if name.endswith("mask_ratio") else ((-9.0, -8.0, -7.5), [-9.0, -8.0, -7.5])
         elif name == ("data.camera_sweeps" if recipe.camera is None else "data.cameras"):
-            continue  # refused
+            continue  # rejected for this recipe
         else:
             value, typed = another(hint, value)
         *section, field = name.replace("_", "-").split(".")
@@ -98,7 +98,7 @@ def test_short_names_and_sections_set_the_same():
     assert finetune.parse(["--modality", "lidar", "--label-fraction", 0.5]).recipe.label_fraction == 0.5
 
 
-def test_a_config_is_where_flags_start_from(tmp_path):
+def test_flags_override_a_config(tmp_path):
     args = train.parse(["--modality", "lidar", "--lr", 0.5, "--init", "a.pt", "b.pt", "--stop-at", 2, "--out", "x"])
     (tmp_path / "config.json").write_text(json.dumps(run_config(args, 8)))
     again = train.parse(["--config", tmp_path / "config.json", "--optim.clip", 2, "--seed", 5])
@@ -194,7 +194,7 @@ def test_settings_that_do_not_fit_each_other_name_their_flags(flags, words):
     ],
     ids=lambda v: " ".join(map(str, v)) if isinstance(v, list) and v[0].startswith("--") else "",
 )
-def test_what_is_not_a_value_is_rejected_by_name(script, flags, words, capsys):
+def test_an_invalid_value_is_rejected_with_its_flag(script, flags, words, capsys):
     with pytest.raises(SystemExit) as end:
         script.parse(flags)
     out, err = capsys.readouterr()
@@ -212,8 +212,8 @@ def test_what_is_not_a_value_is_rejected_by_name(script, flags, words, capsys):
     ],
     ids=lambda v: "-".join(v[1::2]) if isinstance(v, list) else v.__name__,
 )
-def test_help_has_words_for_every_flag(script, flags, capsys):
-    """tyro takes them from the comment after a field, which it misses where the field spans several lines."""
+def test_every_flag_has_a_help_text(script, flags, capsys):
+    """tyro takes it from the comment after a field, which it misses if the field spans several lines."""
     with pytest.raises(SystemExit):
         script.parse([*flags, "--help"])
     words = capsys.readouterr().out
@@ -225,12 +225,12 @@ def test_help_has_words_for_every_flag(script, flags, capsys):
     of_recipe = [name for name, *_ in settings(script.parse(flags).recipe)] if flags else []
     assert len(described) == len(own) + len(of_recipe)
     at = [words.index("--" + name.replace("_", "-") + " ") for name in ("preset", "seed", "device") if name in own]
-    assert flags == [] or max(at) < words.index("--grid.cell")  # the script's first, then the recipe's
+    assert flags == [] or max(at) < words.index("--grid.cell")  # the script's flags first, then the recipe's
     assert "Recipe(" not in words
 
 
 def run(script, *flags, path=""):
-    """A script as a user runs it, without the interpreter that the test suite switches on."""
+    """Run a script as a user does, without the interpreter that the test suite turns on."""
     done = scripts.run(f"{script}.py", *flags, path=path)
     assert done.returncode == 0, done.stderr[-4000:]
 
@@ -260,7 +260,7 @@ def test_a_run_is_all_that_resuming_needs(city, tmp_path):
     ids=["train camera", "train fusion", "finetune"],
 )
 def test_a_frozen_stage_needs_trained_weights(script, flags, flag, city, tmp_path):
-    """The presets of the paper freeze the first stage: random, it would stay so."""
+    """The presets of the paper freeze the first stage: without trained weights it would stay random."""
     args = [*flags, "--data-root", city, "--device", "cpu", "--out", tmp_path / "run"]
     for resume in ("never", "auto"):
         with pytest.raises(UserError, match=f"first stages, so their weights must come from {flag}"):
@@ -271,7 +271,7 @@ def test_a_frozen_stage_needs_trained_weights(script, flags, flag, city, tmp_pat
 
 
 def test_weights_must_include_the_frozen_stages(tmp_path):
-    """A LiDAR run does not start the camera of fusion."""
+    """A LiDAR run has no weights for fusion's camera encoder."""
     recipe = PRETRAIN["fusion"]["tiny"]
     weights = Pretrain(recipe).state_dict()
     for name in ("lidar", "camera"):
@@ -284,7 +284,7 @@ def test_weights_must_include_the_frozen_stages(tmp_path):
 
 
 def test_another_dataset_is_named_by_its_class(toy, tmp_path):
-    """One camera and no task: pre-training and rendering run, fine-tuning says that it cannot."""
+    """One camera and no task: pre-training and rendering run, fine-tuning is a user error."""
     flags = ["--dataset", "toy_set:Toy", "--data-root", tmp_path]
     small = ["--preset", "tiny", "--version", "any", "--steps", 1, "--out", tmp_path / "run"]
     run("train", *SMALL, *flags, *small, path=tmp_path)
@@ -298,7 +298,7 @@ def test_another_dataset_is_named_by_its_class(toy, tmp_path):
 
 
 def test_a_run_does_not_choose_the_code_that_is_imported(tmp_path):
-    """The folder may be somebody else's, and hold a module that its name imports."""
+    """The folder may come from someone else, and contain a module that the dataset's name would import."""
     recipe = PRETRAIN["lidar"]["tiny"]
     args = replace(train.parse(["--modality", "lidar"]), dataset="unipad.outputs.evil:Class")
     config = run_config(args, 1)

@@ -1,8 +1,8 @@
 """Every kernel compiles on any machine, within its budgets and its target's shared memory.
 
-The interpreter checks what a kernel computes; this checks that the real compiler takes it. How kernels are launched and
-what they may cost is defined next to their tests: `LAUNCHES` in tests/kernels/test_<file>.py. The suite compiles one
-launch of each kernel for sm_90; `python -m pytest tests/every_target.py` compiles every launch for every target.
+The interpreter checks what a kernel computes; this checks that the real compiler accepts it. How kernels are launched
+and what they may cost is defined next to their tests: `LAUNCHES` in tests/kernels/test_<file>.py. The suite compiles
+one launch of each kernel for sm_90; `python -m pytest tests/every_target.py` compiles every launch for every target.
 """
 
 import json

@@ -23,7 +23,7 @@ EVERY = [(modality, name) for modality, presets in PRETRAIN.items() for name in 
 @pytest.mark.parametrize("modality, name", EVERY)
 def test_a_preset_builds_the_encoders_of_its_modality(modality, name):
     recipe = PRETRAIN[modality][name]
-    with torch.device("meta"):  # the full sizes too, without their memory
+    with torch.device("meta"):  # allocates no memory for full-size models
         net = Pretrain(recipe).encoder
     assert hasattr(net, "camera") == (recipe.camera is not None) == (modality != "lidar")
     assert hasattr(net, "lidar") == (recipe.lidar is not None) == (modality != "camera")
@@ -31,7 +31,7 @@ def test_a_preset_builds_the_encoders_of_its_modality(modality, name):
 
 
 def test_recipes_of_the_paper():
-    """Sizes that unipad.md and the released configs state."""
+    """Sizes from the paper and the released configs."""
     camera, lidar = PRETRAIN["camera"]["camera-0.1"], PRETRAIN["lidar"]["lidar-0.075"]
     assert camera.grid.shape == (128, 128, 5) and lidar.grid.shape == (180, 180, 5)
     assert lidar.data.sweeps == 10 and lidar.render.rgb_weight == 0 and lidar.optim.batch_size == 16

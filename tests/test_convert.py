@@ -1,4 +1,4 @@
-"""Checkpoints of the original and of ConvNeXt to ours and back, bit for bit; nothing else converts."""
+"""Checkpoints of the original and of ConvNeXt are converted to ours and back, bit for bit; all others are rejected."""
 
 import json
 import lzma
@@ -41,7 +41,7 @@ def released(name):
     for i, (key, (shape, dtype)) in enumerate(RELEASED[name].items()):
         shape = torch.Size(shape)
         state[key] = noise[i : i + shape.numel()].view(shape) if dtype == "float32" else torch.tensor(i)
-        if "norm0" in key:  # gets no gradient: the original's stays what it was at the start
+        if "norm0" in key:  # gets no gradient, so the original's keeps its initial values
             state[key] = torch.full(shape, float(key.endswith("weight")))
     return state
 
@@ -140,9 +140,9 @@ def test_names_and_layouts_by_hand():
         "encoder.lidar_convs.2.1.bias": (4,),
         "head.layers.2.attention.in_proj.weight": (6, 2),
     }
-    there = state["pts_middle_encoder.conv_input.0.weight"]
-    here = ours["encoder.lidar.encoder.conv_input.0.weight"]
-    assert torch.equal(here[7, 2, 1, 0], there[2, 1, 0, :, 7])
+    theirs = state["pts_middle_encoder.conv_input.0.weight"]
+    converted = ours["encoder.lidar.encoder.conv_input.0.weight"]
+    assert torch.equal(converted[7, 2, 1, 0], theirs[2, 1, 0, :, 7])
 
 
 def test_spconv_2_reads_small_kernels_as_matrices():

@@ -1,4 +1,4 @@
-"""Cut-and-paste: what is cut out, where and in which order it is pasted, and the cache of it."""
+"""Cut-and-paste: which objects are cut out, where and in which order they are pasted, and their cache."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def objects(train):
 
 @pytest.fixture(scope="module")
 def sample(city):
-    """From another street than the objects."""
+    """Of another scene than the objects."""
     return NuScenesDataset(city, VERSION, "mini_val", Data(sweeps=2))[1]
 
 
@@ -70,23 +70,23 @@ def test_objects_are_those_of_the_frames(train, objects):
             assert objects.labels[k] == sample.labels[row]
             np.testing.assert_allclose(objects._points(k), sample.points[inside[row]], atol=1e-5)
             for view, image in enumerate(sample.images):
-                rows, places = visible_rectangles(sample.boxes, sample.lidar2image[view], image.shape[:2])
+                rows, rectangles = visible_rectangles(sample.boxes, sample.lidar2image[view], image.shape[:2])
                 picture = objects._picture(k, view)
                 assert (picture is not None) == (row in rows)
                 if picture is not None:
-                    left, top, right, bottom = places[rows == row][0]
+                    left, top, right, bottom = rectangles[rows == row][0]
                     truth = image[top:bottom, left:right].astype(int)
                     assert picture.shape == truth.shape and np.abs(picture - truth).mean() < 12  # JPEG
             k += 1
     assert k == len(objects.labels) > 50 and len(objects.pictures) > 20
 
 
-def test_boxes_with_too_few_points_are_no_objects(train):
+def test_boxes_with_too_few_points_are_not_cut_out(train):
     sample = train[0]
     counts = points_in_boxes(sample.points, sample.boxes).sum(axis=1)
     assert (counts < 50).any()
-    for least in (1, 50):
-        assert [len(cut.points) for cut in cut_out(sample, least)] == counts[counts >= least].tolist()
+    for min_points in (1, 50):
+        assert [len(cut.points) for cut in cut_out(sample, min_points)] == counts[counts >= min_points].tolist()
 
 
 @pytest.mark.parametrize("empty", [False, True])
@@ -142,14 +142,14 @@ def cube(x, y, z=0.0, size=2.0):
 def test_rectangles_by_hand():
     """Cubes of 2 m whose near sides are 10, 5 and 20 m away: 50 / 10 pixels per meter, ..."""
     boxes = np.stack([cube(0, 11), cube(-4, 6), cube(0, -9), cube(0, 0.5), cube(0, 21), cube(90, 11)])
-    rows, places = visible_rectangles(boxes, AHEAD, (64, 64))
+    rows, rectangles = visible_rectangles(boxes, AHEAD, (64, 64))
     assert rows.tolist() == [4, 0, 1]  # not those behind the camera, around it and beside the image
     expected = {0: [27, 27, 37, 37], 1: [0, 22, 10, 42], 4: [29, 29, 34, 34]}
-    assert [expected[r] for r in rows] == places.tolist()
+    assert [expected[r] for r in rows] == rectangles.tolist()
 
 
 def test_pictures_are_pasted_far_ones_first(tmp_path):
-    """Far red, then the sample's own blue, then near green, on gray."""
+    """From far to near: a pasted red object, the sample's own blue one and a pasted green one, on gray."""
     colors = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 200, 30)}
     boxes = {"red": cube(2.5, 21), "blue": cube(0.5, 13), "green": cube(-0.4, 8)}
 

@@ -65,7 +65,7 @@ class Unrelated:
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    """The class `Toy`, by the name that --dataset has."""
+    """The class `Toy`, found by the name that --dataset takes."""
     (tmp_path / "toy_set.py").write_text(TOY)
     monkeypatch.syspath_prepend(tmp_path)
     yield dataset_class("toy_set:Toy")

@@ -33,7 +33,7 @@ def test_complex_depth_matches_the_original():
 
 
 def test_aspp_reaches_as_far_as_its_dilations():
-    """Without the image's mean, a cell reaches the eight cells at distance 6, 12 and 18."""
+    """Without the global average pooling, a cell reaches the eight cells at distance 6, 12 and 18."""
     net = ASPP(2, 3).eval().double()
     torch.nn.init.zeros_(net.global_avg_pool[1].weight)
     x = torch.randn(1, 2, 41, 41, dtype=torch.float64, requires_grad=True)
@@ -150,7 +150,7 @@ def test_loss_by_hand():
     depths = torch.full((1, 1, 2, 4, 3), torch.nan)
     depths[0, 0, 1, 2] = torch.tensor([0.5, 0.25, 0.25])
     depths[0, 0, 1, 1] = torch.tensor([0.25, 0.5, 0.25])
-    depths[depths.isnan()] = 0.9  # where LiDAR sees nothing, nothing counts
+    depths[depths.isnan()] = 0.9  # features without a LiDAR point do not count
     likelihoods = torch.tensor([1 / 2, 3 / 4, 3 / 4, 1 / 4, 1 / 2, 3 / 4])
     torch.testing.assert_close(depth_loss([depths], batch, cfg), -likelihoods.log().sum())
     torch.testing.assert_close(depth_loss([depths, depths], batch, cfg), -2 * likelihoods.log().sum())

@@ -109,7 +109,7 @@ def test_plain_head_matches_the_original():
 
 
 def assert_same_boxes(boxes, expected, rel):
-    """Equal up to full rotations."""
+    """Equal up to multiples of 2 pi in yaw."""
     difference = boxes[:, 6] - expected[:, 6]
     assert torch.allclose(difference.cos(), torch.ones_like(difference), atol=1e-6)
     rest = [0, 1, 2, 3, 4, 5, 7, 8]
@@ -138,7 +138,7 @@ def test_denoising_head_matches_the_original():
     assert_assigned_as_recorded(arrays, RECORDED, found, listed)
     losses = detection_losses(RECORDED, found, noisy_found, noisy, *listed)
     for name, term in {"class": "loss_cls", "box": "loss_bbox", "iou": "loss_iou"}.items():
-        rel = 1e-4 if name == "iou" else 1e-5  # in fp32 an IoU is good to 1e-5
+        rel = 1e-4 if name == "iou" else 1e-5  # in fp32 an IoU is accurate to 1e-5
         assert_close_to_max(losses[name], recorded_losses(arrays, term), rel, name)
         assert_close_to_max(losses[f"noisy_{name}"], recorded_losses(arrays, f"dn_{term}"), rel, f"noisy_{name}")
     sums = head.losses(volume, *truth, generators=None, noise=noise)
@@ -153,7 +153,7 @@ def test_assignment_matches_the_original(weights, name):
     arrays, _ = load("det_box_utils")
     cfg = dataclasses.replace(RECORDED, code_weights=weights)
     boxes = boxes_from_original(arrays["in/assign_gt_boxes_gravity_centre"])
-    boxes[:, 2] -= boxes[:, 5] / 2  # z is the center's already
+    boxes[:, 2] -= boxes[:, 5] / 2  # the recorded z is already that of the center
     logits, codes = arrays["in/coder_cls"][-1:, :1], arrays["in/coder_box"][-1:, :1]
     truth = boxes, arrays["in/assign_gt_labels"], [7]
     expected = arrays[f"out/assign_{name}_cls_cost"] + arrays[f"out/assign_{name}_reg_cost"]
@@ -197,7 +197,7 @@ def test_full_size():
 
 
 def some_boxes(counts):
-    """Boxes all over the range, labels and counts."""
+    """Random boxes in the range, labels and counts."""
     M = sum(counts)
     boxes = torch.zeros(M, 9)
     boxes[:, :3] = torch.tensor(GRID.low) + torch.rand(M, 3) * (torch.tensor(GRID.high) - torch.tensor(GRID.low))
@@ -312,7 +312,7 @@ def test_losses_by_hand():
 
 def test_non_finite_values_neither_raise_nor_spread():
     boxes, labels, _ = some_boxes([2])
-    boxes[1, 7], boxes[0, 3] = torch.nan, 0.0  # of unknown speed; without a width
+    boxes[1, 7], boxes[0, 3] = torch.nan, 0.0  # one has an unknown velocity, the other no width
     codes = torch.randn(1, 1, 4, 10)
     found = Predictions(torch.randn(1, 1, 4, 10), codes, torch.zeros(1, 1, 4))
     losses = detection_losses(SMALL, found, None, None, boxes, labels, [2])
@@ -323,26 +323,26 @@ def test_non_finite_values_neither_raise_nor_spread():
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_matches_torch(masked):
-    ours, torchs = SelfAttention(8, 2), torch.nn.MultiheadAttention(8, 2, batch_first=True)
-    torchs.load_state_dict({k.replace("in_proj.", "in_proj_"): v for k, v in ours.state_dict().items()})
+    ours, theirs = SelfAttention(8, 2), torch.nn.MultiheadAttention(8, 2, batch_first=True)
+    theirs.load_state_dict({k.replace("in_proj.", "in_proj_"): v for k, v in ours.state_dict().items()})
     x, position = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
     blocked = torch.rand(5, 5) > 0.6 if masked else None
     if masked:
         blocked.fill_diagonal_(False)
-    expected, _ = torchs(x + position, x + position, x, attn_mask=blocked)
+    expected, _ = theirs(x + position, x + position, x, attn_mask=blocked)
     assert torch.allclose(ours(x, position, blocked, Dropout()), expected, atol=1e-6)
     # with a dropout rate above 0 the attention is computed step by step
     assert torch.allclose(ours(x, position, blocked, Dropout(1e-12, seeded(0, 1))), expected, atol=1e-6)
 
 
 def test_the_volume_is_sampled_like_grid_sample():
-    look = VolumeAttention(6)
+    attention = VolumeAttention(6)
     volume, reference = torch.randn(2, 6, 3, 4, 5), 4 * torch.randn(2, 40, 3)
     at = (2 * reference.sigmoid() - 1)[:, None, None]
     expected = torch.nn.functional.grid_sample(volume, at, align_corners=False)[:, :, 0, 0].transpose(1, 2)
-    x = torch.zeros(2, 40, 6)  # whose gate is half open
-    expected = torch.nn.functional.linear(expected / 2, look.output_proj.weight)
-    assert torch.allclose(look(x, reference, volume.permute(0, 2, 3, 4, 1)), expected, atol=1e-6)
+    x = torch.zeros(2, 40, 6)  # a gate of sigmoid(0) = 1/2
+    expected = torch.nn.functional.linear(expected / 2, attention.output_proj.weight)
+    assert torch.allclose(attention(x, reference, volume.permute(0, 2, 3, 4, 1)), expected, atol=1e-6)
 
 
 def test_dropout_is_drawn_per_sample_and_keeps_the_mean():
@@ -408,7 +408,7 @@ def test_a_head_learns_to_find_boxes():
     for box, label, result in zip(boxes, labels, [found[0]] * 3 + [found[1]] * 2, strict=True):
         best = result.boxes[result.labels == label][:1]
         hits += len(best) == 1 and (best[0, :2] - box[:2]).norm().item() < 3
-    assert hits >= 4  # so few queries may leave one box to a duplicate
+    assert hits >= 4  # with so few queries, one box may be missed for a duplicate of another
 
 
 def test_detector_joins_encoder_and_head():

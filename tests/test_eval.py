@@ -44,13 +44,14 @@ def validation(root, **settings):
 
 
 def truth_of(batch):
-    """The boxes of a batch through the head's code and back: a perfect detector."""
+    """The boxes of a batch, encoded and decoded as by the head: a perfect detector."""
     labels = batch.labels.split(batch.box_counts.tolist())
     boxes = decode_boxes(encode_boxes(batch.boxes)).split(batch.box_counts.tolist())
     return [Detections(b, torch.ones(len(b)), l) for b, l in zip(boxes, labels, strict=True)]
 
 
-def test_the_truth_through_code_json_and_devkit_scores_one(city, tmp_path):
+def test_ground_truth_scores_one(city, tmp_path):
+    """Through box encoding, JSON file and devkit."""
     model = tiny_detector().train()
     metrics = evaluate_detections(model, validation(city), tmp_path / "eval", ALONE, truth_of)
     assert model.training
@@ -71,7 +72,7 @@ def test_no_detections_score_zero(city, tmp_path):
     lines = {line.split()[0]: line.split()[1:] for line in words.splitlines()[-10:]}
     assert lines.keys() == set(CLASSES)
     assert lines["car"] == ["0.000"] + 5 * ["1.000"]
-    assert lines["traffic_cone"] == ["0.000", "1.000", "1.000", "nan", "nan", "nan"]  # it has no front
+    assert lines["traffic_cone"] == ["0.000", "1.000", "1.000", "nan", "nan", "nan"]  # has no orientation
 
 
 def tokens(dataset):
@@ -96,7 +97,7 @@ def test_unreadable_frames_are_named_and_empty(city, tmp_path, capsys):
 
 
 def test_a_submission_by_hand(city, tmp_path):
-    """Attributes by class and speed; the best 500; nothing that the devkit would fail on."""
+    """Attributes by class and speed; the best 500 boxes; no box that the devkit would fail on."""
     dataset = validation(city)
     index = replace(dataset.index, lidar2global=np.tile(np.eye(4), (len(dataset.index.lidar2global), 1, 1)))
     boxes = torch.tensor([[1.0, 2, 3, 2, 4, 1.5, 0, 0, 0]]).repeat(7, 1)
@@ -137,7 +138,7 @@ def test_a_submission_by_hand(city, tmp_path):
 
 
 def save_run(folder, model, root, recipe=None):
-    """A run's folder as the training scripts write it, as far as evaluation reads it; root None: as `convert` does."""
+    """The part of a run's folder that evaluation reads, as written by a training script; root None: by `convert`."""
     (folder / "checkpoints").mkdir(parents=True)
     args = {"data_root": str(root), "version": "v1.0-mini"} if root else {}
     config = {"args": args, "recipe": to_dict(recipe or model.recipe), "steps": 1}
@@ -238,7 +239,7 @@ def test_a_scene_is_rendered_filmed_and_meshed(camera_run, tmp_path, capsys):
 
 
 def test_frames_are_rendered_by_number_with_and_without_masks(camera_run, tmp_path, city):
-    """Without masks there is one row of images less. A missing frame is named and skipped."""
+    """Without masks there is one row of images fewer. A missing frame is named and skipped."""
     root = shutil.copytree(city, tmp_path / "set")
     dataset = validation(root)
     (root / dataset.index.image_files[1][0].decode()).unlink()
@@ -284,7 +285,7 @@ def test_distances_are_the_sdf_in_meters():
     assert values[3, 7, 1].item() == pytest.approx(sdf.item() / grid.scale, rel=1e-4, abs=1e-4)
 
 
-MISTAKES = [
+USER_ERRORS = [
     ("detector", ["--task", "render"], ["--task render", "train.py"]),
     ("camera", ["--task", "detect"], ["--task detect", "finetune.py"]),
     ("camera", ["--task", "segment"], ["--task segment", "finetune.py --task segment", "train.py"]),
@@ -308,7 +309,7 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize("run, flags, words", MISTAKES, ids=lambda value: " ".join(map(str, value)))
+@pytest.mark.parametrize("run, flags, words", USER_ERRORS, ids=lambda value: " ".join(map(str, value)))
 def test_a_user_error_is_one_sentence(run, flags, words, detector_run, camera_run):
     with pytest.raises(UserError) as error:
         evaluate({"detector": detector_run, "camera": camera_run}[run], *flags)

@@ -7,7 +7,7 @@ from tests.check import launches
 from tests.conftest import HAS_GPU
 from tests.golden import assert_close_to_max, load
 from unipad.kernels import backend
-from unipad.kernels.ray_sample import clip_rays, merge, resample, sample_pdf, stratified_starts
+from unipad.kernels.ray_sample import clip_rays, merge, resample, sample_pdf, stratified_edges
 from unipad.kernels.sdf_alpha import laplace_density, neus_alpha, volsdf_alpha
 
 # Fraction of the largest distance. An interval of little weight magnifies the rounding of the CDF, and the original
@@ -61,13 +61,13 @@ def test_rays_that_fail_an_assertion_of_the_original_are_marked_as_misses(device
 
 def test_uniform_samples(device):
     rec = record("render_samplers", device)
-    edges = stratified_starts(rec["in/nears"], rec["in/fars"], 12)
+    edges = stratified_edges(rec["in/nears"], rec["in/fars"], 12)
     assert_edges(edges, rec, "UniformSampler_eval")
 
 
 def test_importance_samples(device):
     rec = record("render_samplers", device)
-    edges = stratified_starts(rec["in/nears"], rec["in/fars"], 40)
+    edges = stratified_edges(rec["in/nears"], rec["in/fars"], 40)
     new = sample_pdf(edges, rec["in/pdf_weights"], 24)
     assert_edges(new, rec, "PDFSampler_eval")
     assert_edges(merge(edges, new)[0], rec, "merge_uniform40_pdf24")
@@ -77,7 +77,7 @@ def test_importance_samples(device):
 def test_order_of_merged_samples(device):
     """The order may differ from the original's only between samples that are equal up to rounding."""
     rec = record("render_samplers", device)
-    edges = stratified_starts(rec["in/nears"], rec["in/fars"], 40)
+    edges = stratified_edges(rec["in/nears"], rec["in/fars"], 40)
     new = sample_pdf(edges, rec["in/pdf_weights"], 24)
     merged, order = merge(edges, new)
     starts = torch.cat([edges[:, :-1], new[:, :-1]], dim=1)
@@ -89,7 +89,7 @@ def test_order_of_merged_samples(device):
 
 def test_jittered_samples(device):
     rec = record("render_samplers", device)
-    edges = stratified_starts(rec["in/nears"], rec["in/fars"], 40, rec["in/rand_uniform_single_jitter"])
+    edges = stratified_edges(rec["in/nears"], rec["in/fars"], 40, rec["in/rand_uniform_single_jitter"])
     assert_edges(edges, rec, "UniformSampler_train_single_jitter")
     new = sample_pdf(edges, rec["in/pdf_weights"], 24, rec["in/rand_pdf_single_jitter"])
     assert_edges(new, rec, "PDFSampler_train_single_jitter")
@@ -98,7 +98,7 @@ def test_jittered_samples(device):
 def test_importance_samples_of_neus(device):
     """From the recorded weights of 72 uniform samples to the 96 samples that are rendered."""
     rec = record("render_neus_eval", device)
-    uniform = stratified_starts(rec["out/nears"], rec["out/fars"], 72)
+    uniform = stratified_edges(rec["out/nears"], rec["out/fars"], 72)
     points = rec["in/ray_o"][:, None] + uniform[:, :-1, None] * rec["in/ray_d"][:, None]
     assert_close_to_max(points, rec["out/init_sampled_points"], 1e-6)
     edges = resample(uniform, rec["out/init_weights"], 24)

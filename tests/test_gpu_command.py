@@ -201,7 +201,7 @@ def test_stages_run_without_a_gpu(tmp_path):
     log = (tmp_path / "log.txt").read_text()
     assert [r["ended"] for r in folder.records("ended")] == ["ok"] * 3, log
     assert "| bf16 matrix product |" in page(folder) and " passed in " in page(folder)
-    assert "| R=384 S=64 C=4 | written out |" in log
+    assert "| R=384 S=64 C=4 | eager |" in log
 
 
 def test_the_command_keeps_its_time_limit(tmp_path):

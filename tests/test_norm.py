@@ -36,7 +36,7 @@ def test_one_process_matches_plain_batch_norm(plain, shape):
     assert torch.equal(ours.eval()(x), plain.eval()(x))
 
 
-def test_a_lone_row_is_the_bias():
+def test_a_single_row_becomes_the_bias():
     norm = SyncedBatchNorm(3)
     nn.init.normal_(norm.bias)
     x = torch.randn(1, 3, requires_grad=True)
@@ -80,7 +80,7 @@ def one_of_two(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     results = []
     for dtype, samples, _ in SPLITS:
-        mine = slice(samples) if rank == 0 else slice(samples, None)
-        results.append(norm_step(SyncedBatchNorm(3), *(t[mine] for t in batch(dtype))))
+        own = slice(samples) if rank == 0 else slice(samples, None)
+        results.append(norm_step(SyncedBatchNorm(3), *(t[own] for t in batch(dtype))))
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()

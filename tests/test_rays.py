@@ -199,15 +199,15 @@ def test_a_sample_alone_gets_the_same_rays(strategy):
     half = len(both) // 2
     for b in range(2):
         alone = choose_rays(make_batch(clouds[b : b + 1]), cfg, generators(b + 1))
-        mine = both[b * half : (b + 1) * half]
-        assert (mine.volume_idx == b).all() and (alone.volume_idx == 0).all()
+        own = both[b * half : (b + 1) * half]
+        assert (own.volume_idx == b).all() and (alone.volume_idx == 0).all()
         for name in ("origins", "directions", "depth", "rgb"):
-            assert torch.equal(getattr(mine, name), getattr(alone, name)), name
+            assert torch.equal(getattr(own, name), getattr(alone, name)), name
 
 
 @pytest.mark.parametrize("strategy", ["depth", "random", "dilation"])
 def test_nothing_waits_for_the_gpu(strategy):
-    """With meta tensors: whatever needs a value on the host, or a shape that depends on one, raises."""
+    """With fake tensors: whatever needs a value on the host, or a shape that depends on one, raises."""
     batch, mode = make_batch([point_cloud(9), point_cloud(5)]), FakeTensorMode(allow_non_fake_inputs=True)
     names = ("images", "image_sizes", "lidar2image", "lidar2camera", "points")
     fake = replace(batch, **{name: mode.from_tensor(getattr(batch, name)) for name in names})

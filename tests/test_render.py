@@ -103,7 +103,7 @@ def test_rendering_equals_the_original(name, cfg, weights_rel):
     assert_close_to_max(out.starts, record["out/z_vals"][..., 0], 1e-3, "starts")
     assert_close_to_max(out.sdf, record["out/sdf"][..., 0], 1e-3, "sdf")
     assert_close_to_max(out.gradient, record["out/gradients"], 1e-3, "gradient")
-    # samples that nearly coincide trade weights: see fp32_noise_floor in the record's JSON file
+    # rounding moves weight between samples that nearly coincide: see fp32_noise_floor in the record's JSON file
     assert_close_to_max(out.weights, record["out/weights"][..., 0], weights_rel, "weights")
 
     losses = renderer.loss(out, rays)
@@ -140,7 +140,7 @@ def test_unisurf_places_samples_as_the_original():
         )  # fmt: skip
     assert_close_to_max(edges[:, :-1], record["out/starts"][..., 0], 1e-4, "starts")
     assert_close_to_max(edges[:, 1:], record["out/ends"][..., 0], 1e-4, "ends")
-    # where the field changes sign on the way in, samples crowd around the change
+    # where the field changes sign along a ray, samples are close together around the change
     assert (edges.diff(dim=1).amin(dim=1) < (far - near) / 240).any()
 
 
@@ -177,7 +177,7 @@ def test_training_step_of_the_render_head_equals_the_original():
     for name, leaf in zip(("feat_0", "feat_1", "depth_map_0", "depth_map_1"), levels, strict=True):
         assert_close_to_max(leaf.grad, record[f"grad/{name}"], 1e-3, name)
     for name, expected in weights(record, "", "grad/").items():
-        if name != "project.0.bias":  # in front of batch statistics: mathematically 0
+        if name != "project.0.bias":  # before a batch norm: 0 except for rounding
             assert_close_to_max(head.get_parameter(name).grad, expected, 5e-3, name)
     for name, expected in weights(record, "", "out/after/").items():
         assert_close_to_max(head.state_dict()[name], expected, 1e-5, name)
@@ -202,7 +202,7 @@ def test_rays_that_the_original_rejects_do_not_hit():
 
 @pytest.mark.parametrize("twice", [False] + [True] * benchmarks.eager.TWICE_DIFFERENTIABLE)
 def test_gradients_equal_double_backward(twice, monkeypatch):
-    """In fp64: one reverse pass by hand and first-order autograd give what the original's double backward gives.
+    """In fp64: a hand-written reverse pass with first-order autograd gives what the original's double backward gives.
 
     twice: the double backward is that of `F.grid_sample`, if it is twice differentiable; else of gathers.
     """
@@ -276,9 +276,9 @@ def test_a_batch_is_the_mean_of_its_samples(method):
     losses = renderer.loss(renderer(volume, rays, jitter), rays)
     singles = []
     for b in range(2):
-        mine = rays.volume_idx == b
-        alone = replace(rays[mine], volume_idx=torch.zeros(int(mine.sum()), dtype=torch.int32))
-        singles.append(renderer.loss(renderer(volume[b : b + 1], alone, jitter[mine]), alone))
+        own = rays.volume_idx == b
+        alone = replace(rays[own], volume_idx=torch.zeros(int(own.sum()), dtype=torch.int32))
+        singles.append(renderer.loss(renderer(volume[b : b + 1], alone, jitter[own]), alone))
     for name, value in losses.items():
         torch.testing.assert_close(value, (singles[0][name] + singles[1][name]) / 2, rtol=1e-5, atol=0)
 

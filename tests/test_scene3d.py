@@ -1,4 +1,4 @@
-"""The 3D view: what is where, by hand, and that TensorBoard's files hold it."""
+"""The 3D view: its geometry worked out by hand, and that TensorBoard reads it."""
 
 import numpy as np
 import pytest
@@ -48,7 +48,7 @@ def test_edges_of_a_box():
         assert (np.ptp(bar, axis=0) > 1.5).sum() == 1
 
 
-def test_points_of_sweeps_are_left_out_and_crowds_thinned(monkeypatch):
+def test_points_of_sweeps_are_left_out_and_too_many_are_thinned(monkeypatch):
     points = torch.tensor([[float(i), 0.0, 0.0, 0.0, 0.1 * (i >= 5)] for i in range(7)])
     batch = make_batch([[]])
     batch = type(batch)(**{**vars(batch), "points": points, "point_counts": torch.tensor([7])})

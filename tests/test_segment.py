@@ -16,8 +16,8 @@ RECIPE = SEGMENT["lidar"]["tiny"]
 
 
 def by_definition(probabilities, labels):
-    """Lovász's extension of 1 - IoU, per class: errors in descending order, each times what it adds to the loss of the
-    points before it."""
+    """The Lovász extension of 1 - IoU, per class: the points' errors in descending order, each times the increase of
+    the loss when its point joins those before it."""
     values = []
     for c in labels.unique().tolist():
         true = {i for i, label in enumerate(labels.tolist()) if label == c}
@@ -47,9 +47,9 @@ def test_lovasz_softmax_has_the_gradient_of_its_value():
 
 
 def test_lovasz_softmax_of_hard_predictions_is_one_minus_iou():
-    labels, guesses = torch.randint(4, (200,)), torch.randint(4, (200,))
-    ious = [((labels == c) & (guesses == c)).sum() / ((labels == c) | (guesses == c)).sum() for c in range(4)]
-    hard = torch.nn.functional.one_hot(guesses, 4).double()
+    labels, predicted = torch.randint(4, (200,)), torch.randint(4, (200,))
+    ious = [((labels == c) & (predicted == c)).sum() / ((labels == c) | (predicted == c)).sum() for c in range(4)]
+    hard = torch.nn.functional.one_hot(predicted, 4).double()
     assert lovasz_softmax(hard, labels).item() == pytest.approx(1 - sum(ious).item() / 4, abs=1e-6)
 
 

@@ -39,7 +39,7 @@ def validation(city):
 
 
 def truth_of(batch):
-    """The labels of a batch through the model's last step: a perfect segmenter; 1 where there is no label."""
+    """The labels of a batch, through the model's last step: a perfect segmenter; class 1 where there is no label."""
     hot = torch.nn.functional.one_hot((batch.point_labels.long() - 1).clamp(min=0), len(LIDARSEG_CLASSES))
     return classes_of(batch, hot)
 
@@ -65,7 +65,8 @@ def perfect(validation, tmp_path_factory):
     return folder, metrics
 
 
-def test_the_truth_through_files_and_devkit_scores_one(perfect, validation):
+def test_ground_truth_scores_one(perfect, validation):
+    """Through files and devkit."""
     folder, metrics = perfect
     assert metrics == {"mIoU": 1, "mAcc": 1, "allAcc": 1}
     summary = json.loads((folder / "segmentation_summary.json").read_text())
@@ -148,7 +149,7 @@ def test_unreadable_frames_are_named_and_do_not_count(city, tmp_path, capsys):
 
 
 def test_logits_of_views_are_summed_per_point(validation):
-    """The truth in eight views is the truth; summed over all eight, x and y are 0, over fewer they are not."""
+    """Ground truth in eight views sums to ground truth. Logits x and y cancel over all eight views, not over fewer."""
     eight = tta_views(angles=np.radians([0, 90]))
     sides = {tuple(np.round(move[:2, :2], 6).flatten() + 0) for move in eight}
     assert len(sides) == 8
@@ -160,12 +161,12 @@ def test_logits_of_views_are_summed_per_point(validation):
     for i in range(len(validation)):
         assert np.array_equal(found[validation[i].token], validation[i].point_labels.clip(1))
 
-    def by_place(batch):
+    def by_position(batch):
         x, y = batch.points[:, 0], batch.points[:, 1]
         return torch.stack([x, y, torch.full_like(x, 1e-4)], dim=1)  # meters; the last wins where x and y are 0
 
     batch = collate([validation[0]])
-    (alone,), (together,) = (segment_tta(by_place, motions, batch) for motions in (eight[:7], eight))
+    (alone,), (together,) = (segment_tta(by_position, motions, batch) for motions in (eight[:7], eight))
     assert len(alone.unique()) > 1 and (together == 3).all()
 
 

@@ -80,7 +80,7 @@ def assert_is_dense_convolution(conv, x, convolve, active):
     ours = out.dense()
     assert torch.equal(occupancy(out.voxels), active)
     leaves = [x.features, *conv.parameters()]
-    # a voxel's gradient comes back through its own coordinates, not through those that `dense` computes
+    # the truth scatters features by the voxels' own coordinates, not by those that `dense` computes
     truth = convolve(dense_of(x), conv.weight.permute(0, 4, 1, 2, 3))
     truth = (truth if conv.bias is None else truth + conv.bias.view(-1, 1, 1, 1)) * active
     assert ours.shape == truth.shape and ours.is_contiguous(memory_format=torch.channels_last_3d)
@@ -151,7 +151,7 @@ def test_inverse_matches_conv_transpose3d_at_the_first_voxels(name, geometry, de
     reached = down(first)
     x = reached.replace(reached.features.detach().requires_grad_())
 
-    # the last cells that no window starts at, but some window covers
+    # the last cells, which the transposed convolution would leave out
     full = F.conv_transpose3d(x.dense()[:, :1], x.features.new_ones(1, 1, *down.kernel), None, *geometry_of(down))
     left = [size - covered for size, covered in zip(SHAPE, full.shape[2:], strict=True)]
 
@@ -215,7 +215,7 @@ def test_unused_voxels_are_freed():
             out = SparseConv3d(2, 2, 3, 2, 1).double()(x)
         first, second = weakref.ref(x.voxels), weakref.ref(out.voxels)
         del x
-        assert first() is not None  # the way back
+        assert first() is not None  # kept for an inverse convolution
         del out
         assert second() is None and first() is None
     finally:

@@ -162,9 +162,9 @@ def test_points_lie_on_the_ground_and_in_their_boxes(nusc):
         assert np.abs(points[2, flat] + rig.LIDAR_POSITION[2]).max() < 0.06
         owned = np.zeros(len(labels), bool)
         for box in boxes:
-            mine = points_in_box(box, points[:3], wlh_factor=1.1) & (labels == CATEGORY[box.name])
-            assert mine.sum() >= nusc.get("sample_annotation", box.token)["num_lidar_pts"]
-            owned |= mine
+            inside = points_in_box(box, points[:3], wlh_factor=1.1) & (labels == CATEGORY[box.name])
+            assert inside.sum() >= nusc.get("sample_annotation", box.token)["num_lidar_pts"]
+            owned |= inside
         actors = np.isin(labels, [CATEGORY[box.name] for box in boxes])
         assert owned[actors].mean() > 0.99
 
@@ -265,14 +265,14 @@ def test_windows_lose_no_hit(scene, kind, monkeypatch):
         np.testing.assert_array_equal(windowed, full)
 
 
-def test_the_seed_decides_everything_and_workers_nothing(tmp_path):
+def test_contents_depend_on_the_seed_but_not_on_workers(tmp_path):
     alone = synthetic.generate(tmp_path / "alone", workers=1, **TINY)
     pair = synthetic.generate(tmp_path / "pair", workers=2, **TINY)
     other = synthetic.generate(tmp_path / "other", workers=1, seed=1, **TINY)
     assert contents(alone) == contents(pair)
-    mine, others = contents(alone), contents(other)
-    images = [name for name in mine if name.endswith(".jpg")]
-    assert images and all(mine[name] != others[name] for name in images)
+    first, second = contents(alone), contents(other)
+    images = [name for name in first if name.endswith(".jpg")]
+    assert images and all(first[name] != second[name] for name in images)
 
 
 def contents(root):

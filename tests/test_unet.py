@@ -57,7 +57,7 @@ def test_paper_size():
 
 
 def test_points_have_the_features_of_their_voxels_in_any_batch():
-    """A sample's features are the same alone, with another sample and with a far point; a point has its voxel's."""
+    """A sample's features do not change with another sample or with a far point; a point has those of its voxel."""
     points, counts = cloud()
     net = UnetEncoder(SMALL, GRID).eval()
     features, rows, voxel_of = net.voxel_features(points, counts)
@@ -70,7 +70,7 @@ def test_points_have_the_features_of_their_voxels_in_any_batch():
 
 
 def test_without_points_every_layer_runs_and_has_a_gradient():
-    """Else processes that have points would wait for this one forever."""
+    """Otherwise, processes that have points would wait for this one forever."""
     net = UnetEncoder(SMALL, GRID)
     features, rows, voxel_of = net.voxel_features(torch.zeros(0, 5), [0, 0])
     assert features.shape == (0, 5) and not len(rows) and not len(voxel_of)
@@ -115,16 +115,16 @@ def test_cells_of_points_are_the_same_on_a_gpu():
     """Cells of 0.3 m: multiplied by the reciprocal, some of these points would fall into the next cell."""
     net = UnetEncoder(SMALL, config.Grid(low=(-3.0, -3.0, -2.0), high=(3.0, 3.0, 4.0), cell=(0.3, 0.3, 2.0)))
     x = (torch.arange(1, 20).double() * 0.3 - 3).float()
-    places = torch.stack([x, x, torch.zeros_like(x)], dim=1)
+    points = torch.stack([x, x, torch.zeros_like(x)], dim=1)
     features, sample = torch.arange(1.0, 20)[:, None], torch.zeros(19, dtype=torch.int32)
-    volume = net._volume(features, places, sample, 1)
+    volume = net._volume(features, points, sample, 1)
     assert ((x + 3) * (1 / torch.tensor(0.3))).floor().ne(((x + 3) / torch.tensor(0.3)).floor()).any()
     with DivideLikeGpu():
-        assert torch.equal(net._volume(features, places, sample, 1), volume)
+        assert torch.equal(net._volume(features, points, sample, 1), volume)
 
 
 def test_hidden_blocks_are_empty():
-    """Visible blocks are encoded as if there were nothing else; a point on the border stays inside."""
+    """Visible blocks are encoded as if there were no others; a point on the border stays inside."""
     points, counts = cloud((400, 200))
     points[0, :3] = torch.tensor([8.0, 8.0, 4.0]).nextafter(torch.zeros(3))
     net = UnetEncoder(SMALL, GRID).eval()
@@ -135,9 +135,9 @@ def test_hidden_blocks_are_empty():
     for b in range(2):
         kept, occupied = (sum(c[0] == b for c in these) for these in blocks)
         assert kept == round(occupied * 0.2)
-    place = ((points[:, :3] - torch.tensor(GRID.low)) / 0.5).long().flip(1) // 2
+    block = ((points[:, :3] - torch.tensor(GRID.low)) / 0.5).long().flip(1) // 2
     sample = torch.tensor([0, 1]).repeat_interleave(counts)
-    visible = torch.tensor([(b, *p) in blocks[0] for b, p in zip(sample.tolist(), place.tolist(), strict=True)])
+    visible = torch.tensor([(b, *p) in blocks[0] for b, p in zip(sample.tolist(), block.tolist(), strict=True)])
     alone, _ = net(points[visible], [int(visible[:400].sum()), int(visible[400:].sum())])
     torch.testing.assert_close(volume, alone, rtol=1e-4, atol=1e-5)
     volume.square().sum().backward()

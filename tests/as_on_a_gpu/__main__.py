@@ -1,7 +1,7 @@
 """Execute the GPU code path without a GPU: the kernel tests, and one small training step of each modality.
 
     python -m tests.as_on_a_gpu                                     everything
-    python -m tests.as_on_a_gpu tests/kernels/test_lift.py -k crowd  some tests; arguments go to pytest
+    python -m tests.as_on_a_gpu tests/kernels/test_lift.py -k hand  some tests; arguments go to pytest
     python -m tests.as_on_a_gpu --env PATH ...                      with this environment, created if missing
 
 Linux, Python 3.11 or newer. The first run creates a virtual environment in ~/.cache/unipad-triton. The package ttsem
@@ -53,7 +53,7 @@ def main(argv):
 def _is_ready():
     """Whether this Python has the pinned packages."""
     try:
-        return all(version(name).split("+")[0] == wanted for name, wanted in PINS.items())
+        return all(version(name).split("+")[0] == pin for name, pin in PINS.items())
     except PackageNotFoundError:
         return False
 
@@ -73,7 +73,7 @@ def environment(folder):
         shutil.rmtree(own, ignore_errors=True)  # from an interrupted run
     subprocess.run([sys.executable, "-m", "venv", folder or own], check=True)
     pip = [python, "-m", "pip", "install", "-q"]
-    exact = [f"{name}=={wanted}" for name, wanted in PINS.items()]
+    exact = [f"{name}=={pin}" for name, pin in PINS.items()]
     subprocess.run([*pip, *exact[:2], *OTHERS], check=True)
     # ttsem's metadata requires Python 3.12 and torch 2.14; it runs with 3.11 and 2.13
     subprocess.run([*pip, "--no-deps", "--ignore-requires-python", exact[2]], check=True)

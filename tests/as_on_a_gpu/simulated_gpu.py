@@ -34,13 +34,14 @@ def simulated_gpu():
         patch(mlir, "parse", functools.cache(mlir.parse))
         patch(Memory, "atomic", _vectorized(Memory.atomic))
         stack.enter_context(sanitize.session(SM, "<as on a GPU>", on_unchecked=_refuse_unchecked))
-        (below,) = _get_current_function_mode_stack()  # ttsem's, which replaces "cuda" by the CPU
+        (ttsem_mode,) = _get_current_function_mode_stack()  # replaces "cuda" by the CPU
         requests = DeviceRequests()
         patch(JITFunction, "run", _launch_on_cuda_tensors_only(JITFunction.run))
-        patch(torch.autograd, "_engine_run_backward", _with_modes(torch.autograd._engine_run_backward, below, requests))
-        patch(torch.Tensor, "device", property(_device_of(below)))
-        patch(torch.Tensor, "is_cuda", property(lambda t: place(t) != "cpu"))
-        patch(torch.Tensor, "is_cpu", property(lambda t: place(t) == "cpu"))
+        run_backward = _with_modes(torch.autograd._engine_run_backward, ttsem_mode, requests)
+        patch(torch.autograd, "_engine_run_backward", run_backward)
+        patch(torch.Tensor, "device", property(_device_of(ttsem_mode)))
+        patch(torch.Tensor, "is_cuda", property(lambda t: device_type(t) != "cpu"))
+        patch(torch.Tensor, "is_cpu", property(lambda t: device_type(t) == "cpu"))
         for name, answer in CUDA.items():
             patch(torch.cuda, name, answer)
         patch(torch, "Generator", Generator)
@@ -60,7 +61,7 @@ def in_full_fp32():
 
 class _State(threading.local):
     launching = False
-    requested = None  # place of the tensor that is being created
+    requested = None  # device type of the tensor that is being created
 
 
 _state = _State()
@@ -69,13 +70,13 @@ _state = _State()
 # The simulated device of a tensor
 
 
-def place(tensor):
+def device_type(tensor):
     """ "cuda", "cpu", or None for a tensor that PyTorch created internally: it may be used with either."""
-    return getattr(_storage(tensor), "place", None)
+    return getattr(_storage(tensor), "device_type", None)
 
 
-def put(tensor, where):
-    _storage(tensor).place = where
+def set_device_type(tensor, where):
+    _storage(tensor).device_type = where
 
 
 def _storage(tensor):
@@ -87,12 +88,12 @@ def _type_of(device):
     return torch.device(device).type if isinstance(device, (str, torch.device)) else "cuda"  # an index means a GPU
 
 
-def _device_of(below):
+def _device_of(ttsem_mode):
     real = torch._C.TensorBase.device.__get__
 
     def device(tensor):
         # without ttsem's mode, nothing would map "cuda" back to the CPU
-        if place(tensor) == "cpu" or _state.launching or below not in _get_current_function_mode_stack():
+        if device_type(tensor) == "cpu" or _state.launching or ttsem_mode not in _get_current_function_mode_stack():
             return real(tensor)
         return torch.device("cuda", 0)
 
@@ -105,15 +106,15 @@ class DevicePropagation(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        places = {place(t) for t in inputs}
-        if {"cuda", "cpu"} <= places and op not in MAY_MIX_DEVICES:
+        device_types = {device_type(t) for t in inputs}
+        if {"cuda", "cpu"} <= device_types and op not in MAY_MIX_DEVICES:
             _refuse_mixed(op, args, inputs)
         out = op(*args, **kwargs)
-        where = next((p for p in ("cuda", "cpu") if p in places), None if inputs else _state.requested)
+        where = next((d for d in ("cuda", "cpu") if d in device_types), None if inputs else _state.requested)
         for t in tree_leaves(out):
             if isinstance(t, torch.Tensor):
-                if place(t) is None and where:
-                    put(t, where)
+                if device_type(t) is None and where:
+                    set_device_type(t, where)
                 if op in EMPTY:
                     _poison(t)
         return out
@@ -141,10 +142,10 @@ EMPTY = {
 
 
 def _refuse_mixed(op, args, inputs):
-    if op in INDEXING and place(args[0]) == "cuda":
+    if op in INDEXING and device_type(args[0]) == "cuda":
         inputs = [args[0], *args[2:3]]  # indices may be on the CPU
-    on_cpu = [tuple(t.shape) for t in inputs if place(t) == "cpu" and t.dim()]  # and so may scalars
-    if on_cpu and any(place(t) == "cuda" for t in inputs):
+    on_cpu = [tuple(t.shape) for t in inputs if device_type(t) == "cpu" and t.dim()]  # and so may scalars
+    if on_cpu and any(device_type(t) == "cuda" for t in inputs):
         raise RuntimeError(f"Expected all tensors to be on the same device: {op} has {on_cpu} on the CPU")
 
 
@@ -166,7 +167,7 @@ class DeviceRequests(TorchFunctionMode):
         tensor = args[0] if args and isinstance(args[0], torch.Tensor) else None
         if tensor is not None and name in ("to", "cuda", "cpu"):
             return _moved(func, name, tensor, args, kwargs)
-        if tensor is not None and name in ("numpy", "__array__") and place(tensor) == "cuda":
+        if tensor is not None and name in ("numpy", "__array__") and device_type(tensor) == "cuda":
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
         if name == "pin_memory":
             return tensor.clone()
@@ -194,13 +195,13 @@ def _moved(func, name, tensor, args, kwargs):
     where = name if name != "to" else None
     for a in () if where else (*args[1:], *kwargs.values()):
         if isinstance(a, torch.Tensor):
-            where = place(a)
+            where = device_type(a)
         elif isinstance(a, torch.device) or isinstance(a, str) and a.split(":")[0] in ("cpu", "cuda"):
             where = _type_of(a)
     out = tensor if name == "cpu" else func(*args, **kwargs)
-    if where and place(tensor) != where:
+    if where and device_type(tensor) != where:
         out = out.clone() if _storage(out) is _storage(tensor) else out
-        put(out, where)
+        set_device_type(out, where)
     return out
 
 
@@ -216,9 +217,9 @@ def _made(func, name, tensor, args, kwargs):
         out = func(*args, **kwargs)
     finally:
         _state.requested = outer
-    if tensor is not None and place(tensor) not in (None, where) and _storage(out) is _storage(tensor):
+    if tensor is not None and device_type(tensor) not in (None, where) and _storage(out) is _storage(tensor):
         out = out.clone()
-    put(out, where)
+    set_device_type(out, where)
     return out
 
 
@@ -242,7 +243,7 @@ def _launch_on_cuda_tensors_only(run):
     def launch(kernel, *args, grid, warmup, **kwargs):
         __tracebackhide__ = True
         for name, arg in [*zip(kernel.arg_names, args, strict=False), *kwargs.items()]:
-            if any(isinstance(t, torch.Tensor) and place(t) == "cpu" for t in tree_leaves(arg)):
+            if any(isinstance(t, torch.Tensor) and device_type(t) == "cpu" for t in tree_leaves(arg)):
                 raise ValueError(f"{name} cannot be accessed from Triton (cpu tensor?)")  # Triton's own message
         _state.launching = True
         try:
@@ -300,7 +301,7 @@ def _refuse_unchecked():
 
 
 class _Stream:
-    """The only stream, and its events: all work is done already."""
+    """The only stream, and its events: all work is already done."""
 
     device, cuda_stream = torch.device("cuda", 0), 0
 

@@ -17,8 +17,8 @@ def _double_kernel(x_ptr, N, WIDTH, BLOCK: tl.constexpr):
     tl.store(x_ptr + i, 2 * tl.load(x_ptr + i, mask=i < N, other=0.0), mask=i < N)
 
 
-class OfDevice:
-    """A tensor of some GPU, as far as `torch.cuda.device_of` is concerned."""
+class FakeTensor:
+    """For `torch.cuda.device_of`, a tensor on GPU `index`."""
 
     is_cuda = True
 
@@ -29,7 +29,7 @@ class OfDevice:
         return self.index
 
 
-@pytest.mark.parametrize("x, N", [(OfDevice(3), 5), ((OfDevice(3), OfDevice(3)), 5), (None, OfDevice(3))])
+@pytest.mark.parametrize("x, N", [(FakeTensor(3), 5), ((FakeTensor(3), FakeTensor(3)), 5), (None, FakeTensor(3))])
 def test_a_kernel_runs_on_the_gpu_of_its_first_tensor_with_fp_fusion(monkeypatch, x, N):
     guarded, launched = [], []
     monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: guarded.append(tensor.index) or nullcontext())

@@ -15,33 +15,33 @@ LAUNCHES = [
 
 
 def make_inputs(R, S, channels, B=2, Z=2, Y=3, X=2):
-    """Rays through and beyond B volumes; the first along an axis over faces, more samples per cell than a block."""
+    """Rays through and beyond B volumes; the first runs along cell faces, with more samples per cell than a block."""
     volume_idx = torch.arange(R) % B
     origins, directions = torch.randn(R, 3) * 0.1, F.normalize(torch.randn(R, 3), dim=1)
     origins[:1], directions[:1] = 0, torch.tensor([1.0, 0, 0])
     edges = (torch.arange(S + 1) / 64).expand(R, S + 1).contiguous()
-    cells_per_unit, first_cell = torch.tensor([1.0, 2.0, 1.0]), torch.tensor([0.5, 1.0, 0.5])
+    cells_per_unit, cell_offset = torch.tensor([1.0, 2.0, 1.0]), torch.tensor([0.5, 1.0, 0.5])
     d_value, d_slope, v = torch.randn(R * S, 16), torch.randn(R * S, 16), torch.randn(R * S, 3)
     points = origins[:, None] + directions[:, None] * edges[:, :-1, None]
-    place = points * cells_per_unit + first_cell
-    x, y, z = (place.flatten(0, 1).floor() + 1).long().unbind(1)
+    grid_coords = points * cells_per_unit + cell_offset
+    x, y, z = (grid_coords.flatten(0, 1).floor() + 1).long().unbind(1)
     inside = (x >= 0) & (x <= X) & (y >= 0) & (y <= Y) & (z >= 0) & (z <= Z)
     cell = ((volume_idx.repeat_interleave(S) * (Z + 1) + z) * (Y + 1) + y) * (X + 1) + x
     cell = torch.where(inside, cell, 2**31 - 1).int()
     d_volume = torch.empty(B, Z, Y, X, channels)
     inputs = dict(
         d_volume=d_volume, cell=cell, d_value=d_value, d_slope=d_slope, v=v, origins=origins, directions=directions,
-        edges=edges, cells_per_unit=cells_per_unit, first_cell=first_cell,
+        edges=edges, cells_per_unit=cells_per_unit, cell_offset=cell_offset,
     )  # fmt: skip
-    return inputs, place, volume_idx.int()
+    return inputs, grid_coords, volume_idx.int()
 
 
 def test_is_the_gradient_of_the_interpolation(device):
-    inputs, place, volume_idx = make_inputs(3, 140, 5)
+    inputs, grid_coords, volume_idx = make_inputs(3, 140, 5)
     _, counts = inputs["cell"].unique(return_counts=True)
     assert counts[:-1].max() > 32 and inputs["cell"].max() == 2**31 - 1  # more than a block; samples outside
     volume = torch.zeros_like(inputs["d_volume"], dtype=torch.float64).requires_grad_()
-    value, gradient = trilinear_ref(volume, place.double(), volume_idx)
+    value, gradient = trilinear_ref(volume, grid_coords.double(), volume_idx)
     along = ((inputs["cells_per_unit"] * inputs["v"]).view(3, 140, 3, 1) * gradient).sum(2)
     upstream = [inputs[d].double().view(3, 140, 16)[..., :5] for d in ("d_value", "d_slope")]
     (expected,) = torch.autograd.grad([value, along], volume, upstream)

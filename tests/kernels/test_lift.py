@@ -66,9 +66,9 @@ def make_inputs(B, N, sizes, C, D, shape, device):
 
 
 @pytest.mark.parametrize(
-    "dtype, crowd",
+    "dtype, coarse",
     [(torch.float32, 0), (torch.float32, 10**9), (torch.float16, 10**9), (torch.bfloat16, 0)],
-    ids=["fp32 gathered", "fp32 direct", "fp16 direct", "bf16 gathered"],
+    ids=["fp32 gathered", "fp32 atomic", "fp16 atomic", "bf16 gathered"],
 )
 @pytest.mark.parametrize(
     "B, N, sizes, C, D, shape",
@@ -86,8 +86,8 @@ def make_inputs(B, N, sizes, C, D, shape, device):
         (1, 2, [(3, 5)], 3, 4, (2, 0, 2)),  # no voxels
     ],
 )
-def test_matches_reference(B, N, sizes, C, D, shape, dtype, crowd, device, monkeypatch):
-    monkeypatch.setattr(unipad.kernels.lift, "CROWD", crowd)
+def test_matches_reference(B, N, sizes, C, D, shape, dtype, coarse, device, monkeypatch):
+    monkeypatch.setattr(unipad.kernels.lift, "COARSE", coarse)
     if not HAS_GPU:
         monkeypatch.setattr(unipad.kernels.pixel_sum, "TILE", 2**13)
     inputs = make_inputs(B, N, sizes, C, D, shape, device)
@@ -116,7 +116,7 @@ def large_blocks(monkeypatch):
 @pytest.mark.parametrize("op", [lift, lift_ref])
 def test_reproduces_the_original(op, device, large_blocks, monkeypatch):
     """Volume and gradients of Uni3DViewTrans: 2 samples, 6 views, 2 levels, the coarse one's gradients gathered."""
-    monkeypatch.setattr(unipad.kernels.lift, "CROWD", 2)
+    monkeypatch.setattr(unipad.kernels.lift, "COARSE", 2)
     arrays = {name: array.to(device) for name, array in golden.load("view_trans_2lvl")[0].items()}
     features = [arrays[f"in/feat_{l}"].permute(0, 1, 3, 4, 2).requires_grad_() for l in range(2)]
     depths = [arrays[f"in/depth_{l}"].unflatten(0, (2, 6)).permute(0, 1, 3, 4, 2).requires_grad_() for l in range(2)]
@@ -130,14 +130,14 @@ def test_reproduces_the_original(op, device, large_blocks, monkeypatch):
 
 
 def test_projection_matches_the_original_bitwise():
-    """What a view sees has sharp borders, so it must not depend on the last bit: 3854 pairs of voxel and view."""
+    """Visibility has a sharp border, so it must not depend on the last bit: 3854 pairs of voxel and view."""
     arrays, _ = golden.load("view_trans_2lvl")
-    place, seen = unipad.kernels.lift._project_ref(arrays["in/lidar2img"][:, :, 0], **RECORDED)
+    uvd, seen = unipad.kernels.lift._project_ref(arrays["in/lidar2img"][:, :, 0], **RECORDED)
     xyz = RECORDED["shape"]
     expected = arrays["out/mask"][:, :, 0].unflatten(2, xyz).permute(0, 1, 4, 3, 2).flatten(2)
     assert torch.equal(seen, expected) and seen.sum() == 3854
     expected = arrays["out/reference_voxel_cam"][:, :, 0].unflatten(2, xyz).permute(5, 0, 1, 4, 3, 2).flatten(3)
-    assert torch.equal(place[:, seen], expected[:, seen])
+    assert torch.equal(uvd[:, seen], expected[:, seen])
 
 
 def flat_view(device):
@@ -219,10 +219,10 @@ def test_gradcheck(device):
     torch.autograd.gradcheck(lambda *levels: lift(levels[:2], levels[2:], **inputs), leaves)
 
 
-@pytest.mark.parametrize("strict, crowd, gathered", [(True, 10**9, 2), (False, 10, 1), (False, 10**9, 0)])
-def test_levels_that_gather(strict, crowd, gathered, device, large_blocks, monkeypatch):
-    """Crowded levels, or all of them where bits must not vary: 200 voxels, 15 and 60 pixels."""
-    monkeypatch.setattr(unipad.kernels.lift, "CROWD", crowd)
+@pytest.mark.parametrize("strict, coarse, gathered", [(True, 10**9, 2), (False, 10, 1), (False, 10**9, 0)])
+def test_levels_that_gather(strict, coarse, gathered, device, large_blocks, monkeypatch):
+    """Coarse levels, or under strict determinism all of them: 200 voxels, 15 and 60 pixels."""
+    monkeypatch.setattr(unipad.kernels.lift, "COARSE", coarse)
     inputs = make_inputs(1, 1, [(3, 5), (6, 10)], 3, 4, (10, 10, 2), device)
     features, depths = inputs.pop("features"), inputs.pop("depths")
     leaves = [level.float().requires_grad_() for level in features + depths]
@@ -240,7 +240,7 @@ def test_levels_that_gather(strict, crowd, gathered, device, large_blocks, monke
 
 @pytest.mark.parametrize("op", [lift, lift_ref])
 def test_a_feature_changes_only_its_ray(op, device, large_blocks):
-    """Exactly the voxels that the view sees less than a pixel away."""
+    """Exactly the voxels that project to less than a pixel from it."""
     inputs = make_inputs(1, 2, [(5, 7)], 3, 4, (8, 8, 3), device)
     before = op(**inputs)
     inputs["features"][0][0, 1, 2, 3] += 1
@@ -252,9 +252,9 @@ def test_a_feature_changes_only_its_ray(op, device, large_blocks):
     assert torch.equal(changed.flatten(), (seen & near)[0, 1]) and 1 < changed.sum() < seen[0, 1].sum()
 
 
-def test_more_cells_than_16_bits_count(device, large_blocks, monkeypatch):
-    """The hits are sorted by 32-bit numbers then: each level alone has 2^15 + 356 cells."""
-    monkeypatch.setattr(unipad.kernels.lift, "CROWD", 0)
+def test_more_cells_than_16_bits_hold(device, large_blocks, monkeypatch):
+    """The hits are then sorted by 32-bit keys: each level alone has 2^15 + 356 cells."""
+    monkeypatch.setattr(unipad.kernels.lift, "COARSE", 0)
     inputs = make_inputs(1, 1, [(182, 182), (182, 182)], 1, 1, (4, 4, 1), device)
     # positions in 182 pixels are rounded to 1e-5 of a pixel, differently on a GPU than in the reference
     check_against_ref(lift, lift_ref, inputs, torch.float32, wrt=("features", "depths"), slack=1e-4)

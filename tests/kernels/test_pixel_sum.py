@@ -7,9 +7,9 @@ from tests.golden import assert_close_to_max
 from unipad.kernels.pixel_sum import HIT, pixel_sum
 
 
-def launch(walkers, channels, bins, registers):
+def launch(lanes_per_pixel, channels, bins, registers):
     types = dict(begin_ptr="*i32", order_ptr="*i64", hit_ptr="*fp32", h="i32", w="i32")
-    blocks = unipad.kernels.pixel_sum._blocks(walkers, channels, bins)
+    blocks = unipad.kernels.pixel_sum._blocks(lanes_per_pixel, channels, bins)
     return Launch(
         "_pixel_sum_kernel", blocks, types, ("C", "D"), ("bf16",),
         registers=registers, shared=2048, budgets=ASSEMBLED,
@@ -20,7 +20,7 @@ LAUNCHES = [launch(8, 128, 64, 64), launch(1, 128, 64, 104)]
 
 
 def test_is_the_gradient_of_the_interpolation(device, monkeypatch):
-    """Two levels' hits side by side, the second one's are summed; some lie on a column or a row of pixels."""
+    """Hits of two levels, of which those of the second are summed; some lie on a column or a row of pixels."""
     if not HAS_GPU:
         monkeypatch.setattr(unipad.kernels.pixel_sum, "TILE", 2**9)
     B, N, h, w, C, D, V = 2, 3, 3, 4, 5, 6, 20
@@ -45,9 +45,9 @@ def test_is_the_gradient_of_the_interpolation(device, monkeypatch):
     expected = torch.einsum("bnvhw,bnv,bvc->bnhwc", weight, probability, d_volume.view(B, V, C))
     expected_depth = torch.einsum("bnvhw,bnv,bnvd->bnhwd", weight, along, bins)
 
-    for crowded in (False, True):
+    for many_hits in (False, True):
         d_feature, d_depth = torch.empty_like(expected, device=device), torch.empty_like(expected_depth, device=device)
         given = (t.to(device) for t in (begin, order, hits.flatten(1, 3), d_volume))
-        pixel_sum(d_feature, d_depth, *given, crowded=crowded)
+        pixel_sum(d_feature, d_depth, *given, many_hits=many_hits)
         assert_close_to_max(d_feature.cpu(), expected, 1e-12)
         assert_close_to_max(d_depth.cpu(), expected_depth, 1e-12)

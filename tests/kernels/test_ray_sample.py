@@ -12,14 +12,14 @@ from unipad.kernels.ray_sample import (
     resample_ref,
     sample_pdf,
     sample_pdf_ref,
-    stratified_starts,
-    stratified_starts_ref,
+    stratified_edges,
+    stratified_edges_ref,
 )
 
 LAUNCHES = [
     Launch("_clip_rays_kernel", dict(BLOCK=512), types={"hit_ptr": "*i1"}, registers=40),
-    Launch("_stratified_starts_kernel", dict(JITTER=False, BLOCK=512), registers=40),
-    Launch("_stratified_starts_kernel", dict(JITTER=True, BLOCK=512), registers=40),
+    Launch("_stratified_edges_kernel", dict(JITTER=False, BLOCK=512), registers=40),
+    Launch("_stratified_edges_kernel", dict(JITTER=True, BLOCK=512), registers=40),
     Launch("_resample_kernel", dict(MERGE=False, BLOCK_R=4, BLOCK_N=64), registers=40, shared=32),
     Launch("_resample_kernel", dict(MERGE=True, BLOCK_R=8, BLOCK_N=32), registers=64, shared=2048),
     Launch("_merge_kernel", dict(BLOCK_R=4, BLOCK_N=64), types={"order_idx_ptr": "*i64"}, registers=48, shared=2048),
@@ -75,8 +75,8 @@ def test_clip_rays_matches_reference(R, dtype, device):
         ((-5, 0, 0), (1, 0, 0), (3, 7)),  # from outside
         ((-2.5, 0, 0), (1, 0, 0), (1, 4.5)),  # enters before `near`
         ((5, 0, 0), (1, 0, 0), None),  # the box lies behind
-        ((0, 5, 0), (1, 0, 0), None),  # passes it, parallel to its walls
-        ((-6, 0, 0), (0.6, 0.8, 0), None),  # passes it
+        ((0, 5, 0), (1, 0, 0), None),  # misses it, parallel to its walls
+        ((-6, 0, 0), (0.6, 0.8, 0), None),  # misses it
         ((1.5, 0, 0), (1, 0, 0), None),  # leaves it before `near`
     ],
 )
@@ -100,24 +100,24 @@ def test_clip_rays_by_hand(fn, origin, direction, expected, device):
         (0, 24),  # no rays
     ],
 )
-def test_stratified_starts_matches_reference(R, S, jittered, dtype, device):
+def test_stratified_edges_matches_reference(R, S, jittered, dtype, device):
     near = uniform(R, device=device)
     jitter = uniform(R, device=device) if jittered else None
     inputs = dict(near=near, far=near + uniform(R, device=device), S=S, jitter=jitter)
-    check_against_ref(stratified_starts, stratified_starts_ref, inputs, dtype, wrt=[])
+    check_against_ref(stratified_edges, stratified_edges_ref, inputs, dtype, wrt=[])
 
 
-@pytest.mark.parametrize("fn", [stratified_starts, stratified_starts_ref])
-def test_stratified_starts_by_hand(fn, device):
+@pytest.mark.parametrize("fn", [stratified_edges, stratified_edges_ref])
+def test_stratified_edges_by_hand(fn, device):
     near, far = torch.tensor([1.0, 2.0], device=device), torch.tensor([5.0, 10.0], device=device)
     assert fn(near, far, 4).tolist() == [[1, 2, 3, 4, 5], [2, 4, 6, 8, 10]]
     jitter = torch.tensor([0.0, 0.5], device=device)
     assert fn(near, far, 4, jitter).tolist() == [[1, 1.5, 2.5, 3.5, 4.5], [2.5, 4, 6, 8, 9.5]]
 
 
-@pytest.mark.parametrize("fn", [stratified_starts, stratified_starts_ref])
+@pytest.mark.parametrize("fn", [stratified_edges, stratified_edges_ref])
 def test_edges_of_the_shortest_ray_ascend(fn, device):
-    """far - near is a few ulps of fp32: 33 edges round to few numbers, but stay ascending."""
+    """far - near is a few ulps of fp32: 33 edges round to a few distinct numbers, but stay ascending."""
     near = uniform(16, device=device).float()
     far = torch.maximum(near, near + 1e-6)
     for jitter in (None, uniform(16, device=device).float()):

@@ -36,7 +36,7 @@ LAUNCHES = [
 
 
 def make_boxes(N, device):
-    """[N, 5] fp64, all near each other; of every ten boxes six are special, made so that pairs of them are too."""
+    """[N, 5] fp64, close together; six of every ten boxes are special cases, and so are some pairs of them."""
     spread = torch.tensor([8, 8, 6, 6, 8], dtype=torch.float64, device=device)
     boxes = torch.rand(N, 5, dtype=torch.float64, device=device) * spread
     boxes[:, :2] -= 4
@@ -44,13 +44,13 @@ def make_boxes(N, device):
     boxes[:, 4] -= 4
     boxes[1::10] = (boxes[1::10] * 2).round() / 2  # on a grid of half meters: equal, touching, contained ...
     boxes[2::10] = (boxes[2::10] * 2).round() / 2
-    boxes[1::10, 4] = (boxes[1::10, 4] / (pi / 2)).round() * (pi / 2)  # ... and straight
+    boxes[1::10, 4] = (boxes[1::10, 4] / (pi / 2)).round() * (pi / 2)  # ... and axis-aligned
     boxes[2::10, 4] = (boxes[2::10, 4] / (pi / 2)).round() * (pi / 2)
     boxes[3::10] = boxes[2:-1:10]  # the same box
-    boxes[4::10] = boxes[2:-2:10] + boxes.new_tensor([0, 0, 0, 0, 1e-7])  # all but parallel
+    boxes[4::10] = boxes[2:-2:10] + boxes.new_tensor([0, 0, 0, 0, 1e-7])  # almost parallel to it
     boxes[5::10, 2:4] = boxes.new_tensor([0.1, 12])  # thin
     boxes[6::10, 2 + N % 2] = 0  # no area
-    # what fp32 makes of them, so that every type works on the same boxes
+    # rounded to fp32, so that every type gets the same boxes
     return boxes.float().double()
 
 
@@ -62,18 +62,18 @@ def make_boxes_3d(N, device):
 
 
 def clipped_area(a, b):
-    """[P] of boxes [P, 5] each, by shapely."""
+    """Intersection areas [P] of boxes [P, 5] each, by shapely."""
     shapely = pytest.importorskip("shapely")
     a, b = a.cpu().double().numpy(), b.cpu().double().numpy()
     area = np.zeros(len(a))
-    solid = (a[:, 2:4].min(axis=1) > 0) & (b[:, 2:4].min(axis=1) > 0)  # what has no area is no polygon
+    solid = (a[:, 2:4].min(axis=1) > 0) & (b[:, 2:4].min(axis=1) > 0)  # boxes without area are not valid polygons
     polygons = [shapely.polygons(corners(boxes[solid])) for boxes in (a, b)]
     area[solid] = shapely.area(shapely.intersection(*polygons))
     return torch.from_numpy(area)
 
 
 def corners(boxes):
-    """[P, 4, 2]"""
+    """[P, 4, 2], counter-clockwise."""
     x, y, w, l, yaw = boxes.T[..., None]
     along, across = l / 2 * np.array([1, 1, -1, -1]), w / 2 * np.array([-1, 1, 1, -1])
     return np.stack([x + along * np.cos(yaw) - across * np.sin(yaw), y + along * np.sin(yaw) + across * np.cos(yaw)], 2)
@@ -113,10 +113,10 @@ def test_paired_matches_polygon_clipping_times_height(fn, dtype, atol, device):
     N = 10000 if fn is paired_iou_3d_ref else 2000  # the interpreter is slow
     a, b = make_boxes_3d(N, device), make_boxes_3d(N, device)
     b[::9] = a[::9]
-    above = [0, 1, 3, 4, 6]
+    bev = [0, 1, 3, 4, 6]
     height = torch.minimum(a[:, 2] + a[:, 5] / 2, b[:, 2] + b[:, 5] / 2)
     height = (height - torch.maximum(a[:, 2] - a[:, 5] / 2, b[:, 2] - b[:, 5] / 2)).clamp(min=0)
-    shared = clipped_area(a[:, above], b[:, above]).to(device) * height
+    shared = clipped_area(a[:, bev], b[:, bev]).to(device) * height
     union = a[:, 3:6].prod(dim=1) + b[:, 3:6].prod(dim=1) - shared
     expected = torch.where(union > 0, shared / union, 0)
     iou = fn(a.to(dtype), b.to(dtype))
@@ -155,7 +155,7 @@ def test_iou_by_hand(fn, dtype, atol, device):
 
 @pytest.mark.parametrize("fn", [paired_iou_3d, paired_iou_3d_ref])
 def test_paired_by_hand(fn, device):
-    """Half of the height; twice the height and half of the length; on top; high above; no height."""
+    """Equal; shifted by half the height; twice the height and half the length; stacked; far above; without height."""
     a = torch.tensor([[1.0, 2, 3, 2, 4, 2, 0.7]], device=device).repeat(6, 1)
     b = a.clone()
     b[1, 2] += 1
@@ -178,7 +178,7 @@ def test_symmetric_and_invariant_to_rigid_motion(device):
     torch.testing.assert_close(rotated_iou_bev(b, a).T, iou, **close)
     far = a.new_tensor([4096, -8192, 0, 0, 0])
     assert torch.equal(rotated_iou_bev(a + far, b + far), iou)
-    rotated = [turn(boxes.double(), 0.777).float() for boxes in (a, b)]
+    rotated = [rotate(boxes.double(), 0.777).float() for boxes in (a, b)]
     torch.testing.assert_close(rotated_iou_bev(*rotated), iou, **close)
     mirror = a.new_tensor([1, -1, 1, 1, -1])
     torch.testing.assert_close(rotated_iou_bev(a * mirror, b * mirror), iou, **close)
@@ -188,7 +188,7 @@ def test_symmetric_and_invariant_to_rigid_motion(device):
     torch.testing.assert_close(rotated_iou_bev(swapped, b), iou, **close)
 
 
-def turn(boxes, angle):
+def rotate(boxes, angle):
     x, y, w, l, yaw = boxes.unbind(1)
     angle = torch.tensor(angle, dtype=boxes.dtype)
     c, s = angle.cos(), angle.sin()
@@ -196,7 +196,7 @@ def turn(boxes, angle):
 
 
 def greedy(boxes, scores, threshold):
-    """Rows that stay, by the definition."""
+    """Rows that are kept, by the definition of greedy NMS."""
     iou = rotated_iou_bev_ref(boxes.double(), boxes.double())
     rows = sorted(range(len(boxes)), key=lambda row: (-scores[row].item(), row))
     kept = []
@@ -220,7 +220,7 @@ def test_nms_is_greedy(fn, N, threshold, device):
 
 @pytest.mark.parametrize("fn", [rotated_nms, rotated_nms_ref])
 def test_nms_by_hand(fn, device):
-    """Squares of 1 m on a line: 1 loses to 2, so 0, which it overlaps, stays; 3 is 2 again, in a later row."""
+    """Squares of 1 m on a line: 2 suppresses 1, so 0, which overlaps 1, is kept; 3 equals 2, in a later row."""
     boxes = torch.zeros(5, 5, device=device)
     boxes[:, 0] = torch.tensor([0.8, 0.4, 0, 0, 1.6], device=device)
     boxes[:, 2:4] = 1
@@ -268,10 +268,10 @@ def from_mmdet3d(boxes):
 def test_matches_the_original(bev, paired, nms, device):
     arrays, _ = golden.load("det_box_utils")
     a, b, to_nms = (from_mmdet3d(arrays[f"in/{name}"]).to(device) for name in ("boxes", "boxes_b", "nms_boxes"))
-    above = [0, 1, 3, 4, 6]
-    golden.assert_close_to_max(bev(a[:, above], b[:, above]).cpu(), arrays["out/bev_iou"], 1e-5)
+    columns = [0, 1, 3, 4, 6]
+    golden.assert_close_to_max(bev(a[:, columns], b[:, columns]).cpu(), arrays["out/bev_iou"], 1e-5)
     golden.assert_close_to_max(paired(a, b).cpu(), arrays["out/paired_iou3d"], 1e-5)
-    rows = nms(to_nms[:, above], arrays["in/nms_scores"].to(device), arrays["in/nms_threshold"].item())
+    rows = nms(to_nms[:, columns], arrays["in/nms_scores"].to(device), arrays["in/nms_threshold"].item())
     assert torch.equal(rows.cpu(), arrays["out/nms_keep"])
 
 

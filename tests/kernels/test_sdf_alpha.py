@@ -103,7 +103,7 @@ def test_neus_alpha_by_hand(fn, device):
 
 @pytest.mark.parametrize("fn", [interval_alpha, interval_alpha_ref])
 def test_interval_alpha_by_hand(fn, device):
-    """Values 1, 0, 1, -3 at distance 1: slopes -1, 1, -4; with their predecessors' -1, -1, -4."""
+    """SDF 1, 0, 1, -3 at unit distances: slopes -1, 1, -4; the minima with their predecessors are -1, -1, -4."""
     sdf = torch.tensor([[1.0, 0, 1, -3]], device=device, dtype=torch.float64)
     alpha = fn(sdf, torch.full_like(sdf, 1.0), torch.tensor(3.0).log().item())
 
@@ -114,7 +114,7 @@ def test_interval_alpha_by_hand(fn, device):
 
 @pytest.mark.parametrize("fn", [interval_alpha, interval_alpha_ref])
 def test_interval_alpha_of_coincident_samples(fn, device):
-    """A step over no distance: the slope is limited to -1000, the opacity finite; its successor inherits the slope."""
+    """The SDF jumps over distance 0: slope limited to -1000, finite opacity; the next interval inherits the slope."""
     sdf = torch.tensor([[0.5, -0.5, -0.5, -0.5]], device=device)
     alpha = fn(sdf, torch.tensor([[0.0, 1.0, 1.0, 1.0]], device=device), 64.0)
     torch.testing.assert_close(alpha[0, 0].item(), 1e-5 / 0.50001, rtol=1e-5, atol=0)
@@ -145,7 +145,7 @@ def test_unisurf_alpha(device):
 
 
 @pytest.mark.parametrize("inv_s", [1e-6, 1.0, 1e6])
-def test_neus_alpha_at_the_ends_of_inv_s(inv_s, device):
+def test_neus_alpha_at_the_limits_of_inv_s(inv_s, device):
     """exp(10 * variance) is clipped to these limits: no overflow, no NaN, and the gradients of the reference."""
     check_against_ref(
         neus_alpha, neus_alpha_ref, neus_inputs(4, 9, device, inv_s), torch.float32, wrt=["sdf", "gradient", "inv_s"]
@@ -171,7 +171,7 @@ def test_clipped_opacity_passes_no_gradient(device):
 
 
 def test_volsdf_alpha_at_the_surface(device):
-    """At sdf 0 the density's two halves meet with one slope, which |sdf| would hide from autograd."""
+    """At sdf 0 both halves of the density have the same slope; through |sdf|, autograd would give 0."""
     inputs = volsdf_inputs(3, 4, device)
     inputs["sdf"][1] = 0.0
     check_against_ref(volsdf_alpha, volsdf_alpha_ref, inputs, torch.float32, wrt=["sdf", "beta"])
@@ -180,7 +180,7 @@ def test_volsdf_alpha_at_the_surface(device):
 
 
 def test_volsdf_alpha_with_a_sharp_density(device):
-    """beta at its least, 1e-4: samples far inside are opaque, far outside empty."""
+    """beta at its minimum, 1e-4: samples far inside are opaque, far outside empty."""
     inputs = volsdf_inputs(4, 9, device, beta=1e-4)
     check_against_ref(volsdf_alpha, volsdf_alpha_ref, inputs, torch.float32, wrt=["sdf", "beta"])
 

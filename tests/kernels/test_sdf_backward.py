@@ -1,4 +1,4 @@
-"""The fused renderer's backward: what it costs, and training steps; test_sdf_render.py compares its gradients."""
+"""The fused renderer's backward: compiled cost and training steps; test_sdf_render.py compares its gradients."""
 
 import pytest
 import torch
@@ -65,10 +65,10 @@ def test_zero_upstream_gradient():
 
 
 def test_strict_determinism_sums_by_cell():
-    """No atomic adds, and not the reference either; on faces and outside too."""
+    """Neither atomic adds nor the reference; some samples lie on faces or outside."""
     inputs = make_inputs(2, 20, channels=16, sdf_layers=2, rgb_layers=2, B=1)
     inputs["volume"] = inputs["volume"][:, :2, :3, :3]
-    inputs["cells_per_unit"], inputs["first_cell"] = torch.tensor([[1.0, 1, 2], [1.0, 1, 0.5]], device=DEVICE)
+    inputs["cells_per_unit"], inputs["cell_offset"] = torch.tensor([[1.0, 1, 2], [1.0, 1, 0.5]], device=DEVICE)
     inputs["edges"] = torch.arange(21, device=DEVICE).expand(2, 21) / 8
     inputs["origins"] = torch.zeros(2, 3, device=DEVICE)
     inputs["directions"] = torch.tensor([[1.0, 0, 0], [0, 0.6, 0.8]], device=DEVICE)
@@ -82,7 +82,7 @@ def test_strict_determinism_sums_by_cell():
 
 
 def training_step(method):
-    """A fused renderer's step on tensors made once: (what to write new values to, function -> losses, gradients)."""
+    """A fused renderer's step on fixed tensors: (inputs to overwrite, function that returns losses and gradients)."""
     cfg = Render(
         method=method, channels=16, samples=6, importance=4, sdf_layers=2, rgb_layers=2,
         truncation=1.5, free_space_weight=1.0, sdf_weight=10.0, eikonal_weight=0.01, points_weight=1.0,
@@ -106,7 +106,7 @@ def training_step(method):
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_a_training_step_never_waits_for_the_device(deterministic):
-    """Sampling, forward, losses and backward: what a CUDA graph demands, as far as a CPU can see it."""
+    """Sampling, forward, losses and backward: a CUDA graph requires this, and a CPU can check it."""
     _, step = training_step("neus")
     torch.use_deterministic_algorithms(True, warn_only=not deterministic)
     with launches() as launched, WaitRecorder() as waits:
@@ -133,7 +133,7 @@ def test_volsdf_uses_no_floating_cumsum():
 
 @pytest.mark.skipif(not HAS_GPU, reason="CUDA graphs need a GPU")
 def test_a_training_step_in_a_graph():
-    """Captured once and replayed on new values: what the step gives without a graph."""
+    """Captured once and replayed on new values: the same as the step without a graph."""
     written_to, step = training_step("neus")
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

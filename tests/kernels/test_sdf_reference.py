@@ -1,4 +1,4 @@
-"""The reference's own pieces; test_sdf_render.py compares the whole field."""
+"""Folding and softplus of the reference; test_sdf_render.py compares the whole field."""
 
 import torch
 import torch.nn.functional as F

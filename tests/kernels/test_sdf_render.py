@@ -1,4 +1,4 @@
-"""The fused renderer compared with its formulas one by one under autograd, which differentiates the distance twice."""
+"""The fused renderer compared with its formulas, one op after the other, under autograd with a double backward."""
 
 import numpy as np
 import pytest
@@ -14,15 +14,15 @@ from unipad.config import Grid, Render
 from unipad.kernels import backend, sdf_field
 from unipad.kernels.composite import composite_ref
 from unipad.kernels.sdf_alpha import neus_alpha_ref, volsdf_alpha_ref
-from unipad.kernels.sdf_field import along_rays, over_samples
-from unipad.kernels.sdf_render import in_family, sdf_render, sdf_render_ref, sdf_values, sdf_values_ref
+from unipad.kernels.sdf_field import ray_launch, sample_launch
+from unipad.kernels.sdf_render import kernels_support, sdf_render, sdf_render_ref, sdf_values, sdf_values_ref
 from unipad.kernels.trilinear import trilinear_ref
 from unipad.model.rays import Rays
 from unipad.model.render import Renderer
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
 # 9 x 9 x 5 voxels over a box of +-1, +-1, +-0.25: all cell coordinates of multiples of 1/8 are exact
-CELLS_PER_UNIT, FIRST_CELL = torch.tensor([[4.0, 4.0, 8.0], [4.0, 4.0, 2.0]], device=DEVICE)
+CELLS_PER_UNIT, CELL_OFFSET = torch.tensor([[4.0, 4.0, 8.0], [4.0, 4.0, 2.0]], device=DEVICE)
 
 AMPERE, HOPPER, AMD = ("sm_80",), ("sm_90",), ("gfx942",)
 NVIDIA = AMPERE + HOPPER
@@ -47,11 +47,11 @@ def launch(kernel, constexprs, targets, registers=255, shared=0, stack=0, mma=""
     )  # fmt: skip
 
 
-# Stacks: a tile of 64 samples, what a Hopper matrix instruction takes, needs a few more registers than there are.
+# Stacks: a tile of 64 samples, the size of a Hopper matrix instruction, needs a few more registers than there are.
 # Half of the samples (BLOCK_M = 32) spill a fifth of that, for 1.6 times the instructions per sample.
-# Budgets: what Triton 3.9 needs or, where that was more before operands were rounded, Triton 3.6; WIDE and EXACT by 3.9
-# only. A wide field has 4 times the activations per sample. No row is both wide and exact: no preset has such a
-# field, and compiling it takes minutes. Its stack in bytes, by 3.9 on sm_90: forward 2288, backward 1016 and 416.
+# Budgets: the cost with Triton 3.9, or with 3.6 before operands were rounded, where that was higher; of WIDE and EXACT
+# with 3.9 only. A wide field has 4 times the activations per sample. No row is both wide and exact: no preset has such
+# a field, and compiling it takes minutes. Its stack with 3.9 on sm_90 is 2288 bytes forward, 1016 and 416 backward.
 LAUNCHES = [
     launch("_sdf_values_kernel", FIELD | TILE | dict(LAYERS=6), NVIDIA, 168, 20480, 0, "HGMMA"),
     launch("_sdf_render_fwd_kernel", RGB | ALONG | TRAIN, AMPERE, 255, 20480, 176, "HMMA"),
@@ -62,24 +62,24 @@ LAUNCHES = [
     launch("_sdf_render_fwd_kernel", WIDE | HALF_ALONG | TRAIN, HOPPER, 255, 32768, 800, "HMMA"),
     launch("_sdf_render_fwd_kernel", RGB | ALONG | TRAIN | IEEE, AMD),
 ]
-GRADIENTS = ["volume", "sdf_mlp", "rgb_mlp", "density"]
+GRADIENTS = ["volume", "sdf_mlp", "rgb_mlp", "density_param"]
 # Largest error under tf32, the default, of outputs and of gradients, as a fraction of the largest true entry. Operands
 # keep a 10-bit mantissa; ten layers and a softplus of sharpness 100 amplify their errors.
 TF32, TF32_GRADIENT = 2e-3, 2e-2
 
 
 def random_mlp(conditions, outputs, hidden, layers):
-    """Leaves with `nn.Linear`'s spread."""
+    """The tensors of an MLP, initialized like `nn.Linear`."""
     widths = [(hidden, 3), *[(hidden, conditions), (hidden, hidden)] * (layers - 1), (hidden, conditions)]
     widths.append((outputs, hidden))
     leaves = []
     for rows, columns in widths:
-        spread = columns**-0.5
-        leaves += [(torch.rand(rows, columns) * 2 - 1) * spread, (torch.rand(rows) * 2 - 1) * spread]
+        bound = columns**-0.5
+        leaves += [(torch.rand(rows, columns) * 2 - 1) * bound, (torch.rand(rows) * 2 - 1) * bound]
     return leaves
 
 
-def make_inputs(R, S, channels=32, hidden=16, sdf_layers=6, rgb_layers=4, density=20.0, B=2):
+def make_inputs(R, S, channels=32, hidden=16, sdf_layers=6, rgb_layers=4, density_param=20.0, B=2):
     """Rays of two volumes from near the middle, a third of each outside the box; the fourth ray misses."""
     rgb = random_mlp(3 + channels + 3 + hidden, 3, hidden, rgb_layers) if rgb_layers else None
     inputs = dict(
@@ -91,9 +91,9 @@ def make_inputs(R, S, channels=32, hidden=16, sdf_layers=6, rgb_layers=4, densit
         edges=(torch.rand(R, S + 1) * 1.3).sort(dim=1).values,
         sdf_mlp=random_mlp(channels, 1 + hidden, hidden, sdf_layers),
         rgb_mlp=rgb,
-        density=torch.tensor([density]),
+        density_param=torch.tensor([density_param]),
         cells_per_unit=CELLS_PER_UNIT,
-        first_cell=FIRST_CELL,
+        cell_offset=CELL_OFFSET,
     )
     return {name: _map(value, lambda t: t.to(DEVICE)) for name, value in inputs.items()}
 
@@ -102,31 +102,33 @@ def called(op, method="neus", **options):
     """`op`, with the signature of `composed`."""
 
     def call(
-        volume, origins, directions, volume_idx, hit, edges, sdf_mlp, rgb_mlp, density, cells_per_unit, first_cell
-    ):
-        rays, cells = (origins, directions, volume_idx, hit), (cells_per_unit, first_cell)
-        return op(volume, rays, edges, (sdf_mlp, rgb_mlp), density, cells, method, **options)
+        volume, origins, directions, volume_idx, hit, edges, sdf_mlp, rgb_mlp, density_param,
+        cells_per_unit, cell_offset,
+    ):  # fmt: skip
+        rays, cells = (origins, directions, volume_idx, hit), (cells_per_unit, cell_offset)
+        return op(volume, rays, edges, (sdf_mlp, rgb_mlp), density_param, cells, method, **options)
 
     return call
 
 
 def composed(method):
-    """The formulas one after the other, layer by layer, the gradient of the distance by autograd."""
+    """The formulas, one op and one MLP layer after the other; the gradient of the distance by autograd."""
 
     def call(
-        volume, origins, directions, volume_idx, hit, edges, sdf_mlp, rgb_mlp, density, cells_per_unit, first_cell
-    ):
+        volume, origins, directions, volume_idx, hit, edges, sdf_mlp, rgb_mlp, density_param,
+        cells_per_unit, cell_offset,
+    ):  # fmt: skip
         starts, deltas = edges[:, :-1], edges.diff(dim=1)
         points = origins[:, None] + directions[:, None] * starts[..., None]
 
         def interpolate(points):
-            return trilinear_ref(volume, points * cells_per_unit + first_cell, volume_idx)[0]
+            return trilinear_ref(volume, points * cells_per_unit + cell_offset, volume_idx)[0]
 
         sdf, gradient, rgb = eager_field(interpolate, points, directions, sdf_mlp, rgb_mlp)
         if method == "neus":
-            alpha = neus_alpha_ref(sdf, gradient, directions, deltas, density)
+            alpha = neus_alpha_ref(sdf, gradient, directions, deltas, density_param)
         else:
-            alpha = volsdf_alpha_ref(sdf, deltas, density)
+            alpha = volsdf_alpha_ref(sdf, deltas, density_param)
         out, weights = composite_ref(alpha * hit[:, None], torch.cat([rgb, starts[..., None]], dim=-1))
         return out[:, :3], out[:, 3] / (weights.sum(dim=1) + 1e-10), weights, sdf, gradient
 
@@ -162,7 +164,7 @@ def assert_rows_match_launches(rows):
     """Rows of LAUNCHES have the tiles and warps that the code chooses for their field."""
     for row in rows:
         sizes = row.constexprs
-        _, launched = (over_samples if "BLOCK_M" in sizes else along_rays)(1, sizes)
+        _, launched = (sample_launch if "BLOCK_M" in sizes else ray_launch)(1, sizes)
         assert launched == {name: sizes.get(name, getattr(row, name, None)) for name in launched}, row
 
 
@@ -182,8 +184,8 @@ def test_field_of_the_presets(seed):
     """All 46 gradients; samples outside the box, towards the surface and away from it, tiles half full.
 
     The largest error of an output or gradient, compared with the composed formulas in fp64, is at most 1e-5 of the
-    largest true entry; where fp32 itself loses more (`d_density`, one number summed over all samples, with seed 2), at
-    most twice the largest error of the composed formulas in fp32.
+    largest true entry; where fp32 itself loses more (`d_density_param`, one number summed over all samples, with seed
+    2), at most twice the largest error of the composed formulas in fp32.
     """
     torch.manual_seed(seed)
     inputs = make_inputs(5, 40)
@@ -232,7 +234,7 @@ def test_default_precision(tensor_cores):
 def distances(op, inputs, dtype=torch.float32):
     cast = {k: _map(v, lambda t: t.to(dtype) if t.is_floating_point() else t) for k, v in inputs.items()}
     rays = cast["origins"], cast["directions"], cast["volume_idx"]
-    cells = cast["cells_per_unit"], cast["first_cell"]
+    cells = cast["cells_per_unit"], cast["cell_offset"]
     return op(cast["volume"], rays, cast["edges"][:, :-1].contiguous(), cast["sdf_mlp"], cells)
 
 
@@ -262,9 +264,9 @@ def test_rounding_keeps_nan():
 @pytest.mark.parametrize(
     "method, sizes",
     [
-        ("volsdf", dict(R=3, S=33, channels=20, hidden=24, sdf_layers=2, rgb_layers=3, density=0.1)),  # odd everywhere
+        ("volsdf", dict(R=3, S=33, channels=20, hidden=24, sdf_layers=2, rgb_layers=3, density_param=0.1)),  # odd
         ("neus", dict(R=1, S=1, sdf_layers=3, rgb_layers=0)),  # one sample, no color
-        ("volsdf", dict(R=2, S=32, channels=16, sdf_layers=2, rgb_layers=0, density=0.1)),  # exactly one tile
+        ("volsdf", dict(R=2, S=32, channels=16, sdf_layers=2, rgb_layers=0, density_param=0.1)),  # exactly one tile
         ("neus", dict(R=1, S=33, channels=64, hidden=64, sdf_layers=2, rgb_layers=2)),  # wide: smaller tiles, one over
         ("neus", dict(R=0, S=5)),  # no rays
     ],
@@ -277,8 +279,8 @@ def test_supported_fields(method, sizes):
 
 @pytest.mark.parametrize("method, rgb_layers", [("neus", 4), ("volsdf", 0)])
 def test_reference_matches_the_formulas(method, rgb_layers):
-    """In fp64; 1e-7 is what exp(-20) at softplus's threshold leaves."""
-    inputs = make_inputs(7, 13, channels=5, hidden=7, sdf_layers=3, rgb_layers=rgb_layers, density=5.0)
+    """In fp64; errors up to 1e-7 come from the softplus, which drops a term of exp(-20) at its threshold."""
+    inputs = make_inputs(7, 13, channels=5, hidden=7, sdf_layers=3, rgb_layers=rgb_layers, density_param=5.0)
     assert_as_composed(inputs, method, 1e-7, sdf_render_ref, torch.float64)
 
 
@@ -293,7 +295,7 @@ def test_samples_on_cell_faces():
 
 def test_opacity_clipped_at_both_ends():
     """A sharp surface, behind which alpha is 1; rays of negative intervals, where it would fall below 0."""
-    inputs = make_inputs(3, 12, sdf_layers=2, rgb_layers=2, density=1e6)
+    inputs = make_inputs(3, 12, sdf_layers=2, rgb_layers=2, density_param=1e6)
     inputs["edges"][1:] = inputs["edges"][1:].flip(1)
     before = results(composed("neus"), inputs, torch.float64)
     cosine = (before["gradient"] * inputs["directions"][:, None]).sum(-1)
@@ -305,7 +307,7 @@ def test_opacity_clipped_at_both_ends():
 
 
 def test_softplus_beyond_its_threshold():
-    """Units far in the linear part, and far in the flat one."""
+    """Hidden units far in the linear part of the softplus, and far in the flat part."""
     inputs = make_inputs(2, 12, sdf_layers=3, rgb_layers=2)
     inputs["sdf_mlp"][1][::2] += 1.0
     inputs["sdf_mlp"][1][1::4] -= 1.0
@@ -314,7 +316,7 @@ def test_softplus_beyond_its_threshold():
 
 def test_rays_stop_at_low_transmittance():
     """A solid volume: two rays reach far into it, two do not, one misses; tiles of two rays, the last of one."""
-    inputs = make_inputs(5, 96, sdf_layers=2, rgb_layers=2, density=0.1)
+    inputs = make_inputs(5, 96, sdf_layers=2, rgb_layers=2, density_param=0.1)
     inputs["sdf_mlp"][-1][0] -= 2.0
     inputs["edges"][2:] *= 0.01
     stop = 1e-3
@@ -342,7 +344,7 @@ def test_rays_that_miss_stop_at_once():
 def test_sdf_values():
     inputs = make_inputs(5, 17, sdf_layers=3)
     rays = inputs["origins"], inputs["directions"], inputs["volume_idx"]
-    starts, cells = inputs["edges"][:, :-1], (CELLS_PER_UNIT, FIRST_CELL)
+    starts, cells = inputs["edges"][:, :-1], (CELLS_PER_UNIT, CELL_OFFSET)
     truth = results(composed("neus"), inputs, torch.float64)["sdf"]
     for fn in (sdf_values, sdf_values_ref):
         assert_close_to_max(fn(inputs["volume"], rays, starts, inputs["sdf_mlp"], cells, exact=True), truth, 1e-5)
@@ -364,7 +366,7 @@ def test_rejects_what_does_not_match():
             called(sdf_render)(**inputs | wrong)
     with pytest.raises(AssertionError, match="no gradients"):
         called(sdf_render, stop=1e-4)(**inputs)
-    assert not in_family("unisurf", torch.float32, 32, 16, 6, 4)
+    assert not kernels_support("unisurf", torch.float32, 32, 16, 6, 4)
 
 
 def test_golden_record(monkeypatch):
@@ -411,8 +413,8 @@ def test_golden_record(monkeypatch):
 
 
 @pytest.mark.parametrize("method, channels, fuses", [("volsdf", 16, True), ("neus", 8, False), ("unisurf", 16, False)])
-def test_the_renderer_fuses_what_is_in_the_family(method, channels, fuses, monkeypatch):
-    """The losses and gradients of the pieces, which fields outside the family take."""
+def test_the_renderer_fuses_supported_fields(method, channels, fuses, monkeypatch):
+    """Losses and gradients equal those of the separate ops, which all other fields use."""
     cfg = Render(
         method=method, channels=channels, samples=6, importance=4, search=8, sdf_layers=2, rgb_layers=2,
         truncation=1.5, free_space_weight=1.0, sdf_weight=10.0, eikonal_weight=0.01,

@@ -48,7 +48,7 @@ def convolved(kind, kernel, coords, shape):
     offsets = list(product(*map(range, kernel)))
 
     def reads(o, k):
-        """The input cell that output cell o reads at offset k; None: between two."""
+        """The input cell that output cell o reads at offset k; None if it would lie between two cells."""
         if kind != "transposed":
             return (o[0], *(a * s - p + d for a, s, p, d in zip(o[1:], stride, padding, k, strict=True)))
         at = [a + p - d for a, p, d in zip(o[1:], padding, k, strict=True)]
@@ -130,7 +130,7 @@ def test_many_rows_and_channels_take_wide_tiles(monkeypatch, device):
 
 @pytest.mark.parametrize("fn", [sparse_conv, sparse_conv_ref])
 def test_a_mirror_image_needs_no_inverse(fn, device):
-    """And the kernels then make one set of tiles for all."""
+    """The kernels then use one set of tiles for the forward and both gradients."""
     inputs, *_ = make_inputs("submanifold", THREE, 2, (4, 5, 6), 90, 5, 16, device, torch.float32)
     assert torch.equal(inputs["inverse_idx"], inputs["neighbor_idx"].flip(0))
     leaves = inputs["features"].requires_grad_(), inputs["weight"].requires_grad_()
@@ -147,7 +147,7 @@ def test_a_mirror_image_needs_no_inverse(fn, device):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kernel, c_in, c_out", [(THREE, 8, 5), (THREE, 32, 16), ((3, 1, 1), 64, 40)])
 def test_weights_gradient_of_several_offsets_at_once(kernel, c_in, c_out, dtype, device):
-    """On a mirror image with few channels, in three parts of rows."""
+    """With a table that is its own mirror image and few channels, in three blocks of rows."""
     inputs, *_ = make_inputs("submanifold", kernel, 1, (4, 5, 9), 150, c_in, c_out, device)
     inputs["inverse_idx"] = None
     with launches() as launched:
@@ -156,8 +156,8 @@ def test_weights_gradient_of_several_offsets_at_once(kernel, c_in, c_out, dtype,
 
 
 def test_weights_gradient_in_many_chunks(monkeypatch, device):
-    """Of the three offsets, which have 0 to 150 pairs, in two to five chunks and in more than wanted."""
-    monkeypatch.setattr(sparse_gemm, "LEAST", 8)
+    """Three offsets with 0 to 150 pairs, in two to five chunks; then in more chunks than the maximum asked for."""
+    monkeypatch.setattr(sparse_gemm, "MIN_PAIRS", 8)
     monkeypatch.setattr(sparse_gemm, "BLOCK_R", 16)
     inputs, *_ = make_inputs("submanifold", (3, 1, 1), 1, (4, 5, 9), 150, 3, 20, device)
     check_against_ref(sparse_conv, sparse_conv_ref, inputs, torch.float32, wrt=("weight",))
@@ -172,7 +172,7 @@ ACTS = [(True, True, True, True), (True, True, False, False), (False, True, Fals
 @pytest.mark.parametrize("act", ACTS, ids=str)
 @pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[9]], ids=str)
 def test_act_is_the_epilogue(case, act, dtype, device):
-    """Rounded once: off from fp64 by at most half a last bit plus the error of fp32 sums."""
+    """Rounded once: the error w.r.t. fp64 is at most half a unit in the last place plus that of fp32 sums."""
     inputs, *_ = make_inputs(*case, device)
     del inputs["inverse_idx"]
     gen = torch.Generator().manual_seed(2)
@@ -199,7 +199,7 @@ def test_act_is_the_epilogue(case, act, dtype, device):
 @pytest.mark.parametrize("fn", [sparse_conv_act, sparse_conv_act_ref])
 @pytest.mark.parametrize("N, M", [(0, 70), (3, 70), (3, 0)])
 def test_act_of_empty_inputs(fn, N, M, device):
-    """Without neighbors the shift stays."""
+    """An output without neighbors is its shift."""
     features, weight = torch.ones(N, 5, device=device), torch.ones(7, *THREE, 5, device=device)
     nothing = torch.full((27, M), -1, dtype=torch.int32, device=device)
     shift = torch.arange(-3.0, 4, device=device)
@@ -240,7 +240,7 @@ def test_matches_dense_convolution(case, device):
     padding, stride = PADDING[kernel], ONE if kind == "submanifold" else STRIDE
     if kind in ("inverse", "transposed"):
         size = zip(out_shape, shape, kernel, stride, torch.tensor(padding).expand(3).tolist(), strict=True)
-        more = [o - ((n - 1) * s - 2 * p + k) for o, n, k, s, p in size]  # a strided convolution may have left out
+        more = [o - ((n - 1) * s - 2 * p + k) for o, n, k, s, p in size]  # cells that the strided convolution skipped
         truth = F.conv_transpose3d(dense, weight.permute(4, 0, 1, 2, 3), None, stride, padding, more)
     else:
         truth = F.conv3d(dense, weight.permute(0, 4, 1, 2, 3), None, stride, padding)
@@ -341,7 +341,7 @@ def test_autocast_casts_features_and_keeps_the_weights_gradient(fn, device):
 
 
 @pytest.mark.parametrize("fn", [sparse_conv, sparse_conv_ref])
-def test_the_weights_gradient_passes_the_largest_fp16(fn, device):
+def test_the_weights_gradient_exceeds_the_largest_fp16(fn, device):
     features = torch.full((300, 1), 100.0, device=device, dtype=torch.float16)
     weight = torch.ones(1, 1, 1, 1, 1, device=device, requires_grad=True)
     table = torch.arange(300, dtype=torch.int32, device=device)[None]
@@ -351,7 +351,7 @@ def test_the_weights_gradient_passes_the_largest_fp16(fn, device):
 
 
 def test_a_table_modified_in_place_is_read_again(device):
-    """What is derived from a table is cached."""
+    """Layouts cached for the old values are not used."""
     features, weight = torch.tensor([[1.0], [2]], device=device), torch.ones(1, 1, 1, 1, 1, device=device)
     weight.requires_grad_()
     for fn in (sparse_conv, sparse_conv_ref):

@@ -1,4 +1,4 @@
-"""What the kernels cost and how they are launched; test_sparse_conv.py shows that they compute the right thing."""
+"""Launches of the GEMMs, their compiled cost, and tuning; test_sparse_conv.py checks the results."""
 
 import itertools
 
@@ -13,7 +13,7 @@ from unipad.kernels.sparse_tiles import NeighborTable
 
 IEEE, TF32 = dict(PRECISION="ieee", WIDEN=False), dict(PRECISION="tf32", WIDEN=False)
 HALF, SINGLE, EVEN = ("bf16",), ("fp32",), ("I", "O")
-EVERY, ONE_TARGET = ASSEMBLED, ("sm_90",)  # targets with budgets: all for launches that differ in kind
+EVERY, ONE_TARGET = ASSEMBLED, ("sm_90",)  # targets with budgets
 PLAIN, FULL = dict(scale_ptr=None, shift_ptr=None, residual_ptr=None, RELU=False), dict(RELU=True)
 MORE, FEWER = ({vendor: stages[i] for vendor, stages in STAGES_OF.items()} for i in range(2))
 LAUNCHES = [
@@ -46,13 +46,13 @@ LAUNCHES = [
         dict(scale_ptr="*fp32", shift_ptr="*fp32"), EVEN, HALF, num_warps=m // 16, num_stages=stages,
         registers=120, shared=shared, mma="HGMMA",
     )
-    for via_l1, m, stages, shared in [  # what the tuner tries besides
+    for via_l1, m, stages, shared in [  # the tuner's other candidates
         (False, 128, MORE, 99336),
         (False, 64, MORE, 74248),
         (True, 128, FEWER, 66568),
     ]
 ] + [
-    Launch(  # what the tuner tries with fewer channels: several offsets per product, and one
+    Launch(  # the tuner's candidates for fewer channels: several offsets per product, and one
         "_gather_gemm_kernel",
         IEEE | PLAIN | dict(MIRRORED=True, VIA_L1=via_l1, C=c if c < 64 else 0, PACK=64 // c, STEPS=1)
         | dict(BLOCK_M=m, BLOCK_I=64, BLOCK_O=max(c, 16)),
@@ -102,18 +102,18 @@ def tuned():
     tuning.disable()
 
 
-def test_every_way_to_launch_computes_the_same(tuned, device):
-    """The clock makes the first, the second, ... way the fastest; sizes of tiles and of steps change no sum's terms."""
+def test_every_candidate_computes_the_same(tuned, device):
+    """The clock makes each candidate the fastest in turn; block sizes do not change the terms of a sum."""
     gen = torch.Generator().manual_seed(0)
     table = torch.where(torch.rand(3, 130, generator=gen) < 0.5, torch.randint(0, 130, (3, 130), generator=gen), -1)
     table = NeighborTable(table.int().to(device))
     x, g, weight = (torch.randn(size, generator=gen).half().to(device) for size in [(130, 16), (130, 32), (32, 3, 16)])
-    for run, ways in [
+    for run, candidates in [
         (lambda: gather_gemm(x, weight, table, False), 8),
         (lambda: d_weight_of(x, g, table, False), 3),
     ]:
         default = run()
-        for fastest in range(ways):
+        for fastest in range(candidates):
             calls = itertools.count()
 
             def clock(fn, calls=calls, fastest=fastest):
@@ -122,7 +122,7 @@ def test_every_way_to_launch_computes_the_same(tuned, device):
 
             tuning.enable(timer=clock)
             torch.testing.assert_close(run(), default, rtol=1e-3, atol=1e-3 * default.abs().max().item())
-            assert next(calls) == ways
+            assert next(calls) == candidates
 
 
 def test_a_candidate_is_charged_for_tiles_that_no_earlier_layer_has_made(tuned, device):
@@ -146,7 +146,7 @@ def test_a_candidate_is_charged_for_tiles_that_no_earlier_layer_has_made(tuned, 
     tuning.enable(timer=clock)
     assert tiles_made(narrow, tables[0]) == 1 and tiles_made(wide, tables[0]) == 0
     tuning.enable(timer=clock)
-    assert tiles_made(wide, tables[1]) == 1  # on its own table it gets the tiles that suit it
+    assert tiles_made(wide, tables[1]) == 1  # without the first layer, the tiles that are fastest for it
     assert next(kernel_ms, None) is None
     for table, block_m in zip(tables, (128, 64), strict=True):
         with launches() as launched:

@@ -60,7 +60,7 @@ CASES = [(*voxels, HALVE) for voxels in SETS] + [
     (*SOME, ((2, 2, 2), (2, 2, 2), (0, 0, 0), ONE)),
     (*SOME, ((3, 3, 3), (2, 2, 2), (0, 1, 1), ONE)),
     (*SOME, ((3, 1, 1), (2, 1, 1), (0, 0, 0), ONE)),
-    (*SOME, ((2, 3, 4), (3, 1, 2), (1, 0, 2), (2, 3, 1))),  # nothing alike
+    (*SOME, ((2, 3, 4), (3, 1, 2), (1, 0, 2), (2, 3, 1))),  # different on every axis
 ]
 
 
@@ -82,7 +82,7 @@ def test_matches_reference(B, shape, N, geometry, device):
 
 
 def gather_conv(features, weight, neighbor_idx):
-    """What a table is for, in integers: out[m] = sum_k weight[k] features[neighbor_idx[k, m]]."""
+    """A convolution of one channel over a table: out[m] = sum_k weight[k] features[neighbor_idx[k, m]]."""
     read = features[neighbor_idx.long().clamp(min=0)] if len(features) else features.new_zeros(neighbor_idx.shape)
     return (weight.flatten()[:, None] * torch.where(neighbor_idx >= 0, read, 0)).sum(dim=0)
 
@@ -96,8 +96,10 @@ def densify(values, coords, B, shape):
 
 @pytest.mark.parametrize("B, shape, N, geometry", [*CASES, (*SOME, FIVE)])
 def test_reference_matches_dense_convolution(B, shape, N, geometry, device):
-    """Exact: small integers in fp64, rounded since cuDNN may convolve by FFT. Active outputs are those that a kernel
-    of ones reaches."""
+    """Exact: small integers in fp64, rounded since cuDNN may convolve by FFT.
+
+    Active outputs are those where a convolution of the occupied cells with a kernel of ones is not 0.
+    """
     coords, (kernel, stride, padding, dilation) = random_voxels(B, shape, N, device), geometry
     features = torch.randint(1, 9, (N,), device=device).double()
     weight = torch.randint(-9, 9, kernel, device=device).double()
@@ -131,7 +133,7 @@ def test_reference_matches_dense_convolution(B, shape, N, geometry, device):
 
 @pytest.mark.parametrize("fn", [submanifold_map, submanifold_map_ref])
 def test_submanifold_by_hand(fn, device):
-    """Rows 0 and 1 are side by side; 2 follows 1 in memory, but lies in the next row of cells; 3 in the next batch."""
+    """Voxels 0 and 1 are neighbors; 2 has the next key, but lies in the next row of cells; 3 is in the next sample."""
     coords = torch.tensor([[0, 0, 0, 2], [0, 0, 0, 3], [0, 0, 1, 0], [1, 0, 0, 0]], dtype=torch.int32, device=device)
     shape = (1, 2, 4)
     keys, order = sort_voxels(coords, shape)
@@ -231,7 +233,7 @@ def test_reached_cells_must_have_int32_coordinates(plain, device):
 
 
 @pytest.mark.parametrize("plain", [False, True], ids=["op", "ref"])
-def test_voxels_in_order_need_none(plain, device):
+def test_sorted_voxels_need_no_order(plain, device):
     shape = (5, 7, 9)
     coords = random_voxels(3, shape, 200, device)
     keys, order = sort_voxels(coords, shape)
@@ -249,19 +251,19 @@ def test_voxels_in_order_need_none(plain, device):
 def test_order_of_the_inputs_does_not_matter(plain, device):
     shape, (kernel, _, _, dilation) = (5, 7, 9), HALVE
     coords = random_voxels(3, shape, 200, device)
-    moved = torch.randperm(200, device=device)
+    perm = torch.randperm(200, device=device)
     make_sub, make_strided = (submanifold_map_ref, strided_map_ref) if plain else (submanifold_map, strided_map)
 
-    def named(neighbor_idx, names):
-        """Rows by names instead of numbers."""
-        return torch.where(neighbor_idx >= 0, names[neighbor_idx.long()], -1)
+    def unpermuted(neighbor_idx):
+        """The table with rows of `coords` instead of rows of `coords[perm]`."""
+        return torch.where(neighbor_idx >= 0, perm[neighbor_idx.long()], -1)
 
     one = make_sub(coords, *sort_voxels(coords, shape), shape, kernel, dilation)
-    other = make_sub(coords[moved], *sort_voxels(coords[moved], shape), shape, kernel, dilation)
-    assert torch.equal(one[:, moved].long(), named(other, moved))
+    other = make_sub(coords[perm], *sort_voxels(coords[perm], shape), shape, kernel, dilation)
+    assert torch.equal(one[:, perm].long(), unpermuted(other))
     out_coords, one = make_strided(coords, shape, *HALVE)
-    same_coords, other = make_strided(coords[moved], shape, *HALVE)
-    assert torch.equal(out_coords, same_coords) and torch.equal(one.long(), named(other, moved))
+    same_coords, other = make_strided(coords[perm], shape, *HALVE)
+    assert torch.equal(out_coords, same_coords) and torch.equal(one.long(), unpermuted(other))
 
 
 def test_grid_smaller_than_the_kernel_has_no_output(device):
@@ -272,7 +274,7 @@ def test_grid_smaller_than_the_kernel_has_no_output(device):
 
 
 def test_compiles_without_graph_breaks(device):
-    """Numbers of outputs that depend on the data included; the sizes of another set need no new graph."""
+    """Including output sizes that depend on the data; another number of voxels needs no new graph."""
     shape = (5, 7, 9)
 
     def tables(coords):

@@ -11,7 +11,7 @@ from tests.check import launches
 from tests.conftest import HAS_GPU
 from unipad.kernels import backend, sparse_tiles
 from unipad.kernels.sparse_conv import sparse_conv, sparse_conv_act
-from unipad.kernels.sparse_gemm import BLOCK_R, LEAST
+from unipad.kernels.sparse_gemm import BLOCK_R, MIN_PAIRS
 from unipad.kernels.sparse_tiles import BLOCK_C, BLOCK_K, WINDOW, NeighborTable
 
 INT = dict(elements=("i32",), budgets=("sm_80", "sm_90", "gfx942"))  # no argument has the element type
@@ -27,7 +27,7 @@ LAUNCHES = [
         num_warps=8, registers=152, shared=1024, **INT,
     ),
     Launch(
-        "_chunks_kernel", dict(LEAST=LEAST, MULTIPLE=2 * BLOCK_R, BLOCK_C=BLOCK_C, BLOCK_OFFSETS=128),
+        "_chunks_kernel", dict(MIN_PAIRS=MIN_PAIRS, MULTIPLE=2 * BLOCK_R, BLOCK_C=BLOCK_C, BLOCK_OFFSETS=128),
         dict(ends_ptr="*i64", first_ptr="*i64", end_ptr="*i64"), registers=72, shared=128, **INT,
     ),
 ]  # fmt: skip
@@ -76,22 +76,24 @@ def test_pairs_are_in_the_order_of_the_table(K, M, fraction, monkeypatch, device
     assert torch.equal(made.ends[:, -1], k.bincount(minlength=K).cumsum(0))
 
 
-@pytest.mark.parametrize("parts, least, multiple, size", [(1, 1, 1, 1583), (40, 1, 16, 48), (40, 100, 16, 112)])
-def test_chunks_are_of_one_length(parts, least, multiple, size, device):
+@pytest.mark.parametrize(
+    "max_chunks, min_pairs, multiple, size", [(1, 1, 1, 1583), (40, 1, 16, 48), (40, 100, 16, 112)]
+)
+def test_chunks_are_of_one_length(max_chunks, min_pairs, multiple, size, device):
     """1583 pairs of 27 offsets."""
     table = NeighborTable(make_table(27, 200, 0.3, device))
     ends = table.pairs().ends[:, -1].tolist()
     assert ends[-1] == 1583
     expected = [(i, min(i + size, b)) for a, b in zip([0, *ends], ends, strict=False) for i in range(a, b, size)]
-    first, end, until_idx = (t.tolist() for t in table.chunks(parts, least, multiple))
-    assert len(first) == parts + 27 >= len(expected)
+    first, end, chunk_end_idx = (t.tolist() for t in table.chunks(max_chunks, min_pairs, multiple))
+    assert len(first) == max_chunks + 27 >= len(expected)
     got = list(zip(first, end, strict=True))
     assert got[: len(expected)] == expected and all(a >= b for a, b in got[len(expected) :])
-    assert until_idx == [sum(b <= end for _, b in expected) for end in ends]
+    assert chunk_end_idx == [sum(b <= end for _, b in expected) for end in ends]
 
 
 def test_rows_with_the_same_offsets_share_tiles(device):
-    """The inverse table of a 3 x 3 x 3 convolution of stride 2: eight classes of rows, as parities of cells go."""
+    """The inverse table of a 3 x 3 x 3 convolution of stride 2: eight classes of rows, by the parities of cells."""
     gen = torch.Generator().manual_seed(0)
     parity = torch.randint(0, 8, (1024,), generator=gen)
     has = torch.ones(27, 1024, dtype=torch.bool)
@@ -100,9 +102,9 @@ def test_rows_with_the_same_offsets_share_tiles(device):
         middle = (torch.arange(27) // step % 3 == 1)[:, None]
         has &= middle == is_odd  # one offset reaches an odd cell, two an even one
     table = torch.where(has, 0, -1).int().to(device)
-    needed, done = has.sum().item(), 64 * NeighborTable(table).tiles(64).count_idx.sum().item()
-    assert done < 1.6 * needed
-    assert 64 * has.view(27, 16, 64).any(dim=2).sum() > 7 * needed  # in the order of the rows
+    needed, computed = has.sum().item(), 64 * NeighborTable(table).tiles(64).count_idx.sum().item()
+    assert computed < 1.6 * needed
+    assert 64 * has.view(27, 16, 64).any(dim=2).sum() > 7 * needed  # unsorted
 
 
 def test_a_table_caches_its_tiles_and_pairs(device):

@@ -81,11 +81,11 @@ def test_by_hand(fn, device):
     points = torch.tensor(
         [
             [0.25, 0.5, 1.75],  # inside a cell
-            [1, 1, 1],  # on a voxel: slopes of the cell above, the same here
-            [2, 2, 2],  # on the last voxel: above it lies nothing, so the slopes fall to 0
+            [1, 1, 1],  # on a voxel: slopes of the upper cell, the same here
+            [2, 2, 2],  # on the last voxel: the upper cell is outside, where the value falls to 0
             [-0.5, 0, 0],  # half a cell outside: half the first voxel
-            [-1, 0, 0],  # a cell outside: nothing yet, but rising
-            [3, 0, 0],  # a cell outside at the other end: nothing, for good
+            [-1, 0, 0],  # one cell below the first voxel: 0, with a slope towards it
+            [3, 0, 0],  # one cell above the last voxel: 0, with slope 0
             [0, 0, -7],  # far outside
         ],
         device=device,
@@ -112,22 +112,22 @@ def test_matches_grid_sample_and_its_double_backward(fn, device):
     points = inputs["points"].double()
     points[:3] = points[:3].round()  # on faces
     points.requires_grad_()
-    across = torch.randn(6, 8, 4, device=device, dtype=torch.float64, requires_grad=True)  # dL/dvalue, as of an MLP
+    d_value = torch.randn(6, 8, 4, device=device, dtype=torch.float64, requires_grad=True)  # dL/dvalue, as of an MLP
 
     def sampled():
         normalized = points / torch.tensor([4.0, 2.0, 1.0], device=device) - 1
         value = F.grid_sample(volume.permute(0, 4, 1, 2, 3), normalized[None, None], align_corners=True)
         value = value[0, :, 0].permute(1, 2, 0)
-        return value, torch.autograd.grad(value, points, across, create_graph=True)[0]
+        return value, torch.autograd.grad(value, points, d_value, create_graph=True)[0]
 
     def ours():
         value, gradient = fn(volume, points, inputs["volume_idx"])
-        return value, torch.einsum("rsdc,rsc->rsd", gradient, across)
+        return value, torch.einsum("rsdc,rsc->rsd", gradient, d_value)
 
     ups = torch.randn(6, 8, 4, device=device).double(), torch.randn(6, 8, 3, device=device).double()
     for truth, out in [
         (sampled(), ours()),
-        *[[torch.autograd.grad(f(), (volume, points, across), ups) for f in (sampled, ours)]],
+        *[[torch.autograd.grad(f(), (volume, points, d_value), ups) for f in (sampled, ours)]],
     ]:
         for t, o in zip(truth, out, strict=True):
             torch.testing.assert_close(o, t, rtol=1e-12, atol=1e-12)
@@ -149,7 +149,7 @@ def test_strict_determinism_runs_the_reference(device):
     with launches() as launched:
         trilinear(**inputs)
         assert not launched
-        trilinear_value(**inputs)  # adds nothing atomically
+        trilinear_value(**inputs)  # has no atomic adds
         assert launched == ["_trilinear_fwd_kernel"]
 
 

@@ -12,7 +12,7 @@ CANDIDATES = [(64, 4), (128, 4), (128, 8)]
 
 
 class Clock:
-    """Times a candidate by a table, and remembers which ran."""
+    """A timer that looks up the time of a candidate in `times`, and records which ones ran."""
 
     def __init__(self, times):
         self.times, self.ran = times, []
@@ -26,7 +26,7 @@ class Clock:
 
 
 @pytest.fixture(autouse=True)
-def off_again():
+def tuning_off_afterwards():
     yield
     tuning.disable()
 
@@ -66,10 +66,10 @@ def test_choices_are_saved_in_a_file(tmp_path):
     assert json.loads(path.read_text()) == {"cpu": {"op torch.bfloat16 1024": [128, 8]}}
     assert list(path.parent.iterdir()) == [path]
 
-    tuning.enable(path, Clock({}))  # it would raise if it timed anything
+    tuning.enable(path, Clock({}))  # raises if it times anything
     assert choose(clock) == (128, 8) and len(clock.ran) == 3
     tuning.enable(path, clock)
-    assert choose(clock, candidates=CANDIDATES[:2]) == (128, 4)  # what the code no longer offers is searched again
+    assert choose(clock, candidates=CANDIDATES[:2]) == (128, 4)  # no longer a candidate: searched again
 
 
 @pytest.mark.parametrize("n, expected", [(0, 1), (1, 1), (2, 2), (3, 4), (64, 64), (65, 128)])

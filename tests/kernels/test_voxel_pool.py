@@ -171,7 +171,7 @@ def test_points_below_the_grid_count_only_when_truncated(op, truncate, counted, 
 
 @pytest.mark.parametrize("op", [voxel_pool, voxel_pool_ref])
 def test_points_outside_are_dropped(op, device):
-    """A view that is not a number, one that is singular; their gradients are 0."""
+    """A view of NaNs and a singular one; their gradients are 0."""
     features = torch.ones(1, 3, 1, 2, 1, device=device, requires_grad=True)
     depths = torch.ones(1, 3, 1, 2, 1, device=device, requires_grad=True)
     lidar2image = straight_view(device).repeat(1, 3, 1, 1)
@@ -206,7 +206,7 @@ def test_points_are_placed_as_on_a_cpu(device):
 
 
 @pytest.mark.parametrize("points", [CHUNK - 1, CHUNK, 2 * CHUNK - 1, 2 * CHUNK, 5 * CHUNK + 7])
-def test_a_long_interval_is_split(points, device):
+def test_many_runs_of_a_voxel_are_summed_in_chunks(points, device):
     """All points in one voxel, which begins in the middle of a chunk, after those of another."""
     inputs = dict(
         features=torch.randn(1, 1, 1, points, 3, device=device, dtype=torch.float64),
@@ -221,7 +221,7 @@ def test_a_long_interval_is_split(points, device):
     check_against_ref(voxel_pool, voxel_pool_ref, inputs, torch.float32, wrt=("features", "depths"))
 
 
-def test_every_call_reads_the_cameras(device):
+def test_cameras_are_not_cached(device):
     inputs = make_inputs(1, 2, (3, 5), 3, 6, (4, 4, 2), device)
     before = voxel_pool(**inputs)
     inputs["lidar2image"].data[:, 0, 0, 3] += 40  # pixels to the right, without autograd noticing
@@ -231,7 +231,7 @@ def test_every_call_reads_the_cameras(device):
 
 
 def test_points_of_a_ray_that_share_a_voxel_are_one_run(device):
-    """Pixels 0, 1, 2 at depths 1, 2, ..., 9: they stay at x = 0 or reach 9 or 18; voxels 4 m long are counted."""
+    """Pixels 0, 1, 2 at depths 1 to 9: x is pixel times depth. Counts the runs in each voxel of 4 m along x."""
     *_, begin = unipad.kernels.voxel_pool._find_points(
         straight_view(device), sizes=(1, 1, 1, 3, 0), D=9, low=(0, -1, 0), cell=(4, 2, 20), shape=(5, 1, 1),
         stride=1, depth_range=(1, 10), truncate=False,

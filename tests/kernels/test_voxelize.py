@@ -115,7 +115,7 @@ def test_by_hand(fn, device):
 
 
 @pytest.mark.parametrize("fn", [voxelize, voxelize_ref])
-def test_cells_are_found_in_float32(fn, device):
+def test_cells_are_computed_in_float32(fn, device):
     """6.075 / 0.075 is 81, but rounds to 80.99999 in float32, where the original computes."""
     points = torch.tensor([[0.075, 0, 0]], device=device)
     _, coords = fn(points, [1], (-6, -6, -5), (0.075, 0.075, 0.2), (40, 160, 160), 10, 10)
@@ -221,9 +221,9 @@ def test_grid_sample_takes_one_point_of_each_cell(device):
         assert torch.equal(coords.long(), occupied) and torch.equal(cell_of, cell)
         assert torch.equal(cell[rows], torch.arange(len(occupied), device=device))
         value = torch.arange(3000, device=device).double() if noise is None else noise.double()
-        least = torch.full((len(occupied),), 1e9, dtype=torch.float64, device=device)
-        least = least.scatter_reduce(0, cell, value, "amin")
-        assert torch.equal(value[rows], least)
+        smallest = torch.full((len(occupied),), 1e9, dtype=torch.float64, device=device)
+        smallest = smallest.scatter_reduce(0, cell, value, "amin")
+        assert torch.equal(value[rows], smallest)
 
 
 @pytest.mark.parametrize("fn", [voxelize, voxelize_ref, partial(grid_sample, cell=0.5)], ids=["op", "ref", "sample"])

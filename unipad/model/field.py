@@ -31,7 +31,7 @@ class Field(nn.Module):
         per_meter = [(n - 1) / (h - l) for n, l, h in zip(grid.shape, grid.low, grid.high, strict=True)]
         first = [-l * k for l, k in zip(grid.low, per_meter, strict=True)]
         self.register_buffer("cells_per_unit", torch.tensor(per_meter) / grid.scale, persistent=False)  # [3]
-        self.register_buffer("first_cell", torch.tensor(first), persistent=False)  # [3]
+        self.register_buffer("cell_offset", torch.tensor(first), persistent=False)  # [3]
 
     def forward(
         self, volume: Tensor, points: Tensor, directions: Tensor, volume_idx: Tensor
@@ -66,7 +66,7 @@ class Field(nn.Module):
 
     def cells(self, points: Tensor) -> Tensor:
         """Scaled meters -> voxel coordinates: 0 at the center of the first voxel, n - 1 at that of the last."""
-        return points * self.cells_per_unit + self.first_cell
+        return points * self.cells_per_unit + self.cell_offset
 
     @property
     def inv_s(self) -> Tensor:

@@ -27,7 +27,7 @@ from unipad.kernels.backend import on_triton
 from unipad.kernels.composite import composite
 from unipad.kernels.ray_sample import clip_rays
 from unipad.kernels.sdf_alpha import neus_alpha, unisurf_alpha, volsdf_alpha
-from unipad.kernels.sdf_render import in_family, sdf_render, sdf_values
+from unipad.kernels.sdf_render import kernels_support, sdf_render, sdf_values
 from unipad.model.field import Field
 from unipad.model.rays import Rays
 from unipad.model.samplers import SAMPLERS
@@ -103,7 +103,7 @@ class Renderer(nn.Module):
                 return origins[:, None] + directions[:, None] * starts[..., None]  # [R, S, 3]
 
             fused = self._fused(volume)
-            cells = self.field.cells_per_unit, self.field.first_cell
+            cells = self.field.cells_per_unit, self.field.cell_offset
             sdf_mlp = self.field.sdf_decoder.leaves()
 
             def sdf_at(starts):
@@ -174,7 +174,7 @@ class Renderer(nn.Module):
         """Whether `sdf_render` runs; else the field, the opacity and `composite` run op by op."""
         cfg = self.cfg
         layers = cfg.sdf_layers, cfg.rgb_layers if cfg.rgb_weight > 0 else 0
-        return on_triton(volume) and in_family(cfg.method, volume.dtype, cfg.channels, cfg.hidden, *layers)
+        return on_triton(volume) and kernels_support(cfg.method, volume.dtype, cfg.channels, cfg.hidden, *layers)
 
     def _alpha(self, sdf, gradient, directions, deltas):
         """Opacity of every sample, [R, S]."""

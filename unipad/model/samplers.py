@@ -15,7 +15,7 @@ from torch import Tensor
 from unipad.config import Render
 from unipad.kernels.backend import to_host
 from unipad.kernels.composite import composite
-from unipad.kernels.ray_sample import merge, resample, sample_pdf, stratified_starts
+from unipad.kernels.ray_sample import merge, resample, sample_pdf, stratified_edges
 from unipad.kernels.sdf_alpha import interval_alpha, laplace_density, unisurf_alpha
 
 INV_S = 64.0  # NeuS's fixed inverse scale while it searches for the surface (its first round)
@@ -27,7 +27,7 @@ INTERVAL = 0.05  # UniSurf: half the interval around the surface, as a fraction 
 
 def neus_edges(cfg: Render, sdf_at: Callable, near: Tensor, far: Tensor, jitter: Sequence, beta: Tensor) -> Tensor:
     """`samples` stratified over the ray, `importance` drawn from the weights of a surface of sharpness INV_S."""
-    edges = stratified_starts(near, far, cfg.samples, jitter[0])
+    edges = stratified_edges(near, far, cfg.samples, jitter[0])
     alpha = interval_alpha(sdf_at(edges[:, :-1]), edges.diff(dim=1), INV_S)
     return resample(edges, _weights(alpha), cfg.importance, jitter[1])
 
@@ -39,7 +39,7 @@ def volsdf_edges(cfg: Render, sdf_at: Callable, near: Tensor, far: Tensor, jitte
     density of the field's own `beta` [1] meets the bound on every ray of the call: rays rendered together stop together
     (as in the original), for which the host waits for the device once per round.
     """
-    edges = stratified_starts(near, far, cfg.search, jitter[0])
+    edges = stratified_edges(near, far, cfg.search, jitter[0])
     sdf = sdf_at(edges[:, :-1])
     beta_plus = (edges.diff(dim=1).square().sum(dim=1) / (4 * math.log(1 + ERROR))).sqrt()  # [R], lemma 2
     for i in range(1, ROUNDS + 1):
@@ -54,13 +54,13 @@ def volsdf_edges(cfg: Render, sdf_at: Callable, near: Tensor, far: Tensor, jitte
         sdf = torch.cat([sdf, sdf_at(new_edges[:, :-1])], dim=1).gather(1, order)
     alpha = 1 - torch.exp(-deltas * laplace_density(sdf, beta_plus[:, None]))
     drawn = sample_pdf(edges, alpha * transmittance, cfg.importance, jitter[ROUNDS])
-    return merge(drawn, stratified_starts(near, far, cfg.samples, jitter[ROUNDS + 1]))[0]
+    return merge(drawn, stratified_edges(near, far, cfg.samples, jitter[ROUNDS + 1]))[0]
 
 
 def unisurf_edges(cfg: Render, sdf_at: Callable, near: Tensor, far: Tensor, jitter: Sequence, beta: Tensor) -> Tensor:
     """`samples` stratified around the first entry into a surface (over the whole ray where there is none), `importance`
     drawn from the weights of the occupancy at `search` stratified samples."""
-    edges = stratified_starts(near, far, cfg.search, jitter[0])
+    edges = stratified_edges(near, far, cfg.search, jitter[0])
     starts = edges[:, :-1]
     sdf = sdf_at(starts)
     drawn = sample_pdf(edges, _weights(unisurf_alpha(sdf)), cfg.importance, jitter[1])
@@ -73,7 +73,7 @@ def unisurf_edges(cfg: Render, sdf_at: Callable, near: Tensor, far: Tensor, jitt
     half = INTERVAL * (far - near)
     low = torch.where(enters, torch.maximum(surface - half, near), near)
     high = torch.where(enters, torch.minimum(surface + half, far), far)
-    return merge(stratified_starts(low, high, cfg.samples, jitter[2]), drawn)[0]
+    return merge(stratified_edges(low, high, cfg.samples, jitter[2]), drawn)[0]
 
 
 # Renderer -> its sampler and the number of uniforms that it takes per ray

@@ -17,8 +17,8 @@ from unipad.kernels.ray_sample import (
     resample_ref,
     sample_pdf,
     sample_pdf_ref,
-    stratified_starts,
-    stratified_starts_ref,
+    stratified_edges,
+    stratified_edges_ref,
 )
 from unipad.kernels.rotated_iou import (
     paired_iou_3d,
@@ -182,7 +182,7 @@ def _ray_cases(size, recipe):
         return dict(edges=edges, new_edges=new_edges)
 
     yield from _each("fp32", "clip_rays", size, clip_rays, clip_rays_ref, through_box)
-    yield from _each("fp32", "stratified_starts", size, stratified_starts, stratified_starts_ref, ends)
+    yield from _each("fp32", "stratified_edges", size, stratified_edges, stratified_edges_ref, ends)
     yield from _each("fp32", "sample_pdf", size, sample_pdf, sample_pdf_ref, weighted)
     yield from _each("fp32", "resample", size, resample, resample_ref, weighted)
     yield from _each("fp32", "merge", size, merge, merge_ref, lists)
@@ -270,7 +270,7 @@ def _field_cases(size, recipe):
             rgb_mlp = _mlp(6 + C + hidden, 3, hidden, rgb_layers, OFF_KINK, device) if rgb_layers else None
             return dict(
                 volume=torch.randn(2, Z, Y, X, C, device=device), rays=rays, edges=edges[clear],
-                mlps=(sdf_mlp, rgb_mlp), density=torch.tensor([20.0 if method == "neus" else 0.1], device=device),
+                mlps=(sdf_mlp, rgb_mlp), density_param=torch.tensor([20.0 if method == "neus" else 0.1], device=device),
                 cells=cells, method=method,
             )  # fmt: skip
 
@@ -290,7 +290,7 @@ def _field_cases(size, recipe):
             "volsdf of 20 channels": inputs("volsdf", 20, 24, 2, 3),
             "neus of 64 channels": inputs("neus", **wide),
         }
-    wrt = ("volume", "mlps", "density")
+    wrt = ("volume", "mlps", "density_param")
     for dtype, exact in (("tf32", False), ("fp32", True)):
         render, look_up = partial(sdf_render, exact=exact), partial(sdf_values, exact=exact)
         for kind, make in kinds.items():

@@ -17,7 +17,9 @@ from unittest import mock
 
 REPO = Path(__file__).parents[1]
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["train", "finetune", "eval", "unipad.convert", "tests.ahead_of_time"])
+SERVER.set_forkserver_preload(
+    ["train", "finetune", "eval", "unipad.convert", "nuscenes.eval.detection.evaluate", "tests.ahead_of_time"]
+)
 
 
 def environment():

@@ -15,7 +15,7 @@ from unipad import recipes
 from unipad.config import Paste
 from unipad.errors import UserError
 
-SMALL = ["--preset", "tiny", "--device", "cpu", "--workers", 0, "--log-every", 1, "--val-every", 0]
+SMALL = ["--preset", "tiny", "--device", "cpu", "--workers", 0, "--log-every", 1, "--val-every", 0, "--save-every", 99]
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def uninterrupted(city, tmp_path_factory):
     """Four steps from scratch as a user starts them: (run folder, finished process)."""
     out = tmp_path_factory.mktemp("finetune") / "run"
     flags = ["--modality", "lidar", "--preset", "tiny", "--data-root", city, "--steps", 4, "--out", out]
-    flags += ["--device", "cpu", "--workers", 0, "--log-every", 1, "--val-every", 3]
+    flags += ["--device", "cpu", "--workers", 0, "--log-every", 1, "--val-every", 3, "--save-every", 9]
     done = scripts.run("finetune.py", *flags)
     assert done.returncode == 0, done.stderr[-4000:]
     return out, done

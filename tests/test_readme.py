@@ -17,7 +17,7 @@ README = (REPO / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)  # those in ```sh need a cluster, a GPU or files
 COMMANDS = [line for block in BLOCKS for line in block.strip().splitlines()]
 
-QUICK = "--device cpu --preset tiny --steps 2 --val-every 2 --workers 0"
+QUICK = "--device cpu --preset tiny --steps 2 --val-every 2 --save-every 9 --workers 0"
 FEW_RAYS = "--rays.per-view 8 --val-samples 1 --picture-stride 16 --render.samples 12 --render.importance 4"
 # Replacements that make the README's commands small: sizes, folders, launchers
 SMALLER = [

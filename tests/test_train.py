@@ -10,8 +10,8 @@ import torch
 from tests import scripts
 from tests.scripts import Script
 
-SMALL = ["--device", "cpu", "--workers", "0", "--rays.per-view", "8"]
-SMALL += ["--log-every", "1", "--val-every", "0", "--val-samples", "1", "--picture-stride", "16"]
+SMALL = ["--device", "cpu", "--workers", "0", "--rays.per-view", "8", "--log-every", "1", "--save-every", "99"]
+SMALL += ["--val-every", "0", "--val-samples", "1", "--picture-stride", "16"]
 SMALL += ["--render.samples", "12", "--render.importance", "4"]
 
 

@@ -188,7 +188,7 @@ def test_field_of_the_presets(seed):
     2), at most twice the largest error of the composed formulas in fp32.
     """
     torch.manual_seed(seed)
-    inputs = make_inputs(5, 40)
+    inputs = make_inputs(3, 40)
     truth = results(composed("neus"), inputs, torch.float64)
     plain = results(composed("neus"), inputs)
     with launches() as launched:

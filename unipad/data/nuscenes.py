@@ -235,10 +235,8 @@ class NuScenesDataset(DrivingDataset):
         names += [f"{name.decode()} in the tables" for name in index.cameras[(images == b"").any(axis=0)]]
         where = f"{self.root / self.version} {self.split}"
         if not whole.any():
-            raise DataError(
-                f"no frame of {where} has all its files; unpack those that are missing: {', '.join(names)}."
-            )
-        _report(f"{where}: {(~whole).sum()} of {len(frames)} frames are left out; missing files: {', '.join(names)}")
+            raise DataError(f"no frame of {where} has all its files; unpack what is missing: {', '.join(names)}.")
+        _report(f"{where}: {(~whole).sum()} of {len(frames)} frames are left out; missing: {', '.join(names)}")
         return frames[whole]
 
 

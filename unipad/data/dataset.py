@@ -79,7 +79,7 @@ class DrivingDataset(torch.utils.data.Dataset):
             super().__init__(len(self.files), root, version, split, data, **settings)
 
     The other methods have defaults. Problems with the dataset as a whole raise `DataError`, one sentence; problems with
-    one frame raise `BadFrame`: the loader then reports the frame on stderr and takes the next one.
+    one frame raise `BadFrame`: the loader then reports the frame on stderr and takes another one.
     The dataset is copied to worker processes, so it must be picklable, and should be small.
     """
 
@@ -116,6 +116,7 @@ class DrivingDataset(torch.utils.data.Dataset):
             raise DataError(f"{Path(root) / version} has no frame of split {split}; unpack the whole dataset there.")
         self.root, self.version, self.split, self.data = Path(root), version, split, data
         self.point_range, self.augment, self.objects = point_range, augment, None
+        self.frame_count = frame_count
         self.frames = np.arange(frame_count)[:: round(1 / label_fraction)]  # numbers of the frames used
 
     # To define in a subclass

@@ -125,7 +125,9 @@ class CameraSweeps:
 
 CAMERA_SWEEPS = 5  # 12 Hz, keyframes at 2 Hz: all images since the previous keyframe
 REACH = 1e4  # meters from the LiDAR: neither a point nor a box is farther
-FASTEST = 200.0  # m/s: the velocity of a faster object is unknown
+FASTEST = 200.0  # m/s: the velocity of a faster object is unknown, and the ego vehicle is not faster
+APART = 200.0  # meters between the LiDAR and a camera, at the times of their frames: what lies beyond is a wrong pose
+GAP = 1e9  # microseconds between successive frames of a scene: what lies beyond is a wrong time
 
 
 def find_root(root: str | Path, version: str) -> Path:
@@ -274,6 +276,9 @@ def _build_split(nusc, split, scenes, verbose):
     row = {r["token"]: i for i, r in enumerate(lidar)}
     frame_lidar = np.array([row[s["data"]["LIDAR_TOP"]] for s in samples], np.int64)
     lidar2global = _sensor2global(nusc, lidar)
+    lidar_times = np.array([r["timestamp"] for r in lidar], np.int64)
+    lidar_prev = np.array([row.get(r["prev"], -1) for r in lidar], np.int64)
+    _check_motion(nusc, lidar, lidar2global, lidar_times, lidar_prev)
     cameras = [nusc.get("sample_data", s["data"][c]) if c in s["data"] else None for s in samples for c in names]
     samples_shown = tqdm(samples, f"indexing {nusc.version} {split}", disable=not verbose, unit="frame")
     lidarseg, classes = _lidarseg(nusc)
@@ -285,12 +290,23 @@ def _build_split(nusc, split, scenes, verbose):
         **_images(nusc, cameras, (len(samples), len(names)), lidar2global[frame_lidar]),
         **_boxes(nusc, samples_shown, lidar2global[frame_lidar]),
         lidar_files=_text(r["filename"] for r in lidar),
-        lidar_times=np.array([r["timestamp"] for r in lidar], np.int64),
+        lidar_times=lidar_times,
         lidar2global=lidar2global,
-        lidar_prev=np.array([row.get(r["prev"], -1) for r in lidar], np.int64),
+        lidar_prev=lidar_prev,
         lidarseg_files=_text(lidarseg.get(s["data"]["LIDAR_TOP"], "") for s in samples),
         lidarseg_classes=classes,
     )
+
+
+def _check_motion(nusc, lidar, lidar2global, times, prev):
+    """Refuse a LiDAR frame that is too far from the one before it, in time or in space."""
+    for i in np.flatnonzero(prev >= 0):
+        gap, way = int(times[i] - times[prev[i]]), lidar2global[i, :3, 3] - lidar2global[prev[i], :3, 3]
+        if abs(gap) > GAP:
+            raise _fault(nusc, "sample_data", lidar[i], f"its time is {1e-6 * gap:.0f} s after that of its prev")
+        if np.linalg.norm(way) > max(APART, FASTEST * 1e-6 * abs(gap)):
+            pose = nusc.get("ego_pose", lidar[i]["ego_pose_token"])
+            raise _fault(nusc, "ego_pose", pose, f"is {np.linalg.norm(way):.0f} m from that of the LiDAR frame before")
 
 
 def _boxes(nusc, samples, lidar2global):
@@ -382,11 +398,16 @@ def _images(nusc, records, shape, lidar2global):
     camera2global[there] = _sensor2global(nusc, known)
     camera2global = camera2global.reshape(*shape, 4, 4)
     lidar2global = lidar2global.reshape(-1, *(1 for _ in shape[1:]), 4, 4)
+    lidar2camera = np.linalg.inv(camera2global) @ lidar2global
+    apart = np.linalg.norm(lidar2camera[..., :3, 3], axis=-1).ravel()
+    for i in np.flatnonzero(there & (apart > APART)):
+        pose = nusc.get("ego_pose", records[i]["ego_pose_token"])
+        raise _fault(nusc, "ego_pose", pose, f"puts a camera {apart[i]:.0f} m from the LiDAR")
     return {
         "image_files": _text("" if record is None else record["filename"] for record in records).reshape(shape),
         "image_sizes": sizes.reshape(*shape, 2),
         "intrinsics": intrinsics.reshape(*shape, 4, 4),
-        "lidar2camera": np.linalg.inv(camera2global) @ lidar2global,
+        "lidar2camera": lidar2camera,
     }
 
 

@@ -222,9 +222,8 @@ def segment(args, model, dataset, out, world):
     if not world.is_main:
         return
     write_segmentation(predictions, dataset, out)
-    if len(predictions) < len(dataset):
-        missing = len(dataset) - len(predictions)
-        world.print0(f"incomplete: {missing} of {len(dataset)} frames could not be read and have no file")
+    if missing := dataset.frame_count - len(predictions):
+        world.print0(f"incomplete: {missing} of {dataset.frame_count} frames could not be read and have no file")
     if dataset.split == "test":
         world.print0(f"the test split has no public labels: no metrics, but a submission in {out}")
     else:

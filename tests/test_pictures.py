@@ -35,7 +35,11 @@ def test_points_have_the_colors_of_their_classes():
     points[100:200, 0] = -20.0
     labels = torch.tensor([4] * 100 + [3] * 100 + [0], dtype=torch.uint8)
     batch = SimpleNamespace(
-        points=points, point_counts=torch.tensor([201]), point_labels=labels, images=torch.zeros(1, 0, 3, 32, 32)
+        points=points,
+        point_counts=torch.tensor([201]),
+        point_labels=labels,
+        images=torch.zeros(1, 0, 3, 32, 32),
+        cameras=(),
     )
     predicted = torch.where(labels == 3, 10, 4).byte()
     picture = segment_views(batch, predicted)

@@ -240,7 +240,9 @@ def test_frames_with_missing_files_are_left_out_and_named(copy, capsys):
 def test_a_set_without_its_sweeps_is_a_one_sentence_error(copy):
     for file in copy.glob("sweeps/LIDAR_TOP/*"):
         file.unlink()
-    with pytest.raises(DataError, match="has no LiDAR sweeps .*; unpack them, or .* with --data.sweeps 1.$"):
+    with pytest.raises(
+        DataError, match="has none of the sweeps, such as .*; unpack them, or .* with --data.sweeps 1.$"
+    ):
         NuScenesDataset(copy, VERSION, "mini_train", Data(sweeps=10))
     assert len(NuScenesDataset(copy, VERSION, "mini_train", Data(sweeps=1))) == 3
     rows = read(copy, "sample_data")  # tables without sweeps: the frames before are keyframes

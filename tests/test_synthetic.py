@@ -318,3 +318,12 @@ def test_command_line_does_not_touch_other_folders(tmp_path):
     assert run.returncode == 2
     assert run.stderr.count("\n") == 1 and str(tmp_path) in run.stderr
     assert list(tmp_path.iterdir()) == [tmp_path / "thesis.tex"]
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"[3]", b"{}", b"[{}]", b'[{"vehicle": []}]', b"\xff", b"[" * 10**5])
+def test_a_folder_with_a_damaged_log_table_is_not_replaced(tmp_path, content):
+    (tmp_path / synthetic.VERSION).mkdir()
+    (tmp_path / synthetic.VERSION / "log.json").write_bytes(content)
+    assert not synthetic.is_synthetic(tmp_path)
+    with pytest.raises(synthetic.SettingError, match="contains something that is not a synthetic dataset"):
+        synthetic.generate(tmp_path)

@@ -199,45 +199,50 @@ class NuScenesDataset(DrivingDataset):
     def _whole(self):
         """Those of `frames` of which no file is missing; reports the others. Raises `DataError` if none is left, or
         none of the sweeps is there."""
+        kinds = self._files()
+        files = np.concatenate(list(kinds.values()), axis=1)
+        there = on_disk(self.root, files)
+        whole = there.all(axis=1)
+        if whole.all():
+            return self.frames
+        keyframes = [self.index.lidar_files[self.index.frame_lidar], self.index.image_files.ravel()]
+        for flag in ("sweeps", "camera-sweeps"):
+            sweeps = np.setdiff1d(kinds[flag], np.concatenate(keyframes))
+            if len(sweeps) and not on_disk(self.root, sweeps).any():
+                raise DataError(
+                    f"{self.root} has none of the sweeps, such as {sweeps[0].decode()}; unpack them, or read keyframes "
+                    f"alone with --data.{flag} 1."
+                )
+        names = [name.decode() for name in np.unique(files[~there]) if name]
+        if len(names) > NAMED:
+            names = [f"{n} of {folder}" for folder, n in Counter(str(Path(name).parent) for name in names).items()]
+        if self.data.cameras:
+            without = (self.index.image_files[self.frames] == b"").any(axis=0)
+            names += [f"{camera.decode()} in the tables" for camera in self.index.cameras[without]]
+        where = f"{self.root / self.version} {self.split}"
+        if not whole.any():
+            raise DataError(f"no frame of {where} has all its files; unpack what is missing: {', '.join(names)}.")
+        _report(f"{where}: {(~whole).sum()} of {len(whole)} frames are left out; missing: {', '.join(names)}")
+        return self.frames[whole]
+
+    def _files(self):
+        """{kind: [F, number]} what `load` reads of each of `frames`. In place of sweeps and labels that are not in the
+        tables, it is the keyframe's LiDAR file; the name of an image that is not in them is empty."""
         index, frames, data = self.index, self.frames, self.data
         key = index.frame_lidar[frames]
         chain = [key]
         for _ in range(data.sweeps - 1):
             before = index.lidar_prev[chain[-1]]
-            chain.append(np.where(before < 0, key, before))
-        lidar = index.lidar_files[np.stack(chain, axis=1)]  # [F, sweeps]
+            chain.append(np.where(before < 0, key, before))  # the scene goes back no further
+        lidar = index.lidar_files[np.stack(chain, axis=1)]
         labels = index.lidarseg_files[frames, None]
+        labels = np.where(labels == b"", lidar[:, :1], labels)
         images = index.image_files[frames, : None if data.cameras else 0]
         before = images[:, :0]
         if self.camera_sweeps is not None:
             before = self.camera_sweeps.image_files[frames, : data.camera_sweeps - 1].reshape(len(frames), -1)
-        files = np.concatenate([lidar, np.where(labels == b"", lidar[:, :1], labels), images, before], axis=1)
-        there = on_disk(self.root, files)
-        whole = there.all(axis=1)
-        if whole.all():
-            return frames
-        keyframe = np.isin(files, np.concatenate([index.lidar_files[index.frame_lidar], index.image_files.ravel()]))
-        for part, kind, flag in (
-            (slice(data.sweeps), "LiDAR", "sweeps"),
-            (slice(files.shape[1] - before.shape[1], None), "camera", "camera-sweeps"),
-        ):
-            sweep = ~keyframe[:, part]
-            if sweep.any() and not there[:, part][sweep].any():
-                example = files[:, part][sweep][0].decode()
-                raise DataError(
-                    f"{self.root} has no {kind} sweeps (such as {example}); unpack them, or read keyframes alone with "
-                    f"--data.{flag} 1."
-                )
-        names = np.unique(files[~there & (files != b"")])
-        names = [name.decode() for name in names]
-        if len(names) > NAMED:
-            names = [f"{n} of {folder}" for folder, n in Counter(str(Path(name).parent) for name in names).items()]
-        names += [f"{name.decode()} in the tables" for name in index.cameras[(images == b"").any(axis=0)]]
-        where = f"{self.root / self.version} {self.split}"
-        if not whole.any():
-            raise DataError(f"no frame of {where} has all its files; unpack what is missing: {', '.join(names)}.")
-        _report(f"{where}: {(~whole).sum()} of {len(frames)} frames are left out; missing: {', '.join(names)}")
-        return frames[whole]
+        keyframe = np.concatenate([lidar[:, :1], labels, images], axis=1)
+        return {"keyframe": keyframe, "sweeps": lidar[:, 1:], "camera-sweeps": before}
 
 
 def _load_bytes(path):

@@ -172,7 +172,7 @@ def main(args: Args):
         version = args.version or trained.get("version", kind.default_version)
         split = kind.splits(version).get(args.split, args.split)
         with world.main_first():  # generates the city, builds the index
-            root = Path(args.data_root or trained.get("data_root") or kind.default_root(recipe.data)).expanduser()
+            root = os.path.expanduser(args.data_root or trained.get("data_root") or kind.default_root(recipe.data))
             # augmentation may move points into the grid; segmentation labels those outside too
             box = None if args.tta or task == "segment" else (recipe.grid.low, recipe.grid.high)
             dataset = kind(root, version, split, recipe.data, point_range=box)

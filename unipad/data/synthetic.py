@@ -108,7 +108,15 @@ def generate(
     Raises SettingError with one sentence for an invalid setting, or if `out` contains something else.
     """
     args = Args(
-        Path(out).expanduser(), scenes, keyframes, tuple(image_size), workers, seed, columns, sweeps, camera_sweeps
+        Path(os.path.expanduser(out)),
+        scenes,
+        keyframes,
+        tuple(image_size),
+        workers,
+        seed,
+        columns,
+        sweeps,
+        camera_sweeps,
     )
     _check(args)
     root = args.out.resolve()

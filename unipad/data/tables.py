@@ -132,7 +132,7 @@ GAP = 1e9  # microseconds between successive frames of a scene: what lies beyond
 
 def find_root(root: str | Path, version: str) -> Path:
     """The devkit's dataroot of `version`: `root` itself or root/version; ~ is the user's home. Raises `DataError`."""
-    root = Path(root).expanduser()
+    root = Path(os.path.expanduser(root))  # unlike the method of Path, it never raises
     if not root.is_dir():
         raise DataError(f"--data-root {root} is not a folder; give the one that holds samples/ and {version}/.")
     for data_root in (root, root / version):

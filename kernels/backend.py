@@ -80,7 +80,7 @@ def capturing(device):
 
 
 def stream(device):
-    """The handle of the current CUDA stream; 0 on a CPU. Work queued on other streams may not have finished."""
+    """The handle of the current CUDA stream, 0 on a CPU: what another stream computes may not be ready on this one."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 

@@ -1,4 +1,4 @@
-"""User-facing errors: one sentence, exit code 2. Does not import torch: processes that only draw do not load it."""
+"""User-facing errors: one sentence, exit code 2. Does not import torch, so that plotting processes start without it."""
 
 from collections.abc import Sequence
 from operator import attrgetter

@@ -286,7 +286,7 @@ def test_weights_must_include_the_frozen_stages(tmp_path):
 def test_another_dataset_is_named_by_its_class(toy, tmp_path):
     """One camera and no task: pre-training and rendering run, fine-tuning is a user error."""
     flags = ["--dataset", "toy_set:Toy", "--data-root", tmp_path]
-    small = ["--preset", "tiny", "--version", "any", "--steps", 1, "--out", tmp_path / "run"]
+    small = ["--preset", "tiny", "--version", "any", "--steps", 1, "--val-every", 1, "--out", tmp_path / "run"]
     run("train", *SMALL, *flags, *small, path=tmp_path)
     assert curve(tmp_path / "run")[1] > 0 and (tmp_path / "run" / "images" / "val_000001.png").exists()
     assert json.loads((tmp_path / "run" / "config.json").read_text())["args"]["dataset"] == "toy_set:Toy"

@@ -112,7 +112,7 @@ class VoxelSet:
         self._cache.put(geometry, self.coords.device, weakref.ref(reached))
         return reached
 
-    def _in_order(self):
+    def _sorted_keys(self):
         """Ascending keys, and the voxel of each key; None for the latter if the voxels are already in order."""
         if self._is_in_order:
             return self.keys(), None

@@ -172,7 +172,7 @@ def main(args: Args):
         version = args.version or trained.get("version", kind.default_version)
         split = kind.splits(version).get(args.split, args.split)
         with world.main_first():  # generates the city, builds the index
-            root = args.data_root or trained.get("data_root") or kind.default_root(recipe.data)
+            root = Path(args.data_root or trained.get("data_root") or kind.default_root(recipe.data)).expanduser()
             # augmentation may move points into the grid; segmentation labels those outside too
             box = None if args.tta or task == "segment" else (recipe.grid.low, recipe.grid.high)
             dataset = kind(root, version, split, recipe.data, point_range=box)
@@ -255,48 +255,52 @@ def render(args, model, dataset, out, world):
     """Color, depth and normals of some frames next to their images and LiDAR points, and their errors."""
     if args.mesh:
         check_mesh(model.recipe.grid, args.mesh_cell)
-    device, rows, done = world.device, rows_of(args, dataset), []
-    for row in tqdm(rows[world.rank :: world.size], "rendering", disable=None if world.is_main else True, leave=False):
+    device, rows, done = world.device, rows_of(args, dataset), []  # rows: by number of the frame in the split
+    mine = list(rows)[world.rank :: world.size]
+    for number in tqdm(mine, "rendering", disable=None if world.is_main else True, leave=False):
         try:
-            batch = collate([dataset[row]]).to(device)
+            batch = collate([dataset[rows[number]]]).to(device)
         except BadFrame as bad:
             print(f"skipped {bad}", file=sys.stderr)
             continue
-        mask_generators = [generators(args.seed, 0, [row], device) if args.masked else None for _ in range(2)]
+        mask_generators = [generators(args.seed, 0, [number], device) if args.masked else None for _ in range(2)]
         width = max(240, min(480, batch.images.shape[-1]))
         picture = rendered_views(model, batch, mask_generators[0], args.picture_stride, normals=True, width=width)
-        Image.fromarray(picture).save(out / f"frame_{row:05d}.png")
+        Image.fromarray(picture).save(out / f"frame_{number:05d}.png")
         if args.mesh:
             volume, _ = model.encode(batch, mask_generators[1])
             values = distances(model, volume, args.mesh_cell).cpu().numpy()
-            write_ply(out / f"mesh_{row:05d}.ply", *surface(values, model.recipe.grid.low, args.mesh_cell))
-        done.append(row)
+            write_ply(out / f"mesh_{number:05d}.ply", *surface(values, model.recipe.grid.low, args.mesh_cell))
+        done.append(number)
     if (parts := to_main(done, world)) is not None and not any(parts):
-        raise UserError(f"none of the {len(rows)} frames can be read; the files at fault are named above.")
-    batches = ((row, collate([dataset[row]])) for row in done)
+        raise UserError("none of these frames can be read; the files at fault are named above.")
+    batches = ((number, collate([dataset[rows[number]]])) for number in done)
     metrics = evaluate_rendering(model, batches, args.seed, device, args.masked)
     world.print0("\n".join(f"{name:<20}{value:>10.3f}" for name, value in metrics.items()))
     if world.is_main:
         (out / "render.json").write_text(json.dumps({"frames": sorted(sum(parts, [])), **metrics}, indent=2) + "\n")
         if args.scene:
-            pictures = [out / f"frame_{row:05d}.png" for row in sorted(sum(parts, []))]
+            pictures = [out / f"frame_{number:05d}.png" for number in sorted(sum(parts, []))]
             write_video(pictures, out / f"{args.scene}.{args.video}", args.video_fps)
 
 
 def rows_of(args, dataset):
-    """The frames to render, as rows of the dataset."""
-    count = len(dataset)
+    """The frames to render: {number in the split: row of the dataset}, which lacks frames without files."""
+    numbers, count = dataset.frames.tolist(), dataset.frame_count
     if args.scene:
         scenes = dataset.scenes()
         if args.scene not in scenes:
             known = ", ".join(list(scenes)[:5])
             raise UserError(f"--scene {args.scene} is not in {dataset.split}; its scenes include {known}.")
-        return scenes[args.scene]
-    outside = [row for row in args.frames if not 0 <= row < count]
+        return {numbers[row]: row for row in scenes[args.scene]}
+    outside = [number for number in args.frames if not 0 <= number < count]
     if outside:
         raise UserError(f"--frames {outside[0]} is not in {dataset.split}, which has frames 0 to {count - 1}.")
-    pictures = min(args.pictures, count)
-    return list(args.frames) or [i * count // pictures for i in range(pictures)]
+    for number in set(args.frames) - set(numbers):
+        print(f"skipped frame {number}: a file of it is missing", file=sys.stderr)
+    pictures = min(args.pictures, len(numbers))
+    chosen = args.frames or [numbers[i * len(numbers) // pictures] for i in range(pictures)]
+    return {number: numbers.index(number) for number in chosen if number in numbers}
 
 
 def task_of(args, recipe):

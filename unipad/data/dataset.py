@@ -37,7 +37,8 @@ class Sample:
     """One keyframe. Meters, seconds, radians; "LiDAR" is the frame of the keyframe's LiDAR: x right, y forward, z up.
 
     N views: the cameras of the keyframe in a fixed order (nuScenes: `CAMERAS`), then, with camera sweeps, those of the
-    S - 1 frames of images before it, the newest first. N and S are the same in all samples; N = 0 without images.
+    S - 1 frames of images before it, the newest first. Any number of cameras; N and S are the same in all samples;
+    N = 0 without images.
 
     images:       N times [h, w, 3] uint8 RGB, not padded; sizes may differ.
     lidar2image:  [N, 4, 4] float32 LiDAR -> (u*d, v*d, d, 1) in pixels of `images`, d along the optical axis.
@@ -51,6 +52,7 @@ class Sample:
     labels:       [M] int64 class 0-9 in the order of `tables.CLASSES`.
     token:        name of the frame, unique in the split.
     frame_lags:   [S] float32 age of each frame of images, 0 first; None: S = 1.
+    cameras:      names of the keyframe's cameras; () where they have none.
     """
 
     images: list[np.ndarray]
@@ -62,6 +64,7 @@ class Sample:
     labels: np.ndarray
     token: str
     frame_lags: np.ndarray | None = None
+    cameras: tuple[str, ...] = ()
 
 
 class DrivingDataset(torch.utils.data.Dataset):
@@ -76,7 +79,7 @@ class DrivingDataset(torch.utils.data.Dataset):
             super().__init__(len(self.files), root, version, split, data, **settings)
 
     The other methods have defaults. Problems with the dataset as a whole raise `DataError`, one sentence; problems with
-    one frame raise `BadFrame`: the loader then reports the frame on stderr and takes the next one.
+    one frame raise `BadFrame`: the loader then reports the frame on stderr and takes another one.
     The dataset is copied to worker processes, so it must be picklable, and should be small.
     """
 
@@ -113,6 +116,7 @@ class DrivingDataset(torch.utils.data.Dataset):
             raise DataError(f"{Path(root) / version} has no frame of split {split}; unpack the whole dataset there.")
         self.root, self.version, self.split, self.data = Path(root), version, split, data
         self.point_range, self.augment, self.objects = point_range, augment, None
+        self.frame_count = frame_count
         self.frames = np.arange(frame_count)[:: round(1 / label_fraction)]  # numbers of the frames used
 
     # To define in a subclass
@@ -263,6 +267,7 @@ def collate(samples: list[Sample]) -> Batch:
         point_labels=concatenate("point_labels") if labeled else None,
         tokens=tuple(s.token for s in samples),
         frame_lags=None if samples[0].frame_lags is None else stack("frame_lags"),
+        cameras=samples[0].cameras,
     )
 
 

@@ -170,9 +170,9 @@ def main(args: Args):
         if task != "render" and task not in kind.tasks:
             raise UserError(f"--dataset {name} does not support --task {task}; see unipad/data/dataset.py.")
         version = args.version or trained.get("version", kind.default_version)
-        split = kind.splits(version).get(args.split, args.split)
         with world.main_first():  # generates the city, builds the index
             root = args.data_root or trained.get("data_root") or kind.default_root(recipe.data)
+            split = kind.splits(root, version).get(args.split, args.split)
             # augmentation may move points into the grid; segmentation labels those outside too
             box = None if args.tta or task == "segment" else (recipe.grid.low, recipe.grid.high)
             dataset = kind(root, version, split, recipe.data, point_range=box)

@@ -234,10 +234,10 @@ def open_datasets(args, world):
     if args.task not in dataset.tasks:
         raise UserError(f"--dataset {args.dataset} does not support --task {args.task}; see unipad/data/dataset.py.")
     version = args.version or dataset.default_version
-    train_split, val_split = dataset.train_val_splits(version)
     box = None if task.of_points else (recipe.grid.low, recipe.grid.high)  # nothing outside is seen or found
     with world.main_first():  # generates the city, builds the index, cuts out the objects
         root = args.data_root or dataset.default_root(recipe.data)
+        train_split, val_split = dataset.train_val_splits(root, version)
         train_set = dataset(
             root,
             version,

@@ -199,10 +199,10 @@ def open_datasets(args, world):
     recipe = args.recipe
     dataset = dataset_class(args.dataset)
     version = args.version or dataset.default_version
-    train_split, val_split = dataset.train_val_splits(version)
     box = (recipe.grid.low, recipe.grid.high)  # points outside are no targets: no ray reaches them
     with world.main_first():  # generates the city, builds the index
         root = args.data_root or dataset.default_root(recipe.data)
+        train_split, val_split = dataset.train_val_splits(root, version)
         recipe = with_ray_origins(recipe, dataset.has_images(root, version, train_split), world.print0)
         train_set = dataset(
             root,

@@ -51,6 +51,7 @@ class Sample:
     labels:       [M] int64 class 0-9 in the order of `tables.CLASSES`.
     token:        name of the frame, unique in the split.
     frame_lags:   [S] float32 age of each frame of images, 0 first; None: S = 1.
+    cameras:      names of the keyframe's cameras; () where they have none.
     """
 
     images: list[np.ndarray]
@@ -62,6 +63,7 @@ class Sample:
     labels: np.ndarray
     token: str
     frame_lags: np.ndarray | None = None
+    cameras: tuple[str, ...] = ()
 
 
 class DrivingDataset(torch.utils.data.Dataset):
@@ -99,7 +101,7 @@ class DrivingDataset(torch.utils.data.Dataset):
         """
         frame_count:    frames of the split.
         root, version:  --data-root, --version.
-        split:          one of the values of `splits(version)`.
+        split:          one of the values of `splits(root, version)`.
         data:           what `load` must read: images or none, their size, how many LiDAR and camera sweeps. A dataset
                         that cannot raises `DataError`.
         label_fraction: 1/k keeps every k-th frame.
@@ -118,7 +120,7 @@ class DrivingDataset(torch.utils.data.Dataset):
     # To define in a subclass
 
     @classmethod
-    def splits(cls, version: str) -> dict[str, str]:
+    def splits(cls, root: str | Path, version: str) -> dict[str, str]:
         """Names of a version's splits by purpose: {"train": ..., "val": ...} or {"test": ...}. Raises `DataError` for
         a version that does not exist."""
         raise NotImplementedError
@@ -157,9 +159,9 @@ class DrivingDataset(torch.utils.data.Dataset):
     # The same for every dataset
 
     @classmethod
-    def train_val_splits(cls, version: str) -> tuple[str, str]:
+    def train_val_splits(cls, root: str | Path, version: str) -> tuple[str, str]:
         """Names of the splits to train and to validate on. Raises `DataError` if the version has none."""
-        splits = cls.splits(version)
+        splits = cls.splits(root, version)
         if not {"train", "val"} <= splits.keys():
             raise DataError(f"--version {version} has no training split: it only has {' and '.join(splits)}.")
         return splits["train"], splits["val"]

@@ -19,8 +19,9 @@ import numpy as np
 from unipad.batch import CAMERAS
 from unipad.config import Augment, Data
 from unipad.data.dataset import BadFrame, DataError, DrivingDataset, Sample
+from unipad.data.splits import splits_of
 from unipad.data.synthetic import ensure_city
-from unipad.data.tables import SPLITS, find_root, load_camera_sweeps, load_index, scene_tokens, tables_state
+from unipad.data.tables import find_root, load_camera_sweeps, load_index, scene_tokens, tables_state
 
 
 class NuScenesDataset(DrivingDataset):
@@ -50,13 +51,9 @@ class NuScenesDataset(DrivingDataset):
         super().__init__(len(self.index.tokens), root, version, split, data, *settings)
 
     @classmethod
-    def splits(cls, version):
-        """By the version's last word: v1.0-trainval has train and val, v1.0-mini mini_train and mini_val."""
-        known = SPLITS.get(version.rpartition("-")[2])
-        if known is None:
-            versions = ", ".join(f"v1.0-{suffix}" for suffix in SPLITS)
-            raise DataError(f"--version {version} is not known; use {versions}.")
-        return known
+    def splits(cls, root, version):
+        """nuScenes' by the version's last word, such as mini_train and mini_val of v1.0-mini; those of splits.json."""
+        return splits_of(find_root(root, version), version)
 
     @classmethod
     def default_root(cls, data):

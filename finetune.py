@@ -236,7 +236,7 @@ def open_datasets(args, world):
     version = args.version or dataset.default_version
     box = None if task.of_points else (recipe.grid.low, recipe.grid.high)  # nothing outside is seen or found
     with world.main_first():  # generates the city, builds the index, cuts out the objects
-        root = args.data_root or dataset.default_root(recipe.data)
+        root = (args.data_root or dataset.default_root(recipe.data)).expanduser()
         train_split, val_split = dataset.train_val_splits(root, version)
         train_set = dataset(
             root,

@@ -201,7 +201,7 @@ def open_datasets(args, world):
     version = args.version or dataset.default_version
     box = (recipe.grid.low, recipe.grid.high)  # points outside are no targets: no ray reaches them
     with world.main_first():  # generates the city, builds the index
-        root = args.data_root or dataset.default_root(recipe.data)
+        root = (args.data_root or dataset.default_root(recipe.data)).expanduser()
         train_split, val_split = dataset.train_val_splits(root, version)
         recipe = with_ray_origins(recipe, dataset.has_images(root, version, train_split), world.print0)
         train_set = dataset(

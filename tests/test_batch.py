@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from unipad.batch import CAMERAS
-from unipad.data.dataset import BadFrame, Sample, collate
+from unipad.data import loader
+from unipad.data.dataset import BadFrame, DataError, Sample, collate
 from unipad.data.loader import held_out_batches, step_batches
 
 
@@ -122,11 +123,24 @@ def test_the_stream_does_not_touch_the_global_generator():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_bad_frames_are_replaced_by_the_next_and_named(workers):
+def test_bad_frames_are_replaced_and_named(workers):
     stream = step_batches(FakeDataset(5, bad={1, 2, 4}), micro_batch=5, workers=workers)
     batch, bad_frames = next(stream)
-    assert sorted(batch.tokens) == ["0", "0", "3", "3", "3"]
-    assert sorted(bad_frames) == [f"frame-{i}: is missing" for i in (1, 2, 2, 4)]
+    assert set(batch.tokens) == {"0", "3"} and len(batch) == 5
+    assert set(bad_frames) == {f"frame-{i}: is missing" for i in (1, 2, 4)}
+
+
+def test_the_frames_instead_of_bad_ones_are_drawn_uniformly():
+    """Two of twelve can be read; always taking the next one would show frame 11 ten times as often as frame 0."""
+    batches = itertools.islice(step_batches(FakeDataset(12, bad=range(1, 11)), micro_batch=12), 20)
+    shown = [token for batch, _ in batches for token in batch.tokens]
+    assert abs(shown.count("0") - 120) < 5 * np.sqrt(200 / 4)  # standard deviation of 200 draws of two
+
+
+def test_the_search_for_a_readable_frame_ends(monkeypatch):
+    monkeypatch.setattr(loader, "TRIES", 8)
+    with pytest.raises(DataError, match=r"none of the 8 frames can be read \(frame-\d+: is missing\)"):
+        next(step_batches(FakeDataset(100, bad=range(100)), micro_batch=1))
 
 
 def test_held_out_frames_are_spread_and_shared():

@@ -259,10 +259,14 @@ def test_objects_are_cut_out_again_when_the_tables_change(copy):
 def test_damaged_files_are_rebuilt(copy, monkeypatch, kind):
     objects = load_objects(dataset_of(copy), PASTE)
     path = objects.file.with_suffix(f".{kind}")
-    path.write_bytes(path.read_bytes()[:-100])
+    content = path.read_bytes()
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 8]) + content[middle + 1 :]
     cuts = count_cuts(monkeypatch)
-    assert load_objects(dataset_of(copy), PASTE).boxes.tolist() == objects.boxes.tolist()
-    assert len(cuts) == len(dataset_of(copy))
+    for times, damaged in enumerate((content[:-100], flipped, b""), start=1):
+        path.write_bytes(damaged)
+        assert load_objects(dataset_of(copy), PASTE).boxes.tolist() == objects.boxes.tolist()
+        assert len(cuts) == times * len(dataset_of(copy)) and path.read_bytes() == content
 
 
 def test_workers_write_the_same_files(copy):

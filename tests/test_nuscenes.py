@@ -4,6 +4,7 @@ import os
 import shutil
 from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
 from nuscenes import NuScenes
@@ -315,20 +316,48 @@ def cut(path, size):
     path.write_bytes(path.read_bytes()[:size])
 
 
+def points(path, **columns):
+    """Write nine points at the origin but for some of their columns."""
+    array = np.zeros((9, 5), np.float32)
+    for name, value in columns.items():
+        array[4, "xyzi".index(name)] = value
+    array.tofile(path)
+
+
+def rewrite(path, change, ending=".jpg"):
+    """Write an image as `change` makes it of what it was, in the format of `ending`."""
+    cv2.imencode(ending, change(cv2.imread(str(path))))[1].tofile(path)
+
+
+def with_thumbnail(path):
+    """Half a JPEG, with a whole one in its header, as cameras write them."""
+    content = path.read_bytes()
+    thumbnail = content[: content.index(b"\xff\xda")] + b"\xff\xd9"
+    header = b"\xff\xe1" + (len(thumbnail) + 2).to_bytes(2, "big") + thumbnail
+    path.write_bytes(content[:2] + header + content[2 : len(content) // 2])
+
+
 @pytest.mark.parametrize(
     "kind, damage, reason",
     [
         ("lidar", lambda p: cut(p, -7), "truncated"),
         ("lidar", lambda p: cut(p, 0), "empty"),
         ("lidar", lambda p: p.unlink(), "missing"),
-        ("lidar", lambda p: np.full((9, 5), np.nan, np.float32).tofile(p), "not finite"),
+        ("lidar", lambda p: points(p, y=np.nan), "not finite"),
+        ("lidar", lambda p: points(p, x=1e10), "a point at 1e"),
+        ("lidar", lambda p: points(p, i=3e38), "of intensity 3e"),
         ("image", lambda p: p.unlink(), "missing"),
         ("image", lambda p: cut(p, -100), "truncated"),
+        ("image", with_thumbnail, "truncated"),
         ("image", lambda p: p.write_bytes(b"not a picture \xff\xd9"), "not an image"),
+        ("image", lambda p: rewrite(p, lambda image: image[:, :90]), "is 72 x 90, neither the 72 x 128 of the tables"),
+        ("image", lambda p: rewrite(p, lambda image: image.transpose(1, 0, 2)), "is 128 x 72, neither"),
+        ("image", lambda p: rewrite(p, lambda image: image.repeat(3, 0).repeat(3, 1)), "is 216 x 384, neither"),
+        ("image", lambda p: (rewrite(p, lambda image: image, ".png"), cut(p, -3000)), "is damaged"),
         ("labels", lambda p: cut(p, -1), "labels for"),
     ],
 )
-def test_a_bad_frame_is_named_and_replaced_by_the_next(copy, kind, damage, reason):
+def test_a_bad_frame_is_named_and_replaced_by_another(copy, kind, damage, reason):
     dataset = NuScenesDataset(copy, VERSION, "mini_val", Data())
     path = first_file(copy, dataset, kind)
     damage(path)
@@ -338,10 +367,24 @@ def test_a_bad_frame_is_named_and_replaced_by_the_next(copy, kind, damage, reaso
 
     batch, bad_frames = next(step_batches(dataset, micro_batch=len(dataset)))
     tokens = [t.decode() for t in dataset.index.tokens]
-    assert set(batch.tokens) == set(tokens[1:])
-    assert batch.tokens.count(tokens[1]) == 2
+    assert set(batch.tokens) == set(tokens[1:]) and len(batch) == 3
     assert bad_frames == [str(bad.value)]
     assert [b.tokens for _, b in held_out_batches(dataset, 1)] == [(tokens[1],)]
+
+
+def test_a_header_of_a_huge_image_takes_no_memory(copy, monkeypatch):
+    """30,000 x 30,000 pixels are 2.7 GB."""
+    dataset = NuScenesDataset(copy, VERSION, "mini_val", Data())
+    path = first_file(copy, dataset, "image")
+    content = bytearray(path.read_bytes())
+    at = content.index(b"\xff\xc0") + 5  # height and width in a JPEG's frame header
+    content[at : at + 4] = (30_000).to_bytes(2, "big") * 2
+    path.write_bytes(content)
+    decoded, decode = [], cv2.imdecode
+    monkeypatch.setattr(cv2, "imdecode", lambda *a: decoded.append(decode(*a)) or decoded[-1])
+    with pytest.raises(BadFrame, match="is 30000 x 30000, neither"):
+        dataset[0]
+    assert max((image.size for image in decoded), default=0) <= 3 * 72 * 128
 
 
 def test_a_broken_sweep_affects_only_the_frames_that_use_it(copy):
@@ -355,8 +398,8 @@ def test_a_broken_sweep_affects_only_the_frames_that_use_it(copy):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_no_readable_frame_is_a_one_sentence_error(copy, workers):
-    shutil.rmtree(copy / "samples" / "LIDAR_TOP")
     dataset = NuScenesDataset(copy, VERSION, "mini_val", Data())
+    shutil.rmtree(copy / "samples" / "LIDAR_TOP")
     with pytest.raises(DataError, match=r"none of the \d+ frames can be read \(.*: is missing\)"):
         next(step_batches(dataset, micro_batch=1, workers=workers))
     with pytest.raises(DataError, match="none of the"):

@@ -261,8 +261,8 @@ def test_lidar_rays_of_an_empty_sample_have_no_depth():
 
 def test_pixel_rays_lie_on_the_grid():
     batch = make_batch([[], []])
-    rays, shape = pixel_rays(batch, 1, 5)
-    assert shape == (2, 3, 6) and len(rays) == 36
+    rays = pixel_rays(batch, 1, 5)
+    assert len(rays) == 2 * 3 * 6
     assert (rays.depth == -1).all() and (rays.volume_idx == 1).all()
     rgb = rays.rgb.view(2, 3, 6, 3)
     torch.testing.assert_close(rgb[1, 2, 3], torch.tensor([15 / 32, 10 / 16, 1.0]))

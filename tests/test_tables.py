@@ -56,12 +56,24 @@ def test_the_index_is_rebuilt_when_the_tables_change(copy, monkeypatch):
 
 
 def test_a_damaged_index_is_rebuilt(copy, monkeypatch):
+    """Cut, flipped anywhere, with other contents: never an error, never an index that differs."""
     builds = count_builds(monkeypatch)
-    NuScenesDataset(copy, VERSION, "mini_val", Data())
-    path = copy / "unipad-index" / f"{VERSION}-mini_val.npz"
-    path.write_bytes(path.read_bytes()[:1000])
-    NuScenesDataset(copy, VERSION, "mini_val", Data())
-    assert len(builds) == 2
+    first = NuScenesDataset(copy, VERSION, "mini_val", Data()).index
+    path, rng = copy / "unipad-index" / f"{VERSION}-mini_val.npz", np.random.default_rng(0)
+    content = path.read_bytes()
+
+    def flipped():
+        damaged = bytearray(content)
+        damaged[rng.integers(len(content))] ^= 1 << rng.integers(8)
+        return bytes(damaged)
+
+    for damaged in (content[:1000], b"", b"PK" + bytes(900), *(flipped() for _ in range(60))):
+        path.write_bytes(damaged)
+        index = NuScenesDataset(copy, VERSION, "mini_val", Data()).index
+        for name, array in vars(first).items():
+            np.testing.assert_array_equal(array, getattr(index, name))
+        assert path.read_bytes() == damaged or len(builds) > 1
+    assert len(builds) > 30
 
 
 def test_a_root_that_cannot_be_written_uses_the_users_cache(copy, tmp_path, monkeypatch):
@@ -101,3 +113,128 @@ def test_a_split_without_scenes_is_rejected(copy):
     table = copy / VERSION / "scene.json"
     table.write_text(table.read_text().replace("scene-0103", "scene-9103").replace("scene-0916", "scene-9916"))
     refuse(["no frame of split mini_val"], copy)
+
+
+def row_of(root, table, change):
+    """Change one row of a table in place: number 1, or where there is only one, 0."""
+    file = root / VERSION / f"{table}.json"
+    rows = json.loads(file.read_text())
+    change(rows[min(1, len(rows) - 1)])
+    file.write_text(json.dumps(rows))
+
+
+def nested(depth):
+    return "[" * depth + "]" * depth
+
+
+@pytest.mark.parametrize(
+    "table, field, value, words",
+    [
+        ("scene", "name", None, "name is not text of at most 1000 characters: None"),
+        ("scene", "name", "x" * 10**6, "name is not text"),
+        ("sample", "timestamp", "1532402927000000", "timestamp is not a time in microseconds"),
+        ("sample", "timestamp", 10**400, "timestamp is not a time"),
+        ("sample_data", "timestamp", float("nan"), "timestamp is not a time"),
+        ("sample_data", "is_key_frame", "true", "is_key_frame is not true or false"),
+        ("sample_data", "filename", "../../etc/passwd", "filename is not the path of a file below the root"),
+        ("sample_data", "filename", "/etc/passwd", "filename is not the path"),
+        ("sample_data", "filename", "C:\\x.jpg", "filename is not the path"),
+        ("sample_data", "filename", "samples/a\0b.jpg", "filename is not the path"),
+        ("sample_data", "filename", "samples/\ud800.jpg", "filename is not the path"),
+        ("sample_data", "sample_token", ["a"], "sample_token is not text"),
+        ("sample_data", "ego_pose_token", "nowhere", "ego_pose_token nowhere is in no row of ego_pose.json"),
+        ("sample_data", "prev", "nowhere", "prev nowhere is in no row of sample_data.json"),
+        ("ego_pose", "rotation", [1, 0, 0], "rotation is not a unit quaternion"),
+        ("ego_pose", "rotation", [0, 0, 0, 0], "rotation is not a unit quaternion"),
+        ("ego_pose", "rotation", [1e300, 0, 0, 1e10], "rotation is not a unit quaternion"),
+        (
+            "ego_pose",
+            "translation",
+            [float("nan"), 0, 0],
+            "translation is not three numbers of at most 100000000 meters",
+        ),
+        ("calibrated_sensor", "translation", [1e5, 0, 0], "translation is not three numbers of at most 100 meters"),
+        ("calibrated_sensor", "camera_intrinsic", [[0, 0, 9], [0, 9, 9], [0, 0, 1]], "camera_intrinsic is not"),
+        (
+            "calibrated_sensor",
+            "camera_intrinsic",
+            [[9, 0, 9], [0, float("nan"), 9], [0, 0, 1]],
+            "camera_intrinsic is not",
+        ),
+        ("calibrated_sensor", "camera_intrinsic", [], "camera_intrinsic of a camera is empty"),
+        ("sample_annotation", "size", "4 2 1", "size is not three numbers"),
+        ("sample_annotation", "num_lidar_pts", None, "num_lidar_pts is not a number from 0"),
+        ("sample_annotation", "next", {}, "next is not text"),
+        ("instance", "category_token", "nowhere", "category_token nowhere is in no row of category.json"),
+        ("category", "index", 256, "index is not a number from 0 to 255"),
+        ("map", "log_tokens", [], "is in the log_tokens of no row of map.json"),
+        ("visibility", "token", "1", "has the token of an earlier row, 1"),
+    ],
+)
+def test_a_wrong_value_is_named_by_table_and_row(copy, table, field, value, words):
+    row_of(copy, table, lambda row: row.update({field: value}))
+    where = "log.json, row 0" if field == "log_tokens" else f"{table}.json, row "
+    refuse([copy / VERSION, where, words], copy)
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"", "is not valid JSON"),
+        (b"[{]", "is not valid JSON"),
+        (b"\xff\xfe\x00", "is not valid JSON"),
+        (nested(100_000).encode(), "is not valid JSON"),
+        (b"{}", "is not a list of rows"),
+        (b"[[]]", "row 0: is not an object"),
+        (b"[null]", "row 0: is not an object"),
+    ],
+)
+def test_a_table_that_is_no_table_is_named(copy, content, words):
+    (copy / VERSION / "sensor.json").write_bytes(content)
+    refuse([copy / VERSION / "sensor.json", words], copy)
+
+
+def test_an_image_without_a_size_is_named(copy):
+    file = copy / VERSION / "sample_data.json"
+    rows = json.loads(file.read_text())
+    number = next(i for i, row in enumerate(rows) if "CAM_BACK/" in row["filename"])
+    rows[number]["width"] = 0
+    file.write_text(json.dumps(rows))
+    refuse([f"sample_data.json, row {number}: height and width of an image are 72 and 0"], copy)
+
+
+def test_boxes_that_cannot_be_are_left_out_and_named(copy, capsys):
+    before = NuScenesDataset(copy, VERSION, "mini_val", Data()).index
+    assert not len(before.left_out)
+    file = copy / VERSION / "sample_annotation.json"
+    rows = json.loads(file.read_text())
+    samples = {token.decode() for token in before.tokens}
+    numbers = [i for i, r in enumerate(rows) if r["sample_token"] in samples and r["num_lidar_pts"] > 0][-4:]
+    wrong = (
+        {"size": [float("nan"), 2, 1]},
+        {"size": [1e9, 2, 1]},
+        {"rotation": [2, 0, 0, 0]},
+        {"translation": [9e6, 0, 0]},
+    )
+    for number, change in zip(numbers, wrong, strict=True):
+        rows[number].update(change)
+    file.write_text(json.dumps(rows))
+    dataset = NuScenesDataset(copy, VERSION, "mini_val", Data())
+    named = b" ".join(dataset.index.left_out).decode()
+    assert all(f"row {number}: " in named for number in numbers)
+    assert len(dataset.index.labels) == len(before.labels) - 4 and np.isfinite(dataset.index.boxes).all()
+    assert dataset.index.box_offsets[-1] == len(dataset.index.boxes)
+    assert "4 boxes of sample_annotation.json are left out: row " in capsys.readouterr().err
+    assert np.abs(dataset.index.boxes[:, 7:]).max() < 200  # the velocity next to a wrong translation is unknown
+
+
+def test_a_home_folder_is_expanded(copy, monkeypatch):
+    monkeypatch.setenv("HOME", str(copy.parent))
+    assert NuScenesDataset("~/city", VERSION, "mini_val", Data()).root == copy
+
+
+def test_scenes_are_read_with_the_same_checks(copy):
+    dataset = NuScenesDataset(copy, VERSION, "mini_val", Data())
+    (copy / VERSION / "scene.json").write_text("[3]")
+    with pytest.raises(DataError, match="scene.json, row 0"):
+        dataset.scenes()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+# Of nuScenes. Other rigs have cameras of any number, name and size.
 CAMERAS = (
     "CAM_FRONT",
     "CAM_FRONT_RIGHT",
@@ -21,8 +22,8 @@ CAMERAS = (
 
 @dataclass(frozen=True)
 class Batch:
-    """B samples of N views: the keyframe's cameras in the order of `CAMERAS`, then, with camera sweeps, those of each
-    frame before it, the newest first. N = 0 without images.
+    """B samples of N views: the keyframe's cameras (in nuScenes in the order of `CAMERAS`), then, with camera sweeps,
+    those of each frame before it, the newest first. N = 0 without images. Images may differ in size.
 
     All views are encoded; only those of `keyframe()` are rendered, compared and drawn.
     """
@@ -39,6 +40,7 @@ class Batch:
     point_labels: Tensor | None  # [P] uint8 lidarseg class 0-16, 0 is ignored; None without labels
     tokens: tuple[str, ...]  # sample tokens
     frame_lags: Tensor | None = None  # [B, S] seconds, age of each of S frames of images, 0 first; None: S = 1
+    cameras: tuple[str, ...] = ()  # names of the keyframe's cameras; () where the dataset does not name them
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -14,7 +14,7 @@ object for all cameras; of overlapping objects the first one drawn stays, not th
 import hashlib
 import os
 import sys
-import zipfile
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from unipad.boxes import box_corners, footprint, points_in_boxes
 from unipad.config import Paste
 from unipad.data.dataset import BadFrame, DataError, DrivingDataset, Sample
 from unipad.data.loader import init_worker
-from unipad.data.tables import cache_paths
+from unipad.data.tables import cache_paths, read_arrays
 from unipad.kernels.rotated_iou import rotated_iou_bev
 
 
@@ -136,7 +136,7 @@ def load_objects(dataset: DrivingDataset, paste: Paste, workers: int = 0) -> Obj
     return Objects(paste.counts, file, **arrays)
 
 
-FORMAT = 1  # of the two files; increment when the meaning of their contents changes
+FORMAT = 2  # of the two files; increment when the meaning of their contents changes
 QUALITY = 95  # of the JPEGs, up to 100: loses little compared with the dataset's own JPEG compression
 
 
@@ -145,14 +145,24 @@ def _digest(text):
 
 
 def _read(path):
-    """(arrays of `Objects`, its file) from the cache; None where they are missing or incomplete."""
-    file = path.with_suffix(".bin")
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            complete = file.stat().st_size == arrays["size"]
-            return ({k: arrays[k] for k in ("boxes", "labels", "points", "pictures")}, file) if complete else None
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+    """(arrays of `Objects`, its file) from the cache; None where they are missing or damaged."""
+    arrays, file = read_arrays(path), path.with_suffix(".bin")
+    names = ("boxes", "labels", "points", "pictures")
+    if arrays is None or not {"checksum", *names} <= arrays.keys() or arrays["checksum"] != _checksum(file):
         return None
+    return {name: arrays[name] for name in names}, file
+
+
+def _checksum(path):
+    """CRC-32 of a file; -1 where it cannot be read."""
+    checksum = 0
+    try:
+        with open(path, "rb") as file:
+            while part := file.read(2**24):
+                checksum = zlib.crc32(part, checksum)
+    except OSError:
+        return -1
+    return checksum
 
 
 def _cut_out(dataset, paste, paths, workers):
@@ -199,7 +209,6 @@ def _write(dataset, paste, path, workers):
                         large_file.write(jpeg)
                     boxes.append(cut.box)
                     labels.append(cut.label)
-            size = large_file.tell()
         arrays = {
             "boxes": np.array(boxes, np.float32).reshape(-1, 9),
             "labels": np.array(labels, np.int64),
@@ -207,7 +216,7 @@ def _write(dataset, paste, path, workers):
             "pictures": np.array(pictures, np.int64).reshape(-1, 4),
         }
         with open(parts[path], "wb") as small_file:
-            np.savez_compressed(small_file, size=size, **arrays)
+            np.savez_compressed(small_file, checksum=_checksum(parts[file]), **arrays)
         for to in (file, path):
             os.replace(parts[to], to)
     finally:

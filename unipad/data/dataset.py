@@ -37,7 +37,8 @@ class Sample:
     """One keyframe. Meters, seconds, radians; "LiDAR" is the frame of the keyframe's LiDAR: x right, y forward, z up.
 
     N views: the cameras of the keyframe in a fixed order (nuScenes: `CAMERAS`), then, with camera sweeps, those of the
-    S - 1 frames of images before it, the newest first. N and S are the same in all samples; N = 0 without images.
+    S - 1 frames of images before it, the newest first. Any number of cameras; N and S are the same in all samples;
+    N = 0 without images.
 
     images:       N times [h, w, 3] uint8 RGB, not padded; sizes may differ.
     lidar2image:  [N, 4, 4] float32 LiDAR -> (u*d, v*d, d, 1) in pixels of `images`, d along the optical axis.
@@ -265,6 +266,7 @@ def collate(samples: list[Sample]) -> Batch:
         point_labels=concatenate("point_labels") if labeled else None,
         tokens=tuple(s.token for s in samples),
         frame_lags=None if samples[0].frame_lags is None else stack("frame_lags"),
+        cameras=samples[0].cameras,
     )
 
 

@@ -38,10 +38,10 @@ def step_batches(
     workers:     processes that load; 0 loads in this one.
     pinned:      put batches in pinned memory, so that copies to a GPU are asynchronous.
     paste_until: position of the stream from which on nothing is pasted into samples.
-    bad_frames:  `path: reason` of each frame that could not be read. The next readable frame of the dataset takes its
-        place; a bad frame is reported each time it would be read.
+    bad_frames:  `path: reason` of each frame that could not be read. Another one, drawn at random, takes its place; a
+        bad frame is reported each time it would be read.
 
-    Raises `DataError` when no frame at all can be read.
+    Raises `DataError` when `TRIES` frames for one place cannot be read.
     """
     loader = DataLoader(
         MicroBatches(dataset, micro_batch, seed, rank, world, paste_until),
@@ -54,7 +54,7 @@ def step_batches(
     )
     for batch, bad_frames in loader:
         if batch is None:
-            raise _none_readable(dataset, bad_frames)
+            raise _none_readable(bad_frames)
         yield batch, bad_frames
 
 
@@ -62,14 +62,16 @@ def held_out_batches(dataset: DrivingDataset, count: int, rank: int = 0, world: 
     """Yield (position, Batch of one) for `count` frames spread evenly over the dataset, in order.
 
     Process `rank` of `world` gets every world-th of them. A frame that cannot be read is reported on stderr and
-    replaced by the next one. Raises `DataError` when no frame at all can be read.
+    replaced by the next one. Raises `DataError` when `TRIES` of them in a row cannot be read.
     """
     count = min(count, len(dataset))
     for position in range(rank, count, world):
         bad_frames = []
-        sample = _read_from(dataset, position * len(dataset) // count, bad_frames)
+        first = position * len(dataset) // count
+        following = (frame % len(dataset) for frame in range(first, first + len(dataset)))
+        sample = _first_readable(dataset, following, bad_frames)
         if sample is None:
-            raise _none_readable(dataset, bad_frames)
+            raise _none_readable(bad_frames)
         for frame in bad_frames:
             print(f"skipped {frame}", file=sys.stderr)
         yield position, collate([sample])
@@ -126,11 +128,21 @@ class MicroBatches(Dataset):
         samples, bad_frames = [], []
         for position, frame in self.frames(i):
             rng = np.random.default_rng([self.seed, position, 1])
-            sample = _read_from(self.dataset, frame, bad_frames, rng, position < self.paste_until)
+            unreadable = len(bad_frames)
+            sample = _first_readable(
+                self.dataset, self._candidates(frame, position), bad_frames, rng, position < self.paste_until
+            )
             if sample is None:
-                return None, bad_frames
+                return None, bad_frames[unreadable:]
             samples.append(sample)
         return collate(samples), bad_frames
+
+    def _candidates(self, frame, position):
+        """`frame`, then all others in random order: if always the next one took the place of a bad frame, the one after
+        many bad ones would be most of what is seen."""
+        yield frame
+        others = np.random.default_rng([self.seed, position, 3]).permutation(len(self.dataset))
+        yield from (int(other) for other in others if other != frame)
 
     def frames(self, i):
         """Positions in the stream of this process's micro-batch i, and their indices into the dataset."""
@@ -141,19 +153,22 @@ class MicroBatches(Dataset):
         return [(p, int(order[p // n][p % n])) for p in positions]
 
 
-def _read_from(dataset, first, bad_frames, rng=None, paste=False):
-    """The sample of frame `first` or of the next one that can be read; bad ones are added to `bad_frames`."""
-    for k in range(len(dataset)):
+TRIES = 256  # frames in a row: even if nine of ten cannot be read, this many in a row are one case in 10^12
+
+
+def _first_readable(dataset, frames, bad_frames, rng=None, paste=False):
+    """The sample of the first of `frames` that can be read, at most `TRIES`; bad ones are added to `bad_frames`."""
+    for frame in itertools.islice(frames, TRIES):
         try:
-            return dataset.read((first + k) % len(dataset), rng, paste)
+            return dataset.read(frame, rng, paste)
         except BadFrame as bad:
             bad_frames.append(str(bad))
     return None
 
 
-def _none_readable(dataset, bad_frames):
+def _none_readable(bad_frames):
     return DataError(
-        f"none of the {len(dataset)} frames can be read ({bad_frames[0]}); unpack the dataset's files there."
+        f"none of the {len(bad_frames)} frames can be read ({bad_frames[0]}); correct the files, or unpack them again."
     )
 
 

@@ -7,21 +7,39 @@ As in the original UniPAD:
                keyframe; points with |x| < 1 and |y| < 1 (ego vehicle) are removed from sweeps, not from the keyframe
     intensity  as in the file, 0-255
     boxes      those with at least one LiDAR or radar point; a velocity that the tables do not have is 0
+The rig is that of the tables: any number of cameras, of any name and size. Frames of which a file is missing are left
+out from the start; damage to a file is found when it is read. Images may be smaller than the tables say: the
+intrinsics, which are for the size in the tables, are scaled.
 Unlike in the original: the nearest sweeps are taken (in the original, 9 of the last 10 at random), and at the start of
 a scene a keyframe has no LiDAR sweeps (the original repeats the keyframe, as is done here for camera sweeps).
 """
 
+import io
+import os
+import sys
+from collections import Counter
 from pathlib import Path
 
 import cv2
 import numpy as np
+from PIL import Image
 
-from unipad.batch import CAMERAS
 from unipad.config import Augment, Data
 from unipad.data.dataset import BadFrame, DataError, DrivingDataset, Sample
 from unipad.data.splits import splits_of
 from unipad.data.synthetic import ensure_city
-from unipad.data.tables import find_root, load_camera_sweeps, load_index, scene_tokens, tables_state
+from unipad.data.tables import (
+    REACH,
+    find_root,
+    load_camera_sweeps,
+    load_index,
+    scene_tokens,
+    tables_state,
+)
+
+BRIGHTEST = 65535.0  # the largest intensity that is taken for one: of 16 bits, where nuScenes has 8
+LARGER = 2  # an image may have this many times the width that the tables say
+NAMED = 3  # files or rows that a message names
 
 
 class NuScenesDataset(DrivingDataset):
@@ -49,6 +67,10 @@ class NuScenesDataset(DrivingDataset):
             self.camera_sweeps = load_camera_sweeps(root, version, split)
         settings = (label_fraction, point_range, augment)
         super().__init__(len(self.index.tokens), root, version, split, data, *settings)
+        self.frames = self._whole()
+        if len(rows := self.index.left_out):
+            named = "; ".join(row.decode() for row in rows[:NAMED]) + ("; ..." if len(rows) > NAMED else "")
+            _report(f"{root / version} {split}: {len(rows)} boxes of sample_annotation.json are left out: {named}")
 
     @classmethod
     def splits(cls, root, version):
@@ -62,11 +84,10 @@ class NuScenesDataset(DrivingDataset):
 
     @classmethod
     def has_images(cls, root, version, split):
-        """Whether any image of 16 keyframes, spread over the split, exists: some of the images may not be unpacked."""
+        """Whether any keyframe has an image of each camera: some of the images may not be unpacked."""
         root = find_root(root, version)
         files = load_index(root, version, split).image_files
-        files = files[:: max(1, len(files) // 16)].flatten()
-        return any((root / name.decode()).is_file() for name in files)
+        return bool(files.size) and bool(on_disk(root, files).all(axis=1).any())
 
     def labels_of(self, frame):
         return self.index.labels[slice(*self.index.box_offsets[frame : frame + 2])]
@@ -87,16 +108,16 @@ class NuScenesDataset(DrivingDataset):
 
     def load(self, frame):
         index = self.index
+        files, sizes, intrinsics, lidar2camera = self._views(frame)
+        images, scales = [], np.empty((len(files), 4, 4))
+        for view, (file, size) in enumerate(zip(files, sizes, strict=True)):
+            image, scales[view] = self._read_image(file, *size.tolist())
+            images.append(image)
         clouds = self._read_points(index.frame_lidar[frame])
         points, point_labels = np.concatenate(clouds), None
         if index.lidarseg_files[frame]:
             point_labels = np.zeros(len(points), np.uint8)
             point_labels[: len(clouds[0])] = self._read_labels(frame, len(clouds[0]))
-        files, intrinsics, lidar2camera = self._views(frame)
-        images, scales = [], np.empty((len(files), 4, 4))
-        for view, file in enumerate(files):
-            image, scales[view] = self._read_image(file)
-            images.append(image)
         b = slice(*index.box_offsets[frame : frame + 2])
         return Sample(
             images=images,
@@ -108,12 +129,14 @@ class NuScenesDataset(DrivingDataset):
             labels=index.labels[b],
             token=index.tokens[frame].decode(),
             frame_lags=self._frame_lags(frame),
+            cameras=tuple(name.decode() for name in index.cameras) if self.data.cameras else (),
         )
 
     def _views(self, frame):
-        """(files [N], intrinsics [N, 4, 4], lidar2camera [N, 4, 4]) of the views of a keyframe, as in `Batch`."""
-        names = ("image_files", "intrinsics", "lidar2camera")
-        views = [getattr(self.index, name)[frame, : len(CAMERAS) if self.data.cameras else 0] for name in names]
+        """(files [N], sizes [N, 2], intrinsics [N, 4, 4], lidar2camera [N, 4, 4]) of the views of a keyframe, as in
+        `Batch`."""
+        names = ("image_files", "image_sizes", "intrinsics", "lidar2camera")
+        views = [getattr(self.index, name)[frame, : None if self.data.cameras else 0] for name in names]
         if self.camera_sweeps is not None:
             before = [getattr(self.camera_sweeps, name)[frame, : self.data.camera_sweeps - 1] for name in names]
             views = [np.concatenate([key, *frames]) for key, frames in zip(views, before, strict=True)]
@@ -151,24 +174,66 @@ class NuScenesDataset(DrivingDataset):
             raise BadFrame(path, f"has {len(labels)} labels for {count} points")
         return self.index.lidarseg_classes[labels]
 
-    def _read_image(self, path):
-        """The image as [h, w, 3] uint8 RGB, resized to `data.image_size`, and the [4, 4] scaling of pixels."""
+    def _read_image(self, path, height, width):
+        """The image as [h, w, 3] uint8 RGB, resized to `data.image_size`, and the [4, 4] scaling of the pixels of an
+        image of the `height` and `width` in the tables."""
         path = self._path(path)
         data = _load_bytes(path)
-        # OpenCV fills what a truncated JPEG lacks with gray, so look for the end marker.
-        if data.tobytes().rfind(b"\xff\xd9") < 0:
-            raise BadFrame(path, "the JPEG is truncated")
-        image = cv2.imdecode(data, cv2.IMREAD_COLOR)
-        if image is None:
-            raise BadFrame(path, "is not an image")
-        h, w = image.shape[:2]
+        h, w = _size_of_image(path, data)
+        # Of the same shape but for a pixel of rounding; and not so large that one header takes all memory.
+        if w > LARGER * width or abs(w * height - h * width) > max(height, width):
+            raise BadFrame(path, f"is {h} x {w}, neither the {height} x {width} of the tables nor a scaled copy")
+        image = _decoded(path, data)
         H, W = self.data.image_size or (h, w)
         if (H, W) != (h, w):
             image = cv2.resize(image, (W, H), interpolation=cv2.INTER_AREA if H * W < h * w else cv2.INTER_LINEAR)
-        return cv2.cvtColor(image, cv2.COLOR_BGR2RGB), np.diag([W / w, H / h, 1, 1])
+        return cv2.cvtColor(image, cv2.COLOR_BGR2RGB), np.diag([W / width, H / height, 1, 1])
 
     def _path(self, name):
         return self.root / name.decode()
+
+    def _whole(self):
+        """Those of `frames` of which no file is missing; reports the others. Raises `DataError` if none is left, or
+        none of the sweeps is there."""
+        index, frames, data = self.index, self.frames, self.data
+        key = index.frame_lidar[frames]
+        chain = [key]
+        for _ in range(data.sweeps - 1):
+            before = index.lidar_prev[chain[-1]]
+            chain.append(np.where(before < 0, key, before))
+        lidar = index.lidar_files[np.stack(chain, axis=1)]  # [F, sweeps]
+        labels = index.lidarseg_files[frames, None]
+        images = index.image_files[frames, : None if data.cameras else 0]
+        before = images[:, :0]
+        if self.camera_sweeps is not None:
+            before = self.camera_sweeps.image_files[frames, : data.camera_sweeps - 1].reshape(len(frames), -1)
+        files = np.concatenate([lidar, np.where(labels == b"", lidar[:, :1], labels), images, before], axis=1)
+        there = on_disk(self.root, files)
+        whole = there.all(axis=1)
+        if whole.all():
+            return frames
+        keyframe = np.isin(files, np.concatenate([index.lidar_files[index.frame_lidar], index.image_files.ravel()]))
+        for part, kind, flag in (
+            (slice(data.sweeps), "LiDAR", "sweeps"),
+            (slice(files.shape[1] - before.shape[1], None), "camera", "camera-sweeps"),
+        ):
+            sweep = ~keyframe[:, part]
+            if sweep.any() and not there[:, part][sweep].any():
+                example = files[:, part][sweep][0].decode()
+                raise DataError(
+                    f"{self.root} has no {kind} sweeps (such as {example}); unpack them, or read keyframes alone with "
+                    f"--data.{flag} 1."
+                )
+        names = np.unique(files[~there & (files != b"")])
+        names = [name.decode() for name in names]
+        if len(names) > NAMED:
+            names = [f"{n} of {folder}" for folder, n in Counter(str(Path(name).parent) for name in names).items()]
+        names += [f"{name.decode()} in the tables" for name in index.cameras[(images == b"").any(axis=0)]]
+        where = f"{self.root / self.version} {self.split}"
+        if not whole.any():
+            raise DataError(f"no frame of {where} has all its files; unpack what is missing: {', '.join(names)}.")
+        _report(f"{where}: {(~whole).sum()} of {len(frames)} frames are left out; missing: {', '.join(names)}")
+        return frames[whole]
 
 
 def _load_bytes(path):
@@ -183,12 +248,71 @@ def _load_bytes(path):
     return data
 
 
+def _size_of_image(path, data):
+    """(height, width) from the header of a file in any format."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.height, image.width
+    except Exception:  # Pillow's parsers raise what comes up in a damaged header
+        raise BadFrame(path, "is not an image") from None
+
+
+def _decoded(path, data):
+    """[h, w, 3] uint8 BGR, as stored: calibration knows nothing of the rotation that EXIF data asks for."""
+    # OpenCV fills what a truncated JPEG lacks with gray, so look for the end marker after the last scan's start: the
+    # end of a thumbnail comes before it. Of other formats it decodes nothing that is not complete.
+    content = data.tobytes()
+    if content.startswith(b"\xff\xd8") and content.rfind(b"\xff\xd9") <= content.rfind(b"\xff\xda"):
+        raise BadFrame(path, "the JPEG is truncated")
+    try:
+        image = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error:
+        image = None
+    if image is None:
+        raise BadFrame(path, "is damaged, or of a format that OpenCV cannot read")
+    return image
+
+
 def _load_points(path):
     """[P, 5] float32: x, y, z meters in the sensor's frame, intensity, ring."""
     data = _load_bytes(path)
     if len(data) % 20:
         raise BadFrame(path, f"is truncated: {len(data)} bytes are not a whole number of 20-byte points")
     points = data.view(np.float32).reshape(-1, 5)
-    if not np.isfinite(points).all():
+    if not np.isfinite(points[:, :4]).all():
         raise BadFrame(path, "has values that are not finite")
+    farthest, brightest = (np.abs(values).max() for values in (points[:, :3], points[:, 3]))
+    if farthest > REACH or brightest > BRIGHTEST:
+        raise BadFrame(path, f"has a point at {farthest:.3g} m, or of intensity {brightest:.3g}: the file is damaged")
     return points
+
+
+def on_disk(root: Path, files: np.ndarray) -> np.ndarray:
+    """Which of `files`, paths relative to `root` in bytes, exist: an array of bool of the same shape.
+
+    Each folder is listed once: to look for half a million files one by one takes minutes on a network's file system.
+    """
+    listed = {}
+
+    def exists(name):
+        folder, _, file = name.rpartition(b"/")
+        if folder not in listed:
+            listed[folder] = _listed(root / folder.decode())
+        return file in listed[folder]
+
+    return np.array([exists(name) for name in files.ravel().tolist()], bool).reshape(files.shape)
+
+
+def _listed(folder):
+    try:
+        return set(map(os.fsencode, os.listdir(folder)))
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
+    except OSError as error:
+        raise DataError(f"{folder} cannot be listed ({error.strerror}); make it readable.") from None
+
+
+def _report(sentence):
+    """Print it in the main process alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(sentence, file=sys.stderr)

@@ -107,7 +107,9 @@ def generate(
     renamed when complete. Workers are spawned: a script that calls this needs a `__main__` guard.
     Raises SettingError with one sentence for an invalid setting, or if `out` contains something else.
     """
-    args = Args(Path(out), scenes, keyframes, tuple(image_size), workers, seed, columns, sweeps, camera_sweeps)
+    args = Args(
+        Path(out).expanduser(), scenes, keyframes, tuple(image_size), workers, seed, columns, sweeps, camera_sweeps
+    )
     _check(args)
     root = args.out.resolve()
     partial, old = (root.with_name(f".{root.name}.{state}-{os.getpid()}") for state in ("partial", "old"))
@@ -123,9 +125,12 @@ def generate(
 
 
 def is_synthetic(root):
-    """Whether a folder contains a dataset written by this module."""
+    """Whether a folder contains a dataset written by this module; not where its log.json is damaged."""
     log = Path(root) / VERSION / "log.json"
-    return log.is_file() and all(record["vehicle"] == "synthetic" for record in json.loads(log.read_text()))
+    try:
+        return all(record["vehicle"] == "synthetic" for record in json.loads(log.read_bytes()))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def ensure_city(camera_sweeps=0):

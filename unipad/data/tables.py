@@ -5,7 +5,6 @@ Workers only hold the index: no devkit, no Python objects to copy.
 """
 
 import hashlib
-import json
 import os
 import zipfile
 from dataclasses import dataclass, fields
@@ -18,6 +17,7 @@ from tqdm import tqdm
 from unipad.batch import CAMERAS
 from unipad.boxes import boxes_from_global
 from unipad.data.dataset import DataError
+from unipad.data.schema import box_fault, fault, open_tables, read_table
 from unipad.data.splits import SPLITS, check_scenes, own_splits, splits_of
 
 CLASSES = (
@@ -76,14 +76,17 @@ class Index:
     """What the samples of one split need from the tables.
 
     F keyframes in the order of time, N cameras, M boxes, L LiDAR frames (keyframes and the sweeps between them).
-    Paths are relative to the data root, in bytes.
+    Text is in bytes, paths are relative to the data root. The rig is that of all keyframes together: where one has no
+    frame of a camera, the file's name is empty and the matrices are the identity.
     """
 
+    cameras: np.ndarray  # [N] names: nuScenes' in the order of `CAMERAS`, then others by name
     tokens: np.ndarray  # [F] sample tokens
     frame_lidar: np.ndarray  # [F] row of the keyframe among the LiDAR frames
     lidar_tokens: np.ndarray  # [F] sample_data tokens of LIDAR_TOP
     image_files: np.ndarray  # [F, N]
-    intrinsics: np.ndarray  # [F, N, 4, 4] camera meters -> (u*d, v*d, d, 1), pixels of the file
+    image_sizes: np.ndarray  # [F, N, 2] int64 height, width according to the tables
+    intrinsics: np.ndarray  # [F, N, 4, 4] camera meters -> (u*d, v*d, d, 1), pixels of an image of that size
     lidar2camera: np.ndarray  # [F, N, 4, 4]
     box_offsets: np.ndarray  # [F + 1] keyframe f has boxes box_offsets[f] to box_offsets[f + 1], exclusive
     boxes: np.ndarray  # [M, 9] float32 as in `Batch`
@@ -94,6 +97,7 @@ class Index:
     lidar_prev: np.ndarray  # [L] row of the previous LiDAR frame, -1 at the start of a scene
     lidarseg_files: np.ndarray  # [F] empty where a keyframe has no labels
     lidarseg_classes: np.ndarray  # [256] uint8 category in the files -> class 0-16
+    left_out: np.ndarray  # [K] rows of sample_annotation that are not among the boxes, and why
 
 
 @dataclass(frozen=True)
@@ -106,18 +110,21 @@ class CameraSweeps:
     """
 
     image_files: np.ndarray  # [F, W, N]
+    image_sizes: np.ndarray  # [F, W, N, 2] int64 as in `Index`
     intrinsics: np.ndarray  # [F, W, N, 4, 4] float32 as in `Index`
     lidar2camera: np.ndarray  # [F, W, N, 4, 4] float32 from the LiDAR at the keyframe's time to the camera at its own
-    numbers: np.ndarray  # [F, W] int64 frames back from the keyframe: 1, 2, ..., of CAM_FRONT
-    lags: np.ndarray  # [F, W] float32 seconds before the keyframe, of CAM_FRONT
+    numbers: np.ndarray  # [F, W] int64 frames back from the keyframe: 1, 2, ..., of its first camera
+    lags: np.ndarray  # [F, W] float32 seconds before the keyframe, of its first camera
 
 
 CAMERA_SWEEPS = 5  # 12 Hz, keyframes at 2 Hz: all images since the previous keyframe
+REACH = 1e4  # meters from the LiDAR: neither a point nor a box is farther
+FASTEST = 200.0  # m/s: the velocity of a faster object is unknown
 
 
 def find_root(root: str | Path, version: str) -> Path:
-    """The devkit's dataroot of `version`: `root` itself or root/version. Raises `DataError`."""
-    root = Path(root)
+    """The devkit's dataroot of `version`: `root` itself or root/version; ~ is the user's home. Raises `DataError`."""
+    root = Path(root).expanduser()
     if not root.is_dir():
         raise DataError(f"--data-root {root} is not a folder; give the one that holds samples/ and {version}/.")
     for data_root in (root, root / version):
@@ -140,7 +147,7 @@ def _has_tables(folder):
 
 def scene_tokens(root: Path, version: str) -> dict[str, list[str]]:
     """{scene name: [sample token, ...] in the order of time}; root: from `find_root`."""
-    scenes, samples = (json.loads((root / version / f"{table}.json").read_text()) for table in ("scene", "sample"))
+    scenes, samples = (read_table(root / version, table) for table in ("scene", "sample"))
     names = {scene["token"]: scene["name"] for scene in scenes}
     tokens = {name: [] for name in names.values()}
     for sample in sorted(samples, key=lambda sample: sample["timestamp"]):
@@ -195,16 +202,27 @@ def cache_paths(root: Path, name: str) -> tuple[Path, Path]:
     return root / "unipad-index" / name, user / "unipad" / folder / name
 
 
-FORMAT = 1  # of the index; increment when the meaning of a field changes
+FORMAT = 2  # of the index; increment when the meaning of a field changes
 LARGE = 100e6  # bytes; indexing larger tables shows a progress bar
 
 
 def _read_index(kind, path, state):
     """The index at `path`, of class `kind`; None where there is none or the tables have changed."""
+    arrays = read_arrays(path)
+    if arrays is None or arrays.get("state") != state or not {f.name for f in fields(kind)} <= arrays.keys():
+        return None
+    return kind(**{f.name: arrays[f.name] for f in fields(kind)})
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays of an .npz of a cache; None where it is missing or damaged, so that it will be written again."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:  # reading arrays does not check all of a file
+                return None
         with np.load(path, allow_pickle=False) as file:
-            return kind(**{f.name: file[f.name] for f in fields(kind)}) if file["state"] == state else None
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+            return dict(file)
+    except Exception:  # damage has too many names: zlib.error, NotImplementedError, SyntaxError, MemoryError, ...
         return None
 
 
@@ -225,86 +243,105 @@ def _write_index(index, state, paths):
 def _build(build, root, version, splits, verbose):
     """{split: result of `build`} from the tables; `verbose` shows progress."""
     # The devkit takes seconds to import and imports matplotlib; a cached index needs neither.
-    from nuscenes import NuScenes
     from nuscenes.utils.splits import create_splits_scenes
 
     try:
-        nusc = NuScenes(version, str(root), verbose=verbose)
+        nusc = open_tables(root, version, verbose)
         own = own_splits(root, version)
         check_scenes(root / version / "splits.json", own, {scene["name"] for scene in nusc.scene})
         scenes = create_splits_scenes() | own
         return {split: build(nusc, split, set(scenes[split]), verbose) for split in splits}
-    except (AssertionError, OSError, ValueError, KeyError, IndexError) as error:
-        reason = f"{type(error).__name__}: {error}"
+    except DataError:
+        raise
+    except Exception as error:  # what the devkit, which trusts the tables, makes of a fault that no check has found
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise DataError(f"{root / version} is not a complete nuScenes dataset ({reason}); unpack it again.") from error
 
 
 def _build_split(nusc, split, scenes, verbose):
     """Index of the keyframes whose scene's name is in `scenes`."""
-    from nuscenes.eval.detection.utils import category_to_detection_name
-
-    samples = _samples(nusc, scenes)
+    samples, names = _samples(nusc, scenes), _camera_names(nusc)
+    for sample in samples:
+        if "LIDAR_TOP" not in sample["data"]:
+            raise _fault(nusc, "sample", sample, "has no keyframe of the sensor LIDAR_TOP")
     tokens = {s["token"] for s in samples}
     lidar = [r for r in nusc.sample_data if r["channel"] == "LIDAR_TOP" and r["sample_token"] in tokens]
     row = {r["token"]: i for i, r in enumerate(lidar)}
     frame_lidar = np.array([row[s["data"]["LIDAR_TOP"]] for s in samples], np.int64)
     lidar2global = _sensor2global(nusc, lidar)
-
-    cameras = [nusc.get("sample_data", s["data"][c]) for s in samples for c in CAMERAS]
-    camera2global = _sensor2global(nusc, cameras).reshape(-1, len(CAMERAS), 4, 4)
-    box_frames, annotations, velocities, labels = [], [], [], []
-    for f, sample in enumerate(tqdm(samples, f"indexing {nusc.version} {split}", disable=not verbose, unit="frame")):
-        for annotation in (nusc.get("sample_annotation", token) for token in sample["anns"]):
-            name = category_to_detection_name(annotation["category_name"])
-            if name is not None and annotation["num_lidar_pts"] + annotation["num_radar_pts"] > 0:
-                box_frames.append(f)
-                annotations.append(annotation)
-                velocities.append(nusc.box_velocity(annotation["token"])[:2])
-                labels.append(CLASSES.index(name))
-    box_frames = np.array(box_frames, np.int64)
-    sizes = np.array([a["size"] for a in annotations]).reshape(-1, 3)
-    velocities = np.array(velocities).reshape(-1, 2)
-    boxes = boxes_from_global(_matrices(annotations), sizes, velocities, lidar2global[frame_lidar[box_frames]])
-
+    cameras = [nusc.get("sample_data", s["data"][c]) if c in s["data"] else None for s in samples for c in names]
+    samples_shown = tqdm(samples, f"indexing {nusc.version} {split}", disable=not verbose, unit="frame")
     lidarseg, classes = _lidarseg(nusc)
     return Index(
-        tokens=np.array([s["token"] for s in samples], "S"),
+        cameras=_text(names),
+        tokens=_text(s["token"] for s in samples),
         frame_lidar=frame_lidar,
-        lidar_tokens=np.array([s["data"]["LIDAR_TOP"] for s in samples], "S"),
-        image_files=np.array([r["filename"] for r in cameras], "S").reshape(-1, len(CAMERAS)),
-        intrinsics=_intrinsics(nusc, cameras).reshape(-1, len(CAMERAS), 4, 4),
-        lidar2camera=np.linalg.inv(camera2global) @ lidar2global[frame_lidar][:, None],
-        box_offsets=np.searchsorted(box_frames, np.arange(len(samples) + 1)),
-        boxes=boxes,
-        labels=np.array(labels, np.int64),
-        lidar_files=np.array([r["filename"] for r in lidar], "S"),
+        lidar_tokens=_text(s["data"]["LIDAR_TOP"] for s in samples),
+        **_images(nusc, cameras, (len(samples), len(names)), lidar2global[frame_lidar]),
+        **_boxes(nusc, samples_shown, lidar2global[frame_lidar]),
+        lidar_files=_text(r["filename"] for r in lidar),
         lidar_times=np.array([r["timestamp"] for r in lidar], np.int64),
         lidar2global=lidar2global,
         lidar_prev=np.array([row.get(r["prev"], -1) for r in lidar], np.int64),
-        lidarseg_files=np.array([lidarseg.get(s["data"]["LIDAR_TOP"], "") for s in samples], "S"),
+        lidarseg_files=_text(lidarseg.get(s["data"]["LIDAR_TOP"], "") for s in samples),
         lidarseg_classes=classes,
     )
 
 
+def _boxes(nusc, samples, lidar2global):
+    """`box_offsets`, `boxes`, `labels` and `left_out` of an `Index`. lidar2global: [F, 4, 4], one for each sample."""
+    from nuscenes.eval.detection.utils import category_to_detection_name
+
+    frames, annotations, velocities, labels, left_out = [], [], [], [], []
+
+    def leave_out(annotation, reason):
+        left_out.append(f"row {nusc.getind('sample_annotation', annotation['token'])}: {reason}")
+
+    for f, sample in enumerate(samples):
+        for annotation in (nusc.get("sample_annotation", token) for token in sample["anns"]):
+            name = category_to_detection_name(annotation["category_name"])
+            if name is None or not annotation["num_lidar_pts"] + annotation["num_radar_pts"] > 0:
+                continue
+            if reason := box_fault(annotation):
+                leave_out(annotation, reason)
+                continue
+            frames.append(f)
+            annotations.append(annotation)
+            velocities.append(nusc.box_velocity(annotation["token"])[:2])
+            labels.append(CLASSES.index(name))
+    frames = np.array(frames, np.int64)
+    sizes = np.array([a["size"] for a in annotations], np.float64).reshape(-1, 3)
+    velocities = np.array(velocities, np.float64).reshape(-1, 2)
+    velocities[~(np.abs(velocities) < FASTEST).all(axis=1)] = 0
+    boxes = boxes_from_global(_matrices(annotations), sizes, velocities, lidar2global[frames])
+    near = (np.abs(boxes[:, :3]) < REACH).all(axis=1)
+    for i in np.flatnonzero(~near):
+        leave_out(annotations[i], f"is more than {REACH:.0f} m from the LiDAR")
+    return {
+        "box_offsets": np.searchsorted(frames[near], np.arange(len(lidar2global) + 1)),
+        "boxes": boxes[near],
+        "labels": np.array(labels, np.int64)[near],
+        "left_out": _text(left_out),
+    }
+
+
 def _build_camera_sweeps(nusc, split, scenes, verbose):
     """`CameraSweeps` of the keyframes whose scene's name is in `scenes`."""
-    samples, shape = _samples(nusc, scenes), (-1, CAMERA_SWEEPS, len(CAMERAS))
+    samples, names = _samples(nusc, scenes), _camera_names(nusc)
     lidar2global = _sensor2global(nusc, [nusc.get("sample_data", s["data"]["LIDAR_TOP"]) for s in samples])
     chains, numbers, times = [], [], []
     for sample in tqdm(samples, f"camera sweeps of {nusc.version} {split}", disable=not verbose, unit="frame"):
-        keys = [nusc.get("sample_data", sample["data"][camera]) for camera in CAMERAS]
+        keys = [nusc.get("sample_data", sample["data"][c]) if c in sample["data"] else None for c in names]
         of_cameras = [_chain_before(nusc, key) for key in keys]
         chains += zip(*of_cameras, strict=True)
-        front = [record["timestamp"] for record in of_cameras[0]]
-        times.append([keys[0]["timestamp"] - time for time in front])
-        numbers.append(np.cumsum(np.diff([keys[0]["timestamp"], *front]) != 0))
-    records = [record for frame in chains for record in frame]
-    camera2global = _sensor2global(nusc, records).reshape(*shape, 4, 4)
-    to_camera = np.linalg.inv(camera2global) @ lidar2global[:, None, None]
+        key, front = next(((k, chain) for k, chain in zip(keys, of_cameras, strict=True) if k), (None, []))
+        front = [key["timestamp"] - record["timestamp"] for record in front] or [0] * CAMERA_SWEEPS
+        times.append(front)
+        numbers.append(np.cumsum(np.diff([0, *front]) != 0))
+    records, shape = [record for frame in chains for record in frame], (len(samples), CAMERA_SWEEPS, len(names))
+    images = _images(nusc, records, shape, lidar2global)
     return CameraSweeps(
-        image_files=np.array([r["filename"] for r in records], "S").reshape(shape),
-        intrinsics=_intrinsics(nusc, records).reshape(*shape, 4, 4).astype(np.float32),
-        lidar2camera=to_camera.astype(np.float32),
+        **{k: array.astype(np.float32) if array.dtype == np.float64 else array for k, array in images.items()},
         numbers=np.array(numbers, np.int64).reshape(shape[:2]),
         lags=(1e-6 * np.array(times).reshape(shape[:2])).astype(np.float32),
     )
@@ -314,9 +351,46 @@ def _chain_before(nusc, record):
     """The `CAMERA_SWEEPS` sample_data records before `record`, the newest first, the scene's first one repeated."""
     chain = []
     for _ in range(CAMERA_SWEEPS):
-        record = nusc.get("sample_data", record["prev"]) if record["prev"] else record
+        record = nusc.get("sample_data", record["prev"]) if record and record["prev"] else record
         chain.append(record)
     return chain
+
+
+def _camera_names(nusc):
+    """The cameras of which any keyframe of the version has an image, in the order of `Index.cameras`."""
+    cameras = {sensor["channel"] for sensor in nusc.sensor if sensor["modality"] == "camera"}
+    used = cameras & {channel for sample in nusc.sample for channel in sample["data"]}
+    return sorted(used, key=lambda name: (CAMERAS.index(name) if name in CAMERAS else len(CAMERAS), name))
+
+
+def _images(nusc, records, shape, lidar2global):
+    """`image_files`, `image_sizes`, `intrinsics` and `lidar2camera` of an index, in arrays of `shape` [F, ..., N].
+
+    records: of sample_data, flat; None where there is no image. lidar2global: [F, 4, 4] at the times of the keyframes.
+    """
+    there = np.array([record is not None for record in records], bool)
+    known = [record for record in records if record is not None]
+    sizes = np.zeros((len(records), 2), np.int64)
+    sizes[there] = np.array([_image_size(nusc, record) for record in known], np.int64).reshape(-1, 2)
+    intrinsics, camera2global = (np.tile(np.eye(4), (len(records), 1, 1)) for _ in range(2))
+    intrinsics[there] = _intrinsics(nusc, known)
+    camera2global[there] = _sensor2global(nusc, known)
+    camera2global = camera2global.reshape(*shape, 4, 4)
+    lidar2global = lidar2global.reshape(-1, *(1 for _ in shape[1:]), 4, 4)
+    return {
+        "image_files": _text("" if record is None else record["filename"] for record in records).reshape(shape),
+        "image_sizes": sizes.reshape(*shape, 2),
+        "intrinsics": intrinsics.reshape(*shape, 4, 4),
+        "lidar2camera": np.linalg.inv(camera2global) @ lidar2global,
+    }
+
+
+def _image_size(nusc, record):
+    """Height and width of a camera's image, pixels of its intrinsics."""
+    size = record.get("height"), record.get("width")
+    if not all(type(side) is int and 0 < side < 2**16 for side in size):
+        raise _fault(nusc, "sample_data", record, f"height and width of an image are {size[0]} and {size[1]}")
+    return size
 
 
 def _samples(nusc, scenes):
@@ -329,7 +403,10 @@ def _intrinsics(nusc, records):
     """[len(records), 4, 4] of sample_data records of cameras: camera meters -> (u*d, v*d, d, 1), pixels of the file."""
     intrinsics = np.tile(np.eye(4), (len(records), 1, 1))
     for matrix, record in zip(intrinsics, records, strict=True):
-        matrix[:3, :3] = nusc.get("calibrated_sensor", record["calibrated_sensor_token"])["camera_intrinsic"]
+        sensor = nusc.get("calibrated_sensor", record["calibrated_sensor_token"])
+        if not sensor["camera_intrinsic"]:
+            raise _fault(nusc, "calibrated_sensor", sensor, "camera_intrinsic of a camera is empty")
+        matrix[:3, :3] = sensor["camera_intrinsic"]
     return intrinsics
 
 
@@ -359,3 +436,12 @@ def _lidarseg(nusc):
     for category, label in LidarsegClassMapper(nusc).fine_idx_2_coarse_idx_mapping.items():
         classes[category] = label
     return {r["sample_data_token"]: r["filename"] for r in nusc.lidarseg}, classes
+
+
+def _text(strings):
+    """An array of bytes, since an array of str takes four times the memory."""
+    return np.array([string.encode() for string in strings], "S")
+
+
+def _fault(nusc, table, record, what):
+    return fault(Path(nusc.table_root), table, nusc.getind(table, record["token"]), what)

@@ -109,7 +109,7 @@ def _coin(rng):
 
 def _behind_grid(images, rng):
     """The images, [h, w, 3] uint8 each, behind the same grid."""
-    height = _padded(images[0].shape[0])
+    height = min(_padded(image.shape[0]) for image in images)  # a longer period would hide all of a smaller image
     period = rng.integers(2, height)
     top, left = rng.integers(period, size=2)
     return [np.where(_grid_of(image, period, top, left)[..., None], image, HIDDEN) for image in images]

@@ -1,6 +1,8 @@
 """Pictures of boxes: in bird's-eye view over the LiDAR points, and in the camera images. Ground truth is white,
 predictions have the colors of their classes."""
 
+from collections.abc import Sequence
+
 import matplotlib
 import numpy as np
 from matplotlib.collections import LineCollection
@@ -10,12 +12,13 @@ from matplotlib.lines import Line2D
 from unipad.batch import CAMERAS, Batch
 from unipad.boxes import box_corners
 from unipad.data.tables import CLASSES
-from unipad.draw.views import DPI, picture_of
+from unipad.draw.views import DPI, picture_of, titles
 from unipad.model.detect import Detections
 
 TITLE = 24  # pixels above an image
+SIDE = 380  # pixels of a bird's-eye view, at least
 REACH = 52.0  # meters from the LiDAR to the sides of the bird's-eye view; objects beyond 50 are not evaluated
-ROWS = (5, 0, 1), (4, 3, 2)  # cameras as mounted on the car: front left, front, front right; the back ones below
+ROWS = (5, 0, 1), (4, 3, 2)  # nuScenes' cameras as mounted: front left, front, front right; the back ones below
 SKELETON = (0, 1, 2, 3, 0, 4, 5, 6, 7, 4), (1, 5), (2, 6), (3, 7)  # paths along corners that draw all edges
 NEAR = 0.1  # meters in front of a camera at which edges are clipped
 COLORS = matplotlib.colormaps["tab10"].colors
@@ -28,25 +31,55 @@ def detection_views(batch: Batch, detections: Detections, min_score: float = 0.3
     width:      pixels of a camera's column.
     """
     batch = batch.keyframe()
-    cameras = batch.images.shape[1] > 0
     truth = batch.boxes[: batch.box_counts[0]].cpu()
     shown = detections.scores >= min_score
     boxes, labels = detections.boxes[shown].float().cpu(), detections.labels[shown].cpu()
-    H, W = batch.image_sizes[0, 0].tolist() if cameras else (9, 16)
-    height = 2 * (width * H / W + TITLE)
-    figure = Figure(figsize=((height + 3 * width * cameras) / DPI, height / DPI), dpi=DPI, layout="constrained")
+    height, across = camera_area(batch, width)
+    height = max(height, SIDE) if across else 640
+    figure = Figure(figsize=((height + across) / DPI, height / DPI), dpi=DPI, layout="constrained")
     figure.set_facecolor("0.1")
-    widths = [height, 3 * width] if cameras else [height]
+    widths = [height, across] if across else [height]
     above, *others = figure.subfigures(1, len(widths), width_ratios=widths, squeeze=False)[0]
     points = batch.points[: batch.point_counts[0]]
     _from_above(above, points[points[:, 4] == 0, :3].cpu().numpy(), truth, boxes, labels)
-    for grid in others:
-        axes = grid.subplots(2, 3)
-        for axis, view in zip(axes.flat, np.ravel(ROWS), strict=True):
-            image = batch.images[0, view, :, :H, :W].permute(1, 2, 0).cpu().numpy()
-            _in_camera(axis, image, batch.lidar2image[0, view].cpu().numpy(), truth, boxes, labels)
-            axis.set_title(CAMERAS[view], color="white")
+    for part in others:
+        for axis, image, lidar2image in camera_axes(part, batch):
+            _in_camera(axis, image, lidar2image, truth, boxes, labels)
     return picture_of(figure)
+
+
+def camera_rows(batch: Batch) -> list[Sequence[int]]:
+    """The views of a keyframe in the rows in which they are drawn: at most two, the first one is the longest."""
+    if batch.cameras == CAMERAS:
+        return list(ROWS)
+    views = range(batch.images.shape[1])
+    half = -(-len(views) // 2)
+    return [row for row in (views[:half], views[half:]) if row]
+
+
+def camera_area(batch: Batch, width: int) -> tuple[float, int]:
+    """Height and width in pixels of the pictures of a keyframe's cameras, each of them `width` wide; 0, 0 without."""
+    rows = camera_rows(batch)
+    if not rows:
+        return 0, 0
+    tallest = max(h / w for h, w in batch.image_sizes[0].tolist())
+    return len(rows) * (width * tallest + TITLE), len(rows[0]) * width
+
+
+def camera_axes(part, batch: Batch, fontsize: float = 12):
+    """Yield (axis, image [h, w, 3], lidar2image [4, 4]) for each camera of the first sample of a keyframe.
+
+    part: the subfigure to divide. fontsize: of the cameras' names, in points.
+    """
+    rows = camera_rows(batch)
+    for axes, row in zip(part.subplots(len(rows), len(rows[0]), squeeze=False), rows, strict=True):
+        for axis in axes[len(row) :]:
+            axis.set_axis_off()
+        for axis, view in zip(axes, row, strict=False):
+            H, W = batch.image_sizes[0, view].tolist()
+            axis.set_title(titles(batch)[view], color="white", fontsize=fontsize)
+            image = batch.images[0, view, :, :H, :W].permute(1, 2, 0).cpu().numpy()
+            yield axis, image, batch.lidar2image[0, view].cpu().numpy()
 
 
 def _from_above(part, points, truth, boxes, labels):

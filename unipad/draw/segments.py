@@ -5,12 +5,11 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from unipad.batch import CAMERAS, Batch
+from unipad.batch import Batch
 from unipad.data.tables import LIDARSEG_CLASSES
-from unipad.draw.boxes import NEAR, ROWS
+from unipad.draw.boxes import NEAR, SIDE, camera_area, camera_axes
 from unipad.draw.views import DPI, picture_of
 
-TITLE = 24  # pixels above an image
 REACH = 40.0  # meters from the LiDAR to the sides of the bird's-eye view
 # Classes 0 to 16. Based on the devkit's colors, in which all vehicles are shades of one orange
 COLORS = (
@@ -40,22 +39,19 @@ def segment_views(batch: Batch, predicted: torch.Tensor, width: int = 300) -> np
     if batch.point_labels is not None:
         truth = batch.point_labels[: batch.point_counts[0]][key].cpu().numpy()
         rows = {"true": truth, "predicted": np.where(truth > 0, predicted, 0)}
-    cameras = batch.images.shape[1] > 0
-    H, W = batch.image_sizes[0, 0].tolist() if cameras else (1, 1)
-    height = 2 * (width * H / W + TITLE) if cameras else 2 * width  # of a row
-    figure = Figure(figsize=((height + 3 * width * cameras) / DPI, (len(rows) * height + 70) / DPI), dpi=DPI)
+    height, across = camera_area(batch, width)  # of a row
+    height = max(height, SIDE) if across else 2 * width
+    figure = Figure(figsize=((height + across) / DPI, (len(rows) * height + 70) / DPI), dpi=DPI)
     figure.set_layout_engine("constrained", w_pad=0.01, h_pad=0.04, wspace=0, hspace=0)
     figure.set_facecolor("0.1")
     *lines, foot = figure.subfigures(len(rows) + 1, 1, height_ratios=[height] * len(rows) + [70])
     for line, (name, classes) in zip(lines, rows.items(), strict=True):
-        widths = [height, 3 * width] if cameras else [height]
+        widths = [height, across] if across else [height]
         above, *others = line.subfigures(1, len(widths), width_ratios=widths, squeeze=False)[0]
         _from_above(above.subplots(), points, classes, name)
-        for grid in others:
-            for axis, view in zip(grid.subplots(2, 3).flat, np.ravel(ROWS), strict=True):
-                image = batch.images[0, view, :, :H, :W].permute(1, 2, 0).cpu().numpy()
-                _in_camera(axis, image, batch.lidar2image[0, view].cpu().numpy(), points, classes)
-                axis.set_title(CAMERAS[view], color="white", fontsize=8)
+        for part in others:
+            for axis, image, lidar2image in camera_axes(part, batch, fontsize=8):
+                _in_camera(axis, image, lidar2image, points, classes)
     handles = [
         Line2D([], [], color=color, label=label, marker="o", linestyle="")
         for color, label in zip(COLORS[1:], LIDARSEG_CLASSES, strict=True)

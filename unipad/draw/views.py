@@ -1,6 +1,7 @@
 """Pictures of what a model renders next to images and LiDAR depth, and videos of them. A picture is [H, W, 3] uint8."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -14,11 +15,11 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from PIL import Image
 
-from unipad.batch import CAMERAS, Batch
+from unipad.batch import Batch
 from unipad.errors import UserError
 from unipad.model.mask import MASK_BLOCK
 from unipad.model.pretrain import Pretrain
-from unipad.model.rays import cast_rays, common_grid, project_points, rays_from_lidar
+from unipad.model.rays import cast_rays, grid_of_views, project_points, rays_from_lidar
 
 FAR = 60.0  # meters at the far end of the color scale
 PANORAMA = (42, 360)  # rows and columns of one degree each, clockwise around the LiDAR; forward is column 90
@@ -31,8 +32,8 @@ DPI = 80
 def rendered_views(
     model: Pretrain, batch: Batch, generators: list | None, stride: int = 2, normals: bool = False, width: int = 240
 ) -> np.ndarray:
-    """The batch's first sample in rows: images, masked images, LiDAR depth, masked voxels, renderings. Six cameras side
-    by side; without cameras, one panorama from the LiDAR.
+    """The batch's first sample in rows: images, masked images, LiDAR depth, masked voxels, renderings. The cameras
+    side by side; without cameras, one panorama from the LiDAR.
 
     generators: one per sample, for the masks; None: no masking.
     stride:     pixels between rendered rays of a camera.
@@ -47,34 +48,44 @@ def rendered_views(
     rgb, depth, normal = _rendered(model, volume, batch, stride) if cameras else _rendered_panorama(model, volume)
     model.train(was_training)
 
-    rows = {}
-    project = onto_views if cameras else _onto_panorama
+    sizes, project = [PANORAMA], _onto_panorama
     if cameras:
-        H, W = batch.image_sizes[0, 0].tolist()
-        images = batch.images[0, ..., :H, :W]  # [N, 3, H, W]
-        rows["image"] = images.permute(0, 2, 3, 1)
+        sizes, project = batch.image_sizes[0].tolist(), onto_views
+    rows = {}
+
+    def add(name, pictures, step=1):
+        """pictures: [N, h, w] or [N, h, w, 3], `step` pixels of the image in one; their padding is cut off."""
+        pictures = pictures.float().cpu().numpy()
+        rows[name] = [p[: -(-h // step), : -(-w // step)] for p, (h, w) in zip(pictures, sizes, strict=True)]
+
+    step = stride if cameras else 1
+    images = batch.images[0]  # [N, 3, H, W]
+    if cameras:
+        add("image", images.permute(0, 2, 3, 1))
     if "camera" in masks:
         visible = masks["camera"][0, : len(images), None].float()
-        visible = F.interpolate(visible, scale_factor=MASK_BLOCK)[..., :H, :W]
-        rows["image, as the encoder sees it"] = (images * visible).permute(0, 2, 3, 1)
+        visible = F.interpolate(visible, scale_factor=MASK_BLOCK)
+        add("image, as the encoder sees it", (images * visible).permute(0, 2, 3, 1))
     if model.renders_color(batch):
-        rows["rendered"] = rgb
+        add("rendered", rgb, step)
     points = batch.points[: batch.point_counts[0]]
-    rows["LiDAR depth"] = project(batch, points[points[:, 4] == 0, :3])
+    add("LiDAR depth", project(batch, points[points[:, 4] == 0, :3]))
     if "lidar" in masks:
-        rows["voxels, as the encoder sees them"] = project(batch, _centers(model.recipe, masks["lidar"]))
-    rows["rendered depth"] = depth
+        add("voxels, as the encoder sees them", project(batch, _centers(model.recipe, masks["lidar"])))
+    add("rendered depth", depth, step)
     if normals:
-        rows["rendered normals"] = (normal + 1) / 2 * (normal.norm(dim=-1, keepdim=True) > 0)
-    titles = ["all around the LiDAR"]
-    if cameras:
-        titles = CAMERAS if len(images) == len(CAMERAS) else [f"camera {i}" for i in range(len(images))]
-    return _sheet({name: row.float().cpu().numpy() for name, row in rows.items()}, titles, width)
+        add("rendered normals", (normal + 1) / 2 * (normal.norm(dim=-1, keepdim=True) > 0), step)
+    return _sheet(rows, titles(batch) if cameras else ["all around the LiDAR"], width)
+
+
+def titles(batch: Batch) -> Sequence[str]:
+    """The names of a keyframe's cameras."""
+    return batch.cameras or [f"camera {i}" for i in range(batch.images.shape[1])]
 
 
 def _rendered(model, volume, batch, stride):
     """rgb [N, h, w, 3], depth [N, h, w] meters and normals [N, h, w, 3] of the first sample's views."""
-    pixels, shape = common_grid(batch, 0, stride)
+    pixels, _, shape = grid_of_views(batch, 0, stride)
     parts = pixels.split(CHUNK // len(pixels), dim=1)
     parts = [model.render_surface(volume, cast_rays(batch, 0, part)) for part in parts]
     of_views = [[t.unflatten(0, (len(pixels), -1)) for t in part] for part in parts]
@@ -113,8 +124,9 @@ def _onto_panorama(_, points):
 
 
 def onto_views(batch, points):
-    """[N, H, W] meters along the first sample's rays to `points` [P, 3]; NaN in pixels without a point."""
-    H, W = batch.image_sizes[0, 0].tolist()
+    """[N, H, W] meters along the first sample's rays to `points` [P, 3]; NaN in pixels without a point. H and W are
+    those of the largest image."""
+    H, W = batch.image_sizes[0].amax(0).tolist()
     pixels, visible = project_points(points, batch.lidar2image[0], batch.image_sizes[0])  # [N, P, 3], [N, P]
     centers = torch.linalg.inv(batch.lidar2camera[0])[:, :3, 3]  # [N, 3]
     depth = (points[None] - centers[:, None]).norm(dim=-1)  # [N, P]
@@ -138,11 +150,13 @@ def _painted(pixels, visible, depth, H, W, thick):
 def _sheet(rows, titles, width):
     """One picture of named rows of pictures, with titles of the N columns.
 
-    rows: name -> [N, h, w, 3] colors or [N, h, w] meters, NaN where unknown.
+    rows: name -> N pictures, [h, w, 3] colors or [h, w] meters, NaN where unknown.
     """
-    views, height, across = next(iter(rows.values())).shape[:3]
+    shapes = [picture.shape for picture in next(iter(rows.values()))]
+    views = len(shapes)
     width = width if views > 1 else 6 * width
-    height = round(width * height / across)
+    heights = [round(width * shape[0] / shape[1]) for shape in shapes]
+    height = max(heights)
     left, top, right, gap = 44, 24, 76, 6  # pixels: for the names, the titles and the color bar; between pictures
     W, H = left + views * (width + gap) + right, top + len(rows) * (height + gap)
     xs = [left + i * (width + gap) for i in range(views)]
@@ -152,12 +166,12 @@ def _sheet(rows, titles, width):
     # one image for all: separate axes for each picture would take a second to lay out
     sheet = np.full((H, W, 3), 255, np.uint8)
     for y, row in zip(ys, rows.values(), strict=True):
-        for x, view in zip(xs, row, strict=True):
+        for x, view, high in zip(xs, row, heights, strict=True):
             picture = view.clip(0, 1) if view.ndim == 3 else colors(view / FAR)[..., :3]
             smooth = view.ndim == 3 and view.shape[1] > width  # depths are not averaged across edges
             interpolation = cv2.INTER_AREA if smooth else cv2.INTER_NEAREST
-            picture = cv2.resize(np.float32(picture), (width, height), interpolation=interpolation)
-            sheet[y : y + height, x : x + width] = np.rint(255 * picture)
+            picture = cv2.resize(np.float32(picture), (width, high), interpolation=interpolation)
+            sheet[y : y + high, x : x + width] = np.rint(255 * picture)
 
     figure = Figure(figsize=(W / DPI, H / DPI), dpi=DPI)
     figure.figimage(sheet, zorder=-1)

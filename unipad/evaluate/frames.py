@@ -54,6 +54,6 @@ def predict_all(
     if not predictions:
         reasons = [frame for _, bad_frames in parts for frame in bad_frames]
         raise UserError(
-            f"none of the {len(dataset)} frames can be read ({reasons[0]}); unpack the dataset's files there."
+            f"none of the {len(dataset)} frames can be read ({reasons[0]}); correct the files, or unpack them again."
         )
     return predictions

@@ -38,7 +38,7 @@ def evaluate_rendering(
         volume, _ = model.encode(batch, draws if masked else None)
         batch = batch.keyframe()
         for i in range(len(batch) if model.renders_color(batch) else 0):
-            rays, _ = pixel_rays(batch, i, PIXEL_STRIDE)
+            rays = pixel_rays(batch, i, PIXEL_STRIDE)
             rgb, _ = model.render(volume, rays)
             sums[0] += (rgb - rays.rgb).square().mean(1).double().sum()
             sums[1] += len(rays)

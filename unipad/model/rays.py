@@ -106,24 +106,20 @@ def rays_from_lidar(targets: Tensor, sample: int) -> Rays:
     )
 
 
-def pixel_rays(batch: Batch, sample: int, stride: int) -> tuple[Rays, tuple[int, int, int]]:
-    """Rays through every `stride`-th pixel of one sample's views, row after row, without depth; for pictures.
+def pixel_rays(batch: Batch, sample: int, stride: int) -> Rays:
+    """Rays through every `stride`-th pixel of one sample's images, view after view, row after row, without depth."""
+    pixels, inside, _ = grid_of_views(batch, sample, stride)
+    return cast_rays(batch, sample, pixels)[inside.flatten()]
 
-    Returns (`Rays`, (N, h, w)). Covers the area inside all unpadded images.
+
+def grid_of_views(batch: Batch, sample: int, stride: int) -> tuple[Tensor, Tensor, tuple[int, int, int]]:
+    """Every `stride`-th pixel of one sample's views, for `cast_rays`; all have the grid of the largest image.
+
+    Returns ([N, h * w, 3] u, v, 0; row after row, [N, h * w] bool, False in the padding, (N, h, w)).
     """
-    pixels, shape = common_grid(batch, sample, stride)
-    return cast_rays(batch, sample, pixels), shape
-
-
-def common_grid(batch: Batch, sample: int, stride: int) -> tuple[Tensor, tuple[int, int, int]]:
-    """Every `stride`-th pixel of the area inside all unpadded images of a sample, for `cast_rays`.
-
-    Returns ([N, h * w, 3] u, v, 0; row after row, (N, h, w)).
-    """
-    H, W = batch.image_sizes[sample].amin(0).tolist()
-    sizes = torch.tensor([[H, W]], device=batch.images.device).expand(batch.images.shape[1], 2)
-    pixels, _ = pixel_grid(sizes, H, W, stride)
-    return pixels, (len(pixels), -(-H // stride), -(-W // stride))
+    H, W = batch.image_sizes[sample].amax(0).tolist()
+    pixels, inside = pixel_grid(batch.image_sizes[sample], H, W, stride)
+    return pixels, inside, (len(pixels), -(-H // stride), -(-W // stride))
 
 
 def project_points(points: Tensor, lidar2image: Tensor, image_sizes: Tensor) -> tuple[Tensor, Tensor]:

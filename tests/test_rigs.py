@@ -1,0 +1,253 @@
+"""Rigs of any number of cameras, of any name, size and format: read, trained on, evaluated and drawn."""
+
+import json
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from tests import scripts
+from tests.test_finetune import SMALL
+from tests.test_rays import generators
+from tests.test_train import SMALL as FEW_RAYS
+from tests.test_train import curve
+from unipad.config import Augment, Data, Paste
+from unipad.data.cutpaste import load_objects
+from unipad.data.dataset import DataError, collate
+from unipad.data.nuscenes import NuScenesDataset
+from unipad.draw.boxes import camera_rows, detection_views
+from unipad.draw.segments import segment_views
+from unipad.draw.views import rendered_views
+from unipad.model.detect import Detections
+from unipad.model.pretrain import Pretrain
+from unipad.model.rays import pixel_rays
+from unipad.recipes import PRETRAIN
+
+VERSION = "v1.0-mini"
+# name -> (camera of the city that it is a copy of, height and width, ending of its files)
+RIGS = {
+    1: {"front": ("CAM_FRONT", (72, 128), ".png")},
+    5: {
+        "CAM_BACK": ("CAM_BACK", (36, 64), ".jpg"),
+        "CAM_FRONT": ("CAM_FRONT", (72, 128), ".jpg"),
+        "cam_left": ("CAM_FRONT_LEFT", (90, 160), ".png"),
+        "cam_right": ("CAM_FRONT_RIGHT", (90, 160), ".bmp"),
+        "Überkopf": ("CAM_FRONT", (108, 192), ".jpg"),
+    },
+    8: {f"cam{i}": ("CAM_FRONT", (32 + 2 * i, 64 + 4 * i), (".jpg", ".png")[i % 2]) for i in range(8)},
+}
+
+
+def read(root, name):
+    return json.loads((root / VERSION / f"{name}.json").read_text())
+
+
+def write(root, name, rows):
+    (root / VERSION / f"{name}.json").write_text(json.dumps(rows))
+
+
+def set_rig(root, rig):
+    """Replace the cameras of the synthetic city, in its tables and files."""
+    names = ("sensor", "calibrated_sensor", "sample_data")
+    tables = {name: read(root, name) for name in names}
+    channel = {row["token"]: row["channel"] for row in tables["sensor"]}
+    for row in tables["calibrated_sensor"]:
+        row["channel"] = channel[row["sensor_token"]]
+    of_sensor = {row["token"]: row["channel"] for row in tables["calibrated_sensor"]}
+    for row in tables["sample_data"]:
+        row["channel"] = of_sensor[row["calibrated_sensor_token"]]
+    new = {name: [row for row in rows if row["channel"] == "LIDAR_TOP"] for name, rows in tables.items()}
+    for name, (source, size, ending) in rig.items():
+        for table, fields in zip(
+            names,
+            (["token"], ["token", "sensor_token"], ["token", "prev", "next", "calibrated_sensor_token"]),
+            strict=True,
+        ):
+            for row in (row for row in tables[table] if row["channel"] == source):
+                row = row | {field: row[field] and f"{row[field]}-{name}" for field in fields} | {"channel": name}
+                new[table].append(row)
+                if table == "calibrated_sensor":
+                    row["camera_intrinsic"] = [
+                        [pixels * side for pixels in line]
+                        for line, side in zip(row["camera_intrinsic"], (size[1] / 128, size[0] / 72, 1), strict=True)
+                    ]
+                if table == "sample_data":
+                    old, file = root / row["filename"], f"samples/{name}/{row['token']}{ending}"
+                    row |= {"filename": file, "height": size[0], "width": size[1]}
+                    (root / file).parent.mkdir(exist_ok=True)
+                    cv2.imencode(ending, cv2.resize(cv2.imread(str(old)), size[::-1]))[1].tofile(root / file)
+    for name, rows in new.items():
+        write(root, name, rows)
+
+
+@pytest.fixture(params=RIGS)
+def rig(request, copy):
+    """(root, cameras)"""
+    set_rig(copy, RIGS[request.param])
+    return copy, RIGS[request.param]
+
+
+def test_a_rig_is_read_as_its_tables_say(rig, city):
+    """Names, order, sizes, pixels and projections, and pictures of all kinds."""
+    root, cameras = rig
+    original = NuScenesDataset(city, VERSION, "mini_val", Data())[1]
+    dataset = NuScenesDataset(root, VERSION, "mini_val", Data())
+    sample = dataset[1]
+    if len(cameras) == 5:
+        assert sample.cameras == ("CAM_FRONT", "CAM_BACK", "cam_left", "cam_right", "Überkopf")  # nuScenes' come first
+    assert set(sample.cameras) == set(cameras) and len(sample.images) == len(cameras)
+    for view, name in enumerate(sample.cameras):
+        source, (h, w), _ = cameras[name]
+        twin = original.cameras.index(source)
+        assert sample.images[view].shape == (h, w, 3)
+        np.testing.assert_allclose(sample.images[view].mean((0, 1)), original.images[twin].mean((0, 1)), atol=4)
+        scaled = np.diag([w / 128, h / 72, 1, 1]) @ original.lidar2image[twin]
+        np.testing.assert_allclose(sample.lidar2image[view], scaled, rtol=1e-5, atol=1e-3)
+
+    batch = collate([dataset[0], sample])
+    H, W = (max(size[i] for _, size, _ in cameras.values()) for i in range(2))
+    assert batch.images.shape[-2:] == (-(-H // 32) * 32, -(-W // 32) * 32)
+    assert sorted(view for row in camera_rows(batch) for view in row) == list(range(len(cameras)))
+    found = Detections(batch.boxes[:1], torch.ones(1), batch.labels[:1])
+    assert detection_views(batch, found).shape[1] > 520 * -(-len(cameras) // 2)
+    key = (batch.points[: batch.point_counts[0], 4] == 0).sum()
+    assert segment_views(batch, torch.ones(key, dtype=torch.uint8)).shape[1] > 300 * -(-len(cameras) // 2)
+    rays = pixel_rays(batch, 0, 8)
+    assert len(rays) == sum(-(-h // 8) * -(-w // 8) for _, (h, w), _ in cameras.values())
+    assert (rays.rgb.sum(dim=1) > 0).all()  # none in the padding
+
+
+@pytest.mark.parametrize("rig", [5], indirect=True)
+def test_a_mixed_rig_is_augmented_pasted_into_and_learned(rig):
+    root, cameras = rig
+    recipe = PRETRAIN["fusion"]["tiny"]
+    recipe = replace(recipe, rays=replace(recipe.rays, per_view=8))
+    augment = Augment(rotation=0.3, flip_x=0.5, photometric=True, grid_mask=1.0)
+    dataset = NuScenesDataset(root, VERSION, "mini_train", recipe.data, augment=augment)
+    objects = load_objects(dataset, Paste())
+    assert set(objects.pictures[:, 1]) <= set(range(5)) and len(objects.pictures)
+    rng = np.random.default_rng(0)
+    batch = collate([dataset.with_objects(objects).read(i, rng) for i in range(2)])
+    net = Pretrain(recipe)
+    losses, _ = net(batch, generators(0, 1))
+    sum(losses.values()).backward()
+    gradients = [p.grad for p in net.parameters() if p.grad is not None]
+    assert gradients and all(gradient.isfinite().all() for gradient in gradients)
+    picture = rendered_views(net, batch, generators(0, 1), stride=16)
+    assert picture.shape[1] > 5 * 240
+
+
+def test_eight_cameras_of_eight_sizes_through_all_scripts(copy, tmp_path):
+    """Half of them in PNG, half of the images smaller than the tables say, two frames that lack files."""
+    set_rig(copy, RIGS[8])
+    rows = [row for row in read(copy, "sample_data") if "cam" in row["filename"]]
+    for row in rows[::2]:
+        file = copy / row["filename"]
+        image = cv2.imread(str(file))
+        cv2.imwrite(str(file), cv2.resize(image, (row["width"] // 2, row["height"] // 2)))
+    (copy / rows[0]["filename"]).unlink()
+    (copy / rows[-1]["filename"]).unlink()
+    train = ["train.py", *FEW_RAYS, "--val-every", 1, "--out", tmp_path / "train"]
+    finetune = ["finetune.py", *SMALL, "--pretrained", tmp_path / "train", "--out", tmp_path / "finetune"]
+    for script in (train, finetune):
+        done = scripts.run(*script, "--modality", "camera", "--preset", "tiny", "--data-root", copy, "--steps", 1)
+        assert done.returncode == 0 and done.stderr.count("1 of 3 frames are left out") == 2, done.stderr
+    assert curve(tmp_path / "train", "val/psnr")[1] > 0 and curve(tmp_path / "finetune")[1] > 0
+    for run, flag in (("train", "--picture-stride"), ("finetune", "--batch-size")):
+        done = scripts.run("eval.py", tmp_path / run, flag, 8, "--pictures", 1, "--device", "cpu", "--workers", 0)
+        assert done.returncode == 0, done.stderr
+        assert len(list((tmp_path / run / "eval").glob("*.png"))) == 1
+
+
+def test_a_frame_without_one_of_the_cameras_is_left_out(copy, capsys):
+    """And not the camera, which the others have."""
+    rows = read(copy, "sample_data")
+    gone = next(row for row in rows if "CAM_BACK/" in row["filename"] and row["is_key_frame"])
+    for row in rows:
+        if row["prev"] == gone["token"]:
+            row["prev"] = ""
+    write(copy, "sample_data", [row for row in rows if row is not gone])
+    datasets = [NuScenesDataset(copy, VERSION, split, Data()) for split in ("mini_train", "mini_val")]
+    assert sum(map(len, datasets)) == 5 and all(len(d[0].images) == 6 for d in datasets)
+    assert "1 of 3 frames are left out; missing: CAM_BACK in the tables" in capsys.readouterr().err
+    assert sum(len(NuScenesDataset(copy, VERSION, d.split, Data(cameras=False))) for d in datasets) == 6
+
+
+def test_a_set_without_cameras_is_read(copy):
+    set_rig(copy, {})
+    assert not NuScenesDataset.has_images(copy, VERSION, "mini_val")
+    for data in (Data(), Data(cameras=False), Data(camera_sweeps=2)):
+        sample = NuScenesDataset(copy, VERSION, "mini_val", data)[0]
+        assert not sample.images and sample.lidar2image.shape == (0, 4, 4) and len(sample.points)
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.5])
+def test_a_scaled_copy_of_an_image_keeps_its_geometry(copy, scale):
+    """As stored and resized, keyframes and camera sweeps: pixels are those of the file, intrinsics follow."""
+    before = NuScenesDataset(copy, VERSION, "mini_val", Data())[0]
+    resized = NuScenesDataset(copy, VERSION, "mini_val", Data(image_size=(40, 60)))[0]
+    for file in copy.glob("samples/CAM_*/*.jpg"):
+        image = cv2.imread(str(file))
+        # a pixel less than the exact size, as rounding gives it
+        cv2.imwrite(str(file), cv2.resize(image, (round(128 * scale), round(72 * scale) - 1)))
+    after = NuScenesDataset(copy, VERSION, "mini_val", Data())[0]
+    h, w = after.images[0].shape[:2]
+    assert (h, w) == (round(72 * scale) - 1, round(128 * scale))
+    scaled = np.diag([w / 128, h / 72, 1, 1]) @ before.lidar2image
+    np.testing.assert_allclose(after.lidar2image, scaled, rtol=1e-5, atol=1e-3)
+    again = NuScenesDataset(copy, VERSION, "mini_val", Data(image_size=(40, 60)))[0]
+    np.testing.assert_allclose(again.lidar2image, resized.lidar2image, rtol=1e-5, atol=1e-3)
+
+
+def test_the_orientation_in_exif_data_is_ignored(copy):
+    """A viewer would turn the image by 180 degrees; calibration is of the pixels as they are stored."""
+    from PIL import Image
+
+    before = NuScenesDataset(copy, VERSION, "mini_val", Data())[0].images
+    for file in copy.glob("samples/CAM_*/*.jpg"):
+        exif = Image.Exif()
+        exif[0x0112] = 3
+        with Image.open(file) as image:
+            image.save(file, exif=exif, quality=100)
+    after = NuScenesDataset(copy, VERSION, "mini_val", Data())[0].images
+    assert max(np.abs(a.astype(int) - b).mean() for a, b in zip(after, before, strict=True)) < 3
+
+
+def test_frames_with_missing_files_are_left_out_and_named(copy, capsys):
+    """Of files that are read alone: a LiDAR run needs no image."""
+    index = NuScenesDataset(copy, VERSION, "mini_val", Data(sweeps=2)).index
+    lost = [index.image_files[0, 3].decode(), index.lidar_files[index.lidar_prev[index.frame_lidar[2]]].decode()]
+    for name in lost:
+        (copy / name).unlink()
+    expected = {(True, 1): [1, 2], (True, 2): [1], (False, 1): [0, 1, 2], (False, 2): [0, 1]}
+    for (cameras, sweeps), frames in expected.items():
+        capsys.readouterr()
+        dataset = NuScenesDataset(copy, VERSION, "mini_val", Data(cameras=cameras, sweeps=sweeps))
+        assert dataset.frames.tolist() == frames and [dataset[i].token for i in range(len(frames))]
+        printed = capsys.readouterr().err
+        assert (f"{3 - len(frames)} of 3 frames are left out; missing: " in printed) == (len(frames) < 3)
+        assert [name in printed for name in lost] == [cameras, sweeps == 2]
+        assert {i for rows in dataset.scenes().values() for i in rows} == set(range(len(frames)))
+    for file in copy.glob("samples/CAM_FRONT/*"):
+        file.unlink()
+    assert not NuScenesDataset.has_images(copy, VERSION, "mini_val")
+    with pytest.raises(DataError, match="no frame of .* mini_val has all its files; .*: 1 of samples/CAM_BACK, 3 of"):
+        NuScenesDataset(copy, VERSION, "mini_val", Data())
+
+
+def test_a_set_without_its_sweeps_is_a_one_sentence_error(copy):
+    for file in copy.glob("sweeps/LIDAR_TOP/*"):
+        file.unlink()
+    with pytest.raises(DataError, match="has no LiDAR sweeps .*; unpack them, or .* with --data.sweeps 1.$"):
+        NuScenesDataset(copy, VERSION, "mini_train", Data(sweeps=10))
+    assert len(NuScenesDataset(copy, VERSION, "mini_train", Data(sweeps=1))) == 3
+    rows = read(copy, "sample_data")  # tables without sweeps: the frames before are keyframes
+    sweeps = {row["token"]: row for row in rows if not row["is_key_frame"]}
+    for row in rows:
+        while row["prev"] in sweeps:
+            row["prev"] = sweeps[row["prev"]]["prev"]
+    write(copy, "sample_data", [row for row in rows if row["token"] not in sweeps])
+    dataset = NuScenesDataset(copy, VERSION, "mini_val", Data(sweeps=10))
+    assert [len(set(dataset[i].points[:, 4])) for i in range(3)] == [1, 2, 3]

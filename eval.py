@@ -24,13 +24,18 @@ from typing import Annotated, Literal
 # Before torch loads OpenMP; see train.py
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+from unipad.exit import end_at_once, exit_on_user_error
+
+if __name__ == "__main__":
+    end_at_once()  # on Ctrl-C during the imports
+
 import numpy as np
 import tyro
 from PIL import Image
 from tqdm import tqdm
 
 from unipad import cli
-from unipad.checkpoint import read_run
+from unipad.checkpoint import load_weights, read_run
 from unipad.config import (
     CameraConfig,
     Data,
@@ -63,7 +68,7 @@ from unipad.evaluate.tta import detect_tta, segment_tta, tta_views
 from unipad.model.detect import Detector
 from unipad.model.pretrain import Pretrain
 from unipad.model.segment import Segmenter
-from unipad.runtime import exit_on_user_error, generators, mixed_precision, start, to_main
+from unipad.runtime import generators, mixed_precision, on_main, start, to_main
 
 
 @dataclass(frozen=True)
@@ -151,7 +156,7 @@ def parse(argv=None) -> Args:
 
 
 def with_settings(args):
-    _, recipe, _ = read_run(args.checkpoint)
+    _, recipe, _ = read_run(args.checkpoint, lazily=True)
     known = {field.name: getattr(recipe, field.name, None) for field in fields(Settings)}
     return replace(args, recipe=Settings(**known))
 
@@ -178,11 +183,7 @@ def main(args: Args):
             dataset = kind(root, version, split, recipe.data, point_range=box)
 
         model = TASKS[task](recipe).to(world.device).eval()
-        try:
-            model.load_state_dict(saved["model"])
-        except RuntimeError as error:
-            what = str(error).splitlines()[1].strip()
-            raise UserError(f"the weights of {args.checkpoint} do not fit the recipe: {what}") from None
+        load_weights(model, saved["model"], args.checkpoint)
         out = args.out or run / "eval"
         if world.is_main:
             out.mkdir(parents=True, exist_ok=True)
@@ -271,8 +272,13 @@ def render(args, model, dataset, out, world):
             values = distances(model, volume, args.mesh_cell).cpu().numpy()
             write_ply(out / f"mesh_{row:05d}.ply", *surface(values, model.recipe.grid.low, args.mesh_cell))
         done.append(row)
-    if (parts := to_main(done, world)) is not None and not any(parts):
-        raise UserError(f"none of the {len(rows)} frames can be read; the files at fault are named above.")
+    parts = to_main(done, world)
+
+    def check():
+        if not any(parts):
+            raise UserError(f"none of the {len(rows)} frames can be read; the files at fault are named above.")
+
+    on_main(check, world)
     batches = ((row, collate([dataset[row]])) for row in done)
     metrics = evaluate_rendering(model, batches, args.seed, device, args.masked)
     world.print0("\n".join(f"{name:<20}{value:>10.3f}" for name, value in metrics.items()))

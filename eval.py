@@ -143,8 +143,10 @@ def parse(argv=None) -> Args:
     positive = ("batch_size", "pictures", "video_fps", "picture_stride", "mesh_cell")
     check_ranges(args, positive, ("workers", "seed", "min_score"))
     cli.check_recipe(args.recipe)
-    if () in (args.tta_scales, args.tta_angles) or min(args.tta_scales or (1.0,)) <= 0:
-        raise UserError("--tta-scales must be above 0, and --tta-scales and --tta-angles need at least one value each.")
+    if () in (args.tta_scales, args.tta_angles) or not all(0.1 <= s <= 10 for s in args.tta_scales or ()):
+        raise UserError("--tta-scales are from 0.1 to 10, and --tta-scales and --tta-angles need a value each.")
+    if not 0.1 <= args.video_fps <= 100:
+        raise UserError(f"--video-fps {args.video_fps} must be from 0.1 to 100.")
     for flag, other in NEEDS.items():
         if getattr(args, flag) != Args.__dataclass_fields__[flag].default and not getattr(args, other):
             raise UserError(f"--{flag.replace('_', '-')} has no effect without --{other}; add it, or drop this flag.")

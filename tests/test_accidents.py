@@ -1,19 +1,13 @@
 """What ends a run from outside, or tries to: nothing is lost that the README does not say, and one line tells it."""
 
-import json
 import os
 import signal
-import threading
-import time
 
 import pytest
-import torch
 
-import finetune
 import train
 from tests.scripts import Script
 from tests.test_train import assert_same_weights, checkpoint, curve, wait_for
-from unipad.errors import UserError
 
 SMALL = ["--modality", "lidar", "--preset", "tiny", "--device", "cpu", "--rays.per-view", 8, "--val-every", 0]
 SMALL += ["--log-every", 1, "--save-every", 500, "--render.samples", 12, "--render.importance", 4, "--steps", 500]

@@ -5,7 +5,6 @@ of the scripts too, by its section (`--grid.cell 0.6 0.6 1.6`); the comment afte
 """
 
 import dataclasses
-import itertools
 import json
 import types
 import typing
@@ -321,8 +320,10 @@ def _as(kind, value, name):
     if origin is typing.Literal:
         return value if value in inner else _NO
     if origin is tuple:
-        kinds = itertools.repeat(inner[0], len(value)) if inner[-1] is ... and isinstance(value, list) else inner
-        if not isinstance(value, list) or len(value) != len(kinds := list(kinds)):
+        if not isinstance(value, list):
+            return _NO
+        kinds = inner[:1] * len(value) if inner[-1] is ... else inner
+        if len(kinds) != len(value):
             return _NO
         return tuple(from_dict(part, item, name) for part, item in zip(kinds, value, strict=True))
     if kind is Path:

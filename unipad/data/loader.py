@@ -9,9 +9,11 @@ end of an epoch.
 import collections
 import itertools
 import math
+import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 
 import cv2
@@ -21,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from unipad.batch import Batch
 from unipad.data.dataset import BadFrame, DataError, DrivingDataset, collate
+from unipad.errors import check_memory
 from unipad.exit import SIGNALS
 
 
@@ -46,6 +49,7 @@ def step_batches(
 
     Raises `DataError` when no frame at all can be read.
     """
+    _check_batch_size(dataset, micro_batch, workers)
     items = MicroBatches(dataset, micro_batch, seed, rank, world, paste_until)
     for batch, bad_frames in _loaded(items, itertools.count(start), workers, pinned):
         if batch is None:
@@ -80,8 +84,17 @@ def all_batches(
         samples, and is None instead of empty.
     """
     frames = range(rank, len(dataset), world)
+    _check_batch_size(dataset, min(size, len(frames)), workers)
     parts = [frames[i : i + size] for i in range(0, len(frames), size)]
     yield from _loaded(ReadableFrames(dataset), parts, workers, pinned)
+
+
+def _check_batch_size(dataset, size, workers):
+    """Raises `UserError` for a batch so large that the system would kill the program."""
+    sample = _read_from(dataset, 0, []) if size > 64 else None
+    if sample is not None:
+        of_sample = sum(4 * image.size for image in sample.images) + sample.points.nbytes
+        check_memory(of_sample * size * (1 + 2 * workers), f"loading with --batch-size, {size} samples per process,")
 
 
 class ReadableFrames(Dataset):
@@ -135,8 +148,10 @@ def _loaded(items, keys, workers, pinned):
                 due.popleft()
                 yield item
             return
-        except RuntimeError as error:
-            if not workers or not re.search(f"{DIED}|{SHARED}", str(error)):
+        except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
+            # exceptions of the dataset begin with "Caught"; a connection ends with the worker at its other end
+            died = not isinstance(error, RuntimeError) or re.match(r"DataLoader worker \(pid|Pin memory", str(error))
+            if not workers or not re.search(SHARED, str(error)) and (not died or str(error).startswith("Caught")):
                 raise
             reason = f"{workers} data loading processes need more shared memory (/dev/shm; docker run --shm-size)"
             if not re.search(SHARED, str(error)):
@@ -146,8 +161,7 @@ def _loaded(items, keys, workers, pinned):
         print(f"{reason}: going on with --workers {workers}", file=sys.stderr)
 
 
-# What PyTorch says where a worker dies, and where it finds no shared memory, or too few files to share it by
-DIED = r"DataLoader worker \(pid|Pin memory thread exited"
+# What PyTorch says where it finds no shared memory, or too few files to share it by
 SHARED = "shared memory|ancdata|Too many open files"
 
 
@@ -211,5 +225,15 @@ def init_worker(_):
     torch.set_num_threads(1)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    # The main process sends it twice to a worker that does not end by itself
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    if hasattr(signal, "sigwaitinfo"):  # on Linux, where one can see who sent it
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    else:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _end_with(parent):
+    """End this process on SIGTERM of its parent; others' are meant for all processes of the job."""
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        pass
+    os._exit(0)

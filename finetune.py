@@ -162,7 +162,7 @@ def main(args: Args):
         autocast, scaler = mixed_precision(args.precision, device)
 
         # Run
-        run = RunFolder(path, run_config(args, steps), world, saved)
+        run = RunFolder(path, run_config(args, steps, train_set.contents(), saved), world, saved)
         if args.tune:
             run.tune()
         parts = {"model": net, "optimizer": optimizer, "scaler": scaler}

@@ -84,7 +84,7 @@ def read_weights(path: Path) -> tuple[dict, str, dict]:
     file = last_checkpoint(path) or path
     saved = read_checkpoint(file)
     config = saved.get("config") if isinstance(saved, dict) else None
-    if isinstance(config, dict) and "recipe" in config and "model" in saved:
+    if isinstance(config, dict) and "recipe" in config and isinstance(saved.get("model"), dict):
         return saved["model"], "ours", saved
     state = saved
     for wrapper in ("state_dict", "model", "module"):
@@ -263,8 +263,8 @@ def _compare(state, shapes, report, unread=()):
             report.notes.append(f"dropped: {name}, which is never read")
         elif name not in shapes:
             report.unexpected.append(name)
-        elif weight.shape != shapes[name]:
-            report.misshapen.append(f"{name} {tuple(weight.shape)} for {tuple(shapes[name])}")
+        elif (shape := getattr(weight, "shape", ())) != shapes[name]:
+            report.misshapen.append(f"{name} {tuple(shape)} for {tuple(shapes[name])}")
         else:
             report.taken[name] = weight
     report.missing += [name for name in shapes if name not in state]

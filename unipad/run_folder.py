@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from unipad.checkpoint import last_checkpoint, read_training, remove_parts, write_checkpoint
+from unipad.checkpoint import find_checkpoint, last_checkpoint, read_training, remove_parts, write_checkpoint
 from unipad.config import to_dict
 from unipad.errors import UserError
 from unipad.kernels import tuning
@@ -285,6 +285,7 @@ def _drop_records_after(step, log):
 # Flags that may differ when a run resumes: they change where it runs and what it shows, not what it computes.
 FREE_FLAGS = {
     "config",
+    "data_root",
     "out",
     "resume",
     "stop_at",
@@ -301,7 +302,7 @@ FREE_FLAGS = {
 
 
 def _check_same_settings(old, new, path):
-    """Refuse to resume a run under other settings."""
+    """Refuse to resume a run under other settings, or on other data."""
     for was, now in (
         ({**old["args"], "steps": old["steps"]}, {**new["args"], "steps": new["steps"]}),
         (dict(_flatten(old["recipe"])), dict(_flatten(new["recipe"]))),
@@ -315,6 +316,10 @@ def _check_same_settings(old, new, path):
                     f"{path} was started with {flag} {was[name]}, not {now[name]}; resume it with only "
                     f"--resume {path}, or start a new run."
                 )
+    if old.get("data") != new["data"]:
+        raise UserError(
+            f"{path} was trained on other frames than {new['args']['data_root']} has; give its dataset as --data-root."
+        )
 
 
 def _flatten(settings, prefix=""):
@@ -326,10 +331,26 @@ def _flatten(settings, prefix=""):
             yield prefix + name, value
 
 
-def run_config(args, steps: int) -> dict:
-    """What config.json holds: a script's flags, their recipe, and the steps of the schedule."""
+def run_config(args, steps: int, contents: str = "", saved: dict | None = None) -> dict:
+    """What config.json holds: a script's flags, their recipe, the steps of the schedule, and which data it is.
+
+    contents: of the training set. saved: the checkpoint that the run resumes from. The checkpoints that --init and
+    --pretrained mean are named by their absolute path, since a folder of runs soon means another one.
+    """
     flags = to_dict(args)
-    return {"args": flags, "recipe": flags.pop("recipe"), "steps": steps}
+    for name in SOURCES & flags.keys():
+        known = saved["config"]["args"].get(name, []) if saved else []
+        flags[name] = [_source(Path(path), known) for path in flags[name]]
+    return {"args": flags, "recipe": flags.pop("recipe"), "steps": steps, "data": contents}
+
+
+SOURCES = {"init", "pretrained"}
+
+
+def _source(path, known):
+    """The checkpoint that `path` means: the one of `known` that it meant before, if there is one."""
+    inside = [file for file in known if Path(str(file)).is_relative_to(path.resolve())]
+    return inside[0] if inside else str(find_checkpoint(path).resolve())
 
 
 class Progress:

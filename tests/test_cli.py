@@ -102,7 +102,9 @@ def test_flags_override_a_config(tmp_path):
     args = train.parse(["--modality", "lidar", "--lr", 0.5, "--init", "a.pt", "b.pt", "--stop-at", 2, "--out", "x"])
     (tmp_path / "config.json").write_text(json.dumps(run_config(args, 8)))
     again = train.parse(["--config", tmp_path / "config.json", "--optim.clip", 2, "--seed", 5])
-    assert again.recipe.optim == replace(args.recipe.optim, clip=2) and again.init == args.init
+    assert again.recipe.optim == replace(args.recipe.optim, clip=2) and again.init == tuple(
+        path.resolve() for path in args.init
+    )
     assert (again.seed, again.modality, again.out, again.stop_at) == (5, "lidar", None, None)
     for flags, words in {
         ("--modality", "camera"): "--modality camera differs from the run's --modality lidar",

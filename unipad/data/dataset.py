@@ -153,6 +153,10 @@ class DrivingDataset(torch.utils.data.Dataset):
         """A string that changes with the dataset: caches made from the dataset are then rebuilt."""
         return ""
 
+    def contents(self) -> str:
+        """A string that says which frames these are, wherever the files lie: a run resumes only on the same ones."""
+        return f"{len(self)} frames"
+
     def require_point_labels(self):
         """Raise `DataError` unless every frame has `point_labels`."""
         raise DataError(f"{self.root / self.version} has no labels of LiDAR points.")

@@ -141,7 +141,7 @@ def main(args: Args):
     check_ranges(args, ("frames", "width"))
     kind = dataset_class(args.dataset)
     version, data = args.version or kind.default_version, Data()
-    root = args.data_root or kind.default_root(data)
+    root = (args.data_root or kind.default_root(data)).expanduser()
     split = kind.splits(root, version).get(args.split, args.split)
     dataset = kind(root, version, split, data)
     args.out.mkdir(parents=True, exist_ok=True)

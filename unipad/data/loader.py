@@ -93,7 +93,7 @@ def all_batches(
 
 def _check_batch_size(dataset, size, workers):
     """Raises `UserError` for a batch so large that the system would kill the program."""
-    sample = _read_from(dataset, 0, []) if size > 64 else None
+    sample = _first_readable(dataset, range(len(dataset)), []) if size > 64 else None
     if sample is not None:
         of_sample = sum(4 * image.size for image in sample.images) + sample.points.nbytes
         check_memory(of_sample * size * (1 + 2 * workers), f"loading with --batch-size, {size} samples per process,")

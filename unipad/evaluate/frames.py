@@ -53,7 +53,8 @@ def predict_all(
         if not any(part for part, _ in parts):
             reasons = [frame for _, bad_frames in parts for frame in bad_frames]
             raise UserError(
-                f"none of the {len(dataset)} frames can be read ({reasons[0]}); correct the files, or unpack them again."
+                f"none of the {len(dataset)} frames can be read ({reasons[0]}); correct the files, "
+                "or unpack them again."
             )
 
     on_main(check, world)

@@ -17,6 +17,7 @@ import train
 from tests.scripts import Script
 from tests.test_train import assert_same_weights, checkpoint, curve, wait_for
 from unipad.checkpoint import read_checkpoint
+from unipad.data.loader import load_items
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.synthetic import generate
 from unipad.errors import UserError
@@ -30,7 +31,7 @@ SMALL += ["--rays.per-view", 8, "--save-every", 500, "--render.samples", 12, "--
 ALONE = World(0, 1, torch.device("cpu"))
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def signal_handlers():
     """Programs handle signals until their process ends; here it does not end."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
@@ -86,6 +87,21 @@ def test_a_killed_loading_process_is_replaced(city, tmp_path):
     assert_same_weights(tmp_path / "run", tmp_path / "one")
 
 
+class NeedsSharedMemory(torch.utils.data.Dataset):
+    """Item i is i, but in a worker there is no memory to share it by."""
+
+    def __getitem__(self, i):
+        if torch.utils.data.get_worker_info() is not None and i > 1:
+            raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2>: No space left (28)")
+        return i
+
+
+def test_without_shared_memory_items_are_loaded_in_this_process(capsys):
+    assert list(load_items(NeedsSharedMemory(), range(5), workers=2)) == list(range(5))
+    words = "need more shared memory (/dev/shm; docker run --shm-size): going on with --workers 0"
+    assert words in capsys.readouterr().err
+
+
 def test_where_nothing_is_to_be_saved_a_signal_ends_the_program_at_once(capsys):
     with pytest.raises(SystemExit) as end, exit_on_user_error():
         signal.raise_signal(signal.SIGTERM)
@@ -139,7 +155,7 @@ def test_an_interrupted_validation_is_made_up_for(city, tmp_path, monkeypatch):
 
     flags = ["--val-every", 2, "--val-samples", 1, "--picture-stride", 16]
     validate = train.validate
-    monkeypatch.setattr(train, "validate", lambda *args: {"psnr": 1.0} if args[-1] == 0 else interrupted())
+    monkeypatch.setattr(train, "validate", lambda *args: {"depth_rmse": 1.0} if args[-1] == 0 else interrupted())
     with pytest.raises(Stopped):
         pretrain(city, tmp_path / "run", *flags)
     assert checkpoint(tmp_path / "run")["step"] == 2 and not curve(tmp_path / "run", "val/depth_rmse")

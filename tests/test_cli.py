@@ -125,6 +125,30 @@ def test_a_recipe_of_other_fields_is_rejected(kind, tmp_path):
         train.parse(["--config", tmp_path])
 
 
+@pytest.mark.parametrize(
+    "edit, words",
+    [
+        (lambda c: c["recipe"]["optim"].update(lr="fast"), r"recipe.optim.lr is 'fast'"),
+        (lambda c: c["recipe"]["grid"].update(cell=[1, 2]), r"recipe.grid.cell is '\[1, 2\]'"),
+        (lambda c: c["recipe"]["render"].update(method="nerf"), "recipe.render.method is 'nerf'"),
+        (lambda c: c["args"].update(workers=1.5), "workers is '1.5'"),
+        (lambda c: c["args"].pop("seed"), "has the fields"),
+        (lambda c: c.pop("args"), "'args'"),
+        (lambda c: c["recipe"]["optim"].update(lr=float("inf")), "--optim.lr inf is no number"),
+    ],
+)
+def test_a_config_edited_by_hand_is_checked(edit, words, tmp_path):
+    config = run_config(train.parse([]), 8)
+    edit(config)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=words) as error:
+        train.parse(["--config", tmp_path])
+    assert "\n" not in str(error.value)
+    (tmp_path / "config.json").write_bytes(b'{"args": \xff')
+    with pytest.raises(UserError, match="config.json is not JSON"):
+        train.parse(["--config", tmp_path])
+
+
 def test_default_presets_are_named():
     for tables in (PRETRAIN, DETECT):
         for modality, presets in tables.items():
@@ -148,6 +172,12 @@ def test_default_presets_are_named():
         (train, ["--lr", 0], "--optim.lr 0.0 must be above 0"),
         (train, ["--rays.per-view", 0], "--rays.per-view 0 must be above 0"),
         (train, ["--render.rgb-weight", -1], "--render.rgb-weight -1.0 must not be below 0"),
+        (train, ["--lr", "inf"], "--optim.lr inf is no number to compute with"),
+        (train, ["--grid.cell", "nan", 1, 1], "--grid.cell nan is no number"),
+        (train, ["--epochs", "1e20"], r"--optim.epochs 1e\+20 is no number"),
+        (train, ["--steps", 10**20], "--steps 1000*0 is too large; use at most"),
+        (train, ["--seed", 2**64], "--seed 18446744073709551616 is too large"),
+        (train, ["--workers", 10**5], "--workers 100000 is too large for this machine; use at most"),
         (train, ["--config", "nowhere"], "--config nowhere: there is no nowhere; give the folder of a run"),
         (train, ["--resume", "nowhere"], "--resume nowhere: there is no nowhere/config.json"),
         (finetune, ["--task", "segment", "--modality", "camera"], "--modality camera does not work with --task"),

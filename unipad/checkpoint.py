@@ -13,6 +13,7 @@ from torch import nn
 
 from unipad.config import AnyRecipe, Recipe, from_dict
 from unipad.errors import UserError
+from unipad.exit import has_ended
 
 
 def write_checkpoint(state: dict, file: Path):
@@ -38,22 +39,9 @@ def write_checkpoint(state: dict, file: Path):
 def remove_parts(folder: Path, name: str = "*"):
     """Remove what killed processes left of files `name` that they were writing to `folder`: `.<name>.<process>`."""
     for part in folder.glob(f".{name}.*"):
-        if part.suffix[1:].isdigit() and not is_running(int(part.suffix[1:])):
+        if part.suffix[1:].isdigit() and has_ended(int(part.suffix[1:])):
             with contextlib.suppress(OSError):
                 part.unlink()
-
-
-def is_running(process: int) -> bool:
-    """Whether there is a process of this number on this machine; always True on Windows, where that cannot be asked."""
-    if os.name == "nt":
-        return True
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:  # another user's
-        return True
-    return True
 
 
 def read_checkpoint(file: Path, lazily: bool = False) -> dict:

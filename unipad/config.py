@@ -311,7 +311,7 @@ _NO = object()
 
 
 def _choices(kind):
-    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    return typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
 
 
 def _as(kind, value, name):

@@ -35,6 +35,8 @@ FIXES = {
     errno.EEXIST: "give another name",
     errno.ENOTEMPTY: "give another name",
     errno.ENOENT: "a folder of this path does not exist or was removed",
+    errno.ENOMEM: "lower --workers or --batch-size",
+    errno.EAGAIN: "lower --workers",
     errno.EMFILE: "raise the limit on open files (ulimit -n), or lower --workers",
     errno.EIO: "the disk or network drive fails; try another one",
     errno.ESTALE: "the disk or network drive fails; try another one",
@@ -88,6 +90,19 @@ def exit_on_user_error():
     sys.exit(code)
 
 
+def has_ended(process: int) -> bool:
+    """Whether no process of this machine has this number; False on Windows, where that cannot be asked."""
+    if os.name == "nt":
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except OSError:  # another user's
+        pass
+    return False
+
+
 def _refused(error):
     """The sentence for an error of the system; None for one that is a fault of this program."""
     if isinstance(error, OSError):
@@ -101,13 +116,17 @@ def _refused(error):
 
 
 def _say(sentence, code):
-    """Print one line, in one process, and leave it to torchrun's report; returns `code`."""
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    """Print one line, in the main process only, and leave a mistake to torchrun's report; returns `code`."""
+    handle_signals(signal.SIG_DFL)
+    file, is_main = os.environ.get("TORCHELASTIC_ERROR_FILE"), os.environ.get("RANK", "0") == "0"
+    if file and code == 2 and not is_main:
+        time.sleep(5)  # the main process makes the same mistake, and then torchrun ends this one
     with contextlib.suppress(OSError):  # not even that can be written
         if file and code == 2:
+            extra = {"py_callstack": str(sentence), "timestamp": str(int(time.time()))}
             with open(file, "w") as f:
-                json.dump({"message": str(sentence), "timestamp": int(time.time())}, f)
-        if os.environ.get("RANK", "0") == "0" or not file and code == 2:
+                json.dump({"message": {"message": str(sentence), "extraInfo": extra}}, f)
+        if is_main or not file and code == 2:
             print(sentence, file=sys.stderr, flush=True)
     return code
 

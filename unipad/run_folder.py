@@ -254,7 +254,8 @@ def _check_optimizer(optimizer, new, step):
     """
     for group, before in zip(optimizer.param_groups, new["param_groups"], strict=True):
         for name, value in before.items():
-            if name != "params" and type(group.get(name)) is not type(value):
+            kind = (int, float) if type(value) in (int, float) else type(value)
+            if name != "params" and not isinstance(group.get(name), kind):
                 raise ValueError(f"{name} is {group.get(name)!r}")
     if step and not optimizer.state:
         raise ValueError("it has no state")

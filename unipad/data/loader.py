@@ -14,7 +14,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import cv2
 import numpy as np
@@ -51,7 +51,7 @@ def step_batches(
     """
     _check_batch_size(dataset, micro_batch, workers)
     items = MicroBatches(dataset, micro_batch, seed, rank, world, paste_until)
-    for batch, bad_frames in _loaded(items, itertools.count(start), workers, pinned):
+    for batch, bad_frames in load_items(items, itertools.count(start), workers, pinned):
         if batch is None:
             raise _none_readable(bad_frames)
         yield batch, bad_frames
@@ -88,7 +88,7 @@ def all_batches(
     frames = range(rank, len(dataset), world)
     _check_batch_size(dataset, min(size, len(frames)), workers)
     parts = [frames[i : i + size] for i in range(0, len(frames), size)]
-    yield from _loaded(ReadableFrames(dataset), parts, workers, pinned)
+    yield from load_items(ReadableFrames(dataset), parts, workers, pinned)
 
 
 def _check_batch_size(dataset, size, workers):
@@ -115,7 +115,7 @@ class ReadableFrames(Dataset):
         return _shared(collate(samples) if samples else None), bad_frames
 
 
-def _loaded(items, keys, workers, pinned):
+def load_items(items: Dataset, keys: Iterable, workers: int, pinned: bool = False) -> Iterator:
     """Yield items[key] for each of `keys`, loaded by `workers` processes.
 
     Where one of them dies, half as many go on from the item that is due, at last none, in this process: the system
@@ -142,7 +142,7 @@ def _loaded(items, keys, workers, pinned):
                 generator=torch.Generator(),  # or the loader would draw from the global one
             )
         )
-        if workers and hasattr(signal, "SIGCHLD"):
+        if workers and hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
             # PyTorch's handler would raise wherever this process is when a worker dies, in the middle of a step too
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:

@@ -77,7 +77,7 @@ def write_segmentation(predictions: dict[str, torch.Tensor], dataset: NuScenesDa
     for part in (folder / "lidarseg" / dataset.split, folder / dataset.split):
         part.mkdir(parents=True, exist_ok=True)
     for token, classes in predictions.items():
-        classes.numpy().tofile(files[token])
+        files[token].write_bytes(classes.numpy().tobytes())
     uses = {"use_camera": False, "use_lidar": True, "use_radar": False, "use_map": False, "use_external": False}
     (folder / dataset.split / "submission.json").write_text(json.dumps({"meta": uses}, indent=2) + "\n")
 

@@ -102,7 +102,9 @@ def test_flags_override_a_config(tmp_path):
     args = train.parse(["--modality", "lidar", "--lr", 0.5, "--init", "a.pt", "b.pt", "--stop-at", 2, "--out", "x"])
     (tmp_path / "config.json").write_text(json.dumps(run_config(args, 8)))
     again = train.parse(["--config", tmp_path / "config.json", "--optim.clip", 2, "--seed", 5])
-    assert again.recipe.optim == replace(args.recipe.optim, clip=2) and again.init == args.init
+    assert again.recipe.optim == replace(args.recipe.optim, clip=2) and again.init == tuple(
+        path.resolve() for path in args.init
+    )
     assert (again.seed, again.modality, again.out, again.stop_at) == (5, "lidar", None, None)
     for flags, words in {
         ("--modality", "camera"): "--modality camera differs from the run's --modality lidar",
@@ -120,6 +122,30 @@ def test_a_recipe_of_other_fields_is_rejected(kind, tmp_path):
         from_dict(kind, config["recipe"])
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="config.json is from another script or another version"):
+        train.parse(["--config", tmp_path])
+
+
+@pytest.mark.parametrize(
+    "edit, words",
+    [
+        (lambda c: c["recipe"]["optim"].update(lr="fast"), r"recipe.optim.lr is 'fast'"),
+        (lambda c: c["recipe"]["grid"].update(cell=[1, 2]), r"recipe.grid.cell is '\[1, 2\]'"),
+        (lambda c: c["recipe"]["render"].update(method="nerf"), "recipe.render.method is 'nerf'"),
+        (lambda c: c["args"].update(workers=1.5), "workers is '1.5'"),
+        (lambda c: c["args"].pop("seed"), "has the fields"),
+        (lambda c: c.pop("args"), "'args'"),
+        (lambda c: c["recipe"]["optim"].update(lr=float("inf")), "--optim.lr inf is no number"),
+    ],
+)
+def test_a_config_edited_by_hand_is_checked(edit, words, tmp_path):
+    config = run_config(train.parse([]), 8)
+    edit(config)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=words) as error:
+        train.parse(["--config", tmp_path])
+    assert "\n" not in str(error.value)
+    (tmp_path / "config.json").write_bytes(b'{"args": \xff')
+    with pytest.raises(UserError, match="config.json is not JSON"):
         train.parse(["--config", tmp_path])
 
 
@@ -146,6 +172,12 @@ def test_default_presets_are_named():
         (train, ["--lr", 0], "--optim.lr 0.0 must be above 0"),
         (train, ["--rays.per-view", 0], "--rays.per-view 0 must be above 0"),
         (train, ["--render.rgb-weight", -1], "--render.rgb-weight -1.0 must not be below 0"),
+        (train, ["--lr", "inf"], "--optim.lr inf is no number to compute with"),
+        (train, ["--grid.cell", "nan", 1, 1], "--grid.cell nan is no number"),
+        (train, ["--epochs", "1e20"], r"--optim.epochs 1e\+20 is no number"),
+        (train, ["--steps", 10**20], "--steps 1000*0 is too large; use at most"),
+        (train, ["--seed", 2**64], "--seed 18446744073709551616 is too large"),
+        (train, ["--workers", 10**5], "--workers 100000 is too large for this machine; use at most"),
         (train, ["--config", "nowhere"], "--config nowhere: there is no nowhere; give the folder of a run"),
         (train, ["--resume", "nowhere"], "--resume nowhere: there is no nowhere/config.json"),
         (finetune, ["--task", "segment", "--modality", "camera"], "--modality camera does not work with --task"),

@@ -30,7 +30,7 @@ from unipad.data.dataset import BadFrame, DrivingDataset, Sample
 
 class Toy(DrivingDataset):
     @classmethod
-    def splits(cls, version):
+    def splits(cls, root, version):
         return {"train": "all", "val": "all"}
 
     def __init__(self, root, version, split, data, **settings):
@@ -77,7 +77,7 @@ def test_training_on_a_custom_dataset(toy, tmp_path, modality):
     recipe = PRETRAIN[modality]["tiny"]
     recipe = replace(recipe, rays=replace(recipe.rays, per_view=16), augment=Augment(rotation=0.3))
     box = (recipe.grid.low, recipe.grid.high)
-    train_split, val_split = toy.train_val_splits("any")
+    train_split, val_split = toy.train_val_splits(tmp_path, "any")
     dataset = toy(tmp_path, "any", train_split, recipe.data, point_range=box, augment=recipe.augment)
     net = Pretrain(recipe)
     optimizer = make_optimizer(net, recipe.optim)
@@ -128,14 +128,16 @@ def test_label_fractions_are_checked_for_every_dataset(toy, tmp_path):
         toy(tmp_path, "any", "all", data, label_fraction=0.7)
 
 
-def test_the_default_is_nuscenes():
+def test_the_default_is_nuscenes(copy):
     assert dataset_class(DEFAULT_DATASET) is NuScenesDataset
-    assert NuScenesDataset.train_val_splits("v1.0-mini") == ("mini_train", "mini_val")
-    assert NuScenesDataset.splits("v1.0-test") == {"test": "test"}
+    assert NuScenesDataset.train_val_splits(copy, "v1.0-mini") == ("mini_train", "mini_val")
+    (copy / "v1.0-mini").rename(copy / "v1.0-test")
+    assert NuScenesDataset.splits(copy, "v1.0-test") == {"test": "test"}
     with pytest.raises(DataError, match="v1.0-test has no training split"):
-        NuScenesDataset.train_val_splits("v1.0-test")
-    with pytest.raises(DataError, match="--version v2 is not known; use v1.0-trainval, v1.0-test, v1.0-mini."):
-        NuScenesDataset.train_val_splits("v2")
+        NuScenesDataset.train_val_splits(copy, "v1.0-test")
+    (copy / "v1.0-test").rename(copy / "v2")
+    with pytest.raises(DataError, match="--version v2 is not known; use v1.0-trainval, v1.0-test, v1.0-mini, or list"):
+        NuScenesDataset.train_val_splits(copy, "v2")
 
 
 @pytest.mark.parametrize("name", ["", "toy_set", "toy_set:", "toy_set:Nobody", "no_such.module:Toy", ":Toy"])

@@ -288,18 +288,46 @@ def to_dict(config) -> dict:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
-def from_dict(kind, value):
+def from_dict(kind, value, name=""):
     """`to_dict` undone: JSON-able `value` as a `kind`, a dataclass or a union of dataclasses.
 
-    Raises TypeError where the fields are not exactly those of a dataclass of `kind`.
+    Raises TypeError, with the dotted name, where the fields are not exactly those of a dataclass of `kind`, or a value
+    is not of its field's type.
     """
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if isinstance(value, dict):
-        for choice in filter(dataclasses.is_dataclass, kinds):
+        for choice in filter(dataclasses.is_dataclass, _choices(kind)):
             if value.keys() == choice.__dataclass_fields__.keys():
                 hints = typing.get_type_hints(choice)
-                return choice(**{name: from_dict(hints[name], field) for name, field in value.items()})
-        raise TypeError(f"no {kind} has the fields {', '.join(value)}")
-    if isinstance(value, list):
-        return tuple(from_dict(typing.get_args(kind)[0] if typing.get_args(kind) else None, item) for item in value)
-    return Path(value) if Path in kinds and value is not None else value
+                inner = {field: f"{name}.{field}".lstrip(".") for field in hints}
+                return choice(**{field: from_dict(hints[field], value[field], inner[field]) for field in hints})
+        raise TypeError(f"no {kind} has the fields {', '.join(map(str, value))}")
+    for choice in _choices(kind):
+        if (found := _as(choice, value, name)) is not _NO:
+            return found
+    raise TypeError(f"{name} is {str(value)[:50]!r}")
+
+
+_NO = object()
+
+
+def _choices(kind):
+    return typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
+
+
+def _as(kind, value, name):
+    """The JSON value as a `kind` that is no dataclass; `_NO` where it is none."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return value if value in inner else _NO
+    if origin is tuple:
+        if not isinstance(value, list):
+            return _NO
+        kinds = inner[:1] * len(value) if inner[-1] is ... else inner
+        if len(kinds) != len(value):
+            return _NO
+        return tuple(from_dict(part, item, name) for part, item in zip(kinds, value, strict=True))
+    if kind is Path:
+        return Path(value) if isinstance(value, str) else _NO
+    if kind is float:
+        return value if type(value) in (float, int) else _NO
+    return value if type(value) is kind else _NO

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unipad.kernels.backend import jit, on_triton, tl, triton
+from unipad.kernels.backend import jit, on_triton, tl, triton, without_autocast
 
 
 def trilinear(volume: Tensor, points: Tensor, volume_idx: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,6 +42,7 @@ def trilinear(volume: Tensor, points: Tensor, volume_idx: Tensor) -> tuple[Tenso
     return Trilinear.apply(volume, points, volume_idx)
 
 
+@without_autocast
 def trilinear_ref(volume, points, volume_idx):
     """`trilinear` in plain PyTorch: what the kernels are compared with."""
     rows, weights = _four_weights(volume, points, volume_idx)

@@ -1,7 +1,8 @@
 """IoU of boxes rotated about z, in bird's-eye view and in 3D, and non-maximum suppression.
 
-A BEV box is x, y, w, l, yaw: center in meters, size in meters (negative ones count as 0), and yaw in radians counter-clockwise from x
-to the heading; l lies along the heading, w across. A 3D box is x, y, z, w, l, h, yaw, with z of the center.
+A BEV box is x, y, w, l, yaw: center in meters, size in meters, of which negative ones count as 0, and yaw in radians
+counter-clockwise from x to the heading; l lies along the heading, w across. A 3D box is x, y, z, w, l, h, yaw, with z
+of the center.
 
 The area of the intersection of a and b is an integral along the outline of b alone (Green's theorem). In a's frame, x
 along its heading, a is |x| <= l / 2, |y| <= w / 2, and

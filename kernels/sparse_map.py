@@ -345,26 +345,32 @@ def inverse_map_ref(neighbor_idx, N):
 
 def out_shape(shape, kernel, stride, padding, dilation):
     """Cells (z, y, x) of the output of a strided convolution, as torch's conv3d; ValueError where there are none."""
-    axes = zip(shape, kernel, stride, padding, dilation, strict=True)
-    out = tuple((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in axes)
-    return _checked_extent(out, shape, kernel, stride, padding, dilation)
+
+    def extent(n, k, s, p, d):
+        return (n + 2 * p - d * (k - 1) - 1) // s + 1
+
+    return _extents(extent, shape, kernel, stride, padding, dilation)
 
 
 def transposed_out_shape(shape, kernel, stride, padding, dilation):
     """Cells (z, y, x) of the output of a transposed convolution, as torch's conv_transpose3d; ValueError likewise."""
-    axes = zip(shape, kernel, stride, padding, dilation, strict=True)
-    out = tuple((size - 1) * s - 2 * p + d * (k - 1) + 1 for size, k, s, p, d in axes)
-    return _checked_extent(out, shape, kernel, stride, padding, dilation)
+
+    def extent(n, k, s, p, d):
+        return (n - 1) * s - 2 * p + d * (k - 1) + 1
+
+    return _extents(extent, shape, kernel, stride, padding, dilation)
 
 
-def _checked_extent(out, shape, *geometry):
-    for axis, cells, size, kernel, stride, padding, dilation in zip("zyx", out, shape, *geometry, strict=True):
-        sizes = f"kernel {kernel}, stride {stride}, padding {padding}, dilation {dilation}"
-        if min(kernel, stride, dilation) < 1 or padding < 0:
+def _extents(extent, shape, *geometry):
+    out = []
+    for axis, n, k, s, p, d in zip("zyx", shape, *geometry, strict=True):
+        sizes = f"kernel {k}, stride {s}, padding {p}, dilation {d}"
+        if min(k, s, d) < 1 or p < 0:
             raise ValueError(f"no convolution along {axis} has {sizes}")
-        if cells < 1:
-            raise ValueError(f"a convolution of {sizes} has no output along {axis}, where the grid has {size} cells")
-    return out
+        out.append(extent(n, k, s, p, d))
+        if out[-1] < 1:
+            raise ValueError(f"a convolution of {sizes} has no output along {axis}, where the grid has {n} cells")
+    return tuple(out)
 
 
 BLOCK = 256  # voxels or table entries per program

@@ -30,7 +30,7 @@ def cells_of_range(low, high, cell, flag: str) -> tuple[int, int, int]:
         if abs(count * c - (h - l)) > 1e-6 * (h - l):
             raise UserError(
                 f"{flag} {tuple(cell)}: cells of {c} m do not divide the range along {axis}, from {l} to {h} m; "
-                f"{(h - l) / count:g} m would."
+                f"{(h - l) / count:.10g} m would."
             )
         counts.append(count)
     return tuple(counts)

@@ -11,9 +11,8 @@ from unipad.kernels.voxelize import grid_sample
 from unipad.selfcheck import checks
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
-CASES = {
-    case.name.split(",")[0].split()[0]: case for case in reversed(list(checks(("small",))))
-}  # the first of each op
+# The first case of each op
+CASES = {case.name.split(",")[0].split()[0]: case for case in reversed(list(checks(("small",))))}
 PATHS = {"kernel": nullcontext, "reference": references}
 
 
@@ -90,12 +89,11 @@ def test_grid_sample_refuses_what_does_not_match():
         grid_sample(points, [5], 0.0)
 
 
-@pytest.mark.parametrize(
-    "op", [op for op in CASES if not op.startswith("sparse_conv")]
-)  # these cast, as convolutions do
+@pytest.mark.parametrize("op", [op for op in CASES if not op.startswith("sparse_conv")])  # convolutions cast
 def test_autocast_does_not_change_a_reference(op):
+    case, inputs = CASES[op], inputs_of(op)
+
     def run():
-        case, inputs = CASES[op], inputs_of(op)
         outs = case.op(**inputs)
         return outs if isinstance(outs, tuple) else (outs,)
 
@@ -113,11 +111,8 @@ def test_autocast_does_not_change_a_reference(op):
 )
 def test_geometry_has_no_gradient_on_either_path(op, names, path):
     inputs = inputs_of(op)
-    given = [t for name in names for t in (inputs[name] if isinstance(inputs[name], tuple) else [inputs[name]])]
-    geometry = [t.requires_grad_() for t in given if t.is_floating_point()]
-    wrt = [t for name in CASES[op].wrt for t in _tensors(inputs[name])]
-    for leaf in wrt:
-        leaf.requires_grad_()
+    geometry = [t.requires_grad_() for name in names for t in _tensors(inputs[name]) if t.is_floating_point()]
+    wrt = [t.requires_grad_() for name in CASES[op].wrt for t in _tensors(inputs[name])]
     with PATHS[path]():
         out = CASES[op].op(**inputs)
         (out[0] if isinstance(out, tuple) else out).sum().backward()

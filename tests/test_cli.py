@@ -171,6 +171,7 @@ def test_a_flag_that_does_not_fit_is_rejected_in_one_sentence(script, flags, wor
     "flags, words",
     [
         (["--camera.fpn-levels", 1], "--camera.fpn-levels 1 is less than the 3 stages.* --camera.fpn-start"),
+        (["--camera.depth-range", 60, 1], "--camera.depth-range 60.0 1.0 must be the nearest and the farthest"),
         (["--camera.view", "pool"], "--camera.view pool takes one level of features, not 3"),
         (
             ["--modality", "fusion", "--camera.channels", 16],

@@ -165,7 +165,7 @@ def main(args: Args):
                 progress.skip(bad_frames)
                 draws = generators(args.seed, step, world.positions(i, micro_batch), device)
                 with local_gradients(model, more=i < args.accumulate - 1):
-                    with autocast:
+                    with autocast, progress.explains_divergence(net, step + 1):
                         losses, rays_missed = model(batch.to(device), draws)
                     loss = sum(losses.values())
                     scaler.scale(loss / args.accumulate).backward()

@@ -125,6 +125,34 @@ def test_each_image_has_its_own_padding():
     assert [int((view != 0).all(0).sum()) for view in out[0]] == [32 * 20, 10 * 64]
 
 
+def test_padding_does_not_change_the_size_of_gradients():
+    """120 x 200 pixels are padded to 128 x 224, where an untrained encoder has all features 0."""
+    encoder = CameraEncoder(SMALL)
+    norms = []
+    for unpadded in ((128, 224), (120, 200), (124, 220), (97, 193)):
+        encoder.zero_grad()
+        features, _ = encoder(*make_images(1, 2, (128, 224), unpadded))
+        sum(feature.square().mean() for feature in features).backward()
+        grads = [param.grad.norm() for param in encoder.parameters() if param.grad is not None]
+        norms.append(torch.stack(grads).norm())
+    assert max(norms) < 2 * min(norms)
+
+
+def test_padding_passes_no_gradient_and_computes_the_same():
+    net = make_encoder().backbone
+    image_sizes = torch.tensor([[50, 90], [64, 31]])
+    images = torch.zeros(2, 3, 64, 96)
+    for image, (height, width) in zip(images, image_sizes.tolist(), strict=True):
+        image[:, :height, :width] = torch.randn(3, height, width)
+    images.requires_grad_()
+    outs, uncut = net(images, image_sizes=image_sizes), net(images)
+    assert all(torch.equal(a, b) for a, b in zip(outs, uncut, strict=True))
+    sum((out * torch.randn_like(out)).sum() for out in outs).backward()
+    reached = images.grad.ne(0).any(dim=1)
+    for view, (bottom, right) in zip(reached, [(52, 92), (64, 32)], strict=True):  # the end of the last cell of 4 x 4
+        assert view[:bottom, :right].all() and not view[bottom:].any() and not view[:, right:].any()
+
+
 def test_masked_patches_are_not_encoded():
     encoder = make_encoder()
     images, sizes = make_images(1, 1, (64, 96), (64, 96))

@@ -64,6 +64,8 @@ def test_every_setting_of_a_recipe_is_a_flag(script, chosen, recipe):
     for name, hint, value in settings(recipe):
         if name.endswith(("mask_ratio", "center_low")):  # limited to a range
             value, typed = (0.125, [0.125]) if name.endswith("mask_ratio") else ((-9.0, -8.0, -7.5), [-9.0, -8.0, -7.5])
+        elif name == "grid.cell":  # must divide the range
+            value = typed = tuple(v / 2 for v in value)
         elif name == ("data.camera_sweeps" if recipe.camera is None else "data.cameras"):
             continue  # rejected for this recipe
         else:
@@ -170,6 +172,13 @@ def test_default_presets_are_named():
         (train, ["--camera.mask-ratio", 1], "--camera.mask-ratio 1.0 must be from 0 to below 1"),
         (train, ["--preset", "huge"], "--preset huge is not known; use tiny, camera-0.075"),
         (train, ["--lr", 0], "--optim.lr 0.0 must be above 0"),
+        (
+            train,
+            ["--grid.cell", 0.7, 1.25, 2.0],
+            r"--grid.cell \(0.7, 1.25, 2.0\): cells of 0.7 m do not divide the range along x, .* 0.70",
+        ),
+        (train, ["--grid.low", 50, -40, -3], "--grid.cell .* along x there is no range from 50.0 to 40.0 m"),
+        (train, ["--grid.cell", 1.25, 1.25, 0], "--grid.cell .* along z .* in cells of 0.0 m"),
         (train, ["--rays.per-view", 0], "--rays.per-view 0 must be above 0"),
         (train, ["--render.rgb-weight", -1], "--render.rgb-weight -1.0 must not be below 0"),
         (train, ["--lr", "inf"], "--optim.lr inf is no number to compute with"),
@@ -194,12 +203,18 @@ def test_a_flag_that_does_not_fit_is_rejected_in_one_sentence(script, flags, wor
     "flags, words",
     [
         (["--camera.fpn-levels", 1], "--camera.fpn-levels 1 is less than the 3 stages.* --camera.fpn-start"),
+        (["--camera.depth-range", 60, 1], "--camera.depth-range 60.0 1.0 must be the nearest and the farthest"),
         (["--camera.view", "pool"], "--camera.view pool takes one level of features, not 3"),
         (
             ["--modality", "fusion", "--camera.channels", 16],
             "have 16 and 32 channels; make --camera.channels",
         ),
         (["--modality", "lidar", "--grid.cell", 1, 1, 2], "--lidar.cell .* makes .* voxels .*; use voxels of"),
+        (
+            ["--modality", "lidar", "--lidar.cell", 0.31251, 0.3125, 0.5],
+            "--lidar.cell .* do not divide the range along x",
+        ),
+        (["--modality", "lidar", "--preset", "segment-tiny", "--lidar.cell", 0], "--lidar.cell 0.0 must be above 0"),
         (["--modality", "lidar", "--lidar.neck-strides", 1, 3], "--lidar.neck-strides .* multiples of 3"),
         (
             ["--modality", "lidar", "--preset", "segment-tiny", "--lidar.blocks", 1, 1],

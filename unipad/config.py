@@ -6,6 +6,7 @@ of the scripts too, by its section (`--grid.cell 0.6 0.6 1.6`); the comment afte
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -13,6 +14,26 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import arg
+
+from unipad.errors import UserError
+
+
+def cells_of_range(low, high, cell, flag: str) -> tuple[int, int, int]:
+    """Number of cells (X, Y, Z) from `low` to `high`; `UserError` where `flag`'s cells do not divide the range."""
+    counts = []
+    for axis, l, h, c in zip("xyz", low, high, cell, strict=True):
+        if not (h > l and c > 0 and math.isfinite(h - l)):
+            raise UserError(
+                f"{flag} {tuple(cell)}: along {axis} there is no range from {l} to {h} m in cells of {c} m."
+            )
+        count = max(1, round((h - l) / c))
+        if abs(count * c - (h - l)) > 1e-6 * (h - l):
+            raise UserError(
+                f"{flag} {tuple(cell)}: cells of {c} m do not divide the range along {axis}, from {l} to {h} m; "
+                f"{(h - l) / count:.10g} m would."
+            )
+        counts.append(count)
+    return tuple(counts)
 
 
 @dataclass(frozen=True)
@@ -23,10 +44,13 @@ class Grid:
     high: tuple[float, float, float] = (51.2, 51.2, 3.0)  # upper corner
     cell: tuple[float, float, float] = (0.8, 0.8, 1.6)  # size of a cell
 
+    def __post_init__(self):
+        cells_of_range(self.low, self.high, self.cell, "--grid.cell")
+
     @property
     def shape(self):
         """Number of cells (X, Y, Z)."""
-        return tuple(round((h - l) / c) for l, h, c in zip(self.low, self.high, self.cell, strict=True))
+        return cells_of_range(self.low, self.high, self.cell, "--grid.cell")
 
     @property
     def scale(self):
@@ -115,6 +139,7 @@ class LidarConfig:
     neck_layers: int = 5  # convolutions per branch, after the strided one
     channels: int = 256  # channels of the volume
     volume_convs: int = 0  # 3 x 3 x 3 convolutions on the volume; pre-training has none
+    norm_momentum: float = 0.01  # share of a step in the norms' running statistics; short runs need a larger one
 
 
 @dataclass(frozen=True)
@@ -130,6 +155,7 @@ class UnetConfig:
     stem: int = 32  # channels of the first convolution, 5 x 5 x 5
     widths: tuple[int, ...] = (32, 64, 128, 256, 256, 128, 96, 96)  # channels per stage: down, then up
     blocks: tuple[int, ...] = (2, 3, 4, 6, 2, 2, 2, 2)  # residual blocks per stage
+    norm_momentum: float = 0.01  # share of a step in the norms' running statistics; short runs need a larger one
 
     @property
     def channels(self):

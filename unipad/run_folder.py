@@ -383,8 +383,24 @@ class Progress:
         values = mean_over_processes(values)
         # fp16 skips a step whose gradient overflows, and lowers its scale
         if not math.isfinite(values["loss"] + (0 if scaler.is_enabled() else values["grad_norm"])):
-            raise UserError(f"the loss is not finite at step {step}: lower --lr or use --precision fp32.")
+            raise _diverged(step)
         return values
+
+    @contextlib.contextmanager
+    def explains_divergence(self, net: torch.nn.Module, step: int):
+        """Inside, errors that come from weights that are not finite end the run with the sentence of `finite`.
+
+        After a loss that is not finite nor are the weights, with which a model may raise anything before the next
+        report. Weights are read only then: a step that raises nothing does not wait for the device.
+        """
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception:
+            if all(p.isfinite().all() for p in net.parameters()):
+                raise
+            raise _diverged(step) from None
 
     def report(self, step: int, values: dict[str, float], lr: float, rays_per_sample: int = 0):
         """Log the values of `step` and print them, with the speed since the last report."""
@@ -396,6 +412,10 @@ class Progress:
         left = timedelta(seconds=round((self.last - step) * self.batch_size / speed))
         line = f"step {step}/{self.steps}  {format_metrics(values)}  {format_metrics(rates)}  {left} left"
         self.world.print0(line)
+
+
+def _diverged(step):
+    return UserError(f"the loss is not finite at step {step}: lower --lr or use --precision fp32.")
 
 
 def commit() -> str | None:

@@ -24,13 +24,18 @@ from typing import Annotated, Literal
 # Before torch loads OpenMP; see train.py
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+from unipad.exit import end_at_once, exit_on_user_error
+
+if __name__ == "__main__":
+    end_at_once()  # on Ctrl-C during the imports
+
 import numpy as np
 import tyro
 from PIL import Image
 from tqdm import tqdm
 
 from unipad import cli
-from unipad.checkpoint import read_run
+from unipad.checkpoint import load_weights, read_run
 from unipad.config import (
     CameraConfig,
     Data,
@@ -63,7 +68,7 @@ from unipad.evaluate.tta import detect_tta, segment_tta, tta_views
 from unipad.model.detect import Detector
 from unipad.model.pretrain import Pretrain
 from unipad.model.segment import Segmenter
-from unipad.runtime import exit_on_user_error, generators, mixed_precision, start, to_main
+from unipad.runtime import generators, mixed_precision, on_main, start, to_main
 
 
 @dataclass(frozen=True)
@@ -138,8 +143,10 @@ def parse(argv=None) -> Args:
     positive = ("batch_size", "pictures", "video_fps", "picture_stride", "mesh_cell")
     check_ranges(args, positive, ("workers", "seed", "min_score"))
     cli.check_recipe(args.recipe)
-    if () in (args.tta_scales, args.tta_angles) or min(args.tta_scales or (1.0,)) <= 0:
-        raise UserError("--tta-scales must be above 0, and --tta-scales and --tta-angles need at least one value each.")
+    if () in (args.tta_scales, args.tta_angles) or not all(0.1 <= s <= 10 for s in args.tta_scales or ()):
+        raise UserError("--tta-scales are from 0.1 to 10, and --tta-scales and --tta-angles need a value each.")
+    if not 0.1 <= args.video_fps <= 100:
+        raise UserError(f"--video-fps {args.video_fps} must be from 0.1 to 100.")
     for flag, other in NEEDS.items():
         if getattr(args, flag) != Args.__dataclass_fields__[flag].default and not getattr(args, other):
             raise UserError(f"--{flag.replace('_', '-')} has no effect without --{other}; add it, or drop this flag.")
@@ -151,7 +158,7 @@ def parse(argv=None) -> Args:
 
 
 def with_settings(args):
-    _, recipe, _ = read_run(args.checkpoint)
+    _, recipe, _ = read_run(args.checkpoint, lazily=True)
     known = {field.name: getattr(recipe, field.name, None) for field in fields(Settings)}
     return replace(args, recipe=Settings(**known))
 
@@ -170,19 +177,17 @@ def main(args: Args):
         if task != "render" and task not in kind.tasks:
             raise UserError(f"--dataset {name} does not support --task {task}; see unipad/data/dataset.py.")
         version = args.version or trained.get("version", kind.default_version)
-        split = kind.splits(version).get(args.split, args.split)
         with world.main_first():  # generates the city, builds the index
-            root = os.path.expanduser(args.data_root or trained.get("data_root") or kind.default_root(recipe.data))
+            root = Path(
+                os.path.expanduser(args.data_root or trained.get("data_root") or kind.default_root(recipe.data))
+            )
+            split = kind.splits(root, version).get(args.split, args.split)
             # augmentation may move points into the grid; segmentation labels those outside too
             box = None if args.tta or task == "segment" else (recipe.grid.low, recipe.grid.high)
             dataset = kind(root, version, split, recipe.data, point_range=box)
 
         model = TASKS[task](recipe).to(world.device).eval()
-        try:
-            model.load_state_dict(saved["model"])
-        except RuntimeError as error:
-            what = str(error).splitlines()[1].strip()
-            raise UserError(f"the weights of {args.checkpoint} do not fit the recipe: {what}") from None
+        load_weights(model, saved["model"], args.checkpoint)
         out = args.out or run / "eval"
         if world.is_main:
             out.mkdir(parents=True, exist_ok=True)
@@ -271,8 +276,13 @@ def render(args, model, dataset, out, world):
             values = distances(model, volume, args.mesh_cell).cpu().numpy()
             write_ply(out / f"mesh_{number:05d}.ply", *surface(values, model.recipe.grid.low, args.mesh_cell))
         done.append(number)
-    if (parts := to_main(done, world)) is not None and not any(parts):
-        raise UserError("none of these frames can be read; the files at fault are named above.")
+    parts = to_main(done, world)
+
+    def check():
+        if not any(parts):
+            raise UserError("none of these frames can be read; the files at fault are named above.")
+
+    on_main(check, world)
     batches = ((number, collate([dataset[rows[number]]])) for number in done)
     metrics = evaluate_rendering(model, batches, args.seed, device, args.masked)
     world.print0("\n".join(f"{name:<20}{value:>10.3f}" for name, value in metrics.items()))

@@ -27,6 +27,11 @@ from typing import Annotated, Literal
 # on an idle machine it takes 8 % longer.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+from unipad.exit import end_at_once, exit_on_user_error
+
+if __name__ == "__main__":
+    end_at_once()  # on Ctrl-C during the imports
+
 import torch
 import tyro
 
@@ -44,7 +49,7 @@ from unipad.model.pretrain import Pretrain
 from unipad.optimizer import lr_at, make_optimizer, set_rates
 from unipad.recipes import DEFAULT_PRESET, PRETRAIN
 from unipad.run_folder import Progress, RunFolder, find_run, format_metrics, resumed, run_config
-from unipad.runtime import StopOnSignal, exit_on_user_error, generators, local_gradients, mixed_precision, start
+from unipad.runtime import StopOnSignal, generators, local_gradients, mixed_precision, start
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,7 @@ def main(args: Args):
         autocast, scaler = mixed_precision(args.precision, device)
 
         # Run
-        run = RunFolder(path, run_config(args, steps), world, saved)
+        run = RunFolder(path, run_config(args, steps, train_set.contents(), saved), world, saved)
         if args.tune:
             run.tune()
         parts = {"model": net, "optimizer": optimizer, "scaler": scaler}
@@ -127,9 +132,6 @@ def main(args: Args):
         last = min(steps, args.stop_at or steps)
         millions = sum(p.numel() for p in net.parameters()) / 1e6
         print0(f"{path}: {len(train_set)} frames, {millions:.1f} M weights, steps {first} to {last}, {device}")
-        if not saved and args.val_every != 0:
-            with autocast:
-                metrics["before"] = validate(net, val_set, run, args, world, 0)
 
         # Loop
         val_every = math.ceil(steps / 3) if args.val_every is None else args.val_every
@@ -145,10 +147,17 @@ def main(args: Args):
             workers=world.workers(args.workers),
             pinned=device.type == "cuda",
         )
-        stop = StopOnSignal()
+        stop = StopOnSignal(world)
         progress = Progress(run, world, first, last, steps, optim.batch_size)
 
-        for step in range(first, last):
+        for step in range(first, last + 1):
+            if val_every and (step % val_every == 0 or step == last) and step > run.validated:
+                with run.validation(step, parts, metrics), stop.at_once(), autocast:
+                    metrics["after" if step else "before"] = validate(net, val_set, run, args, world, step)
+                progress.restart(step)
+            if step == last:
+                break
+
             set_rates(optimizer, optim, step, steps)
             values = {}
             for i in range(args.accumulate):
@@ -156,7 +165,7 @@ def main(args: Args):
                 progress.skip(bad_frames)
                 draws = generators(args.seed, step, world.positions(i, micro_batch), device)
                 with local_gradients(model, more=i < args.accumulate - 1):
-                    with autocast:
+                    with autocast, progress.explains_divergence(net, step + 1):
                         losses, rays_missed = model(batch.to(device), draws)
                     loss = sum(losses.values())
                     scaler.scale(loss / args.accumulate).backward()
@@ -170,26 +179,19 @@ def main(args: Args):
 
             done = step + 1
             report_now = done % args.log_every == 0 or done == last
-            validate_now = val_every > 0 and (done % val_every == 0 or done == last)
-            stop_now = (report_now or world.size == 1) and stop.asked(world)
-            save_now = done % save_every == 0 or validate_now or stop_now or done == last
+            stop_now = stop.asked(report_now)
+            save_now = done % save_every == 0 or stop_now or done == last or val_every and done % val_every == 0
             if report_now or save_now:  # the host waits here, in `backend.host_wait`s and in the scaler of fp16
                 values = progress.finite(values, scaler, done)
             if report_now:
                 views = batch.keyframe().images.shape[1] or len(CAMERAS)  # without images, as many rays from the LiDAR
                 lr, rays = optim.lr * lr_at(optim, step, steps), views * recipe.rays.per_view
                 progress.report(done, values, lr, rays_per_sample=rays)
-            if validate_now:
-                with autocast:
-                    metrics["after"] = validate(net, val_set, run, args, world, done)
-                progress.restart(done)
             if save_now:
-                run.save(done, parts, metrics, keep=validate_now)
+                run.save(done, parts, metrics)
             if stop_now:
-                print0(f"stopped after step {done}, saved; resume with --resume {path}")
-                break
+                stop.end(f"stopped after step {done}, saved; resume with --resume {path}")
 
-        run.close()
         progress.sum_up()
         print0(summary(metrics, path))
 
@@ -199,10 +201,10 @@ def open_datasets(args, world):
     recipe = args.recipe
     dataset = dataset_class(args.dataset)
     version = args.version or dataset.default_version
-    train_split, val_split = dataset.train_val_splits(version)
     box = (recipe.grid.low, recipe.grid.high)  # points outside are no targets: no ray reaches them
     with world.main_first():  # generates the city, builds the index
         root = Path(os.path.expanduser(args.data_root or dataset.default_root(recipe.data)))
+        train_split, val_split = dataset.train_val_splits(root, version)
         recipe = with_ray_origins(recipe, dataset.has_images(root, version, train_split), world.print0)
         train_set = dataset(
             root,

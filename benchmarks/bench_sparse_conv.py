@@ -20,7 +20,7 @@ from torch import nn
 from torch.func import functional_call
 
 from benchmarks.harness import DEVICE, Case, compare
-from benchmarks.lidar_scene import NUSCENES, SHAPE, STAGES, voxels
+from benchmarks.lidar_scene import DOWNSAMPLES, NUSCENES, SHAPE, voxels
 from unipad.kernels import tuning
 from unipad.kernels.sparse_conv import sparse_conv, sparse_conv_ref
 from unipad.kernels.sparse_map import inverse_map, out_shape, strided_map, submanifold_map
@@ -63,7 +63,7 @@ def stages(batch):
     levels, coords, shape = [], voxels(batch, DEVICE), SHAPE
     for i in range(len(WIDTHS)):
         if i:
-            coords, shape = strided_map(coords, shape, *STAGES[i - 1])[0], out_shape(shape, *STAGES[i - 1])
+            coords, shape = strided_map(coords, shape, *DOWNSAMPLES[i - 1])[0], out_shape(shape, *DOWNSAMPLES[i - 1])
         levels.append(Level(f"B={batch} stage {i + 1}", coords, shape, batch))
     return levels
 
@@ -253,7 +253,7 @@ def as_peer(encoder, lib):
                 setattr(parent, name, Pointwise(conv.weight))
                 continue
             elif isinstance(conv, sparse.SparseConv3d):
-                size = conv.weight.shape[4], conv.weight.shape[0], *STAGES[stage][:3]
+                size = conv.weight.shape[4], conv.weight.shape[0], *DOWNSAMPLES[stage][:3]
                 stage += 1
                 theirs = lib.SparseConv3d(*size, bias=False, indice_key=f"down{stage}")
             else:
@@ -337,7 +337,7 @@ def main(tune: bool = False):
         compare(f"sparse_conv, cold{tuned}", exact, cold(sparse_conv), peers, [case(*s) for s in sized], AGREE, exact)
 
         peers = {name: strided_peer(lib) for name, lib in libs.items()}
-        cases = [strided_case(*s, geometry) for s, geometry in zip(sized, STAGES, strict=False)]
+        cases = [strided_case(*s, geometry) for s, geometry in zip(sized, DOWNSAMPLES, strict=False)]
         exact = strided(sparse_conv_ref)
         compare(f"sparse_conv, strided, cold{tuned}", exact, strided(sparse_conv), peers, cases, AGREE, exact)
 

@@ -12,7 +12,7 @@ from math import prod
 import torch
 
 from benchmarks.harness import DEVICE, Case, compare
-from benchmarks.lidar_scene import SHAPE, STAGES, voxels
+from benchmarks.lidar_scene import DOWNSAMPLES, SHAPE, voxels
 from unipad.kernels.sparse_map import (
     inverse_map,
     inverse_map_ref,
@@ -34,7 +34,7 @@ def stages(batch):
     """(name, coords, shape) of the four stages of the encoder."""
     coords, shape = voxels(batch, DEVICE), SHAPE
     yield f"B={batch} stage 1", coords, shape
-    for stage, geometry in enumerate(STAGES):
+    for stage, geometry in enumerate(DOWNSAMPLES):
         coords, shape = strided_map(coords, shape, *geometry)[0], out_shape(shape, *geometry)
         yield f"B={batch} stage {stage + 2}", coords, shape
 
@@ -85,7 +85,7 @@ if __name__ == "__main__":
         cases = [submanifold_case(*level, (3, 3, 3)) for level in levels]
         cases += [submanifold_case(*levels[0], (5, 5, 5))]
         compare("submanifold_map", submanifold_map_ref, submanifold_map, {"all cells": all_cells}, cases)
-        steps = [(*level, geometry) for level, geometry in zip(levels, STAGES, strict=False)]
+        steps = [(*level, geometry) for level, geometry in zip(levels, DOWNSAMPLES, strict=False)]
         cases = [pairs_case(strided_map, batch, *step) for step in steps]
         compare("strided_map", strided_map_ref, strided_map, {}, cases)
         compare("inverse_map", inverse_map_ref, inverse_map, {}, [inverse_case(*step) for step in steps])

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.lidar_scene import NUSCENES, SHAPE, STAGES, voxels
+from benchmarks.lidar_scene import DOWNSAMPLES, NUSCENES, SHAPE, voxels
 from unipad.kernels import sparse_gemm, sparse_tiles
 from unipad.kernels.sparse_map import inverse_map, out_shape, strided_map, submanifold_map
 from unipad.kernels.voxel_keys import sort_voxels
@@ -53,10 +53,10 @@ def layers():
     found = []
     for i, width in enumerate(WIDTHS):
         if i:
-            out_coords, table = strided_map(coords, shape, *STAGES[i - 1])
+            out_coords, table = strided_map(coords, shape, *DOWNSAMPLES[i - 1])
             inverse = inverse_map(table, len(coords))
             found.append(Layer(f"down {i}", table, inverse, out_coords, coords, WIDTHS[i - 1], width))
-            coords, shape = out_coords, out_shape(shape, *STAGES[i - 1])
+            coords, shape = out_coords, out_shape(shape, *DOWNSAMPLES[i - 1])
         table = submanifold_map(coords, *sort_voxels(coords, shape), shape, (3, 3, 3), (1, 1, 1))
         if not i:
             found.append(Layer("input", table, table, coords, coords, 5, width))

@@ -11,14 +11,15 @@ import math
 import torch
 
 LOW, CELL, SHAPE = (-54.0, -54.0, -5.0), (0.075, 0.075, 0.2), (41, 1440, 1440)  # LiDAR recipe, grid (Z, Y, X)
-STAGES = [((3, 3, 3), (2, 2, 2), p, (1, 1, 1)) for p in ((1, 1, 1), (1, 1, 1), (0, 1, 1))]  # between stages 1 to 4
+# Convolutions between the stages: (kernel, stride, padding, dilation)
+DOWNSAMPLES = [((3, 3, 3), (2, 2, 2), p, (1, 1, 1)) for p in ((1, 1, 1), (1, 1, 1), (0, 1, 1))]
 # One nuScenes frame: voxels of stages 1 to 4, and occupied cells out of 27
 NUSCENES = [(79.7e3, 7.4), (69.3e3, 14.0), (29.7e3, 16.3), (10.3e3, 16.6)]
 
 BEAMS, AZIMUTHS, SWEEPS = 32, 1084, 10
 HEIGHT = 1.84  # meters, of the sensor above the ground
 SPEED = 0.6  # meters between sweeps: 12 m/s at 20 Hz
-# Numbers and sizes, return rate and depth of shrubs are tuned to match the statistics.
+# Object counts and sizes, return rate and penetration depth are tuned to match NUSCENES.
 HOUSES, CARS, SHRUBS = 12, 40, 160
 RETURNED = 0.75  # fraction of rays with a return
 DEPTH = 0.7  # meters that a ray penetrates a shrub, on average
@@ -89,7 +90,8 @@ if __name__ == "__main__":
     print("| stage | voxels | nuScenes | neighbors of 27 | nuScenes |\n|---|---|---|---|---|")
     for stage, (N, neighbors) in enumerate(NUSCENES):
         if stage:
-            coords, shape = strided_map(coords, shape, *STAGES[stage - 1])[0], out_shape(shape, *STAGES[stage - 1])
+            geometry = DOWNSAMPLES[stage - 1]
+            coords, shape = strided_map(coords, shape, *geometry)[0], out_shape(shape, *geometry)
         table = submanifold_map(coords, *sort_voxels(coords, shape), shape, (3, 3, 3), (1, 1, 1))
         found = (table >= 0).sum() / len(coords)
         print(f"| {stage + 1} | {len(coords)} | {N:.0f} | {found:.1f} | {neighbors} |")

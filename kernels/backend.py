@@ -74,13 +74,26 @@ def on_triton(tensor, deterministic=True):
     return tensor.is_cuda or interpret
 
 
+def without_autocast(reference):
+    """Decorator for a reference: autocast does not change the types that it computes in, as it does not a kernel's."""
+
+    @wraps(reference)
+    def call(*args, **kwargs):
+        first = args[0] if args else next(iter(kwargs.values()))
+        first = first[0] if isinstance(first, (tuple, list)) else first
+        with torch.autocast(first.device.type, enabled=False):
+            return reference(*args, **kwargs)
+
+    return call
+
+
 def capturing(device):
     """True during CUDA graph capture: tensors made then must not be cached, since replays overwrite them."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def stream(device):
-    """The handle of the current CUDA stream; 0 on a CPU. Work queued on other streams may not have finished."""
+    """The handle of the current CUDA stream, 0 on a CPU: what another stream computes may not be ready on this one."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 

@@ -12,7 +12,7 @@ B is accumulated from the far end instead of divided by k, so the gradient is ex
 import torch
 from torch import Tensor
 
-from unipad.kernels.backend import jit, on_triton, tl, triton
+from unipad.kernels.backend import jit, on_triton, tl, triton, without_autocast
 
 EPS = 1e-7  # transmittance of an opaque sample, as in UniPAD's renderers
 
@@ -29,14 +29,17 @@ def composite(alpha: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         weights: [R, S] weight of each sample; sums to at most 1 (+ S * 1e-7) along a ray.
 
     Differentiable once w.r.t. `alpha` and `values` on a GPU (the reference: any number of times). Deterministic.
-    Accumulates in fp32 (fp64 for fp64 inputs). Raises AssertionError if shapes do not match.
+    Accumulates in fp32 (fp64 for fp64 inputs). Raises AssertionError if shapes or types do not match.
     """
-    assert alpha.shape == values.shape[:2], f"alpha {tuple(alpha.shape)} does not match values {tuple(values.shape)}"
+    fits = values.dim() == 3 and alpha.shape == values.shape[:2]
+    assert fits, f"alpha {tuple(alpha.shape)} does not match values {tuple(values.shape)}"
+    assert alpha.dtype == values.dtype, f"alpha is {alpha.dtype}, values are {values.dtype}"
     if not on_triton(values):
         return composite_ref(alpha, values)
     return Composite.apply(alpha, values)
 
 
+@without_autocast
 def composite_ref(alpha, values):
     """`composite` in plain PyTorch: what the kernels are compared with."""
     ones = alpha.new_ones(alpha.shape[0], 1)  # [R, 1]

@@ -52,8 +52,12 @@ def lift(
     `torch.use_deterministic_algorithms(True)`. To lift several frames into one volume, pass them as more views. Raises
     AssertionError if shapes do not match. Follows Uni3DViewTrans of the original.
     """
-    assert len(features) == len(depths), f"{len(features)} levels of features, {len(depths)} of depths"
-    (B, N, _, _, C), D = features[0].shape, depths[0].shape[4]
+    assert len(features) == len(depths) > 0, f"{len(features)} levels of features, {len(depths)} of depths"
+    (feature, depth), triples = (features[0], depths[0]), (low, cell, shape)
+    fits = feature.dim() == depth.dim() == 5
+    assert fits, f"features {tuple(feature.shape)} and depths {tuple(depth.shape)} are not [B, N, h, w, channels]"
+    assert all(len(t) == 3 for t in triples), f"low, cell and shape are (x, y, z) each, not {triples}"
+    (B, N, _, _, C), D = feature.shape, depth.shape[4]
     assert lidar2image.shape == (B, N, 4, 4), f"lidar2image {tuple(lidar2image.shape)} does not match {B} x {N} views"
     for feature, depth in zip(features, depths, strict=True):
         h, w = feature.shape[2:4]
@@ -64,7 +68,7 @@ def lift(
     assert hits < 2**31, "views x voxels of all levels must fit 32 bits: use fewer samples"
     if not on_triton(features[0]):
         return lift_ref(features, depths, lidar2image, low, cell, shape, image_size, depth_range)
-    return Lift.apply(lidar2image, low, cell, shape, image_size, depth_range, *features, *depths)
+    return Lift.apply(lidar2image.detach(), low, cell, shape, image_size, depth_range, *features, *depths)
 
 
 def lift_ref(features, depths, lidar2image, low, cell, shape, image_size, depth_range):
@@ -72,7 +76,7 @@ def lift_ref(features, depths, lidar2image, low, cell, shape, image_size, depth_
     (B, N, _, _, C), D = features[0].shape, depths[0].shape[4]
     X, Y, Z = shape
     acc_type = torch.float64 if features[0].dtype == torch.float64 else torch.float32
-    uvd, seen = _project_ref(lidar2image, low, cell, shape, image_size, depth_range)
+    uvd, seen = _project_ref(lidar2image.detach(), low, cell, shape, image_size, depth_range)
     b, voxel, n = seen.transpose(1, 2).nonzero(as_tuple=True)  # [P] pairs of voxel and view, sorted by voxel
     u, v, d = uvd[:, b, n, voxel].to(acc_type)  # [P]
     view = b * N + n

@@ -41,13 +41,14 @@ def clip_rays(
         hit:       [R] bool; False where the ray misses the box, starts beyond it, or leaves it before `near`.
 
     1 / (d + 1e-6) is the original's guard against zero components; it biases every distance by about 1e-6 / d.
-    Computes in fp32.
+    Computes in fp32. Raises AssertionError if shapes do not match.
     """
-    if not on_triton(origins):
-        return clip_rays_ref(origins, directions, low, high, near)
     R = origins.shape[0]
     fits = origins.shape == directions.shape == (R, 3)
     assert fits, f"origins {tuple(origins.shape)} and directions {tuple(directions.shape)} do not match"
+    assert len(low) == len(high) == 3, f"corners of a box are (x, y, z), not {tuple(low)} and {tuple(high)}"
+    if not on_triton(origins):
+        return clip_rays_ref(origins, directions, low, high, near)
     enter, leave = origins.new_empty(R), origins.new_empty(R)
     hit = origins.new_empty(R, dtype=torch.bool)
     if R:
@@ -85,11 +86,16 @@ def stratified_edges(near: Tensor, far: Tensor, S: int, jitter: Tensor | None = 
 
     Returns:
         edges: [R, S + 1] ascending.
+
+    Raises AssertionError if shapes do not match.
     """
+    R = near.shape[0]
+    fits = near.shape == far.shape == (R,)
+    assert fits, f"near {tuple(near.shape)} and far {tuple(far.shape)} do not match: [R] each"
+    assert S >= 1, f"rays need at least one sample, not {S}"
+    _check_jitter(jitter, R)
     if not on_triton(near):
         return stratified_edges_ref(near, far, S, jitter)
-    assert S >= 1, "rays need at least one sample"
-    R = near.shape[0]
     edges = near.new_empty(R, S + 1)
     if R:
         _stratified_edges_kernel[(triton.cdiv(edges.numel(), BLOCK),)](
@@ -119,14 +125,16 @@ def sample_pdf(edges: Tensor, weights: Tensor, n: int, jitter: Tensor | None = N
     Args:
         edges:   [R, S + 1] ascending, S at least 1.
         weights: [R, S] mass of each interval, >= 0, not normalized; rows that sum to less than 1e-5 are padded evenly.
-        n:       number of samples drawn.
+        n:       number of samples drawn, at least 0.
         jitter:  [R] in [0, 1), one number per ray: the position inside each of n + 1 strata of equal mass. None: 0.5.
 
     Returns:
         new_edges: [R, n + 1] ascending, within `edges`: n starts and the end of the last.
 
-    The CDF is summed in fp64: divided by as little as 1e-5, an fp32 sum would visibly move samples.
+    The CDF is summed in fp64: divided by as little as 1e-5, an fp32 sum would visibly move samples. Raises
+    AssertionError if shapes do not match.
     """
+    _check(edges, weights, n, jitter)
     if not on_triton(edges):
         return sample_pdf_ref(edges, weights, n, jitter)
     return _resample(edges, weights, n, jitter, merge=False)
@@ -164,11 +172,14 @@ def merge(edges: Tensor, new_edges: Tensor) -> tuple[Tensor, Tensor]:
         merged: [R, S + n + 1] ascending; its last edge is the larger of the two last ones.
         order:  [R, S + n] int64: `torch.cat([old, new], dim=1).gather(1, order)` puts per-sample values into the merged
                 order.
+
+    Raises AssertionError if shapes do not match.
     """
+    fits = edges.dim() == new_edges.dim() == 2 and len(edges) == len(new_edges) and edges.shape[1] * new_edges.shape[1]
+    assert fits, f"edges {tuple(edges.shape)} and {tuple(new_edges.shape)} do not match: [R, intervals + 1] each"
     if not on_triton(edges):
         return merge_ref(edges, new_edges)
     (R, S), n = edges[:, 1:].shape, new_edges.shape[1] - 1
-    assert new_edges.shape[0] == R, f"edges of {R} and {new_edges.shape[0]} rays"
     merged, order = edges.new_empty(R, S + n + 1), edges.new_empty(R, S + n, dtype=torch.int64)
     if R:
         block_r, block_n = _tile(n)
@@ -190,6 +201,7 @@ def merge_ref(edges, new_edges):
 @torch.no_grad()
 def resample(edges: Tensor, weights: Tensor, n: int, jitter: Tensor | None = None) -> Tensor:
     """`sample_pdf` merged with the edges it draws from: [R, S + n + 1], in one launch; same arguments."""
+    _check(edges, weights, n, jitter)
     if not on_triton(edges):
         return resample_ref(edges, weights, n, jitter)
     return _resample(edges, weights, n, jitter, merge=True)
@@ -201,10 +213,20 @@ def resample_ref(edges, weights, n, jitter=None):
     return merge_ref(edges, sample_pdf_ref(edges, weights, n, jitter))[0]
 
 
+def _check(edges, weights, n, jitter):
+    fits = weights.dim() == 2 and weights.shape[1] >= 1 and edges.shape == (len(weights), weights.shape[1] + 1)
+    assert fits, f"edges {tuple(edges.shape)} do not match weights {tuple(weights.shape)}: [R, S + 1] and [R, S], S > 0"
+    assert n >= 0, f"cannot draw {n} samples"
+    _check_jitter(jitter, len(weights))
+
+
+def _check_jitter(jitter, R):
+    fits = jitter is None or jitter.shape == (R,)
+    assert fits, f"jitter {tuple(jitter.shape)} does not match {R} rays: one number each"
+
+
 def _resample(edges, weights, n, jitter, merge):
     R, S = weights.shape
-    fits = S >= 1 and edges.shape == (R, S + 1)
-    assert fits, f"edges {tuple(edges.shape)} do not match weights {tuple(weights.shape)}"
     out = edges.new_empty(R, (S if merge else 0) + n + 1)
     if R:
         jitter = edges.new_full((R,), 0.5) if jitter is None else jitter.contiguous()

@@ -1,7 +1,8 @@
 """IoU of boxes rotated about z, in bird's-eye view and in 3D, and non-maximum suppression.
 
-A BEV box is x, y, w, l, yaw: center in meters, size in meters, at least 0, and yaw in radians counter-clockwise from x
-to the heading; l lies along the heading, w across. A 3D box is x, y, z, w, l, h, yaw, with z of the center.
+A BEV box is x, y, w, l, yaw: center in meters, size in meters, of which negative ones count as 0, and yaw in radians
+counter-clockwise from x to the heading; l lies along the heading, w across. A 3D box is x, y, z, w, l, h, yaw, with z
+of the center.
 
 The area of the intersection of a and b is an integral along the outline of b alone (Green's theorem). In a's frame, x
 along its heading, a is |x| <= l / 2, |y| <= w / 2, and
@@ -36,9 +37,9 @@ def rotated_iou_bev(a: Tensor, b: Tensor) -> Tensor:
     In fp32 the error is at most 1e-5 for boxes of usual shape; corners are off by about 1e-7 of the box size, which
     matters for thin boxes. Deterministic. Not differentiable. Raises AssertionError on other shapes or types.
     """
+    _check(5, a, b)
     if not on_triton(a):
         return rotated_iou_bev_ref(a, b)
-    _check(5, a, b)
     iou = a.new_empty(len(a), len(b))
     if iou.numel():
         grid = (triton.cdiv(len(a), BLOCK_N), triton.cdiv(len(b), BLOCK_M))
@@ -50,7 +51,7 @@ def rotated_iou_bev(a: Tensor, b: Tensor) -> Tensor:
 @torch.no_grad()
 def rotated_iou_bev_ref(a, b):
     """`rotated_iou_bev` in plain PyTorch; computes only pairs whose circumscribed circles intersect."""
-    _check(5, a, b)
+    a, b = _with_edges(a, 2, 4), _with_edges(b, 2, 4)
     iou = a.new_zeros(len(a), len(b))
     radius_a, radius_b = (boxes[:, 2:4].norm(dim=1) / 2 for boxes in (a, b))
     distance = (a[:, None, :2] - b[None, :, :2]).norm(dim=2)
@@ -73,10 +74,10 @@ def paired_iou_3d(a: Tensor, b: Tensor) -> Tensor:
 
     As accurate as `rotated_iou_bev`. Deterministic. Not differentiable. Raises AssertionError on other shapes or types.
     """
-    if not on_triton(a):
-        return paired_iou_3d_ref(a, b)
     _check(7, a, b)
     assert len(a) == len(b), f"{len(a)} boxes do not match {len(b)} partners"
+    if not on_triton(a):
+        return paired_iou_3d_ref(a, b)
     iou = a.new_empty(len(a))
     if len(a):
         _paired_kernel[(triton.cdiv(len(a), BLOCK_P),)](
@@ -88,8 +89,7 @@ def paired_iou_3d(a: Tensor, b: Tensor) -> Tensor:
 @torch.no_grad()
 def paired_iou_3d_ref(a, b):
     """`paired_iou_3d` in plain PyTorch."""
-    _check(7, a, b)
-    assert len(a) == len(b), f"{len(a)} boxes do not match {len(b)} partners"
+    a, b = _with_edges(a, 3, 6), _with_edges(b, 3, 6)
     bev = [0, 1, 3, 4, 6]
     area = _overlap_ref(a[:, bev], b[:, bev])
     dz, half_a, half_b = b[:, 2] - a[:, 2], a[:, 5] / 2, b[:, 5] / 2
@@ -111,9 +111,11 @@ def rotated_nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
 
     Deterministic. Waits for the device once, for K. Allocates N^2 / 8 bytes. Not differentiable.
     """
+    _check(5, boxes)
+    assert scores.shape == boxes.shape[:1], f"scores {tuple(scores.shape)} do not match boxes {tuple(boxes.shape)}"
     if not on_triton(boxes):
         return rotated_nms_ref(boxes, scores, threshold)
-    order = _best_first(boxes, scores)
+    order = _best_first(scores)
     N = len(boxes)
     if not N:
         return order
@@ -134,7 +136,7 @@ def rotated_nms_ref(boxes, scores, threshold):
     final after at most i rounds, and all are once nothing changes. The longest chain of overlapping boxes limits the
     number of rounds.
     """
-    order = _best_first(boxes, scores)
+    order = _best_first(scores)
     ranked = boxes.index_select(0, order)
     better, worse = (rotated_iou_bev_ref(ranked, ranked) > threshold).triu(diagonal=1).nonzero(as_tuple=True)
     kept, before = torch.ones_like(order, dtype=torch.bool), None
@@ -154,10 +156,8 @@ def _greedy(suppressed, N):
     return kept
 
 
-def _best_first(boxes, scores):
+def _best_first(scores):
     """[N] int64 rows by descending score."""
-    _check(5, boxes)
-    assert scores.shape == boxes.shape[:1], f"scores {tuple(scores.shape)} do not match boxes {tuple(boxes.shape)}"
     return scores.argsort(descending=True, stable=True)
 
 
@@ -166,6 +166,11 @@ def _check(columns, *boxes):
         assert t.dim() == 2 and t.shape[1] == columns, f"boxes are [N, {columns}], not {tuple(t.shape)}"
         assert t.dtype in (torch.float32, torch.float64), f"boxes are float32 or float64, not {t.dtype}"
         assert t.dtype == boxes[0].dtype, f"boxes of different types: {boxes[0].dtype}, {t.dtype}"
+
+
+def _with_edges(boxes, first, end):
+    """The boxes, with negative edges (columns `first` to `end`) as 0."""
+    return torch.cat([boxes[:, :first], boxes[:, first:end].clamp(min=0), boxes[:, end:]], dim=1)
 
 
 def _overlap_ref(a, b):
@@ -312,17 +317,23 @@ def _column(ptr, ok):
 
 
 @triton.jit
+def _edge_length(ptr, ok):
+    return tl.maximum(_column(ptr, ok), 0.0)
+
+
+@triton.jit
 def _shape(ptr, ok):
     """w, l, and the heading of w, l, yaw."""
     yaw = _column(ptr + 2, ok)
-    return _column(ptr, ok), _column(ptr + 1, ok), tl.cos(yaw), tl.sin(yaw)
+    return _edge_length(ptr, ok), _edge_length(ptr + 1, ok), tl.cos(yaw), tl.sin(yaw)
 
 
 @triton.jit
 def _shape_3d(ptr, ok):
     """w, l, h, and the heading of w, l, h, yaw."""
     yaw = _column(ptr + 3, ok)
-    return _column(ptr, ok), _column(ptr + 1, ok), _column(ptr + 2, ok), tl.cos(yaw), tl.sin(yaw)
+    w, l, h = _edge_length(ptr, ok), _edge_length(ptr + 1, ok), _edge_length(ptr + 2, ok)
+    return w, l, h, tl.cos(yaw), tl.sin(yaw)
 
 
 @triton.jit

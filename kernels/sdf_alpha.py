@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unipad.kernels.backend import jit, on_triton, tl, triton
+from unipad.kernels.backend import jit, on_triton, tl, triton, without_autocast
 
 
 def neus_alpha(sdf: Tensor, gradient: Tensor, directions: Tensor, deltas: Tensor, inv_s: Tensor) -> Tensor:
@@ -38,11 +38,16 @@ def neus_alpha(sdf: Tensor, gradient: Tensor, directions: Tensor, deltas: Tensor
     Differentiable once w.r.t. `sdf`, `gradient` and `inv_s`; clipped values pass no gradient. Accumulates in fp32 (fp64
     for fp64 inputs). Deterministic. Raises AssertionError if shapes do not match.
     """
+    _check(sdf, deltas, inv_s)
+    R, S = sdf.shape
+    assert gradient.shape == (R, S, 3), f"gradient {tuple(gradient.shape)} does not match sdf {(R, S)}"
+    assert directions.shape == (R, 3), f"directions {tuple(directions.shape)} do not match sdf {(R, S)}"
     if not on_triton(sdf):
         return neus_alpha_ref(sdf, gradient, directions, deltas, inv_s)
     return NeusAlpha.apply(sdf, gradient, directions, deltas, inv_s)
 
 
+@without_autocast
 def neus_alpha_ref(sdf, gradient, directions, deltas, inv_s):
     """`neus_alpha` in plain PyTorch."""
     slope = -F.relu(-torch.einsum("rsi,ri->rs", gradient, directions.detach()))  # [R, S]
@@ -55,9 +60,6 @@ class NeusAlpha(torch.autograd.Function):
     @staticmethod
     def forward(ctx, sdf, gradient, directions, deltas, inv_s):
         R, S = sdf.shape
-        assert gradient.shape == (R, S, 3), f"gradient {tuple(gradient.shape)} does not match sdf {(R, S)}"
-        assert directions.shape == (R, 3), f"directions {tuple(directions.shape)} do not match sdf {(R, S)}"
-        assert deltas.shape == (R, S), f"deltas {tuple(deltas.shape)} do not match sdf {(R, S)}"
         sdf, gradient, directions, deltas, inv_s = (
             t.contiguous() for t in (sdf, gradient, directions, deltas, inv_s)
         )  # fmt: skip
@@ -100,11 +102,12 @@ def interval_alpha(sdf: Tensor, deltas: Tensor, inv_s: float) -> Tensor:
     Returns:
         alpha: [R, S]; the last column is 0, since S samples have S - 1 intervals between them.
 
-    Not differentiable.
+    Not differentiable. Raises AssertionError if shapes do not match.
     """
+    _check(sdf, deltas)
+    assert sdf.shape[1] >= 1, f"sdf {tuple(sdf.shape)} has no samples"
     if not on_triton(sdf):
         return interval_alpha_ref(sdf, deltas, inv_s)
-    assert sdf.shape == deltas.shape, f"deltas {tuple(deltas.shape)} do not match sdf {tuple(sdf.shape)}"
     sdf, (R, S) = sdf.contiguous(), sdf.shape
     alpha = torch.empty_like(sdf)
     if sdf.numel():
@@ -137,7 +140,9 @@ def volsdf_alpha(sdf: Tensor, deltas: Tensor, beta: Tensor) -> Tensor:
         alpha: [R, S] in [0, 1).
 
     Differentiable once w.r.t. `sdf` and `beta`. Accumulates in fp32 (fp64 for fp64 inputs). Deterministic.
+    Raises AssertionError if shapes do not match.
     """
+    _check(sdf, deltas, beta)
     if not on_triton(sdf):
         return volsdf_alpha_ref(sdf, deltas, beta)
     return VolsdfAlpha.apply(sdf, deltas, beta)
@@ -157,7 +162,6 @@ def laplace_density(sdf: Tensor, beta: Tensor) -> Tensor:
 class VolsdfAlpha(torch.autograd.Function):
     @staticmethod
     def forward(ctx, sdf, deltas, beta):
-        assert sdf.shape == deltas.shape, f"deltas {tuple(deltas.shape)} do not match sdf {tuple(sdf.shape)}"
         sdf, deltas, beta = (t.contiguous() for t in (sdf, deltas, beta))
         R, S = sdf.shape
         alpha = torch.empty_like(sdf)
@@ -185,6 +189,12 @@ class VolsdfAlpha(torch.autograd.Function):
 def unisurf_alpha(sdf: Tensor) -> Tensor:
     """Opacity of each sample under UniSurf: [R, S] -> [R, S]. A plain sigmoid needs no custom kernel."""
     return torch.sigmoid(-10 * sdf)
+
+
+def _check(sdf, deltas, scale=None):
+    assert sdf.dim() == 2, f"sdf is [R, S], not {tuple(sdf.shape)}"
+    assert deltas.shape == sdf.shape, f"deltas {tuple(deltas.shape)} do not match sdf {tuple(sdf.shape)}"
+    assert scale is None or scale.shape == (1,), f"inv_s or beta is [1], not {tuple(scale.shape)}: one for all rays"
 
 
 BLOCK = 512  # samples per program

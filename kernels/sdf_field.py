@@ -183,7 +183,7 @@ def load_row(ptr, N: tl.constexpr):
 def to_tf32(x):
     """x rounded to tf32's 10-bit mantissa, ties away from 0; tensor cores would truncate.
 
-    Adds half a unit in the last grid_coords in fp32 arithmetic, which preserves infinities and NaNs.
+    Adds half a unit in the last place in fp32 arithmetic, which preserves infinities and NaNs.
     """
     power = (x.to(tl.int32, bitcast=True) & -0x800000).to(tl.float32, bitcast=True)
     return ((x + power * (1 / 2048)).to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from unipad.kernels.backend import jit, on_triton, tl, triton
+from unipad.kernels.backend import jit, on_triton, tl, triton, without_autocast
 from unipad.kernels.composite import composite_ref
 from unipad.kernels.sdf_alpha import neus_alpha_ref, volsdf_alpha_ref
 from unipad.kernels.sdf_backward import render_bwd
@@ -92,7 +92,7 @@ def sdf_render(
     strict determinism samples are sorted by cell and summed instead. Raises AssertionError if shapes do not match or
     `kernels_support` is False for the field.
     """
-    _check(volume, rays, edges, mlps, method)
+    _check(volume, rays, edges, mlps, density_param, cells, method)
     assert not (stop and torch.is_grad_enabled()), "rays that stop early have no gradients: render under no_grad"
     if not on_triton(volume):
         return sdf_render_ref(volume, rays, edges, mlps, density_param, cells, method)
@@ -107,9 +107,11 @@ def sdf_render(
     return SdfRender.apply(volume.contiguous(), sdf_mlp, rgb_mlp, density_param, ray_tensors, options, float(stop))
 
 
+@without_autocast
 def sdf_render_ref(volume, rays, edges, mlps, density_param, cells, method, exact=False, stop=0.0):
     """`sdf_render` in plain PyTorch, for any field and in fp64 too; ignores `exact` and `stop`."""
-    origins, directions, volume_idx, hit = rays
+    (origins, directions, volume_idx, hit), edges = (t.detach() for t in rays), edges.detach()
+    cells = [t.detach() for t in cells]
     starts, deltas = edges[:, :-1], edges.diff(dim=1)
     points = origins[:, None] + directions[:, None] * starts[..., None]  # [R, S, 3]
     sdf, gradient, rgb = field_ref(volume, points, directions, volume_idx, mlps, cells)
@@ -128,8 +130,9 @@ def sdf_values(
 ) -> Tensor:  # fmt: skip
     """Only the signed distance, [R, S] at starts [R, S]; arguments as for `sdf_render`, `rays` without `hit`.
 
-    Not differentiable: used to search for the surface along rays.
+    Not differentiable: used to search for the surface along rays. Raises AssertionError if shapes do not match.
     """
+    _check_field(volume, rays, starts, sdf_mlp, cells)
     if not on_triton(volume):
         return sdf_values_ref(volume, rays, starts, sdf_mlp, cells)
     origins, directions, volume_idx = rays
@@ -149,6 +152,7 @@ def sdf_values(
     return sdf
 
 
+@without_autocast
 @torch.no_grad()
 def sdf_values_ref(volume, rays, starts, sdf_mlp, cells, exact=False):
     """`sdf_values` in plain PyTorch."""
@@ -157,18 +161,27 @@ def sdf_values_ref(volume, rays, starts, sdf_mlp, cells, exact=False):
     return values_ref(volume, points, volume_idx, sdf_mlp, cells)
 
 
-def _check(volume, rays, edges, mlps, method):
-    origins, directions, volume_idx, hit = rays
-    R = len(edges)
-    fits = volume.dim() == 5 and origins.shape == directions.shape == (R, 3) and volume_idx.shape == hit.shape == (R,)
-    shapes = [tuple(t.shape) for t in (volume, *rays, edges)]
-    assert fits and edges.dim() == 2 and edges.shape[1] > 1, f"volume, rays and edges of {shapes} do not match"
-    assert min(volume.shape[1:4]) > 0, f"volume {tuple(volume.shape)} has no voxels"
-    (H, C), layers = mlps[0][2].shape, [0 if m is None else len(m[2::4]) for m in mlps]
-    assert C == volume.shape[4], f"an MLP for {C} channels does not match volume {tuple(volume.shape)}"
+def _check(volume, rays, edges, mlps, density_param, cells, method):
+    assert edges.dim() == 2 and edges.shape[1] > 1, f"edges {tuple(edges.shape)} do not match: [R, S + 1], S > 0"
+    _check_field(volume, rays, edges, mlps[0], cells)
+    hit, layers = rays[3], [0 if m is None else len(m[2::4]) for m in mlps]
+    assert hit.shape == edges.shape[:1], f"hit {tuple(hit.shape)} and edges {tuple(edges.shape)} do not match"
+    assert density_param.shape == (1,), f"density_param is [1], not {tuple(density_param.shape)}"
+    H, C = mlps[0][2].shape
     assert kernels_support(method, volume.dtype, C, H, *layers), (
         f"no kernel for {method}, {volume.dtype}, {C=}, {H=}, {layers=}"
     )
+
+
+def _check_field(volume, rays, starts, sdf_mlp, cells):
+    (origins, directions, volume_idx, *_), R = rays, len(starts)
+    fits = volume.dim() == 5 and origins.shape == directions.shape == (R, 3) and volume_idx.shape == (R,)
+    shapes = [tuple(t.shape) for t in (volume, origins, directions, volume_idx, starts)]
+    assert fits and starts.dim() == 2, f"volume, origins, directions, volume_idx, distances of {shapes} do not match"
+    assert min(volume.shape[1:4]) > 0, f"volume {tuple(volume.shape)} has no voxels"
+    assert all(t.shape == (3,) for t in cells), f"cells are [3] each, not {[tuple(t.shape) for t in cells]}"
+    C = sdf_mlp[2].shape[1]
+    assert C == volume.shape[4], f"an MLP for {C} channels does not match volume {tuple(volume.shape)}"
 
 
 def _pack(volume, mlps):

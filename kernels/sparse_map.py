@@ -129,7 +129,7 @@ def strided_map(
         out_coords:   [M, 4] int32, every cell of the output grid that reads at least one voxel, sorted by key.
         neighbor_idx: [K, M] int32 rows of `coords`, -1 where there is no voxel.
 
-    Waits for the device once, for M.
+    Waits for the device once, for M. Raises ValueError where the output grid has no cells, naming axis and kernel.
     """
     geometry = kernel, stride, padding, dilation
     if not on_triton(coords):
@@ -228,7 +228,7 @@ def _reached(coords, out, slots, geometry, batch_size, transposed):
     """
     short = batch_size is not None and batch_size * prod(out) < NO_KEY_SHORT
     dtype, no_key = (torch.int32, NO_KEY_SHORT) if short else (torch.int64, NO_KEY)
-    if not len(coords) or min(out) <= 0:
+    if not len(coords):
         return coords.new_empty(0, dtype=dtype)
     pairs = prod(slots) * len(coords)
     keys = coords.new_empty(pairs + 1, dtype=dtype)
@@ -344,15 +344,33 @@ def inverse_map_ref(neighbor_idx, N):
 
 
 def out_shape(shape, kernel, stride, padding, dilation):
-    """Cells (z, y, x) of the output of a strided convolution, as torch's conv3d."""
-    axes = zip(shape, kernel, stride, padding, dilation, strict=True)
-    return tuple((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in axes)
+    """Cells (z, y, x) of the output of a strided convolution, as torch's conv3d; ValueError where there are none."""
+
+    def extent(n, k, s, p, d):
+        return (n + 2 * p - d * (k - 1) - 1) // s + 1
+
+    return _extents(extent, shape, kernel, stride, padding, dilation)
 
 
 def transposed_out_shape(shape, kernel, stride, padding, dilation):
-    """Cells (z, y, x) of the output of a transposed convolution, as torch's conv_transpose3d."""
-    axes = zip(shape, kernel, stride, padding, dilation, strict=True)
-    return tuple((size - 1) * s - 2 * p + d * (k - 1) + 1 for size, k, s, p, d in axes)
+    """Cells (z, y, x) of the output of a transposed convolution, as torch's conv_transpose3d; ValueError likewise."""
+
+    def extent(n, k, s, p, d):
+        return (n - 1) * s - 2 * p + d * (k - 1) + 1
+
+    return _extents(extent, shape, kernel, stride, padding, dilation)
+
+
+def _extents(extent, shape, *geometry):
+    out = []
+    for axis, n, k, s, p, d in zip("zyx", shape, *geometry, strict=True):
+        sizes = f"kernel {k}, stride {s}, padding {p}, dilation {d}"
+        if min(k, s, d) < 1 or p < 0:
+            raise ValueError(f"no convolution along {axis} has {sizes}")
+        out.append(extent(n, k, s, p, d))
+        if out[-1] < 1:
+            raise ValueError(f"a convolution of {sizes} has no output along {axis}, where the grid has {n} cells")
+    return tuple(out)
 
 
 BLOCK = 256  # voxels or table entries per program

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unipad.kernels.backend import jit, on_triton, tl, triton
+from unipad.kernels.backend import jit, on_triton, tl, triton, without_autocast
 
 
 def trilinear(volume: Tensor, points: Tensor, volume_idx: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,6 +42,7 @@ def trilinear(volume: Tensor, points: Tensor, volume_idx: Tensor) -> tuple[Tenso
     return Trilinear.apply(volume, points, volume_idx)
 
 
+@without_autocast
 def trilinear_ref(volume, points, volume_idx):
     """`trilinear` in plain PyTorch: what the kernels are compared with."""
     rows, weights = _four_weights(volume, points, volume_idx)
@@ -82,7 +83,7 @@ def _corners(volume, points, volume_idx):
     """The 8 voxels around each of the N = R * S points.
 
     Returns:
-        rows:   [N, 8] int64 rows of `volume.flatten(0, 3)`; a corner outside is clamped.
+        rows:   [N, 8] int64 rows of `volume.flatten(0, 3)`; of a corner outside, NaN included, an existing row.
         weight: [2, 3, N] of the lower and upper corner along x, y, z; 0 outside.
         slope:  [2, 3, N] d weight / d point: -1, 1; 0 outside.
     """
@@ -93,10 +94,11 @@ def _corners(volume, points, volume_idx):
     low = point.detach().floor()
     fraction = point - low
     corner = torch.stack([low, low + 1])  # [2, 3, N]
-    inside = ((corner >= 0) & (corner < size)).to(dtype)
+    exists = (corner >= 0) & (corner < size)
+    inside = exists.to(dtype)
     weight = torch.stack([1 - fraction, fraction]) * inside
     slope = torch.stack([-inside[0], inside[1]])
-    x, y, z = corner.clamp(min=0).minimum(size - 1).long().unbind(1)  # [2, N] each
+    x, y, z = corner.where(exists, 0).long().unbind(1)  # [2, N] each
     first = volume_idx.long().repeat_interleave(points.shape[1]) * Z  # [N]
     rows = ((first + z[:, None, None]) * Y + y[:, None]) * X + x  # [2, 2, 2, N]
     return rows.flatten(0, 2).t().contiguous(), weight, slope

@@ -40,12 +40,15 @@ def enable(path: str | Path | None = None, timer: Callable[[Callable], float] | 
 
     Args:
         path:  JSON file of results, read now and written after every search, e.g. in the run's folder; None: not saved.
-               Concurrent processes overwrite each other's results; the file stays valid.
+               Concurrent processes overwrite each other's results; the file stays valid. Raises ValueError for a file
+               of other content.
         timer: takes a function, returns its time in ms; None: CUDA events, and no search without a GPU.
     """
     global _state
     path = None if path is None else Path(path)
     known = json.loads(path.read_text()) if path is not None and path.exists() else {}
+    if not isinstance(known, dict) or not all(isinstance(of_device, dict) for of_device in known.values()):
+        raise ValueError(f"{path} does not hold the choices of tuning")
     _state = _State(True, path, timer, known)
 
 

@@ -47,6 +47,9 @@ def voxel_pool(
     dropped. To pool several frames into one volume, pass them as more views. Raises AssertionError if shapes do not
     match. Follows Uni3DVoxelPoolDepth of the original.
     """
+    fits, triples = features.dim() == depths.dim() == 5, (low, cell, shape)
+    assert fits, f"features {tuple(features.shape)} and depths {tuple(depths.shape)} are not [B, N, h, w, channels]"
+    assert all(len(t) == 3 for t in triples), f"low, cell and shape are (x, y, z) each, not {triples}"
     (B, N, h, w, _), D = features.shape, depths.shape[4]
     assert lidar2image.shape == (B, N, 4, 4), f"lidar2image {tuple(lidar2image.shape)} does not match {B} x {N} views"
     fits = depths.shape == (B, N, h, w, D)

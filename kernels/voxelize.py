@@ -42,9 +42,13 @@ def voxelize(
     rejects, AssertionError on points of another shape or type. Follows hard_voxelize_cpu and HardSimpleVFE of the
     original.
     """
+    counts = _check(points, point_counts)
+    assert all(len(t) == 3 for t in (low, cell, shape)), f"low, cell and shape are triples, not {low}, {cell}, {shape}"
+    assert min(cell) > 0, f"cells have a size above 0, not {cell}"
+    assert max_points >= 1, f"max_points is at least 1, not {max_points}"
+    check_grid(shape, len(counts))
     if not on_triton(points):
-        return voxelize_ref(points, point_counts, low, cell, shape, max_points, max_voxels)
-    counts = _check(points, point_counts, shape, max_points)
+        return voxelize_ref(points, counts, low, cell, shape, max_points, max_voxels)
     (P, C), B = points.shape, len(counts)
     if not P:
         return points.new_empty(0, C), points.new_empty(0, 4, dtype=torch.int32)
@@ -90,7 +94,7 @@ def voxelize(
 @torch.no_grad()
 def voxelize_ref(points, point_counts, low, cell, shape, max_points, max_voxels):
     """`voxelize` in plain PyTorch."""
-    counts = _check(points, point_counts, shape, max_points)
+    counts = torch.as_tensor(point_counts, dtype=torch.int64)
     (Z, Y, X), P = shape, len(points)
     low, cell = points.new_tensor(low), points.new_tensor(cell)
     coord = ((points[:, :3] - low) / cell).floor()
@@ -140,9 +144,12 @@ def grid_sample(
 
     Waits for the device once, for V and the extent. Raises ValueError if the coordinates of a cell do not fit int32,
     e.g. because a point is not finite. Plain PyTorch on every device, without a Triton kernel. Follows GridSample of
-    Pointcept, which counts cells from each sample's minimum; that shifts their coordinates, not their borders.
+    Pointcept, which counts cells from each sample's minimum; that shifts their coordinates, not their borders. (Its
+    copy in the original rounds towards zero, so that cells next to the origin are twice as long.)
     """
     counts, P = _check(points, point_counts), len(points)
+    assert cell > 0, f"cells have a size above 0, not {cell}"
+    assert noise is None or noise.shape == (P,), f"noise {tuple(noise.shape)} does not match {P} points"
     if not P:
         none = torch.empty(0, dtype=torch.int64, device=points.device)
         return none, none.new_empty((0, 4), dtype=torch.int32), none, ([0, 0, 0], [0, 0, 0])
@@ -170,15 +177,13 @@ def grid_sample(
     return rows, torch.cat([sample[:, None], coord.flip(1)], dim=1)[rows].int(), cell_of, (low, high)
 
 
-def _check(points, point_counts, shape=(1, 1, 1), max_points=1):
+def _check(points, point_counts):
     """The points of each sample, [B] int64 on the CPU."""
     counts = torch.as_tensor(point_counts, dtype=torch.int64)
     fits = points.dim() == 2 and points.shape[1] >= 3 and points.dtype == torch.float32
     assert fits, f"points are [P, 3 or more] float32, not {tuple(points.shape)} {points.dtype}"
     assert counts.device.type == "cpu", "points are counted on the CPU, so that nothing waits for the device"
     assert int(counts.sum()) == len(points), f"{counts.tolist()} points in the samples, {len(points)} in all"
-    assert max_points >= 1, f"max_points is at least 1, not {max_points}"
-    check_grid(shape, len(counts))
     return counts
 
 

@@ -7,6 +7,7 @@ forks, so the processes inherit no threads of OpenMP.
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -96,6 +97,7 @@ def _run(args, cwd, path, variables, output):
     for fd, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{output}/{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), fd)
     os.chdir(cwd)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the suite runs under nohup
     multiprocessing.set_start_method("fork", force=True)  # as in a process that was not started by multiprocessing
     sys.path[0] = str(REPO)
     sys.path.append(path)

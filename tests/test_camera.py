@@ -10,7 +10,7 @@ from unipad.model.camera import FPN, MEAN, STD, Block, CameraEncoder, ConvNeXt
 from unipad.model.mask import draw_mask
 from unipad.recipes import PRETRAIN
 
-DEPTHS, WIDTHS = (1, 2, 3, 1), (8, 16, 32, 64)  # of the records
+DEPTHS, WIDTHS = (1, 2, 3, 1), (8, 16, 32, 64)  # of the golden files
 SMALL = CameraConfig(
     depths=(1, 1, 2, 1), widths=(4, 8, 16, 32), drop_path=0.0, frozen_stages=0, channels=8, fpn_levels=4, depth_bins=5
 )
@@ -35,7 +35,7 @@ def test_convnext_matches_the_original(name):
 
 @pytest.mark.parametrize(
     "record, widths, levels, first",
-    [("fpn_vs01", [16, 32, 64], 4, 1), ("custom_fpn_single", [64], 1, 0)],  # the latter: only of the last stage
+    [("fpn_vs01", [16, 32, 64], 4, 1), ("custom_fpn_single", [64], 1, 0)],  # the second: the last stage only
 )
 def test_fpn_matches_mmdet(record, widths, levels, first):
     arrays, _ = load(record)
@@ -58,13 +58,13 @@ def test_mask_matches_the_original():
     assert torch.equal(draw_mask(arrays["in/rand_masking"], 3, 5, 0.3), arrays["in/mask"])
 
 
-@pytest.mark.parametrize("ratio, kept", [(0.0, 15), (0.3, 10), (0.5, 8), (0.1, 14)])  # 10.5, 7.5, 13.5
+@pytest.mark.parametrize("ratio, kept", [(0.0, 15), (0.3, 10), (0.5, 8), (0.1, 14)])  # 15 * (1 - ratio), .5 to even
 def test_mask_hides_a_fixed_fraction(ratio, kept):
     mask = draw_mask(torch.rand(4, 15), 3, 5, ratio)
     assert mask.shape == (4, 1, 3, 5) and mask.flatten(1).sum(1).tolist() == [kept] * 4
 
 
-def test_fpn_applies_relu_only_before_the_second_further_level():
+def test_fpn_applies_relu_only_before_the_second_extra_level():
     net = FPN([3], 4, 3)
     x = torch.randn(1, 3, 8, 8)
     first, second, third = net([x])
@@ -103,7 +103,7 @@ def test_levels_and_shapes():
         torch.testing.assert_close(depth.sum(-1), torch.ones(depth.shape[:-1]))
 
 
-def test_depth_reads_the_projected_features():
+def test_the_depth_head_takes_the_output_of_the_fpn():
     encoder = make_encoder()
     (feature, *_), (depth, *_) = encoder(*make_images())
     weight, bias = encoder.depth_net.weight[:, :, 0, 0], encoder.depth_net.bias
@@ -125,7 +125,35 @@ def test_each_image_has_its_own_padding():
     assert [int((view != 0).all(0).sum()) for view in out[0]] == [32 * 20, 10 * 64]
 
 
-def test_hidden_blocks_are_not_encoded():
+def test_padding_does_not_change_the_size_of_gradients():
+    """120 x 200 pixels are padded to 128 x 224, where an untrained encoder has all features 0."""
+    encoder = CameraEncoder(SMALL)
+    norms = []
+    for unpadded in ((128, 224), (120, 200), (124, 220), (97, 193)):
+        encoder.zero_grad()
+        features, _ = encoder(*make_images(1, 2, (128, 224), unpadded))
+        sum(feature.square().mean() for feature in features).backward()
+        grads = [param.grad.norm() for param in encoder.parameters() if param.grad is not None]
+        norms.append(torch.stack(grads).norm())
+    assert max(norms) < 2 * min(norms)
+
+
+def test_padding_passes_no_gradient_and_computes_the_same():
+    net = make_encoder().backbone
+    image_sizes = torch.tensor([[50, 90], [64, 31]])
+    images = torch.zeros(2, 3, 64, 96)
+    for image, (height, width) in zip(images, image_sizes.tolist(), strict=True):
+        image[:, :height, :width] = torch.randn(3, height, width)
+    images.requires_grad_()
+    outs, uncut = net(images, image_sizes=image_sizes), net(images)
+    assert all(torch.equal(a, b) for a, b in zip(outs, uncut, strict=True))
+    sum((out * torch.randn_like(out)).sum() for out in outs).backward()
+    reached = images.grad.ne(0).any(dim=1)
+    for view, (bottom, right) in zip(reached, [(52, 92), (64, 32)], strict=True):  # the end of the last cell of 4 x 4
+        assert view[:bottom, :right].all() and not view[bottom:].any() and not view[:, right:].any()
+
+
+def test_masked_patches_are_not_encoded():
     encoder = make_encoder()
     images, sizes = make_images(1, 1, (64, 96), (64, 96))
     mask = torch.tensor([[[[True, False, True], [False, True, True]]]])
@@ -135,8 +163,8 @@ def test_hidden_blocks_are_not_encoded():
     torch.testing.assert_close(features + depths, others + other_depths, rtol=0, atol=0)
 
 
-def test_visible_blocks_are_encoded_as_if_alone():
-    """A block among hidden ones gives the same as in an image of its own size: in both it is surrounded by zeros."""
+def test_a_visible_patch_is_encoded_as_if_alone():
+    """A visible patch among masked ones has the features of an image of just that patch: zeros surround both."""
     net = make_encoder().backbone
     image = torch.randn(1, 3, 64, 96)
     mask = torch.zeros(1, 1, 2, 3, dtype=torch.bool)

@@ -356,9 +356,9 @@ def test_checkpoints_of_several_frames_convert_both_ways(tuned):
     back, report = convert.convert_ours(ours)
     assert not report.faults and back["state_dict"].keys() == state.keys()
     assert all(torch.equal(back["state_dict"][k], v) for k, v in state.items())
-    assert not any("timestamps" in line for line in report.notes)
+    assert not any("measured ages" in line for line in report.notes)
     ours["config"]["recipe"]["data"]["camera_rate"] = 0.0
-    assert any("trained with timestamps" in line for line in convert.convert_ours(ours)[1].notes)
+    assert any("trained with measured ages" in line for line in convert.convert_ours(ours)[1].notes)
 
 
 def test_a_camera_checkpoint_of_several_frames_starts_fusion():

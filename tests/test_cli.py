@@ -64,6 +64,8 @@ def test_every_setting_of_a_recipe_is_a_flag(script, chosen, recipe):
     for name, hint, value in settings(recipe):
         if name.endswith(("mask_ratio", "center_low")):  # limited to a range
             value, typed = (0.125, [0.125]) if name.endswith("mask_ratio") else ((-9.0, -8.0, -7.5), [-9.0, -8.0, -7.5])
+        elif name == "grid.cell":  # must divide the range
+            value = typed = tuple(v / 2 for v in value)
         elif name == ("data.camera_sweeps" if recipe.camera is None else "data.cameras"):
             continue  # rejected for this recipe
         else:
@@ -102,7 +104,9 @@ def test_flags_override_a_config(tmp_path):
     args = train.parse(["--modality", "lidar", "--lr", 0.5, "--init", "a.pt", "b.pt", "--stop-at", 2, "--out", "x"])
     (tmp_path / "config.json").write_text(json.dumps(run_config(args, 8)))
     again = train.parse(["--config", tmp_path / "config.json", "--optim.clip", 2, "--seed", 5])
-    assert again.recipe.optim == replace(args.recipe.optim, clip=2) and again.init == args.init
+    assert again.recipe.optim == replace(args.recipe.optim, clip=2) and again.init == tuple(
+        path.resolve() for path in args.init
+    )
     assert (again.seed, again.modality, again.out, again.stop_at) == (5, "lidar", None, None)
     for flags, words in {
         ("--modality", "camera"): "--modality camera differs from the run's --modality lidar",
@@ -120,6 +124,30 @@ def test_a_recipe_of_other_fields_is_rejected(kind, tmp_path):
         from_dict(kind, config["recipe"])
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="config.json is from another script or another version"):
+        train.parse(["--config", tmp_path])
+
+
+@pytest.mark.parametrize(
+    "edit, words",
+    [
+        (lambda c: c["recipe"]["optim"].update(lr="fast"), r"recipe.optim.lr is 'fast'"),
+        (lambda c: c["recipe"]["grid"].update(cell=[1, 2]), r"recipe.grid.cell is '\[1, 2\]'"),
+        (lambda c: c["recipe"]["render"].update(method="nerf"), "recipe.render.method is 'nerf'"),
+        (lambda c: c["args"].update(workers=1.5), "workers is '1.5'"),
+        (lambda c: c["args"].pop("seed"), "has the fields"),
+        (lambda c: c.pop("args"), "'args'"),
+        (lambda c: c["recipe"]["optim"].update(lr=float("inf")), "--optim.lr inf is no number"),
+    ],
+)
+def test_a_config_edited_by_hand_is_checked(edit, words, tmp_path):
+    config = run_config(train.parse([]), 8)
+    edit(config)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=words) as error:
+        train.parse(["--config", tmp_path])
+    assert "\n" not in str(error.value)
+    (tmp_path / "config.json").write_bytes(b'{"args": \xff')
+    with pytest.raises(UserError, match="config.json is not JSON"):
         train.parse(["--config", tmp_path])
 
 
@@ -144,8 +172,21 @@ def test_default_presets_are_named():
         (train, ["--camera.mask-ratio", 1], "--camera.mask-ratio 1.0 must be from 0 to below 1"),
         (train, ["--preset", "huge"], "--preset huge is not known; use tiny, camera-0.075"),
         (train, ["--lr", 0], "--optim.lr 0.0 must be above 0"),
+        (
+            train,
+            ["--grid.cell", 0.7, 1.25, 2.0],
+            r"--grid.cell \(0.7, 1.25, 2.0\): cells of 0.7 m do not divide the range along x, .* 0.70",
+        ),
+        (train, ["--grid.low", 50, -40, -3], "--grid.cell .* along x there is no range from 50.0 to 40.0 m"),
+        (train, ["--grid.cell", 1.25, 1.25, 0], "--grid.cell .* along z .* in cells of 0.0 m"),
         (train, ["--rays.per-view", 0], "--rays.per-view 0 must be above 0"),
         (train, ["--render.rgb-weight", -1], "--render.rgb-weight -1.0 must not be below 0"),
+        (train, ["--lr", "inf"], "--optim.lr inf is no number to compute with"),
+        (train, ["--grid.cell", "nan", 1, 1], "--grid.cell nan is no number"),
+        (train, ["--epochs", "1e20"], r"--optim.epochs 1e\+20 is no number"),
+        (train, ["--steps", 10**20], "--steps 1000*0 is too large; use at most"),
+        (train, ["--seed", 2**64], "--seed 18446744073709551616 is too large"),
+        (train, ["--workers", 10**5], "--workers 100000 is too large for this machine; use at most"),
         (train, ["--config", "nowhere"], "--config nowhere: there is no nowhere; give the folder of a run"),
         (train, ["--resume", "nowhere"], "--resume nowhere: there is no nowhere/config.json"),
         (finetune, ["--task", "segment", "--modality", "camera"], "--modality camera does not work with --task"),
@@ -162,12 +203,18 @@ def test_a_flag_that_does_not_fit_is_rejected_in_one_sentence(script, flags, wor
     "flags, words",
     [
         (["--camera.fpn-levels", 1], "--camera.fpn-levels 1 is less than the 3 stages.* --camera.fpn-start"),
+        (["--camera.depth-range", 60, 1], "--camera.depth-range 60.0 1.0 must be the nearest and the farthest"),
         (["--camera.view", "pool"], "--camera.view pool takes one level of features, not 3"),
         (
             ["--modality", "fusion", "--camera.channels", 16],
             "have 16 and 32 channels; make --camera.channels",
         ),
         (["--modality", "lidar", "--grid.cell", 1, 1, 2], "--lidar.cell .* makes .* voxels .*; use voxels of"),
+        (
+            ["--modality", "lidar", "--lidar.cell", 0.31251, 0.3125, 0.5],
+            "--lidar.cell .* do not divide the range along x",
+        ),
+        (["--modality", "lidar", "--preset", "segment-tiny", "--lidar.cell", 0], "--lidar.cell 0.0 must be above 0"),
         (["--modality", "lidar", "--lidar.neck-strides", 1, 3], "--lidar.neck-strides .* multiples of 3"),
         (
             ["--modality", "lidar", "--preset", "segment-tiny", "--lidar.blocks", 1, 1],
@@ -286,7 +333,7 @@ def test_weights_must_include_the_frozen_stages(tmp_path):
 def test_another_dataset_is_named_by_its_class(toy, tmp_path):
     """One camera and no task: pre-training and rendering run, fine-tuning is a user error."""
     flags = ["--dataset", "toy_set:Toy", "--data-root", tmp_path]
-    small = ["--preset", "tiny", "--version", "any", "--steps", 1, "--out", tmp_path / "run"]
+    small = ["--preset", "tiny", "--version", "any", "--steps", 1, "--val-every", 1, "--out", tmp_path / "run"]
     run("train", *SMALL, *flags, *small, path=tmp_path)
     assert curve(tmp_path / "run")[1] > 0 and (tmp_path / "run" / "images" / "val_000001.png").exists()
     assert json.loads((tmp_path / "run" / "config.json").read_text())["args"]["dataset"] == "toy_set:Toy"

@@ -7,6 +7,8 @@ one launch of each kernel for sm_90; `python -m pytest tests/every_target.py` co
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,28 @@ def check(kernel_file, which):
             assert cost[resource] <= getattr(row, resource), f"{cost} exceeds {row}"
         mma = row.matrix(target)
         assert cost.get("mma", mma) == mma, f"no {mma} in {cost}"
+
+
+def test_kernels_are_decorated_by_the_backend():
+    """Its `jit` launches on the tensors' GPU and fixes FP fusion; `triton.jit` alone does neither."""
+    for kernel_file, names in KERNELS.items():
+        source = (Path(unipad.kernels.__path__[0]) / f"{kernel_file}.py").read_text()
+        for name in names:
+            before = source[: source.index(f"def {name}(")].rstrip()
+            assert re.search(r"@(backend\.)?jit(\([^@]*\))?$", before), f"{kernel_file}.{name}"
+
+
+def test_amd_gpus_have_precision_and_stages_of_their_own():
+    """Constants are chosen when the kernels are imported."""
+    code = """
+import torch
+torch.version.hip = "7.0"
+from unipad.kernels import sdf_field, sparse_gemm
+assert sdf_field.precision(exact=False) == sdf_field.precision(exact=True) == "ieee"
+assert (sparse_gemm.STAGES, sparse_gemm.FEWER_STAGES) == (2, 1)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=scripts.REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_launch_beyond_shared_memory_is_detected(monkeypatch):

@@ -64,9 +64,10 @@ def test_a_run_keeps_its_kernel_launches(tmp_path):
         (tmp_path / "tuning.json").write_text('{"cpu": {"op 4": [2]}}')
         run.tune()
         assert tuning.choose(("op", 4), [(1,), (2,)], None, torch.device("cpu")) == (2,)
-        (tmp_path / "tuning.json").write_text('{"cpu": {"op"')
-        with pytest.raises(UserError, match="tuning.json is damaged; remove it"):
-            run.tune()
+        for damaged in ('{"cpu": {"op"', "[1]", '{"cpu": 3}', "\xff"):
+            (tmp_path / "tuning.json").write_text(damaged, encoding="latin-1")
+            with pytest.raises(UserError, match="tuning.json is damaged; remove it"):
+                run.tune()
     finally:
         run.close()
     assert tuning.choose(("op", 4), [(1,), (2,)], None, torch.device("cpu")) == (1,)

@@ -289,7 +289,7 @@ def broken(kind, folder):
         ("one key less", {}, "1 weights are missing, 0 unexpected, 0 of another.*input_proj.bias; --no-strict"),
         ("one key more", {}, "0 weights are missing, 1 unexpected, .*such as .*mtoken3"),
         ("other blocks", {}, "no ConvNeXt blocks"),
-        ("new recipe", {}, "from another version of this project: train or convert again"),
+        ("new recipe", {}, r"from another version of this project \(.*\): train or convert again"),
         ("whole", {"preset": "camera-0.075"}, "does not fit preset camera-0.075: .* of another shape"),
         ("whole", {"preset": "lidar-0.075"}, "--preset lidar-0.075 is not known; use tiny, camera-0.075, "),
         ("whole", {"kind": "convnext"}, "--kind convnext: .* is of kind unipad"),
@@ -316,10 +316,25 @@ def test_a_wrong_number_of_paths_is_rejected(paths, merge):
         main(Args(tuple(map(Path, paths)), merge=merge))
 
 
-def test_a_file_does_not_overwrite_itself(tmp_path):
+def test_nothing_is_overwritten_unless_asked(tmp_path):
     file = broken("whole", tmp_path)
     with pytest.raises(UserError, match="overwrite its own source"):
         main(Args((file, file)))
+    with pytest.raises(UserError, match="is a folder; give the name of the file"):
+        main(Args((file, tmp_path)))
+    out = tmp_path / "out.pt"
+    out.write_text("precious")
+    with pytest.raises(UserError, match="out.pt exists; give another file, or --overwrite"):
+        main(Args((file, out)))
+    (tmp_path / ".out.pt.999999999").write_text("what a killed conversion left")
+    assert out.read_text() == "precious"
+    main(Args((file, out), overwrite=True))
+    assert read_checkpoint(out)["model"] and not list(tmp_path.glob(".out*"))
+
+
+def test_merging_takes_no_preset():
+    with pytest.raises(UserError, match="--preset tiny has no effect with --merge"):
+        main(Args((Path("a"), Path("b"), Path("c")), merge=True, preset="tiny"))
 
 
 def test_only_encoders_with_the_same_grid_are_merged(tmp_path):

@@ -298,7 +298,7 @@ def test_a_root_that_cannot_be_written(copy, tmp_path):
     assert "\n" not in str(refused.value) and str(refused.value).endswith(".")
 
 
-def test_no_object_is_a_one_sentence_error(copy):
+def test_no_object_is_a_user_error(copy):
     with pytest.raises(DataError, match="no frame of .* mini_train has an object of 1000000 LiDAR points") as refused:
         load_objects(dataset_of(copy), replace(PASTE, min_points=10**6))
     assert "\n" not in str(refused.value) and str(refused.value).endswith(".")

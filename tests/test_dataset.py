@@ -30,7 +30,7 @@ from unipad.data.dataset import BadFrame, DrivingDataset, Sample
 
 class Toy(DrivingDataset):
     @classmethod
-    def splits(cls, version):
+    def splits(cls, root, version):
         return {"train": "all", "val": "all"}
 
     def __init__(self, root, version, split, data, **settings):
@@ -73,11 +73,11 @@ def toy(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("modality", ["camera", "lidar"])
-def test_two_samples_of_another_dataset_are_learned(toy, tmp_path, modality):
+def test_training_on_a_custom_dataset(toy, tmp_path, modality):
     recipe = PRETRAIN[modality]["tiny"]
     recipe = replace(recipe, rays=replace(recipe.rays, per_view=16), augment=Augment(rotation=0.3))
     box = (recipe.grid.low, recipe.grid.high)
-    train_split, val_split = toy.train_val_splits("any")
+    train_split, val_split = toy.train_val_splits(tmp_path, "any")
     dataset = toy(tmp_path, "any", train_split, recipe.data, point_range=box, augment=recipe.augment)
     net = Pretrain(recipe)
     optimizer = make_optimizer(net, recipe.optim)
@@ -108,43 +108,45 @@ def test_what_a_dataset_does_not_define_has_a_default(toy, tmp_path):
         toy.default_root(data)
     with pytest.raises(DataError, match="has no labels of LiDAR points"):
         dataset.require_point_labels()
-    dataset.frames = dataset.frames[:2]  # classes 0, and 0 and 1
+    dataset.frames = dataset.frames[:2]  # frame 0 has class 0, frame 1 has classes 0 and 1
     balanced = dataset.balanced(seed=0)
     assert len(balanced) == 2 and balanced.frames[1] == 1
 
 
 @pytest.mark.parametrize("modality", ["camera", "fusion"])
-def test_a_camera_without_images_is_a_one_sentence_error(modality):
+def test_a_camera_encoder_without_images_is_a_user_error(modality):
     with pytest.raises(
         UserError, match="the dataset has no images, which a camera encoder needs; use --modality lidar."
     ):
-        with_ray_origins(PRETRAIN[modality]["tiny"], False, print)
+        with_ray_origins(PRETRAIN[modality]["tiny"], has_images=False, print0=print)
 
 
-def test_fractions_and_missing_frames_are_checked_for_every_dataset(toy, tmp_path):
+def test_label_fractions_are_checked_for_every_dataset(toy, tmp_path):
     data = PRETRAIN["camera"]["tiny"].data
     assert len(toy(tmp_path, "any", "all", data, label_fraction=0.5)) == 2
     with pytest.raises(DataError, match="--label-fraction 0.7 is not 1/k"):
         toy(tmp_path, "any", "all", data, label_fraction=0.7)
 
 
-def test_the_default_is_nuscenes():
+def test_the_default_is_nuscenes(copy):
     assert dataset_class(DEFAULT_DATASET) is NuScenesDataset
-    assert NuScenesDataset.train_val_splits("v1.0-mini") == ("mini_train", "mini_val")
-    assert NuScenesDataset.splits("v1.0-test") == {"test": "test"}
+    assert NuScenesDataset.train_val_splits(copy, "v1.0-mini") == ("mini_train", "mini_val")
+    (copy / "v1.0-mini").rename(copy / "v1.0-test")
+    assert NuScenesDataset.splits(copy, "v1.0-test") == {"test": "test"}
     with pytest.raises(DataError, match="v1.0-test has no training split"):
-        NuScenesDataset.train_val_splits("v1.0-test")
-    with pytest.raises(DataError, match="--version v2 is not known; use v1.0-trainval, v1.0-test, v1.0-mini."):
-        NuScenesDataset.train_val_splits("v2")
+        NuScenesDataset.train_val_splits(copy, "v1.0-test")
+    (copy / "v1.0-test").rename(copy / "v2")
+    with pytest.raises(DataError, match="--version v2 is not known; use v1.0-trainval, v1.0-test, v1.0-mini, or list"):
+        NuScenesDataset.train_val_splits(copy, "v2")
 
 
 @pytest.mark.parametrize("name", ["", "toy_set", "toy_set:", "toy_set:Nobody", "no_such.module:Toy", ":Toy"])
-def test_a_class_that_cannot_be_imported_is_a_one_sentence_error(toy, name):
+def test_a_class_that_cannot_be_imported_is_a_user_error(toy, name):
     with pytest.raises(UserError, match=f"--dataset {name} cannot be imported .*; give package.module:Class"):
         dataset_class(name)
 
 
 @pytest.mark.parametrize("name", ["toy_set:Unrelated", "toy_set:np"])
-def test_a_class_of_another_kind_is_a_one_sentence_error(toy, name):
+def test_a_class_of_another_kind_is_a_user_error(toy, name):
     with pytest.raises(UserError, match=f"--dataset {name} is not a subclass of unipad.data.dataset.DrivingDataset."):
         dataset_class(name)

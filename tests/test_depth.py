@@ -32,8 +32,8 @@ def test_complex_depth_matches_the_original():
         assert_close_to_max(param.grad, gradients[key], 1e-5, key)
 
 
-def test_aspp_reaches_as_far_as_its_dilations():
-    """Without the global average pooling, a cell reaches the eight cells at distance 6, 12 and 18."""
+def test_receptive_field_of_aspp():
+    """Without the global average pooling: the cell itself and the eight cells at distance 6, 12 and 18."""
     net = ASPP(2, 3).eval().double()
     torch.nn.init.zeros_(net.global_avg_pool[1].weight)
     x = torch.randn(1, 2, 41, 41, dtype=torch.float64, requires_grad=True)
@@ -71,11 +71,11 @@ def test_an_unknown_head_is_rejected():
         depth_head(CameraConfig(depth="deep"))
 
 
-RECORDED = CameraConfig(depth_range=(1.0, 61.0), depth_weight=3.0)
+RECORDED_CFG = CameraConfig(depth_range=(1.0, 61.0), depth_weight=3.0)
 
 
-def recorded():
-    """Batch, depths and arrays of the record voxel_pool_depth."""
+def load_recorded():
+    """Batch, depths and arrays of the golden file voxel_pool_depth."""
     arrays, _ = load("voxel_pool_depth")
     points = [arrays["in/points_0"], arrays["in/points_1"]]
     batch = replace(
@@ -91,20 +91,20 @@ def recorded():
 
 
 def test_targets_match_the_original():
-    batch, _, arrays = recorded()
-    targets = depth_targets(batch, 16, 28, 30, RECORDED.depth_range)
+    batch, _, arrays = load_recorded()
+    targets = depth_targets(batch, 16, 28, 30, RECORDED_CFG.depth_range)
     expected = arrays["out/downsampled_gt_onehot_argmax"].view(2, 6, 16, 28)
     assert torch.equal(targets, expected) and (targets >= 0).sum() > 1000
 
 
 def test_loss_matches_the_original():
     """Also the gradient of the depths, through the volume and through the loss."""
-    batch, depths, arrays = recorded()
+    batch, depths, arrays = load_recorded()
     depths.requires_grad_()
-    loss = depth_loss([depths], batch, RECORDED)
+    loss = depth_loss([depths], batch, RECORDED_CFG)
     assert_close_to_max(loss, arrays["out/loss_depth_0"], 1e-5, "loss")
     features = arrays["in/feat"].permute(0, 1, 3, 4, 2)
-    geometry = ((-54.0, -54.0, -5.0), (5.4, 6.0, 1.6), (20, 18, 5), 16, RECORDED.depth_range, True)
+    geometry = ((-54.0, -54.0, -5.0), (5.4, 6.0, 1.6), (20, 18, 5), 16, RECORDED_CFG.depth_range, True)
     volume = voxel_pool(features, depths, batch.lidar2image, *geometry)
     ((volume.permute(0, 4, 1, 2, 3) * arrays["in/w_out"]).sum() + loss).backward()
     assert_close_to_max(depths.grad.permute(0, 1, 4, 2, 3).flatten(0, 1), arrays["grad/depth"], 1e-5, "depths")
@@ -125,17 +125,17 @@ def test_targets_are_the_same_on_a_gpu():
 
 
 def test_targets_by_hand():
-    """Blocks of 8 x 8 pixels, bins of 2 m from 2 to 10; view 0 looks along +y, with the principal point at (16, 8)."""
+    """Blocks of 8 x 8 pixels, bins of 2 m from 2 to 10; view 0 looks along +y from (0, 1, 2), center (16, 8)."""
     points = [
         [0.0, 7.0, 2.0],  # z 6: bin 2 of block (1, 2)
         [0.0, 6.0, 2.0],  # z 5: nearer in the same block, bin 1
         [0.2, 8.99, 2.0],  # z 7.99, the same block
         [-1.2, 7.0, 2.0],  # u 14: bin 2 of block (1, 1)
         [-0.76, 5.0, 2.0],  # u 14.1, z 4: nearer, on the border of bins: bin 1
-        [1.5, 2.5, 2.0],  # within 3 m of the axis
-        [-3.0, 3.0, 2.0],  # z 2: not beyond the near end
+        [1.5, 2.5, 2.0],  # z 1.5, and within 3 m of the LiDAR's vertical axis
+        [-3.0, 3.0, 2.0],  # z 2 = near: excluded
         [4.0, 10.9, 2.0],  # u 20.04, z 9.9 in block (1, 2), farther
-        [8.0, 11.0, 2.0],  # u 24, z 10: not before the far end
+        [8.0, 11.0, 2.0],  # u 24, z 10 = far: excluded
         [0.0, 7.0, 2.9],  # v 6.5 rounds to 6: block (0, 2), bin 2
         [0.0, 7.0, 2.3],  # v 7.5 rounds to 8: block (1, 2)
     ]
@@ -144,7 +144,7 @@ def test_targets_by_hand():
 
 
 def test_loss_by_hand():
-    """Two features with a point, in bin 0: -ln(1/2) - ln(1 - 1/4) - ln(1 - 1/4) and -ln(1/4) - ln(1/2) - ln(3/4)."""
+    """Two cells with a point, in bin 0: -ln(1/2) - ln(1 - 1/4) - ln(1 - 1/4) and -ln(1/4) - ln(1/2) - ln(3/4)."""
     batch = make_batch([[[0.0, 6.0, 2.0], [-1.6, 6.0, 2.0]]], views=1)
     cfg = CameraConfig(depth_range=(4.0, 16.0), depth_weight=2.0)
     depths = torch.full((1, 1, 2, 4, 3), torch.nan)
@@ -156,7 +156,7 @@ def test_loss_by_hand():
     torch.testing.assert_close(depth_loss([depths, depths], batch, cfg), -2 * likelihoods.log().sum())
 
 
-def test_loss_without_a_point_is_zero_and_certainty_is_finite():
+def test_loss_is_zero_without_points_and_finite_if_confidently_wrong():
     depths = torch.zeros(1, 1, 2, 4, 3)
     depths[..., 2] = 1.0
     depths.requires_grad_()
@@ -168,8 +168,8 @@ def test_loss_without_a_point_is_zero_and_certainty_is_finite():
 
 
 def test_loss_is_computed_in_fp32():
-    batch, depths, _ = recorded()
+    batch, depths, _ = load_recorded()
     with torch.autocast("cpu", torch.bfloat16):
-        loss = depth_loss([depths.bfloat16()], batch, RECORDED)
+        loss = depth_loss([depths.bfloat16()], batch, RECORDED_CFG)
     assert loss.dtype == torch.float32
-    assert_close_to_max(loss, depth_loss([depths], batch, RECORDED), 1e-2)
+    assert_close_to_max(loss, depth_loss([depths], batch, RECORDED_CFG), 1e-2)

@@ -14,6 +14,7 @@ from tests.test_train import assert_same_weights, checkpoint, curve
 from unipad import recipes
 from unipad.config import Paste
 from unipad.errors import UserError
+from unipad.exit import SIGNALS
 
 SMALL = ["--preset", "tiny", "--device", "cpu", "--workers", 0, "--log-every", 1, "--val-every", 0, "--save-every", 99]
 
@@ -21,7 +22,7 @@ SMALL = ["--preset", "tiny", "--device", "cpu", "--workers", 0, "--log-every", 1
 @pytest.fixture(autouse=True)
 def signals_and_threads():
     """A run handles signals until its process ends; restore the handlers, since this process does not end."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

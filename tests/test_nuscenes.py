@@ -282,7 +282,7 @@ def test_balanced_frames_are_drawn_from_the_used_ones(uneven):
     assert cars in (4, 8) and bus == 8
 
 
-def test_balancing_without_boxes_is_a_one_sentence_error(uneven):
+def test_balancing_without_boxes_is_a_user_error(uneven):
     uneven.frames = uneven.frames[:1]
     with pytest.raises(DataError, match="no frame of .* mini_train has a box to balance the classes by.$"):
         uneven.balanced(seed=0)
@@ -397,7 +397,7 @@ def test_a_broken_sweep_affects_only_the_frames_that_use_it(copy):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_no_readable_frame_is_a_one_sentence_error(copy, workers):
+def test_no_readable_frame_is_a_user_error(copy, workers):
     dataset = NuScenesDataset(copy, VERSION, "mini_val", Data())
     shutil.rmtree(copy / "samples" / "LIDAR_TOP")
     with pytest.raises(DataError, match=r"none of the \d+ frames can be read \(.*: is missing\)"):

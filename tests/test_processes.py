@@ -1,16 +1,17 @@
-"""Two processes compute the gradients of one, over a whole step.
+"""Two processes compute the loss and the gradients of one, over a whole step.
 
-In fp64: in fp32 the untrained network amplifies rounding errors of 1e-7 to 1 % of the gradient's norm.
+Gradients in fp64: in fp32 the untrained network amplifies rounding errors of 1e-7 to 1 % of the gradient's norm.
 """
 
 import sys
 from dataclasses import replace
 
+import pytest
 import torch
 
 from tests import scripts
 
-MODALITIES = "camera", "fusion"
+MODALITIES = "camera", "lidar", "fusion"
 
 
 def test_two_processes_have_the_gradients_of_one(city, tmp_path):
@@ -20,7 +21,9 @@ def test_two_processes_have_the_gradients_of_one(city, tmp_path):
         assert done.returncode == 0, done.stderr[-4000:]
         found.append(torch.load(tmp_path / "gradients.pt", weights_only=True))
     for modality in MODALITIES:
-        one, two = (grads[modality] for grads in found)
+        (one, loss_of_one, short_of_one), (two, loss_of_two, short_of_two) = (runs[modality] for runs in found)
+        assert loss_of_two == pytest.approx(loss_of_one, rel=1e-9)
+        assert short_of_two == pytest.approx(short_of_one, rel=2e-5)
         assert one.keys() == two.keys()
         whole = torch.stack([grad.norm() for grad in one.values()]).norm()
         for name, grad in one.items():
@@ -29,37 +32,42 @@ def test_two_processes_have_the_gradients_of_one(city, tmp_path):
 
 
 def save_gradients(city, file):
-    """Run a step of each modality on this process's part of two samples; the main process saves the mean gradients."""
+    """Run a step of each modality on this process's part of two samples; the main process saves what it returns."""
     from unipad.runtime import start
 
     with start("cpu", deterministic=False) as world:
-        gradients = {modality: step(modality, city, world) for modality in MODALITIES}
+        found = {modality: step(modality, city, world) for modality in MODALITIES}
         if world.is_main:
-            torch.save(gradients, file)
+            torch.save(found, file)
 
 
 def step(modality, city, world):
-    """The gradients of one step: {parameter: gradient}."""
+    """The mean over processes: gradients {parameter: gradient} and loss in fp64, loss in fp32."""
     from unipad.data.loader import step_batches
     from unipad.data.nuscenes import NuScenesDataset
     from unipad.model.pretrain import Pretrain
     from unipad.recipes import PRETRAIN
-    from unipad.runtime import generators
+    from unipad.runtime import generators, mean_over_processes
 
     recipe = PRETRAIN[modality]["tiny"]
     recipe = replace(recipe, rays=replace(recipe.rays, per_view=8))
     box = (recipe.grid.low, recipe.grid.high)
     dataset = NuScenesDataset(city, "v1.0-mini", "mini_train", recipe.data, point_range=box)
-    torch.manual_seed(0)
-    net = Pretrain(recipe).double()
-    model = torch.nn.parallel.DistributedDataParallel(net) if world.size > 1 else net
     samples = 2 // world.size
     batch, _ = next(step_batches(dataset, samples, rank=world.rank, world=world.size))
     first = world.rank * samples
-    draws = generators(0, 0, range(first, first + samples), world.device)
-    losses, _ = model(replace(batch, images=batch.images.double()), draws)
-    sum(losses.values()).backward()
-    return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    losses = {}
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(0)
+        net = Pretrain(recipe).to(dtype)
+        model = torch.nn.parallel.DistributedDataParallel(net) if world.size > 1 else net
+        draws = generators(0, 0, range(first, first + samples), world.device)
+        terms, _ = model(replace(batch, images=batch.images.to(dtype)), draws)
+        losses[str(dtype)] = sum(terms.values())
+    losses[str(dtype)].backward()
+    losses = mean_over_processes(losses)
+    gradients = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    return gradients, losses["torch.float64"], losses["torch.float32"]
 
 
 if __name__ == "__main__":

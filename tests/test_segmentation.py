@@ -126,7 +126,7 @@ def test_metrics_by_hand(perfect, validation, tmp_path):
     ],
     ids=["short", "long", "class 0", "class 17", "missing"],
 )
-def test_a_wrong_file_is_a_one_sentence_error(spoil, words, perfect, validation, tmp_path):
+def test_a_wrong_file_is_a_user_error(spoil, words, perfect, validation, tmp_path):
     folder = shutil.copytree(perfect[0], tmp_path / "eval")
     file = files_of(validation, folder)[1]
     classes = np.fromfile(file, np.uint8)

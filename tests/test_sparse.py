@@ -237,14 +237,20 @@ def test_bad_voxels_are_rejected(voxel, message):
         VoxelSet(coords, SHAPE, 2)
 
 
+def test_a_strided_convolution_without_output_names_axis_and_kernel():
+    coords = torch.tensor([(0, 0, 1, 2)], dtype=torch.int32)
+    with pytest.raises(ValueError, match="kernel 3, stride 2, .* no output along z, where the grid has 1 cells"):
+        SparseConv3d(2, 3, 3, 2)(SparseTensor(torch.ones(1, 2), VoxelSet(coords, (1, 8, 8), 1)))
+
+
 def test_batch_norm_is_over_the_voxels():
     x = sparse("scattered", 5, dtype=torch.float32)
     ours, plain = SparseBatchNorm(5, eps=1e-3, momentum=0.01), nn.BatchNorm1d(5, eps=1e-3, momentum=0.01)
-    assert torch.equal(ours(x).features, plain(x.features))
+    torch.testing.assert_close(ours(x).features, plain(x.features))
     assert ours(x).voxels is x.voxels
     ours.eval(), plain.eval()
     plain.load_state_dict(ours.state_dict())
-    assert torch.equal(ours(x).features, plain(x.features))
+    torch.testing.assert_close(ours(x).features, plain(x.features))
 
 
 class Small(nn.Module):

@@ -94,7 +94,7 @@ def refuse(words, root, version=VERSION, split="mini_val"):
     assert "\n" not in sentence and sentence.endswith(".")
 
 
-def test_each_fault_of_a_dataset_is_a_one_sentence_error(city, copy, tmp_path):
+def test_each_fault_of_a_dataset_is_a_user_error(city, copy, tmp_path):
     (tmp_path / "empty").mkdir()
     refuse(["--data-root", tmp_path / "nowhere"], tmp_path / "nowhere")
     refuse([tmp_path / "empty", "no nuScenes tables", f"{VERSION}/scene.json"], tmp_path / "empty")

@@ -1,8 +1,10 @@
 """Checkpoints: written atomically, read as data and never as code, loaded whole or in part (such as an encoder)."""
 
+import contextlib
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -11,28 +13,65 @@ from torch import nn
 
 from unipad.config import AnyRecipe, Recipe, from_dict
 from unipad.errors import UserError
+from unipad.exit import has_ended
 
 
 def write_checkpoint(state: dict, file: Path):
     """Save under a temporary name and rename, so that a crash leaves the previous file intact."""
+    remove_parts(file.parent, file.name)
     part = file.with_name(f".{file.name}.{os.getpid()}")
-    with part.open("wb") as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    part.replace(file)
-
-
-def read_checkpoint(file: Path) -> dict:
-    """Load a checkpoint as data, never as code, onto the CPU. Raises `UserError` where that is not possible."""
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with part.open("wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        part.replace(file)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        while error and not isinstance(error, OSError):  # the archive's writer complains after the file that it writes
+            error = error.__context__
+        if error:
+            raise OSError(error.errno, error.strerror, str(file)) from None
+        raise
+
+
+def remove_parts(folder: Path, name: str = "*"):
+    """Remove what killed processes left of files `name` that they were writing to `folder`: `.<name>.<process>`."""
+    for part in folder.glob(f".{name}.*"):
+        if part.suffix[1:].isdigit() and has_ended(int(part.suffix[1:])):
+            with contextlib.suppress(OSError):
+                part.unlink()
+
+
+def read_checkpoint(file: Path, lazily: bool = False) -> dict:
+    """Load a checkpoint as data, never as code, onto the CPU. Raises `UserError` where that is not possible.
+
+    lazily: read weights only when they are used, and do not check them.
+    """
+    try:
+        damaged = None if lazily else _damaged_record(file)
+        if damaged is None:
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=lazily or None)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {file}.") from None
     except IsADirectoryError:
         raise UserError(f"{file} is a folder without checkpoints/last.pt; give a run or a file.") from None
+    except (MemoryError, PermissionError):
+        raise
     except Exception as error:
         raise UserError(_why_unreadable(file, error)) from None
+    raise UserError(
+        f"{file} is damaged: its record {damaged} has another checksum than when it was written; copy it again."
+    )
+
+
+def _damaged_record(file):
+    """The first record of an archive whose CRC is wrong, which PyTorch does not check; None: none, or no archive."""
+    if file.is_dir() or not zipfile.is_zipfile(file):
+        return None
+    with zipfile.ZipFile(file) as archive:
+        return archive.testzip()
 
 
 def _why_unreadable(file, error):
@@ -63,20 +102,68 @@ def find_checkpoint(path: Path) -> Path:
     return last_checkpoint(path) or newest or path
 
 
-def read_run(path: Path) -> tuple[dict, Recipe, Path]:
+def read_run(path: Path, lazily: bool = False) -> tuple[dict, Recipe, Path]:
     """(last checkpoint, recipe, folder) of a run.
 
-    path: as for `find_checkpoint`; the folder of a checkpoint outside a run is the one that contains it.
+    path:   as for `find_checkpoint`; the folder of a checkpoint outside a run is the one that contains it.
+    lazily: as for `read_checkpoint`.
     Raises `UserError` where there is none.
     """
     file = find_checkpoint(path)
-    saved = read_checkpoint(file)
+    saved = read_checkpoint(file, lazily)
     try:
         recipe = from_dict(AnyRecipe, saved["config"]["recipe"])
-        saved["model"], saved["config"]["args"]
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        _check_types(saved, {"model": dict, "step": int})
+        _check_types(saved["config"], {"args": dict})
+    except (KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} has no model with a recipe of this version of the project: {error}.") from None
     return saved, recipe, file.parent.parent if file.parent.name == "checkpoints" else file.parent
+
+
+def read_training(file: Path) -> dict:
+    """The last checkpoint of a training run, to resume it. Raises `UserError` for anything else."""
+    saved = read_checkpoint(file)
+    try:
+        parts = ("model", "optimizer", "scaler", "metrics", "config")
+        _check_types(saved, {**dict.fromkeys(parts, dict), "step": int, "validated": int})
+        _check_types(saved["config"], {"args": dict, "recipe": dict, "steps": int})
+        _check_metrics(saved["metrics"])
+        if not 0 < saved["step"] <= saved["config"]["steps"]:
+            raise TypeError(f"step {saved['step']} of {saved['config']['steps']}")
+    except (TypeError, KeyError) as error:
+        raise UserError(
+            f"{file} is not the checkpoint of a training run of this version of the project ({error}): copy another "
+            "checkpoint of the run over it, or start a new run."
+        ) from None
+    return saved
+
+
+def _check_types(values, types):
+    """Raises TypeError unless `values` is a dict that has all keys of `types`, with values of these types."""
+    for name, kind in types.items():
+        if not isinstance(values, dict) or name not in values:
+            raise TypeError(f"it has no {name}")
+        if type(values[name]) is not kind and not (kind is dict and isinstance(values[name], dict)):
+            raise TypeError(f"its {name} is a {type(values[name]).__name__}")
+
+
+def _check_metrics(metrics):
+    """Raises TypeError unless `metrics` holds numbers by name, or, by occasion, the same names of them."""
+    tables = [table for table in metrics.values() if isinstance(table, dict)] or [metrics]
+    if len(tables) not in (1, len(metrics)) or any(table.keys() != tables[0].keys() for table in tables):
+        raise TypeError("its metrics differ in their names")
+    if not all(isinstance(value, float | int) for table in tables for value in table.values()):
+        raise TypeError("its metrics are no numbers")
+
+
+def load_weights(net: nn.Module, weights: dict, path: Path):
+    """Load all weights of `net`, as `path` has them. Raises `UserError` where they do not fit."""
+    try:
+        net.load_state_dict(weights)
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        what = lines[1] if len(lines) > 1 else f"{type(error).__name__}: {lines[0] if lines else ''}"
+        raise UserError(f"the weights of {path} do not fit the recipe: {what}") from None
 
 
 def take_weights(net: nn.Module, prefix: str, paths: Sequence[Path], flag: str, print0: Callable) -> set[str]:
@@ -97,6 +184,7 @@ def take_weights(net: nn.Module, prefix: str, paths: Sequence[Path], flag: str, 
         saved = read_checkpoint(file)
         theirs = saved.get("model") if isinstance(saved, dict) else None
         theirs = theirs if isinstance(theirs, dict) else {}
+        theirs = {name: w for name, w in theirs.items() if isinstance(name, str) and torch.is_tensor(w)}
         common = {name: theirs[name] for name in mine.keys() & theirs.keys()}
         other = sorted(name for name, w in common.items() if w.shape != mine[name].shape)
         if not common or other:

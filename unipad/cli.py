@@ -19,7 +19,7 @@ import tyro
 
 from unipad.config import CONVNEXT, Recipe, from_dict
 from unipad.data.dataset import DEFAULT_DATASET, check_recorded
-from unipad.errors import UserError, check_choices
+from unipad.errors import UserError, check_choices, check_numbers
 
 A = TypeVar("A")
 RECIPE_FLAGS = ("task", "modality", "preset", "backbone")  # they choose the recipe
@@ -53,6 +53,10 @@ def parse(kind: type[A], choose: Callable[[A], A], description: str, argv: Seque
         given, kept = getattr(args, name, None), getattr(chosen, name, None)
         if given != kept:
             raise UserError(f"--{name} {given} differs from the run's --{name} {kept}; leave it out.")
+    check_numbers(args)
+    most = max(64, 8 * (os.cpu_count() or 1))
+    if args.workers is not None and args.workers > most:
+        raise UserError(f"--workers {args.workers} is too large for this machine; use at most {most}.")
     return args
 
 
@@ -72,9 +76,12 @@ def run_args(args: A) -> A | None:
     except OSError:
         flag = "--config" if args.config else "--resume"
         raise UserError(f"{flag} {run}: there is no {file}; give the folder of a run.") from None
-    except (ValueError, KeyError, TypeError):
-        sentence = f"{file} is from another script or another version of this project; start a new run."
-        raise UserError(sentence) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not JSON ({error}): undo its last change, or copy it again.") from None
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{file} is from another script or another version of this project ({error}); start a new run."
+        ) from None
     if args.dataset == DEFAULT_DATASET:
         check_recorded(saved.dataset, run)
     return replace(saved, config=None, resume="never", out=None, stop_at=None)

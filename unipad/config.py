@@ -6,6 +6,7 @@ of the scripts too, by its section (`--grid.cell 0.6 0.6 1.6`); the comment afte
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -13,6 +14,26 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import arg
+
+from unipad.errors import UserError
+
+
+def cells_of_range(low, high, cell, flag: str) -> tuple[int, int, int]:
+    """Number of cells (X, Y, Z) from `low` to `high`; `UserError` where `flag`'s cells do not divide the range."""
+    counts = []
+    for axis, l, h, c in zip("xyz", low, high, cell, strict=True):
+        if not (h > l and c > 0 and math.isfinite(h - l)):
+            raise UserError(
+                f"{flag} {tuple(cell)}: along {axis} there is no range from {l} to {h} m in cells of {c} m."
+            )
+        count = max(1, round((h - l) / c))
+        if abs(count * c - (h - l)) > 1e-6 * (h - l):
+            raise UserError(
+                f"{flag} {tuple(cell)}: cells of {c} m do not divide the range along {axis}, from {l} to {h} m; "
+                f"{(h - l) / count:.10g} m would."
+            )
+        counts.append(count)
+    return tuple(counts)
 
 
 @dataclass(frozen=True)
@@ -23,10 +44,13 @@ class Grid:
     high: tuple[float, float, float] = (51.2, 51.2, 3.0)  # upper corner
     cell: tuple[float, float, float] = (0.8, 0.8, 1.6)  # size of a cell
 
+    def __post_init__(self):
+        cells_of_range(self.low, self.high, self.cell, "--grid.cell")
+
     @property
     def shape(self):
         """Number of cells (X, Y, Z)."""
-        return tuple(round((h - l) / c) for l, h, c in zip(self.low, self.high, self.cell, strict=True))
+        return cells_of_range(self.low, self.high, self.cell, "--grid.cell")
 
     @property
     def scale(self):
@@ -115,6 +139,7 @@ class LidarConfig:
     neck_layers: int = 5  # convolutions per branch, after the strided one
     channels: int = 256  # channels of the volume
     volume_convs: int = 0  # 3 x 3 x 3 convolutions on the volume; pre-training has none
+    norm_momentum: float = 0.01  # share of a step in the norms' running statistics; short runs need a larger one
 
 
 @dataclass(frozen=True)
@@ -130,6 +155,7 @@ class UnetConfig:
     stem: int = 32  # channels of the first convolution, 5 x 5 x 5
     widths: tuple[int, ...] = (32, 64, 128, 256, 256, 128, 96, 96)  # channels per stage: down, then up
     blocks: tuple[int, ...] = (2, 3, 4, 6, 2, 2, 2, 2)  # residual blocks per stage
+    norm_momentum: float = 0.01  # share of a step in the norms' running statistics; short runs need a larger one
 
     @property
     def channels(self):
@@ -288,18 +314,46 @@ def to_dict(config) -> dict:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
-def from_dict(kind, value):
+def from_dict(kind, value, name=""):
     """`to_dict` undone: JSON-able `value` as a `kind`, a dataclass or a union of dataclasses.
 
-    Raises TypeError where the fields are not exactly those of a dataclass of `kind`.
+    Raises TypeError, with the dotted name, where the fields are not exactly those of a dataclass of `kind`, or a value
+    is not of its field's type.
     """
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if isinstance(value, dict):
-        for choice in filter(dataclasses.is_dataclass, kinds):
+        for choice in filter(dataclasses.is_dataclass, _choices(kind)):
             if value.keys() == choice.__dataclass_fields__.keys():
                 hints = typing.get_type_hints(choice)
-                return choice(**{name: from_dict(hints[name], field) for name, field in value.items()})
-        raise TypeError(f"no {kind} has the fields {', '.join(value)}")
-    if isinstance(value, list):
-        return tuple(from_dict(typing.get_args(kind)[0] if typing.get_args(kind) else None, item) for item in value)
-    return Path(value) if Path in kinds and value is not None else value
+                inner = {field: f"{name}.{field}".lstrip(".") for field in hints}
+                return choice(**{field: from_dict(hints[field], value[field], inner[field]) for field in hints})
+        raise TypeError(f"no {kind} has the fields {', '.join(map(str, value))}")
+    for choice in _choices(kind):
+        if (found := _as(choice, value, name)) is not _NO:
+            return found
+    raise TypeError(f"{name} is {str(value)[:50]!r}")
+
+
+_NO = object()
+
+
+def _choices(kind):
+    return typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
+
+
+def _as(kind, value, name):
+    """The JSON value as a `kind` that is no dataclass; `_NO` where it is none."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return value if value in inner else _NO
+    if origin is tuple:
+        if not isinstance(value, list):
+            return _NO
+        kinds = inner[:1] * len(value) if inner[-1] is ... else inner
+        if len(kinds) != len(value):
+            return _NO
+        return tuple(from_dict(part, item, name) for part, item in zip(kinds, value, strict=True))
+    if kind is Path:
+        return Path(value) if isinstance(value, str) else _NO
+    if kind is float:
+        return value if type(value) in (float, int) else _NO
+    return value if type(value) is kind else _NO

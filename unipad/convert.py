@@ -35,13 +35,13 @@ from unipad.config import (
     to_dict,
 )
 from unipad.errors import UserError, check_choices
+from unipad.exit import exit_on_user_error
 from unipad.model.camera import ConvNeXt
 from unipad.model.detect import Detector
 from unipad.model.pretrain import Pretrain
 from unipad.model.segment import Segmenter
 from unipad.names import CODE_WEIGHTS, from_imagenet, from_original, to_original
 from unipad.recipes import DEFAULT_PRESET, DETECT, PRETRAIN
-from unipad.runtime import exit_on_user_error
 
 BACKBONE = "encoder.camera.backbone."
 FRAME_FUSION = "encoder.frame_fusion.trans_conv.0.weight"
@@ -84,7 +84,7 @@ def read_weights(path: Path) -> tuple[dict, str, dict]:
     file = last_checkpoint(path) or path
     saved = read_checkpoint(file)
     config = saved.get("config") if isinstance(saved, dict) else None
-    if isinstance(config, dict) and "recipe" in config and "model" in saved:
+    if isinstance(config, dict) and "recipe" in config and isinstance(saved.get("model"), dict):
         return saved["model"], "ours", saved
     state = saved
     for wrapper in ("state_dict", "model", "module"):
@@ -193,8 +193,10 @@ def saved_recipe(saved: dict) -> Recipe:
     """The recipe of a checkpoint of ours. Raises `UserError` for one from another version of this project."""
     try:
         return from_dict(AnyRecipe, saved["config"]["recipe"])
-    except (TypeError, AttributeError):
-        raise UserError("the checkpoint is from another version of this project: train or convert again.") from None
+    except (TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"the checkpoint is from another version of this project ({error}): train or convert again."
+        ) from None
 
 
 def _presets(ours):
@@ -261,8 +263,8 @@ def _compare(state, shapes, report, unread=()):
             report.notes.append(f"dropped: {name}, which is never read")
         elif name not in shapes:
             report.unexpected.append(name)
-        elif weight.shape != shapes[name]:
-            report.misshapen.append(f"{name} {tuple(weight.shape)} for {tuple(shapes[name])}")
+        elif (shape := getattr(weight, "shape", ())) != shapes[name]:
+            report.misshapen.append(f"{name} {tuple(shape)} for {tuple(shapes[name])}")
         else:
             report.taken[name] = weight
     report.missing += [name for name in shapes if name not in state]
@@ -276,6 +278,7 @@ class Args:
     preset: str | None = None  # UniPAD: the recipe that SOURCE belongs to (default: the one that fits)
     spconv: Literal[1, 2] = 1  # ours: layout of the weights of sparse convolutions in OUT
     strict: bool = True  # refuse a file unless all weights match
+    overwrite: bool = False  # replace OUT if it exists
 
 
 def main(args: Args):
@@ -284,6 +287,14 @@ def main(args: Args):
     *sources, out = args.paths
     if any(out.resolve() == path.resolve() for path in sources):
         raise UserError(f"{out} would overwrite its own source; give another file.")
+    if out.is_dir():
+        raise UserError(f"{out} is a folder; give the name of the file to write in it.")
+    if out.exists() and not args.overwrite:
+        raise UserError(f"{out} exists; give another file, or --overwrite to replace it.")
+    if args.merge and args.preset:
+        raise UserError(
+            f"--preset {args.preset} has no effect with --merge, whose sources have their own; leave it out."
+        )
     if args.merge:
         result, report = merge(*(_as_ours(path, args) for path in sources))
     else:

@@ -1,5 +1,7 @@
-"""User-facing errors: one sentence, exit code 2. Does not import torch: processes that only draw do not load it."""
+"""User-facing errors: one sentence, exit code 2. Does not import torch, so that plotting processes start without it."""
 
+import dataclasses
+import os
 from collections.abc import Sequence
 from operator import attrgetter
 
@@ -21,6 +23,32 @@ def check_ranges(args, above_0: Sequence[str] = (), not_below_0: Sequence[str] =
         value = attrgetter(name)(args)
         if value is not None and not (value > 0 if name in above_0 else value >= 0):
             raise UserError(f"{_flag(name)} {value} must {'be above' if name in above_0 else 'not be below'} 0.")
+
+
+def check_numbers(value, name: str = ""):
+    """Refuse numbers that no setting means: infinite, not a number, or beyond what fp32 and int32 compute with.
+
+    value: a dataclass, whose fields are checked, also nested ones and tuples; name: of its flag. Raises `UserError`.
+    """
+    if dataclasses.is_dataclass(value):
+        for field, inner in vars(value).items():
+            check_numbers(inner, f"{name}.{field}".lstrip("."))
+    elif isinstance(value, tuple):
+        for inner in value:
+            check_numbers(inner, name)
+    elif isinstance(value, float) and not (value == 0 or 1e-30 < abs(value) < 1e9):  # False for NaN too
+        raise UserError(f"{_flag(name)} {value} is no number to compute with; give one from 1e-30 to 1e9, or 0.")
+    elif isinstance(value, int) and abs(value) > (most := 2**63 - 1 if name == "seed" else 10**9):
+        raise UserError(f"{_flag(name)} {value} is too large; use at most {most}.")
+
+
+def check_memory(needed: float, what: str):
+    """Raises `UserError` where `what`, with its flag, takes more bytes than this machine has."""
+    if not hasattr(os, "sysconf"):  # Windows
+        return
+    has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > has:
+        raise UserError(f"{what} takes {needed / 2**30:.0f} GB, and this machine has {has / 2**30:.0f} GB.")
 
 
 def _flag(name):

@@ -68,8 +68,16 @@ TINY_LIDAR = LidarConfig(
     neck_strides=(1, 2),
     neck_layers=1,
     channels=32,
+    norm_momentum=0.1,  # after 100 steps, 0.01 leaves a third of the initial statistics
 )
-TINY_UNET = UnetConfig(cell=0.3, mask_block=2, stem=16, widths=(24, 32, 48, 48, 32, 32), blocks=(1, 1, 1, 1, 1, 1))
+TINY_UNET = UnetConfig(
+    cell=0.3,
+    mask_block=2,
+    stem=16,
+    widths=(24, 32, 48, 48, 32, 32),
+    blocks=(1, 1, 1, 1, 1, 1),
+    norm_momentum=0.1,
+)
 TINY_RAYS = RayChoice(per_view=64, lidar_per_view=40, sky=0.0)  # the other 24 also go where there is no LiDAR point
 TINY_RENDER = Render(samples=40, importance=16, variance=0.5)
 TINY_OPTIM = Optim(lr=2e-3, backbone_lr=1.0, warmup_steps=20, epochs=6.5, batch_size=1)

@@ -1,27 +1,35 @@
 """What a training run leaves behind: its folder, its log, its checkpoints, and what it prints."""
 
 import contextlib
+import errno
+import itertools
 import json
 import math
 import os
 import platform
-import resource
+import socket
 import subprocess
 import sys
 import time
 from datetime import timedelta
 from pathlib import Path
 
+try:
+    import fcntl
+    import resource
+except ImportError:  # on Windows: no locks, and no memory in the log
+    fcntl = resource = None
+
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from unipad.checkpoint import last_checkpoint, read_checkpoint, write_checkpoint
+from unipad.checkpoint import find_checkpoint, last_checkpoint, read_training, remove_parts, write_checkpoint
 from unipad.config import to_dict
 from unipad.errors import UserError
 from unipad.kernels import tuning
-from unipad.runtime import World, from_main, mean_over_processes
+from unipad.runtime import World, mean_over_processes, on_main
 
 
 def find_run(kind: str, out: Path | None, resume: str, world: World) -> tuple[Path, dict | None]:
@@ -29,29 +37,84 @@ def find_run(kind: str, out: Path | None, resume: str, world: World) -> tuple[Pa
 
     kind:   runs without `out` are in outputs/<kind>/<time>.
     resume: "never"; "auto", what is in `out`, or the newest run of this kind if it is unfinished; or a run's folder.
+
+    The folder is this program's until it ends. Raises `UserError` where it is another's, or has another run.
     """
-    found = _find_run(Path("outputs") / kind, out, resume) if world.is_main else None
-    return from_main(found, world)  # the others may see another clock, or another disk
+    # the other processes may see another clock, or another disk
+    return on_main(lambda: _find_run(Path("outputs") / kind, out, resume, world.closing), world)
 
 
-def _find_run(root, out, resume):
-    if resume == "never":
-        if out and last_checkpoint(out):
-            raise UserError(f"--out {out} has a run already; resume it with --resume auto or choose another folder.")
-        return out or _new_run_path(root), None
-    if resume != "auto":
+def _find_run(root, out, resume, closing):
+    if resume not in ("never", "auto"):
         path = Path(resume)
         if not last_checkpoint(path):
             raise UserError(f"--resume {path} has no checkpoints/last.pt; give the folder of a run.")
         if out and out.resolve() != path.resolve():
             raise UserError(f"--out {out} is not the run that --resume {path} names, which stays there; leave it out.")
-        return path, read_checkpoint(last_checkpoint(path))
-    newest = max(root.glob("*/checkpoints/last.pt"), default=None, key=lambda file: file.stat().st_mtime)
-    path = out or (newest.parent.parent if newest else _new_run_path(root))
-    saved = read_checkpoint(last_checkpoint(path)) if last_checkpoint(path) else None
-    if saved and not out and saved["step"] >= saved["config"]["steps"]:
-        return _new_run_path(root), None
-    return path, saved
+        closing.enter_context(_held(path))
+        return path, read_training(last_checkpoint(path))
+    if out and out.is_file():
+        raise UserError(f"--out {out} is a file; give a folder.")
+    if resume == "auto":
+        newest = max(root.glob("*/checkpoints/last.pt"), default=None, key=lambda file: file.stat().st_mtime)
+        path = out or (newest and newest.parent.parent)
+        if path:
+            held = closing.enter_context(contextlib.ExitStack())
+            held.enter_context(_held(path))
+            saved = read_training(last_checkpoint(path)) if last_checkpoint(path) else None
+            if out or saved["step"] < saved["config"]["steps"]:
+                return path, saved
+            held.close()
+    if out:
+        closing.enter_context(_held(out))
+        if last_checkpoint(out):
+            raise UserError(f"--out {out} has a run already; resume it with --resume auto or choose another folder.")
+        return out, None
+    root.mkdir(parents=True, exist_ok=True)
+    path = _new_folder(root)
+    closing.enter_context(_held(path))
+    return path, None
+
+
+def _new_folder(root):
+    """Make root/<time>, with a number appended where runs start in the same second."""
+    stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
+    for number in itertools.count(1):
+        path = root / (f"{stamp}_{number}" if number > 1 else stamp)
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()
+            return path
+
+
+@contextlib.contextmanager
+def _held(path):
+    """Keep the folder `path` from other programs, on any machine that shares it; removed again if it stays empty.
+
+    The system gives it free when this process ends, however that happens. A POSIX lock: unlike `flock`'s, children do
+    not inherit it, so that loading processes that outlive a killed run for some seconds do not keep it from resuming.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    file = path / ".lock"
+    with file.open("a+") as lock:
+        try:
+            if fcntl:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                lock.seek(0)
+                raise UserError(
+                    f"{path} is in use by another program ({lock.read(200).strip() or 'which has just started'}): wait "
+                    "for its end, or choose another folder with --out."
+                ) from None  # other errors: a file system without locks
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        try:
+            yield
+        finally:
+            if [entry.name for entry in path.iterdir()] == [file.name]:
+                file.unlink()
+                path.rmdir()
 
 
 class RunFolder:
@@ -68,12 +131,13 @@ class RunFolder:
         if saved:
             _check_same_settings(saved["config"], config, path)
         self.path, self.config, self.writes = path, config, world.is_main
+        self.validated = saved["validated"] if saved else -1  # the last step that was validated, or could not be
         if not self.writes:
             return
-        if path.is_file():
-            raise UserError(f"--out {path} is a file; give a folder.")
         for name in ("checkpoints", "images"):
             (path / name).mkdir(parents=True, exist_ok=True)
+            remove_parts(path / name)
+        remove_parts(path)
         (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         first = saved["step"] if saved else 0
         self._board = SummaryWriter(path / "tensorboard", purge_step=first + 1 if first else None)
@@ -82,6 +146,7 @@ class RunFolder:
         gpu = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         self.log({"command": sys.argv, "commit": commit(), "versions": versions, "gpu": gpu, "config": config})
+        world.closing.callback(self.close)
 
     def tune(self):
         """Autotune kernel launches on this GPU until the run is closed; the fastest are kept in tuning.json."""
@@ -123,11 +188,32 @@ class RunFolder:
         """
         if self.writes:
             state = {name: part.state_dict() for name, part in parts.items()}
-            state |= {"step": step, "metrics": metrics, "config": self.config}
+            state |= {"step": step, "metrics": metrics, "validated": self.validated, "config": self.config}
             folder = self.path / "checkpoints"
             write_checkpoint(state, folder / "last.pt")
             if keep:
                 write_checkpoint(state, folder / f"step_{step}.pt")
+
+    @contextlib.contextmanager
+    def validation(self, step: int, parts: dict, metrics: dict):
+        """Context in which `step`, which is saved, is validated and `metrics` change; they are saved and kept after it.
+
+        A run that is killed inside validates when it resumes. One that could not be validated does not: an exception
+        is raised as `UserError` and saved as if it had been a validation, so that resuming goes on after it.
+        """
+        failed = None
+        try:
+            yield
+        except Exception as error:
+            failed = error
+        self.validated = step
+        if step:
+            self.save(step, parts, metrics, keep=True)
+        if failed:
+            saved = f"step {step} is saved, and --resume {self.path} goes on after it" if step else "nothing is lost"
+            raise UserError(
+                f"validation failed: {one_line(failed)}; {saved}; --val-every 0 trains without validation."
+            ) from failed
 
     def close(self):
         tuning.disable()
@@ -141,36 +227,66 @@ VIEW_3D = {"material": {"cls": "MeshBasicMaterial", "side": 2}, "camera": {"cls"
 
 
 def resumed(saved: dict | None, parts: dict) -> tuple[int, dict]:
-    """Load `parts` from a checkpoint of `RunFolder.save`; returns (step, metrics). A new run starts at (0, {})."""
+    """Load `parts` from a checkpoint of `RunFolder.save`; returns (step, metrics). A new run starts at (0, {}).
+
+    Raises `UserError` for a part that does not fit.
+    """
     if not saved:
         return 0, {}
     for name, part in parts.items():
-        part.load_state_dict(saved[name])
+        new = part.state_dict()
+        try:
+            part.load_state_dict(saved[name])
+            if isinstance(part, torch.optim.Optimizer):
+                _check_optimizer(part, new, saved["step"])
+        except Exception as error:
+            raise UserError(
+                f"the last checkpoint is damaged, its {name} does not fit this run ({one_line(error)}): copy another "
+                "checkpoint of the run over its checkpoints/last.pt, or start a new run."
+            ) from None
     return saved["step"], saved["metrics"]
 
 
+def _check_optimizer(optimizer, new, step):
+    """Raise ValueError unless AdamW can go on with what it loaded; PyTorch would find out at the next step.
+
+    new: its state before.
+    """
+    for group, before in zip(optimizer.param_groups, new["param_groups"], strict=True):
+        for name, value in before.items():
+            kind = (int, float) if type(value) in (int, float) else type(value)
+            if name != "params" and not isinstance(group.get(name), kind):
+                raise ValueError(f"{name} is {group.get(name)!r}")
+    if step and not optimizer.state:
+        raise ValueError("it has no state")
+    for parameter, state in optimizer.state.items():
+        shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+        if {name: getattr(value, "shape", None) for name, value in state.items()} != shapes:
+            raise ValueError("its state has other shapes than the weights")
+
+
+def one_line(error: Exception) -> str:
+    """An exception as a part of a sentence."""
+    words = " ".join(str(error).split()).rstrip(".")
+    return words if isinstance(error, UserError) else f"{type(error).__name__}: {words[:200]}"
+
+
 def _drop_records_after(step, log):
-    """Remove the records of later steps, and a half-written last line, from a log.jsonl."""
+    """Remove the records of later steps, and lines that are none, such as a half-written last one, from a log.jsonl."""
     if log.exists():
         part = log.with_name(f".{log.name}.{os.getpid()}")
-        with part.open("w") as f:
-            for line in log.read_text().splitlines():
-                with contextlib.suppress(ValueError):
+        with part.open("wb") as f:
+            for line in log.read_bytes().split(b"\n"):
+                with contextlib.suppress(ValueError, AttributeError, TypeError, RecursionError):
                     if json.loads(line).get("step", 0) <= step:
-                        f.write(line + "\n")
+                        f.write(line + b"\n")
         part.replace(log)
-
-
-def _new_run_path(root):
-    """root/<time>, with a number appended where two runs start in the same second."""
-    stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
-    names = [stamp] + [f"{stamp}_{i}" for i in range(2, 100)]
-    return next(root / name for name in names if not (root / name).exists())
 
 
 # Flags that may differ when a run resumes: they change where it runs and what it shows, not what it computes.
 FREE_FLAGS = {
     "config",
+    "data_root",
     "out",
     "resume",
     "stop_at",
@@ -187,7 +303,7 @@ FREE_FLAGS = {
 
 
 def _check_same_settings(old, new, path):
-    """Refuse to resume a run under other settings."""
+    """Refuse to resume a run under other settings, or on other data."""
     for was, now in (
         ({**old["args"], "steps": old["steps"]}, {**new["args"], "steps": new["steps"]}),
         (dict(_flatten(old["recipe"])), dict(_flatten(new["recipe"]))),
@@ -201,6 +317,10 @@ def _check_same_settings(old, new, path):
                     f"{path} was started with {flag} {was[name]}, not {now[name]}; resume it with only "
                     f"--resume {path}, or start a new run."
                 )
+    if old.get("data") != new["data"]:
+        raise UserError(
+            f"{path} was trained on other frames than {new['args']['data_root']} has; give its dataset as --data-root."
+        )
 
 
 def _flatten(settings, prefix=""):
@@ -212,10 +332,26 @@ def _flatten(settings, prefix=""):
             yield prefix + name, value
 
 
-def run_config(args, steps: int) -> dict:
-    """What config.json holds: a script's flags, their recipe, and the steps of the schedule."""
+def run_config(args, steps: int, contents: str = "", saved: dict | None = None) -> dict:
+    """What config.json holds: a script's flags, their recipe, the steps of the schedule, and which data it is.
+
+    contents: of the training set. saved: the checkpoint that the run resumes from. The checkpoints that --init and
+    --pretrained mean are named by their absolute path, since a folder of runs soon means another one.
+    """
     flags = to_dict(args)
-    return {"args": flags, "recipe": flags.pop("recipe"), "steps": steps}
+    for name in SOURCES & flags.keys():
+        known = saved["config"]["args"].get(name, []) if saved else []
+        flags[name] = [_source(Path(path), known) for path in flags[name]]
+    return {"args": flags, "recipe": flags.pop("recipe"), "steps": steps, "data": contents}
+
+
+SOURCES = {"init", "pretrained"}
+
+
+def _source(path, known):
+    """The checkpoint that `path` means: the one of `known` that it meant before, if there is one."""
+    inside = [file for file in known if Path(str(file)).is_relative_to(path.resolve())]
+    return inside[0] if inside else str(find_checkpoint(path).resolve())
 
 
 class Progress:
@@ -247,8 +383,24 @@ class Progress:
         values = mean_over_processes(values)
         # fp16 skips a step whose gradient overflows, and lowers its scale
         if not math.isfinite(values["loss"] + (0 if scaler.is_enabled() else values["grad_norm"])):
-            raise UserError(f"the loss is not finite at step {step}: lower --lr or use --precision fp32.")
+            raise _diverged(step)
         return values
+
+    @contextlib.contextmanager
+    def explains_divergence(self, net: torch.nn.Module, step: int):
+        """Inside, errors that come from weights that are not finite end the run with the sentence of `finite`.
+
+        After a loss that is not finite nor are the weights, with which a model may raise anything before the next
+        report. Weights are read only then: a step that raises nothing does not wait for the device.
+        """
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception:
+            if all(p.isfinite().all() for p in net.parameters()):
+                raise
+            raise _diverged(step) from None
 
     def report(self, step: int, values: dict[str, float], lr: float, rays_per_sample: int = 0):
         """Log the values of `step` and print them, with the speed since the last report."""
@@ -260,6 +412,10 @@ class Progress:
         left = timedelta(seconds=round((self.last - step) * self.batch_size / speed))
         line = f"step {step}/{self.steps}  {format_metrics(values)}  {format_metrics(rates)}  {left} left"
         self.world.print0(line)
+
+
+def _diverged(step):
+    return UserError(f"the loss is not finite at step {step}: lower --lr or use --precision fp32.")
 
 
 def commit() -> str | None:
@@ -281,4 +437,7 @@ def memory_mb(device: torch.device) -> dict[str, float]:
     """Peak memory so far, of the GPU or of this process."""
     if device.type == "cuda":
         return {"gpu_mem_mb": torch.cuda.max_memory_allocated(device) / 2**20}
-    return {"mem_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10}
+    if resource is None:
+        return {}
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes
+    return {"mem_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20}

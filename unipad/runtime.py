@@ -1,11 +1,9 @@
-"""Where a program runs: its device, its processes, its random numbers, and how it ends."""
+"""Where a program runs: its device, its processes, its random numbers, and when it stops."""
 
 import contextlib
 import os
-import signal
-import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import numpy as np
@@ -13,22 +11,7 @@ import torch
 import torch.distributed as dist
 
 from unipad.errors import UserError
-
-
-@contextlib.contextmanager
-def exit_on_user_error():
-    """Print a `UserError` as one line and exit with code 2; running out of GPU memory is one too."""
-    try:
-        yield
-    except UserError as error:
-        sys.exit(_refuse(str(error)))
-    except torch.OutOfMemoryError:
-        sys.exit(_refuse("the GPU is out of memory: lower --batch-size, or use --precision bf16."))
-
-
-def _refuse(sentence):
-    print(f"error: {sentence}", file=sys.stderr)
-    return 2
+from unipad.exit import Stopped, handle_signals
 
 
 @dataclass(frozen=True)
@@ -38,6 +21,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # closed however the program ends
 
     @property
     def is_main(self) -> bool:
@@ -51,12 +35,17 @@ class World:
 
     @contextlib.contextmanager
     def main_first(self):
-        """The main process runs the block before the others do."""
-        if self.size > 1 and not self.is_main:
-            dist.barrier()
-        yield
-        if self.size > 1 and self.is_main:
-            dist.barrier()
+        """The main process runs the block before the others do. Where it raises a `UserError` there, so do they."""
+        if not self.is_main:
+            on_main(None, self)
+        try:
+            yield
+        except UserError as error:
+            if self.is_main and self.size > 1:
+                _broadcast(error, self)
+            raise
+        if self.is_main and self.size > 1:
+            _broadcast(None, self)
 
     def workers(self, asked: int | None) -> int:
         """Data loading processes per process: what was asked for, or 4 with a GPU and 1 without."""
@@ -115,8 +104,10 @@ def start(device: str, deterministic: bool) -> Iterator[World]:
         # The others may wait for hours for the main one: an index, objects to paste, the devkit's metrics.
         dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu, timeout=timedelta(hours=12))
         _GROUPS.append(dist.group.WORLD)
+    world = World(rank, size, device)
     try:
-        yield World(rank, size, device)
+        with world.closing:
+            yield world
     finally:
         if size > 1:
             dist.destroy_process_group()
@@ -161,11 +152,29 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def from_main(value, world: World):
-    """The main process's `value` in every process, sent pickled. Collective: all processes must call it."""
+def on_main(make: Callable | None, world: World):
+    """What `make()` returns in the main process, in every process, sent pickled; a `UserError` is raised in every one.
+
+    Collective: all processes must call it.
+    """
+    if world.size == 1:
+        return make()
+    value = None
+    if world.is_main:
+        try:
+            value = make()
+        except UserError as error:
+            value = error
+    value = _broadcast(value, world)
+    if isinstance(value, UserError):
+        raise value
+    return value
+
+
+def _broadcast(value, world):
+    """The main process's `value` in every process. Collective."""
     values = [value]
-    if world.size > 1:
-        dist.broadcast_object_list(values, device=world.device)
+    dist.broadcast_object_list(values, device=world.device)
     return values[0]
 
 
@@ -194,20 +203,44 @@ def local_gradients(model, more: bool):
 
 
 class StopOnSignal:
-    """Ctrl-C and SIGTERM let the current step finish, so that it can be saved; a second one stops at once."""
+    """A signal (`exit.SIGNALS`, or a closed pipe) lets the current step finish, so that it can be saved first."""
 
-    def __init__(self):
-        self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
+    def __init__(self, world: World):
+        self.world, self.number, self.later = world, 0, True
+        handle_signals(self._note)
 
     def _note(self, number, _):
-        if self.signal:
-            raise KeyboardInterrupt
-        self.signal = number
+        """A later signal changes nothing: Slurm and torchrun send several, and users press Ctrl-C twice."""
+        self.number = self.number or int(number)
+        self._end_unless_later()
 
-    def asked(self, world: World) -> bool:
-        """True in all processes once one of them was signaled. Collective."""
-        if world.size == 1:
-            return self.signal > 0
-        return all_reduce_sum(torch.tensor(float(self.signal), device=world.device)).item() > 0
+    def _end_unless_later(self):
+        if self.number and not self.later:
+            self.later = True  # nothing interrupts the cleaning up
+            raise Stopped(self.number)
+
+    @contextlib.contextmanager
+    def at_once(self):
+        """In this context there is nothing to save: a signal ends it. Processes with others stop together, later."""
+        self.later = self.world.size > 1
+        self._end_unless_later()
+        try:
+            yield
+        finally:
+            self.later = True
+
+    def asked(self, host_waits: bool) -> bool:
+        """True in all processes once one of them was signaled. Collective.
+
+        host_waits: whether the host waits for the GPU in this step anyway; with several processes it would have to.
+        """
+        if self.world.size > 1 and (host_waits or self.world.device.type == "cpu"):
+            number = torch.tensor(self.number, device=self.world.device)
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+            self.number = int(number)
+            return self.number > 0
+        return self.world.size == 1 and self.number > 0
+
+    def end(self, sentence: str):
+        """End the program, with the exit code of the signal."""
+        raise Stopped(self.number, sentence)

@@ -43,12 +43,15 @@ LAUNCHES = [
     launch("_sdf_render_bwd_rgb_kernel", EXACT | SMALL_ALONG, HOPPER, 255, 8192, 160, "HMMA", 2),
     launch("_sdf_render_bwd_rgb_kernel", WIDE | HALF_ALONG, HOPPER, 255, 53248, 560, "HGMMA"),
     launch("_sdf_render_bwd_rgb_kernel", RGB | ALONG | IEEE, AMD),
+    launch("_sdf_render_bwd_rgb_kernel", NO_RGB | ALONG | IEEE, AMD),
     launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | ADD, NVIDIA, 255, 61440, 600, "HGMMA"),
     launch("_sdf_render_bwd_sdf_kernel", NO_RGB | TILE | ADD, NVIDIA, 255, 61440, 240, "HGMMA"),
     launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | dict(SCATTER=False), HOPPER, 255, 61440, 440, "HGMMA"),
     launch("_sdf_render_bwd_sdf_kernel", EXACT | SMALL_TILE | ADD, HOPPER, 255, 8192, 400, "HMMA", 2),
     launch("_sdf_render_bwd_sdf_kernel", WIDE | HALF_TILE | ADD, HOPPER, 255, 49152, 600, "HGMMA"),
     launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | ADD | IEEE, AMD),
+    launch("_sdf_render_bwd_sdf_kernel", NO_RGB | TILE | ADD | IEEE, AMD),
+    launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | dict(SCATTER=False) | IEEE, AMD),
 ]
 
 

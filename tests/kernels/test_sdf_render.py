@@ -26,6 +26,7 @@ CELLS_PER_UNIT, CELL_OFFSET = torch.tensor([[4.0, 4.0, 8.0], [4.0, 4.0, 2.0]], d
 
 AMPERE, HOPPER, AMD = ("sm_80",), ("sm_90",), ("gfx942",)
 NVIDIA = AMPERE + HOPPER
+OTHERS = ("sm_86", "sm_89", "sm_100", "sm_120")  # rows of HOPPER compile for these too, without budgets
 TILE, ALONG = dict(BLOCK_M=64), dict(BLOCK_R=2, BLOCK_S=32)
 FIELD = dict(C=32, H=16, PREC="tf32")  # of every preset
 RGB = FIELD | dict(NEUS=True, SDF_LAYERS=6, RGB_LAYERS=4)
@@ -39,6 +40,7 @@ SMALL_TILE, SMALL_ALONG = dict(BLOCK_M=16), dict(BLOCK_R=1, BLOCK_S=16)
 
 def launch(kernel, constexprs, targets, registers=255, shared=0, stack=0, mma="", warps=4):
     budgets = [target for target in targets if target in NVIDIA]
+    targets = targets + OTHERS if HOPPER[0] in targets else targets
     # every preset renders 96 samples per ray; the 72 of its search are no multiple of 16
     divisible = ("CHANNELS",) if kernel == "_sdf_values_kernel" else ("S", "CHANNELS")
     return Launch(
@@ -60,7 +62,10 @@ LAUNCHES = [
     launch("_sdf_render_fwd_kernel", NO_RGB | ALONG | TRAIN, NVIDIA, 255, 20480, 0, "HGMMA"),
     launch("_sdf_render_fwd_kernel", EXACT | SMALL_ALONG | TRAIN, HOPPER, 255, 8192, 0, "HMMA", 2),
     launch("_sdf_render_fwd_kernel", WIDE | HALF_ALONG | TRAIN, HOPPER, 255, 32768, 800, "HMMA"),
+    launch("_sdf_values_kernel", FIELD | TILE | dict(LAYERS=6) | IEEE, AMD),
+    launch("_sdf_values_kernel", FIELD | SMALL_TILE | dict(LAYERS=6, PREC="tf32x3"), HOPPER, 128, 6144, 0, "HMMA", 2),
     launch("_sdf_render_fwd_kernel", RGB | ALONG | TRAIN | IEEE, AMD),
+    launch("_sdf_render_fwd_kernel", NO_RGB | ALONG | TRAIN | IEEE, AMD),
 ]
 GRADIENTS = ["volume", "sdf_mlp", "rgb_mlp", "density_param"]
 # Largest error under tf32, the default, of outputs and of gradients, as a fraction of the largest true entry. Operands

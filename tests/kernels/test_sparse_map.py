@@ -1,3 +1,4 @@
+from contextlib import nullcontext
 from itertools import product
 from math import prod
 
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from tests.ahead_of_time import Launch
 from tests.check import check_against_ref, launches
 from tests.kernels.test_voxel_keys import FULL, SETS, SOME, random_voxels
+from unipad.kernels.backend import references
 from unipad.kernels.sparse_map import (
     BLOCK,
     BLOCK_PAIRS,
@@ -266,11 +268,17 @@ def test_order_of_the_inputs_does_not_matter(plain, device):
     assert torch.equal(out_coords, same_coords) and torch.equal(one.long(), unpermuted(other))
 
 
-def test_grid_smaller_than_the_kernel_has_no_output(device):
+@pytest.mark.parametrize("path", [nullcontext, references])
+def test_a_convolution_without_output_is_refused(path, device):
+    """In the first case the grid is smaller than the kernel along z; a transposed one may crop all that it makes."""
     coords = random_voxels(1, (2, 5, 5), 9, device)
-    for fn in (strided_map, strided_map_ref):
-        out_coords, neighbor_idx = fn(coords, (2, 5, 5), (3, 3, 3), ONE, (0, 0, 0), ONE)
-        assert out_coords.shape == (0, 4) and neighbor_idx.shape == (27, 0)
+    for fn, kernel, stride, padding, message in [
+        (strided_map, (3, 3, 3), ONE, (0, 0, 0), "kernel 3, .* has no output along z, where the grid has 2 cells"),
+        (transposed_map, (2, 2, 1), ONE, (0, 0, 3), "kernel 1, .* has no output along x, where the grid has 5 cells"),
+        (strided_map, (3, 3, 3), (2, 0, 2), ONE, "no convolution along y has kernel 3, stride 0"),
+    ]:
+        with pytest.raises(ValueError, match=message), path():
+            fn(coords, (2, 5, 5), kernel, stride, padding, ONE)
 
 
 def test_compiles_without_graph_breaks(device):

@@ -143,6 +143,15 @@ def test_gradcheck(fn, device):
     )
 
 
+@pytest.mark.parametrize("fn", [trilinear_ref, trilinear_value_ref])
+def test_points_of_a_diverged_model_do_not_raise(fn):
+    """On a CPU they would before the training loop can say that the loss is not finite."""
+    points = torch.tensor([[[torch.nan] * 3, [torch.inf, 0, 0], [1.0, 1, 1]]])
+    value = fn(torch.ones(1, 3, 3, 3, 2), points, torch.zeros(1, dtype=torch.int32))
+    value = value[0] if isinstance(value, tuple) else value
+    assert value[0].isnan().all(dim=1).tolist() == [True, True, False]
+
+
 def test_strict_determinism_runs_the_reference(device):
     inputs = make_inputs(1, 2, 3, 4, 5, 2, 3, device)
     torch.use_deterministic_algorithms(True)

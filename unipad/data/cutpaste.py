@@ -21,13 +21,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from unipad.boxes import box_corners, footprint, points_in_boxes
 from unipad.config import Paste
 from unipad.data.dataset import BadFrame, DataError, DrivingDataset, Sample
-from unipad.data.loader import init_worker
+from unipad.data.loader import load_items
 from unipad.data.tables import cache_paths, read_arrays
 from unipad.kernels.rotated_iou import rotated_iou_bev
 
@@ -185,13 +185,7 @@ def _cut_out(dataset, paste, paths, workers):
 
 def _write(dataset, paste, path, workers):
     """Write both files, renaming each when complete, the large one first: where the small one exists, both are."""
-    frames = DataLoader(
-        _Frames(dataset, paste.min_points),
-        batch_size=None,
-        num_workers=workers,
-        worker_init_fn=init_worker,
-        generator=torch.Generator(),  # or the loader would draw from the global one
-    )
+    frames = load_items(_Frames(dataset, paste.min_points), range(len(dataset)), workers)
     title = f"cutting objects out of {dataset.version} {dataset.split}"
     boxes, labels, points, pictures = [], [], [], []
     file = path.with_suffix(".bin")

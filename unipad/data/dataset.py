@@ -102,7 +102,7 @@ class DrivingDataset(torch.utils.data.Dataset):
         """
         frame_count:    frames of the split.
         root, version:  --data-root, --version.
-        split:          one of the values of `splits(version)`.
+        split:          one of the values of `splits(root, version)`.
         data:           what `load` must read: images or none, their size, how many LiDAR and camera sweeps. A dataset
                         that cannot raises `DataError`.
         label_fraction: 1/k keeps every k-th frame.
@@ -122,7 +122,7 @@ class DrivingDataset(torch.utils.data.Dataset):
     # To define in a subclass
 
     @classmethod
-    def splits(cls, version: str) -> dict[str, str]:
+    def splits(cls, root: str | Path, version: str) -> dict[str, str]:
         """Names of a version's splits by purpose: {"train": ..., "val": ...} or {"test": ...}. Raises `DataError` for
         a version that does not exist."""
         raise NotImplementedError
@@ -154,6 +154,10 @@ class DrivingDataset(torch.utils.data.Dataset):
         """A string that changes with the dataset: caches made from the dataset are then rebuilt."""
         return ""
 
+    def contents(self) -> str:
+        """A string that says which frames these are, wherever the files lie: a run resumes only on the same ones."""
+        return f"{len(self)} frames"
+
     def require_point_labels(self):
         """Raise `DataError` unless every frame has `point_labels`."""
         raise DataError(f"{self.root / self.version} has no labels of LiDAR points.")
@@ -161,9 +165,9 @@ class DrivingDataset(torch.utils.data.Dataset):
     # The same for every dataset
 
     @classmethod
-    def train_val_splits(cls, version: str) -> tuple[str, str]:
+    def train_val_splits(cls, root: str | Path, version: str) -> tuple[str, str]:
         """Names of the splits to train and to validate on. Raises `DataError` if the version has none."""
-        splits = cls.splits(version)
+        splits = cls.splits(root, version)
         if not {"train", "val"} <= splits.keys():
             raise DataError(f"--version {version} has no training split: it only has {' and '.join(splits)}.")
         return splits["train"], splits["val"]

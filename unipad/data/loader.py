@@ -6,11 +6,15 @@ micro-batch resumes exactly where another one stopped, two processes see what on
 end of an epoch.
 """
 
+import collections
 import itertools
 import math
+import os
+import re
 import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 
 import cv2
 import numpy as np
@@ -19,6 +23,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from unipad.batch import Batch
 from unipad.data.dataset import BadFrame, DataError, DrivingDataset, collate
+from unipad.errors import check_memory
+from unipad.exit import SIGNALS
 
 
 def step_batches(
@@ -43,16 +49,9 @@ def step_batches(
 
     Raises `DataError` when `TRIES` frames for one place cannot be read.
     """
-    loader = DataLoader(
-        MicroBatches(dataset, micro_batch, seed, rank, world, paste_until),
-        batch_size=None,  # an item is a whole batch already
-        sampler=itertools.count(start),
-        num_workers=workers,
-        worker_init_fn=init_worker,
-        pin_memory=pinned,
-        generator=torch.Generator(),  # or the loader would draw from the global one
-    )
-    for batch, bad_frames in loader:
+    _check_batch_size(dataset, micro_batch, workers)
+    items = MicroBatches(dataset, micro_batch, seed, rank, world, paste_until)
+    for batch, bad_frames in load_items(items, itertools.count(start), workers, pinned):
         if batch is None:
             raise _none_readable(bad_frames)
         yield batch, bad_frames
@@ -86,35 +85,95 @@ def all_batches(
     bad_frames: `path: reason` of each frame that could not be read. Nothing takes its place: the batch has fewer
         samples, and is None instead of empty.
     """
-    loader = DataLoader(
-        ReadableFrames(dataset),
-        batch_size=size,
-        sampler=range(rank, len(dataset), world),
-        collate_fn=_of_readable,
-        num_workers=workers,
-        worker_init_fn=init_worker,
-        pin_memory=pinned,
-        generator=torch.Generator(),
-    )
-    yield from loader
+    frames = range(rank, len(dataset), world)
+    _check_batch_size(dataset, min(size, len(frames)), workers)
+    parts = [frames[i : i + size] for i in range(0, len(frames), size)]
+    yield from load_items(ReadableFrames(dataset), parts, workers, pinned)
+
+
+def _check_batch_size(dataset, size, workers):
+    """Raises `UserError` for a batch so large that the system would kill the program."""
+    sample = _first_readable(dataset, range(len(dataset)), []) if size > 64 else None
+    if sample is not None:
+        of_sample = sum(4 * image.size for image in sample.images) + sample.points.nbytes
+        check_memory(of_sample * size * (1 + 2 * workers), f"loading with --batch-size, {size} samples per process,")
 
 
 class ReadableFrames(Dataset):
-    """Item i is the sample of frame i, or `path: reason` where it cannot be read."""
+    """Item `frames` is the batch of those that can be read, None without any, and `path: reason` of each other one."""
 
     def __init__(self, dataset):
         self.dataset = dataset
 
-    def __getitem__(self, i):
+    def __getitem__(self, frames):
+        samples, bad_frames = [], []
+        for i in frames:
+            try:
+                samples.append(self.dataset[i])
+            except BadFrame as bad:
+                bad_frames.append(str(bad))
+        return _shared(collate(samples) if samples else None), bad_frames
+
+
+def load_items(items: Dataset, keys: Iterable, workers: int, pinned: bool = False) -> Iterator:
+    """Yield items[key] for each of `keys`, loaded by `workers` processes.
+
+    Where one of them dies, half as many go on from the item that is due, at last none, in this process: the system
+    kills processes to free memory, and each needs shared memory for its batches.
+    """
+    keys = iter(keys)
+    due = collections.deque()  # keys whose items have not been yielded
+
+    def upcoming():
+        yield from list(due)
+        for key in keys:
+            due.append(key)
+            yield key
+
+    while True:
+        loaded = iter(
+            DataLoader(
+                items,
+                batch_size=None,  # an item is a whole batch already
+                sampler=upcoming(),
+                num_workers=workers,
+                worker_init_fn=init_worker,
+                pin_memory=pinned,
+                generator=torch.Generator(),  # or the loader would draw from the global one
+            )
+        )
+        if workers and hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+            # PyTorch's handler would raise wherever this process is when a worker dies, in the middle of a step too
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
-            return self.dataset[i]
-        except BadFrame as bad:
-            return str(bad)
+            for item in loaded:
+                due.popleft()
+                yield item
+            return
+        except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
+            # exceptions of the dataset begin with "Caught"; a connection ends with the worker at its other end
+            died = not isinstance(error, RuntimeError) or re.match(r"DataLoader worker \(pid|Pin memory", str(error))
+            if not workers or not re.search(SHARED, str(error)) and (not died or str(error).startswith("Caught")):
+                raise
+            reason = f"{workers} data loading processes need more shared memory (/dev/shm; docker run --shm-size)"
+            if not re.search(SHARED, str(error)):
+                reason = f"one of {workers} data loading processes died, as when memory is short"
+        del loaded  # ends the others
+        workers //= 2
+        print(f"{reason}: going on with --workers {workers}", file=sys.stderr)
 
 
-def _of_readable(items):
-    samples = [item for item in items if not isinstance(item, str)]
-    return collate(samples) if samples else None, [item for item in items if isinstance(item, str)]
+# What PyTorch says where it finds no shared memory, or too few files to share it by
+SHARED = "shared memory|ancdata|Too many open files"
+
+
+def _shared(batch):
+    """The batch, in a worker in shared memory. PyTorch puts it there in a thread, whose exceptions nobody would get."""
+    if torch.utils.data.get_worker_info() is not None and batch is not None:
+        for tensor in vars(batch).values():
+            if torch.is_tensor(tensor):
+                tensor.share_memory_()
+    return batch
 
 
 class MicroBatches(Dataset):
@@ -135,7 +194,7 @@ class MicroBatches(Dataset):
             if sample is None:
                 return None, bad_frames[unreadable:]
             samples.append(sample)
-        return collate(samples), bad_frames
+        return _shared(collate(samples)), bad_frames
 
     def _candidates(self, frame, position):
         """`frame`, then all others in random order: if always the next one took the place of a bad frame, the one after
@@ -173,9 +232,23 @@ def _none_readable(bad_frames):
 
 
 def init_worker(_):
-    """Run first in each worker process of a DataLoader."""
+    """Run first in each worker process of a DataLoader.
+
+    A signal may be meant for all processes of the terminal or job: the main one decides, and ends its workers.
+    """
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-    # Ctrl-C reaches every process of the terminal; the main one decides what to do and terminates its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how the main process terminates it
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # on Linux, where one can see who sent it
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    else:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _end_with(parent):
+    """End this process on SIGTERM of its parent; others' are meant for all processes of the job."""
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        pass
+    os._exit(0)

@@ -14,6 +14,7 @@ Unlike in the original: the nearest sweeps are taken (in the original, 9 of the 
 a scene a keyframe has no LiDAR sweeps (the original repeats the keyframe, as is done here for camera sweeps).
 """
 
+import hashlib
 import io
 import os
 import sys
@@ -26,10 +27,10 @@ from PIL import Image
 
 from unipad.config import Augment, Data
 from unipad.data.dataset import BadFrame, DataError, DrivingDataset, Sample
+from unipad.data.splits import splits_of
 from unipad.data.synthetic import ensure_city
 from unipad.data.tables import (
     REACH,
-    SPLITS,
     find_root,
     load_camera_sweeps,
     load_index,
@@ -73,13 +74,9 @@ class NuScenesDataset(DrivingDataset):
             _report(f"{root / version} {split}: {len(rows)} boxes of sample_annotation.json are left out: {named}")
 
     @classmethod
-    def splits(cls, version):
-        """By the version's last word: v1.0-trainval has train and val, v1.0-mini mini_train and mini_val."""
-        known = SPLITS.get(version.rpartition("-")[2])
-        if known is None:
-            versions = ", ".join(f"v1.0-{suffix}" for suffix in SPLITS)
-            raise DataError(f"--version {version} is not known; use {versions}.")
-        return known
+    def splits(cls, root, version):
+        """nuScenes' by the version's last word, such as mini_train and mini_val of v1.0-mini; those of splits.json."""
+        return splits_of(find_root(root, version), version)
 
     @classmethod
     def default_root(cls, data):
@@ -104,6 +101,10 @@ class NuScenesDataset(DrivingDataset):
 
     def fingerprint(self):
         return tables_state(self.root, self.version)
+
+    def contents(self):
+        exact = [array for array in vars(self.index).values() if array.dtype.kind in "iuS"]  # floats may be rounded
+        return hashlib.sha256(b"".join(array.tobytes() for array in exact)).hexdigest()[:16]
 
     def require_point_labels(self):
         if not all(self.index.lidarseg_files):

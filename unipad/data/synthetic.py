@@ -13,7 +13,7 @@ the token of its sample_data.
 import json
 import os
 import shutil
-import sys
+import signal
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import md5
@@ -34,6 +34,7 @@ from unipad.data.city.solids import CATEGORIES, CATEGORY
 from unipad.data.city.streets import PITCH, STREETS, City
 from unipad.data.city.traffic import KINDS, SIGHT, Scene
 from unipad.errors import UserError
+from unipad.exit import exit_on_user_error, has_ended
 
 VERSION = "v1.0-mini"
 TRAIN = (
@@ -120,6 +121,10 @@ def generate(
     )
     _check(args)
     root = args.out.resolve()
+    for folder in root.parent.glob(f".{root.name}.*-*"):  # of killed processes
+        state, _, process = folder.name.removeprefix(f".{root.name}.").partition("-")
+        if state in ("partial", "old") and process.isdigit() and has_ended(int(process)):
+            shutil.rmtree(folder, ignore_errors=True)
     partial, old = (root.with_name(f".{root.name}.{state}-{os.getpid()}") for state in ("partial", "old"))
     try:
         _write(args, partial, progress)
@@ -192,7 +197,8 @@ def _write(args, root, progress):
         if workers == 1:
             counts = [_render(task, bar.update) for task in tasks]
         else:
-            with get_context("spawn").Pool(workers) as pool:
+            # Ctrl-C reaches every process of the terminal; this one ends the others
+            with get_context("spawn").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
                 counts = []
                 for count in pool.imap(_render, tasks):
                     counts.append(count)
@@ -224,12 +230,13 @@ def _render(task, done=lambda: None):
             view, solids = rig.camera_view(scene, channel, args.image_size, stamp / 1e6), scene.solids(stamp / 1e6)
             image = photograph(scene, view, solids, *cast(view, solids), _shadows(scene).at(solids))
             path = root / _filename(name, channel, stamp, is_key)
-            cv2.imwrite(str(path), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
+            _, jpeg = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
+            path.write_bytes(jpeg)  # which says where the disk is full; OpenCV's and NumPy's writers do not
     for stamp, is_key in _stamps(rig.LIDAR, args, k):
         rng = np.random.default_rng([args.seed, 5, SCENES.index(name), stamp])
         scan = rig.scan(scene, stamp / 1e6, args.columns, rng)
-        scan.points.tofile(root / _filename(name, rig.LIDAR, stamp, is_key))
-    scan.category.tofile(root / _lidarseg(args, name, stamp))
+        (root / _filename(name, rig.LIDAR, stamp, is_key)).write_bytes(scan.points.tobytes())
+    (root / _lidarseg(args, name, stamp)).write_bytes(scan.category.tobytes())
     done()
     return rig.census(scene, stamp / 1e6, args.columns, scan)
 
@@ -434,18 +441,16 @@ def _draw_map(args, root):
     category, _, _ = City.of(args.seed).ground(x.ravel(), y.ravel())
     open_to = np.isin(category, [CATEGORY["flat.driveable_surface"], CATEGORY["flat.sidewalk"]]).reshape(count, count)
     image = (open_to * np.uint8(255)).repeat(MAP_COARSE, axis=0).repeat(MAP_COARSE, axis=1)
-    cv2.imwrite(str(root / f"maps/{_token(args, 'map')}.png"), image)
+    _, png = cv2.imencode(".png", image)
+    (root / f"maps/{_token(args, 'map')}.png").write_bytes(png)
 
 
 def main():
     args = tyro.cli(Args)
-    try:
-        generate(**vars(args))
-    except SettingError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    generate(**vars(args))
     print(f"synthetic city in {args.out}")
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()

@@ -18,6 +18,7 @@ from unipad.batch import CAMERAS
 from unipad.boxes import boxes_from_global
 from unipad.data.dataset import DataError
 from unipad.data.schema import box_fault, fault, open_tables, read_table
+from unipad.data.splits import SPLITS, check_scenes, own_splits, splits_of
 
 CLASSES = (
     "car",
@@ -51,13 +52,6 @@ LIDARSEG_CLASSES = (
     "manmade",
     "vegetation",
 )
-
-# By the version's suffix
-SPLITS = {
-    "trainval": {"train": "train", "val": "val"},
-    "test": {"test": "test"},
-    "mini": {"train": "mini_train", "val": "mini_val"},
-}
 
 # All, since the devkit opens all of them
 TABLES = (
@@ -179,13 +173,12 @@ def load_camera_sweeps(root: Path, version: str, split: str) -> CameraSweeps:
 
 
 def _load(kind, build, root, version, split, ending=""):
-    splits = tuple(SPLITS.get(version.rpartition("-")[2], {}).values())
+    splits = tuple(splits_of(root, version).values())
     if split not in splits:
-        has = f"it has {' and '.join(splits)}" if splits else "its name must end in -mini, -trainval or -test"
         owner = next(
             (f"; {split} belongs to --version v1.0-{v}" for v, names in SPLITS.items() if split in names.values()), ""
         )
-        raise DataError(f"--version {version} has no split {split}: {has}{owner}.")
+        raise DataError(f"--version {version} has no split {split}: it has {' and '.join(splits)}{owner}.")
     state = f"format {FORMAT} {tables_state(root, version)}"
     for path in cache_paths(root, f"{version}-{split}{ending}.npz"):
         index = _read_index(kind, path, state)
@@ -256,7 +249,9 @@ def _build(build, root, version, splits, verbose):
 
     try:
         nusc = open_tables(root, version, verbose)
-        scenes = create_splits_scenes()
+        own = own_splits(root, version)
+        check_scenes(root / version / "splits.json", own, {scene["name"] for scene in nusc.scene})
+        scenes = create_splits_scenes() | own
         return {split: build(nusc, split, set(scenes[split]), verbose) for split in splits}
     except DataError:
         raise

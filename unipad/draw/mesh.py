@@ -1,13 +1,14 @@
 """The surface of a pre-trained model as a mesh: where its signed distance is zero."""
 
 import importlib.util
+import math
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from unipad.config import Grid
-from unipad.errors import UserError
+from unipad.errors import UserError, check_memory
 from unipad.model.pretrain import Pretrain
 
 CHUNK = 2**18  # points per evaluation of the SDF, or one x slice if it has more
@@ -18,6 +19,8 @@ def check_mesh(grid: Grid, cell: float):
     most = min(h - l for l, h in zip(grid.low, grid.high, strict=True)) / 2
     if cell > most:
         raise UserError(f"--mesh-cell {cell} is too coarse for a volume {2 * most} meters high; use at most {most}.")
+    points = math.prod((h - l) / cell for l, h in zip(grid.low, grid.high, strict=True))
+    check_memory(12 * points, f"a mesh with --mesh-cell {cell}")  # the distances, and marching cubes on them
     if importlib.util.find_spec("skimage") is None:
         raise UserError("--mesh needs scikit-image: pip install -e '.[mesh]'.")
 

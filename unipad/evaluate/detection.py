@@ -8,7 +8,7 @@ from unipad.data.nuscenes import NuScenesDataset
 from unipad.evaluate.frames import predict_all
 from unipad.evaluate.submission import headline, score_submission, write_submission
 from unipad.model.detect import Detections, Detector
-from unipad.runtime import World, from_main
+from unipad.runtime import World, on_main
 
 
 def evaluate_detections(
@@ -29,11 +29,12 @@ def evaluate_detections(
     cannot be read counts as one without detections.
     """
     detections = detect_all(model, dataset, world, detect, size, workers)
-    metrics = None
-    if world.is_main:
+
+    def score():
         file = submit(detections, model.recipe, dataset, folder)
-        metrics = headline(score_submission(file, dataset.root, dataset.version, dataset.split))
-    return from_main(metrics, world)
+        return headline(score_submission(file, dataset.root, dataset.version, dataset.split))
+
+    return on_main(score, world)
 
 
 def submit(detections: dict[str, Detections], recipe: Recipe, dataset: NuScenesDataset, folder: Path) -> Path:

@@ -11,7 +11,7 @@ from unipad.batch import Batch
 from unipad.data.dataset import DrivingDataset
 from unipad.data.loader import all_batches
 from unipad.errors import UserError
-from unipad.runtime import World, to_main
+from unipad.runtime import World, on_main, to_main
 
 
 @torch.no_grad()
@@ -48,12 +48,14 @@ def predict_all(
     for frame in unreadable:
         print(f"skipped {frame}", file=sys.stderr)
     parts = to_main((predictions, unreadable), world)
-    if parts is None:
-        return None
-    predictions = {token: one for part, _ in parts for token, one in part.items()}
-    if not predictions:
-        reasons = [frame for _, bad_frames in parts for frame in bad_frames]
-        raise UserError(
-            f"none of the {len(dataset)} frames can be read ({reasons[0]}); correct the files, or unpack them again."
-        )
-    return predictions
+
+    def check():
+        if not any(part for part, _ in parts):
+            reasons = [frame for _, bad_frames in parts for frame in bad_frames]
+            raise UserError(
+                f"none of the {len(dataset)} frames can be read ({reasons[0]}); correct the files, "
+                "or unpack them again."
+            )
+
+    on_main(check, world)
+    return {token: one for part, _ in parts for token, one in part.items()} if world.is_main else None

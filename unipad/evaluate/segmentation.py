@@ -20,8 +20,9 @@ from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.tables import LIDARSEG_CLASSES
 from unipad.errors import UserError
 from unipad.evaluate.frames import predict_all
+from unipad.evaluate.submission import devkit_errors
 from unipad.model.segment import Segmenter
-from unipad.runtime import World, from_main
+from unipad.runtime import World, on_main
 
 
 def evaluate_segmentation(
@@ -41,11 +42,12 @@ def evaluate_segmentation(
     Returns mIoU, mAcc, allAcc, the same in every process. A frame that cannot be read does not count.
     """
     predictions = segment_all(model, dataset, world, segment, size, workers)
-    metrics = None
-    if world.is_main:
+
+    def score():
         write_segmentation(predictions, dataset, folder)
-        metrics = headline(score_segmentation(folder, dataset, predictions))
-    return from_main(metrics, world)
+        return headline(score_segmentation(folder, dataset, predictions))
+
+    return on_main(score, world)
 
 
 def segment_all(
@@ -75,7 +77,7 @@ def write_segmentation(predictions: dict[str, torch.Tensor], dataset: NuScenesDa
     for part in (folder / "lidarseg" / dataset.split, folder / dataset.split):
         part.mkdir(parents=True, exist_ok=True)
     for token, classes in predictions.items():
-        classes.numpy().tofile(files[token])
+        files[token].write_bytes(classes.numpy().tobytes())
     uses = {"use_camera": False, "use_lidar": True, "use_radar": False, "use_map": False, "use_external": False}
     (folder / dataset.split / "submission.json").write_text(json.dumps({"meta": uses}, indent=2) + "\n")
 
@@ -88,7 +90,7 @@ def score_segmentation(folder: Path, dataset: NuScenesDataset, tokens: Iterable[
 
     Returns miou, freq_weighted_iou, macc and allacc in [0, 1], iou_per_class and acc_per_class: class -> value, NaN for
     a class that is neither true nor predicted anywhere. The accuracies come from the devkit's confusion matrix; classes
-    that do not occur do not count. Raises `UserError` for a missing or invalid file.
+    that do not occur do not count. Raises `UserError` for a missing or invalid file, and where the devkit fails.
     """
     os.environ.setdefault("MPLBACKEND", "Agg")  # the devkit imports pyplot, which looks for a display
     from nuscenes import NuScenes
@@ -100,15 +102,16 @@ def score_segmentation(folder: Path, dataset: NuScenesDataset, tokens: Iterable[
     for token, label_file in zip(index.tokens, index.lidarseg_files, strict=True):
         if token.decode() in tokens:
             check_classes(files[token.decode()], dataset.root / label_file.decode())
-    nusc = NuScenes(dataset.version, str(dataset.root), verbose=False)
-    mapper = LidarsegClassMapper(nusc)
-    names = {number: name for name, number in mapper.coarse_name_2_coarse_idx_mapping.items()}
-    confusions = ConfusionMatrix(len(names), mapper.ignore_class["index"])
-    evaluation = SimpleNamespace(
-        nusc=nusc, mapper=mapper, id2name=names, global_cm=confusions, verbose=False,
-        results_folder=str(folder), eval_set=dataset.split, sample_tokens=list(tokens),
-    )  # fmt: skip
-    summary = LidarSegEval.evaluate(evaluation)
+    with devkit_errors(dataset.root / dataset.version):
+        nusc = NuScenes(dataset.version, str(dataset.root), verbose=False)
+        mapper = LidarsegClassMapper(nusc)
+        names = {number: name for name, number in mapper.coarse_name_2_coarse_idx_mapping.items()}
+        confusions = ConfusionMatrix(len(names), mapper.ignore_class["index"])
+        evaluation = SimpleNamespace(
+            nusc=nusc, mapper=mapper, id2name=names, global_cm=confusions, verbose=False,
+            results_folder=str(folder), eval_set=dataset.split, sample_tokens=list(tokens),
+        )  # fmt: skip
+        summary = LidarSegEval.evaluate(evaluation)
     ious = {name: float(iou) for name, iou in summary["iou_per_class"].items() if name in LIDARSEG_CLASSES}
     counts = confusions.global_cm[1:, 1:]  # [16 true, 16 predicted]
     points, right = counts.sum(axis=1), counts.diagonal()

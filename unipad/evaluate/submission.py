@@ -7,6 +7,7 @@ without a size. Such boxes are dropped here, and a file without boxes gets mAP a
 import json
 import os
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from unipad.boxes import boxes_to_global
 from unipad.data.tables import CLASSES, Index
+from unipad.errors import UserError
 from unipad.model.detect import Detections
 
 MAX_BOXES = 500  # boxes per sample; nuScenes' rule
@@ -82,7 +84,8 @@ def _records(detections, token, lidar2global):
 def score_submission(file: Path, root: Path, version: str, split: str) -> dict:
     """The devkit's summary of the detection metrics (CVPR 2019); writes `metrics_summary.json` next to `file`.
 
-    root: from `tables.find_root`. Takes half a minute and several GB for the full set.
+    root: from `tables.find_root`. Takes half a minute and several GB for the full set. Raises `UserError` where the
+    devkit fails.
     """
     os.environ.setdefault("MPLBACKEND", "Agg")  # the devkit imports pyplot, which looks for a display
     from nuscenes import NuScenes
@@ -92,8 +95,8 @@ def score_submission(file: Path, root: Path, version: str, split: str) -> dict:
 
     config, written = config_factory("detection_cvpr_2019"), json.loads(file.read_text())
     if any(written["results"].values()):
-        nusc = NuScenes(version, str(root), verbose=False)
-        with tempfile.TemporaryDirectory() as plots:  # the devkit requires a folder for plots
+        with devkit_errors(root / version), tempfile.TemporaryDirectory() as plots:  # it requires a folder for plots
+            nusc = NuScenes(version, str(root), verbose=False)
             metrics, _ = DetectionEval(nusc, config, str(file), split, plots, verbose=False).evaluate()
     else:
         nothing = {"gt_boxes": EvalBoxes(), "pred_boxes": EvalBoxes()}
@@ -101,6 +104,16 @@ def score_submission(file: Path, root: Path, version: str, split: str) -> dict:
     summary = metrics.serialize() | {"meta": written["meta"]}
     (file.parent / "metrics_summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+@contextmanager
+def devkit_errors(tables: Path):
+    """Context in which the devkit scores; raises `UserError` where it fails, as on a split without boxes."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"the nuScenes devkit cannot score with {tables} ({reason}): check its tables.") from error
 
 
 def headline(summary: dict) -> dict[str, float]:

@@ -5,6 +5,9 @@ look across blocks (the strided ones have kernels as large as their strides), so
 residual stream, is zero in masked blocks: the mask multiplies the outputs of the stem, of every downsampling, of every
 residual branch and of the stages, nothing else.
 
+Padding is encoded as the original does, but passes no gradient back: before training its features are all 0, so
+LayerNorm multiplies gradients there by 1 / sqrt(1e-6) in every stage, to 1e9 times those of the image.
+
 Module and parameter names are the official ConvNeXt's and mmdet's, except that the FPN's `.conv.` is dropped.
 """
 
@@ -50,7 +53,8 @@ class CameraEncoder(nn.Module):
 
         Args:
             images:      [B, N, 3, H, W] RGB in [0, 1]; H and W multiples of 32.
-            image_sizes: [B, N, 2] height, width before padding; the padding is zero after normalization.
+            image_sizes: [B, N, 2] height, width before padding; the padding is zero after normalization, and cells
+                         that lie wholly in it pass no gradient back.
             mask:        [B * N, 1, H / 32, W / 32] bool, True = visible; None: all are.
             drop_noise:  [B * N, blocks] uniform in [0, 1): which blocks each image skips in training; None: none.
             generators:  one `torch.Generator` per sample, for the depth head's dropout in training; None: no dropout.
@@ -62,7 +66,7 @@ class CameraEncoder(nn.Module):
         B, N = images.shape[:2]
         x = self.normalize(images, image_sizes).flatten(0, 1).contiguous(memory_format=torch.channels_last)
         features, depths = [], []
-        for level in self.neck(self.backbone(x, mask, drop_noise)):
+        for level in self.neck(self.backbone(x, mask, drop_noise, image_sizes.flatten(0, 1))):
             feature = self.input_proj(level)
             logits = self.depth_net(feature, generators).permute(0, 2, 3, 1).contiguous()  # no copy in channels_last
             with torch.autocast(logits.device.type, enabled=False):  # autocast would make the probabilities fp32
@@ -121,24 +125,33 @@ class ConvNeXt(nn.Module):
         self.downsample_layers[:frozen_stages].requires_grad_(False)
         self.stages[:frozen_stages].requires_grad_(False)
 
-    def forward(self, images: Tensor, mask: Tensor | None = None, drop_noise: Tensor | None = None) -> list[Tensor]:
+    def forward(
+        self,
+        images: Tensor,
+        mask: Tensor | None = None,
+        drop_noise: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+    ) -> list[Tensor]:
         """List over `out_stages` of [M, width, H / stride, W / stride]; hidden cells are exactly zero.
 
         images: [M, 3, H, W]; mask: [M, 1, h, w] bool, True = visible, or None.
         drop_noise: [M, blocks] uniform in [0, 1), used in training only; None: no path is dropped.
+        image_sizes: [M, 2] height, width before padding, whose cells pass no gradient back; None: no padding.
         """
         x, outs = images, []
         block_noise = iter(drop_noise.unbind(1) if self.training and drop_noise is not None else ())
         for i, (down, stage) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
             x = down(x)
             visible = None if mask is None else F.interpolate(mask.to(x.dtype), size=x.shape[-2:])  # [M, 1, h, w]
-            x = _scaled(x, visible)
+            padded = None if image_sizes is None else _padded(image_sizes, images.shape[-1] // x.shape[-1], x)
+            x = _cut(_scaled(x, visible), padded)
             for block in stage:
                 scale = _branch_scale(next(block_noise, None), block.drop_path, visible)
                 if self.checkpointing and torch.is_grad_enabled():
                     x = checkpoint(block, x, scale, use_reentrant=False, preserve_rng_state=False)
                 else:
                     x = block(x, scale)
+                x = _cut(x, padded)
             if i in self.out_stages:
                 outs.append(_scaled(getattr(self, f"norm{i}")(x), visible))
         return outs
@@ -207,6 +220,29 @@ class FPN(nn.Module):
 
 def _scaled(x, scale):
     return x if scale is None else x * scale
+
+
+def _padded(image_sizes, stride, x):
+    """[M, 1, h, w] bool: which cells of x [M, C, h, w] lie wholly outside of the images; image_sizes: [M, 2] pixels."""
+    rows, cols = (torch.arange(size, device=x.device) * stride for size in x.shape[-2:])
+    height, width = image_sizes[:, None, :, None].unbind(2)  # [M, 1, 1]
+    return (rows >= height)[..., None] | (cols >= width)[..., None, :]
+
+
+def _cut(x, padded):
+    """x, with no gradient where `padded`."""
+    return x if padded is None else CutGradient.apply(x, padded)
+
+
+class CutGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cut):
+        ctx.save_for_backward(cut)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, d_out):
+        return d_out.masked_fill(*ctx.saved_tensors, 0), None
 
 
 def _branch_scale(noise, rate, visible):

@@ -12,6 +12,7 @@ from unipad.errors import UserError
 from unipad.model.camera import CameraEncoder
 from unipad.model.lidar import LidarEncoder
 from unipad.model.mask import MASK_BLOCK, draw_mask
+from unipad.model.norm import SyncedBatchNorm
 from unipad.model.sparse import NORM
 from unipad.model.unet import UnetEncoder
 from unipad.model.volume import ConvNormReLU3d, FrameFusion, view_transform, volume_convs
@@ -58,6 +59,9 @@ class Encoder(nn.Module):
             self.lidar = (UnetEncoder if unet else LidarEncoder)(recipe.lidar, recipe.grid)
             convs = 0 if unet else recipe.lidar.volume_convs
             self.lidar_convs = volume_convs(self.channels, convs, bias=False, **NORM)
+            for module in (*self.lidar.modules(), *self.lidar_convs.modules()):
+                if isinstance(module, SyncedBatchNorm):
+                    module.momentum = recipe.lidar.norm_momentum
         if len(encoders) > 1:
             self.fuse = ConvNormReLU3d(self.channels, self.channels)
 

@@ -39,8 +39,7 @@ class LidarEncoder(nn.Module):
         super().__init__()
         self.cfg, self.low = cfg, grid.low
         stride = 2 ** (len(cfg.widths) - 1)
-        extents = zip(grid.low, grid.high, cfg.cell, strict=True)
-        cells = tuple(round((high - low) / cell) for low, high, cell in extents)  # (X, Y, Z)
+        cells = config.cells_of_range(grid.low, grid.high, cfg.cell, "--lidar.cell")
         required = tuple(stride * size for size in grid.shape)
         if cells != required:
             raise UserError(

@@ -10,8 +10,10 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     Unlike `nn.SyncBatchNorm` it also runs on CPUs, and a process, or all of them, may have no row or a single one, as
     happens with sparse features: a lone row becomes the bias, and without rows the running statistics do not change.
-    In eval mode, and in a single process with more rows, it is the same as `nn.BatchNorm1d`, `2d` and `3d`.
-    Statistics and the result are computed in fp32 or better; the output has the dtype of x.
+    On a GPU, in eval mode and in a single process with more rows, it is the same as `nn.BatchNorm1d`, `2d` and `3d`.
+    On a CPU it is more accurate: PyTorch 2.13 adds up the rows of [N, C] and of channels-last tensors one by one in
+    fp32, which for 10^5 rows is off by 1e-5 of the largest entry.
+    Statistics and the result are computed in fp32 or better; the output has the dtype of x. Differentiable once.
     """
 
     def _check_input_dim(self, x):
@@ -19,48 +21,70 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
             raise ValueError(f"batch normalization takes [N, C, ...], not {tuple(x.shape)}")
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
         alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
-        if alone and x.numel() > x.shape[1]:
+        if x.is_cuda and (not self.training or (alone and x.numel() > x.shape[1])):
             return super().forward(x)
-        sum_over_processes = _identity if alone else SumOverProcesses.apply
+        self._check_input_dim(x)
         dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
-        dims = [d for d in range(x.dim()) if d != 1]
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        sums = sum_over_processes(torch.cat([x.sum(dims), x.new_full((1,), x[:, 0].numel())]))  # [C + 1]
-        count = sums[-1].detach()
-        mean = sums[:-1] / count.clamp(min=1)
-        # not mean(x^2) - mean(x)^2, which cancels where the mean is large
-        centered = x - mean.view(shape)
-        variance = sum_over_processes(centered.square().sum(dims)) / count.clamp(min=1)
+        if not self.training:
+            shape = _along_channels(x)
+            scale = self.weight * (self.running_var + self.eps).rsqrt()
+            out = torch.addcmul(self.bias.view(shape), x - self.running_mean.view(shape), scale.view(shape))
+            return out.to(dtype)
+        out, mean, variance, count = BatchNorm.apply(x, self.weight, self.bias, self.eps, not alone)
         with torch.no_grad():
             self.num_batches_tracked += 1
             momentum = self.momentum * (count > 0)
             self.running_mean.lerp_(mean, momentum)
             self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), momentum)
-        scale = self.weight * (variance + self.eps).rsqrt()
-        return torch.addcmul(self.bias.view(shape), centered, scale.view(shape)).to(dtype)
+        return out.to(dtype)
 
 
-class SumOverProcesses(torch.autograd.Function):
-    """Sum of a tensor over all processes. The gradient is summed too, since every process's loss depends on the sum.
-
-    `torch.distributed.nn.functional.all_reduce` does the same, and is deprecated in torch 2.13.
-    """
+class BatchNorm(torch.autograd.Function):
+    """(output, mean [C], biased variance [C], rows of all processes); the last three have no gradient."""
 
     @staticmethod
-    def forward(ctx, x):
-        x = x.clone()
+    def forward(ctx, x, weight, bias, eps, synced):
+        dims, shape = _rows(x), _along_channels(x)
+        sums = _over_processes(torch.cat([x.sum(dims), x.new_full((1,), x[:, 0].numel())]), synced)  # [C + 1]
+        count = sums[-1]
+        mean = sums[:-1] / count.clamp(min=1)
+        # not mean(x^2) - mean(x)^2, which cancels where the mean is large
+        centered = x - mean.view(shape)
+        variance = _over_processes(centered.square().sum(dims), synced) / count.clamp(min=1)
+        inv_std = (variance + eps).rsqrt()
+        ctx.synced = synced
+        ctx.save_for_backward(centered, weight, inv_std, count)
+        ctx.mark_non_differentiable(mean, variance, count)
+        out = torch.addcmul(bias.view(shape), centered, (weight * inv_std).view(shape))
+        return out, mean, variance, count
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_out, *_):
+        centered, weight, inv_std, count = ctx.saved_tensors
+        dims, shape = _rows(centered), _along_channels(centered)
+        # of this process's rows, as DistributedDataParallel expects
+        d_bias, d_weight = d_out.sum(dims), (d_out * centered).sum(dims) * inv_std
+        # of all rows, since every process's loss depends on the statistics
+        means = _over_processes(torch.stack([d_bias, d_weight * inv_std]), ctx.synced) / count.clamp(min=1)
+        mean, slope = means.view(2, *shape)
+        d_x = torch.addcmul(d_out - mean, centered, slope, value=-1).mul_((weight * inv_std).view(shape))
+        return d_x, d_weight, d_bias, None, None
+
+
+def _rows(x):
+    """The dimensions of x that are not the channels'."""
+    return [d for d in range(x.dim()) if d != 1]
+
+
+def _along_channels(x):
+    """The shape in which [C] broadcasts to x."""
+    return [1, -1] + [1] * (x.dim() - 2)
+
+
+def _over_processes(x, synced):
+    """The sum over all processes, in place; x itself in a single process."""
+    if synced:
         dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, d_sum):
-        d_sum = d_sum.clone()  # also makes it contiguous, as gloo requires
-        dist.all_reduce(d_sum)
-        return d_sum
-
-
-def _identity(x):
     return x

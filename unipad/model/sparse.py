@@ -76,7 +76,7 @@ class VoxelSet:
         return len(self.coords)
 
     def keys(self):
-        """[N] int64, the row of each voxel among all cells of the batch."""
+        """[N] int64, the linear index of each voxel's cell in the dense batch."""
         return self._cache.get("keys", self.coords.device, lambda: voxel_keys.voxel_keys(self.coords, self.shape))
 
     def submanifold(self, kernel: Triple, dilation: Triple) -> Table:
@@ -94,8 +94,8 @@ class VoxelSet:
     # Compiled code takes existing tables as inputs. It cannot build them, since their sizes depend on the data.
     @torch.compiler.disable
     def _make_table(self, kernel, dilation):
-        neighbor_idx = sparse_map.submanifold_map(self.coords, *self._in_order(), self.shape, kernel, dilation)
-        # an odd kernel is its own mirror image
+        neighbor_idx = sparse_map.submanifold_map(self.coords, *self._sorted_keys(), self.shape, kernel, dilation)
+        # the offsets of an odd kernel are symmetric: its inverse table is the table flipped along K
         odd = all(k % 2 for k in kernel)
         table = Table.of(neighbor_idx, None if odd else sparse_map.inverse_map(neighbor_idx, len(self)))
         self._cache.put((kernel, dilation), self.coords.device, table)
@@ -105,14 +105,14 @@ class VoxelSet:
     def _make_strided(self, geometry):
         shape = sparse_map.out_shape(self.shape, *geometry)
         coords, neighbor_idx = sparse_map.strided_map(
-            self.coords, self.shape, *geometry, self.batch_size, *self._in_order()
+            self.coords, self.shape, *geometry, self.batch_size, *self._sorted_keys()
         )
         reached = VoxelSet(coords, shape, self.batch_size, in_order=True, check=False)
         reached.source = (self, geometry[0], Table.of(neighbor_idx, sparse_map.inverse_map(neighbor_idx, len(self))))
         self._cache.put(geometry, self.coords.device, weakref.ref(reached))
         return reached
 
-    def _in_order(self):
+    def _sorted_keys(self):
         """Ascending keys, and the voxel of each key; None for the latter if the voxels are already in order."""
         if self._is_in_order:
             return self.keys(), None
@@ -153,16 +153,16 @@ class _SparseConvolution(nn.Module):
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
 
-    def reach(self, voxels: VoxelSet) -> VoxelSet:
+    def output_voxels(self, voxels: VoxelSet) -> VoxelSet:
         """The output voxels for these input voxels; builds the table between them if there is none yet."""
-        return self.link(voxels)[0]
+        return self.output_voxels_and_table(voxels)[0]
 
-    def link(self, voxels: VoxelSet) -> tuple[VoxelSet, Table | None]:
-        """`reach(voxels)` and the `Table` between them; None: every voxel reads only itself, K = 1."""
+    def output_voxels_and_table(self, voxels: VoxelSet) -> tuple[VoxelSet, Table | None]:
+        """`output_voxels(voxels)` and the `Table` between them; None: every voxel reads only itself, K = 1."""
         raise NotImplementedError
 
     def forward(self, x: SparseTensor) -> SparseTensor:
-        voxels, table = self.link(x.voxels)
+        voxels, table = self.output_voxels_and_table(x.voxels)
         return SparseTensor(self.convolve(x.features, table), voxels)
 
     def convolve(self, features: Tensor, table: Table | None) -> Tensor:
@@ -185,7 +185,7 @@ class SubMConv3d(_SparseConvolution):
         super().__init__(in_channels, out_channels, kernel, bias)
         self.dilation = _triple(dilation)
 
-    def link(self, voxels):
+    def output_voxels_and_table(self, voxels):
         return voxels, None if self.kernel == (1, 1, 1) else voxels.submanifold(self.kernel, self.dilation)
 
 
@@ -199,7 +199,7 @@ class SparseConv3d(_SparseConvolution):
         super().__init__(in_channels, out_channels, kernel, bias)
         self.stride, self.padding, self.dilation = _triple(stride), _triple(padding), _triple(dilation)
 
-    def link(self, voxels):
+    def output_voxels_and_table(self, voxels):
         if (self.kernel, self.stride, self.padding) == ((1, 1, 1), (1, 1, 1), (0, 0, 0)):
             return voxels, None
         reached = voxels.strided(self.kernel, self.stride, self.padding, self.dilation)
@@ -212,7 +212,7 @@ class SparseInverseConv3d(_SparseConvolution):
     The transpose of that convolution, restricted to these voxels.
     """
 
-    def link(self, voxels):
+    def output_voxels_and_table(self, voxels):
         assert voxels.source is not None, "these voxels came from no SparseConv3d: there is nothing to go back to"
         source, kernel, table = voxels.source
         assert kernel == self.kernel, f"the voxels came from a kernel {kernel}, this one is {self.kernel}"
@@ -260,7 +260,7 @@ def conv_norm_relu(
     residual: [M, Cout] or None.
     """
     unfused = norm.training or torch.is_grad_enabled() or conv.bias is not None
-    voxels, table = (None, None) if unfused else conv.link(x.voxels)
+    voxels, table = (None, None) if unfused else conv.output_voxels_and_table(x.voxels)
     if table is None:
         y = norm(conv(x))
         return y.replace((y.features if residual is None else y.features + residual).relu())
@@ -269,7 +269,7 @@ def conv_norm_relu(
 
 
 def in_fp32(stem: nn.Module, x: SparseTensor) -> SparseTensor:
-    """The first convolution without autocast, its result in autocast's dtype: bf16 would round 50 m to 25 cm."""
+    """The first convolution without autocast, its result in autocast's dtype: bf16 has steps of 25 cm at 50 m."""
     device = x.features.device.type
     with torch.autocast(device, enabled=False):
         x = stem(x)
@@ -315,7 +315,7 @@ def make_tables(net: nn.Module, voxels: VoxelSet) -> list[VoxelSet]:
     sets = [voxels]
     for module in net.modules():
         if isinstance(module, _SparseConvolution):
-            sets.append(module.reach(sets[-1]))
+            sets.append(module.output_voxels(sets[-1]))
     return sets
 
 

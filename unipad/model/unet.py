@@ -35,6 +35,8 @@ class UnetEncoder(nn.Module):
 
     def __init__(self, cfg: config.UnetConfig, grid: config.Grid, point_channels: int = 5):
         super().__init__()
+        if not cfg.cell > 0:
+            raise UserError(f"--lidar.cell {cfg.cell} must be above 0.")
         self.cfg, self.grid = cfg, grid
         self.encoder = Unet(point_channels, cfg.stem, cfg.widths, cfg.blocks)
         extents = list(zip(grid.low, grid.high, strict=True))[::-1]  # z, y, x

@@ -1,5 +1,7 @@
 """View transforms (image features lifted into a volume of voxels), frame fusion, and dense 3D convolutions."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +15,9 @@ from unipad.model.norm import SyncedBatchNorm
 
 def view_transform(grid: config.Grid, camera: config.CameraConfig) -> nn.Module:
     """The module that `camera.view` names: features and depth probabilities of the views -> a volume."""
+    near, far = camera.depth_range
+    if not 0 <= near < far < math.inf:
+        raise UserError(f"--camera.depth-range {near} {far} must be the nearest and the farthest depth, in meters.")
     if camera.view == "gather":
         return GatherLift(grid, camera)
     if camera.view == "pool":

@@ -28,9 +28,9 @@ import torch
 import tyro
 
 from unipad.errors import UserError
+from unipad.exit import exit_on_user_error
 from unipad.kernels.backend import on_triton, triton
 from unipad.run_folder import commit
-from unipad.runtime import exit_on_user_error
 from unipad.selfcheck.cases import SIZES, checks
 from unipad.selfcheck.processes import results, work
 

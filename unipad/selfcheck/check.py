@@ -29,7 +29,7 @@ class Case:
     ref: Callable
     wrt: tuple = ()  # names of the inputs whose gradients are compared
     slack: float | None = None  # None: SLACK of the type
-    double: bool = True  # False: compare with fp32, whose rounding decides e.g. which cell a point lies in
+    double: bool = True  # False: a reference in fp32, since rounding decides e.g. which cell a point lies in
     strict: bool = False  # run under strict determinism, twice: both runs must be bitwise equal
 
     def __str__(self):
@@ -142,7 +142,7 @@ def _compare(ours, plain, truth, case):
                 return math.nan, 0.0, f"{name}: {wrong} of {true.numel()} numbers are wrong"
             continue
         if not true.isfinite().all():
-            return math.nan, slack, f"{name}: the reference in fp64 is not finite"
+            return math.nan, slack, f"{name}: the reference is not finite"
         if not value.isfinite().all():
             return math.nan, slack, f"{name}: {(~value.isfinite()).sum().item()} of {true.numel()} are not finite"
         own_error, own_bound = _error(value, true), 2 * _error(plain[name], true) + slack
@@ -162,11 +162,12 @@ def _error(found, true):
 @contextlib.contextmanager
 def _strict_determinism(on):
     """Strict determinism, as under `--deterministic`."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(on)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def _milliseconds(case, inputs):

@@ -1,0 +1,378 @@
+"""Damage every kind of file that the product reads, and look at what it makes of it.
+
+    python -m tests.damage --cases 2000 --seed 0          # a table of outcomes; exit code 1 if one of them is a fault
+    python -m tests.damage --cases 500 --kind tables      # one kind of file
+    python -m tests.damage --only 1234                    # one case, with its traceback
+
+A case is a function of the seed and its number: a kind of file, a file, a way to damage it. A forked child with limits
+of time and memory reads the damaged file as the scripts do. What comes of it:
+
+    refused    one sentence that names a file, folder or flag
+    skipped    the frame is left out and named, the others are read as before
+    same       the result is that of the undamaged file: the bytes did not matter, or a cache was rebuilt
+    other      another result that is as valid: nobody could tell, see below
+    SILENT     another result although the file shows that it is damaged, or a result that cannot be
+    TRACEBACK  an exception that is not for users, or a death
+    HANG       no end within the limit
+
+Who can tell? A checkpoint and a cache have checksums, so any other result is SILENT. Values of the wrong type, missing
+fields and numbers that are not finite show everywhere. But one flipped bit of a LiDAR intensity, of a JPEG's
+coefficients, of a label or of a digit in a table is a value like any other, since these formats have no checksums:
+there, a result must only be possible (`readers.sample_faults`). The same holds for a table that lost or doubled a whole
+record, and for a file in the place of another of the same size.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import resource
+import shutil
+import sys
+import tempfile
+import traceback
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from tests.readers import KINDS, Seen, make_files, warm_up
+from unipad.errors import UserError
+
+REPO = Path(__file__).parents[1]
+OUTCOMES = ("refused", "skipped", "same", "other", "SILENT", "TRACEBACK", "HANG")
+FAULTS = OUTCOMES[4:]
+SECONDS = 60  # for a case, which takes less than one where nothing hangs
+MEMORY = 6 * 2**30  # bytes of address space for a case beyond what the process has: a broken size must not be allocated
+
+
+# Damages: functions of (random generator, bytes, bytes of other kinds of files) to bytes
+
+
+def flip(rng, data, _, bits=1):
+    damaged = np.frombuffer(data, np.uint8).copy()
+    for place in rng.integers(8 * max(len(data), 1), size=bits if len(data) else 0):
+        damaged[place // 8] ^= 1 << (place % 8)
+    return damaged.tobytes()
+
+
+def overwrite(rng, data, _, byte):
+    """A run of equal bytes, as a lost block of a disk or of a download leaves it."""
+    first = int(rng.integers(max(len(data), 1)))
+    size = min(int(2 ** rng.uniform(0, 13)), len(data) - first)
+    return data[:first] + bytes([byte]) * size + data[first + size :]
+
+
+def splice(rng, data, _):
+    """A part is gone from the middle."""
+    first, last = sorted(rng.integers(len(data) + 1, size=2).tolist())
+    return data[:first] + data[last:]
+
+
+BYTES = {
+    "one bit flipped": flip,
+    "64 bits flipped": partial(flip, bits=64),
+    "cut": lambda rng, data, _: data[: int(rng.integers(len(data) + 1))],
+    "last byte cut": lambda rng, data, _: data[:-1],
+    "empty": lambda rng, data, _: b"",
+    "zeros": partial(overwrite, byte=0),
+    "0xff": partial(overwrite, byte=0xFF),
+    "only zeros": lambda rng, data, _: bytes(len(data)),
+    "noise": lambda rng, data, _: rng.bytes(len(data)),
+    "spliced": splice,
+    "appended": lambda rng, data, _: data + rng.bytes(int(rng.integers(1, 100))),
+    "doubled": lambda rng, data, _: data + data,
+    "as text": lambda rng, data, _: data.replace(b"\n", b"\r\n"),  # what a transfer in text mode makes of it
+    "another kind": lambda rng, data, others: others[int(rng.integers(len(others)))],
+    "missing": None,
+    "a folder": None,
+}
+
+# In the place of a value of a JSON file. Numbers are only put in the place of numbers.
+WRONG = (None, [], {}, "text", [[]], {"a": None}, "\0", "../" * 9 + "etc/passwd", float("nan"), float("inf"))
+NUMBERS = (0, -1, 1e9, -1e30, 1e308, 2**31, 2**63, 10**30, 1e-320)
+
+
+def wrong_type(rng, data, _):
+    """A value of a wrong type, or none, anywhere in a JSON file."""
+    tree = json.loads(data)
+    holder, key = _node(rng, tree, lambda value: True)
+    wrong = [w for w in WRONG if type(w) is not type(holder[key]) or isinstance(w, float)]
+    if isinstance(holder, dict) and rng.integers(4) == 0:
+        del holder[key]
+    else:
+        holder[key] = wrong[int(rng.integers(len(wrong)))]
+    return json.dumps(tree).encode()
+
+
+def wrong_number(rng, data, _):
+    tree = json.loads(data)
+    holder, key = _node(rng, tree, lambda value: type(value) in (int, float))
+    if holder is not None:
+        holder[key] = NUMBERS[int(rng.integers(len(NUMBERS)))]
+    return json.dumps(tree).encode()
+
+
+def wrong_record(rng, data, _):
+    """A record lost, doubled or moved to the end."""
+    tree = json.loads(data)
+    if isinstance(tree, list) and tree:
+        record = tree.pop(int(rng.integers(len(tree))))
+        tree += [record] * int(rng.integers(3))
+    return json.dumps(tree).encode()
+
+
+def nested(rng, data, _):
+    """Brackets within brackets, as deep as no reader goes."""
+    return b"[" * 100_000 + data + b"]" * 100_000
+
+
+def _node(rng, tree, chosen):
+    """(holder, key) of a random value in a tree of dicts and lists that is `chosen`; (None, None) without one."""
+    nodes, open_nodes = [], [tree]
+    while open_nodes:
+        holder = open_nodes.pop()
+        for key, value in holder.items() if isinstance(holder, dict) else enumerate(holder):
+            if chosen(value):
+                nodes.append((holder, key))
+            if isinstance(value, dict | list):
+                open_nodes.append(value)
+    return nodes[int(rng.integers(len(nodes)))] if nodes else (None, None)
+
+
+JSON = {"wrong type": wrong_type, "wrong number": wrong_number, "records": wrong_record, "nested": nested}
+
+
+def wrong_line(rng, data, others):
+    """One line of a JSON lines file with a wrong type, or which is no JSON."""
+    lines = data.split(b"\n")
+    k = int(rng.integers(len(lines) - 1))
+    choices = (b"null", b"[]", b"3", b'"text"', b"{", b"\xff\xfe", b"\0", b'{"step": null}', b'{"step": "9"}', b"")
+    line = choices[int(rng.integers(len(choices)))] if rng.integers(2) else wrong_type(rng, lines[k], others)
+    return b"\n".join([*lines[:k], line, *lines[k + 1 :]])
+
+
+def wrong_object(rng, data, _):
+    """A checkpoint, intact as a file, with something else in the place of a part of it, or without that part."""
+    tree = torch.load(io.BytesIO(data), weights_only=True)
+    if rng.integers(8) == 0:
+        tree = (None, {}, [], "text", 3, torch.zeros(3), {"model": None}, [tree])[int(rng.integers(8))]
+    else:
+        holder, key = _node(rng, tree, lambda value: not isinstance(value, bool | str | None))
+        value = holder[key]
+        if isinstance(value, torch.Tensor) and rng.integers(2):
+            wrong = [value[None], value.flatten()[:-1], torch.full(value.shape, torch.nan), value.to(torch.complex64)]
+        else:
+            wrong = [w for w in (None, {}, [], "text", -1, float("nan"), torch.zeros(0)) if type(w) is not type(value)]
+        if isinstance(holder, dict) and rng.integers(3) == 0:
+            del holder[key]
+        else:
+            holder[key] = wrong[int(rng.integers(len(wrong)))]
+    file = io.BytesIO()
+    torch.save(tree, file)
+    return file.getvalue()
+
+
+# By `Kind.format`, besides `BYTES`
+SPECIAL = {"json": JSON, "json lines": {"wrong line": wrong_line}, "checkpoint": {"wrong object": wrong_object}}
+
+# Values of a wrong type show; a lost record, another number or another byte may not
+SHOWS = {"wrong type", "wrong line", "wrong object", "nested", "empty", "missing", "a folder"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a case; `reason` says more, such as the sentence or where the exception was raised."""
+
+    outcome: str
+    reason: str = ""
+
+
+class Workshop:
+    """Intact files of all kinds, and what their readers make of them."""
+
+    def __init__(self, folder: Path, kinds=KINDS, city: Path | None = None):
+        """city: an existing one to copy, instead of generating one."""
+        self.folder, self.kinds, self.intact = folder, kinds, folder / "intact"
+        failed = self._run(partial(make_files, self.intact, city), seconds=600)
+        assert failed is None, failed.reason
+        self.files = {name: sorted(self.intact.glob(kind.files)) for name, kind in kinds.items()}
+        empty = [name for name, files in self.files.items() if not files]
+        assert not empty, f"no files of {empty}"
+        self.others = [files[0].read_bytes() for files in self.files.values()]
+        warm_up()
+        expected = {read: self._expected(read) for read in {kind.read: None for kind in kinds.values()}}
+        self.expected = {name: expected[kind.read] for name, kind in kinds.items()}
+
+    def _expected(self, read):
+        with self._copy() as place:
+            seen = self._run(partial(read, place))
+        assert isinstance(seen, Seen) and seen.parts and not seen.skipped and not seen.faults, seen
+        return seen
+
+    @contextlib.contextmanager
+    def _copy(self):
+        """A folder with the same files. Readers may write into JSON files; the others are linked."""
+        place = Path(tempfile.mkdtemp(dir=self.folder))
+
+        def copy(source, target):
+            (shutil.copy2 if ".json" in Path(source).name else os.link)(source, target)
+
+        try:
+            shutil.copytree(self.intact, place, copy_function=copy, dirs_exist_ok=True)
+            (place / "intact").symlink_to(self.intact)
+            yield place
+        finally:
+            shutil.rmtree(place)
+
+    def case(self, seed: int, number: int, kind: str | None = None) -> tuple[str, Path, str, Callable]:
+        """(kind, file relative to the copy, name of the damage, function of a path that damages it)."""
+        rng = np.random.default_rng([seed, number])
+        names = [name for name, k in self.kinds.items() for _ in range(k.weight)]
+        kind = kind or names[number % len(names)]
+        special = SPECIAL.get(self.kinds[kind].format)
+        damages = special if special and rng.integers(2) else BYTES
+        name = list(damages)[int(rng.integers(len(damages)))]
+        file = self.files[kind][int(rng.integers(len(self.files[kind])))].relative_to(self.intact)
+        return kind, file, name, partial(self._damage, rng, name, damages[name])
+
+    def _damage(self, rng, name, function, path):
+        data = path.read_bytes()
+        path.unlink()  # a link: the intact file stays as it is
+        if name == "a folder":
+            path.mkdir()
+        elif name != "missing":
+            path.write_bytes(function(rng, data, self.others))
+
+    def look(self, kind: str, file: Path, name: str, damage: Callable, seconds: float = SECONDS) -> Result:
+        """What the reader of `kind` makes of a copy in which `damage` was done to `file`."""
+        with self._copy() as place:
+            before = (place / file).read_bytes()
+            damage(place / file)
+            after = (place / file).read_bytes() if (place / file).is_file() else None
+            if after == before:
+                return Result("same", "nothing was damaged")
+            judge = partial(_judge, self.kinds[kind], place, file, name in SHOWS, self.expected[kind])
+            return self._run(judge, seconds)
+
+    def _run(self, function, seconds=SECONDS):
+        """The result of a function in a forked child, or the `Result` that ended it."""
+        ours, theirs = FORK.Pipe(duplex=False)
+        with tempfile.TemporaryFile() as output:
+            child = FORK.Process(target=_child, args=(function, theirs, output))
+            child.start()
+            theirs.close()
+            if not ours.poll(seconds):
+                child.kill()
+                result = Result("HANG", f"no end in {seconds} s")
+            else:
+                try:
+                    result = ours.recv()
+                except EOFError:
+                    child.join()
+                    result = Result("TRACEBACK", f"the process died with {child.exitcode}")
+            child.join()
+            return result
+
+
+FORK = get_context("fork")
+
+
+def _child(function, connection, output):
+    for fd in (1, 2):
+        os.dup2(output.fileno(), fd)
+    sys.stdout, sys.stderr = (os.fdopen(os.dup(output.fileno()), "w", buffering=1) for _ in range(2))
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+    try:
+        result = function()
+    except UserError as error:
+        result = Result("refused", str(error))
+    except BaseException as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = [f for f in frames if str(REPO) in f.filename and "/tests/" not in f.filename] or frames
+        where = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}"
+        reason = f"{type(error).__name__} at {where}: {' '.join(str(error).split())[:160]}"
+        result = Result("TRACEBACK", reason + "\n" + "".join(traceback.format_exception(error)))
+    connection.send(result)
+    connection.close()
+    os._exit(0)
+
+
+def _judge(kind, place, file, shows, expected):
+    """The `Result` of reading a damaged file; in the child."""
+    try:
+        seen = kind.read(place)
+    except UserError as error:
+        sentence = str(error)
+        if "\n" in sentence or not sentence.endswith(".") or not (str(place) in sentence or "--" in sentence):
+            return Result("TRACEBACK", f"not one sentence with a file, folder or flag: {sentence}")
+        return Result("refused", sentence.replace(str(place), ""))
+    sys.stderr.flush()
+    with open("/proc/self/fd/2", "rb") as output:
+        printed = output.read().decode(errors="replace")
+    named = [reason for reason in seen.skipped.values() if str(place) in reason and ": " in reason]
+    if len(named) < len(seen.skipped):
+        return Result("TRACEBACK", f"a skipped frame is not named: {seen.skipped}")
+    if seen.faults:
+        return Result("SILENT", seen.faults[0])
+    parts = expected.parts.keys() | seen.parts.keys()
+    changed = sorted(p for p in parts - seen.skipped.keys() if seen.parts.get(p) != expected.parts.get(p))
+    gone = [p for p in changed if p not in seen.parts]
+    if gone and file.name in printed:  # left out, and named
+        changed = [p for p in changed if p in seen.parts]
+    if changed and (kind.checked or shows):
+        return Result("SILENT", f"{changed[0]} differs")
+    if changed:
+        return Result("other", f"{changed[0]} differs")
+    return Result("skipped", named[0].replace(str(place), "")) if named else Result("skipped" if gone else "same")
+
+
+def count(workshop, numbers, seed, kind, seconds):
+    """Do the cases, print outcomes by kind and an example of each class of fault; returns the number of faults."""
+    counts, classes = defaultdict(Counter), defaultdict(list)
+    for number in tqdm(numbers, "damaging", disable=None):
+        kind_of_case, file, name, damage = workshop.case(seed, number, kind)
+        result = workshop.look(kind_of_case, file, name, damage, seconds)
+        counts[kind_of_case][result.outcome] += 1
+        if result.outcome in FAULTS:
+            first = result.reason.splitlines()[0]
+            key = kind_of_case, result.outcome, first.split(": ")[0] if result.outcome == "TRACEBACK" else first
+            classes[key].append((number, file, name, result))
+    print(f"{'kind':<18}" + "".join(f"{outcome:>11}" for outcome in OUTCOMES))
+    rows = {**counts, "all": sum(counts.values(), Counter())}
+    for name, of_kind in rows.items():
+        print(f"{name:<18}" + "".join(f"{of_kind[outcome] or '':>11}" for outcome in OUTCOMES))
+    for (kind_of_case, outcome, _), cases in sorted(classes.items(), key=lambda item: -len(item[1])):
+        number, file, name, result = cases[0]
+        print(f"\n{outcome} x {len(cases)}  {kind_of_case}: {file}, {name}, such as --only {number}")
+        print("  " + (result.reason if len(numbers) == 1 else result.reason.splitlines()[0]))
+    return sum(map(len, classes.values()))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kind", choices=KINDS)
+    parser.add_argument("--only", type=int, help="number of a case")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="limit of a case")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        kinds = {args.kind: KINDS[args.kind]} if args.kind else KINDS
+        workshop = Workshop(Path(folder), kinds)
+        numbers = range(args.cases) if args.only is None else [args.only]
+        faults = count(workshop, numbers, args.seed, args.kind, args.seconds)
+    sys.exit(1 if faults else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""What a kernel and its reference have in common besides their results: what they refuse, types, and gradients."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from tests.conftest import HAS_GPU
+from unipad.kernels.backend import references
+from unipad.kernels.voxelize import grid_sample
+from unipad.selfcheck import checks
+
+DEVICE = "cuda" if HAS_GPU else "cpu"
+# The first case of each op
+CASES = {case.name.split(",")[0].split()[0]: case for case in reversed(list(checks(("small",))))}
+PATHS = {"kernel": nullcontext, "reference": references}
+
+
+def inputs_of(op):
+    torch.manual_seed(0)
+    return CASES[op].inputs(DEVICE, torch.float32)
+
+
+def pdf(**wrong):
+    return [("sample_pdf", wrong), ("resample", wrong)]
+
+
+# op, what replaces its arguments (a function gets the valid one), part of the message
+REFUSED = [
+    (*call, message)
+    for calls, message in [
+        ([("clip_rays", dict(directions=lambda t: t[:1]))], r"\(1, 3\) do not match"),
+        ([("clip_rays", dict(low=(-1.0, -1.0)))], "corners"),
+        ([("stratified_edges", dict(far=lambda t: t[:1]))], r"far \(1,\) do not match"),
+        ([("stratified_edges", dict(S=0))], "at least one sample"),
+        ([("stratified_edges", dict(jitter=lambda t: t[:-1]))], r"jitter \(32,\) does not match 33 rays"),
+        (pdf(edges=lambda t: t[:, 1:]), r"edges \(33, 9\) do not match weights \(33, 9\)"),
+        (pdf(edges=lambda t: t[:, :1], weights=lambda t: t[:, :0]), "S > 0"),
+        (pdf(jitter=lambda t: t[:1]), r"jitter \(1,\) does not match 33 rays"),
+        (pdf(n=-1), "cannot draw -1"),
+        ([("merge", dict(new_edges=lambda t: t[:1]))], r"\(33, 10\) and \(1, 8\) do not match"),
+        ([("trilinear", dict(points=lambda t: t[..., :2]))], "do not match"),
+        ([("trilinear_value", dict(volume_idx=lambda t: t[:1]))], "do not match"),
+        ([("composite", dict(alpha=lambda t: t[:, :1]))], r"alpha \(33, 1\) does not match values \(33, 16, 4\)"),
+        ([("composite", dict(values=lambda t: t[..., 0]))], "does not match"),
+        ([("composite", dict(alpha=lambda t: t.double()))], "alpha is torch.float64"),
+        ([("neus_alpha", dict(deltas=lambda t: t[:, :1]))], r"deltas \(33, 1\) do not match sdf \(33, 16\)"),
+        ([("neus_alpha", dict(directions=lambda t: t[:1]))], "match sdf"),
+        ([("neus_alpha", dict(gradient=lambda t: t[:, :1]))], "match sdf"),
+        ([("neus_alpha", dict(inv_s=lambda t: t.expand(33)))], r"is \[1\], not \(33,\)"),
+        ([("volsdf_alpha", dict(deltas=lambda t: t[:1]))], "match sdf"),
+        ([("volsdf_alpha", dict(beta=lambda t: t.expand(16)))], r"is \[1\], not \(16,\)"),
+        ([("interval_alpha", dict(deltas=lambda t: t[:, :-1]))], "match sdf"),
+        ([("interval_alpha", dict(sdf=lambda t: t[:, :0], deltas=lambda t: t[:, :0]))], "no samples"),
+        ([("lift", dict(features=[], depths=[]))], "0 levels"),
+        ([("lift", dict(lidar2image=lambda t: t[:, :1]))], "does not match"),
+        ([("lift", dict(low=(0.0, 0.0)))], r"\(x, y, z\) each"),
+        ([("voxel_pool", dict(depths=lambda t: t[..., 0]))], r"\[B, N, h, w, channels\]"),
+        ([("voxel_pool", dict(shape=(8, 8)))], r"\(x, y, z\) each"),
+        ([("sdf_render", dict(edges=lambda t: t[:, :1]))], "S > 0"),
+        ([("sdf_render", dict(density_param=lambda t: t.expand(4)))], r"density_param is \[1\]"),
+        ([("sdf_values", dict(starts=lambda t: t[:1]))], "do not match"),
+        ([("sdf_values", dict(cells=lambda t: t[0]))], r"cells are \[3\]"),
+        ([("rotated_iou_bev", dict(a=lambda t: t[:, :4]))], r"\[N, 5\]"),
+        ([("paired_iou_3d", dict(a=lambda t: t[:1]))], "1 boxes do not match 40"),
+        ([("rotated_nms", dict(scores=lambda t: t[:1]))], "do not match"),
+        ([("voxelize", dict(low=(0.0, 0.0)))], "triples"),
+        ([("voxelize", dict(cell=(0.5, 0.0, 0.5)))], "size above 0"),
+        ([("voxelize", dict(max_points=0))], "max_points"),
+    ]
+    for call in calls
+]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("op, wrong, message", REFUSED, ids=[f"{op}-{'-'.join(wrong)}" for op, wrong, _ in REFUSED])
+def test_both_paths_refuse_the_same(op, wrong, message, path):
+    inputs = inputs_of(op)
+    wrong = {name: value(inputs[name]) if callable(value) else value for name, value in wrong.items()}
+    with pytest.raises(AssertionError, match=message), PATHS[path]():
+        CASES[op].op(**inputs | wrong)
+
+
+def test_grid_sample_refuses_what_does_not_match():
+    points = torch.rand(5, 3, device=DEVICE)
+    with pytest.raises(AssertionError, match=r"noise \(4,\) does not match 5 points"):
+        grid_sample(points, [5], 0.5, torch.rand(4, device=DEVICE))
+    with pytest.raises(AssertionError, match="size above 0"):
+        grid_sample(points, [5], 0.0)
+
+
+@pytest.mark.parametrize("op", [op for op in CASES if not op.startswith("sparse_conv")])  # convolutions cast
+def test_autocast_does_not_change_a_reference(op):
+    case, inputs = CASES[op], inputs_of(op)
+
+    def run():
+        outs = case.op(**inputs)
+        return outs if isinstance(outs, tuple) else (outs,)
+
+    with references():
+        plain = run()
+        with torch.autocast(torch.device(DEVICE).type, torch.bfloat16):
+            cast = run()
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "op, names",
+    [("lift", ["lidar2image"]), ("voxel_pool", ["lidar2image"]), ("sdf_render", ["rays", "edges", "cells"])],
+)
+def test_geometry_has_no_gradient_on_either_path(op, names, path):
+    inputs = inputs_of(op)
+    geometry = [t.requires_grad_() for name in names for t in _tensors(inputs[name]) if t.is_floating_point()]
+    wrt = [t.requires_grad_() for name in CASES[op].wrt for t in _tensors(inputs[name])]
+    with PATHS[path]():
+        out = CASES[op].op(**inputs)
+        (out[0] if isinstance(out, tuple) else out).sum().backward()
+    assert all(t.grad is None for t in geometry) and any(t.grad is not None and t.grad.any() for t in wrt)
+
+
+def _tensors(value):
+    return [value] if torch.is_tensor(value) else [t for part in value for t in _tensors(part)]

@@ -1,0 +1,424 @@
+"""The files that the product reads, by kind, and how it reads them; for `tests.damage`.
+
+A reader takes a folder with the files of `make_files`, of which one may be damaged, and `intact`, a link to the same
+files undamaged. It reads as the scripts do, up to where they begin to compute, and returns what it has `Seen`.
+"""
+
+import contextlib
+import gc
+import hashlib
+import json
+import shutil
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+
+import eval as evaluation
+import finetune
+import train
+from unipad import convert
+from unipad.config import Data, Grid, to_dict
+from unipad.data.cutpaste import cut_out, load_objects
+from unipad.data.dataset import BadFrame, collate
+from unipad.data.nuscenes import NuScenesDataset
+from unipad.data.synthetic import generate, is_synthetic
+from unipad.data.tables import load_camera_sweeps
+from unipad.evaluate.segmentation import score_segmentation, write_segmentation
+from unipad.evaluate.submission import score_submission, write_submission
+from unipad.kernels import tuning
+from unipad.model.detect import Detections, Detector
+from unipad.model.pretrain import Pretrain
+from unipad.recipes import DETECT, PRETRAIN
+from unipad.runtime import generators
+
+VERSION = "v1.0-mini"
+FAR = 1e5  # meters; a coordinate beyond is no measurement
+
+
+@dataclass
+class Seen:
+    """What a reader made of a file: digests of what it read, frames it left out, and what is impossible about it."""
+
+    parts: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)  # part -> `path: reason`
+    faults: list[str] = field(default_factory=list)
+
+    def add(self, **parts):
+        self.parts |= {name: digest(part) for name, part in parts.items()}
+
+
+def digest(value) -> str:
+    """Of dataclasses, containers, arrays, tensors and plain values: equal only for equal ones."""
+    found = hashlib.sha256()
+
+    def feed(value):
+        if is_dataclass(value):
+            feed(vars(value))
+        elif isinstance(value, dict):
+            found.update(f"dict {len(value)}".encode())
+            for key, item in value.items():
+                feed(key)
+                feed(item)
+        elif isinstance(value, list | tuple):
+            found.update(f"list {len(value)}".encode())
+            for item in value:
+                feed(item)
+        elif isinstance(value, torch.Tensor | np.ndarray):
+            array = np.ascontiguousarray(value.detach().numpy() if isinstance(value, torch.Tensor) else value)
+            found.update(f"{array.dtype} {array.shape}".encode() + array.tobytes())
+        else:
+            found.update(f"{type(value).__name__} {value!r}".encode())
+
+    feed(value)
+    return found.hexdigest()
+
+
+class Reached(BaseException):
+    """A script has read its files and would begin to compute."""
+
+
+def _reach(*_, **__):
+    raise Reached
+
+
+def sample_faults(sample) -> list[str]:
+    """What no sample of any dataset can have. See `unipad.data.dataset.Sample`."""
+    possible = {
+        "points are finite and near": np.isfinite(sample.points).all() and (np.abs(sample.points[:, :3]) < FAR).all(),
+        "sweeps are not from the future": (sample.points[:, 4] >= 0).all(),
+        "sweeps are not a minute old": (sample.points[:, 4] < 60).all(),
+        "boxes are finite and near": np.isfinite(sample.boxes).all() and (np.abs(sample.boxes[:, :3]) < FAR).all(),
+        "boxes have a size": (sample.boxes[:, 3:6] > 0).all() and (sample.boxes[:, 3:6] < FAR).all(),
+        "boxes have classes": len(sample.labels) == len(sample.boxes) and np.isin(sample.labels, range(10)).all(),
+        "points have labels": sample.point_labels is None
+        or len(sample.point_labels) == len(sample.points)
+        and (sample.point_labels <= 16).all(),
+        "matrices are finite": np.isfinite(sample.lidar2image).all() and np.isfinite(sample.lidar2camera).all(),
+        "images are RGB": all(i.dtype == np.uint8 and i.ndim == 3 and i.shape[2] == 3 for i in sample.images),
+    }
+    if possible["matrices are finite"] and len(sample.images):
+        turn = sample.lidar2camera[:, :3, :3].astype(float)
+        possible["camera poses are rigid"] = (
+            np.allclose(turn @ turn.transpose(0, 2, 1), np.eye(3), atol=1e-3) and (np.linalg.det(turn) > 0).all()
+        )
+        focal = (sample.lidar2image.astype(float) @ np.linalg.inv(sample.lidar2camera.astype(float)))[:, :2, :2]
+        possible["cameras have a focal length"] = (np.diagonal(focal, axis1=1, axis2=2) > 0).all()
+    return [f"not so: {fact}" for fact, holds in possible.items() if not holds]
+
+
+def read_city(place: Path, learn: bool = False) -> Seen:
+    """All frames of both splits; `learn`: and the losses of a training step of either task on them."""
+    root, seen, grid = place / "city", Seen(), models()[0].recipe.grid
+    seen.add(synthetic=is_synthetic(root))
+    samples = []
+    for split in ("mini_train", "mini_val"):
+        dataset = NuScenesDataset(root, VERSION, split, Data(sweeps=3))
+        cropped = NuScenesDataset(root, VERSION, split, Data(sweeps=3), point_range=(grid.low, grid.high))
+        seen.add(**{f"scenes of {split}": dataset.scenes()})
+        for i in range(len(dataset)):
+            name = f"frame {dataset.index.tokens[dataset.frames[i]].decode()}"
+            try:
+                sample = dataset[i]
+            except BadFrame as bad:
+                seen.skipped[name] = str(bad)
+                continue
+            seen.add(**{name: sample})
+            seen.faults += sample_faults(sample)
+            cut_out(sample, min_points=5)
+            if learn:
+                samples.append(cropped.read(i, np.random.default_rng(0)))
+    if learn and samples and not seen.faults:
+        batch = collate(samples)
+        for net in models():
+            with torch.no_grad():
+                losses = net(batch, generators(0, 0, range(len(batch)), "cpu"))
+            losses = losses if isinstance(losses, dict) else losses[0]
+            if not all(torch.isfinite(loss) for loss in losses.values()):
+                seen.faults.append("not so: losses are finite")
+    return seen
+
+
+def read_camera_sweeps(place):
+    seen = Seen()
+    seen.add(sweeps=load_camera_sweeps(place / "city", VERSION, "mini_val"))
+    return seen
+
+
+def read_objects(place):
+    """Every object to paste, with its points and pictures."""
+    dataset, seen = NuScenesDataset(place / "city", VERSION, "mini_train", Data()), Seen()
+    objects = load_objects(dataset, DETECT["lidar"]["lidar-0.075"].paste)
+    seen.add(boxes=objects.boxes, labels=objects.labels)
+    for k in range(len(objects.labels)):
+        pictures = [objects._picture(k, view) for view in range(6)]
+        seen.add(**{f"object {k}": (objects._points(k), pictures)})
+    return seen
+
+
+# Few rays and no validation
+FLAGS = ["--device", "cpu", "--workers", "0", "--val-every", "0", "--steps", "2"]
+
+
+def start_training(script, *flags, **changes):
+    """What a script with these flags, or a new run with these changes of its arguments, reads before its first step."""
+    seen, read = Seen(), {"resumed": script.resumed, "take_weights": script.take_weights}
+
+    def resumed(saved, parts):
+        result = read["resumed"](saved, parts)
+        if saved:
+            seen.add(step_and_metrics=result, **{name: part.state_dict() for name, part in parts.items()})
+            net = parts["model"]
+            seen.faults.extend(_weight_faults(net.state_dict()))
+        return result
+
+    def take_weights(net, *args):
+        taken = read["take_weights"](net, *args)
+        if taken:
+            state = net.state_dict()
+            seen.add(taken=sorted(taken), weights={name: state[name] for name in sorted(taken)})
+            seen.faults.extend(_weight_faults(state))
+        return taken
+
+    with (
+        mock.patch.multiple(script, resumed=resumed, take_weights=take_weights, step_batches=_reach),
+        mock.patch("unipad.run_folder.commit", return_value=None),  # it starts a process
+        contextlib.suppress(Reached),
+    ):
+        args = script.parse(list(map(str, flags))) if flags else replace(new_run(script), **changes)
+        seen.faults += type_faults(type(args), args)
+        if args.config:
+            seen.add(args=to_dict(replace(args, out=None, config=None)))
+        script.main(args)
+    return seen
+
+
+def _weight_faults(state):
+    bad = [name for name, w in state.items() if w.is_floating_point() and not torch.isfinite(w).all()]
+    return [f"not so: {name} is finite" for name in bad[:1]]
+
+
+def type_faults(kind, value, name="") -> list[str]:
+    """Fields of a dataclass, nested ones too, whose values are not of their types, or not finite."""
+    if not is_dataclass(kind):
+        options = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
+        return [] if any(_fits(option, value) for option in options) else [f"not so: {name} {value!r} is a {kind}"]
+    faults, hints = [], typing.get_type_hints(kind)
+    for f in fields(kind):
+        part = getattr(value, f.name)
+        faults += type_faults(type(part) if is_dataclass(part) else hints[f.name], part, f"{name}.{f.name}")
+    return faults
+
+
+def _fits(kind, value):
+    kind = typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Annotated else kind
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return value in args
+    if origin is tuple:
+        each = args[:1] * len(value) if args[1:] == (...,) and isinstance(value, tuple) else args
+        return isinstance(value, tuple) and len(value) == len(each) and all(map(_fits, each, value))
+    if kind is float:
+        return type(value) in (int, float) and np.isfinite(float(value))
+    if kind is type(None):
+        return value is None
+    return type(value) is kind or kind is Path and isinstance(value, Path)
+
+
+def read_run(place):
+    """Resume a run: checkpoint, log and settings."""
+    log = place / "run/log.jsonl"
+    lines = (place / "intact/run/log.jsonl").read_bytes().splitlines()
+    intact = set(lines) & set(log.read_bytes().splitlines() if log.is_file() else ())
+    seen = start_training(train, "--resume", place / "run")
+    lost = intact - set(log.read_bytes().splitlines())
+    if lost:
+        seen.faults.append(f"not so: the log keeps its intact lines ({len(lost)} are gone)")
+    return seen
+
+
+def read_config(place):
+    return start_training(train, "--config", place / "run/config.json", "--out", place / "new")
+
+
+def read_init(place):
+    changes = {"data_root": place / "intact/city", "out": place / "new"}
+    return start_training(train, init=(place / "run/checkpoints/last.pt",), **changes)
+
+
+def read_pretrained(place):
+    changes = {"data_root": place / "intact/city", "out": place / "new"}
+    return start_training(finetune, pretrained=(place / "run",), **changes)
+
+
+@lru_cache(2)
+def new_run(script):
+    """The arguments of a small run of train.py or finetune.py."""
+    return script.parse(["--modality", "lidar", "--preset", "tiny", *FLAGS])
+
+
+def read_tuning(place):
+    """The choice of a launch, from a run's tuning.json."""
+    seen = Seen()
+    with mock.patch.object(train, "step_batches", _reach), contextlib.suppress(Reached):
+        train.main(train.parse(list(map(str, ["--resume", place / "run", "--tune"]))))
+    choices = [(16, 4), (32, 8), (64, 8)]
+    seen.add(choice=tuning.choose(("conv", 3, 1000), choices, lambda choice: None, torch.device("cpu")))
+    tuning.disable()
+    return seen
+
+
+def read_detector(place):
+    """eval.py up to its first frame."""
+    seen = Seen()
+
+    def detect(args, model, *_):
+        seen.add(model=model.state_dict(), recipe=to_dict(model.recipe))
+        seen.faults.extend(_weight_faults(model.state_dict()) + type_faults(type(model.recipe), model.recipe))
+
+    with mock.patch.object(evaluation, "detect", detect):
+        flags = [
+            place / "detector.pt",
+            "--data-root",
+            place / "intact/city",
+            "--device",
+            "cpu",
+            "--workers",
+            "0",
+            "--out",
+            place / "new",
+        ]
+        evaluation.main(evaluation.parse(list(map(str, flags))))
+    return seen
+
+
+def read_conversion(place, name, **flags):
+    seen = Seen()
+    convert.main(convert.Args((place / name, place / "converted.pt"), **flags))
+    seen.add(converted=torch.load(place / "converted.pt", weights_only=True))
+    return seen
+
+
+def read_submission(place):
+    seen = Seen()
+    summary = score_submission(place / "results_nusc.json", place / "intact/city", VERSION, "mini_val")
+    seen.add(mAP=summary["mean_ap"], NDS=summary["nd_score"])
+    if not (0 <= summary["mean_ap"] < 1.001 and 0 <= summary["nd_score"] < 1.001):
+        seen.faults.append("not so: scores are from 0 to 1")
+    return seen
+
+
+def read_segments(place):
+    seen = Seen()
+    summary = score_segmentation(
+        place / "segments", NuScenesDataset(place / "intact/city", VERSION, "mini_val", Data())
+    )
+    seen.add(mIoU=summary["miou"])
+    return seen
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Files of one kind and their reader."""
+
+    files: str  # pattern below the workspace
+    read: Callable[[Path], Seen]
+    format: str = ""  # with damages of its own: json, json lines or checkpoint
+    checked: bool = False  # has a checksum or can be computed again: every other result is SILENT
+    weight: int = 1  # cases, compared with other kinds
+
+
+KINDS = {
+    "tables": Kind("city/v1.0-mini/*.json", partial(read_city, learn=True), "json", weight=6),
+    "LiDAR keyframe": Kind("city/samples/LIDAR_TOP/*", partial(read_city, learn=True), weight=2),
+    "LiDAR sweep": Kind("city/sweeps/LIDAR_TOP/*", read_city),
+    "image": Kind("city/samples/CAM_*/*", read_city, weight=2),
+    "point labels": Kind("city/lidarseg/*/*.bin", read_city),
+    "map": Kind("city/maps/*.png", read_city),
+    "index": Kind("city/unipad-index/*mini_train.npz", read_city, checked=True),
+    "camera sweeps": Kind("city/unipad-index/*mini_val-camera-sweeps.npz", read_camera_sweeps, checked=True),
+    "objects": Kind("city/unipad-index/*-objects-*", read_objects, checked=True, weight=2),
+    "resumed": Kind("run/checkpoints/last.pt", read_run, "checkpoint", checked=True, weight=2),
+    "init": Kind("run/checkpoints/last.pt", read_init, "checkpoint", checked=True),
+    "pretrained": Kind("run/checkpoints/last.pt", read_pretrained, "checkpoint", checked=True),
+    "evaluated": Kind("detector.pt", read_detector, "checkpoint", checked=True),
+    "converted": Kind("detector.pt", partial(read_conversion, name="detector.pt"), "checkpoint", checked=True),
+    "original": Kind(
+        "original.pth", partial(read_conversion, name="original.pth", preset="tiny"), "checkpoint", checked=True
+    ),
+    "config": Kind("run/config.json", read_config, "json", weight=2),
+    "log": Kind("run/log.jsonl", read_run, "json lines"),
+    "tuning": Kind("run/tuning.json", read_tuning, "json"),
+    "submission": Kind("results_nusc.json", read_submission, "json"),
+    "segments": Kind("segments/lidarseg/*/*.bin", read_segments),
+}
+
+
+@lru_cache(1)
+def models():
+    """A model to pre-train and a detector, both of the smallest size: they only have to compute without a fault."""
+    torch.manual_seed(0)
+    grid = Grid(low=(-40.0, -40.0, -3.0), high=(40.0, 40.0, 9.0), cell=(2.5, 2.5, 3.0))
+    narrow = {"widths": (8, 8), "sparse_channels": 8, "neck_widths": (8,), "neck_strides": (1,), "channels": 8}
+    pretrain, detect = (
+        replace(recipe, grid=grid, lidar=replace(recipe.lidar, cell=(1.25, 1.25, 1.5), **narrow))
+        for recipe in (PRETRAIN["lidar"]["tiny"], DETECT["lidar"]["tiny"])
+    )
+    render = replace(pretrain.render, samples=8, importance=4, channels=8)
+    pretrain = replace(pretrain, rays=replace(pretrain.rays, per_view=8, lidar_per_view=8), render=render)
+    detect = replace(detect, detect=replace(detect.detect, layers=1, hidden=16))
+    return Pretrain(pretrain).train(), Detector(detect).train()
+
+
+def warm_up():
+    """Import and build once what every reader needs: a forked child has it then."""
+    import nuscenes.eval.detection.evaluate  # noqa: F401
+    import nuscenes.eval.lidarseg.evaluate  # noqa: F401
+
+    models()
+    for script in (train, finetune):
+        new_run(script)
+    gc.collect()
+    gc.freeze()  # or the first collection in a child copies everything
+
+
+def make_files(folder: Path, city: Path | None):
+    """Write intact files of all kinds; `city` is copied, or a new one is generated."""
+    root = folder / "city"
+    if city:
+        shutil.copytree(city, root, ignore=shutil.ignore_patterns("unipad-index"))
+    else:
+        generate(root, scenes=2, keyframes=3, image_size=(72, 128), workers=1, columns=90, sweeps=2, progress=False)
+    train_set, val_set = (NuScenesDataset(root, VERSION, split, Data()) for split in ("mini_train", "mini_val"))
+    load_camera_sweeps(root, VERSION, "mini_val")
+    load_objects(train_set, DETECT["lidar"]["lidar-0.075"].paste)
+
+    run = folder / "run"
+    flags = ["--modality", "lidar", "--preset", "tiny", "--data-root", root, *FLAGS, "--out", run, "--stop-at", 1]
+    train.main(train.parse(list(map(str, flags))))
+    (run / "tuning.json").write_text(
+        json.dumps({"cpu": {"conv 3 1024": [32, 8]}, "NVIDIA H200": {"conv 3 8": [64, 8]}})
+    )
+
+    detector = models()[1]
+    config = {"args": {"modality": "lidar"}, "recipe": to_dict(detector.recipe), "steps": 1}
+    saved = {"model": detector.state_dict(), "step": 1, "metrics": {}, "config": config}
+    torch.save(saved, folder / "detector.pt")
+    tiny = Detector(DETECT["lidar"]["tiny"])
+    tiny = {"model": tiny.state_dict(), "config": config | {"recipe": to_dict(tiny.recipe)}}
+    torch.save(convert.convert_ours(tiny)[0], folder / "original.pth")
+
+    truth, segments = {}, {}
+    for i in range(len(val_set)):
+        sample = val_set[i]
+        scores = torch.linspace(1, 0.5, len(sample.boxes))
+        truth[sample.token] = Detections(torch.from_numpy(sample.boxes), scores, torch.from_numpy(sample.labels))
+        segments[sample.token] = torch.from_numpy(sample.point_labels.clip(1, 16))
+    write_submission(truth, val_set.index, folder / "results_nusc.json", use_camera=False, use_lidar=True)
+    write_segmentation(segments, val_set, folder / "segments")

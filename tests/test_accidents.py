@@ -1,0 +1,319 @@
+"""What ends a run from outside, or damages it: nothing is lost but what the README says, and one line tells why."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import zipfile
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+import finetune
+import train
+from tests.scripts import Script
+from tests.test_train import assert_same_weights, checkpoint, curve, wait_for
+from unipad.checkpoint import read_checkpoint
+from unipad.data.loader import load_items
+from unipad.data.nuscenes import NuScenesDataset
+from unipad.data.synthetic import generate
+from unipad.errors import UserError
+from unipad.exit import SIGNALS, SIGPIPE, Stopped, exit_on_user_error
+from unipad.recipes import PRETRAIN
+from unipad.run_folder import _drop_records_after, _new_folder
+from unipad.runtime import StopOnSignal, World
+
+SMALL = ["--modality", "lidar", "--preset", "tiny", "--device", "cpu", "--val-every", 0, "--log-every", 1]
+SMALL += ["--rays.per-view", 8, "--save-every", 500, "--render.samples", 12, "--render.importance", 4, "--workers", 0]
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def signal_handlers():
+    """Programs handle signals until their process ends; here it does not end."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def start(city, out, *flags):
+    """train.py, once it has trained some steps, none of which it saves by itself."""
+    script = Script("train.py", *SMALL, "--data-root", city, "--out", out, *flags, cwd=out.parent)
+    log = out / "log.jsonl"
+    wait_for(lambda: log.exists() and log.read_text().count("train/loss") > 1, script)
+    return script
+
+
+def pretrain(city, out, *flags):
+    """train.py in this process."""
+    train.main(train.parse([*SMALL, "--data-root", city, "--out", out, "--steps", 2, *flags]))
+
+
+def children(process):
+    return [int(pid) for pid in open(f"/proc/{process}/task/{process}/children").read().split()]
+
+
+@pytest.mark.parametrize(
+    "numbers, code",
+    [((signal.SIGTERM, signal.SIGTERM), 143), ((signal.SIGHUP,), 129), ((signal.SIGINT, signal.SIGINT), 130)],
+    ids=["SIGTERM", "SIGHUP", "Ctrl-C twice"],
+)
+def test_a_signal_to_all_processes_saves(numbers, code, city, tmp_path):
+    """As of a terminal, of systemd and of Slurm: the loading processes get it first."""
+    script = start(city, tmp_path / "run", "--steps", 500, "--workers", 2)
+    with pytest.raises(UserError, match=f"run is in use by another program .process {script.process.pid} on "):
+        pretrain(city, tmp_path / "run")
+    for number in numbers:
+        for process in (*children(script.process.pid), script.process.pid):
+            os.kill(process, number)
+    _, err = script.communicate(timeout=60)
+    saved = checkpoint(tmp_path / "run")["step"]
+    assert script.returncode == code
+    assert err.splitlines()[-1] == f"stopped after step {saved}, saved; resume with --resume {tmp_path / 'run'}"
+    assert "Traceback" not in err and saved == max(curve(tmp_path / "run"))
+
+
+def test_a_killed_loading_process_is_replaced(city, tmp_path):
+    script = start(city, tmp_path / "run", "--workers", 2, "--steps", 8)
+    os.kill(children(script.process.pid)[0], signal.SIGKILL)
+    _, err = script.communicate(timeout=60)
+    assert script.returncode == 0, err
+    assert "going on with --workers 1" in err and "Traceback" not in err
+    pretrain(city, tmp_path / "one", "--steps", 8)
+    assert_same_weights(tmp_path / "run", tmp_path / "one")
+
+
+class NeedsSharedMemory(torch.utils.data.Dataset):
+    """Item i is i, but in a worker there is no memory to share it by."""
+
+    def __getitem__(self, i):
+        if torch.utils.data.get_worker_info() is not None and i > 1:
+            raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2>: No space left (28)")
+        return i
+
+
+def test_without_shared_memory_items_are_loaded_in_this_process(capsys):
+    assert list(load_items(NeedsSharedMemory(), range(5), workers=2)) == list(range(5))
+    words = "need more shared memory (/dev/shm; docker run --shm-size): going on with --workers 0"
+    assert words in capsys.readouterr().err
+
+
+def test_where_nothing_is_to_be_saved_a_signal_ends_the_program_at_once(capsys):
+    with pytest.raises(SystemExit) as end, exit_on_user_error():
+        signal.raise_signal(signal.SIGTERM)
+    assert end.value.code == 143 and capsys.readouterr().err == "stopped by SIGTERM\n"
+    stop = StopOnSignal(ALONE)
+    signal.raise_signal(signal.SIGINT)
+    assert stop.asked(host_waits=False)
+    with pytest.raises(Stopped), stop.at_once():
+        raise AssertionError("a validation would begin")
+
+
+def test_a_closed_pipe_is_a_signal(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    stop = StopOnSignal(ALONE)
+    with open(writer, "w") as pipe, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", pipe)
+        with exit_on_user_error():
+            stop = StopOnSignal(ALONE)
+            print("to a reader that has gone", flush=True)
+            print("again", flush=True)
+    assert stop.number == SIGPIPE
+
+
+def test_runs_of_one_second_have_folders_of_their_own(tmp_path):
+    assert len({_new_folder(tmp_path) for _ in range(4)}) == 4
+
+
+@pytest.fixture
+def without_boxes(copy):
+    """Root of a city whose tables have no box, which the devkit does not score."""
+    for name in ("sample_annotation", "instance"):
+        (copy / "v1.0-mini" / f"{name}.json").write_text("[]")
+    return copy
+
+
+def test_a_failing_validation_loses_no_step(without_boxes, tmp_path):
+    flags = ["--modality", "lidar", "--preset", "tiny", "--device", "cpu", "--workers", 0, "--save-every", 99]
+    flags += ["--steps", 2, "--val-every", 1, "--data-root", without_boxes, "--out", tmp_path / "run"]
+    for step in (1, 2):  # each is trained by the run that resumes after the failure
+        with pytest.raises(UserError, match=f"validation failed: the nuScenes devkit cannot .*step {step} is saved"):
+            finetune.main(finetune.parse([*flags, "--resume", "auto"]))
+        assert checkpoint(tmp_path / "run")["step"] == step
+        assert (tmp_path / "run" / "checkpoints" / f"step_{step}.pt").exists()
+    finetune.main(finetune.parse([*flags, "--resume", "auto"]))  # has ended, and does not fail again
+
+
+def test_an_interrupted_validation_is_made_up_for(city, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise Stopped(signal.SIGTERM)
+
+    flags = ["--val-every", 2, "--val-samples", 1, "--picture-stride", 16]
+    validate = train.validate
+    monkeypatch.setattr(train, "validate", lambda *args: {"depth_rmse": 1.0} if args[-1] == 0 else interrupted())
+    with pytest.raises(Stopped):
+        pretrain(city, tmp_path / "run", *flags)
+    assert checkpoint(tmp_path / "run")["step"] == 2 and not curve(tmp_path / "run", "val/depth_rmse")
+    monkeypatch.setattr(train, "validate", validate)
+    pretrain(city, tmp_path / "run", *flags, "--resume", "auto")
+    assert 2 in curve(tmp_path / "run", "val/depth_rmse") and "after" in checkpoint(tmp_path / "run")["metrics"]
+
+
+@pytest.fixture(scope="module")
+def half_a_run(city, tmp_path_factory):
+    """The folder of a run that stopped after one of its two steps."""
+    out = tmp_path_factory.mktemp("half") / "run"
+    pretrain(city, out, "--stop-at", 1)
+    return out
+
+
+def without(name):
+    return lambda saved: saved.pop(name)
+
+
+def changed(change, *path):
+    def apply(saved):
+        for key in path[:-1]:
+            saved = saved[key]
+        saved[path[-1]] = change(saved[path[-1]])
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda saved: saved.clear(), "it has no model"),
+        (without("optimizer"), "it has no optimizer"),
+        (without("step"), "it has no step"),
+        (changed(lambda _: 9, "step"), "step 9 of 2"),
+        (changed(lambda _: [1], "metrics"), "its metrics is a list"),
+        (changed(lambda _: {"a": None}, "metrics"), "its metrics are no numbers"),
+        (changed(lambda _: 7, "config"), "its config is a int"),
+        (changed(lambda weights: dict(list(weights.items())[1:]), "model"), "its model does not fit .*Missing key"),
+        (changed(lambda weights: weights | dict.fromkeys(weights, 1.0), "model"), "its model does not fit"),
+        (changed(lambda _: {}, "optimizer", "state"), "its optimizer does not fit .*no state"),
+        (changed(lambda _: None, "optimizer", "state", 0), "its optimizer does not fit"),
+        (changed(lambda _: torch.zeros(3), "optimizer", "state", 0, "exp_avg"), "has other shapes than the weights"),
+        (changed(lambda _: "x", "optimizer", "param_groups", 0, "eps"), "its optimizer does not fit .*eps is 'x'"),
+    ],
+)
+def test_a_damaged_checkpoint_is_not_resumed(damage, words, half_a_run, city, tmp_path):
+    run = shutil.copytree(half_a_run, tmp_path / "run")
+    saved = checkpoint(run)
+    damage(saved)
+    torch.save(saved, run / "checkpoints" / "last.pt")
+    with pytest.raises(UserError, match=words) as error:
+        pretrain(city, run, "--resume", "auto")
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_that_is_none_is_not_started_over(half_a_run, city, tmp_path):
+    run = shutil.copytree(half_a_run, tmp_path / "run")
+    for value in (None, [], {}):
+        torch.save(value, run / "checkpoints" / "last.pt")
+        with pytest.raises(UserError, match="last.pt is not the checkpoint of a training run"):
+            pretrain(city, run, "--resume", "auto")
+
+
+def test_a_damaged_record_is_named(half_a_run, tmp_path):
+    """PyTorch loads it, with zeros for weights."""
+    file = tmp_path / "last.pt"
+    data = bytearray((half_a_run / "checkpoints" / "last.pt").read_bytes())
+    with zipfile.ZipFile(half_a_run / "checkpoints" / "last.pt") as archive:
+        largest = max(archive.infolist(), key=lambda record: record.file_size)
+    middle = largest.header_offset + 1000
+    data[middle : middle + 64] = bytes(64)
+    file.write_bytes(data)
+    torch.load(file, weights_only=True)
+    with pytest.raises(UserError, match=f"last.pt is damaged: its record {largest.filename} has another checksum"):
+        read_checkpoint(file)
+
+
+@contextmanager
+def full_disk(size):
+    """No file can become larger than `size` bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_is_one_sentence_and_keeps_the_last_checkpoint(half_a_run, city, tmp_path, capsys):
+    run = shutil.copytree(half_a_run, tmp_path / "run")
+    (run / "checkpoints" / ".last.pt.999999999").write_text("what a killed run left")
+    with full_disk(200_000), pytest.raises(SystemExit) as end, exit_on_user_error():
+        pretrain(city, run, "--resume", "auto")
+    assert end.value.code == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert sentence.startswith(f"error: {run}/checkpoints/last.pt: File too large; ")
+    assert [file.name for file in (run / "checkpoints").iterdir()] == ["last.pt"] and checkpoint(run)["step"] == 1
+
+
+@pytest.mark.parametrize("out, reason", [("x" * 300, "File name too long"), ("file/run", "Not a directory")])
+def test_an_impossible_folder_is_one_sentence(out, reason, city, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for program in (lambda: pretrain(city, tmp_path / out), lambda: generate(tmp_path / out, workers=1)):
+        with pytest.raises(SystemExit) as end, exit_on_user_error():
+            program()
+        assert end.value.code == 2
+        (sentence,) = capsys.readouterr().err.splitlines()
+        assert sentence.startswith(f"error: {tmp_path}") and reason in sentence
+
+
+def test_what_killed_generators_left_is_removed(tmp_path):
+    (tmp_path / ".city.partial-999999999").mkdir()
+    (tmp_path / f".city.partial-{os.getppid()}").mkdir()
+    with pytest.raises(OSError), full_disk(100):
+        generate(tmp_path / "city", scenes=2, keyframes=2, image_size=(16, 16), workers=1, progress=False)
+    assert [folder.name for folder in tmp_path.iterdir()] == [f".city.partial-{os.getppid()}"]
+
+
+def test_a_run_resumes_where_its_dataset_has_moved(half_a_run, city, copy, tmp_path, monkeypatch):
+    run = shutil.copytree(half_a_run, tmp_path / "run")
+    for table in (copy / "v1.0-mini").iterdir():
+        os.utime(table)  # a copy has other times
+    with monkeypatch.context() as patch:
+        patch.setattr(NuScenesDataset, "contents", lambda self: "of another city")
+        with pytest.raises(UserError, match="was trained on other frames than .* has; give its dataset as --data-root"):
+            pretrain(copy, run, "--resume", "auto")
+    pretrain(copy, run, "--resume", "auto")
+    assert json.loads((run / "config.json").read_text())["args"]["data_root"] == str(copy)
+
+
+def test_contents_are_those_of_the_tables(city, copy):
+    data = PRETRAIN["lidar"]["tiny"].data
+
+    def contents(root, split="mini_train"):
+        return NuScenesDataset(root, "v1.0-mini", split, data).contents()
+
+    assert contents(city) == contents(copy) != contents(city, "mini_val")
+
+
+def test_a_run_begins_from_the_newest_run_and_keeps_to_it(half_a_run, city, tmp_path):
+    runs = tmp_path / "runs"
+    shutil.copytree(half_a_run, runs / "first")
+    flags = ["--init", runs, "--stop-at", 1]
+    pretrain(city, tmp_path / "run", *flags)
+    file = str(runs / "first" / "checkpoints" / "last.pt")
+    assert checkpoint(tmp_path / "run")["config"]["args"]["init"] == [file]
+    shutil.copytree(half_a_run, runs / "second")
+    os.utime(runs / "second" / "checkpoints" / "last.pt")
+    pretrain(city, tmp_path / "run", *flags, "--resume", "auto")
+    assert checkpoint(tmp_path / "run")["config"]["args"]["init"] == [file]
+    with pytest.raises(UserError, match="was started with --init"):
+        pretrain(city, tmp_path / "run", "--init", runs / "second", "--resume", "auto")
+
+
+def test_lines_that_are_no_records_are_dropped_from_a_log(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(b'{"step": 1}\n\xff\xfe{"step"\n[3]\n{"step": "x"}\n{"step": 3}\n{"command": []}\n{"st')
+    _drop_records_after(2, log)
+    assert log.read_bytes() == b'{"step": 1}\n{"command": []}\n'

@@ -1,0 +1,232 @@
+"""Damaged files of every kind: refused in one sentence, skipped and named, or read as if nothing had happened.
+
+A few random cases of each kind; `python -m tests.damage` does thousands. What once was a traceback or silently wrong is
+a case of its own.
+"""
+
+import io
+import json
+import re
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests import damage, scripts
+from tests.readers import KINDS, Kind, Seen
+from unipad.errors import UserError
+
+CASES = 3  # of each kind
+
+
+@pytest.fixture(scope="module")
+def outcomes(city):
+    """What came of every case, from one process that has done nothing else: children inherit no threads from it."""
+    code = "import sys, tests.test_damaged as t; t.do_all_cases(sys.argv[1])"
+    done = scripts.run("-c", code, city)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {name: damage.Result(*result) for name, result in json.loads(done.stdout.splitlines()[-1]).items()}
+
+
+def do_all_cases(city):
+    """Print {name: [outcome, reason]} of all cases."""
+    with tempfile.TemporaryDirectory() as folder:
+        workshop = damage.Workshop(Path(folder), city=Path(city))
+        found = {}
+        for kind in KINDS:
+            for number in range(CASES):
+                result = workshop.look(*workshop.case(0, number, kind))
+                found[f"{kind} {number}"] = result.outcome, result.reason
+        for name, (kind, pattern, change) in EXAMPLES.items():
+            file = sorted(workshop.intact.glob(pattern))[0].relative_to(workshop.intact)
+            result = workshop.look(kind, file, "wrong type", lambda path, change=change: rewrite(path, change))
+            found[name] = result.outcome, result.reason
+    print(json.dumps(found))
+
+
+def rewrite(path, change):
+    """Replace a file by what `change` makes of its bytes; None: by a folder."""
+    data = path.read_bytes()
+    path.unlink()
+    changed = change(data)
+    if changed is None:
+        path.mkdir()
+    else:
+        path.write_bytes(changed)
+
+
+def records(change):
+    """A change of the bytes of a JSON file that applies `change` to the tree in it, in place or by its result."""
+
+    def rewritten(data):
+        tree = json.loads(data)
+        return json.dumps(change(tree) or tree).encode()
+
+    return rewritten
+
+
+def saved(change):
+    """The same for a checkpoint."""
+
+    def rewritten(data):
+        tree, file = torch.load(io.BytesIO(data), weights_only=True), io.BytesIO()
+        torch.save(change(tree) or tree, file)
+        return file.getvalue()
+
+    return rewritten
+
+
+def put(*path):
+    """Set tree[path[0]][path[1]]... to the last of `path`."""
+
+    def change(tree):
+        *way, last, value = path
+        for key in way:
+            tree = tree[key]
+        tree[last] = value
+
+    return change
+
+
+def put_float(at, value):
+    """Overwrite the float32 number `at` of a file."""
+
+    def change(data):
+        numbers = np.frombuffer(data, np.float32).copy()
+        numbers[at] = value
+        return numbers.tobytes()
+
+    return change
+
+
+def overwrite(first, size, byte):
+    return lambda data: data[: int(first * len(data))] + bytes([byte]) * size + data[int(first * len(data)) + size :]
+
+
+TABLE, LAST = "city/v1.0-mini/", "run/checkpoints/last.pt"
+# name -> (kind, pattern of the file, change of its bytes)
+EXAMPLES = {
+    # tables
+    "deep nesting": ("tables", TABLE + "visibility.json", lambda data: b"[" * 100_000 + data + b"]" * 100_000),
+    "a record is null": ("tables", TABLE + "scene.json", records(put(0, None))),
+    "a record is a number": ("tables", TABLE + "sample_data.json", records(put(0, 7.5))),
+    "a name is a dict": ("tables", TABLE + "scene.json", records(put(0, "name", {}))),
+    "a size is NaN": ("tables", TABLE + "sample_annotation.json", records(put(0, "size", [float("nan")] * 3))),
+    "a log is a text": ("tables", TABLE + "log.json", records(lambda tree: ["text"])),
+    "a table is not UTF-8": ("tables", TABLE + "log.json", lambda data: b"\xb7" + data),
+    "an intrinsic is empty": ("tables", TABLE + "calibrated_sensor.json", records(put(1, "camera_intrinsic", [[]]))),
+    # LiDAR
+    "a coordinate is 1e10": ("LiDAR keyframe", "city/samples/LIDAR_TOP/*", put_float(10, 1e10)),
+    "a coordinate is 3e38": ("LiDAR keyframe", "city/samples/LIDAR_TOP/*", put_float(0, 3e38)),
+    # caches
+    "objects with zeros": ("objects", "city/unipad-index/*-objects-*.bin", overwrite(0.5, 4096, 0)),
+    "objects with 0xff": ("objects", "city/unipad-index/*-objects-*.bin", overwrite(0.2, 4096, 255)),
+    "an index with zeros": ("index", "city/unipad-index/*mini_train.npz", overwrite(0.5, 64, 0)),
+    # checkpoints
+    "weights with zeros": ("evaluated", "detector.pt", overwrite(0.5, 8192, 0)),
+    "weights with 0xff": ("init", LAST, overwrite(0.2, 8192, 255)),
+    "weights of an original with zeros": ("original", "original.pth", overwrite(0.5, 8192, 0)),
+    "a state with zeros": ("resumed", LAST, overwrite(0.7, 8192, 0)),
+    "a checkpoint is {}": ("resumed", LAST, saved(lambda tree: {"": 0})),
+    "a checkpoint is a list": ("resumed", LAST, saved(lambda tree: [tree])),
+    "a step is a list": ("resumed", LAST, saved(put("step", []))),
+    "no optimizer": ("resumed", LAST, saved(lambda tree: {k: v for k, v in tree.items() if k != "optimizer"})),
+    "an optimizer is a text": ("resumed", LAST, saved(put("optimizer", "text"))),
+    "flags are a number": ("resumed", LAST, saved(put("config", "args", 3))),
+    "a setting is a text": (
+        "evaluated",
+        "detector.pt",
+        saved(put("config", "recipe", "augment", "scale", ["text"])),
+    ),
+    "a setting is null": ("converted", "detector.pt", saved(put("config", "recipe", "grid", "low", [None] * 3))),
+    "a list of settings is short": ("converted", "detector.pt", saved(put("config", "recipe", "grid", "low", [0.0]))),
+    # settings and logs
+    "settings are nested": ("config", "run/config.json", lambda data: b"[" * 100_000 + data),
+    "a flag is a list": ("config", "run/config.json", records(put("args", "seed", [1]))),
+    "a number of processes is 1e308": ("config", "run/config.json", records(put("args", "workers", 1e308))),
+    "a recipe is a number": ("config", "run/config.json", records(put("recipe", "optim", 3))),
+    "a log line is a number": ("log", "run/log.jsonl", lambda data: b"3\n" + data),
+    "a log line is not UTF-8": ("log", "run/log.jsonl", lambda data: b"\xff\n" + data),
+    "a log is a folder": ("log", "run/log.jsonl", lambda data: None),
+    "choices are nested": ("tuning", "run/tuning.json", lambda data: b"[" * 100_000 + data),
+    "choices are a list": ("tuning", "run/tuning.json", lambda data: b"[]"),
+    # results
+    "results are cut": ("submission", "results_nusc.json", lambda data: data[: len(data) // 2]),
+    "results are a folder": ("submission", "results_nusc.json", lambda data: None),
+    "a class of results is a dict": (
+        "submission",
+        "results_nusc.json",
+        lambda data: re.sub(rb'"detection_name": "\w+"', b'"detection_name": {}', data),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_damage(kind, outcomes):
+    of_kind = {name: result for name, result in outcomes.items() if re.fullmatch(rf"{kind} \d+", name)}
+    assert len(of_kind) == CASES
+    assert not {name: result for name, result in of_kind.items() if result.outcome in damage.FAULTS}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_damage_that_was_a_fault_once(name, outcomes):
+    assert outcomes[name].outcome not in damage.FAULTS, outcomes[name].reason
+
+
+READERS = {
+    "refuses": (lambda place: _refuse(f"{place}/file is damaged."), "refused"),
+    "refuses without a name": (lambda place: _refuse("it is damaged."), "TRACEBACK"),
+    "raises": (lambda place: {}["x"], "TRACEBACK"),
+    "exits": (lambda place: exit(2), "TRACEBACK"),
+    "sleeps": (lambda place: time.sleep(60), "HANG"),
+    "reads what it must not": (lambda place: Seen({"part": digest_of(place)}), "SILENT"),
+    "reads what is possible": (lambda place: Seen({"part": digest_of(place)}), "other"),
+    "reads the impossible": (lambda place: Seen({}, faults=["not so"]), "SILENT"),
+    "computes it again": (lambda place: Seen({"part": "1"}), "same"),
+    "skips": (lambda place: Seen({}, {"part": f"{place}/file: is damaged"}), "skipped"),
+    "skips without a name": (lambda place: Seen({}, {"part": "is damaged"}), "TRACEBACK"),
+    "loses a part": (lambda place: Seen({}), "SILENT"),
+}
+
+
+def _refuse(sentence):
+    raise UserError(sentence)
+
+
+def digest_of(place):
+    return (place / "file").read_text()
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_what_a_reader_does_is_told_apart(name, tmp_path):
+    """The judgement itself, on a file that holds "1" and then "2"."""
+    read, outcome = READERS[name]
+    kind = Kind("file", read, checked=outcome == "SILENT")
+    workshop = damage.Workshop.__new__(damage.Workshop)
+    workshop.folder, workshop.intact, workshop.kinds = tmp_path, tmp_path / "intact", {"kind": kind}
+    workshop.expected = {"kind": Seen({"part": "1"})}
+    workshop.intact.mkdir()
+    (workshop.intact / "file").write_text("1")
+    result = workshop.look("kind", Path("file"), "zeros", lambda path: rewrite(path, lambda data: b"2"), seconds=1)
+    assert result.outcome == outcome, result
+
+
+def test_a_case_is_a_function_of_its_number(tmp_path):
+    """Or nobody could look at it again."""
+    workshop = damage.Workshop.__new__(damage.Workshop)
+    workshop.kinds, workshop.intact, workshop.others = KINDS, tmp_path, [b"other"]
+    workshop.files = {name: [tmp_path / "file", tmp_path / "another"] for name in KINDS}
+
+    def damaged(number):
+        kind, file, name, change = workshop.case(1, number, "image")
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        path.write_bytes(bytes(range(200)))
+        change(path)
+        return kind, file, name, path.read_bytes() if path.is_file() else path.exists()
+
+    first = [damaged(number) for number in range(40)]
+    assert first == [damaged(number) for number in range(40)]
+    assert {name for _, _, name, _ in first} > {"cut", "missing", "zeros"} and len(set(first)) > 30

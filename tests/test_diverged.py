@@ -1,0 +1,34 @@
+"""A run whose weights are no longer finite ends with one sentence, whatever they make the model do."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.test_train import train
+from unipad.errors import UserError
+from unipad.run_folder import Progress
+from unipad.runtime import World
+
+
+def test_a_diverging_run_ends_with_one_sentence(city, tmp_path):
+    """The second step has no finite distances, so its rays have no finite samples; the loss is read at the fourth."""
+    flags = ["--modality", "lidar", "--data-root", city, "--steps", 4, "--log-every", 4, "--lr", 1e5]
+    done = train(*flags, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "the loss is not finite at step 4: lower --lr or use --precision fp32" in done.stderr
+    assert not list(tmp_path.glob("outputs/*/*/checkpoints/*.pt"))
+
+
+def test_errors_of_diverged_weights_are_explained():
+    """And only those: with finite weights an error is a fault of the program."""
+    net, progress = nn.Linear(2, 1), Progress(None, World(0, 1, torch.device("cpu")), 0, 1, 1, 1)
+    with progress.explains_divergence(net, 3):
+        pass
+    for error in (IndexError, UserError):
+        with pytest.raises(error), progress.explains_divergence(net, 3):
+            raise error
+    nn.init.constant_(net.bias, torch.nan)
+    with pytest.raises(UserError, match="not finite at step 3: lower --lr"), progress.explains_divergence(net, 3):
+        raise IndexError
+    with pytest.raises(UserError, match="^of the user$"), progress.explains_divergence(net, 3):
+        raise UserError("of the user")

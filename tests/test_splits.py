@@ -1,0 +1,79 @@
+"""splits.json: scenes of one's own, in a version of any name."""
+
+import json
+
+import pytest
+import torch
+
+from unipad.config import Data
+from unipad.data.dataset import DataError
+from unipad.data.nuscenes import NuScenesDataset
+from unipad.evaluate.submission import score_submission, write_submission
+from unipad.model.detect import Detections
+
+pytestmark = pytest.mark.usefixtures("own_user_cache")
+
+
+@pytest.fixture
+def own(copy):
+    """Root of a set with another version and other names of scenes."""
+    folder = (copy / "v1.0-mini").rename(copy / "rig-7")
+    (folder / "lidarseg.json").unlink()
+    table = folder / "scene.json"
+    table.write_text(table.read_text().replace("scene-0061", "harbor").replace("scene-0103", "tunnel"))
+    write(copy, {"city_train": ["harbor"], "city_val": ["tunnel"], "dark": ["tunnel"]})
+    return copy
+
+
+def write(root, splits):
+    (root / "rig-7/splits.json").write_text(json.dumps(splits))
+
+
+def names(root, split):
+    return list(NuScenesDataset(root, "rig-7", split, Data()).scenes())
+
+
+def test_scenes_of_ones_own_are_read_and_scored(own, tmp_path):
+    """The devkit reads the same file: ground truth of a split as its detections scores 1."""
+    assert NuScenesDataset.splits(own, "rig-7") == {"train": "city_train", "val": "city_val", "dark": "dark"}
+    assert NuScenesDataset.train_val_splits(own, "rig-7") == ("city_train", "city_val")
+    assert names(own, "city_train") == ["harbor"] and names(own, "city_val") == names(own, "dark") == ["tunnel"]
+    dataset, truth = NuScenesDataset(own, "rig-7", "city_val", Data()), {}
+    for sample in (dataset[i] for i in range(len(dataset))):
+        boxes, labels = torch.from_numpy(sample.boxes), torch.from_numpy(sample.labels)
+        truth[sample.token] = Detections(boxes, torch.ones(len(boxes)), labels)
+    file = tmp_path / "results_nusc.json"
+    write_submission(truth, dataset.index, file, use_camera=False, use_lidar=True)
+    summary = score_submission(file, dataset.root, "rig-7", "city_val")
+    assert summary["mean_dist_aps"]["car"] == pytest.approx(1)
+
+
+def test_the_index_follows_the_file(own):
+    assert names(own, "city_train") == ["harbor"]
+    write(own, {"city_train": ["tunnel"], "city_val": ["harbor"]})
+    assert names(own, "city_train") == ["tunnel"]
+
+
+def test_splits_of_nuscenes_remain(copy):
+    (copy / "v1.0-mini/splits.json").write_text('{"dark": ["scene-0103"]}')
+    assert NuScenesDataset.splits(copy, "v1.0-mini") == {"train": "mini_train", "val": "mini_val", "dark": "dark"}
+
+
+@pytest.mark.parametrize(
+    "splits, words",
+    [
+        ('{"city_train": ', "not a JSON file"),
+        ("[1]", "must map names of splits"),
+        ('{"city_train": "harbor"}', "must map names of splits"),
+        ('{"train": ["harbor"]}', "nuScenes' own; call it city_train"),
+        ('{"city_train": []}', "no scene in its split city_train"),
+        ('{"a_train": ["harbor"], "b_train": ["harbor"]}', "two splits for train"),
+        ('{"city_train": ["harbour"]}', "the scene harbour"),
+        ('{"city_train": ["harbor"], "city_val": ["harbor"]}', "both for training and for validation"),
+    ],
+)
+def test_a_wrong_file_is_a_one_sentence_error(own, splits, words):
+    (own / "rig-7/splits.json").write_text(splits)
+    with pytest.raises(DataError, match=words) as refused:
+        names(own, "city_train")
+    assert "rig-7/splits.json" in str(refused.value) and "\n" not in str(refused.value)

@@ -1,0 +1,83 @@
+"""Which scenes belong to which split: nuScenes' own splits, and those that a dataset brings in `<version>/splits.json`.
+
+    {"city_train": ["scene-1", "scene-2"], "city_val": ["scene-3"]}
+
+This is the file that the devkit reads for splits of one's own, so its evaluation takes them too. A name that ends in
+_train, _val or _test has that purpose. Names of nuScenes' splits are taken: the devkit would use nuScenes' scenes.
+"""
+
+import json
+from pathlib import Path
+
+from unipad.data.dataset import DataError
+
+# nuScenes' own, by the version's suffix
+SPLITS = {
+    "trainval": {"train": "train", "val": "val"},
+    "test": {"test": "test"},
+    "mini": {"train": "mini_train", "val": "mini_val"},
+}
+PURPOSES = ("train", "val", "test")
+# The devkit's names, of which some are no splits of detection
+RESERVED = {"train", "val", "test", "mini_train", "mini_val", "train_detect", "train_track"}
+
+
+def splits_of(root: Path, version: str) -> dict[str, str]:
+    """{purpose: split} of a version; a split without a purpose is found by its name. root: from `tables.find_root`.
+
+    Those of splits.json come before nuScenes' own. Raises `DataError` for a version that has none, and for a file that
+    is no such table.
+    """
+    own = {}
+    for name in own_splits(root, version):
+        purpose = name.rpartition("_")[2]
+        purpose = purpose if purpose in PURPOSES else name
+        if purpose in own:
+            raise DataError(f"{root / version}/splits.json has two splits for {purpose}, {own[purpose]} and {name}.")
+        own[purpose] = name
+    splits = SPLITS.get(version.rpartition("-")[2], {}) | own
+    if not splits:
+        versions = ", ".join(f"v1.0-{suffix}" for suffix in SPLITS)
+        raise DataError(
+            f"--version {version} is not known; use {versions}, or list its scenes in {root / version}/splits.json "
+            "(see docs/data.md)."
+        )
+    return splits
+
+
+def own_splits(root: Path, version: str) -> dict[str, list[str]]:
+    """{split: names of its scenes} of `<version>/splits.json`; {} without such a file. Raises `DataError`."""
+    file = root / version / "splits.json"
+    try:
+        splits = json.loads(file.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError):
+        raise DataError(f"{file} is not a JSON file; write {EXAMPLE} or remove it.") from None
+    if not isinstance(splits, dict) or not all(
+        isinstance(scenes, list) and all(isinstance(scene, str) for scene in scenes) for scenes in splits.values()
+    ):
+        raise DataError(f"{file} must map names of splits to lists of names of scenes, such as {EXAMPLE}.")
+    for name, scenes in splits.items():
+        if name in RESERVED:
+            raise DataError(f"{file} names a split {name}, which is nuScenes' own; call it city_{name} or the like.")
+        if not scenes:
+            raise DataError(f"{file} has no scene in its split {name}; list some, or remove the split.")
+    return splits
+
+
+EXAMPLE = '{"city_train": ["scene-1"], "city_val": ["scene-2"]}'
+
+
+def check_scenes(file: Path, splits: dict[str, list[str]], known: set[str]):
+    """Raises `DataError` where `splits`, those of `own_splits`, name a scene that is not `known`, or have one both for
+    training and for validation."""
+    for name, scenes in splits.items():
+        if unknown := [scene for scene in scenes if scene not in known]:
+            raise DataError(f"{file} has the scene {unknown[0]} in its split {name}, but scene.json has not.")
+    trained, validated = (
+        {scene for name, scenes in splits.items() if name.endswith(f"_{purpose}") for scene in scenes}
+        for purpose in ("train", "val")
+    )
+    if both := sorted(trained & validated):
+        raise DataError(f"{file} has the scene {both[0]} both for training and for validation; choose one.")

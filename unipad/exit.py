@@ -1,0 +1,168 @@
+"""How a program ends: an exit code, and one line on stderr instead of a traceback. Does not import torch.
+
+    2          a mistake of the user, a damaged file, a full disk, too little memory
+    128 + N    signal N: Ctrl-C (130), SIGTERM (143), SIGHUP (129), or nobody reads the output, as after `| head` (141)
+
+Under torchrun every process ends so, but only the main one prints; the sentence is repeated in torchrun's own report.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+
+from unipad.errors import UserError
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+SIGPIPE = 13  # which Windows does not have
+
+# What a user can cause and fix, with the fix; other errors of the system are faults of this program
+FIXES = {
+    errno.ENOSPC: "free some space, or choose a folder on another disk",
+    errno.EDQUOT: "free some space, or choose a folder on another disk",
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f), or choose a folder on another disk",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EACCES: "choose a folder or file that you may use, or ask for the permission",
+    errno.EPERM: "choose a folder or file that you may use, or ask for the permission",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ELOOP: "its symbolic links lead in a circle; repair them",
+    errno.ENOTDIR: "a part of this path is a file; give a folder",
+    errno.EISDIR: "give a file",
+    errno.EEXIST: "give another name",
+    errno.ENOTEMPTY: "give another name",
+    errno.ENOENT: "a folder of this path does not exist or was removed",
+    errno.ENOMEM: "lower --workers or --batch-size",
+    errno.EAGAIN: "lower --workers",
+    errno.EMFILE: "raise the limit on open files (ulimit -n), or lower --workers",
+    errno.EIO: "the disk or network drive fails; try another one",
+    errno.ESTALE: "the disk or network drive fails; try another one",
+}
+
+
+class Stopped(BaseException):
+    """The program was told to end. Not an Exception: nothing handles it on its way out."""
+
+    def __init__(self, number: int, sentence: str | None = None):
+        self.number = number
+        super().__init__(sentence or f"stopped by {signal.Signals(number).name}")
+
+
+def handle_signals(handler: Callable):
+    """Call `handler(number, frame)` on each of `SIGNALS`; a hang-up that nohup turned off stays off."""
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:
+            signal.signal(number, handler)
+
+
+def end_at_once():
+    """From now on a signal ends this process without any cleaning up: for the time of the imports."""
+    handle_signals(lambda number, _: os._exit(_say(Stopped(number), 128 + number)))
+
+
+@contextlib.contextmanager
+def exit_on_user_error():
+    """End the program as this module describes, for a `UserError`, a signal, and what the system refuses."""
+
+    def stop(number, _):
+        for other in SIGNALS:  # nothing interrupts the cleaning up
+            signal.signal(other, signal.SIG_IGN)
+        raise Stopped(number)
+
+    handle_signals(stop)
+    with _guarded("stdout"), _guarded("stderr"):
+        try:
+            yield
+        except UserError as error:
+            code = _say(f"error: {error}", 2)
+        except Stopped as stopped:
+            code = _say(stopped, 128 + stopped.number)
+        except (OSError, MemoryError, RuntimeError) as error:
+            sentence = _refused(error)
+            if sentence is None:
+                raise
+            code = _say(f"error: {sentence}", 2)
+        else:
+            return
+    sys.exit(code)
+
+
+def has_ended(process: int) -> bool:
+    """Whether no process of this machine has this number; False on Windows, where that cannot be asked."""
+    if os.name == "nt":
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except OSError:  # another user's
+        pass
+    return False
+
+
+def _refused(error):
+    """The sentence for an error of the system; None for one that is a fault of this program."""
+    if isinstance(error, OSError):
+        where = f"{error.filename2 or error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}; {FIXES[error.errno]}." if error.errno in FIXES else None
+    if type(error).__name__ == "OutOfMemoryError":  # PyTorch's
+        return "the GPU is out of memory: lower --batch-size, or use --precision bf16."
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        return "the memory of this machine is not enough: lower --batch-size or --workers, or the recipe's sizes."
+    return None
+
+
+def _say(sentence, code):
+    """Print one line, in the main process only, and leave a mistake to torchrun's report; returns `code`."""
+    handle_signals(signal.SIG_DFL)
+    file, is_main = os.environ.get("TORCHELASTIC_ERROR_FILE"), os.environ.get("RANK", "0") == "0"
+    if file and code == 2 and not is_main:
+        time.sleep(5)  # the main process makes the same mistake, and then torchrun ends this one
+    with contextlib.suppress(OSError):  # not even that can be written
+        if file and code == 2:
+            extra = {"py_callstack": str(sentence), "timestamp": str(int(time.time()))}
+            with open(file, "w") as f:
+                json.dump({"message": {"message": str(sentence), "extraInfo": extra}}, f)
+        if is_main or not file and code == 2:
+            print(sentence, file=sys.stderr, flush=True)
+    return code
+
+
+@contextlib.contextmanager
+def _guarded(name):
+    stream = getattr(sys, name)
+    setattr(sys, name, _Guarded(stream))
+    try:
+        yield
+    finally:
+        setattr(sys, name, stream)
+
+
+class _Guarded:
+    """A stream. Once it cannot be written, it swallows everything, and the program ends as if by SIGPIPE."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text):
+        return self._try(self._stream.write, text)
+
+    def flush(self):
+        return self._try(self._stream.flush)
+
+    def _try(self, do, *args):
+        try:
+            return do(*args)
+        except OSError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())
+            os.close(null)
+            handler = signal.getsignal(signal.SIGTERM)  # which knows whether there is something to save first
+            if callable(handler):
+                handler(SIGPIPE, None)

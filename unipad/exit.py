@@ -54,7 +54,7 @@ class Stopped(BaseException):
 def handle_signals(handler: Callable):
     """Call `handler(number, frame)` on each of `SIGNALS`; a hang-up that nohup turned off stays off."""
     for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:
+        if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 
 

@@ -48,7 +48,8 @@ class Stopped(BaseException):
 
     def __init__(self, number: int, sentence: str | None = None):
         self.number = number
-        super().__init__(sentence or f"stopped by {signal.Signals(number).name}")
+        name = "SIGPIPE" if number == SIGPIPE else signal.Signals(number).name
+        super().__init__(sentence or f"stopped by {name}")
 
 
 def handle_signals(handler: Callable):

@@ -5,6 +5,7 @@ twice: for the flags that choose (`--modality`, `--preset`, `--config`, ...), th
 recipe's values as defaults.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -22,6 +23,9 @@ from unipad.data.dataset import DEFAULT_DATASET, check_recorded
 from unipad.errors import UserError, check_choices, check_numbers
 
 A = TypeVar("A")
+# Integer settings of recipes; all others are at least 1
+MAY_BE_0 = {"frozen_stages", "fpn_start", "volume_convs", "blocks", "lidar_per_view", "importance", "noise_groups"}
+MAY_BE_0 |= {"counts", "min_points", "warmup_steps"}
 RECIPE_FLAGS = ("task", "modality", "preset", "backbone")  # they choose the recipe
 
 
@@ -106,7 +110,13 @@ def with_preset(args: A, presets: dict[str, dict[str, Recipe]], modality: str, d
 
 
 def check_recipe(recipe: Recipe):
-    """Raises `UserError` for settings that cannot be combined."""
+    """Raises `UserError` for sizes and counts that no model has, and for settings that cannot be combined."""
+    for section, settings in vars(recipe).items():
+        for name, value in vars(settings).items() if dataclasses.is_dataclass(settings) else ():
+            flag = f"--{section}.{name}".replace("_", "-")
+            for number in value if isinstance(value, tuple) else (value,):
+                if type(number) is int and number < (name not in MAY_BE_0):
+                    raise UserError(f"{flag} {number} must be at least {int(name not in MAY_BE_0)}.")
     if recipe.camera is not None and not recipe.data.cameras:
         raise UserError("--data.no-cameras does not work with a camera encoder, which this recipe has; leave it out.")
     if recipe.camera is None and recipe.data.camera_sweeps > 1:

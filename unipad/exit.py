@@ -48,13 +48,14 @@ class Stopped(BaseException):
 
     def __init__(self, number: int, sentence: str | None = None):
         self.number = number
-        super().__init__(sentence or f"stopped by {signal.Signals(number).name}")
+        name = "SIGPIPE" if number == SIGPIPE else signal.Signals(number).name
+        super().__init__(sentence or f"stopped by {name}")
 
 
 def handle_signals(handler: Callable):
     """Call `handler(number, frame)` on each of `SIGNALS`; a hang-up that nohup turned off stays off."""
     for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:
+        if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 
 

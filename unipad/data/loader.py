@@ -7,6 +7,7 @@ end of an epoch.
 """
 
 import collections
+import gc
 import itertools
 import math
 import os
@@ -158,7 +159,8 @@ def load_items(items: Dataset, keys: Iterable, workers: int, pinned: bool = Fals
             reason = f"{workers} data loading processes need more shared memory (/dev/shm; docker run --shm-size)"
             if not re.search(SHARED, str(error)):
                 reason = f"one of {workers} data loading processes died, as when memory is short"
-        del loaded  # ends the others
+        del loaded
+        gc.collect()  # ends the others now, not in a process forked from this one: the exception's frames hold them
         workers //= 2
         print(f"{reason}: going on with --workers {workers}", file=sys.stderr)
 

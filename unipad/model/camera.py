@@ -138,20 +138,21 @@ class ConvNeXt(nn.Module):
         drop_noise: [M, blocks] uniform in [0, 1), used in training only; None: no path is dropped.
         image_sizes: [M, 2] height, width before padding, whose cells pass no gradient back; None: no padding.
         """
-        x, outs = images, []
+        x, outs, inside = images, [], None
         block_noise = iter(drop_noise.unbind(1) if self.training and drop_noise is not None else ())
         for i, (down, stage) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
             x = down(x)
             visible = None if mask is None else F.interpolate(mask.to(x.dtype), size=x.shape[-2:])  # [M, 1, h, w]
-            padded = None if image_sizes is None else _padded(image_sizes, images.shape[-1] // x.shape[-1], x)
-            x = _cut(_scaled(x, visible), padded)
+            if image_sizes is not None:
+                inside = _inside(image_sizes, x) if i == 0 else inside[..., ::2, ::2]
+            x = _cut(_scaled(x, visible), inside)
             for block in stage:
                 scale = _branch_scale(next(block_noise, None), block.drop_path, visible)
                 if self.checkpointing and torch.is_grad_enabled():
                     x = checkpoint(block, x, scale, use_reentrant=False, preserve_rng_state=False)
                 else:
                     x = block(x, scale)
-                x = _cut(x, padded)
+                x = _cut(x, inside)
             if i in self.out_stages:
                 outs.append(_scaled(getattr(self, f"norm{i}")(x), visible))
         return outs
@@ -222,27 +223,27 @@ def _scaled(x, scale):
     return x if scale is None else x * scale
 
 
-def _padded(image_sizes, stride, x):
-    """[M, 1, h, w] bool: which cells of x [M, C, h, w] lie wholly outside of the images; image_sizes: [M, 2] pixels."""
-    rows, cols = (torch.arange(size, device=x.device) * stride for size in x.shape[-2:])
+def _inside(image_sizes, x):
+    """[M, 1, h, w] bool: which 4-pixel cells of x [M, C, h, w] are not wholly padding; image_sizes: [M, 2] pixels."""
+    rows, cols = (torch.arange(0, 4 * size, 4, device=x.device) for size in x.shape[-2:])
     height, width = image_sizes[:, None, :, None].unbind(2)  # [M, 1, 1]
-    return (rows >= height)[..., None] | (cols >= width)[..., None, :]
+    return (rows < height)[..., None] & (cols < width)[..., None, :]
 
 
-def _cut(x, padded):
-    """x, with no gradient where `padded`."""
-    return x if padded is None else CutGradient.apply(x, padded)
+def _cut(x, inside):
+    """x, with a gradient only `inside`."""
+    return CutGradient.apply(x, inside) if inside is not None and x.requires_grad else x
 
 
 class CutGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, cut):
-        ctx.save_for_backward(cut)
+    def forward(ctx, x, inside):
+        ctx.save_for_backward(inside)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, d_out):
-        return d_out.masked_fill(*ctx.saved_tensors, 0), None
+        return d_out.where(*ctx.saved_tensors, 0), None
 
 
 def _branch_scale(noise, rate, visible):

@@ -8,6 +8,7 @@ import contextlib
 import gc
 import hashlib
 import json
+import re
 import shutil
 import types
 import typing
@@ -17,6 +18,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from unittest import mock
 
+import cv2
 import numpy as np
 import torch
 
@@ -29,7 +31,7 @@ from unipad.data.cutpaste import cut_out, load_objects
 from unipad.data.dataset import BadFrame, collate
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.synthetic import generate, is_synthetic
-from unipad.data.tables import load_camera_sweeps
+from unipad.data.tables import load_camera_sweeps, load_index
 from unipad.evaluate.segmentation import score_segmentation, write_segmentation
 from unipad.evaluate.submission import score_submission, write_submission
 from unipad.kernels import tuning
@@ -142,6 +144,12 @@ def read_city(place: Path, learn: bool = False) -> Seen:
             losses = losses if isinstance(losses, dict) else losses[0]
             if not all(torch.isfinite(loss) for loss in losses.values()):
                 seen.faults.append("not so: losses are finite")
+    return seen
+
+
+def read_splits(place):
+    seen, root = Seen(), place / "city"
+    seen.add(splits=NuScenesDataset.splits(root, VERSION), tokens=load_index(root, VERSION, "dark").tokens)
     return seen
 
 
@@ -336,9 +344,11 @@ class Kind:
 
 KINDS = {
     "tables": Kind("city/v1.0-mini/*.json", partial(read_city, learn=True), "json", weight=6),
+    "splits": Kind("city/v1.0-mini/splits.json", read_splits, "json"),
     "LiDAR keyframe": Kind("city/samples/LIDAR_TOP/*", partial(read_city, learn=True), weight=2),
     "LiDAR sweep": Kind("city/sweeps/LIDAR_TOP/*", read_city),
-    "image": Kind("city/samples/CAM_*/*", read_city, weight=2),
+    "image": Kind("city/samples/CAM_FRONT*/*", read_city, weight=2),
+    "PNG": Kind("city/samples/CAM_BACK/*", read_city, checked=True),  # with checksums
     "point labels": Kind("city/lidarseg/*/*.bin", read_city),
     "map": Kind("city/maps/*.png", read_city),
     "index": Kind("city/unipad-index/*mini_train.npz", read_city, checked=True),
@@ -395,6 +405,12 @@ def make_files(folder: Path, city: Path | None):
         shutil.copytree(city, root, ignore=shutil.ignore_patterns("unipad-index"))
     else:
         generate(root, scenes=2, keyframes=3, image_size=(72, 128), workers=1, columns=90, sweeps=2, progress=False)
+    (root / VERSION / "splits.json").write_text('{"dark": ["scene-0103"]}')
+    for image in root.glob("samples/CAM_BACK/*.jpg"):
+        cv2.imwrite(str(image.with_suffix(".png")), cv2.imread(str(image)))
+        image.unlink()
+    table = root / VERSION / "sample_data.json"
+    table.write_text(re.sub(r"(samples/CAM_BACK/[^\"]*)\.jpg", r"\1.png", table.read_text()))
     train_set, val_set = (NuScenesDataset(root, VERSION, split, Data()) for split in ("mini_train", "mini_val"))
     load_camera_sweeps(root, VERSION, "mini_val")
     load_objects(train_set, DETECT["lidar"]["lidar-0.075"].paste)

@@ -267,8 +267,9 @@ def read_pretrained(place):
 
 @lru_cache(2)
 def new_run(script):
-    """The arguments of a small run of train.py or finetune.py."""
-    return script.parse(["--modality", "lidar", "--preset", "tiny", *FLAGS])
+    """The arguments of a run of train.py or finetune.py, with the recipe of `models`."""
+    args = script.parse(["--modality", "lidar", "--preset", "tiny", *FLAGS])
+    return replace(args, recipe=models()[script is finetune].recipe)
 
 
 def read_tuning(place):
@@ -416,8 +417,7 @@ def make_files(folder: Path, city: Path | None):
     load_objects(train_set, DETECT["lidar"]["lidar-0.075"].paste)
 
     run = folder / "run"
-    flags = ["--modality", "lidar", "--preset", "tiny", "--data-root", root, *FLAGS, "--out", run, "--stop-at", 1]
-    train.main(train.parse(list(map(str, flags))))
+    train.main(replace(new_run(train), data_root=root, out=run, stop_at=1))
     (run / "tuning.json").write_text(
         json.dumps({"cpu": {"conv 3 1024": [32, 8]}, "NVIDIA H200": {"conv 3 8": [64, 8]}})
     )

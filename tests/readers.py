@@ -8,6 +8,7 @@ import contextlib
 import gc
 import hashlib
 import json
+import re
 import shutil
 import types
 import typing
@@ -17,6 +18,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from unittest import mock
 
+import cv2
 import numpy as np
 import torch
 
@@ -29,7 +31,7 @@ from unipad.data.cutpaste import cut_out, load_objects
 from unipad.data.dataset import BadFrame, collate
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.synthetic import generate, is_synthetic
-from unipad.data.tables import load_camera_sweeps
+from unipad.data.tables import load_camera_sweeps, load_index
 from unipad.evaluate.segmentation import score_segmentation, write_segmentation
 from unipad.evaluate.submission import score_submission, write_submission
 from unipad.kernels import tuning
@@ -142,6 +144,12 @@ def read_city(place: Path, learn: bool = False) -> Seen:
             losses = losses if isinstance(losses, dict) else losses[0]
             if not all(torch.isfinite(loss) for loss in losses.values()):
                 seen.faults.append("not so: losses are finite")
+    return seen
+
+
+def read_splits(place):
+    seen, root = Seen(), place / "city"
+    seen.add(splits=NuScenesDataset.splits(root, VERSION), tokens=load_index(root, VERSION, "dark").tokens)
     return seen
 
 
@@ -259,8 +267,9 @@ def read_pretrained(place):
 
 @lru_cache(2)
 def new_run(script):
-    """The arguments of a small run of train.py or finetune.py."""
-    return script.parse(["--modality", "lidar", "--preset", "tiny", *FLAGS])
+    """The arguments of a run of train.py or finetune.py, with the recipe of `models`."""
+    args = script.parse(["--modality", "lidar", "--preset", "tiny", *FLAGS])
+    return replace(args, recipe=models()[script is finetune].recipe)
 
 
 def read_tuning(place):
@@ -336,9 +345,11 @@ class Kind:
 
 KINDS = {
     "tables": Kind("city/v1.0-mini/*.json", partial(read_city, learn=True), "json", weight=6),
+    "splits": Kind("city/v1.0-mini/splits.json", read_splits, "json"),
     "LiDAR keyframe": Kind("city/samples/LIDAR_TOP/*", partial(read_city, learn=True), weight=2),
     "LiDAR sweep": Kind("city/sweeps/LIDAR_TOP/*", read_city),
-    "image": Kind("city/samples/CAM_*/*", read_city, weight=2),
+    "image": Kind("city/samples/CAM_FRONT*/*", read_city, weight=2),
+    "PNG": Kind("city/samples/CAM_BACK/*", read_city, checked=True),  # with checksums
     "point labels": Kind("city/lidarseg/*/*.bin", read_city),
     "map": Kind("city/maps/*.png", read_city),
     "index": Kind("city/unipad-index/*mini_train.npz", read_city, checked=True),
@@ -395,13 +406,18 @@ def make_files(folder: Path, city: Path | None):
         shutil.copytree(city, root, ignore=shutil.ignore_patterns("unipad-index"))
     else:
         generate(root, scenes=2, keyframes=3, image_size=(72, 128), workers=1, columns=90, sweeps=2, progress=False)
+    (root / VERSION / "splits.json").write_text('{"dark": ["scene-0103"]}')
+    for image in root.glob("samples/CAM_BACK/*.jpg"):
+        cv2.imwrite(str(image.with_suffix(".png")), cv2.imread(str(image)))
+        image.unlink()
+    table = root / VERSION / "sample_data.json"
+    table.write_text(re.sub(r"(samples/CAM_BACK/[^\"]*)\.jpg", r"\1.png", table.read_text()))
     train_set, val_set = (NuScenesDataset(root, VERSION, split, Data()) for split in ("mini_train", "mini_val"))
     load_camera_sweeps(root, VERSION, "mini_val")
     load_objects(train_set, DETECT["lidar"]["lidar-0.075"].paste)
 
     run = folder / "run"
-    flags = ["--modality", "lidar", "--preset", "tiny", "--data-root", root, *FLAGS, "--out", run, "--stop-at", 1]
-    train.main(train.parse(list(map(str, flags))))
+    train.main(replace(new_run(train), data_root=root, out=run, stop_at=1))
     (run / "tuning.json").write_text(
         json.dumps({"cpu": {"conv 3 1024": [32, 8]}, "NVIDIA H200": {"conv 3 8": [64, 8]}})
     )

@@ -19,7 +19,7 @@ from tests import damage, scripts
 from tests.readers import KINDS, Kind, Seen
 from unipad.errors import UserError
 
-CASES = 3  # of each kind
+CASES = 2  # of each kind
 
 
 @pytest.fixture(scope="module")

@@ -355,6 +355,7 @@ def with_thumbnail(path):
         ("image", lambda p: rewrite(p, lambda image: image.repeat(3, 0).repeat(3, 1)), "is 216 x 384, neither"),
         ("image", lambda p: (rewrite(p, lambda image: image, ".png"), cut(p, -3000)), "is damaged"),
         ("labels", lambda p: cut(p, -1), "labels for"),
+        ("labels", lambda p: p.write_bytes(b"\xff" * p.stat().st_size), "label 255, which is the index of no category"),
     ],
 )
 def test_a_bad_frame_is_named_and_replaced_by_another(copy, kind, damage, reason):

@@ -30,6 +30,7 @@ from unipad.data.dataset import BadFrame, DataError, DrivingDataset, Sample
 from unipad.data.splits import splits_of
 from unipad.data.synthetic import ensure_city
 from unipad.data.tables import (
+    NO_CATEGORY,
     REACH,
     find_root,
     load_camera_sweeps,
@@ -177,7 +178,10 @@ class NuScenesDataset(DrivingDataset):
         labels = _load_bytes(path)
         if len(labels) != count:
             raise BadFrame(path, f"has {len(labels)} labels for {count} points")
-        return self.index.lidarseg_classes[labels]
+        classes = self.index.lidarseg_classes[labels]
+        if (unknown := classes == NO_CATEGORY).any():
+            raise BadFrame(path, f"has label {labels[unknown][0]}, which is the index of no category")
+        return classes
 
     def _read_image(self, path, height, width):
         """The image as [h, w, 3] uint8 RGB, resized to `data.image_size`, and the [4, 4] scaling of the pixels of an

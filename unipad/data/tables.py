@@ -96,7 +96,7 @@ class Index:
     lidar2global: np.ndarray  # [L, 4, 4]
     lidar_prev: np.ndarray  # [L] row of the previous LiDAR frame, -1 at the start of a scene
     lidarseg_files: np.ndarray  # [F] empty where a keyframe has no labels
-    lidarseg_classes: np.ndarray  # [256] uint8 category in the files -> class 0-16
+    lidarseg_classes: np.ndarray  # [256] uint8 category in the files -> class 0-16, or `NO_CATEGORY`
     left_out: np.ndarray  # [K] rows of sample_annotation that are not among the boxes, and why
 
 
@@ -117,6 +117,7 @@ class CameraSweeps:
     lags: np.ndarray  # [F, W] float32 seconds before the keyframe, of its first camera
 
 
+NO_CATEGORY = 255  # class of a label that no category has
 CAMERA_SWEEPS = 5  # 12 Hz, keyframes at 2 Hz: all images since the previous keyframe
 REACH = 1e4  # meters from the LiDAR: neither a point nor a box is farther
 FASTEST = 200.0  # m/s: the velocity of a faster object is unknown, and the ego vehicle is not faster
@@ -204,7 +205,7 @@ def cache_paths(root: Path, name: str) -> tuple[Path, Path]:
     return root / "unipad-index" / name, user / "unipad" / folder / name
 
 
-FORMAT = 2  # of the index; increment when the meaning of a field changes
+FORMAT = 3  # of the index; increment when the meaning of a field changes
 LARGE = 100e6  # bytes; indexing larger tables shows a progress bar
 
 
@@ -448,10 +449,10 @@ def _matrices(records):
 
 
 def _lidarseg(nusc):
-    """({LiDAR sample_data token: label file}, [256] uint8 category -> class); empty and zeros without lidarseg."""
+    """({LiDAR sample_data token: label file}, `Index.lidarseg_classes`); empty without lidarseg."""
     from nuscenes.eval.lidarseg.utils import LidarsegClassMapper
 
-    classes = np.zeros(256, np.uint8)
+    classes = np.full(256, NO_CATEGORY, np.uint8)
     if not hasattr(nusc, "lidarseg"):
         return {}, classes
     for category, label in LidarsegClassMapper(nusc).fine_idx_2_coarse_idx_mapping.items():

@@ -24,7 +24,7 @@ from unipad.data.dataset import DEFAULT_DATASET, BadFrame, Sample, dataset_class
 from unipad.draw.boxes import COLORS, edges
 from unipad.draw.views import DPI, FAR, picture_of
 from unipad.errors import UserError, check_ranges
-from unipad.runtime import exit_on_user_error
+from unipad.exit import exit_on_user_error
 
 TITLE = 24  # pixels above an image
 REACH = 52.0  # meters from the LiDAR to the sides of the bird's-eye view

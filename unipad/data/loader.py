@@ -7,7 +7,6 @@ end of an epoch.
 """
 
 import collections
-import gc
 import itertools
 import math
 import os
@@ -156,11 +155,11 @@ def load_items(items: Dataset, keys: Iterable, workers: int, pinned: bool = Fals
             died = not isinstance(error, RuntimeError) or re.match(r"DataLoader worker \(pid|Pin memory", str(error))
             if not workers or not re.search(SHARED, str(error)) and (not died or str(error).startswith("Caught")):
                 raise
+            error.__traceback__ = None  # whose frames hold the loader, which is to end before another one is made
             reason = f"{workers} data loading processes need more shared memory (/dev/shm; docker run --shm-size)"
             if not re.search(SHARED, str(error)):
                 reason = f"one of {workers} data loading processes died, as when memory is short"
-        del loaded
-        gc.collect()  # ends the others now, not in a process forked from this one: the exception's frames hold them
+        del loaded  # ends the others
         workers //= 2
         print(f"{reason}: going on with --workers {workers}", file=sys.stderr)
 

@@ -27,6 +27,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import sys
@@ -312,7 +313,7 @@ def _judge(kind, place, file, shows, expected):
         seen = kind.read(place)
     except UserError as error:
         sentence = str(error)
-        if "\n" in sentence or not sentence.endswith(".") or not (str(place) in sentence or "--" in sentence):
+        if "\n" in sentence or not sentence.endswith(".") or not re.search(rf"{place}|--|checkpoints/", sentence):
             return Result("TRACEBACK", f"not one sentence with a file, folder or flag: {sentence}")
         return Result("refused", sentence.replace(str(place), ""))
     sys.stderr.flush()
@@ -325,14 +326,14 @@ def _judge(kind, place, file, shows, expected):
         return Result("SILENT", seen.faults[0])
     parts = expected.parts.keys() | seen.parts.keys()
     changed = sorted(p for p in parts - seen.skipped.keys() if seen.parts.get(p) != expected.parts.get(p))
-    gone = [p for p in changed if p not in seen.parts]
-    if gone and file.name in printed:  # left out, and named
-        changed = [p for p in changed if p in seen.parts]
+    left_out = changed and file.name in printed  # and the file is named
+    if left_out:
+        changed = []
     if changed and (kind.checked or shows):
         return Result("SILENT", f"{changed[0]} differs")
     if changed:
         return Result("other", f"{changed[0]} differs")
-    return Result("skipped", named[0].replace(str(place), "")) if named else Result("skipped" if gone else "same")
+    return Result("skipped", named[0].replace(str(place), "")) if named else Result("skipped" if left_out else "same")
 
 
 def count(workshop, numbers, seed, kind, seconds):

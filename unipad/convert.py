@@ -85,6 +85,7 @@ def read_weights(path: Path) -> tuple[dict, str, dict]:
     saved = read_checkpoint(file)
     config = saved.get("config") if isinstance(saved, dict) else None
     if isinstance(config, dict) and "recipe" in config and isinstance(saved.get("model"), dict):
+        saved_recipe(saved, file)
         return saved["model"], "ours", saved
     state = saved
     for wrapper in ("state_dict", "model", "module"):
@@ -189,14 +190,13 @@ def merge(camera: dict, lidar: dict) -> tuple[dict, Report]:
     return {"model": report.taken, "step": 0, "config": {"args": args, "recipe": to_dict(recipe), "steps": 0}}, report
 
 
-def saved_recipe(saved: dict) -> Recipe:
-    """The recipe of a checkpoint of ours. Raises `UserError` for one from another version of this project."""
+def saved_recipe(saved: dict, file: Path | str = "the checkpoint") -> Recipe:
+    """The recipe of a checkpoint of ours. Raises `UserError`, which names `file`, for one from another version of this
+    project."""
     try:
         return from_dict(AnyRecipe, saved["config"]["recipe"])
     except (TypeError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"the checkpoint is from another version of this project ({error}): train or convert again."
-        ) from None
+        raise UserError(f"{file} is from another version of this project ({error}): train or convert again.") from None
 
 
 def _presets(ours):

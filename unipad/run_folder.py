@@ -153,7 +153,7 @@ class RunFolder:
         file = self.path / "tuning.json"
         try:
             tuning.enable(file)
-        except ValueError:
+        except (OSError, ValueError, RecursionError):
             raise UserError(f"{file} is damaged; remove it to tune again.") from None
 
     def log(self, record: dict):
@@ -273,6 +273,8 @@ def one_line(error: Exception) -> str:
 
 def _drop_records_after(step, log):
     """Remove the records of later steps, and lines that are none, such as a half-written last one, from a log.jsonl."""
+    if log.is_dir():
+        raise UserError(f"{log} is a folder; remove it to resume the run.")
     if log.exists():
         part = log.with_name(f".{log.name}.{os.getpid()}")
         with part.open("wb") as f:

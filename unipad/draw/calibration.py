@@ -70,7 +70,7 @@ def calibration_view(sample: Sample, width: int = 640) -> np.ndarray:
         pixels, depth = _visible(points, matrix, h, w)
         lines, box = edges(corners, matrix.astype(np.float64))
         axis.imshow(image, interpolation="antialiased")
-        axis.scatter(*pixels.T, c=depth, s=8, cmap=DEPTHS, vmin=0, vmax=FAR, linewidths=0)
+        axis.scatter(*pixels.T, c=depth, s=6, cmap=DEPTHS, vmin=0, vmax=FAR, linewidths=0)
         axis.add_collection(LineCollection(lines, colors=[colors[b] for b in box], linewidths=1.2))
         axis.set(xlim=(-0.5, w - 0.5), ylim=(h - 0.5, -0.5), xticks=[], yticks=[])
         axis.set_title(f"{name}, {w} x {h}", color="white")

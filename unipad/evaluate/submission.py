@@ -93,8 +93,13 @@ def score_submission(file: Path, root: Path, version: str, split: str) -> dict:
     from nuscenes.eval.common.data_classes import EvalBoxes
     from nuscenes.eval.detection.evaluate import DetectionEval
 
-    config, written = config_factory("detection_cvpr_2019"), json.loads(file.read_text())
-    if any(written["results"].values()):
+    config = config_factory("detection_cvpr_2019")
+    try:
+        written = json.loads(file.read_text())
+        scored = any(written["results"].values())
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file} does not hold the results of a detector ({type(error).__name__}).") from None
+    if scored:
         with devkit_errors(root / version), tempfile.TemporaryDirectory() as plots:  # it requires a folder for plots
             nusc = NuScenes(version, str(root), verbose=False)
             metrics, _ = DetectionEval(nusc, config, str(file), split, plots, verbose=False).evaluate()

@@ -26,6 +26,7 @@ from unipad.recipes import PRETRAIN
 from unipad.run_folder import _drop_records_after, _new_folder
 from unipad.runtime import StopOnSignal, World
 
+pytestmark = pytest.mark.slow
 SMALL = ["--modality", "lidar", "--preset", "tiny", "--device", "cpu", "--val-every", 0, "--log-every", 1]
 SMALL += ["--rays.per-view", 8, "--save-every", 500, "--render.samples", 12, "--render.importance", 4, "--workers", 0]
 ALONE = World(0, 1, torch.device("cpu"))

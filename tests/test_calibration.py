@@ -53,6 +53,7 @@ def test_a_point_is_drawn_where_it_is_seen_and_in_the_color_of_its_depth(sample)
         points=np.array([[-6.0, 12, 0, 1, 0], [0, -12, 0, 1, 0], [0, 12, 0, 1, 0.05]], np.float32),
         boxes=sample.boxes[:0],
         labels=sample.labels[:0],
+        cameras=(),
     )
     place, depth = calibration._visible(one.points[:, :3].astype(float), one.lidar2image[0], 200, 200)
     np.testing.assert_allclose(place[0], [50, 100])

@@ -185,7 +185,7 @@ def test_default_presets_are_named():
         (finetune, ["--modality", "lidar", "--detect.heads", 0], "--detect.heads 0 must be at least 1"),
         (train, ["--camera.frozen-stages", -1], "--camera.frozen-stages -1 must be at least 0"),
         (train, ["--lr", "inf"], "--optim.lr inf is no number to compute with"),
-        (train, ["--grid.cell", "nan", 1, 1], "--grid.cell nan is no number"),
+        (train, ["--grid.cell", "nan", 1, 1], "--grid.cell .nan, 1.0, 1.0.: along x there is no range"),
         (train, ["--epochs", "1e20"], r"--optim.epochs 1e\+20 is no number"),
         (train, ["--steps", 10**20], "--steps 1000*0 is too large; use at most"),
         (train, ["--seed", 2**64], "--seed 18446744073709551616 is too large"),

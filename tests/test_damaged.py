@@ -19,6 +19,7 @@ from tests import damage, scripts
 from tests.readers import KINDS, Kind, Seen
 from unipad.errors import UserError
 
+pytestmark = pytest.mark.slow
 CASES = 2  # of each kind
 
 

@@ -195,6 +195,7 @@ time.sleep(60)
     assert "- cpu: out of time, 1 steps in" in page(folder)
 
 
+@pytest.mark.slow
 def test_stages_run_without_a_gpu(tmp_path):
     folder = Folder(tmp_path)
     gpu.run(folder, ["machine", "op-composite", "tests"], [], time.time() + 300)
@@ -204,6 +205,7 @@ def test_stages_run_without_a_gpu(tmp_path):
     assert "| R=384 S=64 C=4 | eager |" in log
 
 
+@pytest.mark.slow
 def test_the_command_keeps_its_time_limit(tmp_path):
     """Stages that take longer are cut off; the report is complete all the same."""
     began, stages = time.monotonic(), ["selfcheck", "steps"]

@@ -11,6 +11,7 @@ import torch
 
 from tests import scripts
 
+pytestmark = pytest.mark.slow
 MODALITIES = "camera", "lidar", "fusion"
 
 

@@ -46,6 +46,7 @@ def test_every_kind_of_command_is_found():
     assert [c for c in COMMANDS if "pytest" in c] == ["pip install -e '.[test]' && pytest"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "pytest" not in c and "tensorboard" not in c])
 def test_command_runs(command, city, tmp_path):
     for name in ("train.py", "finetune.py", "eval.py", "unipad", "kernels", "benchmarks"):

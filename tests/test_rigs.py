@@ -139,6 +139,7 @@ def test_a_mixed_rig_is_augmented_pasted_into_and_learned(rig):
     assert picture.shape[1] > 5 * 240
 
 
+@pytest.mark.slow
 def test_eight_cameras_of_eight_sizes_through_all_scripts(copy, tmp_path):
     """Half of them in PNG, half of the images smaller than the tables say, two frames that lack files."""
     set_rig(copy, RIGS[8])

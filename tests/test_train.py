@@ -9,6 +9,7 @@ import torch
 from tests import scripts
 from tests.scripts import Script
 
+pytestmark = pytest.mark.slow
 SMALL = ["--device", "cpu", "--workers", "0", "--rays.per-view", "8", "--log-every", "1", "--save-every", "99"]
 SMALL += ["--val-every", "0", "--val-samples", "1", "--picture-stride", "16"]
 SMALL += ["--render.samples", "12", "--render.importance", "4"]
@@ -194,7 +195,7 @@ def test_accumulated_micro_batches_have_the_gradient_of_a_batch(city, tmp_path):
     "flags, words",
     [
         (["--preset", "huge"], ["--preset huge", "tiny"]),
-        (["--version", "v1.0-test"], ["--version v1.0-test", "no training split"]),
+        (["--version", "v1.0-test"], ["--version v1.0-test", "v1.0-mini"]),
         (["--version", "v2"], ["--version v2", "v1.0-mini"]),
         (["--dataset", "no.such:Class"], ["--dataset no.such:Class", "package.module:Class"]),
         (["--version", "v1.0-trainval"], ["v1.0-trainval", "v1.0-mini"]),

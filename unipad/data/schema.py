@@ -48,10 +48,8 @@ def open_tables(root: Path, version: str, verbose: bool):
 
         def __make_reverse_index__(self, verbose):
             _check_references(self, folder)
-            maps, self.map = (
-                self.map,
-                self.map or [{"token": "", "log_tokens": []}],
-            )  # the devkit looks at the first one
+            maps = self.map
+            self.map = maps or [{"token": "", "log_tokens": []}]  # the devkit looks at the first one
             super().__make_reverse_index__(verbose)
             self.map = maps
 

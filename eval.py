@@ -2,8 +2,8 @@
 
     python eval.py RUN                                  # NDS and mAP of boxes, mIoU of points, or PSNR and depth errors
                                                         # of a pre-trained model
-    python eval.py RUN --tta                            # boxes merged from twelve views of every frame, points from
-                                                        # eight: rotated, scaled and flipped
+    python eval.py RUN --tta                            # test-time augmentation: twelve scaled and flipped copies of
+                                                        # every frame for boxes, eight rotated and flipped for points
     python eval.py RUN --version v1.0-test --split test --data-root /data/nuscenes       # a submission
     python eval.py RUN --frames 0 5 --mesh              # render two frames, with their surfaces
     python eval.py RUN --scene scene-0103               # render a whole scene, as a GIF
@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-# Before torch loads OpenMP; see train.py
+# Must be set before torch loads OpenMP; see train.py
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from unipad.exit import end_at_once, exit_on_user_error
@@ -99,7 +99,7 @@ class Args:
     deterministic: bool = False  # bitwise reproducible results on a GPU too, with slower kernels
     pictures: int = 4  # frames that are drawn (detect, segment) or rendered (render), spread over the split
     min_score: float = 0.3  # detect: lowest score of a box that is drawn, 0 to 1
-    tta: bool = False  # detect, segment: test-time augmentation, merging the predictions of several views of a frame
+    tta: bool = False  # detect, segment: merge the predictions for several transformed copies of each frame (TTA)
     tta_scales: tuple[float, ...] | None = None  # --tta: scale factors; None: 1 1.06 0.96 (segment: 1)
     tta_angles: tuple[float, ...] | None = None  # --tta: degrees about the vertical axis; None: 0 (segment: 0 90)
     tta_flips: bool = True  # --tta: also flip front to back, left to right, and both
@@ -182,7 +182,7 @@ def main(args: Args):
                 os.path.expanduser(args.data_root or trained.get("data_root") or kind.default_root(recipe.data))
             )
             split = kind.splits(root, version).get(args.split, args.split)
-            # augmentation may move points into the grid; segmentation labels those outside too
+            # test-time augmentation may move points into the grid; segmentation classifies those outside too
             box = None if args.tta or task == "segment" else (recipe.grid.low, recipe.grid.high)
             dataset = kind(root, version, split, recipe.data, point_range=box)
 
@@ -239,7 +239,7 @@ def segment(args, model, dataset, out, world):
 
 
 def drawn_frames(args, model, dataset, predictions):
-    """Yield (number, batch of one) for the frames to draw: with images, even if only the LiDAR was used."""
+    """Yield (number, batch of one) for the frames to draw: with images, even if the model only reads the LiDAR."""
     with_images = dataset.has_images(dataset.root, dataset.version, dataset.split)
     settings = replace(model.recipe.data, cameras=with_images, camera_sweeps=1)  # only the keyframe's images
     drawn = type(dataset)(dataset.root, dataset.version, dataset.split, settings)
@@ -249,7 +249,7 @@ def drawn_frames(args, model, dataset, predictions):
 
 
 def views_of(args, task):
-    """The transforms of --tta."""
+    """The transforms of --tta, [4, 4] each."""
     given = args.tta_scales, args.tta_angles
     scales, angles = (values or default for values, default in zip(given, TTA[task], strict=True))
     return tta_views(scales, np.radians(angles), args.tta_flips)
@@ -259,7 +259,7 @@ def render(args, model, dataset, out, world):
     """Color, depth and normals of some frames next to their images and LiDAR points, and their errors."""
     if args.mesh:
         check_mesh(model.recipe.grid, args.mesh_cell)
-    device, rows, done = world.device, rows_of(args, dataset), []  # rows: by number of the frame in the split
+    device, rows, done = world.device, rows_of(args, dataset), []  # rows: frame number -> index in the dataset
     mine = list(rows)[world.rank :: world.size]
     for number in tqdm(mine, "rendering", disable=None if world.is_main else True, leave=False):
         try:
@@ -294,7 +294,7 @@ def render(args, model, dataset, out, world):
 
 
 def rows_of(args, dataset):
-    """The frames to render: {number in the split: row of the dataset}, which lacks frames without files."""
+    """The frames to render: {number in the split: index in the dataset, which lacks frames without files}."""
     numbers, count = dataset.frames.tolist(), dataset.frame_count
     if args.scene:
         scenes = dataset.scenes()

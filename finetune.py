@@ -9,8 +9,8 @@
     python finetune.py --config outputs/finetune-lidar/RUN --seed 1 # a run's settings again, with another seed
     python finetune.py --resume outputs/finetune-lidar/RUN          # resume a run, with its settings
 
-The first command takes a few minutes on two CPU cores. The paper's recipes are presets: the ablations are what its
-headline gains were measured with (a half or a fifth of the labels), the others are its final models.
+The first command takes a few minutes on two CPU cores. The paper's recipes are presets: its ablations, which measure
+the gain from pre-training with a half or a fifth of the labels, and its final models.
 """
 
 import math
@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-# Before torch loads OpenMP; see train.py
+# Must be set before torch loads OpenMP; see train.py
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from unipad.exit import end_at_once, exit_on_user_error
@@ -86,12 +86,12 @@ class Task:
     """What is specific to fine-tuning for one task."""
 
     presets: dict  # modality -> name -> recipe
-    model: type  # of a recipe; maps a batch and generators to losses
+    model: type  # a module made from a recipe; maps a batch and generators to losses
     evaluate: Callable  # model, dataset, folder, world, workers= -> metrics by name
     predict: Callable  # model, batch -> the predictions for each sample
     picture: Callable  # batch of one, its predictions -> picture
-    scene: Callable  # the same -> 3D view
-    of_points: bool  # every LiDAR point counts, outside the grid too; False: boxes inside
+    scene: Callable  # batch of one, its predictions -> 3D view
+    of_points: bool  # True: predicts a class for every LiDAR point, outside the grid too; False: boxes inside the grid
 
 
 TASKS = {
@@ -148,7 +148,8 @@ def main(args: Args):
         steps = args.steps or max(1, round(optim.epochs * len(train_set) / optim.batch_size))
         micro_batch = world.micro_batch(optim.batch_size, args.accumulate)
         pasting_epochs = optim.epochs - (recipe.paste.off_epochs if recipe.paste else 0)
-        paste_until = max(0, round(pasting_epochs / optim.epochs * steps)) * optim.batch_size  # position in the stream
+        # position in the stream of samples
+        paste_until = max(0, round(pasting_epochs / optim.epochs * steps)) * optim.batch_size
 
         # Model and optimizer
         torch.manual_seed(args.seed)
@@ -201,10 +202,10 @@ def main(args: Args):
             for i in range(args.accumulate):
                 batch, bad_frames = next(batches)
                 progress.skip(bad_frames)
-                draws = generators(args.seed, step, world.positions(i, micro_batch), device)
+                rngs = generators(args.seed, step, world.positions(i, micro_batch), device)
                 with local_gradients(model, more=i < args.accumulate - 1):
                     with autocast, progress.explains_divergence(net, step + 1):
-                        losses = model(batch.to(device), draws)
+                        losses = model(batch.to(device), rngs)
                     loss = sum(losses.values())
                     scaler.scale(loss / args.accumulate).backward()
                 for name, value in {"loss": loss, **losses}.items():
@@ -233,13 +234,13 @@ def main(args: Args):
 
 
 def open_datasets(args, world):
-    """(args, training set, validation set); args with what the flags left open: the folder and the version."""
+    """(args, training set, validation set); in args, unset flags are filled in: the folder and the version."""
     task, recipe = TASKS[args.task], args.recipe
     dataset = dataset_class(args.dataset)
     if args.task not in dataset.tasks:
         raise UserError(f"--dataset {args.dataset} does not support --task {args.task}; see unipad/data/dataset.py.")
     version = args.version or dataset.default_version
-    box = None if task.of_points else (recipe.grid.low, recipe.grid.high)  # nothing outside is seen or found
+    box = None if task.of_points else (recipe.grid.low, recipe.grid.high)  # the encoder ignores points outside the grid
     with world.main_first():  # generates the city, builds the index, cuts out the objects
         root = Path(os.path.expanduser(args.data_root or dataset.default_root(recipe.data)))
         train_split, val_split = dataset.train_val_splits(root, version)
@@ -264,9 +265,9 @@ def open_datasets(args, world):
 
 
 def validate(net, val_set, run, args, world, step):
-    """Detect or segment in the whole validation split: metrics, which are returned, and a picture and a 3D view."""
+    """Predict the whole validation split: returns the metrics, and logs them with a picture and a 3D view."""
     task = TASKS[args.task]
-    found = task.evaluate(net, val_set, run.path / "eval", world, workers=world.workers(args.workers))
+    metrics = task.evaluate(net, val_set, run.path / "eval", world, workers=world.workers(args.workers))
     if world.is_main:
         _, frame = next(held_out_batches(val_set, 1))
         frame = frame.to(world.device)
@@ -275,13 +276,13 @@ def validate(net, val_set, run, args, world, step):
         net.train()
         run.picture("val", task.picture(frame, predicted), step)
         run.scene("val", task.scene(frame, predicted), step)
-    run.scalars({f"val/{name}": value for name, value in found.items()}, step)
-    world.print0(f"step {step}/{run.config['steps']}  {val_set.split}: {format_metrics(found)}")
-    return found
+    run.scalars({f"val/{name}": value for name, value in metrics.items()}, step)
+    world.print0(f"step {step}/{run.config['steps']}  {val_set.split}: {format_metrics(metrics)}")
+    return metrics
 
 
 def summary(metrics, split, path):
-    """How good the model is and where to look."""
+    """The last metrics, and where the results are, as text."""
     lines = [f"{split:<13}{'  '.join(f'{name} {value:.3f}' for name, value in metrics.items())}"] if metrics else []
     lines += [f"pictures     {path / 'images'}", f"checkpoint   {path / 'checkpoints' / 'last.pt'}"]
     lines += [f"curves       tensorboard --logdir {path.parent}"]

@@ -11,9 +11,9 @@
     python train.py --config outputs/train-camera/RUN --seed 1      # a run's settings again, with another seed
     python train.py --resume outputs/train-camera/RUN               # resume a run, with its settings
 
-The first commands take a few minutes on two CPU cores and end with pictures of what the model renders on frames
-that it was never trained on. The paper's recipes (--preset camera-0.1 and lidar-0.075, the defaults with --data-root)
-are 12 epochs at 4 and at 16 samples per step.
+The first four commands take a few minutes on two CPU cores and end with pictures of what the model renders on frames
+that it was not trained on. The paper's recipes (--preset camera-0.1 and lidar-0.075, the defaults with --data-root)
+train for 12 epochs, with 4 and 16 samples per step.
 """
 
 import math
@@ -22,9 +22,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-# Before torch loads OpenMP, whose threads wait by spinning: as soon as anything else runs on the machine, they block
-# each other for milliseconds at a time. On two cores, a step next to another process took 10 times as long, now 2.5;
-# on an idle machine it takes 8 % longer.
+# Must be set before torch loads OpenMP, whose idle threads spin: as soon as anything else runs on the machine, they
+# block each other for milliseconds at a time. On two cores shared with another process, a step took 10 times as long as
+# alone, with this setting 2.5 times; on an idle machine the setting makes it 8 % slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from unipad.exit import end_at_once, exit_on_user_error
@@ -136,7 +136,7 @@ def main(args: Args):
         # Loop
         val_every = math.ceil(steps / 3) if args.val_every is None else args.val_every
         save_every = args.save_every or min(1000, math.ceil(steps / 20))
-        # What a step sees is a function of (seed, step), its order and random numbers too, so none of it is saved.
+        # The samples of a step, their order and all random numbers depend only on (seed, step), so none of it is saved.
         batches = step_batches(
             train_set,
             micro_batch,
@@ -163,10 +163,10 @@ def main(args: Args):
             for i in range(args.accumulate):
                 batch, bad_frames = next(batches)
                 progress.skip(bad_frames)
-                draws = generators(args.seed, step, world.positions(i, micro_batch), device)
+                rngs = generators(args.seed, step, world.positions(i, micro_batch), device)
                 with local_gradients(model, more=i < args.accumulate - 1):
                     with autocast, progress.explains_divergence(net, step + 1):
-                        losses, rays_missed = model(batch.to(device), draws)
+                        losses, rays_missed = model(batch.to(device), rngs)
                     loss = sum(losses.values())
                     scaler.scale(loss / args.accumulate).backward()
                 for name, value in {"loss": loss, **losses, "rays_missed": rays_missed}.items():
@@ -197,11 +197,11 @@ def main(args: Args):
 
 
 def open_datasets(args, world):
-    """(args, training set, validation set); args with what the flags left open: folder, version, origin of the rays."""
+    """(args, training set, validation set); in args, unset flags are filled in: folder, version, origin of the rays."""
     recipe = args.recipe
     dataset = dataset_class(args.dataset)
     version = args.version or dataset.default_version
-    box = (recipe.grid.low, recipe.grid.high)  # points outside are no targets: no ray reaches them
+    box = (recipe.grid.low, recipe.grid.high)  # points outside cannot be depth targets: no ray is sampled there
     with world.main_first():  # generates the city, builds the index
         root = Path(os.path.expanduser(args.data_root or dataset.default_root(recipe.data)))
         train_split, val_split = dataset.train_val_splits(root, version)
@@ -236,23 +236,23 @@ def with_ray_origins(recipe, has_images, print0):
 
 
 def validate(net, val_set, run, args, world, step):
-    """Render held-out frames: metrics, which are returned, and a picture and a 3D view for the run."""
+    """Render held-out frames: returns the metrics, and logs them with a picture and a 3D view."""
     frames = held_out_batches(val_set, args.val_samples, world.rank, world.size)
-    found = evaluate_rendering(net, frames, args.seed, world.device)
+    metrics = evaluate_rendering(net, frames, args.seed, world.device)
     if world.is_main:
         _, frame = next(held_out_batches(val_set, 1))
         frame = frame.to(world.device)
-        draws = generators(args.seed, 0, [0], world.device)
-        run.picture("val", rendered_views(net, frame, draws, args.picture_stride), step)
-        draws = generators(args.seed, 0, [0], world.device)
-        run.scene("val", rendered_scene(net, frame, draws, stride=max(1, args.picture_stride // 2)), step)
-    run.scalars({f"val/{name}": value for name, value in found.items()}, step)
-    world.print0(f"step {step}/{run.config['steps']}  held-out frames: {format_metrics(found)}")
-    return found
+        rngs = generators(args.seed, 0, [0], world.device)
+        run.picture("val", rendered_views(net, frame, rngs, args.picture_stride), step)
+        rngs = generators(args.seed, 0, [0], world.device)
+        run.scene("val", rendered_scene(net, frame, rngs, stride=max(1, args.picture_stride // 2)), step)
+    run.scalars({f"val/{name}": value for name, value in metrics.items()}, step)
+    world.print0(f"step {step}/{run.config['steps']}  held-out frames: {format_metrics(metrics)}")
+    return metrics
 
 
 def summary(metrics, path):
-    """What the run improved and where to look."""
+    """Metrics before and after training, and where the results are, as text."""
     lines = []
     if metrics:
         lines += [f"{'held-out frames':<20}" + "".join(f"{when:>10}" for when in metrics)]

@@ -97,5 +97,5 @@ def boxes_to_global(boxes: np.ndarray, lidar2global: np.ndarray) -> tuple[np.nda
         return np.zeros((0, 3)), np.zeros((0, 3)), np.zeros((0, 4)), np.zeros((0, 2))
     rotation = Rotation.from_matrix(lidar_rotation) * Rotation.from_euler("z", boxes[:, 6:7])
     translation = boxes[:, :3] @ lidar_rotation.T + lidar2global[:3, 3]
-    velocity = boxes[:, 7:] @ lidar_rotation[:2, :2].T  # a box has none along the LiDAR's z
+    velocity = boxes[:, 7:] @ lidar_rotation[:2, :2].T  # boxes have no vertical velocity
     return translation, boxes[:, 3:6].copy(), rotation.as_quat()[:, [3, 0, 1, 2]], velocity

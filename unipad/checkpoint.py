@@ -29,7 +29,7 @@ def write_checkpoint(state: dict, file: Path):
     except BaseException as error:
         with contextlib.suppress(OSError):
             part.unlink()
-        while error and not isinstance(error, OSError):  # the archive's writer complains after the file that it writes
+        while error and not isinstance(error, OSError):  # torch's zip writer wraps the file's OSError
             error = error.__context__
         if error:
             raise OSError(error.errno, error.strerror, str(file)) from None
@@ -148,7 +148,7 @@ def _check_types(values, types):
 
 
 def _check_metrics(metrics):
-    """Raises TypeError unless `metrics` holds numbers by name, or, by occasion, the same names of them."""
+    """Raises TypeError unless `metrics` is {name: number}, or {"before": ..., "after": ...} of two such dicts."""
     tables = [table for table in metrics.values() if isinstance(table, dict)] or [metrics]
     if len(tables) not in (1, len(metrics)) or any(table.keys() != tables[0].keys() for table in tables):
         raise TypeError("its metrics differ in their names")
@@ -171,8 +171,8 @@ def take_weights(net: nn.Module, prefix: str, paths: Sequence[Path], flag: str, 
 
     paths:  as for `find_checkpoint`; where several have a weight, the last one wins.
     flag:   the flag that named them, for messages.
-    print0: called with a line per path: how many weights were taken and what was ignored; then with what keeps its
-            random initialization.
+    print0: called with a line per path, which says how many weights were taken and which were ignored; then with a
+            line of those that keep their random initialization.
 
     Returns the names taken. Raises `UserError` for a file that has none of the weights, or one of another shape, and
     where none of the files has the camera's frozen stages.

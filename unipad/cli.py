@@ -1,8 +1,8 @@
-"""The command line of the scripts: their own flags, then every setting of the recipe that these choose.
+"""The command line of the scripts: their own flags, and every setting of the recipe as a flag.
 
 A script's `Args` is a dataclass whose field `recipe` is None until a recipe is chosen. So the command line is parsed
-twice: for the flags that choose (`--modality`, `--preset`, `--config`, ...), then for all of them, with the chosen
-recipe's values as defaults.
+twice: first only the flags that choose a recipe (`--modality`, `--preset`, `--config`, ...), then all flags, with the
+chosen recipe's values as defaults.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from unipad.data.dataset import DEFAULT_DATASET, check_recorded
 from unipad.errors import UserError, check_choices, check_numbers
 
 A = TypeVar("A")
-# Integer settings of recipes; all others are at least 1
+# Integer settings of recipes that may be 0; all others are at least 1
 MAY_BE_0 = {"frozen_stages", "fpn_start", "volume_convs", "blocks", "lidar_per_view", "importance", "noise_groups"}
 MAY_BE_0 |= {"counts", "min_points", "warmup_steps"}
 RECIPE_FLAGS = ("task", "modality", "preset", "backbone")  # they choose the recipe
@@ -32,7 +32,8 @@ RECIPE_FLAGS = ("task", "modality", "preset", "backbone")  # they choose the rec
 def parse(kind: type[A], choose: Callable[[A], A], description: str, argv: Sequence[str] | None = None) -> A:
     """The dataclass `kind` from the command line; settings of the recipe are flags by section (`--optim.lr`).
 
-    choose: maps the script's parsed flags to defaults for all flags: the same with their recipe, or an earlier run's.
+    choose: maps the script's parsed flags to the defaults of all flags: the same flags with their recipe filled in, or
+            the flags of an earlier run.
     argv:   the flags (default: those of this process).
 
     Exits with code 2 where tyro cannot parse a flag. Raises `UserError` for a flag of a section the recipe lacks.
@@ -110,7 +111,7 @@ def with_preset(args: A, presets: dict[str, dict[str, Recipe]], modality: str, d
 
 
 def check_recipe(recipe: Recipe):
-    """Raises `UserError` for sizes and counts that no model has, and for settings that cannot be combined."""
+    """Raises `UserError` for sizes and counts that are too small, and for settings that cannot be combined."""
     for section, settings in vars(recipe).items():
         for name, value in vars(settings).items() if dataclasses.is_dataclass(settings) else ():
             flag = f"--{section}.{name}".replace("_", "-")

@@ -96,7 +96,7 @@ class Paste:
 class CameraConfig:
     """Camera encoder: masked ConvNeXt, FPN, depth head and view transform.
 
-    View gather: every voxel samples the views at its corner; depth bins span the depth range, both ends included.
+    View gather: every voxel samples the views at its lower corner; depth bins span the depth range, both ends included.
     View pool: every pixel adds to the voxels along its ray; depth bins are their lower edges; one feature level.
     """
 
@@ -104,7 +104,7 @@ class CameraConfig:
     widths: tuple[int, ...] = (96, 192, 384, 768)  # channels per stage
     drop_path: float = 0.2  # stochastic depth rate of the last block, rising linearly from 0
     frozen_stages: int = 1  # leading stages (with their downsampling) that are not trained
-    mask_ratio: float = 0.3  # fraction of 32-pixel blocks hidden from the encoder; 0: no masking
+    mask_ratio: float = 0.3  # fraction of 32 x 32-pixel patches that are masked; 0: no masking
     fpn_start: int = 1  # first stage that the FPN reads
     fpn_levels: int = 4  # FPN output levels; those beyond the stages come from stride-2 convolutions
     channels: int = 128  # channels of the FPN levels and of the volume
@@ -128,9 +128,9 @@ class LidarConfig:
     cell: tuple[float, float, float] = (0.075, 0.075, 0.2)  # voxel size in x, y, z, meters
     max_points: int = 10  # points per voxel; the voxel's feature is their mean
     max_voxels: tuple[int, int] = (120_000, 160_000)  # voxels per sample, in training and in evaluation
-    mask_ratio: float = 0.8  # fraction of the occupied blocks hidden from the encoder; 0: no masking
-    mask_block: int = 8  # voxels along the edge of a block
-    learnable_token: bool = False  # keep hidden voxels, with a learned feature, instead of removing them
+    mask_ratio: float = 0.8  # fraction of the occupied mask blocks whose voxels are masked; 0: no masking
+    mask_block: int = 8  # voxels along the edge of a mask block
+    learnable_token: bool = False  # keep masked voxels, with a learned feature, instead of removing them
     widths: tuple[int, ...] = (16, 32, 64, 128)  # channels per stage of the encoder
     blocks: int = 2  # residual blocks per stage
     sparse_channels: int = 256  # output channels of the sparse encoder
@@ -139,7 +139,7 @@ class LidarConfig:
     neck_layers: int = 5  # convolutions per branch, after the strided one
     channels: int = 256  # channels of the volume
     volume_convs: int = 0  # 3 x 3 x 3 convolutions on the volume; pre-training has none
-    norm_momentum: float = 0.01  # share of a step in the norms' running statistics; short runs need a larger one
+    norm_momentum: float = 0.01  # momentum of the batch norms' running statistics; short runs need a larger one
 
 
 @dataclass(frozen=True)
@@ -150,12 +150,12 @@ class UnetConfig:
     """
 
     cell: float = 0.1  # voxel edge, meters
-    mask_ratio: float = 0.8  # fraction of the occupied blocks hidden in pre-training; 0: no masking
-    mask_block: int = 8  # voxels along the edge of a block
+    mask_ratio: float = 0.8  # fraction of the occupied mask blocks whose voxels are masked; 0: no masking
+    mask_block: int = 8  # voxels along the edge of a mask block
     stem: int = 32  # channels of the first convolution, 5 x 5 x 5
     widths: tuple[int, ...] = (32, 64, 128, 256, 256, 128, 96, 96)  # channels per stage: down, then up
     blocks: tuple[int, ...] = (2, 3, 4, 6, 2, 2, 2, 2)  # residual blocks per stage
-    norm_momentum: float = 0.01  # share of a step in the norms' running statistics; short runs need a larger one
+    norm_momentum: float = 0.01  # momentum of the batch norms' running statistics; short runs need a larger one
 
     @property
     def channels(self):
@@ -169,12 +169,12 @@ class RayChoice:
 
     strategy: Literal["depth", "random", "dilation"] = "depth"  # LiDAR points first, random pixels, or a pixel grid
     per_view: int = 512  # rays per camera and step
-    lidar_per_view: int = 512  # depth: at most this many of them through LiDAR points
+    lidar_per_view: int = 512  # depth: at most this many of the per_view rays go through LiDAR points
     near_radius: float = 3.0  # meters in the ground plane: nearest LiDAR points to aim at
     far_radius: float = 50.0  # meters in the ground plane: farthest LiDAR points to aim at
-    pixel_interval: int = 4  # spacing in pixels of the grid that fills up a view
+    pixel_interval: int = 4  # spacing in pixels of the grid that the remaining rays of a view are chosen from
     dilation: int = 16  # dilation: pixels between rays
-    sky: float = 0.4  # top fraction of an image that gets no fill-up pixels
+    sky: float = 0.4  # top fraction of an image that this grid leaves out
 
 
 @dataclass(frozen=True)
@@ -213,12 +213,12 @@ class Detect:
     classes: int = 10  # number of classes
     focal_gamma: float = 2.0  # gamma of the focal loss
     focal_alpha: float = 0.25  # alpha of the focal loss
-    class_weight: float = 2.0  # weight of the class in the loss and in the assignment
-    box_weight: float = 0.25  # weight of the box in the loss and in the assignment
-    code_weights: tuple[float, ...] = (2.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.2, 0.2)  # per entry of a box's code
+    class_weight: float = 2.0  # weight of the class term in the loss and in the assignment cost
+    box_weight: float = 0.25  # weight of the box term in the loss and in the assignment cost
+    code_weights: tuple[float, ...] = (2.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.2, 0.2)  # weight of each code entry
     iou_weight: float = 0.5  # denoising: weight of the IoU loss
     noise_weight: float = 1.0  # denoising: weight of all losses on noisy ground truth
-    noise_groups: int = 10  # denoising: copies of the ground truth at most; all together no more than queries
+    noise_groups: int = 10  # denoising: noisy copies of the ground truth; fewer if they would outnumber the queries
     noise_scale: float = 1.0  # denoising: largest shift of a center, in half box sizes
     noise_split: float = 0.75  # denoising: fraction of that shift beyond which a copy is background
     max_detections: int = 300  # boxes per sample, before suppression
@@ -244,7 +244,7 @@ class Optim:
     """AdamW and its schedule.
 
     Schedule cosine: linear warm-up times a cosine decay from the first step.
-    Schedule one_cycle: a cosine up, then one down; the momentum mirrors it.
+    Schedule one_cycle: a cosine up, then one down; the momentum goes down, then up.
     """
 
     schedule: Literal["cosine", "one_cycle"] = "cosine"  # of the learning rate
@@ -265,7 +265,7 @@ class Optim:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What pre-training and fine-tuning have in common. An encoder that is None does not exist."""
+    """What pre-training and fine-tuning have in common. `camera` or `lidar` is None if the model lacks that encoder."""
 
     grid: Grid = field(default_factory=Grid)
     data: Data = field(default_factory=Data)
@@ -315,7 +315,7 @@ def to_dict(config) -> dict:
 
 
 def from_dict(kind, value, name=""):
-    """`to_dict` undone: JSON-able `value` as a `kind`, a dataclass or a union of dataclasses.
+    """The inverse of `to_dict`: JSON-able `value` as a `kind`, a dataclass or a union of dataclasses.
 
     Raises TypeError, with the dotted name, where the fields are not exactly those of a dataclass of `kind`, or a value
     is not of its field's type.
@@ -341,7 +341,7 @@ def _choices(kind):
 
 
 def _as(kind, value, name):
-    """The JSON value as a `kind` that is no dataclass; `_NO` where it is none."""
+    """The JSON value as an instance of `kind`, which is not a dataclass; `_NO` if it is not of this type."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
         return value if value in inner else _NO

@@ -46,7 +46,8 @@ from unipad.recipes import DEFAULT_PRESET, DETECT, PRETRAIN
 BACKBONE = "encoder.camera.backbone."
 FRAME_FUSION = "encoder.frame_fusion.trans_conv.0.weight"
 CAMERA_RATE = 12.0  # Hz: the age of the original's camera sweeps is their number over this
-CLASSIFIER = ("head.", "classifier.", "norm.", "backbone.norm")  # of an ImageNet file, with the norm before it
+# Prefixes of the classifier in an ImageNet checkpoint, and of the norm before it
+CLASSIFIER = ("head.", "classifier.", "norm.", "backbone.norm")
 
 
 @dataclass
@@ -57,7 +58,7 @@ class Report:
     missing: list = field(default_factory=list)  # names only in the model
     unexpected: list = field(default_factory=list)  # keys only in the file
     misshapen: list = field(default_factory=list)  # "name (shape in the file) for (shape in the model)"
-    notes: list = field(default_factory=list)  # what was dropped or supplied on purpose
+    notes: list = field(default_factory=list)  # which weights were dropped or added on purpose
 
     @property
     def faults(self) -> int:
@@ -107,7 +108,7 @@ def read_weights(path: Path) -> tuple[dict, str, dict]:
 def convert_unipad(state: dict[str, torch.Tensor], preset: str | None = None) -> tuple[dict, Report]:
     """A state dict of the original as (checkpoint of ours, `Report`).
 
-    preset: the recipe it belongs to; None: the one whose weights fit, of several the default.
+    preset: the recipe it belongs to; None: the one whose weights fit; if several do, the default.
     """
     ours, unknown = from_original(state)
     code_weights = state.get(CODE_WEIGHTS)
@@ -200,7 +201,7 @@ def saved_recipe(saved: dict, file: Path | str = "the checkpoint") -> Recipe:
 
 
 def _presets(ours):
-    """(presets of the task and modality that these names belong to, the modality)."""
+    """(presets of the task and modality that these weight names belong to, the modality)."""
     camera, lidar = (any(n.startswith(f"encoder.{part}.") for n in ours) for part in ("camera", "lidar"))
     modality = "fusion" if camera and lidar else "camera" if camera else "lidar"
     fine_tuned = any(name.startswith("head.") for name in ours)

@@ -26,7 +26,7 @@ def check_ranges(args, above_0: Sequence[str] = (), not_below_0: Sequence[str] =
 
 
 def check_numbers(value, name: str = ""):
-    """Refuse numbers that no setting means: infinite, not a number, or beyond what fp32 and int32 compute with.
+    """Refuse numbers that make no sense as a setting: infinite, NaN, or out of the range of fp32 and int32.
 
     value: a dataclass, whose fields are checked, also nested ones and tuples; name: of its flag. Raises `UserError`.
     """

@@ -1,6 +1,6 @@
 """How a program ends: an exit code, and one line on stderr instead of a traceback. Does not import torch.
 
-    2          a mistake of the user, a damaged file, a full disk, too little memory
+    2          a user's error, a damaged file, a full disk, too little memory
     128 + N    signal N: Ctrl-C (130), SIGTERM (143), SIGHUP (129), or nobody reads the output, as after `| head` (141)
 
 Under torchrun every process ends so, but only the main one prints; the sentence is repeated in torchrun's own report.
@@ -20,7 +20,7 @@ from unipad.errors import UserError
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 SIGPIPE = 13  # which Windows does not have
 
-# What a user can cause and fix, with the fix; other errors of the system are faults of this program
+# System errors that a user can fix, with the fix; any other is a bug of this program and gets a traceback
 FIXES = {
     errno.ENOSPC: "free some space, or choose a folder on another disk",
     errno.EDQUOT: "free some space, or choose a folder on another disk",
@@ -60,16 +60,16 @@ def handle_signals(handler: Callable):
 
 
 def end_at_once():
-    """From now on a signal ends this process without any cleaning up: for the time of the imports."""
+    """From now on a signal ends this process without any cleanup: used during the imports."""
     handle_signals(lambda number, _: os._exit(_say(Stopped(number), 128 + number)))
 
 
 @contextlib.contextmanager
 def exit_on_user_error():
-    """End the program as this module describes, for a `UserError`, a signal, and what the system refuses."""
+    """End the program as this module describes, for a `UserError`, a signal, or a system error such as a full disk."""
 
     def stop(number, _):
-        for other in SIGNALS:  # nothing interrupts the cleaning up
+        for other in SIGNALS:  # nothing interrupts the cleanup
             signal.signal(other, signal.SIG_IGN)
         raise Stopped(number)
 
@@ -105,7 +105,7 @@ def has_ended(process: int) -> bool:
 
 
 def _refused(error):
-    """The sentence for an error of the system; None for one that is a fault of this program."""
+    """The sentence for a system error that a user can fix; None for any other."""
     if isinstance(error, OSError):
         where = f"{error.filename2 or error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}; {FIXES[error.errno]}." if error.errno in FIXES else None
@@ -117,12 +117,12 @@ def _refused(error):
 
 
 def _say(sentence, code):
-    """Print one line, in the main process only, and leave a mistake to torchrun's report; returns `code`."""
+    """Print one line, in the main process only, and write a user's error to torchrun's report; returns `code`."""
     handle_signals(signal.SIG_DFL)
     file, is_main = os.environ.get("TORCHELASTIC_ERROR_FILE"), os.environ.get("RANK", "0") == "0"
     if file and code == 2 and not is_main:
-        time.sleep(5)  # the main process makes the same mistake, and then torchrun ends this one
-    with contextlib.suppress(OSError):  # not even that can be written
+        time.sleep(5)  # the main process raises the same error, and then torchrun ends this one
+    with contextlib.suppress(OSError):  # neither stderr nor the report can be written
         if file and code == 2:
             extra = {"py_callstack": str(sentence), "timestamp": str(int(time.time()))}
             with open(file, "w") as f:

@@ -8,8 +8,8 @@ from functools import cache
 
 import torch
 
-# Prefixes of the original's keys and of ours; * is a number. The first match counts, in either direction.
-# A third entry names the layout where it differs, see `LAYOUTS`.
+# (prefix of the original's keys, prefix of ours); * stands for a number. The first match counts, in either direction.
+# A third entry names the layout of the weights where it differs, see `LAYOUTS`.
 DECODER = "pts_bbox_head.transformer.decoder.layers.*."
 PLAIN_REFERENCES = ("pts_bbox_head.transformer.reference_points.", "head.reference_points.")
 DENOISING_REFERENCES = ("pts_bbox_head.reference_points.", "head.reference_points.")
@@ -46,7 +46,7 @@ UNIPAD = [
 ]
 CODE_WEIGHTS = "pts_bbox_head.code_weights"
 
-# The same for ConvNeXt, whose names here are the official ones; to ours only
+# The same for ConvNeXt, whose names here are the official ones; only converted to ours
 IMAGENET = [
     ("backbone.downsample_layers.", "downsample_layers."),  # mmpretrain
     ("backbone.stages.*.*.depthwise_conv.", "stages.*.*.dwconv."),

@@ -23,7 +23,7 @@ from unipad.config import (
 # Range and volume of the released configs for LiDAR voxels of 0.075 m
 GRID_075 = Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(0.6, 0.6, 1.6))
 
-# The final recipes' camera: one feature level of 256 channels, pooled over depths from 1 to 60 m in steps of 0.5 m
+# Camera encoder of the final recipes: one feature level of 256 channels, pooled over depths of 1 to 60 m in 0.5 m steps
 CAMERA_075 = CameraConfig(
     fpn_start=3,
     fpn_levels=1,
@@ -34,9 +34,9 @@ CAMERA_075 = CameraConfig(
     view="pool",
 )
 
-# The ablation's camera with the view transform of BEVDet (depth from one convolution) or of BEVDepth (from a deeper
-# head, supervised by LiDAR in fine-tuning). The paper's ablation has BEVDet's, but no config is released: feature level
-# and depth bins are the final recipes'.
+# Camera encoder of the ablation recipes with the view transform of BEVDet (depth from one convolution) or of BEVDepth
+# (from a deeper head, supervised by LiDAR in fine-tuning). The paper's ablation has BEVDet's, but no config is
+# released: feature level and depth bins are those of the final recipes.
 CAMERA_BEVDET = replace(CAMERA_075, channels=128, depth="simple")
 CAMERA_BEVDEPTH = replace(CAMERA_075, channels=128)
 
@@ -48,7 +48,7 @@ LIDAR_AUGMENT = Augment(
     rotation=0.785, scale=(0.9, 1.1), translation=(0.5, 0.5, 0.5), flip_x=0.5, flip_y=0.5, shuffle=True
 )
 
-# For two CPU cores and a few minutes, from scratch: a small coarse volume, few rays, a surface that starts sharp.
+# For two CPU cores and a few minutes, from scratch: a small coarse volume, few rays, a high initial `variance`.
 TINY_GRID = Grid(low=(-40.0, -40.0, -3.0), high=(40.0, 40.0, 9.0), cell=(1.25, 1.25, 2.0))
 TINY_CAMERA = CameraConfig(  # a quarter of ConvNeXt-tiny's width
     depths=(2, 2, 4, 2),
@@ -126,7 +126,7 @@ PRETRAIN = {
             render=replace(TINY_RENDER, rgb_weight=0.0, variance=0.3),
             optim=TINY_OPTIM,
         ),
-        # The paper's for segmentation; no config is released, so the volume is the LiDAR recipe's
+        # The paper's recipe for segmentation; no config is released, so the volume is the LiDAR recipe's
         "segment": PretrainRecipe(
             grid=GRID_075,
             augment=LIDAR_AUGMENT,

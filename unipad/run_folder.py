@@ -38,7 +38,8 @@ def find_run(kind: str, out: Path | None, resume: str, world: World) -> tuple[Pa
     kind:   runs without `out` are in outputs/<kind>/<time>.
     resume: "never"; "auto", what is in `out`, or the newest run of this kind if it is unfinished; or a run's folder.
 
-    The folder is this program's until it ends. Raises `UserError` where it is another's, or has another run.
+    The folder is locked until this program ends. Raises `UserError` if another program has locked it, or it contains
+    another run.
     """
     # the other processes may see another clock, or another disk
     return on_main(lambda: _find_run(Path("outputs") / kind, out, resume, world.closing), world)
@@ -88,10 +89,10 @@ def _new_folder(root):
 
 @contextlib.contextmanager
 def _held(path):
-    """Keep the folder `path` from other programs, on any machine that shares it; removed again if it stays empty.
+    """Lock the folder `path` against other programs, on any machine that shares it; removed at the end if still empty.
 
-    The system gives it free when this process ends, however that happens. A POSIX lock: unlike `flock`'s, children do
-    not inherit it, so that loading processes that outlive a killed run for some seconds do not keep it from resuming.
+    The system releases the lock when this process ends, however it ends. It is a POSIX lock: unlike one of `flock`,
+    child processes do not inherit it, so data loading processes that outlive a killed run do not block its resumption.
     """
     path.mkdir(parents=True, exist_ok=True)
     file = path / ".lock"
@@ -105,7 +106,7 @@ def _held(path):
                 raise UserError(
                     f"{path} is in use by another program ({lock.read(200).strip() or 'which has just started'}): wait "
                     "for its end, or choose another folder with --out."
-                ) from None  # other errors: a file system without locks
+                ) from None  # other errors: the file system has no locks, so go on without one
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
@@ -125,13 +126,13 @@ class RunFolder:
 
     def __init__(self, path: Path, config: dict, world: World, saved: dict | None = None):
         """config: as `run_config` makes it.
-        saved:  the checkpoint that the run resumes from; what was logged after it is dropped. Raises `UserError` if it
-            was trained under other settings.
+        saved:  the checkpoint that the run resumes from; log entries of later steps are dropped. Raises `UserError` if
+            it was trained with other settings.
         """
         if saved:
             _check_same_settings(saved["config"], config, path)
         self.path, self.config, self.writes = path, config, world.is_main
-        self.validated = saved["validated"] if saved else -1  # the last step that was validated, or could not be
+        self.validated = saved["validated"] if saved else -1  # the last step whose validation succeeded or failed
         if not self.writes:
             return
         for name in ("checkpoints", "images"):
@@ -184,7 +185,7 @@ class RunFolder:
     def save(self, step: int, parts: dict, metrics: dict, keep: bool = False):
         """Write checkpoints/last.pt atomically; `keep` also keeps it as step_<N>.pt.
 
-        parts: name -> what has a `state_dict`; metrics: what `resumed` should return with the step.
+        parts: name -> what has a `state_dict`; metrics: returned by `resumed`, with the step.
         """
         if self.writes:
             state = {name: part.state_dict() for name, part in parts.items()}
@@ -196,10 +197,10 @@ class RunFolder:
 
     @contextlib.contextmanager
     def validation(self, step: int, parts: dict, metrics: dict):
-        """Context in which `step`, which is saved, is validated and `metrics` change; they are saved and kept after it.
+        """Context in which to validate `step`, already saved, and update `metrics`; afterwards a checkpoint is kept.
 
-        A run that is killed inside validates when it resumes. One that could not be validated does not: an exception
-        is raised as `UserError` and saved as if it had been a validation, so that resuming goes on after it.
+        A run that is killed inside validates again when it resumes. A run whose validation raises an exception does
+        not: the step is saved as validated, and the exception is raised as a `UserError`.
         """
         failed = None
         try:
@@ -222,7 +223,7 @@ class RunFolder:
             self._log.close()
 
 
-# Visible from both sides, colors without lights
+# Faces are visible from both sides, colors are unlit
 VIEW_3D = {"material": {"cls": "MeshBasicMaterial", "side": 2}, "camera": {"cls": "PerspectiveCamera", "fov": 60}}
 
 
@@ -248,9 +249,9 @@ def resumed(saved: dict | None, parts: dict) -> tuple[int, dict]:
 
 
 def _check_optimizer(optimizer, new, step):
-    """Raise ValueError unless AdamW can go on with what it loaded; PyTorch would find out at the next step.
+    """Raise ValueError unless AdamW can continue with the state it loaded; PyTorch would only fail at the next step.
 
-    new: its state before.
+    new: the `state_dict` of the optimizer before loading.
     """
     for group, before in zip(optimizer.param_groups, new["param_groups"], strict=True):
         for name, value in before.items():
@@ -272,7 +273,7 @@ def one_line(error: Exception) -> str:
 
 
 def _drop_records_after(step, log):
-    """Remove the records of later steps, and lines that are none, such as a half-written last one, from a log.jsonl."""
+    """Remove from a log.jsonl the entries of later steps, and invalid lines, such as a half-written last one."""
     if log.is_dir():
         raise UserError(f"{log} is a folder; remove it to resume the run.")
     if log.exists():
@@ -285,7 +286,7 @@ def _drop_records_after(step, log):
         part.replace(log)
 
 
-# Flags that may differ when a run resumes: they change where it runs and what it shows, not what it computes.
+# Flags that may differ when a run resumes: they change where it runs and what it logs, not what it computes.
 FREE_FLAGS = {
     "config",
     "data_root",
@@ -335,10 +336,10 @@ def _flatten(settings, prefix=""):
 
 
 def run_config(args, steps: int, contents: str = "", saved: dict | None = None) -> dict:
-    """What config.json holds: a script's flags, their recipe, the steps of the schedule, and which data it is.
+    """What config.json holds: a script's flags, its recipe, the steps of the schedule, and which data it trains on.
 
-    contents: of the training set. saved: the checkpoint that the run resumes from. The checkpoints that --init and
-    --pretrained mean are named by their absolute path, since a folder of runs soon means another one.
+    contents: `DrivingDataset.contents` of the training set. saved: the checkpoint that the run resumes from. --init and
+    --pretrained are recorded as absolute paths of checkpoint files, since the newest run in a folder changes.
     """
     flags = to_dict(args)
     for name in SOURCES & flags.keys():
@@ -351,16 +352,16 @@ SOURCES = {"init", "pretrained"}
 
 
 def _source(path, known):
-    """The checkpoint that `path` means: the one of `known` that it meant before, if there is one."""
+    """The checkpoint that `path` stands for: the one of `known`, those of the resumed run, if it is in `path`."""
     inside = [file for file in known if Path(str(file)).is_relative_to(path.resolve())]
     return inside[0] if inside else str(find_checkpoint(path).resolve())
 
 
 class Progress:
-    """What a training loop reports: losses and speed, to the run and the terminal; unreadable frames, each once."""
+    """Reports of a training loop: losses and speed, in the log and the terminal; each unreadable frame once."""
 
     def __init__(self, run, world: World, step: int, last: int, steps: int, batch_size: int):
-        """step: done so far; last: where this process stops, of the `steps` that the schedule spans."""
+        """step: steps done so far; last: the step at which this process stops; steps: length of the schedule."""
         self.run, self.world, self.last, self.steps, self.batch_size = run, world, last, steps, batch_size
         self.unreadable = set()
         self.restart(step)
@@ -381,7 +382,7 @@ class Progress:
             self.world.print0(f"{len(self.unreadable)} unreadable frames, named above, were replaced by others.")
 
     def finite(self, values: dict[str, torch.Tensor], scaler, step: int) -> dict[str, float]:
-        """`mean_over_processes`; raises `UserError` where training has diverged, before that would be saved."""
+        """`mean_over_processes`; raises `UserError` if training has diverged, before a checkpoint of it is written."""
         values = mean_over_processes(values)
         # fp16 skips a step whose gradient overflows, and lowers its scale
         if not math.isfinite(values["loss"] + (0 if scaler.is_enabled() else values["grad_norm"])):
@@ -390,10 +391,10 @@ class Progress:
 
     @contextlib.contextmanager
     def explains_divergence(self, net: torch.nn.Module, step: int):
-        """Inside, errors that come from weights that are not finite end the run with the sentence of `finite`.
+        """Context in which an exception caused by weights that are not finite becomes the `UserError` of `finite`.
 
-        After a loss that is not finite nor are the weights, with which a model may raise anything before the next
-        report. Weights are read only then: a step that raises nothing does not wait for the device.
+        A loss that is not finite makes the weights so too, and then the model may raise any exception before the next
+        report. Weights are read only after an exception: other steps do not wait for the device.
         """
         try:
             yield

@@ -35,7 +35,7 @@ class World:
 
     @contextlib.contextmanager
     def main_first(self):
-        """The main process runs the block before the others do. Where it raises a `UserError` there, so do they."""
+        """Context whose body the main process runs before the others do; they raise its `UserError` too."""
         if not self.is_main:
             on_main(None, self)
         try:
@@ -62,7 +62,7 @@ class World:
         return batch_size // parts
 
     def positions(self, index: int, micro_batch: int) -> range:
-        """Positions in the step's batch of this process's micro-batch number `index`."""
+        """Positions of this process's `index`-th micro-batch within the batch of the step over all processes."""
         first = (index * self.size + self.rank) * micro_batch
         return range(first, first + micro_batch)
 
@@ -101,7 +101,7 @@ def start(device: str, deterministic: bool) -> Iterator[World]:
         torch.use_deterministic_algorithms(True)
     if size > 1:
         gpu = device if device.type == "cuda" else None
-        # The others may wait for hours for the main one: an index, objects to paste, the devkit's metrics.
+        # The others may wait hours while the main one builds an index, cuts out objects or runs the devkit's metrics.
         dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu, timeout=timedelta(hours=12))
         _GROUPS.append(dist.group.WORLD)
     world = World(rank, size, device)
@@ -216,12 +216,12 @@ class StopOnSignal:
 
     def _end_unless_later(self):
         if self.number and not self.later:
-            self.later = True  # nothing interrupts the cleaning up
+            self.later = True  # nothing interrupts the cleanup
             raise Stopped(self.number)
 
     @contextlib.contextmanager
     def at_once(self):
-        """In this context there is nothing to save: a signal ends it. Processes with others stop together, later."""
+        """Context with nothing to save: a signal ends the program at once; several processes stop together, later."""
         self.later = self.world.size > 1
         self._end_unless_later()
         try:
@@ -232,7 +232,7 @@ class StopOnSignal:
     def asked(self, host_waits: bool) -> bool:
         """True in all processes once one of them was signaled. Collective.
 
-        host_waits: whether the host waits for the GPU in this step anyway; with several processes it would have to.
+        host_waits: whether the host waits for the GPU in this step anyway; several GPUs only exchange signals then.
         """
         if self.world.size > 1 and (host_waits or self.world.device.type == "cpu"):
             number = torch.tensor(self.number, device=self.world.device)

@@ -3,7 +3,8 @@
 dataset.py    the interface of a dataset, and samples -> batch
 nuscenes.py   the nuScenes dataset, real or synthetic
 tables.py     nuScenes tables -> index of samples, cached
-schema.py     what the tables must hold: rows are checked when they are read
+schema.py     what the tables must contain: rows are checked when they are read
+splits.py     scenes of each split: nuScenes' own, or those of a splits.json
 transforms.py augmentation: points, cameras and boxes together; colors of images
 cutpaste.py   objects of other frames pasted into a sample
 loader.py     samples -> batches, split over processes

@@ -2,7 +2,8 @@
 
 As in the original's UnifiedDataBaseSampler and UnifiedObjectSample:
     which     drawn at random, until the sample has `Paste.counts` of each class, its own objects included
-    where     at their place in their own LiDAR frame; one whose box overlaps another in bird's-eye view is left out
+    where     at the LiDAR coordinates of the frame that they were cut from; an object whose box overlaps another in
+              bird's-eye view is left out
     points    of all sweeps; the sample's points inside a pasted box are removed
     pixels    the rectangle around a box, far ones first; rectangles around the sample's own boxes are pasted again in
               the same order, so that near objects cover far ones; in images of camera sweeps, around the box moved by
@@ -136,8 +137,8 @@ def load_objects(dataset: DrivingDataset, paste: Paste, workers: int = 0) -> Obj
     return Objects(paste.counts, file, **arrays)
 
 
-FORMAT = 2  # of the two files; increment when the meaning of their contents changes
-QUALITY = 95  # of the JPEGs, up to 100: loses little compared with the dataset's own JPEG compression
+FORMAT = 2  # version of the two cached files; increment when the meaning of their contents changes
+QUALITY = 95  # of the cached JPEGs, of 100: they lose little compared with the dataset's own compression
 
 
 def _digest(text):
@@ -184,7 +185,7 @@ def _cut_out(dataset, paste, paths, workers):
 
 
 def _write(dataset, paste, path, workers):
-    """Write both files, renaming each when complete, the large one first: where the small one exists, both are."""
+    """Write both files, renaming each when complete, the large one first: once the small one exists, both do."""
     frames = load_items(_Frames(dataset, paste.min_points), range(len(dataset)), workers)
     title = f"cutting objects out of {dataset.version} {dataset.split}"
     boxes, labels, points, pictures = [], [], [], []
@@ -291,8 +292,8 @@ def visible_rectangles(
     pixels = corners @ lidar2image.T.astype(np.float64)  # [M, 8, 4]
     rows = np.flatnonzero((pixels[..., 2] > 0).all(axis=1))
     depth = pixels[rows, :, 2]
-    places = pixels[rows, :, :2] / depth[..., None]
-    ends = np.concatenate([places.min(axis=1), places.max(axis=1)], axis=1)
+    uv = pixels[rows, :, :2] / depth[..., None]
+    ends = np.concatenate([uv.min(axis=1), uv.max(axis=1)], axis=1)
     rectangles = ends.clip(0, [width - 1, height - 1] * 2).astype(np.int64)
     wide = (rectangles[:, 2:] - rectangles[:, :2] > 1).all(axis=1)
     order = np.argsort(-depth[wide].mean(axis=1), kind="stable")

@@ -183,7 +183,7 @@ class DrivingDataset(torch.utils.data.Dataset):
         sample = self.load(self.frames[i])
         if rng is not None:
             if self.augment is not None and self.augment.photometric:
-                sample = photometric_distortion(sample, rng)  # before pixels are pasted in, as in the original
+                sample = photometric_distortion(sample, rng)  # before objects' pixels are pasted, as in the original
             if self.objects is not None and paste:
                 sample = self.objects.paste_into(sample, rng)
             if self.augment is not None:
@@ -234,8 +234,8 @@ def dataset_class(name: str) -> type[DrivingDataset]:
 
 
 def check_recorded(name: str, run: Path):
-    """Raises `UserError` for a class outside `unipad.data` that only the run names: whoever made the run could choose
-    what is imported."""
+    """Raises `UserError` for a class outside `unipad.data` that only the run names: else whoever made the run could
+    choose which code is imported here."""
     if not str(name).startswith("unipad.data."):
         raise UserError(f"{run} used --dataset {name}, which is code: repeat this flag if you want it to be imported.")
 

@@ -2,8 +2,8 @@
 
 Position p of the stream is frame `permutation(seed, p // n)[p % n]` of a dataset with n frames. The i-th micro-batches
 of all processes are the next micro_batch * world positions, contiguous for each process. So a stream started at a later
-micro-batch resumes exactly where another one stopped, two processes see what one sees, and no frame is dropped at the
-end of an epoch.
+micro-batch resumes exactly where another one stopped, two processes together load the same frames as one, and no frame
+is dropped at the end of an epoch.
 """
 
 import collections
@@ -47,7 +47,7 @@ def step_batches(
     bad_frames:  `path: reason` of each frame that could not be read. Another one, drawn at random, takes its place; a
         bad frame is reported each time it would be read.
 
-    Raises `DataError` when `TRIES` frames for one place cannot be read.
+    Raises `DataError` when `TRIES` frames in a row cannot be read for one position.
     """
     _check_batch_size(dataset, micro_batch, workers)
     items = MicroBatches(dataset, micro_batch, seed, rank, world, paste_until)
@@ -118,8 +118,8 @@ class ReadableFrames(Dataset):
 def load_items(items: Dataset, keys: Iterable, workers: int, pinned: bool = False) -> Iterator:
     """Yield items[key] for each of `keys`, loaded by `workers` processes.
 
-    Where one of them dies, half as many go on from the item that is due, at last none, in this process: the system
-    kills processes to free memory, and each needs shared memory for its batches.
+    If one of them dies, loading continues from the next item with half as many, at last with none, in this process: the
+    system kills processes to free memory, and each needs shared memory for its batches.
     """
     keys = iter(keys)
     due = collections.deque()  # keys whose items have not been yielded
@@ -151,11 +151,11 @@ def load_items(items: Dataset, keys: Iterable, workers: int, pinned: bool = Fals
                 yield item
             return
         except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
-            # exceptions of the dataset begin with "Caught"; a connection ends with the worker at its other end
+            # messages of exceptions in the dataset begin with "Caught"; when a worker dies, its connection closes
             died = not isinstance(error, RuntimeError) or re.match(r"DataLoader worker \(pid|Pin memory", str(error))
             if not workers or not re.search(SHARED, str(error)) and (not died or str(error).startswith("Caught")):
                 raise
-            error.__traceback__ = None  # whose frames hold the loader, which is to end before another one is made
+            error.__traceback__ = None  # its stack frames refer to the loader, which must end before the next one
             reason = f"{workers} data loading processes need more shared memory (/dev/shm; docker run --shm-size)"
             if not re.search(SHARED, str(error)):
                 reason = f"one of {workers} data loading processes died, as when memory is short"
@@ -198,8 +198,8 @@ class MicroBatches(Dataset):
         return _shared(collate(samples)), bad_frames
 
     def _candidates(self, frame, position):
-        """`frame`, then all others in random order: if always the next one took the place of a bad frame, the one after
-        many bad ones would be most of what is seen."""
+        """`frame`, then all others in random order: if a bad frame were always replaced by the next one, the frame
+        after a long run of bad ones would be loaded far too often."""
         yield frame
         others = np.random.default_rng([self.seed, position, 3]).permutation(len(self.dataset))
         yield from (int(other) for other in others if other != frame)
@@ -235,7 +235,8 @@ def _none_readable(bad_frames):
 def init_worker(_):
     """Run first in each worker process of a DataLoader.
 
-    A signal may be meant for all processes of the terminal or job: the main one decides, and ends its workers.
+    Workers ignore signals, which a terminal or job sends to all processes: the main process decides and ends its
+    workers.
     """
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
@@ -249,7 +250,7 @@ def init_worker(_):
 
 
 def _end_with(parent):
-    """End this process on SIGTERM of its parent; others' are meant for all processes of the job."""
+    """End this process on a SIGTERM from its parent; others send it to all processes of the job, and are ignored."""
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
         pass
     os._exit(0)

@@ -39,9 +39,9 @@ from unipad.data.tables import (
     tables_state,
 )
 
-BRIGHTEST = 65535.0  # the largest intensity that is taken for one: of 16 bits, where nuScenes has 8
-LARGER = 2  # an image may have this many times the width that the tables say
-NAMED = 3  # files or rows that a message names
+BRIGHTEST = 65535.0  # the largest valid intensity: some LiDARs have 16 bits, nuScenes' has 8
+LARGER = 2  # largest ratio of an image's width to the width in the tables
+NAMED = 3  # files or rows that a message lists, at most
 
 
 class NuScenesDataset(DrivingDataset):
@@ -189,7 +189,7 @@ class NuScenesDataset(DrivingDataset):
         path = self._path(path)
         data = _load_bytes(path)
         h, w = _size_of_image(path, data)
-        # Of the same shape but for a pixel of rounding; and not so large that one header takes all memory.
+        # The aspect ratio may differ by a pixel of rounding. A damaged header must not make OpenCV allocate all memory.
         if w > LARGER * width or abs(w * height - h * width) > max(height, width):
             raise BadFrame(path, f"is {h} x {w}, neither the {height} x {width} of the tables nor a scaled copy")
         image = _decoded(path, data)
@@ -202,8 +202,8 @@ class NuScenesDataset(DrivingDataset):
         return self.root / name.decode()
 
     def _whole(self):
-        """Those of `frames` of which no file is missing; reports the others. Raises `DataError` if none is left, or
-        none of the sweeps is there."""
+        """Those of `frames` of which no file is missing; reports the others. Raises `DataError` if none is left, or if
+        all sweeps are missing."""
         kinds = self._files()
         files = np.concatenate(list(kinds.values()), axis=1)
         there = on_disk(self.root, files)
@@ -231,8 +231,8 @@ class NuScenesDataset(DrivingDataset):
         return self.frames[whole]
 
     def _files(self):
-        """{kind: [F, number]} what `load` reads of each of `frames`. In place of sweeps and labels that are not in the
-        tables, it is the keyframe's LiDAR file; the name of an image that is not in them is empty."""
+        """{kind: [F, number]} the files that `load` reads for each of `frames`. The keyframe's LiDAR file stands in for
+        sweeps and labels that the tables do not have, an empty name for such images."""
         index, frames, data = self.index, self.frames, self.data
         key = index.frame_lidar[frames]
         chain = [key]
@@ -267,7 +267,7 @@ def _size_of_image(path, data):
     try:
         with Image.open(io.BytesIO(data)) as image:
             return image.height, image.width
-    except Exception:  # Pillow's parsers raise what comes up in a damaged header
+    except Exception:  # a damaged header can make Pillow's parsers raise anything
         raise BadFrame(path, "is not an image") from None
 
 
@@ -304,7 +304,7 @@ def _load_points(path):
 def on_disk(root: Path, files: np.ndarray) -> np.ndarray:
     """Which of `files`, paths relative to `root` in bytes, exist: an array of bool of the same shape.
 
-    Each folder is listed once: to look for half a million files one by one takes minutes on a network's file system.
+    Each folder is listed once: checking half a million files one by one takes minutes on a network file system.
     """
     listed = {}
 

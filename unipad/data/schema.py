@@ -1,6 +1,6 @@
-"""What the tables of nuScenes must hold: each row is checked when it is read, a wrong one named by table and number.
+"""What the tables of nuScenes must hold: each row is checked when it is read; errors name the table and the row.
 
-The devkit, which joins the tables, trusts them: what is wrong in one shows up as an exception somewhere else, or never.
+The devkit, which joins the tables, trusts them: a fault in one shows up as an exception somewhere else, or never.
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from unipad.data.dataset import DataError
 
-LONGEST = 1000  # characters of a name: flat arrays are as wide as the longest one
+LONGEST = 1000  # characters of a name, at most: fixed-width arrays are as wide as the longest one
 LATEST = 2**62  # microseconds; the differences of two still fit into int64
 FARTHEST = {"calibrated_sensor": 100.0, "ego_pose": 1e8}  # meters: from the ego vehicle; UTM coordinates reach 1e7
 
@@ -72,7 +72,7 @@ def box_fault(annotation: dict) -> str | None:
 
 
 def _check_references(tables, folder):
-    """Every token by which a row refers to another one exists, and is that of one row."""
+    """Raises `DataError` unless every token that a row refers to exists, and no two rows of a table have the same."""
     tokens = {}
     for name in tables.table_names:
         rows = getattr(tables, name)

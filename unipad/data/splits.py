@@ -3,7 +3,7 @@
     {"city_train": ["scene-1", "scene-2"], "city_val": ["scene-3"]}
 
 This is the file that the devkit reads for splits of one's own, so its evaluation takes them too. A name that ends in
-_train, _val or _test has that purpose. Names of nuScenes' splits are taken: the devkit would use nuScenes' scenes.
+_train, _val or _test has that purpose. Names of nuScenes' splits are refused: the devkit would use nuScenes' scenes.
 """
 
 import json
@@ -18,7 +18,7 @@ SPLITS = {
     "mini": {"train": "mini_train", "val": "mini_val"},
 }
 PURPOSES = ("train", "val", "test")
-# The devkit's names, of which some are no splits of detection
+# Names of the devkit's own splits, not all of them for detection
 RESERVED = {"train", "val", "test", "mini_train", "mini_val", "train_detect", "train_track"}
 
 

@@ -44,7 +44,8 @@ VAL = ("scene-0103", "scene-0916")
 SCENES = sorted(TRAIN + VAL)
 
 KEYFRAME, SWEEP, CAMERA_SWEEP = 500_000, 50_000, 83_333  # intervals in microseconds
-START, SCENE_START = 1_532_402_927_000_000, 100_000_000  # microseconds: of the first scene, between scenes
+START = 1_532_402_927_000_000  # microseconds: time at which the first scene starts
+SCENE_START = 100_000_000  # microseconds between the starts of successive scenes
 MAP_CELL, MAP_COARSE = 0.1, 4  # meters per pixel, as the devkit assumes; pixels drawn as one
 
 ATTRIBUTES = (
@@ -197,7 +198,7 @@ def _write(args, root, progress):
         if workers == 1:
             counts = [_render(task, bar.update) for task in tasks]
         else:
-            # Ctrl-C reaches every process of the terminal; this one ends the others
+            # Ctrl-C reaches every process of the terminal: workers ignore it, and this process ends them
             with get_context("spawn").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
                 counts = []
                 for count in pool.imap(_render, tasks):
@@ -231,7 +232,7 @@ def _render(task, done=lambda: None):
             image = photograph(scene, view, solids, *cast(view, solids), _shadows(scene).at(solids))
             path = root / _filename(name, channel, stamp, is_key)
             _, jpeg = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
-            path.write_bytes(jpeg)  # which says where the disk is full; OpenCV's and NumPy's writers do not
+            path.write_bytes(jpeg)  # raises an error if the disk is full; OpenCV's and NumPy's writers do not
     for stamp, is_key in _stamps(rig.LIDAR, args, k):
         rng = np.random.default_rng([args.seed, 5, SCENES.index(name), stamp])
         scan = rig.scan(scene, stamp / 1e6, args.columns, rng)

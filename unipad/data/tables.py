@@ -33,7 +33,7 @@ CLASSES = (
     "traffic_cone",
 )
 
-# lidarseg's 1 to 16
+# Classes 1 to 16 of nuScenes-lidarseg
 LIDARSEG_CLASSES = (
     "barrier",
     "bicycle",
@@ -53,7 +53,7 @@ LIDARSEG_CLASSES = (
     "vegetation",
 )
 
-# All, since the devkit opens all of them
+# All tables, since the devkit opens all of them
 TABLES = (
     "attribute",
     "calibrated_sensor",
@@ -117,12 +117,12 @@ class CameraSweeps:
     lags: np.ndarray  # [F, W] float32 seconds before the keyframe, of its first camera
 
 
-NO_CATEGORY = 255  # class of a label that no category has
+NO_CATEGORY = 255  # class of a label that is the index of no category
 CAMERA_SWEEPS = 5  # 12 Hz, keyframes at 2 Hz: all images since the previous keyframe
-REACH = 1e4  # meters from the LiDAR: neither a point nor a box is farther
-FASTEST = 200.0  # m/s: the velocity of a faster object is unknown, and the ego vehicle is not faster
-APART = 200.0  # meters between the LiDAR and a camera, at the times of their frames: what lies beyond is a wrong pose
-GAP = 1e9  # microseconds between successive frames of a scene: what lies beyond is a wrong time
+REACH = 1e4  # meters from the LiDAR: points farther away are an error, boxes are left out
+FASTEST = 200.0  # m/s: a higher velocity of an object counts as unknown, of the ego vehicle as an error
+APART = 200.0  # meters between the LiDAR and a camera, at the times of their frames: more means a wrong pose
+GAP = 1e9  # microseconds between successive frames of a scene: more means a wrong timestamp
 
 
 def find_root(root: str | Path, version: str) -> Path:
@@ -205,7 +205,7 @@ def cache_paths(root: Path, name: str) -> tuple[Path, Path]:
     return root / "unipad-index" / name, user / "unipad" / folder / name
 
 
-FORMAT = 3  # of the index; increment when the meaning of a field changes
+FORMAT = 3  # version of the cached index; increment when the meaning of a field changes
 LARGE = 100e6  # bytes; indexing larger tables shows a progress bar
 
 
@@ -221,7 +221,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
     """The arrays of an .npz of a cache; None where it is missing or damaged, so that it will be written again."""
     try:
         with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:  # reading arrays does not check all of a file
+            if archive.testzip() is not None:  # reading the arrays would not check every byte of the file
                 return None
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
@@ -256,7 +256,7 @@ def _build(build, root, version, splits, verbose):
         return {split: build(nusc, split, set(scenes[split]), verbose) for split in splits}
     except DataError:
         raise
-    except Exception as error:  # what the devkit, which trusts the tables, makes of a fault that no check has found
+    except Exception as error:  # of the devkit, which trusts the tables, for a fault that no check detects
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise DataError(f"{root / version} is not a complete nuScenes dataset ({reason}); unpack it again.") from error
 
@@ -297,12 +297,12 @@ def _build_split(nusc, split, scenes, verbose):
 def _check_motion(nusc, lidar, lidar2global, times, prev):
     """Refuse a LiDAR frame that is too far from the one before it, in time or in space."""
     for i in np.flatnonzero(prev >= 0):
-        gap, way = int(times[i] - times[prev[i]]), lidar2global[i, :3, 3] - lidar2global[prev[i], :3, 3]
+        gap, step = int(times[i] - times[prev[i]]), lidar2global[i, :3, 3] - lidar2global[prev[i], :3, 3]
         if abs(gap) > GAP:
             raise _fault(nusc, "sample_data", lidar[i], f"its time is {1e-6 * gap:.0f} s after that of its prev")
-        if np.linalg.norm(way) > max(APART, FASTEST * 1e-6 * abs(gap)):
+        if np.linalg.norm(step) > max(APART, FASTEST * 1e-6 * abs(gap)):
             pose = nusc.get("ego_pose", lidar[i]["ego_pose_token"])
-            raise _fault(nusc, "ego_pose", pose, f"is {np.linalg.norm(way):.0f} m from that of the LiDAR frame before")
+            raise _fault(nusc, "ego_pose", pose, f"is {np.linalg.norm(step):.0f} m from that of the LiDAR frame before")
 
 
 def _boxes(nusc, samples, lidar2global):

@@ -1,6 +1,6 @@
 """Augmentation: points, cameras and boxes of a sample are transformed together; images change colors.
 
-Order and meaning are those of the original's UnifiedRotScaleTransFlip, PhotoMetricDistortionMultiViewImage and
+Order and parameters are those of the original's UnifiedRotScaleTransFlip, PhotoMetricDistortionMultiViewImage and
 GridMask, with two differences: images stay uint8, so colors are clipped to 0-255 (the original's floats may go beyond);
 the grid is drawn per sample (in the original, once for all samples of a GPU). An augmentation that is off draws no
 random number.
@@ -140,5 +140,5 @@ def grid_mask(height: int, width: int, period: int, top: int, left: int) -> np.n
 def _bars(length, period, first, bar):
     """[length] bool, True on a bar."""
     area = int(1.5 * length)
-    count, place = np.divmod(np.arange(length) + (area - length) // 2 - first, period)
-    return (place < bar) & (count >= 0) & (count < area // period)
+    count, offset = np.divmod(np.arange(length) + (area - length) // 2 - first, period)
+    return (offset < bar) & (count >= 0) & (count < area // period)

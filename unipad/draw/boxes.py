@@ -16,10 +16,11 @@ from unipad.draw.views import DPI, picture_of, titles
 from unipad.model.detect import Detections
 
 TITLE = 24  # pixels above an image
-SIDE = 380  # pixels of a bird's-eye view, at least
+SIDE = 380  # smallest side of a bird's-eye view, pixels
 REACH = 52.0  # meters from the LiDAR to the sides of the bird's-eye view; objects beyond 50 are not evaluated
 ROWS = (5, 0, 1), (4, 3, 2)  # nuScenes' cameras as mounted: front left, front, front right; the back ones below
-SKELETON = (0, 1, 2, 3, 0, 4, 5, 6, 7, 4), (1, 5), (2, 6), (3, 7)  # paths along corners that draw all edges
+# Polylines through the corners of `box_corners`, by index, that draw all edges of a box
+SKELETON = (0, 1, 2, 3, 0, 4, 5, 6, 7, 4), (1, 5), (2, 6), (3, 7)
 NEAR = 0.1  # meters in front of a camera at which edges are clipped
 COLORS = matplotlib.colormaps["tab10"].colors
 
@@ -49,7 +50,7 @@ def detection_views(batch: Batch, detections: Detections, min_score: float = 0.3
 
 
 def camera_rows(batch: Batch) -> list[Sequence[int]]:
-    """The views of a keyframe in the rows in which they are drawn: at most two, the first one is the longest."""
+    """The views of a keyframe in the rows in which they are drawn: at most two, the first one is at least as long."""
     if batch.cameras == CAMERAS:
         return list(ROWS)
     views = range(batch.images.shape[1])

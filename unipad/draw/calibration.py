@@ -2,8 +2,8 @@
 
     python -m unipad.draw.calibration --data-root /data/nuscenes --version v1.0-trainval --frames 3 --out calibration
 
-In every camera, points must change color where objects begin and end, and boxes must enclose their objects. What else
-shows is in docs/data.md. Without --data-root, a synthetic city is drawn.
+In every camera, points must change color at the outlines of objects, and boxes must enclose their objects.
+docs/data.md lists more signs of wrong calibration. Without --data-root, a synthetic city is drawn.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from unipad.exit import exit_on_user_error
 
 TITLE = 24  # pixels above an image
 REACH = 52.0  # meters from the LiDAR to the sides of the bird's-eye view
-SIGHT = 15.0  # meters: length of the lines that bound what a camera sees
+SIGHT = 15.0  # meters: length of the lines that bound a camera's field of view
 DEPTHS = matplotlib.colormaps["turbo_r"]
 
 
@@ -46,7 +46,7 @@ class Args:
 def calibration_view(sample: Sample, width: int = 640) -> np.ndarray:
     """A sample from above and in each of its cameras, with LiDAR points and annotated boxes: [H, W, 3] uint8.
 
-    From above, points have gray levels by height and every camera has two lines that bound what it sees. In the
+    From above, points have gray levels by height and every camera has two lines that bound its field of view. In the
     cameras, points have colors by depth. Boxes have the colors of their classes.
     width: pixels of a camera's column.
     """
@@ -81,7 +81,8 @@ def calibration_view(sample: Sample, width: int = 640) -> np.ndarray:
 
 
 def report(sample: Sample) -> str:
-    """What a sample's calibration says, as a table: where each camera is, where it looks, and how much it sees."""
+    """What a sample's calibration says, as a table: position, viewing direction and field of view of each camera,
+    and the number of LiDAR points in it."""
     points = sample.points[sample.points[:, 4] == 0, :3].astype(np.float64)
     lines = [f"{'camera':<18}{'pixels':>12}{'x, y, z meters':>24}{'looks':>8}{'sees':>8}{'points':>9}"]
     for name, image, matrix, pose in zip(
@@ -91,10 +92,10 @@ def report(sample: Sample) -> str:
         center, (left, right) = _sight(matrix, pose, h, w)
         azimuths = np.degrees(np.arctan2(*np.stack([left, right, pose[2, :3]])[:, :2].T))  # clockwise from ahead
         azimuths = np.round(azimuths) + 0.0  # no -0
-        seen = len(_visible(points, matrix, h, w)[0])
-        place = " ".join(f"{v:7.2f}" for v in np.round(center, 2) + 0.0)
-        view = (azimuths[1] - azimuths[0]) % 360
-        lines.append(f"{name:<18}{f'{w} x {h}':>12}{place:>24}{azimuths[2]:>7.0f}°{view:>7.0f}°{seen:>9}")
+        visible = len(_visible(points, matrix, h, w)[0])
+        position = " ".join(f"{v:7.2f}" for v in np.round(center, 2) + 0.0)
+        angle = (azimuths[1] - azimuths[0]) % 360
+        lines.append(f"{name:<18}{f'{w} x {h}':>12}{position:>24}{azimuths[2]:>7.0f}°{angle:>7.0f}°{visible:>9}")
     filled = points_in_boxes(points, sample.boxes).any(axis=1).sum()
     return "\n".join([*lines, f"{filled} of {len(sample.boxes)} boxes have LiDAR points inside"])
 

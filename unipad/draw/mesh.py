@@ -11,7 +11,7 @@ from unipad.config import Grid
 from unipad.errors import UserError, check_memory
 from unipad.model.pretrain import Pretrain
 
-CHUNK = 2**18  # points per evaluation of the SDF, or one x slice if it has more
+CHUNK = 2**18  # points per evaluation of the SDF, but at least one slice of equal x
 
 
 def check_mesh(grid: Grid, cell: float):

@@ -18,12 +18,14 @@ from unipad.draw.views import FAR, PANORAMA, panorama_rays
 from unipad.model.detect import Detections
 from unipad.model.pretrain import Pretrain
 
-MAX_POINTS = 20_000  # of a scene, every k-th; at 48 bytes each
+MAX_POINTS = 20_000  # in a 3D view, else every k-th point is drawn; 48 bytes each
 POINT_SIZE, EDGE_SIZE = 0.12, 0.1  # meters
-JUMP = 1.2  # ratio of neighboring depths above which the surface has a gap between them
-TRUTH, GRAY = (0.0, 0.0, 0.0), (0.35, 0.35, 0.35)  # of boxes and of points, on TensorBoard's white background
-CORNERS = np.eye(3) - 1 / 3  # of a triangle that is visible from above and from all sides
-BAR = np.array([[i, j, i + 3, j, j + 3, i + 3] for i, j in ((0, 1), (1, 2), (2, 0))]).reshape(6, 3)  # joins two
+JUMP = 1.2  # ratio of neighboring depths above which the surface is cut between them
+# Colors of ground-truth boxes and of points, on TensorBoard's white background
+TRUTH, GRAY = (0.0, 0.0, 0.0), (0.35, 0.35, 0.35)
+CORNERS = np.eye(3) - 1 / 3  # of the triangle drawn for a point: tilted, so visible from above and from all sides
+# The six faces of a bar between two triangles of vertices 0 to 2 and 3 to 5
+BAR = np.array([[i, j, i + 3, j, j + 3, i + 3] for i, j in ((0, 1), (1, 2), (2, 0))]).reshape(6, 3)
 
 
 @dataclass(frozen=True)

@@ -30,14 +30,15 @@ def segment_views(batch: Batch, predicted: torch.Tensor, width: int = 300) -> np
     predicted: [K] classes of the keyframe's points, from `Segmenter.segment`.
     width:     pixels of a camera's column.
 
-    Points without a label are gray in both. A batch without labels shows only the predictions.
+    Points without a label are gray, in the ground truth and in the predictions. A batch without labels shows only the
+    predictions.
     """
     points = batch.points[: batch.point_counts[0]]
-    key = points[:, 4] == 0
-    points, predicted = points[key, :3].cpu().numpy(), predicted.cpu().numpy()
+    is_keyframe = points[:, 4] == 0  # points of sweeps have a time lag
+    points, predicted = points[is_keyframe, :3].cpu().numpy(), predicted.cpu().numpy()
     rows = {"predicted": predicted}
     if batch.point_labels is not None:
-        truth = batch.point_labels[: batch.point_counts[0]][key].cpu().numpy()
+        truth = batch.point_labels[: batch.point_counts[0]][is_keyframe].cpu().numpy()
         rows = {"true": truth, "predicted": np.where(truth > 0, predicted, 0)}
     height, across = camera_area(batch, width)  # of a row
     height = max(height, SIDE) if across else 2 * width

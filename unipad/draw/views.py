@@ -32,8 +32,8 @@ DPI = 80
 def rendered_views(
     model: Pretrain, batch: Batch, generators: list | None, stride: int = 2, normals: bool = False, width: int = 240
 ) -> np.ndarray:
-    """The batch's first sample in rows: images, masked images, LiDAR depth, masked voxels, renderings. The cameras
-    side by side; without cameras, one panorama from the LiDAR.
+    """The batch's first sample in rows: images, masked images, LiDAR depth, masked voxels, renderings. One column per
+    camera; without cameras, one panorama from the LiDAR.
 
     generators: one per sample, for the masks; None: no masking.
     stride:     pixels between rendered rays of a camera.

@@ -34,15 +34,15 @@ def evaluate_rendering(
     sums = torch.zeros(6, dtype=torch.float64, device=device)
     for position, batch in batches:
         batch = batch.to(device)
-        draws = generators(seed, 0, range(position, position + len(batch)), device)
-        volume, _ = model.encode(batch, draws if masked else None)
+        rngs = generators(seed, 0, range(position, position + len(batch)), device)
+        volume, _ = model.encode(batch, rngs if masked else None)
         batch = batch.keyframe()
         for i in range(len(batch) if model.renders_color(batch) else 0):
             rays = pixel_rays(batch, i, PIXEL_STRIDE)
             rgb, _ = model.render(volume, rays)
             sums[0] += (rgb - rays.rgb).square().mean(1).double().sum()
             sums[1] += len(rays)
-        rays = lidar_rays(batch, model.recipe.rays, RAYS_PER_VIEW, draws)
+        rays = lidar_rays(batch, model.recipe.rays, RAYS_PER_VIEW, rngs)
         _, depth = model.render(volume, rays)
         sums[2:] += depth_sums(depth, rays.depth)
     model.train(was_training)
@@ -58,7 +58,7 @@ def evaluate_rendering(
 
 
 def depth_sums(depth: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """[4] sums over rays with a truth: |error| / truth, error^2, within a factor 1.25, count."""
+    """[4] sums over rays with LiDAR depth, `truth` > 0: |error| / truth, error^2, rays within a factor 1.25, rays."""
     known = truth > 0
     truth = torch.where(known, truth, 1.0).double()
     depth = torch.where(known, depth.double(), truth)

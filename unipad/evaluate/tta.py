@@ -1,8 +1,9 @@
 """Test-time augmentation: predictions for rotated, scaled and flipped views of a batch, merged.
 
-As in the original's final fusion recipe, boxes that overlap a better one of their class are dropped, whichever view
-they come from; logits of points are summed. Images keep their pixels and the cameras move with the points, so every
-view encodes the same images again, which is most of the time of a camera or fusion model.
+A view is the batch after one such transform. As in the original's final fusion recipe, boxes that overlap one of their
+class with a higher score are dropped, whichever view they come from; logits of points are summed. Images keep their
+pixels and the cameras move with the points, so every view encodes the same images again, which takes most of the time
+of a camera or fusion model.
 """
 
 import itertools
@@ -19,7 +20,7 @@ from unipad.evaluate.submission import MAX_BOXES
 from unipad.model.detect import Detections, suppress
 from unipad.model.segment import classes_of
 
-OVERLAP = 0.1  # bird's-eye IoU above which the worse of two boxes is dropped; the original's
+OVERLAP = 0.1  # bird's-eye IoU above which the lower-scored of two boxes is dropped; as in the original
 
 
 def tta_views(

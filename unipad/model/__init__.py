@@ -1,7 +1,7 @@
 """The model. Coordinates are in the LiDAR frame, in meters; a volume is [B, C, Z, Y, X]; a ray has its volume's index.
 
 encoder.py   images, points or both -> one volume: what pre-training trains and fine-tuning starts from
-mask.py      which blocks of images and voxels are hidden from the encoders
+mask.py      random masks of image patches and of blocks of voxels
 camera.py    images -> features and depth probabilities of every view
 depth.py     depth heads and their LiDAR supervision
 lidar.py     points -> voxels -> sparse encoder and neck -> volume

@@ -1,11 +1,11 @@
 """Images to features and depth probabilities: masked ConvNeXt, FPN, depth head.
 
-Masked 32-pixel blocks of the image contribute nothing, as if every convolution were sparse. Only the 7x7 convolutions
-look across blocks (the strided ones have kernels as large as their strides), so it is enough that their input, the
-residual stream, is zero in masked blocks: the mask multiplies the outputs of the stem, of every downsampling, of every
+Masked patches of 32 x 32 pixels contribute nothing, as if every convolution were sparse. Only the 7x7 convolutions
+mix neighboring patches (the strided ones have kernels as large as their strides), so it is enough that their input, the
+residual stream, is zero in masked patches: the mask multiplies the outputs of the stem, of every downsampling, of every
 residual branch and of the stages, nothing else.
 
-Padding is encoded as the original does, but passes no gradient back: before training its features are all 0, so
+Padding is encoded as in the original, but passes no gradient back: before training its features are all 0, so
 LayerNorm multiplies gradients there by 1 / sqrt(1e-6) in every stage, to 1e9 times those of the image.
 
 Module and parameter names are the official ConvNeXt's and mmdet's, except that the FPN's `.conv.` is dropped.
@@ -38,7 +38,8 @@ class CameraEncoder(nn.Module):
         self.depth_net = depth_head(cfg)
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
-        # As the activations: else cuDNN converts the weights at every call, and DDP warns about 1x1 gradients.
+        # The memory format of the activations: else cuDNN converts the weights at every call, and DDP warns about
+        # gradients of 1x1 convolutions.
         self.to(memory_format=torch.channels_last)
 
     def forward(
@@ -56,7 +57,7 @@ class CameraEncoder(nn.Module):
             image_sizes: [B, N, 2] height, width before padding; the padding is zero after normalization, and cells
                          that lie wholly in it pass no gradient back.
             mask:        [B * N, 1, H / 32, W / 32] bool, True = visible; None: all are.
-            drop_noise:  [B * N, blocks] uniform in [0, 1): which blocks each image skips in training; None: none.
+            drop_noise:  [B * N, blocks] uniform in [0, 1), for drop path in training; None: none.
             generators:  one `torch.Generator` per sample, for the depth head's dropout in training; None: no dropout.
 
         Returns two lists over levels, channels last and contiguous, in one dtype:
@@ -84,7 +85,7 @@ class CameraEncoder(nn.Module):
 
 
 class ConvNeXt(nn.Module):
-    """ConvNeXt (arXiv 2201.03545) with masked blocks of the image left out, see the header.
+    """ConvNeXt (arXiv 2201.03545) in which masked patches of the image contribute nothing, see the header.
 
     depths, widths: blocks and channels of each stage; stage i has stride 4 * 2^i.
     drop_path: rate at the last block, rising linearly from 0 at the first.
@@ -132,7 +133,7 @@ class ConvNeXt(nn.Module):
         drop_noise: Tensor | None = None,
         image_sizes: Tensor | None = None,
     ) -> list[Tensor]:
-        """List over `out_stages` of [M, width, H / stride, W / stride]; hidden cells are exactly zero.
+        """List over `out_stages` of [M, width, H / stride, W / stride]; masked cells are exactly zero.
 
         images: [M, 3, H, W]; mask: [M, 1, h, w] bool, True = visible, or None.
         drop_noise: [M, blocks] uniform in [0, 1), used in training only; None: no path is dropped.
@@ -249,7 +250,7 @@ class CutGradient(torch.autograd.Function):
 def _branch_scale(noise, rate, visible):
     """The scale of a block's branch: 1 / (1 - rate) where noise >= rate, else 0; times the mask.
 
-    noise: [M] or None (nothing is dropped); visible: [M, 1, h, w] or None (nothing is hidden).
+    noise: [M] or None (nothing is dropped); visible: [M, 1, h, w] or None (nothing is masked).
     """
     if noise is None or rate == 0:
         return visible

@@ -133,11 +133,11 @@ def depth_loss(depths: list[Tensor], batch: Batch, cfg: CameraConfig) -> Tensor:
 
 
 def depth_targets(batch: Batch, h: int, w: int, bins: int, depth_range: tuple[float, float]) -> Tensor:
-    """The depth bin of the nearest LiDAR point in each feature's block of pixels.
+    """The depth bin of the nearest LiDAR point among the pixels of each cell of the feature map.
 
     h, w:        size of the feature map, which divides the padded image evenly.
     depth_range: (nearest, farthest) meters along the optical axis, divided into `bins`; only points between them count,
-                 strictly inside the image and farther than NEAR_RADIUS from the LiDAR's axis.
+                 strictly inside the image and farther than NEAR_RADIUS from the LiDAR's vertical axis.
 
     Returns [B, N, h, w] int64; -1 without a point. The original sorts points by fp32 keys that do not resolve depths a
     few meters apart, so there a farther point may win.
@@ -146,8 +146,8 @@ def depth_targets(batch: Batch, h: int, w: int, bins: int, depth_range: tuple[fl
     stride = batch.images.shape[-2] // h
     targets = []
     for b, points in enumerate(batch.points.split(batch.point_counts.tolist())):
-        seen, visible = project_points(points[:, :3], batch.lidar2image[b], batch.image_sizes[b])
-        u, v, z = seen.unbind(-1)  # [N, P] each
+        projected, visible = project_points(points[:, :3], batch.lidar2image[b], batch.image_sizes[b])
+        u, v, z = projected.unbind(-1)  # [N, P] each
         visible &= (z > near) & (z < far) & (points[:, :2].norm(dim=1) > NEAR_RADIUS)
         cell = v.round().long() // stride * w + u.round().long() // stride
         nearest = z.new_full((len(z), h * w), torch.inf)

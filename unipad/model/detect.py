@@ -47,7 +47,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Detections:
-    """The boxes detected in one sample, best class score first."""
+    """The boxes detected in one sample, in descending order of the class score."""
 
     boxes: Tensor  # [K, 9] as in `Batch`
     scores: Tensor  # [K] in [0, 1]
@@ -201,9 +201,9 @@ class Head(nn.Module):
 def detections(cfg: Detect, predictions: Predictions) -> list[Detections]:
     """The boxes that the last layer predicts, per sample. Not differentiable; waits for the device.
 
-    Of all queries and classes, the `max_detections` best by class score; of these, those inside `center_low` to
-    `center_high`, with at least `min_score`, and not suppressed by a better one of their class if `nms` has a threshold
-    for it.
+    Of all (query, class) pairs, the `max_detections` with the highest class score; of these, those inside `center_low`
+    to `center_high`, with at least `min_score`, and not suppressed by a better one of their class if `nms` has a
+    threshold for it.
     """
     prob = predictions.logits[-1].detach().sigmoid().flatten(1)  # [B, Q * K]
     prob, query = prob.topk(min(cfg.max_detections, prob.shape[1]))

@@ -82,7 +82,7 @@ class Encoder(nn.Module):
 
         batch:      on the model's device.
         generators: one per sample, on that device; None: nothing random, so no mask, no drop path, no dropout.
-        masked:     hide blocks of pixels and voxels, in training and in evaluation.
+        masked:     mask image patches and blocks of voxels, in training and in evaluation.
         """
         masked = masked and generators is not None
         volumes, masks, depths = [], {}, None
@@ -91,9 +91,9 @@ class Encoder(nn.Module):
             volumes.append(volume)
         if self.recipe.lidar is not None:
             noise = _per_sample(generators, self.lidar.mask_shape) if masked else None
-            volume, seen = self.lidar(batch.points, batch.point_counts, noise)
+            volume, visible_coords = self.lidar(batch.points, batch.point_counts, noise)
             volumes.append(self.lidar_convs(volume))
-            masks |= {"lidar": seen} if masked else {}
+            masks |= {"lidar": visible_coords} if masked else {}
         volume = volumes[0] if len(volumes) == 1 else self.fuse(volumes[0] + volumes[1])
         return Encoded(volume, masks, depths)
 

@@ -1,6 +1,6 @@
-"""The neural field: a feature volume at a point -> signed distance, its spatial gradient, color.
+"""The neural field: features at a point of the volume -> signed distance, its spatial gradient, color.
 
-The parameters, under the original's names; `unipad.kernels.sdf_reference` has the formulas.
+This module has the parameters, under the original's names; `unipad.kernels.sdf_reference` has the formulas.
 """
 
 import torch
@@ -27,7 +27,7 @@ class Field(nn.Module):
             "beta": nn.Parameter(torch.full((1,), cfg.variance)),
         })  # fmt: skip
         self.deviation_network = nn.ParameterDict({"variance": nn.Parameter(torch.full((1,), cfg.variance))})
-        # The first voxel's value lies at the range's lower limit, the last one's at the upper: align_corners=True.
+        # The centers of the first and last voxel lie on the limits of the range, as with align_corners=True.
         per_meter = [(n - 1) / (h - l) for n, l, h in zip(grid.shape, grid.low, grid.high, strict=True)]
         first = [-l * k for l, k in zip(grid.low, per_meter, strict=True)]
         self.register_buffer("cells_per_unit", torch.tensor(per_meter) / grid.scale, persistent=False)  # [3]

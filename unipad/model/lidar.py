@@ -62,7 +62,7 @@ class LidarEncoder(nn.Module):
         if cfg.learnable_token:
             self.mask_token = nn.Parameter(torch.empty(1, point_channels))
             nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
-        # As the activations: else cuDNN converts the weights at every call.
+        # The memory format of the activations: else cuDNN converts the weights at every call.
         self.backbone.to(memory_format=torch.channels_last)
         self.neck.to(memory_format=torch.channels_last)
 
@@ -76,32 +76,32 @@ class LidarEncoder(nn.Module):
                           evaluation; None: none.
 
         Returns:
-            volume: [B, C, Z, Y, X] in memory format channels_last_3d.
-            seen:   [M, 4] int32 (b, z, y, x), the visible voxels.
+            volume:         [B, C, Z, Y, X] in memory format channels_last_3d.
+            visible_coords: [M, 4] int32 (b, z, y, x), the visible voxels.
         """
         cfg = self.cfg
         max_voxels = cfg.max_voxels[0 if self.training else 1]
         features, coords = voxelize(points, point_counts, self.low, cfg.cell, self.cells, cfg.max_points, max_voxels)
-        # One more level of cells, always empty: then 8 L + 1 levels become 4 L + 1, 2 L + 1 and L.
+        # One more level of cells in z, always empty: then 8 L + 1 levels become 4 L + 1, 2 L + 1 and L.
         shape = (self.cells[0] + 1, *self.cells[1:])
-        # Neighbors in the grid become neighbors in memory, since they are read together.
+        # Sorted, so that voxels near each other in the grid, which are read together, are near each other in memory.
         _, order = sort_voxels(coords, shape, check=False)
         features, coords = features[order].to(self.encoder.conv_input[0].weight.dtype), coords[order]
-        seen = coords
+        visible_coords = coords
         if noise is not None and cfg.mask_ratio > 0:
             visible = draw_voxel_mask(coords, noise, cfg.mask_block, cfg.mask_ratio)
             with host_wait("indices of the visible voxels"):
                 rows = visible.nonzero()[:, 0]
-            seen = coords[rows]
+            visible_coords = coords[rows]
             if self.mask_token is None:
-                features, coords = features[rows], seen
+                features, coords = features[rows], visible_coords
             else:
                 features = torch.where(visible[:, None], features, self.mask_token)
         voxels = VoxelSet(coords, shape, len(point_counts), in_order=True, check=False)
         sets = make_tables(self.encoder, voxels)
         x = self.encoder(SparseTensor(features, voxels)).dense()
         del sets  # kept until here, since the encoder finds its tables through them
-        return self.neck(self.backbone(x)), seen
+        return self.neck(self.backbone(x)), visible_coords
 
 
 class SparseEncoder(nn.Module):

@@ -1,16 +1,16 @@
-"""Which blocks of images and of LiDAR voxels are hidden from the encoders."""
+"""Random masks: which patches of images and which blocks of LiDAR voxels are hidden from the encoders."""
 
 import torch
 from torch import Tensor
 
-MASK_BLOCK = 32  # pixels: the image encoder's total stride, so one block is one cell of its last stage
+MASK_BLOCK = 32  # pixels: the image encoder's total stride, so one patch is one cell of its last stage
 
 
 def draw_mask(noise: Tensor, h: int, w: int, ratio: float) -> Tensor:
-    """Which blocks of each image stay visible: those with the smallest noise.
+    """Which patches of each image stay visible: those with the smallest noise.
 
-    noise: [M, h * w] uniform in [0, 1).
-    ratio: fraction of blocks hidden, in [0, 1); the number of visible ones is rounded half to even.
+    noise: [M, h * w] uniform in [0, 1), one number per patch.
+    ratio: fraction of patches masked, in [0, 1); the number of visible ones is rounded half to even.
 
     Returns [M, 1, h, w] bool, True = visible.
     """
@@ -24,7 +24,7 @@ def draw_voxel_mask(coords: Tensor, noise: Tensor, block: int, ratio: float) -> 
     coords: [N, 4] int32 (b, z, y, x).
     noise:  [B, Z', Y', X'] uniform in [0, 1), for each block of voxels.
     block:  voxels along the edge of a block.
-    ratio:  fraction of each sample's occupied blocks hidden, in [0, 1); the number of visible ones is rounded half to
+    ratio:  fraction of each sample's occupied blocks masked, in [0, 1); the number of visible ones is rounded half to
             even.
 
     Returns [N] bool, True = visible.

@@ -9,7 +9,8 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch normalization of [N, C, ...] with statistics over the rows of all processes.
 
     Unlike `nn.SyncBatchNorm` it also runs on CPUs, and a process, or all of them, may have no row or a single one, as
-    happens with sparse features: a lone row becomes the bias, and without rows the running statistics do not change.
+    happens with sparse features: the output of a single row is the bias, and without rows the running statistics do
+    not change.
     On a GPU, in eval mode and in a single process with more rows, it is the same as `nn.BatchNorm1d`, `2d` and `3d`.
     On a CPU it is more accurate: PyTorch 2.13 adds up the rows of [N, C] and of channels-last tensors one by one in
     fp32, which for 10^5 rows is off by 1e-5 of the largest entry.

@@ -40,7 +40,7 @@ class Pretrain(nn.Module):
             missed: fraction of rays that do not cross the volume, and so do not count in the losses.
         """
         volume, _ = self.encode(batch, generators)
-        batch = batch.keyframe()  # rays and points of another time do not match the volume
+        batch = batch.keyframe()  # the volume shows the keyframe: views and points of other times do not match it
         rays = choose_rays(batch, self.recipe.rays, generators)
         shape = (len(rays) // len(batch), self.renderer.jitters)
         jitter = torch.stack([torch.rand(shape, generator=g, device=g.device) for g in generators])

@@ -44,29 +44,29 @@ def choose_rays(batch: Batch, cfg: RayChoice, generators: Sequence[torch.Generat
     batch:      its `point_counts` are read on the host.
     generators: one per sample, on the batch's device. A sample's rays depend only on its own generator.
 
-    Returns B * N * per_view rays (dilation: one per cell of the grid over the padded image), sample after sample, view
-    after view. A view with fewer candidates casts some twice.
+    Returns B * N * per_view rays (dilation: one per pixel of the dilated grid over the padded image), sample after
+    sample, view after view. In a view with fewer candidates, some rays are repeated.
     Without cameras: B * 6 * per_view rays from the LiDAR to points, whatever the strategy.
     """
     if not batch.images.shape[1]:
         return lidar_rays(batch, cfg, cfg.per_view, generators)
     H, W = batch.images.shape[-2:]
     parts = []
-    for b, (seen, visible) in enumerate(_lidar_in_views(batch, cfg)):
+    for b, (projected, visible) in enumerate(_lidar_in_views(batch, cfg)):
         if cfg.strategy == "depth":
             pixels, inside = pixel_grid(batch.image_sizes[b], H, W, cfg.pixel_interval, cfg.sky)
-            candidates = torch.cat([seen, pixels], dim=1)
+            candidates = torch.cat([projected, pixels], dim=1)
             points = _at_most(visible, cfg.lidar_per_view, generators[b])
             rank = torch.cat([2 * points, 1 * inside], dim=1)
             chosen = _draw(candidates, rank, cfg.per_view, generators[b])
         elif cfg.strategy == "random":
-            uniform = torch.rand(len(seen), cfg.per_view, 2, generator=generators[b], device=seen.device)
+            uniform = torch.rand(len(projected), cfg.per_view, 2, generator=generators[b], device=projected.device)
             chosen = (uniform * batch.image_sizes[b].flip(-1)[:, None]).floor()  # [N, per_view, 2]
-            chosen = _with_lidar_depth(chosen, seen, visible, H, W)
+            chosen = _with_lidar_depth(chosen, projected, visible, H, W)
         elif cfg.strategy == "dilation":
             pixels, inside = pixel_grid(batch.image_sizes[b], H, W, cfg.dilation)
             chosen = _draw(pixels, 1 * inside, pixels.shape[1], generators[b])
-            chosen = _with_lidar_depth(chosen[..., :2], seen, visible, H, W)
+            chosen = _with_lidar_depth(chosen[..., :2], projected, visible, H, W)
         else:
             raise ValueError(f"no ray strategy {cfg.strategy!r}: choose depth, random or dilation")
         parts.append(cast_rays(batch, b, chosen))
@@ -76,8 +76,8 @@ def choose_rays(batch: Batch, cfg: RayChoice, generators: Sequence[torch.Generat
 def lidar_rays(batch: Batch, cfg: RayChoice, per_view: int, generators: Sequence[torch.Generator]) -> Rays:
     """`per_view` rays through LiDAR points for each view; without cameras, six times as many from the LiDAR.
 
-    A view with fewer points casts some twice; one without any casts rays of unknown depth. Rays from the LiDAR go only
-    to the keyframe's points, since sweeps were recorded from other positions.
+    In a view with fewer points, some rays are repeated; without any, the rays have unknown depth. Rays from the LiDAR
+    go only to the keyframe's points, since sweeps were recorded from other positions.
     """
     if not batch.images.shape[1]:
         parts = []
@@ -87,8 +87,8 @@ def lidar_rays(batch: Batch, cfg: RayChoice, per_view: int, generators: Sequence
             parts.append(rays_from_lidar(targets[0], b))
         return _concatenated(parts)
     parts = []
-    for b, (seen, visible) in enumerate(_lidar_in_views(batch, cfg)):
-        parts.append(cast_rays(batch, b, _draw(seen, 1 * visible, per_view, generators[b])))
+    for b, (projected, visible) in enumerate(_lidar_in_views(batch, cfg)):
+        parts.append(cast_rays(batch, b, _draw(projected, 1 * visible, per_view, generators[b])))
     return _concatenated(parts)
 
 
@@ -130,12 +130,12 @@ def project_points(points: Tensor, lidar2image: Tensor, image_sizes: Tensor) -> 
     image_sizes: [N, 2] height, width before padding.
 
     Returns:
-        seen:    [N, P, 3] u, v pixels and depth along the optical axis, meters; u, v are meaningless behind a camera.
-        visible: [N, P] bool, True in front of the camera and strictly inside the image.
+        projected: [N, P, 3] u, v pixels and depth along the optical axis, meters; u, v are meaningless behind a camera.
+        visible:   [N, P] bool, True in front of the camera and strictly inside the image.
     """
-    seen = _transform(lidar2image, points[None])
-    depth = seen[..., 2]
-    u, v = (seen[..., i] / depth.clamp(min=MIN_DEPTH) for i in (0, 1))
+    projected = _transform(lidar2image, points[None])
+    depth = projected[..., 2]
+    u, v = (projected[..., i] / depth.clamp(min=MIN_DEPTH) for i in (0, 1))
     height, width = image_sizes[..., None].unbind(1)  # [N, 1]
     visible = (depth > MIN_DEPTH) & (u > 0) & (u < width - 1) & (v > 0) & (v < height - 1)
     return torch.stack([u, v, depth], dim=-1), visible
@@ -194,8 +194,8 @@ def lidar_points(batch: Batch, cfg: RayChoice) -> tuple[Tensor, Tensor]:
 def _lidar_in_views(batch, cfg):
     """For each sample, `project_points` of its points; only those between the two radii are visible."""
     for b, points in enumerate(batch.points.split(batch.point_counts.tolist())):
-        seen, visible = project_points(points[:, :3], batch.lidar2image[b], batch.image_sizes[b])
-        yield seen, visible & _between_radii(points, cfg)
+        projected, visible = project_points(points[:, :3], batch.lidar2image[b], batch.image_sizes[b])
+        yield projected, visible & _between_radii(points, cfg)
 
 
 def _between_radii(points, cfg):
@@ -204,20 +204,20 @@ def _between_radii(points, cfg):
 
 
 def _draw(candidates, rank, count, generator):
-    """Draw `count` candidates per view without replacement: those of the highest rank first, none of rank 0.
+    """Sample `count` candidates per view without replacement: those of the highest rank first, none of rank 0.
 
     candidates: [N, K, 3]; rank: [N, K] int.
 
-    Returns [N, count, 3]. Too few candidates with a rank are repeated in turn; without any, zeros.
+    Returns [N, count, 3]. If too few candidates have a rank above 0, they are repeated cyclically; without any, zeros.
     """
     key = rank + torch.rand(rank.shape, generator=generator, device=rank.device)
     key, index = key.topk(min(count, key.shape[1]), dim=1)
     if not index.shape[1]:
         return candidates.new_zeros(len(candidates), count, 3)
-    found = (key >= 1).sum(1, keepdim=True)  # [N, 1]
-    turn = torch.arange(count, device=rank.device) % found.clamp(min=1)  # [N, count]
-    index = index.gather(1, turn)[..., None].expand(-1, -1, 3)
-    return candidates.gather(1, index).where(found[..., None] > 0, 0.0)
+    available = (key >= 1).sum(1, keepdim=True)  # [N, 1]
+    cyclic = torch.arange(count, device=rank.device) % available.clamp(min=1)  # [N, count]
+    index = index.gather(1, cyclic)[..., None].expand(-1, -1, 3)
+    return candidates.gather(1, index).where(available[..., None] > 0, 0.0)
 
 
 def _at_most(chosen, count, generator):
@@ -228,11 +228,11 @@ def _at_most(chosen, count, generator):
     return chosen & (key < key.topk(count + 1, dim=1, largest=False).values[:, -1:])
 
 
-def _with_lidar_depth(pixels, seen, visible, H, W):
+def _with_lidar_depth(pixels, projected, visible, H, W):
     """Pixels [N, K, 2] with the depth of the nearest visible point that falls into each, 0 = none: [N, K, 3]."""
-    cell = (seen[..., 1].long() * W + seen[..., 0].long()).where(visible, 0)  # [N, P]
-    depth = seen[..., 2].where(visible, torch.inf)
-    nearest = depth.new_full((len(seen), H * W), torch.inf).scatter_reduce(1, cell, depth, "amin")
+    cell = (projected[..., 1].long() * W + projected[..., 0].long()).where(visible, 0)  # [N, P]
+    depth = projected[..., 2].where(visible, torch.inf)
+    nearest = depth.new_full((len(projected), H * W), torch.inf).scatter_reduce(1, cell, depth, "amin")
     z = nearest.gather(1, pixels[..., 1].long() * W + pixels[..., 0].long())  # [N, K]
     return torch.cat([pixels, z.where(z < torch.inf, 0.0)[..., None]], dim=-1)
 

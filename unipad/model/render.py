@@ -40,11 +40,11 @@ class Rendered:
     rgb: Tensor  # [R, 3]; clamped to [0, 1] outside training; black where the fused op runs and learns no color
     depth: Tensor  # [R] meters along the ray
     hit: Tensor  # [R] bool, False for rays that do not cross the volume
-    weights: Tensor  # [R, S] of each sample in the color
+    weights: Tensor  # [R, S] weight of each sample in the color
     starts: Tensor  # [R, S] scaled meters along the ray
     sdf: Tensor  # [R, S] scaled meters
     gradient: Tensor  # [R, S, 3] d sdf / d point, of length 1 for a true distance
-    points_sdf: Tensor | None  # [P] scaled meters, at the given points
+    points_sdf: Tensor | None  # [P] scaled meters, at the points given to `forward`
     of_sample: Tensor  # [B, R] 1 where a ray hits and belongs to the batch sample, else 0
     points_of_sample: Tensor | None  # [B, P] the same for points
 
@@ -85,8 +85,8 @@ class Renderer(nn.Module):
             rays:   R of them; depth and color are not used.
             jitter: [R, self.jitters] uniforms in [0, 1) that jitter the samples of each ray, in training.
                     None: the same samples every time.
-            points: pair of [P, 3] meters and [P] int32 volume index (-1: leave out), for the loss `points`.
-            stop:   transmittance at which a ray ends, in the fused op only: for pictures, not for losses.
+            points: pair of [P, 3] meters and [P] int32 volume index (-1: not used), for the loss `points`.
+            stop:   transmittance below which a ray ends early, in the fused op only: for pictures, not for losses.
 
         Without rays all tensors are empty. Differentiable once in `volume` and the parameters.
 

@@ -19,14 +19,14 @@ from unipad.kernels.ray_sample import merge, resample, sample_pdf, stratified_ed
 from unipad.kernels.sdf_alpha import interval_alpha, laplace_density, unisurf_alpha
 
 INV_S = 64.0  # NeuS's fixed inverse scale while it searches for the surface (its first round)
-ERROR = 0.1  # VolSDF: bound on the opacity's error that the placement must meet
-ROUNDS = 5  # VolSDF: rounds of placement at most
+ERROR = 0.1  # VolSDF: upper bound on the opacity's error that the samples must satisfy
+ROUNDS = 5  # VolSDF: maximum number of rounds of sampling
 BISECTIONS = 10  # VolSDF: steps that narrow down beta in one round
 INTERVAL = 0.05  # UniSurf: half the interval around the surface, as a fraction of the ray inside the box
 
 
 def neus_edges(cfg: Render, sdf_at: Callable, near: Tensor, far: Tensor, jitter: Sequence, beta: Tensor) -> Tensor:
-    """`samples` stratified over the ray, `importance` drawn from the weights of a surface of sharpness INV_S."""
+    """`samples` stratified over the ray, `importance` sampled from the NeuS weights at inverse scale INV_S."""
     edges = stratified_edges(near, far, cfg.samples, jitter[0])
     alpha = interval_alpha(sdf_at(edges[:, :-1]), edges.diff(dim=1), INV_S)
     return resample(edges, _weights(alpha), cfg.importance, jitter[1])
@@ -110,7 +110,7 @@ def _transmittance_and_error(beta, sdf, deltas, clearance):
 
 
 def _tighten(beta, beta_plus, sdf, deltas, clearance):
-    """The smallest beta per ray, [R], that meets ERROR: the field's own if that does, else found by bisection."""
+    """The smallest beta per ray, [R], with an error up to ERROR: the field's own if possible, else by bisection."""
 
     def meets(beta):
         transmittance, error = _transmittance_and_error(beta, sdf, deltas, clearance)

@@ -52,16 +52,16 @@ class Segmenter(nn.Module):
 def classes_of(batch: Batch, logits: Tensor) -> list[Tensor]:
     """Logits [P, classes] of a batch's points -> classes as `Segmenter.segment` returns them."""
     classes = logits.argmax(dim=1).to(torch.uint8) + 1
-    key = batch.points[:, 4] == 0  # points of sweeps have a time lag
-    samples = zip(*(t.split(batch.point_counts.tolist()) for t in (classes, key)), strict=True)
+    is_keyframe = batch.points[:, 4] == 0  # points of sweeps have a time lag
+    samples = zip(*(t.split(batch.point_counts.tolist()) for t in (classes, is_keyframe)), strict=True)
     return [classes[rows] for classes, rows in samples]
 
 
 def losses(cfg: config.Segment, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """`cross_entropy`, the mean over labeled points, and `lovasz`, each times its weight.
 
-    logits: [P, K]; labels: [P] uint8 from 1 to K, 0: none. Without labels both are 0. Each process has the losses of
-    its own points.
+    logits: [P, K]; labels: [P] uint8 from 1 to K, 0: unlabeled. Without labels both are 0. Means are over the points of
+    this process.
     """
     with host_wait("indices of the labeled points"):
         known = (labels > 0).nonzero()[:, 0]

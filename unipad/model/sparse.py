@@ -85,7 +85,7 @@ class VoxelSet:
         return self._make_table(kernel, dilation) if table is None else table
 
     def strided(self, kernel: Triple, stride: Triple, padding: Triple, dilation: Triple) -> "VoxelSet":
-        """The output voxels of a strided convolution: all whose window contains one of these."""
+        """The output voxels of a strided convolution: all whose window contains at least one of these voxels."""
         geometry = (kernel, stride, padding, dilation)
         reached = self._cache.find(geometry, self.coords.device)
         reached = None if reached is None else reached()
@@ -113,7 +113,7 @@ class VoxelSet:
         return reached
 
     def _sorted_keys(self):
-        """Ascending keys, and the voxel of each key; None for the latter if the voxels are already in order."""
+        """(ascending keys, index of the voxel of each key); the second is None if the voxels are already in order."""
         if self._is_in_order:
             return self.keys(), None
         make = partial(voxel_keys.sort_voxels, self.coords, self.shape, check=False)
@@ -269,7 +269,10 @@ def conv_norm_relu(
 
 
 def in_fp32(stem: nn.Module, x: SparseTensor) -> SparseTensor:
-    """The first convolution without autocast, its result in autocast's dtype: bf16 has steps of 25 cm at 50 m."""
+    """The first convolution in fp32, its result in autocast's dtype.
+
+    The features that it reads include coordinates, and bf16 resolves 50 m only in steps of 25 cm.
+    """
     device = x.features.device.type
     with torch.autocast(device, enabled=False):
         x = stem(x)

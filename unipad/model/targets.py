@@ -32,7 +32,8 @@ class Noisy:
     """
 
     references: Tensor  # [B, G * P, 3] fraction of the range, in [0, 1]; 0 in unused slots
-    blocked: Tensor  # [G * P + Q, G * P + Q] bool: no query sees another group; the Q queries see none
+    # No noisy query attends to those of another group, none of the Q queries of the head to noisy ones.
+    blocked: Tensor  # [G * P + Q, G * P + Q] bool, True: the row's query does not attend to the column's
     sample: Tensor  # [M] int64
     slot: Tensor  # [G, M] int64
     boxes: Tensor  # [M, 9]
@@ -79,7 +80,7 @@ def noisy_queries(cfg: Detect, grid: Grid, boxes: Tensor, labels: Tensor, counts
 def assign(
     cfg: Detect, logits: Tensor, codes: Tensor, boxes: Tensor, labels: Tensor, counts: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The cheapest one-to-one assignment of boxes to queries, per layer and sample (Hungarian method).
+    """The one-to-one assignment of boxes to queries of lowest cost, per layer and sample (Hungarian method).
 
     cost = class_weight * (focal loss as the box's class - as background) + box_weight * |weighted code - box's|_1
 
@@ -190,14 +191,14 @@ def _box_losses(cfg, predictions, at, boxes, count):
         with torch.no_grad():
             overlap = paired_iou_3d(predicted.flatten(0, 1), boxes[..., :7].expand_as(predicted).flatten(0, 1))
         overlap = overlap.view(codes.shape[:2])  # [L, N]
-        hits = (overlap > 0) & known[..., 0]  # False too where a predicted size overflows
+        hits = (overlap > 0) & known[..., 0]  # False also where a predicted size overflows
         error = (predictions.iou[at] - (2 * torch.where(hits, overlap, 0) - 1)).abs() * hits
         losses["iou"] = cfg.iou_weight * error.sum(dim=1) / hits.sum(dim=1).clamp(min=1)
     return losses
 
 
 def _rows(counts, device):
-    """Sample, and slot in it, of each of the concatenated boxes, [M] int64 each."""
+    """(sample, index within the sample) of each of the concatenated boxes, [M] int64 each."""
     sample = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     slot = torch.cat([torch.arange(n) for n in counts])
     return sample.to(device, non_blocking=True), slot.to(device, non_blocking=True)

@@ -1,8 +1,9 @@
 """SpUNet: points -> one point per voxel -> a sparse U-Net -> features of every point, or a volume of them.
 
 Names inside `Unet` are those of the original's SpUNetBase, after Pointcept: 5 x 5 x 5 stem, strided convolutions down,
-their inverses up, skip connections. One difference: the voxel grid is aligned with the LiDAR, in Pointcept with
-each sample's minimum; so a sample's features depend neither on its farthest point nor on the rest of the batch.
+their inverses up, skip connections. One difference: the voxel grid is aligned with the LiDAR's origin, in Pointcept
+with each sample's smallest coordinates; so features here depend neither on a sample's farthest point nor on the rest
+of the batch.
 """
 
 from collections.abc import Sequence
@@ -51,22 +52,22 @@ class UnetEncoder(nn.Module):
         noise: [B, *mask_shape] uniform in [0, 1): which blocks of voxels are hidden; None: none.
 
         Returns:
-            volume: [B, C, Z, Y, X] in memory format channels_last_3d: the mean feature of the points in each cell, 0 in
-                    empty cells.
-            seen:   [M, 4] int32 (b, z, y, x) from the grid's lower corner, the visible voxels.
+            volume:      [B, C, Z, Y, X] in memory format channels_last_3d: the mean feature of the points in each cell,
+                         0 in empty cells.
+            grid_coords: [M, 4] int32 (b, z, y, x) from the grid's lower corner, the visible voxels.
         """
         rows, coords, _, extent = grid_sample(points, point_counts, self.cfg.cell)
         sample, *cells = coords.unbind(1)
         # a point just below the grid's upper border may be rounded up to it
         axes = zip(cells, self.first, self.cells, strict=True)
-        seen = torch.stack([sample, *((cell - first).clamp(0, size - 1) for cell, first, size in axes)], dim=1)
+        grid_coords = torch.stack([sample, *((cell - first).clamp(0, size - 1) for cell, first, size in axes)], dim=1)
         if noise is not None and self.cfg.mask_ratio > 0:
-            visible = draw_voxel_mask(seen, noise, self.cfg.mask_block, self.cfg.mask_ratio)
+            visible = draw_voxel_mask(grid_coords, noise, self.cfg.mask_block, self.cfg.mask_ratio)
             with host_wait("indices of the visible voxels"):
                 visible = visible.nonzero()[:, 0]
-            rows, coords, seen = rows[visible], coords[visible], seen[visible]
+            rows, coords, grid_coords = rows[visible], coords[visible], grid_coords[visible]
         features = self._encode(points[rows], coords, extent, len(point_counts))
-        return self._volume(features, points[rows, :3], coords[:, 0], len(point_counts)), seen
+        return self._volume(features, points[rows, :3], coords[:, 0], len(point_counts)), grid_coords
 
     def voxel_features(self, points: Tensor, point_counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Features of one point per voxel, for segmentation. Points may be anywhere.
@@ -82,7 +83,7 @@ class UnetEncoder(nn.Module):
     def _encode(self, points, coords, extent, B):
         """[V, C] features of the voxels `coords` [V, 4], all within `extent`, each with one point, [V, 5].
 
-        Also runs without points, since the batch norms of other processes wait for those of this one.
+        Also runs without points, since other processes wait in their synchronized batch norms.
         """
         features = points.to(self.encoder.conv_input[0].weight.dtype, copy=True)
         features[:, 3] *= 1 / INTENSITY

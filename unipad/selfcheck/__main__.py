@@ -50,17 +50,17 @@ def main(args):
     cases = [case for case in checks(args.sizes) if not args.ops or case.name.startswith(args.ops)]
     if not cases:
         raise UserError(f"--ops {' '.join(args.ops)}: no op's name starts with that; leave the flag out to run all.")
-    began, found = time.perf_counter(), []
+    began, finished = time.perf_counter(), []
     for result in results(cases):
         print(result, flush=True)
-        found.append(result)
+        finished.append(result)
     took = time.perf_counter() - began
-    failed = [result for result in found if result.status == "FAIL"]
+    failed = [result for result in finished if result.status == "FAIL"]
     if failed:
         print(f"{len(failed)} of {len(cases)} checks failed. Please report these lines: {_machine()}")
         print(*failed, sep="\n")
         return 1
-    skipped = sum(result.status == "skipped" for result in found)
+    skipped = sum(result.status == "skipped" for result in finished)
     passed = len(cases) - skipped
     counts = f"{passed} checks passed, {skipped} skipped" if skipped else f"All {passed} checks passed"
     print(f"{counts}, in {took:.0f} s on {_machine()}.")

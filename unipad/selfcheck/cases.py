@@ -77,7 +77,8 @@ def _rig(scale, device):
 
 
 def _view_cases(size, recipe):
-    """The volumes are offset a little, so that no corner is projected onto an image border, where rounding decides."""
+    """The volumes are offset a little, so that no voxel corner is projected onto an image border, where rounding would
+    decide whether it is inside."""
 
     def lifted(device, dtype):
         low, cell = (-54.0137, -54.0137, -5.0137), (0.84375, 0.84375, 1.6)

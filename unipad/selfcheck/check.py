@@ -11,8 +11,8 @@ from functools import partial
 import torch
 
 TYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# Fractions of the largest true value. tf32 has the mantissa of fp16, and Hopper truncates operands instead of rounding
-# them, which accumulates over the layers of a field instead of averaging out.
+# By type, as a fraction of the largest true value. tf32 has the mantissa of fp16, and Hopper truncates operands instead
+# of rounding them, which accumulates over the layers of a field instead of averaging out.
 SLACK = {"fp32": 1e-5, "tf32": 1e-2, "fp16": 1e-3, "bf16": 1e-2}
 TIMED_RUNS = 3  # the fastest is reported
 
@@ -28,7 +28,7 @@ class Case:
     op: Callable
     ref: Callable
     wrt: tuple = ()  # names of the inputs whose gradients are compared
-    slack: float | None = None  # None: SLACK of the type
+    slack: float | None = None  # allowed error besides that of `ref` in the same type; None: SLACK of the type
     double: bool = True  # False: a reference in fp32, since rounding decides e.g. which cell a point lies in
     strict: bool = False  # run under strict determinism, twice: both runs must be bitwise equal
 
@@ -76,8 +76,8 @@ def run(case):
             return result("skipped", "needs more memory")
         where = traceback.extract_tb(fault.__traceback__)[-1]
         text = " ".join(str(fault).split())[:300]
-        place = f"{os.path.basename(where.filename)}:{where.lineno}"
-        return result("FAIL", f"{type(fault).__name__}: {text} ({place})")
+        location = f"{os.path.basename(where.filename)}:{where.lineno}"
+        return result("FAIL", f"{type(fault).__name__}: {text} ({location})")
 
 
 def compile_op(case):
@@ -97,10 +97,10 @@ def _run(fn, inputs, case, dtype=None):
     """
     inputs, named = _prepare(inputs, case, dtype)
     outs, grads = _forward_backward(fn, inputs, named, lambda outs: _upstream(outs, case))
-    found = {f"out{i}": out.detach() for i, out in enumerate(outs)}
+    values = {f"out{i}": out.detach() for i, out in enumerate(outs)}
     for (name, leaf), grad in zip(named, grads, strict=True):
-        found[f"d_{name}"] = torch.zeros_like(leaf) if grad is None else grad
-    return found
+        values[f"d_{name}"] = torch.zeros_like(leaf) if grad is None else grad
+    return values
 
 
 def _prepare(inputs, case, dtype=None):
@@ -152,11 +152,11 @@ def _compare(ours, plain, truth, case):
     return error, bound, message
 
 
-def _error(found, true):
+def _error(value, true):
     if not true.numel():
         return 0.0
     scale = true.double().abs().max().item()
-    return (found.double() - true.double()).abs().max().item() / (scale or 1.0)
+    return (value.double() - true.double()).abs().max().item() / (scale or 1.0)
 
 
 @contextlib.contextmanager

@@ -55,7 +55,7 @@ def _points(recipe, device):
     for sweep in range(10):
         elevation = torch.linspace(-30.67, 10.67, 32, device=device).deg2rad()[:, None]
         azimuth = (torch.arange(1084, device=device) + torch.rand((), device=device)) * (2 * math.pi / 1084)
-        facet = (azimuth * (40 / (2 * math.pi))).long() % 40  # each has a wall at its own distance
+        facet = (azimuth * (40 / (2 * math.pi))).long() % 40  # one of 40 sectors, each with a wall at some distance
         wall = 4 + 30 * torch.rand(40, generator=torch.Generator().manual_seed(2)).to(device) ** 2
         to_wall = wall[facet] / ((azimuth * 40 / (2 * math.pi)) % 1 - 0.5).mul(2 * math.pi / 40).cos()  # horizontal
         t = torch.minimum(to_wall / elevation.cos(), torch.where(elevation < 0, -1.84 / elevation.sin(), math.inf))
@@ -146,7 +146,7 @@ def sparse_cases(size, recipe):
             weight = torch.randn(c_out, *kernel, c_in, device=device) / (math.prod(kernel) * c_in) ** 0.5
             features = torch.randn(N, c_in, device=device).to(dtype)
             # fp32 parameters, as under autocast, with values representable in the type
-            if recipe:  # with cached tiles, as in a model
+            if recipe:  # a `NeighborTable` caches tiles, as in a model
                 tables = [table if table is None else NeighborTable(table) for table in tables]
             given = dict(zip(("neighbor_idx", "inverse_idx"), tables, strict=True), features=features)
             return given | dict(weight=weight.to(dtype).float())

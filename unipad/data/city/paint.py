@@ -274,8 +274,8 @@ class Shadows:
             column = ((x - self.low[0]) / self.CELL).astype(np.int64)
             row = ((y - self.low[1]) / self.CELL).astype(np.int64)
             inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-            found = raster[row.clip(0, height - 1), column.clip(0, width - 1)]
-            return np.where(inside, found, 0).astype(np.float32) / 255
+            value = raster[row.clip(0, height - 1), column.clip(0, width - 1)]
+            return np.where(inside, value, 0).astype(np.float32) / 255
 
         return shade
 

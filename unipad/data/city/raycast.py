@@ -13,7 +13,7 @@ import numpy as np
 
 from unipad.data.city.solids import EDGES, corners, to_local
 
-GROUND, SKY = -1, -2  # in place of a solid's index
+GROUND, SKY = -1, -2  # values of `hit` where a ray hits no solid
 NEAR = 0.05  # meters; nothing nearer to the origin is hit
 
 
@@ -132,7 +132,8 @@ def crossings(view, solids):
                 yield ray[met], np.repeat(solid[part], area[part])[met], distance[met]
 
 
-CHUNK = 1 << 16  # pairs tested (rays painted) together, so that temporaries stay in the CPU's caches
+# (ray, solid) pairs tested at once, and rays painted at once, so that temporaries stay in the CPU's caches
+CHUNK = 1 << 16
 
 
 def surface(solids, hit, points):

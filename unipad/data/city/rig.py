@@ -21,9 +21,9 @@ class Camera:
     position: tuple[float, float, float]  # ego frame
     yaw: float  # degrees to the left
     pitch: float  # degrees up
-    focal: float  # pixels at 900 x 1600, as is the principal point
+    focal: float  # pixels at 900 x 1600, like the principal point
     principal: tuple[float, float]
-    early: float  # seconds it fires before the LiDAR's timestamp, since the LiDAR triggers it as it sweeps past
+    early: float  # seconds by which it fires before the LiDAR's timestamp: the LiDAR triggers it when it sweeps past
 
 
 CAMERAS = {
@@ -42,7 +42,8 @@ LIDAR_POSITION = (0.94, 0.0, 1.84)
 LIDAR_ROTATION = Quaternion(axis=(0, 0, 1), degrees=-90)  # LiDAR -> ego
 BEAMS = np.radians(np.linspace(-30.67, 10.67, 32))  # elevations, ring 0 first
 LIDAR_RANGE = 70.0
-RANGE_NOISE, INTENSITY_NOISE, DROPOUT = 0.01, 2.0, 0.02  # standard deviations in meters and of 0-255; fraction of beams
+RANGE_NOISE, INTENSITY_NOISE = 0.01, 2.0  # standard deviations, in meters and on the scale 0-255
+DROPOUT = 0.02  # fraction of beams that return nothing
 
 # The ego vehicle in its own frame. Only the LiDAR sees it, since the cameras look outwards.
 EGO = np.array(

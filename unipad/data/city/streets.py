@@ -23,7 +23,7 @@ CROSSWALK = (4.5, 7.5)  # meters from the edge of the intersection
 BEND, BEND_LENGTH = 6.0, 190.0  # meters
 
 NO_MARK, WHITE, YELLOW, CURB = range(4)
-AXES = np.array([(1.0, 0.0), (0, 1), (-1, 0), (0, -1)])  # the four directions of a street, each to the left of the last
+AXES = np.array([(1.0, 0.0), (0, 1), (-1, 0), (0, -1)])  # the four directions of a street, counter-clockwise
 
 
 class City:
@@ -48,12 +48,13 @@ class City:
         """[n, 2] grid to world: the inverse of `to_grid`, by fixed-point iteration."""
         k = 2 * np.pi / BEND_LENGTH
         world = grid
-        for _ in range(10):  # contracts by BEND * k = 0.2 per iteration
+        for _ in range(10):  # the error shrinks by a factor BEND * k = 0.2 per iteration
             world = grid - BEND * np.sin(k * world[:, ::-1] + self.phase)
         return world
 
     def spot(self, origin, direction, ahead, left):
-        """World x, y and heading of the point `ahead` of a grid point and to its `left`, along a street."""
+        """World x, y and heading of the point `ahead` meters along a street from `origin` (grid) and `left` meters to
+        the left of its center line."""
         grid = np.asarray(origin) + ahead * AXES[direction] + left * AXES[(direction + 1) % 4]
         tail, here, nose = self.to_world(grid + np.array([[-0.5], [0], [0.5]]) * AXES[direction])
         return *here, np.arctan2(*(nose - tail)[::-1])
@@ -94,7 +95,7 @@ class City:
         solids = []
         park = rng.random() < 0.15
         brick = rng.integers(len(WALLS))  # neighboring houses look alike
-        for side in range(4):  # counter-clockwise, the block on the left
+        for side in range(4):  # counter-clockwise, with the block on the left of the street
             origin = (np.array([column, row]) + [(0, 0), (1, 0), (1, 1), (0, 1)][side]) * PITCH
             solids += self._furniture(rng, origin, side)
             if park:

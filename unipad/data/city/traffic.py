@@ -14,7 +14,7 @@ import numpy as np
 from unipad.data.city.solids import SOLID, solid
 from unipad.data.city.streets import AXES, CROSSWALK, LANE, PITCH, ROAD, STREETS, City
 
-HOUSE_SIGHT, SIGHT = 140.0, 90.0  # meters up to which sensors see houses and everything else
+HOUSE_SIGHT, SIGHT = 140.0, 90.0  # meters up to which sensors see houses, and everything else
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class Scene:
     fixed: np.ndarray  # [n] SOLID, all of the static city that may come into sight
 
     def __init__(self, seed, index, duration):
-        """index: 0.. of the scene within its set; duration: seconds it lasts."""
+        """index: number of the scene in its dataset, from 0; duration: seconds it lasts."""
         self.city, self.index, self.duration = City.of(seed), index, duration
         self.rng = rng = np.random.default_rng([seed, 3, index])
         # every scene has a different intersection, away from the border
@@ -207,7 +207,7 @@ class Scene:
         self.node = (np.array(divmod(order[index % len(order)], inner)) + 2) * PITCH  # grid meters
         self.heading = int(rng.integers(4))
         self.turn = ("straight", "left", "right")[index % 3]
-        # then always right, so that a long scene circles a block instead of leaving the city
+        # after the first turn always right, so that a long scene circles a block instead of leaving the city
         turns = [self.turn] + ["right"] * (2 + int(duration * 8 / PITCH))
         speed = rng.uniform(6.5, 8.5) if self.turn == "straight" else rng.uniform(5.5, 6.5)
         self.before = rng.uniform(26, 32)  # meters from the start to the intersection
@@ -225,12 +225,13 @@ class Scene:
         self._movers = [i for i, a in enumerate(self.actors) if a.speed]
         self._pieces = np.array([row for i, a in enumerate(self.actors) for row in a.solids(i)], dtype=SOLID)
         self.track = self.ego.pose(np.linspace(0, duration, 50))[:, :2]
-        reach = range(-2, 3)
+        offsets = range(-2, 3)
         blocks = {tuple(b) for b in np.floor(self.track / PITCH).astype(int)}
-        blocks = sorted({(i + di, j + dj) for i, j in blocks for di in reach for dj in reach})
+        blocks = sorted({(i + di, j + dj) for i, j in blocks for di in offsets for dj in offsets})
         self.fixed = np.concatenate([self.city.block(*b) for b in blocks])
-        high, bearing = rng.uniform(0.6, 0.95), rng.uniform(0, 2 * np.pi)
-        self.sun = np.array([np.cos(high) * np.cos(bearing), np.cos(high) * np.sin(bearing), np.sin(high)])
+        elevation, azimuth = rng.uniform(0.6, 0.95), rng.uniform(0, 2 * np.pi)
+        horizontal = np.cos(elevation)
+        self.sun = np.array([horizontal * np.cos(azimuth), horizontal * np.sin(azimuth), np.sin(elevation)])
 
     def poses(self, t):
         """[actors, 3] x, y, yaw at time t."""
@@ -328,7 +329,8 @@ class Scene:
             self._try(kind, lambda path=path: path, 1.6 * PITCH, (4.0, 9.0), gap=2.0, tries=4)
 
     def _try(self, kind, make_path, start=0.0, speed=(0.0, 0.0), gap=0.8, tries=12):
-        """Add an actor where it is free: at most `start` meters (or a range) along a path drawn for each try."""
+        """Add an actor where it collides with no other. Each try draws a path, a start on it (up to `start` meters, or
+        in that range) and a speed."""
         begin, end = start if isinstance(start, tuple) else (0.0, start)
         for _ in range(tries):
             if self._add(kind, make_path(), self.rng.uniform(begin, end), self.rng.uniform(*speed), gap):

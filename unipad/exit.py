@@ -44,7 +44,7 @@ FIXES = {
 
 
 class Stopped(BaseException):
-    """The program was told to end. Not an Exception: nothing handles it on its way out."""
+    """The program was told to end. Not an Exception, so that no `except Exception` catches it."""
 
     def __init__(self, number: int, sentence: str | None = None):
         self.number = number

@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-# (prefix of the original's keys, prefix of ours); * stands for a number. The first match counts, in either direction.
+# (prefix of the original's keys, prefix of ours); * matches a number. The first match counts, in either direction.
 # A third entry names the layout of the weights where it differs, see `LAYOUTS`.
 DECODER = "pts_bbox_head.transformer.decoder.layers.*."
 PLAIN_REFERENCES = ("pts_bbox_head.transformer.reference_points.", "head.reference_points.")

@@ -1,7 +1,7 @@
 """Cut-and-paste: points and pixels of objects from other training frames, pasted into a sample.
 
 As in the original's UnifiedDataBaseSampler and UnifiedObjectSample:
-    which     drawn at random, until the sample has `Paste.counts` of each class, its own objects included
+    which     sampled at random, until the sample has `Paste.counts` of each class, its own objects included
     where     at the LiDAR coordinates of the frame that they were cut from; an object whose box overlaps another in
               bird's-eye view is left out
     points    of all sweeps; the sample's points inside a pasted box are removed
@@ -9,7 +9,7 @@ As in the original's UnifiedDataBaseSampler and UnifiedObjectSample:
               the same order, so that near objects cover far ones; in images of camera sweeps, around the box moved by
               its velocity to the time of the image
 Unlike in the original: pixels come from the camera that they are pasted into, where the original has one picture of an
-object for all cameras; of overlapping objects the first one drawn stays, not the last.
+object for all cameras; of overlapping objects the one sampled first stays, not the last.
 """
 
 import hashlib
@@ -65,22 +65,22 @@ class Objects:
         )
 
     def _chosen(self, sample, rng):
-        """Rows of objects, drawn class by class, that overlap neither the sample's boxes nor each other."""
-        drawn = []
+        """Rows of objects, sampled class by class, that overlap neither the sample's boxes nor each other."""
+        candidates = []
         for label, count in enumerate(self.counts):
             of_class = np.flatnonzero(self.labels == label)
             missing = count - np.count_nonzero(sample.labels == label)
-            drawn.extend(rng.choice(of_class, min(max(missing, 0), len(of_class)), replace=False))
-        drawn = np.array(drawn, np.int64)
+            candidates.extend(rng.choice(of_class, min(max(missing, 0), len(of_class)), replace=False))
+        candidates = np.array(candidates, np.int64)
         own = len(sample.boxes)
-        boxes = np.concatenate([sample.boxes, self.boxes[drawn]]).astype(np.float64)
+        boxes = np.concatenate([sample.boxes, self.boxes[candidates]]).astype(np.float64)
         boxes = footprint(torch.from_numpy(boxes))
-        overlap = (rotated_iou_bev(boxes[own:], boxes) > 0).numpy()  # [drawn, own + drawn]
+        overlap = (rotated_iou_bev(boxes[own:], boxes) > 0).numpy()  # [candidates, own + candidates]
         placed = np.zeros(len(boxes), bool)
         placed[:own] = True
-        for i in range(len(drawn)):
+        for i in range(len(candidates)):
             placed[own + i] = not (overlap[i] & placed).any()
-        return drawn[placed[own:]]
+        return candidates[placed[own:]]
 
     def _points(self, k):
         """[n, 5] float32 points of object k in its LiDAR frame."""
@@ -117,7 +117,7 @@ class Objects:
 def load_objects(dataset: DrivingDataset, paste: Paste, workers: int = 0) -> Objects:
     """The objects in the frames of a dataset, cut out once and cached next to the data.
 
-    dataset: not `balanced`, or objects would be cut out of a frame as often as it is drawn.
+    dataset: not `balanced`, or objects would be cut out of a frame as often as it is sampled.
     workers: processes that read frames; 0 reads in this one.
 
     They are cut out again when the dataset, the part of it that is read (sweeps, cameras, image size, frames) or

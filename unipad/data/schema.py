@@ -1,4 +1,4 @@
-"""What the tables of nuScenes must hold: each row is checked when it is read; errors name the table and the row.
+"""What the tables of nuScenes must contain: each row is checked when it is read; errors name the table and the row.
 
 The devkit, which joins the tables, trusts them: a fault in one shows up as an exception somewhere else, or never.
 """

@@ -116,9 +116,9 @@ def edges(corners, lidar2image):
 
     corners: [K, 8, 3] as `box_corners` gives them.
     """
-    seen = corners @ lidar2image[:3, :3].T + lidar2image[:3, 3]  # [K, 8, 3] u*d, v*d, d
+    projected = corners @ lidar2image[:3, :3].T + lidar2image[:3, 3]  # [K, 8, 3] u*d, v*d, d
     pairs = [pair for path in SKELETON for pair in zip(path, path[1:], strict=False)]
-    a, b = (seen[:, [pair[end] for pair in pairs]].reshape(-1, 3) for end in (0, 1))  # [K * 12, 3]
+    a, b = (projected[:, [pair[end] for pair in pairs]].reshape(-1, 3) for end in (0, 1))  # [K * 12, 3]
     front = np.maximum(a[:, 2], b[:, 2]) > NEAR
     box = np.repeat(np.arange(len(corners)), len(pairs))[front]
     a, b = a[front], b[front]

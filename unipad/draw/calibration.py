@@ -106,11 +106,11 @@ def _names(sample):
 
 def _visible(points, lidar2image, height, width):
     """Pixels [K, 2] and depths [K] of those points that the camera sees."""
-    seen = points @ lidar2image[:3, :3].T + lidar2image[:3, 3]
-    seen = seen[seen[:, 2] > 0]
-    pixels = seen[:, :2] / seen[:, 2:]
+    projected = points @ lidar2image[:3, :3].T + lidar2image[:3, 3]
+    projected = projected[projected[:, 2] > 0]
+    pixels = projected[:, :2] / projected[:, 2:]
     inside = ((pixels >= 0) & (pixels < [width, height])).all(axis=1)
-    return pixels[inside], seen[inside, 2]
+    return pixels[inside], projected[inside, 2]
 
 
 def _sight(lidar2image, lidar2camera, height, width):

@@ -18,7 +18,7 @@ from unipad.draw.views import FAR, PANORAMA, panorama_rays
 from unipad.model.detect import Detections
 from unipad.model.pretrain import Pretrain
 
-MAX_POINTS = 20_000  # in a 3D view, else every k-th point is drawn; 48 bytes each
+MAX_POINTS = 20_000  # of a 3D view; of more, every k-th is drawn; 48 bytes each
 POINT_SIZE, EDGE_SIZE = 0.12, 0.1  # meters
 JUMP = 1.2  # ratio of neighboring depths above which the surface is cut between them
 # Colors of ground-truth boxes and of points, on TensorBoard's white background

@@ -76,8 +76,8 @@ def _in_camera(axis, image, lidar2image, points, classes):
     height, width = image.shape[:2]
     axis.imshow(image * 0.4)
     axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), xticks=[], yticks=[])
-    seen = points @ lidar2image[:3, :3].T + lidar2image[:3, 3]  # [P, 3] u*d, v*d, d
-    rows = np.flatnonzero(seen[:, 2] > NEAR)
-    rows = rows[np.argsort(-seen[rows, 2], kind="stable")]
-    u, v = (seen[rows, :2] / seen[rows, 2:]).T
+    projected = points @ lidar2image[:3, :3].T + lidar2image[:3, 3]  # [P, 3] u*d, v*d, d
+    rows = np.flatnonzero(projected[:, 2] > NEAR)
+    rows = rows[np.argsort(-projected[rows, 2], kind="stable")]
+    u, v = (projected[rows, :2] / projected[rows, 2:]).T
     axis.scatter(u, v, s=10, c=COLORS[classes[rows]], linewidths=0)

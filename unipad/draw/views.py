@@ -138,8 +138,8 @@ def _painted(pixels, visible, depth, H, W, thick):
     pixels, visible, depth = pixels.cpu(), visible.cpu(), depth.cpu()
     canvas = torch.full((len(pixels), H, W), torch.nan)
     for view in range(len(pixels)):
-        seen = visible[view].nonzero()[:, 0]
-        near_last = seen[depth[view, seen].argsort(descending=True)]
+        rows = visible[view].nonzero()[:, 0]
+        near_last = rows[depth[view, rows].argsort(descending=True)]
         u, v, d = pixels[view, near_last, 0].long(), pixels[view, near_last, 1].long(), depth[view, near_last]
         for dv in range(-thick, thick + 1):
             for du in range(-thick, thick + 1):

@@ -85,7 +85,7 @@ def _along_channels(x):
 
 
 def _over_processes(x, synced):
-    """The sum over all processes, in place; x itself in a single process."""
+    """The sum over all processes, in place; `x` unchanged in a single process."""
     if synced:
         dist.all_reduce(x)
     return x

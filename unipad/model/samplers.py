@@ -53,8 +53,8 @@ def volsdf_edges(cfg: Render, sdf_at: Callable, near: Tensor, far: Tensor, jitte
         edges, order = merge(edges, new_edges)
         sdf = torch.cat([sdf, sdf_at(new_edges[:, :-1])], dim=1).gather(1, order)
     alpha = 1 - torch.exp(-deltas * laplace_density(sdf, beta_plus[:, None]))
-    drawn = sample_pdf(edges, alpha * transmittance, cfg.importance, jitter[ROUNDS])
-    return merge(drawn, stratified_edges(near, far, cfg.samples, jitter[ROUNDS + 1]))[0]
+    importance = sample_pdf(edges, alpha * transmittance, cfg.importance, jitter[ROUNDS])
+    return merge(importance, stratified_edges(near, far, cfg.samples, jitter[ROUNDS + 1]))[0]
 
 
 def unisurf_edges(cfg: Render, sdf_at: Callable, near: Tensor, far: Tensor, jitter: Sequence, beta: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def unisurf_edges(cfg: Render, sdf_at: Callable, near: Tensor, far: Tensor, jitt
     edges = stratified_edges(near, far, cfg.search, jitter[0])
     starts = edges[:, :-1]
     sdf = sdf_at(starts)
-    drawn = sample_pdf(edges, _weights(unisurf_alpha(sdf)), cfg.importance, jitter[1])
+    importance = sample_pdf(edges, _weights(unisurf_alpha(sdf)), cfg.importance, jitter[1])
 
     changes = sdf[:, :-1] * sdf[:, 1:] < 0  # [R, search - 1]
     first = changes.int().argmax(dim=1, keepdim=True)  # [R, 1]
@@ -73,7 +73,7 @@ def unisurf_edges(cfg: Render, sdf_at: Callable, near: Tensor, far: Tensor, jitt
     half = INTERVAL * (far - near)
     low = torch.where(enters, torch.maximum(surface - half, near), near)
     high = torch.where(enters, torch.minimum(surface + half, far), far)
-    return merge(stratified_edges(low, high, cfg.samples, jitter[2]), drawn)[0]
+    return merge(stratified_edges(low, high, cfg.samples, jitter[2]), importance)[0]
 
 
 # Renderer -> its sampler and the number of uniforms that it takes per ray

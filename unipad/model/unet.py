@@ -95,15 +95,15 @@ class UnetEncoder(nn.Module):
         coords = torch.stack([sample, *(cell - l for cell, l in zip(cells, low, strict=True))], dim=1)
         return self.encoder(SparseTensor(features, VoxelSet(coords, shape, B, in_order=True, check=False))).features
 
-    def _volume(self, features, places, sample, B):
+    def _volume(self, features, xyz, sample, B):
         X, Y, Z = self.grid.shape
-        axes = zip(places.unbind(1), self.grid.low, self.grid.cell, self.grid.shape, strict=True)
+        axes = zip(xyz.unbind(1), self.grid.low, self.grid.cell, self.grid.shape, strict=True)
         # divide by a tensor: a GPU multiplies by the reciprocal of a number instead, which moves points to other cells
         x, y, z = (((p - low) / p.new_full((), cell)).long().clamp(max=size - 1) for p, low, cell, size in axes)
         key, order = (((sample.long() * Z + z) * Y + y) * X + x).sort(stable=True)
         begin = torch.searchsorted(key, torch.arange(B * Z * Y * X, device=key.device))
         # means over many points, so not in half precision, even under autocast; 0 in cells without points
-        volume = F.embedding_bag(order, features.to(places.dtype), begin, mode="mean")
+        volume = F.embedding_bag(order, features.to(xyz.dtype), begin, mode="mean")
         return volume.view(B, Z, Y, X, -1).permute(0, 4, 1, 2, 3)
 
 

@@ -55,9 +55,9 @@ def _light(scene, origin, directions, solids, distance, hit, shadow):
     light = SKYLIGHT * 1.25 * open_sky + SUN * np.maximum(facing, 0)
     rgb[walls] = solid_color(solids, solid, local, normal) * light[:, None]
 
-    seen = np.nonzero(hit != SKY)[0]
-    clear = np.exp(-distance[seen] / np.float32(HAZE_LENGTH))[:, None]
-    rgb[seen] = rgb[seen] * clear + HAZE * (1 - clear)
+    not_sky = np.nonzero(hit != SKY)[0]
+    clear = np.exp(-distance[not_sky] / np.float32(HAZE_LENGTH))[:, None]
+    rgb[not_sky] = rgb[not_sky] * clear + HAZE * (1 - clear)
     return rgb
 
 

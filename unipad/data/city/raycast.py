@@ -47,8 +47,8 @@ class CameraView:
         limit = np.array([[h], [w]])
         begin = np.clip(np.floor(low), 0, limit).astype(np.int64)
         end = np.clip(np.ceil(high), 0, limit).astype(np.int64)
-        seen = np.nonzero((end > begin).all(axis=0))[0]
-        return seen, begin[0, seen], end[0, seen], begin[1, seen], end[1, seen]
+        visible = np.nonzero((end > begin).all(axis=0))[0]
+        return visible, begin[0, visible], end[0, visible], begin[1, visible], end[1, visible]
 
 
 class LidarView:
@@ -90,8 +90,8 @@ class LidarView:
         begin = np.concatenate([begin, np.zeros_like(begin)])
         end = np.concatenate([np.minimum(end, columns), end - columns])
         row0, row1 = np.tile(row0, 2), np.tile(row1, 2)
-        seen = (end > begin) & (row1 > row0)
-        return index[seen], row0[seen], row1[seen], begin[seen], end[seen]
+        visible = (end > begin) & (row1 > row0)
+        return index[visible], row0[visible], row1[visible], begin[visible], end[visible]
 
 
 def cast(view, solids):

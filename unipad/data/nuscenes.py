@@ -206,8 +206,8 @@ class NuScenesDataset(DrivingDataset):
         all sweeps are missing."""
         kinds = self._files()
         files = np.concatenate(list(kinds.values()), axis=1)
-        there = on_disk(self.root, files)
-        whole = there.all(axis=1)
+        present = on_disk(self.root, files)
+        whole = present.all(axis=1)
         if whole.all():
             return self.frames
         keyframes = [self.index.lidar_files[self.index.frame_lidar], self.index.image_files.ravel()]
@@ -218,7 +218,7 @@ class NuScenesDataset(DrivingDataset):
                     f"{self.root} has none of the sweeps, such as {sweeps[0].decode()}; unpack them, or read keyframes "
                     f"alone with --data.{flag} 1."
                 )
-        names = [name.decode() for name in np.unique(files[~there]) if name]
+        names = [name.decode() for name in np.unique(files[~present]) if name]
         if len(names) > NAMED:
             names = [f"{n} of {folder}" for folder, n in Counter(str(Path(name).parent) for name in names).items()]
         if self.data.cameras:

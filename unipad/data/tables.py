@@ -385,18 +385,18 @@ def _images(nusc, records, shape, lidar2global):
 
     records: of sample_data, flat; None where there is no image. lidar2global: [F, 4, 4] at the times of the keyframes.
     """
-    there = np.array([record is not None for record in records], bool)
+    present = np.array([record is not None for record in records], bool)
     known = [record for record in records if record is not None]
     sizes = np.zeros((len(records), 2), np.int64)
-    sizes[there] = np.array([_image_size(nusc, record) for record in known], np.int64).reshape(-1, 2)
+    sizes[present] = np.array([_image_size(nusc, record) for record in known], np.int64).reshape(-1, 2)
     intrinsics, camera2global = (np.tile(np.eye(4), (len(records), 1, 1)) for _ in range(2))
-    intrinsics[there] = _intrinsics(nusc, known)
-    camera2global[there] = _sensor2global(nusc, known)
+    intrinsics[present] = _intrinsics(nusc, known)
+    camera2global[present] = _sensor2global(nusc, known)
     camera2global = camera2global.reshape(*shape, 4, 4)
     lidar2global = lidar2global.reshape(-1, *(1 for _ in shape[1:]), 4, 4)
     lidar2camera = np.linalg.inv(camera2global) @ lidar2global
     apart = np.linalg.norm(lidar2camera[..., :3, 3], axis=-1).ravel()
-    for i in np.flatnonzero(there & (apart > APART)):
+    for i in np.flatnonzero(present & (apart > APART)):
         pose = nusc.get("ego_pose", records[i]["ego_pose_token"])
         raise _fault(nusc, "ego_pose", pose, f"puts a camera {apart[i]:.0f} m from the LiDAR")
     return {

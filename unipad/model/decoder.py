@@ -2,7 +2,7 @@
 
     x <- norm(x + attention(x + p, x + p, x))               p: the query's positional embedding, the same in every layer
     x <- norm(x + W (g(x + p) V(r)) + e(r))                 V(r): the volume at the reference point, g: a sigmoid gate
-    x <- norm(x + mlp(x))
+    x <- norm(x + mlp(x))                                   W: a linear layer, e: an embedding of the reference point
 
 A reference point r is stored as logits: sigmoid(r) is 0 at the low end of the volume and 1 at the high end.
 """

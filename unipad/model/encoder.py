@@ -1,4 +1,4 @@
-"""The encoder: images, points or both to one volume. Fine-tuning starts from its weights."""
+"""The encoder that is pre-trained: images, points or both to one volume. Fine-tuning starts from its weights."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

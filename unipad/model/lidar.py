@@ -134,7 +134,7 @@ class SparseEncoder(nn.Module):
 class Second(nn.Module):
     """SECOND3D with parallel branches: all read the same input, each with its own stride in x and y.
 
-    Its 1 x 3 x 3 kernels never look across z levels, so they are 2D convolutions of all levels of all samples.
+    Its 1 x 3 x 3 kernels do not mix z levels, so they are 2D convolutions of all levels of all samples.
 
     widths, strides: per branch.
     layers:          of each branch, after the strided one.

@@ -4,7 +4,7 @@
     rgb = sum_s w_s c_s  (black background),   depth = sum_s w_s t_s / (sum_s w_s + 1e-10)
 
     method    where samples are placed                                     opacity from
-    neus      stratified, then where a fixed, sharp NeuS has its surface   the slope-extrapolated logistic CDF
+    neus      stratified, then from the weights of a NeuS at fixed inv_s   the slope-extrapolated logistic CDF
     volsdf    where the error bound of the opacity is largest              a Laplace density
     unisurf   around the first surface crossing and by occupancy           occupancy itself
 

@@ -29,13 +29,13 @@ def results(cases, isolate=None):
         return
     _compile(left)
     while left:
-        known = len(left)
+        left_before = len(left)
         with _worker("check", left, subprocess.PIPE) as worker:
             for line in worker.stdout:
                 with contextlib.suppress(ValueError):  # printed by another library
                     yield Result(**json.loads(line))
                     left.pop(0)
-        if left and (worker.returncode or len(left) == known):
+        if left and (worker.returncode or len(left) == left_before):
             case = left.pop(0)
             message = f"its process ended with exit code {worker.returncode} before the result was known"
             yield Result(case.name, case.size, case.dtype, "FAIL", message)

@@ -127,7 +127,7 @@ def scan(scene, t, columns, rng):
 
 
 def census(scene, t, columns, scan):
-    """How much of each actor a scan sees.
+    """The number of returns from each actor in a scan, and how visible the actor is.
 
     Returns:
         inside:  [actors] int64 its returns that lie inside its box.

@@ -93,7 +93,7 @@ def run_args(args: A) -> A | None:
 
 
 def with_preset(args: A, presets: dict[str, dict[str, Recipe]], modality: str, default: str) -> A:
-    """Flags with the recipe that they name.
+    """The flags with the recipe that they name filled in.
 
     presets:  modality -> name -> recipe, of one task.
     modality: of `presets`.

@@ -352,7 +352,7 @@ SOURCES = {"init", "pretrained"}
 
 
 def _source(path, known):
-    """The checkpoint that `path` stands for: the one of `known`, those of the resumed run, if it is in `path`."""
+    """The checkpoint file that `path` names; `known`: those that the resumed run recorded, of which one in `path` wins."""
     inside = [file for file in known if Path(str(file)).is_relative_to(path.resolve())]
     return inside[0] if inside else str(find_checkpoint(path).resolve())
 

@@ -33,7 +33,7 @@ def neus_edges(cfg: Render, sdf_at: Callable, near: Tensor, far: Tensor, jitter:
 
 
 def volsdf_edges(cfg: Render, sdf_at: Callable, near: Tensor, far: Tensor, jitter: Sequence, beta: Tensor) -> Tensor:
-    """`importance` by VolSDF's algorithm 1 and `samples` stratified over the ray.
+    """`importance` by algorithm 1 of VolSDF (arXiv 2106.12052) and `samples` stratified over the ray.
 
     Starting from `search` samples, each round adds as many where the opacity's error bound is largest, until a Laplace
     density of the field's own `beta` [1] meets the bound on every ray of the call: rays rendered together stop together
@@ -41,7 +41,7 @@ def volsdf_edges(cfg: Render, sdf_at: Callable, near: Tensor, far: Tensor, jitte
     """
     edges = stratified_edges(near, far, cfg.search, jitter[0])
     sdf = sdf_at(edges[:, :-1])
-    beta_plus = (edges.diff(dim=1).square().sum(dim=1) / (4 * math.log(1 + ERROR))).sqrt()  # [R], lemma 2
+    beta_plus = (edges.diff(dim=1).square().sum(dim=1) / (4 * math.log(1 + ERROR))).sqrt()  # [R], VolSDF's lemma 2
     for i in range(1, ROUNDS + 1):
         deltas = edges.diff(dim=1)
         clearance = _clearance(sdf, deltas)
@@ -85,7 +85,7 @@ def _weights(alpha):
 
 
 def _clearance(sdf, deltas):
-    """d* of theorem 1: a lower bound on each interval's distance to the surface, [R, S]; 0 where it is crossed.
+    """d* of VolSDF's theorem 1: a lower bound on each interval's distance to the surface, [R, S]; 0 where it is crossed.
 
     The signed distances are radii of surface-free balls around the interval's ends. The last column is repeated.
     """

@@ -29,7 +29,7 @@ class Table(NamedTuple):
     """Which rows a convolution of N to M voxels with K offsets gathers; -1 where there is no voxel."""
 
     neighbors: NeighborTable  # [K, M], the input that an output reads
-    inverse: NeighborTable | None  # [K, N], the output that an input reaches; None: neighbors.idx.flip(0)
+    inverse: NeighborTable | None  # [K, N], the output that reads an input; None: neighbors.idx.flip(0)
 
     @staticmethod
     def of(neighbor_idx, inverse_idx):

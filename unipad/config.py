@@ -66,7 +66,7 @@ class Data:
     image_size: tuple[int, int] | None = None  # (height, width) that images are resized to; None: as stored
     sweeps: int = 1  # LiDAR frames per sample: the keyframe and the sweeps before it
     camera_sweeps: Literal[1, 2, 3, 4, 5, 6] = 1  # camera frames per sample: the keyframe and the sweeps before it
-    camera_rate: float = 0.0  # Hz: the n-th camera sweep is n / rate seconds old, as in the original (12); 0: by timestamps
+    camera_rate: float = 0.0  # Hz: camera sweep n is n / rate seconds old, as in the original (12); 0: by timestamps
 
 
 @dataclass(frozen=True)

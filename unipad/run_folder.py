@@ -352,7 +352,7 @@ SOURCES = {"init", "pretrained"}
 
 
 def _source(path, known):
-    """The checkpoint file that `path` names; `known`: those that the resumed run recorded, of which one in `path` wins."""
+    """The checkpoint file that `path` names; one of `known`, those that the resumed run recorded, if inside `path`."""
     inside = [file for file in known if Path(str(file)).is_relative_to(path.resolve())]
     return inside[0] if inside else str(find_checkpoint(path).resolve())
 

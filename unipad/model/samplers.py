@@ -85,7 +85,7 @@ def _weights(alpha):
 
 
 def _clearance(sdf, deltas):
-    """d* of VolSDF's theorem 1: a lower bound on each interval's distance to the surface, [R, S]; 0 where it is crossed.
+    """d* of VolSDF's theorem 1: a lower bound on each interval's distance to the surface, [R, S]; 0 if they intersect.
 
     The signed distances are radii of surface-free balls around the interval's ends. The last column is repeated.
     """

@@ -1,7 +1,7 @@
-"""Damaged files of every kind: refused in one sentence, skipped and named, or read as if nothing had happened.
+"""Damaged files of every kind are refused in one sentence, skipped with a message, or read with the same result.
 
-A few random cases of each kind; `python -m tests.damage` does thousands. What once was a traceback or silently wrong is
-a case of its own.
+Two random cases of each kind; `python -m tests.damage` runs thousands. `EXAMPLES` are cases that once gave a traceback
+or a silently wrong result.
 """
 
 import io
@@ -25,7 +25,7 @@ CASES = 2  # of each kind
 
 @pytest.fixture(scope="module")
 def outcomes(city):
-    """What came of every case, from one process that has done nothing else: children inherit no threads from it."""
+    """name -> `Result` of every case. Run in a separate process, since forked children would inherit threads."""
     code = "import sys, tests.test_damaged as t; t.do_all_cases(sys.argv[1])"
     done = scripts.run("-c", code, city)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -49,7 +49,7 @@ def do_all_cases(city):
 
 
 def rewrite(path, change):
-    """Replace a file by what `change` makes of its bytes; None: by a folder."""
+    """Replace a file by one with the bytes `change(data)`, or by a folder if that is None."""
     data = path.read_bytes()
     path.unlink()
     changed = change(data)
@@ -60,7 +60,7 @@ def rewrite(path, change):
 
 
 def records(change):
-    """A change of the bytes of a JSON file that applies `change` to the tree in it, in place or by its result."""
+    """A function that changes the bytes of a JSON file: `change` modifies the parsed tree or returns another one."""
 
     def rewritten(data):
         tree = json.loads(data)
@@ -84,8 +84,8 @@ def put(*path):
     """Set tree[path[0]][path[1]]... to the last of `path`."""
 
     def change(tree):
-        *way, last, value = path
-        for key in way:
+        *keys, last, value = path
+        for key in keys:
             tree = tree[key]
         tree[last] = value
 
@@ -93,7 +93,7 @@ def put(*path):
 
 
 def put_float(at, value):
-    """Overwrite the float32 number `at` of a file."""
+    """Overwrite the float32 number at index `at` of a file."""
 
     def change(data):
         numbers = np.frombuffer(data, np.float32).copy()
@@ -173,7 +173,7 @@ def test_random_damage(kind, outcomes):
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_damage_that_was_a_fault_once(name, outcomes):
+def test_damage_that_was_once_handled_wrongly(name, outcomes):
     assert outcomes[name].outcome not in damage.FAULTS, outcomes[name].reason
 
 
@@ -202,8 +202,8 @@ def digest_of(place):
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_what_a_reader_does_is_told_apart(name, tmp_path):
-    """The judgement itself, on a file that holds "1" and then "2"."""
+def test_outcomes_are_classified(name, tmp_path):
+    """`Workshop.look` with fake readers, for a file that contains "1" and is changed to "2"."""
     read, outcome = READERS[name]
     kind = Kind("file", read, checked=outcome == "SILENT")
     workshop = damage.Workshop.__new__(damage.Workshop)
@@ -215,8 +215,8 @@ def test_what_a_reader_does_is_told_apart(name, tmp_path):
     assert result.outcome == outcome, result
 
 
-def test_a_case_is_a_function_of_its_number(tmp_path):
-    """Or nobody could look at it again."""
+def test_a_case_is_determined_by_its_number(tmp_path):
+    """So that --only can run it again."""
     workshop = damage.Workshop.__new__(damage.Workshop)
     workshop.kinds, workshop.intact, workshop.others = KINDS, tmp_path, [b"other"]
     workshop.files = {name: [tmp_path / "file", tmp_path / "another"] for name in KINDS}

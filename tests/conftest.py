@@ -6,7 +6,7 @@ import shutil
 
 # The processes of pytest-xdist share the cores. Must be set before torch loads OpenMP.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Under strict determinism cuBLAS raises without it (also set by `unipad.runtime.start`). Must be set before CUDA starts.
+# Under strict determinism cuBLAS raises without it (see also `unipad.runtime.start`). Must be set before CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest

@@ -61,7 +61,7 @@ def nusc(city):
 
 
 def before(nusc, sample, camera, count):
-    """A camera's `sample_data` at the keyframe and its `count` predecessors (`prev`); a scene's first one is repeated."""
+    """A camera's `sample_data` at the keyframe and `count` predecessors (`prev`); the first is repeated."""
     chain = [nusc.get("sample_data", nusc.get("sample", sample.token)["data"][camera])]
     while len(chain) <= count:
         chain.append(nusc.get("sample_data", chain[-1]["prev"]) if chain[-1]["prev"] else chain[-1])

@@ -125,7 +125,7 @@ def test_targets_are_the_same_on_a_gpu():
 
 
 def test_targets_by_hand():
-    """Cells of 8 x 8 pixels, bins of 2 m from 2 to 10. View 0 looks along +y from (0, 1, 2); principal point (16, 8)."""
+    """8 x 8 pixels per cell, 2 m bins from 2 to 10; view 0 looks along +y from (0, 1, 2), principal point (16, 8)."""
     points = [
         [0.0, 7.0, 2.0],  # z 6: bin 2 of cell (1, 2)
         [0.0, 6.0, 2.0],  # z 5: nearer in the same cell, bin 1

@@ -138,7 +138,7 @@ def test_a_submission_by_hand(city, tmp_path):
 
 
 def save_run(folder, model, root, recipe=None):
-    """Write the checkpoint of a run that eval.py reads. root: the dataset; None: none, as `unipad.convert` writes it."""
+    """Write the checkpoint of a run that eval.py reads. root: dataset; None: as `unipad.convert` writes it."""
     (folder / "checkpoints").mkdir(parents=True)
     args = {"data_root": str(root), "version": "v1.0-mini"} if root else {}
     config = {"args": args, "recipe": to_dict(recipe or model.recipe), "steps": 1}

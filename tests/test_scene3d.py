@@ -1,4 +1,4 @@
-"""The 3D view: its geometry worked out by hand, and that TensorBoard reads it."""
+"""The 3D view: its geometry by hand; TensorBoard reads it."""
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ FACES_OF_BAR = 6
 
 
 def spheres(radius, stride=1):
+    """Ends of the panorama's rays at a constant depth."""
     return radius * scene3d.panorama_rays("cpu", stride).directions.numpy()
 
 
@@ -29,7 +30,7 @@ def test_surface_is_a_closed_strip(stride):
     assert (counts == 1).sum() == 2 * columns  # open only at the top and the bottom
 
 
-def test_surface_is_open_where_depth_jumps():
+def test_surface_has_no_triangles_across_depth_discontinuities():
     ends = spheres(10.0).reshape(*scene3d.PANORAMA, 3)
     ends[:, :100] *= 3
     mesh = scene3d.surface(ends.reshape(-1, 3))
@@ -60,7 +61,7 @@ def test_points_of_sweeps_are_left_out_and_too_many_are_thinned(monkeypatch):
     assert mesh.colors[:, 0].tolist() == [0] * 3 + [3] * 3
 
 
-def test_nothing_is_an_empty_mesh():
+def test_no_boxes_are_an_empty_mesh():
     nothing = scene3d.boxes(torch.zeros(0, 9), [])
     assert len(nothing.vertices) == len(nothing.colors) == len(nothing.faces) == 0
     one = scene3d.boxes(torch.ones(1, 9), scene3d.TRUTH)

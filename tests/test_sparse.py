@@ -72,7 +72,7 @@ def geometry_of(conv):
 
 
 def assert_is_dense_convolution(conv, x, convolve, active):
-    """Assert that `conv(x)` is `convolve(cells, weight)` at the cells of `active` [B, 1, Z, Y, X], and the gradients too.
+    """Assert that `conv(x)` is `convolve(cells, weight)` at `active` [B, 1, Z, Y, X] cells, and so are its gradients.
 
     convolve: takes [B, Cin, Z, Y, X] and a weight [Cout, Cin, kz, ky, kx], returns [B, Cout, Z', Y', X'].
     """

@@ -64,7 +64,7 @@ def city(tmp_path_factory):
 
 @pytest.fixture
 def copy(city, tmp_path, own_user_cache):
-    """Root of a copy of the city that the test may modify."""
+    """Root of a copy of `city` that the test may modify."""
     return shutil.copytree(city, tmp_path / "city", ignore=shutil.ignore_patterns("unipad-index"))
 
 

@@ -91,8 +91,8 @@ def _reach(*_, **__):
 
 
 def sample_faults(sample) -> list[str]:
-    """The conditions violated by a sample (`unipad.data.dataset.Sample`) that hold for samples of every dataset."""
-    possible = {
+    """The violated ones of conditions that hold for every `unipad.data.dataset.Sample`."""
+    conditions = {
         "points are finite and near": np.isfinite(sample.points).all() and (np.abs(sample.points[:, :3]) < FAR).all(),
         "sweeps are not from the future": (sample.points[:, 4] >= 0).all(),
         "sweeps are not a minute old": (sample.points[:, 4] < 60).all(),
@@ -105,15 +105,15 @@ def sample_faults(sample) -> list[str]:
         "matrices are finite": np.isfinite(sample.lidar2image).all() and np.isfinite(sample.lidar2camera).all(),
         "images are RGB": all(i.dtype == np.uint8 and i.ndim == 3 and i.shape[2] == 3 for i in sample.images),
     }
-    if possible["matrices are finite"] and len(sample.images):
+    if conditions["matrices are finite"] and len(sample.images):
         rotation = sample.lidar2camera[:, :3, :3].astype(float)
-        possible["camera poses are rigid"] = (
+        conditions["camera poses are rigid"] = (
             np.allclose(rotation @ rotation.transpose(0, 2, 1), np.eye(3), atol=1e-3)
             and (np.linalg.det(rotation) > 0).all()
         )
         focal = (sample.lidar2image.astype(float) @ np.linalg.inv(sample.lidar2camera.astype(float)))[:, :2, :2]
-        possible["cameras have a focal length"] = (np.diagonal(focal, axis1=1, axis2=2) > 0).all()
-    return [f"not so: {fact}" for fact, holds in possible.items() if not holds]
+        conditions["cameras have a focal length"] = (np.diagonal(focal, axis1=1, axis2=2) > 0).all()
+    return [f"violated: {fact}" for fact, holds in conditions.items() if not holds]
 
 
 def read_city(place: Path, learn: bool = False) -> Seen:
@@ -144,7 +144,7 @@ def read_city(place: Path, learn: bool = False) -> Seen:
                 losses = net(batch, generators(0, 0, range(len(batch)), "cpu"))
             losses = losses if isinstance(losses, dict) else losses[0]
             if not all(torch.isfinite(loss) for loss in losses.values()):
-                seen.faults.append("not so: losses are finite")
+                seen.faults.append("violated: losses are finite")
     return seen
 
 
@@ -198,7 +198,7 @@ def start_training(script, *flags, **changes):
 
     with (
         mock.patch.multiple(script, resumed=resumed, take_weights=take_weights, step_batches=_reach),
-        mock.patch("unipad.run_folder.commit", return_value=None),  # it starts a process
+        mock.patch("unipad.run_folder.commit", return_value=None),  # `commit` starts a process
         contextlib.suppress(Reached),
     ):
         args = script.parse(list(map(str, flags))) if flags else replace(new_run(script), **changes)
@@ -211,14 +211,14 @@ def start_training(script, *flags, **changes):
 
 def _weight_faults(state):
     bad = [name for name, w in state.items() if w.is_floating_point() and not torch.isfinite(w).all()]
-    return [f"not so: {name} is finite" for name in bad[:1]]
+    return [f"violated: {name} is finite" for name in bad[:1]]
 
 
 def type_faults(kind, value, name="") -> list[str]:
     """Fields of a (nested) dataclass whose values do not have the annotated types, or are not finite."""
     if not is_dataclass(kind):
         options = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
-        return [] if any(_fits(option, value) for option in options) else [f"not so: {name} {value!r} is a {kind}"]
+        return [] if any(_fits(option, value) for option in options) else [f"violated: {name} {value!r} is a {kind}"]
     faults, hints = [], typing.get_type_hints(kind)
     for f in fields(kind):
         part = getattr(value, f.name)
@@ -249,7 +249,7 @@ def read_run(place):
     seen = start_training(train, "--resume", place / "run")
     lost = intact - set(log.read_bytes().splitlines())
     if lost:
-        seen.faults.append(f"not so: the log keeps its intact lines ({len(lost)} are gone)")
+        seen.faults.append(f"violated: the log keeps its intact lines ({len(lost)} are gone)")
     return seen
 
 
@@ -321,7 +321,7 @@ def read_submission(place):
     summary = score_submission(place / "results_nusc.json", place / "intact/city", VERSION, "mini_val")
     seen.add(mAP=summary["mean_ap"], NDS=summary["nd_score"])
     if not (0 <= summary["mean_ap"] < 1.001 and 0 <= summary["nd_score"] < 1.001):
-        seen.faults.append("not so: scores are from 0 to 1")
+        seen.faults.append("violated: scores are from 0 to 1")
     return seen
 
 

@@ -66,7 +66,7 @@ def children(process):
     [((signal.SIGTERM, signal.SIGTERM), 143), ((signal.SIGHUP,), 129), ((signal.SIGINT, signal.SIGINT), 130)],
     ids=["SIGTERM", "SIGHUP", "Ctrl-C twice"],
 )
-def test_a_signal_to_all_processes_saves(numbers, code, city, tmp_path):
+def test_a_run_is_saved_when_all_its_processes_get_a_signal(numbers, code, city, tmp_path):
     """A terminal, systemd and Slurm signal the data loading processes too; here they get the signal first."""
     script = start(city, tmp_path / "run", "--steps", 500, "--workers", 2)
     with pytest.raises(UserError, match=f"run is in use by another program .process {script.process.pid} on "):
@@ -117,7 +117,7 @@ def test_a_signal_ends_the_program_at_once_if_nothing_has_to_be_saved(capsys):
         raise AssertionError("a validation would begin")
 
 
-def test_a_closed_pipe_is_a_signal(monkeypatch):
+def test_a_closed_pipe_stops_a_run_like_a_signal(monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)
     stop = StopOnSignal(ALONE)
@@ -292,7 +292,7 @@ def test_a_run_resumes_after_its_dataset_has_moved(half_a_run, city, copy, tmp_p
     assert json.loads((run / "config.json").read_text())["args"]["data_root"] == str(copy)
 
 
-def test_the_contents_of_a_dataset_depend_on_the_tables_only(city, copy):
+def test_contents_are_equal_for_a_copied_dataset_and_differ_between_splits(city, copy):
     data = PRETRAIN["lidar"]["tiny"].data
 
     def contents(root, split="mini_train"):

@@ -89,7 +89,7 @@ def test_to_moves_all_but_the_counts():
     assert batch.tokens == ("1",)
 
 
-def test_an_epoch_shows_every_frame_once_and_drops_none():
+def test_every_frame_appears_exactly_once_per_epoch():
     order = sum(seen(5, count=5, micro_batch=2), ())
     assert sorted(order[:5]) == sorted(order[5:]) == list(range(5))
     assert order[:5] != order[5:]
@@ -100,14 +100,14 @@ def test_a_stream_with_start_skips_that_many_micro_batches():
     assert seen(7, count=9, micro_batch=3)[4:] == seen(7, count=5, micro_batch=3, start=4)
 
 
-def test_two_processes_see_what_one_sees():
+def test_two_processes_get_the_samples_of_one():
     one = seen(7, count=6, micro_batch=4)
     parts = [seen(7, count=6, micro_batch=2, rank=rank, world=2) for rank in range(2)]
     assert one == [a + b for a, b in zip(*parts, strict=True)]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_workers_change_nothing(workers):
+def test_workers_do_not_change_the_batches(workers):
     assert seen(7, count=5, micro_batch=3, workers=workers) == seen(7, count=5, micro_batch=3)
 
 
@@ -137,7 +137,7 @@ def test_bad_frames_are_replaced_by_uniformly_drawn_ones():
     assert abs(shown.count("0") - 120) < 5 * np.sqrt(200 / 4)  # 20 frames without replacement + 200 draws; 5 sigma
 
 
-def test_the_search_for_a_readable_frame_ends(monkeypatch):
+def test_a_dataset_without_readable_frames_is_a_user_error(monkeypatch):
     monkeypatch.setattr(loader, "TRIES", 8)
     with pytest.raises(DataError, match=r"none of the 8 frames can be read \(frame-\d+: is missing\)"):
         next(step_batches(FakeDataset(100, bad=range(100)), micro_batch=1))

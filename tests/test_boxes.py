@@ -16,7 +16,7 @@ from unipad.boxes import (
     footprint,
 )
 
-# One box that heads 30 degrees to the left of x
+# One box with yaw 30 degrees, counterclockwise from +x
 BOX = torch.tensor([[1.0, 2.0, 3.0, 2.0, 4.0, 1.5, math.pi / 6, 5.0, -6.0]], dtype=torch.float64)
 
 
@@ -78,7 +78,7 @@ def test_a_box_has_the_corners_that_the_original_gives_it():
         ahead, left = torch.stack([yaw.cos(), yaw.sin()]), torch.stack([-yaw.sin(), yaw.cos()])
         front_left = box[:2] + l / 2 * ahead + w / 2 * left
         cos, sin = original[6].cos(), original[6].sin()
-        dx, dy = original[3] / 2, -original[4] / 2  # at yaw' = 0 it heads for -y, and its left is +x
+        dx, dy = original[3] / 2, -original[4] / 2  # of the front left corner; yaw' = 0 heads along -y
         rotated = torch.stack([dx * cos + dy * sin, -dx * sin + dy * cos])
         assert torch.allclose(original[:2] + rotated, front_left, atol=1e-12)
 

@@ -214,7 +214,7 @@ def test_drop_path_skips_or_amplifies_a_branch():
 
 
 def test_drop_path_keeps_the_expectation():
-    """Averaged over an even grid of noise, the branch is the same as without drop path."""
+    """Averaged over evenly spaced noise in [0, 1), the output is the same as without drop path."""
     net = ConvNeXt((1, 1), (4, 4), out_stages=(0,)).train()
     block = net.stages[0][0]
     torch.nn.init.ones_(block.gamma)
@@ -238,7 +238,7 @@ def test_views_are_independent():
         torch.testing.assert_close(whole[1, 2], part[0, 0])
 
 
-def test_autocast_keeps_one_dtype():
+def test_autocast_returns_bf16_close_to_fp32():
     encoder = make_encoder()
     images, sizes = make_images()
     mask = draw_mask(torch.rand(6, 6), 2, 3, 0.3)
@@ -254,7 +254,7 @@ def test_autocast_keeps_one_dtype():
 
 
 def test_every_trained_parameter_gets_a_gradient():
-    """DDP waits for each of them."""
+    """DistributedDataParallel waits for each of them."""
     encoder = make_encoder(PRETRAIN["camera"]["tiny"].camera)
     features, depths = encoder(*make_images(1, 2), draw_mask(torch.rand(2, 6), 2, 3, 0.3))
     sum(t.square().sum() for t in features + depths).backward()
@@ -266,8 +266,8 @@ def test_fewer_levels_than_stages_are_rejected():
         FPN([8, 16, 32], 4, 2)
 
 
-def test_recomputed_blocks_give_the_same_bits(monkeypatch):
-    """With a mask, drop path and a frozen stage. A trained block runs forward once more in the backward pass."""
+def test_checkpointing_is_bitwise_equal(monkeypatch):
+    """Activation checkpointing with a mask, drop path and a frozen stage: trained blocks run forward twice."""
     encoder = make_encoder(replace(SMALL, drop_path=0.3, frozen_stages=1)).train()
     images, mask, noise = make_images(1, 2), draw_mask(torch.rand(2, 6), 2, 3, 0.3), torch.rand(2, 5)
     calls, forward = [], Block.forward
@@ -282,6 +282,6 @@ def test_recomputed_blocks_give_the_same_bits(monkeypatch):
         grads = {name: p.grad for name, p in encoder.named_parameters() if p.requires_grad}
         results.append((features + depths, grads, len(calls)))
     (plain, plain_grads, once), (again, again_grads, twice) = results
-    assert (once, twice) == (5, 9)
+    assert (once, twice) == (5, 9)  # calls of `Block.forward`: 5 blocks, 4 of them trained
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
     assert all(torch.equal(plain_grads[name], again_grads[name]) for name in plain_grads)

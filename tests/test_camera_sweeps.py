@@ -125,7 +125,7 @@ def test_static_points_project_onto_their_pixels_in_every_frame(city):
     """LiDAR points of the keyframe have the depths that ray casting finds in the pixels of every frame."""
     sample = NuScenesDataset(city, VERSION, "mini_val", THREE)[2]
     scene = Scene(0, synthetic.SCENES.index("scene-0103"), (KEYFRAMES - 1) * 0.5)
-    points = sample.points[sample.point_labels >= 15, :3]  # walls and trees: the ground looks alike from everywhere
+    points = sample.points[sample.point_labels >= 15, :3]  # walls and trees; depths of the ground hardly change
     points = np.c_[points, np.ones(len(points))]
     for frame, lag in enumerate(sample.frame_lags):
         own, keyframes = [], []  # relative depth errors with the projection of the frame, and with the keyframe's
@@ -158,7 +158,7 @@ def test_the_keyframe_is_the_same_with_and_without_sweeps(city):
 
 
 def test_all_frames_are_augmented_together(city):
-    """Every point keeps its pixel in every view; all share one GridMask; a stream resumes where another one stopped."""
+    """Points keep their pixels in every view; all views share one GridMask; a stream can be resumed."""
     dataset = NuScenesDataset(city, VERSION, "mini_train", THREE)
     whole = dataset[1]
     vary = Augment(rotation=0.4, scale=(0.9, 1.1), translation=(0.5,) * 3, flip_x=1.0, grid_mask=1.0)
@@ -177,7 +177,7 @@ def test_all_frames_are_augmented_together(city):
 
 
 def test_crops_of_moving_objects_are_taken_where_they_were_in_each_frame():
-    """A camera at rest that looks along y; a box 10 m ahead, which moved 2 m to the right in half a second."""
+    """A camera at rest looks along +y; a box 10 m ahead of it has moved 2 m to the right since the earlier frame."""
     lidar2image = np.array([[60.0, 32, 0, 0], [0, 32, -60, 0], [0, 1, 0, 0], [0, 0, 0, 1]], np.float32)
     images = [np.zeros((64, 64, 3), np.uint8) for _ in range(2)]
     images[0][:, 34:41] = 200  # now: 32 + 60 * 0.5 / 10.5 to 32 + 60 * 1.5 / 9.5
@@ -317,7 +317,7 @@ def test_rays_are_cast_from_the_keyframe_only(city):
     assert rendered_views(net, batch, generators(0), stride=32).shape[1] > 6 * 200
 
 
-def test_finetuning_and_evaluation_read_the_same_frames(city, tmp_path):
+def test_finetuning_and_evaluation_with_camera_sweeps(city, tmp_path):
     """The pre-trained checkpoint has one frame, so that the fusion is new; eval.py reads two frames as training did."""
     recipe = PRETRAIN["camera"]["tiny"]
     state = {"model": Pretrain(recipe).state_dict(), "config": {}}
@@ -378,7 +378,7 @@ def test_a_camera_checkpoint_of_several_frames_is_merged_for_fusion():
     assert new == {"fuse"}
 
 
-def test_presets_and_flags():
+def test_camera_sweeps_in_presets_and_flags():
     """Presets of three frames differ from those of one by the frame fusion only; a LiDAR recipe cannot have any."""
     for presets, build in ((PRETRAIN, Pretrain), (DETECT, Detector)):
         with torch.device("meta"):

@@ -52,7 +52,7 @@ def another(hint, value):
     if value is None:  # the image size
         return (64, 96), [64, 96]
     if isinstance(value, tuple):
-        value = value or ((1, 0.5),)  # no suppression
+        value = value or ((1, 0.5),)  # `detect.nms` may be empty
         value = tuple((c, iou / 2) for c, iou in value) if isinstance(value[0], tuple) else tuple(v + 1 for v in value)
         return value, [v for part in value for v in (part if isinstance(part, tuple) else (part,))]
     return value + 1, [value + 1]
@@ -151,7 +151,7 @@ def test_a_config_edited_by_hand_is_checked(edit, words, tmp_path):
         train.parse(["--config", tmp_path])
 
 
-def test_default_presets_are_named():
+def test_default_presets_exist():
     for tables in (PRETRAIN, DETECT):
         for modality, presets in tables.items():
             assert DEFAULT_PRESET[modality] in presets and "tiny" in presets

@@ -57,7 +57,7 @@ def test_every_released_config_has_a_preset():
 
 
 @pytest.mark.parametrize("name", PRESET_OF)
-def test_every_released_config_converts_and_back_bit_for_bit(name):
+def test_every_released_config_converts_to_ours_and_back_bit_for_bit(name):
     state = released(name)
     ours, report = convert_unipad(state)
     assert not report.faults, report
@@ -74,7 +74,7 @@ def test_every_released_config_converts_and_back_bit_for_bit(name):
 
 
 @pytest.mark.parametrize("modality, tuned", [("camera", False), ("lidar", False), ("lidar", True), ("fusion", True)])
-def test_through_files_to_a_model_and_back(modality, tuned, tmp_path, capsys):
+def test_checkpoint_files_are_converted_to_ours_and_back(modality, tuned, tmp_path, capsys):
     """A checkpoint of a tiny model as mmcv saves it, with the original's keys; the converted one loads strictly."""
     kind, presets, build = (DetectRecipe, DETECT, Detector) if tuned else (PretrainRecipe, PRETRAIN, Pretrain)
     net = build(presets[modality]["tiny"])

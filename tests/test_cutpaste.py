@@ -298,7 +298,7 @@ def test_objects_are_cached_elsewhere_if_the_root_is_read_only(copy, tmp_path):
     assert "\n" not in str(refused.value) and str(refused.value).endswith(".")
 
 
-def test_no_object_is_a_user_error(copy):
+def test_a_dataset_without_objects_is_a_user_error(copy):
     with pytest.raises(DataError, match="no frame of .* mini_train has an object of 1000000 LiDAR points") as refused:
         load_objects(dataset_of(copy), replace(PASTE, min_points=10**6))
     assert "\n" not in str(refused.value) and str(refused.value).endswith(".")

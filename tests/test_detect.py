@@ -411,7 +411,7 @@ def test_a_head_learns_to_find_boxes():
     assert hits >= 4  # one box may be missed
 
 
-def test_detector_joins_encoder_and_head():
+def test_a_lidar_detector_trains_and_detects():
     """Of a LiDAR recipe, in training and evaluation."""
     recipe = config.DetectRecipe(
         grid=GRID,

@@ -10,9 +10,9 @@ import pytest
 
 from tests import dry_step, scripts
 
-# step -> limits on the launches of our kernels and on PyTorch operators, with one block per encoder stage. Each takes
-# host time, which bounds a LiDAR step with one sample. (On a real GPU there are fewer operators: those of the optimizer
-# and of the gradient norms are fused.)
+# step -> (most launches of our kernels, most PyTorch operators), with one block per encoder stage. Each takes
+# host time, which bounds a LiDAR step with one sample. (On a real GPU there are fewer operators: those of the optimizer and
+# of the gradient norms are fused.)
 BUDGETS = {
     "train camera-0.1": (13, 1366),
     "detect lidar-0.075": (92, 1807),

@@ -79,7 +79,7 @@ def tokens(dataset):
     return [token.decode() for token in dataset.index.tokens]
 
 
-def test_unreadable_frames_are_named_and_empty(city, tmp_path, capsys):
+def test_unreadable_frames_are_named_and_get_no_boxes(city, tmp_path, capsys):
     root = shutil.copytree(city, tmp_path / "city")
     dataset = validation(root)
     lidar = [root / dataset.index.lidar_files[row].decode() for row in dataset.index.frame_lidar]

@@ -257,7 +257,7 @@ def test_a_step_whose_references_run_out_of_memory_keeps_its_measurements(tmp_pa
     assert ours.impl == "triton" and ours.both_ms > 0 and ours.error is None
 
 
-def test_a_step_gives_two_rows():
+def test_a_record_of_a_step_gives_two_rows():
     record = dict(recipe="train/camera/tiny", loss=1.1, loss_ref=1.0, ms=2.0, ms_ref=6.0, gpu_ms=1.5, mem_mb=8.0)
     ours, reference = (vars(row) for row in full_step.rows(record | harness.machine()))
     assert ours["op"] == reference["op"] == "step of train/camera/tiny"

@@ -35,7 +35,7 @@ def imports(module):
     return found
 
 
-def test_layers():
+def test_imports_follow_the_layers():
     def inside(module, folder):
         return f"{module}.".startswith(f"unipad.{folder}.")
 

@@ -37,7 +37,7 @@ def test_one_cycle_by_hand():
         assert lr_at(cfg, step, 100) == pytest.approx(lr) and momentum_at(cfg, step, 100) == pytest.approx(momentum)
 
 
-def test_parts_have_their_own_rates():
+def test_backbone_encoders_and_the_rest_have_separate_learning_rates():
     recipe = PRETRAIN["fusion"]["tiny"]
     cfg = replace(recipe.optim, lr=1.0, backbone_lr=0.1, encoder_lr=0.5, start=1.0, warmup_steps=0)
     with torch.device("meta"):

@@ -47,7 +47,7 @@ def generators(*seeds):
 
 
 def point_cloud(count, seed=0):
-    """Points in all directions, each visible in one of the two views or in none."""
+    """Random points in all directions, each visible in one of the two views or in none."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.rand(count, 3, generator=generator) - 0.5) * torch.tensor([20.0, 20.0, 6.0])
 
@@ -86,7 +86,7 @@ def test_rays_match_the_original():
         assert (rays.volume_idx == b).all()
 
 
-def test_a_point_straight_ahead():
+def test_a_ray_to_a_point_on_the_optical_axis():
     """5 m ahead of the camera of view 0, which is at y = 1, on its optical axis."""
     rays = lidar_rays(make_batch([[0.0, 6.0, 2.0]]), ALL_RADII, 1, generators(0))
     torch.testing.assert_close(rays.origins, torch.tensor([[0.0, 1.0, 2.0]]).expand(2, 3))
@@ -96,7 +96,7 @@ def test_a_point_straight_ahead():
 
 
 def test_depth_is_the_distance_along_the_ray():
-    """3 m to the right and 4 m ahead of view 0: 5 m away. Its color is of pixel (16 + 10 * 3 / 4, 8), truncated."""
+    """3 m to the right and 4 m ahead of view 0: 5 m away. The color is that of (16 + 10 * 3 / 4, 8), truncated."""
     rays = lidar_rays(make_batch([[3.0, 5.0, 2.0]]), ALL_RADII, 1, generators(0))
     torch.testing.assert_close(rays.depth[0], torch.tensor(5.0))
     torch.testing.assert_close(rays.directions[0], torch.tensor([0.6, 0.8, 0.0]))
@@ -279,7 +279,7 @@ def test_without_cameras_rays_go_from_the_lidar_to_the_keyframes_points():
     points = torch.tensor([
         [6.0, 0, 8, 0, 0],  # radius 6, distance 10
         [0, 5, 0, 0, 0.05],  # lag > 0: from an earlier sweep
-        [2, 0, 0, 0, 0],  # nearer than near_radius
+        [2, 0, 0, 0, 0],  # within near_radius
         [0, -4, 3, 0, 0],  # radius 4, distance 5
     ])  # fmt: skip
     batch = replace(make_batch([[], []]), points=points, point_counts=torch.tensor([4, 0]))

@@ -362,7 +362,7 @@ def test_autocast_has_no_effect():
 
 @pytest.mark.parametrize("method", ["neus", "volsdf", "unisurf"])
 def test_kernels_render_what_the_references_render(method, device, monkeypatch):
-    """All ops run their kernels and fit together. In fp64, since rounding in fp32 may move samples."""
+    """All ops run their kernels. In fp64, since rounding in fp32 may move samples."""
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
     volume, rays = random_scene(per_sample=(2, 3), dtype=torch.float64)
     renderer = Renderer(replace(FEW, method=method, search=16), SMALL).double()

@@ -176,7 +176,7 @@ def test_a_frame_without_one_of_the_cameras_is_left_out(copy, capsys):
     assert sum(len(NuScenesDataset(copy, VERSION, d.split, Data(cameras=False))) for d in datasets) == 6
 
 
-def test_a_set_without_cameras_is_read(copy):
+def test_a_dataset_without_cameras_is_read(copy):
     set_rig(copy, {})
     assert not NuScenesDataset.has_images(copy, VERSION, "mini_val")
     for data in (Data(), Data(cameras=False), Data(camera_sweeps=2)):
@@ -238,7 +238,7 @@ def test_frames_with_missing_files_are_left_out_and_named(copy, capsys):
         NuScenesDataset(copy, VERSION, "mini_val", Data())
 
 
-def test_a_set_without_its_sweeps_is_a_one_sentence_error(copy):
+def test_a_dataset_without_its_sweep_files_is_a_user_error(copy):
     for file in copy.glob("sweeps/LIDAR_TOP/*"):
         file.unlink()
     with pytest.raises(
@@ -246,7 +246,7 @@ def test_a_set_without_its_sweeps_is_a_one_sentence_error(copy):
     ):
         NuScenesDataset(copy, VERSION, "mini_train", Data(sweeps=10))
     assert len(NuScenesDataset(copy, VERSION, "mini_train", Data(sweeps=1))) == 3
-    rows = read(copy, "sample_data")  # tables without sweeps: the frames before are keyframes
+    rows = read(copy, "sample_data")  # without sweeps in the tables too, earlier keyframes take their place
     sweeps = {row["token"]: row for row in rows if not row["is_key_frame"]}
     for row in rows:
         while row["prev"] in sweeps:

@@ -49,7 +49,7 @@ def test_edges_of_a_box():
         assert (np.ptp(bar, axis=0) > 1.5).sum() == 1
 
 
-def test_points_of_sweeps_are_left_out_and_too_many_are_thinned(monkeypatch):
+def test_only_keyframe_points_are_drawn_and_at_most_max_points(monkeypatch):
     points = torch.tensor([[float(i), 0.0, 0.0, 0.0, 0.1 * (i >= 5)] for i in range(7)])
     batch = make_batch([[]])
     batch = type(batch)(**{**vars(batch), "points": points, "point_counts": torch.tensor([7])})

@@ -45,7 +45,7 @@ def truth_of(batch):
 
 
 @pytest.mark.parametrize("split", ["mini_train", "mini_val"])
-def test_the_city_shows_every_class_in_both_splits(split, city):
+def test_the_synthetic_dataset_has_every_class_in_both_splits(split, city):
     dataset = NuScenesDataset(city, "v1.0-mini", split, RECIPE.data)
     labels = np.concatenate([dataset[i].point_labels for i in range(len(dataset))])
     assert np.bincount(labels, minlength=17).all()

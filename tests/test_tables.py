@@ -57,7 +57,7 @@ def test_the_index_is_rebuilt_when_the_tables_change(copy, monkeypatch):
 
 
 def test_a_damaged_index_is_rebuilt(copy, monkeypatch):
-    """Cut, replaced or with a flipped bit: there is never an error or a different index."""
+    """A truncated or replaced file, or one flipped bit: there is never an error or a different index."""
     builds = count_builds(monkeypatch)
     first = NuScenesDataset(copy, VERSION, "mini_val", Data()).index
     path, rng = copy / "unipad-index" / f"{VERSION}-mini_val.npz", np.random.default_rng(0)
@@ -95,7 +95,7 @@ def refuse(words, root, version=VERSION, split="mini_val"):
     assert "\n" not in sentence and sentence.endswith(".")
 
 
-def test_each_fault_of_a_dataset_is_a_user_error(city, copy, tmp_path):
+def test_each_error_of_a_dataset_is_a_user_error(city, copy, tmp_path):
     (tmp_path / "empty").mkdir()
     refuse(["--data-root", tmp_path / "nowhere"], tmp_path / "nowhere")
     refuse([tmp_path / "empty", "no nuScenes tables", f"{VERSION}/scene.json"], tmp_path / "empty")

@@ -56,7 +56,7 @@ def test_a_rotation_by_90_degrees_by_hand(sample):
 
 
 def test_flips_by_hand(sample):
-    """As the original flips its boxes: y and vy, or x and vx, change sign; yaw becomes pi - yaw or -yaw."""
+    """As in the original: flip_x negates x, vx and yaw'; flip_y negates y and vy, and yaw' becomes pi - yaw'."""
     x, y, z, w, l, h, yaw, vx, vy = boxes_to_original(torch.from_numpy(sample.boxes)).T
     truth = {
         "x": torch.stack([-x, y, z, w, l, h, -yaw, -vx, vy], dim=1),
@@ -120,7 +120,7 @@ def test_points_keep_their_pixels(sample, transform):
 
 
 @every_transform
-def test_rays_still_end_on_the_points(sample, transform):
+def test_rays_end_on_the_transformed_points(sample, transform):
     batch = collate([apply_transform(sample, transform)])
     points = batch.points[:, :3]
     pixels, visible = project_points(points, batch.lidar2image[0], batch.image_sizes[0])

@@ -213,25 +213,25 @@ class Workshop:
         self.expected = {name: expected[kind.read] for name, kind in kinds.items()}
 
     def _expected(self, read):
-        with self._copy() as place:
-            seen = self._run(partial(read, place))
+        with self._copy() as folder:
+            seen = self._run(partial(read, folder))
         assert isinstance(seen, Seen) and seen.parts and not seen.skipped and not seen.faults, seen
         return seen
 
     @contextlib.contextmanager
     def _copy(self):
         """A folder with the same files. Readers may write into JSON files; the others are linked."""
-        place = Path(tempfile.mkdtemp(dir=self.folder))
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
 
         def copy(source, target):
             (shutil.copy2 if ".json" in Path(source).name else os.link)(source, target)
 
         try:
-            shutil.copytree(self.intact, place, copy_function=copy, dirs_exist_ok=True)
-            (place / "intact").symlink_to(self.intact)
-            yield place
+            shutil.copytree(self.intact, folder, copy_function=copy, dirs_exist_ok=True)
+            (folder / "intact").symlink_to(self.intact)
+            yield folder
         finally:
-            shutil.rmtree(place)
+            shutil.rmtree(folder)
 
     def case(self, seed: int, number: int, kind: str | None = None) -> tuple[str, Path, str, Callable]:
         """(kind, path relative to the folder, name of the damage, function that damages the file at a path)."""
@@ -254,13 +254,13 @@ class Workshop:
 
     def look(self, kind: str, file: Path, name: str, damage: Callable, seconds: float = SECONDS) -> Result:
         """The result of the reader of `kind` on a copy of the files, after `damage` of `file`."""
-        with self._copy() as place:
-            before = (place / file).read_bytes()
-            damage(place / file)
-            after = (place / file).read_bytes() if (place / file).is_file() else None
+        with self._copy() as folder:
+            before = (folder / file).read_bytes()
+            damage(folder / file)
+            after = (folder / file).read_bytes() if (folder / file).is_file() else None
             if after == before:
                 return Result("same", "nothing was damaged")
-            judge = partial(_judge, self.kinds[kind], place, file, name in SHOWS, self.expected[kind])
+            judge = partial(_judge, self.kinds[kind], folder, file, name in SHOWS, self.expected[kind])
             return self._run(judge, seconds)
 
     def _run(self, function, seconds=SECONDS):
@@ -307,19 +307,19 @@ def _child(function, connection, output):
     os._exit(0)
 
 
-def _judge(kind, place, file, shows, expected):
+def _judge(kind, folder, file, shows, expected):
     """Read a damaged file, in the child, and return the `Result`. shows: whether the damage can be detected."""
     try:
-        seen = kind.read(place)
+        seen = kind.read(folder)
     except UserError as error:
         sentence = str(error)
-        if "\n" in sentence or not sentence.endswith(".") or not re.search(rf"{place}|--|checkpoints/", sentence):
+        if "\n" in sentence or not sentence.endswith(".") or not re.search(rf"{folder}|--|checkpoints/", sentence):
             return Result("TRACEBACK", f"not one sentence with a file, folder or flag: {sentence}")
-        return Result("refused", sentence.replace(str(place), ""))
+        return Result("refused", sentence.replace(str(folder), ""))
     sys.stderr.flush()
     with open("/proc/self/fd/2", "rb") as output:
         printed = output.read().decode(errors="replace")
-    named = [reason for reason in seen.skipped.values() if str(place) in reason and ": " in reason]
+    named = [reason for reason in seen.skipped.values() if str(folder) in reason and ": " in reason]
     if len(named) < len(seen.skipped):
         return Result("TRACEBACK", f"a skipped frame is not named: {seen.skipped}")
     if seen.faults:
@@ -333,7 +333,7 @@ def _judge(kind, place, file, shows, expected):
         return Result("SILENT", f"{changed[0]} differs")
     if changed:
         return Result("other", f"{changed[0]} differs")
-    return Result("skipped", named[0].replace(str(place), "")) if named else Result("skipped" if left_out else "same")
+    return Result("skipped", named[0].replace(str(folder), "")) if named else Result("skipped" if left_out else "same")
 
 
 def count(workshop, numbers, seed, kind, seconds):

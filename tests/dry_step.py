@@ -138,7 +138,7 @@ def answers(recipe, scene):
     """The values that the host reads where it waits, by the reason of the wait."""
     voxels = VOXELS * recipe.optim.batch_size - 1007 * scene
     return {
-        "assignment costs for the Hungarian method": None,  # not asked: a copied tensor is all 0
+        "assignment costs for the Hungarian method": None,  # unused: the copy of a tensor is all 0
         "number of occupied voxels": voxels,
         "number and extent of occupied cells": [voxels, 1023 - scene, 1023 - 16 * scene, 39],
         "indices of the visible voxels": voxels // 5,

@@ -91,7 +91,7 @@ def _reach(*_, **__):
 
 
 def sample_faults(sample) -> list[str]:
-    """The violated ones of conditions that hold for every `unipad.data.dataset.Sample`."""
+    """The conditions that a sample violates, of those that every `unipad.data.dataset.Sample` must meet."""
     conditions = {
         "points are finite and near": np.isfinite(sample.points).all() and (np.abs(sample.points[:, :3]) < FAR).all(),
         "sweeps are not from the future": (sample.points[:, 4] >= 0).all(),
@@ -116,9 +116,9 @@ def sample_faults(sample) -> list[str]:
     return [f"violated: {fact}" for fact, holds in conditions.items() if not holds]
 
 
-def read_city(place: Path, learn: bool = False) -> Seen:
+def read_city(folder: Path, learn: bool = False) -> Seen:
     """All frames of both splits. learn: also the losses of a pre-training and of a detection step on them."""
-    root, seen, grid = place / "city", Seen(), models()[0].recipe.grid
+    root, seen, grid = folder / "city", Seen(), models()[0].recipe.grid
     seen.add(synthetic=is_synthetic(root))
     samples = []
     for split in ("mini_train", "mini_val"):
@@ -148,21 +148,21 @@ def read_city(place: Path, learn: bool = False) -> Seen:
     return seen
 
 
-def read_splits(place):
-    seen, root = Seen(), place / "city"
+def read_splits(folder):
+    seen, root = Seen(), folder / "city"
     seen.add(splits=NuScenesDataset.splits(root, VERSION), tokens=load_index(root, VERSION, "dark").tokens)
     return seen
 
 
-def read_camera_sweeps(place):
+def read_camera_sweeps(folder):
     seen = Seen()
-    seen.add(sweeps=load_camera_sweeps(place / "city", VERSION, "mini_val"))
+    seen.add(sweeps=load_camera_sweeps(folder / "city", VERSION, "mini_val"))
     return seen
 
 
-def read_objects(place):
+def read_objects(folder):
     """Every object for cut-and-paste augmentation, with its points and image crops."""
-    dataset, seen = NuScenesDataset(place / "city", VERSION, "mini_train", Data()), Seen()
+    dataset, seen = NuScenesDataset(folder / "city", VERSION, "mini_train", Data()), Seen()
     objects = load_objects(dataset, DETECT["lidar"]["lidar-0.075"].paste)
     seen.add(boxes=objects.boxes, labels=objects.labels)
     for k in range(len(objects.labels)):
@@ -241,30 +241,30 @@ def _fits(kind, value):
     return type(value) is kind or kind is Path and isinstance(value, Path)
 
 
-def read_run(place):
+def read_run(folder):
     """Resume a run: checkpoint, log and settings."""
-    log = place / "run/log.jsonl"
-    lines = (place / "intact/run/log.jsonl").read_bytes().splitlines()
+    log = folder / "run/log.jsonl"
+    lines = (folder / "intact/run/log.jsonl").read_bytes().splitlines()
     intact = set(lines) & set(log.read_bytes().splitlines() if log.is_file() else ())
-    seen = start_training(train, "--resume", place / "run")
+    seen = start_training(train, "--resume", folder / "run")
     lost = intact - set(log.read_bytes().splitlines())
     if lost:
         seen.faults.append(f"violated: the log keeps its intact lines ({len(lost)} are gone)")
     return seen
 
 
-def read_config(place):
-    return start_training(train, "--config", place / "run/config.json", "--out", place / "new")
+def read_config(folder):
+    return start_training(train, "--config", folder / "run/config.json", "--out", folder / "new")
 
 
-def read_init(place):
-    changes = {"data_root": place / "intact/city", "out": place / "new"}
-    return start_training(train, init=(place / "run/checkpoints/last.pt",), **changes)
+def read_init(folder):
+    changes = {"data_root": folder / "intact/city", "out": folder / "new"}
+    return start_training(train, init=(folder / "run/checkpoints/last.pt",), **changes)
 
 
-def read_pretrained(place):
-    changes = {"data_root": place / "intact/city", "out": place / "new"}
-    return start_training(finetune, pretrained=(place / "run",), **changes)
+def read_pretrained(folder):
+    changes = {"data_root": folder / "intact/city", "out": folder / "new"}
+    return start_training(finetune, pretrained=(folder / "run",), **changes)
 
 
 @lru_cache(2)
@@ -274,18 +274,18 @@ def new_run(script):
     return replace(args, recipe=models()[script is finetune].recipe)
 
 
-def read_tuning(place):
+def read_tuning(folder):
     """The choice of a kernel's launch parameters, from a run's tuning.json."""
     seen = Seen()
     with mock.patch.object(train, "step_batches", _reach), contextlib.suppress(Reached):
-        train.main(train.parse(list(map(str, ["--resume", place / "run", "--tune"]))))
+        train.main(train.parse(list(map(str, ["--resume", folder / "run", "--tune"]))))
     choices = [(16, 4), (32, 8), (64, 8)]
     seen.add(choice=tuning.choose(("conv", 3, 1000), choices, lambda choice: None, torch.device("cpu")))
     tuning.disable()
     return seen
 
 
-def read_detector(place):
+def read_detector(folder):
     """eval.py up to its first frame."""
     seen = Seen()
 
@@ -295,40 +295,40 @@ def read_detector(place):
 
     with mock.patch.object(evaluation, "detect", detect):
         flags = [
-            place / "detector.pt",
+            folder / "detector.pt",
             "--data-root",
-            place / "intact/city",
+            folder / "intact/city",
             "--device",
             "cpu",
             "--workers",
             "0",
             "--out",
-            place / "new",
+            folder / "new",
         ]
         evaluation.main(evaluation.parse(list(map(str, flags))))
     return seen
 
 
-def read_conversion(place, name, **flags):
+def read_conversion(folder, name, **flags):
     seen = Seen()
-    convert.main(convert.Args((place / name, place / "converted.pt"), **flags))
-    seen.add(converted=torch.load(place / "converted.pt", weights_only=True))
+    convert.main(convert.Args((folder / name, folder / "converted.pt"), **flags))
+    seen.add(converted=torch.load(folder / "converted.pt", weights_only=True))
     return seen
 
 
-def read_submission(place):
+def read_submission(folder):
     seen = Seen()
-    summary = score_submission(place / "results_nusc.json", place / "intact/city", VERSION, "mini_val")
+    summary = score_submission(folder / "results_nusc.json", folder / "intact/city", VERSION, "mini_val")
     seen.add(mAP=summary["mean_ap"], NDS=summary["nd_score"])
     if not (0 <= summary["mean_ap"] < 1.001 and 0 <= summary["nd_score"] < 1.001):
         seen.faults.append("violated: scores are from 0 to 1")
     return seen
 
 
-def read_segments(place):
+def read_segments(folder):
     seen = Seen()
     summary = score_segmentation(
-        place / "segments", NuScenesDataset(place / "intact/city", VERSION, "mini_val", Data())
+        folder / "segments", NuScenesDataset(folder / "intact/city", VERSION, "mini_val", Data())
     )
     seen.add(mIoU=summary["miou"])
     return seen

@@ -97,23 +97,23 @@ def test_a_sample_is_filled_up_without_overlaps(sample, objects, empty):
     pasted_of_class = np.zeros(10, int)
     for seed in range(5):
         after = objects.paste_into(sample, np.random.default_rng(seed))
-        own = len(sample.boxes)
-        np.testing.assert_array_equal(after.boxes[:own], sample.boxes)
-        np.testing.assert_array_equal(after.labels[:own], sample.labels)
-        added = np.bincount(after.labels[own:], minlength=10)
+        n = len(sample.boxes)
+        np.testing.assert_array_equal(after.boxes[:n], sample.boxes)
+        np.testing.assert_array_equal(after.labels[:n], sample.labels)
+        added = np.bincount(after.labels[n:], minlength=10)
         assert (added <= np.maximum(counts - before, 0)).all() and added.any()
         pasted_of_class += added
         outlines = [outline(box) for box in after.boxes.astype(float)]
-        for i in range(own, len(outlines)):
+        for i in range(n, len(outlines)):
             assert max(outlines[i].intersection(o).area for o in outlines[:i] + outlines[i + 1 :]) < 1e-4
 
         # Points: first those of the sample outside of the pasted boxes, in order; then those of the objects.
-        kept = ~points_in_boxes(sample.points, after.boxes[own:]).any(axis=0)
+        kept = ~points_in_boxes(sample.points, after.boxes[n:]).any(axis=0)
         np.testing.assert_array_equal(after.points[: kept.sum()], sample.points[kept])
         np.testing.assert_array_equal(after.point_labels[: kept.sum()], sample.point_labels[kept])
         assert len(after.point_labels) == len(after.points) and not after.point_labels[kept.sum() :].any()
-        rows = [np.flatnonzero((objects.boxes == box).all(axis=1)).item() for box in after.boxes[own:]]
-        assert objects.labels[rows].tolist() == after.labels[own:].tolist()
+        rows = [np.flatnonzero((objects.boxes == box).all(axis=1)).item() for box in after.boxes[n:]]
+        assert objects.labels[rows].tolist() == after.labels[n:].tolist()
         clouds = np.concatenate([objects._points(k) for k in rows])
         np.testing.assert_array_equal(after.points[kept.sum() :], clouds)
     assert (pasted_of_class > 0).sum() >= (9 if empty else 2)

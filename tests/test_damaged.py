@@ -178,18 +178,18 @@ def test_damage_that_was_once_handled_wrongly(name, outcomes):
 
 
 READERS = {
-    "refuses": (lambda place: _refuse(f"{place}/file is damaged."), "refused"),
-    "refuses without a name": (lambda place: _refuse("it is damaged."), "TRACEBACK"),
-    "raises": (lambda place: {}["x"], "TRACEBACK"),
-    "exits": (lambda place: exit(2), "TRACEBACK"),
-    "sleeps": (lambda place: time.sleep(60), "HANG"),
-    "reads what it must not": (lambda place: Seen({"part": digest_of(place)}), "SILENT"),
-    "reads what is possible": (lambda place: Seen({"part": digest_of(place)}), "other"),
-    "reads the impossible": (lambda place: Seen({}, faults=["violated: a condition"]), "SILENT"),
-    "computes it again": (lambda place: Seen({"part": "1"}), "same"),
-    "skips": (lambda place: Seen({}, {"part": f"{place}/file: is damaged"}), "skipped"),
-    "skips without a name": (lambda place: Seen({}, {"part": "is damaged"}), "TRACEBACK"),
-    "loses a part": (lambda place: Seen({}), "SILENT"),
+    "refuses": (lambda folder: _refuse(f"{folder}/file is damaged."), "refused"),
+    "refuses without a name": (lambda folder: _refuse("it is damaged."), "TRACEBACK"),
+    "raises": (lambda folder: {}["x"], "TRACEBACK"),
+    "exits": (lambda folder: exit(2), "TRACEBACK"),
+    "sleeps": (lambda folder: time.sleep(60), "HANG"),
+    "reads what it must not": (lambda folder: Seen({"part": digest_of(folder)}), "SILENT"),
+    "reads what is possible": (lambda folder: Seen({"part": digest_of(folder)}), "other"),
+    "reads the impossible": (lambda folder: Seen({}, faults=["violated: a condition"]), "SILENT"),
+    "computes it again": (lambda folder: Seen({"part": "1"}), "same"),
+    "skips": (lambda folder: Seen({}, {"part": f"{folder}/file: is damaged"}), "skipped"),
+    "skips without a name": (lambda folder: Seen({}, {"part": "is damaged"}), "TRACEBACK"),
+    "loses a part": (lambda folder: Seen({}), "SILENT"),
 }
 
 
@@ -197,8 +197,8 @@ def _refuse(sentence):
     raise UserError(sentence)
 
 
-def digest_of(place):
-    return (place / "file").read_text()
+def digest_of(folder):
+    return (folder / "file").read_text()
 
 
 @pytest.mark.parametrize("name", READERS)

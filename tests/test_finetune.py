@@ -91,12 +91,12 @@ def test_objects_are_pasted_until_the_last_epochs(city, tmp_path, monkeypatch):
         seen = boxes[name] = []
         forward = finetune.Detector.forward
 
-        def noting(self, batch, draws, seen=seen, forward=forward):
+        def recording(self, batch, rngs, seen=seen, forward=forward):
             seen.append(len(batch.boxes))
-            return forward(self, batch, draws)
+            return forward(self, batch, rngs)
 
         with monkeypatch.context() as patch:
-            patch.setattr(finetune.Detector, "forward", noting)
+            patch.setattr(finetune.Detector, "forward", recording)
             run(tmp_path / name, city, "--lr", 1e-9)
     assert boxes["plain"][3] == boxes["pasted"][3]
     assert sum(boxes["pasted"][:3]) > sum(boxes["plain"][:3])

@@ -62,8 +62,8 @@ def step(modality, city, world):
         torch.manual_seed(0)
         net = Pretrain(recipe).to(dtype)
         model = torch.nn.parallel.DistributedDataParallel(net) if world.size > 1 else net
-        draws = generators(0, 0, range(first, first + samples), world.device)
-        terms, _ = model(replace(batch, images=batch.images.to(dtype)), draws)
+        rngs = generators(0, 0, range(first, first + samples), world.device)
+        terms, _ = model(replace(batch, images=batch.images.to(dtype)), rngs)
         losses[str(dtype)] = sum(terms.values())
     losses[str(dtype)].backward()
     losses = mean_over_processes(losses)

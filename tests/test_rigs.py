@@ -246,7 +246,7 @@ def test_a_dataset_without_its_sweep_files_is_a_user_error(copy):
     ):
         NuScenesDataset(copy, VERSION, "mini_train", Data(sweeps=10))
     assert len(NuScenesDataset(copy, VERSION, "mini_train", Data(sweeps=1))) == 3
-    rows = read(copy, "sample_data")  # without sweeps in the tables too, earlier keyframes take their place
+    rows = read(copy, "sample_data")  # without sweeps in the tables too, earlier keyframes are used instead
     sweeps = {row["token"]: row for row in rows if not row["is_key_frame"]}
     for row in rows:
         while row["prev"] in sweeps:

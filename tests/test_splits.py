@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("own_user_cache")
 
 
 @pytest.fixture
-def own(copy):
+def root(copy):
     """Root of a dataset with version rig-7 and scenes harbor and tunnel."""
     folder = (copy / "v1.0-mini").rename(copy / "rig-7")
     (folder / "lidarseg.json").unlink()
@@ -33,12 +33,12 @@ def names(root, split):
     return list(NuScenesDataset(root, "rig-7", split, Data()).scenes())
 
 
-def test_custom_splits_are_read_and_scored(own, tmp_path):
+def test_custom_splits_are_read_and_scored(root, tmp_path):
     """Scoring with the devkit uses the same splits: the ground truth of city_val scores 1."""
-    assert NuScenesDataset.splits(own, "rig-7") == {"train": "city_train", "val": "city_val", "dark": "dark"}
-    assert NuScenesDataset.train_val_splits(own, "rig-7") == ("city_train", "city_val")
-    assert names(own, "city_train") == ["harbor"] and names(own, "city_val") == names(own, "dark") == ["tunnel"]
-    dataset, truth = NuScenesDataset(own, "rig-7", "city_val", Data()), {}
+    assert NuScenesDataset.splits(root, "rig-7") == {"train": "city_train", "val": "city_val", "dark": "dark"}
+    assert NuScenesDataset.train_val_splits(root, "rig-7") == ("city_train", "city_val")
+    assert names(root, "city_train") == ["harbor"] and names(root, "city_val") == names(root, "dark") == ["tunnel"]
+    dataset, truth = NuScenesDataset(root, "rig-7", "city_val", Data()), {}
     for sample in (dataset[i] for i in range(len(dataset))):
         boxes, labels = torch.from_numpy(sample.boxes), torch.from_numpy(sample.labels)
         truth[sample.token] = Detections(boxes, torch.ones(len(boxes)), labels)
@@ -48,10 +48,10 @@ def test_custom_splits_are_read_and_scored(own, tmp_path):
     assert summary["mean_dist_aps"]["car"] == pytest.approx(1)
 
 
-def test_a_changed_splits_json_takes_effect(own):
-    assert names(own, "city_train") == ["harbor"]
-    write(own, {"city_train": ["tunnel"], "city_val": ["harbor"]})
-    assert names(own, "city_train") == ["tunnel"]
+def test_a_changed_splits_json_takes_effect(root):
+    assert names(root, "city_train") == ["harbor"]
+    write(root, {"city_train": ["tunnel"], "city_val": ["harbor"]})
+    assert names(root, "city_train") == ["tunnel"]
 
 
 def test_splits_json_adds_to_the_splits_of_nuscenes(copy):
@@ -65,15 +65,15 @@ def test_splits_json_adds_to_the_splits_of_nuscenes(copy):
         ('{"city_train": ', "not a JSON file"),
         ("[1]", "must map names of splits"),
         ('{"city_train": "harbor"}', "must map names of splits"),
-        ('{"train": ["harbor"]}', "nuScenes' own; call it city_train"),
+        ('{"train": ["harbor"]}', "nuScenes' root; call it city_train"),
         ('{"city_train": []}', "no scene in its split city_train"),
         ('{"a_train": ["harbor"], "b_train": ["harbor"]}', "two splits for train"),
         ('{"city_train": ["harbour"]}', "the scene harbour"),
         ('{"city_train": ["harbor"], "city_val": ["harbor"]}', "both for training and for validation"),
     ],
 )
-def test_a_wrong_splits_json_is_a_one_sentence_error(own, splits, words):
-    (own / "rig-7/splits.json").write_text(splits)
+def test_a_wrong_splits_json_is_a_one_sentence_error(root, splits, words):
+    (root / "rig-7/splits.json").write_text(splits)
     with pytest.raises(DataError, match=words) as refused:
-        names(own, "city_train")
+        names(root, "city_train")
     assert "rig-7/splits.json" in str(refused.value) and "\n" not in str(refused.value)

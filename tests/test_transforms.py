@@ -194,12 +194,12 @@ def test_the_grid_matches_the_original(seed):
     """The original's random numbers come from `np.random.RandomState`: whether there is a grid, period, top, left."""
     arrays, _ = load("grid_mask")
     truth = arrays[f"out/seed{seed}"].numpy()
-    draws = np.random.RandomState(seed)
-    if draws.rand() > 0.7:
+    rng = np.random.RandomState(seed)
+    if rng.rand() > 0.7:
         assert (truth == 1).all()
         return
-    period = draws.randint(2, truth.shape[0])
-    top, left = draws.randint(period), draws.randint(period)
+    period = rng.randint(2, truth.shape[0])
+    top, left = rng.randint(period), rng.randint(period)
     np.testing.assert_array_equal(grid_mask(*truth.shape, period, top, left), truth == 1)
 
 

@@ -65,7 +65,7 @@ def test_splits_json_adds_to_the_splits_of_nuscenes(copy):
         ('{"city_train": ', "not a JSON file"),
         ("[1]", "must map names of splits"),
         ('{"city_train": "harbor"}', "must map names of splits"),
-        ('{"train": ["harbor"]}', "nuScenes' root; call it city_train"),
+        ('{"train": ["harbor"]}', "nuScenes' own; call it city_train"),
         ('{"city_train": []}', "no scene in its split city_train"),
         ('{"a_train": ["harbor"], "b_train": ["harbor"]}', "two splits for train"),
         ('{"city_train": ["harbour"]}', "the scene harbour"),

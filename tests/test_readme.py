@@ -14,7 +14,7 @@ from unipad import cli
 from unipad.errors import UserError
 
 README = (REPO / "README.md").read_text()
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)  # those in ```sh need a cluster, a GPU or files
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)  # ```sh blocks need a cluster, a GPU or files
 COMMANDS = [line for block in BLOCKS for line in block.strip().splitlines()]
 
 QUICK = "--device cpu --preset tiny --steps 2 --val-every 2 --save-every 9 --workers 0"

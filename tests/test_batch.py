@@ -42,7 +42,7 @@ class FakeDataset(torch.utils.data.Dataset):
         return sample(i, points=i, size=(8, 8))
 
 
-def seen(n, count, **stream):
+def tokens_of(n, count, **stream):
     """Tokens of each of the first `count` micro-batches of `step_batches` with arguments `stream`."""
     batches = itertools.islice(step_batches(FakeDataset(n), **stream), count)
     return [tuple(int(t) for t in batch.tokens) for batch, _ in batches]
@@ -90,35 +90,35 @@ def test_to_moves_all_but_the_counts():
 
 
 def test_every_frame_appears_exactly_once_per_epoch():
-    order = sum(seen(5, count=5, micro_batch=2), ())
+    order = sum(tokens_of(5, count=5, micro_batch=2), ())
     assert sorted(order[:5]) == sorted(order[5:]) == list(range(5))
     assert order[:5] != order[5:]
-    assert order != sum(seen(5, count=5, micro_batch=2, seed=1), ())
+    assert order != sum(tokens_of(5, count=5, micro_batch=2, seed=1), ())
 
 
 def test_a_stream_with_start_skips_that_many_micro_batches():
-    assert seen(7, count=9, micro_batch=3)[4:] == seen(7, count=5, micro_batch=3, start=4)
+    assert tokens_of(7, count=9, micro_batch=3)[4:] == tokens_of(7, count=5, micro_batch=3, start=4)
 
 
 def test_two_processes_get_the_samples_of_one():
-    one = seen(7, count=6, micro_batch=4)
-    parts = [seen(7, count=6, micro_batch=2, rank=rank, world=2) for rank in range(2)]
+    one = tokens_of(7, count=6, micro_batch=4)
+    parts = [tokens_of(7, count=6, micro_batch=2, rank=rank, world=2) for rank in range(2)]
     assert one == [a + b for a, b in zip(*parts, strict=True)]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_do_not_change_the_batches(workers):
-    assert seen(7, count=5, micro_batch=3, workers=workers) == seen(7, count=5, micro_batch=3)
+    assert tokens_of(7, count=5, micro_batch=3, workers=workers) == tokens_of(7, count=5, micro_batch=3)
 
 
 def test_a_micro_batch_may_be_larger_than_the_dataset():
-    (order,) = seen(2, count=1, micro_batch=5)
+    (order,) = tokens_of(2, count=1, micro_batch=5)
     assert sorted(order[:2]) == sorted(order[2:4]) == [0, 1]
 
 
 def test_the_stream_does_not_touch_the_global_generator():
     state = torch.get_rng_state()
-    seen(3, count=1, micro_batch=1, workers=1)
+    tokens_of(3, count=1, micro_batch=1, workers=1)
     assert torch.equal(torch.get_rng_state(), state)
 
 

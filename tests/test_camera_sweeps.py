@@ -60,7 +60,7 @@ def nusc(city):
     return NuScenes(VERSION, str(city), verbose=False)
 
 
-def before(nusc, sample, camera, count):
+def sample_data_chain(nusc, sample, camera, count):
     """A camera's `sample_data` at the keyframe and `count` predecessors (`prev`); the first is repeated."""
     chain = [nusc.get("sample_data", nusc.get("sample", sample.token)["data"][camera])]
     while len(chain) <= count:
@@ -103,7 +103,7 @@ def test_files_poses_and_times_of_sweeps_match_the_devkit(nusc, city):
         sample, sweeps = dataset[i], dataset.camera_sweeps
         lidar = nusc.get("sample_data", nusc.get("sample", sample.token)["data"]["LIDAR_TOP"])
         for n, camera in enumerate(CAMERAS):
-            chain = before(nusc, sample, camera, 5)
+            chain = sample_data_chain(nusc, sample, camera, 5)
             assert [r["filename"] for r in chain[1:]] == [f.decode() for f in sweeps.image_files[i, :, n]]
             for w, record in enumerate(chain):
                 to_camera = np.linalg.inv(sensor2global(nusc, record)) @ sensor2global(nusc, lidar)
@@ -113,7 +113,7 @@ def test_files_poses_and_times_of_sweeps_match_the_devkit(nusc, city):
                 view = 6 * w + n
                 np.testing.assert_allclose(sample.lidar2camera[view], to_camera, atol=1e-5)
                 np.testing.assert_allclose(sample.lidar2image[view], intrinsic @ to_camera, atol=1e-2, rtol=1e-5)
-        chain = before(nusc, sample, "CAM_FRONT", 5)
+        chain = sample_data_chain(nusc, sample, "CAM_FRONT", 5)
         lags = [1e-6 * (chain[0]["timestamp"] - record["timestamp"]) for record in chain]
         np.testing.assert_allclose(sample.frame_lags, lags, atol=1e-6)
     assert sweeps.numbers.tolist() == [[0] * 5, [1, 2, 3, 3, 3], [1, 2, 3, 4, 5]]
@@ -240,7 +240,7 @@ def test_frame_fusion_is_that_of_uvtr():
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-def several(batch, frames, shift=0.5):
+def with_earlier_frames(batch, frames, shift=0.5):
     """A batch of several frames of two cameras: the keyframe's images again, each frame from `shift` meters further
     back."""
     moved = [batch.lidar2camera.clone() for _ in range(frames)]
@@ -262,7 +262,7 @@ def test_each_frame_is_lifted_separately_and_changes_the_volume(view):
     levels = {"fpn_levels": 1, "fpn_start": 3, "view": "pool"} if view == "pool" else {}
     camera = replace(TINY_CAMERA, **levels)
     encoder = Encoder(config.Recipe(grid=GRID, data=THREE, camera=camera)).eval()
-    batch = several(make_batch([[], []], size=(64, 96), unpadded=(60, 90)), 3)
+    batch = with_earlier_frames(make_batch([[], []], size=(64, 96), unpadded=(60, 90)), 3)
     seen = {}
     encoder.frame_fusion.register_forward_hook(lambda module, args, out: seen.update(volumes=args[0]))
     encoded = encoder.encode(batch, None)
@@ -289,7 +289,7 @@ def test_each_frame_is_lifted_separately_and_changes_the_volume(view):
 
 def test_every_fusion_weight_gets_a_gradient_and_a_step_is_reproducible():
     encoder = Encoder(config.Recipe(grid=GRID, data=THREE, camera=TINY_CAMERA))
-    batch = several(make_batch([[], []], size=(64, 96), unpadded=(60, 90)), 3)
+    batch = with_earlier_frames(make_batch([[], []], size=(64, 96), unpadded=(60, 90)), 3)
     encoded = encoder.encode(batch, generators(0, 1))
     masks = encoded.masks["camera"]
     assert masks.shape == (2, 6, 2, 3) and not torch.equal(masks[:, :2], masks[:, 2:4])

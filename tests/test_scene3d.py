@@ -13,7 +13,7 @@ from unipad.runtime import World
 FACES_OF_BAR = 6
 
 
-def spheres(radius, stride=1):
+def sphere(radius, stride=1):
     """Ends of the panorama's rays at a constant depth."""
     return radius * scene3d.panorama_rays("cpu", stride).directions.numpy()
 
@@ -21,7 +21,7 @@ def spheres(radius, stride=1):
 @pytest.mark.parametrize("stride", [1, 8])
 def test_surface_is_a_closed_strip(stride):
     rows, columns = (-(-size // stride) for size in scene3d.PANORAMA)
-    mesh = scene3d.surface(spheres(10.0, stride), columns)
+    mesh = scene3d.surface(sphere(10.0, stride), columns)
     assert mesh.vertices.shape == (rows * columns, 3) and len(mesh.faces) == 2 * (rows - 1) * columns
     sides = mesh.vertices[mesh.faces] - mesh.vertices[np.roll(mesh.faces, 1, axis=1)]
     assert np.linalg.norm(sides, axis=2).max() < 10 * np.radians(stride) * 1.5  # no triangle spans more than one cell
@@ -31,7 +31,7 @@ def test_surface_is_a_closed_strip(stride):
 
 
 def test_surface_has_no_triangles_across_depth_discontinuities():
-    ends = spheres(10.0).reshape(*scene3d.PANORAMA, 3)
+    ends = sphere(10.0).reshape(*scene3d.PANORAMA, 3)
     ends[:, :100] *= 3
     mesh = scene3d.surface(ends.reshape(-1, 3))
     depth = np.linalg.norm(mesh.vertices, axis=1)[mesh.faces]

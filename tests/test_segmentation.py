@@ -178,11 +178,11 @@ def runs(city, tmp_path_factory):
     """Parent of two run folders: `pre`, a pre-trained model, and `run`, two steps of fine-tuning from it."""
     folder = tmp_path_factory.mktemp("segment")
     save_run(folder / "pre", Pretrain(PRETRAIN["lidar"]["segment-tiny"]), city)
-    finetune.main(fine(city, folder / "run", "--pretrained", folder / "pre", "--steps", 2, "--lr", 1e-12))
+    finetune.main(parse(city, folder / "run", "--pretrained", folder / "pre", "--steps", 2, "--lr", 1e-12))
     return folder
 
 
-def fine(city, out, *flags):
+def parse(city, out, *flags):
     return finetune.parse([*SMALL, "--task", "segment", "--data-root", city, "--out", out, "--steps", 3, *flags])
 
 
@@ -203,9 +203,9 @@ def test_the_unet_is_taken_from_pre_training(runs):
 
 
 def test_a_stopped_and_resumed_run_is_bit_equal(city, tmp_path):
-    finetune.main(fine(city, tmp_path / "uninterrupted"))
-    finetune.main(fine(city, tmp_path / "parts", "--stop-at", 1))
-    finetune.main(fine(city, tmp_path / "parts", "--resume", "auto"))
+    finetune.main(parse(city, tmp_path / "uninterrupted"))
+    finetune.main(parse(city, tmp_path / "parts", "--stop-at", 1))
+    finetune.main(parse(city, tmp_path / "parts", "--resume", "auto"))
     whole, parts = (checkpoint(tmp_path / name)["model"] for name in ("uninterrupted", "parts"))
     assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
     assert curve(tmp_path / "uninterrupted") == curve(tmp_path / "parts")
@@ -255,12 +255,12 @@ def test_a_user_error_is_one_sentence(of, flags, words, runs):
 
 def test_other_user_errors(runs, city, tmp_path):
     with pytest.raises(UserError, match="--modality camera does not work with --task segment; use lidar"):
-        finetune.main(fine(city, tmp_path / "run", "--modality", "camera"))
+        finetune.main(parse(city, tmp_path / "run", "--modality", "camera"))
     with pytest.raises(UserError, match="17 classes, but nuScenes has 16"):
         recipe = replace(RECIPE, segment=replace(RECIPE.segment, classes=17))
         evaluate(save_run(tmp_path / "17", Segmenter(recipe), city))
     root = shutil.copytree(city, tmp_path / "set", ignore=shutil.ignore_patterns("unipad-index", "lidarseg.json"))
     with pytest.raises(UserError, match="frames without lidarseg labels; unpack nuScenes-lidarseg in"):
-        finetune.main(fine(Path(root), tmp_path / "run"))
+        finetune.main(parse(Path(root), tmp_path / "run"))
     with pytest.raises(UserError, match="frames without lidarseg labels"):
         evaluate(runs / "run", "--data-root", root)

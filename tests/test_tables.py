@@ -86,7 +86,7 @@ def test_a_root_that_cannot_be_written_uses_the_users_cache(copy, tmp_path, monk
     assert list((tmp_path / "cache" / "unipad").rglob("*.npz"))
 
 
-def refuse(words, root, version=VERSION, split="mini_val"):
+def assert_refused(words, root, version=VERSION, split="mini_val"):
     """Assert that the dataset is rejected with one sentence that contains all of `words`."""
     with pytest.raises(DataError) as refused:
         NuScenesDataset(root, version, split, Data())
@@ -97,26 +97,26 @@ def refuse(words, root, version=VERSION, split="mini_val"):
 
 def test_each_error_of_a_dataset_is_a_user_error(city, copy, tmp_path):
     (tmp_path / "empty").mkdir()
-    refuse(["--data-root", tmp_path / "nowhere"], tmp_path / "nowhere")
-    refuse([tmp_path / "empty", "no nuScenes tables", f"{VERSION}/scene.json"], tmp_path / "empty")
-    refuse([city / VERSION, "the one above"], city / VERSION)
-    refuse([city, "--version v1.0-trainval", f"it has {VERSION}"], city, "v1.0-trainval", "train")
-    refuse(["no split val", "mini_train and mini_val", "v1.0-trainval"], city, VERSION, "val")
-    refuse(["no split nonsense", "mini_train and mini_val"], city, VERSION, "nonsense")
+    assert_refused(["--data-root", tmp_path / "nowhere"], tmp_path / "nowhere")
+    assert_refused([tmp_path / "empty", "no nuScenes tables", f"{VERSION}/scene.json"], tmp_path / "empty")
+    assert_refused([city / VERSION, "the one above"], city / VERSION)
+    assert_refused([city, "--version v1.0-trainval", f"it has {VERSION}"], city, "v1.0-trainval", "train")
+    assert_refused(["no split val", "mini_train and mini_val", "v1.0-trainval"], city, VERSION, "val")
+    assert_refused(["no split nonsense", "mini_train and mini_val"], city, VERSION, "nonsense")
 
     shutil.rmtree(copy / "maps")
-    refuse([copy / VERSION, "map mask"], copy)
+    assert_refused([copy / VERSION, "map mask"], copy)
     (copy / VERSION / "ego_pose.json").unlink()
-    refuse([copy / VERSION, "lacks ego_pose.json"], copy)
+    assert_refused([copy / VERSION, "lacks ego_pose.json"], copy)
 
 
 def test_a_split_without_scenes_is_rejected(copy):
     table = copy / VERSION / "scene.json"
     table.write_text(table.read_text().replace("scene-0103", "scene-9103").replace("scene-0916", "scene-9916"))
-    refuse(["no frame of split mini_val"], copy)
+    assert_refused(["no frame of split mini_val"], copy)
 
 
-def row_of(root, table, change):
+def change_row(root, table, change):
     """Apply `change` to row 1 of a table, or to row 0 if it is the only one."""
     file = root / VERSION / f"{table}.json"
     rows = json.loads(file.read_text())
@@ -173,9 +173,9 @@ def nested(depth):
     ],
 )
 def test_a_wrong_value_is_named_by_table_and_row(copy, table, field, value, words):
-    row_of(copy, table, lambda row: row.update({field: value}))
+    change_row(copy, table, lambda row: row.update({field: value}))
     where = "log.json, row 0" if field == "log_tokens" else f"{table}.json, row "
-    refuse([copy / VERSION, where, words], copy)
+    assert_refused([copy / VERSION, where, words], copy)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_a_wrong_value_is_named_by_table_and_row(copy, table, field, value, word
 )
 def test_a_file_that_is_no_table_is_named(copy, content, words):
     (copy / VERSION / "sensor.json").write_bytes(content)
-    refuse([copy / VERSION / "sensor.json", words], copy)
+    assert_refused([copy / VERSION / "sensor.json", words], copy)
 
 
 def test_an_image_without_a_size_is_named(copy):
@@ -201,7 +201,7 @@ def test_an_image_without_a_size_is_named(copy):
     number = next(i for i, row in enumerate(rows) if "CAM_BACK/" in row["filename"])
     rows[number]["width"] = 0
     file.write_text(json.dumps(rows))
-    refuse([f"sample_data.json, row {number}: height and width of an image are 72 and 0"], copy)
+    assert_refused([f"sample_data.json, row {number}: height and width of an image are 72 and 0"], copy)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_a_jump_in_time_or_space_is_named(copy, channel, table, field, value, wo
     number = next(i for i, row in enumerate(rows) if row["token"] == token)
     rows[number][field] = value
     (copy / VERSION / f"{table}.json").write_text(json.dumps(rows))
-    refuse([f"{table}.json, row ", words], copy)
+    assert_refused([f"{table}.json, row ", words], copy)
 
 
 def test_invalid_boxes_are_left_out_and_named(copy, capsys):

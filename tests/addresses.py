@@ -2,9 +2,9 @@
 
 An offset multiplied in int32 overflows for tensors of more than 2^31 elements, which no test would notice: kernels must
 widen to int64 before the product. Every pointer offset is traced back to the values that it is computed from. An int32
-product among them is a fault, unless both factors are known at compile time (lanes, block sizes), or one is and the
-other is a block index (a program id, or the counter of a loop over `cdiv(size, block)`): block index times block size
-is at most a size, and sizes are int32. `KNOWN_SMALL` lists products that stay below 2^31 for other reasons.
+product among them is an error, unless both factors are bounded at compile time (`tl.arange`, block sizes), or one is
+and the other is a block index (a program id, or the counter of a loop over `cdiv(size, block)`): block index times
+block size is at most a size, and sizes are int32. `KNOWN_SMALL` lists products that stay below 2^31 for other reasons.
 
 Tracing stops at offsets loaded from memory and ignores conditions (masks, branches). int32 sums are not checked.
 """
@@ -63,14 +63,14 @@ class Op:
 def int32_products(ttir):
     """Every int32 product in an address that is not in `KNOWN_SMALL`, as "file.py: source line"."""
     ops, addresses = _read(ttir)
-    seen, found, left = set(), set(), list(addresses)
-    while left:
-        value = left.pop()
+    seen, found, pending = set(), set(), list(addresses)
+    while pending:
+        value = pending.pop()
         if value in seen or value not in ops:
             continue
         seen.add(value)
         op = ops[value]
-        left += op.sources
+        pending += op.sources
         if op.name == "arith.muli" and re.search(r": (i32|tensor<[\dx]+xi32>)", op.text):
             kinds = {_kind(v, ops) for v in op.operands}
             if "constant" not in kinds or not kinds <= {"constant", "block"}:
@@ -81,7 +81,7 @@ def int32_products(ttir):
 def _read(ttir):
     """The op that defines each value, by name of the value, and the values used as pointer offsets."""
     ops, addresses = {}, []
-    regions = []  # of the enclosing ops: (their results, values carried by a loop)
+    regions = []  # one per enclosing op: (its results, the values that a loop carries)
     for line in ttir.splitlines():
         parsed = OP.match(line)
         closes, opens = line.lstrip().startswith("}"), line.split(" loc(")[0].rstrip().endswith(("{", "({"))
@@ -125,7 +125,7 @@ def _pairs(text):
 
 
 def _kind(value, ops):
-    """What a value is: "constant", bounded at compile time; "block", a block index; None, anything else."""
+    """The class of a value: "constant" (bounded at compile time), "block" (a block index) or None (anything else)."""
     op = ops.get(value)
     if op is None:
         return None
@@ -151,14 +151,14 @@ def _kind(value, ops):
 
 
 def _source(text, ttir):
-    """File name and source line of an op; of the innermost function if inlined."""
+    """File name and source line of an op; if it was inlined, of the innermost function that contains it."""
     alias = re.search(r"loc\((#loc\d*)\)\s*$", text)[1]
     for _ in range(8):
         body = re.search(rf"^{alias} = loc\((.*)\)$", ttir, re.MULTILINE)[1]
-        place = re.search(r'"([^"]+\.py)":(\d+):', body)
-        if place:
+        position = re.search(r'"([^"]+\.py)":(\d+):', body)
+        if position:
             break
         alias = re.search(r"#loc\d*", body)[0]
     # a cached TTIR may name another checkout, even a removed one, that had the same source
-    file = Path(__file__).parents[1] / Path(place[1]).parent.name / Path(place[1]).name
-    return file.name, file.read_text().splitlines()[int(place[2]) - 1].strip()
+    file = Path(__file__).parents[1] / Path(position[1]).parent.name / Path(position[1]).name
+    return file.name, file.read_text().splitlines()[int(position[2]) - 1].strip()

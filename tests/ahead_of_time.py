@@ -23,7 +23,8 @@ TARGETS = {f"sm_{arch}": ("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 12
 MAX_SHARED = dict(sm_80=166_912, sm_86=101_376, sm_89=101_376, sm_90=232_448, sm_100=232_448, sm_120=101_376)
 MAX_SHARED |= dict(gfx942=65_536)
 NVIDIA, AMD = tuple(target for target in TARGETS if target != "gfx942"), ("gfx942",)
-ASSEMBLED = ("sm_80", "sm_90", "gfx942")  # compiled to machine code; the others until shared memory is allocated
+# Compiled to machine code; for the other targets, compilation stops once shared memory is allocated
+ASSEMBLED = ("sm_80", "sm_90", "gfx942")
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Launch:
     """One way the code launches a kernel, and the resources it may use on the targets of `budgets`.
 
     Types of runtime arguments follow from their names: `*_idx_ptr` points to int32, any other `*_ptr` to the element
-    type; UPPER CASE sizes are int32, other scalars fp32. Exceptions are in `types`.
+    type; UPPER CASE sizes are int32, other scalars fp32. `types` overrides these.
     """
 
     kernel: str
@@ -39,14 +40,14 @@ class Launch:
     types: dict = field(default_factory=dict)  # argument -> "i64", "*fp32", "*" (to an element) or a tuple of such
     divisible: tuple = ()  # sizes that are multiples of 16 in this launch; Triton specializes on them
     elements: tuple = ("fp32", "bf16")  # element types to compile for
-    targets: tuple = tuple(TARGETS)
+    targets: tuple = tuple(TARGETS)  # to compile for
     num_warps: int = 4
     num_stages: int | dict | None = None  # None: the target's default; a dict: by vendor
     registers: int = 255  # at most, per thread
     shared: int = 0  # at most, bytes per program
     stack: int = 0  # at most, bytes per thread; above 0 means spills and needs a comment that says why
     mma: str = ""  # the matrix instruction that sm_90's machine code must have, "HGMMA" or "HMMA"; sm_80 only has HMMA
-    budgets: tuple = ("sm_90",)  # targets, out of ASSEMBLED, where the costs are asserted; on AMD the stack only
+    budgets: tuple = ("sm_90",)  # the targets, out of ASSEMBLED, whose limits are asserted; on AMD only `stack`
 
     def matrix(self, target):
         """The matrix instruction that the machine code for `target` must have, "" for none."""
@@ -54,20 +55,20 @@ class Launch:
 
 
 def launches_of(kernel_file, which):
-    """(row, element type, target) of the rows of tests/kernels/test_<kernel_file>.py's LAUNCHES.
+    """(launch, element type, target) for the LAUNCHES of tests/kernels/test_<kernel_file>.py.
 
-    which: "all", or "first": of each kernel the first row with a budget for sm_90, for that target only.
+    which: "all", or "first": for each kernel the first launch with a budget for sm_90, for that target only.
     """
-    rows = importlib.import_module(f"tests.kernels.test_{kernel_file}").LAUNCHES
+    found = importlib.import_module(f"tests.kernels.test_{kernel_file}").LAUNCHES
     targets = tuple(TARGETS)
     if which == "first":
-        rows = {row.kernel: row for row in reversed(rows) if "sm_90" in row.budgets}.values()
+        found = {launch.kernel: launch for launch in reversed(found) if "sm_90" in launch.budgets}.values()
         targets = ("sm_90",)
-    return [(row, e, target) for row in rows for e in row.elements for target in targets if target in row.targets]
+    return [(launch, e, t) for launch in found for e in launch.elements for t in targets if t in launch.targets]
 
 
 def compile_launches(kernel_file, which="first"):
-    """Print the cost of every row as a JSON line: shared memory, and the rest on targets where the row has budgets."""
+    """Print the cost of every launch as a JSON line: shared memory, and on targets in its `budgets` all resources."""
     module = importlib.import_module(f"unipad.kernels.{kernel_file}")
     for launch, element, target in launches_of(kernel_file, which):
         kernel = getattr(module, launch.kernel)
@@ -94,7 +95,7 @@ def shared_of(kernel, launch, element, target):
 
     try:
         with mock.patch.object(CUDABackend, "make_ptx", stop), mock.patch.object(HIPBackend, "make_amdgcn", stop):
-            return compile_launch(kernel, launch, element, target).metadata.shared  # found in Triton's cache
+            return compile_launch(kernel, launch, element, target).metadata.shared  # returns only if Triton cached it
     except _Allocated as allocated:
         return allocated.args[0]
 
@@ -142,7 +143,7 @@ def _of_element(type_, element):
 
 
 def _paths(type_, path):
-    """Every scalar of an argument's type with Triton's path to it: (argument, position in the tuple, ...)."""
+    """(path, type) of every scalar in an argument's type; Triton's paths are (argument, position in the tuple, ...)."""
     if isinstance(type_, tuple):
         for i, t in enumerate(type_):
             yield from _paths(t, (*path, i))
@@ -167,7 +168,7 @@ def _cost(compiled, mma):
 
 
 def instructions(compiled, *kinds):
-    """How many of each kind ("HGMMA", "LDGSTS", ...) the machine code for an NVIDIA target has."""
+    """Number of instructions of each kind ("HGMMA", "LDGSTS", ...) in the machine code for an NVIDIA target."""
     code = _dump(compiled, "nvdisasm", "-c")
     return {kind: len(re.findall(rf"\b{kind}\b", code)) for kind in kinds}
 

@@ -19,7 +19,7 @@ def check_against_ref(op, ref, inputs, dtype, wrt=None, slack=None, magnitude=0.
                lists of tensors are handled element by element; anything else is passed through.
     wrt:       names of the inputs whose gradients are compared too; None: all floating-point tensors.
     slack:     as a fraction of the largest true value; None: SLACK of the type.
-    magnitude: size of the terms that cancel in outputs or gradients: slack is at least a fraction of it.
+    magnitude: size of terms that cancel in outputs or gradients; if larger, it replaces the largest true value.
 
     Also asserts that `op` launched a kernel, and that it launched none when all its outputs are empty.
     """
@@ -82,10 +82,11 @@ BLOCKING = "nonzero", "_local_scalar_dense", "_unique2", "unique_consecutive", "
 
 
 class WaitRecorder(TorchDispatchMode):
-    """Records host waits for a GPU: the reasons of `host_wait`s in `named`, other operators that wait in `unnamed`.
+    """Records where the host would wait for a GPU. `named`: the reasons of the `backend.host_wait`s that contain the
+    waits; `unnamed`: names of the operators that wait outside of them.
 
-    Creating a tensor from a list counts, since the host waits for its copy. Operators inside kernels do not count: the
-    interpreter runs them.
+    Creating a tensor from a list counts, since the host waits for its copy. Operators inside kernels do not count: they
+    are the interpreter's.
 
     without: modules whose kernels are not run, since no size depends on their results.
     """
@@ -138,7 +139,7 @@ class WaitRecorder(TorchDispatchMode):
 
 
 def _run(fn, inputs, dtype, wrt):
-    """Outputs as out0, out1, ...; gradients as d_<name>, under one fixed random upstream gradient per output."""
+    """Outputs as out0, out1, ...; gradients as d_<name>, for a fixed random upstream gradient of each output."""
     inputs = {name: _cast(value, dtype) for name, value in inputs.items()}
     leaves = {}
     for name, value in inputs.items():

@@ -4,8 +4,9 @@ import importlib.util
 import os
 import shutil
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite's processes share the cores; before torch loads OpenMP
-# cuBLAS raises under strict determinism without it (`unipad.runtime.start` sets it too); before CUDA starts.
+# The processes of pytest-xdist share the cores. Must be set before torch loads OpenMP.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Under strict determinism cuBLAS raises without it (see also `unipad.runtime.start`). Must be set before CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
@@ -18,9 +19,10 @@ if not HAS_GPU:
 
 @pytest.fixture(autouse=True, scope="session")
 def faster_interpreter():
-    """Triton's interpreter patches `triton.language` for a launch, and again for every call of a device function.
+    """Skip the repeated patches of `triton.language` in Triton's interpreter.
 
-    The second time changes nothing, but takes up to two fifths of the time.
+    It patches the module at each launch, and again at every call of a device function. The repetition changes nothing,
+    but takes up to two fifths of the run time.
     """
     if HAS_GPU or importlib.util.find_spec("triton") is None:
         yield
@@ -62,7 +64,7 @@ def city(tmp_path_factory):
 
 @pytest.fixture
 def copy(city, tmp_path, own_user_cache):
-    """Root of a copy of the city that the test may modify."""
+    """Root of a copy of `city` that the test may modify."""
     return shutil.copytree(city, tmp_path / "city", ignore=shutil.ignore_patterns("unipad-index"))
 
 

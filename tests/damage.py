@@ -1,25 +1,25 @@
-"""Damage every kind of file that the product reads, and look at what it makes of it.
+"""Fuzz test: damage files of every kind that the project reads, and classify what reading them results in.
 
     python -m tests.damage --cases 2000 --seed 0          # a table of outcomes; exit code 1 if one of them is a fault
     python -m tests.damage --cases 500 --kind tables      # one kind of file
     python -m tests.damage --only 1234                    # one case, with its traceback
 
-A case is a function of the seed and its number: a kind of file, a file, a way to damage it. A forked child with limits
-of time and memory reads the damaged file as the scripts do. What comes of it:
+The seed and the number of a case determine a kind of file, a file of that kind, and a way to damage it. A forked child
+with limits of time and memory reads the damaged file as the scripts do. The outcomes:
 
-    refused    one sentence that names a file, folder or flag
+    refused    a `UserError`: one sentence that names a file, folder or flag
     skipped    the frame is left out and named, the others are read as before
     same       the result is that of the undamaged file: the bytes did not matter, or a cache was rebuilt
-    other      another result that is as valid: nobody could tell, see below
-    SILENT     another result although the file shows that it is damaged, or a result that cannot be
-    TRACEBACK  an exception that is not for users, or a death
-    HANG       no end within the limit
+    other      another result that is as plausible: the damage cannot be detected, see below
+    SILENT     another result although the damage can be detected, or an impossible result
+    TRACEBACK  an exception that is not meant for users, or a crash of the process
+    HANG       no result within the time limit
 
-Who can tell? A checkpoint and a cache have checksums, so any other result is SILENT. Values of the wrong type, missing
-fields and numbers that are not finite show everywhere. But one flipped bit of a LiDAR intensity, of a JPEG's
-coefficients, of a label or of a digit in a table is a value like any other, since these formats have no checksums:
-there, a result must only be possible (`readers.sample_faults`). The same holds for a table that lost or doubled a whole
-record, and for a file in the place of another of the same size.
+Which damage can be detected? Checkpoints and caches have checksums, so any other result is SILENT. Values of a wrong
+type, missing fields and numbers that are not finite can be detected in every format. But if one bit flips in a LiDAR
+intensity, a JPEG coefficient, a label or a digit of a table, the new value is as valid as the old one, since these
+formats have no checksums: there, the result only has to be possible (`readers.sample_faults`). The same holds for a
+table in which a whole record is missing or duplicated, and for a file replaced by another of the same size.
 """
 
 import argparse
@@ -50,29 +50,29 @@ from unipad.errors import UserError
 REPO = Path(__file__).parents[1]
 OUTCOMES = ("refused", "skipped", "same", "other", "SILENT", "TRACEBACK", "HANG")
 FAULTS = OUTCOMES[4:]
-SECONDS = 60  # for a case, which takes less than one where nothing hangs
-MEMORY = 6 * 2**30  # bytes of address space for a case beyond what the process has: a broken size must not be allocated
+SECONDS = 60  # time limit of a case; one that does not hang takes less than a second
+MEMORY = 6 * 2**30  # bytes that a case may add to the address space of its process; a damaged size may ask for more
 
 
-# Damages: functions of (random generator, bytes, bytes of other kinds of files) to bytes
+# Ways to damage a file: functions of (random generator, its bytes, contents of other kinds of files) that return bytes
 
 
 def flip(rng, data, _, bits=1):
     damaged = np.frombuffer(data, np.uint8).copy()
-    for place in rng.integers(8 * max(len(data), 1), size=bits if len(data) else 0):
-        damaged[place // 8] ^= 1 << (place % 8)
+    for bit in rng.integers(8 * max(len(data), 1), size=bits if len(data) else 0):
+        damaged[bit // 8] ^= 1 << (bit % 8)
     return damaged.tobytes()
 
 
 def overwrite(rng, data, _, byte):
-    """A run of equal bytes, as a lost block of a disk or of a download leaves it."""
+    """Overwrite a range with equal bytes, as after a lost disk block or an incomplete download."""
     first = int(rng.integers(max(len(data), 1)))
     size = min(int(2 ** rng.uniform(0, 13)), len(data) - first)
     return data[:first] + bytes([byte]) * size + data[first + size :]
 
 
 def splice(rng, data, _):
-    """A part is gone from the middle."""
+    """Remove a range of bytes."""
     first, last = sorted(rng.integers(len(data) + 1, size=2).tolist())
     return data[:first] + data[last:]
 
@@ -90,19 +90,19 @@ BYTES = {
     "spliced": splice,
     "appended": lambda rng, data, _: data + rng.bytes(int(rng.integers(1, 100))),
     "doubled": lambda rng, data, _: data + data,
-    "as text": lambda rng, data, _: data.replace(b"\n", b"\r\n"),  # what a transfer in text mode makes of it
+    "as text": lambda rng, data, _: data.replace(b"\n", b"\r\n"),  # as after an FTP transfer in text mode
     "another kind": lambda rng, data, others: others[int(rng.integers(len(others)))],
     "missing": None,
     "a folder": None,
 }
 
-# In the place of a value of a JSON file. Numbers are only put in the place of numbers.
+# Replacements for a value of a JSON file; those in NUMBERS replace only numbers.
 WRONG = (None, [], {}, "text", [[]], {"a": None}, "\0", "../" * 9 + "etc/passwd", float("nan"), float("inf"))
 NUMBERS = (0, -1, 1e9, -1e30, 1e308, 2**31, 2**63, 10**30, 1e-320)
 
 
 def wrong_type(rng, data, _):
-    """A value of a wrong type, or none, anywhere in a JSON file."""
+    """Replace a random value of a JSON file by one of a wrong type, or delete it."""
     tree = json.loads(data)
     holder, key = _node(rng, tree, lambda value: True)
     wrong = [w for w in WRONG if type(w) is not type(holder[key]) or isinstance(w, float)]
@@ -122,7 +122,7 @@ def wrong_number(rng, data, _):
 
 
 def wrong_record(rng, data, _):
-    """A record lost, doubled or moved to the end."""
+    """Remove a record, duplicate it, or move it to the end."""
     tree = json.loads(data)
     if isinstance(tree, list) and tree:
         record = tree.pop(int(rng.integers(len(tree))))
@@ -131,12 +131,12 @@ def wrong_record(rng, data, _):
 
 
 def nested(rng, data, _):
-    """Brackets within brackets, as deep as no reader goes."""
+    """Nest the JSON value in more brackets than any parser supports."""
     return b"[" * 100_000 + data + b"]" * 100_000
 
 
 def _node(rng, tree, chosen):
-    """(holder, key) of a random value in a tree of dicts and lists that is `chosen`; (None, None) without one."""
+    """(dict or list, key) of a random value in a tree for which `chosen(value)` is true; (None, None) without one."""
     nodes, open_nodes = [], [tree]
     while open_nodes:
         holder = open_nodes.pop()
@@ -152,7 +152,7 @@ JSON = {"wrong type": wrong_type, "wrong number": wrong_number, "records": wrong
 
 
 def wrong_line(rng, data, others):
-    """One line of a JSON lines file with a wrong type, or which is no JSON."""
+    """Replace one line of a JSON lines file by one with a value of a wrong type, or by one that is not JSON."""
     lines = data.split(b"\n")
     k = int(rng.integers(len(lines) - 1))
     choices = (b"null", b"[]", b"3", b'"text"', b"{", b"\xff\xfe", b"\0", b'{"step": null}', b'{"step": "9"}', b"")
@@ -161,7 +161,7 @@ def wrong_line(rng, data, others):
 
 
 def wrong_object(rng, data, _):
-    """A checkpoint, intact as a file, with something else in the place of a part of it, or without that part."""
+    """Replace or delete an entry of a checkpoint; as a file it is intact."""
     tree = torch.load(io.BytesIO(data), weights_only=True)
     if rng.integers(8) == 0:
         tree = (None, {}, [], "text", 3, torch.zeros(3), {"model": None}, [tree])[int(rng.integers(8))]
@@ -181,26 +181,26 @@ def wrong_object(rng, data, _):
     return file.getvalue()
 
 
-# By `Kind.format`, besides `BYTES`
+# Damages for each `Kind.format`, in addition to `BYTES`
 SPECIAL = {"json": JSON, "json lines": {"wrong line": wrong_line}, "checkpoint": {"wrong object": wrong_object}}
 
-# Values of a wrong type show; a lost record, another number or another byte may not
+# Damages that can always be detected: a lost record, another number or another byte may not be
 SHOWS = {"wrong type", "wrong line", "wrong object", "nested", "empty", "missing", "a folder"}
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a case; `reason` says more, such as the sentence or where the exception was raised."""
+    """The outcome of a case; `reason` has details, such as the error message or where the exception was raised."""
 
     outcome: str
     reason: str = ""
 
 
 class Workshop:
-    """Intact files of all kinds, and what their readers make of them."""
+    """Intact files of all kinds, and what their readers return for them."""
 
     def __init__(self, folder: Path, kinds=KINDS, city: Path | None = None):
-        """city: an existing one to copy, instead of generating one."""
+        """city: root of a synthetic dataset to copy; None: generate one."""
         self.folder, self.kinds, self.intact = folder, kinds, folder / "intact"
         failed = self._run(partial(make_files, self.intact, city), seconds=600)
         assert failed is None, failed.reason
@@ -213,28 +213,28 @@ class Workshop:
         self.expected = {name: expected[kind.read] for name, kind in kinds.items()}
 
     def _expected(self, read):
-        with self._copy() as place:
-            seen = self._run(partial(read, place))
+        with self._copy() as folder:
+            seen = self._run(partial(read, folder))
         assert isinstance(seen, Seen) and seen.parts and not seen.skipped and not seen.faults, seen
         return seen
 
     @contextlib.contextmanager
     def _copy(self):
         """A folder with the same files. Readers may write into JSON files; the others are linked."""
-        place = Path(tempfile.mkdtemp(dir=self.folder))
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
 
         def copy(source, target):
             (shutil.copy2 if ".json" in Path(source).name else os.link)(source, target)
 
         try:
-            shutil.copytree(self.intact, place, copy_function=copy, dirs_exist_ok=True)
-            (place / "intact").symlink_to(self.intact)
-            yield place
+            shutil.copytree(self.intact, folder, copy_function=copy, dirs_exist_ok=True)
+            (folder / "intact").symlink_to(self.intact)
+            yield folder
         finally:
-            shutil.rmtree(place)
+            shutil.rmtree(folder)
 
     def case(self, seed: int, number: int, kind: str | None = None) -> tuple[str, Path, str, Callable]:
-        """(kind, file relative to the copy, name of the damage, function of a path that damages it)."""
+        """(kind, path relative to the folder, name of the damage, function that damages the file at a path)."""
         rng = np.random.default_rng([seed, number])
         names = [name for name, k in self.kinds.items() for _ in range(k.weight)]
         kind = kind or names[number % len(names)]
@@ -246,25 +246,25 @@ class Workshop:
 
     def _damage(self, rng, name, function, path):
         data = path.read_bytes()
-        path.unlink()  # a link: the intact file stays as it is
+        path.unlink()  # it may be a hard link to the intact file, which must not change
         if name == "a folder":
             path.mkdir()
         elif name != "missing":
             path.write_bytes(function(rng, data, self.others))
 
     def look(self, kind: str, file: Path, name: str, damage: Callable, seconds: float = SECONDS) -> Result:
-        """What the reader of `kind` makes of a copy in which `damage` was done to `file`."""
-        with self._copy() as place:
-            before = (place / file).read_bytes()
-            damage(place / file)
-            after = (place / file).read_bytes() if (place / file).is_file() else None
+        """The result of the reader of `kind` on a copy of the files, after `damage` of `file`."""
+        with self._copy() as folder:
+            before = (folder / file).read_bytes()
+            damage(folder / file)
+            after = (folder / file).read_bytes() if (folder / file).is_file() else None
             if after == before:
                 return Result("same", "nothing was damaged")
-            judge = partial(_judge, self.kinds[kind], place, file, name in SHOWS, self.expected[kind])
+            judge = partial(_judge, self.kinds[kind], folder, file, name in SHOWS, self.expected[kind])
             return self._run(judge, seconds)
 
     def _run(self, function, seconds=SECONDS):
-        """The result of a function in a forked child, or the `Result` that ended it."""
+        """What a function returns in a forked child, or the `Result` of an exception, a crash or a timeout."""
         ours, theirs = FORK.Pipe(duplex=False)
         with tempfile.TemporaryFile() as output:
             child = FORK.Process(target=_child, args=(function, theirs, output))
@@ -307,37 +307,37 @@ def _child(function, connection, output):
     os._exit(0)
 
 
-def _judge(kind, place, file, shows, expected):
-    """The `Result` of reading a damaged file; in the child."""
+def _judge(kind, folder, file, shows, expected):
+    """Read a damaged file, in the child, and return the `Result`. shows: whether the damage can be detected."""
     try:
-        seen = kind.read(place)
+        seen = kind.read(folder)
     except UserError as error:
         sentence = str(error)
-        if "\n" in sentence or not sentence.endswith(".") or not re.search(rf"{place}|--|checkpoints/", sentence):
+        if "\n" in sentence or not sentence.endswith(".") or not re.search(rf"{folder}|--|checkpoints/", sentence):
             return Result("TRACEBACK", f"not one sentence with a file, folder or flag: {sentence}")
-        return Result("refused", sentence.replace(str(place), ""))
+        return Result("refused", sentence.replace(str(folder), ""))
     sys.stderr.flush()
     with open("/proc/self/fd/2", "rb") as output:
         printed = output.read().decode(errors="replace")
-    named = [reason for reason in seen.skipped.values() if str(place) in reason and ": " in reason]
+    named = [reason for reason in seen.skipped.values() if str(folder) in reason and ": " in reason]
     if len(named) < len(seen.skipped):
         return Result("TRACEBACK", f"a skipped frame is not named: {seen.skipped}")
     if seen.faults:
         return Result("SILENT", seen.faults[0])
     parts = expected.parts.keys() | seen.parts.keys()
     changed = sorted(p for p in parts - seen.skipped.keys() if seen.parts.get(p) != expected.parts.get(p))
-    left_out = changed and file.name in printed  # and the file is named
+    left_out = changed and file.name in printed  # something was skipped, with a message that names the file
     if left_out:
         changed = []
     if changed and (kind.checked or shows):
         return Result("SILENT", f"{changed[0]} differs")
     if changed:
         return Result("other", f"{changed[0]} differs")
-    return Result("skipped", named[0].replace(str(place), "")) if named else Result("skipped" if left_out else "same")
+    return Result("skipped", named[0].replace(str(folder), "")) if named else Result("skipped" if left_out else "same")
 
 
 def count(workshop, numbers, seed, kind, seconds):
-    """Do the cases, print outcomes by kind and an example of each class of fault; returns the number of faults."""
+    """Run the cases, print the outcomes by kind and an example of each class of fault; returns the number of faults."""
     counts, classes = defaultdict(Counter), defaultdict(list)
     for number in tqdm(numbers, "damaging", disable=None):
         kind_of_case, file, name, damage = workshop.case(seed, number, kind)
@@ -363,8 +363,8 @@ def main():
     parser.add_argument("--cases", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", choices=KINDS)
-    parser.add_argument("--only", type=int, help="number of a case")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="limit of a case")
+    parser.add_argument("--only", type=int, help="run this case only")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="time limit of a case")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -53,10 +53,10 @@ class Generator(torch.Generator):
 class DryRun(contextlib.ExitStack):
     """Inside this context there is a "cuda" device, which computes shapes only.
 
-    answers:  reason of a `host_wait` -> the value that the host reads: the number of rows found, or a list of values
-              to return one after the other
+    answers:  reason of a `host_wait` -> the value that the host reads, such as a number of nonzero elements; or a list
+              of such values, returned one after the other
     calls:    (kernel, arguments by name) of every launch
-    launches: the same as `Launch`
+    launches: a `Launch` for every launch
     operators: names of PyTorch operators that ran on the GPU, one launch or more each; not views and allocations
 
     The device is an AMD GPU if `torch.version.hip` is set.
@@ -194,7 +194,7 @@ def _tensors(tree):
 
 
 def _indexes_by_mask(func, args):
-    """Whether the operator indexes by a mask and must count its rows; writing a scalar under a mask does not."""
+    """Whether the operator indexes by a mask and has to count its true elements; writing a CPU scalar does not."""
     if func not in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
         return False
     masked = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
@@ -202,9 +202,9 @@ def _indexes_by_mask(func, args):
 
 
 def _install_cuda_guard():
-    """Install PyTorch's own CUDA device guard for machines without a GPU, which only its CUDA builds have.
+    """In a CPU build of PyTorch, register the device guard that CUDA builds use for CUDA on machines without a GPU.
 
-    PyTorch installs it over a guard that counts no devices; the lazy backend's is one.
+    `_ensureCUDADeviceGuardSet` only replaces a guard that reports no devices, such as the one of the lazy backend.
     """
     if torch.backends.cuda.is_built():
         return

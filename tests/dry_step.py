@@ -36,7 +36,7 @@ SHARED = {"sm_80": 101_376, "sm_90": 232_448, "sm_120": 101_376, "gfx942": 65_53
 MAIN = ("train camera-0.1", "detect lidar-0.075", "segment segment")
 WITH_VARIANTS = ("train camera-0.1", "train lidar-0.075", "detect camera-0.075", "segment segment")
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-VOXELS = 90_000  # per sample; masking leaves a fifth of them
+VOXELS = 90_000  # occupied ones per sample; masking keeps a fifth of them
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def steps():
     data = replace(lidar.recipe.data, cameras=False)
     found.append(Step(f"{lidar.name} --data.no-cameras", replace(lidar.recipe, data=data)))
     token = replace(lidar.recipe.lidar, learnable_token=True)
-    found.append(Step(f"{lidar.name}, a token for hidden voxels", replace(lidar.recipe, lidar=token)))
+    found.append(Step(f"{lidar.name}, learnable token for masked voxels", replace(lidar.recipe, lidar=token)))
     for step in (named[name] for name in WITH_VARIANTS):
         found += [replace(step, name=f"{step.name} --precision {p}", precision=p) for p in ("fp16", "fp32")]
         found.append(replace(step, name=f"{step.name} --deterministic", deterministic=True))
@@ -138,7 +138,7 @@ def answers(recipe, scene):
     """The values that the host reads where it waits, by the reason of the wait."""
     voxels = VOXELS * recipe.optim.batch_size - 1007 * scene
     return {
-        "assignment costs for the Hungarian method": None,  # all 0
+        "assignment costs for the Hungarian method": None,  # unused: the copy of a tensor is all 0
         "number of occupied voxels": voxels,
         "number and extent of occupied cells": [voxels, 1023 - scene, 1023 - 16 * scene, 39],
         "indices of the visible voxels": voxels // 5,
@@ -162,13 +162,13 @@ def specialized_on_data(calls, other_calls):
 
 
 def count_specializations(scenes, first, seed=0):
-    """Specializations per kernel in steps of a sparse encoder: counts for the first scenes, and for all.
+    """Specializations per kernel in training steps of a sparse encoder: after the first scenes, and after all.
 
     scenes: number of scenes, with 1 to 150,000 voxels each; half of them have fewer than 1000.
     """
     rng = random.Random(seed)
     sizes = [1, 16, *(rng.randrange(1, rng.choice([1000, 150_000])) for _ in range(scenes - 2))]
-    # the first strided convolution has nine tenths as many output voxels as a scene has voxels, the next ones fewer
+    # output voxels of the strided convolutions, as fractions of the scene's voxels
     out_voxels = [1 + int(n * part) for n in sizes for part in (0.9, 0.4, 0.1, 0.1)]
     with torch.device("meta"):
         net = SparseEncoder(5, (16, 32, 64), 1, 128)
@@ -237,7 +237,7 @@ def _compile_line(work):
 
 
 def print_seeded_faults():
-    """Print which of the faults made on purpose are detected."""
+    """Print which of a list of deliberate faults are detected."""
 
     def caught(fault):
         with DryRun() as dry:
@@ -295,7 +295,7 @@ def print_seeded_faults():
     print(json.dumps({"seeded": "less than 99 KB", "found": too_large(2)}))
 
 
-# Set before the kernels are imported: their constants depend on it.
+# torch.version.hip must be set before the kernels are imported: their constants depend on it.
 AMD_RUN = "import sys, torch; torch.version.hip = '7.0'; from tests.dry_step import main; sys.exit(main(True))"
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""test_compiles.py for every launch and target, which takes too long for the suite:
+"""The checks of test_compiles.py for every launch and target, which take too long for the test suite:
 
 python -m pytest tests/every_target.py
 """

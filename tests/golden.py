@@ -1,5 +1,4 @@
-"""Records of runs of the original UniPAD: `tests/golden/<name>.npz` has arrays, `<name>.json` says what was called, and
-how.
+"""Records of runs of the original UniPAD: `tests/golden/<name>.npz` has arrays, `<name>.json` says what was called.
 
 Array names: `state/<key>` weights, by their keys in the original state_dict, `in/<name>` inputs, `out/<name>` outputs,
 `grad/<name>` gradients of the sum that the JSON file names.
@@ -14,7 +13,7 @@ import torch
 from unipad.names import from_original
 
 FOLDER = Path(__file__).parent / "golden"
-log = None  # while `tests.faithfulness` runs, a list: names of loaded records, and (error, tolerance) of comparisons
+log = None  # while `tests.faithfulness` runs, a list of loaded records (names) and comparisons (error, tolerance)
 
 
 def load(name):
@@ -32,7 +31,7 @@ def strip_prefix(arrays, prefix):
 
 
 def weights(arrays, part, kind="state/"):
-    """State dict of our module `part` (such as "project."), converted from the arrays of a kind."""
+    """State dict of our module with prefix `part` (such as "project."), converted from the arrays of a kind."""
     return strip_prefix(from_original(strip_prefix(arrays, kind))[0], part)
 
 

@@ -1,4 +1,4 @@
-"""Boxes of the original (mmdet3d 0.17), as recorded in tests/golden: z is that of the bottom, yaw' = -yaw - pi / 2."""
+"""Boxes of the original (mmdet3d 0.17), as recorded in tests/golden: z of the bottom face, yaw' = -yaw - pi / 2."""
 
 import math
 

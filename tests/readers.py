@@ -1,7 +1,7 @@
-"""The files that the product reads, by kind, and how it reads them; for `tests.damage`.
+"""The kinds of files that the project reads, and a reader for each; for `tests.damage`.
 
-A reader takes a folder with the files of `make_files`, of which one may be damaged, and `intact`, a link to the same
-files undamaged. It reads as the scripts do, up to where they begin to compute, and returns what it has `Seen`.
+A reader takes a folder with the files of `make_files`, one of which may be damaged, and a link `intact` to an undamaged
+copy of them. It reads files as the scripts do, up to where they would begin to compute, and returns a `Seen`.
 """
 
 import contextlib
@@ -41,12 +41,12 @@ from unipad.recipes import DETECT, PRETRAIN
 from unipad.runtime import generators
 
 VERSION = "v1.0-mini"
-FAR = 1e5  # meters; a coordinate beyond is no measurement
+FAR = 1e5  # meters; no real coordinate is larger
 
 
 @dataclass
 class Seen:
-    """What a reader made of a file: digests of what it read, frames it left out, and what is impossible about it."""
+    """What a reader returns: digests of what it read, the frames it skipped, and what is impossible in the result."""
 
     parts: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)  # part -> `path: reason`
@@ -57,7 +57,7 @@ class Seen:
 
 
 def digest(value) -> str:
-    """Of dataclasses, containers, arrays, tensors and plain values: equal only for equal ones."""
+    """A hash of dataclasses, containers, arrays, tensors and plain values: equal only for equal ones."""
     found = hashlib.sha256()
 
     def feed(value):
@@ -83,7 +83,7 @@ def digest(value) -> str:
 
 
 class Reached(BaseException):
-    """A script has read its files and would begin to compute."""
+    """Raised where a script has read its files and would begin to compute."""
 
 
 def _reach(*_, **__):
@@ -91,8 +91,8 @@ def _reach(*_, **__):
 
 
 def sample_faults(sample) -> list[str]:
-    """What no sample of any dataset can have. See `unipad.data.dataset.Sample`."""
-    possible = {
+    """The conditions that a sample violates, of those that every `unipad.data.dataset.Sample` must meet."""
+    conditions = {
         "points are finite and near": np.isfinite(sample.points).all() and (np.abs(sample.points[:, :3]) < FAR).all(),
         "sweeps are not from the future": (sample.points[:, 4] >= 0).all(),
         "sweeps are not a minute old": (sample.points[:, 4] < 60).all(),
@@ -105,19 +105,20 @@ def sample_faults(sample) -> list[str]:
         "matrices are finite": np.isfinite(sample.lidar2image).all() and np.isfinite(sample.lidar2camera).all(),
         "images are RGB": all(i.dtype == np.uint8 and i.ndim == 3 and i.shape[2] == 3 for i in sample.images),
     }
-    if possible["matrices are finite"] and len(sample.images):
-        turn = sample.lidar2camera[:, :3, :3].astype(float)
-        possible["camera poses are rigid"] = (
-            np.allclose(turn @ turn.transpose(0, 2, 1), np.eye(3), atol=1e-3) and (np.linalg.det(turn) > 0).all()
+    if conditions["matrices are finite"] and len(sample.images):
+        rotation = sample.lidar2camera[:, :3, :3].astype(float)
+        conditions["camera poses are rigid"] = (
+            np.allclose(rotation @ rotation.transpose(0, 2, 1), np.eye(3), atol=1e-3)
+            and (np.linalg.det(rotation) > 0).all()
         )
         focal = (sample.lidar2image.astype(float) @ np.linalg.inv(sample.lidar2camera.astype(float)))[:, :2, :2]
-        possible["cameras have a focal length"] = (np.diagonal(focal, axis1=1, axis2=2) > 0).all()
-    return [f"not so: {fact}" for fact, holds in possible.items() if not holds]
+        conditions["cameras have a focal length"] = (np.diagonal(focal, axis1=1, axis2=2) > 0).all()
+    return [f"violated: {fact}" for fact, holds in conditions.items() if not holds]
 
 
-def read_city(place: Path, learn: bool = False) -> Seen:
-    """All frames of both splits; `learn`: and the losses of a training step of either task on them."""
-    root, seen, grid = place / "city", Seen(), models()[0].recipe.grid
+def read_city(folder: Path, learn: bool = False) -> Seen:
+    """All frames of both splits. learn: also the losses of a pre-training and of a detection step on them."""
+    root, seen, grid = folder / "city", Seen(), models()[0].recipe.grid
     seen.add(synthetic=is_synthetic(root))
     samples = []
     for split in ("mini_train", "mini_val"):
@@ -143,25 +144,25 @@ def read_city(place: Path, learn: bool = False) -> Seen:
                 losses = net(batch, generators(0, 0, range(len(batch)), "cpu"))
             losses = losses if isinstance(losses, dict) else losses[0]
             if not all(torch.isfinite(loss) for loss in losses.values()):
-                seen.faults.append("not so: losses are finite")
+                seen.faults.append("violated: losses are finite")
     return seen
 
 
-def read_splits(place):
-    seen, root = Seen(), place / "city"
+def read_splits(folder):
+    seen, root = Seen(), folder / "city"
     seen.add(splits=NuScenesDataset.splits(root, VERSION), tokens=load_index(root, VERSION, "dark").tokens)
     return seen
 
 
-def read_camera_sweeps(place):
+def read_camera_sweeps(folder):
     seen = Seen()
-    seen.add(sweeps=load_camera_sweeps(place / "city", VERSION, "mini_val"))
+    seen.add(sweeps=load_camera_sweeps(folder / "city", VERSION, "mini_val"))
     return seen
 
 
-def read_objects(place):
-    """Every object to paste, with its points and pictures."""
-    dataset, seen = NuScenesDataset(place / "city", VERSION, "mini_train", Data()), Seen()
+def read_objects(folder):
+    """Every object for cut-and-paste augmentation, with its points and image crops."""
+    dataset, seen = NuScenesDataset(folder / "city", VERSION, "mini_train", Data()), Seen()
     objects = load_objects(dataset, DETECT["lidar"]["lidar-0.075"].paste)
     seen.add(boxes=objects.boxes, labels=objects.labels)
     for k in range(len(objects.labels)):
@@ -170,12 +171,13 @@ def read_objects(place):
     return seen
 
 
-# Few rays and no validation
+# Two steps and no validation
 FLAGS = ["--device", "cpu", "--workers", "0", "--val-every", "0", "--steps", "2"]
 
 
 def start_training(script, *flags, **changes):
-    """What a script with these flags, or a new run with these changes of its arguments, reads before its first step."""
+    """What a script reads before its first step. It is started with `flags`; if there are none, with the arguments of
+    `new_run(script)`, changed by `changes`."""
     seen, read = Seen(), {"resumed": script.resumed, "take_weights": script.take_weights}
 
     def resumed(saved, parts):
@@ -196,7 +198,7 @@ def start_training(script, *flags, **changes):
 
     with (
         mock.patch.multiple(script, resumed=resumed, take_weights=take_weights, step_batches=_reach),
-        mock.patch("unipad.run_folder.commit", return_value=None),  # it starts a process
+        mock.patch("unipad.run_folder.commit", return_value=None),  # `commit` starts a process
         contextlib.suppress(Reached),
     ):
         args = script.parse(list(map(str, flags))) if flags else replace(new_run(script), **changes)
@@ -209,14 +211,14 @@ def start_training(script, *flags, **changes):
 
 def _weight_faults(state):
     bad = [name for name, w in state.items() if w.is_floating_point() and not torch.isfinite(w).all()]
-    return [f"not so: {name} is finite" for name in bad[:1]]
+    return [f"violated: {name} is finite" for name in bad[:1]]
 
 
 def type_faults(kind, value, name="") -> list[str]:
-    """Fields of a dataclass, nested ones too, whose values are not of their types, or not finite."""
+    """Fields of a (nested) dataclass whose values do not have the annotated types, or are not finite."""
     if not is_dataclass(kind):
         options = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
-        return [] if any(_fits(option, value) for option in options) else [f"not so: {name} {value!r} is a {kind}"]
+        return [] if any(_fits(option, value) for option in options) else [f"violated: {name} {value!r} is a {kind}"]
     faults, hints = [], typing.get_type_hints(kind)
     for f in fields(kind):
         part = getattr(value, f.name)
@@ -239,30 +241,30 @@ def _fits(kind, value):
     return type(value) is kind or kind is Path and isinstance(value, Path)
 
 
-def read_run(place):
+def read_run(folder):
     """Resume a run: checkpoint, log and settings."""
-    log = place / "run/log.jsonl"
-    lines = (place / "intact/run/log.jsonl").read_bytes().splitlines()
+    log = folder / "run/log.jsonl"
+    lines = (folder / "intact/run/log.jsonl").read_bytes().splitlines()
     intact = set(lines) & set(log.read_bytes().splitlines() if log.is_file() else ())
-    seen = start_training(train, "--resume", place / "run")
+    seen = start_training(train, "--resume", folder / "run")
     lost = intact - set(log.read_bytes().splitlines())
     if lost:
-        seen.faults.append(f"not so: the log keeps its intact lines ({len(lost)} are gone)")
+        seen.faults.append(f"violated: the log keeps its intact lines ({len(lost)} are gone)")
     return seen
 
 
-def read_config(place):
-    return start_training(train, "--config", place / "run/config.json", "--out", place / "new")
+def read_config(folder):
+    return start_training(train, "--config", folder / "run/config.json", "--out", folder / "new")
 
 
-def read_init(place):
-    changes = {"data_root": place / "intact/city", "out": place / "new"}
-    return start_training(train, init=(place / "run/checkpoints/last.pt",), **changes)
+def read_init(folder):
+    changes = {"data_root": folder / "intact/city", "out": folder / "new"}
+    return start_training(train, init=(folder / "run/checkpoints/last.pt",), **changes)
 
 
-def read_pretrained(place):
-    changes = {"data_root": place / "intact/city", "out": place / "new"}
-    return start_training(finetune, pretrained=(place / "run",), **changes)
+def read_pretrained(folder):
+    changes = {"data_root": folder / "intact/city", "out": folder / "new"}
+    return start_training(finetune, pretrained=(folder / "run",), **changes)
 
 
 @lru_cache(2)
@@ -272,18 +274,18 @@ def new_run(script):
     return replace(args, recipe=models()[script is finetune].recipe)
 
 
-def read_tuning(place):
-    """The choice of a launch, from a run's tuning.json."""
+def read_tuning(folder):
+    """The choice of a kernel's launch parameters, from a run's tuning.json."""
     seen = Seen()
     with mock.patch.object(train, "step_batches", _reach), contextlib.suppress(Reached):
-        train.main(train.parse(list(map(str, ["--resume", place / "run", "--tune"]))))
+        train.main(train.parse(list(map(str, ["--resume", folder / "run", "--tune"]))))
     choices = [(16, 4), (32, 8), (64, 8)]
     seen.add(choice=tuning.choose(("conv", 3, 1000), choices, lambda choice: None, torch.device("cpu")))
     tuning.disable()
     return seen
 
 
-def read_detector(place):
+def read_detector(folder):
     """eval.py up to its first frame."""
     seen = Seen()
 
@@ -293,40 +295,40 @@ def read_detector(place):
 
     with mock.patch.object(evaluation, "detect", detect):
         flags = [
-            place / "detector.pt",
+            folder / "detector.pt",
             "--data-root",
-            place / "intact/city",
+            folder / "intact/city",
             "--device",
             "cpu",
             "--workers",
             "0",
             "--out",
-            place / "new",
+            folder / "new",
         ]
         evaluation.main(evaluation.parse(list(map(str, flags))))
     return seen
 
 
-def read_conversion(place, name, **flags):
+def read_conversion(folder, name, **flags):
     seen = Seen()
-    convert.main(convert.Args((place / name, place / "converted.pt"), **flags))
-    seen.add(converted=torch.load(place / "converted.pt", weights_only=True))
+    convert.main(convert.Args((folder / name, folder / "converted.pt"), **flags))
+    seen.add(converted=torch.load(folder / "converted.pt", weights_only=True))
     return seen
 
 
-def read_submission(place):
+def read_submission(folder):
     seen = Seen()
-    summary = score_submission(place / "results_nusc.json", place / "intact/city", VERSION, "mini_val")
+    summary = score_submission(folder / "results_nusc.json", folder / "intact/city", VERSION, "mini_val")
     seen.add(mAP=summary["mean_ap"], NDS=summary["nd_score"])
     if not (0 <= summary["mean_ap"] < 1.001 and 0 <= summary["nd_score"] < 1.001):
-        seen.faults.append("not so: scores are from 0 to 1")
+        seen.faults.append("violated: scores are from 0 to 1")
     return seen
 
 
-def read_segments(place):
+def read_segments(folder):
     seen = Seen()
     summary = score_segmentation(
-        place / "segments", NuScenesDataset(place / "intact/city", VERSION, "mini_val", Data())
+        folder / "segments", NuScenesDataset(folder / "intact/city", VERSION, "mini_val", Data())
     )
     seen.add(mIoU=summary["miou"])
     return seen
@@ -336,11 +338,11 @@ def read_segments(place):
 class Kind:
     """Files of one kind and their reader."""
 
-    files: str  # pattern below the workspace
+    files: str  # glob pattern, relative to the folder of `make_files`
     read: Callable[[Path], Seen]
-    format: str = ""  # with damages of its own: json, json lines or checkpoint
-    checked: bool = False  # has a checksum or can be computed again: every other result is SILENT
-    weight: int = 1  # cases, compared with other kinds
+    format: str = ""  # json, json lines or checkpoint: formats with their own `tests.damage.SPECIAL`
+    checked: bool = False  # has a checksum or can be computed again: any other result is SILENT
+    weight: int = 1  # number of cases, relative to other kinds
 
 
 KINDS = {
@@ -373,7 +375,7 @@ KINDS = {
 
 @lru_cache(1)
 def models():
-    """A model to pre-train and a detector, both of the smallest size: they only have to compute without a fault."""
+    """A pre-training model and a detector, as small as possible: they only have to run without an error."""
     torch.manual_seed(0)
     grid = Grid(low=(-40.0, -40.0, -3.0), high=(40.0, 40.0, 9.0), cell=(2.5, 2.5, 3.0))
     narrow = {"widths": (8, 8), "sparse_channels": 8, "neck_widths": (8,), "neck_strides": (1,), "channels": 8}
@@ -388,7 +390,7 @@ def models():
 
 
 def warm_up():
-    """Import and build once what every reader needs: a forked child has it then."""
+    """Import and build what every reader needs, so that forked children need not."""
     import nuscenes.eval.detection.evaluate  # noqa: F401
     import nuscenes.eval.lidarseg.evaluate  # noqa: F401
 
@@ -396,7 +398,7 @@ def warm_up():
     for script in (train, finetune):
         new_run(script)
     gc.collect()
-    gc.freeze()  # or the first collection in a child copies everything
+    gc.freeze()  # otherwise the first garbage collection in a child would copy every page of memory
 
 
 def make_files(folder: Path, city: Path | None):

@@ -1,7 +1,7 @@
-"""Python programs in separate processes, as a user starts them, but forked from one that has imported them already.
+"""Run Python programs in separate processes, as a user does, but forked from a server that has imported them already.
 
-Imports take ten seconds of a core, and the suite starts scripts fifty times. The server computes nothing before it
-forks, so the processes inherit no threads of OpenMP.
+Imports take ten seconds of CPU time, and the test suite starts programs fifty times. The server computes nothing before
+it forks, so the processes inherit no OpenMP threads.
 """
 
 import multiprocessing
@@ -24,7 +24,7 @@ SERVER.set_forkserver_preload(
 
 
 def environment():
-    """The environment without what the test suite adds for the kernels: scripts use the references on a CPU."""
+    """The environment without TRITON_INTERPRET: on a CPU, programs then use the reference ops instead of kernels."""
     clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return clean | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
 
@@ -32,7 +32,7 @@ def environment():
 class Script:
     """A running program, with the methods of `subprocess.Popen` that tests use.
 
-    args:      as after `python`: a script of this repository, "-m" and a module, or "-c" and code; then its flags
+    args:      what follows `python`: a script of this repository, "-m" and a module, or "-c" and code; then its flags
     path:      an additional folder to import from
     variables: environment variables to set
     """
@@ -81,7 +81,7 @@ def run(*args, cwd=REPO, path="", timeout=300):
 
 
 def run_two(*args, cwd=REPO, timeout=300):
-    """Run a program in two processes, as torchrun starts them; returns the main one when both have exited."""
+    """Run a program in two processes, as torchrun does; returns when both have exited, with the outputs of both."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting_point = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}

@@ -1,4 +1,6 @@
-"""What ends a run from outside, or damages it: nothing is lost but what the README says, and one line tells why."""
+"""Signals, killed processes, full disks and damaged files: a run loses no more than the README says, and ends with one
+line that says why.
+"""
 
 import json
 import os
@@ -34,7 +36,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 @pytest.fixture(autouse=True, scope="module")
 def signal_handlers():
-    """Programs handle signals until their process ends; here it does not end."""
+    """Restore the signal handlers: programs set them until their process ends, but this process goes on."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in before.items():
@@ -42,7 +44,7 @@ def signal_handlers():
 
 
 def start(city, out, *flags):
-    """train.py, once it has trained some steps, none of which it saves by itself."""
+    """A running train.py that has trained some steps and has not saved a checkpoint."""
     script = Script("train.py", *SMALL, "--data-root", city, "--out", out, *flags, cwd=out.parent)
     log = out / "log.jsonl"
     wait_for(lambda: log.exists() and log.read_text().count("train/loss") > 1, script)
@@ -55,6 +57,7 @@ def pretrain(city, out, *flags):
 
 
 def children(process):
+    """Process ids of the children of a process."""
     return [int(pid) for pid in open(f"/proc/{process}/task/{process}/children").read().split()]
 
 
@@ -63,8 +66,8 @@ def children(process):
     [((signal.SIGTERM, signal.SIGTERM), 143), ((signal.SIGHUP,), 129), ((signal.SIGINT, signal.SIGINT), 130)],
     ids=["SIGTERM", "SIGHUP", "Ctrl-C twice"],
 )
-def test_a_signal_to_all_processes_saves(numbers, code, city, tmp_path):
-    """As of a terminal, of systemd and of Slurm: the loading processes get it first."""
+def test_a_run_is_saved_when_all_its_processes_get_a_signal(numbers, code, city, tmp_path):
+    """A terminal, systemd and Slurm signal the data loading processes too; here they get the signal first."""
     script = start(city, tmp_path / "run", "--steps", 500, "--workers", 2)
     with pytest.raises(UserError, match=f"run is in use by another program .process {script.process.pid} on "):
         pretrain(city, tmp_path / "run")
@@ -78,7 +81,7 @@ def test_a_signal_to_all_processes_saves(numbers, code, city, tmp_path):
     assert "Traceback" not in err and saved == max(curve(tmp_path / "run"))
 
 
-def test_a_killed_loading_process_is_replaced(city, tmp_path):
+def test_a_run_goes_on_after_a_data_loading_process_is_killed(city, tmp_path):
     script = start(city, tmp_path / "run", "--workers", 2, "--steps", 8)
     os.kill(children(script.process.pid)[0], signal.SIGKILL)
     _, err = script.communicate(timeout=60)
@@ -89,7 +92,7 @@ def test_a_killed_loading_process_is_replaced(city, tmp_path):
 
 
 class NeedsSharedMemory(torch.utils.data.Dataset):
-    """Item i is i, but in a worker there is no memory to share it by."""
+    """Item i is i; in a worker process, items from the third on fail for lack of shared memory."""
 
     def __getitem__(self, i):
         if torch.utils.data.get_worker_info() is not None and i > 1:
@@ -103,7 +106,7 @@ def test_without_shared_memory_items_are_loaded_in_this_process(capsys):
     assert words in capsys.readouterr().err
 
 
-def test_where_nothing_is_to_be_saved_a_signal_ends_the_program_at_once(capsys):
+def test_a_signal_ends_the_program_at_once_if_nothing_has_to_be_saved(capsys):
     with pytest.raises(SystemExit) as end, exit_on_user_error():
         signal.raise_signal(signal.SIGTERM)
     assert end.value.code == 143 and capsys.readouterr().err == "stopped by SIGTERM\n"
@@ -114,7 +117,7 @@ def test_where_nothing_is_to_be_saved_a_signal_ends_the_program_at_once(capsys):
         raise AssertionError("a validation would begin")
 
 
-def test_a_closed_pipe_is_a_signal(monkeypatch):
+def test_a_closed_pipe_stops_a_run_like_a_signal(monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)
     stop = StopOnSignal(ALONE)
@@ -127,13 +130,13 @@ def test_a_closed_pipe_is_a_signal(monkeypatch):
     assert stop.number == SIGPIPE
 
 
-def test_runs_of_one_second_have_folders_of_their_own(tmp_path):
+def test_runs_started_in_the_same_second_get_different_folders(tmp_path):
     assert len({_new_folder(tmp_path) for _ in range(4)}) == 4
 
 
 @pytest.fixture
 def without_boxes(copy):
-    """Root of a city whose tables have no box, which the devkit does not score."""
+    """Root of a dataset whose tables have no boxes, which the devkit refuses to score."""
     for name in ("sample_annotation", "instance"):
         (copy / "v1.0-mini" / f"{name}.json").write_text("[]")
     return copy
@@ -142,15 +145,15 @@ def without_boxes(copy):
 def test_a_failing_validation_loses_no_step(without_boxes, tmp_path):
     flags = ["--modality", "lidar", "--preset", "tiny", "--device", "cpu", "--workers", 0, "--save-every", 99]
     flags += ["--steps", 2, "--val-every", 1, "--data-root", without_boxes, "--out", tmp_path / "run"]
-    for step in (1, 2):  # each is trained by the run that resumes after the failure
+    for step in (1, 2):  # the first run trains step 1, the second resumes after the failure and trains step 2
         with pytest.raises(UserError, match=f"validation failed: the nuScenes devkit cannot .*step {step} is saved"):
             finetune.main(finetune.parse([*flags, "--resume", "auto"]))
         assert checkpoint(tmp_path / "run")["step"] == step
         assert (tmp_path / "run" / "checkpoints" / f"step_{step}.pt").exists()
-    finetune.main(finetune.parse([*flags, "--resume", "auto"]))  # has ended, and does not fail again
+    finetune.main(finetune.parse([*flags, "--resume", "auto"]))  # the run has ended: no step, no validation
 
 
-def test_an_interrupted_validation_is_made_up_for(city, tmp_path, monkeypatch):
+def test_a_resumed_run_repeats_an_interrupted_validation(city, tmp_path, monkeypatch):
     def interrupted(*_):
         raise Stopped(signal.SIGTERM)
 
@@ -214,7 +217,7 @@ def test_a_damaged_checkpoint_is_not_resumed(damage, words, half_a_run, city, tm
     assert "\n" not in str(error.value)
 
 
-def test_a_checkpoint_that_is_none_is_not_started_over(half_a_run, city, tmp_path):
+def test_a_run_whose_last_pt_is_no_checkpoint_is_not_started_over(half_a_run, city, tmp_path):
     run = shutil.copytree(half_a_run, tmp_path / "run")
     for value in (None, [], {}):
         torch.save(value, run / "checkpoints" / "last.pt")
@@ -222,8 +225,8 @@ def test_a_checkpoint_that_is_none_is_not_started_over(half_a_run, city, tmp_pat
             pretrain(city, run, "--resume", "auto")
 
 
-def test_a_damaged_record_is_named(half_a_run, tmp_path):
-    """PyTorch loads it, with zeros for weights."""
+def test_a_damaged_zip_record_of_a_checkpoint_is_named(half_a_run, tmp_path):
+    """`torch.load` alone would return zeros for the weights without an error."""
     file = tmp_path / "last.pt"
     data = bytearray((half_a_run / "checkpoints" / "last.pt").read_bytes())
     with zipfile.ZipFile(half_a_run / "checkpoints" / "last.pt") as archive:
@@ -247,7 +250,7 @@ def full_disk(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_full_disk_is_one_sentence_and_keeps_the_last_checkpoint(half_a_run, city, tmp_path, capsys):
+def test_a_full_disk_gives_a_one_sentence_error_and_keeps_the_last_checkpoint(half_a_run, city, tmp_path, capsys):
     run = shutil.copytree(half_a_run, tmp_path / "run")
     (run / "checkpoints" / ".last.pt.999999999").write_text("what a killed run left")
     with full_disk(200_000), pytest.raises(SystemExit) as end, exit_on_user_error():
@@ -259,7 +262,7 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_last_checkpoint(half_a_run, c
 
 
 @pytest.mark.parametrize("out, reason", [("x" * 300, "File name too long"), ("file/run", "Not a directory")])
-def test_an_impossible_folder_is_one_sentence(out, reason, city, tmp_path, capsys):
+def test_an_impossible_folder_gives_a_one_sentence_error(out, reason, city, tmp_path, capsys):
     (tmp_path / "file").touch()
     for program in (lambda: pretrain(city, tmp_path / out), lambda: generate(tmp_path / out, workers=1)):
         with pytest.raises(SystemExit) as end, exit_on_user_error():
@@ -269,7 +272,7 @@ def test_an_impossible_folder_is_one_sentence(out, reason, city, tmp_path, capsy
         assert sentence.startswith(f"error: {tmp_path}") and reason in sentence
 
 
-def test_what_killed_generators_left_is_removed(tmp_path):
+def test_partial_datasets_of_killed_processes_are_removed(tmp_path):
     (tmp_path / ".city.partial-999999999").mkdir()
     (tmp_path / f".city.partial-{os.getppid()}").mkdir()
     with pytest.raises(OSError), full_disk(100):
@@ -277,10 +280,10 @@ def test_what_killed_generators_left_is_removed(tmp_path):
     assert [folder.name for folder in tmp_path.iterdir()] == [f".city.partial-{os.getppid()}"]
 
 
-def test_a_run_resumes_where_its_dataset_has_moved(half_a_run, city, copy, tmp_path, monkeypatch):
+def test_a_run_resumes_after_its_dataset_has_moved(half_a_run, city, copy, tmp_path, monkeypatch):
     run = shutil.copytree(half_a_run, tmp_path / "run")
     for table in (copy / "v1.0-mini").iterdir():
-        os.utime(table)  # a copy has other times
+        os.utime(table)  # changes the modification time
     with monkeypatch.context() as patch:
         patch.setattr(NuScenesDataset, "contents", lambda self: "of another city")
         with pytest.raises(UserError, match="was trained on other frames than .* has; give its dataset as --data-root"):
@@ -289,7 +292,7 @@ def test_a_run_resumes_where_its_dataset_has_moved(half_a_run, city, copy, tmp_p
     assert json.loads((run / "config.json").read_text())["args"]["data_root"] == str(copy)
 
 
-def test_contents_are_those_of_the_tables(city, copy):
+def test_contents_are_equal_for_a_copied_dataset_and_differ_between_splits(city, copy):
     data = PRETRAIN["lidar"]["tiny"].data
 
     def contents(root, split="mini_train"):
@@ -298,7 +301,7 @@ def test_contents_are_those_of_the_tables(city, copy):
     assert contents(city) == contents(copy) != contents(city, "mini_val")
 
 
-def test_a_run_begins_from_the_newest_run_and_keeps_to_it(half_a_run, city, tmp_path):
+def test_init_chooses_the_newest_run_and_a_resumed_run_keeps_that_choice(half_a_run, city, tmp_path):
     runs = tmp_path / "runs"
     shutil.copytree(half_a_run, runs / "first")
     flags = ["--init", runs, "--stop-at", 1]

@@ -1,4 +1,4 @@
-"""int32 products in addresses are found in kernels that have them, and in no others.
+"""`tests.addresses` finds int32 products in the addresses of kernels that have them, and of no others.
 
 The project's own kernels are checked where they are compiled anyway: tests/test_compiles.py.
 """
@@ -48,7 +48,7 @@ KERNELS = [narrow, widened_too_late, carried, wide]
 
 @pytest.fixture(scope="module")
 def found():
-    """kernel -> its int32 products, found in a process without the interpreter."""
+    """kernel -> its int32 products, as printed by a process without Triton's interpreter."""
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
     done = scripts.run("-m", "tests.test_addresses")
     assert done.returncode == 0, done.stderr[-4000:]

@@ -13,7 +13,7 @@ from unipad.data.loader import held_out_batches, step_batches
 
 
 def sample(token, points=3, boxes=2, size=(40, 33), labeled=True):
-    """A sample whose every value is `token`, a number."""
+    """A sample in which every value is the number `token`; pixels: token + index of the view."""
     views = len(CAMERAS)
     return Sample(
         images=[np.full((*size, 3), token + view, np.uint8) for view in range(views)],
@@ -42,8 +42,8 @@ class FakeDataset(torch.utils.data.Dataset):
         return sample(i, points=i, size=(8, 8))
 
 
-def seen(n, count, **stream):
-    """Tokens of each of the first `count` micro-batches."""
+def tokens_of(n, count, **stream):
+    """Tokens of each of the first `count` micro-batches of `step_batches` with arguments `stream`."""
     batches = itertools.islice(step_batches(FakeDataset(n), **stream), count)
     return [tuple(int(t) for t in batch.tokens) for batch, _ in batches]
 
@@ -89,36 +89,36 @@ def test_to_moves_all_but_the_counts():
     assert batch.tokens == ("1",)
 
 
-def test_an_epoch_shows_every_frame_once_and_drops_none():
-    order = sum(seen(5, count=5, micro_batch=2), ())
+def test_every_frame_appears_exactly_once_per_epoch():
+    order = sum(tokens_of(5, count=5, micro_batch=2), ())
     assert sorted(order[:5]) == sorted(order[5:]) == list(range(5))
     assert order[:5] != order[5:]
-    assert order != sum(seen(5, count=5, micro_batch=2, seed=1), ())
+    assert order != sum(tokens_of(5, count=5, micro_batch=2, seed=1), ())
 
 
-def test_a_stream_started_later_resumes_where_another_stopped():
-    assert seen(7, count=9, micro_batch=3)[4:] == seen(7, count=5, micro_batch=3, start=4)
+def test_a_stream_with_start_skips_that_many_micro_batches():
+    assert tokens_of(7, count=9, micro_batch=3)[4:] == tokens_of(7, count=5, micro_batch=3, start=4)
 
 
-def test_two_processes_see_what_one_sees():
-    one = seen(7, count=6, micro_batch=4)
-    parts = [seen(7, count=6, micro_batch=2, rank=rank, world=2) for rank in range(2)]
+def test_two_processes_get_the_samples_of_one():
+    one = tokens_of(7, count=6, micro_batch=4)
+    parts = [tokens_of(7, count=6, micro_batch=2, rank=rank, world=2) for rank in range(2)]
     assert one == [a + b for a, b in zip(*parts, strict=True)]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_workers_change_nothing(workers):
-    assert seen(7, count=5, micro_batch=3, workers=workers) == seen(7, count=5, micro_batch=3)
+def test_workers_do_not_change_the_batches(workers):
+    assert tokens_of(7, count=5, micro_batch=3, workers=workers) == tokens_of(7, count=5, micro_batch=3)
 
 
 def test_a_micro_batch_may_be_larger_than_the_dataset():
-    (order,) = seen(2, count=1, micro_batch=5)
+    (order,) = tokens_of(2, count=1, micro_batch=5)
     assert sorted(order[:2]) == sorted(order[2:4]) == [0, 1]
 
 
 def test_the_stream_does_not_touch_the_global_generator():
     state = torch.get_rng_state()
-    seen(3, count=1, micro_batch=1, workers=1)
+    tokens_of(3, count=1, micro_batch=1, workers=1)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -130,20 +130,20 @@ def test_bad_frames_are_replaced_and_named(workers):
     assert set(bad_frames) == {f"frame-{i}: is missing" for i in (1, 2, 4)}
 
 
-def test_the_frames_instead_of_bad_ones_are_drawn_uniformly():
-    """Two of twelve can be read; always taking the next one would show frame 11 ten times as often as frame 0."""
+def test_bad_frames_are_replaced_by_uniformly_drawn_ones():
+    """Only frames 0 and 11 of twelve can be read; replacing a bad frame by the next one would favor frame 11."""
     batches = itertools.islice(step_batches(FakeDataset(12, bad=range(1, 11)), micro_batch=12), 20)
     shown = [token for batch, _ in batches for token in batch.tokens]
-    assert abs(shown.count("0") - 120) < 5 * np.sqrt(200 / 4)  # standard deviation of 200 draws of two
+    assert abs(shown.count("0") - 120) < 5 * np.sqrt(200 / 4)  # 20 frames without replacement + 200 draws; 5 sigma
 
 
-def test_the_search_for_a_readable_frame_ends(monkeypatch):
+def test_a_dataset_without_readable_frames_is_a_user_error(monkeypatch):
     monkeypatch.setattr(loader, "TRIES", 8)
     with pytest.raises(DataError, match=r"none of the 8 frames can be read \(frame-\d+: is missing\)"):
         next(step_batches(FakeDataset(100, bad=range(100)), micro_batch=1))
 
 
-def test_held_out_frames_are_spread_and_shared():
+def test_held_out_frames_are_evenly_spaced_and_divided_among_processes():
     frames = [(p, batch.tokens) for p, batch in held_out_batches(FakeDataset(10), 4)]
     assert frames == [(0, ("0",)), (1, ("2",)), (2, ("5",)), (3, ("7",))]
     shared = [list(held_out_batches(FakeDataset(10), 4, rank, 2)) for rank in range(2)]

@@ -16,7 +16,7 @@ from unipad.boxes import (
     footprint,
 )
 
-# One box that heads 30 degrees to the left of x
+# One box with yaw 30 degrees, counterclockwise from +x
 BOX = torch.tensor([[1.0, 2.0, 3.0, 2.0, 4.0, 1.5, math.pi / 6, 5.0, -6.0]], dtype=torch.float64)
 
 
@@ -28,17 +28,17 @@ def random_boxes(n):
 
 
 def at_center(boxes):
-    """Boxes as in `Batch` from recorded ones whose z is already the center, as the original's box coder has it."""
+    """Boxes as in `Batch` from recorded ones whose z is that of the center, as in the original's box coder."""
     ours = boxes_from_original(boxes)
     ours[..., 2] -= ours[..., 5] / 2
     return ours
 
 
-def test_by_hand():
+def test_conversions_by_hand():
     code = torch.tensor([[1, 2, math.log(2), math.log(4), 3, math.log(1.5), -(0.75**0.5), -0.5, 5, -6]])
     assert torch.allclose(encode_boxes(BOX), code.double(), rtol=0, atol=1e-7)
     original = boxes_to_original(BOX)
-    # half the height below; clockwise from -y by 360 - 30 - 90 degrees
+    # z of the bottom: 3 - 1.5 / 2; yaw' = -30 - 90 degrees
     assert original[0, 2] == 2.25 and original[0, 6].item() == pytest.approx(-2 * math.pi / 3)
     assert footprint(BOX).tolist() == [[1, 2, 2, 4, math.pi / 6]]
 
@@ -78,7 +78,7 @@ def test_a_box_has_the_corners_that_the_original_gives_it():
         ahead, left = torch.stack([yaw.cos(), yaw.sin()]), torch.stack([-yaw.sin(), yaw.cos()])
         front_left = box[:2] + l / 2 * ahead + w / 2 * left
         cos, sin = original[6].cos(), original[6].sin()
-        dx, dy = original[3] / 2, -original[4] / 2  # at yaw' = 0 it heads for -y, and its left is +x
+        dx, dy = original[3] / 2, -original[4] / 2  # of the front left corner; yaw' = 0 heads along -y
         rotated = torch.stack([dx * cos + dy * sin, -dx * sin + dy * cos])
         assert torch.allclose(original[:2] + rotated, front_left, atol=1e-12)
 
@@ -91,9 +91,9 @@ def test_to_global_is_the_inverse_of_from_global():
     box2global = np.tile(np.eye(4), (8, 1, 1))
     box2global[:, :3, :3] = [Quaternion(q).rotation_matrix for q in rotation]
     box2global[:, :3, 3] = translation
-    again = boxes_from_global(box2global, size, velocity, np.tile(lidar2global, (8, 1, 1)))
-    np.testing.assert_allclose(again[:, :7], boxes[:, :7], rtol=0, atol=2e-5)
-    np.testing.assert_allclose(again[:, 7:], boxes[:, 7:], rtol=0, atol=0.05)  # the LiDAR leans by 2 degrees
+    back = boxes_from_global(box2global, size, velocity, np.tile(lidar2global, (8, 1, 1)))
+    np.testing.assert_allclose(back[:, :7], boxes[:, :7], rtol=0, atol=2e-5)
+    np.testing.assert_allclose(back[:, 7:], boxes[:, 7:], rtol=0, atol=0.05)  # the LiDAR is tilted by 2 degrees
     assert [len(t) for t in boxes_to_global(boxes[:0], lidar2global)] == [0, 0, 0, 0]
 
 
@@ -108,7 +108,7 @@ def test_to_global_by_hand():
 
 
 def test_corners_by_hand():
-    """Heading along y, so that its left is -x."""
+    """A box that heads along +y, so that its left side is at -x."""
     corners = box_corners(np.array([[1.0, 2, 3, 2, 4, 6, math.pi / 2, 0, 0]]))
     bottom = [[0, 4], [2, 4], [2, 0], [0, 0]]
     expected = [[x, y, z] for z in (0, 6) for x, y in bottom]

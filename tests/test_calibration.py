@@ -1,4 +1,4 @@
-"""Pictures of calibration: what is drawn where, for rigs of any number of cameras."""
+"""Calibration pictures: which points are drawn where, for rigs with any number of cameras."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ def sample(city):
 
 
 def rig(sample, cameras):
-    """The sample with that many cameras, every second one of half the size."""
+    """The sample with another number of cameras; the images of every second one have half the size."""
     views = [k % len(sample.images) for k in range(cameras)]
     scales = np.stack([np.diag([1 / (1 + k % 2), 1 / (1 + k % 2), 1, 1]) for k in range(cameras)])
     return replace(
@@ -41,8 +41,8 @@ def test_any_number_of_cameras_is_drawn(sample, cameras):
     assert len(report(rig(sample, cameras)).splitlines()) == cameras + 2
 
 
-def test_a_point_is_drawn_where_it_is_seen_and_in_the_color_of_its_depth(sample):
-    """One camera that looks ahead, and a point 12 m in front of it, in the middle of the left half."""
+def test_a_point_is_drawn_at_its_pixel_in_the_color_of_its_depth(sample):
+    """One camera that looks along +y, and a point at depth 12 m that projects to the middle of its left half."""
     ahead = np.array([[1, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]], np.float32)
     pixels = np.array([[100, 0, 100, 0], [0, 100, 100, 0], [0, 0, 1, 0], [0, 0, 0, 1]], np.float32)
     one = replace(
@@ -55,15 +55,15 @@ def test_a_point_is_drawn_where_it_is_seen_and_in_the_color_of_its_depth(sample)
         labels=sample.labels[:0],
         cameras=(),
     )
-    place, depth = calibration._visible(one.points[:, :3].astype(float), one.lidar2image[0], 200, 200)
-    np.testing.assert_allclose(place[0], [50, 100])
-    assert depth.tolist() == [12, 12]  # not the one behind
+    pixel, depth = calibration._visible(one.points[:, :3].astype(float), one.lidar2image[0], 200, 200)
+    np.testing.assert_allclose(pixel[0], [50, 100])
+    assert depth.tolist() == [12, 12]  # the point behind the camera is not visible
     color = 255 * np.array(calibration.DEPTHS(12 / calibration.FAR)[:3])
-    near = np.abs(calibration_view(one, width=160)[:, 480:620] - color).max(axis=-1) < 20  # left of the bar of colors
+    near = np.abs(calibration_view(one, width=160)[:, 480:620] - color).max(axis=-1) < 20  # left of the color bar
     assert 0 < near.sum() < 100
     first = report(one).splitlines()[1].split()
     assert first[:5] == ["camera", "0", "200", "x", "200"] and first[5:8] == ["0.00", "0.00", "0.00"]
-    assert first[8:] == ["0°", "90°", "1"]  # a sweep's point is not drawn
+    assert first[8:] == ["0°", "90°", "1"]  # points of earlier sweeps are not counted
 
 
 def test_the_command_draws_and_reports(city, tmp_path, capsys):
@@ -77,6 +77,6 @@ def test_the_command_draws_and_reports(city, tmp_path, capsys):
     assert 0 < int(inside) <= int(boxes)
 
 
-def test_no_frames_is_refused(city, tmp_path):
+def test_zero_frames_are_refused(city, tmp_path):
     with pytest.raises(UserError, match="--frames"):
         calibration.main(calibration.Args(data_root=city, frames=0, out=tmp_path))

@@ -10,7 +10,7 @@ from unipad.model.camera import FPN, MEAN, STD, Block, CameraEncoder, ConvNeXt
 from unipad.model.mask import draw_mask
 from unipad.recipes import PRETRAIN
 
-DEPTHS, WIDTHS = (1, 2, 3, 1), (8, 16, 32, 64)  # of the golden files
+DEPTHS, WIDTHS = (1, 2, 3, 1), (8, 16, 32, 64)  # of the records in tests/golden
 SMALL = CameraConfig(
     depths=(1, 1, 2, 1), widths=(4, 8, 16, 32), drop_path=0.0, frozen_stages=0, channels=8, fpn_levels=4, depth_bins=5
 )
@@ -35,7 +35,7 @@ def test_convnext_matches_the_original(name):
 
 @pytest.mark.parametrize(
     "record, widths, levels, first",
-    [("fpn_vs01", [16, 32, 64], 4, 1), ("custom_fpn_single", [64], 1, 0)],  # the second: the last stage only
+    [("fpn_vs01", [16, 32, 64], 4, 1), ("custom_fpn_single", [64], 1, 0)],  # custom_fpn_single: on the last stage only
 )
 def test_fpn_matches_mmdet(record, widths, levels, first):
     arrays, _ = load(record)
@@ -80,7 +80,7 @@ def test_fpn_upsamples_to_odd_sizes():
 
 
 def make_encoder(cfg=SMALL):
-    """An encoder whose blocks all matter (gamma is 1e-6 at initialization)."""
+    """An encoder in which no block is close to the identity (gamma is 1e-6 at initialization)."""
     encoder = CameraEncoder(cfg)
     for name, param in encoder.named_parameters():
         if name.endswith("gamma"):
@@ -126,7 +126,7 @@ def test_each_image_has_its_own_padding():
 
 
 def test_padding_does_not_change_the_size_of_gradients():
-    """120 x 200 pixels are padded to 128 x 224, where an untrained encoder has all features 0."""
+    """Images are padded to 128 x 224; in an untrained encoder all features of the padding are 0."""
     encoder = CameraEncoder(SMALL)
     norms = []
     for unpadded in ((128, 224), (120, 200), (124, 220), (97, 193)):
@@ -138,18 +138,18 @@ def test_padding_does_not_change_the_size_of_gradients():
     assert max(norms) < 2 * min(norms)
 
 
-def test_padding_passes_no_gradient_and_computes_the_same():
+def test_image_sizes_stop_gradients_of_the_padding_and_change_no_output():
     net = make_encoder().backbone
     image_sizes = torch.tensor([[50, 90], [64, 31]])
     images = torch.zeros(2, 3, 64, 96)
     for image, (height, width) in zip(images, image_sizes.tolist(), strict=True):
         image[:, :height, :width] = torch.randn(3, height, width)
     images.requires_grad_()
-    outs, uncut = net(images, image_sizes=image_sizes), net(images)
-    assert all(torch.equal(a, b) for a, b in zip(outs, uncut, strict=True))
+    outs, plain = net(images, image_sizes=image_sizes), net(images)
+    assert all(torch.equal(a, b) for a, b in zip(outs, plain, strict=True))
     sum((out * torch.randn_like(out)).sum() for out in outs).backward()
     reached = images.grad.ne(0).any(dim=1)
-    for view, (bottom, right) in zip(reached, [(52, 92), (64, 32)], strict=True):  # the end of the last cell of 4 x 4
+    for view, (bottom, right) in zip(reached, [(52, 92), (64, 32)], strict=True):  # sizes rounded up to multiples of 4
         assert view[:bottom, :right].all() and not view[bottom:].any() and not view[:, right:].any()
 
 
@@ -214,7 +214,7 @@ def test_drop_path_skips_or_amplifies_a_branch():
 
 
 def test_drop_path_keeps_the_expectation():
-    """Averaged over an even grid of noise, the branch is the same as without drop path."""
+    """Averaged over evenly spaced noise in [0, 1), the output is the same as without drop path."""
     net = ConvNeXt((1, 1), (4, 4), out_stages=(0,)).train()
     block = net.stages[0][0]
     torch.nn.init.ones_(block.gamma)
@@ -228,7 +228,7 @@ def test_drop_path_keeps_the_expectation():
 
 
 def test_views_are_independent():
-    """A view's features do not depend on which others are in the batch."""
+    """A view's features do not depend on the other views in the batch."""
     encoder = make_encoder()
     images, sizes = make_images()
     mask = draw_mask(torch.rand(6, 6), 2, 3, 0.3)
@@ -238,7 +238,7 @@ def test_views_are_independent():
         torch.testing.assert_close(whole[1, 2], part[0, 0])
 
 
-def test_autocast_keeps_one_dtype():
+def test_autocast_returns_bf16_close_to_fp32():
     encoder = make_encoder()
     images, sizes = make_images()
     mask = draw_mask(torch.rand(6, 6), 2, 3, 0.3)
@@ -254,7 +254,7 @@ def test_autocast_keeps_one_dtype():
 
 
 def test_every_trained_parameter_gets_a_gradient():
-    """DDP waits for each of them."""
+    """DistributedDataParallel waits for each of them."""
     encoder = make_encoder(PRETRAIN["camera"]["tiny"].camera)
     features, depths = encoder(*make_images(1, 2), draw_mask(torch.rand(2, 6), 2, 3, 0.3))
     sum(t.square().sum() for t in features + depths).backward()
@@ -266,8 +266,8 @@ def test_fewer_levels_than_stages_are_rejected():
         FPN([8, 16, 32], 4, 2)
 
 
-def test_recomputed_blocks_give_the_same_bits(monkeypatch):
-    """With a mask, drop path and a frozen stage. A trained block runs forward once more in the backward pass."""
+def test_checkpointing_is_bitwise_equal(monkeypatch):
+    """Activation checkpointing with a mask, drop path and a frozen stage: trained blocks run forward twice."""
     encoder = make_encoder(replace(SMALL, drop_path=0.3, frozen_stages=1)).train()
     images, mask, noise = make_images(1, 2), draw_mask(torch.rand(2, 6), 2, 3, 0.3), torch.rand(2, 5)
     calls, forward = [], Block.forward
@@ -282,6 +282,6 @@ def test_recomputed_blocks_give_the_same_bits(monkeypatch):
         grads = {name: p.grad for name, p in encoder.named_parameters() if p.requires_grad}
         results.append((features + depths, grads, len(calls)))
     (plain, plain_grads, once), (again, again_grads, twice) = results
-    assert (once, twice) == (5, 9)
+    assert (once, twice) == (5, 9)  # calls of `Block.forward`: 5 blocks, 4 of them trained
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
     assert all(torch.equal(plain_grads[name], again_grads[name]) for name in plain_grads)

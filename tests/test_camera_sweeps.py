@@ -1,4 +1,4 @@
-"""Camera sweeps: frames of images before the keyframe, from the tables to a detector."""
+"""Camera sweeps (images taken before the keyframe), from the tables to a detector."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +49,7 @@ GRID = config.Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(5.4, 
 
 @pytest.fixture(scope="module")
 def city(tmp_path_factory):
-    """Two frames of images between keyframes, where nuScenes has five."""
+    """A synthetic dataset with two camera sweeps between keyframes; nuScenes has five."""
     root = tmp_path_factory.mktemp("data") / "city"
     settings = {"scenes": 2, "keyframes": KEYFRAMES, "image_size": SIZE, "columns": 90, "sweeps": 0}
     return synthetic.generate(root, **settings, camera_sweeps=2, workers=1, progress=False)
@@ -60,8 +60,8 @@ def nusc(city):
     return NuScenes(VERSION, str(city), verbose=False)
 
 
-def before(nusc, sample, camera, count):
-    """A camera's record at the keyframe and `count` before it, by the devkit's chain; the first is repeated."""
+def sample_data_chain(nusc, sample, camera, count):
+    """A camera's `sample_data` at the keyframe and `count` predecessors (`prev`); the first is repeated."""
     chain = [nusc.get("sample_data", nusc.get("sample", sample.token)["data"][camera])]
     while len(chain) <= count:
         chain.append(nusc.get("sample_data", chain[-1]["prev"]) if chain[-1]["prev"] else chain[-1])
@@ -75,8 +75,8 @@ def sensor2global(nusc, record):
     return next(steps) @ next(steps)
 
 
-def test_the_synthetic_chain_is_as_in_nuscenes(nusc, city):
-    """Through keyframes and sweeps, 12 Hz before each keyframe but the first; a sweep belongs to the next keyframe."""
+def test_sample_data_of_cameras_are_linked_as_in_nuscenes(nusc, city):
+    """`next` leads through keyframes and sweeps. Those before a keyframe are at 12 Hz, and have its sample token."""
     for scene in nusc.scene:
         samples = [nusc.get("sample", scene["first_sample_token"])]
         while samples[-1]["next"]:
@@ -96,14 +96,14 @@ def test_the_synthetic_chain_is_as_in_nuscenes(nusc, city):
     assert {len(list((city / "sweeps" / camera).iterdir())) for camera in CAMERAS} == {2 * 2 * (KEYFRAMES - 1)}
 
 
-def test_files_poses_and_times_are_those_of_the_devkits_chain(nusc, city):
-    """Also at the start of a scene, where its first frame is repeated; lags as in the chain."""
+def test_files_poses_and_times_of_sweeps_match_the_devkit(nusc, city):
+    """Also at the start of a scene, where the first frame is repeated."""
     dataset = NuScenesDataset(city, VERSION, "mini_val", Data(camera_sweeps=6))
     for i in range(KEYFRAMES):
         sample, sweeps = dataset[i], dataset.camera_sweeps
         lidar = nusc.get("sample_data", nusc.get("sample", sample.token)["data"]["LIDAR_TOP"])
         for n, camera in enumerate(CAMERAS):
-            chain = before(nusc, sample, camera, 5)
+            chain = sample_data_chain(nusc, sample, camera, 5)
             assert [r["filename"] for r in chain[1:]] == [f.decode() for f in sweeps.image_files[i, :, n]]
             for w, record in enumerate(chain):
                 to_camera = np.linalg.inv(sensor2global(nusc, record)) @ sensor2global(nusc, lidar)
@@ -113,7 +113,7 @@ def test_files_poses_and_times_are_those_of_the_devkits_chain(nusc, city):
                 view = 6 * w + n
                 np.testing.assert_allclose(sample.lidar2camera[view], to_camera, atol=1e-5)
                 np.testing.assert_allclose(sample.lidar2image[view], intrinsic @ to_camera, atol=1e-2, rtol=1e-5)
-        chain = before(nusc, sample, "CAM_FRONT", 5)
+        chain = sample_data_chain(nusc, sample, "CAM_FRONT", 5)
         lags = [1e-6 * (chain[0]["timestamp"] - record["timestamp"]) for record in chain]
         np.testing.assert_allclose(sample.frame_lags, lags, atol=1e-6)
     assert sweeps.numbers.tolist() == [[0] * 5, [1, 2, 3, 3, 3], [1, 2, 3, 4, 5]]
@@ -121,26 +121,26 @@ def test_files_poses_and_times_are_those_of_the_devkits_chain(nusc, city):
     np.testing.assert_allclose(nominal.frame_lags, [0, 1 / 12, 2 / 12], atol=1e-7)
 
 
-def test_static_points_project_onto_what_each_image_shows(city):
+def test_static_points_project_onto_their_pixels_in_every_frame(city):
     """LiDAR points of the keyframe have the depths that ray casting finds in the pixels of every frame."""
     sample = NuScenesDataset(city, VERSION, "mini_val", THREE)[2]
     scene = Scene(0, synthetic.SCENES.index("scene-0103"), (KEYFRAMES - 1) * 0.5)
-    points = sample.points[sample.point_labels >= 15, :3]  # walls and trees: the ground looks alike from everywhere
+    points = sample.points[sample.point_labels >= 15, :3]  # walls and trees; depths of the ground hardly change
     points = np.c_[points, np.ones(len(points))]
     for frame, lag in enumerate(sample.frame_lags):
-        right, keyframes = [], []  # errors through the frame's own projection, and through the keyframe's
+        own, keyframes = [], []  # relative depth errors with the projection of the frame, and with the keyframe's
         for n, camera in enumerate(CAMERAS):
             t = 1.0 - rig.CAMERAS[camera].early - lag
             view, solids = rig.camera_view(scene, camera, SIZE, t), scene.solids(t)
             distance, _ = cast(view, solids)
             depth = (distance * view.cosine).reshape(SIZE)
-            for errors, row in ((right, 6 * frame + n), (keyframes, n)):
+            for errors, row in ((own, 6 * frame + n), (keyframes, n)):
                 u, v, d, _ = sample.lidar2image[row] @ points.T
                 seen = (d > 1) & (d < 50) & (u > 0) & (u < SIZE[1] * d) & (v > 0) & (v < SIZE[0] * d)
                 errors.append(np.abs(depth[(v / d)[seen].astype(int), (u / d)[seen].astype(int)] / d[seen] - 1))
-        right, keyframes = np.concatenate(right), np.concatenate(keyframes)
-        assert len(right) > 200 and np.median(right) < 0.005
-        assert frame == 0 or np.median(keyframes) > 0.01  # the car has moved by about a meter
+        own, keyframes = np.concatenate(own), np.concatenate(keyframes)
+        assert len(own) > 200 and np.median(own) < 0.005
+        assert frame == 0 or np.median(keyframes) > 0.01  # the ego vehicle has moved by about a meter
 
 
 def test_the_keyframe_is_the_same_with_and_without_sweeps(city):
@@ -158,7 +158,7 @@ def test_the_keyframe_is_the_same_with_and_without_sweeps(city):
 
 
 def test_all_frames_are_augmented_together(city):
-    """Every point keeps its pixel in every view; all share one GridMask; a stream resumes where another one stopped."""
+    """Points keep their pixels in every view; all views share one GridMask; a stream can be resumed."""
     dataset = NuScenesDataset(city, VERSION, "mini_train", THREE)
     whole = dataset[1]
     vary = Augment(rotation=0.4, scale=(0.9, 1.1), translation=(0.5,) * 3, flip_x=1.0, grid_mask=1.0)
@@ -176,8 +176,8 @@ def test_all_frames_are_augmented_together(city):
     assert torch.equal(a.images, b.images) and torch.equal(a.lidar2image, b.lidar2image)
 
 
-def test_pictures_of_moving_objects_are_cut_out_where_they_were():
-    """A camera at rest that looks along y; a box 10 m ahead, which moved 2 m to the right in half a second."""
+def test_crops_of_moving_objects_are_taken_where_they_were_in_each_frame():
+    """A camera at rest looks along +y; a box 10 m ahead of it has moved 2 m to the right since the earlier frame."""
     lidar2image = np.array([[60.0, 32, 0, 0], [0, 32, -60, 0], [0, 1, 0, 0], [0, 0, 0, 1]], np.float32)
     images = [np.zeros((64, 64, 3), np.uint8) for _ in range(2)]
     images[0][:, 34:41] = 200  # now: 32 + 60 * 0.5 / 10.5 to 32 + 60 * 1.5 / 9.5
@@ -201,7 +201,7 @@ def test_pictures_of_moving_objects_are_cut_out_where_they_were():
 
 
 def test_objects_are_pasted_into_all_frames(city):
-    """Pixels change where a pasted box was when the image was taken, and nowhere else."""
+    """In each frame, pixels change only where a pasted box was at the time of the image."""
     dataset = NuScenesDataset(city, VERSION, "mini_train", THREE)
     objects = load_objects(dataset, Paste(counts=(8,) * 10, min_points=1))
     whole = dataset[2]
@@ -221,8 +221,8 @@ def test_objects_are_pasted_into_all_frames(city):
     assert changed >= 4
 
 
-def test_frames_are_fused_by_the_formula():
-    """As in UVTR: append time as a channel, 1 x 1 x 1, norm, ReLU; concatenate all frames, 1 x 1 x 1, norm, ReLU."""
+def test_frame_fusion_is_that_of_uvtr():
+    """Append the lag as a channel, 1 x 1 x 1 conv, norm, ReLU; concatenate all frames, 1 x 1 x 1 conv, norm, ReLU."""
     fusion = FrameFusion(5, 3).double()
     for norm in (fusion.time_conv[1], fusion.trans_conv[1]):
         nn.init.normal_(norm.weight)
@@ -240,8 +240,9 @@ def test_frames_are_fused_by_the_formula():
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-def several(batch, frames, shift=0.5):
-    """A batch of several frames of two cameras: the keyframe, and its images taken `shift` meters further back each."""
+def with_earlier_frames(batch, frames, shift=0.5):
+    """A batch of several frames of two cameras: the keyframe's images again, each frame from `shift` meters further
+    back."""
     moved = [batch.lidar2camera.clone() for _ in range(frames)]
     for w, matrix in enumerate(moved):
         matrix[:, :, 2, 3] += shift * w * torch.tensor([1.0, -1.0])
@@ -257,11 +258,11 @@ def several(batch, frames, shift=0.5):
 
 
 @pytest.mark.parametrize("view", ["gather", "pool"])
-def test_each_frame_is_lifted_by_itself_and_matters(view):
+def test_each_frame_is_lifted_separately_and_changes_the_volume(view):
     levels = {"fpn_levels": 1, "fpn_start": 3, "view": "pool"} if view == "pool" else {}
     camera = replace(TINY_CAMERA, **levels)
     encoder = Encoder(config.Recipe(grid=GRID, data=THREE, camera=camera)).eval()
-    batch = several(make_batch([[], []], size=(64, 96), unpadded=(60, 90)), 3)
+    batch = with_earlier_frames(make_batch([[], []], size=(64, 96), unpadded=(60, 90)), 3)
     seen = {}
     encoder.frame_fusion.register_forward_hook(lambda module, args, out: seen.update(volumes=args[0]))
     encoded = encoder.encode(batch, None)
@@ -288,7 +289,7 @@ def test_each_frame_is_lifted_by_itself_and_matters(view):
 
 def test_every_fusion_weight_gets_a_gradient_and_a_step_is_reproducible():
     encoder = Encoder(config.Recipe(grid=GRID, data=THREE, camera=TINY_CAMERA))
-    batch = several(make_batch([[], []], size=(64, 96), unpadded=(60, 90)), 3)
+    batch = with_earlier_frames(make_batch([[], []], size=(64, 96), unpadded=(60, 90)), 3)
     encoded = encoder.encode(batch, generators(0, 1))
     masks = encoded.masks["camera"]
     assert masks.shape == (2, 6, 2, 3) and not torch.equal(masks[:, :2], masks[:, 2:4])
@@ -297,8 +298,8 @@ def test_every_fusion_weight_gets_a_gradient_and_a_step_is_reproducible():
     assert torch.equal(encoder.encode(batch, generators(0, 1)).volume, encoded.volume)
 
 
-def test_rays_metrics_and_pictures_are_of_the_keyframe(city):
-    """All twelve views are encoded; six cast rays, in training, evaluation and pictures."""
+def test_rays_are_cast_from_the_keyframe_only(city):
+    """Twelve views are encoded; rays are cast from six, in training, evaluation and pictures."""
     recipe = PRETRAIN["camera"]["tiny"]
     recipe = replace(recipe, data=replace(recipe.data, camera_sweeps=2, image_size=SIZE))
     recipe = replace(recipe, rays=replace(recipe.rays, per_view=8, lidar_per_view=8))
@@ -316,8 +317,8 @@ def test_rays_metrics_and_pictures_are_of_the_keyframe(city):
     assert rendered_views(net, batch, generators(0), stride=32).shape[1] > 6 * 200
 
 
-def test_finetuning_and_evaluation_read_the_same_frames(city, tmp_path):
-    """From a checkpoint of one frame, so that the fusion is new; eval.py reads as many frames as training did."""
+def test_finetuning_and_evaluation_with_camera_sweeps(city, tmp_path):
+    """The pre-trained checkpoint has one frame, so that the fusion is new; eval.py reads two frames as training did."""
     recipe = PRETRAIN["camera"]["tiny"]
     state = {"model": Pretrain(recipe).state_dict(), "config": {}}
     torch.save(state, tmp_path / "one.pt")
@@ -334,7 +335,7 @@ def test_finetuning_and_evaluation_read_the_same_frames(city, tmp_path):
 
 @pytest.mark.parametrize("tuned", [False, True])
 def test_checkpoints_of_several_frames_convert_both_ways(tuned):
-    """Under the names of the original's view transform, and with its 12 Hz as the time of frames."""
+    """With the key names of the original's view transform, and lags of multiples of 1 / 12 s as in the original."""
     kind, presets, build = (DetectRecipe, DETECT, Detector) if tuned else (PretrainRecipe, PRETRAIN, Pretrain)
     recipe = presets["camera"]["tiny"]
     net = build(replace(recipe, data=replace(recipe.data, camera_sweeps=4)))
@@ -361,7 +362,7 @@ def test_checkpoints_of_several_frames_convert_both_ways(tuned):
     assert any("trained with measured ages" in line for line in convert.convert_ours(ours)[1].notes)
 
 
-def test_a_camera_checkpoint_of_several_frames_starts_fusion():
+def test_a_camera_checkpoint_of_several_frames_is_merged_for_fusion():
     saved = {}
     for modality in ("camera", "lidar"):
         recipe = PRETRAIN[modality]["tiny"]
@@ -377,8 +378,8 @@ def test_a_camera_checkpoint_of_several_frames_starts_fusion():
     assert new == {"fuse"}
 
 
-def test_presets_and_flags():
-    """Presets of three frames only add their fusion to those of one; LiDAR has none to fuse."""
+def test_camera_sweeps_in_presets_and_flags():
+    """Presets of three frames differ from those of one by the frame fusion only; a LiDAR recipe cannot have any."""
     for presets, build in ((PRETRAIN, Pretrain), (DETECT, Detector)):
         with torch.device("meta"):
             one, three = (build(presets["camera"][name]) for name in ("camera-0.075", "camera-0.075-sweeps"))

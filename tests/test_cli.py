@@ -43,7 +43,7 @@ def settings(recipe):
 
 
 def another(hint, value):
-    """Another value of a setting, and how it is typed after its flag."""
+    """Another value of a setting, and the arguments after its flag that give it."""
     if isinstance(value, bool):
         return not value, []
     if typing.get_origin(hint) is typing.Literal:
@@ -52,7 +52,7 @@ def another(hint, value):
     if value is None:  # the image size
         return (64, 96), [64, 96]
     if isinstance(value, tuple):
-        value = value or ((1, 0.5),)  # no suppression
+        value = value or ((1, 0.5),)  # `detect.nms` may be empty
         value = tuple((c, iou / 2) for c, iou in value) if isinstance(value[0], tuple) else tuple(v + 1 for v in value)
         return value, [v for part in value for v in (part if isinstance(part, tuple) else (part,))]
     return value + 1, [value + 1]
@@ -86,7 +86,7 @@ def test_without_flags_a_recipe_is_the_preset(script, chosen, recipe):
 
 
 @PARSED
-def test_a_config_file_gives_the_recipe_back(script, chosen, recipe, tmp_path):
+def test_a_config_file_round_trip_keeps_all_arguments(script, chosen, recipe, tmp_path):
     args = script.parse([*chosen, "--seed", 3, "--precision", "fp32"])
     (tmp_path / "config.json").write_text(json.dumps(run_config(args, 8)))
     again = script.parse(["--config", tmp_path])
@@ -117,7 +117,7 @@ def test_flags_override_a_config(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [PretrainRecipe, DetectRecipe, SegmentRecipe])
-def test_a_recipe_of_other_fields_is_rejected(kind, tmp_path):
+def test_a_recipe_with_a_missing_field_is_rejected(kind, tmp_path):
     config = run_config(train.parse([]), 8)
     del config["recipe"]["optim"]["clip"]
     with pytest.raises(TypeError):
@@ -151,7 +151,7 @@ def test_a_config_edited_by_hand_is_checked(edit, words, tmp_path):
         train.parse(["--config", tmp_path])
 
 
-def test_default_presets_are_named():
+def test_default_presets_exist():
     for tables in (PRETRAIN, DETECT):
         for modality, presets in tables.items():
             assert DEFAULT_PRESET[modality] in presets and "tiny" in presets
@@ -263,7 +263,7 @@ def test_an_invalid_value_is_rejected_with_its_flag(script, flags, words, capsys
     ids=lambda v: "-".join(v[1::2]) if isinstance(v, list) else v.__name__,
 )
 def test_every_flag_has_a_help_text(script, flags, capsys):
-    """tyro takes it from the comment after a field, which it misses if the field spans several lines."""
+    """tyro takes help texts from the comments after fields, but not if a field spans several lines."""
     with pytest.raises(SystemExit):
         script.parse([*flags, "--help"])
     words = capsys.readouterr().out
@@ -274,8 +274,8 @@ def test_every_flag_has_a_help_text(script, flags, capsys):
     own = [field.name for field in dataclasses.fields(script.Args) if field.name not in ("recipe", "checkpoint")]
     of_recipe = [name for name, *_ in settings(script.parse(flags).recipe)] if flags else []
     assert len(described) == len(own) + len(of_recipe)
-    at = [words.index("--" + name.replace("_", "-") + " ") for name in ("preset", "seed", "device") if name in own]
-    assert flags == [] or max(at) < words.index("--grid.cell")  # the script's flags first, then the recipe's
+    order = [words.index("--" + name.replace("_", "-") + " ") for name in ("preset", "seed", "device") if name in own]
+    assert flags == [] or max(order) < words.index("--grid.cell")  # the script's flags first, then the recipe's
     assert "Recipe(" not in words
 
 
@@ -285,8 +285,8 @@ def run(script, *flags, path=""):
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-def test_a_run_is_all_that_resuming_needs(city, tmp_path):
-    """Resumed given only its folder, a run is bitwise equal to an uninterrupted one; its config starts it again."""
+def test_a_run_is_resumed_and_repeated_from_its_folder_alone(city, tmp_path):
+    """A run resumed with only its folder given is bitwise equal to an uninterrupted one; --config repeats it."""
     flags = [*SMALL, "--modality", "lidar", "--preset", "tiny", "--data-root", city, "--steps", 2, "--val-every", 9]
     flags += ["--lr", 1e-3]
     run("train", *flags, "--out", tmp_path / "straight")
@@ -321,7 +321,7 @@ def test_a_frozen_stage_needs_trained_weights(script, flags, flag, city, tmp_pat
 
 
 def test_weights_must_include_the_frozen_stages(tmp_path):
-    """A LiDAR run has no weights for fusion's camera encoder."""
+    """A checkpoint of a LiDAR run has no weights for the camera encoder of a fusion model."""
     recipe = PRETRAIN["fusion"]["tiny"]
     weights = Pretrain(recipe).state_dict()
     for name in ("lidar", "camera"):
@@ -333,8 +333,8 @@ def test_weights_must_include_the_frozen_stages(tmp_path):
     assert take_weights(net, "encoder.", [tmp_path / "lidar.pt", tmp_path / "camera.pt"], "--init", print)
 
 
-def test_another_dataset_is_named_by_its_class(toy, tmp_path):
-    """One camera and no task: pre-training and rendering run, fine-tuning is a user error."""
+def test_a_custom_dataset_is_chosen_by_its_class(toy, tmp_path):
+    """It has one camera and no fine-tuning tasks: train.py and eval.py run, finetune.py raises a user error."""
     flags = ["--dataset", "toy_set:Toy", "--data-root", tmp_path]
     small = ["--preset", "tiny", "--version", "any", "--steps", 1, "--val-every", 1, "--out", tmp_path / "run"]
     run("train", *SMALL, *flags, *small, path=tmp_path)
@@ -347,8 +347,8 @@ def test_another_dataset_is_named_by_its_class(toy, tmp_path):
     assert train.parse(["--resume", tmp_path / "run", *flags[:2]]).dataset == "toy_set:Toy"
 
 
-def test_a_run_does_not_choose_the_code_that_is_imported(tmp_path):
-    """The folder may come from someone else, and contain a module that the dataset's name would import."""
+def test_a_run_folder_does_not_import_its_dataset_unless_the_flag_is_repeated(tmp_path):
+    """The folder may come from someone else, and contain the module that --dataset would import."""
     recipe = PRETRAIN["lidar"]["tiny"]
     args = replace(train.parse(["--modality", "lidar"]), dataset="unipad.outputs.evil:Class")
     config = run_config(args, 1)

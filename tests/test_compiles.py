@@ -1,4 +1,4 @@
-"""Every kernel compiles on any machine, within its budgets and its target's shared memory.
+"""Every kernel compiles, also on machines without a GPU, within its budgets and its target's shared memory.
 
 The interpreter checks what a kernel computes; this checks that the real compiler accepts it. How kernels are launched
 and what they may cost is defined next to their tests: `LAUNCHES` in tests/kernels/test_<file>.py. The suite compiles
@@ -32,29 +32,29 @@ def test_every_kernel_compiles_within_its_budget(kernel_file):
 def check(kernel_file, which):
     """Compile the kernels of a file in a process without the interpreter, and check their cost against `LAUNCHES`."""
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
-    rows = launches_of(kernel_file, which)
-    assert {row.kernel for row, _, _ in rows} == set(KERNELS[kernel_file])
+    expected = launches_of(kernel_file, which)
+    assert {launch.kernel for launch, _, _ in expected} == set(KERNELS[kernel_file])
 
     done = scripts.run("-m", "tests.ahead_of_time", kernel_file, which, timeout=3000)
     assert done.returncode == 0, done.stderr[-4000:]
 
     costs = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(costs) == len(rows)
-    for (row, element, target), cost in zip(rows, costs, strict=True):
-        assert (cost["kernel"], cost["element"], cost["target"]) == (row.kernel, element, target)
+    assert len(costs) == len(expected)
+    for (launch, element, target), cost in zip(expected, costs, strict=True):
+        assert (cost["kernel"], cost["element"], cost["target"]) == (launch.kernel, element, target)
         assert not cost.get("int32_products"), "widen to int64 first, or explain in tests/addresses.py why not"
-        assert cost["shared"] <= MAX_SHARED[target], f"{cost}: {target} has {MAX_SHARED[target]} bytes for {row}"
-        assert ("stack" in cost) == (target in row.budgets)
-        if target not in row.budgets:
+        assert cost["shared"] <= MAX_SHARED[target], f"{cost}: {target} has {MAX_SHARED[target]} bytes for {launch}"
+        assert ("stack" in cost) == (target in launch.budgets)
+        if target not in launch.budgets:
             continue
         for resource in ("stack",) if target in AMD else ("registers", "stack", "shared"):
-            assert cost[resource] <= getattr(row, resource), f"{cost} exceeds {row}"
-        mma = row.matrix(target)
+            assert cost[resource] <= getattr(launch, resource), f"{cost} exceeds {launch}"
+        mma = launch.matrix(target)
         assert cost.get("mma", mma) == mma, f"no {mma} in {cost}"
 
 
 def test_kernels_are_decorated_by_the_backend():
-    """Its `jit` launches on the tensors' GPU and fixes FP fusion; `triton.jit` alone does neither."""
+    """`backend.jit` launches on the tensors' GPU and fixes FP fusion; `triton.jit` does neither."""
     for kernel_file, names in KERNELS.items():
         source = (Path(unipad.kernels.__path__[0]) / f"{kernel_file}.py").read_text()
         for name in names:
@@ -62,8 +62,8 @@ def test_kernels_are_decorated_by_the_backend():
             assert re.search(r"@(backend\.)?jit(\([^@]*\))?$", before), f"{kernel_file}.{name}"
 
 
-def test_amd_gpus_have_precision_and_stages_of_their_own():
-    """Constants are chosen when the kernels are imported."""
+def test_precision_and_stages_on_amd_gpus():
+    """These constants are set when the kernels are imported, hence the separate process."""
     code = """
 import torch
 torch.version.hip = "7.0"

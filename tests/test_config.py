@@ -1,4 +1,4 @@
-"""Every preset builds, survives a checkpoint and is documented."""
+"""Every preset builds a model, is restored from a checkpoint and is documented."""
 
 import re
 from pathlib import Path
@@ -40,12 +40,12 @@ def test_recipes_of_the_paper():
 
 
 @pytest.mark.parametrize("recipe", [PRETRAIN["lidar"]["segment"], PRETRAIN["lidar"]["tiny"], SEGMENT["lidar"]["tiny"]])
-def test_a_dict_says_which_recipe_and_which_lidar_encoder_it_is(recipe):
+def test_from_dict_recognizes_the_kinds_of_recipe_and_lidar_encoder(recipe):
     assert from_dict(AnyRecipe, to_dict(recipe)) == recipe
 
 
 @pytest.mark.parametrize("paste", [None, Paste(counts=(1,) * 10)])
-def test_a_recipe_survives_a_checkpoint(paste):
+def test_a_recipe_is_restored_from_its_dict(paste):
     recipe = DetectRecipe(augment=Augment(translation=(0.5, 0.5, 0.0)), balanced=True, paste=paste)
     assert from_dict(DetectRecipe, to_dict(recipe)) == recipe
 
@@ -56,11 +56,11 @@ def test_the_final_camera_has_the_parameters_of_the_original():
     assert sum(p.numel() for p in net.parameters()) == 55_538_029
 
 
-def test_a_run_keeps_its_kernel_launches(tmp_path):
+def test_a_run_reuses_the_launch_parameters_in_its_tuning_json(tmp_path):
     run = RunFolder(tmp_path, {}, World(0, 1, torch.device("cpu")))
     try:
         run.tune()
-        assert tuning.choose(("op", 4), [(1,), (2,)], None, torch.device("cpu")) == (1,)  # nothing to time it on
+        assert tuning.choose(("op", 4), [(1,), (2,)], None, torch.device("cpu")) == (1,)  # on a CPU nothing is timed
         (tmp_path / "tuning.json").write_text('{"cpu": {"op 4": [2]}}')
         run.tune()
         assert tuning.choose(("op", 4), [(1,), (2,)], None, torch.device("cpu")) == (2,)

@@ -21,7 +21,7 @@ from unipad.model.segment import Segmenter
 from unipad.names import from_original, to_original
 from unipad.recipes import DETECT, PRETRAIN, SEGMENT
 
-# Config -> key -> (shape, dtype) of every released config; a name instead where another one has the same
+# Released config -> its state dict (key -> (shape, dtype)), or the name of another config with the same state dict
 RELEASED = json.loads(lzma.decompress((FOLDER / "state_dicts.json.xz").read_bytes()))
 PRESET_OF = {
     "uvtr_cam_vs0.075_pretrain": "camera-0.075",
@@ -35,13 +35,13 @@ PRESET_OF = {
 
 
 def released(name):
-    """A full-size state dict of random numbers: windows of one buffer, so that it costs no memory."""
+    """A full-size state dict of random numbers: overlapping views of one buffer, to save memory."""
     noise = torch.rand(1 << 23)
     state = {}
     for i, (key, (shape, dtype)) in enumerate(RELEASED[name].items()):
         shape = torch.Size(shape)
         state[key] = noise[i : i + shape.numel()].view(shape) if dtype == "float32" else torch.tensor(i)
-        if "norm0" in key:  # gets no gradient, so the original's keeps its initial values
+        if "norm0" in key:  # the original never trains it, so it has its initial values
             state[key] = torch.full(shape, float(key.endswith("weight")))
     return state
 
@@ -51,19 +51,19 @@ def assert_same(a, b):
     assert all(torch.equal(a[key], b[key]) and a[key].dtype == b[key].dtype for key in a)
 
 
-def test_the_lists_are_of_every_released_config():
+def test_every_released_config_has_a_preset():
     assert len(RELEASED) == 15
     assert {RELEASED[name] if isinstance(RELEASED[name], str) else name for name in RELEASED} == PRESET_OF.keys()
 
 
 @pytest.mark.parametrize("name", PRESET_OF)
-def test_every_released_config_converts_and_back_bit_for_bit(name):
+def test_every_released_config_converts_to_ours_and_back_bit_for_bit(name):
     state = released(name)
     ours, report = convert_unipad(state)
     assert not report.faults, report
     assert ours["config"]["args"]["preset"] == PRESET_OF[name]
-    left = {k for k, w in state.items() if not from_original({k: w})[0].keys() & ours["model"].keys()}
-    assert left == {k for k in state if "norm0" in k or k.endswith("code_weights")}
+    without_weight = {k for k, w in state.items() if not from_original({k: w})[0].keys() & ours["model"].keys()}
+    assert without_weight == {k for k in state if "norm0" in k or k.endswith("code_weights")}
     back, report = convert_ours(ours)
     assert not report.faults and back.keys() == {"meta", "state_dict"}
     assert_same(back["state_dict"], state)
@@ -74,8 +74,8 @@ def test_every_released_config_converts_and_back_bit_for_bit(name):
 
 
 @pytest.mark.parametrize("modality, tuned", [("camera", False), ("lidar", False), ("lidar", True), ("fusion", True)])
-def test_through_files_to_a_model_and_back(modality, tuned, tmp_path, capsys):
-    """A tiny model under the original's keys, as mmcv saves it, to one of ours that loads strictly."""
+def test_checkpoint_files_are_converted_to_ours_and_back(modality, tuned, tmp_path, capsys):
+    """A checkpoint of a tiny model as mmcv saves it, with the original's keys; the converted one loads strictly."""
     kind, presets, build = (DetectRecipe, DETECT, Detector) if tuned else (PretrainRecipe, PRETRAIN, Pretrain)
     net = build(presets[modality]["tiny"])
     state, unknown = to_original(net.state_dict())
@@ -98,7 +98,7 @@ def test_through_files_to_a_model_and_back(modality, tuned, tmp_path, capsys):
     assert_same(read_checkpoint(back)["state_dict"], state)
 
 
-def test_pooling_of_the_original_keeps_its_truncation():
+def test_converted_checkpoints_truncate_pooling_indices_as_the_original():
     ours, _ = convert_unipad(released("uvtr_cam_vs0.075_pretrain"))
     recipe = from_dict(PretrainRecipe, ours["config"]["recipe"])
     assert recipe.camera.truncate and not PRETRAIN["camera"]["camera-0.075"].camera.truncate
@@ -154,7 +154,7 @@ def test_spconv_2_reads_small_kernels_as_matrices():
     assert torch.equal(to_original({"encoder.lidar.encoder.a": ours}, spconv=2)[0]["pts_middle_encoder.a"], weight)
 
 
-MODULES = {  # of two stages with one block each, in the order of the official file
+MODULES = {  # names in a ConvNeXt of two stages with one block each, in the order of the official file
     "official": """downsample_layers.0.0 downsample_layers.0.1 downsample_layers.1.0 downsample_layers.1.1
         stages.0.0.dwconv stages.0.0.norm stages.0.0.pwconv1 stages.0.0.pwconv2
         stages.1.0.dwconv stages.1.0.norm stages.1.0.pwconv1 stages.1.0.pwconv2 norm head""",
@@ -182,15 +182,15 @@ WRAPPERS = {"official": "model", "mmpretrain": "state_dict"}
 
 
 def imagenet(library, net):
-    """What a library's file holds of `net`, a `ConvNeXt` of two stages with one block each."""
+    """The checkpoint of a library with the weights of `net`, a `ConvNeXt` of two stages with one block each."""
     state, weights = {}, net.state_dict()
     for ours, theirs in zip(MODULES["official"].split(), MODULES[library].split(), strict=True):
         for end in ("weight", "bias"):
             state[f"{theirs}.{end}"] = weights.get(f"{ours}.{end}", torch.zeros(8))
     for i in range(2):
         gamma = weights[f"stages.{i}.0.gamma"]
-        at = 2 * i + 1 if library == "torchvision" else i
-        state[SCALES[library].format(at)] = gamma[:, None, None] if library == "torchvision" else gamma
+        index = 2 * i + 1 if library == "torchvision" else i
+        state[SCALES[library].format(index)] = gamma[:, None, None] if library == "torchvision" else gamma
     return {WRAPPERS[library]: state} if library in WRAPPERS else state
 
 
@@ -205,7 +205,7 @@ def test_imagenet_weights_of_every_library(library, tmp_path):
     assert_same(read_checkpoint(tmp_path / "convnext.pt")["model"], expected)
 
 
-def test_a_camera_starts_from_imagenet(tmp_path):
+def test_a_camera_encoder_starts_from_imagenet_weights(tmp_path):
     camera = PRETRAIN["camera"]["tiny"].camera
     torch.save({"model": ConvNeXt(camera.depths, camera.widths, out_stages=()).state_dict()}, tmp_path / "small.pth")
     main(Args((tmp_path / "small.pth", tmp_path / "convnext.pt")))
@@ -218,7 +218,7 @@ def test_a_camera_starts_from_imagenet(tmp_path):
     assert lines[1].startswith("new, from scratch: encoder.camera.depth_net") and "backbone.norm1.weight" in lines[1]
 
 
-def test_merged_encoders_start_fusion(tmp_path, capsys):
+def test_a_fusion_model_starts_from_merged_encoders(tmp_path, capsys):
     sources = []
     for modality in ("camera", "lidar"):
         net = Detector(DETECT[modality]["tiny"])
@@ -244,7 +244,7 @@ class Code:
 
 
 def broken(kind, folder):
-    """A file of a kind that cannot be converted."""
+    """A file that cannot be converted (kind "whole": that can), of one of the kinds below."""
     file = folder / f"{kind}.pth"
     shapes = {key: shape for key, (shape, _) in RELEASED["uvtr_cam_vs0.1_pretrain"].items()}
     state = {"state_dict": {key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}}
@@ -295,7 +295,7 @@ def broken(kind, folder):
         ("whole", {"kind": "convnext"}, "--kind convnext: .* is of kind unipad"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_rejected_in_one_sentence_and_not_executed(kind, flags, words, tmp_path, monkeypatch):
+def test_unusable_files_are_rejected_in_one_sentence_and_not_executed(kind, flags, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=words) as caught:
         main(Args((broken(kind, tmp_path), tmp_path / "out.pt"), **flags))
@@ -359,8 +359,8 @@ def test_command_lines_mean_what_the_docstring_says(line, args):
     assert tyro.cli(Args, args=line.split()) == args
 
 
-def test_a_unet_converts_to_the_originals_keys_without_its_head():
-    """The original has no segmentation head; and a U-Net has no volume to fuse with a camera's."""
+def test_a_unet_is_converted_to_the_originals_keys_without_its_head_and_is_not_merged():
+    """The original has no segmentation head. A U-Net cannot be merged with a camera encoder: it makes no volume."""
     recipe = SEGMENT["lidar"]["tiny"]
     saved = {"model": Segmenter(recipe).state_dict(), "config": {"recipe": to_dict(recipe)}}
     theirs, report = convert_ours(saved, spconv=2)

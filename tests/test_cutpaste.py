@@ -1,4 +1,4 @@
-"""Cut-and-paste: which objects are cut out, where and in which order they are pasted, and their cache."""
+"""Cut-and-paste augmentation: which objects are cut out, where and in which order they are pasted, and their cache."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def objects(train):
 
 @pytest.fixture(scope="module")
 def sample(city):
-    """Of another scene than the objects."""
+    """From another scene than the objects."""
     return NuScenesDataset(city, VERSION, "mini_val", Data(sweeps=2))[1]
 
 
@@ -59,7 +59,7 @@ def test_points_in_boxes_match_the_devkit(sample):
     assert points_in_boxes(sample.points, sample.boxes[:0]).shape == (0, len(sample.points))
 
 
-def test_objects_are_those_of_the_frames(train, objects):
+def test_objects_match_the_boxes_points_and_images_of_the_frames(train, objects):
     """Every box with enough points, in the order of the frames, with its points and its rectangles in the images."""
     k = 0
     for i in range(len(train)):
@@ -91,31 +91,31 @@ def test_boxes_with_too_few_points_are_not_cut_out(train):
 
 @pytest.mark.parametrize("empty", [False, True])
 def test_a_sample_is_filled_up_without_overlaps(sample, objects, empty):
-    """With boxes of its own and without."""
+    """The sample has boxes already, or none."""
     sample = without_boxes(sample) if empty else sample
     before, counts = np.bincount(sample.labels, minlength=10), np.array(PASTE.counts)
     pasted_of_class = np.zeros(10, int)
     for seed in range(5):
         after = objects.paste_into(sample, np.random.default_rng(seed))
-        own = len(sample.boxes)
-        np.testing.assert_array_equal(after.boxes[:own], sample.boxes)
-        np.testing.assert_array_equal(after.labels[:own], sample.labels)
-        added = np.bincount(after.labels[own:], minlength=10)
+        n = len(sample.boxes)
+        np.testing.assert_array_equal(after.boxes[:n], sample.boxes)
+        np.testing.assert_array_equal(after.labels[:n], sample.labels)
+        added = np.bincount(after.labels[n:], minlength=10)
         assert (added <= np.maximum(counts - before, 0)).all() and added.any()
         pasted_of_class += added
         outlines = [outline(box) for box in after.boxes.astype(float)]
-        for i in range(own, len(outlines)):
+        for i in range(n, len(outlines)):
             assert max(outlines[i].intersection(o).area for o in outlines[:i] + outlines[i + 1 :]) < 1e-4
 
-        # Points: the scene's outside the pasted boxes, in order; then exactly the objects'.
-        free = ~points_in_boxes(sample.points, after.boxes[own:]).any(axis=0)
-        np.testing.assert_array_equal(after.points[: free.sum()], sample.points[free])
-        np.testing.assert_array_equal(after.point_labels[: free.sum()], sample.point_labels[free])
-        assert len(after.point_labels) == len(after.points) and not after.point_labels[free.sum() :].any()
-        rows = [np.flatnonzero((objects.boxes == box).all(axis=1)).item() for box in after.boxes[own:]]
-        assert objects.labels[rows].tolist() == after.labels[own:].tolist()
+        # Points: first those of the sample outside of the pasted boxes, in order; then those of the objects.
+        kept = ~points_in_boxes(sample.points, after.boxes[n:]).any(axis=0)
+        np.testing.assert_array_equal(after.points[: kept.sum()], sample.points[kept])
+        np.testing.assert_array_equal(after.point_labels[: kept.sum()], sample.point_labels[kept])
+        assert len(after.point_labels) == len(after.points) and not after.point_labels[kept.sum() :].any()
+        rows = [np.flatnonzero((objects.boxes == box).all(axis=1)).item() for box in after.boxes[n:]]
+        assert objects.labels[rows].tolist() == after.labels[n:].tolist()
         clouds = np.concatenate([objects._points(k) for k in rows])
-        np.testing.assert_array_equal(after.points[free.sum() :], clouds)
+        np.testing.assert_array_equal(after.points[kept.sum() :], clouds)
     assert (pasted_of_class > 0).sum() >= (9 if empty else 2)
 
 
@@ -140,16 +140,16 @@ def cube(x, y, z=0.0, size=2.0):
 
 
 def test_rectangles_by_hand():
-    """Cubes of 2 m whose near sides are 10, 5 and 20 m away: 50 / 10 pixels per meter, ..."""
+    """Cubes of 2 m whose near faces are 10, 5 and 20 m away, where a meter has 5, 10 and 2.5 pixels."""
     boxes = np.stack([cube(0, 11), cube(-4, 6), cube(0, -9), cube(0, 0.5), cube(0, 21), cube(90, 11)])
     rows, rectangles = visible_rectangles(boxes, AHEAD, (64, 64))
-    assert rows.tolist() == [4, 0, 1]  # not those behind the camera, around it and beside the image
+    assert rows.tolist() == [4, 0, 1]  # from far to near; not those behind or around the camera or outside the image
     expected = {0: [27, 27, 37, 37], 1: [0, 22, 10, 42], 4: [29, 29, 34, 34]}
     assert [expected[r] for r in rows] == rectangles.tolist()
 
 
 def test_pictures_are_pasted_far_ones_first(tmp_path):
-    """From far to near: a pasted red object, the sample's own blue one and a pasted green one, on gray."""
+    """From far to near: a pasted red object, the blue object of the sample and a pasted green one, on gray."""
     colors = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 200, 30)}
     boxes = {"red": cube(2.5, 21), "blue": cube(0.5, 13), "green": cube(-0.4, 8)}
 
@@ -170,7 +170,7 @@ def test_pictures_are_pasted_far_ones_first(tmp_path):
     made = {"boxes": [], "labels": [], "points": [], "pictures": []}
     with open(tmp_path / "objects.bin", "wb") as file:
         for k, name in enumerate(("green", "red")):
-            # the red one is known to the first camera only
+            # the red one has no crop for the second camera
             (cut,) = cut_out(seen(name, [filled[name]] * 2), 5)
             made["boxes"].append(cut.box)
             made["labels"].append(cut.label)
@@ -199,7 +199,7 @@ def test_pictures_are_pasted_far_ones_first(tmp_path):
     np.testing.assert_array_equal(scene.images[0], image)
 
 
-def test_pasting_ends_at_a_position_of_the_stream(city, train, objects):
+def test_pasting_ends_at_paste_until(city, train, objects):
     augment = Augment(rotation=0.1, shuffle=True)
     plain = NuScenesDataset(city, VERSION, "mini_val", Data(sweeps=2), augment=augment)
     pasting = plain.with_objects(objects)
@@ -231,7 +231,7 @@ def files(root):
 def test_objects_are_cut_out_once(copy, monkeypatch):
     cuts = count_cuts(monkeypatch)
     first, again = (load_objects(dataset_of(copy), PASTE) for _ in range(2))
-    n = len(dataset_of(copy))
+    n = len(dataset_of(copy))  # frames
     assert len(cuts) == n and len(files(copy)) == 2
     for name, value in vars(first).items():
         np.testing.assert_array_equal(value, getattr(again, name))
@@ -287,7 +287,7 @@ def test_a_frame_that_cannot_be_read_is_named_and_left_out(copy, capsys):
     assert 0 < len(some.labels) < len(every.labels)
 
 
-def test_a_root_that_cannot_be_written(copy, tmp_path):
+def test_objects_are_cached_elsewhere_if_the_root_is_read_only(copy, tmp_path):
     (copy / "unipad-index").write_text("a file where the folder should be")
     objects = load_objects(dataset_of(copy), PASTE)
     assert objects.file.is_relative_to(tmp_path / "cache")
@@ -298,7 +298,7 @@ def test_a_root_that_cannot_be_written(copy, tmp_path):
     assert "\n" not in str(refused.value) and str(refused.value).endswith(".")
 
 
-def test_no_object_is_a_user_error(copy):
+def test_a_dataset_without_objects_is_a_user_error(copy):
     with pytest.raises(DataError, match="no frame of .* mini_train has an object of 1000000 LiDAR points") as refused:
         load_objects(dataset_of(copy), replace(PASTE, min_points=10**6))
     assert "\n" not in str(refused.value) and str(refused.value).endswith(".")

@@ -1,7 +1,7 @@
-"""Damaged files of every kind: refused in one sentence, skipped and named, or read as if nothing had happened.
+"""Damaged files of every kind are refused in one sentence, skipped with a message, or read with the same result.
 
-A few random cases of each kind; `python -m tests.damage` does thousands. What once was a traceback or silently wrong is
-a case of its own.
+Two random cases of each kind; `python -m tests.damage` runs thousands. `EXAMPLES` are cases that once gave a traceback
+or a silently wrong result.
 """
 
 import io
@@ -25,7 +25,7 @@ CASES = 2  # of each kind
 
 @pytest.fixture(scope="module")
 def outcomes(city):
-    """What came of every case, from one process that has done nothing else: children inherit no threads from it."""
+    """name -> `Result` of every case. Run in a separate process, since forked children would inherit threads."""
     code = "import sys, tests.test_damaged as t; t.do_all_cases(sys.argv[1])"
     done = scripts.run("-c", code, city)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -49,7 +49,7 @@ def do_all_cases(city):
 
 
 def rewrite(path, change):
-    """Replace a file by what `change` makes of its bytes; None: by a folder."""
+    """Replace a file by one with the bytes `change(data)`, or by a folder if that is None."""
     data = path.read_bytes()
     path.unlink()
     changed = change(data)
@@ -60,7 +60,7 @@ def rewrite(path, change):
 
 
 def records(change):
-    """A change of the bytes of a JSON file that applies `change` to the tree in it, in place or by its result."""
+    """A function that changes the bytes of a JSON file: `change` modifies the parsed tree or returns another one."""
 
     def rewritten(data):
         tree = json.loads(data)
@@ -84,8 +84,8 @@ def put(*path):
     """Set tree[path[0]][path[1]]... to the last of `path`."""
 
     def change(tree):
-        *way, last, value = path
-        for key in way:
+        *keys, last, value = path
+        for key in keys:
             tree = tree[key]
         tree[last] = value
 
@@ -93,7 +93,7 @@ def put(*path):
 
 
 def put_float(at, value):
-    """Overwrite the float32 number `at` of a file."""
+    """Overwrite the float32 number at index `at` of a file."""
 
     def change(data):
         numbers = np.frombuffer(data, np.float32).copy()
@@ -166,30 +166,30 @@ EXAMPLES = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_random_damage(kind, outcomes):
+def test_random_damage_is_detected_or_plausible(kind, outcomes):
     of_kind = {name: result for name, result in outcomes.items() if re.fullmatch(rf"{kind} \d+", name)}
     assert len(of_kind) == CASES
     assert not {name: result for name, result in of_kind.items() if result.outcome in damage.FAULTS}
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_damage_that_was_a_fault_once(name, outcomes):
+def test_damage_that_was_once_handled_wrongly(name, outcomes):
     assert outcomes[name].outcome not in damage.FAULTS, outcomes[name].reason
 
 
 READERS = {
-    "refuses": (lambda place: _refuse(f"{place}/file is damaged."), "refused"),
-    "refuses without a name": (lambda place: _refuse("it is damaged."), "TRACEBACK"),
-    "raises": (lambda place: {}["x"], "TRACEBACK"),
-    "exits": (lambda place: exit(2), "TRACEBACK"),
-    "sleeps": (lambda place: time.sleep(60), "HANG"),
-    "reads what it must not": (lambda place: Seen({"part": digest_of(place)}), "SILENT"),
-    "reads what is possible": (lambda place: Seen({"part": digest_of(place)}), "other"),
-    "reads the impossible": (lambda place: Seen({}, faults=["not so"]), "SILENT"),
-    "computes it again": (lambda place: Seen({"part": "1"}), "same"),
-    "skips": (lambda place: Seen({}, {"part": f"{place}/file: is damaged"}), "skipped"),
-    "skips without a name": (lambda place: Seen({}, {"part": "is damaged"}), "TRACEBACK"),
-    "loses a part": (lambda place: Seen({}), "SILENT"),
+    "refuses": (lambda folder: _refuse(f"{folder}/file is damaged."), "refused"),
+    "refuses without a name": (lambda folder: _refuse("it is damaged."), "TRACEBACK"),
+    "raises": (lambda folder: {}["x"], "TRACEBACK"),
+    "exits": (lambda folder: exit(2), "TRACEBACK"),
+    "sleeps": (lambda folder: time.sleep(60), "HANG"),
+    "reads what it must not": (lambda folder: Seen({"part": digest_of(folder)}), "SILENT"),
+    "reads what is possible": (lambda folder: Seen({"part": digest_of(folder)}), "other"),
+    "reads the impossible": (lambda folder: Seen({}, faults=["violated: a condition"]), "SILENT"),
+    "computes it again": (lambda folder: Seen({"part": "1"}), "same"),
+    "skips": (lambda folder: Seen({}, {"part": f"{folder}/file: is damaged"}), "skipped"),
+    "skips without a name": (lambda folder: Seen({}, {"part": "is damaged"}), "TRACEBACK"),
+    "loses a part": (lambda folder: Seen({}), "SILENT"),
 }
 
 
@@ -197,13 +197,13 @@ def _refuse(sentence):
     raise UserError(sentence)
 
 
-def digest_of(place):
-    return (place / "file").read_text()
+def digest_of(folder):
+    return (folder / "file").read_text()
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_what_a_reader_does_is_told_apart(name, tmp_path):
-    """The judgement itself, on a file that holds "1" and then "2"."""
+def test_outcomes_are_classified(name, tmp_path):
+    """`Workshop.look` with fake readers, for a file that contains "1" and is changed to "2"."""
     read, outcome = READERS[name]
     kind = Kind("file", read, checked=outcome == "SILENT")
     workshop = damage.Workshop.__new__(damage.Workshop)
@@ -215,8 +215,8 @@ def test_what_a_reader_does_is_told_apart(name, tmp_path):
     assert result.outcome == outcome, result
 
 
-def test_a_case_is_a_function_of_its_number(tmp_path):
-    """Or nobody could look at it again."""
+def test_a_case_is_determined_by_its_number(tmp_path):
+    """So that --only can run it again."""
     workshop = damage.Workshop.__new__(damage.Workshop)
     workshop.kinds, workshop.intact, workshop.others = KINDS, tmp_path, [b"other"]
     workshop.files = {name: [tmp_path / "file", tmp_path / "another"] for name in KINDS}

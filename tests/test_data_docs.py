@@ -1,4 +1,4 @@
-"""docs/data.md: the example of another rig is written, read, drawn and learned; the lists are complete."""
+"""docs/data.md: the example of a custom rig runs, and its dataset is read and drawn; the list of tables is complete."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ TEXT = (Path(__file__).parents[1] / "docs/data.md").read_text()
 pytestmark = pytest.mark.usefixtures("own_user_cache")
 
 
-def test_the_example_of_another_rig_works(tmp_path, monkeypatch, capsys):
+def test_the_example_of_a_custom_rig_works(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (example,) = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
     exec(compile(example, "docs/data.md", "exec"), {})
@@ -24,7 +24,7 @@ def test_the_example_of_another_rig_works(tmp_path, monkeypatch, capsys):
     dataset = NuScenesDataset(root, version, "rig_train", Data())
     sample = dataset[2]
     assert len(dataset) == 3 and sample.images[0].shape == (192, 320, 3) and sample.boxes.shape == (0, 9)
-    # 10 m ahead of the LiDAR and as high as the camera: straight ahead of the camera, which is 1.5 m further on
+    # a point 10 m ahead of the LiDAR at the height of the camera, which is mounted 1.5 m ahead of the LiDAR
     ahead = sample.lidar2image[0] @ [0, 10, -0.3, 1]
     np.testing.assert_allclose(ahead[:3] / ahead[2], [160, 96, 1], atol=1e-3)
     assert ahead[2] == pytest.approx(8.5, abs=1e-4)

@@ -1,4 +1,4 @@
-"""The dataset interface: a dataset in one file outside the package, read and trained on like nuScenes."""
+"""The dataset interface: a custom dataset in a file outside the package is read and trained on like nuScenes."""
 
 import sys
 from dataclasses import replace
@@ -65,7 +65,7 @@ class Unrelated:
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    """The class `Toy`, found by the name that --dataset takes."""
+    """The class `Toy`, imported by its name as --dataset does."""
     (tmp_path / "toy_set.py").write_text(TOY)
     monkeypatch.syspath_prepend(tmp_path)
     yield dataset_class("toy_set:Toy")
@@ -100,7 +100,7 @@ def test_training_on_a_custom_dataset(toy, tmp_path, modality):
     assert [bad for _, bad in all_batches(val_set)] == [[], [], [f"{tmp_path / '2.npy'}: is missing"]]
 
 
-def test_what_a_dataset_does_not_define_has_a_default(toy, tmp_path):
+def test_defaults_of_the_dataset_interface(toy, tmp_path):
     data = PRETRAIN["camera"]["tiny"].data
     dataset = toy(tmp_path, "any", "all", data)
     assert toy.has_images(tmp_path, "any", "all") and not toy.tasks and not dataset.scenes()
@@ -128,7 +128,7 @@ def test_label_fractions_are_checked_for_every_dataset(toy, tmp_path):
         toy(tmp_path, "any", "all", data, label_fraction=0.7)
 
 
-def test_the_default_is_nuscenes(copy):
+def test_the_default_dataset_is_nuscenes_with_its_splits(copy):
     assert dataset_class(DEFAULT_DATASET) is NuScenesDataset
     assert NuScenesDataset.train_val_splits(copy, "v1.0-mini") == ("mini_train", "mini_val")
     (copy / "v1.0-mini").rename(copy / "v1.0-test")
@@ -147,6 +147,6 @@ def test_a_class_that_cannot_be_imported_is_a_user_error(toy, name):
 
 
 @pytest.mark.parametrize("name", ["toy_set:Unrelated", "toy_set:np"])
-def test_a_class_of_another_kind_is_a_user_error(toy, name):
+def test_a_class_that_is_no_dataset_is_a_user_error(toy, name):
     with pytest.raises(UserError, match=f"--dataset {name} is not a subclass of unipad.data.dataset.DrivingDataset."):
         dataset_class(name)

@@ -33,11 +33,11 @@ def test_complex_depth_matches_the_original():
 
 
 def test_receptive_field_of_aspp():
-    """Without the global average pooling: the cell itself and the eight cells at distance 6, 12 and 18."""
-    net = ASPP(2, 3).eval().double()
+    """Without the global average pooling: the cell itself and eight cells each at offsets of 6, 12 and 18."""
+    net = ASPP(2, 3).eval().double()  # 2 channels in, 3 inside
     torch.nn.init.zeros_(net.global_avg_pool[1].weight)
     x = torch.randn(1, 2, 41, 41, dtype=torch.float64, requires_grad=True)
-    torch.nn.init.constant_(net.bn1.bias, 100.0)  # so that no ReLU at the end hides a change
+    torch.nn.init.constant_(net.bn1.bias, 100.0)  # so that the last ReLU passes every value
     net(x)[0, :, 20, 20].sum().backward()
     reached = {tuple(cell) for cell in (x.grad[0] != 0).any(0).nonzero().sub(20).tolist()}
     steps = [0, 6, 12, 18]
@@ -46,7 +46,7 @@ def test_receptive_field_of_aspp():
 
 
 def test_dropout_is_drawn_per_sample():
-    """Half of the cells are dropped, the others doubled; a sample's mask does not depend on the others."""
+    """Half of the values are dropped, the others doubled; a sample's mask does not depend on the other samples."""
     net = ComplexDepth(8, 4, 2).train()
     net.depth_conv[4] = torch.nn.Identity()
     x = torch.randn(4, 8, 6, 7)  # two samples of two views
@@ -66,7 +66,7 @@ def test_no_dropout_in_evaluation():
     torch.testing.assert_close(net(x, generators(2)), net(x), rtol=0, atol=0)
 
 
-def test_an_unknown_head_is_rejected():
+def test_an_unknown_depth_head_is_rejected():
     with pytest.raises(ValueError, match="choose simple or complex"):
         depth_head(CameraConfig(depth="deep"))
 
@@ -75,7 +75,7 @@ RECORDED_CFG = CameraConfig(depth_range=(1.0, 61.0), depth_weight=3.0)
 
 
 def load_recorded():
-    """Batch, depths and arrays of the golden file voxel_pool_depth."""
+    """Batch, depths and arrays of the record voxel_pool_depth."""
     arrays, _ = load("voxel_pool_depth")
     points = [arrays["in/points_0"], arrays["in/points_1"]]
     batch = replace(
@@ -98,7 +98,7 @@ def test_targets_match_the_original():
 
 
 def test_loss_matches_the_original():
-    """Also the gradient of the depths, through the volume and through the loss."""
+    """Also the gradient w.r.t. the depths, through the volume and the loss."""
     batch, depths, arrays = load_recorded()
     depths.requires_grad_()
     loss = depth_loss([depths], batch, RECORDED_CFG)
@@ -111,7 +111,7 @@ def test_loss_matches_the_original():
 
 
 def test_targets_are_the_same_on_a_gpu():
-    """Points near bin borders, some of which would move if multiplied by the reciprocal of the bin size."""
+    """Points near bin borders, some of which get another bin if multiplied by the reciprocal of the bin size."""
     near, far, bins = 3.0, 8.0, 100
     ahead = (torch.arange(1, bins).double() * (far - near) / bins + near + 1).float()
     ahead = torch.cat([ahead, ahead.nextafter(torch.zeros(()))])
@@ -125,38 +125,39 @@ def test_targets_are_the_same_on_a_gpu():
 
 
 def test_targets_by_hand():
-    """Blocks of 8 x 8 pixels, bins of 2 m from 2 to 10; view 0 looks along +y from (0, 1, 2), center (16, 8)."""
+    """8 x 8 pixels per cell, 2 m bins from 2 to 10; view 0 looks along +y from (0, 1, 2), principal point (16, 8)."""
     points = [
-        [0.0, 7.0, 2.0],  # z 6: bin 2 of block (1, 2)
-        [0.0, 6.0, 2.0],  # z 5: nearer in the same block, bin 1
-        [0.2, 8.99, 2.0],  # z 7.99, the same block
-        [-1.2, 7.0, 2.0],  # u 14: bin 2 of block (1, 1)
-        [-0.76, 5.0, 2.0],  # u 14.1, z 4: nearer, on the border of bins: bin 1
-        [1.5, 2.5, 2.0],  # z 1.5, and within 3 m of the LiDAR's vertical axis
+        [0.0, 7.0, 2.0],  # z 6: bin 2 of cell (1, 2)
+        [0.0, 6.0, 2.0],  # z 5: nearer in the same cell, bin 1
+        [0.2, 8.99, 2.0],  # z 7.99: farther in the same cell
+        [-1.2, 7.0, 2.0],  # u 14, z 6: bin 2 of cell (1, 1)
+        [-0.76, 5.0, 2.0],  # u 14.1, z 4: nearer in cell (1, 1), on the border of bins 0 and 1: bin 1
+        [1.5, 2.5, 2.0],  # z 1.5 < near, and within 3 m of the LiDAR's vertical axis
         [-3.0, 3.0, 2.0],  # z 2 = near: excluded
-        [4.0, 10.9, 2.0],  # u 20.04, z 9.9 in block (1, 2), farther
+        [4.0, 10.9, 2.0],  # u 20.04, z 9.9: farther in cell (1, 2)
         [8.0, 11.0, 2.0],  # u 24, z 10 = far: excluded
-        [0.0, 7.0, 2.9],  # v 6.5 rounds to 6: block (0, 2), bin 2
-        [0.0, 7.0, 2.3],  # v 7.5 rounds to 8: block (1, 2)
+        [0.0, 7.0, 2.9],  # v 6.5 rounds to 6: cell (0, 2), z 6: bin 2
+        [0.0, 7.0, 2.3],  # v 7.5 rounds to 8: cell (1, 2), z 6: farther
     ]
     targets = depth_targets(make_batch([points], views=1), 2, 4, 4, (2.0, 10.0))
     assert targets.tolist() == [[[[-1, -1, 2, -1], [-1, 1, 1, -1]]]]
 
 
 def test_loss_by_hand():
-    """Two cells with a point, in bin 0: -ln(1/2) - ln(1 - 1/4) - ln(1 - 1/4) and -ln(1/4) - ln(1/2) - ln(3/4)."""
+    """Binary cross entropy of two cells with a point in bin 0: -ln(1/2) - 2 ln(1 - 1/4), and -ln(1/4) - ln(1 - 1/2) -
+    ln(1 - 1/4); depth_weight 2 times the mean over the two cells."""
     batch = make_batch([[[0.0, 6.0, 2.0], [-1.6, 6.0, 2.0]]], views=1)
     cfg = CameraConfig(depth_range=(4.0, 16.0), depth_weight=2.0)
     depths = torch.full((1, 1, 2, 4, 3), torch.nan)
     depths[0, 0, 1, 2] = torch.tensor([0.5, 0.25, 0.25])
     depths[0, 0, 1, 1] = torch.tensor([0.25, 0.5, 0.25])
-    depths[depths.isnan()] = 0.9  # features without a LiDAR point do not count
+    depths[depths.isnan()] = 0.9  # cells without a LiDAR point do not count
     likelihoods = torch.tensor([1 / 2, 3 / 4, 3 / 4, 1 / 4, 1 / 2, 3 / 4])
     torch.testing.assert_close(depth_loss([depths], batch, cfg), -likelihoods.log().sum())
     torch.testing.assert_close(depth_loss([depths, depths], batch, cfg), -2 * likelihoods.log().sum())
 
 
-def test_loss_is_zero_without_points_and_finite_if_confidently_wrong():
+def test_loss_is_zero_without_points_and_finite_where_the_probability_is_0():
     depths = torch.zeros(1, 1, 2, 4, 3)
     depths[..., 2] = 1.0
     depths.requires_grad_()

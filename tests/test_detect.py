@@ -26,7 +26,7 @@ SMALL = config.Detect(queries=12, layers=2, heads=2, hidden=16, noise_groups=3, 
 
 
 def recorded_truth(arrays):
-    """Boxes, labels and counts of the records, as in a batch."""
+    """Ground-truth boxes, labels and box counts of a record, as in a `Batch`."""
     boxes = [boxes_from_original(arrays[f"in/gt_boxes_{b}"]) for b in range(2)]
     labels = torch.cat([arrays[f"in/gt_labels_{b}"] for b in range(2)])
     return torch.cat(boxes), labels, torch.tensor([len(b) for b in boxes])
@@ -39,7 +39,7 @@ def recorded_head(arrays, cfg):
 
 
 def recorded_losses(arrays, name):
-    """[L] values of a term of the original, whose name has no number for the last layer."""
+    """[L] values of a loss term per decoder layer; the original's keys have no layer prefix for the last one."""
     keys = [f"out/loss/d{l}.{name}" for l in range(2)] + [f"out/loss/{name}"]
     return torch.stack([arrays[key].reshape(()) for key in keys])
 
@@ -70,7 +70,7 @@ def assert_gradients_as_recorded(arrays, head, rel):
 
 
 def test_plain_head_matches_the_original():
-    """From image features and depths through view transform, head, assignment and losses, with gradients."""
+    """From image features and depths through view transform, head, assignment and losses; and all gradients."""
     arrays, _ = load("uvtr_head_eval")
     features = [arrays[f"in/feat_{i}"].requires_grad_() for i in range(2)]
     depths = [arrays[f"in/depth_{i}"].requires_grad_() for i in range(2)]
@@ -109,7 +109,7 @@ def test_plain_head_matches_the_original():
 
 
 def assert_same_boxes(boxes, expected, rel):
-    """Equal up to multiples of 2 pi in yaw."""
+    """Assert that boxes are equal up to `rel`, and yaws up to multiples of 2 pi."""
     difference = boxes[:, 6] - expected[:, 6]
     assert torch.allclose(difference.cos(), torch.ones_like(difference), atol=1e-6)
     rest = [0, 1, 2, 3, 4, 5, 7, 8]
@@ -153,7 +153,7 @@ def test_assignment_matches_the_original(weights, name):
     arrays, _ = load("det_box_utils")
     cfg = dataclasses.replace(RECORDED, code_weights=weights)
     boxes = boxes_from_original(arrays["in/assign_gt_boxes_gravity_centre"])
-    boxes[:, 2] -= boxes[:, 5] / 2  # the recorded z is already that of the center
+    boxes[:, 2] -= boxes[:, 5] / 2  # undoes the shift: the recorded z is that of the center
     logits, codes = arrays["in/coder_cls"][-1:, :1], arrays["in/coder_box"][-1:, :1]
     truth = boxes, arrays["in/assign_gt_labels"], [7]
     expected = arrays[f"out/assign_{name}_cls_cost"] + arrays[f"out/assign_{name}_reg_cost"]
@@ -187,8 +187,8 @@ def test_detections_match_the_original(name, min_score, nms):
         assert_same_boxes(boxes, arrays[f"out/{name}_{b}_bboxes"], 1e-6)
 
 
-def test_full_size():
-    """As many weights as the heads of final_uvtr_fusion_vs0.075_finetune and abl_uvtr_cam_vs0.1_finetune."""
+def test_number_of_parameters():
+    """That of the heads of final_uvtr_fusion_vs0.075_finetune and abl_uvtr_cam_vs0.1_finetune."""
     with torch.device("meta"):
         head = Head(config.Detect(), GRID_075, 256)
         plain = Head(config.Detect(denoising=False), config.Grid(), 128)
@@ -213,7 +213,7 @@ def seeded(*seeds):
 @pytest.mark.parametrize("denoising", [False, True])
 @pytest.mark.parametrize("counts", [[3, 0], [0, 0], [0, 2], [1, 14]])
 def test_frames_without_and_with_too_many_boxes(counts, denoising):
-    """14 boxes are more than there are queries: none gets a noisy copy, and all queries are assigned."""
+    """14 boxes are more than the 12 queries: there are no denoising queries, and all queries are assigned."""
     head = Head(dataclasses.replace(SMALL, denoising=denoising), GRID, 8)
     losses = head.losses(torch.randn(2, 8, 2, 3, 4), *some_boxes(counts), seeded(0, 1))
     names = {"class", "box"} | ({"iou", "noisy_class", "noisy_box", "noisy_iou"} if denoising else set())
@@ -223,7 +223,7 @@ def test_frames_without_and_with_too_many_boxes(counts, denoising):
     if denoising:
         assert (losses["noisy_box"] > 0) == (0 < max(counts) <= 12)
     sum(losses.values()).backward()
-    for key, param in head.named_parameters():  # distributed training waits for all of them
+    for key, param in head.named_parameters():  # DistributedDataParallel waits for all of them
         assert param.grad is not None and torch.isfinite(param.grad).all(), key
 
 
@@ -261,14 +261,14 @@ def test_noisy_queries_do_not_change_the_others():
 
 
 def test_noisy_queries_by_hand():
-    """A box of 2 x 4 x 1 m in the middle of the range; noise 0.5 leaves it there, 1 shifts it by half its size."""
+    """Two boxes of 2 x 4 x 1 m, one in the middle of the range. Noise 0.5 is no shift, 1 is half the box's size."""
     boxes = torch.tensor([[0.0, 0, -1, 2, 4, 1, 0.3, 0, 0], [53.5, 0, -1, 2, 4, 1, 0.3, 0, 0]])
     noise = torch.tensor([[0.5, 0.5, 0.5], [1.0, 0.5, 0.5]]).expand(2, 2, 3)
     noisy = noisy_queries(dataclasses.replace(SMALL, noise_groups=2), GRID, boxes, torch.tensor([4, 7]), [2, 0], noise)
     middle = torch.tensor([0.5, 0.5, 0.5])
-    expected = torch.stack([middle, torch.tensor([1.0, 0.5, 0.5])] * 2)  # 54.5 m is outside: at the border
+    expected = torch.stack([middle, torch.tensor([1.0, 0.5, 0.5])] * 2)  # 53.5 + 1 m is clamped to the range
     assert torch.allclose(noisy.references[0], expected) and (noisy.references[1] == 0).all()
-    assert noisy.labels.tolist() == [[4, 10], [4, 10]]  # so far off it is background
+    assert noisy.labels.tolist() == [[4, 10], [4, 10]]  # a box shifted so far is background
     assert noisy.slot.tolist() == [[0, 1], [2, 3]] and noisy.sample.tolist() == [0, 0]
 
 
@@ -303,7 +303,7 @@ def test_losses_by_hand():
     logits = torch.zeros(1, 1, 2, 10)
     found = Predictions(logits, codes, torch.zeros(1, 1, 2))
     losses = detection_losses(SMALL, found, None, None, box, torch.tensor([2]), [1])
-    # every entry is undecided: cross entropy ln 2 times 1 / 2 ^ 2; of it 1/4 for the one class, 3/4 for 19 others
+    # focal loss at p = 1/2: ln 2 * (1/2)^2, times alpha = 1/4 for the one positive and 3/4 for 19 negatives
     assert losses["class"].item() == pytest.approx(2 * math.log(2) / 4 * (0.25 + 19 * 0.75))
     assert losses["box"].item() == pytest.approx(0.25 * (2 * 0.5 + 0.2 * 1))
     overlap = 3.5 / (8 - 3.5)
@@ -331,11 +331,11 @@ def test_attention_matches_torch(masked):
         blocked.fill_diagonal_(False)
     expected, _ = theirs(x + position, x + position, x, attn_mask=blocked)
     assert torch.allclose(ours(x, position, blocked, Dropout()), expected, atol=1e-6)
-    # with a dropout rate above 0 the attention is computed step by step
+    # with a dropout rate above 0, attention is not computed by `scaled_dot_product_attention`
     assert torch.allclose(ours(x, position, blocked, Dropout(1e-12, seeded(0, 1))), expected, atol=1e-6)
 
 
-def test_the_volume_is_sampled_like_grid_sample():
+def test_volume_attention_samples_like_grid_sample():
     attention = VolumeAttention(6)
     volume, reference = torch.randn(2, 6, 3, 4, 5), 4 * torch.randn(2, 40, 3)
     at = (2 * reference.sigmoid() - 1)[:, None, None]
@@ -408,11 +408,11 @@ def test_a_head_learns_to_find_boxes():
     for box, label, result in zip(boxes, labels, [found[0]] * 3 + [found[1]] * 2, strict=True):
         best = result.boxes[result.labels == label][:1]
         hits += len(best) == 1 and (best[0, :2] - box[:2]).norm().item() < 3
-    assert hits >= 4  # with so few queries, one box may be missed for a duplicate of another
+    assert hits >= 4  # one box may be missed
 
 
-def test_detector_joins_encoder_and_head():
-    """With points only; nothing is masked in training or evaluation."""
+def test_a_lidar_detector_trains_and_detects():
+    """Of a LiDAR recipe, in training and evaluation."""
     recipe = config.DetectRecipe(
         grid=GRID,
         lidar=config.LidarConfig(

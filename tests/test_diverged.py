@@ -1,4 +1,4 @@
-"""A run whose weights are no longer finite ends with one sentence, whatever they make the model do."""
+"""A run whose weights are no longer finite ends with one sentence, whichever exception they cause."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from unipad.runtime import World
 
 
 def test_a_diverging_run_ends_with_one_sentence(city, tmp_path):
-    """The second step has no finite distances, so its rays have no finite samples; the loss is read at the fourth."""
+    """At the second step neither the SDF nor the ray samples are finite; the loss is logged at the fourth."""
     flags = ["--modality", "lidar", "--preset", "tiny", "--data-root", city, "--steps", 4, "--log-every", 4]
     done = train(*flags, "--lr", 1e5, cwd=tmp_path, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
@@ -20,7 +20,7 @@ def test_a_diverging_run_ends_with_one_sentence(city, tmp_path):
 
 
 def test_errors_of_diverged_weights_are_explained():
-    """And only those: with finite weights an error is a fault of the program."""
+    """Only these: if all weights are finite, an error is raised unchanged."""
     net, progress = nn.Linear(2, 1), Progress(None, World(0, 1, torch.device("cpu")), 0, 1, 1, 1)
     with progress.explains_divergence(net, 3):
         pass

@@ -1,4 +1,4 @@
-"""A training step neither waits for the device unmarked nor mixes devices.
+"""A training step waits for the device only in a `backend.host_wait`, and does not mix devices.
 
 On a simulated GPU, for the main recipes; `python -m tests.dry_step --all` covers all recipes and variants, and compiles
 what they launch for all targets.
@@ -10,9 +10,9 @@ import pytest
 
 from tests import dry_step, scripts
 
-# step -> launches of our kernels, and operators of PyTorch, at most, with one block per stage of the encoders.
-# Each is work of the host: at one sample, the LiDAR's step takes as long as its host does. (A step on a GPU runs fewer
-# operators, since it fuses those of the optimizer and of the norms of gradients.)
+# step -> (most launches of our kernels, most PyTorch operators), with one block per encoder stage. Each takes host
+# time, which limits a LiDAR step with one sample. (A real GPU runs fewer operators: those of the optimizer and the
+# gradient norms are fused.)
 BUDGETS = {
     "train camera-0.1": (13, 1366),
     "detect lidar-0.075": (92, 1807),
@@ -23,7 +23,7 @@ pytest.importorskip("triton", reason="Triton has wheels for Linux only")
 
 
 def run(code):
-    """The JSON lines of a program that runs without Triton's interpreter."""
+    """The JSON lines that code prints in a process without Triton's interpreter."""
     done = scripts.run("-c", f"import sys; from tests.dry_step import *; {code}", timeout=600)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines()]

@@ -44,14 +44,14 @@ def validation(root, **settings):
 
 
 def truth_of(batch):
-    """The boxes of a batch, encoded and decoded as by the head: a perfect detector."""
+    """A perfect detector: the boxes of a batch, encoded and decoded as those of the head."""
     labels = batch.labels.split(batch.box_counts.tolist())
     boxes = decode_boxes(encode_boxes(batch.boxes)).split(batch.box_counts.tolist())
     return [Detections(b, torch.ones(len(b)), l) for b, l in zip(boxes, labels, strict=True)]
 
 
 def test_ground_truth_scores_one(city, tmp_path):
-    """Through box encoding, JSON file and devkit."""
+    """The boxes pass through the box coder, the JSON file and the devkit."""
     model = tiny_detector().train()
     metrics = evaluate_detections(model, validation(city), tmp_path / "eval", ALONE, truth_of)
     assert model.training
@@ -79,7 +79,7 @@ def tokens(dataset):
     return [token.decode() for token in dataset.index.tokens]
 
 
-def test_unreadable_frames_are_named_and_empty(city, tmp_path, capsys):
+def test_unreadable_frames_are_named_and_get_no_boxes(city, tmp_path, capsys):
     root = shutil.copytree(city, tmp_path / "city")
     dataset = validation(root)
     lidar = [root / dataset.index.lidar_files[row].decode() for row in dataset.index.frame_lidar]
@@ -97,7 +97,7 @@ def test_unreadable_frames_are_named_and_empty(city, tmp_path, capsys):
 
 
 def test_a_submission_by_hand(city, tmp_path):
-    """Attributes by class and speed; the best 500 boxes; no box that the devkit would fail on."""
+    """Attributes depend on class and speed; the best 500 boxes are kept; boxes that the devkit rejects are dropped."""
     dataset = validation(city)
     index = replace(dataset.index, lidar2global=np.tile(np.eye(4), (len(dataset.index.lidar2global), 1, 1)))
     boxes = torch.tensor([[1.0, 2, 3, 2, 4, 1.5, 0, 0, 0]]).repeat(7, 1)
@@ -138,7 +138,7 @@ def test_a_submission_by_hand(city, tmp_path):
 
 
 def save_run(folder, model, root, recipe=None):
-    """The part of a run's folder that evaluation reads, as written by a training script; root None: by `convert`."""
+    """Write the checkpoint of a run that eval.py reads. root: dataset; None: as `unipad.convert` writes it."""
     (folder / "checkpoints").mkdir(parents=True)
     args = {"data_root": str(root), "version": "v1.0-mini"} if root else {}
     config = {"args": args, "recipe": to_dict(recipe or model.recipe), "steps": 1}
@@ -178,7 +178,7 @@ def test_a_detector_is_evaluated_and_its_boxes_are_drawn(detector_run):
     assert np.asarray(Image.open(out / "boxes_0.png")).std() > 20
 
 
-def test_a_converted_checkpoint_has_no_dataset(city, tmp_path, monkeypatch, capsys):
+def test_a_converted_checkpoint_is_evaluated_on_the_synthetic_dataset(city, tmp_path, monkeypatch, capsys):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "synthetic").symlink_to(city)
     monkeypatch.chdir(tmp_path)
@@ -204,7 +204,7 @@ def test_tta_writes_a_valid_submission(detector_run, tmp_path, capsys):
 
 
 def test_the_test_split_gives_only_a_submission(detector_run, city, tmp_path, capsys):
-    """The city in the form of nuScenes' test set: other names and no annotations."""
+    """The dataset is made to look like nuScenes' test set: with other scene names and no annotations."""
     root = shutil.copytree(city, tmp_path / "set", ignore=shutil.ignore_patterns("unipad-index"))
     tables = root / "v1.0-test"
     (root / "v1.0-mini").rename(tables)
@@ -220,7 +220,7 @@ def test_the_test_split_gives_only_a_submission(detector_run, city, tmp_path, ca
     assert len(written) == 6 and not (tmp_path / "eval" / "metrics_summary.json").exists()
 
 
-def test_a_scene_is_rendered_filmed_and_meshed(camera_run, tmp_path, capsys):
+def test_eval_writes_metrics_frames_a_video_and_meshes_of_a_scene(camera_run, tmp_path, capsys):
     pytest.importorskip("skimage")
     flags = ["--scene", "scene-0103", "--picture-stride", 16, "--mesh", "--mesh-cell", 4.0]
     evaluate(camera_run, *flags, "--out", tmp_path)
@@ -230,7 +230,7 @@ def test_a_scene_is_rendered_filmed_and_meshed(camera_run, tmp_path, capsys):
     assert written["frames"] == [0, 1, 2] and 0 < written["psnr"] < 30
     video = Image.open(tmp_path / "scene-0103.gif")
     assert video.n_frames == 3 and video.size == Image.open(tmp_path / "frame_00002.png").size
-    assert video.size[0] > 6 * 240  # six columns, and names
+    assert video.size[0] > 6 * 240  # six cameras and a column of captions
     header, _ = (tmp_path / "mesh_00000.ply").read_bytes().split(b"end_header\n")
     assert b"element vertex" in header
     write_video(sorted(tmp_path.glob("frame_*.png")), tmp_path / "video.mp4", fps=4)
@@ -239,7 +239,7 @@ def test_a_scene_is_rendered_filmed_and_meshed(camera_run, tmp_path, capsys):
 
 
 def test_frames_are_rendered_by_number_with_and_without_masks(camera_run, tmp_path, city):
-    """Without masks there is one row of images fewer. A missing frame is named and skipped."""
+    """With --no-masked there is one row of images less. A frame with a missing file is skipped."""
     root = shutil.copytree(city, tmp_path / "set")
     dataset = validation(root)
     (root / dataset.index.image_files[1][0].decode()).unlink()
@@ -328,7 +328,7 @@ def test_a_setting_of_the_recipe_is_changed_for_evaluation(detector_run, tmp_pat
     assert {len(boxes) for boxes in found.values()} == {7}
 
 
-def test_what_is_not_a_checkpoint_is_rejected(detector_run, city, tmp_path, capsys):
+def test_bad_checkpoints_are_rejected(detector_run, city, tmp_path, capsys):
     corrupt = tmp_path / "corrupt.pt"
     corrupt.write_bytes((detector_run / "checkpoints" / "last.pt").read_bytes()[:5000])
     torch.save({"state_dict": {}}, tmp_path / "other.pt")

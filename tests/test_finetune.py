@@ -37,7 +37,7 @@ def run(out, city, *flags):
 
 @pytest.fixture(scope="module")
 def uninterrupted(city, tmp_path_factory):
-    """Four steps from scratch as a user starts them: (run folder, finished process)."""
+    """A run of four steps from scratch in a separate process: (run folder, finished process)."""
     out = tmp_path_factory.mktemp("finetune") / "run"
     flags = ["--modality", "lidar", "--preset", "tiny", "--data-root", city, "--steps", 4, "--out", out]
     flags += ["--device", "cpu", "--workers", 0, "--log-every", 1, "--val-every", 3, "--save-every", 9]
@@ -76,7 +76,7 @@ def test_camera_and_fusion_train(modality, city, tmp_path):
 
 
 def test_objects_are_pasted_until_the_last_epochs(city, tmp_path, monkeypatch):
-    """Of four steps, the last one is the last epoch: its sample is the one without pasting."""
+    """Four steps are four epochs here, and off_epochs is 1: nothing is pasted in the last step."""
     tiny = recipes.DETECT["lidar"]["tiny"]
     optim = replace(tiny.optim, epochs=4)
     paste = Paste(counts=(12,) * 10, min_points=1, off_epochs=1)
@@ -91,24 +91,24 @@ def test_objects_are_pasted_until_the_last_epochs(city, tmp_path, monkeypatch):
         seen = boxes[name] = []
         forward = finetune.Detector.forward
 
-        def noting(self, batch, draws, seen=seen, forward=forward):
+        def recording(self, batch, rngs, seen=seen, forward=forward):
             seen.append(len(batch.boxes))
-            return forward(self, batch, draws)
+            return forward(self, batch, rngs)
 
         with monkeypatch.context() as patch:
-            patch.setattr(finetune.Detector, "forward", noting)
+            patch.setattr(finetune.Detector, "forward", recording)
             run(tmp_path / name, city, "--lr", 1e-9)
     assert boxes["plain"][3] == boxes["pasted"][3]
     assert sum(boxes["pasted"][:3]) > sum(boxes["plain"][:3])
     assert sum(boxes["balanced and pasted"][:3]) > sum(boxes["balanced"][:3])
     assert boxes["balanced and pasted"][3] == boxes["balanced"][3]
-    run(tmp_path / "again", city, "--lr", 1e-9, "--stop-at", 2)  # what is pasted is a function of the step
+    run(tmp_path / "again", city, "--lr", 1e-9, "--stop-at", 2)  # a resumed run pastes the same objects
     run(tmp_path / "again", city, "--lr", 1e-9, "--resume", "auto")
     assert curve(tmp_path / "again") == curve(tmp_path / "balanced and pasted")
 
 
 def test_two_processes_have_the_losses_of_one(uninterrupted, city, tmp_path):
-    """At the first step; later ones differ by rounding, and in means that are taken per process."""
+    """Only the first step is compared: later ones differ by rounding, and by means that are taken per process."""
     flags = ["--modality", "lidar", "--preset", "tiny", "--data-root", city, "--steps", 1, "--out", tmp_path / "two"]
     flags += ["--device", "cpu", "--workers", 0, "--log-every", 1, "--batch-size", 2]
     done = scripts.run_two("finetune.py", *flags)
@@ -119,7 +119,7 @@ def test_two_processes_have_the_losses_of_one(uninterrupted, city, tmp_path):
     assert curve(tmp_path / "two", "val/NDS").keys() == {1}
 
 
-def test_encoders_are_taken_and_the_rest_is_listed(city, tmp_path, capsys):
+def test_pretrained_encoders_are_loaded_and_the_rest_is_listed(city, tmp_path, capsys):
     small = [*SMALL, "--data-root", city, "--steps", 1, "--val-samples", 1, "--rays.per-view", 8]
     small += ["--picture-stride", 32, "--modality", "lidar", "--out", tmp_path / "runs" / "pre"]
     train.main(train.parse(small))

@@ -10,8 +10,8 @@ from unipad.kernels import backend
 from unipad.kernels.ray_sample import clip_rays, merge, resample, sample_pdf, stratified_edges
 from unipad.kernels.sdf_alpha import laplace_density, neus_alpha, volsdf_alpha
 
-# Fraction of the largest distance. An interval of little weight magnifies the rounding of the CDF, and the original
-# converts to distances after resampling, not before.
+# Tolerance for sample positions, as a fraction of the largest. Where the PDF is small, inverting the CDF magnifies
+# rounding, and the original converts to distances after resampling, not before.
 EDGES = 3e-6
 
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu` without a GPU: stages at tiny sizes, the report and the README's table."""
+"""`python -m benchmarks.gpu`, tested without a GPU: stages at tiny sizes, the report and the README's table."""
 
 import csv
 import subprocess
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def row(op, case, impl, both_ms, device="GPU 1", commit="c1", note=""):
-    """A row as read from results.csv."""
+    """A row of results.csv as `csv.DictReader` returns it."""
     measured = "" if note else str(both_ms)
     numbers = dict.fromkeys(("fwd_ms", "fwd_p20", "fwd_p80", "bwd_ms", "both_ms", "gpu_ms", "peak_mb"), measured)
     return dict(op=op, case=case, impl=impl, **numbers, of_copy="0.1", error="1e-6", note=note, device=device,
@@ -41,16 +41,15 @@ def test_the_table_shows_the_newest_rows_and_the_fastest_peer():
     lines = readme_table(rows).splitlines()
     assert len(lines) == 4
     assert lines[2].split(" | ")[3:] == ["1.000", "1.000", "compiled", "9.000", "9.0", "c1 |"]
-    assert lines[3].split(" | ")[5] == "-", "no peer ran there"
+    assert lines[3].split(" | ")[5] == "-", "no other implementation ran on GPU 2"
 
 
-def test_the_table_matches_whole_words_of_case_names():
+def test_n_300_does_not_match_n_3000_in_the_table():
     rows = [row("rotated_nms", f"N={N}", "triton", N) for N in (300, 1000, 3000)]
     assert "| rotated_nms | N=300 |" in readme_table(rows)
 
 
-def test_ops_of_the_table_are_benchmarked():
-    """Under the same names as in the benchmarks."""
+def test_ops_of_the_table_have_the_names_of_the_benchmarks():
     text = "".join((ROOT / "benchmarks" / f"bench_{op}.py").read_text() for op in gpu.OPS)
     assert not [op for op in README_CASES if f'"{op}"' not in text]
 
@@ -120,7 +119,7 @@ def test_other_stages_run_after_one_that_stalls_or_crashes(tmp_path, monkeypatch
 
 
 def test_a_crash_between_stages_skips_no_stage(tmp_path, monkeypatch):
-    """As after a kernel fault, where `synchronize` raises after the stage has ended."""
+    """After an illegal memory access in a kernel, `synchronize` may raise only after the stage has ended."""
     plain, requested = subprocess.Popen, []
     code = """
 from benchmarks.report import Folder
@@ -207,7 +206,7 @@ def test_stages_run_without_a_gpu(tmp_path):
 
 @pytest.mark.slow
 def test_the_command_keeps_its_time_limit(tmp_path):
-    """Stages that take longer are cut off; the report is complete all the same."""
+    """Stages that take longer are killed, but listed in the report."""
     began, stages = time.monotonic(), ["selfcheck", "steps"]
     command = [sys.executable, "-m", "benchmarks.gpu", "--minutes", "0.1", "--out", str(tmp_path), "--stages", *stages]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -224,7 +223,7 @@ def test_a_step_and_its_references(city, monkeypatch):
     records = []
     full_step.main(full_step.Args(("train/lidar/tiny", "segment/lidar/tiny")), records.append)
     assert [r["recipe"] for r in records] == ["train/lidar/tiny", "segment/lidar/tiny"]
-    for r in records:  # without a GPU both run the references
+    for r in records:  # without a GPU, the step itself runs the references too
         assert r["loss"] == r["loss_ref"] > 0 and r["grad_norm"] == r["grad_norm_ref"] > 0 and r["ms"] > 0
 
 
@@ -258,7 +257,7 @@ def test_a_step_whose_references_run_out_of_memory_keeps_its_measurements(tmp_pa
     assert ours.impl == "triton" and ours.both_ms > 0 and ours.error is None
 
 
-def test_a_step_gives_two_rows():
+def test_a_record_of_a_step_gives_two_rows():
     record = dict(recipe="train/camera/tiny", loss=1.1, loss_ref=1.0, ms=2.0, ms_ref=6.0, gpu_ms=1.5, mem_mb=8.0)
     ours, reference = (vars(row) for row in full_step.rows(record | harness.machine()))
     assert ours["op"] == reference["op"] == "step of train/camera/tiny"
@@ -292,7 +291,7 @@ def test_only_the_reference_is_timed_with_few_runs(monkeypatch):
     assert requested == [False, True]
 
 
-def test_a_peer_that_does_not_compile_is_tried_once(monkeypatch):
+def test_torch_compile_is_tried_once_if_it_fails(monkeypatch):
     def broken(x):
         raise RuntimeError("no double backward")
 

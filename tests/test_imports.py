@@ -1,4 +1,6 @@
-"""Layers: scripts -> unipad -> kernels, data and model separate, no cycle, no private name across files."""
+"""Imports: kernels import nothing else of unipad, data and model do not import each other; there are no cycles and no
+private names of other files.
+"""
 
 import ast
 from functools import cache
@@ -20,7 +22,7 @@ MODULES = {module_of(file): file for file in FILES}
 
 @cache
 def imports(module):
-    """{(module of this project, name)} that a module imports from it."""
+    """{(module of this project, name imported from it or None)} for all imports of a module."""
     tree = ast.parse((REPO / MODULES[module]).read_text())
     found = set()
     for node in ast.walk(tree):
@@ -33,7 +35,7 @@ def imports(module):
     return found
 
 
-def test_layers():
+def test_imports_follow_the_layers():
     def inside(module, folder):
         return f"{module}.".startswith(f"unipad.{folder}.")
 

@@ -19,7 +19,7 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class LayoutRecorder(TorchDispatchMode):
-    """Counts convolutions and layer norms, and records those that read or write features in another memory format."""
+    """Counts convolutions and layer norms, and records those with inputs or outputs that are not channels-last."""
 
     def __init__(self):
         super().__init__()
@@ -52,7 +52,7 @@ def test_no_layer_changes_the_memory_format(camera, precision):
 
 @pytest.mark.parametrize("depth", ["simple", "complex"])
 def test_levels_are_contiguous_without_a_copy(depth, monkeypatch):
-    """As the kernels read them: `.contiguous()` is called on contiguous tensors only."""
+    """The kernels need contiguous tensors; `.contiguous()` must never have to copy."""
     copied, plain = [], torch.Tensor.contiguous
 
     def recording(tensor, *args, **kwargs):
@@ -68,7 +68,7 @@ def test_levels_are_contiguous_without_a_copy(depth, monkeypatch):
 
 
 def test_weights_of_the_volume_convolution_are_channels_last():
-    """As the volume is: otherwise cuDNN would convert them at every call. Loading a state dict keeps their format."""
+    """Like the volume: otherwise cuDNN would convert them at every call. Loading a state dict keeps their format."""
     conv = Conv3x3x3(4, 6)
     conv.load_state_dict({"weight": torch.randn(6, 4, 3, 3, 3), "bias": torch.zeros(6)})
     assert conv.weight.is_contiguous(memory_format=torch.channels_last_3d)

@@ -23,7 +23,7 @@ TINY = config.LidarConfig(
 
 
 def recorded_noise(arrays):
-    """The record's uniforms, one per block in ascending order, at their blocks: [2, 6, 20, 20]."""
+    """The record's uniform random numbers, one per occupied block, scattered to [2, 6, 20, 20] blocks."""
     noise = torch.zeros(2, 6, 20, 20)
     drawn = torch.cat([arrays["in/rand_masking_0"][0], arrays["in/rand_masking_1"][0]])
     noise[tuple(arrays["out/block_coords"].long().unbind(1))] = drawn
@@ -84,7 +84,7 @@ def test_neck_matches_the_original():
 
 
 def test_paper_size():
-    """The grid, the blocks of the mask and the parameters of uvtr_lidar_vs0.075_pretrain."""
+    """Shapes of the voxel grid and the mask and number of parameters of uvtr_lidar_vs0.075_pretrain."""
     grid = config.Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(0.6, 0.6, 1.6))
     with torch.device("meta"):
         encoder = LidarEncoder(config.LidarConfig(), grid)
@@ -110,9 +110,9 @@ def test_mask_hides_a_fraction_of_the_occupied_blocks(ratio, kept):
     seen, unseen = ({tuple(c) for c in block[m].tolist()} for m in (visible, ~visible))
     assert not seen & unseen
     assert [sum(c[0] == b for c in seen) for b in range(3)] == kept
-    for b in range(2):  # those of the smallest noise
-        of = [[noise[c].item() for c in cells if c[0] == b] for cells in (seen, unseen)]
-        assert max(of[0]) < min(of[1], default=1)
+    for b in range(2):  # blocks with the smallest noise are visible
+        noise_seen, noise_unseen = ([noise[c].item() for c in cells if c[0] == b] for cells in (seen, unseen))
+        assert max(noise_seen) < min(noise_unseen, default=1)
 
 
 def cloud(counts=(300, 200), seed=0):
@@ -125,7 +125,7 @@ def cloud(counts=(300, 200), seed=0):
 
 
 def make_encoder(**settings):
-    """An encoder whose norms have seen points, so that its activations are about 1 in evaluation too."""
+    """An encoder whose batch norms have realistic running statistics, for evaluation."""
     encoder = LidarEncoder(dataclasses.replace(TINY, **settings), GRID)
     norms = [module for module in encoder.modules() if isinstance(module, SyncedBatchNorm)]
     for norm in norms:
@@ -138,7 +138,7 @@ def make_encoder(**settings):
 
 
 def sparse_part(encoder, *args):
-    """The SparseTensors that go into the sparse encoder and come out, for these arguments of `encoder`."""
+    """Input and output (`SparseTensor`s) of `encoder.encoder` in a call of `encoder` with these arguments."""
     passed = []
     handle = encoder.encoder.register_forward_hook(lambda _, args, out: passed.extend([*args, out]))
     encoder(*args)
@@ -163,7 +163,7 @@ def test_volume_fits_the_grid_and_every_parameter_gets_a_gradient():
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
 def test_evaluation_without_gradients_is_fused(precision):
-    """With the same results, also after its norms change."""
+    """Convolution, norm and ReLU are one op, with the same results, also after the norms have changed."""
     encoder = make_encoder(blocks=2).eval()
     features, voxels = (x := sparse_part(encoder, *cloud())[0]).features, x.voxels
     net, cast = encoder.encoder, torch.autocast("cpu", precision, enabled=precision != torch.float32)
@@ -191,14 +191,14 @@ def test_voxels_are_where_the_points_are():
     assert (out.voxels.coords[:, 1:] - torch.tensor([2, 1, 13])).abs().max() <= 1
 
 
-def test_voxels_are_in_the_order_of_the_grid():
+def test_voxels_are_sorted_by_grid_index():
     encoder = make_encoder()
     x, _ = sparse_part(encoder, *cloud())
     assert (x.voxels.keys().diff() > 0).all()
 
 
-def test_hidden_blocks_are_not_encoded():
-    """Also in evaluation: points in hidden blocks make no difference."""
+def test_masked_blocks_are_not_encoded():
+    """Also in evaluation: points in masked blocks make no difference."""
     encoder = make_encoder().eval()
     points, counts = cloud((400,))
     noise = noise_of(encoder, 1)
@@ -220,7 +220,7 @@ def test_mask_of_ratio_zero_changes_nothing():
     assert torch.equal(encoder(*cloud(), noise_of(encoder, 2))[0], encoder(*cloud())[0])
 
 
-def test_learnable_token_takes_the_place_of_hidden_voxels():
+def test_learnable_token_replaces_features_of_masked_voxels():
     encoder = make_encoder(learnable_token=True)
     torch.nn.init.normal_(encoder.mask_token)
     noise = noise_of(encoder, 2)
@@ -286,7 +286,7 @@ def test_runs_are_bit_equal():
 
 
 def test_a_step_only_waits_for_sizes(monkeypatch, device):
-    """Kernels included, except those whose results determine no size."""
+    """The kernels are run, except those of modules whose results determine no size."""
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
     monkeypatch.setattr(backend, "interpret", device == "cpu")
     encoder = LidarEncoder(TINY, GRID).to(device)

@@ -15,7 +15,7 @@ def batch(dtype):
 
 
 def norm_step(norm, x, d_out):
-    """One training step of `norm`: everything it computes."""
+    """One training step of `norm`: its output, gradients and buffers."""
     nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(1))
     x = x.clone().requires_grad_()
     out = norm(x)
@@ -36,8 +36,8 @@ def norm_step(norm, x, d_out):
         ((1, 3, 5, 60, 60), torch.channels_last_3d),
     ],
 )
-def test_one_process_has_the_accuracy_of_its_type(shape, order):
-    """Against fp64. Adding up many rows one by one in fp32, as PyTorch's own does, is off by 1e-5."""
+def test_one_process_is_accurate_to_fp32(shape, order):
+    """Compared with fp64. PyTorch's batch norm sums rows one by one in fp32, with errors of 1e-5."""
     settings = dict(eps=1e-3, momentum=0.01)
     ours, exact = SyncedBatchNorm(3, **settings), nn.modules.batchnorm._BatchNorm(3, **settings).double()
     exact._check_input_dim = lambda x: None
@@ -69,7 +69,7 @@ def test_a_single_row_becomes_the_bias():
     torch.testing.assert_close(norm.running_var, torch.full((3,), 0.9))
 
 
-def test_without_rows_nothing_is_counted():
+def test_an_empty_input_does_not_change_the_running_statistics():
     norm = SyncedBatchNorm(3)
     x = torch.randn(0, 3, requires_grad=True)
     norm(x).sum().backward()
@@ -78,7 +78,7 @@ def test_without_rows_nothing_is_counted():
     assert norm.eval()(x).shape == (0, 3)
 
 
-# type, samples of rank 0 (of 4; the other process has the rest), allowed error
+# type, number of samples of rank 0 (of 4; rank 1 has the rest), allowed error
 SPLITS = [(torch.float32, 2, 1e-5), (torch.float32, 1, 1e-5), (torch.bfloat16, 2, 1e-2), (torch.float32, 4, 1e-5)]
 
 
@@ -90,7 +90,7 @@ def test_two_processes_match_one(tmp_path):
         for name in ("out", "d_x"):
             assert a[name].dtype == dtype
             golden.assert_close_to_max(torch.cat([a[name], b[name]]), whole[name], rel, name)
-        for name in ("d_weight", "d_bias"):  # of each process's own loss: DistributedDataParallel adds them up
+        for name in ("d_weight", "d_bias"):  # per process: DistributedDataParallel would add them up
             golden.assert_close_to_max(a[name] + b[name], whole[name], rel, name)
         for name in ("mean", "var", "steps"):
             assert torch.equal(a[name], b[name])

@@ -37,12 +37,12 @@ def dataset(city):
 
 
 def boxes_of(sample):
-    """The devkit's `Box` for each box of a sample, in the LiDAR frame."""
+    """Devkit `Box`es for the boxes of a sample, in the LiDAR frame."""
     return [Box(b[:3], b[3:6], Quaternion(axis=[0, 0, 1], radians=b[6])) for b in sample.boxes.astype(float)]
 
 
 def annotations_of(nusc, sample):
-    """The annotations that a sample's boxes should come from, in the order of the tables."""
+    """The annotations of a sample that should be its boxes, in the order of the tables."""
     records = (nusc.get("sample_annotation", t) for t in nusc.get("sample", sample.token)["anns"])
     return [
         a
@@ -57,7 +57,7 @@ def project(matrix, points):
     return np.stack([u, v]) / d, d
 
 
-def test_frames_are_the_keyframes_of_the_split_in_time(nusc, dataset):
+def test_frames_are_the_keyframes_of_the_split_sorted_by_time(nusc, dataset):
     stamps = [nusc.get("sample", dataset[i].token)["timestamp"] for i in range(len(dataset))]
     names = {
         nusc.get("scene", nusc.get("sample", dataset[i].token)["scene_token"])["name"] for i in range(len(dataset))
@@ -86,7 +86,7 @@ def test_boxes_match_the_devkit(nusc, dataset):
 
 
 def test_velocity_moves_a_box_to_its_next_keyframe(nusc, dataset):
-    """global(box of a moving object) + global(velocity) * dt = its next annotation, at the first keyframe."""
+    """At the first keyframe: velocity, rotated to the global frame, times dt = the way to the next annotation."""
     sample = dataset[0]
     record = nusc.get("sample_data", nusc.get("sample", sample.token)["data"]["LIDAR_TOP"])
     ego = nusc.get("ego_pose", record["ego_pose_token"])
@@ -103,7 +103,7 @@ def test_velocity_moves_a_box_to_its_next_keyframe(nusc, dataset):
     assert max(speeds) > 1
 
 
-def test_points_counted_by_the_tables_lie_in_the_boxes(nusc, dataset):
+def test_boxes_contain_about_num_lidar_pts_points(nusc, dataset):
     sample = dataset[0]
     keyframe = sample.points[sample.points[:, 4] == 0]
     for box, annotation in zip(boxes_of(sample), annotations_of(nusc, sample), strict=True):
@@ -149,12 +149,12 @@ def test_lidar_points_project_as_in_the_devkit(nusc, city):
     assert compared >= 5
 
 
-def test_images_are_the_files(nusc, dataset):
+def test_images_match_their_files(nusc, dataset):
     sample = dataset[0]
     for image, camera in zip(sample.images, CAMERAS, strict=True):
         path = nusc.get_sample_data_path(nusc.get("sample", sample.token)["data"][camera])
         truth = np.asarray(Image.open(path)).astype(int)
-        assert np.abs(image - truth).max() <= 4  # two JPEG decoders
+        assert np.abs(image - truth).max() <= 4  # JPEG decoders of OpenCV and PIL
 
 
 def test_resized_images_keep_their_geometry(city):
@@ -175,7 +175,7 @@ def test_resized_images_keep_their_geometry(city):
 
 @pytest.mark.parametrize("sweeps", [1, 3, 10])
 def test_sweeps_match_the_devkit(nusc, city, sweeps):
-    """Except for the keyframe's points on the car itself, which are kept."""
+    """Except for the keyframe's points on the ego vehicle, which the devkit removes and the dataset keeps."""
     dataset = NuScenesDataset(city, VERSION, "mini_val", Data(sweeps=sweeps))
     for i in range(len(dataset)):
         sample = dataset[i]
@@ -189,13 +189,13 @@ def test_sweeps_match_the_devkit(nusc, city, sweeps):
     np.testing.assert_array_equal(sample.points[: whole.nbr_points(), :4], whole.points.T)
 
 
-def test_a_scene_starts_without_sweeps(dataset):
+def test_the_first_keyframe_of_a_scene_has_no_sweeps(dataset):
     assert set(dataset[0].points[:, 4]) == {0}
     assert len(set(dataset[1].points[:, 4])) > 1
 
 
-def test_sweeps_leave_the_ground_in_place(dataset):
-    """Static ground, seen from a moving car, is one plane after ego-motion compensation."""
+def test_sweeps_agree_on_the_height_of_the_ground(dataset):
+    """After ego-motion compensation, the ground in all sweeps is one plane."""
     points = dataset[len(dataset) - 1].points
     lags = np.unique(points[:, 4])
     assert len(lags) >= 3
@@ -256,16 +256,16 @@ def test_label_fraction_keeps_every_kth_frame(city):
 def uneven(city):
     """Twelve frames: cars in all, a bus in the last six, pedestrians in every fourth, no box in the first."""
     dataset = NuScenesDataset(city, VERSION, "mini_train", Data())
-    held = [[0, 0] + [3] * (f >= 6) + [8, 8] * (f % 4 == 3) if f else [] for f in range(12)]
-    labels = np.array(sum(held, []))
-    offsets = np.cumsum([0] + [len(h) for h in held])
+    per_frame = [[0, 0] + [3] * (f >= 6) + [8, 8] * (f % 4 == 3) if f else [] for f in range(12)]
+    labels = np.array(sum(per_frame, []))
+    offsets = np.cumsum([0] + [len(frame) for frame in per_frame])
     dataset.index = replace(dataset.index, labels=labels, box_offsets=offsets)
     dataset.frames = np.arange(12)
     return dataset
 
 
 def test_balanced_frames_have_each_class_equally_often(uneven):
-    """11 pairs of a frame and cars, 6 with buses, 3 with pedestrians: 20 // 3 frames drawn for each of the three."""
+    """11 frames have cars, 6 buses and 3 pedestrians: (11 + 6 + 3) // 3 frames are drawn for each of the three."""
     balanced = uneven.balanced(seed=0)
     assert len(balanced) == 18 and len(uneven) == 12
     cars, buses, pedestrians = balanced.frames.reshape(3, 6)
@@ -276,7 +276,7 @@ def test_balanced_frames_have_each_class_equally_often(uneven):
     assert uneven.balanced(seed=1).frames.tolist() != balanced.frames.tolist()
 
 
-def test_balanced_frames_are_drawn_from_the_used_ones(uneven):
+def test_balanced_frames_are_drawn_from_the_frames_in_use(uneven):
     uneven.frames = uneven.frames[::4]  # 0 without boxes, 4 with cars, 8 with cars and a bus
     cars, bus = uneven.balanced(seed=0).frames
     assert cars in (4, 8) and bus == 8
@@ -302,7 +302,7 @@ def test_balanced_frames_are_read_and_resumed_exactly(city):
 
 
 def first_file(root, dataset, kind):
-    """Path of a file of the dataset's frame 0: an image, the LiDAR frame or its labels."""
+    """Path of a file of the dataset's frame 0: an image, the LiDAR points or their labels."""
     index = dataset.index
     name = {
         "image": index.image_files[0, 2],
@@ -313,11 +313,12 @@ def first_file(root, dataset, kind):
 
 
 def cut(path, size):
+    """Keep the first `size` bytes; negative: cut off the last -size."""
     path.write_bytes(path.read_bytes()[:size])
 
 
 def points(path, **columns):
-    """Write nine points at the origin but for some of their columns."""
+    """Write nine zero points, one of them with the given x, y, z or i (intensity)."""
     array = np.zeros((9, 5), np.float32)
     for name, value in columns.items():
         array[4, "xyzi".index(name)] = value
@@ -325,12 +326,12 @@ def points(path, **columns):
 
 
 def rewrite(path, change, ending=".jpg"):
-    """Write an image as `change` makes it of what it was, in the format of `ending`."""
+    """Replace an image by `change(image)`, encoded in the format of `ending`."""
     cv2.imencode(ending, change(cv2.imread(str(path))))[1].tofile(path)
 
 
 def with_thumbnail(path):
-    """Half a JPEG, with a whole one in its header, as cameras write them."""
+    """Cut a JPEG in half; its header has a complete thumbnail, as cameras write it."""
     content = path.read_bytes()
     thumbnail = content[: content.index(b"\xff\xda")] + b"\xff\xd9"
     header = b"\xff\xe1" + (len(thumbnail) + 2).to_bytes(2, "big") + thumbnail
@@ -373,13 +374,13 @@ def test_a_bad_frame_is_named_and_replaced_by_another(copy, kind, damage, reason
     assert [b.tokens for _, b in held_out_batches(dataset, 1)] == [(tokens[1],)]
 
 
-def test_a_header_of_a_huge_image_takes_no_memory(copy, monkeypatch):
-    """30,000 x 30,000 pixels are 2.7 GB."""
+def test_an_image_of_a_huge_size_is_rejected_before_decoding(copy, monkeypatch):
+    """Its header says 30,000 x 30,000 pixels, which would be 2.7 GB."""
     dataset = NuScenesDataset(copy, VERSION, "mini_val", Data())
     path = first_file(copy, dataset, "image")
     content = bytearray(path.read_bytes())
-    at = content.index(b"\xff\xc0") + 5  # height and width in a JPEG's frame header
-    content[at : at + 4] = (30_000).to_bytes(2, "big") * 2
+    start = content.index(b"\xff\xc0") + 5  # height and width in a JPEG's frame header
+    content[start : start + 4] = (30_000).to_bytes(2, "big") * 2
     path.write_bytes(content)
     decoded, decode = [], cv2.imdecode
     monkeypatch.setattr(cv2, "imdecode", lambda *a: decoded.append(decode(*a)) or decoded[-1])

@@ -24,7 +24,8 @@ def test_cosine_by_hand():
 
 
 def test_one_cycle_by_hand():
-    """Half a cosine up in 40 % of the steps, another one down; the momentum falls and rises instead."""
+    """The learning rate rises for 40 % of the steps and falls again, each as half a cosine; the momentum does the
+    opposite."""
     cfg = Optim(schedule="one_cycle", start=0.1, final=0.01, rise=0.4, momentum=0.95, min_momentum=0.85)
     for step, lr, momentum in (
         (0, 0.1, 0.95),
@@ -36,7 +37,7 @@ def test_one_cycle_by_hand():
         assert lr_at(cfg, step, 100) == pytest.approx(lr) and momentum_at(cfg, step, 100) == pytest.approx(momentum)
 
 
-def test_parts_have_their_own_rates():
+def test_backbone_encoders_and_the_rest_have_separate_learning_rates():
     recipe = PRETRAIN["fusion"]["tiny"]
     cfg = replace(recipe.optim, lr=1.0, backbone_lr=0.1, encoder_lr=0.5, start=1.0, warmup_steps=0)
     with torch.device("meta"):

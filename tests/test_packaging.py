@@ -40,7 +40,7 @@ def test_wheel_has_every_module(installed):
 
 def test_every_import_is_declared():
     declared = {name.lower() for name in re.findall(r'^    "([\w-]+)', PROJECT.split("[project.optional")[0], re.M)}
-    optional = {"triton", "skimage"}  # GPU builds of torch depend on Triton, a CPU needs none; extra `mesh`
+    optional = {"triton", "skimage"}  # torch's GPU builds depend on Triton, a CPU needs none; skimage: extra `mesh`
     files = [*REPO.glob("unipad/**/*.py"), *REPO.glob("kernels/*.py"), *(REPO / name for name in SCRIPTS)]
     nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
     imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
@@ -51,6 +51,6 @@ def test_every_import_is_declared():
     assert "torch" in imported and not missing
 
 
-def test_one_ruff_everywhere():
+def test_pre_commit_uses_the_ruff_version_of_pyproject():
     versions = re.findall(r"ruff==([\d.]+)", PROJECT)
     assert versions and f"rev: v{versions[0]} " in (REPO / ".pre-commit-config.yaml").read_text()

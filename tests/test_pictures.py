@@ -29,7 +29,7 @@ def test_depth_sums_by_hand():
 
 
 def test_points_have_the_colors_of_their_classes():
-    """A wall of cars on the right, a wall of buses predicted as trucks on the left; the last point has no label."""
+    """Points of cars on the right, and of buses predicted as trucks on the left; the last point has no label."""
     points = torch.zeros(201, 5)
     points[:, 0], points[:, 1] = 20.0, torch.arange(201) * 0.1 - 10
     points[100:200, 0] = -20.0
@@ -70,12 +70,12 @@ def test_edges_of_a_box_around_the_camera_end_in_front_of_it():
     pinhole = torch.tensor([[10.0, 8, 0, 0], [0, 6, -10, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
     box = torch.tensor([[0, 1.5, 0, 2, 5, 2, torch.pi / 2, 0, 0]])
     lines, owner = edges(box_corners(box), pinhole.numpy())
-    assert len(lines) == 8 and (owner == 0).all()  # the four at the back are behind the camera
+    assert len(lines) == 8 and (owner == 0).all()  # the four edges of the rear face are behind the camera
     front = lines[(abs(lines - [8, 6]) < 3).all(axis=(1, 2))]
     assert len(front) == 4
-    assert abs(front - [8, 6]) == pytest.approx(2.5, abs=1e-4)  # 1 m at a depth of 4
+    assert abs(front - [8, 6]) == pytest.approx(2.5, abs=1e-4)  # 10 * 1 m / 4 m
     long = lines[(abs(lines - [8, 6]) > 3).any(axis=(1, 2))]
-    assert abs(long - [8, 6]).max(axis=1) == pytest.approx(100, rel=1e-3)  # 1 m where edges end, at a depth of 0.1
+    assert abs(long - [8, 6]).max(axis=1) == pytest.approx(100, rel=1e-3)  # 10 * 1 m / 0.1 m, where edges are clipped
 
 
 @pytest.mark.parametrize("cameras", [True, False], ids=["cameras", "LiDAR only"])

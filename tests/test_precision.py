@@ -1,4 +1,4 @@
-"""The default precision depends on the GPU."""
+"""--precision, whose default depends on the GPU."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from unipad.errors import UserError
 from unipad.runtime import mixed_precision
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-VOLTA, TURING, AMPERE = (7, 0), (7, 5), (8, 0)
+VOLTA, TURING, AMPERE = (7, 0), (7, 5), (8, 0)  # compute capabilities
 
 
 @pytest.fixture

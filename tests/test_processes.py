@@ -1,6 +1,6 @@
-"""Two processes compute the loss and the gradients of one, over a whole step.
+"""A training step in two processes has the loss and the gradients of one process.
 
-Gradients in fp64: in fp32 the untrained network amplifies rounding errors of 1e-7 to 1 % of the gradient's norm.
+Gradients are compared in fp64: in fp32 the untrained network amplifies rounding errors of 1e-7 to 1 % of their norm.
 """
 
 import sys
@@ -16,24 +16,24 @@ MODALITIES = "camera", "lidar", "fusion"
 
 
 def test_two_processes_have_the_gradients_of_one(city, tmp_path):
-    found = []
+    results = []
     for run in (scripts.run, scripts.run_two):
         done = run(__file__, city, tmp_path / "gradients.pt")
         assert done.returncode == 0, done.stderr[-4000:]
-        found.append(torch.load(tmp_path / "gradients.pt", weights_only=True))
+        results.append(torch.load(tmp_path / "gradients.pt", weights_only=True))
     for modality in MODALITIES:
-        (one, loss_of_one, short_of_one), (two, loss_of_two, short_of_two) = (runs[modality] for runs in found)
-        assert loss_of_two == pytest.approx(loss_of_one, rel=1e-9)
-        assert short_of_two == pytest.approx(short_of_one, rel=2e-5)
+        (one, fp64_of_one, fp32_of_one), (two, fp64_of_two, fp32_of_two) = (result[modality] for result in results)
+        assert fp64_of_two == pytest.approx(fp64_of_one, rel=1e-9)
+        assert fp32_of_two == pytest.approx(fp32_of_one, rel=2e-5)
         assert one.keys() == two.keys()
         whole = torch.stack([grad.norm() for grad in one.values()]).norm()
         for name, grad in one.items():
             assert (grad - two[name]).norm() <= 1e-7 * whole, name
-        assert sum(grad.norm() > 1e-4 * whole for grad in one.values()) > 50, "most are zero"
+        assert sum(grad.norm() > 1e-4 * whole for grad in one.values()) > 50, "almost all gradients are zero"
 
 
 def save_gradients(city, file):
-    """Run a step of each modality on this process's part of two samples; the main process saves what it returns."""
+    """Run a `step` of each modality on this process's part of two samples; the main process saves the results."""
     from unipad.runtime import start
 
     with start("cpu", deterministic=False) as world:
@@ -43,7 +43,7 @@ def save_gradients(city, file):
 
 
 def step(modality, city, world):
-    """The mean over processes: gradients {parameter: gradient} and loss in fp64, loss in fp32."""
+    """Means over processes: {parameter: gradient} in fp64, loss in fp64, loss in fp32."""
     from unipad.data.loader import step_batches
     from unipad.data.nuscenes import NuScenesDataset
     from unipad.model.pretrain import Pretrain
@@ -62,8 +62,8 @@ def step(modality, city, world):
         torch.manual_seed(0)
         net = Pretrain(recipe).to(dtype)
         model = torch.nn.parallel.DistributedDataParallel(net) if world.size > 1 else net
-        draws = generators(0, 0, range(first, first + samples), world.device)
-        terms, _ = model(replace(batch, images=batch.images.to(dtype)), draws)
+        rngs = generators(0, 0, range(first, first + samples), world.device)
+        terms, _ = model(replace(batch, images=batch.images.to(dtype)), rngs)
         losses[str(dtype)] = sum(terms.values())
     losses[str(dtype)].backward()
     losses = mean_over_processes(losses)

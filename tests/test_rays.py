@@ -16,7 +16,7 @@ FOCAL = 10.0  # pixels
 def make_batch(point_lists, views=2, size=(16, 32), unpadded=(12, 30)):
     """View 0 looks along +y from (0, 1, 2), view 1 along -y from there; principal point (16, 8), focal length 10.
 
-    Pixel (i, j) of every view has the color (j / 32, i / 16, view).
+    The pixel in row i and column j of a view has the color (j / 32, i / 16, index of the view).
     """
     intrinsics = torch.tensor([[FOCAL, 0, 16, 0], [0, FOCAL, 8, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
     forward = torch.tensor([[1.0, 0, 0, 0], [0, 0, -1, 2], [0, 1, 0, -1], [0, 0, 0, 1]])
@@ -47,7 +47,7 @@ def generators(*seeds):
 
 
 def point_cloud(count, seed=0):
-    """Points all around, seen by one of the two cameras or by none."""
+    """Random points in all directions, each visible in one of the two views or in none."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.rand(count, 3, generator=generator) - 0.5) * torch.tensor([20.0, 20.0, 6.0])
 
@@ -86,8 +86,8 @@ def test_rays_match_the_original():
         assert (rays.volume_idx == b).all()
 
 
-def test_a_point_straight_ahead():
-    """5 m ahead of view 0, which is at y = 1: on the axis, so its depth is its distance."""
+def test_a_ray_to_a_point_on_the_optical_axis():
+    """5 m ahead of the camera of view 0, which is at y = 1, on its optical axis."""
     rays = lidar_rays(make_batch([[0.0, 6.0, 2.0]]), ALL_RADII, 1, generators(0))
     torch.testing.assert_close(rays.origins, torch.tensor([[0.0, 1.0, 2.0]]).expand(2, 3))
     torch.testing.assert_close(rays.directions[0], torch.tensor([0.0, 1.0, 0.0]))
@@ -96,7 +96,7 @@ def test_a_point_straight_ahead():
 
 
 def test_depth_is_the_distance_along_the_ray():
-    """3 m to the right and 4 m ahead of view 0 is 5 m away; its pixel is (16 + 10 * 3 / 4, 8), truncated."""
+    """3 m to the right and 4 m ahead of view 0: 5 m away. The color is that of (16 + 10 * 3 / 4, 8), truncated."""
     rays = lidar_rays(make_batch([[3.0, 5.0, 2.0]]), ALL_RADII, 1, generators(0))
     torch.testing.assert_close(rays.depth[0], torch.tensor(5.0))
     torch.testing.assert_close(rays.directions[0], torch.tensor([0.6, 0.8, 0.0]))
@@ -113,7 +113,7 @@ def test_depth_is_the_distance_along_the_ray():
         ((28.75, 10.75), 1.0, True),
         ((1.0, 11.0), 1.0, False),  # height 12
         ((1.0, 1.0), -1.0, False),  # behind the camera
-        ((16.0, 8.0), 0.0, False),  # in its center
+        ((16.0, 8.0), 0.0, False),  # at the center of the camera
     ],
 )
 def test_only_points_strictly_inside_the_unpadded_image_are_visible(pixel, depth, visible):
@@ -131,10 +131,10 @@ def test_radius_limits_are_strict():
     batch = make_batch([[[0.0, 3.0, 2.0], [0.0, 4.0, 2.0], [0.0, 5.0, 2.0]]], views=1)
     cfg = replace(ALL_RADII, near_radius=3.0, far_radius=5.0)
     rays = choose_rays(batch, cfg, generators(0))
-    assert rays.depth[rays.depth > 0].tolist() == [3.0]  # y = 4, seen from y = 1
+    assert rays.depth[rays.depth > 0].tolist() == [3.0]  # only the point at radius 4, 3 m from the camera at y = 1
 
 
-def test_points_first_then_pixels_of_the_grid_below_the_sky():
+def test_rays_go_to_points_first_then_to_pixels_of_the_grid_below_the_sky():
     batch = make_batch([point_cloud(40)])
     seen, visible = project_points(batch.points[:, :3], batch.lidar2image[0], batch.image_sizes[0])
     counts = visible.sum(1)
@@ -145,7 +145,7 @@ def test_points_first_then_pixels_of_the_grid_below_the_sky():
         assert (depth[n, :count] > 0).all() and (depth[n, count:] == -1).all()
         columns, rows = rgb[n, count:, 0] * 32, rgb[n, count:, 1] * 16
         assert (columns % 3 == 0).all() and (columns < 30).all()
-        assert set(rows.tolist()) <= {6.0, 9.0}  # from int(0.5 * 12) every third row, below 12
+        assert set(rows.tolist()) <= {6.0, 9.0}  # every third row from int(0.5 * 12) to 11
 
 
 def test_points_are_drawn_without_replacement():
@@ -158,7 +158,7 @@ def test_points_are_drawn_without_replacement():
 
 
 def test_every_point_is_drawn_equally_often():
-    """3 of 6 points are drawn, 600 times: 300 each, within 5 standard deviations of 12."""
+    """3 of 6 points are drawn 600 times: each point 300 times, within 5 standard deviations of 12."""
     points = torch.tensor([[x, 6.0, 2.0] for x in (-2.5, -1.5, -0.5, 0.5, 1.5, 2.5)])
     batch = make_batch([points] * 600, views=1)
     rays = choose_rays(batch, replace(ALL_RADII, per_view=3), generators(*range(600)))
@@ -172,17 +172,17 @@ def test_a_view_without_points_casts_pixels(points):
     rays = choose_rays(make_batch([points]), ALL_RADII, generators(0))
     assert len(rays) == 16 and (rays.depth[8:] == -1).all()
     torch.testing.assert_close(rays.directions.norm(dim=1), torch.ones(16))
-    assert (rays.rgb[:, 1] >= 4 / 16).all()  # int(0.4 * 12)
+    assert (rays.rgb[:, 1] >= 4 / 16).all()  # from row int(0.4 * 12) on, below the sky
 
 
-def test_a_view_short_of_candidates_repeats_them():
+def test_a_view_with_fewer_pixels_than_rays_repeats_them():
     cfg = replace(ALL_RADII, per_view=11, pixel_interval=16)
-    rays = choose_rays(make_batch([[]], views=1), cfg, generators(0))  # two columns of one row
+    rays = choose_rays(make_batch([[]], views=1), cfg, generators(0))  # the grid has two pixels: two columns of one row
     columns = rays.rgb[:, 0] * 32
     assert len(rays) == 11 and sorted((columns == x).sum().item() for x in (0, 16)) == [5, 6]
 
 
-def test_rays_are_a_function_of_the_generators():
+def test_rays_are_determined_by_the_generators():
     batch = make_batch([point_cloud(300)])
     for strategy in ("depth", "random", "dilation"):
         cfg = replace(ALL_RADII, strategy=strategy, dilation=2)
@@ -192,7 +192,7 @@ def test_rays_are_a_function_of_the_generators():
 
 
 @pytest.mark.parametrize("strategy", ["depth", "random", "dilation"])
-def test_a_sample_alone_gets_the_same_rays(strategy):
+def test_rays_of_a_sample_do_not_depend_on_the_others(strategy):
     clouds = [point_cloud(70, 1), point_cloud(110, 2)]
     cfg = replace(ALL_RADII, strategy=strategy)
     both = choose_rays(make_batch(clouds), cfg, generators(1, 2))
@@ -207,7 +207,7 @@ def test_a_sample_alone_gets_the_same_rays(strategy):
 
 @pytest.mark.parametrize("strategy", ["depth", "random", "dilation"])
 def test_nothing_waits_for_the_gpu(strategy):
-    """With fake tensors: whatever needs a value on the host, or a shape that depends on one, raises."""
+    """With fake tensors, an operator whose value or output size is needed on the host raises."""
     batch, mode = make_batch([point_cloud(9), point_cloud(5)]), FakeTensorMode(allow_non_fake_inputs=True)
     names = ("images", "image_sizes", "lidar2image", "lidar2camera", "points")
     fake = replace(batch, **{name: mode.from_tensor(getattr(batch, name)) for name in names})
@@ -230,13 +230,13 @@ def test_random_pixels_cover_the_unpadded_image():
 def test_dilation_takes_every_pixel_of_its_grid():
     cfg = replace(ALL_RADII, strategy="dilation", dilation=5)
     rays = choose_rays(make_batch([[]], views=1), cfg, generators(0))
-    assert len(rays) == 4 * 7  # the grid over 16 x 32; 3 x 6 of it lie in the image
+    assert len(rays) == 4 * 7  # grid of the padded 16 x 32 image; 3 x 6 of its pixels lie in the unpadded one
     pixels = {(round(u * 32), round(v * 16)) for u, v, _ in rays.rgb.tolist()}
     assert pixels == {(u, v) for u in range(0, 30, 5) for v in range(0, 12, 5)}
 
 
 def test_pixels_get_the_depth_of_the_nearest_point_in_them():
-    """Pixel (16, 8) of view 0 is on its axis: points at 9 m, and at 4 m slightly off the axis in the same pixel."""
+    """Pixel (16, 8) of view 0 is on its optical axis; there is one point 9 m away, and one 4 m away slightly off it."""
     batch = make_batch([[[0.0, 10.0, 2.0], [0.2, 5.0, 1.9]]])
     cfg = replace(ALL_RADII, strategy="dilation", dilation=8)
     rays = choose_rays(batch, cfg, generators(0))
@@ -278,8 +278,8 @@ def test_unknown_strategy_is_rejected():
 def test_without_cameras_rays_go_from_the_lidar_to_the_keyframes_points():
     points = torch.tensor([
         [6.0, 0, 8, 0, 0],  # radius 6, distance 10
-        [0, 5, 0, 0, 0.05],  # of a sweep
-        [2, 0, 0, 0, 0],  # nearer than near_radius
+        [0, 5, 0, 0, 0.05],  # lag > 0: from an earlier sweep
+        [2, 0, 0, 0, 0],  # within near_radius
         [0, -4, 3, 0, 0],  # radius 4, distance 5
     ])  # fmt: skip
     batch = replace(make_batch([[], []]), points=points, point_counts=torch.tensor([4, 0]))

@@ -14,7 +14,7 @@ from unipad import cli
 from unipad.errors import UserError
 
 README = (REPO / "README.md").read_text()
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)  # those in ```sh need a cluster, a GPU or files
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)  # ```sh blocks need a cluster, a GPU or files
 COMMANDS = [line for block in BLOCKS for line in block.strip().splitlines()]
 
 QUICK = "--device cpu --preset tiny --steps 2 --val-every 2 --save-every 9 --workers 0"
@@ -87,7 +87,7 @@ def test_command_runs(command, city, tmp_path):
         assert list(tmp_path.glob("outputs/train-*/*/images/val_000002.png"))
 
 
-def test_files_name_every_folder_and_kernel():
+def test_the_files_section_names_every_script_folder_kernel_and_page():
     files = README.split("## Files")[1]
     for path in [*REPO.glob("*.py"), *REPO.glob("unipad/*/"), *REPO.glob("kernels/*.py"), *REPO.glob("docs/*.md")]:
         if path.name not in ("__init__.py", "__pycache__"):

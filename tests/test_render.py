@@ -1,4 +1,4 @@
-"""The renderer compared with records of the original, with double backward of its formulas, and by hand."""
+"""The renderer compared with records of the original, with a double backward in plain PyTorch, and by hand."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ FEW = Render(samples=12, importance=6, channels=8, truncation=1.5, **ALL_LOSSES)
 
 
 def recorded_rays(record, sample=""):
-    """Rays and targets of a record, back in meters."""
+    """Rays and targets of a record, converted to meters. sample: suffix of the array names, such as "_1"."""
     unscale = 1 / RECORDED.scale
     names = ("ray_o", "ray_d", "target_depth", "target_rgb") if not sample else ("ray_o", "ray_d", "depth", "rgb")
     origins, directions, depth, rgb = (record[f"in/{name}{sample}"] for name in names)
@@ -37,7 +37,7 @@ def recorded_rays(record, sample=""):
 
 
 def random_scene(B=2, per_sample=(9, 14), channels=8, grid=SMALL, dtype=torch.float32):
-    """A random volume and rays from near its middle, shuffled over the batch; a third of them without depth."""
+    """A random volume and rays from near its center, in random order of samples; a third of them without depth."""
     X, Y, Z = grid.shape
     volume = torch.randn(B, channels, Z, Y, X, dtype=dtype)
     idx = torch.cat([torch.full((n,), b) for b, n in enumerate(per_sample)]).int()
@@ -103,7 +103,7 @@ def test_rendering_equals_the_original(name, cfg, weights_rel):
     assert_close_to_max(out.starts, record["out/z_vals"][..., 0], 1e-3, "starts")
     assert_close_to_max(out.sdf, record["out/sdf"][..., 0], 1e-3, "sdf")
     assert_close_to_max(out.gradient, record["out/gradients"], 1e-3, "gradient")
-    # rounding moves weight between samples that nearly coincide: see fp32_noise_floor in the record's JSON file
+    # rounding shifts weight between samples that nearly coincide: see fp32_noise_floor in the record's JSON file
     assert_close_to_max(out.weights, record["out/weights"][..., 0], weights_rel, "weights")
 
     losses = renderer.loss(out, rays)
@@ -202,9 +202,9 @@ def test_rays_that_the_original_rejects_do_not_hit():
 
 @pytest.mark.parametrize("twice", [False] + [True] * benchmarks.eager.TWICE_DIFFERENTIABLE)
 def test_gradients_equal_double_backward(twice, monkeypatch):
-    """In fp64: a hand-written reverse pass with first-order autograd gives what the original's double backward gives.
+    """In fp64: a hand-written SDF gradient with first-order autograd equals the original's double backward.
 
-    twice: the double backward is that of `F.grid_sample`, if it is twice differentiable; else of gathers.
+    twice: whether `EagerRenderer` samples with `F.grid_sample`, where that is twice differentiable, or with gathers.
     """
     monkeypatch.setattr(benchmarks.eager, "TWICE_DIFFERENTIABLE", twice)
     volume, rays = random_scene(dtype=torch.float64)
@@ -269,7 +269,7 @@ def test_only_misses_and_no_rays_at_all():
 
 @pytest.mark.parametrize("method", ["neus", "unisurf"])
 def test_a_batch_is_the_mean_of_its_samples(method):
-    """Two samples with unequal numbers of rays; without VolSDF, whose rays decide together when to stop searching."""
+    """Two samples with unequal numbers of rays. Not VolSDF: its sampler stops when all rays have converged."""
     volume, rays = random_scene()
     renderer = Renderer(replace(FEW, method=method, search=16), SMALL)
     jitter = torch.rand(len(rays), renderer.jitters)
@@ -284,7 +284,7 @@ def test_a_batch_is_the_mean_of_its_samples(method):
 
 
 def test_losses_by_hand():
-    """Scale 1/8. Ray 0 sees depth 4 m = 0.5, truncation 1.6 m = 0.2; ray 1 has no depth; ray 2 misses."""
+    """Scale 1/8. Target depth of ray 0: 4 m = 0.5, truncation 1.6 m = 0.2; ray 1 has no depth; ray 2 misses."""
     cfg = replace(
         FEW, truncation=1.6, points_weight=3.0, rgb_weight=2.0, depth_weight=8.0, sdf_weight=1.0, eikonal_weight=1.0
     )
@@ -319,8 +319,8 @@ def test_losses_by_hand():
         assert losses[name].item() == pytest.approx(value, rel=1e-6), name
 
 
-def test_points_on_the_surface():
-    """The distances are those of the field at each volume's points, and have gradients."""
+def test_points_loss_is_the_mean_distance_at_lidar_points():
+    """The mean |SDF| at the points of each sample, averaged over samples; it has a gradient w.r.t. the volume."""
     volume, rays = random_scene()
     volume.requires_grad_()
     renderer = Renderer(replace(FEW, points_weight=1.0), SMALL)
@@ -362,7 +362,7 @@ def test_autocast_has_no_effect():
 
 @pytest.mark.parametrize("method", ["neus", "volsdf", "unisurf"])
 def test_kernels_render_what_the_references_render(method, device, monkeypatch):
-    """All ops run their kernels and fit together. In fp64, since rounding in fp32 may move samples."""
+    """All ops run their kernels. In fp64, since rounding in fp32 may move samples."""
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
     volume, rays = random_scene(per_sample=(2, 3), dtype=torch.float64)
     renderer = Renderer(replace(FEW, method=method, search=16), SMALL).double()
@@ -384,6 +384,6 @@ def test_kernels_render_what_the_references_render(method, device, monkeypatch):
         assert_close_to_max(found[name].cpu(), value, 1e-4, name)
 
 
-def test_unknown_method_is_named():
+def test_unknown_method_is_rejected():
     with pytest.raises(ValueError, match="no renderer 'nerf': choose neus, volsdf, unisurf"):
         Renderer(replace(FEW, method="nerf"), SMALL)

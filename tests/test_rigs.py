@@ -1,4 +1,4 @@
-"""Rigs of any number of cameras, of any name, size and format: read, trained on, evaluated and drawn."""
+"""Rigs with any number of cameras, names, image sizes and file formats: read, trained on, evaluated and drawn."""
 
 import json
 from dataclasses import replace
@@ -26,7 +26,7 @@ from unipad.model.rays import pixel_rays
 from unipad.recipes import PRETRAIN
 
 VERSION = "v1.0-mini"
-# name -> (camera of the city that it is a copy of, height and width, ending of its files)
+# number of cameras -> {name: (camera of the synthetic dataset that is copied, (height, width), ending of its files)}
 RIGS = {
     1: {"front": ("CAM_FRONT", (72, 128), ".png")},
     5: {
@@ -49,7 +49,7 @@ def write(root, name, rows):
 
 
 def set_rig(root, rig):
-    """Replace the cameras of the synthetic city, in its tables and files."""
+    """Replace the cameras of a synthetic dataset, in its tables and files. rig: as in `RIGS`."""
     names = ("sensor", "calibrated_sensor", "sample_data")
     tables = {name: read(root, name) for name in names}
     channel = {row["token"]: row["channel"] for row in tables["sensor"]}
@@ -84,19 +84,19 @@ def set_rig(root, rig):
 
 @pytest.fixture(params=RIGS)
 def rig(request, copy):
-    """(root, cameras)"""
+    """(root of a dataset, its cameras as in `RIGS`)"""
     set_rig(copy, RIGS[request.param])
     return copy, RIGS[request.param]
 
 
 def test_a_rig_is_read_as_its_tables_say(rig, city):
-    """Names, order, sizes, pixels and projections, and pictures of all kinds."""
+    """Names, order, sizes, pixels and projections of the cameras; and all kinds of pictures can be drawn."""
     root, cameras = rig
     original = NuScenesDataset(city, VERSION, "mini_val", Data())[1]
     dataset = NuScenesDataset(root, VERSION, "mini_val", Data())
     sample = dataset[1]
     if len(cameras) == 5:
-        assert sample.cameras == ("CAM_FRONT", "CAM_BACK", "cam_left", "cam_right", "Überkopf")  # nuScenes' come first
+        assert sample.cameras == ("CAM_FRONT", "CAM_BACK", "cam_left", "cam_right", "Überkopf")  # nuScenes names first
     assert set(sample.cameras) == set(cameras) and len(sample.images) == len(cameras)
     for view, name in enumerate(sample.cameras):
         source, (h, w), _ = cameras[name]
@@ -120,7 +120,7 @@ def test_a_rig_is_read_as_its_tables_say(rig, city):
 
 
 @pytest.mark.parametrize("rig", [5], indirect=True)
-def test_a_mixed_rig_is_augmented_pasted_into_and_learned(rig):
+def test_training_with_augmentation_and_pasting_on_a_mixed_rig(rig):
     root, cameras = rig
     recipe = PRETRAIN["fusion"]["tiny"]
     recipe = replace(recipe, rays=replace(recipe.rays, per_view=8))
@@ -141,7 +141,7 @@ def test_a_mixed_rig_is_augmented_pasted_into_and_learned(rig):
 
 @pytest.mark.slow
 def test_eight_cameras_of_eight_sizes_through_all_scripts(copy, tmp_path):
-    """Half of them in PNG, half of the images smaller than the tables say, two frames that lack files."""
+    """Half of the cameras have PNGs, half of the images are smaller than the tables say, two frames lack a file."""
     set_rig(copy, RIGS[8])
     rows = [row for row in read(copy, "sample_data") if "cam" in row["filename"]]
     for row in rows[::2]:
@@ -163,7 +163,7 @@ def test_eight_cameras_of_eight_sizes_through_all_scripts(copy, tmp_path):
 
 
 def test_a_frame_without_one_of_the_cameras_is_left_out(copy, capsys):
-    """And not the camera, which the others have."""
+    """The camera is kept, since the other frames have it."""
     rows = read(copy, "sample_data")
     gone = next(row for row in rows if "CAM_BACK/" in row["filename"] and row["is_key_frame"])
     for row in rows:
@@ -176,7 +176,7 @@ def test_a_frame_without_one_of_the_cameras_is_left_out(copy, capsys):
     assert sum(len(NuScenesDataset(copy, VERSION, d.split, Data(cameras=False))) for d in datasets) == 6
 
 
-def test_a_set_without_cameras_is_read(copy):
+def test_a_dataset_without_cameras_is_read(copy):
     set_rig(copy, {})
     assert not NuScenesDataset.has_images(copy, VERSION, "mini_val")
     for data in (Data(), Data(cameras=False), Data(camera_sweeps=2)):
@@ -186,7 +186,7 @@ def test_a_set_without_cameras_is_read(copy):
 
 @pytest.mark.parametrize("scale", [0.5, 1.5])
 def test_a_scaled_copy_of_an_image_keeps_its_geometry(copy, scale):
-    """As stored and resized, keyframes and camera sweeps: pixels are those of the file, intrinsics follow."""
+    """If files have another size than the tables say, intrinsics are scaled, with and without `image_size`."""
     before = NuScenesDataset(copy, VERSION, "mini_val", Data())[0]
     resized = NuScenesDataset(copy, VERSION, "mini_val", Data(image_size=(40, 60)))[0]
     for file in copy.glob("samples/CAM_*/*.jpg"):
@@ -217,7 +217,7 @@ def test_the_orientation_in_exif_data_is_ignored(copy):
 
 
 def test_frames_with_missing_files_are_left_out_and_named(copy, capsys):
-    """Of files that are read alone: a LiDAR run needs no image."""
+    """Only files that are read count: a LiDAR run needs no image."""
     index = NuScenesDataset(copy, VERSION, "mini_val", Data(sweeps=2)).index
     lost = [index.image_files[0, 3].decode(), index.lidar_files[index.lidar_prev[index.frame_lidar[2]]].decode()]
     for name in lost:
@@ -238,7 +238,7 @@ def test_frames_with_missing_files_are_left_out_and_named(copy, capsys):
         NuScenesDataset(copy, VERSION, "mini_val", Data())
 
 
-def test_a_set_without_its_sweeps_is_a_one_sentence_error(copy):
+def test_a_dataset_without_its_sweep_files_is_a_user_error(copy):
     for file in copy.glob("sweeps/LIDAR_TOP/*"):
         file.unlink()
     with pytest.raises(
@@ -246,7 +246,7 @@ def test_a_set_without_its_sweeps_is_a_one_sentence_error(copy):
     ):
         NuScenesDataset(copy, VERSION, "mini_train", Data(sweeps=10))
     assert len(NuScenesDataset(copy, VERSION, "mini_train", Data(sweeps=1))) == 3
-    rows = read(copy, "sample_data")  # tables without sweeps: the frames before are keyframes
+    rows = read(copy, "sample_data")  # without sweeps in the tables too, earlier keyframes are used instead
     sweeps = {row["token"]: row for row in rows if not row["is_key_frame"]}
     for row in rows:
         while row["prev"] in sweeps:

@@ -1,4 +1,4 @@
-"""The 3D view: its geometry worked out by hand, and that TensorBoard reads it."""
+"""The 3D view: its geometry by hand; TensorBoard reads it."""
 
 import numpy as np
 import pytest
@@ -13,14 +13,15 @@ from unipad.runtime import World
 FACES_OF_BAR = 6
 
 
-def spheres(radius, stride=1):
+def sphere(radius, stride=1):
+    """Ends of the panorama's rays at a constant depth."""
     return radius * scene3d.panorama_rays("cpu", stride).directions.numpy()
 
 
 @pytest.mark.parametrize("stride", [1, 8])
 def test_surface_is_a_closed_strip(stride):
     rows, columns = (-(-size // stride) for size in scene3d.PANORAMA)
-    mesh = scene3d.surface(spheres(10.0, stride), columns)
+    mesh = scene3d.surface(sphere(10.0, stride), columns)
     assert mesh.vertices.shape == (rows * columns, 3) and len(mesh.faces) == 2 * (rows - 1) * columns
     sides = mesh.vertices[mesh.faces] - mesh.vertices[np.roll(mesh.faces, 1, axis=1)]
     assert np.linalg.norm(sides, axis=2).max() < 10 * np.radians(stride) * 1.5  # no triangle spans more than one cell
@@ -29,8 +30,8 @@ def test_surface_is_a_closed_strip(stride):
     assert (counts == 1).sum() == 2 * columns  # open only at the top and the bottom
 
 
-def test_surface_is_open_where_depth_jumps():
-    ends = spheres(10.0).reshape(*scene3d.PANORAMA, 3)
+def test_surface_has_no_triangles_across_depth_discontinuities():
+    ends = sphere(10.0).reshape(*scene3d.PANORAMA, 3)
     ends[:, :100] *= 3
     mesh = scene3d.surface(ends.reshape(-1, 3))
     depth = np.linalg.norm(mesh.vertices, axis=1)[mesh.faces]
@@ -48,7 +49,7 @@ def test_edges_of_a_box():
         assert (np.ptp(bar, axis=0) > 1.5).sum() == 1
 
 
-def test_points_of_sweeps_are_left_out_and_too_many_are_thinned(monkeypatch):
+def test_only_keyframe_points_are_drawn_and_at_most_max_points(monkeypatch):
     points = torch.tensor([[float(i), 0.0, 0.0, 0.0, 0.1 * (i >= 5)] for i in range(7)])
     batch = make_batch([[]])
     batch = type(batch)(**{**vars(batch), "points": points, "point_counts": torch.tensor([7])})
@@ -60,7 +61,7 @@ def test_points_of_sweeps_are_left_out_and_too_many_are_thinned(monkeypatch):
     assert mesh.colors[:, 0].tolist() == [0] * 3 + [3] * 3
 
 
-def test_nothing_is_an_empty_mesh():
+def test_no_boxes_are_an_empty_mesh():
     nothing = scene3d.boxes(torch.zeros(0, 9), [])
     assert len(nothing.vertices) == len(nothing.colors) == len(nothing.faces) == 0
     one = scene3d.boxes(torch.ones(1, 9), scene3d.TRUTH)

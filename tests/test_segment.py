@@ -16,8 +16,8 @@ RECIPE = SEGMENT["lidar"]["tiny"]
 
 
 def by_definition(probabilities, labels):
-    """The Lovász extension of 1 - IoU, per class: the points' errors in descending order, each times the increase of
-    the loss when its point joins those before it."""
+    """The Lovász extension of 1 - IoU, mean over classes: the errors of the points in descending order, each times the
+    increase of 1 - IoU when this point becomes wrong after those before it."""
     values = []
     for c in labels.unique().tolist():
         true = {i for i, label in enumerate(labels.tolist()) if label == c}
@@ -54,12 +54,12 @@ def test_lovasz_softmax_of_hard_predictions_is_one_minus_iou():
 
 
 def test_losses_by_hand():
-    """Two points of class 1 and 3, the second predicted correctly with 3/4, a third one without a label."""
+    """A point of class 1 with probability 1/3, a point of class 3 with probability 3/4, and one without a label."""
     logits = torch.tensor([[0.0, 0, 0], [0, 0, 6], [9, 0, 0]]).double()
     logits[1, 2] = torch.tensor(6.0).log()
     found = losses(Segment(classes=3), logits, torch.tensor([1, 3, 0], dtype=torch.uint8))
     assert found["cross_entropy"].item() == pytest.approx((torch.tensor(3.0).log() + torch.tensor(4 / 3).log()) / 2)
-    # class 1: errors 2/3 (true), 1/8; J = 1, 1. Class 3: errors 1/3 (false), 1/4 (true); J = 1/2, 1
+    # 1 - IoU after each error, class 1: errors 2/3 (its point), 1/8: 1, 1; class 3: errors 1/3, 1/4 (its point): 1/2, 1
     assert found["lovasz"].item() == pytest.approx((2 / 3 + (1 / 6 + 1 / 8)) / 2)
     none = losses(Segment(), logits.requires_grad_(), torch.zeros(3, dtype=torch.uint8))
     sum(none.values()).backward()
@@ -70,7 +70,7 @@ def test_losses_by_hand():
 
 
 def test_sweeps_are_encoded_but_not_classified(city):
-    """Points of sweeps are encoded; only the keyframe's own get a class, in the file's order."""
+    """The points of all sweeps are encoded; only those of the keyframe get a class, in the order of the file."""
     data = replace(RECIPE.data, sweeps=2)
     batch = collate([NuScenesDataset(city, "v1.0-mini", "mini_train", data)[i] for i in (1, 2)])
     alone = [NuScenesDataset(city, "v1.0-mini", "mini_train", RECIPE.data)[i] for i in (1, 2)]
@@ -81,7 +81,7 @@ def test_sweeps_are_encoded_but_not_classified(city):
     assert [len(c) for c in Segmenter(RECIPE).eval().segment(batch)] == [len(s.points) for s in alone]
 
 
-def test_a_few_steps_learn_one_frame(city):
+def test_the_loss_falls_in_a_few_steps_on_one_frame(city):
     batch = collate([NuScenesDataset(city, "v1.0-mini", "mini_train", RECIPE.data)[0]])
     model = Segmenter(SegmentRecipe(grid=RECIPE.grid, lidar=RECIPE.lidar, segment=RECIPE.segment))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)

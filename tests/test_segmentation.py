@@ -1,4 +1,4 @@
-"""Segmentation through the devkit, and the scripts as a user runs them for it."""
+"""Segmentation: evaluation with the devkit, and runs of the scripts."""
 
 import json
 import shutil
@@ -39,26 +39,27 @@ def validation(city):
 
 
 def truth_of(batch):
-    """The labels of a batch, through the model's last step: a perfect segmenter; class 1 where there is no label."""
+    """A perfect segmenter: logits from the labels of a batch, class 1 where there is none, through `classes_of`."""
     hot = torch.nn.functional.one_hot((batch.point_labels.long() - 1).clamp(min=0), len(LIDARSEG_CLASSES))
     return classes_of(batch, hot)
 
 
 @pytest.mark.parametrize("split", ["mini_train", "mini_val"])
-def test_the_city_shows_every_class_in_both_splits(split, city):
+def test_the_synthetic_dataset_has_every_class_in_both_splits(split, city):
     dataset = NuScenesDataset(city, "v1.0-mini", split, RECIPE.data)
     labels = np.concatenate([dataset[i].point_labels for i in range(len(dataset))])
     assert np.bincount(labels, minlength=17).all()
 
 
 def files_of(validation, folder):
+    """The files of predicted classes, one per frame."""
     index = validation.index
     return [folder / "lidarseg" / "mini_val" / f"{token.decode()}_lidarseg.bin" for token in index.lidar_tokens]
 
 
 @pytest.fixture(scope="module")
 def perfect(validation, tmp_path_factory):
-    """(folder, metrics) of the ground truth, written and scored."""
+    """(folder, metrics) of the ground truth as predictions, written to files and scored."""
     folder, model = tmp_path_factory.mktemp("perfect"), Segmenter(RECIPE).train()
     metrics = evaluate_segmentation(model, validation, folder, ALONE, truth_of, size=2)
     assert model.training
@@ -66,7 +67,6 @@ def perfect(validation, tmp_path_factory):
 
 
 def test_ground_truth_scores_one(perfect, validation):
-    """Through files and devkit."""
     folder, metrics = perfect
     assert metrics == {"mIoU": 1, "mAcc": 1, "allAcc": 1}
     summary = json.loads((folder / "segmentation_summary.json").read_text())
@@ -84,14 +84,14 @@ def test_the_devkits_check_accepts_the_folder(perfect, validation, city):
     from nuscenes.eval.lidarseg import validate_submission
 
     nusc = NuScenes("v1.0-mini", str(city), verbose=False)
-    scenes = {"mini_val": ["scene-0103"]}  # of the split's two the small city has one
+    scenes = {"mini_val": ["scene-0103"]}  # the synthetic dataset has one of the two scenes of mini_val
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nuscenes.eval.lidarseg.utils.create_splits_scenes", lambda verbose: scenes)
         validate_submission.validate_submission(nusc, str(perfect[0]), "mini_val")
 
 
 def test_metrics_by_hand(perfect, validation, tmp_path):
-    """Every second car is labeled a bus: the devkit's numbers, and by counting."""
+    """Every second point of a car is predicted as bus: the devkit's metrics equal those from counts."""
     found = {}
     for i in range(len(validation)):
         sample = validation[i]
@@ -149,7 +149,7 @@ def test_unreadable_frames_are_named_and_do_not_count(city, tmp_path, capsys):
 
 
 def test_logits_of_views_are_summed_per_point(validation):
-    """Ground truth in eight views sums to ground truth. Logits x and y cancel over all eight views, not over fewer."""
+    """A perfect segmenter stays perfect. Logits x and y cancel if summed over all eight views, not over seven."""
     eight = tta_views(angles=np.radians([0, 90]))
     sides = {tuple(np.round(move[:2, :2], 6).flatten() + 0) for move in eight}
     assert len(sides) == 8
@@ -163,7 +163,7 @@ def test_logits_of_views_are_summed_per_point(validation):
 
     def by_position(batch):
         x, y = batch.points[:, 0], batch.points[:, 1]
-        return torch.stack([x, y, torch.full_like(x, 1e-4)], dim=1)  # meters; the last wins where x and y are 0
+        return torch.stack([x, y, torch.full_like(x, 1e-4)], dim=1)  # the third is the largest where x and y cancel
 
     batch = collate([validation[0]])
     (alone,), (together,) = (segment_tta(by_position, motions, batch) for motions in (eight[:7], eight))
@@ -175,14 +175,14 @@ SMALL = ["--preset", "tiny", "--device", "cpu", "--workers", 0, "--log-every", 1
 
 @pytest.fixture(scope="module")
 def runs(city, tmp_path_factory):
-    """Folders of a pre-trained model and of the shortest fine-tuning from it."""
+    """Parent of two run folders: `pre`, a pre-trained model, and `run`, two steps of fine-tuning from it."""
     folder = tmp_path_factory.mktemp("segment")
     save_run(folder / "pre", Pretrain(PRETRAIN["lidar"]["segment-tiny"]), city)
-    finetune.main(fine(city, folder / "run", "--pretrained", folder / "pre", "--steps", 2, "--lr", 1e-12))
+    finetune.main(parse(city, folder / "run", "--pretrained", folder / "pre", "--steps", 2, "--lr", 1e-12))
     return folder
 
 
-def fine(city, out, *flags):
+def parse(city, out, *flags):
     return finetune.parse([*SMALL, "--task", "segment", "--data-root", city, "--out", out, "--steps", 3, *flags])
 
 
@@ -203,9 +203,9 @@ def test_the_unet_is_taken_from_pre_training(runs):
 
 
 def test_a_stopped_and_resumed_run_is_bit_equal(city, tmp_path):
-    finetune.main(fine(city, tmp_path / "uninterrupted"))
-    finetune.main(fine(city, tmp_path / "parts", "--stop-at", 1))
-    finetune.main(fine(city, tmp_path / "parts", "--resume", "auto"))
+    finetune.main(parse(city, tmp_path / "uninterrupted"))
+    finetune.main(parse(city, tmp_path / "parts", "--stop-at", 1))
+    finetune.main(parse(city, tmp_path / "parts", "--resume", "auto"))
     whole, parts = (checkpoint(tmp_path / name)["model"] for name in ("uninterrupted", "parts"))
     assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
     assert curve(tmp_path / "uninterrupted") == curve(tmp_path / "parts")
@@ -220,7 +220,7 @@ def test_a_run_is_evaluated_and_drawn(runs, capsys):
 
 
 def test_the_test_split_gives_only_a_submission(runs, city, tmp_path, capsys):
-    """The city in the form of nuScenes' test set: other names and no labels."""
+    """The dataset is made to look like nuScenes' test set: with other scene names and no labels."""
     root = shutil.copytree(city, tmp_path / "set", ignore=shutil.ignore_patterns("unipad-index", "lidarseg*"))
     tables = root / "v1.0-test"
     (root / "v1.0-mini").rename(tables)
@@ -255,12 +255,12 @@ def test_a_user_error_is_one_sentence(of, flags, words, runs):
 
 def test_other_user_errors(runs, city, tmp_path):
     with pytest.raises(UserError, match="--modality camera does not work with --task segment; use lidar"):
-        finetune.main(fine(city, tmp_path / "run", "--modality", "camera"))
+        finetune.main(parse(city, tmp_path / "run", "--modality", "camera"))
     with pytest.raises(UserError, match="17 classes, but nuScenes has 16"):
         recipe = replace(RECIPE, segment=replace(RECIPE.segment, classes=17))
         evaluate(save_run(tmp_path / "17", Segmenter(recipe), city))
     root = shutil.copytree(city, tmp_path / "set", ignore=shutil.ignore_patterns("unipad-index", "lidarseg.json"))
     with pytest.raises(UserError, match="frames without lidarseg labels; unpack nuScenes-lidarseg in"):
-        finetune.main(fine(Path(root), tmp_path / "run"))
+        finetune.main(parse(Path(root), tmp_path / "run"))
     with pytest.raises(UserError, match="frames without lidarseg labels"):
         evaluate(runs / "run", "--data-root", root)

@@ -110,7 +110,7 @@ def out_of_memory():
 
 @pytest.mark.parametrize("part", ["inputs", "ref", "op"])
 def test_a_recipe_size_that_does_not_fit_into_memory_is_skipped(part, in_process, monkeypatch, capsys):
-    """A small GPU is not a wrong kernel. Running out of memory at a small size is a failure."""
+    """The GPU may be too small for it. Running out of memory at a small size is a failure."""
     small = replace(ONE_EACH["composite"], **{part: lambda *args, **inputs: out_of_memory()})
     monkeypatch.setattr(__main__, "checks", lambda sizes: [replace(small, size="recipe"), ONE_EACH["merge"]])
     assert main(Args()) == 0
@@ -172,7 +172,7 @@ for name in json.load(sys.stdin):
 
 
 def test_a_crash_does_not_affect_other_cases(monkeypatch):
-    """One process exits without a result; another reports a lost context as its result and exits."""
+    """One process exits without a result; another reports a FAIL, as for a lost CUDA context, and exits."""
     monkeypatch.setattr(processes, "_compile", lambda cases: None)
     plain = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda command, **kw: plain([sys.executable, "-c", WORKER], **kw))
@@ -184,7 +184,7 @@ def test_a_crash_does_not_affect_other_cases(monkeypatch):
     assert found[1].message == "its process ended with exit code 139 before the result was known"
 
 
-def test_a_real_worker_process(monkeypatch):
+def test_a_case_runs_in_a_worker_process(monkeypatch):
     monkeypatch.setattr(processes, "_compile", lambda cases: None)
     cases = [case for case in SMALL if case.name == "merge"]
     assert [result.status for result in results(cases, isolate=True)] == ["ok"]

@@ -25,7 +25,7 @@ CHANNELS = [(1, 5), (5, 16), (16, 18), (18, 1)]
 
 
 def coords_of(name, shape=SHAPE):
-    """Voxels [N, 4] in random order, and the number of grids."""
+    """(voxels [N, 4], batch size) of a test case: "none", "one", "block" or "scattered" (in random order)."""
     Z, Y, X = shape
     if name == "none":
         return torch.empty(0, 4, dtype=torch.int32), 2
@@ -34,7 +34,7 @@ def coords_of(name, shape=SHAPE):
     if name == "block":
         block = torch.cartesian_prod(*[torch.arange(3)] * 3) + torch.tensor([2, 3, 1])
         return F.pad(block, (1, 0)).int(), 1
-    # grids 0 and 2 of three, grid 1 empty; the corners of the grids among them
+    # "scattered": random voxels and all corners of grids 0 and 2; grid 1 is empty
     occupied = torch.rand(3, *shape) < 0.2
     for z in (0, Z - 1):
         for y in (0, Y - 1):
@@ -59,7 +59,7 @@ def occupancy(voxels):
 
 
 def dense_of(x):
-    """[B, C, Z, Y, X], as `dense()`, cell by cell."""
+    """[B, C, Z, Y, X], as `SparseTensor.dense()`, by indexing."""
     voxels = x.voxels
     cells = x.features.new_zeros(voxels.batch_size, *voxels.shape, x.features.shape[1])
     cells = cells.index_put(tuple(voxels.coords.long().unbind(1)), x.features)
@@ -67,12 +67,12 @@ def dense_of(x):
 
 
 def geometry_of(conv):
-    """The arguments of F.conv_transpose3d after the bias."""
+    """Arguments of F.conv_transpose3d after the bias: stride, padding, output_padding, groups, dilation."""
     return conv.stride, conv.padding, 0, 1, conv.dilation
 
 
 def assert_is_dense_convolution(conv, x, convolve, active):
-    """`conv` of x is `convolve(cells, weight)` at the cells of `active` [B, 1, Z, Y, X], and so are all gradients.
+    """Assert that `conv(x)` is `convolve(cells, weight)` at `active` [B, 1, Z, Y, X] cells, and so are its gradients.
 
     convolve: takes [B, Cin, Z, Y, X] and a weight [Cout, Cin, kz, ky, kx], returns [B, Cout, Z', Y', X'].
     """
@@ -80,7 +80,7 @@ def assert_is_dense_convolution(conv, x, convolve, active):
     ours = out.dense()
     assert torch.equal(occupancy(out.voxels), active)
     leaves = [x.features, *conv.parameters()]
-    # the truth scatters features by the voxels' own coordinates, not by those that `dense` computes
+    # the expected values come from `dense_of`, not from `dense`, which is tested too
     truth = convolve(dense_of(x), conv.weight.permute(0, 4, 1, 2, 3))
     truth = (truth if conv.bias is None else truth + conv.bias.view(-1, 1, 1, 1)) * active
     assert ours.shape == truth.shape and ours.is_contiguous(memory_format=torch.channels_last_3d)
@@ -143,7 +143,7 @@ def test_strided_matches_conv3d(name, geometry, device):
 
 @pytest.mark.parametrize("geometry", [g for g in GEOMETRIES if g != (1, 1, 0, 1)], ids=str)
 @pytest.mark.parametrize("name", ["none", "one", "scattered"])
-def test_inverse_matches_conv_transpose3d_at_the_first_voxels(name, geometry, device):
+def test_inverse_matches_conv_transpose3d_at_the_voxels_before_the_convolution(name, geometry, device):
     channels = CHANNELS[GEOMETRIES.index(geometry) % len(CHANNELS)]
     down = SparseConv3d(2, channels[0], *geometry).double().to(device)
     up = SparseInverseConv3d(*channels, geometry[0]).double().to(device)
@@ -151,13 +151,13 @@ def test_inverse_matches_conv_transpose3d_at_the_first_voxels(name, geometry, de
     reached = down(first)
     x = reached.replace(reached.features.detach().requires_grad_())
 
-    # the last cells, which the transposed convolution would leave out
+    # output padding: conv_transpose3d would leave out the last cells, which no output window covers
     full = F.conv_transpose3d(x.dense()[:, :1], x.features.new_ones(1, 1, *down.kernel), None, *geometry_of(down))
-    left = [size - covered for size, covered in zip(SHAPE, full.shape[2:], strict=True)]
+    extra = [size - covered for size, covered in zip(SHAPE, full.shape[2:], strict=True)]
 
     def convolve(cells, weight):
         stride, padding, _, groups, dilation = geometry_of(down)
-        return F.conv_transpose3d(cells, weight.transpose(0, 1), None, stride, padding, left, groups, dilation)
+        return F.conv_transpose3d(cells, weight.transpose(0, 1), None, stride, padding, extra, groups, dilation)
 
     assert_is_dense_convolution(up, x, convolve, occupancy(first.voxels))
     assert up(x).voxels is first.voxels
@@ -181,7 +181,7 @@ def test_weight_layout_and_initialization():
     assert text in repr(conv)
 
 
-def test_tables_are_made_once():
+def test_kernel_maps_are_built_once():
     x = sparse("scattered", 2)
     assert x.voxels.submanifold((3, 3, 3), (1, 1, 1)) is x.voxels.submanifold((3, 3, 3), (1, 1, 1))
     assert x.voxels.submanifold((3, 3, 3), (1, 1, 1)) is not x.voxels.submanifold((3, 3, 3), (2, 2, 2))
@@ -191,8 +191,8 @@ def test_tables_are_made_once():
     assert SparseConv3d(2, 2, 3, 2, 0).double()(x).voxels is not first.voxels
 
 
-def test_a_graph_uses_the_tables_of_its_warm_up_and_caches_none(monkeypatch):
-    """Warmed up on stream 1, captured on stream 2; stream 3 does not see tables that stream 1 may still compute."""
+def test_a_cuda_graph_reuses_tables_of_its_warm_up_and_caches_none(monkeypatch):
+    """Warmed up on stream 1, captured on stream 2; stream 3 does not get tables that stream 1 may still compute."""
     voxels, kernel, one = sparse("scattered", 2).voxels, (3, 3, 3), (1, 1, 1)
     monkeypatch.setattr(backend, "stream", lambda device: 1)
     table, reached = voxels.submanifold(kernel, one), voxels.strided(kernel, (2, 2, 2), one, one)
@@ -215,7 +215,7 @@ def test_unused_voxels_are_freed():
             out = SparseConv3d(2, 2, 3, 2, 1).double()(x)
         first, second = weakref.ref(x.voxels), weakref.ref(out.voxels)
         del x
-        assert first() is not None  # kept for an inverse convolution
+        assert first() is not None  # `out.voxels` keeps it for an inverse convolution
         del out
         assert second() is None and first() is None
     finally:
@@ -254,7 +254,7 @@ def test_batch_norm_is_over_the_voxels():
 
 
 class Small(nn.Module):
-    """A net with every kind of convolution."""
+    """A net with every kind of sparse convolution."""
 
     def __init__(self):
         super().__init__()
@@ -270,7 +270,7 @@ class Small(nn.Module):
 
 
 def step(net, call, x):
-    """Outputs, gradients and statistics of one training step."""
+    """Output, gradients and running mean of one training step of `net`, called as `call`."""
     features = x.features.detach().requires_grad_()
     out = call(SparseTensor(features, x.voxels))
     out.float().square().mean().backward()
@@ -295,7 +295,7 @@ def test_compiled_matches_eager():
     assert_compiled_is_eager(torch.compile(compiled, backend="aot_eager"), eager, compiled, ["scattered"])
 
 
-def test_with_its_tables_built_it_is_one_graph():
+def test_with_prebuilt_tables_a_net_compiles_to_one_graph():
     eager, compiled = Small(), Small()
     compiled.load_state_dict(eager.state_dict())
     torch._dynamo.reset()
@@ -325,7 +325,7 @@ def test_autocast_runs_in_bf16():
 
 
 @torch.no_grad()
-def test_a_norm_keeps_its_scale_until_it_changes(monkeypatch):
+def test_a_norm_caches_scale_and_shift_until_its_weights_change(monkeypatch):
     norm = SparseBatchNorm(3).eval()
     first = norm.scale_and_shift()
     assert norm.scale_and_shift() is first
@@ -341,5 +341,5 @@ def test_a_norm_keeps_its_scale_until_it_changes(monkeypatch):
     kept = norm.scale_and_shift()
     assert kept is not in_graph and norm.scale_and_shift() is kept
     monkeypatch.setattr(backend, "stream", lambda device: 1)
-    assert norm.scale_and_shift() is not kept  # stream 0 may still compute it
+    assert norm.scale_and_shift() is not kept  # the other stream may still compute it
     assert copy.deepcopy(norm).scale_and_shift() is not kept

@@ -1,4 +1,4 @@
-"""splits.json: scenes of one's own, in a version of any name."""
+"""splits.json: custom splits, in a dataset version of any name."""
 
 import json
 
@@ -15,8 +15,8 @@ pytestmark = pytest.mark.usefixtures("own_user_cache")
 
 
 @pytest.fixture
-def own(copy):
-    """Root of a set with another version and other names of scenes."""
+def root(copy):
+    """Root of a dataset with version rig-7 and scenes harbor and tunnel."""
     folder = (copy / "v1.0-mini").rename(copy / "rig-7")
     (folder / "lidarseg.json").unlink()
     table = folder / "scene.json"
@@ -33,12 +33,12 @@ def names(root, split):
     return list(NuScenesDataset(root, "rig-7", split, Data()).scenes())
 
 
-def test_scenes_of_ones_own_are_read_and_scored(own, tmp_path):
-    """The devkit reads the same file: ground truth of a split as its detections scores 1."""
-    assert NuScenesDataset.splits(own, "rig-7") == {"train": "city_train", "val": "city_val", "dark": "dark"}
-    assert NuScenesDataset.train_val_splits(own, "rig-7") == ("city_train", "city_val")
-    assert names(own, "city_train") == ["harbor"] and names(own, "city_val") == names(own, "dark") == ["tunnel"]
-    dataset, truth = NuScenesDataset(own, "rig-7", "city_val", Data()), {}
+def test_custom_splits_are_read_and_scored(root, tmp_path):
+    """Scoring with the devkit uses the same splits: the ground truth of city_val scores 1."""
+    assert NuScenesDataset.splits(root, "rig-7") == {"train": "city_train", "val": "city_val", "dark": "dark"}
+    assert NuScenesDataset.train_val_splits(root, "rig-7") == ("city_train", "city_val")
+    assert names(root, "city_train") == ["harbor"] and names(root, "city_val") == names(root, "dark") == ["tunnel"]
+    dataset, truth = NuScenesDataset(root, "rig-7", "city_val", Data()), {}
     for sample in (dataset[i] for i in range(len(dataset))):
         boxes, labels = torch.from_numpy(sample.boxes), torch.from_numpy(sample.labels)
         truth[sample.token] = Detections(boxes, torch.ones(len(boxes)), labels)
@@ -48,13 +48,13 @@ def test_scenes_of_ones_own_are_read_and_scored(own, tmp_path):
     assert summary["mean_dist_aps"]["car"] == pytest.approx(1)
 
 
-def test_the_index_follows_the_file(own):
-    assert names(own, "city_train") == ["harbor"]
-    write(own, {"city_train": ["tunnel"], "city_val": ["harbor"]})
-    assert names(own, "city_train") == ["tunnel"]
+def test_a_changed_splits_json_takes_effect(root):
+    assert names(root, "city_train") == ["harbor"]
+    write(root, {"city_train": ["tunnel"], "city_val": ["harbor"]})
+    assert names(root, "city_train") == ["tunnel"]
 
 
-def test_splits_of_nuscenes_remain(copy):
+def test_splits_json_adds_to_the_splits_of_nuscenes(copy):
     (copy / "v1.0-mini/splits.json").write_text('{"dark": ["scene-0103"]}')
     assert NuScenesDataset.splits(copy, "v1.0-mini") == {"train": "mini_train", "val": "mini_val", "dark": "dark"}
 
@@ -72,8 +72,8 @@ def test_splits_of_nuscenes_remain(copy):
         ('{"city_train": ["harbor"], "city_val": ["harbor"]}', "both for training and for validation"),
     ],
 )
-def test_a_wrong_file_is_a_one_sentence_error(own, splits, words):
-    (own / "rig-7/splits.json").write_text(splits)
+def test_a_wrong_splits_json_is_a_one_sentence_error(root, splits, words):
+    (root / "rig-7/splits.json").write_text(splits)
     with pytest.raises(DataError, match=words) as refused:
-        names(own, "city_train")
+        names(root, "city_train")
     assert "rig-7/splits.json" in str(refused.value) and "\n" not in str(refused.value)

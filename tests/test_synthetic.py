@@ -1,4 +1,4 @@
-"""The synthetic city: the devkit reads it as nuScenes, its sensors agree, it is a function of its seed."""
+"""The synthetic dataset: the devkit reads it as nuScenes, its sensors agree, and its seed determines it."""
 
 import json
 import subprocess
@@ -79,7 +79,7 @@ def test_it_is_marked_as_synthetic(nusc, city):
     assert all("Synthetic" in scene["description"] for scene in nusc.scene)
 
 
-def test_chains_and_times_are_as_in_nuscenes(nusc):
+def test_prev_next_and_timestamps_are_as_in_nuscenes(nusc):
     for scene in nusc.scene:
         first, last = nusc.get("sample", scene["first_sample_token"]), nusc.get("sample", scene["last_sample_token"])
         assert first["prev"] == last["next"] == ""
@@ -104,6 +104,7 @@ def test_chains_and_times_are_as_in_nuscenes(nusc):
 
 
 def follow(nusc, table, token):
+    """The records of a table from a token on, by their `next`."""
     records = []
     while token:
         records.append(nusc.get(table, token))
@@ -132,7 +133,7 @@ def test_ego_and_traffic_move_at_plausible_speeds(nusc):
     assert max(speeds["movable_object.trafficcone"] + speeds["vehicle.trailer"]) == 0
 
 
-def test_poses_in_the_tables_are_those_of_the_sensors(nusc):
+def test_poses_in_the_tables_are_those_of_the_rendered_views(nusc):
     for record in validation(nusc)[:2]:
         name = nusc.get("scene", record["scene_token"])["name"]
         scene = Scene(0, synthetic.SCENES.index(name), (SMALL["keyframes"] - 1) * 0.5)
@@ -141,11 +142,11 @@ def test_poses_in_the_tables_are_those_of_the_sensors(nusc):
             frame = nusc.get("sample_data", record["data"][channel])
             calibration = nusc.get("calibrated_sensor", frame["calibrated_sensor_token"])
             pose = nusc.get("ego_pose", frame["ego_pose_token"])
-            turn = Quaternion(pose["rotation"])
+            ego_rotation = Quaternion(pose["rotation"])
             view = rig.camera_view(scene, channel, SMALL["image_size"], (frame["timestamp"] - start) / 1e6)
-            origin = turn.rotate(np.array(calibration["translation"])) + pose["translation"]
+            origin = ego_rotation.rotate(np.array(calibration["translation"])) + pose["translation"]
             np.testing.assert_allclose(view.origin, origin, atol=1e-6)
-            rotation = (turn * Quaternion(calibration["rotation"])).rotation_matrix
+            rotation = (ego_rotation * Quaternion(calibration["rotation"])).rotation_matrix
             np.testing.assert_allclose(view.rotation, rotation, atol=1e-6)
             np.testing.assert_allclose(view.intrinsic, calibration["camera_intrinsic"])
 
@@ -160,13 +161,13 @@ def test_points_lie_on_the_ground_and_in_their_boxes(nusc):
         assert points[3].min() >= 0 and points[3].max() <= 255
         flat = np.isin(labels, [CATEGORY[n] for n in CATEGORIES if n.startswith("flat")])
         assert np.abs(points[2, flat] + rig.LIDAR_POSITION[2]).max() < 0.06
-        owned = np.zeros(len(labels), bool)
+        in_boxes = np.zeros(len(labels), bool)
         for box in boxes:
             inside = points_in_box(box, points[:3], wlh_factor=1.1) & (labels == CATEGORY[box.name])
             assert inside.sum() >= nusc.get("sample_annotation", box.token)["num_lidar_pts"]
-            owned |= inside
+            in_boxes |= inside
         actors = np.isin(labels, [CATEGORY[box.name] for box in boxes])
-        assert owned[actors].mean() > 0.99
+        assert in_boxes[actors].mean() > 0.99
 
 
 def test_perfect_detector_scores_one(nusc, tmp_path):
@@ -210,7 +211,7 @@ def test_perfect_labeler_scores_one_on_all_classes(nusc, tmp_path):
 
 
 def test_lidar_and_cameras_agree(scene):
-    """At one instant every LiDAR point is on the surface that a camera sees, unless occluded from the camera."""
+    """At one instant, LiDAR points project to pixels of their depth, unless they are occluded from the camera."""
     t, size = 1.0, (450, 800)
     scan = rig.scan(scene, t, 360, np.random.default_rng(0))
     points = scan.points[scan.category != CATEGORY["vehicle.ego"], :3].astype(np.float64)
@@ -230,7 +231,7 @@ def test_lidar_and_cameras_agree(scene):
         around = np.stack([depth[v + dv, u + du] for dv in (-1, 0, 1) for du in (-1, 0, 1)])
         slack = 0.1 + 0.01 * z  # range noise, and half a pixel on slanted surfaces
         assert (z < around.max(axis=0) + slack).mean() > 0.9, channel  # the rest is hidden from the camera
-        assert (z > around.min(axis=0) - slack).mean() > 0.999, channel  # none floats in front of its surface
+        assert (z > around.min(axis=0) - slack).mean() > 0.999, channel  # no point is in front of what the camera sees
         compared += len(z)
     assert compared > 3000
 
@@ -242,7 +243,7 @@ def test_cast_by_hand():
     solids = np.array([box, ball, wedge], dtype=SOLID)
     view = LidarView(np.array([0.0, 0, 1]), 0.0, np.radians([-45.0, 0, 45]), 4)
     distance, hit = (a.reshape(view.shape) for a in cast(view, solids))
-    # level, towards +x, +y, -x, -y: the box's face, the ball's near pole, the wedge's face at half its height
+    # horizontal rays towards +x, +y, -x, -y: face of the box, nearest point of the ball, face of the wedge, nothing
     np.testing.assert_allclose(distance[1, :3], [9, 8, 9], atol=1e-5)
     assert hit[1].tolist() == [0, 1, 2, SKY]
     np.testing.assert_allclose(distance[0], 2**0.5, atol=1e-5)
@@ -250,8 +251,8 @@ def test_cast_by_hand():
 
 
 @pytest.mark.parametrize("kind", ["camera", "lidar"])
-def test_windows_lose_no_hit(scene, kind, monkeypatch):
-    """Testing each solid against its window of rays gives the same as testing it against all rays."""
+def test_ray_windows_miss_no_hit(scene, kind, monkeypatch):
+    """Intersecting each solid with the rays of its window gives the same result as with all rays."""
     solids = scene.solids(0.5)
     if kind == "camera":
         view = rig.camera_view(scene, "CAM_FRONT_LEFT", (40, 64), 0.5)
@@ -293,7 +294,7 @@ def test_a_failure_leaves_the_old_dataset_in_place(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [root]
 
 
-def test_both_splits_are_in_any_number_of_scenes():
+def test_any_number_of_scenes_has_both_splits():
     splits = create_splits_scenes()
     assert synthetic.scene_names(10) == sorted(splits["mini_train"] + splits["mini_val"])
     for count in range(2, 10):

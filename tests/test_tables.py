@@ -1,4 +1,4 @@
-"""The tables of nuScenes: both layouts, the cached index, and what can be wrong with a dataset."""
+"""The tables of nuScenes: both folder layouts, the cached index, and errors of a dataset."""
 
 import json
 import shutil
@@ -26,6 +26,7 @@ def test_both_layouts_read_the_same(city, copy, tmp_path):
 
 
 def count_builds(monkeypatch):
+    """A list that gets an entry for every build of an index."""
     builds, build = [], tables._build
     monkeypatch.setattr(tables, "_build", lambda *a, **k: builds.append(a) or build(*a, **k))
     return builds
@@ -56,7 +57,7 @@ def test_the_index_is_rebuilt_when_the_tables_change(copy, monkeypatch):
 
 
 def test_a_damaged_index_is_rebuilt(copy, monkeypatch):
-    """Cut, flipped anywhere, with other contents: never an error, never an index that differs."""
+    """A truncated or replaced file, or one flipped bit: there is never an error or a different index."""
     builds = count_builds(monkeypatch)
     first = NuScenesDataset(copy, VERSION, "mini_val", Data()).index
     path, rng = copy / "unipad-index" / f"{VERSION}-mini_val.npz", np.random.default_rng(0)
@@ -85,8 +86,8 @@ def test_a_root_that_cannot_be_written_uses_the_users_cache(copy, tmp_path, monk
     assert list((tmp_path / "cache" / "unipad").rglob("*.npz"))
 
 
-def refuse(words, root, version=VERSION, split="mini_val"):
-    """The dataset is rejected with one sentence that contains all of `words`."""
+def assert_refused(words, root, version=VERSION, split="mini_val"):
+    """Assert that the dataset is rejected with one sentence that contains all of `words`."""
     with pytest.raises(DataError) as refused:
         NuScenesDataset(root, version, split, Data())
     sentence = str(refused.value)
@@ -94,29 +95,29 @@ def refuse(words, root, version=VERSION, split="mini_val"):
     assert "\n" not in sentence and sentence.endswith(".")
 
 
-def test_each_fault_of_a_dataset_is_a_user_error(city, copy, tmp_path):
+def test_each_error_of_a_dataset_is_a_user_error(city, copy, tmp_path):
     (tmp_path / "empty").mkdir()
-    refuse(["--data-root", tmp_path / "nowhere"], tmp_path / "nowhere")
-    refuse([tmp_path / "empty", "no nuScenes tables", f"{VERSION}/scene.json"], tmp_path / "empty")
-    refuse([city / VERSION, "the one above"], city / VERSION)
-    refuse([city, "--version v1.0-trainval", f"it has {VERSION}"], city, "v1.0-trainval", "train")
-    refuse(["no split val", "mini_train and mini_val", "v1.0-trainval"], city, VERSION, "val")
-    refuse(["no split nonsense", "mini_train and mini_val"], city, VERSION, "nonsense")
+    assert_refused(["--data-root", tmp_path / "nowhere"], tmp_path / "nowhere")
+    assert_refused([tmp_path / "empty", "no nuScenes tables", f"{VERSION}/scene.json"], tmp_path / "empty")
+    assert_refused([city / VERSION, "the one above"], city / VERSION)
+    assert_refused([city, "--version v1.0-trainval", f"it has {VERSION}"], city, "v1.0-trainval", "train")
+    assert_refused(["no split val", "mini_train and mini_val", "v1.0-trainval"], city, VERSION, "val")
+    assert_refused(["no split nonsense", "mini_train and mini_val"], city, VERSION, "nonsense")
 
     shutil.rmtree(copy / "maps")
-    refuse([copy / VERSION, "map mask"], copy)
+    assert_refused([copy / VERSION, "map mask"], copy)
     (copy / VERSION / "ego_pose.json").unlink()
-    refuse([copy / VERSION, "lacks ego_pose.json"], copy)
+    assert_refused([copy / VERSION, "lacks ego_pose.json"], copy)
 
 
 def test_a_split_without_scenes_is_rejected(copy):
     table = copy / VERSION / "scene.json"
     table.write_text(table.read_text().replace("scene-0103", "scene-9103").replace("scene-0916", "scene-9916"))
-    refuse(["no frame of split mini_val"], copy)
+    assert_refused(["no frame of split mini_val"], copy)
 
 
-def row_of(root, table, change):
-    """Change one row of a table in place: number 1, or where there is only one, 0."""
+def change_row(root, table, change):
+    """Apply `change` to row 1 of a table, or to row 0 if it is the only one."""
     file = root / VERSION / f"{table}.json"
     rows = json.loads(file.read_text())
     change(rows[min(1, len(rows) - 1)])
@@ -172,9 +173,9 @@ def nested(depth):
     ],
 )
 def test_a_wrong_value_is_named_by_table_and_row(copy, table, field, value, words):
-    row_of(copy, table, lambda row: row.update({field: value}))
+    change_row(copy, table, lambda row: row.update({field: value}))
     where = "log.json, row 0" if field == "log_tokens" else f"{table}.json, row "
-    refuse([copy / VERSION, where, words], copy)
+    assert_refused([copy / VERSION, where, words], copy)
 
 
 @pytest.mark.parametrize(
@@ -189,9 +190,9 @@ def test_a_wrong_value_is_named_by_table_and_row(copy, table, field, value, word
         (b"[null]", "row 0: is not an object"),
     ],
 )
-def test_a_table_that_is_no_table_is_named(copy, content, words):
+def test_a_file_that_is_no_table_is_named(copy, content, words):
     (copy / VERSION / "sensor.json").write_bytes(content)
-    refuse([copy / VERSION / "sensor.json", words], copy)
+    assert_refused([copy / VERSION / "sensor.json", words], copy)
 
 
 def test_an_image_without_a_size_is_named(copy):
@@ -200,7 +201,7 @@ def test_an_image_without_a_size_is_named(copy):
     number = next(i for i, row in enumerate(rows) if "CAM_BACK/" in row["filename"])
     rows[number]["width"] = 0
     file.write_text(json.dumps(rows))
-    refuse([f"sample_data.json, row {number}: height and width of an image are 72 and 0"], copy)
+    assert_refused([f"sample_data.json, row {number}: height and width of an image are 72 and 0"], copy)
 
 
 @pytest.mark.parametrize(
@@ -212,17 +213,17 @@ def test_an_image_without_a_size_is_named(copy):
     ],
 )
 def test_a_jump_in_time_or_space_is_named(copy, channel, table, field, value, words):
-    """In the frame of a sensor; its pose has the same token."""
+    """In the fourth `sample_data` of a channel; its ego pose has the same token."""
     frames = json.loads((copy / VERSION / "sample_data.json").read_text())
     token = [row["token"] for row in frames if f"/{channel}/" in row["filename"]][3]
     rows = json.loads((copy / VERSION / f"{table}.json").read_text())
     number = next(i for i, row in enumerate(rows) if row["token"] == token)
     rows[number][field] = value
     (copy / VERSION / f"{table}.json").write_text(json.dumps(rows))
-    refuse([f"{table}.json, row ", words], copy)
+    assert_refused([f"{table}.json, row ", words], copy)
 
 
-def test_boxes_that_cannot_be_are_left_out_and_named(copy, capsys):
+def test_invalid_boxes_are_left_out_and_named(copy, capsys):
     before = NuScenesDataset(copy, VERSION, "mini_val", Data()).index
     assert not len(before.left_out)
     file = copy / VERSION / "sample_annotation.json"
@@ -244,7 +245,7 @@ def test_boxes_that_cannot_be_are_left_out_and_named(copy, capsys):
     assert len(dataset.index.labels) == len(before.labels) - 4 and np.isfinite(dataset.index.boxes).all()
     assert dataset.index.box_offsets[-1] == len(dataset.index.boxes)
     assert "4 boxes of sample_annotation.json are left out: row " in capsys.readouterr().err
-    assert np.abs(dataset.index.boxes[:, 7:]).max() < 200  # the velocity next to a wrong translation is unknown
+    assert np.abs(dataset.index.boxes[:, 7:]).max() < 200  # no velocity is computed from a wrong translation
 
 
 def test_a_home_folder_is_expanded(copy, monkeypatch):
@@ -252,7 +253,7 @@ def test_a_home_folder_is_expanded(copy, monkeypatch):
     assert NuScenesDataset("~/city", VERSION, "mini_val", Data()).root == copy
 
 
-def test_scenes_are_read_with_the_same_checks(copy):
+def test_scenes_checks_the_scene_table_too(copy):
     dataset = NuScenesDataset(copy, VERSION, "mini_val", Data())
     (copy / VERSION / "scene.json").write_text("[3]")
     with pytest.raises(DataError, match="scene.json, row 0"):

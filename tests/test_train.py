@@ -1,4 +1,4 @@
-"""train.py as a user runs it: in a separate process, on a small city, on the CPU."""
+"""train.py as a user runs it: in a separate process, on a small synthetic dataset, on the CPU."""
 
 import json
 import time
@@ -16,7 +16,7 @@ SMALL += ["--render.samples", "12", "--render.importance", "4"]
 
 
 def train(*flags, cwd, run=scripts.run, check=True):
-    """Run train.py with SMALL settings in `cwd`, of a flag that is given twice the last; returns the process."""
+    """Run train.py in `cwd` with the flags SMALL and `flags`, which override them; returns the finished process."""
     done = run("train.py", *SMALL, *flags, cwd=cwd)
     if check:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -84,7 +84,7 @@ def test_a_killed_and_resumed_run_is_bit_equal(uninterrupted, city, tmp_path):
     run = last.parent.parent
     killed_after = checkpoint(run)["step"]
     assert 0 < killed_after < 8
-    with (run / "log.jsonl").open("a") as log:  # as if it had logged a step and a half after the last save
+    with (run / "log.jsonl").open("a") as log:  # as if it was killed while logging step 8
         log.write('{"step": 7, "train/loss": 99.0}\n{"step": 8, "train/l')
     done = train(*flags, "--resume", "auto", cwd=tmp_path)
     assert f"steps {killed_after} to 8" in done.stdout
@@ -110,8 +110,8 @@ def test_resuming_a_finished_run_prints_its_results(uninterrupted, city, tmp_pat
     ],
     ids=" ".join,
 )
-def test_trains_as_a_gpu_user_would(flags, city, tmp_path):
-    """On a GPU if there is one; --deterministic gives the same curve twice."""
+def test_flags_for_precision_and_determinism(flags, city, tmp_path):
+    """On a GPU if there is one; two runs with --deterministic have the same losses."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     runs = [tmp_path / name for name in (("a", "b") if "--deterministic" in flags else ("a",))]
     for run in runs:
@@ -132,7 +132,7 @@ def test_lidar_and_fusion_train_and_resume_bit_equal(modality, city, tmp_path):
 
 
 def test_lidar_trains_without_images(city, tmp_path):
-    """A dataset without image files; where they exist, --data.no-cameras ignores them."""
+    """Without image files; where they exist, --data.no-cameras ignores them, with the same losses."""
     root = tmp_path / "set"
     root.mkdir()
     for part in ("v1.0-mini", "sweeps", "lidarseg", "maps"):
@@ -168,7 +168,7 @@ def test_fusion_starts_from_a_camera_and_a_lidar_run(uninterrupted, city, tmp_pa
 
 
 def test_two_processes_have_the_losses_of_one(city, tmp_path):
-    """At a small rate: AdamW's first steps are signs of gradients, so a large one would amplify rounding."""
+    """The learning rate is small since the first updates of AdamW are signs of gradients, which amplify rounding."""
     flags = ["--data-root", city, "--preset", "tiny", "--steps", 4, "--batch-size", 2, "--lr", 3e-5]
     flags += ["--val-every", 4]
     train(*flags, "--out", tmp_path / "one", cwd=tmp_path)
@@ -181,7 +181,7 @@ def test_two_processes_have_the_losses_of_one(city, tmp_path):
 
 
 def test_accumulated_micro_batches_have_the_gradient_of_a_batch(city, tmp_path):
-    """Batch norm sees half the samples, so losses agree roughly; schedule and order agree exactly."""
+    """Losses agree only roughly, since batch norm sees half of the samples at a time; the schedule agrees exactly."""
     flags = ["--data-root", city, "--preset", "tiny", "--steps", 2, "--batch-size", 2]
     train(*flags, "--out", tmp_path / "whole", cwd=tmp_path)
     train(*flags, "--out", tmp_path / "halves", "--accumulate", 2, cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""Points, cameras and boxes still agree after a transform; images change as in the original."""
+"""Data augmentation: points, cameras and boxes stay consistent; image augmentations match the original."""
 
 import colorsys
 import itertools
@@ -56,7 +56,7 @@ def test_a_rotation_by_90_degrees_by_hand(sample):
 
 
 def test_flips_by_hand(sample):
-    """As the original flips its boxes: y and vy, or x and vx, change sign; yaw becomes pi - yaw or -yaw."""
+    """As in the original: flip_x negates x, vx and yaw'; flip_y negates y and vy, and yaw' becomes pi - yaw'."""
     x, y, z, w, l, h, yaw, vx, vy = boxes_to_original(torch.from_numpy(sample.boxes)).T
     truth = {
         "x": torch.stack([-x, y, z, w, l, h, -yaw, -vx, vy], dim=1),
@@ -73,14 +73,14 @@ def test_flips_by_hand(sample):
 
 
 def test_transforms_are_in_the_originals_order():
-    """Rotate, scale, shift, flip, worked out for one point: (1, 0) -> (0, 1) -> (0, 2) -> (10, 22) -> (-10, 22)."""
+    """Rotate, scale, shift, flip: (1, 0) -> (0, 1) -> (0, 2) -> (10, 22) -> (-10, 22)."""
     after = make_transform(np.pi / 2, 2.0, (10, 20, 30), flip_x=True) @ [1, 0, 0, 1]
     np.testing.assert_allclose(after, [-10, 22, 30, 1], atol=1e-12)
 
 
 @every_transform
 def test_points_stay_in_their_boxes(sample, transform):
-    """Except for those that rounding moves through a face."""
+    """Except for points within rounding of a face."""
     after = apply_transform(sample, transform)
     grown = sample.boxes * np.float32([1, 1, 1, 1.01, 1.01, 1.01, 1, 1, 1])
     shrunk = sample.boxes * np.float32([1, 1, 1, 0.99, 0.99, 0.99, 1, 1, 1])
@@ -92,7 +92,7 @@ def test_points_stay_in_their_boxes(sample, transform):
 
 @every_transform
 def test_headings_and_velocities_are_transformed_as_points_are(sample, transform):
-    """So are a box's front, and its center a second later."""
+    """The center of a box's front, and its center a second later, are transformed like points."""
     boxes, after = sample.boxes.astype(float), apply_transform(sample, transform).boxes.astype(float)
     assert (np.hypot(*boxes[:, 7:].T) > 1).any()
 
@@ -107,7 +107,7 @@ def test_headings_and_velocities_are_transformed_as_points_are(sample, transform
 
 
 @every_transform
-def test_pixels_keep_what_they_show(sample, transform):
+def test_points_keep_their_pixels(sample, transform):
     seen = []
     for s in (sample, apply_transform(sample, transform)):
         batch = collate([s])
@@ -120,7 +120,7 @@ def test_pixels_keep_what_they_show(sample, transform):
 
 
 @every_transform
-def test_rays_still_end_on_the_points(sample, transform):
+def test_rays_end_on_the_transformed_points(sample, transform):
     batch = collate([apply_transform(sample, transform)])
     points = batch.points[:, :3]
     pixels, visible = project_points(points, batch.lidar2image[0], batch.image_sizes[0])
@@ -129,9 +129,9 @@ def test_rays_still_end_on_the_points(sample, transform):
     chosen = torch.stack([view[row[:count]] for view, row in zip(pixels, rows, strict=True)])  # [N, count, 3]
     rays = cast_rays(batch, 0, chosen)
     ends = rays.origins + rays.directions * rays.depth[:, None]
-    aims = torch.cat([points[row[:count]] for row in rows])
+    targets = torch.cat([points[row[:count]] for row in rows])
     assert count
-    torch.testing.assert_close(ends, aims, rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(ends, targets, rtol=1e-3, atol=1e-2)
 
 
 def test_augmentation_stays_in_its_limits_and_labels_stay_with_points(sample):
@@ -152,8 +152,8 @@ def test_augmentation_stays_in_its_limits_and_labels_stay_with_points(sample):
     assert (again.points == augment_sample(sample, np.random.default_rng(0), cfg).points).all()
 
 
-def test_what_is_off_draws_no_random_number(sample):
-    """So that a new augmentation does not change the random numbers of older recipes."""
+def test_disabled_augmentations_draw_no_random_numbers(sample):
+    """So that adding an augmentation does not change the random numbers of older recipes."""
     rng, plain = np.random.default_rng(3), np.random.default_rng(3)
     varied = augment_sample(sample, rng, Augment(rotation=0.4, scale=(0.9, 1.1), shuffle=True))
     angle, scale, order = plain.uniform(-0.4, 0.4), plain.uniform(0.9, 1.1), plain.permutation(len(sample.points))
@@ -162,7 +162,7 @@ def test_what_is_off_draws_no_random_number(sample):
 
 
 def test_shifts_and_flips_have_their_frequencies(sample):
-    """Measured from the first camera's matrix before and after: it gives the transform that was drawn."""
+    """The transform that was drawn is recovered from the first camera's matrix before and after."""
     small = replace(sample, points=sample.points[:1], point_labels=None)
     cfg = Augment(translation=(0.5, 1.0, 0.0), flip_x=0.5, flip_y=0.2)
     moves = []
@@ -178,7 +178,7 @@ def test_shifts_and_flips_have_their_frequencies(sample):
 
 
 def test_points_and_boxes_are_cropped_after_the_transform(city):
-    """Boxes only for training."""
+    """Boxes are cropped only by `read` with a random generator, as in training."""
     box = ((-20.0, -20.0, -5.0), (20.0, 20.0, 3.0))
     dataset = NuScenesDataset(city, "v1.0-mini", "mini_train", Data(), 1.0, box, Augment(rotation=0.7))
     plain, varied = dataset[0], dataset.read(0, np.random.default_rng(0))
@@ -191,26 +191,26 @@ def test_points_and_boxes_are_cropped_after_the_transform(city):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_the_grid_matches_the_original(seed):
-    """The original's draws, replayed with numpy's old generator: whether there is a grid, period, top, left."""
+    """The original's random numbers come from `np.random.RandomState`: whether there is a grid, period, top, left."""
     arrays, _ = load("grid_mask")
     truth = arrays[f"out/seed{seed}"].numpy()
-    draws = np.random.RandomState(seed)
-    if draws.rand() > 0.7:
+    rng = np.random.RandomState(seed)
+    if rng.rand() > 0.7:
         assert (truth == 1).all()
         return
-    period = draws.randint(2, truth.shape[0])
-    top, left = draws.randint(period), draws.randint(period)
+    period = rng.randint(2, truth.shape[0])
+    top, left = rng.randint(period), rng.randint(period)
     np.testing.assert_array_equal(grid_mask(*truth.shape, period, top, left), truth == 1)
 
 
 def test_a_grid_by_hand():
-    """4 x 6 is the middle of 6 x 9, from (1, 1); period 2: bars on every other row and column."""
+    """The 4 x 6 image is the center of a 6 x 9 grid, from (1, 1) on; period 2 keeps every other row and column."""
     rows, columns = "1010", "101010"
     expected = [[r == "1" or c == "1" for c in columns] for r in rows]
     assert grid_mask(4, 6, 2, 1, 1).tolist() == expected
 
 
-def test_the_grid_is_the_same_in_all_images_and_zero_for_the_encoder(sample):
+def test_grid_mask_is_the_same_in_all_images_and_zero_after_normalization(sample):
     hidden_fractions = []
     white = replace(
         sample, images=[np.full((40, 64, 3), 255, np.uint8)] * 6, points=sample.points[:1], point_labels=None
@@ -230,7 +230,8 @@ def test_the_grid_is_the_same_in_all_images_and_zero_for_the_encoder(sample):
 
 
 class Script:
-    """A scripted generator: `random` returns the given coins, `uniform` and `permutation` the given values."""
+    """A fake random generator. `random` returns 0 for each "h" (heads) and 0.9 for each "t" (tails) of `coins`;
+    `uniform` and `permutation` return the given values."""
 
     def __init__(self, coins, values):
         self.coins, self.values = [0.0 if c == "h" else 0.9 for c in coins], list(values)
@@ -251,14 +252,14 @@ BRIGHT, CONTRAST, HUE = (-32, 32), (0.5, 1.5), (-18, 18)
 PIXEL = (200, 100, 50)
 
 
-# coins: brightness, contrast comes first, contrast, saturation, hue, order of channels
+# coins: brightness? contrast before saturation and hue (else after)? contrast? saturation? hue? permuted channels?
 @pytest.mark.parametrize(
     "coins, values, expected",
     [
         ("tttttt", [], PIXEL),
         ("httttt", [(BRIGHT, 30)], (230, 130, 80)),
         ("hhhttt", [(BRIGHT, 30), (CONTRAST, 0.5)], (115, 65, 40)),
-        ("hthttt", [(BRIGHT, -60), (CONTRAST, 1.5)], (210, 60, 0)),  # ends at 0 and at 255
+        ("hthttt", [(BRIGHT, -60), (CONTRAST, 1.5)], (210, 60, 0)),  # clipped to 0 and 255
         ("tthttt", [(CONTRAST, 1.5)], (255, 150, 75)),
         ("ttthtt", [(CONTRAST, 0.5)], (200, 150, 125)),
         ("ttttht", [(HUE, 18)], "hue"),

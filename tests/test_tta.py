@@ -1,4 +1,4 @@
-"""Test-time augmentation: a perfect detector finds the same boxes in every view, and merging keeps them."""
+"""Test-time augmentation: the boxes of a perfect detector, found in every view and merged, are the true boxes."""
 
 import math
 from dataclasses import replace
@@ -33,7 +33,7 @@ def test_views_by_hand():
 
 @pytest.mark.parametrize("move", ALL[1::5], ids=lambda move: f"{move[0, 0]:.2f} {move[0, 1]:.2f}")
 def test_points_and_cameras_move_together(move, city):
-    """Points project to the same pixels as before, and are where the transform moves them."""
+    """Points are transformed, and project to the same pixels as before."""
     batch = frames(city, 1, cameras=True)
     other = transformed_batch(batch, move)
     homogeneous = torch.cat([batch.points[:, :3].double(), torch.ones(len(batch.points), 1).double()], dim=1)
@@ -47,13 +47,13 @@ def test_points_and_cameras_move_together(move, city):
         assert torch.allclose(before, after, rtol=1e-4, atol=2e-2)
 
 
-def test_mapping_back_is_exact_for_a_perfect_detector(city):
-    """It finds every object where the view has moved it; all views together find each object once."""
+def test_detections_are_mapped_back_exactly(city):
+    """A perfect detector finds every box in the frame of each view; after merging, each is found once."""
     batch = frames(city, 2)
     seen = []
 
     def oracle(moved):
-        """Recognizes the view by its points, and returns the truth in its frame."""
+        """Recognizes the view by its points, and returns the true boxes in its frame."""
         seen.append(next(m for m in ALL if torch.equal(transformed_batch(batch, m).points, moved.points)))
         boxes = torch.from_numpy(transform_boxes(batch.boxes.numpy(), seen[-1]))
         return truth_of(replace(moved, boxes=boxes))
@@ -105,7 +105,7 @@ def test_merging_keeps_the_better_box_of_each_class():
     assert len(most.boxes) == MAX_BOXES and most.scores[-1] == scores[100]
 
 
-def test_one_unchanged_view_is_the_detector_itself(city):
+def test_the_identity_view_alone_changes_no_detections(city):
     model = tiny_detector().eval()
     _, batch = next(held_out_batches(NuScenesDataset(city, "v1.0-mini", "mini_val", RECIPE.data), 1))
     (plain,) = model.detect(batch)

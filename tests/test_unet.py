@@ -1,4 +1,4 @@
-"""SpUNet reproduces the original's results; features of points do not depend on the rest of the batch."""
+"""SpUNet matches the original; features of points do not depend on the rest of the batch."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_weights_convert_back_to_the_originals_keys():
 
 
 def test_paper_size():
-    """Pointcept's table says 39.2 M weights, which include a head of 20 classes; some biases differ too."""
+    """Pointcept reports 39.2 M parameters, including a head for 20 classes; some biases differ too."""
     with torch.device("meta"):
         net = UnetEncoder(config.UnetConfig(), config.Grid((-54.0, -54.0, -5.0), (54.0, 54.0, 3.0), (0.6, 0.6, 1.6)))
     assert net.mask_shape == (10, 135, 135)
@@ -57,7 +57,7 @@ def test_paper_size():
 
 
 def test_points_have_the_features_of_their_voxels_in_any_batch():
-    """A sample's features do not change with another sample or with a far point; a point has those of its voxel."""
+    """A sample's features do not change with another sample or a far point in the batch."""
     points, counts = cloud()
     net = UnetEncoder(SMALL, GRID).eval()
     features, rows, voxel_of = net.voxel_features(points, counts)
@@ -70,7 +70,7 @@ def test_points_have_the_features_of_their_voxels_in_any_batch():
 
 
 def test_without_points_every_layer_runs_and_has_a_gradient():
-    """Otherwise, processes that have points would wait for this one forever."""
+    """Otherwise, in distributed training, processes that have points would wait for this one forever."""
     net = UnetEncoder(SMALL, GRID)
     features, rows, voxel_of = net.voxel_features(torch.zeros(0, 5), [0, 0])
     assert features.shape == (0, 5) and not len(rows) and not len(voxel_of)
@@ -82,7 +82,7 @@ def test_without_points_every_layer_runs_and_has_a_gradient():
         assert all(p.grad is not None and not p.grad.any() for p in net.parameters())
 
 
-def test_a_cell_of_the_volume_is_the_mean_of_its_points():
+def test_a_cell_of_the_volume_is_the_mean_of_its_voxels():
     points, counts = cloud()
     net = UnetEncoder(SMALL, GRID).eval()
     volume, seen = net(points, counts)
@@ -98,7 +98,7 @@ def test_a_cell_of_the_volume_is_the_mean_of_its_points():
 
 
 def test_a_step_only_waits_for_sizes(monkeypatch, device):
-    """Kernels included, except those whose results determine no size."""
+    """The kernels are run, except those of modules whose results determine no size."""
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
     monkeypatch.setattr(backend, "interpret", device == "cpu")
     net = UnetEncoder(SMALL, GRID).to(device)
@@ -112,7 +112,7 @@ def test_a_step_only_waits_for_sizes(monkeypatch, device):
 
 
 def test_cells_of_points_are_the_same_on_a_gpu():
-    """Cells of 0.3 m: multiplied by the reciprocal, some of these points would fall into the next cell."""
+    """Cells of 0.3 m: if x were multiplied by the reciprocal of 0.3, some points would get another cell."""
     net = UnetEncoder(SMALL, config.Grid(low=(-3.0, -3.0, -2.0), high=(3.0, 3.0, 4.0), cell=(0.3, 0.3, 2.0)))
     x = (torch.arange(1, 20).double() * 0.3 - 3).float()
     points = torch.stack([x, x, torch.zeros_like(x)], dim=1)
@@ -123,8 +123,8 @@ def test_cells_of_points_are_the_same_on_a_gpu():
         assert torch.equal(net._volume(features, points, sample, 1), volume)
 
 
-def test_hidden_blocks_are_empty():
-    """Visible blocks are encoded as if there were no others; a point on the border stays inside."""
+def test_masked_blocks_are_not_encoded():
+    """Visible blocks are encoded as if there were no others; a point at the upper border of the grid is inside."""
     points, counts = cloud((400, 200))
     points[0, :3] = torch.tensor([8.0, 8.0, 4.0]).nextafter(torch.zeros(3))
     net = UnetEncoder(SMALL, GRID).eval()

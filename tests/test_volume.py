@@ -41,8 +41,8 @@ def test_voxel_pooling_rejects_several_levels():
         view_transform(GRID, config.CameraConfig(view="splat"))
 
 
-def test_every_parameter_of_the_final_camera_gets_a_gradient():
-    """The final recipe's structure at a small size; its depths are returned with the volume."""
+def test_every_parameter_of_the_final_camera_encoder_gets_a_gradient():
+    """The structure of `CAMERA_075` at a small size; `encode` returns depths with the volume."""
     camera = replace(CAMERA_075, depths=(1, 1, 1, 1), widths=(4, 8, 16, 32), channels=8, aspp_channels=4)
     camera = replace(camera, depth_bins=20, frozen_stages=0)
     encoder = Encoder(config.Recipe(grid=GRID, camera=camera))

@@ -175,7 +175,7 @@ def _backward(d_volume, features, depths, lidar2image, geometry, deterministic):
     gathered = [l for l in range(len(features)) if coarse[l] or deterministic]
     pixels = [B * N * features[l].shape[2:4].numel() for l in gathered]
     ends, cells = list(accumulate(pixels)), sum(pixels)
-    # a radix sort takes half as many passes over 16-bit keys
+    # a radix sort takes half as many passes with 16-bit keys
     key_type = torch.int16 if cells < 2**15 else torch.int32
     cell_idx = torch.full((len(gathered), B * N * V), cells, dtype=key_type, device=d_volume.device)
     hits = torch.empty(len(gathered), B * N * V, HIT.value, dtype=acc_type, device=d_volume.device)
@@ -207,9 +207,9 @@ def _backward(d_volume, features, depths, lidar2image, geometry, deterministic):
 
 # All untuned: chosen from the compiler's output for sm_90, without timing on a GPU
 FWD_TILE = 4096  # bytes of features per program: voxels x channels
-BWD_TILE = 2048  # twice that spills
+BWD_TILE = 2048  # the same; 4096 would spill registers
 MAX_VOXELS = 32  # per program: with few channels, projecting voxels would take longer than gathering
-COARSE = 4  # voxels per pixel from which a level is coarse: its pixels gather their gradients
+COARSE = 4  # a level with at least so many voxels per pixel is coarse: its pixels gather their gradients
 
 
 def _launch(kernel, tile, features, depths, lidar2image, geometry, **rest):
@@ -346,7 +346,7 @@ def _project(p, x, y, z, ok, image_size, depth_range):
 
 @triton.jit
 def _clamp(coord):
-    """Clamped to [-1, 1], NaN too: points that are not seen get weight 0, and 0 times infinity or NaN is NaN."""
+    """Clamped to [-1, 1], which also replaces NaN: unseen points have weight 0, but 0 * inf and 0 * NaN are NaN."""
     return tl.minimum(tl.maximum(coord, -1.0), 1.0)
 
 

@@ -26,9 +26,9 @@ def make_inputs(R, S, C, device):
     "R, S, C",
     [
         (1, 1, 1),
-        (7, 5, 3),  # odd everywhere
+        (7, 5, 3),  # odd sizes
         (32, 24, 3),  # exactly one block
-        (33, 24, 32),  # one ray over
+        (33, 24, 32),  # one ray more than a block
         (5, 7, 65),  # fewer rays per program, so that its tile stays small
         (0, 24, 3),  # no rays
         (5, 0, 3),  # no samples

@@ -27,9 +27,9 @@ SHAPES = pytest.mark.parametrize(
     "R, S",
     [
         (1, 1),
-        (7, 5),  # odd everywhere
+        (7, 5),  # odd sizes
         (16, 32),  # exactly one block
-        (27, 19),  # one sample over
+        (27, 19),  # one sample more than a block
         (0, 96),  # no rays
     ],
 )
@@ -103,11 +103,11 @@ def test_neus_alpha_by_hand(fn, device):
 
 @pytest.mark.parametrize("fn", [interval_alpha, interval_alpha_ref])
 def test_interval_alpha_by_hand(fn, device):
-    """SDF 1, 0, 1, -3 at unit distances: slopes -1, 1, -4; the minima with their predecessors are -1, -1, -4."""
+    """SDF 1, 0, 1, -3 at unit distances: slopes -1, 1, -4; with the minimum of each and its predecessor: -1, -1, -4."""
     sdf = torch.tensor([[1.0, 0, 1, -3]], device=device, dtype=torch.float64)
     alpha = fn(sdf, torch.full_like(sdf, 1.0), torch.tensor(3.0).log().item())
 
-    # sigma(1, 0, -3 times ln 3) = 3/4, 1/2, 1/28
+    # sigmoid of ln 3, 0 and -3 ln 3: 3/4, 1/2, 1/28
     by_hand = [0.25001 / 0.75001, 0.25001 / 0.75001, (3 / 4 - 1 / 28 + 1e-5) / 0.75001, 0]
     torch.testing.assert_close(alpha, sdf.new_tensor([by_hand]), rtol=2e-5, atol=0)  # quotients have delta + 1e-5
 
@@ -153,7 +153,7 @@ def test_neus_alpha_at_the_limits_of_inv_s(inv_s, device):
 
 
 def test_clipped_opacity_passes_no_gradient(device):
-    """Behind the surface P and N vanish: alpha is 1. Where the end lies before the start, alpha below 0 is clipped."""
+    """Behind the surface P and N vanish: alpha is 1. In intervals of negative length it is clipped to 0."""
     inputs = neus_inputs(2, 3, device, inv_s=1e4)
     inputs["gradient"] = -inputs["directions"][:, None].expand(2, 3, 3).contiguous()  # slope -1
     inputs["sdf"][:] = torch.tensor([[-1.0, 0.0, 0.0], [0.0, 1.0, -1.0]])

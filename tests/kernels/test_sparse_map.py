@@ -269,8 +269,8 @@ def test_order_of_the_inputs_does_not_matter(plain, device):
 
 
 @pytest.mark.parametrize("path", [nullcontext, references])
-def test_a_convolution_without_output_is_refused(path, device):
-    """In the first case the grid is smaller than the kernel along z; a transposed one may crop all that it makes."""
+def test_a_convolution_without_output_is_rejected(path, device):
+    """A grid smaller than the kernel; a transposed convolution whose padding crops all outputs; a stride of 0."""
     coords = random_voxels(1, (2, 5, 5), 9, device)
     for fn, kernel, stride, padding, message in [
         (strided_map, (3, 3, 3), ONE, (0, 0, 0), "kernel 3, .* has no output along z, where the grid has 2 cells"),
@@ -287,10 +287,10 @@ def test_compiles_without_graph_breaks(device):
 
     def tables(coords):
         keys, order = sort_voxels(coords, shape)
-        own = submanifold_map(coords, keys, order, shape, (3, 3, 3), ONE)
+        submanifold = submanifold_map(coords, keys, order, shape, (3, 3, 3), ONE)
         out_coords, down = strided_map(coords, shape, (3, 3, 3), (2, 2, 2), ONE, ONE)
         up_coords, up = transposed_map(coords, shape, (2, 2, 2), (2, 2, 2), (0, 0, 0), ONE)
-        return own, out_coords, down, inverse_map(down, coords.shape[0]), up_coords, up, down.shape[1] + 1
+        return submanifold, out_coords, down, inverse_map(down, coords.shape[0]), up_coords, up, down.shape[1] + 1
 
     torch._dynamo.reset()
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):

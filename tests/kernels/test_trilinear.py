@@ -35,9 +35,9 @@ LAUNCHES = [
 
 SHAPES = [  # B, Z, Y, X, C, R, S
     (1, 1, 1, 1, 1, 1, 1),
-    (3, 3, 5, 7, 3, 5, 7),  # odd everywhere
+    (3, 3, 5, 7, 3, 5, 7),  # odd sizes
     (2, 2, 3, 4, 32, 8, 4),  # exactly one block
-    (2, 2, 3, 4, 32, 11, 3),  # one point over
+    (2, 2, 3, 4, 32, 11, 3),  # one point more than a block
     (1, 2, 3, 4, 65, 5, 3),  # fewer points per program, so that its tile stays small
     (1, 2, 3, 4, 3, 0, 5),  # no rays
     (1, 2, 3, 4, 3, 5, 0),  # no samples
@@ -46,7 +46,7 @@ SHAPES = [  # B, Z, Y, X, C, R, S
 
 
 def make_inputs(B, Z, Y, X, C, R, S, device):
-    """Points up to two cells outside the volume, as many inside as out."""
+    """Points inside the volume and up to two cells outside."""
     size = torch.tensor([X, Y, Z], device=device)
     return dict(
         volume=torch.randn(B, Z, Y, X, C, device=device, dtype=torch.float64),

@@ -55,7 +55,7 @@ def test_matches_reference(point_counts, C, device):
 
 
 @pytest.mark.parametrize("max_points, max_voxels", [(1, 1), (2, 40), (1000, 1000)])
-def test_caps_match_reference(max_points, max_voxels, device):
+def test_max_points_and_max_voxels_match_reference(max_points, max_voxels, device):
     inputs = make_inputs([300, 0, 200], 5, device, max_points, max_voxels)
     check_matches_reference(inputs)
     _, coords = voxelize(**inputs)
@@ -182,7 +182,7 @@ def test_grid_sample_by_hand(device):
     assert [t.shape for t in nothing] == [(0,), (0, 4), (0,)] and extent == ([0, 0, 0], [0, 0, 0])
 
 
-def test_grid_sample_has_the_cell_borders_of_the_original_on_a_gpu_too(device):
+def test_grid_sample_divides_by_the_cell_size_on_a_gpu_too(device):
     """Points just below cell borders, which multiplying by the reciprocal of the size would move onto the border."""
     x = (torch.arange(1, 2000, device=device).double() * 0.05).float()
     x = x.nextafter(x.new_zeros(()))

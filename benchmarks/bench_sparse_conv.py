@@ -48,7 +48,7 @@ class Level:
 
     def submanifold(self):
         table = submanifold_map(self.coords, *sort_voxels(self.coords, self.shape, False), self.shape, THREE, ONE)
-        return NeighborTable(table), None  # symmetric: needs no inverse table
+        return NeighborTable(table), None  # its own mirror image: needs no inverse table
 
     def table(self):
         if "table" not in self.cache:

@@ -25,15 +25,15 @@ from unipad.kernels.voxel_keys import sort_voxels
 
 WIDTHS, BLOCKS = (16, 32, 64, 128), 2
 DTYPE, BYTES = torch.bfloat16, 2
-HIDDEN = "MIN_PAIRS", "MULTIPLE", "SORT", "OFFSETS_PER_BIT", "VIA_L1"
-KINDS = "HGMMA", "HMMA", "FFMA", "LDGSTS", "LDG"
+HIDDEN = "MIN_PAIRS", "MULTIPLE", "SORT", "OFFSETS_PER_BIT", "VIA_L1"  # constexprs that the last table leaves out
+KINDS = "HGMMA", "HMMA", "FFMA", "LDGSTS", "LDG"  # SASS instructions that it counts
 
 
 @dataclass
 class Layer:
     name: str
     table: torch.Tensor  # [K, M] of the forward
-    inverse: torch.Tensor  # [K, N] for the gradient of the features; the same tensor if the table is symmetric
+    inverse: torch.Tensor  # [K, N] for the gradient of the features; the same tensor for submanifold layers
     out_coords: torch.Tensor  # [M, 4]
     coords: torch.Tensor  # [N, 4]
     c_in: int

@@ -72,7 +72,7 @@ def lift(
 
 
 def lift_ref(features, depths, lidar2image, low, cell, shape, image_size, depth_range):
-    """`lift` in plain PyTorch: a voxel is a weighted sum of 4 rows for each level and each view that sees it."""
+    """`lift` in plain PyTorch: a voxel is a weighted sum of 4 feature rows per level and view that sees it."""
     (B, N, _, _, C), D = features[0].shape, depths[0].shape[4]
     X, Y, Z = shape
     acc_type = torch.float64 if features[0].dtype == torch.float64 else torch.float32

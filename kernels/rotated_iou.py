@@ -51,7 +51,7 @@ def rotated_iou_bev(a: Tensor, b: Tensor) -> Tensor:
 @torch.no_grad()
 def rotated_iou_bev_ref(a, b):
     """`rotated_iou_bev` in plain PyTorch; computes only pairs whose circumscribed circles intersect."""
-    a, b = _clamp_sizes(a, 2, 4), _clamp_sizes(b, 2, 4)
+    a, b = _with_edges(a, 2, 4), _with_edges(b, 2, 4)
     iou = a.new_zeros(len(a), len(b))
     radius_a, radius_b = (boxes[:, 2:4].norm(dim=1) / 2 for boxes in (a, b))
     distance = (a[:, None, :2] - b[None, :, :2]).norm(dim=2)
@@ -89,7 +89,7 @@ def paired_iou_3d(a: Tensor, b: Tensor) -> Tensor:
 @torch.no_grad()
 def paired_iou_3d_ref(a, b):
     """`paired_iou_3d` in plain PyTorch."""
-    a, b = _clamp_sizes(a, 3, 6), _clamp_sizes(b, 3, 6)
+    a, b = _with_edges(a, 3, 6), _with_edges(b, 3, 6)
     bev = [0, 1, 3, 4, 6]
     area = _overlap_ref(a[:, bev], b[:, bev])
     dz, half_a, half_b = b[:, 2] - a[:, 2], a[:, 5] / 2, b[:, 5] / 2
@@ -168,7 +168,7 @@ def _check(columns, *boxes):
         assert t.dtype == boxes[0].dtype, f"boxes of different types: {boxes[0].dtype}, {t.dtype}"
 
 
-def _clamp_sizes(boxes, first, end):
+def _with_edges(boxes, first, end):
     """The boxes, with negative sizes (columns `first` to `end` - 1) set to 0."""
     return torch.cat([boxes[:, :first], boxes[:, first:end].clamp(min=0), boxes[:, end:]], dim=1)
 
@@ -317,7 +317,7 @@ def _column(ptr, ok):
 
 
 @triton.jit
-def _size(ptr, ok):
+def _edge_length(ptr, ok):
     return tl.maximum(_column(ptr, ok), 0.0)
 
 
@@ -325,14 +325,14 @@ def _size(ptr, ok):
 def _shape(ptr, ok):
     """w, l, and the heading of w, l, yaw."""
     yaw = _column(ptr + 2, ok)
-    return _size(ptr, ok), _size(ptr + 1, ok), tl.cos(yaw), tl.sin(yaw)
+    return _edge_length(ptr, ok), _edge_length(ptr + 1, ok), tl.cos(yaw), tl.sin(yaw)
 
 
 @triton.jit
 def _shape_3d(ptr, ok):
     """w, l, h, and the heading of w, l, h, yaw."""
     yaw = _column(ptr + 3, ok)
-    w, l, h = _size(ptr, ok), _size(ptr + 1, ok), _size(ptr + 2, ok)
+    w, l, h = _edge_length(ptr, ok), _edge_length(ptr + 1, ok), _edge_length(ptr + 2, ok)
     return w, l, h, tl.cos(yaw), tl.sin(yaw)
 
 

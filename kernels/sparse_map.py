@@ -38,7 +38,7 @@ def submanifold_map(
         coords:      [N, 4] int32 (b, z, y, x).
         keys, order: from `sort_voxels`; order None: `coords` are sorted by key.
         shape:       cells (Z, Y, X).
-        kernel:      offsets (kz, ky, kx). An even kernel has one more offset below the voxel than above: 2 covers -1 and 0.
+        kernel:      offsets (kz, ky, kx). An even kernel has one more offset below than above: 2 covers -1 and 0.
         dilation:    cells between offsets (z, y, x).
 
     Returns:

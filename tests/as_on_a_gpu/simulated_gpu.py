@@ -159,7 +159,7 @@ def _poison(tensor):
 
 
 class DeviceRequests(TorchFunctionMode):
-    """Handles calls of the program that request a device."""
+    """Handles calls that name a device, and methods that depend on a tensor's device."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

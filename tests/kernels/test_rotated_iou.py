@@ -170,7 +170,7 @@ def test_iou_by_hand(fn, dtype, atol, device):
 
 @pytest.mark.parametrize("fn", [paired_iou_3d, paired_iou_3d_ref])
 def test_paired_by_hand(fn, device):
-    """Pairs: equal; shifted by half the height; twice the height and half the length; stacked; far above; without height."""
+    """Pairs: equal; half the height apart; twice the height, half the length; stacked; far above; without height."""
     a = torch.tensor([[1.0, 2, 3, 2, 4, 2, 0.7]], device=device).repeat(6, 1)
     b = a.clone()
     b[1, 2] += 1

@@ -50,7 +50,8 @@ def launch(kernel, constexprs, targets, registers=255, shared=0, stack=0, mma=""
 
 
 # kernel, constexprs, targets, registers, shared, stack, mma, warps.
-# Stack (spilled registers): a tile of 64 samples, the size of a Hopper matrix instruction, needs a few more registers than there are.
+# Stack (spilled registers): a tile of 64 samples, the size of a Hopper matrix instruction, needs a few more registers
+# than there are.
 # Half of the samples (BLOCK_M = 32) spill a fifth of that, for 1.6 times the instructions per sample.
 # Budgets: the cost with Triton 3.9, or with 3.6 before operands were rounded, where that was higher; of WIDE and EXACT
 # with 3.9 only. A wide field has 4 times the activations per sample. No row is both wide and exact: no preset has such
@@ -273,10 +274,8 @@ def test_rounding_keeps_nan():
         ("volsdf", dict(R=3, S=33, channels=20, hidden=24, sdf_layers=2, rgb_layers=3, density_param=0.1)),  # odd
         ("neus", dict(R=1, S=1, sdf_layers=3, rgb_layers=0)),  # one sample, no color
         ("volsdf", dict(R=2, S=32, channels=16, sdf_layers=2, rgb_layers=0, density_param=0.1)),  # exactly one tile
-        (
-            "neus",
-            dict(R=1, S=33, channels=64, hidden=64, sdf_layers=2, rgb_layers=2),
-        ),  # wide: smaller tiles; one sample more than a tile
+        # wide, in smaller tiles; one sample more than a tile
+        ("neus", dict(R=1, S=33, channels=64, hidden=64, sdf_layers=2, rgb_layers=2)),
         ("neus", dict(R=0, S=5)),  # no rays
     ],
 )

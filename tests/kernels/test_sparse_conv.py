@@ -85,17 +85,17 @@ def make_inputs(kind, kernel, B, shape, N, Cin, Cout, device, dtype=torch.float6
     gen = torch.Generator().manual_seed(0)
     coords = voxels(B, shape, N, device, gen)
     out_coords, out_shape, table = convolved("strided" if kind == "inverse" else kind, kernel, coords, shape)
-    ends = [(coords, shape), (out_coords, out_shape)]
+    sides = [(coords, shape), (out_coords, out_shape)]
     tables = [table, inverted(table, N)]
     if kind == "inverse":
-        ends, tables = ends[::-1], tables[::-1]
+        sides, tables = sides[::-1], tables[::-1]
     inputs = dict(
-        features=torch.randn(len(ends[0][0]), Cin, generator=gen, dtype=dtype).to(device),
+        features=torch.randn(len(sides[0][0]), Cin, generator=gen, dtype=dtype).to(device),
         weight=torch.randn(Cout, *kernel, Cin, generator=gen, dtype=dtype).to(device),
         neighbor_idx=tables[0].contiguous(),
         inverse_idx=tables[1].contiguous(),
     )
-    return inputs, *ends
+    return inputs, *sides
 
 
 def grads(out, *leaves):
@@ -129,7 +129,7 @@ def test_many_rows_and_channels_take_wide_tiles(monkeypatch, device):
 
 
 @pytest.mark.parametrize("fn", [sparse_conv, sparse_conv_ref])
-def test_a_symmetric_table_needs_no_inverse(fn, device):
+def test_a_table_that_is_its_own_mirror_image_needs_no_inverse(fn, device):
     """The kernels then use one set of tiles for the forward and both gradients."""
     inputs, *_ = make_inputs("submanifold", THREE, 2, (4, 5, 6), 90, 5, 16, device, torch.float32)
     assert torch.equal(inputs["inverse_idx"], inputs["neighbor_idx"].flip(0))
@@ -147,7 +147,7 @@ def test_a_symmetric_table_needs_no_inverse(fn, device):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kernel, c_in, c_out", [(THREE, 8, 5), (THREE, 32, 16), ((3, 1, 1), 64, 40)])
 def test_weights_gradient_of_several_offsets_at_once(kernel, c_in, c_out, dtype, device):
-    """With a symmetric table (`inverse_idx` None) and few channels, in three blocks of rows."""
+    """With a table that is its own mirror image (`inverse_idx` None) and few channels, in three blocks of rows."""
     inputs, *_ = make_inputs("submanifold", kernel, 1, (4, 5, 9), 150, c_in, c_out, device)
     inputs["inverse_idx"] = None
     with launches() as launched:
@@ -240,8 +240,9 @@ def test_matches_dense_convolution(case, device):
     padding, stride = PADDING[kernel], ONE if kind == "submanifold" else STRIDE
     if kind in ("inverse", "transposed"):
         size = zip(out_shape, shape, kernel, stride, torch.tensor(padding).expand(3).tolist(), strict=True)
-        more = [o - ((n - 1) * s - 2 * p + k) for o, n, k, s, p in size]  # cells that the strided convolution skipped
-        truth = F.conv_transpose3d(dense, weight.permute(4, 0, 1, 2, 3), None, stride, padding, more)
+        # cells that the strided convolution skipped
+        output_padding = [o - ((n - 1) * s - 2 * p + k) for o, n, k, s, p in size]
+        truth = F.conv_transpose3d(dense, weight.permute(4, 0, 1, 2, 3), None, stride, padding, output_padding)
     else:
         truth = F.conv3d(dense, weight.permute(0, 4, 1, 2, 3), None, stride, padding)
     truth = truth.permute(0, 2, 3, 4, 1)[tuple(out_coords.T)]

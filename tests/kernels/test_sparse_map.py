@@ -56,6 +56,7 @@ LAUNCHES = [
 ONE = (1, 1, 1)
 HALVE = (3, 3, 3), (2, 2, 2), ONE, ONE  # kernel, stride, padding, dilation
 FIVE = (5, 5, 5), ONE, (2, 2, 2), ONE  # 125 offsets
+# B, (Z, Y, X), number of voxels, geometry
 CASES = [(*voxels, HALVE) for voxels in SETS] + [
     (*FULL, FIVE),
     (*SOME, (ONE, ONE, (0, 0, 0), ONE)),

@@ -54,7 +54,7 @@ def kernels_replaced(make):
 
 @contextmanager
 def counted():
-    """Counter of the launches made inside, by name."""
+    """Counter, by name, of the launches inside this context."""
     counts = Counter()
 
     def count(plain, kernel, grid):

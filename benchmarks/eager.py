@@ -196,7 +196,7 @@ def eager_field(interpolate, points, directions, sdf_mlp, rgb_mlp):
     """Distance [R, S], gradient (from autograd) and color at points [R, S, 3]; differentiable any number of times.
 
     interpolate: gives the features [R, S, C] at points.
-    sdf_mlp, rgb_mlp: as `unipad.kernels.sdf_render` takes them; without the latter color is 0.
+    sdf_mlp, rgb_mlp: as for `unipad.kernels.sdf_render`; with rgb_mlp None the color is 0.
     """
     points = points.detach().requires_grad_()
     with torch.enable_grad():

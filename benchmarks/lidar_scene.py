@@ -1,4 +1,4 @@
-"""A synthetic street seen by a 32-beam LiDAR, ten sweeps accumulated, with the statistics of nuScenes.
+"""A synthetic street seen by a 32-beam LiDAR, ten sweeps accumulated, with voxel statistics like those of nuScenes.
 
 The cost of a sparse convolution depends on the number of neighbors per voxel. Random voxels have too few and voxels on
 spheres too many; here rays hit ground, walls, cars and shrubs, and the sensor moves between sweeps.

@@ -5,9 +5,9 @@
     dL/dF_nl = P_nl * g,   dL/dP_nl = <g, F_nl>,   g = dL/dvolume[x]
 
 F_nl(u, v) is the bilinearly interpolated feature of level l of view n, P_nl(u, v, d) the trilinearly interpolated
-probability that the surface seen there lies at depth d; both gradients are distributed over the taps with the weights
-of the forward. In a rig of six cameras about 1.1 views see a voxel: every voxel is projected into every view, but
-features are gathered only where it is visible.
+probability that the surface visible there lies at depth d; both gradients are distributed over the taps with the
+weights of the forward. In a rig of six cameras about 1.1 views see a voxel: every voxel is projected into every view,
+but features are gathered only where it is visible.
 
 A program owns a block of voxels adjacent in x and y, which mostly project into the same view and pixels. The backward
 adds atomically to the gradients of fine levels, where few voxels project onto a pixel. On coarse levels, where many do,

@@ -403,7 +403,7 @@ def test_reproduces_the_original_renderer(monkeypatch):
     for name, key, rel in [("sdf", "sdf", 1e-3), ("gradient", "gradients", 1e-3), ("weights", "weights", 5e-3)]:
         assert_close_to_max(getattr(out, name)[same], record[f"out/{key}"].squeeze(-1)[same], rel, name)
 
-    # gradients sum over all rays, so those of the fused backward are taken on the samples that the original placed
+    # gradients sum over all rays, so those of the fused backward are computed at the original's samples
     edges = torch.cat([record["out/z_vals"], record["out/ends"][:, -1:]], dim=1)[..., 0]
     renderer.sample = lambda *_: edges
     volume = record["in/feature_volume"].requires_grad_()

@@ -131,9 +131,8 @@ def test_a_candidate_is_charged_for_tiles_that_no_earlier_layer_has_made(tuned, 
     table = torch.where(torch.rand(3, 130) < 0.5, torch.randint(0, 130, (3, 130)), -1).int().to(device)
     x, narrow, wide = (torch.randn(size).half().to(device) for size in [(130, 16), (8, 3, 16), (32, 3, 16)])
     tables = NeighborTable(table), NeighborTable(table)
-    kernel_ms = itertools.chain(
-        [2, 1] + [2] * 6, [1, 2] + [3] * 6, [1, 2] + [3] * 6
-    )  # by search: tiles 64, 128, the rest
+    # for each of three searches: tiles of 64, tiles of 128, six other candidates
+    kernel_ms = itertools.chain([2, 1] + [2] * 6, [1, 2] + [3] * 6, [1, 2] + [3] * 6)
 
     def clock(fn):
         with launches() as launched:

@@ -234,7 +234,7 @@ def test_a_trial_does_not_change_the_cache(device):
 
 
 def test_compiled_layers_share_the_cache_of_their_table(device):
-    """Compiled code passes tensors to ops, which look up their tables again, in the backward too."""
+    """Compiled code passes index tensors to ops, which look up their `NeighborTable`s, in the backward too."""
     inverse = NeighborTable(torch.full((3, 80), -1, dtype=torch.int32, device=device))
     table, weight = NeighborTable(make_table(3, 40, 0.5, device)), torch.randn(8, 3, 1, 1, 8, device=device)
     features = torch.randn(80, 8, device=device, requires_grad=True)

@@ -199,8 +199,8 @@ def test_views_of_one_voxel_are_summed(device):
     check_against_ref(lift, lift_ref, inputs, torch.float32, wrt=("features", "depths"))
 
 
-def test_half_precision_features_with_fp32_depths(device):
-    """Each gradient keeps its own type."""
+def test_each_gradient_has_the_type_of_its_input(device):
+    """Features in bf16, depths in fp32."""
     inputs = make_inputs(1, 1, [(3, 5)], 8, 4, (4, 4, 2), device)
     features = [level.to(torch.bfloat16).requires_grad_() for level in inputs.pop("features")]
     depths = [level.float().requires_grad_() for level in inputs.pop("depths")]
@@ -253,7 +253,7 @@ def test_a_feature_changes_only_voxels_on_its_ray(op, device, large_blocks):
     assert torch.equal(changed.flatten(), (seen & near)[0, 1]) and 1 < changed.sum() < seen[0, 1].sum()
 
 
-def test_more_cells_than_16_bits_hold(device, large_blocks, monkeypatch):
+def test_more_cells_than_fit_16_bits_match_reference(device, large_blocks, monkeypatch):
     """The hits are then sorted by 32-bit keys: each level alone has 2^15 + 356 cells."""
     monkeypatch.setattr(unipad.kernels.lift, "COARSE", 0)
     inputs = make_inputs(1, 1, [(182, 182), (182, 182)], 1, 1, (4, 4, 1), device)
@@ -262,7 +262,7 @@ def test_more_cells_than_16_bits_hold(device, large_blocks, monkeypatch):
 
 
 def test_frames_can_be_passed_as_more_views(device, large_blocks):
-    """Two frames of two views in one call are the sum of a call each."""
+    """One call with two frames of two views each gives the sum of a call per frame."""
     inputs = make_inputs(2, 4, [(3, 5)], 3, 4, (5, 4, 2), device)
     halves = [
         inputs

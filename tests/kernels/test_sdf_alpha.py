@@ -80,7 +80,7 @@ def test_volsdf_alpha_matches_reference(R, S, dtype, device):
     )
 
 
-def test_rays_without_samples(device):
+def test_rays_without_samples_match_reference(device):
     check_against_ref(neus_alpha, neus_alpha_ref, neus_inputs(5, 0, device), torch.float32, wrt=["sdf", "inv_s"])
     check_against_ref(volsdf_alpha, volsdf_alpha_ref, volsdf_inputs(5, 0, device), torch.float32, wrt=["sdf", "beta"])
 
@@ -113,7 +113,7 @@ def test_interval_alpha_by_hand(fn, device):
 
 
 @pytest.mark.parametrize("fn", [interval_alpha, interval_alpha_ref])
-def test_interval_alpha_of_coincident_samples(fn, device):
+def test_interval_alpha_of_coincident_samples_is_finite(fn, device):
     """The SDF jumps over distance 0: slope limited to -1000, finite opacity; the next interval inherits the slope."""
     sdf = torch.tensor([[0.5, -0.5, -0.5, -0.5]], device=device)
     alpha = fn(sdf, torch.tensor([[0.0, 1.0, 1.0, 1.0]], device=device), 64.0)
@@ -138,7 +138,7 @@ def test_laplace_density_broadcasts_beta(device):
     torch.testing.assert_close(laplace_density(sdf, beta), torch.stack(rows), rtol=0, atol=0)
 
 
-def test_unisurf_alpha(device):
+def test_unisurf_alpha_is_a_sigmoid(device):
     sdf = torch.tensor([[0.0, 1e6, -1e6]], device=device)
     assert unisurf_alpha(sdf).tolist() == [[0.5, 0.0, 1.0]]
     torch.autograd.gradcheck(unisurf_alpha, random(3, 4, device=device).requires_grad_())
@@ -170,7 +170,7 @@ def test_clipped_opacity_passes_no_gradient(device):
     assert d_sdf[0, 2] != 0
 
 
-def test_volsdf_alpha_at_the_surface(device):
+def test_volsdf_alpha_has_a_gradient_at_the_surface(device):
     """At sdf 0 both halves of the density have the same slope; through |sdf|, autograd would give 0."""
     inputs = volsdf_inputs(3, 4, device)
     inputs["sdf"][1] = 0.0
@@ -179,7 +179,7 @@ def test_volsdf_alpha_at_the_surface(device):
     torch.autograd.gradcheck(volsdf_alpha, (sdf, inputs["deltas"][:1, :1], inputs["beta"].requires_grad_()))
 
 
-def test_volsdf_alpha_with_a_sharp_density(device):
+def test_volsdf_alpha_with_a_sharp_density_matches_reference(device):
     """beta at its minimum, 1e-4: samples far inside are opaque, far outside empty."""
     inputs = volsdf_inputs(4, 9, device, beta=1e-4)
     check_against_ref(volsdf_alpha, volsdf_alpha_ref, inputs, torch.float32, wrt=["sdf", "beta"])

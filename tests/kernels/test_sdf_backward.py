@@ -59,7 +59,7 @@ def test_launches_have_the_tiles_that_the_code_chooses():
     assert_rows_match_launches(LAUNCHES)
 
 
-def test_zero_upstream_gradient():
+def test_zero_upstream_gradient_gives_zero():
     inputs = make_inputs(2, 5, sdf_layers=2, rgb_layers=2)
     inputs["volume"].requires_grad_()
     outs = called(sdf_render)(**inputs)

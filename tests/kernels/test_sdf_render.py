@@ -292,7 +292,7 @@ def test_reference_matches_the_formulas(method, rgb_layers):
     assert_as_composed(inputs, method, 1e-7, sdf_render_ref, torch.float64)
 
 
-def test_samples_on_cell_faces():
+def test_samples_on_cell_faces_match_the_formulas():
     """Along the axes, at multiples of half a cell; on a face the slopes are the upper cell's."""
     inputs = make_inputs(2, 16, sdf_layers=2, rgb_layers=2)
     inputs["origins"] = torch.zeros(2, 3, device=DEVICE)
@@ -301,7 +301,7 @@ def test_samples_on_cell_faces():
     assert_as_composed(inputs, "neus", 1e-5, exact=True)
 
 
-def test_opacity_clipped_at_both_ends():
+def test_opacity_clipped_to_0_and_1_matches_the_formulas():
     """A sharp surface, behind which alpha is 1; rays with negative intervals, where it would fall below 0."""
     inputs = make_inputs(3, 12, sdf_layers=2, rgb_layers=2, density_param=1e6)
     inputs["edges"][1:] = inputs["edges"][1:].flip(1)
@@ -314,7 +314,7 @@ def test_opacity_clipped_at_both_ends():
     check_against_ref(called(sdf_render, exact=True), composed("neus"), inputs, torch.float32, GRADIENTS)
 
 
-def test_softplus_beyond_its_threshold():
+def test_matches_the_formulas_beyond_the_softplus_threshold():
     """Hidden units far in the linear part of the softplus, and far in the flat part."""
     inputs = make_inputs(2, 12, sdf_layers=3, rgb_layers=2)
     inputs["sdf_mlp"][1][::2] += 1.0
@@ -349,7 +349,7 @@ def test_rays_that_miss_stop_at_once():
     assert not rgb.any() and not depth.any() and not weights.any() and sdf[:, :32].all() and not sdf[:, 32:].any()
 
 
-def test_sdf_values():
+def test_sdf_values_match_the_formulas():
     inputs = make_inputs(5, 17, sdf_layers=3)
     rays = inputs["origins"], inputs["directions"], inputs["volume_idx"]
     starts, cells = inputs["edges"][:, :-1], (CELLS_PER_UNIT, CELL_OFFSET)

@@ -111,18 +111,19 @@ def test_matches_reference(case, dtype, device):
     check_against_ref(sparse_conv, sparse_conv_ref, inputs, dtype)
 
 
-def test_more_offsets_than_bits_in_the_sort_key(device):
+def test_more_offsets_than_bits_in_the_sort_key_match_reference(device):
     inputs, *_ = make_inputs(*FIVE, device)
     check_against_ref(sparse_conv, sparse_conv_ref, inputs, torch.float16)
 
 
 @pytest.mark.parametrize("wrt", ["features", "weight"])
-def test_gradient_of_only_one_input(wrt, device):
+def test_gradient_of_only_one_input_matches_reference(wrt, device):
     inputs, *_ = make_inputs(*CASES[0], device)
     check_against_ref(sparse_conv, sparse_conv_ref, inputs, torch.float32, wrt=(wrt,))
 
 
-def test_many_rows_and_channels_take_wide_tiles(monkeypatch, device):
+def test_wide_tiles_match_reference(monkeypatch, device):
+    """The launch for many rows and channels."""
     monkeypatch.setattr(sparse_gemm, "FEW_ROWS", 1)
     inputs, *_ = make_inputs("submanifold", (3, 1, 1), 1, (4, 5, 9), 150, 144, 272, device)
     check_against_ref(sparse_conv, sparse_conv_ref, inputs, torch.float16)
@@ -146,7 +147,7 @@ def test_a_table_that_is_its_own_mirror_image_needs_no_inverse(fn, device):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kernel, c_in, c_out", [(THREE, 8, 5), (THREE, 32, 16), ((3, 1, 1), 64, 40)])
-def test_weights_gradient_of_several_offsets_at_once(kernel, c_in, c_out, dtype, device):
+def test_weights_gradient_of_groups_of_offsets_matches_reference(kernel, c_in, c_out, dtype, device):
     """With a table that is its own mirror image (`inverse_idx` None) and few channels, in three blocks of rows."""
     inputs, *_ = make_inputs("submanifold", kernel, 1, (4, 5, 9), 150, c_in, c_out, device)
     inputs["inverse_idx"] = None
@@ -155,7 +156,7 @@ def test_weights_gradient_of_several_offsets_at_once(kernel, c_in, c_out, dtype,
     assert "_d_weight_of_groups_kernel" in launched
 
 
-def test_weights_gradient_in_many_chunks(monkeypatch, device):
+def test_weights_gradient_in_many_chunks_matches_reference(monkeypatch, device):
     """Three offsets with 0 to 150 pairs, in two to five chunks; then in more chunks than the maximum asked for."""
     monkeypatch.setattr(sparse_gemm, "MIN_PAIRS", 8)
     monkeypatch.setattr(sparse_gemm, "BLOCK_R", 16)
@@ -171,7 +172,7 @@ ACTS = [(True, True, True, True), (True, True, False, False), (False, True, Fals
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("act", ACTS, ids=str)
 @pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[9]], ids=str)
-def test_act_is_the_epilogue(case, act, dtype, device):
+def test_act_applies_the_epilogue_and_rounds_once(case, act, dtype, device):
     """Rounded once: the error w.r.t. fp64 is at most half a unit in the last place plus that of fp32 sums."""
     inputs, *_ = make_inputs(*case, device)
     del inputs["inverse_idx"]
@@ -198,7 +199,7 @@ def test_act_is_the_epilogue(case, act, dtype, device):
 
 @pytest.mark.parametrize("fn", [sparse_conv_act, sparse_conv_act_ref])
 @pytest.mark.parametrize("N, M", [(0, 70), (3, 70), (3, 0)])
-def test_act_of_empty_inputs(fn, N, M, device):
+def test_act_of_outputs_without_neighbors_is_the_shift(fn, N, M, device):
     """An output without neighbors is its shift."""
     features, weight = torch.ones(N, 5, device=device), torch.ones(7, *THREE, 5, device=device)
     nothing = torch.full((27, M), -1, dtype=torch.int32, device=device)

@@ -177,7 +177,7 @@ def test_inverse_map_twice_is_the_identity(fn, device):
 
 
 @pytest.mark.parametrize("plain", [False, True], ids=["op", "ref"])
-def test_grid_of_8e9_cells(plain, device):
+def test_tables_of_a_grid_of_8e9_cells(plain, device):
     """Two neighbors along x in each corner of two of three samples; their keys differ beyond 32 bits."""
     shape = (41, 10000, 20000)
     outer = torch.tensor(list(product((0, 2), *((0, size - 1) for size in shape))), dtype=torch.int32, device=device)
@@ -206,7 +206,7 @@ def test_grid_of_8e9_cells(plain, device):
 
 
 @pytest.mark.parametrize("fn", [transposed_map, transposed_map_ref])
-def test_transposed_up_to_the_last_int32(fn, device):
+def test_transposed_map_reaches_the_last_int32_coordinate(fn, device):
     """A voxel reaches the last three of 2^31 - 1 cells; with four more cells, coordinates would overflow."""
     coords = torch.tensor([[0, 0, 0, 2**29 - 1]], dtype=torch.int32, device=device)
     kernel, stride = (1, 1, 3), (1, 1, 4)

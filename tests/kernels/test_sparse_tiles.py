@@ -164,7 +164,7 @@ def streams(monkeypatch):
     return switch
 
 
-def test_stream_and_capture_of_cuda(monkeypatch):
+def test_stream_and_capturing_ask_cuda(monkeypatch):
     cuda, cpu = torch.device("cuda", 1), torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=10 + device.index))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)

@@ -73,7 +73,7 @@ def test_choices_are_saved_in_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("n, expected", [(0, 1), (1, 1), (2, 2), (3, 4), (64, 64), (65, 128)])
-def test_buckets(n, expected):
+def test_sizes_are_rounded_up_to_powers_of_two(n, expected):
     assert tuning.bucket(n) == expected
 
 

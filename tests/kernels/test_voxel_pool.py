@@ -242,7 +242,7 @@ def test_points_of_a_ray_that_share_a_voxel_are_one_run(device):
 
 
 def test_frames_can_be_passed_as_more_views(device):
-    """Two frames of two views in one call are the sum of a call each."""
+    """One call with two frames of two views each gives the sum of a call per frame."""
     inputs = make_inputs(2, 4, (3, 5), 3, 6, (4, 4, 2), device)
     halves = [
         inputs | {name: inputs[name][:, frame] for name in ("features", "depths", "lidar2image")}
@@ -273,7 +273,7 @@ def test_bit_equal_from_run_to_run(device):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_half_precision_features_with_fp32_depths(device):
+def test_each_gradient_has_the_type_of_its_input(device):
     inputs = make_inputs(1, 1, (3, 5), 8, 4, (4, 4, 2), device)
     features = inputs.pop("features").to(torch.bfloat16).requires_grad_()
     depths = inputs.pop("depths").float().requires_grad_()

@@ -142,7 +142,7 @@ def test_matches_the_original(fn, mode, device):
 
 
 @pytest.mark.parametrize("fn", [voxelize, voxelize_ref])
-def test_grid_of_more_than_2_to_the_31_cells(fn, device):
+def test_voxelizes_a_grid_of_more_than_2_to_the_31_cells(fn, device):
     far = 50000.0
     points = torch.tensor([[0.5, 0.5, 0.5], [far - 0.5, far - 0.5, 1.5], [far - 0.5, far - 0.5, 1.5]], device=device)
     _, coords = fn(points, [1, 2], (0, 0, 0), (1, 1, 1), (2, int(far), int(far)), 10, 10)

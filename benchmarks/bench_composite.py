@@ -5,7 +5,7 @@ import torch
 from benchmarks.harness import DEVICE, Case, compare
 from unipad.kernels.composite import EPS, composite, composite_ref
 
-# R, S, C. UniPAD: 6 cameras x 512 rays, 72 + 24 samples, RGB and depth; then wider, then longer
+# R, S, C. UniPAD: 6 cameras x 512 rays, 72 + 24 samples, RGB and depth; then more channels, then more rays
 GPU_SIZES = [(3072, 96, 4), (3072, 96, 32), (24576, 96, 32)]
 CPU_SIZES = [(384, 64, 4), (3072, 96, 4)]
 

@@ -3,7 +3,7 @@
     python -m benchmarks.bench_lift
     OMP_NUM_THREADS=1 python -m benchmarks.bench_lift --paper      on a CPU: paper size too
 
-Strict determinism is timed in a row of its own.
+Strict determinism is timed in a separate row, "triton, bit-equal".
 """
 
 import math
@@ -22,7 +22,7 @@ PAPER = ("camera-0.1", (928, 1600), 1.0, (8, 16, 32, 64))
 TINY = ("tiny", (160, 256), 0.16, (8, 16, 32))
 # nuScenes' rig at 900 x 1600: yaw to the left of ahead in degrees, focal length in pixels
 CAMERAS = [(0, 1266), (-55, 1266), (-110, 1266), (180, 809), (110, 1266), (55, 1266)]
-# bf16 results differ by up to 4e-3 where two sums round to different sides
+# bf16 results differ by up to 4e-3 where a sum is rounded up in one and down in the other
 AGREE_HALF = 1e-2
 
 
@@ -46,7 +46,7 @@ def case(preset, image_size, scale, strides, dtype=torch.float32, views=6, chann
 
 
 def rig(scale, count=6):
-    """[1, count, 4, 4] cameras half a meter from the LiDAR's axis and 0.3 m below it; images `scale` * 1600 wide.
+    """[1, count, 4, 4] cameras 0.5 m from the LiDAR's vertical axis, 0.3 m below it; images `scale` * 1600 wide.
 
     Views beyond the sixth repeat the first ones, as those of an earlier frame would.
     """

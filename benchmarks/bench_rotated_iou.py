@@ -20,10 +20,10 @@ from unipad.kernels.rotated_iou import (
 # N, M. UniPAD: 300 decoded boxes; 900 queries and the boxes of a busy frame; then a matrix that fills a GPU
 GPU_SIZES = [(300, 300), (900, 100), (4096, 4096)]
 CPU_SIZES = [(300, 300), (900, 100)]
-# boxes; the head decodes 300, test-time augmentation merges 3000
+# Numbers of boxes: the head decodes 300, test-time augmentation merges 3000
 GPU_NMS = [300, 1000, 3000, 10000]
 CPU_NMS = [300, 3000]
-THRESHOLD = 0.2  # of the recipes
+THRESHOLD = 0.2  # IoU, of the recipes
 RANGE = 54.0  # meters, of the recipes
 
 

@@ -32,7 +32,7 @@ from unipad.model.lidar import SparseEncoder
 WIDTHS = 16, 32, 64, 128
 THREE, ONE = (3, 3, 3), (1, 1, 1)
 DTYPE = torch.float16 if DEVICE == "cuda" else torch.float32  # spconv has no bf16
-AGREE = 5e-3 if DEVICE == "cuda" else 1e-3  # outputs rounded to fp16 differ by half a last bit or by one
+AGREE = 5e-3 if DEVICE == "cuda" else 1e-3  # outputs rounded to fp16 differ by up to one unit in the last place
 AGREE_DEEP = 5e-2 if DEVICE == "cuda" else 5e-3  # after 21 convolutions
 
 
@@ -48,7 +48,7 @@ class Level:
 
     def submanifold(self):
         table = submanifold_map(self.coords, *sort_voxels(self.coords, self.shape, False), self.shape, THREE, ONE)
-        return NeighborTable(table), None  # its own mirror image
+        return NeighborTable(table), None  # its own mirror image: needs no inverse table
 
     def table(self):
         if "table" not in self.cache:
@@ -71,8 +71,8 @@ def stages(batch):
 def print_statistics(levels):
     print("| stage | voxels | nuScenes | neighbors of 27 | nuScenes |\n|---|---|---|---|---|")
     for i, (level, (N, neighbors)) in enumerate(zip(levels, NUSCENES, strict=True)):
-        found = level.pairs() / len(level.coords)
-        print(f"| {i + 1} | {len(level.coords)} | {N:.0f} | {found:.1f} | {neighbors} |")
+        measured = level.pairs() / len(level.coords)
+        print(f"| {i + 1} | {len(level.coords)} | {N:.0f} | {measured:.1f} | {neighbors} |")
     print()
 
 
@@ -88,7 +88,7 @@ def cold(op):
 
 
 def strided(op):
-    """Includes building the map. Rows come in any order, so their sum is compared."""
+    """Includes building the table. Implementations order output rows differently, so their sum is compared."""
 
     def run(features, weight, level, geometry):
         _, table = strided_map(level.coords, level.shape, *geometry, level.batch)
@@ -104,8 +104,8 @@ class Encoders:
         self.encoder = SparseEncoder(5, WIDTHS, 2, 256).to(DEVICE)
         for module in self.encoder.modules():
             if isinstance(module, sparse.SparseBatchNorm):
-                # keeps inputs away from the ReLUs' kinks, where rounding decides: there, gradients in fp32 differ from
-                # those in fp64 by up to 12 %
+                # keeps the ReLUs' inputs away from 0, where rounding decides whether a gradient passes: with a bias of
+                # 0, gradients in fp32 differ from those in fp64 by up to 12 %
                 nn.init.constant_(module.bias, 8)
         # without the norms' biases: the gradient of a bias before another norm is 0, so only rounding errors remain
         self.names = [name for name, p in self.encoder.named_parameters() if p.dim() == 5]

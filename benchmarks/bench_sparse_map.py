@@ -1,9 +1,9 @@
-"""sparse_map: kernels, references and a table of all cells, at the stages of the LiDAR recipe.
+"""sparse_map: kernels, references and a dense lookup, at the stages of the LiDAR recipe.
 
     python -m benchmarks.bench_sparse_map
 
-Voxels come from benchmarks/lidar_scene.py. The peer keeps a row number for every cell of the grid, which needs no
-search, but memory for all cells: 340 MB per sample at the first stage.
+Voxels come from benchmarks/lidar_scene.py. The peer, "all cells", stores a row number for every cell of the grid,
+which needs no search, but memory for all cells: 340 MB per sample at the first stage.
 """
 
 from itertools import product
@@ -66,7 +66,7 @@ def inverse_case(name, coords, shape, geometry):
 
 
 def all_cells(coords, keys, order, shape, kernel, dilation):
-    """`submanifold_map` by a row number for every cell and a border around the grid."""
+    """`submanifold_map` by lookup in a dense grid of row numbers, padded by a border."""
     below = [k // 2 * d for k, d in zip(kernel, dilation, strict=True)]
     size = [n + (k - 1) * d for n, k, d in zip(shape, kernel, dilation, strict=True)]
     b, z, y, x = coords.long().unbind(1)

@@ -42,7 +42,7 @@ class Nets:
         self.net = Unet(5, CFG.stem, CFG.widths, CFG.blocks).to(DEVICE)
         for module in self.net.modules():
             if isinstance(module, sparse.SparseBatchNorm):
-                # keeps inputs away from the ReLUs' kinks, where rounding decides; see bench_sparse_conv
+                # keeps the ReLUs' inputs away from 0, where rounding decides; see bench_sparse_conv
                 nn.init.constant_(module.bias, 8)
         self.weights = [p for p in self.net.parameters() if p.dim() == 5]
         self.step = 2 ** len(self.net.down)
@@ -60,7 +60,7 @@ class Nets:
         net = as_peer(self.net, lib)
 
         def run(features, weights, coords):
-            shape = (coords[:, 1:].amax(dim=0) + 96).tolist()  # the original's margin
+            shape = (coords[:, 1:].amax(dim=0) + 96).tolist()  # cells beyond the last voxel, as in the original
             with half():
                 return net(Peer(lib.SparseConvTensor(features, coords, shape, 1))).features
 
@@ -78,7 +78,7 @@ def as_peer(net, lib):
         if size[2] == [1, 1, 1]:
             theirs = Pointwise(conv.weight)
         else:
-            # stage 0 lies above the first strided convolution
+            # level 0 is before the first strided convolution
             level = {"conv_input": 0, "enc": 1}.get(part, 0) + int(numbers[0] if part != "conv_input" else 0)
             if part == "down":
                 theirs = lib.SparseConv3d(*size, stride=2, bias=False, indice_key=f"between{level}")

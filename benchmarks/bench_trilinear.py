@@ -53,7 +53,7 @@ def gathers(volume, points, volume_idx):
 
 
 def double_backward(volume, points, volume_idx, d_value):
-    """As the original: differentiate the lookup, and let the loss differentiate that."""
+    """As the original: differentiate the interpolation w.r.t. the points, and let the loss differentiate that again."""
     points = points.detach().requires_grad_()
     value = (grid_sample if TWICE_DIFFERENTIABLE else gathers)(volume, points, volume_idx)
     return value, torch.autograd.grad(value, points, d_value, create_graph=True)[0]
@@ -63,5 +63,5 @@ if __name__ == "__main__":
     sizes = GPU_SIZES if DEVICE == "cuda" else CPU_SIZES
     peers = {f"{'grid_sample' if TWICE_DIFFERENTIABLE else 'gathers'}, double backward": double_backward}
     compare("trilinear", with_gradient(trilinear_ref), with_gradient(trilinear), peers, [case(*s) for s in sizes])
-    without = [case(*s, gradients=False) for s in sizes]
-    compare("trilinear_value", trilinear_value_ref, trilinear_value, {"grid_sample": grid_sample}, without)
+    value_cases = [case(*s, gradients=False) for s in sizes]
+    compare("trilinear_value", trilinear_value_ref, trilinear_value, {"grid_sample": grid_sample}, value_cases)

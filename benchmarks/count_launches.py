@@ -46,7 +46,7 @@ class Operators(TorchDispatchMode):
 
 @contextmanager
 def kernels_replaced(make):
-    """Inside, kernels are launched by what `make(plain, kernel, grid)` returns."""
+    """Inside this context `kernel[grid]` is `make(plain, kernel, grid)`; `plain` is Triton's own `__getitem__`."""
     plain = KernelInterface.__getitem__
     with mock.patch.object(KernelInterface, "__getitem__", lambda kernel, grid: make(plain, kernel, grid)):
         yield
@@ -54,7 +54,7 @@ def kernels_replaced(make):
 
 @contextmanager
 def counted():
-    """Counter of the launches made inside, by name."""
+    """Counter, by name, of the launches inside this context."""
     counts = Counter()
 
     def count(plain, kernel, grid):
@@ -116,7 +116,7 @@ def main():
         with torch.no_grad():
             forward()
 
-    print("| part | launches | ours | most frequent |\n|---|---|---|---|")
+    print("| part | launches | of our kernels | most frequent |\n|---|---|---|---|")
     for name, part in [("tables", make), ("forward", forward), ("backward", backward)]:
         with counted() as counts:
             part()

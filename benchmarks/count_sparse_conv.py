@@ -25,15 +25,15 @@ from unipad.kernels.voxel_keys import sort_voxels
 
 WIDTHS, BLOCKS = (16, 32, 64, 128), 2
 DTYPE, BYTES = torch.bfloat16, 2
-HIDDEN = "MIN_PAIRS", "MULTIPLE", "SORT", "OFFSETS_PER_BIT", "VIA_L1"
-KINDS = "HGMMA", "HMMA", "FFMA", "LDGSTS", "LDG"
+HIDDEN = "MIN_PAIRS", "MULTIPLE", "SORT", "OFFSETS_PER_BIT", "VIA_L1"  # constexprs that the last table leaves out
+KINDS = "HGMMA", "HMMA", "FFMA", "LDGSTS", "LDG"  # SASS instructions that it counts
 
 
 @dataclass
 class Layer:
     name: str
     table: torch.Tensor  # [K, M] of the forward
-    inverse: torch.Tensor  # [K, N] for the gradient of the features; the same if it is its own mirror image
+    inverse: torch.Tensor  # [K, N] for the gradient of the features; the same tensor for submanifold layers
     out_coords: torch.Tensor  # [M, 4]
     coords: torch.Tensor  # [N, 4]
     c_in: int
@@ -50,18 +50,18 @@ class Layer:
 def layers():
     coords, shape = voxels(), SHAPE
     coords = coords[sort_voxels(coords, shape)[1]]
-    found = []
+    all_layers = []
     for i, width in enumerate(WIDTHS):
         if i:
             out_coords, table = strided_map(coords, shape, *DOWNSAMPLES[i - 1])
             inverse = inverse_map(table, len(coords))
-            found.append(Layer(f"down {i}", table, inverse, out_coords, coords, WIDTHS[i - 1], width))
+            all_layers.append(Layer(f"down {i}", table, inverse, out_coords, coords, WIDTHS[i - 1], width))
             coords, shape = out_coords, out_shape(shape, *DOWNSAMPLES[i - 1])
         table = submanifold_map(coords, *sort_voxels(coords, shape), shape, (3, 3, 3), (1, 1, 1))
         if not i:
-            found.append(Layer("input", table, table, coords, coords, 5, width))
-        found.append(Layer(f"stage {i + 1}", table, table, coords, coords, width, width, 2 * BLOCKS))
-    return found
+            all_layers.append(Layer("input", table, table, coords, coords, 5, width))
+        all_layers.append(Layer(f"stage {i + 1}", table, table, coords, coords, width, width, 2 * BLOCKS))
+    return all_layers
 
 
 # Row orders
@@ -99,7 +99,7 @@ def waste_and_reuse(table, order, block_m):
     return has.sum().item() * block_m / pairs, pairs / distinct.item()
 
 
-def print_orders(found, block_m=64):
+def print_orders(all_layers, block_m=64):
     orders = {
         "unsorted": lambda table, _: torch.arange(table.shape[1]),
         "Morton": lambda _, coords: morton(coords),
@@ -109,7 +109,7 @@ def print_orders(found, block_m=64):
     }
     print(f"## Waste / reuse of rows in tiles of {block_m}\n\n| table | pairs per row | {' | '.join(orders)} |")
     print("|" + "---|" * (len(orders) + 2))
-    for layer in found[1:]:
+    for layer in all_layers[1:]:
         for name, table, coords, *_ in layer.passes():
             if name == "forward" or layer.inverse is not layer.table:
                 counted = [waste_and_reuse(table, order(table, coords), block_m) for order in orders.values()]
@@ -193,12 +193,12 @@ def d_weight(table, c_in, c_out):
     )
 
 
-def print_layers(found):
+def print_layers(all_layers):
     print("## Products relative to those needed, and MB from the L2 compared with the minimum\n")
     print("| layer, channels | pass | GFLOP needed | waste | with padding | MB | past the L1 | minimum | programs |")
     print("|---|---|---|---|---|---|---|---|---|")
     total = torch.zeros(5, dtype=torch.float64)
-    for layer in found:
+    for layer in all_layers:
         gflop = 2e-9 * (layer.table >= 0).sum().item() * layer.c_in * layer.c_out
         label = f"{layer.name}, {layer.c_in} to {layer.c_out}" + (f", x {layer.times}" if layer.times > 1 else "")
         costs = {name: gather_gemm(table, c_in, c_out) for name, table, _, c_in, c_out in layer.passes()}
@@ -212,7 +212,7 @@ def print_layers(found):
     gflop, computed, cached, uncached, minimum = total.tolist()
     print(f"\nForward and backward of all: {gflop:.0f} GFLOP needed, {computed:.0f} computed; ", end="")
     print(f"{cached:.0f} MB, {uncached:.0f} past the L1, minimum {minimum:.0f}.")
-    tables = {id(t): t.nbytes for layer in found for t in (layer.table, layer.inverse)}
+    tables = {id(t): t.nbytes for layer in all_layers for t in (layer.table, layer.inverse)}
     print(f"Tables, read and written once each to make their tiles: {sum(tables.values()) / 1e6:.0f} MB.\n")
 
 
@@ -242,13 +242,13 @@ def print_kernels():
 
 
 if __name__ == "__main__":
-    found = layers()
+    all_layers = layers()
     print("| stage | voxels | nuScenes | neighbors of 27 | nuScenes |\n|---|---|---|---|---|")
-    stages = [layer for layer in found if layer.name.startswith("stage")]
+    stages = [layer for layer in all_layers if layer.name.startswith("stage")]
     for layer, (N, neighbors) in zip(stages, NUSCENES, strict=True):
         pairs, M = (layer.table >= 0).sum().item(), layer.table.shape[1]
         print(f"| {layer.name[-1]} | {M} | {N:.0f} | {pairs / M:.1f} | {neighbors} |")
     print()
-    print_orders(found)
-    print_layers(found)
+    print_orders(all_layers)
+    print_layers(all_layers)
     print_kernels()

@@ -38,9 +38,11 @@ def count_lift():
         rows, _ = lift._nodes_ref(v[n, voxel], h)
         pixels[stride] = h * w, (((n * h + rows)[:, None]) * w + columns).flatten(0, 1)
 
-    every, voxels = N * X * Y * Z, X * Y * Z
-    print(f"## lift\n\n{len(voxel)} of {every} pairs of view and voxel are seen, {len(voxel) / voxels:.2f} per voxel:")
-    print(f"{1 - len(voxel) / every:.1%} of the views would be skipped voxel by voxel\n")
+    pairs, voxels = N * X * Y * Z, X * Y * Z
+    print(
+        f"## lift\n\n{len(voxel)} of {pairs} pairs of view and voxel are visible, {len(voxel) / voxels:.2f} per voxel:"
+    )
+    print(f"{1 - len(voxel) / pairs:.1%} of the views would be skipped voxel by voxel\n")
     print("| block x, y, z | programs | views skipped | active lanes | rows reread |", end="")
     print("".join(f" stride {s} |" for s in strides) + "\n|" + "---|" * (5 + len(strides)))
     for bx, by, bz in BLOCKS:
@@ -53,7 +55,9 @@ def count_lift():
         lanes = len(voxel) / (passes * bx * by * bz)
         print(f"| {bx}, {by}, {bz} | {programs} | {1 - passes / (programs * N):.1%} | {lanes:.1%} | {again} |")
 
-    print("\n| stride | pixels | with a hit | hits per pixel, mean | max | channels added without gathering |")
+    print(
+        "\n| stride | pixels | with a hit | hits per pixel, mean | max | elements added atomically, if not gathered |"
+    )
     print("|---|---|---|---|---|---|")
     for stride, (size, pixel) in pixels.items():
         hits = torch.bincount(pixel.flatten(), minlength=N * size)

@@ -111,16 +111,16 @@ class EagerRenderer(nn.Module):
 
     def loss(self, rendered, rays):
         """As `Renderer.loss`, sample by sample."""
-        terms = [self._loss(rendered, rays, own.bool()) for own in rendered.of_sample]
+        terms = [self._loss(rendered, rays, in_sample.bool()) for in_sample in rendered.of_sample]
         return {name: torch.stack([t[name] for t in terms]).mean() for name in terms[0]}
 
     def _render(self, volume, origins, directions, jitter):
         cfg, dtype = self.cfg, volume.dtype
         origins, directions = origins.to(dtype) * self.scale, directions.to(dtype)
         low, high = origins.new_tensor(self.low), origins.new_tensor(self.high)
-        walls = torch.stack([low - origins, high - origins]) / (directions + 1e-6)  # [2, R, 3]
-        near = walls.amin(0).amax(1, keepdim=True).clamp(min=cfg.near * self.scale)
-        far = walls.amax(0).amin(1, keepdim=True)
+        faces = torch.stack([low - origins, high - origins]) / (directions + 1e-6)  # [2, R, 3]
+        near = faces.amin(0).amax(1, keepdim=True).clamp(min=cfg.near * self.scale)
+        far = faces.amax(0).amin(1, keepdim=True)
         hit = near < far
         near = torch.where(hit, near, cfg.near * self.scale)
         far = torch.where(hit, torch.maximum(far, near + 1e-6), near + 1)
@@ -174,20 +174,20 @@ class EagerRenderer(nn.Module):
             return F.grid_sample(volume[None], grid[None, None], align_corners=True)[0, :, 0].permute(1, 2, 0)
         return gathered_sample(volume, grid)
 
-    def _loss(self, rendered, rays, own):
+    def _loss(self, rendered, rays, in_sample):
         cfg, trunc = self.cfg, self.cfg.truncation * self.scale
-        target = rays.depth[own, None] * self.scale
+        target = rays.depth[in_sample, None] * self.scale
         valid = target > 0
-        starts, sdf = rendered.starts[own], rendered.sdf[own]
+        starts, sdf = rendered.starts[in_sample], rendered.sdf[in_sample]
         front, back = valid & (starts < target - trunc), valid & (starts > target + trunc)
         around = valid & ~front & ~back
-        depth = rendered.depth[own, None] * self.scale
+        depth = rendered.depth[in_sample, None] * self.scale
         terms = {
-            "rgb": F.l1_loss(rendered.rgb[own], rays.rgb[own]),
+            "rgb": F.l1_loss(rendered.rgb[in_sample], rays.rgb[in_sample]),
             "depth": (valid * (target - depth).abs()).sum() / valid.sum().clamp(min=1),
             "free_space": (F.relu(trunc - sdf) * front).sum() / front.sum().clamp(min=1),
             "sdf": ((starts + sdf - target).abs() * around).sum() / around.sum().clamp(min=1),
-            "eikonal": ((rendered.gradient[own].norm(dim=-1) - 1) ** 2).mean(),
+            "eikonal": ((rendered.gradient[in_sample].norm(dim=-1) - 1) ** 2).mean(),
         }
         return {k: getattr(cfg, f"{k}_weight") * v for k, v in terms.items() if getattr(cfg, f"{k}_weight") > 0}
 
@@ -196,7 +196,7 @@ def eager_field(interpolate, points, directions, sdf_mlp, rgb_mlp):
     """Distance [R, S], gradient (from autograd) and color at points [R, S, 3]; differentiable any number of times.
 
     interpolate: gives the features [R, S, C] at points.
-    sdf_mlp, rgb_mlp: as `unipad.kernels.sdf_render` takes them; without the latter color is 0.
+    sdf_mlp, rgb_mlp: as for `unipad.kernels.sdf_render`; with rgb_mlp None the color is 0.
     """
     points = points.detach().requires_grad_()
     with torch.enable_grad():

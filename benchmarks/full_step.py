@@ -71,7 +71,7 @@ class Step:
 
     def __init__(self, recipe, model, root):
         version = "v1.0-mini"
-        box = None if model is Segmenter else (recipe.grid.low, recipe.grid.high)  # as the scripts read it
+        box = None if model is Segmenter else (recipe.grid.low, recipe.grid.high)  # as the scripts do
         split, _ = NuScenesDataset.train_val_splits(root, version)
         data = NuScenesDataset(root, version, split, recipe.data, point_range=box)
         self.batch = collate([data[len(data) - 1]]).to(DEVICE)  # the last: with sweeps before it

@@ -51,7 +51,7 @@ OPS = {
     "sdf_render": 0.17, "sparse_conv": 0.28, "lift": 0.12, "voxel_pool": 0.12, "spunet": 0.08, "sparse_map": 0.05,
     "rotated_iou": 0.05, "voxelize": 0.03, "trilinear": 0.03, "ray_sample": 0.03, "composite": 0.02, "sdf_alpha": 0.02,
 }  # fmt: skip
-CURVE_STEPS = 60 if ON_GPU else 3  # steps of the training that also run on a CPU
+CURVE_STEPS = 60 if ON_GPU else 3  # stage training: steps that also run on a CPU, for comparison
 
 
 @dataclass(frozen=True)
@@ -146,11 +146,11 @@ def run_tests(folder):
 
 
 def train_tiny(folder):
-    """Run the README's first command on this device, and its first steps on a CPU; records the loss of every step."""
+    """Train the tiny camera recipe on this device, and its first steps on a CPU; records the loss of every step."""
     common = ["--modality", "camera", "--log-every", "1", "--val-samples", "2", "--picture-stride", "8"]
     common += [] if ON_GPU else ["--data-root", str(full_step.city()), "--preset", "tiny"]
-    part = ["--stop-at", str(CURVE_STEPS)]
-    runs = {"cpu": ["--device", "cpu", *part]} | ({"cuda": []} if ON_GPU else {})
+    first_steps = ["--stop-at", str(CURVE_STEPS)]
+    runs = {"cpu": ["--device", "cpu", *first_steps]} | ({"cuda": []} if ON_GPU else {})
     for device, flags in reversed(runs.items()):
         out = folder.path / f"train-{device}"
         began = time.perf_counter()
@@ -196,31 +196,31 @@ def run(folder, names, later, end):
 
     If the process crashes or a stage exceeds its time, a new process runs the remaining stages.
     """
-    left, seen = list(names), len(folder.records("ended"))
-    while left:
-        process, first, running = _worker(folder, left, later, end), left[0], True
+    remaining, n_ended = list(names), len(folder.records("ended"))
+    while remaining:
+        process, first, running = _worker(folder, remaining, later, end), remaining[0], True
         began = time.time()
-        limit = began + time_limit(left + later, end)
-        while running and left:
+        limit = began + time_limit(remaining + later, end)
+        while running and remaining:
             time.sleep(0.1)
             running = process.poll() is None
-            for record in folder.records("ended")[seen:]:
-                left.remove(record["name"])
+            for record in folder.records("ended")[n_ended:]:
+                remaining.remove(record["name"])
                 _print_record(record)
-                seen += 1
-                if left:  # until the next stage reports its start
+                n_ended += 1
+                if remaining:  # the limit until the next stage reports its start
                     began = time.time()
-                    limit = began + time_limit(left + later, end)
-            begun = [r for r in folder.records("begun")[-1:] if r["name"] in left[:1] and r["until"] > began]
+                    limit = began + time_limit(remaining + later, end)
+            begun = [r for r in folder.records("begun")[-1:] if r["name"] in remaining[:1] and r["until"] > began]
             if begun:
                 began, limit = begun[0]["at"], begun[0]["until"]
-            # if the process ended between two stages, the earlier one killed it
-            if left and (time.time() > limit if running else begun or left[0] == first):
+            # if the process ended between two stages, the stage before killed it
+            if remaining and (time.time() > limit if running else begun or remaining[0] == first):
                 reason = "out of time" if running else f"exit code {process.returncode}"
-                record = {"name": left.pop(0), "ended": reason, "seconds": round(time.time() - began, 1)}
+                record = {"name": remaining.pop(0), "ended": reason, "seconds": round(time.time() - began, 1)}
                 folder.write("ended", record)
                 _print_record(record)
-                seen += 1
+                n_ended += 1
                 break
         _kill(process)
 
@@ -234,9 +234,9 @@ def _worker(folder, names, later, end):
 
 def _kill(process):
     """Kill the process and all its children."""
-    for signalled in (signal.SIGTERM, signal.SIGKILL):
+    for number in (signal.SIGTERM, signal.SIGKILL):
         try:
-            os.killpg(process.pid, signalled)
+            os.killpg(process.pid, number)
             process.wait(2)
         except (ProcessLookupError, subprocess.TimeoutExpired):
             pass

@@ -199,7 +199,7 @@ def _measure(fn, case, ups, copy, quick):
 
 
 def _upstream(fn, inputs):
-    """A random upstream gradient for each output that has one."""
+    """A random upstream gradient for each output that requires one."""
     gen = torch.Generator(DEVICE).manual_seed(1)
     outs = [o for o in _outputs(fn, inputs) if o.requires_grad]
     return [torch.randn(o.shape, generator=gen, device=o.device, dtype=o.dtype) for o in outs]
@@ -300,7 +300,7 @@ def _peak_mb(fn):
 
 
 def _peak_cpu_mb(fn):
-    """Of PyTorch's allocations; scratch memory of libraries is not counted."""
+    """Peak of PyTorch's allocations, in MB; scratch memory of libraries is not counted."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         fn()
     changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -1,4 +1,4 @@
-"""A synthetic street seen by a 32-beam LiDAR, ten sweeps accumulated, with the statistics of nuScenes.
+"""A synthetic street seen by a 32-beam LiDAR, ten sweeps accumulated, with voxel statistics like those of nuScenes.
 
 The cost of a sparse convolution depends on the number of neighbors per voxel. Random voxels have too few and voxels on
 spheres too many; here rays hit ground, walls, cars and shrubs, and the sensor moves between sweeps.
@@ -13,7 +13,7 @@ import torch
 LOW, CELL, SHAPE = (-54.0, -54.0, -5.0), (0.075, 0.075, 0.2), (41, 1440, 1440)  # LiDAR recipe, grid (Z, Y, X)
 # Convolutions between the stages: (kernel, stride, padding, dilation)
 DOWNSAMPLES = [((3, 3, 3), (2, 2, 2), p, (1, 1, 1)) for p in ((1, 1, 1), (1, 1, 1), (0, 1, 1))]
-# One nuScenes frame: voxels of stages 1 to 4, and occupied cells out of 27
+# One nuScenes frame: voxels of stages 1 to 4, and how many of the 27 cells around each are occupied on average
 NUSCENES = [(79.7e3, 7.4), (69.3e3, 14.0), (29.7e3, 16.3), (10.3e3, 16.6)]
 
 BEAMS, AZIMUTHS, SWEEPS = 32, 1084, 10

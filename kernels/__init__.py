@@ -1,6 +1,6 @@
-"""Hand-written Triton kernels: tensors in, tensors out, no knowledge of the project. One file per op.
+"""Hand-written Triton kernels: tensors in, tensors out, independent of the rest of the project. One file per op.
 
-    backend.py      dispatch (Triton on a GPU, the reference elsewhere), launches, caches, marked synchronizations
+    backend.py      dispatch (Triton on a GPU, the reference elsewhere), launches, caches, host waits
     voxelize.py     points -> voxels with the mean of their points, or one point per cell
     voxel_keys.py   voxels sorted by key
     sparse_map.py   neighbor tables: which voxels each offset of a sparse convolution reads
@@ -23,5 +23,6 @@
 A file holds the op, its PyTorch reference (same signature, suffix `_ref`; also the CPU path), the autograd Function
 and the kernels. Files listed with dots are parts of the op above and share its reference and benchmark. Import from the
 file (`from unipad.kernels.composite import composite`): nothing is re-exported here, since an op with the name of its
-file would shadow the module. docs/kernels.md has a row per op.
+file would shadow the module. docs/kernels.md has a row per op. "The original" is the code published by UniPAD's
+authors.
 """

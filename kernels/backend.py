@@ -32,7 +32,7 @@ waiting_for = None  # reason of the active `host_wait`; read by tests
 
 @contextmanager
 def references():
-    """Inside this context every op runs its PyTorch reference, on a GPU too; checks compare the kernels with it."""
+    """Inside this context every op runs its PyTorch reference, on a GPU too: used to compare the kernels with them."""
     global _references_only
     before, _references_only = _references_only, True
     try:
@@ -42,7 +42,7 @@ def references():
 
 
 def jit(kernel=None, *, varying=()):
-    """Decorator for kernels that the host launches; functions called by kernels keep `triton.jit`.
+    """Decorator for kernels launched from the host; device functions, called by kernels, use plain `triton.jit`.
 
     Launch the kernel with keyword arguments, tensors first: it runs on the GPU of the first tensor, whichever device is
     current. FP fusion is on unless a launch turns it off: Triton's default, and so the rounding, varies by version.
@@ -75,7 +75,7 @@ def on_triton(tensor, deterministic=True):
 
 
 def without_autocast(reference):
-    """Decorator for a reference: autocast does not change the types that it computes in, as it does not a kernel's."""
+    """Decorator that disables autocast inside a reference: like the kernels, it computes in the types of its inputs."""
 
     @wraps(reference)
     def call(*args, **kwargs):
@@ -93,7 +93,7 @@ def capturing(device):
 
 
 def stream(device):
-    """The handle of the current CUDA stream, 0 on a CPU: what another stream computes may not be ready on this one."""
+    """The handle of the current CUDA stream, 0 on a CPU: a cache key, since other streams' results may not be ready."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
@@ -142,7 +142,7 @@ class StreamCache:
 def host_wait(reason):
     """Marks code in which the host waits for the device, with the reason.
 
-    Ops and models wait nowhere else in a training step; decoding detections and drawing are not marked.
+    Ops and models wait nowhere else in a training step; decoding detections and visualization are not marked.
     """
     global waiting_for
     before, waiting_for = waiting_for, reason
@@ -172,7 +172,7 @@ def opaque(fake):
 
         @wraps(op)
         def call(*args, **kwargs):
-            # the plain function outside of a graph: the registered one costs tens of microseconds per call
+            # the plain function in eager mode: the registered one costs tens of microseconds more per call
             return (custom_op if torch.compiler.is_compiling() else op)(*args, **kwargs)
 
         return call

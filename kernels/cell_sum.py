@@ -2,8 +2,8 @@
 
     d_volume_voxel = sum over its 8 cells, over the samples in each:  w d_value + (b . v) d_slope
 
-where w is the voxel's interpolation weight for the sample, and b = dw / dpoint. The sort is stable, so each cell sums
-its samples in a fixed order.
+where w is the voxel's interpolation weight for the sample, b = dw / dpoint, and v the direction of the derivative that
+d_slope belongs to. The sort is stable, so each cell sums its samples in a fixed order.
 
 Part of `sdf_render`: the reference is the gradient of `trilinear_ref`; timed by benchmarks.bench_sdf_render.
 """
@@ -20,7 +20,7 @@ def cell_sum(d_volume, cell, d_value, d_slope, v, *, origins, directions, edges,
         cell:    [N] int32, `cell_of` each sample.
         d_value: [N, C] gradient w.r.t. the interpolated value; columns from CHANNELS on are padding.
         d_slope: [N, C] gradient w.r.t. the value's directional derivative along v.
-        v:       [N, 3] that direction, per unit length.
+        v:       [N, 3] that direction (x, y, z), not normalized.
         origins, directions: [R, 3] each.
         edges:   [R, S + 1] distances; sample n = r * S + s lies at the start of its interval.
         cells_per_unit, cell_offset: [3] each: cell coordinate = point * cells_per_unit + cell_offset.
@@ -44,7 +44,7 @@ BLOCK_N = 32  # samples of a cell per iteration
 
 @triton.jit
 def cell_of(grid_coords, Z, Y, X):
-    """Index of each sample's cell, which may be partly outside the volume; wholly outside, the largest int32."""
+    """Index of each sample's cell; the largest int32 if no corner of the cell is a voxel of the volume."""
     ux, uy, uz, first = grid_coords
     x, y, z = tl.floor(ux) + 1, tl.floor(uy) + 1, tl.floor(uz) + 1
     inside = (x >= 0) & (x <= X) & (y >= 0) & (y <= Y) & (z >= 0) & (z <= Z)
@@ -55,7 +55,7 @@ def cell_of(grid_coords, Z, Y, X):
 
 @jit
 def _cell_sum_kernel(
-    order_ptr, first_of_cell_ptr,  # [N] int64 samples by cell, [cells + 1] int64
+    order_ptr, first_of_cell_ptr,  # [N] int64 sample indices sorted by cell, [cells + 1] int64
     origins_ptr, directions_ptr, edges_ptr, cells_per_unit_ptr, cell_offset_ptr,  # [R, 3] x 2, [R, S + 1], [3], [3]
     d_value_ptr, d_slope_ptr, v_ptr,  # [N, C], [N, C], [N, 3]
     d_volume_ptr,  # [B, Z, Y, X, CHANNELS]

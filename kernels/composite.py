@@ -1,12 +1,12 @@
 """Alpha-composite samples along rays, front to back.
 
-    k_s = 1 - alpha_s + 1e-7   (light that passes sample s; the original's epsilon)
+    k_s = 1 - alpha_s + 1e-7   (transmittance of sample s; the original's epsilon)
     T_s = prod_{t<s} k_t,   w_s = T_s * alpha_s,   out = sum_s w_s * value_s
 
     dL/dalpha_s = T_s * (g_s - B_s),   g_s = dL/dw_s + dL/dout . value_s
     B_{s-1} = alpha_s * g_s + k_s * B_s,   B_{S-1} = 0
 
-B is accumulated from the far end instead of divided by k, so the gradient is exact where alpha is 0 or 1.
+B is accumulated from the far end; no division by k, so the gradient is exact where alpha is 0 or 1.
 """
 
 import torch

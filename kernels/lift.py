@@ -5,9 +5,9 @@
     dL/dF_nl = P_nl * g,   dL/dP_nl = <g, F_nl>,   g = dL/dvolume[x]
 
 F_nl(u, v) is the bilinearly interpolated feature of level l of view n, P_nl(u, v, d) the trilinearly interpolated
-probability that the surface seen there lies at depth d; both gradients are distributed over the taps with the weights
-of the forward. In a rig of six cameras about 1.1 views see a voxel: every voxel is projected into every view, but
-features are gathered only where it is visible.
+probability that the surface visible there lies at depth d; both gradients are distributed over the taps with the
+weights of the forward. In a rig of six cameras about 1.1 views see a voxel: every voxel is projected into every view,
+but features are gathered only where it is visible.
 
 A program owns a block of voxels adjacent in x and y, which mostly project into the same view and pixels. The backward
 adds atomically to the gradients of fine levels, where few voxels project onto a pixel. On coarse levels, where many do,
@@ -72,7 +72,7 @@ def lift(
 
 
 def lift_ref(features, depths, lidar2image, low, cell, shape, image_size, depth_range):
-    """`lift` in plain PyTorch: a voxel is a weighted sum of 4 rows for each level and each view that sees it."""
+    """`lift` in plain PyTorch: a voxel is a weighted sum of 4 feature rows per level and view that sees it."""
     (B, N, _, _, C), D = features[0].shape, depths[0].shape[4]
     X, Y, Z = shape
     acc_type = torch.float64 if features[0].dtype == torch.float64 else torch.float32
@@ -175,7 +175,7 @@ def _backward(d_volume, features, depths, lidar2image, geometry, deterministic):
     gathered = [l for l in range(len(features)) if coarse[l] or deterministic]
     pixels = [B * N * features[l].shape[2:4].numel() for l in gathered]
     ends, cells = list(accumulate(pixels)), sum(pixels)
-    # a radix sort takes half as many passes over 16-bit keys
+    # a radix sort takes half as many passes with 16-bit keys
     key_type = torch.int16 if cells < 2**15 else torch.int32
     cell_idx = torch.full((len(gathered), B * N * V), cells, dtype=key_type, device=d_volume.device)
     hits = torch.empty(len(gathered), B * N * V, HIT.value, dtype=acc_type, device=d_volume.device)
@@ -207,9 +207,9 @@ def _backward(d_volume, features, depths, lidar2image, geometry, deterministic):
 
 # All untuned: chosen from the compiler's output for sm_90, without timing on a GPU
 FWD_TILE = 4096  # bytes of features per program: voxels x channels
-BWD_TILE = 2048  # twice that spills
+BWD_TILE = 2048  # the same; 4096 would spill registers
 MAX_VOXELS = 32  # per program: with few channels, projecting voxels would take longer than gathering
-COARSE = 4  # voxels per pixel from which a level is coarse: its pixels gather their gradients
+COARSE = 4  # a level with at least so many voxels per pixel is coarse: its pixels gather their gradients
 
 
 def _launch(kernel, tile, features, depths, lidar2image, geometry, **rest):
@@ -346,7 +346,7 @@ def _project(p, x, y, z, ok, image_size, depth_range):
 
 @triton.jit
 def _clamp(coord):
-    """Clamped to [-1, 1], NaN too: points that are not seen get weight 0, and 0 times infinity or NaN is NaN."""
+    """Clamped to [-1, 1], which also replaces NaN: unseen points have weight 0, but 0 * inf and 0 * NaN are NaN."""
     return tl.minimum(tl.maximum(coord, -1.0), 1.0)
 
 

@@ -1,6 +1,6 @@
 """Samples along rays: clipped to a box, stratified, then resampled by weight.
 
-    clip:        t = (wall - origin) / (direction + 1e-6) for six walls; inside between the last entry and first exit
+    clip:        t = (face - origin) / (direction + 1e-6) for six faces; inside between the last entry and first exit
     stratified:  edge_s = near + x_s (far - near), x_s = s / S or jittered between the adjacent midpoints
     resampling:  new_j = CDF^-1((j + jitter) / (n + 1)), piecewise linear over the intervals; lists merged by rank
 
@@ -270,7 +270,7 @@ def _clip_rays_kernel(
 
 @triton.jit
 def _slab(origins_ptr, directions_ptr, i, i_ok, low, high):
-    """Distances at which rays enter and leave the slab between two walls of one axis."""
+    """Distances at which rays enter and leave the slab between the two faces of one axis."""
     origin = tl.load(origins_ptr + i, mask=i_ok, other=0.0).to(tl.float32)
     direction = tl.load(directions_ptr + i, mask=i_ok, other=1.0).to(tl.float32)
     inverse = 1.0 / (direction + 1e-6)

@@ -169,7 +169,7 @@ def _check(columns, *boxes):
 
 
 def _with_edges(boxes, first, end):
-    """The boxes, with negative edges (columns `first` to `end`) as 0."""
+    """The boxes, with negative sizes (columns `first` to `end` - 1) set to 0."""
     return torch.cat([boxes[:, :first], boxes[:, first:end].clamp(min=0), boxes[:, end:]], dim=1)
 
 
@@ -206,7 +206,7 @@ def _edges_ref(px, py, qx, qy, half_l, half_w):
     # length of the edge's extent along x in front of a, minus that behind a
     beyond = torch.maximum(high, half_l) - torch.maximum(low, half_l)
     beyond = beyond - (torch.minimum(high, -half_l) - torch.minimum(low, -half_l))
-    along = (high_in + low_in) * (high_in - low_in) / 2 + half_l * beyond  # of clamp(x) over x
+    along = (high_in + low_in) * (high_in - low_in) / 2 + half_l * beyond  # integral of clamp(x) dx
     mean = torch.where(high > low, along / torch.where(high > low, high - low, 1), low_in)
     return (y1 - y0) * mean
 
@@ -371,7 +371,7 @@ def _edge(px, py, qx, qy, half_l, half_w):
     # length of the edge's extent along x in front of a, minus that behind a
     beyond = tl.maximum(high, half_l) - tl.maximum(low, half_l)
     beyond -= tl.minimum(high, -half_l) - tl.minimum(low, -half_l)
-    along = (high_in + low_in) * (high_in - low_in) / 2 + half_l * beyond  # of clamp(x) over x
+    along = (high_in + low_in) * (high_in - low_in) / 2 + half_l * beyond  # integral of clamp(x) dx
     mean = tl.where(high > low, along / tl.where(high > low, high - low, 1.0), low_in)
     return (y1 - y0) * mean
 

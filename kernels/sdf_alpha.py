@@ -12,7 +12,7 @@ NeuS (eq. 13, as in UniPAD's get_alpha): along the ray the SDF changes by `slope
 VolSDF (eq. 2): density = Psi(-sdf / beta) / beta, Psi the standard Laplace CDF; alpha = 1 - exp(-density * delta).
 UniSurf: occupancy sigma(-10 sdf).
 
-Sizes: R rays, S samples on each. Sigmoids are computed from |x|, so they never overflow, whatever inv_s is.
+Sizes: R rays, S samples on each. Sigmoids are computed from exp(-|x|), which cannot overflow, whatever inv_s is.
 """
 
 import torch
@@ -219,8 +219,8 @@ def sigmoid(x):
 def _neus_section(sdf_ptr, gradient_ptr, directions_ptr, deltas_ptr, i, r, ok, acc_ty: tl.constexpr):
     """The section of the ray around sample i.
 
-    Returns the SDF extrapolated to the section's two ends, and the (x, y, z) of delta / 2 * direction, which is
-    d slope / d gradient times delta / 2; 0 where the ray does not approach the surface.
+    Returns the SDF extrapolated to the section's two ends, and x, y, z of delta / 2 * direction, which is d slope /
+    d gradient times delta / 2; these are 0 where the ray does not approach the surface.
     """
     sdf = tl.load(sdf_ptr + i, mask=ok, other=0.0).to(acc_ty)
     half = tl.load(deltas_ptr + i, mask=ok, other=0.0).to(acc_ty) / 2

@@ -12,7 +12,8 @@ its tangent along v (z. is the derivative of z along v, z- that of L w.r.t. z, z
     x-_l = W_l^T z-_l,   z-_{l-1} = act'(z_{l-1}) x-_l + act''(z_{l-1}) z._{l-1} x^_l
     W-_l = z-_l x_l^T + z^_l x._l^T,   A-_l = z-_l f^T + z^_l f.^T,   f- = sum_l A_l^T z-_l,   f^ = sum_l A_l^T z^_l
 
-with the matrices of `sdf_field`; a corner of the cell with weight w and slope b gets w f- + (b . v) f^.
+with the matrices of `sdf_field`. A corner of the cell with weight w and slope b adds w f- + (b . v) f^ to the gradient
+of its voxel.
 
 The reference is the gradient of `sdf_render_ref` by autograd; timed by benchmarks.bench_sdf_render.
 Sizes as in `sdf_render`.

@@ -76,7 +76,7 @@ BLOCK_M = 64  # samples per tile (along rays: of two rays); the rows of a Hopper
 WARPS = 4
 NARROW = 32  # fields with more channels or hidden units use tiles of half as many samples
 EXACT = 4  # factor by which tiles are smaller under tf32x3, which holds every operand in two parts
-PROGRAMS = 528  # at most: 4 per multiprocessor of an H100; each sums its own gradient of the MLPs
+PROGRAMS = 528  # at most: 4 per multiprocessor of an H100; each writes a partial gradient of the MLPs
 
 
 def sample_launch(N, options):

@@ -52,7 +52,7 @@ def decode(feature, slope, points, directions, mlps, cells_per_unit):
         slope:          [R, S, 3, C] its derivative w.r.t. the point, per cell.
         points:         [R, S, 3]; not differentiated.
         directions:     [R, 3] unit vectors.
-        mlps:           (distance MLP, color MLP); with None for the latter the color is 0.
+        mlps:           (distance MLP, color MLP or None: the color is 0).
         cells_per_unit: [3].
 
     Returns:

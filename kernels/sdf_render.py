@@ -68,7 +68,7 @@ def sdf_render(
         rays:   origins [R, 3], unit directions [R, 3], volume_idx [R] int32 and hit [R] bool (False: transparent);
                 origins and `edges` in any unit of length, in the volume's frame (here LiDAR).
         edges:  [R, S + 1] ascending distances: S samples, each at the start of its interval.
-        mlps:   (distance MLP, color MLP), the latter None where color is not rendered. Each is a list of tensors: P, q,
+        mlps:   (distance MLP, color MLP or None: color is not rendered). Each is a list of tensors: P, q,
                 then C_l, d_l, W_l, b_l of every layer (see `sdf_reference`).
         density_param: [1] NeuS's inv_s or VolSDF's beta.
         cells:  cells_per_unit [3] and cell_offset [3]: cell = point * cells_per_unit + cell_offset, (x, y, z).

@@ -53,9 +53,10 @@ def gather_gemm(features, weight, table, allow_tf32, mirrored=False, act=(None, 
 def d_weight_of(features, d_out, table, allow_tf32, mirrored=False):
     """Features [N, I], d_out [M, O] and a `NeighborTable` [K, M] -> [O, K, I] fp32, offsets in the order of the table.
 
-    mirrored: the table is its own mirror image, so most rows have several neighbors and share many of them.
+    mirrored: the table is that of a submanifold convolution with an odd kernel, where most rows have several neighbors
+        and share many of them.
 
-    Sums of chunks of pairs, or of blocks of rows, are added in order.
+    The sums of chunks of pairs, or of blocks of rows, are added in a fixed order.
     """
     (N, I), (M, O), K = features.shape, d_out.shape, len(table.idx)
     d_weight = features.new_empty(O, K, I, dtype=torch.float32)
@@ -139,7 +140,7 @@ class Blocks(NamedTuple):
 
 
 # All untuned: chosen from the counts of benchmarks/count_sparse_conv.py and the compiler's output for sm_90
-# Indices and rows are each loaded two steps ahead, or one; AMD GPUs have less shared memory for that
+# Pipeline stages: indices and rows are each loaded two steps ahead, or one; AMD GPUs have less shared memory for that
 STAGES_OF = {"nvidia": (5, 3), "amd": (2, 1)}
 STAGES, FEWER_STAGES = STAGES_OF["amd" if torch.version.hip else "nvidia"]
 # Up to this many rows, tiles have 64 rows; tiles of 128 read the weights half as often (45 MB, not 89, at stage 4)

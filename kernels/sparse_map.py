@@ -38,7 +38,7 @@ def submanifold_map(
         coords:      [N, 4] int32 (b, z, y, x).
         keys, order: from `sort_voxels`; order None: `coords` are sorted by key.
         shape:       cells (Z, Y, X).
-        kernel:      offsets (kz, ky, kx). An even kernel reaches farther towards lower cells: 2 covers -1 and 0.
+        kernel:      offsets (kz, ky, kx). An even kernel has one more offset below than above: 2 covers -1 and 0.
         dilation:    cells between offsets (z, y, x).
 
     Returns:
@@ -58,7 +58,7 @@ def submanifold_map_ref(coords, keys, order, shape, kernel, dilation):
     (_, Y, X), (kz, ky, kx), (dz, dy, dx) = shape, kernel, dilation
     N, K = len(_checked_submanifold(coords, shape, kernel, dilation)), prod(kernel)
     neighbor_idx = coords.new_full((K, N), -1)
-    # an odd kernel is its own mirror image: if k leads from i to j, the mirrored offset leads from j to i
+    # the offsets of an odd kernel are symmetric: if offset k leads from i to j, offset K - 1 - k leads from j to i
     mirrored = all(size % 2 for size in kernel)
     if mirrored:
         neighbor_idx[K // 2] = torch.arange(N, dtype=torch.int32, device=coords.device)
@@ -75,7 +75,7 @@ def submanifold_map_ref(coords, keys, order, shape, kernel, dilation):
         iz, iy = divmod(column, ky)
         in_column = in_z[iz] & in_y[iy]
         wanted = keys + (((iz - kz // 2) * dz * Y + (iy - ky // 2) * dy) * X - kx // 2 * dx)
-        at = torch.searchsorted(keys, wanted)  # the first key that is not below
+        at = torch.searchsorted(keys, wanted)  # the first key >= wanted
         key = padded_keys.index_select(0, at)
         for i in range(kx):
             k = column * kx + i
@@ -400,7 +400,7 @@ def _neighbors_kernel(
     M, N, Z, Y, X, KY, stride, padding, DZ, DY, STEPS,  # STEPS of the binary search
     KX: tl.constexpr, DX: tl.constexpr, NO_KEY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One (kz, ky) column of offsets of BLOCK readers, in the order of their keys: adjacent lanes search similarly."""
+    """One (kz, ky) column of offsets for BLOCK readers, ordered by key: adjacent lanes search the same part."""
     p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     p_ok = p < M
     column = tl.program_id(1)
@@ -414,7 +414,7 @@ def _neighbors_kernel(
     in_column = p_ok & (z >= 0) & (z < Z) & (y >= 0) & (y < Y)
     wanted = key_of(b, z, y, x, Z, Y, X)
 
-    at = tl.zeros((BLOCK,), tl.int32)  # becomes the first key that is not below `wanted`
+    at = tl.zeros((BLOCK,), tl.int32)  # ends as the index of the first key >= `wanted`
     end = tl.where(in_column, N, 0)
     for _ in range(STEPS):
         middle = at + (end - at) // 2

@@ -43,7 +43,7 @@ def backward_ref(features, weight, d_out, inverse, mirrored, for_features, for_w
     steps = slice(None, None, -1 if mirrored else 1)
     w, d_w = _wide(weight).unbind(1)[steps], d_weight.unbind()[steps] if for_weight else None
     chunks = _chunks(inverse, max(g.shape[1], x.shape[1]))
-    g_rows, x_rows = _buffer(g, chunks), _buffer(x, chunks)  # the latter holds products too
+    g_rows, x_rows = _buffer(g, chunks), _buffer(x, chunks)  # x_rows is reused for products
     for first, m, n, counts, order, starts in chunks:
         P, rows = len(m), slice(first, first + len(starts))
         torch.index_select(g, 0, m, out=g_rows[:P])

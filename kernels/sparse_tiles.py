@@ -2,10 +2,10 @@
 
 A tile of BLOCK_M outputs computes a product at every offset at which any of its rows has a neighbor. Its data are
 stored in the order of the kernel's loop, which then has no branch and can prefetch: a list of those offsets and, for
-each, the rows that the outputs read. Rows with the same offsets should be in the same tile: within a window, rows are
-sorted by the set of their offsets. A wider window leaves fewer empty products, but rows that are read together are
-farther apart; benchmarks/count_sparse_conv.py counts both. In the inverse table of a stride-2 convolution a row has one
-of eight sets of offsets, by the parities of its cell, and the same sort groups them.
+each, the rows that the outputs read. Rows with neighbors at the same offsets should share a tile: within a window,
+rows are sorted by the set of these offsets. A wider window leaves fewer empty products, but rows that are read together
+are farther apart; benchmarks/count_sparse_conv.py counts both. In the inverse table of a stride-2 convolution there are
+eight such sets, one for each parity of a cell along z, y and x, and the same sort groups them.
 
 The gradient of the weights sums over the pairs of each offset. The center offset has several times as many pairs as the
 others, so pairs are stored offset after offset and split into chunks of equal length.
@@ -26,9 +26,9 @@ class Tiles(NamedTuple):
     """T tiles of BLOCK_M outputs each."""
 
     row_idx: Tensor  # [T, BLOCK_M] int32, the outputs of a tile; -1 after the last
-    count_idx: Tensor  # [T] int32, number of offsets that any row of the tile has
+    count_idx: Tensor  # [T] int32, number of offsets at which any row of the tile has a neighbor
     offset_idx: Tensor  # [T, K] int32, these offsets, ascending; only the first `count_idx` are written
-    read_idx: Tensor  # [T, K, BLOCK_M] int32, row that each output reads at them, -1 for none; likewise
+    read_idx: Tensor  # [T, K, BLOCK_M] int32, row that each output reads at these, -1 for none; written likewise
     pairs_idx: Tensor  # [K, windows] int32, number of pairs of each offset in each window of rows
 
 

@@ -30,7 +30,7 @@ def voxel_pool(
     Args:
         features:    [B, N, h, w, C] image features of N views; row i, column j is at pixel (j * stride, i * stride),
                      the upper left corner of the feature's patch.
-        depths:      [B, N, h, w, D] probability of each depth bin; bin k is at its lower edge.
+        depths:      [B, N, h, w, D] probability of each depth bin; a bin's point is at its near edge.
         lidar2image: [B, N, 4, 4] LiDAR meters -> (u*d, v*d, d, 1).
         low, cell:   (x, y, z) meters, LiDAR frame: lower corner of the grid, size of a voxel.
         shape:       voxels (X, Y, Z).
@@ -321,7 +321,7 @@ def _voxel_pool_fwd_kernel(
 
 @triton.jit
 def _run(features_ptr, weight_ptr, pixel_idx_ptr, at, ok, mask, c, C, acc_ty: tl.constexpr):
-    """What the sorted runs `at` add to their voxels: [BLOCK_R, BLOCK_C]; 0 where not ok."""
+    """Weighted features of the sorted runs at indices `at`: [BLOCK_R, BLOCK_C]; 0 where not ok."""
     pixel = tl.load(pixel_idx_ptr + at, mask=ok, other=0)
     weight = tl.load(weight_ptr + at, mask=ok, other=0.0)
     feature = tl.load(features_ptr + pixel.to(tl.int64)[:, None] * C + c, mask=mask, other=0.0).to(acc_ty)

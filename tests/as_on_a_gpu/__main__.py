@@ -62,16 +62,16 @@ def environment(folder):
     """The Python executable of the environment in `folder` (None: one in ~/.cache), created if missing."""
     pins = hashlib.sha256(repr((PINS, OTHERS, sys.version_info[:2])).encode()).hexdigest()[:8]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    own = cache / "unipad-triton" / f"as-on-a-gpu-{pins}"
-    python, finished = (folder or own) / "bin" / "python", own / "finished"
+    default = cache / "unipad-triton" / f"as-on-a-gpu-{pins}"
+    python, finished = (folder or default) / "bin" / "python", default / "finished"
     if finished.exists() if folder is None else python.exists():
         return python
     if sys.version_info < (3, 11):
         sys.exit("error: the check needs Python 3.11 or newer.")
-    print(f"creating {folder or own}", flush=True)
+    print(f"creating {folder or default}", flush=True)
     if folder is None:
-        shutil.rmtree(own, ignore_errors=True)  # from an interrupted run
-    subprocess.run([sys.executable, "-m", "venv", folder or own], check=True)
+        shutil.rmtree(default, ignore_errors=True)  # from an interrupted run
+    subprocess.run([sys.executable, "-m", "venv", folder or default], check=True)
     pip = [python, "-m", "pip", "install", "-q"]
     exact = [f"{name}=={pin}" for name, pin in PINS.items()]
     subprocess.run([*pip, *exact[:2], *OTHERS], check=True)

@@ -27,7 +27,7 @@ def _double_kernel(
     ok = i < N
     if FAULT == "unmasked store":
         ok = i < N + 1
-    if FAULT == "race":  # the neighbor's first element too
+    if FAULT == "race":  # writes the next program's first element too
         ok = i < N
         tl.store(out_ptr + (i + 1) % N, x, mask=ok)
     if FAULT == "unwritten":
@@ -93,12 +93,12 @@ def test_an_unwritten_gradient_is_detected():
     assert custom_gradient(torch.empty_like).grad.isnan().all()
 
 
-def test_a_tensor_left_on_the_cpu():
+def test_a_tensor_left_on_the_cpu_is_detected():
     with pytest.raises(ValueError, match="x_ptr cannot be accessed from Triton"):
         double(torch.rand(5))
 
 
-def test_a_tensor_left_on_the_cpu_in_a_tuple():
+def test_a_tensor_left_on_the_cpu_in_a_tuple_is_detected():
     with pytest.raises(ValueError, match="x_ptr cannot be accessed from Triton"):
         pair = torch.rand(5, device="cuda"), torch.rand(5)
         _double_kernel[(1,)](x_ptr=pair, out_ptr=None, N=5, FAULT="", BLOCK=BLOCK)
@@ -116,7 +116,7 @@ def test_a_tensor_left_on_the_cpu_in_a_tuple():
         lambda x: custom_gradient(lambda d_out: d_out * torch.ones(5)),
     ],
 )
-def test_mixed_devices(mix):
+def test_mixed_devices_are_rejected(mix):
     with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
         mix(torch.rand(5, device="cuda"))
 
@@ -129,7 +129,7 @@ def test_mixed_devices_that_cuda_allows_are_allowed():
     assert torch.equal(x.cpu().copy_(x), x.cpu())
 
 
-def test_other_errors_of_cuda():
+def test_other_errors_of_cuda_are_raised():
     with pytest.raises(TypeError, match="numpy"):
         torch.rand(2, device="cuda").numpy()
     with pytest.raises(RuntimeError, match="generator"):

@@ -159,7 +159,7 @@ def _poison(tensor):
 
 
 class DeviceRequests(TorchFunctionMode):
-    """Handles calls of the program that request a device."""
+    """Handles calls that name a device, and methods that depend on a tensor's device."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -283,9 +283,9 @@ def _vectorized(one_by_one):
             memory._log("a", addrs, values.itemsize, None)
         order = np.argsort(addrs, kind="stable")
         first = np.flatnonzero(np.diff(addrs[order], prepend=-1))  # the first lane of each element
-        turn = np.arange(len(order)) - np.repeat(first, np.diff(first, append=len(order)))  # within each element
-        for i in range(turn.max(initial=-1) + 1):
-            lanes = order[turn == i]
+        rank = np.arange(len(order)) - np.repeat(first, np.diff(first, append=len(order)))  # of a lane in its element
+        for i in range(rank.max(initial=-1) + 1):
+            lanes = order[rank == i]
             before[live[lanes]] = memory._read(addrs[lanes], values.dtype)
             memory._write(addrs[lanes], before[live[lanes]] + values[lanes])
         return before.reshape(shape)

@@ -1,6 +1,6 @@
-"""In this folder, ops run their kernels on CPU tensors too, in the interpreter, instead of their references.
+"""In this folder ops run their kernels on every device: without a GPU in Triton's interpreter, not their references.
 
-pytest tests/kernels --reverse-programs     programs in reverse order: results must not depend on it
+pytest tests/kernels --reverse-programs     the interpreter runs programs in reverse order
 """
 
 import importlib.util
@@ -34,7 +34,7 @@ def pytest_addoption(parser):
 
 @pytest.fixture(autouse=True)
 def order_of_programs(request, monkeypatch):
-    """The interpreter runs the programs of a launch in a fixed order, in which a race may go unnoticed."""
+    """With --reverse-programs, reverses the interpreter's fixed order of programs, in which a race may go unnoticed."""
     if request.config.getoption("--reverse-programs", False) and not HAS_GPU:
         monkeypatch.setattr(*reversed_programs())
 

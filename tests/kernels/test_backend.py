@@ -41,26 +41,26 @@ def test_a_kernel_runs_on_the_gpu_of_its_first_tensor_with_fp_fusion(monkeypatch
     assert not launched[1]["enable_fp_fusion"]
 
 
-def test_a_kernel_is_launched_by_keyword():
+def test_positional_arguments_of_a_launch_are_rejected():
     with pytest.raises(TypeError, match="positional"):
         _double_kernel[(1,)](torch.arange(8.0), 5, 8, BLOCK=8)
 
 
-def test_a_kernel_computes_under_the_guard(device):
+def test_a_launched_kernel_writes_its_result(device):
     x = torch.arange(8.0, device=device)
     _double_kernel[(1,)](x_ptr=x, N=5, WIDTH=8, BLOCK=8)
     assert x.tolist() == [0, 2, 4, 6, 8, 5, 6, 7]
 
 
 def test_varying_sizes_are_not_specialized(monkeypatch):
-    options_seen = []
-    monkeypatch.setattr(triton, "jit", lambda kernel, **options: options_seen.append(options) or kernel)
+    options_of_jit = []
+    monkeypatch.setattr(triton, "jit", lambda kernel, **options: options_of_jit.append(options) or kernel)
     jit(varying=("N",))(lambda x_ptr, N: None)
     jit(lambda x_ptr, N: None)
-    assert options_seen == [{"do_not_specialize": ("N",)}, {"do_not_specialize": ()}]
+    assert options_of_jit == [{"do_not_specialize": ("N",)}, {"do_not_specialize": ()}]
 
 
-def test_references_replace_kernels(monkeypatch):
+def test_references_replace_kernels_inside_the_context(monkeypatch):
     monkeypatch.setattr(backend, "interpret", True)
     x = torch.zeros(1)
     assert on_triton(x)
@@ -71,11 +71,11 @@ def test_references_replace_kernels(monkeypatch):
 
 
 def test_a_host_wait_has_its_reason_while_it_lasts(device):
-    class Seen(torch.Tensor):
+    class RecordsReason(torch.Tensor):
         def tolist(self):
             return backend.waiting_for, super().tolist()
 
-    number = torch.tensor(7, device=device).as_subclass(Seen)
+    number = torch.tensor(7, device=device).as_subclass(RecordsReason)
     assert to_host(number, "a number") == ("a number", 7) and backend.waiting_for is None
     with pytest.raises(ZeroDivisionError), host_wait("outer"):
         assert to_host(number, "inner") == ("inner", 7) and backend.waiting_for == "outer"

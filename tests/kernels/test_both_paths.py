@@ -1,4 +1,4 @@
-"""What a kernel and its reference have in common besides their results: what they refuse, types, and gradients."""
+"""Kernels and references reject the same arguments, and geometry has no gradient; autocast changes no reference."""
 
 from contextlib import nullcontext
 
@@ -25,8 +25,8 @@ def pdf(**wrong):
     return [("sample_pdf", wrong), ("resample", wrong)]
 
 
-# op, what replaces its arguments (a function gets the valid one), part of the message
-REFUSED = [
+# op, wrong arguments (a function is called with the valid one), part of the message
+REJECTED = [
     (*call, message)
     for calls, message in [
         ([("clip_rays", dict(directions=lambda t: t[:1]))], r"\(1, 3\) do not match"),
@@ -73,15 +73,15 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("op, wrong, message", REFUSED, ids=[f"{op}-{'-'.join(wrong)}" for op, wrong, _ in REFUSED])
-def test_both_paths_refuse_the_same(op, wrong, message, path):
+@pytest.mark.parametrize("op, wrong, message", REJECTED, ids=[f"{op}-{'-'.join(wrong)}" for op, wrong, _ in REJECTED])
+def test_kernel_and_reference_reject_the_same_arguments(op, wrong, message, path):
     inputs = inputs_of(op)
     wrong = {name: value(inputs[name]) if callable(value) else value for name, value in wrong.items()}
     with pytest.raises(AssertionError, match=message), PATHS[path]():
         CASES[op].op(**inputs | wrong)
 
 
-def test_grid_sample_refuses_what_does_not_match():
+def test_grid_sample_rejects_what_does_not_match():
     points = torch.rand(5, 3, device=DEVICE)
     with pytest.raises(AssertionError, match=r"noise \(4,\) does not match 5 points"):
         grid_sample(points, [5], 0.5, torch.rand(4, device=DEVICE))

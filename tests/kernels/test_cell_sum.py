@@ -15,7 +15,7 @@ LAUNCHES = [
 
 
 def make_inputs(R, S, channels, B=2, Z=2, Y=3, X=2):
-    """Rays through and beyond B volumes; the first runs along cell faces, with more samples per cell than a block."""
+    """Rays through and beyond B volumes; the first runs along cell faces, with more than BLOCK_N samples per cell."""
     volume_idx = torch.arange(R) % B
     origins, directions = torch.randn(R, 3) * 0.1, F.normalize(torch.randn(R, 3), dim=1)
     origins[:1], directions[:1] = 0, torch.tensor([1.0, 0, 0])

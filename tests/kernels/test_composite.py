@@ -26,9 +26,9 @@ def make_inputs(R, S, C, device):
     "R, S, C",
     [
         (1, 1, 1),
-        (7, 5, 3),  # odd everywhere
+        (7, 5, 3),  # odd sizes
         (32, 24, 3),  # exactly one block
-        (33, 24, 32),  # one ray over
+        (33, 24, 32),  # one ray more than a block
         (5, 7, 65),  # fewer rays per program, so that its tile stays small
         (0, 24, 3),  # no rays
         (5, 0, 3),  # no samples
@@ -49,7 +49,7 @@ def test_by_hand(device):
 
 
 @pytest.mark.parametrize("fn", [composite, composite_ref])
-def test_light_passes_opaque_samples_by_the_epsilon(fn, device):
+def test_opaque_samples_have_transmittance_epsilon(fn, device):
     """Worked on paper, e = 1e-7: w = 1, e, e^2 and d(sum w) / d alpha = -e, 0, e^2."""
     alpha = torch.ones(1, 3, device=device, dtype=torch.float64, requires_grad=True)
     out, weights = fn(alpha, torch.ones_like(alpha)[..., None])

@@ -31,6 +31,7 @@ def launch(kernel, levels, channels, divisible, elements, registers, shared, gat
     return Launch(kernel, constexprs, types, divisible, elements, registers=registers, shared=shared, budgets=ASSEMBLED)
 
 
+# kernel, levels, channels, divisible sizes, element types, registers, bytes of shared memory
 LAUNCHES = [
     launch("_lift_fwd_kernel", 4, 128, ("C", "D"), ("bf16",), 176, 0),
     launch("_lift_bwd_kernel", 4, 128, ("C", "D"), ("bf16",), 255, 4096, gathered=(2, 3)),
@@ -74,11 +75,11 @@ def make_inputs(B, N, sizes, C, D, shape, device):
     "B, N, sizes, C, D, shape",
     [
         (1, 1, [(1, 1)], 1, 1, (1, 1, 1)),
-        (3, 2, [(5, 7), (3, 5)], 3, 5, (5, 7, 1)),  # odd everywhere
+        (3, 2, [(5, 7), (3, 5)], 3, 5, (5, 7, 1)),  # odd sizes
         (1, 2, [(3, 5)], 4, 8, (8, 4, 2)),  # exactly one block per slice
-        (1, 1, [(6, 10), (3, 5), (2, 3), (1, 2)], 32, 16, (9, 3, 1)),  # one voxel over, all four levels
+        (1, 1, [(6, 10), (3, 5), (2, 3), (1, 2)], 32, 16, (9, 3, 1)),  # one voxel more than a block; all four levels
         (1, 1, [(3, 5)], 65, 4, (3, 3, 1)),  # fewer voxels per program, so that its tile stays small
-        (1, 1, [(2, 3)], 512, 4, (2, 3, 1)),  # as many channels as there may be
+        (1, 1, [(2, 3)], 512, 4, (2, 3, 1)),  # many channels
         (1, 12, [(2, 3)], 2, 3, (4, 3, 1)),  # two frames of six views
         (0, 2, [(3, 5)], 3, 4, (2, 2, 2)),  # no samples
         (2, 0, [(3, 5)], 3, 4, (2, 2, 2)),  # no views
@@ -91,11 +92,11 @@ def test_matches_reference(B, N, sizes, C, D, shape, dtype, coarse, device, monk
     if not HAS_GPU:
         monkeypatch.setattr(unipad.kernels.pixel_sum, "TILE", 2**13)
     inputs = make_inputs(B, N, sizes, C, D, shape, device)
-    assert lift_ref(**inputs).any() or not B * N * C * min(shape), "nothing is seen"
+    assert lift_ref(**inputs).any() or not B * N * C * min(shape), "no voxel is visible"
     check_against_ref(lift, lift_ref, inputs, dtype, wrt=("features", "depths"))
 
 
-RECORDED = dict(  # geometry of the record view_trans_2lvl
+RECORDED = dict(  # geometry of the golden record view_trans_2lvl
     low=(-54.0, -54.0, -5.0),
     cell=(5.4, 6.0, 1.6),
     shape=(20, 18, 5),
@@ -190,7 +191,7 @@ def test_invisible_voxels_are_zero(op, device):
 
 
 def test_views_of_one_voxel_are_summed(device):
-    """Every view hits the same taps with the same voxels, so the atomic sums collide."""
+    """In every view the same voxels project onto the same pixels, so atomic adds collide."""
     inputs = make_inputs(1, 1, [(2, 2)], 4, 2, (4, 4, 2), device)
     inputs["lidar2image"] = inputs["lidar2image"].expand(1, 3, 4, 4)
     for name in ("features", "depths"):
@@ -198,8 +199,8 @@ def test_views_of_one_voxel_are_summed(device):
     check_against_ref(lift, lift_ref, inputs, torch.float32, wrt=("features", "depths"))
 
 
-def test_half_precision_features_with_fp32_depths(device):
-    """Each gradient keeps its own type."""
+def test_each_gradient_has_the_type_of_its_input(device):
+    """Features in bf16, depths in fp32."""
     inputs = make_inputs(1, 1, [(3, 5)], 8, 4, (4, 4, 2), device)
     features = [level.to(torch.bfloat16).requires_grad_() for level in inputs.pop("features")]
     depths = [level.float().requires_grad_() for level in inputs.pop("depths")]
@@ -220,14 +221,14 @@ def test_gradcheck(device):
 
 
 @pytest.mark.parametrize("strict, coarse, gathered", [(True, 10**9, 2), (False, 10, 1), (False, 10**9, 0)])
-def test_levels_that_gather(strict, coarse, gathered, device, large_blocks, monkeypatch):
+def test_coarse_levels_gather_their_gradients(strict, coarse, gathered, device, large_blocks, monkeypatch):
     """Coarse levels, or under strict determinism all of them: 200 voxels, 15 and 60 pixels."""
     monkeypatch.setattr(unipad.kernels.lift, "COARSE", coarse)
     inputs = make_inputs(1, 1, [(3, 5), (6, 10)], 3, 4, (10, 10, 2), device)
     features, depths = inputs.pop("features"), inputs.pop("depths")
     leaves = [level.float().requires_grad_() for level in features + depths]
     if strict:
-        torch.use_deterministic_algorithms(True)  # the fixture's mode only warns
+        torch.use_deterministic_algorithms(True)  # fixture `poisoned_memory` sets it with warn_only
     runs = []
     for _ in range(2):
         with launches() as launched:
@@ -239,20 +240,20 @@ def test_levels_that_gather(strict, coarse, gathered, device, large_blocks, monk
 
 
 @pytest.mark.parametrize("op", [lift, lift_ref])
-def test_a_feature_changes_only_its_ray(op, device, large_blocks):
-    """Exactly the voxels that project to less than a pixel from it."""
+def test_a_feature_changes_only_voxels_on_its_ray(op, device, large_blocks):
+    """Exactly the voxels that project to less than one pixel from the feature."""
     inputs = make_inputs(1, 2, [(5, 7)], 3, 4, (8, 8, 3), device)
     before = op(**inputs)
     inputs["features"][0][0, 1, 2, 3] += 1
     changed = (op(**inputs) != before).any(-1)
     geometry = list(inputs.values())[2:]
     (u, v, _), seen = unipad.kernels.lift._project_ref(*geometry)
-    near = ((u + 1) * 3 - 3).abs() < 1  # of columns 0 to 6
-    near &= ((v + 1) * 2 - 2).abs() < 1  # of rows 0 to 4
+    near = ((u + 1) * 3 - 3).abs() < 1  # around column 3 of 0 to 6
+    near &= ((v + 1) * 2 - 2).abs() < 1  # around row 2 of 0 to 4
     assert torch.equal(changed.flatten(), (seen & near)[0, 1]) and 1 < changed.sum() < seen[0, 1].sum()
 
 
-def test_more_cells_than_16_bits_hold(device, large_blocks, monkeypatch):
+def test_more_cells_than_fit_16_bits_match_reference(device, large_blocks, monkeypatch):
     """The hits are then sorted by 32-bit keys: each level alone has 2^15 + 356 cells."""
     monkeypatch.setattr(unipad.kernels.lift, "COARSE", 0)
     inputs = make_inputs(1, 1, [(182, 182), (182, 182)], 1, 1, (4, 4, 1), device)
@@ -260,8 +261,8 @@ def test_more_cells_than_16_bits_hold(device, large_blocks, monkeypatch):
     check_against_ref(lift, lift_ref, inputs, torch.float32, wrt=("features", "depths"), slack=1e-4)
 
 
-def test_frames_are_more_views(device, large_blocks):
-    """Two frames of two views in one call are the sum of a call each."""
+def test_frames_can_be_passed_as_more_views(device, large_blocks):
+    """One call with two frames of two views each gives the sum of a call per frame."""
     inputs = make_inputs(2, 4, [(3, 5)], 3, 4, (5, 4, 2), device)
     halves = [
         inputs

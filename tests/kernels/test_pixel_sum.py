@@ -16,6 +16,7 @@ def launch(lanes_per_pixel, channels, bins, registers):
     )  # fmt: skip
 
 
+# lanes per pixel, channels, depth bins, registers
 LAUNCHES = [launch(8, 128, 64, 64), launch(1, 128, 64, 104)]
 
 
@@ -28,20 +29,20 @@ def test_is_the_gradient_of_the_interpolation(device, monkeypatch):
     hits[..., :3] *= torch.tensor([w - 1, h - 1, D - 1])
     hits[..., ::4, 0] = hits[..., ::4, 0].round()
     hits[..., ::3, 1] = hits[..., ::3, 1].round()
-    seen = torch.rand(B, N, V) < 0.6
+    visible = torch.rand(B, N, V) < 0.6
     d_volume = torch.randn(B, 1, 4, 5, C, dtype=torch.float64)
 
     x, y, z, probability, along = hits[1].unbind(-1)  # [B, N, V] each
     view = torch.arange(B * N).view(B, N, 1)
-    cell = ((view * h + y.floor()) * w + x.floor()).where(seen, B * N * h * w).long()
-    before = torch.zeros_like(cell)  # no hit of the first level is read
-    by_cell, order = torch.stack([before - 1, cell]).flatten().sort(stable=True)
+    cell = ((view * h + y.floor()) * w + x.floor()).where(visible, B * N * h * w).long()
+    first_level = torch.full_like(cell, -1)  # its hits come before all cells of the second and are not read
+    by_cell, order = torch.stack([first_level, cell]).flatten().sort(stable=True)
     begin = torch.searchsorted(by_cell, torch.arange(B * N * h * w + 1), out_int32=True)
 
     rows = (1 - (y[..., None] - torch.arange(h)).abs()).clamp(min=0)  # [B, N, V, h]
     columns = (1 - (x[..., None] - torch.arange(w)).abs()).clamp(min=0)
     bins = (1 - (z[..., None] - torch.arange(D)).abs()).clamp(min=0)
-    weight = rows[..., None] * columns[..., None, :] * seen[..., None, None]  # [B, N, V, h, w]
+    weight = rows[..., None] * columns[..., None, :] * visible[..., None, None]  # [B, N, V, h, w]
     expected = torch.einsum("bnvhw,bnv,bvc->bnhwc", weight, probability, d_volume.view(B, V, C))
     expected_depth = torch.einsum("bnvhw,bnv,bnvd->bnhwd", weight, along, bins)
 

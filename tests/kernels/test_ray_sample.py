@@ -31,10 +31,10 @@ SHAPES = pytest.mark.parametrize(
     "R, S, n",
     [
         (1, 1, 1),
-        (7, 5, 3),  # odd everywhere
+        (7, 5, 3),  # odd sizes
         (32, 24, 7),  # exactly one block
-        (33, 9, 7),  # one ray over
-        (3, 6, 8),  # one new edge over a power of two
+        (33, 9, 7),  # one ray more than a block
+        (3, 6, 8),  # n + 1 edges: one more than a power of two
         (3, 6, 0),  # no new samples
         (1, 2, 300),  # one ray per program
         (0, 24, 7),  # no rays
@@ -68,14 +68,14 @@ def test_clip_rays_matches_reference(R, dtype, device):
 @pytest.mark.parametrize(
     "origin, direction, expected",
     [
-        ((0, 0, 0), (1, 0, 0), (1, 2)),  # from inside, parallel to four walls
+        ((0, 0, 0), (1, 0, 0), (1, 2)),  # from inside, parallel to four faces
         ((0, 0, 0), (-1, 0, 0), (1, 2)),
-        ((0, 0, 0), (0.6, 0.8, 0), (1, 2 / 0.6)),  # through the nearer wall
-        ((0, 0, 0), (1, -1e-6, 0), (1, 2)),  # the guard turns this component into 0: walls at infinity
+        ((0, 0, 0), (0.6, 0.8, 0), (1, 2 / 0.6)),  # through the nearer face
+        ((0, 0, 0), (1, -1e-6, 0), (1, 2)),  # adding 1e-6 turns this component into 0: faces at infinity
         ((-5, 0, 0), (1, 0, 0), (3, 7)),  # from outside
         ((-2.5, 0, 0), (1, 0, 0), (1, 4.5)),  # enters before `near`
         ((5, 0, 0), (1, 0, 0), None),  # the box lies behind
-        ((0, 5, 0), (1, 0, 0), None),  # misses it, parallel to its walls
+        ((0, 5, 0), (1, 0, 0), None),  # misses it, parallel to its faces
         ((-6, 0, 0), (0.6, 0.8, 0), None),  # misses it
         ((1.5, 0, 0), (1, 0, 0), None),  # leaves it before `near`
     ],
@@ -84,8 +84,8 @@ def test_clip_rays_by_hand(fn, origin, direction, expected, device):
     origins, directions = (torch.tensor([v], device=device, dtype=torch.float32) for v in (origin, direction))
     near, far, hit = fn(origins, directions, (-2, -4, -1), (2, 4, 3), near=1.0)
     assert hit.tolist() == [expected is not None]
-    found = torch.stack([near, far]).flatten().cpu()
-    torch.testing.assert_close(found, torch.tensor(expected or (1, 2), dtype=torch.float32), rtol=3e-6, atol=0)
+    near_far = torch.stack([near, far]).flatten().cpu()
+    torch.testing.assert_close(near_far, torch.tensor(expected or (1, 2), dtype=torch.float32), rtol=3e-6, atol=0)
 
 
 @DTYPES
@@ -94,9 +94,9 @@ def test_clip_rays_by_hand(fn, origin, direction, expected, device):
     "R, S",
     [
         (1, 1),
-        (7, 5),  # odd everywhere
+        (7, 5),  # odd sizes
         (32, 15),  # 32 * 16 edges: exactly one block
-        (27, 18),  # 27 * 19 edges: one over
+        (27, 18),  # 27 * 19 edges: one more than a block
         (0, 24),  # no rays
     ],
 )
@@ -138,16 +138,16 @@ def test_resample_matches_reference(R, S, n, jittered, dtype, device):
     check_against_ref(resample, resample_ref, resample_inputs(R, S, n, jittered, device), dtype, wrt=[])
 
 
-@pytest.mark.parametrize("draw", [sample_pdf, sample_pdf_ref])
-@pytest.mark.parametrize("both", [resample, resample_ref])
-def test_resample_by_hand(draw, both, device):
+@pytest.mark.parametrize("sample_op", [sample_pdf, sample_pdf_ref])
+@pytest.mark.parametrize("resample_op", [resample, resample_ref])
+def test_resample_by_hand(sample_op, resample_op, device):
     """Weights 1, 0, 1: the CDF is 0, 1/2, 1/2, 1 at the edges."""
     edges, weights = torch.tensor([[0.0, 1, 2, 4]], device=device), torch.tensor([[1.0, 0, 1]], device=device)
-    assert draw(edges, weights, 1).tolist() == [[0.5, 3]]  # u = 1/4, 3/4
-    assert both(edges, weights, 1).tolist() == [[0, 0.5, 1, 2, 4]]
+    assert sample_op(edges, weights, 1).tolist() == [[0.5, 3]]  # u = 1/4, 3/4
+    assert resample_op(edges, weights, 1).tolist() == [[0, 0.5, 1, 2, 4]]
     start = torch.zeros(1, device=device)
-    assert draw(edges, weights, 1, start).tolist() == [[0, 2]]  # u = 0, 1/2: past the empty interval
-    assert both(edges, weights, 1, start).tolist() == [[0, 0, 1, 2, 4]]
+    assert sample_op(edges, weights, 1, start).tolist() == [[0, 2]]  # u = 0, 1/2: past the empty interval
+    assert resample_op(edges, weights, 1, start).tolist() == [[0, 0, 1, 2, 4]]
 
 
 @pytest.mark.parametrize("fn", [sample_pdf, sample_pdf_ref])
@@ -173,8 +173,8 @@ def test_samples_stay_between_the_edges_when_u_rounds_to_one(fn, device):
 
 
 @pytest.mark.parametrize("fn", [resample, resample_ref])
-def test_a_spike_is_sampled_alone(fn, device):
-    """All mass between two equal edges: all new samples equal them."""
+def test_all_samples_lie_in_the_only_interval_with_mass(fn, device):
+    """All mass lies between two equal edges, so all new samples equal these edges."""
     edges = torch.tensor([[0.0, 0.25, 0.25, 1.0]], device=device)
     weights = torch.tensor([[0.0, 1.0, 0.0]], device=device)
     assert fn(edges, weights, 3).tolist() == [[0, 0.25, 0.25, 0.25, 0.25, 0.25, 1]]

@@ -21,8 +21,8 @@ from unipad.kernels.rotated_iou import (
 )
 
 TYPES = dict(order_ptr="*i64", suppressed_ptr="*i32", kept_ptr="*i1")
-# Triton 3.6 puts 32 bytes of the cosine's reduction of huge angles on the stack, 3.9 none.
-# fp64 is only for checks: its cosine uses stack to reduce huge angles, and pairs take twice the registers
+# stack=32: the cosine reduces huge angles, for which Triton 3.6 puts 32 bytes on the stack, 3.9 none.
+# Without fp64, which only checks use: it needs more stack for huge angles, and twice the registers per pair
 LAUNCHES = [
     Launch(kernel, blocks, TYPES, elements=("fp32",), num_warps=warps, registers=registers, shared=shared, stack=32)
     for kernel, blocks, warps, registers, shared in [
@@ -94,7 +94,7 @@ def test_paired_matches_reference(N, device):
 @pytest.mark.parametrize("fn", [rotated_iou_bev, rotated_iou_bev_ref])
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=str)
 def test_iou_matches_polygon_clipping(fn, dtype, atol, device):
-    """10,000 pairs, a tenth of them on one grid, hundreds of equal, thin and empty ones."""
+    """10,000 pairs, a tenth of them on one grid, hundreds of equal and thin ones and of boxes without area."""
     a, b = make_boxes(100, device), make_boxes(100, device)
     b[::4] = a[::4]
     i, j = torch.cartesian_prod(torch.arange(100), torch.arange(100)).T
@@ -109,7 +109,7 @@ def test_iou_matches_polygon_clipping(fn, dtype, atol, device):
 
 @pytest.mark.parametrize("bev, paired", [(rotated_iou_bev, paired_iou_3d), (rotated_iou_bev_ref, paired_iou_3d_ref)])
 def test_boxes_of_negative_size_have_no_area(bev, paired, device):
-    """Nor have pairs of them, or boxes with two negative edges, whose product is positive."""
+    """Also in pairs of them, and with two negative sizes, whose product is positive."""
     solid = torch.tensor([0.0, 0, 0, 2, 4, 1, 0.3], device=device)
     boxes = solid.repeat(8, 1) * torch.tensor(
         [[1, 1, 1, w, l, h, 1] for w in (1, -1) for l in (1, -1) for h in (1, -1)], device=device
@@ -144,15 +144,15 @@ BY_HAND = [  # a, b, IoU: x, y, w, l, yaw
     ((0, 0, 1, 1, 0), (0.5, 0.5, 1, 1, 0), 1 / 7),
     ((0, 0, 2, 2, 0), (0, 0, 2, 2, pi / 4), 1 / sqrt(2)),  # an octagon of 8 (sqrt 2 - 1)
     ((0, 0, 1, 4, pi / 2), (0, 0, 4, 1, 0), 1),  # l lies along the heading
-    ((0, 0, 2, 8, pi / 4), (2, 2, 1, 1, 0.3), 1 / 16),  # counter-clockwise: at 45 degrees the box is there ...
-    ((0, 0, 2, 8, pi / 4), (2, -2, 1, 1, 0.3), 0),  # ... and not there
+    ((0, 0, 2, 8, pi / 4), (2, 2, 1, 1, 0.3), 1 / 16),  # counter-clockwise yaw: a contains b ...
+    ((0, 0, 2, 8, pi / 4), (2, -2, 1, 1, 0.3), 0),  # ... but not b mirrored
     ((0, 0, 4, 4, 0), (1, 0, 1, 2, 0), 1 / 8),  # contained, one edge on an edge
     ((5, 5, 4, 2, 1.1), (5, 5, 4, 2, 1.1), 1),
     ((5, 5, 4, 2, 1.1), (5, 5, 4, 2, 1.1 + pi), 1),  # rotated by pi
     ((0, 0, 2, 2, 0), (2, 0, 2, 2, 0), 0),  # one edge in common
     ((0, 0, 2, 2, 0), (2, 2, 2, 2, 0), 0),  # one corner
     ((0, 0, 2, 2, 0), (1 + sqrt(2), 0, 2, 2, pi / 4), 0),  # a corner on an edge
-    ((0, 0, 0, 4, 0.3), (0, 0, 0, 4, 0.3), 0),  # no area, twice
+    ((0, 0, 0, 4, 0.3), (0, 0, 0, 4, 0.3), 0),  # two boxes without area
     ((0, 0, 0, 0, 0), (0, 0, 2, 2, 0.3), 0),  # a point
     ((0, 0, 1e-3, 1e3, 0), (0, 0, 1e-3, 1e3, pi / 2), 1e-6 / (2 - 1e-6)),  # a cross
     ((1e6, -1e6, 2, 2, 0), (1e6 + 1, -1e6, 2, 2, 0), 1 / 3),
@@ -170,7 +170,7 @@ def test_iou_by_hand(fn, dtype, atol, device):
 
 @pytest.mark.parametrize("fn", [paired_iou_3d, paired_iou_3d_ref])
 def test_paired_by_hand(fn, device):
-    """Equal; shifted by half the height; twice the height and half the length; stacked; far above; without height."""
+    """Pairs: equal; half the height apart; twice the height, half the length; stacked; far above; without height."""
     a = torch.tensor([[1.0, 2, 3, 2, 4, 2, 0.7]], device=device).repeat(6, 1)
     b = a.clone()
     b[1, 2] += 1
@@ -247,7 +247,7 @@ def test_nms_by_hand(fn, device):
 
 
 @pytest.mark.parametrize("fn", [rotated_nms, rotated_nms_ref])
-def test_nms_of_a_chain(fn, device):
+def test_nms_keeps_every_other_box_of_a_chain(fn, device):
     """Each box overlaps the next: every other one is kept, the last decided after all others."""
     boxes = torch.tensor([[0, 0, 1, 1, 0.0]], device=device).repeat(101, 1)
     boxes[:, 0] = torch.arange(101, device=device) * 0.6
@@ -271,7 +271,7 @@ def test_nms_of_more_boxes_than_a_warp_holds(device):
 
 
 def from_mmdet3d(boxes):
-    """mmdet3d 0.17 has z at the bottom and turns clockwise from -y."""
+    """mmdet3d 0.17 has z at the bottom, and yaw clockwise from -y."""
     x, y, z, w, l, h, yaw = boxes[:, :7].unbind(1)
     return torch.stack([x, y, z + h / 2, w, l, h, -yaw - pi / 2], dim=1)
 

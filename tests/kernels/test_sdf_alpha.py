@@ -27,9 +27,9 @@ SHAPES = pytest.mark.parametrize(
     "R, S",
     [
         (1, 1),
-        (7, 5),  # odd everywhere
+        (7, 5),  # odd sizes
         (16, 32),  # exactly one block
-        (27, 19),  # one sample over
+        (27, 19),  # one sample more than a block
         (0, 96),  # no rays
     ],
 )
@@ -80,7 +80,7 @@ def test_volsdf_alpha_matches_reference(R, S, dtype, device):
     )
 
 
-def test_rays_without_samples(device):
+def test_rays_without_samples_match_reference(device):
     check_against_ref(neus_alpha, neus_alpha_ref, neus_inputs(5, 0, device), torch.float32, wrt=["sdf", "inv_s"])
     check_against_ref(volsdf_alpha, volsdf_alpha_ref, volsdf_inputs(5, 0, device), torch.float32, wrt=["sdf", "beta"])
 
@@ -103,17 +103,17 @@ def test_neus_alpha_by_hand(fn, device):
 
 @pytest.mark.parametrize("fn", [interval_alpha, interval_alpha_ref])
 def test_interval_alpha_by_hand(fn, device):
-    """SDF 1, 0, 1, -3 at unit distances: slopes -1, 1, -4; the minima with their predecessors are -1, -1, -4."""
+    """SDF 1, 0, 1, -3 at unit distances: slopes -1, 1, -4; with the minimum of each and its predecessor: -1, -1, -4."""
     sdf = torch.tensor([[1.0, 0, 1, -3]], device=device, dtype=torch.float64)
     alpha = fn(sdf, torch.full_like(sdf, 1.0), torch.tensor(3.0).log().item())
 
-    # sigma(1, 0, -3 times ln 3) = 3/4, 1/2, 1/28
+    # sigmoid of ln 3, 0 and -3 ln 3: 3/4, 1/2, 1/28
     by_hand = [0.25001 / 0.75001, 0.25001 / 0.75001, (3 / 4 - 1 / 28 + 1e-5) / 0.75001, 0]
     torch.testing.assert_close(alpha, sdf.new_tensor([by_hand]), rtol=2e-5, atol=0)  # quotients have delta + 1e-5
 
 
 @pytest.mark.parametrize("fn", [interval_alpha, interval_alpha_ref])
-def test_interval_alpha_of_coincident_samples(fn, device):
+def test_interval_alpha_of_coincident_samples_is_finite(fn, device):
     """The SDF jumps over distance 0: slope limited to -1000, finite opacity; the next interval inherits the slope."""
     sdf = torch.tensor([[0.5, -0.5, -0.5, -0.5]], device=device)
     alpha = fn(sdf, torch.tensor([[0.0, 1.0, 1.0, 1.0]], device=device), 64.0)
@@ -138,7 +138,7 @@ def test_laplace_density_broadcasts_beta(device):
     torch.testing.assert_close(laplace_density(sdf, beta), torch.stack(rows), rtol=0, atol=0)
 
 
-def test_unisurf_alpha(device):
+def test_unisurf_alpha_is_a_sigmoid(device):
     sdf = torch.tensor([[0.0, 1e6, -1e6]], device=device)
     assert unisurf_alpha(sdf).tolist() == [[0.5, 0.0, 1.0]]
     torch.autograd.gradcheck(unisurf_alpha, random(3, 4, device=device).requires_grad_())
@@ -153,7 +153,7 @@ def test_neus_alpha_at_the_limits_of_inv_s(inv_s, device):
 
 
 def test_clipped_opacity_passes_no_gradient(device):
-    """Behind the surface P and N vanish: alpha is 1. Where the end lies before the start, alpha below 0 is clipped."""
+    """Behind the surface P and N vanish: alpha is 1. In intervals of negative length it is clipped to 0."""
     inputs = neus_inputs(2, 3, device, inv_s=1e4)
     inputs["gradient"] = -inputs["directions"][:, None].expand(2, 3, 3).contiguous()  # slope -1
     inputs["sdf"][:] = torch.tensor([[-1.0, 0.0, 0.0], [0.0, 1.0, -1.0]])
@@ -170,7 +170,7 @@ def test_clipped_opacity_passes_no_gradient(device):
     assert d_sdf[0, 2] != 0
 
 
-def test_volsdf_alpha_at_the_surface(device):
+def test_volsdf_alpha_has_a_gradient_at_the_surface(device):
     """At sdf 0 both halves of the density have the same slope; through |sdf|, autograd would give 0."""
     inputs = volsdf_inputs(3, 4, device)
     inputs["sdf"][1] = 0.0
@@ -179,7 +179,7 @@ def test_volsdf_alpha_at_the_surface(device):
     torch.autograd.gradcheck(volsdf_alpha, (sdf, inputs["deltas"][:1, :1], inputs["beta"].requires_grad_()))
 
 
-def test_volsdf_alpha_with_a_sharp_density(device):
+def test_volsdf_alpha_with_a_sharp_density_matches_reference(device):
     """beta at its minimum, 1e-4: samples far inside are opaque, far outside empty."""
     inputs = volsdf_inputs(4, 9, device, beta=1e-4)
     check_against_ref(volsdf_alpha, volsdf_alpha_ref, inputs, torch.float32, wrt=["sdf", "beta"])

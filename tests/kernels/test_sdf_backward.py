@@ -35,8 +35,8 @@ from unipad.kernels.sdf_render import sdf_render
 from unipad.model.rays import Rays
 from unipad.model.render import Renderer
 
-ADD = dict(SCATTER=True)
-# Stacks: for the reason in test_sdf_render.py
+ADD = dict(SCATTER=True)  # atomic adds to the volume's gradient
+# kernel, constexprs, targets, registers, shared, stack, mma, warps: see the comment on stacks in test_sdf_render.py
 LAUNCHES = [
     launch("_sdf_render_bwd_rgb_kernel", RGB | ALONG, NVIDIA, 255, 36864, 640, "HGMMA"),
     launch("_sdf_render_bwd_rgb_kernel", NO_RGB | ALONG, NVIDIA, 80, 256),
@@ -55,11 +55,11 @@ LAUNCHES = [
 ]
 
 
-def test_rows_match_the_launches():
+def test_launches_have_the_tiles_that_the_code_chooses():
     assert_rows_match_launches(LAUNCHES)
 
 
-def test_zero_upstream_gradient():
+def test_zero_upstream_gradient_gives_zero():
     inputs = make_inputs(2, 5, sdf_layers=2, rgb_layers=2)
     inputs["volume"].requires_grad_()
     outs = called(sdf_render)(**inputs)
@@ -68,7 +68,7 @@ def test_zero_upstream_gradient():
 
 
 def test_strict_determinism_sums_by_cell():
-    """Neither atomic adds nor the reference; some samples lie on faces or outside."""
+    """Neither atomic adds nor the reference; some samples lie on cell faces or outside the volume."""
     inputs = make_inputs(2, 20, channels=16, sdf_layers=2, rgb_layers=2, B=1)
     inputs["volume"] = inputs["volume"][:, :2, :3, :3]
     inputs["cells_per_unit"], inputs["cell_offset"] = torch.tensor([[1.0, 1, 2], [1.0, 1, 0.5]], device=DEVICE)
@@ -135,7 +135,7 @@ def test_volsdf_uses_no_floating_cumsum():
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="CUDA graphs need a GPU")
-def test_a_training_step_in_a_graph():
+def test_a_training_step_replayed_as_a_cuda_graph_matches():
     """Captured once and replayed on new values: the same as the step without a graph."""
     written_to, step = training_step("neus")
     side = torch.cuda.Stream()

@@ -8,7 +8,7 @@ from unipad.kernels.sdf_field import fold_batched
 from unipad.kernels.sdf_reference import Softplus, fold
 
 
-def test_batched_folding_gives_the_same():
+def test_batched_folding_matches_fold():
     mlp = [t.double() for t in random_mlp(conditions=5, outputs=3, hidden=7, layers=4)]
     for batched, looped in zip(fold_batched(mlp)[:3], fold(mlp)[:3], strict=True):
         torch.testing.assert_close(batched, looped, rtol=1e-14, atol=1e-14)

@@ -41,7 +41,7 @@ SMALL_TILE, SMALL_ALONG = dict(BLOCK_M=16), dict(BLOCK_R=1, BLOCK_S=16)
 def launch(kernel, constexprs, targets, registers=255, shared=0, stack=0, mma="", warps=4):
     budgets = [target for target in targets if target in NVIDIA]
     targets = targets + OTHERS if HOPPER[0] in targets else targets
-    # every preset renders 96 samples per ray; the 72 of its search are no multiple of 16
+    # every preset renders 96 samples per ray; `sdf_values` runs on the 72 before resampling, no multiple of 16
     divisible = ("CHANNELS",) if kernel == "_sdf_values_kernel" else ("S", "CHANNELS")
     return Launch(
         kernel, constexprs, dict(hit_ptr="*i1"), divisible, ("fp32",), targets, warps, 1,
@@ -49,7 +49,9 @@ def launch(kernel, constexprs, targets, registers=255, shared=0, stack=0, mma=""
     )  # fmt: skip
 
 
-# Stacks: a tile of 64 samples, the size of a Hopper matrix instruction, needs a few more registers than there are.
+# kernel, constexprs, targets, registers, shared, stack, mma, warps.
+# Stack (spilled registers): a tile of 64 samples, the size of a Hopper matrix instruction, needs a few more registers
+# than there are.
 # Half of the samples (BLOCK_M = 32) spill a fifth of that, for 1.6 times the instructions per sample.
 # Budgets: the cost with Triton 3.9, or with 3.6 before operands were rounded, where that was higher; of WIDE and EXACT
 # with 3.9 only. A wide field has 4 times the activations per sample. No row is both wide and exact: no preset has such
@@ -85,7 +87,7 @@ def random_mlp(conditions, outputs, hidden, layers):
 
 
 def make_inputs(R, S, channels=32, hidden=16, sdf_layers=6, rgb_layers=4, density_param=20.0, B=2):
-    """Rays of two volumes from near the middle, a third of each outside the box; the fourth ray misses."""
+    """Rays through B volumes from near the middle, a third of each outside the box; ray 3 counts as a miss."""
     rgb = random_mlp(3 + channels + 3 + hidden, 3, hidden, rgb_layers) if rgb_layers else None
     inputs = dict(
         volume=torch.randn(B, 5, 9, 9, channels),
@@ -173,7 +175,7 @@ def assert_rows_match_launches(rows):
         assert launched == {name: sizes.get(name, getattr(row, name, None)) for name in launched}, row
 
 
-def test_rows_match_the_launches():
+def test_launches_have_the_tiles_that_the_code_chooses():
     assert_rows_match_launches(LAUNCHES)
 
 
@@ -185,7 +187,7 @@ def assert_as_composed(inputs, method, rel, op=sdf_render, dtype=torch.float32, 
 
 
 @pytest.mark.parametrize("seed", [2, 3])
-def test_field_of_the_presets(seed):
+def test_field_of_the_presets_matches_the_formulas(seed):
     """All 46 gradients; samples outside the box, towards the surface and away from it, tiles half full.
 
     The largest error of an output or gradient, compared with the composed formulas in fp64, is at most 1e-5 of the
@@ -199,7 +201,7 @@ def test_field_of_the_presets(seed):
     with launches() as launched:
         found = results(called(sdf_render, exact=True), inputs)
     assert launched == ["_sdf_render_fwd_kernel", "_sdf_render_bwd_rgb_kernel", "_sdf_render_bwd_sdf_kernel"]
-    assert len(truth) == 5 + 1 + 26 + 18 + 1
+    assert len(truth) == 5 + 1 + 26 + 18 + 1  # outputs; gradients of volume, sdf_mlp, rgb_mlp, density_param
     for name, true in truth.items():
         error, plain_error = ((value[name] - true).abs().max().item() for value in (found, plain))
         bound = max(1e-5 * true.abs().max().item(), 2 * plain_error)
@@ -227,8 +229,8 @@ def tensor_cores(monkeypatch):
     monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
 
 
-def test_default_precision(tensor_cores):
-    """tf32: errors of outputs and gradients are within the bounds above, and larger than those of fp32."""
+def test_tf32_errors_are_within_bounds(tensor_cores):
+    """Errors of outputs are below TF32, of gradients below TF32_GRADIENT; those of the distance exceed fp32's."""
     inputs = make_inputs(5, 40)
     truth, found = results(composed("neus"), inputs, torch.float64), results(called(sdf_render), inputs)
     for name, value in found.items():
@@ -243,7 +245,7 @@ def distances(op, inputs, dtype=torch.float32):
     return op(cast["volume"], rays, cast["edges"][:, :-1].contiguous(), cast["sdf_mlp"], cells)
 
 
-def test_default_precision_has_no_bias(tensor_cores):
+def test_tf32_errors_have_no_bias(tensor_cores):
     """The mean error of the distances, over twelve random fields whose weights are doubled to amplify errors.
 
     Without rounding, tensor cores would truncate the operands and shrink all products: 1.6e-3 instead of 2e-4.
@@ -272,11 +274,12 @@ def test_rounding_keeps_nan():
         ("volsdf", dict(R=3, S=33, channels=20, hidden=24, sdf_layers=2, rgb_layers=3, density_param=0.1)),  # odd
         ("neus", dict(R=1, S=1, sdf_layers=3, rgb_layers=0)),  # one sample, no color
         ("volsdf", dict(R=2, S=32, channels=16, sdf_layers=2, rgb_layers=0, density_param=0.1)),  # exactly one tile
-        ("neus", dict(R=1, S=33, channels=64, hidden=64, sdf_layers=2, rgb_layers=2)),  # wide: smaller tiles, one over
+        # wide, in smaller tiles; one sample more than a tile
+        ("neus", dict(R=1, S=33, channels=64, hidden=64, sdf_layers=2, rgb_layers=2)),
         ("neus", dict(R=0, S=5)),  # no rays
     ],
 )
-def test_supported_fields(method, sizes):
+def test_supported_fields_match_the_formulas(method, sizes):
     inputs = make_inputs(**sizes)
     wrt = [name for name in GRADIENTS if inputs[name] is not None]
     check_against_ref(called(sdf_render, method, exact=True), composed(method), inputs, torch.float32, wrt)
@@ -289,7 +292,7 @@ def test_reference_matches_the_formulas(method, rgb_layers):
     assert_as_composed(inputs, method, 1e-7, sdf_render_ref, torch.float64)
 
 
-def test_samples_on_cell_faces():
+def test_samples_on_cell_faces_match_the_formulas():
     """Along the axes, at multiples of half a cell; on a face the slopes are the upper cell's."""
     inputs = make_inputs(2, 16, sdf_layers=2, rgb_layers=2)
     inputs["origins"] = torch.zeros(2, 3, device=DEVICE)
@@ -298,8 +301,8 @@ def test_samples_on_cell_faces():
     assert_as_composed(inputs, "neus", 1e-5, exact=True)
 
 
-def test_opacity_clipped_at_both_ends():
-    """A sharp surface, behind which alpha is 1; rays of negative intervals, where it would fall below 0."""
+def test_opacity_clipped_to_0_and_1_matches_the_formulas():
+    """A sharp surface, behind which alpha is 1; rays with negative intervals, where it would fall below 0."""
     inputs = make_inputs(3, 12, sdf_layers=2, rgb_layers=2, density_param=1e6)
     inputs["edges"][1:] = inputs["edges"][1:].flip(1)
     before = results(composed("neus"), inputs, torch.float64)
@@ -311,7 +314,7 @@ def test_opacity_clipped_at_both_ends():
     check_against_ref(called(sdf_render, exact=True), composed("neus"), inputs, torch.float32, GRADIENTS)
 
 
-def test_softplus_beyond_its_threshold():
+def test_matches_the_formulas_beyond_the_softplus_threshold():
     """Hidden units far in the linear part of the softplus, and far in the flat part."""
     inputs = make_inputs(2, 12, sdf_layers=3, rgb_layers=2)
     inputs["sdf_mlp"][1][::2] += 1.0
@@ -320,7 +323,7 @@ def test_softplus_beyond_its_threshold():
 
 
 def test_rays_stop_at_low_transmittance():
-    """A solid volume: two rays reach far into it, two do not, one misses; tiles of two rays, the last of one."""
+    """A solid volume: two rays run far into it, two do not, one misses; tiles of two rays, the last of one."""
     inputs = make_inputs(5, 96, sdf_layers=2, rgb_layers=2, density_param=0.1)
     inputs["sdf_mlp"][-1][0] -= 2.0
     inputs["edges"][2:] *= 0.01
@@ -334,8 +337,8 @@ def test_rays_stop_at_low_transmittance():
         assert_close_to_max(after[:2, :64], before[:2, :64], TF32)  # two kernels may round the same formula differently
         assert_close_to_max(after[2:], before[2:], TF32)
     assert 0 < (stopped_rgb - rgb).abs().max() < stop
-    reach = inputs["edges"][:, -1] - inputs["edges"][:, 0]
-    assert ((stopped_depth - depth).abs() <= stop * reach).all()
+    length = inputs["edges"][:, -1] - inputs["edges"][:, 0]
+    assert ((stopped_depth - depth).abs() <= stop * length).all()
 
 
 def test_rays_that_miss_stop_at_once():
@@ -346,7 +349,7 @@ def test_rays_that_miss_stop_at_once():
     assert not rgb.any() and not depth.any() and not weights.any() and sdf[:, :32].all() and not sdf[:, 32:].any()
 
 
-def test_sdf_values():
+def test_sdf_values_match_the_formulas():
     inputs = make_inputs(5, 17, sdf_layers=3)
     rays = inputs["origins"], inputs["directions"], inputs["volume_idx"]
     starts, cells = inputs["edges"][:, :-1], (CELLS_PER_UNIT, CELL_OFFSET)
@@ -374,7 +377,7 @@ def test_rejects_what_does_not_match():
     assert not kernels_support("unisurf", torch.float32, 32, 16, 6, 4)
 
 
-def test_golden_record(monkeypatch):
+def test_reproduces_the_original_renderer(monkeypatch):
     """The original's NeuS renderer, sampling included, through `Renderer`."""
     if not HAS_GPU:  # the interpreter is slow: few large tiles, beyond any GPU's shared memory
         monkeypatch.setattr(sdf_field, "BLOCK_M", 512 * sdf_field.EXACT)
@@ -400,7 +403,7 @@ def test_golden_record(monkeypatch):
     for name, key, rel in [("sdf", "sdf", 1e-3), ("gradient", "gradients", 1e-3), ("weights", "weights", 5e-3)]:
         assert_close_to_max(getattr(out, name)[same], record[f"out/{key}"].squeeze(-1)[same], rel, name)
 
-    # gradients sum over all rays, so those of the fused backward are taken on the samples that the original placed
+    # gradients sum over all rays, so those of the fused backward are computed at the original's samples
     edges = torch.cat([record["out/z_vals"], record["out/ends"][:, -1:]], dim=1)[..., 0]
     renderer.sample = lambda *_: edges
     volume = record["in/feature_volume"].requires_grad_()

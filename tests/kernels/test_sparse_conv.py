@@ -11,12 +11,12 @@ from unipad.kernels.sparse_conv import sparse_conv, sparse_conv_act, sparse_conv
 ONE, THREE = (1, 1, 1), (3, 3, 3)
 # kind, kernel, batch, grid (Z, Y, X), voxels, Cin, Cout
 CASES = [
-    ("submanifold", THREE, 3, (3, 4, 5), 37, 5, 18),  # odd everywhere; the second sample is empty
+    ("submanifold", THREE, 3, (3, 4, 5), 37, 5, 18),  # odd sizes; the second sample is empty
     ("submanifold", THREE, 1, THREE, 27, 18, 5),  # a full block
     ("submanifold", THREE, 2, (4, 5, 6), 64, 16, 16),  # exactly one tile
-    ("submanifold", THREE, 2, (4, 5, 6), 65, 1, 16),  # one over; many offsets per step
+    ("submanifold", THREE, 2, (4, 5, 6), 65, 1, 16),  # one more than a tile; many offsets per step
     ("submanifold", THREE, 1, (3, 4, 5), 33, 32, 8),  # two offsets per step, eight in the backward
-    ("submanifold", (3, 1, 1), 1, (4, 4, 9), 129, 128, 128),  # one over, and two steps per offset
+    ("submanifold", (3, 1, 1), 1, (4, 4, 9), 129, 128, 128),  # one more than two tiles; two steps per offset
     ("submanifold", ONE, 1, (2, 3, 4), 20, 5, 18),
     ("submanifold", THREE, 1, (4, 4, 4), 1, 5, 16),
     ("submanifold", THREE, 2, (4, 4, 4), 0, 5, 16),
@@ -26,7 +26,7 @@ CASES = [
     ("inverse", THREE, 2, (5, 4, 7), 37, 16, 5),
     ("transposed", (2, 2, 2), 2, (3, 3, 4), 20, 5, 16),
 ]  # fmt: skip
-FIVE = ("submanifold", (5, 5, 5), 1, (3, 3, 4), 30, 16, 1)  # more offsets than bits in a key
+FIVE = ("submanifold", (5, 5, 5), 1, (3, 3, 4), 30, 16, 1)  # more offsets than bits in the sort key
 STRIDE, PADDING = (2, 2, 2), {ONE: 0, (2, 2, 2): 0, THREE: 1, (3, 1, 1): (1, 0, 0), (5, 5, 5): 2}
 
 
@@ -85,17 +85,17 @@ def make_inputs(kind, kernel, B, shape, N, Cin, Cout, device, dtype=torch.float6
     gen = torch.Generator().manual_seed(0)
     coords = voxels(B, shape, N, device, gen)
     out_coords, out_shape, table = convolved("strided" if kind == "inverse" else kind, kernel, coords, shape)
-    ends = [(coords, shape), (out_coords, out_shape)]
+    sides = [(coords, shape), (out_coords, out_shape)]
     tables = [table, inverted(table, N)]
     if kind == "inverse":
-        ends, tables = ends[::-1], tables[::-1]
+        sides, tables = sides[::-1], tables[::-1]
     inputs = dict(
-        features=torch.randn(len(ends[0][0]), Cin, generator=gen, dtype=dtype).to(device),
+        features=torch.randn(len(sides[0][0]), Cin, generator=gen, dtype=dtype).to(device),
         weight=torch.randn(Cout, *kernel, Cin, generator=gen, dtype=dtype).to(device),
         neighbor_idx=tables[0].contiguous(),
         inverse_idx=tables[1].contiguous(),
     )
-    return inputs, *ends
+    return inputs, *sides
 
 
 def grads(out, *leaves):
@@ -111,25 +111,26 @@ def test_matches_reference(case, dtype, device):
     check_against_ref(sparse_conv, sparse_conv_ref, inputs, dtype)
 
 
-def test_more_offsets_than_bits_in_a_key(device):
+def test_more_offsets_than_bits_in_the_sort_key_match_reference(device):
     inputs, *_ = make_inputs(*FIVE, device)
     check_against_ref(sparse_conv, sparse_conv_ref, inputs, torch.float16)
 
 
 @pytest.mark.parametrize("wrt", ["features", "weight"])
-def test_gradient_of_only_one_input(wrt, device):
+def test_gradient_of_only_one_input_matches_reference(wrt, device):
     inputs, *_ = make_inputs(*CASES[0], device)
     check_against_ref(sparse_conv, sparse_conv_ref, inputs, torch.float32, wrt=(wrt,))
 
 
-def test_many_rows_and_channels_take_wide_tiles(monkeypatch, device):
+def test_wide_tiles_match_reference(monkeypatch, device):
+    """The launch for many rows and channels."""
     monkeypatch.setattr(sparse_gemm, "FEW_ROWS", 1)
     inputs, *_ = make_inputs("submanifold", (3, 1, 1), 1, (4, 5, 9), 150, 144, 272, device)
     check_against_ref(sparse_conv, sparse_conv_ref, inputs, torch.float16)
 
 
 @pytest.mark.parametrize("fn", [sparse_conv, sparse_conv_ref])
-def test_a_mirror_image_needs_no_inverse(fn, device):
+def test_a_table_that_is_its_own_mirror_image_needs_no_inverse(fn, device):
     """The kernels then use one set of tiles for the forward and both gradients."""
     inputs, *_ = make_inputs("submanifold", THREE, 2, (4, 5, 6), 90, 5, 16, device, torch.float32)
     assert torch.equal(inputs["inverse_idx"], inputs["neighbor_idx"].flip(0))
@@ -146,8 +147,8 @@ def test_a_mirror_image_needs_no_inverse(fn, device):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kernel, c_in, c_out", [(THREE, 8, 5), (THREE, 32, 16), ((3, 1, 1), 64, 40)])
-def test_weights_gradient_of_several_offsets_at_once(kernel, c_in, c_out, dtype, device):
-    """With a table that is its own mirror image and few channels, in three blocks of rows."""
+def test_weights_gradient_of_groups_of_offsets_matches_reference(kernel, c_in, c_out, dtype, device):
+    """With a table that is its own mirror image (`inverse_idx` None) and few channels, in three blocks of rows."""
     inputs, *_ = make_inputs("submanifold", kernel, 1, (4, 5, 9), 150, c_in, c_out, device)
     inputs["inverse_idx"] = None
     with launches() as launched:
@@ -155,7 +156,7 @@ def test_weights_gradient_of_several_offsets_at_once(kernel, c_in, c_out, dtype,
     assert "_d_weight_of_groups_kernel" in launched
 
 
-def test_weights_gradient_in_many_chunks(monkeypatch, device):
+def test_weights_gradient_in_many_chunks_matches_reference(monkeypatch, device):
     """Three offsets with 0 to 150 pairs, in two to five chunks; then in more chunks than the maximum asked for."""
     monkeypatch.setattr(sparse_gemm, "MIN_PAIRS", 8)
     monkeypatch.setattr(sparse_gemm, "BLOCK_R", 16)
@@ -171,7 +172,7 @@ ACTS = [(True, True, True, True), (True, True, False, False), (False, True, Fals
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("act", ACTS, ids=str)
 @pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[9]], ids=str)
-def test_act_is_the_epilogue(case, act, dtype, device):
+def test_act_applies_the_epilogue_and_rounds_once(case, act, dtype, device):
     """Rounded once: the error w.r.t. fp64 is at most half a unit in the last place plus that of fp32 sums."""
     inputs, *_ = make_inputs(*case, device)
     del inputs["inverse_idx"]
@@ -187,8 +188,8 @@ def test_act_is_the_epilogue(case, act, dtype, device):
     truth = truth if shift is None else truth + shift
     truth = truth if residual is None else truth + residual.to(dtype)
     truth = truth.relu() if act[3] else truth
-    last_bit = 0.51 if dtype != torch.bfloat16 or device != "cpu" else 1.01  # the interpreter truncates bf16
-    bound = last_bit * torch.finfo(dtype).eps * truth.abs() + 1e-6 * truth.abs().max()
+    ulps = 0.51 if dtype != torch.bfloat16 or device != "cpu" else 1.01  # the interpreter truncates bf16
+    bound = ulps * torch.finfo(dtype).eps * truth.abs() + 1e-6 * truth.abs().max()
     for fn in (sparse_conv_act, sparse_conv_act_ref):
         with launches() as launched:
             out = fn(**ours, scale=scale, shift=shift, residual=residual, relu=act[3])
@@ -198,7 +199,7 @@ def test_act_is_the_epilogue(case, act, dtype, device):
 
 @pytest.mark.parametrize("fn", [sparse_conv_act, sparse_conv_act_ref])
 @pytest.mark.parametrize("N, M", [(0, 70), (3, 70), (3, 0)])
-def test_act_of_empty_inputs(fn, N, M, device):
+def test_act_of_outputs_without_neighbors_is_the_shift(fn, N, M, device):
     """An output without neighbors is its shift."""
     features, weight = torch.ones(N, 5, device=device), torch.ones(7, *THREE, 5, device=device)
     nothing = torch.full((27, M), -1, dtype=torch.int32, device=device)
@@ -230,7 +231,7 @@ def test_tf32_is_opt_in(device):
 
 @pytest.mark.parametrize("case", [FIVE, *(c for c in CASES if c[4])], ids=str)
 def test_matches_dense_convolution(case, device):
-    """fp64, forward and both gradients, for every kind: scatter, convolve densely, read where voxels are."""
+    """fp64, forward and both gradients, for every kind: scatter, convolve densely, gather at the output voxels."""
     kind, kernel, B = case[:3]
     inputs, (coords, shape), (out_coords, out_shape) = make_inputs(*case, device)
     features, weight = inputs["features"].requires_grad_(), inputs["weight"].requires_grad_()
@@ -240,8 +241,9 @@ def test_matches_dense_convolution(case, device):
     padding, stride = PADDING[kernel], ONE if kind == "submanifold" else STRIDE
     if kind in ("inverse", "transposed"):
         size = zip(out_shape, shape, kernel, stride, torch.tensor(padding).expand(3).tolist(), strict=True)
-        more = [o - ((n - 1) * s - 2 * p + k) for o, n, k, s, p in size]  # cells that the strided convolution skipped
-        truth = F.conv_transpose3d(dense, weight.permute(4, 0, 1, 2, 3), None, stride, padding, more)
+        # cells that the strided convolution skipped
+        output_padding = [o - ((n - 1) * s - 2 * p + k) for o, n, k, s, p in size]
+        truth = F.conv_transpose3d(dense, weight.permute(4, 0, 1, 2, 3), None, stride, padding, output_padding)
     else:
         truth = F.conv3d(dense, weight.permute(0, 4, 1, 2, 3), None, stride, padding)
     truth = truth.permute(0, 2, 3, 4, 1)[tuple(out_coords.T)]
@@ -315,7 +317,7 @@ def test_act_compiled_matches_eager(device):
 
 
 @pytest.mark.parametrize("reference", [False, True])
-def test_custom_ops_are_sound(reference, device):
+def test_custom_ops_pass_opcheck(reference, device):
     """Schema, fake results and gradients, as PyTorch itself checks them."""
     inputs, *_ = make_inputs("strided", (2, 2, 2), 2, (4, 4, 4), 9, 5, 3, device, torch.float32)
     inputs["features"].requires_grad_(), inputs["weight"].requires_grad_()

@@ -15,6 +15,7 @@ IEEE, TF32 = dict(PRECISION="ieee", WIDEN=False), dict(PRECISION="tf32", WIDEN=F
 HALF, SINGLE, EVEN = ("bf16",), ("fp32",), ("I", "O")
 EVERY, ONE_TARGET = ASSEMBLED, ("sm_90",)  # targets with budgets
 PLAIN, FULL = dict(scale_ptr=None, shift_ptr=None, residual_ptr=None, RELU=False), dict(RELU=True)
+# num_stages by vendor
 MORE, FEWER = ({vendor: stages[i] for vendor, stages in STAGES_OF.items()} for i in range(2))
 LAUNCHES = [
     Launch(
@@ -130,7 +131,8 @@ def test_a_candidate_is_charged_for_tiles_that_no_earlier_layer_has_made(tuned, 
     table = torch.where(torch.rand(3, 130) < 0.5, torch.randint(0, 130, (3, 130)), -1).int().to(device)
     x, narrow, wide = (torch.randn(size).half().to(device) for size in [(130, 16), (8, 3, 16), (32, 3, 16)])
     tables = NeighborTable(table), NeighborTable(table)
-    kernel_ms = itertools.chain([2, 1] + [2] * 6, [1, 2] + [3] * 6, [1, 2] + [3] * 6)  # tiles of 64 and 128 first
+    # for each of three searches: tiles of 64, tiles of 128, six other candidates
+    kernel_ms = itertools.chain([2, 1] + [2] * 6, [1, 2] + [3] * 6, [1, 2] + [3] * 6)
 
     def clock(fn):
         with launches() as launched:

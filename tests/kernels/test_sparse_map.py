@@ -56,6 +56,7 @@ LAUNCHES = [
 ONE = (1, 1, 1)
 HALVE = (3, 3, 3), (2, 2, 2), ONE, ONE  # kernel, stride, padding, dilation
 FIVE = (5, 5, 5), ONE, (2, 2, 2), ONE  # 125 offsets
+# B, (Z, Y, X), number of voxels, geometry
 CASES = [(*voxels, HALVE) for voxels in SETS] + [
     (*FULL, FIVE),
     (*SOME, (ONE, ONE, (0, 0, 0), ONE)),
@@ -176,7 +177,7 @@ def test_inverse_map_twice_is_the_identity(fn, device):
 
 
 @pytest.mark.parametrize("plain", [False, True], ids=["op", "ref"])
-def test_grid_of_8e9_cells(plain, device):
+def test_tables_of_a_grid_of_8e9_cells(plain, device):
     """Two neighbors along x in each corner of two of three samples; their keys differ beyond 32 bits."""
     shape = (41, 10000, 20000)
     outer = torch.tensor(list(product((0, 2), *((0, size - 1) for size in shape))), dtype=torch.int32, device=device)
@@ -205,7 +206,7 @@ def test_grid_of_8e9_cells(plain, device):
 
 
 @pytest.mark.parametrize("fn", [transposed_map, transposed_map_ref])
-def test_transposed_up_to_the_last_int32(fn, device):
+def test_transposed_map_reaches_the_last_int32_coordinate(fn, device):
     """A voxel reaches the last three of 2^31 - 1 cells; with four more cells, coordinates would overflow."""
     coords = torch.tensor([[0, 0, 0, 2**29 - 1]], dtype=torch.int32, device=device)
     kernel, stride = (1, 1, 3), (1, 1, 4)
@@ -269,8 +270,8 @@ def test_order_of_the_inputs_does_not_matter(plain, device):
 
 
 @pytest.mark.parametrize("path", [nullcontext, references])
-def test_a_convolution_without_output_is_refused(path, device):
-    """In the first case the grid is smaller than the kernel along z; a transposed one may crop all that it makes."""
+def test_a_convolution_without_output_is_rejected(path, device):
+    """A grid smaller than the kernel; a transposed convolution whose padding crops all outputs; a stride of 0."""
     coords = random_voxels(1, (2, 5, 5), 9, device)
     for fn, kernel, stride, padding, message in [
         (strided_map, (3, 3, 3), ONE, (0, 0, 0), "kernel 3, .* has no output along z, where the grid has 2 cells"),
@@ -287,10 +288,10 @@ def test_compiles_without_graph_breaks(device):
 
     def tables(coords):
         keys, order = sort_voxels(coords, shape)
-        own = submanifold_map(coords, keys, order, shape, (3, 3, 3), ONE)
+        submanifold = submanifold_map(coords, keys, order, shape, (3, 3, 3), ONE)
         out_coords, down = strided_map(coords, shape, (3, 3, 3), (2, 2, 2), ONE, ONE)
         up_coords, up = transposed_map(coords, shape, (2, 2, 2), (2, 2, 2), (0, 0, 0), ONE)
-        return own, out_coords, down, inverse_map(down, coords.shape[0]), up_coords, up, down.shape[1] + 1
+        return submanifold, out_coords, down, inverse_map(down, coords.shape[0]), up_coords, up, down.shape[1] + 1
 
     torch._dynamo.reset()
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):

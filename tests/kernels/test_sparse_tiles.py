@@ -46,22 +46,22 @@ TABLES = [(27, 300, 0.3), (1, 64, 1.0), (8, 129, 0.1), (125, 70, 0.05), (3, 1, 0
 @pytest.mark.parametrize("block_m", [64, 128])
 @pytest.mark.parametrize("sort", [True, False])
 @pytest.mark.parametrize("K, M, fraction", TABLES)
-def test_tiles_hold_the_table(K, M, fraction, sort, block_m, monkeypatch, device):
+def test_tiles_contain_every_pair_of_the_table(K, M, fraction, sort, block_m, monkeypatch, device):
     monkeypatch.setattr(sparse_tiles, "WINDOW", 128)  # several windows
     table = make_table(K, M, fraction, device)
     made = NeighborTable(table).tiles(block_m, sort)
     rows = made.row_idx.flatten()
     assert rows[rows >= 0].sort()[0].tolist() == list(range(M)) and (sort or rows[:M].tolist() == list(range(M)))
     assert ((rows >= 0).nonzero()[:, 0] // 128 == rows[rows >= 0] // 128).all()  # rows stay in their window
-    back = torch.full_like(table, -1)
+    restored = torch.full_like(table, -1)
     for row, count, offset, read in zip(*(t.cpu() for t in made[:4]), strict=True):
         offset, read = offset[:count].long(), read[:count]
         assert (offset.diff() > 0).all()
         assert (read >= 0).any(dim=1).all(), "an offset that no row of the tile has"
         assert (read[:, row < 0] == -1).all()
         for k, n in zip(offset, read, strict=True):
-            back[k, row[row >= 0].long()] = n[row >= 0].to(device)
-    assert torch.equal(back, table)
+            restored[k, row[row >= 0].long()] = n[row >= 0].to(device)
+    assert torch.equal(restored, table)
     windows = [(part >= 0).sum(dim=1) for part in table.split(128, dim=1)]
     assert torch.equal(made.pairs_idx.long(), torch.stack(windows, dim=1))
 
@@ -79,7 +79,7 @@ def test_pairs_are_in_the_order_of_the_table(K, M, fraction, monkeypatch, device
 @pytest.mark.parametrize(
     "max_chunks, min_pairs, multiple, size", [(1, 1, 1, 1583), (40, 1, 16, 48), (40, 100, 16, 112)]
 )
-def test_chunks_are_of_one_length(max_chunks, min_pairs, multiple, size, device):
+def test_chunks_have_equal_length(max_chunks, min_pairs, multiple, size, device):
     """1583 pairs of 27 offsets."""
     table = NeighborTable(make_table(27, 200, 0.3, device))
     ends = table.pairs().ends[:, -1].tolist()
@@ -128,8 +128,8 @@ def test_a_modified_table_is_rejected(device):
     assert NeighborTable.of(idx).tiles(64) is not tiles
 
 
-def test_a_copy_is_a_table_too(device):
-    """The version counter of its tensor may be lower, as it misses earlier changes."""
+def test_a_deep_copy_has_a_separate_cache(device):
+    """The version counter of its tensor starts at 0, without the changes before the copy."""
     idx = make_table(27, 300, 0.3, device)
     idx[0, 0] = -1
     table = NeighborTable(idx)
@@ -164,7 +164,7 @@ def streams(monkeypatch):
     return switch
 
 
-def test_stream_and_capture_of_cuda(monkeypatch):
+def test_stream_and_capturing_ask_cuda(monkeypatch):
     cuda, cpu = torch.device("cuda", 1), torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=10 + device.index))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
@@ -213,7 +213,7 @@ def test_a_replayed_convolution_matches(device):
     assert torch.equal(out, expected) and launched == ["_gather_gemm_kernel"]
 
 
-def test_tiles_of_a_graph_are_not_cached(streams, device):
+def test_tiles_made_during_capture_are_not_cached(streams, device):
     """Their memory is filled only by a replay."""
     table = NeighborTable(make_table(3, 40, 0.5, device))
     streams(3, capturing=True)
@@ -234,7 +234,7 @@ def test_a_trial_does_not_change_the_cache(device):
 
 
 def test_compiled_layers_share_the_cache_of_their_table(device):
-    """Compiled code passes tensors to ops, which look up their tables again, in the backward too."""
+    """Compiled code passes index tensors to ops, which look up their `NeighborTable`s, in the backward too."""
     inverse = NeighborTable(torch.full((3, 80), -1, dtype=torch.int32, device=device))
     table, weight = NeighborTable(make_table(3, 40, 0.5, device)), torch.randn(8, 3, 1, 1, 8, device=device)
     features = torch.randn(80, 8, device=device, requires_grad=True)

@@ -35,9 +35,9 @@ LAUNCHES = [
 
 SHAPES = [  # B, Z, Y, X, C, R, S
     (1, 1, 1, 1, 1, 1, 1),
-    (3, 3, 5, 7, 3, 5, 7),  # odd everywhere
+    (3, 3, 5, 7, 3, 5, 7),  # odd sizes
     (2, 2, 3, 4, 32, 8, 4),  # exactly one block
-    (2, 2, 3, 4, 32, 11, 3),  # one point over
+    (2, 2, 3, 4, 32, 11, 3),  # one point more than a block
     (1, 2, 3, 4, 65, 5, 3),  # fewer points per program, so that its tile stays small
     (1, 2, 3, 4, 3, 0, 5),  # no rays
     (1, 2, 3, 4, 3, 5, 0),  # no samples
@@ -46,7 +46,7 @@ SHAPES = [  # B, Z, Y, X, C, R, S
 
 
 def make_inputs(B, Z, Y, X, C, R, S, device):
-    """Points up to two cells outside the volume, as many inside as out."""
+    """Points inside the volume and up to two cells outside."""
     size = torch.tensor([X, Y, Z], device=device)
     return dict(
         volume=torch.randn(B, Z, Y, X, C, device=device, dtype=torch.float64),
@@ -69,7 +69,7 @@ def test_value_matches_reference(shape, device):
 
 
 @pytest.mark.parametrize("wrt", [("volume",), ("points",)])
-def test_gradient_of_only_one_input(wrt, device):
+def test_gradient_of_only_one_input_matches_reference(wrt, device):
     check_against_ref(trilinear, trilinear_ref, make_inputs(2, 3, 4, 5, 3, 4, 5, device), torch.float32, wrt=wrt)
 
 
@@ -145,7 +145,7 @@ def test_gradcheck(fn, device):
 
 @pytest.mark.parametrize("fn", [trilinear_ref, trilinear_value_ref])
 def test_points_of_a_diverged_model_do_not_raise(fn):
-    """On a CPU they would before the training loop can say that the loss is not finite."""
+    """An indexing error on a CPU would hide the training loop's message that the loss is not finite."""
     points = torch.tensor([[[torch.nan] * 3, [torch.inf, 0, 0], [1.0, 1, 1]]])
     value = fn(torch.ones(1, 3, 3, 3, 2), points, torch.zeros(1, dtype=torch.int32))
     value = value[0] if isinstance(value, tuple) else value

@@ -43,7 +43,7 @@ def test_off_uses_the_default_and_runs_nothing():
     assert choose(clock) == (64, 4) and not clock.ran
 
 
-def test_without_a_gpu_and_a_timer_it_is_off():
+def test_without_gpu_or_timer_the_default_is_used():
     tuning.enable()
     clock = Clock({})
     assert choose(clock) == (64, 4) and not clock.ran
@@ -73,7 +73,7 @@ def test_choices_are_saved_in_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("n, expected", [(0, 1), (1, 1), (2, 2), (3, 4), (64, 64), (65, 128)])
-def test_buckets(n, expected):
+def test_sizes_are_rounded_up_to_powers_of_two(n, expected):
     assert tuning.bucket(n) == expected
 
 
@@ -103,7 +103,7 @@ def test_nothing_is_timed_under_strict_determinism(tmp_path):
     assert choose(clock) == (128, 4) and len(clock.ran) == 3  # choices from a file are used, as the default would be
 
 
-def test_two_processes_with_one_id_do_not_share_a_temporary_file(tmp_path, monkeypatch):
+def test_two_processes_with_the_same_pid_do_not_share_a_temporary_file(tmp_path, monkeypatch):
     """For example on two machines."""
     path, names = tmp_path / "tuning.json", set()
     monkeypatch.setattr("os.getpid", lambda: 1)

@@ -17,7 +17,7 @@ SETS = [
     FULL,
     (1, ONE, 1),
     (2, (9, 8, 4), BLOCK),  # exactly one block
-    (2, (9, 8, 4), BLOCK + 1),  # one over
+    (2, (9, 8, 4), BLOCK + 1),  # one more than a block
     (2, (5, 7, 9), 0),
 ]
 

@@ -23,6 +23,7 @@ def launch_voxels(truncate):
     return Launch("_voxels_kernel", constexprs, types, elements=("fp32",), registers=48, budgets=ASSEMBLED)
 
 
+# kernel, channels, divisible sizes, element types, registers, bytes of shared memory
 LAUNCHES = [
     launch_voxels(truncate=False),
     launch_voxels(truncate=True),
@@ -67,10 +68,10 @@ def make_inputs(B, N, size, C, D, shape, device, truncate=False):
     "B, N, size, C, D, shape",
     [
         (1, 1, (1, 1), 1, 1, (1, 1, 1)),
-        (3, 2, (5, 7), 3, 5, (5, 7, 2)),  # odd everywhere
+        (3, 2, (5, 7), 3, 5, (5, 7, 2)),  # odd sizes
         (2, 2, (8, 8), 4, 4, (8, 8, 2)),  # exactly one block of pixels and of voxels
-        (1, 1, (3, 3), 65, 9, (3, 3, 1)),  # one pixel and one voxel over
-        (1, 1, (1, 2), 512, 3, (2, 2, 1)),  # as many channels as there may be
+        (1, 1, (3, 3), 65, 9, (3, 3, 1)),  # one pixel and one voxel more than a block
+        (1, 1, (1, 2), 512, 3, (2, 2, 1)),  # many channels
         (1, 3, (7, 10), 3, 9, (2, 3, 1)),  # whole chunks of points in one voxel
         (0, 2, (3, 5), 3, 4, (2, 2, 2)),  # no samples
         (2, 0, (3, 5), 3, 4, (2, 2, 2)),  # no views
@@ -82,11 +83,11 @@ def make_inputs(B, N, size, C, D, shape, device, truncate=False):
 )
 def test_matches_reference(B, N, size, C, D, shape, dtype, truncate, device):
     inputs = make_inputs(B, N, size, C, D, shape, device, truncate)
-    assert voxel_pool_ref(**inputs).any() or not B * N * min(size) * C * D * min(shape), "the grid is missed"
+    assert voxel_pool_ref(**inputs).any() or not B * N * min(size) * C * D * min(shape), "no point is inside the grid"
     check_against_ref(voxel_pool, voxel_pool_ref, inputs, dtype, wrt=("features", "depths"))
 
 
-RECORDED = dict(  # geometry of the record voxel_pool_depth
+RECORDED = dict(  # geometry of the golden record voxel_pool_depth
     low=(-54.0, -54.0, -5.0),
     cell=(5.4, 6.0, 1.6),
     shape=(20, 18, 5),
@@ -111,14 +112,14 @@ def test_reproduces_the_original(op, device, monkeypatch):
         volume, (features, depths), arrays["in/w_out"].permute(0, 2, 3, 4, 1)
     )  # fmt: skip
     golden.assert_close_to_max(d_features.permute(0, 1, 4, 2, 3), arrays["grad/feat"], 1e-5, "features")
-    # the record's gradient holds that of the depth loss too, which reaches only pixels with a target
+    # the recorded gradient includes that of the depth loss, which is 0 at pixels without a target
     no_target = arrays["out/downsampled_gt_onehot_argmax"].view(2, 6, 16, 28) < 0
     expected = arrays["grad/depth"].unflatten(0, (2, 6)).permute(0, 1, 3, 4, 2)
     golden.assert_close_to_max(d_depths[no_target], expected[no_target], 1e-5, "depths")
 
 
 def test_points_lie_where_the_original_puts_them():
-    """Every point of the record, 7632 of the 79955 inside only because they are rounded towards zero."""
+    """All points of the golden record; 7632 of the 79955 in the grid are there only by rounding towards zero."""
     arrays, _ = golden.load("voxel_pool_depth")
     matrices, bins = unipad.kernels.voxel_pool._geometry(
         arrays["in/lidar2img"][:, :, 0], RECORDED["low"], RECORDED["cell"], RECORDED["depth_range"], 30
@@ -240,8 +241,8 @@ def test_points_of_a_ray_that_share_a_voxel_are_one_run(device):
     assert begin.tolist() == [0, 3, 5, 7, 8, 9]
 
 
-def test_frames_are_more_views(device):
-    """Two frames of two views in one call are the sum of a call each."""
+def test_frames_can_be_passed_as_more_views(device):
+    """One call with two frames of two views each gives the sum of a call per frame."""
     inputs = make_inputs(2, 4, (3, 5), 3, 6, (4, 4, 2), device)
     halves = [
         inputs | {name: inputs[name][:, frame] for name in ("features", "depths", "lidar2image")}
@@ -251,7 +252,7 @@ def test_frames_are_more_views(device):
     torch.testing.assert_close(together, sum(voxel_pool(**half) for half in halves), rtol=1e-12, atol=1e-12)
 
 
-def test_a_feature_changes_only_its_ray(device):
+def test_a_feature_changes_only_voxels_on_its_ray(device):
     inputs = make_inputs(1, 2, (5, 7), 3, 12, (6, 6, 2), device)
     before = voxel_pool(**inputs)
     inputs["features"][0, 1, 2, 3] += 1
@@ -272,7 +273,7 @@ def test_bit_equal_from_run_to_run(device):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_half_precision_features_with_fp32_depths(device):
+def test_each_gradient_has_the_type_of_its_input(device):
     inputs = make_inputs(1, 1, (3, 5), 8, 4, (4, 4, 2), device)
     features = inputs.pop("features").to(torch.bfloat16).requires_grad_()
     depths = inputs.pop("depths").float().requires_grad_()
@@ -294,7 +295,7 @@ def test_gradcheck(op, device):
 
 def test_strict_determinism_keeps_the_kernels(device):
     inputs = make_inputs(1, 1, (3, 5), 3, 4, (2, 2, 2), device)
-    torch.use_deterministic_algorithms(True)  # the fixture's mode only warns
+    torch.use_deterministic_algorithms(True)  # fixture `poisoned_memory` sets it with warn_only
     with launches() as launched:
         voxel_pool(**inputs)
     assert launched

@@ -55,7 +55,7 @@ def test_matches_reference(point_counts, C, device):
 
 
 @pytest.mark.parametrize("max_points, max_voxels", [(1, 1), (2, 40), (1000, 1000)])
-def test_caps_match_reference(max_points, max_voxels, device):
+def test_max_points_and_max_voxels_match_reference(max_points, max_voxels, device):
     inputs = make_inputs([300, 0, 200], 5, device, max_points, max_voxels)
     check_matches_reference(inputs)
     _, coords = voxelize(**inputs)
@@ -142,7 +142,7 @@ def test_matches_the_original(fn, mode, device):
 
 
 @pytest.mark.parametrize("fn", [voxelize, voxelize_ref])
-def test_grid_of_more_than_2_to_the_31_cells(fn, device):
+def test_voxelizes_a_grid_of_more_than_2_to_the_31_cells(fn, device):
     far = 50000.0
     points = torch.tensor([[0.5, 0.5, 0.5], [far - 0.5, far - 0.5, 1.5], [far - 0.5, far - 0.5, 1.5]], device=device)
     _, coords = fn(points, [1, 2], (0, 0, 0), (1, 1, 1), (2, int(far), int(far)), 10, 10)
@@ -182,7 +182,7 @@ def test_grid_sample_by_hand(device):
     assert [t.shape for t in nothing] == [(0,), (0, 4), (0,)] and extent == ([0, 0, 0], [0, 0, 0])
 
 
-def test_grid_sample_has_the_cell_borders_of_the_original_on_a_gpu_too(device):
+def test_grid_sample_divides_by_the_cell_size_on_a_gpu_too(device):
     """Points just below cell borders, which multiplying by the reciprocal of the size would move onto the border."""
     x = (torch.arange(1, 2000, device=device).double() * 0.05).float()
     x = x.nextafter(x.new_zeros(()))

@@ -32,8 +32,7 @@ def sparse_conv(
                       read twice at one offset. Not checked. Or a `NeighborTable`, which caches the layouts that kernels
                       derive from it for all convolutions and gradients; for a tensor they are computed on every call.
         inverse_idx:  [K, N] int32, the inverse: m where neighbor_idx[k, m] = n, else -1. Not checked. Or its
-                      `NeighborTable`. None: the table is its own mirror image, i.e. its inverse is
-                      neighbor_idx.flip(0), as for a submanifold convolution with an odd kernel; gradients then use the
+                      `NeighborTable`. None: the inverse is neighbor_idx.flip(0), as for a submanifold convolution with an odd kernel; gradients then use the
                       cache of `neighbor_idx`.
         allow_tf32:   multiply fp32 features in tf32 (10-bit mantissa).
 
@@ -107,7 +106,7 @@ def _check(features, weight, neighbor_idx):
 def _check_inverse(features, neighbor_idx, inverse_idx):
     K, M, N = *_tensor(neighbor_idx).shape, len(features)
     if inverse_idx is None:
-        assert M == N, f"a table of {M} outputs and {N} inputs is not its own mirror image"
+        assert M == N, f"a table of {M} outputs and {N} inputs needs inverse_idx"
     else:
         inverse_idx = _tensor(inverse_idx)
         assert inverse_idx.shape == (K, N), f"{tuple(inverse_idx.shape)=} is not a table of {K} offsets, {N} rows"

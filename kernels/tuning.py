@@ -48,7 +48,7 @@ def enable(path: str | Path | None = None, timer: Callable[[Callable], float] | 
     path = None if path is None else Path(path)
     known = json.loads(path.read_text()) if path is not None and path.exists() else {}
     if not isinstance(known, dict) or not all(isinstance(of_device, dict) for of_device in known.values()):
-        raise ValueError(f"{path} does not hold the choices of tuning")
+        raise ValueError(f"{path} is not a file of tuning results")
     _state = _State(True, path, timer, known)
 
 

@@ -148,7 +148,7 @@ def test_a_table_that_is_its_own_mirror_image_needs_no_inverse(fn, device):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kernel, c_in, c_out", [(THREE, 8, 5), (THREE, 32, 16), ((3, 1, 1), 64, 40)])
 def test_weights_gradient_of_groups_of_offsets_matches_reference(kernel, c_in, c_out, dtype, device):
-    """With a table that is its own mirror image (`inverse_idx` None) and few channels, in three blocks of rows."""
+    """With a table whose inverse is its flip (`inverse_idx` None) and few channels, in three blocks of rows."""
     inputs, *_ = make_inputs("submanifold", kernel, 1, (4, 5, 9), 150, c_in, c_out, device)
     inputs["inverse_idx"] = None
     with launches() as launched:

@@ -32,8 +32,8 @@ def sparse_conv(
                       read twice at one offset. Not checked. Or a `NeighborTable`, which caches the layouts that kernels
                       derive from it for all convolutions and gradients; for a tensor they are computed on every call.
         inverse_idx:  [K, N] int32, the inverse: m where neighbor_idx[k, m] = n, else -1. Not checked. Or its
-                      `NeighborTable`. None: the inverse is neighbor_idx.flip(0), as for a submanifold convolution with an odd kernel; gradients then use the
-                      cache of `neighbor_idx`.
+                      `NeighborTable`. None: the inverse is neighbor_idx.flip(0), as for a submanifold convolution
+                      with an odd kernel; gradients then use the cache of `neighbor_idx`.
         allow_tf32:   multiply fp32 features in tf32 (10-bit mantissa).
 
     Returns:

@@ -54,7 +54,7 @@ from unipad.runtime import StopOnSignal, generators, local_gradients, mixed_prec
 @dataclass(frozen=True)
 class Args:
     task: Literal["detect", "segment"] = "detect"  # boxes of ten classes, or one of 16 classes for every LiDAR point
-    modality: Literal["camera", "lidar", "fusion"] | None = None  # what is encoded; None: camera, or lidar to segment
+    modality: Literal["camera", "lidar", "fusion"] | None = None  # None: camera to detect, lidar to segment
     preset: str | None = None  # a recipe of docs/recipes.md; without: tiny, or with --data-root the paper's
     backbone: Literal["tiny", "small", "base", "large"] | None = None  # ConvNeXt size; None: the recipe's
     config: Path | None = None  # take all settings from this run or config.json; other flags override them
@@ -190,7 +190,7 @@ def main(args: Args):
         progress = Progress(run, world, first, last, steps, optim.batch_size)
 
         for step in range(first, last + 1):
-            if val_every and (step % val_every == 0 or step == last) and step > max(0, run.validated):
+            if val_every and (step % val_every == 0 or step == last) and step > max(0, run.last_validated_step):
                 with run.validation(step, parts, metrics), stop.at_once(), autocast:
                     metrics.update(validate(net, val_set, run, args, world, step))
                 progress.restart(step)
@@ -220,7 +220,7 @@ def main(args: Args):
             report_now = done % args.log_every == 0 or done == last
             stop_now = stop.asked(report_now)
             save_now = done % save_every == 0 or stop_now or done == last or val_every and done % val_every == 0
-            if report_now or save_now:  # the host waits here, in `backend.host_wait`s and in the scaler of fp16
+            if report_now or save_now:  # waits for the GPU, as do `backend.host_wait` and fp16's scaler
                 values = progress.finite(values, scaler, done)
             if report_now:
                 progress.report(done, values, lr=optim.lr * lr_at(optim, step, steps))

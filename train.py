@@ -151,7 +151,7 @@ def main(args: Args):
         progress = Progress(run, world, first, last, steps, optim.batch_size)
 
         for step in range(first, last + 1):
-            if val_every and (step % val_every == 0 or step == last) and step > run.validated:
+            if val_every and (step % val_every == 0 or step == last) and step > run.last_validated_step:
                 with run.validation(step, parts, metrics), stop.at_once(), autocast:
                     metrics["after" if step else "before"] = validate(net, val_set, run, args, world, step)
                 progress.restart(step)
@@ -181,7 +181,7 @@ def main(args: Args):
             report_now = done % args.log_every == 0 or done == last
             stop_now = stop.asked(report_now)
             save_now = done % save_every == 0 or stop_now or done == last or val_every and done % val_every == 0
-            if report_now or save_now:  # the host waits here, in `backend.host_wait`s and in the scaler of fp16
+            if report_now or save_now:  # waits for the GPU, as do `backend.host_wait` and fp16's scaler
                 values = progress.finite(values, scaler, done)
             if report_now:
                 views = batch.keyframe().images.shape[1] or len(CAMERAS)  # without images, as many rays from the LiDAR

@@ -138,7 +138,7 @@ def answers(recipe, scene):
     """The values that the host reads where it waits, by the reason of the wait."""
     voxels = VOXELS * recipe.optim.batch_size - 1007 * scene
     return {
-        "assignment costs for the Hungarian method": None,  # unused: the copy of a tensor is all 0
+        "assignment costs for the Hungarian method": None,  # a copy of a tensor: `DryRun` returns zeros
         "number of occupied voxels": voxels,
         "number and extent of occupied cells": [voxels, 1023 - scene, 1023 - 16 * scene, 39],
         "indices of the visible voxels": voxels // 5,
@@ -240,6 +240,7 @@ def print_seeded_faults():
     """Print which of a list of deliberate faults are detected."""
 
     def caught(fault):
+        """The exception's name, or the `DryRun` if there was none."""
         with DryRun() as dry:
             x = torch.zeros(8, device=CUDA)
             try:
@@ -286,9 +287,11 @@ def print_seeded_faults():
         "a copy back": lambda x: x.cpu(),
     }
     for name, fault in faults.items():
-        print(json.dumps({"seeded": name, "found": caught(fault)}))
+        found = caught(fault)
+        print(json.dumps({"seeded": name, "found": None if isinstance(found, DryRun) else found}))
     sound = caught(lambda x: torch.ones(8).to(CUDA, non_blocking=True).add_(1.0).masked_fill_(x > 0, 1.0))
     print(json.dumps({"seeded": "no fault", "found": None if isinstance(sound, DryRun) else sound}))
+    # R may vary (`do_not_specialize`), S is specialized on
     print(json.dumps({"seeded": "a specialized size", "found": respecialized((1600, 96), (1601, 97))}))
     print(json.dumps({"seeded": "a varying size", "found": respecialized((1600, 96), (1601, 96))}))
     print(json.dumps({"seeded": "more than 99 KB", "found": too_large(9)}))

@@ -50,7 +50,7 @@ HEAD = """# Faithfulness
 `tests/golden` holds records of the original code: inputs, weights, outputs and gradients (fp32, CPU, reduced sizes,
 random weights). Our modules reproduce each record with its weights, converted by `unipad.convert`. An error is the
 largest absolute difference of an array, gradients included, as a fraction of its largest entry. Tolerances differ, so
-the last column has the largest error as a percentage of its tolerance. Arrays of indices, masks and labels, and all
+the last column has the largest ratio of an error to its tolerance. Arrays of indices, masks and labels, and all
 arrays of records marked "equal", are bitwise equal. Written by `python -m tests.faithfulness`.
 
 | record | contents | comparisons | median error | largest error | of tolerance |

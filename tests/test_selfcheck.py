@@ -120,11 +120,11 @@ def test_a_recipe_size_that_does_not_fit_into_memory_is_skipped(part, in_process
 
 
 def test_a_wrong_gradient_is_reported():
-    def half(alpha, values):
+    def doubled_gradient(alpha, values):
         out, weights = ONE_EACH["composite"].ref(alpha, values)
         return out, weights + (weights - weights.detach())
 
-    result = run(replace(ONE_EACH["composite"], op=half))
+    result = run(replace(ONE_EACH["composite"], op=doubled_gradient))
     assert result.status == "FAIL" and result.message.startswith("d_alpha: error ")
 
 

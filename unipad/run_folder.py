@@ -132,7 +132,7 @@ class RunFolder:
         if saved:
             _check_same_settings(saved["config"], config, path)
         self.path, self.config, self.writes = path, config, world.is_main
-        self.validated = saved["validated"] if saved else -1  # the last step whose validation succeeded or failed
+        self.last_validated_step = saved["validated"] if saved else -1
         if not self.writes:
             return
         for name in ("checkpoints", "images"):
@@ -189,7 +189,7 @@ class RunFolder:
         """
         if self.writes:
             state = {name: part.state_dict() for name, part in parts.items()}
-            state |= {"step": step, "metrics": metrics, "validated": self.validated, "config": self.config}
+            state |= {"step": step, "metrics": metrics, "validated": self.last_validated_step, "config": self.config}
             folder = self.path / "checkpoints"
             write_checkpoint(state, folder / "last.pt")
             if keep:
@@ -207,7 +207,7 @@ class RunFolder:
             yield
         except Exception as error:
             failed = error
-        self.validated = step
+        self.last_validated_step = step
         if step:
             self.save(step, parts, metrics, keep=True)
         if failed:

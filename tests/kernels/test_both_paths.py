@@ -1,4 +1,4 @@
-"""Kernels and references reject the same arguments, and geometry has no gradient; autocast changes no reference."""
+"""Kernels and references reject the same arguments and give geometry no gradient; references ignore autocast."""
 
 from contextlib import nullcontext
 
@@ -21,7 +21,7 @@ def inputs_of(op):
     return CASES[op].inputs(DEVICE, torch.float32)
 
 
-def pdf(**wrong):
+def both_resamplers(**wrong):
     return [("sample_pdf", wrong), ("resample", wrong)]
 
 
@@ -34,10 +34,10 @@ REJECTED = [
         ([("stratified_edges", dict(far=lambda t: t[:1]))], r"far \(1,\) do not match"),
         ([("stratified_edges", dict(S=0))], "at least one sample"),
         ([("stratified_edges", dict(jitter=lambda t: t[:-1]))], r"jitter \(32,\) does not match 33 rays"),
-        (pdf(edges=lambda t: t[:, 1:]), r"edges \(33, 9\) do not match weights \(33, 9\)"),
-        (pdf(edges=lambda t: t[:, :1], weights=lambda t: t[:, :0]), "S > 0"),
-        (pdf(jitter=lambda t: t[:1]), r"jitter \(1,\) does not match 33 rays"),
-        (pdf(n=-1), "cannot draw -1"),
+        (both_resamplers(edges=lambda t: t[:, 1:]), r"edges \(33, 9\) do not match weights \(33, 9\)"),
+        (both_resamplers(edges=lambda t: t[:, :1], weights=lambda t: t[:, :0]), "S > 0"),
+        (both_resamplers(jitter=lambda t: t[:1]), r"jitter \(1,\) does not match 33 rays"),
+        (both_resamplers(n=-1), "cannot draw -1"),
         ([("merge", dict(new_edges=lambda t: t[:1]))], r"\(33, 10\) and \(1, 8\) do not match"),
         ([("trilinear", dict(points=lambda t: t[..., :2]))], "do not match"),
         ([("trilinear_value", dict(volume_idx=lambda t: t[:1]))], "do not match"),

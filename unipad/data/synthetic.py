@@ -46,7 +46,7 @@ SCENES = sorted(TRAIN + VAL)
 KEYFRAME, SWEEP, CAMERA_SWEEP = 500_000, 50_000, 83_333  # intervals in microseconds
 START = 1_532_402_927_000_000  # microseconds: time at which the first scene starts
 SCENE_START = 100_000_000  # microseconds between the starts of successive scenes
-MAP_CELL, MAP_COARSE = 0.1, 4  # meters per pixel, as the devkit assumes; pixels drawn as one
+MAP_CELL, MAP_COARSE = 0.1, 4  # meters per pixel, as the devkit assumes; side in pixels of the blocks it is drawn in
 
 ATTRIBUTES = (
     "vehicle.moving", "vehicle.stopped", "vehicle.parked", "cycle.with_rider", "cycle.without_rider",
@@ -70,7 +70,7 @@ class Args:
     out: Path
     """Folder to write: new, empty, or an older synthetic dataset, which is replaced."""
     scenes: int = 10
-    """Scenes, 2 to 10; two of them (one of 2) are for validation, as in nuScenes mini."""
+    """Scenes, 2 to 10; two are for validation (one if there are only 2), as in nuScenes mini."""
     keyframes: int = 10
     """Keyframes per scene, at 2 Hz; 2 to 400."""
     image_size: tuple[int, int] = (144, 256)
@@ -133,13 +133,15 @@ def generate(
             root.rename(old)
         partial.rename(root)
     finally:
+        if old.exists() and not root.exists():  # the second renaming failed
+            old.rename(root)
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
     return args.out
 
 
 def is_synthetic(root):
-    """Whether a folder contains a dataset written by this module; not where its log.json is damaged."""
+    """Whether a folder contains a dataset written by this module; False if its log.json is missing or damaged."""
     log = Path(root) / VERSION / "log.json"
     try:
         return {record["vehicle"] for record in json.loads(log.read_bytes())} == {"synthetic"}
@@ -157,7 +159,7 @@ def ensure_city(camera_sweeps=0):
 
 
 def scene_names(count):
-    """`count` scenes of nuScenes mini in its order, with both of val, as LidarSegEval requires; one of val for 2."""
+    """`count` scene names of nuScenes mini, sorted, with both validation scenes, as LidarSegEval needs; or one of 2."""
     val = min(2, count - 1)
     return sorted(VAL[:val] + TRAIN[: count - val])
 
@@ -223,7 +225,7 @@ def _shadows(scene):
 
 
 def _render(task, done=lambda: None):
-    """Write the files of one keyframe and of the sweeps before it; returns `rig.census` of the keyframe."""
+    """Write the files of a keyframe and of the sweeps before it; returns points and visible fraction of each actor."""
     args, root, name, k = task
     scene = _scene(args.seed, name, args.keyframes)
     for channel in rig.CAMERAS:

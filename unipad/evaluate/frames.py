@@ -27,7 +27,7 @@ def predict_all(
     """{sample token: prediction} for every frame of a dataset, in the main process; None in the others.
 
     model:   put in eval mode here; its mode is restored afterwards.
-    dataset: all frames of a split; each process takes every world-th.
+    dataset: all frames of a split; each process takes every `world.size`-th frame.
     predict: from a batch on the device to one prediction per sample, on the host.
     size:    samples per batch. workers: data loading processes per process. desc: label of the progress bar.
 

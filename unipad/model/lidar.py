@@ -82,7 +82,7 @@ class LidarEncoder(nn.Module):
         cfg = self.cfg
         max_voxels = cfg.max_voxels[0 if self.training else 1]
         features, coords = voxelize(points, point_counts, self.low, cfg.cell, self.cells, cfg.max_points, max_voxels)
-        # One more level of cells in z, always empty: then 8 L + 1 levels become 4 L + 1, 2 L + 1 and L.
+        # One more slice in z, always empty, as in SECOND (40 -> 41): strides make 8 L + 1 slices 4 L + 1, 2 L + 1, L.
         shape = (self.cells[0] + 1, *self.cells[1:])
         # Sorted, so that voxels near each other in the grid, which are read together, are near each other in memory.
         _, order = sort_voxels(coords, shape, check=False)
@@ -98,9 +98,9 @@ class LidarEncoder(nn.Module):
             else:
                 features = torch.where(visible[:, None], features, self.mask_token)
         voxels = VoxelSet(coords, shape, len(point_counts), in_order=True, check=False)
-        sets = make_tables(self.encoder, voxels)
+        voxel_sets = make_tables(self.encoder, voxels)
         x = self.encoder(SparseTensor(features, voxels)).dense()
-        del sets  # kept until here, since the encoder finds its tables through them
+        del voxel_sets  # kept alive until here: the encoder finds its tables in them
         return self.neck(self.backbone(x)), visible_coords
 
 

@@ -147,6 +147,8 @@ def parse(argv=None) -> Args:
         raise UserError("--tta-scales are from 0.1 to 10, and --tta-scales and --tta-angles need a value each.")
     if not 0.1 <= args.video_fps <= 100:
         raise UserError(f"--video-fps {args.video_fps} must be from 0.1 to 100.")
+    if args.min_score > 1:
+        raise UserError(f"--min-score {args.min_score} must be from 0 to 1.")
     for flag, other in NEEDS.items():
         if getattr(args, flag) != Args.__dataclass_fields__[flag].default and not getattr(args, other):
             raise UserError(f"--{flag.replace('_', '-')} has no effect without --{other}; add it, or drop this flag.")
@@ -239,7 +241,7 @@ def segment(args, model, dataset, out, world):
 
 
 def drawn_frames(args, model, dataset, predictions):
-    """Yield (number, batch of one) for the frames to draw: with images, even if the model only reads the LiDAR."""
+    """Yield (index of the picture, batch of one) for the frames to draw: with images, even for a model of LiDAR only."""
     with_images = dataset.has_images(dataset.root, dataset.version, dataset.split)
     settings = replace(model.recipe.data, cameras=with_images, camera_sweeps=1)  # only the keyframe's images
     drawn = type(dataset)(dataset.root, dataset.version, dataset.split, settings)
@@ -294,7 +296,7 @@ def render(args, model, dataset, out, world):
 
 
 def rows_of(args, dataset):
-    """The frames to render: {number in the split: index in the dataset, which lacks frames without files}."""
+    """The frames to render: {number in the split: index in the dataset, which skips frames with missing files}."""
     numbers, count = dataset.frames.tolist(), dataset.frame_count
     if args.scene:
         scenes = dataset.scenes()

@@ -1,5 +1,7 @@
 """Gradient of a volume interpolated along rays, without atomics: samples are sorted by cell.
 
+A cell is the cube between 8 neighboring voxel centers, whose values are interpolated in it.
+
     d_volume_voxel = sum over its 8 cells, over the samples in each:  w d_value + (b . v) d_slope
 
 where w is the voxel's interpolation weight for the sample, b = dw / dpoint, and v the direction of the derivative that

@@ -56,9 +56,9 @@ def test_command_runs(command, city, tmp_path):
     for pattern, smaller in SMALLER:
         command = re.sub(pattern, smaller, command)
     command = command.format(python=sys.executable)
-    callers = {"train": (train, FEW_RAYS.split()), "finetune": (finetune, [])}
+    prerequisites = {"train": (train, FEW_RAYS.split()), "finetune": (finetune, [])}
     for name, modality in re.findall(r"outputs/(train|finetune)-(\w+)", command):  # runs that the command needs
-        script, flags = callers[name]
+        script, flags = prerequisites[name]
         what = ["--modality", modality]
         if modality == "segment":
             what = ["--modality", "lidar", "--preset", "segment-tiny"] if script is train else ["--task", "segment"]

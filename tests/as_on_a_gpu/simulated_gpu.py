@@ -224,7 +224,7 @@ def _made(func, name, tensor, args, kwargs):
 
 
 def _with_modes(run_backward, *modes):
-    """Run the autograd engine with the modes on: like in any function they handle, they are off inside `backward`."""
+    """Enter the modes again for the autograd engine: PyTorch disables a mode while it handles `backward`."""
 
     def run(*args, **kwargs):
         with contextlib.ExitStack() as stack:

@@ -13,7 +13,7 @@ from unipad.kernels.sparse_tiles import NeighborTable
 
 IEEE, TF32 = dict(PRECISION="ieee", WIDEN=False), dict(PRECISION="tf32", WIDEN=False)
 HALF, SINGLE, EVEN = ("bf16",), ("fp32",), ("I", "O")
-EVERY, ONE_TARGET = ASSEMBLED, ("sm_90",)  # targets with budgets
+EVERY, ONE_TARGET = ASSEMBLED, ("sm_90",)  # targets with budgets: all that are compiled to machine code, or one
 PLAIN, FULL = dict(scale_ptr=None, shift_ptr=None, residual_ptr=None, RELU=False), dict(RELU=True)
 # num_stages by vendor
 MORE, FEWER = ({vendor: stages[i] for vendor, stages in STAGES_OF.items()} for i in range(2))
@@ -53,7 +53,7 @@ LAUNCHES = [
         (True, 128, FEWER, 66568),
     ]
 ] + [
-    Launch(  # the tuner's candidates for fewer channels: several offsets per product, and one
+    Launch(  # the tuner's candidates for few channels: several kernel offsets packed into one `tl.dot`, or one
         "_gather_gemm_kernel",
         IEEE | PLAIN | dict(MIRRORED=True, VIA_L1=via_l1, C=c if c < 64 else 0, PACK=64 // c, STEPS=1)
         | dict(BLOCK_M=m, BLOCK_I=64, BLOCK_O=max(c, 16)),
@@ -148,7 +148,7 @@ def test_a_candidate_is_charged_for_tiles_that_no_earlier_layer_has_made(tuned, 
     tuning.enable(timer=clock)
     assert tiles_made(narrow, tables[0]) == 1 and tiles_made(wide, tables[0]) == 0
     tuning.enable(timer=clock)
-    assert tiles_made(wide, tables[1]) == 1  # without the first layer, the tiles that are fastest for it
+    assert tiles_made(wide, tables[1]) == 1  # without `narrow` before it, `wide` gets its own fastest tiles
     assert next(kernel_ms, None) is None
     for table, block_m in zip(tables, (128, 64), strict=True):
         with launches() as launched:

@@ -25,8 +25,8 @@ RESERVED = {"train", "val", "test", "mini_train", "mini_val", "train_detect", "t
 def splits_of(root: Path, version: str) -> dict[str, str]:
     """{purpose: split} of a version; a split without a purpose has its name as key. root: from `tables.find_root`.
 
-    Those of splits.json come before nuScenes' own. Raises `DataError` for a version that has none, and for a file that
-    is no such table.
+    Those of splits.json come before nuScenes' own. Raises `DataError` for a version that has none, and for a
+    malformed splits.json.
     """
     own = {}
     for name in own_splits(root, version):

@@ -33,32 +33,32 @@ BLACK, GRAY, WHITE, RED, ORANGE = (0.08,) * 3, (0.45,) * 3, (0.85,) * 3, (0.62, 
 SKIN, DENIM = (0.75, 0.57, 0.46), (0.18, 0.22, 0.35)
 PAINTS = (WHITE, GRAY, BLACK, RED, (0.16, 0.27, 0.50), (0.60, 0.60, 0.62), (0.22, 0.32, 0.26), (0.70, 0.66, 0.55))
 CLOTHES = (RED, (0.20, 0.30, 0.55), (0.85, 0.80, 0.70), (0.15, 0.15, 0.18), (0.75, 0.55, 0.15), (0.25, 0.45, 0.35))
-FULL, UPRIGHT = (-0.5, 0.5), (0, 0, 0)
+FULL, NO_TAPER = (-0.5, 0.5), (0, 0, 0)
 
 WHEELS = (
-    ((-0.5, -0.16), (-0.22, 0.22), (0, 0.52), "plain", BLACK, UPRIGHT, True),
-    ((0.16, 0.5), (-0.22, 0.22), (0, 0.52), "plain", BLACK, UPRIGHT, True),
+    ((-0.5, -0.16), (-0.22, 0.22), (0, 0.52), "plain", BLACK, NO_TAPER, True),
+    ((0.16, 0.5), (-0.22, 0.22), (0, 0.52), "plain", BLACK, NO_TAPER, True),
 )
 RIDER = (
-    ((-0.14, 0.10), (-0.45, 0.45), (0.42, 0.86), "plain", None, UPRIGHT, True),
-    ((-0.05, 0.09), (-0.22, 0.22), (0.84, 1), "plain", SKIN, UPRIGHT, True),
-    ((-0.08, 0.06), (-0.30, 0.30), (0.10, 0.50), "plain", DENIM, UPRIGHT, False),
+    ((-0.14, 0.10), (-0.45, 0.45), (0.42, 0.86), "plain", None, NO_TAPER, True),
+    ((-0.05, 0.09), (-0.22, 0.22), (0.84, 1), "plain", SKIN, NO_TAPER, True),
+    ((-0.08, 0.06), (-0.30, 0.30), (0.10, 0.50), "plain", DENIM, NO_TAPER, False),
 )
 CYCLE = (
-    ((-0.5, -0.12), (-0.08, 0.08), (0, 0.60), "plain", BLACK, UPRIGHT, True),
-    ((0.12, 0.5), (-0.08, 0.08), (0, 0.60), "plain", BLACK, UPRIGHT, True),
-    ((-0.28, 0.30), (-0.09, 0.09), (0.44, 0.60), "plain", None, UPRIGHT, False),
-    ((0.24, 0.30), (-0.5, 0.5), (0.82, 0.92), "plain", GRAY, UPRIGHT, False),
-    ((0.25, 0.30), (-0.06, 0.06), (0.50, 0.90), "plain", GRAY, UPRIGHT, False),
-    ((-0.28, -0.12), (-0.2, 0.2), (0.72, 0.82), "plain", BLACK, UPRIGHT, False),
-    ((-0.22, -0.18), (-0.06, 0.06), (0.55, 0.75), "plain", GRAY, UPRIGHT, False),
+    ((-0.5, -0.12), (-0.08, 0.08), (0, 0.60), "plain", BLACK, NO_TAPER, True),
+    ((0.12, 0.5), (-0.08, 0.08), (0, 0.60), "plain", BLACK, NO_TAPER, True),
+    ((-0.28, 0.30), (-0.09, 0.09), (0.44, 0.60), "plain", None, NO_TAPER, False),
+    ((0.24, 0.30), (-0.5, 0.5), (0.82, 0.92), "plain", GRAY, NO_TAPER, False),
+    ((0.25, 0.30), (-0.06, 0.06), (0.50, 0.90), "plain", GRAY, NO_TAPER, False),
+    ((-0.28, -0.12), (-0.2, 0.2), (0.72, 0.82), "plain", BLACK, NO_TAPER, False),
+    ((-0.22, -0.18), (-0.06, 0.06), (0.55, 0.75), "plain", GRAY, NO_TAPER, False),
 )
 MOTORCYCLE = (
     *WHEELS,
     ((-0.40, 0.30), (-0.3, 0.3), (0.32, 0.68), "plain", None, (0.8, 0.2, 0.1), False),
-    ((-0.46, 0.02), (-0.28, 0.28), (0.64, 0.78), "plain", BLACK, UPRIGHT, False),
-    ((0.18, 0.26), (-0.5, 0.5), (0.84, 1.0), "plain", GRAY, UPRIGHT, False),
-    ((0.20, 0.34), (-0.2, 0.2), (0.50, 0.88), "plain", None, UPRIGHT, False),
+    ((-0.46, 0.02), (-0.28, 0.28), (0.64, 0.78), "plain", BLACK, NO_TAPER, False),
+    ((0.18, 0.26), (-0.5, 0.5), (0.84, 1.0), "plain", GRAY, NO_TAPER, False),
+    ((0.20, 0.34), (-0.2, 0.2), (0.50, 0.88), "plain", None, NO_TAPER, False),
 )
 
 
@@ -72,10 +72,10 @@ VEHICLE = {"moving": "vehicle.moving", "still": "vehicle.parked"}
 RIDDEN = {"moving": "cycle.with_rider", "still": "cycle.with_rider"}
 RIDERLESS = {"moving": "cycle.without_rider", "still": "cycle.without_rider"}
 PEDESTRIAN = (
-    ((-0.16, 0.16), (-0.34, 0.34), (0, 0.50), "plain", DENIM, UPRIGHT, False),
-    ((-0.22, 0.22), (-0.37, 0.37), (0.40, 0.88), "plain", None, UPRIGHT, True),
+    ((-0.16, 0.16), (-0.34, 0.34), (0, 0.50), "plain", DENIM, NO_TAPER, False),
+    ((-0.22, 0.22), (-0.37, 0.37), (0.40, 0.88), "plain", None, NO_TAPER, True),
     ((-0.24, 0.24), (-0.48, 0.48), (0.55, 0.75), "plain", None, (0.5, 0.5, 0.7), False),
-    ((-0.16, 0.18), (-0.17, 0.17), (0.85, 1), "plain", SKIN, UPRIGHT, True),
+    ((-0.16, 0.18), (-0.17, 0.17), (0.85, 1), "plain", SKIN, NO_TAPER, True),
 )
 
 KINDS = {
@@ -89,21 +89,21 @@ KINDS = {
     "truck": Kind(
         "vehicle.truck", (2.5, 7.2, 3.1), (WHITE, (0.16, 0.27, 0.50), (0.72, 0.62, 0.20), (0.30, 0.42, 0.34)),
         (
-            ((-0.5, 0.5), (-0.46, 0.46), (0.06, 0.26), "body", BLACK, UPRIGHT, False),
+            ((-0.5, 0.5), (-0.46, 0.46), (0.06, 0.26), "body", BLACK, NO_TAPER, False),
             ((0.24, 0.5), (-0.48, 0.48), (0.26, 0.84), "cabin", None, (0.12, 0, 0.03), False),
-            ((-0.5, 0.21), FULL, (0.26, 1), "cargo", None, UPRIGHT, False),
+            ((-0.5, 0.21), FULL, (0.26, 1), "cargo", None, NO_TAPER, False),
         ), **VEHICLE,
     ),
     "bus": Kind(
         "vehicle.bus.rigid", (2.8, 11.0, 3.4), (RED, (0.20, 0.42, 0.62), (0.80, 0.72, 0.25)),
-        ((FULL, FULL, (0.07, 1), "coach", None, UPRIGHT, False),), "vehicle.moving", "vehicle.stopped",
+        ((FULL, FULL, (0.07, 1), "coach", None, NO_TAPER, False),), "vehicle.moving", "vehicle.stopped",
     ),
     "trailer": Kind(
         "vehicle.trailer", (2.5, 9.0, 3.6), (WHITE, (0.58, 0.60, 0.62)),
         (
-            ((-0.48, 0.1), (-0.45, 0.45), (0.05, 0.30), "body", BLACK, UPRIGHT, False),
-            (FULL, FULL, (0.30, 1), "cargo", None, UPRIGHT, False),
-            ((0.30, 0.34), (-0.3, 0.3), (0, 0.30), "plain", GRAY, UPRIGHT, False),
+            ((-0.48, 0.1), (-0.45, 0.45), (0.05, 0.30), "body", BLACK, NO_TAPER, False),
+            (FULL, FULL, (0.30, 1), "cargo", None, NO_TAPER, False),
+            ((0.30, 0.34), (-0.3, 0.3), (0, 0.30), "plain", GRAY, NO_TAPER, False),
         ), **VEHICLE,
     ),
     "construction": Kind(
@@ -111,10 +111,10 @@ KINDS = {
         (
             ((-0.5, 0.1), (-0.5, -0.26), (0, 0.28), "plain", BLACK, (0.3, 0.3, 0), False),
             ((-0.5, 0.1), (0.26, 0.5), (0, 0.28), "plain", BLACK, (0.3, 0.3, 0), False),
-            ((-0.48, 0.06), (-0.44, 0.44), (0.28, 0.60), "plain", None, UPRIGHT, False),
+            ((-0.48, 0.06), (-0.44, 0.44), (0.28, 0.60), "plain", None, NO_TAPER, False),
             ((-0.16, 0.08), (-0.44, 0.04), (0.60, 0.96), "cabin", None, (0.1, 0, 0), False),
             ((0.02, 0.42), (0.10, 0.24), (0.80, 1), "plain", None, (0.4, 0, 0), False),
-            ((0.36, 0.42), (0.10, 0.24), (0.22, 0.84), "plain", None, UPRIGHT, False),
+            ((0.36, 0.42), (0.10, 0.24), (0.22, 0.84), "plain", None, NO_TAPER, False),
             ((0.32, 0.50), (0.0, 0.34), (0.02, 0.26), "plain", GRAY, (0, 0.4, 0), False),
         ), **VEHICLE,
     ),
@@ -131,15 +131,15 @@ KINDS = {
     "cone": Kind(
         "movable_object.trafficcone", (0.45, 0.45, 0.9), (ORANGE,),
         (
-            (FULL, FULL, (0, 0.06), "plain", BLACK, UPRIGHT, False),
+            (FULL, FULL, (0, 0.06), "plain", BLACK, NO_TAPER, False),
             ((-0.36, 0.36), (-0.36, 0.36), (0.06, 1), "stripes", None, (0.15, 0.15, 0.15), False),
         ),
     ),
     "barrier": Kind(
         "movable_object.barrier", (2.2, 0.5, 1.0), (ORANGE,),
         (
-            ((-0.5, 0.5), FULL, (0, 0.2), "plain", GRAY, UPRIGHT, False),
-            ((-0.2, 0.2), FULL, (0.2, 1), "stripes", None, UPRIGHT, False),
+            ((-0.5, 0.5), FULL, (0, 0.2), "plain", GRAY, NO_TAPER, False),
+            ((-0.2, 0.2), FULL, (0.2, 1), "stripes", None, NO_TAPER, False),
         ),
     ),
 }  # fmt: skip
@@ -204,7 +204,9 @@ class Scene:
         # every scene has a different intersection, away from the border
         inner = STREETS - 3
         order = np.random.default_rng([seed, 4]).permutation(inner * inner)
-        self.node = (np.array(divmod(order[index % len(order)], inner)) + 2) * PITCH  # grid meters
+        self.node = (
+            np.array(divmod(order[index % len(order)], inner)) + 2
+        ) * PITCH  # meters, before the warp
         self.heading = int(rng.integers(4))
         self.turn = ("straight", "left", "right")[index % 3]
         # after the first turn always right, so that a long scene circles a block instead of leaving the city

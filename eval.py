@@ -241,7 +241,7 @@ def segment(args, model, dataset, out, world):
 
 
 def drawn_frames(args, model, dataset, predictions):
-    """Yield (index of the picture, batch of one) for the frames to draw: with images, even for a model of LiDAR only."""
+    """Yield (index of the picture, batch of one) for the frames to draw: with images, even for a LiDAR model."""
     with_images = dataset.has_images(dataset.root, dataset.version, dataset.split)
     settings = replace(model.recipe.data, cameras=with_images, camera_sweeps=1)  # only the keyframe's images
     drawn = type(dataset)(dataset.root, dataset.version, dataset.split, settings)

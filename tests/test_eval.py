@@ -302,6 +302,7 @@ USER_ERRORS = [
     ("camera", ["--mesh", "--mesh-cell", "1e-320"], ["--mesh-cell 1e-320"]),
     ("camera", ["--mesh", "--mesh-cell", 1e-4], ["--mesh-cell 0.0001", "GB"]),
     ("camera", ["--scene", "scene-0103", "--video-fps", 1e-8], ["--video-fps 1e-08"]),
+    ("detector", ["--min-score", 5], ["--min-score 5"]),
     ("detector", ["--tta-angles", 90.0], ["--tta-angles has no effect without --tta"]),
     ("camera", ["--mesh-cell", 1.0], ["--mesh-cell has no effect without --mesh"]),
     ("camera", ["--video", "mp4"], ["--video has no effect without --scene"]),

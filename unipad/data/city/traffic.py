@@ -204,9 +204,7 @@ class Scene:
         # every scene has a different intersection, away from the border
         inner = STREETS - 3
         order = np.random.default_rng([seed, 4]).permutation(inner * inner)
-        self.node = (
-            np.array(divmod(order[index % len(order)], inner)) + 2
-        ) * PITCH  # meters, before the warp
+        self.node = (np.array(divmod(order[index % len(order)], inner)) + 2) * PITCH  # meters, before the warp
         self.heading = int(rng.integers(4))
         self.turn = ("straight", "left", "right")[index % 3]
         # after the first turn always right, so that a long scene circles a block instead of leaving the city

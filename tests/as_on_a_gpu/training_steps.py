@@ -19,11 +19,12 @@ from unipad.optimizer import make_optimizer, set_rates
 from unipad.recipes import PRETRAIN, TINY_GRID
 from unipad.runtime import generators, mixed_precision
 
-# Recipe, and the largest relative error of the loss and of any parameter's gradient
+# Recipe, and the largest relative error of the loss and of any parameter's gradient. The simulated GPU has PyTorch's
+# batch norm on a CPU, which is off by 1e-5 for channels-last tensors (docs/log.md); the CPU's side uses an accurate one.
 STEPS = {
     "camera": (PRETRAIN["camera"]["tiny"], 2e-5, 5e-3),
-    "lidar": (PRETRAIN["lidar"]["tiny"], 1e-6, 2e-4),
-    "fusion": (PRETRAIN["fusion"]["tiny"], 5e-6, 1e-3),
+    "lidar": (PRETRAIN["lidar"]["tiny"], 1e-5, 5e-4),
+    "fusion": (PRETRAIN["fusion"]["tiny"], 2e-5, 2e-3),
     "segmentation": (PRETRAIN["lidar"]["segment-tiny"], 5e-5, 2e-3),
 }
 ZERO_GRADIENT = "project.0.bias", "encoder.fuse.0.bias"  # followed by a batch norm: 0 up to rounding

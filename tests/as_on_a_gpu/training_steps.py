@@ -20,7 +20,7 @@ from unipad.recipes import PRETRAIN, TINY_GRID
 from unipad.runtime import generators, mixed_precision
 
 # Recipe, and the largest relative error of the loss and of any parameter's gradient. The simulated GPU has PyTorch's
-# batch norm on a CPU, which is off by 1e-5 for channels-last tensors (docs/log.md); the CPU's side uses an accurate one.
+# batch norm on a CPU, which is off by 1e-5 for channels-last tensors (docs/log.md); the CPU's side is accurate.
 STEPS = {
     "camera": (PRETRAIN["camera"]["tiny"], 2e-5, 5e-3),
     "lidar": (PRETRAIN["lidar"]["tiny"], 1e-5, 5e-4),

@@ -23,8 +23,8 @@ from unipad.runtime import generators, mixed_precision
 # batch norm on a CPU, which is off by 1e-5 for channels-last tensors (docs/log.md); the CPU's side is accurate.
 STEPS = {
     "camera": (PRETRAIN["camera"]["tiny"], 2e-5, 5e-3),
-    "lidar": (PRETRAIN["lidar"]["tiny"], 1e-5, 5e-4),
-    "fusion": (PRETRAIN["fusion"]["tiny"], 2e-5, 2e-3),
+    "lidar": (PRETRAIN["lidar"]["tiny"], 1e-5, 2e-4),
+    "fusion": (PRETRAIN["fusion"]["tiny"], 5e-6, 1e-3),
     "segmentation": (PRETRAIN["lidar"]["segment-tiny"], 5e-5, 2e-3),
 }
 ZERO_GRADIENT = "project.0.bias", "encoder.fuse.0.bias"  # followed by a batch norm: 0 up to rounding

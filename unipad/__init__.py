@@ -6,6 +6,7 @@ batch.py       the batch: the interface between data and model
 boxes.py       box geometry, for data and model
 errors.py      user-facing errors: one sentence
 runtime.py     device, processes, random numbers, signals
+exit.py        how a program ends: exit codes, and one line instead of a traceback
 run_folder.py  what a training run leaves: folder, log, checkpoints
 checkpoint.py  reading checkpoints and runs, and taking weights from them
 convert.py     checkpoints of UniPAD and ImageNet -> ours, and back to UniPAD's

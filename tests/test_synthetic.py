@@ -289,6 +289,19 @@ def test_a_failure_leaves_the_old_dataset_in_place(tmp_path, monkeypatch):
     assert contents(root) == before
     assert list(tmp_path.iterdir()) == [root]
     monkeypatch.undo()
+
+    rename = Path.rename
+
+    def fails_for_the_new_one(path, target):
+        if ".partial-" in path.name:
+            raise OSError("no")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fails_for_the_new_one)
+    with pytest.raises(OSError, match="no"):
+        synthetic.generate(root, workers=1, seed=1, **TINY)
+    assert contents(root) == before and list(tmp_path.iterdir()) == [root]
+    monkeypatch.undo()
     synthetic.generate(root, workers=1, seed=1, **TINY)
     assert contents(root) != before
     assert list(tmp_path.iterdir()) == [root]

@@ -1,11 +1,12 @@
-"""The layouts of a neighbor table that the sparse GEMMs read: tiles of rows, and pairs by offset.
+"""The layouts of a neighbor table that the sparse GEMMs read: tiles of output rows, and pairs of rows by kernel offset.
 
-A tile of BLOCK_M outputs computes a product at every offset at which any of its rows has a neighbor. Its data are
-stored in the order of the kernel's loop, which then has no branch and can prefetch: a list of those offsets and, for
-each, the rows that the outputs read. Rows with neighbors at the same offsets should share a tile: within a window,
-rows are sorted by the set of these offsets. A wider window leaves fewer empty products, but rows that are read together
-are farther apart; benchmarks/count_sparse_conv.py counts both. In the inverse table of a stride-2 convolution there are
-eight such sets, one for each parity of a cell along z, y and x, and the same sort groups them.
+For a tile of BLOCK_M output rows, the GEMM multiplies at every offset at which any of the rows has a neighbor. A tile
+is stored in the order of the GEMM's loop, which then has no branch and can prefetch: a list of those offsets and, for
+each, the input rows that the outputs read. Rows with neighbors at the same offsets should be in the same tile: within
+a window of consecutive rows, rows are sorted by their set of offsets. A wider window leaves fewer empty products, but
+input rows that are read together are farther apart in memory; benchmarks/count_sparse_conv.py counts both. In the
+inverse table of a stride-2 convolution there are eight such sets, one for each parity of a cell's (z, y, x), and the
+same sort groups them.
 
 The gradient of the weights sums over the pairs of each offset. The center offset has several times as many pairs as the
 others, so pairs are stored offset after offset and split into chunks of equal length.
@@ -25,32 +26,32 @@ from unipad.kernels.backend import StreamCache, jit, tl, triton
 class Tiles(NamedTuple):
     """T tiles of BLOCK_M outputs each."""
 
-    row_idx: Tensor  # [T, BLOCK_M] int32, the outputs of a tile; -1 after the last
+    row_idx: Tensor  # [T, BLOCK_M] int32, output rows of each tile; -1 for padding after the last row
     count_idx: Tensor  # [T] int32, number of offsets at which any row of the tile has a neighbor
-    offset_idx: Tensor  # [T, K] int32, these offsets, ascending; only the first `count_idx` are written
-    read_idx: Tensor  # [T, K, BLOCK_M] int32, row that each output reads at these, -1 for none; written likewise
+    offset_idx: Tensor  # [T, K] int32, these offsets, ascending; written up to `count_idx`
+    read_idx: Tensor  # [T, K, BLOCK_M] int32, input row that each output reads there, -1 for none; written likewise
     pairs_idx: Tensor  # [K, windows] int32, number of pairs of each offset in each window of rows
 
 
 class Pairs(NamedTuple):
-    """All pairs of a row that is read and an output, by offset, then by output."""
+    """All pairs of an input row and the output row that reads it, by offset, then by output row."""
 
-    read_idx: Tensor  # [K * M] int32; not written after the last pair
-    row_idx: Tensor  # [K * M] int32
-    ends: Tensor  # [K, windows] int64, end of the pairs of each offset in each window
+    read_idx: Tensor  # [K * M] int32, input rows; not written after the last pair
+    row_idx: Tensor  # [K * M] int32, output rows; likewise
+    ends: Tensor  # [K, windows] int64, one past the last pair of each offset in each window
 
 
 class Chunks(NamedTuple):
-    """The pairs of every offset in chunks of equal length, in the order of `Pairs`; at most C chunks."""
+    """The pairs of each offset split into chunks of equal length, in the order of `Pairs`; C is the largest number."""
 
     first: Tensor  # [C] int64, index of the chunk's first pair ...
     end: Tensor  # [C] int64, ... and one past its last; unused chunks are empty
     chunk_end_idx: Tensor  # [K] int32, one past the last chunk of each offset
 
 
-# Rows that are sorted together. Windows of 1024, 4096 and all rows compute 1.95, 1.80 and 1.65 times the necessary
-# products at stage 1, 1.32, 1.28 and 1.18 times at stage 2; unsorted 2.56 and 1.54 (counted). Beyond 1024 the sort
-# spills registers.
+# Rows that are sorted together. With windows of 1024, 4096 and all rows, the GEMM computes 1.95, 1.80 and 1.65 times
+# the necessary products at stage 1 of the encoder, 1.32, 1.28 and 1.18 times at stage 2; unsorted 2.56 and 1.54
+# (counted). Beyond 1024 the sort spills registers.
 WINDOW = 1024
 BLOCK_K = 8  # offsets per step
 BLOCK_C = 16  # chunks per program
@@ -86,11 +87,12 @@ class NeighborTable:
         return NeighborTable(table) if owner is None or owner._version != _version(table) else owner
 
     def get(self, key, make):
+        """The cached value of `key`; `make()` computes it the first time."""
         assert self._version == _version(self.idx), "a neighbor table was modified: its cache is no longer valid"
         return self.cache.get(key, self.idx.device, make)
 
     def tiles(self, block_m, sort=True):
-        """`Tiles`, for M > 0. sort: False leaves the rows in the order of the voxels."""
+        """`Tiles`, for M > 0. sort: False leaves the rows in the order of the table."""
 
         def make():
             tiles = _make_tiles(self.idx, block_m, sort)
@@ -103,15 +105,17 @@ class NeighborTable:
         """`Pairs`, for M > 0."""
 
         def make():
-            counts = self.cache.find("counts", self.idx.device)  # the same from tiles of any size
+            # pairs per offset and window, the same for every block_m
+            counts = self.cache.find("counts", self.idx.device)
             return _make_pairs(self.idx, self.tiles(64).pairs_idx if counts is None else counts)
 
         return self.get("pairs", make)
 
     def chunks(self, max_chunks, min_pairs, multiple):
-        """`Chunks`, for M > 0: at most max_chunks + K, of equal length, just long enough to cover all pairs.
+        """`Chunks`, for M > 0: at most max_chunks + K of them.
 
-        The length is at least `min_pairs` and a multiple of `multiple`; the last chunk of an offset may be shorter.
+        Their length is the smallest that covers all pairs with `max_chunks` chunks, is at least `min_pairs`, and is a
+        multiple of `multiple`; the last chunk of an offset may be shorter.
         """
         key = "chunks", max_chunks, min_pairs, multiple
         return self.get(key, lambda: _make_chunks(self.pairs().ends, max_chunks, min_pairs, multiple))
@@ -186,7 +190,7 @@ def _tiles_kernel(
             ok = (k < K) & (m < M)
             n = tl.load(table_idx_ptr + k.to(tl.int64) * M + m, mask=ok, other=-1)
             key += tl.sum((n >= 0).to(tl.int64) << (k // OFFSETS_PER_BIT).to(tl.int64), axis=0)
-        key = tl.where(window * WINDOW + i < M, key, 1 << 50)  # after all rows
+        key = tl.where(window * WINDOW + i < M, key, 1 << 50)  # padding: sorted after all rows
         i = (_sort(key * WINDOW + i, WINDOW) % WINDOW).to(tl.int32)
     m = window * WINDOW + i
     m_ok = m < M
@@ -211,7 +215,7 @@ def _tiles_kernel(
 
 @triton.jit
 def _sort(key, SIZE: tl.constexpr):
-    """[SIZE] keys, ascending: the bitonic network of `tl.sort`, which itself takes a second in the interpreter."""
+    """[SIZE] keys, ascending: a bitonic sort as in `tl.sort`, which would take a second in the interpreter."""
     i = tl.arange(0, SIZE)
     size = 2
     while size <= SIZE:

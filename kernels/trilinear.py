@@ -1,7 +1,7 @@
-"""A feature volume at points, with its spatial gradient as an output.
+"""Trilinear interpolation of a feature volume at points, with the spatial gradient as a second output.
 
-A point lies between 8 voxel centers. With the fraction f and, per axis, the weights a = (1 - f, f) of the two corners
-and their slopes b = (-1, 1),
+A point lies between 8 voxel centers, its corners. Along an axis, at the fraction f of the way from the lower to the
+upper corner, the two have the weights a = (1 - f, f), with the slopes b = da / df = (-1, 1):
 
     value = sum_ijk az_i ay_j ax_k V_ijk,   d/dx = sum_ijk az_i ay_j bx_k V_ijk,   d/dy, d/dz likewise
 
@@ -23,13 +23,13 @@ def trilinear(volume: Tensor, points: Tensor, volume_idx: Tensor) -> tuple[Tenso
 
     Args:
         volume:     [B, Z, Y, X, C] features, at least one voxel.
-        points:     [R, S, 3] finite (x, y, z) in cells: 0 = center of the first voxel, X - 1 = of the last; fp32 or
+        points:     [R, S, 3] finite (x, y, z) in voxels: 0 = center of the first voxel, X - 1 = of the last; fp32 or
                     fp64.
-        volume_idx: [R] int32, the volume each ray reads, in [0, B); not checked.
+        volume_idx: [R] int32, index of the volume that each ray reads, in [0, B); not checked.
 
     Returns:
         value:    [R, S, C].
-        gradient: [R, S, 3, C] d value / d (x, y, z), per cell; on a face between cells, that of the upper cell.
+        gradient: [R, S, 3, C] d value / d (x, y, z), per voxel; at an integer coordinate, towards the next larger one.
 
     Outputs have the promoted type of `volume` and `points` and are accumulated in it. Differentiable once w.r.t.
     `volume` and `points`, through both outputs. The kernel adds atomically to the gradient of `volume`, so its last
@@ -83,7 +83,7 @@ def _corners(volume, points, volume_idx):
     """The 8 voxels around each of the N = R * S points.
 
     Returns:
-        rows:   [N, 8] int64 rows of `volume.flatten(0, 3)`; of a corner outside, NaN included, an existing row.
+        rows:   [N, 8] int64 rows of `volume.flatten(0, 3)`; any existing row for a corner outside the volume or NaN.
         weight: [2, 3, N] of the lower and upper corner along x, y, z; 0 outside.
         slope:  [2, 3, N] d weight / d point: -1, 1; 0 outside.
     """
@@ -128,7 +128,7 @@ class Trilinear(torch.autograd.Function):
         volume, points, volume_idx = (t.contiguous() for t in ctx.saved_tensors)
         d_value, d_gradient = d_value.contiguous(), d_gradient.contiguous()
         for_volume, for_points, _ = ctx.needs_input_grad
-        # both summed in the accumulation type
+        # both are summed in the accumulation type; a gradient that is not needed gets a placeholder
         d_volume = torch.zeros_like(volume, dtype=d_value.dtype) if for_volume else d_value
         d_points = torch.zeros_like(points, dtype=d_value.dtype) if for_points else d_value
         if d_value.numel():
@@ -159,11 +159,11 @@ def _forward(volume, points, volume_idx, with_gradient):
     return value, gradient
 
 
-TILE = 1024  # points x channels per program: 8 elements of each of the four sums per thread
+TILE = 1024  # points x channels per program: 8 elements of each of the four sums per thread of 4 warps
 
 
 def _launch(volume, points):
-    """Grid, and the sizes that both kernels take."""
+    """Launch grid, and the size arguments that both kernels take."""
     _, Z, Y, X, C = volume.shape
     R, S, _ = points.shape
     block_c = triton.next_power_of_2(C)
@@ -231,7 +231,7 @@ def _trilinear_bwd_kernel(
 
     d_px = tl.zeros((BLOCK_N,), acc_ty)
     d_py, d_pz = d_px, d_px
-    for k in range(8):  # rolled: unrolled it spills, and an atomic add has no latency to hide
+    for k in range(8):  # not unrolled: that would spill registers, and an atomic add has no latency to hide
         z, z_ok, az, bz = axis_corner(pz, Z, k // 4)
         y, y_ok, ay, by = axis_corner(py, Y, k // 2 % 2)
         x, x_ok, ax, bx = axis_corner(px, X, k % 2)
@@ -258,7 +258,7 @@ def _trilinear_bwd_kernel(
 
 @triton.jit
 def _load_points(points_ptr, volume_idx_ptr, n, n_ok, S, Z, acc_ty: tl.constexpr):
-    """Coordinates of the points and the first (z) slice of the volumes they lie in."""
+    """Coordinates of the points, and the index of the first z slice of the volume that each one reads."""
     px = tl.load(points_ptr + n * 3, mask=n_ok, other=0.0).to(acc_ty)
     py = tl.load(points_ptr + n * 3 + 1, mask=n_ok, other=0.0).to(acc_ty)
     pz = tl.load(points_ptr + n * 3 + 2, mask=n_ok, other=0.0).to(acc_ty)

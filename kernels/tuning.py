@@ -1,8 +1,8 @@
 """Autotuning: the candidate launches of an op are timed once per kind of work; the fastest is saved in a file.
 
-The time of a candidate includes all the work it causes, such as tiles of the table that no earlier layer has computed,
-since every step computes them again. Runs are timed as in a training step: back to back, with the L2 as the previous
-run leaves it and the host ahead of the device. The lowest median wins.
+The time of a candidate includes all the work it causes, such as tiles of the neighbor table that no earlier layer has
+computed, since every step computes them again. Runs are timed as in a training step: back to back, with the L2 cache as
+the previous run leaves it and the host ahead of the device. The lowest median wins.
 
 Off until `enable` is called: every op uses the first of its candidates, a sensible default. Candidates may sum in
 different orders, so results are bitwise equal only between runs with the same choices: tuning off, or the same file.
@@ -29,7 +29,7 @@ class _State:
     path: Path | None = None
     timer: object = None
     known: dict = field(default_factory=dict)  # device -> kind of work -> the fastest candidate, as a list
-    chosen: dict = field(default_factory=dict)  # in this process: (device, kind) -> candidate
+    chosen: dict = field(default_factory=dict)  # in this process: (device, kind of work) -> candidate
 
 
 _state = _State()
@@ -85,13 +85,13 @@ def choose(kind, candidates, run, device):
 
 
 def _look_up(work, candidates):
-    """The file's entry; None if there is none or it is no longer a candidate."""
+    """The candidate that the file names for the work; None if there is none or it is no longer a candidate."""
     known, name = _known(work)
     return next((c for c in candidates if list(c) == known.get(name)), None)
 
 
 def _search(work, candidates, run):
-    """The fastest; None where timing is not possible or not allowed."""
+    """The fastest candidate, which is also saved; None where timing is not possible or not allowed."""
     device = work[0]
     can_time = _state.timer is not None or device.type == "cuda"
     if not can_time or capturing(device) or strictly_deterministic():
@@ -139,7 +139,7 @@ def _milliseconds(fn, device):
 def _save():
     if _state.path is not None:
         _state.path.parent.mkdir(parents=True, exist_ok=True)
-        # not the process id, which a process on another machine may share
+        # a random name, not the process id: a process on another machine may have the same id
         new = _state.path.with_name(f"{_state.path.name}.{uuid.uuid4().hex}")
         new.write_text(json.dumps(_state.known, indent=1, sort_keys=True))
         new.replace(_state.path)

@@ -57,7 +57,7 @@ def sort_voxels(coords: Tensor, shape: Sequence[int], check: bool = True) -> tup
         coords: [N, 4] int32 (b, z, y, x), each once, in any order.
         shape:  cells (Z, Y, X).
         check:  raise on coordinates that are outside the grid or occur twice; waits for the device once. Unchecked,
-                such coordinates give wrong tables.
+                such coordinates give wrong neighbor tables.
 
     Returns:
         keys:  [N] int64 ascending.
@@ -108,7 +108,7 @@ def checked(coords, shape, *triples):
 def check_grid(cells, batch_size=1):
     """Raise ValueError if coordinates in a grid of `cells` (Z, Y, X) do not fit int32, or keys of a batch int64.
 
-    A convolution passes the grid that it reaches, including padding, since coordinates are computed in int32.
+    A convolution passes its grid enlarged by the padding, since it computes coordinates there in int32.
     """
     if max(cells) >= 2**31 or batch_size * prod(cells) > NO_KEY:
         raise ValueError(
@@ -130,7 +130,7 @@ def _keys_kernel(coords_ptr, keys_ptr, N, Z, Y, X, BLOCK: tl.constexpr):
 
 @triton.jit
 def load_voxels(coords_ptr, i, ok):
-    """b, z, y, x of the voxels i, int32."""
+    """b, z, y, x of the voxels with indices i, int32; 0 where not ok."""
     voxel_ptr = coords_ptr + i.to(tl.int64) * 4
     b = tl.load(voxel_ptr, mask=ok, other=0)
     z = tl.load(voxel_ptr + 1, mask=ok, other=0)

@@ -1,15 +1,15 @@
-"""Pool image features into a voxel volume: every pixel is spread along its ray, weighted by depth probability.
+"""Pool image features into a voxel volume: each pixel's feature is spread along its ray, weighted by depth probability.
 
     volume[x] = sum_{x(r, k) = x} F[r] * P[r, k]
 
     dL/dF[r] = sum_k P[r, k] * g[x(r, k)],   dL/dP[r, k] = <g[x(r, k)], F[r]>,   g = dL/dvolume
 
-x(r, k) is the voxel that contains point k of pixel r's ray. Consecutive points of a ray in one voxel form a run: its
-feature is read once and multiplied by the sum of the probabilities. For the forward, runs are sorted stably by voxel,
-and the program that owns a voxel sums its runs in order; of a voxel with many runs, an earlier kernel has already
-summed whole chunks. In the backward a program owns pixels and walks along their rays. No atomics.
+x(r, k) is the voxel that contains point k of pixel r's ray. Consecutive points of a ray in one voxel form a run: the
+pixel's feature is read once and multiplied by the sum of their probabilities. For the forward, runs are sorted stably
+by voxel, and each voxel's runs are summed in order by one program; where a voxel has many, an earlier kernel has summed
+chunks of CHUNK runs. In the backward a program handles a block of pixels and walks along their rays. No atomics.
 
-Sizes: R pixels of all views with D depth bins each, so P = R * D points; V voxels of all samples.
+Sizes: R pixels of the feature maps of all views, with D depth bins each, so P = R * D points; V voxels of all samples.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def voxel_pool(
         lidar2image: [B, N, 4, 4] LiDAR meters -> (u*d, v*d, d, 1).
         low, cell:   (x, y, z) meters, LiDAR frame: lower corner of the grid, size of a voxel.
         shape:       voxels (X, Y, Z).
-        stride:      pixels from one feature to the next.
+        stride:      image pixels from one feature to the next.
         depth_range: (nearest, farthest) meters along the optical axis, divided into D bins.
         truncate:    round cell coordinates towards zero, as the original does, instead of down: points up to one voxel
                      below the grid's lower faces then go to the first voxels.
@@ -62,7 +62,7 @@ def voxel_pool(
 
 
 def voxel_pool_ref(features, depths, lidar2image, low, cell, shape, stride, depth_range, truncate=False):
-    """`voxel_pool` in plain PyTorch: a voxel is a weighted sum of the rows of its points."""
+    """`voxel_pool` in plain PyTorch: a voxel is a weighted sum of the feature rows of its points."""
     (B, _, _, _, C), D = features.shape, depths.shape[4]
     X, Y, Z = shape
     V = B * X * Y * Z
@@ -87,7 +87,7 @@ def voxel_pool_ref(features, depths, lidar2image, low, cell, shape, stride, dept
 
 
 def _geometry(lidar2image, low, cell, depth_range, D):
-    """The frusta in fp64: matrices (u*d, v*d, d, 1) -> cell coordinates [B, N, 3, 4], depths of the bins [D]."""
+    """In fp64: matrices (u*d, v*d, d, 1) -> cell coordinates (x, y, z) [B, N, 3, 4], and the depths of the bins [D]."""
     # unlike `torch.inverse`, does not wait for the device to check for errors
     meters = torch.linalg.inv_ex(lidar2image.double()).inverse[..., :3, :]
     rows = [torch.cat([meters[..., i, :3], meters[..., i, 3:] - low[i]], dim=-1) for i in range(3)]
@@ -99,7 +99,7 @@ def _geometry(lidar2image, low, cell, depth_range, D):
 
 
 def _voxels_ref(matrices, bins, sizes, shape, stride, truncate):
-    """[R * D] index of each point's voxel among those of all samples; V for points outside."""
+    """[R * D] index of each point's voxel among those of all samples; V for points outside the grid."""
     B, _, h, w, _ = sizes
     X, Y, Z = shape
     u = torch.arange(w, device=bins.device)[:, None] * stride  # [w, 1]
@@ -172,10 +172,10 @@ class VoxelPool(torch.autograd.Function):
 
 
 def _find_points(lidar2image, sizes, D, low, cell, shape, stride, depth_range, truncate):
-    """Voxels and runs of all points, from the cameras alone; `sizes` is the features' [B, N, h, w, C]. All int32.
+    """Voxels and runs of all points, which depend on the cameras only. sizes: the features' (B, N, h, w, C).
 
-    Returns:
-        voxel: [P] voxel of each point; V for points outside.
+    Returns, all int32:
+        voxel: [P] voxel of each point; V for points outside the grid.
         order: [P] first point of each run, sorted by voxel, then all other points.
         pixel: [P] pixel of each point of `order`.
         begin: [V + 1] each voxel's first run in `order`.

@@ -2,8 +2,8 @@
 
     cell = floor((point - low) / size)  in float32, as in the original; a voxel's feature is the mean of its points
 
-Points are sorted stably by the key of their cell, so those of a cell are adjacent, in input order: which points count
-and the order of summation are the same from run to run. No atomics.
+Points are sorted stably by the key of their cell, so those of a cell are adjacent, in input order: which points are
+used and the order of summation are the same from run to run. No atomics.
 
 Sizes: P points of B samples, C values per point, V voxels.
 """
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unipad.kernels.backend import host_wait, jit, on_triton, tl, to_host, triton
-from unipad.kernels.voxel_keys import NO_KEY, check_grid  # NO_KEY: of points outside the grid
+from unipad.kernels.voxel_keys import NO_KEY, check_grid  # NO_KEY: the key of points outside the grid
 
 
 @torch.no_grad()
@@ -144,8 +144,8 @@ def grid_sample(
 
     Waits for the device once, for V and the extent. Raises ValueError if the coordinates of a cell do not fit int32,
     e.g. because a point is not finite. Plain PyTorch on every device, without a Triton kernel. Follows GridSample of
-    Pointcept, which counts cells from each sample's minimum; that shifts their coordinates, not their borders. (Its
-    copy in the original rounds towards zero, so that cells next to the origin are twice as long.)
+    Pointcept, which counts cells from each sample's minimum; that shifts their coordinates, not their borders. (The
+    original's copy of GridSample rounds towards zero, so that cells next to the origin are twice as long.)
     """
     counts, P = _check(points, point_counts), len(points)
     assert cell > 0, f"cells have a size above 0, not {cell}"
@@ -178,17 +178,17 @@ def grid_sample(
 
 
 def _check(points, point_counts):
-    """The points of each sample, [B] int64 on the CPU."""
+    """The number of points of each sample, [B] int64 on the CPU, after checks of the arguments."""
     counts = torch.as_tensor(point_counts, dtype=torch.int64)
     fits = points.dim() == 2 and points.shape[1] >= 3 and points.dtype == torch.float32
     assert fits, f"points are [P, 3 or more] float32, not {tuple(points.shape)} {points.dtype}"
-    assert counts.device.type == "cpu", "points are counted on the CPU, so that nothing waits for the device"
+    assert counts.device.type == "cpu", "point_counts must be on the CPU, so that nothing waits for the device"
     assert int(counts.sum()) == len(points), f"{counts.tolist()} points in the samples, {len(points)} in all"
     return counts
 
 
 def _samples(counts, points):
-    """[P] int64, the sample of each point."""
+    """[P] int64, index of the sample of each point."""
     samples, counts = torch.arange(len(counts), device=points.device), counts.to(points.device, non_blocking=True)
     return samples.repeat_interleave(counts, output_size=len(points))
 
@@ -230,7 +230,7 @@ def _mark_first_kernel(
     keys_ptr, order_ptr, start_idx_ptr,  # [P] sorted, [P], [P]
     P, NO_KEY: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """For the first point of each voxel, where the voxel's points start in `order`; -1 for other points."""
+    """Write, for the first point of each voxel, where the voxel's points start in `order`; -1 for other points."""
     q = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)  # [BLOCK_P]
     q_ok = q < P
     key = tl.load(keys_ptr + q, mask=q_ok, other=NO_KEY)

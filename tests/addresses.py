@@ -36,12 +36,12 @@ KNOWN_SMALL = {  # file -> part of a source line -> why its product stays below 
     "sparse_tiles.py": {"size = size * 2": "a power of two up to the rows of a window"},
     "trilinear.py": {"2 * C": "channels", "2 * upper - 1": "-1 or 1"},
     "voxel_pool.py": {
-        "view * 12": "matrices",
-        "p = r * D + k": "point index; voxel_pool asserts points < 2^31",
-        "chunk * CHUNK": "position of a point in sorted order",
-        "first * CHUNK": "position of a point in sorted order",
-        "whole * (CHUNK - 1)": "points of one voxel",
-        "range(0, tl.max(terms, axis=0)": "points of one voxel",
+        "view * 12": "index of a matrix entry; views are few",
+        "p = r * D + k": "point index; voxel_pool asserts points < 2^30",
+        "chunk * CHUNK": "index of a sorted run; runs are at most as many as points",
+        "first * CHUNK": "index of a sorted run",
+        "whole * (CHUNK - 1)": "runs of one voxel",
+        "range(0, tl.max(terms, axis=0)": "runs of one voxel",
         "range(0, D": "depth bins along the ray of a pixel",
     },
 }
@@ -159,6 +159,6 @@ def _source(text, ttir):
         if position:
             break
         alias = re.search(r"#loc\d*", body)[0]
-    # a cached TTIR may name another checkout, even a removed one, that had the same source
+    # a cached TTIR may name another checkout that had the same source, even a removed one
     file = Path(__file__).parents[1] / Path(position[1]).parent.name / Path(position[1]).name
     return file.name, file.read_text().splitlines()[int(position[2]) - 1].strip()

@@ -47,7 +47,7 @@ class Launch:
     shared: int = 0  # at most, bytes per program
     stack: int = 0  # at most, bytes per thread; above 0 means spills and needs a comment that says why
     mma: str = ""  # the matrix instruction that sm_90's machine code must have, "HGMMA" or "HMMA"; sm_80 only has HMMA
-    budgets: tuple = ("sm_90",)  # the targets, out of ASSEMBLED, whose limits are asserted; on AMD only `stack`
+    budgets: tuple = ("sm_90",)  # the targets, out of ASSEMBLED, on which the limits are asserted; on AMD only `stack`
 
     def matrix(self, target):
         """The matrix instruction that the machine code for `target` must have, "" for none."""
@@ -68,7 +68,10 @@ def launches_of(kernel_file, which):
 
 
 def compile_launches(kernel_file, which="first"):
-    """Print the cost of every launch as a JSON line: shared memory, and on targets in its `budgets` all resources."""
+    """Print the cost of every launch as a JSON line: shared memory, and on targets in its `budgets` all resources.
+
+    For targets in ASSEMBLED, the line also has the launch's `int32_products`.
+    """
     module = importlib.import_module(f"unipad.kernels.{kernel_file}")
     for launch, element, target in launches_of(kernel_file, which):
         kernel = getattr(module, launch.kernel)
@@ -86,7 +89,7 @@ class _Allocated(Exception):
 
 
 def shared_of(kernel, launch, element, target):
-    """Bytes of shared memory per program. Stops before PTX, so the assembler need not support the target."""
+    """Bytes of shared memory per program. Stops before the assembler, which need not support the target."""
     from triton.backends.amd.compiler import HIPBackend
     from triton.backends.nvidia.compiler import CUDABackend
 
@@ -174,6 +177,7 @@ def instructions(compiled, *kinds):
 
 
 def _dump(compiled, tool, option):
+    """What one of NVIDIA's binary utilities prints about the machine code."""
     import triton
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:

@@ -8,18 +8,18 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from unipad.kernels import backend
 
-SLACK = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # fraction of the largest true value
+SLACK = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # fraction of the largest fp64 value
 
 
 def check_against_ref(op, ref, inputs, dtype, wrt=None, slack=None, magnitude=0.0):
-    """Assert that the error of `op` w.r.t. fp64 is at most twice that of `ref` run in `dtype`, plus some slack.
+    """Assert that the error of `op` w.r.t. `ref` in fp64 is at most twice that of `ref` in `dtype`, plus some slack.
 
     op, ref:   same signature, return a tensor or a tuple of tensors; integer and bool outputs must be equal.
     inputs:    dict name -> value. fp64 tensors are cast to `dtype`; fp32 ones are geometry and stay fp32;
                lists of tensors are handled element by element; anything else is passed through.
     wrt:       names of the inputs whose gradients are compared too; None: all floating-point tensors.
-    slack:     as a fraction of the largest true value; None: SLACK of the type.
-    magnitude: size of terms that cancel in outputs or gradients; if larger, it replaces the largest true value.
+    slack:     as a fraction of the largest fp64 value; None: SLACK of the type.
+    magnitude: size of terms that cancel in outputs or gradients; if larger, it replaces the largest fp64 value.
 
     Also asserts that `op` launched a kernel, and that it launched none when all its outputs are empty.
     """
@@ -77,18 +77,19 @@ class DivideLikeGpu(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# Operators for which the host waits
+# Operators whose result the host waits for
 BLOCKING = "nonzero", "_local_scalar_dense", "_unique2", "unique_consecutive", "unique_dim", "masked_select", "equal"
 
 
 class WaitRecorder(TorchDispatchMode):
-    """Records where the host would wait for a GPU. `named`: the reasons of the `backend.host_wait`s that contain the
-    waits; `unnamed`: names of the operators that wait outside of them.
+    """Records where the host would wait for a GPU.
+
+    named:   reason of the `backend.host_wait` around each wait.
+    unnamed: name of each operator that waits outside of a `backend.host_wait`.
+    without: modules whose kernels are not run, to save time: no tensor's size depends on their results.
 
     Creating a tensor from a list counts, since the host waits for its copy. Operators inside kernels do not count: they
     are the interpreter's.
-
-    without: modules whose kernels are not run, since no size depends on their results.
     """
 
     def __init__(self, without=()):

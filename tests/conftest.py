@@ -6,7 +6,7 @@ import shutil
 
 # The processes of pytest-xdist share the cores. Must be set before torch loads OpenMP.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Under strict determinism cuBLAS raises without it (see also `unipad.runtime.start`). Must be set before CUDA starts.
+# Without this cuBLAS raises under strict determinism (see also `unipad.runtime.start`). Must be set before CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
@@ -70,4 +70,5 @@ def copy(city, tmp_path, own_user_cache):
 
 @pytest.fixture
 def own_user_cache(tmp_path, monkeypatch):
+    """The user's cache folder is one of the test's own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

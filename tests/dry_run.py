@@ -41,7 +41,7 @@ class DeviceMismatch(AssertionError):
 
 
 class Generator(torch.Generator):
-    """A CUDA generator, for which CUDA is not needed: a CPU generator, recognized by its seed."""
+    """Stands for a CUDA generator, which cannot be created without CUDA: a CPU generator, recognized by its seed."""
 
     device, marker_seed = CUDA, 20_240_617
 
@@ -53,11 +53,12 @@ class Generator(torch.Generator):
 class DryRun(contextlib.ExitStack):
     """Inside this context there is a "cuda" device, which computes shapes only.
 
-    answers:  reason of a `host_wait` -> the value that the host reads, such as a number of nonzero elements; or a list
-              of such values, returned one after the other
-    calls:    (kernel, arguments by name) of every launch
-    launches: a `Launch` for every launch
-    operators: names of PyTorch operators that ran on the GPU, one launch or more each; not views and allocations
+    answers:   reason of a `host_wait` -> the value that the host reads, such as a number of nonzero elements; or a list
+               of such values, returned one after the other
+    calls:     (kernel, arguments by name) of every launch
+    launches:  a `Launch` for every launch
+    operators: name -> number of calls of each PyTorch operator on the GPU, which launches one kernel or more; without
+               views and allocations
 
     The device is an AMD GPU if `torch.version.hip` is set.
     """
@@ -184,7 +185,7 @@ _ALLOCATE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_str
 
 
 def _launches(func):
-    """Whether an operator computes, and does not only allocate or make a view."""
+    """Whether an operator launches a kernel: it does more than allocate or make a view."""
     is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
     return func.namespace == "aten" and not is_view and func.overloadpacket.__name__ not in _ALLOCATE
 
@@ -194,7 +195,7 @@ def _tensors(tree):
 
 
 def _indexes_by_mask(func, args):
-    """Whether the operator indexes by a mask and has to count its true elements; writing a CPU scalar does not."""
+    """Whether the operator indexes by a mask and must count its true elements; to write a CPU scalar it need not."""
     if func not in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
         return False
     masked = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
@@ -218,7 +219,7 @@ def _install_cuda_guard():
 
 
 def to_gpu(net):
-    """Move parameters and buffers of a module from the meta device to the GPU; other tensors stay where they are."""
+    """Replace a module's parameters and buffers by uninitialized ones on the GPU; other tensors stay where they are."""
     for module in net.modules():
         for name, p in module._parameters.items():
             if p is not None:
@@ -243,15 +244,15 @@ def backward(loss):
     grads = {loss.grad_fn: [torch.ones_like(loss)]}
     with torch.no_grad():
         for node in _topological_order(loss.grad_fn):
-            given = grads.pop(node, None)
-            if given is None:
+            d_outs = grads.pop(node, None)
+            if d_outs is None:
                 continue
             edges = node.next_functions
-            for (below, i), grad in zip(edges, _call_node(node, given), strict=True):
-                if below is None or grad is None:
+            for (next_node, i), grad in zip(edges, _call_node(node, d_outs), strict=True):
+                if next_node is None or grad is None:
                     continue
-                metadata = below._input_metadata
-                sums = grads.setdefault(below, [None] * len(metadata))
+                metadata = next_node._input_metadata
+                sums = grads.setdefault(next_node, [None] * len(metadata))
                 if grad.device != metadata[i].device:
                     raise DeviceMismatch(f"{node.name()} returns a gradient on {grad.device} for {metadata[i].device}")
                 grad = grad.to(metadata[i].dtype)
@@ -260,21 +261,21 @@ def backward(loss):
                 sums[i] = grad if sums[i] is None else sums[i] + grad
 
 
-def _call_node(node, given):
-    """The gradients w.r.t. a node's inputs, one for each of its edges."""
+def _call_node(node, d_outs):
+    """The gradients w.r.t. a node's inputs, one for each of its edges, from those w.r.t. its outputs."""
     if not isinstance(node, torch.autograd.function.BackwardCFunction):
-        out = node(*given)
+        out = node(*d_outs)
         return out if isinstance(out, tuple) else (out,) * len(node.next_functions)
-    given = [g if g is not None else torch.zeros(m.shape, dtype=m.dtype, device=m.device)
-             for g, m in zip(given, node._input_metadata, strict=True)]  # fmt: skip
-    out = node.apply(*given)
+    d_outs = [g if g is not None else torch.zeros(m.shape, dtype=m.dtype, device=m.device)
+              for g, m in zip(d_outs, node._input_metadata, strict=True)]  # fmt: skip
+    out = node.apply(*d_outs)
     out = out if isinstance(out, tuple) else (out,)
     grads = iter([g for g, needed in zip(out, node.needs_input_grad, strict=True) if needed])
-    return [None if below is None else next(grads) for below, _ in node.next_functions]
+    return [None if next_node is None else next(grads) for next_node, _ in node.next_functions]
 
 
 def _topological_order(root):
-    """All nodes of a graph, each before those that it passes gradients to."""
+    """All nodes of an autograd graph, each before those that it passes gradients to."""
     order, seen, stack = [], set(), [(root, False)]
     while stack:
         node, done = stack.pop()
@@ -283,7 +284,7 @@ def _topological_order(root):
         elif node not in seen:
             seen.add(node)
             stack.append((node, True))
-            stack.extend((below, False) for below, _ in node.next_functions if below is not None)
+            stack.extend((next_node, False) for next_node, _ in node.next_functions if next_node is not None)
     return reversed(order)
 
 

@@ -36,7 +36,7 @@ SHARED = {"sm_80": 101_376, "sm_90": 232_448, "sm_120": 101_376, "gfx942": 65_53
 MAIN = ("train camera-0.1", "detect lidar-0.075", "segment segment")
 WITH_VARIANTS = ("train camera-0.1", "train lidar-0.075", "detect camera-0.075", "segment segment")
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-VOXELS = 90_000  # occupied ones per sample; masking keeps a fifth of them
+VOXELS = 90_000  # occupied voxels per sample; masking keeps a fifth of them
 
 
 @dataclass(frozen=True)
@@ -74,18 +74,18 @@ def steps():
 
 
 def dry_step(step, scene=0):
-    """Run a step and return its `DryRun`. scene: varies the numbers of points, voxels and boxes."""
+    """Run a step and return its `DryRun`. scene: a number on which those of points, voxels and boxes depend."""
     recipe, precision = _shallow(step.recipe), PRECISIONS[step.precision]
-    kind = {PretrainRecipe: Pretrain, DetectRecipe: Detector}.get(type(recipe), Segmenter)
+    model = {PretrainRecipe: Pretrain, DetectRecipe: Detector}.get(type(recipe), Segmenter)
     with torch.device("meta"):
-        net = kind(recipe)
+        net = model(recipe)
     torch.use_deterministic_algorithms(step.deterministic)
     with DryRun(answers(recipe, scene)) as dry:
         net = to_gpu(net)
         batch = make_batch(recipe, scene)
         with torch.autocast("cuda", precision, enabled=precision != torch.float32):
             losses = net(batch, [Generator() for _ in range(len(batch))])
-        losses = losses[0] if kind is Pretrain else losses
+        losses = losses[0] if model is Pretrain else losses
         backward(sum(losses.values()))
         torch.nn.utils.clip_grad_norm_(net.parameters(), recipe.optim.clip)
         missing = [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None]
@@ -153,18 +153,18 @@ def specialized_on_data(calls, other_calls):
     found = set()
     for (kernel, given), (other, other_given) in zip(calls, other_calls, strict=True):
         assert kernel is other, f"{kernel.__name__} is launched here, {other.__name__} in another scene"
-        free = {p.name for p in kernel.params if p.do_not_specialize and not isinstance(given.get(p.name), tuple)}
+        generic = {p.name for p in kernel.params if p.do_not_specialize and not isinstance(given.get(p.name), tuple)}
         for name, value in given.items():
             numbers = [[n for n in tree_iter(v) if isinstance(n, int)] for v in (value, other_given[name])]
-            if numbers[0] != numbers[1] and name not in free:  # Triton always specializes on elements of tuples
+            if numbers[0] != numbers[1] and name not in generic:  # Triton always specializes on elements of tuples
                 found.add((kernel.__name__, name))
     return found
 
 
 def count_specializations(scenes, first, seed=0):
-    """Specializations per kernel in training steps of a sparse encoder: after the first scenes, and after all.
+    """Number of specializations per kernel in training steps of a sparse encoder: after `first` steps, and after all.
 
-    scenes: number of scenes, with 1 to 150,000 voxels each; half of them have fewer than 1000.
+    scenes: number of training steps, with a scene of 1 to 150,000 voxels each; half of them have fewer than 1000.
     """
     rng = random.Random(seed)
     sizes = [1, 16, *(rng.randrange(1, rng.choice([1000, 150_000])) for _ in range(scenes - 2))]
@@ -187,7 +187,7 @@ def count_specializations(scenes, first, seed=0):
 
 
 def compile_line(launch, target):
-    """Compile a launch for a target; returns its line of output."""
+    """Compile a launch for a target; returns its line of output as a dict."""
     line = {"kernel": launch.kernel, "target": target}
     try:
         line["shared"] = launch.compile(target).metadata.shared
@@ -237,7 +237,7 @@ def _compile_line(work):
 
 
 def print_seeded_faults():
-    """Print which of a list of deliberate faults are detected."""
+    """Print a JSON line for each deliberate fault: the error that detects it, or None (tests/test_dry_step.py)."""
 
     def caught(fault):
         """The exception's name, or the `DryRun` if there was none."""

@@ -1,4 +1,4 @@
-"""Write docs/faithfulness.md: how closely each record of the original code is reproduced.
+"""Write docs/faithfulness.md: how closely our modules reproduce each record of the original code.
 
     python -m tests.faithfulness
 
@@ -97,7 +97,7 @@ def _calls(text, names):
 
 
 def table(errors):
-    """The page. errors: as `Collector.errors`."""
+    """The text of docs/faithfulness.md. errors: as `Collector.errors`."""
     rows = []
     for record, contents in RECORDS.items():
         if not errors[record]:

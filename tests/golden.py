@@ -31,7 +31,7 @@ def strip_prefix(arrays, prefix):
 
 
 def weights(arrays, part, kind="state/"):
-    """State dict of our module with prefix `part` (such as "project."), converted from the arrays of a kind."""
+    """State dict of our module with prefix `part` (such as "project."). kind: "state/", or "grad/" for gradients."""
     return strip_prefix(from_original(strip_prefix(arrays, kind))[0], part)
 
 

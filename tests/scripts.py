@@ -1,4 +1,4 @@
-"""Run Python programs in separate processes, as a user does, but forked from a server that has imported them already.
+"""Run Python programs in separate processes, as a user does, but forked from a server that has imported their modules.
 
 Imports take ten seconds of CPU time, and the test suite starts programs fifty times. The server computes nothing before
 it forks, so the processes inherit no OpenMP threads.
@@ -68,13 +68,13 @@ class Script:
         return self.process.exitcode
 
     def communicate(self, timeout=None):
-        """What it printed to stdout and to stderr."""
+        """Waits for the program; returns what it printed to stdout and to stderr."""
         self.wait(timeout)
         return tuple((self.output / name).read_text() for name in ("stdout", "stderr"))
 
 
 def run(*args, cwd=REPO, path="", timeout=300):
-    """Run a program until it exits."""
+    """Run a program until it exits, like `subprocess.run`."""
     script = Script(*args, cwd=cwd, path=path)
     out, err = script.communicate(timeout)
     return subprocess.CompletedProcess(script.args, script.returncode, out, err)
@@ -97,17 +97,17 @@ def _run(args, cwd, path, variables, output):
     for fd, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{output}/{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), fd)
     os.chdir(cwd)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the suite runs under nohup
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, under which the tests may run, ignores it
     multiprocessing.set_start_method("fork", force=True)  # as in a process that was not started by multiprocessing
     sys.path[0] = str(REPO)
     sys.path.append(path)
-    kind, *rest = args
-    if kind == "-c":
+    first, *rest = args
+    if first == "-c":
         sys.argv = ["-c", *rest[1:]]
         exec(rest[0], {"__name__": "__main__"})
-    elif kind == "-m":
+    elif first == "-m":
         sys.argv = rest
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     else:
-        sys.argv = [str(REPO / kind), *rest]
+        sys.argv = [str(REPO / first), *rest]
         runpy.run_path(sys.argv[0], run_name="__main__")

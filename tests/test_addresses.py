@@ -1,4 +1,4 @@
-"""`tests.addresses` finds int32 products in the addresses of kernels that have them, and of no others.
+"""`tests.addresses` finds int32 products in the addresses of kernels that have them, and none in another kernel.
 
 The project's own kernels are checked where they are compiled anyway: tests/test_compiles.py.
 """
@@ -38,7 +38,7 @@ def carried(x_ptr, row_idx_ptr, N, C, BLOCK: tl.constexpr):
 def wide(x_ptr, row_idx_ptr, N, C, BLOCK: tl.constexpr):
     for block in range(tl.program_id(0), tl.cdiv(N, BLOCK), 8):
         i = block * BLOCK + tl.arange(0, BLOCK)
-        row = tl.load(row_idx_ptr + i, mask=i * C < N * C, other=0)
+        row = tl.load(row_idx_ptr + i, mask=i * C < N * C, other=0)  # masks are no addresses
         c = tl.arange(0, BLOCK) // 4 * 4
         tl.store(x_ptr + row.to(tl.int64) * C + c, 0.0, mask=i < N)
 

@@ -1,4 +1,4 @@
-"""The batch and the stream of batches, on fake samples."""
+"""Collating samples into batches, and the streams of batches, with fake samples."""
 
 import itertools
 
@@ -13,7 +13,7 @@ from unipad.data.loader import held_out_batches, step_batches
 
 
 def sample(token, points=3, boxes=2, size=(40, 33), labeled=True):
-    """A sample in which every value is the number `token`; pixels: token + index of the view."""
+    """A sample in which every value is the number `token`; pixels have the value token + index of the view."""
     views = len(CAMERAS)
     return Sample(
         images=[np.full((*size, 3), token + view, np.uint8) for view in range(views)],
@@ -134,7 +134,8 @@ def test_bad_frames_are_replaced_by_uniformly_drawn_ones():
     """Only frames 0 and 11 of twelve can be read; replacing a bad frame by the next one would favor frame 11."""
     batches = itertools.islice(step_batches(FakeDataset(12, bad=range(1, 11)), micro_batch=12), 20)
     shown = [token for batch, _ in batches for token in batch.tokens]
-    assert abs(shown.count("0") - 120) < 5 * np.sqrt(200 / 4)  # 20 frames without replacement + 200 draws; 5 sigma
+    # once in each of 20 batches, and in half of the 200 replacements; 5 sigma
+    assert abs(shown.count("0") - 120) < 5 * np.sqrt(200 / 4)
 
 
 def test_a_dataset_without_readable_frames_is_a_user_error(monkeypatch):
@@ -144,8 +145,8 @@ def test_a_dataset_without_readable_frames_is_a_user_error(monkeypatch):
 
 
 def test_held_out_frames_are_evenly_spaced_and_divided_among_processes():
-    frames = [(p, batch.tokens) for p, batch in held_out_batches(FakeDataset(10), 4)]
+    frames = [(position, batch.tokens) for position, batch in held_out_batches(FakeDataset(10), 4)]
     assert frames == [(0, ("0",)), (1, ("2",)), (2, ("5",)), (3, ("7",))]
     shared = [list(held_out_batches(FakeDataset(10), 4, rank, 2)) for rank in range(2)]
-    assert [[p for p, _ in part] for part in shared] == [[0, 2], [1, 3]]
+    assert [[position for position, _ in part] for part in shared] == [[0, 2], [1, 3]]
     assert len(list(held_out_batches(FakeDataset(3), 8))) == 3

@@ -28,13 +28,14 @@ def random_boxes(n):
 
 
 def at_center(boxes):
-    """Boxes as in `Batch` from recorded ones whose z is that of the center, as in the original's box coder."""
+    """Boxes as in `Batch` from boxes of the original whose z is that of the center, as in its box coder."""
     ours = boxes_from_original(boxes)
     ours[..., 2] -= ours[..., 5] / 2
     return ours
 
 
 def test_conversions_by_hand():
+    # x, y, log w, log l, z, log h, sin and cos of yaw', vx, vy
     code = torch.tensor([[1, 2, math.log(2), math.log(4), 3, math.log(1.5), -(0.75**0.5), -0.5, 5, -6]])
     assert torch.allclose(encode_boxes(BOX), code.double(), rtol=0, atol=1e-7)
     original = boxes_to_original(BOX)
@@ -60,7 +61,7 @@ def test_round_trips():
     assert torch.allclose(decode_boxes(stretched), boxes, rtol=0, atol=1e-12)
 
 
-def test_codes_match_the_original():
+def test_box_codes_match_the_original():
     arrays, _ = load("det_box_utils")
     boxes = at_center(arrays["in/boxes"])
     assert_close_to_max(encode_boxes(boxes), arrays["out/normalized"], 1e-6)
@@ -93,7 +94,7 @@ def test_to_global_is_the_inverse_of_from_global():
     box2global[:, :3, 3] = translation
     back = boxes_from_global(box2global, size, velocity, np.tile(lidar2global, (8, 1, 1)))
     np.testing.assert_allclose(back[:, :7], boxes[:, :7], rtol=0, atol=2e-5)
-    np.testing.assert_allclose(back[:, 7:], boxes[:, 7:], rtol=0, atol=0.05)  # the LiDAR is tilted by 2 degrees
+    np.testing.assert_allclose(back[:, 7:], boxes[:, 7:], rtol=0, atol=0.05)  # vz is lost, and the LiDAR tilted
     assert [len(t) for t in boxes_to_global(boxes[:0], lidar2global)] == [0, 0, 0, 0]
 
 

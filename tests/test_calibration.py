@@ -21,7 +21,7 @@ def sample(city):
 
 
 def rig(sample, cameras):
-    """The sample with another number of cameras; the images of every second one have half the size."""
+    """The sample with another number of cameras; every second image has half the size."""
     views = [k % len(sample.images) for k in range(cameras)]
     scales = np.stack([np.diag([1 / (1 + k % 2), 1 / (1 + k % 2), 1, 1]) for k in range(cameras)])
     return replace(
@@ -36,7 +36,7 @@ def rig(sample, cameras):
 @pytest.mark.parametrize("cameras", [1, 5, 6, 8])
 def test_any_number_of_cameras_is_drawn(sample, cameras):
     picture = calibration_view(rig(sample, cameras), width=160)
-    columns = min(cameras, 3 if cameras < 7 else 4)
+    columns = min(cameras, 3 if cameras < 7 else 4)  # of images, each 160 pixels wide
     assert picture.dtype == np.uint8 and picture.shape[0] >= 480 and picture.shape[1] > columns * 160
     assert len(report(rig(sample, cameras)).splitlines()) == cameras + 2
 
@@ -61,7 +61,7 @@ def test_a_point_is_drawn_at_its_pixel_in_the_color_of_its_depth(sample):
     color = 255 * np.array(calibration.DEPTHS(12 / calibration.FAR)[:3])
     near = np.abs(calibration_view(one, width=160)[:, 480:620] - color).max(axis=-1) < 20  # left of the color bar
     assert 0 < near.sum() < 100
-    first = report(one).splitlines()[1].split()
+    first = report(one).splitlines()[1].split()  # name, size, position, direction, field of view, points
     assert first[:5] == ["camera", "0", "200", "x", "200"] and first[5:8] == ["0.00", "0.00", "0.00"]
     assert first[8:] == ["0°", "90°", "1"]  # points of earlier sweeps are not counted
 

@@ -10,7 +10,7 @@ from unipad.model.camera import FPN, MEAN, STD, Block, CameraEncoder, ConvNeXt
 from unipad.model.mask import draw_mask
 from unipad.recipes import PRETRAIN
 
-DEPTHS, WIDTHS = (1, 2, 3, 1), (8, 16, 32, 64)  # of the records in tests/golden
+DEPTHS, WIDTHS = (1, 2, 3, 1), (8, 16, 32, 64)  # of the ConvNeXt in the records of tests/golden
 SMALL = CameraConfig(
     depths=(1, 1, 2, 1), widths=(4, 8, 16, 32), drop_path=0.0, frozen_stages=0, channels=8, fpn_levels=4, depth_bins=5
 )
@@ -58,8 +58,8 @@ def test_mask_matches_the_original():
     assert torch.equal(draw_mask(arrays["in/rand_masking"], 3, 5, 0.3), arrays["in/mask"])
 
 
-@pytest.mark.parametrize("ratio, kept", [(0.0, 15), (0.3, 10), (0.5, 8), (0.1, 14)])  # 15 * (1 - ratio), .5 to even
-def test_mask_hides_a_fixed_fraction(ratio, kept):
+@pytest.mark.parametrize("ratio, kept", [(0.0, 15), (0.3, 10), (0.5, 8), (0.1, 14)])  # round(15 * (1 - ratio))
+def test_mask_hides_a_fixed_number_of_patches(ratio, kept):
     mask = draw_mask(torch.rand(4, 15), 3, 5, ratio)
     assert mask.shape == (4, 1, 3, 5) and mask.flatten(1).sum(1).tolist() == [kept] * 4
 
@@ -125,7 +125,7 @@ def test_each_image_has_its_own_padding():
     assert [int((view != 0).all(0).sum()) for view in out[0]] == [32 * 20, 10 * 64]
 
 
-def test_padding_does_not_change_the_size_of_gradients():
+def test_padding_hardly_changes_the_norm_of_gradients():
     """Images are padded to 128 x 224; in an untrained encoder all features of the padding are 0."""
     encoder = CameraEncoder(SMALL)
     norms = []
@@ -208,7 +208,7 @@ def test_drop_path_skips_or_amplifies_a_branch():
     image = torch.randn(1, 3, 32, 32).expand(2, -1, -1, -1)
     dropped, kept = net(image, drop_noise=torch.tensor([[0.2499, 0.0], [0.25, 0.0]]))[0]
     skipped = net.downsample_layers[0](image[:1])[0]
-    whole = net.eval()(image[:1], drop_noise=torch.zeros(1, 2))[0][0]  # noise counts in training only
+    whole = net.eval()(image[:1], drop_noise=torch.zeros(1, 2))[0][0]  # eval ignores the noise
     torch.testing.assert_close(dropped, skipped)
     torch.testing.assert_close(kept, skipped + (whole - skipped) / 0.75)
 
@@ -267,7 +267,7 @@ def test_fewer_levels_than_stages_are_rejected():
 
 
 def test_checkpointing_is_bitwise_equal(monkeypatch):
-    """Activation checkpointing with a mask, drop path and a frozen stage: trained blocks run forward twice."""
+    """Activation checkpointing, with a mask, drop path and a frozen stage: trained blocks run forward twice."""
     encoder = make_encoder(replace(SMALL, drop_path=0.3, frozen_stages=1)).train()
     images, mask, noise = make_images(1, 2), draw_mask(torch.rand(2, 6), 2, 3, 0.3), torch.rand(2, 5)
     calls, forward = [], Block.forward

@@ -40,7 +40,7 @@ from unipad.recipes import DETECT, PRETRAIN
 
 REPO = Path(__file__).parent.parent
 VERSION, SIZE, KEYFRAMES = "v1.0-mini", (64, 96), 3
-THREE = Data(camera_sweeps=3)
+THREE = Data(camera_sweeps=3)  # frames: the keyframe and two sweeps
 TINY_CAMERA = config.CameraConfig(
     depths=(1, 1, 1, 1), widths=(4, 8, 16, 32), channels=8, drop_path=0.0, frozen_stages=0, depth_bins=16
 )
@@ -61,7 +61,7 @@ def nusc(city):
 
 
 def sample_data_chain(nusc, sample, camera, count):
-    """A camera's `sample_data` at the keyframe and `count` predecessors (`prev`); the first is repeated."""
+    """A camera's `sample_data` at the keyframe and `count` before it (`prev`), repeating the first of the scene."""
     chain = [nusc.get("sample_data", nusc.get("sample", sample.token)["data"][camera])]
     while len(chain) <= count:
         chain.append(nusc.get("sample_data", chain[-1]["prev"]) if chain[-1]["prev"] else chain[-1])
@@ -69,6 +69,7 @@ def sample_data_chain(nusc, sample, camera, count):
 
 
 def sensor2global(nusc, record):
+    """[4, 4] from the devkit's tables, at the time of a `sample_data` record."""
     sensor = nusc.get("calibrated_sensor", record["calibrated_sensor_token"])
     ego = nusc.get("ego_pose", record["ego_pose_token"])
     steps = (transform_matrix(r["translation"], Quaternion(r["rotation"])) for r in (ego, sensor))
@@ -76,7 +77,7 @@ def sensor2global(nusc, record):
 
 
 def test_sample_data_of_cameras_are_linked_as_in_nuscenes(nusc, city):
-    """`next` leads through keyframes and sweeps. Those before a keyframe are at 12 Hz, and have its sample token."""
+    """`next` leads through keyframes and sweeps. Sweeps precede a keyframe at 12 Hz and have its sample token."""
     for scene in nusc.scene:
         samples = [nusc.get("sample", scene["first_sample_token"])]
         while samples[-1]["next"]:
@@ -105,12 +106,12 @@ def test_files_poses_and_times_of_sweeps_match_the_devkit(nusc, city):
         for n, camera in enumerate(CAMERAS):
             chain = sample_data_chain(nusc, sample, camera, 5)
             assert [r["filename"] for r in chain[1:]] == [f.decode() for f in sweeps.image_files[i, :, n]]
-            for w, record in enumerate(chain):
+            for frame, record in enumerate(chain):
                 to_camera = np.linalg.inv(sensor2global(nusc, record)) @ sensor2global(nusc, lidar)
                 intrinsic = np.eye(4)
                 sensor = nusc.get("calibrated_sensor", record["calibrated_sensor_token"])
                 intrinsic[:3, :3] = sensor["camera_intrinsic"]
-                view = 6 * w + n
+                view = 6 * frame + n
                 np.testing.assert_allclose(sample.lidar2camera[view], to_camera, atol=1e-5)
                 np.testing.assert_allclose(sample.lidar2image[view], intrinsic @ to_camera, atol=1e-2, rtol=1e-5)
         chain = sample_data_chain(nusc, sample, "CAM_FRONT", 5)
@@ -128,9 +129,9 @@ def test_static_points_project_onto_their_pixels_in_every_frame(city):
     points = sample.points[sample.point_labels >= 15, :3]  # walls and trees; depths of the ground hardly change
     points = np.c_[points, np.ones(len(points))]
     for frame, lag in enumerate(sample.frame_lags):
-        own, keyframes = [], []  # relative depth errors with the projection of the frame, and with the keyframe's
+        own, keyframes = [], []  # relative depth errors with the frame's own projection, and with the keyframe's
         for n, camera in enumerate(CAMERAS):
-            t = 1.0 - rig.CAMERAS[camera].early - lag
+            t = 1.0 - rig.CAMERAS[camera].early - lag  # keyframe 2 is at 1 s
             view, solids = rig.camera_view(scene, camera, SIZE, t), scene.solids(t)
             distance, _ = cast(view, solids)
             depth = (distance * view.cosine).reshape(SIZE)
@@ -244,8 +245,8 @@ def with_earlier_frames(batch, frames, shift=0.5):
     """A batch of several frames of two cameras: the keyframe's images again, each frame from `shift` meters further
     back."""
     moved = [batch.lidar2camera.clone() for _ in range(frames)]
-    for w, matrix in enumerate(moved):
-        matrix[:, :, 2, 3] += shift * w * torch.tensor([1.0, -1.0])
+    for frame, matrix in enumerate(moved):
+        matrix[:, :, 2, 3] += shift * frame * torch.tensor([1.0, -1.0])  # depths ahead grow, behind shrink
     intrinsics = batch.lidar2image @ batch.lidar2camera.inverse()
     repeat = {name: torch.cat([getattr(batch, name)] * frames, 1) for name in ("images", "image_sizes")}
     return replace(
@@ -318,7 +319,7 @@ def test_rays_are_cast_from_the_keyframe_only(city):
 
 
 def test_finetuning_and_evaluation_with_camera_sweeps(city, tmp_path):
-    """The pre-trained checkpoint has one frame, so that the fusion is new; eval.py reads two frames as training did."""
+    """The pre-trained model has one frame, so the frame fusion is new; eval.py reads two frames, as training did."""
     recipe = PRETRAIN["camera"]["tiny"]
     state = {"model": Pretrain(recipe).state_dict(), "config": {}}
     torch.save(state, tmp_path / "one.pt")
@@ -333,10 +334,10 @@ def test_finetuning_and_evaluation_with_camera_sweeps(city, tmp_path):
     assert (tmp_path / "run" / "eval" / "boxes_0.png").is_file()
 
 
-@pytest.mark.parametrize("tuned", [False, True])
-def test_checkpoints_of_several_frames_convert_both_ways(tuned):
-    """With the key names of the original's view transform, and lags of multiples of 1 / 12 s as in the original."""
-    kind, presets, build = (DetectRecipe, DETECT, Detector) if tuned else (PretrainRecipe, PRETRAIN, Pretrain)
+@pytest.mark.parametrize("finetuned", [False, True])
+def test_checkpoints_of_several_frames_convert_both_ways(finetuned):
+    """With the key names of the original's view transform; its lags are always multiples of 1 / 12 s."""
+    kind, presets, build = (DetectRecipe, DETECT, Detector) if finetuned else (PretrainRecipe, PRETRAIN, Pretrain)
     recipe = presets["camera"]["tiny"]
     net = build(replace(recipe, data=replace(recipe.data, camera_sweeps=4)))
     state, unknown = to_original(net.state_dict())
@@ -347,7 +348,7 @@ def test_checkpoints_of_several_frames_convert_both_ways(tuned):
         "pts_bbox_head.view_trans.time_conv.0.weight": (32, 33, 1, 1, 1),
         "pts_bbox_head.view_trans.trans_conv.0.weight": (32, 128, 1, 1, 1),
     }
-    if tuned:
+    if finetuned:
         state["pts_bbox_head.code_weights"] = torch.tensor(recipe.detect.code_weights)
     ours, report = convert.convert_unipad(state)
     assert not report.faults, report
@@ -386,6 +387,7 @@ def test_camera_sweeps_in_presets_and_flags():
         more = dict(three.named_parameters()).keys() - dict(one.named_parameters()).keys()
         count = sum(p.numel() for p in three.parameters()) - sum(p.numel() for p in one.parameters())
         assert {name.split(".")[1] for name in more} == {"frame_fusion"}
+        # weights of two 1 x 1 x 1 convolutions of 256 channels; a bias and a norm's weight and bias for each
         assert count == (257 + 3 * 256) * 256 + 2 * 3 * 256
     for script in (train, finetune):
         for modality in ("camera", "fusion"):

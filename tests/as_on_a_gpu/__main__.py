@@ -1,8 +1,8 @@
-"""Execute the GPU code path without a GPU: the kernel tests, and one small training step of each modality.
+"""Execute the GPU code path without a GPU: the kernel tests, and one training step of each tiny pre-training recipe.
 
     python -m tests.as_on_a_gpu                                     everything
     python -m tests.as_on_a_gpu tests/kernels/test_lift.py -k hand  some tests; arguments go to pytest
-    python -m tests.as_on_a_gpu --env PATH ...                      with this environment, created if missing
+    python -m tests.as_on_a_gpu --env PATH ...                      in the virtual environment PATH, created if missing
 
 Linux, Python 3.11 or newer. The first run creates a virtual environment in ~/.cache/unipad-triton. The package ttsem
 compiles every launch to TTIR for sm_90 with Triton's front end and executes it on the CPU. The exit code is 1 on
@@ -15,7 +15,7 @@ compiles every launch to TTIR for sm_90 with Triton's front end and executes it 
   - a training step whose loss or gradient differs from that on the CPU by more than its bound (`training_steps.py`).
 Kernel faults are reported with their source line. `seeded_faults.py` has one fault of each kind, which must be found.
 
-Not checked: the order between threads of one program (read the `debug_barrier`s), shared memory and registers
+Not checked: the order between threads of one program (check `debug_barrier`s by reading), shared memory and registers
 (tests/test_compiles.py), everything below TTIR (layouts, PTX), tf32x3 (computed in fp32), cuBLAS and cuDNN (replaced by
 the CPU's matrix products and convolutions; autocast uses the CPU's lists), several streams or GPUs, host waits, and
 speed. Tests that cannot run this way are skipped and listed, each with its reason (`plugin.UNSUPPORTED`).

@@ -1,4 +1,4 @@
-"""Pytest plugin, loaded before any test is imported (PYTEST_PLUGINS): tests check for a GPU at import."""
+"""Pytest plugin that simulates a GPU. PYTEST_PLUGINS loads it before any test, since tests look for a GPU at import."""
 
 import inspect
 
@@ -6,7 +6,7 @@ import pytest
 
 from tests.as_on_a_gpu.simulated_gpu import simulated_gpu
 
-# Text in a test's source -> why the test is skipped; pytest's summary lists the skipped tests.
+# Text in a test's source -> why such tests are skipped; pytest's summary lists them
 UNSUPPORTED = {
     "CUDAGraph": "a CUDA graph records the work of a real GPU",
     "torch.compile(": "compiled code needs a CUDA build of PyTorch",

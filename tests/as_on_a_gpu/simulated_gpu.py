@@ -2,8 +2,8 @@
 
 The package ttsem executes every launch on the CPU and reports out-of-bounds accesses, races between programs and
 undefined results with the kernel's source line. This file simulates the rest: the device of each storage, CUDA's errors
-(mixed devices, a CPU tensor passed to a kernel), poison in every new tensor, also in backward passes, and functions of
-`torch.cuda`.
+(mixed devices, a CPU tensor passed to a kernel), NaN in every uninitialized tensor (also in backward passes), and
+functions of `torch.cuda`.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ def simulated_gpu():
 
 
 def in_full_fp32():
-    """Inside this context, `tl.dot` does not round operands to tf32, so that results can be compared closely."""
+    """Inside this context, `tl.dot` does not round operands to tf32, so that tolerances can be those of fp32."""
     return mock.patch.object(ops, "_to_tf32", lambda x: x)
 
 
@@ -150,6 +150,7 @@ def _refuse_mixed(op, args, inputs):
 
 
 def _poison(tensor):
+    """Fill an uninitialized tensor with NaN, or with its type's largest integer."""
     if not tensor.numel() or tensor.layout != torch.strided:
         return
     if tensor.is_floating_point() or tensor.is_complex():
@@ -176,7 +177,7 @@ class DeviceRequests(TorchFunctionMode):
         if name == "record_stream":
             return None
         if name in FACTORIES or name in TENSOR_FACTORIES and kwargs.get("device") is not None:
-            return _made(func, name, tensor, args, kwargs)
+            return _created(func, name, tensor, args, kwargs)
         return func(*args, **kwargs)
 
 
@@ -205,7 +206,7 @@ def _moved(func, name, tensor, args, kwargs):
     return out
 
 
-def _made(func, name, tensor, args, kwargs):
+def _created(func, name, tensor, args, kwargs):
     device, generator = kwargs.get("device"), kwargs.get("generator")
     if name in ("as_tensor", "asarray") and tensor is not None and device is None:
         return func(*args, **kwargs)
@@ -259,8 +260,8 @@ _ttir_of = {}
 
 
 def _ttir(record, stage, target, *_):
-    """ttsem's `harness.ir_for_launch` without the assembler, once per specialization: full compilation would take most
-    of the run time."""
+    """Replaces ttsem's `harness.ir_for_launch`, without assembling and once per specialization: full compilation would
+    take most of the run time."""
     specialization = str(harness._specialize(record.fn, record.args, record.kwargs, target))
     key = record.fn, specialization
     if key not in _ttir_of:
@@ -355,6 +356,8 @@ class Generator(torch.Generator):
 
 
 class Autocast(torch.autocast):
+    """Autocast for either device, with the CPU's lists of operators."""
+
     def __init__(self, device_type, *args, **kwargs):
         super().__init__("cpu", *args, **kwargs)
 

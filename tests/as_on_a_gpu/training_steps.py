@@ -1,4 +1,4 @@
-"""One small training step of each modality: loss and gradients on the simulated GPU compared with those on the CPU.
+"""One step of each tiny pre-training recipe: loss and gradients on the simulated GPU compared with those on the CPU.
 
 Run by `python -m tests.as_on_a_gpu` only. Both devices start from the same weights and draw the same random numbers.
 Everything is in fp32, the renderer's MLPs too, which run in its exact mode: only the order of sums differs.
@@ -19,19 +19,21 @@ from unipad.optimizer import make_optimizer, set_rates
 from unipad.recipes import PRETRAIN, TINY_GRID
 from unipad.runtime import generators, mixed_precision
 
-# Recipe, and the largest relative error of the loss and of any parameter's gradient. The simulated GPU has PyTorch's
-# batch norm on a CPU, which is off by 1e-5 for channels-last tensors (docs/log.md); the CPU's side is accurate.
+# Recipe, and the largest relative errors allowed: of the loss, and of any parameter's gradient. On the simulated GPU,
+# batch norm is PyTorch's, whose error on a CPU is 1e-5 for channels-last tensors (docs/log.md); on the CPU it is the
+# accurate one of `SyncedBatchNorm`.
 STEPS = {
     "camera": (PRETRAIN["camera"]["tiny"], 2e-5, 5e-3),
     "lidar": (PRETRAIN["lidar"]["tiny"], 1e-5, 2e-4),
     "fusion": (PRETRAIN["fusion"]["tiny"], 5e-6, 1e-3),
     "segmentation": (PRETRAIN["lidar"]["segment-tiny"], 5e-5, 2e-3),
 }
-ZERO_GRADIENT = "project.0.bias", "encoder.fuse.0.bias"  # followed by a batch norm: 0 up to rounding
+ZERO_GRADIENT = "project.0.bias", "encoder.fuse.0.bias"  # followed by batch norm: their gradients are rounding errors
 SMALL_GRID = replace(TINY_GRID, low=(-10.0, -10.0, -3.0), high=(10.0, 10.0, 9.0))  # 16 x 16 x 6 voxels
 
 
 def small(recipe):
+    """The recipe with a smaller grid, smaller images and fewer rays and samples: a simulated launch is slow."""
     return replace(
         recipe,
         grid=SMALL_GRID,

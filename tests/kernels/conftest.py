@@ -21,7 +21,7 @@ def kernels_run_without_a_gpu(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """torch.empty is filled with NaN (ints: max), so a kernel that leaves an output unwritten fails its test."""
+    """torch.empty is filled with NaN (integers: the largest), so that a kernel that leaves outputs unwritten fails."""
     # also turns on torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield

@@ -18,7 +18,7 @@ def _double_kernel(x_ptr, N, WIDTH, BLOCK: tl.constexpr):
 
 
 class FakeTensor:
-    """For `torch.cuda.device_of`, a tensor on GPU `index`."""
+    """What `torch.cuda.device_of` needs of a tensor on GPU `index`."""
 
     is_cuda = True
 
@@ -70,7 +70,7 @@ def test_references_replace_kernels_inside_the_context(monkeypatch):
     assert on_triton(x)
 
 
-def test_a_host_wait_has_its_reason_while_it_lasts(device):
+def test_waiting_for_is_the_reason_of_the_innermost_host_wait(device):
     class RecordsReason(torch.Tensor):
         def tolist(self):
             return backend.waiting_for, super().tolist()
@@ -93,7 +93,7 @@ def _chase_kernel(x_ptr):
 def test_reversed_programs_reveal_a_race(monkeypatch):
     """Each program reads what the previous one wrote."""
     forward, backward = torch.zeros(5), torch.zeros(5)
-    monkeypatch.undo()
+    monkeypatch.undo()  # also of --reverse-programs
     _chase_kernel[(4,)](forward)
     monkeypatch.setattr(*reversed_programs())
     _chase_kernel[(4,)](backward)

@@ -25,7 +25,7 @@ def both_resamplers(**wrong):
     return [("sample_pdf", wrong), ("resample", wrong)]
 
 
-# op, wrong arguments (a function is called with the valid one), part of the message
+# op, wrong arguments (or functions that make them from the valid ones), part of the message
 REJECTED = [
     (*call, message)
     for calls, message in [
@@ -81,7 +81,7 @@ def test_kernel_and_reference_reject_the_same_arguments(op, wrong, message, path
         CASES[op].op(**inputs | wrong)
 
 
-def test_grid_sample_rejects_what_does_not_match():
+def test_grid_sample_rejects_invalid_arguments():
     points = torch.rand(5, 3, device=DEVICE)
     with pytest.raises(AssertionError, match=r"noise \(4,\) does not match 5 points"):
         grid_sample(points, [5], 0.5, torch.rand(4, device=DEVICE))
@@ -89,7 +89,7 @@ def test_grid_sample_rejects_what_does_not_match():
         grid_sample(points, [5], 0.0)
 
 
-@pytest.mark.parametrize("op", [op for op in CASES if not op.startswith("sparse_conv")])  # convolutions cast
+@pytest.mark.parametrize("op", [op for op in CASES if not op.startswith("sparse_conv")])  # convolutions follow autocast
 def test_autocast_does_not_change_a_reference(op):
     case, inputs = CASES[op], inputs_of(op)
 
@@ -100,8 +100,8 @@ def test_autocast_does_not_change_a_reference(op):
     with references():
         plain = run()
         with torch.autocast(torch.device(DEVICE).type, torch.bfloat16):
-            cast = run()
-    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+            under_autocast = run()
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(plain, under_autocast, strict=True))
 
 
 @pytest.mark.parametrize("path", PATHS)

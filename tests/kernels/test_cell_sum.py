@@ -8,14 +8,17 @@ from unipad.kernels.trilinear import trilinear_ref
 
 LAUNCHES = [
     Launch(
-        "_cell_sum_kernel", dict(C=32, BLOCK_N=32), dict(order_ptr="*i64", first_of_cell_ptr="*i64"), ("CHANNELS",),
-        ("fp32",), num_warps=1, registers=128, shared=256,
+        "_cell_sum_kernel", dict(C=32, BLOCK_N=32), dict(order_ptr="*i64", first_of_cell_ptr="*i64"),
+        divisible=("CHANNELS",), elements=("fp32",), num_warps=1, registers=128, shared=256,
     )
 ]  # fmt: skip
 
 
 def make_inputs(R, S, channels, B=2, Z=2, Y=3, X=2):
-    """Rays through and beyond B volumes; the first runs along cell faces, with more than BLOCK_N samples per cell."""
+    """Arguments of `cell_sum`, and what `trilinear` needs: points in voxels [R, S, 3], volume indices [R].
+
+    The rays leave their volumes; the first runs along cell faces, with more than BLOCK_N samples per cell.
+    """
     volume_idx = torch.arange(R) % B
     origins, directions = torch.randn(R, 3) * 0.1, F.normalize(torch.randn(R, 3), dim=1)
     origins[:1], directions[:1] = 0, torch.tensor([1.0, 0, 0])
@@ -24,7 +27,7 @@ def make_inputs(R, S, channels, B=2, Z=2, Y=3, X=2):
     d_value, d_slope, v = torch.randn(R * S, 16), torch.randn(R * S, 16), torch.randn(R * S, 3)
     points = origins[:, None] + directions[:, None] * edges[:, :-1, None]
     grid_coords = points * cells_per_unit + cell_offset
-    x, y, z = (grid_coords.flatten(0, 1).floor() + 1).long().unbind(1)
+    x, y, z = (grid_coords.flatten(0, 1).floor() + 1).long().unbind(1)  # cells start one voxel before the volume
     inside = (x >= 0) & (x <= X) & (y >= 0) & (y <= Y) & (z >= 0) & (z <= Z)
     cell = ((volume_idx.repeat_interleave(S) * (Z + 1) + z) * (Y + 1) + y) * (X + 1) + x
     cell = torch.where(inside, cell, 2**31 - 1).int()
@@ -36,15 +39,15 @@ def make_inputs(R, S, channels, B=2, Z=2, Y=3, X=2):
     return inputs, grid_coords, volume_idx.int()
 
 
-def test_is_the_gradient_of_the_interpolation(device):
+def test_is_the_gradient_of_trilinear(device):
     inputs, grid_coords, volume_idx = make_inputs(3, 140, 5)
     _, counts = inputs["cell"].unique(return_counts=True)
-    assert counts[:-1].max() > 32 and inputs["cell"].max() == 2**31 - 1  # more than a block; samples outside
+    assert counts[:-1].max() > 32 and inputs["cell"].max() == 2**31 - 1  # more than BLOCK_N; samples outside
     volume = torch.zeros_like(inputs["d_volume"], dtype=torch.float64).requires_grad_()
     value, gradient = trilinear_ref(volume, grid_coords.double(), volume_idx)
-    along = ((inputs["cells_per_unit"] * inputs["v"]).view(3, 140, 3, 1) * gradient).sum(2)
+    along_v = ((inputs["cells_per_unit"] * inputs["v"]).view(3, 140, 3, 1) * gradient).sum(2)
     upstream = [inputs[d].double().view(3, 140, 16)[..., :5] for d in ("d_value", "d_slope")]
-    (expected,) = torch.autograd.grad([value, along], volume, upstream)
+    (expected,) = torch.autograd.grad([value, along_v], volume, upstream)
     inputs = {name: t.to(device) for name, t in inputs.items()}
     cell_sum(**inputs)
     assert_close_to_max(inputs["d_volume"].cpu(), expected, 1e-5)

@@ -40,7 +40,7 @@ def test_matches_reference(R, S, C, dtype, device):
 
 
 def test_by_hand(device):
-    """Worked on paper: T = 1, .5, 0; w = .5, .5, 0. The tolerances allow for the 1e-7 that passes an opaque sample."""
+    """Worked on paper: T = 1, .5, 0; w = .5, .5, 0. Tolerances allow for the 1e-7 that an opaque sample transmits."""
     alpha = torch.tensor([[0.5, 1.0, 0.7]], device=device)
     values = torch.tensor([[[2.0], [4.0], [100.0]]], device=device)
     out, weights = composite(alpha, values)

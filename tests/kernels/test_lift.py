@@ -11,6 +11,7 @@ from unipad.kernels.lift import lift, lift_ref
 
 
 def launch(kernel, levels, channels, divisible, elements, registers, shared, gathered=()):
+    """gathered: the levels whose gradients are gathered by `pixel_sum` instead of added atomically."""
     forward = kernel == "_lift_fwd_kernel"
     tile = unipad.kernels.lift.FWD_TILE if forward else unipad.kernels.lift.BWD_TILE
     constexprs = unipad.kernels.lift._blocks(tile // (4 if "fp32" in elements else 2), channels)
@@ -44,7 +45,7 @@ IMAGE = (24, 40)  # pixels
 
 
 def views(B, N, device):
-    """[B, N, 4, 4] cameras at the origin looking along y, slightly rotated and scaled; rows in fp32."""
+    """lidar2image [B, N, 4, 4] of cameras at the origin that look along y, slightly rotated and scaled."""
     intrinsics = torch.tensor([[20.0, 0, 20, 0], [0, 20, 12, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
     extrinsics = torch.tensor([[1.0, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]])  # x right, y ahead, z up
     perturbed = extrinsics + 0.05 * torch.randn(B, N, 4, 4) * torch.tensor([1.0, 1, 1, 0])[:, None]
@@ -52,7 +53,7 @@ def views(B, N, device):
 
 
 def make_inputs(B, N, sizes, C, D, shape, device):
-    """A grid of 12 x 12 x 4 m ahead of the cameras; they see its first corner and about half of it."""
+    """A grid of 12 x 12 x 4 m ahead of the cameras, which see about half of it, its first voxel included."""
     extent = 12.0, 12.0, 4.0
     return dict(
         features=[torch.randn(B, N, h, w, C, device=device, dtype=torch.float64) for h, w in sizes],
@@ -116,7 +117,7 @@ def large_blocks(monkeypatch):
 
 @pytest.mark.parametrize("op", [lift, lift_ref])
 def test_reproduces_the_original(op, device, large_blocks, monkeypatch):
-    """Volume and gradients of Uni3DViewTrans: 2 samples, 6 views, 2 levels, the coarse one's gradients gathered."""
+    """Volume and gradients of Uni3DViewTrans: 2 samples, 6 views, 2 levels; the coarse one gathers gradients."""
     monkeypatch.setattr(unipad.kernels.lift, "COARSE", 2)
     arrays = {name: array.to(device) for name, array in golden.load("view_trans_2lvl")[0].items()}
     features = [arrays[f"in/feat_{l}"].permute(0, 1, 3, 4, 2).requires_grad_() for l in range(2)]
@@ -131,7 +132,7 @@ def test_reproduces_the_original(op, device, large_blocks, monkeypatch):
 
 
 def test_projection_matches_the_original_bitwise():
-    """Visibility has a sharp border, so it must not depend on the last bit: 3854 pairs of voxel and view."""
+    """Which voxels a view sees must not depend on rounding: 3854 visible pairs of a voxel and a view."""
     arrays, _ = golden.load("view_trans_2lvl")
     uvd, seen = unipad.kernels.lift._project_ref(arrays["in/lidar2img"][:, :, 0], **RECORDED)
     xyz = RECORDED["shape"]
@@ -142,14 +143,14 @@ def test_projection_matches_the_original_bitwise():
 
 
 def flat_view(device):
-    """[1, 1, 4, 4]: x and y are the pixel, the depth is 1 everywhere."""
+    """lidar2image [1, 1, 4, 4] that makes x and y the pixel, with depth 1 everywhere."""
     return torch.tensor([[[[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 1]]]], device=device)
 
 
 @pytest.mark.parametrize("op", [lift, lift_ref])
 def test_by_hand(op, device):
-    """Worked on paper: 4 x 4 pixels on 3 x 3 nodes holding 10 row + column, so 5 y + x / 2 at pixel (x, y);
-    depth 1 of (0, 2) is the middle of two bins, 0.375. Corners on the border count as outside."""
+    """Worked on paper: an image of 4 x 4 pixels and 3 x 3 features 10 row + column, so 5 y + x / 2 at pixel (x, y);
+    depth 1 in the range (0, 2) is midway between two bins: 0.375. Voxels on the image's border count as outside."""
     row, column = torch.meshgrid(torch.arange(3.0), torch.arange(3.0), indexing="ij")
     feature = (10 * row + column).view(1, 1, 3, 3, 1).to(device).requires_grad_()
     depth = torch.tensor([0.25, 0.5], device=device).expand(1, 1, 3, 3, 2).contiguous().requires_grad_()
@@ -160,18 +161,18 @@ def test_by_hand(op, device):
     expected = torch.where(inside, 0.375 * (5 * y + x / 2), 0).view(1, 1, 5, 5, 1).to(device)
     torch.testing.assert_close(volume, expected, rtol=0, atol=0)
 
-    d_feature, d_depth = torch.autograd.grad(volume[0, 0, 2, 1, 0], (feature, depth))  # between nodes (1, 0) and (1, 1)
+    d_feature, d_depth = torch.autograd.grad(volume[0, 0, 2, 1, 0], (feature, depth))  # between features 1, 0 and 1, 1
     expected = torch.zeros(3, 3, device=device)
     expected[1, :2] = 0.5 * 0.375
     torch.testing.assert_close(d_feature[0, 0, ..., 0], expected, rtol=0, atol=0)
     expected = torch.zeros(3, 3, 2, device=device)
-    expected[1, :2] = 0.5 * 0.5 * 10.5
+    expected[1, :2] = 0.5 * 0.5 * 10.5  # weights of column and bin, interpolated feature
     torch.testing.assert_close(d_depth[0, 0], expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("op", [lift, lift_ref])
 def test_corners_are_those_of_a_float32_arange(op, device):
-    """Corner 179 of -54, -53.4, ... is 53.400005, not the nearer 53.4: an image that begins between them sees it."""
+    """Corner 179 of -54, -53.4, ... is 53.400005, not fp32's 53.4: an image whose border is at 53.4 sees it."""
     view = flat_view(device).clone()
     view[..., 0, 3] = -53.4
     view[..., 1, 3] = 0.5
@@ -182,7 +183,7 @@ def test_corners_are_those_of_a_float32_arange(op, device):
 
 @pytest.mark.parametrize("op", [lift, lift_ref])
 def test_invisible_voxels_are_zero(op, device):
-    """Corners behind the camera, at its center, on the limits of the depth range; a view of NaNs."""
+    """Voxels behind the camera, at its center, and on the limits of the depth range; a matrix of NaNs."""
     view = torch.eye(4, device=device).expand(1, 2, 4, 4).clone()  # depth is z, pixel (x, y) / z
     view[:, 1] = torch.nan
     ones = [torch.ones(1, 2, 1, 1, 1, device=device)]
@@ -222,7 +223,7 @@ def test_gradcheck(device):
 
 @pytest.mark.parametrize("strict, coarse, gathered", [(True, 10**9, 2), (False, 10, 1), (False, 10**9, 0)])
 def test_coarse_levels_gather_their_gradients(strict, coarse, gathered, device, large_blocks, monkeypatch):
-    """Coarse levels, or under strict determinism all of them: 200 voxels, 15 and 60 pixels."""
+    """Levels with many voxels per pixel, or under strict determinism all levels: here 200 voxels, 15 and 60 pixels."""
     monkeypatch.setattr(unipad.kernels.lift, "COARSE", coarse)
     inputs = make_inputs(1, 1, [(3, 5), (6, 10)], 3, 4, (10, 10, 2), device)
     features, depths = inputs.pop("features"), inputs.pop("depths")
@@ -248,13 +249,13 @@ def test_a_feature_changes_only_voxels_on_its_ray(op, device, large_blocks):
     changed = (op(**inputs) != before).any(-1)
     geometry = list(inputs.values())[2:]
     (u, v, _), seen = unipad.kernels.lift._project_ref(*geometry)
-    near = ((u + 1) * 3 - 3).abs() < 1  # around column 3 of 0 to 6
-    near &= ((v + 1) * 2 - 2).abs() < 1  # around row 2 of 0 to 4
+    near = ((u + 1) * 3 - 3).abs() < 1  # u in [-1, 1]: less than one column from column 3 of 0 to 6
+    near &= ((v + 1) * 2 - 2).abs() < 1  # less than one row from row 2 of 0 to 4
     assert torch.equal(changed.flatten(), (seen & near)[0, 1]) and 1 < changed.sum() < seen[0, 1].sum()
 
 
 def test_more_cells_than_fit_16_bits_match_reference(device, large_blocks, monkeypatch):
-    """The hits are then sorted by 32-bit keys: each level alone has 2^15 + 356 cells."""
+    """The hits are then sorted by 32-bit keys: each level alone has 182^2 = 2^15 + 356 cells."""
     monkeypatch.setattr(unipad.kernels.lift, "COARSE", 0)
     inputs = make_inputs(1, 1, [(182, 182), (182, 182)], 1, 1, (4, 4, 1), device)
     # positions in 182 pixels are rounded to 1e-5 of a pixel, differently on a GPU than in the reference

@@ -20,8 +20,8 @@ def launch(lanes_per_pixel, channels, bins, registers):
 LAUNCHES = [launch(8, 128, 64, 64), launch(1, 128, 64, 104)]
 
 
-def test_is_the_gradient_of_the_interpolation(device, monkeypatch):
-    """Hits of two levels, of which those of the second are summed; some lie on a column or a row of pixels."""
+def test_is_the_gradient_of_interpolation(device, monkeypatch):
+    """Hits of two levels, of which those of the second are summed; some lie exactly on a column or row of pixels."""
     if not HAS_GPU:
         monkeypatch.setattr(unipad.kernels.pixel_sum, "TILE", 2**9)
     B, N, h, w, C, D, V = 2, 3, 3, 4, 5, 6, 20
@@ -35,7 +35,7 @@ def test_is_the_gradient_of_the_interpolation(device, monkeypatch):
     x, y, z, probability, along = hits[1].unbind(-1)  # [B, N, V] each
     view = torch.arange(B * N).view(B, N, 1)
     cell = ((view * h + y.floor()) * w + x.floor()).where(visible, B * N * h * w).long()
-    first_level = torch.full_like(cell, -1)  # its hits come before all cells of the second and are not read
+    first_level = torch.full_like(cell, -1)  # its hits are sorted before all cells of the second and are not read
     by_cell, order = torch.stack([first_level, cell]).flatten().sort(stable=True)
     begin = torch.searchsorted(by_cell, torch.arange(B * N * h * w + 1), out_int32=True)
 

@@ -47,7 +47,7 @@ def uniform(*shape, device):
 
 
 def resample_inputs(R, S, n, jittered, device):
-    """Edges and jitter are geometry and stay fp32; the weights are peaked, with exact zeros among them."""
+    """Edges and jitter are geometry and stay fp32; the weights have peaks and exact zeros."""
     weights = uniform(R, S, device=device) ** 4
     weights[:, 1::3] = 0
     edges = uniform(R, S + 1, device=device).sort(dim=1).values.float()
@@ -85,7 +85,8 @@ def test_clip_rays_by_hand(fn, origin, direction, expected, device):
     near, far, hit = fn(origins, directions, (-2, -4, -1), (2, 4, 3), near=1.0)
     assert hit.tolist() == [expected is not None]
     near_far = torch.stack([near, far]).flatten().cpu()
-    torch.testing.assert_close(near_far, torch.tensor(expected or (1, 2), dtype=torch.float32), rtol=3e-6, atol=0)
+    expected = torch.tensor(expected or (1, 2), dtype=torch.float32)  # a ray that misses gets near and near + 1
+    torch.testing.assert_close(near_far, expected, rtol=3e-6, atol=0)
 
 
 @DTYPES
@@ -117,7 +118,7 @@ def test_stratified_edges_by_hand(fn, device):
 
 @pytest.mark.parametrize("fn", [stratified_edges, stratified_edges_ref])
 def test_edges_of_the_shortest_ray_ascend(fn, device):
-    """far - near is a few ulps of fp32: 33 edges round to a few distinct numbers, but stay ascending."""
+    """far - near is a few ulps of fp32: 33 edges round to a few distinct numbers, but never descend."""
     near = uniform(16, device=device).float()
     far = torch.maximum(near, near + 1e-6)
     for jitter in (None, uniform(16, device=device).float()):
@@ -151,11 +152,11 @@ def test_resample_by_hand(sample_op, resample_op, device):
 
 
 @pytest.mark.parametrize("fn", [sample_pdf, sample_pdf_ref])
-def test_weightless_rays_are_sampled_evenly(fn, device):
+def test_rays_of_almost_no_weight_are_sampled_evenly(fn, device):
     edges = torch.linspace(0, 1, 5, device=device).repeat(3, 1)
     weights = torch.zeros(3, 4, device=device)
-    weights[1] = 1e-8  # padded up to 1e-5
-    weights[2] = torch.tensor([0.0, 5e-6, 0.0, 0.0])  # half of what is missing to 1e-5: 1/8, 5/8, 1/8, 1/8
+    weights[1] = 1e-8  # a sum below 1e-5 is padded evenly to 1e-5
+    weights[2] = torch.tensor([0.0, 5e-6, 0.0, 0.0])  # so half of the sum is padding: 1/8, 5/8, 1/8, 1/8
     new = fn(edges, weights, 3)
     even = torch.tensor([1, 3, 5, 7], device=device) / 8
     torch.testing.assert_close(new[:2], even.repeat(2, 1), rtol=1e-3, atol=0)

@@ -22,7 +22,7 @@ from unipad.kernels.rotated_iou import (
 
 TYPES = dict(order_ptr="*i64", suppressed_ptr="*i32", kept_ptr="*i1")
 # stack=32: the cosine reduces huge angles, for which Triton 3.6 puts 32 bytes on the stack, 3.9 none.
-# Without fp64, which only checks use: it needs more stack for huge angles, and twice the registers per pair
+# No fp64, which only checks use: it needs more stack for huge angles, and twice the registers per pair
 LAUNCHES = [
     Launch(kernel, blocks, TYPES, elements=("fp32",), num_warps=warps, registers=registers, shared=shared, stack=32)
     for kernel, blocks, warps, registers, shared in [
@@ -36,7 +36,7 @@ LAUNCHES = [
 
 
 def make_boxes(N, device):
-    """[N, 5] fp64, close together; six of every ten boxes are special cases, and so are some pairs of them."""
+    """[N, 5] fp64 (x, y, w, l, yaw), close together; six of every ten are special cases, alone or in pairs."""
     spread = torch.tensor([8, 8, 6, 6, 8], dtype=torch.float64, device=device)
     boxes = torch.rand(N, 5, dtype=torch.float64, device=device) * spread
     boxes[:, :2] -= 4
@@ -55,7 +55,7 @@ def make_boxes(N, device):
 
 
 def make_boxes_3d(N, device):
-    """[N, 7] fp64, heights on a grid of half meters: equal, touching, contained."""
+    """[N, 7] fp64 (x, y, z, w, l, h, yaw), z and h on a grid of half meters: equal, touching, contained."""
     z_h = (torch.rand(N, 2, dtype=torch.float64, device=device) * 6).round() / 2
     boxes = make_boxes(N, device)
     return torch.cat([boxes[:, :2], z_h[:, :1], boxes[:, 2:4], z_h[:, 1:], boxes[:, 4:]], dim=1)
@@ -73,7 +73,7 @@ def clipped_area(a, b):
 
 
 def corners(boxes):
-    """[P, 4, 2], counter-clockwise."""
+    """[P, 4, 2] (x, y) of the corners, counter-clockwise."""
     x, y, w, l, yaw = boxes.T[..., None]
     along, across = l / 2 * np.array([1, 1, -1, -1]), w / 2 * np.array([-1, 1, 1, -1])
     return np.stack([x + along * np.cos(yaw) - across * np.sin(yaw), y + along * np.sin(yaw) + across * np.cos(yaw)], 2)
@@ -109,17 +109,17 @@ def test_iou_matches_polygon_clipping(fn, dtype, atol, device):
 
 @pytest.mark.parametrize("bev, paired", [(rotated_iou_bev, paired_iou_3d), (rotated_iou_bev_ref, paired_iou_3d_ref)])
 def test_boxes_of_negative_size_have_no_area(bev, paired, device):
-    """Also in pairs of them, and with two negative sizes, whose product is positive."""
+    """Also paired with themselves, and with two negative sizes, whose product is positive."""
     solid = torch.tensor([0.0, 0, 0, 2, 4, 1, 0.3], device=device)
     boxes = solid.repeat(8, 1) * torch.tensor(
         [[1, 1, 1, w, l, h, 1] for w in (1, -1) for l in (1, -1) for h in (1, -1)], device=device
     )
-    of_solid = torch.tensor([1.0, 0, 0, 0, 0, 0, 0, 0], device=device)
+    expected = torch.tensor([1.0, 0, 0, 0, 0, 0, 0, 0], device=device)  # only the first has no negative size
     columns = [0, 1, 3, 4, 6]
     flat = bev(boxes[::2, columns], boxes[::2, columns])
-    torch.testing.assert_close(flat, torch.diag(of_solid[:4]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(flat, torch.diag(expected[:4]), rtol=0, atol=1e-6)
     for a, b in ((boxes, solid.expand(8, 7)), (solid.expand(8, 7), boxes), (boxes, boxes)):
-        torch.testing.assert_close(paired(a, b), of_solid, rtol=0, atol=1e-6)
+        torch.testing.assert_close(paired(a, b), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("fn", [paired_iou_3d, paired_iou_3d_ref])
@@ -182,8 +182,8 @@ def test_paired_by_hand(fn, device):
     torch.testing.assert_close(fn(a, b), expected, rtol=0, atol=5e-7)
 
 
-def test_symmetric_and_invariant_to_rigid_motion(device):
-    """Up to fp32 rounding: rotated by an odd angle, moved by a power of two so that coordinates stay exact."""
+def test_symmetric_and_invariant_to_similarity_transforms(device):
+    """Up to fp32 rounding; exactly for a shift by powers of two, which does not round the coordinates."""
     a, b = (make_boxes(40, device).float() for _ in range(2))
     for boxes in (a, b):
         boxes[:, :2] = (boxes[:, :2] * 64).round() / 64
@@ -256,7 +256,7 @@ def test_nms_keeps_every_other_box_of_a_chain(fn, device):
 
 
 def test_nms_of_more_boxes_than_a_warp_holds(device):
-    """1100 boxes are 35 words, the last ones in a second register of a lane or in another warp; no IoU is computed."""
+    """1100 boxes are 35 words of 32 bits, the last ones in a lane's second register or in another warp. No IoUs."""
     N, W = 1100, 35
     over = torch.zeros(32 * W, 32 * W, dtype=torch.bool, device=device)
     over[:N, :N] = (torch.rand(N, N, device=device) < 0.01).triu(diagonal=1)
@@ -271,7 +271,7 @@ def test_nms_of_more_boxes_than_a_warp_holds(device):
 
 
 def from_mmdet3d(boxes):
-    """mmdet3d 0.17 has z at the bottom, and yaw clockwise from -y."""
+    """Our [N, 7] boxes from those of mmdet3d 0.17, whose z is at the bottom and whose yaw is clockwise from -y."""
     x, y, z, w, l, h, yaw = boxes[:, :7].unbind(1)
     return torch.stack([x, y, z + h / 2, w, l, h, -yaw - pi / 2], dim=1)
 
@@ -291,7 +291,7 @@ def test_matches_the_original(bev, paired, nms, device):
 
 
 @pytest.mark.parametrize("fn, columns", [(rotated_iou_bev, 5), (paired_iou_3d, 7)])
-def test_rejects_what_does_not_match(fn, columns, device):
+def test_rejects_mismatched_boxes(fn, columns, device):
     boxes = torch.rand(4, columns, device=device)
     with pytest.raises(AssertionError, match=rf"\[N, {columns}\]"):
         fn(boxes, boxes[:, :4])

@@ -103,18 +103,18 @@ def test_neus_alpha_by_hand(fn, device):
 
 @pytest.mark.parametrize("fn", [interval_alpha, interval_alpha_ref])
 def test_interval_alpha_by_hand(fn, device):
-    """SDF 1, 0, 1, -3 at unit distances: slopes -1, 1, -4; with the minimum of each and its predecessor: -1, -1, -4."""
+    """SDF 1, 0, 1, -3 at unit distances: slopes -1, 1, -4; the minimum of each and its predecessor: -1, -1, -4."""
     sdf = torch.tensor([[1.0, 0, 1, -3]], device=device, dtype=torch.float64)
     alpha = fn(sdf, torch.full_like(sdf, 1.0), torch.tensor(3.0).log().item())
 
     # sigmoid of ln 3, 0 and -3 ln 3: 3/4, 1/2, 1/28
     by_hand = [0.25001 / 0.75001, 0.25001 / 0.75001, (3 / 4 - 1 / 28 + 1e-5) / 0.75001, 0]
-    torch.testing.assert_close(alpha, sdf.new_tensor([by_hand]), rtol=2e-5, atol=0)  # quotients have delta + 1e-5
+    torch.testing.assert_close(alpha, sdf.new_tensor([by_hand]), rtol=2e-5, atol=0)  # the slopes divide by delta + 1e-5
 
 
 @pytest.mark.parametrize("fn", [interval_alpha, interval_alpha_ref])
 def test_interval_alpha_of_coincident_samples_is_finite(fn, device):
-    """The SDF jumps over distance 0: slope limited to -1000, finite opacity; the next interval inherits the slope."""
+    """The SDF jumps within distance 0: the slope is limited to -1000, which the next interval inherits."""
     sdf = torch.tensor([[0.5, -0.5, -0.5, -0.5]], device=device)
     alpha = fn(sdf, torch.tensor([[0.0, 1.0, 1.0, 1.0]], device=device), 64.0)
     torch.testing.assert_close(alpha[0, 0].item(), 1e-5 / 0.50001, rtol=1e-5, atol=0)
@@ -165,7 +165,7 @@ def test_clipped_opacity_passes_no_gradient(device):
     torch.testing.assert_close(alpha[0], alpha.new_tensor([1.0, 0.0, 1.0]), rtol=0, atol=2e-5)
     assert alpha[1, 0] == 0
     d_sdf, d_gradient = torch.autograd.grad(alpha.sum(), leaves[:2])
-    clipped = ([0, 0, 1, 1], [0, 1, 0, 2])
+    clipped = ([0, 0, 1, 1], [0, 1, 0, 2])  # rays, samples
     assert not d_sdf[clipped].any() and not d_gradient[clipped].any()
     assert d_sdf[0, 2] != 0
 

@@ -1,4 +1,4 @@
-"""The fused renderer's backward: compiled cost and training steps; test_sdf_render.py compares its gradients."""
+"""The fused renderer's backward: compiled cost and training steps; test_sdf_render.py checks its gradients."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from tests.kernels.test_sdf_render import (
     SMALL_TILE,
     TILE,
     WIDE,
-    assert_rows_match_launches,
+    assert_tiles_are_as_chosen,
     called,
     composed,
     launch,
@@ -56,7 +56,7 @@ LAUNCHES = [
 
 
 def test_launches_have_the_tiles_that_the_code_chooses():
-    assert_rows_match_launches(LAUNCHES)
+    assert_tiles_are_as_chosen(LAUNCHES)
 
 
 def test_zero_upstream_gradient_gives_zero():
@@ -68,7 +68,7 @@ def test_zero_upstream_gradient_gives_zero():
 
 
 def test_strict_determinism_sums_by_cell():
-    """Neither atomic adds nor the reference; some samples lie on cell faces or outside the volume."""
+    """By `cell_sum`: no atomic adds, not the reference; some samples lie on cell faces or outside the volume."""
     inputs = make_inputs(2, 20, channels=16, sdf_layers=2, rgb_layers=2, B=1)
     inputs["volume"] = inputs["volume"][:, :2, :3, :3]
     inputs["cells_per_unit"], inputs["cell_offset"] = torch.tensor([[1.0, 1, 2], [1.0, 1, 0.5]], device=DEVICE)
@@ -85,7 +85,7 @@ def test_strict_determinism_sums_by_cell():
 
 
 def training_step(method):
-    """A fused renderer's step on fixed tensors: (inputs to overwrite, function that returns losses and gradients)."""
+    """A step of a fused renderer on fixed tensors: (those inputs, a function that returns losses and gradients)."""
     cfg = Render(
         method=method, channels=16, samples=6, importance=4, sdf_layers=2, rgb_layers=2,
         truncation=1.5, free_space_weight=1.0, sdf_weight=10.0, eikonal_weight=0.01, points_weight=1.0,
@@ -123,7 +123,7 @@ def test_a_training_step_never_waits_for_the_device(deterministic):
     assert set(waits.named) == {"convergence of VolSDF's sampler"} and not waits.unnamed
 
 
-def test_volsdf_uses_no_floating_cumsum():
+def test_volsdf_uses_no_cumsum_of_floats():
     """Its sampler needs running sums, which must be deterministic under `--deterministic`."""
     _, step = training_step("volsdf")
     torch.use_deterministic_algorithms(True)

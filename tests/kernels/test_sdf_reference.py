@@ -1,4 +1,4 @@
-"""Folding and softplus of the reference; test_sdf_render.py compares the whole field."""
+"""`fold` and `Softplus` of the reference; test_sdf_render.py checks the whole field."""
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ def test_batched_folding_matches_fold():
 
 
 def test_softplus_is_linear_beyond_the_threshold():
-    """As torch's: value, slope and curvature; from 0.2 on exactly z, 1 and 0."""
+    """Value, slope and curvature are those of torch; beyond beta z = 20, so z = 0.2, exactly z, 1 and 0."""
     z = torch.tensor([-3.0, -0.2, -0.01, 0.0, 0.01, 0.199, 0.201, 0.3, 5.0], dtype=torch.float64, requires_grad=True)
     out, slope = Softplus.apply(z)
     expected = F.softplus(z, beta=100)

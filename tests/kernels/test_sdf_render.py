@@ -1,4 +1,4 @@
-"""The fused renderer compared with its formulas, one op after the other, under autograd with a double backward."""
+"""The fused renderer compared with the same formulas as separate ops, under autograd with a double backward."""
 
 import numpy as np
 import pytest
@@ -21,19 +21,19 @@ from unipad.model.rays import Rays
 from unipad.model.render import Renderer
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
-# 9 x 9 x 5 voxels over a box of +-1, +-1, +-0.25: all cell coordinates of multiples of 1/8 are exact
+# 9 x 9 x 5 voxels over a box of +-1, +-1, +-0.25; a point at multiples of 1/8 has exact grid coordinates
 CELLS_PER_UNIT, CELL_OFFSET = torch.tensor([[4.0, 4.0, 8.0], [4.0, 4.0, 2.0]], device=DEVICE)
 
 AMPERE, HOPPER, AMD = ("sm_80",), ("sm_90",), ("gfx942",)
 NVIDIA = AMPERE + HOPPER
-OTHERS = ("sm_86", "sm_89", "sm_100", "sm_120")  # rows of HOPPER compile for these too, without budgets
+OTHERS = ("sm_86", "sm_89", "sm_100", "sm_120")  # launches for HOPPER compile for these too, without budgets
 TILE, ALONG = dict(BLOCK_M=64), dict(BLOCK_R=2, BLOCK_S=32)
 FIELD = dict(C=32, H=16, PREC="tf32")  # of every preset
 RGB = FIELD | dict(NEUS=True, SDF_LAYERS=6, RGB_LAYERS=4)
 NO_RGB = RGB | dict(RGB_LAYERS=0)  # LiDAR only
 IEEE, TRAIN = dict(PREC="ieee"), dict(STOP=0.0)
-WIDE = RGB | dict(C=64, H=64)  # the widest field, in tiles of half as many samples
-EXACT = RGB | dict(PREC="tf32x3")  # in tiles of a quarter as many samples, with two warps
+WIDE = RGB | dict(C=64, H=64)  # the widest field; its tiles have half as many samples
+EXACT = RGB | dict(PREC="tf32x3")  # its tiles have a quarter as many samples, and two warps
 HALF_TILE, HALF_ALONG = dict(BLOCK_M=32), dict(BLOCK_R=1, BLOCK_S=32)
 SMALL_TILE, SMALL_ALONG = dict(BLOCK_M=16), dict(BLOCK_R=1, BLOCK_S=16)
 
@@ -51,11 +51,11 @@ def launch(kernel, constexprs, targets, registers=255, shared=0, stack=0, mma=""
 
 # kernel, constexprs, targets, registers, shared, stack, mma, warps.
 # Stack (spilled registers): a tile of 64 samples, the size of a Hopper matrix instruction, needs a few more registers
-# than there are.
-# Half of the samples (BLOCK_M = 32) spill a fifth of that, for 1.6 times the instructions per sample.
-# Budgets: the cost with Triton 3.9, or with 3.6 before operands were rounded, where that was higher; of WIDE and EXACT
-# with 3.9 only. A wide field has 4 times the activations per sample. No row is both wide and exact: no preset has such
-# a field, and compiling it takes minutes. Its stack with 3.9 on sm_90 is 2288 bytes forward, 1016 and 416 backward.
+# than there are. Tiles of half as many samples spill a fifth as much, but take 1.6 times the instructions per sample.
+# Budgets: the higher of the costs with Triton 3.9 and with 3.6 (the latter before operands were rounded); of WIDE and
+# EXACT with 3.9 only. A wide field has 4 times the activations per sample. No launch is both wide and exact: no preset
+# has such a field, and compiling it takes minutes; its stack with 3.9 on sm_90 is 2288 bytes in the forward kernel, and
+# 1016 and 416 in the backward kernels.
 LAUNCHES = [
     launch("_sdf_values_kernel", FIELD | TILE | dict(LAYERS=6), NVIDIA, 168, 20480, 0, "HGMMA"),
     launch("_sdf_render_fwd_kernel", RGB | ALONG | TRAIN, AMPERE, 255, 20480, 176, "HMMA"),
@@ -70,13 +70,13 @@ LAUNCHES = [
     launch("_sdf_render_fwd_kernel", NO_RGB | ALONG | TRAIN | IEEE, AMD),
 ]
 GRADIENTS = ["volume", "sdf_mlp", "rgb_mlp", "density_param"]
-# Largest error under tf32, the default, of outputs and of gradients, as a fraction of the largest true entry. Operands
-# keep a 10-bit mantissa; ten layers and a softplus of sharpness 100 amplify their errors.
+# Largest error under tf32, the default, of outputs and of gradients, as a fraction of the largest entry in fp64.
+# Operands keep a 10-bit mantissa; ten layers and a softplus of sharpness 100 amplify their errors.
 TF32, TF32_GRADIENT = 2e-3, 2e-2
 
 
 def random_mlp(conditions, outputs, hidden, layers):
-    """The tensors of an MLP, initialized like `nn.Linear`."""
+    """The tensors of an MLP (see sdf_reference.py), initialized like `nn.Linear`. conditions: their number."""
     widths = [(hidden, 3), *[(hidden, conditions), (hidden, hidden)] * (layers - 1), (hidden, conditions)]
     widths.append((outputs, hidden))
     leaves = []
@@ -87,7 +87,7 @@ def random_mlp(conditions, outputs, hidden, layers):
 
 
 def make_inputs(R, S, channels=32, hidden=16, sdf_layers=6, rgb_layers=4, density_param=20.0, B=2):
-    """Rays through B volumes from near the middle, a third of each outside the box; ray 3 counts as a miss."""
+    """Rays that start near the middle of B volumes; a third of each lies outside. Ray 3 is marked as a miss."""
     rgb = random_mlp(3 + channels + 3 + hidden, 3, hidden, rgb_layers) if rgb_layers else None
     inputs = dict(
         volume=torch.randn(B, 5, 9, 9, channels),
@@ -106,7 +106,7 @@ def make_inputs(R, S, channels=32, hidden=16, sdf_layers=6, rgb_layers=4, densit
 
 
 def called(op, method="neus", **options):
-    """`op`, with the signature of `composed`."""
+    """`op` as a function of `make_inputs`, like `composed`."""
 
     def call(
         volume, origins, directions, volume_idx, hit, edges, sdf_mlp, rgb_mlp, density_param,
@@ -119,7 +119,7 @@ def called(op, method="neus", **options):
 
 
 def composed(method):
-    """The formulas, one op and one MLP layer after the other; the gradient of the distance by autograd."""
+    """The renderer as separate ops and MLP layers, a function of `make_inputs`; autograd gives the SDF's gradient."""
 
     def call(
         volume, origins, directions, volume_idx, hit, edges, sdf_mlp, rgb_mlp, density_param,
@@ -167,8 +167,8 @@ def _tensors(value):
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def assert_rows_match_launches(rows):
-    """Rows of LAUNCHES have the tiles and warps that the code chooses for their field."""
+def assert_tiles_are_as_chosen(rows):
+    """Assert that LAUNCHES have the tiles and warps that the code chooses for their field."""
     for row in rows:
         sizes = row.constexprs
         _, launched = (sample_launch if "BLOCK_M" in sizes else ray_launch)(1, sizes)
@@ -176,11 +176,11 @@ def assert_rows_match_launches(rows):
 
 
 def test_launches_have_the_tiles_that_the_code_chooses():
-    assert_rows_match_launches(LAUNCHES)
+    assert_tiles_are_as_chosen(LAUNCHES)
 
 
 def assert_as_composed(inputs, method, rel, op=sdf_render, dtype=torch.float32, **options):
-    """Every output and gradient within `rel` of its largest true entry."""
+    """Assert that every output and gradient differs from `composed` in fp64 by at most `rel` of its largest entry."""
     truth = results(composed(method), inputs, torch.float64)
     for name, value in results(called(op, method, **options), inputs, dtype).items():
         assert_close_to_max(value, truth[name], rel, name)
@@ -188,10 +188,10 @@ def assert_as_composed(inputs, method, rel, op=sdf_render, dtype=torch.float32, 
 
 @pytest.mark.parametrize("seed", [2, 3])
 def test_field_of_the_presets_matches_the_formulas(seed):
-    """All 46 gradients; samples outside the box, towards the surface and away from it, tiles half full.
+    """All 46 gradients; samples outside the box, rays towards the surface and away from it, tiles half full.
 
     The largest error of an output or gradient, compared with the composed formulas in fp64, is at most 1e-5 of the
-    largest true entry; where fp32 itself loses more (`d_density_param`, one number summed over all samples, with seed
+    largest entry; where fp32 itself loses more (`d_density_param`, one number summed over all samples, with seed
     2), at most twice the largest error of the composed formulas in fp32.
     """
     torch.manual_seed(seed)
@@ -220,7 +220,8 @@ def tensor_cores(monkeypatch):
     plain = InterpreterBuilder.create_dot
 
     def truncate(x):
-        return TensorHandle((np.ascontiguousarray(x.data).view(np.int32) & -0x2000).view(np.float32), x.dtype)
+        cleared = np.ascontiguousarray(x.data).view(np.int32) & -0x2000  # the low 13 bits
+        return TensorHandle(cleared.view(np.float32), x.dtype)
 
     def dot(builder, a, b, out, precision, *rest):
         a, b = (truncate(a), truncate(b)) if precision.name == "TF32" else (a, b)
@@ -230,7 +231,7 @@ def tensor_cores(monkeypatch):
 
 
 def test_tf32_errors_are_within_bounds(tensor_cores):
-    """Errors of outputs are below TF32, of gradients below TF32_GRADIENT; those of the distance exceed fp32's."""
+    """Errors of outputs are below TF32, of gradients below TF32_GRADIENT; the SDF's is too large for fp32."""
     inputs = make_inputs(5, 40)
     truth, found = results(composed("neus"), inputs, torch.float64), results(called(sdf_render), inputs)
     for name, value in found.items():
@@ -238,7 +239,8 @@ def test_tf32_errors_are_within_bounds(tensor_cores):
     assert (found["sdf"] - truth["sdf"]).abs().max() > 1e-5 * truth["sdf"].abs().max()
 
 
-def distances(op, inputs, dtype=torch.float32):
+def sdf_at_starts(op, inputs, dtype=torch.float32):
+    """[R, S] SDF at the samples, by `sdf_values` or its reference."""
     cast = {k: _map(v, lambda t: t.to(dtype) if t.is_floating_point() else t) for k, v in inputs.items()}
     rays = cast["origins"], cast["directions"], cast["volume_idx"]
     cells = cast["cells_per_unit"], cast["cell_offset"]
@@ -246,15 +248,16 @@ def distances(op, inputs, dtype=torch.float32):
 
 
 def test_tf32_errors_have_no_bias(tensor_cores):
-    """The mean error of the distances, over twelve random fields whose weights are doubled to amplify errors.
+    """The mean error of a field's SDF, for twelve random fields whose weights are doubled to amplify errors.
 
-    Without rounding, tensor cores would truncate the operands and shrink all products: 1.6e-3 instead of 2e-4.
+    If the kernels did not round operands, tensor cores would truncate them and shrink all products: the mean error
+    would be 1.6e-3 instead of 2e-4 (root mean square over the fields).
     """
     errors = []
     for _ in range(12):
         inputs = make_inputs(2, 32, rgb_layers=0)
         inputs["sdf_mlp"] = [2 * t for t in inputs["sdf_mlp"]]
-        errors.append(distances(sdf_values, inputs) - distances(sdf_values_ref, inputs, torch.float64))
+        errors.append(sdf_at_starts(sdf_values, inputs) - sdf_at_starts(sdf_values_ref, inputs, torch.float64))
     bias = torch.stack(errors).mean(dim=(1, 2))  # per field
     assert bias.square().mean().sqrt() < 6e-4
 
@@ -264,7 +267,7 @@ def test_rounding_keeps_nan():
     inputs = make_inputs(2, 3, sdf_layers=2, rgb_layers=0)
     inputs["edges"] *= 0.01  # near the middle
     inputs["volume"][1] = torch.tensor(2**31 - 1, dtype=torch.int32).view(torch.float32)
-    sdf = distances(sdf_values, inputs)
+    sdf = sdf_at_starts(sdf_values, inputs)
     assert sdf[0].isfinite().all() and sdf[1].isnan().all()
 
 
@@ -293,7 +296,7 @@ def test_reference_matches_the_formulas(method, rgb_layers):
 
 
 def test_samples_on_cell_faces_match_the_formulas():
-    """Along the axes, at multiples of half a cell; on a face the slopes are the upper cell's."""
+    """Rays along the axes, with samples at multiples of half a cell; on a face the slopes are the upper cell's."""
     inputs = make_inputs(2, 16, sdf_layers=2, rgb_layers=2)
     inputs["origins"] = torch.zeros(2, 3, device=DEVICE)
     inputs["directions"] = torch.tensor([[1.0, 0, 0], [0, -1, 0]], device=DEVICE)
@@ -308,7 +311,7 @@ def test_opacity_clipped_to_0_and_1_matches_the_formulas():
     before = results(composed("neus"), inputs, torch.float64)
     cosine = (before["gradient"] * inputs["directions"][:, None]).sum(-1)
     steepest = 1 + cosine[1:].amin(dim=1).argmin(), cosine[1:].amin(dim=0).argmin()
-    inputs["sdf_mlp"][-1][0] -= before["sdf"][steepest].float()  # the last bias: the surface is there
+    inputs["sdf_mlp"][-1][0] -= before["sdf"][steepest].float()  # the output bias: moves the surface to that sample
     truth = results(composed("neus"), inputs, torch.float64)
     assert cosine[steepest] < 0 and truth["weights"][steepest] == 0 and (truth["sdf"][0] < -0.01).any()
     check_against_ref(called(sdf_render, exact=True), composed("neus"), inputs, torch.float32, GRADIENTS)
@@ -333,7 +336,7 @@ def test_rays_stop_at_low_transmittance():
         stopped_rgb, stopped_depth, *stopped = called(sdf_render, "volsdf", stop=stop)(**inputs)
     assert (whole[1] < 0).all() and whole[0][4].sum() < 0.5
     for before, after in zip(whole, stopped, strict=True):
-        assert not after[:2, 64:].any()
+        assert not after[:2, 64:].any()  # stopped after at most two tiles of 32 samples
         assert_close_to_max(after[:2, :64], before[:2, :64], TF32)  # two kernels may round the same formula differently
         assert_close_to_max(after[2:], before[2:], TF32)
     assert 0 < (stopped_rgb - rgb).abs().max() < stop
@@ -360,7 +363,7 @@ def test_sdf_values_match_the_formulas():
     assert nothing.shape == (0, 17)
 
 
-def test_rejects_what_does_not_match():
+def test_rejects_invalid_arguments():
     inputs = make_inputs(2, 3, sdf_layers=2, rgb_layers=0)
     for wrong, message in [
         (dict(hit=inputs["hit"][:1]), "do not match"),
@@ -422,7 +425,7 @@ def test_reproduces_the_original_renderer(monkeypatch):
 
 @pytest.mark.parametrize("method, channels, fuses", [("volsdf", 16, True), ("neus", 8, False), ("unisurf", 16, False)])
 def test_the_renderer_fuses_supported_fields(method, channels, fuses, monkeypatch):
-    """Losses and gradients equal those of the separate ops, which all other fields use."""
+    """Losses and gradients equal those of the separate ops, which fields without a kernel use."""
     cfg = Render(
         method=method, channels=channels, samples=6, importance=4, search=8, sdf_layers=2, rgb_layers=2,
         truncation=1.5, free_space_weight=1.0, sdf_weight=10.0, eikonal_weight=0.01,

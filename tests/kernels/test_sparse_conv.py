@@ -31,7 +31,7 @@ STRIDE, PADDING = (2, 2, 2), {ONE: 0, (2, 2, 2): 0, THREE: 1, (3, 1, 1): (1, 0, 
 
 
 def voxels(B, shape, N, device, generator):
-    """[N, 4] distinct (b, z, y, x) in random order, corners of the grid among them; of three samples one is empty."""
+    """[N, 4] distinct (b, z, y, x) in random order, corners of the grid among them; sample 1 of three is empty."""
     cells = torch.tensor([c for c in product(*map(range, (B, *shape))) if B < 3 or c[0] != 1])
     corner = ((cells[:, 1:] == 0) | (cells[:, 1:] == torch.tensor(shape) - 1)).all(dim=1)
     rank = torch.rand(len(cells), generator=generator) - corner.float()
@@ -41,7 +41,7 @@ def voxels(B, shape, N, device, generator):
 
 
 def convolved(kind, kernel, coords, shape):
-    """Outputs' coordinates [M, 4], their grid and the table [K, M], cell by cell: an independent sparse_map."""
+    """Coordinates [M, 4] of the outputs, their grid and the table [K, M], found cell by cell without sparse_map.py."""
     padding = torch.tensor(PADDING[kernel]).expand(3).tolist()
     stride = ONE if kind == "submanifold" else STRIDE
     row = {tuple(c): n for n, c in enumerate(coords.tolist())}
@@ -73,7 +73,7 @@ def convolved(kind, kernel, coords, shape):
 
 
 def inverted(table, N):
-    """[K, N]: m where table[k, m] = n."""
+    """The inverse table: [K, N], m at (k, n) where table[k, m] = n, otherwise -1."""
     inverse = torch.full((len(table), N), -1, dtype=torch.int32, device=table.device)
     k, m = (table >= 0).nonzero(as_tuple=True)
     inverse[k, table[k, m].long()] = m.int()
@@ -81,7 +81,7 @@ def inverted(table, N):
 
 
 def make_inputs(kind, kernel, B, shape, N, Cin, Cout, device, dtype=torch.float64):
-    """Arguments of `sparse_conv`, and the voxels that it reads and writes: (coords, grid) each."""
+    """Arguments of `sparse_conv`, then its input voxels and its output voxels as (coords, grid)."""
     gen = torch.Generator().manual_seed(0)
     coords = voxels(B, shape, N, device, gen)
     out_coords, out_shape, table = convolved("strided" if kind == "inverse" else kind, kernel, coords, shape)
@@ -123,7 +123,7 @@ def test_gradient_of_only_one_input_matches_reference(wrt, device):
 
 
 def test_wide_tiles_match_reference(monkeypatch, device):
-    """The launch for many rows and channels."""
+    """The block sizes chosen for many rows and channels."""
     monkeypatch.setattr(sparse_gemm, "FEW_ROWS", 1)
     inputs, *_ = make_inputs("submanifold", (3, 1, 1), 1, (4, 5, 9), 150, 144, 272, device)
     check_against_ref(sparse_conv, sparse_conv_ref, inputs, torch.float16)
@@ -157,7 +157,7 @@ def test_weights_gradient_of_groups_of_offsets_matches_reference(kernel, c_in, c
 
 
 def test_weights_gradient_in_many_chunks_matches_reference(monkeypatch, device):
-    """Three offsets with 0 to 150 pairs, in two to five chunks; then in more chunks than the maximum asked for."""
+    """Three offsets with 0 to 150 pairs, in two to five chunks; then in more chunks than PROGRAMS."""
     monkeypatch.setattr(sparse_gemm, "MIN_PAIRS", 8)
     monkeypatch.setattr(sparse_gemm, "BLOCK_R", 16)
     inputs, *_ = make_inputs("submanifold", (3, 1, 1), 1, (4, 5, 9), 150, 3, 20, device)
@@ -166,6 +166,7 @@ def test_weights_gradient_in_many_chunks_matches_reference(monkeypatch, device):
     check_against_ref(sparse_conv, sparse_conv_ref, inputs, torch.float32, wrt=("weight",))
 
 
+# scale, shift, residual, relu
 ACTS = [(True, True, True, True), (True, True, False, False), (False, True, False, True), (False, False, True, False)]
 
 
@@ -200,7 +201,7 @@ def test_act_applies_the_epilogue_and_rounds_once(case, act, dtype, device):
 @pytest.mark.parametrize("fn", [sparse_conv_act, sparse_conv_act_ref])
 @pytest.mark.parametrize("N, M", [(0, 70), (3, 70), (3, 0)])
 def test_act_of_outputs_without_neighbors_is_the_shift(fn, N, M, device):
-    """An output without neighbors is its shift."""
+    """The convolution is 0 there: scale has no effect, and the ReLU follows."""
     features, weight = torch.ones(N, 5, device=device), torch.ones(7, *THREE, 5, device=device)
     nothing = torch.full((27, M), -1, dtype=torch.int32, device=device)
     shift = torch.arange(-3.0, 4, device=device)
@@ -241,7 +242,7 @@ def test_matches_dense_convolution(case, device):
     padding, stride = PADDING[kernel], ONE if kind == "submanifold" else STRIDE
     if kind in ("inverse", "transposed"):
         size = zip(out_shape, shape, kernel, stride, torch.tensor(padding).expand(3).tolist(), strict=True)
-        # cells that the strided convolution skipped
+        # the upper cells of each axis that the strided convolution does not reach
         output_padding = [o - ((n - 1) * s - 2 * p + k) for o, n, k, s, p in size]
         truth = F.conv_transpose3d(dense, weight.permute(4, 0, 1, 2, 3), None, stride, padding, output_padding)
     else:
@@ -257,7 +258,7 @@ def test_matches_dense_convolution(case, device):
 
 @pytest.mark.parametrize("fn", [sparse_conv, sparse_conv_ref])
 def test_by_hand(fn, device):
-    """Three voxels side by side and a fourth alone; the taps are 1, 10, 100 along x."""
+    """Three voxels side by side along x and a fourth alone; the weights are 1, 10, 100 along x."""
     features = torch.tensor([[1.0], [2], [3], [4]], device=device, requires_grad=True)
     weight = torch.tensor([1.0, 10, 100], device=device).view(1, 1, 1, 3, 1).requires_grad_()
     left, here, right = [-1, 0, 1, -1], [0, 1, 2, 3], [1, 2, -1, -1]
@@ -335,15 +336,15 @@ def test_autocast_casts_features_and_keeps_the_weights_gradient(fn, device):
     features, weight = inputs["features"].requires_grad_(), inputs["weight"].requires_grad_()
     with torch.autocast(device, torch.bfloat16):
         out = fn(**inputs)
-    cast = fn(**inputs | dict(features=features.bfloat16()))
-    assert out.dtype == torch.bfloat16 and torch.equal(out, cast)
+    of_bf16_features = fn(**inputs | dict(features=features.bfloat16()))
+    assert out.dtype == torch.bfloat16 and torch.equal(out, of_bf16_features)
     d_features, d_weight = grads(out, features, weight)
     assert d_features.dtype == d_weight.dtype == torch.float32
     assert not torch.equal(d_weight, d_weight.bfloat16().float())  # never rounded
 
 
 @pytest.mark.parametrize("fn", [sparse_conv, sparse_conv_ref])
-def test_the_weights_gradient_exceeds_the_largest_fp16(fn, device):
+def test_the_weights_gradient_may_exceed_the_largest_fp16(fn, device):
     features = torch.full((300, 1), 100.0, device=device, dtype=torch.float16)
     weight = torch.ones(1, 1, 1, 1, 1, device=device, requires_grad=True)
     table = torch.arange(300, dtype=torch.int32, device=device)[None]
@@ -365,7 +366,7 @@ def test_a_table_modified_in_place_is_read_again(device):
             table[0, 1] = -1
 
 
-def test_rejects_what_does_not_match(device):
+def test_rejects_invalid_arguments(device):
     inputs, *_ = make_inputs("strided", THREE, 1, THREE, 5, 2, 3, device, torch.float32)
     features, weight, table, inverse = inputs.values()
     for args, message in [

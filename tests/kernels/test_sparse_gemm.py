@@ -12,8 +12,10 @@ from unipad.kernels.sparse_gemm import BLOCK_E, BLOCK_R, GROUP, STAGES_OF, d_wei
 from unipad.kernels.sparse_tiles import NeighborTable
 
 IEEE, TF32 = dict(PRECISION="ieee", WIDEN=False), dict(PRECISION="tf32", WIDEN=False)
-HALF, SINGLE, EVEN = ("bf16",), ("fp32",), ("I", "O")
+HALF, SINGLE = ("bf16",), ("fp32",)  # element types
+EVEN = ("I", "O")  # sizes that are multiples of 16
 EVERY, ONE_TARGET = ASSEMBLED, ("sm_90",)  # targets with budgets: all that are compiled to machine code, or one
+# without an epilogue, with all of it
 PLAIN, FULL = dict(scale_ptr=None, shift_ptr=None, residual_ptr=None, RELU=False), dict(RELU=True)
 # num_stages by vendor
 MORE, FEWER = ({vendor: stages[i] for vendor, stages in STAGES_OF.items()} for i in range(2))
@@ -104,7 +106,7 @@ def tuned():
 
 
 def test_every_candidate_computes_the_same(tuned, device):
-    """The clock makes each candidate the fastest in turn; block sizes do not change the terms of a sum."""
+    """The clock makes each candidate the fastest in turn; block sizes change only the order of summation."""
     gen = torch.Generator().manual_seed(0)
     table = torch.where(torch.rand(3, 130, generator=gen) < 0.5, torch.randint(0, 130, (3, 130), generator=gen), -1)
     table = NeighborTable(table.int().to(device))

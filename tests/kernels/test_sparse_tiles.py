@@ -34,6 +34,7 @@ LAUNCHES = [
 
 
 def make_table(K, M, fraction, device, seed=0):
+    """[K, M] int32 random table: a fraction of the entries are rows in [0, 2 * M), the others -1."""
     gen = torch.Generator().manual_seed(seed)
     read = torch.randint(0, 2 * M, (K, M), generator=gen)
     return torch.where(torch.rand(K, M, generator=gen) < fraction, read, -1).int().to(device)
@@ -80,7 +81,7 @@ def test_pairs_are_in_the_order_of_the_table(K, M, fraction, monkeypatch, device
     "max_chunks, min_pairs, multiple, size", [(1, 1, 1, 1583), (40, 1, 16, 48), (40, 100, 16, 112)]
 )
 def test_chunks_have_equal_length(max_chunks, min_pairs, multiple, size, device):
-    """1583 pairs of 27 offsets."""
+    """1583 pairs of 27 offsets; size: pairs per chunk."""
     table = NeighborTable(make_table(27, 200, 0.3, device))
     ends = table.pairs().ends[:, -1].tolist()
     assert ends[-1] == 1583
@@ -93,18 +94,18 @@ def test_chunks_have_equal_length(max_chunks, min_pairs, multiple, size, device)
 
 
 def test_rows_with_the_same_offsets_share_tiles(device):
-    """The inverse table of a 3 x 3 x 3 convolution of stride 2: eight classes of rows, by the parities of cells."""
+    """The inverse table of a 3 x 3 x 3 convolution of stride 2: eight sets of offsets, one per parity of a cell."""
     gen = torch.Generator().manual_seed(0)
     parity = torch.randint(0, 8, (1024,), generator=gen)
     has = torch.ones(27, 1024, dtype=torch.bool)
     for axis, step in enumerate((9, 3, 1)):
         is_odd = (parity >> axis) % 2 == 1
         middle = (torch.arange(27) // step % 3 == 1)[:, None]
-        has &= middle == is_odd  # one offset reaches an odd cell, two an even one
+        has &= middle == is_odd  # along an axis, one offset reaches an odd cell, two an even one
     table = torch.where(has, 0, -1).int().to(device)
     needed, computed = has.sum().item(), 64 * NeighborTable(table).tiles(64).count_idx.sum().item()
     assert computed < 1.6 * needed
-    assert 64 * has.view(27, 16, 64).any(dim=2).sum() > 7 * needed  # unsorted
+    assert 64 * has.view(27, 16, 64).any(dim=2).sum() > 7 * needed  # products without the sort
 
 
 def test_a_table_caches_its_tiles_and_pairs(device):
@@ -129,7 +130,7 @@ def test_a_modified_table_is_rejected(device):
 
 
 def test_a_deep_copy_has_a_separate_cache(device):
-    """The version counter of its tensor starts at 0, without the changes before the copy."""
+    """The version counter of the copied tensor starts at 0, although the original was modified before."""
     idx = make_table(27, 300, 0.3, device)
     idx[0, 0] = -1
     table = NeighborTable(idx)
@@ -164,7 +165,7 @@ def streams(monkeypatch):
     return switch
 
 
-def test_stream_and_capturing_ask_cuda(monkeypatch):
+def test_stream_and_capturing_are_those_of_cuda(monkeypatch):
     cuda, cpu = torch.device("cuda", 1), torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=10 + device.index))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
@@ -214,7 +215,7 @@ def test_a_replayed_convolution_matches(device):
 
 
 def test_tiles_made_during_capture_are_not_cached(streams, device):
-    """Their memory is filled only by a replay."""
+    """Only a replay of the graph fills their memory."""
     table = NeighborTable(make_table(3, 40, 0.5, device))
     streams(3, capturing=True)
     in_graph = table.tiles(64), table.pairs()

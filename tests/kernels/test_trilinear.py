@@ -46,7 +46,7 @@ SHAPES = [  # B, Z, Y, X, C, R, S
 
 
 def make_inputs(B, Z, Y, X, C, R, S, device):
-    """Points inside the volume and up to two cells outside."""
+    """Points inside the volume and up to two voxels outside."""
     size = torch.tensor([X, Y, Z], device=device)
     return dict(
         volume=torch.randn(B, Z, Y, X, C, device=device, dtype=torch.float64),
@@ -80,12 +80,12 @@ def test_by_hand(fn, device):
     volume = (1 + x + 10 * y + 100 * z)[None, ..., None]
     points = torch.tensor(
         [
-            [0.25, 0.5, 1.75],  # inside a cell
-            [1, 1, 1],  # on a voxel: slopes of the upper cell, the same here
-            [2, 2, 2],  # on the last voxel: the upper cell is outside, where the value falls to 0
-            [-0.5, 0, 0],  # half a cell outside: half the first voxel
-            [-1, 0, 0],  # one cell below the first voxel: 0, with a slope towards it
-            [3, 0, 0],  # one cell above the last voxel: 0, with slope 0
+            [0.25, 0.5, 1.75],  # between voxel centers
+            [1, 1, 1],  # on a center: slopes towards the next, the same as from the previous one here
+            [2, 2, 2],  # on the last center: beyond it the value falls to 0
+            [-0.5, 0, 0],  # half a voxel below the first center: half its value
+            [-1, 0, 0],  # one voxel below the first center: 0, with a slope towards it
+            [3, 0, 0],  # one voxel above the last center: 0, with slope 0
             [0, 0, -7],  # far outside
         ],
         device=device,
@@ -106,13 +106,13 @@ def test_by_hand(fn, device):
 @pytest.mark.parametrize("fn", [trilinear, trilinear_ref])
 @pytest.mark.skipif(torch.__version__ < (2, 13), reason="grid_sample is twice differentiable from torch 2.13 on")
 def test_matches_grid_sample_and_its_double_backward(fn, device):
-    """Zero padding included; sizes of 2^n + 1 voxels, so that normalized coordinates are exact on the faces too."""
+    """Zero padding included; sizes of 2^n + 1 voxels, so that normalized coordinates of voxel centers are exact."""
     inputs = make_inputs(1, 3, 5, 9, 4, 6, 8, device)
     volume = inputs["volume"].requires_grad_()
     points = inputs["points"].double()
-    points[:3] = points[:3].round()  # on faces
+    points[:3] = points[:3].round()  # on voxel centers
     points.requires_grad_()
-    d_value = torch.randn(6, 8, 4, device=device, dtype=torch.float64, requires_grad=True)  # dL/dvalue, as of an MLP
+    d_value = torch.randn(6, 8, 4, device=device, dtype=torch.float64, requires_grad=True)  # dL/dvalue
 
     def sampled():
         normalized = points / torch.tensor([4.0, 2.0, 1.0], device=device) - 1
@@ -137,7 +137,7 @@ def test_matches_grid_sample_and_its_double_backward(fn, device):
 def test_gradcheck(fn, device):
     inputs = make_inputs(2, 2, 2, 2, 1, 2, 1, device)
     low = torch.tensor([[[0, 0, 0]], [[-1, 0, 1]]], device=device)
-    points = low + 0.1 + 0.8 * torch.rand(2, 1, 3, device=device, dtype=torch.float64)  # away from the faces
+    points = low + 0.1 + 0.8 * torch.rand(2, 1, 3, device=device, dtype=torch.float64)  # not at integers: kinks
     torch.autograd.gradcheck(
         fn, (inputs["volume"].requires_grad_(), points.requires_grad_(), inputs["volume_idx"]), nondet_tol=1e-12
     )
@@ -162,7 +162,7 @@ def test_strict_determinism_runs_the_reference(device):
         assert launched == ["_trilinear_fwd_kernel"]
 
 
-def test_rejects_what_does_not_match(device):
+def test_rejects_mismatched_arguments(device):
     inputs = make_inputs(1, 2, 3, 4, 5, 2, 3, device)
     with pytest.raises(AssertionError, match="do not match"):
         trilinear(inputs["volume"], inputs["points"], inputs["volume_idx"][:1])

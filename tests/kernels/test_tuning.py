@@ -49,7 +49,7 @@ def test_without_gpu_or_timer_the_default_is_used():
     assert choose(clock) == (64, 4) and not clock.ran
 
 
-def test_the_fastest_is_found_once_for_each_kind_of_work():
+def test_candidates_are_timed_once_for_each_kind_of_work():
     clock = Clock({(64, 4): 3.0, (128, 4): 1.0, (128, 8): 2.0})
     tuning.enable(timer=clock)
     assert choose(clock) == (128, 4) and clock.ran == CANDIDATES
@@ -100,11 +100,11 @@ def test_nothing_is_timed_under_strict_determinism(tmp_path):
     assert choose(clock) == (128, 4)
     torch.use_deterministic_algorithms(True)
     tuning.enable(path, Clock({}))
-    assert choose(clock) == (128, 4) and len(clock.ran) == 3  # choices from a file are used, as the default would be
+    assert choose(clock) == (128, 4) and len(clock.ran) == 3  # a choice from a file is used: nothing is timed
 
 
 def test_two_processes_with_the_same_pid_do_not_share_a_temporary_file(tmp_path, monkeypatch):
-    """For example on two machines."""
+    """The pids of two machines may be equal."""
     path, names = tmp_path / "tuning.json", set()
     monkeypatch.setattr("os.getpid", lambda: 1)
     replace = Path.replace
@@ -137,7 +137,7 @@ def test_runs_are_timed_back_to_back_by_their_median(monkeypatch):
 
     def fn():
         log.append("run")
-        clock[0] += 50.0 if log.count("run") in (1, 7) else 2.0
+        clock[0] += 50.0 if log.count("run") in (1, 7) else 2.0  # ms; slow: compiling, and one outlier
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())

@@ -11,7 +11,8 @@ TYPES = dict(coords_ptr="*i32", keys_ptr="*i64")
 LAUNCHES = [Launch("_keys_kernel", dict(BLOCK=BLOCK), TYPES, elements=("fp32",), registers=32)]
 
 ONE = (1, 1, 1)
-SOME, FULL = (3, (5, 7, 9), 200), (1, (3, 3, 3), 27)  # B, (Z, Y, X), number of voxels
+# B, (Z, Y, X), number of voxels
+SOME, FULL = (3, (5, 7, 9), 200), (1, (3, 3, 3), 27)
 SETS = [
     SOME,
     FULL,
@@ -23,7 +24,7 @@ SETS = [
 
 
 def random_voxels(B, shape, N, device):
-    """N voxels in any order."""
+    """[N, 4] distinct voxels (b, z, y, x) in random order."""
     cells = torch.randperm(B * prod(shape), device=device)[:N]
     return torch.stack(torch.unravel_index(cells, (B, *shape)), dim=1).int()
 
@@ -52,7 +53,7 @@ def test_grids_beyond_int32_coordinates_or_int64_keys_are_rejected(fn, device):
 
 
 @pytest.mark.parametrize("fn", [sort_voxels, sort_voxels_ref])
-def test_faulty_coordinates_raise(fn, device):
+def test_invalid_coordinates_raise(fn, device):
     def raises(rows, message):
         with pytest.raises(ValueError, match=message):
             fn(torch.tensor(rows, dtype=torch.int32, device=device), (2, 3, 4))

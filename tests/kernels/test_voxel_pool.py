@@ -38,7 +38,7 @@ LAUNCHES = [
 
 
 def views(B, N, device):
-    """[B, N, 4, 4] cameras at the origin looking along y, slightly rotated and scaled; images of 40 x 24 pixels."""
+    """lidar2image [B, N, 4, 4] of cameras at the origin that look along y, slightly rotated and scaled: 40 x 24 px."""
     intrinsics = torch.tensor([[20.0, 0, 20, 0], [0, 20, 12, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
     extrinsics = torch.tensor([[1.0, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]])  # x right, y ahead, z up
     perturbed = extrinsics + 0.05 * torch.randn(B, N, 4, 4) * torch.tensor([1.0, 1, 1, 0])[:, None]
@@ -46,7 +46,7 @@ def views(B, N, device):
 
 
 def make_inputs(B, N, size, C, D, shape, device, truncate=False):
-    """A grid of 12 x 12 x 4 m ahead of the cameras; some points miss it, also below its lower faces."""
+    """A grid of 12 x 12 x 4 m ahead of the cameras; some points lie outside, also below its lower faces."""
     h, w = size
     extent = 12.0, 12.0, 4.0
     return dict(
@@ -56,7 +56,7 @@ def make_inputs(B, N, size, C, D, shape, device, truncate=False):
         low=(-6.3, 1.4, -1.7),
         cell=tuple(e / max(n, 1) for e, n in zip(extent, shape, strict=True)),
         shape=shape,
-        stride=-(-40 // max(w, 1)),
+        stride=-(-40 // max(w, 1)),  # w features cover the 40 pixels
         depth_range=(2.0, 14.0),
         truncate=truncate,
     )
@@ -72,7 +72,7 @@ def make_inputs(B, N, size, C, D, shape, device, truncate=False):
         (2, 2, (8, 8), 4, 4, (8, 8, 2)),  # exactly one block of pixels and of voxels
         (1, 1, (3, 3), 65, 9, (3, 3, 1)),  # one pixel and one voxel more than a block
         (1, 1, (1, 2), 512, 3, (2, 2, 1)),  # many channels
-        (1, 3, (7, 10), 3, 9, (2, 3, 1)),  # whole chunks of points in one voxel
+        (1, 3, (7, 10), 3, 9, (2, 3, 1)),  # whole chunks of runs in one voxel
         (0, 2, (3, 5), 3, 4, (2, 2, 2)),  # no samples
         (2, 0, (3, 5), 3, 4, (2, 2, 2)),  # no views
         (1, 2, (3, 0), 3, 4, (2, 2, 2)),  # no pixels
@@ -119,36 +119,38 @@ def test_reproduces_the_original(op, device, monkeypatch):
 
 
 def test_points_lie_where_the_original_puts_them():
-    """All points of the golden record; 7632 of the 79955 in the grid are there only by rounding towards zero."""
+    """All points of the golden record; of 79955 in the grid, 7632 are there only by rounding towards zero."""
     arrays, _ = golden.load("voxel_pool_depth")
     matrices, bins = unipad.kernels.voxel_pool._geometry(
         arrays["in/lidar2img"][:, :, 0], RECORDED["low"], RECORDED["cell"], RECORDED["depth_range"], 30
     )
-    found = [
+    truncated, floored = (
         unipad.kernels.voxel_pool._voxels_ref(matrices, bins, (2, 6, 16, 28, 12), RECORDED["shape"], 16, truncate)
         for truncate in (True, False)
-    ]
+    )
     b, x, y, z = arrays["out/voxel_coords_b_x_y_z"][:, :, 0].permute(5, 0, 1, 3, 4, 2).long()
     inside = arrays["out/mask"][:, :, 0].permute(0, 1, 3, 4, 2)
-    expected = torch.where(inside, ((b * 5 + z) * 18 + y) * 20 + x, 3600).flatten()
-    assert torch.equal(found[0], expected)
-    moved = found[0] != found[1]
-    assert (found[0] < 3600).sum() == 79955 and (found[1][moved] == 3600).all() and moved.sum() == 7632
+    V = 2 * 5 * 18 * 20  # the index of points outside
+    expected = torch.where(inside, ((b * 5 + z) * 18 + y) * 20 + x, V).flatten()
+    assert torch.equal(truncated, expected)
+    moved = truncated != floored
+    assert (truncated < V).sum() == 79955 and (floored[moved] == V).all() and moved.sum() == 7632
 
 
 def straight_view(device):
-    """[1, 1, 4, 4]: x and y are pixel times depth, z is the depth."""
+    """lidar2image [1, 1, 4, 4] that makes x and y pixel times depth, and z the depth."""
     return torch.eye(4, device=device)[None, None]
 
 
 @pytest.mark.parametrize("op", [voxel_pool, voxel_pool_ref])
 def test_by_hand(op, device):
-    """Worked on paper: one row of pixels 0 and 2, depths 1, 2, 3. Pixel 0 stays at x = 0, pixel 2 goes 2, 4, 6; voxels
-    are 4 m wide and start at -1, so they meet at 3. Points on the grid's upper face, z = 3, are outside."""
+    """Worked on paper: a row of features at pixels 0 and 2, depths 1, 2, 3. The points of pixel 0 have x = 0, of
+    pixel 2 x = 2, 4, 6; voxels are 4 m wide and start at -1, so they meet at 3. Points on the upper face, z = 3, are
+    outside."""
     features = torch.tensor([[1.0, 10.0], [2.0, 20.0]], device=device).view(1, 1, 1, 2, 2).requires_grad_()
     depths = torch.tensor([[0.25, 0.5, 8.0], [0.125, 0.75, 8.0]], device=device).view(1, 1, 1, 2, 3).requires_grad_()
     volume = op(features, depths, straight_view(device), (-1, 0, 1), (4, 1, 2), (2, 1, 1), 2, (1, 4))
-    # left voxel: both of pixel 0 and pixel 2 at depth 1; right voxel: pixel 2 at depth 2
+    # left voxel: pixel 0 at depths 1 and 2, pixel 2 at depth 1; right voxel: pixel 2 at depth 2
     expected = torch.tensor([[0.75 + 0.25, 7.5 + 2.5], [1.5, 15.0]], device=device).view(1, 1, 1, 2, 2)
     torch.testing.assert_close(volume, expected, rtol=0, atol=0)
 
@@ -163,7 +165,7 @@ def test_by_hand(op, device):
 @pytest.mark.parametrize("op", [voxel_pool, voxel_pool_ref])
 @pytest.mark.parametrize("truncate, counted", [(False, 1), (True, 2)])
 def test_points_below_the_grid_count_only_when_truncated(op, truncate, counted, device):
-    """x = 0, 0.75 and 1.5 m; voxels of 1 m from 1 to 3. A whole voxel below the grid is outside either way."""
+    """Points at x = 0, 0.75 and 1.5 m; voxels of 1 m from 1 to 3. The first is a whole voxel below: always outside."""
     ones = torch.ones(1, 1, 1, 3, 1, device=device)
     view = straight_view(device) * torch.tensor([1 / 0.75, 1, 1, 1], device=device)
     volume = op(ones, ones, view, (1, -0.5, 0.5), (1, 1, 1), (2, 1, 1), 1, (1, 2), truncate)
@@ -171,8 +173,8 @@ def test_points_below_the_grid_count_only_when_truncated(op, truncate, counted, 
 
 
 @pytest.mark.parametrize("op", [voxel_pool, voxel_pool_ref])
-def test_points_outside_are_dropped(op, device):
-    """A view of NaNs and a singular one; their gradients are 0."""
+def test_points_of_invalid_cameras_are_dropped(op, device):
+    """A matrix of NaNs and a singular one; the gradients of their views are 0."""
     features = torch.ones(1, 3, 1, 2, 1, device=device, requires_grad=True)
     depths = torch.ones(1, 3, 1, 2, 1, device=device, requires_grad=True)
     lidar2image = straight_view(device).repeat(1, 3, 1, 1)
@@ -187,7 +189,8 @@ def test_points_outside_are_dropped(op, device):
 def test_points_on_faces_lie_on_the_same_side_for_kernel_and_reference(device):
     """Cameras along the grid's axes, bins as far apart as voxels: planes of points lie on faces, up to rounding."""
     inputs = make_inputs(1, 4, (5, 8), 3, 12, (9, 9, 5), device)
-    a, b, c, d = torch.tensor([[20.0, 20, 0, 0], [0, 12, -20, 0], [0, 1, 0, 0], [0, 0, 0, 1]]).unbind(1)  # ahead is y
+    # the columns for x, y (ahead), z and 1
+    a, b, c, d = torch.tensor([[20.0, 20, 0, 0], [0, 12, -20, 0], [0, 1, 0, 0], [0, 0, 0, 1]]).unbind(1)
     rotated = [[a, b, c, d], [b, -a, c, d], [-a, -b, c, d], [-b, a, c, d]]
     inputs["lidar2image"] = torch.stack([torch.stack(view, dim=1) for view in rotated])[None].to(device)
     inputs |= dict(low=(-2.7, -2.7, -1.5), cell=(0.6, 0.6, 0.6), depth_range=(0.3, 7.5), stride=4)
@@ -206,12 +209,12 @@ def test_points_are_placed_as_on_a_cpu(device):
     assert (matrices * sizes * (1 / sizes) != matrices).any()
 
 
-@pytest.mark.parametrize("points", [CHUNK - 1, CHUNK, 2 * CHUNK - 1, 2 * CHUNK, 5 * CHUNK + 7])
-def test_many_runs_of_a_voxel_are_summed_in_chunks(points, device):
-    """All points in one voxel, which begins in the middle of a chunk, after those of another."""
+@pytest.mark.parametrize("pixels", [CHUNK - 1, CHUNK, 2 * CHUNK - 1, 2 * CHUNK, 5 * CHUNK + 7])
+def test_many_runs_of_a_voxel_are_summed_in_chunks(pixels, device):
+    """Two voxels with a run of every pixel each; those of the second may begin in the middle of a chunk."""
     inputs = dict(
-        features=torch.randn(1, 1, 1, points, 3, device=device, dtype=torch.float64),
-        depths=torch.rand(1, 1, 1, points, 2, device=device, dtype=torch.float64),
+        features=torch.randn(1, 1, 1, pixels, 3, device=device, dtype=torch.float64),
+        depths=torch.rand(1, 1, 1, pixels, 2, device=device, dtype=torch.float64),
         lidar2image=straight_view(device),
         low=(0, -1, 0.5),  # depth 1 in the lower voxel, depth 2 in the upper one
         cell=(1e4, 2, 1),
@@ -225,31 +228,31 @@ def test_many_runs_of_a_voxel_are_summed_in_chunks(points, device):
 def test_cameras_are_not_cached(device):
     inputs = make_inputs(1, 2, (3, 5), 3, 6, (4, 4, 2), device)
     before = voxel_pool(**inputs)
-    inputs["lidar2image"].data[:, 0, 0, 3] += 40  # pixels to the right, without autograd noticing
+    inputs["lidar2image"].data[:, 0, 0, 3] += 40  # shifts the view by 40 pixels; `.data` keeps the version counter
     volume = voxel_pool(**inputs)
     torch.testing.assert_close(volume, voxel_pool_ref(**inputs), rtol=1e-12, atol=1e-12)
     assert not torch.equal(volume, before)
 
 
 def test_points_of_a_ray_that_share_a_voxel_are_one_run(device):
-    """Pixels 0, 1, 2 at depths 1 to 9: x is pixel times depth. Counts the runs in each voxel of 4 m along x."""
+    """Pixels 0, 1, 2 at depths 1 to 9, so x = pixel * depth; five voxels of 4 m along x."""
     *_, begin = unipad.kernels.voxel_pool._find_points(
         straight_view(device), sizes=(1, 1, 1, 3, 0), D=9, low=(0, -1, 0), cell=(4, 2, 20), shape=(5, 1, 1),
         stride=1, depth_range=(1, 10), truncate=False,
     )  # fmt: skip
-    # x = 0 * 9 | 1 2 3, 4 5 6 7, 8 9 | 2, 4 6, 8 10, 12 14, 16 18
+    # x of the points of each run: pixel 0: 0 nine times; 1: 1 2 3, 4 5 6 7, 8 9; 2: 2, 4 6, 8 10, 12 14, 16 18
     assert begin.tolist() == [0, 3, 5, 7, 8, 9]
 
 
 def test_frames_can_be_passed_as_more_views(device):
     """One call with two frames of two views each gives the sum of a call per frame."""
     inputs = make_inputs(2, 4, (3, 5), 3, 6, (4, 4, 2), device)
-    halves = [
+    frames = [
         inputs | {name: inputs[name][:, frame] for name in ("features", "depths", "lidar2image")}
         for frame in (slice(2), slice(2, 4))
     ]
     together = voxel_pool(**inputs)
-    torch.testing.assert_close(together, sum(voxel_pool(**half) for half in halves), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(together, sum(voxel_pool(**frame) for frame in frames), rtol=1e-12, atol=1e-12)
 
 
 def test_a_feature_changes_only_voxels_on_its_ray(device):

@@ -24,7 +24,7 @@ GRID = dict(low=(-2.0, -1.5, -1.0), cell=(0.5, 0.3, 0.7), shape=(3, 10, 8))
 
 
 def make_inputs(point_counts, C, device, max_points=3, max_voxels=1000):
-    """Points up to a cell outside the grid, some on the borders of cells, some twice."""
+    """Points in the grid and up to a cell outside, some on the borders of cells, some of them equal."""
     P = sum(point_counts)
     points = torch.rand(P, C, device=device)
     points[:, :3] = (points[:, :3] * torch.tensor([10, 12, 5], device=device) - 1) * points.new_tensor(GRID["cell"])
@@ -35,7 +35,7 @@ def make_inputs(point_counts, C, device, max_points=3, max_voxels=1000):
 
 
 def check_matches_reference(inputs):
-    """Only in fp32: in fp64 points on a border lie in other cells."""
+    """Compare kernel and reference in fp32 only: in fp64 points on a border lie in other cells."""
     with launches() as launched:
         features, coords = voxelize(**inputs)
     expected, expected_coords = voxelize_ref(**inputs)
@@ -155,7 +155,7 @@ def test_bit_equal_from_run_to_run(device):
     assert torch.equal(features, again) and torch.equal(coords, same)
 
 
-def test_no_launch_without_points(device):
+def test_no_points_or_none_in_the_grid(device):
     with launches() as launched:
         features, coords = voxelize(**make_inputs([0, 0], 4, device))
     assert not launched and features.shape == (0, 4) and coords.shape == (0, 4) and coords.dtype == torch.int32
@@ -166,17 +166,17 @@ def test_no_launch_without_points(device):
 
 
 def test_grid_sample_by_hand(device):
-    x = torch.tensor([0.1, -0.1, 0.6, 0.2, 0.9, 0.2, -0.1], device=device)
+    x = torch.tensor([0.1, -0.1, 0.6, 0.2, 0.9, 0.2, -0.1], device=device)  # cells of 0.5 m: 0, -1, 1, 0, 1 and 0, -1
     points = torch.stack([x, torch.zeros_like(x), torch.ones_like(x)], dim=1)
     noise = torch.tensor([0.5, 0.1, 0.3, 0.2, 0.3, 0.0, 0.9], device=device)
-    counts = [5, 2]  # cells of 0.5 m: 0, -1, 1, 0, 1 and 0, -1
+    counts = [5, 2]
     rows, coords, cell_of, extent = grid_sample(points, counts, 0.5)
     assert extent == ([2, 0, -1], [2, 0, 1])
     assert rows.tolist() == [1, 0, 2, 6, 5]
     assert coords.tolist() == [[0, 2, 0, -1], [0, 2, 0, 0], [0, 2, 0, 1], [1, 2, 0, -1], [1, 2, 0, 0]]
     assert cell_of.tolist() == [1, 0, 2, 1, 2, 4, 3]
     rows, same, cell_of, _ = grid_sample(points, counts, 0.5, noise)
-    assert rows.tolist() == [1, 3, 2, 6, 5]  # of equal noise the first
+    assert rows.tolist() == [1, 3, 2, 6, 5]  # of points with equal noise the first
     assert torch.equal(same, coords) and cell_of.tolist() == [1, 0, 2, 1, 2, 4, 3]
     *nothing, extent = grid_sample(points[:0], [0, 0], 0.5)
     assert [t.shape for t in nothing] == [(0,), (0, 4), (0,)] and extent == ([0, 0, 0], [0, 0, 0])
@@ -226,7 +226,7 @@ def test_grid_sample_takes_one_point_of_each_cell(device):
 
 
 @pytest.mark.parametrize("fn", [voxelize, partial(grid_sample, cell=0.5)], ids=["voxelize", "grid_sample"])
-def test_rejects_what_does_not_match(fn, device):
+def test_rejects_mismatched_arguments(fn, device):
     inputs = make_inputs([4, 5], 4, device)
     if isinstance(fn, partial):
         inputs = {name: inputs[name] for name in ("points", "point_counts")}

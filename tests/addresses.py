@@ -46,6 +46,7 @@ KNOWN_SMALL = {  # file -> part of a source line -> why its product stays below 
     },
 }
 
+# An SSA value; an op: name and number of its results, its own name, the rest of the line
 VALUE = re.compile(r"%[\w.]+(?:#\d+)?")
 OP = re.compile(r'^\s*(?:(%[\w.]+)(?::(\d+))? = )?"?([a-z_]+\.[\w.]+)"?(.*)$')
 # Ops at which tracing stops
@@ -95,7 +96,7 @@ def _read(ttir):
         results = [f"{result}#{i}" for i in range(int(count))] if count else [result] if result else []
         carried = []
         if name in ("scf.yield", "scf.condition"):
-            yielded = operands[name == "scf.condition" :]
+            yielded = operands[name == "scf.condition" :]  # without the condition itself
             for targets in regions[-1] if regions else ():
                 for target, value in zip(targets, yielded, strict=False):
                     ops[target].sources.append(value)
@@ -153,7 +154,7 @@ def _kind(value, ops):
 def _source(text, ttir):
     """File name and source line of an op; if it was inlined, of the innermost function that contains it."""
     alias = re.search(r"loc\((#loc\d*)\)\s*$", text)[1]
-    for _ in range(8):
+    for _ in range(8):  # a location may name others: where the function was inlined
         body = re.search(rf"^{alias} = loc\((.*)\)$", ttir, re.MULTILINE)[1]
         position = re.search(r'"([^"]+\.py)":(\d+):', body)
         if position:

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from unipad.kernels import backend
 
-SLACK = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # fraction of the largest fp64 value
+SLACK = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # fraction of the largest |fp64 value|
 
 
 def check_against_ref(op, ref, inputs, dtype, wrt=None, slack=None, magnitude=0.0):

@@ -74,7 +74,7 @@ def steps():
 
 
 def dry_step(step, scene=0):
-    """Run a step and return its `DryRun`. scene: a number on which those of points, voxels and boxes depend."""
+    """Run a step and return its `DryRun`. scene: an index that changes the numbers of points, voxels and boxes."""
     recipe, precision = _shallow(step.recipe), PRECISIONS[step.precision]
     model = {PretrainRecipe: Pretrain, DetectRecipe: Detector}.get(type(recipe), Segmenter)
     with torch.device("meta"):
@@ -153,10 +153,11 @@ def specialized_on_data(calls, other_calls):
     found = set()
     for (kernel, given), (other, other_given) in zip(calls, other_calls, strict=True):
         assert kernel is other, f"{kernel.__name__} is launched here, {other.__name__} in another scene"
+        # arguments without specialization; Triton always specializes on elements of tuples
         generic = {p.name for p in kernel.params if p.do_not_specialize and not isinstance(given.get(p.name), tuple)}
         for name, value in given.items():
             numbers = [[n for n in tree_iter(v) if isinstance(n, int)] for v in (value, other_given[name])]
-            if numbers[0] != numbers[1] and name not in generic:  # Triton always specializes on elements of tuples
+            if numbers[0] != numbers[1] and name not in generic:
                 found.add((kernel.__name__, name))
     return found
 

@@ -14,7 +14,7 @@ def launch(kernel, levels, channels, divisible, elements, registers, shared, gat
     """gathered: the levels whose gradients are gathered by `pixel_sum` instead of added atomically."""
     forward = kernel == "_lift_fwd_kernel"
     tile = unipad.kernels.lift.FWD_TILE if forward else unipad.kernels.lift.BWD_TILE
-    constexprs = unipad.kernels.lift._blocks(tile // (4 if "fp32" in elements else 2), channels)
+    constexprs = unipad.kernels.lift._blocks(tile // (4 if "fp32" in elements else 2), channels)  # tiles are in bytes
     constexprs |= {} if forward else dict(GATHERED=sum(1 << l for l in gathered))
     types = dict(
         feature_ptrs=("*",) * levels,
@@ -183,7 +183,7 @@ def test_corners_are_those_of_a_float32_arange(op, device):
 
 @pytest.mark.parametrize("op", [lift, lift_ref])
 def test_invisible_voxels_are_zero(op, device):
-    """Voxels behind the camera, at its center, and on the limits of the depth range; a matrix of NaNs."""
+    """Voxel corners behind the camera, at its center, on the limits of the depth range; a matrix of NaNs."""
     view = torch.eye(4, device=device).expand(1, 2, 4, 4).clone()  # depth is z, pixel (x, y) / z
     view[:, 1] = torch.nan
     ones = [torch.ones(1, 2, 1, 1, 1, device=device)]
@@ -265,13 +265,13 @@ def test_more_cells_than_fit_16_bits_match_reference(device, large_blocks, monke
 def test_frames_can_be_passed_as_more_views(device, large_blocks):
     """One call with two frames of two views each gives the sum of a call per frame."""
     inputs = make_inputs(2, 4, [(3, 5)], 3, 4, (5, 4, 2), device)
-    halves = [
+    frames = [
         inputs
         | {name: [inputs[name][0][:, frame]] for name in ("features", "depths")}
         | dict(lidar2image=inputs["lidar2image"][:, frame])
         for frame in (slice(2), slice(2, 4))
     ]
-    torch.testing.assert_close(lift(**inputs), sum(lift(**half) for half in halves), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(lift(**inputs), sum(lift(**frame) for frame in frames), rtol=1e-12, atol=1e-12)
 
 
 def test_rejects_mismatched_shapes(device):

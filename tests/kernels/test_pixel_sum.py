@@ -32,7 +32,7 @@ def test_is_the_gradient_of_interpolation(device, monkeypatch):
     visible = torch.rand(B, N, V) < 0.6
     d_volume = torch.randn(B, 1, 4, 5, C, dtype=torch.float64)
 
-    x, y, z, probability, along = hits[1].unbind(-1)  # [B, N, V] each
+    x, y, z, probability, dot = hits[1].unbind(-1)  # [B, N, V] each; dot: of feature and gradient
     view = torch.arange(B * N).view(B, N, 1)
     cell = ((view * h + y.floor()) * w + x.floor()).where(visible, B * N * h * w).long()
     first_level = torch.full_like(cell, -1)  # its hits are sorted before all cells of the second and are not read
@@ -44,7 +44,7 @@ def test_is_the_gradient_of_interpolation(device, monkeypatch):
     bins = (1 - (z[..., None] - torch.arange(D)).abs()).clamp(min=0)
     weight = rows[..., None] * columns[..., None, :] * visible[..., None, None]  # [B, N, V, h, w]
     expected = torch.einsum("bnvhw,bnv,bvc->bnhwc", weight, probability, d_volume.view(B, V, C))
-    expected_depth = torch.einsum("bnvhw,bnv,bnvd->bnhwd", weight, along, bins)
+    expected_depth = torch.einsum("bnvhw,bnv,bnvd->bnhwd", weight, dot, bins)
 
     for many_hits in (False, True):
         d_feature, d_depth = torch.empty_like(expected, device=device), torch.empty_like(expected_depth, device=device)

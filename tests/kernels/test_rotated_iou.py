@@ -61,7 +61,7 @@ def make_boxes_3d(N, device):
     return torch.cat([boxes[:, :2], z_h[:, :1], boxes[:, 2:4], z_h[:, 1:], boxes[:, 4:]], dim=1)
 
 
-def clipped_area(a, b):
+def intersection_area(a, b):
     """Intersection areas [P] of boxes [P, 5] each, by shapely."""
     shapely = pytest.importorskip("shapely")
     a, b = a.cpu().double().numpy(), b.cpu().double().numpy()
@@ -94,13 +94,13 @@ def test_paired_matches_reference(N, device):
 @pytest.mark.parametrize("fn", [rotated_iou_bev, rotated_iou_bev_ref])
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=str)
 def test_iou_matches_polygon_clipping(fn, dtype, atol, device):
-    """10,000 pairs, a tenth of them on one grid, hundreds of equal and thin ones and of boxes without area."""
+    """10,000 pairs, a tenth of them on a common grid, hundreds equal, hundreds of thin boxes or without area."""
     a, b = make_boxes(100, device), make_boxes(100, device)
     b[::4] = a[::4]
     i, j = torch.cartesian_prod(torch.arange(100), torch.arange(100)).T
-    shared = clipped_area(a[i], b[j]).to(device)
-    union = (a[:, 2] * a[:, 3])[i] + (b[:, 2] * b[:, 3])[j] - shared
-    expected = torch.where(union > 0, shared / union, 0).view(100, 100)
+    intersection = intersection_area(a[i], b[j]).to(device)
+    union = (a[:, 2] * a[:, 3])[i] + (b[:, 2] * b[:, 3])[j] - intersection
+    expected = torch.where(union > 0, intersection / union, 0).view(100, 100)
     assert (expected > 0).float().mean() > 0.3 and (expected > 0.999).sum() > 10
     iou = fn(a.to(dtype), b.to(dtype))
     assert iou.dtype == dtype and iou.min() >= 0 and iou.max() <= 1
@@ -131,9 +131,9 @@ def test_paired_matches_polygon_clipping_times_height(fn, dtype, atol, device):
     bev = [0, 1, 3, 4, 6]
     height = torch.minimum(a[:, 2] + a[:, 5] / 2, b[:, 2] + b[:, 5] / 2)
     height = (height - torch.maximum(a[:, 2] - a[:, 5] / 2, b[:, 2] - b[:, 5] / 2)).clamp(min=0)
-    shared = clipped_area(a[:, bev], b[:, bev]).to(device) * height
-    union = a[:, 3:6].prod(dim=1) + b[:, 3:6].prod(dim=1) - shared
-    expected = torch.where(union > 0, shared / union, 0)
+    intersection = intersection_area(a[:, bev], b[:, bev]).to(device) * height
+    union = a[:, 3:6].prod(dim=1) + b[:, 3:6].prod(dim=1) - intersection
+    expected = torch.where(union > 0, intersection / union, 0)
     iou = fn(a.to(dtype), b.to(dtype))
     assert iou.min() >= 0 and iou.max() <= 1
     torch.testing.assert_close(iou.double(), expected, rtol=0, atol=atol)

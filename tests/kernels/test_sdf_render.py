@@ -76,7 +76,7 @@ TF32, TF32_GRADIENT = 2e-3, 2e-2
 
 
 def random_mlp(conditions, outputs, hidden, layers):
-    """The tensors of an MLP (see sdf_reference.py), initialized like `nn.Linear`. conditions: their number."""
+    """The tensors of an MLP of sdf_reference.py, initialized like `nn.Linear`. conditions: size of its vector c."""
     widths = [(hidden, 3), *[(hidden, conditions), (hidden, hidden)] * (layers - 1), (hidden, conditions)]
     widths.append((outputs, hidden))
     leaves = []
@@ -106,7 +106,7 @@ def make_inputs(R, S, channels=32, hidden=16, sdf_layers=6, rgb_layers=4, densit
 
 
 def called(op, method="neus", **options):
-    """`op` as a function of `make_inputs`, like `composed`."""
+    """`op` as a function of the arguments that `make_inputs` returns, like `composed`."""
 
     def call(
         volume, origins, directions, volume_idx, hit, edges, sdf_mlp, rgb_mlp, density_param,
@@ -119,7 +119,7 @@ def called(op, method="neus", **options):
 
 
 def composed(method):
-    """The renderer as separate ops and MLP layers, a function of `make_inputs`; autograd gives the SDF's gradient."""
+    """The renderer as separate ops and MLP layers, a function like `called`; autograd gives the SDF's gradient."""
 
     def call(
         volume, origins, directions, volume_idx, hit, edges, sdf_mlp, rgb_mlp, density_param,
@@ -231,7 +231,7 @@ def tensor_cores(monkeypatch):
 
 
 def test_tf32_errors_are_within_bounds(tensor_cores):
-    """Errors of outputs are below TF32, of gradients below TF32_GRADIENT; the SDF's is too large for fp32."""
+    """Errors of outputs are below TF32, of gradients below TF32_GRADIENT; the SDF's show that tf32 was used."""
     inputs = make_inputs(5, 40)
     truth, found = results(composed("neus"), inputs, torch.float64), results(called(sdf_render), inputs)
     for name, value in found.items():

@@ -34,7 +34,7 @@ def voxels(B, shape, N, device, generator):
     """[N, 4] distinct (b, z, y, x) in random order, corners of the grid among them; sample 1 of three is empty."""
     cells = torch.tensor([c for c in product(*map(range, (B, *shape))) if B < 3 or c[0] != 1])
     corner = ((cells[:, 1:] == 0) | (cells[:, 1:] == torch.tensor(shape) - 1)).all(dim=1)
-    rank = torch.rand(len(cells), generator=generator) - corner.float()
+    rank = torch.rand(len(cells), generator=generator) - corner.float()  # corners first
     chosen = cells[rank.argsort()[:N]]
     assert len(chosen) == N
     return chosen[torch.randperm(N, generator=generator)].to(device)

@@ -266,17 +266,17 @@ def test_each_frame_is_lifted_separately_and_changes_the_volume(view):
     camera = replace(TINY_CAMERA, **levels)
     encoder = Encoder(config.Recipe(grid=GRID, data=THREE, camera=camera)).eval()
     batch = with_earlier_frames(make_batch([[], []], size=(64, 96), unpadded=(60, 90)), 3)
-    seen = {}
-    encoder.frame_fusion.register_forward_hook(lambda module, args, out: seen.update(volumes=args[0]))
+    fused = {}
+    encoder.frame_fusion.register_forward_hook(lambda module, args, out: fused.update(volumes=args[0]))
     encoded = encoder.encode(batch, None)
     assert encoded.volume.shape == (2, 8, 5, 18, 20) and encoded.depths[0].shape[:2] == (2, 6)
     alone = Encoder(config.Recipe(grid=GRID, camera=camera)).eval()
     assert alone.load_state_dict(encoder.state_dict(), strict=False).missing_keys == []
-    for w in range(3):
+    for w in range(3):  # frames
         views = slice(2 * w, 2 * w + 2)
         names = ("images", "image_sizes", "lidar2image", "lidar2camera")
         frame = replace(batch, **{n: getattr(batch, n)[:, views] for n in names}, frame_lags=None)
-        torch.testing.assert_close(seen["volumes"].unflatten(0, (2, 3))[:, w], alone(frame, None)[0])
+        torch.testing.assert_close(fused["volumes"].unflatten(0, (2, 3))[:, w], alone(frame, None)[0])
 
     def changed(**fields):
         return (encoder(replace(batch, **fields), None)[0] - encoded.volume).abs().amax((1, 2, 3, 4))
@@ -339,7 +339,7 @@ def test_finetuning_and_evaluation_with_camera_sweeps(city, tmp_path):
 @pytest.mark.parametrize("finetuned", [False, True])
 def test_checkpoints_of_several_frames_convert_both_ways(finetuned):
     """With the key names of the original's view transform; its lags are always multiples of 1 / 12 s."""
-    kind, presets, build = (DetectRecipe, DETECT, Detector) if finetuned else (PretrainRecipe, PRETRAIN, Pretrain)
+    recipe_cls, presets, build = (DetectRecipe, DETECT, Detector) if finetuned else (PretrainRecipe, PRETRAIN, Pretrain)
     recipe = presets["camera"]["tiny"]
     net = build(replace(recipe, data=replace(recipe.data, camera_sweeps=4)))
     state, unknown = to_original(net.state_dict())
@@ -354,7 +354,7 @@ def test_checkpoints_of_several_frames_convert_both_ways(finetuned):
         state["pts_bbox_head.code_weights"] = torch.tensor(recipe.detect.code_weights)
     ours, report = convert.convert_unipad(state)
     assert not report.faults, report
-    found = from_dict(kind, ours["config"]["recipe"])
+    found = from_dict(recipe_cls, ours["config"]["recipe"])
     assert found.data.camera_sweeps == 4 and found.data.camera_rate == 12.0
     build(found).load_state_dict(ours["model"])
     back, report = convert.convert_ours(ours)

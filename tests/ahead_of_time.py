@@ -1,7 +1,7 @@
 """Compile kernels for GPUs that this machine does not have, and read their resource use from the machine code.
 
-    python -m tests.ahead_of_time composite      prints one JSON line per kernel and element type, for sm_90
-    python -m tests.ahead_of_time composite all  the same for every launch and target
+    python -m tests.ahead_of_time composite        prints one JSON line per kernel and element type, for sm_90
+    python -m tests.ahead_of_time composite sm_80  the same for every launch, for one target
 
 Runs in its own process, without TRITON_INTERPRET. No GPU is needed: Triton ships the assemblers.
 """
@@ -57,14 +57,13 @@ class Launch:
 def launches_of(kernel_file, which):
     """(launch, element type, target) for the LAUNCHES of tests/kernels/test_<kernel_file>.py.
 
-    which: "all", or "first": for each kernel the first launch with a budget for sm_90, for that target only.
+    which: one of TARGETS, or "first": for each kernel the first launch with a budget for sm_90, for that target.
     """
     found = importlib.import_module(f"tests.kernels.test_{kernel_file}").LAUNCHES
-    targets = tuple(TARGETS)
     if which == "first":
         found = {launch.kernel: launch for launch in reversed(found) if "sm_90" in launch.budgets}.values()
-        targets = ("sm_90",)
-    return [(launch, e, t) for launch in found for e in launch.elements for t in targets if t in launch.targets]
+    target = "sm_90" if which == "first" else which
+    return [(launch, element, target) for launch in found if target in launch.targets for element in launch.elements]
 
 
 def compile_launches(kernel_file, which="first"):

@@ -33,7 +33,7 @@ def check(kernel_file, which):
     """Compile the kernels of a file in a process without the interpreter, and check their cost against `LAUNCHES`."""
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
     expected = launches_of(kernel_file, which)
-    assert {launch.kernel for launch, _, _ in expected} == set(KERNELS[kernel_file])
+    assert {launch.kernel for launch, _, _ in expected} == set(KERNELS[kernel_file]), "a kernel without a launch"
 
     done = scripts.run("-m", "tests.ahead_of_time", kernel_file, which, timeout=3000)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -24,7 +24,7 @@ from unipad.kernels.backend import StreamCache, jit, tl, triton
 
 
 class Tiles(NamedTuple):
-    """T tiles of BLOCK_M outputs each."""
+    """T tiles of BLOCK_M outputs each. The suffix `_idx` marks int32, as in kernel arguments."""
 
     row_idx: Tensor  # [T, BLOCK_M] int32, output rows of each tile; -1 for padding after the last row
     count_idx: Tensor  # [T] int32, number of offsets at which any row of the tile has a neighbor
@@ -42,7 +42,7 @@ class Pairs(NamedTuple):
 
 
 class Chunks(NamedTuple):
-    """The pairs of each offset split into chunks of equal length, in the order of `Pairs`; C is the largest number."""
+    """The pairs of each offset split into chunks of equal length, in the order of `Pairs`; at most C chunks."""
 
     first: Tensor  # [C] int64, index of the chunk's first pair ...
     end: Tensor  # [C] int64, ... and one past its last; unused chunks are empty
@@ -55,13 +55,15 @@ class Chunks(NamedTuple):
 WINDOW = 1024
 BLOCK_K = 8  # offsets per step
 BLOCK_C = 16  # chunks per program
-KEY_BITS = 48  # of the sort key, one per offset; with more offsets several share a bit
+KEY_BITS = 48  # bits of the sort key, one per offset; with more than 48 offsets several share a bit
 
 _tables = weakref.WeakValueDictionary()  # id of an index tensor -> its `NeighborTable`
 
 
 class NeighborTable:
-    """A neighbor table idx [K, M] int32 with a cache of the layouts that kernels read; an argument of `sparse_conv`.
+    """A neighbor table with a cache of the layouts that kernels read; an argument of `sparse_conv`.
+
+    idx: [K, M] int32, the input row that each of M outputs reads at each of K kernel offsets; -1 for none.
 
     The cache is freed with the table: keep the table while convolutions use it, and do not modify `idx`.
     """
@@ -121,7 +123,7 @@ class NeighborTable:
         return self.get(key, lambda: _make_chunks(self.pairs().ends, max_chunks, min_pairs, multiple))
 
     def trial(self):
-        """A copy that starts with this table's cache; what is added to the copy's cache is not added to this one."""
+        """A copy for timing candidates: starts with this table's cache, and adds nothing to it."""
         trial = NeighborTable(self.idx)
         trial.cache = self.cache.copy()
         return trial
@@ -132,7 +134,7 @@ def _version(idx):
 
 
 def _window(M):
-    return min(WINDOW, max(128, triton.next_power_of_2(M)))  # a power of two, and whole tiles
+    return min(WINDOW, max(128, triton.next_power_of_2(M)))  # a power of two, and a multiple of BLOCK_M, at most 128
 
 
 def _make_tiles(table, block_m, sort):
@@ -265,6 +267,6 @@ def _chunks_kernel(
     nth = chunk[:, None] - (chunk_end - count)[None, :]  # [BLOCK_C, BLOCK_OFFSETS]
     of_offset = (nth >= 0) & (nth < count[None, :])  # True at the chunk's offset; nowhere if the chunk is unused
     first = tl.sum(tl.where(of_offset, begin[None, :] + nth * size, 0), axis=1)
-    last = tl.sum(tl.where(of_offset, end[None, :], 0), axis=1)
+    offset_end = tl.sum(tl.where(of_offset, end[None, :], 0), axis=1)
     tl.store(first_ptr + chunk, first, mask=chunk < MAX_CHUNKS + K)
-    tl.store(end_ptr + chunk, tl.minimum(first + size, last), mask=chunk < MAX_CHUNKS + K)
+    tl.store(end_ptr + chunk, tl.minimum(first + size, offset_end), mask=chunk < MAX_CHUNKS + K)

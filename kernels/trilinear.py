@@ -5,7 +5,7 @@ upper corner, the two have the weights a = (1 - f, f), with the slopes b = da / 
 
     value = sum_ijk az_i ay_j ax_k V_ijk,   d/dx = sum_ijk az_i ay_j bx_k V_ijk,   d/dy, d/dz likewise
 
-which are four sums over the same 8 rows. A corner outside the volume has weight and slope 0 (zero padding, as
+which are four sums over the same 8 voxels. A corner outside the volume has weight and slope 0 (zero padding, as
 F.grid_sample with align_corners=True). Both outputs are differentiable: dL/dV uses the weights of the four sums again;
 dL/dpoint through the gradient uses the mixed second derivatives (az_i by_j bx_k, ...), as the pure ones are 0. The
 result equals the double backward of an interpolation, at the cost of a single backward.
@@ -29,7 +29,7 @@ def trilinear(volume: Tensor, points: Tensor, volume_idx: Tensor) -> tuple[Tenso
 
     Returns:
         value:    [R, S, C].
-        gradient: [R, S, 3, C] d value / d (x, y, z), per voxel; at an integer coordinate, towards the next larger one.
+        gradient: [R, S, 3, C] d value / d (x, y, z), per voxel; at an integer coordinate, that on its upper side.
 
     Outputs have the promoted type of `volume` and `points` and are accumulated in it. Differentiable once w.r.t.
     `volume` and `points`, through both outputs. The kernel adds atomically to the gradient of `volume`, so its last

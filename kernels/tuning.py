@@ -40,8 +40,8 @@ def enable(path: str | Path | None = None, timer: Callable[[Callable], float] | 
 
     Args:
         path:  JSON file of results, read now and written after every search, e.g. in the run's folder; None: not saved.
-               Concurrent processes overwrite each other's results; the file stays valid. Raises ValueError for a file
-               of other content.
+               Concurrent processes overwrite each other's results; the file stays valid. Raises ValueError if the
+               file holds anything else.
         timer: takes a function, returns its time in ms; None: CUDA events, and no search without a GPU.
     """
     global _state
@@ -77,10 +77,10 @@ def choose(kind, candidates, run, device):
         return candidates[0]
     work = device, *kind[:-1], bucket(kind[-1])
     if _state.chosen.get(work) not in candidates:
-        found = _look_up(work, candidates) or _search(work, candidates, run)
-        if found is None:
+        fastest = _look_up(work, candidates) or _search(work, candidates, run)
+        if fastest is None:
             return candidates[0]
-        _state.chosen[work] = found
+        _state.chosen[work] = fastest
     return _state.chosen[work]
 
 

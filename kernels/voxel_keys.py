@@ -106,7 +106,7 @@ def checked(coords, shape, *triples):
 
 
 def check_grid(cells, batch_size=1):
-    """Raise ValueError if coordinates in a grid of `cells` (Z, Y, X) do not fit int32, or keys of a batch int64.
+    """Raise ValueError if coordinates in a grid of `cells` (Z, Y, X) exceed int32, or keys of a batch exceed `NO_KEY`.
 
     A convolution passes its grid enlarged by the padding, since it computes coordinates there in int32.
     """

@@ -43,9 +43,9 @@ def voxel_pool(
         [B, Z, Y, X, C] in the features' type; a voxel without points is 0.
 
     Differentiable once w.r.t. `features` and `depths`. Accumulates in fp32 (fp64 for fp64 features). Deterministic.
-    Points are assigned to voxels in fp64, bitwise equal in kernel and reference; those of a singular matrix are
-    dropped. To pool several frames into one volume, pass them as more views. Raises AssertionError if shapes do not
-    match. Follows Uni3DVoxelPoolDepth of the original.
+    Points are assigned to voxels in fp64, bitwise equal in kernel and reference; those of a view with a singular
+    matrix are dropped. To pool several frames into one volume, pass them as more views. Raises AssertionError if shapes
+    do not match. Follows Uni3DVoxelPoolDepth of the original.
     """
     fits, triples = features.dim() == depths.dim() == 5, (low, cell, shape)
     assert fits, f"features {tuple(features.shape)} and depths {tuple(depths.shape)} are not [B, N, h, w, channels]"
@@ -199,9 +199,9 @@ def _find_points(lidar2image, sizes, D, low, cell, shape, stride, depth_range, t
 
 # All untuned: chosen from the compiler's output for sm_90, without timing on a GPU
 BLOCK_P = 256  # points per program
-TILE = 1024  # voxels, chunks or pixels x channels per program
+TILE = 1024  # elements per program: channels x voxels, chunks or pixels
 CHUNK = 64  # runs per chunk; a voxel with at least 2 * CHUNK - 1 runs contains a whole chunk
-UNROLL = tl.constexpr(4)  # runs whose loads are in flight together
+UNROLL = tl.constexpr(4)  # loop iterations, over runs or depth bins, whose loads are in flight together
 
 
 def _blocks(C):
@@ -305,7 +305,7 @@ def _voxel_pool_fwd_kernel(
     first = tl.cdiv(begin, CHUNK)
     whole = tl.maximum(end // CHUNK - first, 0)
     before = tl.where(whole > 0, first * CHUNK - begin, end - begin)
-    terms = end - begin - whole * (CHUNK - 1)
+    terms = end - begin - whole * (CHUNK - 1)  # single runs and whole chunks
 
     acc = tl.zeros((BLOCK_R, BLOCK_C), partial_ptr.dtype.element_ty)
     for i in tl.range(0, tl.max(terms, axis=0), loop_unroll_factor=UNROLL):

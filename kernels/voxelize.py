@@ -36,7 +36,7 @@ def voxelize(
 
     Returns:
         features: [V, C] means.
-        coords:   [V, 4] int32 (b, z, y, x), unique; by sample, then in the order of first points.
+        coords:   [V, 4] int32 (b, z, y, x), unique; sorted by sample, then by their first points in input order.
 
     Waits for the device once, for V. Not differentiable. Deterministic. Raises ValueError for a grid that `check_grid`
     rejects, AssertionError on points of another shape or type. Follows hard_voxelize_cpu and HardSimpleVFE of the
@@ -109,8 +109,8 @@ def voxelize_ref(points, point_counts, low, cell, shape, max_points, max_voxels)
     count = at.diff(append=inside.sum()[None]).clamp(max=max_points)
     first = order.index_select(0, at)  # the first point of each voxel
 
-    appearance = first.argsort()
-    number = torch.arange(len(at), device=points.device)  # of all voxels, by appearance
+    appearance = first.argsort()  # voxels in the order of their first points
+    number = torch.arange(len(at), device=points.device)  # of each voxel in that order
     sample = b.index_select(0, first.index_select(0, appearance))
     number_in_sample = number - torch.searchsorted(sample, sample)
     kept = appearance[number_in_sample < max_voxels]  # [V]
@@ -134,7 +134,7 @@ def grid_sample(
         points:       [P, C] fp32, first x, y, z in meters, finite; samples concatenated.
         point_counts: [B] integers on the CPU, points of each sample.
         cell:         meters, size of a cell on all axes; cell coordinates are floor(point / cell) in float32.
-        noise:        [P] uniform in [0, 1): the point of a cell with the smallest value is taken. None: the first.
+        noise:        [P] uniform in [0, 1): of each cell, the point with the smallest value is taken. None: the first.
 
     Returns:
         rows:    [V] int64, rows of `points`, one per cell, in ascending order of `coords`.
@@ -143,9 +143,10 @@ def grid_sample(
         extent:  lowest and highest cell along each axis, two lists (z, y, x); zeros without points.
 
     Waits for the device once, for V and the extent. Raises ValueError if the coordinates of a cell do not fit int32,
-    e.g. because a point is not finite. Plain PyTorch on every device, without a Triton kernel. Follows GridSample of
-    Pointcept, which counts cells from each sample's minimum; that shifts their coordinates, not their borders. (The
-    original's copy of GridSample rounds towards zero, so that cells next to the origin are twice as long.)
+    e.g. because a point is not finite, and if `check_grid` rejects the extent. Plain PyTorch on every device, without a
+    Triton kernel. Follows GridSample of Pointcept, which counts cells from each sample's minimum; that shifts their
+    coordinates, not their borders. (The original's copy of GridSample rounds towards zero, so that cells next to the
+    origin are twice as long.)
     """
     counts, P = _check(points, point_counts), len(points)
     assert cell > 0, f"cells have a size above 0, not {cell}"

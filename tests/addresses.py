@@ -64,7 +64,7 @@ class Op:
 def int32_products(ttir):
     """Every int32 product in an address that is not in `KNOWN_SMALL`, as "file.py: source line"."""
     ops, addresses = _read(ttir)
-    seen, found, pending = set(), set(), list(addresses)
+    seen, products, pending = set(), set(), list(addresses)
     while pending:
         value = pending.pop()
         if value in seen or value not in ops:
@@ -75,8 +75,9 @@ def int32_products(ttir):
         if op.name == "arith.muli" and re.search(r": (i32|tensor<[\dx]+xi32>)", op.text):
             kinds = {_kind(v, ops) for v in op.operands}
             if "constant" not in kinds or not kinds <= {"constant", "block"}:
-                found.add(_source(op.text, ttir))
-    return sorted(f"{file}: {line}" for file, line in found if not any(p in line for p in KNOWN_SMALL.get(file, ())))
+                products.add(_source(op.text, ttir))
+    unknown = [(file, line) for file, line in products if not any(known in line for known in KNOWN_SMALL.get(file, ()))]
+    return sorted(f"{file}: {line}" for file, line in unknown)
 
 
 def _read(ttir):
@@ -154,7 +155,7 @@ def _kind(value, ops):
 def _source(text, ttir):
     """File name and source line of an op; if it was inlined, of the innermost function that contains it."""
     alias = re.search(r"loc\((#loc\d*)\)\s*$", text)[1]
-    for _ in range(8):  # a location may name others: where the function was inlined
+    for _ in range(8):  # a location may refer to others, e.g. to the call site of an inlined function
         body = re.search(rf"^{alias} = loc\((.*)\)$", ttir, re.MULTILINE)[1]
         position = re.search(r'"([^"]+\.py)":(\d+):', body)
         if position:

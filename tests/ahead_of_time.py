@@ -37,12 +37,12 @@ class Launch:
 
     kernel: str
     constexprs: dict = field(default_factory=dict)
-    types: dict = field(default_factory=dict)  # argument -> "i64", "*fp32", "*" (to an element) or a tuple of such
+    types: dict = field(default_factory=dict)  # argument -> "i64", "*fp32", "*" (to the element type) or a tuple
     divisible: tuple = ()  # sizes that are multiples of 16 in this launch; Triton specializes on them
     elements: tuple = ("fp32", "bf16")  # element types to compile for
     targets: tuple = tuple(TARGETS)  # to compile for
     num_warps: int = 4
-    num_stages: int | dict | None = None  # None: the target's default; a dict: by vendor
+    num_stages: int | dict | None = None  # None: the target's default; a dict: vendor -> number
     registers: int = 255  # at most, per thread
     shared: int = 0  # at most, bytes per program
     stack: int = 0  # at most, bytes per thread; above 0 means spills and needs a comment that says why
@@ -59,11 +59,11 @@ def launches_of(kernel_file, which):
 
     which: one of TARGETS, or "first": for each kernel the first launch with a budget for sm_90, for that target.
     """
-    found = importlib.import_module(f"tests.kernels.test_{kernel_file}").LAUNCHES
+    launches = importlib.import_module(f"tests.kernels.test_{kernel_file}").LAUNCHES
     if which == "first":
-        found = {launch.kernel: launch for launch in reversed(found) if "sm_90" in launch.budgets}.values()
+        launches = {launch.kernel: launch for launch in reversed(launches) if "sm_90" in launch.budgets}.values()
     target = "sm_90" if which == "first" else which
-    return [(launch, element, target) for launch in found if target in launch.targets for element in launch.elements]
+    return [(launch, element, target) for launch in launches if target in launch.targets for element in launch.elements]
 
 
 def compile_launches(kernel_file, which="first"):

@@ -79,7 +79,7 @@ class DryRun(contextlib.ExitStack):
             mock.patch("torch.cuda.device_of", lambda tensor: contextlib.nullcontext()),
             mock.patch("torch.cuda.current_stream", lambda device=None: SimpleNamespace(cuda_stream=0)),
             mock.patch("torch.cuda.is_current_stream_capturing", lambda: False),
-            # fake tensors have no address (this is the offset in an allocation, whose address is a multiple of 512),
+            # fake tensors have no address (the patch: offset in an allocation, which starts at a multiple of 512),
             mock.patch.object(FakeTensor, "data_ptr", lambda t: t.storage_offset() * t.element_size()),
             # and there is no device to launch on.
             mock.patch("triton.runtime.jit.JITFunction.run", self._launch),
@@ -136,7 +136,7 @@ class _FakeDevice(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _copy(self, func, args, kwargs, to):
-        """Copies to the GPU must not block; copies from the GPU always do."""
+        """Raises if a copy makes the host wait without a `host_wait`; returns zeros if it is from the GPU, else None."""
         source, target = (args[1], args[0].device) if func is aten.copy_.default else (args[0], to)
         target = source.device if target is None else torch.device(target)
         if source.device.type == target.type:
@@ -195,7 +195,7 @@ def _tensors(tree):
 
 
 def _indexes_by_mask(func, args):
-    """Whether the operator indexes by a mask and must count its true elements; to write a CPU scalar it need not."""
+    """Whether the operator indexes by a mask and must count its true elements, as all do but writes of a CPU scalar."""
     if func not in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
         return False
     masked = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])

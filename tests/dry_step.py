@@ -49,28 +49,28 @@ class Step:
 
 def steps():
     """Every recipe of train.py and finetune.py, and variants named by their flags."""
-    found = []
+    all_steps = []
     for task, presets in (("train", PRETRAIN), ("detect", DETECT), ("segment", SEGMENT)):
         for modality, named in presets.items():
             for name, recipe in named.items():
                 label = f"{modality}-{name}" if name == "tiny" else name
-                found.append(Step(f"{task} {label}", recipe))
-    named = {step.name: step for step in found}
+                all_steps.append(Step(f"{task} {label}", recipe))
+    named = {step.name: step for step in all_steps}
     camera, lidar = named["train camera-0.1"], named["train lidar-0.075"]
     for method in ("volsdf", "unisurf"):
         render = replace(camera.recipe.render, method=method)
-        found.append(Step(f"{camera.name} --render.method {method}", replace(camera.recipe, render=render)))
-    for choice in ("random", "dilation"):
-        rays = replace(camera.recipe.rays, strategy=choice)
-        found.append(Step(f"{camera.name} --rays.strategy {choice}", replace(camera.recipe, rays=rays)))
+        all_steps.append(Step(f"{camera.name} --render.method {method}", replace(camera.recipe, render=render)))
+    for strategy in ("random", "dilation"):
+        rays = replace(camera.recipe.rays, strategy=strategy)
+        all_steps.append(Step(f"{camera.name} --rays.strategy {strategy}", replace(camera.recipe, rays=rays)))
     data = replace(lidar.recipe.data, cameras=False)
-    found.append(Step(f"{lidar.name} --data.no-cameras", replace(lidar.recipe, data=data)))
+    all_steps.append(Step(f"{lidar.name} --data.no-cameras", replace(lidar.recipe, data=data)))
     token = replace(lidar.recipe.lidar, learnable_token=True)
-    found.append(Step(f"{lidar.name}, learnable token for masked voxels", replace(lidar.recipe, lidar=token)))
+    all_steps.append(Step(f"{lidar.name}, learnable token for masked voxels", replace(lidar.recipe, lidar=token)))
     for step in (named[name] for name in WITH_VARIANTS):
-        found += [replace(step, name=f"{step.name} --precision {p}", precision=p) for p in ("fp16", "fp32")]
-        found.append(replace(step, name=f"{step.name} --deterministic", deterministic=True))
-    return found
+        all_steps += [replace(step, name=f"{step.name} --precision {p}", precision=p) for p in ("fp16", "fp32")]
+        all_steps.append(replace(step, name=f"{step.name} --deterministic", deterministic=True))
+    return all_steps
 
 
 def dry_step(step, scene=0):
@@ -150,7 +150,7 @@ def answers(recipe, scene):
 
 def specialized_on_data(calls, other_calls):
     """(kernel, argument) pairs whose values differ between two scenes and that Triton specializes the kernel on."""
-    found = set()
+    specialized = set()
     for (kernel, given), (other, other_given) in zip(calls, other_calls, strict=True):
         assert kernel is other, f"{kernel.__name__} is launched here, {other.__name__} in another scene"
         # arguments without specialization; Triton always specializes on elements of tuples
@@ -158,8 +158,8 @@ def specialized_on_data(calls, other_calls):
         for name, value in given.items():
             numbers = [[n for n in tree_iter(v) if isinstance(n, int)] for v in (value, other_given[name])]
             if numbers[0] != numbers[1] and name not in generic:
-                found.add((kernel.__name__, name))
-    return found
+                specialized.add((kernel.__name__, name))
+    return specialized
 
 
 def count_specializations(scenes, first, seed=0):
@@ -210,9 +210,9 @@ def main(everything=False):
                 run, other = dry_step(step), dry_step(step, scene=1)
                 line |= {"launches": len(run.launches), "distinct": len(set(run.launches))}
                 line |= {"operators": run.operators.total()}
-                found = specialized_on_data(run.calls, other.calls)
-                if found:
-                    line["fault"] = f"compiled again for another scene: {sorted(found)}"
+                specialized = specialized_on_data(run.calls, other.calls)
+                if specialized:
+                    line["fault"] = f"compiled again for another scene: {sorted(specialized)}"
                 launches |= dict.fromkeys(run.launches)
             except Exception as error:
                 line["fault"] = f"{type(error).__name__}: {error}"
@@ -288,10 +288,10 @@ def print_seeded_faults():
         "a copy back": lambda x: x.cpu(),
     }
     for name, fault in faults.items():
-        found = caught(fault)
-        print(json.dumps({"seeded": name, "found": None if isinstance(found, DryRun) else found}))
-    sound = caught(lambda x: torch.ones(8).to(CUDA, non_blocking=True).add_(1.0).masked_fill_(x > 0, 1.0))
-    print(json.dumps({"seeded": "no fault", "found": None if isinstance(sound, DryRun) else sound}))
+        error = caught(fault)
+        print(json.dumps({"seeded": name, "found": None if isinstance(error, DryRun) else error}))
+    no_error = caught(lambda x: torch.ones(8).to(CUDA, non_blocking=True).add_(1.0).masked_fill_(x > 0, 1.0))
+    print(json.dumps({"seeded": "no fault", "found": None if isinstance(no_error, DryRun) else no_error}))
     # R may vary (`do_not_specialize`), S is specialized on
     print(json.dumps({"seeded": "a specialized size", "found": respecialized((1600, 96), (1601, 97))}))
     print(json.dumps({"seeded": "a varying size", "found": respecialized((1600, 96), (1601, 96))}))

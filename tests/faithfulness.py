@@ -103,11 +103,10 @@ def table(errors):
         if not errors[record]:
             rows.append(f"| `{record}` | {contents} | | equal | equal | |")
             continue
-        found = sorted(error for error, _ in errors[record])
+        by_size = sorted(error for error, _ in errors[record])
+        median = by_size[len(by_size) // 2]
         used = max(error / tolerance for error, tolerance in errors[record])
-        rows.append(
-            f"| `{record}` | {contents} | {len(found)} | {found[len(found) // 2]:.1e} | {found[-1]:.1e} | {used:.0%} |"
-        )
+        rows.append(f"| `{record}` | {contents} | {len(by_size)} | {median:.1e} | {by_size[-1]:.1e} | {used:.0%} |")
     return HEAD + "\n".join(rows) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""`tests.addresses` finds int32 products in the addresses of kernels that have them, and none in another kernel.
+"""`tests.addresses` finds int32 products in the addresses of kernels that have them, and none in a kernel without.
 
 The project's own kernels are checked where they are compiled anyway: tests/test_compiles.py.
 """
@@ -47,7 +47,7 @@ KERNELS = [narrow, widened_too_late, carried, wide]
 
 
 @pytest.fixture(scope="module")
-def found():
+def products():
     """kernel -> its int32 products, as printed by a process without Triton's interpreter."""
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
     done = scripts.run("-m", "tests.test_addresses")
@@ -56,13 +56,13 @@ def found():
 
 
 @pytest.mark.parametrize("name", ["narrow", "widened_too_late", "carried"])
-def test_an_int32_product_is_found(name, found):
-    (line,) = found[name]
+def test_an_int32_product_is_found(name, products):
+    (line,) = products[name]
     assert line.startswith("test_addresses.py: ") and line.endswith("# fault")
 
 
-def test_int64_products_and_block_indices_are_allowed(found):
-    assert found["wide"] == []
+def test_int64_products_and_block_indices_are_allowed(products):
+    assert products["wide"] == []
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def test_ragged_fields_are_concatenated_with_counts():
     assert batch.point_labels.dtype == torch.uint8
 
 
-def test_samples_without_point_labels():
+def test_point_labels_of_unlabeled_samples_are_none():
     batch = collate([sample(1, labeled=False)])
     assert batch.point_labels is None
     assert batch.to("cpu").point_labels is None

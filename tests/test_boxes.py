@@ -51,7 +51,7 @@ def test_the_originals_yaw_is_clockwise_from_minus_y(yaw, original):
     assert boxes_to_original(box)[0, 6].item() == pytest.approx(original)
 
 
-def test_round_trips():
+def test_inverse_conversions_restore_the_boxes():
     boxes = random_boxes(50)
     for convert, invert in ((encode_boxes, decode_boxes), (boxes_to_original, boxes_from_original)):
         assert torch.allclose(invert(convert(boxes)), boxes, rtol=0, atol=1e-12)
@@ -94,7 +94,7 @@ def test_to_global_is_the_inverse_of_from_global():
     box2global[:, :3, 3] = translation
     back = boxes_from_global(box2global, size, velocity, np.tile(lidar2global, (8, 1, 1)))
     np.testing.assert_allclose(back[:, :7], boxes[:, :7], rtol=0, atol=2e-5)
-    np.testing.assert_allclose(back[:, 7:], boxes[:, 7:], rtol=0, atol=0.05)  # vz is lost, and the LiDAR tilted
+    np.testing.assert_allclose(back[:, 7:], boxes[:, 7:], rtol=0, atol=0.05)  # the LiDAR is tilted, and vz is lost
     assert [len(t) for t in boxes_to_global(boxes[:0], lidar2global)] == [0, 0, 0, 0]
 
 

@@ -94,7 +94,7 @@ def make_images(B=2, N=3, size=(64, 96), unpadded=(50, 90)):
     return images, torch.tensor(unpadded).expand(B, N, 2)
 
 
-def test_levels_and_shapes():
+def test_each_fpn_level_halves_the_resolution():
     features, depths = make_encoder()(*make_images())
     assert [tuple(f.shape) for f in features] == [(2, 3, 8, 12, 8), (2, 3, 4, 6, 8), (2, 3, 2, 3, 8), (2, 3, 1, 2, 8)]
     for feature, depth in zip(features, depths, strict=True):

@@ -139,8 +139,9 @@ def test_static_points_project_onto_their_pixels_in_every_frame(city):
             depth = (distance * view.cosine).reshape(SIZE)
             for errors, row in ((own, 6 * frame + n), (keyframes, n)):
                 u, v, d, _ = sample.lidar2image[row] @ points.T
-                seen = (d > 1) & (d < 50) & (u > 0) & (u < SIZE[1] * d) & (v > 0) & (v < SIZE[0] * d)
-                errors.append(np.abs(depth[(v / d)[seen].astype(int), (u / d)[seen].astype(int)] / d[seen] - 1))
+                visible = (d > 1) & (d < 50) & (u > 0) & (u < SIZE[1] * d) & (v > 0) & (v < SIZE[0] * d)
+                u, v, d = u[visible], v[visible], d[visible]
+                errors.append(np.abs(depth[(v / d).astype(int), (u / d).astype(int)] / d - 1))
         own, keyframes = np.concatenate(own), np.concatenate(keyframes)
         assert len(own) > 200 and np.median(own) < 0.005
         assert frame == 0 or np.median(keyframes) > 0.01  # the ego vehicle has moved by about a meter
@@ -238,14 +239,14 @@ def test_frame_fusion_is_that_of_uvtr():
     expected = torch.autograd.grad(truth, [volumes, *fusion.parameters()], d_out)
     fused = fusion(volumes, lags)
     assert fused.is_contiguous(memory_format=torch.channels_last_3d)
-    found = torch.autograd.grad(fused, [volumes, *fusion.parameters()], d_out)
-    for a, b in zip((fused, *found), (truth, *expected), strict=True):
+    gradients = torch.autograd.grad(fused, [volumes, *fusion.parameters()], d_out)
+    for a, b in zip((fused, *gradients), (truth, *expected), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 def with_earlier_frames(batch, frames, shift=0.5):
-    """A batch of several frames of two cameras: the keyframe's images again, each frame from `shift` meters further
-    back."""
+    """A batch of several frames of two cameras: the keyframe's images repeated, each frame taken `shift` meters
+    further back."""
     moved = [batch.lidar2camera.clone() for _ in range(frames)]
     for frame, matrix in enumerate(moved):
         matrix[:, :, 2, 3] += shift * frame * torch.tensor([1.0, -1.0])  # depths ahead grow, behind shrink
@@ -272,11 +273,11 @@ def test_each_frame_is_lifted_separately_and_changes_the_volume(view):
     assert encoded.volume.shape == (2, 8, 5, 18, 20) and encoded.depths[0].shape[:2] == (2, 6)
     alone = Encoder(config.Recipe(grid=GRID, camera=camera)).eval()
     assert alone.load_state_dict(encoder.state_dict(), strict=False).missing_keys == []
-    for w in range(3):  # frames
-        views = slice(2 * w, 2 * w + 2)
+    for index in range(3):  # of the frame
+        views = slice(2 * index, 2 * index + 2)
         names = ("images", "image_sizes", "lidar2image", "lidar2camera")
         frame = replace(batch, **{n: getattr(batch, n)[:, views] for n in names}, frame_lags=None)
-        torch.testing.assert_close(fused["volumes"].unflatten(0, (2, 3))[:, w], alone(frame, None)[0])
+        torch.testing.assert_close(fused["volumes"].unflatten(0, (2, 3))[:, index], alone(frame, None)[0])
 
     def changed(**fields):
         return (encoder(replace(batch, **fields), None)[0] - encoded.volume).abs().amax((1, 2, 3, 4))
@@ -320,7 +321,7 @@ def test_rays_are_cast_from_the_keyframe_only(city):
     assert rendered_views(net, batch, generators(0), stride=32).shape[1] > 6 * 200
 
 
-def test_finetuning_and_evaluation_with_camera_sweeps(city, tmp_path):
+def test_finetuning_with_sweeps_starts_the_frame_fusion_from_scratch(city, tmp_path):
     """The pre-trained model has one frame, so the frame fusion is new; eval.py reads two frames, as training did."""
     recipe = PRETRAIN["camera"]["tiny"]
     state = {"model": Pretrain(recipe).state_dict(), "config": {}}
@@ -354,9 +355,9 @@ def test_checkpoints_of_several_frames_convert_both_ways(finetuned):
         state["pts_bbox_head.code_weights"] = torch.tensor(recipe.detect.code_weights)
     ours, report = convert.convert_unipad(state)
     assert not report.faults, report
-    found = from_dict(recipe_cls, ours["config"]["recipe"])
-    assert found.data.camera_sweeps == 4 and found.data.camera_rate == 12.0
-    build(found).load_state_dict(ours["model"])
+    converted = from_dict(recipe_cls, ours["config"]["recipe"])
+    assert converted.data.camera_sweeps == 4 and converted.data.camera_rate == 12.0
+    build(converted).load_state_dict(ours["model"])
     back, report = convert.convert_ours(ours)
     assert not report.faults and back["state_dict"].keys() == state.keys()
     assert all(torch.equal(back["state_dict"][k], v) for k, v in state.items())
@@ -381,7 +382,7 @@ def test_a_camera_checkpoint_of_several_frames_is_merged_for_fusion():
     assert new == {"fuse"}
 
 
-def test_camera_sweeps_in_presets_and_flags():
+def test_sweeps_add_only_the_frame_fusion_and_need_a_camera():
     """Presets of three frames differ from those of one by the frame fusion only; a LiDAR recipe cannot have any."""
     for presets, build in ((PRETRAIN, Pretrain), (DETECT, Detector)):
         with torch.device("meta"):

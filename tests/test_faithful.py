@@ -40,4 +40,4 @@ def test_tests_that_load_records_are_found():
 
     assert loads_a_record(test_camera.test_convnext_matches_the_original)
     assert loads_a_record(test_golden_samplers.test_near_and_far_of_rays)  # through a helper
-    assert not loads_a_record(test_camera.test_levels_and_shapes)
+    assert not loads_a_record(test_camera.test_each_fpn_level_halves_the_resolution)

@@ -8,7 +8,7 @@ Linux, Python 3.11 or newer. The first run creates a virtual environment in ~/.c
 compiles every launch to TTIR for sm_90 with Triton's front end and executes it on the CPU. The exit code is 1 on
   - an access outside the tensors passed to a kernel,
   - a race: two programs of a launch access the same element, at least one writes it, and not both are atomic,
-  - use of uninitialized memory: new tensors are filled with NaN (integers: the largest), which comparisons catch,
+  - use of uninitialized memory: new tensors are filled with NaN (integers: the largest value), which comparisons catch,
   - an operation with an undefined result: a division by 0, or a store of two values to one element,
   - an operator on both CPU and GPU tensors, or a CPU tensor passed to a kernel,
   - a failing test: tests see a GPU and take the same branches as on one,

@@ -1,4 +1,4 @@
-"""In this folder ops run their kernels on every device: without a GPU in Triton's interpreter, not their references.
+"""In this folder ops run their kernels, not their references: without a GPU, in Triton's interpreter.
 
 pytest tests/kernels --reverse-programs     the interpreter runs programs in reverse order
 """
@@ -21,7 +21,7 @@ def kernels_run_without_a_gpu(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """torch.empty is filled with NaN (integers: the largest), so that a kernel that leaves outputs unwritten fails."""
+    """torch.empty is filled with NaN (or the largest integer), so that a kernel that leaves outputs unwritten fails."""
     # also turns on torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield

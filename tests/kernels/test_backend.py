@@ -93,7 +93,7 @@ def _chase_kernel(x_ptr):
 def test_reversed_programs_reveal_a_race(monkeypatch):
     """Each program reads what the previous one wrote."""
     forward, backward = torch.zeros(5), torch.zeros(5)
-    monkeypatch.undo()  # also of --reverse-programs
+    monkeypatch.undo()  # also undoes --reverse-programs
     _chase_kernel[(4,)](forward)
     monkeypatch.setattr(*reversed_programs())
     _chase_kernel[(4,)](backward)

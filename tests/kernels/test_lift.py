@@ -132,14 +132,14 @@ def test_reproduces_the_original(op, device, large_blocks, monkeypatch):
 
 
 def test_projection_matches_the_original_bitwise():
-    """Which voxels a view sees must not depend on rounding: 3854 visible pairs of a voxel and a view."""
+    """Which voxels a view sees must not depend on rounding: 3854 pairs of a view and a voxel that it sees."""
     arrays, _ = golden.load("view_trans_2lvl")
-    uvd, seen = unipad.kernels.lift._project_ref(arrays["in/lidar2img"][:, :, 0], **RECORDED)
+    uvd, visible = unipad.kernels.lift._project_ref(arrays["in/lidar2img"][:, :, 0], **RECORDED)
     xyz = RECORDED["shape"]
     expected = arrays["out/mask"][:, :, 0].unflatten(2, xyz).permute(0, 1, 4, 3, 2).flatten(2)
-    assert torch.equal(seen, expected) and seen.sum() == 3854
+    assert torch.equal(visible, expected) and visible.sum() == 3854
     expected = arrays["out/reference_voxel_cam"][:, :, 0].unflatten(2, xyz).permute(5, 0, 1, 4, 3, 2).flatten(3)
-    assert torch.equal(uvd[:, seen], expected[:, seen])
+    assert torch.equal(uvd[:, visible], expected[:, visible])
 
 
 def flat_view(device):
@@ -172,7 +172,7 @@ def test_by_hand(op, device):
 
 @pytest.mark.parametrize("op", [lift, lift_ref])
 def test_corners_are_those_of_a_float32_arange(op, device):
-    """Corner 179 of -54, -53.4, ... is 53.400005, not fp32's 53.4: an image whose border is at 53.4 sees it."""
+    """Corner 179 of -54, -53.4, ... is 53.400005, not fp32's 53.4: just inside an image whose border is at 53.4."""
     view = flat_view(device).clone()
     view[..., 0, 3] = -53.4
     view[..., 1, 3] = 0.5
@@ -248,10 +248,10 @@ def test_a_feature_changes_only_voxels_on_its_ray(op, device, large_blocks):
     inputs["features"][0][0, 1, 2, 3] += 1
     changed = (op(**inputs) != before).any(-1)
     geometry = list(inputs.values())[2:]
-    (u, v, _), seen = unipad.kernels.lift._project_ref(*geometry)
+    (u, v, _), visible = unipad.kernels.lift._project_ref(*geometry)
     near = ((u + 1) * 3 - 3).abs() < 1  # u in [-1, 1]: less than one column from column 3 of 0 to 6
     near &= ((v + 1) * 2 - 2).abs() < 1  # less than one row from row 2 of 0 to 4
-    assert torch.equal(changed.flatten(), (seen & near)[0, 1]) and 1 < changed.sum() < seen[0, 1].sum()
+    assert torch.equal(changed.flatten(), (visible & near)[0, 1]) and 1 < changed.sum() < visible[0, 1].sum()
 
 
 def test_more_cells_than_fit_16_bits_match_reference(device, large_blocks, monkeypatch):

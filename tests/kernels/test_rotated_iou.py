@@ -94,7 +94,7 @@ def test_paired_matches_reference(N, device):
 @pytest.mark.parametrize("fn", [rotated_iou_bev, rotated_iou_bev_ref])
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=str)
 def test_iou_matches_polygon_clipping(fn, dtype, atol, device):
-    """10,000 pairs, a tenth of them on a common grid, hundreds equal, hundreds of thin boxes or without area."""
+    """10,000 pairs: a sixth on a common grid, a third with a thin box or one without area, dozens equal."""
     a, b = make_boxes(100, device), make_boxes(100, device)
     b[::4] = a[::4]
     i, j = torch.cartesian_prod(torch.arange(100), torch.arange(100)).T
@@ -235,7 +235,7 @@ def test_nms_is_greedy(fn, N, threshold, device):
 
 @pytest.mark.parametrize("fn", [rotated_nms, rotated_nms_ref])
 def test_nms_by_hand(fn, device):
-    """Squares of 1 m on a line: 2 suppresses 1, so 0, which overlaps 1, is kept; 3 equals 2, in a later row."""
+    """Squares of 1 m on a line: 2 suppresses 1, so 0, which overlaps 1, is kept; 3 equals 2, but comes later."""
     boxes = torch.zeros(5, 5, device=device)
     boxes[:, 0] = torch.tensor([0.8, 0.4, 0, 0, 1.6], device=device)
     boxes[:, 2:4] = 1
@@ -256,7 +256,7 @@ def test_nms_keeps_every_other_box_of_a_chain(fn, device):
 
 
 def test_nms_of_more_boxes_than_a_warp_holds(device):
-    """1100 boxes are 35 words of 32 bits, the last ones in a lane's second register or in another warp. No IoUs."""
+    """1100 boxes are 35 words of 32 bits, the last ones in a lane's second register or in another warp. Random bits."""
     N, W = 1100, 35
     over = torch.zeros(32 * W, 32 * W, dtype=torch.bool, device=device)
     over[:N, :N] = (torch.rand(N, N, device=device) < 0.01).triu(diagonal=1)

@@ -78,9 +78,9 @@ def test_strict_determinism_sums_by_cell():
     truth = results(composed("neus"), inputs, torch.float64)
     torch.use_deterministic_algorithms(True)
     with launches() as launched:
-        found = results(called(sdf_render, exact=True), inputs)
+        ours = results(called(sdf_render, exact=True), inputs)
     assert launched[-1] == "_cell_sum_kernel"
-    for name, value in found.items():
+    for name, value in ours.items():
         assert_close_to_max(value, truth[name], 1e-5, name)
 
 
@@ -113,10 +113,10 @@ def test_a_training_step_never_waits_for_the_device(deterministic):
     _, step = training_step("neus")
     torch.use_deterministic_algorithms(True, warn_only=not deterministic)
     with launches() as launched, WaitRecorder() as waits:
-        found = step()
+        values = step()
     assert not waits.named and not waits.unnamed
     assert {"_resample_kernel", "_sdf_render_bwd_sdf_kernel"} <= {*launched}
-    assert ("_cell_sum_kernel" in launched) == deterministic and all(t.isfinite().all() for t in found)
+    assert ("_cell_sum_kernel" in launched) == deterministic and all(t.isfinite().all() for t in values)
     _, step = training_step("volsdf")
     with WaitRecorder() as waits:
         step()
@@ -128,8 +128,8 @@ def test_volsdf_uses_no_cumsum_of_floats():
     _, step = training_step("volsdf")
     torch.use_deterministic_algorithms(True)
     with launches() as launched, NoFloatCumsum():
-        found = step()
-    assert "_cell_sum_kernel" in launched and all(t.isfinite().all() for t in found)
+        values = step()
+    assert "_cell_sum_kernel" in launched and all(t.isfinite().all() for t in values)
     with pytest.raises(AssertionError, match="not deterministic"), NoFloatCumsum():
         torch.ones(3).cumsum(0)
 

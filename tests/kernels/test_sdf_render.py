@@ -71,7 +71,7 @@ LAUNCHES = [
 ]
 GRADIENTS = ["volume", "sdf_mlp", "rgb_mlp", "density_param"]
 # Largest error under tf32, the default, of outputs and of gradients, as a fraction of the largest entry in fp64.
-# Operands keep a 10-bit mantissa; ten layers and a softplus of sharpness 100 amplify their errors.
+# Operands keep a 10-bit mantissa; ten layers and a softplus with beta = 100 amplify their errors.
 TF32, TF32_GRADIENT = 2e-3, 2e-2
 
 
@@ -87,7 +87,7 @@ def random_mlp(conditions, outputs, hidden, layers):
 
 
 def make_inputs(R, S, channels=32, hidden=16, sdf_layers=6, rgb_layers=4, density_param=20.0, B=2):
-    """Rays that start near the middle of B volumes; a third of each lies outside. Ray 3 is marked as a miss."""
+    """Rays that start near the middle of B volumes; a third of each ray lies outside. Ray 3 is marked as a miss."""
     rgb = random_mlp(3 + channels + 3 + hidden, 3, hidden, rgb_layers) if rgb_layers else None
     inputs = dict(
         volume=torch.randn(B, 5, 9, 9, channels),
@@ -199,11 +199,11 @@ def test_field_of_the_presets_matches_the_formulas(seed):
     truth = results(composed("neus"), inputs, torch.float64)
     plain = results(composed("neus"), inputs)
     with launches() as launched:
-        found = results(called(sdf_render, exact=True), inputs)
+        ours = results(called(sdf_render, exact=True), inputs)
     assert launched == ["_sdf_render_fwd_kernel", "_sdf_render_bwd_rgb_kernel", "_sdf_render_bwd_sdf_kernel"]
     assert len(truth) == 5 + 1 + 26 + 18 + 1  # outputs; gradients of volume, sdf_mlp, rgb_mlp, density_param
     for name, true in truth.items():
-        error, plain_error = ((value[name] - true).abs().max().item() for value in (found, plain))
+        error, plain_error = ((value[name] - true).abs().max().item() for value in (ours, plain))
         bound = max(1e-5 * true.abs().max().item(), 2 * plain_error)
         assert error <= bound, f"{name}: off by {error:.2e} > {bound:.2e}, composed in fp32 by {plain_error:.2e}"
     cosine = (truth["gradient"] * inputs["directions"][:, None]).sum(-1)
@@ -233,10 +233,10 @@ def tensor_cores(monkeypatch):
 def test_tf32_errors_are_within_bounds(tensor_cores):
     """Errors of outputs are below TF32, of gradients below TF32_GRADIENT; the SDF's show that tf32 was used."""
     inputs = make_inputs(5, 40)
-    truth, found = results(composed("neus"), inputs, torch.float64), results(called(sdf_render), inputs)
-    for name, value in found.items():
+    truth, ours = results(composed("neus"), inputs, torch.float64), results(called(sdf_render), inputs)
+    for name, value in ours.items():
         assert_close_to_max(value, truth[name], TF32_GRADIENT if name.startswith("d_") else TF32, name)
-    assert (found["sdf"] - truth["sdf"]).abs().max() > 1e-5 * truth["sdf"].abs().max()
+    assert (ours["sdf"] - truth["sdf"]).abs().max() > 1e-5 * truth["sdf"].abs().max()
 
 
 def sdf_at_starts(op, inputs, dtype=torch.float32):
@@ -326,7 +326,7 @@ def test_matches_the_formulas_beyond_the_softplus_threshold():
 
 
 def test_rays_stop_at_low_transmittance():
-    """A solid volume: two rays run far into it, two do not, one misses; tiles of two rays, the last of one."""
+    """A solid volume: two rays run far into it, two are short, one misses. Tiles have two rays, the last has one."""
     inputs = make_inputs(5, 96, sdf_layers=2, rgb_layers=2, density_param=0.1)
     inputs["sdf_mlp"][-1][0] -= 2.0
     inputs["edges"][2:] *= 0.01
@@ -444,9 +444,9 @@ def test_the_renderer_fuses_supported_fields(method, channels, fuses, monkeypatc
         return [*losses.values(), *torch.autograd.grad(sum(losses.values()), [volume, *parameters])]
 
     with launches() as launched:
-        found = step(DEVICE)
+        ours = step(DEVICE)
     assert ("_sdf_render_bwd_sdf_kernel" in launched) == ("_sdf_values_kernel" in launched) == fuses
     assert ("_trilinear_bwd_kernel" in launched) == (not fuses)
     monkeypatch.setattr(backend, "interpret", False)
-    for value, expected in zip(found, step("cpu"), strict=True):
+    for value, expected in zip(ours, step("cpu"), strict=True):
         assert_close_to_max(value.cpu(), expected, 1e-3)

@@ -12,7 +12,7 @@ ONE, THREE = (1, 1, 1), (3, 3, 3)
 # kind, kernel, batch, grid (Z, Y, X), voxels, Cin, Cout
 CASES = [
     ("submanifold", THREE, 3, (3, 4, 5), 37, 5, 18),  # odd sizes; the second sample is empty
-    ("submanifold", THREE, 1, THREE, 27, 18, 5),  # a full block
+    ("submanifold", THREE, 1, THREE, 27, 18, 5),  # every cell occupied
     ("submanifold", THREE, 2, (4, 5, 6), 64, 16, 16),  # exactly one tile
     ("submanifold", THREE, 2, (4, 5, 6), 65, 1, 16),  # one more than a tile; many offsets per step
     ("submanifold", THREE, 1, (3, 4, 5), 33, 32, 8),  # two offsets per step, eight in the backward
@@ -48,7 +48,7 @@ def convolved(kind, kernel, coords, shape):
     offsets = list(product(*map(range, kernel)))
 
     def reads(o, k):
-        """The input cell that output cell o reads at offset k; None if it would lie between two cells."""
+        """The input cell (b, z, y, x) that output cell o reads at offset k; None if it lies between two cells."""
         if kind != "transposed":
             return (o[0], *(a * s - p + d for a, s, p, d in zip(o[1:], stride, padding, k, strict=True)))
         at = [a + p - d for a, p, d in zip(o[1:], padding, k, strict=True)]

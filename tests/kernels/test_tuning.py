@@ -12,7 +12,7 @@ CANDIDATES = [(64, 4), (128, 4), (128, 8)]
 
 
 class Clock:
-    """A timer that looks up the time of a candidate in `times`, and records which ones ran."""
+    """A timer that looks up the time of a candidate in `times`, and records which candidates ran."""
 
     def __init__(self, times):
         self.times, self.ran = times, []

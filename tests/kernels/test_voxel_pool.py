@@ -228,7 +228,7 @@ def test_many_runs_of_a_voxel_are_summed_in_chunks(pixels, device):
 def test_cameras_are_not_cached(device):
     inputs = make_inputs(1, 2, (3, 5), 3, 6, (4, 4, 2), device)
     before = voxel_pool(**inputs)
-    inputs["lidar2image"].data[:, 0, 0, 3] += 40  # turns the view; `.data` keeps the version counter
+    inputs["lidar2image"].data[:, 0, 0, 3] += 40  # moves a camera by 2 m; `.data` keeps the version counter
     volume = voxel_pool(**inputs)
     torch.testing.assert_close(volume, voxel_pool_ref(**inputs), rtol=1e-12, atol=1e-12)
     assert not torch.equal(volume, before)

@@ -97,7 +97,7 @@ def _raise_on_faults(coords, shape, keys, order):
 
 
 def checked(coords, shape, *triples):
-    """`coords`, contiguous, after checks of its shape and type and of the other arguments."""
+    """`coords`, contiguous, after checks: [N, 4] int32; shape and triples have 3 entries each; `check_grid(shape)`."""
     assert coords.dim() == 2 and coords.shape[1] == 4, f"coordinates are [N, 4], not {tuple(coords.shape)}"
     assert coords.dtype == torch.int32, f"coordinates are int32, not {coords.dtype}"
     assert all(len(t) == 3 for t in (shape, *triples)), f"not triples (z, y, x): {shape}, {triples}"
@@ -141,4 +141,5 @@ def load_voxels(coords_ptr, i, ok):
 
 @triton.jit
 def key_of(b, z, y, x, Z, Y, X):
+    """int64 keys of voxels in a grid (Z, Y, X)."""
     return ((b.to(tl.int64) * Z + z) * Y + y) * X + x

@@ -48,7 +48,7 @@ class Step:
 
 
 def steps():
-    """Every recipe of train.py and finetune.py, and variants named by their flags."""
+    """Every recipe of train.py and finetune.py, and variants, named by their flags where there are any."""
     all_steps = []
     for task, presets in (("train", PRETRAIN), ("detect", DETECT), ("segment", SEGMENT)):
         for modality, named in presets.items():

@@ -66,7 +66,7 @@ def test_a_point_is_drawn_at_its_pixel_in_the_color_of_its_depth(sample):
     assert first[8:] == ["0°", "90°", "1"]  # points of earlier sweeps are not counted
 
 
-def test_the_command_draws_and_reports(city, tmp_path, capsys):
+def test_the_command_writes_pictures_and_prints_a_report(city, tmp_path, capsys):
     calibration.main(calibration.Args(data_root=city, frames=2, out=tmp_path, width=200))
     pictures = sorted(tmp_path.glob("*.png"))
     assert len(pictures) == 2 and np.asarray(Image.open(pictures[0])).std() > 20

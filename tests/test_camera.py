@@ -125,7 +125,7 @@ def test_each_image_has_its_own_padding():
     assert [int((view != 0).all(0).sum()) for view in out[0]] == [32 * 20, 10 * 64]
 
 
-def test_padding_hardly_changes_the_norm_of_gradients():
+def test_padding_at_most_doubles_the_norm_of_gradients():
     """Images are padded to 128 x 224; in an untrained encoder all features of the padding are 0."""
     encoder = CameraEncoder(SMALL)
     norms = []

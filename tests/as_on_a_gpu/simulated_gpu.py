@@ -284,7 +284,7 @@ def _vectorized(one_by_one):
             memory._log("a", addrs, values.itemsize, None)
         order = np.argsort(addrs, kind="stable")
         first = np.flatnonzero(np.diff(addrs[order], prepend=-1))  # the first lane of each element
-        rank = np.arange(len(order)) - np.repeat(first, np.diff(first, append=len(order)))  # of lanes per element
+        rank = np.arange(len(order)) - np.repeat(first, np.diff(first, append=len(order)))  # 0, 1, ... in each element
         for i in range(rank.max(initial=-1) + 1):
             lanes = order[rank == i]
             before[live[lanes]] = memory._read(addrs[lanes], values.dtype)

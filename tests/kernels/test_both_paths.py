@@ -11,7 +11,7 @@ from unipad.kernels.voxelize import grid_sample
 from unipad.selfcheck import checks
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
-# The first case of each op
+# The first case of each op: in reverse order, it replaces the later ones
 CASES = {case.name.split(",")[0].split()[0]: case for case in reversed(list(checks(("small",))))}
 PATHS = {"kernel": nullcontext, "reference": references}
 

@@ -39,7 +39,7 @@ def make_inputs(R, S, channels, B=2, Z=2, Y=3, X=2):
     return inputs, grid_coords, volume_idx.int()
 
 
-def test_is_the_gradient_of_trilinear(device):
+def test_cell_sum_is_the_gradient_of_trilinear(device):
     inputs, grid_coords, volume_idx = make_inputs(3, 140, 5)
     _, counts = inputs["cell"].unique(return_counts=True)
     assert counts[:-1].max() > 32 and inputs["cell"].max() == 2**31 - 1  # more than BLOCK_N; samples outside

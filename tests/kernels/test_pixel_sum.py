@@ -20,7 +20,7 @@ def launch(lanes_per_pixel, channels, bins, registers):
 LAUNCHES = [launch(8, 128, 64, 64), launch(1, 128, 64, 104)]
 
 
-def test_is_the_gradient_of_interpolation(device, monkeypatch):
+def test_pixel_sum_is_the_gradient_of_interpolation(device, monkeypatch):
     """Hits of two levels, of which those of the second are summed; some lie exactly on a column or row of pixels."""
     if not HAS_GPU:
         monkeypatch.setattr(unipad.kernels.pixel_sum, "TILE", 2**9)

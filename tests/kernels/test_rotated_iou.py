@@ -182,7 +182,7 @@ def test_paired_by_hand(fn, device):
     torch.testing.assert_close(fn(a, b), expected, rtol=0, atol=5e-7)
 
 
-def test_symmetric_and_invariant_to_similarity_transforms(device):
+def test_iou_is_symmetric_and_invariant_to_similarity_transforms(device):
     """Up to fp32 rounding; exactly for a shift by powers of two, which does not round the coordinates."""
     a, b = (make_boxes(40, device).float() for _ in range(2))
     for boxes in (a, b):

@@ -145,7 +145,7 @@ def test_unisurf_alpha_is_a_sigmoid(device):
 
 
 @pytest.mark.parametrize("inv_s", [1e-6, 1.0, 1e6])
-def test_neus_alpha_at_the_limits_of_inv_s(inv_s, device):
+def test_neus_alpha_matches_reference_at_the_limits_of_inv_s(inv_s, device):
     """exp(10 * variance) is clipped to these limits: no overflow, no NaN, and the gradients of the reference."""
     check_against_ref(
         neus_alpha, neus_alpha_ref, neus_inputs(4, 9, device, inv_s), torch.float32, wrt=["sdf", "gradient", "inv_s"]

@@ -317,7 +317,7 @@ def test_opacity_clipped_to_0_and_1_matches_the_formulas():
     check_against_ref(called(sdf_render, exact=True), composed("neus"), inputs, torch.float32, GRADIENTS)
 
 
-def test_matches_the_formulas_beyond_the_softplus_threshold():
+def test_units_beyond_the_softplus_threshold_match_the_formulas():
     """Hidden units far in the linear part of the softplus, and far in the flat part."""
     inputs = make_inputs(2, 12, sdf_layers=3, rgb_layers=2)
     inputs["sdf_mlp"][1][::2] += 1.0

@@ -157,7 +157,7 @@ def test_weights_gradient_of_groups_of_offsets_matches_reference(kernel, c_in, c
 
 
 def test_weights_gradient_in_many_chunks_matches_reference(monkeypatch, device):
-    """Three offsets with 0 to 150 pairs, in two to five chunks; then in more chunks than PROGRAMS."""
+    """Three offsets with 93, 150 and 93 pairs, in three to five chunks each; then in more chunks than PROGRAMS."""
     monkeypatch.setattr(sparse_gemm, "MIN_PAIRS", 8)
     monkeypatch.setattr(sparse_gemm, "BLOCK_R", 16)
     inputs, *_ = make_inputs("submanifold", (3, 1, 1), 1, (4, 5, 9), 150, 3, 20, device)

@@ -202,7 +202,7 @@ def test_a_graph_uses_the_cache_of_its_warm_up(streams, device):
 
 @pytest.mark.skipif(not HAS_GPU, reason="CUDA graphs need a GPU")
 @torch.no_grad()
-def test_a_replayed_convolution_matches(device):
+def test_a_convolution_replayed_as_a_cuda_graph_matches(device):
     table, weight = NeighborTable(make_table(3, 40, 0.5, device)), torch.randn(8, 3, 1, 1, 8, device=device)
     features, other = torch.randn(2, 80, 8, device=device)
     expected = sparse_conv_act(other, weight, table)

@@ -35,7 +35,7 @@ def choose(clock, n=1000, candidates=CANDIDATES):
     return tuning.choose(("op", torch.bfloat16, n), candidates, clock.run, CPU)
 
 
-def test_off_uses_the_default_and_runs_nothing():
+def test_without_tuning_the_default_is_used_and_nothing_runs():
     clock = Clock({})
     assert choose(clock) == (64, 4)
     tuning.enable(timer=Clock(dict.fromkeys(CANDIDATES, 1.0)))

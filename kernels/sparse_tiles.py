@@ -78,8 +78,8 @@ class NeighborTable:
 
     @staticmethod
     def of(table: "Tensor | NeighborTable") -> "NeighborTable":
-        """`table` as a `NeighborTable`: itself; or that of the tensor, if there is one and the tensor was not modified
-        since; or a new one.
+        """`table` itself if it is a `NeighborTable`; else the one made of this tensor, if there is one and the tensor
+        was not modified since; else a new one.
 
         The lookup by tensor is for compiled code, which passes tensors only.
         """
@@ -141,36 +141,36 @@ def _make_tiles(table, block_m, sort):
     (K, M), window = table.shape, _window(table.shape[1])
     windows = triton.cdiv(M, window)
     T = windows * (window // block_m)
-    made = Tiles(*(table.new_empty(size) for size in [(T, block_m), T, (T, K), (T, K, block_m), (K, windows)]))
+    tiles = Tiles(*(table.new_empty(size) for size in [(T, block_m), T, (T, K), (T, K, block_m), (K, windows)]))
     _tiles_kernel[(windows,)](
-        table_idx_ptr=table, row_idx_ptr=made.row_idx, count_idx_ptr=made.count_idx, offset_idx_ptr=made.offset_idx,
-        read_idx_ptr=made.read_idx, pairs_idx_ptr=made.pairs_idx, M=M, K=K, W=windows,
+        table_idx_ptr=table, row_idx_ptr=tiles.row_idx, count_idx_ptr=tiles.count_idx, offset_idx_ptr=tiles.offset_idx,
+        read_idx_ptr=tiles.read_idx, pairs_idx_ptr=tiles.pairs_idx, M=M, K=K, W=windows,
         SORT=sort, OFFSETS_PER_BIT=triton.cdiv(K, KEY_BITS), WINDOW=window, BLOCK_M=block_m, BLOCK_K=BLOCK_K,
         num_warps=16,
     )  # fmt: skip
-    return made
+    return tiles
 
 
 def _make_pairs(table, counts):
     (K, M), windows = table.shape, counts.shape[1]
-    made = Pairs(table.new_empty(K * M), table.new_empty(K * M), counts.flatten().cumsum(0).view(K, windows))
+    pairs = Pairs(table.new_empty(K * M), table.new_empty(K * M), counts.flatten().cumsum(0).view(K, windows))
     _pairs_kernel[(windows, triton.cdiv(K, BLOCK_K))](
-        table_idx_ptr=table, read_idx_ptr=made.read_idx, row_idx_ptr=made.row_idx, ends_ptr=made.ends,
+        table_idx_ptr=table, read_idx_ptr=pairs.read_idx, row_idx_ptr=pairs.row_idx, ends_ptr=pairs.ends,
         M=M, K=K, W=windows, WINDOW=_window(M), BLOCK_K=BLOCK_K, num_warps=8,
     )  # fmt: skip
-    return made
+    return pairs
 
 
 def _make_chunks(ends, max_chunks, min_pairs, multiple):
     K, windows = ends.shape
     C = max_chunks + K
-    made = Chunks(ends.new_empty(C), ends.new_empty(C), ends.new_empty(K, dtype=torch.int32))
+    chunks = Chunks(ends.new_empty(C), ends.new_empty(C), ends.new_empty(K, dtype=torch.int32))
     _chunks_kernel[(triton.cdiv(C, BLOCK_C),)](
-        ends_ptr=ends, first_ptr=made.first, end_ptr=made.end, chunk_end_idx_ptr=made.chunk_end_idx,
+        ends_ptr=ends, first_ptr=chunks.first, end_ptr=chunks.end, chunk_end_idx_ptr=chunks.chunk_end_idx,
         W=windows, K=K, MAX_CHUNKS=max_chunks,
         MIN_PAIRS=min_pairs, MULTIPLE=multiple, BLOCK_C=BLOCK_C, BLOCK_OFFSETS=triton.next_power_of_2(K),
     )  # fmt: skip
-    return made
+    return chunks
 
 
 @jit(varying=("M", "W"))

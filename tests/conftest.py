@@ -70,5 +70,5 @@ def copy(city, tmp_path, own_user_cache):
 
 @pytest.fixture
 def own_user_cache(tmp_path, monkeypatch):
-    """The user's cache folder is one of the test's own."""
+    """Makes the user's cache folder a temporary one of the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

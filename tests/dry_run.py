@@ -136,7 +136,7 @@ class _FakeDevice(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _copy(self, func, args, kwargs, to):
-        """Raises if a copy waits for the GPU outside of `host_wait`; returns zeros for one from the GPU, else None."""
+        """Raises if a copy to the GPU blocks or one from it is outside of `host_wait`; inside one, returns zeros."""
         source, target = (args[1], args[0].device) if func is aten.copy_.default else (args[0], to)
         target = source.device if target is None else torch.device(target)
         if source.device.type == target.type:

@@ -170,7 +170,7 @@ def count_specializations(scenes, first, seed=0):
     rng = random.Random(seed)
     sizes = [1, 16, *(rng.randrange(1, rng.choice([1000, 150_000])) for _ in range(scenes - 2))]
     # output voxels of the strided convolutions, as fractions of the scene's voxels
-    out_voxels = [1 + int(n * part) for n in sizes for part in (0.9, 0.4, 0.1, 0.1)]
+    out_voxels = [1 + int(n * fraction) for n in sizes for fraction in (0.9, 0.4, 0.1, 0.1)]
     with torch.device("meta"):
         net = SparseEncoder(5, (16, 32, 64), 1, 128)
     counts = []

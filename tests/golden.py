@@ -30,9 +30,9 @@ def strip_prefix(arrays, prefix):
     return {key[len(prefix) :]: value for key, value in arrays.items() if key.startswith(prefix)}
 
 
-def weights(arrays, part, kind="state/"):
-    """State dict of our module with prefix `part` (such as "project."). kind: "state/", or "grad/" for gradients."""
-    return strip_prefix(from_original(strip_prefix(arrays, kind))[0], part)
+def weights(arrays, prefix, kind="state/"):
+    """State dict of our model's module at `prefix`, such as "project.". kind: "state/", or "grad/" for gradients."""
+    return strip_prefix(from_original(strip_prefix(arrays, kind))[0], prefix)
 
 
 def assert_close_to_max(actual, expected, rel, name=""):

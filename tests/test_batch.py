@@ -102,8 +102,8 @@ def test_a_stream_with_start_skips_that_many_micro_batches():
 
 def test_two_processes_get_the_samples_of_one():
     one = tokens_of(7, count=6, micro_batch=4)
-    parts = [tokens_of(7, count=6, micro_batch=2, rank=rank, world=2) for rank in range(2)]
-    assert one == [a + b for a, b in zip(*parts, strict=True)]
+    by_rank = [tokens_of(7, count=6, micro_batch=2, rank=rank, world=2) for rank in range(2)]
+    assert one == [a + b for a, b in zip(*by_rank, strict=True)]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -147,6 +147,6 @@ def test_a_dataset_without_readable_frames_is_a_user_error(monkeypatch):
 def test_held_out_frames_are_evenly_spaced_and_divided_among_processes():
     frames = [(position, batch.tokens) for position, batch in held_out_batches(FakeDataset(10), 4)]
     assert frames == [(0, ("0",)), (1, ("2",)), (2, ("5",)), (3, ("7",))]
-    shared = [list(held_out_batches(FakeDataset(10), 4, rank, 2)) for rank in range(2)]
-    assert [[position for position, _ in part] for part in shared] == [[0, 2], [1, 3]]
+    by_rank = [list(held_out_batches(FakeDataset(10), 4, rank, 2)) for rank in range(2)]
+    assert [[position for position, _ in batches] for batches in by_rank] == [[0, 2], [1, 3]]
     assert len(list(held_out_batches(FakeDataset(3), 8))) == 3

@@ -383,7 +383,7 @@ def test_a_camera_checkpoint_of_several_frames_is_merged_for_fusion():
 
 
 def test_sweeps_add_only_the_frame_fusion_and_need_a_camera():
-    """Presets of three frames differ from those of one by the frame fusion only; a LiDAR recipe cannot have any."""
+    """Presets of three frames differ from those of one by the frame fusion only; a LiDAR recipe cannot have sweeps."""
     for presets, build in ((PRETRAIN, Pretrain), (DETECT, Detector)):
         with torch.device("meta"):
             one, three = (build(presets["camera"][name]) for name in ("camera-0.075", "camera-0.075-sweeps"))

@@ -52,10 +52,10 @@ def launch(kernel, constexprs, targets, registers=255, shared=0, stack=0, mma=""
 # kernel, constexprs, targets, registers, shared, stack, mma, warps.
 # Stack (spilled registers): a tile of 64 samples, the size of a Hopper matrix instruction, needs a few more registers
 # than there are. Tiles of half as many samples spill a fifth as much, but take 1.6 times the instructions per sample.
-# Budgets: the higher of the costs with Triton 3.9 and with 3.6 (the latter before operands were rounded); of WIDE and
-# EXACT with 3.9 only. A wide field has 4 times the activations per sample. No launch is both wide and exact: no preset
-# has such a field, and compiling it takes minutes; its stack with 3.9 on sm_90 is 2288 bytes in the forward kernel, and
-# 1016 and 416 in the backward kernels.
+# Budgets: the higher of the costs with Triton 3.9 and with 3.6 (the latter before operands were rounded); for WIDE and
+# EXACT, those with 3.9. A wide field has 4 times the activations per sample. No launch is both wide and exact: no
+# preset has such a field, and compiling it takes minutes; its stack with 3.9 on sm_90 is 2288 bytes in the forward
+# kernel, and 1016 and 416 in the backward kernels.
 LAUNCHES = [
     launch("_sdf_values_kernel", FIELD | TILE | dict(LAYERS=6), NVIDIA, 168, 20480, 0, "HGMMA"),
     launch("_sdf_render_fwd_kernel", RGB | ALONG | TRAIN, AMPERE, 255, 20480, 176, "HMMA"),

@@ -50,12 +50,12 @@ TABLES = [(27, 300, 0.3), (1, 64, 1.0), (8, 129, 0.1), (125, 70, 0.05), (3, 1, 0
 def test_tiles_contain_every_pair_of_the_table(K, M, fraction, sort, block_m, monkeypatch, device):
     monkeypatch.setattr(sparse_tiles, "WINDOW", 128)  # several windows
     table = make_table(K, M, fraction, device)
-    made = NeighborTable(table).tiles(block_m, sort)
-    rows = made.row_idx.flatten()
+    tiles = NeighborTable(table).tiles(block_m, sort)
+    rows = tiles.row_idx.flatten()
     assert rows[rows >= 0].sort()[0].tolist() == list(range(M)) and (sort or rows[:M].tolist() == list(range(M)))
     assert ((rows >= 0).nonzero()[:, 0] // 128 == rows[rows >= 0] // 128).all()  # rows stay in their window
     restored = torch.full_like(table, -1)
-    for row, count, offset, read in zip(*(t.cpu() for t in made[:4]), strict=True):
+    for row, count, offset, read in zip(*(t.cpu() for t in tiles[:4]), strict=True):
         offset, read = offset[:count].long(), read[:count]
         assert (offset.diff() > 0).all()
         assert (read >= 0).any(dim=1).all(), "an offset that no row of the tile has"
@@ -64,7 +64,7 @@ def test_tiles_contain_every_pair_of_the_table(K, M, fraction, sort, block_m, mo
             restored[k, row[row >= 0].long()] = n[row >= 0].to(device)
     assert torch.equal(restored, table)
     windows = [(part >= 0).sum(dim=1) for part in table.split(128, dim=1)]
-    assert torch.equal(made.pairs_idx.long(), torch.stack(windows, dim=1))
+    assert torch.equal(tiles.pairs_idx.long(), torch.stack(windows, dim=1))
 
 
 @pytest.mark.parametrize("K, M, fraction", TABLES)
@@ -72,9 +72,9 @@ def test_pairs_are_in_the_order_of_the_table(K, M, fraction, monkeypatch, device
     monkeypatch.setattr(sparse_tiles, "WINDOW", 128)
     table = make_table(K, M, fraction, device)
     k, m = (table >= 0).nonzero(as_tuple=True)
-    made = NeighborTable(table).pairs()
-    assert torch.equal(made.row_idx[: len(m)].long(), m) and torch.equal(made.read_idx[: len(m)], table[k, m])
-    assert torch.equal(made.ends[:, -1], k.bincount(minlength=K).cumsum(0))
+    pairs = NeighborTable(table).pairs()
+    assert torch.equal(pairs.row_idx[: len(m)].long(), m) and torch.equal(pairs.read_idx[: len(m)], table[k, m])
+    assert torch.equal(pairs.ends[:, -1], k.bincount(minlength=K).cumsum(0))
 
 
 @pytest.mark.parametrize(
@@ -134,8 +134,8 @@ def test_a_deep_copy_has_a_separate_cache(device):
     idx = make_table(27, 300, 0.3, device)
     idx[0, 0] = -1
     table = NeighborTable(idx)
-    made, twin = table.tiles(64), copy.deepcopy(table)
-    assert all(map(torch.equal, twin.tiles(64), made)) and twin.tiles(64) is not made
+    tiles, twin = table.tiles(64), copy.deepcopy(table)
+    assert all(map(torch.equal, twin.tiles(64), tiles)) and twin.tiles(64) is not tiles
     assert NeighborTable.of(twin.idx) is twin and NeighborTable.of(idx) is table
 
 

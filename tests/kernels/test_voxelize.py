@@ -103,7 +103,7 @@ def test_by_hand(fn, device):
             [0.25, 0, 0, 4],  # cell 2
             [0.3, 0, 0, 100],  # cell 2, one too many
             [-0.5, 0, 0, 9],  # cell 1, one voxel too many
-            [-0.75, 0, 0, 3],  # cell 0: known, so its points still count
+            [-0.75, 0, 0, 3],  # cell 0: already a voxel, so its points are still used
             [1.0, 0, 0, 7],  # upper border of the grid: outside
             [0.5, 0, 0, 2],  # second sample: cell 3
         ],

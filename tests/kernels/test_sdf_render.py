@@ -27,11 +27,12 @@ CELLS_PER_UNIT, CELL_OFFSET = torch.tensor([[4.0, 4.0, 8.0], [4.0, 4.0, 2.0]], d
 AMPERE, HOPPER, AMD = ("sm_80",), ("sm_90",), ("gfx942",)
 NVIDIA = AMPERE + HOPPER
 OTHERS = ("sm_86", "sm_89", "sm_100", "sm_120")  # launches for HOPPER compile for these too, without budgets
+# tiles of 64 samples: of any rays; of two rays, 32 each
 TILE, ALONG = dict(BLOCK_M=64), dict(BLOCK_R=2, BLOCK_S=32)
 FIELD = dict(C=32, H=16, PREC="tf32")  # of every preset
 RGB = FIELD | dict(NEUS=True, SDF_LAYERS=6, RGB_LAYERS=4)
 NO_RGB = RGB | dict(RGB_LAYERS=0)  # LiDAR only
-IEEE, TRAIN = dict(PREC="ieee"), dict(STOP=0.0)
+IEEE, TRAIN = dict(PREC="ieee"), dict(STOP=0.0)  # products in fp32; rays do not stop early
 WIDE = RGB | dict(C=64, H=64)  # the widest field; its tiles have half as many samples
 EXACT = RGB | dict(PREC="tf32x3")  # its tiles have a quarter as many samples, and two warps
 HALF_TILE, HALF_ALONG = dict(BLOCK_M=32), dict(BLOCK_R=1, BLOCK_S=32)

@@ -58,7 +58,7 @@ def nms_case(N):
 
 
 def corners(boxes):
-    """[..., 4, 2] counter-clockwise"""
+    """Corners [..., 4, 2] of BEV boxes [..., 5], counter-clockwise."""
     x, y, w, l, yaw = (t[..., None] for t in boxes.unbind(-1))
     along, across = l / 2 * boxes.new_tensor([1, 1, -1, -1]), w / 2 * boxes.new_tensor([-1, 1, 1, -1])
     return torch.stack([x + along * yaw.cos() - across * yaw.sin(), y + along * yaw.sin() + across * yaw.cos()], dim=-1)

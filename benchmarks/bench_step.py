@@ -1,6 +1,6 @@
 """A whole training step: ours, and the same model built from the original's formulas.   python -m benchmarks.bench_step
 
-The eager model has the same weights, encoder, rays and random numbers; its lift samples every view densely, its
+The eager model has the same weights, encoder, rays and random numbers; its lift fills a dense volume per view, its
 convolution before the renderer is `nn.Conv3d`, its renderer differentiates twice through autograd. Both losses are
 asserted to agree before anything is timed. A step is forward, backward and optimizer, on random data.
 """

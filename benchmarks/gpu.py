@@ -214,7 +214,7 @@ def run(folder, names, later, end):
             begun = [r for r in folder.records("begun")[-1:] if r["name"] in remaining[:1] and r["until"] > began]
             if begun:
                 began, limit = begun[0]["at"], begun[0]["until"]
-            # if the process ended between two stages, the stage before killed it
+            # a process that ended between two stages was killed by the earlier one: the next is not to blame
             if remaining and (time.time() > limit if running else begun or remaining[0] == first):
                 reason = "out of time" if running else f"exit code {process.returncode}"
                 record = {"name": remaining.pop(0), "ended": reason, "seconds": round(time.time() - began, 1)}

@@ -209,7 +209,7 @@ def _backward(d_volume, features, depths, lidar2image, geometry, deterministic):
 FWD_TILE = 4096  # bytes of features per program: voxels x channels
 BWD_TILE = 2048  # the same; 4096 would spill registers
 MAX_VOXELS = 32  # per program: with few channels, projecting voxels would take longer than gathering
-COARSE = 4  # a level with at least so many voxels per pixel is coarse: its pixels gather their gradients
+COARSE = 4  # a level with at least this many voxels per pixel is coarse: its pixels gather their gradients
 
 
 def _launch(kernel, tile, features, depths, lidar2image, geometry, **rest):
@@ -227,7 +227,7 @@ def _launch(kernel, tile, features, depths, lidar2image, geometry, **rest):
 def _blocks(tile, C):
     BLOCK_C = triton.next_power_of_2(C)
     voxels = min(max(tile // BLOCK_C, 1), MAX_VOXELS)
-    BLOCK_X = 1 << (voxels.bit_length() // 2)  # a square, or twice as wide
+    BLOCK_X = 1 << (voxels.bit_length() // 2)  # BLOCK_Y or 2 * BLOCK_Y
     return dict(BLOCK_X=BLOCK_X, BLOCK_Y=voxels // BLOCK_X, BLOCK_C=BLOCK_C)
 
 

@@ -27,7 +27,7 @@ AGREE_HALF = 1e-2
 
 
 def case(preset, image_size, scale, strides, dtype=torch.float32, views=6, channels=None, across=None):
-    """channels: instead of the preset's; across: voxels along x and along y, instead of the preset's."""
+    """A `Case`. channels: instead of the preset's; across: voxels along x and along y, instead of the preset's."""
     grid, camera = PRETRAIN["camera"][preset].grid, PRETRAIN["camera"][preset].camera
     channels, shape, cell = channels or camera.channels, grid.shape, grid.cell
     if across:

@@ -18,8 +18,8 @@ from unipad.model.pretrain import Pretrain
 from unipad.recipes import PRETRAIN
 from unipad.runtime import generators
 
-# Six cameras around the vehicle, 60 degrees apart, 1.5 m above the ground of a flat world
-HEIGHT, FOCAL, POINTS = 1.5, 0.8, 12_000  # meters, image widths, LiDAR points
+# Six cameras around the vehicle, 60 degrees apart, on flat ground
+HEIGHT, FOCAL, POINTS = 1.5, 0.8, 12_000  # sensors above the ground in meters, focal length / image width, LiDAR points
 
 
 def random_batch(recipe):

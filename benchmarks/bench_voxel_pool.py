@@ -26,7 +26,7 @@ PEERS = {"BEVPoolv2": "mmdet3d.ops.bev_pool_v2.bev_pool", "bev_pool": "mmdet3d.o
 
 
 def case(size, dtype=torch.float32, views=6, channels=None, across=None):
-    """channels: instead of the size's; across: voxels along x and along y, instead of the grid's."""
+    """A `Case`. channels: instead of the size's; across: voxels along x and along y, instead of the grid's."""
     name, grid, C, bins, depth_range, image_size, scale, stride = size
     C, shape, cell = channels or C, grid.shape, grid.cell
     if across:

@@ -181,7 +181,7 @@ STAGE_FRACTIONS |= {f"op-{op}": TIME_FRACTIONS["ops"] * fraction for op, fractio
 
 
 def plan(stages):
-    """Lists of names in STAGES, one list per process: all ops share a process, which saves start-up time."""
+    """The names in STAGES of the given stages, one list per process: all ops share one, which saves start-up time."""
     ops = [f"op-{op}" for op in OPS]
     return [ops if stage == "ops" else [stage] for stage in TIME_FRACTIONS if stage in stages]
 

@@ -9,7 +9,7 @@ probability that the surface visible there lies at depth d; both gradients are d
 weights of the forward. In a rig of six cameras about 1.1 views see a voxel: every voxel is projected into every view,
 but features are gathered only where it is visible.
 
-A program owns a block of voxels adjacent in x and y, which mostly project into the same view and pixels. The backward
+A program owns a block of voxels adjacent in x and y, most of which project into the same view and pixels. The backward
 adds atomically to the gradients of fine levels, where few voxels project onto a pixel. On coarse levels, where many do,
 and on every level under strict determinism, it records each projection (a "hit") instead: the hits are sorted by the
 cell between four pixels that they lie in, and each pixel sums over the cells around it.

@@ -51,7 +51,7 @@ def rotated_iou_bev(a: Tensor, b: Tensor) -> Tensor:
 @torch.no_grad()
 def rotated_iou_bev_ref(a, b):
     """`rotated_iou_bev` in plain PyTorch; computes only pairs whose circumscribed circles intersect."""
-    a, b = _with_sizes_from_0(a, 2, 4), _with_sizes_from_0(b, 2, 4)
+    a, b = _clamp_sizes(a, 2, 4), _clamp_sizes(b, 2, 4)
     iou = a.new_zeros(len(a), len(b))
     radius_a, radius_b = (boxes[:, 2:4].norm(dim=1) / 2 for boxes in (a, b))
     distance = (a[:, None, :2] - b[None, :, :2]).norm(dim=2)
@@ -89,7 +89,7 @@ def paired_iou_3d(a: Tensor, b: Tensor) -> Tensor:
 @torch.no_grad()
 def paired_iou_3d_ref(a, b):
     """`paired_iou_3d` in plain PyTorch."""
-    a, b = _with_sizes_from_0(a, 3, 6), _with_sizes_from_0(b, 3, 6)
+    a, b = _clamp_sizes(a, 3, 6), _clamp_sizes(b, 3, 6)
     bev = [0, 1, 3, 4, 6]
     area = _overlap_ref(a[:, bev], b[:, bev])
     dz, half_a, half_b = b[:, 2] - a[:, 2], a[:, 5] / 2, b[:, 5] / 2
@@ -168,7 +168,7 @@ def _check(columns, *boxes):
         assert t.dtype == boxes[0].dtype, f"boxes of different types: {boxes[0].dtype}, {t.dtype}"
 
 
-def _with_sizes_from_0(boxes, first, end):
+def _clamp_sizes(boxes, first, end):
     """The boxes, with negative sizes (columns `first` to `end` - 1) set to 0."""
     return torch.cat([boxes[:, :first], boxes[:, first:end].clamp(min=0), boxes[:, end:]], dim=1)
 
@@ -203,7 +203,7 @@ def _edges_ref(px, py, qx, qy, half_l, half_w):
     x0, x1 = px + (y0 - py) * slope, qx + (y1 - qy) * slope
     low, high = torch.minimum(x0, x1), torch.maximum(x0, x1)
     low_in, high_in = torch.clamp(low, -half_l, half_l), torch.clamp(high, -half_l, half_l)
-    # length of the edge's extent along x in front of a, minus that behind a
+    # of the edge's extent along x: length in front of a (x > half_l) minus length behind it (x < -half_l)
     beyond = torch.maximum(high, half_l) - torch.maximum(low, half_l)
     beyond = beyond - (torch.minimum(high, -half_l) - torch.minimum(low, -half_l))
     along = (high_in + low_in) * (high_in - low_in) / 2 + half_l * beyond  # integral of clamp(x) dx
@@ -259,7 +259,7 @@ def _greedy_kernel(
     suppressed_ptr, kept_ptr,  # [32 W, W], [N]
     N, W, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """One program: 32 boxes at a time, whose loads do not depend on each other, are decided in order in registers."""
+    """One program decides 32 boxes at a time, in order, in registers; their loads do not depend on each other."""
     word = tl.arange(0, BLOCK_W)
     k = tl.arange(0, 32)
     removed = tl.zeros((BLOCK_W,), tl.int32)
@@ -368,7 +368,7 @@ def _edge(px, py, qx, qy, half_l, half_w):
     x0, x1 = px + (y0 - py) * slope, qx + (y1 - qy) * slope
     low, high = tl.minimum(x0, x1), tl.maximum(x0, x1)
     low_in, high_in = _clamp(low, half_l), _clamp(high, half_l)
-    # length of the edge's extent along x in front of a, minus that behind a
+    # of the edge's extent along x: length in front of a (x > half_l) minus length behind it (x < -half_l)
     beyond = tl.maximum(high, half_l) - tl.maximum(low, half_l)
     beyond -= tl.minimum(high, -half_l) - tl.minimum(low, -half_l)
     along = (high_in + low_in) * (high_in - low_in) / 2 + half_l * beyond  # integral of clamp(x) dx

@@ -76,7 +76,7 @@ BLOCK_M = 64  # samples per tile (along rays: 2 rays x BLOCK_S); the rows of a H
 WARPS = 4
 NARROW = 32  # fields with more channels or hidden units use tiles of half as many samples
 EXACT = 4  # factor by which tiles are smaller under tf32x3, which holds every operand in two parts
-PROGRAMS = 528  # at most: 4 per multiprocessor of an H100; each writes a partial gradient of the MLPs
+PROGRAMS = 528  # programs per launch, at most: 4 per multiprocessor of an H100; each writes partial MLP gradients
 
 
 def sample_launch(N, options):

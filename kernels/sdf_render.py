@@ -128,7 +128,7 @@ def sdf_values(
     volume: Tensor, rays: tuple[Tensor, Tensor, Tensor], starts: Tensor, sdf_mlp: Sequence[Tensor],
     cells: tuple[Tensor, Tensor], exact: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Only the signed distance, [R, S] at starts [R, S]; arguments as for `sdf_render`, `rays` without `hit`.
+    """Signed distance [R, S] at distances `starts` [R, S]; arguments as for `sdf_render`, `rays` without `hit`.
 
     Not differentiable: used to search for the surface along rays. Raises AssertionError if shapes do not match.
     """

@@ -17,7 +17,7 @@ from benchmarks.harness import AGREE, DEVICE, Case, compare, compiled
 from unipad.kernels.lift import lift, lift_ref
 from unipad.recipes import PRETRAIN
 
-# preset, image (H, W) padded, content width / 1600, strides of the levels
+# preset, padded image (H, W), width before padding / 1600, strides of the levels
 PAPER = ("camera-0.1", (928, 1600), 1.0, (8, 16, 32, 64))
 TINY = ("tiny", (160, 256), 0.16, (8, 16, 32))
 # nuScenes' rig at 900 x 1600: yaw to the left of ahead in degrees, focal length in pixels
@@ -27,7 +27,7 @@ AGREE_HALF = 1e-2
 
 
 def case(preset, image_size, scale, strides, dtype=torch.float32, views=6, channels=None, across=None):
-    """channels: instead of the preset's; across: voxels along x and along y, instead of the preset's."""
+    """A `Case`. channels: instead of the preset's; across: voxels along x and along y, instead of the preset's."""
     grid, camera = PRETRAIN["camera"][preset].grid, PRETRAIN["camera"][preset].camera
     channels, shape, cell = channels or camera.channels, grid.shape, grid.cell
     if across:
@@ -62,7 +62,7 @@ def rig(scale, count=6):
 
 
 def deterministic(*inputs):
-    """`lift` under `--deterministic`: its backward gathers on every level."""
+    """`lift` under strict determinism: its backward gathers on every level."""
     torch.use_deterministic_algorithms(True)
     try:
         return lift(*inputs)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_parts --preset camera-0.1
 
-Under autocast to bf16 on a GPU, in fp32 on a CPU. ConvNeXt's depthwise 7x7 convolution and the convolution before the
+In bf16 (autocast) on a GPU, in fp32 on a CPU. ConvNeXt's depthwise 7x7 convolution and the convolution before the
 renderer are timed in two layouts: channels-last, as the model runs them, and contiguous, where a library may have
 faster kernels. There is no depthwise kernel in this project: no measurement shows that one would beat cuDNN's.
 """
@@ -30,7 +30,7 @@ class Part:
     run: object  # inputs -> list of tensors
     inputs: list
     parameters: list
-    times: int = 1  # per step
+    times: int = 1  # how often a step runs it
 
 
 def autocast():

@@ -37,6 +37,7 @@ def case(preset, **settings):
     jitter = torch.rand(R, renderer.jitters, device=DEVICE)
     parameters = [p for p in renderer.parameters() if p.requires_grad]
     name = f"{preset}{', all losses' if settings else ''}: R={R} S={cfg.samples}+{cfg.importance}"
+    # read the volume and the rays; write color and depth
     moved = volume.nbytes + sum(t.nbytes for t in vars(rays).values()) + 4 * rays.rgb.nbytes // 3
     return Case(name, (renderer, volume.requires_grad_(), rays, jitter, parameters), moved)
 

@@ -58,7 +58,7 @@ def nms_case(N):
 
 
 def corners(boxes):
-    """[..., 4, 2] counter-clockwise"""
+    """Corners [..., 4, 2] of BEV boxes [..., 5], counter-clockwise."""
     x, y, w, l, yaw = (t[..., None] for t in boxes.unbind(-1))
     along, across = l / 2 * boxes.new_tensor([1, 1, -1, -1]), w / 2 * boxes.new_tensor([-1, 1, 1, -1])
     return torch.stack([x + along * yaw.cos() - across * yaw.sin(), y + along * yaw.sin() + across * yaw.cos()], dim=-1)
@@ -69,7 +69,7 @@ def cross(u, v):
 
 
 def sorted_corners(a, b):
-    """IoU by the corners of the common polygon: 16 crossings of edges, 8 enclosed corners, sorted around their mean."""
+    """IoU by the corners of the intersection polygon: 16 edge crossings, 8 enclosed corners, sorted by angle."""
     N, M = len(a), len(b)
     p = (corners(a)[:, None] - a[:, None, None, :2]).expand(N, M, 4, 2)
     q = corners(b)[None, :] - a[:, None, None, :2]
@@ -107,7 +107,7 @@ def by_shapely(a, b):
 
 
 def row_by_row(boxes, scores, threshold):
-    """The matrix, then the greedy loop on the host, as in mmdet3d's nms_gpu."""
+    """NMS by the IoU matrix, then the greedy loop on the host, as in mmdet3d's nms_gpu."""
     order = scores.argsort(descending=True, stable=True)
     ranked = boxes[order]
     over = (rotated_iou_bev(ranked, ranked) > threshold).cpu().numpy()

@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_sparse_conv
     python -m benchmarks.bench_sparse_conv --tune                 our launches autotuned
-    OMP_NUM_THREADS=1 python -m benchmarks.bench_sparse_conv      on a CPU: the spconv wheel has races with more threads
+    OMP_NUM_THREADS=1 python -m benchmarks.bench_sparse_conv      on a CPU: with more threads spconv has data races
 
 Voxels come from benchmarks/lidar_scene.py, whose statistics are printed next to those of nuScenes. "cold" builds the
 tables in every run, from unsorted coordinates as a peer does; otherwise they are built once. Errors are w.r.t. fp64.
@@ -144,6 +144,7 @@ class Encoders:
 
 
 def half():
+    """Autocast to fp16 on a GPU, since spconv has no bf16."""
     return torch.autocast(DEVICE, torch.float16, enabled=DEVICE == "cuda")
 
 
@@ -289,7 +290,7 @@ def encoder_case(level, weights):
 
 def tensors(N, c_in, c_out, for_features=True, for_weight=True):
     features = torch.randn(N, c_in, device=DEVICE, dtype=DTYPE, requires_grad=for_features)
-    weight = torch.randn(c_out, *THREE, c_in, device=DEVICE) / (14 * c_in) ** 0.5
+    weight = torch.randn(c_out, *THREE, c_in, device=DEVICE) / (14 * c_in) ** 0.5  # about 14 neighbors per voxel
     return features, nn.Parameter(weight.to(DTYPE), requires_grad=for_weight)
 
 

@@ -52,7 +52,7 @@ def submanifold_case(name, coords, shape, kernel):
 
 
 def pairs_case(op, batch, name, coords, shape, geometry):
-    known = sort_voxels(coords, shape) if op is strided_map else ()  # a voxel set has its keys
+    known = sort_voxels(coords, shape) if op is strided_map else ()  # a `VoxelSet` has sorted already
     inputs = coords, shape, *geometry, batch, *known
     out_coords, table = op(*inputs)
     name = f"{name} N={len(coords)} M={len(out_coords)}"

@@ -60,7 +60,7 @@ class Nets:
         net = as_peer(self.net, lib)
 
         def run(features, weights, coords):
-            shape = (coords[:, 1:].amax(dim=0) + 96).tolist()  # cells beyond the last voxel, as in the original
+            shape = (coords[:, 1:].amax(dim=0) + 96).tolist()  # 96 cells beyond the last voxel, as in Pointcept
             with half():
                 return net(Peer(lib.SparseConvTensor(features, coords, shape, 1))).features
 

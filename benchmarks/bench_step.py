@@ -1,6 +1,6 @@
 """A whole training step: ours, and the same model built from the original's formulas.   python -m benchmarks.bench_step
 
-The eager model has the same weights, encoder, rays and random numbers; its lift samples every view densely, its
+The eager model has the same weights, encoder, rays and random numbers; its lift fills a dense volume per view, its
 convolution before the renderer is `nn.Conv3d`, its renderer differentiates twice through autograd. Both losses are
 asserted to agree before anything is timed. A step is forward, backward and optimizer, on random data.
 """
@@ -18,8 +18,8 @@ from unipad.model.pretrain import Pretrain
 from unipad.recipes import PRETRAIN
 from unipad.runtime import generators
 
-# Six cameras around the vehicle, 60 degrees apart, 1.5 m above the ground of a flat world
-HEIGHT, FOCAL, POINTS = 1.5, 0.8, 12_000  # meters, image widths, LiDAR points
+# Six cameras around the vehicle, 60 degrees apart, on flat ground
+HEIGHT, FOCAL, POINTS = 1.5, 0.8, 12_000  # sensors above the ground in meters, focal length / image width, LiDAR points
 
 
 def random_batch(recipe):

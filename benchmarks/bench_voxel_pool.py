@@ -19,14 +19,14 @@ from unipad.kernels import voxel_pool as pool
 from unipad.kernels.voxel_pool import voxel_pool, voxel_pool_ref
 from unipad.recipes import GRID_075, TINY_GRID
 
-# name, grid, channels, depth bins, (nearest, farthest) meters, image (H, W) padded, content width / 1600, stride
+# name, grid, channels, depth bins, (nearest, farthest) meters, padded image (H, W), width before padding / 1600, stride
 PAPER = ("camera-0.075", GRID_075, 256, 118, (1.0, 60.0), (928, 1600), 1.0, 32)
 TINY = ("tiny", TINY_GRID, 32, 64, (1.0, 65.0), (160, 256), 0.16, 8)
 PEERS = {"BEVPoolv2": "mmdet3d.ops.bev_pool_v2.bev_pool", "bev_pool": "mmdet3d.ops.bev_pool"}  # name -> module
 
 
 def case(size, dtype=torch.float32, views=6, channels=None, across=None):
-    """channels: instead of the size's; across: voxels along x and along y, instead of the grid's."""
+    """A `Case`. channels: instead of the size's; across: voxels along x and along y, instead of the grid's."""
     name, grid, C, bins, depth_range, image_size, scale, stride = size
     C, shape, cell = channels or C, grid.shape, grid.cell
     if across:

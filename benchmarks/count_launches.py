@@ -74,7 +74,7 @@ def no_launch(plain, kernel, grid):
 
 
 def microseconds(run, repeats=20):
-    """Median over repeats."""
+    """Median host time of a run."""
     times = []
     for _ in range(repeats):
         begin = time.perf_counter()

@@ -23,10 +23,10 @@ from unipad.kernels import sparse_gemm, sparse_tiles
 from unipad.kernels.sparse_map import inverse_map, out_shape, strided_map, submanifold_map
 from unipad.kernels.voxel_keys import sort_voxels
 
-WIDTHS, BLOCKS = (16, 32, 64, 128), 2
-DTYPE, BYTES = torch.bfloat16, 2
+WIDTHS, BLOCKS = (16, 32, 64, 128), 2  # channels of the stages, residual blocks of each
+DTYPE, BYTES = torch.bfloat16, 2  # of an element
 HIDDEN = "MIN_PAIRS", "MULTIPLE", "SORT", "OFFSETS_PER_BIT", "VIA_L1"  # constexprs that the last table leaves out
-KINDS = "HGMMA", "HMMA", "FFMA", "LDGSTS", "LDG"  # SASS instructions that it counts
+KINDS = "HGMMA", "HMMA", "FFMA", "LDGSTS", "LDG"  # SASS instructions that the last table counts
 
 
 @dataclass
@@ -38,12 +38,12 @@ class Layer:
     coords: torch.Tensor  # [N, 4]
     c_in: int
     c_out: int
-    times: int = 1  # in the encoder
+    times: int = 1  # how many such layers the encoder has
 
     def passes(self):
         """(pass, table, coordinates of its rows, channels read, channels written)."""
         yield "forward", self.table, self.out_coords, self.c_in, self.c_out
-        if self.c_in > 5:  # points need no gradient
+        if self.c_in > 5:  # the points' 5 features need no gradient
             yield "d_features", self.inverse, self.coords, self.c_out, self.c_in
 
 
@@ -79,6 +79,7 @@ def by_mask(table, window):
 
 
 def morton(coords):
+    """The order of rows along a Morton curve, sample by sample."""
     bits = (coords[:, [3, 2, 1], None].long() >> torch.arange(12)) & 1  # [M, 3, 12]
     code = (bits << (3 * torch.arange(12) + torch.arange(3)[:, None])).sum(dim=(1, 2))
     return (code + (coords[:, 0].long() << 40)).argsort()

@@ -31,7 +31,7 @@ def count_lift():
     (u, v, _), seen = uvd[:, 0], seen[0]  # [N, V] each
     n, voxel = seen.nonzero(as_tuple=True)  # [P] pairs of view and voxel
     x, y, z = voxel % X, voxel // X % Y, voxel // (X * Y)
-    pixels = {}  # stride -> [4, P] around each pair
+    pixels = {}  # stride -> pixels per view, [4, P] the pixels around each projection
     for stride in strides:
         h, w = (-(-size // stride) for size in image_size)
         columns, _ = lift._nodes_ref(u[n, voxel], w)

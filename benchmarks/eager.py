@@ -29,7 +29,7 @@ def eager_lift(features, depths, lidar2image, low, cell, shape, image_size, dept
     volume = 0
     for feature, depth in zip(features, depths, strict=True):
         feature, depth = (t.flatten(0, 1).permute(0, 3, 1, 2).float() for t in (feature, depth))
-        sampled = F.grid_sample(feature, uvd[:, :, None, :2], align_corners=True)[..., 0]  # [B * N, C, longest]
+        sampled = F.grid_sample(feature, uvd[:, :, None, :2], align_corners=True)[..., 0]  # [B * N, C, max voxels]
         probability = F.grid_sample(depth[:, None], uvd[:, :, None, None], align_corners=True)[:, :, :, 0, 0]
         views = sampled.new_zeros(B * N, len(points), feature.shape[1])
         for n, values in enumerate((sampled * probability).mT):
@@ -58,7 +58,7 @@ def eager_voxel_pool(features, depths, lidar2image, low, cell, shape, stride, de
 
 
 SOFTPLUS = nn.Softplus(beta=100)
-TWICE_DIFFERENTIABLE = torch.__version__ >= (2, 13)  # of `F.grid_sample` for volumes
+TWICE_DIFFERENTIABLE = torch.__version__ >= (2, 13)  # whether `F.grid_sample` of volumes is
 
 
 def gathered_sample(volume, grid):
@@ -96,7 +96,7 @@ class EagerRenderer(nn.Module):
         self.low, self.high = renderer.box  # scaled meters
 
     def forward(self, volume, rays, jitter=None, points=None, stop=0.0):
-        """As `Renderer.forward`, without `points` and `stop`."""
+        """As `Renderer.forward`; ignores `points` and `stop`."""
         with torch.autocast(volume.device.type, enabled=False):
             volume = volume.to(self.field.cells_per_unit.dtype)
             rows = [(rays.volume_idx == b).nonzero()[:, 0] for b in range(len(volume))]
@@ -155,7 +155,7 @@ class EagerRenderer(nn.Module):
         )  # fmt: skip
 
     def _search(self, volume, origins, directions, edges):
-        """Weights of the stratified samples under a fixed, sharp NeuS."""
+        """Weights of the stratified samples under NeuS with a fixed inv_s of 64."""
         starts, deltas = edges[:, :-1], edges.diff(dim=1)[:, :-1]
         points = origins[:, None] + directions[:, None] * starts[..., None]
         sdf = _mlp(self.field.sdf_decoder.leaves(), points, self._interpolate(volume, points), SOFTPLUS)[..., 0]

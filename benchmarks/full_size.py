@@ -27,6 +27,7 @@ from unipad.recipes import DETECT, PRETRAIN, SEGMENT
 
 CITY = Path("data/full-size")
 COMMON = ["--steps", "1", "--batch-size", "1", "--workers", "0", "--data-root", str(CITY)]
+# task -> script, presets, flag for initial weights, other flags
 SCRIPTS = {
     "train": ("train.py", PRETRAIN, "--init", ["--val-samples", "1", "--picture-stride", "64"]),
     "finetune": ("finetune.py", DETECT, "--pretrained", []),

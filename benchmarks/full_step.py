@@ -48,7 +48,7 @@ class Args:
 
 
 def recipes():
-    """{task/modality/preset: (recipe, model)}, in the order in which they are measured."""
+    """{task/modality/preset: (recipe, model class)}, in the order in which they are measured."""
     found = {
         f"{task}/{modality}/{name}": (recipe, model)
         for task, (presets, model) in TASKS.items()

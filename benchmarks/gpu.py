@@ -181,7 +181,7 @@ STAGE_FRACTIONS |= {f"op-{op}": TIME_FRACTIONS["ops"] * fraction for op, fractio
 
 
 def plan(stages):
-    """Lists of names in STAGES, one list per process: all ops share a process, which saves start-up time."""
+    """The names in STAGES of the given stages, one list per process: all ops share one, which saves start-up time."""
     ops = [f"op-{op}" for op in OPS]
     return [ops if stage == "ops" else [stage] for stage in TIME_FRACTIONS if stage in stages]
 
@@ -214,7 +214,7 @@ def run(folder, names, later, end):
             begun = [r for r in folder.records("begun")[-1:] if r["name"] in remaining[:1] and r["until"] > began]
             if begun:
                 began, limit = begun[0]["at"], begun[0]["until"]
-            # if the process ended between two stages, the stage before killed it
+            # a process that ended between two stages was killed by the earlier one: the next is not to blame
             if remaining and (time.time() > limit if running else begun or remaining[0] == first):
                 reason = "out of time" if running else f"exit code {process.returncode}"
                 record = {"name": remaining.pop(0), "ended": reason, "seconds": round(time.time() - began, 1)}

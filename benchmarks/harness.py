@@ -75,10 +75,10 @@ def machine():
 
 
 def compare(op, reference, kernels, peers, cases, agree=AGREE, exact=None):
-    """Check, time and print.
+    """Check and time implementations of an op on all cases; prints a Markdown table.
 
     Args:
-        op:        the name.
+        op:        the op's name.
         reference: the function that all others must agree with.
         kernels:   the op itself; skipped on a CPU, where it is the reference.
         peers:     {name: function} other implementations. All functions take a case's inputs.
@@ -158,7 +158,7 @@ def compiled(fn):
 
 
 def largest_error(fn, reference, inputs):
-    """Largest error of outputs and gradients, as a fraction of each one's largest true value; NaN if one is."""
+    """Largest error of outputs and gradients, as a fraction of each one's largest true value; NaN if any is NaN."""
     ups = _upstream(reference, inputs)
     return _largest_error(_forward_backward(fn, inputs, ups), _forward_backward(reference, inputs, ups))
 
@@ -220,7 +220,7 @@ def _outputs(fn, inputs):
 
 
 def _wanted(inputs):
-    """The inputs that require gradients, including those in lists."""
+    """Inputs that require gradients, including those in lists."""
     flat = [t for value in inputs for t in (value if isinstance(value, (list, tuple)) else [value])]
     return [t for t in flat if torch.is_tensor(t) and t.requires_grad]
 
@@ -309,7 +309,7 @@ def _peak_cpu_mb(fn):
 
 
 def _copy_bandwidth():
-    """GB/s, read and written."""
+    """Copy bandwidth in GB/s, read plus written."""
     src = torch.zeros(2**30 if DEVICE == "cuda" else 2**27, dtype=torch.uint8, device=DEVICE)
     dst = torch.zeros_like(src)
     return 2 * src.nbytes / milliseconds(lambda: dst.copy_(src))[0] * 1e-6

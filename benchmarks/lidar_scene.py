@@ -55,7 +55,10 @@ def scene(seed=0, device="cpu"):
 
 
 def _boxes(uniform, n, size, height, far):
-    """[n, 6] lower and upper corners of boxes on the ground, up to `far` meters from the sensor."""
+    """[n, 6] lower and upper corners of boxes on the ground, up to `far` meters from the sensor.
+
+    size: (smallest, largest) length and width in meters. height: the largest height.
+    """
     angle, distance = uniform(n, 0, 2 * math.pi), uniform(n, 6, far)
     middle = torch.stack([angle.cos() * distance, angle.sin() * distance], dim=1)
     half = torch.stack([uniform(n, *size), uniform(n, *size)], dim=1) / 2
@@ -79,6 +82,7 @@ def voxels(batch=1, device="cpu"):
 
     scenes = [scene(seed, device) for seed in range(batch)]
     counts = [len(points) for points in scenes]
+    # SHAPE has one empty slice above the range, as in SECOND; at most 10 points per voxel, 120000 voxels
     return voxelize(torch.cat(scenes), counts, LOW, CELL, (SHAPE[0] - 1, *SHAPE[1:]), 10, 120000)[1]
 
 

@@ -37,7 +37,7 @@ class Folder:
         return [record for record in read_records(self.path / "records.jsonl") if record["stage"] == stage]
 
     def rows(self):
-        """The rows of stages steps and ops, as in results.csv: a list of dicts of str."""
+        """The rows that stages "steps" and "ops" measured, as in results.csv: a list of dicts of str."""
         return read_rows(self.path / "results.csv")
 
 

@@ -45,7 +45,7 @@ def jit(kernel=None, *, varying=()):
     """Decorator for kernels launched from the host; device functions, called by kernels, use plain `triton.jit`.
 
     Launch the kernel with keyword arguments, tensors first: it runs on the GPU of the first tensor, whichever device is
-    current. FP fusion is on unless a launch turns it off: Triton's default, and so the rounding, varies by version.
+    current. FP fusion is always set, by default on: Triton's default, and so the rounding, varies by version.
 
     varying: names of integers that change with the data, such as the number of voxels (Triton's `do_not_specialize`).
         Triton recompiles a kernel for an integer that is 1 or a multiple of 16, which may stall a run at any step.
@@ -66,7 +66,7 @@ def jit(kernel=None, *, varying=()):
 def on_triton(tensor, deterministic=True):
     """True if an op on `tensor` runs its Triton kernels.
 
-    deterministic: False for an op whose kernels add atomically; it runs its reference under
+    deterministic: whether the kernels are. False for kernels that add atomically: the op then runs its reference under
         `torch.use_deterministic_algorithms(True)`.
     """
     if _references_only or not deterministic and strictly_deterministic():
@@ -164,7 +164,7 @@ def strictly_deterministic():
 
 
 def opaque(fake):
-    """Decorator: torch.compile does not trace into the op; `fake` gives its outputs' shapes."""
+    """Decorator: torch.compile does not trace into the op; `fake` is its `register_fake` function."""
 
     def wrap(op):
         custom_op = torch.library.custom_op(f"unipad::{op.__name__}", op, mutates_args=())

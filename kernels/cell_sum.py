@@ -94,7 +94,10 @@ def _cell_sum_kernel(
 
 @triton.jit
 def _weight(origins_ptr, directions_ptr, cells_per_unit_ptr, cell_offset_ptr, AXIS, r, start, ok, corner, upper):
-    """Along one axis: the interpolation weight of a corner for the samples, and its derivative w.r.t. the point."""
+    """Along one axis: the voxel's interpolation weight for the samples, and its derivative w.r.t. the point.
+
+    corner: the voxel's index. upper: 1 if it is the upper end of the cell, 0 if the lower.
+    """
     direction = tl.load(directions_ptr + 3 * r + AXIS, mask=ok, other=0.0)
     point = tl.load(origins_ptr + 3 * r + AXIS, mask=ok, other=0.0) + direction * start
     cells_per_unit = tl.load(cells_per_unit_ptr + AXIS)

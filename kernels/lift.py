@@ -9,7 +9,7 @@ probability that the surface visible there lies at depth d; both gradients are d
 weights of the forward. In a rig of six cameras about 1.1 views see a voxel: every voxel is projected into every view,
 but features are gathered only where it is visible.
 
-A program owns a block of voxels adjacent in x and y, which mostly project into the same view and pixels. The backward
+A program owns a block of voxels adjacent in x and y, most of which project into the same view and pixels. The backward
 adds atomically to the gradients of fine levels, where few voxels project onto a pixel. On coarse levels, where many do,
 and on every level under strict determinism, it records each projection (a "hit") instead: the hits are sorted by the
 cell between four pixels that they lie in, and each pixel sums over the cells around it.
@@ -209,7 +209,7 @@ def _backward(d_volume, features, depths, lidar2image, geometry, deterministic):
 FWD_TILE = 4096  # bytes of features per program: voxels x channels
 BWD_TILE = 2048  # the same; 4096 would spill registers
 MAX_VOXELS = 32  # per program: with few channels, projecting voxels would take longer than gathering
-COARSE = 4  # a level with at least so many voxels per pixel is coarse: its pixels gather their gradients
+COARSE = 4  # a level with at least this many voxels per pixel is coarse: its pixels gather their gradients
 
 
 def _launch(kernel, tile, features, depths, lidar2image, geometry, **rest):
@@ -227,7 +227,7 @@ def _launch(kernel, tile, features, depths, lidar2image, geometry, **rest):
 def _blocks(tile, C):
     BLOCK_C = triton.next_power_of_2(C)
     voxels = min(max(tile // BLOCK_C, 1), MAX_VOXELS)
-    BLOCK_X = 1 << (voxels.bit_length() // 2)  # a square, or twice as wide
+    BLOCK_X = 1 << (voxels.bit_length() // 2)  # BLOCK_Y or 2 * BLOCK_Y
     return dict(BLOCK_X=BLOCK_X, BLOCK_Y=voxels // BLOCK_X, BLOCK_C=BLOCK_C)
 
 

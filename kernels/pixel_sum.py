@@ -19,7 +19,7 @@ def pixel_sum(d_feature, d_depth, begin, order, hits, d_volume, many_hits):
     Args:
         begin:     [>= P + 1] int32 start of each cell's hits in `order`, then the end of the last cell's. A cell has
                    the index of its upper left pixel, out of P pixels of all views.
-        order:     [levels * B * N * V] int64 rows of `hits` by cell; those of other levels are not read.
+        order:     [levels * B * N * V] int64 rows of all levels' `hits` by cell; only this level's are read.
         hits:      [levels, B * N * V, HIT] column and row in pixels, depth in bins, probability, <g, F>, for each view
                    and each of V voxels.
         d_volume:  [B, Z, Y, X, C].

@@ -1,6 +1,6 @@
 """Samples along rays: clipped to a box, stratified, then resampled by weight.
 
-    clip:        t = (face - origin) / (direction + 1e-6) for six faces; inside between the last entry and first exit
+    clip:        t = (face - origin) / (direction + 1e-6) for six faces; inside from the last entry to the first exit
     stratified:  edge_s = near + x_s (far - near), x_s = s / S or jittered between the adjacent midpoints
     resampling:  new_j = CDF^-1((j + jitter) / (n + 1)), piecewise linear over the intervals; lists merged by rank
 
@@ -28,7 +28,7 @@ from unipad.kernels.backend import jit, on_triton, tl, triton
 def clip_rays(
     origins: Tensor, directions: Tensor, low: Sequence[float], high: Sequence[float], near: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The part of each ray inside a box and beyond `near`, in the caller's units.
+    """The part of each ray inside a box and beyond `near`; all lengths in one unit of your choice.
 
     Args:
         origins:    [R, 3] (x, y, z).
@@ -40,7 +40,7 @@ def clip_rays(
         near, far: [R] distances, far >= near + 1e-6. A ray that misses gets near and near + 1, which are finite.
         hit:       [R] bool; False where the ray misses the box, starts beyond it, or leaves it before `near`.
 
-    1 / (d + 1e-6) is the original's guard against zero components; it biases every distance by about 1e-6 / d.
+    1 / (d + 1e-6) is the original's guard against components d = 0; it biases distances by a fraction 1e-6 / d.
     Computes in fp32. Raises AssertionError if shapes do not match.
     """
     R = origins.shape[0]

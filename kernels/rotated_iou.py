@@ -51,7 +51,7 @@ def rotated_iou_bev(a: Tensor, b: Tensor) -> Tensor:
 @torch.no_grad()
 def rotated_iou_bev_ref(a, b):
     """`rotated_iou_bev` in plain PyTorch; computes only pairs whose circumscribed circles intersect."""
-    a, b = _with_edges(a, 2, 4), _with_edges(b, 2, 4)
+    a, b = _clamp_sizes(a, 2, 4), _clamp_sizes(b, 2, 4)
     iou = a.new_zeros(len(a), len(b))
     radius_a, radius_b = (boxes[:, 2:4].norm(dim=1) / 2 for boxes in (a, b))
     distance = (a[:, None, :2] - b[None, :, :2]).norm(dim=2)
@@ -63,7 +63,7 @@ def rotated_iou_bev_ref(a, b):
 
 @torch.no_grad()
 def paired_iou_3d(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over union in 3D of each box with its partner.
+    """Intersection over union in 3D of each row of `a` with the same row of `b`.
 
     Args:
         a: [N, 7] fp32 or fp64 x, y, z, w, l, h, yaw; finite.
@@ -89,7 +89,7 @@ def paired_iou_3d(a: Tensor, b: Tensor) -> Tensor:
 @torch.no_grad()
 def paired_iou_3d_ref(a, b):
     """`paired_iou_3d` in plain PyTorch."""
-    a, b = _with_edges(a, 3, 6), _with_edges(b, 3, 6)
+    a, b = _clamp_sizes(a, 3, 6), _clamp_sizes(b, 3, 6)
     bev = [0, 1, 3, 4, 6]
     area = _overlap_ref(a[:, bev], b[:, bev])
     dz, half_a, half_b = b[:, 2] - a[:, 2], a[:, 5] / 2, b[:, 5] / 2
@@ -168,7 +168,7 @@ def _check(columns, *boxes):
         assert t.dtype == boxes[0].dtype, f"boxes of different types: {boxes[0].dtype}, {t.dtype}"
 
 
-def _with_edges(boxes, first, end):
+def _clamp_sizes(boxes, first, end):
     """The boxes, with negative sizes (columns `first` to `end` - 1) set to 0."""
     return torch.cat([boxes[:, :first], boxes[:, first:end].clamp(min=0), boxes[:, end:]], dim=1)
 
@@ -187,7 +187,7 @@ def _overlap_ref(a, b):
     py = y[:, None] + torch.stack([along_y - across_y, along_y + across_y, across_y - along_y, -along_y - across_y], 1)
     area = _edges_ref(px, py, px.roll(-1, 1), py.roll(-1, 1), half_l[:, None], half_w[:, None]).sum(dim=1)
 
-    # disjoint boxes are separated along one of the four axes; their sum would consist of rounding errors
+    # disjoint boxes are separated along one of the four axes; `area` would be the rounding errors of a sum
     disjoint = x.abs() >= half_l + along_x.abs() + across_x.abs()
     disjoint |= y.abs() >= half_w + along_y.abs() + across_y.abs()
     disjoint |= (x * cos + y * sin).abs() >= half_b[1] + half_l * cos.abs() + half_w * sin.abs()
@@ -203,7 +203,7 @@ def _edges_ref(px, py, qx, qy, half_l, half_w):
     x0, x1 = px + (y0 - py) * slope, qx + (y1 - qy) * slope
     low, high = torch.minimum(x0, x1), torch.maximum(x0, x1)
     low_in, high_in = torch.clamp(low, -half_l, half_l), torch.clamp(high, -half_l, half_l)
-    # length of the edge's extent along x in front of a, minus that behind a
+    # of the edge's extent along x: length in front of a (x > half_l) minus length behind it (x < -half_l)
     beyond = torch.maximum(high, half_l) - torch.maximum(low, half_l)
     beyond = beyond - (torch.minimum(high, -half_l) - torch.minimum(low, -half_l))
     along = (high_in + low_in) * (high_in - low_in) / 2 + half_l * beyond  # integral of clamp(x) dx
@@ -259,7 +259,7 @@ def _greedy_kernel(
     suppressed_ptr, kept_ptr,  # [32 W, W], [N]
     N, W, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """One program: 32 boxes at a time, whose loads do not depend on each other, are decided in order in registers."""
+    """One program decides 32 boxes at a time, in order, in registers; their loads do not depend on each other."""
     word = tl.arange(0, BLOCK_W)
     k = tl.arange(0, 32)
     removed = tl.zeros((BLOCK_W,), tl.int32)
@@ -317,22 +317,22 @@ def _column(ptr, ok):
 
 
 @triton.jit
-def _edge_length(ptr, ok):
+def _size(ptr, ok):
     return tl.maximum(_column(ptr, ok), 0.0)
 
 
 @triton.jit
 def _shape(ptr, ok):
-    """w, l, and the heading of w, l, yaw."""
+    """w, l, cos(yaw), sin(yaw) from the columns w, l, yaw."""
     yaw = _column(ptr + 2, ok)
-    return _edge_length(ptr, ok), _edge_length(ptr + 1, ok), tl.cos(yaw), tl.sin(yaw)
+    return _size(ptr, ok), _size(ptr + 1, ok), tl.cos(yaw), tl.sin(yaw)
 
 
 @triton.jit
 def _shape_3d(ptr, ok):
-    """w, l, h, and the heading of w, l, h, yaw."""
+    """w, l, h, cos(yaw), sin(yaw) from the columns w, l, h, yaw."""
     yaw = _column(ptr + 3, ok)
-    w, l, h = _edge_length(ptr, ok), _edge_length(ptr + 1, ok), _edge_length(ptr + 2, ok)
+    w, l, h = _size(ptr, ok), _size(ptr + 1, ok), _size(ptr + 2, ok)
     return w, l, h, tl.cos(yaw), tl.sin(yaw)
 
 
@@ -345,14 +345,14 @@ def _overlap(dx, dy, w_a, l_a, cos_a, sin_a, w_b, l_b, cos_b, sin_b):
     along_x, along_y = cos * (l_b / 2), sin * (l_b / 2)
     across_x, across_y = -sin * (w_b / 2), cos * (w_b / 2)
 
-    right_x, right_y = along_x - across_x, along_y - across_y  # of the front, relative to b's center
+    right_x, right_y = along_x - across_x, along_y - across_y  # front right corner of b, relative to its center
     left_x, left_y = along_x + across_x, along_y + across_y
     area = _edge(x + right_x, y + right_y, x + left_x, y + left_y, half_l, half_w)
     area += _edge(x + left_x, y + left_y, x - right_x, y - right_y, half_l, half_w)
     area += _edge(x - right_x, y - right_y, x - left_x, y - left_y, half_l, half_w)
     area += _edge(x - left_x, y - left_y, x + right_x, y + right_y, half_l, half_w)
 
-    # disjoint boxes are separated along one of the four axes; their sum would consist of rounding errors
+    # disjoint boxes are separated along one of the four axes; `area` would be the rounding errors of a sum
     disjoint = tl.abs(x) >= half_l + tl.abs(along_x) + tl.abs(across_x)
     disjoint |= tl.abs(y) >= half_w + tl.abs(along_y) + tl.abs(across_y)
     disjoint |= tl.abs(x * cos + y * sin) >= l_b / 2 + half_l * tl.abs(cos) + half_w * tl.abs(sin)
@@ -368,7 +368,7 @@ def _edge(px, py, qx, qy, half_l, half_w):
     x0, x1 = px + (y0 - py) * slope, qx + (y1 - qy) * slope
     low, high = tl.minimum(x0, x1), tl.maximum(x0, x1)
     low_in, high_in = _clamp(low, half_l), _clamp(high, half_l)
-    # length of the edge's extent along x in front of a, minus that behind a
+    # of the edge's extent along x: length in front of a (x > half_l) minus length behind it (x < -half_l)
     beyond = tl.maximum(high, half_l) - tl.maximum(low, half_l)
     beyond -= tl.minimum(high, -half_l) - tl.minimum(low, -half_l)
     along = (high_in + low_in) * (high_in - low_in) / 2 + half_l * beyond  # integral of clamp(x) dx

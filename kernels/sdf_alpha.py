@@ -1,6 +1,7 @@
 """Signed distance to opacity: NeuS, VolSDF, UniSurf.
 
-NeuS (eq. 13, as in UniPAD's get_alpha): along the ray the SDF changes by `slope` per unit length; sigma is the sigmoid.
+NeuS (eq. 13, as in UniPAD's get_alpha): `slope` is the change of the SDF per unit length of the ray; sigma is the
+sigmoid.
 
     slope = min(direction . gradient, 0),   prev, next = sdf -+ slope * delta / 2
     P = sigma(prev * inv_s),   N = sigma(next * inv_s),   alpha = clip((P - N + e) / (P + e), 0, 1),   e = 1e-5
@@ -219,8 +220,8 @@ def sigmoid(x):
 def _neus_section(sdf_ptr, gradient_ptr, directions_ptr, deltas_ptr, i, r, ok, acc_ty: tl.constexpr):
     """The section of the ray around sample i.
 
-    Returns the SDF extrapolated to the section's two ends, and x, y, z of delta / 2 * direction, which is d slope /
-    d gradient times delta / 2; these are 0 where the ray does not approach the surface.
+    Returns the SDF extrapolated to the section's two ends, and delta / 2 * d slope / d gradient as x, y, z:
+    delta / 2 * direction, or 0 where the ray does not approach the surface.
     """
     sdf = tl.load(sdf_ptr + i, mask=ok, other=0.0).to(acc_ty)
     half = tl.load(deltas_ptr + i, mask=ok, other=0.0).to(acc_ty) / 2

@@ -72,18 +72,18 @@ def precision(exact):
 
 # Launch parameters; untuned, without timing on a GPU
 BLOCK_S = 32  # samples of a ray per tile, at most, in the kernels that walk along rays
-BLOCK_M = 64  # samples per tile (along rays: of two rays); the rows of a Hopper matrix instruction
+BLOCK_M = 64  # samples per tile (along rays: 2 rays x BLOCK_S); the rows of a Hopper matrix instruction
 WARPS = 4
 NARROW = 32  # fields with more channels or hidden units use tiles of half as many samples
 EXACT = 4  # factor by which tiles are smaller under tf32x3, which holds every operand in two parts
-PROGRAMS = 528  # at most: 4 per multiprocessor of an H100; each writes a partial gradient of the MLPs
+PROGRAMS = 528  # programs per launch, at most: 4 per multiprocessor of an H100; each writes partial MLP gradients
 
 
 def sample_launch(N, options):
     """Number of programs and launch options for kernels over N samples. A program loops over several tiles."""
     narrow = max(options["C"], options["H"]) <= NARROW
     block, warps = BLOCK_M if narrow else BLOCK_M // 2, WARPS
-    if options["PREC"] == "tf32x3":  # in compiled code more warps spill more in a narrow field, less in a wide one
+    if options["PREC"] == "tf32x3":  # when compiled with more warps, narrow fields spill more, wide ones less
         block, warps = BLOCK_M // EXACT, WARPS // 2 if narrow else WARPS * 2
     return min(PROGRAMS, triton.cdiv(N, block)), dict(BLOCK_M=block, num_warps=warps, num_stages=1)
 
@@ -175,7 +175,7 @@ def interpolate_bwd_coords(volume_ptr, grid_coords, ok, d_feature, Z, Y, X, CHAN
 
 @triton.jit
 def load_row(ptr, N: tl.constexpr):
-    """[1, N]."""
+    """N consecutive values as a row [1, N]."""
     return tl.load(ptr + tl.arange(0, N))[None, :]
 
 
@@ -370,7 +370,7 @@ def color_of(
 
 @triton.jit
 def opacity(sdf, gradient, direction, delta, density_param, NEUS: tl.constexpr):
-    """alpha before clipping, the slope along the ray and two intermediate values for the backward, each [M]."""
+    """alpha before clipping, the slope along the ray (VolSDF: unused) and two values for the backward, each [M]."""
     if NEUS:
         slope = gradient[0] * direction[0] + gradient[1] * direction[1] + gradient[2] * direction[2]
         half = tl.minimum(slope, 0.0) * delta / 2

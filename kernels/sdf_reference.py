@@ -38,7 +38,7 @@ def field_ref(volume, points, directions, volume_idx, mlps, cells):
 
 @torch.no_grad()
 def values_ref(volume, points, volume_idx, sdf_mlp, cells):
-    """Only the distance, [R, S] at points [R, S, 3]; not differentiable."""
+    """Signed distance [R, S] at points [R, S, 3]; not differentiable."""
     cells_per_unit, cell_offset = cells
     feature = trilinear_value_ref(volume, points * cells_per_unit + cell_offset, volume_idx)
     return decode_sdf(feature, points, sdf_mlp)
@@ -99,7 +99,7 @@ def decode(feature, slope, points, directions, mlps, cells_per_unit):
 
 
 def decode_sdf(feature, points, sdf_mlp):
-    """Only the distance, [R, S], from features [R, S, C] at points [R, S, 3]; differentiable as `decode`."""
+    """Signed distance [R, S] from features [R, S, C] at points [R, S, 3]; differentiable like `decode`."""
     feature, shape, points = feature.flatten(0, 1), points.shape[:2], points.flatten(0, 1).t()
     A, bias, P, W = fold(sdf_mlp)
     widths = [*(len(w) for w in W[:-1]), 1]  # of the last layer, only the distance

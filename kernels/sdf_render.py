@@ -44,7 +44,7 @@ from unipad.kernels.sdf_field import (
 from unipad.kernels.sdf_reference import field_ref, values_ref
 
 METHODS = ("neus", "volsdf")
-WIDTHS, LAYERS = (16, 64), (2, 8)  # smallest and largest
+WIDTHS, LAYERS = (16, 64), (2, 8)  # (smallest, largest): channels and hidden units, layers of an MLP
 
 
 def kernels_support(
@@ -61,7 +61,7 @@ def sdf_render(
     mlps: tuple[Sequence[Tensor], Sequence[Tensor] | None], density_param: Tensor, cells: tuple[Tensor, Tensor],
     method: str, exact: bool = False, stop: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Render rays.
+    """Render rays to color and depth.
 
     Args:
         volume: [B, Z, Y, X, C] features, at least one voxel.
@@ -77,7 +77,7 @@ def sdf_render(
                 10-bit mantissa). tf32x3 computes three products instead of one, in tiles of a quarter of the samples;
                 its cost was not measured on a GPU.
         stop:   transmittance below which kernels stop marching a ray; rays that miss stop at once. 0: off; above 0 only
-                under `no_grad`. Samples behind have weight, distance and gradient 0; `rgb` is off by less than `stop`,
+                under `no_grad`. Skipped samples have weight, distance and gradient 0; `rgb` is off by less than `stop`,
                 `depth` by less than `stop` times the ray's length.
 
     Returns:
@@ -128,7 +128,7 @@ def sdf_values(
     volume: Tensor, rays: tuple[Tensor, Tensor, Tensor], starts: Tensor, sdf_mlp: Sequence[Tensor],
     cells: tuple[Tensor, Tensor], exact: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Only the signed distance, [R, S] at starts [R, S]; arguments as for `sdf_render`, `rays` without `hit`.
+    """Signed distance [R, S] at distances `starts` [R, S]; arguments as for `sdf_render`, `rays` without `hit`.
 
     Not differentiable: used to search for the surface along rays. Raises AssertionError if shapes do not match.
     """

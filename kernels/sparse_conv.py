@@ -143,7 +143,7 @@ def _run_act(features, weight, neighbor_idx, *rest):
     return _forward_act(features, weight, neighbor_idx, *rest)
 
 
-# The registered ops call these three functions with tensors, SparseConv calls them with `NeighborTable`s
+# The registered ops call these three functions with tensors; eager mode calls them with `NeighborTable`s too
 
 
 def _forward(

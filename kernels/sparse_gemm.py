@@ -150,7 +150,7 @@ MIN_PAIRS = 1024  # pairs per chunk, at least: reading their rows then outweighs
 PROGRAMS = 1024  # chunks (not counting the last of an offset) x tiles of channels, at most; eight per multiprocessor
 MAX_PARTIAL = 2**23  # partial sums: 32 MB, which stay in the L2
 GROUP = {8: 16, 16: 8, 32: 8, 64: 4}  # input channels -> offsets whose gradients a program sums at once
-GROUP_PROGRAMS = 192  # of the sums over groups of offsets; more would write and read more partial sums
+GROUP_PROGRAMS = 192  # programs of `_d_weight_of_groups_kernel`, about; more would write and read more partial sums
 BLOCK_E = 1024  # elements per program of the final sum over chunks
 
 

@@ -1,7 +1,7 @@
 """`sparse_conv` in plain PyTorch, multiplying in the accumulation type: the CPU path.
 
-For each chunk of outputs: one gather of all its pairs, a GEMM per offset, a sum per row. Dense chunks, with zeros for
-missing neighbors, would take 2 to 4 times as many multiplications.
+For each chunk of outputs: one gather of all its pairs (row read, output), a GEMM per offset, a sum per output. Dense
+chunks, with zeros for missing neighbors, would take 2 to 4 times as many multiplications.
 """
 
 import numpy as np
@@ -65,6 +65,7 @@ def _buffer(tensor, chunks):
 
 
 def _wide(tensor):
+    """The tensor in the accumulation type."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 

@@ -1,3 +1,5 @@
+"""Detection head: outputs, assignment, losses and detections, compared with the original and by hand."""
+
 import dataclasses
 import math
 
@@ -188,7 +190,7 @@ def test_detections_match_the_original(name, min_score, nms):
 
 
 def test_number_of_parameters():
-    """That of the heads of final_uvtr_fusion_vs0.075_finetune and abl_uvtr_cam_vs0.1_finetune."""
+    """Of the heads of final_uvtr_fusion_vs0.075_finetune (denoising) and abl_uvtr_cam_vs0.1_finetune (plain)."""
     with torch.device("meta"):
         head = Head(config.Detect(), GRID_075, 256)
         plain = Head(config.Detect(denoising=False), config.Grid(), 128)
@@ -371,7 +373,7 @@ def test_half_precision_only_changes_the_volume():
 
 
 def test_only_chosen_classes_are_suppressed_and_only_centers_in_range_kept():
-    """Pairs of class 0 and of class 5, a meter apart; the last box is out of range."""
+    """Two boxes of class 0 and two of class 5, each pair 1 m apart in x; the last box is out of range."""
     boxes = torch.zeros(1, 1, 5, 9)
     boxes[..., 3:6] = 4.0
     boxes[..., [1, 3], 0] = 1.0
@@ -412,7 +414,7 @@ def test_a_head_learns_to_find_boxes():
 
 
 def test_a_lidar_detector_trains_and_detects():
-    """Of a LiDAR recipe, in training and evaluation."""
+    """All parameters get gradients in training; detections of an evaluation need none."""
     recipe = config.DetectRecipe(
         grid=GRID,
         lidar=config.LidarConfig(

@@ -27,7 +27,7 @@ def test_benchmarks_exist():
 
 
 def test_every_op_has_a_row():
-    """An op is a function with a reference of its name with `_ref` appended."""
+    """An op is a function `name` that has a reference `name_ref`."""
     ops = set()
     for file in (REPO / "kernels").glob("*.py"):
         functions = {node.name for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)}

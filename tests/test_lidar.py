@@ -1,3 +1,5 @@
+"""LiDAR encoder: voxel mask, sparse encoder and neck, compared with the original and by hand."""
+
 import dataclasses
 from unittest import mock
 
@@ -94,7 +96,7 @@ def test_paper_size():
 
 @pytest.mark.parametrize("ratio, kept", [(0.0, [5, 10, 0]), (0.8, [1, 2, 0]), (0.5, [2, 5, 0]), (0.25, [4, 8, 0])])
 def test_mask_hides_a_fraction_of_the_occupied_blocks(ratio, kept):
-    """Samples with 5, 10 and no occupied blocks of up to 8 voxels; halves are rounded to even."""
+    """Samples with 5, 10 and no occupied blocks of up to 8 voxels; their numbers are rounded half to even."""
     blocks = [torch.randperm(3 * 4 * 5)[:n] for n in (5, 10)]
     coords = []
     for b, cells in enumerate(blocks):
@@ -254,7 +256,7 @@ def test_a_batch_without_points_works():
     assert all(b.isfinite().all() for b in encoder.buffers())
 
 
-def test_caps_on_voxels_differ_between_training_and_evaluation():
+def test_max_voxels_differs_between_training_and_evaluation():
     encoder = make_encoder(max_voxels=(7, 40))
     assert len(sparse_part(encoder, *cloud())[0].voxels) == 2 * 7
     assert len(sparse_part(encoder.eval(), *cloud())[0].voxels) == 2 * 40

@@ -52,8 +52,8 @@ def step(modality, city, world):
 
     recipe = PRETRAIN[modality]["tiny"]
     recipe = replace(recipe, rays=replace(recipe.rays, per_view=8))
-    box = (recipe.grid.low, recipe.grid.high)
-    dataset = NuScenesDataset(city, "v1.0-mini", "mini_train", recipe.data, point_range=box)
+    point_range = (recipe.grid.low, recipe.grid.high)
+    dataset = NuScenesDataset(city, "v1.0-mini", "mini_train", recipe.data, point_range=point_range)
     samples = 2 // world.size
     batch, _ = next(step_batches(dataset, samples, rank=world.rank, world=world.size))
     first = world.rank * samples

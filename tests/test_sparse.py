@@ -1,3 +1,5 @@
+"""Sparse convolutions and norms compared with dense PyTorch layers; caching, autocast and torch.compile."""
+
 import copy
 import gc
 import math

@@ -1,3 +1,5 @@
+"""View transforms and the convolutions on the volume, compared with records of the original and with PyTorch."""
+
 from dataclasses import replace
 
 import pytest

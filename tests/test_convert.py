@@ -116,7 +116,7 @@ def test_a_larger_convnext_is_recognized():
 
 
 def _wider(key, shape):
-    """Shape in ConvNeXt-B of a weight of ConvNeXt-S: 4/3 of the channels; the kernel sizes and the 3 input channels stay."""
+    """The shape in ConvNeXt-B of a weight of ConvNeXt-S: 4/3 of all sizes but kernel sizes and the 3 input channels."""
     return [n if key.endswith("dwconv.weight") and i == 1 or n <= 7 else n * 4 // 3 for i, n in enumerate(shape)]
 
 

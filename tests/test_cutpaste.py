@@ -126,7 +126,7 @@ def test_randomness_comes_from_the_generator_alone(sample, objects):
     assert one.boxes.tolist() != other.boxes.tolist()
 
 
-def test_a_full_sample_stays_as_it_is(sample, objects):
+def test_a_full_sample_is_not_changed(sample, objects):
     full = replace(objects, counts=tuple(np.bincount(sample.labels, minlength=10).tolist()))
     assert full.paste_into(sample, np.random.default_rng(0)) is sample
 
@@ -148,7 +148,7 @@ def test_rectangles_by_hand():
     assert [expected[r] for r in rows] == rectangles.tolist()
 
 
-def test_pictures_are_pasted_far_ones_first(tmp_path):
+def test_pictures_are_pasted_from_far_to_near(tmp_path):
     """From far to near: a pasted red object, the blue object of the sample and a pasted green one, on gray."""
     colors = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 200, 30)}
     boxes = {"red": cube(2.5, 21), "blue": cube(0.5, 13), "green": cube(-0.4, 8)}

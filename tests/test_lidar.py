@@ -185,9 +185,9 @@ def test_evaluation_without_gradients_is_fused(precision):
 
 def test_voxels_are_where_the_points_are():
     encoder = make_encoder()
-    here = torch.tensor([[5.3, -2.1, 3.2, 0.5, 0.1]])
-    x, out = sparse_part(encoder, here, torch.tensor([1]))
-    assert x.voxels.coords.tolist() == [[0, 10, 7, 53]] and torch.equal(x.features, here)
+    point = torch.tensor([[5.3, -2.1, 3.2, 0.5, 0.1]])
+    x, out = sparse_part(encoder, point, torch.tensor([1]))
+    assert x.voxels.coords.tolist() == [[0, 10, 7, 53]] and torch.equal(x.features, point)
     assert out.voxels.shape == GRID.shape[::-1]
     assert [0, 2, 1, 13] in out.voxels.coords.tolist()  # (3.2 + 2) / 2, (-2.1 + 4) / 1, (5.3 + 8) / 1
     assert (out.voxels.coords[:, 1:] - torch.tensor([2, 1, 13])).abs().max() <= 1

@@ -100,6 +100,7 @@ def test_two_processes_match_one(tmp_path):
 
 
 def one_of_two(rank, folder):
+    """Run a step on the samples of process `rank` for each of `SPLITS`, and save the results."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     results = []

@@ -52,12 +52,12 @@ def set_rig(root, rig):
     """Replace the cameras of a synthetic dataset, in its tables and files. rig: as in `RIGS`."""
     names = ("sensor", "calibrated_sensor", "sample_data")
     tables = {name: read(root, name) for name in names}
-    channel = {row["token"]: row["channel"] for row in tables["sensor"]}
+    channel_of_sensor = {row["token"]: row["channel"] for row in tables["sensor"]}
     for row in tables["calibrated_sensor"]:
-        row["channel"] = channel[row["sensor_token"]]
-    of_sensor = {row["token"]: row["channel"] for row in tables["calibrated_sensor"]}
+        row["channel"] = channel_of_sensor[row["sensor_token"]]
+    channel_of_calibration = {row["token"]: row["channel"] for row in tables["calibrated_sensor"]}
     for row in tables["sample_data"]:
-        row["channel"] = of_sensor[row["calibrated_sensor_token"]]
+        row["channel"] = channel_of_calibration[row["calibrated_sensor_token"]]
     new = {name: [row for row in rows if row["channel"] == "LIDAR_TOP"] for name, rows in tables.items()}
     for name, (source, size, ending) in rig.items():
         for table, fields in zip(

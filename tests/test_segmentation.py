@@ -234,7 +234,7 @@ def test_the_test_split_gives_only_a_submission(runs, city, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "of, flags, words",
+    "name, flags, words",
     [
         (
             "run",
@@ -247,9 +247,9 @@ def test_the_test_split_gives_only_a_submission(runs, city, tmp_path, capsys):
     ],
     ids=["task", "score", "masked", "pre-training"],
 )
-def test_a_user_error_is_one_sentence(of, flags, words, runs):
+def test_a_user_error_is_one_sentence(name, flags, words, runs):
     with pytest.raises(UserError) as error:
-        evaluate(runs / of, *flags)
+        evaluate(runs / name, *flags)
     assert all(word in str(error.value) for word in words), error.value
 
 

@@ -113,12 +113,13 @@ def test_submanifold_matches_masked_conv3d(name, kernel, dilation, device):
 
 
 # kernel, stride, padding, dilation
+POINTWISE = (1, 1, 0, 1)  # keeps the voxels and their order
 GEOMETRIES = [
     (3, 2, 1, 1),
     (3, 2, (0, 1, 1), 1),
     (2, 2, 0, 1),
     (1, 2, 0, 1),
-    (1, 1, 0, 1),
+    POINTWISE,
     (3, 1, 1, 1),
     (5, 3, 2, 1),
     ((3, 1, 1), (2, 1, 1), 0, 1),
@@ -139,11 +140,11 @@ def test_strided_matches_conv3d(name, geometry, device):
 
     ones = x.features.new_ones(1, 1, *conv.kernel)
     assert_is_dense_convolution(conv, x, convolve, (convolve(occupancy(x.voxels), ones) > 0.5).double())
-    if geometry != (1, 1, 0, 1):
+    if geometry != POINTWISE:
         assert (conv(x).voxels.keys().diff() > 0).all()
 
 
-@pytest.mark.parametrize("geometry", [g for g in GEOMETRIES if g != (1, 1, 0, 1)], ids=str)
+@pytest.mark.parametrize("geometry", [g for g in GEOMETRIES if g != POINTWISE], ids=str)
 @pytest.mark.parametrize("name", ["none", "one", "scattered"])
 def test_inverse_matches_conv_transpose3d_at_the_voxels_before_the_convolution(name, geometry, device):
     channels = CHANNELS[GEOMETRIES.index(geometry) % len(CHANNELS)]

@@ -179,8 +179,8 @@ def test_shifts_and_flips_are_distributed_as_configured(sample):
 
 def test_points_and_boxes_are_cropped_after_the_transform(city):
     """Boxes are cropped only by `read` with a random generator, as in training."""
-    box = ((-20.0, -20.0, -5.0), (20.0, 20.0, 3.0))
-    dataset = NuScenesDataset(city, "v1.0-mini", "mini_train", Data(), 1.0, box, Augment(rotation=0.7))
+    point_range = ((-20.0, -20.0, -5.0), (20.0, 20.0, 3.0))
+    dataset = NuScenesDataset(city, "v1.0-mini", "mini_train", Data(), 1.0, point_range, Augment(rotation=0.7))
     plain, varied = dataset[0], dataset.read(0, np.random.default_rng(0))
     assert len(plain.points) != len(varied.points)
     for points in (plain.points, varied.points):

@@ -170,8 +170,8 @@ class RayChoice:
     strategy: Literal["depth", "random", "dilation"] = "depth"  # LiDAR points first, random pixels, or a pixel grid
     per_view: int = 512  # rays per camera and step
     lidar_per_view: int = 512  # depth: at most this many of the per_view rays go through LiDAR points
-    near_radius: float = 3.0  # meters in the ground plane: LiDAR points nearer to the LiDAR get no rays
-    far_radius: float = 50.0  # meters in the ground plane: LiDAR points farther from the LiDAR get no rays
+    near_radius: float = 3.0  # meters in the ground plane: LiDAR points nearer to the LiDAR are ignored
+    far_radius: float = 50.0  # meters in the ground plane: LiDAR points farther from the LiDAR are ignored
     pixel_interval: int = 4  # depth: spacing in pixels of the grid that a view's other rays are chosen from
     dilation: int = 16  # dilation: spacing of rays in pixels
     sky: float = 0.4  # depth: top fraction of an image where this grid has no pixels

@@ -38,6 +38,7 @@ def photograph(scene, view, solids, distance, hit, shadow):
 def _light(scene, origin, directions, solids, distance, hit, shadow):
     """[n, 3] colors seen along rays; directions: [3, n]."""
     rgb = np.empty((len(hit), 3), np.float32)
+    # indices of the rays that hit nothing, the ground and solids
     above, floor, walls = (np.nonzero(chosen)[0] for chosen in (hit == SKY, hit == GROUND, hit >= 0))
     rgb[above] = sky(directions[:, above], scene.sun)
 
@@ -49,6 +50,7 @@ def _light(scene, origin, directions, solids, distance, hit, shadow):
     solid = hit[walls]
     local, normal = surface(solids, solid, points)
     c, s = np.cos(solids["yaw"]), np.sin(solids["yaw"])
+    # [3, number of solids]: direction of the sun in each solid's axes
     sun = np.stack([c * scene.sun[0] + s * scene.sun[1], c * scene.sun[1] - s * scene.sun[0], scene.sun[2] + 0 * c])
     facing = sum(normal[:, i] * sun[i].astype(np.float32)[solid] for i in range(3))
     # low or downward-facing surfaces get little sky light
@@ -199,6 +201,8 @@ def _stripes(rgb, p, normal, half):
     return rgb
 
 
+# Functions of the colors rgb, positions p and normals of points (in the solids' axes, x ahead) and of the solids' half
+# sizes, all [n, 3]; they return the textured colors
 TEXTURES = {
     "facade": _facade, "foliage": _foliage, "signal": _signal, "body": _body,
     "cabin": _cabin, "coach": _coach, "cargo": _cargo, "stripes": _stripes,

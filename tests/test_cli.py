@@ -44,7 +44,7 @@ def settings(recipe):
 
 
 def another(hint, value):
-    """Another value of a setting, and the arguments after its flag that give it."""
+    """A different value for a setting, and the command-line arguments for it after the flag."""
     if isinstance(value, bool):
         return not value, []
     if typing.get_origin(hint) is typing.Literal:

@@ -21,7 +21,7 @@ from unipad.recipes import GRID_075
 
 GRID = config.Grid(
     low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(5.4, 6.0, 1.6)
-)  # of the records: 20 x 18 x 5
+)  # of the records: 20 x 18 x 5 cells
 RECORDED = config.Detect(queries=30, layers=3, heads=4, hidden=48, dropout=0.0, max_detections=60)
 PLAIN = dataclasses.replace(RECORDED, denoising=False, code_weights=(1.0,) * 10, nms=())
 SMALL = config.Detect(queries=12, layers=2, heads=2, hidden=16, noise_groups=3, max_detections=20)

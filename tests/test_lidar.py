@@ -17,7 +17,7 @@ from unipad.model.mask import draw_voxel_mask
 from unipad.model.norm import SyncedBatchNorm
 from unipad.model.sparse import NORM, SparseConv3d, SparseTensor, SubMConv3d, VoxelSet
 
-GRID = config.Grid(low=(-8.0, -4.0, -2.0), high=(8.0, 4.0, 4.0), cell=(1.0, 1.0, 2.0))  # 16 x 8 x 3
+GRID = config.Grid(low=(-8.0, -4.0, -2.0), high=(8.0, 4.0, 4.0), cell=(1.0, 1.0, 2.0))  # 16 x 8 x 3 cells
 TINY = config.LidarConfig(
     cell=(0.25, 0.25, 0.5), widths=(4, 8, 8), blocks=1, sparse_channels=8, mask_block=4,
     neck_widths=(8, 12), neck_strides=(1, 2), neck_layers=1, channels=6,
@@ -96,7 +96,7 @@ def test_paper_size():
 
 @pytest.mark.parametrize("ratio, kept", [(0.0, [5, 10, 0]), (0.8, [1, 2, 0]), (0.5, [2, 5, 0]), (0.25, [4, 8, 0])])
 def test_mask_hides_a_fraction_of_the_occupied_blocks(ratio, kept):
-    """Samples with 5, 10 and no occupied blocks of up to 8 voxels; their numbers are rounded half to even."""
+    """Samples with 5, 10 and no occupied blocks of up to 8 voxels; 1 - ratio of them are kept, rounded half to even."""
     blocks = [torch.randperm(3 * 4 * 5)[:n] for n in (5, 10)]
     coords = []
     for b, cells in enumerate(blocks):

@@ -1,4 +1,4 @@
-"""Schedules of learning rate and momentum by hand, and which weights have which learning rate."""
+"""Schedules of learning rate and momentum by hand, and the learning rate of each parameter group."""
 
 from dataclasses import replace
 

@@ -33,7 +33,7 @@ def test_two_processes_have_the_gradients_of_one(city, tmp_path):
 
 
 def save_gradients(city, file):
-    """Run a `step` of each modality on this process's part of two samples; the main process saves the results."""
+    """Run a `step` of each modality on this process's samples (of two); the main process saves the results."""
     from unipad.runtime import start
 
     with start("cpu", deterministic=False) as world:

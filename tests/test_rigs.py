@@ -112,8 +112,8 @@ def test_a_rig_is_read_as_its_tables_say(rig, city):
     assert sorted(view for row in camera_rows(batch) for view in row) == list(range(len(cameras)))
     found = Detections(batch.boxes[:1], torch.ones(1), batch.labels[:1])
     assert detection_views(batch, found).shape[1] > 520 * -(-len(cameras) // 2)
-    keyframe_points = (batch.points[: batch.point_counts[0], 4] == 0).sum()
-    assert segment_views(batch, torch.ones(keyframe_points, dtype=torch.uint8)).shape[1] > 300 * -(-len(cameras) // 2)
+    keyframe_count = (batch.points[: batch.point_counts[0], 4] == 0).sum()
+    assert segment_views(batch, torch.ones(keyframe_count, dtype=torch.uint8)).shape[1] > 300 * -(-len(cameras) // 2)
     rays = pixel_rays(batch, 0, 8)
     assert len(rays) == sum(-(-h // 8) * -(-w // 8) for _, (h, w), _ in cameras.values())
     assert (rays.rgb.sum(dim=1) > 0).all()  # none in the padding

@@ -55,9 +55,9 @@ def parse(kind: type[A], choose: Callable[[A], A], description: str, argv: Seque
             raise UserError(f"{flag} has no effect: this recipe has no {section[1]} section; leave it out.")
     args = read(default=chosen)
     for name in RECIPE_FLAGS:
-        given, kept = getattr(args, name, None), getattr(chosen, name, None)
-        if given != kept:
-            raise UserError(f"--{name} {given} differs from the run's --{name} {kept}; leave it out.")
+        given, expected = getattr(args, name, None), getattr(chosen, name, None)
+        if given != expected:
+            raise UserError(f"--{name} {given} differs from the run's --{name} {expected}; leave it out.")
     check_numbers(args)
     max_workers = max(64, 8 * (os.cpu_count() or 1))
     if args.workers is not None and args.workers > max_workers:

@@ -96,8 +96,8 @@ class Paste:
 class CameraConfig:
     """Camera encoder: masked ConvNeXt, FPN, depth head and view transform.
 
-    View gather: every voxel samples the views at its lower corner; depth bins span the depth range, both ends included.
-    View pool: every pixel adds to the voxels along its ray; the depth of a bin is its lower edge; one FPN level.
+    View gather: every voxel samples the views at its lower corner; the first and last depth bin are the range's ends.
+    View pool: every pixel adds to the voxels along its ray; a depth bin counts as its near edge; one FPN level.
     """
 
     depths: tuple[int, ...] = (3, 3, 27, 3)  # blocks per stage

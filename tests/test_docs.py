@@ -26,7 +26,7 @@ def test_benchmarks_exist():
     assert len(commands) > 10 and all(find_spec(module) for module in commands)
 
 
-def test_every_op_has_a_row():
+def test_every_op_is_in_the_table():
     """An op is a function `name` that has a reference `name_ref`."""
     ops = set()
     for file in (REPO / "kernels").glob("*.py"):

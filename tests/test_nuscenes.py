@@ -42,7 +42,7 @@ def boxes_of(sample):
 
 
 def annotations_of(nusc, sample):
-    """The annotations of a sample that should be its boxes, in the order of the tables."""
+    """The annotations of a sample that have a detection class and LiDAR or radar points, in the order of the tables."""
     records = (nusc.get("sample_annotation", t) for t in nusc.get("sample", sample.token)["anns"])
     return [
         a

@@ -91,8 +91,8 @@ def test_boxes_are_drawn_where_objects_are(cameras, city):
     names = {CLASSES[label] for label in batch.labels.tolist()}
     for name, color in zip(CLASSES, COLORS, strict=True):
         drawn = (abs(all_boxes.astype(int) - np.round(255 * np.array(color))) < 8).all(axis=2)[100:].sum()  # no legend
-        was = (abs(picture.astype(int) - np.round(255 * np.array(color))) < 8).all(axis=2)[100:].sum()
-        assert (drawn > was + 5) == (name in names), name
+        before = (abs(picture.astype(int) - np.round(255 * np.array(color))) < 8).all(axis=2)[100:].sum()
+        assert (drawn > before + 5) == (name in names), name
 
 
 def test_a_run_skips_a_damaged_frame_and_names_it(city, tmp_path):

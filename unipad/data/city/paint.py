@@ -26,7 +26,7 @@ GLASS = np.array([0.13, 0.17, 0.21], np.float32)
 
 
 def photograph(scene, view, solids, distance, hit, shadow):
-    """[h, w, 3] uint8 image of the hits of `cast`; shadow: `Shadows.at(solids)`."""
+    """[h, w, 3] uint8 RGB image of the hits of `cast`; shadow: `Shadows.at(solids)`."""
     image = np.empty((len(hit), 3), np.uint8)
     for begin in range(0, len(hit), CHUNK):
         part = slice(begin, begin + CHUNK)

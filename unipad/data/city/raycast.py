@@ -2,7 +2,7 @@
 
 A solid is a tapered box {p : n_i . p <= h_i} of six planes, or an ellipsoid. A ray o + t d enters the box at
 the largest t = (h_i - n_i . o) / (n_i . d) over the planes with n_i . d < 0, and leaves it at the smallest t
-over the others. The rays of a view form a grid, so that a solid can only be hit by a rectangle of them: all
+over the others. The rays of a view form a grid, and those that may hit a solid lie in a rectangle of it: all
 (ray, solid) pairs of these rectangles are tested at once and the nearest hit of every ray is kept.
 
 World frame: x, y in the ground plane, z up, ground at z = 0; meters. Element-wise arithmetic only (no BLAS),

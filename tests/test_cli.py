@@ -22,6 +22,7 @@ from unipad.recipes import DEFAULT_PRESET, DETECT, PRETRAIN, SEGMENT
 from unipad.run_folder import run_config
 
 toy = test_dataset.toy  # a fixture
+# (script, flags that choose a preset, its recipe)
 EVERY = [(train, ["--modality", m, "--preset", p], r) for m, presets in PRETRAIN.items() for p, r in presets.items()]
 for task, table in {"detect": DETECT, "segment": SEGMENT}.items():
     for m, presets in table.items():
@@ -43,7 +44,7 @@ def settings(recipe):
 
 
 def another(hint, value):
-    """Another value of a setting, and the arguments after its flag that give it."""
+    """A different value for a setting, and the command-line arguments for it after the flag."""
     if isinstance(value, bool):
         return not value, []
     if typing.get_origin(hint) is typing.Literal:
@@ -93,7 +94,7 @@ def test_a_config_file_round_trip_keeps_all_arguments(script, chosen, recipe, tm
     assert replace(again, config=None) == args
 
 
-def test_short_names_and_sections_set_the_same():
+def test_short_and_full_flags_set_the_same_settings():
     short = train.parse(["--lr", 0.5, "--epochs", 3, "--batch-size", 7]).recipe.optim
     assert short == train.parse(["--optim.lr", 0.5, "--optim.epochs", 3, "--optim.batch-size", 7]).recipe.optim
     assert (short.lr, short.epochs, short.batch_size) == (0.5, 3, 7)
@@ -226,7 +227,7 @@ def test_a_flag_that_does_not_fit_is_rejected_in_one_sentence(script, flags, wor
     ],
     ids=lambda v: " ".join(map(str, v)) if isinstance(v, list) else "",
 )
-def test_settings_that_do_not_fit_each_other_name_their_flags(flags, words):
+def test_errors_of_incompatible_settings_name_their_flags(flags, words):
     with pytest.raises(UserError, match=words), torch.device("meta"):
         Pretrain(train.parse(flags).recipe)
 
@@ -280,7 +281,7 @@ def test_every_flag_has_a_help_text(script, flags, capsys):
 
 
 def run(script, *flags, path=""):
-    """Run a script as a user does, without the interpreter that the test suite turns on."""
+    """Run a script as a user does, without Triton's interpreter, which the test suite turns on."""
     done = scripts.run(f"{script}.py", *flags, path=path)
     assert done.returncode == 0, done.stderr[-4000:]
 
@@ -334,7 +335,7 @@ def test_weights_must_include_the_frozen_stages(tmp_path):
 
 
 def test_a_custom_dataset_is_chosen_by_its_class(toy, tmp_path):
-    """It has one camera and no fine-tuning tasks: train.py and eval.py run, finetune.py raises a user error."""
+    """With one camera and without fine-tuning tasks: train.py and eval.py run, finetune.py raises a user error."""
     flags = ["--dataset", "toy_set:Toy", "--data-root", tmp_path]
     small = ["--preset", "tiny", "--version", "any", "--steps", 1, "--val-every", 1, "--out", tmp_path / "run"]
     run("train", *SMALL, *flags, *small, path=tmp_path)

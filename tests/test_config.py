@@ -50,7 +50,7 @@ def test_a_recipe_is_restored_from_its_dict(paste):
     assert from_dict(DetectRecipe, to_dict(recipe)) == recipe
 
 
-def test_the_final_camera_has_the_parameters_of_the_original():
+def test_number_of_parameters_of_the_final_camera_model():
     with torch.device("meta"):
         net = Pretrain(PRETRAIN["camera"]["camera-0.075"])
     assert sum(p.numel() for p in net.parameters()) == 55_538_029

@@ -62,8 +62,8 @@ def test_every_released_config_converts_to_ours_and_back_bit_for_bit(name):
     ours, report = convert_unipad(state)
     assert not report.faults, report
     assert ours["config"]["args"]["preset"] == PRESET_OF[name]
-    without_weight = {k for k, w in state.items() if not from_original({k: w})[0].keys() & ours["model"].keys()}
-    assert without_weight == {k for k in state if "norm0" in k or k.endswith("code_weights")}
+    dropped = {k for k, w in state.items() if not from_original({k: w})[0].keys() & ours["model"].keys()}
+    assert dropped == {k for k in state if "norm0" in k or k.endswith("code_weights")}
     back, report = convert_ours(ours)
     assert not report.faults and back.keys() == {"meta", "state_dict"}
     assert_same(back["state_dict"], state)
@@ -116,7 +116,7 @@ def test_a_larger_convnext_is_recognized():
 
 
 def _wider(key, shape):
-    """ConvNeXt-S to B: 4/3 of the channels."""
+    """The shape in ConvNeXt-B of a weight of ConvNeXt-S: 4/3 of all sizes but kernel sizes and the 3 input channels."""
     return [n if key.endswith("dwconv.weight") and i == 1 or n <= 7 else n * 4 // 3 for i, n in enumerate(shape)]
 
 
@@ -172,7 +172,7 @@ MODULES = {  # names in a ConvNeXt of two stages with one block each, in the ord
         backbone.stages.1.0.norm backbone.stages.1.0.pointwise_conv1 backbone.stages.1.0.pointwise_conv2
         backbone.norm1 head.fc""",
 }
-SCALES = {
+SCALES = {  # names of the layer scales; {} is the index of the stage
     "official": "stages.{}.0.gamma",
     "timm": "stages.{}.blocks.0.gamma",
     "torchvision": "features.{}.0.layer_scale",
@@ -244,7 +244,7 @@ class Code:
 
 
 def broken(kind, folder):
-    """A file that cannot be converted (kind "whole": that can), of one of the kinds below."""
+    """The path of a file that cannot be converted for the reason `kind`; only "whole" can be."""
     file = folder / f"{kind}.pth"
     shapes = {key: shape for key, (shape, _) in RELEASED["uvtr_cam_vs0.1_pretrain"].items()}
     state = {"state_dict": {key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}}

@@ -36,7 +36,7 @@ def objects(train):
 
 @pytest.fixture(scope="module")
 def sample(city):
-    """From another scene than the objects."""
+    """A sample of another scene than those of `objects`."""
     return NuScenesDataset(city, VERSION, "mini_val", Data(sweeps=2))[1]
 
 
@@ -91,7 +91,7 @@ def test_boxes_with_too_few_points_are_not_cut_out(train):
 
 @pytest.mark.parametrize("empty", [False, True])
 def test_a_sample_is_filled_up_without_overlaps(sample, objects, empty):
-    """The sample has boxes already, or none."""
+    """empty: the boxes of the sample are removed first."""
     sample = without_boxes(sample) if empty else sample
     before, counts = np.bincount(sample.labels, minlength=10), np.array(PASTE.counts)
     pasted_of_class = np.zeros(10, int)
@@ -126,13 +126,13 @@ def test_randomness_comes_from_the_generator_alone(sample, objects):
     assert one.boxes.tolist() != other.boxes.tolist()
 
 
-def test_a_full_sample_stays_as_it_is(sample, objects):
+def test_a_full_sample_is_not_changed(sample, objects):
     full = replace(objects, counts=tuple(np.bincount(sample.labels, minlength=10).tolist()))
     assert full.paste_into(sample, np.random.default_rng(0)) is sample
 
 
 # A camera that looks along y: u = 50 x / y + 32, v = 32 - 50 z / y
-AHEAD = np.array([[50, 32, 0, 0], [0, 32, -50, 0], [0, 1, 0, 0], [0, 0, 0, 1]], np.float32)
+LIDAR2IMAGE = np.array([[50, 32, 0, 0], [0, 32, -50, 0], [0, 1, 0, 0], [0, 0, 0, 1]], np.float32)
 
 
 def cube(x, y, z=0.0, size=2.0):
@@ -142,21 +142,22 @@ def cube(x, y, z=0.0, size=2.0):
 def test_rectangles_by_hand():
     """Cubes of 2 m whose near faces are 10, 5 and 20 m away, where a meter has 5, 10 and 2.5 pixels."""
     boxes = np.stack([cube(0, 11), cube(-4, 6), cube(0, -9), cube(0, 0.5), cube(0, 21), cube(90, 11)])
-    rows, rectangles = visible_rectangles(boxes, AHEAD, (64, 64))
+    rows, rectangles = visible_rectangles(boxes, LIDAR2IMAGE, (64, 64))
     assert rows.tolist() == [4, 0, 1]  # from far to near; not those behind or around the camera or outside the image
     expected = {0: [27, 27, 37, 37], 1: [0, 22, 10, 42], 4: [29, 29, 34, 34]}
     assert [expected[r] for r in rows] == rectangles.tolist()
 
 
-def test_pictures_are_pasted_far_ones_first(tmp_path):
+def test_pictures_are_pasted_from_far_to_near(tmp_path):
     """From far to near: a pasted red object, the blue object of the sample and a pasted green one, on gray."""
     colors = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 200, 30)}
     boxes = {"red": cube(2.5, 21), "blue": cube(0.5, 13), "green": cube(-0.4, 8)}
 
-    def seen(name, images):
+    def sample_with(name, images):
+        """A sample of two equal cameras with one object."""
         return Sample(
             images=images,
-            lidar2image=np.stack([AHEAD] * 2),
+            lidar2image=np.stack([LIDAR2IMAGE] * 2),
             lidar2camera=np.stack([np.eye(4, dtype=np.float32)] * 2),
             points=np.concatenate([boxes[name], [0, 0]])[None, [0, 1, 2, 9, 10]].repeat(5, axis=0).astype(np.float32),
             point_labels=None,
@@ -167,30 +168,30 @@ def test_pictures_are_pasted_far_ones_first(tmp_path):
 
     gray = np.full((64, 64, 3), 128, np.uint8)
     filled = {name: np.full((64, 64, 3), color, np.uint8) for name, color in colors.items()}
-    made = {"boxes": [], "labels": [], "points": [], "pictures": []}
+    columns = {"boxes": [], "labels": [], "points": [], "pictures": []}
     with open(tmp_path / "objects.bin", "wb") as file:
         for k, name in enumerate(("green", "red")):
             # the red one has no crop for the second camera
-            (cut,) = cut_out(seen(name, [filled[name]] * 2), 5)
-            made["boxes"].append(cut.box)
-            made["labels"].append(cut.label)
-            made["points"].append((file.tell(), len(cut.points)))
+            (cut,) = cut_out(sample_with(name, [filled[name]] * 2), 5)
+            columns["boxes"].append(cut.box)
+            columns["labels"].append(cut.label)
+            columns["points"].append((file.tell(), len(cut.points)))
             file.write(cut.points)
             for view, jpeg in cut.pictures[: 2 - k]:
-                made["pictures"].append((k, view, file.tell(), len(jpeg)))
+                columns["pictures"].append((k, view, file.tell(), len(jpeg)))
                 file.write(jpeg)
-    objects = Objects((3,), file=tmp_path / "objects.bin", **{name: np.array(rows) for name, rows in made.items()})
+    objects = Objects((3,), file=tmp_path / "objects.bin", **{name: np.array(rows) for name, rows in columns.items()})
 
     image = gray.copy()
     expected = {}
     for view, order in enumerate((("red", "blue", "green"), ("blue", "green"))):
         expected[view] = gray.copy()
         for name in order:
-            _, ((left, top, right, bottom),) = visible_rectangles(boxes[name][None], AHEAD, (64, 64))
+            _, ((left, top, right, bottom),) = visible_rectangles(boxes[name][None], LIDAR2IMAGE, (64, 64))
             expected[view][top:bottom, left:right] = colors[name]
             if name == "blue":
                 image[top:bottom, left:right] = colors[name]
-    scene = seen("blue", [image, image])
+    scene = sample_with("blue", [image, image])
     after = objects.paste_into(scene, np.random.default_rng(0))
     assert len(after.boxes) == 3 and len(after.points) == 15
     for view in range(2):

@@ -76,9 +76,9 @@ def toy(tmp_path, monkeypatch):
 def test_training_on_a_custom_dataset(toy, tmp_path, modality):
     recipe = PRETRAIN[modality]["tiny"]
     recipe = replace(recipe, rays=replace(recipe.rays, per_view=16), augment=Augment(rotation=0.3))
-    box = (recipe.grid.low, recipe.grid.high)
+    point_range = (recipe.grid.low, recipe.grid.high)
     train_split, val_split = toy.train_val_splits(tmp_path, "any")
-    dataset = toy(tmp_path, "any", train_split, recipe.data, point_range=box, augment=recipe.augment)
+    dataset = toy(tmp_path, "any", train_split, recipe.data, point_range=point_range, augment=recipe.augment)
     net = Pretrain(recipe)
     optimizer = make_optimizer(net, recipe.optim)
     before = [p.detach().clone() for p in net.parameters()]
@@ -93,7 +93,7 @@ def test_training_on_a_custom_dataset(toy, tmp_path, modality):
         optimizer.zero_grad()
     assert any(not torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
 
-    val_set = toy(tmp_path, "any", val_split, recipe.data, point_range=box)
+    val_set = toy(tmp_path, "any", val_split, recipe.data, point_range=point_range)
     ((_, batch),) = held_out_batches(val_set, 1)
     assert batch.tokens == ("toy-0",)
     assert rendered_views(net, batch, None, stride=16).shape[2] == 3

@@ -1,3 +1,5 @@
+"""Depth head, depth targets and depth loss, compared with records of the original and by hand."""
+
 from dataclasses import replace
 
 import pytest
@@ -115,6 +117,7 @@ def test_targets_are_the_same_on_a_gpu():
     near, far, bins = 3.0, 8.0, 100
     ahead = (torch.arange(1, bins).double() * (far - near) / bins + near + 1).float()
     ahead = torch.cat([ahead, ahead.nextafter(torch.zeros(()))])
+    # view 0 is at y = 1
     distance, size = ahead - 1 - near, torch.tensor((far - near) / bins)
     assert ((distance * (1 / size)).floor() != (distance / size).floor()).any()
     batch = make_batch([[[0.0, y, 2.0]] for y in ahead.tolist()], views=1)
@@ -125,7 +128,10 @@ def test_targets_are_the_same_on_a_gpu():
 
 
 def test_targets_by_hand():
-    """8 x 8 pixels per cell, 2 m bins from 2 to 10; view 0 looks along +y from (0, 1, 2), principal point (16, 8)."""
+    """8 x 8 pixels per cell, 2 m bins from 2 to 10; view 0 looks along +y from (0, 1, 2), principal point (16, 8).
+
+    In the comments, u, v are pixels and z is the depth in the camera.
+    """
     points = [
         [0.0, 7.0, 2.0],  # z 6: bin 2 of cell (1, 2)
         [0.0, 6.0, 2.0],  # z 5: nearer in the same cell, bin 1

@@ -1,3 +1,5 @@
+"""Detection head: outputs, assignment, losses and detections, compared with the original and by hand."""
+
 import dataclasses
 import math
 
@@ -19,7 +21,7 @@ from unipad.recipes import GRID_075
 
 GRID = config.Grid(
     low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(5.4, 6.0, 1.6)
-)  # of the records: 20 x 18 x 5
+)  # of the records: 20 x 18 x 5 cells
 RECORDED = config.Detect(queries=30, layers=3, heads=4, hidden=48, dropout=0.0, max_detections=60)
 PLAIN = dataclasses.replace(RECORDED, denoising=False, code_weights=(1.0,) * 10, nms=())
 SMALL = config.Detect(queries=12, layers=2, heads=2, hidden=16, noise_groups=3, max_detections=20)
@@ -188,7 +190,7 @@ def test_detections_match_the_original(name, min_score, nms):
 
 
 def test_number_of_parameters():
-    """That of the heads of final_uvtr_fusion_vs0.075_finetune and abl_uvtr_cam_vs0.1_finetune."""
+    """Of the heads of final_uvtr_fusion_vs0.075_finetune (denoising) and abl_uvtr_cam_vs0.1_finetune (plain)."""
     with torch.device("meta"):
         head = Head(config.Detect(), GRID_075, 256)
         plain = Head(config.Detect(denoising=False), config.Grid(), 128)
@@ -371,7 +373,7 @@ def test_half_precision_only_changes_the_volume():
 
 
 def test_only_chosen_classes_are_suppressed_and_only_centers_in_range_kept():
-    """Pairs of class 0 and of class 5, a meter apart; the last box is out of range."""
+    """Two boxes of class 0 and two of class 5, each pair 1 m apart in x; the last box is out of range."""
     boxes = torch.zeros(1, 1, 5, 9)
     boxes[..., 3:6] = 4.0
     boxes[..., [1, 3], 0] = 1.0
@@ -412,7 +414,7 @@ def test_a_head_learns_to_find_boxes():
 
 
 def test_a_lidar_detector_trains_and_detects():
-    """Of a LiDAR recipe, in training and evaluation."""
+    """All parameters get gradients in training; detections of an evaluation need none."""
     recipe = config.DetectRecipe(
         grid=GRID,
         lidar=config.LidarConfig(

@@ -10,9 +10,9 @@ import pytest
 
 from tests import dry_step, scripts
 
-# step -> (most launches of our kernels, most PyTorch operators), with one block per encoder stage. Each takes host
-# time, which limits a LiDAR step with one sample. (A real GPU runs fewer operators: those of the optimizer and the
-# gradient norms are fused.)
+# step -> (most launches of our kernels, most PyTorch operators), with one block per encoder stage. Each launch and
+# operator takes host time, which limits a LiDAR step with one sample. (A real GPU runs fewer operators: those of the
+# optimizer and the gradient norms are fused.)
 BUDGETS = {
     "train camera-0.1": (13, 1366),
     "detect lidar-0.075": (92, 1807),

@@ -138,7 +138,7 @@ def test_a_submission_by_hand(city, tmp_path):
 
 
 def save_run(folder, model, root, recipe=None):
-    """Write the checkpoint of a run that eval.py reads. root: dataset; None: as `unipad.convert` writes it."""
+    """Write a run's checkpoint for eval.py. root: of the run's dataset; None: not recorded, as by `unipad.convert`."""
     (folder / "checkpoints").mkdir(parents=True)
     args = {"data_root": str(root), "version": "v1.0-mini"} if root else {}
     config = {"args": args, "recipe": to_dict(recipe or model.recipe), "steps": 1}
@@ -188,7 +188,7 @@ def test_a_converted_checkpoint_is_evaluated_on_the_synthetic_dataset(city, tmp_
     assert "NDS: 0." in capsys.readouterr().out and (tmp_path / "eval" / "boxes_0.png").exists()
 
 
-def test_two_processes_find_what_one_finds(detector_run, tmp_path):
+def test_two_processes_have_the_detections_of_one(detector_run, tmp_path):
     done = script(detector_run, "--pictures", 1, "--out", tmp_path / "two", run=scripts.run_two)
     assert done.returncode == 0, done.stderr[-4000:]
     evaluate(detector_run, "--pictures", 1, "--out", tmp_path / "one")

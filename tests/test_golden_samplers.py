@@ -12,7 +12,7 @@ from unipad.kernels.sdf_alpha import laplace_density, neus_alpha, volsdf_alpha
 
 # Tolerance for sample positions, as a fraction of the largest. Where the PDF is small, inverting the CDF magnifies
 # rounding, and the original converts to distances after resampling, not before.
-EDGES = 3e-6
+EDGE_TOLERANCE = 3e-6
 
 
 @pytest.fixture(params=["reference", "kernels"])
@@ -35,8 +35,8 @@ def record(name, device):
 
 
 def assert_edges(edges, arrays, case):
-    assert_close_to_max(edges[:, :-1], arrays[f"out/{case}_starts"], EDGES, f"{case} starts")
-    assert_close_to_max(edges[:, 1:], arrays[f"out/{case}_ends"], EDGES, f"{case} ends")
+    assert_close_to_max(edges[:, :-1], arrays[f"out/{case}_starts"], EDGE_TOLERANCE, f"{case} starts")
+    assert_close_to_max(edges[:, 1:], arrays[f"out/{case}_ends"], EDGE_TOLERANCE, f"{case} ends")
 
 
 def test_near_and_far_of_rays(device):
@@ -83,7 +83,7 @@ def test_order_of_merged_samples(device):
     starts = torch.cat([edges[:, :-1], new[:, :-1]], dim=1)
     assert torch.equal(starts.gather(1, order), merged[:, :-1])
     original = starts.gather(1, rec["out/merge_sorted_index"])
-    assert_close_to_max(original, merged[:, :-1], EDGES)
+    assert_close_to_max(original, merged[:, :-1], EDGE_TOLERANCE)
     assert (order != rec["out/merge_sorted_index"]).double().mean() < 0.01
 
 
@@ -102,8 +102,8 @@ def test_importance_samples_of_neus(device):
     points = rec["in/ray_o"][:, None] + uniform[:, :-1, None] * rec["in/ray_d"][:, None]
     assert_close_to_max(points, rec["out/init_sampled_points"], 1e-6)
     edges = resample(uniform, rec["out/init_weights"], 24)
-    assert_close_to_max(edges[:, :-1], rec["out/z_vals"], EDGES)
-    assert_close_to_max(edges[:, 1:], rec["out/ends"], EDGES)
+    assert_close_to_max(edges[:, :-1], rec["out/z_vals"], EDGE_TOLERANCE)
+    assert_close_to_max(edges[:, 1:], rec["out/ends"], EDGE_TOLERANCE)
 
 
 def test_alpha_of_neus(device):

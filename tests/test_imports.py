@@ -60,6 +60,6 @@ def test_no_cycles():
         visit(module, [])
 
 
-def test_no_private_names():
+def test_no_private_names_are_imported():
     private = [(m, source, name) for m in MODULES for source, name in imports(m) if (name or "").startswith("_")]
     assert not private

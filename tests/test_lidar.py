@@ -1,3 +1,5 @@
+"""LiDAR encoder: voxel mask, sparse encoder and neck, compared with the original and by hand."""
+
 import dataclasses
 from unittest import mock
 
@@ -15,7 +17,7 @@ from unipad.model.mask import draw_voxel_mask
 from unipad.model.norm import SyncedBatchNorm
 from unipad.model.sparse import NORM, SparseConv3d, SparseTensor, SubMConv3d, VoxelSet
 
-GRID = config.Grid(low=(-8.0, -4.0, -2.0), high=(8.0, 4.0, 4.0), cell=(1.0, 1.0, 2.0))  # 16 x 8 x 3
+GRID = config.Grid(low=(-8.0, -4.0, -2.0), high=(8.0, 4.0, 4.0), cell=(1.0, 1.0, 2.0))  # 16 x 8 x 3 cells
 TINY = config.LidarConfig(
     cell=(0.25, 0.25, 0.5), widths=(4, 8, 8), blocks=1, sparse_channels=8, mask_block=4,
     neck_widths=(8, 12), neck_strides=(1, 2), neck_layers=1, channels=6,
@@ -94,7 +96,7 @@ def test_paper_size():
 
 @pytest.mark.parametrize("ratio, kept", [(0.0, [5, 10, 0]), (0.8, [1, 2, 0]), (0.5, [2, 5, 0]), (0.25, [4, 8, 0])])
 def test_mask_hides_a_fraction_of_the_occupied_blocks(ratio, kept):
-    """Samples with 5, 10 and no occupied blocks of up to 8 voxels; halves are rounded to even."""
+    """Samples with 5, 10 and no occupied blocks of up to 8 voxels; 1 - ratio of them are kept, rounded half to even."""
     blocks = [torch.randperm(3 * 4 * 5)[:n] for n in (5, 10)]
     coords = []
     for b, cells in enumerate(blocks):
@@ -183,9 +185,9 @@ def test_evaluation_without_gradients_is_fused(precision):
 
 def test_voxels_are_where_the_points_are():
     encoder = make_encoder()
-    here = torch.tensor([[5.3, -2.1, 3.2, 0.5, 0.1]])
-    x, out = sparse_part(encoder, here, torch.tensor([1]))
-    assert x.voxels.coords.tolist() == [[0, 10, 7, 53]] and torch.equal(x.features, here)
+    point = torch.tensor([[5.3, -2.1, 3.2, 0.5, 0.1]])
+    x, out = sparse_part(encoder, point, torch.tensor([1]))
+    assert x.voxels.coords.tolist() == [[0, 10, 7, 53]] and torch.equal(x.features, point)
     assert out.voxels.shape == GRID.shape[::-1]
     assert [0, 2, 1, 13] in out.voxels.coords.tolist()  # (3.2 + 2) / 2, (-2.1 + 4) / 1, (5.3 + 8) / 1
     assert (out.voxels.coords[:, 1:] - torch.tensor([2, 1, 13])).abs().max() <= 1
@@ -254,7 +256,7 @@ def test_a_batch_without_points_works():
     assert all(b.isfinite().all() for b in encoder.buffers())
 
 
-def test_caps_on_voxels_differ_between_training_and_evaluation():
+def test_max_voxels_differs_between_training_and_evaluation():
     encoder = make_encoder(max_voxels=(7, 40))
     assert len(sparse_part(encoder, *cloud())[0].voxels) == 2 * 7
     assert len(sparse_part(encoder.eval(), *cloud())[0].voxels) == 2 * 40

@@ -1,3 +1,5 @@
+"""`SyncedBatchNorm` compared with PyTorch's batch norm, in one process and in two."""
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -27,7 +29,7 @@ def norm_step(norm, x, d_out):
 
 
 @pytest.mark.parametrize(
-    "shape, order",
+    "shape, memory_format",
     [
         ((60, 3), torch.contiguous_format),
         ((20000, 3), torch.contiguous_format),
@@ -36,16 +38,16 @@ def norm_step(norm, x, d_out):
         ((1, 3, 5, 60, 60), torch.channels_last_3d),
     ],
 )
-def test_one_process_is_accurate_to_fp32(shape, order):
+def test_one_process_is_accurate_to_fp32(shape, memory_format):
     """Compared with fp64. PyTorch's batch norm sums rows one by one in fp32, with errors of 1e-5."""
     settings = dict(eps=1e-3, momentum=0.01)
     ours, exact = SyncedBatchNorm(3, **settings), nn.modules.batchnorm._BatchNorm(3, **settings).double()
     exact._check_input_dim = lambda x: None
     x, d_out = torch.randn(2, *shape)
-    x = (x + 3).contiguous(memory_format=order)
+    x = (x + 3).contiguous(memory_format=memory_format)
     for training in (True, False):
         a, b = norm_step(ours.train(training), x, d_out), norm_step(exact.train(training), x.double(), d_out.double())
-        assert a["out"].is_contiguous(memory_format=order) and a["d_x"].is_contiguous(memory_format=order)
+        assert all(a[name].is_contiguous(memory_format=memory_format) for name in ("out", "d_x"))
         for name in b:
             golden.assert_close_to_max(a[name], b[name], 2e-6, name)
         ours.zero_grad(), exact.zero_grad()
@@ -98,6 +100,7 @@ def test_two_processes_match_one(tmp_path):
 
 
 def one_of_two(rank, folder):
+    """Run a step on the samples of process `rank` for each of `SPLITS`, and save the results."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     results = []

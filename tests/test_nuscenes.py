@@ -42,7 +42,7 @@ def boxes_of(sample):
 
 
 def annotations_of(nusc, sample):
-    """The annotations of a sample that should be its boxes, in the order of the tables."""
+    """The annotations of a sample that have a detection class and LiDAR or radar points, in the order of the tables."""
     records = (nusc.get("sample_annotation", t) for t in nusc.get("sample", sample.token)["anns"])
     return [
         a
@@ -86,7 +86,7 @@ def test_boxes_match_the_devkit(nusc, dataset):
 
 
 def test_velocity_moves_a_box_to_its_next_keyframe(nusc, dataset):
-    """At the first keyframe: velocity, rotated to the global frame, times dt = the way to the next annotation."""
+    """At the first keyframe: the velocity in the global frame times dt is the displacement to the next annotation."""
     sample = dataset[0]
     record = nusc.get("sample_data", nusc.get("sample", sample.token)["data"]["LIDAR_TOP"])
     ego = nusc.get("ego_pose", record["ego_pose_token"])
@@ -312,12 +312,12 @@ def first_file(root, dataset, kind):
     return root / name.decode()
 
 
-def cut(path, size):
+def truncate(path, size):
     """Keep the first `size` bytes; negative: cut off the last -size."""
     path.write_bytes(path.read_bytes()[:size])
 
 
-def points(path, **columns):
+def write_points(path, **columns):
     """Write nine zero points, one of them with the given x, y, z or i (intensity)."""
     array = np.zeros((9, 5), np.float32)
     for name, value in columns.items():
@@ -330,7 +330,7 @@ def rewrite(path, change, ending=".jpg"):
     cv2.imencode(ending, change(cv2.imread(str(path))))[1].tofile(path)
 
 
-def with_thumbnail(path):
+def halve_with_thumbnail(path):
     """Cut a JPEG in half; its header has a complete thumbnail, as cameras write it."""
     content = path.read_bytes()
     thumbnail = content[: content.index(b"\xff\xda")] + b"\xff\xd9"
@@ -341,21 +341,21 @@ def with_thumbnail(path):
 @pytest.mark.parametrize(
     "kind, damage, reason",
     [
-        ("lidar", lambda p: cut(p, -7), "truncated"),
-        ("lidar", lambda p: cut(p, 0), "empty"),
+        ("lidar", lambda p: truncate(p, -7), "truncated"),
+        ("lidar", lambda p: truncate(p, 0), "empty"),
         ("lidar", lambda p: p.unlink(), "missing"),
-        ("lidar", lambda p: points(p, y=np.nan), "not finite"),
-        ("lidar", lambda p: points(p, x=1e10), "a point at 1e"),
-        ("lidar", lambda p: points(p, i=3e38), "of intensity 3e"),
+        ("lidar", lambda p: write_points(p, y=np.nan), "not finite"),
+        ("lidar", lambda p: write_points(p, x=1e10), "a point at 1e"),
+        ("lidar", lambda p: write_points(p, i=3e38), "of intensity 3e"),
         ("image", lambda p: p.unlink(), "missing"),
-        ("image", lambda p: cut(p, -100), "truncated"),
-        ("image", with_thumbnail, "truncated"),
+        ("image", lambda p: truncate(p, -100), "truncated"),
+        ("image", halve_with_thumbnail, "truncated"),
         ("image", lambda p: p.write_bytes(b"not a picture \xff\xd9"), "not an image"),
         ("image", lambda p: rewrite(p, lambda image: image[:, :90]), "is 72 x 90, neither the 72 x 128 of the tables"),
         ("image", lambda p: rewrite(p, lambda image: image.transpose(1, 0, 2)), "is 128 x 72, neither"),
         ("image", lambda p: rewrite(p, lambda image: image.repeat(3, 0).repeat(3, 1)), "is 216 x 384, neither"),
-        ("image", lambda p: (rewrite(p, lambda image: image, ".png"), cut(p, -3000)), "is damaged"),
-        ("labels", lambda p: cut(p, -1), "labels for"),
+        ("image", lambda p: (rewrite(p, lambda image: image, ".png"), truncate(p, -3000)), "is damaged"),
+        ("labels", lambda p: truncate(p, -1), "labels for"),
         ("labels", lambda p: p.write_bytes(b"\xff" * p.stat().st_size), "label 255, which is the index of no category"),
     ],
 )

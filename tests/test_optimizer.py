@@ -1,4 +1,4 @@
-"""Schedules of learning rate and momentum by hand, and which weights have which learning rate."""
+"""Schedules of learning rate and momentum by hand, and the learning rate of each parameter group."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from unipad.recipes import PRETRAIN
 
 
 def test_cosine_by_hand():
-    """A linear warm-up from a third, times half a cosine over all steps."""
+    """A linear warm-up from 1/3 to 1, times half a cosine over all steps; relative to the peak learning rate."""
     cfg = Optim(start=1 / 3, final=0.1, warmup_steps=10)
     cosine = {0: 1.0, 50: 0.55, 100: 0.1}
     assert lr_at(cfg, 0, 100) == pytest.approx(1 / 3)

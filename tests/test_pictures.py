@@ -85,14 +85,14 @@ def test_boxes_are_drawn_where_objects_are(cameras, city):
     _, batch = next(held_out_batches(dataset, 1))
     scores = torch.full((len(batch.boxes),), 0.2)
     picture = detection_views(batch, Detections(batch.boxes, scores, batch.labels))
-    bolder = detection_views(batch, Detections(batch.boxes, scores, batch.labels), min_score=0.1)
-    assert picture.dtype == np.uint8 and picture.shape == bolder.shape
+    all_boxes = detection_views(batch, Detections(batch.boxes, scores, batch.labels), min_score=0.1)
+    assert picture.dtype == np.uint8 and picture.shape == all_boxes.shape
     assert picture.shape[1] > (2000 if cameras else 600)
     names = {CLASSES[label] for label in batch.labels.tolist()}
     for name, color in zip(CLASSES, COLORS, strict=True):
-        drawn = (abs(bolder.astype(int) - np.round(255 * np.array(color))) < 8).all(axis=2)[100:].sum()  # no legend
-        was = (abs(picture.astype(int) - np.round(255 * np.array(color))) < 8).all(axis=2)[100:].sum()
-        assert (drawn > was + 5) == (name in names), name
+        drawn = (abs(all_boxes.astype(int) - np.round(255 * np.array(color))) < 8).all(axis=2)[100:].sum()  # no legend
+        before = (abs(picture.astype(int) - np.round(255 * np.array(color))) < 8).all(axis=2)[100:].sum()
+        assert (drawn > before + 5) == (name in names), name
 
 
 def test_a_run_skips_a_damaged_frame_and_names_it(city, tmp_path):

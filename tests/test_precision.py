@@ -12,6 +12,8 @@ VOLTA, TURING, AMPERE = (7, 0), (7, 5), (8, 0)  # compute capabilities
 
 @pytest.fixture
 def gpu(monkeypatch):
+    """A function that simulates a GPU of a given compute capability; autocast and scaler become their arguments."""
+
     def pretend(capability):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")

@@ -33,7 +33,7 @@ def test_two_processes_have_the_gradients_of_one(city, tmp_path):
 
 
 def save_gradients(city, file):
-    """Run a `step` of each modality on this process's part of two samples; the main process saves the results."""
+    """Run a `step` of each modality on this process's samples (of two); the main process saves the results."""
     from unipad.runtime import start
 
     with start("cpu", deterministic=False) as world:
@@ -52,8 +52,8 @@ def step(modality, city, world):
 
     recipe = PRETRAIN[modality]["tiny"]
     recipe = replace(recipe, rays=replace(recipe.rays, per_view=8))
-    box = (recipe.grid.low, recipe.grid.high)
-    dataset = NuScenesDataset(city, "v1.0-mini", "mini_train", recipe.data, point_range=box)
+    point_range = (recipe.grid.low, recipe.grid.high)
+    dataset = NuScenesDataset(city, "v1.0-mini", "mini_train", recipe.data, point_range=point_range)
     samples = 2 // world.size
     batch, _ = next(step_batches(dataset, samples, rank=world.rank, world=world.size))
     first = world.rank * samples

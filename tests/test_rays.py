@@ -1,3 +1,5 @@
+"""Which rays are cast, and their origins, directions, depths and colors."""
+
 from dataclasses import replace
 
 import pytest
@@ -65,7 +67,7 @@ def test_rays_match_the_original():
         lidar2camera=lidar2camera,
     )
     H, W = batch.images.shape[-2:]
-    draws = iter(arrays[f"in/choice_{i}"] for i in range(24))
+    drawn = iter(arrays[f"in/choice_{i}"] for i in range(24))
     for b in range(2):
         points = arrays[f"in/points_{b}"][:, :3]
         radius = points[:, :2].norm(dim=1)
@@ -74,7 +76,7 @@ def test_rays_match_the_original():
         seen, visible = project_points(points, lidar2image[b], batch.image_sizes[b])
         pixels, inside = pixel_grid(batch.image_sizes[b], H, W, cfg.pixel_interval, cfg.sky)
         chosen = [
-            torch.cat([seen[n][visible[n]][next(draws)], pixels[n][inside[n]][next(draws)]]) for n in range(len(seen))
+            torch.cat([seen[n][visible[n]][next(drawn)], pixels[n][inside[n]][next(drawn)]]) for n in range(len(seen))
         ]
         rays = cast_rays(batch, b, torch.stack(chosen))
         assert_close_to_max(rays.origins * scale, arrays[f"out/ray_o_{b}"], 1e-6)

@@ -59,9 +59,11 @@ def test_command_runs(command, city, tmp_path):
     prerequisites = {"train": (train, FEW_RAYS.split()), "finetune": (finetune, [])}
     for name, modality in re.findall(r"outputs/(train|finetune)-(\w+)", command):  # runs that the command needs
         script, flags = prerequisites[name]
-        what = ["--modality", modality]
+        recipe_flags = ["--modality", modality]
         if modality == "segment":
-            what = ["--modality", "lidar", "--preset", "segment-tiny"] if script is train else ["--task", "segment"]
+            recipe_flags = (
+                ["--modality", "lidar", "--preset", "segment-tiny"] if script is train else ["--task", "segment"]
+            )
         out = tmp_path / f"outputs/{name}-{modality}" / "run"
         flags = [
             "--preset",
@@ -78,7 +80,7 @@ def test_command_runs(command, city, tmp_path):
             0,
             *flags,
         ]
-        script.main(script.parse([*flags, *what, "--out", out]))
+        script.main(script.parse([*flags, *recipe_flags, "--out", out]))
     python, *arguments = shlex.split(command)
     assert python == sys.executable
     done = scripts.run(*arguments, cwd=tmp_path)

@@ -21,22 +21,22 @@ from unipad.model.samplers import unisurf_edges
 from unipad.model.volume import ConvNormReLU3d
 
 FIELD = "pts_bbox_head.render_model.field."
-RECORDED = Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(5.4, 6.0, 1.6))
+RECORDED_GRID = Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(5.4, 6.0, 1.6))
 ALL_LOSSES = dict(free_space_weight=1.0, sdf_weight=10.0, eikonal_weight=0.01)
-SMALL = Grid(low=(-8.0, -8.0, -2.0), high=(8.0, 8.0, 2.0), cell=(2.0, 2.0, 1.0))
+SMALL_GRID = Grid(low=(-8.0, -8.0, -2.0), high=(8.0, 8.0, 2.0), cell=(2.0, 2.0, 1.0))
 FEW = Render(samples=12, importance=6, channels=8, truncation=1.5, **ALL_LOSSES)
 
 
 def recorded_rays(record, sample=""):
     """Rays and targets of a record, converted to meters. sample: suffix of the array names, such as "_1"."""
-    unscale = 1 / RECORDED.scale
+    unscale = 1 / RECORDED_GRID.scale
     names = ("ray_o", "ray_d", "target_depth", "target_rgb") if not sample else ("ray_o", "ray_d", "depth", "rgb")
     origins, directions, depth, rgb = (record[f"in/{name}{sample}"] for name in names)
     idx = torch.full((len(depth),), int(sample[1:] or 0), dtype=torch.int32)
     return Rays(origins * unscale, directions, depth[:, 0] * unscale, rgb, idx)
 
 
-def random_scene(B=2, per_sample=(9, 14), channels=8, grid=SMALL, dtype=torch.float32):
+def random_scene(B=2, per_sample=(9, 14), channels=8, grid=SMALL_GRID, dtype=torch.float32):
     """A random volume and rays from near its center, in random order of samples; a third of them without depth."""
     X, Y, Z = grid.shape
     volume = torch.randn(B, channels, Z, Y, X, dtype=dtype)
@@ -56,7 +56,7 @@ def gradients(losses, renderer, volume):
 
 def test_field_equals_the_original():
     record, _ = load("render_sdf_field")
-    field = Field(Render(), RECORDED)
+    field = Field(Render(), RECORDED_GRID)
     field.load_state_dict(weights(record, "renderer.field."))
     volume = record["in/feature_volume"].requires_grad_()
     starts, deltas = record["in/starts"][..., 0], record["in/deltas"][..., 0]
@@ -91,7 +91,7 @@ def test_field_equals_the_original():
 def test_rendering_equals_the_original(name, cfg, weights_rel):
     """Outputs, every loss with two truncations, and all gradients."""
     record, meta = load(name)
-    renderer = Renderer(replace(cfg, truncation=1.5), RECORDED).eval()
+    renderer = Renderer(replace(cfg, truncation=1.5), RECORDED_GRID).eval()
     renderer.field.load_state_dict(weights(record, "renderer.field."))
     volume = record["in/feature_volume"].requires_grad_()
     rays = recorded_rays(record)
@@ -99,7 +99,7 @@ def test_rendering_equals_the_original(name, cfg, weights_rel):
     out = renderer(volume[None], rays)
     assert out.hit.all()
     assert_close_to_max(out.rgb, record["out/rgb"], 1e-4, "rgb")
-    assert_close_to_max(out.depth * RECORDED.scale, record["out/depth"][:, 0], 1e-4, "depth")
+    assert_close_to_max(out.depth * RECORDED_GRID.scale, record["out/depth"][:, 0], 1e-4, "depth")
     assert_close_to_max(out.starts, record["out/z_vals"][..., 0], 1e-3, "starts")
     assert_close_to_max(out.sdf, record["out/sdf"][..., 0], 1e-3, "sdf")
     assert_close_to_max(out.gradient, record["out/gradients"], 1e-3, "gradient")
@@ -110,7 +110,7 @@ def test_rendering_equals_the_original(name, cfg, weights_rel):
     assert list(losses) == ["rgb", "depth", "free_space", "sdf", "eikonal"]
     for term, value in losses.items():
         assert_close_to_max(value, record[f"out/{term}_loss"], 1e-5, term)
-    narrow = Renderer(replace(cfg, truncation=0.1), RECORDED)
+    narrow = Renderer(replace(cfg, truncation=0.1), RECORDED_GRID)
     for term, value in narrow.loss(out, rays).items():
         assert_close_to_max(value, record[f"out/trunc0.1_{term}_loss"], 1e-5, f"{term}, truncation 0.1")
 
@@ -127,7 +127,7 @@ def test_rendering_equals_the_original(name, cfg, weights_rel):
 def test_unisurf_places_samples_as_the_original():
     record, _ = load("render_unisurf_sampler")
     cfg = Render(method="unisurf", samples=24, importance=16, search=48)
-    field = Field(cfg, RECORDED)
+    field = Field(cfg, RECORDED_GRID)
     field.load_state_dict(weights(record, "renderer.field."))
     volume = record["in/feature_volume"].permute(1, 2, 3, 0)[None]
     origins, directions = record["in/origins"], record["in/directions"]
@@ -152,11 +152,11 @@ def test_training_step_of_the_render_head_equals_the_original():
     depths = [d.unflatten(0, (2, 6)).permute(0, 1, 3, 4, 2) for d in levels[2:]]  # [B, N, h, w, D]
     H, W = record["in/img_shape"][0, 0, :2].tolist()
     lidar2image = record["in/lidar2img"][:, :, 0]
-    low, cell, shape = RECORDED.low, RECORDED.cell, RECORDED.shape
+    low, cell, shape = RECORDED_GRID.low, RECORDED_GRID.cell, RECORDED_GRID.shape
     volume = lift(features, depths, lidar2image, low, cell, shape, (H, W), (0.0, 64.0)).permute(0, 4, 1, 2, 3)
     assert_close_to_max(volume, record["out/unified_volume"], 1e-5, "unified volume")
 
-    head = torch.nn.ModuleDict({"project": ConvNormReLU3d(12, 32), "renderer": Renderer(Render(), RECORDED)})
+    head = torch.nn.ModuleDict({"project": ConvNormReLU3d(12, 32), "renderer": Renderer(Render(), RECORDED_GRID)})
     head.load_state_dict(weights(record, ""))
     volume = head["project"](volume)
     assert_close_to_max(volume, record["out/render_volume"], 1e-5, "render volume")
@@ -166,7 +166,7 @@ def test_training_step_of_the_render_head_equals_the_original():
     out = head["renderer"](volume, rays, jitter)
     for name, rel in (("rgb", 1e-4), ("depth", 1e-4), ("sdf", 5e-3), ("weights", 5e-3)):
         expected = torch.cat([record[f"out/{name}_{b}"] for b in range(2)]).squeeze(-1)
-        actual = out.depth * RECORDED.scale if name == "depth" else getattr(out, name)
+        actual = out.depth * RECORDED_GRID.scale if name == "depth" else getattr(out, name)
         assert_close_to_max(actual, expected, rel, name)
     losses = head["renderer"].loss(out, rays)
     assert list(losses) == ["rgb", "depth"]
@@ -187,11 +187,11 @@ def test_rays_that_the_original_rejects_do_not_hit():
     record, _ = load("render_collider")
     hits, misses = len(record["in/origins"]), len(record["in/miss_origins"])
     assert record["out/miss_assert_fired"].all()
-    origins = torch.cat([record["in/origins"], record["in/miss_origins"]]) / RECORDED.scale
+    origins = torch.cat([record["in/origins"], record["in/miss_origins"]]) / RECORDED_GRID.scale
     directions = torch.cat([record["in/directions"], record["in/miss_directions"]])
     R = len(origins)
     rays = Rays(origins, directions, torch.full((R,), 5.0), torch.rand(R, 3), torch.zeros(R, dtype=torch.int32))
-    renderer = Renderer(replace(FEW, channels=4), RECORDED)
+    renderer = Renderer(replace(FEW, channels=4), RECORDED_GRID)
     out = renderer(torch.randn(1, 4, 5, 18, 20), rays)
     assert out.hit.tolist() == [True] * hits + [False] * misses
     assert_close_to_max(out.starts[:hits, 0], record["out/nears"][:, 0], 1e-6, "near")
@@ -210,7 +210,7 @@ def test_gradients_equal_double_backward(twice, monkeypatch):
     volume, rays = random_scene(dtype=torch.float64)
     volume.requires_grad_()
     jitter = torch.rand(len(rays.depth), 2, dtype=torch.float64)
-    renderer = Renderer(FEW, SMALL).double()
+    renderer = Renderer(FEW, SMALL_GRID).double()
     eager = EagerRenderer(renderer)
     ours, theirs = renderer(volume, rays, jitter), eager(volume, rays, jitter)
     for name in ("rgb", "depth", "weights", "starts", "sdf", "gradient"):
@@ -225,7 +225,7 @@ def test_gradients_equal_double_backward(twice, monkeypatch):
 
 def test_gradient_is_the_derivative_of_the_distance():
     """In fp64, compared with first-order autograd of only the distance; half of the points are outside the volume."""
-    field = Field(FEW, SMALL).double()
+    field = Field(FEW, SMALL_GRID).double()
     volume, _ = random_scene(dtype=torch.float64)
     volume = volume.permute(0, 2, 3, 4, 1).contiguous()
     points = (torch.rand(6, 20, 3, dtype=torch.float64) * 2.2 - 1.1).requires_grad_()
@@ -242,7 +242,7 @@ def test_rays_that_miss_do_not_count(method):
     volume.requires_grad_()
     away = Rays(rays.origins[:3] + 30, rays.directions[:3], rays.depth[:3].abs(), rays.rgb[:3], rays.volume_idx[:3])
     both = Rays(*(torch.cat([a, b]) for a, b in zip(vars(away).values(), vars(rays).values(), strict=True)))
-    renderer = Renderer(cfg, SMALL).double()
+    renderer = Renderer(cfg, SMALL_GRID).double()
     jitter = torch.rand(len(both), renderer.jitters, dtype=torch.float64)
     alone, mixed = renderer(volume, rays, jitter[3:]), renderer(volume, both, jitter)
     assert alone.hit.all() and not mixed.hit[:3].any() and mixed.hit[3:].all()
@@ -257,7 +257,7 @@ def test_rays_that_miss_do_not_count(method):
 def test_only_misses_and_no_rays_at_all():
     volume, rays = random_scene()
     volume.requires_grad_()
-    renderer = Renderer(FEW, SMALL)
+    renderer = Renderer(FEW, SMALL_GRID)
     away = replace(rays, origins=rays.origins + 30)
     for some in (away, rays[:0]):
         out = renderer(volume, some)
@@ -271,7 +271,7 @@ def test_only_misses_and_no_rays_at_all():
 def test_a_batch_is_the_mean_of_its_samples(method):
     """Two samples with unequal numbers of rays. Not VolSDF: its sampler stops when all rays have converged."""
     volume, rays = random_scene()
-    renderer = Renderer(replace(FEW, method=method, search=16), SMALL)
+    renderer = Renderer(replace(FEW, method=method, search=16), SMALL_GRID)
     jitter = torch.rand(len(rays), renderer.jitters)
     losses = renderer.loss(renderer(volume, rays, jitter), rays)
     singles = []
@@ -288,7 +288,7 @@ def test_losses_by_hand():
     cfg = replace(
         FEW, truncation=1.6, points_weight=3.0, rgb_weight=2.0, depth_weight=8.0, sdf_weight=1.0, eikonal_weight=1.0
     )
-    renderer = Renderer(cfg, SMALL)
+    renderer = Renderer(cfg, SMALL_GRID)
     out = renderer(torch.zeros(1, 8, 4, 8, 8), random_scene(B=1, per_sample=(3,))[1])
     out = replace(
         out,
@@ -323,11 +323,11 @@ def test_points_loss_is_the_mean_distance_at_lidar_points():
     """The mean |SDF| at the points of each sample, averaged over samples; it has a gradient w.r.t. the volume."""
     volume, rays = random_scene()
     volume.requires_grad_()
-    renderer = Renderer(replace(FEW, points_weight=1.0), SMALL)
+    renderer = Renderer(replace(FEW, points_weight=1.0), SMALL_GRID)
     position, idx = torch.rand(7, 3) * 4 - 2, torch.tensor([0, 0, 0, 1, 1, -1, -1]).int()
     out = renderer(volume, rays, points=(position, idx))
     sdf = renderer.field.sdf(
-        volume.permute(0, 2, 3, 4, 1), (position * SMALL.scale)[:, None], idx.clamp(min=0)
+        volume.permute(0, 2, 3, 4, 1), (position * SMALL_GRID.scale)[:, None], idx.clamp(min=0)
     )[:, 0].abs()  # fmt: skip
     loss = renderer.loss(out, rays)["points"]
     torch.testing.assert_close(loss, (sdf[:3].mean() + sdf[3:5].mean()) / 2)
@@ -339,7 +339,7 @@ def test_points_loss_is_the_mean_distance_at_lidar_points():
 @pytest.mark.parametrize("method", ["neus", "volsdf", "unisurf"])
 def test_only_jitter_moves_samples(method):
     volume, rays = random_scene()
-    renderer = Renderer(replace(FEW, method=method, search=16), SMALL)
+    renderer = Renderer(replace(FEW, method=method, search=16), SMALL_GRID)
     first, again = renderer(volume, rays), renderer(volume, rays)
     assert all(torch.equal(getattr(first, name), getattr(again, name)) for name in ("rgb", "depth", "starts"))
     assert first.starts.shape == (len(rays), FEW.samples + FEW.importance)
@@ -352,7 +352,7 @@ def test_only_jitter_moves_samples(method):
 
 def test_autocast_has_no_effect():
     volume, rays = random_scene()
-    renderer = Renderer(FEW, SMALL)
+    renderer = Renderer(FEW, SMALL_GRID)
     plain = renderer.loss(renderer(volume, rays), rays)
     with torch.autocast("cpu", torch.bfloat16):
         mixed = renderer.loss(renderer(volume, rays), rays)
@@ -365,7 +365,7 @@ def test_kernels_render_what_the_references_render(method, device, monkeypatch):
     """All ops run their kernels. In fp64, since rounding in fp32 may move samples."""
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
     volume, rays = random_scene(per_sample=(2, 3), dtype=torch.float64)
-    renderer = Renderer(replace(FEW, method=method, search=16), SMALL).double()
+    renderer = Renderer(replace(FEW, method=method, search=16), SMALL_GRID).double()
     jitter = torch.rand(len(rays), renderer.jitters, dtype=torch.float64)
 
     def step(device):
@@ -386,4 +386,4 @@ def test_kernels_render_what_the_references_render(method, device, monkeypatch):
 
 def test_unknown_method_is_rejected():
     with pytest.raises(ValueError, match="no renderer 'nerf': choose neus, volsdf, unisurf"):
-        Renderer(replace(FEW, method="nerf"), SMALL)
+        Renderer(replace(FEW, method="nerf"), SMALL_GRID)

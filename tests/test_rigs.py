@@ -52,12 +52,12 @@ def set_rig(root, rig):
     """Replace the cameras of a synthetic dataset, in its tables and files. rig: as in `RIGS`."""
     names = ("sensor", "calibrated_sensor", "sample_data")
     tables = {name: read(root, name) for name in names}
-    channel = {row["token"]: row["channel"] for row in tables["sensor"]}
+    channel_of_sensor = {row["token"]: row["channel"] for row in tables["sensor"]}
     for row in tables["calibrated_sensor"]:
-        row["channel"] = channel[row["sensor_token"]]
-    of_sensor = {row["token"]: row["channel"] for row in tables["calibrated_sensor"]}
+        row["channel"] = channel_of_sensor[row["sensor_token"]]
+    channel_of_calibration = {row["token"]: row["channel"] for row in tables["calibrated_sensor"]}
     for row in tables["sample_data"]:
-        row["channel"] = of_sensor[row["calibrated_sensor_token"]]
+        row["channel"] = channel_of_calibration[row["calibrated_sensor_token"]]
     new = {name: [row for row in rows if row["channel"] == "LIDAR_TOP"] for name, rows in tables.items()}
     for name, (source, size, ending) in rig.items():
         for table, fields in zip(
@@ -70,8 +70,8 @@ def set_rig(root, rig):
                 new[table].append(row)
                 if table == "calibrated_sensor":
                     row["camera_intrinsic"] = [
-                        [pixels * side for pixels in line]
-                        for line, side in zip(row["camera_intrinsic"], (size[1] / 128, size[0] / 72, 1), strict=True)
+                        [value * scale for value in line]
+                        for line, scale in zip(row["camera_intrinsic"], (size[1] / 128, size[0] / 72, 1), strict=True)
                     ]
                 if table == "sample_data":
                     old, file = root / row["filename"], f"samples/{name}/{row['token']}{ending}"
@@ -112,8 +112,8 @@ def test_a_rig_is_read_as_its_tables_say(rig, city):
     assert sorted(view for row in camera_rows(batch) for view in row) == list(range(len(cameras)))
     found = Detections(batch.boxes[:1], torch.ones(1), batch.labels[:1])
     assert detection_views(batch, found).shape[1] > 520 * -(-len(cameras) // 2)
-    key = (batch.points[: batch.point_counts[0], 4] == 0).sum()
-    assert segment_views(batch, torch.ones(key, dtype=torch.uint8)).shape[1] > 300 * -(-len(cameras) // 2)
+    keyframe_count = (batch.points[: batch.point_counts[0], 4] == 0).sum()
+    assert segment_views(batch, torch.ones(keyframe_count, dtype=torch.uint8)).shape[1] > 300 * -(-len(cameras) // 2)
     rays = pixel_rays(batch, 0, 8)
     assert len(rays) == sum(-(-h // 8) * -(-w // 8) for _, (h, w), _ in cameras.values())
     assert (rays.rgb.sum(dim=1) > 0).all()  # none in the padding

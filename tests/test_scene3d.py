@@ -10,7 +10,7 @@ from unipad.draw import scene3d
 from unipad.run_folder import RunFolder
 from unipad.runtime import World
 
-FACES_OF_BAR = 6
+FACES_OF_BAR = 6  # triangles: three sides of a prism
 
 
 def sphere(radius, stride=1):

@@ -59,7 +59,8 @@ def test_losses_by_hand():
     logits[1, 2] = torch.tensor(6.0).log()
     found = losses(Segment(classes=3), logits, torch.tensor([1, 3, 0], dtype=torch.uint8))
     assert found["cross_entropy"].item() == pytest.approx((torch.tensor(3.0).log() + torch.tensor(4 / 3).log()) / 2)
-    # 1 - IoU after each error, class 1: errors 2/3 (its point), 1/8: 1, 1; class 3: errors 1/3, 1/4 (its point): 1/2, 1
+    # class 1: errors 2/3 (its point), 1/8, and 1 - IoU after each of them 1, 1
+    # class 3: errors 1/3, 1/4 (its point), and 1 - IoU after each of them 1/2, 1
     assert found["lovasz"].item() == pytest.approx((2 / 3 + (1 / 6 + 1 / 8)) / 2)
     none = losses(Segment(), logits.requires_grad_(), torch.zeros(3, dtype=torch.uint8))
     sum(none.values()).backward()

@@ -151,8 +151,8 @@ def test_unreadable_frames_are_named_and_do_not_count(city, tmp_path, capsys):
 def test_logits_of_views_are_summed_per_point(validation):
     """A perfect segmenter stays perfect. Logits x and y cancel if summed over all eight views, not over seven."""
     eight = tta_views(angles=np.radians([0, 90]))
-    sides = {tuple(np.round(move[:2, :2], 6).flatten() + 0) for move in eight}
-    assert len(sides) == 8
+    linear_parts = {tuple(np.round(move[:2, :2], 6).flatten() + 0) for move in eight}
+    assert len(linear_parts) == 8
 
     def logits(batch):
         return torch.nn.functional.one_hot((batch.point_labels.long() - 1).clamp(min=0), 16)
@@ -234,7 +234,7 @@ def test_the_test_split_gives_only_a_submission(runs, city, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "of, flags, words",
+    "name, flags, words",
     [
         (
             "run",
@@ -247,9 +247,9 @@ def test_the_test_split_gives_only_a_submission(runs, city, tmp_path, capsys):
     ],
     ids=["task", "score", "masked", "pre-training"],
 )
-def test_a_user_error_is_one_sentence(of, flags, words, runs):
+def test_a_user_error_is_one_sentence(name, flags, words, runs):
     with pytest.raises(UserError) as error:
-        evaluate(runs / of, *flags)
+        evaluate(runs / name, *flags)
     assert all(word in str(error.value) for word in words), error.value
 
 

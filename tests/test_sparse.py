@@ -1,3 +1,5 @@
+"""Sparse convolutions and norms compared with dense PyTorch layers; caching, autocast and torch.compile."""
+
 import copy
 import gc
 import math
@@ -111,12 +113,13 @@ def test_submanifold_matches_masked_conv3d(name, kernel, dilation, device):
 
 
 # kernel, stride, padding, dilation
+POINTWISE = (1, 1, 0, 1)  # keeps the voxels and their order
 GEOMETRIES = [
     (3, 2, 1, 1),
     (3, 2, (0, 1, 1), 1),
     (2, 2, 0, 1),
     (1, 2, 0, 1),
-    (1, 1, 0, 1),
+    POINTWISE,
     (3, 1, 1, 1),
     (5, 3, 2, 1),
     ((3, 1, 1), (2, 1, 1), 0, 1),
@@ -137,19 +140,19 @@ def test_strided_matches_conv3d(name, geometry, device):
 
     ones = x.features.new_ones(1, 1, *conv.kernel)
     assert_is_dense_convolution(conv, x, convolve, (convolve(occupancy(x.voxels), ones) > 0.5).double())
-    if geometry != (1, 1, 0, 1):
+    if geometry != POINTWISE:
         assert (conv(x).voxels.keys().diff() > 0).all()
 
 
-@pytest.mark.parametrize("geometry", [g for g in GEOMETRIES if g != (1, 1, 0, 1)], ids=str)
+@pytest.mark.parametrize("geometry", [g for g in GEOMETRIES if g != POINTWISE], ids=str)
 @pytest.mark.parametrize("name", ["none", "one", "scattered"])
 def test_inverse_matches_conv_transpose3d_at_the_voxels_before_the_convolution(name, geometry, device):
     channels = CHANNELS[GEOMETRIES.index(geometry) % len(CHANNELS)]
     down = SparseConv3d(2, channels[0], *geometry).double().to(device)
     up = SparseInverseConv3d(*channels, geometry[0]).double().to(device)
     first = sparse(name, 2, device=device)
-    reached = down(first)
-    x = reached.replace(reached.features.detach().requires_grad_())
+    coarse = down(first)
+    x = coarse.replace(coarse.features.detach().requires_grad_())
 
     # output padding: conv_transpose3d would leave out the last cells, which no output window covers
     full = F.conv_transpose3d(x.dense()[:, :1], x.features.new_ones(1, 1, *down.kernel), None, *geometry_of(down))
@@ -195,10 +198,10 @@ def test_a_cuda_graph_reuses_tables_of_its_warm_up_and_caches_none(monkeypatch):
     """Warmed up on stream 1, captured on stream 2; stream 3 does not get tables that stream 1 may still compute."""
     voxels, kernel, one = sparse("scattered", 2).voxels, (3, 3, 3), (1, 1, 1)
     monkeypatch.setattr(backend, "stream", lambda device: 1)
-    table, reached = voxels.submanifold(kernel, one), voxels.strided(kernel, (2, 2, 2), one, one)
+    table, output = voxels.submanifold(kernel, one), voxels.strided(kernel, (2, 2, 2), one, one)
     monkeypatch.setattr(backend, "stream", lambda device: 2)
     monkeypatch.setattr(backend, "capturing", lambda device: True)
-    assert voxels.submanifold(kernel, one) is table and voxels.strided(kernel, (2, 2, 2), one, one) is reached
+    assert voxels.submanifold(kernel, one) is table and voxels.strided(kernel, (2, 2, 2), one, one) is output
     in_graph = voxels.submanifold((1, 3, 3), one)
     monkeypatch.setattr(backend, "capturing", lambda device: False)
     assert voxels.submanifold((1, 3, 3), one) is not in_graph

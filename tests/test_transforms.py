@@ -96,11 +96,11 @@ def test_headings_and_velocities_are_transformed_as_points_are(sample, transform
     boxes, after = sample.boxes.astype(float), apply_transform(sample, transform).boxes.astype(float)
     assert (np.hypot(*boxes[:, 7:].T) > 1).any()
 
-    def ahead(b):
+    def front_and_next_center(b):
         heading = np.stack([np.cos(b[:, 6]), np.sin(b[:, 6])], axis=1)
         return b[:, :2] + heading * b[:, 4:5] / 2, b[:, :2] + b[:, 7:]
 
-    for before, then in zip(ahead(boxes), ahead(after), strict=True):
+    for before, then in zip(front_and_next_center(boxes), front_and_next_center(after), strict=True):
         expected = np.c_[before, boxes[:, 2], np.ones(len(boxes))] @ transform.T
         np.testing.assert_allclose(then, expected[:, :2], atol=1e-3)
     assert (np.abs(after[:, 6]) <= np.pi + 1e-6).all()
@@ -161,7 +161,7 @@ def test_disabled_augmentations_draw_no_random_numbers(sample):
     np.testing.assert_array_equal(varied.points, apply_transform(sample, make_transform(angle, scale)).points[order])
 
 
-def test_shifts_and_flips_have_their_frequencies(sample):
+def test_shifts_and_flips_are_distributed_as_configured(sample):
     """The transform that was drawn is recovered from the first camera's matrix before and after."""
     small = replace(sample, points=sample.points[:1], point_labels=None)
     cfg = Augment(translation=(0.5, 1.0, 0.0), flip_x=0.5, flip_y=0.2)
@@ -179,8 +179,8 @@ def test_shifts_and_flips_have_their_frequencies(sample):
 
 def test_points_and_boxes_are_cropped_after_the_transform(city):
     """Boxes are cropped only by `read` with a random generator, as in training."""
-    box = ((-20.0, -20.0, -5.0), (20.0, 20.0, 3.0))
-    dataset = NuScenesDataset(city, "v1.0-mini", "mini_train", Data(), 1.0, box, Augment(rotation=0.7))
+    point_range = ((-20.0, -20.0, -5.0), (20.0, 20.0, 3.0))
+    dataset = NuScenesDataset(city, "v1.0-mini", "mini_train", Data(), 1.0, point_range, Augment(rotation=0.7))
     plain, varied = dataset[0], dataset.read(0, np.random.default_rng(0))
     assert len(plain.points) != len(varied.points)
     for points in (plain.points, varied.points):

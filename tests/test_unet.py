@@ -11,7 +11,7 @@ from unipad.model.sparse import SparseTensor, VoxelSet
 from unipad.model.unet import Unet, UnetEncoder
 from unipad.names import to_original
 
-GRID = config.Grid(low=(-8.0, -8.0, -2.0), high=(8.0, 8.0, 4.0), cell=(1.0, 1.0, 2.0))  # 16 x 16 x 3
+GRID = config.Grid(low=(-8.0, -8.0, -2.0), high=(8.0, 8.0, 4.0), cell=(1.0, 1.0, 2.0))  # 16 x 16 x 3 cells
 SMALL = config.UnetConfig(cell=0.5, mask_block=2, stem=4, widths=(4, 6, 6, 5), blocks=(1, 1, 1, 1))
 
 

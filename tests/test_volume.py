@@ -1,3 +1,5 @@
+"""View transforms and the convolutions on the volume, compared with records of the original and with PyTorch."""
+
 from dataclasses import replace
 
 import pytest
@@ -12,7 +14,7 @@ from unipad.model.encoder import Encoder
 from unipad.model.volume import Conv3x3x3, ConvNormReLU3d, GatherLift, VoxelPoolLift, view_transform
 from unipad.recipes import CAMERA_075
 
-GRID = config.Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(5.4, 6.0, 1.6))  # of the record
+GRID = config.Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(5.4, 6.0, 1.6))  # of the records
 
 
 def test_gather_lift_reproduces_the_original():

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-# Of nuScenes. Other rigs have cameras of any number, name and size.
+# nuScenes' cameras. Other rigs have cameras of any number, name and size.
 CAMERAS = (
     "CAM_FRONT",
     "CAM_FRONT_RIGHT",
@@ -39,7 +39,7 @@ class Batch:
     box_counts: Tensor  # [B] int64, on the host
     point_labels: Tensor | None  # [P] uint8 lidarseg class 0-16, 0 is ignored; None without labels
     tokens: tuple[str, ...]  # sample tokens
-    frame_lags: Tensor | None = None  # [B, S] seconds, age of each of S frames of images, 0 first; None: S = 1
+    frame_lags: Tensor | None = None  # [B, S] seconds from each of S frames to the keyframe, 0 first; None: S = 1
     cameras: tuple[str, ...] = ()  # names of the keyframe's cameras; () where the dataset does not name them
 
     def __len__(self) -> int:
@@ -47,7 +47,7 @@ class Batch:
 
     @property
     def frames(self) -> int:
-        """S: number of frames of images."""
+        """S: number of camera frames, the keyframe included."""
         return 1 if self.frame_lags is None else self.frame_lags.shape[1]
 
     def keyframe(self) -> "Batch":
@@ -59,12 +59,13 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on `device`; from pinned memory the copies overlap with the host's work.
 
-        The counts stay on the host, which slices by them.
+        The counts stay on the host, where they are used to slice the other fields.
         """
         moved = {k: t.to(device, non_blocking=True) for k, t in self._tensors().items() if not k.endswith("_counts")}
         return replace(self, **moved)
 
     def pin_memory(self) -> "Batch":
+        """The batch in page-locked host memory; the `DataLoader` calls this."""
         return replace(self, **{k: t.pin_memory() for k, t in self._tensors().items()})
 
     def _tensors(self) -> dict[str, Tensor]:

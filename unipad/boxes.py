@@ -44,19 +44,19 @@ def box_corners(boxes: np.ndarray) -> np.ndarray:
 
 
 def points_in_boxes(points: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """[M, P] bool: which of the points ([P, 3 or more] meters) lie in which box ([M, 9]), on its faces included."""
+    """[M, P] bool: whether each point ([P, 3 or more] meters) lies in each box ([M, 9]) or on its faces."""
     inside = np.empty((len(boxes), len(points)), bool)
-    for row, (x, y, z, w, l, h, yaw) in zip(inside, boxes[:, :7].tolist(), strict=True):
+    for in_box, (x, y, z, w, l, h, yaw) in zip(inside, boxes[:, :7].tolist(), strict=True):
         dx, dy, dz = points[:, 0] - x, points[:, 1] - y, points[:, 2] - z
         cos, sin = np.cos(yaw), np.sin(yaw)
-        row[:] = np.abs(dx * cos + dy * sin) <= l / 2
-        row &= np.abs(dy * cos - dx * sin) <= w / 2
-        row &= np.abs(dz) <= h / 2
+        in_box[:] = np.abs(dx * cos + dy * sin) <= l / 2
+        in_box &= np.abs(dy * cos - dx * sin) <= w / 2
+        in_box &= np.abs(dz) <= h / 2
     return inside
 
 
 def transform_boxes(boxes: np.ndarray, transform: np.ndarray) -> np.ndarray:
-    """Boxes [M, 9] transformed by `transform`: [4, 4], from `transforms.make_transform`, or an inverse."""
+    """Boxes [M, 9] after `transform`: [4, 4], from `transforms.make_transform`, or the inverse of such a transform."""
     boxes, linear = boxes.copy(), transform[:3, :3]
     boxes[:, :3] = boxes[:, :3] @ linear.T + transform[:3, 3]
     boxes[:, 3:6] *= np.linalg.norm(linear[:, 0])
@@ -69,12 +69,12 @@ def transform_boxes(boxes: np.ndarray, transform: np.ndarray) -> np.ndarray:
 def boxes_from_global(
     box2global: np.ndarray, sizes: np.ndarray, velocities: np.ndarray, lidar2global: np.ndarray
 ) -> np.ndarray:
-    """Boxes [M, 9] float32 of nuScenes' annotations.
+    """nuScenes annotations as boxes [M, 9] float32 in a LiDAR frame.
 
     box2global:   [M, 4, 4] rigid.
     sizes:        [M, 3] w, l, h meters.
     velocities:   [M, 2] m/s, global; NaN, where unknown, becomes 0.
-    lidar2global: [M, 4, 4] rigid, of the LiDAR frame that each box is transformed into.
+    lidar2global: [M, 4, 4] rigid, from the LiDAR frame that each box is transformed into.
     """
     global2lidar = np.linalg.inv(lidar2global)
     box2lidar = global2lidar @ box2global
@@ -87,9 +87,9 @@ def boxes_from_global(
 
 
 def boxes_to_global(boxes: np.ndarray, lidar2global: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Boxes [K, 9] as nuScenes' results have them; lidar2global: [4, 4] rigid, of the frame that they are in.
+    """Boxes [K, 9] of a LiDAR frame in the global frame, in the format of nuScenes results; lidar2global: [4, 4] rigid.
 
-    Returns arrays, fp64: translation [K, 3] meters, size [K, 3] w, l, h meters, rotation [K, 4] unit quaternion
+    Returns fp64 arrays: translation [K, 3] meters, size [K, 3] w, l, h meters, rotation [K, 4] unit quaternion
     w, x, y, z, velocity [K, 2] m/s.
     """
     boxes, lidar_rotation = np.asarray(boxes, np.float64), lidar2global[:3, :3]

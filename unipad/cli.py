@@ -30,7 +30,7 @@ RECIPE_FLAGS = ("task", "modality", "preset", "backbone")  # they choose the rec
 
 
 def parse(kind: type[A], choose: Callable[[A], A], description: str, argv: Sequence[str] | None = None) -> A:
-    """The dataclass `kind` from the command line; settings of the recipe are flags by section (`--optim.lr`).
+    """Parse the command line into the dataclass `kind`; settings of the recipe are flags by section (`--optim.lr`).
 
     choose: maps the script's parsed flags to the defaults of all flags: the same flags with their recipe filled in, or
             the flags of an earlier run.
@@ -55,21 +55,21 @@ def parse(kind: type[A], choose: Callable[[A], A], description: str, argv: Seque
             raise UserError(f"{flag} has no effect: this recipe has no {section[1]} section; leave it out.")
     args = read(default=chosen)
     for name in RECIPE_FLAGS:
-        given, kept = getattr(args, name, None), getattr(chosen, name, None)
-        if given != kept:
-            raise UserError(f"--{name} {given} differs from the run's --{name} {kept}; leave it out.")
+        given, expected = getattr(args, name, None), getattr(chosen, name, None)
+        if given != expected:
+            raise UserError(f"--{name} {given} differs from the run's --{name} {expected}; leave it out.")
     check_numbers(args)
-    most = max(64, 8 * (os.cpu_count() or 1))
-    if args.workers is not None and args.workers > most:
-        raise UserError(f"--workers {args.workers} is too large for this machine; use at most {most}.")
+    max_workers = max(64, 8 * (os.cpu_count() or 1))
+    if args.workers is not None and args.workers > max_workers:
+        raise UserError(f"--workers {args.workers} is too large for this machine; use at most {max_workers}.")
     return args
 
 
 def run_args(args: A) -> A | None:
     """The flags of the run that `--config` or `--resume RUN` names, or None without either.
 
-    --config, --resume, --out and --stop-at are not copied. Raises `UserError` where there is no such run, another
-    script or version of this project made it, or its dataset must be named by --dataset.
+    Its --config, --resume, --out and --stop-at are not copied. Raises `UserError` if the run does not exist, is from
+    another script or version of this project, or used a custom dataset that `args` does not repeat.
     """
     run = args.config or (Path(args.resume) if args.resume not in ("never", "auto") else None)
     if run is None:
@@ -93,11 +93,11 @@ def run_args(args: A) -> A | None:
 
 
 def with_preset(args: A, presets: dict[str, dict[str, Recipe]], modality: str, default: str) -> A:
-    """The flags with the recipe that they name filled in.
+    """The flags, with the field `recipe` set to the preset that they choose.
 
     presets:  modality -> name -> recipe, of one task.
-    modality: of `presets`.
-    default:  name of the preset with --data-root; without, on the synthetic city, it is "tiny".
+    modality: key of `presets`.
+    default:  preset if --data-root is given; otherwise the dataset is the synthetic city, and the preset "tiny".
     """
     name = args.preset or (default if args.data_root else "tiny")
     check_choices(preset=(name, presets[modality]))
@@ -131,7 +131,7 @@ def check_recipe(recipe: Recipe):
 
 
 def check_frozen(recipe: Recipe, sources: Sequence[Path], flag: str):
-    """Refuse to freeze random weights. sources: the checkpoints that `flag` names."""
+    """Raises `UserError` if the recipe would freeze random weights. sources: the checkpoints given by `flag`."""
     if recipe.camera is not None and recipe.camera.frozen_stages and not sources:
         raise UserError(
             f"this recipe does not train the camera's first stages, so their weights must come from {flag}: a run, or "

@@ -1,7 +1,7 @@
 """Every setting of the method as frozen dataclasses. `recipes` has the values that the paper used.
 
-A recipe says what is computed; where, and with how many workers, is up to the scripts' own flags. Every field is a flag
-of the scripts too, by its section (`--grid.cell 0.6 0.6 1.6`); the comment after it is the flag's help.
+A recipe says what is computed; where, and with how many workers, is up to the scripts' own flags. Every field is also
+a flag of the scripts, prefixed with its section (`--grid.cell 0.6 0.6 1.6`); the comment after it is the flag's help.
 """
 
 import dataclasses
@@ -66,14 +66,14 @@ class Data:
     image_size: tuple[int, int] | None = None  # (height, width) that images are resized to; None: as stored
     sweeps: int = 1  # LiDAR frames per sample: the keyframe and the sweeps before it
     camera_sweeps: Literal[1, 2, 3, 4, 5, 6] = 1  # camera frames per sample: the keyframe and the sweeps before it
-    camera_rate: float = 0.0  # Hz: camera sweep n is n / rate seconds old, as in the original (12); 0: by timestamps
+    camera_rate: float = 0.0  # Hz: camera sweep n counts as n / rate s old (original: 12 Hz); 0: use timestamps
 
 
 @dataclass(frozen=True)
 class Augment:
     """Augmentation: points, cameras and boxes move together, in the order rotate, scale, shift, flip."""
 
-    rotation: float = 0.0  # radians about the vertical axis, uniform up to this in either direction
+    rotation: float = 0.0  # radians: largest angle about the vertical axis, uniform in both directions
     scale: tuple[float, float] = (1.0, 1.0)  # smallest and largest factor of all lengths
     translation: tuple[float, float, float] = (0.0, 0.0, 0.0)  # standard deviation of the shift in x, y, z, meters
     flip_x: float = 0.0  # probability of swapping left and right (x changes sign)
@@ -96,8 +96,8 @@ class Paste:
 class CameraConfig:
     """Camera encoder: masked ConvNeXt, FPN, depth head and view transform.
 
-    View gather: every voxel samples the views at its lower corner; depth bins span the depth range, both ends included.
-    View pool: every pixel adds to the voxels along its ray; depth bins are their lower edges; one feature level.
+    View gather: every voxel samples the views at its lower corner; the first and last depth bin are the range's ends.
+    View pool: every pixel adds to the voxels along its ray; a depth bin counts as its near edge; one FPN level.
     """
 
     depths: tuple[int, ...] = (3, 3, 27, 3)  # blocks per stage
@@ -105,7 +105,7 @@ class CameraConfig:
     drop_path: float = 0.2  # stochastic depth rate of the last block, rising linearly from 0
     frozen_stages: int = 1  # leading stages (with their downsampling) that are not trained
     mask_ratio: float = 0.3  # fraction of 32 x 32-pixel patches that are masked; 0: no masking
-    fpn_start: int = 1  # first stage that the FPN reads
+    fpn_start: int = 1  # first backbone stage that the FPN reads, counted from 0
     fpn_levels: int = 4  # FPN output levels; those beyond the stages come from stride-2 convolutions
     channels: int = 128  # channels of the FPN levels and of the volume
     depth_range: tuple[float, float] = (0.0, 64.0)  # meters along the optical axis
@@ -115,7 +115,7 @@ class CameraConfig:
     aspp_channels: int = 96  # complex depth head: channels of each ASPP branch
     depth_weight: float = 0.0  # weight of the depth head's LiDAR loss; fine-tuning of the final recipes has 1
     view: Literal["gather", "pool"] = "gather"  # view transform
-    truncate: bool = False  # pool: count points up to a voxel below the grid in its lowest voxels, as the original does
+    truncate: bool = False  # pool: round cell coordinates towards zero, as the original does, instead of down
 
 
 @dataclass(frozen=True)
@@ -170,11 +170,11 @@ class RayChoice:
     strategy: Literal["depth", "random", "dilation"] = "depth"  # LiDAR points first, random pixels, or a pixel grid
     per_view: int = 512  # rays per camera and step
     lidar_per_view: int = 512  # depth: at most this many of the per_view rays go through LiDAR points
-    near_radius: float = 3.0  # meters in the ground plane: nearest LiDAR points to aim at
-    far_radius: float = 50.0  # meters in the ground plane: farthest LiDAR points to aim at
-    pixel_interval: int = 4  # spacing in pixels of the grid that the remaining rays of a view are chosen from
-    dilation: int = 16  # dilation: pixels between rays
-    sky: float = 0.4  # top fraction of an image that this grid leaves out
+    near_radius: float = 3.0  # meters in the ground plane: LiDAR points nearer to the LiDAR are ignored
+    far_radius: float = 50.0  # meters in the ground plane: LiDAR points farther from the LiDAR are ignored
+    pixel_interval: int = 4  # depth: spacing in pixels of the grid that a view's other rays are chosen from
+    dilation: int = 16  # dilation: spacing of rays in pixels
+    sky: float = 0.4  # depth: top fraction of an image where this grid has no pixels
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class Render:
     truncation: float = 0.1  # meters around the LiDAR depth, for the SDF losses
     depth_weight: float = 10.0  # weight of the depth loss
     rgb_weight: float = 10.0  # weight of the color loss; 0: learn from depth alone
-    free_space_weight: float = 0.0  # weight of the loss in the free space before the surface
+    free_space_weight: float = 0.0  # weight of the SDF loss in the free space before the surface
     sdf_weight: float = 0.0  # weight of the SDF loss near the surface
     eikonal_weight: float = 0.0  # weight of the eikonal loss
     points_weight: float = 0.0  # weight of |SDF| at the LiDAR points
@@ -221,10 +221,10 @@ class Detect:
     noise_groups: int = 10  # denoising: noisy copies of the ground truth; fewer if they would outnumber the queries
     noise_scale: float = 1.0  # denoising: largest shift of a center, in half box sizes
     noise_split: float = 0.75  # denoising: fraction of that shift beyond which a copy is background
-    max_detections: int = 300  # boxes per sample, before suppression
+    max_detections: int = 300  # boxes per sample, before NMS
     min_score: float = 0.0  # lowest score of a box
-    center_low: tuple[float, float, float] = (-61.2, -61.2, -10.0)  # meters: boxes centered below are dropped
-    center_high: tuple[float, float, float] = (61.2, 61.2, 10.0)  # meters: boxes centered above are dropped
+    center_low: tuple[float, float, float] = (-61.2, -61.2, -10.0)  # meters: lower limits of box centers
+    center_high: tuple[float, float, float] = (61.2, 61.2, 10.0)  # meters: upper limits of box centers
     iou_in_score: bool = True  # denoising: score boxes by sqrt(p * IoU) instead of p
     # (class, bird's-eye IoU above which the lower-scored box is dropped): barrier, motorcycle, traffic cone
     nms: tuple[tuple[int, float], ...] = ((5, 0.2), (6, 0.2), (9, 0.2))
@@ -317,8 +317,8 @@ def to_dict(config) -> dict:
 def from_dict(kind, value, name=""):
     """The inverse of `to_dict`: JSON-able `value` as a `kind`, a dataclass or a union of dataclasses.
 
-    Raises TypeError, with the dotted name, where the fields are not exactly those of a dataclass of `kind`, or a value
-    is not of its field's type.
+    Raises TypeError, with the dotted name of the field, where the fields are not exactly those of a dataclass of
+    `kind`, or a value is not of its field's type.
     """
     if isinstance(value, dict):
         for choice in filter(dataclasses.is_dataclass, _choices(kind)):
@@ -328,32 +328,33 @@ def from_dict(kind, value, name=""):
                 return choice(**{field: from_dict(hints[field], value[field], inner[field]) for field in hints})
         raise TypeError(f"no {kind} has the fields {', '.join(map(str, value))}")
     for choice in _choices(kind):
-        if (found := _as(choice, value, name)) is not _NO:
-            return found
+        if (result := _as(choice, value, name)) is not _NO_MATCH:
+            return result
     raise TypeError(f"{name} is {str(value)[:50]!r}")
 
 
-_NO = object()
+_NO_MATCH = object()  # unlike None, never the value of a field
 
 
 def _choices(kind):
+    """The members of a union type, or (kind,)."""
     return typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
 
 
 def _as(kind, value, name):
-    """The JSON value as an instance of `kind`, which is not a dataclass; `_NO` if it is not of this type."""
+    """The JSON value as an instance of `kind`, which is not a dataclass; `_NO_MATCH` if it is not of this type."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
-        return value if value in inner else _NO
+        return value if value in inner else _NO_MATCH
     if origin is tuple:
         if not isinstance(value, list):
-            return _NO
+            return _NO_MATCH
         kinds = inner[:1] * len(value) if inner[-1] is ... else inner
         if len(kinds) != len(value):
-            return _NO
+            return _NO_MATCH
         return tuple(from_dict(part, item, name) for part, item in zip(kinds, value, strict=True))
     if kind is Path:
-        return Path(value) if isinstance(value, str) else _NO
+        return Path(value) if isinstance(value, str) else _NO_MATCH
     if kind is float:
-        return value if type(value) in (float, int) else _NO
-    return value if type(value) is kind else _NO
+        return value if type(value) in (float, int) else _NO_MATCH
+    return value if type(value) is kind else _NO_MATCH

@@ -13,19 +13,20 @@ from unipad.data.city.streets import CURB, WHITE, YELLOW
 HAZE = np.array([0.76, 0.82, 0.88], np.float32)
 ZENITH = np.array([0.32, 0.52, 0.82], np.float32)
 HAZE_LENGTH = 320.0  # meters after which 1/e of a color remains
-SUN, SKYLIGHT = np.float32(0.75), np.float32(0.42)
+SUN, SKYLIGHT = np.float32(0.75), np.float32(0.42)  # brightness
 FLOORS = {  # base colors of the ground
     "flat.driveable_surface": (0.34, 0.34, 0.36),
     "flat.other": (0.60, 0.47, 0.40),
     "flat.sidewalk": (0.63, 0.61, 0.57),
     "flat.terrain": (0.33, 0.43, 0.19),
 }
+# colors of road markings and curbs
 MARKS = {WHITE: (0.92, 0.92, 0.90), YELLOW: (0.85, 0.66, 0.18), CURB: (0.74, 0.73, 0.70)}
 GLASS = np.array([0.13, 0.17, 0.21], np.float32)
 
 
 def photograph(scene, view, solids, distance, hit, shadow):
-    """[h, w, 3] uint8 image of the hits of `cast`; shadow: from `Shadows.at` the same time."""
+    """[h, w, 3] uint8 RGB image of the hits of `cast`; shadow: `Shadows.at(solids)`."""
     image = np.empty((len(hit), 3), np.uint8)
     for begin in range(0, len(hit), CHUNK):
         part = slice(begin, begin + CHUNK)
@@ -35,8 +36,9 @@ def photograph(scene, view, solids, distance, hit, shadow):
 
 
 def _light(scene, origin, directions, solids, distance, hit, shadow):
-    """[n, 3] colors that arrive along rays; directions: [3, n]."""
+    """[n, 3] colors seen along rays; directions: [3, n]."""
     rgb = np.empty((len(hit), 3), np.float32)
+    # indices of the rays that hit nothing, the ground and solids
     above, floor, walls = (np.nonzero(chosen)[0] for chosen in (hit == SKY, hit == GROUND, hit >= 0))
     rgb[above] = sky(directions[:, above], scene.sun)
 
@@ -48,6 +50,7 @@ def _light(scene, origin, directions, solids, distance, hit, shadow):
     solid = hit[walls]
     local, normal = surface(solids, solid, points)
     c, s = np.cos(solids["yaw"]), np.sin(solids["yaw"])
+    # [3, number of solids]: direction of the sun in each solid's axes
     sun = np.stack([c * scene.sun[0] + s * scene.sun[1], c * scene.sun[1] - s * scene.sun[0], scene.sun[2] + 0 * c])
     facing = sum(normal[:, i] * sun[i].astype(np.float32)[solid] for i in range(3))
     # low or downward-facing surfaces get little sky light
@@ -198,6 +201,8 @@ def _stripes(rgb, p, normal, half):
     return rgb
 
 
+# Functions of the colors rgb, positions p and normals of points (in the solids' axes, x ahead) and of the solids' half
+# sizes, all [n, 3]; they return the textured colors
 TEXTURES = {
     "facade": _facade, "foliage": _foliage, "signal": _signal, "body": _body,
     "cabin": _cabin, "coach": _coach, "cargo": _cargo, "stripes": _stripes,
@@ -228,14 +233,16 @@ NOISE = _noise_table()
 
 
 def noise(x, y):
-    """Noise at x, y: [n], in cells of its table."""
+    """[n] noise in [-1, 1] at x, y: [n], in cells of the periodic table `NOISE`."""
     return NOISE[np.floor(x).astype(np.int64) & 255, np.floor(y).astype(np.int64) & 255]
 
 
 def intensity(city, view, solids, distance, hit):
-    """[n] float32 LiDAR intensity in [0, 255] of the hits of `cast`, from the surface's color without texture.
+    """LiDAR intensity and category of the hits of `cast`, 0 for the sky.
 
-    Also returns [n] uint8, the lidarseg index of each hit; 0 for the sky.
+    Returns:
+        [n] float32 intensity in [0, 255], from the surface's color without texture.
+        [n] uint8 lidarseg index.
     """
     category = np.zeros(len(hit), np.uint8)
     bright = np.zeros(len(hit), np.float32)
@@ -250,10 +257,10 @@ def intensity(city, view, solids, distance, hit):
 
 
 class Shadows:
-    """Shadows on the ground, 1 in full shadow, on a raster around a scene's track."""
+    """Shadows on the ground, 1 in full shadow, on a raster around the ego vehicle's path in a scene."""
 
     CELL = 0.125  # meters
-    REACH = 60.0  # meters around the track; no shadows beyond
+    REACH = 60.0  # meters around the path; no shadows beyond
 
     def __init__(self, scene):
         self.sun = scene.sun
@@ -265,7 +272,7 @@ class Shadows:
         self.fixed = cv2.GaussianBlur(self.fixed, (5, 5), 1.2)
 
     def at(self, solids):
-        """Function of world x, y: [n] that returns the shadow [n] in [0, 1], also of the actors in `solids`."""
+        """A function: world x, y ([n] meters) -> shadow [n] in [0, 1] of static solids and the actors in `solids`."""
         raster = self.fixed.copy()
         self._draw(raster, solids[solids["owner"] >= 0])
         height, width = raster.shape
@@ -284,7 +291,7 @@ class Shadows:
             cv2.fillConvexPoly(raster, cv2.convexHull(outline), 255, shift=4)
 
     def _outlines(self, solids):
-        """[n, 8, 2] int32 corners of each solid projected along the sun onto the ground, in 1/16 cells."""
+        """[n, 8, 2] int32 corners of each solid projected along the sun onto the ground, in 1/16 cells (`shift=4`)."""
         p = corners(solids)  # [n, 8, 3]
         top = p[..., 2:] > solids["center"][:, None, 2:]
         # an ellipsoid counts as the box of equal shadow area, a tapered box is narrowed at the top

@@ -1,8 +1,8 @@
 """Exact ray casting of upright convex solids on flat ground, in numpy.
 
 A solid is a tapered box {p : n_i . p <= h_i} of six planes, or an ellipsoid. A ray o + t d enters the box at
-the largest t = (h_i - n_i . o) / (n_i . d) over the planes it runs against, and leaves it at the smallest
-over the others. The rays of a view form a grid, so that a solid can only be hit by a rectangle of them: all
+the largest t = (h_i - n_i . o) / (n_i . d) over the planes with n_i . d < 0, and leaves it at the smallest t
+over the others. The rays of a view form a grid, and those that may hit a solid lie in a rectangle of it: all
 (ray, solid) pairs of these rectangles are tested at once and the nearest hit of every ray is kept.
 
 World frame: x, y in the ground plane, z up, ground at z = 0; meters. Element-wise arithmetic only (no BLAS),
@@ -26,12 +26,12 @@ class CameraView:
         v, u = np.mgrid[: size[0], : size[1]].astype(np.float32).reshape(2, -1) + np.float32(0.5)
         x, y = (u - intrinsic[0, 2]) / intrinsic[0, 0], (v - intrinsic[1, 2]) / intrinsic[1, 1]
         norm = np.sqrt(x * x + y * y + 1)
-        self.cosine = (1 / norm).astype(np.float32)  # [n] depth along the optical axis per meter of ray
+        self.cosine = (1 / norm).astype(np.float32)  # [n] meters along the optical axis per meter of ray
         r = rotation
         self.directions = np.stack([(r[i, 0] * x + r[i, 1] * y + r[i, 2]) / norm for i in range(3)]).astype(np.float32)
 
     def windows(self, solids):
-        """Rectangles of pixels that may see each solid: (solid, row begin, end, column begin, end), each [w]."""
+        """Rectangles of pixels that may see a solid: (solid's index, row begin, end, column begin, end), each [k]."""
         corner = np.einsum("nkj,ji->nki", corners(solids) - self.origin, self.rotation)  # [n, 8, 3] camera
         a, b = corner[:, EDGES[0]], corner[:, EDGES[1]]  # [n, 12, 3]
         za, zb = a[..., 2:], b[..., 2:]
@@ -65,6 +65,7 @@ class LidarView:
         self.directions = directions.reshape(3, -1).astype(np.float32)
 
     def windows(self, solids):
+        """Rectangles of beams that may hit a solid, as in `CameraView.windows`."""
         corner = corners(solids) - self.origin
         middle = np.arctan2(solids["center"][:, 1] - self.origin[1], solids["center"][:, 0] - self.origin[0])
         angle = np.arctan2(corner[..., 1], corner[..., 0]) - middle[:, None]
@@ -80,12 +81,12 @@ class LidarView:
         row0 = np.searchsorted(self.elevations, down - margin)
         row1 = np.searchsorted(self.elevations, up + margin)
         columns = self.shape[1]
-        around = near == 0
+        around = near == 0  # the LiDAR is above, below or inside the solid, which may lie in all directions
         col0 = np.floor((middle + angle.min(axis=1) - self.yaw - margin) / self.step).astype(np.int64)
         col1 = np.ceil((middle + angle.max(axis=1) - self.yaw + margin) / self.step).astype(np.int64) + 1
         begin = np.where(around, 0, col0 % columns)
         end = begin + np.where(around, columns, np.minimum(col1 - col0, columns))
-        # a window across the seam becomes two
+        # a rectangle across the last column becomes two
         index = np.tile(np.arange(len(solids)), 2)
         begin = np.concatenate([begin, np.zeros_like(begin)])
         end = np.concatenate([np.minimum(end, columns), end - columns])
@@ -128,8 +129,8 @@ def crossings(view, solids):
                 ray = _rays(row0[part], row1[part], col0[part], col1[part], view.shape[1])
                 d = [axis[ray] for axis in view.directions]
                 distance = entry(solids[solid[part]], view.origin, d, area[part])
-                met = np.nonzero(np.isfinite(distance))[0]
-                yield ray[met], np.repeat(solid[part], area[part])[met], distance[met]
+                hit = np.nonzero(np.isfinite(distance))[0]
+                yield ray[hit], np.repeat(solid[part], area[part])[hit], distance[hit]
 
 
 # (ray, solid) pairs tested at once, and rays painted at once, so that temporaries stay in the CPU's caches
@@ -140,7 +141,7 @@ def surface(solids, hit, points):
     """Points on the surface of solids, in the solids' own axes.
 
     Args:
-        solids: [n] SOLID.
+        solids: [n] of dtype `SOLID`.
         hit:    [k] index into `solids` of each point.
         points: [k, 3] world.
 
@@ -152,13 +153,13 @@ def surface(solids, hit, points):
     x, y, z = (points - solids["center"][hit]).astype(np.float32).T
     local = np.stack([c * x + s * y, c * y - s * x, z], axis=1)
     half, taper, ball = (solids[field][hit] for field in ("half", "taper", "round"))
-    lift = local[:, 2] + half[:, 2]
+    height = local[:, 2] + half[:, 2]
     front, back, side = taper.T
     slack = np.stack(  # meters inside each plane; the face hit has the least
         [
-            half[:, 0] - front * lift - local[:, 0],
-            half[:, 0] - back * lift + local[:, 0],
-            half[:, 1] - side * lift - np.abs(local[:, 1]),
+            half[:, 0] - front * height - local[:, 0],
+            half[:, 0] - back * height + local[:, 0],
+            half[:, 1] - side * height - np.abs(local[:, 1]),
             half[:, 2] - np.abs(local[:, 2]),
         ]
     )
@@ -173,6 +174,7 @@ def surface(solids, hit, points):
 
 
 def _key(distance, index):
+    """[n] uint64 that are ordered by distance, then by index."""
     return (distance.astype(np.float32).view(np.uint32).astype(np.uint64) << np.uint64(32)) | index
 
 
@@ -186,39 +188,46 @@ def _rays(row0, row1, col0, col1, width):
 
 
 def _local_rays(solids, d, count):
+    """x, y, z of the directions `d` in the axes of the solids; arguments as of `_box_entry`."""
     c, s = (np.repeat(f(solids["yaw"]).astype(np.float32), count) for f in (np.cos, np.sin))
     return c * d[0] + s * d[1], c * d[1] - s * d[0], d[2]
 
 
 def _box_entry(solids, origin, d, count):
-    """Distances [pairs] at which rays `d` (three [pairs]), `count` per solid, enter; inf: a miss."""
+    """[n] distances at which rays enter tapered boxes; inf: a miss.
+
+    d:     directions of the rays: world x, y, z, each [n].
+    count: [k] number of consecutive rays for each of the solids.
+    """
     o, half = to_local(solids, origin), solids["half"]
-    lift = o[:, 2] + half[:, 2]
+    height = o[:, 2] + half[:, 2]
     front, back, side = solids["taper"].T
     dx, dy, dz = _local_rays(solids, d, count)
     enter = np.full(len(dx), NEAR, np.float32)
     leave = np.full(len(dx), np.inf, np.float32)
-    for along, inwards, room in (
-        (dx, front, half[:, 0] - front * lift - o[:, 0]),
-        (-dx, back, half[:, 0] - back * lift + o[:, 0]),
-        (dy, side, half[:, 1] - side * lift - o[:, 1]),
-        (-dy, side, half[:, 1] - side * lift + o[:, 1]),
+    # of each plane n . p <= h: n . d without the taper, the taper, and h - n . o
+    for along, taper, slack in (
+        (dx, front, half[:, 0] - front * height - o[:, 0]),
+        (-dx, back, half[:, 0] - back * height + o[:, 0]),
+        (dy, side, half[:, 1] - side * height - o[:, 1]),
+        (-dy, side, half[:, 1] - side * height + o[:, 1]),
         (dz, None, half[:, 2] - o[:, 2]),
         (-dz, None, half[:, 2] + o[:, 2]),
     ):
-        if inwards is not None and inwards.any():
-            along = along + np.repeat(inwards.astype(np.float32), count) * dz
+        if taper is not None and taper.any():
+            along = along + np.repeat(taper.astype(np.float32), count) * dz
         # a ray parallel to the plane crosses it at plus or minus infinity, depending on its side of the plane
         along = np.where(np.abs(along) < 1e-12, np.float32(1e-12), along)
-        t = np.repeat(room.astype(np.float32), count) / along
-        against = along < 0
-        np.maximum(enter, t, out=enter, where=against)
-        np.minimum(leave, t, out=leave, where=~against)
+        t = np.repeat(slack.astype(np.float32), count) / along
+        entering = along < 0
+        np.maximum(enter, t, out=enter, where=entering)
+        np.minimum(leave, t, out=leave, where=~entering)
     # a ray that starts inside does not enter
     return np.where((enter < leave) & (enter > NEAR), enter, np.float32(np.inf))
 
 
 def _ellipsoid_entry(solids, origin, d, count):
+    """As `_box_entry`, for ellipsoids."""
     half = solids["half"]
     q = to_local(solids, origin) / half
     v = [axis / np.repeat(half[:, i], count) for i, axis in enumerate(_local_rays(solids, d, count))]
@@ -226,6 +235,6 @@ def _ellipsoid_entry(solids, origin, d, count):
     a = v[0] * v[0] + v[1] * v[1] + v[2] * v[2]
     b = v[0] * q_i[0] + v[1] * q_i[1] + v[2] * q_i[2]
     c = np.repeat(((q * q).sum(axis=1) - 1).astype(np.float32), count)
-    under = b * b - a * c
-    t = (-b - np.sqrt(np.maximum(under, 0))) / a
-    return np.where((under > 0) & (t > NEAR), t, np.float32(np.inf))
+    discriminant = b * b - a * c
+    t = (-b - np.sqrt(np.maximum(discriminant, 0))) / a
+    return np.where((discriminant > 0) & (t > NEAR), t, np.float32(np.inf))

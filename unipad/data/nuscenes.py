@@ -4,7 +4,7 @@ As in the original UniPAD:
     cameras    lidar2camera goes through the global frame, with the ego pose at each sensor's own timestamp; also for
                camera sweeps: from the keyframe's LiDAR frame to the camera when it took the image
     sweeps     transformed into the keyframe's LiDAR frame; time lag is keyframe time minus sweep time, 0 for the
-               keyframe; points with |x| < 1 and |y| < 1 (ego vehicle) are removed from sweeps, not from the keyframe
+               keyframe; points with |x| and |y| < 1 m (ego vehicle) are removed from sweeps, not from the keyframe
     intensity  as in the file, 0-255
     boxes      those with at least one LiDAR or radar point; a velocity that the tables do not have is 0
 The rig is that of the tables: any number of cameras, of any name and size. Frames of which a file is missing are left
@@ -76,7 +76,7 @@ class NuScenesDataset(DrivingDataset):
 
     @classmethod
     def splits(cls, root, version):
-        """nuScenes' by the version's last word, such as mini_train and mini_val of v1.0-mini; those of splits.json."""
+        """nuScenes' splits of the version, such as mini_train and mini_val of v1.0-mini; or those of splits.json."""
         return splits_of(find_root(root, version), version)
 
     @classmethod
@@ -157,7 +157,7 @@ class NuScenesDataset(DrivingDataset):
         return np.concatenate([[0], lags[: self.data.camera_sweeps - 1]]).astype(np.float32)
 
     def _read_points(self, key):
-        """List of [P, 5]: the LiDAR frame in row `key`, then the sweeps before it, as far as the scene goes back."""
+        """List of [P, 5]: the points of the LiDAR frame in row `key`, then of the sweeps before it in its scene."""
         index = self.index
         points = _load_points(self._path(index.lidar_files[key]))
         points[:, 4] = 0
@@ -202,8 +202,8 @@ class NuScenesDataset(DrivingDataset):
         return self.root / name.decode()
 
     def _whole(self):
-        """Those of `frames` of which no file is missing; reports the others. Raises `DataError` if none is left, or if
-        all sweeps are missing."""
+        """Those of `frames` whose files all exist; reports the others. Raises `DataError` if none is left, or if all
+        sweeps are missing."""
         kinds = self._files()
         files = np.concatenate(list(kinds.values()), axis=1)
         present = on_disk(self.root, files)
@@ -231,8 +231,8 @@ class NuScenesDataset(DrivingDataset):
         return self.frames[whole]
 
     def _files(self):
-        """{kind: [F, number]} the files that `load` reads for each of `frames`. The keyframe's LiDAR file stands in for
-        sweeps and labels that the tables do not have, an empty name for such images."""
+        """{kind: [F, number]} the files that `load` reads for each of `frames`. Where the tables have no such sweep or
+        labels, the keyframe's LiDAR file, needed anyway, is listed instead; where they have no image, an empty name."""
         index, frames, data = self.index, self.frames, self.data
         key = index.frame_lidar[frames]
         chain = [key]

@@ -92,7 +92,7 @@ def _distort(image, rng):
     if contrast_first:
         pixels *= contrast
     if saturation != 1 or hue != 0:
-        hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV)  # of floats: degrees, a fraction, the unit of the pixels
+        hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV)  # H in degrees, S in [0, 1], V in 0-255
         hsv[..., 0] = (hsv[..., 0] + hue) % 360
         hsv[..., 1] *= saturation
         pixels = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)

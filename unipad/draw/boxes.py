@@ -36,7 +36,7 @@ def detection_views(batch: Batch, detections: Detections, min_score: float = 0.3
     shown = detections.scores >= min_score
     boxes, labels = detections.boxes[shown].float().cpu(), detections.labels[shown].cpu()
     height, across = camera_area(batch, width)
-    height = max(height, SIDE) if across else 640
+    height = max(height, SIDE) if across else 640  # pixels
     figure = Figure(figsize=((height + across) / DPI, height / DPI), dpi=DPI, layout="constrained")
     figure.set_facecolor("0.1")
     widths = [height, across] if across else [height]
@@ -50,7 +50,7 @@ def detection_views(batch: Batch, detections: Detections, min_score: float = 0.3
 
 
 def camera_rows(batch: Batch) -> list[Sequence[int]]:
-    """The views of a keyframe in the rows in which they are drawn: at most two, the first one is at least as long."""
+    """The views of a keyframe in the rows in which they are drawn: at most two, the second no longer than the first."""
     if batch.cameras == CAMERAS:
         return list(ROWS)
     views = range(batch.images.shape[1])
@@ -59,7 +59,8 @@ def camera_rows(batch: Batch) -> list[Sequence[int]]:
 
 
 def camera_area(batch: Batch, width: int) -> tuple[float, int]:
-    """Height and width in pixels of the pictures of a keyframe's cameras, each of them `width` wide; 0, 0 without."""
+    """Height and width in pixels of the pictures of a keyframe's cameras, each of them `width` wide; (0, 0) without
+    cameras."""
     rows = camera_rows(batch)
     if not rows:
         return 0, 0
@@ -84,6 +85,7 @@ def camera_axes(part, batch: Batch, fontsize: float = 12):
 
 
 def _from_above(part, points, truth, boxes, labels):
+    """Boxes over the keyframe's `points` [K, 3] in bird's-eye view; a line from the center shows a box's front."""
     axis = part.subplots()
     axis.set(xlim=(-REACH, REACH), ylim=(-REACH, REACH), xticks=[], yticks=[], aspect="equal", facecolor="black")
     axis.scatter(points[:, 0], points[:, 1], s=0.8, c=points[:, 2], cmap="gray", vmin=-5, vmax=3, linewidths=0)

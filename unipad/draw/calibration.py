@@ -82,7 +82,7 @@ def calibration_view(sample: Sample, width: int = 640) -> np.ndarray:
 
 def report(sample: Sample) -> str:
     """What a sample's calibration says, as a table: position, viewing direction and field of view of each camera,
-    and the number of LiDAR points in it."""
+    the number of LiDAR points in its image, and how many boxes have LiDAR points inside."""
     points = sample.points[sample.points[:, 4] == 0, :3].astype(np.float64)
     lines = [f"{'camera':<18}{'pixels':>12}{'x, y, z meters':>24}{'looks':>8}{'sees':>8}{'points':>9}"]
     for name, image, matrix, pose in zip(
@@ -105,7 +105,7 @@ def _names(sample):
 
 
 def _visible(points, lidar2image, height, width):
-    """Pixels [K, 2] and depths [K] of those points that the camera sees."""
+    """Pixels [K, 2] and depths [K] of those points that lie in the image."""
     projected = points @ lidar2image[:3, :3].T + lidar2image[:3, 3]
     projected = projected[projected[:, 2] > 0]
     pixels = projected[:, :2] / projected[:, 2:]
@@ -155,7 +155,7 @@ def main(args: Args):
             print(f"skipped {bad}")
             continue
         if not sample.images:
-            raise UserError(f"{root} has no images: there is no camera to calibrate.")
+            raise UserError(f"{root} has no images: there is no camera to check.")
         file = args.out / f"frame_{row:05d}.png"
         Image.fromarray(calibration_view(sample, args.width)).save(file)
         print(f"{file}, {sample.token}\n{report(sample)}")

@@ -128,7 +128,7 @@ class Head(nn.Module):
             noisy:      ground truth with noise as additional queries, to train a denoising head; or None.
             generators: one per sample, for dropout in training; None: no dropout.
 
-        Returns the predictions of the queries and of the noisy ones, or None. Differentiable once.
+        Returns (predictions of the queries, predictions of the noisy queries or None). Differentiable once.
         """
         with torch.autocast(volume.device.type, enabled=False):
             volume = volume.permute(0, 2, 3, 4, 1).contiguous()  # [B, Z, Y, X, C]
@@ -179,7 +179,7 @@ class Head(nn.Module):
         return {name: per_layer.sum() for name, per_layer in losses.items()}
 
     def _queries(self, B, noisy):
-        """Initial features [B, Q, C], positions [B, Q, C] and reference logits [B, Q, 3]; of noisy queries first."""
+        """Initial features [B, Q, C], positions [B, Q, C] and reference logits [B, Q, 3]; noisy queries come first."""
         if not self.cfg.denoising:
             position, x = self.query_embedding.weight.expand(B, -1, -1).chunk(2, dim=-1)
             return x, position, self.reference_points(position)

@@ -65,9 +65,9 @@ class BatchNorm(torch.autograd.Function):
     def backward(ctx, d_out, *_):
         centered, weight, inv_std, count = ctx.saved_tensors
         dims, shape = _rows(centered), _along_channels(centered)
-        # of this process's rows, as DistributedDataParallel expects
+        # sums over this process's rows, as DistributedDataParallel expects
         d_bias, d_weight = d_out.sum(dims), (d_out * centered).sum(dims) * inv_std
-        # of all rows, since every process's loss depends on the statistics
+        # means over the rows of all processes, since every process's loss depends on the statistics
         means = _over_processes(torch.stack([d_bias, d_weight * inv_std]), ctx.synced) / count.clamp(min=1)
         mean, slope = means.view(2, *shape)
         d_x = torch.addcmul(d_out - mean, centered, slope, value=-1).mul_((weight * inv_std).view(shape))

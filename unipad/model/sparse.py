@@ -280,6 +280,8 @@ def in_fp32(stem: nn.Module, x: SparseTensor) -> SparseTensor:
 
 
 class ConvNormReLU(nn.Sequential):
+    """relu(norm(conv(x))) of a SparseTensor."""
+
     def __init__(self, conv: _SparseConvolution):
         super().__init__(conv, SparseBatchNorm(conv.weight.shape[0], **NORM))
 

@@ -111,7 +111,7 @@ class Unet(nn.Module):
     """SparseTensor -> SparseTensor with the same voxels. The sides of their grid are multiples of 2^(stages down).
 
     stem:   channels of the first convolution.
-    widths: channels per stage, down and up again; blocks: residual blocks per stage.
+    widths: channels per stage, those on the way down first; blocks: residual blocks per stage.
     """
 
     def __init__(self, in_channels: int, stem: int, widths: Sequence[int], blocks: Sequence[int]):

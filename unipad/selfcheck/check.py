@@ -14,7 +14,7 @@ TYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "b
 # By type, as a fraction of the largest true value. tf32 has the mantissa of fp16, and Hopper truncates operands instead
 # of rounding them, which accumulates over the layers of a field instead of averaging out.
 SLACK = {"fp32": 1e-5, "tf32": 1e-2, "fp16": 1e-3, "bf16": 1e-2}
-TIMED_RUNS = 3  # the fastest is reported
+TIMED_RUNS = 3  # the time of the fastest is reported
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ class City:
         self.phase = np.random.default_rng([seed, 1]).uniform(0, 2 * np.pi, 2)
 
     def to_grid(self, x, y):
+        """World x, y ([n] each) to grid x, y, where streets are straight; meters."""
         k = np.float32(2 * np.pi / BEND_LENGTH)
         p, q = self.phase.astype(np.float32)
         return x + np.float32(BEND) * np.sin(k * y + p), y + np.float32(BEND) * np.sin(k * x + q)
@@ -79,7 +80,7 @@ class City:
 
         along_y = np.abs(a) < np.abs(b)
         across, ahead = np.where(along_y, a, b), np.maximum(ea, eb)
-        wide = np.abs(across)
+        wide = np.abs(across)  # below, meters: from the center line (wide), from the intersection (ahead)
         arriving = (a * b < 0) == along_y  # traffic keeps right
         zebra = (ahead > CROSSWALK[0]) & (ahead < CROSSWALK[1]) & (across % 1.2 < 0.6) & (wide < ROAD - 0.4)
         stop = (np.abs(ahead - 8.7) < 0.25) & arriving & (wide < 4.2)
@@ -91,7 +92,7 @@ class City:
     @cache  # noqa: B019 (a process holds one city)
     def block(self, column, row):
         """SOLID array of the block between streets `column`, `column` + 1 and `row`, `row` + 1."""
-        rng = np.random.default_rng([self.seed, 2, column + 99, row + 99])  # no seed is negative
+        rng = np.random.default_rng([self.seed, 2, column + 99, row + 99])  # + 99, since seeds must not be negative
         solids = []
         park = rng.random() < 0.15
         brick = rng.integers(len(WALLS))  # neighboring houses look alike
@@ -141,7 +142,7 @@ HEDGE, BARK, STEEL = (0.18, 0.33, 0.13), (0.30, 0.22, 0.16), (0.42, 0.44, 0.46)
 
 
 def tree(rng, spot):
-    """Rows of a SOLID array at `spot`: x, y, heading."""
+    """The solids of a tree, rows of a SOLID array, at `spot`: x, y, heading."""
     x, y, yaw = spot
     leaves = LEAVES[rng.integers(len(LEAVES))]
     trunk = rng.uniform(2.2, 3.2)
@@ -155,7 +156,10 @@ def tree(rng, spot):
 
 
 def house(rng, spot, footprint, wall):
-    """Rows of a SOLID array at `spot`: x, y, heading; footprint: length along the heading, width."""
+    """The solids of a house, rows of a SOLID array.
+
+    spot: x, y, heading; footprint: length along the heading, width.
+    """
     x, y, yaw = spot
     wall = tuple(c * rng.uniform(0.85, 1.1) for c in wall)
     gabled = rng.random() < 0.45

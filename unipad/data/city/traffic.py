@@ -14,7 +14,7 @@ import numpy as np
 from unipad.data.city.solids import SOLID, solid
 from unipad.data.city.streets import AXES, CROSSWALK, LANE, PITCH, ROAD, STREETS, City
 
-HOUSE_SIGHT, SIGHT = 140.0, 90.0  # meters up to which sensors see houses, and everything else
+HOUSE_SIGHT, SIGHT = 140.0, 90.0  # meters up to which sensors see houses and other solids
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Kind:
     size: tuple[float, float, float]  # width, length, height
     colors: tuple
     pieces: tuple  # (x range, y range, z range, material, color or None for the actor's own, taper, round)
-    moving: str = ""  # nuScenes attribute when it moves, and when it does not
-    still: str = ""
+    moving: str = ""  # nuScenes attribute when it moves
+    still: str = ""  # and when it stands
 
 
 BLACK, GRAY, WHITE, RED, ORANGE = (0.08,) * 3, (0.45,) * 3, (0.85,) * 3, (0.62, 0.12, 0.10), (0.92, 0.42, 0.08)
@@ -149,7 +149,7 @@ KINDS = {
 class Actor:
     """An object with an annotation box: it follows `path` from `start` meters along it, at `speed` m/s."""
 
-    kind: str  # of KINDS
+    kind: str  # a key of KINDS
     size: tuple[float, float, float]  # width, length, height
     color: tuple[float, float, float]
     path: "Path"
@@ -176,7 +176,7 @@ class Actor:
 
 
 class Path:
-    """A polyline parameterized by arc length; points: [n, 2]. At its ends, actors stand still."""
+    """A polyline parameterized by arc length; points: [n, 2]. An actor that reaches its end stands still there."""
 
     def __init__(self, points):
         step = np.diff(points, axis=0)
@@ -186,6 +186,7 @@ class Path:
         self.yaw = np.unwrap(np.arctan2(step[:, 1], step[:, 0]))
 
     def at(self, s):
+        """[..., 3] x, y, yaw at arc lengths `s`, meters."""
         x, y = (np.interp(s, self.length, self.points[:, i]) for i in range(2))
         return np.stack([x, y, np.interp(s, self.middles, self.yaw)], axis=-1)
 
@@ -194,8 +195,8 @@ class Scene:
     """A drive through the city, with the traffic around it."""
 
     sun: np.ndarray  # [3] unit, towards the sun
-    track: np.ndarray  # [n, 2] of the ego vehicle
-    fixed: np.ndarray  # [n] SOLID, all of the static city that may come into sight
+    track: np.ndarray  # [n, 2] positions of the ego vehicle, meters
+    fixed: np.ndarray  # [n] SOLID, the solids of the static city near `track`
 
     def __init__(self, seed, index, duration):
         """index: number of the scene in its dataset, from 0; duration: seconds it lasts."""
@@ -284,7 +285,8 @@ class Scene:
                     begin = begin + 5 if kind == "none" else self._curb(kind, arm, begin, side) + rng.uniform(0.8, 3)
 
     def _curb(self, kind, heading, begin, side):
-        """Park at the curb on one side (1 left, -1 right) of a street; returns where the next one may start."""
+        """Park at the curb on one side (1 left, -1 right) of a street; returns where it ends, in meters ahead of the
+        intersection."""
         width, length, _ = KINDS[kind].size
         spot = self._still(begin + length / 2, side * (ROAD - width / 2 - 0.3), heading, 0.0 if side < 0 else np.pi)
         self._add(kind, spot)
@@ -315,7 +317,7 @@ class Scene:
             self._try("pedestrian", lambda ends=ends: self._line(*ends), 12, (0.7, 1.5))
 
     def _drive(self):
-        """Add traffic: ahead of and behind the ego vehicle, a cyclist, and others from everywhere."""
+        """Add traffic: ahead of and behind the ego vehicle, a cyclist, and others from all directions."""
         rng, ego = self.rng, self.ego
         self._add("car", ego.path, ego.start + rng.uniform(13, 18), ego.speed)
         self._add("motorcyclist", ego.path, ego.start - rng.uniform(8, 11), ego.speed)
@@ -329,8 +331,8 @@ class Scene:
             self._try(kind, lambda path=path: path, 1.6 * PITCH, (4.0, 9.0), gap=2.0, tries=4)
 
     def _try(self, kind, make_path, start=0.0, speed=(0.0, 0.0), gap=0.8, tries=12):
-        """Add an actor where it collides with no other. Each try draws a path, a start on it (up to `start` meters, or
-        in that range) and a speed."""
+        """Add an actor where it collides with no other. Each try draws a path, a start on it (0 to `start` meters, or
+        the range `start`) and a speed from the range `speed`."""
         begin, end = start if isinstance(start, tuple) else (0.0, start)
         for _ in range(tries):
             if self._add(kind, make_path(), self.rng.uniform(begin, end), self.rng.uniform(*speed), gap):
@@ -361,7 +363,7 @@ class Scene:
         return Path(self.city.to_world(grid))
 
     def _line(self, begin, end):
-        """Path between two points (ahead, left), relative to the intersection on the first street."""
+        """Path between two points (ahead, left), in meters from the intersection, along the first street."""
         axes = AXES[[self.heading, (self.heading + 1) % 4]]
         return self._path(self.node + np.array([begin, end]) @ axes)
 

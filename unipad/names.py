@@ -1,4 +1,5 @@
-"""Names and layouts of weights in other projects and in ours: one table for each project, read in both directions.
+"""Names and layouts of weights in other projects and in ours: one table for UniPAD, read in both directions, and one
+for ImageNet weights.
 
 UniPAD's own checkpoints, with sparse convolutions of spconv 1 or 2, and ImageNet's ConvNeXt of four libraries.
 """

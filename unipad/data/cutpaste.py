@@ -1,15 +1,15 @@
 """Cut-and-paste: points and pixels of objects from other training frames, pasted into a sample.
 
 As in the original's UnifiedDataBaseSampler and UnifiedObjectSample:
-    which     sampled at random, until the sample has `Paste.counts` of each class, its own objects included
-    where     at the LiDAR coordinates of the frame that they were cut from; an object whose box overlaps another in
+    objects   sampled at random, up to `Paste.counts` of each class, the sample's own objects included
+    position  the LiDAR coordinates in the frame that they were cut from; an object whose box overlaps another in
               bird's-eye view is left out
     points    of all sweeps; the sample's points inside a pasted box are removed
     pixels    the rectangle around a box, far ones first; rectangles around the sample's own boxes are pasted again in
               the same order, so that near objects cover far ones; in images of camera sweeps, around the box moved by
               its velocity to the time of the image
 Unlike in the original: pixels come from the camera that they are pasted into, where the original has one picture of an
-object for all cameras; of overlapping objects the one sampled first stays, not the last.
+object for all cameras; of overlapping objects the one sampled first is pasted, in the original the last one.
 """
 
 import hashlib
@@ -50,15 +50,15 @@ class Objects:
         if not len(chosen):
             return sample
         boxes, labels = self.boxes[chosen], self.labels[chosen]
-        free = ~points_in_boxes(sample.points, boxes).any(axis=0)
+        kept = ~points_in_boxes(sample.points, boxes).any(axis=0)  # of the sample's points
         clouds = [self._points(k) for k in chosen]
         point_labels = sample.point_labels
         if point_labels is not None:
-            point_labels = np.concatenate([point_labels[free], np.zeros(sum(map(len, clouds)), np.uint8)])
+            point_labels = np.concatenate([point_labels[kept], np.zeros(sum(map(len, clouds)), np.uint8)])
         return replace(
             sample,
             images=[self._painted(sample, view, chosen) for view in range(len(sample.images))],
-            points=np.concatenate([sample.points[free], *clouds]),
+            points=np.concatenate([sample.points[kept], *clouds]),
             point_labels=point_labels,
             boxes=np.concatenate([sample.boxes, boxes]),
             labels=np.concatenate([sample.labels, labels]),

@@ -223,14 +223,14 @@ def dataset_class(name: str) -> type[DrivingDataset]:
     """The class that `--dataset package.module:Class` names. Raises `UserError`."""
     module_name, _, class_name = name.partition(":")
     try:
-        kind = getattr(importlib.import_module(module_name), class_name)
+        cls = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, ValueError, AttributeError) as error:
         raise UserError(
             f"--dataset {name} cannot be imported ({error}); give package.module:Class, its folder in PYTHONPATH."
         ) from error
-    if not (isinstance(kind, type) and issubclass(kind, DrivingDataset)):
+    if not (isinstance(cls, type) and issubclass(cls, DrivingDataset)):
         raise UserError(f"--dataset {name} is not a subclass of unipad.data.dataset.DrivingDataset.")
-    return kind
+    return cls
 
 
 def check_recorded(name: str, run: Path):

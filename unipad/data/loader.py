@@ -244,12 +244,12 @@ def init_worker(_):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # on Linux, where a process can see who sent the signal
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_exit_on_sigterm_from, args=(os.getppid(),), daemon=True).start()
     else:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _end_with(parent):
+def _exit_on_sigterm_from(parent):
     """End this process on a SIGTERM from its parent; ignore those from others, who signal all processes of the job."""
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
         pass

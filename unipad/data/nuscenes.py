@@ -8,7 +8,7 @@ As in the original UniPAD:
     intensity  as in the file, 0-255
     boxes      those with at least one LiDAR or radar point; a velocity that the tables do not have is 0
 The rig is that of the tables: any number of cameras, of any name and size. Frames of which a file is missing are left
-out from the start; damage to a file is found when it is read. Images may be smaller than the tables say: the
+out from the start; a damaged file is reported when it is read. Images may be smaller than the tables say: the
 intrinsics, which are for the size in the tables, are scaled.
 Unlike in the original: the nearest sweeps are taken (in the original, 9 of the last 10 at random), and at the start of
 a scene a keyframe has no LiDAR sweeps (the original repeats the keyframe, as is done here for camera sweeps).
@@ -40,8 +40,8 @@ from unipad.data.tables import (
 )
 
 BRIGHTEST = 65535.0  # the largest valid intensity: some LiDARs have 16 bits, nuScenes' has 8
-LARGER = 2  # largest ratio of an image's width to the width in the tables
-NAMED = 3  # files or rows that a message lists, at most
+MAX_ENLARGEMENT = 2  # largest ratio of an image's width to the width in the tables
+MAX_LISTED = 3  # files or rows that a message lists, at most
 
 
 class NuScenesDataset(DrivingDataset):
@@ -69,9 +69,9 @@ class NuScenesDataset(DrivingDataset):
             self.camera_sweeps = load_camera_sweeps(root, version, split)
         settings = (label_fraction, point_range, augment)
         super().__init__(len(self.index.tokens), root, version, split, data, *settings)
-        self.frames = self._whole()
+        self.frames = self._complete_frames()
         if len(rows := self.index.left_out):
-            named = "; ".join(row.decode() for row in rows[:NAMED]) + ("; ..." if len(rows) > NAMED else "")
+            named = "; ".join(row.decode() for row in rows[:MAX_LISTED]) + ("; ..." if len(rows) > MAX_LISTED else "")
             _report(f"{root / version} {split}: {len(rows)} boxes of sample_annotation.json are left out: {named}")
 
     @classmethod
@@ -190,7 +190,7 @@ class NuScenesDataset(DrivingDataset):
         data = _load_bytes(path)
         h, w = _size_of_image(path, data)
         # The aspect ratio may differ by a pixel of rounding. A damaged header must not make OpenCV allocate all memory.
-        if w > LARGER * width or abs(w * height - h * width) > max(height, width):
+        if w > MAX_ENLARGEMENT * width or abs(w * height - h * width) > max(height, width):
             raise BadFrame(path, f"is {h} x {w}, neither the {height} x {width} of the tables nor a scaled copy")
         image = _decoded(path, data)
         H, W = self.data.image_size or (h, w)
@@ -201,7 +201,7 @@ class NuScenesDataset(DrivingDataset):
     def _path(self, name):
         return self.root / name.decode()
 
-    def _whole(self):
+    def _complete_frames(self):
         """Those of `frames` whose files all exist; reports the others. Raises `DataError` if none is left, or if all
         sweeps are missing."""
         kinds = self._files()
@@ -219,7 +219,7 @@ class NuScenesDataset(DrivingDataset):
                     f"alone with --data.{flag} 1."
                 )
         names = [name.decode() for name in np.unique(files[~present]) if name]
-        if len(names) > NAMED:
+        if len(names) > MAX_LISTED:
             names = [f"{n} of {folder}" for folder, n in Counter(str(Path(name).parent) for name in names).items()]
         if self.data.cameras:
             without = (self.index.image_files[self.frames] == b"").any(axis=0)

@@ -18,7 +18,9 @@ def check_mesh(grid: Grid, cell: float):
     """Raises `UserError` where a mesh sampled every `cell` meters cannot be made."""
     most = min(h - l for l, h in zip(grid.low, grid.high, strict=True)) / 2
     if cell > most:
-        raise UserError(f"--mesh-cell {cell} is too coarse for a volume {2 * most} meters high; use at most {most}.")
+        raise UserError(
+            f"--mesh-cell {cell} is too coarse for a volume whose shortest side is {2 * most} m; use at most {most}."
+        )
     points = math.prod((h - l) / cell for l, h in zip(grid.low, grid.high, strict=True))
     check_memory(12 * points, f"a mesh with --mesh-cell {cell}")  # bytes: the distances, and marching cubes on them
     if importlib.util.find_spec("skimage") is None:

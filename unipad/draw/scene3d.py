@@ -20,7 +20,7 @@ from unipad.model.pretrain import Pretrain
 
 MAX_POINTS = 20_000  # per 3D view; of more points, every k-th is drawn
 POINT_SIZE, EDGE_SIZE = 0.12, 0.1  # meters
-JUMP = 1.2  # ratio of neighboring depths above which the surface is cut between them
+JUMP = 1.2  # largest ratio of depths of neighboring rays whose ends the surface connects
 # Colors of ground-truth boxes and of points, on TensorBoard's white background
 TRUTH, GRAY = (0.0, 0.0, 0.0), (0.35, 0.35, 0.35)
 CORNERS = np.eye(3) - 1 / 3  # of the triangle drawn for a point: tilted, so visible from above and from all sides
@@ -99,7 +99,7 @@ def surface(ends: np.ndarray, columns: int = PANORAMA[1]) -> Mesh:
     right = np.roll(left, -1, axis=1)
     quads = np.stack([left[:-1], left[1:], right[:-1], right[1:]], axis=-1).reshape(-1, 4)
     near, far = depth[quads].min(axis=1), depth[quads].max(axis=1)
-    quads = quads[far < JUMP * near]  # elsewhere one object hides another
+    quads = quads[far < JUMP * near]  # a larger ratio: one object hides another
     colors = matplotlib.colormaps["turbo_r"](depth / FAR)[:, :3]
     return Mesh.of(ends, colors, np.concatenate([quads[:, :3], quads[:, 1:]]))
 

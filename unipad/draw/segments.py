@@ -40,7 +40,7 @@ def segment_views(batch: Batch, predicted: torch.Tensor, width: int = 300) -> np
     if batch.point_labels is not None:
         truth = batch.point_labels[: batch.point_counts[0]][is_keyframe].cpu().numpy()
         rows = {"true": truth, "predicted": np.where(truth > 0, predicted, 0)}
-    height, across = camera_area(batch, width)  # of a row
+    height, across = camera_area(batch, width)  # pixels, of one of `rows`
     height = max(height, SIDE) if across else 2 * width
     figure = Figure(figsize=((height + across) / DPI, (len(rows) * height + 70) / DPI), dpi=DPI)
     figure.set_layout_engine("constrained", w_pad=0.01, h_pad=0.04, wspace=0, hspace=0)

@@ -26,8 +26,8 @@ OVERLAP = 0.1  # bird's-eye IoU above which the lower-scored of two boxes is dro
 def tta_views(
     scales: Sequence[float] = (1.0,), angles: Sequence[float] = (0.0,), flips: bool = True
 ) -> list[np.ndarray]:
-    """All combinations as transforms [4, 4]: scale factors, radians from x towards y, and with `flips` x, y
-    or both flipped."""
+    """All combinations as transforms [4, 4]: scale factors, radians from x towards y, and with `flips` also
+    x, y or both flipped."""
     flipped = list(itertools.product((False, True), repeat=2)) if flips else [(False, False)]
     return [make_transform(a, s, flip_x=x, flip_y=y) for a, s, (x, y) in itertools.product(angles, scales, flipped)]
 

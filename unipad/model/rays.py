@@ -93,7 +93,8 @@ def lidar_rays(batch: Batch, cfg: RayChoice, per_view: int, generators: Sequence
 
 
 def rays_from_lidar(targets: Tensor, sample: int) -> Rays:
-    """Rays from the LiDAR to `targets` [K, 3] meters, with color 0; unknown depth where the target is the origin."""
+    """Rays from the LiDAR to `targets` [K, 3] meters, with color 0; a target at the origin gives a ray
+    straight ahead with unknown depth."""
     distance = targets.norm(dim=1)  # [K]
     known = distance > 0
     ahead = torch.eye(3, device=targets.device)[1]

@@ -26,10 +26,10 @@ Triple = tuple[int, int, int]
 
 
 class Table(NamedTuple):
-    """Which rows a convolution of N to M voxels with K offsets gathers; -1 where there is no voxel."""
+    """Which rows a convolution from N to M voxels with K kernel offsets gathers; -1 where there is no voxel."""
 
-    neighbors: NeighborTable  # [K, M], the input that an output reads
-    inverse: NeighborTable | None  # [K, N], the output that reads an input; None: neighbors.idx.flip(0)
+    neighbors: NeighborTable  # [K, M], the input row that each output reads
+    inverse: NeighborTable | None  # [K, N], the output row that reads each input; None: neighbors.idx.flip(0)
 
     @staticmethod
     def of(neighbor_idx, inverse_idx):

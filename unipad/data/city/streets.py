@@ -53,7 +53,7 @@ class City:
             world = grid - BEND * np.sin(k * world[:, ::-1] + self.phase)
         return world
 
-    def spot(self, origin, direction, ahead, left):
+    def street_pose(self, origin, direction, ahead, left):
         """World x, y and heading of the point `ahead` meters along a street from `origin` (grid) and `left` meters to
         the left of its center line."""
         grid = np.asarray(origin) + ahead * AXES[direction] + left * AXES[(direction + 1) % 4]
@@ -101,14 +101,14 @@ class City:
             solids += self._furniture(rng, origin, side)
             if park:
                 for _ in range(5):
-                    spot = self.spot(origin, side, rng.uniform(16, PITCH - 16), ROAD + rng.uniform(6, 22))
+                    spot = self.street_pose(origin, side, rng.uniform(16, PITCH - 16), ROAD + rng.uniform(6, 22))
                     solids += tree(rng, spot)
                 continue
             along = ROAD + WALK + 4
-            while along < PITCH - 38:
+            while along < PITCH - 38:  # the rest, up to the corner, is left to the houses of the next side
                 width, deep = rng.uniform(9, 15), rng.uniform(9, 12)
                 front = ROAD + WALK + rng.uniform(3.5, 5)
-                spot = self.spot(origin, side, along + width / 2, front + deep / 2)
+                spot = self.street_pose(origin, side, along + width / 2, front + deep / 2)
                 wall = WALLS[brick if rng.random() < 0.5 else rng.integers(len(WALLS))]
                 solids += house(rng, spot, (width, deep), wall)
                 along += width + rng.uniform(1, 5)
@@ -119,17 +119,17 @@ class City:
         solids = []
         for along in np.arange(ROAD + 9, PITCH - ROAD - 9, 9.0):
             if rng.random() < 0.7:
-                solids += tree(rng, self.spot(origin, side, along + rng.uniform(-2, 2), ROAD + 2.9))
+                solids += tree(rng, self.street_pose(origin, side, along + rng.uniform(-2, 2), ROAD + 2.9))
             if rng.random() < 0.5:
-                x, y, yaw = self.spot(origin, side, along + rng.uniform(-4, 4), ROAD + WALK + 1.2)
+                x, y, yaw = self.street_pose(origin, side, along + rng.uniform(-4, 4), ROAD + WALK + 1.2)
                 size = (rng.uniform(1, 6), 0.9, rng.uniform(0.7, 1.3))
                 solids.append(solid((x, y, 0), yaw, size, "foliage", HEDGE, "static.vegetation"))
         for along in (ROAD + 12, PITCH - ROAD - 16):
-            x, y, yaw = self.spot(origin, side, along, ROAD + 0.6)
+            x, y, yaw = self.street_pose(origin, side, along, ROAD + 0.6)
             solids.append(solid((x, y, 0), yaw, (0.14, 0.14, 6.5), "plain", STEEL, "static.manmade"))
-            x, y, yaw = self.spot(origin, side, along, ROAD - 0.2)
+            x, y, yaw = self.street_pose(origin, side, along, ROAD - 0.2)
             solids.append(solid((x, y, 6.4), yaw, (0.3, 1.8, 0.15), "plain", STEEL, "static.manmade"))
-        x, y, yaw = self.spot(origin, side, ROAD + 2.2, ROAD + 2.2)
+        x, y, yaw = self.street_pose(origin, side, ROAD + 2.2, ROAD + 2.2)
         solids.append(solid((x, y, 0), yaw, (0.16, 0.16, 3.0), "plain", STEEL, "static.manmade"))
         solids.append(solid((x, y, 2.6), yaw, (0.35, 0.35, 0.95), "signal", (0.1, 0.1, 0.1), "static.manmade"))
         return solids

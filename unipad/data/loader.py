@@ -164,7 +164,7 @@ def load_items(items: Dataset, keys: Iterable, workers: int, pinned: bool = Fals
         print(f"{reason}: going on with --workers {workers}", file=sys.stderr)
 
 
-# What PyTorch says where it finds no shared memory, or too few files to share it by
+# Regex of PyTorch's messages where shared memory, or the number of files open at a time, is too small
 SHARED = "shared memory|ancdata|Too many open files"
 
 

@@ -50,8 +50,8 @@ def segment_views(batch: Batch, predicted: torch.Tensor, width: int = 300) -> np
         widths = [height, across] if across else [height]
         above, *others = line.subfigures(1, len(widths), width_ratios=widths, squeeze=False)[0]
         _from_above(above.subplots(), points, classes, name)
-        for part in others:
-            for axis, image, lidar2image in camera_axes(part, batch, fontsize=8):
+        for subfigure in others:
+            for axis, image, lidar2image in camera_axes(subfigure, batch, fontsize=8):
                 _in_camera(axis, image, lidar2image, points, classes)
     handles = [
         Line2D([], [], color=color, label=label, marker="o", linestyle="")

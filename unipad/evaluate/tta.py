@@ -66,8 +66,8 @@ def transformed_batch(batch: Batch, transform: np.ndarray) -> Batch:
 
 
 def merged(detections: Sequence[Detections]) -> Detections:
-    """All `detections` of one sample, in the same frame, as one: without boxes that overlap a better one of their
-    class, best score first, `MAX_BOXES` at most."""
+    """All `detections` of one sample, in the same frame, as one: without boxes that overlap a higher-scored
+    one of their class, best score first, `MAX_BOXES` at most."""
     together = Detections(
         *(torch.cat([getattr(one, name) for one in detections]) for name in ("boxes", "scores", "labels"))
     )

@@ -15,7 +15,7 @@ from unipad.data.city.solids import CATEGORY, SOLID, solid
 
 PITCH = 72.0  # meters from street to street
 STREETS = 7  # streets each way on the map; the city continues beyond, but no scene gets there
-ROAD = 7.0  # meters from the center line of a street to its curb: a lane of 4.2 and a parking lane
+ROAD = 7.0  # meters from the center line of a street to its curb: a lane of 4.2 m and a parking lane
 LANE = 1.9  # meters from the center line of the street to that of a lane
 CURB_RADIUS = 4.0
 WALK = 3.5  # meters of sidewalk

@@ -24,7 +24,7 @@ class Kind:
     category: str
     size: tuple[float, float, float]  # width, length, height
     colors: tuple
-    pieces: tuple  # (x range, y range, z range, material, color or None for the actor's own, taper, round)
+    pieces: tuple  # (x range, y range, z range, material, color or None for the actor's own, taper, is round)
     moving: str = ""  # nuScenes attribute when it moves
     still: str = ""  # and when it stands
 

@@ -1,9 +1,9 @@
 """Samples in the order of training: micro-batch i is a function of i and the seed alone.
 
 Position p of the stream is frame `permutation(seed, p // n)[p % n]` of a dataset with n frames. The i-th micro-batches
-of all processes together are the i-th micro_batch * world positions, contiguous for each process. So a stream started
-at a later micro-batch resumes exactly where another one stopped, two processes together load the same frames as one,
-and no frame is dropped at the end of an epoch.
+of all processes together cover the i-th run of micro_batch * world positions, split into one contiguous range per
+process. So a stream started at a later micro-batch resumes exactly where another one stopped, two processes together
+load the same frames as one, and no frame is dropped at the end of an epoch.
 """
 
 import collections

@@ -8,7 +8,7 @@ As in the original UniPAD:
     intensity  as in the file, 0-255
     boxes      those with at least one LiDAR or radar point; a velocity that the tables do not have is 0
 The rig is that of the tables: any number of cameras, of any name and size. Frames of which a file is missing are left
-out from the start; a damaged file is reported when it is read. Images may be smaller than the tables say: the
+out from the start; a damaged file is reported when it is read. Images may be scaled copies of the tables' size: the
 intrinsics, which are for the size in the tables, are scaled.
 Unlike in the original: the nearest sweeps are taken (in the original, 9 of the last 10 at random), and at the start of
 a scene a keyframe has no LiDAR sweeps (the original repeats the keyframe, as is done here for camera sweeps).
@@ -40,7 +40,7 @@ from unipad.data.tables import (
 )
 
 BRIGHTEST = 65535.0  # the largest valid intensity: some LiDARs have 16 bits, nuScenes' has 8
-MAX_ENLARGEMENT = 2  # largest ratio of an image's width to the width in the tables
+MAX_ENLARGEMENT = 2  # largest accepted ratio of an image's width to the width in the tables
 MAX_LISTED = 3  # files or rows that a message lists, at most
 
 

@@ -1,4 +1,5 @@
-"""Names and layouts of weights in other projects and in ours: one table for each project, read in both directions.
+"""Names and layouts of weights in other projects and in ours: one table for UniPAD, read in both directions, and one
+for ImageNet weights.
 
 UniPAD's own checkpoints, with sparse convolutions of spconv 1 or 2, and ImageNet's ConvNeXt of four libraries.
 """
@@ -8,7 +9,7 @@ from functools import cache
 
 import torch
 
-# (prefix of the original's keys, prefix of ours); * matches a number. The first match counts, in either direction.
+# (prefix of the original's keys, prefix of ours); * matches a number. In both directions, the first match counts.
 # A third entry names the layout of the weights where it differs, see `LAYOUTS`.
 DECODER = "pts_bbox_head.transformer.decoder.layers.*."
 PLAIN_REFERENCES = ("pts_bbox_head.transformer.reference_points.", "head.reference_points.")
@@ -144,7 +145,7 @@ def _sparse(weight, to_ours, spconv):
 
 
 def _slices(weight, to_ours, _):
-    """Convolutions of 1 x 3 x 3 or 1 x 1 x 1 are 2D ones here."""
+    """3D convolutions of 1 x 3 x 3 or 1 x 1 x 1 are 2D convolutions here."""
     if to_ours:
         return weight.squeeze(2) if weight.dim() == 5 else weight
     return weight.unsqueeze(2) if weight.dim() == 4 else weight

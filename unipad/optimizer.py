@@ -34,7 +34,7 @@ def set_rates(optimizer: torch.optim.AdamW, cfg: Optim, step: int, steps: int):
 
 
 def lr_at(cfg: Optim, step: int, steps: int) -> float:
-    """Learning rate as a fraction of the peak."""
+    """Learning rate of step `step` of `steps`, as a fraction of the peak."""
     if cfg.schedule == "one_cycle":
         return _one_cycle(cfg, step, steps, cfg.start, 1.0, cfg.final)
     warmed = step / cfg.warmup_steps if step < cfg.warmup_steps else 1.0
@@ -43,13 +43,14 @@ def lr_at(cfg: Optim, step: int, steps: int) -> float:
 
 
 def momentum_at(cfg: Optim, step: int, steps: int) -> float:
-    """AdamW's first beta."""
+    """AdamW's beta1 in step `step` of `steps`."""
     if cfg.schedule == "one_cycle":
         return _one_cycle(cfg, step, steps, cfg.momentum, cfg.min_momentum, cfg.momentum)
     return cfg.momentum
 
 
 def _one_cycle(cfg, step, steps, start, peak, end):
+    """From start to peak in the first `cfg.rise` of the steps, then to end."""
     rise = cfg.rise * steps
     if step < rise:
         return _cosine(start, peak, step / rise)

@@ -40,7 +40,8 @@ CAMERA_075 = CameraConfig(
 CAMERA_BEVDET = replace(CAMERA_075, channels=128, depth="simple")
 CAMERA_BEVDEPTH = replace(CAMERA_075, channels=128)
 
-# UVTR-CS: no config is released. The paper starts from 48.8 / 39.2, which is UVTR's L2CS3-R101: three frames.
+# UVTR-CS (cameras with sweeps): no config is released. The paper's baseline, NDS 48.8 and mAP 39.2, is UVTR's
+# L2CS3-R101, which has three frames.
 THREE_FRAMES = Data(sweeps=10, camera_sweeps=3)
 
 # For LiDAR fine-tuning and for pre-training for segmentation
@@ -60,7 +61,7 @@ TINY_CAMERA = CameraConfig(  # a quarter of ConvNeXt-tiny's width
 )
 TINY_LIDAR = LidarConfig(
     cell=(0.3125, 0.3125, 0.5),
-    mask_block=2,  # as many meters as the paper's 8 voxels
+    mask_block=2,  # 0.6 m, as the paper's 8 voxels
     widths=(16, 32, 32),
     blocks=1,
     sparse_channels=32,
@@ -78,7 +79,7 @@ TINY_UNET = UnetConfig(
     blocks=(1, 1, 1, 1, 1, 1),
     norm_momentum=0.1,
 )
-TINY_RAYS = RayChoice(per_view=64, lidar_per_view=40, sky=0.0)  # the other 24 also go where there is no LiDAR point
+TINY_RAYS = RayChoice(per_view=64, lidar_per_view=40, sky=0.0)  # the other 24 go through pixels of a grid
 TINY_RENDER = Render(samples=40, importance=16, variance=0.5)
 TINY_OPTIM = Optim(lr=2e-3, backbone_lr=1.0, warmup_steps=20, epochs=6.5, batch_size=1)
 
@@ -156,8 +157,8 @@ PRETRAIN = {
             render=TINY_RENDER,
             optim=replace(TINY_OPTIM, epochs=5.0),
         ),
-        # Trains both encoders of the final recipes jointly, which the original never did: the cameras' optimizer and
-        # the LiDAR's augmentation.
+        # Trains both encoders of the final recipes jointly, which the original never did: with the optimizer of the
+        # camera recipe and the augmentation of the LiDAR recipe.
         "fusion-0.075": PretrainRecipe(
             grid=GRID_075,
             data=Data(sweeps=10),
@@ -201,7 +202,8 @@ CAMERA_01_ABLATION = DetectRecipe(
     augment=CAMERA_AUGMENT, camera=_unmasked(CameraConfig()), detect=PLAIN_HEAD, label_fraction=0.5
 )
 
-# modality -> name -> recipe. The released configs state samples per GPU, not GPUs: batch sizes are for four.
+# modality -> name -> recipe. The released configs state samples per GPU, but not how many GPUs: batch sizes
+# here are for four.
 DETECT = {
     "camera": {
         "tiny": DetectRecipe(
@@ -319,5 +321,5 @@ SEGMENT = {
     },
 }
 
-# Defaults with --data-root; the synthetic city's is "tiny". By modality, for segmentation by task.
+# Default presets with --data-root, by modality (for segmentation: "segment"); on the synthetic city it is "tiny".
 DEFAULT_PRESET = {"camera": "camera-0.1", "lidar": "lidar-0.075", "fusion": "fusion-0.075", "segment": "segment"}

@@ -1,15 +1,15 @@
 """Cut-and-paste: points and pixels of objects from other training frames, pasted into a sample.
 
 As in the original's UnifiedDataBaseSampler and UnifiedObjectSample:
-    which     sampled at random, until the sample has `Paste.counts` of each class, its own objects included
-    where     at the LiDAR coordinates of the frame that they were cut from; an object whose box overlaps another in
+    objects   sampled at random, up to `Paste.counts` of each class, the sample's own objects included
+    position  the LiDAR coordinates in the frame that they were cut from; an object whose box overlaps another in
               bird's-eye view is left out
     points    of all sweeps; the sample's points inside a pasted box are removed
     pixels    the rectangle around a box, far ones first; rectangles around the sample's own boxes are pasted again in
               the same order, so that near objects cover far ones; in images of camera sweeps, around the box moved by
               its velocity to the time of the image
 Unlike in the original: pixels come from the camera that they are pasted into, where the original has one picture of an
-object for all cameras; of overlapping objects the one sampled first stays, not the last.
+object for all cameras; of overlapping objects the one sampled first is pasted, in the original the last one.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ from unipad.kernels.rotated_iou import rotated_iou_bev
 class Objects:
     """K objects to paste and their R pictures. Boxes are in memory; points and pictures are read from `file`."""
 
-    counts: tuple[int, ...]  # objects of each class that a sample is filled up to
+    counts: tuple[int, ...]  # per class: objects are pasted until a sample has this many
     file: Path  # points [n, 5] float32, x, y, z meters from the box's center; pictures as JPEG
     boxes: np.ndarray  # [K, 9] float32 as in `Batch`
     labels: np.ndarray  # [K] int64
@@ -50,15 +50,15 @@ class Objects:
         if not len(chosen):
             return sample
         boxes, labels = self.boxes[chosen], self.labels[chosen]
-        free = ~points_in_boxes(sample.points, boxes).any(axis=0)
+        kept = ~points_in_boxes(sample.points, boxes).any(axis=0)  # of the sample's points
         clouds = [self._points(k) for k in chosen]
         point_labels = sample.point_labels
         if point_labels is not None:
-            point_labels = np.concatenate([point_labels[free], np.zeros(sum(map(len, clouds)), np.uint8)])
+            point_labels = np.concatenate([point_labels[kept], np.zeros(sum(map(len, clouds)), np.uint8)])
         return replace(
             sample,
             images=[self._painted(sample, view, chosen) for view in range(len(sample.images))],
-            points=np.concatenate([sample.points[free], *clouds]),
+            points=np.concatenate([sample.points[kept], *clouds]),
             point_labels=point_labels,
             boxes=np.concatenate([sample.boxes, boxes]),
             labels=np.concatenate([sample.labels, labels]),
@@ -117,10 +117,10 @@ class Objects:
 def load_objects(dataset: DrivingDataset, paste: Paste, workers: int = 0) -> Objects:
     """The objects in the frames of a dataset, cut out once and cached next to the data.
 
-    dataset: not `balanced`, or objects would be cut out of a frame as often as it is sampled.
+    dataset: must not be `balanced`: objects would be cut out of a frame as often as it occurs.
     workers: processes that read frames; 0 reads in this one.
 
-    They are cut out again when the dataset, the part of it that is read (sweeps, cameras, image size, frames) or
+    Objects are cut out again when the dataset, the part of it that is read (sweeps, cameras, image size, frames) or
     `paste.min_points` changes. Frames that cannot be read are reported on stderr and left out.
     Raises `DataError` where there is no object, or no room for the files.
     """
@@ -185,7 +185,7 @@ def _cut_out(dataset, paste, paths, workers):
 
 
 def _write(dataset, paste, path, workers):
-    """Write both files, renaming each when complete, the large one first: once the small one exists, both do."""
+    """Write both files, renaming each when complete, the large one first: the small one never exists alone."""
     frames = load_items(_Frames(dataset, paste.min_points), range(len(dataset)), workers)
     title = f"cutting objects out of {dataset.version} {dataset.split}"
     boxes, labels, points, pictures = [], [], [], []
@@ -221,7 +221,7 @@ def _write(dataset, paste, path, workers):
 
 
 class _Frames(Dataset):
-    """Item i: the `Cut`s of frame i, and `path: reason` if it could not be read, both as lists."""
+    """Item i: (list of the `Cut`s of frame i, list of `path: reason`, empty if the frame could be read)."""
 
     def __init__(self, dataset, min_points):
         self.dataset, self.min_points = dataset, min_points
@@ -269,7 +269,7 @@ def cut_out(sample: Sample, min_points: int) -> list[Cut]:
 
 
 def _at_image_time(sample, view, boxes):
-    """[M, 9] boxes of the keyframe, moved by their velocities to the time when the image of `view` was taken."""
+    """[M, 9] boxes of the keyframe, moved by their velocities to where they were when the image of `view` was taken."""
     if sample.frame_lags is None:
         return boxes
     boxes = boxes.copy()

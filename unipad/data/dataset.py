@@ -1,4 +1,4 @@
-"""The interface of a dataset: what it returns, what the scripts need from it, and samples -> batch.
+"""The interface of a dataset: its samples, what the scripts call, and `collate`: samples -> batch.
 
 A new dataset is one file with one subclass of `DrivingDataset`, which the scripts take as
 `--dataset package.module:Class`. Frames and units are those of `unipad.batch`. To resume, repeat or evaluate a run of
@@ -51,8 +51,8 @@ class Sample:
                   towards y; an unknown velocity is 0. M = 0 without boxes.
     labels:       [M] int64 class 0-9 in the order of `tables.CLASSES`.
     token:        name of the frame, unique in the split.
-    frame_lags:   [S] float32 age of each frame of images, 0 first; None: S = 1.
-    cameras:      names of the keyframe's cameras; () where they have none.
+    frame_lags:   [S] float32 age of each frame of images, 0 for the keyframe, first; None: S = 1.
+    cameras:      names of the keyframe's cameras; () if they have no names.
     """
 
     images: list[np.ndarray]
@@ -83,7 +83,7 @@ class DrivingDataset(torch.utils.data.Dataset):
     The dataset is copied to worker processes, so it must be picklable, and should be small.
     """
 
-    default_version = ""  # without --version
+    default_version = ""  # the version without --version
     # What finetune.py can train and eval.py can score: "detect", "segment". Pre-training needs neither. Metrics are the
     # nuScenes devkit's, so a dataset that names a task also needs the tables and the `index` of `NuScenesDataset`.
     tasks: tuple[str, ...] = ()
@@ -104,7 +104,7 @@ class DrivingDataset(torch.utils.data.Dataset):
         root, version:  --data-root, --version.
         split:          one of the values of `splits(root, version)`.
         data:           what `load` must read: images or none, their size, how many LiDAR and camera sweeps. A dataset
-                        that cannot raises `DataError`.
+                        that does not have them raises `DataError`.
         label_fraction: 1/k keeps every k-th frame.
         point_range:    (low, high), each (x, y, z) meters: points outside are left out, and in `read` with `rng` also
                         boxes whose center is outside in x or y, since no head learns them. None keeps all.
@@ -223,25 +223,25 @@ def dataset_class(name: str) -> type[DrivingDataset]:
     """The class that `--dataset package.module:Class` names. Raises `UserError`."""
     module_name, _, class_name = name.partition(":")
     try:
-        kind = getattr(importlib.import_module(module_name), class_name)
+        cls = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, ValueError, AttributeError) as error:
         raise UserError(
             f"--dataset {name} cannot be imported ({error}); give package.module:Class, its folder in PYTHONPATH."
         ) from error
-    if not (isinstance(kind, type) and issubclass(kind, DrivingDataset)):
+    if not (isinstance(cls, type) and issubclass(cls, DrivingDataset)):
         raise UserError(f"--dataset {name} is not a subclass of unipad.data.dataset.DrivingDataset.")
-    return kind
+    return cls
 
 
 def check_recorded(name: str, run: Path):
-    """Raises `UserError` for a class outside `unipad.data` that only the run names: else whoever made the run could
-    choose which code is imported here."""
+    """Raises `UserError` if `name`, the dataset class recorded in `run`, is outside `unipad.data`: else whoever made
+    the run could choose which code is imported here."""
     if not str(name).startswith("unipad.data."):
         raise UserError(f"{run} used --dataset {name}, which is code: repeat this flag if you want it to be imported.")
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Samples to a `Batch` on the CPU."""
+    """Samples to a `Batch` on the CPU; images are padded at the right and bottom to a common multiple of 32 pixels."""
     views = len(samples[0].images)
     sizes = [image.shape[:2] for s in samples for image in s.images]
     sizes = torch.tensor(sizes, dtype=torch.int64).view(len(samples), views, 2)

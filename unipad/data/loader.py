@@ -1,9 +1,9 @@
 """Samples in the order of training: micro-batch i is a function of i and the seed alone.
 
 Position p of the stream is frame `permutation(seed, p // n)[p % n]` of a dataset with n frames. The i-th micro-batches
-of all processes are the next micro_batch * world positions, contiguous for each process. So a stream started at a later
-micro-batch resumes exactly where another one stopped, two processes together load the same frames as one, and no frame
-is dropped at the end of an epoch.
+of all processes together cover the i-th run of micro_batch * world positions, split into one contiguous range per
+process. So a stream started at a later micro-batch resumes exactly where another one stopped, two processes together
+load the same frames as one, and no frame is dropped at the end of an epoch.
 """
 
 import collections
@@ -43,7 +43,7 @@ def step_batches(
     micro_batch: samples in a micro-batch of one of the `world` processes; this one is `rank`.
     workers:     processes that load; 0 loads in this one.
     pinned:      put batches in pinned memory, so that copies to a GPU are asynchronous.
-    paste_until: position of the stream from which on nothing is pasted into samples.
+    paste_until: objects are pasted only into samples at positions of the stream below this.
     bad_frames:  `path: reason` of each frame that could not be read. Another one, drawn at random, takes its place; a
         bad frame is reported each time it would be read.
 
@@ -100,7 +100,7 @@ def _check_batch_size(dataset, size, workers):
 
 
 class ReadableFrames(Dataset):
-    """Item `frames` is the batch of those that can be read, None without any, and `path: reason` of each other one."""
+    """Item `frames`: (`Batch` of the frames that can be read, or None; list of `path: reason` of the others)."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -118,8 +118,8 @@ class ReadableFrames(Dataset):
 def load_items(items: Dataset, keys: Iterable, workers: int, pinned: bool = False) -> Iterator:
     """Yield items[key] for each of `keys`, loaded by `workers` processes.
 
-    If one of them dies, loading continues from the next item with half as many, at last with none, in this process: the
-    system kills processes to free memory, and each needs shared memory for its batches.
+    If a worker dies (the system kills processes to free memory) or finds no shared memory for its batches, loading
+    continues from the next item with half as many workers; with 0, in this process.
     """
     keys = iter(keys)
     due = collections.deque()  # keys whose items have not been yielded
@@ -139,7 +139,7 @@ def load_items(items: Dataset, keys: Iterable, workers: int, pinned: bool = Fals
                 num_workers=workers,
                 worker_init_fn=init_worker,
                 pin_memory=pinned,
-                generator=torch.Generator(),  # or the loader would draw from the global one
+                generator=torch.Generator(),  # else the loader would use the global one
             )
         )
         if workers and hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
@@ -159,17 +159,17 @@ def load_items(items: Dataset, keys: Iterable, workers: int, pinned: bool = Fals
             reason = f"{workers} data loading processes need more shared memory (/dev/shm; docker run --shm-size)"
             if not re.search(SHARED, str(error)):
                 reason = f"one of {workers} data loading processes died, as when memory is short"
-        del loaded  # ends the others
+        del loaded  # ends the other workers
         workers //= 2
         print(f"{reason}: going on with --workers {workers}", file=sys.stderr)
 
 
-# What PyTorch says where it finds no shared memory, or too few files to share it by
+# Regex of PyTorch's messages where shared memory, or the number of files open at a time, is too small
 SHARED = "shared memory|ancdata|Too many open files"
 
 
 def _shared(batch):
-    """The batch, in a worker in shared memory. PyTorch puts it there in a thread, whose exceptions nobody would get."""
+    """The batch; in a worker, moved to shared memory. PyTorch would do so in a thread, whose exceptions are lost."""
     if torch.utils.data.get_worker_info() is not None and batch is not None:
         for tensor in vars(batch).values():
             if torch.is_tensor(tensor):
@@ -213,7 +213,7 @@ class MicroBatches(Dataset):
         return [(p, int(order[p // n][p % n])) for p in positions]
 
 
-TRIES = 256  # frames in a row: even if nine of ten cannot be read, this many in a row are one case in 10^12
+TRIES = 256  # frames in a row: if nine of ten cannot be read, so many bad ones in a row have probability 2e-12
 
 
 def _first_readable(dataset, frames, bad_frames, rng=None, paste=False):
@@ -242,15 +242,15 @@ def init_worker(_):
     torch.set_num_threads(1)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # on Linux, where one can see who sent it
+    if hasattr(signal, "sigwaitinfo"):  # on Linux, where a process can see who sent the signal
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_exit_on_sigterm_from, args=(os.getppid(),), daemon=True).start()
     else:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _end_with(parent):
-    """End this process on a SIGTERM from its parent; others send it to all processes of the job, and are ignored."""
+def _exit_on_sigterm_from(parent):
+    """End this process on a SIGTERM from its parent; ignore those from others, who signal all processes of the job."""
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
         pass
     os._exit(0)

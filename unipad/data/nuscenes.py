@@ -4,11 +4,11 @@ As in the original UniPAD:
     cameras    lidar2camera goes through the global frame, with the ego pose at each sensor's own timestamp; also for
                camera sweeps: from the keyframe's LiDAR frame to the camera when it took the image
     sweeps     transformed into the keyframe's LiDAR frame; time lag is keyframe time minus sweep time, 0 for the
-               keyframe; points with |x| < 1 and |y| < 1 (ego vehicle) are removed from sweeps, not from the keyframe
+               keyframe; points with |x| and |y| < 1 m (ego vehicle) are removed from sweeps, not from the keyframe
     intensity  as in the file, 0-255
     boxes      those with at least one LiDAR or radar point; a velocity that the tables do not have is 0
 The rig is that of the tables: any number of cameras, of any name and size. Frames of which a file is missing are left
-out from the start; damage to a file is found when it is read. Images may be smaller than the tables say: the
+out from the start; a damaged file is reported when it is read. Images may be scaled copies of the tables' size: the
 intrinsics, which are for the size in the tables, are scaled.
 Unlike in the original: the nearest sweeps are taken (in the original, 9 of the last 10 at random), and at the start of
 a scene a keyframe has no LiDAR sweeps (the original repeats the keyframe, as is done here for camera sweeps).
@@ -40,8 +40,8 @@ from unipad.data.tables import (
 )
 
 BRIGHTEST = 65535.0  # the largest valid intensity: some LiDARs have 16 bits, nuScenes' has 8
-LARGER = 2  # largest ratio of an image's width to the width in the tables
-NAMED = 3  # files or rows that a message lists, at most
+MAX_ENLARGEMENT = 2  # largest accepted ratio of an image's width to the width in the tables
+MAX_LISTED = 3  # files or rows that a message lists, at most
 
 
 class NuScenesDataset(DrivingDataset):
@@ -69,14 +69,14 @@ class NuScenesDataset(DrivingDataset):
             self.camera_sweeps = load_camera_sweeps(root, version, split)
         settings = (label_fraction, point_range, augment)
         super().__init__(len(self.index.tokens), root, version, split, data, *settings)
-        self.frames = self._whole()
+        self.frames = self._complete_frames()
         if len(rows := self.index.left_out):
-            named = "; ".join(row.decode() for row in rows[:NAMED]) + ("; ..." if len(rows) > NAMED else "")
+            named = "; ".join(row.decode() for row in rows[:MAX_LISTED]) + ("; ..." if len(rows) > MAX_LISTED else "")
             _report(f"{root / version} {split}: {len(rows)} boxes of sample_annotation.json are left out: {named}")
 
     @classmethod
     def splits(cls, root, version):
-        """nuScenes' by the version's last word, such as mini_train and mini_val of v1.0-mini; those of splits.json."""
+        """nuScenes' splits of the version, such as mini_train and mini_val of v1.0-mini; or those of splits.json."""
         return splits_of(find_root(root, version), version)
 
     @classmethod
@@ -157,7 +157,7 @@ class NuScenesDataset(DrivingDataset):
         return np.concatenate([[0], lags[: self.data.camera_sweeps - 1]]).astype(np.float32)
 
     def _read_points(self, key):
-        """List of [P, 5]: the LiDAR frame in row `key`, then the sweeps before it, as far as the scene goes back."""
+        """List of [P, 5]: the points of the LiDAR frame in row `key`, then of the sweeps before it in its scene."""
         index = self.index
         points = _load_points(self._path(index.lidar_files[key]))
         points[:, 4] = 0
@@ -190,7 +190,7 @@ class NuScenesDataset(DrivingDataset):
         data = _load_bytes(path)
         h, w = _size_of_image(path, data)
         # The aspect ratio may differ by a pixel of rounding. A damaged header must not make OpenCV allocate all memory.
-        if w > LARGER * width or abs(w * height - h * width) > max(height, width):
+        if w > MAX_ENLARGEMENT * width or abs(w * height - h * width) > max(height, width):
             raise BadFrame(path, f"is {h} x {w}, neither the {height} x {width} of the tables nor a scaled copy")
         image = _decoded(path, data)
         H, W = self.data.image_size or (h, w)
@@ -201,9 +201,9 @@ class NuScenesDataset(DrivingDataset):
     def _path(self, name):
         return self.root / name.decode()
 
-    def _whole(self):
-        """Those of `frames` of which no file is missing; reports the others. Raises `DataError` if none is left, or if
-        all sweeps are missing."""
+    def _complete_frames(self):
+        """Those of `frames` whose files all exist; reports the others. Raises `DataError` if none is left, or if all
+        sweeps are missing."""
         kinds = self._files()
         files = np.concatenate(list(kinds.values()), axis=1)
         present = on_disk(self.root, files)
@@ -219,7 +219,7 @@ class NuScenesDataset(DrivingDataset):
                     f"alone with --data.{flag} 1."
                 )
         names = [name.decode() for name in np.unique(files[~present]) if name]
-        if len(names) > NAMED:
+        if len(names) > MAX_LISTED:
             names = [f"{n} of {folder}" for folder, n in Counter(str(Path(name).parent) for name in names).items()]
         if self.data.cameras:
             without = (self.index.image_files[self.frames] == b"").any(axis=0)
@@ -231,8 +231,8 @@ class NuScenesDataset(DrivingDataset):
         return self.frames[whole]
 
     def _files(self):
-        """{kind: [F, number]} the files that `load` reads for each of `frames`. The keyframe's LiDAR file stands in for
-        sweeps and labels that the tables do not have, an empty name for such images."""
+        """{kind: [F, number]} the files that `load` reads for each of `frames`. Where the tables have no such sweep or
+        labels, the keyframe's LiDAR file, needed anyway, is listed instead; where they have no image, an empty name."""
         index, frames, data = self.index, self.frames, self.data
         key = index.frame_lidar[frames]
         chain = [key]

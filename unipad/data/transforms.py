@@ -2,8 +2,8 @@
 
 Order and parameters are those of the original's UnifiedRotScaleTransFlip, PhotoMetricDistortionMultiViewImage and
 GridMask, with two differences: images stay uint8, so colors are clipped to 0-255 (the original's floats may go beyond);
-the grid is drawn per sample (in the original, once for all samples of a GPU). An augmentation that is off draws no
-random number.
+the grid of GridMask is random per sample (in the original, the same for all samples of a GPU). An augmentation that is
+off draws no random number.
 """
 
 from collections.abc import Sequence
@@ -92,7 +92,7 @@ def _distort(image, rng):
     if contrast_first:
         pixels *= contrast
     if saturation != 1 or hue != 0:
-        hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV)  # of floats: degrees, a fraction, the unit of the pixels
+        hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV)  # H in degrees, S in [0, 1], V in 0-255
         hsv[..., 0] = (hsv[..., 0] + hue) % 360
         hsv[..., 1] *= saturation
         pixels = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
@@ -109,7 +109,7 @@ def _coin(rng):
 
 def _behind_grid(images, rng):
     """The images, [h, w, 3] uint8 each, behind the same grid."""
-    height = min(_padded(image.shape[0]) for image in images)  # a longer period would hide all of a smaller image
+    height = min(_padded(image.shape[0]) for image in images)  # a longer period could hide all of the smallest image
     period = rng.integers(2, height)
     top, left = rng.integers(period, size=2)
     return [np.where(_grid_of(image, period, top, left)[..., None], image, HIDDEN) for image in images]

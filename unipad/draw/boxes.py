@@ -36,21 +36,21 @@ def detection_views(batch: Batch, detections: Detections, min_score: float = 0.3
     shown = detections.scores >= min_score
     boxes, labels = detections.boxes[shown].float().cpu(), detections.labels[shown].cpu()
     height, across = camera_area(batch, width)
-    height = max(height, SIDE) if across else 640
+    height = max(height, SIDE) if across else 640  # pixels
     figure = Figure(figsize=((height + across) / DPI, height / DPI), dpi=DPI, layout="constrained")
     figure.set_facecolor("0.1")
     widths = [height, across] if across else [height]
     above, *others = figure.subfigures(1, len(widths), width_ratios=widths, squeeze=False)[0]
     points = batch.points[: batch.point_counts[0]]
     _from_above(above, points[points[:, 4] == 0, :3].cpu().numpy(), truth, boxes, labels)
-    for part in others:
-        for axis, image, lidar2image in camera_axes(part, batch):
+    for subfigure in others:
+        for axis, image, lidar2image in camera_axes(subfigure, batch):
             _in_camera(axis, image, lidar2image, truth, boxes, labels)
     return picture_of(figure)
 
 
 def camera_rows(batch: Batch) -> list[Sequence[int]]:
-    """The views of a keyframe in the rows in which they are drawn: at most two, the first one is at least as long."""
+    """The views of a keyframe in the rows in which they are drawn: at most two, the second no longer than the first."""
     if batch.cameras == CAMERAS:
         return list(ROWS)
     views = range(batch.images.shape[1])
@@ -59,7 +59,8 @@ def camera_rows(batch: Batch) -> list[Sequence[int]]:
 
 
 def camera_area(batch: Batch, width: int) -> tuple[float, int]:
-    """Height and width in pixels of the pictures of a keyframe's cameras, each of them `width` wide; 0, 0 without."""
+    """Height and width in pixels of the pictures of a keyframe's cameras, each of them `width` wide; (0, 0) without
+    cameras."""
     rows = camera_rows(batch)
     if not rows:
         return 0, 0
@@ -67,13 +68,13 @@ def camera_area(batch: Batch, width: int) -> tuple[float, int]:
     return len(rows) * (width * tallest + TITLE), len(rows[0]) * width
 
 
-def camera_axes(part, batch: Batch, fontsize: float = 12):
+def camera_axes(subfigure, batch: Batch, fontsize: float = 12):
     """Yield (axis, image [h, w, 3], lidar2image [4, 4]) for each camera of the first sample of a keyframe.
 
-    part: the subfigure to divide. fontsize: of the cameras' names, in points.
+    subfigure: to divide. fontsize: of the cameras' names, in points.
     """
     rows = camera_rows(batch)
-    for axes, row in zip(part.subplots(len(rows), len(rows[0]), squeeze=False), rows, strict=True):
+    for axes, row in zip(subfigure.subplots(len(rows), len(rows[0]), squeeze=False), rows, strict=True):
         for axis in axes[len(row) :]:
             axis.set_axis_off()
         for axis, view in zip(axes, row, strict=False):
@@ -83,8 +84,9 @@ def camera_axes(part, batch: Batch, fontsize: float = 12):
             yield axis, image, batch.lidar2image[0, view].cpu().numpy()
 
 
-def _from_above(part, points, truth, boxes, labels):
-    axis = part.subplots()
+def _from_above(subfigure, points, truth, boxes, labels):
+    """Boxes over the keyframe's `points` [K, 3] in bird's-eye view; a line from the center shows a box's front."""
+    axis = subfigure.subplots()
     axis.set(xlim=(-REACH, REACH), ylim=(-REACH, REACH), xticks=[], yticks=[], aspect="equal", facecolor="black")
     axis.scatter(points[:, 0], points[:, 1], s=0.8, c=points[:, 2], cmap="gray", vmin=-5, vmax=3, linewidths=0)
     axis.plot(0, 0, "w+")

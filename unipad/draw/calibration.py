@@ -1,4 +1,4 @@
-"""Is the calibration of a dataset right? LiDAR points and annotated boxes over its images, without a model.
+"""Check the calibration of a dataset: LiDAR points and annotated boxes over its images, without a model.
 
     python -m unipad.draw.calibration --data-root /data/nuscenes --version v1.0-trainval --frames 3 --out calibration
 
@@ -28,7 +28,7 @@ from unipad.exit import exit_on_user_error
 
 TITLE = 24  # pixels above an image
 REACH = 52.0  # meters from the LiDAR to the sides of the bird's-eye view
-SIGHT = 15.0  # meters: length of the lines that bound a camera's field of view
+VIEW_LINE = 15.0  # meters: length of the lines that bound a camera's field of view
 DEPTHS = matplotlib.colormaps["turbo_r"]
 
 
@@ -82,14 +82,14 @@ def calibration_view(sample: Sample, width: int = 640) -> np.ndarray:
 
 def report(sample: Sample) -> str:
     """What a sample's calibration says, as a table: position, viewing direction and field of view of each camera,
-    and the number of LiDAR points in it."""
+    the number of LiDAR points in its image, and how many boxes have LiDAR points inside."""
     points = sample.points[sample.points[:, 4] == 0, :3].astype(np.float64)
     lines = [f"{'camera':<18}{'pixels':>12}{'x, y, z meters':>24}{'looks':>8}{'sees':>8}{'points':>9}"]
     for name, image, matrix, pose in zip(
         _names(sample), sample.images, sample.lidar2image, sample.lidar2camera, strict=True
     ):
         h, w = image.shape[:2]
-        center, (left, right) = _sight(matrix, pose, h, w)
+        center, (left, right) = _field_of_view(matrix, pose, h, w)
         azimuths = np.degrees(np.arctan2(*np.stack([left, right, pose[2, :3]])[:, :2].T))  # clockwise from ahead
         azimuths = np.round(azimuths) + 0.0  # no -0
         visible = len(_visible(points, matrix, h, w)[0])
@@ -105,7 +105,7 @@ def _names(sample):
 
 
 def _visible(points, lidar2image, height, width):
-    """Pixels [K, 2] and depths [K] of those points that the camera sees."""
+    """Pixels [K, 2] and depths [K] of those points that lie in the image."""
     projected = points @ lidar2image[:3, :3].T + lidar2image[:3, 3]
     projected = projected[projected[:, 2] > 0]
     pixels = projected[:, :2] / projected[:, 2:]
@@ -113,7 +113,7 @@ def _visible(points, lidar2image, height, width):
     return pixels[inside], projected[inside, 2]
 
 
-def _sight(lidar2image, lidar2camera, height, width):
+def _field_of_view(lidar2image, lidar2camera, height, width):
     """Center [3] of a camera, and the unit directions [2, 3] through the middle of its left and right edge."""
     borders = np.array([[0, height / 2, 1], [width, height / 2, 1]])
     directions = borders @ np.linalg.inv(lidar2image[:3, :3].astype(np.float64)).T
@@ -130,21 +130,21 @@ def _from_above(axis, sample, points, corners, colors):
     for name, image, matrix, pose in zip(
         _names(sample), sample.images, sample.lidar2image, sample.lidar2camera, strict=True
     ):
-        center, directions = _sight(matrix, pose, *image.shape[:2])
-        left, right = center + SIGHT * directions
+        center, directions = _field_of_view(matrix, pose, *image.shape[:2])
+        left, right = center + VIEW_LINE * directions
         axis.plot(*np.stack([left, center, right])[:, :2].T, color="white", linewidth=0.8)
-        ahead = center + 1.4 * SIGHT * pose[2, :3]
+        ahead = center + 1.4 * VIEW_LINE * pose[2, :3]
         axis.text(*ahead[:2], name, color="white", fontsize=8, ha="center", va="center", clip_on=True)
     axis.set_title("from above: x to the right, y (ahead) up", color="white")
 
 
 def main(args: Args):
     check_ranges(args, ("frames", "width"))
-    kind = dataset_class(args.dataset)
-    version, data = args.version or kind.default_version, Data()
-    root = (args.data_root or kind.default_root(data)).expanduser()
-    split = kind.splits(root, version).get(args.split, args.split)
-    dataset = kind(root, version, split, data)
+    dataset_type = dataset_class(args.dataset)
+    version, data = args.version or dataset_type.default_version, Data()
+    root = (args.data_root or dataset_type.default_root(data)).expanduser()
+    split = dataset_type.splits(root, version).get(args.split, args.split)
+    dataset = dataset_type(root, version, split, data)
     args.out.mkdir(parents=True, exist_ok=True)
     count = min(args.frames, len(dataset))
     drawn = 0
@@ -155,7 +155,7 @@ def main(args: Args):
             print(f"skipped {bad}")
             continue
         if not sample.images:
-            raise UserError(f"{root} has no images: there is no camera to calibrate.")
+            raise UserError(f"{root} has no images: there is no camera to check.")
         file = args.out / f"frame_{row:05d}.png"
         Image.fromarray(calibration_view(sample, args.width)).save(file)
         print(f"{file}, {sample.token}\n{report(sample)}")

@@ -18,9 +18,11 @@ def check_mesh(grid: Grid, cell: float):
     """Raises `UserError` where a mesh sampled every `cell` meters cannot be made."""
     most = min(h - l for l, h in zip(grid.low, grid.high, strict=True)) / 2
     if cell > most:
-        raise UserError(f"--mesh-cell {cell} is too coarse for a volume {2 * most} meters high; use at most {most}.")
+        raise UserError(
+            f"--mesh-cell {cell} is too coarse for a volume whose shortest side is {2 * most} m; use at most {most}."
+        )
     points = math.prod((h - l) / cell for l, h in zip(grid.low, grid.high, strict=True))
-    check_memory(12 * points, f"a mesh with --mesh-cell {cell}")  # the distances, and marching cubes on them
+    check_memory(12 * points, f"a mesh with --mesh-cell {cell}")  # bytes: the distances, and marching cubes on them
     if importlib.util.find_spec("skimage") is None:
         raise UserError("--mesh needs scikit-image: pip install -e '.[mesh]'.")
 
@@ -37,7 +39,7 @@ def distances(model: Pretrain, volume: torch.Tensor, cell: float) -> torch.Tenso
         x, y, z = (torch.arange(l, h, cell, device=volume.device) for l, h in zip(grid.low, grid.high, strict=True))
         parts = []
         for x_part in x.split(max(1, CHUNK // (len(y) * len(z)))):
-            points = torch.cartesian_prod(x_part, y, z).to(volume.dtype) * renderer.scale  # [.. * Y * Z, 3]
+            points = torch.cartesian_prod(x_part, y, z).to(volume.dtype) * renderer.scale  # [len(x_part) * Y * Z, 3]
             first = torch.zeros(len(points), dtype=torch.int32, device=volume.device)
             parts.append(renderer.field.sdf(volume, points[:, None], first)[:, 0].float() / renderer.scale)
     return torch.cat(parts).view(len(x), len(y), len(z))

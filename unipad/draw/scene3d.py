@@ -18,9 +18,9 @@ from unipad.draw.views import FAR, PANORAMA, panorama_rays
 from unipad.model.detect import Detections
 from unipad.model.pretrain import Pretrain
 
-MAX_POINTS = 20_000  # of a 3D view; of more, every k-th is drawn; 48 bytes each
+MAX_POINTS = 20_000  # per 3D view; of more points, every k-th is drawn
 POINT_SIZE, EDGE_SIZE = 0.12, 0.1  # meters
-JUMP = 1.2  # ratio of neighboring depths above which the surface is cut between them
+JUMP = 1.2  # largest ratio of depths of neighboring rays whose ends the surface connects
 # Colors of ground-truth boxes and of points, on TensorBoard's white background
 TRUTH, GRAY = (0.0, 0.0, 0.0), (0.35, 0.35, 0.35)
 CORNERS = np.eye(3) - 1 / 3  # of the triangle drawn for a point: tilted, so visible from above and from all sides
@@ -88,7 +88,7 @@ def boxes(boxes: torch.Tensor, colors) -> Mesh:
     ends = box_corners(boxes.float().cpu().numpy())[:, edges]  # [M, 12, 2, 3]
     vertices = ends[:, :, :, None] + EDGE_SIZE * CORNERS  # [M, 12, 2, 3, 3]: a triangle at each end
     per_box = np.broadcast_to(np.reshape(colors, (-1, 3)), (len(boxes), 3))
-    first = 6 * np.arange(12 * len(boxes))[:, None, None]  # vertex of each bar
+    first = 6 * np.arange(12 * len(boxes))[:, None, None]  # first vertex of each bar
     return Mesh.of(vertices.reshape(-1, 3), per_box.repeat(72, axis=0), (first + BAR).reshape(-1, 3))
 
 
@@ -99,7 +99,7 @@ def surface(ends: np.ndarray, columns: int = PANORAMA[1]) -> Mesh:
     right = np.roll(left, -1, axis=1)
     quads = np.stack([left[:-1], left[1:], right[:-1], right[1:]], axis=-1).reshape(-1, 4)
     near, far = depth[quads].min(axis=1), depth[quads].max(axis=1)
-    quads = quads[far < JUMP * near]  # elsewhere one object hides another
+    quads = quads[far < JUMP * near]  # a larger ratio: one object hides another
     colors = matplotlib.colormaps["turbo_r"](depth / FAR)[:, :3]
     return Mesh.of(ends, colors, np.concatenate([quads[:, :3], quads[:, 1:]]))
 

@@ -40,7 +40,7 @@ def segment_views(batch: Batch, predicted: torch.Tensor, width: int = 300) -> np
     if batch.point_labels is not None:
         truth = batch.point_labels[: batch.point_counts[0]][is_keyframe].cpu().numpy()
         rows = {"true": truth, "predicted": np.where(truth > 0, predicted, 0)}
-    height, across = camera_area(batch, width)  # of a row
+    height, across = camera_area(batch, width)  # pixels, of one of `rows`
     height = max(height, SIDE) if across else 2 * width
     figure = Figure(figsize=((height + across) / DPI, (len(rows) * height + 70) / DPI), dpi=DPI)
     figure.set_layout_engine("constrained", w_pad=0.01, h_pad=0.04, wspace=0, hspace=0)
@@ -50,8 +50,8 @@ def segment_views(batch: Batch, predicted: torch.Tensor, width: int = 300) -> np
         widths = [height, across] if across else [height]
         above, *others = line.subfigures(1, len(widths), width_ratios=widths, squeeze=False)[0]
         _from_above(above.subplots(), points, classes, name)
-        for part in others:
-            for axis, image, lidar2image in camera_axes(part, batch, fontsize=8):
+        for subfigure in others:
+            for axis, image, lidar2image in camera_axes(subfigure, batch, fontsize=8):
                 _in_camera(axis, image, lidar2image, points, classes)
     handles = [
         Line2D([], [], color=color, label=label, marker="o", linestyle="")

@@ -32,8 +32,8 @@ DPI = 80
 def rendered_views(
     model: Pretrain, batch: Batch, generators: list | None, stride: int = 2, normals: bool = False, width: int = 240
 ) -> np.ndarray:
-    """The batch's first sample in rows: images, masked images, LiDAR depth, masked voxels, renderings. One column per
-    camera; without cameras, one panorama from the LiDAR.
+    """The batch's first sample in rows: images, masked images, rendered color, LiDAR depth, masked voxels, rendered
+    depth and, on request, normals. One column per camera; without cameras, one panorama from the LiDAR.
 
     generators: one per sample, for the masks; None: no masking.
     stride:     pixels between rendered rays of a camera.
@@ -54,7 +54,7 @@ def rendered_views(
     rows = {}
 
     def add(name, pictures, step=1):
-        """pictures: [N, h, w] or [N, h, w, 3], `step` pixels of the image in one; their padding is cut off."""
+        """pictures: [N, h, w] or [N, h, w, 3], one pixel for `step` of the image; their padding is cut off."""
         pictures = pictures.float().cpu().numpy()
         rows[name] = [p[: -(-h // step), : -(-w // step)] for p, (h, w) in zip(pictures, sizes, strict=True)]
 
@@ -157,7 +157,7 @@ def _sheet(rows, titles, width):
     width = width if views > 1 else 6 * width
     heights = [round(width * shape[0] / shape[1]) for shape in shapes]
     height = max(heights)
-    left, top, right, gap = 44, 24, 76, 6  # pixels: for the names, the titles and the color bar; between pictures
+    left, top, right, gap = 44, 24, 76, 6  # pixels for row names, titles, color bar; between pictures
     W, H = left + views * (width + gap) + right, top + len(rows) * (height + gap)
     xs = [left + i * (width + gap) for i in range(views)]
     ys = [top + i * (height + gap) for i in range(len(rows))]

@@ -23,7 +23,7 @@ def evaluate_detections(
     """Detect in every frame of a split and score with the devkit.
 
     model, dataset, world, detect, size, workers: as for `detect_all`.
-    folder: for `results_nusc.json` and `metrics_summary.json` (the devkit's, see `submission.table`).
+    folder: for `results_nusc.json` and `metrics_summary.json`, the devkit's summary.
 
     Returns NDS, mAP, mATE (meters), mASE, mAOE (radians), mAVE (m/s), mAAE; the same in every process. A frame that
     cannot be read counts as one without detections.

@@ -31,7 +31,8 @@ def predict_all(
     predict: from a batch on the device to one prediction per sample, on the host.
     size:    samples per batch. workers: data loading processes per process. desc: label of the progress bar.
 
-    A frame that cannot be read is reported on stderr and missing from the result. Raises `UserError` if none can.
+    A frame that cannot be read is reported on stderr and missing from the result. Raises `UserError` if none can be
+    read.
     """
     was_training = model.training
     model.eval()

@@ -31,7 +31,7 @@ def evaluate_rendering(
     """
     was_training = model.training
     model.eval()
-    sums = torch.zeros(6, dtype=torch.float64, device=device)
+    sums = torch.zeros(6, dtype=torch.float64, device=device)  # squared color error, pixels, `depth_sums`
     for position, batch in batches:
         batch = batch.to(device)
         rngs = generators(seed, 0, range(position, position + len(batch)), device)
@@ -46,13 +46,13 @@ def evaluate_rendering(
         _, depth = model.render(volume, rays)
         sums[2:] += depth_sums(depth, rays.depth)
     model.train(was_training)
-    squared, pixels, abs_rel, squared_m, close, depths = all_reduce_sum(sums).tolist()
+    squared, pixels, abs_rel, squared_depth, close, depths = all_reduce_sum(sums).tolist()
     if not depths:
         raise UserError("none of these frames has a LiDAR point in view: use more frames.")
     psnr = {"psnr": -10 * torch.tensor(squared / pixels).log10().item()} if pixels else {}
     return psnr | {
         "depth_abs_rel": abs_rel / depths,
-        "depth_rmse": (squared_m / depths) ** 0.5,
+        "depth_rmse": (squared_depth / depths) ** 0.5,
         "depth_delta1": close / depths,
     }
 

@@ -3,7 +3,7 @@
     <folder>/lidarseg/<split>/<LIDAR_TOP sample_data token>_lidarseg.bin    uint8 per point, 1 to 16, in file order
     <folder>/<split>/submission.json                                        the sensors that were used
 
-The devkit's evaluation requires every scene that a split has in the real set, and stops at an invalid file without
+The devkit's evaluation requires every scene of the official split, and stops at an invalid file without
 naming it. Here it scores the frames that exist, after every file has been validated.
 """
 

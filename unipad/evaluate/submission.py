@@ -19,7 +19,7 @@ from unipad.errors import UserError
 from unipad.model.detect import Detections
 
 MAX_BOXES = 500  # boxes per sample; nuScenes' rule
-MOVING = 0.2  # m/s above which an object counts as moving; as in the original
+MOVING = 0.2  # m/s; faster objects count as moving, as in the original
 
 VEHICLE = ("vehicle.parked", "vehicle.moving")
 CYCLE = ("cycle.without_rider", "cycle.with_rider")

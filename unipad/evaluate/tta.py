@@ -26,8 +26,8 @@ OVERLAP = 0.1  # bird's-eye IoU above which the lower-scored of two boxes is dro
 def tta_views(
     scales: Sequence[float] = (1.0,), angles: Sequence[float] = (0.0,), flips: bool = True
 ) -> list[np.ndarray]:
-    """All combinations as transforms [4, 4]: scale factors, radians from x towards y, and with `flips` x, y
-    or both flipped."""
+    """All combinations as transforms [4, 4]: scale factors, radians from x towards y, and with `flips` also
+    x, y or both flipped."""
     flipped = list(itertools.product((False, True), repeat=2)) if flips else [(False, False)]
     return [make_transform(a, s, flip_x=x, flip_y=y) for a, s, (x, y) in itertools.product(angles, scales, flipped)]
 
@@ -66,8 +66,8 @@ def transformed_batch(batch: Batch, transform: np.ndarray) -> Batch:
 
 
 def merged(detections: Sequence[Detections]) -> Detections:
-    """All `detections` of one sample, in the same frame, as one: without boxes that overlap a better one of their
-    class, best score first, `MAX_BOXES` at most."""
+    """All `detections` of one sample, in the same frame, as one: without boxes that overlap a higher-scored
+    one of their class, best score first, `MAX_BOXES` at most."""
     together = Detections(
         *(torch.cat([getattr(one, name) for one in detections]) for name in ("boxes", "scores", "labels"))
     )

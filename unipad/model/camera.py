@@ -85,7 +85,7 @@ class CameraEncoder(nn.Module):
 
 
 class ConvNeXt(nn.Module):
-    """ConvNeXt (arXiv 2201.03545) in which masked patches of the image contribute nothing, see the header.
+    """ConvNeXt (arXiv 2201.03545) in which masked patches of the image contribute nothing, see the module's docstring.
 
     depths, widths: blocks and channels of each stage; stage i has stride 4 * 2^i.
     drop_path: rate at the last block, rising linearly from 0 at the first.
@@ -137,7 +137,8 @@ class ConvNeXt(nn.Module):
 
         images: [M, 3, H, W]; mask: [M, 1, h, w] bool, True = visible, or None.
         drop_noise: [M, blocks] uniform in [0, 1), used in training only; None: no path is dropped.
-        image_sizes: [M, 2] height, width before padding, whose cells pass no gradient back; None: no padding.
+        image_sizes: [M, 2] height, width before padding; cells wholly in the padding pass no gradient back; None: no
+            padding.
         """
         x, outs, inside = images, [], None
         block_noise = iter(drop_noise.unbind(1) if self.training and drop_noise is not None else ())
@@ -237,6 +238,8 @@ def _cut(x, inside):
 
 
 class CutGradient(torch.autograd.Function):
+    """The identity; the gradient is 0 where `inside` is False."""
+
     @staticmethod
     def forward(ctx, x, inside):
         ctx.save_for_backward(inside)

@@ -17,7 +17,10 @@ from unipad.model.dropout import Dropout
 
 
 class DecoderLayer(nn.Module):
-    """channels: of queries and volume; heads: of the self-attention; hidden: width of the MLP."""
+    """Self-attention, volume attention and MLP.
+
+    channels: of queries and volume; heads: of the self-attention; hidden: width of the MLP.
+    """
 
     def __init__(self, channels: int, heads: int, hidden: int):
         super().__init__()

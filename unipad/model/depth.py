@@ -13,7 +13,7 @@ from unipad.model.rays import project_points
 
 DILATIONS = (1, 6, 12, 18)  # of ASPP's 3x3 convolutions, in cells; the first is 1x1
 DROPOUT = 0.5  # of ASPP's output
-NEAR_RADIUS = 3.0  # meters in the ground plane; nearer points lie on the ego vehicle
+NEAR_RADIUS = 3.0  # meters from the LiDAR's vertical axis; nearer points lie on the ego vehicle
 
 
 def depth_head(cfg: CameraConfig) -> nn.Module:
@@ -26,7 +26,7 @@ def depth_head(cfg: CameraConfig) -> nn.Module:
 
 
 class SimpleDepth(nn.Conv2d):
-    """A 1x1 convolution."""
+    """Depth head of one 1x1 convolution."""
 
     def forward(self, x: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
         return super().forward(x)
@@ -86,7 +86,7 @@ class ASPP(nn.Module):
             nn.init.kaiming_normal_(conv.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[M, C, h, w] -> [M, C, h, w], at least 0."""
+        """[M, C, h, w] -> [M, C, h, w], after a ReLU."""
         scales = [getattr(self, f"aspp{i}")(x) for i in range(1, len(DILATIONS) + 1)]
         mean = self.global_avg_pool(x).expand_as(scales[0])
         # concatenated in channels-last order: the expanded mean would make torch.cat choose the other layout

@@ -86,7 +86,7 @@ class Detector(nn.Module):
 
 
 class Head(nn.Module):
-    """One `config.Detect` on volumes of `channels` over one `config.Grid`.
+    """The detection head of one `config.Detect`, for volumes of `channels` over one `config.Grid`.
 
     Computes in the parameters' dtype, even under autocast: bf16 resolves positions to decimeters only.
     """
@@ -128,7 +128,7 @@ class Head(nn.Module):
             noisy:      ground truth with noise as additional queries, to train a denoising head; or None.
             generators: one per sample, for dropout in training; None: no dropout.
 
-        Returns the predictions of the queries and of the noisy ones, or None. Differentiable once.
+        Returns (predictions of the queries, predictions of the noisy queries or None). Differentiable once.
         """
         with torch.autocast(volume.device.type, enabled=False):
             volume = volume.permute(0, 2, 3, 4, 1).contiguous()  # [B, Z, Y, X, C]
@@ -179,7 +179,7 @@ class Head(nn.Module):
         return {name: per_layer.sum() for name, per_layer in losses.items()}
 
     def _queries(self, B, noisy):
-        """Initial features [B, Q, C], positions [B, Q, C] and reference logits [B, Q, 3]; of noisy queries first."""
+        """Initial features [B, Q, C], positions [B, Q, C] and reference logits [B, Q, 3]; noisy queries come first."""
         if not self.cfg.denoising:
             position, x = self.query_embedding.weight.expand(B, -1, -1).chunk(2, dim=-1)
             return x, position, self.reference_points(position)
@@ -191,7 +191,8 @@ class Head(nn.Module):
         return torch.zeros_like(position), position, reference
 
     def _anchor(self, reference):
-        """Logits that predicted offsets are added to; in the plain head clamped, as in mmdet's `inverse_sigmoid`."""
+        """Reference logits, to which predicted offsets are added; clamped in the plain head, as by mmdet's
+        `inverse_sigmoid`."""
         if self.cfg.denoising:
             return reference
         limit = math.log((1 - EPS) / EPS)
@@ -202,7 +203,7 @@ def detections(cfg: Detect, predictions: Predictions) -> list[Detections]:
     """The boxes that the last layer predicts, per sample. Not differentiable; waits for the device.
 
     Of all (query, class) pairs, the `max_detections` with the highest class score; of these, those inside `center_low`
-    to `center_high`, with at least `min_score`, and not suppressed by a better one of their class if `nms` has a
+    to `center_high`, with at least `min_score`, and not suppressed by a higher-scored one of their class if `nms` has a
     threshold for it.
     """
     prob = predictions.logits[-1].detach().sigmoid().flatten(1)  # [B, Q * K]
@@ -223,7 +224,10 @@ def detections(cfg: Detect, predictions: Predictions) -> list[Detections]:
 
 
 def suppress(detections: Detections, nms: Iterable[tuple[int, float]]) -> Detections:
-    """`detections` without boxes that overlap a better one of their class; nms: pairs (class, largest IoU allowed)."""
+    """Rotated NMS: `detections` without boxes that overlap a higher-scored one of their class.
+
+    nms: pairs (class, largest IoU allowed).
+    """
     keep = torch.ones_like(detections.scores, dtype=torch.bool)
     for label, threshold in nms:
         rows = (detections.labels == label).nonzero()[:, 0]

@@ -98,6 +98,7 @@ class Encoder(nn.Module):
         return Encoded(volume, masks, depths)
 
     def _encode_images(self, batch, generators, masked, masks):
+        """The images' volume and depths, as in `Encoded`; puts the mask into `masks`."""
         cfg, mask = self.recipe.camera, None
         B, N, _, H, W = batch.images.shape
         frames = self.recipe.data.camera_sweeps

@@ -80,7 +80,7 @@ class Field(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The parameters of one MLP: lin0.., fc_c.0.., fc_p."""
+    """The parameters of one MLP, under the original's names: lin0, lin1, ..; fc_c.0, fc_c.1, ..; fc_p."""
 
     def __init__(self, inputs: int, outputs: int, hidden: int, layers: int):
         super().__init__()

@@ -82,7 +82,7 @@ class LidarEncoder(nn.Module):
         cfg = self.cfg
         max_voxels = cfg.max_voxels[0 if self.training else 1]
         features, coords = voxelize(points, point_counts, self.low, cfg.cell, self.cells, cfg.max_points, max_voxels)
-        # One more slice in z, always empty, as in SECOND (40 -> 41): strides make 8 L + 1 slices 4 L + 1, 2 L + 1, L.
+        # One more slice in z, always empty, as in SECOND (40 -> 41): 8 L + 1 slices become 4 L + 1, 2 L + 1, L.
         shape = (self.cells[0] + 1, *self.cells[1:])
         # Sorted, so that voxels near each other in the grid, which are read together, are near each other in memory.
         _, order = sort_voxels(coords, shape, check=False)
@@ -120,7 +120,7 @@ class SparseEncoder(nn.Module):
         for i, width in enumerate(widths):
             stage = nn.Sequential(*[SparseBlock(width) for _ in range(blocks)])
             if i < len(widths) - 1:
-                # the last one drops the outermost levels: 2 L + 1 become L
+                # the last strided convolution is not padded in z: 2 L + 1 slices become L
                 padding = (0, 1, 1) if i == len(widths) - 2 else 1
                 stage.append(ConvNormReLU(SparseConv3d(width, widths[i + 1], 3, 2, padding, bias=False)))
             self.encoder_layers.add_module(f"encoder_layer{i + 1}", stage)

@@ -46,7 +46,7 @@ class BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps, synced):
-        dims, shape = _rows(x), _along_channels(x)
+        dims, shape = _reduced_dims(x), _along_channels(x)
         sums = _over_processes(torch.cat([x.sum(dims), x.new_full((1,), x[:, 0].numel())]), synced)  # [C + 1]
         count = sums[-1]
         mean = sums[:-1] / count.clamp(min=1)
@@ -64,17 +64,17 @@ class BatchNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_out, *_):
         centered, weight, inv_std, count = ctx.saved_tensors
-        dims, shape = _rows(centered), _along_channels(centered)
-        # of this process's rows, as DistributedDataParallel expects
+        dims, shape = _reduced_dims(centered), _along_channels(centered)
+        # sums over this process's rows, as DistributedDataParallel expects
         d_bias, d_weight = d_out.sum(dims), (d_out * centered).sum(dims) * inv_std
-        # of all rows, since every process's loss depends on the statistics
+        # means over the rows of all processes, since every process's loss depends on the statistics
         means = _over_processes(torch.stack([d_bias, d_weight * inv_std]), ctx.synced) / count.clamp(min=1)
         mean, slope = means.view(2, *shape)
         d_x = torch.addcmul(d_out - mean, centered, slope, value=-1).mul_((weight * inv_std).view(shape))
         return d_x, d_weight, d_bias, None, None
 
 
-def _rows(x):
+def _reduced_dims(x):
     """The dimensions of x that are not the channels'."""
     return [d for d in range(x.dim()) if d != 1]
 

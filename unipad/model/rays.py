@@ -39,7 +39,7 @@ def choose_rays(batch: Batch, cfg: RayChoice, generators: Sequence[torch.Generat
     depth:    at most `lidar_per_view` LiDAR points, without replacement; the rest are pixels of a grid.
     random:   pixels, uniformly with replacement.
     dilation: every `cfg.dilation`-th pixel of each row and column, in random order.
-    With the last two, a pixel has the depth of the nearest LiDAR point that falls into it, if any.
+    With random and dilation, a pixel has the depth of the nearest LiDAR point that falls into it, if any.
 
     batch:      its `point_counts` are read on the host.
     generators: one per sample, on the batch's device. A sample's rays depend only on its own generator.
@@ -93,7 +93,8 @@ def lidar_rays(batch: Batch, cfg: RayChoice, per_view: int, generators: Sequence
 
 
 def rays_from_lidar(targets: Tensor, sample: int) -> Rays:
-    """Rays from the LiDAR to `targets` [K, 3] meters, with color 0; unknown depth where the target is the origin."""
+    """Rays from the LiDAR to `targets` [K, 3] meters, with color 0; a target at the origin gives a ray
+    straight ahead with unknown depth."""
     distance = targets.norm(dim=1)  # [K]
     known = distance > 0
     ahead = torch.eye(3, device=targets.device)[1]
@@ -113,7 +114,7 @@ def pixel_rays(batch: Batch, sample: int, stride: int) -> Rays:
 
 
 def grid_of_views(batch: Batch, sample: int, stride: int) -> tuple[Tensor, Tensor, tuple[int, int, int]]:
-    """Every `stride`-th pixel of one sample's views, for `cast_rays`; all have the grid of the largest image.
+    """Every `stride`-th pixel of one sample's views, for `cast_rays`; all views have the grid of the largest image.
 
     Returns ([N, h * w, 3] u, v, 0; row after row, [N, h * w] bool, False in the padding, (N, h, w)).
     """
@@ -142,7 +143,7 @@ def project_points(points: Tensor, lidar2image: Tensor, image_sizes: Tensor) -> 
 
 
 def pixel_grid(image_sizes: Tensor, H: int, W: int, interval: int, sky: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Pixels `interval` apart, in the rows of each image below int(sky * height).
+    """Pixels `interval` apart, in the rows v >= int(sky * height) of each image.
 
     image_sizes: [N, 2] height, width before padding; at most H and W.
 

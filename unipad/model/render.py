@@ -44,9 +44,9 @@ class Rendered:
     starts: Tensor  # [R, S] scaled meters along the ray
     sdf: Tensor  # [R, S] scaled meters
     gradient: Tensor  # [R, S, 3] d sdf / d point, of length 1 for a true distance
-    points_sdf: Tensor | None  # [P] scaled meters, at the points given to `forward`
+    points_sdf: Tensor | None  # [P] scaled meters, at the points given to `forward`; None if no loss needs it
     of_sample: Tensor  # [B, R] 1 where a ray hits and belongs to the batch sample, else 0
-    points_of_sample: Tensor | None  # [B, P] the same for points
+    points_of_sample: Tensor | None  # [B, P] the same for the points given to `forward`
 
 
 class Renderer(nn.Module):

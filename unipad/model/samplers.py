@@ -2,8 +2,8 @@
 intervals.
 
 Each first searches for the surface with `sdf_at` (starts [R, n] -> signed distance [R, n]) and then places the samples
-that are rendered. Lengths are scaled meters. `jitter` is a list of [R] uniforms or Nones, one per placement, in order.
-Nothing here is differentiable.
+that are rendered. Lengths are scaled meters. `jitter` is a list of [R] uniforms or Nones, one per set of samples, in
+the order in which they are placed. Nothing here is differentiable.
 """
 
 import math

@@ -26,10 +26,10 @@ Triple = tuple[int, int, int]
 
 
 class Table(NamedTuple):
-    """Which rows a convolution of N to M voxels with K offsets gathers; -1 where there is no voxel."""
+    """Which rows a convolution from N to M voxels with K kernel offsets gathers; -1 where there is no voxel."""
 
-    neighbors: NeighborTable  # [K, M], the input that an output reads
-    inverse: NeighborTable | None  # [K, N], the output that reads an input; None: neighbors.idx.flip(0)
+    neighbors: NeighborTable  # [K, M], the input row that each output reads
+    inverse: NeighborTable | None  # [K, N], the output row that reads each input; None: neighbors.idx.flip(0)
 
     @staticmethod
     def of(neighbor_idx, inverse_idx):
@@ -87,9 +87,9 @@ class VoxelSet:
     def strided(self, kernel: Triple, stride: Triple, padding: Triple, dilation: Triple) -> "VoxelSet":
         """The output voxels of a strided convolution: all whose window contains at least one of these voxels."""
         geometry = (kernel, stride, padding, dilation)
-        reached = self._cache.find(geometry, self.coords.device)
-        reached = None if reached is None else reached()
-        return self._make_strided(geometry) if reached is None else reached
+        outputs = self._cache.find(geometry, self.coords.device)
+        outputs = None if outputs is None else outputs()
+        return self._make_strided(geometry) if outputs is None else outputs
 
     # Compiled code takes existing tables as inputs. It cannot build them, since their sizes depend on the data.
     @torch.compiler.disable
@@ -107,10 +107,10 @@ class VoxelSet:
         coords, neighbor_idx = sparse_map.strided_map(
             self.coords, self.shape, *geometry, self.batch_size, *self._sorted_keys()
         )
-        reached = VoxelSet(coords, shape, self.batch_size, in_order=True, check=False)
-        reached.source = (self, geometry[0], Table.of(neighbor_idx, sparse_map.inverse_map(neighbor_idx, len(self))))
-        self._cache.put(geometry, self.coords.device, weakref.ref(reached))
-        return reached
+        outputs = VoxelSet(coords, shape, self.batch_size, in_order=True, check=False)
+        outputs.source = (self, geometry[0], Table.of(neighbor_idx, sparse_map.inverse_map(neighbor_idx, len(self))))
+        self._cache.put(geometry, self.coords.device, weakref.ref(outputs))
+        return outputs
 
     def _sorted_keys(self):
         """(ascending keys, index of the voxel of each key); the second is None if the voxels are already in order."""
@@ -140,7 +140,10 @@ class SparseTensor:
 
 
 class _SparseConvolution(nn.Module):
-    """weight: (Cout, kz, ky, kx, Cin), as in spconv 2; initialized as in `nn.Conv3d`."""
+    """A sparse convolution; subclasses choose its output voxels.
+
+    weight: (Cout, kz, ky, kx, Cin), as in spconv 2; initialized as in `nn.Conv3d`.
+    """
 
     allow_tf32 = False  # multiply fp32 features in tf32
 
@@ -166,7 +169,7 @@ class _SparseConvolution(nn.Module):
         return SparseTensor(self.convolve(x.features, table), voxels)
 
     def convolve(self, features: Tensor, table: Table | None) -> Tensor:
-        """[N, Cin] -> [M, Cout]."""
+        """The features of the output voxels: [N, Cin] -> [M, Cout]."""
         if table is None:
             return F.linear(features, self.weight.flatten(1), self.bias)
         out = sparse_conv(features, self.weight, *table, allow_tf32=self.allow_tf32)
@@ -202,8 +205,8 @@ class SparseConv3d(_SparseConvolution):
     def output_voxels_and_table(self, voxels):
         if (self.kernel, self.stride, self.padding) == ((1, 1, 1), (1, 1, 1), (0, 0, 0)):
             return voxels, None
-        reached = voxels.strided(self.kernel, self.stride, self.padding, self.dilation)
-        return reached, reached.source[2]
+        outputs = voxels.strided(self.kernel, self.stride, self.padding, self.dilation)
+        return outputs, outputs.source[2]
 
 
 class SparseInverseConv3d(_SparseConvolution):
@@ -280,6 +283,8 @@ def in_fp32(stem: nn.Module, x: SparseTensor) -> SparseTensor:
 
 
 class ConvNormReLU(nn.Sequential):
+    """relu(norm(conv(x))) of a SparseTensor."""
+
     def __init__(self, conv: _SparseConvolution):
         super().__init__(conv, SparseBatchNorm(conv.weight.shape[0], **NORM))
 

@@ -20,8 +20,8 @@ from unipad.config import Detect, Grid
 from unipad.kernels.backend import host_wait
 from unipad.kernels.rotated_iou import paired_iou_3d
 
-COMPARED = 8  # entries of a code that the assignment compares: all but the velocity
-IMPOSSIBLE = 1e8  # replaces a cost that is not finite
+COMPARED = 8  # number of entries of a code that the assignment compares: all but the velocity
+IMPOSSIBLE = 1e8  # the cost, or its magnitude, that replaces one that is not finite
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def detection_losses(
     losses |= _box_losses(cfg, predictions, (layer, sample, query), boxes[box], assigned)
     if noisy is not None:
         sample, slot = noisy.sample.repeat(len(noisy.slot)), noisy.slot.flatten()  # [G * M]
-        # expected number of foreground queries: a ball of radius `noise_split` in a cube of edge 2
+        # expected number of foreground queries: `shift` lies in a ball of radius `noise_split`, of a cube of edge 2
         foreground = max(noisy.slot.numel() * math.pi / 6 * cfg.noise_split**3, 1.0)
         logits, target_class = noisy_predictions.logits[:, sample, slot], noisy.labels.flatten().expand(len(layer), -1)
         terms = {"class": cfg.class_weight * _focal(cfg, logits, target_class).sum(dim=1) / foreground}

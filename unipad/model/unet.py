@@ -41,7 +41,9 @@ class UnetEncoder(nn.Module):
         self.cfg, self.grid = cfg, grid
         self.encoder = Unet(point_channels, cfg.stem, cfg.widths, cfg.blocks)
         extents = list(zip(grid.low, grid.high, strict=True))[::-1]  # z, y, x
-        self.first = [round(low / cfg.cell) for low, _ in extents]  # the grid's first voxel
+        self.first = [
+            round(low / cfg.cell) for low, _ in extents
+        ]  # index of the grid's first voxel, counted from the LiDAR
         self.cells = [round((high - low) / cfg.cell) for low, high in extents]
         self.mask_shape = tuple(-(-size // cfg.mask_block) for size in self.cells)  # blocks (z, y, x)
 
@@ -111,7 +113,7 @@ class Unet(nn.Module):
     """SparseTensor -> SparseTensor with the same voxels. The sides of their grid are multiples of 2^(stages down).
 
     stem:   channels of the first convolution.
-    widths: channels per stage, down and up again; blocks: residual blocks per stage.
+    widths: channels per stage, those on the way down first; blocks: residual blocks per stage.
     """
 
     def __init__(self, in_channels: int, stem: int, widths: Sequence[int], blocks: Sequence[int]):

@@ -110,7 +110,9 @@ def volume_convs(channels: int, count: int, **settings) -> nn.Sequential:
 
 
 class ConvNormReLU3d(nn.Sequential):
-    """[B, in_channels, Z, Y, X] -> [B, out_channels, Z, Y, X], at least 0; channels_last_3d stays channels_last_3d.
+    """3 x 3 x 3 convolution, batch norm, ReLU: [B, in_channels, Z, Y, X] -> [B, out_channels, Z, Y, X].
+
+    The output of a channels_last_3d input is channels_last_3d.
 
     norm: eps and momentum of the batch norm, if not PyTorch's.
     """

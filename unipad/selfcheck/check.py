@@ -14,7 +14,7 @@ TYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "b
 # By type, as a fraction of the largest true value. tf32 has the mantissa of fp16, and Hopper truncates operands instead
 # of rounding them, which accumulates over the layers of a field instead of averaging out.
 SLACK = {"fp32": 1e-5, "tf32": 1e-2, "fp16": 1e-3, "bf16": 1e-2}
-TIMED_RUNS = 3  # the fastest is reported
+TIMED_RUNS = 3  # the time of the fastest is reported
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Case:
     ref: Callable
     wrt: tuple = ()  # names of the inputs whose gradients are compared
     slack: float | None = None  # allowed error besides that of `ref` in the same type; None: SLACK of the type
-    double: bool = True  # False: a reference in fp32, since rounding decides e.g. which cell a point lies in
+    double: bool = True  # run `ref` in fp64; False: in fp32, since rounding decides e.g. which cell a point lies in
     strict: bool = False  # run under strict determinism, twice: both runs must be bitwise equal
 
     def __str__(self):
@@ -60,11 +60,11 @@ def run(case):
         torch.manual_seed(0)
         inputs = case.inputs(default_device(), TYPES[case.dtype])
         truth = _run(case.ref, inputs, case, torch.float64 if case.double else None)
-        plain = _run(case.ref, inputs, case)
+        same_type = _run(case.ref, inputs, case)
         with _strict_determinism(case.strict):
             ours = _run(case.op, inputs, case)
             again = _run(case.op, inputs, case) if case.strict else ours
-        error, bound, message = _compare(ours, plain, truth, case)
+        error, bound, message = _compare(ours, same_type, truth, case)
         differ = [name for name in ours if not torch.equal(ours[name], again[name])]
         if not message and differ:
             message = f"{differ[0]} differs from run to run"
@@ -124,11 +124,12 @@ def _forward_backward(fn, inputs, named, upstream):
 
 
 def _upstream(outs, case):
+    """A fixed random gradient for each output."""
     gen = torch.Generator(outs[0].device).manual_seed(1)
     return [torch.randn(o.shape, generator=gen, dtype=TYPES[case.dtype], device=o.device).to(o) for o in outs]
 
 
-def _compare(ours, plain, truth, case):
+def _compare(ours, same_type, truth, case):
     """Error and bound of the worst output or gradient, and a message: "" if all are within their bounds."""
     slack = SLACK[case.dtype] if case.slack is None else case.slack
     worst, error, bound, message = -1.0, 0.0, slack, ""
@@ -145,7 +146,7 @@ def _compare(ours, plain, truth, case):
             return math.nan, slack, f"{name}: the reference is not finite"
         if not value.isfinite().all():
             return math.nan, slack, f"{name}: {(~value.isfinite()).sum().item()} of {true.numel()} are not finite"
-        own_error, own_bound = _error(value, true), 2 * _error(plain[name], true) + slack
+        own_error, own_bound = _error(value, true), 2 * _error(same_type[name], true) + slack
         if own_error / own_bound > worst:
             worst, error, bound = own_error / own_bound, own_error, own_bound
             message = "" if error <= bound else f"{name}: error {error:.1e} exceeds {bound:.1e}"
@@ -153,6 +154,7 @@ def _compare(ours, plain, truth, case):
 
 
 def _error(value, true):
+    """Largest absolute difference, as a fraction of the largest true value."""
     if not true.numel():
         return 0.0
     scale = true.double().abs().max().item()

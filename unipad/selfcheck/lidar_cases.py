@@ -25,13 +25,14 @@ from unipad.selfcheck.check import Case
 
 LIDAR = PRETRAIN["lidar"]["lidar-0.075"]
 THREE, TWO, ONE = (3, 3, 3), (2, 2, 2), (1, 1, 1)
-DOWN = [(THREE, TWO, padding, ONE) for padding in (ONE, ONE, (0, 1, 1))]  # convolutions between encoder stages
+# (kernel, stride, padding, dilation) of the convolutions between encoder stages
+DOWN = [(THREE, TWO, padding, ONE) for padding in (ONE, ONE, (0, 1, 1))]
 UP = (TWO, TWO, (0, 0, 0), ONE)
 WIDTHS = 16, 32, 64, 128  # channels per stage
 
 
 def _grid(recipe):
-    """low, cell, (Z, Y, X)"""
+    """(low, cell, (Z, Y, X)): lower corner and voxel size in meters (x, y, z), number of voxels."""
     if not recipe:
         return (-2.5, -1.5, -1.5), (0.5, 0.3, 0.7), (4, 10, 10)
     cell = LIDAR.lidar.cell
@@ -133,7 +134,7 @@ def voxel_cases(size, recipe):
 def sparse_cases(size, recipe):
     def inputs(kind, number, kernel, c_in, c_out):
         def make(device, dtype):
-            coords, shape = _stage(number if recipe else 0, recipe, device)  # the small scene has no later stages
+            coords, shape = _stage(number if recipe else 0, recipe, device)  # the small scene has only stage 0
             if kind == "submanifold":
                 table = submanifold_map_ref(coords, *sort_voxels_ref(coords, shape), shape, kernel, ONE)
                 tables = table, None

@@ -19,7 +19,7 @@ class Camera:
     """A camera of nuScenes, with rounded calibration."""
 
     position: tuple[float, float, float]  # ego frame
-    yaw: float  # degrees to the left
+    yaw: float  # degrees to the left of straight ahead
     pitch: float  # degrees up
     focal: float  # pixels at 900 x 1600, like the principal point
     principal: tuple[float, float]
@@ -130,8 +130,8 @@ def census(scene, t, columns, scan):
     """The number of returns from each actor in a scan, and how visible the actor is.
 
     Returns:
-        inside:  [actors] int64 its returns that lie inside its box.
-        visible: [actors] fraction of the beams towards it that are not occluded; 0 without any.
+        inside:  [actors] int64 returns from the actor that lie inside its box.
+        visible: [actors] fraction of the beams towards it that are not occluded; 0 if no beam points at it.
     """
     of_actors = np.nonzero(scan.owner >= 0)[0]
     owner, (x, y, z) = scan.owner[of_actors], scan.points[of_actors, :3].astype(np.float64).T
@@ -147,6 +147,7 @@ def census(scene, t, columns, scan):
     pieces = solids[solids["owner"] >= 0]
     view = lidar_view(scene, columns, t)
     n = view.directions.shape[1]
+    # rays that would hit each actor if nothing else were there
     alone = [pieces["owner"][piece] * np.int64(n) + ray for ray, piece, _ in crossings(view, pieces)]
     possible = np.bincount(np.unique(np.concatenate([np.empty(0, np.int64), *alone])) // n, minlength=len(inside))
     return inside, scan.hits / np.maximum(possible, 1)

@@ -1,4 +1,4 @@
-"""Upright convex solids, the primitives of the city: one row each of a structured array."""
+"""Upright convex solids, the primitives of the city, as rows of a structured array."""
 
 import numpy as np
 
@@ -6,8 +6,8 @@ import numpy as np
 SOLID = np.dtype(
     [
         ("center", "f8", 3),  # world, meters
-        ("yaw", "f8"),
-        ("half", "f4", 3),  # half length (along the heading), width, height
+        ("yaw", "f8"),  # radians, x towards y
+        ("half", "f4", 3),  # half of length (along the heading), width, height; meters
         ("taper", "f4", 3),
         ("round", "?"),  # an ellipsoid with semi-axes `half` instead of a box
         ("material", "u1"),  # index into MATERIALS
@@ -43,7 +43,7 @@ def solid(base, yaw, size, material, color, category, taper=(0, 0, 0), is_round=
 
 
 def corners(solids):
-    """[n, 8, 3] corners of the boxes around the solids, without taper; world."""
+    """[n, 8, 3] world corners of the boxes around the solids; `taper` is ignored."""
     c, s = np.cos(solids["yaw"])[:, None], np.sin(solids["yaw"])[:, None]
     p = solids["half"][:, None] * CORNERS
     rotated = np.stack([c * p[..., 0] - s * p[..., 1], s * p[..., 0] + c * p[..., 1], p[..., 2]], axis=-1)

@@ -15,7 +15,7 @@ from unipad.data.city.solids import CATEGORY, SOLID, solid
 
 PITCH = 72.0  # meters from street to street
 STREETS = 7  # streets each way on the map; the city continues beyond, but no scene gets there
-ROAD = 7.0  # meters from the center line of a street to its curb: a lane of 4.2 and a parking lane
+ROAD = 7.0  # meters from the center line of a street to its curb: a lane of 4.2 m and a parking lane
 LANE = 1.9  # meters from the center line of the street to that of a lane
 CURB_RADIUS = 4.0
 WALK = 3.5  # meters of sidewalk
@@ -40,6 +40,7 @@ class City:
         self.phase = np.random.default_rng([seed, 1]).uniform(0, 2 * np.pi, 2)
 
     def to_grid(self, x, y):
+        """World x, y ([n] each) to grid x, y, where streets are straight; meters."""
         k = np.float32(2 * np.pi / BEND_LENGTH)
         p, q = self.phase.astype(np.float32)
         return x + np.float32(BEND) * np.sin(k * y + p), y + np.float32(BEND) * np.sin(k * x + q)
@@ -52,7 +53,7 @@ class City:
             world = grid - BEND * np.sin(k * world[:, ::-1] + self.phase)
         return world
 
-    def spot(self, origin, direction, ahead, left):
+    def street_pose(self, origin, direction, ahead, left):
         """World x, y and heading of the point `ahead` meters along a street from `origin` (grid) and `left` meters to
         the left of its center line."""
         grid = np.asarray(origin) + ahead * AXES[direction] + left * AXES[(direction + 1) % 4]
@@ -79,7 +80,7 @@ class City:
 
         along_y = np.abs(a) < np.abs(b)
         across, ahead = np.where(along_y, a, b), np.maximum(ea, eb)
-        wide = np.abs(across)
+        wide = np.abs(across)  # below, meters: from the center line (wide), from the intersection (ahead)
         arriving = (a * b < 0) == along_y  # traffic keeps right
         zebra = (ahead > CROSSWALK[0]) & (ahead < CROSSWALK[1]) & (across % 1.2 < 0.6) & (wide < ROAD - 0.4)
         stop = (np.abs(ahead - 8.7) < 0.25) & arriving & (wide < 4.2)
@@ -91,7 +92,7 @@ class City:
     @cache  # noqa: B019 (a process holds one city)
     def block(self, column, row):
         """SOLID array of the block between streets `column`, `column` + 1 and `row`, `row` + 1."""
-        rng = np.random.default_rng([self.seed, 2, column + 99, row + 99])  # no seed is negative
+        rng = np.random.default_rng([self.seed, 2, column + 99, row + 99])  # + 99, since seeds must not be negative
         solids = []
         park = rng.random() < 0.15
         brick = rng.integers(len(WALLS))  # neighboring houses look alike
@@ -100,14 +101,14 @@ class City:
             solids += self._furniture(rng, origin, side)
             if park:
                 for _ in range(5):
-                    spot = self.spot(origin, side, rng.uniform(16, PITCH - 16), ROAD + rng.uniform(6, 22))
+                    spot = self.street_pose(origin, side, rng.uniform(16, PITCH - 16), ROAD + rng.uniform(6, 22))
                     solids += tree(rng, spot)
                 continue
             along = ROAD + WALK + 4
-            while along < PITCH - 38:
+            while along < PITCH - 38:  # the rest, up to the corner, is left to the houses of the next side
                 width, deep = rng.uniform(9, 15), rng.uniform(9, 12)
                 front = ROAD + WALK + rng.uniform(3.5, 5)
-                spot = self.spot(origin, side, along + width / 2, front + deep / 2)
+                spot = self.street_pose(origin, side, along + width / 2, front + deep / 2)
                 wall = WALLS[brick if rng.random() < 0.5 else rng.integers(len(WALLS))]
                 solids += house(rng, spot, (width, deep), wall)
                 along += width + rng.uniform(1, 5)
@@ -118,17 +119,17 @@ class City:
         solids = []
         for along in np.arange(ROAD + 9, PITCH - ROAD - 9, 9.0):
             if rng.random() < 0.7:
-                solids += tree(rng, self.spot(origin, side, along + rng.uniform(-2, 2), ROAD + 2.9))
+                solids += tree(rng, self.street_pose(origin, side, along + rng.uniform(-2, 2), ROAD + 2.9))
             if rng.random() < 0.5:
-                x, y, yaw = self.spot(origin, side, along + rng.uniform(-4, 4), ROAD + WALK + 1.2)
+                x, y, yaw = self.street_pose(origin, side, along + rng.uniform(-4, 4), ROAD + WALK + 1.2)
                 size = (rng.uniform(1, 6), 0.9, rng.uniform(0.7, 1.3))
                 solids.append(solid((x, y, 0), yaw, size, "foliage", HEDGE, "static.vegetation"))
         for along in (ROAD + 12, PITCH - ROAD - 16):
-            x, y, yaw = self.spot(origin, side, along, ROAD + 0.6)
+            x, y, yaw = self.street_pose(origin, side, along, ROAD + 0.6)
             solids.append(solid((x, y, 0), yaw, (0.14, 0.14, 6.5), "plain", STEEL, "static.manmade"))
-            x, y, yaw = self.spot(origin, side, along, ROAD - 0.2)
+            x, y, yaw = self.street_pose(origin, side, along, ROAD - 0.2)
             solids.append(solid((x, y, 6.4), yaw, (0.3, 1.8, 0.15), "plain", STEEL, "static.manmade"))
-        x, y, yaw = self.spot(origin, side, ROAD + 2.2, ROAD + 2.2)
+        x, y, yaw = self.street_pose(origin, side, ROAD + 2.2, ROAD + 2.2)
         solids.append(solid((x, y, 0), yaw, (0.16, 0.16, 3.0), "plain", STEEL, "static.manmade"))
         solids.append(solid((x, y, 2.6), yaw, (0.35, 0.35, 0.95), "signal", (0.1, 0.1, 0.1), "static.manmade"))
         return solids
@@ -141,7 +142,7 @@ HEDGE, BARK, STEEL = (0.18, 0.33, 0.13), (0.30, 0.22, 0.16), (0.42, 0.44, 0.46)
 
 
 def tree(rng, spot):
-    """Rows of a SOLID array at `spot`: x, y, heading."""
+    """The solids of a tree, rows of a SOLID array, at `spot`: x, y, heading."""
     x, y, yaw = spot
     leaves = LEAVES[rng.integers(len(LEAVES))]
     trunk = rng.uniform(2.2, 3.2)
@@ -155,7 +156,10 @@ def tree(rng, spot):
 
 
 def house(rng, spot, footprint, wall):
-    """Rows of a SOLID array at `spot`: x, y, heading; footprint: length along the heading, width."""
+    """The solids of a house, rows of a SOLID array.
+
+    spot: x, y, heading; footprint: length along the heading, width.
+    """
     x, y, yaw = spot
     wall = tuple(c * rng.uniform(0.85, 1.1) for c in wall)
     gabled = rng.random() < 0.45

@@ -14,7 +14,7 @@ import numpy as np
 from unipad.data.city.solids import SOLID, solid
 from unipad.data.city.streets import AXES, CROSSWALK, LANE, PITCH, ROAD, STREETS, City
 
-HOUSE_SIGHT, SIGHT = 140.0, 90.0  # meters up to which sensors see houses, and everything else
+HOUSE_SIGHT, SIGHT = 140.0, 90.0  # meters up to which sensors see houses and other solids
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Kind:
     category: str
     size: tuple[float, float, float]  # width, length, height
     colors: tuple
-    pieces: tuple  # (x range, y range, z range, material, color or None for the actor's own, taper, round)
-    moving: str = ""  # nuScenes attribute when it moves, and when it does not
-    still: str = ""
+    pieces: tuple  # (x range, y range, z range, material, color or None for the actor's own, taper, is round)
+    moving: str = ""  # nuScenes attribute when it moves
+    still: str = ""  # and when it stands
 
 
 BLACK, GRAY, WHITE, RED, ORANGE = (0.08,) * 3, (0.45,) * 3, (0.85,) * 3, (0.62, 0.12, 0.10), (0.92, 0.42, 0.08)
@@ -62,7 +62,7 @@ MOTORCYCLE = (
 )
 
 
-def low(pieces, fraction):
+def lowered(pieces, fraction):
     """Pieces squeezed into the lower `fraction` of the box, to make room for a rider."""
     return tuple((x, y, (z[0] * fraction, z[1] * fraction), *rest) for x, y, z, *rest in pieces)
 
@@ -123,10 +123,10 @@ KINDS = {
     ),
     "motorcyclist": Kind(
         "vehicle.motorcycle", (0.8, 2.1, 1.65), (RED, BLACK, (0.16, 0.27, 0.50)),
-        low(MOTORCYCLE, 0.72) + RIDER, **RIDDEN,
+        lowered(MOTORCYCLE, 0.72) + RIDER, **RIDDEN,
     ),
     "motorcycle": Kind("vehicle.motorcycle", (0.8, 2.1, 1.25), (RED, BLACK, GRAY), MOTORCYCLE, **RIDERLESS),
-    "cyclist": Kind("vehicle.bicycle", (0.65, 1.75, 1.75), CLOTHES, low(CYCLE, 0.62) + RIDER, **RIDDEN),
+    "cyclist": Kind("vehicle.bicycle", (0.65, 1.75, 1.75), CLOTHES, lowered(CYCLE, 0.62) + RIDER, **RIDDEN),
     "bicycle": Kind("vehicle.bicycle", (0.6, 1.75, 1.1), (RED, (0.2, 0.4, 0.6), GRAY), CYCLE, **RIDERLESS),
     "cone": Kind(
         "movable_object.trafficcone", (0.45, 0.45, 0.9), (ORANGE,),
@@ -149,7 +149,7 @@ KINDS = {
 class Actor:
     """An object with an annotation box: it follows `path` from `start` meters along it, at `speed` m/s."""
 
-    kind: str  # of KINDS
+    kind: str  # a key of KINDS
     size: tuple[float, float, float]  # width, length, height
     color: tuple[float, float, float]
     path: "Path"
@@ -176,7 +176,7 @@ class Actor:
 
 
 class Path:
-    """A polyline parameterized by arc length; points: [n, 2]. At its ends, actors stand still."""
+    """A polyline parameterized by arc length; points: [n, 2]. An actor that reaches its end stands still there."""
 
     def __init__(self, points):
         step = np.diff(points, axis=0)
@@ -186,6 +186,7 @@ class Path:
         self.yaw = np.unwrap(np.arctan2(step[:, 1], step[:, 0]))
 
     def at(self, s):
+        """[..., 3] x, y, yaw at arc lengths `s`, meters."""
         x, y = (np.interp(s, self.length, self.points[:, i]) for i in range(2))
         return np.stack([x, y, np.interp(s, self.middles, self.yaw)], axis=-1)
 
@@ -194,8 +195,8 @@ class Scene:
     """A drive through the city, with the traffic around it."""
 
     sun: np.ndarray  # [3] unit, towards the sun
-    track: np.ndarray  # [n, 2] of the ego vehicle
-    fixed: np.ndarray  # [n] SOLID, all of the static city that may come into sight
+    track: np.ndarray  # [n, 2] positions of the ego vehicle, meters
+    fixed: np.ndarray  # [n] SOLID, the solids of the static city near `track`
 
     def __init__(self, seed, index, duration):
         """index: number of the scene in its dataset, from 0; duration: seconds it lasts."""
@@ -211,15 +212,15 @@ class Scene:
         turns = [self.turn] + ["right"] * (2 + int(duration * 8 / PITCH))
         speed = rng.uniform(6.5, 8.5) if self.turn == "straight" else rng.uniform(5.5, 6.5)
         self.before = rng.uniform(26, 32)  # meters from the start to the intersection
-        path = self._lane(self.heading, turns)
+        path = self._lane_path(self.heading, turns)
         self.ego = Actor("car", (1.73, 4.08, 1.56), WHITE, path, PITCH - self.before, speed)
 
         self._times = np.arange(0, duration + 0.25, 0.25)
         self._taken = [self._discs(self.ego)]
         self.actors = []
-        self._park()
-        self._walk()
-        self._drive()
+        self._add_parked()
+        self._add_people()
+        self._add_traffic()
 
         self._start_poses = np.array([a.pose(0.0) for a in self.actors])
         self._movers = [i for i, a in enumerate(self.actors) if a.speed]
@@ -263,7 +264,7 @@ class Scene:
         near = np.hypot(*(pieces["center"][:, :2] - here).T) < SIGHT
         return np.concatenate([self.fixed[distance < sight], pieces[near]])
 
-    def _park(self):
+    def _add_parked(self):
         """Park along the curbs: every large kind on both sides of the start; a random mix in the other streets."""
         rng = self.rng
         for side, kinds in ((-1, ["site", "truck"]), (1, ["bus", "trailer"])):
@@ -272,87 +273,98 @@ class Scene:
             kinds += ["car"] * int(room / (KINDS["car"].size[1] + 1.5))
             for kind in rng.permutation(kinds):
                 if kind == "site":
-                    self._dig(begin, side)
+                    self._add_construction_site(begin, side)
                     begin += 12.5
                 else:
-                    begin = self._curb(kind, self.heading, begin, side) + rng.uniform(0.8, 1.4)
+                    begin = self._park_at_curb(kind, self.heading, begin, side) + rng.uniform(0.8, 1.4)
         for arm in range(4):
             for side in (-1, 1):
                 begin = ROAD + 11
                 while begin < PITCH - 24:
                     kind = rng.choice(["car", "truck", "motorcycle", "none"], p=[0.55, 0.06, 0.07, 0.32])
-                    begin = begin + 5 if kind == "none" else self._curb(kind, arm, begin, side) + rng.uniform(0.8, 3)
+                    begin = (
+                        begin + 5
+                        if kind == "none"
+                        else self._park_at_curb(kind, arm, begin, side) + rng.uniform(0.8, 3)
+                    )
 
-    def _curb(self, kind, heading, begin, side):
-        """Park at the curb on one side (1 left, -1 right) of a street; returns where the next one may start."""
+    def _park_at_curb(self, kind, heading, begin, side):
+        """Park at the curb on one side (1 left, -1 right) of a street; returns where it ends, in meters ahead of the
+        intersection."""
         width, length, _ = KINDS[kind].size
-        spot = self._still(begin + length / 2, side * (ROAD - width / 2 - 0.3), heading, 0.0 if side < 0 else np.pi)
+        spot = self._point_path(
+            begin + length / 2, side * (ROAD - width / 2 - 0.3), heading, 0.0 if side < 0 else np.pi
+        )
         self._add(kind, spot)
         return begin + length
 
-    def _dig(self, begin, side):
+    def _add_construction_site(self, begin, side):
         """A construction site on 11 m of the parking lane: an excavator between barriers, cones towards the traffic."""
         rotation = 0.0 if side < 0 else np.pi
         for ahead in (0.4, 10.8):
-            self._add("barrier", self._still(begin + ahead, side * (ROAD - 1.4), rotation=rotation))
-        self._add("construction", self._still(begin + 5.6, side * (ROAD - 1.5), rotation=rotation))
+            self._add("barrier", self._point_path(begin + ahead, side * (ROAD - 1.4), rotation=rotation))
+        self._add("construction", self._point_path(begin + 5.6, side * (ROAD - 1.5), rotation=rotation))
         for ahead in (0.6, 3.2, 5.8, 8.4, 10.6):
-            self._add("cone", self._still(begin + ahead, side * (ROAD - 3.1)), gap=0.0)
+            self._add("cone", self._point_path(begin + ahead, side * (ROAD - 3.1)), gap=0.0)
 
-    def _walk(self):
+    def _add_people(self):
         """Add people and riderless cycles on the sidewalks, people on the crosswalks."""
         rng = self.rng
         behind = -self.before
         for kind in ("bicycle", "bicycle", "motorcycle"):
-            self._try(kind, lambda: self._still(rng.uniform(behind, -15), rng.choice([-1, 1]) * (ROAD + 0.7)))
-        self._try("pedestrian", lambda: self._still(rng.uniform(behind, -12), -ROAD - 1.6, rotation=rng.uniform(0, 6)))
+            self._add_at_random(
+                kind, lambda: self._point_path(rng.uniform(behind, -15), rng.choice([-1, 1]) * (ROAD + 0.7))
+            )
+        self._add_at_random(
+            "pedestrian", lambda: self._point_path(rng.uniform(behind, -12), -ROAD - 1.6, rotation=rng.uniform(0, 6))
+        )
         for _ in range(7):
             left = rng.choice([-1, 1]) * (ROAD + rng.uniform(1.1, 2.2))
             ends = rng.permutation([(-58, left), (-12, left)])
-            self._try("pedestrian", lambda ends=ends: self._line(*ends), 46, (0.8, 1.6))
+            self._add_at_random("pedestrian", lambda ends=ends: self._straight_path(*ends), 46, (0.8, 1.6))
         for ahead in (-12.5, -12.5, 12.5):
             ends = rng.permutation([(ahead, -9), (ahead, 9)])
-            self._try("pedestrian", lambda ends=ends: self._line(*ends), 12, (0.7, 1.5))
+            self._add_at_random("pedestrian", lambda ends=ends: self._straight_path(*ends), 12, (0.7, 1.5))
 
-    def _drive(self):
-        """Add traffic: ahead of and behind the ego vehicle, a cyclist, and others from everywhere."""
+    def _add_traffic(self):
+        """Add traffic: ahead of and behind the ego vehicle, a cyclist, and others from all directions."""
         rng, ego = self.rng, self.ego
         self._add("car", ego.path, ego.start + rng.uniform(13, 18), ego.speed)
         self._add("motorcyclist", ego.path, ego.start - rng.uniform(8, 11), ego.speed)
-        edge = self._lane(self.heading, ["straight"] * 3, left=-LANE - 1.45)
-        self._try("cyclist", lambda: edge, (ego.start + 4, ego.start + 18), (3.0, 5.0), gap=0.3)
+        edge = self._lane_path(self.heading, ["straight"] * 3, left=-LANE - 1.45)
+        self._add_at_random("cyclist", lambda: edge, (ego.start + 4, ego.start + 18), (3.0, 5.0), gap=0.3)
         for _ in range(9):
             kind = rng.choice(["car", "truck", "bus", "motorcyclist"], p=[0.7, 0.1, 0.07, 0.13])
             turns = [rng.choice(["straight", "left", "right"], p=[0.6, 0.2, 0.2])]
             turns += ["straight"] * (1 + int(self.duration * 9 / PITCH))
-            path = self._lane(int(rng.integers(4)), turns)
-            self._try(kind, lambda path=path: path, 1.6 * PITCH, (4.0, 9.0), gap=2.0, tries=4)
+            path = self._lane_path(int(rng.integers(4)), turns)
+            self._add_at_random(kind, lambda path=path: path, 1.6 * PITCH, (4.0, 9.0), gap=2.0, tries=4)
 
-    def _try(self, kind, make_path, start=0.0, speed=(0.0, 0.0), gap=0.8, tries=12):
-        """Add an actor where it collides with no other. Each try draws a path, a start on it (up to `start` meters, or
-        in that range) and a speed."""
+    def _add_at_random(self, kind, make_path, start=0.0, speed=(0.0, 0.0), gap=0.8, tries=12):
+        """Add an actor where it collides with no other. Each try draws a path, a start on it (0 to `start` meters, or
+        the range `start`) and a speed from the range `speed`."""
         begin, end = start if isinstance(start, tuple) else (0.0, start)
         for _ in range(tries):
             if self._add(kind, make_path(), self.rng.uniform(begin, end), self.rng.uniform(*speed), gap):
                 break
 
-    def _lane(self, heading, turns, left=-LANE):
-        """Path along a lane, `left` of the street's center line, starting one street before the intersection."""
+    def _lane_path(self, heading, turns, left=-LANE):
+        """Path along a lane, `left` meters of the street's center line, from one street before the intersection."""
         node, k, points = self.node.astype(float), heading, []
         points.append((node - PITCH * AXES[k] + left * AXES[(k + 1) % 4])[None])
         for turn in turns:
             enter = node - 9.5 * AXES[k] + left * AXES[(k + 1) % 4]
             out = (k + {"straight": 0, "left": 1, "right": -1}[turn]) % 4
             leave = node + 9.5 * AXES[out] + left * AXES[(out + 1) % 4]
-            # a parabola between the lanes, with its apex where they cross
+            # a quadratic Bezier curve between the lanes; its control point is where they cross
             apex = (enter + leave) / 2 if out == k else node + left * (AXES[(k + 1) % 4] + AXES[(out + 1) % 4])
             u = np.linspace(0, 1, 20)[:, None]
             points.append((1 - u) ** 2 * enter + 2 * u * (1 - u) * apex + u**2 * leave)
             node, k = node + PITCH * AXES[out], out
         points.append((node + left * AXES[(k + 1) % 4])[None])
-        return self._path(np.concatenate(points))
+        return self._warped_path(np.concatenate(points))
 
-    def _path(self, corners):
+    def _warped_path(self, corners):
         """Path through grid points, warped like the streets."""
         corners = np.asarray(corners, float)
         length = np.append(0, np.hypot(*np.diff(corners, axis=0).T).cumsum())
@@ -360,14 +372,14 @@ class Scene:
         grid = np.stack([np.interp(s, length, corners[:, i]) for i in range(2)], axis=1)
         return Path(self.city.to_world(grid))
 
-    def _line(self, begin, end):
-        """Path between two points (ahead, left), relative to the intersection on the first street."""
+    def _straight_path(self, begin, end):
+        """Path between two points (ahead, left), in meters from the intersection, along the first street."""
         axes = AXES[[self.heading, (self.heading + 1) % 4]]
-        return self._path(self.node + np.array([begin, end]) @ axes)
+        return self._warped_path(self.node + np.array([begin, end]) @ axes)
 
-    def _still(self, ahead, left, heading=None, rotation=0.0):
-        """Path that stays at a point `ahead` of the intersection and to the `left` of the center line."""
-        x, y, yaw = self.city.spot(self.node, self.heading if heading is None else heading, ahead, left)
+    def _point_path(self, ahead, left, heading=None, rotation=0.0):
+        """Path for an actor at rest, `ahead` meters of the intersection, `left` meters of the center line."""
+        x, y, yaw = self.city.street_pose(self.node, self.heading if heading is None else heading, ahead, left)
         yaw += rotation
         return Path(np.array([(x, y), (x + 0.1 * np.cos(yaw), y + 0.1 * np.sin(yaw))]))
 

@@ -30,13 +30,15 @@ RECIPE_FLAGS = ("task", "modality", "preset", "backbone")  # they choose the rec
 
 
 def parse(kind: type[A], choose: Callable[[A], A], description: str, argv: Sequence[str] | None = None) -> A:
-    """Parse the command line into the dataclass `kind`; settings of the recipe are flags by section (`--optim.lr`).
+    """Parse the command line into the dataclass `kind`; settings of the recipe are flags with their section
+    (`--optim.lr`).
 
     choose: maps the script's parsed flags to the defaults of all flags: the same flags with their recipe filled in, or
             the flags of an earlier run.
     argv:   the flags (default: those of this process).
 
-    Exits with code 2 where tyro cannot parse a flag. Raises `UserError` for a flag of a section the recipe lacks.
+    Exits with code 2 where tyro cannot parse a flag. Raises `UserError` for a flag of a section that the recipe lacks,
+    for a flag that contradicts an earlier run's recipe, and for a number out of range.
     """
     argv = list(map(str, sys.argv[1:] if argv is None else argv))
     read = partial(
@@ -97,7 +99,7 @@ def with_preset(args: A, presets: dict[str, dict[str, Recipe]], modality: str, d
 
     presets:  modality -> name -> recipe, of one task.
     modality: key of `presets`.
-    default:  preset if --data-root is given; otherwise the dataset is the synthetic city, and the preset "tiny".
+    default:  preset if only --data-root is given; without it, the dataset is the synthetic city and the preset "tiny".
     """
     name = args.preset or (default if args.data_root else "tiny")
     check_choices(preset=(name, presets[modality]))

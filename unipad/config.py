@@ -19,7 +19,7 @@ from unipad.errors import UserError
 
 
 def cells_of_range(low, high, cell, flag: str) -> tuple[int, int, int]:
-    """Number of cells (X, Y, Z) from `low` to `high`; `UserError` where `flag`'s cells do not divide the range."""
+    """Number of cells (X, Y, Z) from `low` to `high`; `UserError` with `flag` where cells do not divide the range."""
     counts = []
     for axis, l, h, c in zip("xyz", low, high, cell, strict=True):
         if not (h > l and c > 0 and math.isfinite(h - l)):
@@ -88,7 +88,7 @@ class Paste:
     """Cut and paste: fill samples up with objects of other training frames. Classes in the order of `data.tables`."""
 
     counts: tuple[int, ...] = (2, 3, 7, 4, 6, 2, 6, 6, 2, 2)  # objects per class that a sample is filled up to
-    min_points: int = 5  # LiDAR points that an object needs, over all sweeps of its sample
+    min_points: int = 5  # fewest LiDAR points of an object that is pasted, over all sweeps of its sample
     off_epochs: float = 5.0  # epochs without pasting at the end of training
 
 
@@ -215,7 +215,7 @@ class Detect:
     focal_alpha: float = 0.25  # alpha of the focal loss
     class_weight: float = 2.0  # weight of the class term in the loss and in the assignment cost
     box_weight: float = 0.25  # weight of the box term in the loss and in the assignment cost
-    code_weights: tuple[float, ...] = (2.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.2, 0.2)  # weight of each code entry
+    code_weights: tuple[float, ...] = (2.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.2, 0.2)  # weights of a box code
     iou_weight: float = 0.5  # denoising: weight of the IoU loss
     noise_weight: float = 1.0  # denoising: weight of all losses on noisy ground truth
     noise_groups: int = 10  # denoising: noisy copies of the ground truth; fewer if they would outnumber the queries
@@ -247,7 +247,7 @@ class Optim:
     Schedule one_cycle: a cosine up, then one down; the momentum goes down, then up.
     """
 
-    schedule: Literal["cosine", "one_cycle"] = "cosine"  # of the learning rate
+    schedule: Literal["cosine", "one_cycle"] = "cosine"  # schedule of the learning rate
     lr: Annotated[float, arg(aliases=["--lr"])] = 2e-4  # peak learning rate, for `batch_size` samples per step
     backbone_lr: float = 0.1  # factor of lr for the image backbone
     encoder_lr: float = 1.0  # factor of lr for the rest of the encoders
@@ -310,7 +310,7 @@ CONVNEXT = {
 
 
 def to_dict(config) -> dict:
-    """A dataclass as JSON-able values, which `weights_only` reads too; `from_dict` is the inverse."""
+    """A dataclass as JSON-able values, which `torch.load(weights_only=True)` reads too; `from_dict` is the inverse."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 

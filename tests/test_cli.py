@@ -22,14 +22,18 @@ from unipad.recipes import DEFAULT_PRESET, DETECT, PRETRAIN, SEGMENT
 from unipad.run_folder import run_config
 
 toy = test_dataset.toy  # a fixture
-# (script, flags that choose a preset, its recipe)
-EVERY = [(train, ["--modality", m, "--preset", p], r) for m, presets in PRETRAIN.items() for p, r in presets.items()]
+# (script, flags that choose a preset, recipe of the preset)
+EVERY_PRESET = [
+    (train, ["--modality", m, "--preset", p], r) for m, presets in PRETRAIN.items() for p, r in presets.items()
+]
 for task, table in {"detect": DETECT, "segment": SEGMENT}.items():
     for m, presets in table.items():
         for p, r in presets.items():
-            EVERY.append((finetune, ["--task", task, "--modality", m, "--preset", p], r))
-PARSED = pytest.mark.parametrize(
-    "script, chosen, recipe", EVERY, ids=lambda v: "-".join(v[1::2]) if v and isinstance(v, list) else ""
+            EVERY_PRESET.append((finetune, ["--task", task, "--modality", m, "--preset", p], r))
+for_every_preset = pytest.mark.parametrize(
+    "script, preset_flags, recipe",
+    EVERY_PRESET,
+    ids=lambda v: "-".join(v[1::2]) if v and isinstance(v, list) else "",
 )
 
 
@@ -44,13 +48,13 @@ def settings(recipe):
 
 
 def another(hint, value):
-    """A different value for a setting, and the command-line arguments for it after the flag."""
+    """Another value of a setting than `value`, and the command-line arguments after the flag that set it."""
     if isinstance(value, bool):
         return not value, []
     if typing.get_origin(hint) is typing.Literal:
         value = next(choice for choice in typing.get_args(hint) if choice != value)
         return value, [value]
-    if value is None:  # the image size
+    if value is None:  # `data.image_size`
         return (64, 96), [64, 96]
     if isinstance(value, tuple):
         value = value or ((1, 0.5),)  # `detect.nms` may be empty
@@ -59,8 +63,8 @@ def another(hint, value):
     return value + 1, [value + 1]
 
 
-@PARSED
-def test_every_setting_of_a_recipe_is_a_flag(script, chosen, recipe):
+@for_every_preset
+def test_every_setting_of_a_recipe_is_a_flag(script, preset_flags, recipe):
     expected, flags, count = {}, [], 0
     for name, hint, value in settings(recipe):
         if name.endswith(("mask_ratio", "center_low")):  # limited to a range
@@ -76,19 +80,19 @@ def test_every_setting_of_a_recipe_is_a_flag(script, chosen, recipe):
         flags += [f"--{flag}", *typed]
         expected[name] = value
         count += 1
-    parsed = script.parse([*chosen, *flags]).recipe
+    parsed = script.parse([*preset_flags, *flags]).recipe
     assert {name: value for name, _, value in settings(parsed) if name in expected} == expected
     assert type(parsed) is type(recipe) and count >= 40
 
 
-@PARSED
-def test_without_flags_a_recipe_is_the_preset(script, chosen, recipe):
-    assert script.parse(chosen).recipe == recipe
+@for_every_preset
+def test_without_flags_a_recipe_is_the_preset(script, preset_flags, recipe):
+    assert script.parse(preset_flags).recipe == recipe
 
 
-@PARSED
-def test_a_config_file_round_trip_keeps_all_arguments(script, chosen, recipe, tmp_path):
-    args = script.parse([*chosen, "--seed", 3, "--precision", "fp32"])
+@for_every_preset
+def test_a_config_file_round_trip_keeps_all_arguments(script, preset_flags, recipe, tmp_path):
+    args = script.parse([*preset_flags, "--seed", 3, "--precision", "fp32"])
     (tmp_path / "config.json").write_text(json.dumps(run_config(args, 8)))
     again = script.parse(["--config", tmp_path])
     assert replace(again, config=None) == args
@@ -117,12 +121,12 @@ def test_flags_override_a_config(tmp_path):
             train.parse(["--config", tmp_path, *flags])
 
 
-@pytest.mark.parametrize("kind", [PretrainRecipe, DetectRecipe, SegmentRecipe])
-def test_a_recipe_with_a_missing_field_is_rejected(kind, tmp_path):
+@pytest.mark.parametrize("recipe_class", [PretrainRecipe, DetectRecipe, SegmentRecipe])
+def test_a_recipe_with_a_missing_field_is_rejected(recipe_class, tmp_path):
     config = run_config(train.parse([]), 8)
     del config["recipe"]["optim"]["clip"]
     with pytest.raises(TypeError):
-        from_dict(kind, config["recipe"])
+        from_dict(recipe_class, config["recipe"])
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="config.json is from another script or another version"):
         train.parse(["--config", tmp_path])
@@ -337,19 +341,19 @@ def test_weights_must_include_the_frozen_stages(tmp_path):
 def test_a_custom_dataset_is_chosen_by_its_class(toy, tmp_path):
     """With one camera and without fine-tuning tasks: train.py and eval.py run, finetune.py raises a user error."""
     flags = ["--dataset", "toy_set:Toy", "--data-root", tmp_path]
-    small = ["--preset", "tiny", "--version", "any", "--steps", 1, "--val-every", 1, "--out", tmp_path / "run"]
-    run("train", *SMALL, *flags, *small, path=tmp_path)
+    one_step = ["--preset", "tiny", "--version", "any", "--steps", 1, "--val-every", 1, "--out", tmp_path / "run"]
+    run("train", *SMALL, *flags, *one_step, path=tmp_path)
     assert curve(tmp_path / "run")[1] > 0 and (tmp_path / "run" / "images" / "val_000001.png").exists()
     assert json.loads((tmp_path / "run" / "config.json").read_text())["args"]["dataset"] == "toy_set:Toy"
-    small = ["--device", "cpu", "--workers", 0, "--picture-stride", 16, "--pictures", 1]
-    run("eval", tmp_path / "run", *small, *flags[:2], path=tmp_path)
+    one_picture = ["--device", "cpu", "--workers", 0, "--picture-stride", 16, "--pictures", 1]
+    run("eval", tmp_path / "run", *one_picture, *flags[:2], path=tmp_path)
     with pytest.raises(UserError, match="--dataset toy_set:Toy does not support --task detect"):
         finetune.main(finetune.parse([*flags, "--device", "cpu", "--preset", "tiny"]))
     assert train.parse(["--resume", tmp_path / "run", *flags[:2]]).dataset == "toy_set:Toy"
 
 
 def test_a_run_folder_does_not_import_its_dataset_unless_the_flag_is_repeated(tmp_path):
-    """The folder may come from someone else, and contain the module that --dataset would import."""
+    """The folder may come from someone else, and contain the module that its --dataset would import."""
     recipe = PRETRAIN["lidar"]["tiny"]
     args = replace(train.parse(["--modality", "lidar"]), dataset="unipad.outputs.evil:Class")
     config = run_config(args, 1)

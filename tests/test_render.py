@@ -24,7 +24,7 @@ FIELD = "pts_bbox_head.render_model.field."
 RECORDED_GRID = Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(5.4, 6.0, 1.6))
 ALL_LOSSES = dict(free_space_weight=1.0, sdf_weight=10.0, eikonal_weight=0.01)
 SMALL_GRID = Grid(low=(-8.0, -8.0, -2.0), high=(8.0, 8.0, 2.0), cell=(2.0, 2.0, 1.0))
-FEW = Render(samples=12, importance=6, channels=8, truncation=1.5, **ALL_LOSSES)
+SMALL = Render(samples=12, importance=6, channels=8, truncation=1.5, **ALL_LOSSES)
 
 
 def recorded_rays(record, sample=""):
@@ -191,7 +191,7 @@ def test_rays_that_the_original_rejects_do_not_hit():
     directions = torch.cat([record["in/directions"], record["in/miss_directions"]])
     R = len(origins)
     rays = Rays(origins, directions, torch.full((R,), 5.0), torch.rand(R, 3), torch.zeros(R, dtype=torch.int32))
-    renderer = Renderer(replace(FEW, channels=4), RECORDED_GRID)
+    renderer = Renderer(replace(SMALL, channels=4), RECORDED_GRID)
     out = renderer(torch.randn(1, 4, 5, 18, 20), rays)
     assert out.hit.tolist() == [True] * hits + [False] * misses
     assert_close_to_max(out.starts[:hits, 0], record["out/nears"][:, 0], 1e-6, "near")
@@ -210,7 +210,7 @@ def test_gradients_equal_double_backward(twice, monkeypatch):
     volume, rays = random_scene(dtype=torch.float64)
     volume.requires_grad_()
     jitter = torch.rand(len(rays.depth), 2, dtype=torch.float64)
-    renderer = Renderer(FEW, SMALL_GRID).double()
+    renderer = Renderer(SMALL, SMALL_GRID).double()
     eager = EagerRenderer(renderer)
     ours, theirs = renderer(volume, rays, jitter), eager(volume, rays, jitter)
     for name in ("rgb", "depth", "weights", "starts", "sdf", "gradient"):
@@ -225,7 +225,7 @@ def test_gradients_equal_double_backward(twice, monkeypatch):
 
 def test_gradient_is_the_derivative_of_the_distance():
     """In fp64, compared with first-order autograd of only the distance; half of the points are outside the volume."""
-    field = Field(FEW, SMALL_GRID).double()
+    field = Field(SMALL, SMALL_GRID).double()
     volume, _ = random_scene(dtype=torch.float64)
     volume = volume.permute(0, 2, 3, 4, 1).contiguous()
     points = (torch.rand(6, 20, 3, dtype=torch.float64) * 2.2 - 1.1).requires_grad_()
@@ -237,7 +237,7 @@ def test_gradient_is_the_derivative_of_the_distance():
 
 @pytest.mark.parametrize("method", ["neus", "volsdf", "unisurf"])
 def test_rays_that_miss_do_not_count(method):
-    cfg = replace(FEW, method=method, search=16)
+    cfg = replace(SMALL, method=method, search=16)
     volume, rays = random_scene(dtype=torch.float64)
     volume.requires_grad_()
     away = Rays(rays.origins[:3] + 30, rays.directions[:3], rays.depth[:3].abs(), rays.rgb[:3], rays.volume_idx[:3])
@@ -257,7 +257,7 @@ def test_rays_that_miss_do_not_count(method):
 def test_only_misses_and_no_rays_at_all():
     volume, rays = random_scene()
     volume.requires_grad_()
-    renderer = Renderer(FEW, SMALL_GRID)
+    renderer = Renderer(SMALL, SMALL_GRID)
     away = replace(rays, origins=rays.origins + 30)
     for some in (away, rays[:0]):
         out = renderer(volume, some)
@@ -271,7 +271,7 @@ def test_only_misses_and_no_rays_at_all():
 def test_a_batch_is_the_mean_of_its_samples(method):
     """Two samples with unequal numbers of rays. Not VolSDF: its sampler stops when all rays have converged."""
     volume, rays = random_scene()
-    renderer = Renderer(replace(FEW, method=method, search=16), SMALL_GRID)
+    renderer = Renderer(replace(SMALL, method=method, search=16), SMALL_GRID)
     jitter = torch.rand(len(rays), renderer.jitters)
     losses = renderer.loss(renderer(volume, rays, jitter), rays)
     singles = []
@@ -286,7 +286,7 @@ def test_a_batch_is_the_mean_of_its_samples(method):
 def test_losses_by_hand():
     """Scale 1/8. Target depth of ray 0: 4 m = 0.5, truncation 1.6 m = 0.2; ray 1 has no depth; ray 2 misses."""
     cfg = replace(
-        FEW, truncation=1.6, points_weight=3.0, rgb_weight=2.0, depth_weight=8.0, sdf_weight=1.0, eikonal_weight=1.0
+        SMALL, truncation=1.6, points_weight=3.0, rgb_weight=2.0, depth_weight=8.0, sdf_weight=1.0, eikonal_weight=1.0
     )
     renderer = Renderer(cfg, SMALL_GRID)
     out = renderer(torch.zeros(1, 8, 4, 8, 8), random_scene(B=1, per_sample=(3,))[1])
@@ -323,7 +323,7 @@ def test_points_loss_is_the_mean_distance_at_lidar_points():
     """The mean |SDF| at the points of each sample, averaged over samples; it has a gradient w.r.t. the volume."""
     volume, rays = random_scene()
     volume.requires_grad_()
-    renderer = Renderer(replace(FEW, points_weight=1.0), SMALL_GRID)
+    renderer = Renderer(replace(SMALL, points_weight=1.0), SMALL_GRID)
     position, idx = torch.rand(7, 3) * 4 - 2, torch.tensor([0, 0, 0, 1, 1, -1, -1]).int()
     out = renderer(volume, rays, points=(position, idx))
     sdf = renderer.field.sdf(
@@ -339,10 +339,10 @@ def test_points_loss_is_the_mean_distance_at_lidar_points():
 @pytest.mark.parametrize("method", ["neus", "volsdf", "unisurf"])
 def test_only_jitter_moves_samples(method):
     volume, rays = random_scene()
-    renderer = Renderer(replace(FEW, method=method, search=16), SMALL_GRID)
+    renderer = Renderer(replace(SMALL, method=method, search=16), SMALL_GRID)
     first, again = renderer(volume, rays), renderer(volume, rays)
     assert all(torch.equal(getattr(first, name), getattr(again, name)) for name in ("rgb", "depth", "starts"))
-    assert first.starts.shape == (len(rays), FEW.samples + FEW.importance)
+    assert first.starts.shape == (len(rays), SMALL.samples + SMALL.importance)
     jitter = torch.rand(len(rays), renderer.jitters)
     moved, again = renderer(volume, rays, jitter), renderer(volume, rays, jitter)
     assert torch.equal(moved.starts, again.starts) and not torch.equal(moved.starts, first.starts)
@@ -352,7 +352,7 @@ def test_only_jitter_moves_samples(method):
 
 def test_autocast_has_no_effect():
     volume, rays = random_scene()
-    renderer = Renderer(FEW, SMALL_GRID)
+    renderer = Renderer(SMALL, SMALL_GRID)
     plain = renderer.loss(renderer(volume, rays), rays)
     with torch.autocast("cpu", torch.bfloat16):
         mixed = renderer.loss(renderer(volume, rays), rays)
@@ -365,7 +365,7 @@ def test_kernels_render_what_the_references_render(method, device, monkeypatch):
     """All ops run their kernels. In fp64, since rounding in fp32 may move samples."""
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
     volume, rays = random_scene(per_sample=(2, 3), dtype=torch.float64)
-    renderer = Renderer(replace(FEW, method=method, search=16), SMALL_GRID).double()
+    renderer = Renderer(replace(SMALL, method=method, search=16), SMALL_GRID).double()
     jitter = torch.rand(len(rays), renderer.jitters, dtype=torch.float64)
 
     def step(device):
@@ -386,4 +386,4 @@ def test_kernels_render_what_the_references_render(method, device, monkeypatch):
 
 def test_unknown_method_is_rejected():
     with pytest.raises(ValueError, match="no renderer 'nerf': choose neus, volsdf, unisurf"):
-        Renderer(replace(FEW, method="nerf"), SMALL_GRID)
+        Renderer(replace(SMALL, method="nerf"), SMALL_GRID)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import finetune
-from tests.test_eval import ALONE, evaluate, save_run
+from tests.test_eval import ONE_PROCESS, evaluate, save_run
 from tests.test_finetune import signals_and_threads  # noqa: F401
 from tests.test_train import checkpoint, curve
 from unipad.data.dataset import collate
@@ -38,7 +38,7 @@ def validation(city):
     return NuScenesDataset(city, "v1.0-mini", "mini_val", RECIPE.data)
 
 
-def truth_of(batch):
+def perfect_segmenter(batch):
     """A perfect segmenter: logits from the labels of a batch, class 1 where there is none, through `classes_of`."""
     hot = torch.nn.functional.one_hot((batch.point_labels.long() - 1).clamp(min=0), len(LIDARSEG_CLASSES))
     return classes_of(batch, hot)
@@ -61,7 +61,7 @@ def files_of(validation, folder):
 def perfect(validation, tmp_path_factory):
     """(folder, metrics) of the ground truth as predictions, written to files and scored."""
     folder, model = tmp_path_factory.mktemp("perfect"), Segmenter(RECIPE).train()
-    metrics = evaluate_segmentation(model, validation, folder, ALONE, truth_of, size=2)
+    metrics = evaluate_segmentation(model, validation, folder, ONE_PROCESS, perfect_segmenter, size=2)
     assert model.training
     return folder, metrics
 
@@ -143,7 +143,7 @@ def test_unreadable_frames_are_named_and_do_not_count(city, tmp_path, capsys):
     dataset = NuScenesDataset(root, "v1.0-mini", "mini_val", RECIPE.data)
     file = root / dataset.index.lidar_files[dataset.index.frame_lidar[1]].decode()
     file.write_bytes(file.read_bytes()[:-7])
-    metrics = evaluate_segmentation(Segmenter(RECIPE), dataset, tmp_path / "eval", ALONE, truth_of)
+    metrics = evaluate_segmentation(Segmenter(RECIPE), dataset, tmp_path / "eval", ONE_PROCESS, perfect_segmenter)
     assert metrics["mIoU"] == 1 and f"skipped {file}: is truncated" in capsys.readouterr().err
     assert [f.exists() for f in files_of(dataset, tmp_path / "eval")] == [True, False, True]
 
@@ -157,7 +157,7 @@ def test_logits_of_views_are_summed_per_point(validation):
     def logits(batch):
         return torch.nn.functional.one_hot((batch.point_labels.long() - 1).clamp(min=0), 16)
 
-    found = segment_all(Segmenter(RECIPE), validation, ALONE, lambda b: segment_tta(logits, eight, b))
+    found = segment_all(Segmenter(RECIPE), validation, ONE_PROCESS, lambda b: segment_tta(logits, eight, b))
     for i in range(len(validation)):
         assert np.array_equal(found[validation[i].token], validation[i].point_labels.clip(1))
 

@@ -83,12 +83,12 @@ def assert_is_dense_convolution(conv, x, convolve, active):
     assert torch.equal(occupancy(out.voxels), active)
     leaves = [x.features, *conv.parameters()]
     # the expected values come from `dense_of`, not from `dense`, which is tested too
-    truth = convolve(dense_of(x), conv.weight.permute(0, 4, 1, 2, 3))
-    truth = (truth if conv.bias is None else truth + conv.bias.view(-1, 1, 1, 1)) * active
-    assert ours.shape == truth.shape and ours.is_contiguous(memory_format=torch.channels_last_3d)
-    torch.testing.assert_close(ours, truth, rtol=0, atol=1e-12)
-    d_out = torch.randn_like(truth)
-    gradients = (torch.autograd.grad(t, leaves, d_out) for t in (ours, truth))
+    expected = convolve(dense_of(x), conv.weight.permute(0, 4, 1, 2, 3))
+    expected = (expected if conv.bias is None else expected + conv.bias.view(-1, 1, 1, 1)) * active
+    assert ours.shape == expected.shape and ours.is_contiguous(memory_format=torch.channels_last_3d)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+    d_out = torch.randn_like(expected)
+    gradients = (torch.autograd.grad(t, leaves, d_out) for t in (ours, expected))
     for a, b in zip(*gradients, strict=True):
         largest = b.abs().max().item() if b.numel() else 1.0
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12 * max(1.0, largest))

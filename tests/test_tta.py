@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_eval import RECIPE, tiny_detector, truth_of, validation
+from tests.test_eval import RECIPE, perfect_detector, tiny_detector, validation
 from unipad.boxes import transform_boxes
 from unipad.data.dataset import collate
 from unipad.data.loader import held_out_batches
@@ -16,7 +16,7 @@ from unipad.evaluate.submission import MAX_BOXES
 from unipad.evaluate.tta import detect_tta, merged, transformed_batch, tta_views
 from unipad.model.detect import Detections
 
-ALL = tta_views((1.0, 1.06, 0.96), (0.0, 0.3), flips=True)
+VIEWS = tta_views((1.0, 1.06, 0.96), (0.0, 0.3), flips=True)
 
 
 def frames(root, count, **settings):
@@ -25,13 +25,13 @@ def frames(root, count, **settings):
 
 
 def test_views_by_hand():
-    assert len(ALL) == 24 and np.array_equal(ALL[0], np.eye(4))
+    assert len(VIEWS) == 24 and np.array_equal(VIEWS[0], np.eye(4))
     assert [np.diag(move).tolist() for move in tta_views()] == [[x, y, 1, 1] for x in (1, -1) for y in (1, -1)]
     (view,) = tta_views((2.0,), (math.pi / 2,), flips=False)
     assert view @ [1, 0, 0, 1] == pytest.approx([0, 2, 0, 1])
 
 
-@pytest.mark.parametrize("move", ALL[1::5], ids=lambda move: f"{move[0, 0]:.2f} {move[0, 1]:.2f}")
+@pytest.mark.parametrize("move", VIEWS[1::5], ids=lambda move: f"{move[0, 0]:.2f} {move[0, 1]:.2f}")
 def test_points_and_cameras_move_together(move, city):
     """Points are transformed, and project to the same pixels as before."""
     batch = frames(city, 1, cameras=True)
@@ -54,13 +54,13 @@ def test_detections_are_mapped_back_exactly(city):
 
     def oracle(moved):
         """Recognizes the view by its points, and returns the true boxes in its frame."""
-        seen.append(next(m for m in ALL if torch.equal(transformed_batch(batch, m).points, moved.points)))
+        seen.append(next(m for m in VIEWS if torch.equal(transformed_batch(batch, m).points, moved.points)))
         boxes = torch.from_numpy(transform_boxes(batch.boxes.numpy(), seen[-1]))
-        return truth_of(replace(moved, boxes=boxes))
+        return perfect_detector(replace(moved, boxes=boxes))
 
-    truths = truth_of(batch)
-    found = detect_tta(oracle, ALL, batch)
-    assert all(a is b for a, b in zip(seen, ALL, strict=True))
+    truths = perfect_detector(batch)
+    found = detect_tta(oracle, VIEWS, batch)
+    assert all(a is b for a, b in zip(seen, VIEWS, strict=True))
     for once, truth in zip(found, truths, strict=True):
         alone = merged([truth])  # some true boxes overlap: a rider on a parked cycle is suppressed too
         assert len(once.boxes) == len(alone.boxes) > 20

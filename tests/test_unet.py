@@ -74,8 +74,8 @@ def test_without_points_every_layer_runs_and_has_a_gradient():
     net = UnetEncoder(SMALL, GRID)
     features, rows, voxel_of = net.voxel_features(torch.zeros(0, 5), [0, 0])
     assert features.shape == (0, 5) and not len(rows) and not len(voxel_of)
-    volume, seen = net(torch.zeros(0, 5), [0, 0], torch.rand(2, *net.mask_shape))
-    assert volume.shape == (2, 5, 3, 16, 16) and not volume.any() and not len(seen)
+    volume, grid_coords = net(torch.zeros(0, 5), [0, 0], torch.rand(2, *net.mask_shape))
+    assert volume.shape == (2, 5, 3, 16, 16) and not volume.any() and not len(grid_coords)
     for out in (features, volume):
         net.zero_grad()
         out.sum().backward()
@@ -85,7 +85,7 @@ def test_without_points_every_layer_runs_and_has_a_gradient():
 def test_a_cell_of_the_volume_is_the_mean_of_its_voxels():
     points, counts = cloud()
     net = UnetEncoder(SMALL, GRID).eval()
-    volume, seen = net(points, counts)
+    volume, grid_coords = net(points, counts)
     assert volume.shape == (2, 5, 3, 16, 16) and volume.is_contiguous(memory_format=torch.channels_last_3d)
     features, rows, _ = net.voxel_features(points, counts)
     x, y, z = ((points[rows, :3] - torch.tensor(GRID.low)) / torch.tensor(GRID.cell)).long().unbind(1)
@@ -94,7 +94,7 @@ def test_a_cell_of_the_volume_is_the_mean_of_its_voxels():
     total.index_put_((sample, z, y, x), features, accumulate=True)
     count.index_put_((sample, z, y, x), torch.ones(len(rows), 1), accumulate=True)
     torch.testing.assert_close(volume, (total / count.clamp(min=1)).permute(0, 4, 1, 2, 3), rtol=1e-4, atol=1e-5)
-    assert torch.equal(seen[:, 1:], ((points[rows, :3] - torch.tensor(GRID.low)) / 0.5).int().flip(1))
+    assert torch.equal(grid_coords[:, 1:], ((points[rows, :3] - torch.tensor(GRID.low)) / 0.5).int().flip(1))
 
 
 def test_a_step_only_waits_for_sizes(monkeypatch, device):
@@ -129,9 +129,9 @@ def test_masked_blocks_are_not_encoded():
     points[0, :3] = torch.tensor([8.0, 8.0, 4.0]).nextafter(torch.zeros(3))
     net = UnetEncoder(SMALL, GRID).eval()
     noise = torch.rand(2, *net.mask_shape)
-    volume, seen = net(points, counts, noise)
+    volume, grid_coords = net(points, counts, noise)
     _, every = net(points, counts)
-    blocks = [{tuple(c) for c in torch.cat([v[:, :1], v[:, 1:] // 2], dim=1).tolist()} for v in (seen, every)]
+    blocks = [{tuple(c) for c in torch.cat([v[:, :1], v[:, 1:] // 2], dim=1).tolist()} for v in (grid_coords, every)]
     for b in range(2):
         kept, occupied = (sum(c[0] == b for c in these) for these in blocks)
         assert kept == round(occupied * 0.2)

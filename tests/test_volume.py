@@ -78,5 +78,5 @@ def test_sliced_convolution_matches_conv3d(Z, memory_format):
     x = torch.randn(2, 3, Z, 6, 7, dtype=torch.float64).contiguous(memory_format=memory_format).requires_grad_()
     d_out = torch.randn(2, 5, Z, 6, 7, dtype=torch.float64)
     a, b = ((out := conv(x), *torch.autograd.grad(out, [x, *conv.parameters()], d_out)) for conv in (ours, plain))
-    for ours, truth in zip(a, b, strict=True):
-        torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-12)
+    for ours, expected in zip(a, b, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)

@@ -154,13 +154,15 @@ def test_inverse_matches_conv_transpose3d_at_the_voxels_before_the_convolution(n
     coarse = down(first)
     x = coarse.replace(coarse.features.detach().requires_grad_())
 
-    # output padding: conv_transpose3d would leave out the last cells, which no output window covers
+    # output padding, for the last cells, which no window of the kernel covers and conv_transpose3d would leave out
     full = F.conv_transpose3d(x.dense()[:, :1], x.features.new_ones(1, 1, *down.kernel), None, *geometry_of(down))
-    extra = [size - covered for size, covered in zip(SHAPE, full.shape[2:], strict=True)]
+    output_padding = [size - covered for size, covered in zip(SHAPE, full.shape[2:], strict=True)]
 
     def convolve(cells, weight):
         stride, padding, _, groups, dilation = geometry_of(down)
-        return F.conv_transpose3d(cells, weight.transpose(0, 1), None, stride, padding, extra, groups, dilation)
+        return F.conv_transpose3d(
+            cells, weight.transpose(0, 1), None, stride, padding, output_padding, groups, dilation
+        )
 
     assert_is_dense_convolution(up, x, convolve, occupancy(first.voxels))
     assert up(x).voxels is first.voxels
@@ -282,7 +284,8 @@ def step(net, call, x):
     return dict(out=out.detach(), features=features.grad, mean=net.norm.running_mean.clone(), **grads)
 
 
-def assert_compiled_is_eager(call, eager, compiled, names):
+def assert_compiled_matches_eager(call, eager, compiled, names):
+    """Compare a `step` of `compiled`, called as `call`, with one of `eager`, on the voxels of `coords_of(name)`."""
     for name in names:
         x = sparse(name, 3, dtype=torch.float32)
         a, b = step(eager, eager, x), step(compiled, call, x)
@@ -295,7 +298,7 @@ def test_compiled_matches_eager():
     eager, compiled = Small(), Small()
     compiled.load_state_dict(eager.state_dict())
     torch._dynamo.reset()
-    assert_compiled_is_eager(torch.compile(compiled, backend="aot_eager"), eager, compiled, ["scattered"])
+    assert_compiled_matches_eager(torch.compile(compiled, backend="aot_eager"), eager, compiled, ["scattered"])
 
 
 def test_with_prebuilt_tables_a_net_compiles_to_one_graph():
@@ -308,23 +311,23 @@ def test_with_prebuilt_tables_a_net_compiles_to_one_graph():
         sets = make_tables(compiled, x.voxels)
         return graph(SparseTensor(x.features, sets[0]))
 
-    assert_compiled_is_eager(call, eager, compiled, ["scattered", "none", "scattered"])
+    assert_compiled_matches_eager(call, eager, compiled, ["scattered", "none", "scattered"])
 
 
 def test_autocast_runs_in_bf16():
     net, x = Small(), sparse("scattered", 3, dtype=torch.float32)
-    exact = step(net, net, x)
+    in_fp32 = step(net, net, x)
 
     def call(x):
         with torch.autocast("cpu", torch.bfloat16):
             return net(x)
 
-    half = step(net, call, x)
-    assert half["out"].dtype == torch.bfloat16
-    for key, value in half.items():
+    in_bf16 = step(net, call, x)
+    assert in_bf16["out"].dtype == torch.bfloat16
+    for key, value in in_bf16.items():
         assert value.isfinite().all(), key
         assert key == "out" or value.dtype == torch.float32, key
-    assert (half["out"] - exact["out"]).abs().max() < 0.05 * exact["out"].abs().max()
+    assert (in_bf16["out"] - in_fp32["out"]).abs().max() < 0.05 * in_fp32["out"].abs().max()
 
 
 @torch.no_grad()

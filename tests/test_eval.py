@@ -283,7 +283,7 @@ def test_distances_are_the_sdf_in_meters():
     X, Y, Z = grid.shape
     volume = torch.randn(1, recipe.render.channels, Z, Y, X)
     values = distances(model, volume, 4.0)
-    assert values.shape == (20, 20, 3)
+    assert values.shape == (20, 20, 3)  # a range of 80 x 80 x 12 m in steps of 4 m
     point = (torch.tensor(grid.low) + 4 * torch.tensor([3, 7, 1])) * grid.scale
     sdf = model.renderer.field.sdf(
         volume.permute(0, 2, 3, 4, 1).contiguous(), point[None, None], torch.zeros(1, dtype=torch.int32)

@@ -285,8 +285,10 @@ def test_an_implementation_that_disagrees_or_raises_is_not_timed(capsys):
 
 
 def test_only_the_reference_is_timed_with_few_runs(monkeypatch):
-    requested, plain = [], harness._checked
-    monkeypatch.setattr(harness, "_checked", lambda *args, quick: requested.append(quick) or plain(*args, quick=quick))
+    requested, checked = [], harness._checked
+    monkeypatch.setattr(
+        harness, "_checked", lambda *args, quick: requested.append(quick) or checked(*args, quick=quick)
+    )
     x = torch.rand(8, requires_grad=True)
     compare("double", lambda x: 2 * x, None, {"peer": lambda x: x + x}, [Case("N=8", (x,), 64)])
     assert requested == [False, True]

@@ -232,12 +232,13 @@ def test_a_dataset_without_annotations_has_no_boxes(copy):
 
 
 def test_points_outside_the_range_are_left_out(city):
-    every = NuScenesDataset(city, VERSION, "mini_val", Data())[0]
-    some = NuScenesDataset(city, VERSION, "mini_val", Data(), point_range=((-20, -20, -5), (20, 20, 3)))[0]
-    inside = (np.abs(every.points[:, :2]) < 20).all(axis=1) & (every.points[:, 2] > -5) & (every.points[:, 2] < 3)
+    unlimited = NuScenesDataset(city, VERSION, "mini_val", Data())[0]
+    limited = NuScenesDataset(city, VERSION, "mini_val", Data(), point_range=((-20, -20, -5), (20, 20, 3)))[0]
+    x, y, z = unlimited.points[:, :3].T
+    inside = (np.abs(x) < 20) & (np.abs(y) < 20) & (z > -5) & (z < 3)
     assert 0 < inside.sum() < len(inside)
-    np.testing.assert_array_equal(some.points, every.points[inside])
-    np.testing.assert_array_equal(some.point_labels, every.point_labels[inside])
+    np.testing.assert_array_equal(limited.points, unlimited.points[inside])
+    np.testing.assert_array_equal(limited.point_labels, unlimited.point_labels[inside])
 
 
 def test_label_fraction_keeps_every_kth_frame(city):
@@ -245,8 +246,8 @@ def test_label_fraction_keeps_every_kth_frame(city):
         dataset = NuScenesDataset(city, VERSION, "mini_train", Data(), fraction)
         return [dataset[i].token for i in range(len(dataset))]
 
-    every = tokens(1.0)
-    assert tokens(0.5) == every[::2] and tokens(0.2) == every[::5]
+    all_tokens = tokens(1.0)
+    assert tokens(0.5) == all_tokens[::2] and tokens(0.2) == all_tokens[::5]
     for wrong in (0.0, 0.7, 1.5):
         with pytest.raises(DataError, match="--label-fraction"):
             tokens(wrong)

@@ -51,6 +51,7 @@ def test_a_recipe_is_restored_from_its_dict(paste):
 
 
 def test_number_of_parameters_of_the_final_camera_model():
+    """Released config uvtr_cam_vs0.075_pretrain."""
     with torch.device("meta"):
         net = Pretrain(PRETRAIN["camera"]["camera-0.075"])
     assert sum(p.numel() for p in net.parameters()) == 55_538_029

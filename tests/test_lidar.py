@@ -85,7 +85,7 @@ def test_neck_matches_the_original():
             assert_close_to_max(param.grad, expected[key], 1e-5, prefix + key)
 
 
-def test_paper_size():
+def test_size_of_the_paper_model():
     """Shapes of the voxel grid and of the mask, and number of parameters, of uvtr_lidar_vs0.075_pretrain."""
     grid = config.Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(0.6, 0.6, 1.6))
     with torch.device("meta"):

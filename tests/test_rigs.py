@@ -41,6 +41,7 @@ RIGS = {
 
 
 def read(root, name):
+    """The rows of a nuScenes table."""
     return json.loads((root / VERSION / f"{name}.json").read_text())
 
 
@@ -223,6 +224,7 @@ def test_frames_with_missing_files_are_left_out_and_named(copy, capsys):
     removed = [index.image_files[0, 3].decode(), index.lidar_files[index.lidar_prev[index.frame_lidar[2]]].decode()]
     for name in removed:
         (copy / name).unlink()
+    # (cameras, sweeps) -> frames
     expected = {(True, 1): [1, 2], (True, 2): [1], (False, 1): [0, 1, 2], (False, 2): [0, 1]}
     for (cameras, sweeps), frames in expected.items():
         capsys.readouterr()

@@ -49,7 +49,7 @@ def test_weights_convert_back_to_the_originals_keys():
     assert all(torch.equal(back[name], theirs[name]) for name in theirs)
 
 
-def test_paper_size():
+def test_size_of_the_default_unet():
     """Pointcept reports 39.2 M parameters, including a head for 20 classes with 96 * 20 + 20."""
     with torch.device("meta"):
         net = UnetEncoder(config.UnetConfig(), config.Grid((-54.0, -54.0, -5.0), (54.0, 54.0, 3.0), (0.6, 0.6, 1.6)))

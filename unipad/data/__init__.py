@@ -11,5 +11,5 @@ loader.py     samples -> batches, split over processes
 synthetic.py  writes the city to disk in the nuScenes format (also a command line)
 city/         the city itself: streets, traffic, ray casting, paint
 
-Nothing here imports unipad.model; the two exchange batches.
+Nothing here imports unipad.model, or the other way round: they exchange batches.
 """

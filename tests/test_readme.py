@@ -65,21 +65,8 @@ def test_command_runs(command, city, tmp_path):
                 ["--modality", "lidar", "--preset", "segment-tiny"] if script is train else ["--task", "segment"]
             )
         out = tmp_path / f"outputs/{name}-{modality}" / "run"
-        flags = [
-            "--preset",
-            "tiny",
-            "--data-root",
-            city,
-            "--device",
-            "cpu",
-            "--workers",
-            0,
-            "--steps",
-            1,
-            "--val-every",
-            0,
-            *flags,
-        ]
+        one_step = "--preset tiny --device cpu --workers 0 --steps 1 --val-every 0".split()
+        flags = [*one_step, "--data-root", city, *flags]
         script.main(script.parse([*flags, *recipe_flags, "--out", out]))
     python, *arguments = shlex.split(command)
     assert python == sys.executable

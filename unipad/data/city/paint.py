@@ -52,15 +52,15 @@ def _light(scene, origin, directions, solids, distance, hit, shadow):
     c, s = np.cos(solids["yaw"]), np.sin(solids["yaw"])
     # [3, number of solids]: direction of the sun in each solid's axes
     sun = np.stack([c * scene.sun[0] + s * scene.sun[1], c * scene.sun[1] - s * scene.sun[0], scene.sun[2] + 0 * c])
-    toward_sun = sum(normal[:, i] * sun[i].astype(np.float32)[solid] for i in range(3))
+    to_sun = sum(normal[:, i] * sun[i].astype(np.float32)[solid] for i in range(3))  # cosine of normal and sun
     # low or downward-facing surfaces get less sky light
     open_sky = (0.75 + 0.25 * normal[:, 2]) * np.clip(0.65 + 0.35 * points[:, 2].astype(np.float32), 0, 1)
-    light = SKYLIGHT * 1.25 * open_sky + SUN * np.maximum(toward_sun, 0)
+    light = SKYLIGHT * 1.25 * open_sky + SUN * np.maximum(to_sun, 0)
     rgb[to_solid] = solid_color(solids, solid, local, normal) * light[:, None]
 
     not_sky = np.nonzero(hit != SKY)[0]
-    clear = np.exp(-distance[not_sky] / np.float32(HAZE_LENGTH))[:, None]
-    rgb[not_sky] = rgb[not_sky] * clear + HAZE * (1 - clear)
+    transmittance = np.exp(-distance[not_sky] / np.float32(HAZE_LENGTH))[:, None]
+    rgb[not_sky] = rgb[not_sky] * transmittance + HAZE * (1 - transmittance)
     return rgb
 
 
@@ -83,14 +83,16 @@ def ground_color(city, x, y, distance):
     category, mark, depth = city.ground(x, y)
     rgb = GROUND_TABLE[category]
     grass, sidewalk = category == CATEGORY["flat.terrain"], category == CATEGORY["flat.sidewalk"]
+    # texture of two scales; the finer one fades beyond 9 m
     grain = noise(x * 24, y * 24) * np.minimum(9 / np.maximum(distance, 1), 1)
     rough = np.where(grass, 0.22, 0.10) * grain + np.where(grass, 0.16, 0.07) * noise(x * 2, y * 2)
     rgb = rgb * (1 + rough)[:, None]
+    # joints between the slabs of a sidewalk, and a checkerboard of 0.5 m; neither in the distance
     joint = sidewalk & ((depth % 1.2 < 0.05) | ((x + y) % 1.7 < 0.05)) & (distance < 25)
     rgb[joint] *= 0.8
     tile = (category == CATEGORY["flat.other"]) & (((x % 1.0) < 0.5) == ((y % 1.0) < 0.5)) & (distance < 40)
     rgb[tile] *= 0.9
-    painted = mark > 0
+    painted = mark > 0  # road markings and curbs
     wear = 1 + 0.5 * rough[painted]
     rgb[painted] = MARK_TABLE[mark[painted]] * wear[:, None]
     return rgb.astype(np.float32)
@@ -110,7 +112,7 @@ def solid_color(solids, hit, local, normal):
 
 
 def _facade(rgb, p, normal, half):
-    """Windows in stories of 3.1 m and bays of 2.7 m, some lit or curtained; shop windows at the bottom."""
+    """Windows in stories of 3.1 m and bays of 2.7 m, of different brightness; shop windows at the bottom."""
     story_height, bay_width = 3.1, 2.7  # meters, as all lengths below
     along_y = np.abs(normal[:, 0]) > 0.5  # front and back wall; the others are along x
     along, half_width = np.where(along_y, p[:, 1], p[:, 0]), np.where(along_y, half[:, 1], half[:, 0])

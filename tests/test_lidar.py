@@ -171,7 +171,7 @@ def test_evaluation_without_gradients_is_fused(precision):
     encoder = make_encoder(blocks=2).eval()
     features, voxels = (x := sparse_part(encoder, *cloud())[0]).features, x.voxels
     net, cast = encoder.encoder, torch.autocast("cpu", precision, enabled=precision != torch.float32)
-    convolutions = sum(isinstance(m, SubMConv3d | SparseConv3d) for m in net.modules()) - 1  # the last is 1 x 1 x 1
+    convolutions = sum(isinstance(m, SubMConv3d | SparseConv3d) for m in net.modules()) - 1  # not the last, 1 x 1 x 1
     for change in (lambda norm: None, lambda norm: norm.running_mean.add_(0.5), lambda norm: norm.weight.mul_(2)):
         with torch.no_grad():
             [change(module) for module in net.modules() if isinstance(module, SyncedBatchNorm)]

@@ -163,13 +163,13 @@ def test_points_are_drawn_without_replacement():
 
 
 def test_every_point_is_drawn_equally_often():
-    """3 of 6 points are drawn, 600 times: each point 300 times up to 60, or 5 standard deviations."""
+    """3 of 6 points are drawn 600 times: each point 300 times, with a standard deviation of 12."""
     points = torch.tensor([[x, 6.0, 2.0] for x in (-2.5, -1.5, -0.5, 0.5, 1.5, 2.5)])
     batch = make_batch([points] * 600, views=1)
     rays = choose_rays(batch, replace(ALL_RADII, per_view=3), generators(*range(600)))
     drawn = (rays.origins + rays.directions * rays.depth[:, None])[:, 0]  # x
     counts = (drawn[:, None] - points[:, 0]).abs().lt(1e-3).sum(0)
-    assert counts.sum() == 1800 and (counts - 300).abs().max() < 60
+    assert counts.sum() == 1800 and (counts - 300).abs().max() < 5 * 12
 
 
 @pytest.mark.parametrize("points", [[], [[0.0, 6.0, 2.0]]], ids=["no points", "one, in the other view"])

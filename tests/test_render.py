@@ -224,7 +224,7 @@ def test_gradients_equal_double_backward(twice, monkeypatch):
 
 
 def test_gradient_is_the_derivative_of_the_distance():
-    """In fp64, compared with first-order autograd of only the distance; half of the points are outside the volume."""
+    """In fp64, compared with first-order autograd of only the distance; most of the points are outside the volume."""
     field = Field(SMALL, SMALL_GRID).double()
     volume, _ = random_scene(dtype=torch.float64)
     volume = volume.permute(0, 2, 3, 4, 1).contiguous()

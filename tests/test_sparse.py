@@ -74,8 +74,9 @@ def geometry_of(conv):
 
 
 def assert_is_dense_convolution(conv, x, convolve, active):
-    """Assert that `conv(x)` is `convolve(cells, weight)` at `active` [B, 1, Z, Y, X] cells, and so are its gradients.
+    """Assert that `conv(x)` and its gradients are those of `convolve(cells, weight) * active`.
 
+    active:   [B, 1, Z, Y, X], 1 in the output voxels.
     convolve: takes [B, Cin, Z, Y, X] and a weight [Cout, Cin, kz, ky, kx], returns [B, Cout, Z', Y', X'].
     """
     out = conv(x)

@@ -50,7 +50,7 @@ def test_weights_convert_back_to_the_originals_keys():
 
 
 def test_size_of_the_default_unet():
-    """Pointcept reports 39.2 M parameters, including a head for 20 classes with 96 * 20 + 20."""
+    """Pointcept reports 39.2 M parameters, which include a head for 20 classes (96 * 20 + 20)."""
     with torch.device("meta"):
         net = UnetEncoder(config.UnetConfig(), config.Grid((-54.0, -54.0, -5.0), (54.0, 54.0, 3.0), (0.6, 0.6, 1.6)))
     assert net.mask_shape == (10, 135, 135)

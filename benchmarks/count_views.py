@@ -20,7 +20,7 @@ def count_lift():
     _, image_size, scale, strides = bench_lift.PAPER
     recipe = PRETRAIN["camera"]["camera-0.1"]
     (X, Y, Z), N = recipe.grid.shape, len(bench_lift.CAMERAS)
-    uvd, seen = lift._project_ref(
+    uvd, visible = lift._project_ref(
         bench_lift.rig(scale),
         recipe.grid.low,
         recipe.grid.cell,
@@ -28,8 +28,8 @@ def count_lift():
         image_size,
         recipe.camera.depth_range,
     )
-    (u, v, _), seen = uvd[:, 0], seen[0]  # [N, V] each
-    n, voxel = seen.nonzero(as_tuple=True)  # [P] pairs of view and voxel
+    (u, v, _), visible = uvd[:, 0], visible[0]  # [N, V] each
+    n, voxel = visible.nonzero(as_tuple=True)  # [P] pairs of view and voxel
     x, y, z = voxel % X, voxel // X % Y, voxel // (X * Y)
     pixels = {}  # stride -> pixels per view, [4, P] the pixels around each projection
     for stride in strides:

@@ -143,7 +143,8 @@ class Blocks(NamedTuple):
 # Pipeline stages: indices and rows are each loaded two steps ahead, or one; AMD GPUs have less shared memory for that
 STAGES_OF = {"nvidia": (5, 3), "amd": (2, 1)}
 STAGES, FEWER_STAGES = STAGES_OF["amd" if torch.version.hip else "nvidia"]
-# Up to this many rows, tiles have 64 rows; tiles of 128 read the weights half as often (45 MB, not 89, at stage 4)
+# Up to this many rows, tiles have 64 rows; tiles of 128 read the weights half as often (at the LiDAR encoder's stage 4,
+# 45 MB, not 89)
 FEW_ROWS = 8192
 BLOCK_R = 64  # pairs per step of the gradient of the weights
 MIN_PAIRS = 1024  # pairs per chunk, at least: reading their rows then outweighs writing the chunk's sums

@@ -5,7 +5,8 @@
     OMP_NUM_THREADS=1 python -m benchmarks.bench_sparse_conv      on a CPU: with more threads spconv has data races
 
 Voxels come from benchmarks/lidar_scene.py, whose statistics are printed next to those of nuScenes. "cold" builds the
-tables in every run, from unsorted coordinates as a peer does; otherwise they are built once. Errors are w.r.t. fp64.
+neighbor tables in every run, from unsorted coordinates as a peer does; otherwise they are built once. Errors are w.r.t.
+fp64.
 Peers, if installed: spconv (pip install spconv-cu126; spconv for a CPU) and spconv-triton, with the same interface.
 """
 
@@ -48,7 +49,7 @@ class Level:
 
     def submanifold(self):
         table = submanifold_map(self.coords, *sort_voxels(self.coords, self.shape, False), self.shape, THREE, ONE)
-        return NeighborTable(table), None  # its own mirror image: needs no inverse table
+        return NeighborTable(table), None  # the inverse table is this table flipped along K
 
     def table(self):
         if "table" not in self.cache:
@@ -88,7 +89,7 @@ def cold(op):
 
 
 def strided(op):
-    """Includes building the table. Implementations order output rows differently, so their sum is compared."""
+    """A strided convolution with its tables. Implementations order output rows differently: their sum is compared."""
 
     def run(features, weight, level, geometry):
         _, table = strided_map(level.coords, level.shape, *geometry, level.batch)
@@ -212,7 +213,7 @@ def peer_conv(lib, level, weight, geometry=None):
 
 
 class Peer:
-    """A peer's tensor, to be used as our SparseTensor."""
+    """A peer's tensor with the interface of our SparseTensor."""
 
     def __init__(self, tensor):
         self.tensor, self.features, self.dense = tensor, tensor.features, tensor.dense
@@ -290,7 +291,8 @@ def encoder_case(level, weights):
 
 def tensors(N, c_in, c_out, for_features=True, for_weight=True):
     features = torch.randn(N, c_in, device=DEVICE, dtype=DTYPE, requires_grad=for_features)
-    weight = torch.randn(c_out, *THREE, c_in, device=DEVICE) / (14 * c_in) ** 0.5  # about 14 neighbors per voxel
+    # an output sums about 14 neighbors (see NUSCENES): outputs have a variance of about 1
+    weight = torch.randn(c_out, *THREE, c_in, device=DEVICE) / (14 * c_in) ** 0.5
     return features, nn.Parameter(weight.to(DTYPE), requires_grad=for_weight)
 
 
@@ -314,14 +316,14 @@ def main(tune: bool = False):
                 name + tuned,
                 nets.ours(sparse_conv_ref, keep),
                 nets.ours(sparse_conv, keep),
-                {name: nets.theirs(lib, keep) for name, lib in libs.items()},
+                {peer: nets.theirs(lib, keep) for peer, lib in libs.items()},
                 [encoder_case(levels[0], nets.weights)],
                 AGREE_DEEP,
                 nets.exact,
             )
 
-        sized = list(zip(levels, WIDTHS, strict=True))
-        # with these channels, tensor cores are the limit, not the gather
+        sized = list(zip(levels, WIDTHS, strict=True))  # (level, channels)
+        # more channels than the recipe has: for these, matrix products should cost more than gathering
         wide = [(levels[1], 128), (levels[1], 256)] if DEVICE == "cuda" else []
 
         peers = {name: warm_peer(lib) for name, lib in libs.items()}

@@ -113,11 +113,13 @@ class Encoders:
         self.weights = [self.encoder.get_parameter(name) for name in self.names]
 
     def ours(self, op, keep):
+        """A function that runs the encoder with `op`; keep: the neighbor tables are built once, and kept in the level."""
+
         def run(features, weights, level):
             cache = level.cache if keep else {}
             if "voxels" not in cache:
                 cache["voxels"] = sparse.VoxelSet(level.coords, level.shape, level.batch, check=False)
-                cache["sets"] = sparse.make_tables(self.encoder, cache["voxels"])
+                cache["voxel sets"] = sparse.make_tables(self.encoder, cache["voxels"])  # kept alive with the tables
             tensor = sparse.SparseTensor(features, cache["voxels"])
             with mock.patch.object(sparse, "sparse_conv", op), half():
                 return self.encoder(tensor).dense()
@@ -125,7 +127,7 @@ class Encoders:
         return run
 
     def exact(self, features, weights, level):
-        """In fp64, if the inputs are."""
+        """The encoder's output by the reference; for fp64 inputs, these are the true values."""
         voxels = sparse.VoxelSet(level.coords, level.shape, level.batch, check=False)
         encoder = copy.deepcopy(self.encoder).double()
         with mock.patch.object(sparse, "sparse_conv", sparse_conv_ref):

@@ -84,7 +84,7 @@ def microseconds(run, repeats=20):
 
 
 def voxels():
-    """N voxels side by side along x."""
+    """A `VoxelSet` of N voxels side by side along x."""
     coords = torch.zeros(N, 4, dtype=torch.int32)
     coords[:, 3] = torch.arange(N)
     return VoxelSet(coords, SHAPE, 1, in_order=True, check=False)
@@ -99,11 +99,11 @@ def main():
     state = {}
 
     def make():
-        state["set"] = voxels()
-        state["sets"] = make_tables(encoder, state["set"])
+        state["voxels"] = voxels()
+        state["voxel sets"] = make_tables(encoder, state["voxels"])
 
     def forward():
-        state["out"] = encoder(SparseTensor(features, state["set"])).dense()
+        state["out"] = encoder(SparseTensor(features, state["voxels"])).dense()
 
     def backward():
         state["out"].sum().backward()

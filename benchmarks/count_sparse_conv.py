@@ -41,7 +41,7 @@ class Layer:
     times: int = 1  # how many such layers the encoder has
 
     def passes(self):
-        """(pass, table, coordinates of its rows, channels read, channels written)."""
+        """Yield (pass, table, coordinates of its output rows, channels read, channels written)."""
         yield "forward", self.table, self.out_coords, self.c_in, self.c_out
         if self.c_in > 5:  # the points' 5 features need no gradient
             yield "d_features", self.inverse, self.coords, self.c_out, self.c_in
@@ -86,7 +86,7 @@ def morton(coords):
 
 
 def tiled(table, order, block_m):
-    """The table in tiles [K, T, block_m] and which offsets each tile has [K, T]."""
+    """The table in T tiles [K, T, block_m], and [K, T] bool: whether a row of the tile has a neighbor at the offset."""
     rows = torch.nn.functional.pad(table[:, order], (0, -len(order) % block_m), value=-1)
     rows = rows.view(len(table), -1, block_m)
     return rows, (rows >= 0).any(dim=2)

@@ -71,7 +71,8 @@ def sdf_render(
         mlps:   (distance MLP, color MLP or None: color is not rendered). Each is a list of tensors: P, q,
                 then C_l, d_l, W_l, b_l of every layer (see `sdf_reference`).
         density_param: [1] NeuS's inv_s or VolSDF's beta.
-        cells:  cells_per_unit [3] and cell_offset [3]: cell = point * cells_per_unit + cell_offset, (x, y, z).
+        cells:  cells_per_unit [3] and cell_offset [3]: grid coordinates (x, y, z) = point * cells_per_unit +
+                cell_offset; integers are voxel centers.
         method: "neus" or "volsdf".
         exact:  compute the MLPs' matrix products with fp32 accuracy (tf32x3) instead of tf32 (operands rounded to a
                 10-bit mantissa). tf32x3 computes three products instead of one, in tiles of a quarter of the samples;

@@ -161,7 +161,7 @@ def _blocks(dtype, few_rows, I, O, allow_tf32):
     step, max_o = _limits(dtype, I, O, allow_tf32)
     pack = max(1, step // I)
     i, o = step if pack > 1 else _block(I, step), _block(O, max_o)
-    if _odd(I, O) or dtype == torch.float32 and not allow_tf32:
+    if _elementwise(I, O) or dtype == torch.float32 and not allow_tf32:
         return [Blocks(64, i, o, pack, 4, STAGES, True, True), Blocks(64, i, o, pack, 4, STAGES, True, False)]
     ms = (64, 128) if few_rows else (128, 64)
     # a tile reads each of its rows two to three times: only timing on a GPU can tell whether they are still in the L1,
@@ -176,11 +176,11 @@ def _limits(dtype, I, O, allow_tf32):
         step, max_o = 64, 128
     else:
         step, max_o = 32, 64 if allow_tf32 else 32  # without tensor cores, registers are the limit
-    return (step // 2, max_o // 2) if _odd(I, O) else (step, max_o)
+    return (step // 2, max_o // 2) if _elementwise(I, O) else (step, max_o)
 
 
-def _odd(*channels):
-    """Whether rows are read element by element, which takes more registers."""
+def _elementwise(*channels):
+    """Whether rows are read element by element, not in vectors, which takes more registers."""
     return any(c % 16 and c != 8 for c in channels)
 
 

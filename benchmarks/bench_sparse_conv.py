@@ -113,7 +113,7 @@ class Encoders:
         self.weights = [self.encoder.get_parameter(name) for name in self.names]
 
     def ours(self, op, keep):
-        """A function that runs the encoder with `op`; keep: the neighbor tables are built once, and kept in the level."""
+        """A function that runs the encoder with `op`. keep: build the neighbor tables once, and cache them."""
 
         def run(features, weights, level):
             cache = level.cache if keep else {}

@@ -71,18 +71,18 @@ def cross(u, v):
 def sorted_corners(a, b):
     """IoU by the corners of the intersection polygon: 16 edge crossings, 8 enclosed corners, sorted by angle."""
     N, M = len(a), len(b)
-    p = (corners(a)[:, None] - a[:, None, None, :2]).expand(N, M, 4, 2)
+    p = (corners(a)[:, None] - a[:, None, None, :2]).expand(N, M, 4, 2)  # corners of a and b, relative to a's center
     q = corners(b)[None, :] - a[:, None, None, :2]
-    dp, dq = p.roll(-1, 2) - p, q.roll(-1, 2) - q
+    dp, dq = p.roll(-1, 2) - p, q.roll(-1, 2) - q  # edges
     start = q[:, :, None, :, :] - p[:, :, :, None, :]  # [N, M, 4, 4, 2]
     ep, eq = dp[:, :, :, None, :], dq[:, :, None, :, :]
     denominator = cross(ep, eq)  # 0 where the edges are parallel
     safe = torch.where(denominator == 0, 1, denominator)
-    t, s = cross(start, eq) / safe, cross(start, ep) / safe
+    t, s = cross(start, eq) / safe, cross(start, ep) / safe  # where lines cross: fractions of the edges of a, of b
     crossing = (p[:, :, :, None, :] + t[..., None] * ep).flatten(2, 3)
     crosses = ((denominator != 0) & (t >= 0) & (t <= 1) & (s >= 0) & (s <= 1)).flatten(2, 3)
 
-    def enclosed(points, origin, edges):
+    def enclosed(points, origin, edges):  # whether points lie in the box with these corners and edges
         side = cross(edges[:, :, None, :, :], points[:, :, :, None, :] - origin[:, :, None, :, :])
         return (side >= -1e-5).all(dim=3)
 

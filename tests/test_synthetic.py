@@ -22,6 +22,7 @@ from pyquaternion import Quaternion
 from unipad.data import synthetic
 from unipad.data.city import rig
 from unipad.data.city.raycast import GROUND, SKY, CameraView, LidarView, cast
+from unipad.data.city.records import SCENES, VERSION, scene_names
 from unipad.data.city.solids import CATEGORIES, CATEGORY, SOLID, solid
 from unipad.data.city.traffic import Scene
 
@@ -136,7 +137,7 @@ def test_ego_and_traffic_move_at_plausible_speeds(nusc):
 def test_poses_in_the_tables_are_those_of_the_rendered_views(nusc):
     for record in validation(nusc)[:2]:
         name = nusc.get("scene", record["scene_token"])["name"]
-        scene = Scene(0, synthetic.SCENES.index(name), (SMALL["keyframes"] - 1) * 0.5)
+        scene = Scene(0, SCENES.index(name), (SMALL["keyframes"] - 1) * 0.5)
         start = nusc.get("sample", nusc.get("scene", record["scene_token"])["first_sample_token"])["timestamp"]
         for channel in rig.CAMERAS:
             frame = nusc.get("sample_data", record["data"][channel])
@@ -283,7 +284,7 @@ def contents(root):
 def test_a_failure_leaves_the_old_dataset_in_place(tmp_path, monkeypatch):
     root = synthetic.generate(tmp_path / "set", workers=1, **TINY)
     before = contents(root)
-    monkeypatch.setattr(synthetic, "_tables", lambda *_: 1 / 0)
+    monkeypatch.setattr(synthetic, "make_tables", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         synthetic.generate(root, workers=1, seed=1, **TINY)
     assert contents(root) == before
@@ -309,9 +310,9 @@ def test_a_failure_leaves_the_old_dataset_in_place(tmp_path, monkeypatch):
 
 def test_any_number_of_scenes_has_both_splits():
     splits = create_splits_scenes()
-    assert synthetic.scene_names(10) == sorted(splits["mini_train"] + splits["mini_val"])
+    assert scene_names(10) == sorted(splits["mini_train"] + splits["mini_val"])
     for count in range(2, 10):
-        names = synthetic.scene_names(count)
+        names = scene_names(count)
         assert len(names) == count
         assert set(names) & set(splits["mini_train"]) and set(names) & set(splits["mini_val"])
 
@@ -336,8 +337,8 @@ def test_command_line_does_not_touch_other_folders(tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"[3]", b"{}", b"[{}]", b'[{"vehicle": []}]', b"\xff", b"[" * 10**5])
 def test_a_folder_with_a_damaged_log_table_is_not_replaced(tmp_path, content):
-    (tmp_path / synthetic.VERSION).mkdir()
-    (tmp_path / synthetic.VERSION / "log.json").write_bytes(content)
+    (tmp_path / VERSION).mkdir()
+    (tmp_path / VERSION / "log.json").write_bytes(content)
     assert not synthetic.is_synthetic(tmp_path)
     with pytest.raises(synthetic.SettingError, match="contains something that is not a synthetic dataset"):
         synthetic.generate(tmp_path)

@@ -1,11 +1,14 @@
 """Files computed from a dataset once and read by later runs. A damaged or missing one is computed again."""
 
+import contextlib
 import hashlib
 import os
 import zipfile
 from pathlib import Path
 
 import numpy as np
+
+from unipad.checkpoint import remove_parts
 
 
 def cache_paths(root: Path, name: str) -> tuple[Path, Path]:
@@ -30,12 +33,14 @@ def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
 def write_arrays(paths: tuple[Path, ...], arrays: dict) -> None:
     """Write an .npz file to the first of `paths` that can be written, if any; it is replaced atomically."""
     for path in paths:
-        part = path.with_suffix(f".{os.getpid()}.part")
+        part = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            remove_parts(path.parent, path.name)
             with open(part, "wb") as file:
                 np.savez_compressed(file, **arrays)
             os.replace(part, path)
             return
         except OSError:
-            continue
+            with contextlib.suppress(OSError):
+                part.unlink()

@@ -17,9 +17,9 @@ from unipad.data.schema import box_fault, fault
 NO_CATEGORY = 255  # class of a label that is the index of no category
 CAMERA_SWEEPS = 5  # 12 Hz, keyframes at 2 Hz: all images since the previous keyframe
 REACH = 1e4  # meters from the LiDAR: points farther away are an error, boxes are left out
-FASTEST = 200.0  # m/s: a higher velocity of an object counts as unknown, of the ego vehicle as an error
+FASTEST = 200.0  # m/s: an object's velocity above it counts as unknown, the ego vehicle's as an error
 APART = 200.0  # meters between the LiDAR and a camera, at the times of their frames: more means a wrong pose
-GAP = 1e9  # microseconds between successive frames of a scene: more means a wrong timestamp
+GAP = 1e9  # microseconds between successive frames of a scene: more, or less than 0, means a wrong timestamp
 FORMAT = 3  # version of the cached index; increment when the meaning of a field changes
 
 
@@ -58,14 +58,14 @@ class CameraSweeps:
 
     F keyframes in the order of the `Index`, W = `CAMERA_SWEEPS` frames before each, the newest first, N cameras. These
     include earlier keyframes; where the scene does not go back that far, its first frame is repeated (the original
-    never takes that one, except as a keyframe).
+    never uses a scene's first frame as a sweep).
     """
 
     image_files: np.ndarray  # [F, W, N]
     image_sizes: np.ndarray  # [F, W, N, 2] int64 as in `Index`
     intrinsics: np.ndarray  # [F, W, N, 4, 4] float32 as in `Index`
     lidar2camera: np.ndarray  # [F, W, N, 4, 4] float32 from the LiDAR at the keyframe's time to the camera at its own
-    numbers: np.ndarray  # [F, W] int64 frames back from the keyframe: 1, 2, ..., of its first camera
+    numbers: np.ndarray  # [F, W] int64 how many frames before the keyframe, from 1; of its first camera
     lags: np.ndarray  # [F, W] float32 seconds before the keyframe, of its first camera
 
 
@@ -110,10 +110,10 @@ def build_index(nusc, split: str, scenes: set[str], verbose: bool) -> Index:
 
 
 def _check_motion(nusc, lidar, lidar2global, times, prev):
-    """Refuse a LiDAR frame that is too far from the one before it, in time or in space."""
+    """Raise `DataError` for a LiDAR frame that is too far from the previous one, in time or in space."""
     for i in np.flatnonzero(prev >= 0):
         gap, step = int(times[i] - times[prev[i]]), lidar2global[i, :3, 3] - lidar2global[prev[i], :3, 3]
-        if abs(gap) > GAP:
+        if not 0 <= gap <= GAP:
             raise _fault(nusc, "sample_data", lidar[i], f"its time is {1e-6 * gap:.0f} s after that of its prev")
         if np.linalg.norm(step) > max(APART, FASTEST * 1e-6 * abs(gap)):
             pose = nusc.get("ego_pose", lidar[i]["ego_pose_token"])

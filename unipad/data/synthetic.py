@@ -9,12 +9,13 @@ descriptions and a README.txt in its root say that it is synthetic. unipad/data/
 """
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
-from multiprocessing import get_context
 from pathlib import Path
 
 import cv2
@@ -41,7 +42,8 @@ from unipad.data.city.streets import PITCH, STREETS, City
 from unipad.errors import UserError
 from unipad.exit import exit_on_user_error, has_ended
 
-MAP_CELL, MAP_COARSE = 0.1, 4  # meters per pixel, as the devkit assumes; side in pixels of the blocks it is drawn in
+MAP_CELL = 0.1  # meters per pixel of the map, as the devkit assumes
+MAP_COARSE = 4  # pixels: side of the squares that the map is drawn in
 
 README = """Synthetic data: a procedural city, ray cast and written in the nuScenes format by unipad.data.synthetic.
 
@@ -178,17 +180,8 @@ def _write(args, root, progress):
     names = scene_names(args.scenes)
     tasks = [(args, root, name, k) for name in names for k in range(args.keyframes)]
     workers = min(args.workers or min(16, os.cpu_count()), len(tasks))
-    bar = tqdm(total=len(tasks), desc="synthetic city", unit="keyframe", disable=not progress)
-    with bar:
-        if workers == 1:
-            counts = [_render(task, bar.update) for task in tasks]
-        else:
-            # Ctrl-C reaches every process of the terminal: workers ignore it, and this process ends them
-            with get_context("spawn").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-                counts = []
-                for count in pool.imap(_render, tasks):
-                    counts.append(count)
-                    bar.update()
+    with tqdm(total=len(tasks), desc="synthetic city", unit="keyframe", disable=not progress) as bar:
+        counts = _render_all(tasks, workers, bar.update)
     counts = {name: counts[i * args.keyframes : (i + 1) * args.keyframes] for i, name in enumerate(names)}
     for name, records in make_tables(args, counts).items():
         (root / VERSION / f"{name}.json").write_text(json.dumps(records, indent=0))
@@ -197,12 +190,39 @@ def _write(args, root, progress):
     (root / "README.txt").write_text(README.format(settings=settings))
 
 
+def _render_all(tasks, workers, done):
+    """The results of `_render` for all tasks, in their order; calls `done` after each.
+
+    If a worker dies, as when memory is short, rendering continues with half as many, at last in this process.
+    """
+    counts = []
+    while workers > 1 and len(counts) < len(tasks):
+        others = set(multiprocessing.active_children())
+        # Ctrl-C reaches every process of the terminal: workers ignore it, and this process ends them
+        with multiprocessing.get_context("spawn").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+            processes = set(multiprocessing.active_children()) - others
+            rendered = pool.imap(_render, tasks[len(counts) :])
+            while len(counts) < len(tasks):
+                try:
+                    counts.append(rendered.next(timeout=1))
+                    done()
+                except multiprocessing.TimeoutError:
+                    if not all(process.is_alive() for process in processes):  # its task is lost: the pool would wait
+                        print(f"one of {workers} processes died: going on with {workers // 2}", file=sys.stderr)
+                        break
+        workers //= 2
+    for task in tasks[len(counts) :]:
+        counts.append(_render(task))
+        done()
+    return counts
+
+
 @lru_cache(maxsize=1)
 def _shadows(scene):
     return Shadows(scene)
 
 
-def _render(task, done=lambda: None):
+def _render(task):
     """Write the files of a keyframe and of the sweeps before it; returns points and visible fraction of each actor."""
     args, root, name, k = task
     scene = scene_of(args, name)
@@ -214,11 +234,10 @@ def _render(task, done=lambda: None):
             _, jpeg = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
             path.write_bytes(jpeg)  # raises an error if the disk is full; OpenCV's and NumPy's writers do not
     for stamp, is_key in frames_of(args, rig.LIDAR, k):
-        rng = np.random.default_rng([args.seed, 5, SCENES.index(name), stamp])
+        rng = np.random.default_rng([args.seed, 5, SCENES.index(name), stamp])  # 1 to 4: streets, traffic
         scan = rig.scan(scene, stamp / 1e6, args.columns, rng)
         (root / data_file(name, rig.LIDAR, stamp, is_key)).write_bytes(scan.points.tobytes())
     (root / labels_file(args, name, stamp)).write_bytes(scan.category.tobytes())
-    done()
     return rig.census(scene, stamp / 1e6, args.columns, scan)
 
 
@@ -228,8 +247,8 @@ def _draw_map(args, root):
     middle = ((np.arange(count) + 0.5) * MAP_CELL * MAP_COARSE).astype(np.float32)
     x, y = np.meshgrid(middle, middle[::-1])
     category, _, _ = City.of(args.seed).ground(x.ravel(), y.ravel())
-    open_to = np.isin(category, [CATEGORY["flat.driveable_surface"], CATEGORY["flat.sidewalk"]]).reshape(count, count)
-    image = (open_to * np.uint8(255)).repeat(MAP_COARSE, axis=0).repeat(MAP_COARSE, axis=1)
+    allowed = np.isin(category, [CATEGORY["flat.driveable_surface"], CATEGORY["flat.sidewalk"]]).reshape(count, count)
+    image = (allowed * np.uint8(255)).repeat(MAP_COARSE, axis=0).repeat(MAP_COARSE, axis=1)
     _, png = cv2.imencode(".png", image)
     (root / map_file(args)).write_bytes(png)
 

@@ -110,11 +110,11 @@ def make_tables(args, counts: dict[str, list]) -> dict[str, list[dict]]:
     for name in ("log", "scene", "sample", "calibrated_sensor", "ego_pose", "sample_data", "lidarseg", "instance"):
         tables[name] = []
     tables["sample_annotation"] = []
-    for name, seen in counts.items():
+    for name, of_scene in counts.items():
         _scene_records(tables, args, name)
         for channel in channels:
             _channel_records(tables, args, name, channel)
-        _actor_records(tables, args, name, seen)
+        _actor_records(tables, args, name, of_scene)
     return tables
 
 
@@ -196,8 +196,11 @@ def _channel_records(tables, args, name, channel):
         sample += is_key
 
 
-def _actor_records(tables, args, name, seen):
-    """Instances and their annotations, from the first to the last keyframe in which an actor is in sight."""
+def _actor_records(tables, args, name, counts):
+    """Instances and their annotations, from the first to the last keyframe in which an actor is within SIGHT.
+
+    counts: the result of `rig.census` at each keyframe.
+    """
     scene = scene_of(args, name)
     times = np.arange(args.keyframes) * KEYFRAME / 1e6
     ego = scene.ego.pose(times)
@@ -219,7 +222,7 @@ def _actor_records(tables, args, name, seen):
         )
         for k, chain in zip(frames, _chain(args, keys), strict=True):
             x, y, yaw = track[k]
-            inside, visible = (column[i] for column in seen[k])
+            inside, visible = (column[i] for column in counts[k])
             tables["sample_annotation"].append(
                 {
                     **chain,

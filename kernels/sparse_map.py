@@ -1,6 +1,6 @@
 """Neighbor tables: which input voxel each offset of a sparse convolution reads, as row numbers.
 
-Voxels are found by their keys in ascending order (kernels/voxel_keys.py), so every table is the same from run to run.
+Voxels are looked up in their sorted keys (kernels/voxel_keys.py), so every table is the same from run to run.
 An offset k = (kz, ky, kx) of a kernel, counted row-major, links input cell i and output cell o by
 
     submanifold           i = o + (k - kernel // 2) dilation            outputs: the inputs themselves
@@ -8,10 +8,11 @@ An offset k = (kz, ky, kx) of a kernel, counted row-major, links input cell i an
     transposed            o = i stride - padding + k dilation           outputs: every o in the grid that has an input
     inverse               another table, inverted: from input and offset to output
 
-on each axis. The cells that a voxel reads along x have consecutive keys, so a table takes one binary search per
-(kz, ky) column and then a linear scan. Which outputs there are is computed in kernels/sparse_outputs.py. A transposed
-table is the inverse of the table of the strided convolution from its outputs to its inputs. The references materialize
-and sort all (input, offset) pairs instead, which is faster on a CPU.
+on each axis. Cells that are neighbors along x have consecutive keys, so a table takes one binary search per (kz, ky)
+column of offsets, for the column's first cell, and then a linear scan. The output voxels come from
+kernels/sparse_outputs.py. A transposed table is the inverse of the table of the strided convolution from its outputs to
+its inputs. The references of the strided and transposed maps materialize and sort all (input, offset) pairs instead,
+which is faster on a CPU.
 
 Sizes: N inputs, M outputs, K = kz ky kx offsets. All triples are (z, y, x).
 """
@@ -33,17 +34,17 @@ def submanifold_map(
     coords: Tensor, keys: Tensor, order: Tensor | None, shape: Sequence[int], kernel: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:  # fmt: skip
-    """The neighbors of each voxel of a set in the same set.
+    """For each voxel of a set, its neighbors in the same set.
 
     Args:
         coords:      [N, 4] int32 (b, z, y, x).
         keys, order: from `sort_voxels`; order None: `coords` are sorted by key.
         shape:       cells (Z, Y, X).
         kernel:      offsets (kz, ky, kx). An even kernel has one more offset below than above: 2 covers -1 and 0.
-        dilation:    cells between offsets (z, y, x).
+        dilation:    distance between offsets in cells (z, y, x).
 
     Returns:
-        neighbor_idx: [K, N] int32 rows of `coords`; -1 where there is no voxel, as beyond the borders.
+        neighbor_idx: [K, N] int32 rows of `coords`; -1 where there is no voxel, also beyond the borders.
 
     Raises ValueError if a coordinate does not fit int32 (see `check_grid`), as do the maps below.
     """
@@ -211,11 +212,11 @@ def _checked_transposed(coords, shape, geometry, batch_size):
 
 
 def _neighbors(coords, reader_order, keys, order, shape, kernel, stride, padding, dilation):
-    """[K, M] int32, the row that each offset of each reader (output) reads, in cell o stride - padding + k dilation.
+    """[K, M] int32 rows: offset k of output o, its reader, reads the voxel in cell o stride - padding + k dilation.
 
     Args:
         coords:       [M, 4] int32 of the readers.
-        reader_order: [M] int64, the order in which to process them, or None.
+        reader_order: [M] int64, the order in which to process them: by key, for speed. None: they are in that order.
         keys, order:  [N] of the voxels that are read, from `sort_voxels`.
         shape:        cells (Z, Y, X) of their grid.
         kernel, stride, padding, dilation: cells (z, y, x).
@@ -233,13 +234,13 @@ def _neighbors(coords, reader_order, keys, order, shape, kernel, stride, padding
 
 
 def _gather_pairs_ref(coords, cells, offsets, valids, out, kernel):
-    """Collect (input, offset) pairs by their output.
+    """Group (input, offset) pairs by their output. On each axis, an input has T candidates for such a pair.
 
     Args:
         coords:  [N, 4] int32 of the inputs.
         cells:   per axis [T, N] int64, the output cell of each pair.
         offsets: per axis [T, N] int64, its offset.
-        valids:  per axis [T, N] bool. A pair exists where all three axes are.
+        valids:  per axis [T, N] bool. A pair exists where it is valid on all three axes.
         out:     cells (Z, Y, X) of the output grid.
         kernel:  offsets (kz, ky, kx).
 
@@ -306,10 +307,10 @@ BLOCK = 256  # voxels or table entries per program
 def _neighbors_kernel(
     coords_ptr, reader_order_ptr, keys_ptr, order_ptr,  # [M, 4], [M] or None, [N], [N] or None
     neighbor_idx_ptr,  # [K, M]
-    M, N, Z, Y, X, KY, stride, padding, DZ, DY, STEPS,  # STEPS of the binary search
+    M, N, Z, Y, X, KY, stride, padding, DZ, DY, STEPS,  # STEPS: iterations of the binary search
     KX: tl.constexpr, DX: tl.constexpr, NO_KEY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One (kz, ky) column of offsets for BLOCK readers, ordered by key: adjacent lanes search the same part."""
+    """One (kz, ky) column of offsets for BLOCK readers in the order of their keys: adjacent lanes load nearby keys."""
     p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     p_ok = p < M
     column = tl.program_id(1)

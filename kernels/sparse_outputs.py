@@ -141,13 +141,11 @@ def _reached_cell(cell, slot, size, kernel, stride, padding, dilation, TRANSPOSE
 def _coords_kernel(keys_ptr, coords_ptr, M, Z, Y, X, BLOCK: tl.constexpr):
     m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     m_ok = m < M
-    row = tl.load(keys_ptr + m, mask=m_ok, other=0)
-    x = (row % X).to(tl.int32)
-    row = row // X
-    y = (row % Y).to(tl.int32)
-    row = row // Y
+    key = tl.load(keys_ptr + m, mask=m_ok, other=0)  # ((b Z + z) Y + y) X + x
+    row = key // X
+    plane = row // Y
     voxel_ptr = coords_ptr + m.to(tl.int64) * 4
-    tl.store(voxel_ptr, (row // Z).to(tl.int32), mask=m_ok)
-    tl.store(voxel_ptr + 1, (row % Z).to(tl.int32), mask=m_ok)
-    tl.store(voxel_ptr + 2, y, mask=m_ok)
-    tl.store(voxel_ptr + 3, x, mask=m_ok)
+    tl.store(voxel_ptr, (plane // Z).to(tl.int32), mask=m_ok)
+    tl.store(voxel_ptr + 1, (plane % Z).to(tl.int32), mask=m_ok)
+    tl.store(voxel_ptr + 2, (row % Y).to(tl.int32), mask=m_ok)
+    tl.store(voxel_ptr + 3, (key % X).to(tl.int32), mask=m_ok)

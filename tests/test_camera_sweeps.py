@@ -22,6 +22,7 @@ from unipad.config import Augment, Data, DetectRecipe, Paste, PretrainRecipe, fr
 from unipad.data import synthetic
 from unipad.data.city import rig
 from unipad.data.city.raycast import cast
+from unipad.data.city.records import SCENES
 from unipad.data.city.traffic import Scene
 from unipad.data.cutpaste import cut_out, load_objects, visible_rectangles
 from unipad.data.dataset import Sample, collate
@@ -127,7 +128,7 @@ def test_files_poses_and_times_of_sweeps_match_the_devkit(nusc, city):
 def test_static_points_project_onto_their_pixels_in_every_frame(city):
     """LiDAR points of the keyframe have the depths that ray casting finds in the pixels of every frame."""
     sample = NuScenesDataset(city, VERSION, "mini_val", THREE)[2]
-    scene = Scene(0, synthetic.SCENES.index("scene-0103"), (KEYFRAMES - 1) * 0.5)
+    scene = Scene(0, SCENES.index("scene-0103"), (KEYFRAMES - 1) * 0.5)
     points = sample.points[sample.point_labels >= 15, :3]  # walls and trees; depths of the ground hardly change
     points = np.c_[points, np.ones(len(points))]
     for frame, lag in enumerate(sample.frame_lags):

@@ -27,9 +27,9 @@ from tqdm import tqdm
 
 from unipad.boxes import box_corners, footprint, points_in_boxes
 from unipad.config import Paste
+from unipad.data.cache import cache_paths, read_arrays
 from unipad.data.dataset import BadFrame, DataError, DrivingDataset, Sample
 from unipad.data.loader import load_items
-from unipad.data.tables import cache_paths, read_arrays
 from unipad.kernels.rotated_iou import rotated_iou_bev
 
 

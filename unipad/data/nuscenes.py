@@ -27,17 +27,10 @@ from PIL import Image
 
 from unipad.config import Augment, Data
 from unipad.data.dataset import BadFrame, DataError, DrivingDataset, Sample
+from unipad.data.index import NO_CATEGORY, REACH
 from unipad.data.splits import splits_of
 from unipad.data.synthetic import ensure_city
-from unipad.data.tables import (
-    NO_CATEGORY,
-    REACH,
-    find_root,
-    load_camera_sweeps,
-    load_index,
-    scene_tokens,
-    tables_state,
-)
+from unipad.data.tables import find_root, load_camera_sweeps, load_index, scene_tokens, tables_state
 
 BRIGHTEST = 65535.0  # the largest valid intensity: some LiDARs have 16 bits, nuScenes' has 8
 MAX_ENLARGEMENT = 2  # largest accepted ratio of an image's width to the width in the tables

@@ -1,5 +1,7 @@
 """Camera sweeps (images taken before the keyframe), from the tables to a detector."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from unipad.data.city.raycast import cast
 from unipad.data.city.records import SCENES
 from unipad.data.city.traffic import Scene
 from unipad.data.cutpaste import cut_out, load_objects, visible_rectangles
-from unipad.data.dataset import Sample, collate
+from unipad.data.dataset import DataError, Sample, collate
 from unipad.data.loader import step_batches
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.transforms import HIDDEN
@@ -75,6 +77,18 @@ def sensor2global(nusc, record):
     ego = nusc.get("ego_pose", record["ego_pose_token"])
     steps = (transform_matrix(r["translation"], Quaternion(r["rotation"])) for r in (ego, sensor))
     return next(steps) @ next(steps)
+
+
+def test_a_sweep_later_than_its_next_one_is_refused(city, tmp_path):
+    root = shutil.copytree(city, tmp_path / "city")
+    table = root / VERSION / "sample_data.json"
+    rows = json.loads(table.read_text())
+    sweep = next(row for row in rows if "sweeps/CAM_FRONT/" in row["filename"])
+    sweep["timestamp"] += 10_000_000
+    table.write_text(json.dumps(rows))
+    with pytest.raises(DataError, match="sample_data.json, row .*: its time is -10 s after that of its prev"):
+        for split in ("mini_train", "mini_val"):
+            NuScenesDataset(root, VERSION, split, THREE)
 
 
 def test_sample_data_of_cameras_are_linked_as_in_nuscenes(nusc, city):

@@ -113,11 +113,16 @@ def _check_motion(nusc, lidar, lidar2global, times, prev):
     """Raise `DataError` for a LiDAR frame that is too far from the previous one, in time or in space."""
     for i in np.flatnonzero(prev >= 0):
         gap, step = int(times[i] - times[prev[i]]), lidar2global[i, :3, 3] - lidar2global[prev[i], :3, 3]
-        if not 0 <= gap <= GAP:
-            raise _fault(nusc, "sample_data", lidar[i], f"its time is {1e-6 * gap:.0f} s after that of its prev")
+        _check_gap(nusc, lidar[i], gap)
         if np.linalg.norm(step) > max(APART, FASTEST * 1e-6 * abs(gap)):
             pose = nusc.get("ego_pose", lidar[i]["ego_pose_token"])
             raise _fault(nusc, "ego_pose", pose, f"is {np.linalg.norm(step):.0f} m from that of the LiDAR frame before")
+
+
+def _check_gap(nusc, record, gap):
+    """Raise `DataError` where a file's time is not `gap` microseconds, from 0 to `GAP`, after that of its `prev`."""
+    if not 0 <= gap <= GAP:
+        raise _fault(nusc, "sample_data", record, f"its time is {1e-6 * gap:.0f} s after that of its prev")
 
 
 def _boxes(nusc, samples, lidar2global):
@@ -183,7 +188,9 @@ def _chain_before(nusc, record):
     """The `CAMERA_SWEEPS` sample_data records before `record`, the newest first, the scene's first one repeated."""
     chain = []
     for _ in range(CAMERA_SWEEPS):
-        record = nusc.get("sample_data", record["prev"]) if record and record["prev"] else record
+        if record and record["prev"]:
+            newer, record = record, nusc.get("sample_data", record["prev"])
+            _check_gap(nusc, newer, newer["timestamp"] - record["timestamp"])
         chain.append(record)
     return chain
 

@@ -98,7 +98,8 @@ class NuScenesDataset(DrivingDataset):
 
     def contents(self):
         exact = [array for array in vars(self.index).values() if array.dtype.kind in "iuS"]  # floats may be rounded
-        return hashlib.sha256(b"".join(array.tobytes() for array in exact)).hexdigest()[:16]
+        # the index has all frames of the split, `frames` those whose files exist
+        return hashlib.sha256(b"".join(array.tobytes() for array in [*exact, self.frames])).hexdigest()[:16]
 
     def require_point_labels(self):
         if not all(self.index.lidarseg_files):

@@ -24,7 +24,8 @@ from benchmarks.harness import DEVICE, Case, compare
 from benchmarks.lidar_scene import DOWNSAMPLES, NUSCENES, SHAPE, voxels
 from unipad.kernels import tuning
 from unipad.kernels.sparse_conv import sparse_conv, sparse_conv_ref
-from unipad.kernels.sparse_map import inverse_map, out_shape, strided_map, submanifold_map
+from unipad.kernels.sparse_map import inverse_map, strided_map, submanifold_map
+from unipad.kernels.sparse_outputs import out_shape
 from unipad.kernels.sparse_tiles import NeighborTable
 from unipad.kernels.voxel_keys import sort_voxels
 from unipad.model import sparse

@@ -16,7 +16,6 @@ from benchmarks.lidar_scene import DOWNSAMPLES, SHAPE, voxels
 from unipad.kernels.sparse_map import (
     inverse_map,
     inverse_map_ref,
-    out_shape,
     strided_map,
     strided_map_ref,
     submanifold_map,
@@ -24,6 +23,7 @@ from unipad.kernels.sparse_map import (
     transposed_map,
     transposed_map_ref,
 )
+from unipad.kernels.sparse_outputs import out_shape
 from unipad.kernels.voxel_keys import sort_voxels, sort_voxels_ref
 
 BATCHES = [1, 4] if DEVICE == "cuda" else [1]

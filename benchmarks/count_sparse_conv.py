@@ -20,7 +20,8 @@ import torch
 
 from benchmarks.lidar_scene import DOWNSAMPLES, NUSCENES, SHAPE, voxels
 from unipad.kernels import sparse_gemm, sparse_tiles
-from unipad.kernels.sparse_map import inverse_map, out_shape, strided_map, submanifold_map
+from unipad.kernels.sparse_map import inverse_map, strided_map, submanifold_map
+from unipad.kernels.sparse_outputs import out_shape
 from unipad.kernels.voxel_keys import sort_voxels
 
 WIDTHS, BLOCKS = (16, 32, 64, 128), 2  # channels of the stages, residual blocks of each

@@ -88,7 +88,8 @@ def voxels(batch=1, device="cpu"):
 
 
 if __name__ == "__main__":
-    from unipad.kernels.sparse_map import out_shape, strided_map, submanifold_map
+    from unipad.kernels.sparse_map import strided_map, submanifold_map
+    from unipad.kernels.sparse_outputs import out_shape
     from unipad.kernels.voxel_keys import sort_voxels
 
     coords, shape = voxels(), SHAPE

@@ -49,16 +49,20 @@ class Level:
     cache: dict = field(default_factory=dict)
 
     def submanifold(self):
-        table = submanifold_map(self.coords, *sort_voxels(self.coords, self.shape, False), self.shape, THREE, ONE)
+        """A new neighbor table of a 3 x 3 x 3 submanifold convolution; its inverse table, or None."""
+        keys, order = sort_voxels(self.coords, self.shape, check=False)
+        table = submanifold_map(self.coords, keys, order, self.shape, THREE, ONE)
         return NeighborTable(table), None  # the inverse table is this table flipped along K
 
-    def table(self):
-        if "table" not in self.cache:
-            self.cache["table"] = self.submanifold()
-        return self.cache["table"]
+    def tables(self):
+        """(table, inverse table) of `submanifold`, cached."""
+        if "tables" not in self.cache:
+            self.cache["tables"] = self.submanifold()
+        return self.cache["tables"]
 
     def pairs(self):
-        return (self.table()[0].idx >= 0).sum().item()
+        """Number of pairs of output and neighbor."""
+        return (self.tables()[0].idx >= 0).sum().item()
 
 
 def stages(batch):
@@ -82,7 +86,7 @@ def print_statistics(levels):
 
 
 def warm(op):
-    return lambda features, weight, level: op(features, weight, *level.table())
+    return lambda features, weight, level: op(features, weight, *level.tables())
 
 
 def cold(op):
@@ -103,7 +107,7 @@ class Encoders:
     """One encoder, its weights shared by all implementations."""
 
     def __init__(self):
-        self.encoder = SparseEncoder(5, WIDTHS, 2, 256).to(DEVICE)
+        self.encoder = SparseEncoder(in_channels=5, widths=WIDTHS, blocks=2, out_channels=256).to(DEVICE)
         for module in self.encoder.modules():
             if isinstance(module, sparse.SparseBatchNorm):
                 # keeps the ReLUs' inputs away from 0, where rounding decides whether a gradient passes: with a bias of
@@ -273,7 +277,7 @@ def as_peer(encoder, lib):
 
 def case(level, width, for_features=True, for_weight=True):
     features, weight = tensors(len(level.coords), width, width, for_features, for_weight)
-    table, pairs = level.table()[0].idx, level.pairs()
+    table, pairs = level.tables()[0].idx, level.pairs()
     name = f"{level.name} C={width} N={len(features)}, {2e-9 * pairs * width**2:.1f} GFLOP"
     return Case(name, (features, weight, level), 2 * features.nbytes + weight.nbytes + table.nbytes)
 

@@ -40,7 +40,8 @@ def stages(batch):
 
 
 def sort_case(name, coords, shape):
-    return Case(f"{name} N={len(coords)}", (coords, shape, False), coords.nbytes + 16 * len(coords))
+    inputs = coords, shape, False  # without checks
+    return Case(f"{name} N={len(coords)}", inputs, coords.nbytes + 16 * len(coords))
 
 
 def submanifold_case(name, coords, shape, kernel):

@@ -94,7 +94,7 @@ def main():
     torch.manual_seed(0)
     torch.set_num_threads(1)
     backend.interpret = True
-    encoder = SparseEncoder(5, WIDTHS, 2, 256)
+    encoder = SparseEncoder(in_channels=5, widths=WIDTHS, blocks=2, out_channels=256)
     features = torch.randn(N, 5, requires_grad=True)
     state = {}
 

@@ -196,7 +196,8 @@ def run(folder, names, later, end):
 
     If the process crashes or a stage exceeds its time, that stage ends and a new process runs the remaining ones.
     """
-    remaining, n_ended = list(names), len(folder.records("ended"))
+    # records of an earlier run in the same folder do not count
+    remaining, n_ended, n_begun = list(names), len(folder.records("ended")), len(folder.records("begun"))
     while remaining:
         process, first, running = _worker(folder, remaining, later, end), remaining[0], True
         began = time.time()
@@ -211,8 +212,8 @@ def run(folder, names, later, end):
                 if remaining:  # holds until the next stage reports its start and its own limit
                     began = time.time()
                     limit = began + time_limit(remaining + later, end)
-            # written by the worker when it began the first of `remaining`; the `until` of older records has passed
-            current = [r for r in folder.records("begun")[-1:] if r["name"] in remaining[:1] and r["until"] > began]
+            # written by the worker when it began the first of `remaining`
+            current = [r for r in folder.records("begun")[n_begun:][-1:] if r["name"] in remaining[:1]]
             if current:
                 began, limit = current[0]["at"], current[0]["until"]
             # a process that ended between two stages was killed by the earlier one: the next is not to blame

@@ -35,6 +35,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from unipad import cli
+from unipad.batch import CLASSES, LIDARSEG_CLASSES
 from unipad.checkpoint import load_weights, read_run
 from unipad.config import (
     CameraConfig,
@@ -49,7 +50,6 @@ from unipad.config import (
 )
 from unipad.data.dataset import DEFAULT_DATASET, BadFrame, check_recorded, collate, dataset_class
 from unipad.data.loader import held_out_batches
-from unipad.data.tables import CLASSES, LIDARSEG_CLASSES
 from unipad.draw.boxes import detection_views
 from unipad.draw.mesh import check_mesh, distances, surface, write_ply
 from unipad.draw.segments import segment_views

@@ -11,8 +11,10 @@ import sys
 import zipfile
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import finetune
 import train
@@ -22,6 +24,7 @@ from unipad.checkpoint import read_checkpoint
 from unipad.data.loader import load_items
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.synthetic import generate
+from unipad.draw.views import write_video
 from unipad.errors import UserError
 from unipad.exit import SIGNALS, SIGPIPE, Stopped, exit_on_user_error
 from unipad.recipes import PRETRAIN
@@ -261,6 +264,13 @@ def test_a_full_disk_gives_a_one_sentence_error_and_keeps_the_last_checkpoint(ha
     assert [file.name for file in (run / "checkpoints").iterdir()] == ["last.pt"] and checkpoint(run)["step"] == 1
 
 
+def test_an_incomplete_video_is_a_user_error(tmp_path):
+    picture = tmp_path / "picture.png"
+    Image.fromarray(np.random.default_rng(0).integers(256, size=(240, 320, 3), dtype=np.uint8)).save(picture)
+    with full_disk(20_000), pytest.raises(UserError, match="video.mp4 could not be written completely; make room"):
+        write_video([picture] * 20, tmp_path / "video.mp4", fps=4)
+
+
 @pytest.mark.parametrize("out, reason", [("x" * 300, "File name too long"), ("file/run", "Not a directory")])
 def test_an_impossible_folder_gives_a_one_sentence_error(out, reason, city, tmp_path, capsys):
     (tmp_path / "file").touch()
@@ -292,13 +302,17 @@ def test_a_run_resumes_after_its_dataset_has_moved(half_a_run, city, copy, tmp_p
     assert json.loads((run / "config.json").read_text())["args"]["data_root"] == str(copy)
 
 
-def test_contents_are_equal_for_a_copied_dataset_and_differ_between_splits(city, copy):
+def test_contents_are_equal_for_a_copied_dataset_and_differ_between_splits_and_frames(city, copy):
     data = PRETRAIN["lidar"]["tiny"].data
 
     def contents(root, split="mini_train"):
         return NuScenesDataset(root, "v1.0-mini", split, data).contents()
 
     assert contents(city) == contents(copy) != contents(city, "mini_val")
+    before = contents(copy)
+    index = NuScenesDataset(copy, "v1.0-mini", "mini_train", data).index
+    (copy / index.lidar_files[index.frame_lidar[0]].decode()).unlink()
+    assert contents(copy) != before
 
 
 def test_init_chooses_the_newest_run_and_a_resumed_run_keeps_that_choice(half_a_run, city, tmp_path):

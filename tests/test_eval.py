@@ -13,11 +13,11 @@ from PIL import Image
 
 from eval import main, parse
 from tests import scripts
+from unipad.batch import CLASSES
 from unipad.boxes import decode_boxes, encode_boxes
 from unipad.checkpoint import write_checkpoint
 from unipad.config import to_dict
 from unipad.data.nuscenes import NuScenesDataset
-from unipad.data.tables import CLASSES
 from unipad.draw.mesh import distances, surface, write_ply
 from unipad.draw.views import write_video
 from unipad.errors import UserError

@@ -15,12 +15,11 @@ from nuscenes.utils.geometry_utils import BoxVisibility, points_in_box, view_poi
 from PIL import Image
 from pyquaternion import Quaternion
 
-from unipad.batch import CAMERAS
+from unipad.batch import CAMERAS, CLASSES
 from unipad.config import Data
 from unipad.data.dataset import BadFrame, DataError, collate
 from unipad.data.loader import held_out_batches, step_batches
 from unipad.data.nuscenes import NuScenesDataset
-from unipad.data.tables import CLASSES
 
 VERSION = "v1.0-mini"
 pytestmark = pytest.mark.usefixtures("own_user_cache")

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from tests.test_train import train
+from unipad.batch import CLASSES
 from unipad.boxes import box_corners
 from unipad.config import Data
 from unipad.data.loader import held_out_batches
 from unipad.data.nuscenes import NuScenesDataset
-from unipad.data.tables import CLASSES
 from unipad.draw.boxes import COLORS, detection_views, edges
 from unipad.draw.segments import COLORS as SEGMENT_COLORS
 from unipad.draw.segments import segment_views

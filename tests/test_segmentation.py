@@ -14,9 +14,9 @@ import finetune
 from tests.test_eval import ONE_PROCESS, evaluate, save_run
 from tests.test_finetune import signals_and_threads  # noqa: F401
 from tests.test_train import checkpoint, curve
+from unipad.batch import LIDARSEG_CLASSES
 from unipad.data.dataset import collate
 from unipad.data.nuscenes import NuScenesDataset
-from unipad.data.tables import LIDARSEG_CLASSES
 from unipad.errors import UserError
 from unipad.evaluate.segmentation import (
     evaluate_segmentation,

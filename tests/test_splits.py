@@ -67,6 +67,8 @@ def test_splits_json_adds_to_the_splits_of_nuscenes(copy):
         ('{"city_train": "harbor"}', "must map names of splits"),
         ('{"train": ["harbor"]}', "nuScenes' own; call it city_train"),
         ('{"city_train": []}', "no scene in its split city_train"),
+        ('{"../city_train": ["harbor"]}', "use letters, digits"),
+        ('{"": ["harbor"]}', "use letters, digits"),
         ('{"a_train": ["harbor"], "b_train": ["harbor"]}', "two splits for train"),
         ('{"city_train": ["harbour"]}', "the scene harbour"),
         ('{"city_train": ["harbor"], "city_val": ["harbor"]}', "both for training and for validation"),

@@ -85,7 +85,7 @@ class Augment:
 
 @dataclass(frozen=True)
 class Paste:
-    """Cut and paste: fill samples up with objects of other training frames. Classes in the order of `data.tables`."""
+    """Cut and paste: fill samples up with objects of other training frames. Classes in the order of `batch.CLASSES`."""
 
     counts: tuple[int, ...] = (2, 3, 7, 4, 6, 2, 6, 6, 2, 2)  # objects per class that a sample is filled up to
     min_points: int = 5  # fewest LiDAR points of an object that is pasted, over all sweeps of its sample
@@ -202,7 +202,7 @@ class Render:
 
 @dataclass(frozen=True)
 class Detect:
-    """Detection head on the volume, and its losses. Classes in the order of `data.tables`."""
+    """Detection head on the volume, and its losses. Classes in the order of `batch.CLASSES`."""
 
     denoising: bool = True  # UVTR-DN, which also learns from noisy ground truth and predicts IoUs; off: UVTR
     queries: int = 900  # object queries per sample

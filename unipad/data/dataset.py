@@ -45,11 +45,11 @@ class Sample:
     lidar2camera: [N, 4, 4] float32 rigid, LiDAR -> camera (x right, y down, z forward) when the image was taken.
     points:       [P, 5] float32 x, y, z in LiDAR, intensity 0-255, time lag. Points of the keyframe come first, with
                   time lag 0; those of sweeps are transformed into LiDAR and have their age.
-    point_labels: [P] uint8 class 1-16 in the order of `tables.LIDARSEG_CLASSES`, 0 for none, as in sweeps; None if the
+    point_labels: [P] uint8 class 1-16 in the order of `batch.LIDARSEG_CLASSES`, 0 for none, as in sweeps; None if the
                   dataset has no such labels.
     boxes:        [M, 9] float32 x, y, z of the center, w, l, h, yaw, vx, vy in LiDAR; yaw is the direction of l, from x
                   towards y; an unknown velocity is 0. M = 0 without boxes.
-    labels:       [M] int64 class 0-9 in the order of `tables.CLASSES`.
+    labels:       [M] int64 class 0-9 in the order of `batch.CLASSES`.
     token:        name of the frame, unique in the split.
     frame_lags:   [S] float32 age of each frame of images, 0 for the keyframe, first; None: S = 1.
     cameras:      names of the keyframe's cameras; () if they have no names.

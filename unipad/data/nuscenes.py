@@ -27,17 +27,10 @@ from PIL import Image
 
 from unipad.config import Augment, Data
 from unipad.data.dataset import BadFrame, DataError, DrivingDataset, Sample
+from unipad.data.index import NO_CATEGORY, REACH
 from unipad.data.splits import splits_of
 from unipad.data.synthetic import ensure_city
-from unipad.data.tables import (
-    NO_CATEGORY,
-    REACH,
-    find_root,
-    load_camera_sweeps,
-    load_index,
-    scene_tokens,
-    tables_state,
-)
+from unipad.data.tables import find_root, load_camera_sweeps, load_index, scene_tokens, tables_state
 
 BRIGHTEST = 65535.0  # the largest valid intensity: some LiDARs have 16 bits, nuScenes' has 8
 MAX_ENLARGEMENT = 2  # largest accepted ratio of an image's width to the width in the tables
@@ -105,7 +98,8 @@ class NuScenesDataset(DrivingDataset):
 
     def contents(self):
         exact = [array for array in vars(self.index).values() if array.dtype.kind in "iuS"]  # floats may be rounded
-        return hashlib.sha256(b"".join(array.tobytes() for array in exact)).hexdigest()[:16]
+        # the index has all frames of the split, `frames` those whose files exist
+        return hashlib.sha256(b"".join(array.tobytes() for array in [*exact, self.frames])).hexdigest()[:16]
 
     def require_point_labels(self):
         if not all(self.index.lidarseg_files):

@@ -16,8 +16,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from unipad.batch import LIDARSEG_CLASSES
 from unipad.data.nuscenes import NuScenesDataset
-from unipad.data.tables import LIDARSEG_CLASSES
 from unipad.errors import UserError
 from unipad.evaluate.frames import predict_all
 from unipad.evaluate.submission import devkit_errors

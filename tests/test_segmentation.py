@@ -150,7 +150,7 @@ def test_unreadable_frames_are_named_and_do_not_count(city, tmp_path, capsys):
 
 
 def test_logits_of_views_are_summed_per_point(validation):
-    """A perfect segmenter stays perfect. Points' x and y as logits cancel in the sum over eight views, not over seven."""
+    """A perfect segmenter stays perfect. The logits x and y cancel in the sum over all eight views, not over seven."""
     eight = tta_views(angles=np.radians([0, 90]))
     linear_parts = {tuple(np.round(view[:2, :2], 6).flatten() + 0) for view in eight}  # + 0: no -0
     assert len(linear_parts) == 8

@@ -18,6 +18,8 @@ from PIL import Image
 
 import finetune
 import train
+from tests import scripts
+from tests.accidents import children
 from tests.scripts import Script
 from tests.test_train import assert_same_weights, checkpoint, curve, wait_for
 from unipad.checkpoint import read_checkpoint
@@ -26,24 +28,15 @@ from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.synthetic import generate
 from unipad.draw.views import write_video
 from unipad.errors import UserError
-from unipad.exit import SIGNALS, SIGPIPE, Stopped, exit_on_user_error
+from unipad.exit import SIGPIPE, Stopped, exit_on_user_error
 from unipad.recipes import PRETRAIN
-from unipad.run_folder import _drop_records_after, _new_folder
+from unipad.run_folder import RunFolder, _drop_records_after, _new_folder
 from unipad.runtime import StopOnSignal, World
 
 pytestmark = pytest.mark.slow
 SMALL = ["--modality", "lidar", "--preset", "tiny", "--device", "cpu", "--val-every", 0, "--log-every", 1]
 SMALL += ["--rays.per-view", 8, "--save-every", 500, "--render.samples", 12, "--render.importance", 4, "--workers", 0]
 ALONE = World(0, 1, torch.device("cpu"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def signal_handlers():
-    """Restore the signal handlers: programs set them until their process ends, but this process goes on."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def start(city, out, *flags):
@@ -57,11 +50,6 @@ def start(city, out, *flags):
 def pretrain(city, out, *flags):
     """train.py in this process."""
     train.main(train.parse([*SMALL, "--data-root", city, "--out", out, "--steps", 2, *flags]))
-
-
-def children(process):
-    """Process ids of the children of a process."""
-    return [int(pid) for pid in open(f"/proc/{process}/task/{process}/children").read().split()]
 
 
 @pytest.mark.parametrize(
@@ -135,6 +123,33 @@ def test_a_closed_pipe_stops_a_run_like_a_signal(monkeypatch):
 
 def test_runs_started_in_the_same_second_get_different_folders(tmp_path):
     assert len({_new_folder(tmp_path) for _ in range(4)}) == 4
+
+
+def test_results_of_a_finetuning_run_are_locked_against_eval(city, tmp_path, monkeypatch):
+    code = "import sys, unipad.run_folder as f; f._held(f.Path(sys.argv[1])).__enter__()"
+    found = []
+    monkeypatch.setattr(finetune, "validate", lambda *_: found.append(scripts.run("-c", code, run / "eval")) or {})
+    run = tmp_path / "run"
+    flags = ["--modality", "lidar", "--preset", "tiny", "--device", "cpu", "--workers", 0, "--steps", 1]
+    finetune.main(finetune.parse([*flags, "--data-root", city, "--out", run]))
+    assert f"eval is in use by another program (process {os.getpid()} on " in found[0].stderr
+    assert not (run / "eval").exists()  # nothing was written
+
+
+def test_under_torchrun_the_sentence_is_last_and_printed_by_one_process(tmp_path):
+    """torchrun's own exit code is 1, whatever its processes exit with."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from unipad.errors import UserError\n"
+        "from unipad.exit import exit_on_user_error\n"
+        "with exit_on_user_error():\n"
+        "    raise UserError('--flag is wrong; use another one.')\n"
+    )
+    done = scripts.run("-m", "torch.distributed.run", "--nproc-per-node", 2, program)
+    sentence = "error: --flag is wrong; use another one."
+    *_, last, _ = done.stderr.splitlines()
+    assert done.returncode == 1 and done.stderr.startswith(sentence) and last == f"  traceback : {sentence}"
+    assert done.stderr.count(sentence) == 2 and "exitcode  : 2 " in done.stderr
 
 
 @pytest.fixture
@@ -269,6 +284,16 @@ def test_an_incomplete_video_is_a_user_error(tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(256, size=(240, 320, 3), dtype=np.uint8)).save(picture)
     with full_disk(20_000), pytest.raises(UserError, match="video.mp4 could not be written completely; make room"):
         write_video([picture] * 20, tmp_path / "video.mp4", fps=4)
+
+
+def test_a_full_disk_gives_no_traceback_of_tensorboards_thread(tmp_path, capsys):
+    run = RunFolder(tmp_path, {}, ALONE)
+    with pytest.raises(SystemExit) as end, full_disk(2000), exit_on_user_error():
+        for step in range(100):
+            run.scalars({"loss": 1.0}, step)
+        run.close()
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and sentence.startswith("error: ") and "File too large" in sentence
 
 
 @pytest.mark.parametrize("out, reason", [("x" * 300, "File name too long"), ("file/run", "Not a directory")])

@@ -60,15 +60,21 @@ def another(hint, value):
         value = value or ((1, 0.5),)  # `detect.nms` may be empty
         value = tuple((c, iou / 2) for c, iou in value) if isinstance(value[0], tuple) else tuple(v + 1 for v in value)
         return value, [v for part in value for v in (part if isinstance(part, tuple) else (part,))]
-    return value + 1, [value + 1]
+    value = (value + 0.5) % 1 if isinstance(value, float) and value <= 1 else value + 1  # many are at most 1
+    return value, [value]
+
+
+# Settings whose other value must suit another setting
+LIMITED = {"detect.center_low": (-9.0, -8.0, -7.5), "camera.frozen_stages": (2,), "camera.fpn_start": (2,)}
 
 
 @for_every_preset
 def test_every_setting_of_a_recipe_is_a_flag(script, preset_flags, recipe):
     expected, flags, count = {}, [], 0
     for name, hint, value in settings(recipe):
-        if name.endswith(("mask_ratio", "center_low")):  # limited to a range
-            value, typed = (0.125, [0.125]) if name.endswith("mask_ratio") else ((-9.0, -8.0, -7.5), [-9.0, -8.0, -7.5])
+        if name in LIMITED:
+            typed = LIMITED[name]
+            value = typed if len(typed) > 1 else typed[0]
         elif name == "grid.cell":  # must divide the range
             value = typed = tuple(v / 2 for v in value)
         elif name == ("data.camera_sweeps" if recipe.camera is None else "data.cameras"):
@@ -186,7 +192,7 @@ def test_default_presets_exist():
         (train, ["--grid.cell", 1.25, 1.25, 0], "--grid.cell .* along z .* in cells of 0.0 m"),
         (train, ["--rays.per-view", 0], "--rays.per-view 0 must be above 0"),
         (train, ["--render.rgb-weight", -1], "--render.rgb-weight -1.0 must not be below 0"),
-        (train, ["--camera.widths", 32, -64, 96], "--camera.widths -64 must be at least 1"),
+        (train, ["--camera.widths", 24, -64, 96, 192], "--camera.widths -64 must be at least 1"),
         (finetune, ["--modality", "lidar", "--detect.heads", 0], "--detect.heads 0 must be at least 1"),
         (train, ["--camera.frozen-stages", -1], "--camera.frozen-stages -1 must be at least 0"),
         (train, ["--lr", "inf"], "--optim.lr inf is no number to compute with"),
@@ -202,6 +208,39 @@ def test_default_presets_exist():
     ids=lambda v: " ".join(map(str, v)) if isinstance(v, list) else "",
 )
 def test_a_flag_that_does_not_fit_is_rejected_in_one_sentence(script, flags, words):
+    with pytest.raises(UserError, match=words) as error:
+        script.parse(flags)
+    assert "\n" not in str(error.value)
+
+
+LIDAR = ["--modality", "lidar"]
+
+
+@pytest.mark.parametrize(
+    "script, flags, words",
+    [
+        (train, ["--rays.near-radius", 60], "--rays.near-radius 60.0 must be below --rays.far-radius 50.0"),
+        (train, ["--rays.near-radius", 5, "--rays.far-radius", 5], "--rays.near-radius 5.0 must be below"),
+        (train, [*LIDAR, "--augment.scale", 1.1, 0.9], "--augment.scale .1.1, 0.9. must be the smallest and the larg"),
+        (train, [*LIDAR, "--augment.scale", 0, 1], "--augment.scale .* above 0"),
+        (finetune, [*LIDAR, "--detect.center-low", 0, 99, 0], "--detect.center-low .* below --detect.center-high .61"),
+        (train, ["--optim.momentum", 0.5], "--optim.min-momentum 0.8.* must be below --optim.momentum 0.5"),
+        (train, ["--camera.depths", 1, 1], "--camera.depths .* and --camera.widths .* need one number per stage"),
+        (train, ["--camera.fpn-start", 4], "--camera.fpn-start 4 must be below the number of stages, 4"),
+        (train, ["--camera.frozen-stages", 5], "--camera.frozen-stages 5 must be below the number of stages, 4"),
+        (train, [*LIDAR, "--lidar.neck-strides", 1], "--lidar.neck-widths .* and --lidar.neck-strides .* need one"),
+        (finetune, [*LIDAR, "--detect.code-weights", 1, 1], "--detect.code-weights has 2 weights; a box has 10 code"),
+        (train, [*LIDAR, "--augment.flip-x", 1.5], "--augment.flip-x 1.5 must be from 0 to 1"),
+        (train, [*LIDAR, "--augment.translation", 0, -1, 0], "--augment.translation -1.0 must not be below 0"),
+        (train, ["--camera.drop-path", 1], "--camera.drop-path 1.0 must be from 0 to below 1"),
+        (finetune, [*LIDAR, "--detect.nms", 5, 1.2], "--detect.nms 1.2 must be from 0 to 1"),
+        (train, ["--render.truncation", -0.1], "--render.truncation -0.1 must not be below 0"),
+        (train, ["--optim.rise", 2], "--optim.rise 2.0 must be from 0 to 1"),
+        (train, ["--optim.momentum", 1], "--optim.momentum 1.0 must be from 0 to below 1"),
+    ],
+    ids=lambda v: " ".join(map(str, v)) if isinstance(v, list) else "",
+)
+def test_settings_out_of_order_or_range_are_rejected(script, flags, words):
     with pytest.raises(UserError, match=words) as error:
         script.parse(flags)
     assert "\n" not in str(error.value)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from eval import main, parse
 from tests import scripts
+from tests.test_train import wait_for
 from unipad.batch import CLASSES
 from unipad.boxes import decode_boxes, encode_boxes
 from unipad.checkpoint import write_checkpoint
@@ -88,7 +89,13 @@ def test_unreadable_frames_are_named_and_get_no_boxes(city, tmp_path, capsys):
     model = tiny_detector()
     detected = detect_all(model, dataset, ONE_PROCESS, perfect_detector, size=2)
     assert list(detected) == [tokens(dataset)[i] for i in (0, 2)]
-    assert f"skipped {lidar[1]}: is truncated" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert f"skipped {lidar[1]}: is truncated" in err
+    assert "incomplete: 1 of 3 frames of mini_val have no prediction" in out and "frames without detections" in out
+    lidar[2].rename(lidar[2].with_suffix(".away"))  # left out from the start
+    detect_all(model, validation(root), ONE_PROCESS, perfect_detector)
+    assert "incomplete: 2 of 3 frames of mini_val have no prediction" in capsys.readouterr().out
+    lidar[2].with_suffix(".away").rename(lidar[2])
     metrics = evaluate_detections(model, dataset, tmp_path / "eval", ONE_PROCESS, perfect_detector)
     assert 0.3 < metrics["mAP"] < 0.9
     for file in lidar:
@@ -181,6 +188,17 @@ def test_a_detector_is_evaluated_and_its_boxes_are_drawn(detector_run):
     assert len(written) == 3 and all(len(boxes) > 100 for boxes in written.values())
     assert json.loads((out / "metrics_summary.json").read_text())["mean_ap"] < 0.05
     assert np.asarray(Image.open(out / "boxes_0.png")).std() > 20
+
+
+def test_a_folder_of_results_that_another_program_uses_is_refused(detector_run, tmp_path):
+    """A lock of this process would not be seen by itself, so another one holds it."""
+    code = "import sys, time, unipad.run_folder as f\nwith f._held(f.Path(sys.argv[1])): time.sleep(60)"
+    holder, lock = scripts.Script("-c", code, tmp_path / "eval"), tmp_path / "eval" / ".lock"
+    wait_for(lambda: lock.exists() and lock.read_text(), holder)
+    with pytest.raises(UserError, match="eval is in use by another program .process .* with --out"):
+        evaluate(detector_run, "--out", tmp_path / "eval")
+    holder.kill()
+    holder.wait()
 
 
 def test_a_converted_checkpoint_is_evaluated_on_the_synthetic_dataset(city, tmp_path, monkeypatch, capsys):

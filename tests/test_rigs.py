@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+import finetune
+import train
 from tests import scripts
 from tests.test_finetune import SMALL
 from tests.test_rays import generators
@@ -24,6 +26,7 @@ from unipad.model.detect import Detections
 from unipad.model.pretrain import Pretrain
 from unipad.model.rays import pixel_rays
 from unipad.recipes import PRETRAIN
+from unipad.runtime import World
 
 VERSION = "v1.0-mini"
 # number of cameras -> {name: (camera of the synthetic dataset that is copied, (height, width), ending of its files)}
@@ -239,6 +242,12 @@ def test_frames_with_missing_files_are_left_out_and_named(copy, capsys):
     assert not NuScenesDataset.has_images(copy, VERSION, "mini_val")
     with pytest.raises(DataError, match="no frame of .* mini_val has all its files; .*: 1 of samples/CAM_BACK, 3 of"):
         NuScenesDataset(copy, VERSION, "mini_val", Data())
+    for script in (train, finetune):
+        args = script.parse(["--modality", "camera", "--preset", "tiny", "--data-root", copy])
+        with pytest.raises(
+            DataError, match="no frame of .* mini_train has all its files; .* missing: samples/CAM_FRONT/"
+        ):
+            script.open_datasets(args, World(0, 1, torch.device("cpu")))
 
 
 def test_a_dataset_without_its_sweep_files_is_a_user_error(copy):

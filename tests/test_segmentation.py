@@ -144,8 +144,13 @@ def test_unreadable_frames_are_named_and_do_not_count(city, tmp_path, capsys):
     dataset = NuScenesDataset(root, "v1.0-mini", "mini_val", RECIPE.data)
     file = root / dataset.index.lidar_files[dataset.index.frame_lidar[1]].decode()
     file.write_bytes(file.read_bytes()[:-7])
+    stale = files_of(dataset, tmp_path / "eval")[1]
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(b"of an earlier model")
     metrics = evaluate_segmentation(Segmenter(RECIPE), dataset, tmp_path / "eval", ONE_PROCESS, perfect_segmenter)
-    assert metrics["mIoU"] == 1 and f"skipped {file}: is truncated" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert metrics["mIoU"] == 1 and f"skipped {file}: is truncated" in err
+    assert "incomplete: 1 of 3 frames of mini_val have no prediction" in out and "they are not scored" in out
     assert [f.exists() for f in files_of(dataset, tmp_path / "eval")] == [True, False, True]
 
 

@@ -36,6 +36,13 @@ def cells_of_range(low, high, cell, flag: str) -> tuple[int, int, int]:
     return tuple(counts)
 
 
+def check_below(lower_flag: str, lower, upper_flag: str, upper, equal: bool = False):
+    """Raises `UserError` unless `lower` is below `upper`, for tuples number by number; equal: or equal to it."""
+    pairs = zip(lower, upper, strict=True) if isinstance(lower, tuple) else [(lower, upper)]
+    if not all(low < high or equal and low == high for low, high in pairs):
+        raise UserError(f"{lower_flag} {lower} must be below {upper_flag} {upper}.")
+
+
 @dataclass(frozen=True)
 class Grid:
     """The feature volume [C, Z, Y, X] in the LiDAR frame; triples are (x, y, z) in meters."""
@@ -82,6 +89,10 @@ class Augment:
     photometric: bool = False  # jitter brightness, contrast, saturation, hue and channel order of every image
     grid_mask: float = 0.0  # probability of masking the images with a grid
 
+    def __post_init__(self):
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise UserError(f"--augment.scale {self.scale} must be the smallest and the largest factor, above 0.")
+
 
 @dataclass(frozen=True)
 class Paste:
@@ -117,6 +128,15 @@ class CameraConfig:
     view: Literal["gather", "pool"] = "gather"  # view transform
     truncate: bool = False  # pool: round cell coordinates towards zero, as the original does, instead of down
 
+    def __post_init__(self):
+        stages = len(self.widths)
+        if not stages == len(self.depths) > 0:
+            raise UserError(
+                f"--camera.depths {self.depths} and --camera.widths {self.widths} need one number per stage."
+            )
+        check_below("--camera.fpn-start", self.fpn_start, "the number of stages,", stages)
+        check_below("--camera.frozen-stages", self.frozen_stages, "the number of stages,", stages, equal=True)
+
 
 @dataclass(frozen=True)
 class LidarConfig:
@@ -140,6 +160,13 @@ class LidarConfig:
     channels: int = 256  # channels of the volume
     volume_convs: int = 0  # 3 x 3 x 3 convolutions on the volume; pre-training has none
     norm_momentum: float = 0.01  # momentum of the batch norms' running statistics; short runs need a larger one
+
+    def __post_init__(self):
+        if not len(self.neck_widths) == len(self.neck_strides) > 0:
+            raise UserError(
+                f"--lidar.neck-widths {self.neck_widths} and --lidar.neck-strides {self.neck_strides} need one number "
+                "per branch."
+            )
 
 
 @dataclass(frozen=True)
@@ -175,6 +202,9 @@ class RayChoice:
     pixel_interval: int = 4  # depth: spacing in pixels of the grid that a view's other rays are chosen from
     dilation: int = 16  # dilation: spacing of rays in pixels
     sky: float = 0.4  # depth: top fraction of an image where this grid has no pixels
+
+    def __post_init__(self):
+        check_below("--rays.near-radius", self.near_radius, "--rays.far-radius", self.far_radius)
 
 
 @dataclass(frozen=True)
@@ -229,6 +259,11 @@ class Detect:
     # (class, bird's-eye IoU above which the lower-scored box is dropped): barrier, motorcycle, traffic cone
     nms: tuple[tuple[int, float], ...] = ((5, 0.2), (6, 0.2), (9, 0.2))
 
+    def __post_init__(self):
+        check_below("--detect.center-low", self.center_low, "--detect.center-high", self.center_high)
+        if len(self.code_weights) != 10:
+            raise UserError(f"--detect.code-weights has {len(self.code_weights)} weights; a box has 10 code entries.")
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -261,6 +296,9 @@ class Optim:
     min_momentum: float = 0.9 * 0.85 / 0.95  # one_cycle: momentum at the peak of lr
     epochs: Annotated[float, arg(aliases=["--epochs"])] = 12  # passes over the training frames
     batch_size: Annotated[int, arg(aliases=["--batch-size"])] = 4  # samples per step, over all processes
+
+    def __post_init__(self):
+        check_below("--optim.min-momentum", self.min_momentum, "--optim.momentum", self.momentum, equal=True)
 
 
 @dataclass(frozen=True)

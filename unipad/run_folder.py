@@ -87,6 +87,14 @@ def _new_folder(root):
             return path
 
 
+def hold(folder: Path, world: World):
+    """Make `folder` and lock it until this program ends. Collective.
+
+    Raises `UserError` if another program has locked it.
+    """
+    on_main(lambda: world.closing.enter_context(_held(folder)), world)
+
+
 @contextlib.contextmanager
 def _held(path):
     """Lock the folder `path` against other programs, on any machine that shares it; removed at the end if still empty.
@@ -219,6 +227,7 @@ class RunFolder:
     def close(self):
         tuning.disable()
         if self.writes:
+            self._board.flush()  # unlike `close`, raises what went wrong in TensorBoard's thread
             self._board.close()
             self._log.close()
 

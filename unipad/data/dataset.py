@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from unipad.batch import Batch
-from unipad.config import Augment, Data
+from unipad.config import Augment, Data, Recipe
 from unipad.data.transforms import augment_sample, photometric_distortion
 from unipad.errors import UserError
 
@@ -171,6 +171,22 @@ class DrivingDataset(torch.utils.data.Dataset):
         if not {"train", "val"} <= splits.keys():
             raise DataError(f"--version {version} has no training split: it only has {' and '.join(splits)}.")
         return splits["train"], splits["val"]
+
+    @classmethod
+    def train_and_val(
+        cls, root: str | Path, version: str, recipe: Recipe, label_fraction: float, point_range: tuple | None
+    ) -> tuple["DrivingDataset", "DrivingDataset"]:
+        """The training set, with the recipe's augmentation, and the validation set; both as `recipe.data` says.
+
+        Raises `DataError` where a camera encoder has no images, and what the constructor and `train_val_splits` raise.
+        """
+        train, val = cls.train_val_splits(root, version)
+        settings = {"label_fraction": label_fraction, "augment": recipe.augment}
+        train_set = cls(root, version, train, recipe.data, point_range=point_range, **settings)
+        val_set = cls(root, version, val, recipe.data, point_range=point_range)
+        if recipe.camera is not None and not cls.has_images(root, version, train):
+            raise DataError(f"{root} {version} has no images, which a camera encoder needs; use --modality lidar.")
+        return train_set, val_set
 
     def __len__(self):
         return len(self.frames)

@@ -236,6 +236,15 @@ def test_a_fusion_model_starts_from_merged_encoders(tmp_path, capsys):
     }
 
 
+def test_an_encoder_with_values_that_are_not_finite_is_not_merged(tmp_path):
+    net = Detector(DETECT["lidar"]["tiny"])
+    net.state_dict()["encoder.lidar.encoder.conv_input.1.bias"].fill_(torch.nan)
+    file = tmp_path / "lidar.pt"
+    torch.save({"model": net.state_dict(), "config": {"args": {}, "recipe": to_dict(net.recipe)}}, file)
+    with pytest.raises(UserError, match="lidar.pt does not fit.* 1 unfit, such as encoder.lidar.*not finite"):
+        main(Args((file, file, tmp_path / "fusion.pt"), merge=True))
+
+
 class Code:
     """Unpickling it would create a file."""
 

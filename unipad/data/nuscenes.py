@@ -177,7 +177,8 @@ class NuScenesDataset(DrivingDataset):
         path = self._path(self.index.lidarseg_files[frame])
         labels = _load_bytes(path)
         if len(labels) != count:
-            raise BadFrame(path, f"has {len(labels)} labels for {count} points")
+            lidar = self._path(self.index.lidar_files[self.index.frame_lidar[frame]])
+            raise BadFrame(path, f"has {len(labels)} labels for {count} points of {lidar}: one of them is damaged")
         classes = self.index.lidarseg_classes[labels]
         if (unknown := classes == NO_CATEGORY).any():
             raise BadFrame(path, f"has label {labels[unknown][0]}, which is the index of no category")

@@ -23,7 +23,7 @@ values of a wrong type, missing fields, numbers that are not finite and files th
                zeros for rays without a return; a range removed, if whole points are left
     JPEG       other coefficients. libjpeg notices most of it beyond a single bit and prints a warning without the
                file's name, but OpenCV returns the image as if it were intact
-    labels     another class, also 0 in the whole file: points that nobody has labeled
+    labels     another class, also 0 in the whole file: points that nobody has labeled; no table of labels at all
     JSON       another number or name that is possible; a record missing, repeated or moved that no other refers to
     any        replaced by another file of its kind
 
@@ -198,7 +198,11 @@ SPECIAL = {"json": JSON, "json lines": {"wrong line": wrong_line}, "checkpoint":
 
 # Damages that can always be detected: a lost record, another number or another byte may not be
 SHOWS = {"wrong type", "wrong line", "wrong object", "nested", "empty", "missing", "a folder", "only zeros"}
-PLAUSIBLE = {("point labels", "only zeros")}  # class 0: points that nobody has labeled
+# (pattern of the file, damage): except where an intact dataset may look so too
+PLAUSIBLE = (
+    ("city/lidarseg/*/*.bin", "only zeros"),  # class 0: points that nobody has labeled
+    ("city/*/lidarseg.json", "missing"),  # a dataset without labels of points; whoever needs them is refused
+)
 
 
 @dataclass(frozen=True)
@@ -275,7 +279,8 @@ class Workshop:
         """The result of the reader of `kind` on a copy of the files, after `damage` of `file`."""
         with self._copy() as folder:
             damage(folder / file)
-            shows = name in SHOWS and (kind, name) not in PLAUSIBLE
+            plausible = any(file.match(pattern) and name == way for pattern, way in PLAUSIBLE)
+            shows = name in SHOWS and not plausible
             judge = partial(_judge, self.kinds[kind], folder, file, shows, self.expected[kind])
             return self._run(judge, seconds)
 

@@ -212,7 +212,7 @@ def changed(change, *path):
         (changed(lambda mean: mean / 0, "optimizer", "state", 0, "exp_avg"), "its state has impossible values"),
         (changed(lambda _: torch.tensor(9.0), "optimizer", "state", 0, "step"), "it has done 9.0 of 1 steps"),
         (without("optimizer", "state", 3), "it has no state of some weights"),
-        (changed(lambda _: [], "optimizer", "param_groups", 0, "params"), "it has other groups of weights"),
+        (changed(lambda _: [], "optimizer", "param_groups", 1, "params"), "it has other groups of weights"),
         (changed(lambda _: torch.zeros(2), "config", "args", "seed"), "is not the checkpoint of a training run"),
     ],
 )

@@ -194,8 +194,13 @@ def half_a_run(city, tmp_path_factory):
     return out
 
 
-def without(name):
-    return lambda saved: saved.pop(name)
+def without(*path):
+    def apply(saved):
+        for key in path[:-1]:
+            saved = saved[key]
+        saved.pop(path[-1])
+
+    return apply
 
 
 def changed(change, *path):
@@ -217,12 +222,16 @@ def changed(change, *path):
         (changed(lambda _: [1], "metrics"), "its metrics is a list"),
         (changed(lambda _: {"a": None}, "metrics"), "its metrics are no numbers"),
         (changed(lambda _: 7, "config"), "its config is a int"),
-        (changed(lambda weights: dict(list(weights.items())[1:]), "model"), "its model does not fit .*Missing key"),
+        (changed(lambda weights: dict(list(weights.items())[1:]), "model"), "its model does not fit .*1 are missing"),
         (changed(lambda weights: weights | dict.fromkeys(weights, 1.0), "model"), "its model does not fit"),
         (changed(lambda _: {}, "optimizer", "state"), "its optimizer does not fit .*no state"),
         (changed(lambda _: None, "optimizer", "state", 0), "its optimizer does not fit"),
         (changed(lambda _: torch.zeros(3), "optimizer", "state", 0, "exp_avg"), "has other shapes than the weights"),
-        (changed(lambda _: "x", "optimizer", "param_groups", 0, "eps"), "its optimizer does not fit .*eps is 'x'"),
+        (changed(lambda mean: mean / 0, "optimizer", "state", 0, "exp_avg"), "its state has impossible values"),
+        (changed(lambda _: torch.tensor(9.0), "optimizer", "state", 0, "step"), "it has done 9.0 of 1 steps"),
+        (without("optimizer", "state", 3), "it has no state of some weights"),
+        (changed(lambda _: [], "optimizer", "param_groups", 1, "params"), "it has other groups of weights"),
+        (changed(lambda _: torch.zeros(2), "config", "args", "seed"), "is not the checkpoint of a training run"),
     ],
 )
 def test_a_damaged_checkpoint_is_not_resumed(damage, words, half_a_run, city, tmp_path):
@@ -355,8 +364,9 @@ def test_init_chooses_the_newest_run_and_a_resumed_run_keeps_that_choice(half_a_
         pretrain(city, tmp_path / "run", "--init", runs / "second", "--resume", "auto")
 
 
-def test_lines_that_are_no_records_are_dropped_from_a_log(tmp_path):
+def test_lines_that_are_no_records_are_dropped_from_a_log(tmp_path, capsys):
     log = tmp_path / "log.jsonl"
     log.write_bytes(b'{"step": 1}\n\xff\xfe{"step"\n[3]\n{"step": "x"}\n{"step": 3}\n{"command": []}\n{"st')
     _drop_records_after(2, log)
     assert log.read_bytes() == b'{"step": 1}\n{"command": []}\n'
+    assert f"{log}: 4 damaged lines are left out." in capsys.readouterr().err

@@ -240,6 +240,15 @@ def test_a_fusion_model_starts_from_merged_encoders(tmp_path, capsys):
     }
 
 
+def test_an_encoder_with_values_that_are_not_finite_is_not_merged(tmp_path):
+    net = Detector(DETECT["lidar"]["tiny"])
+    net.state_dict()["encoder.lidar.encoder.conv_input.1.bias"].fill_(torch.nan)
+    file = tmp_path / "lidar.pt"
+    torch.save({"model": net.state_dict(), "config": {"args": {}, "recipe": to_dict(net.recipe)}}, file)
+    with pytest.raises(UserError, match="lidar.pt does not fit.* 1 unfit, such as encoder.lidar.*not finite"):
+        main(Args((file, file, tmp_path / "fusion.pt"), merge=True))
+
+
 class Code:
     """Unpickling it would create a file."""
 
@@ -290,11 +299,11 @@ def broken(kind, folder):
         ("text", {}, "is not a checkpoint"),
         ("another project", {}, r"is not a checkpoint of UniPAD.*none of its 1 weights \(such as layer1"),
         ("a list", {}, "has no weights: it is a list"),
-        ("one key less", {}, "1 weights are missing, 0 unexpected, 0 of another.*input_proj.bias; --no-strict"),
+        ("one key less", {}, "1 weights are missing, 0 unexpected, 0 unfit.*input_proj.bias; --no-strict"),
         ("one key more", {}, "0 weights are missing, 1 unexpected, .*such as .*mtoken3"),
         ("other blocks", {}, "no ConvNeXt blocks"),
         ("new recipe", {}, r"from another version of this project \(.*\): train or convert again"),
-        ("whole", {"preset": "camera-0.075"}, "does not fit preset camera-0.075: .* of another shape"),
+        ("whole", {"preset": "camera-0.075"}, "does not fit preset camera-0.075: .* unfit, such as .* the shape"),
         ("whole", {"preset": "lidar-0.075"}, "--preset lidar-0.075 is not known; use tiny, camera-0.075, "),
         ("whole", {"kind": "convnext"}, "--kind convnext: .* is of kind unipad"),
     ],

@@ -171,7 +171,8 @@ class NuScenesDataset(DrivingDataset):
         path = self._path(self.index.lidarseg_files[frame])
         labels = _load_bytes(path)
         if len(labels) != count:
-            raise BadFrame(path, f"has {len(labels)} labels for {count} points")
+            lidar = self._path(self.index.lidar_files[self.index.frame_lidar[frame]])
+            raise BadFrame(path, f"has {len(labels)} labels for {count} points of {lidar}: one of them is damaged")
         classes = self.index.lidarseg_classes[labels]
         if (unknown := classes == NO_CATEGORY).any():
             raise BadFrame(path, f"has label {labels[unknown][0]}, which is the index of no category")
@@ -289,6 +290,8 @@ def _load_points(path):
     points = data.view(np.float32).reshape(-1, 5)
     if not np.isfinite(points[:, :4]).all():
         raise BadFrame(path, "has values that are not finite")
+    if not points[:, :3].any():
+        raise BadFrame(path, "has no point but zeros")
     farthest, brightest = (np.abs(values).max() for values in (points[:, :3], points[:, 3]))
     if farthest > REACH or brightest > BRIGHTEST:
         raise BadFrame(path, f"has a point at {farthest:.3g} m, or of intensity {brightest:.3g}: the file is damaged")

@@ -136,6 +136,8 @@ def check_classes(file: Path, label_file: Path):
         classes, count = np.fromfile(file, np.uint8), label_file.stat().st_size
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} is missing: every frame of the split needs one.") from None
+    except IsADirectoryError as error:
+        raise UserError(f"{error.filename} is a folder; it needs to be a file.") from None
     if len(classes) != count:
         raise UserError(f"{file} has {len(classes)} classes for {count} points; it needs one byte per point.")
     wrong = classes[(classes < 1) | (classes > len(LIDARSEG_CLASSES))]

@@ -12,7 +12,6 @@ from PIL import Image
 
 import finetune
 from tests.test_eval import ONE_PROCESS, evaluate, save_run
-from tests.test_finetune import signals_and_threads  # noqa: F401
 from tests.test_train import checkpoint, curve
 from unipad.batch import LIDARSEG_CLASSES
 from unipad.data.dataset import collate

@@ -159,8 +159,8 @@ def _checksum(path):
     checksum = 0
     try:
         with open(path, "rb") as file:
-            while part := file.read(2**24):
-                checksum = zlib.crc32(part, checksum)
+            while chunk := file.read(2**24):
+                checksum = zlib.crc32(chunk, checksum)
     except OSError:
         return -1
     return checksum
@@ -185,7 +185,8 @@ def _cut_out(dataset, paste, paths, workers):
 
 
 def _write(dataset, paste, path, workers):
-    """Write both files, renaming each when complete, the large one first: the small one never exists alone."""
+    """Cut the objects out, write both files and return what `_read` returns. Each file is renamed when complete, the
+    large one first: the small one never exists alone."""
     frames = load_items(_Frames(dataset, paste.min_points), range(len(dataset)), workers)
     title = f"cutting objects out of {dataset.version} {dataset.split}"
     boxes, labels, points, pictures = [], [], [], []

@@ -30,8 +30,8 @@ from unipad.data.dataset import BadFrame, DataError, DrivingDataset, Sample
 from unipad.data.splits import splits_of
 from unipad.data.synthetic import ensure_city
 from unipad.data.tables import (
+    MAX_DISTANCE,
     NO_CATEGORY,
-    REACH,
     find_root,
     load_camera_sweeps,
     load_index,
@@ -296,7 +296,7 @@ def _load_points(path):
     if not np.isfinite(points[:, :4]).all():
         raise BadFrame(path, "has values that are not finite")
     farthest, brightest = (np.abs(values).max() for values in (points[:, :3], points[:, 3]))
-    if farthest > REACH or brightest > BRIGHTEST:
+    if farthest > MAX_DISTANCE or brightest > BRIGHTEST:
         raise BadFrame(path, f"has a point at {farthest:.3g} m, or of intensity {brightest:.3g}: the file is damaged")
     return points
 

@@ -32,7 +32,7 @@ from unipad.data.city.paint import Shadows, photograph
 from unipad.data.city.raycast import cast
 from unipad.data.city.solids import CATEGORIES, CATEGORY
 from unipad.data.city.streets import PITCH, STREETS, City
-from unipad.data.city.traffic import KINDS, SIGHT, Scene
+from unipad.data.city.traffic import KINDS, VIEW_DISTANCE, Scene
 from unipad.errors import UserError
 from unipad.exit import exit_on_user_error, has_ended
 
@@ -375,7 +375,7 @@ def _actor_records(tables, args, name, seen):
     ego = scene.ego.pose(times)
     for i, actor in enumerate(scene.actors):
         track = actor.pose(times)
-        near = np.nonzero(np.hypot(*(track - ego)[:, :2].T) < SIGHT)[0]
+        near = np.nonzero(np.hypot(*(track - ego)[:, :2].T) < VIEW_DISTANCE)[0]
         if not len(near):
             continue
         frames = range(near[0], near[-1] + 1)

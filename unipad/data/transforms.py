@@ -2,8 +2,8 @@
 
 Order and parameters are those of the original's UnifiedRotScaleTransFlip, PhotoMetricDistortionMultiViewImage and
 GridMask, with two differences: images stay uint8, so colors are clipped to 0-255 (the original's floats may go beyond);
-the grid of GridMask is random per sample (in the original, the same for all samples of a GPU). An augmentation that is
-off draws no random number.
+the grid of GridMask is random per sample (in the original, the same for all samples of a GPU). Augmentations that are
+off draw no random numbers, except for rotation and scale.
 """
 
 from collections.abc import Sequence

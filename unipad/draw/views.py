@@ -134,7 +134,7 @@ def onto_views(batch, points):
 
 
 def _painted(pixels, visible, depth, H, W, thick):
-    """[N, H, W]: every visible point paints its depth onto its pixel and `thick` more around it, the nearest on top."""
+    """[N, H, W]: every visible point paints its depth onto its pixel and those up to `thick` away, nearest on top."""
     pixels, visible, depth = pixels.cpu(), visible.cpu(), depth.cpu()
     canvas = torch.full((len(pixels), H, W), torch.nan)
     for view in range(len(pixels)):

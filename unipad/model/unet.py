@@ -41,9 +41,8 @@ class UnetEncoder(nn.Module):
         self.cfg, self.grid = cfg, grid
         self.encoder = Unet(point_channels, cfg.stem, cfg.widths, cfg.blocks)
         extents = list(zip(grid.low, grid.high, strict=True))[::-1]  # z, y, x
-        self.first = [
-            round(low / cfg.cell) for low, _ in extents
-        ]  # index of the grid's first voxel, counted from the LiDAR
+        # index of the grid's first voxel, counted from the LiDAR
+        self.first = [round(low / cfg.cell) for low, _ in extents]
         self.cells = [round((high - low) / cfg.cell) for low, high in extents]
         self.mask_shape = tuple(-(-size // cfg.mask_block) for size in self.cells)  # blocks (z, y, x)
 

@@ -110,6 +110,7 @@ class DrivingDataset(torch.utils.data.Dataset):
                         boxes whose center is outside in x or y, since no head learns them. None keeps all.
         augment:        how `read` augments samples; None: no augmentation.
         """
+        # 0.02: rounded fractions count too, such as 0.33
         if not 0 < label_fraction <= 1 or abs(round(1 / label_fraction) * label_fraction - 1) > 0.02:
             raise DataError(f"--label-fraction {label_fraction} is not 1/k; give 1, 0.5, 0.2, 0.1 or another 1/k.")
         if not frame_count:

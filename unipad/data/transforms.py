@@ -140,5 +140,5 @@ def grid_mask(height: int, width: int, period: int, top: int, left: int) -> np.n
 def _bars(length, period, first, bar):
     """[length] bool, True on a bar."""
     area = int(1.5 * length)
-    count, offset = np.divmod(np.arange(length) + (area - length) // 2 - first, period)
-    return (offset < bar) & (count >= 0) & (count < area // period)
+    index, offset = np.divmod(np.arange(length) + (area - length) // 2 - first, period)
+    return (offset < bar) & (index >= 0) & (index < area // period)

@@ -89,7 +89,7 @@ def _rendered(model, volume, batch, stride):
     parts = pixels.split(CHUNK // len(pixels), dim=1)
     parts = [model.render_surface(volume, cast_rays(batch, 0, part)) for part in parts]
     of_views = [[t.unflatten(0, (len(pixels), -1)) for t in part] for part in parts]
-    return [torch.cat(kind, dim=1).unflatten(1, shape[1:]) for kind in zip(*of_views, strict=True)]
+    return [torch.cat(chunks, dim=1).unflatten(1, shape[1:]) for chunks in zip(*of_views, strict=True)]
 
 
 def _rendered_panorama(model, volume):

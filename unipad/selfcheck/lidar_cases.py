@@ -66,8 +66,8 @@ def _points(recipe, device):
         xyz = torch.stack([elevation.cos() * azimuth.cos() * t, elevation.cos() * azimuth.sin() * t, height], dim=-1)
         xyz = xyz + torch.tensor([0.0, -0.3 * sweep, 0.0], device=device)  # 6 m/s at 20 Hz
         returned = torch.rand_like(t) < 0.4
-        rest = torch.stack([torch.rand_like(t), torch.full_like(t, 0.05 * sweep)], dim=-1)
-        sweeps.append(torch.cat([xyz, rest], dim=-1)[returned & (t < 70)])
+        intensity_and_lag = torch.stack([torch.rand_like(t), torch.full_like(t, 0.05 * sweep)], dim=-1)
+        sweeps.append(torch.cat([xyz, intensity_and_lag], dim=-1)[returned & (t < 70)])
     return torch.cat(sweeps)
 
 

@@ -40,7 +40,7 @@ CAMERA_AXES = Quaternion(0.5, -0.5, 0.5, -0.5)  # camera -> ego, looking ahead
 LIDAR = "LIDAR_TOP"
 LIDAR_POSITION = (0.94, 0.0, 1.84)  # ego frame
 LIDAR_ROTATION = Quaternion(axis=(0, 0, 1), degrees=-90)  # LiDAR -> ego
-BEAMS = np.radians(np.linspace(-30.67, 10.67, 32))  # elevations, ring 0 first
+BEAMS = np.radians(np.linspace(-30.67, 10.67, 32))  # elevations in radians, ring 0 first
 LIDAR_RANGE = 70.0  # meters; beams that hit nothing nearer than this return nothing
 RANGE_NOISE, INTENSITY_NOISE = 0.01, 2.0  # standard deviations, in meters and on the scale 0-255
 DROPOUT = 0.02  # fraction of beams that return nothing although they hit something in range
@@ -128,6 +128,8 @@ def scan(scene, t, columns, rng):
 
 def census(scene, t, columns, scan):
     """The number of returns from each actor in a scan, and how visible the actor is.
+
+    scan: the `Scan` of `scene` at time `t` with this number of `columns`.
 
     Returns:
         inside:  [actors] int64 returns from the actor that lie inside its box.

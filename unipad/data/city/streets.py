@@ -69,7 +69,8 @@ class City:
             depth:    [n] meters from the curb into the block, negative on the road.
         """
         gx, gy = self.to_grid(x, y)
-        a, b = (g - np.float32(PITCH) * np.round(g / np.float32(PITCH)) for g in (gx, gy))  # from the nearest streets
+        # meters from the center lines of the nearest streets (a, b) and from their curbs (ea, eb)
+        a, b = (g - np.float32(PITCH) * np.round(g / np.float32(PITCH)) for g in (gx, gy))
         ea, eb = np.abs(a) - np.float32(ROAD), np.abs(b) - np.float32(ROAD)
         r = np.float32(CURB_RADIUS)
         depth = np.where((ea < r) & (eb < r), r - np.hypot(r - ea, r - eb), np.minimum(ea, eb))

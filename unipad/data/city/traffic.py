@@ -228,7 +228,7 @@ class Scene:
         self._movers = [i for i, a in enumerate(self.actors) if a.speed]
         self._pieces = np.array([row for i, a in enumerate(self.actors) for row in a.solids(i)], dtype=SOLID)
         self.track = self.ego.pose(np.linspace(0, duration, 50))[:, :2]
-        offsets = range(-2, 3)  # two blocks in every direction are farther than HOUSE_VIEW_DISTANCE
+        offsets = range(-2, 3)  # two blocks more on every side: 144 m, above HOUSE_VIEW_DISTANCE
         blocks = {tuple(b) for b in np.floor(self.track / PITCH).astype(int)}
         blocks = sorted({(i + di, j + dj) for i, j in blocks for di in offsets for dj in offsets})
         self.fixed = np.concatenate([self.city.block(*b) for b in blocks])

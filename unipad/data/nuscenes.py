@@ -251,6 +251,7 @@ class NuScenesDataset(DrivingDataset):
 
 
 def _load_bytes(path):
+    """The contents of a file, [n] uint8. Raises `BadFrame`, also for an empty file."""
     try:
         data = np.fromfile(path, np.uint8)
     except FileNotFoundError:
@@ -318,6 +319,7 @@ def on_disk(root: Path, files: np.ndarray) -> np.ndarray:
 
 
 def _listed(folder):
+    """The set of names in a folder, as bytes; empty if the folder does not exist."""
     try:
         return set(map(os.fsencode, os.listdir(folder)))
     except (FileNotFoundError, NotADirectoryError):

@@ -119,6 +119,7 @@ def _field_of_view(lidar2image, lidar2camera, height, width):
 
 
 def _from_above(axis, sample, points, corners, colors):
+    """Bird's-eye view of points [K, 3], boxes [M, 8, 3] in `colors` and the fields of view of the cameras."""
     axis.set(xlim=BEV_LIMITS, ylim=BEV_LIMITS, xticks=[], yticks=[], aspect="equal", facecolor="black")
     axis.scatter(points[:, 0], points[:, 1], s=1.5, c=points[:, 2], cmap="gray", vmin=-5, vmax=3, linewidths=0)
     outlines = np.concatenate([corners[:, :4, :2], corners[:, :1, :2]], axis=1)

@@ -63,6 +63,7 @@ def segment_views(batch: Batch, predicted: torch.Tensor, width: int = 300) -> np
 
 
 def _from_above(axis, points, classes, name):
+    """Bird's-eye view of points [K, 3] in the colors of their `classes` [K], with the `name` of the row."""
     axis.set(xlim=BEV_LIMITS, ylim=BEV_LIMITS, xticks=[], yticks=[], aspect="equal", facecolor="black")
     order = np.argsort(points[:, 2], kind="stable")  # higher points hide lower ones
     axis.scatter(points[order, 0], points[order, 1], s=4, c=COLORS[classes[order]], linewidths=0)

@@ -93,6 +93,7 @@ def _rendered(model, volume, batch, stride):
 
 
 def _rendered_panorama(model, volume):
+    """As `_rendered`, with one panorama from the LiDAR in place of the views."""
     return [t.unflatten(0, (1, *PANORAMA)) for t in model.render_surface(volume, panorama_rays(volume.device))]
 
 

@@ -154,7 +154,7 @@ def segmentation_table(summary: dict) -> str:
 
 
 def _files(dataset, folder):
-    """{sample token: its file} of the split."""
+    """{sample token: file of its predicted classes} of the split."""
     tokens, keys = dataset.index.tokens, dataset.index.lidar_tokens
     folder = folder / "lidarseg" / dataset.split
     pairs = zip(tokens, keys, strict=True)

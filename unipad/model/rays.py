@@ -200,6 +200,7 @@ def _lidar_in_views(batch, cfg):
 
 
 def _between_radii(points, cfg):
+    """[P] bool: whether points [P, 5] have a horizontal distance to the LiDAR between the two radii of `cfg`."""
     radius = points[:, :2].norm(dim=1)
     return (radius > cfg.near_radius) & (radius < cfg.far_radius)
 

@@ -97,6 +97,7 @@ class UnetEncoder(nn.Module):
         return self.encoder(SparseTensor(features, VoxelSet(coords, shape, B, in_order=True, check=False))).features
 
     def _volume(self, features, xyz, sample, B):
+        """[B, C, Z, Y, X]: mean of the features [V, C] of the points `xyz` [V, 3] in each cell; sample: [V]."""
         X, Y, Z = self.grid.shape
         axes = zip(xyz.unbind(1), self.grid.low, self.grid.cell, self.grid.shape, strict=True)
         # divide by a tensor: a GPU multiplies by the reciprocal of a number instead, which moves points to other cells

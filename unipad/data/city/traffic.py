@@ -20,7 +20,8 @@ HOUSE_VIEW_DISTANCE, VIEW_DISTANCE = 140.0, 90.0
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of road user. Pieces span (x, y, z) ranges, in fractions of the box's length, width and height."""
+    """A kind of road user. Pieces span (x, y, z) ranges: fractions of the box's length and width, from its center, and
+    of its height, from the ground."""
 
     category: str
     size: tuple[float, float, float]  # width, length, height
@@ -163,6 +164,7 @@ class Actor:
 
     @property
     def attribute(self):
+        """Name of its nuScenes attribute; "" if its kind has none."""
         return KINDS[self.kind].moving if self.speed else KINDS[self.kind].still
 
     def solids(self, owner):

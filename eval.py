@@ -35,6 +35,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from unipad import cli
+from unipad.batch import CLASSES, LIDARSEG_CLASSES
 from unipad.checkpoint import load_weights, read_run
 from unipad.config import (
     CameraConfig,
@@ -49,7 +50,6 @@ from unipad.config import (
 )
 from unipad.data.dataset import DEFAULT_DATASET, BadFrame, check_recorded, collate, dataset_class
 from unipad.data.loader import held_out_batches
-from unipad.data.tables import CLASSES, LIDARSEG_CLASSES
 from unipad.draw.boxes import detection_views
 from unipad.draw.mesh import check_mesh, distances, surface, write_ply
 from unipad.draw.segments import segment_views
@@ -68,6 +68,7 @@ from unipad.evaluate.tta import detect_tta, segment_tta, tta_views
 from unipad.model.detect import Detector
 from unipad.model.pretrain import Pretrain
 from unipad.model.segment import Segmenter
+from unipad.run_folder import hold
 from unipad.runtime import generators, mixed_precision, on_main, start, to_main
 
 
@@ -191,8 +192,7 @@ def main(args: Args):
         model = TASKS[task](recipe).to(world.device).eval()
         load_weights(model, saved["model"], args.checkpoint)
         out = args.out or run / "eval"
-        if world.is_main:
-            out.mkdir(parents=True, exist_ok=True)
+        hold(out, world)
         print0(f"{args.checkpoint}, step {saved['step']}: {task} on {len(dataset)} frames of {split}, {world.device}")
         autocast, _ = mixed_precision(args.precision, world.device)
         with autocast:
@@ -229,8 +229,6 @@ def segment(args, model, dataset, out, world):
     if not world.is_main:
         return
     write_segmentation(predictions, dataset, out)
-    if missing := dataset.frame_count - len(predictions):
-        world.print0(f"incomplete: {missing} of {dataset.frame_count} frames could not be read and have no file")
     if dataset.split == "test":
         world.print0(f"the test split has no public labels: no metrics, but a submission in {out}")
     else:

@@ -47,7 +47,7 @@ from unipad.model.detect import Detector
 from unipad.model.segment import Segmenter
 from unipad.optimizer import lr_at, make_optimizer, set_rates
 from unipad.recipes import DEFAULT_PRESET, DETECT, SEGMENT
-from unipad.run_folder import Progress, RunFolder, find_run, format_metrics, resumed, run_config
+from unipad.run_folder import Progress, RunFolder, find_run, format_metrics, hold, resumed, run_config
 from unipad.runtime import StopOnSignal, generators, local_gradients, mixed_precision, start
 
 
@@ -164,6 +164,7 @@ def main(args: Args):
 
         # Run
         run = RunFolder(path, run_config(args, steps, train_set.contents(), saved), world, saved)
+        hold(path / "eval", world)  # where validations and eval.py write
         if args.tune:
             run.tune()
         parts = {"model": net, "optimizer": optimizer, "scaler": scaler}
@@ -243,17 +244,7 @@ def open_datasets(args, world):
     box = None if task.of_points else (recipe.grid.low, recipe.grid.high)  # the encoder ignores points outside the grid
     with world.main_first():  # generates the city, builds the index, cuts out the objects
         root = Path(os.path.expanduser(args.data_root or dataset.default_root(recipe.data)))
-        train_split, val_split = dataset.train_val_splits(root, version)
-        train_set = dataset(
-            root,
-            version,
-            train_split,
-            recipe.data,
-            label_fraction=recipe.label_fraction,
-            point_range=box,
-            augment=recipe.augment,
-        )
-        val_set = dataset(root, version, val_split, recipe.data, point_range=box)
+        train_set, val_set = dataset.train_and_val(root, version, recipe, recipe.label_fraction, box)
         if recipe.paste:
             train_set = train_set.with_objects(load_objects(train_set, recipe.paste, world.workers(args.workers)))
     if task.of_points:

@@ -204,34 +204,24 @@ def open_datasets(args, world):
     box = (recipe.grid.low, recipe.grid.high)  # points outside cannot be depth targets: no ray is sampled there
     with world.main_first():  # generates the city, builds the index
         root = Path(os.path.expanduser(args.data_root or dataset.default_root(recipe.data)))
-        train_split, val_split = dataset.train_val_splits(root, version)
-        recipe = with_ray_origins(recipe, dataset.has_images(root, version, train_split), world.print0)
-        train_set = dataset(
-            root,
-            version,
-            train_split,
-            recipe.data,
-            label_fraction=args.label_fraction,
-            point_range=box,
-            augment=recipe.augment,
-        )
-        val_set = dataset(root, version, val_split, recipe.data, point_range=box)
+        if recipe.camera is None:
+            split, _ = dataset.train_val_splits(root, version)
+            recipe = with_ray_origins(recipe, dataset.has_images(root, version, split), world.print0)
+        train_set, val_set = dataset.train_and_val(root, version, recipe, args.label_fraction, box)
     return replace(args, data_root=root.resolve(), version=version, recipe=recipe), train_set, val_set
 
 
 def with_ray_origins(recipe, has_images, print0):
-    """The recipe adapted to the dataset: without images, rays of a LiDAR encoder start at the LiDAR.
+    """A LiDAR recipe adapted to the dataset: without images, rays start at the LiDAR.
 
-    Raises `UserError` where a camera encoder has no images, or rays from the LiDAR a color loss.
+    Raises `UserError` where there is a color loss, but rays have no color.
     """
-    if recipe.camera is not None and not has_images:
-        raise UserError("the dataset has no images, which a camera encoder needs; use --modality lidar.")
     if recipe.data.cameras and has_images:
         return recipe
     if recipe.render.rgb_weight:
         raise UserError("rays from the LiDAR have no color: they need --render.rgb-weight 0.")
     if recipe.data.cameras:
-        print0("the dataset has no images: rays are cast from the LiDAR")
+        print0("no training frame has all its images: rays are cast from the LiDAR")
     return replace(recipe, data=replace(recipe.data, cameras=False))
 
 

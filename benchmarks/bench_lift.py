@@ -20,9 +20,10 @@ from unipad.recipes import PRETRAIN
 # preset, padded image (H, W), width before padding / 1600, strides of the levels
 PAPER = ("camera-0.1", (928, 1600), 1.0, (8, 16, 32, 64))
 TINY = ("tiny", (160, 256), 0.16, (8, 16, 32))
-# nuScenes' rig at 900 x 1600: yaw to the left of ahead in degrees, focal length in pixels
+# nuScenes' rig at 900 x 1600: yaw in degrees, counter-clockwise from ahead; focal length in pixels
 CAMERAS = [(0, 1266), (-55, 1266), (-110, 1266), (180, 809), (110, 1266), (55, 1266)]
-# bf16 results differ by up to 4e-3 where a sum is rounded up in one and down in the other
+CENTER = (816, 491)  # principal point (u, v) in pixels of nuScenes' front camera, used for all six
+# bf16 results that one implementation rounds up and another down differ by up to 4e-3
 AGREE_HALF = 1e-2
 
 
@@ -46,16 +47,17 @@ def case(preset, image_size, scale, strides, dtype=torch.float32, views=6, chann
 
 
 def rig(scale, count=6):
-    """[1, count, 4, 4] cameras 0.5 m from the LiDAR's vertical axis, 0.3 m below it; images `scale` * 1600 wide.
+    """lidar2image [1, count, 4, 4] of cameras 0.3 m below the LiDAR; images are `scale` * 1600 pixels wide.
 
-    Views beyond the sixth repeat the first ones, as those of an earlier frame would.
+    Each camera is 0.5 m from the LiDAR's vertical axis, in its viewing direction. Views beyond the sixth repeat the
+    first ones, as those of an earlier frame would.
     """
     views = []
     for yaw, focal in (CAMERAS[n % len(CAMERAS)] for n in range(count)):
         s, c = math.sin(math.radians(yaw)), math.cos(math.radians(yaw))
-        intrinsics = torch.tensor([[focal * scale, 0, 816 * scale, 0], [0, focal * scale, 491 * scale, 0]])
+        intrinsics = torch.tensor([[focal * scale, 0, CENTER[0] * scale, 0], [0, focal * scale, CENTER[1] * scale, 0]])
         intrinsics = torch.cat([intrinsics, torch.eye(4)[2:]])
-        # camera axes right, down, ahead in LiDAR axes right, ahead, up
+        # LiDAR frame (right, ahead, up) -> camera frame (right, down, ahead)
         extrinsics = torch.tensor([[c, s, 0, 0], [0, 0, -1, -0.3], [-s, c, 0, -0.5], [0, 0, 0, 1]])
         views.append(intrinsics @ extrinsics)
     return torch.stack(views)[None].to(DEVICE)

@@ -27,7 +27,7 @@ PRECISION = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 @dataclass
 class Part:
     name: str
-    run: object  # inputs -> list of tensors
+    run: object  # function: inputs -> list of tensors, of which the loss is the mean square
     inputs: list
     parameters: list
     times: int = 1  # how often a step runs it
@@ -38,7 +38,7 @@ def autocast():
 
 
 def parts(net, batch):
-    """The parts in the order of a step, each with the outputs of the one before as inputs."""
+    """Yield the parts in the order of a step; their inputs are random or outputs of earlier parts."""
     camera, (H, W) = net.encoder.camera, batch.images.shape[-2:]
     images = (
         camera.normalize(batch.images, batch.image_sizes).flatten(0, 1).contiguous(memory_format=torch.channels_last)

@@ -21,8 +21,9 @@ CPU_SIZES = [(384, 48, 16), (3072, 72, 24)]
 def clip_case(R):
     origins = torch.rand(R, 3, device=DEVICE) - 0.5
     directions = F.normalize(torch.randn(R, 3, device=DEVICE), dim=1)
-    box = ((-1.0, -1.0, -0.1), (1.0, 1.0, 0.06), 0.02)
-    return Case(name=f"R={R}", inputs=(origins, directions, *box), fwd_bytes=(6 * 4 + 2 * 4 + 1) * R)
+    box = ((-1.0, -1.0, -0.1), (1.0, 1.0, 0.06))
+    near = 0.02
+    return Case(name=f"R={R}", inputs=(origins, directions, *box, near), fwd_bytes=(6 * 4 + 2 * 4 + 1) * R)
 
 
 def edges_case(R, S):

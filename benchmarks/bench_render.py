@@ -66,6 +66,6 @@ if __name__ == "__main__":
     cases = [case(preset), case(preset, **LOSSES)]
     for one in cases:
         error = largest_error(ours, eager, in_fp64(one))
-        assert error <= AGREE_FP64, f"{one.name}: ours is {error:.1e} away from the original's formulas in fp64"
-    peers = {} if DEVICE == "cuda" else {"ours": ours}  # on a GPU ours is the row "triton"
+        assert error <= AGREE_FP64, f"{one.name}: ours differs from the original's formulas by {error:.1e} in fp64"
+    peers = {} if DEVICE == "cuda" else {"ours": ours}  # on a GPU, `compare` times ours as "triton"
     compare("render", eager, ours, peers, cases, agree=AGREE_FP32)

@@ -30,10 +30,10 @@ RANGE = 54.0  # meters, of the recipes
 def boxes_3d(N, objects):
     """[N, 7] boxes as large as road users, several around each of `objects` objects, so that some overlap."""
     centers = F.pad((torch.rand(objects, 2, device=DEVICE) * 2 - 1) * RANGE, (0, 1))
-    which = torch.randint(objects, (N,), device=DEVICE)
-    centers = centers[which] + 0.5 * torch.randn(N, 3, device=DEVICE)
+    object_idx = torch.randint(objects, (N,), device=DEVICE)
+    centers = centers[object_idx] + 0.5 * torch.randn(N, 3, device=DEVICE)
     sizes = torch.tensor([1.9, 4.6, 1.7], device=DEVICE) * (0.5 + torch.rand(N, 3, device=DEVICE))
-    yaw = (torch.rand(objects, device=DEVICE) * 6.3)[which] + 0.2 * torch.randn(N, device=DEVICE)
+    yaw = (torch.rand(objects, device=DEVICE) * 6.3)[object_idx] + 0.2 * torch.randn(N, device=DEVICE)
     return torch.cat([centers, sizes, yaw[:, None]], dim=1)
 
 
@@ -71,18 +71,18 @@ def cross(u, v):
 def sorted_corners(a, b):
     """IoU by the corners of the intersection polygon: 16 edge crossings, 8 enclosed corners, sorted by angle."""
     N, M = len(a), len(b)
-    p = (corners(a)[:, None] - a[:, None, None, :2]).expand(N, M, 4, 2)
+    p = (corners(a)[:, None] - a[:, None, None, :2]).expand(N, M, 4, 2)  # corners of a and b, relative to a's center
     q = corners(b)[None, :] - a[:, None, None, :2]
-    dp, dq = p.roll(-1, 2) - p, q.roll(-1, 2) - q
+    dp, dq = p.roll(-1, 2) - p, q.roll(-1, 2) - q  # edges
     start = q[:, :, None, :, :] - p[:, :, :, None, :]  # [N, M, 4, 4, 2]
     ep, eq = dp[:, :, :, None, :], dq[:, :, None, :, :]
     denominator = cross(ep, eq)  # 0 where the edges are parallel
     safe = torch.where(denominator == 0, 1, denominator)
-    t, s = cross(start, eq) / safe, cross(start, ep) / safe
+    t, s = cross(start, eq) / safe, cross(start, ep) / safe  # where lines cross: fractions of the edges of a, of b
     crossing = (p[:, :, :, None, :] + t[..., None] * ep).flatten(2, 3)
     crosses = ((denominator != 0) & (t >= 0) & (t <= 1) & (s >= 0) & (s <= 1)).flatten(2, 3)
 
-    def enclosed(points, origin, edges):
+    def enclosed(points, origin, edges):  # whether points lie in the box with these corners and edges
         side = cross(edges[:, :, None, :, :], points[:, :, :, None, :] - origin[:, :, None, :, :])
         return (side >= -1e-5).all(dim=3)
 
@@ -94,16 +94,16 @@ def sorted_corners(a, b):
     order = angle.argsort(dim=2)
     points, ok = points.gather(2, order[..., None].expand_as(points)), ok.gather(2, order)
     points = torch.where(ok[..., None], points, points[:, :, :1])  # repeat the first corner, which closes the polygon
-    shared = cross(points, points.roll(-1, 2)).sum(dim=2) / 2 * (ok.sum(dim=2) > 2)
-    return shared / ((a[:, 2] * a[:, 3])[:, None] + (b[:, 2] * b[:, 3])[None, :] - shared)
+    overlap = cross(points, points.roll(-1, 2)).sum(dim=2) / 2 * (ok.sum(dim=2) > 2)  # area, by the shoelace formula
+    return overlap / ((a[:, 2] * a[:, 3])[:, None] + (b[:, 2] * b[:, 3])[None, :] - overlap)
 
 
 def by_shapely(a, b):
     import shapely
 
     p, q = (shapely.polygons(corners(boxes).numpy())[:, None] for boxes in (a, b))
-    shared = torch.from_numpy(shapely.area(shapely.intersection(p, q.T))).to(a)
-    return shared / ((a[:, 2] * a[:, 3])[:, None] + (b[:, 2] * b[:, 3])[None, :] - shared)
+    overlap = torch.from_numpy(shapely.area(shapely.intersection(p, q.T))).to(a)
+    return overlap / ((a[:, 2] * a[:, 3])[:, None] + (b[:, 2] * b[:, 3])[None, :] - overlap)
 
 
 def row_by_row(boxes, scores, threshold):

@@ -9,7 +9,7 @@ Sampling, field and compositing: rays through a volume to color and depth; backw
     compiled        the reference under torch.compile, or the error that it raises
 
 All are asserted to agree; `benchmarks.bench_render` explains why importance sampling limits the agreement in fp32. In
-tf32 distances are off by up to a hundredth of the largest.
+tf32, errors of distances reach a hundredth of the largest distance.
 """
 
 from copy import copy

@@ -5,7 +5,8 @@
     OMP_NUM_THREADS=1 python -m benchmarks.bench_sparse_conv      on a CPU: with more threads spconv has data races
 
 Voxels come from benchmarks/lidar_scene.py, whose statistics are printed next to those of nuScenes. "cold" builds the
-tables in every run, from unsorted coordinates as a peer does; otherwise they are built once. Errors are w.r.t. fp64.
+neighbor tables in every run, from unsorted coordinates as a peer does; otherwise they are built once. Errors are w.r.t.
+fp64.
 Peers, if installed: spconv (pip install spconv-cu126; spconv for a CPU) and spconv-triton, with the same interface.
 """
 
@@ -23,7 +24,8 @@ from benchmarks.harness import DEVICE, Case, compare
 from benchmarks.lidar_scene import DOWNSAMPLES, NUSCENES, SHAPE, voxels
 from unipad.kernels import tuning
 from unipad.kernels.sparse_conv import sparse_conv, sparse_conv_ref
-from unipad.kernels.sparse_map import inverse_map, out_shape, strided_map, submanifold_map
+from unipad.kernels.sparse_map import inverse_map, strided_map, submanifold_map
+from unipad.kernels.sparse_outputs import out_shape
 from unipad.kernels.sparse_tiles import NeighborTable
 from unipad.kernels.voxel_keys import sort_voxels
 from unipad.model import sparse
@@ -47,16 +49,20 @@ class Level:
     cache: dict = field(default_factory=dict)
 
     def submanifold(self):
-        table = submanifold_map(self.coords, *sort_voxels(self.coords, self.shape, False), self.shape, THREE, ONE)
-        return NeighborTable(table), None  # its own mirror image: needs no inverse table
+        """A new neighbor table of a 3 x 3 x 3 submanifold convolution; its inverse table, or None."""
+        keys, order = sort_voxels(self.coords, self.shape, check=False)
+        table = submanifold_map(self.coords, keys, order, self.shape, THREE, ONE)
+        return NeighborTable(table), None  # the inverse table is this table flipped along K
 
-    def table(self):
-        if "table" not in self.cache:
-            self.cache["table"] = self.submanifold()
-        return self.cache["table"]
+    def tables(self):
+        """(table, inverse table) of `submanifold`, cached."""
+        if "tables" not in self.cache:
+            self.cache["tables"] = self.submanifold()
+        return self.cache["tables"]
 
     def pairs(self):
-        return (self.table()[0].idx >= 0).sum().item()
+        """Number of pairs of output and neighbor."""
+        return (self.tables()[0].idx >= 0).sum().item()
 
 
 def stages(batch):
@@ -80,7 +86,7 @@ def print_statistics(levels):
 
 
 def warm(op):
-    return lambda features, weight, level: op(features, weight, *level.table())
+    return lambda features, weight, level: op(features, weight, *level.tables())
 
 
 def cold(op):
@@ -88,7 +94,7 @@ def cold(op):
 
 
 def strided(op):
-    """Includes building the table. Implementations order output rows differently, so their sum is compared."""
+    """A strided convolution with its tables. Implementations order output rows differently: their sum is compared."""
 
     def run(features, weight, level, geometry):
         _, table = strided_map(level.coords, level.shape, *geometry, level.batch)
@@ -101,7 +107,7 @@ class Encoders:
     """One encoder, its weights shared by all implementations."""
 
     def __init__(self):
-        self.encoder = SparseEncoder(5, WIDTHS, 2, 256).to(DEVICE)
+        self.encoder = SparseEncoder(in_channels=5, widths=WIDTHS, blocks=2, out_channels=256).to(DEVICE)
         for module in self.encoder.modules():
             if isinstance(module, sparse.SparseBatchNorm):
                 # keeps the ReLUs' inputs away from 0, where rounding decides whether a gradient passes: with a bias of
@@ -112,11 +118,13 @@ class Encoders:
         self.weights = [self.encoder.get_parameter(name) for name in self.names]
 
     def ours(self, op, keep):
+        """A function that runs the encoder with `op`. keep: build the neighbor tables once, and cache them."""
+
         def run(features, weights, level):
             cache = level.cache if keep else {}
             if "voxels" not in cache:
                 cache["voxels"] = sparse.VoxelSet(level.coords, level.shape, level.batch, check=False)
-                cache["sets"] = sparse.make_tables(self.encoder, cache["voxels"])
+                cache["voxel sets"] = sparse.make_tables(self.encoder, cache["voxels"])  # kept alive with the tables
             tensor = sparse.SparseTensor(features, cache["voxels"])
             with mock.patch.object(sparse, "sparse_conv", op), half():
                 return self.encoder(tensor).dense()
@@ -124,7 +132,7 @@ class Encoders:
         return run
 
     def exact(self, features, weights, level):
-        """In fp64, if the inputs are."""
+        """The encoder's output by the reference; for fp64 inputs, these are the true values."""
         voxels = sparse.VoxelSet(level.coords, level.shape, level.batch, check=False)
         encoder = copy.deepcopy(self.encoder).double()
         with mock.patch.object(sparse, "sparse_conv", sparse_conv_ref):
@@ -212,7 +220,7 @@ def peer_conv(lib, level, weight, geometry=None):
 
 
 class Peer:
-    """A peer's tensor, to be used as our SparseTensor."""
+    """A peer's tensor with the interface of our SparseTensor."""
 
     def __init__(self, tensor):
         self.tensor, self.features, self.dense = tensor, tensor.features, tensor.dense
@@ -269,7 +277,7 @@ def as_peer(encoder, lib):
 
 def case(level, width, for_features=True, for_weight=True):
     features, weight = tensors(len(level.coords), width, width, for_features, for_weight)
-    table, pairs = level.table()[0].idx, level.pairs()
+    table, pairs = level.tables()[0].idx, level.pairs()
     name = f"{level.name} C={width} N={len(features)}, {2e-9 * pairs * width**2:.1f} GFLOP"
     return Case(name, (features, weight, level), 2 * features.nbytes + weight.nbytes + table.nbytes)
 
@@ -290,7 +298,8 @@ def encoder_case(level, weights):
 
 def tensors(N, c_in, c_out, for_features=True, for_weight=True):
     features = torch.randn(N, c_in, device=DEVICE, dtype=DTYPE, requires_grad=for_features)
-    weight = torch.randn(c_out, *THREE, c_in, device=DEVICE) / (14 * c_in) ** 0.5  # about 14 neighbors per voxel
+    # an output sums about 14 neighbors (see NUSCENES): outputs have a variance of about 1
+    weight = torch.randn(c_out, *THREE, c_in, device=DEVICE) / (14 * c_in) ** 0.5
     return features, nn.Parameter(weight.to(DTYPE), requires_grad=for_weight)
 
 
@@ -314,14 +323,14 @@ def main(tune: bool = False):
                 name + tuned,
                 nets.ours(sparse_conv_ref, keep),
                 nets.ours(sparse_conv, keep),
-                {name: nets.theirs(lib, keep) for name, lib in libs.items()},
+                {peer: nets.theirs(lib, keep) for peer, lib in libs.items()},
                 [encoder_case(levels[0], nets.weights)],
                 AGREE_DEEP,
                 nets.exact,
             )
 
-        sized = list(zip(levels, WIDTHS, strict=True))
-        # with these channels, tensor cores are the limit, not the gather
+        sized = list(zip(levels, WIDTHS, strict=True))  # (level, channels)
+        # more channels than the recipe has: for these, matrix products should cost more than gathering
         wide = [(levels[1], 128), (levels[1], 256)] if DEVICE == "cuda" else []
 
         peers = {name: warm_peer(lib) for name, lib in libs.items()}

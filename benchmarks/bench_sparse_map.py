@@ -3,7 +3,7 @@
     python -m benchmarks.bench_sparse_map
 
 Voxels come from benchmarks/lidar_scene.py. The peer, "all cells", stores a row number for every cell of the grid,
-which needs no search, but memory for all cells: 340 MB per sample at the first stage.
+which needs no search, but 4 bytes for each cell: 340 MB per sample at the first stage.
 """
 
 from itertools import product
@@ -16,7 +16,6 @@ from benchmarks.lidar_scene import DOWNSAMPLES, SHAPE, voxels
 from unipad.kernels.sparse_map import (
     inverse_map,
     inverse_map_ref,
-    out_shape,
     strided_map,
     strided_map_ref,
     submanifold_map,
@@ -24,6 +23,7 @@ from unipad.kernels.sparse_map import (
     transposed_map,
     transposed_map_ref,
 )
+from unipad.kernels.sparse_outputs import out_shape
 from unipad.kernels.voxel_keys import sort_voxels, sort_voxels_ref
 
 BATCHES = [1, 4] if DEVICE == "cuda" else [1]
@@ -40,7 +40,8 @@ def stages(batch):
 
 
 def sort_case(name, coords, shape):
-    return Case(f"{name} N={len(coords)}", (coords, shape, False), coords.nbytes + 16 * len(coords))
+    inputs = coords, shape, False  # without checks
+    return Case(f"{name} N={len(coords)}", inputs, coords.nbytes + 16 * len(coords))
 
 
 def submanifold_case(name, coords, shape, kernel):
@@ -51,9 +52,10 @@ def submanifold_case(name, coords, shape, kernel):
     return Case(name, (coords, keys, order, shape, kernel, ONE), coords.nbytes + 16 * len(coords) + table.nbytes)
 
 
-def pairs_case(op, batch, name, coords, shape, geometry):
-    known = sort_voxels(coords, shape) if op is strided_map else ()  # a `VoxelSet` has sorted already
-    inputs = coords, shape, *geometry, batch, *known
+def new_coords_case(op, batch, name, coords, shape, geometry):
+    """A `Case` of `strided_map` or `transposed_map`, which return output coordinates and a table."""
+    keys_order = sort_voxels(coords, shape) if op is strided_map else ()  # not timed: a `VoxelSet` has sorted already
+    inputs = coords, shape, *geometry, batch, *keys_order
     out_coords, table = op(*inputs)
     name = f"{name} N={len(coords)} M={len(out_coords)}"
     return Case(name, inputs, coords.nbytes + out_coords.nbytes + table.nbytes)
@@ -73,8 +75,8 @@ def all_cells(coords, keys, order, shape, kernel, dilation):
     table = torch.full((int(b.max()) + 1, *size), -1, dtype=torch.int32, device=coords.device)
     table[b, z + below[0], y + below[1], x + below[2]] = torch.arange(len(b), dtype=torch.int32, device=b.device)
     offsets = torch.tensor([*product(*(range(k) for k in kernel))], device=b.device)
-    moved = (offsets * torch.tensor(dilation, device=b.device)).T[:, :, None]  # [3, K, 1]
-    z, y, x = torch.stack([z, y, x])[:, None] + moved  # [K, N] each
+    shift = (offsets * torch.tensor(dilation, device=b.device)).T[:, :, None]  # [3, K, 1]
+    z, y, x = torch.stack([z, y, x])[:, None] + shift  # [K, N] each
     return table[b, z, y, x]
 
 
@@ -86,9 +88,9 @@ if __name__ == "__main__":
         cases += [submanifold_case(*levels[0], (5, 5, 5))]
         compare("submanifold_map", submanifold_map_ref, submanifold_map, {"all cells": all_cells}, cases)
         steps = [(*level, geometry) for level, geometry in zip(levels, DOWNSAMPLES, strict=False)]
-        cases = [pairs_case(strided_map, batch, *step) for step in steps]
+        cases = [new_coords_case(strided_map, batch, *step) for step in steps]
         compare("strided_map", strided_map_ref, strided_map, {}, cases)
         compare("inverse_map", inverse_map_ref, inverse_map, {}, [inverse_case(*step) for step in steps])
-        up = (2, 2, 2), (2, 2, 2), (0, 0, 0), ONE
-        cases = [pairs_case(transposed_map, batch, *level, up) for level in levels[1:]]
+        up = (2, 2, 2), (2, 2, 2), (0, 0, 0), ONE  # kernel, stride, padding, dilation
+        cases = [new_coords_case(transposed_map, batch, *level, up) for level in levels[1:]]
         compare("transposed_map", transposed_map_ref, transposed_map, {}, cases)

@@ -3,8 +3,8 @@
     python -m benchmarks.bench_spunet                      # 23.5k voxels, and on a GPU 120k
     OMP_NUM_THREADS=1 python -m benchmarks.bench_spunet    # on a CPU: with more threads the spconv wheel has data races
 
-The newest sweeps of benchmarks/lidar_scene.py in cells of 0.05 m, as in fine-tuning: one sweep gives 21k voxels, eight
-120k. Every run builds its tables from the voxels, as every training step does. Peers, if installed: spconv and
+Voxels of 0.05 m, as in fine-tuning, from the newest sweeps of benchmarks/lidar_scene.py: one sweep gives 21k voxels,
+eight 120k. Every run builds its tables from the voxels, as every training step does. Peers, if installed: spconv and
 spconv-triton, see bench_sparse_conv.
 """
 
@@ -45,11 +45,11 @@ class Nets:
                 # keeps the ReLUs' inputs away from 0, where rounding decides; see bench_sparse_conv
                 nn.init.constant_(module.bias, 8)
         self.weights = [p for p in self.net.parameters() if p.dim() == 5]
-        self.step = 2 ** len(self.net.down)
+        self.stride = 2 ** len(self.net.down)  # of the deepest level
 
     def ours(self, op):
         def run(features, weights, coords):
-            shape = [-(-(size + 1) // self.step) * self.step for size in coords[:, 1:].amax(dim=0).tolist()]
+            shape = [-(-(size + 1) // self.stride) * self.stride for size in coords[:, 1:].amax(dim=0).tolist()]
             voxels = sparse.VoxelSet(coords, shape, 1, in_order=True, check=False)
             with mock.patch.object(sparse, "sparse_conv", op), half():
                 return self.net(sparse.SparseTensor(features, voxels)).features
@@ -60,7 +60,7 @@ class Nets:
         net = as_peer(self.net, lib)
 
         def run(features, weights, coords):
-            shape = (coords[:, 1:].amax(dim=0) + 96).tolist()  # 96 cells beyond the last voxel, as in Pointcept
+            shape = (coords[:, 1:].amax(dim=0) + 96).tolist()  # largest coordinate + 96, as in Pointcept
             with half():
                 return net(Peer(lib.SparseConvTensor(features, coords, shape, 1))).features
 

@@ -1,7 +1,7 @@
-"""trilinear: kernel, reference, and the double backward that they replace.   python -m benchmarks.bench_trilinear
+"""trilinear: kernel, reference, and double backward in PyTorch.   python -m benchmarks.bench_trilinear
 
-The forward is what the renderer needs: the features at the points and, for an upstream gradient of the features (as
-from an MLP), the gradient w.r.t. the points. The backward is that of both.
+The forward computes what the renderer needs: the features at the points and, for a given upstream gradient of the
+features (in the renderer, from an MLP), the gradient w.r.t. the points. The backward is through both.
 """
 
 import torch

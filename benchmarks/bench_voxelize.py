@@ -17,7 +17,8 @@ def points_of(batch):
 
 def voxelize_case(batch):
     points, counts = points_of(batch)
-    inputs = (points, counts, LOW, CELL, (SHAPE[0] - 1, *SHAPE[1:]), 10, 120000)
+    shape, max_points, max_voxels = (SHAPE[0] - 1, *SHAPE[1:]), 10, 120000  # of the LiDAR recipe
+    inputs = (points, counts, LOW, CELL, shape, max_points, max_voxels)
     features, coords = voxelize(*inputs)
     moved = points.nbytes + features.nbytes + coords.nbytes
     return Case(name=f"B={batch} P={len(points)} V={len(coords)}", inputs=inputs, fwd_bytes=moved)

@@ -3,7 +3,7 @@
     python -m benchmarks.count_launches
 
 Needs no GPU. Launches are counted in Triton's interpreter on a small scene, since they do not depend on its size: the
-project's kernels, and PyTorch's operators except views and allocations, each of which is one launch or more. Times
+project's kernels, and PyTorch's operators (one launch or more each) except views and allocations. Times
 cover everything above the launches: kernels are not run, and operators have almost no voxels to process.
 """
 
@@ -46,9 +46,9 @@ class Operators(TorchDispatchMode):
 
 @contextmanager
 def kernels_replaced(make):
-    """Inside this context `kernel[grid]` is `make(plain, kernel, grid)`; `plain` is Triton's own `__getitem__`."""
-    plain = KernelInterface.__getitem__
-    with mock.patch.object(KernelInterface, "__getitem__", lambda kernel, grid: make(plain, kernel, grid)):
+    """Inside this context `kernel[grid]` is `make(original, kernel, grid)`, with Triton's `original` `__getitem__`."""
+    original = KernelInterface.__getitem__
+    with mock.patch.object(KernelInterface, "__getitem__", lambda kernel, grid: make(original, kernel, grid)):
         yield
 
 
@@ -57,11 +57,11 @@ def counted():
     """Counter, by name, of the launches inside this context."""
     counts = Counter()
 
-    def count(plain, kernel, grid):
+    def count(original, kernel, grid):
         def launch(*args, **kwargs):
             counts[kernel.__name__] += 1
             with _disable_current_modes():  # the interpreter's own operators
-                plain(kernel, grid)(*args, **kwargs)
+                original(kernel, grid)(*args, **kwargs)
 
         return launch
 
@@ -69,7 +69,7 @@ def counted():
         yield counts
 
 
-def no_launch(plain, kernel, grid):
+def no_launch(original, kernel, grid):
     return lambda *args, **kwargs: None
 
 
@@ -84,7 +84,7 @@ def microseconds(run, repeats=20):
 
 
 def voxels():
-    """N voxels side by side along x."""
+    """A `VoxelSet` of N voxels side by side along x."""
     coords = torch.zeros(N, 4, dtype=torch.int32)
     coords[:, 3] = torch.arange(N)
     return VoxelSet(coords, SHAPE, 1, in_order=True, check=False)
@@ -94,16 +94,16 @@ def main():
     torch.manual_seed(0)
     torch.set_num_threads(1)
     backend.interpret = True
-    encoder = SparseEncoder(5, WIDTHS, 2, 256)
+    encoder = SparseEncoder(in_channels=5, widths=WIDTHS, blocks=2, out_channels=256)
     features = torch.randn(N, 5, requires_grad=True)
     state = {}
 
     def make():
-        state["set"] = voxels()
-        state["sets"] = make_tables(encoder, state["set"])
+        state["voxels"] = voxels()
+        state["voxel sets"] = make_tables(encoder, state["voxels"])
 
     def forward():
-        state["out"] = encoder(SparseTensor(features, state["set"])).dense()
+        state["out"] = encoder(SparseTensor(features, state["voxels"])).dense()
 
     def backward():
         state["out"].sum().backward()

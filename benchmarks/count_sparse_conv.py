@@ -5,11 +5,11 @@
 Needs no GPU: voxels come from benchmarks/lidar_scene.py. The machine code is compiled from the tests' launches, so its
 table needs the test dependencies (pip install -e '.[test]').
 
-A product is one row times one [Cin, Cout] matrix. "waste": computed over necessary products, since a tile multiplies
-all its rows at every offset that one of them has. "reuse": pairs over distinct rows read per tile. Bytes are L2
-requests: indices, rows, weights, sums and results. A row that an earlier offset of a tile has read comes from the L1 if
-still cached (column "MB"), or from the L2 again (column "past the L1"). The minimum reads every row, weight and index
-of a pair once.
+A product is one row times one [Cin, Cout] matrix. "waste": products computed / products needed, since a tile multiplies
+all its rows at every offset at which one of them has a neighbor. "reuse": pairs / distinct rows that a tile reads.
+Bytes are L2 requests: indices, rows, weights, sums and results. A row that an earlier offset of a tile has read comes
+from the L1 if still cached (column "MB, L1 hits"), or from the L2 again (column "MB, L1 misses"). The minimum reads
+every row, weight and index of a pair once.
 """
 
 import importlib.util
@@ -20,7 +20,8 @@ import torch
 
 from benchmarks.lidar_scene import DOWNSAMPLES, NUSCENES, SHAPE, voxels
 from unipad.kernels import sparse_gemm, sparse_tiles
-from unipad.kernels.sparse_map import inverse_map, out_shape, strided_map, submanifold_map
+from unipad.kernels.sparse_map import inverse_map, strided_map, submanifold_map
+from unipad.kernels.sparse_outputs import out_shape
 from unipad.kernels.voxel_keys import sort_voxels
 
 WIDTHS, BLOCKS = (16, 32, 64, 128), 2  # channels of the stages, residual blocks of each
@@ -41,7 +42,7 @@ class Layer:
     times: int = 1  # how many such layers the encoder has
 
     def passes(self):
-        """(pass, table, coordinates of its rows, channels read, channels written)."""
+        """Yield (pass, table, coordinates of its output rows, channels read, channels written)."""
         yield "forward", self.table, self.out_coords, self.c_in, self.c_out
         if self.c_in > 5:  # the points' 5 features need no gradient
             yield "d_features", self.inverse, self.coords, self.c_out, self.c_in
@@ -86,7 +87,7 @@ def morton(coords):
 
 
 def tiled(table, order, block_m):
-    """The table in tiles [K, T, block_m] and which offsets each tile has [K, T]."""
+    """The table in T tiles [K, T, block_m], and [K, T] bool: whether a row of the tile has a neighbor at the offset."""
     rows = torch.nn.functional.pad(table[:, order], (0, -len(order) % block_m), value=-1)
     rows = rows.view(len(table), -1, block_m)
     return rows, (rows >= 0).any(dim=2)
@@ -124,8 +125,8 @@ def print_orders(all_layers, block_m=64):
 
 @dataclass
 class Cost:
-    waste: float  # computed over necessary products, counting rows only
-    products: float  # ... with the padding of channels
+    waste: float  # products computed / needed, counting rows only
+    products: float  # the same, with the padding of channels
     bytes_cached: float  # from the L2, if rows read earlier by a tile come from the L1
     bytes_uncached: float  # from the L2, if they do not
     bytes_minimum: float
@@ -196,7 +197,8 @@ def d_weight(table, c_in, c_out):
 
 def print_layers(all_layers):
     print("## Products relative to those needed, and MB from the L2 compared with the minimum\n")
-    print("| layer, channels | pass | GFLOP needed | waste | with padding | MB | past the L1 | minimum | programs |")
+    columns = ["layer, channels", "pass", "GFLOP needed", "waste", "with padding", "MB, L1 hits", "MB, L1 misses"]
+    print(f"| {' | '.join(columns)} | minimum MB | programs |")
     print("|---|---|---|---|---|---|---|---|---|")
     total = torch.zeros(5, dtype=torch.float64)
     for layer in all_layers:
@@ -212,7 +214,7 @@ def print_layers(all_layers):
             print(f"| {label} | {name} | {gflop:.2f} | {c.waste:.2f} | {c.products:.2f} | {cells} | {c.programs} |")
     gflop, computed, cached, uncached, minimum = total.tolist()
     print(f"\nForward and backward of all: {gflop:.0f} GFLOP needed, {computed:.0f} computed; ", end="")
-    print(f"{cached:.0f} MB, {uncached:.0f} past the L1, minimum {minimum:.0f}.")
+    print(f"{cached:.0f} MB if the L1 hits, {uncached:.0f} MB if it misses, minimum {minimum:.0f} MB.")
     tables = {id(t): t.nbytes for layer in all_layers for t in (layer.table, layer.inverse)}
     print(f"Tables, read and written once each to make their tiles: {sum(tables.values()) / 1e6:.0f} MB.\n")
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.count_views
 
-The counts guide the choice of block shapes: how many views a program skips, how many of its lanes are active, how often
-it rereads a cached row of features, how uneven the sums are.
+The counts guide the choice of block shapes: the views that a program skips, its active lanes, how often it reads the
+same row of features, and how many rows a pixel or voxel sums.
 """
 
 import torch
@@ -20,7 +20,7 @@ def count_lift():
     _, image_size, scale, strides = bench_lift.PAPER
     recipe = PRETRAIN["camera"]["camera-0.1"]
     (X, Y, Z), N = recipe.grid.shape, len(bench_lift.CAMERAS)
-    uvd, seen = lift._project_ref(
+    uvd, visible = lift._project_ref(
         bench_lift.rig(scale),
         recipe.grid.low,
         recipe.grid.cell,
@@ -28,8 +28,8 @@ def count_lift():
         image_size,
         recipe.camera.depth_range,
     )
-    (u, v, _), seen = uvd[:, 0], seen[0]  # [N, V] each
-    n, voxel = seen.nonzero(as_tuple=True)  # [P] pairs of view and voxel
+    (u, v, _), visible = uvd[:, 0], visible[0]  # [N, V] each
+    n, voxel = visible.nonzero(as_tuple=True)  # [P] pairs of view and voxel
     x, y, z = voxel % X, voxel // X % Y, voxel // (X * Y)
     pixels = {}  # stride -> pixels per view, [4, P] the pixels around each projection
     for stride in strides:
@@ -40,20 +40,20 @@ def count_lift():
 
     pairs, voxels = N * X * Y * Z, X * Y * Z
     print(
-        f"## lift\n\n{len(voxel)} of {pairs} pairs of view and voxel are visible, {len(voxel) / voxels:.2f} per voxel:"
+        f"## lift\n\n{len(voxel)} of {pairs} pairs of view and voxel are visible, {len(voxel) / voxels:.2f} per voxel;"
     )
-    print(f"{1 - len(voxel) / pairs:.1%} of the views would be skipped voxel by voxel\n")
-    print("| block x, y, z | programs | views skipped | active lanes | rows reread |", end="")
+    print(f"with one voxel per program, {1 - len(voxel) / pairs:.1%} of the views would be skipped\n")
+    print("| block x, y, z | programs | views skipped | active lanes | reads per row |", end="")
     print("".join(f" stride {s} |" for s in strides) + "\n|" + "---|" * (5 + len(strides)))
     for bx, by, bz in BLOCKS:
         across, down = -(-X // bx), -(-Y // by)
         programs = across * down * -(-Z // bz)
         block = (z // bz * down + y // by) * across + x // bx
-        passes = len((block * N + n).unique())
-        read = [len((block * N * size + pixel).unique()) for size, pixel in pixels.values()]
-        again = " | ".join(f"{4 * len(voxel) / r:.2f}" for r in [sum(read) / len(read), *read])
+        passes = len((block * N + n).unique())  # pairs of program and view with a visible voxel
+        distinct = [len((block * N * size + pixel).unique()) for size, pixel in pixels.values()]  # rows read, by stride
+        reads = " | ".join(f"{4 * len(voxel) / r:.2f}" for r in [sum(distinct) / len(distinct), *distinct])
         lanes = len(voxel) / (passes * bx * by * bz)
-        print(f"| {bx}, {by}, {bz} | {programs} | {1 - passes / (programs * N):.1%} | {lanes:.1%} | {again} |")
+        print(f"| {bx}, {by}, {bz} | {programs} | {1 - passes / (programs * N):.1%} | {lanes:.1%} | {reads} |")
 
     print(
         "\n| stride | pixels | with a hit | hits per pixel, mean | max | elements added atomically, if not gathered |"
@@ -61,9 +61,11 @@ def count_lift():
     print("|---|---|---|---|---|---|")
     for stride, (size, pixel) in pixels.items():
         hits = torch.bincount(pixel.flatten(), minlength=N * size)
-        hit = hits[hits > 0].float()
+        nonzero = hits[hits > 0].float()
         added = hits.sum() * recipe.camera.channels / 1e6
-        print(f"| {stride} | {len(hits)} | {len(hit)} | {hit.mean():.1f} | {hit.max():.0f} | {added:.0f} M |")
+        print(
+            f"| {stride} | {len(hits)} | {len(nonzero)} | {nonzero.mean():.1f} | {nonzero.max():.0f} | {added:.0f} M |"
+        )
 
 
 def count_pool():
@@ -77,8 +79,8 @@ def count_pool():
     for k in range(1, D):
         index_in_run[:, k] = torch.where(voxel[:, k] == voxel[:, k - 1], index_in_run[:, k - 1] + 1, 0)
     inside = voxel < V
-    hit = len(voxel[inside].unique())
-    print(f"\n## voxel_pool\n\n{inside.sum()} of {inside.numel()} points lie in {hit} of {V} voxels\n")
+    occupied = len(voxel[inside].unique())
+    print(f"\n## voxel_pool\n\n{inside.sum()} of {inside.numel()} points lie in {occupied} of {V} voxels\n")
     print("| points per run | rows read | per voxel, mean | max |\n|---|---|---|---|")
     for length in RUNS:
         rows = torch.bincount(voxel[inside & (index_in_run % length == 0)])

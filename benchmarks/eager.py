@@ -23,8 +23,8 @@ def eager_lift(features, depths, lidar2image, low, cell, shape, image_size, dept
     ud, vd, d, _ = (points @ lidar2image.flatten(0, 1).mT).unbind(-1)  # [B * N, V]
     u, v = ud / d.clamp(min=1e-5) / W, vd / d.clamp(min=1e-5) / H
     uvd = torch.stack([u, v, (d - near) / (far - near)], dim=-1) * 2 - 1
-    seen = (d > 1e-5) & (uvd.abs() < 1).all(-1)
-    voxels = [s.nonzero()[:, 0] for s in seen]
+    visible = (d > 1e-5) & (uvd.abs() < 1).all(-1)
+    voxels = [s.nonzero()[:, 0] for s in visible]
     uvd = nn.utils.rnn.pad_sequence([p[i] for p, i in zip(uvd, voxels, strict=True)], batch_first=True)
     volume = 0
     for feature, depth in zip(features, depths, strict=True):

@@ -59,7 +59,7 @@ def main(args: Args):
 def measure(script, flags, recipe, init):
     """Run one step of a script; returns its seconds, peak memory and loss as cells of the table.
 
-    init: the flag for trained weights, which frozen stages need; here they are random.
+    init: the script's flag for initial weights, which frozen stages need; random ones are passed.
     """
     with tempfile.TemporaryDirectory() as folder:
         if recipe.camera is not None:

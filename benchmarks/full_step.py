@@ -5,9 +5,9 @@
 
 Uses one sample of the synthetic city (batch 1), at 900 x 1600 pixels and with the recipe's number of sweeps. The step
 is that of train.py and finetune.py: bf16 on a GPU, forward, backward, gradient clipping and AdamW, but with a learning
-rate of 0, so that every step is the same. Loss and gradient norm are compared with those of the same step on the
-PyTorch references, unless those run out of memory. For camera encoders the gradient norm means little:
-untrained, their gradients are large and mostly rounding error.
+rate of 0, so that every step is the same. Loss and gradient norm are printed next to those of the same step on the
+PyTorch references, unless the references run out of memory. The gradient norm of an untrained camera encoder means
+little: its gradients are large and mostly rounding error.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import torch
 import tyro
 
 from benchmarks import harness
-from benchmarks.harness import DEVICE, TIMES, Row, gpu_events, machine
+from benchmarks.harness import DEVICE, MEASUREMENTS, Row, gpu_events, machine
 from unipad.data.dataset import collate
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.synthetic import generate
@@ -38,8 +38,8 @@ IMAGE_SIZE = (900, 1600) if DEVICE == "cuda" else (144, 256)
 TASKS = {"train": (PRETRAIN, Pretrain), "finetune": (DETECT, Detector), "segment": (SEGMENT, Segmenter)}
 # measured first, since users run them first and time may run out
 FIRST = ("train/camera/camera-0.1", "train/lidar/lidar-0.075", "train/fusion/fusion-0.075", "segment/lidar/segment")
-TIMED = 5  # steps
-COSTLIEST = 20  # kernels to list
+TIMED = 5  # steps, of whose times the median is reported
+COSTLIEST = 20  # number of kernels listed per recipe
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Step:
 
 
 def measure(name, recipe, model, root):
-    """Loss, gradient norm, times and memory of a recipe's step: a dict. None where the references ran out of memory."""
+    """Loss, gradient norm, times and memory of a recipe's step: a dict; None for what was not measured."""
     began = time.perf_counter()
     step = Step(recipe, model, root)
     loss, norm = step().tolist()
@@ -117,7 +117,7 @@ def measure(name, recipe, model, root):
 
 
 def _milliseconds(step, runs):
-    """Median of `runs` steps, with a host wait after each."""
+    """Median time of `runs` steps; the host waits for the device after each."""
     times = []
     for _ in range(runs):
         begin = time.perf_counter()
@@ -140,7 +140,7 @@ def _profile(step, ms):
 
 def rows(record):
     """A recipe's record as rows of results.csv: with our kernels, and on the references if they fit into memory."""
-    none = dict.fromkeys(TIMES)
+    none = dict.fromkeys(MEASUREMENTS)
     where = {key: record[key] for key in machine()}
     name = {"op": f"step of {record['recipe']}", "case": "batch 1, 900 x 1600", "note": ""}
     ours = {"both_ms": record["ms"], "gpu_ms": record["gpu_ms"], "peak_mb": record["mem_mb"]}
@@ -174,7 +174,7 @@ def main(args: Args, write=None):
         if write:
             write(record)
         if DEVICE == "cuda":
-            torch.cuda.synchronize()  # raises here if this recipe corrupted the GPU context, not in the next one
+            torch.cuda.synchronize()  # raises here, not in the next recipe, if this one corrupted the GPU context
 
 
 if __name__ == "__main__":

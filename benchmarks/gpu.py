@@ -14,9 +14,9 @@ Stages, the most important first, each with a fraction of the time:
     training    train.py --modality camera on the tiny recipe, and its loss curve compared with that on a CPU
 
 Results are written as soon as they are known: records.jsonl, results.csv, log.txt and report.md in --out. If a stage
-fails or runs out of time, its results so far are kept and the next stage runs in a new process. At the end the rows are
-added to benchmarks/results.csv, and the README's table is generated from it. On a CPU everything runs at tiny sizes, to
-try it out, and results.csv and the README do not change.
+fails or runs out of time, its results so far are kept and the next stage runs (in a new process, if the old one crashed
+or ran out of time). At the end the rows are added to benchmarks/results.csv, and the README's table is generated from
+it. On a CPU everything runs at tiny sizes, to try it out, and results.csv and the README do not change.
 """
 
 import csv
@@ -59,8 +59,8 @@ class Args:
     minutes: float = 8.0  # for all stages
     stages: tuple[Literal[tuple(TIME_FRACTIONS)], ...] = tuple(TIME_FRACTIONS)  # stages to run, always in this order
     out: Path | None = None  # folder of the results (default: outputs/gpu/<time>)
-    commit: str | None = None  # commit of this code, for the rows (default: from git)
-    report: Path | None = None  # only write report, rows and the README's table from this folder
+    commit: str | None = None  # commit of this code, for results.csv (default: from git)
+    report: Path | None = None  # folder of an earlier run: only write its report, its rows and the README's table again
 
 
 # The stages
@@ -79,7 +79,7 @@ def measure_machine(folder):
 
 
 def _copy(size):
-    """GB/s, read plus written, of back-to-back copies; measures the L2 if `size` fits in it."""
+    """GB/s, read plus written, of back-to-back copies of `size` bytes; of the L2 if source and target fit in it."""
     source = torch.randint(255, (size,), dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     return 2e-6 * size / _back_to_back(lambda: target.copy_(source))
@@ -194,9 +194,10 @@ def time_limit(names, end):
 def run(folder, names, later, end):
     """Run stages in a process, each for its fraction of the time until `end`, which is shared with `later` stages.
 
-    If the process crashes or a stage exceeds its time, a new process runs the remaining stages.
+    If the process crashes or a stage exceeds its time, that stage ends and a new process runs the remaining ones.
     """
-    remaining, n_ended = list(names), len(folder.records("ended"))
+    # records of an earlier run in the same folder do not count
+    remaining, n_ended, n_begun = list(names), len(folder.records("ended")), len(folder.records("begun"))
     while remaining:
         process, first, running = _worker(folder, remaining, later, end), remaining[0], True
         began = time.time()
@@ -208,14 +209,15 @@ def run(folder, names, later, end):
                 remaining.remove(record["name"])
                 _print_record(record)
                 n_ended += 1
-                if remaining:  # the limit until the next stage reports its start
+                if remaining:  # holds until the next stage reports its start and its own limit
                     began = time.time()
                     limit = began + time_limit(remaining + later, end)
-            begun = [r for r in folder.records("begun")[-1:] if r["name"] in remaining[:1] and r["until"] > began]
-            if begun:
-                began, limit = begun[0]["at"], begun[0]["until"]
+            # written by the worker when it began the first of `remaining`
+            current = [r for r in folder.records("begun")[n_begun:][-1:] if r["name"] in remaining[:1]]
+            if current:
+                began, limit = current[0]["at"], current[0]["until"]
             # a process that ended between two stages was killed by the earlier one: the next is not to blame
-            if remaining and (time.time() > limit if running else begun or remaining[0] == first):
+            if remaining and (time.time() > limit if running else current or remaining[0] == first):
                 reason = "out of time" if running else f"exit code {process.returncode}"
                 record = {"name": remaining.pop(0), "ended": reason, "seconds": round(time.time() - began, 1)}
                 folder.write("ended", record)

@@ -4,8 +4,8 @@ An implementation is timed only if its outputs and gradients agree with the true
 gets a row without times, and the others still run. Times are medians of forward (with the 20th and 80th percentiles),
 backward, and both together, with the L2 flushed before each run. They include launching from Python, which dominates
 for small ops. "gpu ms" is the GPU time of forward and backward: the sum of its kernels' times from the profiler, with
-caches as the previous run left them. Bandwidth is the forward's minimum traffic over its time, as a fraction of what a
-copy reaches on the same device just before.
+caches as the previous run left them. "of copy" is the forward's bandwidth (its minimum traffic over its time) as a
+fraction of what a copy reached on the same device just before.
 
 On a GPU: the op (its kernels), its peers, then its reference; rows are appended to results.csv.
 On a CPU: the reference, which is what the op runs there, and its peers; nothing is appended.
@@ -31,14 +31,15 @@ code_commit = commit()  # of the measured code; `benchmarks.gpu` can set it wher
 deadline = math.inf  # a value of time.monotonic(), set by `benchmarks.gpu`; no measurement starts after it
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 AGREE = 1e-3  # largest error of an output or gradient, as a fraction of its largest true value
-TIMES = ("fwd_ms", "fwd_p20", "fwd_p80", "bwd_ms", "both_ms", "gpu_ms", "peak_mb", "of_copy", "error")  # of `Row`
+# columns of `Row` that are measured
+MEASUREMENTS = ("fwd_ms", "fwd_p20", "fwd_p80", "bwd_ms", "both_ms", "gpu_ms", "peak_mb", "of_copy", "error")
 
 
 @dataclass
 class Case:
     name: str  # what varies, e.g. "R=3072 S=96 C=3"
     inputs: tuple  # positional arguments, tensors on DEVICE; gradients are computed for those that require them
-    fwd_bytes: int  # minimum traffic of the forward
+    fwd_bytes: int  # minimum memory traffic of the forward, in bytes
 
 
 @dataclass
@@ -54,7 +55,7 @@ class Row:
     bwd_ms: float | None
     both_ms: float | None
     gpu_ms: float | None  # of forward and backward
-    peak_mb: float | None  # of forward and backward, without the inputs
+    peak_mb: float | None  # peak memory of forward and backward, without the inputs
     of_copy: float | None  # fraction of the copy's bandwidth that the forward reaches
     error: float | None  # largest error of outputs and gradients, as a fraction of each one's largest true value
     note: str  # why it was not timed
@@ -82,8 +83,8 @@ def compare(op, reference, kernels, peers, cases, agree=AGREE, exact=None):
         reference: the function that all others must agree with.
         kernels:   the op itself; skipped on a CPU, where it is the reference.
         peers:     {name: function} other implementations. All functions take a case's inputs.
-        cases:     list of Case.
-        agree:     largest error allowed, like AGREE; larger only where rounding is known to cause more.
+        cases:     list of `Case`.
+        agree:     largest error allowed, defined like AGREE; raise it only where rounding is known to cause more.
         exact:     computes the true values from fp64 inputs; None: the reference does, in the inputs' own type.
 
     Returns the list of `Row`.
@@ -101,24 +102,24 @@ def compare(op, reference, kernels, peers, cases, agree=AGREE, exact=None):
         if _past_deadline(case, "all"):
             continue
         try:
-            ups = _upstream(reference, case.inputs)
+            upstream = _upstream(reference, case.inputs)
             inputs = case.inputs if exact is None else _double(case.inputs)
-            truth = _forward_backward(exact or reference, inputs, ups if exact is None else _double(ups))
+            truth = _forward_backward(exact or reference, inputs, upstream if exact is None else _double(upstream))
         except torch.OutOfMemoryError:
             print(f"| {case.name} | all | skipped: the reference does not fit into memory | | | | | | |", flush=True)
             continue
         for name, fn in list(impls.items()):
             if _past_deadline(case, name):
                 continue
-            measured = _checked(fn, case, ups, truth, agree, copy, quick=name == "reference")
+            measured = _checked(fn, case, upstream, truth, agree, copy, quick=name == "reference")
             row = Row(op, case.name, name, **measured, **where)
             print(_line(row), flush=True)
             rows.append(row)
             if name in compiled and row.error is None:
-                del impls[name]  # it would fail to compile at every size
+                del impls[name]  # it failed to compile and would for every case
             if DEVICE == "cuda":
                 append(row)
-                torch.cuda.synchronize()  # raises here if this one corrupted the GPU context, not in the next one
+                torch.cuda.synchronize()  # raises here, not in the next one, if this one corrupted the GPU context
     return rows
 
 
@@ -129,14 +130,14 @@ def _past_deadline(case, name):
     return late
 
 
-def _checked(fn, case, ups, truth, agree, copy, quick):
-    """Error and times of an implementation; without times if it is wrong or raises."""
-    measured = dict.fromkeys(TIMES)
+def _checked(fn, case, upstream, truth, agree, copy, quick):
+    """Error and times of an implementation (a dict of MEASUREMENTS and "note"); no times if it is wrong or raises."""
+    measured = dict.fromkeys(MEASUREMENTS)
     try:
-        measured["error"] = _largest_error(_forward_backward(fn, case.inputs, ups), truth)
+        measured["error"] = _largest_error(_forward_backward(fn, case.inputs, upstream), truth)
         if not measured["error"] <= agree:  # NaN too
             return measured | {"note": f"error {measured['error']:.1e} exceeds {agree:.0e}: not timed"}
-        return measured | _measure(fn, case, ups, copy, quick) | {"note": ""}
+        return measured | _measure(fn, case, upstream, copy, quick) | {"note": ""}
     except Exception as error:  # e.g. from a peer that is not built for this machine
         reason = (str(error).strip().splitlines() or [""])[0]
         return measured | {"note": f"{type(error).__name__}: {reason}"[:200]}
@@ -159,8 +160,8 @@ def compiled(fn):
 
 def largest_error(fn, reference, inputs):
     """Largest error of outputs and gradients, as a fraction of each one's largest true value; NaN if any is NaN."""
-    ups = _upstream(reference, inputs)
-    return _largest_error(_forward_backward(fn, inputs, ups), _forward_backward(reference, inputs, ups))
+    upstream = _upstream(reference, inputs)
+    return _largest_error(_forward_backward(fn, inputs, upstream), _forward_backward(reference, inputs, upstream))
 
 
 def _largest_error(ours, truth):
@@ -176,16 +177,16 @@ def _double(value):
     return value.detach().double().requires_grad_(value.requires_grad)
 
 
-def _measure(fn, case, ups, copy, quick):
-    both = partial(_forward_backward, fn, case.inputs, ups)
+def _measure(fn, case, upstream, copy, quick):
+    both = partial(_forward_backward, fn, case.inputs, upstream)
     peak_mb = _peak_mb(both)
     fwd_ms, fwd_p20, fwd_p80 = milliseconds(partial(fn, *case.inputs), quick)
     bwd_ms = both_ms = None
-    if ups:
+    if upstream:
         both_ms, _, _ = milliseconds(both, quick)
         outs = [o for o in _outputs(fn, case.inputs) if o.requires_grad]
         wanted = _wanted(case.inputs)
-        bwd_ms, _, _ = milliseconds(lambda: torch.autograd.grad(outs, wanted, ups, retain_graph=True), quick)
+        bwd_ms, _, _ = milliseconds(lambda: torch.autograd.grad(outs, wanted, upstream, retain_graph=True), quick)
     return dict(
         gpu_ms=gpu_milliseconds(both, 1 if quick else 5),
         fwd_ms=fwd_ms,
@@ -205,12 +206,12 @@ def _upstream(fn, inputs):
     return [torch.randn(o.shape, generator=gen, device=o.device, dtype=o.dtype) for o in outs]
 
 
-def _forward_backward(fn, inputs, ups):
-    """What implementations must agree on: outputs, then gradients."""
+def _forward_backward(fn, inputs, upstream):
+    """Outputs, then gradients of the inputs: what implementations must agree on."""
     outs = _outputs(fn, inputs)
-    if not ups:
+    if not upstream:
         return outs
-    grads = torch.autograd.grad([o for o in outs if o.requires_grad], _wanted(inputs), ups)
+    grads = torch.autograd.grad([o for o in outs if o.requires_grad], _wanted(inputs), upstream)
     return [o.detach() for o in outs] + list(grads)
 
 
@@ -233,9 +234,9 @@ def _error(ours, truth):
 
 
 def milliseconds(fn, quick=False):
-    """Median, 20th and 80th percentile in ms: of 100 runs on a GPU; on a CPU, of one second's runs, at least 5.
+    """Median, 20th and 80th percentile of the times of several runs, in ms.
 
-    On a GPU, fewer (at least 5) if 100 would take longer than two seconds. quick: three runs.
+    GPU: 100 runs, or as many as fit in two seconds; CPU: as many as fit in one second; at least 5. quick: three runs.
     """
     if DEVICE == "cuda":
         runs = _gpu_runs(fn, 3)

@@ -30,7 +30,7 @@ class Args:
     init: Path | None = None  # ImageNet weights of the camera encoder, with and without pre-training
     pretrain_steps: int | None = None  # steps of pre-training; None: its preset's
     steps: int = 600  # steps of each fine-tuning run
-    preset: str | None = None  # preset of fine-tuning; None: tiny; with --data-root finetune.py's
+    preset: str | None = None  # preset of fine-tuning; None: finetune.py's default (a tiny one without --data-root)
     data_root: Path | None = None  # folder of a nuScenes set; None: the synthetic city
     version: Literal["v1.0-mini", "v1.0-trainval"] = "v1.0-mini"  # version of the set
     out: Path = Path("outputs/label-efficiency")  # folder of all runs; runs finished there are not repeated

@@ -13,7 +13,8 @@ import torch
 LOW, CELL, SHAPE = (-54.0, -54.0, -5.0), (0.075, 0.075, 0.2), (41, 1440, 1440)  # LiDAR recipe, grid (Z, Y, X)
 # Convolutions between the stages: (kernel, stride, padding, dilation)
 DOWNSAMPLES = [((3, 3, 3), (2, 2, 2), p, (1, 1, 1)) for p in ((1, 1, 1), (1, 1, 1), (0, 1, 1))]
-# One nuScenes frame: voxels of stages 1 to 4, and how many of the 27 cells around each are occupied on average
+# One nuScenes frame: voxels of stages 1 to 4, and how many of the 27 cells of a voxel's 3 x 3 x 3 neighborhood, its own
+# included, are occupied on average
 NUSCENES = [(79.7e3, 7.4), (69.3e3, 14.0), (29.7e3, 16.3), (10.3e3, 16.6)]
 
 BEAMS, AZIMUTHS, SWEEPS = 32, 1084, 10
@@ -26,7 +27,7 @@ DEPTH = 0.7  # meters that a ray penetrates a shrub, on average
 
 
 def scene(seed=0, device="cpu"):
-    """[P, 5] x, y, z meters, intensity, time lag seconds; LiDAR frame of the last sweep."""
+    """Points [P, 5]: x, y, z in meters, intensity, time lag in seconds; in the LiDAR frame of the last sweep."""
     gen = torch.Generator().manual_seed(seed)
 
     def uniform(n, low, high):
@@ -57,37 +58,38 @@ def scene(seed=0, device="cpu"):
 def _boxes(uniform, n, size, height, far):
     """[n, 6] lower and upper corners of boxes on the ground, up to `far` meters from the sensor.
 
-    size: (smallest, largest) length and width in meters. height: the largest height.
+    size: (smallest, largest) length and width in meters. height: largest height in meters.
     """
     angle, distance = uniform(n, 0, 2 * math.pi), uniform(n, 6, far)
-    middle = torch.stack([angle.cos() * distance, angle.sin() * distance], dim=1)
+    center = torch.stack([angle.cos() * distance, angle.sin() * distance], dim=1)
     half = torch.stack([uniform(n, *size), uniform(n, *size)], dim=1) / 2
-    # keep the sensor's path free
-    middle[:, 0] += torch.where(middle[:, 0] < 0, -1, 1) * (half[:, 0] + 3 - middle[:, 0].abs()).clamp(min=0)
+    # keep boxes 3 m away from the sensor's path, the y axis
+    center[:, 0] += torch.where(center[:, 0] < 0, -1, 1) * (half[:, 0] + 3 - center[:, 0].abs()).clamp(min=0)
     top = uniform(n, 0.3, 1) * height - HEIGHT
     ground = torch.full((n, 1), -HEIGHT)
-    return torch.cat([middle - half, ground, middle + half, top[:, None]], dim=1)
+    return torch.cat([center - half, ground, center + half, top[:, None]], dim=1)
 
 
 def _distance(origin, ray, boxes):
-    """[R] meters to the first box; infinite where there is none."""
+    """[R] distance in meters along each ray to the first box; infinite where there is none."""
     enter, leave = (((corner - origin) / ray[:, None]) for corner in (boxes[:, :3], boxes[:, 3:]))  # [R, n, 3]
     first, last = torch.minimum(enter, leave).amax(dim=2), torch.maximum(enter, leave).amin(dim=2)
     return torch.where((first < last) & (first > 0), first, math.inf).amin(dim=1)
 
 
 def voxels(batch=1, device="cpu"):
-    """[N, 4] int32 (b, z, y, x) of the first stage."""
+    """Voxels [N, 4] int32 (b, z, y, x) of `batch` scenes, as the first stage of the encoder gets them."""
     from unipad.kernels.voxelize import voxelize
 
     scenes = [scene(seed, device) for seed in range(batch)]
     counts = [len(points) for points in scenes]
-    # SHAPE has one empty slice above the range, as in SECOND; at most 10 points per voxel, 120000 voxels
-    return voxelize(torch.cat(scenes), counts, LOW, CELL, (SHAPE[0] - 1, *SHAPE[1:]), 10, 120000)[1]
+    shape = (SHAPE[0] - 1, *SHAPE[1:])  # SHAPE has an empty slice above the range, as in SECOND
+    return voxelize(torch.cat(scenes), counts, LOW, CELL, shape, max_points=10, max_voxels=120000)[1]
 
 
 if __name__ == "__main__":
-    from unipad.kernels.sparse_map import out_shape, strided_map, submanifold_map
+    from unipad.kernels.sparse_map import strided_map, submanifold_map
+    from unipad.kernels.sparse_outputs import out_shape
     from unipad.kernels.voxel_keys import sort_voxels
 
     coords, shape = voxels(), SHAPE
@@ -97,5 +99,5 @@ if __name__ == "__main__":
             geometry = DOWNSAMPLES[stage - 1]
             coords, shape = strided_map(coords, shape, *geometry)[0], out_shape(shape, *geometry)
         table = submanifold_map(coords, *sort_voxels(coords, shape), shape, (3, 3, 3), (1, 1, 1))
-        found = (table >= 0).sum() / len(coords)
-        print(f"| {stage + 1} | {len(coords)} | {N:.0f} | {found:.1f} | {neighbors} |")
+        measured = (table >= 0).sum() / len(coords)
+        print(f"| {stage + 1} | {len(coords)} | {N:.0f} | {measured:.1f} | {neighbors} |")

@@ -8,7 +8,7 @@ TITLES = ["op", "case", "impl", "fwd ms", "fwd+bwd ms", "GPU ms", "peak MB", "er
 KEYS = ("op", "case", "impl", "fwd_ms", "both_ms", "gpu_ms", "peak_mb", "error", "note")
 STEP_TITLES = ["recipe", "loss", "reference", "gradient norm", "reference", "ms", "GPU ms", "idle", "launches", "MB"]
 BEGIN, END = "<!-- verified: written by python -m benchmarks.gpu -->", "<!-- /verified -->"
-# op -> part of the name of the case that the README shows, from a recipe of the paper; other ops show their last case
+# op -> part of the name of the case that the README shows, one of a recipe's size; other ops show their last case
 README_CASES = {
     "sdf_render": "R=3072",
     "lift": "camera-0.1 bfloat16, 6 views, 128",
@@ -52,7 +52,7 @@ def read_rows(file):
 
 
 def page(folder):
-    """The whole report."""
+    """The report: Markdown text."""
     parts = [f"# GPU report {folder.path.name}", *_machine(folder.records("machine"))]
     stages = [[r["name"], r["ended"], f"{r['seconds']:.0f}"] for r in folder.records("ended")]
     parts += ["## Stages", _table(["stage", "ended", "seconds"], stages)]
@@ -74,7 +74,7 @@ def _table(titles, rows):
 
 
 def _short(value):
-    """A number from a CSV file rounded to four digits; other text, escaped for a table cell."""
+    """A value of a CSV file for a table cell: a number rounded to four digits, or text with | replaced."""
     try:
         return f"{float(value):.4g}"
     except ValueError:
@@ -133,8 +133,9 @@ def readme_table(rows):
     """
     shown = {}
     for row in rows:
-        whole_words = f"{README_CASES.get(row['op'], '')} " in f"{row['case']} "
-        if row["impl"] == "triton" and _ms(row) and whole_words:
+        # spaces: C=4 must not match C=48
+        is_shown = f"{README_CASES.get(row['op'], '')} " in f"{row['case']} "
+        if row["impl"] == "triton" and _ms(row) and is_shown:
             shown[row["device"], row["op"]] = row
     if not shown:
         return "No kernel has been timed on a GPU yet; `python -m benchmarks.gpu` writes a table here."

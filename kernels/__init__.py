@@ -4,6 +4,7 @@
     voxelize.py     points -> voxels with the mean of their points, or one point per cell
     voxel_keys.py   voxels sorted by key
     sparse_map.py   neighbor tables: which voxels each offset of a sparse convolution reads
+    sparse_outputs.py ... the output voxels of strided and transposed convolutions
     sparse_conv.py  convolution over a neighbor table; for inference, with a fused epilogue
     sparse_gemm.py  ... its GEMMs; sparse_tiles.py, table layouts that they read; sparse_reference.py, in plain PyTorch
     tuning.py       autotuning of an op's launches, saved in a file; off by default

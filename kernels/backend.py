@@ -45,10 +45,11 @@ def jit(kernel=None, *, varying=()):
     """Decorator for kernels launched from the host; device functions, called by kernels, use plain `triton.jit`.
 
     Launch the kernel with keyword arguments, tensors first: it runs on the GPU of the first tensor, whichever device is
-    current. FP fusion is always set, by default on: Triton's default, and so the rounding, varies by version.
+    current. `enable_fp_fusion` is always passed, by default True: Triton's own default varies by version, and with it
+    the rounding.
 
     varying: names of integers that change with the data, such as the number of voxels (Triton's `do_not_specialize`).
-        Triton recompiles a kernel for an integer that is 1 or a multiple of 16, which may stall a run at any step.
+        Otherwise Triton compiles a kernel again for values that are 1 or a multiple of 16, which can stall any step.
     """
     if kernel is None:
         return partial(jit, varying=varying)

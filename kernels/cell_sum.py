@@ -25,7 +25,7 @@ def cell_sum(d_volume, cell, d_value, d_slope, v, *, origins, directions, edges,
         v:       [N, 3] that direction (x, y, z), not normalized.
         origins, directions: [R, 3] each.
         edges:   [R, S + 1] distances; sample n = r * S + s lies at the start of its interval.
-        cells_per_unit, cell_offset: [3] each: cell coordinate = point * cells_per_unit + cell_offset.
+        cells_per_unit, cell_offset: [3] each: grid coordinates = point * cells_per_unit + cell_offset.
 
     Deterministic. Tensors must be contiguous. GPU and interpreter only.
     """

@@ -1,6 +1,6 @@
 """Alpha-composite samples along rays, front to back.
 
-    k_s = 1 - alpha_s + 1e-7   (transmittance of sample s; the original's epsilon)
+    k_s = 1 - alpha_s + 1e-7   (transmittance of sample s; 1e-7 as in the original)
     T_s = prod_{t<s} k_t,   w_s = T_s * alpha_s,   out = sum_s w_s * value_s
 
     dL/dalpha_s = T_s * (g_s - B_s),   g_s = dL/dw_s + dL/dout . value_s

@@ -6,13 +6,13 @@
 
 F_nl(u, v) is the bilinearly interpolated feature of level l of view n, P_nl(u, v, d) the trilinearly interpolated
 probability that the surface visible there lies at depth d; both gradients are distributed over the taps with the
-weights of the forward. In a rig of six cameras about 1.1 views see a voxel: every voxel is projected into every view,
-but features are gathered only where it is visible.
+weights of the forward. Every voxel is projected into every view, but features are gathered only where it is visible:
+with nuScenes' six cameras, in 1.1 views on average.
 
-A program owns a block of voxels adjacent in x and y, most of which project into the same view and pixels. The backward
-adds atomically to the gradients of fine levels, where few voxels project onto a pixel. On coarse levels, where many do,
-and on every level under strict determinism, it records each projection (a "hit") instead: the hits are sorted by the
-cell between four pixels that they lie in, and each pixel sums over the cells around it.
+A program handles a block of voxels adjacent in x and y, most of which project into the same view and pixels. The
+backward adds atomically to the gradients of fine levels, where few voxels project onto a pixel. On coarse levels, where
+many do, and on every level under strict determinism, it records each projection (a "hit") instead: the hits are sorted
+by the cell between four pixels that they lie in, and each pixel sums over the cells around it.
 """
 
 import math
@@ -35,8 +35,8 @@ def lift(
 
     Args:
         features:    one [B, N, h, w, C] per level: image features of N views.
-        depths:      one [B, N, h, w, D] per level: probability of each depth bin; the first bin is at depth_range[0],
-                     the last at depth_range[1].
+        depths:      one [B, N, h, w, D] per level: probability of each depth bin; bins are evenly spaced, the first at
+                     depth_range[0], the last at depth_range[1].
         lidar2image: [B, N, 4, 4] LiDAR meters -> (u*d, v*d, d, 1), pixels of an image of `image_size`.
         low, cell:   (x, y, z) meters, LiDAR frame: lower corner of the grid, size of a voxel.
         shape:       voxels (X, Y, Z).
@@ -76,12 +76,12 @@ def lift_ref(features, depths, lidar2image, low, cell, shape, image_size, depth_
     (B, N, _, _, C), D = features[0].shape, depths[0].shape[4]
     X, Y, Z = shape
     acc_type = torch.float64 if features[0].dtype == torch.float64 else torch.float32
-    uvd, seen = _project_ref(lidar2image.detach(), low, cell, shape, image_size, depth_range)
-    b, voxel, n = seen.transpose(1, 2).nonzero(as_tuple=True)  # [P] pairs of voxel and view, sorted by voxel
+    uvd, visible = _project_ref(lidar2image.detach(), low, cell, shape, image_size, depth_range)
+    b, voxel, n = visible.transpose(1, 2).nonzero(as_tuple=True)  # [P] visible pairs of voxel and view, by voxel
     u, v, d = uvd[:, b, n, voxel].to(acc_type)  # [P]
     view = b * N + n
 
-    taps = 4 * seen.sum(dim=1).flatten()  # [B * V] rows that a voxel sums, per level
+    taps = 4 * visible.sum(dim=1).flatten()  # [B * V] rows that a voxel sums, per level
     begin = taps.cumsum(dim=0) - taps
     volume = 0
     for feature, depth in zip(features, depths, strict=True):
@@ -105,8 +105,8 @@ def _project_ref(lidar2image, low, cell, shape, image_size, depth_range):
     """Project the voxels' lower corners into each view.
 
     Returns:
-        uvd:  [3, B, N, V] fp32 u, v, depth, normalized so that the image and the depth range span -1 to 1.
-        seen: [B, N, V] bool, True strictly inside both.
+        uvd:     [3, B, N, V] fp32 u, v, depth, normalized so that the image and the depth range span -1 to 1.
+        visible: [B, N, V] bool, True strictly inside both and deeper than 1e-5 m.
     """
     X, Y, Z = shape
     low, cell = (torch.tensor(t, dtype=torch.float32, device=lidar2image.device).double() for t in (low, cell))
@@ -208,7 +208,7 @@ def _backward(d_volume, features, depths, lidar2image, geometry, deterministic):
 # All untuned: chosen from the compiler's output for sm_90, without timing on a GPU
 FWD_TILE = 4096  # bytes of features per program: voxels x channels
 BWD_TILE = 2048  # the same; 4096 would spill registers
-MAX_VOXELS = 32  # per program: with few channels, projecting voxels would take longer than gathering
+MAX_VOXELS = 32  # per program, at most: with few channels the tiles would hold so many that projecting them dominates
 COARSE = 4  # a level with at least this many voxels per pixel is coarse: its pixels gather their gradients
 
 
@@ -248,15 +248,15 @@ def _lift_fwd_kernel(
     acc = tl.zeros((BLOCK_X * BLOCK_Y, BLOCK_C), acc_ty)
     for n in range(N):
         view = b * N + n
-        u, v, d, seen = _project(lidar2image_ptr + view * 16, x, y, z, i_ok, image_size, depth_range)
-        if tl.max(seen.to(tl.int32), axis=0) > 0:
-            mask = seen[:, None] & c_ok[None, :]
+        u, v, d, visible = _project(lidar2image_ptr + view * 16, x, y, z, i_ok, image_size, depth_range)
+        if tl.max(visible.to(tl.int32), axis=0) > 0:
+            mask = visible[:, None] & c_ok[None, :]
             z0, z1, z_weight = _nodes(d, D)
             for l in tl.static_range(len(feature_ptrs)):
                 h, w = sizes[l]
                 pixels, weights = _taps(view, u, v, h, w)
                 feature, probability = _gather(
-                    feature_ptrs[l], depth_ptrs[l], pixels, weights, z0, z1, z_weight, seen, mask, c, C, D, acc_ty
+                    feature_ptrs[l], depth_ptrs[l], pixels, weights, z0, z1, z_weight, visible, mask, c, C, D, acc_ty
                 )
                 acc += feature * probability[:, None]
     row = b * shape[0] * shape[1] * shape[2] + i
@@ -286,29 +286,29 @@ def _lift_bwd_kernel(
     g = tl.load(d_volume_ptr + row[:, None] * C + c[None, :], mask=i_ok[:, None] & c_ok[None, :], other=0.0).to(acc_ty)
     for n in range(N):
         view = b * N + n
-        u, v, d, seen = _project(lidar2image_ptr + view * 16, x, y, z, i_ok, image_size, depth_range)
-        if tl.max(seen.to(tl.int32), axis=0) > 0:
-            mask = seen[:, None] & c_ok[None, :]
+        u, v, d, visible = _project(lidar2image_ptr + view * 16, x, y, z, i_ok, image_size, depth_range)
+        if tl.max(visible.to(tl.int32), axis=0) > 0:
+            mask = visible[:, None] & c_ok[None, :]
             z0, z1, z_weight = _nodes(d, D)
             for l in tl.static_range(len(feature_ptrs)):
                 h, w = sizes[l]
                 pixels, weights = _taps(view, u, v, h, w)
                 feature, probability = _gather(
-                    feature_ptrs[l], depth_ptrs[l], pixels, weights, z0, z1, z_weight, seen, mask, c, C, D, acc_ty
+                    feature_ptrs[l], depth_ptrs[l], pixels, weights, z0, z1, z_weight, visible, mask, c, C, D, acc_ty
                 )
                 d_probability = tl.sum(g * feature, axis=1)
                 if GATHERED & (1 << l):
-                    tl.store(out_ptrs[l][0] + view * V + i, first_cells[l] + pixels[0], mask=seen)
+                    tl.store(out_ptrs[l][0] + view * V + i, first_cells[l] + pixels[0], mask=visible)
                     hit_ptr = out_ptrs[l][1] + (view * V + i) * HIT
-                    tl.store(hit_ptr, _position(u, w), mask=seen)
-                    tl.store(hit_ptr + 1, _position(v, h), mask=seen)
-                    tl.store(hit_ptr + 2, _position(d, D), mask=seen)
-                    tl.store(hit_ptr + 3, probability, mask=seen)
-                    tl.store(hit_ptr + 4, d_probability, mask=seen)
+                    tl.store(hit_ptr, _position(u, w), mask=visible)
+                    tl.store(hit_ptr + 1, _position(v, h), mask=visible)
+                    tl.store(hit_ptr + 2, _position(d, D), mask=visible)
+                    tl.store(hit_ptr + 3, probability, mask=visible)
+                    tl.store(hit_ptr + 4, d_probability, mask=visible)
                 else:
                     _scatter(
                         out_ptrs[l][0], out_ptrs[l][1], g * probability[:, None], d_probability,
-                        pixels, weights, z0, z1, z_weight, seen, mask, c, C, D,
+                        pixels, weights, z0, z1, z_weight, visible, mask, c, C, D,
                     )  # fmt: skip
 
 
@@ -340,13 +340,13 @@ def _project(p, x, y, z, ok, image_size, depth_range):
     u = ud / clamped / image_size[1] * 2 - 1
     v = vd / clamped / image_size[0] * 2 - 1
     depth = (d - depth_range[0]) / (depth_range[1] - depth_range[0]) * 2 - 1
-    seen = ok & (d > 1e-5) & (tl.abs(u) < 1) & (tl.abs(v) < 1) & (tl.abs(depth) < 1)
-    return _clamp(u), _clamp(v), _clamp(depth), seen
+    visible = ok & (d > 1e-5) & (tl.abs(u) < 1) & (tl.abs(v) < 1) & (tl.abs(depth) < 1)
+    return _clamp(u), _clamp(v), _clamp(depth), visible
 
 
 @triton.jit
 def _clamp(coord):
-    """Clamped to [-1, 1], which also replaces NaN: unseen points have weight 0, but 0 * inf and 0 * NaN are NaN."""
+    """Clamped to [-1, 1], which also replaces NaN: invisible points load 0, but 0 * inf and 0 * NaN are NaN."""
     return tl.minimum(tl.maximum(coord, -1.0), 1.0)
 
 
@@ -377,14 +377,14 @@ def _position(coord, size):
 
 
 @triton.jit
-def _gather(feature_ptr, depth_ptr, pixels, weights, z0, z1, z_weight, seen, mask, c, C, D, acc_ty: tl.constexpr):
-    """One level's bilinear features [BLOCK_V, BLOCK_C] and trilinear probabilities [BLOCK_V]; 0 where not seen."""
+def _gather(feature_ptr, depth_ptr, pixels, weights, z0, z1, z_weight, visible, mask, c, C, D, acc_ty: tl.constexpr):
+    """One level's bilinear features [BLOCK_V, BLOCK_C] and trilinear probabilities [BLOCK_V]; 0 where not visible."""
     feature = tl.zeros(mask.shape, acc_ty)
-    probability = tl.zeros(seen.shape, acc_ty)
+    probability = tl.zeros(visible.shape, acc_ty)
     for k in tl.static_range(4):
         row = tl.load(feature_ptr + pixels[k][:, None] * C + c[None, :], mask=mask, other=0.0).to(acc_ty)
-        near = tl.load(depth_ptr + pixels[k] * D + z0, mask=seen, other=0.0).to(acc_ty)
-        far = tl.load(depth_ptr + pixels[k] * D + z1, mask=seen, other=0.0).to(acc_ty)
+        near = tl.load(depth_ptr + pixels[k] * D + z0, mask=visible, other=0.0).to(acc_ty)
+        far = tl.load(depth_ptr + pixels[k] * D + z1, mask=visible, other=0.0).to(acc_ty)
         feature += weights[k][:, None] * row
         probability += weights[k] * (near * (1 - z_weight) + far * z_weight)
     return feature, probability
@@ -392,7 +392,7 @@ def _gather(feature_ptr, depth_ptr, pixels, weights, z0, z1, z_weight, seen, mas
 
 @triton.jit
 def _scatter(
-    d_feature_ptr, d_depth_ptr, d_feature, d_probability, pixels, weights, z0, z1, z_weight, seen, mask, c, C, D
+    d_feature_ptr, d_depth_ptr, d_feature, d_probability, pixels, weights, z0, z1, z_weight, visible, mask, c, C, D
 ):  # fmt: skip
     """Add the gradients of what `_gather` returned to one level's features and depths."""
     for k in tl.static_range(4):
@@ -400,5 +400,5 @@ def _scatter(
         row = pixels[k][:, None] * C + c[None, :]
         tl.atomic_add(d_feature_ptr + row, weights[k][:, None] * d_feature, mask=mask, sem="relaxed")
         d_tap = weights[k] * d_probability
-        tl.atomic_add(d_depth_ptr + pixels[k] * D + z0, d_tap * (1 - z_weight), mask=seen, sem="relaxed")
-        tl.atomic_add(d_depth_ptr + pixels[k] * D + z1, d_tap * z_weight, mask=seen, sem="relaxed")
+        tl.atomic_add(d_depth_ptr + pixels[k] * D + z0, d_tap * (1 - z_weight), mask=visible, sem="relaxed")
+        tl.atomic_add(d_depth_ptr + pixels[k] * D + z1, d_tap * z_weight, mask=visible, sem="relaxed")

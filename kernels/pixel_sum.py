@@ -3,9 +3,9 @@
     d_feature_pixel = sum over its 4 cells, over the hits in each:  s P g
     d_depth_pixel,k = sum over its 4 cells, over the hits in each:  s max(0, 1 - |z - k|) <g, F>
 
-A cell lies between four pixels. s is the pixel's bilinear weight for a hit, z the hit's depth in bins, g the gradient
-w.r.t. its voxel, P and F the probability and the feature interpolated in the forward. The sort is stable, so each cell
-sums its hits in a fixed order.
+A cell lies between four pixels. For each hit, s is the pixel's bilinear weight, z the depth in bins (k is a bin), g the
+gradient w.r.t. the voxel, P and F the probability and the feature interpolated in the forward. The sort is stable, so
+each cell sums its hits in a fixed order.
 
 Part of `lift`: the reference is the gradient of `lift_ref`; timed by benchmarks.bench_lift.
 """
@@ -18,12 +18,12 @@ def pixel_sum(d_feature, d_depth, begin, order, hits, d_volume, many_hits):
 
     Args:
         begin:     [>= P + 1] int32 start of each cell's hits in `order`, then the end of the last cell's. A cell has
-                   the index of its upper left pixel, out of P pixels of all views.
+                   the index of its upper left pixel among the P pixels of all views.
         order:     [levels * B * N * V] int64 rows of all levels' `hits` by cell; only this level's are read.
-        hits:      [levels, B * N * V, HIT] column and row in pixels, depth in bins, probability, <g, F>, for each view
-                   and each of V voxels.
+        hits:      [levels, B * N * V, HIT] for each view and each of V voxels: column and row in pixels, depth in bins,
+                   probability, <g, F>.
         d_volume:  [B, Z, Y, X, C].
-        many_hits: several lanes split the hits of a pixel; faster where pixels have many.
+        many_hits: True: several lanes share the hits of a pixel, meant for pixels with many.
 
     Accumulates in the type of `hits`. Deterministic. Tensors must be contiguous. GPU and interpreter only.
     """
@@ -39,7 +39,7 @@ def pixel_sum(d_feature, d_depth, begin, order, hits, d_volume, many_hits):
 HIT = tl.constexpr(5)  # values per hit
 # Untuned: chosen from the compiler's output for sm_90, without timing on a GPU
 TILE = 1024  # lanes x channels per program
-MAX_LANES = 8  # per pixel: they split its hits
+MAX_LANES = 8  # lanes that share the hits of a pixel
 
 
 def _blocks(lanes_per_pixel, C, D):
@@ -65,7 +65,7 @@ def _pixel_sum_kernel(
     k = tl.arange(0, BLOCK_D)[None, :]
     d_feature = tl.zeros((BLOCK_P * LANES, BLOCK_C), acc_ty)
     d_depth = tl.zeros((BLOCK_P * LANES, BLOCK_D), acc_ty)
-    for up in range(2):  # cells of the pixel's row and of the row above; left and right cell are adjacent in `order`
+    for up in range(2):  # cells below and above the pixel; the left and the right one are adjacent in `order`
         ok = (p < P) & (y >= up)
         cell = p - up * w
         begin = tl.load(begin_ptr + cell - (x > 0).to(tl.int32), mask=ok, other=0)

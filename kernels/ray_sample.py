@@ -1,8 +1,8 @@
 """Samples along rays: clipped to a box, stratified, then resampled by weight.
 
-    clip:        t = (face - origin) / (direction + 1e-6) for six faces; inside from the last entry to the first exit
+    clip:        t = (face - origin) / (direction + 1e-6) for six faces; from the last entry to the first exit
     stratified:  edge_s = near + x_s (far - near), x_s = s / S or jittered between the adjacent midpoints
-    resampling:  new_j = CDF^-1((j + jitter) / (n + 1)), piecewise linear over the intervals; lists merged by rank
+    resampling:  new_j = CDF^-1((j + jitter) / (n + 1)), the CDF linear in each interval; lists merged by rank
 
 An *edge list* [R, S + 1] holds the starts of S samples and the end of the last one, ascending; a sample lies at its
 start and extends to the next: `starts = edges[:, :-1]`, `deltas = edges.diff(dim=1)`. Edges are distances along the
@@ -12,7 +12,7 @@ the merge commute with it, so resampling does not need near and far; results dif
 Ranks are found by counting, not by sorting: a new start lies in the interval that its CDF value selected, so one sweep
 along the ray inverts the CDF and merges. Nothing here is differentiable: it only decides where the field is sampled.
 
-Sizes: R rays, S samples on each before resampling, N (n) new ones.
+Sizes: R rays, S samples on each before resampling, N new ones (the argument `n`).
 """
 
 from collections.abc import Sequence
@@ -64,7 +64,7 @@ def clip_rays(
 @torch.no_grad()
 def clip_rays_ref(origins, directions, low, high, near):
     """`clip_rays` in plain PyTorch."""
-    low, high = (torch.as_tensor(wall, dtype=origins.dtype, device=origins.device) for wall in (low, high))
+    low, high = (torch.as_tensor(corner, dtype=origins.dtype, device=origins.device) for corner in (low, high))
     inverse = 1 / (directions + 1e-6)  # [R, 3]
     at_low, at_high = (low - origins) * inverse, (high - origins) * inverse  # [R, 3]
     enter = torch.minimum(at_low, at_high).amax(dim=1).clamp(min=near)  # [R]
@@ -320,7 +320,7 @@ def _resample_kernel(
     jitter = tl.load(jitter_ptr + r, mask=r_ok, other=0.0).to(acc_ty)
     u = (j + jitter[:, None]) / (N + 1)  # [BLOCK_R, BLOCK_N]
     new = tl.full((BLOCK_R, BLOCK_N), float("inf"), acc_ty)  # inf until the sweep reaches the interval
-    rank = j + tl.zeros((BLOCK_R, BLOCK_N), tl.int32)  # of a new start: number of new and old ones before it
+    rank = j + tl.zeros((BLOCK_R, BLOCK_N), tl.int32)  # index of each new start in the merged list
     mass = tl.zeros((BLOCK_R,), tl.float64)
     cdf = tl.zeros((BLOCK_R,), acc_ty)
     low = tl.load(edges_ptr + r * (S + 1), mask=r_ok, other=0.0).to(acc_ty)

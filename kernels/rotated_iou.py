@@ -1,6 +1,6 @@
 """IoU of boxes rotated about z, in bird's-eye view and in 3D, and non-maximum suppression.
 
-A BEV box is x, y, w, l, yaw: center in meters, size in meters, of which negative ones count as 0, and yaw in radians
+A BEV box is x, y, w, l, yaw: center and size in meters (a negative size counts as 0), and yaw in radians
 counter-clockwise from x to the heading; l lies along the heading, w across. A 3D box is x, y, z, w, l, h, yaw, with z
 of the center.
 
@@ -9,7 +9,7 @@ along its heading, a is |x| <= l / 2, |y| <= w / 2, and
 
     area = sum over the edges of b, counter-clockwise, of   integral of clamp(x, -l / 2, l / 2) dy  over |y| <= w / 2
 
-because clamp(x) has derivative 1 inside a and 0 outside. No polygon is built, no corners are sorted, nothing is
+because clamp(x) has derivative 1 for |x| < l / 2 and 0 beyond. No polygon is built, no corners are sorted, nothing is
 indexed. The integral is continuous, so an edge on the border of a, parallel to it, or of length 0 needs no special
 case, as it would in polygon clipping. Corners are relative to a's center, so that no precision is lost far from the
 origin.
@@ -132,9 +132,9 @@ def rotated_nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
 def rotated_nms_ref(boxes, scores, threshold):
     """`rotated_nms` in plain PyTorch.
 
-    Each round decides all boxes at once from the decisions of the previous round: the decision on the i-th best box is
-    final after at most i rounds, and all are once nothing changes. The longest chain of overlapping boxes limits the
-    number of rounds.
+    Each round decides all boxes at once from the decisions of the previous round. The decision on the i-th best box is
+    final after at most i rounds; when a round changes nothing, all are final. The longest chain of overlapping boxes
+    limits the number of rounds.
     """
     order = _best_first(scores)
     ranked = boxes.index_select(0, order)
@@ -267,11 +267,11 @@ def _greedy_kernel(
     for w in range(W):
         own = tl.sum(tl.where(word == w, removed, 0), axis=0)  # `removed` of these 32 boxes
         for step in tl.static_range(32):
-            ahead = tl.load(row_ptr + word, mask=(word > w) & (word < W), other=0)
-            here = tl.load(row_ptr + w)
+            later_words = tl.load(row_ptr + word, mask=(word > w) & (word < W), other=0)
+            own_word = tl.load(row_ptr + w)
             keep = ((own >> step) & 1) - 1  # all bits set if the box is kept, else none
-            removed |= ahead & keep
-            own |= here & keep
+            removed |= later_words & keep
+            own |= own_word & keep
             row_ptr += W
         tl.store(kept_ptr + w * 32 + k, ((own >> k) & 1) == 0, mask=w * 32 + k < N)
 

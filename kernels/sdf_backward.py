@@ -1,4 +1,4 @@
-"""The backward of `sdf_render`, in two kernels: along the rays to each sample, then through the field.
+"""The backward of `sdf_render`, in two kernels: compositing and the color MLP along rays; then the distance MLP.
 
 Colors and opacities depend on the gradient g of the distance, so training needs second derivatives. With v = dL/dg,
 
@@ -197,11 +197,11 @@ def _sdf_render_bwd_rgb_kernel(
                 x = rgb_hidden(e, feature, geo, rgb_mlp_ptr, scratch_ptr, True, C, H, RGB_LAYERS, PREC)
                 tl.debug_barrier()  # other threads read the scratch
                 d_out = d_color * weight[:, None] * color * (1.0 - color)
-                no_feature, no_geo = tl.zeros((1, C), tl.float32), tl.zeros((1, H), tl.float32)
-                no_e = tl.zeros((1, INPUTS), tl.float32)
+                zeros_c, zeros_h = tl.zeros((1, C), tl.float32), tl.zeros((1, H), tl.float32)
+                zeros_e = tl.zeros((1, INPUTS), tl.float32)
                 d_x, d_feature, d_geo, d_e = _rgb_layer_bwd(
                     d_out, x, feature, geo, e, rgb_mlp_ptr + last, d_mlp_ptr + last,
-                    no_feature, no_geo, no_e, C, H, PREC,
+                    zeros_c, zeros_h, zeros_e, C, H, PREC,
                 )  # fmt: skip
                 for j in range(RGB_LAYERS - 1):
                     l = RGB_LAYERS - 2 - j
@@ -228,7 +228,7 @@ def _rgb_layer_bwd(
     d_z, x, feature, geo, e, mlp_ptr, d_mlp_ptr, d_feature, d_geo, d_e,
     C: tl.constexpr, H: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """Backward of one layer of the color MLP: adds to the gradients of its weights and inputs; returns d_x first."""
+    """One layer of the color MLP: adds to its weights' gradients; returns d_x and the sums d_feature, d_geo, d_e."""
     STRIDE: tl.constexpr = C + 2 * H + INPUTS
     linear_bwd_weight(d_mlp_ptr, STRIDE, d_z, x, None, PREC)
     linear_bwd_weight(d_mlp_ptr + H, STRIDE, d_z, feature, None, PREC)

@@ -1,6 +1,7 @@
 """The neural field on a tile of samples: device functions of the kernels of `sdf_render`.
 
-Both MLPs (UniPAD's decoders) see the point p and a conditioning vector in every layer. Multiplied out,
+Both MLPs (UniPAD's decoders) get the point p and a conditioning vector in every layer. With products of their matrices
+multiplied out,
 
     z_l = W_l x_l + A_l f + G_l geometry + E_l e,   x_{l+1} = act(z_l),   x_0 = 0,   e = (p, 1, direction, gradient)
 
@@ -8,9 +9,9 @@ where f is the interpolated feature. The distance MLP (softplus) has no G, and i
 (ReLU) has all terms. The distance MLP's last z is (distance, geometry). The derivative of the softplus follows from its
 value, act'(z) = 1 - exp(-100 act(z)), so no second array of activations is stored.
 
-An MLP is packed into one matrix [rows, STRIDE]: a row per output unit, layer after layer, with the columns of W, A, G
-and E. Widths are powers of two from 16 on. `pack` pads with zeros, which changes no result: the outputs of padded rows
-are multiplied by padded columns only.
+An MLP is packed into one matrix [rows, STRIDE]: one row per output unit, layer after layer, with the columns of W, A, G
+and E side by side. Widths are powers of two from 16 on. `pack` pads with zeros, which changes no result: the outputs of
+padded rows are multiplied by padded columns only.
 
 Sizes: M samples per tile, C channels and H hidden units (padded), LAYERS of the MLP. PREC: input precision of `tl.dot`.
 """
@@ -70,7 +71,7 @@ def precision(exact):
     return "ieee" if torch.version.hip else "tf32x3" if exact else "tf32"
 
 
-# Launch parameters; untuned, without timing on a GPU
+# Launch parameters; untuned: never timed on a GPU
 BLOCK_S = 32  # samples of a ray per tile, at most, in the kernels that walk along rays
 BLOCK_M = 64  # samples per tile (along rays: 2 rays x BLOCK_S); the rows of a Hopper matrix instruction
 WARPS = 4
@@ -107,7 +108,10 @@ def sample_on_ray(
     origins_ptr, directions_ptr, volume_idx_ptr, cells_per_unit_ptr, cell_offset_ptr,  # [R, 3] x 2, [R], [3], [3]
     r, t, ok, Z,
 ):  # fmt: skip
-    """Samples [M] of rays r at distances t: points, directions, and grid coordinates with the volumes' first slice."""
+    """Points, directions and grid coordinates of samples [M] on rays r at distances t.
+
+    The grid coordinates are x, y, z in cells, then the index of the volume's first z slice among all volumes' slices.
+    """
     dx = tl.load(directions_ptr + 3 * r, mask=ok, other=0.0)
     dy = tl.load(directions_ptr + 3 * r + 1, mask=ok, other=0.0)
     dz = tl.load(directions_ptr + 3 * r + 2, mask=ok, other=0.0)
@@ -123,7 +127,7 @@ def sample_on_ray(
 
 @triton.jit
 def corner(grid_coords, ok, Z, Y, X, K: tl.constexpr):
-    """Corner K of each sample's cell: its row in the volume, whether it exists, its weight and three slopes."""
+    """Corner K of each sample's cell: its row in the volume, whether it exists, its weight, d weight / d (x, y, z)."""
     ux, uy, uz, first = grid_coords
     z, z_ok, az, bz = axis_corner(uz, Z, K // 4)
     y, y_ok, ay, by = axis_corner(uy, Y, K // 2 % 2)
@@ -370,7 +374,10 @@ def color_of(
 
 @triton.jit
 def opacity(sdf, gradient, direction, delta, density_param, NEUS: tl.constexpr):
-    """alpha before clipping, the slope along the ray (VolSDF: unused) and two values for the backward, each [M]."""
+    """alpha before clipping, the slope along the ray (VolSDF: unused) and two values for the backward, each [M].
+
+    The two values are NeuS's CDFs at the interval's ends, or VolSDF's tail and density.
+    """
     if NEUS:
         slope = gradient[0] * direction[0] + gradient[1] * direction[1] + gradient[2] * direction[2]
         half = tl.minimum(slope, 0.0) * delta / 2

@@ -49,7 +49,7 @@ def decode(feature, slope, points, directions, mlps, cells_per_unit):
 
     Args:
         feature:        [R, S, C] the volume at the points.
-        slope:          [R, S, 3, C] its derivative w.r.t. the point, per cell.
+        slope:          [R, S, 3, C] its derivative w.r.t. the grid coordinates (x, y, z).
         points:         [R, S, 3]; not differentiated.
         directions:     [R, 3] unit vectors.
         mlps:           (distance MLP, color MLP or None: the color is 0).

@@ -50,7 +50,7 @@ WIDTHS, LAYERS = (16, 64), (2, 8)  # (smallest, largest): channels and hidden un
 def kernels_support(
     method: str, dtype: torch.dtype, channels: int, hidden: int, sdf_layers: int, rgb_layers: int
 ) -> bool:
-    """Whether there is a kernel for such a field. `rgb_layers`: 0 where color is not rendered."""
+    """Whether the kernels support a field of these sizes. `rgb_layers`: 0 if color is not rendered."""
     wide = all(WIDTHS[0] <= n <= WIDTHS[1] for n in (channels, hidden))
     deep = all(LAYERS[0] <= n <= LAYERS[1] for n in (sdf_layers, rgb_layers or sdf_layers))
     return method in METHODS and dtype == torch.float32 and wide and deep
@@ -71,14 +71,15 @@ def sdf_render(
         mlps:   (distance MLP, color MLP or None: color is not rendered). Each is a list of tensors: P, q,
                 then C_l, d_l, W_l, b_l of every layer (see `sdf_reference`).
         density_param: [1] NeuS's inv_s or VolSDF's beta.
-        cells:  cells_per_unit [3] and cell_offset [3]: cell = point * cells_per_unit + cell_offset, (x, y, z).
+        cells:  cells_per_unit [3] and cell_offset [3]: grid coordinates (x, y, z) = point * cells_per_unit +
+                cell_offset; integers are voxel centers.
         method: "neus" or "volsdf".
         exact:  compute the MLPs' matrix products with fp32 accuracy (tf32x3) instead of tf32 (operands rounded to a
                 10-bit mantissa). tf32x3 computes three products instead of one, in tiles of a quarter of the samples;
                 its cost was not measured on a GPU.
-        stop:   transmittance below which kernels stop marching a ray; rays that miss stop at once. 0: off; above 0 only
-                under `no_grad`. Skipped samples have weight, distance and gradient 0; `rgb` is off by less than `stop`,
-                `depth` by less than `stop` times the ray's length.
+        stop:   transmittance below which kernels stop marching a ray; rays that miss count as stopped. 0: off; above 0
+                only under `no_grad`. Skipped samples have weight, distance and gradient 0; `rgb` is off by less than
+                `stop`, `depth` by less than `stop` times the ray's length.
 
     Returns:
         rgb:      [R, 3], black background; 0 without the color MLP.

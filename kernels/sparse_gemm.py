@@ -143,7 +143,8 @@ class Blocks(NamedTuple):
 # Pipeline stages: indices and rows are each loaded two steps ahead, or one; AMD GPUs have less shared memory for that
 STAGES_OF = {"nvidia": (5, 3), "amd": (2, 1)}
 STAGES, FEWER_STAGES = STAGES_OF["amd" if torch.version.hip else "nvidia"]
-# Up to this many rows, tiles have 64 rows; tiles of 128 read the weights half as often (45 MB, not 89, at stage 4)
+# Up to this many rows, tiles have 64 rows; tiles of 128 read the weights half as often (at the LiDAR encoder's stage 4,
+# 45 MB, not 89)
 FEW_ROWS = 8192
 BLOCK_R = 64  # pairs per step of the gradient of the weights
 MIN_PAIRS = 1024  # pairs per chunk, at least: reading their rows then outweighs writing the chunk's sums
@@ -160,7 +161,7 @@ def _blocks(dtype, few_rows, I, O, allow_tf32):
     step, max_o = _limits(dtype, I, O, allow_tf32)
     pack = max(1, step // I)
     i, o = step if pack > 1 else _block(I, step), _block(O, max_o)
-    if _odd(I, O) or dtype == torch.float32 and not allow_tf32:
+    if _elementwise(I, O) or dtype == torch.float32 and not allow_tf32:
         return [Blocks(64, i, o, pack, 4, STAGES, True, True), Blocks(64, i, o, pack, 4, STAGES, True, False)]
     ms = (64, 128) if few_rows else (128, 64)
     # a tile reads each of its rows two to three times: only timing on a GPU can tell whether they are still in the L1,
@@ -175,11 +176,11 @@ def _limits(dtype, I, O, allow_tf32):
         step, max_o = 64, 128
     else:
         step, max_o = 32, 64 if allow_tf32 else 32  # without tensor cores, registers are the limit
-    return (step // 2, max_o // 2) if _odd(I, O) else (step, max_o)
+    return (step // 2, max_o // 2) if _elementwise(I, O) else (step, max_o)
 
 
-def _odd(*channels):
-    """Whether rows are read element by element, which takes more registers."""
+def _elementwise(*channels):
+    """Whether rows are read element by element, not in vectors, which takes more registers."""
     return any(c % 16 and c != 8 for c in channels)
 
 

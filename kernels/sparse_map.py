@@ -1,6 +1,6 @@
 """Neighbor tables: which input voxel each offset of a sparse convolution reads, as row numbers.
 
-Voxels are found by their keys in ascending order (kernels/voxel_keys.py), so every table is the same from run to run.
+Voxels are looked up in their sorted keys (kernels/voxel_keys.py), so every table is the same from run to run.
 An offset k = (kz, ky, kx) of a kernel, counted row-major, links input cell i and output cell o by
 
     submanifold           i = o + (k - kernel // 2) dilation            outputs: the inputs themselves
@@ -8,10 +8,11 @@ An offset k = (kz, ky, kx) of a kernel, counted row-major, links input cell i an
     transposed            o = i stride - padding + k dilation           outputs: every o in the grid that has an input
     inverse               another table, inverted: from input and offset to output
 
-on each axis. The cells that a voxel reads along x have consecutive keys, so a table takes one binary search per
-(kz, ky) column and then a linear scan. The outputs of a strided or transposed convolution are the distinct keys of all
-cells that an input reaches. A transposed table is the inverse of the table of the strided convolution from its outputs
-to its inputs. The references materialize and sort all (input, offset) pairs instead, which is faster on a CPU.
+on each axis. Cells that are neighbors along x have consecutive keys, so a table takes one binary search per (kz, ky)
+column of offsets, for the column's first cell, and then a linear scan. The output voxels come from
+kernels/sparse_outputs.py. A transposed table is the inverse of the table of the strided convolution from its outputs to
+its inputs. The references of the strided and transposed maps materialize and sort all (input, offset) pairs instead,
+which is faster on a CPU.
 
 Sizes: N inputs, M outputs, K = kz ky kx offsets. All triples are (z, y, x).
 """
@@ -23,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unipad.kernels.backend import host_wait, jit, on_triton, opaque, tl, triton
+from unipad.kernels.backend import jit, on_triton, opaque, tl, triton
+from unipad.kernels.sparse_outputs import max_readers, out_shape, output_coords, output_keys, transposed_out_shape
 from unipad.kernels.voxel_keys import NO_KEY, NO_KEY_SHORT, check_grid, checked, key_of, load_voxels, sort_voxels
 
 
@@ -32,17 +34,17 @@ def submanifold_map(
     coords: Tensor, keys: Tensor, order: Tensor | None, shape: Sequence[int], kernel: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:  # fmt: skip
-    """The neighbors of each voxel of a set in the same set.
+    """For each voxel of a set, its neighbors in the same set.
 
     Args:
         coords:      [N, 4] int32 (b, z, y, x).
         keys, order: from `sort_voxels`; order None: `coords` are sorted by key.
         shape:       cells (Z, Y, X).
         kernel:      offsets (kz, ky, kx). An even kernel has one more offset below than above: 2 covers -1 and 0.
-        dilation:    cells between offsets (z, y, x).
+        dilation:    distance between offsets in cells (z, y, x).
 
     Returns:
-        neighbor_idx: [K, N] int32 rows of `coords`; -1 where there is no voxel, as beyond the borders.
+        neighbor_idx: [K, N] int32 rows of `coords`; -1 where there is no voxel, also beyond the borders.
 
     Raises ValueError if a coordinate does not fit int32 (see `check_grid`), as do the maps below.
     """
@@ -135,8 +137,7 @@ def strided_map(
     if not on_triton(coords):
         return strided_map_ref(coords, shape, *geometry)
     coords, out = _checked_strided(coords, shape, geometry, batch_size)
-    reached = _reached(coords, out, _reach(kernel, stride, dilation), geometry, batch_size, transposed=False)
-    out_coords = _coords(reached, out)
+    out_coords = output_coords(output_keys(coords, out, geometry, batch_size, transposed=False), out)
     if keys is None:
         keys, order = sort_voxels(coords, shape, check=False)
     return out_coords, _neighbors(out_coords, None, keys, order, shape, *geometry)
@@ -146,10 +147,10 @@ def strided_map_ref(coords, shape, kernel, stride, padding, dilation, batch_size
     """`strided_map` in plain PyTorch; uses the first six arguments only."""
     _, out = _checked_strided(coords, shape, (kernel, stride, padding, dilation), batch_size)
     cells, offsets, valids = [], [], []
-    for axis, (size, reach) in enumerate(zip(out, _reach(kernel, stride, dilation), strict=True)):
-        back = torch.arange(reach, device=coords.device)[:, None]
+    for axis, (size, readers) in enumerate(zip(out, max_readers(kernel, stride, dilation), strict=True)):
+        back = torch.arange(readers, device=coords.device)[:, None]
         padded = coords[:, 1 + axis].long() + padding[axis]  # [N]
-        cell = padded // stride[axis] - back  # [reach, N]
+        cell = padded // stride[axis] - back  # [readers, N]
         distance = padded - cell * stride[axis]
         offset = distance // dilation[axis]
         valids.append((offset * dilation[axis] == distance) & (offset < kernel[axis]) & (cell >= 0) & (cell < size))
@@ -163,11 +164,6 @@ def _checked_strided(coords, shape, geometry, batch_size):
     coords, (_, _, padding, _) = checked(coords, shape, *geometry), geometry
     check_grid([size + 2 * p for size, p in zip(shape, padding, strict=True)], batch_size or 1)
     return coords, out_shape(shape, *geometry)
-
-
-def _reach(kernel, stride, dilation):
-    """Maximum number of outputs of a strided convolution that read one cell, on each axis."""
-    return tuple((k - 1) * d // s + 1 for k, s, d in zip(kernel, stride, dilation, strict=True))
 
 
 @opaque(_pairs_fake)
@@ -188,10 +184,10 @@ def transposed_map(
     if not on_triton(coords):
         return transposed_map_ref(coords, shape, *geometry)
     coords, out = _checked_transposed(coords, shape, geometry, batch_size)
-    reached = _reached(coords, out, kernel, geometry, batch_size, transposed=True)
+    out_keys = output_keys(coords, out, geometry, batch_size, transposed=True)
     # the table of the strided convolution from the outputs to the inputs
-    inverse_idx = _neighbors(coords, None, reached, None, out, *geometry)
-    return _coords(reached, out), inverse_map(inverse_idx, len(reached))
+    inverse_idx = _neighbors(coords, None, out_keys, None, out, *geometry)
+    return output_coords(out_keys, out), inverse_map(inverse_idx, len(out_keys))
 
 
 def transposed_map_ref(coords, shape, kernel, stride, padding, dilation, batch_size=None):
@@ -215,51 +211,12 @@ def _checked_transposed(coords, shape, geometry, batch_size):
     return coords, out
 
 
-def _reached(coords, out, slots, geometry, batch_size, transposed):
-    """[M] keys, ascending, of the cells that the inputs reach; waits for the device.
-
-    Args:
-        coords:     [N, 4] int32 of the inputs.
-        out:        cells (Z, Y, X) of the output grid.
-        slots:      maximum number of cells that an input reaches on each axis.
-        geometry:   kernel, stride, padding, dilation.
-        batch_size: number of grids, or None.
-        transposed: True where an input spreads, False where an output reads.
-    """
-    short = batch_size is not None and batch_size * prod(out) < NO_KEY_SHORT
-    dtype, no_key = (torch.int32, NO_KEY_SHORT) if short else (torch.int64, NO_KEY)
-    if not len(coords):
-        return coords.new_empty(0, dtype=dtype)
-    pairs = prod(slots) * len(coords)
-    keys = coords.new_empty(pairs + 1, dtype=dtype)
-    (Z, Y, X), (kernel_size, stride, padding, dilation) = out, map(tuple, geometry)
-    _reached_keys_kernel[(triton.cdiv(pairs + 1, BLOCK_PAIRS),)](
-        coords_ptr=coords, keys_ptr=keys, PAIRS=pairs, N=len(coords), Z=Z, Y=Y, X=X, slots=tuple(slots),
-        kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation,
-        TRANSPOSED=transposed, NO_KEY=no_key, BLOCK_PAIRS=BLOCK_PAIRS,
-    )  # fmt: skip
-    # sorts keys without values, which moves half as many bytes
-    with host_wait("number of a convolution's output voxels"):
-        return torch.unique(keys)[:-1]  # without NO_KEY
-
-
-def _coords(keys, shape):
-    """[M, 4] int32 (b, z, y, x) of keys."""
-    coords = keys.new_empty(len(keys), 4, dtype=torch.int32)
-    if len(keys):
-        Z, Y, X = shape
-        _coords_kernel[(triton.cdiv(len(keys), BLOCK),)](
-            keys_ptr=keys, coords_ptr=coords, M=len(keys), Z=Z, Y=Y, X=X, BLOCK=BLOCK
-        )  # fmt: skip
-    return coords
-
-
 def _neighbors(coords, reader_order, keys, order, shape, kernel, stride, padding, dilation):
-    """[K, M] int32, the row that each offset of each reader (output) reads, in cell o stride - padding + k dilation.
+    """[K, M] int32 rows: offset k of output o, its reader, reads the voxel in cell o stride - padding + k dilation.
 
     Args:
         coords:       [M, 4] int32 of the readers.
-        reader_order: [M] int64, the order in which to process them, or None.
+        reader_order: [M] int64, the order in which to process them: by key, for speed. None: they are in that order.
         keys, order:  [N] of the voxels that are read, from `sort_voxels`.
         shape:        cells (Z, Y, X) of their grid.
         kernel, stride, padding, dilation: cells (z, y, x).
@@ -277,13 +234,13 @@ def _neighbors(coords, reader_order, keys, order, shape, kernel, stride, padding
 
 
 def _gather_pairs_ref(coords, cells, offsets, valids, out, kernel):
-    """Collect (input, offset) pairs by their output.
+    """Group (input, offset) pairs by their output. On each axis, an input has T candidates for such a pair.
 
     Args:
         coords:  [N, 4] int32 of the inputs.
         cells:   per axis [T, N] int64, the output cell of each pair.
         offsets: per axis [T, N] int64, its offset.
-        valids:  per axis [T, N] bool. A pair exists where all three axes are.
+        valids:  per axis [T, N] bool. A pair exists where it is valid on all three axes.
         out:     cells (Z, Y, X) of the output grid.
         kernel:  offsets (kz, ky, kx).
 
@@ -343,64 +300,17 @@ def inverse_map_ref(neighbor_idx, N):
     return inverse_idx
 
 
-def out_shape(shape, kernel, stride, padding, dilation):
-    """Cells (z, y, x) of the output of a strided convolution, as torch's conv3d; ValueError where there are none."""
-
-    def extent(n, k, s, p, d):
-        return (n + 2 * p - d * (k - 1) - 1) // s + 1
-
-    return _extents(extent, shape, kernel, stride, padding, dilation)
-
-
-def transposed_out_shape(shape, kernel, stride, padding, dilation):
-    """Cells (z, y, x) of the output of a transposed convolution, as torch's conv_transpose3d; ValueError likewise."""
-
-    def extent(n, k, s, p, d):
-        return (n - 1) * s - 2 * p + d * (k - 1) + 1
-
-    return _extents(extent, shape, kernel, stride, padding, dilation)
-
-
-def _extents(extent, shape, *geometry):
-    out = []
-    for axis, n, k, s, p, d in zip("zyx", shape, *geometry, strict=True):
-        sizes = f"kernel {k}, stride {s}, padding {p}, dilation {d}"
-        if min(k, s, d) < 1 or p < 0:
-            raise ValueError(f"no convolution along {axis} has {sizes}")
-        out.append(extent(n, k, s, p, d))
-        if out[-1] < 1:
-            raise ValueError(f"a convolution of {sizes} has no output along {axis}, where the grid has {n} cells")
-    return tuple(out)
-
-
 BLOCK = 256  # voxels or table entries per program
-BLOCK_PAIRS = 1024  # pairs per program
-
-
-@jit(varying=("M", "Z", "Y", "X"))
-def _coords_kernel(keys_ptr, coords_ptr, M, Z, Y, X, BLOCK: tl.constexpr):
-    m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    m_ok = m < M
-    row = tl.load(keys_ptr + m, mask=m_ok, other=0)
-    x = (row % X).to(tl.int32)
-    row = row // X
-    y = (row % Y).to(tl.int32)
-    row = row // Y
-    voxel_ptr = coords_ptr + m.to(tl.int64) * 4
-    tl.store(voxel_ptr, (row // Z).to(tl.int32), mask=m_ok)
-    tl.store(voxel_ptr + 1, (row % Z).to(tl.int32), mask=m_ok)
-    tl.store(voxel_ptr + 2, y, mask=m_ok)
-    tl.store(voxel_ptr + 3, x, mask=m_ok)
 
 
 @jit(varying=("M", "N", "Z", "Y", "X", "STEPS"))
 def _neighbors_kernel(
     coords_ptr, reader_order_ptr, keys_ptr, order_ptr,  # [M, 4], [M] or None, [N], [N] or None
     neighbor_idx_ptr,  # [K, M]
-    M, N, Z, Y, X, KY, stride, padding, DZ, DY, STEPS,  # STEPS of the binary search
+    M, N, Z, Y, X, KY, stride, padding, DZ, DY, STEPS,  # STEPS: iterations of the binary search
     KX: tl.constexpr, DX: tl.constexpr, NO_KEY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One (kz, ky) column of offsets for BLOCK readers, ordered by key: adjacent lanes search the same part."""
+    """One (kz, ky) column of offsets for BLOCK readers in the order of their keys: adjacent lanes load nearby keys."""
     p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     p_ok = p < M
     column = tl.program_id(1)
@@ -435,25 +345,6 @@ def _neighbors_kernel(
                 at += (tl.load(keys_ptr + at, mask=in_column & (at < N), other=NO_KEY) < wanted).to(tl.int32)
 
 
-@jit(varying=("PAIRS", "N", "Z", "Y", "X"))
-def _reached_keys_kernel(
-    coords_ptr, keys_ptr,  # [N, 4], [PAIRS + 1]
-    PAIRS, N, Z, Y, X, slots, kernel_size, stride, padding, dilation,  # PAIRS = slots * N; Z, Y, X: the output grid
-    TRANSPOSED: tl.constexpr, NO_KEY: tl.constexpr, BLOCK_PAIRS: tl.constexpr,
-):  # fmt: skip
-    """Keys of the output cells of all pairs of a slot and an input, and NO_KEY after them."""
-    pair = tl.program_id(0).to(tl.int64) * BLOCK_PAIRS + tl.arange(0, BLOCK_PAIRS)  # [BLOCK_PAIRS]
-    ok = pair < PAIRS
-    t, i = (pair // N).to(tl.int32), (pair % N).to(tl.int32)
-    b, z, y, x = load_voxels(coords_ptr, i, ok)
-    tz, ty, tx = t // (slots[1] * slots[2]), t // slots[2] % slots[1], t % slots[2]
-    z, z_ok = _reached_cell(z, tz, Z, kernel_size[0], stride[0], padding[0], dilation[0], TRANSPOSED)
-    y, y_ok = _reached_cell(y, ty, Y, kernel_size[1], stride[1], padding[1], dilation[1], TRANSPOSED)
-    x, x_ok = _reached_cell(x, tx, X, kernel_size[2], stride[2], padding[2], dilation[2], TRANSPOSED)
-    key = tl.where(ok & z_ok & y_ok & x_ok, key_of(b, z, y, x, Z, Y, X), NO_KEY)
-    tl.store(keys_ptr + pair, key.to(keys_ptr.dtype.element_ty), mask=pair <= PAIRS)
-
-
 @jit(varying=("M", "N"))
 def _inverse_kernel(neighbor_idx_ptr, inverse_idx_ptr, M, N, BLOCK: tl.constexpr):
     """[K, M] -> [K, N], filled with -1."""
@@ -461,16 +352,3 @@ def _inverse_kernel(neighbor_idx_ptr, inverse_idx_ptr, M, N, BLOCK: tl.constexpr
     k = tl.program_id(1).to(tl.int64)
     i = tl.load(neighbor_idx_ptr + k * M + m, mask=m < M, other=-1)
     tl.store(inverse_idx_ptr + k * N + i, m, mask=i >= 0)
-
-
-@triton.jit
-def _reached_cell(cell, slot, size, kernel, stride, padding, dilation, TRANSPOSED: tl.constexpr):
-    """On one axis, the slot-th cell that an input reaches, and whether it exists."""
-    if TRANSPOSED:
-        out = cell * stride - padding + slot * dilation
-        return out, (out >= 0) & (out < size)
-    else:
-        out = (cell + padding) // stride - slot  # slots count down from the highest output
-        distance = cell + padding - out * stride
-        offset = distance // dilation
-        return out, (offset * dilation == distance) & (offset < kernel) & (out >= 0) & (out < size)

@@ -83,7 +83,7 @@ def _chunks(table, channels):
     def make():
         idx = table.idx.cpu().numpy()
         M = idx.shape[1]
-        # 2^20 features: enough rows per GEMM, and the gathered rows stay in the cache
+        # chunks gather about 2^20 numbers: enough rows per GEMM, and the gathered rows stay in the cache
         rows = 2**20 // channels * M // max(np.count_nonzero(idx >= 0), 1)
         rows = max(256, min(rows, 4096))
         return [_chunk(idx[:, i : i + rows], i, table.idx.device) for i in range(0, M, rows)]

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+import signal
 
 # The processes of pytest-xdist share the cores. Must be set before torch loads OpenMP.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -50,6 +51,17 @@ def device():
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def signal_handlers():
+    """Restore the signal handlers: programs set them until their process ends, but this process goes on."""
+    from unipad.exit import SIGNALS
+
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -188,12 +188,13 @@ def start_training(script, *flags, **changes):
             seen.faults.extend(_weight_faults(net.state_dict()))
         return result
 
-    def take_weights(net, *args):
-        taken = read["take_weights"](net, *args)
-        if taken:
-            state = net.state_dict()
-            seen.add(taken=sorted(taken), weights={name: state[name] for name in sorted(taken)})
-            seen.faults.extend(_weight_faults(state))
+    def take_weights(net, prefix, paths, flag, print0):
+        lines = []
+        taken = read["take_weights"](net, prefix, paths, flag, lines.append)
+        state = {name: w for name, w in net.state_dict().items() if name.startswith(prefix) and paths}
+        seen.add(**{name: state[name] for name in taken})
+        seen.skipped |= {name: lines[0] for name in state.keys() - taken if name in lines[-1]}
+        seen.faults.extend(_weight_faults(state))
         return taken
 
     with (
@@ -244,12 +245,13 @@ def _fits(kind, value):
 def read_run(folder):
     """Resume a run: checkpoint, log and settings."""
     log = folder / "run/log.jsonl"
-    lines = (folder / "intact/run/log.jsonl").read_bytes().splitlines()
-    intact = set(lines) & set(log.read_bytes().splitlines() if log.is_file() else ())
+    lines = set((folder / "intact/run/log.jsonl").read_bytes().split(b"\n"))
+    before = set(log.read_bytes().split(b"\n") if log.is_file() else ())
     seen = start_training(train, "--resume", folder / "run")
-    lost = intact - set(log.read_bytes().splitlines())
-    if lost:
-        seen.faults.append(f"violated: the log keeps its intact lines ({len(lost)} are gone)")
+    gone = before - set(log.read_bytes().split(b"\n")) - {b""}
+    if gone & lines:
+        seen.faults.append(f"violated: the log keeps its intact lines ({len(gone & lines)} are gone)")
+    seen.add(log_lines_gone=sorted(gone))
     return seen
 
 
@@ -289,22 +291,12 @@ def read_detector(folder):
     """eval.py up to its first frame."""
     seen = Seen()
 
-    def detect(args, model, *_):
-        seen.add(model=model.state_dict(), recipe=to_dict(model.recipe))
+    def detect(args, model, dataset, *_):
+        seen.add(model=model.state_dict(), recipe=to_dict(model.recipe), frames=dataset.contents())
         seen.faults.extend(_weight_faults(model.state_dict()) + type_faults(type(model.recipe), model.recipe))
 
     with mock.patch.object(evaluation, "detect", detect):
-        flags = [
-            folder / "detector.pt",
-            "--data-root",
-            folder / "intact/city",
-            "--device",
-            "cpu",
-            "--workers",
-            "0",
-            "--out",
-            folder / "new",
-        ]
+        flags = [folder / "detector.pt", "--device", "cpu", "--workers", "0", "--out", folder / "new"]
         evaluation.main(evaluation.parse(list(map(str, flags))))
     return seen
 
@@ -312,7 +304,9 @@ def read_detector(folder):
 def read_conversion(folder, name, **flags):
     seen = Seen()
     convert.main(convert.Args((folder / name, folder / "converted.pt"), **flags))
-    seen.add(converted=torch.load(folder / "converted.pt", weights_only=True))
+    converted = torch.load(folder / "converted.pt", weights_only=True)
+    converted.pop("meta", None)  # a note about the origin, which no program reads
+    seen.add(converted=converted)
     return seen
 
 
@@ -425,7 +419,8 @@ def make_files(folder: Path, city: Path | None):
     )
 
     detector = models()[1]
-    config = {"args": {"modality": "lidar"}, "recipe": to_dict(detector.recipe), "steps": 1}
+    args = to_dict(replace(new_run(finetune), data_root=root, version=VERSION, recipe=None))
+    config = {"args": args, "recipe": to_dict(detector.recipe), "steps": 1}
     saved = {"model": detector.state_dict(), "step": 1, "metrics": {}, "config": config}
     torch.save(saved, folder / "detector.pt")
     tiny = Detector(DETECT["lidar"]["tiny"])

@@ -11,36 +11,32 @@ import sys
 import zipfile
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import finetune
 import train
+from tests import scripts
+from tests.accidents import children
 from tests.scripts import Script
 from tests.test_train import assert_same_weights, checkpoint, curve, wait_for
 from unipad.checkpoint import read_checkpoint
 from unipad.data.loader import load_items
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.synthetic import generate
+from unipad.draw.views import write_video
 from unipad.errors import UserError
-from unipad.exit import SIGNALS, SIGPIPE, Stopped, exit_on_user_error
+from unipad.exit import SIGPIPE, Stopped, exit_on_user_error
 from unipad.recipes import PRETRAIN
-from unipad.run_folder import _drop_records_after, _new_folder
+from unipad.run_folder import RunFolder, _drop_records_after, _new_folder
 from unipad.runtime import StopOnSignal, World
 
 pytestmark = pytest.mark.slow
 SMALL = ["--modality", "lidar", "--preset", "tiny", "--device", "cpu", "--val-every", 0, "--log-every", 1]
 SMALL += ["--rays.per-view", 8, "--save-every", 500, "--render.samples", 12, "--render.importance", 4, "--workers", 0]
 ALONE = World(0, 1, torch.device("cpu"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def signal_handlers():
-    """Restore the signal handlers: programs set them until their process ends, but this process goes on."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def start(city, out, *flags):
@@ -54,11 +50,6 @@ def start(city, out, *flags):
 def pretrain(city, out, *flags):
     """train.py in this process."""
     train.main(train.parse([*SMALL, "--data-root", city, "--out", out, "--steps", 2, *flags]))
-
-
-def children(process):
-    """Process ids of the children of a process."""
-    return [int(pid) for pid in open(f"/proc/{process}/task/{process}/children").read().split()]
 
 
 @pytest.mark.parametrize(
@@ -134,6 +125,33 @@ def test_runs_started_in_the_same_second_get_different_folders(tmp_path):
     assert len({_new_folder(tmp_path) for _ in range(4)}) == 4
 
 
+def test_results_of_a_finetuning_run_are_locked_against_eval(city, tmp_path, monkeypatch):
+    code = "import sys, unipad.run_folder as f; f._held(f.Path(sys.argv[1])).__enter__()"
+    found = []
+    monkeypatch.setattr(finetune, "validate", lambda *_: found.append(scripts.run("-c", code, run / "eval")) or {})
+    run = tmp_path / "run"
+    flags = ["--modality", "lidar", "--preset", "tiny", "--device", "cpu", "--workers", 0, "--steps", 1]
+    finetune.main(finetune.parse([*flags, "--data-root", city, "--out", run]))
+    assert f"eval is in use by another program (process {os.getpid()} on " in found[0].stderr
+    assert not (run / "eval").exists()  # nothing was written
+
+
+def test_under_torchrun_the_sentence_is_last_and_printed_by_one_process(tmp_path):
+    """torchrun's own exit code is 1, whatever its processes exit with."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from unipad.errors import UserError\n"
+        "from unipad.exit import exit_on_user_error\n"
+        "with exit_on_user_error():\n"
+        "    raise UserError('--flag is wrong; use another one.')\n"
+    )
+    done = scripts.run("-m", "torch.distributed.run", "--nproc-per-node", 2, program)
+    sentence = "error: --flag is wrong; use another one."
+    *_, last, _ = done.stderr.splitlines()
+    assert done.returncode == 1 and done.stderr.startswith(sentence) and last == f"  traceback : {sentence}"
+    assert done.stderr.count(sentence) == 2 and "exitcode  : 2 " in done.stderr
+
+
 @pytest.fixture
 def without_boxes(copy):
     """Root of a dataset whose tables have no boxes, which the devkit refuses to score."""
@@ -176,8 +194,13 @@ def half_a_run(city, tmp_path_factory):
     return out
 
 
-def without(name):
-    return lambda saved: saved.pop(name)
+def without(*path):
+    def apply(saved):
+        for key in path[:-1]:
+            saved = saved[key]
+        saved.pop(path[-1])
+
+    return apply
 
 
 def changed(change, *path):
@@ -199,12 +222,16 @@ def changed(change, *path):
         (changed(lambda _: [1], "metrics"), "its metrics is a list"),
         (changed(lambda _: {"a": None}, "metrics"), "its metrics are no numbers"),
         (changed(lambda _: 7, "config"), "its config is a int"),
-        (changed(lambda weights: dict(list(weights.items())[1:]), "model"), "its model does not fit .*Missing key"),
+        (changed(lambda weights: dict(list(weights.items())[1:]), "model"), "its model does not fit .*1 are missing"),
         (changed(lambda weights: weights | dict.fromkeys(weights, 1.0), "model"), "its model does not fit"),
         (changed(lambda _: {}, "optimizer", "state"), "its optimizer does not fit .*no state"),
         (changed(lambda _: None, "optimizer", "state", 0), "its optimizer does not fit"),
         (changed(lambda _: torch.zeros(3), "optimizer", "state", 0, "exp_avg"), "has other shapes than the weights"),
-        (changed(lambda _: "x", "optimizer", "param_groups", 0, "eps"), "its optimizer does not fit .*eps is 'x'"),
+        (changed(lambda mean: mean / 0, "optimizer", "state", 0, "exp_avg"), "its state has impossible values"),
+        (changed(lambda _: torch.tensor(9.0), "optimizer", "state", 0, "step"), "it has done 9.0 of 1 steps"),
+        (without("optimizer", "state", 3), "it has no state of some weights"),
+        (changed(lambda _: [], "optimizer", "param_groups", 1, "params"), "it has other groups of weights"),
+        (changed(lambda _: torch.zeros(2), "config", "args", "seed"), "is not the checkpoint of a training run"),
     ],
 )
 def test_a_damaged_checkpoint_is_not_resumed(damage, words, half_a_run, city, tmp_path):
@@ -261,6 +288,23 @@ def test_a_full_disk_gives_a_one_sentence_error_and_keeps_the_last_checkpoint(ha
     assert [file.name for file in (run / "checkpoints").iterdir()] == ["last.pt"] and checkpoint(run)["step"] == 1
 
 
+def test_an_incomplete_video_is_a_user_error(tmp_path):
+    picture = tmp_path / "picture.png"
+    Image.fromarray(np.random.default_rng(0).integers(256, size=(240, 320, 3), dtype=np.uint8)).save(picture)
+    with full_disk(20_000), pytest.raises(UserError, match="video.mp4 could not be written completely; make room"):
+        write_video([picture] * 20, tmp_path / "video.mp4", fps=4)
+
+
+def test_a_full_disk_gives_no_traceback_of_tensorboards_thread(tmp_path, capsys):
+    run = RunFolder(tmp_path, {}, ALONE)
+    with pytest.raises(SystemExit) as end, full_disk(2000), exit_on_user_error():
+        for step in range(100):
+            run.scalars({"loss": 1.0}, step)
+        run.close()
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and sentence.startswith("error: ") and "File too large" in sentence
+
+
 @pytest.mark.parametrize("out, reason", [("x" * 300, "File name too long"), ("file/run", "Not a directory")])
 def test_an_impossible_folder_gives_a_one_sentence_error(out, reason, city, tmp_path, capsys):
     (tmp_path / "file").touch()
@@ -292,13 +336,17 @@ def test_a_run_resumes_after_its_dataset_has_moved(half_a_run, city, copy, tmp_p
     assert json.loads((run / "config.json").read_text())["args"]["data_root"] == str(copy)
 
 
-def test_contents_are_equal_for_a_copied_dataset_and_differ_between_splits(city, copy):
+def test_contents_are_equal_for_a_copied_dataset_and_differ_between_splits_and_frames(city, copy):
     data = PRETRAIN["lidar"]["tiny"].data
 
     def contents(root, split="mini_train"):
         return NuScenesDataset(root, "v1.0-mini", split, data).contents()
 
     assert contents(city) == contents(copy) != contents(city, "mini_val")
+    before = contents(copy)
+    index = NuScenesDataset(copy, "v1.0-mini", "mini_train", data).index
+    (copy / index.lidar_files[index.frame_lidar[0]].decode()).unlink()
+    assert contents(copy) != before
 
 
 def test_init_chooses_the_newest_run_and_a_resumed_run_keeps_that_choice(half_a_run, city, tmp_path):
@@ -316,8 +364,9 @@ def test_init_chooses_the_newest_run_and_a_resumed_run_keeps_that_choice(half_a_
         pretrain(city, tmp_path / "run", "--init", runs / "second", "--resume", "auto")
 
 
-def test_lines_that_are_no_records_are_dropped_from_a_log(tmp_path):
+def test_lines_that_are_no_records_are_dropped_from_a_log(tmp_path, capsys):
     log = tmp_path / "log.jsonl"
     log.write_bytes(b'{"step": 1}\n\xff\xfe{"step"\n[3]\n{"step": "x"}\n{"step": 3}\n{"command": []}\n{"st')
     _drop_records_after(2, log)
     assert log.read_bytes() == b'{"step": 1}\n{"command": []}\n'
+    assert f"{log}: 4 damaged lines are left out." in capsys.readouterr().err

@@ -1,5 +1,7 @@
 """Camera sweeps (images taken before the keyframe), from the tables to a detector."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,9 +24,10 @@ from unipad.config import Augment, Data, DetectRecipe, Paste, PretrainRecipe, fr
 from unipad.data import synthetic
 from unipad.data.city import rig
 from unipad.data.city.raycast import cast
+from unipad.data.city.records import SCENES
 from unipad.data.city.traffic import Scene
 from unipad.data.cutpaste import cut_out, load_objects, visible_rectangles
-from unipad.data.dataset import Sample, collate
+from unipad.data.dataset import DataError, Sample, collate
 from unipad.data.loader import step_batches
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.transforms import HIDDEN
@@ -74,6 +77,18 @@ def sensor2global(nusc, record):
     ego = nusc.get("ego_pose", record["ego_pose_token"])
     steps = (transform_matrix(r["translation"], Quaternion(r["rotation"])) for r in (ego, sensor))
     return next(steps) @ next(steps)
+
+
+def test_a_sweep_later_than_its_next_one_is_refused(city, tmp_path):
+    root = shutil.copytree(city, tmp_path / "city")
+    table = root / VERSION / "sample_data.json"
+    rows = json.loads(table.read_text())
+    sweep = next(row for row in rows if "sweeps/CAM_FRONT/" in row["filename"])
+    sweep["timestamp"] += 10_000_000
+    table.write_text(json.dumps(rows))
+    with pytest.raises(DataError, match="sample_data.json, row .*: its time is -10 s after that of its prev"):
+        for split in ("mini_train", "mini_val"):
+            NuScenesDataset(root, VERSION, split, THREE)
 
 
 def test_sample_data_of_cameras_are_linked_as_in_nuscenes(nusc, city):
@@ -127,7 +142,7 @@ def test_files_poses_and_times_of_sweeps_match_the_devkit(nusc, city):
 def test_static_points_project_onto_their_pixels_in_every_frame(city):
     """LiDAR points of the keyframe have the depths that ray casting finds in the pixels of every frame."""
     sample = NuScenesDataset(city, VERSION, "mini_val", THREE)[2]
-    scene = Scene(0, synthetic.SCENES.index("scene-0103"), (KEYFRAMES - 1) * 0.5)
+    scene = Scene(0, SCENES.index("scene-0103"), (KEYFRAMES - 1) * 0.5)
     points = sample.points[sample.point_labels >= 15, :3]  # walls and trees; depths of the ground hardly change
     points = np.c_[points, np.ones(len(points))]
     for frame, lag in enumerate(sample.frame_lags):

@@ -22,14 +22,18 @@ from unipad.recipes import DEFAULT_PRESET, DETECT, PRETRAIN, SEGMENT
 from unipad.run_folder import run_config
 
 toy = test_dataset.toy  # a fixture
-# (script, flags that choose a preset, its recipe)
-EVERY = [(train, ["--modality", m, "--preset", p], r) for m, presets in PRETRAIN.items() for p, r in presets.items()]
+# (script, flags that choose a preset, recipe of the preset)
+EVERY_PRESET = [
+    (train, ["--modality", m, "--preset", p], r) for m, presets in PRETRAIN.items() for p, r in presets.items()
+]
 for task, table in {"detect": DETECT, "segment": SEGMENT}.items():
     for m, presets in table.items():
         for p, r in presets.items():
-            EVERY.append((finetune, ["--task", task, "--modality", m, "--preset", p], r))
-PARSED = pytest.mark.parametrize(
-    "script, chosen, recipe", EVERY, ids=lambda v: "-".join(v[1::2]) if v and isinstance(v, list) else ""
+            EVERY_PRESET.append((finetune, ["--task", task, "--modality", m, "--preset", p], r))
+for_every_preset = pytest.mark.parametrize(
+    "script, preset_flags, recipe",
+    EVERY_PRESET,
+    ids=lambda v: "-".join(v[1::2]) if v and isinstance(v, list) else "",
 )
 
 
@@ -44,27 +48,33 @@ def settings(recipe):
 
 
 def another(hint, value):
-    """A different value for a setting, and the command-line arguments for it after the flag."""
+    """Another value of a setting than `value`, and the command-line arguments after the flag that set it."""
     if isinstance(value, bool):
         return not value, []
     if typing.get_origin(hint) is typing.Literal:
         value = next(choice for choice in typing.get_args(hint) if choice != value)
         return value, [value]
-    if value is None:  # the image size
+    if value is None:  # `data.image_size`
         return (64, 96), [64, 96]
     if isinstance(value, tuple):
         value = value or ((1, 0.5),)  # `detect.nms` may be empty
         value = tuple((c, iou / 2) for c, iou in value) if isinstance(value[0], tuple) else tuple(v + 1 for v in value)
         return value, [v for part in value for v in (part if isinstance(part, tuple) else (part,))]
-    return value + 1, [value + 1]
+    value = (value + 0.5) % 1 if isinstance(value, float) and value <= 1 else value + 1  # many are at most 1
+    return value, [value]
 
 
-@PARSED
-def test_every_setting_of_a_recipe_is_a_flag(script, chosen, recipe):
+# Settings whose other value must suit another setting
+LIMITED = {"detect.center_low": (-9.0, -8.0, -7.5), "camera.frozen_stages": (2,), "camera.fpn_start": (2,)}
+
+
+@for_every_preset
+def test_every_setting_of_a_recipe_is_a_flag(script, preset_flags, recipe):
     expected, flags, count = {}, [], 0
     for name, hint, value in settings(recipe):
-        if name.endswith(("mask_ratio", "center_low")):  # limited to a range
-            value, typed = (0.125, [0.125]) if name.endswith("mask_ratio") else ((-9.0, -8.0, -7.5), [-9.0, -8.0, -7.5])
+        if name in LIMITED:
+            typed = LIMITED[name]
+            value = typed if len(typed) > 1 else typed[0]
         elif name == "grid.cell":  # must divide the range
             value = typed = tuple(v / 2 for v in value)
         elif name == ("data.camera_sweeps" if recipe.camera is None else "data.cameras"):
@@ -76,19 +86,19 @@ def test_every_setting_of_a_recipe_is_a_flag(script, chosen, recipe):
         flags += [f"--{flag}", *typed]
         expected[name] = value
         count += 1
-    parsed = script.parse([*chosen, *flags]).recipe
+    parsed = script.parse([*preset_flags, *flags]).recipe
     assert {name: value for name, _, value in settings(parsed) if name in expected} == expected
     assert type(parsed) is type(recipe) and count >= 40
 
 
-@PARSED
-def test_without_flags_a_recipe_is_the_preset(script, chosen, recipe):
-    assert script.parse(chosen).recipe == recipe
+@for_every_preset
+def test_without_flags_a_recipe_is_the_preset(script, preset_flags, recipe):
+    assert script.parse(preset_flags).recipe == recipe
 
 
-@PARSED
-def test_a_config_file_round_trip_keeps_all_arguments(script, chosen, recipe, tmp_path):
-    args = script.parse([*chosen, "--seed", 3, "--precision", "fp32"])
+@for_every_preset
+def test_a_config_file_round_trip_keeps_all_arguments(script, preset_flags, recipe, tmp_path):
+    args = script.parse([*preset_flags, "--seed", 3, "--precision", "fp32"])
     (tmp_path / "config.json").write_text(json.dumps(run_config(args, 8)))
     again = script.parse(["--config", tmp_path])
     assert replace(again, config=None) == args
@@ -117,12 +127,12 @@ def test_flags_override_a_config(tmp_path):
             train.parse(["--config", tmp_path, *flags])
 
 
-@pytest.mark.parametrize("kind", [PretrainRecipe, DetectRecipe, SegmentRecipe])
-def test_a_recipe_with_a_missing_field_is_rejected(kind, tmp_path):
+@pytest.mark.parametrize("recipe_class", [PretrainRecipe, DetectRecipe, SegmentRecipe])
+def test_a_recipe_with_a_missing_field_is_rejected(recipe_class, tmp_path):
     config = run_config(train.parse([]), 8)
     del config["recipe"]["optim"]["clip"]
     with pytest.raises(TypeError):
-        from_dict(kind, config["recipe"])
+        from_dict(recipe_class, config["recipe"])
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="config.json is from another script or another version"):
         train.parse(["--config", tmp_path])
@@ -182,7 +192,7 @@ def test_default_presets_exist():
         (train, ["--grid.cell", 1.25, 1.25, 0], "--grid.cell .* along z .* in cells of 0.0 m"),
         (train, ["--rays.per-view", 0], "--rays.per-view 0 must be above 0"),
         (train, ["--render.rgb-weight", -1], "--render.rgb-weight -1.0 must not be below 0"),
-        (train, ["--camera.widths", 32, -64, 96], "--camera.widths -64 must be at least 1"),
+        (train, ["--camera.widths", 24, -64, 96, 192], "--camera.widths -64 must be at least 1"),
         (finetune, ["--modality", "lidar", "--detect.heads", 0], "--detect.heads 0 must be at least 1"),
         (train, ["--camera.frozen-stages", -1], "--camera.frozen-stages -1 must be at least 0"),
         (train, ["--lr", "inf"], "--optim.lr inf is no number to compute with"),
@@ -198,6 +208,39 @@ def test_default_presets_exist():
     ids=lambda v: " ".join(map(str, v)) if isinstance(v, list) else "",
 )
 def test_a_flag_that_does_not_fit_is_rejected_in_one_sentence(script, flags, words):
+    with pytest.raises(UserError, match=words) as error:
+        script.parse(flags)
+    assert "\n" not in str(error.value)
+
+
+LIDAR = ["--modality", "lidar"]
+
+
+@pytest.mark.parametrize(
+    "script, flags, words",
+    [
+        (train, ["--rays.near-radius", 60], "--rays.near-radius 60.0 must be below --rays.far-radius 50.0"),
+        (train, ["--rays.near-radius", 5, "--rays.far-radius", 5], "--rays.near-radius 5.0 must be below"),
+        (train, [*LIDAR, "--augment.scale", 1.1, 0.9], "--augment.scale .1.1, 0.9. must be the smallest and the larg"),
+        (train, [*LIDAR, "--augment.scale", 0, 1], "--augment.scale .* above 0"),
+        (finetune, [*LIDAR, "--detect.center-low", 0, 99, 0], "--detect.center-low .* below --detect.center-high .61"),
+        (train, ["--optim.momentum", 0.5], "--optim.min-momentum 0.8.* must be below --optim.momentum 0.5"),
+        (train, ["--camera.depths", 1, 1], "--camera.depths .* and --camera.widths .* need one number per stage"),
+        (train, ["--camera.fpn-start", 4], "--camera.fpn-start 4 must be below the number of stages, 4"),
+        (train, ["--camera.frozen-stages", 5], "--camera.frozen-stages 5 must be below the number of stages, 4"),
+        (train, [*LIDAR, "--lidar.neck-strides", 1], "--lidar.neck-widths .* and --lidar.neck-strides .* need one"),
+        (finetune, [*LIDAR, "--detect.code-weights", 1, 1], "--detect.code-weights has 2 weights; a box has 10 code"),
+        (train, [*LIDAR, "--augment.flip-x", 1.5], "--augment.flip-x 1.5 must be from 0 to 1"),
+        (train, [*LIDAR, "--augment.translation", 0, -1, 0], "--augment.translation -1.0 must not be below 0"),
+        (train, ["--camera.drop-path", 1], "--camera.drop-path 1.0 must be from 0 to below 1"),
+        (finetune, [*LIDAR, "--detect.nms", 5, 1.2], "--detect.nms 1.2 must be from 0 to 1"),
+        (train, ["--render.truncation", -0.1], "--render.truncation -0.1 must not be below 0"),
+        (train, ["--optim.rise", 2], "--optim.rise 2.0 must be from 0 to 1"),
+        (train, ["--optim.momentum", 1], "--optim.momentum 1.0 must be from 0 to below 1"),
+    ],
+    ids=lambda v: " ".join(map(str, v)) if isinstance(v, list) else "",
+)
+def test_settings_out_of_order_or_range_are_rejected(script, flags, words):
     with pytest.raises(UserError, match=words) as error:
         script.parse(flags)
     assert "\n" not in str(error.value)
@@ -337,19 +380,19 @@ def test_weights_must_include_the_frozen_stages(tmp_path):
 def test_a_custom_dataset_is_chosen_by_its_class(toy, tmp_path):
     """With one camera and without fine-tuning tasks: train.py and eval.py run, finetune.py raises a user error."""
     flags = ["--dataset", "toy_set:Toy", "--data-root", tmp_path]
-    small = ["--preset", "tiny", "--version", "any", "--steps", 1, "--val-every", 1, "--out", tmp_path / "run"]
-    run("train", *SMALL, *flags, *small, path=tmp_path)
+    one_step = ["--preset", "tiny", "--version", "any", "--steps", 1, "--val-every", 1, "--out", tmp_path / "run"]
+    run("train", *SMALL, *flags, *one_step, path=tmp_path)
     assert curve(tmp_path / "run")[1] > 0 and (tmp_path / "run" / "images" / "val_000001.png").exists()
     assert json.loads((tmp_path / "run" / "config.json").read_text())["args"]["dataset"] == "toy_set:Toy"
-    small = ["--device", "cpu", "--workers", 0, "--picture-stride", 16, "--pictures", 1]
-    run("eval", tmp_path / "run", *small, *flags[:2], path=tmp_path)
+    one_picture = ["--device", "cpu", "--workers", 0, "--picture-stride", 16, "--pictures", 1]
+    run("eval", tmp_path / "run", *one_picture, *flags[:2], path=tmp_path)
     with pytest.raises(UserError, match="--dataset toy_set:Toy does not support --task detect"):
         finetune.main(finetune.parse([*flags, "--device", "cpu", "--preset", "tiny"]))
     assert train.parse(["--resume", tmp_path / "run", *flags[:2]]).dataset == "toy_set:Toy"
 
 
 def test_a_run_folder_does_not_import_its_dataset_unless_the_flag_is_repeated(tmp_path):
-    """The folder may come from someone else, and contain the module that --dataset would import."""
+    """The folder may come from someone else, and contain the module that its --dataset would import."""
     recipe = PRETRAIN["lidar"]["tiny"]
     args = replace(train.parse(["--modality", "lidar"]), dataset="unipad.outputs.evil:Class")
     config = run_config(args, 1)

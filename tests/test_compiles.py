@@ -57,7 +57,7 @@ def check(kernel_file, which):
 
 
 def test_kernels_are_decorated_by_the_backend():
-    """`backend.jit` launches on the tensors' GPU and fixes FP fusion; `triton.jit` does neither."""
+    """`backend.jit` launches on the tensors' GPU and sets `enable_fp_fusion`; `triton.jit` does neither."""
     for kernel_file, names in KERNELS.items():
         source = (Path(unipad.kernels.__path__[0]) / f"{kernel_file}.py").read_text()
         for name in names:
@@ -66,7 +66,7 @@ def test_kernels_are_decorated_by_the_backend():
 
 
 def test_precision_and_stages_on_amd_gpus():
-    """These constants are set when the kernels are imported, hence the separate process."""
+    """The numbers of stages are set when the kernels are imported, hence the separate process."""
     code = """
 import torch
 torch.version.hip = "7.0"
@@ -78,7 +78,7 @@ assert (sparse_gemm.STAGES, sparse_gemm.FEWER_STAGES) == (2, 1)
     assert done.returncode == 0, done.stderr
 
 
-def test_a_launch_beyond_shared_memory_is_detected(monkeypatch):
+def test_a_launch_that_exceeds_shared_memory_is_detected(monkeypatch):
     monkeypatch.setitem(MAX_SHARED, "sm_90", 64)
     with pytest.raises(AssertionError, match="sm_90 has 64 bytes"):
         check("composite", "first")

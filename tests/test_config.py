@@ -17,10 +17,10 @@ from unipad.run_folder import RunFolder
 from unipad.runtime import World
 
 PAGE = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
-EVERY = [(modality, name) for modality, presets in PRETRAIN.items() for name in presets]
+EVERY_PRESET = [(modality, name) for modality, presets in PRETRAIN.items() for name in presets]
 
 
-@pytest.mark.parametrize("modality, name", EVERY)
+@pytest.mark.parametrize("modality, name", EVERY_PRESET)
 def test_a_preset_builds_the_encoders_of_its_modality(modality, name):
     recipe = PRETRAIN[modality][name]
     with torch.device("meta"):  # allocates no memory for full-size models
@@ -36,11 +36,11 @@ def test_recipes_of_the_paper():
     assert camera.grid.shape == (128, 128, 5) and lidar.grid.shape == (180, 180, 5)
     assert lidar.data.sweeps == 10 and lidar.render.rgb_weight == 0 and lidar.optim.batch_size == 16
     assert lidar.optim.lr * lidar.optim.start == pytest.approx(2e-5)
-    assert lidar.grid.scale == 1 / 54
+    assert lidar.grid.scale == 1 / 54  # the range ends at 54 m
 
 
 @pytest.mark.parametrize("recipe", [PRETRAIN["lidar"]["segment"], PRETRAIN["lidar"]["tiny"], SEGMENT["lidar"]["tiny"]])
-def test_from_dict_recognizes_the_kinds_of_recipe_and_lidar_encoder(recipe):
+def test_from_dict_recognizes_the_classes_of_recipe_and_lidar_encoder(recipe):
     assert from_dict(AnyRecipe, to_dict(recipe)) == recipe
 
 
@@ -51,6 +51,7 @@ def test_a_recipe_is_restored_from_its_dict(paste):
 
 
 def test_number_of_parameters_of_the_final_camera_model():
+    """Released config uvtr_cam_vs0.075_pretrain."""
     with torch.device("meta"):
         net = Pretrain(PRETRAIN["camera"]["camera-0.075"])
     assert sum(p.numel() for p in net.parameters()) == 55_538_029
@@ -80,7 +81,7 @@ def test_a_command_of_the_recipes_page_parses(command):
     encoders = args.recipe.camera is not None, args.recipe.lidar is not None
     assert encoders == (args.modality != "lidar", args.modality != "camera")
     if args.backbone:
-        assert args.recipe.camera.widths[0] == 128
+        assert args.recipe.camera.widths[0] == 128  # ConvNeXt-B
 
 
 def test_every_preset_is_on_the_recipes_page():

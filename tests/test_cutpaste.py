@@ -36,7 +36,7 @@ def objects(train):
 
 @pytest.fixture(scope="module")
 def sample(city):
-    """A sample of another scene than those of `objects`."""
+    """A sample of a scene that none of `objects` is from."""
     return NuScenesDataset(city, VERSION, "mini_val", Data(sweeps=2))[1]
 
 
@@ -75,8 +75,8 @@ def test_objects_match_the_boxes_points_and_images_of_the_frames(train, objects)
                 assert (picture is not None) == (row in rows)
                 if picture is not None:
                     left, top, right, bottom = rectangles[rows == row][0]
-                    truth = image[top:bottom, left:right].astype(int)
-                    assert picture.shape == truth.shape and np.abs(picture - truth).mean() < 12  # JPEG
+                    expected = image[top:bottom, left:right].astype(int)
+                    assert picture.shape == expected.shape and np.abs(picture - expected).mean() < 12  # JPEG
             k += 1
     assert k == len(objects.labels) > 50 and len(objects.pictures) > 20
 
@@ -91,7 +91,7 @@ def test_boxes_with_too_few_points_are_not_cut_out(train):
 
 @pytest.mark.parametrize("empty", [False, True])
 def test_a_sample_is_filled_up_without_overlaps(sample, objects, empty):
-    """empty: the boxes of the sample are removed first."""
+    """Each class is filled up to `PASTE.counts`. empty: the boxes of the sample are removed first."""
     sample = without_boxes(sample) if empty else sample
     before, counts = np.bincount(sample.labels, minlength=10), np.array(PASTE.counts)
     pasted_of_class = np.zeros(10, int)
@@ -119,7 +119,7 @@ def test_a_sample_is_filled_up_without_overlaps(sample, objects, empty):
     assert (pasted_of_class > 0).sum() >= (9 if empty else 2)
 
 
-def test_randomness_comes_from_the_generator_alone(sample, objects):
+def test_pasting_depends_only_on_the_generator(sample, objects):
     one, same, other = (objects.paste_into(sample, np.random.default_rng(seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(one.points, same.points)
     np.testing.assert_array_equal(one.images, same.images)
@@ -159,6 +159,7 @@ def test_pictures_are_pasted_from_far_to_near(tmp_path):
             images=images,
             lidar2image=np.stack([LIDAR2IMAGE] * 2),
             lidar2camera=np.stack([np.eye(4, dtype=np.float32)] * 2),
+            # five points at the center of the box, with intensity and lag 0
             points=np.concatenate([boxes[name], [0, 0]])[None, [0, 1, 2, 9, 10]].repeat(5, axis=0).astype(np.float32),
             point_labels=None,
             boxes=boxes[name][None],
@@ -171,13 +172,12 @@ def test_pictures_are_pasted_from_far_to_near(tmp_path):
     columns = {"boxes": [], "labels": [], "points": [], "pictures": []}
     with open(tmp_path / "objects.bin", "wb") as file:
         for k, name in enumerate(("green", "red")):
-            # the red one has no crop for the second camera
             (cut,) = cut_out(sample_with(name, [filled[name]] * 2), 5)
             columns["boxes"].append(cut.box)
             columns["labels"].append(cut.label)
             columns["points"].append((file.tell(), len(cut.points)))
             file.write(cut.points)
-            for view, jpeg in cut.pictures[: 2 - k]:
+            for view, jpeg in cut.pictures[: 2 - k]:  # the red object has no picture for the second camera
                 columns["pictures"].append((k, view, file.tell(), len(jpeg)))
                 file.write(jpeg)
     objects = Objects((3,), file=tmp_path / "objects.bin", **{name: np.array(rows) for name, rows in columns.items()})
@@ -196,6 +196,7 @@ def test_pictures_are_pasted_from_far_to_near(tmp_path):
     assert len(after.boxes) == 3 and len(after.points) == 15
     for view in range(2):
         np.testing.assert_allclose(after.images[view].astype(int), expected[view], atol=4)  # JPEG
+        # gray and the colors of the pasted and the sample's objects: no red in the second camera
         assert len(np.unique(expected[view].reshape(-1, 3), axis=0)) == 4 - view
     np.testing.assert_array_equal(scene.images[0], image)
 
@@ -216,6 +217,7 @@ def test_pasting_ends_at_paste_until(city, train, objects):
 
 
 def count_cuts(monkeypatch):
+    """A list that gets the arguments of every call of `cut_out`."""
     cuts, cut = [], cutpaste.cut_out
     monkeypatch.setattr(cutpaste, "cut_out", lambda *a: cuts.append(a) or cut(*a))
     return cuts
@@ -246,6 +248,7 @@ def test_objects_are_cut_out_once(copy, monkeypatch):
 
 def test_objects_are_cut_out_again_when_the_tables_change(copy):
     before = load_objects(dataset_of(copy), PASTE)
+    before.file.with_name(f".{before.file.name}.999999999").touch()  # what a killed process left
     table = copy / VERSION / "sample_annotation.json"
     records = json.loads(table.read_text())
     for record in records:
@@ -279,13 +282,13 @@ def test_workers_write_the_same_files(copy):
 
 def test_a_frame_that_cannot_be_read_is_named_and_left_out(copy, capsys):
     dataset = dataset_of(copy)
-    every = load_objects(dataset, PASTE)
+    before = load_objects(dataset, PASTE)
     lost = copy / dataset.index.lidar_files[dataset.index.frame_lidar[0]].decode()
     lost.unlink()
-    every.file.unlink()
-    some = load_objects(dataset, PASTE)
+    before.file.unlink()
+    after = load_objects(dataset, PASTE)
     assert f"skipped {lost}: is missing" in capsys.readouterr().err
-    assert 0 < len(some.labels) < len(every.labels)
+    assert 0 < len(after.labels) < len(before.labels)
 
 
 def test_objects_are_cached_elsewhere_if_the_root_is_read_only(copy, tmp_path):

@@ -18,6 +18,7 @@ import torch
 from tests import damage, scripts
 from tests.readers import KINDS, Kind, Seen
 from unipad.errors import UserError
+from unipad.names import CODE_WEIGHTS
 
 pytestmark = pytest.mark.slow
 CASES = 2  # of each kind
@@ -92,6 +93,29 @@ def put(*path):
     return change
 
 
+def remove(*path):
+    """Delete tree[path[0]][path[1]]..."""
+
+    def change(tree):
+        *keys, last = path
+        for key in keys:
+            tree = tree[key]
+        del tree[last]
+
+    return change
+
+
+def fill(*path):
+    """Fill the tensor tree[path[0]][path[1]]... with NaN."""
+
+    def change(tree):
+        for key in path:
+            tree = tree[key]
+        tree.fill_(torch.nan)
+
+    return change
+
+
 def put_float(at, value):
     """Overwrite the float32 number at index `at` of a file."""
 
@@ -108,6 +132,7 @@ def overwrite(first, size, byte):
 
 
 TABLE, LAST = "city/v1.0-mini/", "run/checkpoints/last.pt"
+WEIGHT = "model", "encoder.lidar.encoder.encoder_layers.encoder_layer1.0.bn1.bias"
 # name -> (kind, pattern of the file, change of its bytes)
 EXAMPLES = {
     # tables
@@ -121,6 +146,7 @@ EXAMPLES = {
     "an intrinsic is empty": ("tables", TABLE + "calibrated_sensor.json", records(put(1, "camera_intrinsic", [[]]))),
     # LiDAR
     "a coordinate is 1e10": ("LiDAR keyframe", "city/samples/LIDAR_TOP/*", put_float(10, 1e10)),
+    "points are zeros": ("LiDAR keyframe", "city/samples/LIDAR_TOP/*", lambda data: bytes(len(data))),
     "a coordinate is 3e38": ("LiDAR keyframe", "city/samples/LIDAR_TOP/*", put_float(0, 3e38)),
     # caches
     "objects with zeros": ("objects", "city/unipad-index/*-objects-*.bin", overwrite(0.5, 4096, 0)),
@@ -136,6 +162,24 @@ EXAMPLES = {
     "a step is a list": ("resumed", LAST, saved(put("step", []))),
     "no optimizer": ("resumed", LAST, saved(lambda tree: {k: v for k, v in tree.items() if k != "optimizer"})),
     "an optimizer is a text": ("resumed", LAST, saved(put("optimizer", "text"))),
+    "an optimizer has no state of a weight": ("resumed", LAST, saved(remove("optimizer", "state", 2))),
+    "a mean gradient is NaN": ("resumed", LAST, saved(fill("optimizer", "state", 2, "exp_avg"))),
+    "an option of an optimizer is a list": ("resumed", LAST, saved(put("optimizer", "param_groups", 1, "lr", []))),
+    "a weight of a run is NaN": ("resumed", LAST, saved(fill(*WEIGHT))),
+    "a setting of a run is a tensor": ("resumed", LAST, saved(put("config", "args", "seed", torch.zeros(2)))),
+    "a weight to start from is NaN": ("init", LAST, saved(fill(*WEIGHT))),
+    "a weight to start from is a number": ("init", LAST, saved(put(*WEIGHT, 3))),
+    "a weight to start from is missing": ("pretrained", LAST, saved(remove(*WEIGHT))),
+    "a weight of a detector is null": ("evaluated", "detector.pt", saved(put(*WEIGHT, None))),
+    "a weight of a detector is complex": ("evaluated", "detector.pt", saved(put(*WEIGHT, torch.zeros(8) * 1j))),
+    "a version is a dict": ("evaluated", "detector.pt", saved(put("config", "args", "version", {}))),
+    "a weight to convert is NaN": ("converted", "detector.pt", saved(fill(*WEIGHT))),
+    "a weight of an original is NaN": (
+        "original",
+        "original.pth",
+        saved(fill("state_dict", "pts_backbone.blocks.0.0.weight")),
+    ),
+    "code weights of an original are NaN": ("original", "original.pth", saved(fill("state_dict", CODE_WEIGHTS))),
     "flags are a number": ("resumed", LAST, saved(put("config", "args", 3))),
     "a setting is a text": (
         "evaluated",
@@ -156,6 +200,7 @@ EXAMPLES = {
     "choices are a list": ("tuning", "run/tuning.json", lambda data: b"[]"),
     # results
     "results are cut": ("submission", "results_nusc.json", lambda data: data[: len(data) // 2]),
+    "classes of points are a folder": ("segments", "segments/lidarseg/*/*.bin", lambda data: None),
     "results are a folder": ("submission", "results_nusc.json", lambda data: None),
     "a class of results is a dict": (
         "submission",
@@ -218,8 +263,9 @@ def test_outcomes_are_classified(name, tmp_path):
 def test_a_case_is_determined_by_its_number(tmp_path):
     """So that --only can run it again."""
     workshop = damage.Workshop.__new__(damage.Workshop)
-    workshop.kinds, workshop.intact, workshop.others = KINDS, tmp_path, [b"other"]
-    workshop.files = {name: [tmp_path / "file", tmp_path / "another"] for name in KINDS}
+    workshop.kinds, workshop.intact, workshop.others = KINDS, tmp_path / "intact", [tmp_path / "other"]
+    workshop.others[0].write_bytes(b"other")
+    workshop.files = {name: [workshop.intact / "file", workshop.intact / "another"] for name in KINDS}
 
     def damaged(number):
         kind, file, name, change = workshop.case(1, number, "image")

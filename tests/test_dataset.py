@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from train import with_ray_origins
 from unipad.config import Augment
 from unipad.data.dataset import DEFAULT_DATASET, DataError, dataset_class
 from unipad.data.loader import all_batches, held_out_batches, step_batches
@@ -114,11 +113,10 @@ def test_defaults_of_the_dataset_interface(toy, tmp_path):
 
 
 @pytest.mark.parametrize("modality", ["camera", "fusion"])
-def test_a_camera_encoder_without_images_is_a_user_error(modality):
-    with pytest.raises(
-        UserError, match="the dataset has no images, which a camera encoder needs; use --modality lidar."
-    ):
-        with_ray_origins(PRETRAIN[modality]["tiny"], has_images=False, print0=print)
+def test_a_camera_encoder_without_images_is_a_user_error(modality, toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "has_images", classmethod(lambda *_: False))
+    with pytest.raises(DataError, match=f"{tmp_path} any has no images, which a camera encoder needs; use --modality"):
+        toy.train_and_val(tmp_path, "any", PRETRAIN[modality]["tiny"], 1.0, None)
 
 
 def test_label_fractions_are_checked_for_every_dataset(toy, tmp_path):

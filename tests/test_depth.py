@@ -42,9 +42,9 @@ def test_receptive_field_of_aspp():
     torch.nn.init.constant_(net.bn1.bias, 100.0)  # so that the last ReLU passes every value
     net(x)[0, :, 20, 20].sum().backward()
     reached = {tuple(cell) for cell in (x.grad[0] != 0).any(0).nonzero().sub(20).tolist()}
-    steps = [0, 6, 12, 18]
-    rings = {(s * a, s * b) for s in steps for a in (-1, 0, 1) for b in (-1, 0, 1)}
-    assert reached <= rings and {max(map(abs, cell)) for cell in reached} == set(steps)
+    dilations = [0, 6, 12, 18]  # 0: the 1 x 1 convolution
+    taps = {(d * a, d * b) for d in dilations for a in (-1, 0, 1) for b in (-1, 0, 1)}
+    assert reached <= taps and {max(map(abs, cell)) for cell in reached} == set(dilations)
 
 
 def test_dropout_is_drawn_per_sample():
@@ -113,11 +113,11 @@ def test_loss_matches_the_original():
 
 
 def test_targets_are_the_same_on_a_gpu():
-    """Points near bin borders, some of which get another bin if multiplied by the reciprocal of the bin size."""
+    """Depths near bin borders, some of which get another bin if multiplied by the reciprocal of the bin size."""
     near, far, bins = 3.0, 8.0, 100
+    # y of points; view 0 looks along y from y = 1
     ahead = (torch.arange(1, bins).double() * (far - near) / bins + near + 1).float()
     ahead = torch.cat([ahead, ahead.nextafter(torch.zeros(()))])
-    # view 0 is at y = 1
     distance, size = ahead - 1 - near, torch.tensor((far - near) / bins)
     assert ((distance * (1 / size)).floor() != (distance / size).floor()).any()
     batch = make_batch([[[0.0, y, 2.0]] for y in ahead.tolist()], views=1)

@@ -20,7 +20,7 @@ def test_a_diverging_run_ends_with_one_sentence(city, tmp_path):
 
 
 def test_errors_of_diverged_weights_are_explained():
-    """If all weights are finite, and for every `UserError`, the error is raised unchanged."""
+    """A `UserError`, and any error while all weights are finite, is raised unchanged."""
     net, progress = nn.Linear(2, 1), Progress(None, World(0, 1, torch.device("cpu")), 0, 1, 1, 1)
     with progress.explains_divergence(net, 3):
         pass

@@ -13,11 +13,12 @@ from PIL import Image
 
 from eval import main, parse
 from tests import scripts
+from tests.test_train import wait_for
+from unipad.batch import CLASSES
 from unipad.boxes import decode_boxes, encode_boxes
 from unipad.checkpoint import write_checkpoint
 from unipad.config import to_dict
 from unipad.data.nuscenes import NuScenesDataset
-from unipad.data.tables import CLASSES
 from unipad.draw.mesh import distances, surface, write_ply
 from unipad.draw.views import write_video
 from unipad.errors import UserError
@@ -28,9 +29,9 @@ from unipad.model.pretrain import Pretrain
 from unipad.recipes import DETECT, PRETRAIN
 from unipad.runtime import World
 
-ALONE = World(0, 1, torch.device("cpu"))
+ONE_PROCESS = World(0, 1, torch.device("cpu"))
 RECIPE = DETECT["lidar"]["tiny"]
-NOTHING = Detections(torch.zeros(0, 9), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+NO_DETECTIONS = Detections(torch.zeros(0, 9), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
 
 
 def tiny_detector():
@@ -43,8 +44,8 @@ def validation(root, **settings):
     return NuScenesDataset(root, "v1.0-mini", "mini_val", replace(RECIPE.data, **settings))
 
 
-def truth_of(batch):
-    """A perfect detector: the boxes of a batch, encoded and decoded as those of the head."""
+def perfect_detector(batch):
+    """The ground-truth boxes of a batch as detections, encoded and decoded as the head's are."""
     labels = batch.labels.split(batch.box_counts.tolist())
     boxes = decode_boxes(encode_boxes(batch.boxes)).split(batch.box_counts.tolist())
     return [Detections(b, torch.ones(len(b)), l) for b, l in zip(boxes, labels, strict=True)]
@@ -53,7 +54,7 @@ def truth_of(batch):
 def test_ground_truth_scores_one(city, tmp_path):
     """The boxes pass through the box coder, the JSON file and the devkit."""
     model = tiny_detector().train()
-    metrics = evaluate_detections(model, validation(city), tmp_path / "eval", ALONE, truth_of)
+    metrics = evaluate_detections(model, validation(city), tmp_path / "eval", ONE_PROCESS, perfect_detector)
     assert model.training
     summary = json.loads((tmp_path / "eval" / "metrics_summary.json").read_text())
     print(table(summary))
@@ -63,7 +64,8 @@ def test_ground_truth_scores_one(city, tmp_path):
 
 
 def test_no_detections_score_zero(city, tmp_path):
-    metrics = evaluate_detections(tiny_detector(), validation(city), tmp_path, ALONE, lambda batch: [NOTHING])
+    model = tiny_detector()
+    metrics = evaluate_detections(model, validation(city), tmp_path, ONE_PROCESS, lambda batch: [NO_DETECTIONS])
     assert metrics == {"NDS": 0, "mAP": 0, "mATE": 1, "mASE": 1, "mAOE": 1, "mAVE": 1, "mAAE": 1}
     written = json.loads((tmp_path / "results_nusc.json").read_text())
     assert set(written["results"]) == set(tokens(validation(city))) and not any(written["results"].values())
@@ -85,15 +87,21 @@ def test_unreadable_frames_are_named_and_get_no_boxes(city, tmp_path, capsys):
     lidar = [root / dataset.index.lidar_files[row].decode() for row in dataset.index.frame_lidar]
     lidar[1].write_bytes(lidar[1].read_bytes()[:-7])
     model = tiny_detector()
-    found = detect_all(model, dataset, ALONE, truth_of, size=2)
-    assert list(found) == [tokens(dataset)[i] for i in (0, 2)]
-    assert f"skipped {lidar[1]}: is truncated" in capsys.readouterr().err
-    metrics = evaluate_detections(model, dataset, tmp_path / "eval", ALONE, truth_of)
+    detected = detect_all(model, dataset, ONE_PROCESS, perfect_detector, size=2)
+    assert list(detected) == [tokens(dataset)[i] for i in (0, 2)]
+    out, err = capsys.readouterr()
+    assert f"skipped {lidar[1]}: is truncated" in err
+    assert "incomplete: 1 of 3 frames of mini_val have no prediction" in out and "frames without detections" in out
+    lidar[2].rename(lidar[2].with_suffix(".away"))  # left out from the start
+    detect_all(model, validation(root), ONE_PROCESS, perfect_detector)
+    assert "incomplete: 2 of 3 frames of mini_val have no prediction" in capsys.readouterr().out
+    lidar[2].with_suffix(".away").rename(lidar[2])
+    metrics = evaluate_detections(model, dataset, tmp_path / "eval", ONE_PROCESS, perfect_detector)
     assert 0.3 < metrics["mAP"] < 0.9
     for file in lidar:
         file.unlink()
     with pytest.raises(UserError, match="none of the 3 frames can be read .*is missing"):
-        detect_all(model, dataset, ALONE)
+        detect_all(model, dataset, ONE_PROCESS)
 
 
 def test_a_submission_by_hand(city, tmp_path):
@@ -101,8 +109,8 @@ def test_a_submission_by_hand(city, tmp_path):
     dataset = validation(city)
     index = replace(dataset.index, lidar2global=np.tile(np.eye(4), (len(dataset.index.lidar2global), 1, 1)))
     boxes = torch.tensor([[1.0, 2, 3, 2, 4, 1.5, 0, 0, 0]]).repeat(7, 1)
-    boxes[1, 7] = boxes[3, 8] = 0.21
-    boxes[4, 3], boxes[5, 0] = 0, math.nan
+    boxes[1, 7] = boxes[3, 8] = 0.21  # m/s, above the limit of moving objects
+    boxes[4, 3], boxes[5, 0] = 0, math.nan  # rejected by the devkit
     names = ["car", "car", "pedestrian", "bicycle", "car", "car", "barrier"]
     labels = torch.tensor([CLASSES.index(name) for name in names])
     few = Detections(boxes, torch.linspace(0.1, 0.7, 7), labels)
@@ -138,7 +146,11 @@ def test_a_submission_by_hand(city, tmp_path):
 
 
 def save_run(folder, model, root, recipe=None):
-    """Write a run's checkpoint for eval.py. root: of the run's dataset; None: not recorded, as by `unipad.convert`."""
+    """Write a run folder for eval.py, and return it.
+
+    root: root of the dataset, recorded in the checkpoint; None: not recorded, as in checkpoints of `unipad.convert`.
+    recipe: recorded instead of the model's.
+    """
     (folder / "checkpoints").mkdir(parents=True)
     args = {"data_root": str(root), "version": "v1.0-mini"} if root else {}
     config = {"args": args, "recipe": to_dict(recipe or model.recipe), "steps": 1}
@@ -163,7 +175,7 @@ def evaluate(run, *flags):
 
 
 def script(checkpoint, *flags, run=scripts.run):
-    """eval.py as a user starts it."""
+    """Run eval.py as a user does, in its own process."""
     return run("eval.py", checkpoint, "--device", "cpu", "--workers", 0, *flags)
 
 
@@ -178,13 +190,24 @@ def test_a_detector_is_evaluated_and_its_boxes_are_drawn(detector_run):
     assert np.asarray(Image.open(out / "boxes_0.png")).std() > 20
 
 
+def test_a_folder_of_results_that_another_program_uses_is_refused(detector_run, tmp_path):
+    """A lock of this process would not be seen by itself, so another one holds it."""
+    code = "import sys, time, unipad.run_folder as f\nwith f._held(f.Path(sys.argv[1])): time.sleep(60)"
+    holder, lock = scripts.Script("-c", code, tmp_path / "eval"), tmp_path / "eval" / ".lock"
+    wait_for(lambda: lock.exists() and lock.read_text(), holder)
+    with pytest.raises(UserError, match="eval is in use by another program .process .* with --out"):
+        evaluate(detector_run, "--out", tmp_path / "eval")
+    holder.kill()
+    holder.wait()
+
+
 def test_a_converted_checkpoint_is_evaluated_on_the_synthetic_dataset(city, tmp_path, monkeypatch, capsys):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "synthetic").symlink_to(city)
     monkeypatch.chdir(tmp_path)
     run = save_run(tmp_path / "run", tiny_detector(), None)
-    alone = (run / "checkpoints" / "last.pt").rename(tmp_path / "lidar.pt")
-    evaluate(alone, "--pictures", 1)
+    file = (run / "checkpoints" / "last.pt").rename(tmp_path / "lidar.pt")
+    evaluate(file, "--pictures", 1)
     assert "NDS: 0." in capsys.readouterr().out and (tmp_path / "eval" / "boxes_0.png").exists()
 
 
@@ -239,7 +262,7 @@ def test_eval_writes_metrics_frames_a_video_and_meshes_of_a_scene(camera_run, tm
 
 
 def test_frames_are_rendered_by_number_with_and_without_masks(camera_run, tmp_path, city):
-    """With --no-masked there is one row of images less. A frame with a missing file is skipped."""
+    """With --no-masked, the row of masked images is left out. A frame with a missing file is skipped."""
     root = shutil.copytree(city, tmp_path / "set")
     dataset = validation(root)
     (root / dataset.index.image_files[1][0].decode()).unlink()
@@ -260,6 +283,7 @@ def test_the_mesh_of_a_ball_faces_outward(tmp_path):
     values = (np.linalg.norm(grid - [1, -2, 0], axis=-1) - 3).astype(np.float32)
     vertices, triangles = surface(values, low, cell)
     assert np.linalg.norm(vertices - [1, -2, 0], axis=1) == pytest.approx(3, abs=0.01)
+    # the signed volume is positive, so the triangles are counter-clockwise seen from outside
     a, b, c = (vertices[triangles[:, i]] for i in range(3))
     assert (np.cross(a, b) * c).sum() / 6 == pytest.approx(4 / 3 * math.pi * 27, rel=0.02)
     write_ply(tmp_path / "ball.ply", vertices, triangles)
@@ -268,7 +292,7 @@ def test_the_mesh_of_a_ball_faces_outward(tmp_path):
         triangles
     )
     assert np.array_equal(np.frombuffer(body[: 12 * len(vertices)], "<f4").reshape(-1, 3), vertices)
-    assert [len(part) for part in surface(np.ones((3, 3, 3)), low, cell)] == [0, 0]
+    assert [len(array) for array in surface(np.ones((3, 3, 3)), low, cell)] == [0, 0]  # all outside: no surface
 
 
 def test_distances_are_the_sdf_in_meters():
@@ -277,7 +301,7 @@ def test_distances_are_the_sdf_in_meters():
     X, Y, Z = grid.shape
     volume = torch.randn(1, recipe.render.channels, Z, Y, X)
     values = distances(model, volume, 4.0)
-    assert values.shape == (20, 20, 3)
+    assert values.shape == (20, 20, 3)  # a range of 80 x 80 x 12 m in steps of 4 m
     point = (torch.tensor(grid.low) + 4 * torch.tensor([3, 7, 1])) * grid.scale
     sdf = model.renderer.field.sdf(
         volume.permute(0, 2, 3, 4, 1).contiguous(), point[None, None], torch.zeros(1, dtype=torch.int32)
@@ -325,8 +349,8 @@ def test_a_user_error_is_one_sentence(run, flags, words, detector_run, camera_ru
 
 def test_a_setting_of_the_recipe_is_changed_for_evaluation(detector_run, tmp_path):
     evaluate(detector_run, "--detect.max-detections", 7, "--detect.nms", "--pictures", 1, "--out", tmp_path)
-    found = json.loads((tmp_path / "results_nusc.json").read_text())["results"]
-    assert {len(boxes) for boxes in found.values()} == {7}
+    written = json.loads((tmp_path / "results_nusc.json").read_text())["results"]
+    assert {len(boxes) for boxes in written.values()} == {7}
 
 
 def test_bad_checkpoints_are_rejected(detector_run, city, tmp_path, capsys):
@@ -335,15 +359,15 @@ def test_bad_checkpoints_are_rejected(detector_run, city, tmp_path, capsys):
     torch.save({"state_dict": {}}, tmp_path / "other.pt")
     (tmp_path / "empty").mkdir()
     head = replace(RECIPE.detect, classes=4, queries=20, layers=1)
-    few = Detector(replace(RECIPE, detect=head))
-    wide = replace(RECIPE, detect=replace(RECIPE.detect, queries=30, layers=1))
+    four_classes = Detector(replace(RECIPE, detect=head))
+    more_queries = replace(RECIPE, detect=replace(RECIPE.detect, queries=30, layers=1))
     for path, word in {
         tmp_path / "nowhere": "no checkpoint",
         tmp_path / "empty": "without checkpoints/last.pt",
         corrupt: "truncated or damaged",
         tmp_path / "other.pt": "has no model",
-        save_run(tmp_path / "few", few, city): "4 classes",
-        save_run(tmp_path / "wide", tiny_detector(), city, wide): "do not fit",
+        save_run(tmp_path / "four_classes", four_classes, city): "4 classes",
+        save_run(tmp_path / "more_queries", tiny_detector(), city, more_queries): "do not fit",
     }.items():
         with pytest.raises(UserError) as error:
             evaluate(path)

@@ -1,7 +1,6 @@
 """finetune.py: most runs in this process, some in separate processes, as a user starts them."""
 
 import json
-import signal
 from dataclasses import replace
 
 import pytest
@@ -14,18 +13,8 @@ from tests.test_train import assert_same_weights, checkpoint, curve
 from unipad import recipes
 from unipad.config import Paste
 from unipad.errors import UserError
-from unipad.exit import SIGNALS
 
 SMALL = ["--preset", "tiny", "--device", "cpu", "--workers", 0, "--log-every", 1, "--val-every", 0, "--save-every", 99]
-
-
-@pytest.fixture(autouse=True)
-def signals_and_threads():
-    """A run handles signals until its process ends; restore the handlers, since this process does not end."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def run(out, city, *flags):

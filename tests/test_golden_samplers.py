@@ -56,6 +56,7 @@ def test_rays_that_fail_an_assertion_of_the_original_are_marked_as_misses(device
     near_plane = (rec["in/near_plane"] * rec["in/scale_factor"]).item()
     near, far, hit = clip_rays(rec["in/miss_origins"], rec["in/miss_directions"], box[:3], box[3:], near_plane)
     assert not hit.any()
+    # `clip_rays` gives misses far = near + 1
     torch.testing.assert_close(far - near, torch.ones_like(near))
 
 
@@ -96,7 +97,7 @@ def test_jittered_samples(device):
 
 
 def test_importance_samples_of_neus(device):
-    """From the recorded weights of 72 uniform samples to the 96 samples that are rendered."""
+    """From the recorded weights of 72 uniform samples to the 96 samples that are rendered: 24 are added."""
     rec = record("render_neus_eval", device)
     uniform = stratified_edges(rec["out/nears"], rec["out/fars"], 72)
     points = rec["in/ray_o"][:, None] + uniform[:, :-1, None] * rec["in/ray_d"][:, None]

@@ -40,11 +40,12 @@ def test_the_table_shows_the_newest_rows_and_the_fastest_peer():
     ]
     lines = readme_table(rows).splitlines()
     assert len(lines) == 4
+    # ms, GPU ms, fastest peer, its ms, ratio, commit
     assert lines[2].split(" | ")[3:] == ["1.000", "1.000", "compiled", "9.000", "9.0", "c1 |"]
     assert lines[3].split(" | ")[5] == "-", "no other implementation ran on GPU 2"
 
 
-def test_n_300_does_not_match_n_3000_in_the_table():
+def test_the_case_n_300_of_the_table_does_not_match_n_3000():
     rows = [row("rotated_nms", f"N={N}", "triton", N) for N in (300, 1000, 3000)]
     assert "| rotated_nms | N=300 |" in readme_table(rows)
 
@@ -102,11 +103,11 @@ STALLS = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); ti
 
 @pytest.mark.parametrize("code, limit, ended", [(STALLS, 0.5, "out of time"), ("exit(3)", 60, "exit code 3")])
 def test_other_stages_run_after_one_that_stalls_or_crashes(tmp_path, monkeypatch, code, limit, ended):
-    plain, requested = subprocess.Popen, []
+    original, requested = subprocess.Popen, []
 
     def popen(command, **options):
-        requested.append(command[-2])
-        return plain([sys.executable, "-c", code], **options)
+        requested.append(command[-2])  # the stages
+        return original([sys.executable, "-c", code], **options)
 
     monkeypatch.setattr(subprocess, "Popen", popen)
     monkeypatch.setattr(gpu, "time_limit", lambda names, end: limit)
@@ -120,7 +121,7 @@ def test_other_stages_run_after_one_that_stalls_or_crashes(tmp_path, monkeypatch
 
 def test_a_crash_between_stages_skips_no_stage(tmp_path, monkeypatch):
     """After an illegal memory access in a kernel, `synchronize` may raise only after the stage has ended."""
-    plain, requested = subprocess.Popen, []
+    original, requested = subprocess.Popen, []
     code = """
 from benchmarks.report import Folder
 import pathlib, sys, time
@@ -130,8 +131,8 @@ exit(1)
 """
 
     def popen(command, **options):
-        requested.append(command[-2])
-        return plain([sys.executable, "-c", code, str(tmp_path), command[-2].split(",")[0]], **options)
+        requested.append(command[-2])  # the stages
+        return original([sys.executable, "-c", code, str(tmp_path), command[-2].split(",")[0]], **options)
 
     monkeypatch.setattr(subprocess, "Popen", popen)
     folder = Folder(tmp_path)
@@ -143,7 +144,7 @@ exit(1)
 
 def test_a_stage_that_fails_does_not_stop_the_next_one_in_its_process(tmp_path, monkeypatch):
     for name in ("code_commit", "deadline", "RESULTS"):
-        monkeypatch.setattr(harness, name, getattr(harness, name))
+        monkeypatch.setattr(harness, name, getattr(harness, name))  # `gpu.work` sets it; restored after the test
     monkeypatch.setitem(gpu.STAGES, "steps", lambda folder: 1 / 0)
     monkeypatch.setitem(gpu.STAGES, "tests", lambda folder: folder.write("tests", {"line": "1 passed"}))
     folder = Folder(tmp_path)
@@ -205,8 +206,8 @@ def test_stages_run_without_a_gpu(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_keeps_its_time_limit(tmp_path):
-    """Stages that take longer are killed, but listed in the report."""
+def test_the_command_ends_at_its_time_limit(tmp_path):
+    """Stages that would exceed it are killed, but listed in the report."""
     began, stages = time.monotonic(), ["selfcheck", "steps"]
     command = [sys.executable, "-m", "benchmarks.gpu", "--minutes", "0.1", "--out", str(tmp_path), "--stages", *stages]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -217,7 +218,7 @@ def test_the_command_keeps_its_time_limit(tmp_path):
     assert text in done.stdout
 
 
-def test_a_step_and_its_references(city, monkeypatch):
+def test_a_step_is_compared_with_its_references(city, monkeypatch):
     monkeypatch.setattr(full_step, "city", lambda: city)
     monkeypatch.setattr(full_step, "TIMED", 1)
     records = []
@@ -284,8 +285,10 @@ def test_an_implementation_that_disagrees_or_raises_is_not_timed(capsys):
 
 
 def test_only_the_reference_is_timed_with_few_runs(monkeypatch):
-    requested, plain = [], harness._checked
-    monkeypatch.setattr(harness, "_checked", lambda *args, quick: requested.append(quick) or plain(*args, quick=quick))
+    requested, checked = [], harness._checked
+    monkeypatch.setattr(
+        harness, "_checked", lambda *args, quick: requested.append(quick) or checked(*args, quick=quick)
+    )
     x = torch.rand(8, requires_grad=True)
     compare("double", lambda x: 2 * x, None, {"peer": lambda x: x + x}, [Case("N=8", (x,), 64)])
     assert requested == [False, True]
@@ -306,7 +309,7 @@ def test_torch_compile_is_tried_once_if_it_fails(monkeypatch):
     "ms, quick, counts", [(1, False, [3, 100]), (40, False, [3, 50]), (900, False, [3, 5]), (900, True, [3])]
 )
 def test_number_of_timed_runs_on_a_gpu(monkeypatch, ms, quick, counts):
-    """Slow functions run three times in all, including the runs that estimate their time."""
+    """Three runs estimate the time of a function; with quick=True there are no others."""
     requested = []
     monkeypatch.setattr(harness, "DEVICE", "cuda")
     monkeypatch.setattr(harness, "_gpu_runs", lambda fn, count: requested.append(count) or [float(ms)] * count)

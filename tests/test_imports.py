@@ -24,15 +24,15 @@ MODULES = {module_of(file): file for file in FILES}
 def imports(module):
     """{(module of this project, name imported from it or None)} for all imports of a module."""
     tree = ast.parse((REPO / MODULES[module]).read_text())
-    found = set()
+    imported = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "unipad":
             for name in (alias.name for alias in node.names):
                 inner = f"{node.module}.{name}"
-                found.add((inner, None) if inner in MODULES else (node.module, name))
+                imported.add((inner, None) if inner in MODULES else (node.module, name))
         elif isinstance(node, ast.Import):
-            found |= {(alias.name, None) for alias in node.names if alias.name in MODULES}
-    return found
+            imported |= {(alias.name, None) for alias in node.names if alias.name in MODULES}
+    return imported
 
 
 def test_imports_follow_the_layers():

@@ -19,11 +19,14 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class LayoutRecorder(TorchDispatchMode):
-    """Counts convolutions and layer norms, and records those with inputs or outputs that are not channels-last."""
+    """Counts convolutions and layer norms, and records those whose inputs or outputs are not channels-last.
+
+    Layer norms get [..., C] tensors, which are channels-last if they are contiguous.
+    """
 
     def __init__(self):
         super().__init__()
-        self.calls, self.faults = 0, []
+        self.calls, self.not_channels_last = 0, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -34,7 +37,7 @@ class LayoutRecorder(TorchDispatchMode):
             for x in filter(torch.is_tensor, features):  # images have no gradient
                 layout = CHANNELS_LAST[x.dim()] if name.startswith("convolution") else torch.contiguous_format
                 if not x.is_contiguous(memory_format=layout):
-                    self.faults.append((name, tuple(x.shape), x.stride()))
+                    self.not_channels_last.append((name, tuple(x.shape), x.stride()))
         return out
 
 
@@ -47,18 +50,18 @@ def test_no_layer_changes_the_memory_format(camera, precision):
         volume, _ = net.encode(batch, generators(0))
         volume.square().sum().backward()
     assert volume.is_contiguous(memory_format=torch.channels_last_3d)
-    assert recorder.calls > 60 and not recorder.faults
+    assert recorder.calls > 60 and not recorder.not_channels_last
 
 
 @pytest.mark.parametrize("depth", ["simple", "complex"])
 def test_levels_are_contiguous_without_a_copy(depth, monkeypatch):
     """The kernels need contiguous tensors; `.contiguous()` must never have to copy."""
-    copied, plain = [], torch.Tensor.contiguous
+    copied, original = [], torch.Tensor.contiguous
 
     def recording(tensor, *args, **kwargs):
         if not args and not kwargs and not tensor.is_contiguous():
             copied.append(tensor.shape)
-        return plain(tensor, *args, **kwargs)
+        return original(tensor, *args, **kwargs)
 
     monkeypatch.setattr(torch.Tensor, "contiguous", recording)
     encoder = CameraEncoder(replace(TINY_CAMERA, depth=depth, aspp_channels=8, depth_bins=5))
@@ -75,17 +78,17 @@ def test_weights_of_the_volume_convolution_are_channels_last():
 
 
 def test_depth_probabilities_keep_the_dtype_of_their_logits():
-    """Under autocast a softmax returns fp32, twice the memory of bf16, though only its sums need fp32."""
+    """Under autocast a softmax returns fp32, with twice the memory of bf16, though only its sums need fp32."""
     encoder = CameraEncoder(replace(TINY_CAMERA, depth_bins=64)).double()
     logits = 5 * torch.randn(1, 64, 3, 4, dtype=torch.bfloat16)
-    parts = dict(
+    modules = dict(
         backbone=lambda *args: [], neck=lambda levels: [logits], input_proj=lambda x: x, depth_net=lambda x, _: x
     )
-    for name, part in parts.items():
+    for name, function in modules.items():
         delattr(encoder, name)
-        setattr(encoder, name, part)
+        setattr(encoder, name, function)
     with torch.autocast("cpu", torch.bfloat16):
         _, (depth,) = encoder(torch.rand(1, 1, 3, 96, 128), torch.tensor([[[96, 128]]]))
     assert depth.dtype == torch.bfloat16
-    truth = logits.double().softmax(1).permute(0, 2, 3, 1)[None]
-    torch.testing.assert_close(depth.double(), truth, rtol=2**-8, atol=1e-30)  # rounded once
+    expected = logits.double().softmax(1).permute(0, 2, 3, 1)[None]
+    torch.testing.assert_close(depth.double(), expected, rtol=2**-8, atol=1e-30)  # rounded once

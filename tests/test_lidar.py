@@ -85,8 +85,8 @@ def test_neck_matches_the_original():
             assert_close_to_max(param.grad, expected[key], 1e-5, prefix + key)
 
 
-def test_paper_size():
-    """Shapes of the voxel grid and the mask and number of parameters of uvtr_lidar_vs0.075_pretrain."""
+def test_size_of_the_paper_model():
+    """Shapes of the voxel grid and of the mask, and number of parameters, of uvtr_lidar_vs0.075_pretrain."""
     grid = config.Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(0.6, 0.6, 1.6))
     with torch.device("meta"):
         encoder = LidarEncoder(config.LidarConfig(), grid)
@@ -109,16 +109,18 @@ def test_mask_hides_a_fraction_of_the_occupied_blocks(ratio, kept):
     visible = draw_voxel_mask(coords, noise, 2, ratio)
     block = coords.clone()
     block[:, 1:] //= 2
-    seen, unseen = ({tuple(c) for c in block[m].tolist()} for m in (visible, ~visible))
-    assert not seen & unseen
-    assert [sum(c[0] == b for c in seen) for b in range(3)] == kept
+    visible_blocks, masked_blocks = ({tuple(c) for c in block[m].tolist()} for m in (visible, ~visible))
+    assert not visible_blocks & masked_blocks
+    assert [sum(c[0] == b for c in visible_blocks) for b in range(3)] == kept
     for b in range(2):  # blocks with the smallest noise are visible
-        noise_seen, noise_unseen = ([noise[c].item() for c in cells if c[0] == b] for cells in (seen, unseen))
-        assert max(noise_seen) < min(noise_unseen, default=1)
+        visible_noise, masked_noise = (
+            [noise[c].item() for c in blocks if c[0] == b] for blocks in (visible_blocks, masked_blocks)
+        )
+        assert max(visible_noise) < min(masked_noise, default=1)
 
 
 def cloud(counts=(300, 200), seed=0):
-    """Points [P, 5] on a few walls and the ground, and their counts."""
+    """Points [P, 5] inside `GRID`: on the ground, on a wall and scattered; and their counts."""
     gen = torch.Generator().manual_seed(seed)
     points = torch.rand(sum(counts), 5, generator=gen) * torch.tensor([16.0, 8, 6, 1, 0.5])
     points[::2, 2] = 0.3
@@ -165,28 +167,29 @@ def test_volume_fits_the_grid_and_every_parameter_gets_a_gradient():
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
 def test_evaluation_without_gradients_is_fused(precision):
-    """Convolution, norm and ReLU are one op, with the same results, also after the norms have changed."""
+    """Convolution, norm and ReLU are one op, with the same results as three, also after the norms have changed."""
     encoder = make_encoder(blocks=2).eval()
     features, voxels = (x := sparse_part(encoder, *cloud())[0]).features, x.voxels
     net, cast = encoder.encoder, torch.autocast("cpu", precision, enabled=precision != torch.float32)
-    convolutions = sum(isinstance(m, SubMConv3d | SparseConv3d) for m in net.modules()) - 1  # the last is 1 x 1 x 1
+    convolutions = sum(isinstance(m, SubMConv3d | SparseConv3d) for m in net.modules()) - 1  # not the last, 1 x 1 x 1
     for change in (lambda norm: None, lambda norm: norm.running_mean.add_(0.5), lambda norm: norm.weight.mul_(2)):
         with torch.no_grad():
             [change(module) for module in net.modules() if isinstance(module, SyncedBatchNorm)]
         with cast, mock.patch.object(sparse, "sparse_conv_act", wraps=sparse.sparse_conv_act) as fused:
-            stepwise = net(SparseTensor(features, voxels))
+            unfused = net(SparseTensor(features, voxels))
             assert not fused.called
             with torch.no_grad():
                 out = net(SparseTensor(features, voxels))
             assert fused.call_count == convolutions
-        assert out.voxels is stepwise.voxels and out.features.dtype == stepwise.features.dtype
-        assert_close_to_max(out.features, stepwise.features, 1e-5 if precision == torch.float32 else 0.05)
+        assert out.voxels is unfused.voxels and out.features.dtype == unfused.features.dtype
+        assert_close_to_max(out.features, unfused.features, 1e-5 if precision == torch.float32 else 0.05)
 
 
 def test_voxels_are_where_the_points_are():
     encoder = make_encoder()
     point = torch.tensor([[5.3, -2.1, 3.2, 0.5, 0.1]])
     x, out = sparse_part(encoder, point, torch.tensor([1]))
+    # batch, z, y, x: (3.2 + 2) / 0.5, (-2.1 + 4) / 0.25, (5.3 + 8) / 0.25
     assert x.voxels.coords.tolist() == [[0, 10, 7, 53]] and torch.equal(x.features, point)
     assert out.voxels.shape == GRID.shape[::-1]
     assert [0, 2, 1, 13] in out.voxels.coords.tolist()  # (3.2 + 2) / 2, (-2.1 + 4) / 1, (5.3 + 8) / 1
@@ -226,13 +229,13 @@ def test_learnable_token_replaces_features_of_masked_voxels():
     encoder = make_encoder(learnable_token=True)
     torch.nn.init.normal_(encoder.mask_token)
     noise = noise_of(encoder, 2)
-    every, _ = sparse_part(encoder, *cloud())
+    unmasked, _ = sparse_part(encoder, *cloud())
     masked, _ = sparse_part(encoder, *cloud(), noise)
-    assert torch.equal(masked.voxels.coords, every.voxels.coords)
-    seen = encoder(*cloud(), noise)[1]
-    visible = draw_voxel_mask(every.voxels.coords, noise, TINY.mask_block, TINY.mask_ratio)
-    assert torch.equal(seen, every.voxels.coords[visible])
-    assert torch.equal(masked.features[visible], every.features[visible])
+    assert torch.equal(masked.voxels.coords, unmasked.voxels.coords)
+    visible_coords = encoder(*cloud(), noise)[1]
+    visible = draw_voxel_mask(unmasked.voxels.coords, noise, TINY.mask_block, TINY.mask_ratio)
+    assert torch.equal(visible_coords, unmasked.voxels.coords[visible])
+    assert torch.equal(masked.features[visible], unmasked.features[visible])
     assert (masked.features[~visible] == encoder.mask_token).all() and 0 < visible.sum() < len(visible)
     encoder(*cloud(), noise)[0].square().sum().backward()
     assert encoder.mask_token.grad.any()
@@ -296,8 +299,8 @@ def test_a_step_only_waits_for_sizes(monkeypatch, device):
     points, noise = points.to(device), noise_of(encoder, 2).to(device)
     with WaitRecorder(without=("unipad.kernels.sparse_tiles", "unipad.kernels.sparse_gemm")) as waits:
         encoder(points, counts, noise)[0].square().sum().backward()
-    reached = "number of a convolution's output voxels"
-    assert waits.named == ["number of occupied voxels", "indices of the visible voxels", reached, reached]
+    output_size = "number of a convolution's output voxels"
+    assert waits.named == ["number of occupied voxels", "indices of the visible voxels", output_size, output_size]
     assert set(waits.unnamed) <= {"_local_scalar_dense"}  # from point counts, which are on the host
 
 

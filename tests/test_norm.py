@@ -10,7 +10,7 @@ from unipad.model.norm import SyncedBatchNorm
 
 
 def batch(dtype):
-    """Four samples far from mean 0, and an upstream gradient."""
+    """Four samples whose mean is far from 0, and an upstream gradient."""
     gen = torch.Generator().manual_seed(0)
     x = torch.randn(4, 3, 2, 3, 5, generator=gen, dtype=torch.float64) * 2 + 30
     return x.to(dtype), torch.randn(x.shape, generator=gen, dtype=torch.float64).to(dtype)
@@ -42,7 +42,7 @@ def test_one_process_is_accurate_to_fp32(shape, memory_format):
     """Compared with fp64. PyTorch's batch norm sums rows one by one in fp32, with errors of 1e-5."""
     settings = dict(eps=1e-3, momentum=0.01)
     ours, exact = SyncedBatchNorm(3, **settings), nn.modules.batchnorm._BatchNorm(3, **settings).double()
-    exact._check_input_dim = lambda x: None
+    exact._check_input_dim = lambda x: None  # any number of dimensions
     x, d_out = torch.randn(2, *shape)
     x = (x + 3).contiguous(memory_format=memory_format)
     for training in (True, False):
@@ -68,7 +68,7 @@ def test_a_single_row_becomes_the_bias():
     out.sum().backward()
     assert torch.equal(out[0], norm.bias) and not x.grad.any()
     torch.testing.assert_close(norm.running_mean, 0.1 * x[0].detach())
-    torch.testing.assert_close(norm.running_var, torch.full((3,), 0.9))
+    torch.testing.assert_close(norm.running_var, torch.full((3,), 0.9))  # 0.9 * 1 + 0.1 * 0
 
 
 def test_an_empty_input_does_not_change_the_running_statistics():
@@ -80,7 +80,7 @@ def test_an_empty_input_does_not_change_the_running_statistics():
     assert norm.eval()(x).shape == (0, 3)
 
 
-# type, number of samples of rank 0 (of 4; rank 1 has the rest), allowed error
+# dtype, number of samples of rank 0 (of 4; rank 1 has the rest), allowed error
 SPLITS = [(torch.float32, 2, 1e-5), (torch.float32, 1, 1e-5), (torch.bfloat16, 2, 1e-2), (torch.float32, 4, 1e-5)]
 
 

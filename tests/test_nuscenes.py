@@ -15,12 +15,11 @@ from nuscenes.utils.geometry_utils import BoxVisibility, points_in_box, view_poi
 from PIL import Image
 from pyquaternion import Quaternion
 
-from unipad.batch import CAMERAS
+from unipad.batch import CAMERAS, CLASSES
 from unipad.config import Data
 from unipad.data.dataset import BadFrame, DataError, collate
 from unipad.data.loader import held_out_batches, step_batches
 from unipad.data.nuscenes import NuScenesDataset
-from unipad.data.tables import CLASSES
 
 VERSION = "v1.0-mini"
 pytestmark = pytest.mark.usefixtures("own_user_cache")
@@ -72,10 +71,10 @@ def test_boxes_match_the_devkit(nusc, dataset):
         sample = dataset[i]
         annotations = annotations_of(nusc, sample)
         keep = {a["token"] for a in annotations}
-        _, truth, _ = nusc.get_sample_data(nusc.get("sample", sample.token)["data"]["LIDAR_TOP"])
-        truth = [b for b in truth if b.token in keep]
-        assert len(truth) == len(sample.boxes) > 0
-        for ours, theirs, label in zip(boxes_of(sample), truth, sample.labels, strict=True):
+        _, expected, _ = nusc.get_sample_data(nusc.get("sample", sample.token)["data"]["LIDAR_TOP"])
+        expected = [b for b in expected if b.token in keep]
+        assert len(expected) == len(sample.boxes) > 0
+        for ours, theirs, label in zip(boxes_of(sample), expected, sample.labels, strict=True):
             np.testing.assert_allclose(ours.center, theirs.center, atol=1e-4)
             np.testing.assert_allclose(ours.wlh, theirs.wlh, atol=1e-5)
             heading = theirs.orientation.rotation_matrix[:2, 0]
@@ -103,7 +102,7 @@ def test_velocity_moves_a_box_to_its_next_keyframe(nusc, dataset):
     assert max(speeds) > 1
 
 
-def test_boxes_contain_about_num_lidar_pts_points(nusc, dataset):
+def test_boxes_contain_at_least_90_percent_of_num_lidar_pts(nusc, dataset):
     sample = dataset[0]
     keyframe = sample.points[sample.points[:, 4] == 0]
     for box, annotation in zip(boxes_of(sample), annotations_of(nusc, sample), strict=True):
@@ -113,14 +112,14 @@ def test_boxes_contain_about_num_lidar_pts_points(nusc, dataset):
 
 def test_box_centers_project_as_in_the_devkit(nusc, dataset):
     """Through lidar2image, compared with the devkit's boxes in each camera's frame."""
-    seen = 0
+    compared = 0
     for i in range(len(dataset)):
         sample = dataset[i]
         tokens = [a["token"] for a in annotations_of(nusc, sample)]
         for view, camera in enumerate(CAMERAS):
             camera_token = nusc.get("sample", sample.token)["data"][camera]
-            _, truth, intrinsic = nusc.get_sample_data(camera_token, box_vis_level=BoxVisibility.ANY)
-            for box in truth:
+            _, boxes, intrinsic = nusc.get_sample_data(camera_token, box_vis_level=BoxVisibility.ANY)
+            for box in boxes:
                 if box.token in tokens and box.center[2] > 1:
                     center = sample.boxes[tokens.index(box.token)][None, :3]
                     pixel, depth = project(sample.lidar2image[view], center)
@@ -128,8 +127,8 @@ def test_box_centers_project_as_in_the_devkit(nusc, dataset):
                     np.testing.assert_allclose(pixel, view_points(box.center[:, None], intrinsic, True)[:2], atol=0.05)
                     camera_frame = sample.lidar2camera[view] @ [*center[0], 1]
                     np.testing.assert_allclose(camera_frame[:3], box.center, atol=1e-3)
-                    seen += 1
-    assert seen > 10
+                    compared += 1
+    assert compared > 10
 
 
 def test_lidar_points_project_as_in_the_devkit(nusc, city):
@@ -137,15 +136,15 @@ def test_lidar_points_project_as_in_the_devkit(nusc, city):
     data = nusc.get("sample", sample.token)["data"]
     compared = 0
     for view, camera in enumerate(CAMERAS):
-        truth, depths, image = nusc.explorer.map_pointcloud_to_image(data["LIDAR_TOP"], data[camera])
+        expected, depths, image = nusc.explorer.map_pointcloud_to_image(data["LIDAR_TOP"], data[camera])
         pixels, d = project(sample.lidar2image[view], sample.points[:, :3])
         w, h = image.size
-        (u, v), margin = pixels, 1
-        ok = (d > 1) & (u > margin) & (u < w - margin) & (v > margin) & (v < h - margin)
-        if ok.sum() == len(depths):  # rounding may move a point over the margin
-            np.testing.assert_allclose(pixels[:, ok], truth[:2], atol=0.02)
-            np.testing.assert_allclose(d[ok], depths, atol=1e-3)
-            compared += ok.sum() > 0
+        (u, v), margin = pixels, 1  # pixel, as in the devkit
+        inside = (d > 1) & (u > margin) & (u < w - margin) & (v > margin) & (v < h - margin)
+        if inside.sum() == len(depths):  # rounding may move a point over the margin
+            np.testing.assert_allclose(pixels[:, inside], expected[:2], atol=0.02)
+            np.testing.assert_allclose(d[inside], depths, atol=1e-3)
+            compared += inside.sum() > 0
     assert compared >= 5
 
 
@@ -153,8 +152,8 @@ def test_images_match_their_files(nusc, dataset):
     sample = dataset[0]
     for image, camera in zip(sample.images, CAMERAS, strict=True):
         path = nusc.get_sample_data_path(nusc.get("sample", sample.token)["data"][camera])
-        truth = np.asarray(Image.open(path)).astype(int)
-        assert np.abs(image - truth).max() <= 4  # JPEG decoders of OpenCV and PIL
+        expected = np.asarray(Image.open(path)).astype(int)
+        assert np.abs(image - expected).max() <= 4  # the JPEG decoders of OpenCV and PIL differ
 
 
 def test_resized_images_keep_their_geometry(city):
@@ -180,13 +179,13 @@ def test_sweeps_match_the_devkit(nusc, city, sweeps):
     for i in range(len(dataset)):
         sample = dataset[i]
         record = nusc.get("sample", sample.token)
-        truth, lags = LidarPointCloud.from_file_multisweep(nusc, record, "LIDAR_TOP", "LIDAR_TOP", sweeps)
+        expected, lags = LidarPointCloud.from_file_multisweep(nusc, record, "LIDAR_TOP", "LIDAR_TOP", sweeps)
         on_the_car = (sample.points[:, 4] == 0) & (np.abs(sample.points[:, :2]) < 1).all(axis=1)
         points = sample.points[~on_the_car]
-        np.testing.assert_allclose(points[:, :4], truth.points.T, atol=1e-3)
+        np.testing.assert_allclose(points[:, :4], expected.points.T, atol=1e-3)
         np.testing.assert_allclose(points[:, 4], lags[0], atol=1e-6)
-    whole = LidarPointCloud.from_file(nusc.get_sample_data_path(record["data"]["LIDAR_TOP"]))
-    np.testing.assert_array_equal(sample.points[: whole.nbr_points(), :4], whole.points.T)
+    keyframe = LidarPointCloud.from_file(nusc.get_sample_data_path(record["data"]["LIDAR_TOP"]))
+    np.testing.assert_array_equal(sample.points[: keyframe.nbr_points(), :4], keyframe.points.T)
 
 
 def test_the_first_keyframe_of_a_scene_has_no_sweeps(dataset):
@@ -201,7 +200,7 @@ def test_sweeps_agree_on_the_height_of_the_ground(dataset):
     assert len(lags) >= 3
     near = points[np.hypot(points[:, 0], points[:, 1]) < 15]
     heights = [near[near[:, 4] == lag][:, 2] for lag in lags]
-    ground = [np.median(z[z < -1.4]) for z in heights]
+    ground = [np.median(z[z < -1.4]) for z in heights]  # the LiDAR is 1.84 m above the ground
     np.testing.assert_allclose(ground, ground[0], atol=0.05)
 
 
@@ -210,10 +209,10 @@ def test_point_labels_match_the_devkit(nusc, dataset):
     sample = dataset[1]
     token = nusc.get("sample", sample.token)["data"]["LIDAR_TOP"]
     raw = np.fromfile(os.path.join(nusc.dataroot, nusc.get("lidarseg", token)["filename"]), np.uint8)
-    truth = np.vectorize(mapper.fine_idx_2_coarse_idx_mapping.get)(raw)
+    expected = np.vectorize(mapper.fine_idx_2_coarse_idx_mapping.get)(raw)
     keyframe = sample.points[:, 4] == 0
-    np.testing.assert_array_equal(sample.point_labels[keyframe], truth)
-    assert len(set(truth)) > 5
+    np.testing.assert_array_equal(sample.point_labels[keyframe], expected)
+    assert len(set(expected)) > 5
     assert not sample.point_labels[~keyframe].any()
 
 
@@ -232,12 +231,13 @@ def test_a_dataset_without_annotations_has_no_boxes(copy):
 
 
 def test_points_outside_the_range_are_left_out(city):
-    every = NuScenesDataset(city, VERSION, "mini_val", Data())[0]
-    some = NuScenesDataset(city, VERSION, "mini_val", Data(), point_range=((-20, -20, -5), (20, 20, 3)))[0]
-    inside = (np.abs(every.points[:, :2]) < 20).all(axis=1) & (every.points[:, 2] > -5) & (every.points[:, 2] < 3)
+    unlimited = NuScenesDataset(city, VERSION, "mini_val", Data())[0]
+    limited = NuScenesDataset(city, VERSION, "mini_val", Data(), point_range=((-20, -20, -5), (20, 20, 3)))[0]
+    x, y, z = unlimited.points[:, :3].T
+    inside = (np.abs(x) < 20) & (np.abs(y) < 20) & (z > -5) & (z < 3)
     assert 0 < inside.sum() < len(inside)
-    np.testing.assert_array_equal(some.points, every.points[inside])
-    np.testing.assert_array_equal(some.point_labels, every.point_labels[inside])
+    np.testing.assert_array_equal(limited.points, unlimited.points[inside])
+    np.testing.assert_array_equal(limited.point_labels, unlimited.point_labels[inside])
 
 
 def test_label_fraction_keeps_every_kth_frame(city):
@@ -245,8 +245,8 @@ def test_label_fraction_keeps_every_kth_frame(city):
         dataset = NuScenesDataset(city, VERSION, "mini_train", Data(), fraction)
         return [dataset[i].token for i in range(len(dataset))]
 
-    every = tokens(1.0)
-    assert tokens(0.5) == every[::2] and tokens(0.2) == every[::5]
+    all_tokens = tokens(1.0)
+    assert tokens(0.5) == all_tokens[::2] and tokens(0.2) == all_tokens[::5]
     for wrong in (0.0, 0.7, 1.5):
         with pytest.raises(DataError, match="--label-fraction"):
             tokens(wrong)
@@ -289,10 +289,10 @@ def test_balancing_without_boxes_is_a_user_error(uneven):
 
 
 def test_balanced_frames_are_read_and_resumed_exactly(city):
-    def tokens(passes, **stream):
+    def tokens(count, **settings):
         dataset = NuScenesDataset(city, VERSION, "mini_train", Data(cameras=False)).balanced(seed=5)
-        batches = step_batches(dataset, **stream)
-        return [next(batches)[0].tokens for _ in range(passes)]
+        batches = step_batches(dataset, **settings)
+        return [next(batches)[0].tokens for _ in range(count)]
 
     whole = tokens(6, micro_batch=2)
     assert tokens(3, micro_batch=2, start=3) == whole[3:]
@@ -331,7 +331,7 @@ def rewrite(path, change, ending=".jpg"):
 
 
 def halve_with_thumbnail(path):
-    """Cut a JPEG in half; its header has a complete thumbnail, as cameras write it."""
+    """Cut a JPEG in half, after adding a complete thumbnail to its header, as cameras do."""
     content = path.read_bytes()
     thumbnail = content[: content.index(b"\xff\xda")] + b"\xff\xd9"
     header = b"\xff\xe1" + (len(thumbnail) + 2).to_bytes(2, "big") + thumbnail

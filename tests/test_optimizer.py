@@ -12,7 +12,7 @@ from unipad.recipes import PRETRAIN
 
 
 def test_cosine_by_hand():
-    """A linear warm-up from 1/3 to 1, times half a cosine over all steps; relative to the peak learning rate."""
+    """A linear warm-up from 1/3 to 1, times a half cosine from 1 to 0.1 over all steps; factors of the peak rate."""
     cfg = Optim(start=1 / 3, final=0.1, warmup_steps=10)
     cosine = {0: 1.0, 50: 0.55, 100: 0.1}
     assert lr_at(cfg, 0, 100) == pytest.approx(1 / 3)
@@ -24,8 +24,7 @@ def test_cosine_by_hand():
 
 
 def test_one_cycle_by_hand():
-    """The learning rate rises for 40 % of the steps and falls again, each as half a cosine; the momentum does the
-    opposite."""
+    """The learning rate rises for 40 % of the steps, then falls, as half cosines; the momentum falls, then rises."""
     cfg = Optim(schedule="one_cycle", start=0.1, final=0.01, rise=0.4, momentum=0.95, min_momentum=0.85)
     for step, lr, momentum in (
         (0, 0.1, 0.95),

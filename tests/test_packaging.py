@@ -17,9 +17,10 @@ SCRIPTS = ["train.py", "finetune.py", "eval.py"]
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """The names of the files in the wheel."""
+    """Names of the files in the wheel."""
     folder = tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "README.md", "LICENSE", "unipad", "kernels"):  # a build writes next to its sources
+    # links, since a build writes next to its sources
+    for name in ("pyproject.toml", "README.md", "LICENSE", "unipad", "kernels"):
         (folder / name).symlink_to(REPO / name)
     command = "from setuptools import build_meta; print(build_meta.build_wheel('.'))"
     done = subprocess.run([sys.executable, "-c", command], cwd=folder, capture_output=True, text=True)
@@ -40,7 +41,7 @@ def test_wheel_has_every_module(installed):
 
 def test_every_import_is_declared():
     declared = {name.lower() for name in re.findall(r'^    "([\w-]+)', PROJECT.split("[project.optional")[0], re.M)}
-    optional = {"triton", "skimage"}  # torch's GPU builds depend on Triton, a CPU needs none; skimage: extra `mesh`
+    optional = {"triton", "skimage"}  # GPU builds of torch depend on Triton, CPUs do not need it; skimage: extra `mesh`
     files = [*REPO.glob("unipad/**/*.py"), *REPO.glob("kernels/*.py"), *(REPO / name for name in SCRIPTS)]
     nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
     imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}

@@ -1,4 +1,4 @@
-"""Depth errors and pictures of boxes, points and segments; a damaged frame in a run."""
+"""Depth errors; pictures of boxes, points and their classes; a run with damaged frames."""
 
 import shutil
 from types import SimpleNamespace
@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from tests.test_train import train
+from unipad.batch import CLASSES
 from unipad.boxes import box_corners
 from unipad.config import Data
 from unipad.data.loader import held_out_batches
 from unipad.data.nuscenes import NuScenesDataset
-from unipad.data.tables import CLASSES
 from unipad.draw.boxes import COLORS, detection_views, edges
 from unipad.draw.segments import COLORS as SEGMENT_COLORS
 from unipad.draw.segments import segment_views
@@ -23,13 +23,13 @@ from unipad.model.detect import Detections
 
 def test_depth_sums_by_hand():
     """One ray is exact, one 50 % too far, one without ground truth."""
-    depth, truth = torch.tensor([4.0, 6.0, 9.0]), torch.tensor([4.0, 4.0, -1.0])
-    abs_rel, squared, close, count = depth_sums(depth, truth).tolist()
-    assert (abs_rel, squared, close, count) == pytest.approx((0.5, 4.0, 1, 2))
+    rendered, measured = torch.tensor([4.0, 6.0, 9.0]), torch.tensor([4.0, 4.0, -1.0])
+    abs_rel, squared, within_factor, count = depth_sums(rendered, measured).tolist()
+    assert (abs_rel, squared, within_factor, count) == pytest.approx((0.5, 4.0, 1, 2))
 
 
 def test_points_have_the_colors_of_their_classes():
-    """Points of cars on the right, and of buses predicted as trucks on the left; the last point has no label."""
+    """Cars (class 4) on the right, buses (3) predicted as trucks (10) on the left; the last point has no label."""
     points = torch.zeros(201, 5)
     points[:, 0], points[:, 1] = 20.0, torch.arange(201) * 0.1 - 10
     points[100:200, 0] = -20.0
@@ -43,11 +43,12 @@ def test_points_have_the_colors_of_their_classes():
     )
     predicted = torch.where(labels == 3, 10, 4).byte()
     picture = segment_views(batch, predicted)
-    truth, prediction = np.split(picture[: 2 * (len(picture) * 47 // 100)], 2)  # the legend is below
-    for number, part, left in ((4, truth, False), (3, truth, True), (10, prediction, True)):
-        near = np.abs(part.astype(int) - 255 * SEGMENT_COLORS[number]).max(axis=-1) < 3
-        columns = np.flatnonzero(near.any(axis=0))
-        assert near.sum() > 50 and (columns < picture.shape[1] / 2).all() == left, number
+    # two views, each with 47 % of the height, above a legend
+    ground_truth, prediction = np.split(picture[: 2 * (len(picture) * 47 // 100)], 2)
+    for label, view, on_the_left in ((4, ground_truth, False), (3, ground_truth, True), (10, prediction, True)):
+        has_color = np.abs(view.astype(int) - 255 * SEGMENT_COLORS[label]).max(axis=-1) < 3
+        columns = np.flatnonzero(has_color.any(axis=0))
+        assert has_color.sum() > 50 and (columns < picture.shape[1] / 2).all() == on_the_left, label
     batch.point_labels = None
     assert len(segment_views(batch, predicted)) < 0.7 * len(picture)
 
@@ -62,7 +63,7 @@ def test_the_nearer_of_two_lidar_points_is_drawn_on_top():
     points = torch.tensor([[0.0, 0, 5], [0, 0, 9], [0, 0, -3]])  # two in front of the camera, one behind it
     canvas = onto_views(batch, points)
     assert canvas[0, 6, 8] == 5
-    assert canvas.isfinite().sum() == 9  # three pixels wide; the point behind is not drawn
+    assert canvas.isfinite().sum() == 9  # 3 x 3 pixels; the point behind is not drawn
 
 
 def test_edges_of_a_box_around_the_camera_end_in_front_of_it():
@@ -73,7 +74,7 @@ def test_edges_of_a_box_around_the_camera_end_in_front_of_it():
     assert len(lines) == 8 and (owner == 0).all()  # the four edges of the rear face are behind the camera
     front = lines[(abs(lines - [8, 6]) < 3).all(axis=(1, 2))]
     assert len(front) == 4
-    assert abs(front - [8, 6]) == pytest.approx(2.5, abs=1e-4)  # 10 * 1 m / 4 m
+    assert abs(front - [8, 6]) == pytest.approx(2.5, abs=1e-4)  # pixels: focal length 10 * 1 m / 4 m
     long = lines[(abs(lines - [8, 6]) > 3).any(axis=(1, 2))]
     assert abs(long - [8, 6]).max(axis=1) == pytest.approx(100, rel=1e-3)  # 10 * 1 m / 0.1 m, where edges are clipped
 
@@ -90,8 +91,11 @@ def test_boxes_are_drawn_where_objects_are(cameras, city):
     assert picture.shape[1] > (2000 if cameras else 600)
     names = {CLASSES[label] for label in batch.labels.tolist()}
     for name, color in zip(CLASSES, COLORS, strict=True):
-        drawn = (abs(all_boxes.astype(int) - np.round(255 * np.array(color))) < 8).all(axis=2)[100:].sum()  # no legend
-        before = (abs(picture.astype(int) - np.round(255 * np.array(color))) < 8).all(axis=2)[100:].sum()
+        # number of pixels of this color below the legend
+        drawn, before = (
+            (abs(image.astype(int) - np.round(255 * np.array(color))) < 8).all(axis=2)[100:].sum()
+            for image in (all_boxes, picture)
+        )
         assert (drawn > before + 5) == (name in names), name
 
 

@@ -12,13 +12,13 @@ VOLTA, TURING, AMPERE = (7, 0), (7, 5), (8, 0)  # compute capabilities
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A function that simulates a GPU of a given compute capability; autocast and scaler become their arguments."""
+    """A function that simulates a GPU of a given compute capability; autocast and GradScaler return their arguments."""
 
     def pretend(capability):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-        monkeypatch.setattr(torch, "autocast", lambda kind, dtype, enabled: (kind, dtype, enabled))
-        monkeypatch.setattr(torch.amp, "GradScaler", lambda kind, enabled: enabled)
+        monkeypatch.setattr(torch, "autocast", lambda device_type, dtype, enabled: (device_type, dtype, enabled))
+        monkeypatch.setattr(torch.amp, "GradScaler", lambda device_type, enabled: enabled)
 
     return pretend
 

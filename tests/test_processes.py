@@ -33,17 +33,17 @@ def test_two_processes_have_the_gradients_of_one(city, tmp_path):
 
 
 def save_gradients(city, file):
-    """Run a `step` of each modality on this process's samples (of two); the main process saves the results."""
+    """Run a `step` of each modality on this process's part of two samples; the main process saves the results."""
     from unipad.runtime import start
 
     with start("cpu", deterministic=False) as world:
-        found = {modality: step(modality, city, world) for modality in MODALITIES}
+        results = {modality: step(modality, city, world) for modality in MODALITIES}
         if world.is_main:
-            torch.save(found, file)
+            torch.save(results, file)
 
 
 def step(modality, city, world):
-    """Means over processes: {parameter: gradient} in fp64, loss in fp64, loss in fp32."""
+    """Run a training step; returns means over processes: {parameter: gradient} in fp64, loss in fp64, loss in fp32."""
     from unipad.data.loader import step_batches
     from unipad.data.nuscenes import NuScenesDataset
     from unipad.model.pretrain import Pretrain

@@ -24,7 +24,7 @@ FIELD = "pts_bbox_head.render_model.field."
 RECORDED_GRID = Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(5.4, 6.0, 1.6))
 ALL_LOSSES = dict(free_space_weight=1.0, sdf_weight=10.0, eikonal_weight=0.01)
 SMALL_GRID = Grid(low=(-8.0, -8.0, -2.0), high=(8.0, 8.0, 2.0), cell=(2.0, 2.0, 1.0))
-FEW = Render(samples=12, importance=6, channels=8, truncation=1.5, **ALL_LOSSES)
+SMALL = Render(samples=12, importance=6, channels=8, truncation=1.5, **ALL_LOSSES)
 
 
 def recorded_rays(record, sample=""):
@@ -37,7 +37,7 @@ def recorded_rays(record, sample=""):
 
 
 def random_scene(B=2, per_sample=(9, 14), channels=8, grid=SMALL_GRID, dtype=torch.float32):
-    """A random volume and rays from near its center, in random order of samples; a third of them without depth."""
+    """A random volume and rays that start near its center, of all samples in random order, 30 % without depth."""
     X, Y, Z = grid.shape
     volume = torch.randn(B, channels, Z, Y, X, dtype=dtype)
     idx = torch.cat([torch.full((n,), b) for b, n in enumerate(per_sample)]).int()
@@ -49,7 +49,7 @@ def random_scene(B=2, per_sample=(9, 14), channels=8, grid=SMALL_GRID, dtype=tor
 
 
 def gradients(losses, renderer, volume):
-    """Gradient of the total w.r.t. the volume and every trained parameter, by name."""
+    """{name: gradient of the sum of `losses`} for the volume and every trained parameter."""
     named = {"volume": volume} | {name: p for name, p in renderer.named_parameters() if p.requires_grad}
     return dict(zip(named, torch.autograd.grad(sum(losses.values()), list(named.values())), strict=True))
 
@@ -114,12 +114,12 @@ def test_rendering_equals_the_original(name, cfg, weights_rel):
     for term, value in narrow.loss(out, rays).items():
         assert_close_to_max(value, record[f"out/trunc0.1_{term}_loss"], 1e-5, f"{term}, truncation 0.1")
 
-    found = gradients(losses, renderer, volume)
+    computed = gradients(losses, renderer, volume)
     expected = {"volume": record["grad/feature_volume"]}
     expected |= {f"field.{key}": value for key, value in weights(record, "renderer.field.", "grad/").items()}
-    assert found.keys() == expected.keys()
+    assert computed.keys() == expected.keys()
     for key, value in expected.items():
-        assert_close_to_max(found[key], value, 1e-3, key)
+        assert_close_to_max(computed[key], value, 1e-3, key)
     frozen = {n for n, p in renderer.field.named_parameters() if not p.requires_grad}
     assert frozen == {key.removeprefix(FIELD) for key in meta["params_without_grad"]}
 
@@ -140,7 +140,7 @@ def test_unisurf_places_samples_as_the_original():
         )  # fmt: skip
     assert_close_to_max(edges[:, :-1], record["out/starts"][..., 0], 1e-4, "starts")
     assert_close_to_max(edges[:, 1:], record["out/ends"][..., 0], 1e-4, "ends")
-    # where the field changes sign along a ray, samples are close together around the change
+    # where the SDF changes sign along a ray, samples are close together: 10 times closer than 24 uniform ones
     assert (edges.diff(dim=1).amin(dim=1) < (far - near) / 240).any()
 
 
@@ -191,7 +191,7 @@ def test_rays_that_the_original_rejects_do_not_hit():
     directions = torch.cat([record["in/directions"], record["in/miss_directions"]])
     R = len(origins)
     rays = Rays(origins, directions, torch.full((R,), 5.0), torch.rand(R, 3), torch.zeros(R, dtype=torch.int32))
-    renderer = Renderer(replace(FEW, channels=4), RECORDED_GRID)
+    renderer = Renderer(replace(SMALL, channels=4), RECORDED_GRID)
     out = renderer(torch.randn(1, 4, 5, 18, 20), rays)
     assert out.hit.tolist() == [True] * hits + [False] * misses
     assert_close_to_max(out.starts[:hits, 0], record["out/nears"][:, 0], 1e-6, "near")
@@ -210,7 +210,7 @@ def test_gradients_equal_double_backward(twice, monkeypatch):
     volume, rays = random_scene(dtype=torch.float64)
     volume.requires_grad_()
     jitter = torch.rand(len(rays.depth), 2, dtype=torch.float64)
-    renderer = Renderer(FEW, SMALL_GRID).double()
+    renderer = Renderer(SMALL, SMALL_GRID).double()
     eager = EagerRenderer(renderer)
     ours, theirs = renderer(volume, rays, jitter), eager(volume, rays, jitter)
     for name in ("rgb", "depth", "weights", "starts", "sdf", "gradient"):
@@ -224,8 +224,8 @@ def test_gradients_equal_double_backward(twice, monkeypatch):
 
 
 def test_gradient_is_the_derivative_of_the_distance():
-    """In fp64, compared with first-order autograd of only the distance; half of the points are outside the volume."""
-    field = Field(FEW, SMALL_GRID).double()
+    """In fp64, compared with first-order autograd of only the distance; most of the points are outside the volume."""
+    field = Field(SMALL, SMALL_GRID).double()
     volume, _ = random_scene(dtype=torch.float64)
     volume = volume.permute(0, 2, 3, 4, 1).contiguous()
     points = (torch.rand(6, 20, 3, dtype=torch.float64) * 2.2 - 1.1).requires_grad_()
@@ -237,11 +237,11 @@ def test_gradient_is_the_derivative_of_the_distance():
 
 @pytest.mark.parametrize("method", ["neus", "volsdf", "unisurf"])
 def test_rays_that_miss_do_not_count(method):
-    cfg = replace(FEW, method=method, search=16)
+    cfg = replace(SMALL, method=method, search=16)
     volume, rays = random_scene(dtype=torch.float64)
     volume.requires_grad_()
-    away = Rays(rays.origins[:3] + 30, rays.directions[:3], rays.depth[:3].abs(), rays.rgb[:3], rays.volume_idx[:3])
-    both = Rays(*(torch.cat([a, b]) for a, b in zip(vars(away).values(), vars(rays).values(), strict=True)))
+    misses = Rays(rays.origins[:3] + 30, rays.directions[:3], rays.depth[:3].abs(), rays.rgb[:3], rays.volume_idx[:3])
+    both = Rays(*(torch.cat([a, b]) for a, b in zip(vars(misses).values(), vars(rays).values(), strict=True)))
     renderer = Renderer(cfg, SMALL_GRID).double()
     jitter = torch.rand(len(both), renderer.jitters, dtype=torch.float64)
     alone, mixed = renderer(volume, rays, jitter[3:]), renderer(volume, both, jitter)
@@ -257,12 +257,12 @@ def test_rays_that_miss_do_not_count(method):
 def test_only_misses_and_no_rays_at_all():
     volume, rays = random_scene()
     volume.requires_grad_()
-    renderer = Renderer(FEW, SMALL_GRID)
-    away = replace(rays, origins=rays.origins + 30)
-    for some in (away, rays[:0]):
-        out = renderer(volume, some)
-        assert out.rgb.shape == (len(some), 3) and not out.hit.any()
-        losses = renderer.loss(out, some)
+    renderer = Renderer(SMALL, SMALL_GRID)
+    misses = replace(rays, origins=rays.origins + 30)
+    for case in (misses, rays[:0]):
+        out = renderer(volume, case)
+        assert out.rgb.shape == (len(case), 3) and not out.hit.any()
+        losses = renderer.loss(out, case)
         assert all(value == 0 for value in losses.values())
         assert all((g == 0).all() for g in gradients(losses, renderer, volume).values())
 
@@ -271,7 +271,7 @@ def test_only_misses_and_no_rays_at_all():
 def test_a_batch_is_the_mean_of_its_samples(method):
     """Two samples with unequal numbers of rays. Not VolSDF: its sampler stops when all rays have converged."""
     volume, rays = random_scene()
-    renderer = Renderer(replace(FEW, method=method, search=16), SMALL_GRID)
+    renderer = Renderer(replace(SMALL, method=method, search=16), SMALL_GRID)
     jitter = torch.rand(len(rays), renderer.jitters)
     losses = renderer.loss(renderer(volume, rays, jitter), rays)
     singles = []
@@ -284,9 +284,9 @@ def test_a_batch_is_the_mean_of_its_samples(method):
 
 
 def test_losses_by_hand():
-    """Scale 1/8. Target depth of ray 0: 4 m = 0.5, truncation 1.6 m = 0.2; ray 1 has no depth; ray 2 misses."""
+    """In units of 8 m: target depth of ray 0 is 4 m = 0.5, truncation 1.6 m = 0.2; ray 1 has no depth; ray 2 misses."""
     cfg = replace(
-        FEW, truncation=1.6, points_weight=3.0, rgb_weight=2.0, depth_weight=8.0, sdf_weight=1.0, eikonal_weight=1.0
+        SMALL, truncation=1.6, points_weight=3.0, rgb_weight=2.0, depth_weight=8.0, sdf_weight=1.0, eikonal_weight=1.0
     )
     renderer = Renderer(cfg, SMALL_GRID)
     out = renderer(torch.zeros(1, 8, 4, 8, 8), random_scene(B=1, per_sample=(3,))[1])
@@ -323,7 +323,7 @@ def test_points_loss_is_the_mean_distance_at_lidar_points():
     """The mean |SDF| at the points of each sample, averaged over samples; it has a gradient w.r.t. the volume."""
     volume, rays = random_scene()
     volume.requires_grad_()
-    renderer = Renderer(replace(FEW, points_weight=1.0), SMALL_GRID)
+    renderer = Renderer(replace(SMALL, points_weight=1.0), SMALL_GRID)
     position, idx = torch.rand(7, 3) * 4 - 2, torch.tensor([0, 0, 0, 1, 1, -1, -1]).int()
     out = renderer(volume, rays, points=(position, idx))
     sdf = renderer.field.sdf(
@@ -339,10 +339,10 @@ def test_points_loss_is_the_mean_distance_at_lidar_points():
 @pytest.mark.parametrize("method", ["neus", "volsdf", "unisurf"])
 def test_only_jitter_moves_samples(method):
     volume, rays = random_scene()
-    renderer = Renderer(replace(FEW, method=method, search=16), SMALL_GRID)
+    renderer = Renderer(replace(SMALL, method=method, search=16), SMALL_GRID)
     first, again = renderer(volume, rays), renderer(volume, rays)
     assert all(torch.equal(getattr(first, name), getattr(again, name)) for name in ("rgb", "depth", "starts"))
-    assert first.starts.shape == (len(rays), FEW.samples + FEW.importance)
+    assert first.starts.shape == (len(rays), SMALL.samples + SMALL.importance)
     jitter = torch.rand(len(rays), renderer.jitters)
     moved, again = renderer(volume, rays, jitter), renderer(volume, rays, jitter)
     assert torch.equal(moved.starts, again.starts) and not torch.equal(moved.starts, first.starts)
@@ -352,11 +352,11 @@ def test_only_jitter_moves_samples(method):
 
 def test_autocast_has_no_effect():
     volume, rays = random_scene()
-    renderer = Renderer(FEW, SMALL_GRID)
-    plain = renderer.loss(renderer(volume, rays), rays)
+    renderer = Renderer(SMALL, SMALL_GRID)
+    without = renderer.loss(renderer(volume, rays), rays)
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = renderer.loss(renderer(volume, rays), rays)
-    assert all(torch.equal(plain[name], mixed[name]) for name in plain)
+        under_autocast = renderer.loss(renderer(volume, rays), rays)
+    assert all(torch.equal(without[name], under_autocast[name]) for name in without)
     assert renderer(volume.bfloat16(), rays).rgb.dtype == torch.float32
 
 
@@ -365,25 +365,25 @@ def test_kernels_render_what_the_references_render(method, device, monkeypatch):
     """All ops run their kernels. In fp64, since rounding in fp32 may move samples."""
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
     volume, rays = random_scene(per_sample=(2, 3), dtype=torch.float64)
-    renderer = Renderer(replace(FEW, method=method, search=16), SMALL_GRID).double()
+    renderer = Renderer(replace(SMALL, method=method, search=16), SMALL_GRID).double()
     jitter = torch.rand(len(rays), renderer.jitters, dtype=torch.float64)
 
     def step(device):
         net, leaf = renderer.to(device), volume.detach().to(device).requires_grad_()
-        moved = Rays(*(value.to(device) for value in vars(rays).values()))
-        out = net(leaf, moved, jitter.to(device))
-        losses = net.loss(out, moved)
+        device_rays = Rays(*(value.to(device) for value in vars(rays).values()))
+        out = net(leaf, device_rays, jitter.to(device))
+        losses = net.loss(out, device_rays)
         return {"rgb": out.rgb, "depth": out.depth, "starts": out.starts} | gradients(losses, net, leaf)
 
     expected = step("cpu")
     monkeypatch.setattr(backend, "interpret", not HAS_GPU)
     with launches() as names:
-        found = step(device)
+        computed = step(device)
     assert {"_clip_rays_kernel", "_trilinear_fwd_kernel", "_trilinear_bwd_kernel", "_composite_bwd_kernel"} <= {*names}
     for name, value in expected.items():
-        assert_close_to_max(found[name].cpu(), value, 1e-4, name)
+        assert_close_to_max(computed[name].cpu(), value, 1e-4, name)
 
 
 def test_unknown_method_is_rejected():
     with pytest.raises(ValueError, match="no renderer 'nerf': choose neus, volsdf, unisurf"):
-        Renderer(replace(FEW, method="nerf"), SMALL_GRID)
+        Renderer(replace(SMALL, method="nerf"), SMALL_GRID)

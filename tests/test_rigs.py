@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+import finetune
+import train
 from tests import scripts
 from tests.test_finetune import SMALL
 from tests.test_rays import generators
@@ -24,6 +26,7 @@ from unipad.model.detect import Detections
 from unipad.model.pretrain import Pretrain
 from unipad.model.rays import pixel_rays
 from unipad.recipes import PRETRAIN
+from unipad.runtime import World
 
 VERSION = "v1.0-mini"
 # number of cameras -> {name: (camera of the synthetic dataset that is copied, (height, width), ending of its files)}
@@ -41,6 +44,7 @@ RIGS = {
 
 
 def read(root, name):
+    """The rows of a nuScenes table."""
     return json.loads((root / VERSION / f"{name}.json").read_text())
 
 
@@ -100,20 +104,21 @@ def test_a_rig_is_read_as_its_tables_say(rig, city):
     assert set(sample.cameras) == set(cameras) and len(sample.images) == len(cameras)
     for view, name in enumerate(sample.cameras):
         source, (h, w), _ = cameras[name]
-        twin = original.cameras.index(source)
+        source_view = original.cameras.index(source)
         assert sample.images[view].shape == (h, w, 3)
-        np.testing.assert_allclose(sample.images[view].mean((0, 1)), original.images[twin].mean((0, 1)), atol=4)
-        scaled = np.diag([w / 128, h / 72, 1, 1]) @ original.lidar2image[twin]
+        np.testing.assert_allclose(sample.images[view].mean((0, 1)), original.images[source_view].mean((0, 1)), atol=4)
+        scaled = np.diag([w / 128, h / 72, 1, 1]) @ original.lidar2image[source_view]
         np.testing.assert_allclose(sample.lidar2image[view], scaled, rtol=1e-5, atol=1e-3)
 
     batch = collate([dataset[0], sample])
     H, W = (max(size[i] for _, size, _ in cameras.values()) for i in range(2))
     assert batch.images.shape[-2:] == (-(-H // 32) * 32, -(-W // 32) * 32)
     assert sorted(view for row in camera_rows(batch) for view in row) == list(range(len(cameras)))
-    found = Detections(batch.boxes[:1], torch.ones(1), batch.labels[:1])
-    assert detection_views(batch, found).shape[1] > 520 * -(-len(cameras) // 2)
+    detected = Detections(batch.boxes[:1], torch.ones(1), batch.labels[:1])
+    columns = -(-len(cameras) // 2)  # cameras are drawn in two rows
+    assert detection_views(batch, detected).shape[1] > 520 * columns
     keyframe_count = (batch.points[: batch.point_counts[0], 4] == 0).sum()
-    assert segment_views(batch, torch.ones(keyframe_count, dtype=torch.uint8)).shape[1] > 300 * -(-len(cameras) // 2)
+    assert segment_views(batch, torch.ones(keyframe_count, dtype=torch.uint8)).shape[1] > 300 * columns
     rays = pixel_rays(batch, 0, 8)
     assert len(rays) == sum(-(-h // 8) * -(-w // 8) for _, (h, w), _ in cameras.values())
     assert (rays.rgb.sum(dim=1) > 0).all()  # none in the padding
@@ -141,7 +146,7 @@ def test_training_with_augmentation_and_pasting_on_a_mixed_rig(rig):
 
 @pytest.mark.slow
 def test_eight_cameras_of_eight_sizes_through_all_scripts(copy, tmp_path):
-    """Half of the cameras have PNGs, half of the images are smaller than the tables say, two frames lack a file."""
+    """Half of the cameras have PNGs, half of the images are smaller than the tables say, two frames miss a file."""
     set_rig(copy, RIGS[8])
     rows = [row for row in read(copy, "sample_data") if "cam" in row["filename"]]
     for row in rows[::2]:
@@ -165,11 +170,11 @@ def test_eight_cameras_of_eight_sizes_through_all_scripts(copy, tmp_path):
 def test_a_frame_without_one_of_the_cameras_is_left_out(copy, capsys):
     """The camera is kept, since the other frames have it."""
     rows = read(copy, "sample_data")
-    gone = next(row for row in rows if "CAM_BACK/" in row["filename"] and row["is_key_frame"])
+    removed = next(row for row in rows if "CAM_BACK/" in row["filename"] and row["is_key_frame"])
     for row in rows:
-        if row["prev"] == gone["token"]:
+        if row["prev"] == removed["token"]:
             row["prev"] = ""
-    write(copy, "sample_data", [row for row in rows if row is not gone])
+    write(copy, "sample_data", [row for row in rows if row is not removed])
     datasets = [NuScenesDataset(copy, VERSION, split, Data()) for split in ("mini_train", "mini_val")]
     assert sum(map(len, datasets)) == 5 and all(len(d[0].images) == 6 for d in datasets)
     assert "1 of 3 frames are left out; missing: CAM_BACK in the tables" in capsys.readouterr().err
@@ -191,7 +196,7 @@ def test_a_scaled_copy_of_an_image_keeps_its_geometry(copy, scale):
     resized = NuScenesDataset(copy, VERSION, "mini_val", Data(image_size=(40, 60)))[0]
     for file in copy.glob("samples/CAM_*/*.jpg"):
         image = cv2.imread(str(file))
-        # a pixel less than the exact size, as rounding gives it
+        # one pixel lower than the exact size, as rounding may give it
         cv2.imwrite(str(file), cv2.resize(image, (round(128 * scale), round(72 * scale) - 1)))
     after = NuScenesDataset(copy, VERSION, "mini_val", Data())[0]
     h, w = after.images[0].shape[:2]
@@ -203,13 +208,13 @@ def test_a_scaled_copy_of_an_image_keeps_its_geometry(copy, scale):
 
 
 def test_the_orientation_in_exif_data_is_ignored(copy):
-    """A viewer would turn the image by 180 degrees; calibration is of the pixels as they are stored."""
+    """A viewer would rotate the image by 180 degrees; the calibration is that of the stored pixels."""
     from PIL import Image
 
     before = NuScenesDataset(copy, VERSION, "mini_val", Data())[0].images
     for file in copy.glob("samples/CAM_*/*.jpg"):
         exif = Image.Exif()
-        exif[0x0112] = 3
+        exif[0x0112] = 3  # orientation: rotated by 180 degrees
         with Image.open(file) as image:
             image.save(file, exif=exif, quality=100)
     after = NuScenesDataset(copy, VERSION, "mini_val", Data())[0].images
@@ -219,9 +224,10 @@ def test_the_orientation_in_exif_data_is_ignored(copy):
 def test_frames_with_missing_files_are_left_out_and_named(copy, capsys):
     """Only files that are read count: a LiDAR run needs no image."""
     index = NuScenesDataset(copy, VERSION, "mini_val", Data(sweeps=2)).index
-    lost = [index.image_files[0, 3].decode(), index.lidar_files[index.lidar_prev[index.frame_lidar[2]]].decode()]
-    for name in lost:
+    removed = [index.image_files[0, 3].decode(), index.lidar_files[index.lidar_prev[index.frame_lidar[2]]].decode()]
+    for name in removed:
         (copy / name).unlink()
+    # (cameras, sweeps) -> frames
     expected = {(True, 1): [1, 2], (True, 2): [1], (False, 1): [0, 1, 2], (False, 2): [0, 1]}
     for (cameras, sweeps), frames in expected.items():
         capsys.readouterr()
@@ -229,13 +235,19 @@ def test_frames_with_missing_files_are_left_out_and_named(copy, capsys):
         assert dataset.frames.tolist() == frames and [dataset[i].token for i in range(len(frames))]
         printed = capsys.readouterr().err
         assert (f"{3 - len(frames)} of 3 frames are left out; missing: " in printed) == (len(frames) < 3)
-        assert [name in printed for name in lost] == [cameras, sweeps == 2]
+        assert [name in printed for name in removed] == [cameras, sweeps == 2]
         assert {i for rows in dataset.scenes().values() for i in rows} == set(range(len(frames)))
     for file in copy.glob("samples/CAM_FRONT/*"):
         file.unlink()
     assert not NuScenesDataset.has_images(copy, VERSION, "mini_val")
     with pytest.raises(DataError, match="no frame of .* mini_val has all its files; .*: 1 of samples/CAM_BACK, 3 of"):
         NuScenesDataset(copy, VERSION, "mini_val", Data())
+    for script in (train, finetune):
+        args = script.parse(["--modality", "camera", "--preset", "tiny", "--data-root", copy])
+        with pytest.raises(
+            DataError, match="no frame of .* mini_train has all its files; .* missing: samples/CAM_FRONT/"
+        ):
+            script.open_datasets(args, World(0, 1, torch.device("cpu")))
 
 
 def test_a_dataset_without_its_sweep_files_is_a_user_error(copy):

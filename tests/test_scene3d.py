@@ -10,7 +10,7 @@ from unipad.draw import scene3d
 from unipad.run_folder import RunFolder
 from unipad.runtime import World
 
-FACES_OF_BAR = 6  # triangles: three sides of a prism
+FACES_OF_BAR = 6  # a box edge is drawn as a bar: an open prism with three sides of two triangles
 
 
 def sphere(radius, stride=1):
@@ -39,7 +39,7 @@ def test_surface_has_no_triangles_across_depth_discontinuities():
 
 
 def test_edges_of_a_box():
-    box = torch.tensor([[10.0, 20.0, 1.0, 2.0, 4.0, 6.0, np.pi / 2, 0.0, 0.0]])  # heads along y: 2 across x, 4 along y
+    box = torch.tensor([[10.0, 20.0, 1.0, 2.0, 4.0, 6.0, np.pi / 2, 0.0, 0.0]])  # heads along y: 2 m in x, 4 m in y
     mesh = scene3d.boxes(box, scene3d.TRUTH)
     assert len(mesh.faces) == 12 * FACES_OF_BAR and (mesh.colors == 0).all()
     slack = scene3d.EDGE_SIZE
@@ -53,7 +53,7 @@ def test_only_keyframe_points_are_drawn_and_at_most_max_points(monkeypatch):
     points = torch.tensor([[float(i), 0.0, 0.0, 0.0, 0.1 * (i >= 5)] for i in range(7)])
     batch = make_batch([[]])
     batch = type(batch)(**{**vars(batch), "points": points, "point_counts": torch.tensor([7])})
-    assert len(scene3d.lidar(batch).faces) == 5
+    assert len(scene3d.lidar(batch).faces) == 5  # the other two have a time lag
     monkeypatch.setattr(scene3d, "MAX_POINTS", 2)
     colors = np.arange(5)[:, None] / [255, 255, 255]
     mesh = scene3d.lidar(batch, colors)
@@ -65,6 +65,7 @@ def test_no_boxes_are_an_empty_mesh():
     nothing = scene3d.boxes(torch.zeros(0, 9), [])
     assert len(nothing.vertices) == len(nothing.colors) == len(nothing.faces) == 0
     one = scene3d.boxes(torch.ones(1, 9), scene3d.TRUTH)
+    # a box has 12 bars of 6 faces and 6 vertices, 72 each
     np.testing.assert_array_equal(scene3d.joined(nothing, one, one).faces[72:], one.faces + 72)
 
 

@@ -57,29 +57,30 @@ def test_losses_by_hand():
     """A point of class 1 with probability 1/3, a point of class 3 with probability 3/4, and one without a label."""
     logits = torch.tensor([[0.0, 0, 0], [0, 0, 6], [9, 0, 0]]).double()
     logits[1, 2] = torch.tensor(6.0).log()
-    found = losses(Segment(classes=3), logits, torch.tensor([1, 3, 0], dtype=torch.uint8))
-    assert found["cross_entropy"].item() == pytest.approx((torch.tensor(3.0).log() + torch.tensor(4 / 3).log()) / 2)
-    # class 1: errors 2/3 (its point), 1/8, and 1 - IoU after each of them 1, 1
-    # class 3: errors 1/3, 1/4 (its point), and 1 - IoU after each of them 1/2, 1
-    assert found["lovasz"].item() == pytest.approx((2 / 3 + (1 / 6 + 1 / 8)) / 2)
+    values = losses(Segment(classes=3), logits, torch.tensor([1, 3, 0], dtype=torch.uint8))
+    assert values["cross_entropy"].item() == pytest.approx((torch.tensor(3.0).log() + torch.tensor(4 / 3).log()) / 2)
+    # class 1: errors 2/3 (its point) and 1/8; 1 - IoU is 1 with the first wrong, 1 with both
+    # class 3: errors 1/3 and 1/4 (its point); 1 - IoU is 1/2 with the first wrong, 1 with both
+    assert values["lovasz"].item() == pytest.approx((2 / 3 + (1 / 6 + 1 / 8)) / 2)
     none = losses(Segment(), logits.requires_grad_(), torch.zeros(3, dtype=torch.uint8))
     sum(none.values()).backward()
     assert not any(none.values()) and not logits.grad.any()
-    twice = losses(Segment(cross_entropy_weight=2.0, lovasz_weight=0.5), logits, torch.tensor([1, 3, 0]).byte())
+    weighted = losses(Segment(cross_entropy_weight=2.0, lovasz_weight=0.5), logits, torch.tensor([1, 3, 0]).byte())
     for name, factor in {"cross_entropy": 2, "lovasz": 0.5}.items():
-        assert twice[name].item() == pytest.approx(factor * found[name].item())
+        assert weighted[name].item() == pytest.approx(factor * values[name].item())
 
 
 def test_sweeps_are_encoded_but_not_classified(city):
     """The points of all sweeps are encoded; only those of the keyframe get a class, in the order of the file."""
     data = replace(RECIPE.data, sweeps=2)
     batch = collate([NuScenesDataset(city, "v1.0-mini", "mini_train", data)[i] for i in (1, 2)])
-    alone = [NuScenesDataset(city, "v1.0-mini", "mini_train", RECIPE.data)[i] for i in (1, 2)]
+    keyframes = [NuScenesDataset(city, "v1.0-mini", "mini_train", RECIPE.data)[i] for i in (1, 2)]
+    # of the true class, and of class 1 for points without a label
     logits = torch.nn.functional.one_hot((batch.point_labels.long() - 1).clamp(min=0), 16)
-    found = classes_of(batch, logits)
-    assert batch.point_counts[0] > len(alone[0].points)
-    assert [c.tolist() for c in found] == [s.point_labels.clip(1).tolist() for s in alone]
-    assert [len(c) for c in Segmenter(RECIPE).eval().segment(batch)] == [len(s.points) for s in alone]
+    predicted = classes_of(batch, logits)
+    assert batch.point_counts[0] > len(keyframes[0].points)
+    assert [c.tolist() for c in predicted] == [k.point_labels.clip(1).tolist() for k in keyframes]
+    assert [len(c) for c in Segmenter(RECIPE).eval().segment(batch)] == [len(k.points) for k in keyframes]
 
 
 def test_the_loss_falls_in_a_few_steps_on_one_frame(city):

@@ -47,6 +47,7 @@ def test_every_op_matches_its_reference(op, with_kernels):
     with launches() as launched:
         result = run(ONE_EACH[op])
     assert result.status == "ok", result
+    # unisurf_alpha is a sigmoid, without a kernel
     assert launched or op == "unisurf_alpha", "the op ran its reference, not its kernels"
 
 
@@ -139,12 +140,12 @@ def test_a_wrong_index_is_reported():
 
 
 def test_no_bf16_cases_on_a_gpu_without_it(monkeypatch):
-    everything = [str(case) for case in checks()]
+    all_cases = [str(case) for case in checks()]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert [str(case) for case in checks()] == [name for name in everything if not name.endswith("bf16")]
+    assert [str(case) for case in checks()] == [name for name in all_cases if not name.endswith("bf16")]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert [str(case) for case in checks()] == everything
+    assert [str(case) for case in checks()] == all_cases
 
 
 def test_without_a_gpu_references_run(in_process, monkeypatch, capsys):
@@ -174,14 +175,14 @@ for name in json.load(sys.stdin):
 def test_a_crash_does_not_affect_other_cases(monkeypatch):
     """One process exits without a result; another reports a FAIL, as for a lost CUDA context, and exits."""
     monkeypatch.setattr(processes, "_compile", lambda cases: None)
-    plain = subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", lambda command, **kw: plain([sys.executable, "-c", WORKER], **kw))
+    original = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda _, **kw: original([sys.executable, "-c", WORKER], **kw))
     names = ["first", "crashes", "second", "last", "third"]
     cases = [Case(name, "small", "fp32", None, None, None) for name in names]
-    found = list(results(cases, isolate=True))
-    assert [result.name for result in found] == names
-    assert [result.status for result in found] == ["ok", "FAIL", "ok", "FAIL", "ok"]
-    assert found[1].message == "its process ended with exit code 139 before the result was known"
+    reported = list(results(cases, isolate=True))
+    assert [result.name for result in reported] == names
+    assert [result.status for result in reported] == ["ok", "FAIL", "ok", "FAIL", "ok"]
+    assert reported[1].message == "its process ended with exit code 139 before the result was known"
 
 
 def test_a_case_runs_in_a_worker_process(monkeypatch):

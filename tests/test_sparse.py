@@ -74,8 +74,9 @@ def geometry_of(conv):
 
 
 def assert_is_dense_convolution(conv, x, convolve, active):
-    """Assert that `conv(x)` is `convolve(cells, weight)` at `active` [B, 1, Z, Y, X] cells, and so are its gradients.
+    """Assert that `conv(x)` and its gradients are those of `convolve(cells, weight) * active`.
 
+    active:   [B, 1, Z, Y, X], 1 in the output voxels.
     convolve: takes [B, Cin, Z, Y, X] and a weight [Cout, Cin, kz, ky, kx], returns [B, Cout, Z', Y', X'].
     """
     out = conv(x)
@@ -83,12 +84,12 @@ def assert_is_dense_convolution(conv, x, convolve, active):
     assert torch.equal(occupancy(out.voxels), active)
     leaves = [x.features, *conv.parameters()]
     # the expected values come from `dense_of`, not from `dense`, which is tested too
-    truth = convolve(dense_of(x), conv.weight.permute(0, 4, 1, 2, 3))
-    truth = (truth if conv.bias is None else truth + conv.bias.view(-1, 1, 1, 1)) * active
-    assert ours.shape == truth.shape and ours.is_contiguous(memory_format=torch.channels_last_3d)
-    torch.testing.assert_close(ours, truth, rtol=0, atol=1e-12)
-    d_out = torch.randn_like(truth)
-    gradients = (torch.autograd.grad(t, leaves, d_out) for t in (ours, truth))
+    expected = convolve(dense_of(x), conv.weight.permute(0, 4, 1, 2, 3))
+    expected = (expected if conv.bias is None else expected + conv.bias.view(-1, 1, 1, 1)) * active
+    assert ours.shape == expected.shape and ours.is_contiguous(memory_format=torch.channels_last_3d)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+    d_out = torch.randn_like(expected)
+    gradients = (torch.autograd.grad(t, leaves, d_out) for t in (ours, expected))
     for a, b in zip(*gradients, strict=True):
         largest = b.abs().max().item() if b.numel() else 1.0
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12 * max(1.0, largest))
@@ -154,13 +155,15 @@ def test_inverse_matches_conv_transpose3d_at_the_voxels_before_the_convolution(n
     coarse = down(first)
     x = coarse.replace(coarse.features.detach().requires_grad_())
 
-    # output padding: conv_transpose3d would leave out the last cells, which no output window covers
+    # output padding, for the last cells, which no window of the kernel covers and conv_transpose3d would leave out
     full = F.conv_transpose3d(x.dense()[:, :1], x.features.new_ones(1, 1, *down.kernel), None, *geometry_of(down))
-    extra = [size - covered for size, covered in zip(SHAPE, full.shape[2:], strict=True)]
+    output_padding = [size - covered for size, covered in zip(SHAPE, full.shape[2:], strict=True)]
 
     def convolve(cells, weight):
         stride, padding, _, groups, dilation = geometry_of(down)
-        return F.conv_transpose3d(cells, weight.transpose(0, 1), None, stride, padding, extra, groups, dilation)
+        return F.conv_transpose3d(
+            cells, weight.transpose(0, 1), None, stride, padding, output_padding, groups, dilation
+        )
 
     assert_is_dense_convolution(up, x, convolve, occupancy(first.voxels))
     assert up(x).voxels is first.voxels
@@ -282,7 +285,8 @@ def step(net, call, x):
     return dict(out=out.detach(), features=features.grad, mean=net.norm.running_mean.clone(), **grads)
 
 
-def assert_compiled_is_eager(call, eager, compiled, names):
+def assert_compiled_matches_eager(call, eager, compiled, names):
+    """Compare a `step` of `compiled`, called as `call`, with one of `eager`, on the voxels of `coords_of(name)`."""
     for name in names:
         x = sparse(name, 3, dtype=torch.float32)
         a, b = step(eager, eager, x), step(compiled, call, x)
@@ -295,7 +299,7 @@ def test_compiled_matches_eager():
     eager, compiled = Small(), Small()
     compiled.load_state_dict(eager.state_dict())
     torch._dynamo.reset()
-    assert_compiled_is_eager(torch.compile(compiled, backend="aot_eager"), eager, compiled, ["scattered"])
+    assert_compiled_matches_eager(torch.compile(compiled, backend="aot_eager"), eager, compiled, ["scattered"])
 
 
 def test_with_prebuilt_tables_a_net_compiles_to_one_graph():
@@ -308,23 +312,23 @@ def test_with_prebuilt_tables_a_net_compiles_to_one_graph():
         sets = make_tables(compiled, x.voxels)
         return graph(SparseTensor(x.features, sets[0]))
 
-    assert_compiled_is_eager(call, eager, compiled, ["scattered", "none", "scattered"])
+    assert_compiled_matches_eager(call, eager, compiled, ["scattered", "none", "scattered"])
 
 
 def test_autocast_runs_in_bf16():
     net, x = Small(), sparse("scattered", 3, dtype=torch.float32)
-    exact = step(net, net, x)
+    in_fp32 = step(net, net, x)
 
     def call(x):
         with torch.autocast("cpu", torch.bfloat16):
             return net(x)
 
-    half = step(net, call, x)
-    assert half["out"].dtype == torch.bfloat16
-    for key, value in half.items():
+    in_bf16 = step(net, call, x)
+    assert in_bf16["out"].dtype == torch.bfloat16
+    for key, value in in_bf16.items():
         assert value.isfinite().all(), key
         assert key == "out" or value.dtype == torch.float32, key
-    assert (half["out"] - exact["out"]).abs().max() < 0.05 * exact["out"].abs().max()
+    assert (in_bf16["out"] - in_fp32["out"]).abs().max() < 0.05 * in_fp32["out"].abs().max()
 
 
 @torch.no_grad()

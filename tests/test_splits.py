@@ -38,12 +38,12 @@ def test_custom_splits_are_read_and_scored(root, tmp_path):
     assert NuScenesDataset.splits(root, "rig-7") == {"train": "city_train", "val": "city_val", "dark": "dark"}
     assert NuScenesDataset.train_val_splits(root, "rig-7") == ("city_train", "city_val")
     assert names(root, "city_train") == ["harbor"] and names(root, "city_val") == names(root, "dark") == ["tunnel"]
-    dataset, truth = NuScenesDataset(root, "rig-7", "city_val", Data()), {}
+    dataset, ground_truth = NuScenesDataset(root, "rig-7", "city_val", Data()), {}
     for sample in (dataset[i] for i in range(len(dataset))):
         boxes, labels = torch.from_numpy(sample.boxes), torch.from_numpy(sample.labels)
-        truth[sample.token] = Detections(boxes, torch.ones(len(boxes)), labels)
+        ground_truth[sample.token] = Detections(boxes, torch.ones(len(boxes)), labels)
     file = tmp_path / "results_nusc.json"
-    write_submission(truth, dataset.index, file, use_camera=False, use_lidar=True)
+    write_submission(ground_truth, dataset.index, file, use_camera=False, use_lidar=True)
     summary = score_submission(file, dataset.root, "rig-7", "city_val")
     assert summary["mean_dist_aps"]["car"] == pytest.approx(1)
 
@@ -67,6 +67,8 @@ def test_splits_json_adds_to_the_splits_of_nuscenes(copy):
         ('{"city_train": "harbor"}', "must map names of splits"),
         ('{"train": ["harbor"]}', "nuScenes' own; call it city_train"),
         ('{"city_train": []}', "no scene in its split city_train"),
+        ('{"../city_train": ["harbor"]}', "use letters, digits"),
+        ('{"": ["harbor"]}', "use letters, digits"),
         ('{"a_train": ["harbor"], "b_train": ["harbor"]}', "two splits for train"),
         ('{"city_train": ["harbour"]}', "the scene harbour"),
         ('{"city_train": ["harbor"], "city_val": ["harbor"]}', "both for training and for validation"),

@@ -34,13 +34,16 @@ def count_builds(monkeypatch):
 
 def test_the_index_is_built_once_for_all_splits(copy, monkeypatch):
     builds = count_builds(monkeypatch)
+    (copy / "unipad-index").mkdir()
+    (copy / "unipad-index" / f".{VERSION}-mini_val.npz.99999999").touch()  # of a killed process
     first = NuScenesDataset(copy, VERSION, "mini_val", Data())
     again = NuScenesDataset(copy, VERSION, "mini_val", Data())
     NuScenesDataset(copy, VERSION, "mini_train", Data())
     assert len(builds) == 1
     for name, array in vars(first.index).items():
         np.testing.assert_array_equal(array, getattr(again.index, name))
-    assert not list(copy.glob("unipad-index/*.part"))
+    files = {file.name for file in (copy / "unipad-index").iterdir()}
+    assert files == {f"{VERSION}-mini_train.npz", f"{VERSION}-mini_val.npz"}
 
 
 def test_the_index_is_rebuilt_when_the_tables_change(copy, monkeypatch):
@@ -84,6 +87,16 @@ def test_a_root_that_cannot_be_written_uses_the_users_cache(copy, tmp_path, monk
         NuScenesDataset(copy, VERSION, "mini_val", Data())
     assert len(builds) == 1
     assert list((tmp_path / "cache" / "unipad").rglob("*.npz"))
+
+
+def test_a_full_disk_leaves_no_part_of_an_index(copy, tmp_path, monkeypatch):
+    def save(file, **arrays):
+        file.write(b"part")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(np, "savez_compressed", save)
+    assert len(NuScenesDataset(copy, VERSION, "mini_val", Data()))
+    assert not [*(copy / "unipad-index").iterdir(), *(tmp_path / "cache").rglob("*.npz*")]
 
 
 def assert_refused(words, root, version=VERSION, split="mini_val"):
@@ -208,6 +221,7 @@ def test_an_image_without_a_size_is_named(copy):
     "channel, table, field, value, words",
     [
         ("LIDAR_TOP", "sample_data", "timestamp", 10**15, "its time is -5324"),
+        ("LIDAR_TOP", "sample_data", "timestamp", 1_532_402_926_000_000, "its time is -"),  # 1 s before the first scene
         ("LIDAR_TOP", "ego_pose", "translation", [9e3, 9e3, 0], "m from that of the LiDAR frame before"),
         ("CAM_BACK", "ego_pose", "translation", [9e3, 9e3, 0], "puts a camera "),
     ],

@@ -141,7 +141,7 @@ def test_lidar_trains_without_images(city, tmp_path):
     (root / "samples" / "LIDAR_TOP").symlink_to(city / "samples" / "LIDAR_TOP")
     flags = ["--modality", "lidar", "--preset", "tiny", "--steps", 2]
     done = train(*flags, "--data-root", root, "--val-every", 2, "--out", tmp_path / "without", cwd=tmp_path)
-    assert "the dataset has no images: rays are cast from the LiDAR" in done.stdout
+    assert "no training frame has all its images: rays are cast from the LiDAR" in done.stdout
     assert (tmp_path / "without" / "images" / "val_000002.png").stat().st_size > 10_000
     train(*flags, "--data-root", city, "--data.no-cameras", "--out", tmp_path / "with", cwd=tmp_path)
     assert curve(tmp_path / "with") == curve(tmp_path / "without")

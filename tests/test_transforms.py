@@ -56,13 +56,14 @@ def test_a_rotation_by_90_degrees_by_hand(sample):
 
 
 def test_flips_by_hand(sample):
-    """As in the original: flip_x negates x, vx and yaw'; flip_y negates y and vy, and yaw' becomes pi - yaw'."""
+    """As in the original, with its yaw': flip_x negates x, vx and yaw'; flip_y negates y and vy, and yaw' becomes
+    pi - yaw'."""
     x, y, z, w, l, h, yaw, vx, vy = boxes_to_original(torch.from_numpy(sample.boxes)).T
-    truth = {
+    flipped = {
         "x": torch.stack([-x, y, z, w, l, h, -yaw, -vx, vy], dim=1),
         "y": torch.stack([x, -y, z, w, l, h, np.pi - yaw, vx, -vy], dim=1),
     }
-    for axis, boxes in truth.items():
+    for axis, boxes in flipped.items():
         after = apply_transform(sample, make_transform(**{f"flip_{axis}": True}))
         expected = boxes_from_original(boxes)
         torch.testing.assert_close(torch.from_numpy(after.boxes[:, :6]), expected[:, :6])
@@ -100,22 +101,24 @@ def test_headings_and_velocities_are_transformed_as_points_are(sample, transform
         heading = np.stack([np.cos(b[:, 6]), np.sin(b[:, 6])], axis=1)
         return b[:, :2] + heading * b[:, 4:5] / 2, b[:, :2] + b[:, 7:]
 
-    for before, then in zip(front_and_next_center(boxes), front_and_next_center(after), strict=True):
+    for before, transformed in zip(front_and_next_center(boxes), front_and_next_center(after), strict=True):
         expected = np.c_[before, boxes[:, 2], np.ones(len(boxes))] @ transform.T
-        np.testing.assert_allclose(then, expected[:, :2], atol=1e-3)
+        np.testing.assert_allclose(transformed, expected[:, :2], atol=1e-3)
     assert (np.abs(after[:, 6]) <= np.pi + 1e-6).all()
 
 
 @every_transform
 def test_points_keep_their_pixels(sample, transform):
-    seen = []
+    projections = []
     for s in (sample, apply_transform(sample, transform)):
         batch = collate([s])
         pixels, visible = project_points(batch.points[:, :3], batch.lidar2image[0], batch.image_sizes[0])
-        seen.append((pixels, visible))
-    (before, visible), (after, also_visible) = seen
-    assert (visible == also_visible).float().mean() > 0.9999 and visible.any()  # except for rounding at an image's edge
-    both = visible & also_visible
+        projections.append((pixels, visible))
+    (before, visible_before), (after, visible_after) = projections
+    assert visible_before.any()
+    # except for rounding at an image's edge
+    assert (visible_before == visible_after).float().mean() > 0.9999
+    both = visible_before & visible_after
     torch.testing.assert_close(after[both], before[both], rtol=1e-3, atol=0.02)
 
 
@@ -124,12 +127,12 @@ def test_rays_end_on_the_transformed_points(sample, transform):
     batch = collate([apply_transform(sample, transform)])
     points = batch.points[:, :3]
     pixels, visible = project_points(points, batch.lidar2image[0], batch.image_sizes[0])
-    rows = [view.nonzero()[:50, 0] for view in visible]
-    count = min(len(row) for row in rows)
-    chosen = torch.stack([view[row[:count]] for view, row in zip(pixels, rows, strict=True)])  # [N, count, 3]
+    indices = [view.nonzero()[:50, 0] for view in visible]  # of visible points, per view
+    count = min(map(len, indices))
+    chosen = torch.stack([view[i[:count]] for view, i in zip(pixels, indices, strict=True)])  # [N, count, 3]
     rays = cast_rays(batch, 0, chosen)
     ends = rays.origins + rays.directions * rays.depth[:, None]
-    targets = torch.cat([points[row[:count]] for row in rows])
+    targets = torch.cat([points[i[:count]] for i in indices])
     assert count
     torch.testing.assert_close(ends, targets, rtol=1e-3, atol=1e-2)
 
@@ -154,10 +157,11 @@ def test_augmentation_stays_in_its_limits_and_labels_stay_with_points(sample):
 
 def test_disabled_augmentations_draw_no_random_numbers(sample):
     """So that adding an augmentation does not change the random numbers of older recipes."""
-    rng, plain = np.random.default_rng(3), np.random.default_rng(3)
+    rng, expected_rng = np.random.default_rng(3), np.random.default_rng(3)
     varied = augment_sample(sample, rng, Augment(rotation=0.4, scale=(0.9, 1.1), shuffle=True))
-    angle, scale, order = plain.uniform(-0.4, 0.4), plain.uniform(0.9, 1.1), plain.permutation(len(sample.points))
-    assert rng.bit_generator.state == plain.bit_generator.state
+    angle, scale = expected_rng.uniform(-0.4, 0.4), expected_rng.uniform(0.9, 1.1)
+    order = expected_rng.permutation(len(sample.points))
+    assert rng.bit_generator.state == expected_rng.bit_generator.state
     np.testing.assert_array_equal(varied.points, apply_transform(sample, make_transform(angle, scale)).points[order])
 
 
@@ -165,16 +169,16 @@ def test_shifts_and_flips_are_distributed_as_configured(sample):
     """The transform that was drawn is recovered from the first camera's matrix before and after."""
     small = replace(sample, points=sample.points[:1], point_labels=None)
     cfg = Augment(translation=(0.5, 1.0, 0.0), flip_x=0.5, flip_y=0.2)
-    moves = []
+    transforms = []
     for seed in range(400):
         varied = augment_sample(small, np.random.default_rng(seed), cfg)
-        moves.append(np.linalg.inv(varied.lidar2camera[0].astype(float)) @ sample.lidar2camera[0])
-    moves = np.array(moves)  # old LiDAR frame -> new
-    mirrored = moves[:, [0, 1], [0, 1]] < 0
+        transforms.append(np.linalg.inv(varied.lidar2camera[0].astype(float)) @ sample.lidar2camera[0])
+    transforms = np.array(transforms)  # LiDAR frame before -> after
+    mirrored = transforms[:, [0, 1], [0, 1]] < 0
     np.testing.assert_allclose(mirrored.mean(axis=0), [0.5, 0.2], atol=0.08)
-    shift = np.where(mirrored, -1, 1) * moves[:, :2, 3]
+    shift = np.where(mirrored, -1, 1) * transforms[:, :2, 3]
     np.testing.assert_allclose(shift.std(axis=0), [0.5, 1.0], rtol=0.15)
-    assert np.abs(moves[:, 2, 3]).max() < 1e-5
+    assert np.abs(transforms[:, 2, 3]).max() < 1e-5
 
 
 def test_points_and_boxes_are_cropped_after_the_transform(city):
@@ -191,20 +195,21 @@ def test_points_and_boxes_are_cropped_after_the_transform(city):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_the_grid_matches_the_original(seed):
-    """The original's random numbers come from `np.random.RandomState`: whether there is a grid, period, top, left."""
+    """The original draws from `np.random.RandomState`: whether there is a grid, then its period, top and left."""
     arrays, _ = load("grid_mask")
-    truth = arrays[f"out/seed{seed}"].numpy()
+    expected = arrays[f"out/seed{seed}"].numpy()
     rng = np.random.RandomState(seed)
     if rng.rand() > 0.7:
-        assert (truth == 1).all()
+        assert (expected == 1).all()
         return
-    period = rng.randint(2, truth.shape[0])
+    period = rng.randint(2, expected.shape[0])
     top, left = rng.randint(period), rng.randint(period)
-    np.testing.assert_array_equal(grid_mask(*truth.shape, period, top, left), truth == 1)
+    np.testing.assert_array_equal(grid_mask(*expected.shape, period, top, left), expected == 1)
 
 
 def test_a_grid_by_hand():
-    """The 4 x 6 image is the center of a 6 x 9 grid, from (1, 1) on; period 2 keeps every other row and column."""
+    """The 4 x 6 image starts at (1, 1) of a 6 x 9 grid, as do the first bars. With period 2, every other row and column
+    is a bar, which is visible."""
     rows, columns = "1010", "101010"
     expected = [[r == "1" or c == "1" for c in columns] for r in rows]
     assert grid_mask(4, 6, 2, 1, 1).tolist() == expected
@@ -225,8 +230,8 @@ def test_grid_mask_is_the_same_in_all_images_and_zero_after_normalization(sample
     assert 0.55 < (hidden_fractions > 0).mean() < 0.8 and 0.1 < hidden_fractions.mean() < 0.25, hidden_fractions
     assert (white.images[0] == 255).all()
     encoder = CameraEncoder(CameraConfig(depths=(1,) * 4, widths=(4,) * 4, channels=4, depth_bins=2))
-    seen = encoder.normalize(torch.from_numpy(HIDDEN).view(1, 1, 3, 1, 1) / 255, torch.tensor([[[1, 1]]]))
-    assert seen.abs().max() < 0.01
+    normalized = encoder.normalize(torch.from_numpy(HIDDEN).view(1, 1, 3, 1, 1) / 255, torch.tensor([[[1, 1]]]))
+    assert normalized.abs().max() < 0.01
 
 
 class Script:
@@ -288,11 +293,11 @@ def test_colors_are_drawn_per_image(city):
     np.testing.assert_array_equal(after.images, again.images)
 
 
-def test_a_dataset_without_images(city, tmp_path):
+def test_a_dataset_without_images_has_batches_of_no_views(city, tmp_path):
     assert NuScenesDataset.has_images(city, "v1.0-mini", "mini_train")
     (tmp_path / "set").mkdir()
-    for part in ("v1.0-mini", "sweeps", "lidarseg", "maps"):
-        (tmp_path / "set" / part).symlink_to(city / part)
+    for name in ("v1.0-mini", "sweeps", "lidarseg", "maps"):
+        (tmp_path / "set" / name).symlink_to(city / name)
     (tmp_path / "set" / "samples").mkdir()
     (tmp_path / "set" / "samples" / "LIDAR_TOP").symlink_to(city / "samples" / "LIDAR_TOP")
     assert not NuScenesDataset.has_images(tmp_path / "set", "v1.0-mini", "mini_train")

@@ -1,4 +1,4 @@
-"""Test-time augmentation: the boxes of a perfect detector, found in every view and merged, are the true boxes."""
+"""Test-time augmentation: ground-truth boxes, transformed to every view, mapped back and merged, are the same boxes."""
 
 import math
 from dataclasses import replace
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_eval import RECIPE, tiny_detector, truth_of, validation
+from tests.test_eval import RECIPE, perfect_detector, tiny_detector, validation
 from unipad.boxes import transform_boxes
 from unipad.data.dataset import collate
 from unipad.data.loader import held_out_batches
@@ -16,59 +16,61 @@ from unipad.evaluate.submission import MAX_BOXES
 from unipad.evaluate.tta import detect_tta, merged, transformed_batch, tta_views
 from unipad.model.detect import Detections
 
-ALL = tta_views((1.0, 1.06, 0.96), (0.0, 0.3), flips=True)
+VIEWS = tta_views((1.0, 1.06, 0.96), (0.0, 0.3), flips=True)
 
 
-def frames(root, count, **settings):
+def first_frames(root, count, **settings):
+    """A batch of the first frames of the validation split."""
     dataset = validation(root, **settings)
     return collate([dataset[i] for i in range(count)])
 
 
 def test_views_by_hand():
-    assert len(ALL) == 24 and np.array_equal(ALL[0], np.eye(4))
-    assert [np.diag(move).tolist() for move in tta_views()] == [[x, y, 1, 1] for x in (1, -1) for y in (1, -1)]
+    assert len(VIEWS) == 24 and np.array_equal(VIEWS[0], np.eye(4))
+    assert [np.diag(view).tolist() for view in tta_views()] == [[x, y, 1, 1] for x in (1, -1) for y in (1, -1)]
     (view,) = tta_views((2.0,), (math.pi / 2,), flips=False)
     assert view @ [1, 0, 0, 1] == pytest.approx([0, 2, 0, 1])
 
 
-@pytest.mark.parametrize("move", ALL[1::5], ids=lambda move: f"{move[0, 0]:.2f} {move[0, 1]:.2f}")
-def test_points_and_cameras_move_together(move, city):
+@pytest.mark.parametrize("transform", VIEWS[1::5], ids=lambda t: f"{t[0, 0]:.2f} {t[0, 1]:.2f}")
+def test_points_and_cameras_are_transformed_together(transform, city):
     """Points are transformed, and project to the same pixels as before."""
-    batch = frames(city, 1, cameras=True)
-    other = transformed_batch(batch, move)
+    batch = first_frames(city, 1, cameras=True)
+    after = transformed_batch(batch, transform)
     homogeneous = torch.cat([batch.points[:, :3].double(), torch.ones(len(batch.points), 1).double()], dim=1)
-    assert torch.allclose(other.points[:, :3].double(), (homogeneous @ torch.from_numpy(move).T)[:, :3], atol=1e-4)
-    assert torch.equal(other.points[:, 3:], batch.points[:, 3:]) and other.images is batch.images
+    expected = (homogeneous @ torch.from_numpy(transform).T)[:, :3]
+    assert torch.allclose(after.points[:, :3].double(), expected, atol=1e-4)
+    assert torch.equal(after.points[:, 3:], batch.points[:, 3:]) and after.images is batch.images
     for name in ("lidar2image", "lidar2camera"):
-        before, after = (
+        pixels, pixels_after = (
             getattr(b, name)[0] @ torch.cat([b.points[:, :3], torch.ones(len(b.points), 1)], dim=1).T
-            for b in (batch, other)
+            for b in (batch, after)
         )
-        assert torch.allclose(before, after, rtol=1e-4, atol=2e-2)
+        assert torch.allclose(pixels, pixels_after, rtol=1e-4, atol=2e-2)
 
 
 def test_detections_are_mapped_back_exactly(city):
-    """A perfect detector finds every box in the frame of each view; after merging, each is found once."""
-    batch = frames(city, 2)
-    seen = []
+    """A perfect detector finds every box in the frame of each view; after merging, each box is there once."""
+    batch = first_frames(city, 2)
+    views = []  # that the detector was called with
 
-    def oracle(moved):
-        """Recognizes the view by its points, and returns the true boxes in its frame."""
-        seen.append(next(m for m in ALL if torch.equal(transformed_batch(batch, m).points, moved.points)))
-        boxes = torch.from_numpy(transform_boxes(batch.boxes.numpy(), seen[-1]))
-        return truth_of(replace(moved, boxes=boxes))
+    def detect(view_batch):
+        """Recognizes the view by its points, and returns the ground-truth boxes in its frame."""
+        views.append(next(v for v in VIEWS if torch.equal(transformed_batch(batch, v).points, view_batch.points)))
+        boxes = torch.from_numpy(transform_boxes(batch.boxes.numpy(), views[-1]))
+        return perfect_detector(replace(view_batch, boxes=boxes))
 
-    truths = truth_of(batch)
-    found = detect_tta(oracle, ALL, batch)
-    assert all(a is b for a, b in zip(seen, ALL, strict=True))
-    for once, truth in zip(found, truths, strict=True):
-        alone = merged([truth])  # some true boxes overlap: a rider on a parked cycle is suppressed too
-        assert len(once.boxes) == len(alone.boxes) > 20
-        order, expected = (t.boxes[:, 0].argsort() for t in (once, alone))
-        a, b = once.boxes[order], alone.boxes[expected]
+    of_views = detect_tta(detect, VIEWS, batch)
+    assert all(a is b for a, b in zip(views, VIEWS, strict=True))
+    for ours, ground_truth in zip(of_views, perfect_detector(batch), strict=True):
+        # merged, since some ground-truth boxes overlap: a rider on a parked cycle is suppressed
+        expected = merged([ground_truth])
+        assert len(ours.boxes) == len(expected.boxes) > 20
+        order, expected_order = (t.boxes[:, 0].argsort() for t in (ours, expected))
+        a, b = ours.boxes[order], expected.boxes[expected_order]
         assert torch.allclose(a[:, [0, 1, 2, 3, 4, 5, 7, 8]], b[:, [0, 1, 2, 3, 4, 5, 7, 8]], atol=2e-5)
         assert (a[:, 6] - b[:, 6]).cos().min() > 1 - 1e-6
-        assert torch.equal(once.labels[order], alone.labels[expected])
+        assert torch.equal(ours.labels[order], expected.labels[expected_order])
 
 
 def test_merging_equal_detections_changes_nothing():
@@ -76,12 +78,12 @@ def test_merging_equal_detections_changes_nothing():
     boxes[:, 0] = torch.arange(40.0) * 3
     boxes[:, 3:6] = torch.tensor([2.0, 1.5, 1.0])
     boxes[:, 6] = torch.linspace(-3, 3, 40)
-    found = Detections(boxes, torch.linspace(0.9, 0.1, 40), torch.arange(40) % 10)
+    detected = Detections(boxes, torch.linspace(0.9, 0.1, 40), torch.arange(40) % 10)
     for copies in (1, 12):
-        again = merged(copies * [found])
+        again = merged(copies * [detected])
         for name in ("boxes", "scores", "labels"):
-            assert torch.equal(getattr(again, name), getattr(found, name))
-    nothing = Detections(boxes[:0], found.scores[:0], found.labels[:0])
+            assert torch.equal(getattr(again, name), getattr(detected, name))
+    nothing = Detections(boxes[:0], detected.scores[:0], detected.labels[:0])
     assert len(merged([nothing, nothing]).boxes) == 0
 
 
@@ -89,14 +91,14 @@ def test_merging_keeps_the_better_box_of_each_class():
     box = torch.tensor([[0.0, 0, 0, 2, 4, 1, 0, 0, 0]])
     near = box + torch.tensor([0.5, 0, 0, 0, 0, 0, 0, 0, 0])
     car, bus = torch.tensor([0]), torch.tensor([3])
-    found_in_views = [
+    of_views = [
         Detections(box, torch.tensor([0.5]), car),
         Detections(near, torch.tensor([0.6]), car),
         Detections(near, torch.tensor([0.4]), bus),
     ]
-    found = merged(found_in_views)
-    assert found.scores.tolist() == pytest.approx([0.6, 0.4]) and found.labels.tolist() == [0, 3]
-    assert torch.equal(found.boxes, torch.cat([near, near]))
+    kept = merged(of_views)
+    assert kept.scores.tolist() == pytest.approx([0.6, 0.4]) and kept.labels.tolist() == [0, 3]
+    assert torch.equal(kept.boxes, torch.cat([near, near]))
     many = torch.zeros(600, 9)
     many[:, 0] = torch.arange(600.0) * 10
     many[:, 3:6] = 1
@@ -105,10 +107,10 @@ def test_merging_keeps_the_better_box_of_each_class():
     assert len(most.boxes) == MAX_BOXES and most.scores[-1] == scores[100]
 
 
-def test_the_identity_view_alone_changes_no_detections(city):
+def test_the_identity_view_alone_only_merges_detections(city):
     model = tiny_detector().eval()
     _, batch = next(held_out_batches(NuScenesDataset(city, "v1.0-mini", "mini_val", RECIPE.data), 1))
     (plain,) = model.detect(batch)
-    (found_in_views,) = detect_tta(model.detect, tta_views(flips=False), batch)
-    best = merged([plain])
-    assert torch.equal(found_in_views.boxes, best.boxes) and torch.equal(found_in_views.scores, best.scores)
+    (with_tta,) = detect_tta(model.detect, tta_views(flips=False), batch)
+    expected = merged([plain])
+    assert torch.equal(with_tta.boxes, expected.boxes) and torch.equal(with_tta.scores, expected.scores)

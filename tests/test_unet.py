@@ -1,4 +1,4 @@
-"""SpUNet matches the original; features of points do not depend on the rest of the batch."""
+"""SpUNet matches the original; features of points do not depend on the other samples of a batch."""
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ SMALL = config.UnetConfig(cell=0.5, mask_block=2, stem=4, widths=(4, 6, 6, 5), b
 
 
 def cloud(counts=(300, 200)):
+    """Random points [P, 5] inside `GRID`, and their counts."""
     points = torch.rand(sum(counts), 5) * torch.tensor([15.8, 15.8, 5.8, 255, 0]) - torch.tensor([7.9, 7.9, 1.9, 0, 0])
     return points, torch.tensor(counts)
 
@@ -48,8 +49,8 @@ def test_weights_convert_back_to_the_originals_keys():
     assert all(torch.equal(back[name], theirs[name]) for name in theirs)
 
 
-def test_paper_size():
-    """Pointcept reports 39.2 M parameters, including a head for 20 classes; some biases differ too."""
+def test_size_of_the_default_unet():
+    """Pointcept reports 39.2 M parameters, which include a head for 20 classes (96 * 20 + 20)."""
     with torch.device("meta"):
         net = UnetEncoder(config.UnetConfig(), config.Grid((-54.0, -54.0, -5.0), (54.0, 54.0, 3.0), (0.6, 0.6, 1.6)))
     assert net.mask_shape == (10, 135, 135)
@@ -57,7 +58,7 @@ def test_paper_size():
 
 
 def test_points_have_the_features_of_their_voxels_in_any_batch():
-    """A sample's features do not change with another sample or a far point in the batch."""
+    """A sample's features do not depend on other samples of the batch, or on a point far outside the grid."""
     points, counts = cloud()
     net = UnetEncoder(SMALL, GRID).eval()
     features, rows, voxel_of = net.voxel_features(points, counts)
@@ -74,8 +75,8 @@ def test_without_points_every_layer_runs_and_has_a_gradient():
     net = UnetEncoder(SMALL, GRID)
     features, rows, voxel_of = net.voxel_features(torch.zeros(0, 5), [0, 0])
     assert features.shape == (0, 5) and not len(rows) and not len(voxel_of)
-    volume, seen = net(torch.zeros(0, 5), [0, 0], torch.rand(2, *net.mask_shape))
-    assert volume.shape == (2, 5, 3, 16, 16) and not volume.any() and not len(seen)
+    volume, grid_coords = net(torch.zeros(0, 5), [0, 0], torch.rand(2, *net.mask_shape))
+    assert volume.shape == (2, 5, 3, 16, 16) and not volume.any() and not len(grid_coords)
     for out in (features, volume):
         net.zero_grad()
         out.sum().backward()
@@ -85,7 +86,7 @@ def test_without_points_every_layer_runs_and_has_a_gradient():
 def test_a_cell_of_the_volume_is_the_mean_of_its_voxels():
     points, counts = cloud()
     net = UnetEncoder(SMALL, GRID).eval()
-    volume, seen = net(points, counts)
+    volume, grid_coords = net(points, counts)
     assert volume.shape == (2, 5, 3, 16, 16) and volume.is_contiguous(memory_format=torch.channels_last_3d)
     features, rows, _ = net.voxel_features(points, counts)
     x, y, z = ((points[rows, :3] - torch.tensor(GRID.low)) / torch.tensor(GRID.cell)).long().unbind(1)
@@ -94,7 +95,7 @@ def test_a_cell_of_the_volume_is_the_mean_of_its_voxels():
     total.index_put_((sample, z, y, x), features, accumulate=True)
     count.index_put_((sample, z, y, x), torch.ones(len(rows), 1), accumulate=True)
     torch.testing.assert_close(volume, (total / count.clamp(min=1)).permute(0, 4, 1, 2, 3), rtol=1e-4, atol=1e-5)
-    assert torch.equal(seen[:, 1:], ((points[rows, :3] - torch.tensor(GRID.low)) / 0.5).int().flip(1))
+    assert torch.equal(grid_coords[:, 1:], ((points[rows, :3] - torch.tensor(GRID.low)) / 0.5).int().flip(1))
 
 
 def test_a_step_only_waits_for_sizes(monkeypatch, device):
@@ -106,13 +107,13 @@ def test_a_step_only_waits_for_sizes(monkeypatch, device):
     points, noise = points.to(device), torch.rand(2, *net.mask_shape, device=device)
     with WaitRecorder(without=("unipad.kernels.sparse_tiles", "unipad.kernels.sparse_gemm")) as waits:
         net(points, counts, noise)[0].square().sum().backward()
-    occupied, reached = "number and extent of occupied cells", "number of a convolution's output voxels"
-    assert waits.named == [occupied, "indices of the visible voxels", reached, reached]
+    occupied, output_size = "number and extent of occupied cells", "number of a convolution's output voxels"
+    assert waits.named == [occupied, "indices of the visible voxels", output_size, output_size]
     assert set(waits.unnamed) <= {"_local_scalar_dense"}  # from point counts, which are on the host
 
 
 def test_cells_of_points_are_the_same_on_a_gpu():
-    """Cells of 0.3 m: if x were multiplied by the reciprocal of 0.3, some points would get another cell."""
+    """Cells of 0.3 m: multiplied by the reciprocal of 0.3, instead of divided, some points would get another cell."""
     net = UnetEncoder(SMALL, config.Grid(low=(-3.0, -3.0, -2.0), high=(3.0, 3.0, 4.0), cell=(0.3, 0.3, 2.0)))
     x = (torch.arange(1, 20).double() * 0.3 - 3).float()
     points = torch.stack([x, x, torch.zeros_like(x)], dim=1)
@@ -124,17 +125,20 @@ def test_cells_of_points_are_the_same_on_a_gpu():
 
 
 def test_masked_blocks_are_not_encoded():
-    """Visible blocks are encoded as if there were no others; a point at the upper border of the grid is inside."""
+    """Visible blocks are encoded as if there were no masked ones; a point at the upper border of the grid is inside."""
     points, counts = cloud((400, 200))
     points[0, :3] = torch.tensor([8.0, 8.0, 4.0]).nextafter(torch.zeros(3))
     net = UnetEncoder(SMALL, GRID).eval()
     noise = torch.rand(2, *net.mask_shape)
-    volume, seen = net(points, counts, noise)
-    _, every = net(points, counts)
-    blocks = [{tuple(c) for c in torch.cat([v[:, :1], v[:, 1:] // 2], dim=1).tolist()} for v in (seen, every)]
+    volume, visible_coords = net(points, counts, noise)
+    _, all_coords = net(points, counts)
+    blocks = [
+        {tuple(c) for c in torch.cat([v[:, :1], v[:, 1:] // SMALL.mask_block], dim=1).tolist()}
+        for v in (visible_coords, all_coords)
+    ]
     for b in range(2):
-        kept, occupied = (sum(c[0] == b for c in these) for these in blocks)
-        assert kept == round(occupied * 0.2)
+        kept, occupied = (sum(c[0] == b for c in block_coords) for block_coords in blocks)
+        assert kept == round(occupied * 0.2)  # 1 - mask_ratio
     block = ((points[:, :3] - torch.tensor(GRID.low)) / 0.5).long().flip(1) // 2
     sample = torch.tensor([0, 1]).repeat_interleave(counts)
     visible = torch.tensor([(b, *p) in blocks[0] for b, p in zip(sample.tolist(), block.tolist(), strict=True)])

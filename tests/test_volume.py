@@ -72,11 +72,11 @@ def test_render_projection_reproduces_the_original():
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d], ids=str)
 @pytest.mark.parametrize("Z", [1, 4])
-def test_sliced_convolution_matches_conv3d(Z, memory_format):
+def test_conv3x3x3_matches_conv3d(Z, memory_format):
     ours, plain = Conv3x3x3(3, 5).double(), nn.Conv3d(3, 5, kernel_size=3, padding=1).double()
     plain.load_state_dict(ours.state_dict())
     x = torch.randn(2, 3, Z, 6, 7, dtype=torch.float64).contiguous(memory_format=memory_format).requires_grad_()
     d_out = torch.randn(2, 5, Z, 6, 7, dtype=torch.float64)
     a, b = ((out := conv(x), *torch.autograd.grad(out, [x, *conv.parameters()], d_out)) for conv in (ours, plain))
-    for ours, truth in zip(a, b, strict=True):
-        torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-12)
+    for actual, expected in zip(a, b, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)

@@ -4,13 +4,13 @@ config.py      all settings, as frozen dataclasses
 recipes.py     presets: the paper's, the released configs', tiny ones
 batch.py       the batch: the interface between data and model
 boxes.py       box geometry, for data and model
-errors.py      user-facing errors: one sentence
+errors.py      user-facing errors, one sentence each
 runtime.py     device, processes, random numbers, signals
 exit.py        how a program ends: exit codes, and one line instead of a traceback
 run_folder.py  what a training run leaves: folder, log, checkpoints
 checkpoint.py  reading checkpoints and runs, and taking weights from them
-convert.py     checkpoints of UniPAD and ImageNet -> ours, and back to UniPAD's
-names.py       parameter names in UniPAD and here
+convert.py     the original's checkpoints and ImageNet's ConvNeXt -> ours, and ours -> the original's
+names.py       parameter names: the original's <-> ours
 optimizer.py   AdamW and its schedules
 cli.py         command lines: a script's flags and every setting of the recipe
 data/          datasets read into batches, and the synthetic city

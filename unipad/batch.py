@@ -19,6 +19,40 @@ CAMERAS = (
     "CAM_FRONT_LEFT",
 )
 
+# Detection classes 0 to 9, in the order of the devkit
+CLASSES = (
+    "car",
+    "truck",
+    "construction_vehicle",
+    "bus",
+    "trailer",
+    "barrier",
+    "motorcycle",
+    "bicycle",
+    "pedestrian",
+    "traffic_cone",
+)
+
+# Classes 1 to 16 of nuScenes-lidarseg
+LIDARSEG_CLASSES = (
+    "barrier",
+    "bicycle",
+    "bus",
+    "car",
+    "construction_vehicle",
+    "motorcycle",
+    "pedestrian",
+    "traffic_cone",
+    "trailer",
+    "truck",
+    "driveable_surface",
+    "other_flat",
+    "sidewalk",
+    "terrain",
+    "manmade",
+    "vegetation",
+)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -35,9 +69,9 @@ class Batch:
     points: Tensor  # [P, 5] x, y, z meters (LiDAR frame of the keyframe), intensity, time lag seconds
     point_counts: Tensor  # [B] int64, on the host
     boxes: Tensor  # [M, 9] x, y, z center, w, l, h meters, yaw, vx, vy in the LiDAR frame
-    labels: Tensor  # [M] int64 detection class 0-9
+    labels: Tensor  # [M] int64 detection class 0-9, see `CLASSES`
     box_counts: Tensor  # [B] int64, on the host
-    point_labels: Tensor | None  # [P] uint8 lidarseg class 0-16, 0 is ignored; None without labels
+    point_labels: Tensor | None  # [P] uint8 lidarseg class 0-16, 0 is ignored, see `LIDARSEG_CLASSES`; None: no labels
     tokens: tuple[str, ...]  # sample tokens
     frame_lags: Tensor | None = None  # [B, S] seconds from each of S frames to the keyframe, 0 first; None: S = 1
     cameras: tuple[str, ...] = ()  # names of the keyframe's cameras; () where the dataset does not name them

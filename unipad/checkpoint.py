@@ -1,6 +1,7 @@
 """Checkpoints: written atomically, read as data and never as code, loaded whole or in part (such as an encoder)."""
 
 import contextlib
+import json
 import os
 import pickle
 import re
@@ -112,12 +113,30 @@ def read_run(path: Path, lazily: bool = False) -> tuple[dict, Recipe, Path]:
     file = find_checkpoint(path)
     saved = read_checkpoint(file, lazily)
     try:
-        recipe = from_dict(AnyRecipe, saved["config"]["recipe"])
         _check_types(saved, {"model": dict, "step": int})
+        recipe = recipe_of(saved["config"])
         _check_types(saved["config"], {"args": dict})
-    except (KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file} has no model with a recipe of this version of the project: {error}.") from None
+        _check_names(saved["config"]["args"], ("dataset", "version", "data_root"))
+    except (KeyError, TypeError, UserError) as error:
+        raise UserError(
+            f"{file} has no model with a recipe of this version of the project: {str(error).rstrip('.')}."
+        ) from None
     return saved, recipe, file.parent.parent if file.parent.name == "checkpoints" else file.parent
+
+
+def recipe_of(config) -> Recipe:
+    """The recipe of a checkpoint's `config`. Raises TypeError where it has none, or anything that JSON cannot hold."""
+    _check_plain(config)
+    _check_types(config, {"recipe": dict})
+    return from_dict(AnyRecipe, config["recipe"])
+
+
+def _check_plain(config):
+    """Raises TypeError unless a config consists of what JSON can hold: two of them can be compared."""
+    try:
+        json.dumps(config, allow_nan=False)
+    except (ValueError, RecursionError) as error:
+        raise TypeError(f"its config has an impossible value: {error}") from None
 
 
 def read_training(file: Path) -> dict:
@@ -126,6 +145,7 @@ def read_training(file: Path) -> dict:
     try:
         parts = ("model", "optimizer", "scaler", "metrics", "config")
         _check_types(saved, {**dict.fromkeys(parts, dict), "step": int, "validated": int})
+        _check_plain(saved["config"])
         _check_types(saved["config"], {"args": dict, "recipe": dict, "steps": int})
         _check_metrics(saved["metrics"])
         if not 0 < saved["step"] <= saved["config"]["steps"]:
@@ -147,23 +167,51 @@ def _check_types(values, types):
             raise TypeError(f"its {name} is a {type(values[name]).__name__}")
 
 
+def _check_names(args, flags):
+    """Raises TypeError unless each of `flags` is a text in `args`, or None, or missing."""
+    for flag in flags:
+        if not isinstance(args.get(flag), str | None):
+            raise TypeError(f"its {flag} is a {type(args[flag]).__name__}")
+
+
 def _check_metrics(metrics):
     """Raises TypeError unless `metrics` is {name: number}, or {"before": ..., "after": ...} of two such dicts."""
     tables = [table for table in metrics.values() if isinstance(table, dict)] or [metrics]
     if len(tables) not in (1, len(metrics)) or any(table.keys() != tables[0].keys() for table in tables):
         raise TypeError("its metrics differ in their names")
-    if not all(isinstance(value, float | int) for table in tables for value in table.values()):
+    if not all(type(value) in (float, int) for table in tables for value in table.values()):
         raise TypeError("its metrics are no numbers")
+
+
+def weight_fault(name: str, weight, place: torch.Tensor) -> str | None:
+    """Why the value `weight` of a checkpoint cannot be loaded into the tensor `place`, or None. A half-sentence."""
+    if not isinstance(weight, torch.Tensor):
+        return f"{name} is a {type(weight).__name__}"
+    if weight.shape != place.shape:
+        return f"{name} has the shape {tuple(weight.shape)} instead of {tuple(place.shape)}"
+    if weight.is_meta or weight.layout != torch.strided:
+        return f"{name} has no values in memory"
+    if weight.dtype not in (*FLOATS, place.dtype):
+        return f"{name} has the type {weight.dtype} instead of {place.dtype}"
+    return None if weight.isfinite().all() else f"{name} has values that are not finite"
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # converted when they are loaded
 
 
 def load_weights(net: nn.Module, weights: dict, path: Path):
     """Load all weights of `net`, as `path` has them. Raises `UserError` where they do not fit."""
-    try:
-        net.load_state_dict(weights)
-    except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        what = lines[1] if len(lines) > 1 else f"{type(error).__name__}: {lines[0] if lines else ''}"
-        raise UserError(f"the weights of {path} do not fit the recipe: {what}") from None
+    if fault := weights_fault(net.state_dict(), weights):
+        raise UserError(f"the weights of {path} do not fit the recipe: {fault}.")
+    net.load_state_dict(weights)
+
+
+def weights_fault(mine: dict[str, torch.Tensor], weights: dict) -> str | None:
+    """Why `weights` of a checkpoint do not fit the state dict `mine`, or None. A half-sentence."""
+    for names, what in ((mine.keys() - weights.keys(), "missing"), (weights.keys() - mine.keys(), "unknown")):
+        if names:
+            return f"{len(names)} are {what}, such as {min(map(str, names))}"
+    return next(filter(None, (weight_fault(name, weights[name], place) for name, place in mine.items())), None)
 
 
 def take_weights(net: nn.Module, prefix: str, paths: Sequence[Path], flag: str, print0: Callable) -> set[str]:
@@ -174,7 +222,7 @@ def take_weights(net: nn.Module, prefix: str, paths: Sequence[Path], flag: str, 
     print0: called with a line per path, which says how many weights were taken and which were ignored; then with a
             line of those that keep their random initialization.
 
-    Returns the names taken. Raises `UserError` for a file that has none of the weights, or one of another shape, and
+    Returns the names taken. Raises `UserError` for a file that has none of the weights, or one that does not fit, and
     where none of the files has the camera's frozen stages.
     """
     mine = {name: w for name, w in net.state_dict().items() if name.startswith(prefix)}
@@ -184,12 +232,12 @@ def take_weights(net: nn.Module, prefix: str, paths: Sequence[Path], flag: str, 
         saved = read_checkpoint(file)
         theirs = saved.get("model") if isinstance(saved, dict) else None
         theirs = theirs if isinstance(theirs, dict) else {}
-        theirs = {name: w for name, w in theirs.items() if isinstance(name, str) and torch.is_tensor(w)}
-        common = {name: theirs[name] for name in mine.keys() & theirs.keys()}
-        other = sorted(name for name, w in common.items() if w.shape != mine[name].shape)
-        if not common or other:
+        theirs = {name: w for name, w in theirs.items() if isinstance(name, str)}
+        common = {name: theirs[name] for name in mine if name in theirs}
+        faults = [fault for name, w in common.items() if (fault := weight_fault(name, w, mine[name]))]
+        if not common or faults:
             has = _parts(n for n in theirs if n.startswith(prefix))
-            what = f"its {other[0]} has another shape" if other else f"of {_parts(mine)} it has {has or 'none'}"
+            what = f"its {faults[0]}" if faults else f"of {_parts(mine)} it has {has or 'none'}"
             fix = "" if has else ", or convert weights of another project with python -m unipad.convert"
             raise UserError(f"{flag} {path} does not fit: {what}; give a run whose preset has the same encoder{fix}.")
         net.load_state_dict(common, strict=False)

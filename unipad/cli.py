@@ -25,18 +25,35 @@ from unipad.errors import UserError, check_choices, check_numbers
 A = TypeVar("A")
 # Integer settings of recipes that may be 0; all others are at least 1
 MAY_BE_0 = {"frozen_stages", "fpn_start", "volume_convs", "blocks", "lidar_per_view", "importance", "noise_groups"}
-MAY_BE_0 |= {"counts", "min_points", "warmup_steps"}
+MAY_BE_0 |= {"counts", "min_points", "warmup_steps", "nms"}
+# Other settings: those that may be negative, those from 0 to 1, and those from 0 to below 1; all others are at least 0
+SIGNED = {"low", "high", "center_low", "center_high", "variance"}
+UP_TO_1 = {
+    "flip_x",
+    "flip_y",
+    "grid_mask",
+    "norm_momentum",
+    "focal_alpha",
+    "min_score",
+    "nms",
+    "start",
+    "final",
+    "rise",
+}
+BELOW_1 = {"mask_ratio", "drop_path", "dropout", "sky", "momentum", "min_momentum"}
 RECIPE_FLAGS = ("task", "modality", "preset", "backbone")  # they choose the recipe
 
 
 def parse(kind: type[A], choose: Callable[[A], A], description: str, argv: Sequence[str] | None = None) -> A:
-    """Parse the command line into the dataclass `kind`; settings of the recipe are flags by section (`--optim.lr`).
+    """Parse the command line into the dataclass `kind`; settings of the recipe are flags with their section
+    (`--optim.lr`).
 
     choose: maps the script's parsed flags to the defaults of all flags: the same flags with their recipe filled in, or
             the flags of an earlier run.
     argv:   the flags (default: those of this process).
 
-    Exits with code 2 where tyro cannot parse a flag. Raises `UserError` for a flag of a section the recipe lacks.
+    Exits with code 2 where tyro cannot parse a flag. Raises `UserError` for a flag of a section that the recipe lacks,
+    for a flag that contradicts an earlier run's recipe, and for a number out of range.
     """
     argv = list(map(str, sys.argv[1:] if argv is None else argv))
     read = partial(
@@ -97,7 +114,7 @@ def with_preset(args: A, presets: dict[str, dict[str, Recipe]], modality: str, d
 
     presets:  modality -> name -> recipe, of one task.
     modality: key of `presets`.
-    default:  preset if --data-root is given; otherwise the dataset is the synthetic city, and the preset "tiny".
+    default:  preset if only --data-root is given; without it, the dataset is the synthetic city and the preset "tiny".
     """
     name = args.preset or (default if args.data_root else "tiny")
     check_choices(preset=(name, presets[modality]))
@@ -111,23 +128,32 @@ def with_preset(args: A, presets: dict[str, dict[str, Recipe]], modality: str, d
 
 
 def check_recipe(recipe: Recipe):
-    """Raises `UserError` for sizes and counts that are too small, and for settings that cannot be combined."""
+    """Raises `UserError` for settings out of their range, and for those that cannot be combined."""
     for section, settings in vars(recipe).items():
         for name, value in vars(settings).items() if dataclasses.is_dataclass(settings) else ():
             flag = f"--{section}.{name}".replace("_", "-")
-            for number in value if isinstance(value, tuple) else (value,):
+            for number in _numbers(value):
                 if type(number) is int and number < (name not in MAY_BE_0):
                     raise UserError(f"{flag} {number} must be at least {int(name not in MAY_BE_0)}.")
+                if type(number) is float and name in UP_TO_1 and not 0 <= number <= 1:
+                    raise UserError(f"{flag} {number} must be from 0 to 1.")
+                if type(number) is float and name in BELOW_1 and not 0 <= number < 1:
+                    raise UserError(f"{flag} {number} must be from 0 to below 1.")
+                if type(number) is float and number < 0 and name not in SIGNED:
+                    raise UserError(f"{flag} {number} must not be below 0.")
     if recipe.camera is not None and not recipe.data.cameras:
         raise UserError("--data.no-cameras does not work with a camera encoder, which this recipe has; leave it out.")
     if recipe.camera is None and recipe.data.camera_sweeps > 1:
         raise UserError("--data.camera-sweeps needs a camera encoder, which this recipe does not have; leave it out.")
-    for name in ("camera", "lidar"):
-        encoder = getattr(recipe, name)
-        if encoder is not None and not 0 <= encoder.mask_ratio < 1:
-            raise UserError(f"--{name}.mask-ratio {encoder.mask_ratio} must be from 0 to below 1.")
-    if getattr(recipe, "paste", None) is not None and recipe.paste.off_epochs < 0:
-        raise UserError(f"--paste.off-epochs {recipe.paste.off_epochs} must not be below 0.")
+
+
+def _numbers(value):
+    """Yield the numbers of a setting, also those of nested tuples."""
+    if isinstance(value, tuple):
+        for inner in value:
+            yield from _numbers(inner)
+    else:
+        yield value
 
 
 def check_frozen(recipe: Recipe, sources: Sequence[Path], flag: str):

@@ -19,7 +19,7 @@ from unipad.errors import UserError
 
 
 def cells_of_range(low, high, cell, flag: str) -> tuple[int, int, int]:
-    """Number of cells (X, Y, Z) from `low` to `high`; `UserError` where `flag`'s cells do not divide the range."""
+    """Number of cells (X, Y, Z) from `low` to `high`; `UserError` with `flag` where cells do not divide the range."""
     counts = []
     for axis, l, h, c in zip("xyz", low, high, cell, strict=True):
         if not (h > l and c > 0 and math.isfinite(h - l)):
@@ -34,6 +34,13 @@ def cells_of_range(low, high, cell, flag: str) -> tuple[int, int, int]:
             )
         counts.append(count)
     return tuple(counts)
+
+
+def check_below(lower_flag: str, lower, upper_flag: str, upper, equal: bool = False):
+    """Raises `UserError` unless `lower` is below `upper`, for tuples number by number; equal: or equal to it."""
+    pairs = zip(lower, upper, strict=True) if isinstance(lower, tuple) else [(lower, upper)]
+    if not all(low < high or equal and low == high for low, high in pairs):
+        raise UserError(f"{lower_flag} {lower} must be below {upper_flag} {upper}.")
 
 
 @dataclass(frozen=True)
@@ -82,13 +89,17 @@ class Augment:
     photometric: bool = False  # jitter brightness, contrast, saturation, hue and channel order of every image
     grid_mask: float = 0.0  # probability of masking the images with a grid
 
+    def __post_init__(self):
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise UserError(f"--augment.scale {self.scale} must be the smallest and the largest factor, above 0.")
+
 
 @dataclass(frozen=True)
 class Paste:
-    """Cut and paste: fill samples up with objects of other training frames. Classes in the order of `data.tables`."""
+    """Cut and paste: fill samples up with objects of other training frames. Classes in the order of `batch.CLASSES`."""
 
     counts: tuple[int, ...] = (2, 3, 7, 4, 6, 2, 6, 6, 2, 2)  # objects per class that a sample is filled up to
-    min_points: int = 5  # LiDAR points that an object needs, over all sweeps of its sample
+    min_points: int = 5  # fewest LiDAR points of an object that is pasted, over all sweeps of its sample
     off_epochs: float = 5.0  # epochs without pasting at the end of training
 
 
@@ -117,6 +128,15 @@ class CameraConfig:
     view: Literal["gather", "pool"] = "gather"  # view transform
     truncate: bool = False  # pool: round cell coordinates towards zero, as the original does, instead of down
 
+    def __post_init__(self):
+        stages = len(self.widths)
+        if not stages == len(self.depths) > 0:
+            raise UserError(
+                f"--camera.depths {self.depths} and --camera.widths {self.widths} need one number per stage."
+            )
+        check_below("--camera.fpn-start", self.fpn_start, "the number of stages,", stages)
+        check_below("--camera.frozen-stages", self.frozen_stages, "the number of stages,", stages, equal=True)
+
 
 @dataclass(frozen=True)
 class LidarConfig:
@@ -140,6 +160,13 @@ class LidarConfig:
     channels: int = 256  # channels of the volume
     volume_convs: int = 0  # 3 x 3 x 3 convolutions on the volume; pre-training has none
     norm_momentum: float = 0.01  # momentum of the batch norms' running statistics; short runs need a larger one
+
+    def __post_init__(self):
+        if not len(self.neck_widths) == len(self.neck_strides) > 0:
+            raise UserError(
+                f"--lidar.neck-widths {self.neck_widths} and --lidar.neck-strides {self.neck_strides} need one number "
+                "per branch."
+            )
 
 
 @dataclass(frozen=True)
@@ -176,6 +203,9 @@ class RayChoice:
     dilation: int = 16  # dilation: spacing of rays in pixels
     sky: float = 0.4  # depth: top fraction of an image where this grid has no pixels
 
+    def __post_init__(self):
+        check_below("--rays.near-radius", self.near_radius, "--rays.far-radius", self.far_radius)
+
 
 @dataclass(frozen=True)
 class Render:
@@ -202,7 +232,7 @@ class Render:
 
 @dataclass(frozen=True)
 class Detect:
-    """Detection head on the volume, and its losses. Classes in the order of `data.tables`."""
+    """Detection head on the volume, and its losses. Classes in the order of `batch.CLASSES`."""
 
     denoising: bool = True  # UVTR-DN, which also learns from noisy ground truth and predicts IoUs; off: UVTR
     queries: int = 900  # object queries per sample
@@ -215,7 +245,7 @@ class Detect:
     focal_alpha: float = 0.25  # alpha of the focal loss
     class_weight: float = 2.0  # weight of the class term in the loss and in the assignment cost
     box_weight: float = 0.25  # weight of the box term in the loss and in the assignment cost
-    code_weights: tuple[float, ...] = (2.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.2, 0.2)  # weight of each code entry
+    code_weights: tuple[float, ...] = (2.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.2, 0.2)  # weights of a box code
     iou_weight: float = 0.5  # denoising: weight of the IoU loss
     noise_weight: float = 1.0  # denoising: weight of all losses on noisy ground truth
     noise_groups: int = 10  # denoising: noisy copies of the ground truth; fewer if they would outnumber the queries
@@ -228,6 +258,11 @@ class Detect:
     iou_in_score: bool = True  # denoising: score boxes by sqrt(p * IoU) instead of p
     # (class, bird's-eye IoU above which the lower-scored box is dropped): barrier, motorcycle, traffic cone
     nms: tuple[tuple[int, float], ...] = ((5, 0.2), (6, 0.2), (9, 0.2))
+
+    def __post_init__(self):
+        check_below("--detect.center-low", self.center_low, "--detect.center-high", self.center_high)
+        if len(self.code_weights) != 10:
+            raise UserError(f"--detect.code-weights has {len(self.code_weights)} weights; a box has 10 code entries.")
 
 
 @dataclass(frozen=True)
@@ -247,7 +282,7 @@ class Optim:
     Schedule one_cycle: a cosine up, then one down; the momentum goes down, then up.
     """
 
-    schedule: Literal["cosine", "one_cycle"] = "cosine"  # of the learning rate
+    schedule: Literal["cosine", "one_cycle"] = "cosine"  # schedule of the learning rate
     lr: Annotated[float, arg(aliases=["--lr"])] = 2e-4  # peak learning rate, for `batch_size` samples per step
     backbone_lr: float = 0.1  # factor of lr for the image backbone
     encoder_lr: float = 1.0  # factor of lr for the rest of the encoders
@@ -261,6 +296,9 @@ class Optim:
     min_momentum: float = 0.9 * 0.85 / 0.95  # one_cycle: momentum at the peak of lr
     epochs: Annotated[float, arg(aliases=["--epochs"])] = 12  # passes over the training frames
     batch_size: Annotated[int, arg(aliases=["--batch-size"])] = 4  # samples per step, over all processes
+
+    def __post_init__(self):
+        check_below("--optim.min-momentum", self.min_momentum, "--optim.momentum", self.momentum, equal=True)
 
 
 @dataclass(frozen=True)
@@ -310,7 +348,7 @@ CONVNEXT = {
 
 
 def to_dict(config) -> dict:
-    """A dataclass as JSON-able values, which `weights_only` reads too; `from_dict` is the inverse."""
+    """A dataclass as JSON-able values, which `torch.load(weights_only=True)` reads too; `from_dict` is the inverse."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 

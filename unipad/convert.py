@@ -22,16 +22,15 @@ from typing import Literal
 import torch
 import tyro
 
-from unipad.checkpoint import last_checkpoint, part_of, read_checkpoint, write_checkpoint
+from unipad.checkpoint import last_checkpoint, part_of, read_checkpoint, recipe_of, weight_fault, write_checkpoint
 from unipad.config import (
     CONVNEXT,
-    AnyRecipe,
+    Detect,
     DetectRecipe,
     LidarConfig,
     PretrainRecipe,
     Recipe,
     SegmentRecipe,
-    from_dict,
     to_dict,
 )
 from unipad.errors import UserError, check_choices
@@ -45,6 +44,7 @@ from unipad.recipes import DEFAULT_PRESET, DETECT, PRETRAIN
 
 BACKBONE = "encoder.camera.backbone."
 FRAME_FUSION = "encoder.frame_fusion.trans_conv.0.weight"
+ANY_CODE_WEIGHTS = torch.tensor(Detect().code_weights)
 CAMERA_RATE = 12.0  # Hz: the age of the original's camera sweeps is their number over this
 # Prefixes of the classifier in an ImageNet checkpoint, and of the norm before it
 CLASSIFIER = ("head.", "classifier.", "norm.", "backbone.norm")
@@ -57,16 +57,16 @@ class Report:
     taken: dict = field(default_factory=dict)  # name -> tensor
     missing: list = field(default_factory=list)  # names only in the model
     unexpected: list = field(default_factory=list)  # keys only in the file
-    misshapen: list = field(default_factory=list)  # "name (shape in the file) for (shape in the model)"
+    unfit: list = field(default_factory=list)  # names of both, with why the value in the file cannot be taken
     notes: list = field(default_factory=list)  # which weights were dropped or added on purpose
 
     @property
     def faults(self) -> int:
-        return len(self.missing) + len(self.unexpected) + len(self.misshapen)
+        return len(self.missing) + len(self.unexpected) + len(self.unfit)
 
     def __str__(self):
-        columns = {"taken": self.taken, "missing": self.missing, "unexpected": self.unexpected, "shape": self.misshapen}
-        counts = {name: Counter(part_of(key) for key in keys) for name, keys in columns.items()}
+        columns = {"taken": self.taken, "missing": self.missing, "unexpected": self.unexpected, "unfit": self.unfit}
+        counts = {name: Counter(part_of(key.split()[0]) for key in keys) for name, keys in columns.items()}
         lines = [f"{'part':<32}" + "".join(f"{name:>12}" for name in columns)]
         for part in sorted(set().union(*counts.values())):
             lines.append(f"{part:<32}" + "".join(f"{count[part]:>12}" for count in counts.values()))
@@ -112,14 +112,17 @@ def convert_unipad(state: dict[str, torch.Tensor], preset: str | None = None) ->
     """
     ours, unknown = from_original(state)
     code_weights = state.get(CODE_WEIGHTS)
+    unfit = []
+    if code_weights is not None and (fault := weight_fault(CODE_WEIGHTS, code_weights, ANY_CODE_WEIGHTS)):
+        code_weights, unfit = None, [fault]
     presets, modality = _presets(ours)
     check_choices(preset=(preset, presets))
     reports = {}
     default = DEFAULT_PRESET[modality]
     for name in [preset] if preset else [default, *(n for n in reversed(presets) if n != default)]:
         recipe = _with_sizes(presets[name], ours, code_weights)
-        report = Report(unexpected=[key for key in unknown if key != CODE_WEIGHTS])
-        _compare(ours, _shapes(recipe), report, _unread_norms(recipe))
+        report = Report(unexpected=[key for key in unknown if key != CODE_WEIGHTS], unfit=unfit.copy())
+        _compare(ours, _places(recipe), report, _unread_norms(recipe))
         reports[name] = (report, recipe)
         if not report.faults:
             break
@@ -139,9 +142,9 @@ def convert_convnext(state: dict[str, torch.Tensor]) -> tuple[dict, Report]:
     if not depths:
         raise UserError("the file has no ConvNeXt blocks with layer scale: it cannot initialize this encoder.")
     with torch.device("meta"):
-        shapes = {name: w.shape for name, w in ConvNeXt(depths, widths, out_stages=()).state_dict().items()}
+        places = ConvNeXt(depths, widths, out_stages=()).state_dict()
     report = Report(unexpected=[key for key in unknown if not key.startswith(CLASSIFIER)])
-    _compare(ours, shapes, report)
+    _compare(ours, places, report)
     report.taken = {BACKBONE + name: w for name, w in report.taken.items()}
     size = next((name for name, sizes in CONVNEXT.items() if sizes == (depths, widths)), None)
     report.notes += [f"ConvNeXt {size or f'of {depths} blocks and {widths} channels'}; classifier dropped"]
@@ -152,7 +155,7 @@ def convert_ours(saved: dict, spconv: int = 1) -> tuple[dict, Report]:
     """A checkpoint of ours as (mmcv's dict with the original's keys, `Report`)."""
     recipe = saved_recipe(saved)
     report = Report()
-    _compare(saved["model"], _shapes(recipe), report)
+    _compare(saved["model"], _places(recipe), report)
     state, unknown = to_original(report.taken, spconv)
     report.notes += [f"dropped: {name}, which the original does not have" for name in unknown]
     for key, (width, fill) in _unread_norms(recipe).items():
@@ -195,8 +198,8 @@ def saved_recipe(saved: dict, file: Path | str = "the checkpoint") -> Recipe:
     """The recipe of a checkpoint of ours. Raises `UserError`, which names `file`, for one from another version of this
     project."""
     try:
-        return from_dict(AnyRecipe, saved["config"]["recipe"])
-    except (TypeError, AttributeError, RecursionError) as error:
+        return recipe_of(saved["config"])
+    except TypeError as error:
         raise UserError(f"{file} is from another version of this project ({error}): train or convert again.") from None
 
 
@@ -217,8 +220,9 @@ def _with_sizes(recipe, ours, code_weights):
         camera = replace(recipe.camera, truncate=recipe.camera.view == "pool")
         recipe = replace(recipe, camera=replace(camera, depths=depths, widths=widths) if depths else camera)
     if FRAME_FUSION in ours:
-        width, all_widths, *_ = ours[FRAME_FUSION].shape
-        recipe = replace(recipe, data=replace(recipe.data, camera_sweeps=all_widths // width, camera_rate=CAMERA_RATE))
+        width, all_widths, *_ = *ours[FRAME_FUSION].shape, 1, 1  # a damaged one has any shape
+        sweeps = max(1, all_widths // max(1, width))
+        recipe = replace(recipe, data=replace(recipe.data, camera_sweeps=sweeps, camera_rate=CAMERA_RATE))
     if isinstance(recipe.lidar, LidarConfig) and "encoder.lidar.mask_token" in ours:
         recipe = replace(recipe, lidar=replace(recipe.lidar, learnable_token=True))
     known = torch.tensor(recipe.detect.code_weights) if isinstance(recipe, DetectRecipe) else code_weights
@@ -229,17 +233,17 @@ def _with_sizes(recipe, ours, code_weights):
 
 def _convnext_sizes(state):
     """(blocks, channels) of each stage."""
-    widths = {int(n.split(".")[1]): len(w) for n, w in state.items() if re.fullmatch(r"stages\.\d+\.0\.gamma", n)}
+    widths = {int(n.split(".")[1]): w.numel() for n, w in state.items() if re.fullmatch(r"stages\.\d+\.0\.gamma", n)}
     blocks = Counter(int(n.split(".")[1]) for n in state if re.fullmatch(r"stages\.\d+\.\d+\.gamma", n))
     stages = sorted(widths)
     return tuple(blocks[i] for i in stages), tuple(widths[i] for i in stages)
 
 
-def _shapes(recipe):
-    """Name -> shape of all weights of a recipe's model."""
+def _places(recipe):
+    """Name -> tensor without storage of all weights of a recipe's model."""
     with torch.device("meta"):
         net = {DetectRecipe: Detector, PretrainRecipe: Pretrain, SegmentRecipe: Segmenter}[type(recipe)](recipe)
-    return {name: w.shape for name, w in net.state_dict().items()}
+    return net.state_dict()
 
 
 def _unread_norms(recipe):
@@ -258,17 +262,17 @@ def _unread_norms(recipe):
     }
 
 
-def _compare(state, shapes, report, unread=()):
+def _compare(state, places, report, unread=()):
     for name, weight in state.items():
         if name in unread:
             report.notes.append(f"dropped: {name}, which is never read")
-        elif name not in shapes:
-            report.unexpected.append(name)
-        elif (shape := getattr(weight, "shape", ())) != shapes[name]:
-            report.misshapen.append(f"{name} {tuple(shape)} for {tuple(shapes[name])}")
+        elif name not in places:
+            report.unexpected.append(str(name))
+        elif fault := weight_fault(name, weight, places[name]):
+            report.unfit.append(fault)
         else:
             report.taken[name] = weight
-    report.missing += [name for name in shapes if name not in state]
+    report.missing += [name for name in places if name not in state]
 
 
 @dataclass(frozen=True)
@@ -321,21 +325,24 @@ def _as_ours(path, args):
     if kind == "convnext":
         raise UserError(f"--merge {path} is an ImageNet ConvNeXt; give trained encoders.")
     if kind == "ours":
-        return saved
-    result, report = convert_unipad(state)
+        report = Report()
+        _compare(state, _places(saved_recipe(saved)), report)
+        saved = {**saved, "model": report.taken}
+    else:
+        saved, report = convert_unipad(state)
     if report.faults:
         print(report)
     _refuse_faults(report, path, args)
-    return result
+    return saved
 
 
 def _refuse_faults(report, path, args):
     if args.strict and report.faults:
-        first = (report.misshapen + report.missing + report.unexpected)[0]
+        first = (report.unfit + report.missing + report.unexpected)[0]
         preset = f"preset {args.preset}" if args.preset else "any recipe"
         raise UserError(
             f"{path} does not fit {preset}: {len(report.missing)} weights are missing, {len(report.unexpected)} "
-            f"unexpected, {len(report.misshapen)} of another shape, such as {first}; --no-strict converts what fits."
+            f"unexpected, {len(report.unfit)} unfit, such as {first}; --no-strict converts what fits."
         )
 
 

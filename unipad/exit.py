@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 
@@ -74,7 +75,7 @@ def exit_on_user_error():
         raise Stopped(number)
 
     handle_signals(stop)
-    with _guarded("stdout"), _guarded("stderr"):
+    with _guarded("stdout"), _guarded("stderr"), _quiet_threads():
         try:
             yield
         except UserError as error:
@@ -130,6 +131,21 @@ def _say(sentence, code):
         if is_main or not file and code == 2:
             print(sentence, file=sys.stderr, flush=True)
     return code
+
+
+@contextlib.contextmanager
+def _quiet_threads():
+    """Context in which a full disk gives no traceback of TensorBoard's thread: it raises in the main thread too."""
+
+    def failed(args):
+        if not (isinstance(args.exc_value, OSError) and args.exc_value.errno in FIXES):
+            before(args)
+
+    before, threading.excepthook = threading.excepthook, failed
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 @contextlib.contextmanager

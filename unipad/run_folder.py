@@ -25,7 +25,14 @@ import torch
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from unipad.checkpoint import find_checkpoint, last_checkpoint, read_training, remove_parts, write_checkpoint
+from unipad.checkpoint import (
+    find_checkpoint,
+    last_checkpoint,
+    read_training,
+    remove_parts,
+    weights_fault,
+    write_checkpoint,
+)
 from unipad.config import to_dict
 from unipad.errors import UserError
 from unipad.kernels import tuning
@@ -85,6 +92,14 @@ def _new_folder(root):
         with contextlib.suppress(FileExistsError):
             path.mkdir()
             return path
+
+
+def hold(folder: Path, world: World):
+    """Make `folder` and lock it until this program ends. Collective.
+
+    Raises `UserError` if another program has locked it.
+    """
+    on_main(lambda: world.closing.enter_context(_held(folder)), world)
 
 
 @contextlib.contextmanager
@@ -219,6 +234,7 @@ class RunFolder:
     def close(self):
         tuning.disable()
         if self.writes:
+            self._board.flush()  # unlike `close`, raises what went wrong in TensorBoard's thread
             self._board.close()
             self._log.close()
 
@@ -235,11 +251,13 @@ def resumed(saved: dict | None, parts: dict) -> tuple[int, dict]:
     if not saved:
         return 0, {}
     for name, part in parts.items():
-        new = part.state_dict()
         try:
-            part.load_state_dict(saved[name])
             if isinstance(part, torch.optim.Optimizer):
-                _check_optimizer(part, new, saved["step"])
+                _load_optimizer(part, saved)
+                continue
+            if isinstance(part, torch.nn.Module) and (fault := weights_fault(part.state_dict(), saved[name])):
+                raise ValueError(fault)
+            part.load_state_dict(saved[name])
         except Exception as error:
             raise UserError(
                 f"the last checkpoint is damaged, its {name} does not fit this run ({one_line(error)}): copy another "
@@ -248,22 +266,27 @@ def resumed(saved: dict | None, parts: dict) -> tuple[int, dict]:
     return saved["step"], saved["metrics"]
 
 
-def _check_optimizer(optimizer, new, step):
-    """Raise ValueError unless AdamW can continue with the state it loaded; PyTorch would only fail at the next step.
-
-    new: the `state_dict` of the optimizer before loading.
-    """
-    for group, before in zip(optimizer.param_groups, new["param_groups"], strict=True):
-        for name, value in before.items():
-            kind = (int, float) if type(value) in (int, float) else type(value)
-            if name != "params" and not isinstance(group.get(name), kind):
-                raise ValueError(f"{name} is {group.get(name)!r}")
-    if step and not optimizer.state:
-        raise ValueError("it has no state")
-    for parameter, state in optimizer.state.items():
-        shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+def _load_optimizer(optimizer, saved):
+    """Load AdamW's state; its options are those of this run. Raises ValueError, or whatever PyTorch does, unless it can
+    continue with them; PyTorch would only fail at the next step, or never."""
+    groups, saved_groups = optimizer.state_dict()["param_groups"], saved["optimizer"]["param_groups"]
+    if [group["params"] for group in groups] != [group["params"] for group in saved_groups]:
+        raise ValueError("it has other groups of weights")
+    optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": groups})
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    if not optimizer.state and saved["scaler"]:
+        return  # all steps so far have overflowed: fp16's scaler skipped them
+    if optimizer.state.keys() != set(weights):
+        raise ValueError("it has no state of some weights")
+    for weight, state in optimizer.state.items():
+        shapes = {"step": (), "exp_avg": weight.shape, "exp_avg_sq": weight.shape}
         if {name: getattr(value, "shape", None) for name, value in state.items()} != shapes:
             raise ValueError("its state has other shapes than the weights")
+        if not 0 < state["step"] <= saved["step"]:
+            raise ValueError(f"it has done {state['step'].item()} of {saved['step']} steps")
+        mean, square = state["exp_avg"], state["exp_avg_sq"]
+        if not (mean.isfinite().all() and square.isfinite().all() and (square >= 0).all()):
+            raise ValueError("its state has impossible values")
 
 
 def one_line(error: Exception) -> str:
@@ -273,17 +296,22 @@ def one_line(error: Exception) -> str:
 
 
 def _drop_records_after(step, log):
-    """Remove from a log.jsonl the entries of later steps, and invalid lines, such as a half-written last one."""
+    """Remove from a log.jsonl the entries of later steps, and invalid lines, such as a half-written last one; say how
+    many of these there were."""
     if log.is_dir():
         raise UserError(f"{log} is a folder; remove it to resume the run.")
     if log.exists():
-        part = log.with_name(f".{log.name}.{os.getpid()}")
+        part, invalid = log.with_name(f".{log.name}.{os.getpid()}"), 0
         with part.open("wb") as f:
-            for line in log.read_bytes().split(b"\n"):
-                with contextlib.suppress(ValueError, AttributeError, TypeError, RecursionError):
+            for line in filter(None, log.read_bytes().split(b"\n")):
+                try:
                     if json.loads(line).get("step", 0) <= step:
                         f.write(line + b"\n")
+                except (ValueError, AttributeError, TypeError, RecursionError):
+                    invalid += 1
         part.replace(log)
+        if invalid:
+            print(f"{log}: {invalid} damaged lines are left out.", file=sys.stderr)
 
 
 # Flags that may differ when a run resumes: they change where it runs and what it logs, not what it computes.

@@ -1,4 +1,3 @@
-from contextlib import nullcontext
 from itertools import product
 from math import prod
 
@@ -9,27 +8,24 @@ import torch.nn.functional as F
 from tests.ahead_of_time import Launch
 from tests.check import check_against_ref, launches
 from tests.kernels.test_voxel_keys import FULL, SETS, SOME, random_voxels
-from unipad.kernels.backend import references
 from unipad.kernels.sparse_map import (
     BLOCK,
-    BLOCK_PAIRS,
     inverse_map,
     inverse_map_ref,
-    out_shape,
     strided_map,
     strided_map_ref,
     submanifold_map,
     submanifold_map_ref,
     transposed_map,
     transposed_map_ref,
-    transposed_out_shape,
 )
+from unipad.kernels.sparse_outputs import out_shape, transposed_out_shape
 from unipad.kernels.voxel_keys import NO_KEY, NO_KEY_SHORT, sort_voxels, sort_voxels_ref
 
-TYPES = dict.fromkeys(["slots", "kernel_size", "stride", "padding", "dilation"], ("i32",) * 3)
+TYPES = dict.fromkeys(["stride", "padding"], ("i32",) * 3)
 TYPES |= dict(coords_ptr="*i32", order_ptr="*i64", reader_order_ptr="*i64")
 LONG, SHORT = TYPES | dict(keys_ptr="*i64"), TYPES | dict(keys_ptr="*i32")
-VOXELS, PAIRS = dict(BLOCK=BLOCK), dict(BLOCK_PAIRS=BLOCK_PAIRS)
+VOXELS = dict(BLOCK=BLOCK)
 SUBMANIFOLD = VOXELS | dict(NO_KEY=NO_KEY)
 IN_ORDER = dict(reader_order_ptr=None, order_ptr=None)
 # sizes of 1 are constants to the compiler
@@ -43,12 +39,6 @@ LAUNCHES = [
         ("_neighbors_kernel", SUBMANIFOLD | dict(KX=3, DX=1, DZ=1, DY=1) | IN_ORDER, LONG, 48, 2048),
         ("_neighbors_kernel", SUBMANIFOLD | dict.fromkeys(SIZES, 1) | dict(KX=1, DX=1), LONG, 48, 2048),
         ("_neighbors_kernel", VOXELS | dict(NO_KEY=NO_KEY_SHORT, KX=3, DX=1) | IN_ORDER, SHORT, 48, 2048),
-        ("_reached_keys_kernel", PAIRS | dict(TRANSPOSED=False, NO_KEY=NO_KEY), LONG, 112, 0),
-        ("_reached_keys_kernel", PAIRS | dict(TRANSPOSED=False, NO_KEY=NO_KEY_SHORT), SHORT, 112, 0),
-        ("_reached_keys_kernel", PAIRS | dict(TRANSPOSED=True, NO_KEY=NO_KEY), LONG, 112, 0),
-        ("_reached_keys_kernel", PAIRS | dict(TRANSPOSED=True, NO_KEY=NO_KEY_SHORT), SHORT, 112, 0),
-        ("_coords_kernel", VOXELS, LONG, 40, 1024),
-        ("_coords_kernel", VOXELS, SHORT, 40, 1024),
         ("_inverse_kernel", VOXELS, LONG, 24, 0),
     ]
 ]
@@ -267,19 +257,6 @@ def test_order_of_the_inputs_does_not_matter(plain, device):
     out_coords, one = make_strided(coords, shape, *HALVE)
     same_coords, other = make_strided(coords[perm], shape, *HALVE)
     assert torch.equal(out_coords, same_coords) and torch.equal(one.long(), unpermuted(other))
-
-
-@pytest.mark.parametrize("path", [nullcontext, references])
-def test_a_convolution_without_output_is_rejected(path, device):
-    """A grid smaller than the kernel; a transposed convolution whose padding crops all outputs; a stride of 0."""
-    coords = random_voxels(1, (2, 5, 5), 9, device)
-    for fn, kernel, stride, padding, message in [
-        (strided_map, (3, 3, 3), ONE, (0, 0, 0), "kernel 3, .* has no output along z, where the grid has 2 cells"),
-        (transposed_map, (2, 2, 1), ONE, (0, 0, 3), "kernel 1, .* has no output along x, where the grid has 5 cells"),
-        (strided_map, (3, 3, 3), (2, 0, 2), ONE, "no convolution along y has kernel 3, stride 0"),
-    ]:
-        with pytest.raises(ValueError, match=message), path():
-            fn(coords, (2, 5, 5), kernel, stride, padding, ONE)
 
 
 def test_compiles_without_graph_breaks(device):

@@ -2,14 +2,16 @@
 
 dataset.py    the interface of a dataset, and samples -> batch
 nuscenes.py   the nuScenes dataset, real or synthetic
-tables.py     nuScenes tables -> index of samples, cached
+tables.py     the nuScenes tables on disk, and their indices, cached
+index.py      tables -> index: what samples need, as flat arrays
 schema.py     what the tables must contain: rows are checked when they are read
 splits.py     scenes of each split: nuScenes' own, or those of a splits.json
 transforms.py augmentation: points, cameras and boxes together; colors of images
 cutpaste.py   objects of other frames pasted into a sample
+cache.py      files computed from a dataset once: the indices, and the objects to paste
 loader.py     samples -> batches, split over processes
 synthetic.py  writes the city to disk in the nuScenes format (also a command line)
 city/         the city itself: streets, traffic, ray casting, paint
 
-Nothing here imports unipad.model; the two exchange batches.
+Nothing here imports unipad.model, or the other way round: they exchange batches.
 """

@@ -26,10 +26,11 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from unipad.boxes import box_corners, footprint, points_in_boxes
+from unipad.checkpoint import remove_parts
 from unipad.config import Paste
+from unipad.data.cache import cache_paths, read_arrays
 from unipad.data.dataset import BadFrame, DataError, DrivingDataset, Sample
 from unipad.data.loader import load_items
-from unipad.data.tables import cache_paths, read_arrays
 from unipad.kernels.rotated_iou import rotated_iou_bev
 
 
@@ -171,8 +172,10 @@ def _cut_out(dataset, paste, paths, workers):
     for path in paths:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            names = f"{path.stem.rpartition('-')[0]}-*"
+            remove_parts(path.parent, names)
             arrays_and_file = _write(dataset, paste, path, workers)
-            for old in path.parent.glob(f"{path.stem.rpartition('-')[0]}-*"):
+            for old in path.parent.glob(names):
                 if path.stem not in old.name:  # of an earlier state of the tables
                     old.unlink(missing_ok=True)
             return arrays_and_file
@@ -191,7 +194,7 @@ def _write(dataset, paste, path, workers):
     title = f"cutting objects out of {dataset.version} {dataset.split}"
     boxes, labels, points, pictures = [], [], [], []
     file = path.with_suffix(".bin")
-    parts = {to: to.with_name(f"{to.name}.{os.getpid()}.part") for to in (file, path)}
+    parts = {to: to.with_name(f".{to.name}.{os.getpid()}") for to in (file, path)}
     try:
         with open(parts[file], "wb") as large_file:
             for cuts, bad_frames in tqdm(frames, title, len(dataset), unit="frame"):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from unipad.batch import Batch
-from unipad.config import Augment, Data
+from unipad.config import Augment, Data, Recipe
 from unipad.data.transforms import augment_sample, photometric_distortion
 from unipad.errors import UserError
 
@@ -45,11 +45,11 @@ class Sample:
     lidar2camera: [N, 4, 4] float32 rigid, LiDAR -> camera (x right, y down, z forward) when the image was taken.
     points:       [P, 5] float32 x, y, z in LiDAR, intensity 0-255, time lag. Points of the keyframe come first, with
                   time lag 0; those of sweeps are transformed into LiDAR and have their age.
-    point_labels: [P] uint8 class 1-16 in the order of `tables.LIDARSEG_CLASSES`, 0 for none, as in sweeps; None if the
+    point_labels: [P] uint8 class 1-16 in the order of `batch.LIDARSEG_CLASSES`, 0 for none, as in sweeps; None if the
                   dataset has no such labels.
     boxes:        [M, 9] float32 x, y, z of the center, w, l, h, yaw, vx, vy in LiDAR; yaw is the direction of l, from x
                   towards y; an unknown velocity is 0. M = 0 without boxes.
-    labels:       [M] int64 class 0-9 in the order of `tables.CLASSES`.
+    labels:       [M] int64 class 0-9 in the order of `batch.CLASSES`.
     token:        name of the frame, unique in the split.
     frame_lags:   [S] float32 age of each frame of images, 0 for the keyframe, first; None: S = 1.
     cameras:      names of the keyframe's cameras; () if they have no names.
@@ -172,6 +172,22 @@ class DrivingDataset(torch.utils.data.Dataset):
         if not {"train", "val"} <= splits.keys():
             raise DataError(f"--version {version} has no training split: it only has {' and '.join(splits)}.")
         return splits["train"], splits["val"]
+
+    @classmethod
+    def train_and_val(
+        cls, root: str | Path, version: str, recipe: Recipe, label_fraction: float, point_range: tuple | None
+    ) -> tuple["DrivingDataset", "DrivingDataset"]:
+        """The training set, with the recipe's augmentation, and the validation set; both as `recipe.data` says.
+
+        Raises `DataError` where a camera encoder has no images, and what the constructor and `train_val_splits` raise.
+        """
+        train, val = cls.train_val_splits(root, version)
+        settings = {"label_fraction": label_fraction, "augment": recipe.augment}
+        train_set = cls(root, version, train, recipe.data, point_range=point_range, **settings)
+        val_set = cls(root, version, val, recipe.data, point_range=point_range)
+        if recipe.camera is not None and not cls.has_images(root, version, train):
+            raise DataError(f"{root} {version} has no images, which a camera encoder needs; use --modality lidar.")
+        return train_set, val_set
 
     def __len__(self):
         return len(self.frames)

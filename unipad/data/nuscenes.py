@@ -27,17 +27,10 @@ from PIL import Image
 
 from unipad.config import Augment, Data
 from unipad.data.dataset import BadFrame, DataError, DrivingDataset, Sample
+from unipad.data.index import MAX_DISTANCE, NO_CATEGORY
 from unipad.data.splits import splits_of
 from unipad.data.synthetic import ensure_city
-from unipad.data.tables import (
-    MAX_DISTANCE,
-    NO_CATEGORY,
-    find_root,
-    load_camera_sweeps,
-    load_index,
-    scene_tokens,
-    tables_state,
-)
+from unipad.data.tables import find_root, load_camera_sweeps, load_index, scene_tokens, tables_state
 
 BRIGHTEST = 65535.0  # the largest valid intensity: some LiDARs have 16 bits, nuScenes' has 8
 MAX_ENLARGEMENT = 2  # largest accepted ratio of an image's width to the width in the tables
@@ -105,7 +98,8 @@ class NuScenesDataset(DrivingDataset):
 
     def contents(self):
         exact = [array for array in vars(self.index).values() if array.dtype.kind in "iuS"]  # floats may be rounded
-        return hashlib.sha256(b"".join(array.tobytes() for array in exact)).hexdigest()[:16]
+        # the index has all frames of the split, `frames` those whose files exist
+        return hashlib.sha256(b"".join(array.tobytes() for array in [*exact, self.frames])).hexdigest()[:16]
 
     def require_point_labels(self):
         if not all(self.index.lidarseg_files):
@@ -177,7 +171,8 @@ class NuScenesDataset(DrivingDataset):
         path = self._path(self.index.lidarseg_files[frame])
         labels = _load_bytes(path)
         if len(labels) != count:
-            raise BadFrame(path, f"has {len(labels)} labels for {count} points")
+            lidar = self._path(self.index.lidar_files[self.index.frame_lidar[frame]])
+            raise BadFrame(path, f"has {len(labels)} labels for {count} points of {lidar}: one of them is damaged")
         classes = self.index.lidarseg_classes[labels]
         if (unknown := classes == NO_CATEGORY).any():
             raise BadFrame(path, f"has label {labels[unknown][0]}, which is the index of no category")
@@ -296,6 +291,8 @@ def _load_points(path):
     points = data.view(np.float32).reshape(-1, 5)
     if not np.isfinite(points[:, :4]).all():
         raise BadFrame(path, "has values that are not finite")
+    if not points[:, :3].any():
+        raise BadFrame(path, "has no point but zeros")
     farthest, brightest = (np.abs(values).max() for values in (points[:, :3], points[:, 3]))
     if farthest > MAX_DISTANCE or brightest > BRIGHTEST:
         raise BadFrame(path, f"has a point at {farthest:.3g} m, or of intensity {brightest:.3g}: the file is damaged")

@@ -7,6 +7,7 @@ _train, _val or _test has that purpose. Names of nuScenes' splits are refused: t
 """
 
 import json
+import re
 from pathlib import Path
 
 from unipad.data.dataset import DataError
@@ -61,6 +62,8 @@ def own_splits(root: Path, version: str) -> dict[str, list[str]]:
     for name, scenes in splits.items():
         if name in RESERVED:
             raise DataError(f"{file} names a split {name}, which is nuScenes' own; call it city_{name} or the like.")
+        if not re.fullmatch(r"\w[\w.-]*", name):  # files and folders are named after it
+            raise DataError(f"{file} names a split {name!r}; use letters, digits, '_', '-' and '.' only.")
         if not scenes:
             raise DataError(f"{file} has no scene in its split {name}; list some, or remove the split.")
     return splits

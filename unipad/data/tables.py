@@ -1,57 +1,17 @@
-"""nuScenes tables -> `Index` and `CameraSweeps`: what the samples of a split need, as flat arrays.
+"""The tables of a nuScenes dataset on disk: where they are, and the indices made from them (unipad/data/index.py).
 
-The devkit reads the tables once (half a minute and several GB for full nuScenes); the index is cached next to the data.
-Workers only hold the index: no devkit, no Python objects to copy.
+The devkit reads the tables once (half a minute and several GB for full nuScenes); the indices are cached.
 """
 
-import hashlib
 import os
-import zipfile
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
-import numpy as np
-from scipy.spatial.transform import Rotation
-from tqdm import tqdm
-
-from unipad.batch import CAMERAS
-from unipad.boxes import boxes_from_global
+from unipad.data.cache import cache_paths, read_arrays, write_arrays
 from unipad.data.dataset import DataError
-from unipad.data.schema import box_fault, fault, open_tables, read_table
+from unipad.data.index import FORMAT, CameraSweeps, Index, build_camera_sweeps, build_index
+from unipad.data.schema import open_tables, read_table
 from unipad.data.splits import SPLITS, check_scenes, own_splits, splits_of
-
-CLASSES = (
-    "car",
-    "truck",
-    "construction_vehicle",
-    "bus",
-    "trailer",
-    "barrier",
-    "motorcycle",
-    "bicycle",
-    "pedestrian",
-    "traffic_cone",
-)
-
-# Classes 1 to 16 of nuScenes-lidarseg
-LIDARSEG_CLASSES = (
-    "barrier",
-    "bicycle",
-    "bus",
-    "car",
-    "construction_vehicle",
-    "motorcycle",
-    "pedestrian",
-    "traffic_cone",
-    "trailer",
-    "truck",
-    "driveable_surface",
-    "other_flat",
-    "sidewalk",
-    "terrain",
-    "manmade",
-    "vegetation",
-)
 
 # All tables, since the devkit opens all of them
 TABLES = (
@@ -69,60 +29,7 @@ TABLES = (
     "sensor",
     "visibility",
 )
-
-
-@dataclass(frozen=True)
-class Index:
-    """What the samples of one split need from the tables.
-
-    F keyframes in the order of time, N cameras, M boxes, L LiDAR frames (keyframes and the sweeps between them).
-    Text is in bytes, paths are relative to the data root. The rig is that of all keyframes together: where one has no
-    frame of a camera, the file's name is empty and the matrices are the identity.
-    """
-
-    cameras: np.ndarray  # [N] names: nuScenes' in the order of `CAMERAS`, then others by name
-    tokens: np.ndarray  # [F] sample tokens
-    frame_lidar: np.ndarray  # [F] row of the keyframe among the LiDAR frames
-    lidar_tokens: np.ndarray  # [F] sample_data tokens of LIDAR_TOP
-    image_files: np.ndarray  # [F, N]
-    image_sizes: np.ndarray  # [F, N, 2] int64 height, width according to the tables
-    intrinsics: np.ndarray  # [F, N, 4, 4] camera meters -> (u*d, v*d, d, 1), pixels of an image of that size
-    lidar2camera: np.ndarray  # [F, N, 4, 4]
-    box_offsets: np.ndarray  # [F + 1] keyframe f has boxes box_offsets[f] to box_offsets[f + 1], exclusive
-    boxes: np.ndarray  # [M, 9] float32 as in `Batch`
-    labels: np.ndarray  # [M] int64
-    lidar_files: np.ndarray  # [L]
-    lidar_times: np.ndarray  # [L] int64 microseconds
-    lidar2global: np.ndarray  # [L, 4, 4]
-    lidar_prev: np.ndarray  # [L] row of the previous LiDAR frame, -1 at the start of a scene
-    lidarseg_files: np.ndarray  # [F] empty where a keyframe has no labels
-    lidarseg_classes: np.ndarray  # [256] uint8 category in the files -> class 0-16, or `NO_CATEGORY`
-    left_out: np.ndarray  # [K] rows of sample_annotation that are not among the boxes, and why
-
-
-@dataclass(frozen=True)
-class CameraSweeps:
-    """The images before each keyframe of a split: a separate index, since it is six times as large.
-
-    F keyframes in the order of the `Index`, W = `CAMERA_SWEEPS` frames before each, the newest first, N cameras. These
-    include earlier keyframes; where the scene does not go back that far, its first frame is repeated (the original
-    never takes that one, except as a keyframe).
-    """
-
-    image_files: np.ndarray  # [F, W, N]
-    image_sizes: np.ndarray  # [F, W, N, 2] int64 as in `Index`
-    intrinsics: np.ndarray  # [F, W, N, 4, 4] float32 as in `Index`
-    lidar2camera: np.ndarray  # [F, W, N, 4, 4] float32 from the LiDAR at the keyframe's time to the camera at its own
-    numbers: np.ndarray  # [F, W] int64 frames back from the keyframe: 1, 2, ..., of its first camera
-    lags: np.ndarray  # [F, W] float32 seconds before the keyframe, of its first camera
-
-
-NO_CATEGORY = 255  # class of a label that is the index of no category
-CAMERA_SWEEPS = 5  # 12 Hz, keyframes at 2 Hz: all images since the previous keyframe
-MAX_DISTANCE = 1e4  # meters from the LiDAR: points farther away are an error, boxes are left out
-FASTEST = 200.0  # m/s: a higher velocity of an object counts as unknown, of the ego vehicle as an error
-APART = 200.0  # meters between the LiDAR and a camera, at the times of their frames: more means a wrong pose
-GAP = 1e9  # microseconds between successive frames of a scene: more means a wrong timestamp
+LARGE = 100e6  # bytes; indexing larger tables shows a progress bar
 
 
 def find_root(root: str | Path, version: str) -> Path:
@@ -165,12 +72,12 @@ def load_index(root: Path, version: str, split: str) -> Index:
     is replaced atomically, so several processes may build it at the same time.
     Raises `DataError` for a split that the version does not have, and for tables that the devkit rejects.
     """
-    return _load(Index, _build_split, root, version, split)
+    return _load(Index, build_index, root, version, split)
 
 
 def load_camera_sweeps(root: Path, version: str, split: str) -> CameraSweeps:
     """The `CameraSweeps` of a split, cached like the index of `load_index`."""
-    return _load(CameraSweeps, _build_camera_sweeps, root, version, split, "-camera-sweeps")
+    return _load(CameraSweeps, build_camera_sweeps, root, version, split, "-camera-sweeps")
 
 
 def _load(kind, build, root, version, split, ending=""):
@@ -188,7 +95,7 @@ def _load(kind, build, root, version, split, ending=""):
     size = sum(t.stat().st_size for t in (root / version).glob("*.json"))
     built = _build(build, root, version, splits, verbose=size > LARGE)
     for name, index in built.items():
-        _write_index(index, state, cache_paths(root, f"{version}-{name}{ending}.npz"))
+        write_arrays(cache_paths(root, f"{version}-{name}{ending}.npz"), {"state": state, **vars(index)})
     return built[split]
 
 
@@ -198,49 +105,12 @@ def tables_state(root: Path, version: str) -> str:
     return " ".join(f"{t.name}:{t.stat().st_size}:{t.stat().st_mtime_ns}" for t in tables)
 
 
-def cache_paths(root: Path, name: str) -> tuple[Path, Path]:
-    """Where to cache a file made from the dataset, in order: next to the data, in the user's cache folder."""
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
-    return root / "unipad-index" / name, user / "unipad" / folder / name
-
-
-FORMAT = 3  # version of the cached index; increment when the meaning of a field changes
-LARGE = 100e6  # bytes; indexing larger tables shows a progress bar
-
-
 def _read_index(kind, path, state):
     """The index at `path`, of class `kind`; None where there is none or the tables have changed."""
     arrays = read_arrays(path)
     if arrays is None or arrays.get("state") != state or not {f.name for f in fields(kind)} <= arrays.keys():
         return None
     return kind(**{f.name: arrays[f.name] for f in fields(kind)})
-
-
-def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
-    """The arrays of an .npz of a cache; None where it is missing or damaged, so that it will be written again."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:  # reading the arrays would not check every byte of the file
-                return None
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
-    except Exception:  # damage has too many names: zlib.error, NotImplementedError, SyntaxError, MemoryError, ...
-        return None
-
-
-def _write_index(index, state, paths):
-    """Write to the first of `paths` that can be written; if none can, the next run rebuilds the index."""
-    for path in paths:
-        part = path.with_suffix(f".{os.getpid()}.part")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(part, "wb") as file:
-                np.savez_compressed(file, state=state, **vars(index))
-            os.replace(part, path)
-            return
-        except OSError:
-            continue
 
 
 def _build(build, root, version, splits, verbose):
@@ -259,211 +129,3 @@ def _build(build, root, version, splits, verbose):
     except Exception as error:  # of the devkit, which trusts the tables, for a fault that no check detects
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise DataError(f"{root / version} is not a complete nuScenes dataset ({reason}); unpack it again.") from error
-
-
-def _build_split(nusc, split, scenes, verbose):
-    """Index of the keyframes whose scene's name is in `scenes`."""
-    samples, names = _samples(nusc, scenes), _camera_names(nusc)
-    for sample in samples:
-        if "LIDAR_TOP" not in sample["data"]:
-            raise _fault(nusc, "sample", sample, "has no keyframe of the sensor LIDAR_TOP")
-    tokens = {s["token"] for s in samples}
-    lidar = [r for r in nusc.sample_data if r["channel"] == "LIDAR_TOP" and r["sample_token"] in tokens]
-    row = {r["token"]: i for i, r in enumerate(lidar)}
-    frame_lidar = np.array([row[s["data"]["LIDAR_TOP"]] for s in samples], np.int64)
-    lidar2global = _sensor2global(nusc, lidar)
-    lidar_times = np.array([r["timestamp"] for r in lidar], np.int64)
-    lidar_prev = np.array([row.get(r["prev"], -1) for r in lidar], np.int64)
-    _check_motion(nusc, lidar, lidar2global, lidar_times, lidar_prev)
-    cameras = [nusc.get("sample_data", s["data"][c]) if c in s["data"] else None for s in samples for c in names]
-    samples_shown = tqdm(samples, f"indexing {nusc.version} {split}", disable=not verbose, unit="frame")
-    lidarseg, classes = _lidarseg(nusc)
-    return Index(
-        cameras=_text(names),
-        tokens=_text(s["token"] for s in samples),
-        frame_lidar=frame_lidar,
-        lidar_tokens=_text(s["data"]["LIDAR_TOP"] for s in samples),
-        **_images(nusc, cameras, (len(samples), len(names)), lidar2global[frame_lidar]),
-        **_boxes(nusc, samples_shown, lidar2global[frame_lidar]),
-        lidar_files=_text(r["filename"] for r in lidar),
-        lidar_times=lidar_times,
-        lidar2global=lidar2global,
-        lidar_prev=lidar_prev,
-        lidarseg_files=_text(lidarseg.get(s["data"]["LIDAR_TOP"], "") for s in samples),
-        lidarseg_classes=classes,
-    )
-
-
-def _check_motion(nusc, lidar, lidar2global, times, prev):
-    """Refuse a LiDAR frame that is too far from the one before it, in time or in space."""
-    for i in np.flatnonzero(prev >= 0):
-        gap, step = int(times[i] - times[prev[i]]), lidar2global[i, :3, 3] - lidar2global[prev[i], :3, 3]
-        if abs(gap) > GAP:
-            raise _fault(nusc, "sample_data", lidar[i], f"its time is {1e-6 * gap:.0f} s after that of its prev")
-        if np.linalg.norm(step) > max(APART, FASTEST * 1e-6 * abs(gap)):
-            pose = nusc.get("ego_pose", lidar[i]["ego_pose_token"])
-            raise _fault(nusc, "ego_pose", pose, f"is {np.linalg.norm(step):.0f} m from that of the LiDAR frame before")
-
-
-def _boxes(nusc, samples, lidar2global):
-    """`box_offsets`, `boxes`, `labels` and `left_out` of an `Index`. lidar2global: [F, 4, 4], one for each sample."""
-    from nuscenes.eval.detection.utils import category_to_detection_name
-
-    frames, annotations, velocities, labels, left_out = [], [], [], [], []
-
-    def leave_out(annotation, reason):
-        left_out.append(f"row {nusc.getind('sample_annotation', annotation['token'])}: {reason}")
-
-    for f, sample in enumerate(samples):
-        for annotation in (nusc.get("sample_annotation", token) for token in sample["anns"]):
-            name = category_to_detection_name(annotation["category_name"])
-            if name is None or not annotation["num_lidar_pts"] + annotation["num_radar_pts"] > 0:
-                continue
-            if reason := box_fault(annotation):
-                leave_out(annotation, reason)
-                continue
-            frames.append(f)
-            annotations.append(annotation)
-            velocities.append(nusc.box_velocity(annotation["token"])[:2])
-            labels.append(CLASSES.index(name))
-    frames = np.array(frames, np.int64)
-    sizes = np.array([a["size"] for a in annotations], np.float64).reshape(-1, 3)
-    velocities = np.array(velocities, np.float64).reshape(-1, 2)
-    velocities[~(np.abs(velocities) < FASTEST).all(axis=1)] = 0
-    boxes = boxes_from_global(_matrices(annotations), sizes, velocities, lidar2global[frames])
-    near = (np.abs(boxes[:, :3]) < MAX_DISTANCE).all(axis=1)
-    for i in np.flatnonzero(~near):
-        leave_out(annotations[i], f"is more than {MAX_DISTANCE:.0f} m from the LiDAR")
-    return {
-        "box_offsets": np.searchsorted(frames[near], np.arange(len(lidar2global) + 1)),
-        "boxes": boxes[near],
-        "labels": np.array(labels, np.int64)[near],
-        "left_out": _text(left_out),
-    }
-
-
-def _build_camera_sweeps(nusc, split, scenes, verbose):
-    """`CameraSweeps` of the keyframes whose scene's name is in `scenes`."""
-    samples, names = _samples(nusc, scenes), _camera_names(nusc)
-    lidar2global = _sensor2global(nusc, [nusc.get("sample_data", s["data"]["LIDAR_TOP"]) for s in samples])
-    chains, numbers, times = [], [], []
-    for sample in tqdm(samples, f"camera sweeps of {nusc.version} {split}", disable=not verbose, unit="frame"):
-        keys = [nusc.get("sample_data", sample["data"][c]) if c in sample["data"] else None for c in names]
-        of_cameras = [_chain_before(nusc, key) for key in keys]
-        chains += zip(*of_cameras, strict=True)
-        key, front = next(((k, chain) for k, chain in zip(keys, of_cameras, strict=True) if k), (None, []))
-        front = [key["timestamp"] - record["timestamp"] for record in front] or [0] * CAMERA_SWEEPS
-        times.append(front)
-        numbers.append(np.cumsum(np.diff([0, *front]) != 0))
-    records, shape = [record for frame in chains for record in frame], (len(samples), CAMERA_SWEEPS, len(names))
-    images = _images(nusc, records, shape, lidar2global)
-    return CameraSweeps(
-        **{k: array.astype(np.float32) if array.dtype == np.float64 else array for k, array in images.items()},
-        numbers=np.array(numbers, np.int64).reshape(shape[:2]),
-        lags=(1e-6 * np.array(times).reshape(shape[:2])).astype(np.float32),
-    )
-
-
-def _chain_before(nusc, record):
-    """The `CAMERA_SWEEPS` sample_data records before `record`, the newest first, the scene's first one repeated."""
-    chain = []
-    for _ in range(CAMERA_SWEEPS):
-        record = nusc.get("sample_data", record["prev"]) if record and record["prev"] else record
-        chain.append(record)
-    return chain
-
-
-def _camera_names(nusc):
-    """The cameras of which any keyframe of the version has an image, in the order of `Index.cameras`."""
-    cameras = {sensor["channel"] for sensor in nusc.sensor if sensor["modality"] == "camera"}
-    used = cameras & {channel for sample in nusc.sample for channel in sample["data"]}
-    return sorted(used, key=lambda name: (CAMERAS.index(name) if name in CAMERAS else len(CAMERAS), name))
-
-
-def _images(nusc, records, shape, lidar2global):
-    """`image_files`, `image_sizes`, `intrinsics` and `lidar2camera` of an index, in arrays of `shape` [F, ..., N].
-
-    records: of sample_data, flat; None where there is no image. lidar2global: [F, 4, 4] at the times of the keyframes.
-    """
-    present = np.array([record is not None for record in records], bool)
-    known = [record for record in records if record is not None]
-    sizes = np.zeros((len(records), 2), np.int64)
-    sizes[present] = np.array([_image_size(nusc, record) for record in known], np.int64).reshape(-1, 2)
-    intrinsics, camera2global = (np.tile(np.eye(4), (len(records), 1, 1)) for _ in range(2))
-    intrinsics[present] = _intrinsics(nusc, known)
-    camera2global[present] = _sensor2global(nusc, known)
-    camera2global = camera2global.reshape(*shape, 4, 4)
-    lidar2global = lidar2global.reshape(-1, *(1 for _ in shape[1:]), 4, 4)
-    lidar2camera = np.linalg.inv(camera2global) @ lidar2global
-    apart = np.linalg.norm(lidar2camera[..., :3, 3], axis=-1).ravel()
-    for i in np.flatnonzero(present & (apart > APART)):
-        pose = nusc.get("ego_pose", records[i]["ego_pose_token"])
-        raise _fault(nusc, "ego_pose", pose, f"puts a camera {apart[i]:.0f} m from the LiDAR")
-    return {
-        "image_files": _text("" if record is None else record["filename"] for record in records).reshape(shape),
-        "image_sizes": sizes.reshape(*shape, 2),
-        "intrinsics": intrinsics.reshape(*shape, 4, 4),
-        "lidar2camera": lidar2camera,
-    }
-
-
-def _image_size(nusc, record):
-    """Height and width of a camera's image, pixels of its intrinsics."""
-    size = record.get("height"), record.get("width")
-    if not all(type(side) is int and 0 < side < 2**16 for side in size):
-        raise _fault(nusc, "sample_data", record, f"height and width of an image are {size[0]} and {size[1]}")
-    return size
-
-
-def _samples(nusc, scenes):
-    """The keyframes of the scenes of these names, in the order of time."""
-    samples = [s for s in nusc.sample if nusc.get("scene", s["scene_token"])["name"] in scenes]
-    return sorted(samples, key=lambda s: s["timestamp"])
-
-
-def _intrinsics(nusc, records):
-    """[len(records), 4, 4] of sample_data records of cameras: camera meters -> (u*d, v*d, d, 1), pixels of the file."""
-    intrinsics = np.tile(np.eye(4), (len(records), 1, 1))
-    for matrix, record in zip(intrinsics, records, strict=True):
-        sensor = nusc.get("calibrated_sensor", record["calibrated_sensor_token"])
-        if not sensor["camera_intrinsic"]:
-            raise _fault(nusc, "calibrated_sensor", sensor, "camera_intrinsic of a camera is empty")
-        matrix[:3, :3] = sensor["camera_intrinsic"]
-    return intrinsics
-
-
-def _sensor2global(nusc, records):
-    """[len(records), 4, 4] of sample_data records, each at its own timestamp."""
-    sensor2ego = _matrices([nusc.get("calibrated_sensor", r["calibrated_sensor_token"]) for r in records])
-    return _matrices([nusc.get("ego_pose", r["ego_pose_token"]) for r in records]) @ sensor2ego
-
-
-def _matrices(records):
-    """[len(records), 4, 4] rigid transforms of records with a translation and a w, x, y, z rotation."""
-    matrices = np.tile(np.eye(4), (len(records), 1, 1))
-    if records:
-        wxyz = np.array([r["rotation"] for r in records])
-        matrices[:, :3, :3] = Rotation.from_quat(wxyz[:, [1, 2, 3, 0]]).as_matrix()
-        matrices[:, :3, 3] = [r["translation"] for r in records]
-    return matrices
-
-
-def _lidarseg(nusc):
-    """({LiDAR sample_data token: label file}, `Index.lidarseg_classes`); empty without lidarseg."""
-    from nuscenes.eval.lidarseg.utils import LidarsegClassMapper
-
-    classes = np.full(256, NO_CATEGORY, np.uint8)
-    if not hasattr(nusc, "lidarseg"):
-        return {}, classes
-    for category, label in LidarsegClassMapper(nusc).fine_idx_2_coarse_idx_mapping.items():
-        classes[category] = label
-    return {r["sample_data_token"]: r["filename"] for r in nusc.lidarseg}, classes
-
-
-def _text(strings):
-    """An array of bytes, since an array of str takes four times the memory."""
-    return np.array([string.encode() for string in strings], "S")
-
-
-def _fault(nusc, table, record, what):
-    return fault(Path(nusc.table_root), table, nusc.getind(table, record["token"]), what)

@@ -9,9 +9,8 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from unipad.batch import CAMERAS, Batch
+from unipad.batch import CAMERAS, CLASSES, Batch
 from unipad.boxes import box_corners
-from unipad.data.tables import CLASSES
 from unipad.draw.views import DPI, picture_of, titles
 from unipad.model.detect import Detections
 

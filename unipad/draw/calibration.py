@@ -6,6 +6,7 @@ In every camera, points must change color at the outlines of objects, and boxes 
 docs/data.md lists more signs of wrong calibration. Without --data-root, a synthetic city is drawn.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,7 +142,7 @@ def main(args: Args):
     check_ranges(args, ("frames", "width"))
     dataset_type = dataset_class(args.dataset)
     version, data = args.version or dataset_type.default_version, Data()
-    root = (args.data_root or dataset_type.default_root(data)).expanduser()
+    root = Path(os.path.expanduser(args.data_root or dataset_type.default_root(data)))
     split = dataset_type.splits(root, version).get(args.split, args.split)
     dataset = dataset_type(root, version, split, data)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -5,8 +5,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from unipad.batch import Batch
-from unipad.data.tables import LIDARSEG_CLASSES
+from unipad.batch import LIDARSEG_CLASSES, Batch
 from unipad.draw.boxes import NEAR, SIDE, camera_area, camera_axes
 from unipad.draw.views import DPI, picture_of
 

@@ -197,7 +197,7 @@ def picture_of(figure: Figure) -> np.ndarray:
 def write_video(pictures: list[Path], file: Path, fps: float):
     """Join picture files into a GIF, or an MP4 with OpenCV, at `fps` frames per second.
 
-    Raises `UserError` where this OpenCV cannot write MP4.
+    Raises `UserError` where this OpenCV cannot write MP4, or not all of it.
     """
     first = Image.open(pictures[0]).convert("RGB")
     if file.suffix == ".gif":
@@ -211,3 +211,6 @@ def write_video(pictures: list[Path], file: Path, fps: float):
     for picture in pictures:
         video.write(cv2.imread(str(picture))[:height, :width])
     video.release()
+    # OpenCV does not report a full disk
+    if cv2.VideoCapture(str(file)).get(cv2.CAP_PROP_FRAME_COUNT) != len(pictures):
+        raise UserError(f"{file} could not be written completely; make room on the disk.")

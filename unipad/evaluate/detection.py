@@ -25,8 +25,8 @@ def evaluate_detections(
     model, dataset, world, detect, size, workers: as for `detect_all`.
     folder: for `results_nusc.json` and `metrics_summary.json`, the devkit's summary.
 
-    Returns NDS, mAP, mATE (meters), mASE, mAOE (radians), mAVE (m/s), mAAE; the same in every process. A frame that
-    cannot be read counts as one without detections.
+    Returns NDS, mAP, mATE (meters), mASE, mAOE (radians), mAVE (m/s), mAAE; the same in every process. A frame of
+    which a file is missing or cannot be read counts as one without detections, since the devkit scores whole splits.
     """
     detections = detect_all(model, dataset, world, detect, size, workers)
 
@@ -63,4 +63,5 @@ def detect_all(
         detections = (detect or model.detect)(batch)
         return [Detections(one.boxes.float().cpu(), one.scores.float().cpu(), one.labels.cpu()) for one in detections]
 
-    return predict_all(model, dataset, world, predict, size, workers, "detecting")
+    otherwise = "they count as frames without detections"
+    return predict_all(model, dataset, world, predict, size, workers, "detecting", otherwise)

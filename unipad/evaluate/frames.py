@@ -20,9 +20,10 @@ def predict_all(
     dataset: DrivingDataset,
     world: World,
     predict: Callable[[Batch], list],
-    size: int = 1,
-    workers: int = 0,
-    desc: str = "predicting",
+    size: int,
+    workers: int,
+    desc: str,
+    otherwise: str,
 ) -> dict | None:
     """{sample token: prediction} for every frame of a dataset, in the main process; None in the others.
 
@@ -30,9 +31,10 @@ def predict_all(
     dataset: all frames of a split; each process takes every `world.size`-th frame.
     predict: from a batch on the device to one prediction per sample, on the host.
     size:    samples per batch. workers: data loading processes per process. desc: label of the progress bar.
+    otherwise: what frames without a prediction mean for the metrics.
 
-    A frame that cannot be read is reported on stderr and missing from the result. Raises `UserError` if none can be
-    read.
+    A frame that cannot be read is reported on stderr and missing from the result. A line says how many frames of the
+    split are, together with those left out from the start since a file is missing. Raises `UserError` if all are.
     """
     was_training = model.training
     model.eval()
@@ -59,4 +61,10 @@ def predict_all(
             )
 
     on_main(check, world)
-    return {token: one for part, _ in parts for token, one in part.items()} if world.is_main else None
+    if not world.is_main:
+        return None
+    predictions = {token: one for part, _ in parts for token, one in part.items()}
+    if missing := dataset.frame_count - len(predictions):
+        whole = f"{dataset.frame_count} frames of {dataset.split}"
+        print(f"incomplete: {missing} of {whole} have no prediction, since files are missing or damaged: {otherwise}")
+    return predictions

@@ -16,8 +16,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from unipad.batch import LIDARSEG_CLASSES
 from unipad.data.nuscenes import NuScenesDataset
-from unipad.data.tables import LIDARSEG_CLASSES
 from unipad.errors import UserError
 from unipad.evaluate.frames import predict_all
 from unipad.evaluate.submission import devkit_errors
@@ -68,16 +68,20 @@ def segment_all(
     def predict(batch):
         return [classes.cpu() for classes in (segment or model.segment)(batch)]
 
-    return predict_all(model, dataset, world, predict, size, workers, "segmenting")
+    otherwise = "they are not scored and have no file"
+    return predict_all(model, dataset, world, predict, size, workers, "segmenting", otherwise)
 
 
 def write_segmentation(predictions: dict[str, torch.Tensor], dataset: NuScenesDataset, folder: Path):
-    """Write the result of `segment_all` as a submission to nuScenes."""
+    """Write the result of `segment_all` as a submission to nuScenes; files of earlier predictions are removed."""
     files = _files(dataset, folder)
     for part in (folder / "lidarseg" / dataset.split, folder / dataset.split):
         part.mkdir(parents=True, exist_ok=True)
-    for token, classes in predictions.items():
-        files[token].write_bytes(classes.numpy().tobytes())
+    for token, file in files.items():
+        if token in predictions:
+            file.write_bytes(predictions[token].numpy().tobytes())
+        else:
+            file.unlink(missing_ok=True)
     uses = {"use_camera": False, "use_lidar": True, "use_radar": False, "use_map": False, "use_external": False}
     (folder / dataset.split / "submission.json").write_text(json.dumps({"meta": uses}, indent=2) + "\n")
 
@@ -132,6 +136,8 @@ def check_classes(file: Path, label_file: Path):
         classes, count = np.fromfile(file, np.uint8), label_file.stat().st_size
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} is missing: every frame of the split needs one.") from None
+    except IsADirectoryError as error:
+        raise UserError(f"{error.filename} is a folder; it needs to be a file.") from None
     if len(classes) != count:
         raise UserError(f"{file} has {len(classes)} classes for {count} points; it needs one byte per point.")
     wrong = classes[(classes < 1) | (classes > len(LIDARSEG_CLASSES))]

@@ -13,8 +13,9 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from unipad.batch import CLASSES
 from unipad.boxes import boxes_to_global
-from unipad.data.tables import CLASSES, Index
+from unipad.data.index import Index
 from unipad.errors import UserError
 from unipad.model.detect import Detections
 

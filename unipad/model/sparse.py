@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unipad.kernels import backend, sparse_map, voxel_keys
+from unipad.kernels import backend, sparse_map, sparse_outputs, voxel_keys
 from unipad.kernels.backend import StreamCache
 from unipad.kernels.sparse_conv import sparse_conv, sparse_conv_act
 from unipad.kernels.sparse_tiles import NeighborTable
@@ -103,7 +103,7 @@ class VoxelSet:
 
     @torch.compiler.disable
     def _make_strided(self, geometry):
-        shape = sparse_map.out_shape(self.shape, *geometry)
+        shape = sparse_outputs.out_shape(self.shape, *geometry)
         coords, neighbor_idx = sparse_map.strided_map(
             self.coords, self.shape, *geometry, self.batch_size, *self._sorted_keys()
         )

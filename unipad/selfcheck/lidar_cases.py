@@ -9,7 +9,6 @@ from unipad.kernels.sparse_conv import sparse_conv, sparse_conv_act, sparse_conv
 from unipad.kernels.sparse_map import (
     inverse_map,
     inverse_map_ref,
-    out_shape,
     strided_map,
     strided_map_ref,
     submanifold_map,
@@ -17,6 +16,7 @@ from unipad.kernels.sparse_map import (
     transposed_map,
     transposed_map_ref,
 )
+from unipad.kernels.sparse_outputs import out_shape
 from unipad.kernels.sparse_tiles import NeighborTable
 from unipad.kernels.voxel_keys import sort_voxels, sort_voxels_ref, voxel_keys, voxel_keys_ref
 from unipad.kernels.voxelize import voxelize, voxelize_ref

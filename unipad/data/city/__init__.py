@@ -1,5 +1,6 @@
 """The synthetic city: a function of seed, position and time, seen by simulated cameras and LiDAR.
 
+    records.py   scenes, names of files, and the tables of the nuScenes format
     rig.py       the sensors on the ego vehicle
     paint.py     appearance: colors, textures, sun and sky
     raycast.py   exact ray casting, for cameras and LiDAR alike

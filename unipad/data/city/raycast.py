@@ -32,8 +32,8 @@ class CameraView:
 
     def windows(self, solids):
         """Rectangles of pixels that may see a solid: (solid's index, row begin, end, column begin, end), each [k]."""
-        corner = np.einsum("nkj,ji->nki", corners(solids) - self.origin, self.rotation)  # [n, 8, 3] camera
-        a, b = corner[:, EDGES[0]], corner[:, EDGES[1]]  # [n, 12, 3]
+        corner = np.einsum("nkj,ji->nki", corners(solids) - self.origin, self.rotation)  # [n, 8, 3] in the camera frame
+        a, b = corner[:, EDGES[0]], corner[:, EDGES[1]]  # both ends of each edge, [n, 12, 3]
         za, zb = a[..., 2:], b[..., 2:]
         with np.errstate(divide="ignore", invalid="ignore"):
             s = (NEAR - za) / (zb - za)  # where an edge crosses the near plane
@@ -41,6 +41,7 @@ class CameraView:
             p = np.concatenate([a, b], axis=1)  # [n, 24, 3]
             u = self.intrinsic[0, 0] * p[..., 0] / p[..., 2] + self.intrinsic[0, 2]
             v = self.intrinsic[1, 1] * p[..., 1] / p[..., 2] + self.intrinsic[1, 2]
+        # both ends of edges that lie entirely behind the near plane
         hidden = np.concatenate([(za < NEAR) & (zb < NEAR)] * 2, axis=1)[..., 0]
         h, w = self.shape
         low, high = np.where(hidden, np.inf, (v, u)).min(axis=2), np.where(hidden, -np.inf, (v, u)).max(axis=2)
@@ -60,28 +61,29 @@ class LidarView:
         self.shape = (len(elevations), columns)
         self.step = 2 * np.pi / columns
         azimuth = yaw + self.step * np.arange(columns)
-        flat, up = np.cos(elevations)[:, None], np.sin(elevations)[:, None] + np.zeros(columns)
-        directions = np.stack([flat * np.cos(azimuth), flat * np.sin(azimuth), up])
+        horizontal, vertical = np.cos(elevations)[:, None], np.sin(elevations)[:, None] + np.zeros(columns)
+        directions = np.stack([horizontal * np.cos(azimuth), horizontal * np.sin(azimuth), vertical])
         self.directions = directions.reshape(3, -1).astype(np.float32)
 
     def windows(self, solids):
         """Rectangles of beams that may hit a solid, as in `CameraView.windows`."""
         corner = corners(solids) - self.origin
+        # azimuths of the solid's center, and of its corners relative to the center's
         middle = np.arctan2(solids["center"][:, 1] - self.origin[1], solids["center"][:, 0] - self.origin[0])
         angle = np.arctan2(corner[..., 1], corner[..., 0]) - middle[:, None]
         angle = (angle + np.pi) % (2 * np.pi) - np.pi
-        # the distance to the footprint bounds the elevations of the solid
+        # bounds of its elevations, from its smallest and largest horizontal distance
         local = to_local(solids, self.origin)[:, :2]
-        near = np.hypot(*np.maximum(np.abs(local) - solids["half"][:, :2], 0).T)
-        far = np.hypot(corner[..., 0], corner[..., 1]).max(axis=1)
+        smallest = np.hypot(*np.maximum(np.abs(local) - solids["half"][:, :2], 0).T)
+        largest = np.hypot(corner[..., 0], corner[..., 1]).max(axis=1)
         top, bottom = corner[..., 2].max(axis=1), corner[..., 2].min(axis=1)
-        up = np.arctan2(top, np.where(top > 0, np.maximum(near, 1e-3), far))
-        down = np.arctan2(bottom, np.where(bottom > 0, far, np.maximum(near, 1e-3)))
+        highest = np.arctan2(top, np.where(top > 0, np.maximum(smallest, 1e-3), largest))
+        lowest = np.arctan2(bottom, np.where(bottom > 0, largest, np.maximum(smallest, 1e-3)))
         margin = 1e-4  # radians, far above the rounding of the directions
-        row0 = np.searchsorted(self.elevations, down - margin)
-        row1 = np.searchsorted(self.elevations, up + margin)
+        row0 = np.searchsorted(self.elevations, lowest - margin)
+        row1 = np.searchsorted(self.elevations, highest + margin)
         columns = self.shape[1]
-        around = near == 0  # the LiDAR is above, below or inside the solid, which may lie in all directions
+        around = smallest == 0  # the LiDAR is above, below or inside the solid, which may lie in all directions
         col0 = np.floor((middle + angle.min(axis=1) - self.yaw - margin) / self.step).astype(np.int64)
         col1 = np.ceil((middle + angle.max(axis=1) - self.yaw + margin) / self.step).astype(np.int64) + 1
         begin = np.where(around, 0, col0 % columns)
@@ -103,11 +105,10 @@ def cast(view, solids):
         hit:      [n] int64 index into `solids`, GROUND or SKY.
     """
     n = view.directions.shape[1]
-    # Distance and index in one key: the bits of positive floats are ordered as the floats are.
     with np.errstate(divide="ignore"):
-        ground = -np.float32(view.origin[2]) / view.directions[2]
-    ground = np.where(ground > 0, ground, np.float32(np.inf))
-    nearest = _key(ground, np.full(n, len(solids), np.uint64))
+        to_ground = -np.float32(view.origin[2]) / view.directions[2]
+    to_ground = np.where(to_ground > 0, to_ground, np.float32(np.inf))
+    nearest = _key(to_ground, np.full(n, len(solids), np.uint64))  # the ground has the index len(solids)
     for ray, solid, distance in crossings(view, solids):
         np.minimum.at(nearest, ray, _key(distance, solid.astype(np.uint64)))
     distance = (nearest >> np.uint64(32)).astype(np.uint32).view(np.float32)
@@ -133,16 +134,16 @@ def crossings(view, solids):
                 yield ray[hit], np.repeat(solid[part], area[part])[hit], distance[hit]
 
 
-# (ray, solid) pairs tested at once, and rays painted at once, so that temporaries stay in the CPU's caches
+# (ray, solid) pairs that are tested at once, and rays that `paint` colors at once: temporaries stay in the CPU's caches
 CHUNK = 1 << 16
 
 
 def surface(solids, hit, points):
-    """Points on the surface of solids, in the solids' own axes.
+    """Positions and normals of points on the surface of solids, in the axes of their solid.
 
     Args:
         solids: [n] of dtype `SOLID`.
-        hit:    [k] index into `solids` of each point.
+        hit:    [k] index into `solids` of each point's solid.
         points: [k, 3] world.
 
     Returns:
@@ -174,12 +175,12 @@ def surface(solids, hit, points):
 
 
 def _key(distance, index):
-    """[n] uint64 that are ordered by distance, then by index."""
+    """[n] uint64 that are ordered by distance, then by index: positive floats are ordered as their bits are."""
     return (distance.astype(np.float32).view(np.uint32).astype(np.uint64) << np.uint64(32)) | index
 
 
 def _rays(row0, row1, col0, col1, width):
-    """Indices of the rays in rectangles, concatenated."""
+    """Indices of the rays in each rectangle, row by row, concatenated. width: columns of the view."""
     rows = row1 - row0
     row = np.arange(rows.sum()) + np.repeat(row0 - np.cumsum(rows) + rows, rows)
     length = np.repeat(col1 - col0, rows)
@@ -229,6 +230,7 @@ def _box_entry(solids, origin, d, count):
 def _ellipsoid_entry(solids, origin, d, count):
     """As `_box_entry`, for ellipsoids."""
     half = solids["half"]
+    # scaled to unit spheres: |q + t v|^2 - 1 = a t^2 + 2 b t + c = 0
     q = to_local(solids, origin) / half
     v = [axis / np.repeat(half[:, i], count) for i, axis in enumerate(_local_rays(solids, d, count))]
     q_i = [np.repeat(q[:, i].astype(np.float32), count) for i in range(3)]

@@ -1,0 +1,151 @@
+"""Output voxels of strided and transposed sparse convolutions: their grid, and the cells of it that the inputs reach.
+
+A cell of the output grid is a voxel if at least one input contributes to it (kernels/sparse_map.py has the formulas).
+The kernel writes the keys of all cells that each input reaches; their distinct values are the keys of the outputs.
+
+Sizes: N inputs, M outputs. All triples are (z, y, x).
+"""
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from unipad.kernels.backend import host_wait, jit, tl, triton
+from unipad.kernels.voxel_keys import NO_KEY, NO_KEY_SHORT, key_of, load_voxels
+
+
+def out_shape(shape, kernel, stride, padding, dilation):
+    """Cells (Z, Y, X) of the output of a strided convolution, as torch's conv3d.
+
+    Raises ValueError where there are none, naming axis and kernel.
+    """
+
+    def extent(n, k, s, p, d):
+        return (n + 2 * p - d * (k - 1) - 1) // s + 1
+
+    return _extents(extent, shape, kernel, stride, padding, dilation)
+
+
+def transposed_out_shape(shape, kernel, stride, padding, dilation):
+    """Cells (Z, Y, X) of the output of a transposed convolution, as torch's conv_transpose3d; raises as `out_shape`."""
+
+    def extent(n, k, s, p, d):
+        return (n - 1) * s - 2 * p + d * (k - 1) + 1
+
+    return _extents(extent, shape, kernel, stride, padding, dilation)
+
+
+def _extents(extent, shape, *geometry):
+    out = []
+    for axis, n, k, s, p, d in zip("zyx", shape, *geometry, strict=True):
+        sizes = f"kernel {k}, stride {s}, padding {p}, dilation {d}"
+        if min(k, s, d) < 1 or p < 0:
+            raise ValueError(f"no convolution along {axis} has {sizes}")
+        out.append(extent(n, k, s, p, d))
+        if out[-1] < 1:
+            raise ValueError(f"a convolution of {sizes} has no output along {axis}, where the grid has {n} cells")
+    return tuple(out)
+
+
+def max_readers(kernel, stride, dilation):
+    """Maximum number of outputs of a strided convolution that read one cell, on each axis."""
+    return tuple((k - 1) * d // s + 1 for k, s, d in zip(kernel, stride, dilation, strict=True))
+
+
+def output_keys(
+    coords: Tensor, out: Sequence[int], geometry: Sequence[Sequence[int]], batch_size: int | None, transposed: bool
+) -> Tensor:
+    """[M] int64 keys of the output voxels, ascending; int32 if all keys fit. Launches Triton kernels.
+
+    Args:
+        coords:     [N, 4] int32 (b, z, y, x) of the inputs, contiguous.
+        out:        cells (Z, Y, X) of the output grid.
+        geometry:   kernel, stride, padding, dilation: cells (z, y, x).
+        batch_size: number of grids, if known: without it, keys are int64.
+        transposed: whether the convolution is transposed or strided.
+
+    Waits for the device once, for M.
+    """
+    kernel_size, stride, padding, dilation = map(tuple, geometry)
+    slots = kernel_size if transposed else max_readers(kernel_size, stride, dilation)
+    short = batch_size is not None and batch_size * prod(out) < NO_KEY_SHORT
+    dtype, no_key = (torch.int32, NO_KEY_SHORT) if short else (torch.int64, NO_KEY)
+    if not len(coords):
+        return coords.new_empty(0, dtype=dtype)
+    pairs = prod(slots) * len(coords)
+    keys = coords.new_empty(pairs + 1, dtype=dtype)
+    Z, Y, X = out
+    _reached_keys_kernel[(triton.cdiv(pairs + 1, BLOCK_PAIRS),)](
+        coords_ptr=coords, keys_ptr=keys, PAIRS=pairs, N=len(coords), Z=Z, Y=Y, X=X, slots=slots,
+        kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation,
+        TRANSPOSED=transposed, NO_KEY=no_key, BLOCK_PAIRS=BLOCK_PAIRS,
+    )  # fmt: skip
+    # sorts keys without values, which moves half as many bytes
+    with host_wait("number of a convolution's output voxels"):
+        return torch.unique(keys)[:-1]  # without NO_KEY
+
+
+def output_coords(keys: Tensor, out: Sequence[int]) -> Tensor:
+    """[M, 4] int32 (b, z, y, x) of keys [M] in a grid of `out` (Z, Y, X) cells. Launches a Triton kernel."""
+    coords = keys.new_empty(len(keys), 4, dtype=torch.int32)
+    if len(keys):
+        Z, Y, X = out
+        _coords_kernel[(triton.cdiv(len(keys), BLOCK),)](
+            keys_ptr=keys, coords_ptr=coords, M=len(keys), Z=Z, Y=Y, X=X, BLOCK=BLOCK
+        )  # fmt: skip
+    return coords
+
+
+BLOCK = 256  # voxels per program
+BLOCK_PAIRS = 1024  # pairs of a slot and an input per program
+
+
+@jit(varying=("PAIRS", "N", "Z", "Y", "X"))
+def _reached_keys_kernel(
+    coords_ptr, keys_ptr,  # [N, 4], [PAIRS + 1]
+    PAIRS, N, Z, Y, X, slots, kernel_size, stride, padding, dilation,  # PAIRS = all slots * N; Z, Y, X: output grid
+    TRANSPOSED: tl.constexpr, NO_KEY: tl.constexpr, BLOCK_PAIRS: tl.constexpr,
+):  # fmt: skip
+    """Keys of the output cells of all pairs of a slot and an input, NO_KEY where there is none and after the last.
+
+    The slots of an input number the cells that it can reach: `slots` (z, y, x) is their maximum number on each axis.
+    """
+    pair = tl.program_id(0).to(tl.int64) * BLOCK_PAIRS + tl.arange(0, BLOCK_PAIRS)  # [BLOCK_PAIRS]
+    ok = pair < PAIRS
+    t, i = (pair // N).to(tl.int32), (pair % N).to(tl.int32)
+    b, z, y, x = load_voxels(coords_ptr, i, ok)
+    tz, ty, tx = t // (slots[1] * slots[2]), t // slots[2] % slots[1], t % slots[2]
+    z, z_ok = _reached_cell(z, tz, Z, kernel_size[0], stride[0], padding[0], dilation[0], TRANSPOSED)
+    y, y_ok = _reached_cell(y, ty, Y, kernel_size[1], stride[1], padding[1], dilation[1], TRANSPOSED)
+    x, x_ok = _reached_cell(x, tx, X, kernel_size[2], stride[2], padding[2], dilation[2], TRANSPOSED)
+    key = tl.where(ok & z_ok & y_ok & x_ok, key_of(b, z, y, x, Z, Y, X), NO_KEY)
+    tl.store(keys_ptr + pair, key.to(keys_ptr.dtype.element_ty), mask=pair <= PAIRS)
+
+
+@triton.jit
+def _reached_cell(cell, slot, size, kernel, stride, padding, dilation, TRANSPOSED: tl.constexpr):
+    """On one axis, the output cell in a slot of an input, and whether the input reaches it."""
+    if TRANSPOSED:
+        out = cell * stride - padding + slot * dilation
+        return out, (out >= 0) & (out < size)
+    else:
+        out = (cell + padding) // stride - slot  # slots count down from the highest output
+        distance = cell + padding - out * stride
+        offset = distance // dilation
+        return out, (offset * dilation == distance) & (offset < kernel) & (out >= 0) & (out < size)
+
+
+@jit(varying=("M", "Z", "Y", "X"))
+def _coords_kernel(keys_ptr, coords_ptr, M, Z, Y, X, BLOCK: tl.constexpr):
+    m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    m_ok = m < M
+    key = tl.load(keys_ptr + m, mask=m_ok, other=0)  # ((b Z + z) Y + y) X + x
+    row = key // X
+    plane = row // Y
+    voxel_ptr = coords_ptr + m.to(tl.int64) * 4
+    tl.store(voxel_ptr, (plane // Z).to(tl.int32), mask=m_ok)
+    tl.store(voxel_ptr + 1, (plane % Z).to(tl.int32), mask=m_ok)
+    tl.store(voxel_ptr + 2, (row % Y).to(tl.int32), mask=m_ok)
+    tl.store(voxel_ptr + 3, (key % X).to(tl.int32), mask=m_ok)

@@ -1,0 +1,324 @@
+"""Disturb small runs at random moments, and check that they lose no more than the README says.
+
+    python -m tests.accidents --moments 20 --seed 0             # a line each, and a table; exit code 1 after a fault
+    python -m tests.accidents --moments 9 --only "full disk"    # one kind of accident
+    python -m tests.accidents --moment 12                       # one moment, with all that the run printed
+
+Each moment starts train.py or finetune.py, with a data loading process and without a cached index, and waits until it
+has used a random part of the CPU time of an undisturbed run: during the imports, the indexing of the dataset, a step,
+the writing of a checkpoint, a validation. Then one of `ACCIDENTS` happens. The run must end with the exit code and the
+last line that the README promises, without a traceback, and leave neither partial files nor processes. Its last
+checkpoint must be intact and recent enough. With `--resume auto` it must reach the end, and all numbers in the log and
+all weights must equal those of the undisturbed run.
+
+Linux only. The full disk is a tmpfs where this user may mount one, otherwise a limit on the size of files.
+"""
+
+import argparse
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tests import scripts
+from unipad.checkpoint import read_training
+from unipad.data.synthetic import generate
+from unipad.errors import UserError
+
+STEPS, SAVE_EVERY, VAL_EVERY = 8, 2, 3
+FLAGS = ["--modality", "lidar", "--preset", "tiny", "--device", "cpu", "--workers", 1, "--log-every", 1]
+FLAGS += ["--steps", STEPS, "--save-every", SAVE_EVERY, "--val-every", VAL_EVERY]
+RAYS = ["--rays.per-view", 8, "--render.samples", 12, "--render.importance", 4, "--val-samples", 1]
+PROGRAMS = {"train.py": [*FLAGS, *RAYS, "--picture-stride", 16], "finetune.py": FLAGS}
+
+# accident -> (exit code of the run, last line that it prints on stderr)
+STOPPED = r"stopped after step \d+, saved; resume with --resume \S+|stopped by SIG\w+"
+ACCIDENTS = {
+    "kill -9": (-signal.SIGKILL, None),
+    "SIGTERM": (128 + signal.SIGTERM, STOPPED),
+    "SIGHUP": (128 + signal.SIGHUP, STOPPED),
+    "Ctrl-C": (128 + signal.SIGINT, STOPPED),
+    "closed pipe": (128 + signal.SIGPIPE, STOPPED),
+    "full disk": (2, r"error: .*(No space left on device|File too large); .*"),
+    "worker killed": (0, None),
+}
+SIGNALS = {"kill -9": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGHUP": signal.SIGHUP, "Ctrl-C": signal.SIGINT}
+TRACES = ("Traceback", "Exception ignored", "Error in ")  # what Python and its threads print
+PARTIAL = re.compile(r"^\..*\.\d+$|\.partial-|\.part$")  # names of files and folders that are being written
+SECONDS = 300  # time limit of a run
+DISK = 48 * 2**20  # bytes; an undisturbed run needs half of that
+
+
+@dataclass
+class Moment:
+    """An accident, and what came of it. Steps are those of the log; `where` is what the run was doing."""
+
+    program: str
+    accident: str
+    seconds: float  # of CPU time
+    where: str = ""
+    code: int = 0
+    output: str = ""
+    logged: int = 0
+    saved: int = 0
+    faults: list[str] = field(default_factory=list)
+
+    @property
+    def last_line(self):
+        return (self.output.splitlines() or [""])[-1]
+
+
+def log_of(run: Path) -> dict[int, dict]:
+    """step -> {name: number} of a run's log, without speed and memory."""
+    steps = defaultdict(dict)
+    file = run / "log.jsonl"
+    for line in file.read_text().splitlines() if file.exists() else []:
+        with suppress(ValueError):  # the last line may be half-written
+            values = json.loads(line)
+            if "step" in values:
+                steps[values["step"]] |= {k: v for k, v in values.items() if not k.endswith(("_per_s", "_mb"))}
+    return steps
+
+
+def last_logged(run: Path) -> int:
+    return max((step for step, values in log_of(run).items() if "train/loss" in values), default=0)
+
+
+def place_of(run: Path) -> str:
+    """What a run is doing, as far as its files say."""
+    if not (run / "config.json").exists():
+        return "dataset" if run.exists() else "imports"
+    log, step = log_of(run), last_logged(run)
+    validates = step and (step % VAL_EVERY == 0 or step == STEPS) and not any("val/" in name for name in log[step])
+    return f"validation {step}" if validates else f"step {step + 1}"
+
+
+def cpu_seconds(process: int) -> float:
+    """CPU time that a process has used, also if it has ended and its exit code has not been asked for."""
+    values = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, values[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
+def ended(process: int) -> bool:
+    return os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+
+
+def children(process: int) -> list[int]:
+    """Process ids of the children of a process."""
+    try:
+        return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    except OSError:  # it has ended
+        return []
+
+
+def workers(process: int) -> list[int]:
+    """Process ids of the data loading processes of a program."""
+    return [pid for pid in children(process) if b"--workers" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+@contextmanager
+def disk(folder: Path):
+    """A disk of its own at `folder`, where this user may mount one."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", folder]
+    mounted = shutil.which("mount") and subprocess.run(command, capture_output=True).returncode == 0
+    try:
+        yield folder
+    finally:
+        if mounted:
+            subprocess.run(["umount", "--lazy", folder], check=True)
+        shutil.rmtree(folder)
+
+
+def fill(folder: Path, process: int, left: int):
+    """Leave `left` bytes of the disk at `folder`, or let `process` write no file larger than that."""
+    if not folder.is_mount():
+        resource.prlimit(process, resource.RLIMIT_FSIZE, (left, resource.RLIM_INFINITY))
+        return
+    with (folder / "filler").open("wb") as file:
+        size = max(0, shutil.disk_usage(folder).free - left)
+        os.posix_fallocate(file.fileno(), 0, max(1, size))
+
+
+class Workshop:
+    """A small city, and an undisturbed run of each program on it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.city = generate(folder / "city", scenes=2, keyframes=3, image_size=(72, 128), workers=1, progress=False)
+        self.expected, self.seconds = {}, {}
+        for program in PROGRAMS:
+            with self._room() as room:
+                process = self._start(program, room)
+                os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+                self.seconds[program] = cpu_seconds(process.pid)
+                _, err = process.communicate()
+                assert process.returncode == 0, err.decode()
+                self.expected[program] = self._results(room / "run")
+
+    @contextmanager
+    def _room(self):
+        """A folder with the city, but without its cached index, for a run."""
+        with disk(self.folder / "disk") as room:
+            (room / "city").mkdir()
+            for part in self.city.iterdir():
+                if part.name.startswith("v1.0"):
+                    shutil.copytree(part, room / "city" / part.name)
+                elif part.name != "unipad-index":
+                    (room / "city" / part.name).symlink_to(part)
+            yield room
+
+    def _flags(self, program, room):
+        flags = [*PROGRAMS[program], "--data-root", room / "city", "--out", room / "run", "--resume", "auto"]
+        return list(map(str, flags))
+
+    def _start(self, program, room):
+        command = [sys.executable, str(scripts.REPO / program), *self._flags(program, room)]
+        environment = scripts.environment() | {"XDG_CACHE_HOME": str(room / "cache")}
+        return subprocess.Popen(
+            command,
+            cwd=room,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # ignored where this runs under nohup
+        )
+
+    def _results(self, run):
+        weights = read_training(run / "checkpoints" / "last.pt")["model"]
+        return log_of(run), {name: weight.clone() for name, weight in weights.items()}
+
+    def moment(self, seed: int, number: int, only: str | None) -> Moment:
+        """What comes of the accident that these numbers determine, at a moment that they determine too."""
+        rng = np.random.default_rng([seed, number])
+        program = "finetune.py" if number % 3 == 2 else "train.py"
+        accident = only or list(ACCIDENTS)[number % len(ACCIDENTS)]
+        moment = Moment(program, accident, rng.uniform(0, 0.95 * self.seconds[program]))
+        with self._room() as room:
+            process = self._start(program, room)
+            while cpu_seconds(process.pid) < moment.seconds and not ended(process.pid):
+                time.sleep(0.002)
+            moment.where = place_of(room / "run") if process.poll() is None else "end"
+            others = self._happen(accident, process, room, left=int(rng.integers(2**22)))
+            try:
+                _, err = process.communicate(timeout=SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                _, err = process.communicate()
+                moment.faults.append("did not end")
+            moment.code, moment.output = process.returncode, err.decode()
+            self._judge(moment, room, others)
+            self._resume(moment, room)
+        return moment
+
+    def _happen(self, accident, process, room, left):
+        """Let the accident happen; returns the process ids of the run's data loading processes."""
+        others = workers(process.pid)
+        if accident in SIGNALS:
+            # all get it, as from a terminal, systemd or Slurm; kill -9 ends only the main process
+            for pid in others if accident != "kill -9" else ():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, SIGNALS[accident])
+            process.send_signal(SIGNALS[accident])
+        elif accident == "closed pipe":
+            process.stdout.close()
+        elif accident == "full disk":
+            with suppress(ProcessLookupError):
+                fill(room, process.pid, left)
+        while accident == "worker killed" and process.poll() is None:
+            if others := workers(process.pid):
+                os.kill(others[0], signal.SIGKILL)
+                break
+            time.sleep(0.01)
+        return others
+
+    def _judge(self, moment, room, others):
+        """Collect the faults of a run that has ended."""
+        run, faults = room / "run", moment.faults
+        (room / "filler").unlink(missing_ok=True)
+        code, line = ACCIDENTS[moment.accident]
+        # Python ends a program that is ending with the signal itself, which a shell shows as 128 + N too
+        finished = last_logged(run) == STEPS and moment.code in (0, -SIGNALS.get(moment.accident, 0))
+        if moment.code != code and not finished:
+            faults.append(f"exit code {moment.code} instead of {code}")
+        if line and not finished and not re.fullmatch(line, moment.last_line):
+            faults.append(f"last line {moment.last_line!r}")
+        faults += [f"prints {words!r}" for words in TRACES if words in moment.output]
+        moment.logged = last_logged(run)
+        if (file := run / "checkpoints" / "last.pt").exists():
+            try:
+                moment.saved = read_training(file)["step"]
+            except UserError as error:
+                faults.append(str(error))
+        hard = moment.accident in ("kill -9", "full disk")
+        if moment.saved < moment.logged - (SAVE_EVERY if hard else 0):
+            faults.append(f"step {moment.logged} is logged, but only step {moment.saved} is saved")
+        if moment.accident != "kill -9":
+            faults += [f"leaves {part}" for part in self._partial(room)]
+        end = time.monotonic() + 20  # PyTorch's workers look for their parent every few seconds
+        while alive := [pid for pid in others if Path(f"/proc/{pid}").exists()]:
+            if time.monotonic() > end:
+                faults.append(f"leaves processes {alive}")
+                break
+            time.sleep(0.1)
+
+    def _resume(self, moment, room):
+        """Resume the run, and collect what is wrong at its end."""
+        program, faults = moment.program, moment.faults
+        done = scripts.run(program, *self._flags(program, room), cwd=room, timeout=SECONDS)
+        if done.returncode or "Traceback" in done.stderr:
+            faults.append(f"resumed: exit code {done.returncode}, {done.stderr[-500:]}")
+            return
+        (log, weights), (right_log, right_weights) = self._results(room / "run"), self.expected[program]
+        for step in sorted(log.keys() | right_log.keys()):
+            if log[step] != right_log[step]:
+                faults.append(f"resumed: log of step {step} is {log[step]} instead of {right_log[step]}")
+        faults += [f"resumed: other {n}" for n, w in right_weights.items() if not torch.equal(weights[n], w)][:1]
+        faults += [f"resumed: leaves {part}" for part in self._partial(room)]
+
+    def _partial(self, room):
+        return [str(path.relative_to(room)) for path in room.rglob("*") if PARTIAL.search(path.name)]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--moments", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=ACCIDENTS, help="this kind of accident only")
+    parser.add_argument("--moment", type=int, help="this moment only, with the run's messages")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    table = defaultdict(list)
+    with tempfile.TemporaryDirectory() as folder:
+        workshop = Workshop(Path(folder))
+        for number in range(args.moments) if args.moment is None else [args.moment]:
+            moment = workshop.moment(args.seed, number, args.only)
+            table[moment.accident].append(moment)
+            words = f"{number:>3}  {moment.program:<12}{moment.accident:<14}{moment.seconds:5.1f} s  {moment.where:<13}"
+            words += f"exit {moment.code:<4} logged {moment.logged} saved {moment.saved}  {moment.last_line[:60]}"
+            print("\n      ".join([words, *moment.faults]), flush=True)
+            if args.moment is not None:
+                print(moment.output)
+    print(f"\n{'accident':<14}{'moments':>8}{'faults':>8}{'steps lost, at most':>21}  exit codes")
+    for accident, moments in table.items():
+        faults, lost = sum(bool(m.faults) for m in moments), max(m.logged - m.saved for m in moments)
+        codes = ", ".join(map(str, sorted({m.code for m in moments})))
+        print(f"{accident:<14}{len(moments):>8}{faults:>8}{lost:>21}  {codes}")
+    sys.exit(any(moment.faults for moments in table.values() for moment in moments))
+
+
+if __name__ == "__main__":
+    main()

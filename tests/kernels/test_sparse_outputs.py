@@ -1,0 +1,62 @@
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from tests.ahead_of_time import Launch
+from tests.kernels.test_voxel_keys import SOME, random_voxels
+from unipad.kernels.backend import references
+from unipad.kernels.sparse_map import strided_map, strided_map_ref, transposed_map, transposed_map_ref
+from unipad.kernels.sparse_outputs import (
+    BLOCK,
+    BLOCK_PAIRS,
+    out_shape,
+    output_coords,
+    output_keys,
+    transposed_out_shape,
+)
+from unipad.kernels.voxel_keys import NO_KEY, NO_KEY_SHORT, voxel_keys_ref
+
+TYPES = dict.fromkeys(["slots", "kernel_size", "stride", "padding", "dilation"], ("i32",) * 3) | dict(coords_ptr="*i32")
+LONG, SHORT = TYPES | dict(keys_ptr="*i64"), TYPES | dict(keys_ptr="*i32")
+VOXELS, PAIRS = dict(BLOCK=BLOCK), dict(BLOCK_PAIRS=BLOCK_PAIRS)
+LAUNCHES = [
+    Launch(kernel, flags, types, elements=("fp32",), registers=registers, shared=shared)
+    for kernel, flags, types, registers, shared in [
+        ("_reached_keys_kernel", PAIRS | dict(TRANSPOSED=False, NO_KEY=NO_KEY), LONG, 112, 0),
+        ("_reached_keys_kernel", PAIRS | dict(TRANSPOSED=False, NO_KEY=NO_KEY_SHORT), SHORT, 112, 0),
+        ("_reached_keys_kernel", PAIRS | dict(TRANSPOSED=True, NO_KEY=NO_KEY), LONG, 112, 0),
+        ("_reached_keys_kernel", PAIRS | dict(TRANSPOSED=True, NO_KEY=NO_KEY_SHORT), SHORT, 112, 0),
+        ("_coords_kernel", VOXELS, LONG, 40, 1024),
+        ("_coords_kernel", VOXELS, SHORT, 40, 1024),
+    ]
+]
+
+ONE = (1, 1, 1)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("known", [True, False], ids=["int32", "int64"])
+def test_outputs_match_the_reference(transposed, known, device):
+    """32-bit keys if the batch size is known, and the grid small."""
+    (B, shape, N), geometry = SOME, ((2, 3, 4), (3, 1, 2), (1, 0, 2), (2, 3, 1))  # different on every axis
+    coords = random_voxels(B, shape, N, device)
+    map_ref, size_of = (transposed_map_ref, transposed_out_shape) if transposed else (strided_map_ref, out_shape)
+    expected, out = map_ref(coords, shape, *geometry)[0], size_of(shape, *geometry)
+    keys = output_keys(coords, out, geometry, B if known else None, transposed)
+    assert keys.dtype == (torch.int32 if known else torch.int64)
+    assert torch.equal(keys.long(), voxel_keys_ref(expected, out))
+    assert torch.equal(output_coords(keys, out), expected)
+
+
+@pytest.mark.parametrize("path", [nullcontext, references])
+def test_a_convolution_without_output_is_rejected(path, device):
+    """A grid smaller than the kernel; a transposed convolution whose padding crops all outputs; a stride of 0."""
+    coords = random_voxels(1, (2, 5, 5), 9, device)
+    for fn, kernel, stride, padding, message in [
+        (strided_map, (3, 3, 3), ONE, (0, 0, 0), "kernel 3, .* has no output along z, where the grid has 2 cells"),
+        (transposed_map, (2, 2, 1), ONE, (0, 0, 3), "kernel 1, .* has no output along x, where the grid has 5 cells"),
+        (strided_map, (3, 3, 3), (2, 0, 2), ONE, "no convolution along y has kernel 3, stride 0"),
+    ]:
+        with pytest.raises(ValueError, match=message), path():
+            fn(coords, (2, 5, 5), kernel, stride, padding, ONE)

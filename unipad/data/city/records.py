@@ -1,0 +1,258 @@
+"""The city's records: scenes, files and tokens, and the tables of the nuScenes format that connect them.
+
+As in nuScenes, boxes and samples have the LiDAR's timestamp and cameras fire a little earlier, a sweep belongs to the
+keyframe after it, and an ego pose has the token of its sample_data.
+
+`args` are the `Args` of unipad/data/synthetic.py; `name` is that of a scene; a `stamp` is the time of a frame in
+microseconds since the start of its scene.
+"""
+
+from functools import lru_cache
+from hashlib import md5
+from time import gmtime, strftime
+
+import numpy as np
+from pyquaternion import Quaternion
+
+from unipad.data.city import rig
+from unipad.data.city.solids import CATEGORIES
+from unipad.data.city.traffic import KINDS, VIEW_DISTANCE, Scene
+
+VERSION = "v1.0-mini"
+TRAIN = (
+    "scene-0061", "scene-0553", "scene-0655", "scene-0757", "scene-0796", "scene-1077", "scene-1094", "scene-1100",
+)  # fmt: skip
+VAL = ("scene-0103", "scene-0916")
+SCENES = sorted(TRAIN + VAL)
+
+KEYFRAME, SWEEP, CAMERA_SWEEP = 500_000, 50_000, 83_333  # intervals in microseconds
+START = 1_532_402_927_000_000  # microseconds: time at which the first scene starts
+SCENE_START = 100_000_000  # microseconds between the starts of successive scenes
+
+ATTRIBUTES = (
+    "vehicle.moving", "vehicle.stopped", "vehicle.parked", "cycle.with_rider", "cycle.without_rider",
+    "pedestrian.sitting_lying_down", "pedestrian.standing", "pedestrian.moving",
+)  # fmt: skip
+VISIBILITY = ("v0-40", "v40-60", "v60-80", "v80-100")  # tokens 1 to 4
+
+
+def scene_names(count: int) -> list[str]:
+    """`count` scene names of nuScenes mini, sorted; both validation scenes are among them, or one if `count` is 2.
+
+    The devkit's LidarSegEval requires every scene of a split.
+    """
+    val = min(2, count - 1)
+    return sorted(VAL[:val] + TRAIN[: count - val])
+
+
+def scene_of(args, name: str) -> Scene:
+    """The scene of this name, until its last keyframe."""
+    return _cached_scene(args.seed, SCENES.index(name), (args.keyframes - 1) * KEYFRAME / 1e6)
+
+
+_cached_scene = lru_cache(maxsize=1)(Scene)  # making one takes longer than a record
+
+
+def frames_of(args, channel: str, k: int) -> list[tuple[int, bool]]:
+    """(stamp, is keyframe) of each frame of a channel after its keyframe k - 1, up to keyframe k."""
+    if channel in rig.CAMERAS:
+        sweeps, step, early = args.camera_sweeps, CAMERA_SWEEP, round(rig.CAMERAS[channel].early * 1e6)
+    else:
+        sweeps, step, early = args.sweeps, SWEEP, 0
+    return [(k * KEYFRAME - early - j * step, j == 0) for j in range(sweeps if k else 0, -1, -1)]
+
+
+def data_file(name: str, channel: str, stamp: int, is_key: bool) -> str:
+    """Path below the root of an image or of LiDAR points."""
+    folder, end = "samples" if is_key else "sweeps", "jpg" if channel in rig.CAMERAS else "pcd.bin"
+    return f"{folder}/{channel}/{_logfile(name)}__{channel}__{_time(name, stamp)}.{end}"
+
+
+def labels_file(args, name: str, stamp: int) -> str:
+    """Path below the root of the lidarseg labels of a keyframe."""
+    return f"lidarseg/{VERSION}/{_token(args, 'sample_data', name, rig.LIDAR, stamp)}_lidarseg.bin"
+
+
+def map_file(args) -> str:
+    """Path below the root of the map."""
+    return f"maps/{_token(args, 'map')}.png"
+
+
+def make_tables(args, counts: dict[str, list]) -> dict[str, list[dict]]:
+    """All tables as lists of records.
+
+    counts: for each scene, the result of `rig.census` at each keyframe.
+    """
+    channels = {**dict.fromkeys(rig.CAMERAS, "camera"), rig.LIDAR: "lidar"}
+    tables = {
+        "category": [
+            {"token": _token(args, "category", name), "name": name, "description": "", "index": index}
+            for index, name in enumerate(CATEGORIES)
+        ],
+        "attribute": [{"token": _token(args, "attribute", a), "name": a, "description": ""} for a in ATTRIBUTES],
+        "visibility": [
+            {"token": str(i + 1), "level": level, "description": f"visibility of the object is {level[1:]} %"}
+            for i, level in enumerate(VISIBILITY)
+        ],
+        "sensor": [
+            {"token": _token(args, "sensor", channel), "channel": channel, "modality": modality}
+            for channel, modality in channels.items()
+        ],
+        "map": [
+            {
+                "token": _token(args, "map"),
+                "log_tokens": [_token(args, "log", name) for name in counts],
+                "category": "semantic_prior",
+                "filename": map_file(args),
+            }
+        ],
+    }
+    for name in ("log", "scene", "sample", "calibrated_sensor", "ego_pose", "sample_data", "lidarseg", "instance"):
+        tables[name] = []
+    tables["sample_annotation"] = []
+    for name, of_scene in counts.items():
+        _scene_records(tables, args, name)
+        for channel in channels:
+            _channel_records(tables, args, name, channel)
+        _actor_records(tables, args, name, of_scene)
+    return tables
+
+
+def _scene_records(tables, args, name):
+    scene, samples = scene_of(args, name), [("sample", name, k) for k in range(args.keyframes)]
+    content = f"towards a crossing, then {scene.turn}; roadworks, {len(scene.actors)} objects"
+    tables["log"].append(
+        {
+            "token": _token(args, "log", name),
+            "logfile": _logfile(name),
+            "vehicle": "synthetic",
+            "date_captured": strftime("%Y-%m-%d", gmtime(_time(name, 0) / 1e6)),
+            "location": "synthetic-city",
+        }
+    )
+    tables["scene"].append(
+        {
+            "token": _token(args, "scene", name),
+            "log_token": _token(args, "log", name),
+            "nbr_samples": args.keyframes,
+            "first_sample_token": _token(args, *samples[0]),
+            "last_sample_token": _token(args, *samples[-1]),
+            "name": name,
+            "description": f"Synthetic city: {content}",
+        }
+    )
+    for k, chain in enumerate(_chain(args, samples)):
+        tables["sample"].append(
+            {**chain, "timestamp": _time(name, k * KEYFRAME), "scene_token": _token(args, "scene", name)}
+        )
+
+
+def _channel_records(tables, args, name, channel):
+    """Calibration, frames and ego poses of one sensor in one scene."""
+    is_camera = channel in rig.CAMERAS
+    rotation = rig.camera_rotation(channel) if is_camera else rig.LIDAR_ROTATION
+    height, width = args.image_size if is_camera else (0, 0)
+    calibration = _token(args, "calibrated_sensor", name, channel)
+    tables["calibrated_sensor"].append(
+        {
+            "token": calibration,
+            "sensor_token": _token(args, "sensor", channel),
+            "translation": list(rig.CAMERAS[channel].position if is_camera else rig.LIDAR_POSITION),
+            "rotation": rotation.elements.tolist(),
+            "camera_intrinsic": rig.intrinsic(channel, args.image_size).tolist() if is_camera else [],
+        }
+    )
+    scene = scene_of(args, name)
+    stamps = [frame for k in range(args.keyframes) for frame in frames_of(args, channel, k)]
+    keys = [("sample_data", name, channel, stamp) for stamp, _ in stamps]
+    sample = 0
+    for (stamp, is_key), chain in zip(stamps, _chain(args, keys), strict=True):
+        rotation, translation = rig.ego_pose(scene, stamp / 1e6)
+        tables["ego_pose"].append(
+            {
+                "token": chain["token"],
+                "timestamp": _time(name, stamp),
+                "rotation": rotation.elements.tolist(),
+                "translation": translation.tolist(),
+            }
+        )
+        tables["sample_data"].append(
+            {
+                **chain,
+                "sample_token": _token(args, "sample", name, sample),
+                "ego_pose_token": chain["token"],
+                "calibrated_sensor_token": calibration,
+                "timestamp": _time(name, stamp),
+                "fileformat": "jpg" if is_camera else "pcd",
+                "is_key_frame": is_key,
+                "height": height,
+                "width": width,
+                "filename": data_file(name, channel, stamp, is_key),
+            }
+        )
+        if is_key and not is_camera:
+            record = {"token": chain["token"], "sample_data_token": chain["token"]}
+            tables["lidarseg"].append({**record, "filename": labels_file(args, name, stamp)})
+        sample += is_key
+
+
+def _actor_records(tables, args, name, counts):
+    """Instances and their annotations, from the first to the last keyframe in which an actor is within VIEW_DISTANCE.
+
+    counts: the result of `rig.census` at each keyframe.
+    """
+    scene = scene_of(args, name)
+    times = np.arange(args.keyframes) * KEYFRAME / 1e6
+    ego = scene.ego.pose(times)
+    for i, actor in enumerate(scene.actors):
+        track = actor.pose(times)
+        near = np.nonzero(np.hypot(*(track - ego)[:, :2].T) < VIEW_DISTANCE)[0]
+        if not len(near):
+            continue
+        frames = range(near[0], near[-1] + 1)
+        keys = [("sample_annotation", name, i, k) for k in frames]
+        tables["instance"].append(
+            {
+                "token": _token(args, "instance", name, i),
+                "category_token": _token(args, "category", KINDS[actor.kind].category),
+                "nbr_annotations": len(keys),
+                "first_annotation_token": _token(args, *keys[0]),
+                "last_annotation_token": _token(args, *keys[-1]),
+            }
+        )
+        for k, chain in zip(frames, _chain(args, keys), strict=True):
+            x, y, yaw = track[k]
+            inside, visible = (column[i] for column in counts[k])
+            tables["sample_annotation"].append(
+                {
+                    **chain,
+                    "sample_token": _token(args, "sample", name, k),
+                    "instance_token": _token(args, "instance", name, i),
+                    "visibility_token": str(1 + int(np.searchsorted((0.4, 0.6, 0.8), visible))),
+                    "attribute_tokens": [_token(args, "attribute", actor.attribute)] if actor.attribute else [],
+                    "translation": [float(x), float(y), actor.size[2] / 2],
+                    "size": list(actor.size),
+                    "rotation": Quaternion(axis=(0, 0, 1), radians=yaw).elements.tolist(),
+                    "num_lidar_pts": int(inside),
+                    "num_radar_pts": 0,
+                }
+            )
+
+
+def _chain(args, keys):
+    """Token, prev and next of consecutive records."""
+    tokens = ["", *(_token(args, *key) for key in keys), ""]
+    for before, token, after in zip(tokens, tokens[1:], tokens[2:], strict=False):
+        yield {"token": token, "prev": before, "next": after}
+
+
+def _token(args, *key):
+    return md5("/".join(map(str, (args.seed, *key))).encode()).hexdigest()
+
+
+def _time(name, stamp):
+    return START + SCENES.index(name) * SCENE_START + stamp
+
+
+def _logfile(name):
+    return strftime("synthetic-%Y-%m-%d-%H-%M-%S+0000", gmtime(_time(name, 0) / 1e6))

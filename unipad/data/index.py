@@ -1,0 +1,291 @@
+"""nuScenes tables, opened by the devkit -> `Index` and `CameraSweeps`: what samples need, as flat arrays.
+
+Workers hold only these arrays: no devkit, no Python objects to copy.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+from tqdm import tqdm
+
+from unipad.batch import CAMERAS, CLASSES
+from unipad.boxes import boxes_from_global
+from unipad.data.schema import box_fault, fault
+
+NO_CATEGORY = 255  # class of a label that is the index of no category
+CAMERA_SWEEPS = 5  # 12 Hz, keyframes at 2 Hz: all images since the previous keyframe
+MAX_DISTANCE = 1e4  # meters from the LiDAR: points farther away are an error, boxes are left out
+FASTEST = 200.0  # m/s: an object's velocity above it counts as unknown, the ego vehicle's as an error
+APART = 200.0  # meters between the LiDAR and a camera, at the times of their frames: more means a wrong pose
+GAP = 1e9  # microseconds between successive frames of a scene: more, or less than 0, means a wrong timestamp
+FORMAT = 3  # version of the cached index; increment when the meaning of a field changes
+
+
+@dataclass(frozen=True)
+class Index:
+    """What the samples of one split need from the tables.
+
+    F keyframes in the order of time, N cameras, M boxes, L LiDAR frames (keyframes and the sweeps between them).
+    Text is in bytes, paths are relative to the data root. The rig is that of all keyframes together: where one has no
+    frame of a camera, the file's name is empty and the matrices are the identity.
+    """
+
+    cameras: np.ndarray  # [N] names: nuScenes' in the order of `CAMERAS`, then others by name
+    tokens: np.ndarray  # [F] sample tokens
+    frame_lidar: np.ndarray  # [F] row of the keyframe among the LiDAR frames
+    lidar_tokens: np.ndarray  # [F] sample_data tokens of LIDAR_TOP
+    image_files: np.ndarray  # [F, N]
+    image_sizes: np.ndarray  # [F, N, 2] int64 height, width according to the tables
+    intrinsics: np.ndarray  # [F, N, 4, 4] camera meters -> (u*d, v*d, d, 1), pixels of an image of that size
+    lidar2camera: np.ndarray  # [F, N, 4, 4]
+    box_offsets: np.ndarray  # [F + 1] keyframe f has boxes box_offsets[f] to box_offsets[f + 1], exclusive
+    boxes: np.ndarray  # [M, 9] float32 as in `Batch`
+    labels: np.ndarray  # [M] int64
+    lidar_files: np.ndarray  # [L]
+    lidar_times: np.ndarray  # [L] int64 microseconds
+    lidar2global: np.ndarray  # [L, 4, 4]
+    lidar_prev: np.ndarray  # [L] row of the previous LiDAR frame, -1 at the start of a scene
+    lidarseg_files: np.ndarray  # [F] empty where a keyframe has no labels
+    lidarseg_classes: np.ndarray  # [256] uint8 category in the files -> class 0-16, or `NO_CATEGORY`
+    left_out: np.ndarray  # [K] rows of sample_annotation that are not among the boxes, and why
+
+
+@dataclass(frozen=True)
+class CameraSweeps:
+    """The images before each keyframe of a split: a separate index, since it is six times as large.
+
+    F keyframes in the order of the `Index`, W = `CAMERA_SWEEPS` frames before each, the newest first, N cameras. These
+    include earlier keyframes; where the scene does not go back that far, its first frame is repeated (the original
+    never uses a scene's first frame as a sweep).
+    """
+
+    image_files: np.ndarray  # [F, W, N]
+    image_sizes: np.ndarray  # [F, W, N, 2] int64 as in `Index`
+    intrinsics: np.ndarray  # [F, W, N, 4, 4] float32 as in `Index`
+    lidar2camera: np.ndarray  # [F, W, N, 4, 4] float32 from the LiDAR at the keyframe's time to the camera at its own
+    numbers: np.ndarray  # [F, W] int64 how many frames before the keyframe, from 1; of its first camera
+    lags: np.ndarray  # [F, W] float32 seconds before the keyframe, of its first camera
+
+
+def build_index(nusc, split: str, scenes: set[str], verbose: bool) -> Index:
+    """The index of a split from the tables.
+
+    nusc:    from `schema.open_tables`.
+    split:   its name, for the progress bar that `verbose` shows.
+    scenes:  names of its scenes.
+
+    Raises `DataError`, naming table and row, and whatever the devkit raises.
+    """
+    samples, names = _samples(nusc, scenes), _camera_names(nusc)
+    for sample in samples:
+        if "LIDAR_TOP" not in sample["data"]:
+            raise _fault(nusc, "sample", sample, "has no keyframe of the sensor LIDAR_TOP")
+    tokens = {s["token"] for s in samples}
+    lidar = [r for r in nusc.sample_data if r["channel"] == "LIDAR_TOP" and r["sample_token"] in tokens]
+    row = {r["token"]: i for i, r in enumerate(lidar)}
+    frame_lidar = np.array([row[s["data"]["LIDAR_TOP"]] for s in samples], np.int64)
+    lidar2global = _sensor2global(nusc, lidar)
+    lidar_times = np.array([r["timestamp"] for r in lidar], np.int64)
+    lidar_prev = np.array([row.get(r["prev"], -1) for r in lidar], np.int64)
+    _check_motion(nusc, lidar, lidar2global, lidar_times, lidar_prev)
+    cameras = [nusc.get("sample_data", s["data"][c]) if c in s["data"] else None for s in samples for c in names]
+    samples_shown = tqdm(samples, f"indexing {nusc.version} {split}", disable=not verbose, unit="frame")
+    lidarseg, classes = _lidarseg(nusc)
+    return Index(
+        cameras=_text(names),
+        tokens=_text(s["token"] for s in samples),
+        frame_lidar=frame_lidar,
+        lidar_tokens=_text(s["data"]["LIDAR_TOP"] for s in samples),
+        **_images(nusc, cameras, (len(samples), len(names)), lidar2global[frame_lidar]),
+        **_boxes(nusc, samples_shown, lidar2global[frame_lidar]),
+        lidar_files=_text(r["filename"] for r in lidar),
+        lidar_times=lidar_times,
+        lidar2global=lidar2global,
+        lidar_prev=lidar_prev,
+        lidarseg_files=_text(lidarseg.get(s["data"]["LIDAR_TOP"], "") for s in samples),
+        lidarseg_classes=classes,
+    )
+
+
+def _check_motion(nusc, lidar, lidar2global, times, prev):
+    """Raise `DataError` for a LiDAR frame that is too far from the previous one, in time or in space."""
+    for i in np.flatnonzero(prev >= 0):
+        gap, step = int(times[i] - times[prev[i]]), lidar2global[i, :3, 3] - lidar2global[prev[i], :3, 3]
+        _check_gap(nusc, lidar[i], gap)
+        if np.linalg.norm(step) > max(APART, FASTEST * 1e-6 * abs(gap)):
+            pose = nusc.get("ego_pose", lidar[i]["ego_pose_token"])
+            raise _fault(nusc, "ego_pose", pose, f"is {np.linalg.norm(step):.0f} m from that of the LiDAR frame before")
+
+
+def _check_gap(nusc, record, gap):
+    """Raise `DataError` where a file's time is not `gap` microseconds, from 0 to `GAP`, after that of its `prev`."""
+    if not 0 <= gap <= GAP:
+        raise _fault(nusc, "sample_data", record, f"its time is {1e-6 * gap:.0f} s after that of its prev")
+
+
+def _boxes(nusc, samples, lidar2global):
+    """`box_offsets`, `boxes`, `labels` and `left_out` of an `Index`. lidar2global: [F, 4, 4], one for each sample."""
+    from nuscenes.eval.detection.utils import category_to_detection_name
+
+    frames, annotations, velocities, labels, left_out = [], [], [], [], []
+
+    def leave_out(annotation, reason):
+        left_out.append(f"row {nusc.getind('sample_annotation', annotation['token'])}: {reason}")
+
+    for f, sample in enumerate(samples):
+        for annotation in (nusc.get("sample_annotation", token) for token in sample["anns"]):
+            name = category_to_detection_name(annotation["category_name"])
+            if name is None or not annotation["num_lidar_pts"] + annotation["num_radar_pts"] > 0:
+                continue
+            if reason := box_fault(annotation):
+                leave_out(annotation, reason)
+                continue
+            frames.append(f)
+            annotations.append(annotation)
+            velocities.append(nusc.box_velocity(annotation["token"])[:2])
+            labels.append(CLASSES.index(name))
+    frames = np.array(frames, np.int64)
+    sizes = np.array([a["size"] for a in annotations], np.float64).reshape(-1, 3)
+    velocities = np.array(velocities, np.float64).reshape(-1, 2)
+    velocities[~(np.abs(velocities) < FASTEST).all(axis=1)] = 0
+    boxes = boxes_from_global(_matrices(annotations), sizes, velocities, lidar2global[frames])
+    near = (np.abs(boxes[:, :3]) < MAX_DISTANCE).all(axis=1)
+    for i in np.flatnonzero(~near):
+        leave_out(annotations[i], f"is more than {MAX_DISTANCE:.0f} m from the LiDAR")
+    return {
+        "box_offsets": np.searchsorted(frames[near], np.arange(len(lidar2global) + 1)),
+        "boxes": boxes[near],
+        "labels": np.array(labels, np.int64)[near],
+        "left_out": _text(left_out),
+    }
+
+
+def build_camera_sweeps(nusc, split: str, scenes: set[str], verbose: bool) -> CameraSweeps:
+    """The camera sweeps of a split from the tables; arguments and errors as `build_index`."""
+    samples, names = _samples(nusc, scenes), _camera_names(nusc)
+    lidar2global = _sensor2global(nusc, [nusc.get("sample_data", s["data"]["LIDAR_TOP"]) for s in samples])
+    chains, numbers, times = [], [], []
+    for sample in tqdm(samples, f"camera sweeps of {nusc.version} {split}", disable=not verbose, unit="frame"):
+        keys = [nusc.get("sample_data", sample["data"][c]) if c in sample["data"] else None for c in names]
+        of_cameras = [_chain_before(nusc, key) for key in keys]
+        chains += zip(*of_cameras, strict=True)
+        key, front = next(((k, chain) for k, chain in zip(keys, of_cameras, strict=True) if k), (None, []))
+        front = [key["timestamp"] - record["timestamp"] for record in front] or [0] * CAMERA_SWEEPS
+        times.append(front)
+        numbers.append(np.cumsum(np.diff([0, *front]) != 0))
+    records, shape = [record for frame in chains for record in frame], (len(samples), CAMERA_SWEEPS, len(names))
+    images = _images(nusc, records, shape, lidar2global)
+    return CameraSweeps(
+        **{k: array.astype(np.float32) if array.dtype == np.float64 else array for k, array in images.items()},
+        numbers=np.array(numbers, np.int64).reshape(shape[:2]),
+        lags=(1e-6 * np.array(times).reshape(shape[:2])).astype(np.float32),
+    )
+
+
+def _chain_before(nusc, record):
+    """The `CAMERA_SWEEPS` sample_data records before `record`, the newest first, the scene's first one repeated."""
+    chain = []
+    for _ in range(CAMERA_SWEEPS):
+        if record and record["prev"]:
+            newer, record = record, nusc.get("sample_data", record["prev"])
+            _check_gap(nusc, newer, newer["timestamp"] - record["timestamp"])
+        chain.append(record)
+    return chain
+
+
+def _camera_names(nusc):
+    """The cameras of which any keyframe of the version has an image, in the order of `Index.cameras`."""
+    cameras = {sensor["channel"] for sensor in nusc.sensor if sensor["modality"] == "camera"}
+    used = cameras & {channel for sample in nusc.sample for channel in sample["data"]}
+    return sorted(used, key=lambda name: (CAMERAS.index(name) if name in CAMERAS else len(CAMERAS), name))
+
+
+def _images(nusc, records, shape, lidar2global):
+    """`image_files`, `image_sizes`, `intrinsics` and `lidar2camera` of an index, in arrays of `shape` [F, ..., N].
+
+    records: of sample_data, flat; None where there is no image. lidar2global: [F, 4, 4] at the times of the keyframes.
+    """
+    present = np.array([record is not None for record in records], bool)
+    known = [record for record in records if record is not None]
+    sizes = np.zeros((len(records), 2), np.int64)
+    sizes[present] = np.array([_image_size(nusc, record) for record in known], np.int64).reshape(-1, 2)
+    intrinsics, camera2global = (np.tile(np.eye(4), (len(records), 1, 1)) for _ in range(2))
+    intrinsics[present] = _intrinsics(nusc, known)
+    camera2global[present] = _sensor2global(nusc, known)
+    camera2global = camera2global.reshape(*shape, 4, 4)
+    lidar2global = lidar2global.reshape(-1, *(1 for _ in shape[1:]), 4, 4)
+    lidar2camera = np.linalg.inv(camera2global) @ lidar2global
+    apart = np.linalg.norm(lidar2camera[..., :3, 3], axis=-1).ravel()
+    for i in np.flatnonzero(present & (apart > APART)):
+        pose = nusc.get("ego_pose", records[i]["ego_pose_token"])
+        raise _fault(nusc, "ego_pose", pose, f"puts a camera {apart[i]:.0f} m from the LiDAR")
+    return {
+        "image_files": _text("" if record is None else record["filename"] for record in records).reshape(shape),
+        "image_sizes": sizes.reshape(*shape, 2),
+        "intrinsics": intrinsics.reshape(*shape, 4, 4),
+        "lidar2camera": lidar2camera,
+    }
+
+
+def _image_size(nusc, record):
+    """Height and width of a camera's image, pixels of its intrinsics."""
+    size = record.get("height"), record.get("width")
+    if not all(type(side) is int and 0 < side < 2**16 for side in size):
+        raise _fault(nusc, "sample_data", record, f"height and width of an image are {size[0]} and {size[1]}")
+    return size
+
+
+def _samples(nusc, scenes):
+    """The keyframes of the scenes of these names, in the order of time."""
+    samples = [s for s in nusc.sample if nusc.get("scene", s["scene_token"])["name"] in scenes]
+    return sorted(samples, key=lambda s: s["timestamp"])
+
+
+def _intrinsics(nusc, records):
+    """[len(records), 4, 4] of sample_data records of cameras: camera meters -> (u*d, v*d, d, 1), pixels of the file."""
+    intrinsics = np.tile(np.eye(4), (len(records), 1, 1))
+    for matrix, record in zip(intrinsics, records, strict=True):
+        sensor = nusc.get("calibrated_sensor", record["calibrated_sensor_token"])
+        if not sensor["camera_intrinsic"]:
+            raise _fault(nusc, "calibrated_sensor", sensor, "camera_intrinsic of a camera is empty")
+        matrix[:3, :3] = sensor["camera_intrinsic"]
+    return intrinsics
+
+
+def _sensor2global(nusc, records):
+    """[len(records), 4, 4] of sample_data records, each at its own timestamp."""
+    sensor2ego = _matrices([nusc.get("calibrated_sensor", r["calibrated_sensor_token"]) for r in records])
+    return _matrices([nusc.get("ego_pose", r["ego_pose_token"]) for r in records]) @ sensor2ego
+
+
+def _matrices(records):
+    """[len(records), 4, 4] rigid transforms of records with a translation and a w, x, y, z rotation."""
+    matrices = np.tile(np.eye(4), (len(records), 1, 1))
+    if records:
+        wxyz = np.array([r["rotation"] for r in records])
+        matrices[:, :3, :3] = Rotation.from_quat(wxyz[:, [1, 2, 3, 0]]).as_matrix()
+        matrices[:, :3, 3] = [r["translation"] for r in records]
+    return matrices
+
+
+def _lidarseg(nusc):
+    """({LiDAR sample_data token: label file}, `Index.lidarseg_classes`); empty without lidarseg."""
+    from nuscenes.eval.lidarseg.utils import LidarsegClassMapper
+
+    classes = np.full(256, NO_CATEGORY, np.uint8)
+    if not hasattr(nusc, "lidarseg"):
+        return {}, classes
+    for category, label in LidarsegClassMapper(nusc).fine_idx_2_coarse_idx_mapping.items():
+        classes[category] = label
+    return {r["sample_data_token"]: r["filename"] for r in nusc.lidarseg}, classes
+
+
+def _text(strings):
+    """An array of bytes, since an array of str takes four times the memory."""
+    return np.array([string.encode() for string in strings], "S")
+
+
+def _fault(nusc, table, record, what):
+    return fault(Path(nusc.table_root), table, nusc.getind(table, record["token"]), what)

@@ -172,10 +172,10 @@ def _cut_out(dataset, paste, paths, workers):
     for path in paths:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            names = f"{path.stem.rpartition('-')[0]}-*"
-            remove_parts(path.parent, names)
+            pattern = f"{path.stem.rpartition('-')[0]}-*"
+            remove_parts(path.parent, pattern)
             arrays_and_file = _write(dataset, paste, path, workers)
-            for old in path.parent.glob(names):
+            for old in path.parent.glob(pattern):
                 if path.stem not in old.name:  # of an earlier state of the tables
                     old.unlink(missing_ok=True)
             return arrays_and_file

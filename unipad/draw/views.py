@@ -197,7 +197,7 @@ def picture_of(figure: Figure) -> np.ndarray:
 def write_video(pictures: list[Path], file: Path, fps: float):
     """Join picture files into a GIF, or an MP4 with OpenCV, at `fps` frames per second.
 
-    Raises `UserError` where this OpenCV cannot write MP4, or not all of it.
+    Raises `UserError` where this OpenCV cannot write MP4, or there is no room for all of it.
     """
     first = Image.open(pictures[0]).convert("RGB")
     if file.suffix == ".gif":

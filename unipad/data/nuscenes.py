@@ -292,7 +292,7 @@ def _load_points(path):
     if not np.isfinite(points[:, :4]).all():
         raise BadFrame(path, "has values that are not finite")
     if not points[:, :3].any():
-        raise BadFrame(path, "has no point but zeros")
+        raise BadFrame(path, "has only zeros as coordinates")
     farthest, brightest = (np.abs(values).max() for values in (points[:, :3], points[:, 3]))
     if farthest > MAX_DISTANCE or brightest > BRIGHTEST:
         raise BadFrame(path, f"has a point at {farthest:.3g} m, or of intensity {brightest:.3g}: the file is damaged")

@@ -116,7 +116,10 @@ def pixel_rays(batch: Batch, sample: int, stride: int) -> Rays:
 def grid_of_views(batch: Batch, sample: int, stride: int) -> tuple[Tensor, Tensor, tuple[int, int, int]]:
     """Every `stride`-th pixel of one sample's views, for `cast_rays`; all views have the grid of the largest image.
 
-    Returns ([N, h * w, 3] u, v, 0; row after row, [N, h * w] bool, False in the padding, (N, h, w)).
+    Returns:
+        pixels: [N, h * w, 3] u, v, 0; row after row.
+        inside: [N, h * w] bool, False in the padding.
+        shape:  (N, h, w).
     """
     H, W = batch.image_sizes[sample].amax(0).tolist()
     pixels, inside = pixel_grid(batch.image_sizes[sample], H, W, stride)

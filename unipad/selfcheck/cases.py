@@ -77,8 +77,11 @@ def _rig(scale, device):
 
 
 def _view_cases(size, recipe):
-    """The volumes are offset a little, so that no voxel corner is projected onto an image border, where rounding would
-    decide whether it is inside."""
+    """Cases of the view transforms.
+
+    The volumes are offset a little, so that no voxel corner is projected onto an image border, where rounding would
+    decide whether it is inside.
+    """
 
     def lifted(device, dtype):
         low, cell = (-54.0137, -54.0137, -5.0137), (0.84375, 0.84375, 1.6)
@@ -144,7 +147,7 @@ def _box_cases(size, recipe):
         return dict(a=a, b=a + 0.3 * torch.randn_like(a) * a.new_tensor([1, 1, 1, 0, 0, 0, 1]))
 
     def overlapping(device, dtype):
-        """With a threshold far from every IoU, so that rounding does not change which boxes are suppressed."""
+        """Boxes and a threshold far from all their IoUs, so that rounding does not change which are suppressed."""
         rectangles = bev_boxes(N, device)
         iou = rotated_iou_bev_ref(rectangles.double(), rectangles.double()).flatten()
         near = iou[(iou > 0.1) & (iou < 0.3)].sort().values

@@ -238,11 +238,11 @@ class NuScenesDataset(DrivingDataset):
         labels = index.lidarseg_files[frames, None]
         labels = np.where(labels == b"", lidar[:, :1], labels)
         images = index.image_files[frames, : None if data.cameras else 0]
-        before = images[:, :0]
+        sweep_images = images[:, :0]  # none
         if self.camera_sweeps is not None:
-            before = self.camera_sweeps.image_files[frames, : data.camera_sweeps - 1].reshape(len(frames), -1)
+            sweep_images = self.camera_sweeps.image_files[frames, : data.camera_sweeps - 1].reshape(len(frames), -1)
         keyframe = np.concatenate([lidar[:, :1], labels, images], axis=1)
-        return {"keyframe": keyframe, "sweeps": lidar[:, 1:], "camera-sweeps": before}
+        return {"keyframe": keyframe, "sweeps": lidar[:, 1:], "camera-sweeps": sweep_images}
 
 
 def _load_bytes(path):

@@ -273,6 +273,8 @@ class Scene:
         intersection."""
         rng = self.rng
         for side, kinds in ((-1, ["site", "truck"]), (1, ["bus", "trailer"])):
+            # meters ahead of the intersection: from 18 m behind the start to 1.5 m before the crosswalk; a construction
+            # site takes 12.5 m
             begin, end = -self.before - 18, -ROAD - CROSSWALK[1] - 1.5
             room = end - begin - sum(12.5 if k == "site" else KINDS[k].size[1] + 2 for k in kinds)
             kinds += ["car"] * int(room / (KINDS["car"].size[1] + 1.5))
@@ -282,7 +284,7 @@ class Scene:
                     begin += 12.5
                 else:
                     begin = self._park_at_curb(kind, self.heading, begin, side) + rng.uniform(0.8, 1.4)
-        for arm in range(4):
+        for direction in range(4):  # of the streets that leave the intersection, indices into AXES
             for side in (-1, 1):
                 begin = ROAD + 11
                 while begin < PITCH - 24:
@@ -290,7 +292,7 @@ class Scene:
                     begin = (
                         begin + 5
                         if kind == "none"
-                        else self._park_at_curb(kind, arm, begin, side) + rng.uniform(0.8, 3)
+                        else self._park_at_curb(kind, direction, begin, side) + rng.uniform(0.8, 3)
                     )
 
     def _park_at_curb(self, kind, heading, begin, side):

@@ -317,19 +317,20 @@ class Scene:
     def _add_people(self):
         """Add people and riderless cycles on the sidewalks, people on the crosswalks."""
         rng = self.rng
-        behind = -self.before
+        start_ahead = -self.before  # of the ego vehicle, meters ahead of the intersection
         for kind in ("bicycle", "bicycle", "motorcycle"):
             self._add_at_random(
-                kind, lambda: self._point_path(rng.uniform(behind, -15), rng.choice([-1, 1]) * (ROAD + 0.7))
+                kind, lambda: self._point_path(rng.uniform(start_ahead, -15), rng.choice([-1, 1]) * (ROAD + 0.7))
             )
         self._add_at_random(
-            "pedestrian", lambda: self._point_path(rng.uniform(behind, -12), -ROAD - 1.6, rotation=rng.uniform(0, 6))
+            "pedestrian",
+            lambda: self._point_path(rng.uniform(start_ahead, -12), -ROAD - 1.6, rotation=rng.uniform(0, 6)),
         )
         for _ in range(7):
             left = rng.choice([-1, 1]) * (ROAD + rng.uniform(1.1, 2.2))
             ends = rng.permutation([(-58, left), (-12, left)])
             self._add_at_random("pedestrian", lambda ends=ends: self._straight_path(*ends), 46, (0.8, 1.6))
-        for ahead in (-12.5, -12.5, 12.5):
+        for ahead in (-12.5, -12.5, 12.5):  # in the middle of crosswalks
             ends = rng.permutation([(ahead, -9), (ahead, 9)])
             self._add_at_random("pedestrian", lambda ends=ends: self._straight_path(*ends), 12, (0.7, 1.5))
 

@@ -9,11 +9,11 @@ from functools import cache
 
 import torch
 
-# (prefix of the original's keys, prefix of ours); * matches a number. In both directions, the first match counts.
-# A third entry names the layout of the weights where it differs, see `LAYOUTS`.
 DECODER = "pts_bbox_head.transformer.decoder.layers.*."
 PLAIN_REFERENCES = ("pts_bbox_head.transformer.reference_points.", "head.reference_points.")
 DENOISING_REFERENCES = ("pts_bbox_head.reference_points.", "head.reference_points.")
+# (prefix of the original's keys, prefix of ours); * matches a number. In both directions, the first match counts.
+# A third entry names the layout of the weights where it differs, see `LAYOUTS`.
 UNIPAD = [
     ("img_backbone.", "encoder.camera.backbone."),
     ("img_neck.lateral_convs.*.conv.", "encoder.camera.neck.lateral_convs.*."),
@@ -47,7 +47,7 @@ UNIPAD = [
 ]
 CODE_WEIGHTS = "pts_bbox_head.code_weights"
 
-# The same for ConvNeXt, whose names here are the official ones; only converted to ours
+# The same for ConvNeXt, whose names here are the official ones; read in this direction only
 IMAGENET = [
     ("backbone.downsample_layers.", "downsample_layers."),  # mmpretrain
     ("backbone.stages.*.*.depthwise_conv.", "stages.*.*.dwconv."),
@@ -100,6 +100,7 @@ def from_imagenet(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tenso
 
 
 def _renamed(state, rows, source, target, spconv=1):
+    """(tensors by new key, keys without one); source, target: entries of `rows` to convert from and to."""
     renamed, unknown = {}, []
     for key, value in state.items():
         name, layout = _rename(key, rows, source, target)
@@ -111,6 +112,7 @@ def _renamed(state, rows, source, target, spconv=1):
 
 
 def _rename(key, rows, source, target):
+    """(new key, layout or None) by the first of `rows` that matches; (None, None) if none does."""
     for row in rows:
         if found := _prefix(row[source]).match(key):
             numbers = iter(found.groups())

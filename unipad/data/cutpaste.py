@@ -160,8 +160,8 @@ def _checksum(path):
     checksum = 0
     try:
         with open(path, "rb") as file:
-            while part := file.read(2**24):
-                checksum = zlib.crc32(part, checksum)
+            while chunk := file.read(2**24):
+                checksum = zlib.crc32(chunk, checksum)
     except OSError:
         return -1
     return checksum
@@ -172,10 +172,10 @@ def _cut_out(dataset, paste, paths, workers):
     for path in paths:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            names = f"{path.stem.rpartition('-')[0]}-*"
-            remove_parts(path.parent, names)
+            pattern = f"{path.stem.rpartition('-')[0]}-*"
+            remove_parts(path.parent, pattern)
             arrays_and_file = _write(dataset, paste, path, workers)
-            for old in path.parent.glob(names):
+            for old in path.parent.glob(pattern):
                 if path.stem not in old.name:  # of an earlier state of the tables
                     old.unlink(missing_ok=True)
             return arrays_and_file
@@ -188,7 +188,8 @@ def _cut_out(dataset, paste, paths, workers):
 
 
 def _write(dataset, paste, path, workers):
-    """Write both files, renaming each when complete, the large one first: the small one never exists alone."""
+    """Cut the objects out, write both files and return what `_read` returns. Each file is renamed when complete, the
+    large one first: the small one never exists alone."""
     frames = load_items(_Frames(dataset, paste.min_points), range(len(dataset)), workers)
     title = f"cutting objects out of {dataset.version} {dataset.split}"
     boxes, labels, points, pictures = [], [], [], []

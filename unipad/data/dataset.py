@@ -1,4 +1,4 @@
-"""The interface of a dataset: its samples, what the scripts call, and `collate`: samples -> batch.
+"""The interface of a dataset: its samples, the methods that the scripts call, and `collate`: samples -> batch.
 
 A new dataset is one file with one subclass of `DrivingDataset`, which the scripts take as
 `--dataset package.module:Class`. Frames and units are those of `unipad.batch`. To resume, repeat or evaluate a run of
@@ -72,7 +72,7 @@ class DrivingDataset(torch.utils.data.Dataset):
 
     `dataset[i]` is a `Sample` as recorded; `dataset.read(i, rng)` is an augmented one, for training.
 
-    A subclass must define `splits`, `load` and the constructor, which finds the frames and passes their number on:
+    A subclass must define `splits`, `load` and the constructor, which finds the frames and passes on their number:
 
         def __init__(self, root, version, split, data, **settings):
             self.files = sorted(Path(root, version, split).glob("*.npz"))
@@ -110,6 +110,7 @@ class DrivingDataset(torch.utils.data.Dataset):
                         boxes whose center is outside in x or y, since no head learns them. None keeps all.
         augment:        how `read` augments samples; None: no augmentation.
         """
+        # 0.02: rounded fractions count too, such as 0.33
         if not 0 < label_fraction <= 1 or abs(round(1 / label_fraction) * label_fraction - 1) > 0.02:
             raise DataError(f"--label-fraction {label_fraction} is not 1/k; give 1, 0.5, 0.2, 0.1 or another 1/k.")
         if not frame_count:
@@ -222,7 +223,7 @@ class DrivingDataset(torch.utils.data.Dataset):
         are pairs of a frame and a class in it: the longer epoch of the original. Depends only on the seed and the
         labels. Raises `DataError` where no frame has a box.
         """
-        rng = np.random.default_rng([seed, 0, 2])  # the loader uses [seed, epoch] and [seed, position, 1]
+        rng = np.random.default_rng([seed, 0, 2])  # the loader uses [seed, epoch] and [seed, position, 1 or 3]
         classes = [np.unique(self.labels_of(f)) for f in self.frames]
         pairs = np.concatenate(classes)
         if not len(pairs):
@@ -263,8 +264,8 @@ def collate(samples: list[Sample]) -> Batch:
     sizes = torch.tensor(sizes, dtype=torch.int64).view(len(samples), views, 2)
     H, W = (-(-max(sizes[..., i].flatten().tolist(), default=1) // 32) * 32 for i in range(2))
     images = torch.zeros(len(samples), views, 3, H, W)
-    for sample, views in zip(samples, images, strict=True):
-        for image, view in zip(sample.images, views, strict=True):
+    for sample, padded in zip(samples, images, strict=True):
+        for image, view in zip(sample.images, padded, strict=True):
             view[:, : image.shape[0], : image.shape[1]] = torch.from_numpy(image).permute(2, 0, 1)
 
     def stack(name):

@@ -16,7 +16,7 @@ from unipad.data.schema import box_fault, fault
 
 NO_CATEGORY = 255  # class of a label that is the index of no category
 CAMERA_SWEEPS = 5  # 12 Hz, keyframes at 2 Hz: all images since the previous keyframe
-REACH = 1e4  # meters from the LiDAR: points farther away are an error, boxes are left out
+MAX_DISTANCE = 1e4  # meters from the LiDAR: points farther away are an error, boxes are left out
 FASTEST = 200.0  # m/s: an object's velocity above it counts as unknown, the ego vehicle's as an error
 APART = 200.0  # meters between the LiDAR and a camera, at the times of their frames: more means a wrong pose
 GAP = 1e9  # microseconds between successive frames of a scene: more, or less than 0, means a wrong timestamp
@@ -151,9 +151,9 @@ def _boxes(nusc, samples, lidar2global):
     velocities = np.array(velocities, np.float64).reshape(-1, 2)
     velocities[~(np.abs(velocities) < FASTEST).all(axis=1)] = 0
     boxes = boxes_from_global(_matrices(annotations), sizes, velocities, lidar2global[frames])
-    near = (np.abs(boxes[:, :3]) < REACH).all(axis=1)
+    near = (np.abs(boxes[:, :3]) < MAX_DISTANCE).all(axis=1)
     for i in np.flatnonzero(~near):
-        leave_out(annotations[i], f"is more than {REACH:.0f} m from the LiDAR")
+        leave_out(annotations[i], f"is more than {MAX_DISTANCE:.0f} m from the LiDAR")
     return {
         "box_offsets": np.searchsorted(frames[near], np.arange(len(lidar2global) + 1)),
         "boxes": boxes[near],

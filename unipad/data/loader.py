@@ -1,7 +1,7 @@
 """Samples in the order of training: micro-batch i is a function of i and the seed alone.
 
 Position p of the stream is frame `permutation(seed, p // n)[p % n]` of a dataset with n frames. The i-th micro-batches
-of all processes together cover the i-th run of micro_batch * world positions, split into one contiguous range per
+of all processes together cover the i-th group of micro_batch * world positions, split into one contiguous range per
 process. So a stream started at a later micro-batch resumes exactly where another one stopped, two processes together
 load the same frames as one, and no frame is dropped at the end of an epoch.
 """
@@ -93,14 +93,16 @@ def all_batches(
 
 def _check_batch_size(dataset, size, workers):
     """Raises `UserError` for a batch so large that the system would kill the program."""
+    # smaller batches are assumed to fit, so that no frame is read here
     sample = _first_readable(dataset, range(len(dataset)), []) if size > 64 else None
     if sample is not None:
         of_sample = sum(4 * image.size for image in sample.images) + sample.points.nbytes
+        # PyTorch's loader prefetches two batches per worker
         check_memory(of_sample * size * (1 + 2 * workers), f"loading with --batch-size, {size} samples per process,")
 
 
 class ReadableFrames(Dataset):
-    """Item `frames`: (`Batch` of the frames that can be read, or None; list of `path: reason` of the others)."""
+    """Item `frames`, a range of indices: (`Batch` of those that can be read, or None; `path: reason` of each other)."""
 
     def __init__(self, dataset):
         self.dataset = dataset

@@ -27,7 +27,7 @@ from PIL import Image
 
 from unipad.config import Augment, Data
 from unipad.data.dataset import BadFrame, DataError, DrivingDataset, Sample
-from unipad.data.index import NO_CATEGORY, REACH
+from unipad.data.index import MAX_DISTANCE, NO_CATEGORY
 from unipad.data.splits import splits_of
 from unipad.data.synthetic import ensure_city
 from unipad.data.tables import find_root, load_camera_sweeps, load_index, scene_tokens, tables_state
@@ -238,14 +238,15 @@ class NuScenesDataset(DrivingDataset):
         labels = index.lidarseg_files[frames, None]
         labels = np.where(labels == b"", lidar[:, :1], labels)
         images = index.image_files[frames, : None if data.cameras else 0]
-        before = images[:, :0]
+        sweep_images = images[:, :0]  # none
         if self.camera_sweeps is not None:
-            before = self.camera_sweeps.image_files[frames, : data.camera_sweeps - 1].reshape(len(frames), -1)
+            sweep_images = self.camera_sweeps.image_files[frames, : data.camera_sweeps - 1].reshape(len(frames), -1)
         keyframe = np.concatenate([lidar[:, :1], labels, images], axis=1)
-        return {"keyframe": keyframe, "sweeps": lidar[:, 1:], "camera-sweeps": before}
+        return {"keyframe": keyframe, "sweeps": lidar[:, 1:], "camera-sweeps": sweep_images}
 
 
 def _load_bytes(path):
+    """The contents of a file, [n] uint8. Raises `BadFrame`, also for an empty file."""
     try:
         data = np.fromfile(path, np.uint8)
     except FileNotFoundError:
@@ -291,9 +292,9 @@ def _load_points(path):
     if not np.isfinite(points[:, :4]).all():
         raise BadFrame(path, "has values that are not finite")
     if not points[:, :3].any():
-        raise BadFrame(path, "has no point but zeros")
+        raise BadFrame(path, "has only zeros as coordinates")
     farthest, brightest = (np.abs(values).max() for values in (points[:, :3], points[:, 3]))
-    if farthest > REACH or brightest > BRIGHTEST:
+    if farthest > MAX_DISTANCE or brightest > BRIGHTEST:
         raise BadFrame(path, f"has a point at {farthest:.3g} m, or of intensity {brightest:.3g}: the file is damaged")
     return points
 
@@ -315,6 +316,7 @@ def on_disk(root: Path, files: np.ndarray) -> np.ndarray:
 
 
 def _listed(folder):
+    """The set of names in a folder, as bytes; empty if the folder does not exist."""
     try:
         return set(map(os.fsencode, os.listdir(folder)))
     except (FileNotFoundError, NotADirectoryError):

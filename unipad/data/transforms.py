@@ -2,8 +2,8 @@
 
 Order and parameters are those of the original's UnifiedRotScaleTransFlip, PhotoMetricDistortionMultiViewImage and
 GridMask, with two differences: images stay uint8, so colors are clipped to 0-255 (the original's floats may go beyond);
-the grid of GridMask is random per sample (in the original, the same for all samples of a GPU). An augmentation that is
-off draws no random number.
+the grid of GridMask is random per sample (in the original, the same for all samples of a GPU). Augmentations that are
+off draw no random numbers, except for rotation and scale.
 """
 
 from collections.abc import Sequence
@@ -140,5 +140,5 @@ def grid_mask(height: int, width: int, period: int, top: int, left: int) -> np.n
 def _bars(length, period, first, bar):
     """[length] bool, True on a bar."""
     area = int(1.5 * length)
-    count, offset = np.divmod(np.arange(length) + (area - length) // 2 - first, period)
-    return (offset < bar) & (count >= 0) & (count < area // period)
+    index, offset = np.divmod(np.arange(length) + (area - length) // 2 - first, period)
+    return (offset < bar) & (index >= 0) & (index < area // period)

@@ -14,9 +14,9 @@ from unipad.boxes import box_corners
 from unipad.draw.views import DPI, picture_of, titles
 from unipad.model.detect import Detections
 
-TITLE = 24  # pixels above an image
+TITLE_HEIGHT = 24  # pixels above an image
 SIDE = 380  # smallest side of a bird's-eye view, pixels
-REACH = 52.0  # meters from the LiDAR to the sides of the bird's-eye view; objects beyond 50 are not evaluated
+BEV_LIMITS = (-52.0, 52.0)  # meters in x and y that the bird's-eye view shows; objects beyond 50 m are not evaluated
 ROWS = (5, 0, 1), (4, 3, 2)  # nuScenes' cameras as mounted: front left, front, front right; the back ones below
 # Polylines through the corners of `box_corners`, by index, that draw all edges of a box
 SKELETON = (0, 1, 2, 3, 0, 4, 5, 6, 7, 4), (1, 5), (2, 6), (3, 7)
@@ -64,7 +64,7 @@ def camera_area(batch: Batch, width: int) -> tuple[float, int]:
     if not rows:
         return 0, 0
     tallest = max(h / w for h, w in batch.image_sizes[0].tolist())
-    return len(rows) * (width * tallest + TITLE), len(rows[0]) * width
+    return len(rows) * (width * tallest + TITLE_HEIGHT), len(rows[0]) * width
 
 
 def camera_axes(subfigure, batch: Batch, fontsize: float = 12):
@@ -86,7 +86,7 @@ def camera_axes(subfigure, batch: Batch, fontsize: float = 12):
 def _from_above(subfigure, points, truth, boxes, labels):
     """Boxes over the keyframe's `points` [K, 3] in bird's-eye view; a line from the center shows a box's front."""
     axis = subfigure.subplots()
-    axis.set(xlim=(-REACH, REACH), ylim=(-REACH, REACH), xticks=[], yticks=[], aspect="equal", facecolor="black")
+    axis.set(xlim=BEV_LIMITS, ylim=BEV_LIMITS, xticks=[], yticks=[], aspect="equal", facecolor="black")
     axis.scatter(points[:, 0], points[:, 1], s=0.8, c=points[:, 2], cmap="gray", vmin=-5, vmax=3, linewidths=0)
     axis.plot(0, 0, "w+")
     for these, colors, thick in ((truth, "white", 2.5), (boxes, [COLORS[i] for i in labels], 1.2)):

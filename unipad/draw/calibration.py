@@ -22,13 +22,11 @@ from PIL import Image
 from unipad.boxes import box_corners, points_in_boxes
 from unipad.config import Data
 from unipad.data.dataset import DEFAULT_DATASET, BadFrame, Sample, dataset_class
-from unipad.draw.boxes import COLORS, edges
+from unipad.draw.boxes import BEV_LIMITS, COLORS, TITLE_HEIGHT, edges
 from unipad.draw.views import DPI, FAR, picture_of
 from unipad.errors import UserError, check_ranges
 from unipad.exit import exit_on_user_error
 
-TITLE = 24  # pixels above an image
-REACH = 52.0  # meters from the LiDAR to the sides of the bird's-eye view
 VIEW_LINE = 15.0  # meters: length of the lines that bound a camera's field of view
 DEPTHS = matplotlib.colormaps["turbo_r"]
 
@@ -58,7 +56,7 @@ def calibration_view(sample: Sample, width: int = 640) -> np.ndarray:
     columns = min(cameras, 3 if cameras < 7 else 4)
     rows = -(-cameras // columns)
     tallest = max(image.shape[0] / image.shape[1] for image in sample.images)
-    height = max(rows * (width * tallest + TITLE), 480)
+    height = max(rows * (width * tallest + TITLE_HEIGHT), 480)
     figure = Figure(figsize=((height + columns * width) / DPI, height / DPI), dpi=DPI, layout="constrained")
     figure.set_facecolor("0.1")
     left, right = figure.subfigures(1, 2, width_ratios=[height, columns * width])
@@ -122,7 +120,8 @@ def _field_of_view(lidar2image, lidar2camera, height, width):
 
 
 def _from_above(axis, sample, points, corners, colors):
-    axis.set(xlim=(-REACH, REACH), ylim=(-REACH, REACH), xticks=[], yticks=[], aspect="equal", facecolor="black")
+    """Bird's-eye view of points [K, 3], boxes [M, 8, 3] in `colors` and the fields of view of the cameras."""
+    axis.set(xlim=BEV_LIMITS, ylim=BEV_LIMITS, xticks=[], yticks=[], aspect="equal", facecolor="black")
     axis.scatter(points[:, 0], points[:, 1], s=1.5, c=points[:, 2], cmap="gray", vmin=-5, vmax=3, linewidths=0)
     outlines = np.concatenate([corners[:, :4, :2], corners[:, :1, :2]], axis=1)
     fronts = np.stack([corners[:, :4, :2].mean(axis=1), corners[:, :2, :2].mean(axis=1)], axis=1)

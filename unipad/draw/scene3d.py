@@ -24,7 +24,7 @@ JUMP = 1.2  # largest ratio of depths of neighboring rays whose ends the surface
 # Colors of ground-truth boxes and of points, on TensorBoard's white background
 TRUTH, GRAY = (0.0, 0.0, 0.0), (0.35, 0.35, 0.35)
 CORNERS = np.eye(3) - 1 / 3  # of the triangle drawn for a point: tilted, so visible from above and from all sides
-# The six faces of a bar between two triangles of vertices 0 to 2 and 3 to 5
+# Triangles of a bar's sides, as vertices: 0 to 2 at one end, 3 to 5 at the other
 BAR = np.array([[i, j, i + 3, j, j + 3, i + 3] for i, j in ((0, 1), (1, 2), (2, 0))]).reshape(6, 3)
 
 

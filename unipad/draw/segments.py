@@ -9,7 +9,7 @@ from unipad.batch import LIDARSEG_CLASSES, Batch
 from unipad.draw.boxes import NEAR, SIDE, camera_area, camera_axes
 from unipad.draw.views import DPI, picture_of
 
-REACH = 40.0  # meters from the LiDAR to the sides of the bird's-eye view
+BEV_LIMITS = (-40.0, 40.0)  # meters in x and y that the bird's-eye view shows
 # Classes 0 to 16. Based on the devkit's colors, in which all vehicles are shades of one orange
 COLORS = (
     np.array(
@@ -62,7 +62,8 @@ def segment_views(batch: Batch, predicted: torch.Tensor, width: int = 300) -> np
 
 
 def _from_above(axis, points, classes, name):
-    axis.set(xlim=(-REACH, REACH), ylim=(-REACH, REACH), xticks=[], yticks=[], aspect="equal", facecolor="black")
+    """Bird's-eye view of points [K, 3] in the colors of their `classes` [K], with the `name` of the row."""
+    axis.set(xlim=BEV_LIMITS, ylim=BEV_LIMITS, xticks=[], yticks=[], aspect="equal", facecolor="black")
     order = np.argsort(points[:, 2], kind="stable")  # higher points hide lower ones
     axis.scatter(points[order, 0], points[order, 1], s=4, c=COLORS[classes[order]], linewidths=0)
     axis.plot(0, 0, "w+")

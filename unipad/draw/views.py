@@ -89,10 +89,11 @@ def _rendered(model, volume, batch, stride):
     parts = pixels.split(CHUNK // len(pixels), dim=1)
     parts = [model.render_surface(volume, cast_rays(batch, 0, part)) for part in parts]
     of_views = [[t.unflatten(0, (len(pixels), -1)) for t in part] for part in parts]
-    return [torch.cat(kind, dim=1).unflatten(1, shape[1:]) for kind in zip(*of_views, strict=True)]
+    return [torch.cat(chunks, dim=1).unflatten(1, shape[1:]) for chunks in zip(*of_views, strict=True)]
 
 
 def _rendered_panorama(model, volume):
+    """As `_rendered`, with one panorama from the LiDAR in place of the views."""
     return [t.unflatten(0, (1, *PANORAMA)) for t in model.render_surface(volume, panorama_rays(volume.device))]
 
 
@@ -134,7 +135,7 @@ def onto_views(batch, points):
 
 
 def _painted(pixels, visible, depth, H, W, thick):
-    """[N, H, W]: every visible point paints its depth onto its pixel and `thick` more around it, the nearest on top."""
+    """[N, H, W]: every visible point paints its depth onto its pixel and those up to `thick` away, nearest on top."""
     pixels, visible, depth = pixels.cpu(), visible.cpu(), depth.cpu()
     canvas = torch.full((len(pixels), H, W), torch.nan)
     for view in range(len(pixels)):
@@ -196,7 +197,7 @@ def picture_of(figure: Figure) -> np.ndarray:
 def write_video(pictures: list[Path], file: Path, fps: float):
     """Join picture files into a GIF, or an MP4 with OpenCV, at `fps` frames per second.
 
-    Raises `UserError` where this OpenCV cannot write MP4, or not all of it.
+    Raises `UserError` where this OpenCV cannot write MP4, or there is no room for all of it.
     """
     first = Image.open(pictures[0]).convert("RGB")
     if file.suffix == ".gif":

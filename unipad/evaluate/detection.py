@@ -63,5 +63,5 @@ def detect_all(
         detections = (detect or model.detect)(batch)
         return [Detections(one.boxes.float().cpu(), one.scores.float().cpu(), one.labels.cpu()) for one in detections]
 
-    otherwise = "they count as frames without detections"
-    return predict_all(model, dataset, world, predict, size, workers, "detecting", otherwise)
+    consequence = "they count as frames without detections"
+    return predict_all(model, dataset, world, predict, size, workers, "detecting", consequence)

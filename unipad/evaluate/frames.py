@@ -23,7 +23,7 @@ def predict_all(
     size: int,
     workers: int,
     desc: str,
-    otherwise: str,
+    consequence: str,
 ) -> dict | None:
     """{sample token: prediction} for every frame of a dataset, in the main process; None in the others.
 
@@ -31,10 +31,10 @@ def predict_all(
     dataset: all frames of a split; each process takes every `world.size`-th frame.
     predict: from a batch on the device to one prediction per sample, on the host.
     size:    samples per batch. workers: data loading processes per process. desc: label of the progress bar.
-    otherwise: what frames without a prediction mean for the metrics.
+    consequence: what it means for the metrics that frames have no prediction; printed if there are any.
 
-    A frame that cannot be read is reported on stderr and missing from the result. A line says how many frames of the
-    split are, together with those left out from the start since a file is missing. Raises `UserError` if all are.
+    A frame that cannot be read is reported on stderr and missing from the result, as are frames that the dataset
+    left out since a file is missing; their total is printed. Raises `UserError` if no frame can be read.
     """
     was_training = model.training
     model.eval()
@@ -65,6 +65,6 @@ def predict_all(
         return None
     predictions = {token: one for part, _ in parts for token, one in part.items()}
     if missing := dataset.frame_count - len(predictions):
-        whole = f"{dataset.frame_count} frames of {dataset.split}"
-        print(f"incomplete: {missing} of {whole} have no prediction, since files are missing or damaged: {otherwise}")
+        split = f"{dataset.frame_count} frames of {dataset.split}"
+        print(f"incomplete: {missing} of {split} have no prediction, since files are missing or damaged: {consequence}")
     return predictions

@@ -68,15 +68,15 @@ def segment_all(
     def predict(batch):
         return [classes.cpu() for classes in (segment or model.segment)(batch)]
 
-    otherwise = "they are not scored and have no file"
-    return predict_all(model, dataset, world, predict, size, workers, "segmenting", otherwise)
+    consequence = "they are not scored and have no file"
+    return predict_all(model, dataset, world, predict, size, workers, "segmenting", consequence)
 
 
 def write_segmentation(predictions: dict[str, torch.Tensor], dataset: NuScenesDataset, folder: Path):
     """Write the result of `segment_all` as a submission to nuScenes; files of earlier predictions are removed."""
     files = _files(dataset, folder)
-    for part in (folder / "lidarseg" / dataset.split, folder / dataset.split):
-        part.mkdir(parents=True, exist_ok=True)
+    for subfolder in (folder / "lidarseg" / dataset.split, folder / dataset.split):
+        subfolder.mkdir(parents=True, exist_ok=True)
     for token, file in files.items():
         if token in predictions:
             file.write_bytes(predictions[token].numpy().tobytes())
@@ -160,7 +160,7 @@ def segmentation_table(summary: dict) -> str:
 
 
 def _files(dataset, folder):
-    """{sample token: its file} of the split."""
+    """{sample token: file of its predicted classes} of the split."""
     tokens, keys = dataset.index.tokens, dataset.index.lidar_tokens
     folder = folder / "lidarseg" / dataset.split
     pairs = zip(tokens, keys, strict=True)

@@ -77,5 +77,6 @@ def merged(detections: Sequence[Detections]) -> Detections:
 
 
 def _transformed(detections, transform):
+    """`Detections` with their boxes transformed by `transform` [4, 4]."""
     boxes = transform_boxes(detections.boxes.float().cpu().numpy(), transform)
     return replace(detections, boxes=torch.from_numpy(boxes).to(detections.boxes.device))

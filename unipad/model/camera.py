@@ -222,6 +222,7 @@ class FPN(nn.Module):
 
 
 def _scaled(x, scale):
+    """x * scale; x without a scale."""
     return x if scale is None else x * scale
 
 

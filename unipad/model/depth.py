@@ -29,6 +29,7 @@ class SimpleDepth(nn.Conv2d):
     """Depth head of one 1x1 convolution."""
 
     def forward(self, x: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+        """As `ComplexDepth.forward`; without dropout, so `generators` are not used."""
         return super().forward(x)
 
 
@@ -66,6 +67,7 @@ class ResidualBlock(nn.Module):
         self.bn2 = SyncedBatchNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[M, C, h, w] -> [M, C, h, w]."""
         y = self.bn1(self.conv1(x)).relu()
         return (x + self.bn2(self.conv2(y))).relu()
 
@@ -106,6 +108,7 @@ class DilatedConv(nn.Module):
         self.bn = SyncedBatchNorm(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[M, in_channels, h, w] -> [M, out_channels, h, w], after a ReLU."""
         return self.bn(self.atrous_conv(x)).relu()
 
 

@@ -47,7 +47,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Detections:
-    """The boxes detected in one sample, in descending order of the class score."""
+    """The boxes detected in one sample, as from `detections` in descending order of the class score."""
 
     boxes: Tensor  # [K, 9] as in `Batch`
     scores: Tensor  # [K] in [0, 1]

@@ -14,7 +14,7 @@ class Dropout:
         self.drops = rate > 0 and generators is not None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x: [M, ...], M / B rows per sample, sample after sample."""
+        """x: [M, ...], sample after sample, the same number of rows for each generator."""
         if not self.drops:
             return x
         kept = torch.empty_like(x, dtype=torch.bool)

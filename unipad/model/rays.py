@@ -1,7 +1,7 @@
 """Which rays are cast, and their targets: from the cameras or, where a batch has none, from the LiDAR.
 
 A candidate for a ray is (u, v, z): a pixel and its depth along the optical axis, 0 where no LiDAR point gives one.
-Nothing here waits for the GPU: candidates that must not be chosen are masked, never removed.
+Choosing rays never waits for the GPU: candidates that must not be chosen are masked, not removed.
 """
 
 from collections.abc import Sequence
@@ -116,7 +116,10 @@ def pixel_rays(batch: Batch, sample: int, stride: int) -> Rays:
 def grid_of_views(batch: Batch, sample: int, stride: int) -> tuple[Tensor, Tensor, tuple[int, int, int]]:
     """Every `stride`-th pixel of one sample's views, for `cast_rays`; all views have the grid of the largest image.
 
-    Returns ([N, h * w, 3] u, v, 0; row after row, [N, h * w] bool, False in the padding, (N, h, w)).
+    Returns:
+        pixels: [N, h * w, 3] u, v, 0; row after row.
+        inside: [N, h * w] bool, False in the padding.
+        shape:  (N, h, w).
     """
     H, W = batch.image_sizes[sample].amax(0).tolist()
     pixels, inside = pixel_grid(batch.image_sizes[sample], H, W, stride)
@@ -200,6 +203,7 @@ def _lidar_in_views(batch, cfg):
 
 
 def _between_radii(points, cfg):
+    """[P] bool: whether points [P, 5] have a horizontal distance to the LiDAR between the two radii of `cfg`."""
     radius = points[:, :2].norm(dim=1)
     return (radius > cfg.near_radius) & (radius < cfg.far_radius)
 

@@ -81,6 +81,7 @@ SAMPLERS = {"neus": (neus_edges, 2), "volsdf": (volsdf_edges, ROUNDS + 2), "unis
 
 
 def _weights(alpha):
+    """[R, S] weights of samples with opacity `alpha` [R, S] in the rendered color."""
     return composite(alpha, alpha[..., None])[1]
 
 

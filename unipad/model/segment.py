@@ -44,6 +44,7 @@ class Segmenter(nn.Module):
         return classes_of(batch, self.logits(batch))
 
     def _voxel_logits(self, batch):
+        """Logits [V, classes] of one point per voxel; `rows` and `voxel_of` from `UnetEncoder.voxel_features`."""
         features, rows, voxel_of = self.encoder.lidar.voxel_features(batch.points, batch.point_counts)
         with torch.autocast(features.device.type, enabled=False):
             return self.head(features.to(self.head.weight.dtype)), rows, voxel_of

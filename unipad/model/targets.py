@@ -21,7 +21,7 @@ from unipad.kernels.backend import host_wait
 from unipad.kernels.rotated_iou import paired_iou_3d
 
 COMPARED = 8  # number of entries of a code that the assignment compares: all but the velocity
-IMPOSSIBLE = 1e8  # the cost, or its magnitude, that replaces one that is not finite
+IMPOSSIBLE = 1e8  # replaces costs that are not finite; negative in place of -inf
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Noisy:
     references: Tensor  # [B, G * P, 3] fraction of the range, in [0, 1]; 0 in unused slots
     # No noisy query attends to those of another group, none of the Q queries of the head to noisy ones.
     blocked: Tensor  # [G * P + Q, G * P + Q] bool, True: the row's query does not attend to the column's
-    sample: Tensor  # [M] int64
-    slot: Tensor  # [G, M] int64
-    boxes: Tensor  # [M, 9]
+    sample: Tensor  # [M] int64 sample of each box
+    slot: Tensor  # [G, M] int64 noisy query of each box in each group, in [0, G * P)
+    boxes: Tensor  # [M, 9] without noise
     labels: Tensor  # [G, M] int64; K, the background, where the noise is large
 
     def __len__(self) -> int:

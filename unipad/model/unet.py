@@ -41,9 +41,8 @@ class UnetEncoder(nn.Module):
         self.cfg, self.grid = cfg, grid
         self.encoder = Unet(point_channels, cfg.stem, cfg.widths, cfg.blocks)
         extents = list(zip(grid.low, grid.high, strict=True))[::-1]  # z, y, x
-        self.first = [
-            round(low / cfg.cell) for low, _ in extents
-        ]  # index of the grid's first voxel, counted from the LiDAR
+        # index of the grid's first voxel, counted from the LiDAR
+        self.first = [round(low / cfg.cell) for low, _ in extents]
         self.cells = [round((high - low) / cfg.cell) for low, high in extents]
         self.mask_shape = tuple(-(-size // cfg.mask_block) for size in self.cells)  # blocks (z, y, x)
 
@@ -98,6 +97,7 @@ class UnetEncoder(nn.Module):
         return self.encoder(SparseTensor(features, VoxelSet(coords, shape, B, in_order=True, check=False))).features
 
     def _volume(self, features, xyz, sample, B):
+        """[B, C, Z, Y, X]: mean of the features [V, C] of the points `xyz` [V, 3] in each cell; sample: [V]."""
         X, Y, Z = self.grid.shape
         axes = zip(xyz.unbind(1), self.grid.low, self.grid.cell, self.grid.shape, strict=True)
         # divide by a tensor: a GPU multiplies by the reciprocal of a number instead, which moves points to other cells

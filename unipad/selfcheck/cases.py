@@ -56,7 +56,7 @@ def checks(sizes=SIZES):
 
 
 def _each(dtypes, name, size, op, ref, inputs, wrt=(), **flags):
-    """Cases of an op in several types."""
+    """Cases of an op in several types; dtypes: keys of `TYPES`, separated by spaces."""
     for dtype in dtypes.split():
         yield Case(name, size, dtype, inputs, op, ref, wrt, **flags)
 
@@ -77,8 +77,11 @@ def _rig(scale, device):
 
 
 def _view_cases(size, recipe):
-    """The volumes are offset a little, so that no voxel corner is projected onto an image border, where rounding would
-    decide whether it is inside."""
+    """Cases of the view transforms.
+
+    The volumes are offset a little, so that no voxel corner is projected onto an image border, where rounding would
+    decide whether it is inside.
+    """
 
     def lifted(device, dtype):
         low, cell = (-54.0137, -54.0137, -5.0137), (0.84375, 0.84375, 1.6)
@@ -144,7 +147,7 @@ def _box_cases(size, recipe):
         return dict(a=a, b=a + 0.3 * torch.randn_like(a) * a.new_tensor([1, 1, 1, 0, 0, 0, 1]))
 
     def overlapping(device, dtype):
-        """With a threshold far from every IoU, so that rounding does not change which boxes are suppressed."""
+        """Boxes and a threshold far from all their IoUs, so that rounding does not change which are suppressed."""
         rectangles = bev_boxes(N, device)
         iou = rotated_iou_bev_ref(rectangles.double(), rectangles.double()).flatten()
         near = iou[(iou > 0.1) & (iou < 0.3)].sort().values
@@ -244,7 +247,7 @@ def _mlp(conditions, outputs, hidden, layers, bias, device):
     leaves = []
     for rows, columns in [*widths, (outputs, hidden)]:
         leaves += [(torch.rand(*n, device=device) * 2 - 1) * columns**-0.5 for n in ((rows, columns), (rows,))]
-    for b in leaves[5:-1:4]:
+    for b in leaves[5:-1:4]:  # of lin0, lin1, .., except the output layer's
         b += bias
     return leaves
 
@@ -254,6 +257,7 @@ def _field_cases(size, recipe):
 
     def inputs(method, C=32, hidden=16, sdf_layers=6, rgb_layers=4):
         def make(device, dtype):
+            # cells per unit, and offset: the volume covers -1 to 1 in x and y, -0.1 to 0.1 in z
             cells = torch.tensor([[X / 2, Y / 2, 5 * Z], [X / 2, Y / 2, Z / 2]], device=device).unbind()
             candidates = 2 * R
             origins = torch.randn(candidates, 3, device=device) * 0.02
@@ -266,7 +270,7 @@ def _field_cases(size, recipe):
             clear = ((cell - cell.round()).abs() > CLEAR).all(dim=2).all(dim=1).nonzero()[:R, 0]
             assert len(clear) == R, "too few rays stay clear of cell faces"
             i = torch.arange(R, device=device)
-            rays = origins[clear], directions[clear], (i % 2).int(), i % 10 != 3
+            rays = origins[clear], directions[clear], (i % 2).int(), i % 10 != 3  # one ray in ten counts as a miss
             sdf_mlp = _mlp(C, 1 + hidden, hidden, sdf_layers, 0.0, device)
             rgb_mlp = _mlp(6 + C + hidden, 3, hidden, rgb_layers, OFF_KINK, device) if rgb_layers else None
             return dict(

@@ -59,14 +59,15 @@ def _points(recipe, device):
         facet = (azimuth * (40 / (2 * math.pi))).long() % 40  # one of 40 sectors, each with a wall at some distance
         wall = 4 + 30 * torch.rand(40, generator=torch.Generator().manual_seed(2)).to(device) ** 2
         to_wall = wall[facet] / ((azimuth * 40 / (2 * math.pi)) % 1 - 0.5).mul(2 * math.pi / 40).cos()  # horizontal
+        # ranges, meters: to the wall or to the ground, 1.84 m below; noise; one in ten is 0.5 m longer on average
         t = torch.minimum(to_wall / elevation.cos(), torch.where(elevation < 0, -1.84 / elevation.sin(), math.inf))
         t = t + 0.02 * torch.randn_like(t) + (torch.rand_like(t) < 0.1) * -0.5 * torch.rand_like(t).log()
         height = elevation.sin().expand_as(t) * t
         xyz = torch.stack([elevation.cos() * azimuth.cos() * t, elevation.cos() * azimuth.sin() * t, height], dim=-1)
         xyz = xyz + torch.tensor([0.0, -0.3 * sweep, 0.0], device=device)  # 6 m/s at 20 Hz
         returned = torch.rand_like(t) < 0.4
-        rest = torch.stack([torch.rand_like(t), torch.full_like(t, 0.05 * sweep)], dim=-1)
-        sweeps.append(torch.cat([xyz, rest], dim=-1)[returned & (t < 70)])
+        intensity_and_lag = torch.stack([torch.rand_like(t), torch.full_like(t, 0.05 * sweep)], dim=-1)
+        sweeps.append(torch.cat([xyz, intensity_and_lag], dim=-1)[returned & (t < 70)])
     return torch.cat(sweeps)
 
 
@@ -146,10 +147,10 @@ def sparse_cases(size, recipe):
             N = len(coords) if kind != "inverse" else table.shape[1]
             weight = torch.randn(c_out, *kernel, c_in, device=device) / (math.prod(kernel) * c_in) ** 0.5
             features = torch.randn(N, c_in, device=device).to(dtype)
-            # fp32 parameters, as under autocast, with values representable in the type
             if recipe:  # a `NeighborTable` caches tiles, as in a model
                 tables = [table if table is None else NeighborTable(table) for table in tables]
             given = dict(zip(("neighbor_idx", "inverse_idx"), tables, strict=True), features=features)
+            # an fp32 parameter, as under autocast, with values representable in the type
             return given | dict(weight=weight.to(dtype).float())
 
         return make

@@ -56,6 +56,7 @@ def _kind(case):
 
 
 def _worker(task, cases, stdout):
+    """Start a process that runs `work(task)` on these cases."""
     command = [sys.executable, "-m", "unipad.selfcheck", "--worker", task]
     worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stdout, text=True)
     json.dump([str(case) for case in cases], worker.stdin)

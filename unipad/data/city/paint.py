@@ -279,13 +279,13 @@ class Shadows:
     """Shadows on the ground, on a raster around the ego vehicle's path in a scene."""
 
     CELL = 0.125  # meters
-    REACH = 60.0  # meters around the path; no shadows beyond
+    MARGIN = 60.0  # meters around the path; no shadows beyond
 
     def __init__(self, scene):
         self.sun = scene.sun
         track = scene.track
-        self.low = track.min(axis=0) - self.REACH
-        width, height = np.ceil((track.max(axis=0) + self.REACH - self.low) / self.CELL).astype(int)
+        self.low = track.min(axis=0) - self.MARGIN
+        width, height = np.ceil((track.max(axis=0) + self.MARGIN - self.low) / self.CELL).astype(int)
         self.fixed = np.zeros((height, width), np.uint8)
         self._draw(self.fixed, scene.fixed)
         self.fixed = cv2.GaussianBlur(self.fixed, (5, 5), 1.2)

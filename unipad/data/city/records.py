@@ -16,7 +16,7 @@ from pyquaternion import Quaternion
 
 from unipad.data.city import rig
 from unipad.data.city.solids import CATEGORIES
-from unipad.data.city.traffic import KINDS, SIGHT, Scene
+from unipad.data.city.traffic import KINDS, VIEW_DISTANCE, Scene
 
 VERSION = "v1.0-mini"
 TRAIN = (
@@ -197,7 +197,7 @@ def _channel_records(tables, args, name, channel):
 
 
 def _actor_records(tables, args, name, counts):
-    """Instances and their annotations, from the first to the last keyframe in which an actor is within SIGHT.
+    """Instances and their annotations, from the first to the last keyframe in which an actor is within VIEW_DISTANCE.
 
     counts: the result of `rig.census` at each keyframe.
     """
@@ -206,7 +206,7 @@ def _actor_records(tables, args, name, counts):
     ego = scene.ego.pose(times)
     for i, actor in enumerate(scene.actors):
         track = actor.pose(times)
-        near = np.nonzero(np.hypot(*(track - ego)[:, :2].T) < SIGHT)[0]
+        near = np.nonzero(np.hypot(*(track - ego)[:, :2].T) < VIEW_DISTANCE)[0]
         if not len(near):
             continue
         frames = range(near[0], near[-1] + 1)

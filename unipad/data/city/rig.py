@@ -22,7 +22,7 @@ class Camera:
     yaw: float  # degrees to the left of straight ahead
     pitch: float  # degrees up
     focal: float  # pixels at 900 x 1600, like the principal point
-    principal: tuple[float, float]
+    principal: tuple[float, float]  # u, v
     early: float  # seconds by which it fires before the LiDAR's timestamp: the LiDAR triggers it when it sweeps past
 
 
@@ -38,12 +38,12 @@ FULL_SIZE = (900, 1600)
 CAMERA_AXES = Quaternion(0.5, -0.5, 0.5, -0.5)  # camera -> ego, looking ahead
 
 LIDAR = "LIDAR_TOP"
-LIDAR_POSITION = (0.94, 0.0, 1.84)
+LIDAR_POSITION = (0.94, 0.0, 1.84)  # ego frame
 LIDAR_ROTATION = Quaternion(axis=(0, 0, 1), degrees=-90)  # LiDAR -> ego
-BEAMS = np.radians(np.linspace(-30.67, 10.67, 32))  # elevations, ring 0 first
-LIDAR_RANGE = 70.0
+BEAMS = np.radians(np.linspace(-30.67, 10.67, 32))  # elevations in radians, ring 0 first
+LIDAR_RANGE = 70.0  # meters; beams that hit nothing nearer than this return nothing
 RANGE_NOISE, INTENSITY_NOISE = 0.01, 2.0  # standard deviations, in meters and on the scale 0-255
-DROPOUT = 0.02  # fraction of beams that return nothing
+DROPOUT = 0.02  # fraction of beams that return nothing although they hit something in range
 
 # The ego vehicle in its own frame. Only the LiDAR sees it, since the cameras look outwards.
 EGO = np.array(
@@ -69,7 +69,7 @@ def camera_rotation(channel):
 
 
 def intrinsic(channel, size):
-    """[3, 3] camera meters -> pixels of images of `size` (height, width)."""
+    """[3, 3] camera frame, meters -> pixels of images of `size` (height, width)."""
     camera, (sy, sx) = CAMERAS[channel], np.divide(size, FULL_SIZE)
     (u, v), f = camera.principal, camera.focal
     return np.array([[f * sx, 0, u * sx], [0, f * sy, v * sy], [0, 0, 1]])
@@ -95,8 +95,8 @@ class Scan:
 
     points: np.ndarray  # [n, 5] float32 x, y, z meters (LiDAR frame), intensity 0-255, ring
     category: np.ndarray  # [n] uint8 lidarseg index
-    owner: np.ndarray  # [n] actor that was hit, -1 for anything else
-    hits: np.ndarray  # [actors] beams that hit each actor, returned or not
+    owner: np.ndarray  # [n] index of the actor that was hit, -1 for anything else
+    hits: np.ndarray  # [actors] number of beams that hit each actor, including those that returned nothing
 
 
 def scan(scene, t, columns, rng):
@@ -117,10 +117,10 @@ def scan(scene, t, columns, rng):
     measured = np.where(returned, distance, 0) + rng.normal(0, RANGE_NOISE, n)
     bright = (bright + rng.normal(0, INTENSITY_NOISE, n)).clip(0, 255)
     azimuth = view.step * np.arange(columns)
-    flat, up = np.cos(BEAMS)[:, None], np.sin(BEAMS)[:, None] + 0 * azimuth
-    x, y, z = (axis.ravel() * measured for axis in (flat * np.cos(azimuth), flat * np.sin(azimuth), up))
+    horizontal, up = np.cos(BEAMS)[:, None], np.sin(BEAMS)[:, None] + 0 * azimuth  # `up` for every azimuth too
+    x, y, z = (axis.ravel() * measured for axis in (horizontal * np.cos(azimuth), horizontal * np.sin(azimuth), up))
     ring = np.repeat(np.arange(len(BEAMS)), columns)
-    order = np.arange(n).reshape(view.shape).T.ravel()
+    order = np.arange(n).reshape(view.shape).T.ravel()  # azimuth by azimuth instead of ring by ring
     order = order[returned[order]]
     points = np.stack([x, y, z, bright, ring], axis=1)[order].astype(np.float32)
     return Scan(points, category[order], owner[order], hits)
@@ -128,6 +128,8 @@ def scan(scene, t, columns, rng):
 
 def census(scene, t, columns, scan):
     """The number of returns from each actor in a scan, and how visible the actor is.
+
+    scan: the `Scan` of `scene` at time `t` with this number of `columns`.
 
     Returns:
         inside:  [actors] int64 returns from the actor that lie inside its box.

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-# One solid. `taper`: how far the front, back and side faces lean inwards, in meters per meter of height.
+# One solid. `taper`: how far the front face, the back face and both side faces lean inwards, in meters per meter of
+# height.
 SOLID = np.dtype(
     [
         ("center", "f8", 3),  # world, meters
@@ -35,7 +36,7 @@ CATEGORY = {name: index for index, name in enumerate(CATEGORIES)}
 
 
 def solid(base, yaw, size, material, color, category, taper=(0, 0, 0), is_round=False, owner=-1):
-    """A row of a SOLID array. base: x, y, z of the center of the bottom; size: length, width, height."""
+    """A row of a SOLID array, as a tuple. base: x, y, z of the center of the bottom; size: length, width, height."""
     x, y, z = base
     half = tuple(v / 2 for v in size)
     index = MATERIALS.index(material)
@@ -51,6 +52,7 @@ def corners(solids):
 
 
 CORNERS = np.array([(x, y, z) for x in (-1.0, 1) for y in (-1, 1) for z in (-1, 1)])
+# Edges join corners that differ in one axis
 EDGES = np.array([(i, i + k) for k in (1, 2, 4) for i in range(8) if not i & k]).T  # [2, 12] corner indices
 
 

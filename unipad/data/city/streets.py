@@ -14,13 +14,13 @@ import numpy as np
 from unipad.data.city.solids import CATEGORY, SOLID, solid
 
 PITCH = 72.0  # meters from street to street
-STREETS = 7  # streets each way on the map; the city continues beyond, but no scene gets there
+STREETS = 7  # streets in each direction on the map; the city continues beyond, but no scene gets there
 ROAD = 7.0  # meters from the center line of a street to its curb: a lane of 4.2 m and a parking lane
-LANE = 1.9  # meters from the center line of the street to that of a lane
-CURB_RADIUS = 4.0
+LANE = 1.9  # meters from the center line of the street to the middle of a vehicle in its lane
+CURB_RADIUS = 4.0  # meters, at the corners of intersections
 WALK = 3.5  # meters of sidewalk
-CROSSWALK = (4.5, 7.5)  # meters from the edge of the intersection
-BEND, BEND_LENGTH = 6.0, 190.0  # meters
+CROSSWALK = (4.5, 7.5)  # meters from the edge of the intersection, ROAD from its center: where it begins and ends
+BEND, BEND_LENGTH = 6.0, 190.0  # meters: amplitude and wavelength of the warp
 
 NO_MARK, WHITE, YELLOW, CURB = range(4)
 AXES = np.array([(1.0, 0.0), (0, 1), (-1, 0), (0, -1)])  # the four directions of a street, counter-clockwise
@@ -69,19 +69,21 @@ class City:
             depth:    [n] meters from the curb into the block, negative on the road.
         """
         gx, gy = self.to_grid(x, y)
-        a, b = (g - np.float32(PITCH) * np.round(g / np.float32(PITCH)) for g in (gx, gy))  # from the nearest streets
+        # meters from the center lines of the nearest streets (a, b) and from their curbs (ea, eb)
+        a, b = (g - np.float32(PITCH) * np.round(g / np.float32(PITCH)) for g in (gx, gy))
         ea, eb = np.abs(a) - np.float32(ROAD), np.abs(b) - np.float32(ROAD)
         r = np.float32(CURB_RADIUS)
         depth = np.where((ea < r) & (eb < r), r - np.hypot(r - ea, r - eb), np.minimum(ea, eb))
-        paved = (np.floor(gx / 13) + np.floor(gy / 13)) % 3 == 0
+        paved = (np.floor(gx / 13) + np.floor(gy / 13)) % 3 == 0  # a third of the squares of 13 m behind the sidewalks
         lot = np.where(paved, CATEGORY["flat.other"], CATEGORY["flat.terrain"])
         category = np.where(depth > WALK, lot, CATEGORY["flat.sidewalk"])
         category = np.where(depth < 0, CATEGORY["flat.driveable_surface"], category).astype(np.uint8)
 
         along_y = np.abs(a) < np.abs(b)
         across, ahead = np.where(along_y, a, b), np.maximum(ea, eb)
-        wide = np.abs(across)  # below, meters: from the center line (wide), from the intersection (ahead)
+        wide = np.abs(across)  # meters from the center line; `ahead`: meters from the edge of the intersection
         arriving = (a * b < 0) == along_y  # traffic keeps right
+        # crosswalk of stripes; stop line across the lane; line between lane and parking lane; double center line
         zebra = (ahead > CROSSWALK[0]) & (ahead < CROSSWALK[1]) & (across % 1.2 < 0.6) & (wide < ROAD - 0.4)
         stop = (np.abs(ahead - 8.7) < 0.25) & arriving & (wide < 4.2)
         edge = (ahead > 9.5) & (np.abs(wide - 4.3) < 0.08)
@@ -105,7 +107,8 @@ class City:
                     solids += tree(rng, spot)
                 continue
             along = ROAD + WALK + 4
-            while along < PITCH - 38:  # the rest, up to the corner, is left to the houses of the next side
+            # 38 m: the next side's houses reach up to 27.5 m from its street's center line; 10.5 m: about one house
+            while along < PITCH - 38:
                 width, deep = rng.uniform(9, 15), rng.uniform(9, 12)
                 front = ROAD + WALK + rng.uniform(3.5, 5)
                 spot = self.street_pose(origin, side, along + width / 2, front + deep / 2)
@@ -116,20 +119,20 @@ class City:
 
     def _furniture(self, rng, origin, side):
         """Trees, lamps, hedges and the traffic light along one side of a block."""
-        solids = []
-        for along in np.arange(ROAD + 9, PITCH - ROAD - 9, 9.0):
+        solids = []  # `along`: meters from the center of the intersection at `origin`
+        for along in np.arange(ROAD + 9, PITCH - ROAD - 9, 9.0):  # trees on the sidewalk, hedges behind it
             if rng.random() < 0.7:
                 solids += tree(rng, self.street_pose(origin, side, along + rng.uniform(-2, 2), ROAD + 2.9))
             if rng.random() < 0.5:
                 x, y, yaw = self.street_pose(origin, side, along + rng.uniform(-4, 4), ROAD + WALK + 1.2)
                 size = (rng.uniform(1, 6), 0.9, rng.uniform(0.7, 1.3))
                 solids.append(solid((x, y, 0), yaw, size, "foliage", HEDGE, "static.vegetation"))
-        for along in (ROAD + 12, PITCH - ROAD - 16):
+        for along in (ROAD + 12, PITCH - ROAD - 16):  # lamps: a pole at the curb, an arm over the road
             x, y, yaw = self.street_pose(origin, side, along, ROAD + 0.6)
             solids.append(solid((x, y, 0), yaw, (0.14, 0.14, 6.5), "plain", STEEL, "static.manmade"))
             x, y, yaw = self.street_pose(origin, side, along, ROAD - 0.2)
             solids.append(solid((x, y, 6.4), yaw, (0.3, 1.8, 0.15), "plain", STEEL, "static.manmade"))
-        x, y, yaw = self.street_pose(origin, side, ROAD + 2.2, ROAD + 2.2)
+        x, y, yaw = self.street_pose(origin, side, ROAD + 2.2, ROAD + 2.2)  # traffic light on the corner: pole and head
         solids.append(solid((x, y, 0), yaw, (0.16, 0.16, 3.0), "plain", STEEL, "static.manmade"))
         solids.append(solid((x, y, 2.6), yaw, (0.35, 0.35, 0.95), "signal", (0.1, 0.1, 0.1), "static.manmade"))
         return solids

@@ -2,7 +2,7 @@
 
 Every scene has all ten detection classes near its start: the large ones parked along the curb on both sides,
 a construction site with cones and barriers, people on the sidewalks and moving traffic. Nothing ever collides:
-an actor that would is not added.
+an actor that would collide is not added.
 
 World frame: x, y in the ground plane, z up, ground at z = 0; meters, seconds, radians.
 """
@@ -14,19 +14,21 @@ import numpy as np
 from unipad.data.city.solids import SOLID, solid
 from unipad.data.city.streets import AXES, CROSSWALK, LANE, PITCH, ROAD, STREETS, City
 
-HOUSE_SIGHT, SIGHT = 140.0, 90.0  # meters up to which sensors see houses and other solids
+# meters from the ego vehicle up to which the sensors see houses, and all other solids
+HOUSE_VIEW_DISTANCE, VIEW_DISTANCE = 140.0, 90.0
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of road user. Pieces span (x, y, z) ranges, in fractions of the box's length, width and height."""
+    """A kind of road user. Pieces span (x, y, z) ranges: fractions of the box's length and width, from its center, and
+    of its height, from the ground."""
 
     category: str
     size: tuple[float, float, float]  # width, length, height
-    colors: tuple
+    colors: tuple  # RGB in [0, 1]; each actor gets one of them
     pieces: tuple  # (x range, y range, z range, material, color or None for the actor's own, taper, is round)
     moving: str = ""  # nuScenes attribute when it moves
-    still: str = ""  # and when it stands
+    still: str = ""  # and when it stands still
 
 
 BLACK, GRAY, WHITE, RED, ORANGE = (0.08,) * 3, (0.45,) * 3, (0.85,) * 3, (0.62, 0.12, 0.10), (0.92, 0.42, 0.08)
@@ -162,6 +164,7 @@ class Actor:
 
     @property
     def attribute(self):
+        """Name of its nuScenes attribute; "" if its kind has none."""
         return KINDS[self.kind].moving if self.speed else KINDS[self.kind].still
 
     def solids(self, owner):
@@ -202,14 +205,15 @@ class Scene:
         """index: number of the scene in its dataset, from 0; duration: seconds it lasts."""
         self.city, self.index, self.duration = City.of(seed), index, duration
         self.rng = rng = np.random.default_rng([seed, 3, index])
-        # every scene has a different intersection, away from the border
+        # scenes have different intersections, away from the border of the map, as long as there are enough
         inner = STREETS - 3
         order = np.random.default_rng([seed, 4]).permutation(inner * inner)
-        self.node = (np.array(divmod(order[index % len(order)], inner)) + 2) * PITCH  # meters, before the warp
-        self.heading = int(rng.integers(4))
+        # the center of that intersection: grid x, y in meters
+        self.node = (np.array(divmod(order[index % len(order)], inner)) + 2) * PITCH
+        self.heading = int(rng.integers(4))  # index into AXES
         self.turn = ("straight", "left", "right")[index % 3]
         # after the first turn always right, so that a long scene circles a block instead of leaving the city
-        turns = [self.turn] + ["right"] * (2 + int(duration * 8 / PITCH))
+        turns = [self.turn] + ["right"] * (2 + int(duration * 8 / PITCH))  # enough at 8 m/s
         speed = rng.uniform(6.5, 8.5) if self.turn == "straight" else rng.uniform(5.5, 6.5)
         self.before = rng.uniform(26, 32)  # meters from the start to the intersection
         path = self._lane_path(self.heading, turns)
@@ -226,7 +230,7 @@ class Scene:
         self._movers = [i for i, a in enumerate(self.actors) if a.speed]
         self._pieces = np.array([row for i, a in enumerate(self.actors) for row in a.solids(i)], dtype=SOLID)
         self.track = self.ego.pose(np.linspace(0, duration, 50))[:, :2]
-        offsets = range(-2, 3)
+        offsets = range(-2, 3)  # two blocks more on every side: 144 m, above HOUSE_VIEW_DISTANCE
         blocks = {tuple(b) for b in np.floor(self.track / PITCH).astype(int)}
         blocks = sorted({(i + di, j + dj) for i, j in blocks for di in offsets for dj in offsets})
         self.fixed = np.concatenate([self.city.block(*b) for b in blocks])
@@ -250,10 +254,10 @@ class Scene:
         return np.array(rows, dtype=SOLID)
 
     def solids(self, t):
-        """All solids within sight at time t except the ego vehicle, a SOLID array."""
+        """All solids within view distance at time t except the ego vehicle, a SOLID array."""
         here = self.ego.pose(t)[:2]
         distance = np.hypot(*(self.fixed["center"][:, :2] - here).T)
-        sight = np.where(self.fixed["half"].max(axis=1) > 4, HOUSE_SIGHT, SIGHT)
+        limit = np.where(self.fixed["half"].max(axis=1) > 4, HOUSE_VIEW_DISTANCE, VIEW_DISTANCE)
         pieces = self._pieces.copy()
         x, y, yaw = self.poses(t)[pieces["owner"]].T
         local = self._pieces["center"]
@@ -261,13 +265,16 @@ class Scene:
         pieces["center"][:, 0] = x + c * local[:, 0] - s * local[:, 1]
         pieces["center"][:, 1] = y + s * local[:, 0] + c * local[:, 1]
         pieces["yaw"] = yaw
-        near = np.hypot(*(pieces["center"][:, :2] - here).T) < SIGHT
-        return np.concatenate([self.fixed[distance < sight], pieces[near]])
+        near = np.hypot(*(pieces["center"][:, :2] - here).T) < VIEW_DISTANCE
+        return np.concatenate([self.fixed[distance < limit], pieces[near]])
 
     def _add_parked(self):
-        """Park along the curbs: every large kind on both sides of the start; a random mix in the other streets."""
+        """Park along the curbs: each large kind on one side of the start; a random mix in all streets of the
+        intersection."""
         rng = self.rng
         for side, kinds in ((-1, ["site", "truck"]), (1, ["bus", "trailer"])):
+            # meters ahead of the intersection: from 18 m behind the start to 1.5 m before the crosswalk; a construction
+            # site takes 12.5 m
             begin, end = -self.before - 18, -ROAD - CROSSWALK[1] - 1.5
             room = end - begin - sum(12.5 if k == "site" else KINDS[k].size[1] + 2 for k in kinds)
             kinds += ["car"] * int(room / (KINDS["car"].size[1] + 1.5))
@@ -277,7 +284,7 @@ class Scene:
                     begin += 12.5
                 else:
                     begin = self._park_at_curb(kind, self.heading, begin, side) + rng.uniform(0.8, 1.4)
-        for arm in range(4):
+        for direction in range(4):  # of the streets that leave the intersection, indices into AXES
             for side in (-1, 1):
                 begin = ROAD + 11
                 while begin < PITCH - 24:
@@ -285,12 +292,12 @@ class Scene:
                     begin = (
                         begin + 5
                         if kind == "none"
-                        else self._park_at_curb(kind, arm, begin, side) + rng.uniform(0.8, 3)
+                        else self._park_at_curb(kind, direction, begin, side) + rng.uniform(0.8, 3)
                     )
 
     def _park_at_curb(self, kind, heading, begin, side):
-        """Park at the curb on one side (1 left, -1 right) of a street; returns where it ends, in meters ahead of the
-        intersection."""
+        """Park an actor at the curb on one side (1 left, -1 right) of a street, from `begin` meters ahead of the
+        intersection on; returns where it ends, or would end if it did not collide."""
         width, length, _ = KINDS[kind].size
         spot = self._point_path(
             begin + length / 2, side * (ROAD - width / 2 - 0.3), heading, 0.0 if side < 0 else np.pi
@@ -310,19 +317,20 @@ class Scene:
     def _add_people(self):
         """Add people and riderless cycles on the sidewalks, people on the crosswalks."""
         rng = self.rng
-        behind = -self.before
+        start_ahead = -self.before  # of the ego vehicle, meters ahead of the intersection
         for kind in ("bicycle", "bicycle", "motorcycle"):
             self._add_at_random(
-                kind, lambda: self._point_path(rng.uniform(behind, -15), rng.choice([-1, 1]) * (ROAD + 0.7))
+                kind, lambda: self._point_path(rng.uniform(start_ahead, -15), rng.choice([-1, 1]) * (ROAD + 0.7))
             )
         self._add_at_random(
-            "pedestrian", lambda: self._point_path(rng.uniform(behind, -12), -ROAD - 1.6, rotation=rng.uniform(0, 6))
+            "pedestrian",
+            lambda: self._point_path(rng.uniform(start_ahead, -12), -ROAD - 1.6, rotation=rng.uniform(0, 6)),
         )
         for _ in range(7):
             left = rng.choice([-1, 1]) * (ROAD + rng.uniform(1.1, 2.2))
             ends = rng.permutation([(-58, left), (-12, left)])
             self._add_at_random("pedestrian", lambda ends=ends: self._straight_path(*ends), 46, (0.8, 1.6))
-        for ahead in (-12.5, -12.5, 12.5):
+        for ahead in (-12.5, -12.5, 12.5):  # in the middle of crosswalks
             ends = rng.permutation([(ahead, -9), (ahead, 9)])
             self._add_at_random("pedestrian", lambda ends=ends: self._straight_path(*ends), 12, (0.7, 1.5))
 
@@ -349,7 +357,8 @@ class Scene:
                 break
 
     def _lane_path(self, heading, turns, left=-LANE):
-        """Path along a lane, `left` meters of the street's center line, from one street before the intersection."""
+        """Path along a lane, `left` meters to the left of the street's center line, from one street before the
+        intersection. Turns begin and end 9.5 m from the centers of intersections."""
         node, k, points = self.node.astype(float), heading, []
         points.append((node - PITCH * AXES[k] + left * AXES[(k + 1) % 4])[None])
         for turn in turns:
@@ -378,7 +387,8 @@ class Scene:
         return self._warped_path(self.node + np.array([begin, end]) @ axes)
 
     def _point_path(self, ahead, left, heading=None, rotation=0.0):
-        """Path for an actor at rest, `ahead` meters of the intersection, `left` meters of the center line."""
+        """Path for an actor at rest, `ahead` meters ahead of the intersection and `left` meters to the
+        left of the center line."""
         x, y, yaw = self.city.street_pose(self.node, self.heading if heading is None else heading, ahead, left)
         yaw += rotation
         return Path(np.array([(x, y), (x + 0.1 * np.cos(yaw), y + 0.1 * np.sin(yaw))]))
@@ -399,7 +409,7 @@ class Scene:
         return True
 
     def _discs(self, actor):
-        """Discs that cover an actor's footprint over time: centers [times, 5, 2], radius."""
+        """Discs that cover an actor's footprint at each of `_times`: centers [times, 5, 2], radius."""
         width, length, _ = actor.size
         if length < width:
             width, length, across = length, width, np.pi / 2

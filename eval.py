@@ -68,7 +68,7 @@ from unipad.evaluate.tta import detect_tta, segment_tta, tta_views
 from unipad.model.detect import Detector
 from unipad.model.pretrain import Pretrain
 from unipad.model.segment import Segmenter
-from unipad.run_folder import hold
+from unipad.run_folder import lock_folder
 from unipad.runtime import generators, mixed_precision, on_main, start, to_main
 
 
@@ -104,7 +104,7 @@ class Args:
     tta_scales: tuple[float, ...] | None = None  # --tta: scale factors; None: 1 1.06 0.96 (segment: 1)
     tta_angles: tuple[float, ...] | None = None  # --tta: degrees about the vertical axis; None: 0 (segment: 0 90)
     tta_flips: bool = True  # --tta: also flip front to back, left to right, and both
-    frames: tuple[int, ...] = ()  # render: frames of the split, counted from 0; if none, as many as --pictures
+    frames: tuple[int, ...] = ()  # render: numbers of frames in the split, from 0; none: --pictures of them
     scene: str | None = None  # render: all frames of this scene, and a video of them
     video: Literal["gif", "mp4"] = "gif"  # render: format of the video
     video_fps: float = 4.0  # render: frames per second of the video; keyframes are half a second apart
@@ -132,7 +132,8 @@ NEEDS = {
     "mesh_cell": "mesh",
 }
 TASKS = {"detect": Detector, "segment": Segmenter, "render": Pretrain}
-# Default scales and angles of --tta; a scene flipped twice is rotated by 180 degrees
+# Default scales and angles (degrees) of --tta. Both flips together rotate by 180 degrees: with them, 0 and 90 cover 180
+# and 270 too
 TTA = {"detect": ((1.0, 1.06, 0.96), (0.0,)), "segment": ((1.0,), (0.0, 90.0))}
 
 
@@ -176,23 +177,23 @@ def main(args: Args):
         name = args.dataset or trained.get("dataset", DEFAULT_DATASET)
         if args.dataset is None:
             check_recorded(name, args.checkpoint)
-        kind = dataset_class(name)
-        if task != "render" and task not in kind.tasks:
+        dataset_type = dataset_class(name)
+        if task != "render" and task not in dataset_type.tasks:
             raise UserError(f"--dataset {name} does not support --task {task}; see unipad/data/dataset.py.")
-        version = args.version or trained.get("version", kind.default_version)
+        version = args.version or trained.get("version", dataset_type.default_version)
         with world.main_first():  # generates the city, builds the index
             root = Path(
-                os.path.expanduser(args.data_root or trained.get("data_root") or kind.default_root(recipe.data))
+                os.path.expanduser(args.data_root or trained.get("data_root") or dataset_type.default_root(recipe.data))
             )
-            split = kind.splits(root, version).get(args.split, args.split)
-            # test-time augmentation may move points into the grid; segmentation classifies those outside too
-            box = None if args.tta or task == "segment" else (recipe.grid.low, recipe.grid.high)
-            dataset = kind(root, version, split, recipe.data, point_range=box)
+            split = dataset_type.splits(root, version).get(args.split, args.split)
+            # test-time augmentation may move points into the grid; segmentation classifies points outside it too
+            point_range = None if args.tta or task == "segment" else (recipe.grid.low, recipe.grid.high)
+            dataset = dataset_type(root, version, split, recipe.data, point_range=point_range)
 
         model = TASKS[task](recipe).to(world.device).eval()
         load_weights(model, saved["model"], args.checkpoint)
         out = args.out or run / "eval"
-        hold(out, world)
+        lock_folder(out, world)
         print0(f"{args.checkpoint}, step {saved['step']}: {task} on {len(dataset)} frames of {split}, {world.device}")
         autocast, _ = mixed_precision(args.precision, world.device)
         with autocast:
@@ -201,7 +202,7 @@ def main(args: Args):
 
 
 def detect(args, model, dataset, out, world):
-    """Boxes of the whole split: the submission, the devkit's metrics, and pictures."""
+    """Detect boxes in the whole split: write the submission and pictures, and print the devkit's metrics."""
     function = model.detect
     if args.tta:
         function = partial(detect_tta, model.detect, views_of(args, "detect"))
@@ -219,7 +220,7 @@ def detect(args, model, dataset, out, world):
 
 
 def segment(args, model, dataset, out, world):
-    """A class for every point of the split: the submission, the devkit's metrics, and pictures."""
+    """Classify every point of the split: write the submission and pictures, and print the devkit's metrics."""
     if dataset.split != "test":
         dataset.require_point_labels()
     function = model.segment
@@ -256,14 +257,14 @@ def views_of(args, task):
 
 
 def render(args, model, dataset, out, world):
-    """Color, depth and normals of some frames next to their images and LiDAR points, and their errors."""
+    """Render color, depth and normals of some frames: write pictures, next to images and LiDAR points, and metrics."""
     if args.mesh:
         check_mesh(model.recipe.grid, args.mesh_cell)
-    device, rows, done = world.device, rows_of(args, dataset), []  # rows: frame number -> index in the dataset
-    mine = list(rows)[world.rank :: world.size]
+    device, indices, done = world.device, frames_to_render(args, dataset), []
+    mine = list(indices)[world.rank :: world.size]
     for number in tqdm(mine, "rendering", disable=None if world.is_main else True, leave=False):
         try:
-            batch = collate([dataset[rows[number]]]).to(device)
+            batch = collate([dataset[indices[number]]]).to(device)
         except BadFrame as bad:
             print(f"skipped {bad}", file=sys.stderr)
             continue
@@ -278,12 +279,12 @@ def render(args, model, dataset, out, world):
         done.append(number)
     parts = to_main(done, world)
 
-    def check():
+    def check_any_rendered():
         if not any(parts):
             raise UserError("none of these frames can be read; the files at fault are named above.")
 
-    on_main(check, world)
-    batches = ((number, collate([dataset[rows[number]]])) for number in done)
+    on_main(check_any_rendered, world)
+    batches = ((number, collate([dataset[indices[number]]])) for number in done)
     metrics = evaluate_rendering(model, batches, args.seed, device, args.masked)
     world.print0("\n".join(f"{name:<20}{value:>10.3f}" for name, value in metrics.items()))
     if world.is_main:
@@ -293,7 +294,7 @@ def render(args, model, dataset, out, world):
             write_video(pictures, out / f"{args.scene}.{args.video}", args.video_fps)
 
 
-def rows_of(args, dataset):
+def frames_to_render(args, dataset):
     """The frames to render: {number in the split: index in the dataset, which skips frames with missing files}."""
     numbers, count = dataset.frames.tolist(), dataset.frame_count
     if args.scene:
@@ -301,7 +302,7 @@ def rows_of(args, dataset):
         if args.scene not in scenes:
             known = ", ".join(list(scenes)[:5])
             raise UserError(f"--scene {args.scene} is not in {dataset.split}; its scenes include {known}.")
-        return {numbers[row]: row for row in scenes[args.scene]}
+        return {numbers[index]: index for index in scenes[args.scene]}
     outside = [number for number in args.frames if not 0 <= number < count]
     if outside:
         raise UserError(f"--frames {outside[0]} is not in {dataset.split}, which has frames 0 to {count - 1}.")

@@ -47,7 +47,7 @@ from unipad.model.detect import Detector
 from unipad.model.segment import Segmenter
 from unipad.optimizer import lr_at, make_optimizer, set_rates
 from unipad.recipes import DEFAULT_PRESET, DETECT, SEGMENT
-from unipad.run_folder import Progress, RunFolder, find_run, format_metrics, hold, resumed, run_config
+from unipad.run_folder import Progress, RunFolder, find_run, format_metrics, lock_folder, resumed, run_config
 from unipad.runtime import StopOnSignal, generators, local_gradients, mixed_precision, start
 
 
@@ -58,8 +58,8 @@ class Args:
     preset: str | None = None  # a recipe of docs/recipes.md; without: tiny, or with --data-root the paper's
     backbone: Literal["tiny", "small", "base", "large"] | None = None  # ConvNeXt size; None: the recipe's
     config: Path | None = None  # take all settings from this run or config.json; other flags override them
-    resume: str = "never"  # a run's folder: resume it, with its settings; auto: resume what --out has, or the newest
-    pretrained: tuple[Path, ...] = ()  # runs or checkpoints to take encoders from; for fusion up to two
+    resume: str = "never"  # a run's folder: resume it with its settings; auto: the run in --out, or the newest
+    pretrained: tuple[Path, ...] = ()  # runs or checkpoints to take encoders from; for fusion, one or two
     data_root: Path | None = None  # folder of the dataset; None: a synthetic city, generated in data/synthetic
     version: str | None = None  # version of the dataset, such as v1.0-trainval; None: its default, v1.0-mini
     dataset: str = DEFAULT_DATASET  # package.module:Class of another dataset; see unipad/data/dataset.py
@@ -148,7 +148,7 @@ def main(args: Args):
         steps = args.steps or max(1, round(optim.epochs * len(train_set) / optim.batch_size))
         micro_batch = world.micro_batch(optim.batch_size, args.accumulate)
         pasting_epochs = optim.epochs - (recipe.paste.off_epochs if recipe.paste else 0)
-        # position in the stream of samples
+        # objects are pasted into this many samples, counted from the start of training
         paste_until = max(0, round(pasting_epochs / optim.epochs * steps)) * optim.batch_size
 
         # Model and optimizer
@@ -157,18 +157,18 @@ def main(args: Args):
         net.encoder.set_checkpointing(args.checkpointing)
         if not saved:
             take_weights(net, "encoder.", args.pretrained, "--pretrained", print0)
-        # DistributedDataParallel gives all processes the main one's weights
+        # DistributedDataParallel broadcasts the main process's weights
         model = torch.nn.parallel.DistributedDataParallel(net) if world.size > 1 else net
         optimizer = make_optimizer(net, optim)
         autocast, scaler = mixed_precision(args.precision, device)
 
         # Run
         run = RunFolder(path, run_config(args, steps, train_set.contents(), saved), world, saved)
-        hold(path / "eval", world)  # where validations and eval.py write
+        lock_folder(path / "eval", world)  # where validations and eval.py write
         if args.tune:
             run.tune()
         parts = {"model": net, "optimizer": optimizer, "scaler": scaler}
-        first, metrics = resumed(saved, parts)  # metrics: of the last validation
+        first, metrics = resumed(saved, parts)  # metrics: those of the last validation
         last = min(steps, args.stop_at or steps)
         millions = sum(p.numel() for p in net.parameters()) / 1e6
         print0(f"{path}: {len(train_set)} frames, {millions:.1f} M weights, steps {first} to {last}, {device}")
@@ -241,10 +241,11 @@ def open_datasets(args, world):
     if args.task not in dataset.tasks:
         raise UserError(f"--dataset {args.dataset} does not support --task {args.task}; see unipad/data/dataset.py.")
     version = args.version or dataset.default_version
-    box = None if task.of_points else (recipe.grid.low, recipe.grid.high)  # the encoder ignores points outside the grid
+    # the encoder ignores points outside the grid
+    point_range = None if task.of_points else (recipe.grid.low, recipe.grid.high)
     with world.main_first():  # generates the city, builds the index, cuts out the objects
         root = Path(os.path.expanduser(args.data_root or dataset.default_root(recipe.data)))
-        train_set, val_set = dataset.train_and_val(root, version, recipe, recipe.label_fraction, box)
+        train_set, val_set = dataset.train_and_val(root, version, recipe, recipe.label_fraction, point_range)
         if recipe.paste:
             train_set = train_set.with_objects(load_objects(train_set, recipe.paste, world.workers(args.workers)))
     if task.of_points:

@@ -1,4 +1,4 @@
-"""Pre-train an encoder by rendering what it saw.
+"""Pre-train an encoder of images, LiDAR points or both, by rendering the volume that it predicts.
 
     python train.py --modality camera                               # no data, no GPU: a synthetic city, a tiny model
     python train.py --modality lidar                                # the same for a LiDAR encoder
@@ -22,9 +22,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-# Must be set before torch loads OpenMP, whose idle threads spin: as soon as anything else runs on the machine, they
-# block each other for milliseconds at a time. On two cores shared with another process, a step took 10 times as long as
-# alone, with this setting 2.5 times; on an idle machine the setting makes it 8 % slower.
+# Must be set before torch loads OpenMP, whose idle threads spin: if any other process runs on the machine, threads then
+# wait for each other for milliseconds at a time. On two cores shared with another process, a step took 10 times as long
+# as on an idle machine, with this setting 2.5 times; on an idle machine the setting makes a step 8 % slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from unipad.exit import end_at_once, exit_on_user_error
@@ -54,15 +54,15 @@ from unipad.runtime import StopOnSignal, generators, local_gradients, mixed_prec
 
 @dataclass(frozen=True)
 class Args:
-    modality: Literal["camera", "lidar", "fusion"] = "camera"  # what is encoded
+    modality: Literal["camera", "lidar", "fusion"] = "camera"  # input of the encoder
     preset: str | None = None  # a recipe of docs/recipes.md; without: tiny, or with --data-root the paper's
     backbone: Literal["tiny", "small", "base", "large"] | None = None  # ConvNeXt size; None: the recipe's
     config: Path | None = None  # take all settings from this run or config.json; other flags override them
-    resume: str = "never"  # a run's folder: resume it, with its settings; auto: resume what --out has, or the newest
+    resume: str = "never"  # a run's folder: resume it with its settings; auto: the run in --out, or the newest
     data_root: Path | None = None  # folder of the dataset; None: a synthetic city, generated in data/synthetic
     version: str | None = None  # version of the dataset, such as v1.0-trainval; None: its default, v1.0-mini
     dataset: str = DEFAULT_DATASET  # package.module:Class of another dataset; see unipad/data/dataset.py
-    label_fraction: float = 1.0  # fraction 1/k of the training frames that is used: every k-th
+    label_fraction: float = 1.0  # fraction 1/k of the training frames to use: every k-th one
     out: Path | None = None  # run folder; None: outputs/train-<modality, or segment>/<time>
     init: tuple[Path, ...] = ()  # runs or checkpoints to take encoders from; for fusion, a camera and a LiDAR one
     seed: int = 0  # seed of weights, sample order, masks and rays
@@ -78,7 +78,7 @@ class Args:
     log_every: int = 10  # steps between progress lines
     val_every: int | None = None  # steps between validations; None: a third of the run; 0: no validation
     val_samples: int = 12  # held-out frames that a validation renders
-    picture_stride: int = 2  # pixels between the rays of a picture; half as many degrees in the 3D view
+    picture_stride: int = 2  # pixels between the rays of a validation picture; its 3D view: half this, in degrees
     save_every: int | None = None  # steps between checkpoints; None: a twentieth of the run, at most 1000
     recipe: Annotated[PretrainRecipe | None, tyro.conf.arg(name="")] = None  # the preset's, as changed by flags
 
@@ -118,7 +118,7 @@ def main(args: Args):
         net.encoder.set_checkpointing(args.checkpointing)
         if not saved:
             take_weights(net, "encoder.", args.init, "--init", print0)
-        # DistributedDataParallel gives all processes the main one's weights
+        # DistributedDataParallel broadcasts the main process's weights
         model = torch.nn.parallel.DistributedDataParallel(net) if world.size > 1 else net
         optimizer = make_optimizer(net, optim)
         autocast, scaler = mixed_precision(args.precision, device)
@@ -128,7 +128,8 @@ def main(args: Args):
         if args.tune:
             run.tune()
         parts = {"model": net, "optimizer": optimizer, "scaler": scaler}
-        first, metrics = resumed(saved, parts)  # metrics: {"before": before training, "after": of the last validation}
+        # metrics: {"before": metrics before training, "after": those of the last validation}
+        first, metrics = resumed(saved, parts)
         last = min(steps, args.stop_at or steps)
         millions = sum(p.numel() for p in net.parameters()) / 1e6
         print0(f"{path}: {len(train_set)} frames, {millions:.1f} M weights, steps {first} to {last}, {device}")
@@ -184,7 +185,8 @@ def main(args: Args):
             if report_now or save_now:  # waits for the GPU, as do `backend.host_wait` and fp16's scaler
                 values = progress.finite(values, scaler, done)
             if report_now:
-                views = batch.keyframe().images.shape[1] or len(CAMERAS)  # without images, as many rays from the LiDAR
+                # without images, the LiDAR casts as many rays as six cameras
+                views = batch.keyframe().images.shape[1] or len(CAMERAS)
                 lr, rays = optim.lr * lr_at(optim, step, steps), views * recipe.rays.per_view
                 progress.report(done, values, lr, rays_per_sample=rays)
             if save_now:
@@ -201,20 +203,20 @@ def open_datasets(args, world):
     recipe = args.recipe
     dataset = dataset_class(args.dataset)
     version = args.version or dataset.default_version
-    box = (recipe.grid.low, recipe.grid.high)  # points outside cannot be depth targets: no ray is sampled there
+    point_range = (recipe.grid.low, recipe.grid.high)  # no ray is sampled outside: points there are no depth targets
     with world.main_first():  # generates the city, builds the index
         root = Path(os.path.expanduser(args.data_root or dataset.default_root(recipe.data)))
         if recipe.camera is None:
             split, _ = dataset.train_val_splits(root, version)
             recipe = with_ray_origins(recipe, dataset.has_images(root, version, split), world.print0)
-        train_set, val_set = dataset.train_and_val(root, version, recipe, args.label_fraction, box)
+        train_set, val_set = dataset.train_and_val(root, version, recipe, args.label_fraction, point_range)
     return replace(args, data_root=root.resolve(), version=version, recipe=recipe), train_set, val_set
 
 
 def with_ray_origins(recipe, has_images, print0):
     """A LiDAR recipe adapted to the dataset: without images, rays start at the LiDAR.
 
-    Raises `UserError` where there is a color loss, but rays have no color.
+    Raises `UserError` if these have no color but the recipe has a color loss.
     """
     if recipe.data.cameras and has_images:
         return recipe

@@ -126,7 +126,7 @@ def test_runs_started_in_the_same_second_get_different_folders(tmp_path):
 
 
 def test_results_of_a_finetuning_run_are_locked_against_eval(city, tmp_path, monkeypatch):
-    code = "import sys, unipad.run_folder as f; f._held(f.Path(sys.argv[1])).__enter__()"
+    code = "import sys, unipad.run_folder as f; f._locked(f.Path(sys.argv[1])).__enter__()"
     found = []
     monkeypatch.setattr(finetune, "validate", lambda *_: found.append(scripts.run("-c", code, run / "eval")) or {})
     run = tmp_path / "run"

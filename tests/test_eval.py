@@ -192,7 +192,7 @@ def test_a_detector_is_evaluated_and_its_boxes_are_drawn(detector_run):
 
 def test_a_folder_of_results_that_another_program_uses_is_refused(detector_run, tmp_path):
     """A lock of this process would not be seen by itself, so another one holds it."""
-    code = "import sys, time, unipad.run_folder as f\nwith f._held(f.Path(sys.argv[1])): time.sleep(60)"
+    code = "import sys, time, unipad.run_folder as f\nwith f._locked(f.Path(sys.argv[1])): time.sleep(60)"
     holder, lock = scripts.Script("-c", code, tmp_path / "eval"), tmp_path / "eval" / ".lock"
     wait_for(lambda: lock.exists() and lock.read_text(), holder)
     with pytest.raises(UserError, match="eval is in use by another program .process .* with --out"):

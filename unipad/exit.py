@@ -1,9 +1,9 @@
 """How a program ends: an exit code, and one line on stderr instead of a traceback. Does not import torch.
 
     2          a user's error, a damaged file, a full disk, too little memory
-    128 + N    signal N: Ctrl-C (130), SIGTERM (143), SIGHUP (129), or nobody reads the output, as after `| head` (141)
+    128 + N    signal N: Ctrl-C (130), SIGTERM (143), SIGHUP (129), or a closed output pipe, as after `| head` (141)
 
-Under torchrun every process ends so, but only the main one prints; the sentence is repeated in torchrun's own report.
+Under torchrun every process ends this way, but only the main one prints; torchrun's own report repeats the sentence.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ class Stopped(BaseException):
 
 
 def handle_signals(handler: Callable):
-    """Call `handler(number, frame)` on each of `SIGNALS`; a hang-up that nohup turned off stays off."""
+    """Call `handler(number, frame)` on each of `SIGNALS`; SIGHUP stays ignored where nohup has set it so."""
     for number in SIGNALS:
         if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
@@ -83,7 +83,7 @@ def exit_on_user_error():
         except Stopped as stopped:
             code = _say(stopped, 128 + stopped.number)
         except (OSError, MemoryError, RuntimeError) as error:
-            sentence = _refused(error)
+            sentence = _sentence_of(error)
             if sentence is None:
                 raise
             code = _say(f"error: {sentence}", 2)
@@ -93,7 +93,7 @@ def exit_on_user_error():
 
 
 def has_ended(process: int) -> bool:
-    """Whether no process of this machine has this number; False on Windows, where that cannot be asked."""
+    """Whether no process on this machine has this id; False on Windows, where that cannot be checked."""
     if os.name == "nt":
         return False
     try:
@@ -105,7 +105,7 @@ def has_ended(process: int) -> bool:
     return False
 
 
-def _refused(error):
+def _sentence_of(error):
     """The sentence for a system error that a user can fix; None for any other."""
     if isinstance(error, OSError):
         where = f"{error.filename2 or error.filename}: " if error.filename else ""
@@ -135,7 +135,7 @@ def _say(sentence, code):
 
 @contextlib.contextmanager
 def _quiet_threads():
-    """Context in which a full disk gives no traceback of TensorBoard's thread: it raises in the main thread too."""
+    """Context in which a full disk prints no traceback of TensorBoard's thread; the main thread gets the error too."""
 
     def failed(args):
         if not (isinstance(args.exc_value, OSError) and args.exc_value.errno in FIXES):
@@ -159,7 +159,7 @@ def _guarded(name):
 
 
 class _Guarded:
-    """A stream. Once it cannot be written, it swallows everything, and the program ends as if by SIGPIPE."""
+    """Wrapper of stdout or stderr: once a write fails, output is discarded, and the program ends as if by SIGPIPE."""
 
     def __init__(self, stream):
         self._stream = stream
@@ -180,6 +180,6 @@ class _Guarded:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self._stream.fileno())
             os.close(null)
-            handler = signal.getsignal(signal.SIGTERM)  # which knows whether there is something to save first
+            handler = signal.getsignal(signal.SIGTERM)  # may save a checkpoint first
             if callable(handler):
                 handler(SIGPIPE, None)

@@ -1,4 +1,4 @@
-"""What a training run leaves behind: its folder, its log, its checkpoints, and what it prints."""
+"""A training run's folder, log and checkpoints, and the progress that it prints."""
 
 import contextlib
 import errno
@@ -43,7 +43,8 @@ def find_run(kind: str, out: Path | None, resume: str, world: World) -> tuple[Pa
     """The folder of this run and the checkpoint that it resumes from, or None. The main process decides for all.
 
     kind:   runs without `out` are in outputs/<kind>/<time>.
-    resume: "never"; "auto", what is in `out`, or the newest run of this kind if it is unfinished; or a run's folder.
+    resume: "never"; "auto": the run in `out` or, without `out`, the newest run of this kind if it is unfinished; or the
+            folder of a run.
 
     The folder is locked until this program ends. Raises `UserError` if another program has locked it, or it contains
     another run.
@@ -59,7 +60,7 @@ def _find_run(root, out, resume, closing):
             raise UserError(f"--resume {path} has no checkpoints/last.pt; give the folder of a run.")
         if out and out.resolve() != path.resolve():
             raise UserError(f"--out {out} is not the run that --resume {path} names, which stays there; leave it out.")
-        closing.enter_context(_held(path))
+        closing.enter_context(_locked(path))
         return path, read_training(last_checkpoint(path))
     if out and out.is_file():
         raise UserError(f"--out {out} is a file; give a folder.")
@@ -67,20 +68,20 @@ def _find_run(root, out, resume, closing):
         newest = max(root.glob("*/checkpoints/last.pt"), default=None, key=lambda file: file.stat().st_mtime)
         path = out or (newest and newest.parent.parent)
         if path:
-            held = closing.enter_context(contextlib.ExitStack())
-            held.enter_context(_held(path))
+            lock = closing.enter_context(contextlib.ExitStack())
+            lock.enter_context(_locked(path))
             saved = read_training(last_checkpoint(path)) if last_checkpoint(path) else None
             if out or saved["step"] < saved["config"]["steps"]:
                 return path, saved
-            held.close()
+            lock.close()
     if out:
-        closing.enter_context(_held(out))
+        closing.enter_context(_locked(out))
         if last_checkpoint(out):
             raise UserError(f"--out {out} has a run already; resume it with --resume auto or choose another folder.")
         return out, None
     root.mkdir(parents=True, exist_ok=True)
     path = _new_folder(root)
-    closing.enter_context(_held(path))
+    closing.enter_context(_locked(path))
     return path, None
 
 
@@ -94,16 +95,16 @@ def _new_folder(root):
             return path
 
 
-def hold(folder: Path, world: World):
+def lock_folder(folder: Path, world: World):
     """Make `folder` and lock it until this program ends. Collective.
 
     Raises `UserError` if another program has locked it.
     """
-    on_main(lambda: world.closing.enter_context(_held(folder)), world)
+    on_main(lambda: world.closing.enter_context(_locked(folder)), world)
 
 
 @contextlib.contextmanager
-def _held(path):
+def _locked(path):
     """Lock the folder `path` against other programs, on any machine that shares it; removed at the end if still empty.
 
     The system releases the lock when this process ends, however it ends. It is a POSIX lock: unlike one of `flock`,
@@ -134,9 +135,9 @@ def _held(path):
 
 
 class RunFolder:
-    """A run's folder: config.json, log.jsonl, tensorboard/, checkpoints/, images/. Only the main process writes.
+    """A run's folder: config.json, log.jsonl, tensorboard/, checkpoints/, images/, and tuning.json with --tune.
 
-    Except for tuning.json with --tune: each process tunes its own GPU, and the last one to write the file wins.
+    Only the main process writes, except for tuning.json: each process tunes its own GPU, and the last write wins.
     """
 
     def __init__(self, path: Path, config: dict, world: World, saved: dict | None = None):
@@ -200,7 +201,7 @@ class RunFolder:
     def save(self, step: int, parts: dict, metrics: dict, keep: bool = False):
         """Write checkpoints/last.pt atomically; `keep` also keeps it as step_<N>.pt.
 
-        parts: name -> what has a `state_dict`; metrics: returned by `resumed`, with the step.
+        parts: name -> object with a `state_dict`; metrics: saved with the step, for `resumed` to return.
         """
         if self.writes:
             state = {name: part.state_dict() for name, part in parts.items()}
@@ -212,10 +213,10 @@ class RunFolder:
 
     @contextlib.contextmanager
     def validation(self, step: int, parts: dict, metrics: dict):
-        """Context in which to validate `step`, already saved, and update `metrics`; afterwards a checkpoint is kept.
+        """Context in which to validate `step`, already saved, and update `metrics`; then saves a checkpoint to keep.
 
         A run that is killed inside validates again when it resumes. A run whose validation raises an exception does
-        not: the step is saved as validated, and the exception is raised as a `UserError`.
+        not: the step is saved as validated, and a `UserError` is raised.
         """
         failed = None
         try:
@@ -267,8 +268,8 @@ def resumed(saved: dict | None, parts: dict) -> tuple[int, dict]:
 
 
 def _load_optimizer(optimizer, saved):
-    """Load AdamW's state; its options are those of this run. Raises ValueError, or whatever PyTorch does, unless it can
-    continue with them; PyTorch would only fail at the next step, or never."""
+    """Load AdamW's state; its options remain those of this run. Raises ValueError, or what PyTorch raises, for a state
+    that training cannot continue from; PyTorch alone would only fail at the next step, or never."""
     groups, saved_groups = optimizer.state_dict()["param_groups"], saved["optimizer"]["param_groups"]
     if [group["params"] for group in groups] != [group["params"] for group in saved_groups]:
         raise ValueError("it has other groups of weights")
@@ -296,8 +297,8 @@ def one_line(error: Exception) -> str:
 
 
 def _drop_records_after(step, log):
-    """Remove from a log.jsonl the entries of later steps, and invalid lines, such as a half-written last one; say how
-    many of these there were."""
+    """Remove from a log.jsonl the entries of later steps, and invalid lines, such as a half-written last one; print
+    the number of invalid lines."""
     if log.is_dir():
         raise UserError(f"{log} is a folder; remove it to resume the run.")
     if log.exists():
@@ -376,11 +377,11 @@ def run_config(args, steps: int, contents: str = "", saved: dict | None = None) 
     return {"args": flags, "recipe": flags.pop("recipe"), "steps": steps, "data": contents}
 
 
-SOURCES = {"init", "pretrained"}
+SOURCES = {"init", "pretrained"}  # flags that name runs or checkpoints
 
 
 def _source(path, known):
-    """The checkpoint file that `path` names; one of `known`, those that the resumed run recorded, if inside `path`."""
+    """The checkpoint file that `path` means: that in `path` which the resumed run recorded (`known`), or the newest."""
     inside = [file for file in known if Path(str(file)).is_relative_to(path.resolve())]
     return inside[0] if inside else str(find_checkpoint(path).resolve())
 
@@ -395,7 +396,7 @@ class Progress:
         self.restart(step)
 
     def restart(self, step: int):
-        """Measure speed from this step and moment on."""
+        """Measure the speed from now on, at `step`."""
         self.since, self.clock = step, time.perf_counter()
 
     def skip(self, bad_frames: list[str]):
@@ -410,7 +411,7 @@ class Progress:
             self.world.print0(f"{len(self.unreadable)} unreadable frames, named above, were replaced by others.")
 
     def finite(self, values: dict[str, torch.Tensor], scaler, step: int) -> dict[str, float]:
-        """`mean_over_processes`; raises `UserError` if training has diverged, before a checkpoint of it is written."""
+        """Means of `values` over processes. Raises `UserError` if training has diverged, so that it is not saved."""
         values = mean_over_processes(values)
         # fp16 skips a step whose gradient overflows, and lowers its scale
         if not math.isfinite(values["loss"] + (0 if scaler.is_enabled() else values["grad_norm"])):
@@ -421,8 +422,8 @@ class Progress:
     def explains_divergence(self, net: torch.nn.Module, step: int):
         """Context in which an exception caused by weights that are not finite becomes the `UserError` of `finite`.
 
-        A loss that is not finite makes the weights so too, and then the model may raise any exception before the next
-        report. Weights are read only after an exception: other steps do not wait for the device.
+        A loss that is not finite makes weights infinite or NaN, and then the model may raise any exception before the
+        next report. Weights are read only after an exception: other steps do not wait for the device.
         """
         try:
             yield
@@ -470,5 +471,5 @@ def memory_mb(device: torch.device) -> dict[str, float]:
         return {"gpu_mem_mb": torch.cuda.max_memory_allocated(device) / 2**20}
     if resource is None:
         return {}
-    unit = 1 if sys.platform == "darwin" else 2**10  # bytes
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes per unit of ru_maxrss
     return {"mem_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20}

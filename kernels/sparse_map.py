@@ -8,11 +8,11 @@ An offset k = (kz, ky, kx) of a kernel, counted row-major, links input cell i an
     transposed            o = i stride - padding + k dilation           outputs: every o in the grid that has an input
     inverse               another table, inverted: from input and offset to output
 
-on each axis. Cells that are neighbors along x have consecutive keys, so a table takes one binary search per (kz, ky)
-column of offsets, for the column's first cell, and then a linear scan. The output voxels come from
-kernels/sparse_outputs.py. A transposed table is the inverse of the table of the strided convolution from its outputs to
-its inputs. The references of the strided and transposed maps materialize and sort all (input, offset) pairs instead,
-which is faster on a CPU.
+on each axis. Cells that are neighbors along x have consecutive keys, so each reader takes one binary search per
+(kz, ky) column of offsets, for the column's first cell, and then a linear scan. The
+output voxels come from kernels/sparse_outputs.py. A transposed table is the inverse of a strided one: the table of the
+strided convolution that maps the transposed convolution's outputs to its inputs. The references of the strided and
+transposed maps materialize and sort all (input, offset) pairs instead, which is faster on a CPU.
 
 Sizes: N inputs, M outputs, K = kz ky kx offsets. All triples are (z, y, x).
 """
@@ -50,9 +50,9 @@ def submanifold_map(
     """
     if not on_triton(coords):
         return submanifold_map_ref(coords, keys, order, shape, kernel, dilation)
-    coords, one = _checked_submanifold(coords, shape, kernel, dilation), (1, 1, 1)
+    coords, stride = _checked_submanifold(coords, shape, kernel, dilation), (1, 1, 1)
     padding = [size // 2 * d for size, d in zip(kernel, dilation, strict=True)]
-    return _neighbors(coords, order, keys, order, shape, kernel, one, padding, dilation)
+    return _neighbors(coords, order, keys, order, shape, kernel, stride, padding, dilation)
 
 
 def submanifold_map_ref(coords, keys, order, shape, kernel, dilation):
@@ -118,13 +118,13 @@ def strided_map(
     keys: Tensor | None = None,
     order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output voxels of a strided convolution, and the input that each offset of each one reads.
+    """Output voxels of a strided convolution, and the input voxel that each of them reads through each offset.
 
     Args:
         coords:   [N, 4] int32 (b, z, y, x), unique and inside the grid, in any order.
         shape:    cells (Z, Y, X) of the input.
         kernel, stride, padding, dilation: cells (z, y, x), as torch's conv3d.
-        batch_size: number of grids, if known: if all keys then fit in 32 bits, a GPU sorts half as many bytes.
+        batch_size: number of samples, if known: if all keys then fit in 32 bits, a GPU sorts half as many bytes.
         keys, order: from `sort_voxels`, if already computed; order None: `coords` are sorted by key.
 
     Returns:
@@ -144,11 +144,11 @@ def strided_map(
 
 
 def strided_map_ref(coords, shape, kernel, stride, padding, dilation, batch_size=None, keys=None, order=None):
-    """`strided_map` in plain PyTorch; uses the first six arguments only."""
+    """`strided_map` in plain PyTorch; ignores `keys` and `order`."""
     _, out = _checked_strided(coords, shape, (kernel, stride, padding, dilation), batch_size)
     cells, offsets, valids = [], [], []
     for axis, (size, readers) in enumerate(zip(out, max_readers(kernel, stride, dilation), strict=True)):
-        back = torch.arange(readers, device=coords.device)[:, None]
+        back = torch.arange(readers, device=coords.device)[:, None]  # counted back from the last reader
         padded = coords[:, 1 + axis].long() + padding[axis]  # [N]
         cell = padded // stride[axis] - back  # [readers, N]
         distance = padded - cell * stride[axis]
@@ -176,7 +176,7 @@ def transposed_map(
     dilation: Sequence[int],
     batch_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output voxels of a transposed convolution, and the input that each offset of each one reads.
+    """Output voxels of a transposed convolution, and the input voxel that each of them reads through each offset.
 
     As `strided_map`, but input i spreads to the outputs i stride - padding + k dilation, as torch's conv_transpose3d.
     """
@@ -212,11 +212,12 @@ def _checked_transposed(coords, shape, geometry, batch_size):
 
 
 def _neighbors(coords, reader_order, keys, order, shape, kernel, stride, padding, dilation):
-    """[K, M] int32 rows: offset k of output o, its reader, reads the voxel in cell o stride - padding + k dilation.
+    """[K, M] int32 rows of the voxels that M readers read, or -1: offset k of reader o reads cell
+    o stride - padding + k dilation.
 
     Args:
         coords:       [M, 4] int32 of the readers.
-        reader_order: [M] int64, the order in which to process them: by key, for speed. None: they are in that order.
+        reader_order: [M] int64, the order to process readers in: by key is fastest. None: the order of `coords`.
         keys, order:  [N] of the voxels that are read, from `sort_voxels`.
         shape:        cells (Z, Y, X) of their grid.
         kernel, stride, padding, dilation: cells (z, y, x).
@@ -234,7 +235,7 @@ def _neighbors(coords, reader_order, keys, order, shape, kernel, stride, padding
 
 
 def _gather_pairs_ref(coords, cells, offsets, valids, out, kernel):
-    """Group (input, offset) pairs by their output. On each axis, an input has T candidates for such a pair.
+    """Group (input, offset) pairs by output. On each axis, an input has T candidate pairs.
 
     Args:
         coords:  [N, 4] int32 of the inputs.
@@ -248,9 +249,9 @@ def _gather_pairs_ref(coords, cells, offsets, valids, out, kernel):
         out_coords, neighbor_idx: as `strided_map`.
     """
 
-    def combine(z, y, x, fz, fy):
-        """((z fz) + y) fy + x of all combinations of the axes: [Tz, Ty, Tx, N]"""
-        return (z[:, None, None] * fz + y[:, None]) * fy + x
+    def combine(z, y, x, size_y, size_x):
+        """(z size_y + y) size_x + x of all combinations of the axes: [Tz, Ty, Tx, N]"""
+        return (z[:, None, None] * size_y + y[:, None]) * size_x + x
 
     (Z, Y, X), (_, ky, kx) = out, kernel
     first = coords[:, 0].long() * Z  # [N]
@@ -271,7 +272,7 @@ def _gather_pairs_ref(coords, cells, offsets, valids, out, kernel):
 
 @opaque(lambda neighbor_idx, N: neighbor_idx.new_empty(len(neighbor_idx), N))
 def inverse_map(neighbor_idx: Tensor, N: int) -> Tensor:
-    """Invert a table: the output that each input reaches through each offset.
+    """Invert a neighbor table: the output that each input reaches through each offset.
 
     Args:
         neighbor_idx: [K, M] int32 rows in [0, N) or -1, every input at most once per offset, as in the maps above.
@@ -347,7 +348,7 @@ def _neighbors_kernel(
 
 @jit(varying=("M", "N"))
 def _inverse_kernel(neighbor_idx_ptr, inverse_idx_ptr, M, N, BLOCK: tl.constexpr):
-    """[K, M] -> [K, N], filled with -1."""
+    """Invert neighbor_idx [K, M] into inverse_idx [K, N], which is -1 everywhere before."""
     m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     k = tl.program_id(1).to(tl.int64)
     i = tl.load(neighbor_idx_ptr + k * M + m, mask=m < M, other=-1)

@@ -38,6 +38,7 @@ def transposed_out_shape(shape, kernel, stride, padding, dilation):
 
 
 def _extents(extent, shape, *geometry):
+    """`extent` of each axis, checked."""
     out = []
     for axis, n, k, s, p, d in zip("zyx", shape, *geometry, strict=True):
         sizes = f"kernel {k}, stride {s}, padding {p}, dilation {d}"
@@ -63,7 +64,7 @@ def output_keys(
         coords:     [N, 4] int32 (b, z, y, x) of the inputs, contiguous.
         out:        cells (Z, Y, X) of the output grid.
         geometry:   kernel, stride, padding, dilation: cells (z, y, x).
-        batch_size: number of grids, if known: without it, keys are int64.
+        batch_size: number of samples, if known: without it, keys are int64.
         transposed: whether the convolution is transposed or strided.
 
     Waits for the device once, for M.
@@ -82,7 +83,7 @@ def output_keys(
         kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation,
         TRANSPOSED=transposed, NO_KEY=no_key, BLOCK_PAIRS=BLOCK_PAIRS,
     )  # fmt: skip
-    # sorts keys without values, which moves half as many bytes
+    # sorts keys alone, without indices, which moves half as many bytes
     with host_wait("number of a convolution's output voxels"):
         return torch.unique(keys)[:-1]  # without NO_KEY
 
@@ -110,7 +111,7 @@ def _reached_keys_kernel(
 ):  # fmt: skip
     """Keys of the output cells of all pairs of a slot and an input, NO_KEY where there is none and after the last.
 
-    The slots of an input number the cells that it can reach: `slots` (z, y, x) is their maximum number on each axis.
+    The cells that an input can reach are numbered, by their slot: `slots` (z, y, x) is the maximum count on each axis.
     """
     pair = tl.program_id(0).to(tl.int64) * BLOCK_PAIRS + tl.arange(0, BLOCK_PAIRS)  # [BLOCK_PAIRS]
     ok = pair < PAIRS
@@ -139,6 +140,7 @@ def _reached_cell(cell, slot, size, kernel, stride, padding, dilation, TRANSPOSE
 
 @jit(varying=("M", "Z", "Y", "X"))
 def _coords_kernel(keys_ptr, coords_ptr, M, Z, Y, X, BLOCK: tl.constexpr):
+    """Keys [M] -> coordinates [M, 4] (b, z, y, x) in a grid of (Z, Y, X) cells."""
     m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     m_ok = m < M
     key = tl.load(keys_ptr + m, mask=m_ok, other=0)  # ((b Z + z) Y + y) X + x

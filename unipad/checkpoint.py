@@ -38,7 +38,7 @@ def write_checkpoint(state: dict, file: Path):
 
 
 def remove_parts(folder: Path, name: str = "*"):
-    """Remove what killed processes left of files `name` that they were writing to `folder`: `.<name>.<process>`."""
+    """Remove unfinished files `.<name>.<process id>` that killed processes left in `folder`."""
     for part in folder.glob(f".{name}.*"):
         if part.suffix[1:].isdigit() and has_ended(int(part.suffix[1:])):
             with contextlib.suppress(OSError):
@@ -48,7 +48,7 @@ def remove_parts(folder: Path, name: str = "*"):
 def read_checkpoint(file: Path, lazily: bool = False) -> dict:
     """Load a checkpoint as data, never as code, onto the CPU. Raises `UserError` where that is not possible.
 
-    lazily: read weights only when they are used, and do not check them.
+    lazily: read weights only when they are used, without checking checksums.
     """
     try:
         damaged = None if lazily else _damaged_record(file)
@@ -68,7 +68,7 @@ def read_checkpoint(file: Path, lazily: bool = False) -> dict:
 
 
 def _damaged_record(file):
-    """The first record of an archive whose CRC is wrong, which PyTorch does not check; None: none, or no archive."""
+    """The first record of a zip file with a wrong CRC, which PyTorch does not check; None: intact, or no zip file."""
     if file.is_dir() or not zipfile.is_zipfile(file):
         return None
     with zipfile.ZipFile(file) as archive:
@@ -108,7 +108,7 @@ def read_run(path: Path, lazily: bool = False) -> tuple[dict, Recipe, Path]:
 
     path:   as for `find_checkpoint`; the folder of a checkpoint outside a run is the one that contains it.
     lazily: as for `read_checkpoint`.
-    Raises `UserError` where there is none.
+    Raises `UserError` if there is no such checkpoint.
     """
     file = find_checkpoint(path)
     saved = read_checkpoint(file, lazily)
@@ -125,14 +125,14 @@ def read_run(path: Path, lazily: bool = False) -> tuple[dict, Recipe, Path]:
 
 
 def recipe_of(config) -> Recipe:
-    """The recipe of a checkpoint's `config`. Raises TypeError where it has none, or anything that JSON cannot hold."""
+    """The recipe of a checkpoint's `config`. Raises TypeError if it has none, or if JSON cannot hold it."""
     _check_plain(config)
     _check_types(config, {"recipe": dict})
     return from_dict(AnyRecipe, config["recipe"])
 
 
 def _check_plain(config):
-    """Raises TypeError unless a config consists of what JSON can hold: two of them can be compared."""
+    """Raises TypeError unless a config consists of what JSON can hold, so that two configs can be compared."""
     try:
         json.dumps(config, allow_nan=False)
     except (ValueError, RecursionError) as error:
@@ -168,7 +168,7 @@ def _check_types(values, types):
 
 
 def _check_names(args, flags):
-    """Raises TypeError unless each of `flags` is a text in `args`, or None, or missing."""
+    """Raises TypeError unless each of `flags` is a string in `args`, or None, or missing."""
     for flag in flags:
         if not isinstance(args.get(flag), str | None):
             raise TypeError(f"its {flag} is a {type(args[flag]).__name__}")
@@ -183,16 +183,16 @@ def _check_metrics(metrics):
         raise TypeError("its metrics are no numbers")
 
 
-def weight_fault(name: str, weight, place: torch.Tensor) -> str | None:
-    """Why the value `weight` of a checkpoint cannot be loaded into the tensor `place`, or None. A half-sentence."""
+def weight_fault(name: str, weight, target: torch.Tensor) -> str | None:
+    """Why the value `weight` of a checkpoint cannot be loaded into the tensor `target`, as text; None if it can."""
     if not isinstance(weight, torch.Tensor):
         return f"{name} is a {type(weight).__name__}"
-    if weight.shape != place.shape:
-        return f"{name} has the shape {tuple(weight.shape)} instead of {tuple(place.shape)}"
+    if weight.shape != target.shape:
+        return f"{name} has the shape {tuple(weight.shape)} instead of {tuple(target.shape)}"
     if weight.is_meta or weight.layout != torch.strided:
         return f"{name} has no values in memory"
-    if weight.dtype not in (*FLOATS, place.dtype):
-        return f"{name} has the type {weight.dtype} instead of {place.dtype}"
+    if weight.dtype not in (*FLOATS, target.dtype):
+        return f"{name} has the type {weight.dtype} instead of {target.dtype}"
     return None if weight.isfinite().all() else f"{name} has values that are not finite"
 
 
@@ -207,11 +207,11 @@ def load_weights(net: nn.Module, weights: dict, path: Path):
 
 
 def weights_fault(mine: dict[str, torch.Tensor], weights: dict) -> str | None:
-    """Why `weights` of a checkpoint do not fit the state dict `mine`, or None. A half-sentence."""
+    """Why `weights` of a checkpoint do not fit the state dict `mine`, as text; None if they do."""
     for names, what in ((mine.keys() - weights.keys(), "missing"), (weights.keys() - mine.keys(), "unknown")):
         if names:
             return f"{len(names)} are {what}, such as {min(map(str, names))}"
-    return next(filter(None, (weight_fault(name, weights[name], place) for name, place in mine.items())), None)
+    return next(filter(None, (weight_fault(name, weights[name], target) for name, target in mine.items())), None)
 
 
 def take_weights(net: nn.Module, prefix: str, paths: Sequence[Path], flag: str, print0: Callable) -> set[str]:
@@ -242,10 +242,10 @@ def take_weights(net: nn.Module, prefix: str, paths: Sequence[Path], flag: str, 
             raise UserError(f"{flag} {path} does not fit: {what}; give a run whose preset has the same encoder{fix}.")
         net.load_state_dict(common, strict=False)
         taken |= common.keys()
-        left = _parts(theirs.keys() - common.keys())
-        left = f"; ignored {left}, not part of this model" if left else ""
+        ignored = _parts(theirs.keys() - common.keys())
+        ignored = f"; ignored {ignored}, not part of this model" if ignored else ""
         millions = sum(w.numel() for w in common.values()) / 1e6
-        print0(f"{flag} {file}: took {millions:.2f} M weights, {_parts(common)}{left}")
+        print0(f"{flag} {file}: took {millions:.2f} M weights, {_parts(common)}{ignored}")
     new = mine.keys() - taken
     frozen = [name for name, p in net.named_parameters() if name in new and not p.requires_grad]
     frozen = [name for name in frozen if name.startswith("encoder.camera.")]
@@ -263,7 +263,7 @@ def take_weights(net: nn.Module, prefix: str, paths: Sequence[Path], flag: str, 
 
 
 def part_of(name: str) -> str:
-    """The module that a weight belongs to: two levels of an encoder, one of anything else."""
+    """The module that a weight belongs to: in an encoder such as `encoder.lidar.neck`, else its first name."""
     return ".".join(name.split(".")[: 3 if name.startswith("encoder.") else 1])
 
 

@@ -9,8 +9,9 @@ Use the result with `train.py --init`, `finetune.py --pretrained` or, if it is a
 read as data: nothing in them is executed. ConvNeXts may be the official ones, timm's (`pytorch_model.bin`),
 torchvision's or mmpretrain's. UniPAD's may have weights of spconv 1, as the released ones do, or of spconv 2.
 
-All weights must match one to one, unless --no-strict. Two kinds are dropped, and restored on the way back: the weights
-of the box code, which are a setting here, and norms of stages that the FPN never reads. Optimizer state is dropped.
+All weights must match one to one, unless --no-strict. Two kinds are dropped, and restored on the way back: mmdet3d's
+`code_weights` of boxes, which are a setting here, and norms of stages that the FPN never reads. Optimizer state is
+dropped.
 """
 
 import re
@@ -44,8 +45,8 @@ from unipad.recipes import DEFAULT_PRESET, DETECT, PRETRAIN
 
 BACKBONE = "encoder.camera.backbone."
 FRAME_FUSION = "encoder.frame_fusion.trans_conv.0.weight"
-ANY_CODE_WEIGHTS = torch.tensor(Detect().code_weights)
-CAMERA_RATE = 12.0  # Hz: the age of the original's camera sweeps is their number over this
+CODE_WEIGHTS_LIKE = torch.tensor(Detect().code_weights)  # for its shape and type
+CAMERA_RATE = 12.0  # Hz; the original takes camera sweep n to be n / CAMERA_RATE seconds old
 # Prefixes of the classifier in an ImageNet checkpoint, and of the norm before it
 CLASSIFIER = ("head.", "classifier.", "norm.", "backbone.norm")
 
@@ -57,7 +58,7 @@ class Report:
     taken: dict = field(default_factory=dict)  # name -> tensor
     missing: list = field(default_factory=list)  # names only in the model
     unexpected: list = field(default_factory=list)  # keys only in the file
-    unfit: list = field(default_factory=list)  # names of both, with why the value in the file cannot be taken
+    unfit: list = field(default_factory=list)  # names in both, with why the value in the file cannot be taken
     notes: list = field(default_factory=list)  # which weights were dropped or added on purpose
 
     @property
@@ -78,7 +79,7 @@ class Report:
 
 
 def read_weights(path: Path) -> tuple[dict, str, dict]:
-    """(state dict, kind, everything) of a file or run folder; kind: unipad, convnext or ours.
+    """(state dict, kind, all contents) of a file or run folder; kind: unipad, convnext or ours.
 
     Raises `UserError` for a file that is none of them.
     """
@@ -108,12 +109,12 @@ def read_weights(path: Path) -> tuple[dict, str, dict]:
 def convert_unipad(state: dict[str, torch.Tensor], preset: str | None = None) -> tuple[dict, Report]:
     """A state dict of the original as (checkpoint of ours, `Report`).
 
-    preset: the recipe it belongs to; None: the one whose weights fit; if several do, the default.
+    preset: the recipe that it belongs to; None: one that fits, preferably the default, or else the one that fits best.
     """
     ours, unknown = from_original(state)
     code_weights = state.get(CODE_WEIGHTS)
     unfit = []
-    if code_weights is not None and (fault := weight_fault(CODE_WEIGHTS, code_weights, ANY_CODE_WEIGHTS)):
+    if code_weights is not None and (fault := weight_fault(CODE_WEIGHTS, code_weights, CODE_WEIGHTS_LIKE)):
         code_weights, unfit = None, [fault]
     presets, modality = _presets(ours)
     check_choices(preset=(preset, presets))
@@ -122,7 +123,7 @@ def convert_unipad(state: dict[str, torch.Tensor], preset: str | None = None) ->
     for name in [preset] if preset else [default, *(n for n in reversed(presets) if n != default)]:
         recipe = _with_sizes(presets[name], ours, code_weights)
         report = Report(unexpected=[key for key in unknown if key != CODE_WEIGHTS], unfit=unfit.copy())
-        _compare(ours, _places(recipe), report, _unread_norms(recipe))
+        _compare(ours, _targets(recipe), report, _unread_norms(recipe))
         reports[name] = (report, recipe)
         if not report.faults:
             break
@@ -142,9 +143,9 @@ def convert_convnext(state: dict[str, torch.Tensor]) -> tuple[dict, Report]:
     if not depths:
         raise UserError("the file has no ConvNeXt blocks with layer scale: it cannot initialize this encoder.")
     with torch.device("meta"):
-        places = ConvNeXt(depths, widths, out_stages=()).state_dict()
+        targets = ConvNeXt(depths, widths, out_stages=()).state_dict()
     report = Report(unexpected=[key for key in unknown if not key.startswith(CLASSIFIER)])
-    _compare(ours, places, report)
+    _compare(ours, targets, report)
     report.taken = {BACKBONE + name: w for name, w in report.taken.items()}
     size = next((name for name, sizes in CONVNEXT.items() if sizes == (depths, widths)), None)
     report.notes += [f"ConvNeXt {size or f'of {depths} blocks and {widths} channels'}; classifier dropped"]
@@ -155,7 +156,7 @@ def convert_ours(saved: dict, spconv: int = 1) -> tuple[dict, Report]:
     """A checkpoint of ours as (mmcv's dict with the original's keys, `Report`)."""
     recipe = saved_recipe(saved)
     report = Report()
-    _compare(saved["model"], _places(recipe), report)
+    _compare(saved["model"], _targets(recipe), report)
     state, unknown = to_original(report.taken, spconv)
     report.notes += [f"dropped: {name}, which the original does not have" for name in unknown]
     for key, (width, fill) in _unread_norms(recipe).items():
@@ -212,16 +213,16 @@ def _presets(ours):
 
 
 def _with_sizes(recipe, ours, code_weights):
-    """A recipe for the original's weights: with the file's ConvNeXt size and number of camera frames, and with the
-    original's sweep times and pooling."""
+    """`recipe` with the ConvNeXt size, number of camera sweeps and code weights of the file, and with the original's
+    sweep times and rounding in voxel pooling."""
     if recipe.camera is not None:
         backbone = {name.removeprefix(BACKBONE): w for name, w in ours.items() if name.startswith(BACKBONE)}
         depths, widths = _convnext_sizes(backbone)
         camera = replace(recipe.camera, truncate=recipe.camera.view == "pool")
         recipe = replace(recipe, camera=replace(camera, depths=depths, widths=widths) if depths else camera)
     if FRAME_FUSION in ours:
-        width, all_widths, *_ = *ours[FRAME_FUSION].shape, 1, 1  # a damaged one has any shape
-        sweeps = max(1, all_widths // max(1, width))
+        out_width, in_width, *_ = *ours[FRAME_FUSION].shape, 1, 1  # a damaged one has any shape
+        sweeps = max(1, in_width // max(1, out_width))
         recipe = replace(recipe, data=replace(recipe.data, camera_sweeps=sweeps, camera_rate=CAMERA_RATE))
     if isinstance(recipe.lidar, LidarConfig) and "encoder.lidar.mask_token" in ours:
         recipe = replace(recipe, lidar=replace(recipe.lidar, learnable_token=True))
@@ -239,40 +240,41 @@ def _convnext_sizes(state):
     return tuple(blocks[i] for i in stages), tuple(widths[i] for i in stages)
 
 
-def _places(recipe):
-    """Name -> tensor without storage of all weights of a recipe's model."""
+def _targets(recipe):
+    """{name: meta tensor} of all weights of a recipe's model."""
     with torch.device("meta"):
         net = {DetectRecipe: Detector, PretrainRecipe: Pretrain, SegmentRecipe: Segmenter}[type(recipe)](recipe)
     return net.state_dict()
 
 
 def _unread_norms(recipe):
-    """Norms of stages before the FPN's first, which the original has: name -> (channels, initial value).
+    """Norms that the original has but never reads, of stages before the FPN's first: name -> (channels, initial value).
 
-    mmdet's FPN gets all stages; with a single level, only the last.
+    mmdet's FPN gets all stages, or only the last one if it has a single level.
     """
     camera = recipe.camera
     if camera is None or camera.fpn_levels == 1:
         return {}
-    ends = {"weight": 1.0, "bias": 0.0}
+    initial = {"weight": 1.0, "bias": 0.0}
     return {
-        f"{BACKBONE}norm{i}.{end}": (camera.widths[i], fill)
+        f"{BACKBONE}norm{i}.{name}": (camera.widths[i], fill)
         for i in range(camera.fpn_start)
-        for end, fill in ends.items()
+        for name, fill in initial.items()
     }
 
 
-def _compare(state, places, report, unread=()):
+def _compare(state, targets, report, unread=()):
+    """Add each weight of `state` to `report`; targets: those of the model; unread: names to drop."""
     for name, weight in state.items():
         if name in unread:
             report.notes.append(f"dropped: {name}, which is never read")
-        elif name not in places:
+        elif name not in targets:
             report.unexpected.append(str(name))
-        elif fault := weight_fault(name, weight, places[name]):
+        elif fault := weight_fault(name, weight, targets[name]):
             report.unfit.append(fault)
         else:
             report.taken[name] = weight
-    report.missing += [name for name in places if name not in state]
+    report.missing += [name for name in targets if name not in state]
 
 
 @dataclass(frozen=True)
@@ -326,7 +328,7 @@ def _as_ours(path, args):
         raise UserError(f"--merge {path} is an ImageNet ConvNeXt; give trained encoders.")
     if kind == "ours":
         report = Report()
-        _compare(state, _places(saved_recipe(saved)), report)
+        _compare(state, _targets(saved_recipe(saved)), report)
         saved = {**saved, "model": report.taken}
     else:
         saved, report = convert_unipad(state)

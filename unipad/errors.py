@@ -11,14 +11,14 @@ class UserError(Exception):
 
 
 def check_choices(**flags):
-    """flags: name -> (value, allowed values); None is skipped. Raises `UserError`."""
+    """Raises `UserError` for a value that is not allowed. flags: name -> (value, allowed values); None is allowed."""
     for name, (value, choices) in flags.items():
         if value is not None and value not in choices:
             raise UserError(f"{_flag(name)} {value} is not known; use {', '.join(map(str, choices))}.")
 
 
 def check_ranges(args, above_0: Sequence[str] = (), not_below_0: Sequence[str] = ()):
-    """Names of fields of `args`, nested ones by their path; None is skipped. Raises `UserError`."""
+    """Raises `UserError` unless the fields of `args` with these (dotted) names are in range or None."""
     for name in (*above_0, *not_below_0):
         value = attrgetter(name)(args)
         if value is not None and not (value > 0 if name in above_0 else value >= 0):
@@ -28,7 +28,7 @@ def check_ranges(args, above_0: Sequence[str] = (), not_below_0: Sequence[str] =
 def check_numbers(value, name: str = ""):
     """Refuse numbers that make no sense as a setting: infinite, NaN, or out of the range of fp32 and int32.
 
-    value: a dataclass, whose fields are checked, also nested ones and tuples; name: of its flag. Raises `UserError`.
+    value: a number, tuple or dataclass, whose fields are checked recursively; name: of the flag. Raises `UserError`.
     """
     if dataclasses.is_dataclass(value):
         for field, inner in vars(value).items():
@@ -43,7 +43,7 @@ def check_numbers(value, name: str = ""):
 
 
 def check_memory(needed: float, what: str):
-    """Raises `UserError` where `what`, with its flag, takes more bytes than this machine has."""
+    """Raises `UserError` if this machine has less memory than `needed` bytes. what: that needs it, with its flag."""
     if not hasattr(os, "sysconf"):  # Windows
         return
     has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

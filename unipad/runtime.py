@@ -52,7 +52,7 @@ class World:
         return asked if asked is not None else 4 if self.device.type == "cuda" else 1
 
     def micro_batch(self, batch_size: int, accumulate: int) -> int:
-        """Samples of a micro-batch: a step is `accumulate` of them in every process. Raises `UserError`."""
+        """Samples per micro-batch: a step has `accumulate` micro-batches in every process. Raises `UserError`."""
         parts = self.size * accumulate
         if batch_size % parts:
             raise UserError(
@@ -68,7 +68,7 @@ class World:
 
 
 # Gloo's destructor waits for a thread that may wait for the GIL. Python's own reference is dropped without the GIL, the
-# one in DistributedDataParallel with it: so Python's has to be the last, or a process may never end.
+# one in DistributedDataParallel with it: so Python's must be the last to be dropped, or a process may never end.
 _GROUPS = []
 
 
@@ -153,7 +153,7 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def on_main(make: Callable | None, world: World):
-    """What `make()` returns in the main process, in every process, sent pickled; a `UserError` is raised in every one.
+    """Call `make` in the main process; every process returns its result, sent pickled, or raises its `UserError`.
 
     Collective: all processes must call it.
     """
@@ -203,36 +203,37 @@ def local_gradients(model, more: bool):
 
 
 class StopOnSignal:
-    """A signal (`exit.SIGNALS`, or a closed pipe) lets the current step finish, so that it can be saved first."""
+    """After a signal (`exit.SIGNALS`, or a closed pipe), lets the step end and be saved before the program ends."""
 
     def __init__(self, world: World):
-        self.world, self.number, self.later = world, 0, True
-        handle_signals(self._note)
+        self.world, self.number, self.deferred = world, 0, True
+        handle_signals(self._on_signal)
 
-    def _note(self, number, _):
-        """A later signal changes nothing: Slurm and torchrun send several, and users press Ctrl-C twice."""
+    def _on_signal(self, number, _):
+        """Only the first signal counts: Slurm and torchrun send several, and users press Ctrl-C twice."""
         self.number = self.number or int(number)
-        self._end_unless_later()
+        self._end_unless_deferred()
 
-    def _end_unless_later(self):
-        if self.number and not self.later:
-            self.later = True  # nothing interrupts the cleanup
+    def _end_unless_deferred(self):
+        if self.number and not self.deferred:
+            self.deferred = True  # nothing interrupts the cleanup
             raise Stopped(self.number)
 
     @contextlib.contextmanager
     def at_once(self):
-        """Context with nothing to save: a signal ends the program at once; several processes stop together, later."""
-        self.later = self.world.size > 1
-        self._end_unless_later()
+        """Context with nothing to save: a signal ends the program at once; several processes wait, to stop together."""
+        self.deferred = self.world.size > 1
+        self._end_unless_deferred()
         try:
             yield
         finally:
-            self.later = True
+            self.deferred = True
 
     def asked(self, host_waits: bool) -> bool:
         """True in all processes once one of them was signaled. Collective.
 
-        host_waits: whether the host waits for the GPU in this step anyway; several GPUs only exchange signals then.
+        host_waits: whether the host waits for the GPU in this step anyway; only then do several GPU processes exchange
+            signals.
         """
         if self.world.size > 1 and (host_waits or self.world.device.type == "cpu"):
             number = torch.tensor(self.number, device=self.world.device)

@@ -177,7 +177,7 @@ def nested(depth):
         ),
         ("calibrated_sensor", "camera_intrinsic", [], "camera_intrinsic of a camera is empty"),
         ("sample_annotation", "size", "4 2 1", "size is not three numbers"),
-        ("sample_annotation", "num_lidar_pts", None, "num_lidar_pts is not a number from 0"),
+        ("sample_annotation", "num_lidar_pts", None, "num_lidar_pts is not a number that is 0 or more"),
         ("sample_annotation", "next", {}, "next is not text"),
         ("instance", "category_token", "nowhere", "category_token nowhere is in no row of category.json"),
         ("category", "index", 256, "index is not a number from 0 to 255"),

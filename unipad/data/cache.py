@@ -26,7 +26,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
                 return None
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
-    except Exception:  # damage has too many names: zlib.error, NotImplementedError, SyntaxError, MemoryError, ...
+    except Exception:  # damaged files raise zlib.error, NotImplementedError, SyntaxError, MemoryError, ...
         return None
 
 

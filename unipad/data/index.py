@@ -1,6 +1,6 @@
 """nuScenes tables, opened by the devkit -> `Index` and `CameraSweeps`: what samples need, as flat arrays.
 
-Workers hold only these arrays: no devkit, no Python objects to copy.
+Data loading workers keep only these arrays: no devkit, no Python objects to copy.
 """
 
 from dataclasses import dataclass
@@ -14,12 +14,14 @@ from unipad.batch import CAMERAS, CLASSES
 from unipad.boxes import boxes_from_global
 from unipad.data.schema import box_fault, fault
 
-NO_CATEGORY = 255  # class of a label that is the index of no category
-CAMERA_SWEEPS = 5  # 12 Hz, keyframes at 2 Hz: all images since the previous keyframe
+NO_CATEGORY = 255  # class of label values that are no category's index
+CAMERA_SWEEPS = 5  # cameras at 12 Hz, keyframes at 2 Hz: all images between two keyframes
 MAX_DISTANCE = 1e4  # meters from the LiDAR: points farther away are an error, boxes are left out
-FASTEST = 200.0  # m/s: an object's velocity above it counts as unknown, the ego vehicle's as an error
-APART = 200.0  # meters between the LiDAR and a camera, at the times of their frames: more means a wrong pose
-GAP = 1e9  # microseconds between successive frames of a scene: more, or less than 0, means a wrong timestamp
+MAX_SPEED = 200.0  # m/s: an object's velocity above it counts as unknown, the ego vehicle's as an error
+MAX_OFFSET = (
+    200.0  # meters from the LiDAR to a camera or, see `_check_motion`, to its previous frame: more is a wrong pose
+)
+MAX_GAP = 1e9  # microseconds between successive frames of a scene: more, or less than 0, means a wrong timestamp
 FORMAT = 3  # version of the cached index; increment when the meaning of a field changes
 
 
@@ -28,8 +30,8 @@ class Index:
     """What the samples of one split need from the tables.
 
     F keyframes in the order of time, N cameras, M boxes, L LiDAR frames (keyframes and the sweeps between them).
-    Text is in bytes, paths are relative to the data root. The rig is that of all keyframes together: where one has no
-    frame of a camera, the file's name is empty and the matrices are the identity.
+    Text is in bytes, paths are relative to the data root. The cameras are those of which any keyframe has an image:
+    where another keyframe has none, the file's name is empty and the matrices are the identity.
     """
 
     cameras: np.ndarray  # [N] names: nuScenes' in the order of `CAMERAS`, then others by name
@@ -49,7 +51,7 @@ class Index:
     lidar_prev: np.ndarray  # [L] row of the previous LiDAR frame, -1 at the start of a scene
     lidarseg_files: np.ndarray  # [F] empty where a keyframe has no labels
     lidarseg_classes: np.ndarray  # [256] uint8 category in the files -> class 0-16, or `NO_CATEGORY`
-    left_out: np.ndarray  # [K] rows of sample_annotation that are not among the boxes, and why
+    left_out: np.ndarray  # [K] messages "row <number>: <reason>": rows of sample_annotation that cannot be used
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ class CameraSweeps:
     image_sizes: np.ndarray  # [F, W, N, 2] int64 as in `Index`
     intrinsics: np.ndarray  # [F, W, N, 4, 4] float32 as in `Index`
     lidar2camera: np.ndarray  # [F, W, N, 4, 4] float32 from the LiDAR at the keyframe's time to the camera at its own
-    numbers: np.ndarray  # [F, W] int64 how many frames before the keyframe, from 1; of its first camera
-    lags: np.ndarray  # [F, W] float32 seconds before the keyframe, of its first camera
+    numbers: np.ndarray  # [F, W] int64 frames before the keyframe's own, from 1, of the keyframe's first camera
+    lags: np.ndarray  # [F, W] float32 seconds before the keyframe's own, of the keyframe's first camera
 
 
 def build_index(nusc, split: str, scenes: set[str], verbose: bool) -> Index:
@@ -110,18 +112,18 @@ def build_index(nusc, split: str, scenes: set[str], verbose: bool) -> Index:
 
 
 def _check_motion(nusc, lidar, lidar2global, times, prev):
-    """Raise `DataError` for a LiDAR frame that is too far from the previous one, in time or in space."""
+    """Raise `DataError` for a LiDAR frame too far from the previous one, in time (`MAX_GAP`) or space (`MAX_SPEED`)."""
     for i in np.flatnonzero(prev >= 0):
         gap, step = int(times[i] - times[prev[i]]), lidar2global[i, :3, 3] - lidar2global[prev[i], :3, 3]
         _check_gap(nusc, lidar[i], gap)
-        if np.linalg.norm(step) > max(APART, FASTEST * 1e-6 * abs(gap)):
+        if np.linalg.norm(step) > max(MAX_OFFSET, MAX_SPEED * 1e-6 * abs(gap)):
             pose = nusc.get("ego_pose", lidar[i]["ego_pose_token"])
             raise _fault(nusc, "ego_pose", pose, f"is {np.linalg.norm(step):.0f} m from that of the LiDAR frame before")
 
 
 def _check_gap(nusc, record, gap):
-    """Raise `DataError` where a file's time is not `gap` microseconds, from 0 to `GAP`, after that of its `prev`."""
-    if not 0 <= gap <= GAP:
+    """Raise `DataError` unless a file is from 0 to `MAX_GAP` microseconds later, by `gap`, than its `prev`."""
+    if not 0 <= gap <= MAX_GAP:
         raise _fault(nusc, "sample_data", record, f"its time is {1e-6 * gap:.0f} s after that of its prev")
 
 
@@ -149,7 +151,7 @@ def _boxes(nusc, samples, lidar2global):
     frames = np.array(frames, np.int64)
     sizes = np.array([a["size"] for a in annotations], np.float64).reshape(-1, 3)
     velocities = np.array(velocities, np.float64).reshape(-1, 2)
-    velocities[~(np.abs(velocities) < FASTEST).all(axis=1)] = 0
+    velocities[~(np.abs(velocities) < MAX_SPEED).all(axis=1)] = 0
     boxes = boxes_from_global(_matrices(annotations), sizes, velocities, lidar2global[frames])
     near = (np.abs(boxes[:, :3]) < MAX_DISTANCE).all(axis=1)
     for i in np.flatnonzero(~near):
@@ -166,21 +168,20 @@ def build_camera_sweeps(nusc, split: str, scenes: set[str], verbose: bool) -> Ca
     """The camera sweeps of a split from the tables; arguments and errors as `build_index`."""
     samples, names = _samples(nusc, scenes), _camera_names(nusc)
     lidar2global = _sensor2global(nusc, [nusc.get("sample_data", s["data"]["LIDAR_TOP"]) for s in samples])
-    chains, numbers, times = [], [], []
+    chains, numbers, lags = [], [], []
     for sample in tqdm(samples, f"camera sweeps of {nusc.version} {split}", disable=not verbose, unit="frame"):
         keys = [nusc.get("sample_data", sample["data"][c]) if c in sample["data"] else None for c in names]
         of_cameras = [_chain_before(nusc, key) for key in keys]
         chains += zip(*of_cameras, strict=True)
-        key, front = next(((k, chain) for k, chain in zip(keys, of_cameras, strict=True) if k), (None, []))
-        front = [key["timestamp"] - record["timestamp"] for record in front] or [0] * CAMERA_SWEEPS
-        times.append(front)
-        numbers.append(np.cumsum(np.diff([0, *front]) != 0))
+        key, chain = next(((k, chain) for k, chain in zip(keys, of_cameras, strict=True) if k), (None, []))
+        lags.append([key["timestamp"] - record["timestamp"] for record in chain] or [0] * CAMERA_SWEEPS)  # microseconds
+        numbers.append(np.cumsum(np.diff([0, *lags[-1]]) != 0))  # a repeated frame has the same number
     records, shape = [record for frame in chains for record in frame], (len(samples), CAMERA_SWEEPS, len(names))
     images = _images(nusc, records, shape, lidar2global)
     return CameraSweeps(
         **{k: array.astype(np.float32) if array.dtype == np.float64 else array for k, array in images.items()},
         numbers=np.array(numbers, np.int64).reshape(shape[:2]),
-        lags=(1e-6 * np.array(times).reshape(shape[:2])).astype(np.float32),
+        lags=(1e-6 * np.array(lags).reshape(shape[:2])).astype(np.float32),
     )
 
 
@@ -218,7 +219,7 @@ def _images(nusc, records, shape, lidar2global):
     lidar2global = lidar2global.reshape(-1, *(1 for _ in shape[1:]), 4, 4)
     lidar2camera = np.linalg.inv(camera2global) @ lidar2global
     apart = np.linalg.norm(lidar2camera[..., :3, 3], axis=-1).ravel()
-    for i in np.flatnonzero(present & (apart > APART)):
+    for i in np.flatnonzero(present & (apart > MAX_OFFSET)):
         pose = nusc.get("ego_pose", records[i]["ego_pose_token"])
         raise _fault(nusc, "ego_pose", pose, f"puts a camera {apart[i]:.0f} m from the LiDAR")
     return {
@@ -230,7 +231,7 @@ def _images(nusc, records, shape, lidar2global):
 
 
 def _image_size(nusc, record):
-    """Height and width of a camera's image, pixels of its intrinsics."""
+    """Height and width, in pixels, of the image that the intrinsics of a sample_data record are for."""
     size = record.get("height"), record.get("width")
     if not all(type(side) is int and 0 < side < 2**16 for side in size):
         raise _fault(nusc, "sample_data", record, f"height and width of an image are {size[0]} and {size[1]}")

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from unipad.data.dataset import DataError
 
-LONGEST = 1000  # characters of a name, at most: fixed-width arrays are as wide as the longest one
-LATEST = 2**62  # microseconds; the differences of two still fit into int64
-FARTHEST = {"calibrated_sensor": 100.0, "ego_pose": 1e8}  # meters: from the ego vehicle; UTM coordinates reach 1e7
+MAX_LENGTH = 1000  # characters of a name; fixed-width arrays are as wide as the longest one
+MAX_INTEGER = 2**62  # for times in microseconds too: the difference of two still fits into int64
+MAX_TRANSLATION = {"calibrated_sensor": 100.0, "ego_pose": 1e8}  # meters; UTM coordinates reach 1e7
 
 
 def read_table(folder: Path, name: str) -> list[dict]:
@@ -30,9 +30,9 @@ def read_table(folder: Path, name: str) -> list[dict]:
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise fault(folder, name, number, "is not an object with named fields")
-        for field, (is_right, right) in checks.items():
-            if not is_right(row.get(field)):
-                raise fault(folder, name, number, f"{field} is not {right}: {reprlib.repr(row.get(field))}")
+        for field, (is_valid, expected) in checks.items():
+            if not is_valid(row.get(field)):
+                raise fault(folder, name, number, f"{field} is not {expected}: {reprlib.repr(row.get(field))}")
     return rows
 
 
@@ -66,13 +66,13 @@ def box_fault(annotation: dict) -> str | None:
     size, (center, rotation) = annotation["size"], (annotation[name] for name in ("translation", "rotation"))
     if not all(0 < edge <= 100 for edge in size):  # also where it is NaN; the longest road trains have 54 m
         return f"size {size} is not between 0 and 100 m"
-    if not all(abs(meters) <= FARTHEST["ego_pose"] for meters in center):
+    if not all(abs(meters) <= MAX_TRANSLATION["ego_pose"] for meters in center):
         return f"translation {center} is not a place"
     return None if _is_unit(rotation) else f"rotation {rotation} is not a unit quaternion"
 
 
 def _check_references(tables, folder):
-    """Raises `DataError` unless every token that a row refers to exists, and no two rows of a table have the same."""
+    """Raises `DataError` unless every token that a row refers to exists, and all tokens of a table differ."""
     tokens = {}
     for name in tables.table_names:
         rows = getattr(tables, name)
@@ -95,13 +95,13 @@ def _check_references(tables, folder):
 
 def _is_name(value):
     """Text that is safe as a token, or as a file's name."""
-    if not isinstance(value, str) or len(value) > LONGEST or "\0" in value:
+    if not isinstance(value, str) or len(value) > MAX_LENGTH or "\0" in value:
         return False
     return value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value)  # halves of a pair are not UTF-8
 
 
 def _is_file(value):
-    """The name of a file below the root: it must not lead out of it, on any system."""
+    """The path of a file below the root: it must not lead out of the root, on any system."""
     if not _is_name(value):
         return False
     parts = value.replace("\\", "/").split("/")
@@ -110,7 +110,7 @@ def _is_file(value):
 
 def _is_number(value):
     """A float, NaN included, or an integer that converts to one."""
-    return isinstance(value, float) or (type(value) is int and abs(value) < LATEST)
+    return isinstance(value, float) or (type(value) is int and abs(value) < MAX_INTEGER)
 
 
 def _is_count(value):
@@ -118,7 +118,7 @@ def _is_count(value):
 
 
 def _is_time(value):
-    return _is_number(value) and 0 <= value < LATEST
+    return _is_number(value) and 0 <= value < MAX_INTEGER
 
 
 def _is_vector(value):
@@ -133,8 +133,8 @@ def _is_unit(value):
     return abs(math.hypot(*value) - 1) < 0.01  # False for NaN
 
 
-def _is_translation(farthest):
-    return lambda value: _is_vector(value) and all(abs(meters) <= farthest for meters in value)
+def _is_translation(most):
+    return lambda value: _is_vector(value) and all(abs(meters) <= most for meters in value)
 
 
 def _is_intrinsic(value):
@@ -151,9 +151,9 @@ def _is_intrinsic(value):
     )
 
 
-NAME = _is_name, f"text of at most {LONGEST} characters"
+NAME = _is_name, f"text of at most {MAX_LENGTH} characters"
 FILE = _is_file, "the path of a file below the root"
-COUNT = _is_count, "a number from 0"
+COUNT = _is_count, "a number that is 0 or more"
 TIME = _is_time, "a time in microseconds"
 FLAG = (lambda value: value in (0, 1)), "true or false"
 ROTATION = (lambda value: _is_quaternion(value) and _is_unit(value)), "a unit quaternion w, x, y, z"
@@ -162,10 +162,11 @@ BYTE = (lambda value: value is None or (type(value) is int and 0 <= value < 256)
 
 
 def _translation(table):
-    return _is_translation(FARTHEST[table]), f"three numbers of at most {FARTHEST[table]:.0f} meters"
+    return _is_translation(MAX_TRANSLATION[table]), f"three numbers of at most {MAX_TRANSLATION[table]:.0f} meters"
 
 
-# Of the fields that are read; tokens and references are checked besides. `box_fault` judges the values of boxes.
+# table -> field -> check, of the fields that are read; tokens and references are checked too. `box_fault` checks the
+# values of boxes.
 FIELDS = {
     "category": {"name": NAME, "index": BYTE},  # without an index where there is no lidarseg
     "attribute": {"name": NAME},

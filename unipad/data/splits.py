@@ -1,9 +1,10 @@
-"""Which scenes belong to which split: nuScenes' own splits, and those that a dataset brings in `<version>/splits.json`.
+"""Which scenes belong to which split: nuScenes' own splits, and a dataset's in `<version>/splits.json`.
 
     {"city_train": ["scene-1", "scene-2"], "city_val": ["scene-3"]}
 
-This is the file that the devkit reads for splits of one's own, so its evaluation takes them too. A name that ends in
-_train, _val or _test has that purpose. Names of nuScenes' splits are refused: the devkit would use nuScenes' scenes.
+The devkit reads this file for custom splits, so its evaluation supports them too. A split whose name
+ends in _train, _val or _test has that purpose. Names of nuScenes' splits are refused: the devkit would use nuScenes'
+scenes.
 """
 
 import json
@@ -73,7 +74,7 @@ EXAMPLE = '{"city_train": ["scene-1"], "city_val": ["scene-2"]}'
 
 
 def check_scenes(file: Path, splits: dict[str, list[str]], known: set[str]):
-    """Raises `DataError` where `splits`, those of `own_splits`, name a scene that is not `known`, or have one both for
+    """Raises `DataError` where `splits`, those of `own_splits`, name a scene that is not `known`, or use one both for
     training and for validation."""
     for name, scenes in splits.items():
         if unknown := [scene for scene in scenes if scene not in known]:

@@ -43,7 +43,7 @@ from unipad.errors import UserError
 from unipad.exit import exit_on_user_error, has_ended
 
 MAP_CELL = 0.1  # meters per pixel of the map, as the devkit assumes
-MAP_COARSE = 4  # pixels: side of the squares that the map is drawn in
+MAP_COARSE = 4  # pixels: side of the squares of which the map is drawn
 
 README = """Synthetic data: a procedural city, ray cast and written in the nuScenes format by unipad.data.synthetic.
 
@@ -79,7 +79,7 @@ class Args:
 
 
 class SettingError(UserError):
-    """An invalid setting, in one sentence."""
+    """The error for an invalid setting."""
 
 
 def generate(
@@ -193,7 +193,7 @@ def _write(args, root, progress):
 def _render_all(tasks, workers, done):
     """The results of `_render` for all tasks, in their order; calls `done` after each.
 
-    If a worker dies, as when memory is short, rendering continues with half as many, at last in this process.
+    If a worker dies, as when memory is short, rendering continues with half as many, and finally in this process.
     """
     counts = []
     while workers > 1 and len(counts) < len(tasks):
@@ -234,7 +234,9 @@ def _render(task):
             _, jpeg = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
             path.write_bytes(jpeg)  # raises an error if the disk is full; OpenCV's and NumPy's writers do not
     for stamp, is_key in frames_of(args, rig.LIDAR, k):
-        rng = np.random.default_rng([args.seed, 5, SCENES.index(name), stamp])  # 1 to 4: streets, traffic
+        rng = np.random.default_rng(
+            [args.seed, 5, SCENES.index(name), stamp]
+        )  # 5: the streets and the traffic use 1 to 4
         scan = rig.scan(scene, stamp / 1e6, args.columns, rng)
         (root / data_file(name, rig.LIDAR, stamp, is_key)).write_bytes(scan.points.tobytes())
     (root / labels_file(args, name, stamp)).write_bytes(scan.category.tobytes())

@@ -29,12 +29,12 @@ TABLES = (
     "sensor",
     "visibility",
 )
-LARGE = 100e6  # bytes; indexing larger tables shows a progress bar
+LARGE_TABLES = 100e6  # bytes of all tables; if they are larger, indexing shows a progress bar
 
 
 def find_root(root: str | Path, version: str) -> Path:
     """The devkit's dataroot of `version`: `root` itself or root/version; ~ is the user's home. Raises `DataError`."""
-    root = Path(os.path.expanduser(root))  # unlike the method of Path, it never raises
+    root = Path(os.path.expanduser(root))  # unlike Path.expanduser, it never raises
     if not root.is_dir():
         raise DataError(f"--data-root {root} is not a folder; give the one that holds samples/ and {version}/.")
     for data_root in (root, root / version):
@@ -93,7 +93,7 @@ def _load(kind, build, root, version, split, ending=""):
         if index is not None:
             return index
     size = sum(t.stat().st_size for t in (root / version).glob("*.json"))
-    built = _build(build, root, version, splits, verbose=size > LARGE)
+    built = _build(build, root, version, splits, verbose=size > LARGE_TABLES)
     for name, index in built.items():
         write_arrays(cache_paths(root, f"{version}-{name}{ending}.npz"), {"state": state, **vars(index)})
     return built[split]
@@ -126,6 +126,6 @@ def _build(build, root, version, splits, verbose):
         return {split: build(nusc, split, set(scenes[split]), verbose) for split in splits}
     except DataError:
         raise
-    except Exception as error:  # of the devkit, which trusts the tables, for a fault that no check detects
+    except Exception as error:  # the devkit trusts the tables: any error, for a fault that no check of ours detects
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise DataError(f"{root / version} is not a complete nuScenes dataset ({reason}); unpack it again.") from error

@@ -27,13 +27,13 @@ SCENES = sorted(TRAIN + VAL)
 
 KEYFRAME, SWEEP, CAMERA_SWEEP = 500_000, 50_000, 83_333  # intervals in microseconds
 START = 1_532_402_927_000_000  # microseconds: time at which the first scene starts
-SCENE_START = 100_000_000  # microseconds between the starts of successive scenes
+SCENE_INTERVAL = 100_000_000  # microseconds between the starts of successive scenes
 
 ATTRIBUTES = (
     "vehicle.moving", "vehicle.stopped", "vehicle.parked", "cycle.with_rider", "cycle.without_rider",
     "pedestrian.sitting_lying_down", "pedestrian.standing", "pedestrian.moving",
 )  # fmt: skip
-VISIBILITY = ("v0-40", "v40-60", "v60-80", "v80-100")  # tokens 1 to 4
+VISIBILITY = ("v0-40", "v40-60", "v60-80", "v80-100")  # percent; their tokens are "1" to "4"
 
 
 def scene_names(count: int) -> list[str]:
@@ -46,7 +46,7 @@ def scene_names(count: int) -> list[str]:
 
 
 def scene_of(args, name: str) -> Scene:
-    """The scene of this name, until its last keyframe."""
+    """The scene of this name, which lasts until its last keyframe."""
     return _cached_scene(args.seed, SCENES.index(name), (args.keyframes - 1) * KEYFRAME / 1e6)
 
 
@@ -240,7 +240,7 @@ def _actor_records(tables, args, name, counts):
 
 
 def _chain(args, keys):
-    """Token, prev and next of consecutive records."""
+    """Yield the fields token, prev and next of consecutive records, whose tokens are made from `keys`."""
     tokens = ["", *(_token(args, *key) for key in keys), ""]
     for before, token, after in zip(tokens, tokens[1:], tokens[2:], strict=False):
         yield {"token": token, "prev": before, "next": after}
@@ -251,7 +251,7 @@ def _token(args, *key):
 
 
 def _time(name, stamp):
-    return START + SCENES.index(name) * SCENE_START + stamp
+    return START + SCENES.index(name) * SCENE_INTERVAL + stamp
 
 
 def _logfile(name):

@@ -1,8 +1,8 @@
-"""Disturb small runs at random moments, and check that they lose no more than the README says.
+"""Kill or disturb small runs at random moments, and check that they lose no more than the README says.
 
-    python -m tests.accidents --moments 20 --seed 0             # a line each, and a table; exit code 1 after a fault
+    python -m tests.accidents --moments 20 --seed 0             # a line each, then a summary; exit code 1 after a fault
     python -m tests.accidents --moments 9 --only "full disk"    # one kind of accident
-    python -m tests.accidents --moment 12                       # one moment, with all that the run printed
+    python -m tests.accidents --moment 12                       # one moment, with all output of the run
 
 Each moment starts train.py or finetune.py, with a data loading process and without a cached index, and waits until it
 has used a random part of the CPU time of an undisturbed run: during the imports, the indexing of the dataset, a step,
@@ -44,8 +44,9 @@ FLAGS += ["--steps", STEPS, "--save-every", SAVE_EVERY, "--val-every", VAL_EVERY
 RAYS = ["--rays.per-view", 8, "--render.samples", 12, "--render.importance", 4, "--val-samples", 1]
 PROGRAMS = {"train.py": [*FLAGS, *RAYS, "--picture-stride", 16], "finetune.py": FLAGS}
 
-# accident -> (exit code of the run, last line that it prints on stderr)
+# pattern of the last line on stderr of a stopped run
 STOPPED = r"stopped after step \d+, saved; resume with --resume \S+|stopped by SIG\w+"
+# accident -> (exit code of the run, pattern of its last line on stderr)
 ACCIDENTS = {
     "kill -9": (-signal.SIGKILL, None),
     "SIGTERM": (128 + signal.SIGTERM, STOPPED),
@@ -64,16 +65,16 @@ DISK = 48 * 2**20  # bytes; an undisturbed run needs half of that
 
 @dataclass
 class Moment:
-    """An accident, and what came of it. Steps are those of the log; `where` is what the run was doing."""
+    """An accident, and its outcome."""
 
     program: str
     accident: str
     seconds: float  # of CPU time
-    where: str = ""
+    phase: str = ""  # what the run was doing: `phase_of`
     code: int = 0
     output: str = ""
-    logged: int = 0
-    saved: int = 0
+    logged: int = 0  # last step in the log
+    saved: int = 0  # step of the last checkpoint
     faults: list[str] = field(default_factory=list)
 
     @property
@@ -97,7 +98,7 @@ def last_logged(run: Path) -> int:
     return max((step for step, values in log_of(run).items() if "train/loss" in values), default=0)
 
 
-def place_of(run: Path) -> str:
+def phase_of(run: Path) -> str:
     """What a run is doing, as far as its files say."""
     if not (run / "config.json").exists():
         return "dataset" if run.exists() else "imports"
@@ -107,12 +108,13 @@ def place_of(run: Path) -> str:
 
 
 def cpu_seconds(process: int) -> float:
-    """CPU time that a process has used, also if it has ended and its exit code has not been asked for."""
+    """CPU time that a process has used; works for a zombie (ended, not waited for) too."""
     values = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return sum(map(int, values[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
 def ended(process: int) -> bool:
+    """Whether a child process has ended; it stays a zombie."""
     return os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
 
 
@@ -131,7 +133,7 @@ def workers(process: int) -> list[int]:
 
 @contextmanager
 def disk(folder: Path):
-    """A disk of its own at `folder`, where this user may mount one."""
+    """A new folder; a disk of its own where this user may mount one."""
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", folder]
     mounted = shutil.which("mount") and subprocess.run(command, capture_output=True).returncode == 0
@@ -144,7 +146,7 @@ def disk(folder: Path):
 
 
 def fill(folder: Path, process: int, left: int):
-    """Leave `left` bytes of the disk at `folder`, or let `process` write no file larger than that."""
+    """Fill the disk at `folder` up to `left` bytes, or limit files of `process` to that size if it is no disk."""
     if not folder.is_mount():
         resource.prlimit(process, resource.RLIMIT_FSIZE, (left, resource.RLIM_INFINITY))
         return
@@ -153,7 +155,7 @@ def fill(folder: Path, process: int, left: int):
         os.posix_fallocate(file.fileno(), 0, max(1, size))
 
 
-class Workshop:
+class Harness:
     """A small city, and an undisturbed run of each program on it."""
 
     def __init__(self, folder: Path):
@@ -161,36 +163,36 @@ class Workshop:
         self.city = generate(folder / "city", scenes=2, keyframes=3, image_size=(72, 128), workers=1, progress=False)
         self.expected, self.seconds = {}, {}
         for program in PROGRAMS:
-            with self._room() as room:
-                process = self._start(program, room)
+            with self._sandbox() as sandbox:
+                process = self._start(program, sandbox)
                 os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
                 self.seconds[program] = cpu_seconds(process.pid)
                 _, err = process.communicate()
                 assert process.returncode == 0, err.decode()
-                self.expected[program] = self._results(room / "run")
+                self.expected[program] = self._results(sandbox / "run")
 
     @contextmanager
-    def _room(self):
+    def _sandbox(self):
         """A folder with the city, but without its cached index, for a run."""
-        with disk(self.folder / "disk") as room:
-            (room / "city").mkdir()
+        with disk(self.folder / "disk") as sandbox:
+            (sandbox / "city").mkdir()
             for part in self.city.iterdir():
                 if part.name.startswith("v1.0"):
-                    shutil.copytree(part, room / "city" / part.name)
+                    shutil.copytree(part, sandbox / "city" / part.name)
                 elif part.name != "unipad-index":
-                    (room / "city" / part.name).symlink_to(part)
-            yield room
+                    (sandbox / "city" / part.name).symlink_to(part)
+            yield sandbox
 
-    def _flags(self, program, room):
-        flags = [*PROGRAMS[program], "--data-root", room / "city", "--out", room / "run", "--resume", "auto"]
+    def _flags(self, program, sandbox):
+        flags = [*PROGRAMS[program], "--data-root", sandbox / "city", "--out", sandbox / "run", "--resume", "auto"]
         return list(map(str, flags))
 
-    def _start(self, program, room):
-        command = [sys.executable, str(scripts.REPO / program), *self._flags(program, room)]
-        environment = scripts.environment() | {"XDG_CACHE_HOME": str(room / "cache")}
+    def _start(self, program, sandbox):
+        command = [sys.executable, str(scripts.REPO / program), *self._flags(program, sandbox)]
+        environment = scripts.environment() | {"XDG_CACHE_HOME": str(sandbox / "cache")}
         return subprocess.Popen(
             command,
-            cwd=room,
+            cwd=sandbox,
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -202,17 +204,17 @@ class Workshop:
         return log_of(run), {name: weight.clone() for name, weight in weights.items()}
 
     def moment(self, seed: int, number: int, only: str | None) -> Moment:
-        """What comes of the accident that these numbers determine, at a moment that they determine too."""
+        """Run the accident, at the moment, that `seed` and `number` determine. only: this accident instead."""
         rng = np.random.default_rng([seed, number])
         program = "finetune.py" if number % 3 == 2 else "train.py"
         accident = only or list(ACCIDENTS)[number % len(ACCIDENTS)]
         moment = Moment(program, accident, rng.uniform(0, 0.95 * self.seconds[program]))
-        with self._room() as room:
-            process = self._start(program, room)
+        with self._sandbox() as sandbox:
+            process = self._start(program, sandbox)
             while cpu_seconds(process.pid) < moment.seconds and not ended(process.pid):
                 time.sleep(0.002)
-            moment.where = place_of(room / "run") if process.poll() is None else "end"
-            others = self._happen(accident, process, room, left=int(rng.integers(2**22)))
+            moment.phase = phase_of(sandbox / "run") if process.poll() is None else "end"
+            loaders = self._inject(accident, process, sandbox, left=int(rng.integers(2**22)))
             try:
                 _, err = process.communicate(timeout=SECONDS)
             except subprocess.TimeoutExpired:
@@ -220,16 +222,16 @@ class Workshop:
                 _, err = process.communicate()
                 moment.faults.append("did not end")
             moment.code, moment.output = process.returncode, err.decode()
-            self._judge(moment, room, others)
-            self._resume(moment, room)
+            self._check(moment, sandbox, loaders)
+            self._resume(moment, sandbox)
         return moment
 
-    def _happen(self, accident, process, room, left):
-        """Let the accident happen; returns the process ids of the run's data loading processes."""
-        others = workers(process.pid)
+    def _inject(self, accident, process, sandbox, left):
+        """Cause the accident; returns the process ids of the run's data loading processes."""
+        loaders = workers(process.pid)
         if accident in SIGNALS:
             # all get it, as from a terminal, systemd or Slurm; kill -9 ends only the main process
-            for pid in others if accident != "kill -9" else ():
+            for pid in loaders if accident != "kill -9" else ():
                 with suppress(ProcessLookupError):
                     os.kill(pid, SIGNALS[accident])
             process.send_signal(SIGNALS[accident])
@@ -237,24 +239,24 @@ class Workshop:
             process.stdout.close()
         elif accident == "full disk":
             with suppress(ProcessLookupError):
-                fill(room, process.pid, left)
+                fill(sandbox, process.pid, left)
         while accident == "worker killed" and process.poll() is None:
-            if others := workers(process.pid):
-                os.kill(others[0], signal.SIGKILL)
+            if loaders := workers(process.pid):
+                os.kill(loaders[0], signal.SIGKILL)
                 break
             time.sleep(0.01)
-        return others
+        return loaders
 
-    def _judge(self, moment, room, others):
+    def _check(self, moment, sandbox, loaders):
         """Collect the faults of a run that has ended."""
-        run, faults = room / "run", moment.faults
-        (room / "filler").unlink(missing_ok=True)
-        code, line = ACCIDENTS[moment.accident]
-        # Python ends a program that is ending with the signal itself, which a shell shows as 128 + N too
+        run, faults = sandbox / "run", moment.faults
+        (sandbox / "filler").unlink(missing_ok=True)
+        code, pattern = ACCIDENTS[moment.accident]
+        # while Python shuts down, a signal N kills the process: return code -N here, 128 + N in a shell
         finished = last_logged(run) == STEPS and moment.code in (0, -SIGNALS.get(moment.accident, 0))
         if moment.code != code and not finished:
             faults.append(f"exit code {moment.code} instead of {code}")
-        if line and not finished and not re.fullmatch(line, moment.last_line):
+        if pattern and not finished and not re.fullmatch(pattern, moment.last_line):
             faults.append(f"last line {moment.last_line!r}")
         faults += [f"prints {words!r}" for words in TRACES if words in moment.output]
         moment.logged = last_logged(run)
@@ -263,39 +265,39 @@ class Workshop:
                 moment.saved = read_training(file)["step"]
             except UserError as error:
                 faults.append(str(error))
-        hard = moment.accident in ("kill -9", "full disk")
-        if moment.saved < moment.logged - (SAVE_EVERY if hard else 0):
+        unsaved = moment.accident in ("kill -9", "full disk")  # the run cannot save its last steps
+        if moment.saved < moment.logged - (SAVE_EVERY if unsaved else 0):
             faults.append(f"step {moment.logged} is logged, but only step {moment.saved} is saved")
         if moment.accident != "kill -9":
-            faults += [f"leaves {part}" for part in self._partial(room)]
-        end = time.monotonic() + 20  # PyTorch's workers look for their parent every few seconds
-        while alive := [pid for pid in others if Path(f"/proc/{pid}").exists()]:
+            faults += [f"leaves {part}" for part in self._partial(sandbox)]
+        end = time.monotonic() + 20  # seconds; PyTorch's workers check every few seconds whether their parent is alive
+        while alive := [pid for pid in loaders if Path(f"/proc/{pid}").exists()]:
             if time.monotonic() > end:
                 faults.append(f"leaves processes {alive}")
                 break
             time.sleep(0.1)
 
-    def _resume(self, moment, room):
-        """Resume the run, and collect what is wrong at its end."""
+    def _resume(self, moment, sandbox):
+        """Resume the run to its end, and collect the faults of its results."""
         program, faults = moment.program, moment.faults
-        done = scripts.run(program, *self._flags(program, room), cwd=room, timeout=SECONDS)
+        done = scripts.run(program, *self._flags(program, sandbox), cwd=sandbox, timeout=SECONDS)
         if done.returncode or "Traceback" in done.stderr:
             faults.append(f"resumed: exit code {done.returncode}, {done.stderr[-500:]}")
             return
-        (log, weights), (right_log, right_weights) = self._results(room / "run"), self.expected[program]
-        for step in sorted(log.keys() | right_log.keys()):
-            if log[step] != right_log[step]:
-                faults.append(f"resumed: log of step {step} is {log[step]} instead of {right_log[step]}")
-        faults += [f"resumed: other {n}" for n, w in right_weights.items() if not torch.equal(weights[n], w)][:1]
-        faults += [f"resumed: leaves {part}" for part in self._partial(room)]
+        (log, weights), (expected_log, expected_weights) = self._results(sandbox / "run"), self.expected[program]
+        for step in sorted(log.keys() | expected_log.keys()):
+            if log[step] != expected_log[step]:
+                faults.append(f"resumed: log of step {step} is {log[step]} instead of {expected_log[step]}")
+        faults += [f"resumed: other {n}" for n, w in expected_weights.items() if not torch.equal(weights[n], w)][:1]
+        faults += [f"resumed: leaves {part}" for part in self._partial(sandbox)]
 
-    def _partial(self, room):
-        return [str(path.relative_to(room)) for path in room.rglob("*") if PARTIAL.search(path.name)]
+    def _partial(self, sandbox):
+        return [str(path.relative_to(sandbox)) for path in sandbox.rglob("*") if PARTIAL.search(path.name)]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--moments", type=int, default=20)
+    parser.add_argument("--moments", type=int, default=20, help="number of moments")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=ACCIDENTS, help="this kind of accident only")
     parser.add_argument("--moment", type=int, help="this moment only, with the run's messages")
@@ -303,11 +305,11 @@ def main():
     torch.set_num_threads(1)
     table = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
-        workshop = Workshop(Path(folder))
+        harness = Harness(Path(folder))
         for number in range(args.moments) if args.moment is None else [args.moment]:
-            moment = workshop.moment(args.seed, number, args.only)
+            moment = harness.moment(args.seed, number, args.only)
             table[moment.accident].append(moment)
-            words = f"{number:>3}  {moment.program:<12}{moment.accident:<14}{moment.seconds:5.1f} s  {moment.where:<13}"
+            words = f"{number:>3}  {moment.program:<12}{moment.accident:<14}{moment.seconds:5.1f} s  {moment.phase:<13}"
             words += f"exit {moment.code:<4} logged {moment.logged} saved {moment.saved}  {moment.last_line[:60]}"
             print("\n      ".join([words, *moment.faults]), flush=True)
             if args.moment is not None:

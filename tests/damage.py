@@ -9,25 +9,25 @@ with limits of time and memory reads the damaged file as the scripts do. The out
 
     refused    a `UserError`: one sentence that names a file, folder or flag
     skipped    what is damaged is left out, in a message that names the file; all else is read as before
-    same       the result is that of the undamaged file: the bytes did not matter, or a cache was rebuilt
-    other      another result, accepted without a message: nothing that is checked shows the damage, see below
+    same       the result equals that of the undamaged file: the bytes did not matter, or a cache was rebuilt
+    other      another result, accepted without a message: no check can detect the damage, see below
     SILENT     the same although the damage can be detected, or an impossible result
     TRACEBACK  an exception that is not meant for users, or a crash of the process
     HANG       no result within the time limit
 
 Which damage can be detected? Checkpoints, PNGs and caches have checksums, so any other result is SILENT. So it is for
 values of a wrong type, missing fields, numbers that are not finite and files that are empty, missing or all zeros
-(`SHOWS`), in every format. What remains is `other`. It is harm without a message, not harmless:
+(`DETECTABLE`), in every format. Any other changed result is `other`: not harmless, but no check can detect it:
 
-    LiDAR      another coordinate or intensity within the sensor's reach; blocks of zeros, since some sensors write
+    LiDAR      another coordinate or intensity within the sensor's range; blocks of zeros, since some sensors write
                zeros for rays without a return; a range removed, if whole points are left
     JPEG       other coefficients. libjpeg notices most of it beyond a single bit and prints a warning without the
                file's name, but OpenCV returns the image as if it were intact
-    labels     another class, also 0 in the whole file: points that nobody has labeled; no table of labels at all
+    labels     another class, also 0 (unlabeled) in the whole file; no table of labels at all
     JSON       another number or name that is possible; a record missing, repeated or moved that no other refers to
     any        replaced by another file of its kind
 
-There, the result only has to be possible (`readers.sample_faults`). Only a checksum of the dataset would detect it.
+In these cases, the result only has to be possible (`readers.sample_faults`). Only a checksum would detect it.
 """
 
 import argparse
@@ -53,7 +53,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from tests.readers import KINDS, Seen, make_files, warm_up
+from tests.readers import KINDS, Readout, make_files, warm_up
 from unipad.errors import UserError
 
 REPO = Path(__file__).parents[1]
@@ -196,12 +196,12 @@ def wrong_object(rng, data, _):
 # Damages for each `Kind.format`, in addition to `BYTES`
 SPECIAL = {"json": JSON, "json lines": {"wrong line": wrong_line}, "checkpoint": {"wrong object": wrong_object}}
 
-# Damages that can always be detected: a lost record, another number or another byte may not be
-SHOWS = {"wrong type", "wrong line", "wrong object", "nested", "empty", "missing", "a folder", "only zeros"}
-# (pattern of the file, damage): except where an intact dataset may look so too
+# Damages that can always be detected, unlike a lost record, another number or another byte
+DETECTABLE = {"wrong type", "wrong line", "wrong object", "nested", "empty", "missing", "a folder", "only zeros"}
+# (pattern of the file, damage): exceptions to DETECTABLE, since an intact dataset may have such a file
 PLAUSIBLE = (
-    ("city/lidarseg/*/*.bin", "only zeros"),  # class 0: points that nobody has labeled
-    ("city/*/lidarseg.json", "missing"),  # a dataset without labels of points; whoever needs them is refused
+    ("city/lidarseg/*/*.bin", "only zeros"),  # class 0: unlabeled points
+    ("city/*/lidarseg.json", "missing"),  # a dataset without labels of points; tasks that need them are refused
 )
 
 
@@ -213,7 +213,7 @@ class Result:
     reason: str = ""
 
 
-class Workshop:
+class Harness:
     """Intact files of all kinds, and what their readers return for them."""
 
     def __init__(self, folder: Path, kinds=KINDS, city: Path | None = None):
@@ -231,9 +231,9 @@ class Workshop:
 
     def _expected(self, read):
         with self._copy() as folder:
-            seen = self._run(partial(read, folder))
-        assert isinstance(seen, Seen) and seen.parts and not seen.skipped and not seen.faults, seen
-        return seen
+            readout = self._run(partial(read, folder))
+        assert isinstance(readout, Readout) and readout.parts and not readout.skipped and not readout.faults, readout
+        return readout
 
     @contextlib.contextmanager
     def _copy(self):
@@ -261,10 +261,10 @@ class Workshop:
         file = self.files[kind][int(rng.integers(len(self.files[kind])))].relative_to(self.intact)
         return kind, file, name, partial(self._damage, rng, name, damages[name])
 
-    def examine(self, seed: int, kind: str | None, seconds: float, number: int) -> tuple[str, Path, str, Result]:
+    def run_case(self, seed: int, kind: str | None, seconds: float, number: int) -> tuple[str, Path, str, Result]:
         """(kind, path, name of the damage, result) of one case."""
         case = self.case(seed, number, kind)
-        return *case[:3], self.look(*case, seconds)
+        return *case[:3], self.read_damaged(*case, seconds)
 
     def _damage(self, rng, name, function, path):
         data = path.read_bytes()
@@ -275,13 +275,13 @@ class Workshop:
             damaged = function(rng, data, self.others)
             path.write_bytes(flip(rng, data, None) if damaged == data else damaged)  # such as CRLF in a file without LF
 
-    def look(self, kind: str, file: Path, name: str, damage: Callable, seconds: float = SECONDS) -> Result:
-        """The result of the reader of `kind` on a copy of the files, after `damage` of `file`."""
+    def read_damaged(self, kind: str, file: Path, name: str, damage: Callable, seconds: float = SECONDS) -> Result:
+        """Damage `file` in a copy of all files with `damage`, and read the copy with the reader of `kind`."""
         with self._copy() as folder:
             damage(folder / file)
-            plausible = any(file.match(pattern) and name == way for pattern, way in PLAUSIBLE)
-            shows = name in SHOWS and not plausible
-            judge = partial(_judge, self.kinds[kind], folder, file, shows, self.expected[kind])
+            plausible = any(file.match(pattern) and name == damage_name for pattern, damage_name in PLAUSIBLE)
+            detectable = name in DETECTABLE and not plausible
+            judge = partial(_judge, self.kinds[kind], folder, file, detectable, self.expected[kind])
             return self._run(judge, seconds)
 
     def _run(self, function, seconds=SECONDS):
@@ -328,10 +328,10 @@ def _child(function, connection, output):
     os._exit(0)
 
 
-def _judge(kind, folder, file, shows, expected):
-    """Read a damaged file, in the child, and return the `Result`. shows: whether the damage can be detected."""
+def _judge(kind, folder, file, detectable, expected):
+    """Read a damaged file, in the child, and return the `Result`. detectable: whether the damage can be detected."""
     try:
-        seen = kind.read(folder)
+        readout = kind.read(folder)
     except UserError as error:
         sentence = str(error)
         if "\n" in sentence or not sentence.endswith(".") or not re.search(rf"{folder}|--|checkpoints/", sentence):
@@ -340,32 +340,32 @@ def _judge(kind, folder, file, shows, expected):
     sys.stderr.flush()
     with open("/proc/self/fd/2", "rb") as output:
         printed = output.read().decode(errors="replace")
-    # where a table is damaged, the file that cannot be read is another one
-    unnamed = [r for r in seen.skipped.values() if not re.search(rf"{folder}/.*: ", r)]
-    unnamed += [r for r in seen.skipped.values() if file.suffix != ".json" and file.name not in r]
+    # if a table is damaged, the file that cannot be read may be another one
+    unnamed = [r for r in readout.skipped.values() if not re.search(rf"{folder}/.*: ", r)]
+    unnamed += [r for r in readout.skipped.values() if file.suffix != ".json" and file.name not in r]
     if unnamed:
         return Result("TRACEBACK", f"a skipped part does not name the file: {unnamed[0]}")
-    if seen.faults:
-        return Result("SILENT", seen.faults[0])
-    parts = expected.parts.keys() | seen.parts.keys()
-    changed = sorted(p for p in parts - seen.skipped.keys() if seen.parts.get(p) != expected.parts.get(p))
-    reported = ("left out", "skipped ")  # what a line says that names frames or boxes which cannot be used
+    if readout.faults:
+        return Result("SILENT", readout.faults[0])
+    parts = expected.parts.keys() | readout.parts.keys()
+    changed = sorted(p for p in parts - readout.skipped.keys() if readout.parts.get(p) != expected.parts.get(p))
+    reported = ("left out", "skipped ")  # words of a printed line that names unusable frames or boxes
     left_out = changed and any(file.name in l and any(r in l for r in reported) for l in printed.splitlines())
     if left_out:
         changed = []
-    if changed and (kind.checked or shows):
+    if changed and (kind.checked or detectable):
         return Result("SILENT", f"{changed[0]} differs")
     if changed:
         return Result("other", f"{changed[0]} differs")
-    if seen.skipped:
-        return Result("skipped", next(iter(seen.skipped.values())).replace(str(folder), ""))
+    if readout.skipped:
+        return Result("skipped", next(iter(readout.skipped.values())).replace(str(folder), ""))
     return Result("skipped" if left_out else "same")
 
 
 def count(numbers, results):
     """Print the outcomes by kind and an example of each class of fault; returns the number of faults.
 
-    results: of `Workshop.examine` for each of `numbers`.
+    results: of `Harness.run_case` for each of `numbers`.
     """
     counts, classes = defaultdict(Counter), defaultdict(list)
     progress = tqdm(results, "damaging", len(numbers), disable=None)
@@ -388,22 +388,22 @@ def count(numbers, results):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=200)
+    parser.add_argument("--cases", type=int, default=200, help="number of cases")
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", choices=KINDS)
     parser.add_argument("--only", type=int, help="run this case only")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="time limit of a case")
-    parser.add_argument("--processes", type=int, default=1, help="cases at a time, each of which needs one core")
+    parser.add_argument("--processes", type=int, default=1, help="parallel cases; each needs one core")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         kinds = {args.kind: KINDS[args.kind]} if args.kind else KINDS
-        workshop = Workshop(Path(folder), kinds)
+        harness = Harness(Path(folder), kinds)
         numbers = range(args.first, args.first + args.cases) if args.only is None else [args.only]
         with ProcessPoolExecutor(args.processes, FORK) as pool:
-            examine = partial(workshop.examine, args.seed, args.kind, args.seconds)
-            faults = count(numbers, pool.map(examine, numbers, chunksize=4))
+            run_case = partial(harness.run_case, args.seed, args.kind, args.seconds)
+            faults = count(numbers, pool.map(run_case, numbers, chunksize=4))
     sys.exit(1 if faults else 0)
 
 

@@ -1,7 +1,7 @@
 """The kinds of files that the project reads, and a reader for each; for `tests.damage`.
 
 A reader takes a folder with the files of `make_files`, one of which may be damaged, and a link `intact` to an undamaged
-copy of them. It reads files as the scripts do, up to where they would begin to compute, and returns a `Seen`.
+copy of them. It reads files as the scripts do, up to where they would begin to compute, and returns a `Readout`.
 """
 
 import contextlib
@@ -45,10 +45,10 @@ FAR = 1e5  # meters; no real coordinate is larger
 
 
 @dataclass
-class Seen:
-    """What a reader returns: digests of what it read, the frames it skipped, and what is impossible in the result."""
+class Readout:
+    """What a reader returns: digests of what it read, what it skipped, and what is impossible in the result."""
 
-    parts: dict[str, str] = field(default_factory=dict)
+    parts: dict[str, str] = field(default_factory=dict)  # part, such as a frame -> digest
     skipped: dict[str, str] = field(default_factory=dict)  # part -> `path: reason`
     faults: list[str] = field(default_factory=list)
 
@@ -58,36 +58,36 @@ class Seen:
 
 def digest(value) -> str:
     """A hash of dataclasses, containers, arrays, tensors and plain values: equal only for equal ones."""
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
 
     def feed(value):
         if is_dataclass(value):
             feed(vars(value))
         elif isinstance(value, dict):
-            found.update(f"dict {len(value)}".encode())
+            sha256.update(f"dict {len(value)}".encode())
             for key, item in value.items():
                 feed(key)
                 feed(item)
         elif isinstance(value, list | tuple):
-            found.update(f"list {len(value)}".encode())
+            sha256.update(f"list {len(value)}".encode())
             for item in value:
                 feed(item)
         elif isinstance(value, torch.Tensor | np.ndarray):
             array = np.ascontiguousarray(value.detach().numpy() if isinstance(value, torch.Tensor) else value)
-            found.update(f"{array.dtype} {array.shape}".encode() + array.tobytes())
+            sha256.update(f"{array.dtype} {array.shape}".encode() + array.tobytes())
         else:
-            found.update(f"{type(value).__name__} {value!r}".encode())
+            sha256.update(f"{type(value).__name__} {value!r}".encode())
 
     feed(value)
-    return found.hexdigest()
+    return sha256.hexdigest()
 
 
-class Reached(BaseException):
+class ReadingDone(BaseException):
     """Raised where a script has read its files and would begin to compute."""
 
 
-def _reach(*_, **__):
-    raise Reached
+def _end_reading(*_, **__):
+    raise ReadingDone
 
 
 def sample_faults(sample) -> list[str]:
@@ -116,59 +116,60 @@ def sample_faults(sample) -> list[str]:
     return [f"violated: {fact}" for fact, holds in conditions.items() if not holds]
 
 
-def read_city(folder: Path, learn: bool = False) -> Seen:
-    """All frames of both splits. learn: also the losses of a pre-training and of a detection step on them."""
-    root, seen, grid = folder / "city", Seen(), models()[0].recipe.grid
-    seen.add(synthetic=is_synthetic(root))
+def read_city(folder: Path, with_losses: bool = False) -> Readout:
+    """All frames of both splits; with_losses: also computes the losses of both `models` on them."""
+    root, readout, grid = folder / "city", Readout(), models()[0].recipe.grid
+    readout.add(synthetic=is_synthetic(root))
     samples = []
     for split in ("mini_train", "mini_val"):
         dataset = NuScenesDataset(root, VERSION, split, Data(sweeps=3))
         cropped = NuScenesDataset(root, VERSION, split, Data(sweeps=3), point_range=(grid.low, grid.high))
-        seen.add(**{f"scenes of {split}": dataset.scenes()})
+        readout.add(**{f"scenes of {split}": dataset.scenes()})
         for i in range(len(dataset)):
             name = f"frame {dataset.index.tokens[dataset.frames[i]].decode()}"
             try:
                 sample = dataset[i]
             except BadFrame as bad:
-                seen.skipped[name] = str(bad)
+                readout.skipped[name] = str(bad)
                 continue
-            seen.add(**{name: sample})
-            seen.faults += sample_faults(sample)
+            readout.add(**{name: sample})
+            readout.faults += sample_faults(sample)
             cut_out(sample, min_points=5)
-            if learn:
+            if with_losses:
                 samples.append(cropped.read(i, np.random.default_rng(0)))
-    if learn and samples and not seen.faults:
+    if with_losses and samples and not readout.faults:
         batch = collate(samples)
         for net in models():
             with torch.no_grad():
                 losses = net(batch, generators(0, 0, range(len(batch)), "cpu"))
             losses = losses if isinstance(losses, dict) else losses[0]
             if not all(torch.isfinite(loss) for loss in losses.values()):
-                seen.faults.append("violated: losses are finite")
-    return seen
+                readout.faults.append("violated: losses are finite")
+    return readout
 
 
 def read_splits(folder):
-    seen, root = Seen(), folder / "city"
-    seen.add(splits=NuScenesDataset.splits(root, VERSION), tokens=load_index(root, VERSION, "dark").tokens)
-    return seen
+    """The splits, and the frames of the custom split `dark` that `make_files` adds."""
+    readout, root = Readout(), folder / "city"
+    readout.add(splits=NuScenesDataset.splits(root, VERSION), tokens=load_index(root, VERSION, "dark").tokens)
+    return readout
 
 
 def read_camera_sweeps(folder):
-    seen = Seen()
-    seen.add(sweeps=load_camera_sweeps(folder / "city", VERSION, "mini_val"))
-    return seen
+    readout = Readout()
+    readout.add(sweeps=load_camera_sweeps(folder / "city", VERSION, "mini_val"))
+    return readout
 
 
 def read_objects(folder):
     """Every object for cut-and-paste augmentation, with its points and image crops."""
-    dataset, seen = NuScenesDataset(folder / "city", VERSION, "mini_train", Data()), Seen()
+    dataset, readout = NuScenesDataset(folder / "city", VERSION, "mini_train", Data()), Readout()
     objects = load_objects(dataset, DETECT["lidar"]["lidar-0.075"].paste)
-    seen.add(boxes=objects.boxes, labels=objects.labels)
+    readout.add(boxes=objects.boxes, labels=objects.labels)
     for k in range(len(objects.labels)):
         pictures = [objects._picture(k, view) for view in range(6)]
-        seen.add(**{f"object {k}": (objects._points(k), pictures)})
-    return seen
+        readout.add(**{f"object {k}": (objects._points(k), pictures)})
+    return readout
 
 
 # Two steps and no validation
@@ -176,38 +177,38 @@ FLAGS = ["--device", "cpu", "--workers", "0", "--val-every", "0", "--steps", "2"
 
 
 def start_training(script, *flags, **changes):
-    """What a script reads before its first step. It is started with `flags`; if there are none, with the arguments of
+    """What a script reads before its first step, started with `flags` or, without any, with the arguments of
     `new_run(script)`, changed by `changes`."""
-    seen, read = Seen(), {"resumed": script.resumed, "take_weights": script.take_weights}
+    readout, read = Readout(), {"resumed": script.resumed, "take_weights": script.take_weights}
 
     def resumed(saved, parts):
         result = read["resumed"](saved, parts)
         if saved:
-            seen.add(step_and_metrics=result, **{name: part.state_dict() for name, part in parts.items()})
+            readout.add(step_and_metrics=result, **{name: part.state_dict() for name, part in parts.items()})
             net = parts["model"]
-            seen.faults.extend(_weight_faults(net.state_dict()))
+            readout.faults.extend(_weight_faults(net.state_dict()))
         return result
 
     def take_weights(net, prefix, paths, flag, print0):
         lines = []
         taken = read["take_weights"](net, prefix, paths, flag, lines.append)
         state = {name: w for name, w in net.state_dict().items() if name.startswith(prefix) and paths}
-        seen.add(**{name: state[name] for name in taken})
-        seen.skipped |= {name: lines[0] for name in state.keys() - taken if name in lines[-1]}
-        seen.faults.extend(_weight_faults(state))
+        readout.add(**{name: state[name] for name in taken})
+        readout.skipped |= {name: lines[0] for name in state.keys() - taken if name in lines[-1]}
+        readout.faults.extend(_weight_faults(state))
         return taken
 
     with (
-        mock.patch.multiple(script, resumed=resumed, take_weights=take_weights, step_batches=_reach),
+        mock.patch.multiple(script, resumed=resumed, take_weights=take_weights, step_batches=_end_reading),
         mock.patch("unipad.run_folder.commit", return_value=None),  # `commit` starts a process
-        contextlib.suppress(Reached),
+        contextlib.suppress(ReadingDone),
     ):
         args = script.parse(list(map(str, flags))) if flags else replace(new_run(script), **changes)
-        seen.faults += type_faults(type(args), args)
+        readout.faults += type_faults(type(args), args)
         if args.config:
-            seen.add(args=to_dict(replace(args, out=None, config=None)))
+            readout.add(args=to_dict(replace(args, out=None, config=None)))
         script.main(args)
-    return seen
+    return readout
 
 
 def _weight_faults(state):
@@ -247,12 +248,12 @@ def read_run(folder):
     log = folder / "run/log.jsonl"
     lines = set((folder / "intact/run/log.jsonl").read_bytes().split(b"\n"))
     before = set(log.read_bytes().split(b"\n") if log.is_file() else ())
-    seen = start_training(train, "--resume", folder / "run")
-    gone = before - set(log.read_bytes().split(b"\n")) - {b""}
-    if gone & lines:
-        seen.faults.append(f"violated: the log keeps its intact lines ({len(gone & lines)} are gone)")
-    seen.add(log_lines_gone=sorted(gone))
-    return seen
+    readout = start_training(train, "--resume", folder / "run")
+    dropped = before - set(log.read_bytes().split(b"\n")) - {b""}
+    if dropped & lines:
+        readout.faults.append(f"violated: the log keeps its intact lines ({len(dropped & lines)} are dropped)")
+    readout.add(dropped_log_lines=sorted(dropped))
+    return readout
 
 
 def read_config(folder):
@@ -278,54 +279,54 @@ def new_run(script):
 
 def read_tuning(folder):
     """The choice of a kernel's launch parameters, from a run's tuning.json."""
-    seen = Seen()
-    with mock.patch.object(train, "step_batches", _reach), contextlib.suppress(Reached):
+    readout = Readout()
+    with mock.patch.object(train, "step_batches", _end_reading), contextlib.suppress(ReadingDone):
         train.main(train.parse(list(map(str, ["--resume", folder / "run", "--tune"]))))
     choices = [(16, 4), (32, 8), (64, 8)]
-    seen.add(choice=tuning.choose(("conv", 3, 1000), choices, lambda choice: None, torch.device("cpu")))
+    readout.add(choice=tuning.choose(("conv", 3, 1000), choices, lambda choice: None, torch.device("cpu")))
     tuning.disable()
-    return seen
+    return readout
 
 
 def read_detector(folder):
     """eval.py up to its first frame."""
-    seen = Seen()
+    readout = Readout()
 
     def detect(args, model, dataset, *_):
-        seen.add(model=model.state_dict(), recipe=to_dict(model.recipe), frames=dataset.contents())
-        seen.faults.extend(_weight_faults(model.state_dict()) + type_faults(type(model.recipe), model.recipe))
+        readout.add(model=model.state_dict(), recipe=to_dict(model.recipe), frames=dataset.contents())
+        readout.faults.extend(_weight_faults(model.state_dict()) + type_faults(type(model.recipe), model.recipe))
 
     with mock.patch.object(evaluation, "detect", detect):
         flags = [folder / "detector.pt", "--device", "cpu", "--workers", "0", "--out", folder / "new"]
         evaluation.main(evaluation.parse(list(map(str, flags))))
-    return seen
+    return readout
 
 
 def read_conversion(folder, name, **flags):
-    seen = Seen()
+    readout = Readout()
     convert.main(convert.Args((folder / name, folder / "converted.pt"), **flags))
     converted = torch.load(folder / "converted.pt", weights_only=True)
     converted.pop("meta", None)  # a note about the origin, which no program reads
-    seen.add(converted=converted)
-    return seen
+    readout.add(converted=converted)
+    return readout
 
 
 def read_submission(folder):
-    seen = Seen()
+    readout = Readout()
     summary = score_submission(folder / "results_nusc.json", folder / "intact/city", VERSION, "mini_val")
-    seen.add(mAP=summary["mean_ap"], NDS=summary["nd_score"])
+    readout.add(mAP=summary["mean_ap"], NDS=summary["nd_score"])
     if not (0 <= summary["mean_ap"] < 1.001 and 0 <= summary["nd_score"] < 1.001):
-        seen.faults.append("violated: scores are from 0 to 1")
-    return seen
+        readout.faults.append("violated: scores are from 0 to 1")
+    return readout
 
 
 def read_segments(folder):
-    seen = Seen()
+    readout = Readout()
     summary = score_segmentation(
         folder / "segments", NuScenesDataset(folder / "intact/city", VERSION, "mini_val", Data())
     )
-    seen.add(mIoU=summary["miou"])
-    return seen
+    readout.add(mIoU=summary["miou"])
+    return readout
 
 
 @dataclass(frozen=True)
@@ -333,16 +334,16 @@ class Kind:
     """Files of one kind and their reader."""
 
     files: str  # glob pattern, relative to the folder of `make_files`
-    read: Callable[[Path], Seen]
-    format: str = ""  # json, json lines or checkpoint: formats with their own `tests.damage.SPECIAL`
+    read: Callable[[Path], Readout]
+    format: str = ""  # json, json lines or checkpoint: key of `tests.damage.SPECIAL`; "": any other
     checked: bool = False  # has a checksum or can be computed again: any other result is SILENT
     weight: int = 1  # number of cases, relative to other kinds
 
 
 KINDS = {
-    "tables": Kind("city/v1.0-mini/*.json", partial(read_city, learn=True), "json", weight=6),
+    "tables": Kind("city/v1.0-mini/*.json", partial(read_city, with_losses=True), "json", weight=6),
     "splits": Kind("city/v1.0-mini/splits.json", read_splits, "json"),
-    "LiDAR keyframe": Kind("city/samples/LIDAR_TOP/*", partial(read_city, learn=True), weight=2),
+    "LiDAR keyframe": Kind("city/samples/LIDAR_TOP/*", partial(read_city, with_losses=True), weight=2),
     "LiDAR sweep": Kind("city/sweeps/LIDAR_TOP/*", read_city),
     "image": Kind("city/samples/CAM_FRONT*/*", read_city, weight=2),
     "PNG": Kind("city/samples/CAM_BACK/*", read_city, checked=True),  # with checksums
@@ -369,7 +370,7 @@ KINDS = {
 
 @lru_cache(1)
 def models():
-    """A pre-training model and a detector, as small as possible: they only have to run without an error."""
+    """(pre-training model, detector), as small as possible: they only have to run without an error."""
     torch.manual_seed(0)
     grid = Grid(low=(-40.0, -40.0, -3.0), high=(40.0, 40.0, 9.0), cell=(2.5, 2.5, 3.0))
     narrow = {"widths": (8, 8), "sparse_channels": 8, "neck_widths": (8,), "neck_strides": (1,), "channels": 8}

@@ -125,18 +125,20 @@ def test_runs_started_in_the_same_second_get_different_folders(tmp_path):
     assert len({_new_folder(tmp_path) for _ in range(4)}) == 4
 
 
-def test_results_of_a_finetuning_run_are_locked_against_eval(city, tmp_path, monkeypatch):
+def test_a_finetuning_run_locks_its_eval_folder_against_other_programs(city, tmp_path, monkeypatch):
     code = "import sys, unipad.run_folder as f; f._locked(f.Path(sys.argv[1])).__enter__()"
-    found = []
-    monkeypatch.setattr(finetune, "validate", lambda *_: found.append(scripts.run("-c", code, run / "eval")) or {})
+    evaluations = []
+    monkeypatch.setattr(
+        finetune, "validate", lambda *_: evaluations.append(scripts.run("-c", code, run / "eval")) or {}
+    )
     run = tmp_path / "run"
     flags = ["--modality", "lidar", "--preset", "tiny", "--device", "cpu", "--workers", 0, "--steps", 1]
     finetune.main(finetune.parse([*flags, "--data-root", city, "--out", run]))
-    assert f"eval is in use by another program (process {os.getpid()} on " in found[0].stderr
+    assert f"eval is in use by another program (process {os.getpid()} on " in evaluations[0].stderr
     assert not (run / "eval").exists()  # nothing was written
 
 
-def test_under_torchrun_the_sentence_is_last_and_printed_by_one_process(tmp_path):
+def test_under_torchrun_one_process_prints_the_error_and_torchruns_report_ends_with_it(tmp_path):
     """torchrun's own exit code is 1, whatever its processes exit with."""
     program = tmp_path / "program.py"
     program.write_text(
@@ -188,13 +190,15 @@ def test_a_resumed_run_repeats_an_interrupted_validation(city, tmp_path, monkeyp
 
 @pytest.fixture(scope="module")
 def half_a_run(city, tmp_path_factory):
-    """The folder of a run that stopped after one of its two steps."""
+    """The folder of a run that was stopped after the first of two steps."""
     out = tmp_path_factory.mktemp("half") / "run"
     pretrain(city, out, "--stop-at", 1)
     return out
 
 
 def without(*path):
+    """A function that deletes saved[path[0]][path[1]]... of a checkpoint."""
+
     def apply(saved):
         for key in path[:-1]:
             saved = saved[key]
@@ -204,6 +208,8 @@ def without(*path):
 
 
 def changed(change, *path):
+    """A function that replaces saved[path[0]][path[1]]... of a checkpoint by `change` of it."""
+
     def apply(saved):
         for key in path[:-1]:
             saved = saved[key]
@@ -364,7 +370,7 @@ def test_init_chooses_the_newest_run_and_a_resumed_run_keeps_that_choice(half_a_
         pretrain(city, tmp_path / "run", "--init", runs / "second", "--resume", "auto")
 
 
-def test_lines_that_are_no_records_are_dropped_from_a_log(tmp_path, capsys):
+def test_invalid_lines_and_later_steps_are_dropped_from_a_log(tmp_path, capsys):
     log = tmp_path / "log.jsonl"
     log.write_bytes(b'{"step": 1}\n\xff\xfe{"step"\n[3]\n{"step": "x"}\n{"step": 3}\n{"command": []}\n{"st')
     _drop_records_after(2, log)

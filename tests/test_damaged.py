@@ -1,7 +1,7 @@
 """Damaged files of every kind are refused in one sentence, skipped with a message, or read with the same result.
 
 Two random cases of each kind; `python -m tests.damage` runs thousands. `EXAMPLES` are cases that once gave a traceback
-or a silently wrong result.
+or a wrong result without a message.
 """
 
 import io
@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests import damage, scripts
-from tests.readers import KINDS, Kind, Seen
+from tests.readers import KINDS, Kind, Readout
 from unipad.errors import UserError
 from unipad.names import CODE_WEIGHTS
 
@@ -27,26 +27,26 @@ CASES = 2  # of each kind
 @pytest.fixture(scope="module")
 def outcomes(city):
     """name -> `Result` of every case. Run in a separate process, since forked children would inherit threads."""
-    code = "import sys, tests.test_damaged as t; t.do_all_cases(sys.argv[1])"
+    code = "import sys, tests.test_damaged as t; t.run_all_cases(sys.argv[1])"
     done = scripts.run("-c", code, city)
     assert done.returncode == 0, done.stderr[-4000:]
     return {name: damage.Result(*result) for name, result in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
-def do_all_cases(city):
+def run_all_cases(city):
     """Print {name: [outcome, reason]} of all cases."""
     with tempfile.TemporaryDirectory() as folder:
-        workshop = damage.Workshop(Path(folder), city=Path(city))
-        found = {}
+        harness = damage.Harness(Path(folder), city=Path(city))
+        results = {}
         for kind in KINDS:
             for number in range(CASES):
-                result = workshop.look(*workshop.case(0, number, kind))
-                found[f"{kind} {number}"] = result.outcome, result.reason
+                result = harness.read_damaged(*harness.case(0, number, kind))
+                results[f"{kind} {number}"] = result.outcome, result.reason
         for name, (kind, pattern, change) in EXAMPLES.items():
-            file = sorted(workshop.intact.glob(pattern))[0].relative_to(workshop.intact)
-            result = workshop.look(kind, file, "wrong type", lambda path, change=change: rewrite(path, change))
-            found[name] = result.outcome, result.reason
-    print(json.dumps(found))
+            file = sorted(harness.intact.glob(pattern))[0].relative_to(harness.intact)
+            result = harness.read_damaged(kind, file, "wrong type", lambda path, change=change: rewrite(path, change))
+            results[name] = result.outcome, result.reason
+    print(json.dumps(results))
 
 
 def rewrite(path, change):
@@ -60,7 +60,7 @@ def rewrite(path, change):
         path.write_bytes(changed)
 
 
-def records(change):
+def in_json(change):
     """A function that changes the bytes of a JSON file: `change` modifies the parsed tree or returns another one."""
 
     def rewritten(data):
@@ -70,8 +70,8 @@ def records(change):
     return rewritten
 
 
-def saved(change):
-    """The same for a checkpoint."""
+def in_checkpoint(change):
+    """As `in_json`, for a checkpoint."""
 
     def rewritten(data):
         tree, file = torch.load(io.BytesIO(data), weights_only=True), io.BytesIO()
@@ -116,19 +116,25 @@ def fill(*path):
     return change
 
 
-def put_float(at, value):
-    """Overwrite the float32 number at index `at` of a file."""
+def put_float(index, value):
+    """Overwrite the float32 number at `index` of a file."""
 
     def change(data):
         numbers = np.frombuffer(data, np.float32).copy()
-        numbers[at] = value
+        numbers[index] = value
         return numbers.tobytes()
 
     return change
 
 
-def overwrite(first, size, byte):
-    return lambda data: data[: int(first * len(data))] + bytes([byte]) * size + data[int(first * len(data)) + size :]
+def overwrite(fraction, size, byte):
+    """Overwrite `size` bytes by `byte`, from this fraction of the file on."""
+
+    def change(data):
+        first = int(fraction * len(data))
+        return data[:first] + bytes([byte]) * size + data[first + size :]
+
+    return change
 
 
 TABLE, LAST = "city/v1.0-mini/", "run/checkpoints/last.pt"
@@ -137,13 +143,13 @@ WEIGHT = "model", "encoder.lidar.encoder.encoder_layers.encoder_layer1.0.bn1.bia
 EXAMPLES = {
     # tables
     "deep nesting": ("tables", TABLE + "visibility.json", lambda data: b"[" * 100_000 + data + b"]" * 100_000),
-    "a record is null": ("tables", TABLE + "scene.json", records(put(0, None))),
-    "a record is a number": ("tables", TABLE + "sample_data.json", records(put(0, 7.5))),
-    "a name is a dict": ("tables", TABLE + "scene.json", records(put(0, "name", {}))),
-    "a size is NaN": ("tables", TABLE + "sample_annotation.json", records(put(0, "size", [float("nan")] * 3))),
-    "a log is a text": ("tables", TABLE + "log.json", records(lambda tree: ["text"])),
+    "a record is null": ("tables", TABLE + "scene.json", in_json(put(0, None))),
+    "a record is a number": ("tables", TABLE + "sample_data.json", in_json(put(0, 7.5))),
+    "a name is a dict": ("tables", TABLE + "scene.json", in_json(put(0, "name", {}))),
+    "a size is NaN": ("tables", TABLE + "sample_annotation.json", in_json(put(0, "size", [float("nan")] * 3))),
+    "a log is a text": ("tables", TABLE + "log.json", in_json(lambda tree: ["text"])),
     "a table is not UTF-8": ("tables", TABLE + "log.json", lambda data: b"\xb7" + data),
-    "an intrinsic is empty": ("tables", TABLE + "calibrated_sensor.json", records(put(1, "camera_intrinsic", [[]]))),
+    "an intrinsic is empty": ("tables", TABLE + "calibrated_sensor.json", in_json(put(1, "camera_intrinsic", [[]]))),
     # LiDAR
     "a coordinate is 1e10": ("LiDAR keyframe", "city/samples/LIDAR_TOP/*", put_float(10, 1e10)),
     "points are zeros": ("LiDAR keyframe", "city/samples/LIDAR_TOP/*", lambda data: bytes(len(data))),
@@ -157,42 +163,58 @@ EXAMPLES = {
     "weights with 0xff": ("init", LAST, overwrite(0.2, 8192, 255)),
     "weights of an original with zeros": ("original", "original.pth", overwrite(0.5, 8192, 0)),
     "a state with zeros": ("resumed", LAST, overwrite(0.7, 8192, 0)),
-    "a checkpoint is {}": ("resumed", LAST, saved(lambda tree: {"": 0})),
-    "a checkpoint is a list": ("resumed", LAST, saved(lambda tree: [tree])),
-    "a step is a list": ("resumed", LAST, saved(put("step", []))),
-    "no optimizer": ("resumed", LAST, saved(lambda tree: {k: v for k, v in tree.items() if k != "optimizer"})),
-    "an optimizer is a text": ("resumed", LAST, saved(put("optimizer", "text"))),
-    "an optimizer has no state of a weight": ("resumed", LAST, saved(remove("optimizer", "state", 2))),
-    "a mean gradient is NaN": ("resumed", LAST, saved(fill("optimizer", "state", 2, "exp_avg"))),
-    "an option of an optimizer is a list": ("resumed", LAST, saved(put("optimizer", "param_groups", 1, "lr", []))),
-    "a weight of a run is NaN": ("resumed", LAST, saved(fill(*WEIGHT))),
-    "a setting of a run is a tensor": ("resumed", LAST, saved(put("config", "args", "seed", torch.zeros(2)))),
-    "a weight to start from is NaN": ("init", LAST, saved(fill(*WEIGHT))),
-    "a weight to start from is a number": ("init", LAST, saved(put(*WEIGHT, 3))),
-    "a weight to start from is missing": ("pretrained", LAST, saved(remove(*WEIGHT))),
-    "a weight of a detector is null": ("evaluated", "detector.pt", saved(put(*WEIGHT, None))),
-    "a weight of a detector is complex": ("evaluated", "detector.pt", saved(put(*WEIGHT, torch.zeros(8) * 1j))),
-    "a version is a dict": ("evaluated", "detector.pt", saved(put("config", "args", "version", {}))),
-    "a weight to convert is NaN": ("converted", "detector.pt", saved(fill(*WEIGHT))),
+    "a checkpoint is {}": ("resumed", LAST, in_checkpoint(lambda tree: {"": 0})),
+    "a checkpoint is a list": ("resumed", LAST, in_checkpoint(lambda tree: [tree])),
+    "a step is a list": ("resumed", LAST, in_checkpoint(put("step", []))),
+    "no optimizer": ("resumed", LAST, in_checkpoint(lambda tree: {k: v for k, v in tree.items() if k != "optimizer"})),
+    "an optimizer is a text": ("resumed", LAST, in_checkpoint(put("optimizer", "text"))),
+    "an optimizer has no state of a weight": ("resumed", LAST, in_checkpoint(remove("optimizer", "state", 2))),
+    "a mean gradient is NaN": ("resumed", LAST, in_checkpoint(fill("optimizer", "state", 2, "exp_avg"))),
+    "an option of an optimizer is a list": (
+        "resumed",
+        LAST,
+        in_checkpoint(put("optimizer", "param_groups", 1, "lr", [])),
+    ),
+    "a weight of a run is NaN": ("resumed", LAST, in_checkpoint(fill(*WEIGHT))),
+    "a setting of a run is a tensor": ("resumed", LAST, in_checkpoint(put("config", "args", "seed", torch.zeros(2)))),
+    "a weight to start from is NaN": ("init", LAST, in_checkpoint(fill(*WEIGHT))),
+    "a weight to start from is a number": ("init", LAST, in_checkpoint(put(*WEIGHT, 3))),
+    "a weight to start from is missing": ("pretrained", LAST, in_checkpoint(remove(*WEIGHT))),
+    "a weight of a detector is null": ("evaluated", "detector.pt", in_checkpoint(put(*WEIGHT, None))),
+    "a weight of a detector is complex": ("evaluated", "detector.pt", in_checkpoint(put(*WEIGHT, torch.zeros(8) * 1j))),
+    "a version is a dict": ("evaluated", "detector.pt", in_checkpoint(put("config", "args", "version", {}))),
+    "a weight to convert is NaN": ("converted", "detector.pt", in_checkpoint(fill(*WEIGHT))),
     "a weight of an original is NaN": (
         "original",
         "original.pth",
-        saved(fill("state_dict", "pts_backbone.blocks.0.0.weight")),
+        in_checkpoint(fill("state_dict", "pts_backbone.blocks.0.0.weight")),
     ),
-    "code weights of an original are NaN": ("original", "original.pth", saved(fill("state_dict", CODE_WEIGHTS))),
-    "flags are a number": ("resumed", LAST, saved(put("config", "args", 3))),
+    "code weights of an original are NaN": (
+        "original",
+        "original.pth",
+        in_checkpoint(fill("state_dict", CODE_WEIGHTS)),
+    ),
+    "flags are a number": ("resumed", LAST, in_checkpoint(put("config", "args", 3))),
     "a setting is a text": (
         "evaluated",
         "detector.pt",
-        saved(put("config", "recipe", "augment", "scale", ["text"])),
+        in_checkpoint(put("config", "recipe", "augment", "scale", ["text"])),
     ),
-    "a setting is null": ("converted", "detector.pt", saved(put("config", "recipe", "grid", "low", [None] * 3))),
-    "a list of settings is short": ("converted", "detector.pt", saved(put("config", "recipe", "grid", "low", [0.0]))),
+    "a setting is null": (
+        "converted",
+        "detector.pt",
+        in_checkpoint(put("config", "recipe", "grid", "low", [None] * 3)),
+    ),
+    "a list of settings is short": (
+        "converted",
+        "detector.pt",
+        in_checkpoint(put("config", "recipe", "grid", "low", [0.0])),
+    ),
     # settings and logs
     "settings are nested": ("config", "run/config.json", lambda data: b"[" * 100_000 + data),
-    "a flag is a list": ("config", "run/config.json", records(put("args", "seed", [1]))),
-    "a number of processes is 1e308": ("config", "run/config.json", records(put("args", "workers", 1e308))),
-    "a recipe is a number": ("config", "run/config.json", records(put("recipe", "optim", 3))),
+    "a flag is a list": ("config", "run/config.json", in_json(put("args", "seed", [1]))),
+    "a number of processes is 1e308": ("config", "run/config.json", in_json(put("args", "workers", 1e308))),
+    "a recipe is a number": ("config", "run/config.json", in_json(put("recipe", "optim", 3))),
     "a log line is a number": ("log", "run/log.jsonl", lambda data: b"3\n" + data),
     "a log line is not UTF-8": ("log", "run/log.jsonl", lambda data: b"\xff\n" + data),
     "a log is a folder": ("log", "run/log.jsonl", lambda data: None),
@@ -218,23 +240,24 @@ def test_random_damage_is_detected_or_plausible(kind, outcomes):
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_damage_that_was_once_handled_wrongly(name, outcomes):
+def test_damage_that_once_caused_a_fault_causes_none(name, outcomes):
     assert outcomes[name].outcome not in damage.FAULTS, outcomes[name].reason
 
 
+# what a fake reader does -> (the reader, expected outcome)
 READERS = {
     "refuses": (lambda folder: _refuse(f"{folder}/file is damaged."), "refused"),
     "refuses without a name": (lambda folder: _refuse("it is damaged."), "TRACEBACK"),
     "raises": (lambda folder: {}["x"], "TRACEBACK"),
     "exits": (lambda folder: exit(2), "TRACEBACK"),
     "sleeps": (lambda folder: time.sleep(60), "HANG"),
-    "reads what it must not": (lambda folder: Seen({"part": digest_of(folder)}), "SILENT"),
-    "reads what is possible": (lambda folder: Seen({"part": digest_of(folder)}), "other"),
-    "reads the impossible": (lambda folder: Seen({}, faults=["violated: a condition"]), "SILENT"),
-    "computes it again": (lambda folder: Seen({"part": "1"}), "same"),
-    "skips": (lambda folder: Seen({}, {"part": f"{folder}/file: is damaged"}), "skipped"),
-    "skips without a name": (lambda folder: Seen({}, {"part": "is damaged"}), "TRACEBACK"),
-    "loses a part": (lambda folder: Seen({}), "SILENT"),
+    "reads what it must not": (lambda folder: Readout({"part": digest_of(folder)}), "SILENT"),
+    "reads what is possible": (lambda folder: Readout({"part": digest_of(folder)}), "other"),
+    "reads the impossible": (lambda folder: Readout({}, faults=["violated: a condition"]), "SILENT"),
+    "computes it again": (lambda folder: Readout({"part": "1"}), "same"),
+    "skips": (lambda folder: Readout({}, {"part": f"{folder}/file: is damaged"}), "skipped"),
+    "skips without a name": (lambda folder: Readout({}, {"part": "is damaged"}), "TRACEBACK"),
+    "loses a part": (lambda folder: Readout({}), "SILENT"),
 }
 
 
@@ -248,27 +271,29 @@ def digest_of(folder):
 
 @pytest.mark.parametrize("name", READERS)
 def test_outcomes_are_classified(name, tmp_path):
-    """`Workshop.look` with fake readers, for a file that contains "1" and is changed to "2"."""
+    """`Harness.read_damaged` with fake readers, for a file that contains "1" and is changed to "2"."""
     read, outcome = READERS[name]
     kind = Kind("file", read, checked=outcome == "SILENT")
-    workshop = damage.Workshop.__new__(damage.Workshop)
-    workshop.folder, workshop.intact, workshop.kinds = tmp_path, tmp_path / "intact", {"kind": kind}
-    workshop.expected = {"kind": Seen({"part": "1"})}
-    workshop.intact.mkdir()
-    (workshop.intact / "file").write_text("1")
-    result = workshop.look("kind", Path("file"), "zeros", lambda path: rewrite(path, lambda data: b"2"), seconds=1)
+    harness = damage.Harness.__new__(damage.Harness)
+    harness.folder, harness.intact, harness.kinds = tmp_path, tmp_path / "intact", {"kind": kind}
+    harness.expected = {"kind": Readout({"part": "1"})}
+    harness.intact.mkdir()
+    (harness.intact / "file").write_text("1")
+    result = harness.read_damaged(
+        "kind", Path("file"), "zeros", lambda path: rewrite(path, lambda data: b"2"), seconds=1
+    )
     assert result.outcome == outcome, result
 
 
 def test_a_case_is_determined_by_its_number(tmp_path):
     """So that --only can run it again."""
-    workshop = damage.Workshop.__new__(damage.Workshop)
-    workshop.kinds, workshop.intact, workshop.others = KINDS, tmp_path / "intact", [tmp_path / "other"]
-    workshop.others[0].write_bytes(b"other")
-    workshop.files = {name: [workshop.intact / "file", workshop.intact / "another"] for name in KINDS}
+    harness = damage.Harness.__new__(damage.Harness)
+    harness.kinds, harness.intact, harness.others = KINDS, tmp_path / "intact", [tmp_path / "other"]
+    harness.others[0].write_bytes(b"other")
+    harness.files = {name: [harness.intact / "file", harness.intact / "another"] for name in KINDS}
 
     def damaged(number):
-        kind, file, name, change = workshop.case(1, number, "image")
+        kind, file, name, change = harness.case(1, number, "image")
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}"
         path.write_bytes(bytes(range(200)))
         change(path)

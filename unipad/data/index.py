@@ -122,7 +122,7 @@ def _check_motion(nusc, lidar, lidar2global, times, prev):
 
 
 def _check_gap(nusc, record, gap):
-    """Raise `DataError` unless a file is from 0 to `MAX_GAP` microseconds later, by `gap`, than its `prev`."""
+    """Raise `DataError` unless `gap`, the microseconds since a record's `prev`, is from 0 to `MAX_GAP`."""
     if not 0 <= gap <= MAX_GAP:
         raise _fault(nusc, "sample_data", record, f"its time is {1e-6 * gap:.0f} s after that of its prev")
 

@@ -58,7 +58,7 @@ def test_a_stopped_and_resumed_run_is_bit_equal(uninterrupted, city, tmp_path):
 
 
 @pytest.mark.parametrize("modality", ["camera", "fusion"])
-def test_camera_and_fusion_train(modality, city, tmp_path):
+def test_camera_and_fusion_detectors_train(modality, city, tmp_path):
     out = run(tmp_path / "run", city, "--modality", modality, "--steps", 2, "--val-every", 2)
     assert curve(out, "train/depth")[2] > 0
     assert json.loads((out / "eval" / "results_nusc.json").read_text())["meta"]["use_camera"]
@@ -77,11 +77,11 @@ def test_objects_are_pasted_until_the_last_epochs(city, tmp_path, monkeypatch):
         "balanced and pasted": replace(tiny, optim=optim, balanced=True, paste=paste),
     }.items():
         monkeypatch.setitem(recipes.DETECT["lidar"], "tiny", recipe)
-        seen = boxes[name] = []
+        counts = boxes[name] = []  # number of boxes in each step
         forward = finetune.Detector.forward
 
-        def recording(self, batch, rngs, seen=seen, forward=forward):
-            seen.append(len(batch.boxes))
+        def recording(self, batch, rngs, counts=counts, forward=forward):
+            counts.append(len(batch.boxes))
             return forward(self, batch, rngs)
 
         with monkeypatch.context() as patch:
@@ -91,7 +91,7 @@ def test_objects_are_pasted_until_the_last_epochs(city, tmp_path, monkeypatch):
     assert sum(boxes["pasted"][:3]) > sum(boxes["plain"][:3])
     assert sum(boxes["balanced and pasted"][:3]) > sum(boxes["balanced"][:3])
     assert boxes["balanced and pasted"][3] == boxes["balanced"][3]
-    run(tmp_path / "again", city, "--lr", 1e-9, "--stop-at", 2)  # a resumed run pastes the same objects
+    run(tmp_path / "again", city, "--lr", 1e-9, "--stop-at", 2)  # resumed: pastes the same objects
     run(tmp_path / "again", city, "--lr", 1e-9, "--resume", "auto")
     assert curve(tmp_path / "again") == curve(tmp_path / "balanced and pasted")
 

@@ -30,7 +30,8 @@ from unipad.data.city.traffic import Scene
 
 SMALL = {"scenes": 3, "keyframes": 3, "image_size": (72, 128), "workers": 2}
 TINY = {"scenes": 2, "keyframes": 2, "image_size": (32, 48), "columns": 60, "progress": False}
-USED = {"use_camera": True, "use_lidar": True, "use_radar": False, "use_map": False, "use_external": False}
+# "meta" of a submission
+META = {"use_camera": True, "use_lidar": True, "use_radar": False, "use_map": False, "use_external": False}
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +56,13 @@ def validation(nusc):
     return [s for s in nusc.sample if nusc.get("scene", s["scene_token"])["name"] in names]
 
 
-def test_devkit_loads_and_draws_it(nusc, tmp_path):
+def test_the_devkit_loads_and_draws_the_dataset(nusc, tmp_path):
     assert {t for t in nusc.table_names} >= {
         "attribute", "calibrated_sensor", "category", "ego_pose", "instance", "log", "map", "sample",
         "sample_annotation", "sample_data", "scene", "sensor", "visibility", "lidarseg",
     }  # fmt: skip
     assert [len(nusc.scene), len(nusc.sample)] == [3, 9]
-    assert len(nusc.sample_data) == 3 * (6 * 3 + 3 + 2 * 9)
+    assert len(nusc.sample_data) == 3 * (6 * 3 + 3 + 2 * 9)  # scenes * (images + LiDAR keyframes + LiDAR sweeps)
     assert len(nusc.lidarseg) == 9
     assert all((Path(nusc.dataroot) / d["filename"]).is_file() for d in nusc.sample_data)
     sample = nusc.sample[1]
@@ -75,7 +76,7 @@ def test_devkit_loads_and_draws_it(nusc, tmp_path):
         assert picture.std() > 20, name
 
 
-def test_it_is_marked_as_synthetic(nusc, city):
+def test_the_dataset_is_marked_as_synthetic(nusc, city):
     assert synthetic.is_synthetic(city)
     assert "Synthetic" in (city / "README.txt").read_text()
     assert all(log["vehicle"] == "synthetic" and "synthetic" in log["location"] for log in nusc.log)
@@ -173,7 +174,7 @@ def test_points_lie_on_the_ground_and_in_their_boxes(nusc):
         assert in_boxes[actors].mean() > 0.99
 
 
-def test_perfect_detector_scores_one(nusc, tmp_path):
+def test_annotations_as_predictions_score_one(nusc, tmp_path):
     results = {}
     for sample in validation(nusc):
         results[sample["token"]] = [
@@ -189,7 +190,7 @@ def test_perfect_detector_scores_one(nusc, tmp_path):
             if annotation["num_lidar_pts"]
         ]
     path = tmp_path / "results_nusc.json"
-    path.write_text(json.dumps({"meta": USED, "results": results}))
+    path.write_text(json.dumps({"meta": META, "results": results}))
     config = config_factory("detection_cvpr_2019")
     evaluation = DetectionEval(nusc, config, str(path), "mini_val", str(tmp_path), verbose=False)
     metrics = evaluation.main(plot_examples=0, render_curves=False)
@@ -197,19 +198,19 @@ def test_perfect_detector_scores_one(nusc, tmp_path):
     assert min(metrics["mean_dist_aps"].values()) == pytest.approx(1.0, abs=1e-4)
 
 
-def test_perfect_labeler_scores_one_on_all_classes(nusc, tmp_path):
+def test_labels_as_predictions_score_one_on_all_classes(nusc, tmp_path):
     mapper = LidarsegClassMapper(nusc)
     folder = tmp_path / "lidarseg" / "mini_val"
     folder.mkdir(parents=True)
     (tmp_path / "mini_val").mkdir()
-    (tmp_path / "mini_val" / "submission.json").write_text(json.dumps({"meta": USED}))
-    seen = set()
+    (tmp_path / "mini_val" / "submission.json").write_text(json.dumps({"meta": META}))
+    classes = set()
     for sample in validation(nusc):
         record = nusc.get("lidarseg", sample["data"]["LIDAR_TOP"])
         truth = mapper.convert_label(np.fromfile(Path(nusc.dataroot) / record["filename"], np.uint8))
-        seen |= set(truth.tolist())
+        classes |= set(truth.tolist())
         np.maximum(truth, 1).astype(np.uint8).tofile(folder / f"{record['sample_data_token']}_lidarseg.bin")
-    assert seen == set(range(17))  # 0, to be ignored, is the ego vehicle
+    assert classes == set(range(17))  # 0, to be ignored, is the ego vehicle
     assert LidarSegEval(nusc, str(tmp_path), "mini_val").evaluate()["miou"] == pytest.approx(1.0)
 
 
@@ -229,24 +230,26 @@ def test_lidar_and_cameras_agree(scene):
         x, y, z = ((points - view.origin) @ view.rotation).T
         focal, u0, v0 = view.intrinsic[0, 0], *view.intrinsic[:2, 2]
         u, v = (np.floor(c).astype(int) for c in (focal * x / z + u0, view.intrinsic[1, 1] * y / z + v0))
-        seen = (z > 1) & (u > 0) & (u < size[1] - 1) & (v > 0) & (v < size[0] - 1)
-        u, v, z = u[seen], v[seen], z[seen]
+        in_image = (z > 1) & (u > 0) & (u < size[1] - 1) & (v > 0) & (v < size[0] - 1)
+        u, v, z = u[in_image], v[in_image], z[in_image]
         around = np.stack([depth[v + dv, u + du] for dv in (-1, 0, 1) for du in (-1, 0, 1)])
-        slack = 0.1 + 0.01 * z  # range noise, and half a pixel on slanted surfaces
+        slack = 0.1 + 0.01 * z  # meters: range noise, and half a pixel on slanted surfaces
         assert (z < around.max(axis=0) + slack).mean() > 0.9, channel  # the rest is hidden from the camera
-        assert (z > around.min(axis=0) - slack).mean() > 0.999, channel  # no point is in front of what the camera sees
+        assert (z > around.min(axis=0) - slack).mean() > 0.999, (
+            channel
+        )  # no point is in front of the surface that the camera sees
         compared += len(z)
     assert compared > 3000
 
 
-def test_cast_by_hand():
+def test_cast_returns_distances_computed_by_hand():
     box = solid((10, 0, 0), 0.0, (2, 2, 2), "plain", (1, 1, 1), "static.manmade")
     ball = solid((0, 10, 0), 0.0, (2, 4, 2), "plain", (1, 1, 1), "static.vegetation", is_round=True)
     wedge = solid((-10, 0, 0), 0.0, (4, 4, 2), "plain", (1, 1, 1), "static.manmade", taper=(1, 0, 0))
     solids = np.array([box, ball, wedge], dtype=SOLID)
     view = LidarView(np.array([0.0, 0, 1]), 0.0, np.radians([-45.0, 0, 45]), 4)
     distance, hit = (a.reshape(view.shape) for a in cast(view, solids))
-    # horizontal rays towards +x, +y, -x, -y: face of the box, nearest point of the ball, face of the wedge, nothing
+    # horizontal rays towards +x, +y, -x, -y hit: face of the box, nearest point of the ball, face of the wedge, nothing
     np.testing.assert_allclose(distance[1, :3], [9, 8, 9], atol=1e-5)
     assert hit[1].tolist() == [0, 1, 2, SKY]
     np.testing.assert_allclose(distance[0], 2**0.5, atol=1e-5)
@@ -261,30 +264,30 @@ def test_ray_windows_miss_no_hit(scene, kind, monkeypatch):
         view = rig.camera_view(scene, "CAM_FRONT_LEFT", (40, 64), 0.5)
     else:
         view = rig.lidar_view(scene, 90, 0.5)
-    found = cast(view, solids)
+    with_windows = cast(view, solids)
     n, (rows, columns) = len(solids), view.shape
-    every = np.arange(n), np.zeros(n, int), np.full(n, rows), np.zeros(n, int), np.full(n, columns)
-    monkeypatch.setattr(CameraView if kind == "camera" else LidarView, "windows", lambda self, solids: every)
-    for windowed, full in zip(found, cast(view, solids), strict=True):
+    all_rays = np.arange(n), np.zeros(n, int), np.full(n, rows), np.zeros(n, int), np.full(n, columns)
+    monkeypatch.setattr(CameraView if kind == "camera" else LidarView, "windows", lambda self, solids: all_rays)
+    for windowed, full in zip(with_windows, cast(view, solids), strict=True):
         np.testing.assert_array_equal(windowed, full)
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+def one_worker(tmp_path_factory):
     """Root of a tiny dataset generated by one process."""
-    return synthetic.generate(tmp_path_factory.mktemp("data") / "alone", workers=1, **TINY)
+    return synthetic.generate(tmp_path_factory.mktemp("data") / "one_worker", workers=1, **TINY)
 
 
-def test_contents_depend_on_the_seed_but_not_on_workers(alone, tmp_path):
+def test_contents_depend_on_the_seed_but_not_on_workers(one_worker, tmp_path):
     pair = synthetic.generate(tmp_path / "pair", workers=2, **TINY)
     other = synthetic.generate(tmp_path / "other", workers=1, seed=1, **TINY)
-    assert contents(alone) == contents(pair)
-    first, second = contents(alone), contents(other)
+    assert contents(one_worker) == contents(pair)
+    first, second = contents(one_worker), contents(other)
     images = [name for name in first if name.endswith(".jpg")]
     assert images and all(first[name] != second[name] for name in images)
 
 
-def test_a_killed_worker_loses_nothing(alone, tmp_path, capfd):
+def test_a_killed_worker_loses_nothing(one_worker, tmp_path, capfd):
     root, done = tmp_path / "set", threading.Event()
 
     def kill_workers():
@@ -301,7 +304,7 @@ def test_a_killed_worker_loses_nothing(alone, tmp_path, capfd):
         done.set()
         killer.join()
     assert "one of 2 processes died: going on with 1" in capfd.readouterr().err
-    assert contents(root) == contents(alone)
+    assert contents(root) == contents(one_worker)
 
 
 def contents(root):

@@ -89,7 +89,7 @@ def test_a_root_that_cannot_be_written_uses_the_users_cache(copy, tmp_path, monk
     assert list((tmp_path / "cache" / "unipad").rglob("*.npz"))
 
 
-def test_a_full_disk_leaves_no_part_of_an_index(copy, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_partial_index(copy, tmp_path, monkeypatch):
     def save(file, **arrays):
         file.write(b"part")
         raise OSError("disk full")
@@ -108,7 +108,7 @@ def assert_refused(words, root, version=VERSION, split="mini_val"):
     assert "\n" not in sentence and sentence.endswith(".")
 
 
-def test_each_error_of_a_dataset_is_a_user_error(city, copy, tmp_path):
+def test_a_missing_dataset_version_split_or_table_is_a_user_error(city, copy, tmp_path):
     (tmp_path / "empty").mkdir()
     assert_refused(["--data-root", tmp_path / "nowhere"], tmp_path / "nowhere")
     assert_refused([tmp_path / "empty", "no nuScenes tables", f"{VERSION}/scene.json"], tmp_path / "empty")
@@ -220,14 +220,14 @@ def test_an_image_without_a_size_is_named(copy):
 @pytest.mark.parametrize(
     "channel, table, field, value, words",
     [
-        ("LIDAR_TOP", "sample_data", "timestamp", 10**15, "its time is -5324"),
+        ("LIDAR_TOP", "sample_data", "timestamp", 10**15, "its time is -5324"),  # in 2001, not in 2018
         ("LIDAR_TOP", "sample_data", "timestamp", 1_532_402_926_000_000, "its time is -"),  # 1 s before the first scene
         ("LIDAR_TOP", "ego_pose", "translation", [9e3, 9e3, 0], "m from that of the LiDAR frame before"),
         ("CAM_BACK", "ego_pose", "translation", [9e3, 9e3, 0], "puts a camera "),
     ],
 )
 def test_a_jump_in_time_or_space_is_named(copy, channel, table, field, value, words):
-    """In the fourth `sample_data` of a channel; its ego pose has the same token."""
+    """The wrong value is in the fourth sample_data record of a channel, or in its ego pose (which has its token)."""
     frames = json.loads((copy / VERSION / "sample_data.json").read_text())
     token = [row["token"] for row in frames if f"/{channel}/" in row["filename"]][3]
     rows = json.loads((copy / VERSION / f"{table}.json").read_text())
@@ -267,7 +267,7 @@ def test_a_home_folder_is_expanded(copy, monkeypatch):
     assert NuScenesDataset("~/city", VERSION, "mini_val", Data()).root == copy
 
 
-def test_scenes_checks_the_scene_table_too(copy):
+def test_scenes_reports_a_damaged_scene_table(copy):
     dataset = NuScenesDataset(copy, VERSION, "mini_val", Data())
     (copy / VERSION / "scene.json").write_text("[3]")
     with pytest.raises(DataError, match="scene.json, row 0"):

@@ -69,7 +69,7 @@ def test_a_stopped_and_resumed_run_is_bit_equal(uninterrupted, city, tmp_path):
     flags = ["--data-root", city, "--preset", "tiny", "--steps", 8, "--out", tmp_path / "run"]
     train(*flags, "--stop-at", 3, cwd=tmp_path)
     assert checkpoint(tmp_path / "run")["step"] == 3
-    # flags that change memory and speed, but no result
+    # --checkpointing and --tune change memory and speed, but no result
     train(*flags, "--resume", "auto", "--checkpointing", "--tune", cwd=tmp_path)
     assert_same_weights(tmp_path / "run", uninterrupted[0])
 
@@ -97,7 +97,7 @@ def test_a_killed_and_resumed_run_is_bit_equal(uninterrupted, city, tmp_path):
 def test_resuming_a_finished_run_prints_its_results(uninterrupted, city, tmp_path):
     run, first = uninterrupted
     done = train("--data-root", city, "--preset", "tiny", "--steps", 8, "--resume", run, cwd=tmp_path)
-    assert done.stdout.splitlines()[-8:-3] == first.stdout.splitlines()[-8:-3]  # the table
+    assert done.stdout.splitlines()[-8:-3] == first.stdout.splitlines()[-8:-3]  # the table of metrics
 
 
 @pytest.mark.parametrize(
@@ -110,8 +110,8 @@ def test_resuming_a_finished_run_prints_its_results(uninterrupted, city, tmp_pat
     ],
     ids=" ".join,
 )
-def test_flags_for_precision_and_determinism(flags, city, tmp_path):
-    """On a GPU if there is one; two runs with --deterministic have the same losses."""
+def test_each_precision_trains_and_deterministic_runs_are_equal(flags, city, tmp_path):
+    """On a GPU if there is one; two runs with --deterministic must have the same losses."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     runs = [tmp_path / name for name in (("a", "b") if "--deterministic" in flags else ("a",))]
     for run in runs:
@@ -168,7 +168,7 @@ def test_fusion_starts_from_a_camera_and_a_lidar_run(uninterrupted, city, tmp_pa
 
 
 def test_two_processes_have_the_losses_of_one(city, tmp_path):
-    """The learning rate is small since the first updates of AdamW are signs of gradients, which amplify rounding."""
+    """The learning rate is small: AdamW's first updates are signs of gradients, which amplify rounding errors."""
     flags = ["--data-root", city, "--preset", "tiny", "--steps", 4, "--batch-size", 2, "--lr", 3e-5]
     flags += ["--val-every", 4]
     train(*flags, "--out", tmp_path / "one", cwd=tmp_path)
@@ -181,7 +181,7 @@ def test_two_processes_have_the_losses_of_one(city, tmp_path):
 
 
 def test_accumulated_micro_batches_have_the_gradient_of_a_batch(city, tmp_path):
-    """Losses agree only roughly, since batch norm sees half of the samples at a time; the schedule agrees exactly."""
+    """Losses agree only roughly, since batch norm gets half of the samples at a time; the schedule agrees exactly."""
     flags = ["--data-root", city, "--preset", "tiny", "--steps", 2, "--batch-size", 2]
     train(*flags, "--out", tmp_path / "whole", cwd=tmp_path)
     train(*flags, "--out", tmp_path / "halves", "--accumulate", 2, cwd=tmp_path)
@@ -216,9 +216,9 @@ def test_accumulated_micro_batches_have_the_gradient_of_a_batch(city, tmp_path):
 def test_a_user_error_is_one_sentence(flags, words, city, tmp_path):
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("this machine has a GPU: asking for it is no mistake")
-    first = [] if "--data-root" in flags else ["--data-root", city]
-    first += [] if "--preset" in flags else ["--preset", "tiny"]
-    done = train(*first, "--steps", 1, *flags, cwd=tmp_path, check=False)
+    defaults = [] if "--data-root" in flags else ["--data-root", city]
+    defaults += [] if "--preset" in flags else ["--preset", "tiny"]
+    done = train(*defaults, "--steps", 1, *flags, cwd=tmp_path, check=False)
     assert done.returncode == 2, done.stderr[-2000:]
     sentence = done.stderr.strip().splitlines()[-1]
     assert sentence.startswith("error: ") and all(word in sentence for word in words), sentence
@@ -239,11 +239,11 @@ def test_a_run_does_not_resume_with_other_settings(uninterrupted, city, tmp_path
 
 
 def wait_for(condition, process, seconds=120):
-    """Poll until `condition()` is true; `process` must not end before."""
+    """Poll until `condition()` is true, and return its value; `process` must not end before."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if found := condition():
-            return found
+        if value := condition():
+            return value
         assert process.poll() is None, "the run ended before it could be interrupted"
         time.sleep(0.02)
     raise AssertionError("nothing happened in time")

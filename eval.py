@@ -173,17 +173,19 @@ def main(args: Args):
         saved, recipe, run = read_run(args.checkpoint)
         recipe = replace(recipe, **{name: part for name, part in vars(args.recipe).items() if part is not None})
         task = task_of(args, recipe)
-        trained = saved["config"]["args"]
-        name = args.dataset or trained.get("dataset", DEFAULT_DATASET)
+        train_args = saved["config"]["args"]
+        name = args.dataset or train_args.get("dataset", DEFAULT_DATASET)
         if args.dataset is None:
             check_recorded(name, args.checkpoint)
         dataset_type = dataset_class(name)
         if task != "render" and task not in dataset_type.tasks:
             raise UserError(f"--dataset {name} does not support --task {task}; see unipad/data/dataset.py.")
-        version = args.version or trained.get("version", dataset_type.default_version)
+        version = args.version or train_args.get("version", dataset_type.default_version)
         with world.main_first():  # generates the city, builds the index
             root = Path(
-                os.path.expanduser(args.data_root or trained.get("data_root") or dataset_type.default_root(recipe.data))
+                os.path.expanduser(
+                    args.data_root or train_args.get("data_root") or dataset_type.default_root(recipe.data)
+                )
             )
             split = dataset_type.splits(root, version).get(args.split, args.split)
             # test-time augmentation may move points into the grid; segmentation classifies points outside it too
@@ -205,7 +207,7 @@ def detect(args, model, dataset, out, world):
     """Detect boxes in the whole split: write the submission and pictures, and print the devkit's metrics."""
     function = model.detect
     if args.tta:
-        function = partial(detect_tta, model.detect, views_of(args, "detect"))
+        function = partial(detect_tta, model.detect, tta_transforms(args, "detect"))
     detections = detect_all(model, dataset, world, function, args.batch_size, world.workers(args.workers))
     if not world.is_main:
         return
@@ -225,7 +227,7 @@ def segment(args, model, dataset, out, world):
         dataset.require_point_labels()
     function = model.segment
     if args.tta:
-        function = partial(segment_tta, model.logits, views_of(args, "segment"))
+        function = partial(segment_tta, model.logits, tta_transforms(args, "segment"))
     predictions = segment_all(model, dataset, world, function, args.batch_size, world.workers(args.workers))
     if not world.is_main:
         return
@@ -249,7 +251,7 @@ def drawn_frames(args, model, dataset, predictions):
             yield i, batch
 
 
-def views_of(args, task):
+def tta_transforms(args, task):
     """The transforms of --tta, [4, 4] each."""
     given = args.tta_scales, args.tta_angles
     scales, angles = (values or default for values, default in zip(given, TTA[task], strict=True))

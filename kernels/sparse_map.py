@@ -96,12 +96,14 @@ def submanifold_map_ref(coords, keys, order, shape, kernel, dilation):
 
 
 def _checked_submanifold(coords, shape, kernel, dilation):
+    """Contiguous coordinates."""
     coords = checked(coords, shape, kernel, dilation)
     check_grid([size + (k - 1) * d for size, k, d in zip(shape, kernel, dilation, strict=True)])
     return coords
 
 
 def _pairs_fake(coords, shape, kernel, stride, padding, dilation, batch_size=None, keys=None, order=None):
+    """Empty results of `strided_map` and `transposed_map`, for torch.compile."""
     M = torch.library.get_ctx().new_dynamic_size()
     return coords.new_empty(M, 4), coords.new_empty(prod(kernel), M)
 

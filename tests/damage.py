@@ -63,7 +63,7 @@ SECONDS = 60  # time limit of a case; one that does not hang takes less than a s
 MEMORY = 6 * 2**30  # bytes that a case may add to the address space of its process; a damaged size may ask for more
 
 
-# Ways to damage a file: functions of (random generator, its bytes, files of other kinds) that return bytes
+# Ways to damage a file: functions of (random generator, bytes of the file, one file of each kind) that return bytes
 
 
 def flip(rng, data, _, bits=1):
@@ -362,8 +362,8 @@ def _judge(kind, folder, file, detectable, expected):
     return Result("skipped" if left_out else "same")
 
 
-def count(numbers, results):
-    """Print the outcomes by kind and an example of each class of fault; returns the number of faults.
+def print_outcomes(numbers, results):
+    """Print the outcomes by kind and an example of each kind of fault; returns the number of faults.
 
     results: of `Harness.run_case` for each of `numbers`.
     """
@@ -403,7 +403,7 @@ def main():
         numbers = range(args.first, args.first + args.cases) if args.only is None else [args.only]
         with ProcessPoolExecutor(args.processes, FORK) as pool:
             run_case = partial(harness.run_case, args.seed, args.kind, args.seconds)
-            faults = count(numbers, pool.map(run_case, numbers, chunksize=4))
+            faults = print_outcomes(numbers, pool.map(run_case, numbers, chunksize=4))
     sys.exit(1 if faults else 0)
 
 

@@ -92,13 +92,13 @@ def _why_unreadable(file, error):
 
 
 def last_checkpoint(run: Path) -> Path | None:
-    """The newest state of a run folder, or None."""
+    """The path of a run's last checkpoint, or None."""
     file = run / "checkpoints" / "last.pt"
     return file if file.exists() else None
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The file meant by a checkpoint, a run folder, or a folder of runs (the newest of them)."""
+    """The file that `path` means: a checkpoint itself, a run's last one, or that of the newest run in a folder."""
     newest = max(path.glob("*/checkpoints/last.pt"), default=None, key=lambda file: file.stat().st_mtime)
     return last_checkpoint(path) or newest or path
 

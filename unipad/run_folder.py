@@ -105,7 +105,7 @@ def lock_folder(folder: Path, world: World):
 
 @contextlib.contextmanager
 def _locked(path):
-    """Lock the folder `path` against other programs, on any machine that shares it; removed at the end if still empty.
+    """Lock a folder against other programs, on any machine that shares it; an empty folder is removed at the end.
 
     The system releases the lock when this process ends, however it ends. It is a POSIX lock: unlike one of `flock`,
     child processes do not inherit it, so data loading processes that outlive a killed run do not block its resumption.

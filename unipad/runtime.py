@@ -206,7 +206,7 @@ class StopOnSignal:
     """After a signal (`exit.SIGNALS`, or a closed pipe), lets the step end and be saved before the program ends."""
 
     def __init__(self, world: World):
-        self.world, self.number, self.deferred = world, 0, True
+        self.world, self.number, self.deferred = world, 0, True  # number: of the first signal, 0 before
         handle_signals(self._on_signal)
 
     def _on_signal(self, number, _):

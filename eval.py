@@ -259,7 +259,7 @@ def render(args, model, dataset, out, world):
     """Color, depth and normals of some frames next to their images and LiDAR points, and their errors."""
     if args.mesh:
         check_mesh(model.recipe.grid, args.mesh_cell)
-    device, rows, done = world.device, rows_of(args, dataset), []  # rows: frame number -> index in the dataset
+    device, rows, done = world.device, rows_of(args, dataset, world), []  # rows: frame number -> index in the dataset
     mine = list(rows)[world.rank :: world.size]
     for number in tqdm(mine, "rendering", disable=None if world.is_main else True, leave=False):
         try:
@@ -293,7 +293,7 @@ def render(args, model, dataset, out, world):
             write_video(pictures, out / f"{args.scene}.{args.video}", args.video_fps)
 
 
-def rows_of(args, dataset):
+def rows_of(args, dataset, world):
     """The frames to render: {number in the split: index in the dataset, which skips frames with missing files}."""
     numbers, count = dataset.frames.tolist(), dataset.frame_count
     if args.scene:
@@ -305,7 +305,7 @@ def rows_of(args, dataset):
     outside = [number for number in args.frames if not 0 <= number < count]
     if outside:
         raise UserError(f"--frames {outside[0]} is not in {dataset.split}, which has frames 0 to {count - 1}.")
-    for number in set(args.frames) - set(numbers):
+    for number in set(args.frames) - set(numbers) if world.is_main else ():
         print(f"skipped frame {number}: a file of it is missing", file=sys.stderr)
     pictures = min(args.pictures, len(numbers))
     chosen = args.frames or [numbers[i * len(numbers) // pictures] for i in range(pictures)]

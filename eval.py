@@ -262,7 +262,7 @@ def render(args, model, dataset, out, world):
     """Render color, depth and normals of some frames: write pictures, next to images and LiDAR points, and metrics."""
     if args.mesh:
         check_mesh(model.recipe.grid, args.mesh_cell)
-    device, indices, done = world.device, frames_to_render(args, dataset), []
+    device, indices, done = world.device, frames_to_render(args, dataset, world), []
     mine = list(indices)[world.rank :: world.size]
     for number in tqdm(mine, "rendering", disable=None if world.is_main else True, leave=False):
         try:
@@ -296,7 +296,7 @@ def render(args, model, dataset, out, world):
             write_video(pictures, out / f"{args.scene}.{args.video}", args.video_fps)
 
 
-def frames_to_render(args, dataset):
+def frames_to_render(args, dataset, world):
     """The frames to render: {number in the split: index in the dataset, which skips frames with missing files}."""
     numbers, count = dataset.frames.tolist(), dataset.frame_count
     if args.scene:
@@ -308,7 +308,7 @@ def frames_to_render(args, dataset):
     outside = [number for number in args.frames if not 0 <= number < count]
     if outside:
         raise UserError(f"--frames {outside[0]} is not in {dataset.split}, which has frames 0 to {count - 1}.")
-    for number in set(args.frames) - set(numbers):
+    for number in set(args.frames) - set(numbers) if world.is_main else ():
         print(f"skipped frame {number}: a file of it is missing", file=sys.stderr)
     pictures = min(args.pictures, len(numbers))
     chosen = args.frames or [numbers[i * len(numbers) // pictures] for i in range(pictures)]

@@ -91,6 +91,19 @@ class NeedsSharedMemory(torch.utils.data.Dataset):
         return i
 
 
+def test_unreadable_frames_of_all_processes_are_counted():
+    code = """
+from unipad.run_folder import Progress
+from unipad.runtime import start
+
+with start("cpu", deterministic=False) as world:
+    progress = Progress(None, world, step=0, last=1, steps=1, batch_size=2)
+    progress.skip(["file: is missing", f"file of process {world.rank}: is missing"])
+    progress.sum_up()
+"""
+    assert "3 unreadable frames, named above, were replaced" in scripts.run_two("-c", code).stdout
+
+
 def test_without_shared_memory_items_are_loaded_in_this_process(capsys):
     assert list(load_items(NeedsSharedMemory(), range(5), workers=2)) == list(range(5))
     words = "need more shared memory (/dev/shm; docker run --shm-size): going on with --workers 0"

@@ -36,7 +36,7 @@ from unipad.checkpoint import (
 from unipad.config import to_dict
 from unipad.errors import UserError
 from unipad.kernels import tuning
-from unipad.runtime import World, mean_over_processes, on_main
+from unipad.runtime import World, mean_over_processes, on_main, to_main
 
 
 def find_run(kind: str, out: Path | None, resume: str, world: World) -> tuple[Path, dict | None]:
@@ -406,9 +406,10 @@ class Progress:
         self.unreadable.update(bad_frames)
 
     def sum_up(self):
-        """Say how many frames could not be read."""
-        if self.unreadable:
-            self.world.print0(f"{len(self.unreadable)} unreadable frames, named above, were replaced by others.")
+        """Say how many frames could not be read by all processes. Collective."""
+        unreadable = set().union(*to_main(self.unreadable, self.world) or ())
+        if unreadable:
+            print(f"{len(unreadable)} unreadable frames, named above, were replaced by others.")
 
     def finite(self, values: dict[str, torch.Tensor], scaler, step: int) -> dict[str, float]:
         """Means of `values` over processes. Raises `UserError` if training has diverged, so that it is not saved."""

@@ -1,8 +1,8 @@
 """The interface of a dataset: its samples, the methods that the scripts call, and `collate`: samples -> batch.
 
 A new dataset is one file with one subclass of `DrivingDataset`, which the scripts take as
-`--dataset package.module:Class`. Frames and units are those of `unipad.batch`. To resume, repeat or evaluate a run of
-a class outside `unipad.data`, give that flag again: the files of a run do not decide which code is imported.
+`--dataset package.module:Class`. Coordinate frames and units are those of `unipad.batch`. To resume, repeat or evaluate
+a run of a class outside `unipad.data`, give that flag again: the files of a run do not decide which code is imported.
 """
 
 import copy
@@ -22,7 +22,7 @@ DEFAULT_DATASET = "unipad.data.nuscenes:NuScenesDataset"
 
 
 class DataError(UserError):
-    """The dataset as a whole cannot be used: one sentence with the folder or flag, and the fix."""
+    """The dataset as a whole cannot be used: one sentence with the folder or flag and, where there is one, the fix."""
 
 
 class BadFrame(Exception):
@@ -34,17 +34,18 @@ class BadFrame(Exception):
 
 @dataclass(frozen=True)
 class Sample:
-    """One keyframe. Meters, seconds, radians; "LiDAR" is the frame of the keyframe's LiDAR: x right, y forward, z up.
+    """One keyframe. Meters, seconds, radians; "LiDAR" is its LiDAR's coordinate frame: x right, y forward, z up.
 
-    N views: the cameras of the keyframe in a fixed order (nuScenes: `CAMERAS`), then, with camera sweeps, those of the
-    S - 1 frames of images before it, the newest first. Any number of cameras; N and S are the same in all samples;
-    N = 0 without images.
+    N views: the cameras of the keyframe in a fixed order (nuScenes: `batch.CAMERAS`), then, with camera sweeps, those
+    of the S - 1 frames of images before it, the newest first. Any number of cameras; N and S are the same in all
+    samples; N = 0 without images.
 
     images:       N times [h, w, 3] uint8 RGB, not padded; sizes may differ.
     lidar2image:  [N, 4, 4] float32 LiDAR -> (u*d, v*d, d, 1) in pixels of `images`, d along the optical axis.
-    lidar2camera: [N, 4, 4] float32 rigid, LiDAR -> camera (x right, y down, z forward) when the image was taken.
-    points:       [P, 5] float32 x, y, z in LiDAR, intensity 0-255, time lag. Points of the keyframe come first, with
-                  time lag 0; those of sweeps are transformed into LiDAR and have their age.
+    lidar2camera: [N, 4, 4] float32 LiDAR -> camera (x right, y down, z forward) when the image was taken; rigid as
+                  loaded, but augmentation may scale and flip.
+    points:       [P, 5] float32 x, y, z in LiDAR, intensity 0-255, time lag: 0 for points of the keyframe, which come
+                  first as loaded (augmentation may shuffle); the age of those of sweeps, transformed into LiDAR.
     point_labels: [P] uint8 class 1-16 in the order of `batch.LIDARSEG_CLASSES`, 0 for none, as in sweeps; None if the
                   dataset has no such labels.
     boxes:        [M, 9] float32 x, y, z of the center, w, l, h, yaw, vx, vy in LiDAR; yaw is the direction of l, from x
@@ -70,7 +71,8 @@ class Sample:
 class DrivingDataset(torch.utils.data.Dataset):
     """The keyframes of one split of a dataset, in the order of time.
 
-    `dataset[i]` is a `Sample` as recorded; `dataset.read(i, rng)` is an augmented one, for training.
+    `dataset[i]` is a `Sample` as recorded, cropped to `point_range`; `dataset.read(i, rng)` is an augmented one, for
+    training.
 
     A subclass must define `splits`, `load` and the constructor, which finds the frames and passes on their number:
 
@@ -79,13 +81,14 @@ class DrivingDataset(torch.utils.data.Dataset):
             super().__init__(len(self.files), root, version, split, data, **settings)
 
     The other methods have defaults. Problems with the dataset as a whole raise `DataError`, one sentence; problems with
-    one frame raise `BadFrame`: the loader then reports the frame on stderr and takes another one.
+    one frame raise `BadFrame`: the frame is then reported and, in training, replaced by another one.
     The dataset is copied to worker processes, so it must be picklable, and should be small.
     """
 
     default_version = ""  # the version without --version
     # What finetune.py can train and eval.py can score: "detect", "segment". Pre-training needs neither. Metrics are the
-    # nuScenes devkit's, so a dataset that names a task also needs the tables and the `index` of `NuScenesDataset`.
+    # nuScenes devkit's, so a dataset that names a task also needs nuScenes' tables in its root and an attribute
+    # `index`, a `unipad.data.index.Index`.
     tasks: tuple[str, ...] = ()
 
     def __init__(
@@ -120,7 +123,7 @@ class DrivingDataset(torch.utils.data.Dataset):
         self.frame_count = frame_count
         self.frames = np.arange(frame_count)[:: round(1 / label_fraction)]  # numbers of the frames used
 
-    # To define in a subclass
+    # For a subclass to define (`splits`, `load`) or to override
 
     @classmethod
     def splits(cls, root: str | Path, version: str) -> dict[str, str]:

@@ -156,7 +156,7 @@ def main(args: Args):
             continue
         if not sample.images:
             raise UserError(f"{root} has no images: there is no camera to check.")
-        file = args.out / f"frame_{row:05d}.png"
+        file = args.out / f"frame_{dataset.frames[row]:05d}.png"
         Image.fromarray(calibration_view(sample, args.width)).save(file)
         print(f"{file}, {sample.token}\n{report(sample)}")
         drawn += 1

@@ -3,9 +3,12 @@
     alpha_s = opacity of sample s,   w_s = alpha_s * prod_{t<s} (1 - alpha_t + 1e-7)
     rgb = sum_s w_s c_s  (black background),   depth = sum_s w_s t_s / (sum_s w_s + 1e-10)
 
+Depth is clamped to the range of the samples of all rays through the same volume, as in the original: a ray of zero
+weights has the smallest of them.
+
     method    where samples are placed                                     opacity from
     neus      stratified, then from the weights of a NeuS at fixed inv_s   the slope-extrapolated logistic CDF
-    volsdf    where the error bound of the opacity is largest              a Laplace density
+    volsdf    stratified, and from weights within VolSDF's error bound     a Laplace density
     unisurf   around the first surface crossing and by occupancy           occupancy itself
 
 On a GPU the first two run as one fused op, `sdf_render`, where it supports the field; unisurf, other fields, fp64 and
@@ -37,7 +40,7 @@ from unipad.model.samplers import SAMPLERS
 class Rendered:
     """R rendered rays of B batch samples, S samples along each ray."""
 
-    rgb: Tensor  # [R, 3]; clamped to [0, 1] outside training; black where the fused op runs and learns no color
+    rgb: Tensor  # [R, 3]; clamped to [0, 1] outside training; black if the fused op runs and `rgb_weight` is 0
     depth: Tensor  # [R] meters along the ray
     hit: Tensor  # [R] bool, False for rays that do not cross the volume
     weights: Tensor  # [R, S] weight of each sample in the color
@@ -88,7 +91,7 @@ class Renderer(nn.Module):
             points: pair of [P, 3] meters and [P] int32 volume index (-1: not used), for the loss `points`.
             stop:   transmittance below which a ray ends early, in the fused op only: for pictures, not for losses.
 
-        Without rays all tensors are empty. Differentiable once in `volume` and the parameters.
+        Without rays all tensors of rays are empty. Differentiable once in `volume` and the parameters.
 
         On a GPU neither this, `loss` nor their backward synchronizes with the host, so that a CUDA graph can capture
         them; only VolSDF's sampler does, see `volsdf_edges`.
@@ -119,10 +122,10 @@ class Renderer(nn.Module):
             starts, deltas = edges[:, :-1], edges.diff(dim=1)
             if fused:
                 mlps = sdf_mlp, self.field.rgb_decoder.leaves() if self.cfg.rgb_weight > 0 else None
-                density = self.field.inv_s if self.cfg.method == "neus" else self.field.beta
+                density_param = self.field.inv_s if self.cfg.method == "neus" else self.field.beta
                 bundle = origins, directions, rays.volume_idx, hit
                 rgb, depth, weights, sdf, gradient = sdf_render(
-                    volume, bundle, edges, mlps, density, cells, self.cfg.method, self.exact, stop
+                    volume, bundle, edges, mlps, density_param, cells, self.cfg.method, self.exact, stop
                 )
             else:
                 sdf, gradient, color = self.field(volume, along(starts), directions, rays.volume_idx)
@@ -154,13 +157,13 @@ class Renderer(nn.Module):
         per_ray = rendered.of_sample  # [B, R]
         per_target = per_ray * (rays.depth > 0)  # [B, R]
         target = rays.depth[:, None] * self.scale  # [R, 1]
-        sdf, starts, near_surface = rendered.sdf, rendered.starts, cfg.truncation * self.scale
-        before = starts < target - near_surface  # [R, S]
-        around = ~before & (starts <= target + near_surface)  # [R, S]
+        sdf, starts, truncation = rendered.sdf, rendered.starts, cfg.truncation * self.scale
+        before = starts < target - truncation  # [R, S]
+        around = ~before & (starts <= target + truncation)  # [R, S]
         terms = {
             "rgb": lambda: _mean((rendered.rgb - rays.rgb).abs(), per_ray),
             "depth": lambda: _mean((rendered.depth[:, None] * self.scale - target).abs(), per_target),
-            "free_space": lambda: _mean((near_surface - sdf).relu(), per_target, before),
+            "free_space": lambda: _mean((truncation - sdf).relu(), per_target, before),
             "sdf": lambda: _mean((starts + sdf - target).abs(), per_target, around),
             "eikonal": lambda: _mean((rendered.gradient.norm(dim=-1) - 1).square(), per_ray),
             "points": lambda: _mean(rendered.points_sdf.abs()[:, None], rendered.points_of_sample),
@@ -200,7 +203,7 @@ def _of_sample(volume_idx, B, dtype):
 
 
 def _range_of_sample(starts, of_sample, volume_idx):
-    """Smallest and largest start among the rays of the same batch sample, [R] each."""
+    """Smallest and largest start among the rays that hit the same volume, [R] each."""
     same, volume_idx = of_sample.bool(), volume_idx.long()
     low = torch.where(same, starts[:, 0], math.inf)  # [B, R]
     high = torch.where(same, starts[:, -1], -math.inf)

@@ -406,7 +406,7 @@ class Progress:
         self.unreadable.update(bad_frames)
 
     def sum_up(self):
-        """Say how many frames could not be read by all processes. Collective."""
+        """Print how many frames any of the processes could not read. Collective."""
         unreadable = set().union(*to_main(self.unreadable, self.world) or ())
         if unreadable:
             print(f"{len(unreadable)} unreadable frames, named above, were replaced by others.")

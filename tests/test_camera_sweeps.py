@@ -1,4 +1,7 @@
-"""Camera sweeps (images taken before the keyframe), from the tables to a detector."""
+"""Camera sweeps (images taken before the keyframe), from the tables to a detector.
+
+The setting `Data.camera_sweeps` counts the keyframe too; `generate`'s argument of that name does not.
+"""
 
 import json
 import shutil
@@ -33,7 +36,7 @@ from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.transforms import HIDDEN
 from unipad.draw.views import rendered_views
 from unipad.errors import UserError
-from unipad.evaluate.rendering import evaluate_rendering
+from unipad.evaluate.rendering import RAYS_PER_VIEW, evaluate_rendering
 from unipad.model.detect import Detector
 from unipad.model.encoder import Encoder
 from unipad.model.pretrain import Pretrain
@@ -43,7 +46,7 @@ from unipad.recipes import DETECT, PRETRAIN
 
 REPO = Path(__file__).parent.parent
 VERSION, SIZE, KEYFRAMES = "v1.0-mini", (64, 96), 3
-THREE = Data(camera_sweeps=3)  # frames: the keyframe and two sweeps
+THREE = Data(camera_sweeps=3)  # the keyframe and two sweeps
 TINY_CAMERA = config.CameraConfig(
     depths=(1, 1, 1, 1), widths=(4, 8, 16, 32), channels=8, drop_path=0.0, frozen_stages=0, depth_bins=16
 )
@@ -142,13 +145,14 @@ def test_files_poses_and_times_of_sweeps_match_the_devkit(nusc, city):
 def test_static_points_project_onto_their_pixels_in_every_frame(city):
     """LiDAR points of the keyframe have the depths that ray casting finds in the pixels of every frame."""
     sample = NuScenesDataset(city, VERSION, "mini_val", THREE)[2]
-    scene = Scene(0, SCENES.index("scene-0103"), (KEYFRAMES - 1) * 0.5)
-    points = sample.points[sample.point_labels >= 15, :3]  # walls and trees; depths of the ground hardly change
+    scene = Scene(0, SCENES.index("scene-0103"), (KEYFRAMES - 1) * 0.5)  # seed 0; the only scene of mini_val
+    # Walls and trees: the depth of the ground at a pixel hardly differs between frames, so it would hide an error
+    points = sample.points[sample.point_labels >= 15, :3]
     points = np.c_[points, np.ones(len(points))]
     for frame, lag in enumerate(sample.frame_lags):
         own, keyframes = [], []  # relative depth errors with the frame's own projection, and with the keyframe's
         for n, camera in enumerate(CAMERAS):
-            t = 1.0 - rig.CAMERAS[camera].early - lag  # keyframe 2 is at 1 s
+            t = 1.0 - rig.CAMERAS[camera].early - lag  # keyframe 2 is at 1 s; each camera fires `early` seconds before
             view, solids = rig.camera_view(scene, camera, SIZE, t), scene.solids(t)
             distance, _ = cast(view, solids)
             depth = (distance * view.cosine).reshape(SIZE)
@@ -159,12 +163,12 @@ def test_static_points_project_onto_their_pixels_in_every_frame(city):
                 errors.append(np.abs(depth[(v / d).astype(int), (u / d).astype(int)] / d - 1))
         own, keyframes = np.concatenate(own), np.concatenate(keyframes)
         assert len(own) > 200 and np.median(own) < 0.005
-        assert frame == 0 or np.median(keyframes) > 0.01  # the ego vehicle has moved by about a meter
+        assert frame == 0 or np.median(keyframes) > 0.01  # the ego vehicle has moved
 
 
 def test_the_keyframe_is_the_same_with_and_without_sweeps(city):
-    samples = [NuScenesDataset(city, VERSION, "mini_train", data) for data in (Data(), THREE)]
-    one, three = (collate([dataset[1], dataset[2]]) for dataset in samples)
+    datasets = [NuScenesDataset(city, VERSION, "mini_train", data) for data in (Data(), THREE)]
+    one, three = (collate([dataset[1], dataset[2]]) for dataset in datasets)
     assert one.frame_lags is None and one.frames == 1 and three.frames == 3
     assert three.images.shape == (2, 18, 3, 64, 96) and three.lidar2image.shape == (2, 18, 4, 4)
     assert three.image_sizes.shape == (2, 18, 2) and three.frame_lags.shape == (2, 3)
@@ -179,14 +183,14 @@ def test_the_keyframe_is_the_same_with_and_without_sweeps(city):
 def test_all_frames_are_augmented_together(city):
     """Points keep their pixels in every view; all views share one GridMask; a stream can be resumed."""
     dataset = NuScenesDataset(city, VERSION, "mini_train", THREE)
-    whole = dataset[1]
+    plain = dataset[1]
     vary = Augment(rotation=0.4, scale=(0.9, 1.1), translation=(0.5,) * 3, flip_x=1.0, grid_mask=1.0)
     varied = NuScenesDataset(city, VERSION, "mini_train", THREE, augment=vary)
     moved = varied.read(1, np.random.default_rng(0))
-    assert len(moved.images) == 18 and not np.array_equal(moved.lidar2camera, whole.lidar2camera)
-    old, new = (s.lidar2image.astype(float) @ np.c_[s.points[:, :3], np.ones(len(s.points))].T for s in (whole, moved))
+    assert len(moved.images) == 18 and not np.array_equal(moved.lidar2camera, plain.lidar2camera)
+    old, new = (s.lidar2image.astype(float) @ np.c_[s.points[:, :3], np.ones(len(s.points))].T for s in (plain, moved))
     np.testing.assert_allclose(old, new, atol=2e-2)
-    hidden = np.any(np.array(whole.images) != moved.images, axis=(0, 3))
+    hidden = np.any(np.array(plain.images) != moved.images, axis=(0, 3))
     assert 0.1 < hidden.mean() < 0.9 and (np.array(moved.images)[:, hidden] == HIDDEN).all()
     streams = (step_batches(varied, 1, start=start) for start in (0, 1))
     first, second = next(streams), next(streams)
@@ -223,16 +227,16 @@ def test_objects_are_pasted_into_all_frames(city):
     """In each frame, pixels change only where a pasted box was at the time of the image."""
     dataset = NuScenesDataset(city, VERSION, "mini_train", THREE)
     objects = load_objects(dataset, Paste(counts=(8,) * 10, min_points=1))
-    whole = dataset[2]
+    plain = dataset[2]
     pasted = dataset.with_objects(objects).read(2, np.random.default_rng(0))
-    new = pasted.boxes[len(whole.boxes) :]
+    new = pasted.boxes[len(plain.boxes) :]
     assert (np.abs(new[:, 7:]).max(axis=1) > 1).any()
     changed = 0
-    for view, (before, after) in enumerate(zip(whole.images, pasted.images, strict=True)):
-        lag = whole.frame_lags[view // 6]
+    for view, (before, after) in enumerate(zip(plain.images, pasted.images, strict=True)):
+        lag = plain.frame_lags[view // 6]
         then = np.c_[new[:, :2] - lag * new[:, 7:], new[:, 2:]]
         covered = np.zeros(SIZE, bool)
-        for left, top, right, bottom in visible_rectangles(then, whole.lidar2image[view], SIZE)[1]:
+        for left, top, right, bottom in visible_rectangles(then, plain.lidar2image[view], SIZE)[1]:
             covered[top:bottom, left:right] = True
         difference = (before != after).any(-1)
         assert not (difference & ~covered).any()
@@ -282,8 +286,8 @@ def test_each_frame_is_lifted_separately_and_changes_the_volume(view):
     camera = replace(TINY_CAMERA, **levels)
     encoder = Encoder(config.Recipe(grid=GRID, data=THREE, camera=camera)).eval()
     batch = with_earlier_frames(make_batch([[], []], size=(64, 96), unpadded=(60, 90)), 3)
-    fused = {}
-    encoder.frame_fusion.register_forward_hook(lambda module, args, out: fused.update(volumes=args[0]))
+    lifted = {}
+    encoder.frame_fusion.register_forward_hook(lambda module, args, out: lifted.update(volumes=args[0]))
     encoded = encoder.encode(batch, None)
     assert encoded.volume.shape == (2, 8, 5, 18, 20) and encoded.depths[0].shape[:2] == (2, 6)
     alone = Encoder(config.Recipe(grid=GRID, camera=camera)).eval()
@@ -292,7 +296,7 @@ def test_each_frame_is_lifted_separately_and_changes_the_volume(view):
         views = slice(2 * index, 2 * index + 2)
         names = ("images", "image_sizes", "lidar2image", "lidar2camera")
         frame = replace(batch, **{n: getattr(batch, n)[:, views] for n in names}, frame_lags=None)
-        torch.testing.assert_close(fused["volumes"].unflatten(0, (2, 3))[:, index], alone(frame, None)[0])
+        torch.testing.assert_close(lifted["volumes"].unflatten(0, (2, 3))[:, index], alone(frame, None)[0])
 
     def changed(**fields):
         return (encoder(replace(batch, **fields), None)[0] - encoded.volume).abs().amax((1, 2, 3, 4))
@@ -306,7 +310,7 @@ def test_each_frame_is_lifted_separately_and_changes_the_volume(view):
         encoder(batch.keyframe(), None)
 
 
-def test_every_fusion_weight_gets_a_gradient_and_a_step_is_reproducible():
+def test_every_weight_of_the_frame_fusion_gets_a_gradient_and_encoding_is_reproducible():
     encoder = Encoder(config.Recipe(grid=GRID, data=THREE, camera=TINY_CAMERA))
     batch = with_earlier_frames(make_batch([[], []], size=(64, 96), unpadded=(60, 90)), 3)
     encoded = encoder.encode(batch, generators(0, 1))
@@ -332,12 +336,13 @@ def test_rays_are_cast_from_the_keyframe_only(city):
     metrics = evaluate_rendering(net, [(0, batch)], 0, torch.device("cpu"))
     assert metrics["psnr"] > 0 and metrics["depth_abs_rel"] > 0
     ray_count = sum(len(r) for r in rays[1:])
-    assert ray_count == 6 * 8 * 12 + 6 * 256  # every eighth pixel of six views, and LiDAR rays
-    assert rendered_views(net, batch, generators(0), stride=32).shape[1] > 6 * 200
+    height, width = SIZE
+    assert ray_count == 6 * (height // 8) * (width // 8) + 6 * RAYS_PER_VIEW  # of pixels, and of LiDAR points
+    assert 6 * 200 < rendered_views(net, batch, generators(0), stride=32).shape[1] < 12 * 200  # columns of 240 pixels
 
 
 def test_finetuning_with_sweeps_starts_the_frame_fusion_from_scratch(city, tmp_path):
-    """The pre-trained model has one frame, so the frame fusion is new; eval.py reads two frames, as training did."""
+    """The pre-trained model takes one frame of images, so the frame fusion is new; both scripts read two."""
     recipe = PRETRAIN["camera"]["tiny"]
     state = {"model": Pretrain(recipe).state_dict(), "config": {}}
     torch.save(state, tmp_path / "one.pt")
@@ -348,18 +353,20 @@ def test_finetuning_with_sweeps_starts_the_frame_fusion_from_scratch(city, tmp_p
     done = scripts.run("-c", both, tmp_path / "run", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "new, from scratch: encoder.frame_fusion.time_conv, encoder.frame_fusion.trans_conv" in done.stdout
-    assert "detect on 3 frames of mini_val" in done.stdout
+    assert "detect on 3 frames of mini_val" in done.stdout  # keyframes
     assert (tmp_path / "run" / "eval" / "boxes_0.png").is_file()
 
 
 @pytest.mark.parametrize("finetuned", [False, True])
 def test_checkpoints_of_several_frames_convert_both_ways(finetuned):
-    """With the key names of the original's view transform; its lags are always multiples of 1 / 12 s."""
+    """The keys are those of the original's view transform. There, a frame n back is always n / 12 s old; a model
+    trained with measured lags (`camera_rate` 0) is converted with a note."""
     recipe_cls, presets, build = (DetectRecipe, DETECT, Detector) if finetuned else (PretrainRecipe, PRETRAIN, Pretrain)
     recipe = presets["camera"]["tiny"]
     net = build(replace(recipe, data=replace(recipe.data, camera_sweeps=4)))
     state, unknown = to_original(net.state_dict())
     assert not unknown
+    # the original also has a norm after stage 0, which its FPN does not read
     state |= {"img_backbone.norm0.weight": torch.ones(24), "img_backbone.norm0.bias": torch.zeros(24)}
     shapes = {k: tuple(v.shape) for k, v in state.items() if "view_trans.t" in k and k.endswith("0.weight")}
     assert shapes == {
@@ -397,8 +404,9 @@ def test_a_camera_checkpoint_of_several_frames_is_merged_for_fusion():
     assert new == {"fuse"}
 
 
-def test_sweeps_add_only_the_frame_fusion_and_need_a_camera():
-    """Presets of three frames differ from those of one by the frame fusion only; a LiDAR recipe cannot have sweeps."""
+def test_camera_sweeps_add_only_the_frame_fusion_and_need_a_camera():
+    """Models of three frames of images have the frame fusion in addition, and nothing else; without a camera encoder,
+    camera sweeps are refused."""
     for presets, build in ((PRETRAIN, Pretrain), (DETECT, Detector)):
         with torch.device("meta"):
             one, three = (build(presets["camera"][name]) for name in ("camera-0.075", "camera-0.075-sweeps"))

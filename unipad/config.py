@@ -40,7 +40,8 @@ def check_below(lower_flag: str, lower, upper_flag: str, upper, equal: bool = Fa
     """Raises `UserError` unless `lower` is below `upper`, for tuples number by number; equal: or equal to it."""
     pairs = zip(lower, upper, strict=True) if isinstance(lower, tuple) else [(lower, upper)]
     if not all(low < high or equal and low == high for low, high in pairs):
-        raise UserError(f"{lower_flag} {lower} must be below {upper_flag} {upper}.")
+        must = "must not be above" if equal else "must be below"
+        raise UserError(f"{lower_flag} {lower} {must} {upper_flag} {upper}.")
 
 
 @dataclass(frozen=True)

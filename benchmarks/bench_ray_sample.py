@@ -13,7 +13,7 @@ from unipad.kernels.ray_sample import (
     stratified_edges_ref,
 )
 
-# Rays, samples, new samples. UniPAD: 6 cameras x 512 rays, 72 + 24; on the CPU the tiny preset's 6 x 64 rays, 48 + 16
+# Rays, samples, new samples. UniPAD: 6 cameras x 512 rays, 72 + 24; on the CPU 6 x 64 rays, about the tiny presets'
 GPU_SIZES = [(3072, 72, 24), (24576, 72, 24), (24576, 128, 128)]
 CPU_SIZES = [(384, 48, 16), (3072, 72, 24)]
 

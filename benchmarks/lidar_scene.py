@@ -22,12 +22,12 @@ HEIGHT = 1.84  # meters, of the sensor above the ground
 SPEED = 0.6  # meters between sweeps: 12 m/s at 20 Hz
 # Object counts and sizes, return rate and penetration depth are tuned to match NUSCENES.
 HOUSES, CARS, SHRUBS = 12, 40, 160
-RETURNED = 0.75  # fraction of rays with a return
-DEPTH = 0.7  # meters that a ray penetrates a shrub, on average
+RETURNED = 0.75  # fraction of the rays that hit something in range which return
+DEPTH = 0.7  # mean distance in meters from where a ray enters a shrub to its return
 
 
 def scene(seed=0, device="cpu"):
-    """Points [P, 5]: x, y, z in meters, intensity, time lag in seconds; in the LiDAR frame of the last sweep."""
+    """Points [P, 5]: x, y, z in meters, intensity, time lag in seconds; in the LiDAR frame of sweep 0, the newest."""
     gen = torch.Generator().manual_seed(seed)
 
     def uniform(n, low, high):

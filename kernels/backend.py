@@ -111,7 +111,7 @@ class StreamCache:
         self._entries = {}  # key -> {stream: value}
 
     def __reduce__(self):
-        return StreamCache, ()  # a copy of the owner starts with an empty cache
+        return StreamCache, ()  # a copied or unpickled owner starts with an empty cache, unless it calls `copy`
 
     def find(self, key, device):
         """The cached value, or None."""

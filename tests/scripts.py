@@ -98,7 +98,7 @@ def _run(args, cwd, path, variables, output):
         os.dup2(os.open(f"{output}/{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), fd)
     os.chdir(cwd)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, under which the tests may run, ignores it
-    multiprocessing.set_start_method("fork", force=True)  # as in a process that was not started by multiprocessing
+    multiprocessing.set_start_method("fork", force=True)  # the default on Linux, unlike in a child of a forkserver
     sys.path[0] = str(REPO)
     sys.path.append(path)
     first, *rest = args

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-# Must be set before torch loads OpenMP; see train.py
+# Idle OpenMP threads spin less. Must be set before torch loads OpenMP; see train.py
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from unipad.exit import end_at_once, exit_on_user_error
@@ -91,7 +91,7 @@ class Args:
     split: str = "val"  # train, val or test; for v1.0-mini, train and val mean mini_train and mini_val
     data_root: Path | None = None  # folder of the dataset; None: the run's, or a synthetic city
     version: str | None = None  # version of the dataset; None: the run's
-    dataset: str | None = None  # package.module:Class; None: the run's, if it is one of unipad.data
+    dataset: str | None = None  # package.module:Class; None: the run's; code outside unipad.data must be named here
     out: Path | None = None  # folder of the results, whose files are overwritten; None: eval in the run's folder
     batch_size: int = 1  # samples per batch and process
     workers: int | None = None  # data loading processes per process; None: 4 with a GPU, 1 without
@@ -113,7 +113,7 @@ class Args:
     seed: int = 0  # seed of the masks
     mesh: bool = False  # render: write the surface of each frame as a PLY file
     mesh_cell: float = 0.4  # render: meters between the points where --mesh samples the signed distance
-    recipe: Annotated[Settings | None, tyro.conf.arg(name="")] = None  # the run's, as changed by flags
+    recipe: Annotated[Settings | None, tyro.conf.arg(name="")] = None  # settings of the run, as changed by flags
 
 
 # Flags that only some tasks have
@@ -162,6 +162,7 @@ def parse(argv=None) -> Args:
 
 
 def with_settings(args):
+    """The flags, with the field `recipe` set to the checkpoint's settings."""
     _, recipe, _ = read_run(args.checkpoint, lazily=True)
     known = {field.name: getattr(recipe, field.name, None) for field in fields(Settings)}
     return replace(args, recipe=Settings(**known))
@@ -188,7 +189,7 @@ def main(args: Args):
                 )
             )
             split = dataset_type.splits(root, version).get(args.split, args.split)
-            # test-time augmentation may move points into the grid; segmentation classifies points outside it too
+            # None keeps all points: augmentation may move them into the grid, segmentation classifies those outside too
             point_range = None if args.tta or task == "segment" else (recipe.grid.low, recipe.grid.high)
             dataset = dataset_type(root, version, split, recipe.data, point_range=point_range)
 
@@ -205,10 +206,10 @@ def main(args: Args):
 
 def detect(args, model, dataset, out, world):
     """Detect boxes in the whole split: write the submission and pictures, and print the devkit's metrics."""
-    function = model.detect
+    predict = model.detect
     if args.tta:
-        function = partial(detect_tta, model.detect, tta_transforms(args, "detect"))
-    detections = detect_all(model, dataset, world, function, args.batch_size, world.workers(args.workers))
+        predict = partial(detect_tta, model.detect, tta_transforms(args, "detect"))
+    detections = detect_all(model, dataset, world, predict, args.batch_size, world.workers(args.workers))
     if not world.is_main:
         return
     file = submit(detections, model.recipe, dataset, out)
@@ -225,10 +226,10 @@ def segment(args, model, dataset, out, world):
     """Classify every point of the split: write the submission and pictures, and print the devkit's metrics."""
     if dataset.split != "test":
         dataset.require_point_labels()
-    function = model.segment
+    predict = model.segment
     if args.tta:
-        function = partial(segment_tta, model.logits, tta_transforms(args, "segment"))
-    predictions = segment_all(model, dataset, world, function, args.batch_size, world.workers(args.workers))
+        predict = partial(segment_tta, model.logits, tta_transforms(args, "segment"))
+    predictions = segment_all(model, dataset, world, predict, args.batch_size, world.workers(args.workers))
     if not world.is_main:
         return
     write_segmentation(predictions, dataset, out)
@@ -247,7 +248,7 @@ def drawn_frames(args, model, dataset, predictions):
     settings = replace(model.recipe.data, cameras=with_images, camera_sweeps=1)  # only the keyframe's images
     drawn = type(dataset)(dataset.root, dataset.version, dataset.split, settings)
     for i, (_, batch) in enumerate(held_out_batches(drawn, args.pictures)):
-        if batch.tokens[0] in predictions:
+        if batch.tokens[0] in predictions:  # absent where the model's own dataset lacks the frame or cannot read it
             yield i, batch
 
 
@@ -262,16 +263,17 @@ def render(args, model, dataset, out, world):
     """Render color, depth and normals of some frames: write pictures, next to images and LiDAR points, and metrics."""
     if args.mesh:
         check_mesh(model.recipe.grid, args.mesh_cell)
-    device, indices, done = world.device, frames_to_render(args, dataset, world), []
-    mine = list(indices)[world.rank :: world.size]
+    device, index_of, done = world.device, frames_to_render(args, dataset, world), []
+    mine = list(index_of)[world.rank :: world.size]  # numbers of the frames that this process renders
     for number in tqdm(mine, "rendering", disable=None if world.is_main else True, leave=False):
         try:
-            batch = collate([dataset[indices[number]]]).to(device)
+            batch = collate([dataset[index_of[number]]]).to(device)
         except BadFrame as bad:
             print(f"skipped {bad}", file=sys.stderr)
             continue
+        # two sets in the same state, since each use advances one: picture and mesh have the same masks
         mask_generators = [generators(args.seed, 0, [number], device) if args.masked else None for _ in range(2)]
-        width = max(240, min(480, batch.images.shape[-1]))
+        width = max(240, min(480, batch.images.shape[-1]))  # pixels of a view in the picture
         picture = rendered_views(model, batch, mask_generators[0], args.picture_stride, normals=True, width=width)
         Image.fromarray(picture).save(out / f"frame_{number:05d}.png")
         if args.mesh:
@@ -279,26 +281,26 @@ def render(args, model, dataset, out, world):
             values = distances(model, volume, args.mesh_cell).cpu().numpy()
             write_ply(out / f"mesh_{number:05d}.ply", *surface(values, model.recipe.grid.low, args.mesh_cell))
         done.append(number)
-    parts = to_main(done, world)
+    done_by = to_main(done, world)  # in the main process: a list for each process
 
     def check_any_rendered():
-        if not any(parts):
+        if not any(done_by):
             raise UserError("none of these frames can be read; the files at fault are named above.")
 
     on_main(check_any_rendered, world)
-    batches = ((number, collate([dataset[indices[number]]])) for number in done)
+    batches = ((number, collate([dataset[index_of[number]]])) for number in done)
     metrics = evaluate_rendering(model, batches, args.seed, device, args.masked)
     world.print0("\n".join(f"{name:<20}{value:>10.3f}" for name, value in metrics.items()))
     if world.is_main:
-        (out / "render.json").write_text(json.dumps({"frames": sorted(sum(parts, [])), **metrics}, indent=2) + "\n")
+        (out / "render.json").write_text(json.dumps({"frames": sorted(sum(done_by, [])), **metrics}, indent=2) + "\n")
         if args.scene:
-            pictures = [out / f"frame_{number:05d}.png" for number in sorted(sum(parts, []))]
+            pictures = [out / f"frame_{number:05d}.png" for number in sorted(sum(done_by, []))]
             write_video(pictures, out / f"{args.scene}.{args.video}", args.video_fps)
 
 
 def frames_to_render(args, dataset, world):
     """The frames to render: {number in the split: index in the dataset, which skips frames with missing files}."""
-    numbers, count = dataset.frames.tolist(), dataset.frame_count
+    numbers, count = dataset.frames.tolist(), dataset.frame_count  # numbers[index] in a split of `count` frames
     if args.scene:
         scenes = dataset.scenes()
         if args.scene not in scenes:
@@ -316,7 +318,8 @@ def frames_to_render(args, dataset, world):
 
 
 def task_of(args, recipe):
-    """What the checkpoint was trained for. Raises `UserError` where another task, or another task's flag, is given."""
+    """What the checkpoint was trained for. Raises `UserError` where another task, or another task's flag, is given, and
+    for a number of classes that is not that of nuScenes."""
     trained_for = {DetectRecipe: "detect", SegmentRecipe: "segment"}.get(type(recipe), "render")
     made_by = {"detect": "finetune.py", "segment": "finetune.py --task segment", "render": "train.py"}
     origin = f"{args.checkpoint} is from {made_by[trained_for]}."

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-# Must be set before torch loads OpenMP; see train.py
+# Idle OpenMP threads spin less. Must be set before torch loads OpenMP; see train.py
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from unipad.exit import end_at_once, exit_on_user_error
@@ -73,11 +73,11 @@ class Args:
     checkpointing: bool = False  # recompute ConvNeXt activations in the backward pass: less memory, more time
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     deterministic: bool = False  # bitwise reproducible runs on a GPU too, with slower kernels
-    tune: bool = False  # autotune kernel launches (off with --deterministic); reuse choices in tuning.json
+    tune: bool = False  # autotune kernel launches (off with --deterministic); choices are kept in the run's tuning.json
     log_every: int = 10  # steps between progress lines
     val_every: int | None = None  # steps between validations on the whole split; None: a third of the run; 0: none
     save_every: int | None = None  # steps between checkpoints; None: a twentieth of the run, at most 1000
-    # the preset's, as changed by flags
+    # settings of the preset, as changed by flags
     recipe: Annotated[DetectRecipe | SegmentRecipe | None, tyro.conf.arg(name="")] = None
 
 
@@ -126,6 +126,7 @@ def parse(argv=None) -> Args:
 
 
 def with_preset(args):
+    """The flags, with the field `recipe` set to the preset that they choose, and --modality to its default."""
     modality = args.modality or ("camera" if args.task == "detect" else "lidar")
     presets = TASKS[args.task].presets
     if modality not in presets:
@@ -148,7 +149,7 @@ def main(args: Args):
         steps = args.steps or max(1, round(optim.epochs * len(train_set) / optim.batch_size))
         micro_batch = world.micro_batch(optim.batch_size, args.accumulate)
         pasting_epochs = optim.epochs - (recipe.paste.off_epochs if recipe.paste else 0)
-        # objects are pasted into this many samples, counted from the start of training
+        # objects are pasted into this many samples of all processes, counted from the start of training
         paste_until = max(0, round(pasting_epochs / optim.epochs * steps)) * optim.batch_size
 
         # Model and optimizer
@@ -190,6 +191,8 @@ def main(args: Args):
         stop = StopOnSignal(world)
         progress = Progress(run, world, first, last, steps, optim.batch_size)
 
+        # At the top of the loop `step` steps are done; the turn at `last` only validates. Not validated: step 0, where
+        # the head is untrained, and a step that was validated before the run resumed.
         for step in range(first, last + 1):
             if val_every and (step % val_every == 0 or step == last) and step > max(0, run.last_validated_step):
                 with run.validation(step, parts, metrics), stop.at_once(), autocast:
@@ -219,9 +222,10 @@ def main(args: Args):
 
             done = step + 1
             report_now = done % args.log_every == 0 or done == last
-            stop_now = stop.asked(report_now)
+            stop_now = stop.asked(host_waits=report_now)
             save_now = done % save_every == 0 or stop_now or done == last or val_every and done % val_every == 0
-            if report_now or save_now:  # waits for the GPU, as do `backend.host_wait` and fp16's scaler
+            # waits for the GPU; other steps wait only in fp16's scaler and in `backend.host_wait`
+            if report_now or save_now:
                 values = progress.finite(values, scaler, done)
             if report_now:
                 progress.report(done, values, lr=optim.lr * lr_at(optim, step, steps))
@@ -235,7 +239,7 @@ def main(args: Args):
 
 
 def open_datasets(args, world):
-    """(args, training set, validation set); in args, unset flags are filled in: the folder and the version."""
+    """(args, training set, validation set); in args, the dataset's folder and version are filled in where not given."""
     task, recipe = TASKS[args.task], args.recipe
     dataset = dataset_class(args.dataset)
     if args.task not in dataset.tasks:

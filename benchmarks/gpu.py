@@ -9,14 +9,15 @@ Stages, the most important first, each with a fraction of the time:
     machine     GPU, versions, and roofline ceilings: copy and L2 bandwidth, bf16 and tf32 matrix products
     selfcheck   every op compared with its reference in fp64, at small and at recipe sizes (unipad.selfcheck)
     steps       one training step of every recipe at full size (benchmarks.full_step)
-    ops         every op compared with its peers (benchmarks.bench_*), spconv-cu126 and spconv-triton if installed
+    ops         every op timed against other implementations (the benchmarks.bench_* of `OPS`), spconv-cu126 and
+                spconv-triton among them if installed
     tests       the kernel tests, compiled, on all cores
     training    train.py --modality camera on the tiny recipe, and its loss curve compared with that on a CPU
 
 Results are written as soon as they are known: records.jsonl, results.csv, log.txt and report.md in --out. If a stage
-fails or runs out of time, its results so far are kept and the next stage runs (in a new process, if the old one crashed
-or ran out of time). At the end the rows are added to benchmarks/results.csv, and the README's table is generated from
-it. On a CPU everything runs at tiny sizes, to try it out, and results.csv and the README do not change.
+fails, crashes or runs out of time, its results so far are kept and the next stage runs. At the end the rows of
+results.csv are added to benchmarks/results.csv, and the README's table is generated from it. On a CPU everything runs
+at tiny sizes, to try it out, and benchmarks/results.csv and the README do not change.
 """
 
 import csv
@@ -44,7 +45,7 @@ from unipad.kernels import tuning
 
 ROOT = Path(__file__).parents[1]
 ON_GPU = DEVICE == "cuda"
-# Of the total time; time that a stage does not use goes to later ones
+# Fraction of the total time for each --stages; time that a stage does not use goes to later ones
 TIME_FRACTIONS = {"machine": 0.02, "selfcheck": 0.22, "steps": 0.18, "ops": 0.3, "tests": 0.2, "training": 0.08}
 # Benchmarks and their fractions of the time of stage ops, the most important first
 OPS = {
@@ -68,38 +69,38 @@ class Args:
 
 def measure_machine(folder):
     """Measure the roofline ceilings of this GPU; on a CPU, at tiny sizes."""
-    size, n = (2**30, 8192) if ON_GPU else (2**24, 256)
-    found = machine() | {"copy_gb_s": _copy(size), "l2_gb_s": _copy(2**23 if ON_GPU else 2**20)}
+    size, n = (2**30, 8192) if ON_GPU else (2**24, 256)  # bytes to copy; rows and columns of the matrices
+    found = machine() | {"copy_gb_s": _copy_gb_s(size), "l2_gb_s": _copy_gb_s(2**23 if ON_GPU else 2**20)}
     torch.backends.cuda.matmul.allow_tf32 = True
     for name, dtype in {"tf32": torch.float32, "bf16": torch.bfloat16}.items():
         x, y = (torch.randn(n, n, device=DEVICE, dtype=dtype) for _ in range(2))
-        found[f"{name}_tflop_s"] = 2e-9 * n**3 / _back_to_back(lambda x=x, y=y: x @ y)
+        found[f"{name}_tflop_s"] = 2e-9 * n**3 / _ms_per_run(lambda x=x, y=y: x @ y)
     print(found)
     folder.write("machine", found)
 
 
-def _copy(size):
+def _copy_gb_s(size):
     """GB/s, read plus written, of back-to-back copies of `size` bytes; of the L2 if source and target fit in it."""
     source = torch.randint(255, (size,), dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
-    return 2e-6 * size / _back_to_back(lambda: target.copy_(source))
+    return 2e-6 * size / _ms_per_run(lambda: target.copy_(source))
 
 
-def _back_to_back(fn, runs=20):
+def _ms_per_run(fn, runs=20):
     """Milliseconds per run when launched back to back, without flushing caches; the fastest of five measurements."""
     fn()
-    return min(_runs(fn, runs) for _ in range(5)) / runs
+    return min(_total_ms(fn, runs) for _ in range(5)) / runs
 
 
-def _runs(fn, runs):
-    """Milliseconds of `runs` runs; on a GPU, all are launched before the first begins, so host time does not count."""
+def _total_ms(fn, runs):
+    """Milliseconds of `runs` runs together; on a GPU all are launched before the first begins: no host time counts."""
     if not ON_GPU:
         began = time.perf_counter()
         for _ in range(runs):
             fn()
         return 1e3 * (time.perf_counter() - began)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(tuning.SPIN)
+    torch.cuda._sleep(tuning.SPIN)  # keeps the GPU busy while the host launches
     begin.record()
     for _ in range(runs):
         fn()
@@ -122,23 +123,26 @@ def measure_steps(folder):
 
 
 def benchmark_op(folder, op):
+    """Run a benchmark as a script; its rows reach the folder since `work` has set `harness.RESULTS`."""
     sys.argv = [f"bench_{op}"]
     runpy.run_module(f"benchmarks.bench_{op}", run_name="__main__")
 
 
 def run_tests(folder):
-    """Run the kernel tests until time runs out; without a GPU those of one file, in the interpreter."""
+    """Run the kernel tests until time runs out; without a GPU those of one file, in Triton's interpreter."""
     jobs = str(min(16, os.cpu_count()))
     paths = ["tests/kernels", "-n", jobs] if ON_GPU else ["tests/kernels/test_backend.py", "-n0"]
+    # "addopts=": without the options of pyproject.toml, which leave out slow tests and set -n
     flags = ["-q", "-p", "no:cacheprovider", "--durations=10", "-o", "addopts="]
     command = [sys.executable, "-m", "pytest", *flags, *paths]
     process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE)
-    # interrupted, pytest still lists the tests that failed
+    # interrupted, pytest still lists the tests that failed; at most an hour, since the deadline may be infinite
     interrupt = threading.Timer(min(harness.deadline - time.monotonic(), 3600), process.send_signal, [signal.SIGINT])
     interrupt.daemon = True
     interrupt.start()
     for line in process.stdout:
         print(line, end="", flush=True)
+        # "!": that pytest was interrupted
         if line.startswith(("FAILED", "ERROR", "!")) or " passed" in line or " failed" in line:
             folder.write("tests", {"line": line.strip()})
     interrupt.cancel()
@@ -148,10 +152,11 @@ def run_tests(folder):
 def train_tiny(folder):
     """Train the tiny camera recipe on this device, and its first steps on a CPU; records the loss of every step."""
     common = ["--modality", "camera", "--log-every", "1", "--val-samples", "2", "--picture-stride", "8"]
+    # on a GPU the default preset and city; on a CPU a smaller city: its --data-root alone would mean the paper's preset
     common += [] if ON_GPU else ["--data-root", str(full_step.city()), "--preset", "tiny"]
     first_steps = ["--stop-at", str(CURVE_STEPS)]
     runs = {"cpu": ["--device", "cpu", *first_steps]} | ({"cuda": []} if ON_GPU else {})
-    for device, flags in reversed(runs.items()):
+    for device, flags in reversed(runs.items()):  # the GPU first: time may run out
         out = folder.path / f"train-{device}"
         began = time.perf_counter()
         command = [sys.executable, "train.py", *common, *flags, "--out", str(out)]
@@ -168,6 +173,7 @@ def train_tiny(folder):
         folder.write("training", {"device": device, "seconds": seconds, "ended": ended, "curve": curve} | found)
 
 
+# --stages, with one entry for each op instead of "ops"
 STAGES = {
     "machine": measure_machine,
     "selfcheck": check_ops,
@@ -176,12 +182,13 @@ STAGES = {
     "tests": run_tests,
     "training": train_tiny,
 }
+# Fraction of the total time for each of STAGES
 STAGE_FRACTIONS = {name: fraction for name, fraction in TIME_FRACTIONS.items() if name != "ops"}
 STAGE_FRACTIONS |= {f"op-{op}": TIME_FRACTIONS["ops"] * fraction for op, fraction in OPS.items()}
 
 
 def plan(stages):
-    """The names in STAGES of the given stages, one list per process: all ops share one, which saves start-up time."""
+    """The names in STAGES of the given --stages, one list per process: all ops share one, which saves start-up time."""
     ops = [f"op-{op}" for op in OPS]
     return [ops if stage == "ops" else [stage] for stage in TIME_FRACTIONS if stage in stages]
 
@@ -209,14 +216,15 @@ def run(folder, names, later, end):
                 remaining.remove(record["name"])
                 _print_record(record)
                 n_ended += 1
-                if remaining:  # holds until the next stage reports its start and its own limit
+                if remaining:  # a limit until the next stage reports its start and its own limit
                     began = time.time()
                     limit = began + time_limit(remaining + later, end)
             # written by the worker when it began the first of `remaining`
             current = [r for r in folder.records("begun")[n_begun:][-1:] if r["name"] in remaining[:1]]
             if current:
                 began, limit = current[0]["at"], current[0]["until"]
-            # a process that ended between two stages was killed by the earlier one: the next is not to blame
+            # A process that ended between two stages was killed by the earlier one: the next is not to blame and gets a
+            # new process. One that ended before it began its first stage would do so again: that stage is given up.
             if remaining and (time.time() > limit if running else current or remaining[0] == first):
                 reason = "out of time" if running else f"exit code {process.returncode}"
                 record = {"name": remaining.pop(0), "ended": reason, "seconds": round(time.time() - began, 1)}
@@ -255,7 +263,7 @@ def work(path, code_commit, end, names, later):
     names, later = ([name for name in text.split(",") if name] for text in (names, later))
     for i, name in enumerate(names):
         seconds, began = time_limit(names[i:] + later, end), time.time()
-        harness.deadline = time.monotonic() + 0.9 * seconds
+        harness.deadline = time.monotonic() + 0.9 * seconds  # leaves time to end what has begun before `run` kills it
         folder.write("begun", {"name": name, "at": began, "until": began + seconds})
         print(f"\n# {name}, {seconds:.0f} s", flush=True)
         try:

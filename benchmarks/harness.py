@@ -1,13 +1,13 @@
 """Time and memory of one op under several implementations, side by side; prints a Markdown table.
 
-An implementation is timed only if its outputs and gradients agree with the true values; one that disagrees or raises
-gets a row without times, and the others still run. Times are medians of forward (with the 20th and 80th percentiles),
-backward, and both together, with the L2 flushed before each run. They include launching from Python, which dominates
-for small ops. "gpu ms" is the GPU time of forward and backward: the sum of its kernels' times from the profiler, with
-caches as the previous run left them. "of copy" is the forward's bandwidth (its minimum traffic over its time) as a
-fraction of what a copy reached on the same device just before.
+An implementation is timed only if its outputs and gradients agree with the true values (a reference's, see `compare`);
+one that disagrees or raises gets a row without times, and the others still run. Times are medians of forward (with the
+20th and 80th percentiles), backward, and both together, with the L2 flushed before each run. They include launching
+from Python, which dominates for small ops. "gpu ms" is the GPU time of forward and backward: the sum of its kernels'
+times from the profiler, with caches as the previous run left them. "of copy" is the forward's bandwidth (its minimum
+traffic over its time) as a fraction of what a copy reached on the same device just before.
 
-On a GPU: the op (its kernels), its peers, then its reference; rows are appended to results.csv.
+On a GPU: the op (its kernels), its peers (other implementations) and its reference; rows are appended to results.csv.
 On a CPU: the reference, which is what the op runs there, and its peers; nothing is appended.
 """
 
@@ -30,7 +30,7 @@ RESULTS = Path(__file__).with_name("results.csv")
 code_commit = commit()  # of the measured code; `benchmarks.gpu` can set it where git is not available
 deadline = math.inf  # a value of time.monotonic(), set by `benchmarks.gpu`; no measurement starts after it
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-AGREE = 1e-3  # largest error of an output or gradient, as a fraction of its largest true value
+AGREE = 1e-3  # largest error allowed of an output or gradient, as a fraction of its largest true value
 # columns of `Row` that are measured
 MEASUREMENTS = ("fwd_ms", "fwd_p20", "fwd_p80", "bwd_ms", "both_ms", "gpu_ms", "peak_mb", "of_copy", "error")
 
@@ -38,7 +38,7 @@ MEASUREMENTS = ("fwd_ms", "fwd_p20", "fwd_p80", "bwd_ms", "both_ms", "gpu_ms", "
 @dataclass
 class Case:
     name: str  # what varies, e.g. "R=3072 S=96 C=3"
-    inputs: tuple  # positional arguments, tensors on DEVICE; gradients are computed for those that require them
+    inputs: tuple  # positional arguments; gradients are computed for the tensors, also in lists, that require them
     fwd_bytes: int  # minimum memory traffic of the forward, in bytes
 
 
@@ -48,15 +48,15 @@ class Row:
 
     op: str
     case: str
-    impl: str
+    impl: str  # "triton" (the op), "reference" or the name of a peer
     fwd_ms: float | None
     fwd_p20: float | None
     fwd_p80: float | None
     bwd_ms: float | None
     both_ms: float | None
-    gpu_ms: float | None  # of forward and backward
-    peak_mb: float | None  # peak memory of forward and backward, without the inputs
-    of_copy: float | None  # fraction of the copy's bandwidth that the forward reaches
+    gpu_ms: float | None  # GPU time of forward and backward
+    peak_mb: float | None  # peak memory of forward and backward in MiB, without the inputs
+    of_copy: float | None  # bandwidth of the forward (`Case.fwd_bytes` over its time) over that of a copy
     error: float | None  # largest error of outputs and gradients, as a fraction of each one's largest true value
     note: str  # why it was not timed
     device: str
@@ -66,7 +66,7 @@ class Row:
 
 
 def machine():
-    """The columns of a row that describe the machine."""
+    """The columns of a row that describe the machine and the versions."""
     return dict(
         device=_device_name(),
         torch=torch.__version__,
@@ -94,8 +94,8 @@ def compare(op, reference, kernels, peers, cases, agree=AGREE, exact=None):
     compiled = {name: peer for name, peer in peers.items() if name.startswith("compiled")}
     # compiled peers last: compiling may take longer than all the rest
     impls = ours | {name: peers[name] for name in peers if name not in compiled} | {"reference": reference} | compiled
-    copy = _copy_bandwidth()
-    print(f"## {op}\n\n{', '.join(f'{k} {v}' for k, v in where.items())}, copy {copy:.0f} GB/s\n")
+    copy_gb_s = _copy_gb_s()
+    print(f"## {op}\n\n{', '.join(f'{k} {v}' for k, v in where.items())}, copy {copy_gb_s:.0f} GB/s\n")
     print("| case | impl | fwd ms (p20-p80) | bwd ms | fwd+bwd ms | gpu ms | peak MB | of copy | error |")
     print("|---|---|---|---|---|---|---|---|---|")
     for case in cases:
@@ -111,7 +111,8 @@ def compare(op, reference, kernels, peers, cases, agree=AGREE, exact=None):
         for name, fn in list(impls.items()):
             if _past_deadline(case, name):
                 continue
-            measured = _checked(fn, case, upstream, truth, agree, copy, quick=name == "reference")
+            # quick: a reference may take seconds
+            measured = _checked(fn, case, upstream, truth, agree, copy_gb_s, quick=name == "reference")
             row = Row(op, case.name, name, **measured, **where)
             print(_line(row), flush=True)
             rows.append(row)
@@ -130,14 +131,14 @@ def _past_deadline(case, name):
     return late
 
 
-def _checked(fn, case, upstream, truth, agree, copy, quick):
+def _checked(fn, case, upstream, truth, agree, copy_gb_s, quick):
     """Error and times of an implementation (a dict of MEASUREMENTS and "note"); no times if it is wrong or raises."""
     measured = dict.fromkeys(MEASUREMENTS)
     try:
         measured["error"] = _largest_error(_forward_backward(fn, case.inputs, upstream), truth)
         if not measured["error"] <= agree:  # NaN too
             return measured | {"note": f"error {measured['error']:.1e} exceeds {agree:.0e}: not timed"}
-        return measured | _measure(fn, case, upstream, copy, quick) | {"note": ""}
+        return measured | _measure(fn, case, upstream, copy_gb_s, quick) | {"note": ""}
     except Exception as error:  # e.g. from a peer that is not built for this machine
         reason = (str(error).strip().splitlines() or [""])[0]
         return measured | {"note": f"{type(error).__name__}: {reason}"[:200]}
@@ -177,7 +178,7 @@ def _double(value):
     return value.detach().double().requires_grad_(value.requires_grad)
 
 
-def _measure(fn, case, upstream, copy, quick):
+def _measure(fn, case, upstream, copy_gb_s, quick):
     both = partial(_forward_backward, fn, case.inputs, upstream)
     peak_mb = _peak_mb(both)
     fwd_ms, fwd_p20, fwd_p80 = milliseconds(partial(fn, *case.inputs), quick)
@@ -195,7 +196,7 @@ def _measure(fn, case, upstream, copy, quick):
         bwd_ms=bwd_ms,
         both_ms=both_ms,
         peak_mb=peak_mb,
-        of_copy=case.fwd_bytes / fwd_ms * 1e-6 / copy,
+        of_copy=case.fwd_bytes / fwd_ms * 1e-6 / copy_gb_s,
     )
 
 
@@ -236,27 +237,28 @@ def _error(ours, truth):
 def milliseconds(fn, quick=False):
     """Median, 20th and 80th percentile of the times of several runs, in ms.
 
-    GPU: 100 runs, or as many as fit in two seconds; CPU: as many as fit in one second; at least 5. quick: three runs.
+    GPU: 100 runs, or as many as fit in two seconds; CPU: as many as fit in one second; at least 5
+    (on a CPU fewer once `deadline` has passed). quick: three runs.
     """
     if DEVICE == "cuda":
-        runs = _gpu_runs(fn, 3)
+        times = _gpu_runs(fn, 3)
         if not quick:
-            runs = _gpu_runs(fn, min(100, max(5, int(2000 / statistics.median(runs)))))
+            times = _gpu_runs(fn, min(100, max(5, int(2000 / statistics.median(times)))))
     else:
-        fn()
-        runs, end = [], time.perf_counter() + (0 if quick else 1)
-        while len(runs) < (3 if quick else 5) or time.perf_counter() < end:
+        fn()  # warms up
+        times, end = [], time.perf_counter() + (0 if quick else 1)
+        while len(times) < (3 if quick else 5) or time.perf_counter() < end:
             start = time.perf_counter()
             fn()
-            runs.append(1e3 * (time.perf_counter() - start))
+            times.append(1e3 * (time.perf_counter() - start))
             if time.monotonic() > deadline:
                 break
-    return torch.tensor(runs).quantile(torch.tensor([0.5, 0.2, 0.8])).tolist()
+    return torch.tensor(times).quantile(torch.tensor([0.5, 0.2, 0.8])).tolist()
 
 
 def _gpu_runs(fn, count):
     """Milliseconds of each run, with the L2 flushed before it."""
-    flush = torch.empty(2**28, dtype=torch.uint8, device=DEVICE)  # several times the size of any L2
+    flush = torch.empty(2**28, dtype=torch.uint8, device=DEVICE)  # bytes; several times the size of any L2
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
     for begin, end in pairs:
         flush.zero_()
@@ -301,7 +303,7 @@ def _peak_mb(fn):
 
 
 def _peak_cpu_mb(fn):
-    """Peak of PyTorch's allocations, in MB; scratch memory of libraries is not counted."""
+    """Peak of PyTorch's allocations, in MiB; scratch memory of libraries is not counted."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         fn()
     changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -309,7 +311,7 @@ def _peak_cpu_mb(fn):
     return max(accumulate((e.nbytes() for e in changes), initial=0)) / 2**20
 
 
-def _copy_bandwidth():
+def _copy_gb_s():
     """Copy bandwidth in GB/s, read plus written."""
     src = torch.zeros(2**30 if DEVICE == "cuda" else 2**27, dtype=torch.uint8, device=DEVICE)
     dst = torch.zeros_like(src)

@@ -7,7 +7,7 @@
         --data-root /data/nuscenes --version v1.0-trainval      # the recipe of the paper's headline gains
 
 Pre-trains once (or takes --pretrained), then fine-tunes twice per seed: same seed, steps and label fraction, with and
-without the pre-trained encoder. Prints NDS and mAP, or mIoU, of each run on the validation split.
+without the pre-trained encoder. Prints NDS and mAP, or mIoU and accuracies, of each run on the validation split.
 """
 
 import json
@@ -26,8 +26,8 @@ class Args:
     modality: Literal["camera", "lidar", "fusion"] = "lidar"  # input of the encoder
     label_fraction: float = 0.2  # fraction of the training frames that fine-tuning uses
     seeds: tuple[int, ...] = (0,)  # seeds of the fine-tuning runs
-    pretrained: Path | None = None  # pre-training run; None: train one with train.py's defaults for the task
-    init: Path | None = None  # ImageNet weights of the camera encoder, with and without pre-training
+    pretrained: Path | None = None  # pre-training run; None: train one with the default preset for the task
+    init: Path | None = None  # ImageNet weights of the camera encoder, for pre-training and for runs from scratch
     pretrain_steps: int | None = None  # steps of pre-training; None: its preset's
     steps: int = 600  # steps of each fine-tuning run
     preset: str | None = None  # preset of fine-tuning; None: finetune.py's default (a tiny one without --data-root)
@@ -45,6 +45,7 @@ def main(args: Args):
     common += ["--data-root", args.data_root] if args.data_root else []
     pretrained = args.pretrained or out / "pretrained"
     if not args.pretrained:
+        # to detect: train.py's default preset
         preset = {"segment": "segment" if args.data_root else "segment-tiny"}.get(args.task)
         flags = ["--preset", preset] if preset else []
         flags += ["--steps", args.pretrain_steps] if args.pretrain_steps else []
@@ -57,7 +58,7 @@ def main(args: Args):
             flags = ["--task", args.task, "--label-fraction", args.label_fraction, "--seed", seed]
             flags += ["--steps", args.steps, "--val-every", args.steps]
             flags += ["--preset", args.preset] if args.preset else []
-            source = pretrained if start == "pretrained" else args.init
+            source = pretrained if start == "pretrained" else args.init  # --pretrained also takes ImageNet weights
             flags += ["--pretrained", source] if source else []
             run("finetune.py", folder, *common, *flags)
             rows.append((seed, start, [last(folder, f"val/{name}") for name in METRICS[args.task]]))

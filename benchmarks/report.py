@@ -4,6 +4,7 @@ import csv
 import json
 import statistics
 
+# Table of the ops: titles, and the columns of results.csv below them
 TITLES = ["op", "case", "impl", "fwd ms", "fwd+bwd ms", "GPU ms", "peak MB", "error", "why not timed"]
 KEYS = ("op", "case", "impl", "fwd_ms", "both_ms", "gpu_ms", "peak_mb", "error", "note")
 STEP_TITLES = ["recipe", "loss", "reference", "gradient norm", "reference", "ms", "GPU ms", "idle", "launches", "MB"]
@@ -22,7 +23,10 @@ README_CASES = {
 
 
 class Folder:
-    """The results of a run; a record is on disk when `write` returns."""
+    """The results of a run; a record is on disk when `write` returns.
+
+    stage: one of `benchmarks.gpu`; or "begun" or "ended", for the records of when each of them did.
+    """
 
     def __init__(self, path):
         self.path = path
@@ -93,7 +97,7 @@ def _steps(records):
     rows = []
     for r in records:
         if "error" in r:
-            rows.append([r["recipe"], r["error"].replace("|", "/").replace("\n", " "), *[""] * 8])
+            rows.append([r["recipe"], r["error"].replace("|", "/").replace("\n", " "), *[""] * (len(STEP_TITLES) - 2)])
             continue
         keys = ("loss", "loss_ref", "grad_norm", "grad_norm_ref", "ms")
         numbers = ["-" if r[k] is None else f"{r[k]:.5g}" for k in keys]  # None: the references ran out of memory
@@ -109,13 +113,14 @@ def _steps(records):
 
 
 def _curves(runs):
+    """Lines on the training on each device, and the mean losses of every 20 steps that ran on both."""
     for r in runs:
         metrics = ", ".join(f"{k} {v:.3f}" for k, v in r.items() if k.startswith("val/"))
         steps = len(r["curve"])
         yield f"- {r['device']}: {r['ended']}, {steps} steps in {r['seconds']:.0f} s; {metrics}"
     curves = {r["device"]: dict(map(tuple, r["curve"])) for r in runs}
     if {"cpu", "cuda"} <= curves.keys():
-        # CPU and GPU draw different random numbers: compare means over some steps
+        # CPU and GPU draw different random numbers: compare means, not single steps
         for first in range(1, max(curves["cpu"], default=0) + 1, 20):
             means = [_mean(curves[device], first, first + 20) for device in ("cpu", "cuda")]
             yield f"- mean loss of steps {first} to {first + 19}: CPU {means[0]:.3f}, GPU {means[1]:.3f}"
@@ -154,6 +159,7 @@ def _ms(row):
 
 
 def _fastest_peer(row, rows):
+    """The fastest other implementation of the same case; not the op's own variants, such as "triton, bit-equal"."""
     same = ("device", "op", "case", "commit")
     peers = [r for r in rows if all(r[k] == row[k] for k in same) and not r["impl"].startswith("triton") and _ms(r)]
     return min(peers, key=_ms, default=None)

@@ -1,6 +1,6 @@
-"""Hand-written Triton kernels: tensors in, tensors out, independent of the rest of the project. One file per op.
+"""Hand-written Triton kernels: tensors in, tensors out, independent of the rest of the project.
 
-    backend.py      dispatch (Triton on a GPU, the reference elsewhere), launches, caches, host waits
+    backend.py      dispatch (Triton on a GPU, the reference elsewhere), launches, caches, waits of the host for the GPU
     voxelize.py     points -> voxels with the mean of their points, or one point per cell
     voxel_keys.py   voxels sorted by key
     sparse_map.py   neighbor tables: which voxels each offset of a sparse convolution reads
@@ -21,9 +21,9 @@
     sdf_field.py    ... its MLPs on a tile of samples, inside a kernel; sdf_reference.py, in plain PyTorch
     cell_sum.py     ... the volume's gradient without atomics
 
-A file holds the op, its PyTorch reference (same signature, suffix `_ref`; also the CPU path), the autograd Function
-and the kernels. Files listed with dots are parts of the op above and share its reference and benchmark. Import from the
-file (`from unipad.kernels.composite import composite`): nothing is re-exported here, since an op with the name of its
-file would shadow the module. docs/kernels.md has a row per op. "The original" is the code published by UniPAD's
-authors.
+A file holds an op, or some that are used together, with the PyTorch reference (same signature, suffix `_ref`; also the
+CPU path), the autograd Function and the kernels of each. Files listed with dots are parts of the op above and share its
+reference and benchmark. Import from the file (`from unipad.kernels.composite import composite`): nothing is re-exported
+here, since an op with the name of its file would shadow the module. docs/kernels.md has a row per op. "The original" is
+the code published by UniPAD's authors.
 """

@@ -1,11 +1,12 @@
 """Gradient of a volume interpolated along rays, without atomics: samples are sorted by cell.
 
-A cell is the cube between 8 neighboring voxel centers, whose values are interpolated in it.
+A cell is the cube between 8 neighboring voxel centers, whose values are interpolated in it. Z voxels along an axis have
+Z + 1 cells: the first and the last are bounded by voxels on one side only, beyond which values are 0.
 
     d_volume_voxel = sum over its 8 cells, over the samples in each:  w d_value + (b . v) d_slope
 
-where w is the voxel's interpolation weight for the sample, b = dw / dpoint, and v the direction of the derivative that
-d_slope belongs to. The sort is stable, so each cell sums its samples in a fixed order.
+where w is the voxel's interpolation weight for the sample, b = dw / dpoint, and v the direction of the derivative whose
+gradient is d_slope. The sort is stable, so each cell sums its samples in a fixed order.
 
 Part of `sdf_render`: the reference is the gradient of `trilinear_ref`; timed by benchmarks.bench_sdf_render.
 """
@@ -19,12 +20,12 @@ def cell_sum(d_volume, cell, d_value, d_slope, v, *, origins, directions, edges,
     """Fill d_volume [B, Z, Y, X, CHANNELS] fp32.
 
     Args:
-        cell:    [N] int32, `cell_of` each sample.
+        cell:    [N] int32, each sample's cell, from `cell_of`.
         d_value: [N, C] gradient w.r.t. the interpolated value; columns from CHANNELS on are padding.
         d_slope: [N, C] gradient w.r.t. the value's directional derivative along v.
-        v:       [N, 3] that direction (x, y, z), not normalized.
-        origins, directions: [R, 3] each.
-        edges:   [R, S + 1] distances; sample n = r * S + s lies at the start of its interval.
+        v:       [N, 3] that direction (x, y, z), in the unit of the points, not normalized.
+        origins, directions: [R, 3] each, of the rays.
+        edges:   [R, S + 1] distances along the rays; sample n = r * S + s lies at the start of interval s of ray r.
         cells_per_unit, cell_offset: [3] each: grid coordinates = point * cells_per_unit + cell_offset.
 
     Deterministic. Tensors must be contiguous. GPU and interpreter only.
@@ -46,9 +47,12 @@ BLOCK_N = 32  # samples of a cell per iteration
 
 @triton.jit
 def cell_of(grid_coords, Z, Y, X):
-    """Index of each sample's cell; the largest int32 if no corner of the cell is a voxel of the volume."""
-    ux, uy, uz, first = grid_coords
-    x, y, z = tl.floor(ux) + 1, tl.floor(uy) + 1, tl.floor(uz) + 1
+    """Index of each sample's cell; the largest int32 if no corner of the cell is a voxel of the volume.
+
+    grid_coords: as `sample_on_ray` in sdf_field.py returns them.
+    """
+    ux, uy, uz, first = grid_coords  # first: volume index * Z
+    x, y, z = tl.floor(ux) + 1, tl.floor(uy) + 1, tl.floor(uz) + 1  # cell 0 ends at voxel 0
     inside = (x >= 0) & (x <= X) & (y >= 0) & (y <= Y) & (z >= 0) & (z <= Z)
     z = first // Z * (Z + 1) + tl.where(inside, z, 0.0).to(tl.int64)
     cell = (z * (Y + 1) + tl.where(inside, y, 0.0).to(tl.int64)) * (X + 1) + tl.where(inside, x, 0.0).to(tl.int64)
@@ -57,7 +61,7 @@ def cell_of(grid_coords, Z, Y, X):
 
 @jit
 def _cell_sum_kernel(
-    order_ptr, first_of_cell_ptr,  # [N] int64 sample indices sorted by cell, [cells + 1] int64
+    order_ptr, first_of_cell_ptr,  # [N] int64 sample indices sorted by cell; [cells + 1] int64, where each cell begins
     origins_ptr, directions_ptr, edges_ptr, cells_per_unit_ptr, cell_offset_ptr,  # [R, 3] x 2, [R, S + 1], [3], [3]
     d_value_ptr, d_slope_ptr, v_ptr,  # [N, C], [N, C], [N, 3]
     d_volume_ptr,  # [B, Z, Y, X, CHANNELS]
@@ -93,15 +97,15 @@ def _cell_sum_kernel(
 
 
 @triton.jit
-def _weight(origins_ptr, directions_ptr, cells_per_unit_ptr, cell_offset_ptr, AXIS, r, start, ok, corner, upper):
+def _weight(origins_ptr, directions_ptr, cells_per_unit_ptr, cell_offset_ptr, AXIS, r, start, ok, voxel, upper):
     """Along one axis: the voxel's interpolation weight for the samples, and its derivative w.r.t. the point.
 
-    corner: the voxel's index. upper: 1 if it is the upper end of the cell, 0 if the lower.
+    voxel: its index along the axis. upper: 1 if it is the upper end of the cell, 0 if the lower.
     """
     direction = tl.load(directions_ptr + 3 * r + AXIS, mask=ok, other=0.0)
     point = tl.load(origins_ptr + 3 * r + AXIS, mask=ok, other=0.0) + direction * start
     cells_per_unit = tl.load(cells_per_unit_ptr + AXIS)
     coord = point * cells_per_unit + tl.load(cell_offset_ptr + AXIS)
     sign = 2 * upper - 1
-    # 1 - upper + sign * (coord - low), where corner = low + upper
-    return 1 + sign * (coord - corner), sign * cells_per_unit
+    # 1 - upper + sign * (coord - low) with the cell's lower end low = voxel - upper
+    return 1 + sign * (coord - voxel), sign * cells_per_unit

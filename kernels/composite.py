@@ -1,12 +1,13 @@
 """Alpha-composite samples along rays, front to back.
 
-    k_s = 1 - alpha_s + 1e-7   (transmittance of sample s; 1e-7 as in the original)
-    T_s = prod_{t<s} k_t,   w_s = T_s * alpha_s,   out = sum_s w_s * value_s
+    k_s = 1 - alpha_s + 1e-7   (what sample s lets through; 1e-7 as in the original)
+    T_s = prod_{t<s} k_t (transmittance up to sample s),   w_s = T_s * alpha_s,   out = sum_s w_s * value_s
 
     dL/dalpha_s = T_s * (g_s - B_s),   g_s = dL/dw_s + dL/dout . value_s
     B_{s-1} = alpha_s * g_s + k_s * B_s,   B_{S-1} = 0
 
-B is accumulated from the far end; no division by k, so the gradient is exact where alpha is 0 or 1.
+B_s = dL/dT_{s+1}, from the samples behind s, is accumulated from the far end; no division by k, so the gradient is
+exact where alpha is 0 or 1.
 """
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from unipad.kernels.backend import jit, on_triton, tl, triton, without_autocast
 
-EPS = 1e-7  # transmittance of an opaque sample, as in UniPAD's renderers
+EPS = 1e-7  # what an opaque sample lets through, as in UniPAD's renderers; the kernels have it as a literal
 
 
 def composite(alpha: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

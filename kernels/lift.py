@@ -1,18 +1,19 @@
-"""Lift image features into a voxel volume: every voxel gathers what the views see at its lower corner.
+"""Lift image features into a voxel volume: every voxel sums what the views see at its lower corner, as in the original.
 
     volume[x] = sum_{n, l} F_nl(u, v) * P_nl(u, v, d)        (u d, v d, d, 1) = lidar2image_n @ (x, 1)
 
     dL/dF_nl = P_nl * g,   dL/dP_nl = <g, F_nl>,   g = dL/dvolume[x]
 
 F_nl(u, v) is the bilinearly interpolated feature of level l of view n, P_nl(u, v, d) the trilinearly interpolated
-probability that the surface visible there lies at depth d; both gradients are distributed over the taps with the
-weights of the forward. Every voxel is projected into every view, but features are gathered only where it is visible:
-with nuScenes' six cameras, in 1.1 views on average.
+probability that the surface visible there lies at depth d; both gradients are distributed over the taps (the pixels and
+bins interpolated) with the weights of the forward. Every voxel is projected into every view, but features are read only
+from views that see it: with nuScenes' six cameras, 1.1 on average.
 
 A program handles a block of voxels adjacent in x and y, most of which project into the same view and pixels. The
 backward adds atomically to the gradients of fine levels, where few voxels project onto a pixel. On coarse levels, where
 many do, and on every level under strict determinism, it records each projection (a "hit") instead: the hits are sorted
-by the cell between four pixels that they lie in, and each pixel sums over the cells around it.
+by the cell between four pixels that they lie in, and each pixel gathers its gradients from the cells around it. Such a
+level is called gathered.
 """
 
 import math
@@ -77,7 +78,7 @@ def lift_ref(features, depths, lidar2image, low, cell, shape, image_size, depth_
     X, Y, Z = shape
     acc_type = torch.float64 if features[0].dtype == torch.float64 else torch.float32
     uvd, visible = _project_ref(lidar2image.detach(), low, cell, shape, image_size, depth_range)
-    b, voxel, n = visible.transpose(1, 2).nonzero(as_tuple=True)  # [P] visible pairs of voxel and view, by voxel
+    b, voxel, n = visible.transpose(1, 2).nonzero(as_tuple=True)  # [P] voxels and views that see them, by voxel
     u, v, d = uvd[:, b, n, voxel].to(acc_type)  # [P]
     view = b * N + n
 
@@ -168,15 +169,16 @@ class Lift(torch.autograd.Function):
 
 
 def _backward(d_volume, features, depths, lidar2image, geometry, deterministic):
-    """The gradients of all features, then of all depths."""
+    """The gradients of the features of all levels, then of the depths."""
     (B, N), V = lidar2image.shape[:2], math.prod(geometry["shape"])
     acc_type = torch.float64 if features[0].dtype == torch.float64 else torch.float32
     coarse = [V >= COARSE * N * feature.shape[2:4].numel() for feature in features]
     gathered = [l for l in range(len(features)) if coarse[l] or deterministic]
     pixels = [B * N * features[l].shape[2:4].numel() for l in gathered]
     ends, cells = list(accumulate(pixels)), sum(pixels)
-    # a radix sort takes half as many passes with 16-bit keys
+    # a radix sort takes half as many passes with 16-bit keys as with 32-bit ones
     key_type = torch.int16 if cells < 2**15 else torch.int32
+    # where a view does not see a voxel, `cells`: sorted after all cells
     cell_idx = torch.full((len(gathered), B * N * V), cells, dtype=key_type, device=d_volume.device)
     hits = torch.empty(len(gathered), B * N * V, HIT.value, dtype=acc_type, device=d_volume.device)
 
@@ -209,7 +211,7 @@ def _backward(d_volume, features, depths, lidar2image, geometry, deterministic):
 FWD_TILE = 4096  # bytes of features per program: voxels x channels
 BWD_TILE = 2048  # the same; 4096 would spill registers
 MAX_VOXELS = 32  # per program, at most: with few channels the tiles would hold so many that projecting them dominates
-COARSE = 4  # a level with at least this many voxels per pixel is coarse: its pixels gather their gradients
+COARSE = 4  # a level is coarse if the volume has at least this many voxels per pixel of the level's views
 
 
 def _launch(kernel, tile, features, depths, lidar2image, geometry, **rest):
@@ -225,6 +227,7 @@ def _launch(kernel, tile, features, depths, lidar2image, geometry, **rest):
 
 
 def _blocks(tile, C):
+    """Block sizes of a program with `tile` values, voxels x channels."""
     BLOCK_C = triton.next_power_of_2(C)
     voxels = min(max(tile // BLOCK_C, 1), MAX_VOXELS)
     BLOCK_X = 1 << (voxels.bit_length() // 2)  # BLOCK_Y or 2 * BLOCK_Y
@@ -267,8 +270,8 @@ def _lift_fwd_kernel(
 def _lift_bwd_kernel(
     feature_ptrs, depth_ptrs,  # per level [B, N, h, w, C], [B, N, h, w, D]
     d_volume_ptr,  # [B, Z, Y, X, C]
-    out_ptrs,  # per level (d_feature, d_depth), added to; if gathered (cell_idx [B, N, V], hits [B, N, V, HIT])
-    first_cells,  # per level, index of its first cell: a level has as many cells as pixels
+    out_ptrs,  # per level (d_feature, d_depth), added to; for a gathered one (cell_idx [B, N, V], hits [B, N, V, HIT])
+    first_cells,  # per level, index of its first cell among those of all gathered levels; as many cells as pixels
     lidar2image_ptr,  # [B, N, 4, 4]
     sizes, low, cell, shape, image_size, depth_range,  # per level (h, w); the rest as in `lift`
     N, C, D,

@@ -1,11 +1,11 @@
 """Gradients of one level of `lift`, without atomics: hits (projections of voxels into views) are sorted by cell.
 
-    d_feature_pixel = sum over its 4 cells, over the hits in each:  s P g
-    d_depth_pixel,k = sum over its 4 cells, over the hits in each:  s max(0, 1 - |z - k|) <g, F>
+    d_feature_pixel = sum over its 4 cells, over the hits in each:  s probability g
+    d_depth_pixel,k = sum over its 4 cells, over the hits in each:  s max(0, 1 - |z - k|) <g, feature>
 
 A cell lies between four pixels. For each hit, s is the pixel's bilinear weight, z the depth in bins (k is a bin), g the
-gradient w.r.t. the voxel, P and F the probability and the feature interpolated in the forward. The sort is stable, so
-each cell sums its hits in a fixed order.
+gradient w.r.t. the voxel; probability and feature are those interpolated in the forward. The sort is stable, so each
+cell sums its hits in a fixed order.
 
 Part of `lift`: the reference is the gradient of `lift_ref`; timed by benchmarks.bench_lift.
 """
@@ -21,7 +21,7 @@ def pixel_sum(d_feature, d_depth, begin, order, hits, d_volume, many_hits):
                    the index of its upper left pixel among the P pixels of all views.
         order:     [levels * B * N * V] int64 rows of all levels' `hits` by cell; only this level's are read.
         hits:      [levels, B * N * V, HIT] for each view and each of V voxels: column and row in pixels, depth in bins,
-                   probability, <g, F>.
+                   probability, <g, feature>.
         d_volume:  [B, Z, Y, X, C].
         many_hits: True: several lanes share the hits of a pixel, meant for pixels with many.
 
@@ -38,11 +38,12 @@ def pixel_sum(d_feature, d_depth, begin, order, hits, d_volume, many_hits):
 
 HIT = tl.constexpr(5)  # values per hit
 # Untuned: chosen from the compiler's output for sm_90, without timing on a GPU
-TILE = 1024  # lanes x channels per program
+TILE = 1024  # lanes (rows of the tile: one hit at a time) x channels or bins, per program
 MAX_LANES = 8  # lanes that share the hits of a pixel
 
 
 def _blocks(lanes_per_pixel, C, D):
+    """Block sizes of a program, which has BLOCK_P pixels with LANES lanes each."""
     BLOCK_C, BLOCK_D = triton.next_power_of_2(C), triton.next_power_of_2(D)
     lanes = max(TILE // max(BLOCK_C, BLOCK_D), 1)
     lanes_per_pixel = min(lanes_per_pixel, lanes)

@@ -37,11 +37,12 @@ def clip_rays(
         near:       smallest distance from the origin at which a ray may start.
 
     Returns:
-        near, far: [R] distances, far >= near + 1e-6. A ray that misses gets near and near + 1, which are finite.
-        hit:       [R] bool; False where the ray misses the box, starts beyond it, or leaves it before `near`.
+        enter, leave: [R] distances, leave >= enter + 1e-6 up to rounding. A ray that misses gets near and near + 1, so
+                      that what follows stays finite.
+        hit:          [R] bool; False where the ray misses the box, starts beyond it, or leaves it before `near`.
 
     1 / (d + 1e-6) is the original's guard against components d = 0; it biases distances by a fraction 1e-6 / d.
-    Computes in fp32. Raises AssertionError if shapes do not match.
+    The kernel computes in fp32. Raises AssertionError if shapes do not match.
     """
     R = origins.shape[0]
     fits = origins.shape == directions.shape == (R, 3)
@@ -70,8 +71,8 @@ def clip_rays_ref(origins, directions, low, high, near):
     enter = torch.minimum(at_low, at_high).amax(dim=1).clamp(min=near)  # [R]
     leave = torch.maximum(at_low, at_high).amin(dim=1)  # [R]
     hit = enter < leave
-    far = torch.maximum(leave, enter + 1e-6)
-    return torch.where(hit, enter, near), torch.where(hit, far, near + 1), hit
+    leave = torch.maximum(leave, enter + 1e-6)
+    return torch.where(hit, enter, near), torch.where(hit, leave, near + 1), hit
 
 
 @torch.no_grad()
@@ -82,7 +83,7 @@ def stratified_edges(near: Tensor, far: Tensor, S: int, jitter: Tensor | None = 
         near, far: [R] distances.
         S:         number of samples, at least 1.
         jitter:    [R] in [0, 1), one number per ray: every edge moves to that fraction of the way between the midpoints
-                   of its two intervals (the first edge starts at near, the last ends at far). None: even intervals.
+                   of its two intervals (the first edge from near on, the last up to far). None: even intervals.
 
     Returns:
         edges: [R, S + 1] ascending.
@@ -131,7 +132,7 @@ def sample_pdf(edges: Tensor, weights: Tensor, n: int, jitter: Tensor | None = N
     Returns:
         new_edges: [R, n + 1] ascending, within `edges`: n starts and the end of the last.
 
-    The CDF is summed in fp64: divided by as little as 1e-5, an fp32 sum would visibly move samples. Raises
+    The kernel sums the CDF in fp64: divided by as little as 1e-5, an fp32 sum would visibly move samples. Raises
     AssertionError if shapes do not match.
     """
     _check(edges, weights, n, jitter)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 # File -> part of a source line -> what its product is, or why it stays below 2^31. Triton merges equal products, so the
 # line may be the first one that contains the product (a mask, say) rather than the address. Products of loop bounds
-# count: an address depends on them through the loop's counter. The offsets of sparse_gemm.py are kernel offsets.
+# count: an address depends on them through the loop's counter.
 KNOWN_SMALL = {
     "lift.py": {
         "V = shape[0] * shape[1] * shape[2]": "lift asserts views x voxels < 2^31",

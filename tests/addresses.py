@@ -1,52 +1,56 @@
 """Find int32 products in a kernel's address arithmetic, from its TTIR.
 
-An offset multiplied in int32 overflows for tensors of more than 2^31 elements, which no test would notice: kernels must
-widen to int64 before the product. Every pointer offset is traced back to the values that it is computed from. An int32
-product among them is an error, unless both factors are bounded at compile time (`tl.arange`, block sizes), or one is
-and the other is a block index (a program id, or the counter of a loop over `cdiv(size, block)`): block index times
-block size is at most a size, and sizes are int32. `KNOWN_SMALL` lists products that stay below 2^31 for other reasons.
+An offset multiplied in int32 overflows for tensors of more than 2^31 elements, which the tests are too small to notice:
+kernels must widen to int64 before the product. Every pointer offset is traced back to the values that it is computed
+from. An int32 product among them is an error, unless both factors are bounded at compile time (`tl.arange`, block
+sizes), or one factor is and the other is a block index (a program id, or the counter of a loop over `cdiv(size,
+block)`): block index times block size is at most a size, and sizes are int32. `KNOWN_SMALL` lists products that stay
+below 2^31 for other reasons.
 
-Tracing stops at offsets loaded from memory and ignores conditions (masks, branches). int32 sums are not checked.
+Tracing stops at values loaded from memory and ignores conditions (masks, branches). int32 sums are not checked.
 """
 
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-KNOWN_SMALL = {  # file -> part of a source line -> why its product stays below 2^31
+# File -> part of a source line -> what its product is, or why it stays below 2^31. Triton merges equal products, so the
+# line may be the first one that contains the product (a mask, say) rather than the address. Products of loop bounds
+# count: an address depends on them through the loop's counter.
+KNOWN_SMALL = {
     "lift.py": {
         "V = shape[0] * shape[1] * shape[2]": "lift asserts views x voxels < 2^31",
         "i = (z * shape[1] + y) * shape[0] + x": "voxel index; lift asserts voxels < 2^31",
         "block // (along_x * along_y)": "block index within a slice, less than the number of programs",
     },
     "pixel_sum.py": {
-        "cell = p - up * w": "first pixel of a row",
+        "cell = p - up * w": "0 or the width of an image: `up` is 0 or 1",
         "hit // V // N % B * V + hit % V": "voxel index; lift asserts voxels < 2^31",
     },
     "rotated_iou.py": {"w * 32 + k": "box index"},
     "sdf_field.py": {"tile * BLOCK_S": "index of a sample on its ray"},
     "sparse_gemm.py": {
-        "e < O * I": "weights of one offset",
-        "slot * BLOCK_M": "entries of one tile: offsets x rows",
-        "slot[None, :] * BLOCK_M": "entries of one tile: offsets x rows",
-        "at * BLOCK_M": "entries of one tile: offsets x rows",
-        "count * STEPS": "channel blocks over the offsets of a tile",
+        "e < O * I": "weights of one kernel offset",
+        "slot * BLOCK_M": "entries of one tile: kernel offsets x rows",
+        "slot[None, :] * BLOCK_M": "entries of one tile: kernel offsets x rows",
+        "at * BLOCK_M": "entries of one tile: kernel offsets x rows",
+        "count * STEPS": "channel blocks over the kernel offsets of a tile",
         "r * BLOCK_R": "pairs of one chunk",
     },
-    "sparse_tiles.py": {"size = size * 2": "a power of two up to the rows of a window"},
-    "trilinear.py": {"2 * C": "channels", "2 * upper - 1": "-1 or 1"},
+    "sparse_tiles.py": {"size = size * 2": "a power of two, at most twice the rows of a window"},
+    "trilinear.py": {"2 * C": "channels are few", "2 * upper - 1": "-1 or 1"},
     "voxel_pool.py": {
         "view * 12": "index of a matrix entry; views are few",
         "p = r * D + k": "point index; voxel_pool asserts points < 2^30",
         "chunk * CHUNK": "index of a sorted run; runs are at most as many as points",
         "first * CHUNK": "index of a sorted run",
         "whole * (CHUNK - 1)": "runs of one voxel",
-        "range(0, tl.max(terms, axis=0)": "runs of one voxel",
-        "range(0, D": "depth bins along the ray of a pixel",
+        "range(0, tl.max(terms, axis=0)": "bound of the unrolled loop: runs of one voxel",
+        "range(0, D": "bound of the unrolled loop: depth bins along the ray of a pixel",
     },
 }
 
-# An SSA value; an op: name and number of its results, its own name, the rest of the line
+# An SSA value. A line with an op: name and number of the op's results, name of the op, the rest of the line
 VALUE = re.compile(r"%[\w.]+(?:#\d+)?")
 OP = re.compile(r'^\s*(?:(%[\w.]+)(?::(\d+))? = )?"?([a-z_]+\.[\w.]+)"?(.*)$')
 # Ops at which tracing stops
@@ -87,7 +91,7 @@ def _read(ttir):
     for line in ttir.splitlines():
         parsed = OP.match(line)
         closes, opens = line.lstrip().startswith("}"), line.split(" loc(")[0].rstrip().endswith(("{", "({"))
-        if closes and not opens and regions:
+        if closes and not opens and regions:  # `} else {` and `} do {` stay in the same op
             regions.pop()
         if not parsed:
             continue
@@ -133,13 +137,13 @@ def _kind(value, ops):
         return None
     kinds = [_kind(v, ops) for v in op.operands]
     match op.name:
-        case "arith.constant" | "tt.make_range" | "arith.cmpi":
+        case "arith.constant" | "tt.make_range" | "arith.cmpi":  # a comparison is 0 or 1
             return "constant"
         case "tt.get_program_id":
             return "block"
         case "counter":
-            last = ops.get(op.operands[1])
-            in_blocks = last and last.name == "arith.divsi" and _kind(last.operands[1], ops) == "constant"
+            end = ops.get(op.operands[1])  # operands: start, end, step
+            in_blocks = end and end.name == "arith.divsi" and _kind(end.operands[1], ops) == "constant"  # a cdiv
             return "constant" if set(kinds) == {"constant"} else "block" if in_blocks else None
         case "arith.remsi" | "arith.andi" if kinds[1] == "constant":
             return "constant"

@@ -50,26 +50,26 @@ class Launch:
     budgets: tuple = ("sm_90",)  # the targets, out of ASSEMBLED, on which the limits are asserted; on AMD only `stack`
 
     def matrix(self, target):
-        """The matrix instruction that the machine code for `target` must have, "" for none."""
+        """The matrix instruction that the machine code for an NVIDIA `target` must have, "" for none."""
         return "HMMA" if self.mma and target == "sm_80" else self.mma
 
 
 def launches_of(kernel_file, which):
     """(launch, element type, target) for the LAUNCHES of tests/kernels/test_<kernel_file>.py.
 
-    which: one of TARGETS, or "first": for each kernel the first launch with a budget for sm_90, for that target.
+    which: one of TARGETS, or "first": only the first launch of each kernel with a budget for sm_90, for sm_90.
     """
     launches = importlib.import_module(f"tests.kernels.test_{kernel_file}").LAUNCHES
-    if which == "first":
+    if which == "first":  # reversed: the first launch of a kernel is the last written into the dict
         launches = {launch.kernel: launch for launch in reversed(launches) if "sm_90" in launch.budgets}.values()
     target = "sm_90" if which == "first" else which
     return [(launch, element, target) for launch in launches if target in launch.targets for element in launch.elements]
 
 
 def compile_launches(kernel_file, which="first"):
-    """Print the cost of every launch as a JSON line: shared memory, and on targets in its `budgets` all resources.
+    """Print the cost of every launch as a JSON line: shared memory, and on targets in its `budgets` what `_cost` reads.
 
-    For targets in ASSEMBLED, the line also has the launch's `int32_products`.
+    For targets in ASSEMBLED, the line also has the launch's `int32_products`. which: as in `launches_of`.
     """
     module = importlib.import_module(f"unipad.kernels.{kernel_file}")
     for launch, element, target in launches_of(kernel_file, which):
@@ -121,7 +121,7 @@ def compile_launch(kernel, launch, element, target):
         {(kernel.arg_names.index(a),): v for a, v in launch.constexprs.items()},
         {path: [["tt.divisibility", 16]] for path in aligned},
     )
-    options = {"num_warps": launch.num_warps, "enable_fp_fusion": True}
+    options = {"num_warps": launch.num_warps, "enable_fp_fusion": True}  # True as in `backend.jit`
     if launch.num_stages is not None:
         vendor, stages = "amd" if target in AMD else "nvidia", launch.num_stages
         options["num_stages"] = stages[vendor] if isinstance(stages, dict) else stages
@@ -154,9 +154,8 @@ def _paths(type_, path):
 
 
 def _cost(compiled, mma):
-    """Registers and stack bytes per thread, shared bytes per program, and `mma` if the machine code has it.
-
-    On AMD's targets only the stack.
+    """Registers and stack bytes per thread, shared bytes per program, and "mma": `mma` if the machine code has this
+    instruction, else "". On AMD's targets only the stack.
     """
     if "amdgcn" in compiled.asm:
         return {"stack": int(re.search(r"\.private_segment_fixed_size: +(\d+)", compiled.asm["amdgcn"])[1])}

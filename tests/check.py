@@ -19,12 +19,12 @@ def check_against_ref(op, ref, inputs, dtype, wrt=None, slack=None, magnitude=0.
                lists of tensors are handled element by element; anything else is passed through.
     wrt:       names of the inputs whose gradients are compared too; None: all floating-point tensors.
     slack:     as a fraction of the largest fp64 value; None: SLACK of the type.
-    magnitude: size of terms that cancel in outputs or gradients; if larger, it replaces the largest fp64 value.
+    magnitude: size of terms that cancel in outputs or gradients; if larger, `slack` is a fraction of it instead.
 
-    Also asserts that `op` launched a kernel, and that it launched none when all its outputs are empty.
+    Also asserts that `op` launched a kernel if no output or gradient is empty, and none if all its outputs are.
     """
     truth = _run(ref, inputs, torch.float64, wrt)
-    plain = _run(ref, inputs, dtype, wrt)
+    ref_in_dtype = _run(ref, inputs, dtype, wrt)
     with launches() as launched:
         ours = _run(op, inputs, dtype, wrt)
     if all(t.numel() for t in truth.values()):
@@ -33,13 +33,13 @@ def check_against_ref(op, ref, inputs, dtype, wrt=None, slack=None, magnitude=0.
         assert not launched, f"there is nothing to do, but it launched {launched}"
     assert ours.keys() == truth.keys()
     for name in truth:
-        assert ours[name].dtype == plain[name].dtype and ours[name].shape == plain[name].shape, name
+        assert ours[name].dtype == ref_in_dtype[name].dtype and ours[name].shape == ref_in_dtype[name].shape, name
         if not truth[name].is_floating_point():
             assert torch.equal(ours[name], truth[name]), name
             continue
         assert torch.isfinite(ours[name]).all(), f"{name}: not finite"
         scale = max(truth[name].abs().max().item(), magnitude) if truth[name].numel() else 0.0
-        bound = 2 * _err(plain[name], truth[name]) + (SLACK[dtype] if slack is None else slack) * scale
+        bound = 2 * _err(ref_in_dtype[name], truth[name]) + (SLACK[dtype] if slack is None else slack) * scale
         assert _err(ours[name], truth[name]) <= bound, f"{name}: {_err(ours[name], truth[name]):.2e} > {bound:.2e}"
 
 
@@ -77,7 +77,7 @@ class DivideLikeGpu(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# Operators whose result the host waits for
+# Operators for which the host waits: for their result, or for its size
 BLOCKING = "nonzero", "_local_scalar_dense", "_unique2", "unique_consecutive", "unique_dim", "masked_select", "equal"
 
 
@@ -86,10 +86,10 @@ class WaitRecorder(TorchDispatchMode):
 
     named:   reason of the `backend.host_wait` around each wait.
     unnamed: name of each operator that waits outside of a `backend.host_wait`.
-    without: modules whose kernels are not run, to save time: no tensor's size depends on their results.
+    without: modules whose kernels are not run, to save time; no tensor's size may depend on their results.
 
-    Creating a tensor from a list counts, since the host waits for its copy. Operators inside kernels do not count: they
-    are the interpreter's.
+    Creating a tensor from a list (`lift_fresh`) counts, since the host waits for its copy. Operators inside kernels do
+    not count: they are the interpreter's.
     """
 
     def __init__(self, without=()):
@@ -101,7 +101,7 @@ class WaitRecorder(TorchDispatchMode):
 
         plain, tolist = KernelInterface.__getitem__, torch.Tensor.tolist
 
-        def unrecorded(kernel, grid):
+        def launched_unrecorded(kernel, grid):
             def launch(*args, **kwargs):
                 if kernel.fn.__module__ not in self.without:
                     with _disable_current_modes():
@@ -115,7 +115,7 @@ class WaitRecorder(TorchDispatchMode):
                 return tolist(tensor)
 
         self.patches = ExitStack()
-        self.patches.enter_context(mock.patch.object(KernelInterface, "__getitem__", unrecorded))
+        self.patches.enter_context(mock.patch.object(KernelInterface, "__getitem__", launched_unrecorded))
         self.patches.enter_context(mock.patch.object(torch.Tensor, "tolist", recorded_tolist))
         return super().__enter__()
 
@@ -126,9 +126,9 @@ class WaitRecorder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, kwargs = func.overloadpacket.__name__, kwargs or {}
         indices = args[1] if name in ("index", "index_put", "index_put_") else ()
-        masks = any(i is not None and i.dtype == torch.bool for i in indices)
+        by_mask = any(i is not None and i.dtype == torch.bool for i in indices)
         unsized = name == "repeat_interleave" and kwargs.get("output_size") is None
-        if name in BLOCKING or name == "lift_fresh" or masks or unsized:
+        if name in BLOCKING or name == "lift_fresh" or by_mask or unsized:
             self._record(name)
         return func(*args, **kwargs)
 
@@ -140,7 +140,7 @@ class WaitRecorder(TorchDispatchMode):
 
 
 def _run(fn, inputs, dtype, wrt):
-    """Outputs as out0, out1, ...; gradients as d_<name>, for a fixed random upstream gradient of each output."""
+    """Outputs, as out0, out1, ..., and gradients, as d_<name>, for fixed random upstream gradients."""
     inputs = {name: _cast(value, dtype) for name, value in inputs.items()}
     leaves = {}
     for name, value in inputs.items():

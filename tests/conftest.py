@@ -1,4 +1,6 @@
-"""Shared fixtures. With a GPU the kernels run compiled; without one, in Triton's interpreter."""
+"""Shared fixtures. With a GPU ops run compiled kernels. Without one they run their references or, where a test sets
+`backend.interpret`, the kernels in Triton's interpreter.
+"""
 
 import importlib.util
 import os
@@ -22,8 +24,8 @@ if not HAS_GPU:
 def faster_interpreter():
     """Skip the repeated patches of `triton.language` in Triton's interpreter.
 
-    It patches the module at each launch, and again at every call of a device function. The repetition changes nothing,
-    but takes up to two fifths of the run time.
+    The interpreter patches the module at each launch, and again at every call of a device function within it. The
+    repetition changes nothing, but takes up to two fifths of the run time.
     """
     if HAS_GPU or importlib.util.find_spec("triton") is None:
         yield
@@ -36,7 +38,7 @@ def faster_interpreter():
     def patch(fn):
         languages = [module for module in fn.__globals__.values() if module is tl or module is tl.core]
         patched = languages and not any(tl.core.is_builtin(module.load) for module in languages)
-        return interpreter._LangPatchScope() if patched else plain(fn)
+        return interpreter._LangPatchScope() if patched else plain(fn)  # an empty scope: nothing to restore
 
     with pytest.MonkeyPatch.context() as context:
         context.setattr(interpreter, "_patch_lang", patch)
@@ -66,7 +68,7 @@ def signal_handlers():
 
 @pytest.fixture(scope="session")
 def city(tmp_path_factory):
-    """Root of a small synthetic dataset, v1.0-mini. Read-only: tests that modify it use `copy`."""
+    """Root of a small synthetic dataset, v1.0-mini, shared by all tests: those that modify it use `copy` instead."""
     from unipad.data.synthetic import generate
 
     root = tmp_path_factory.mktemp("data") / "city"
@@ -76,7 +78,7 @@ def city(tmp_path_factory):
 
 @pytest.fixture
 def copy(city, tmp_path, own_user_cache):
-    """Root of a copy of `city` that the test may modify."""
+    """Root of a copy of `city` that the test may modify. Nothing is cached, neither there nor in the user's folder."""
     return shutil.copytree(city, tmp_path / "city", ignore=shutil.ignore_patterns("unipad-index"))
 
 

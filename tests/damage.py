@@ -1,8 +1,8 @@
 """Fuzz test: damage files of every kind that the project reads, and classify what reading them results in.
 
-    python -m tests.damage --cases 2000 --processes 2     # a table of outcomes; exit code 1 if one of them is a fault
-    python -m tests.damage --cases 500 --kind tables      # one kind of file
-    python -m tests.damage --only 1234                    # one case, with its traceback
+    python -m tests.damage --cases 2000 --processes 2   # a table of outcomes; exit code 1 if any is a fault (capitals)
+    python -m tests.damage --cases 500 --kind tables    # one kind of file
+    python -m tests.damage --only 1234                  # one case, with its traceback; repeat --seed and --kind
 
 The seed and the number of a case determine a kind of file, a file of that kind, and a way to damage it. A forked child
 with limits of time and memory reads the damaged file as the scripts do. The outcomes:
@@ -15,13 +15,14 @@ with limits of time and memory reads the damaged file as the scripts do. The out
     TRACEBACK  an exception that is not meant for users, or a crash of the process
     HANG       no result within the time limit
 
-Which damage can be detected? Checkpoints, PNGs and caches have checksums, so any other result is SILENT. So it is for
-values of a wrong type, missing fields, numbers that are not finite and files that are empty, missing or all zeros
-(`DETECTABLE`), in every format. Any other changed result is `other`: not harmless, but no check can detect it:
+Which damage can be detected? Checkpoints, PNGs and caches have checksums, so a result that differs without a message is
+SILENT. So it is, in every format, after damage of the kinds in `DETECTABLE`: values of a wrong type, missing fields,
+numbers that are not finite, files that are empty, missing or all zeros. Any other changed result is `other`: not
+harmless, but no check can detect it:
 
     LiDAR      another coordinate or intensity within the sensor's range; blocks of zeros, since some sensors write
-               zeros for rays without a return; a range removed, if whole points are left
-    JPEG       other coefficients. libjpeg notices most of it beyond a single bit and prints a warning without the
+               zeros for rays without a return; a range removed, if the size still is that of whole points
+    JPEG       other coefficients. libjpeg notices most damage of more than one bit and prints a warning without the
                file's name, but OpenCV returns the image as if it were intact
     labels     another class, also 0 (unlabeled) in the whole file; no table of labels at all
     JSON       another number or name that is possible; a record missing, repeated or moved that no other refers to
@@ -60,10 +61,11 @@ REPO = Path(__file__).parents[1]
 OUTCOMES = ("refused", "skipped", "same", "other", "SILENT", "TRACEBACK", "HANG")
 FAULTS = OUTCOMES[4:]
 SECONDS = 60  # time limit of a case; one that does not hang takes less than a second
-MEMORY = 6 * 2**30  # bytes that a case may add to the address space of its process; a damaged size may ask for more
+MEMORY = 6 * 2**30  # bytes that a case may add to its address space: a damaged size must not exhaust the machine
 
 
-# Ways to damage a file: functions of (random generator, bytes of the file, one file of each kind) that return bytes
+# Ways to damage a file: functions of (random generator, bytes of the file, paths of an intact file of each kind) that
+# return the damaged bytes
 
 
 def flip(rng, data, _, bits=1):
@@ -101,7 +103,7 @@ BYTES = {
     "doubled": lambda rng, data, _: data + data,
     "as text": lambda rng, data, _: data.replace(b"\n", b"\r\n"),  # as after an FTP transfer in text mode
     "another kind": lambda rng, data, others: others[int(rng.integers(len(others)))].read_bytes(),
-    "missing": None,
+    "missing": None,  # this and the next: see `Harness._damage`
     "a folder": None,
 }
 
@@ -165,14 +167,14 @@ JSON = {"wrong type": wrong_type, "wrong number": wrong_number, "records": wrong
 def wrong_line(rng, data, others):
     """Replace one line of a JSON lines file by one with a value of a wrong type, or by one that is not JSON."""
     lines = data.split(b"\n")
-    k = int(rng.integers(len(lines) - 1))
+    k = int(rng.integers(len(lines) - 1))  # not what follows the last newline
     choices = (b"null", b"[]", b"3", b'"text"', b"{", b"\xff\xfe", b"\0", b'{"step": null}', b'{"step": "9"}', b"")
     line = choices[int(rng.integers(len(choices)))] if rng.integers(2) else wrong_type(rng, lines[k], others)
     return b"\n".join([*lines[:k], line, *lines[k + 1 :]])
 
 
 def wrong_object(rng, data, _):
-    """Replace or delete an entry of a checkpoint; as a file it is intact."""
+    """Replace or delete an entry of a checkpoint, or replace all of it; the file itself can be loaded."""
     tree = torch.load(io.BytesIO(data), weights_only=True)
     if rng.integers(8) == 0:
         tree = (None, {}, [], "text", 3, torch.zeros(3), {"model": None}, [tree])[int(rng.integers(8))]
@@ -286,17 +288,17 @@ class Harness:
 
     def _run(self, function, seconds=SECONDS):
         """What a function returns in a forked child, or the `Result` of an exception, a crash or a timeout."""
-        ours, theirs = FORK.Pipe(duplex=False)
+        receiver, sender = FORK.Pipe(duplex=False)
         with tempfile.TemporaryFile() as output:
-            child = FORK.Process(target=_child, args=(function, theirs, output))
+            child = FORK.Process(target=_child, args=(function, sender, output))
             child.start()
-            theirs.close()
-            if not ours.poll(seconds):
+            sender.close()
+            if not receiver.poll(seconds):
                 child.kill()
                 result = Result("HANG", f"no end in {seconds} s")
             else:
                 try:
-                    result = ours.recv()
+                    result = receiver.recv()
                 except EOFError:
                     child.join()
                     result = Result("TRACEBACK", f"the process died with {child.exitcode}")
@@ -307,7 +309,8 @@ class Harness:
 FORK = get_context("fork")
 
 
-def _child(function, connection, output):
+def _child(function, sender, output):
+    """Send what `function()` returns, or the `Result` of its exception; what it prints goes to the file `output`."""
     for fd in (1, 2):
         os.dup2(output.fileno(), fd)
     sys.stdout, sys.stderr = (os.fdopen(os.dup(output.fileno()), "w", buffering=1) for _ in range(2))
@@ -323,8 +326,8 @@ def _child(function, connection, output):
         where = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}"
         reason = f"{type(error).__name__} at {where}: {' '.join(str(error).split())[:160]}"
         result = Result("TRACEBACK", reason + "\n" + "".join(traceback.format_exception(error)))
-    connection.send(result)
-    connection.close()
+    sender.send(result)
+    sender.close()
     os._exit(0)
 
 
@@ -340,7 +343,7 @@ def _judge(kind, folder, file, detectable, expected):
     sys.stderr.flush()
     with open("/proc/self/fd/2", "rb") as output:
         printed = output.read().decode(errors="replace")
-    # if a table is damaged, the file that cannot be read may be another one
+    # a damaged table may refer to a wrong file: then the message names that one
     unnamed = [r for r in readout.skipped.values() if not re.search(rf"{folder}/.*: ", r)]
     unnamed += [r for r in readout.skipped.values() if file.suffix != ".json" and file.name not in r]
     if unnamed:
@@ -363,27 +366,27 @@ def _judge(kind, folder, file, detectable, expected):
 
 
 def print_outcomes(numbers, results):
-    """Print the outcomes by kind and an example of each kind of fault; returns the number of faults.
+    """Print the outcomes by kind of file, and an example of each group of similar faults; returns the number of faults.
 
     results: of `Harness.run_case` for each of `numbers`.
     """
-    counts, classes = defaultdict(Counter), defaultdict(list)
+    counts, groups = defaultdict(Counter), defaultdict(list)
     progress = tqdm(results, "damaging", len(numbers), disable=None)
-    for number, (kind_of_case, file, name, result) in zip(numbers, progress, strict=True):
-        counts[kind_of_case][result.outcome] += 1
+    for number, (kind, file, damage, result) in zip(numbers, progress, strict=True):
+        counts[kind][result.outcome] += 1
         if result.outcome in FAULTS:
             first = result.reason.splitlines()[0]
-            key = kind_of_case, result.outcome, first.split(": ")[0] if result.outcome == "TRACEBACK" else first
-            classes[key].append((number, file, name, result))
+            key = kind, result.outcome, first.split(": ")[0] if result.outcome == "TRACEBACK" else first
+            groups[key].append((number, file, damage, result))
     print(f"{'kind':<18}" + "".join(f"{outcome:>11}" for outcome in OUTCOMES))
     rows = {**counts, "all": sum(counts.values(), Counter())}
-    for name, of_kind in rows.items():
-        print(f"{name:<18}" + "".join(f"{of_kind[outcome] or '':>11}" for outcome in OUTCOMES))
-    for (kind_of_case, outcome, _), cases in sorted(classes.items(), key=lambda item: -len(item[1])):
-        number, file, name, result = cases[0]
-        print(f"\n{outcome} x {len(cases)}  {kind_of_case}: {file}, {name}, such as --only {number}")
+    for kind, of_kind in rows.items():
+        print(f"{kind:<18}" + "".join(f"{of_kind[outcome] or '':>11}" for outcome in OUTCOMES))
+    for (kind, outcome, _), cases in sorted(groups.items(), key=lambda item: -len(item[1])):
+        number, file, damage, result = cases[0]
+        print(f"\n{outcome} x {len(cases)}  {kind}: {file}, {damage}, such as --only {number}")
         print("  " + (result.reason if len(numbers) == 1 else result.reason.splitlines()[0]))
-    return sum(map(len, classes.values()))
+    return sum(map(len, groups.values()))
 
 
 def main():
@@ -391,8 +394,8 @@ def main():
     parser.add_argument("--cases", type=int, default=200, help="number of cases")
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kind", choices=KINDS)
-    parser.add_argument("--only", type=int, help="run this case only")
+    parser.add_argument("--kind", choices=KINDS, help="damage only files of this kind")
+    parser.add_argument("--only", type=int, help="number of the only case to run")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="time limit of a case")
     parser.add_argument("--processes", type=int, default=1, help="parallel cases; each needs one core")
     args = parser.parse_args()

@@ -4,7 +4,7 @@ In `DryRun`, CUDA tensors are fake (torch's FakeTensorMode) and CPU tensors are 
 same code as on a GPU, and
 
     a tensor left on the CPU       raises, as on a GPU
-    a host wait for the device     raises unless it is marked by `backend.host_wait`; a preset value is returned then
+    a host wait for the device     raises outside of `backend.host_wait`; inside, returns a preset value (`answers`)
     a launch                       is recorded, with the types, divisibility and constants that Triton specializes on
 
 Patches replace only what PyTorch refuses to do without CUDA, nothing of this project.
@@ -54,7 +54,7 @@ class DryRun(contextlib.ExitStack):
     """Inside this context there is a "cuda" device, which computes shapes only.
 
     answers:   reason of a `host_wait` -> the value that the host reads, such as a number of nonzero elements; or a list
-               of such values, returned one after the other
+               of such values, returned one after the other, and then from the first again
     calls:     (kernel, arguments by name) of every launch
     launches:  a `Launch` for every launch
     operators: name -> number of calls of each PyTorch operator on the GPU, which launches one kernel or more; without
@@ -89,14 +89,15 @@ class DryRun(contextlib.ExitStack):
         self.enter_context(_FakeDevice(self))
         return self
 
-    def _launch(self, kernel, *args, grid, warmup, **options):
-        given = dict(zip(kernel.arg_names, args, strict=False)) | options
+    def _launch(self, kernel, *args, grid, warmup, **kwargs):
+        given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         on_cpu = [name for name, value in given.items() for t in _tensors(value) if not t.is_cuda]
         if on_cpu:
             raise DeviceMismatch(f"{kernel.__name__} is launched with CPU tensors: {on_cpu}")
         assert all(isinstance(n, int) and n > 0 for n in grid), f"{kernel.__name__} is launched with grid {grid}"
         self.calls.append((kernel, given))
-        self.launches.append(Launch.of(kernel, args, options, gpu("gfx942" if torch.version.hip else "sm_90")))
+        target = gpu("gfx942" if torch.version.hip else "sm_90")  # any of the vendor: all have the same specializations
+        self.launches.append(Launch.of(kernel, args, kwargs, target))
 
 
 class _FakeDevice(TorchDispatchMode):
@@ -136,7 +137,10 @@ class _FakeDevice(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _copy(self, func, args, kwargs, to):
-        """Raises if a copy to the GPU blocks or one from it is outside of `host_wait`; inside one, returns zeros."""
+        """Raises if a copy to the GPU blocks (scalars are not checked) or one from it is outside of `host_wait`.
+
+        Returns zeros for a copy from the GPU inside of `host_wait`, None for any other.
+        """
         source, target = (args[1], args[0].device) if func is aten.copy_.default else (args[0], to)
         target = source.device if target is None else torch.device(target)
         if source.device.type == target.type:
@@ -152,9 +156,9 @@ class _FakeDevice(TorchDispatchMode):
                 return torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype)
 
     def _sized_by_data(self, func, args):
-        """Operators whose output size depends on values: the host waits for the size."""
+        """The result of an operator whose output size (or number, for `item`) the host waits for."""
         if backend.waiting_for is None:
-            raise UnnamedWait(f"the host waits for the output size of {func}")
+            raise UnnamedWait(f"the host waits for the output, or its size, of {func}")
         number = next(self.answers[backend.waiting_for])
         if func is aten._local_scalar_dense.default:
             return number
@@ -171,7 +175,7 @@ class _FakeDevice(TorchDispatchMode):
 
 
 _SIZED_BY_DATA = {
-    aten._local_scalar_dense.default,
+    aten._local_scalar_dense.default,  # `item`: the number itself
     aten.nonzero.default,
     aten._unique2.default,
     aten.unique_consecutive.default,
@@ -219,7 +223,10 @@ def _install_cuda_guard():
 
 
 def to_gpu(net):
-    """Replace a module's parameters and buffers by uninitialized ones on the GPU; other tensors stay where they are."""
+    """Replace a module's parameters and buffers by uninitialized ones on the GPU.
+
+    Other tensors stay where they are, as with `Module.to`, so that the dry run finds them.
+    """
     for module in net.modules():
         for name, p in module._parameters.items():
             if p is not None:
@@ -263,7 +270,7 @@ def backward(loss):
 
 def _call_node(node, d_outs):
     """The gradients w.r.t. a node's inputs, one for each of its edges, from those w.r.t. its outputs."""
-    if not isinstance(node, torch.autograd.function.BackwardCFunction):
+    if not isinstance(node, torch.autograd.function.BackwardCFunction):  # not a custom autograd.Function
         out = node(*d_outs)
         return out if isinstance(out, tuple) else (out,) * len(node.next_functions)
     d_outs = [g if g is not None else torch.zeros(m.shape, dtype=m.dtype, device=m.device)
@@ -292,7 +299,7 @@ def _topological_order(root):
 class Launch:
     """A kernel specialization, as Triton would compile it."""
 
-    module: str
+    module: str  # Python module of the kernel
     kernel: str
     signature: tuple  # (argument, type) pairs
     constants: tuple  # (path, value) pairs
@@ -300,21 +307,22 @@ class Launch:
     options: tuple  # (name, value) pairs: warps, stages
 
     @classmethod
-    def of(cls, kernel, args, options, target):
+    def of(cls, kernel, args, kwargs, target):
+        """kwargs: the kernel's arguments passed by name, and the options of the launch."""
         import triton
         from triton.runtime.jit import create_function_from_signature
 
         compiler = triton.compiler.make_backend(target)
         bind = create_function_from_signature(kernel.signature, kernel.params, compiler)
-        bound, specialization, chosen = bind(*args, **options)
-        _, signature, constants, attributes = kernel._pack_args(compiler, options, bound, specialization, chosen)
+        bound, specialization, chosen = bind(*args, **kwargs)
+        _, signature, constants, attributes = kernel._pack_args(compiler, kwargs, bound, specialization, chosen)
         return cls(
             kernel.__module__,
             kernel.__name__,
             tuple(signature.items()),
             tuple(constants.items()),
             tuple((path, tuple(map(tuple, value))) for path, value in attributes.items()),
-            tuple(sorted((name, value) for name, value in options.items() if name not in kernel.arg_names)),
+            tuple(sorted((name, value) for name, value in kwargs.items() if name not in kernel.arg_names)),
         )
 
     def compile(self, target):

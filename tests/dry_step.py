@@ -1,11 +1,12 @@
 """Dry-run one training step of every recipe on a simulated GPU, and compile everything it launches for all targets.
 
     python -m tests.dry_step            the main recipes, without compiling (tests/test_dry_step.py)
-    python -m tests.dry_step --all      every recipe and its variants, for every target
+    python -m tests.dry_step --all      every recipe, and variants of some; compiles for every target
 
-Prints one JSON line per step and one per distinct launch and target. A line has the key "fault", and the exit code is
-1, if a step waits for the device without a `host_wait` or mixes devices, if a kernel specializes on a size that depends
-on the data, or if a launch does not compile or needs more shared memory than its target has.
+Prints one JSON line per step and, with --all, one per distinct launch and target. A line has the key "fault", and the
+exit code is 1, if a step waits for the device without a `host_wait` or mixes devices, if a kernel specializes on a size
+that depends on the data (two scenes are compared, and a hundred with --all), or if a launch does not compile or needs
+more shared memory than its target has.
 """
 
 import json
@@ -34,9 +35,10 @@ from unipad.recipes import DETECT, PRETRAIN, SEGMENT
 # Bytes of shared memory per program, at most. sm_80 stands for sm_86 and sm_89 too, so it gets their smaller limit.
 SHARED = {"sm_80": 101_376, "sm_90": 232_448, "sm_120": 101_376, "gfx942": 65_536}
 MAIN = ("train camera-0.1", "detect lidar-0.075", "segment segment")
+# With the other precisions, and with --deterministic
 WITH_VARIANTS = ("train camera-0.1", "train lidar-0.075", "detect camera-0.075", "segment segment")
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-VOXELS = 90_000  # occupied voxels per sample; masking keeps a fifth of them
+VOXELS = 90_000  # occupied voxels per sample
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def steps():
     for task, presets in (("train", PRETRAIN), ("detect", DETECT), ("segment", SEGMENT)):
         for modality, named in presets.items():
             for name, recipe in named.items():
-                label = f"{modality}-{name}" if name == "tiny" else name
+                label = f"{modality}-{name}" if name == "tiny" else name  # other names belong to one modality
                 all_steps.append(Step(f"{task} {label}", recipe))
     named = {step.name: step for step in all_steps}
     camera, lidar = named["train camera-0.1"], named["train lidar-0.075"]
@@ -95,7 +97,7 @@ def dry_step(step, scene=0):
 
 
 def _shallow(recipe):
-    """The recipe with one block per stage and two decoder layers: further ones launch the same kernels."""
+    """The recipe with one block per stage, one neck layer, two decoder layers: further ones launch the same kernels."""
     if recipe.camera:
         recipe = replace(recipe, camera=replace(recipe.camera, depths=(1,) * len(recipe.camera.depths)))
     if isinstance(recipe.lidar, UnetConfig):
@@ -108,9 +110,12 @@ def _shallow(recipe):
 
 
 def make_batch(recipe, scene):
-    """A batch of the recipe's size on the GPU, with about as many points and boxes as in nuScenes."""
+    """A batch of the recipe's size on the GPU, with about as many points and boxes as in nuScenes.
+
+    The numbers of points and boxes differ between samples and between scenes.
+    """
     B, data = recipe.optim.batch_size, recipe.data
-    H, W = (-(-size // 32) * 32 for size in data.image_size or (900, 1600))
+    H, W = (-(-size // 32) * 32 for size in data.image_size or (900, 1600))  # padded as by `collate`
     views = 6 * data.camera_sweeps if data.cameras else 0
     points = [25_000 * data.sweeps + 137 * b + 23 * scene for b in range(B)]
     boxes = [30 + 3 * b + scene for b in range(B)]
@@ -135,15 +140,16 @@ def make_batch(recipe, scene):
 
 
 def answers(recipe, scene):
-    """The values that the host reads where it waits, by the reason of the wait."""
+    """The values that the host reads where it waits, by the reason of the wait; made up, sizes differ by scene."""
     voxels = VOXELS * recipe.optim.batch_size - 1007 * scene
     return {
         "assignment costs for the Hungarian method": None,  # a copy of a tensor: `DryRun` returns zeros
         "number of occupied voxels": voxels,
+        # the number, then lowest and highest cell (z, y, x): the four values repeat, so the extent is arbitrary
         "number and extent of occupied cells": [voxels, 1023 - scene, 1023 - 16 * scene, 39],
-        "indices of the visible voxels": voxels // 5,
+        "indices of the visible voxels": voxels // 5,  # that many: masking hides the rest
         "number of a convolution's output voxels": voxels // 6,
-        "indices of the labeled points": voxels - 1001,
+        "indices of the labeled points": voxels - 1001,  # that many
         "convergence of VolSDF's sampler": False,
     }
 
@@ -165,14 +171,15 @@ def specialized_on_data(calls, other_calls):
 def count_specializations(scenes, first, seed=0):
     """Number of specializations per kernel in training steps of a sparse encoder: after `first` steps, and after all.
 
-    scenes: number of training steps, with a scene of 1 to 150,000 voxels each; half of them have fewer than 1000.
+    scenes: number of training steps, with a scene of 1 to 150,000 voxels each; about half of them have fewer than 1000.
     """
     rng = random.Random(seed)
     sizes = [1, 16, *(rng.randrange(1, rng.choice([1000, 150_000])) for _ in range(scenes - 2))]
-    # output voxels of the strided convolutions, as fractions of the scene's voxels
+    # Output voxels of the strided convolutions, as fractions of a scene's voxels. A step reads two of them, so it does
+    # not get those of its own scene.
     out_voxels = [1 + int(n * fraction) for n in sizes for fraction in (0.9, 0.4, 0.1, 0.1)]
     with torch.device("meta"):
-        net = SparseEncoder(5, (16, 32, 64), 1, 128)
+        net = SparseEncoder(in_channels=5, widths=(16, 32, 64), blocks=1, out_channels=128)
     counts = []
     with DryRun({"number of a convolution's output voxels": out_voxels}) as dry:
         net = to_gpu(net)
@@ -180,7 +187,8 @@ def count_specializations(scenes, first, seed=0):
             coords = torch.zeros(n, 4, dtype=torch.int32, device=CUDA)
             features = torch.zeros(n, 5, device=CUDA, requires_grad=True)
             with torch.autocast("cuda", torch.bfloat16):
-                out = net(SparseTensor(features, VoxelSet(coords, (41, 1440, 1440), 1, in_order=True, check=False)))
+                voxels = VoxelSet(coords, shape=(41, 1440, 1440), batch_size=1, in_order=True, check=False)
+                out = net(SparseTensor(features, voxels))
             backward(out.dense().float().sum())
             if i in (first, scenes):
                 counts.append(dict(Counter(launch.kernel for launch in set(dry.launches))))
@@ -218,7 +226,7 @@ def main(everything=False):
                 line["fault"] = f"{type(error).__name__}: {error}"
             faults += "fault" in line
             print(json.dumps(line), flush=True)
-    if everything and not torch.version.hip:
+    if everything and not torch.version.hip:  # once is enough: the sizes that vary are the same for AMD
         of_ten, of_hundred = count_specializations(100, first=10)
         line = {"scenes": 100, "specializations": of_hundred}
         if of_ten != of_hundred:
@@ -251,6 +259,7 @@ def print_seeded_faults():
         return dry
 
     def respecialized(*sizes):
+        """What `composite` specializes on that differs between two sizes (rays R, samples S)."""
         first, second = (
             caught(lambda _, shape=(R, S): composite(*(torch.zeros(*shape, *n, device=CUDA) for n in ((), (3,)))))
             for R, S in sizes
@@ -258,8 +267,11 @@ def print_seeded_faults():
         return [f"{kernel} on {name}" for kernel, name in specialized_on_data(first.calls, second.calls)] or None
 
     def too_large(stages):
+        """The fault of a convolution with that many pipeline stages, each of which needs its own shared memory."""
+
         def convolve(x):
-            voxels = VoxelSet(torch.zeros(20_000, 4, dtype=torch.int32, device=CUDA), (40, 99, 99), 1, True, False)
+            coords = torch.zeros(20_000, 4, dtype=torch.int32, device=CUDA)
+            voxels = VoxelSet(coords, shape=(40, 99, 99), batch_size=1, in_order=True, check=False)
             with torch.device("meta"):
                 convolution = SubMConv3d(128, 128, 3, bias=False)
             features = torch.zeros(20_000, 128, dtype=torch.bfloat16, device=CUDA)
@@ -267,13 +279,16 @@ def print_seeded_faults():
 
         launch = caught(convolve).launches[-1]
         options = dict(launch.options) | {"num_stages": stages}
-        return compile_line(replace(launch, options=tuple(options.items())), "sm_120").get("fault", "")[:6] or None
+        line = compile_line(replace(launch, options=tuple(options.items())), "sm_120")  # 99 KB
+        return line.get("fault", "")[:6] or None  # "shared"
 
-    sizes = dict(R=1, S=8, C=1, BLOCK_R=1, BLOCK_C=16)
+    composite_sizes = dict(R=1, S=8, C=1, BLOCK_R=1, BLOCK_C=16)
     faults = {
         "a tensor left on the CPU": lambda x: x + torch.ones(8),
         "a CPU tensor in a launch": lambda x: _composite_fwd_kernel[(1,)](
-            **dict.fromkeys(("alpha_ptr", "out_ptr", "trans_ptr", "weights_ptr"), x), values_ptr=torch.ones(8), **sizes
+            **dict.fromkeys(("alpha_ptr", "out_ptr", "trans_ptr", "weights_ptr"), x),
+            values_ptr=torch.ones(8),
+            **composite_sizes,
         ),
         "a CPU generator": lambda x: torch.rand(8, device=CUDA, generator=torch.Generator()),
         "item": lambda x: x.sum().item(),

@@ -11,8 +11,8 @@ UNSUPPORTED = {
     "CUDAGraph": "a CUDA graph records the work of a real GPU",
     "torch.compile(": "compiled code needs a CUDA build of PyTorch",
     "opcheck(": "fake tensors bypass the simulated GPU",
-    "WaitRecorder(": "the simulation itself reads tensors on the host",
-    'load("render_neus_eval")': "its launches are too large to be checked for races",
+    "WaitRecorder(": "the simulation itself reads tensors on the host, which would be recorded",
+    'load("render_neus_eval")': "the launches of this test are too large to be checked for races",
 }
 
 

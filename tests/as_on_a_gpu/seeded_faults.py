@@ -1,4 +1,4 @@
-"""One fault of each kind, which the check must find: a check that cannot fail proves nothing.
+"""Deliberate faults, which the check must find: a check that cannot fail proves nothing.
 
 Run by `python -m tests.as_on_a_gpu` only.
 """
@@ -21,18 +21,17 @@ def _double_kernel(
 ):  # fmt: skip
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ok = i < N
-    if FAULT == "unmasked load":
+    if FAULT == "load past end":
         ok = i < N + 1
     x = tl.load(x_ptr + i, mask=ok, other=0.0)
     ok = i < N
-    if FAULT == "unmasked store":
+    if FAULT == "store past end":
         ok = i < N + 1
-    if FAULT == "race":  # writes the next program's first element too
-        ok = i < N
+    if FAULT == "race":  # also writes the element after its own, the last of which is another program's
         tl.store(out_ptr + (i + 1) % N, x, mask=ok)
     if FAULT == "unwritten":
         ok = i < N - 1
-    if FAULT == "two values":
+    if FAULT == "two values":  # for one element
         i = i // 2
     tl.store(out_ptr + i, 2 * x, mask=ok)
 
@@ -44,7 +43,7 @@ def double(x, fault=""):
 
 
 def check(fault):
-    x = torch.rand(2 * BLOCK - 3, device="cuda", dtype=torch.float64)
+    x = torch.rand(2 * BLOCK - 3, device="cuda", dtype=torch.float64)  # two programs, the last one partly masked
     check_against_ref(lambda x: double(x, fault), lambda x: 2 * x, {"x": x}, torch.float32, wrt=())
 
 
@@ -55,8 +54,8 @@ def test_a_kernel_without_a_fault_passes():
 @pytest.mark.parametrize(
     "fault, message",
     [
-        ("unmasked load", r"tl.load\(x_ptr.*reads 1 element\(s\) past the end of the tensor passed as `x_ptr`"),
-        ("unmasked store", r"tl.store\(out_ptr.*writes 1 element\(s\) past the end of the tensor passed as `out_ptr`"),
+        ("load past end", r"tl.load\(x_ptr.*reads 1 element\(s\) past the end of the tensor passed as `x_ptr`"),
+        ("store past end", r"tl.store\(out_ptr.*writes 1 element\(s\) past the end of the tensor passed as `out_ptr`"),
         ("race", r"program instances .* both touch element .* of `out_ptr`"),
         ("two values", "two lanes of one store"),
     ],
@@ -73,7 +72,7 @@ def test_an_unwritten_output_is_detected():
 
 
 def custom_gradient(gradient):
-    """x, after a backward pass through an op whose gradient is `gradient(d_out)`."""
+    """A tensor after a backward pass through an op that returns `gradient(d_out)` as its gradient."""
 
     class Identity(torch.autograd.Function):
         @staticmethod
@@ -89,7 +88,7 @@ def custom_gradient(gradient):
     return x
 
 
-def test_an_unwritten_gradient_is_detected():
+def test_an_unwritten_gradient_is_nan():
     assert custom_gradient(torch.empty_like).grad.isnan().all()
 
 
@@ -124,9 +123,13 @@ def test_mixed_devices_are_rejected(mix):
 def test_mixed_devices_that_cuda_allows_are_allowed():
     x = torch.rand(5, device="cuda")
     assert (x * torch.tensor(2.0)).is_cuda and x[torch.tensor([1, 2])].is_cuda
+    assert torch.equal(x.cpu().copy_(x), x.cpu())
+
+
+def test_tensors_report_the_device_that_they_would_be_on():
+    x = torch.rand(5, device="cuda")
     assert x.cpu().device.type == "cpu" and x.device.type == x.cpu().to("cuda").device.type == "cuda"
     assert not x.cpu().is_cuda and torch.zeros_like(x).is_cuda and not torch.zeros(2).is_cuda
-    assert torch.equal(x.cpu().copy_(x), x.cpu())
 
 
 def test_other_errors_of_cuda_are_raised():
@@ -147,4 +150,5 @@ def test_atomic_adds_are_not_a_race():
     cell = torch.tensor([2, 0, 2, 2, 1, 0, 2, 0, 2, 1, 2], device="cuda", dtype=torch.int32)
     count, before = torch.zeros(3, device="cuda", dtype=torch.int32), torch.empty_like(cell)
     _count_kernel[(2,)](cell_idx_ptr=cell, count_ptr=count, before_ptr=before, N=len(cell), BLOCK=BLOCK)
+    # unlike a GPU, the simulation adds in the order of programs and lanes
     assert count.tolist() == [3, 2, 6] and before.tolist() == [0, 0, 1, 2, 0, 1, 3, 2, 4, 1, 5]

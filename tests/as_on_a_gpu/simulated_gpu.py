@@ -1,6 +1,6 @@
 """A simulated GPU: kernels run as TTIR on the CPU, and tensors report the device that they would be on.
 
-The package ttsem executes every launch on the CPU and reports out-of-bounds accesses, races between programs and
+The PyPI package ttsem executes every launch on the CPU and reports out-of-bounds accesses, races between programs and
 undefined results with the kernel's source line. This file simulates the rest: the device of each storage, CUDA's errors
 (mixed devices, a CPU tensor passed to a kernel), NaN in every uninitialized tensor (also in backward passes), and
 functions of `torch.cuda`.
@@ -60,7 +60,7 @@ def in_full_fp32():
 
 
 class _State(threading.local):
-    launching = False
+    launching = False  # inside a launch, where tensors report their real device, the CPU
     requested = None  # device type of the tensor that is being created
 
 
@@ -71,7 +71,10 @@ _state = _State()
 
 
 def device_type(tensor):
-    """ "cuda", "cpu", or None for a tensor that PyTorch created internally: it may be used with either."""
+    """ "cuda", "cpu", or None for a tensor that PyTorch created internally: used with either, it says it is on the GPU.
+
+    It is an attribute of the storage, so that views have the device of their base.
+    """
     return getattr(_storage(tensor), "device_type", None)
 
 
@@ -143,7 +146,7 @@ EMPTY = {
 
 def _refuse_mixed(op, args, inputs):
     if op in INDEXING and device_type(args[0]) == "cuda":
-        inputs = [args[0], *args[2:3]]  # indices may be on the CPU
+        inputs = [args[0], *args[2:3]]  # the indexed tensor and the values; indices, args[1], may be on the CPU
     on_cpu = [tuple(t.shape) for t in inputs if device_type(t) == "cpu" and t.dim()]  # and so may scalars
     if on_cpu and any(device_type(t) == "cuda" for t in inputs):
         raise RuntimeError(f"Expected all tensors to be on the same device: {op} has {on_cpu} on the CPU")
@@ -172,7 +175,7 @@ class DeviceRequests(TorchFunctionMode):
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
         if name == "pin_memory":
             return tensor.clone()
-        if name == "is_pinned":
+        if name == "is_pinned":  # pinning is not simulated
             return True
         if name == "record_stream":
             return None
@@ -186,7 +189,7 @@ FACTORIES = {
     *("zeros", "ones", "full", "eye", "arange", "linspace", "logspace", "tril_indices", "triu_indices"),
     *("rand", "randn", "randint", "randperm"),
 }
-TENSOR_FACTORIES = {
+TENSOR_FACTORIES = {  # without a `device`, on that of their argument: see `DevicePropagation`
     *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"),
     *("new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full", "new_tensor"),
 }
@@ -201,7 +204,7 @@ def _moved(func, name, tensor, args, kwargs):
             where = _type_of(a)
     out = tensor if name == "cpu" else func(*args, **kwargs)
     if where and device_type(tensor) != where:
-        out = out.clone() if _storage(out) is _storage(tensor) else out
+        out = out.clone() if _storage(out) is _storage(tensor) else out  # a storage has one device
         set_device_type(out, where)
     return out
 
@@ -281,7 +284,7 @@ def _vectorized(one_by_one):
         values = np.broadcast_to(values, shape).reshape(-1)[live]
         before = np.zeros(np.prod(shape, dtype=int), values.dtype)
         if memory.tracing and live.size:
-            memory._log("a", addrs, values.itemsize, None)
+            memory._log("a", addrs, values.itemsize, None)  # "a": atomic
         order = np.argsort(addrs, kind="stable")
         first = np.flatnonzero(np.diff(addrs[order], prepend=-1))  # the first lane of each element
         rank = np.arange(len(order)) - np.repeat(first, np.diff(first, append=len(order)))  # 0, 1, ... in each element
@@ -368,4 +371,5 @@ class GradScaler(torch.amp.GradScaler):
 
 
 def _query_cpu(query):
+    """Replaces a query of autocast's state: always that of the CPU, as in `Autocast`."""
     return lambda device="cpu": query("cpu")

@@ -19,9 +19,9 @@ from unipad.optimizer import make_optimizer, set_rates
 from unipad.recipes import PRETRAIN, TINY_GRID
 from unipad.runtime import generators, mixed_precision
 
-# Recipe, and the largest relative errors allowed: of the loss, and of any parameter's gradient. On the simulated GPU,
-# batch norm is PyTorch's, whose error on a CPU is 1e-5 for channels-last tensors (docs/log.md); on the CPU it is the
-# accurate one of `SyncedBatchNorm`.
+# Recipe, and the largest relative errors allowed: of the loss, and of any parameter's gradient (in the L2 norm). On the
+# simulated GPU, batch norm is PyTorch's, whose error on a CPU is 1e-5 for channels-last tensors (docs/log.md); for CPU
+# tensors, `SyncedBatchNorm` uses a more accurate one.
 STEPS = {
     "camera": (PRETRAIN["camera"]["tiny"], 2e-5, 5e-3),
     "lidar": (PRETRAIN["lidar"]["tiny"], 1e-5, 2e-4),
@@ -49,10 +49,10 @@ def step(net, batch, device):
     net = deepcopy(net).to(device)
     net.renderer.exact = True  # by default its kernels round operands to tf32
     optimizer = make_optimizer(net, optim)
-    set_rates(optimizer, optim, 0, 100)
+    set_rates(optimizer, optim, step=0, steps=100)
     autocast, scaler = mixed_precision("fp32", torch.device(device))
     with autocast:
-        losses, _ = net(batch.to(device), generators(0, 0, [0], device))
+        losses, _ = net(batch.to(device), generators(seed=0, step=0, positions=[0], device=device))
     loss = sum(losses.values())
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
@@ -71,11 +71,11 @@ def test_a_step_matches_the_cpu(name, city):
     batch, _ = next(step_batches(NuScenesDataset(city, "v1.0-mini", "mini_train", recipe.data, point_range=box), 1))
     torch.manual_seed(0)
     net = Pretrain(recipe)
-    with launches() as on_cpu:
+    with launches() as cpu_launches:
         expected, expected_gradients = step(net, batch, "cpu")
-    with launches() as on_gpu, in_full_fp32():
+    with launches() as gpu_launches, in_full_fp32():
         loss, gradients = step(net, batch, "cuda")
-    assert on_gpu and not on_cpu
+    assert gpu_launches and not cpu_launches
     assert gradients.keys() == expected_gradients.keys()
     errors = {
         n: (gradients[n] - g).norm().item() / (g.norm().item() or 1.0)
@@ -83,6 +83,6 @@ def test_a_step_matches_the_cpu(name, city):
         if n not in ZERO_GRADIENT
     }
     worst = max(errors, key=errors.get)
-    print(f"{name}: {len(on_gpu)} launches, loss {abs(loss / expected - 1):.0e} off, {worst} {errors[worst]:.0e}")
+    print(f"{name}: {len(gpu_launches)} launches, loss {abs(loss / expected - 1):.0e} off, {worst} {errors[worst]:.0e}")
     assert loss == pytest.approx(expected, rel=loss_bound)
     assert errors[worst] <= gradient_bound, f"the gradient of {worst} is off by {errors[worst]:.1e}"

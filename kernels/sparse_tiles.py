@@ -55,7 +55,8 @@ class Chunks(NamedTuple):
 WINDOW = 1024
 BLOCK_K = 8  # offsets per step of a loop, or per program
 BLOCK_C = 16  # chunks per program
-# Bits of the sort key, one per offset; further offsets share a bit. An int64 also holds the row's number in the window.
+# Bits of the sort key, one per offset; with more than 48, consecutive offsets share a bit and may carry into the next.
+# The rest of an int64 holds the row's number in the window.
 KEY_BITS = 48
 
 _tables = weakref.WeakValueDictionary()  # id of an index tensor -> its `NeighborTable`
@@ -220,7 +221,7 @@ def _tiles_kernel(
 
 @triton.jit
 def _sort(key, SIZE: tl.constexpr):
-    """[SIZE] keys, ascending: a bitonic sort, as `tl.sort`, but that would take a second in the interpreter."""
+    """[SIZE] keys, ascending: a bitonic sort like `tl.sort`, which would take a second in the interpreter."""
     i = tl.arange(0, SIZE)
     size = 2
     while size <= SIZE:

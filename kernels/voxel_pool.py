@@ -1,14 +1,14 @@
 """Pool image features into a voxel volume: each pixel's feature is spread along its ray, weighted by depth probability.
 
-    volume[v] = sum_{v(r, k) = v} F[r] * p[r, k]
+    volume[v] = sum_{v(r, k) = v} F[r] * prob[r, k]
 
-    dL/dF[r] = sum_k p[r, k] * g[v(r, k)],   dL/dp[r, k] = <g[v(r, k)], F[r]>,   g = dL/dvolume
+    dL/dF[r] = sum_k prob[r, k] * g[v(r, k)],   dL/dprob[r, k] = <g[v(r, k)], F[r]>,   g = dL/dvolume
 
-F[r] is the feature of pixel r, p[r, k] the probability of its depth bin k, and v(r, k) the voxel that contains the
-bin's point on the pixel's ray. Consecutive points of a ray in one voxel form a run: the
-pixel's feature is read once and multiplied by the sum of their probabilities. For the forward, runs are sorted stably
-by voxel, and each voxel's runs are summed in order by one program; where a voxel has many, an earlier kernel has summed
-chunks of CHUNK runs. In the backward a program handles a block of pixels and walks along their rays. No atomics.
+F[r] is the feature of pixel r, prob[r, k] the probability of its depth bin k, and v(r, k) the voxel that contains the
+bin's point on the pixel's ray. Consecutive points of a ray in one voxel form a run: the pixel's feature is read once
+and multiplied by the sum of their probabilities. For the forward, runs are sorted stably by voxel, and each voxel's
+runs are summed in order by one program; where a voxel has many, an earlier kernel has summed chunks of CHUNK runs. In
+the backward a program handles a block of pixels and walks along their rays. No atomics.
 
 Sizes: R pixels of the feature maps of all views, with D depth bins each, so P = R * D points; V voxels of all samples.
 """

@@ -1,18 +1,19 @@
 """Neighbor tables: which input voxel each offset of a sparse convolution reads, as row numbers.
 
 Voxels are looked up in their sorted keys (kernels/voxel_keys.py), so every table is the same from run to run.
-An offset k = (kz, ky, kx) of a kernel, counted row-major, links input cell i and output cell o by
+A kernel has kz x ky x kx offsets. Offset k, a triple that counts from 0, links input cell i and output cell o by
 
     submanifold           i = o + (k - kernel // 2) dilation            outputs: the inputs themselves
     strided               i = o stride - padding + k dilation           outputs: every o in the grid that has an input
     transposed            o = i stride - padding + k dilation           outputs: every o in the grid that has an input
-    inverse               another table, inverted: from input and offset to output
+    inverse               as the convolution that it undoes, with i and o exchanged
 
-on each axis. Cells that are neighbors along x have consecutive keys, so each reader takes one binary search per
-(kz, ky) column of offsets, for the column's first cell, and then a linear scan. The
-output voxels come from kernels/sparse_outputs.py. A transposed table is the inverse of a strided one: the table of the
-strided convolution that maps the transposed convolution's outputs to its inputs. The references of the strided and
-transposed maps materialize and sort all (input, offset) pairs instead, which is faster on a CPU.
+on each axis. Rows of a table number the offsets row-major. Cells that are neighbors along x have consecutive keys. So
+each reader (a voxel that looks up its neighbors) takes one binary search per column (the kx offsets of equal z and y),
+for the column's first cell, and then a linear scan. The output voxels come from kernels/sparse_outputs.py. A transposed
+table is the inverse of a strided one: the table of the strided convolution that maps the transposed convolution's
+outputs to its inputs. The references of the strided and transposed maps materialize and sort all (input, offset) pairs
+instead, which is faster on a CPU.
 
 Sizes: N inputs, M outputs, K = kz ky kx offsets. All triples are (z, y, x).
 """
@@ -40,13 +41,14 @@ def submanifold_map(
         coords:      [N, 4] int32 (b, z, y, x).
         keys, order: from `sort_voxels`; order None: `coords` are sorted by key.
         shape:       cells (Z, Y, X).
-        kernel:      offsets (kz, ky, kx). An even kernel has one more offset below than above: 2 covers -1 and 0.
+        kernel:      size (kz, ky, kx). An even size has one more offset below than above: 2 covers -1 and 0.
         dilation:    distance between offsets in cells (z, y, x).
 
     Returns:
         neighbor_idx: [K, N] int32 rows of `coords`; -1 where there is no voxel, also beyond the borders.
 
-    Raises ValueError if a coordinate does not fit int32 (see `check_grid`), as do the maps below.
+    Raises ValueError if `check_grid` rejects the grid, enlarged by the cells outside it that the kernel reaches, as do
+    the maps below.
     """
     if not on_triton(coords):
         return submanifold_map_ref(coords, keys, order, shape, kernel, dilation)
@@ -69,8 +71,8 @@ def submanifold_map_ref(coords, keys, order, shape, kernel, dilation):
     z, y, x = (coords[:, 1 + axis].index_select(0, order) for axis in range(3))  # [N] each, sorted by key
     # consecutive keys may lie in different rows of cells, so borders are checked on each axis
     in_z, in_y, in_x = (
-        [(cell + (i - k // 2) * d >= 0) & (cell + (i - k // 2) * d < size) for i in range(k)]
-        for cell, size, k, d in zip((z, y, x), shape, kernel, dilation, strict=True)
+        [(cell + (i - width // 2) * d >= 0) & (cell + (i - width // 2) * d < size) for i in range(width)]
+        for cell, size, width, d in zip((z, y, x), shape, kernel, dilation, strict=True)
     )
     padded_keys = F.pad(keys, (0, 1), value=NO_KEY)
     for column in range(kz * ky // 2 + 1 if mirrored else kz * ky):
@@ -89,26 +91,26 @@ def submanifold_map_ref(coords, keys, order, shape, kernel, dilation):
             if mirrored:
                 neighbor_idx[K - 1 - k].index_copy_(0, read, reader.int())
             wanted += dx
-            for _ in range(dx if i + 1 < kx else 0):  # the linear scan: at most one key per cell
+            for _ in range(dx if i + 1 < kx else 0):  # the linear scan: at most one key in each of the next dx cells
                 at += key < wanted
                 key = padded_keys.index_select(0, at)
     return neighbor_idx
 
 
 def _checked_submanifold(coords, shape, kernel, dilation):
-    """Contiguous coordinates."""
+    """`coords`, contiguous, after checks of the arguments."""
     coords = checked(coords, shape, kernel, dilation)
     check_grid([size + (k - 1) * d for size, k, d in zip(shape, kernel, dilation, strict=True)])
     return coords
 
 
-def _pairs_fake(coords, shape, kernel, stride, padding, dilation, batch_size=None, keys=None, order=None):
+def _map_fake(coords, shape, kernel, stride, padding, dilation, batch_size=None, keys=None, order=None):
     """Empty results of `strided_map` and `transposed_map`, for torch.compile."""
     M = torch.library.get_ctx().new_dynamic_size()
     return coords.new_empty(M, 4), coords.new_empty(prod(kernel), M)
 
 
-@opaque(_pairs_fake)
+@opaque(_map_fake)
 def strided_map(
     coords: Tensor,
     shape: Sequence[int],
@@ -126,7 +128,8 @@ def strided_map(
         coords:   [N, 4] int32 (b, z, y, x), unique and inside the grid, in any order.
         shape:    cells (Z, Y, X) of the input.
         kernel, stride, padding, dilation: cells (z, y, x), as torch's conv3d.
-        batch_size: number of samples, if known: if all keys then fit in 32 bits, a GPU sorts half as many bytes.
+        batch_size: number of samples. If it is given and all output keys fit 32 bits, a GPU sorts those instead of
+            64-bit keys.
         keys, order: from `sort_voxels`, if already computed; order None: `coords` are sorted by key.
 
     Returns:
@@ -151,8 +154,8 @@ def strided_map_ref(coords, shape, kernel, stride, padding, dilation, batch_size
     cells, offsets, valids = [], [], []
     for axis, (size, readers) in enumerate(zip(out, max_readers(kernel, stride, dilation), strict=True)):
         back = torch.arange(readers, device=coords.device)[:, None]  # counted back from the last reader
-        padded = coords[:, 1 + axis].long() + padding[axis]  # [N]
-        cell = padded // stride[axis] - back  # [readers, N]
+        padded = coords[:, 1 + axis].long() + padding[axis]  # [N], counted from the first padding cell
+        cell = padded // stride[axis] - back  # [readers, N], of the output grid
         distance = padded - cell * stride[axis]
         offset = distance // dilation[axis]
         valids.append((offset * dilation[axis] == distance) & (offset < kernel[axis]) & (cell >= 0) & (cell < size))
@@ -162,13 +165,13 @@ def strided_map_ref(coords, shape, kernel, stride, padding, dilation, batch_size
 
 
 def _checked_strided(coords, shape, geometry, batch_size):
-    """Contiguous coordinates, and the shape (Z, Y, X) of the output grid."""
+    """`coords`, contiguous, and the shape (Z, Y, X) of the output grid, after checks of the arguments."""
     coords, (_, _, padding, _) = checked(coords, shape, *geometry), geometry
     check_grid([size + 2 * p for size, p in zip(shape, padding, strict=True)], batch_size or 1)
     return coords, out_shape(shape, *geometry)
 
 
-@opaque(_pairs_fake)
+@opaque(_map_fake)
 def transposed_map(
     coords: Tensor,
     shape: Sequence[int],
@@ -198,7 +201,8 @@ def transposed_map_ref(coords, shape, kernel, stride, padding, dilation, batch_s
     cells, offsets, valids = [], [], []
     for axis, size in enumerate(out):
         offset = torch.arange(kernel[axis], device=coords.device)[:, None]
-        cell = coords[:, 1 + axis].long() * stride[axis] - padding[axis] + offset * dilation[axis]  # [kernel, N]
+        # [kernel, N], of the output grid
+        cell = coords[:, 1 + axis].long() * stride[axis] - padding[axis] + offset * dilation[axis]
         valids.append((cell >= 0) & (cell < size))
         cells.append(cell)
         offsets.append(offset.expand_as(cell))
@@ -206,7 +210,7 @@ def transposed_map_ref(coords, shape, kernel, stride, padding, dilation, batch_s
 
 
 def _checked_transposed(coords, shape, geometry, batch_size):
-    """Contiguous coordinates, and the shape (Z, Y, X) of the output grid."""
+    """`coords`, contiguous, and the shape (Z, Y, X) of the output grid, after checks of the arguments."""
     coords, (_, _, padding, _) = checked(coords, shape, *geometry), geometry
     out = transposed_out_shape(shape, *geometry)
     check_grid([size + 2 * p for size, p in zip(out, padding, strict=True)], batch_size or 1)
@@ -219,8 +223,8 @@ def _neighbors(coords, reader_order, keys, order, shape, kernel, stride, padding
 
     Args:
         coords:       [M, 4] int32 of the readers.
-        reader_order: [M] int64, the order to process readers in: by key is fastest. None: the order of `coords`.
-        keys, order:  [N] of the voxels that are read, from `sort_voxels`.
+        reader_order: [M] int64, rows of `coords` in processing order: by key is fastest. None: 0, 1, 2, ...
+        keys, order:  [N] of the voxels that are read, from `sort_voxels`; order None: stored by key.
         shape:        cells (Z, Y, X) of their grid.
         kernel, stride, padding, dilation: cells (z, y, x).
     """
@@ -237,7 +241,7 @@ def _neighbors(coords, reader_order, keys, order, shape, kernel, stride, padding
 
 
 def _gather_pairs_ref(coords, cells, offsets, valids, out, kernel):
-    """Group (input, offset) pairs by output. On each axis, an input has T candidate pairs.
+    """Neighbor table from (input, offset) pairs, grouped by output. On each axis, an input has T candidate pairs.
 
     Args:
         coords:  [N, 4] int32 of the inputs.
@@ -245,7 +249,7 @@ def _gather_pairs_ref(coords, cells, offsets, valids, out, kernel):
         offsets: per axis [T, N] int64, its offset.
         valids:  per axis [T, N] bool. A pair exists where it is valid on all three axes.
         out:     cells (Z, Y, X) of the output grid.
-        kernel:  offsets (kz, ky, kx).
+        kernel:  size (kz, ky, kx).
 
     Returns:
         out_coords, neighbor_idx: as `strided_map`.
@@ -256,17 +260,17 @@ def _gather_pairs_ref(coords, cells, offsets, valids, out, kernel):
         return (z[:, None, None] * size_y + y[:, None]) * size_x + x
 
     (Z, Y, X), (_, ky, kx) = out, kernel
-    first = coords[:, 0].long() * Z  # [N]
+    first_z = coords[:, 0].long() * Z  # [N], of each input's sample where the samples' grids are stacked along z
     exists = valids[0][:, None, None] & valids[1][:, None] & valids[2]
     pair = exists.flatten().nonzero()[:, 0]  # among [Tz, Ty, Tx, N]
-    key = combine(cells[0] + first, cells[1], cells[2], Y, X).flatten().index_select(0, pair)
+    key = combine(cells[0] + first_z, cells[1], cells[2], Y, X).flatten().index_select(0, pair)
     k = combine(*offsets, ky, kx).flatten().index_select(0, pair)
     key, order = key.sort()
     is_first = F.pad(key[1:] != key[:-1], (1, 0), value=True)[: len(key)]
-    m = is_first.cumsum(0) - 1
+    m = is_first.cumsum(0) - 1  # output of each pair
     key = key[is_first]  # [M]
     neighbor_idx = coords.new_full((prod(kernel), len(key)), -1)
-    entry = k.index_select(0, order) * len(key) + m
+    entry = k.index_select(0, order) * len(key) + m  # in the flattened table
     neighbor_idx.view(-1).index_copy_(0, entry, (pair % max(len(coords), 1)).int().index_select(0, order))
     b, z, y, x = key // (Z * Y * X), key // (Y * X) % Z, key // X % Y, key % X
     return torch.stack([b, z, y, x], dim=1).int(), neighbor_idx
@@ -281,8 +285,9 @@ def inverse_map(neighbor_idx: Tensor, N: int) -> Tensor:
         N:            number of inputs.
 
     Returns:
-        [K, N] int32: m where neighbor_idx[k, m] = i, -1 where there is none. It is the table of the inverse convolution
-        and of the gradient of the features. Of a submanifold table with odd kernel it is `neighbor_idx.flip(0)`.
+        [K, N] int32: entry [k, i] is the m with neighbor_idx[k, m] = i, -1 where there is none. It is the table of the
+        inverse convolution and of the gradient of the features. Of a submanifold table with odd kernel it is
+        `neighbor_idx.flip(0)`.
     """
     if not on_triton(neighbor_idx):
         return inverse_map_ref(neighbor_idx, N)
@@ -313,14 +318,14 @@ def _neighbors_kernel(
     M, N, Z, Y, X, KY, stride, padding, DZ, DY, STEPS,  # STEPS: iterations of the binary search
     KX: tl.constexpr, DX: tl.constexpr, NO_KEY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One (kz, ky) column of offsets for BLOCK readers in the order of their keys: adjacent lanes load nearby keys."""
+    """One column of offsets for BLOCK readers, usually in the order of their keys: adjacent lanes load nearby keys."""
     p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     p_ok = p < M
     column = tl.program_id(1)
     m = p.to(tl.int64)
     if reader_order_ptr is not None:
         m = tl.load(reader_order_ptr + p, mask=p_ok, other=0)
-    b, z, y, x = load_voxels(coords_ptr, m, p_ok)
+    b, z, y, x = load_voxels(coords_ptr, m, p_ok)  # of the reader; the next lines: of its column's first cell
     z = z * stride[0] - padding[0] + column // KY * DZ
     y = y * stride[1] - padding[1] + column % KY * DY
     x = x * stride[2] - padding[2]
@@ -344,7 +349,7 @@ def _neighbors_kernel(
         tl.store(neighbor_idx_ptr + (column * KX + k).to(tl.int64) * M + m, neighbor, mask=p_ok)
         wanted += DX
         if k + 1 < KX:
-            for _ in tl.static_range(DX):  # the linear scan: at most one key per cell
+            for _ in tl.static_range(DX):  # the linear scan: at most one key in each of the next DX cells
                 at += (tl.load(keys_ptr + at, mask=in_column & (at < N), other=NO_KEY) < wanted).to(tl.int32)
 
 

@@ -1,7 +1,7 @@
 """Output voxels of strided and transposed sparse convolutions: their grid, and the cells of it that the inputs reach.
 
 A cell of the output grid is a voxel if at least one input contributes to it (kernels/sparse_map.py has the formulas).
-The kernel writes the keys of all cells that each input reaches; their distinct values are the keys of the outputs.
+A Triton kernel writes the keys of all cells that each input reaches; their distinct values are the keys of the outputs.
 
 Sizes: N inputs, M outputs. All triples are (z, y, x).
 """
@@ -22,7 +22,7 @@ def out_shape(shape, kernel, stride, padding, dilation):
     Raises ValueError where there are none, naming axis and kernel.
     """
 
-    def extent(n, k, s, p, d):
+    def extent(n, k, s, p, d):  # cells, kernel, stride, padding and dilation of an axis
         return (n + 2 * p - d * (k - 1) - 1) // s + 1
 
     return _extents(extent, shape, kernel, stride, padding, dilation)
@@ -38,7 +38,7 @@ def transposed_out_shape(shape, kernel, stride, padding, dilation):
 
 
 def _extents(extent, shape, *geometry):
-    """`extent` of each axis, checked."""
+    """`extent` of each axis, after checks of the geometry (kernel, stride, padding, dilation), and at least 1."""
     out = []
     for axis, n, k, s, p, d in zip("zyx", shape, *geometry, strict=True):
         sizes = f"kernel {k}, stride {s}, padding {p}, dilation {d}"
@@ -64,12 +64,13 @@ def output_keys(
         coords:     [N, 4] int32 (b, z, y, x) of the inputs, contiguous.
         out:        cells (Z, Y, X) of the output grid.
         geometry:   kernel, stride, padding, dilation: cells (z, y, x).
-        batch_size: number of samples, if known: without it, keys are int64.
-        transposed: whether the convolution is transposed or strided.
+        batch_size: number of samples; None: unknown, keys are int64.
+        transposed: whether the convolution is transposed; else it is strided.
 
     Waits for the device once, for M.
     """
     kernel_size, stride, padding, dilation = map(tuple, geometry)
+    # on each axis, the number of output cells that an input may reach
     slots = kernel_size if transposed else max_readers(kernel_size, stride, dilation)
     short = batch_size is not None and batch_size * prod(out) < NO_KEY_SHORT
     dtype, no_key = (torch.int32, NO_KEY_SHORT) if short else (torch.int64, NO_KEY)
@@ -83,9 +84,9 @@ def output_keys(
         kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation,
         TRANSPOSED=transposed, NO_KEY=no_key, BLOCK_PAIRS=BLOCK_PAIRS,
     )  # fmt: skip
-    # sorts keys alone, without indices, which moves half as many bytes
+    # `unique` sorts keys without their indices, which moves half as many bytes as `sort`
     with host_wait("number of a convolution's output voxels"):
-        return torch.unique(keys)[:-1]  # without NO_KEY
+        return torch.unique(keys)[:-1]  # the last is NO_KEY, which the kernel writes at least once, after all pairs
 
 
 def output_coords(keys: Tensor, out: Sequence[int]) -> Tensor:
@@ -109,30 +110,30 @@ def _reached_keys_kernel(
     PAIRS, N, Z, Y, X, slots, kernel_size, stride, padding, dilation,  # PAIRS = all slots * N; Z, Y, X: output grid
     TRANSPOSED: tl.constexpr, NO_KEY: tl.constexpr, BLOCK_PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """Keys of the output cells of all pairs of a slot and an input, NO_KEY where there is none and after the last.
+    """Keys of the output cells of all pairs of a slot and an input; NO_KEY for pairs without a cell and after the last.
 
-    The cells that an input can reach are numbered, by their slot: `slots` (z, y, x) is the maximum count on each axis.
+    On each axis, slots number the cells that an input may reach: `slots` (z, y, x) of them.
     """
     pair = tl.program_id(0).to(tl.int64) * BLOCK_PAIRS + tl.arange(0, BLOCK_PAIRS)  # [BLOCK_PAIRS]
     ok = pair < PAIRS
-    t, i = (pair // N).to(tl.int32), (pair % N).to(tl.int32)
+    slot, i = (pair // N).to(tl.int32), (pair % N).to(tl.int32)
     b, z, y, x = load_voxels(coords_ptr, i, ok)
-    tz, ty, tx = t // (slots[1] * slots[2]), t // slots[2] % slots[1], t % slots[2]
-    z, z_ok = _reached_cell(z, tz, Z, kernel_size[0], stride[0], padding[0], dilation[0], TRANSPOSED)
-    y, y_ok = _reached_cell(y, ty, Y, kernel_size[1], stride[1], padding[1], dilation[1], TRANSPOSED)
-    x, x_ok = _reached_cell(x, tx, X, kernel_size[2], stride[2], padding[2], dilation[2], TRANSPOSED)
+    slot_z, slot_y, slot_x = slot // (slots[1] * slots[2]), slot // slots[2] % slots[1], slot % slots[2]
+    z, z_ok = _reached_cell(z, slot_z, Z, kernel_size[0], stride[0], padding[0], dilation[0], TRANSPOSED)
+    y, y_ok = _reached_cell(y, slot_y, Y, kernel_size[1], stride[1], padding[1], dilation[1], TRANSPOSED)
+    x, x_ok = _reached_cell(x, slot_x, X, kernel_size[2], stride[2], padding[2], dilation[2], TRANSPOSED)
     key = tl.where(ok & z_ok & y_ok & x_ok, key_of(b, z, y, x, Z, Y, X), NO_KEY)
     tl.store(keys_ptr + pair, key.to(keys_ptr.dtype.element_ty), mask=pair <= PAIRS)
 
 
 @triton.jit
 def _reached_cell(cell, slot, size, kernel, stride, padding, dilation, TRANSPOSED: tl.constexpr):
-    """On one axis, the output cell in a slot of an input, and whether the input reaches it."""
+    """On one axis, the output cell in a slot of an input's cell, and whether the input reaches it."""
     if TRANSPOSED:
         out = cell * stride - padding + slot * dilation
         return out, (out >= 0) & (out < size)
     else:
-        out = (cell + padding) // stride - slot  # slots count down from the highest output
+        out = (cell + padding) // stride - slot  # slots count down from the highest output that may read the input
         distance = cell + padding - out * stride
         offset = distance // dilation
         return out, (offset * dilation == distance) & (offset < kernel) & (out >= 0) & (out < size)
@@ -144,8 +145,8 @@ def _coords_kernel(keys_ptr, coords_ptr, M, Z, Y, X, BLOCK: tl.constexpr):
     m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     m_ok = m < M
     key = tl.load(keys_ptr + m, mask=m_ok, other=0)  # ((b Z + z) Y + y) X + x
-    row = key // X
-    plane = row // Y
+    row = key // X  # (b Z + z) Y + y
+    plane = row // Y  # b Z + z
     voxel_ptr = coords_ptr + m.to(tl.int64) * 4
     tl.store(voxel_ptr, (plane // Z).to(tl.int32), mask=m_ok)
     tl.store(voxel_ptr + 1, (plane % Z).to(tl.int32), mask=m_ok)

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 def gather_gemm_ref(features, weight, table, finish=None):
     """Features [N, Cin], weights [K, Cin, Cout] and a `NeighborTable` [K, M] -> [M, Cout] in the accumulation type.
 
-    finish: called with a chunk of the result and the slice of its rows; modifies the chunk while it is in the cache.
+    finish: called with a chunk of the result and the slice of its rows; modifies the chunk, still in the CPU cache.
     """
     x, w = _wide(features), _wide(weight).unbind()
     out = x.new_zeros(table.idx.shape[1], weight.shape[2])
     chunks = _chunks(table, max(weight.shape[1:]))
     x_rows, products = _buffer(x, chunks), _buffer(out, chunks)
-    for first, n, _, counts, order, starts in chunks:
+    for first, n, _, counts, order, starts in chunks:  # P pairs each, see `_chunks`
         P = len(n)
         torch.index_select(x, 0, n, out=x_rows[:P])
         for a, b, product in zip(x_rows[:P].split(counts), w, products[:P].split(counts), strict=True):
@@ -33,18 +33,19 @@ def gather_gemm_ref(features, weight, table, finish=None):
 def backward_ref(features, weight, d_out, inverse, mirrored, for_features, for_weight):
     """Gradients w.r.t. features [N, Cin] and weights [Cout, K, Cin] in the accumulation type; None if not needed.
 
-    Both use the inverse `NeighborTable`: each chunk of rows of `features` gathers the gradients of its outputs.
+    Both use the inverse `NeighborTable`: each chunk of rows n of `features` gathers the gradients of the outputs m that
+    read them.
 
-    mirrored: the offsets of `inverse` are reversed.
+    mirrored: the offsets of `inverse` are in the reverse order of the weights'.
     """
     x, g = _wide(features), _wide(d_out)
     d_features = torch.zeros_like(x) if for_features else None
     d_weight = x.new_zeros(len(inverse.idx), g.shape[1], x.shape[1]) if for_weight else None
-    steps = slice(None, None, -1 if mirrored else 1)
-    w, d_w = _wide(weight).unbind(1)[steps], d_weight.unbind()[steps] if for_weight else None
+    in_order = slice(None, None, -1 if mirrored else 1)  # the weights' offsets in the order of `inverse`
+    w, d_w = _wide(weight).unbind(1)[in_order], d_weight.unbind()[in_order] if for_weight else None
     chunks = _chunks(inverse, max(g.shape[1], x.shape[1]))
     g_rows, x_rows = _buffer(g, chunks), _buffer(x, chunks)  # x_rows is reused for products
-    for first, m, n, counts, order, starts in chunks:
+    for first, m, n, counts, order, starts in chunks:  # m and n exchanged: here m is read
         P, rows = len(m), slice(first, first + len(starts))
         torch.index_select(g, 0, m, out=g_rows[:P])
         by_offset = g_rows[:P].split(counts), x_rows[:P].split(counts)
@@ -72,26 +73,29 @@ def _wide(tensor):
 def _chunks(table, channels):
     """The pairs of a `NeighborTable` by chunks of outputs, by offset within a chunk; cached in the table.
 
-    Returns a list of
+    channels: of the rows read or written, the larger number.
+
+    Returns a list, for each chunk of R outputs and P pairs, of
         first:  the chunk's first output.
-        n, m:   [P] int32 the pairs: row that is read, output relative to `first`.
+        n, m:   [P] int32 the pairs, by offset: row that is read, output relative to `first`.
         counts: [K] list, pairs per offset.
-        order:  [P] int32 the same pairs sorted by output ...
-        starts: [R] int32 ... and the position of each output's first pair in it.
+        order:  [P] int32 indices of the pairs, sorted by output.
+        starts: [R] int32 position in `order` of each output's first pair.
     """
 
     def make():
         idx = table.idx.cpu().numpy()
         M = idx.shape[1]
-        # chunks gather about 2^20 numbers: enough rows per GEMM, and the gathered rows stay in the cache
+        # chunks gather about 2^20 numbers: enough rows per GEMM, and the gathered rows stay in the CPU cache
         rows = 2**20 // channels * M // max(np.count_nonzero(idx >= 0), 1)
-        rows = max(256, min(rows, 4096))
+        rows = max(256, min(rows, 4096))  # `_chunk` numbers them in 16 bits
         return [_chunk(idx[:, i : i + rows], i, table.idx.device) for i in range(0, M, rows)]
 
     return table.get(("chunks on a CPU", channels), make)
 
 
 def _chunk(idx, first, device):
+    """The entry of `_chunks` for the outputs from `first` on, with the table idx [K, R]."""
     (K, R), idx = idx.shape, np.ascontiguousarray(idx)
     has = idx >= 0
     pairs = np.flatnonzero(has)  # numpy finds them 4 times as fast as torch

@@ -3,10 +3,10 @@
 For a tile of BLOCK_M output rows, the GEMM multiplies at every offset at which any of the rows has a neighbor. A tile
 is stored in the order of the GEMM's loop, which then has no branch and can prefetch: a list of those offsets and, for
 each, the input rows that the outputs read. Rows with neighbors at the same offsets should be in the same tile: within
-a window of consecutive rows, rows are sorted by their set of offsets. A wider window leaves fewer empty products, but
-input rows that are read together are farther apart in memory; benchmarks/count_sparse_conv.py counts both. In the
-inverse table of a stride-2 convolution there are eight such sets, one for each parity of a cell's (z, y, x), and the
-same sort groups them.
+a window of consecutive rows, rows are sorted by their set of offsets. A wider window leaves fewer products with missing
+neighbors, but an input row that a tile reads then serves fewer of its outputs; benchmarks/count_sparse_conv.py counts
+both. In the inverse table of a stride-2 convolution, the parity of a cell's (z, y, x) decides at which offsets it has
+neighbors, and the same sort groups the eight kinds of cells.
 
 The gradient of the weights sums over the pairs of each offset. The center offset has several times as many pairs as the
 others, so pairs are stored offset after offset and split into chunks of equal length.
@@ -24,11 +24,11 @@ from unipad.kernels.backend import StreamCache, jit, tl, triton
 
 
 class Tiles(NamedTuple):
-    """T tiles of BLOCK_M outputs each. The suffix `_idx` marks int32, as in kernel arguments."""
+    """T tiles of BLOCK_M outputs each. The suffix `_idx` marks int32 (rows or counts), as in kernel arguments."""
 
     row_idx: Tensor  # [T, BLOCK_M] int32, output rows of each tile; -1 for padding after the last row
     count_idx: Tensor  # [T] int32, number of offsets at which any row of the tile has a neighbor
-    offset_idx: Tensor  # [T, K] int32, these offsets, ascending; written up to `count_idx`
+    offset_idx: Tensor  # [T, K] int32, these offsets, ascending; only the first `count_idx` are written
     read_idx: Tensor  # [T, K, BLOCK_M] int32, input row that each output reads there, -1 for none; written likewise
     pairs_idx: Tensor  # [K, windows] int32, number of pairs of each offset in each window of rows
 
@@ -42,7 +42,7 @@ class Pairs(NamedTuple):
 
 
 class Chunks(NamedTuple):
-    """The pairs of each offset split into chunks of equal length, in the order of `Pairs`; at most C chunks."""
+    """The pairs of each offset, in the order of `Pairs`, split into chunks of equal length; room for C chunks."""
 
     first: Tensor  # [C] int64, index of the chunk's first pair ...
     end: Tensor  # [C] int64, ... and one past its last; unused chunks are empty
@@ -50,12 +50,14 @@ class Chunks(NamedTuple):
 
 
 # Rows that are sorted together. With windows of 1024, 4096 and all rows, the GEMM computes 1.95, 1.80 and 1.65 times
-# the necessary products at stage 1 of the encoder, 1.32, 1.28 and 1.18 times at stage 2; unsorted 2.56 and 1.54
-# (counted). Beyond 1024 the sort spills registers.
+# the necessary products at stage 1 of the LiDAR encoder, 1.32, 1.28 and 1.18 times at stage 2; unsorted 2.56 and 1.54
+# times (counted for tiles of 64). Beyond 1024 the sort spills registers.
 WINDOW = 1024
-BLOCK_K = 8  # offsets per step
+BLOCK_K = 8  # offsets per step of a loop, or per program
 BLOCK_C = 16  # chunks per program
-KEY_BITS = 48  # bits of the sort key, one per offset; with more than 48 offsets several share a bit
+# Bits of the sort key, one per offset; with more than 48, consecutive offsets share a bit and may carry into the next.
+# The rest of an int64 holds the row's number in the window.
+KEY_BITS = 48
 
 _tables = weakref.WeakValueDictionary()  # id of an index tensor -> its `NeighborTable`
 
@@ -107,17 +109,17 @@ class NeighborTable:
         """`Pairs`, for M > 0."""
 
         def make():
-            # pairs per offset and window, the same for every block_m
+            # pairs per offset and window: the same for every block_m, so 64 is any
             counts = self.cache.find("counts", self.idx.device)
             return _make_pairs(self.idx, self.tiles(64).pairs_idx if counts is None else counts)
 
         return self.get("pairs", make)
 
     def chunks(self, max_chunks, min_pairs, multiple):
-        """`Chunks`, for M > 0: at most max_chunks + K of them.
+        """`Chunks`, for M > 0: at most max_chunks + K of them, since the last chunk of each offset may be shorter.
 
-        Their length is the smallest that covers all pairs with `max_chunks` chunks, is at least `min_pairs`, and is a
-        multiple of `multiple`; the last chunk of an offset may be shorter.
+        Their length in pairs is the smallest with which `max_chunks` full chunks hold all pairs, that is at least
+        `min_pairs`, and that is a multiple of `multiple`.
         """
         key = "chunks", max_chunks, min_pairs, multiple
         return self.get(key, lambda: _make_chunks(self.pairs().ends, max_chunks, min_pairs, multiple))
@@ -134,7 +136,8 @@ def _version(idx):
 
 
 def _window(M):
-    return min(WINDOW, max(128, triton.next_power_of_2(M)))  # a power of two, and a multiple of BLOCK_M, at most 128
+    # a power of two, at least 128, which makes it a multiple of every BLOCK_M
+    return min(WINDOW, max(128, triton.next_power_of_2(M)))
 
 
 def _make_tiles(table, block_m, sort):
@@ -181,9 +184,10 @@ def _tiles_kernel(
     SORT: tl.constexpr, OFFSETS_PER_BIT: tl.constexpr,  # of the sort key
     WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """All tiles of one window."""
     TILES: tl.constexpr = WINDOW // BLOCK_M
     window = tl.program_id(0).to(tl.int64)
-    i = tl.arange(0, WINDOW)
+    i = tl.arange(0, WINDOW)  # number of a row in the window
     if SORT:
         key = tl.zeros((WINDOW,), tl.int64)
         for first in range(0, K, BLOCK_K):
@@ -192,7 +196,7 @@ def _tiles_kernel(
             ok = (k < K) & (m < M)
             n = tl.load(table_idx_ptr + k.to(tl.int64) * M + m, mask=ok, other=-1)
             key += tl.sum((n >= 0).to(tl.int64) << (k // OFFSETS_PER_BIT).to(tl.int64), axis=0)
-        key = tl.where(window * WINDOW + i < M, key, 1 << 50)  # padding: sorted after all rows
+        key = tl.where(window * WINDOW + i < M, key, 1 << 50)  # after the last row: sorted to the end
         i = (_sort(key * WINDOW + i, WINDOW) % WINDOW).to(tl.int32)
     m = window * WINDOW + i
     m_ok = m < M
@@ -208,7 +212,7 @@ def _tiles_kernel(
         tl.store(pairs_idx_ptr + k.to(tl.int64) * W + window, tl.sum((n >= 0).to(tl.int32), axis=1), mask=k < K)
         n = tl.reshape(n, (BLOCK_K, TILES, BLOCK_M))
         has = tl.max(n, axis=2) >= 0  # [BLOCK_K, TILES]
-        dest = tile * K + count[None, :] + tl.cumsum(has.to(tl.int32), axis=0) - 1
+        dest = tile * K + count[None, :] + tl.cumsum(has.to(tl.int32), axis=0) - 1  # entry of `offset_idx`
         tl.store(offset_idx_ptr + dest, tl.broadcast_to(k[:, None], has.shape), mask=has)
         tl.store(read_idx_ptr + dest[:, :, None] * BLOCK_M + lane, n, mask=has[:, :, None])
         count += tl.sum(has.to(tl.int32), axis=0)
@@ -217,7 +221,7 @@ def _tiles_kernel(
 
 @triton.jit
 def _sort(key, SIZE: tl.constexpr):
-    """[SIZE] keys, ascending: a bitonic sort as in `tl.sort`, which would take a second in the interpreter."""
+    """[SIZE] keys, ascending: a bitonic sort like `tl.sort`, which would take a second in the interpreter."""
     i = tl.arange(0, SIZE)
     size = 2
     while size <= SIZE:
@@ -237,6 +241,7 @@ def _pairs_kernel(
     M, K, W,
     WINDOW: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """The pairs of BLOCK_K offsets in one window."""
     window = tl.program_id(0).to(tl.int64)
     m = window * WINDOW + tl.arange(0, WINDOW)[None, :]
     k = (tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
@@ -255,16 +260,17 @@ def _chunks_kernel(
     W, K, MAX_CHUNKS,
     MIN_PAIRS: tl.constexpr, MULTIPLE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_OFFSETS: tl.constexpr,
 ):  # fmt: skip
+    """BLOCK_C chunks; every program computes the number of chunks of all offsets."""
     k = tl.arange(0, BLOCK_OFFSETS)
     end = tl.load(ends_ptr + (k + 1).to(tl.int64) * W - 1, mask=k < K, other=0)
-    begin = tl.load(ends_ptr + k.to(tl.int64) * W - 1, mask=(k > 0) & (k < K), other=0)
+    begin = tl.load(ends_ptr + k.to(tl.int64) * W - 1, mask=(k > 0) & (k < K), other=0)  # end of the offset before
     size = tl.maximum(tl.cdiv(tl.max(end, axis=0), MAX_CHUNKS), MIN_PAIRS)
     size = tl.cdiv(size, MULTIPLE) * MULTIPLE
-    count = tl.where(k < K, tl.cdiv(end - begin, size), 0)
+    count = tl.where(k < K, tl.cdiv(end - begin, size), 0)  # chunks of each offset, `size` pairs long
     chunk_end = tl.cumsum(count, axis=0)
     tl.store(chunk_end_idx_ptr + k, chunk_end.to(tl.int32), mask=k < K)
     chunk = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    nth = chunk[:, None] - (chunk_end - count)[None, :]  # [BLOCK_C, BLOCK_OFFSETS]
+    nth = chunk[:, None] - (chunk_end - count)[None, :]  # [BLOCK_C, BLOCK_OFFSETS], from an offset's first chunk
     of_offset = (nth >= 0) & (nth < count[None, :])  # True at the chunk's offset; nowhere if the chunk is unused
     first = tl.sum(tl.where(of_offset, begin[None, :] + nth * size, 0), axis=1)
     offset_end = tl.sum(tl.where(of_offset, end[None, :], 0), axis=1)

@@ -7,8 +7,10 @@ upper corner, the two have the weights a = (1 - f, f), with the slopes b = da / 
 
 which are four sums over the same 8 voxels. A corner outside the volume has weight and slope 0 (zero padding, as
 F.grid_sample with align_corners=True). Both outputs are differentiable: dL/dV uses the weights of the four sums again;
-dL/dpoint through the gradient uses the mixed second derivatives (az_i by_j bx_k, ...), as the pure ones are 0. The
-result equals the double backward of an interpolation, at the cost of a single backward.
+dL/dpoint through the gradient uses the mixed second derivatives (az_i by_j bx_k, ...), as the pure ones are 0. So one
+backward gives what autograd would need a double backward of an interpolation for.
+
+Sizes: R rays with S points each, so N = R * S points; C channels.
 """
 
 import torch
@@ -33,8 +35,8 @@ def trilinear(volume: Tensor, points: Tensor, volume_idx: Tensor) -> tuple[Tenso
 
     Outputs have the promoted type of `volume` and `points` and are accumulated in it. Differentiable once w.r.t.
     `volume` and `points`, through both outputs. The kernel adds atomically to the gradient of `volume`, so its last
-    bits vary from run to run; under strict determinism the reference runs instead. Raises AssertionError if shapes or
-    types do not match.
+    bits vary from run to run; under `torch.use_deterministic_algorithms(True)` the reference runs instead. Raises
+    AssertionError if shapes or types do not match.
     """
     _check(volume, points, volume_idx)
     if not on_triton(volume, deterministic=False):
@@ -44,7 +46,7 @@ def trilinear(volume: Tensor, points: Tensor, volume_idx: Tensor) -> tuple[Tenso
 
 @without_autocast
 def trilinear_ref(volume, points, volume_idx):
-    """`trilinear` in plain PyTorch: what the kernels are compared with."""
+    """`trilinear` in plain PyTorch."""
     rows, weights = _four_weights(volume, points, volume_idx)
     features = volume.flatten(0, 3).index_select(0, rows.flatten()).unflatten(0, rows.shape)  # [N, 8, C]
     out = torch.bmm(weights, features.to(weights.dtype)).unflatten(0, points.shape[:2])  # [R, S, 4, C]
@@ -80,10 +82,10 @@ def _check(volume, points, volume_idx):
 
 
 def _corners(volume, points, volume_idx):
-    """The 8 voxels around each of the N = R * S points.
+    """The 8 voxels around each point.
 
     Returns:
-        rows:   [N, 8] int64 rows of `volume.flatten(0, 3)`; any existing row for a corner outside the volume or NaN.
+        rows:   [N, 8] int64 rows of `volume.flatten(0, 3)`; some existing row for a corner outside the volume or NaN.
         weight: [2, 3, N] of the lower and upper corner along x, y, z; 0 outside.
         slope:  [2, 3, N] d weight / d point: -1, 1; 0 outside.
     """
@@ -99,8 +101,8 @@ def _corners(volume, points, volume_idx):
     weight = torch.stack([1 - fraction, fraction]) * inside
     slope = torch.stack([-inside[0], inside[1]])
     x, y, z = corner.where(exists, 0).long().unbind(1)  # [2, N] each
-    first = volume_idx.long().repeat_interleave(points.shape[1]) * Z  # [N]
-    rows = ((first + z[:, None, None]) * Y + y[:, None]) * X + x  # [2, 2, 2, N]
+    first_z = volume_idx.long().repeat_interleave(points.shape[1]) * Z  # [N], where volumes are stacked along z
+    rows = ((first_z + z[:, None, None]) * Y + y[:, None]) * X + x  # [2, 2, 2, N]
     return rows.flatten(0, 2).t().contiguous(), weight, slope
 
 
@@ -184,7 +186,7 @@ def _trilinear_fwd_kernel(
     c = tl.arange(0, BLOCK_C)[None, :]
     n_ok = n < N
     nc_ok = n_ok[:, None] & (c < C)
-    px, py, pz, first = _load_points(points_ptr, volume_idx_ptr, n, n_ok, S, Z, acc_ty)
+    px, py, pz, first_z = _load_points(points_ptr, volume_idx_ptr, n, n_ok, S, Z, acc_ty)
 
     value = tl.zeros((BLOCK_N, BLOCK_C), acc_ty)
     gx, gy, gz = value, value, value
@@ -192,7 +194,7 @@ def _trilinear_fwd_kernel(
         z, z_ok, az, bz = axis_corner(pz, Z, k // 4)
         y, y_ok, ay, by = axis_corner(py, Y, k // 2 % 2)
         x, x_ok, ax, bx = axis_corner(px, X, k % 2)
-        row = ((first + z) * Y + y) * X + x
+        row = ((first_z + z) * Y + y) * X + x
         row_ok = (z_ok & y_ok & x_ok)[:, None] & nc_ok
         feature = tl.load(volume_ptr + row[:, None] * C + c, mask=row_ok, other=0.0).to(acc_ty)
         value += (az * ay * ax)[:, None] * feature
@@ -221,7 +223,7 @@ def _trilinear_bwd_kernel(
     c = tl.arange(0, BLOCK_C)[None, :]
     n_ok = n < N
     nc_ok = n_ok[:, None] & (c < C)
-    px, py, pz, first = _load_points(points_ptr, volume_idx_ptr, n, n_ok, S, Z, acc_ty)
+    px, py, pz, first_z = _load_points(points_ptr, volume_idx_ptr, n, n_ok, S, Z, acc_ty)
 
     row_ptr = d_gradient_ptr + n[:, None] * 3 * C + c
     d_value = tl.load(d_value_ptr + n[:, None] * C + c, mask=nc_ok, other=0.0)
@@ -235,7 +237,7 @@ def _trilinear_bwd_kernel(
         z, z_ok, az, bz = axis_corner(pz, Z, k // 4)
         y, y_ok, ay, by = axis_corner(py, Y, k // 2 % 2)
         x, x_ok, ax, bx = axis_corner(px, X, k % 2)
-        row = ((first + z) * Y + y) * X + x
+        row = ((first_z + z) * Y + y) * X + x
         row_ok = (z_ok & y_ok & x_ok)[:, None] & nc_ok
         if FOR_VOLUME:
             d_feature = (az * ay * ax)[:, None] * d_value + (az * ay * bx)[:, None] * d_gx
@@ -258,12 +260,12 @@ def _trilinear_bwd_kernel(
 
 @triton.jit
 def _load_points(points_ptr, volume_idx_ptr, n, n_ok, S, Z, acc_ty: tl.constexpr):
-    """Coordinates of the points, and the index of the first z slice of the volume that each one reads."""
+    """Coordinates of the points, and the first z slice, of all volumes' slices, of the volume that each one reads."""
     px = tl.load(points_ptr + n * 3, mask=n_ok, other=0.0).to(acc_ty)
     py = tl.load(points_ptr + n * 3 + 1, mask=n_ok, other=0.0).to(acc_ty)
     pz = tl.load(points_ptr + n * 3 + 2, mask=n_ok, other=0.0).to(acc_ty)
-    first = tl.load(volume_idx_ptr + n // S, mask=n_ok, other=0).to(tl.int64) * Z
-    return px, py, pz, first
+    first_z = tl.load(volume_idx_ptr + n // S, mask=n_ok, other=0).to(tl.int64) * Z
+    return px, py, pz, first_z
 
 
 @triton.jit
@@ -273,6 +275,7 @@ def axis_corner(p, size, upper):
     corner = low + upper
     inside = (corner >= 0) & (corner < size)
     index = tl.where(inside, corner, 0.0).to(tl.int64)
-    sign = 2 * upper - 1  # weight: 1 - f or f
-    one = inside.to(p.dtype)
-    return index, inside, one * (1 - upper + sign * (p - low)), one * sign
+    slope = 2 * upper - 1  # -1 or 1
+    weight = 1 - upper + slope * (p - low)  # 1 - f or f
+    exists = inside.to(p.dtype)  # 0 or 1
+    return index, inside, exists * weight, exists * slope

@@ -1,8 +1,9 @@
 """Autotuning: the candidate launches of an op are timed once per kind of work; the fastest is saved in a file.
 
-The time of a candidate includes all the work it causes, such as tiles of the neighbor table that no earlier layer has
-computed, since every step computes them again. Runs are timed as in a training step: back to back, with the L2 cache as
-the previous run leaves it and the host ahead of the device. The lowest median wins.
+A candidate is a tuple of launch settings, such as block sizes. Its time includes all the work it causes, such as tiles
+of the neighbor table that no earlier layer has computed, since every training step computes them again. Runs are timed
+as in a training step: back to back, with the L2 cache as the previous run leaves it and the host ahead of the device.
+The lowest median wins.
 
 Off until `enable` is called: every op uses the first of its candidates, a sensible default. Candidates may sum in
 different orders, so results are bitwise equal only between runs with the same choices: tuning off, or the same file.
@@ -28,8 +29,8 @@ class _State:
     on: bool = False
     path: Path | None = None
     timer: object = None
-    known: dict = field(default_factory=dict)  # device -> kind of work -> the fastest candidate, as a list
-    chosen: dict = field(default_factory=dict)  # in this process: (device, kind of work) -> candidate
+    known: dict = field(default_factory=dict)  # the file: name of device -> kind of work -> fastest candidate, a list
+    chosen: dict = field(default_factory=dict)  # in this process: (device, *kind of work) -> candidate
 
 
 _state = _State()
@@ -40,8 +41,8 @@ def enable(path: str | Path | None = None, timer: Callable[[Callable], float] | 
 
     Args:
         path:  JSON file of results, read now and written after every search, e.g. in the run's folder; None: not saved.
-               Concurrent processes overwrite each other's results; the file stays valid. Raises ValueError if the
-               file holds anything else.
+               Concurrent processes overwrite each other's results; the file stays valid. Raises ValueError for a file
+               of another content.
         timer: takes a function, returns its time in ms; None: CUDA events, and no search without a GPU.
     """
     global _state
@@ -53,7 +54,7 @@ def enable(path: str | Path | None = None, timer: Callable[[Callable], float] | 
 
 
 def disable():
-    """Use the first candidate from now on."""
+    """Use the first of an op's candidates from now on."""
     global _state
     _state = _State()
 
@@ -67,10 +68,10 @@ def choose(kind, candidates, run, device):
     """The fastest of the candidates.
 
     Args:
-        kind:       tuple that identifies the work; the last entry is its size, which `bucket` rounds.
+        kind:       tuple that identifies the work: name of the op, types, sizes. `bucket` rounds the last size.
         candidates: tuples; the first is the default.
-        run:        takes a candidate and does the work, including what only this candidate needs; called many times,
-                    and must not make later calls cheaper.
+        run:        takes a candidate and does the work, including what only this candidate needs; called many times
+                    per candidate, and must not make later calls cheaper, e.g. by caching.
         device:     to run on.
     """
     if not _state.on or len(candidates) == 1:
@@ -111,7 +112,7 @@ def _known(work):
     return _state.known.setdefault(device, {}), " ".join(map(str, kind))
 
 
-RUNS = 21
+RUNS = 21  # timed, of each candidate
 SPIN = 2**22  # clock cycles that the device waits, 2 to 3 ms at 1.4 to 2 GHz: the host launches all runs meanwhile
 
 

@@ -56,8 +56,8 @@ def sort_voxels(coords: Tensor, shape: Sequence[int], check: bool = True) -> tup
     Args:
         coords: [N, 4] int32 (b, z, y, x), each once, in any order.
         shape:  cells (Z, Y, X).
-        check:  raise on coordinates that are outside the grid or occur twice; waits for the device once. Unchecked,
-                such coordinates give wrong neighbor tables.
+        check:  raise on coordinates that are outside the grid (b < 0 too; b has no upper limit) or occur twice; waits
+                for the device once. Unchecked, such coordinates give wrong neighbor tables.
 
     Returns:
         keys:  [N] int64 ascending.
@@ -82,6 +82,7 @@ def sort_voxels_ref(coords, shape, check=True):
 
 
 def _raise_on_faults(coords, shape, keys, order):
+    """The checks of `sort_voxels`; keys and order are its results."""
     outside = (coords < 0).any(dim=1)
     for axis, size in enumerate(shape):
         outside |= coords[:, 1 + axis] >= size
@@ -97,7 +98,7 @@ def _raise_on_faults(coords, shape, keys, order):
 
 
 def checked(coords, shape, *triples):
-    """`coords`, contiguous, after checks: [N, 4] int32; shape and triples have 3 entries each; `check_grid(shape)`."""
+    """`coords`, contiguous, after checks: it is [N, 4] int32, shape and `triples` have 3 entries each, `check_grid`."""
     assert coords.dim() == 2 and coords.shape[1] == 4, f"coordinates are [N, 4], not {tuple(coords.shape)}"
     assert coords.dtype == torch.int32, f"coordinates are int32, not {coords.dtype}"
     assert all(len(t) == 3 for t in (shape, *triples)), f"not triples (z, y, x): {shape}, {triples}"
@@ -105,14 +106,14 @@ def checked(coords, shape, *triples):
     return coords.contiguous()
 
 
-def check_grid(cells, batch_size=1):
-    """Raise ValueError if coordinates in a grid of `cells` (Z, Y, X) exceed int32, or keys of a batch exceed `NO_KEY`.
+def check_grid(shape, batch_size=1):
+    """Raise ValueError if coordinates in a grid of (Z, Y, X) cells exceed int32, or keys of a batch exceed `NO_KEY`.
 
-    A convolution passes its grid enlarged by the padding, since it computes coordinates there in int32.
+    A convolution passes its grid enlarged by the cells outside that it reaches, whose coordinates it computes in int32.
     """
-    if max(cells) >= 2**31 or batch_size * prod(cells) > NO_KEY:
+    if max(shape) >= 2**31 or batch_size * prod(shape) > NO_KEY:
         raise ValueError(
-            f"(z, y, x) = {tuple(cells)} cells in each of {batch_size} samples, including those that a convolution "
+            f"(z, y, x) = {tuple(shape)} cells in each of {batch_size} samples, including those that a convolution "
             "reaches outside the grid, are too many: a coordinate has 32 bits, a cell's key 62"
         )
 

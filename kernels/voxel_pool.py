@@ -1,13 +1,14 @@
 """Pool image features into a voxel volume: each pixel's feature is spread along its ray, weighted by depth probability.
 
-    volume[x] = sum_{x(r, k) = x} F[r] * P[r, k]
+    volume[v] = sum_{v(r, k) = v} F[r] * prob[r, k]
 
-    dL/dF[r] = sum_k P[r, k] * g[x(r, k)],   dL/dP[r, k] = <g[x(r, k)], F[r]>,   g = dL/dvolume
+    dL/dF[r] = sum_k prob[r, k] * g[v(r, k)],   dL/dprob[r, k] = <g[v(r, k)], F[r]>,   g = dL/dvolume
 
-x(r, k) is the voxel that contains point k of pixel r's ray. Consecutive points of a ray in one voxel form a run: the
-pixel's feature is read once and multiplied by the sum of their probabilities. For the forward, runs are sorted stably
-by voxel, and each voxel's runs are summed in order by one program; where a voxel has many, an earlier kernel has summed
-chunks of CHUNK runs. In the backward a program handles a block of pixels and walks along their rays. No atomics.
+F[r] is the feature of pixel r, prob[r, k] the probability of its depth bin k, and v(r, k) the voxel that contains the
+bin's point on the pixel's ray. Consecutive points of a ray in one voxel form a run: the pixel's feature is read once
+and multiplied by the sum of their probabilities. For the forward, runs are sorted stably by voxel, and each voxel's
+runs are summed in order by one program; where a voxel has many, an earlier kernel has summed chunks of CHUNK runs. In
+the backward a program handles a block of pixels and walks along their rays. No atomics.
 
 Sizes: R pixels of the feature maps of all views, with D depth bins each, so P = R * D points; V voxels of all samples.
 """
@@ -55,6 +56,7 @@ def voxel_pool(
     fits = depths.shape == (B, N, h, w, D)
     assert fits, f"depths {tuple(depths.shape)} do not match features {tuple(features.shape)}"
     X, Y, Z = shape
+    # indices are int32; the limit leaves room for those of lanes past the end
     assert max(B * N * h * w * D, B * X * Y * Z) < 2**30, "points and voxels must fit 32 bits: use fewer samples"
     if not on_triton(features):
         return voxel_pool_ref(features, depths, lidar2image, low, cell, shape, stride, depth_range, truncate)
@@ -73,11 +75,11 @@ def voxel_pool_ref(features, depths, lidar2image, low, cell, shape, stride, dept
     point = (voxel < V).nonzero()[:, 0]
     voxel, order = voxel.index_select(0, point).sort(stable=True)
     point = point.index_select(0, order)
-    begin = torch.searchsorted(voxel, torch.arange(V, device=voxel.device))
+    begin = torch.searchsorted(voxel, torch.arange(V, device=voxel.device))  # each voxel's first entry of `point`
     table = features.flatten(0, 3).to(acc_type)
     table = table if C else F.pad(table, (0, 1))  # `embedding_bag` refuses a table without columns
     volume = F.embedding_bag(
-        point // max(D, 1),
+        point // max(D, 1),  # pixels
         table,
         begin,
         mode="sum",
@@ -99,7 +101,7 @@ def _geometry(lidar2image, low, cell, depth_range, D):
 
 
 def _voxels_ref(matrices, bins, sizes, shape, stride, truncate):
-    """[R * D] index of each point's voxel among those of all samples; V for points outside the grid."""
+    """[P] index of each point's voxel among those of all samples; V for points outside the grid. sizes: of features."""
     B, _, h, w, _ = sizes
     X, Y, Z = shape
     u = torch.arange(w, device=bins.device)[:, None] * stride  # [w, 1]
@@ -125,20 +127,20 @@ class VoxelPool(torch.autograd.Function):
         volume = features.new_empty(B, Z, Y, X, C)
         if not min(P, V, C):
             ctx.save_for_backward(features, depths, torch.empty(0))
-            ctx.voxels = 0
+            ctx.V = 0  # `backward` returns zeros
             return volume.zero_()
         voxel, order, pixel, begin = _find_points(
             lidar2image, features.shape, D, low, cell, tuple(shape), stride, depth_range, truncate
         )
         ctx.save_for_backward(features, depths, voxel)
-        ctx.voxels = V
+        ctx.V = V
         acc_type = torch.float64 if features.dtype == torch.float64 else torch.float32
-        weight = torch.empty(P, dtype=acc_type, device=features.device)
+        weight = torch.empty(P, dtype=acc_type, device=features.device)  # of each run
         _runs_kernel[(triton.cdiv(P, BLOCK_P),)](
             depths_ptr=depths, voxel_idx_ptr=voxel, order_idx_ptr=order, begin_idx_ptr=begin, weight_ptr=weight,
             P=P, V=V, D=D, BLOCK_P=BLOCK_P,
         )  # fmt: skip
-        chunks = P // CHUNK
+        chunks = P // CHUNK  # at most: only the device knows the number of runs
         partial = torch.empty(chunks, C, dtype=acc_type, device=features.device)
         blocks = _blocks(C)
         if chunks:
@@ -158,7 +160,7 @@ class VoxelPool(torch.autograd.Function):
     def backward(ctx, d_volume):
         features, depths, voxel = ctx.saved_tensors
         C, D = features.shape[4], depths.shape[4]
-        R, V = features.shape[:4].numel(), ctx.voxels
+        R, V = features.shape[:4].numel(), ctx.V
         if V:
             d_features, d_depths = torch.empty_like(features), torch.empty_like(depths)
             blocks = _blocks(C)
@@ -178,7 +180,7 @@ def _find_points(lidar2image, sizes, D, low, cell, shape, stride, depth_range, t
         voxel: [P] voxel of each point; V for points outside the grid.
         order: [P] first point of each run, sorted by voxel, then all other points.
         pixel: [P] pixel of each point of `order`.
-        begin: [V + 1] each voxel's first run in `order`.
+        begin: [V + 1] position in `order` of each voxel's first run; then the number of runs.
     """
     (B, N, h, w, _), (X, Y, Z) = sizes, shape
     P, V = B * N * h * w * D, B * X * Y * Z
@@ -187,9 +189,9 @@ def _find_points(lidar2image, sizes, D, low, cell, shape, stride, depth_range, t
     _voxels_kernel[(triton.cdiv(P, BLOCK_P),)](
         matrices_ptr=matrices.contiguous(), bins_ptr=bins, voxel_idx_ptr=voxel,
         P=P, N=N, h=h, w=w, D=D, stride=stride, shape=shape, V=V, TRUNCATE=truncate, BLOCK_P=BLOCK_P,
-        enable_fp_fusion=False,  # fusion could move a point on a voxel face to the other side
+        enable_fp_fusion=False,  # a fused multiply-add could move a point on a voxel face to the other side
     )  # fmt: skip
-    continues = F.pad(voxel[:, 1:] == voxel[:, :-1], (1, 0))
+    continues = F.pad(voxel[:, 1:] == voxel[:, :-1], (1, 0))  # whether a point continues the run of the one before it
     run_voxel, order = voxel.masked_fill(continues, V).flatten().sort(stable=True)
     all_voxels = torch.arange(V + 1, dtype=torch.int32, device=voxel.device)
     begin = torch.searchsorted(run_voxel, all_voxels, out_int32=True)
@@ -205,6 +207,7 @@ UNROLL = tl.constexpr(4)  # loop iterations, over runs or depth bins, whose load
 
 
 def _blocks(C):
+    """BLOCK_C channels of BLOCK_R voxels, chunks or pixels per program."""
     block_c = triton.next_power_of_2(C)
     return dict(BLOCK_R=max(TILE // block_c, 1), BLOCK_C=block_c)
 
@@ -212,7 +215,7 @@ def _blocks(C):
 @jit(varying=("P", "V"))
 def _voxels_kernel(
     matrices_ptr, bins_ptr, voxel_idx_ptr,  # [B, N, 3, 4], [D], [P]
-    P, N, h, w, D, stride, shape, V,
+    P, N, h, w, D, stride, shape, V,  # shape: (X, Y, Z)
     TRUNCATE: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)  # [BLOCK_P]
@@ -222,10 +225,10 @@ def _voxels_kernel(
     u = (pixel % w * stride).to(tl.float64)
     v = (pixel // w % h * stride).to(tl.float64)
     d = tl.load(bins_ptr + p % D, mask=p_ok, other=0.0)
-    row = matrices_ptr + view * 12
-    x, x_ok = _cell(row, u, v, d, p_ok, shape[0], TRUNCATE)
-    y, y_ok = _cell(row + 4, u, v, d, p_ok, shape[1], TRUNCATE)
-    z, z_ok = _cell(row + 8, u, v, d, p_ok, shape[2], TRUNCATE)
+    matrix = matrices_ptr + view * 12  # rows for x, y, z, of 4 numbers each
+    x, x_ok = _cell(matrix, u, v, d, p_ok, shape[0], TRUNCATE)
+    y, y_ok = _cell(matrix + 4, u, v, d, p_ok, shape[1], TRUNCATE)
+    z, z_ok = _cell(matrix + 8, u, v, d, p_ok, shape[2], TRUNCATE)
     voxel = ((view // N * shape[2] + z) * shape[1] + y) * shape[0] + x
     tl.store(voxel_idx_ptr + p, tl.where(x_ok & y_ok & z_ok, voxel, V), mask=p_ok)
 
@@ -251,10 +254,10 @@ def _runs_kernel(
     P, V, D,
     BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """The weight of each sorted run: the sum of its probabilities."""
+    """The weight of each sorted run: the sum of its points' probabilities."""
     i = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)  # [BLOCK_P]
     p = tl.load(order_idx_ptr + i, mask=i < P, other=0)
-    ok = i < tl.load(begin_idx_ptr + V)
+    ok = i < tl.load(begin_idx_ptr + V)  # the number of runs
     voxel = tl.load(voxel_idx_ptr + p, mask=ok, other=0)
     weight = tl.zeros((BLOCK_P,), weight_ptr.dtype.element_ty)
     continues, k = ok, 0
@@ -276,11 +279,11 @@ def _chunks_kernel(
     """The sum of each chunk of sorted runs that lies in one voxel; other chunks are not written."""
     chunk = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
     c = tl.arange(0, BLOCK_C)[None, :]
-    ok = (chunk + 1) * CHUNK <= tl.load(begin_idx_ptr + V)
-    first = tl.load(order_idx_ptr + chunk * CHUNK, mask=ok, other=0)
+    ok = (chunk + 1) * CHUNK <= tl.load(begin_idx_ptr + V)  # whole chunks of runs
+    first = tl.load(order_idx_ptr + chunk * CHUNK, mask=ok, other=0)  # point where the chunk's first run begins
     last = tl.load(order_idx_ptr + chunk * CHUNK + CHUNK - 1, mask=ok, other=0)
-    first = tl.load(voxel_idx_ptr + first, mask=ok, other=0)
-    ok &= first == tl.load(voxel_idx_ptr + last, mask=ok, other=-1)
+    voxel = tl.load(voxel_idx_ptr + first, mask=ok, other=0)
+    ok &= voxel == tl.load(voxel_idx_ptr + last, mask=ok, other=-1)
     if tl.max(ok.to(tl.int32), axis=0) > 0:
         mask = ok[:, None] & (c < C)
         acc = tl.zeros((BLOCK_R, BLOCK_C), partial_ptr.dtype.element_ty)
@@ -301,11 +304,11 @@ def _voxel_pool_fwd_kernel(
     v_ok = v < V
     begin = tl.load(begin_idx_ptr + v, mask=v_ok, other=0)
     end = tl.load(begin_idx_ptr + v + 1, mask=v_ok, other=0)
-    # a voxel's runs: those before the first whole chunk, whole chunks, the rest
-    first = tl.cdiv(begin, CHUNK)
-    whole = tl.maximum(end // CHUNK - first, 0)
-    before = tl.where(whole > 0, first * CHUNK - begin, end - begin)
-    terms = end - begin - whole * (CHUNK - 1)  # single runs and whole chunks
+    # a voxel's sum: runs before the first whole chunk, whole chunks, the remaining runs
+    first = tl.cdiv(begin, CHUNK)  # index of the first whole chunk
+    whole = tl.maximum(end // CHUNK - first, 0)  # number of whole chunks
+    before = tl.where(whole > 0, first * CHUNK - begin, end - begin)  # number of runs before them
+    terms = end - begin - whole * (CHUNK - 1)  # number of single runs and whole chunks
 
     acc = tl.zeros((BLOCK_R, BLOCK_C), partial_ptr.dtype.element_ty)
     for i in tl.range(0, tl.max(terms, axis=0), loop_unroll_factor=UNROLL):
@@ -344,18 +347,18 @@ def _voxel_pool_bwd_kernel(
 
     acc = tl.zeros((BLOCK_R, BLOCK_C), acc_ty)
     g = tl.zeros((BLOCK_R, BLOCK_C), acc_ty)
-    before = tl.full((BLOCK_R,), V, tl.int32)
+    previous = tl.full((BLOCK_R,), V, tl.int32)
     for k in tl.range(0, D, loop_unroll_factor=UNROLL):
         p = r * D + k
         voxel = tl.load(voxel_idx_ptr + p, mask=r_ok, other=V)
         ok = voxel < V
         probability = tl.load(depths_ptr + p, mask=ok, other=0.0).to(acc_ty)
-        # later points of a run reuse the gradient of its first
-        is_new = voxel != before
+        # later points of a run reuse the gradient of its first; outside the grid it is 0
+        is_new = voxel != previous
         at = voxel.to(tl.int64)[:, None] * C + c
         d_voxel = tl.load(d_volume_ptr + at, mask=(ok & is_new)[:, None] & (c < C), other=0.0).to(acc_ty)
         g = tl.where(is_new[:, None], d_voxel, g)
-        before = voxel
+        previous = voxel
         acc += probability[:, None] * g
         tl.store(d_depths_ptr + p, tl.sum(g * feature, axis=1), mask=r_ok)
     tl.store(d_features_ptr + row, acc, mask=r_ok[:, None] & (c < C))

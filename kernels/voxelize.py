@@ -1,6 +1,7 @@
 """Points to voxels: the mean of the first points of each occupied cell, or one point per cell.
 
-    cell = floor((point - low) / size)  in float32, as in the original; a voxel's feature is the mean of its points
+    cell coordinates = floor((point - low) / size of a cell)   in float32, as in the original
+    feature of a voxel (an occupied cell) = mean of its points
 
 Points are sorted stably by the key of their cell, so those of a cell are adjacent, in input order: which points are
 used and the order of summation are the same from run to run. No atomics.
@@ -53,8 +54,8 @@ def voxelize(
     if not P:
         return points.new_empty(0, C), points.new_empty(0, 4, dtype=torch.int32)
     points = points.contiguous()
-    on_device = counts.to(points.device, non_blocking=True)
-    ends = on_device.cumsum(0)
+    device_counts = counts.to(points.device, non_blocking=True)
+    ends = device_counts.cumsum(0)
     # rounded to fp32 as for a compiled kernel; the interpreter would pass fp64
     low, cell = (tuple(np.float32(t).tolist()) for t in (low, cell))
 
@@ -65,7 +66,7 @@ def voxelize(
         NO_KEY=NO_KEY, BLOCK_P=BLOCK_P,
     )  # fmt: skip
     keys, order = keys.sort(stable=True)
-    start = torch.empty(P, dtype=torch.int32, device=points.device)
+    start = torch.empty(P, dtype=torch.int32, device=points.device)  # see `_mark_first_kernel`
     _mark_first_kernel[grid](
         keys_ptr=keys, order_ptr=order, start_idx_ptr=start, P=P, NO_KEY=NO_KEY, BLOCK_P=BLOCK_P
     )  # fmt: skip
@@ -73,10 +74,10 @@ def voxelize(
     kept = start >= 0  # [P] whether a point is the first of a voxel
     if int(counts.max()) > max_voxels:
         number = F.pad(kept.cumsum(0), (1, 0))  # voxels before each point
-        before = number[ends - on_device].repeat_interleave(on_device, output_size=P)  # ... before its sample
+        before = number[ends - device_counts].repeat_interleave(device_counts, output_size=P)  # ... before its sample
         kept &= number[:-1] - before < max_voxels
     with host_wait("number of occupied voxels"):
-        first = kept.nonzero()[:, 0]
+        first = kept.nonzero()[:, 0]  # [V] first point of each voxel
     V = len(first)
     features = points.new_empty(V, C)
     coords = points.new_empty(V, 4, dtype=torch.int32)
@@ -106,21 +107,21 @@ def voxelize_ref(points, point_counts, low, cell, shape, max_points, max_voxels)
     key, order = key.sort(stable=True)
     new = F.pad(key[1:] != key[:-1], (1, 0), value=True)[:P] & (key != NO_KEY)
     at = new.nonzero()[:, 0]  # where the points of each voxel start in `order`
-    count = at.diff(append=inside.sum()[None]).clamp(max=max_points)
+    count = at.diff(append=inside.sum()[None]).clamp(max=max_points)  # points of each voxel that are used
     first = order.index_select(0, at)  # the first point of each voxel
 
     appearance = first.argsort()  # voxels in the order of their first points
     number = torch.arange(len(at), device=points.device)  # of each voxel in that order
     sample = b.index_select(0, first.index_select(0, appearance))
-    number_in_sample = number - torch.searchsorted(sample, sample)
+    number_in_sample = number - torch.searchsorted(sample, sample)  # which finds the sample's first voxel
     kept = appearance[number_in_sample < max_voxels]  # [V]
     first, at, count = (t.index_select(0, kept) for t in (first, at, count))
     coords = torch.stack([b, z, y, x], dim=1).index_select(0, first).int()
 
-    before = count.cumsum(0) - count
-    slot = torch.arange(int(count.sum()), device=points.device)
-    position = (at - before).repeat_interleave(count) + slot  # in `order`, voxel after voxel
-    features = F.embedding_bag(order.index_select(0, position), points, before, mode="mean")
+    begin = count.cumsum(0) - count  # where each voxel's points begin among all points that are used
+    used = torch.arange(int(count.sum()), device=points.device)
+    position = (at - begin).repeat_interleave(count) + used  # in `order`, voxel after voxel
+    features = F.embedding_bag(order.index_select(0, position), points, begin, mode="mean")
     return features, coords
 
 
@@ -164,8 +165,8 @@ def grid_sample(
         key, order = key.sort(stable=True)
     else:
         order = noise.argsort(stable=True)
-        key, within = key.index_select(0, order).sort(stable=True)
-        order = order.index_select(0, within)
+        key, by_key = key.index_select(0, order).sort(stable=True)
+        order = order.index_select(0, by_key)  # by cell, then by noise
     new = F.pad(key[1:] != key[:-1], (1, 0), value=True)
     numbers = torch.cat([new.sum()[None], low.flip(0), high.flip(0)])
     V, *extent = to_host(numbers, "number and extent of occupied cells")
@@ -219,7 +220,7 @@ def _cell_keys_kernel(
 
 @triton.jit
 def _cell(point, low, size, cells):
-    """Cell of a point on one axis, and whether it is in the grid; 0 where not."""
+    """Cell of a point on one axis with `cells` cells, and whether it is in the grid; 0 where not."""
     # `/` is approximate and would put points on a border into another cell than the original does
     coord = tl.floor(tl.div_rn(point - low, size + tl.zeros_like(point)))
     inside = (coord >= 0) & (coord < cells)  # false for NaN
@@ -235,9 +236,9 @@ def _mark_first_kernel(
     q = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)  # [BLOCK_P]
     q_ok = q < P
     key = tl.load(keys_ptr + q, mask=q_ok, other=NO_KEY)
-    before = tl.load(keys_ptr + q - 1, mask=q_ok & (q > 0), other=-1)
+    previous = tl.load(keys_ptr + q - 1, mask=q_ok & (q > 0), other=-1)
     p = tl.load(order_ptr + q, mask=q_ok, other=0)
-    tl.store(start_idx_ptr + p, tl.where((key != before) & (key != NO_KEY), q, -1), mask=q_ok)
+    tl.store(start_idx_ptr + p, tl.where((key != previous) & (key != NO_KEY), q, -1), mask=q_ok)
 
 
 @jit(varying=("P", "V"))
@@ -251,7 +252,7 @@ def _mean_kernel(
     c = tl.arange(0, BLOCK_C)[None, :]
     v_ok = v < V
     first = tl.load(first_ptr + v, mask=v_ok, other=0)
-    q = tl.load(start_idx_ptr + first, mask=v_ok, other=0)
+    q = tl.load(start_idx_ptr + first, mask=v_ok, other=0)  # position of the voxel's points in `order`
     key = tl.load(keys_ptr + q, mask=v_ok, other=0)
 
     total = tl.zeros((BLOCK_V, BLOCK_C), tl.float32)
@@ -268,7 +269,7 @@ def _mean_kernel(
 
     Z, Y, X = shape
     voxel_ptr = coords_ptr + v.to(tl.int64) * 4
-    row = key // X  # ((b Z) + z) Y + y
+    row = key // X  # (b Z + z) Y + y
     tl.store(voxel_ptr, (row // Y // Z).to(tl.int32), mask=v_ok)
     tl.store(voxel_ptr + 1, (row // Y % Z).to(tl.int32), mask=v_ok)
     tl.store(voxel_ptr + 2, (row % Y).to(tl.int32), mask=v_ok)

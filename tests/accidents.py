@@ -1,15 +1,16 @@
-"""Kill or disturb small runs at random moments, and check that they lose no more than the README says.
+"""Kill or disturb small runs at random moments, and check that they lose no more steps than the README says.
 
     python -m tests.accidents --moments 20 --seed 0             # a line each, then a summary; exit code 1 after a fault
     python -m tests.accidents --moments 9 --only "full disk"    # one kind of accident
-    python -m tests.accidents --moment 12                       # one moment, with all output of the run
+    python -m tests.accidents --moment 12                       # one moment, with the run's stderr
 
 Each moment starts train.py or finetune.py, with a data loading process and without a cached index, and waits until it
-has used a random part of the CPU time of an undisturbed run: during the imports, the indexing of the dataset, a step,
-the writing of a checkpoint, a validation. Then one of `ACCIDENTS` happens. The run must end with the exit code and the
-last line that the README promises, without a traceback, and leave neither partial files nor processes. Its last
-checkpoint must be intact and recent enough. With `--resume auto` it must reach the end, and all numbers in the log and
-all weights must equal those of the undisturbed run.
+has used a random part of the CPU time of an undisturbed run. It may then be at the imports, the indexing of the
+dataset, a step, the writing of a checkpoint or a validation. Then one of `ACCIDENTS` happens. The run must end with the
+exit code that the README promises and a last line that fits it, without a traceback, and leave neither partial files
+(kill -9 may: the resumed run removes them) nor processes. Its last checkpoint must be intact and recent enough. With
+`--resume auto` it must reach the end, and all numbers in the log, but speed and memory, and all weights must equal
+those of the undisturbed run.
 
 Linux only. The full disk is a tmpfs where this user may mount one, otherwise a limit on the size of files.
 """
@@ -38,13 +39,13 @@ from unipad.checkpoint import read_training
 from unipad.data.synthetic import generate
 from unipad.errors import UserError
 
-STEPS, SAVE_EVERY, VAL_EVERY = 8, 2, 3
+STEPS, SAVE_EVERY, VAL_EVERY = 8, 2, 3  # steps; a checkpoint is also saved before each validation
 FLAGS = ["--modality", "lidar", "--preset", "tiny", "--device", "cpu", "--workers", 1, "--log-every", 1]
 FLAGS += ["--steps", STEPS, "--save-every", SAVE_EVERY, "--val-every", VAL_EVERY]
 RAYS = ["--rays.per-view", 8, "--render.samples", 12, "--render.importance", 4, "--val-samples", 1]
 PROGRAMS = {"train.py": [*FLAGS, *RAYS, "--picture-stride", 16], "finetune.py": FLAGS}
 
-# pattern of the last line on stderr of a stopped run
+# pattern of the last line on stderr of a stopped run: after a training step, or elsewhere
 STOPPED = r"stopped after step \d+, saved; resume with --resume \S+|stopped by SIG\w+"
 # accident -> (exit code of the run, pattern of its last line on stderr)
 ACCIDENTS = {
@@ -60,7 +61,7 @@ SIGNALS = {"kill -9": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGHUP": signa
 TRACES = ("Traceback", "Exception ignored", "Error in ")  # what Python and its threads print
 PARTIAL = re.compile(r"^\..*\.\d+$|\.partial-|\.part$")  # names of files and folders that are being written
 SECONDS = 300  # time limit of a run
-DISK = 48 * 2**20  # bytes; an undisturbed run needs half of that
+DISK = 48 * 2**20  # bytes of the tmpfs; an undisturbed run needs half of that
 
 
 @dataclass
@@ -69,21 +70,21 @@ class Moment:
 
     program: str
     accident: str
-    seconds: float  # of CPU time
-    phase: str = ""  # what the run was doing: `phase_of`
-    code: int = 0
-    output: str = ""
+    seconds: float  # of CPU time that the run has used when the accident happens
+    phase: str = ""  # what the run was doing then: `phase_of`
+    code: int = 0  # as of `Popen.returncode`
+    stderr: str = ""
     logged: int = 0  # last step in the log
     saved: int = 0  # step of the last checkpoint
     faults: list[str] = field(default_factory=list)
 
     @property
     def last_line(self):
-        return (self.output.splitlines() or [""])[-1]
+        return (self.stderr.splitlines() or [""])[-1]
 
 
 def log_of(run: Path) -> dict[int, dict]:
-    """step -> {name: number} of a run's log, without speed and memory."""
+    """step -> {name: number} of the log in a run's folder, without speed and memory."""
     steps = defaultdict(dict)
     file = run / "log.jsonl"
     for line in file.read_text().splitlines() if file.exists() else []:
@@ -95,6 +96,7 @@ def log_of(run: Path) -> dict[int, dict]:
 
 
 def last_logged(run: Path) -> int:
+    """The last training step in the log; 0 without one."""
     return max((step for step, values in log_of(run).items() if "train/loss" in values), default=0)
 
 
@@ -107,33 +109,33 @@ def phase_of(run: Path) -> str:
     return f"validation {step}" if validates else f"step {step + 1}"
 
 
-def cpu_seconds(process: int) -> float:
-    """CPU time that a process has used; works for a zombie (ended, not waited for) too."""
-    values = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    return sum(map(int, values[11:13])) / os.sysconf("SC_CLK_TCK")
+def cpu_seconds(pid: int) -> float:
+    """CPU time that a process has used, without its children; works for a zombie (ended, not waited for) too."""
+    values = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, values[11:13])) / os.sysconf("SC_CLK_TCK")  # utime, stime
 
 
-def ended(process: int) -> bool:
+def ended(pid: int) -> bool:
     """Whether a child process has ended; it stays a zombie."""
-    return os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
 
 
-def children(process: int) -> list[int]:
+def children(pid: int) -> list[int]:
     """Process ids of the children of a process."""
     try:
-        return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+        return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
     except OSError:  # it has ended
         return []
 
 
-def workers(process: int) -> list[int]:
-    """Process ids of the data loading processes of a program."""
-    return [pid for pid in children(process) if b"--workers" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+def loaders_of(pid: int) -> list[int]:
+    """Process ids of the data loading processes of a program: forked, so they have its command line."""
+    return [child for child in children(pid) if b"--workers" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 @contextmanager
 def disk(folder: Path):
-    """A new folder; a disk of its own where this user may mount one."""
+    """A new folder, removed afterwards; a disk of its own where this user may mount one."""
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", folder]
     mounted = shutil.which("mount") and subprocess.run(command, capture_output=True).returncode == 0
@@ -145,10 +147,12 @@ def disk(folder: Path):
         shutil.rmtree(folder)
 
 
-def fill(folder: Path, process: int, left: int):
-    """Fill the disk at `folder` up to `left` bytes, or limit files of `process` to that size if it is no disk."""
+def fill(folder: Path, pid: int, left: int):
+    """Fill the disk at `folder` except for `left` bytes; if `folder` is no disk, limit each file of process `pid` to
+    `left` bytes.
+    """
     if not folder.is_mount():
-        resource.prlimit(process, resource.RLIMIT_FSIZE, (left, resource.RLIM_INFINITY))
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (left, resource.RLIM_INFINITY))
         return
     with (folder / "filler").open("wb") as file:
         size = max(0, shutil.disk_usage(folder).free - left)
@@ -173,7 +177,7 @@ class Harness:
 
     @contextmanager
     def _sandbox(self):
-        """A folder with the city, but without its cached index, for a run."""
+        """A new folder for a run, with the city, but without the city's cached index."""
         with disk(self.folder / "disk") as sandbox:
             (sandbox / "city").mkdir()
             for part in self.city.iterdir():
@@ -204,7 +208,10 @@ class Harness:
         return log_of(run), {name: weight.clone() for name, weight in weights.items()}
 
     def moment(self, seed: int, number: int, only: str | None) -> Moment:
-        """Run the accident, at the moment, that `seed` and `number` determine. only: this accident instead."""
+        """Run a program, disturb it, check it, resume it: `seed` and `number` determine program, accident and time.
+
+        only: this accident instead.
+        """
         rng = np.random.default_rng([seed, number])
         program = "finetune.py" if number % 3 == 2 else "train.py"
         accident = only or list(ACCIDENTS)[number % len(ACCIDENTS)]
@@ -221,16 +228,19 @@ class Harness:
                 process.kill()
                 _, err = process.communicate()
                 moment.faults.append("did not end")
-            moment.code, moment.output = process.returncode, err.decode()
+            moment.code, moment.stderr = process.returncode, err.decode()
             self._check(moment, sandbox, loaders)
             self._resume(moment, sandbox)
         return moment
 
     def _inject(self, accident, process, sandbox, left):
-        """Cause the accident; returns the process ids of the run's data loading processes."""
-        loaders = workers(process.pid)
+        """Cause the accident; returns the process ids of the run's data loading processes.
+
+        left: bytes, for `fill`.
+        """
+        loaders = loaders_of(process.pid)
         if accident in SIGNALS:
-            # all get it, as from a terminal, systemd or Slurm; kill -9 ends only the main process
+            # all processes get the signal, as from a terminal, systemd or Slurm; kill -9 only the main process
             for pid in loaders if accident != "kill -9" else ():
                 with suppress(ProcessLookupError):
                     os.kill(pid, SIGNALS[accident])
@@ -241,7 +251,7 @@ class Harness:
             with suppress(ProcessLookupError):
                 fill(sandbox, process.pid, left)
         while accident == "worker killed" and process.poll() is None:
-            if loaders := workers(process.pid):
+            if loaders := loaders_of(process.pid):
                 os.kill(loaders[0], signal.SIGKILL)
                 break
             time.sleep(0.01)
@@ -252,21 +262,23 @@ class Harness:
         run, faults = sandbox / "run", moment.faults
         (sandbox / "filler").unlink(missing_ok=True)
         code, pattern = ACCIDENTS[moment.accident]
-        # while Python shuts down, a signal N kills the process: return code -N here, 128 + N in a shell
+        # the accident came after the last step: then 0 is no fault, nor is -N (in a shell: 128 + N), which `subprocess`
+        # returns for a process killed by signal N, as Python is while it shuts down
         finished = last_logged(run) == STEPS and moment.code in (0, -SIGNALS.get(moment.accident, 0))
         if moment.code != code and not finished:
             faults.append(f"exit code {moment.code} instead of {code}")
         if pattern and not finished and not re.fullmatch(pattern, moment.last_line):
             faults.append(f"last line {moment.last_line!r}")
-        faults += [f"prints {words!r}" for words in TRACES if words in moment.output]
+        faults += [f"prints {words!r}" for words in TRACES if words in moment.stderr]
         moment.logged = last_logged(run)
         if (file := run / "checkpoints" / "last.pt").exists():
             try:
                 moment.saved = read_training(file)["step"]
             except UserError as error:
                 faults.append(str(error))
-        unsaved = moment.accident in ("kill -9", "full disk")  # the run cannot save its last steps
-        if moment.saved < moment.logged - (SAVE_EVERY if unsaved else 0):
+        cannot_save = moment.accident in ("kill -9", "full disk")  # others save when they stop
+        may_lose = SAVE_EVERY if cannot_save else 0  # steps
+        if moment.saved < moment.logged - may_lose:
             faults.append(f"step {moment.logged} is logged, but only step {moment.saved} is saved")
         if moment.accident != "kill -9":
             faults += [f"leaves {part}" for part in self._partial(sandbox)]
@@ -288,10 +300,12 @@ class Harness:
         for step in sorted(log.keys() | expected_log.keys()):
             if log[step] != expected_log[step]:
                 faults.append(f"resumed: log of step {step} is {log[step]} instead of {expected_log[step]}")
-        faults += [f"resumed: other {n}" for n, w in expected_weights.items() if not torch.equal(weights[n], w)][:1]
+        different = [name for name, weight in expected_weights.items() if not torch.equal(weights[name], weight)]
+        faults += [f"resumed: {len(different)} weights differ, first {different[0]}"] if different else []
         faults += [f"resumed: leaves {part}" for part in self._partial(sandbox)]
 
     def _partial(self, sandbox):
+        """Files and folders that were left half-written."""
         return [str(path.relative_to(sandbox)) for path in sandbox.rglob("*") if PARTIAL.search(path.name)]
 
 
@@ -300,7 +314,7 @@ def main():
     parser.add_argument("--moments", type=int, default=20, help="number of moments")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=ACCIDENTS, help="this kind of accident only")
-    parser.add_argument("--moment", type=int, help="this moment only, with the run's messages")
+    parser.add_argument("--moment", type=int, help="the moment of this number only, with the run's stderr")
     args = parser.parse_args()
     torch.set_num_threads(1)
     table = defaultdict(list)
@@ -313,12 +327,12 @@ def main():
             words += f"exit {moment.code:<4} logged {moment.logged} saved {moment.saved}  {moment.last_line[:60]}"
             print("\n      ".join([words, *moment.faults]), flush=True)
             if args.moment is not None:
-                print(moment.output)
-    print(f"\n{'accident':<14}{'moments':>8}{'faults':>8}{'steps lost, at most':>21}  exit codes")
+                print(moment.stderr)
+    print(f"\n{'accident':<14}{'moments':>8}{'faulty':>8}{'steps lost, at most':>21}  exit codes")
     for accident, moments in table.items():
-        faults, lost = sum(bool(m.faults) for m in moments), max(m.logged - m.saved for m in moments)
+        faulty, lost = sum(bool(m.faults) for m in moments), max(m.logged - m.saved for m in moments)
         codes = ", ".join(map(str, sorted({m.code for m in moments})))
-        print(f"{accident:<14}{len(moments):>8}{faults:>8}{lost:>21}  {codes}")
+        print(f"{accident:<14}{len(moments):>8}{faulty:>8}{lost:>21}  {codes}")
     sys.exit(any(moment.faults for moments in table.values() for moment in moments))
 
 

@@ -56,8 +56,9 @@ WINDOW = 1024
 BLOCK_K = 8  # offsets per step of a loop, or per program
 BLOCK_C = 16  # chunks per program
 # Bits of the sort key, one per offset; with more than 48, consecutive offsets share a bit and may carry into the next.
-# The rest of an int64 holds the row's number in the window.
-KEY_BITS = 48
+# The rest of an int64 holds the row's number in the window. With more than MAX_SORTED offsets, 16 per bit, keys could
+# reach that of the padding, 1 << 52, so that rows are not sorted.
+KEY_BITS, MAX_SORTED = 48, 768
 
 _tables = weakref.WeakValueDictionary()  # id of an index tensor -> its `NeighborTable`
 
@@ -143,7 +144,7 @@ def _window(M):
 def _make_tiles(table, block_m, sort):
     (K, M), window = table.shape, _window(table.shape[1])
     windows = triton.cdiv(M, window)
-    T = windows * (window // block_m)
+    T, sort = windows * (window // block_m), sort and K <= MAX_SORTED
     tiles = Tiles(*(table.new_empty(size) for size in [(T, block_m), T, (T, K), (T, K, block_m), (K, windows)]))
     _tiles_kernel[(windows,)](
         table_idx_ptr=table, row_idx_ptr=tiles.row_idx, count_idx_ptr=tiles.count_idx, offset_idx_ptr=tiles.offset_idx,
@@ -196,7 +197,7 @@ def _tiles_kernel(
             ok = (k < K) & (m < M)
             n = tl.load(table_idx_ptr + k.to(tl.int64) * M + m, mask=ok, other=-1)
             key += tl.sum((n >= 0).to(tl.int64) << (k // OFFSETS_PER_BIT).to(tl.int64), axis=0)
-        key = tl.where(window * WINDOW + i < M, key, 1 << 50)  # after the last row: sorted to the end
+        key = tl.where(window * WINDOW + i < M, key, 1 << 52)  # after the last row: sorted to the end
         i = (_sort(key * WINDOW + i, WINDOW) % WINDOW).to(tl.int32)
     m = window * WINDOW + i
     m_ok = m < M

@@ -67,6 +67,11 @@ def test_tiles_contain_every_pair_of_the_table(K, M, fraction, sort, block_m, mo
     assert torch.equal(tiles.pairs_idx.long(), torch.stack(windows, dim=1))
 
 
+def test_rows_with_too_many_offsets_for_the_sort_key_are_not_sorted(device):
+    table = make_table(sparse_tiles.MAX_SORTED + 1, 40, 0.9, device)
+    assert NeighborTable(table).tiles(64).row_idx[0, :40].tolist() == list(range(40))
+
+
 @pytest.mark.parametrize("K, M, fraction", TABLES)
 def test_pairs_are_in_the_order_of_the_table(K, M, fraction, monkeypatch, device):
     monkeypatch.setattr(sparse_tiles, "WINDOW", 128)

@@ -137,7 +137,7 @@ class _FakeDevice(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _copy(self, func, args, kwargs, to):
-        """Raises if a copy to the GPU blocks (scalars are not checked) or one from it is outside of `host_wait`.
+        """Raises if a copy to the GPU blocks or one from it is outside of `host_wait`.
 
         Returns zeros for a copy from the GPU inside of `host_wait`, None for any other.
         """
@@ -147,7 +147,7 @@ class _FakeDevice(TorchDispatchMode):
             return
         if target.type == "cuda":
             non_blocking = kwargs.get("non_blocking") or (func is aten.copy_.default and len(args) > 2 and args[2])
-            if not non_blocking and source.dim():
+            if not non_blocking:
                 raise UnnamedWait(f"the host waits for a copy of {tuple(source.shape)} to the GPU: use non_blocking")
         elif backend.waiting_for is None:
             raise UnnamedWait(f"the host waits for a copy of {tuple(source.shape)} from the GPU")

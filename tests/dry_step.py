@@ -9,6 +9,7 @@ that depends on the data (two scenes are compared, and a hundred with --all), or
 more shared memory than its target has.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -81,8 +82,7 @@ def dry_step(step, scene=0):
     model = {PretrainRecipe: Pretrain, DetectRecipe: Detector}.get(type(recipe), Segmenter)
     with torch.device("meta"):
         net = model(recipe)
-    torch.use_deterministic_algorithms(step.deterministic)
-    with DryRun(answers(recipe, scene)) as dry:
+    with DryRun(answers(recipe, scene)) as dry, _deterministic(step.deterministic):
         net = to_gpu(net)
         batch = make_batch(recipe, scene)
         with torch.autocast("cuda", precision, enabled=precision != torch.float32):
@@ -92,8 +92,16 @@ def dry_step(step, scene=0):
         torch.nn.utils.clip_grad_norm_(net.parameters(), recipe.optim.clip)
         missing = [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None]
         assert not missing, f"no gradient reaches {missing}"
-    torch.use_deterministic_algorithms(False)
     return dry
+
+
+@contextlib.contextmanager
+def _deterministic(on):
+    torch.use_deterministic_algorithms(on)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def _shallow(recipe):
@@ -145,8 +153,8 @@ def answers(recipe, scene):
     return {
         "assignment costs for the Hungarian method": None,  # a copy of a tensor: `DryRun` returns zeros
         "number of occupied voxels": voxels,
-        # the number, then lowest and highest cell (z, y, x): the four values repeat, so the extent is arbitrary
-        "number and extent of occupied cells": [voxels, 1023 - scene, 1023 - 16 * scene, 39],
+        # the number, then lowest and highest cell (z, y, x)
+        "number and extent of occupied cells": [voxels, 0, 0, 0, 39, 1023 - 16 * scene, 1023 - scene],
         "indices of the visible voxels": voxels // 5,  # that many: masking hides the rest
         "number of a convolution's output voxels": voxels // 6,
         "indices of the labeled points": voxels - 1001,  # that many

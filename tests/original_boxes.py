@@ -1,4 +1,6 @@
-"""Boxes of the original (mmdet3d 0.17), as recorded in tests/golden: z of the bottom face, yaw' = -yaw - pi / 2."""
+"""Boxes of the original (mmdet3d 0.17), as recorded in tests/golden: z of the bottom face, not of the center, and
+yaw' = -yaw - pi / 2, where yaw is that of our boxes (`Batch`).
+"""
 
 import math
 

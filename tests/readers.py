@@ -26,6 +26,7 @@ import eval as evaluation
 import finetune
 import train
 from unipad import convert
+from unipad.batch import CAMERAS, CLASSES, LIDARSEG_CLASSES
 from unipad.config import Data, Grid, to_dict
 from unipad.data.cutpaste import cut_out, load_objects
 from unipad.data.dataset import BadFrame, collate
@@ -83,7 +84,7 @@ def digest(value) -> str:
 
 
 class ReadingDone(BaseException):
-    """Raised where a script has read its files and would begin to compute."""
+    """Raised where a script has read its files and would begin to compute. No Exception, so that nothing catches it."""
 
 
 def _end_reading(*_, **__):
@@ -98,10 +99,11 @@ def sample_faults(sample) -> list[str]:
         "sweeps are not a minute old": (sample.points[:, 4] < 60).all(),
         "boxes are finite and near": np.isfinite(sample.boxes).all() and (np.abs(sample.boxes[:, :3]) < FAR).all(),
         "boxes have a size": (sample.boxes[:, 3:6] > 0).all() and (sample.boxes[:, 3:6] < FAR).all(),
-        "boxes have classes": len(sample.labels) == len(sample.boxes) and np.isin(sample.labels, range(10)).all(),
+        "boxes have classes": len(sample.labels) == len(sample.boxes)
+        and np.isin(sample.labels, range(len(CLASSES))).all(),
         "points have labels": sample.point_labels is None
         or len(sample.point_labels) == len(sample.points)
-        and (sample.point_labels <= 16).all(),
+        and (sample.point_labels <= len(LIDARSEG_CLASSES)).all(),
         "matrices are finite": np.isfinite(sample.lidar2image).all() and np.isfinite(sample.lidar2camera).all(),
         "images are RGB": all(i.dtype == np.uint8 and i.ndim == 3 and i.shape[2] == 3 for i in sample.images),
     }
@@ -111,9 +113,10 @@ def sample_faults(sample) -> list[str]:
             np.allclose(rotation @ rotation.transpose(0, 2, 1), np.eye(3), atol=1e-3)
             and (np.linalg.det(rotation) > 0).all()
         )
-        focal = (sample.lidar2image.astype(float) @ np.linalg.inv(sample.lidar2camera.astype(float)))[:, :2, :2]
-        conditions["cameras have a focal length"] = (np.diagonal(focal, axis1=1, axis2=2) > 0).all()
-    return [f"violated: {fact}" for fact, holds in conditions.items() if not holds]
+        intrinsics = sample.lidar2image.astype(float) @ np.linalg.inv(sample.lidar2camera.astype(float))
+        focal = np.diagonal(intrinsics[:, :2, :2], axis1=1, axis2=2)  # [N, 2] along u, v
+        conditions["cameras have a focal length"] = (focal > 0).all()
+    return [f"violated: {condition}" for condition, holds in conditions.items() if not holds]
 
 
 def read_city(folder: Path, with_losses: bool = False) -> Readout:
@@ -134,15 +137,15 @@ def read_city(folder: Path, with_losses: bool = False) -> Readout:
                 continue
             readout.add(**{name: sample})
             readout.faults += sample_faults(sample)
-            cut_out(sample, min_points=5)
+            cut_out(sample, min_points=5)  # must not raise
             if with_losses:
                 samples.append(cropped.read(i, np.random.default_rng(0)))
     if with_losses and samples and not readout.faults:
         batch = collate(samples)
         for net in models():
             with torch.no_grad():
-                losses = net(batch, generators(0, 0, range(len(batch)), "cpu"))
-            losses = losses if isinstance(losses, dict) else losses[0]
+                losses = net(batch, generators(seed=0, step=0, positions=range(len(batch)), device="cpu"))
+            losses = losses if isinstance(losses, dict) else losses[0]  # `Pretrain` returns (losses, missed rays)
             if not all(torch.isfinite(loss) for loss in losses.values()):
                 readout.faults.append("violated: losses are finite")
     return readout
@@ -156,6 +159,7 @@ def read_splits(folder):
 
 
 def read_camera_sweeps(folder):
+    """The cached index of the frames of images before each keyframe."""
     readout = Readout()
     readout.add(sweeps=load_camera_sweeps(folder / "city", VERSION, "mini_val"))
     return readout
@@ -167,7 +171,7 @@ def read_objects(folder):
     objects = load_objects(dataset, DETECT["lidar"]["lidar-0.075"].paste)
     readout.add(boxes=objects.boxes, labels=objects.labels)
     for k in range(len(objects.labels)):
-        pictures = [objects._picture(k, view) for view in range(6)]
+        pictures = [objects._picture(k, view) for view in range(len(CAMERAS))]
         readout.add(**{f"object {k}": (objects._points(k), pictures)})
     return readout
 
@@ -179,10 +183,10 @@ FLAGS = ["--device", "cpu", "--workers", "0", "--val-every", "0", "--steps", "2"
 def start_training(script, *flags, **changes):
     """What a script reads before its first step, started with `flags` or, without any, with the arguments of
     `new_run(script)`, changed by `changes`."""
-    readout, read = Readout(), {"resumed": script.resumed, "take_weights": script.take_weights}
+    readout, originals = Readout(), {"resumed": script.resumed, "take_weights": script.take_weights}
 
     def resumed(saved, parts):
-        result = read["resumed"](saved, parts)
+        result = originals["resumed"](saved, parts)
         if saved:
             readout.add(step_and_metrics=result, **{name: part.state_dict() for name, part in parts.items()})
             net = parts["model"]
@@ -191,9 +195,11 @@ def start_training(script, *flags, **changes):
 
     def take_weights(net, prefix, paths, flag, print0):
         lines = []
-        taken = read["take_weights"](net, prefix, paths, flag, lines.append)
+        taken = originals["take_weights"](net, prefix, paths, flag, lines.append)
+        # the weights that the files should have; none without files
         state = {name: w for name, w in net.state_dict().items() if name.startswith(prefix) and paths}
         readout.add(**{name: state[name] for name in taken})
+        # the first line names the file, the last one the weights that were not in it
         readout.skipped |= {name: lines[0] for name in state.keys() - taken if name in lines[-1]}
         readout.faults.extend(_weight_faults(state))
         return taken
@@ -206,66 +212,74 @@ def start_training(script, *flags, **changes):
         args = script.parse(list(map(str, flags))) if flags else replace(new_run(script), **changes)
         readout.faults += type_faults(type(args), args)
         if args.config:
-            readout.add(args=to_dict(replace(args, out=None, config=None)))
+            readout.add(args=to_dict(replace(args, out=None, config=None)))  # without paths, which differ in each case
         script.main(args)
     return readout
 
 
 def _weight_faults(state):
+    """A fault that names the first weight that is not finite, if there is one."""
     bad = [name for name, w in state.items() if w.is_floating_point() and not torch.isfinite(w).all()]
     return [f"violated: {name} is finite" for name in bad[:1]]
 
 
-def type_faults(kind, value, name="") -> list[str]:
-    """Fields of a (nested) dataclass whose values do not have the annotated types, or are not finite."""
-    if not is_dataclass(kind):
-        options = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
-        return [] if any(_fits(option, value) for option in options) else [f"violated: {name} {value!r} is a {kind}"]
-    faults, hints = [], typing.get_type_hints(kind)
-    for f in fields(kind):
+def type_faults(annotation, value, name="") -> list[str]:
+    """Faults of a (nested) dataclass: fields whose values do not have the annotated types, or are not finite."""
+    if not is_dataclass(annotation):
+        is_union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
+        options = typing.get_args(annotation) if is_union else (annotation,)
+        fits = any(_fits(option, value) for option in options)
+        return [] if fits else [f"violated: {name} {value!r} is a {annotation}"]
+    faults, hints = [], typing.get_type_hints(annotation)
+    for f in fields(annotation):
         part = getattr(value, f.name)
         faults += type_faults(type(part) if is_dataclass(part) else hints[f.name], part, f"{name}.{f.name}")
     return faults
 
 
-def _fits(kind, value):
-    kind = typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Annotated else kind
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
+def _fits(annotation, value):
+    """Whether `value` has the annotated type, which is no union; numbers must be finite."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        annotation = typing.get_args(annotation)[0]
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
         return value in args
     if origin is tuple:
         each = args[:1] * len(value) if args[1:] == (...,) and isinstance(value, tuple) else args
         return isinstance(value, tuple) and len(value) == len(each) and all(map(_fits, each, value))
-    if kind is float:
+    if annotation is float:
         return type(value) in (int, float) and np.isfinite(float(value))
-    if kind is type(None):
+    if annotation is type(None):
         return value is None
-    return type(value) is kind or kind is Path and isinstance(value, Path)
+    return type(value) is annotation or annotation is Path and isinstance(value, Path)
 
 
 def read_run(folder):
     """Resume a run: checkpoint, log and settings."""
     log = folder / "run/log.jsonl"
-    lines = set((folder / "intact/run/log.jsonl").read_bytes().split(b"\n"))
+    intact_lines = set((folder / "intact/run/log.jsonl").read_bytes().split(b"\n"))
     before = set(log.read_bytes().split(b"\n") if log.is_file() else ())
     readout = start_training(train, "--resume", folder / "run")
     dropped = before - set(log.read_bytes().split(b"\n")) - {b""}
-    if dropped & lines:
-        readout.faults.append(f"violated: the log keeps its intact lines ({len(dropped & lines)} are dropped)")
+    if dropped & intact_lines:
+        readout.faults.append(f"violated: the log keeps its intact lines ({len(dropped & intact_lines)} are dropped)")
     readout.add(dropped_log_lines=sorted(dropped))
     return readout
 
 
 def read_config(folder):
+    """Start a run with the settings of another one."""
     return start_training(train, "--config", folder / "run/config.json", "--out", folder / "new")
 
 
 def read_init(folder):
+    """Start a run from the weights of another one."""
     changes = {"data_root": folder / "intact/city", "out": folder / "new"}
     return start_training(train, init=(folder / "run/checkpoints/last.pt",), **changes)
 
 
 def read_pretrained(folder):
+    """Fine-tune from the weights of a pre-training run."""
     changes = {"data_root": folder / "intact/city", "out": folder / "new"}
     return start_training(finetune, pretrained=(folder / "run",), **changes)
 
@@ -274,7 +288,8 @@ def read_pretrained(folder):
 def new_run(script):
     """The arguments of a run of train.py or finetune.py, with the recipe of `models`."""
     args = script.parse(["--modality", "lidar", "--preset", "tiny", *FLAGS])
-    return replace(args, recipe=models()[script is finetune].recipe)
+    pretrain, detector = models()
+    return replace(args, recipe=(detector if script is finetune else pretrain).recipe)
 
 
 def read_tuning(folder):
@@ -282,8 +297,8 @@ def read_tuning(folder):
     readout = Readout()
     with mock.patch.object(train, "step_batches", _end_reading), contextlib.suppress(ReadingDone):
         train.main(train.parse(list(map(str, ["--resume", folder / "run", "--tune"]))))
-    choices = [(16, 4), (32, 8), (64, 8)]
-    readout.add(choice=tuning.choose(("conv", 3, 1000), choices, lambda choice: None, torch.device("cpu")))
+    candidates = [(16, 4), (32, 8), (64, 8)]  # the file of `make_files` names the second
+    readout.add(choice=tuning.choose(("conv", 3, 1000), candidates, lambda candidate: None, torch.device("cpu")))
     tuning.disable()
     return readout
 
@@ -303,6 +318,7 @@ def read_detector(folder):
 
 
 def read_conversion(folder, name, **flags):
+    """Convert the checkpoint `name`."""
     readout = Readout()
     convert.main(convert.Args((folder / name, folder / "converted.pt"), **flags))
     converted = torch.load(folder / "converted.pt", weights_only=True)
@@ -315,7 +331,7 @@ def read_submission(folder):
     readout = Readout()
     summary = score_submission(folder / "results_nusc.json", folder / "intact/city", VERSION, "mini_val")
     readout.add(mAP=summary["mean_ap"], NDS=summary["nd_score"])
-    if not (0 <= summary["mean_ap"] < 1.001 and 0 <= summary["nd_score"] < 1.001):
+    if not (0 <= summary["mean_ap"] < 1.001 and 0 <= summary["nd_score"] < 1.001):  # at most 1, up to rounding
         readout.faults.append("violated: scores are from 0 to 1")
     return readout
 
@@ -336,7 +352,7 @@ class Kind:
     files: str  # glob pattern, relative to the folder of `make_files`
     read: Callable[[Path], Readout]
     format: str = ""  # json, json lines or checkpoint: key of `tests.damage.SPECIAL`; "": any other
-    checked: bool = False  # has a checksum or can be computed again: any other result is SILENT
+    checked: bool = False  # the file has a checksum or can be computed again: a changed result is SILENT
     weight: int = 1  # number of cases, relative to other kinds
 
 
@@ -346,7 +362,7 @@ KINDS = {
     "LiDAR keyframe": Kind("city/samples/LIDAR_TOP/*", partial(read_city, with_losses=True), weight=2),
     "LiDAR sweep": Kind("city/sweeps/LIDAR_TOP/*", read_city),
     "image": Kind("city/samples/CAM_FRONT*/*", read_city, weight=2),
-    "PNG": Kind("city/samples/CAM_BACK/*", read_city, checked=True),  # with checksums
+    "PNG": Kind("city/samples/CAM_BACK/*", read_city, checked=True),  # a PNG has checksums
     "point labels": Kind("city/lidarseg/*/*.bin", read_city),
     "map": Kind("city/maps/*.png", read_city),
     "index": Kind("city/unipad-index/*mini_train.npz", read_city, checked=True),
@@ -397,20 +413,20 @@ def warm_up():
 
 
 def make_files(folder: Path, city: Path | None):
-    """Write intact files of all kinds; `city` is copied, or a new one is generated."""
+    """Write intact files of all kinds. city: root of a synthetic dataset to copy; None: generate one."""
     root = folder / "city"
     if city:
         shutil.copytree(city, root, ignore=shutil.ignore_patterns("unipad-index"))
     else:
         generate(root, scenes=2, keyframes=3, image_size=(72, 128), workers=1, columns=90, sweeps=2, progress=False)
     (root / VERSION / "splits.json").write_text('{"dark": ["scene-0103"]}')
-    for image in root.glob("samples/CAM_BACK/*.jpg"):
+    for image in root.glob("samples/CAM_BACK/*.jpg"):  # one camera has PNG images
         cv2.imwrite(str(image.with_suffix(".png")), cv2.imread(str(image)))
         image.unlink()
     table = root / VERSION / "sample_data.json"
     table.write_text(re.sub(r"(samples/CAM_BACK/[^\"]*)\.jpg", r"\1.png", table.read_text()))
     train_set, val_set = (NuScenesDataset(root, VERSION, split, Data()) for split in ("mini_train", "mini_val"))
-    load_camera_sweeps(root, VERSION, "mini_val")
+    load_camera_sweeps(root, VERSION, "mini_val")  # these two write their caches
     load_objects(train_set, DETECT["lidar"]["lidar-0.075"].paste)
 
     run = folder / "run"
@@ -425,14 +441,14 @@ def make_files(folder: Path, city: Path | None):
     saved = {"model": detector.state_dict(), "step": 1, "metrics": {}, "config": config}
     torch.save(saved, folder / "detector.pt")
     tiny = Detector(DETECT["lidar"]["tiny"])
-    tiny = {"model": tiny.state_dict(), "config": config | {"recipe": to_dict(tiny.recipe)}}
-    torch.save(convert.convert_ours(tiny)[0], folder / "original.pth")
+    saved = {"model": tiny.state_dict(), "config": config | {"recipe": to_dict(tiny.recipe)}}
+    torch.save(convert.convert_ours(saved)[0], folder / "original.pth")
 
-    truth, segments = {}, {}
+    detections, segments = {}, {}  # the ground truth
     for i in range(len(val_set)):
         sample = val_set[i]
         scores = torch.linspace(1, 0.5, len(sample.boxes))
-        truth[sample.token] = Detections(torch.from_numpy(sample.boxes), scores, torch.from_numpy(sample.labels))
-        segments[sample.token] = torch.from_numpy(sample.point_labels.clip(1, 16))
-    write_submission(truth, val_set.index, folder / "results_nusc.json", use_camera=False, use_lidar=True)
+        detections[sample.token] = Detections(torch.from_numpy(sample.boxes), scores, torch.from_numpy(sample.labels))
+        segments[sample.token] = torch.from_numpy(sample.point_labels.clip(1, 16))  # class 0 must not be predicted
+    write_submission(detections, val_set.index, folder / "results_nusc.json", use_camera=False, use_lidar=True)
     write_segmentation(segments, val_set, folder / "segments")

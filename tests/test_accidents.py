@@ -1,5 +1,5 @@
-"""Signals, killed processes, full disks and damaged files: a run loses no more than the README says, and ends with one
-line that says why.
+"""Signals, killed processes, full disks, damaged files, locked or moved folders: a run loses no more than the README
+says, and ends with one line that says why. test_damaged.py has more damaged files, accidents.py random moments.
 """
 
 import json
@@ -53,21 +53,24 @@ def pretrain(city, out, *flags):
 
 
 @pytest.mark.parametrize(
-    "numbers, code",
+    "signals, exit_code",
     [((signal.SIGTERM, signal.SIGTERM), 143), ((signal.SIGHUP,), 129), ((signal.SIGINT, signal.SIGINT), 130)],
     ids=["SIGTERM", "SIGHUP", "Ctrl-C twice"],
 )
-def test_a_run_is_saved_when_all_its_processes_get_a_signal(numbers, code, city, tmp_path):
-    """A terminal, systemd and Slurm signal the data loading processes too; here they get the signal first."""
+def test_a_run_is_saved_when_all_its_processes_get_a_signal(signals, exit_code, city, tmp_path):
+    """A terminal, systemd and Slurm signal the data loading processes too; here these get the signal first.
+
+    Also: while it runs, its folder is locked.
+    """
     script = start(city, tmp_path / "run", "--steps", 500, "--workers", 2)
     with pytest.raises(UserError, match=f"run is in use by another program .process {script.process.pid} on "):
         pretrain(city, tmp_path / "run")
-    for number in numbers:
+    for number in signals:
         for process in (*children(script.process.pid), script.process.pid):
             os.kill(process, number)
     _, err = script.communicate(timeout=60)
     saved = checkpoint(tmp_path / "run")["step"]
-    assert script.returncode == code
+    assert script.returncode == exit_code
     assert err.splitlines()[-1] == f"stopped after step {saved}, saved; resume with --resume {tmp_path / 'run'}"
     assert "Traceback" not in err and saved == max(curve(tmp_path / "run"))
 
@@ -78,20 +81,12 @@ def test_a_run_goes_on_after_a_data_loading_process_is_killed(city, tmp_path):
     _, err = script.communicate(timeout=60)
     assert script.returncode == 0, err
     assert "going on with --workers 1" in err and "Traceback" not in err
-    pretrain(city, tmp_path / "one", "--steps", 8)
-    assert_same_weights(tmp_path / "run", tmp_path / "one")
-
-
-class NeedsSharedMemory(torch.utils.data.Dataset):
-    """Item i is i; in a worker process, items from the third on fail for lack of shared memory."""
-
-    def __getitem__(self, i):
-        if torch.utils.data.get_worker_info() is not None and i > 1:
-            raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2>: No space left (28)")
-        return i
+    pretrain(city, tmp_path / "undisturbed", "--steps", 8)
+    assert_same_weights(tmp_path / "run", tmp_path / "undisturbed")
 
 
 def test_unreadable_frames_of_all_processes_are_counted():
+    """A frame that several processes met counts once."""
     code = """
 from unipad.run_folder import Progress
 from unipad.runtime import start
@@ -102,6 +97,15 @@ with start("cpu", deterministic=False) as world:
     progress.sum_up()
 """
     assert "3 unreadable frames, named above, were replaced" in scripts.run_two("-c", code).stdout
+
+
+class NeedsSharedMemory(torch.utils.data.Dataset):
+    """Item i is i; in a worker process, items from the third on fail for lack of shared memory."""
+
+    def __getitem__(self, i):
+        if torch.utils.data.get_worker_info() is not None and i > 1:
+            raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2>: No space left (28)")
+        return i
 
 
 def test_without_shared_memory_items_are_loaded_in_this_process(capsys):
@@ -124,13 +128,12 @@ def test_a_signal_ends_the_program_at_once_if_nothing_has_to_be_saved(capsys):
 def test_a_closed_pipe_stops_a_run_like_a_signal(monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)
-    stop = StopOnSignal(ALONE)
     with open(writer, "w") as pipe, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", pipe)
         with exit_on_user_error():
             stop = StopOnSignal(ALONE)
             print("to a reader that has gone", flush=True)
-            print("again", flush=True)
+            print("this one is discarded", flush=True)
     assert stop.number == SIGPIPE
 
 
@@ -139,15 +142,13 @@ def test_runs_started_in_the_same_second_get_different_folders(tmp_path):
 
 
 def test_a_finetuning_run_locks_its_eval_folder_against_other_programs(city, tmp_path, monkeypatch):
+    """Another program tries to lock it during the validation."""
     code = "import sys, unipad.run_folder as f; f._locked(f.Path(sys.argv[1])).__enter__()"
-    evaluations = []
-    monkeypatch.setattr(
-        finetune, "validate", lambda *_: evaluations.append(scripts.run("-c", code, run / "eval")) or {}
-    )
-    run = tmp_path / "run"
+    run, others = tmp_path / "run", []
+    monkeypatch.setattr(finetune, "validate", lambda *_: others.append(scripts.run("-c", code, run / "eval")) or {})
     flags = ["--modality", "lidar", "--preset", "tiny", "--device", "cpu", "--workers", 0, "--steps", 1]
     finetune.main(finetune.parse([*flags, "--data-root", city, "--out", run]))
-    assert f"eval is in use by another program (process {os.getpid()} on " in evaluations[0].stderr
+    assert f"eval is in use by another program (process {os.getpid()} on " in others[0].stderr
     assert not (run / "eval").exists()  # nothing was written
 
 
@@ -164,6 +165,7 @@ def test_under_torchrun_one_process_prints_the_error_and_torchruns_report_ends_w
     sentence = "error: --flag is wrong; use another one."
     *_, last, _ = done.stderr.splitlines()
     assert done.returncode == 1 and done.stderr.startswith(sentence) and last == f"  traceback : {sentence}"
+    # once by the main process, once in the report
     assert done.stderr.count(sentence) == 2 and "exitcode  : 2 " in done.stderr
 
 
@@ -192,6 +194,7 @@ def test_a_resumed_run_repeats_an_interrupted_validation(city, tmp_path, monkeyp
 
     flags = ["--val-every", 2, "--val-samples", 1, "--picture-stride", 16]
     validate = train.validate
+    # its last argument is the step; the validation before training, at step 0, succeeds
     monkeypatch.setattr(train, "validate", lambda *args: {"depth_rmse": 1.0} if args[-1] == 0 else interrupted())
     with pytest.raises(Stopped):
         pretrain(city, tmp_path / "run", *flags)
@@ -277,17 +280,17 @@ def test_a_damaged_zip_record_of_a_checkpoint_is_named(half_a_run, tmp_path):
     data = bytearray((half_a_run / "checkpoints" / "last.pt").read_bytes())
     with zipfile.ZipFile(half_a_run / "checkpoints" / "last.pt") as archive:
         largest = max(archive.infolist(), key=lambda record: record.file_size)
-    middle = largest.header_offset + 1000
-    data[middle : middle + 64] = bytes(64)
+    first = largest.header_offset + 1000  # in its data, after the header
+    data[first : first + 64] = bytes(64)
     file.write_bytes(data)
-    torch.load(file, weights_only=True)
+    torch.load(file, weights_only=True)  # no error
     with pytest.raises(UserError, match=f"last.pt is damaged: its record {largest.filename} has another checksum"):
         read_checkpoint(file)
 
 
 @contextmanager
 def full_disk(size):
-    """No file can become larger than `size` bytes."""
+    """Stands in for a full disk: no file can become larger than `size` bytes; the error is "File too large"."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
@@ -299,7 +302,7 @@ def full_disk(size):
 def test_a_full_disk_gives_a_one_sentence_error_and_keeps_the_last_checkpoint(half_a_run, city, tmp_path, capsys):
     run = shutil.copytree(half_a_run, tmp_path / "run")
     (run / "checkpoints" / ".last.pt.999999999").write_text("what a killed run left")
-    with full_disk(200_000), pytest.raises(SystemExit) as end, exit_on_user_error():
+    with full_disk(200_000), pytest.raises(SystemExit) as end, exit_on_user_error():  # less than a checkpoint
         pretrain(city, run, "--resume", "auto")
     assert end.value.code == 2
     (sentence,) = capsys.readouterr().err.splitlines()
@@ -336,9 +339,9 @@ def test_an_impossible_folder_gives_a_one_sentence_error(out, reason, city, tmp_
 
 
 def test_partial_datasets_of_killed_processes_are_removed(tmp_path):
-    (tmp_path / ".city.partial-999999999").mkdir()
-    (tmp_path / f".city.partial-{os.getppid()}").mkdir()
-    with pytest.raises(OSError), full_disk(100):
+    (tmp_path / ".city.partial-999999999").mkdir()  # the suffix is a process id; no process has this one
+    (tmp_path / f".city.partial-{os.getppid()}").mkdir()  # of a process that runs
+    with pytest.raises(OSError), full_disk(100):  # its own is removed too
         generate(tmp_path / "city", scenes=2, keyframes=2, image_size=(16, 16), workers=1, progress=False)
     assert [folder.name for folder in tmp_path.iterdir()] == [f".city.partial-{os.getppid()}"]
 
@@ -348,7 +351,7 @@ def test_a_run_resumes_after_its_dataset_has_moved(half_a_run, city, copy, tmp_p
     for table in (copy / "v1.0-mini").iterdir():
         os.utime(table)  # changes the modification time
     with monkeypatch.context() as patch:
-        patch.setattr(NuScenesDataset, "contents", lambda self: "of another city")
+        patch.setattr(NuScenesDataset, "contents", lambda self: "digest of other frames")
         with pytest.raises(UserError, match="was trained on other frames than .* has; give its dataset as --data-root"):
             pretrain(copy, run, "--resume", "auto")
     pretrain(copy, run, "--resume", "auto")
@@ -376,7 +379,7 @@ def test_init_chooses_the_newest_run_and_a_resumed_run_keeps_that_choice(half_a_
     file = str(runs / "first" / "checkpoints" / "last.pt")
     assert checkpoint(tmp_path / "run")["config"]["args"]["init"] == [file]
     shutil.copytree(half_a_run, runs / "second")
-    os.utime(runs / "second" / "checkpoints" / "last.pt")
+    os.utime(runs / "second" / "checkpoints" / "last.pt")  # now the newest
     pretrain(city, tmp_path / "run", *flags, "--resume", "auto")
     assert checkpoint(tmp_path / "run")["config"]["args"]["init"] == [file]
     with pytest.raises(UserError, match="was started with --init"):
@@ -385,6 +388,7 @@ def test_init_chooses_the_newest_run_and_a_resumed_run_keeps_that_choice(half_a_
 
 def test_invalid_lines_and_later_steps_are_dropped_from_a_log(tmp_path, capsys):
     log = tmp_path / "log.jsonl"
+    # two valid lines to keep, four invalid ones, the last of them half-written, and step 3, which is after step 2
     log.write_bytes(b'{"step": 1}\n\xff\xfe{"step"\n[3]\n{"step": "x"}\n{"step": 3}\n{"command": []}\n{"st')
     _drop_records_after(2, log)
     assert log.read_bytes() == b'{"step": 1}\n{"command": []}\n'

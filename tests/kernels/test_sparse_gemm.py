@@ -1,4 +1,4 @@
-"""Launches of the GEMMs, their compiled cost, and tuning; test_sparse_conv.py checks the results."""
+"""How the GEMMs are launched and tuned. tests/test_compiles.py checks LAUNCHES, test_sparse_conv.py the results."""
 
 import itertools
 
@@ -12,13 +12,14 @@ from unipad.kernels.sparse_gemm import BLOCK_E, BLOCK_R, GROUP, STAGES_OF, d_wei
 from unipad.kernels.sparse_tiles import NeighborTable
 
 IEEE, TF32 = dict(PRECISION="ieee", WIDEN=False), dict(PRECISION="tf32", WIDEN=False)
-HALF, SINGLE = ("bf16",), ("fp32",)  # element types
-EVEN = ("I", "O")  # sizes that are multiples of 16
+BF16, FP32 = ("bf16",), ("fp32",)  # element types
+BY_16 = ("I", "O")  # sizes that are multiples of 16
 EVERY, ONE_TARGET = ASSEMBLED, ("sm_90",)  # targets with budgets: all that are compiled to machine code, or one
-# without an epilogue, with all of it
+# the epilogue (scale, shift, residual, ReLU): none of it, all of it
 PLAIN, FULL = dict(scale_ptr=None, shift_ptr=None, residual_ptr=None, RELU=False), dict(RELU=True)
 # num_stages by vendor
 MORE, FEWER = ({vendor: stages[i] for vendor, stages in STAGES_OF.items()} for i in range(2))
+# C = 0 where PACK = 1: without packing, the kernel needs no compile-time channel count
 LAUNCHES = [
     Launch(
         "_gather_gemm_kernel",
@@ -28,38 +29,38 @@ LAUNCHES = [
         registers=registers, shared=shared, mma=mma, budgets=targets,
     )
     for flags, act, mirrored, c, pack, steps, m, i, o, warps, divisible, elements, mma, registers, shared, targets in [
-        (IEEE, PLAIN, False, 16, 4, 1, 128, 64, 16, 4, EVEN, HALF, "HGMMA", 80, 59904, EVERY),
-        (IEEE, PLAIN, True, 32, 2, 1, 128, 64, 32, 4, EVEN, HALF, "HGMMA", 80, 64000, ONE_TARGET),
-        (IEEE, PLAIN, False, 0, 1, 1, 128, 64, 64, 4, EVEN, HALF, "HGMMA", 104, 74760, ONE_TARGET),
-        (IEEE, PLAIN, False, 0, 1, 2, 64, 64, 128, 4, EVEN, HALF, "HGMMA", 120, 74248, ONE_TARGET),
-        (IEEE, FULL, False, 0, 1, 2, 128, 64, 128, 8, EVEN, HALF, "HGMMA", 184, 99336, EVERY),
-        (IEEE, PLAIN, True, 0, 1, 2, 128, 64, 128, 8, EVEN, HALF, "HGMMA", 120, 99336, ONE_TARGET),
-        (IEEE, PLAIN, False, 5, 6, 1, 64, 32, 16, 4, (), HALF, "HGMMA", 128, 8192, EVERY),
-        (IEEE, PLAIN, False, 0, 1, 2, 64, 32, 64, 4, (), HALF, "HGMMA", 104, 8192, ONE_TARGET),
-        (TF32, PLAIN, False, 16, 2, 1, 64, 32, 16, 4, EVEN, SINGLE, "HGMMA", 48, 32000, ONE_TARGET),
-        (TF32, PLAIN, False, 0, 1, 2, 128, 32, 64, 4, EVEN, SINGLE, "HGMMA", 128, 74760, ONE_TARGET),
-        (IEEE, PLAIN, False, 5, 3, 1, 64, 16, 16, 4, (), SINGLE, "", 96, 18560, ONE_TARGET),
-        (IEEE, FULL, False, 0, 1, 2, 64, 32, 32, 4, EVEN, SINGLE, "", 128, 25096, EVERY),
-        (IEEE, PLAIN, True, 0, 1, 2, 64, 16, 16, 4, (), SINGLE, "", 80, 10760, ONE_TARGET),
+        (IEEE, PLAIN, False, 16, 4, 1, 128, 64, 16, 4, BY_16, BF16, "HGMMA", 80, 59904, EVERY),
+        (IEEE, PLAIN, True, 32, 2, 1, 128, 64, 32, 4, BY_16, BF16, "HGMMA", 80, 64000, ONE_TARGET),
+        (IEEE, PLAIN, False, 0, 1, 1, 128, 64, 64, 4, BY_16, BF16, "HGMMA", 104, 74760, ONE_TARGET),
+        (IEEE, PLAIN, False, 0, 1, 2, 64, 64, 128, 4, BY_16, BF16, "HGMMA", 120, 74248, ONE_TARGET),
+        (IEEE, FULL, False, 0, 1, 2, 128, 64, 128, 8, BY_16, BF16, "HGMMA", 184, 99336, EVERY),
+        (IEEE, PLAIN, True, 0, 1, 2, 128, 64, 128, 8, BY_16, BF16, "HGMMA", 120, 99336, ONE_TARGET),
+        (IEEE, PLAIN, False, 5, 6, 1, 64, 32, 16, 4, (), BF16, "HGMMA", 128, 8192, EVERY),
+        (IEEE, PLAIN, False, 0, 1, 2, 64, 32, 64, 4, (), BF16, "HGMMA", 104, 8192, ONE_TARGET),
+        (TF32, PLAIN, False, 16, 2, 1, 64, 32, 16, 4, BY_16, FP32, "HGMMA", 48, 32000, ONE_TARGET),
+        (TF32, PLAIN, False, 0, 1, 2, 128, 32, 64, 4, BY_16, FP32, "HGMMA", 128, 74760, ONE_TARGET),
+        (IEEE, PLAIN, False, 5, 3, 1, 64, 16, 16, 4, (), FP32, "", 96, 18560, ONE_TARGET),
+        (IEEE, FULL, False, 0, 1, 2, 64, 32, 32, 4, BY_16, FP32, "", 128, 25096, EVERY),
+        (IEEE, PLAIN, True, 0, 1, 2, 64, 16, 16, 4, (), FP32, "", 80, 10760, ONE_TARGET),
     ]
 ] + [
     Launch(
         "_gather_gemm_kernel",
         IEEE | PLAIN | dict(MIRRORED=False, VIA_L1=via_l1, C=0, PACK=1, STEPS=2, BLOCK_M=m, BLOCK_I=64, BLOCK_O=128),
-        dict(scale_ptr="*fp32", shift_ptr="*fp32"), EVEN, HALF, num_warps=m // 16, num_stages=stages,
+        dict(scale_ptr="*fp32", shift_ptr="*fp32"), BY_16, BF16, num_warps=m // 16, num_stages=stages,
         registers=120, shared=shared, mma="HGMMA",
     )
-    for via_l1, m, stages, shared in [  # the tuner's other candidates
+    for via_l1, m, stages, shared in [  # the tuner's other candidates for 128 input and output channels
         (False, 128, MORE, 99336),
         (False, 64, MORE, 74248),
         (True, 128, FEWER, 66568),
     ]
 ] + [
-    Launch(  # the tuner's candidates for few channels: several kernel offsets packed into one `tl.dot`, or one
+    Launch(  # the tuner's candidates for few channels: several kernel offsets packed into one `tl.dot`, or one (c = 64)
         "_gather_gemm_kernel",
         IEEE | PLAIN | dict(MIRRORED=True, VIA_L1=via_l1, C=c if c < 64 else 0, PACK=64 // c, STEPS=1)
         | dict(BLOCK_M=m, BLOCK_I=64, BLOCK_O=max(c, 16)),
-        dict(scale_ptr="*fp32", shift_ptr="*fp32"), EVEN, HALF, num_stages=stages, budgets=(),
+        dict(scale_ptr="*fp32", shift_ptr="*fp32"), BY_16, BF16, num_stages=stages, budgets=(),  # only have to compile
     )
     for c in (8, 16, 32, 64)
     for via_l1, m, stages in [(True, 64, MORE), (False, 128, MORE), (True, 128, FEWER)]
@@ -72,28 +73,28 @@ LAUNCHES = [
         registers=registers, shared=shared, mma=mma, budgets=targets,
     )
     for flags, i, o, stages, divisible, elements, mma, registers, shared, targets in [
-        (IEEE, 16, 16, MORE, EVEN, HALF, "HMMA", 56, 7168, EVERY),
-        (IEEE, 128, 128, MORE, EVEN, HALF, "HGMMA", 168, 99328, EVERY),
-        (IEEE, 64, 64, MORE, (), HALF, "HGMMA", 176, 16384, ONE_TARGET),
-        (TF32, 64, 64, MORE, EVEN, SINGLE, "HGMMA", 112, 99328, ONE_TARGET),
-        (IEEE, 32, 32, FEWER, EVEN, SINGLE, "", 56, 33792, EVERY),
-        (IEEE, 16, 16, FEWER, (), SINGLE, "", 72, 17408, ONE_TARGET),
+        (IEEE, 16, 16, MORE, BY_16, BF16, "HMMA", 56, 7168, EVERY),
+        (IEEE, 128, 128, MORE, BY_16, BF16, "HGMMA", 168, 99328, EVERY),
+        (IEEE, 64, 64, MORE, (), BF16, "HGMMA", 176, 16384, ONE_TARGET),
+        (TF32, 64, 64, MORE, BY_16, FP32, "HGMMA", 112, 99328, ONE_TARGET),
+        (IEEE, 32, 32, FEWER, BY_16, FP32, "", 56, 33792, EVERY),
+        (IEEE, 16, 16, FEWER, (), FP32, "", 72, 17408, ONE_TARGET),
     ]
 ] + [
     Launch(
         "_d_weight_of_groups_kernel", dict(WIDEN=False, BLOCK_R=BLOCK_R, C=c, GROUP=GROUP[c], BLOCK_O=max(c, 16)),
-        dict(partial_ptr="*fp32"), ("O", "R"), HALF, num_warps=8 if GROUP[c] * c * c >= 8192 else 4, num_stages=MORE,
+        dict(partial_ptr="*fp32"), ("O", "R"), BF16, num_warps=8 if GROUP[c] * c * c >= 8192 else 4, num_stages=MORE,
         registers=registers, shared=shared, mma="HGMMA", budgets=targets,
     )
     for c, registers, shared, targets in [
-        (8, 0, 0, ()),
+        (8, 0, 0, ()),  # without budgets
         (16, 96, 59392, ONE_TARGET),
         (32, 0, 0, ()),
         (64, 176, 124928, EVERY),
     ]
 ] + [
     Launch(
-        "_sum_chunks_kernel", dict(BLOCK_E=BLOCK_E), dict(partial_ptr="*fp32", d_weight_ptr="*fp32"), EVEN, SINGLE,
+        "_sum_chunks_kernel", dict(BLOCK_E=BLOCK_E), dict(partial_ptr="*fp32", d_weight_ptr="*fp32"), BY_16, FP32,
         registers=64, shared=1024,
     )
 ]  # fmt: skip
@@ -105,18 +106,18 @@ def tuned():
     tuning.disable()
 
 
-def test_every_candidate_gives_the_same_result(tuned, device):
+def test_every_candidate_gives_the_same_result_up_to_rounding(tuned, device):
     """The clock makes each candidate the fastest in turn; block sizes change only the order of summation."""
     gen = torch.Generator().manual_seed(0)
     table = torch.where(torch.rand(3, 130, generator=gen) < 0.5, torch.randint(0, 130, (3, 130), generator=gen), -1)
     table = NeighborTable(table.int().to(device))
     x, g, weight = (torch.randn(size, generator=gen).half().to(device) for size in [(130, 16), (130, 32), (32, 3, 16)])
-    for run, candidates in [
-        (lambda: gather_gemm(x, weight, table, False), 8),
-        (lambda: d_weight_of(x, g, table, False), 3),
+    for run, num_candidates in [
+        (lambda: gather_gemm(x, weight, table, allow_tf32=False), 8),
+        (lambda: d_weight_of(x, g, table, allow_tf32=False), 3),
     ]:
         default = run()
-        for fastest in range(candidates):
+        for fastest in range(num_candidates):
             calls = itertools.count()
 
             def clock(fn, calls=calls, fastest=fastest):
@@ -125,15 +126,16 @@ def test_every_candidate_gives_the_same_result(tuned, device):
 
             tuning.enable(timer=clock)
             torch.testing.assert_close(run(), default, rtol=1e-3, atol=1e-3 * default.abs().max().item())
-            assert next(calls) == candidates
+            assert next(calls) == num_candidates
 
 
 def test_a_candidate_is_charged_for_tiles_that_no_earlier_layer_has_made(tuned, device):
     """The second of two layers on a table would be faster with other tiles, but by less than they cost."""
-    table = torch.where(torch.rand(3, 130) < 0.5, torch.randint(0, 130, (3, 130)), -1).int().to(device)
+    idx = torch.where(torch.rand(3, 130) < 0.5, torch.randint(0, 130, (3, 130)), -1).int().to(device)
     x, narrow, wide = (torch.randn(size).half().to(device) for size in [(130, 16), (8, 3, 16), (32, 3, 16)])
-    tables = NeighborTable(table), NeighborTable(table)
-    # for each of three searches: tiles of 64, tiles of 128, six other candidates
+    tables = NeighborTable(idx), NeighborTable(idx)
+    # ms for tiles of 64 rows, tiles of 128 rows and six other candidates, in each of three searches: `narrow`, then
+    # `wide` on tables[0], `wide` on tables[1]
     kernel_ms = itertools.chain([2, 1] + [2] * 6, [1, 2] + [3] * 6, [1, 2] + [3] * 6)
 
     def clock(fn):
@@ -144,15 +146,16 @@ def test_a_candidate_is_charged_for_tiles_that_no_earlier_layer_has_made(tuned, 
 
     def tiles_made(weight, table):
         with launches() as launched:
-            gather_gemm(x, weight, table, False)
+            gather_gemm(x, weight, table, allow_tf32=False)
+        # the search comes first; the chosen launch is the last, right after its tiles if they are not cached
         return launched[-2:].count("_tiles_kernel")
 
     tuning.enable(timer=clock)
     assert tiles_made(narrow, tables[0]) == 1 and tiles_made(wide, tables[0]) == 0
-    tuning.enable(timer=clock)
+    tuning.enable(timer=clock)  # forgets the choices
     assert tiles_made(wide, tables[1]) == 1  # without `narrow` before it, `wide` gets its own fastest tiles
     assert next(kernel_ms, None) is None
     for table, block_m in zip(tables, (128, 64), strict=True):
         with launches() as launched:
             table.tiles(block_m)
-        assert not launched
+        assert not launched  # these are the cached tiles

@@ -1,3 +1,5 @@
+"""Map kernels against their references, references against dense convolutions. LAUNCHES: see tests/test_compiles.py."""
+
 from itertools import product
 from math import prod
 
@@ -24,27 +26,26 @@ from unipad.kernels.voxel_keys import NO_KEY, NO_KEY_SHORT, sort_voxels, sort_vo
 
 TYPES = dict.fromkeys(["stride", "padding"], ("i32",) * 3)
 TYPES |= dict(coords_ptr="*i32", order_ptr="*i64", reader_order_ptr="*i64")
-LONG, SHORT = TYPES | dict(keys_ptr="*i64"), TYPES | dict(keys_ptr="*i32")
-VOXELS = dict(BLOCK=BLOCK)
-SUBMANIFOLD = VOXELS | dict(NO_KEY=NO_KEY)
-IN_ORDER = dict(reader_order_ptr=None, order_ptr=None)
-# sizes of 1 are constants to the compiler
-SIZES = ["M", "N", "Z", "Y", "X", "KY", "DZ", "DY", "STEPS"]
+LONG, SHORT = TYPES | dict(keys_ptr="*i64"), TYPES | dict(keys_ptr="*i32")  # types with 64-bit and 32-bit keys
+LONG_KEYS, SHORT_KEYS = (dict(BLOCK=BLOCK, NO_KEY=no_key) for no_key in (NO_KEY, NO_KEY_SHORT))
+SORTED = dict(reader_order_ptr=None, order_ptr=None)  # readers, and the voxels they read, are sorted by key
+SIZES = ["M", "N", "Z", "Y", "X", "KY", "DZ", "DY", "STEPS"]  # Triton compiles a size of 1 as a constant
 LAUNCHES = [
     Launch(kernel, flags, types, elements=("fp32",), registers=registers, shared=shared)
     for kernel, flags, types, registers, shared in [
-        ("_neighbors_kernel", SUBMANIFOLD | dict(KX=1, DX=1), LONG, 48, 2048),
-        ("_neighbors_kernel", SUBMANIFOLD | dict(KX=3, DX=1), LONG, 48, 2048),
-        ("_neighbors_kernel", SUBMANIFOLD | dict(KX=5, DX=2), LONG, 48, 2048),
-        ("_neighbors_kernel", SUBMANIFOLD | dict(KX=3, DX=1, DZ=1, DY=1) | IN_ORDER, LONG, 48, 2048),
-        ("_neighbors_kernel", SUBMANIFOLD | dict.fromkeys(SIZES, 1) | dict(KX=1, DX=1), LONG, 48, 2048),
-        ("_neighbors_kernel", VOXELS | dict(NO_KEY=NO_KEY_SHORT, KX=3, DX=1) | IN_ORDER, SHORT, 48, 2048),
-        ("_inverse_kernel", VOXELS, LONG, 24, 0),
+        ("_neighbors_kernel", LONG_KEYS | dict(KX=1, DX=1), LONG, 48, 2048),
+        ("_neighbors_kernel", LONG_KEYS | dict(KX=3, DX=1), LONG, 48, 2048),
+        ("_neighbors_kernel", LONG_KEYS | dict(KX=5, DX=2), LONG, 48, 2048),
+        ("_neighbors_kernel", LONG_KEYS | dict(KX=3, DX=1, DZ=1, DY=1) | SORTED, LONG, 48, 2048),
+        ("_neighbors_kernel", LONG_KEYS | dict.fromkeys(SIZES, 1) | dict(KX=1, DX=1), LONG, 48, 2048),
+        ("_neighbors_kernel", SHORT_KEYS | dict(KX=3, DX=1) | SORTED, SHORT, 48, 2048),
+        ("_inverse_kernel", dict(BLOCK=BLOCK), LONG, 24, 0),
     ]
 ]
 
 ONE = (1, 1, 1)
-HALVE = (3, 3, 3), (2, 2, 2), ONE, ONE  # kernel, stride, padding, dilation
+# geometries: kernel, stride, padding, dilation
+HALVE = (3, 3, 3), (2, 2, 2), ONE, ONE
 FIVE = (5, 5, 5), ONE, (2, 2, 2), ONE  # 125 offsets
 # B, (Z, Y, X), number of voxels, geometry
 CASES = [(*voxels, HALVE) for voxels in SETS] + [
@@ -134,12 +135,13 @@ def test_submanifold_by_hand(fn, device):
     row = fn(coords, keys, order, shape, (1, 1, 3), ONE)
     assert row.tolist() == [[-1, 0, -1, -1], [0, 1, 2, 3], [1, -1, -1, -1]]
     plane = fn(coords, keys, order, shape, (1, 3, 3), (1, 1, 2))
+    # offsets (y, x): (-1, -2), (-1, 0), (-1, 2)
     assert plane.tolist()[:3] == [[-1] * 4, [-1] * 4, [-1, -1, 0, -1]]
 
 
 @pytest.mark.parametrize("fn", [strided_map, strided_map_ref])
 def test_strided_by_hand(fn, device):
-    """Inputs 1 and 4 of 5 cells; kernel 3, stride 2, padding 1: outputs 0, 1, 2 read cells -1..1, 1..3, 3..5."""
+    """Voxels in cells 4 and 1 of 5; kernel 3, stride 2, padding 1: outputs 0, 1, 2 read cells -1..1, 1..3, 3..5."""
     coords = torch.tensor([[0, 0, 0, 4], [0, 0, 0, 1]], dtype=torch.int32, device=device)
     out_coords, neighbor_idx = fn(coords, (1, 1, 5), (1, 1, 3), (1, 1, 2), (0, 0, 1), ONE)
     assert out_coords.tolist() == [[0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 2]]
@@ -148,7 +150,7 @@ def test_strided_by_hand(fn, device):
 
 @pytest.mark.parametrize("fn", [transposed_map, transposed_map_ref])
 def test_transposed_by_hand(fn, device):
-    """Inputs 0 and 1 of 3 cells; kernel 3, stride 2, padding 1: they spread to -1..1 and 1..3, of 5 cells."""
+    """Voxels in cells 0 and 1 of 3; kernel 3, stride 2, padding 1: they spread to cells -1..1 and 1..3 of 5."""
     coords = torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1]], dtype=torch.int32, device=device)
     out_coords, neighbor_idx = fn(coords, (1, 1, 3), (1, 1, 3), (1, 1, 2), (0, 0, 1), ONE)
     assert out_coords.tolist() == [[0, 0, 0, x] for x in range(4)]
@@ -157,6 +159,7 @@ def test_transposed_by_hand(fn, device):
 
 @pytest.mark.parametrize("fn", [inverse_map, inverse_map_ref])
 def test_inverse_map_twice_is_the_identity(fn, device):
+    """Also: the inverse of a submanifold table is the table with its offsets reversed."""
     coords = random_voxels(2, (5, 7, 9), 200, device)
     out_coords, neighbor_idx = strided_map_ref(coords, (5, 7, 9), (3, 3, 3), (2, 2, 2), ONE, ONE)
     inverse_idx = fn(neighbor_idx, 200)
@@ -183,14 +186,14 @@ def test_tables_of_a_grid_of_8e9_cells(plain, device):
     i = torch.arange(32, device=device)
     above = torch.cat([is_low, ~is_low])  # the neighbor's x is greater
     expected = torch.full((27, 32), -1, dtype=torch.int32, device=device)
-    expected[13] = i
+    expected[13] = i  # of 27 offsets, 13 is the center, 12 and 14 are its neighbors along x
     expected[torch.where(above, 14, 12), i] = i.int().roll(16)
     assert torch.equal(neighbor_idx, expected)
 
     out_coords, neighbor_idx = make_strided(coords, shape, (2, 2, 2), (2, 2, 2), (0, 0, 0), ONE)
     halved = outer.clone()
     halved[:, 1:] //= 2
-    kept = halved[:, 1] < 20  # of 41 slices the last has no partner
+    kept = halved[:, 1] < 20  # no output reads the last of 41 slices: a kernel of 2 does not fit there
     assert torch.equal(out_coords, halved[kept])  # `product` ascends as the keys do
     assert torch.equal((neighbor_idx >= 0).sum(dim=0), torch.full((8,), 2, device=device))
 
@@ -202,7 +205,7 @@ def test_transposed_map_reaches_the_last_int32_coordinate(fn, device):
     kernel, stride = (1, 1, 3), (1, 1, 4)
     out_coords, neighbor_idx = fn(coords, (1, 1, 2**29), kernel, stride, (0, 0, 0), ONE)
     assert out_coords.tolist() == [[0, 0, 0, 2**31 - 4 + k] for k in range(3)]
-    assert torch.equal(neighbor_idx, torch.eye(3, dtype=torch.int32, device=device) - 1)
+    assert torch.equal(neighbor_idx, torch.eye(3, dtype=torch.int32, device=device) - 1)  # 0 on the diagonal, else -1
     for padding in (0, 2):  # cells that padding cuts off count too
         with pytest.raises(ValueError, match=r"\(1, 1, 2147483651\) cells.* too many: a coordinate has 32 bits"):
             fn(coords, (1, 1, 2**29 + 1), kernel, stride, (0, 0, padding), ONE)
@@ -210,6 +213,7 @@ def test_transposed_map_reaches_the_last_int32_coordinate(fn, device):
 
 @pytest.mark.parametrize("plain", [False, True], ids=["op", "ref"])
 def test_reached_cells_must_have_int32_coordinates(plain, device):
+    """Cells outside the grid too: a kernel of 3 reaches one cell beyond each border, `size` + 2 in all."""
     make_sub, make_strided = (submanifold_map_ref, strided_map_ref) if plain else (submanifold_map, strided_map)
     coords = torch.tensor([[0, 0, 0, 2**31 - 5], [0, 0, 0, 2**31 - 4]], dtype=torch.int32, device=device)
     for size, fits in [(2**31 - 3, True), (2**31 - 2, False)]:
@@ -219,6 +223,7 @@ def test_reached_cells_must_have_int32_coordinates(plain, device):
             lambda: make_strided(coords, shape, (1, 1, 3), ONE, (0, 0, 1), ONE)[1],  # noqa: B023
         ):
             if fits:
+                # the strided map also has an output below the first voxel
                 assert fn()[:, -2:].tolist() == [[-1, 0], [0, 1], [1, -1]]
             else:
                 with pytest.raises(ValueError, match="too many"):
@@ -227,16 +232,17 @@ def test_reached_cells_must_have_int32_coordinates(plain, device):
 
 @pytest.mark.parametrize("plain", [False, True], ids=["op", "ref"])
 def test_sorted_voxels_need_no_order(plain, device):
+    """With order None, the maps are those of the explicit order 0, 1, 2, ..."""
     shape = (5, 7, 9)
     coords = random_voxels(3, shape, 200, device)
     keys, order = sort_voxels(coords, shape)
-    coords, same = coords[order], torch.arange(200, device=device)
+    coords, identity = coords[order], torch.arange(200, device=device)
     make_sub, make_strided = (submanifold_map_ref, strided_map_ref) if plain else (submanifold_map, strided_map)
     for kernel in ((3, 3, 3), (2, 2, 2)):
-        given = make_sub(coords, keys, same, shape, kernel, ONE)
-        assert torch.equal(make_sub(coords, keys, None, shape, kernel, ONE), given)
-    given = make_strided(coords, shape, *HALVE)
-    for a, b in zip(make_strided(coords, shape, *HALVE, keys=keys), given, strict=True):
+        expected = make_sub(coords, keys, identity, shape, kernel, ONE)
+        assert torch.equal(make_sub(coords, keys, None, shape, kernel, ONE), expected)
+    expected = make_strided(coords, shape, *HALVE)  # sorts them itself
+    for a, b in zip(make_strided(coords, shape, *HALVE, keys=keys), expected, strict=True):
         assert torch.equal(a, b)
 
 
@@ -260,7 +266,7 @@ def test_order_of_the_inputs_does_not_matter(plain, device):
 
 
 def test_compiles_without_graph_breaks(device):
-    """Including output sizes that depend on the data; another number of voxels needs no new graph."""
+    """Including output sizes that depend on the data, and for another number of voxels."""
     shape = (5, 7, 9)
 
     def tables(coords):
@@ -277,5 +283,6 @@ def test_compiles_without_graph_breaks(device):
             coords = random_voxels(2, shape, N, device)
             for a, b in zip(compiled(coords), tables(coords), strict=True):
                 assert torch.equal(a, b) if torch.is_tensor(a) else a == b
+    # dynamo does not trace into these
     for op in ("sort_voxels", "submanifold_map", "strided_map", "transposed_map", "inverse_map"):
         assert hasattr(torch.ops.unipad, op)

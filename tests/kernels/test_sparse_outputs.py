@@ -1,3 +1,5 @@
+"""Output voxels of strided and transposed convolutions. LAUNCHES: see tests/test_compiles.py."""
+
 from contextlib import nullcontext
 
 import pytest
@@ -18,7 +20,7 @@ from unipad.kernels.sparse_outputs import (
 from unipad.kernels.voxel_keys import NO_KEY, NO_KEY_SHORT, voxel_keys_ref
 
 TYPES = dict.fromkeys(["slots", "kernel_size", "stride", "padding", "dilation"], ("i32",) * 3) | dict(coords_ptr="*i32")
-LONG, SHORT = TYPES | dict(keys_ptr="*i64"), TYPES | dict(keys_ptr="*i32")
+LONG, SHORT = TYPES | dict(keys_ptr="*i64"), TYPES | dict(keys_ptr="*i32")  # types with 64-bit and 32-bit keys
 VOXELS, PAIRS = dict(BLOCK=BLOCK), dict(BLOCK_PAIRS=BLOCK_PAIRS)
 LAUNCHES = [
     Launch(kernel, flags, types, elements=("fp32",), registers=registers, shared=shared)
@@ -36,21 +38,21 @@ ONE = (1, 1, 1)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("known", [True, False], ids=["int32", "int64"])
-def test_outputs_match_the_reference(transposed, known, device):
-    """32-bit keys if the batch size is known, and the grid small."""
+@pytest.mark.parametrize("batch_size_known", [True, False])
+def test_outputs_match_the_reference(transposed, batch_size_known, device):
+    """Keys have 32 bits if the batch size is known and the grid small, as it is here."""
     (B, shape, N), geometry = SOME, ((2, 3, 4), (3, 1, 2), (1, 0, 2), (2, 3, 1))  # different on every axis
     coords = random_voxels(B, shape, N, device)
     map_ref, size_of = (transposed_map_ref, transposed_out_shape) if transposed else (strided_map_ref, out_shape)
-    expected, out = map_ref(coords, shape, *geometry)[0], size_of(shape, *geometry)
-    keys = output_keys(coords, out, geometry, B if known else None, transposed)
-    assert keys.dtype == (torch.int32 if known else torch.int64)
-    assert torch.equal(keys.long(), voxel_keys_ref(expected, out))
-    assert torch.equal(output_coords(keys, out), expected)
+    expected, grid = map_ref(coords, shape, *geometry)[0], size_of(shape, *geometry)
+    keys = output_keys(coords, grid, geometry, B if batch_size_known else None, transposed)
+    assert keys.dtype == (torch.int32 if batch_size_known else torch.int64)
+    assert torch.equal(keys.long(), voxel_keys_ref(expected, grid))
+    assert torch.equal(output_coords(keys, grid), expected)
 
 
-@pytest.mark.parametrize("path", [nullcontext, references])
-def test_a_convolution_without_output_is_rejected(path, device):
+@pytest.mark.parametrize("context", [nullcontext, references], ids=["kernels", "references"])
+def test_convolutions_without_output_or_stride_are_rejected(context, device):
     """A grid smaller than the kernel; a transposed convolution whose padding crops all outputs; a stride of 0."""
     coords = random_voxels(1, (2, 5, 5), 9, device)
     for fn, kernel, stride, padding, message in [
@@ -58,5 +60,5 @@ def test_a_convolution_without_output_is_rejected(path, device):
         (transposed_map, (2, 2, 1), ONE, (0, 0, 3), "kernel 1, .* has no output along x, where the grid has 5 cells"),
         (strided_map, (3, 3, 3), (2, 0, 2), ONE, "no convolution along y has kernel 3, stride 0"),
     ]:
-        with pytest.raises(ValueError, match=message), path():
+        with pytest.raises(ValueError, match=message), context():
             fn(coords, (2, 5, 5), kernel, stride, padding, ONE)

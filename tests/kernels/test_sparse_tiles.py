@@ -1,3 +1,5 @@
+"""The layouts that a `NeighborTable` makes of a table, and its cache. LAUNCHES: see tests/test_compiles.py."""
+
 import copy
 import gc
 import weakref
@@ -58,13 +60,13 @@ def test_tiles_contain_every_pair_of_the_table(K, M, fraction, sort, block_m, mo
     for row, count, offset, read in zip(*(t.cpu() for t in tiles[:4]), strict=True):
         offset, read = offset[:count].long(), read[:count]
         assert (offset.diff() > 0).all()
-        assert (read >= 0).any(dim=1).all(), "an offset that no row of the tile has"
+        assert (read >= 0).any(dim=1).all(), "a listed offset at which no row of the tile has a neighbor"
         assert (read[:, row < 0] == -1).all()
         for k, n in zip(offset, read, strict=True):
             restored[k, row[row >= 0].long()] = n[row >= 0].to(device)
     assert torch.equal(restored, table)
-    windows = [(part >= 0).sum(dim=1) for part in table.split(128, dim=1)]
-    assert torch.equal(tiles.pairs_idx.long(), torch.stack(windows, dim=1))
+    counts = [(window >= 0).sum(dim=1) for window in table.split(128, dim=1)]
+    assert torch.equal(tiles.pairs_idx.long(), torch.stack(counts, dim=1))
 
 
 def test_rows_with_too_many_offsets_for_the_sort_key_are_not_sorted(device):
@@ -85,8 +87,8 @@ def test_pairs_are_in_the_order_of_the_table(K, M, fraction, monkeypatch, device
 @pytest.mark.parametrize(
     "max_chunks, min_pairs, multiple, size", [(1, 1, 1, 1583), (40, 1, 16, 48), (40, 100, 16, 112)]
 )
-def test_chunks_have_equal_length(max_chunks, min_pairs, multiple, size, device):
-    """1583 pairs of 27 offsets; size: pairs per chunk."""
+def test_chunks_have_equal_length_except_the_last_of_an_offset(max_chunks, min_pairs, multiple, size, device):
+    """The table has 1583 pairs at 27 offsets; size: expected pairs per chunk."""
     table = NeighborTable(make_table(27, 200, 0.3, device))
     ends = table.pairs().ends[:, -1].tolist()
     assert ends[-1] == 1583
@@ -94,12 +96,13 @@ def test_chunks_have_equal_length(max_chunks, min_pairs, multiple, size, device)
     first, end, chunk_end_idx = (t.tolist() for t in table.chunks(max_chunks, min_pairs, multiple))
     assert len(first) == max_chunks + 27 >= len(expected)
     got = list(zip(first, end, strict=True))
-    assert got[: len(expected)] == expected and all(a >= b for a, b in got[len(expected) :])
+    assert got[: len(expected)] == expected and all(a >= b for a, b in got[len(expected) :])  # the others are empty
     assert chunk_end_idx == [sum(b <= end for _, b in expected) for end in ends]
 
 
 def test_rows_with_the_same_offsets_share_tiles(device):
-    """The inverse table of a 3 x 3 x 3 convolution of stride 2: eight sets of offsets, one per parity of a cell."""
+    """Neighbors as in the inverse table of a 3 x 3 x 3 convolution of stride 2 without padding: eight sets of offsets,
+    one for each parity of a cell's (z, y, x)."""
     gen = torch.Generator().manual_seed(0)
     parity = torch.randint(0, 8, (1024,), generator=gen)
     has = torch.ones(27, 1024, dtype=torch.bool)
@@ -108,9 +111,10 @@ def test_rows_with_the_same_offsets_share_tiles(device):
         middle = (torch.arange(27) // step % 3 == 1)[:, None]
         has &= middle == is_odd  # along an axis, one offset reaches an odd cell, two an even one
     table = torch.where(has, 0, -1).int().to(device)
+    # products of a row and an offset; the GEMM computes those of all 64 rows of a tile
     needed, computed = has.sum().item(), 64 * NeighborTable(table).tiles(64).count_idx.sum().item()
     assert computed < 1.6 * needed
-    assert 64 * has.view(27, 16, 64).any(dim=2).sum() > 7 * needed  # products without the sort
+    assert 64 * has.view(27, 16, 64).any(dim=2).sum() > 7 * needed  # computed without the sort
 
 
 def test_a_table_caches_its_tiles_and_pairs(device):
@@ -121,7 +125,7 @@ def test_a_table_caches_its_tiles_and_pairs(device):
     assert NeighborTable.of(table.idx.clone()) is not table
     with launches() as launched:
         NeighborTable(table.idx).pairs()
-    assert launched == ["_tiles_kernel", "_pairs_kernel"]  # tiles of any size have the pair counts
+    assert launched == ["_tiles_kernel", "_pairs_kernel"]  # a new cache: the tiles come first, they count the pairs
 
 
 def test_a_modified_table_is_rejected(device):
@@ -135,7 +139,8 @@ def test_a_modified_table_is_rejected(device):
 
 
 def test_a_deep_copy_has_a_separate_cache(device):
-    """The version counter of the copied tensor starts at 0, although the original was modified before."""
+    """The version counter of the copied tensor starts at 0, although the original was modified before: the copy must
+    not count as modified."""
     idx = make_table(27, 300, 0.3, device)
     idx[0, 0] = -1
     table = NeighborTable(idx)
@@ -157,8 +162,8 @@ def test_the_cache_is_freed_with_its_table(device):
 
 
 @pytest.fixture
-def streams(monkeypatch):
-    """Sets the current stream and whether a graph is being captured on it: `streams(number, capturing)`."""
+def switch_stream(monkeypatch):
+    """`switch_stream(2, capturing=True)` sets the current stream, at first 1, and whether a graph is captured on it."""
     current = {}
 
     def switch(stream, capturing=False):
@@ -178,30 +183,32 @@ def test_stream_and_capturing_are_those_of_cuda(monkeypatch):
     assert backend.capturing(cuda) and not backend.capturing(cpu)
 
 
-def test_a_stream_does_not_use_tiles_that_another_may_still_compute(streams, device):
+def test_a_stream_does_not_use_tiles_that_another_may_still_compute(switch_stream, device):
     table = NeighborTable(make_table(3, 40, 0.5, device))
     first = table.tiles(64)
-    streams(2)
+    switch_stream(2)
     second = table.tiles(64)
     assert second is not first and table.tiles(64) is second
-    streams(1)
+    switch_stream(1)
     assert table.tiles(64) is first
 
 
-def test_a_graph_uses_the_cache_of_its_warm_up(streams, device):
+def test_a_graph_uses_the_cache_of_its_warm_up(switch_stream, device):
     """Warmed up on one stream and captured on another, as by `torch.cuda.graph`: replays compute no tiles."""
     table, weight = NeighborTable(make_table(3, 40, 0.5, device)), torch.randn(8, 3, 1, 1, 8, device=device)
+    # not the real inverse: only launches are compared
     inverse = NeighborTable(torch.full((3, 80), -1, dtype=torch.int32, device=device))
     features = torch.randn(80, 8, device=device, requires_grad=True)
 
     def step():
+        """Names of the launched kernels that make layouts."""
         with launches() as launched:
             sparse_conv(features, weight.requires_grad_(), table, inverse).sum().backward()
         return [name for name in launched if name in ("_tiles_kernel", "_pairs_kernel", "_chunks_kernel")]
 
-    streams(2)
+    switch_stream(2)
     assert step()
-    streams(3, capturing=True)
+    switch_stream(3, capturing=True)
     assert not step()
 
 
@@ -212,21 +219,21 @@ def test_a_convolution_replayed_as_a_cuda_graph_matches(device):
     features, other = torch.randn(2, 80, 8, device=device)
     expected = sparse_conv_act(other, weight, table)
     graph = torch.cuda.CUDAGraph()
-    with launches() as launched, torch.cuda.graph(graph):
+    with launches() as launched, torch.cuda.graph(graph):  # the tiles are cached since `expected`
         out = sparse_conv_act(features, weight, table)
     features.copy_(other)
     graph.replay()
     assert torch.equal(out, expected) and launched == ["_gather_gemm_kernel"]
 
 
-def test_tiles_made_during_capture_are_not_cached(streams, device):
-    """Only a replay of the graph fills their memory."""
+def test_tiles_made_during_capture_are_not_cached(switch_stream, device):
+    """Only a replay of the graph computes them; afterwards, the same stream and another one make their own."""
     table = NeighborTable(make_table(3, 40, 0.5, device))
-    streams(3, capturing=True)
+    switch_stream(3, capturing=True)
     in_graph = table.tiles(64), table.pairs()
-    streams(3)
+    switch_stream(3)
     assert table.tiles(64) is not in_graph[0] and table.pairs() is not in_graph[1]
-    streams(1)
+    switch_stream(1)
     assert table.tiles(64) is not in_graph[0]
 
 
@@ -241,6 +248,7 @@ def test_a_trial_does_not_change_the_cache(device):
 
 def test_compiled_layers_share_the_cache_of_their_table(device):
     """Compiled code passes index tensors to ops, which look up their `NeighborTable`s, in the backward too."""
+    # not the real inverse: only launches are compared
     inverse = NeighborTable(torch.full((3, 80), -1, dtype=torch.int32, device=device))
     table, weight = NeighborTable(make_table(3, 40, 0.5, device)), torch.randn(8, 3, 1, 1, 8, device=device)
     features = torch.randn(80, 8, device=device, requires_grad=True)
@@ -251,4 +259,4 @@ def test_compiled_layers_share_the_cache_of_their_table(device):
 
     with launches() as launched:
         layers(features, weight.requires_grad_()).sum().backward()
-    assert launched.count("_gather_gemm_kernel") == 4 and launched.count("_tiles_kernel") == 2  # table, inverse
+    assert launched.count("_gather_gemm_kernel") == 4 and launched.count("_tiles_kernel") == 2  # of table and inverse

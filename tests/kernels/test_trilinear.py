@@ -11,7 +11,7 @@ FP32 = dict.fromkeys(
     "*fp32",
 )
 BOTH = ("fp32", "bf16")
-LAUNCHES = [
+LAUNCHES = [  # checked by tests/test_compiles.py
     Launch(
         kernel,
         flags | dict(BLOCK_C=c, BLOCK_N=1024 // c),
@@ -33,20 +33,20 @@ LAUNCHES = [
     ]
 ]
 
-SHAPES = [  # B, Z, Y, X, C, R, S
+SHAPES = [  # B, Z, Y, X, C, R rays, S points on each
     (1, 1, 1, 1, 1, 1, 1),
     (3, 3, 5, 7, 3, 5, 7),  # odd sizes
-    (2, 2, 3, 4, 32, 8, 4),  # exactly one block
+    (2, 2, 3, 4, 32, 8, 4),  # exactly one block of points
     (2, 2, 3, 4, 32, 11, 3),  # one point more than a block
-    (1, 2, 3, 4, 65, 5, 3),  # fewer points per program, so that its tile stays small
+    (1, 2, 3, 4, 65, 5, 3),  # many channels: fewer points per block
     (1, 2, 3, 4, 3, 0, 5),  # no rays
-    (1, 2, 3, 4, 3, 5, 0),  # no samples
+    (1, 2, 3, 4, 3, 5, 0),  # no points on the rays
     (1, 2, 3, 4, 0, 5, 5),  # no channels
 ]
 
 
 def make_inputs(B, Z, Y, X, C, R, S, device):
-    """Points inside the volume and up to two voxels outside."""
+    """Points between the outer voxel centers and up to two voxels beyond them."""
     size = torch.tensor([X, Y, Z], device=device)
     return dict(
         volume=torch.randn(B, Z, Y, X, C, device=device, dtype=torch.float64),
@@ -115,7 +115,8 @@ def test_matches_grid_sample_and_its_double_backward(fn, device):
     d_value = torch.randn(6, 8, 4, device=device, dtype=torch.float64, requires_grad=True)  # dL/dvalue
 
     def sampled():
-        normalized = points / torch.tensor([4.0, 2.0, 1.0], device=device) - 1
+        """Value and dL/dpoints."""
+        normalized = points / torch.tensor([4.0, 2.0, 1.0], device=device) - 1  # (size - 1) / 2 along x, y, z
         value = F.grid_sample(volume.permute(0, 4, 1, 2, 3), normalized[None, None], align_corners=True)
         value = value[0, :, 0].permute(1, 2, 0)
         return value, torch.autograd.grad(value, points, d_value, create_graph=True)[0]
@@ -124,11 +125,10 @@ def test_matches_grid_sample_and_its_double_backward(fn, device):
         value, gradient = fn(volume, points, inputs["volume_idx"])
         return value, torch.einsum("rsdc,rsc->rsd", gradient, d_value)
 
+    # upstream gradients of the value and of dL/dpoints
     ups = torch.randn(6, 8, 4, device=device).double(), torch.randn(6, 8, 3, device=device).double()
-    for truth, out in [
-        (sampled(), ours()),
-        *[[torch.autograd.grad(f(), (volume, points, d_value), ups) for f in (sampled, ours)]],
-    ]:
+    grads = [torch.autograd.grad(f(), (volume, points, d_value), ups) for f in (sampled, ours)]
+    for truth, out in [(sampled(), ours()), grads]:
         for t, o in zip(truth, out, strict=True):
             torch.testing.assert_close(o, t, rtol=1e-12, atol=1e-12)
 
@@ -145,7 +145,7 @@ def test_gradcheck(fn, device):
 
 @pytest.mark.parametrize("fn", [trilinear_ref, trilinear_value_ref])
 def test_points_of_a_diverged_model_do_not_raise(fn):
-    """An indexing error on a CPU would hide the training loop's message that the loss is not finite."""
+    """On a CPU, indexing with NaN would raise, which would hide the training loop's message: the loss is not finite."""
     points = torch.tensor([[[torch.nan] * 3, [torch.inf, 0, 0], [1.0, 1, 1]]])
     value = fn(torch.ones(1, 3, 3, 3, 2), points, torch.zeros(1, dtype=torch.int32))
     value = value[0] if isinstance(value, tuple) else value

@@ -8,11 +8,14 @@ import torch
 from unipad.kernels import tuning
 
 CPU = torch.device("cpu")
-CANDIDATES = [(64, 4), (128, 4), (128, 8)]
+CANDIDATES = [(64, 4), (128, 4), (128, 8)]  # as (block size, warps); the first is the default
 
 
 class Clock:
-    """A timer that looks up the time of a candidate in `times`, and records which candidates ran."""
+    """A timer that looks up the time of a candidate in `times`, and records in `ran` which candidates ran.
+
+    Without times, it raises if it has to time anything.
+    """
 
     def __init__(self, times):
         self.times, self.ran = times, []
@@ -66,10 +69,10 @@ def test_choices_are_saved_in_a_file(tmp_path):
     assert json.loads(path.read_text()) == {"cpu": {"op torch.bfloat16 1024": [128, 8]}}
     assert list(path.parent.iterdir()) == [path]
 
-    tuning.enable(path, Clock({}))  # raises if it times anything
+    tuning.enable(path, Clock({}))  # the choice comes from the file
     assert choose(clock) == (128, 8) and len(clock.ran) == 3
     tuning.enable(path, clock)
-    assert choose(clock, candidates=CANDIDATES[:2]) == (128, 4)  # no longer a candidate: searched again
+    assert choose(clock, candidates=CANDIDATES[:2]) == (128, 4)  # (128, 8) is no longer a candidate: searched again
 
 
 @pytest.mark.parametrize("n, expected", [(0, 1), (1, 1), (2, 2), (3, 4), (64, 64), (65, 128)])
@@ -100,20 +103,21 @@ def test_nothing_is_timed_under_strict_determinism(tmp_path):
     assert choose(clock) == (128, 4)
     torch.use_deterministic_algorithms(True)
     tuning.enable(path, Clock({}))
-    assert choose(clock) == (128, 4) and len(clock.ran) == 3  # a choice from a file is used: nothing is timed
+    assert choose(clock) == (128, 4) and len(clock.ran) == 3  # from the file
 
 
 def test_two_processes_with_the_same_pid_do_not_share_a_temporary_file(tmp_path, monkeypatch):
     """The pids of two machines may be equal."""
-    path, names = tmp_path / "tuning.json", set()
+    path, temporary = tmp_path / "tuning.json", set()
     monkeypatch.setattr("os.getpid", lambda: 1)
     replace = Path.replace
-    monkeypatch.setattr(Path, "replace", lambda new, old: (names.add(new), replace(new, old))[1])
+    monkeypatch.setattr(Path, "replace", lambda file, target: (temporary.add(file), replace(file, target))[1])
     for _ in range(2):
-        path.unlink(missing_ok=True)
-        tuning.enable(path, Clock(dict.fromkeys(CANDIDATES, 1.0)))
-        choose(tuning._state.timer)
-    assert len(names) == 2
+        path.unlink(missing_ok=True)  # so that it searches and saves again
+        clock = Clock(dict.fromkeys(CANDIDATES, 1.0))
+        tuning.enable(path, clock)
+        choose(clock)
+    assert len(temporary) == 2
 
 
 def test_runs_are_timed_back_to_back_by_their_median(monkeypatch):

@@ -8,11 +8,12 @@ from tests.check import check_against_ref
 from unipad.kernels.voxel_keys import BLOCK, sort_voxels, sort_voxels_ref, voxel_keys, voxel_keys_ref
 
 TYPES = dict(coords_ptr="*i32", keys_ptr="*i64")
+# checked by tests/test_compiles.py
 LAUNCHES = [Launch("_keys_kernel", dict(BLOCK=BLOCK), TYPES, elements=("fp32",), registers=32)]
 
 ONE = (1, 1, 1)
-# B, (Z, Y, X), number of voxels
-SOME, FULL = (3, (5, 7, 9), 200), (1, (3, 3, 3), 27)
+# sets of voxels: B, (Z, Y, X), number of voxels
+SOME, FULL = (3, (5, 7, 9), 200), (1, (3, 3, 3), 27)  # some of the cells, all of them
 SETS = [
     SOME,
     FULL,
@@ -30,7 +31,7 @@ def random_voxels(B, shape, N, device):
 
 
 @pytest.mark.parametrize("B, shape, N", SETS)
-def test_sorting_matches_reference(B, shape, N, device):
+def test_keys_and_sorting_match_reference(B, shape, N, device):
     coords = random_voxels(B, shape, N, device)
     check_against_ref(voxel_keys, voxel_keys_ref, dict(coords=coords, shape=shape), torch.float32)
     for check in (True, False):

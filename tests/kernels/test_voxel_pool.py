@@ -23,11 +23,12 @@ def launch_voxels(truncate):
     return Launch("_voxels_kernel", constexprs, types, elements=("fp32",), registers=48, budgets=ASSEMBLED)
 
 
-# kernel, channels, divisible sizes, element types, registers, bytes of shared memory
+# checked by tests/test_compiles.py
 LAUNCHES = [
     launch_voxels(truncate=False),
     launch_voxels(truncate=True),
     Launch("_runs_kernel", dict(BLOCK_P=BLOCK_P), dict(weight_ptr="*fp32"), registers=48, shared=64, budgets=ASSEMBLED),
+    # kernel, channels, divisible sizes, element types, registers, bytes of shared memory
     launch("_chunks_kernel", 256, ("C",), ("bf16",), 56, 4096),
     launch("_voxel_pool_fwd_kernel", 256, ("C",), ("bf16",), 64),
     launch("_voxel_pool_bwd_kernel", 256, ("C",), ("bf16",), 72, 16),
@@ -38,15 +39,18 @@ LAUNCHES = [
 
 
 def views(B, N, device):
-    """lidar2image [B, N, 4, 4] of cameras at the origin that look along y, slightly rotated and scaled: 40 x 24 px."""
+    """lidar2image [B, N, 4, 4] of cameras near the origin that look about along y; images of 40 x 24 pixels."""
     intrinsics = torch.tensor([[20.0, 0, 20, 0], [0, 20, 12, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
     extrinsics = torch.tensor([[1.0, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]])  # x right, y ahead, z up
-    perturbed = extrinsics + 0.05 * torch.randn(B, N, 4, 4) * torch.tensor([1.0, 1, 1, 0])[:, None]
+    perturbed = extrinsics + 0.05 * torch.randn(B, N, 4, 4) * torch.tensor([1.0, 1, 1, 0])[:, None]  # not the last row
     return (intrinsics @ perturbed).to(device)
 
 
 def make_inputs(B, N, size, C, D, shape, device, truncate=False):
-    """A grid of 12 x 12 x 4 m ahead of the cameras; some points lie outside, also below its lower faces."""
+    """A grid of 12 x 12 x 4 m ahead of the cameras; some points lie outside, also below its lower faces.
+
+    size: (h, w) of the feature maps; C channels, D depth bins; shape: voxels (X, Y, Z).
+    """
     h, w = size
     extent = 12.0, 12.0, 4.0
     return dict(
@@ -70,7 +74,7 @@ def make_inputs(B, N, size, C, D, shape, device, truncate=False):
         (1, 1, (1, 1), 1, 1, (1, 1, 1)),
         (3, 2, (5, 7), 3, 5, (5, 7, 2)),  # odd sizes
         (2, 2, (8, 8), 4, 4, (8, 8, 2)),  # exactly one block of pixels and of voxels
-        (1, 1, (3, 3), 65, 9, (3, 3, 1)),  # one pixel and one voxel more than a block
+        (1, 1, (3, 3), 65, 9, (3, 3, 1)),  # one pixel and one voxel more than a block of this many channels
         (1, 1, (1, 2), 512, 3, (2, 2, 1)),  # many channels
         (1, 3, (7, 10), 3, 9, (2, 3, 1)),  # whole chunks of runs in one voxel
         (0, 2, (3, 5), 3, 4, (2, 2, 2)),  # no samples
@@ -100,13 +104,13 @@ RECORDED = dict(  # geometry of the golden record voxel_pool_depth
 @pytest.mark.parametrize("op", [voxel_pool, voxel_pool_ref])
 def test_reproduces_the_original(op, device, monkeypatch):
     """Volume and gradients of Uni3DVoxelPoolDepth: 2 samples, 6 views, 161280 points."""
-    if not HAS_GPU:
+    if not HAS_GPU:  # few large programs: the interpreter takes a fixed time for each
         monkeypatch.setattr(unipad.kernels.voxel_pool, "TILE", 2**16)
         monkeypatch.setattr(unipad.kernels.voxel_pool, "BLOCK_P", 2**18)
     arrays = {name: array.to(device) for name, array in golden.load("voxel_pool_depth")[0].items()}
     features = arrays["in/feat"].permute(0, 1, 3, 4, 2).requires_grad_()
     depths = arrays["in/depth"].unflatten(0, (2, 6)).permute(0, 1, 3, 4, 2).requires_grad_()
-    volume = op(features, depths, arrays["in/lidar2img"][:, :, 0], **RECORDED)
+    volume = op(features, depths, arrays["in/lidar2img"][:, :, 0], **RECORDED)  # [:, :, 0]: the only sweep
     golden.assert_close_to_max(volume, arrays["out/volume"].permute(0, 2, 3, 4, 1), 1e-5, "volume")
     d_features, d_depths = torch.autograd.grad(
         volume, (features, depths), arrays["in/w_out"].permute(0, 2, 3, 4, 1)
@@ -122,34 +126,36 @@ def test_points_lie_where_the_original_puts_them():
     """All points of the golden record; of 79955 in the grid, 7632 are there only by rounding towards zero."""
     arrays, _ = golden.load("voxel_pool_depth")
     matrices, bins = unipad.kernels.voxel_pool._geometry(
-        arrays["in/lidar2img"][:, :, 0], RECORDED["low"], RECORDED["cell"], RECORDED["depth_range"], 30
+        arrays["in/lidar2img"][:, :, 0], RECORDED["low"], RECORDED["cell"], RECORDED["depth_range"], D=30
     )
+    sizes = (2, 6, 16, 28, 12)  # B, N, h, w, C of the features
     truncated, floored = (
-        unipad.kernels.voxel_pool._voxels_ref(matrices, bins, (2, 6, 16, 28, 12), RECORDED["shape"], 16, truncate)
+        unipad.kernels.voxel_pool._voxels_ref(matrices, bins, sizes, RECORDED["shape"], RECORDED["stride"], truncate)
         for truncate in (True, False)
     )
     b, x, y, z = arrays["out/voxel_coords_b_x_y_z"][:, :, 0].permute(5, 0, 1, 3, 4, 2).long()
     inside = arrays["out/mask"][:, :, 0].permute(0, 1, 3, 4, 2)
-    V = 2 * 5 * 18 * 20  # the index of points outside
+    V = 2 * 5 * 18 * 20  # B * Z * Y * X: the index of points outside
     expected = torch.where(inside, ((b * 5 + z) * 18 + y) * 20 + x, V).flatten()
     assert torch.equal(truncated, expected)
     moved = truncated != floored
-    assert (truncated < V).sum() == 79955 and (floored[moved] == V).all() and moved.sum() == 7632
+    assert (truncated < V).sum() == 79955 and (floored[moved] == V).all() and moved.sum() == 7632  # 7632 move inside
 
 
 def straight_view(device):
-    """lidar2image [1, 1, 4, 4] that makes x and y pixel times depth, and z the depth."""
+    """lidar2image [1, 1, 4, 4] of a point at depth d behind pixel (u, v) with x = u * d, y = v * d, z = d."""
     return torch.eye(4, device=device)[None, None]
 
 
 @pytest.mark.parametrize("op", [voxel_pool, voxel_pool_ref])
 def test_by_hand(op, device):
     """Worked on paper: a row of features at pixels 0 and 2, depths 1, 2, 3. The points of pixel 0 have x = 0, of
-    pixel 2 x = 2, 4, 6; voxels are 4 m wide and start at -1, so they meet at 3. Points on the upper face, z = 3, are
-    outside."""
+    pixel 2 x = 2, 4, 6; two voxels, 4 m wide, start at x = -1, so they meet at 3. Points on the grid's upper face,
+    z = 3, are outside."""
     features = torch.tensor([[1.0, 10.0], [2.0, 20.0]], device=device).view(1, 1, 1, 2, 2).requires_grad_()
     depths = torch.tensor([[0.25, 0.5, 8.0], [0.125, 0.75, 8.0]], device=device).view(1, 1, 1, 2, 3).requires_grad_()
-    volume = op(features, depths, straight_view(device), (-1, 0, 1), (4, 1, 2), (2, 1, 1), 2, (1, 4))
+    grid = dict(low=(-1, 0, 1), cell=(4, 1, 2), shape=(2, 1, 1))
+    volume = op(features, depths, straight_view(device), **grid, stride=2, depth_range=(1, 4))
     # left voxel: pixel 0 at depths 1 and 2, pixel 2 at depth 1; right voxel: pixel 2 at depth 2
     expected = torch.tensor([[0.75 + 0.25, 7.5 + 2.5], [1.5, 15.0]], device=device).view(1, 1, 1, 2, 2)
     torch.testing.assert_close(volume, expected, rtol=0, atol=0)
@@ -165,22 +171,27 @@ def test_by_hand(op, device):
 @pytest.mark.parametrize("op", [voxel_pool, voxel_pool_ref])
 @pytest.mark.parametrize("truncate, counted", [(False, 1), (True, 2)])
 def test_points_below_the_grid_count_only_when_truncated(op, truncate, counted, device):
-    """Points at x = 0, 0.75 and 1.5 m; voxels of 1 m from 1 to 3. The first is a whole voxel below: always outside."""
+    """Points at x = 0, 0.75 and 1.5 m; voxels of 1 m from 1 to 3. The first is a whole voxel below: always outside.
+
+    counted: points in the first voxel.
+    """
     ones = torch.ones(1, 1, 1, 3, 1, device=device)
     view = straight_view(device) * torch.tensor([1 / 0.75, 1, 1, 1], device=device)
-    volume = op(ones, ones, view, (1, -0.5, 0.5), (1, 1, 1), (2, 1, 1), 1, (1, 2), truncate)
+    grid = dict(low=(1, -0.5, 0.5), cell=(1, 1, 1), shape=(2, 1, 1))
+    volume = op(ones, ones, view, **grid, stride=1, depth_range=(1, 2), truncate=truncate)
     assert volume.flatten().tolist() == [counted, 0]
 
 
 @pytest.mark.parametrize("op", [voxel_pool, voxel_pool_ref])
 def test_points_of_invalid_cameras_are_dropped(op, device):
-    """A matrix of NaNs and a singular one; the gradients of their views are 0."""
+    """Views 1 and 2 have a matrix of NaNs and a singular one; their gradients are 0."""
     features = torch.ones(1, 3, 1, 2, 1, device=device, requires_grad=True)
     depths = torch.ones(1, 3, 1, 2, 1, device=device, requires_grad=True)
     lidar2image = straight_view(device).repeat(1, 3, 1, 1)
     lidar2image[:, 1] = torch.nan
     lidar2image[:, 2] = 0
-    volume = op(features, depths, lidar2image, (-8, -8, -8), (16, 16, 16), (1, 1, 1), 1, (1, 2))
+    grid = dict(low=(-8, -8, -8), cell=(16, 16, 16), shape=(1, 1, 1))
+    volume = op(features, depths, lidar2image, **grid, stride=1, depth_range=(1, 2))
     assert volume.item() == 2
     for grad in torch.autograd.grad(volume.sum(), (features, depths)):
         assert grad.flatten().tolist() == [1, 1, 0, 0, 0, 0]
@@ -200,18 +211,19 @@ def test_points_on_faces_lie_on_the_same_side_for_kernel_and_reference(device):
 def test_points_are_placed_as_on_a_cpu(device):
     """Grid coordinates are quotients on every device; multiplying by reciprocals would move some points."""
     inputs = make_inputs(1, 4, (5, 8), 3, 12, (9, 9, 5), device)
-    geometry = inputs["lidar2image"], inputs["low"], (0.7, 0.3, 1.1), inputs["depth_range"], 12
-    matrices, bins = unipad.kernels.voxel_pool._geometry(*geometry)
+    cell = (0.7, 0.3, 1.1)
+    geometry = {name: inputs[name] for name in ("lidar2image", "low", "depth_range")} | dict(cell=cell, D=12)
+    matrices, bins = unipad.kernels.voxel_pool._geometry(**geometry)
     with DivideLikeGpu():
-        for ours, truth in zip(unipad.kernels.voxel_pool._geometry(*geometry), (matrices, bins), strict=True):
+        for ours, truth in zip(unipad.kernels.voxel_pool._geometry(**geometry), (matrices, bins), strict=True):
             assert torch.equal(ours, truth)
-    sizes = matrices.new_tensor([0.7, 0.3, 1.1])[:, None]
-    assert (matrices * sizes * (1 / sizes) != matrices).any()
+    cell = matrices.new_tensor(cell)[:, None]
+    assert (matrices * cell * (1 / cell) != matrices).any()  # reciprocals would give other numbers
 
 
 @pytest.mark.parametrize("pixels", [CHUNK - 1, CHUNK, 2 * CHUNK - 1, 2 * CHUNK, 5 * CHUNK + 7])
 def test_many_runs_of_a_voxel_are_summed_in_chunks(pixels, device):
-    """Two voxels with a run of every pixel each; those of the second may begin in the middle of a chunk."""
+    """Two voxels, each with a run of every pixel; the runs of the second may begin in the middle of a chunk."""
     inputs = dict(
         features=torch.randn(1, 1, 1, pixels, 3, device=device, dtype=torch.float64),
         depths=torch.rand(1, 1, 1, pixels, 2, device=device, dtype=torch.float64),
@@ -236,11 +248,12 @@ def test_cameras_are_not_cached(device):
 
 def test_points_of_a_ray_that_share_a_voxel_are_one_run(device):
     """Pixels 0, 1, 2 at depths 1 to 9, so x = pixel * depth; five voxels of 4 m along x."""
-    *_, begin = unipad.kernels.voxel_pool._find_points(
+    *_, begin = unipad.kernels.voxel_pool._find_points(  # sizes: B, N, h, w and C, which it does not use
         straight_view(device), sizes=(1, 1, 1, 3, 0), D=9, low=(0, -1, 0), cell=(4, 2, 20), shape=(5, 1, 1),
         stride=1, depth_range=(1, 10), truncate=False,
     )  # fmt: skip
     # x of the points of each run: pixel 0: 0 nine times; 1: 1 2 3, 4 5 6 7, 8 9; 2: 2, 4 6, 8 10, 12 14, 16 18
+    # so the voxels have 3, 2, 2, 1 and 1 runs
     assert begin.tolist() == [0, 3, 5, 7, 8, 9]
 
 
@@ -270,9 +283,9 @@ def test_bit_equal_from_run_to_run(device):
     inputs = make_inputs(1, 2, (6, 10), 3, 9, (2, 2, 1), device)
     runs = []
     for _ in range(2):
-        leaves = [inputs[name].float().requires_grad_() for name in ("features", "depths")]
-        volume = voxel_pool(*leaves, *list(inputs.values())[2:])
-        runs.append([volume, *torch.autograd.grad(volume.square().sum(), leaves)])
+        leaves = {name: inputs[name].float().requires_grad_() for name in ("features", "depths")}
+        volume = voxel_pool(**inputs | leaves)
+        runs.append([volume, *torch.autograd.grad(volume.square().sum(), list(leaves.values()))])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
@@ -304,7 +317,7 @@ def test_strict_determinism_keeps_the_kernels(device):
     assert launched
 
 
-def test_rejects_mismatched_shapes(device):
+def test_rejects_mismatched_and_too_large_shapes(device):
     inputs = make_inputs(1, 2, (3, 5), 3, 4, (2, 2, 2), device)
     with pytest.raises(AssertionError, match="do[es]* not match"):
         voxel_pool(**inputs | dict(lidar2image=views(1, 3, device)))

@@ -10,7 +10,7 @@ from unipad.kernels.voxelize import BLOCK_P, NO_KEY, TILE, grid_sample, voxelize
 
 TYPES = dict.fromkeys(["ends_ptr", "keys_ptr", "order_ptr", "first_ptr"], "*i64")
 TYPES |= dict(coords_ptr="*i32", low=("fp32",) * 3, cell=("fp32",) * 3, shape=("i32",) * 3, max_points="i32")
-LAUNCHES = [
+LAUNCHES = [  # checked by tests/test_compiles.py
     Launch(kernel, flags | dict(NO_KEY=NO_KEY), TYPES, elements=("fp32",), registers=registers, shared=shared)
     for kernel, flags, registers, shared in [
         ("_cell_keys_kernel", dict(BLOCK_P=BLOCK_P), 48, 2048),
@@ -20,7 +20,7 @@ LAUNCHES = [
     ]
 ]
 
-GRID = dict(low=(-2.0, -1.5, -1.0), cell=(0.5, 0.3, 0.7), shape=(3, 10, 8))
+GRID = dict(low=(-2.0, -1.5, -1.0), cell=(0.5, 0.3, 0.7), shape=(3, 10, 8))  # meters (x, y, z); cells (Z, Y, X)
 
 
 def make_inputs(point_counts, C, device, max_points=3, max_voxels=1000):
@@ -29,13 +29,14 @@ def make_inputs(point_counts, C, device, max_points=3, max_voxels=1000):
     points = torch.rand(P, C, device=device)
     points[:, :3] = (points[:, :3] * torch.tensor([10, 12, 5], device=device) - 1) * points.new_tensor(GRID["cell"])
     points[:, :3] += points.new_tensor(GRID["low"])
-    points[1::7, :3] = ((points[1::7, :3] * 2).round() / 2).clamp(-2, 2)
-    points[5::11] = points[4:-1:11] if P > 5 else points[5::11]
+    points[1::7, :3] = ((points[1::7, :3] * 2).round() / 2).clamp(-2, 2)  # multiples of 0.5 m: borders along x
+    if P > 5:
+        points[5::11] = points[4:-1:11]  # equal to the point before
     return dict(points=points, point_counts=list(point_counts), max_points=max_points, max_voxels=max_voxels, **GRID)
 
 
 def check_matches_reference(inputs):
-    """Compare kernel and reference in fp32 only: in fp64 points on a border lie in other cells."""
+    """Compare kernel and reference in fp32 only: in fp64, points near a border may lie in other cells."""
     with launches() as launched:
         features, coords = voxelize(**inputs)
     expected, expected_coords = voxelize_ref(**inputs)
@@ -95,7 +96,7 @@ def test_matches_a_loop_over_points(fn, max_points, max_voxels, device):
 
 @pytest.mark.parametrize("fn", [voxelize, voxelize_ref])
 def test_by_hand(fn, device):
-    """Cells of 0.5 m from -1 m on; the third point of the first voxel is dropped, so is the third voxel."""
+    """Cells of 0.5 m along x, from -1 m on; the third point of the first voxel is dropped, so is the third voxel."""
     points = torch.tensor(
         [
             [0.0, 0, 0, 8],  # first sample: cell 2, on its lower border
@@ -109,16 +110,18 @@ def test_by_hand(fn, device):
         ],
         device=device,
     )
-    features, coords = fn(points, torch.tensor([7, 1]), (-1, -1, -1), (0.5, 2, 2), (1, 1, 4), 2, 2)
+    grid = dict(low=(-1, -1, -1), cell=(0.5, 2, 2), shape=(1, 1, 4))
+    features, coords = fn(points, torch.tensor([7, 1]), **grid, max_points=2, max_voxels=2)
     assert coords.tolist() == [[0, 0, 0, 2], [0, 0, 0, 0], [1, 0, 0, 3]]
     assert features.tolist() == [[0.125, 0, 0, 6], [-0.875, 0, 0, 2], [0.5, 0, 0, 2]]
 
 
 @pytest.mark.parametrize("fn", [voxelize, voxelize_ref])
 def test_cells_are_computed_in_float32(fn, device):
-    """6.075 / 0.075 is 81, but rounds to 80.99999 in float32, where the original computes."""
+    """x - low = 6.075 m is 81 cells of 0.075 m, but in float32, as the original computes, 80.99999: in cell 80."""
     points = torch.tensor([[0.075, 0, 0]], device=device)
-    _, coords = fn(points, [1], (-6, -6, -5), (0.075, 0.075, 0.2), (40, 160, 160), 10, 10)
+    grid = dict(low=(-6, -6, -5), cell=(0.075, 0.075, 0.2), shape=(40, 160, 160))
+    _, coords = fn(points, [1], **grid, max_points=10, max_voxels=10)
     assert coords.tolist() == [[0, 25, 80, 80]]
 
 
@@ -131,11 +134,11 @@ def test_matches_the_original(fn, mode, device):
     features, coords = fn(
         torch.cat(samples).to(device),
         [len(sample) for sample in samples],
-        config["point_cloud_range"][:3],
-        config["voxel_size"],
-        meta["grid_size_xyz"][::-1],
-        config["max_num_points"],
-        config["max_voxels"][mode == "eval"],
+        low=config["point_cloud_range"][:3],
+        cell=config["voxel_size"],
+        shape=meta["grid_size_xyz"][::-1],
+        max_points=config["max_num_points"],
+        max_voxels=config["max_voxels"][mode == "eval"],  # one for training, one for evaluation
     )
     assert torch.equal(coords.cpu(), arrays[f"out/{mode}_coors"])
     golden.assert_close_to_max(features.cpu(), arrays[f"out/{mode}_features"], 1e-7)
@@ -145,7 +148,8 @@ def test_matches_the_original(fn, mode, device):
 def test_voxelizes_a_grid_of_more_than_2_to_the_31_cells(fn, device):
     far = 50000.0
     points = torch.tensor([[0.5, 0.5, 0.5], [far - 0.5, far - 0.5, 1.5], [far - 0.5, far - 0.5, 1.5]], device=device)
-    _, coords = fn(points, [1, 2], (0, 0, 0), (1, 1, 1), (2, int(far), int(far)), 10, 10)
+    grid = dict(low=(0, 0, 0), cell=(1, 1, 1), shape=(2, int(far), int(far)))
+    _, coords = fn(points, [1, 2], **grid, max_points=10, max_voxels=10)
     assert coords.tolist() == [[0, 0, 0, 0], [1, 1, int(far) - 1, int(far) - 1]]
 
 
@@ -166,18 +170,18 @@ def test_no_points_or_none_in_the_grid_give_no_voxels(device):
 
 
 def test_grid_sample_by_hand(device):
-    x = torch.tensor([0.1, -0.1, 0.6, 0.2, 0.9, 0.2, -0.1], device=device)  # cells of 0.5 m: 0, -1, 1, 0, 1 and 0, -1
+    x = torch.tensor([0.1, -0.1, 0.6, 0.2, 0.9, 0.2, -0.1], device=device)  # cells: 0, -1, 1, 0, 1 and 0, -1
     points = torch.stack([x, torch.zeros_like(x), torch.ones_like(x)], dim=1)
     noise = torch.tensor([0.5, 0.1, 0.3, 0.2, 0.3, 0.0, 0.9], device=device)
     counts = [5, 2]
-    rows, coords, cell_of, extent = grid_sample(points, counts, 0.5)
-    assert extent == ([2, 0, -1], [2, 0, 1])
+    rows, coords, cell_of, extent = grid_sample(points, counts, cell=0.5)
+    assert extent == ([2, 0, -1], [2, 0, 1])  # lowest and highest (z, y, x)
     assert rows.tolist() == [1, 0, 2, 6, 5]
     assert coords.tolist() == [[0, 2, 0, -1], [0, 2, 0, 0], [0, 2, 0, 1], [1, 2, 0, -1], [1, 2, 0, 0]]
     assert cell_of.tolist() == [1, 0, 2, 1, 2, 4, 3]
-    rows, same, cell_of, _ = grid_sample(points, counts, 0.5, noise)
-    assert rows.tolist() == [1, 3, 2, 6, 5]  # of points with equal noise the first
-    assert torch.equal(same, coords) and cell_of.tolist() == [1, 0, 2, 1, 2, 4, 3]
+    rows, same_coords, cell_of, _ = grid_sample(points, counts, 0.5, noise)
+    assert rows.tolist() == [1, 3, 2, 6, 5]  # of rows 2 and 4, with equal noise, the first
+    assert torch.equal(same_coords, coords) and cell_of.tolist() == [1, 0, 2, 1, 2, 4, 3]
     *nothing, extent = grid_sample(points[:0], [0, 0], 0.5)
     assert [t.shape for t in nothing] == [(0,), (0, 4), (0,)] and extent == ([0, 0, 0], [0, 0, 0])
 
@@ -201,22 +205,23 @@ def test_points_in_cells_beyond_32_bits_are_rejected(far, device):
         grid_sample(points, [2], 0.05)
 
 
-def test_grids_too_large_for_their_keys_are_rejected(device):
-    points = torch.zeros(1, 3, device=device)
+def test_too_large_grids_are_rejected(device):
+    points, others = torch.zeros(1, 3, device=device), dict(low=(0, 0, 0), cell=(1, 1, 1), max_points=1, max_voxels=1)
     with pytest.raises(ValueError, match="too many"):
-        voxelize(points, [1], (0, 0, 0), (1, 1, 1), (1, 1, 2**31), 1, 1)
+        voxelize(points, [1], shape=(1, 1, 2**31), **others)
     with pytest.raises(ValueError, match="3 samples.*too many"):
-        voxelize(points, [1, 0, 0], (0, 0, 0), (1, 1, 1), (2**15, 2**16, 2**30), 1, 1)
+        voxelize(points, [1, 0, 0], shape=(2**15, 2**16, 2**30), **others)
 
 
 def test_grid_sample_takes_one_point_of_each_cell(device):
+    """The one with the smallest noise; without noise, the first."""
     points = torch.randn(3000, 4, device=device) * 3
     counts = [1000, 0, 2000]
     sample = torch.tensor([0, 2], device=device).repeat_interleave(torch.tensor([1000, 2000], device=device))
     cells = torch.cat([sample[:, None], (points[:, :3] / 0.5).floor().long().flip(1)], dim=1)
     occupied, cell = cells.unique(dim=0, return_inverse=True)
     for noise in (None, torch.rand(3000, device=device)):
-        rows, coords, cell_of, _ = grid_sample(points, counts, 0.5, noise)
+        rows, coords, cell_of, _ = grid_sample(points, counts, cell=0.5, noise=noise)
         assert torch.equal(coords.long(), occupied) and torch.equal(cell_of, cell)
         assert torch.equal(cell[rows], torch.arange(len(occupied), device=device))
         value = torch.arange(3000, device=device).double() if noise is None else noise.double()

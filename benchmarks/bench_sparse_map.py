@@ -74,7 +74,7 @@ def inverse_case(name, coords, shape, geometry):
 
 
 def all_cells(coords, keys, order, shape, kernel, dilation):
-    """`submanifold_map` by lookup in a dense grid of row numbers with a border of empty cells; ignores keys and order."""
+    """`submanifold_map` by lookup in a dense grid of row numbers with an empty border; ignores keys and order."""
     below = [k // 2 * d for k, d in zip(kernel, dilation, strict=True)]
     size = [n + (k - 1) * d for n, k, d in zip(shape, kernel, dilation, strict=True)]
     b, z, y, x = coords.long().unbind(1)

@@ -25,7 +25,7 @@ HEIGHT, FOCAL, POINTS = 1.5, 0.8, 12_000  # LiDAR and cameras in meters above gr
 def random_batch(recipe):
     """One sample: six images of noise, from cameras at the LiDAR's position, and LiDAR points on flat ground."""
     H, W = recipe.data.image_size or (900, 1600)
-    padded = [-(-s // 32) * 32 for s in (H, W)]  # the coarsest stride
+    padded = [-(-s // 32) * 32 for s in (H, W)]  # as `Batch.images` is
     images = torch.zeros(1, 6, 3, *padded)
     images[..., :H, :W] = torch.rand(1, 6, 3, H, W)
     yaw = torch.arange(6) * (-torch.pi / 3)  # counter-clockwise from ahead (y)

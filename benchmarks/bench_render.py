@@ -3,9 +3,9 @@
 Forward: rays through a volume to color, depth and the loss of the camera recipe. Backward: to the volume and to
 every parameter. "reference" is the eager peer; both run on the same parameters, rays and jitter.
 
-Both are asserted to agree in fp64 (on a GPU without the fused op, which has no fp64) to AGREE_FP64 of the largest
-entry. In fp32 rounding moves some importance samples (the inverse CDF jumps over intervals of almost no mass), which
-alone changes gradients by up to AGREE_FP32.
+Both are asserted to agree in fp64 (where ours runs op by op on a GPU too: the fused op has no fp64) to AGREE_FP64 of
+the largest entry. In fp32 rounding moves some importance samples (the inverse CDF jumps over intervals of almost no
+mass), which alone changes gradients by up to AGREE_FP32.
 """
 
 from copy import deepcopy

@@ -33,8 +33,7 @@ def boxes_3d(N, objects):
 
     With N several times `objects`, some overlap.
     """
-    # z = 0
-    centers = F.pad((torch.rand(objects, 2, device=DEVICE) * 2 - 1) * RANGE, (0, 1))
+    centers = F.pad((torch.rand(objects, 2, device=DEVICE) * 2 - 1) * RANGE, (0, 1))  # z = 0
     object_idx = torch.randint(objects, (N,), device=DEVICE)
     centers = centers[object_idx] + 0.5 * torch.randn(N, 3, device=DEVICE)
     sizes = torch.tensor([1.9, 4.6, 1.7], device=DEVICE) * (0.5 + torch.rand(N, 3, device=DEVICE))
@@ -54,6 +53,7 @@ def iou_case(N, M):
 
 def paired_case(N):
     a = boxes_3d(N, objects=N)
+    # each box with a copy, moved by 0.3 m along each axis and turned by 0.3 rad (standard deviations)
     b = a + 0.3 * torch.randn_like(a) * a.new_tensor([1, 1, 1, 0, 0, 0, 1])
     return Case(f"N={N}", (a, b), fwd_bytes=a.nbytes + b.nbytes + 4 * N)
 

@@ -1,7 +1,7 @@
 """The fused NeuS renderer for few and many rays, and its peers.   python -m benchmarks.bench_sdf_render
 
-Forward: placing the samples, field and compositing, rays through a volume to color and depth. Backward: to the volume
-and every parameter.
+Forward: from rays through a volume to color and depth, by sampling, field and compositing. Backward: to the volume and
+every parameter.
 
     reference       the original's formulas in eager PyTorch, with a double backward through the gradient of the SDF
     triton          `unipad.kernels.sdf_render` (GPU), products in tf32

@@ -286,7 +286,10 @@ def as_peer(encoder, lib):
 
 
 def case(level, width, d_features=True, d_weight=True):
-    """A submanifold convolution of `width` channels; d_features, d_weight: whether these gradients are computed."""
+    """A submanifold convolution of `width` channels; the name gives the FLOP of the forward.
+
+    d_features, d_weight: whether these gradients are computed.
+    """
     features, weight = tensors(len(level.coords), width, width, d_features, d_weight)
     table, pairs = level.tables()[0].idx, level.pairs()
     name = f"{level.name} C={width} N={len(features)}, {2e-9 * pairs * width**2:.1f} GFLOP"

@@ -45,7 +45,7 @@ class Nets:
             if isinstance(module, sparse.SparseBatchNorm):
                 # keeps the ReLUs' inputs away from 0, where rounding decides; see bench_sparse_conv
                 nn.init.constant_(module.bias, 8)
-        self.weights = [p for p in self.net.parameters() if p.dim() == 5]
+        self.weights = [p for p in self.net.parameters() if p.dim() == 5]  # of the convolutions only, as there
         self.stride = 2 ** len(self.net.down)  # of the deepest level
 
     def ours(self, op):

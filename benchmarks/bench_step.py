@@ -28,7 +28,8 @@ def random_batch(recipe):
     padded = [-(-s // 32) * 32 for s in (H, W)]  # as `Batch.images` is
     images = torch.zeros(1, 6, 3, *padded)
     images[..., :H, :W] = torch.rand(1, 6, 3, H, W)
-    yaw = torch.arange(6) * (-torch.pi / 3)  # counter-clockwise from ahead (y)
+    # counter-clockwise from ahead (y); negative, since the cameras go around clockwise
+    yaw = torch.arange(6) * (-torch.pi / 3)
     right = torch.stack([yaw.cos(), yaw.sin(), 0 * yaw], dim=1)
     ahead = torch.stack([-yaw.sin(), yaw.cos(), 0 * yaw], dim=1)
     down = torch.tensor([0.0, 0, -1]).expand(6, 3)

@@ -38,7 +38,7 @@ class Layer:
 
     name: str
     table: torch.Tensor  # [K, M] of the forward
-    inverse: torch.Tensor  # [K, N] for the gradient of the features; the same tensor for submanifold layers
+    inverse: torch.Tensor  # [K, N] for the gradient of the features; submanifold: `table`, up to the offsets' order
     out_coords: torch.Tensor  # [M, 4]
     coords: torch.Tensor  # [N, 4]
     c_in: int

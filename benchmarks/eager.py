@@ -1,4 +1,4 @@
-"""Peers: parts of the model as the formulas of the original, UniPAD's code, in eager PyTorch, on our parameters.
+"""Peers: parts of the model by the formulas of the original (UniPAD's code), in eager PyTorch, on our parameters.
 
 They have no kernels, no folded weights and no hand-written derivatives; our speed and, in tests, our gradients are
 compared with theirs.
@@ -155,7 +155,7 @@ class EagerRenderer(nn.Module):
         weights = _weights(alpha)
         depth = (weights * starts).sum(1) / (weights.sum(1) + 1e-10)
         hit_starts = starts[hit[:, 0]]
-        # the range of all rays through the volume, as in the original (see `unipad.model.render`)
+        # to the range of the samples of all rays through the volume, as in the original (see `unipad.model.render`)
         depth = torch.where(hit[:, 0], depth.clip(hit_starts.min(), hit_starts.max()), 0) / self.scale
         rgb = (weights[..., None] * rgb).sum(1)
         return dict(
@@ -188,7 +188,7 @@ class EagerRenderer(nn.Module):
         target = rays.depth[in_sample, None] * self.scale
         valid = target > 0
         starts, sdf = rendered.starts[in_sample], rendered.sdf[in_sample]
-        # samples before and behind the surface
+        # samples more than the truncation before and behind the surface
         front, back = valid & (starts < target - trunc), valid & (starts > target + trunc)
         around = valid & ~front & ~back
         depth = rendered.depth[in_sample, None] * self.scale
@@ -209,11 +209,10 @@ def eager_field(interpolate, points, directions, sdf_mlp, rgb_mlp):
     sdf_mlp, rgb_mlp: as for `unipad.kernels.sdf_render`; with rgb_mlp None the color is 0.
     """
     points = points.detach().requires_grad_()
-    # [..., 1 + geometry]: the distance, and features that only the color MLP reads
     with torch.enable_grad():
         feature = interpolate(points)
         out = _mlp(sdf_mlp, points, feature, SOFTPLUS)
-        sdf, geometry = out[..., :1], out[..., 1:]
+        sdf, geometry = out[..., :1], out[..., 1:]  # geometry: features for the color MLP
         (gradient,) = torch.autograd.grad(sdf, points, torch.ones_like(sdf), create_graph=True)
     if rgb_mlp is None:
         return sdf[..., 0], gradient, torch.zeros_like(points)

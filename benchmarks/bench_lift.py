@@ -3,7 +3,8 @@
     python -m benchmarks.bench_lift
     OMP_NUM_THREADS=1 python -m benchmarks.bench_lift --paper      on a CPU: paper size too
 
-Strict determinism is timed in a separate row, "triton, bit-equal".
+On a GPU, "triton, bit-equal" is the op under `torch.use_deterministic_algorithms`: without it, the last bits of
+gradients vary from run to run.
 """
 
 import math
@@ -23,7 +24,7 @@ TINY = ("tiny", (160, 256), 0.16, (8, 16, 32))
 # nuScenes' rig at 900 x 1600: yaw in degrees, counter-clockwise from ahead; focal length in pixels
 CAMERAS = [(0, 1266), (-55, 1266), (-110, 1266), (180, 809), (110, 1266), (55, 1266)]
 CENTER = (816, 491)  # principal point (u, v) in pixels of nuScenes' front camera, used for all six
-# bf16 results that one implementation rounds up and another down differ by up to 4e-3
+# For bf16 and fp16: bf16 results that one implementation rounds up and another down differ by up to 4e-3
 AGREE_HALF = 1e-2
 
 
@@ -64,7 +65,7 @@ def rig(scale, count=6):
 
 
 def deterministic(*inputs):
-    """`lift` under strict determinism: its backward gathers on every level."""
+    """`lift` whose backward gathers on every level; by default it adds atomically on fine ones."""
     torch.use_deterministic_algorithms(True)
     try:
         return lift(*inputs)

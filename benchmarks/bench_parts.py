@@ -3,8 +3,9 @@
     python -m benchmarks.bench_parts --preset camera-0.1
 
 In bf16 (autocast) on a GPU, in fp32 on a CPU. ConvNeXt's depthwise 7x7 convolution and the convolution before the
-renderer are timed in two layouts: channels-last, as the model runs them, and contiguous, where a library may have
-faster kernels. There is no depthwise kernel in this project: no measurement shows that one would beat cuDNN's.
+renderer ("render_conv") are timed in two layouts: channels-last, as the model runs them, and contiguous, where a
+library may have faster kernels. There is no depthwise kernel in this project: no measurement shows that one would beat
+cuDNN's.
 """
 
 from copy import deepcopy
@@ -27,8 +28,8 @@ PRECISION = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 @dataclass
 class Part:
     name: str
-    run: object  # function: inputs -> list of tensors, of which the loss is the mean square
-    inputs: list
+    run: object  # function: inputs -> list of tensors; for the backward, their mean squares are summed
+    inputs: list  # tensors that get gradients too
     parameters: list
     times: int = 1  # how often a step runs it
 
@@ -43,31 +44,31 @@ def parts(net, batch):
     images = (
         camera.normalize(batch.images, batch.image_sizes).flatten(0, 1).contiguous(memory_format=torch.channels_last)
     )
-    for i, stage in enumerate(camera.backbone.stages):
-        size = len(images), stage[0].dwconv.in_channels, H // 2 ** (i + 2), W // 2 ** (i + 2)
+    for i, stage in enumerate(camera.backbone.stages):  # stage i has stride 4 * 2^i
+        shape = len(images), stage[0].dwconv.in_channels, H // 2 ** (i + 2), W // 2 ** (i + 2)
         for name, layout in {"": torch.channels_last, ", contiguous": torch.contiguous_format}.items():
-            x = torch.randn(size, device=DEVICE, dtype=PRECISION).contiguous(memory_format=layout)
-            yield _convolution(f"depthwise 7x7, stage {i}{name}", stage[0].dwconv, x, layout, len(stage))
+            x = torch.randn(shape, device=DEVICE, dtype=PRECISION).contiguous(memory_format=layout)
+            yield _convolution(f"depthwise 7x7, stage {i}{name}", stage[0].dwconv, x, layout, times=len(stage))
     yield Part("backbone", camera.backbone, [images], list(camera.backbone.parameters()))
 
     def encode(*_):
-        features, depths = camera(batch.images, batch.image_sizes)
-        return features + depths
+        features, depths = camera(batch.images, batch.image_sizes)  # a list over levels each
+        return [*features, *depths]
 
     yield Part("camera encoder, including the backbone", encode, [], list(camera.parameters()))
 
-    def lift(*levels):
-        half = len(levels) // 2
-        return [net.encoder.lift(levels[:half], levels[half:], batch.lidar2image, (H, W))]
+    def lift(*encoded):  # what `encode` returns
+        levels = len(encoded) // 2
+        return [net.encoder.lift(encoded[:levels], encoded[levels:], batch.lidar2image, (H, W))]
 
     with torch.no_grad(), autocast():
-        levels = encode()
-        volume = lift(*levels)[0]
-    yield Part("view transform", lift, levels, [])
+        encoded = encode()
+        volume = lift(*encoded)[0]
+    yield Part("view transform", lift, encoded, [])
     for name, layout in {"": torch.channels_last_3d, ", contiguous": torch.contiguous_format}.items():
         yield _convolution(f"render_conv{name}", net.project[0], volume.contiguous(memory_format=layout), layout)
 
-    rays = choose_rays(batch, net.recipe.rays, generators(0, 0, [0], DEVICE))
+    rays = choose_rays(batch, net.recipe.rays, generators(seed=0, step=0, positions=[0], device=DEVICE))
     jitter = torch.rand(len(rays), net.renderer.jitters, device=DEVICE)
 
     def render(volume):
@@ -78,12 +79,13 @@ def parts(net, batch):
     yield Part("rendering and its losses", render, [volume], list(net.renderer.parameters()))
 
     def step(*_):
-        return list(net(batch, generators(0, 0, [0], DEVICE))[0].values())
+        return list(net(batch, generators(seed=0, step=0, positions=[0], device=DEVICE))[0].values())
 
     yield Part("whole step, without the optimizer", step, [], list(net.parameters()))
 
 
 def _convolution(name, conv, x, layout, times=1):
+    """The `Part` of a convolution that runs `times` per step, timed in the memory format `layout`."""
     conv = deepcopy(conv).to(memory_format=layout)  # a library follows the layout of the input or of the weights
     with torch.no_grad(), autocast():
         out = conv(x)
@@ -92,6 +94,7 @@ def _convolution(name, conv, x, layout, times=1):
 
 
 def forward_backward(part, inputs):
+    """Gradients of the part's inputs and parameters, in a tuple."""
     wanted = [t for t in (*inputs, *part.parameters) if t.requires_grad]
     with autocast():
         loss = sum(out.float().square().mean() for out in part.run(*inputs) if out.requires_grad)

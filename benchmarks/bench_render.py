@@ -3,8 +3,9 @@
 Forward: rays through a volume to color, depth and the loss of the camera recipe. Backward: to the volume and to
 every parameter. "reference" is the eager peer; both run on the same parameters, rays and jitter.
 
-Both are asserted to agree in fp64 to 1e-5 of the largest entry. In fp32 rounding moves some importance samples (the
-inverse CDF jumps over intervals of almost no mass), which alone changes gradients by up to AGREE_FP32.
+Both are asserted to agree in fp64 (where ours runs op by op on a GPU too: the fused op has no fp64) to AGREE_FP64 of
+the largest entry. In fp32 rounding moves some importance samples (the inverse CDF jumps over intervals of almost no
+mass), which alone changes gradients by up to AGREE_FP32.
 """
 
 from copy import deepcopy
@@ -21,38 +22,49 @@ from unipad.recipes import PRETRAIN
 
 VIEWS = 6
 AGREE_FP64, AGREE_FP32 = 1e-5, 1e-2
-LOSSES = dict(free_space_weight=1.0, sdf_weight=10.0, eikonal_weight=0.01, truncation=1.5)  # for "all losses"
+# settings of the cases "all losses": beside the recipe's losses of color and depth, those of the SDF
+LOSSES = dict(free_space_weight=1.0, sdf_weight=10.0, eikonal_weight=0.01, truncation=1.5)
 
 
 def case(preset, **settings):
-    """One sample's rays, from cameras around the origin outwards; three quarters of them have a depth."""
+    """Rays of one batch sample, from 1 m around the origin outwards; three quarters of them have a depth.
+
+    settings: fields of the preset's `Render` to replace.
+    """
     recipe = PRETRAIN["camera"][preset]
     cfg, grid, R = replace(recipe.render, **settings), recipe.grid, VIEWS * recipe.rays.per_view
     renderer = Renderer(cfg, grid).to(DEVICE)
     (X, Y, Z), C = grid.shape, cfg.channels
     volume = torch.randn(1, C, Z, Y, X, device=DEVICE).relu().to(memory_format=torch.channels_last_3d)
     directions = F.normalize(torch.randn(R, 3, device=DEVICE) * torch.tensor([1, 1, 0.1], device=DEVICE), dim=1)
-    depth = torch.where(torch.rand(R, device=DEVICE) < 0.25, -1, 3 + 40 * torch.rand(R, device=DEVICE))
-    rays = Rays(directions, directions, depth, torch.rand(R, 3, device=DEVICE), torch.zeros_like(depth).int())
+    depth = torch.where(torch.rand(R, device=DEVICE) < 0.25, -1, 3 + 40 * torch.rand(R, device=DEVICE))  # -1: none
+    rays = Rays(
+        origins=directions,  # each ray starts 1 m from the origin
+        directions=directions,
+        depth=depth,
+        rgb=torch.rand(R, 3, device=DEVICE),
+        volume_idx=torch.zeros_like(depth).int(),
+    )
     jitter = torch.rand(R, renderer.jitters, device=DEVICE)
     parameters = [p for p in renderer.parameters() if p.requires_grad]
     name = f"{preset}{', all losses' if settings else ''}: R={R} S={cfg.samples}+{cfg.importance}"
-    # read the volume and the rays; write color and depth
-    moved = volume.nbytes + sum(t.nbytes for t in vars(rays).values()) + 4 * rays.rgb.nbytes // 3
+    # read the volume and the rays; write color and depth, 4 numbers per ray
+    moved = volume.nbytes + sum(t.nbytes for t in vars(rays).values()) + 4 * depth.nbytes
     return Case(name, (renderer, volume.requires_grad_(), rays, jitter, parameters), moved)
 
 
-def ours(renderer, volume, rays, jitter, parameters):
+def render(renderer, volume, rays, jitter, parameters):
+    """Color, depth and loss. `compare` computes the gradients of all inputs, so `parameters` is one of them."""
     rendered = renderer(volume, rays, jitter)
     return rendered.rgb, rendered.depth, sum(renderer.loss(rendered, rays).values())
 
 
 def eager(renderer, *inputs):
-    return ours(EagerRenderer(renderer), *inputs)
+    return render(EagerRenderer(renderer), *inputs)
 
 
 def in_fp64(case):
-    """The same case in double precision; nothing is timed with it."""
+    """The case's inputs in double precision; nothing is timed with them."""
     renderer, volume, rays, jitter, _ = case.inputs
     renderer = deepcopy(renderer).double()
     rays = Rays(*(t.double() if t.is_floating_point() else t for t in vars(rays).values()))
@@ -65,7 +77,7 @@ if __name__ == "__main__":
     preset = "camera-0.1" if DEVICE == "cuda" else "tiny"
     cases = [case(preset), case(preset, **LOSSES)]
     for one in cases:
-        error = largest_error(ours, eager, in_fp64(one))
+        error = largest_error(render, eager, in_fp64(one))
         assert error <= AGREE_FP64, f"{one.name}: ours differs from the original's formulas by {error:.1e} in fp64"
-    peers = {} if DEVICE == "cuda" else {"ours": ours}  # on a GPU, `compare` times ours as "triton"
-    compare("render", eager, ours, peers, cases, agree=AGREE_FP32)
+    peers = {} if DEVICE == "cuda" else {"ours": render}  # on a GPU, `compare` times ours as "triton"
+    compare("render", eager, render, peers, cases, agree=AGREE_FP32)

@@ -17,10 +17,11 @@ from unipad.kernels.rotated_iou import (
     rotated_nms_ref,
 )
 
-# N, M. UniPAD: 300 decoded boxes; 900 queries and the boxes of a busy frame; then a matrix that fills a GPU
+# N, M: rows and columns of the IoU matrix. UniPAD: 300 decoded boxes with each other; 900 queries with the boxes of a
+# busy frame; then a matrix that fills a GPU
 GPU_SIZES = [(300, 300), (900, 100), (4096, 4096)]
 CPU_SIZES = [(300, 300), (900, 100)]
-# Numbers of boxes: the head decodes 300, test-time augmentation merges 3000
+# Boxes given to NMS: the head decodes 300, test-time augmentation merges 3000
 GPU_NMS = [300, 1000, 3000, 10000]
 CPU_NMS = [300, 3000]
 THRESHOLD = 0.2  # IoU, of the recipes
@@ -28,8 +29,11 @@ RANGE = 54.0  # meters, of the recipes
 
 
 def boxes_3d(N, objects):
-    """[N, 7] boxes as large as road users, several around each of `objects` objects, so that some overlap."""
-    centers = F.pad((torch.rand(objects, 2, device=DEVICE) * 2 - 1) * RANGE, (0, 1))
+    """[N, 7] boxes (x, y, z, w, l, h, yaw) as large as road users, placed around `objects` random objects.
+
+    With N several times `objects`, some overlap.
+    """
+    centers = F.pad((torch.rand(objects, 2, device=DEVICE) * 2 - 1) * RANGE, (0, 1))  # z = 0
     object_idx = torch.randint(objects, (N,), device=DEVICE)
     centers = centers[object_idx] + 0.5 * torch.randn(N, 3, device=DEVICE)
     sizes = torch.tensor([1.9, 4.6, 1.7], device=DEVICE) * (0.5 + torch.rand(N, 3, device=DEVICE))
@@ -38,22 +42,24 @@ def boxes_3d(N, objects):
 
 
 def to_bev(boxes):
+    """[N, 7] -> [N, 5] (x, y, w, l, yaw)."""
     return boxes[:, [0, 1, 3, 4, 6]].contiguous()
 
 
 def iou_case(N, M):
-    boxes = to_bev(boxes_3d(N + M, max(M // 3, 1)))
+    boxes = to_bev(boxes_3d(N + M, objects=max(M // 3, 1)))
     return Case(f"N={N} M={M}", (boxes[:N], boxes[N:]), fwd_bytes=boxes.nbytes + 4 * N * M)
 
 
 def paired_case(N):
-    a = boxes_3d(N, N)
+    a = boxes_3d(N, objects=N)
+    # each box with a copy, moved by 0.3 m along each axis and turned by 0.3 rad (standard deviations)
     b = a + 0.3 * torch.randn_like(a) * a.new_tensor([1, 1, 1, 0, 0, 0, 1])
     return Case(f"N={N}", (a, b), fwd_bytes=a.nbytes + b.nbytes + 4 * N)
 
 
 def nms_case(N):
-    boxes, scores = to_bev(boxes_3d(N, max(N // 5, 1))), torch.rand(N, device=DEVICE)
+    boxes, scores = to_bev(boxes_3d(N, objects=max(N // 5, 1))), torch.rand(N, device=DEVICE)
     return Case(f"N={N}", (boxes, scores, THRESHOLD), fwd_bytes=boxes.nbytes + scores.nbytes)
 
 
@@ -107,11 +113,11 @@ def by_shapely(a, b):
 
 
 def row_by_row(boxes, scores, threshold):
-    """NMS by the IoU matrix, then the greedy loop on the host, as in mmdet3d's nms_gpu."""
+    """NMS by the matrix of our IoU, then the greedy loop on the host, as in mmdet3d's nms_gpu."""
     order = scores.argsort(descending=True, stable=True)
     ranked = boxes[order]
     over = (rotated_iou_bev(ranked, ranked) > threshold).cpu().numpy()
-    suppressed, kept = over[0] & False, []
+    suppressed, kept = over[0] & False, []  # at first no box is suppressed
     for i in range(len(over)):
         if not suppressed[i]:
             kept.append(i)
@@ -126,7 +132,7 @@ if __name__ == "__main__":
     sizes = GPU_SIZES if on_gpu else CPU_SIZES
     small = [iou_case(*size) for size in sizes if size[0] * size[1] < 10**6]
     compare("rotated_iou_bev", rotated_iou_bev_ref, rotated_iou_bev, peers, small)
-    if large := [iou_case(*size) for size in sizes if size[0] * size[1] >= 10**6]:  # peers would take 100 GB
+    if large := [iou_case(*size) for size in sizes if size[0] * size[1] >= 10**6]:  # the peer would take 100 GB
         compare("rotated_iou_bev", rotated_iou_bev_ref, rotated_iou_bev, {}, large)
     compare("paired_iou_3d", paired_iou_3d_ref, paired_iou_3d, {}, [paired_case(1000), paired_case(100000)])
     cases = [nms_case(N) for N in (GPU_NMS if on_gpu else CPU_NMS)]

@@ -1,15 +1,16 @@
 """The fused NeuS renderer for few and many rays, and its peers.   python -m benchmarks.bench_sdf_render
 
-Sampling, field and compositing: rays through a volume to color and depth; backward to the volume and every parameter.
+Forward: from rays through a volume to color and depth, by sampling, field and compositing. Backward: to the volume and
+every parameter.
 
     reference       the original's formulas in eager PyTorch, with a double backward through the gradient of the SDF
     triton          `unipad.kernels.sdf_render` (GPU), products in tf32
-    triton, exact   the same with fp32 accuracy (GPU)
-    triton, unfused the same renderer, one kernel per op (GPU); "unfused" on a CPU, where it is the default
+    triton, exact   the same with products of fp32 accuracy (GPU)
+    triton, unfused the same renderer, op by op (GPU); "unfused" on a CPU, which has no fused op
     compiled        the reference under torch.compile, or the error that it raises
 
-All are asserted to agree; `benchmarks.bench_render` explains why importance sampling limits the agreement in fp32. In
-tf32, errors of distances reach a hundredth of the largest distance.
+Only what agrees with the reference to AGREE is timed; `benchmarks.bench_render` explains why importance sampling limits
+the agreement in fp32. In tf32, errors of distances reach a hundredth of the largest distance.
 """
 
 from copy import copy
@@ -25,13 +26,13 @@ from unipad.model.rays import Rays
 from unipad.model.render import Renderer
 from unipad.recipes import PRETRAIN
 
-SAMPLES, IMPORTANCE = 72, 24
-RAYS = [3072, 512, 12288, 49152] if DEVICE == "cuda" else [512, 1024, 3072]
-AGREE = 5e-2 if DEVICE == "cuda" else AGREE_FP32
+SAMPLES, IMPORTANCE = 72, 24  # per ray, as in UniPAD: stratified, and drawn where the surface is likely
+RAYS = [3072, 512, 12288, 49152] if DEVICE == "cuda" else [512, 1024, 3072]  # UniPAD: 6 cameras x 512
+AGREE = 5e-2 if DEVICE == "cuda" else AGREE_FP32  # on a GPU for tf32
 
 
 def case(R):
-    """R rays of one sample, from cameras around the origin outwards; on a CPU through the tiny preset's volume."""
+    """R rays of one batch sample, from 1 m around the origin outwards; on a CPU through the tiny preset's volume."""
     recipe = PRETRAIN["camera"]["camera-0.1" if DEVICE == "cuda" else "tiny"]
     cfg, grid = replace(recipe.render, samples=SAMPLES, importance=IMPORTANCE), recipe.grid
     renderer = Renderer(cfg, grid).to(DEVICE)
@@ -39,15 +40,22 @@ def case(R):
     volume = torch.randn(1, C, Z, Y, X, device=DEVICE).relu().to(memory_format=torch.channels_last_3d)
     directions = F.normalize(torch.randn(R, 3, device=DEVICE) * torch.tensor([1, 1, 0.1], device=DEVICE), dim=1)
     zeros = torch.zeros(R, device=DEVICE)
-    rays = Rays(directions, directions, zeros, directions, zeros.int())
+    rays = Rays(
+        origins=directions,  # each ray starts 1 m from the origin
+        directions=directions,
+        depth=zeros,  # this and the color are for losses, which are not computed here
+        rgb=directions,
+        volume_idx=zeros.int(),
+    )
     jitter = torch.rand(R, renderer.jitters, device=DEVICE)
     parameters = [p for p in renderer.parameters() if p.requires_grad]
-    moved = volume.nbytes + 2 * directions.nbytes + 4 * zeros.nbytes
+    moved = volume.nbytes + 2 * directions.nbytes + 4 * zeros.nbytes  # read volume, rays; write color (3), depth
     name = f"R={R} S={SAMPLES}+{IMPORTANCE} C={C}"
     return Case(name, (renderer, volume.requires_grad_(), rays, jitter, parameters), moved)
 
 
-def triton(renderer, volume, rays, jitter, parameters):
+def render(renderer, volume, rays, jitter, parameters):
+    """Color and depth. `compare` computes the gradients of all inputs, so `parameters` is one of them."""
     rendered = renderer(volume, rays, jitter)
     return rendered.rgb, rendered.depth
 
@@ -55,25 +63,26 @@ def triton(renderer, volume, rays, jitter, parameters):
 def exact(renderer, *inputs):
     renderer = copy(renderer)
     renderer.exact = True
-    return triton(renderer, *inputs)
+    return render(renderer, *inputs)
 
 
 def unfused(renderer, *inputs):
     renderer = copy(renderer)
     renderer._fused = lambda volume: False
-    return triton(renderer, *inputs)
+    return render(renderer, *inputs)
 
 
 def eager(renderer, *inputs):
-    return triton(EagerRenderer(renderer), *inputs)
+    return render(EagerRenderer(renderer), *inputs)
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
     cases = [case(R) for R in RAYS]
-    on_gpu = {"triton, unfused": unfused, "triton, exact": exact}
-    peers = on_gpu if DEVICE == "cuda" else {"unfused": unfused}
-    rows = compare("sdf_render", eager, triton, peers | {"compiled": compiled(eager)}, cases, AGREE)
+    gpu_peers = {"triton, unfused": unfused, "triton, exact": exact}
+    peers = gpu_peers if DEVICE == "cuda" else {"unfused": unfused}
+    rows = compare("sdf_render", eager, render, peers | {"compiled": compiled(eager)}, cases, agree=AGREE)
     print("\n| case | impl | forward + backward, us per ray |\n|---|---|---|")
     for row in (row for row in rows if row.both_ms):
-        print(f"| {row.case} | {row.impl} | {1e3 * row.both_ms / int(row.case.split()[0][2:]):.1f} |")
+        R = int(row.case.split()[0].removeprefix("R="))
+        print(f"| {row.case} | {row.impl} | {1e3 * row.both_ms / R:.1f} |")

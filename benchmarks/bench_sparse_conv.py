@@ -5,9 +5,9 @@
     OMP_NUM_THREADS=1 python -m benchmarks.bench_sparse_conv      on a CPU: with more threads spconv has data races
 
 Voxels come from benchmarks/lidar_scene.py, whose statistics are printed next to those of nuScenes. "cold" builds the
-neighbor tables in every run, from unsorted coordinates as a peer does; otherwise they are built once. Errors are w.r.t.
-fp64.
-Peers, if installed: spconv (pip install spconv-cu126; spconv for a CPU) and spconv-triton, with the same interface.
+neighbor tables in every run, from unsorted coordinates as a peer does; otherwise ("warm" in the code) they are built
+once. Errors are w.r.t. fp64.
+Peers, if installed: spconv (pip install spconv-cu126; spconv for a CPU) and spconv-triton, with spconv's interface.
 """
 
 import copy
@@ -31,11 +31,11 @@ from unipad.kernels.voxel_keys import sort_voxels
 from unipad.model import sparse
 from unipad.model.lidar import SparseEncoder
 
-WIDTHS = 16, 32, 64, 128
-THREE, ONE = (3, 3, 3), (1, 1, 1)
+WIDTHS = 16, 32, 64, 128  # channels of the stages
+KERNEL, DILATION = (3, 3, 3), (1, 1, 1)  # of the submanifold convolutions
 DTYPE = torch.float16 if DEVICE == "cuda" else torch.float32  # spconv has no bf16
 AGREE = 5e-3 if DEVICE == "cuda" else 1e-3  # outputs rounded to fp16 differ by up to one unit in the last place
-AGREE_DEEP = 5e-2 if DEVICE == "cuda" else 5e-3  # after 21 convolutions
+AGREE_DEEP = 5e-2 if DEVICE == "cuda" else 5e-3  # after the encoder's 21 convolutions
 
 
 @dataclass
@@ -49,13 +49,13 @@ class Level:
     cache: dict = field(default_factory=dict)
 
     def submanifold(self):
-        """A new neighbor table of a 3 x 3 x 3 submanifold convolution; its inverse table, or None."""
+        """A new neighbor table of a 3 x 3 x 3 submanifold convolution, and None: the inverse is this table flipped."""
         keys, order = sort_voxels(self.coords, self.shape, check=False)
-        table = submanifold_map(self.coords, keys, order, self.shape, THREE, ONE)
-        return NeighborTable(table), None  # the inverse table is this table flipped along K
+        table = submanifold_map(self.coords, keys, order, self.shape, KERNEL, DILATION)
+        return NeighborTable(table), None
 
     def tables(self):
-        """(table, inverse table) of `submanifold`, cached."""
+        """The result of `submanifold`, cached."""
         if "tables" not in self.cache:
             self.cache["tables"] = self.submanifold()
         return self.cache["tables"]
@@ -66,6 +66,7 @@ class Level:
 
 
 def stages(batch):
+    """The `Level` of each stage of the encoder, for `batch` scenes."""
     levels, coords, shape = [], voxels(batch, DEVICE), SHAPE
     for i in range(len(WIDTHS)):
         if i:
@@ -82,7 +83,7 @@ def print_statistics(levels):
     print()
 
 
-# Ours
+# Ours: functions of a case's inputs, with `op` either `sparse_conv` or its reference
 
 
 def warm(op):
@@ -94,7 +95,10 @@ def cold(op):
 
 
 def strided(op):
-    """A strided convolution with its tables. Implementations order output rows differently: their sum is compared."""
+    """A strided convolution with its tables, made in every run; geometry: one of DOWNSAMPLES.
+
+    Implementations order output rows differently, so the sum over the rows is compared.
+    """
 
     def run(features, weight, level, geometry):
         _, table = strided_map(level.coords, level.shape, *geometry, level.batch)
@@ -113,18 +117,20 @@ class Encoders:
                 # keeps the ReLUs' inputs away from 0, where rounding decides whether a gradient passes: with a bias of
                 # 0, gradients in fp32 differ from those in fp64 by up to 12 %
                 nn.init.constant_(module.bias, 8)
-        # without the norms' biases: the gradient of a bias before another norm is 0, so only rounding errors remain
+        # The weights of the convolutions only: a norm largely removes the effect of the biases before it, so rounding
+        # errors would dominate their gradients.
         self.names = [name for name, p in self.encoder.named_parameters() if p.dim() == 5]
         self.weights = [self.encoder.get_parameter(name) for name in self.names]
 
     def ours(self, op, keep):
-        """A function that runs the encoder with `op`. keep: build the neighbor tables once, and cache them."""
+        """A function that runs the encoder with `op`. keep: build the neighbor tables once, and cache them (warm)."""
 
         def run(features, weights, level):
             cache = level.cache if keep else {}
             if "voxels" not in cache:
                 cache["voxels"] = sparse.VoxelSet(level.coords, level.shape, level.batch, check=False)
-                cache["voxel sets"] = sparse.make_tables(self.encoder, cache["voxels"])  # kept alive with the tables
+                # the tables are in the voxel sets of all stages, which live as long as this list
+                cache["voxel sets"] = sparse.make_tables(self.encoder, cache["voxels"])
             tensor = sparse.SparseTensor(features, cache["voxels"])
             with mock.patch.object(sparse, "sparse_conv", op), half():
                 return self.encoder(tensor).dense()
@@ -140,6 +146,7 @@ class Encoders:
             return functional_call(encoder, given, sparse.SparseTensor(features, voxels)).dense()
 
     def theirs(self, lib, keep):
+        """`ours` with the convolutions of a peer."""
         encoder = as_peer(self.encoder, lib)
 
         def run(features, weights, level):
@@ -181,7 +188,7 @@ def warm_peer(lib):
     def run(features, weight, level):
         if lib.__name__ not in level.cache:
             tensor = lib.SparseConvTensor(features, level.coords, list(level.shape), level.batch)
-            level.cache[lib.__name__] = tensor
+            level.cache[lib.__name__] = tensor  # caches the table, by the convolution's `indice_key`
         conv = peer_conv(lib, level, weight)
         return conv(level.cache[lib.__name__].replace_feature(features)).features
 
@@ -205,7 +212,7 @@ def strided_peer(lib):
 
 
 def peer_conv(lib, level, weight, geometry=None):
-    """The peer's module with this weight, made once."""
+    """The peer's module with this weight, made once. geometry: of a strided convolution; None: submanifold."""
     key = lib.__name__, id(weight)
     if key not in level.cache:
         out_channels, in_channels = weight.shape[0], weight.shape[4]
@@ -230,6 +237,8 @@ class Peer:
 
 
 class PeerConv(nn.Module):
+    """A peer's convolution, from `Peer` to `Peer`."""
+
     def __init__(self, conv):
         super().__init__()
         self.conv, self.weight = conv, conv.weight
@@ -256,15 +265,16 @@ def as_peer(encoder, lib):
     for parent in list(twin.modules()):
         for name, conv in list(parent.named_children()):
             if isinstance(conv, sparse.SubMConv3d):
-                size = conv.weight.shape[4], conv.weight.shape[0], conv.weight.shape[1:4]
-                theirs = lib.SubMConv3d(*size, bias=False, indice_key=f"subm{stage}")
+                sizes = conv.weight.shape[4], conv.weight.shape[0], conv.weight.shape[1:4]  # channels in, out; kernel
+                theirs = lib.SubMConv3d(*sizes, bias=False, indice_key=f"subm{stage}")
             elif isinstance(conv, sparse.SparseConv3d) and conv.weight.shape[1:4].numel() == 1:
                 setattr(parent, name, Pointwise(conv.weight))
                 continue
             elif isinstance(conv, sparse.SparseConv3d):
-                size = conv.weight.shape[4], conv.weight.shape[0], *DOWNSAMPLES[stage][:3]
+                kernel, stride, padding, _ = DOWNSAMPLES[stage]
+                sizes = conv.weight.shape[4], conv.weight.shape[0], kernel, stride, padding
                 stage += 1
-                theirs = lib.SparseConv3d(*size, bias=False, indice_key=f"down{stage}")
+                theirs = lib.SparseConv3d(*sizes, bias=False, indice_key=f"down{stage}")
             else:
                 continue
             theirs.weight = conv.weight
@@ -275,18 +285,24 @@ def as_peer(encoder, lib):
 # Cases
 
 
-def case(level, width, for_features=True, for_weight=True):
-    features, weight = tensors(len(level.coords), width, width, for_features, for_weight)
+def case(level, width, d_features=True, d_weight=True):
+    """A submanifold convolution of `width` channels; the name gives the FLOP of the forward.
+
+    d_features, d_weight: whether these gradients are computed.
+    """
+    features, weight = tensors(len(level.coords), width, width, d_features, d_weight)
     table, pairs = level.tables()[0].idx, level.pairs()
     name = f"{level.name} C={width} N={len(features)}, {2e-9 * pairs * width**2:.1f} GFLOP"
-    return Case(name, (features, weight, level), 2 * features.nbytes + weight.nbytes + table.nbytes)
+    moved = 2 * features.nbytes + weight.nbytes + table.nbytes  # the output is as large as the features
+    return Case(name, (features, weight, level), moved)
 
 
 def strided_case(level, width, geometry):
     features, weight = tensors(len(level.coords), width, 2 * width)
     out_coords, table = strided_map(level.coords, level.shape, *geometry)
     name = f"{level.name} C={width}, {2 * width} N={len(features)}, M={len(out_coords)}"
-    moved = features.nbytes + weight.nbytes + 2 * table.nbytes + 2 * len(out_coords) * width * features.element_size()
+    out_bytes = len(out_coords) * 2 * width * features.element_size()
+    moved = features.nbytes + weight.nbytes + 2 * table.nbytes + out_bytes  # the table is written and read
     return Case(name, (features, weight, level, geometry), moved)
 
 
@@ -296,11 +312,12 @@ def encoder_case(level, weights):
     return Case(f"B={level.batch} N={len(features)}", (features, weights, level), moved)
 
 
-def tensors(N, c_in, c_out, for_features=True, for_weight=True):
-    features = torch.randn(N, c_in, device=DEVICE, dtype=DTYPE, requires_grad=for_features)
-    # an output sums about 14 neighbors (see NUSCENES): outputs have a variance of about 1
-    weight = torch.randn(c_out, *THREE, c_in, device=DEVICE) / (14 * c_in) ** 0.5
-    return features, nn.Parameter(weight.to(DTYPE), requires_grad=for_weight)
+def tensors(N, c_in, c_out, d_features=True, d_weight=True):
+    """Random features and weights; d_features, d_weight: whether they require gradients."""
+    features = torch.randn(N, c_in, device=DEVICE, dtype=DTYPE, requires_grad=d_features)
+    # an output sums about 14 neighbors (see NUSCENES), so outputs have a variance of about 1
+    weight = torch.randn(c_out, *KERNEL, c_in, device=DEVICE) / (14 * c_in) ** 0.5
+    return features, nn.Parameter(weight.to(DTYPE), requires_grad=d_weight)
 
 
 def main(tune: bool = False):
@@ -325,8 +342,8 @@ def main(tune: bool = False):
                 nets.ours(sparse_conv, keep),
                 {peer: nets.theirs(lib, keep) for peer, lib in libs.items()},
                 [encoder_case(levels[0], nets.weights)],
-                AGREE_DEEP,
-                nets.exact,
+                agree=AGREE_DEEP,
+                exact=nets.exact,
             )
 
         sized = list(zip(levels, WIDTHS, strict=True))  # (level, channels)
@@ -334,22 +351,25 @@ def main(tune: bool = False):
         wide = [(levels[1], 128), (levels[1], 256)] if DEVICE == "cuda" else []
 
         peers = {name: warm_peer(lib) for name, lib in libs.items()}
+        reference = warm(sparse_conv_ref)  # with fp64 inputs also the true values
         for name, wanted in [
-            ("sparse_conv", (True, True)),
-            ("sparse_conv, gradient of the features", (True, False)),
-            ("sparse_conv, gradient of the weights", (False, True)),
+            ("sparse_conv", dict(d_features=True, d_weight=True)),
+            ("sparse_conv, gradient of the features", dict(d_features=True, d_weight=False)),
+            ("sparse_conv, gradient of the weights", dict(d_features=False, d_weight=True)),
         ]:
-            cases = [case(*s, *wanted) for s in sized + wide]
-            compare(name + tuned, warm(sparse_conv_ref), warm(sparse_conv), peers, cases, AGREE, warm(sparse_conv_ref))
+            cases = [case(*s, **wanted) for s in sized + wide]
+            compare(name + tuned, reference, warm(sparse_conv), peers, cases, agree=AGREE, exact=reference)
 
         peers = {name: cold_peer(lib) for name, lib in libs.items()}
-        exact = cold(sparse_conv_ref)
-        compare(f"sparse_conv, cold{tuned}", exact, cold(sparse_conv), peers, [case(*s) for s in sized], AGREE, exact)
+        reference, name = cold(sparse_conv_ref), f"sparse_conv, cold{tuned}"
+        cases = [case(*s) for s in sized]
+        compare(name, reference, cold(sparse_conv), peers, cases, agree=AGREE, exact=reference)
 
         peers = {name: strided_peer(lib) for name, lib in libs.items()}
+        reference, name = strided(sparse_conv_ref), f"sparse_conv, strided, cold{tuned}"
+        # the last stage has no strided convolution
         cases = [strided_case(*s, geometry) for s, geometry in zip(sized, DOWNSAMPLES, strict=False)]
-        exact = strided(sparse_conv_ref)
-        compare(f"sparse_conv, strided, cold{tuned}", exact, strided(sparse_conv), peers, cases, AGREE, exact)
+        compare(name, reference, strided(sparse_conv), peers, cases, agree=AGREE, exact=reference)
 
 
 if __name__ == "__main__":

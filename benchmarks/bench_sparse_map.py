@@ -1,9 +1,9 @@
-"""sparse_map: kernels, references and a dense lookup, at the stages of the LiDAR recipe.
+"""Sorting of voxels and sparse_map: kernels, references and a dense lookup, at the stages of the LiDAR recipe.
 
     python -m benchmarks.bench_sparse_map
 
-Voxels come from benchmarks/lidar_scene.py. The peer, "all cells", stores a row number for every cell of the grid,
-which needs no search, but 4 bytes for each cell: 340 MB per sample at the first stage.
+Voxels come from benchmarks/lidar_scene.py. `submanifold_map` has a peer, "all cells": it stores a row number for
+every cell of the grid, which needs no search, but 4 bytes for each cell: 340 MB per sample at the first stage.
 """
 
 from itertools import product
@@ -27,7 +27,7 @@ from unipad.kernels.sparse_outputs import out_shape
 from unipad.kernels.voxel_keys import sort_voxels, sort_voxels_ref
 
 BATCHES = [1, 4] if DEVICE == "cuda" else [1]
-ONE = (1, 1, 1)
+DILATION = (1, 1, 1)
 
 
 def stages(batch):
@@ -41,20 +41,26 @@ def stages(batch):
 
 def sort_case(name, coords, shape):
     inputs = coords, shape, False  # without checks
-    return Case(f"{name} N={len(coords)}", inputs, coords.nbytes + 16 * len(coords))
+    moved = coords.nbytes + 2 * 8 * len(coords)  # write keys and order, int64
+    return Case(f"{name} N={len(coords)}", inputs, moved)
 
 
 def submanifold_case(name, coords, shape, kernel):
     keys, order = sort_voxels(coords, shape)
-    table = submanifold_map(coords, keys, order, shape, kernel, ONE)
+    table = submanifold_map(coords, keys, order, shape, kernel, DILATION)
     neighbors = (table >= 0).sum().item() / len(coords)
     name = f"{name} N={len(coords)} {neighbors:.1f} of {prod(kernel)}"
-    return Case(name, (coords, keys, order, shape, kernel, ONE), coords.nbytes + 16 * len(coords) + table.nbytes)
+    moved = coords.nbytes + keys.nbytes + order.nbytes + table.nbytes
+    return Case(name, (coords, keys, order, shape, kernel, DILATION), moved)
 
 
 def new_coords_case(op, batch, name, coords, shape, geometry):
-    """A `Case` of `strided_map` or `transposed_map`, which return output coordinates and a table."""
-    keys_order = sort_voxels(coords, shape) if op is strided_map else ()  # not timed: a `VoxelSet` has sorted already
+    """A `Case` of `strided_map` or `transposed_map`, which return output coordinates and a table.
+
+    geometry: (kernel, stride, padding, dilation), (z, y, x) each.
+    """
+    # only `strided_map` reads sorted keys; sorting is not timed, since in the model a `VoxelSet` has done it already
+    keys_order = sort_voxels(coords, shape) if op is strided_map else ()
     inputs = coords, shape, *geometry, batch, *keys_order
     out_coords, table = op(*inputs)
     name = f"{name} N={len(coords)} M={len(out_coords)}"
@@ -63,12 +69,12 @@ def new_coords_case(op, batch, name, coords, shape, geometry):
 
 def inverse_case(name, coords, shape, geometry):
     out_coords, table = strided_map(coords, shape, *geometry)
-    moved = table.nbytes + 4 * len(table) * len(coords)
+    moved = table.nbytes + 4 * len(table) * len(coords)  # write the inverse [K, N], int32
     return Case(f"{name} N={len(coords)} M={len(out_coords)}", (table, len(coords)), moved)
 
 
 def all_cells(coords, keys, order, shape, kernel, dilation):
-    """`submanifold_map` by lookup in a dense grid of row numbers, padded by a border."""
+    """`submanifold_map` by lookup in a dense grid of row numbers with an empty border; ignores keys and order."""
     below = [k // 2 * d for k, d in zip(kernel, dilation, strict=True)]
     size = [n + (k - 1) * d for n, k, d in zip(shape, kernel, dilation, strict=True)]
     b, z, y, x = coords.long().unbind(1)
@@ -85,12 +91,13 @@ if __name__ == "__main__":
         levels = list(stages(batch))
         compare("sort_voxels", sort_voxels_ref, sort_voxels, {}, [sort_case(*levels[0]), sort_case(*levels[2])])
         cases = [submanifold_case(*level, (3, 3, 3)) for level in levels]
-        cases += [submanifold_case(*levels[0], (5, 5, 5))]
+        cases += [submanifold_case(*levels[0], (5, 5, 5))]  # as SpUNet's first convolution
         compare("submanifold_map", submanifold_map_ref, submanifold_map, {"all cells": all_cells}, cases)
-        steps = [(*level, geometry) for level, geometry in zip(levels, DOWNSAMPLES, strict=False)]
-        cases = [new_coords_case(strided_map, batch, *step) for step in steps]
+        # (name, coords, shape, geometry) of the strided convolutions; the last stage has none
+        downs = [(*level, geometry) for level, geometry in zip(levels, DOWNSAMPLES, strict=False)]
+        cases = [new_coords_case(strided_map, batch, *down) for down in downs]
         compare("strided_map", strided_map_ref, strided_map, {}, cases)
-        compare("inverse_map", inverse_map_ref, inverse_map, {}, [inverse_case(*step) for step in steps])
-        up = (2, 2, 2), (2, 2, 2), (0, 0, 0), ONE  # kernel, stride, padding, dilation
+        compare("inverse_map", inverse_map_ref, inverse_map, {}, [inverse_case(*down) for down in downs])
+        up = (2, 2, 2), (2, 2, 2), (0, 0, 0), DILATION  # kernel, stride, padding, dilation
         cases = [new_coords_case(transposed_map, batch, *level, up) for level in levels[1:]]
         compare("transposed_map", transposed_map_ref, transposed_map, {}, cases)

@@ -3,7 +3,7 @@
     python -m benchmarks.bench_spunet                      # 23.5k voxels, and on a GPU 120k
     OMP_NUM_THREADS=1 python -m benchmarks.bench_spunet    # on a CPU: with more threads the spconv wheel has data races
 
-Voxels of 0.05 m, as in fine-tuning, from the newest sweeps of benchmarks/lidar_scene.py: one sweep gives 21k voxels,
+Voxels of 0.05 m, as in fine-tuning, of the newest points of benchmarks/lidar_scene.py: one sweep gives 21k voxels,
 eight 120k. Every run builds its tables from the voxels, as every training step does. Peers, if installed: spconv and
 spconv-triton, see bench_sparse_conv.
 """
@@ -28,9 +28,10 @@ CFG = SEGMENT["lidar"]["segment"].lidar
 
 
 def voxels_of(points, max_voxels):
-    """[V, 4] int32 (b, z, y, x) of the `max_voxels` newest voxels of points [P, 5]."""
+    """[V, 4] int32 (b, z, y, x >= 0) of the `max_voxels` newest voxels of points [P, 5], in ascending order."""
     rows, coords, *_ = grid_sample(points, [len(points)], CFG.cell)
-    coords = coords[points[rows, 4].argsort(stable=True)[:max_voxels].sort().values]
+    lag = points[rows, 4]  # seconds: of the first point in each voxel
+    coords = coords[lag.argsort(stable=True)[:max_voxels].sort().values]
     coords[:, 1:] -= coords[:, 1:].amin(dim=0)
     return coords
 
@@ -44,12 +45,15 @@ class Nets:
             if isinstance(module, sparse.SparseBatchNorm):
                 # keeps the ReLUs' inputs away from 0, where rounding decides; see bench_sparse_conv
                 nn.init.constant_(module.bias, 8)
-        self.weights = [p for p in self.net.parameters() if p.dim() == 5]
+        self.weights = [p for p in self.net.parameters() if p.dim() == 5]  # of the convolutions only, as there
         self.stride = 2 ** len(self.net.down)  # of the deepest level
 
     def ours(self, op):
+        """A function of a case's inputs that runs the net with `op`, `sparse_conv` or its reference."""
+
         def run(features, weights, coords):
-            shape = [-(-(size + 1) // self.stride) * self.stride for size in coords[:, 1:].amax(dim=0).tolist()]
+            # as many cells as needed, rounded up to a multiple of the stride
+            shape = [-(-(last + 1) // self.stride) * self.stride for last in coords[:, 1:].amax(dim=0).tolist()]
             voxels = sparse.VoxelSet(coords, shape, 1, in_order=True, check=False)
             with mock.patch.object(sparse, "sparse_conv", op), half():
                 return self.net(sparse.SparseTensor(features, voxels)).features
@@ -57,6 +61,7 @@ class Nets:
         return run
 
     def theirs(self, lib):
+        """`ours` with the convolutions of a peer."""
         net = as_peer(self.net, lib)
 
         def run(features, weights, coords):
@@ -73,19 +78,20 @@ def as_peer(net, lib):
     for name, conv in list(twin.named_modules()):
         if not isinstance(conv, (sparse.SubMConv3d, sparse.SparseConv3d, sparse.SparseInverseConv3d)):
             continue
-        part, *numbers = name.split(".")
-        size = conv.weight.shape[4], conv.weight.shape[0], list(conv.weight.shape[1:4])
-        if size[2] == [1, 1, 1]:
+        part, *numbers = name.split(".")  # e.g. enc.2.block0.conv1: enc, stage 2, ...
+        kernel = list(conv.weight.shape[1:4])
+        sizes = conv.weight.shape[4], conv.weight.shape[0], kernel  # channels in, out; kernel
+        if kernel == [1, 1, 1]:
             theirs = Pointwise(conv.weight)
         else:
-            # level 0 is before the first strided convolution
+            # 0: the finest; of the two levels that "down" or "up" links, the finer one
             level = {"conv_input": 0, "enc": 1}.get(part, 0) + int(numbers[0] if part != "conv_input" else 0)
             if part == "down":
-                theirs = lib.SparseConv3d(*size, stride=2, bias=False, indice_key=f"between{level}")
+                theirs = lib.SparseConv3d(*sizes, stride=2, bias=False, indice_key=f"between{level}")
             elif part == "up":
-                theirs = lib.SparseInverseConv3d(*size, bias=False, indice_key=f"between{level}")
+                theirs = lib.SparseInverseConv3d(*sizes, bias=False, indice_key=f"between{level}")
             else:
-                theirs = lib.SubMConv3d(*size, bias=False, indice_key=f"{size[2][0]} in {level}")
+                theirs = lib.SubMConv3d(*sizes, bias=False, indice_key=f"kernel {kernel[0]}, level {level}")
             theirs.weight = conv.weight
             theirs = PeerConv(theirs.to(DEVICE))
         parent, _, child = name.rpartition(".")
@@ -107,7 +113,7 @@ def main(voxels: tuple[int, ...] = (23_500, 120_000) if DEVICE == "cuda" else (2
         moved = features.nbytes + sum(w.nbytes for w in nets.weights)
         cases.append(Case(f"N={len(coords)}", (features, nets.weights, coords), moved))
     peers = {name: nets.theirs(lib) for name, lib in libs.items()}
-    compare("SpUNet", nets.ours(sparse_conv_ref), nets.ours(sparse_conv), peers, cases, AGREE_DEEP)
+    compare("SpUNet", nets.ours(sparse_conv_ref), nets.ours(sparse_conv), peers, cases, agree=AGREE_DEEP)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """A whole training step: ours, and the same model built from the original's formulas.   python -m benchmarks.bench_step
 
-The eager model has the same weights, encoder, rays and random numbers; its lift fills a dense volume per view, its
-convolution before the renderer is `nn.Conv3d`, its renderer differentiates twice through autograd. Both losses are
-asserted to agree before anything is timed. A step is forward, backward and optimizer, on random data.
+The eager model has the same weights, image encoder, rays and random numbers; its lift fills a dense volume per view,
+its convolution before the renderer is `nn.Conv3d`, its renderer differentiates twice through autograd. Ours is timed
+only if both losses agree. A step is forward, backward and optimizer, in fp32 on random data; "fwd ms" is all of it.
 """
 
 from copy import deepcopy
@@ -19,16 +19,17 @@ from unipad.recipes import PRETRAIN
 from unipad.runtime import generators
 
 # Six cameras around the vehicle, 60 degrees apart, on flat ground
-HEIGHT, FOCAL, POINTS = 1.5, 0.8, 12_000  # sensors above the ground in meters, focal length / image width, LiDAR points
+HEIGHT, FOCAL, POINTS = 1.5, 0.8, 12_000  # LiDAR and cameras in meters above ground, focal length / image width, points
 
 
 def random_batch(recipe):
-    """One sample of noise seen by six cameras, and LiDAR points on flat ground."""
+    """One sample: six images of noise, from cameras at the LiDAR's position, and LiDAR points on flat ground."""
     H, W = recipe.data.image_size or (900, 1600)
-    padded = [-(-s // 32) * 32 for s in (H, W)]
+    padded = [-(-s // 32) * 32 for s in (H, W)]  # as `Batch.images` is
     images = torch.zeros(1, 6, 3, *padded)
     images[..., :H, :W] = torch.rand(1, 6, 3, H, W)
-    yaw = torch.arange(6) * (-torch.pi / 3)  # clockwise from ahead (y)
+    # counter-clockwise from ahead (y); negative, since the cameras go around clockwise
+    yaw = torch.arange(6) * (-torch.pi / 3)
     right = torch.stack([yaw.cos(), yaw.sin(), 0 * yaw], dim=1)
     ahead = torch.stack([-yaw.sin(), yaw.cos(), 0 * yaw], dim=1)
     down = torch.tensor([0.0, 0, -1]).expand(6, 3)
@@ -37,8 +38,8 @@ def random_batch(recipe):
     pinhole = torch.eye(4)
     pinhole[:3, :3] = torch.tensor([[FOCAL * W, 0, W / 2], [0, FOCAL * W, H / 2], [0, 0, 1]])
     azimuth, radius = 2 * torch.pi * torch.rand(POINTS), 4 + 30 * torch.rand(POINTS)
-    ground = torch.full((POINTS,), -HEIGHT)
-    points = torch.stack([radius * azimuth.cos(), radius * azimuth.sin(), ground, 0 * ground, 0 * ground], dim=1)
+    ground, zeros = torch.full((POINTS,), -HEIGHT), torch.zeros(POINTS)  # zeros: intensity and time lag
+    points = torch.stack([radius * azimuth.cos(), radius * azimuth.sin(), ground, zeros, zeros], dim=1)
     return Batch(
         images=images,
         image_sizes=torch.tensor([H, W]).expand(1, 6, 2),
@@ -55,7 +56,7 @@ def random_batch(recipe):
 
 
 class EagerLift(torch.nn.Module):
-    """`GatherLift` with `eager_lift`."""
+    """`eager_lift` as a module that replaces the model's `GatherLift`."""
 
     def __init__(self, lift):
         super().__init__()
@@ -85,10 +86,10 @@ def step_of(net, batch):
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.0)  # the same weights at every call
 
     def step():
-        losses, _ = net(batch, generators(0, 0, [0], DEVICE))
+        losses, _ = net(batch, generators(seed=0, step=0, positions=[0], device=DEVICE))
         loss = sum(losses.values())
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 35.0)
+        torch.nn.utils.clip_grad_norm_(net.parameters(), max_norm=35.0)
         optimizer.step()
         optimizer.zero_grad()
         return loss.detach()
@@ -101,7 +102,7 @@ def main(preset: Literal[tuple(PRETRAIN["camera"])] = "tiny"):
     torch.manual_seed(0)
     batch, net = random_batch(recipe), Pretrain(recipe).to(DEVICE)
     steps = {"ours": step_of(net, batch), "eager": step_of(eager_twin(net), batch)}
-    case = Case(f"{recipe.rays.per_view} rays per view", (), batch.images.nbytes)
+    case = Case(f"{recipe.rays.per_view} rays per view", inputs=(), fwd_bytes=batch.images.nbytes)
     peers = {"ours": steps["ours"]} if DEVICE == "cpu" else {}
     compare("step", steps["eager"], steps["ours"], peers, [case])
 

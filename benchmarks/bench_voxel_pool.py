@@ -2,8 +2,8 @@
 
     python -m benchmarks.bench_voxel_pool
 
-Peers: the original's formulas, eager and compiled; BEVPoolv2 and BEVFusion's bev_pool, if mmdet3d is installed. Every
-timed call finds and sorts the points, since cameras change at every training step.
+Peers: the original's formulas, eager and compiled; on a GPU BEVPoolv2 and BEVFusion's bev_pool, if mmdet3d is
+installed. Every timed call finds the points' voxels and sorts them, since cameras change at every training step.
 """
 
 import importlib
@@ -36,7 +36,7 @@ def case(size, dtype=torch.float32, views=6, channels=None, across=None):
     sizes = (*lidar2image.shape[:2], *(size // stride for size in image_size))
     features = torch.randn(*sizes, C, device=DEVICE).to(dtype).requires_grad_()
     depths = torch.randn(*sizes, bins, device=DEVICE).softmax(-1).to(dtype).requires_grad_()
-    # shifted so that no camera plane lies on voxel faces: peers would round points on faces to either side
+    # shifted so that no plane of a camera's points lies on voxel faces: peers would round these points to either side
     low = tuple(l + 0.0137 for l in grid.low)
     geometry = (lidar2image, low, cell, shape, stride, depth_range)
     out_bytes = math.prod(shape) * C * features.element_size()
@@ -49,20 +49,21 @@ class Peer:
     """An op of mmdet3d with the signature of `voxel_pool`; PyTorch finds the points, as in mmdet3d's models."""
 
     def __init__(self, name, module):
-        self.pool = getattr(self, f"_{name.lower()}")
+        self.call_op = getattr(self, f"_{name.lower()}")
         self.op = getattr(module, "bev_pool_v2" if name == "BEVPoolv2" else "bev_pool")
 
     def __call__(self, features, depths, lidar2image, low, cell, shape, stride, depth_range):
         geometry = pool._geometry(lidar2image, low, cell, depth_range, depths.shape[4])
-        voxel = pool._voxels_ref(*geometry, features.shape, shape, stride, False)
-        point = (voxel < len(features) * math.prod(shape)).nonzero()[:, 0]
-        return self.pool(features.float(), depths.float(), point, voxel[point], shape).to(features.dtype)
+        voxel = pool._voxels_ref(*geometry, features.shape, shape, stride, truncate=False)  # [B * N * h * w * D]
+        point = (voxel < len(features) * math.prod(shape)).nonzero()[:, 0]  # larger: outside the grid
+        return self.call_op(features.float(), depths.float(), point, voxel[point], shape).to(features.dtype)
 
     def _bevpoolv2(self, features, depths, point, voxel, shape):
+        # pixel: row of the features; k: depth bin; first, lengths: points of each voxel, which are contiguous
         voxel, order = voxel.sort()
         point, D = point[order], depths.shape[4]
         pixel, k = point // D, point % D
-        R = features.shape[2:4].numel()
+        R = features.shape[2:4].numel()  # pixels of a view
         first = torch.cat([voxel.new_zeros(1), (voxel[1:] != voxel[:-1]).nonzero()[:, 0] + 1])
         lengths = torch.diff(first, append=first.new_tensor([len(voxel)]))
         at_depth = (pixel // R * D + k) * R + pixel % R  # the op takes depths as [B, N, D, h, w]
@@ -79,7 +80,7 @@ class Peer:
 
 
 def peers():
-    """The peers installed on this machine."""
+    """{name: function} of the peers that run on this machine, without the compiled one."""
     found = {"eager": eager_voxel_pool}
     if DEVICE == "cuda":
         for name, module in PEERS.items():
@@ -92,14 +93,14 @@ def peers():
 
 if __name__ == "__main__":
     run = partial(compare, "voxel_pool", voxel_pool_ref, voxel_pool)
-    others = peers()
-    with_compiled = others | {"compiled": compiled(eager_voxel_pool)}
+    uncompiled = peers()
+    with_compiled = uncompiled | {"compiled": compiled(eager_voxel_pool)}
     if DEVICE == "cuda":
         run(with_compiled, [case(PAPER, torch.bfloat16), case(PAPER, torch.float16)], agree=AGREE_HALF)
-    run(with_compiled if DEVICE == "cuda" else others, [case(PAPER)])
+    run(with_compiled if DEVICE == "cuda" else uncompiled, [case(PAPER)])  # on a CPU, only the tiny size is compiled
     run(with_compiled, [case(TINY)])
     size, dtype = (PAPER, torch.bfloat16) if DEVICE == "cuda" else (TINY, torch.float32)
     scaling = [case(size, dtype, views=views) for views in (1, 3, 12)]
     scaling += [case(size, dtype, across=across) for across in ((90, 360) if DEVICE == "cuda" else (32, 128))]
     scaling += [case(size, dtype, channels=C) for C in ((64, 128, 512) if DEVICE == "cuda" else (16, 64, 128))]
-    run(others, scaling, agree=AGREE_HALF if DEVICE == "cuda" else AGREE)
+    run(uncompiled, scaling, agree=AGREE_HALF if DEVICE == "cuda" else AGREE)

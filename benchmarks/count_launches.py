@@ -2,8 +2,8 @@
 
     python -m benchmarks.count_launches
 
-Needs no GPU. Launches are counted in Triton's interpreter on a small scene, since they do not depend on its size: the
-project's kernels, and PyTorch's operators (one launch or more each) except views and allocations. Times
+Needs no GPU. Launches are counted in Triton's interpreter on a small scene, since they do not depend on its size: those
+of the project's kernels, and PyTorch's operators (on a GPU one launch or more each) except views and allocations. Times
 cover everything above the launches: kernels are not run, and operators have almost no voxels to process.
 """
 
@@ -60,7 +60,7 @@ def counted():
     def count(original, kernel, grid):
         def launch(*args, **kwargs):
             counts[kernel.__name__] += 1
-            with _disable_current_modes():  # the interpreter's own operators
+            with _disable_current_modes():  # do not count the interpreter's own operators
                 original(kernel, grid)(*args, **kwargs)
 
         return launch
@@ -69,12 +69,12 @@ def counted():
         yield counts
 
 
-def no_launch(original, kernel, grid):
+def no_launch(original, kernel, grid):  # for `kernels_replaced`
     return lambda *args, **kwargs: None
 
 
 def microseconds(run, repeats=20):
-    """Median host time of a run."""
+    """Median time of a run in microseconds."""
     times = []
     for _ in range(repeats):
         begin = time.perf_counter()
@@ -93,14 +93,14 @@ def voxels():
 def main():
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    backend.interpret = True
+    backend.interpret = True  # run the kernels on CPU tensors, not their references
     encoder = SparseEncoder(in_channels=5, widths=WIDTHS, blocks=2, out_channels=256)
     features = torch.randn(N, 5, requires_grad=True)
     state = {}
 
-    def make():
+    def tables():
         state["voxels"] = voxels()
-        state["voxel sets"] = make_tables(encoder, state["voxels"])
+        state["voxel sets"] = make_tables(encoder, state["voxels"])  # keeps the tables alive
 
     def forward():
         state["out"] = encoder(SparseTensor(features, state["voxels"])).dense()
@@ -117,7 +117,7 @@ def main():
             forward()
 
     print("| part | launches | of our kernels | most frequent |\n|---|---|---|---|")
-    for name, part in [("tables", make), ("forward", forward), ("backward", backward)]:
+    for name, part in [("tables", tables), ("forward", forward), ("backward", backward)]:
         with counted() as counts:
             part()
         ours = sum(n for launch, n in counts.items() if launch.endswith("_kernel"))

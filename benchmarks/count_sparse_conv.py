@@ -5,11 +5,12 @@
 Needs no GPU: voxels come from benchmarks/lidar_scene.py. The machine code is compiled from the tests' launches, so its
 table needs the test dependencies (pip install -e '.[test]').
 
-A product is one row times one [Cin, Cout] matrix. "waste": products computed / products needed, since a tile multiplies
-all its rows at every offset at which one of them has a neighbor. "reuse": pairs / distinct rows that a tile reads.
+A pair is an output row and a neighbor that it reads at one offset; it needs one product, of the neighbor's row and a
+[Cin, Cout] matrix. "waste": products computed / products needed, since a tile multiplies all its rows at every offset
+at which one of them has a neighbor. "reuse": pairs / distinct rows that a tile reads, both summed over the tiles.
 Bytes are L2 requests: indices, rows, weights, sums and results. A row that an earlier offset of a tile has read comes
 from the L1 if still cached (column "MB, L1 hits"), or from the L2 again (column "MB, L1 misses"). The minimum reads
-every row, weight and index of a pair once.
+every row, weight and index of a pair once, and writes the results.
 """
 
 import importlib.util
@@ -26,15 +27,18 @@ from unipad.kernels.voxel_keys import sort_voxels
 
 WIDTHS, BLOCKS = (16, 32, 64, 128), 2  # channels of the stages, residual blocks of each
 DTYPE, BYTES = torch.bfloat16, 2  # of an element
-HIDDEN = "MIN_PAIRS", "MULTIPLE", "SORT", "OFFSETS_PER_BIT", "VIA_L1"  # constexprs that the last table leaves out
-KINDS = "HGMMA", "HMMA", "FFMA", "LDGSTS", "LDG"  # SASS instructions that the last table counts
+# The last table, of machine code: constexprs that it leaves out, and SASS instructions that it counts
+HIDDEN = "MIN_PAIRS", "MULTIPLE", "SORT", "OFFSETS_PER_BIT", "VIA_L1"
+KINDS = "HGMMA", "HMMA", "FFMA", "LDGSTS", "LDG"
 
 
 @dataclass
 class Layer:
+    """A sparse convolution from N to M voxels with K offsets."""
+
     name: str
     table: torch.Tensor  # [K, M] of the forward
-    inverse: torch.Tensor  # [K, N] for the gradient of the features; the same tensor for submanifold layers
+    inverse: torch.Tensor  # [K, N] for the gradient of the features; submanifold: `table`, up to the offsets' order
     out_coords: torch.Tensor  # [M, 4]
     coords: torch.Tensor  # [N, 4]
     c_in: int
@@ -49,6 +53,7 @@ class Layer:
 
 
 def layers():
+    """The encoder's convolutions in order, except the last, which is 1 x 1 x 1."""
     coords, shape = voxels(), SHAPE
     coords = coords[sort_voxels(coords, shape)[1]]
     all_layers = []
@@ -61,7 +66,8 @@ def layers():
         table = submanifold_map(coords, *sort_voxels(coords, shape), shape, (3, 3, 3), (1, 1, 1))
         if not i:
             all_layers.append(Layer("input", table, table, coords, coords, 5, width))
-        all_layers.append(Layer(f"stage {i + 1}", table, table, coords, coords, width, width, 2 * BLOCKS))
+        times = 2 * BLOCKS  # two convolutions per residual block
+        all_layers.append(Layer(f"stage {i + 1}", table, table, coords, coords, width, width, times))
     return all_layers
 
 
@@ -74,7 +80,7 @@ def masks(table):
 
 
 def by_mask(table, window):
-    """The order of rows sorted by mask within windows, as in sparse_tiles."""
+    """The order of rows sorted by mask within each `window` consecutive rows, as in sparse_tiles."""
     m = torch.arange(table.shape[1])
     return ((m // window << len(table)) + masks(table)).sort(stable=True)[1]
 
@@ -94,14 +100,16 @@ def tiled(table, order, block_m):
 
 
 def waste_and_reuse(table, order, block_m):
+    """The ratios of the module's docstring, for tiles of `block_m` rows."""
     rows, has = tiled(table, order, block_m)
     pairs = (table >= 0).sum().item()
-    read = rows.transpose(0, 1).flatten(1).sort(dim=1)[0]
+    read = rows.transpose(0, 1).flatten(1).sort(dim=1)[0]  # [T, K * block_m], -1 for none
     distinct = (read[:, 0] >= 0).sum() + ((read[:, 1:] != read[:, :-1]) & (read[:, 1:] >= 0)).sum()
     return has.sum().item() * block_m / pairs, pairs / distinct.item()
 
 
 def print_orders(all_layers, block_m=64):
+    """Print waste and reuse under several orders of the rows; sparse_tiles sorts by mask in windows of WINDOW."""
     orders = {
         "unsorted": lambda table, _: torch.arange(table.shape[1]),
         "Morton": lambda _, coords: morton(coords),
@@ -111,9 +119,9 @@ def print_orders(all_layers, block_m=64):
     }
     print(f"## Waste / reuse of rows in tiles of {block_m}\n\n| table | pairs per row | {' | '.join(orders)} |")
     print("|" + "---|" * (len(orders) + 2))
-    for layer in all_layers[1:]:
+    for layer in all_layers[1:]:  # "input" has the table of "stage 1"
         for name, table, coords, *_ in layer.passes():
-            if name == "forward" or layer.inverse is not layer.table:
+            if name == "forward" or layer.inverse is not layer.table:  # each table once
                 counted = [waste_and_reuse(table, order(table, coords), block_m) for order in orders.values()]
                 cells = " | ".join(f"{waste:.2f} / {reuse:.1f}" for waste, reuse in counted)
                 print(f"| {layer.name}, {name} | {(table >= 0).sum() / table.shape[1]:.1f} | {cells} |", flush=True)
@@ -125,8 +133,8 @@ def print_orders(all_layers, block_m=64):
 
 @dataclass
 class Cost:
-    waste: float  # products computed / needed, counting rows only
-    products: float  # the same, with the padding of channels
+    waste: float  # products computed / needed
+    padded_waste: float  # the same in FLOP: with the padding of channels, or of offsets, to blocks
     bytes_cached: float  # from the L2, if rows read earlier by a tile come from the L1
     bytes_uncached: float  # from the L2, if they do not
     bytes_minimum: float
@@ -134,64 +142,80 @@ class Cost:
 
 
 def gather_gemm(table, c_in, c_out):
+    """`Cost` of the forward or of the gradient of the features."""
     (K, M), pairs = table.shape, (table >= 0).sum().item()
-    blocks = sparse_gemm._blocks(DTYPE, M <= sparse_gemm.FEW_ROWS, c_in, c_out, False)[0]
+    few_rows = M <= sparse_gemm.FEW_ROWS
+    blocks = sparse_gemm._blocks(DTYPE, few_rows, c_in, c_out, allow_tf32=False)[0]  # the launch without tuning
     order = by_mask(table, sparse_tiles.WINDOW)
     waste, reuse = waste_and_reuse(table, order, blocks.m)
-    count = tiled(table, order, blocks.m)[1].sum(dim=0)  # [T]
+    count = tiled(table, order, blocks.m)[1].sum(dim=0)  # [T] offsets at which a row of the tile has a neighbor
+    # steps: of the kernel's loop, per offset; tiles_o: tiles of output channels
     steps, tiles_o = -(-c_in // blocks.i) if blocks.pack == 1 else 1, -(-c_out // blocks.o)
-    columns = (-(-count // blocks.pack)).sum().item() * steps * blocks.i
+    columns = (-(-count // blocks.pack)).sum().item() * steps * blocks.i  # of the gathered rows, over all tiles
+    # int32: the offset and its rows in every step, then the number of offsets and the output rows of each tile
     indices = tiles_o * 4 * (count.sum().item() * (1 + blocks.m) * steps + len(count) * (1 + blocks.m))
+    # rest: weights and results
     rows, rest = tiles_o * pairs * c_in * BYTES, (count.sum().item() * c_in + M) * c_out * BYTES
+    N = int(table.max()) + 1  # input rows
     return Cost(
-        waste,
-        columns * blocks.m * tiles_o * blocks.o / (pairs * c_in * c_out),
-        indices + rows / reuse + rest,
-        indices + rows + rest,
-        4 * pairs + ((int(table.max()) + 1) * c_in + (K * c_in + M) * c_out) * BYTES,
-        len(count) * tiles_o,
+        waste=waste,
+        padded_waste=columns * blocks.m * tiles_o * blocks.o / (pairs * c_in * c_out),
+        bytes_cached=indices + rows / reuse + rest,
+        bytes_uncached=indices + rows + rest,
+        bytes_minimum=4 * pairs + (N * c_in + (K * c_in + M) * c_out) * BYTES,
+        programs=len(count) * tiles_o,
     )
 
 
 def d_weight_of_groups(table, c_in, c_out):
+    """`Cost` of the gradient of the weights by groups of offsets, see `sparse_gemm._d_weight_of_groups`."""
     (K, M), pairs = table.shape, (table >= 0).sum().item()
     group, block_r = sparse_gemm.GROUP[c_in], sparse_gemm.BLOCK_R
     groups, parts = -(-K // group), -(-M // sparse_gemm._group_rows(K, M, c_in))
-    # for one block of outputs, a row that several offsets of a group read comes from the L2 once
+    # if the L1 hits: for one block of outputs, a row that several offsets of a group read comes from the L2 once
     rows_read = sum(
         (part >= 0).sum().item() / waste_and_reuse(part, torch.arange(M), block_r)[1] for part in table.split(group)
     )
+    # the table (int32), the gradients of the outputs, and sums (fp32): of each part written and read, the total written
     rest = 4 * K * M + groups * M * c_out * BYTES + (2 * parts + 1) * 4 * K * c_in * c_out
     waste = -(-M // block_r) * block_r * K / pairs
     return Cost(
-        waste,
-        waste * groups * group / K,
-        rows_read * c_in * BYTES + rest,
-        pairs * c_in * BYTES + rest,
-        4 * pairs + ((int(table.max()) + 1) * c_in + M * c_out) * BYTES + 4 * K * c_in * c_out,
-        parts * groups,
+        waste=waste,
+        padded_waste=waste * groups * group / K,
+        bytes_cached=rows_read * c_in * BYTES + rest,
+        bytes_uncached=pairs * c_in * BYTES + rest,
+        bytes_minimum=_d_weight_minimum(table, pairs, c_in, c_out),
+        programs=parts * groups,
     )
 
 
+def _d_weight_minimum(table, pairs, c_in, c_out):
+    (K, M), N = table.shape, int(table.max()) + 1  # N input rows
+    return 4 * pairs + (N * c_in + M * c_out) * BYTES + 4 * K * c_in * c_out
+
+
 def d_weight(table, c_in, c_out):
+    """`Cost` of the gradient of the weights by chunks of pairs, see `sparse_gemm.d_weight_of`."""
     (K, M), counts = table.shape, (table >= 0).sum(dim=1)
     pairs, block_r = counts.sum().item(), sparse_gemm.BLOCK_R
-    max_block = sparse_gemm._limits(DTYPE, c_in, c_out, False)[1]
+    max_block = sparse_gemm._limits(DTYPE, c_in, c_out, allow_tf32=False)[1]
     block_i, block_o = (sparse_gemm._block(c, max_block) for c in (c_in, c_out))
     tiles_i, tiles_o = -(-c_in // block_i), -(-c_out // block_o)
     max_chunks = sparse_gemm._max_chunks(K, M, c_in, c_out, tiles_i * tiles_o)
-    size = max(-(-pairs // max_chunks), sparse_gemm.MIN_PAIRS)
-    chunks = (-(-counts // (-(-size // (2 * block_r)) * 2 * block_r))).sum().item()
-    rows = (-(-counts // block_r)).sum().item() * block_r
-    sums = (2 * chunks + K) * 4 * c_in * c_out
+    length = max(-(-pairs // max_chunks), sparse_gemm.MIN_PAIRS)
+    length = -(-length // (2 * block_r)) * 2 * block_r  # pairs per chunk, a multiple of 2 * block_r
+    chunks = (-(-counts // length)).sum().item()
+    rows = (-(-counts // block_r)).sum().item() * block_r  # pairs, padded to blocks
+    sums = (2 * chunks + K) * 4 * c_in * c_out  # fp32: of each chunk written and read, the totals written
+    # per pair and tile two indices (int32) and the channels of both rows
     moved = pairs * (8 * tiles_i * tiles_o + BYTES * (c_in * tiles_o + c_out * tiles_i)) + sums
     return Cost(
-        rows / pairs,
-        rows * tiles_i * block_i * tiles_o * block_o / (pairs * c_in * c_out),
-        moved,
-        moved,
-        4 * pairs + ((int(table.max()) + 1) * c_in + M * c_out) * BYTES + 4 * K * c_in * c_out,
-        chunks * tiles_i * tiles_o,
+        waste=rows / pairs,
+        padded_waste=rows * tiles_i * block_i * tiles_o * block_o / (pairs * c_in * c_out),
+        bytes_cached=moved,  # at one offset no row is read twice
+        bytes_uncached=moved,
+        bytes_minimum=_d_weight_minimum(table, pairs, c_in, c_out),
+        programs=chunks * tiles_i * tiles_o,
     )
 
 
@@ -209,9 +233,9 @@ def print_layers(all_layers):
         costs["d_weight"] = (d_weight_of_groups if grouped else d_weight)(layer.table, layer.c_in, layer.c_out)
         for name, c in costs.items():
             mb = torch.tensor([c.bytes_cached, c.bytes_uncached, c.bytes_minimum], dtype=torch.float64) / 1e6
-            total += layer.times * torch.cat([torch.tensor([gflop, gflop * c.products]), mb])
+            total += layer.times * torch.cat([torch.tensor([gflop, gflop * c.padded_waste]), mb])
             cells = " | ".join(f"{value:.1f}" for value in mb)
-            print(f"| {label} | {name} | {gflop:.2f} | {c.waste:.2f} | {c.products:.2f} | {cells} | {c.programs} |")
+            print(f"| {label} | {name} | {gflop:.2f} | {c.waste:.2f} | {c.padded_waste:.2f} | {cells} | {c.programs} |")
     gflop, computed, cached, uncached, minimum = total.tolist()
     print(f"\nForward and backward of all: {gflop:.0f} GFLOP needed, {computed:.0f} computed; ", end="")
     print(f"{cached:.0f} MB if the L1 hits, {uncached:.0f} MB if it misses, minimum {minimum:.0f} MB.")
@@ -223,7 +247,7 @@ def print_layers(all_layers):
 
 
 def print_kernels():
-    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ.pop("TRITON_INTERPRET", None)  # else the kernels are not compiled
     if importlib.util.find_spec("pytest") is None:
         return print("The machine code is left out: pip install -e '.[test]' first.")
     ahead_of_time = importlib.import_module("tests.ahead_of_time")

@@ -1,9 +1,9 @@
-"""Memory accesses of lift and voxel_pool on nuScenes' rig at the paper's size, counted without a GPU.
+"""Memory accesses of lift and voxel_pool on nuScenes' rig, each at the size of a recipe of the paper, without a GPU.
 
     python -m benchmarks.count_views
 
 The counts guide the choice of block shapes: the views that a program skips, its active lanes, how often it reads the
-same row of features, and how many rows a pixel or voxel sums.
+same row of features (the channels of one pixel), and how many rows a pixel or voxel sums.
 """
 
 import torch
@@ -13,7 +13,7 @@ from unipad.kernels import lift, voxel_pool
 from unipad.recipes import PRETRAIN
 
 BLOCKS = [(8, 1, 1), (4, 2, 1), (2, 2, 2), (16, 1, 1), (4, 4, 1), (4, 2, 2), (32, 1, 1), (8, 4, 1)]  # (x, y, z) voxels
-RUNS = (1, 2, 4)  # maximum number of points of a ray that are read together
+RUN_LENGTHS = (1, 2, 4)  # maximum number of consecutive points of a ray in one voxel that share one read
 
 
 def count_lift():
@@ -28,7 +28,7 @@ def count_lift():
         image_size,
         recipe.camera.depth_range,
     )
-    (u, v, _), visible = uvd[:, 0], visible[0]  # [N, V] each
+    (u, v, _), visible = uvd[:, 0], visible[0]  # [N, V] each, of the batch's one sample
     n, voxel = visible.nonzero(as_tuple=True)  # [P] pairs of view and voxel
     x, y, z = voxel % X, voxel // X % Y, voxel // (X * Y)
     pixels = {}  # stride -> pixels per view, [4, P] the pixels around each projection
@@ -42,6 +42,7 @@ def count_lift():
     print(
         f"## lift\n\n{len(voxel)} of {pairs} pairs of view and voxel are visible, {len(voxel) / voxels:.2f} per voxel;"
     )
+    # the table below: what is skipped by programs of several voxels
     print(f"with one voxel per program, {1 - len(voxel) / pairs:.1%} of the views would be skipped\n")
     print("| block x, y, z | programs | views skipped | active lanes | reads per row |", end="")
     print("".join(f" stride {s} |" for s in strides) + "\n|" + "---|" * (5 + len(strides)))
@@ -51,7 +52,8 @@ def count_lift():
         block = (z // bz * down + y // by) * across + x // bx
         passes = len((block * N + n).unique())  # pairs of program and view with a visible voxel
         distinct = [len((block * N * size + pixel).unique()) for size, pixel in pixels.values()]  # rows read, by stride
-        reads = " | ".join(f"{4 * len(voxel) / r:.2f}" for r in [sum(distinct) / len(distinct), *distinct])
+        # four pixels per pair of view and voxel; first the ratio for all strides together
+        reads = " | ".join(f"{4 * len(voxel) / rows:.2f}" for rows in [sum(distinct) / len(distinct), *distinct])
         lanes = len(voxel) / (passes * bx * by * bz)
         print(f"| {bx}, {by}, {bz} | {programs} | {1 - passes / (programs * N):.1%} | {lanes:.1%} | {reads} |")
 
@@ -72,17 +74,18 @@ def count_pool():
     _, grid, C, D, depth_range, image_size, scale, stride = bench_voxel_pool.PAPER
     lidar2image = bench_lift.rig(scale)
     matrices, bins = voxel_pool._geometry(lidar2image, grid.low, grid.cell, depth_range, D)
+    # of the features [B, N, h, w, C]
     sizes = (1, lidar2image.shape[1], image_size[0] // stride, image_size[1] // stride, C)
     V = grid.shape[0] * grid.shape[1] * grid.shape[2]
-    voxel = voxel_pool._voxels_ref(matrices, bins, sizes, grid.shape, stride, False).view(-1, D)
-    index_in_run = torch.zeros_like(voxel)
+    voxel = voxel_pool._voxels_ref(matrices, bins, sizes, grid.shape, stride, truncate=False).view(-1, D)
+    index_in_run = torch.zeros_like(voxel)  # a run: consecutive points of a ray in the same voxel
     for k in range(1, D):
         index_in_run[:, k] = torch.where(voxel[:, k] == voxel[:, k - 1], index_in_run[:, k - 1] + 1, 0)
     inside = voxel < V
     occupied = len(voxel[inside].unique())
     print(f"\n## voxel_pool\n\n{inside.sum()} of {inside.numel()} points lie in {occupied} of {V} voxels\n")
     print("| points per run | rows read | per voxel, mean | max |\n|---|---|---|---|")
-    for length in RUNS:
+    for length in RUN_LENGTHS:
         rows = torch.bincount(voxel[inside & (index_in_run % length == 0)])
         rows = rows[rows > 0].float()
         print(f"| {length} | {rows.sum():.0f} | {rows.mean():.2f} | {rows.max():.0f} |")

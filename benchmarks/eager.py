@@ -1,7 +1,7 @@
-"""Peers: parts of the model as the original's formulas in eager PyTorch, on our parameters.
+"""Peers: parts of the model by the formulas of the original (UniPAD's code), in eager PyTorch, on our parameters.
 
-Our speed and, in tests, our gradients are compared with them: no kernels, no folded weights, no hand-written
-derivatives.
+They have no kernels, no folded weights and no hand-written derivatives; our speed and, in tests, our gradients are
+compared with theirs.
 """
 
 import torch
@@ -19,18 +19,19 @@ def eager_lift(features, depths, lidar2image, low, cell, shape, image_size, dept
     B, N = lidar2image.shape[:2]
     (H, W), (near, far) = image_size, depth_range
     axes = [l + c * torch.arange(n, device=lidar2image.device) for l, c, n in zip(low, cell, shape, strict=True)]
-    points = F.pad(torch.cartesian_prod(*axes), (0, 1), value=1.0)  # [V, 4], x slowest
+    points = F.pad(torch.cartesian_prod(*axes), (0, 1), value=1.0)  # [V, 4] homogeneous, x slowest
     ud, vd, d, _ = (points @ lidar2image.flatten(0, 1).mT).unbind(-1)  # [B * N, V]
     u, v = ud / d.clamp(min=1e-5) / W, vd / d.clamp(min=1e-5) / H
     uvd = torch.stack([u, v, (d - near) / (far - near)], dim=-1) * 2 - 1
     visible = (d > 1e-5) & (uvd.abs() < 1).all(-1)
-    voxels = [s.nonzero()[:, 0] for s in visible]
+    voxels = [s.nonzero()[:, 0] for s in visible]  # of each view; padded below to the largest number in a view
     uvd = nn.utils.rnn.pad_sequence([p[i] for p, i in zip(uvd, voxels, strict=True)], batch_first=True)
     volume = 0
     for feature, depth in zip(features, depths, strict=True):
         feature, depth = (t.flatten(0, 1).permute(0, 3, 1, 2).float() for t in (feature, depth))
         sampled = F.grid_sample(feature, uvd[:, :, None, :2], align_corners=True)[..., 0]  # [B * N, C, max voxels]
         probability = F.grid_sample(depth[:, None], uvd[:, :, None, None], align_corners=True)[:, :, :, 0, 0]
+        # sampled * probability: [B * N, C, max voxels]
         views = sampled.new_zeros(B * N, len(points), feature.shape[1])
         for n, values in enumerate((sampled * probability).mT):
             views[n, voxels[n]] = values[: len(voxels[n])]
@@ -39,7 +40,10 @@ def eager_lift(features, depths, lidar2image, low, cell, shape, image_size, dept
 
 
 def eager_voxel_pool(features, depths, lidar2image, low, cell, shape, stride, depth_range, truncate=False):
-    """`unipad.kernels.voxel_pool` point by point: products of feature and probability, summed by voxel."""
+    """`unipad.kernels.voxel_pool` point by point: products of feature and probability, summed by voxel.
+
+    truncate: round towards zero, as the original does, not down.
+    """
     (B, N, h, w, C), D = features.shape, depths.shape[4]
     X, Y, Z = shape
     near, far = depth_range
@@ -57,8 +61,8 @@ def eager_voxel_pool(features, depths, lidar2image, low, cell, shape, stride, de
     return volume.view(B, Z, Y, X, C)
 
 
-SOFTPLUS = nn.Softplus(beta=100)
-TWICE_DIFFERENTIABLE = torch.__version__ >= (2, 13)  # whether `F.grid_sample` of volumes is
+SOFTPLUS = nn.Softplus(beta=100)  # activation of the distance MLP
+TWICE_DIFFERENTIABLE = torch.__version__ >= (2, 13)  # whether `F.grid_sample` of volumes is twice differentiable
 
 
 def gathered_sample(volume, grid):
@@ -82,7 +86,7 @@ def gathered_sample(volume, grid):
 
 
 class EagerRenderer(nn.Module):
-    """NeuS, one batch item at a time: `F.grid_sample`, MLPs layer by layer, the gradient of the distance by autograd.
+    """NeuS, one batch sample at a time: `F.grid_sample`, MLPs layer by layer, the gradient of the distance by autograd.
 
     Replaces the `Renderer` it is made from and shares its parameters. Training it differentiates
     `torch.autograd.grad(create_graph=True)`; before torch 2.13, the first release in which `F.grid_sample` is twice
@@ -92,7 +96,8 @@ class EagerRenderer(nn.Module):
     def __init__(self, renderer):
         super().__init__()
         assert renderer.cfg.method == "neus", f"no eager peer of {renderer.cfg.method}"
-        self.field, self.cfg, self.scale, self.jitters = renderer.field, renderer.cfg, renderer.scale, 2
+        self.field, self.cfg, self.scale = renderer.field, renderer.cfg, renderer.scale
+        self.jitters = 2  # random numbers per ray: for the stratified and for the importance samples
         self.low, self.high = renderer.box  # scaled meters
 
     def forward(self, volume, rays, jitter=None, points=None, stop=0.0):
@@ -122,16 +127,18 @@ class EagerRenderer(nn.Module):
         near = faces.amin(0).amax(1, keepdim=True).clamp(min=cfg.near * self.scale)
         far = faces.amax(0).amin(1, keepdim=True)
         hit = near < far
+        # where a ray misses, any interval: its samples are transparent
         near = torch.where(hit, near, cfg.near * self.scale)
         far = torch.where(hit, torch.maximum(far, near + 1e-6), near + 1)
 
+        # x, new: stratified and importance edges, as fractions of the way from near to far
         x = torch.linspace(0, 1, cfg.samples + 1, device=volume.device, dtype=dtype).expand(len(origins), -1)
         if jitter is not None:
             middle = (x[:, 1:] + x[:, :-1]) / 2
             lower, upper = torch.cat([x[:, :1], middle], 1), torch.cat([middle, x[:, -1:]], 1)
             x = lower + (upper - lower) * jitter[:, :1]
         with torch.no_grad():
-            weights = self._search(volume, origins, directions, near + x * (far - near))
+            weights = self._stratified_weights(volume, origins, directions, near + x * (far - near))
             new = _inverse_cdf(x, weights, cfg.importance, None if jitter is None else jitter[:, 1:])
         starts = torch.cat([x[:, :-1], new[:, :-1]], 1).sort(1).values
         edges = near + torch.cat([starts, torch.maximum(x[:, -1:], new[:, -1:])], 1) * (far - near)
@@ -140,13 +147,15 @@ class EagerRenderer(nn.Module):
         points = origins[:, None] + directions[:, None] * starts[..., None]
         mlps = self.field.sdf_decoder.leaves(), self.field.rgb_decoder.leaves()
         sdf, gradient, rgb = eager_field(lambda p: self._interpolate(volume, p), points, directions, *mlps)
-        slope = -F.relu(-(directions[:, None] * gradient).sum(-1))
+        slope = -F.relu(-(directions[:, None] * gradient).sum(-1))  # along the ray; at most 0
+        # NeuS's CDF at the beginning and the end of each interval
         before = torch.sigmoid((sdf - slope * deltas / 2) * self.field.inv_s)
         after = torch.sigmoid((sdf + slope * deltas / 2) * self.field.inv_s)
         alpha = ((before - after + 1e-5) / (before + 1e-5)).clip(0, 1) * hit
         weights = _weights(alpha)
         depth = (weights * starts).sum(1) / (weights.sum(1) + 1e-10)
         hit_starts = starts[hit[:, 0]]
+        # to the range of the samples of all rays through the volume, as in the original (see `unipad.model.render`)
         depth = torch.where(hit[:, 0], depth.clip(hit_starts.min(), hit_starts.max()), 0) / self.scale
         rgb = (weights[..., None] * rgb).sum(1)
         return dict(
@@ -154,8 +163,8 @@ class EagerRenderer(nn.Module):
             starts=starts, sdf=sdf, gradient=gradient,
         )  # fmt: skip
 
-    def _search(self, volume, origins, directions, edges):
-        """Weights of the stratified samples under NeuS with a fixed inv_s of 64."""
+    def _stratified_weights(self, volume, origins, directions, edges):
+        """Weights [R, samples] of the stratified samples under NeuS with a fixed inv_s of 64; the last is 0."""
         starts, deltas = edges[:, :-1], edges.diff(dim=1)[:, :-1]
         points = origins[:, None] + directions[:, None] * starts[..., None]
         sdf = _mlp(self.field.sdf_decoder.leaves(), points, self._interpolate(volume, points), SOFTPLUS)[..., 0]
@@ -179,6 +188,7 @@ class EagerRenderer(nn.Module):
         target = rays.depth[in_sample, None] * self.scale
         valid = target > 0
         starts, sdf = rendered.starts[in_sample], rendered.sdf[in_sample]
+        # samples more than the truncation before and behind the surface
         front, back = valid & (starts < target - trunc), valid & (starts > target + trunc)
         around = valid & ~front & ~back
         depth = rendered.depth[in_sample, None] * self.scale
@@ -202,7 +212,7 @@ def eager_field(interpolate, points, directions, sdf_mlp, rgb_mlp):
     with torch.enable_grad():
         feature = interpolate(points)
         out = _mlp(sdf_mlp, points, feature, SOFTPLUS)
-        sdf, geometry = out[..., :1], out[..., 1:]
+        sdf, geometry = out[..., :1], out[..., 1:]  # geometry: features for the color MLP
         (gradient,) = torch.autograd.grad(sdf, points, torch.ones_like(sdf), create_graph=True)
     if rgb_mlp is None:
         return sdf[..., 0], gradient, torch.zeros_like(points)
@@ -211,6 +221,7 @@ def eager_field(interpolate, points, directions, sdf_mlp, rgb_mlp):
 
 
 def _mlp(leaves, points, condition, activation):
+    """x = P p + q, then z = W (x + C c + d) + b in every layer; c: condition. See `unipad.kernels.sdf_reference`."""
     P, q, *layers = leaves
     x = F.linear(points, P, q)
     for l in range(0, len(layers), 4):
@@ -222,11 +233,16 @@ def _mlp(leaves, points, condition, activation):
 
 
 def _weights(alpha):
+    """Weight of each sample [R, S] in the rendered color."""
     transmittance = torch.cumprod(torch.cat([torch.ones_like(alpha[:, :1]), 1 - alpha + 1e-7], 1), 1)
     return alpha * transmittance[:, :-1]
 
 
 def _inverse_cdf(x, weights, n, jitter):
+    """n + 1 ascending positions [R, n + 1], drawn between the edges x [R, S + 1] in proportion to the weights [R, S].
+
+    jitter: [R, 1] in [0, 1), shifts all of a ray; None: 0.5.
+    """
     total = weights.sum(1, keepdim=True)
     pad = F.relu(1e-5 - total)
     cdf = F.pad(((weights + pad / weights.shape[1]) / (total + pad)).cumsum(1).clamp(max=1), (1, 0))

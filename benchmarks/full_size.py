@@ -1,11 +1,11 @@
-"""Run one step of each preset at the paper's size and print its time, peak memory and loss.
+"""Run one training step of each full-size preset as a user would and print time, peak memory and loss.
 
     python -m benchmarks.full_size                        # all presets except the tiny ones, on the CPU
     python -m benchmarks.full_size camera-0.1 --task train
     python -m benchmarks.full_size --device cuda
 
-Generates a synthetic city of 900 x 1600 images once (data/full-size) and runs train.py or finetune.py on it as a user
-would, with batch 1 and activation checkpointing of the ConvNeXt. Seconds are those of the whole process, including data
+Generates a synthetic city of 900 x 1600 images once (data/full-size) and runs train.py or finetune.py on it, with batch
+1 and, for cameras, activation checkpointing of the ConvNeXt. Seconds are those of the whole process, including data
 loading and validation. Memory is the peak on the GPU, or of the process on the CPU.
 """
 
@@ -27,7 +27,7 @@ from unipad.recipes import DETECT, PRETRAIN, SEGMENT
 
 CITY = Path("data/full-size")
 COMMON = ["--steps", "1", "--batch-size", "1", "--workers", "0", "--data-root", str(CITY)]
-# task -> script, presets, flag for initial weights, other flags
+# task -> script, presets by modality, flag for initial weights, other flags (of train.py, to keep the validation short)
 SCRIPTS = {
     "train": ("train.py", PRETRAIN, "--init", ["--val-samples", "1", "--picture-stride", "64"]),
     "finetune": ("finetune.py", DETECT, "--pretrained", []),
@@ -46,20 +46,21 @@ def main(args: Args):
     if not CITY.exists():
         generate(CITY, scenes=2, keyframes=2, image_size=(900, 1600), camera_sweeps=2)
     print(f"{'script':<12}{'modality':<10}{'preset':<24}{'seconds':>9}{'peak GB':>9}  loss", flush=True)
-    for task, (script, presets, init, flags) in SCRIPTS.items():
-        for modality, named in presets.items():
-            for name, recipe in named.items():
-                if not name.endswith("tiny") and name in (args.presets or named) and task == (args.task or task):
+    for task, (script, by_modality, init, flags) in SCRIPTS.items():
+        for modality, presets in by_modality.items():
+            for name, recipe in presets.items():
+                if not name.endswith("tiny") and name in (args.presets or presets) and task == (args.task or task):
                     checkpointing = ["--checkpointing"] if modality != "lidar" else []
                     preset = ["--modality", modality, "--preset", name, "--device", args.device]
-                    row = measure(script, [*flags, *checkpointing, *preset], recipe, init)
-                    print(f"{script:<12}{modality:<10}{name:<24}{row}", flush=True)
+                    cells = measure(script, [*flags, *checkpointing, *preset], recipe, init)
+                    print(f"{script:<12}{modality:<10}{name:<24}{cells}", flush=True)
 
 
 def measure(script, flags, recipe, init):
-    """Run one step of a script; returns its seconds, peak memory and loss as cells of the table.
+    """Run one step of a script; returns its seconds, peak memory and loss as cells of the table, in one string.
 
-    init: the script's flag for initial weights, which frozen stages need; random ones are passed.
+    init: the script's flag for initial weights. The scripts require some where stages of the camera encoder are frozen;
+        here they are random.
     """
     with tempfile.TemporaryDirectory() as folder:
         if recipe.camera is not None:

@@ -1,13 +1,13 @@
 """One training step of every recipe at full size: its loss, gradient norm, time, and most expensive GPU kernels.
 
-    python -m benchmarks.full_step                            every recipe except the tiny ones; on a CPU the tiny ones
+    python -m benchmarks.full_step                            every recipe but the tiny ones; on a CPU only these
     python -m benchmarks.full_step train/camera/camera-0.1
 
-Uses one sample of the synthetic city (batch 1), at 900 x 1600 pixels and with the recipe's number of sweeps. The step
-is that of train.py and finetune.py: bf16 on a GPU, forward, backward, gradient clipping and AdamW, but with a learning
-rate of 0, so that every step is the same. Loss and gradient norm are printed next to those of the same step on the
-PyTorch references, unless the references run out of memory. The gradient norm of an untrained camera encoder means
-little: its gradients are large and mostly rounding error.
+Uses one sample of the synthetic city (batch 1), at 900 x 1600 pixels (on a CPU 144 x 256) and with the recipe's number
+of sweeps. The step is that of train.py and finetune.py: bf16 on a GPU, forward, backward, gradient clipping and AdamW,
+but with a learning rate of 0, so that every step is the same. Loss and gradient norm are printed next to those of the
+same step on the PyTorch references, unless the references run out of memory. The gradient norm of an untrained camera
+encoder means little: its gradients are large and mostly rounding error.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ IMAGE_SIZE = (900, 1600) if DEVICE == "cuda" else (144, 256)
 TASKS = {"train": (PRETRAIN, Pretrain), "finetune": (DETECT, Detector), "segment": (SEGMENT, Segmenter)}
 # measured first, since users run them first and time may run out
 FIRST = ("train/camera/camera-0.1", "train/lidar/lidar-0.075", "train/fusion/fusion-0.075", "segment/lidar/segment")
-TIMED = 5  # steps, of whose times the median is reported
+TIMED = 5  # number of steps, of whose times the median is reported
 COSTLIEST = 20  # number of kernels listed per recipe
 
 
@@ -51,9 +51,9 @@ def recipes():
     """{task/modality/preset: (recipe, model class)}, in the order in which they are measured."""
     found = {
         f"{task}/{modality}/{name}": (recipe, model)
-        for task, (presets, model) in TASKS.items()
-        for modality, named in presets.items()
-        for name, recipe in named.items()
+        for task, (by_modality, model) in TASKS.items()
+        for modality, presets in by_modality.items()
+        for name, recipe in presets.items()
         if name.endswith("tiny") == (DEVICE == "cpu")
     }
     return dict(sorted(found.items(), key=lambda item: item[0] not in FIRST))
@@ -71,25 +71,26 @@ class Step:
 
     def __init__(self, recipe, model, root):
         version = "v1.0-mini"
-        box = None if model is Segmenter else (recipe.grid.low, recipe.grid.high)  # as the scripts do
+        # points outside the box are dropped, except for segmentation: as the scripts do
+        box = None if model is Segmenter else (recipe.grid.low, recipe.grid.high)
         split, _ = NuScenesDataset.train_val_splits(root, version)
         data = NuScenesDataset(root, version, split, recipe.data, point_range=box)
-        self.batch = collate([data[len(data) - 1]]).to(DEVICE)  # the last: with sweeps before it
+        self.batch = collate([data[len(data) - 1]]).to(DEVICE)  # the last frame has sweeps before it
         torch.manual_seed(0)
         with torch.device(DEVICE):
             self.net = model(recipe)
         self.net.to(DEVICE)
         self.optimizer = make_optimizer(self.net, recipe.optim)
         for group in self.optimizer.param_groups:
-            group["lr"] = 0.0
+            group["lr"] = 0.0  # so that every step is the same
         self.autocast, _ = mixed_precision(None, torch.device(DEVICE))
         self.clip = recipe.optim.clip
 
     def __call__(self):
-        self.optimizer.zero_grad()  # first, since a step that ran out of memory leaves some
+        self.optimizer.zero_grad()  # first, since a step that ran out of memory leaves gradients
         with self.autocast:
-            out = self.net(self.batch, generators(0, 0, [0], DEVICE))
-        losses = out[0] if isinstance(out, tuple) else out
+            out = self.net(self.batch, generators(seed=0, step=0, positions=[0], device=DEVICE))
+        losses = out[0] if isinstance(out, tuple) else out  # `Pretrain` also returns the fraction of missed rays
         loss = sum(losses.values())
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.clip)
@@ -102,12 +103,13 @@ def measure(name, recipe, model, root):
     began = time.perf_counter()
     step = Step(recipe, model, root)
     loss, norm = step().tolist()
+    # first_step_s: with loading the sample, building the model and compiling
     found = {"recipe": name, "loss": loss, "grad_norm": norm, "first_step_s": time.perf_counter() - began}
     found |= dict.fromkeys(("loss_ref", "grad_norm_ref", "ms_ref", "mem_mb"))
-    with references(), contextlib.suppress(torch.OutOfMemoryError):  # they need far more than the kernels
+    with references(), contextlib.suppress(torch.OutOfMemoryError):  # they need far more memory than the kernels
         loss, norm = step().tolist()
         found |= {"loss_ref": loss, "grad_norm_ref": norm}
-        found["ms_ref"] = _milliseconds(step, 1)
+        found["ms_ref"] = _milliseconds(step, runs=1)
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
     found |= {"ms": _milliseconds(step, TIMED)}
@@ -127,7 +129,7 @@ def _milliseconds(step, runs):
 
 
 def _profile(step, ms):
-    """GPU kernels in a step: their number and time, the most expensive ones, and the fraction of time that is idle."""
+    """GPU kernels and copies in a step: number, total time, the most expensive ones; fraction of `ms` without any."""
     events = gpu_events(step)
     cost, count = Counter(), Counter()
     for event in events:

@@ -5,7 +5,8 @@ every parameter. "reference" is the eager peer; both run on the same parameters,
 
 Both are asserted to agree in fp64 (where ours runs op by op on a GPU too: the fused op has no fp64) to AGREE_FP64 of
 the largest entry. In fp32 rounding moves some importance samples (the inverse CDF jumps over intervals of almost no
-mass), which alone changes gradients by up to AGREE_FP32.
+mass), which alone changes gradients by up to AGREE on a CPU; on a GPU the fused op's products are in tf32, whose errors
+of distances reach a hundredth of the largest distance.
 """
 
 from copy import deepcopy
@@ -21,7 +22,7 @@ from unipad.model.render import Renderer
 from unipad.recipes import PRETRAIN
 
 VIEWS = 6
-AGREE_FP64, AGREE_FP32 = 1e-5, 1e-2
+AGREE_FP64, AGREE = 1e-5, 5e-2 if DEVICE == "cuda" else 1e-2
 # settings of the cases "all losses": beside the recipe's losses of color and depth, those of the SDF
 LOSSES = dict(free_space_weight=1.0, sdf_weight=10.0, eikonal_weight=0.01, truncation=1.5)
 
@@ -80,4 +81,4 @@ if __name__ == "__main__":
         error = largest_error(render, eager, in_fp64(one))
         assert error <= AGREE_FP64, f"{one.name}: ours differs from the original's formulas by {error:.1e} in fp64"
     peers = {} if DEVICE == "cuda" else {"ours": render}  # on a GPU, `compare` times ours as "triton"
-    compare("render", eager, render, peers, cases, agree=AGREE_FP32)
+    compare("render", eager, render, peers, cases, agree=AGREE)

@@ -23,7 +23,7 @@ KNOWN_SMALL = {  # file -> part of a source line -> why its product stays below 
         "cell = p - up * w": "first pixel of a row",
         "hit // V // N % B * V + hit % V": "voxel index; lift asserts voxels < 2^31",
     },
-    "rotated_iou.py": {"w * 32 + k": "box index"},
+    "rotated_iou.py": {"word * 32 + k": "box index"},
     "sdf_field.py": {"tile * BLOCK_S": "index of a sample on its ray"},
     "sparse_gemm.py": {
         "e < O * I": "weights of one offset",

@@ -29,7 +29,7 @@ KNOWN_SMALL = {  # file -> part of a source line -> why its product stays below 
         "e < O * I": "weights of one offset",
         "slot * BLOCK_M": "entries of one tile: offsets x rows",
         "slot[None, :] * BLOCK_M": "entries of one tile: offsets x rows",
-        "at * BLOCK_M": "entries of one tile: offsets x rows",
+        "slot_p * BLOCK_M": "entries of one tile: offsets x rows",
         "count * STEPS": "channel blocks over the offsets of a tile",
         "r * BLOCK_R": "pairs of one chunk",
     },

@@ -146,13 +146,13 @@ class Blocks(NamedTuple):
     sort: bool  # sort rows so that those with the same offsets share tiles
 
 
-# All untuned: chosen from the counts of benchmarks/count_sparse_conv.py and the compiler's output for sm_90
+# All untuned: chosen from the counts of benchmarks/count_sparse_conv.py and the compiler's output for sm_90.
 # Pipeline stages, (default, fewer). With 5, indices are loaded two steps before the rows that they name, and rows two
-# steps before their product; with 3, one step each. AMD GPUs have less shared memory for that
+# steps before their product; with 3, one step each. AMD GPUs have less shared memory for that.
 STAGES_OF = {"nvidia": (5, 3), "amd": (2, 1)}
 STAGES, FEWER_STAGES = STAGES_OF["amd" if torch.version.hip else "nvidia"]
 # Up to this many rows, tiles have 64 rows by default, else 128, which read the weights half as often (at the LiDAR
-# encoder's stage 4, 45 MB, not 89) but leave half as many programs
+# encoder's stage 4, 45 MB, not 89) but leave half as many programs.
 FEW_ROWS = 8192
 BLOCK_R = 64  # pairs, or rows of a part, per step of the gradient of the weights
 MIN_PAIRS = 1024  # pairs per chunk, at least: reading their rows then outweighs writing the chunk's sums

@@ -170,7 +170,7 @@ def gather_gemm(table, c_in, c_out):
 def d_weight_of_groups(table, c_in, c_out):
     """`Cost` of the gradient of the weights by groups of offsets, see `sparse_gemm._d_weight_of_groups`."""
     (K, M), pairs = table.shape, (table >= 0).sum().item()
-    group, block_r = sparse_gemm.GROUP[c_in], sparse_gemm.BLOCK_R
+    group, block_r = sparse_gemm.GROUP_OF[c_in], sparse_gemm.BLOCK_R
     groups, parts = -(-K // group), -(-M // sparse_gemm._group_rows(K, M, c_in))
     # if the L1 hits: for one block of outputs, a row that several offsets of a group read comes from the L2 once
     rows_read = sum(

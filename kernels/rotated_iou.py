@@ -9,12 +9,12 @@ along its heading, a is |x| <= l / 2, |y| <= w / 2, and
 
     area = sum over the edges of b, counter-clockwise, of   integral of clamp(x, -l / 2, l / 2) dy  over |y| <= w / 2
 
-because clamp(x) has derivative 1 for |x| < l / 2 and 0 beyond. No polygon is built, no corners are sorted, nothing is
-indexed. The integral is continuous, so an edge on the border of a, parallel to it, or of length 0 needs no special
-case, as it would in polygon clipping. Corners are relative to a's center, so that no precision is lost far from the
-origin.
+(over the part of the edge there), because clamp(x) has derivative 1 for |x| < l / 2 and 0 beyond. No polygon is built,
+no corners are sorted, and there is no list of vertices to index. The integral is continuous in the corners, so an edge
+on the border of a, parallel to it, or of length 0 needs no special case, as it would in polygon clipping. Corners are
+relative to a's center, so that no precision is lost far from the origin.
 
-Sizes: N and M boxes, P pairs.
+Sizes: N and M boxes, P pairs; W words of 32 bits, one bit per box.
 """
 
 import torch
@@ -90,7 +90,7 @@ def paired_iou_3d(a: Tensor, b: Tensor) -> Tensor:
 def paired_iou_3d_ref(a, b):
     """`paired_iou_3d` in plain PyTorch."""
     a, b = _clamp_sizes(a, 3, 6), _clamp_sizes(b, 3, 6)
-    bev = [0, 1, 3, 4, 6]
+    bev = [0, 1, 3, 4, 6]  # x, y, w, l, yaw
     area = _overlap_ref(a[:, bev], b[:, bev])
     dz, half_a, half_b = b[:, 2] - a[:, 2], a[:, 5] / 2, b[:, 5] / 2
     height = (torch.minimum(half_a, dz + half_b) - torch.maximum(-half_a, dz - half_b)).clamp(min=0)
@@ -103,8 +103,8 @@ def rotated_nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
 
     Args:
         boxes:     [N, 5] fp32 or fp64 x, y, w, l, yaw; finite.
-        scores:    [N], not NaN. Ties: the lower row comes first.
-        threshold: a box is suppressed if its IoU with a kept box of higher score is greater.
+        scores:    [N], not NaN. Of equal scores, the one in the earlier row ranks higher.
+        threshold: a box is suppressed if its IoU with a kept box that ranks higher is greater than this.
 
     Returns:
         rows: [K] int64 rows of `boxes`, by descending score.
@@ -133,11 +133,12 @@ def rotated_nms_ref(boxes, scores, threshold):
     """`rotated_nms` in plain PyTorch.
 
     Each round decides all boxes at once from the decisions of the previous round. The decision on the i-th best box is
-    final after at most i rounds; when a round changes nothing, all are final. The longest chain of overlapping boxes
-    limits the number of rounds.
+    final after at most i rounds; when a round changes nothing, all are final. The longest chain of boxes that each
+    overlap the next by more than the threshold limits the number of rounds.
     """
     order = _best_first(scores)
     ranked = boxes.index_select(0, order)
+    # ranks of the two boxes of each pair that exceeds the threshold
     better, worse = (rotated_iou_bev_ref(ranked, ranked) > threshold).triu(diagonal=1).nonzero(as_tuple=True)
     kept, before = torch.ones_like(order, dtype=torch.bool), None
     while before is None or not torch.equal(kept, before):
@@ -182,12 +183,12 @@ def _overlap_ref(a, b):
     x, y = dx * cos_a + dy * sin_a, dy * cos_a - dx * sin_a
     cos, sin = yaw.cos(), yaw.sin()
     along_x, along_y, across_x, across_y = cos * half_b[1], sin * half_b[1], -sin * half_b[0], cos * half_b[0]
-    # front right, front left, back left, back right: [P, 4]
+    # b's corners front right, front left, back left, back right: [P, 4]
     px = x[:, None] + torch.stack([along_x - across_x, along_x + across_x, across_x - along_x, -along_x - across_x], 1)
     py = y[:, None] + torch.stack([along_y - across_y, along_y + across_y, across_y - along_y, -along_y - across_y], 1)
     area = _edges_ref(px, py, px.roll(-1, 1), py.roll(-1, 1), half_l[:, None], half_w[:, None]).sum(dim=1)
 
-    # disjoint boxes are separated along one of the four axes; `area` would be the rounding errors of a sum
+    # disjoint boxes are separated along one of the four axes; their `area` is not 0 but the sum's rounding errors
     disjoint = x.abs() >= half_l + along_x.abs() + across_x.abs()
     disjoint |= y.abs() >= half_w + along_y.abs() + across_y.abs()
     disjoint |= (x * cos + y * sin).abs() >= half_b[1] + half_l * cos.abs() + half_w * sin.abs()
@@ -198,12 +199,13 @@ def _overlap_ref(a, b):
 
 def _edges_ref(px, py, qx, qy, half_l, half_w):
     """The integral of the file's header over edges from p to q."""
+    # the part of the edge within |y| <= half_w goes from (x0, y0) to (x1, y1)
     y0, y1 = torch.clamp(py, -half_w, half_w), torch.clamp(qy, -half_w, half_w)
     slope = (qx - px) / torch.where(py == qy, 1, qy - py)
     x0, x1 = px + (y0 - py) * slope, qx + (y1 - qy) * slope
     low, high = torch.minimum(x0, x1), torch.maximum(x0, x1)
     low_in, high_in = torch.clamp(low, -half_l, half_l), torch.clamp(high, -half_l, half_l)
-    # of the edge's extent along x: length in front of a (x > half_l) minus length behind it (x < -half_l)
+    # of that part's extent along x: length in front of a (x > half_l) minus length behind it (x < -half_l)
     beyond = torch.maximum(high, half_l) - torch.maximum(low, half_l)
     beyond = beyond - (torch.minimum(high, -half_l) - torch.minimum(low, -half_l))
     along = (high_in + low_in) * (high_in - low_in) / 2 + half_l * beyond  # integral of clamp(x) dx
@@ -216,7 +218,7 @@ def _ratio_ref(intersection, size_a, size_b):
     return torch.where(union > 0, intersection / union, 0)
 
 
-BLOCK_N = 16  # boxes of a per program: two pairs per lane (with four, ptxas spills)
+BLOCK_N = 16  # boxes of a per program, of 8 warps: two pairs per lane (with four, ptxas spills)
 BLOCK_M = 32  # boxes of b per program
 BLOCK_P = 128  # pairs per program: one per lane
 
@@ -236,22 +238,22 @@ def _iou_kernel(
 @jit(varying=("N", "W"))
 def _suppress_kernel(
     boxes_ptr, order_ptr,  # [N, 5], [N]
-    suppressed_ptr,  # [32 W, W]; boxes by rank; bit k of word w in row i: box i outranks box 32 w + k and overlaps it
+    suppressed_ptr,  # [32 W, W]; boxes by rank; row i, word w, bit k: i < 32 w + k and their IoU exceeds the threshold
     N, W, threshold,
 ):  # fmt: skip
     i = tl.program_id(0) * 32 + tl.arange(0, 32)
-    w = tl.program_id(1)
+    word = tl.program_id(1)
     k = tl.arange(0, 32)
-    j = w * 32 + k
+    j = word * 32 + k
     # words left of the diagonal are neither written nor read
-    if w >= tl.program_id(0):
+    if word >= tl.program_id(0):
         i_ok, j_ok = i < N, j < N
         row_i = tl.load(order_ptr + i, mask=i_ok, other=0)
         row_j = tl.load(order_ptr + j, mask=j_ok, other=0)
         iou = _iou_tile(boxes_ptr, row_i, i_ok, boxes_ptr, row_j, j_ok)
         suppresses = (iou > threshold) & (i[:, None] < j[None, :]) & j_ok[None, :]
-        word = tl.sum(suppresses.to(tl.int32) << k[None, :], axis=1)
-        tl.store(suppressed_ptr + i.to(tl.int64) * W + w, word)  # rows from N on are 0
+        bits = tl.sum(suppresses.to(tl.int32) << k[None, :], axis=1)
+        tl.store(suppressed_ptr + i.to(tl.int64) * W + word, bits)  # 0 in rows from N on
 
 
 @jit(varying=("N", "W"))
@@ -259,21 +261,21 @@ def _greedy_kernel(
     suppressed_ptr, kept_ptr,  # [32 W, W], [N]
     N, W, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """One program decides 32 boxes at a time, in order, in registers; their loads do not depend on each other."""
-    word = tl.arange(0, BLOCK_W)
+    """One program decides 32 boxes at a time, in order, in registers; no load depends on a decision."""
+    words = tl.arange(0, BLOCK_W)
     k = tl.arange(0, 32)
-    removed = tl.zeros((BLOCK_W,), tl.int32)
+    removed = tl.zeros((BLOCK_W,), tl.int32)  # bits of the boxes that a kept box suppresses
     row_ptr = suppressed_ptr
-    for w in range(W):
-        own = tl.sum(tl.where(word == w, removed, 0), axis=0)  # `removed` of these 32 boxes
-        for step in tl.static_range(32):
-            later_words = tl.load(row_ptr + word, mask=(word > w) & (word < W), other=0)
-            own_word = tl.load(row_ptr + w)
-            keep = ((own >> step) & 1) - 1  # all bits set if the box is kept, else none
+    for word in range(W):
+        own = tl.sum(tl.where(words == word, removed, 0), axis=0)  # `removed` of these 32 boxes
+        for bit in tl.static_range(32):
+            later_words = tl.load(row_ptr + words, mask=(words > word) & (words < W), other=0)
+            own_word = tl.load(row_ptr + word)
+            keep = ((own >> bit) & 1) - 1  # all bits set if the box is kept, else none
             removed |= later_words & keep
             own |= own_word & keep
             row_ptr += W
-        tl.store(kept_ptr + w * 32 + k, ((own >> k) & 1) == 0, mask=w * 32 + k < N)
+        tl.store(kept_ptr + word * 32 + k, ((own >> k) & 1) == 0, mask=word * 32 + k < N)
 
 
 @jit(varying=("N",))
@@ -323,14 +325,14 @@ def _size(ptr, ok):
 
 @triton.jit
 def _shape(ptr, ok):
-    """w, l, cos(yaw), sin(yaw) from the columns w, l, yaw."""
+    """w, l, cos(yaw), sin(yaw); ptr: to w, of the columns w, l, yaw."""
     yaw = _column(ptr + 2, ok)
     return _size(ptr, ok), _size(ptr + 1, ok), tl.cos(yaw), tl.sin(yaw)
 
 
 @triton.jit
 def _shape_3d(ptr, ok):
-    """w, l, h, cos(yaw), sin(yaw) from the columns w, l, h, yaw."""
+    """w, l, h, cos(yaw), sin(yaw); ptr: to w, of the columns w, l, h, yaw."""
     yaw = _column(ptr + 3, ok)
     w, l, h = _size(ptr, ok), _size(ptr + 1, ok), _size(ptr + 2, ok)
     return w, l, h, tl.cos(yaw), tl.sin(yaw)
@@ -340,19 +342,21 @@ def _shape_3d(ptr, ok):
 def _overlap(dx, dy, w_a, l_a, cos_a, sin_a, w_b, l_b, cos_b, sin_b):
     """Area of the intersection of a and b; dx, dy from the center of a to that of b."""
     half_w, half_l = w_a / 2, l_a / 2
+    # b in a's frame: center, half axes along and across its heading
     x, y = dx * cos_a + dy * sin_a, dy * cos_a - dx * sin_a
     cos, sin = cos_b * cos_a + sin_b * sin_a, sin_b * cos_a - cos_b * sin_a
     along_x, along_y = cos * (l_b / 2), sin * (l_b / 2)
     across_x, across_y = -sin * (w_b / 2), cos * (w_b / 2)
 
-    right_x, right_y = along_x - across_x, along_y - across_y  # front right corner of b, relative to its center
+    # front right and front left corner of b, relative to its center; the back ones are opposite
+    right_x, right_y = along_x - across_x, along_y - across_y
     left_x, left_y = along_x + across_x, along_y + across_y
     area = _edge(x + right_x, y + right_y, x + left_x, y + left_y, half_l, half_w)
     area += _edge(x + left_x, y + left_y, x - right_x, y - right_y, half_l, half_w)
     area += _edge(x - right_x, y - right_y, x - left_x, y - left_y, half_l, half_w)
     area += _edge(x - left_x, y - left_y, x + right_x, y + right_y, half_l, half_w)
 
-    # disjoint boxes are separated along one of the four axes; `area` would be the rounding errors of a sum
+    # disjoint boxes are separated along one of the four axes; their `area` is not 0 but the sum's rounding errors
     disjoint = tl.abs(x) >= half_l + tl.abs(along_x) + tl.abs(across_x)
     disjoint |= tl.abs(y) >= half_w + tl.abs(along_y) + tl.abs(across_y)
     disjoint |= tl.abs(x * cos + y * sin) >= l_b / 2 + half_l * tl.abs(cos) + half_w * tl.abs(sin)
@@ -363,12 +367,13 @@ def _overlap(dx, dy, w_a, l_a, cos_a, sin_a, w_b, l_b, cos_b, sin_b):
 @triton.jit
 def _edge(px, py, qx, qy, half_l, half_w):
     """The integral of the file's header over one edge, from p to q."""
+    # the part of the edge within |y| <= half_w goes from (x0, y0) to (x1, y1)
     y0, y1 = _clamp(py, half_w), _clamp(qy, half_w)
     slope = (qx - px) / tl.where(py == qy, 1.0, qy - py)
     x0, x1 = px + (y0 - py) * slope, qx + (y1 - qy) * slope
     low, high = tl.minimum(x0, x1), tl.maximum(x0, x1)
     low_in, high_in = _clamp(low, half_l), _clamp(high, half_l)
-    # of the edge's extent along x: length in front of a (x > half_l) minus length behind it (x < -half_l)
+    # of that part's extent along x: length in front of a (x > half_l) minus length behind it (x < -half_l)
     beyond = tl.maximum(high, half_l) - tl.maximum(low, half_l)
     beyond -= tl.minimum(high, -half_l) - tl.minimum(low, -half_l)
     along = (high_in + low_in) * (high_in - low_in) / 2 + half_l * beyond  # integral of clamp(x) dx

@@ -1,7 +1,7 @@
 """Signed distance to opacity: NeuS, VolSDF, UniSurf.
 
-NeuS (eq. 13, as in UniPAD's get_alpha): `slope` is the change of the SDF per unit length of the ray; sigma is the
-sigmoid.
+NeuS (eq. 13, as in UniPAD's get_alpha): `slope` is the change of the SDF per unit length of the ray, where it falls;
+prev and next are the SDF extrapolated by half an interval to both sides of the sample; sigma is the sigmoid.
 
     slope = min(direction . gradient, 0),   prev, next = sdf -+ slope * delta / 2
     P = sigma(prev * inv_s),   N = sigma(next * inv_s),   alpha = clip((P - N + e) / (P + e), 0, 1),   e = 1e-5
@@ -11,6 +11,10 @@ sigmoid.
     d_sdf = inv_s (a + b),   d_slope = inv_s (b - a) delta / 2,   d_inv_s = sum(prev * a + next * b)
 
 VolSDF (eq. 2): density = Psi(-sdf / beta) / beta, Psi the standard Laplace CDF; alpha = 1 - exp(-density * delta).
+
+    tail = exp(-|sdf| / beta) / 2,   d_density = d_alpha delta exp(-density * delta)
+    d_sdf = -d_density tail / beta^2,   d_beta = -sum(d_density density + d_sdf sdf) / beta
+
 UniSurf: occupancy sigma(-10 sdf).
 
 Sizes: R rays, S samples on each. Sigmoids are computed from exp(-|x|), which cannot overflow, whatever inv_s is.
@@ -31,7 +35,7 @@ def neus_alpha(sdf: Tensor, gradient: Tensor, directions: Tensor, deltas: Tensor
         gradient:   [R, S, 3] d sdf / d point, (x, y, z).
         directions: [R, 3] unit vectors.
         deltas:     [R, S] length of the sample's interval, in the unit of sdf.
-        inv_s:      [1] inverse scale of the logistic density (s in the paper).
+        inv_s:      [1] inverse scale of the logistic distribution (s in the paper).
 
     Returns:
         alpha: [R, S] in [0, 1].
@@ -78,7 +82,7 @@ class NeusAlpha(torch.autograd.Function):
     def backward(ctx, d_alpha):
         sdf, gradient, directions, deltas, inv_s = ctx.saved_tensors
         R, S = sdf.shape
-        d_sdf, d_gradient, d_inv_s = torch.empty_like(sdf), torch.empty_like(gradient), _partial_sums(sdf)
+        d_sdf, d_gradient, d_inv_s = torch.empty_like(sdf), torch.empty_like(gradient), _new_partial_sums(sdf)
         if sdf.numel():
             _neus_alpha_bwd_kernel[_grid(sdf)](
                 sdf_ptr=sdf, gradient_ptr=gradient, directions_ptr=directions, deltas_ptr=deltas, inv_s_ptr=inv_s,
@@ -93,12 +97,12 @@ def interval_alpha(sdf: Tensor, deltas: Tensor, inv_s: float) -> Tensor:
     """Opacity of the intervals between samples from SDF values alone, for NeuS's importance sampling.
 
     The slope of an interval is the smaller of its own and its predecessor's difference quotient (0 before the first),
-    clipped to [-1000, 0]; the opacity is not clipped.
+    clipped to [-1000, 0] as in the original. The opacity needs no clipping: with a slope of at most 0 it is in [0, 1].
 
     Args:
         sdf:    [R, S] signed distance at the samples, S at least 1.
         deltas: [R, S] length of the intervals, in the unit of sdf; the last is not read.
-        inv_s:  fixed inverse scale (64 in the original).
+        inv_s:  fixed inverse scale of the logistic distribution (64 in the original).
 
     Returns:
         alpha: [R, S]; the last column is 0, since S samples have S - 1 intervals between them.
@@ -130,12 +134,12 @@ def interval_alpha_ref(sdf, deltas, inv_s):
 
 
 def volsdf_alpha(sdf: Tensor, deltas: Tensor, beta: Tensor) -> Tensor:
-    """Opacity of each sample under VolSDF's Laplace density.
+    """Opacity of each sample from VolSDF's density.
 
     Args:
         sdf:    [R, S] signed distance at the samples.
         deltas: [R, S] length of the sample's interval, in the unit of sdf.
-        beta:   [1] > 0, scale of the Laplace density, in the unit of sdf.
+        beta:   [1] > 0, scale of the Laplace distribution, in the unit of sdf.
 
     Returns:
         alpha: [R, S] in [0, 1).
@@ -155,8 +159,8 @@ def volsdf_alpha_ref(sdf, deltas, beta):
 
 
 def laplace_density(sdf: Tensor, beta: Tensor) -> Tensor:
-    """VolSDF's density per unit of sdf, in [0, 1 / beta], 1 / (2 beta) at the surface; `beta` broadcasts."""
-    tail = torch.exp(-torch.where(sdf < 0, -sdf, sdf) / beta) / 2  # abs() would have no gradient at 0
+    """VolSDF's volume density per unit of sdf, in [0, 1 / beta], 1 / (2 beta) at the surface; `beta` broadcasts."""
+    tail = torch.exp(-torch.where(sdf < 0, -sdf, sdf) / beta) / 2  # not abs(), whose gradient at 0 is 0
     return torch.where(sdf < 0, 1 - tail, tail) / beta
 
 
@@ -178,7 +182,7 @@ class VolsdfAlpha(torch.autograd.Function):
     def backward(ctx, d_alpha):
         sdf, deltas, beta = ctx.saved_tensors
         R, S = sdf.shape
-        d_sdf, d_beta = torch.empty_like(sdf), _partial_sums(sdf)
+        d_sdf, d_beta = torch.empty_like(sdf), _new_partial_sums(sdf)
         if sdf.numel():
             _volsdf_alpha_bwd_kernel[_grid(sdf)](
                 sdf_ptr=sdf, deltas_ptr=deltas, beta_ptr=beta, d_alpha_ptr=d_alpha.contiguous(),
@@ -188,7 +192,7 @@ class VolsdfAlpha(torch.autograd.Function):
 
 
 def unisurf_alpha(sdf: Tensor) -> Tensor:
-    """Opacity of each sample under UniSurf: [R, S] -> [R, S]. A plain sigmoid needs no custom kernel."""
+    """UniSurf's opacity of each sample: [R, S] -> [R, S]. A plain sigmoid needs no custom kernel."""
     return torch.sigmoid(-10 * sdf)
 
 
@@ -205,8 +209,8 @@ def _grid(sdf):
     return (triton.cdiv(sdf.numel(), BLOCK),)
 
 
-def _partial_sums(sdf):
-    """One number per program, summed afterwards: the gradient of a scalar without atomics."""
+def _new_partial_sums(sdf):
+    """Memory for one number per program, to be summed later: the gradient of a scalar without atomics."""
     return torch.empty(_grid(sdf), dtype=torch.promote_types(sdf.dtype, torch.float32), device=sdf.device)
 
 
@@ -217,11 +221,10 @@ def sigmoid(x):
 
 
 @triton.jit
-def _neus_section(sdf_ptr, gradient_ptr, directions_ptr, deltas_ptr, i, r, ok, acc_ty: tl.constexpr):
-    """The section of the ray around sample i.
+def _neus_interval(sdf_ptr, gradient_ptr, directions_ptr, deltas_ptr, i, r, ok, acc_ty: tl.constexpr):
+    """prev and next of the file's header for samples i of rays r, and d next / d gradient (x, y, z).
 
-    Returns the SDF extrapolated to the section's two ends, and delta / 2 * d slope / d gradient as x, y, z:
-    delta / 2 * direction, or 0 where the ray does not approach the surface.
+    The latter is delta / 2 * direction where the SDF falls along the ray, else 0; d prev / d gradient is its negative.
     """
     sdf = tl.load(sdf_ptr + i, mask=ok, other=0.0).to(acc_ty)
     half = tl.load(deltas_ptr + i, mask=ok, other=0.0).to(acc_ty) / 2
@@ -231,7 +234,7 @@ def _neus_section(sdf_ptr, gradient_ptr, directions_ptr, deltas_ptr, i, r, ok, a
     slope = tl.load(gradient_ptr + 3 * i, mask=ok, other=0.0).to(acc_ty) * dir_x
     slope += tl.load(gradient_ptr + 3 * i + 1, mask=ok, other=0.0).to(acc_ty) * dir_y
     slope += tl.load(gradient_ptr + 3 * i + 2, mask=ok, other=0.0).to(acc_ty) * dir_z
-    half = tl.where(slope < 0, half, 0.0)
+    half = tl.where(slope < 0, half, 0.0)  # slope itself is not clipped: only products with half are used
     return sdf - slope * half, sdf + slope * half, half * dir_x, half * dir_y, half * dir_z
 
 
@@ -246,7 +249,7 @@ def _neus_alpha_fwd_kernel(
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     r = i // S
     ok = r < R
-    prev_sdf, next_sdf, _, _, _ = _neus_section(sdf_ptr, gradient_ptr, directions_ptr, deltas_ptr, i, r, ok, acc_ty)
+    prev_sdf, next_sdf, _, _, _ = _neus_interval(sdf_ptr, gradient_ptr, directions_ptr, deltas_ptr, i, r, ok, acc_ty)
     inv_s = tl.load(inv_s_ptr).to(acc_ty)
     prev_cdf, next_cdf = sigmoid(prev_sdf * inv_s), sigmoid(next_sdf * inv_s)
     alpha = (prev_cdf - next_cdf + 1e-5) / (prev_cdf + 1e-5)
@@ -265,20 +268,22 @@ def _neus_alpha_bwd_kernel(
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     r = i // S
     ok = r < R
-    prev_sdf, next_sdf, x, y, z = _neus_section(sdf_ptr, gradient_ptr, directions_ptr, deltas_ptr, i, r, ok, acc_ty)
+    prev_sdf, next_sdf, half_x, half_y, half_z = _neus_interval(
+        sdf_ptr, gradient_ptr, directions_ptr, deltas_ptr, i, r, ok, acc_ty
+    )
     inv_s = tl.load(inv_s_ptr).to(acc_ty)
     prev_cdf, next_cdf = sigmoid(prev_sdf * inv_s), sigmoid(next_sdf * inv_s)
 
     d_alpha = tl.load(d_alpha_ptr + i, mask=ok, other=0.0).to(acc_ty)
     alpha = (prev_cdf - next_cdf + 1e-5) / (prev_cdf + 1e-5)
-    d_alpha = tl.where((alpha >= 0) & (alpha <= 1), d_alpha, 0.0) / (prev_cdf + 1e-5)
+    d_alpha = tl.where((alpha >= 0) & (alpha <= 1), d_alpha, 0.0) / (prev_cdf + 1e-5)  # header: d_alpha / (P + e)
     a = d_alpha * next_cdf / (prev_cdf + 1e-5) * prev_cdf * (1.0 - prev_cdf)
     b = -d_alpha * next_cdf * (1.0 - next_cdf)
     tl.store(d_sdf_ptr + i, inv_s * (a + b), mask=ok)
-    d_slope = inv_s * (b - a)
-    tl.store(d_gradient_ptr + 3 * i, d_slope * x, mask=ok)
-    tl.store(d_gradient_ptr + 3 * i + 1, d_slope * y, mask=ok)
-    tl.store(d_gradient_ptr + 3 * i + 2, d_slope * z, mask=ok)
+    d_offset = inv_s * (b - a)  # w.r.t. slope * delta / 2
+    tl.store(d_gradient_ptr + 3 * i, d_offset * half_x, mask=ok)
+    tl.store(d_gradient_ptr + 3 * i + 1, d_offset * half_y, mask=ok)
+    tl.store(d_gradient_ptr + 3 * i + 2, d_offset * half_z, mask=ok)
     tl.store(d_inv_s_ptr + tl.program_id(0), tl.sum(prev_sdf * a + next_sdf * b, axis=0))
 
 

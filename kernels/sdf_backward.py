@@ -1,19 +1,24 @@
 """The backward of `sdf_render`, in two kernels: compositing and the color MLP along rays; then the distance MLP.
 
+Compositing, with the transmittance T_s of the ray up to sample s and the weight w_s = T_s alpha_s (see `composite`):
+
+    dL/dalpha_s = T_s dL/dw_s - (sum over t > s of w_t dL/dw_t) / (1 - alpha_s + 1e-7)
+
 Colors and opacities depend on the gradient g of the distance, so training needs second derivatives. With v = dL/dg,
 
-    dL/dtheta through g = v^T d g / d theta = d (d sdf / dv) / d theta :
+    dL/dtheta through g = v^T dg/dtheta = d(g . v)/dtheta at fixed v :
 
-the gradient of *one* directional derivative. The backward of the distance is therefore reverse mode over the MLP and
-its tangent along v (z. is the derivative of z along v, z- that of L w.r.t. z, z^ that of the distance w.r.t. z):
+the gradient of *one* number, the derivative g . v of the distance along v. The backward of the distance is therefore
+reverse mode over the MLP and its tangent along v. z. (in the code z_dot) is the derivative of z along v, z- (d_z) that
+of L w.r.t. z, z^ (z_hat) that of the distance w.r.t. z:
 
-    z._l = W_l x._l + A_l f. (+ E_0 v),   x._{l+1} = act'(z_l) z._l,   f. = (df / dp) v
-    x^_l = W_l^T z^_l,   z^_{l-1} = act'(z_{l-1}) x^_l,   z^_last = e_0   (the reverse pass that gave g)
+    z._l = W_l x._l + A_l f. + E_l (v, 0),   x._{l+1} = act'(z_l) z._l,   f. = (df / dp) v
+    x^_l = W_l^T z^_l,   z^_{l-1} = act'(z_{l-1}) x^_l,   z^_last = (1, 0, ...)   (the reverse pass that gave g)
     x-_l = W_l^T z-_l,   z-_{l-1} = act'(z_{l-1}) x-_l + act''(z_{l-1}) z._{l-1} x^_l
     W-_l = z-_l x_l^T + z^_l x._l^T,   A-_l = z-_l f^T + z^_l f.^T,   f- = sum_l A_l^T z-_l,   f^ = sum_l A_l^T z^_l
 
-with the matrices of `sdf_field`. A corner of the cell with weight w and slope b adds w f- + (b . v) f^ to the gradient
-of its voxel.
+(E- as W-), with the matrices of `sdf_field`. A corner of the cell with weight w and db = dw / dp adds
+w f- + (db . v) f^ to the gradient of its voxel.
 
 The reference is the gradient of `sdf_render_ref` by autograd; timed by benchmarks.bench_sdf_render.
 Sizes as in `sdf_render`.
@@ -60,7 +65,7 @@ def render_bwd(saved, upstream, options):
 
     saved:    inputs of the forward kernel and its outputs except `rgb`, by name of the kernel argument.
     upstream: gradients w.r.t. the outputs of `sdf_render`, also by name of the kernel argument.
-    options:  constexpr arguments of the kernels.
+    options:  constexpr arguments of the kernels, without blocks.
     """
     volume, sdf_mlp, rgb_mlp, edges = (saved[f"{name}_ptr"] for name in ("volume", "sdf_mlp", "rgb_mlp", "edges"))
     R, S, C, H = len(edges), edges.shape[1] - 1, options["C"], options["H"]
@@ -68,8 +73,9 @@ def render_bwd(saved, upstream, options):
         return [torch.zeros_like(t) for t in (volume, sdf_mlp, rgb_mlp, saved["density_param_ptr"])]
     _, Z, Y, X, CHANNELS = volume.shape
     sizes = dict(S=S, Z=Z, Y=Y, X=X, CHANNELS=CHANNELS)
+    # scatter: add to the volume's gradient atomically, which strict determinism forbids
     scatter, has_rgb = on_triton(volume, deterministic=False), options["RGB_LAYERS"] > 0
-    # written by the first kernel, read by the second
+    # written by the first kernel, read by the second, which overwrites d_feature unless it scatters
     d_sdf, d_gradient = volume.new_empty(R, S), volume.new_empty(R, S, 3)
     d_feature = volume.new_empty(R * S if has_rgb or not scatter else 0, C)
     d_geometry = volume.new_empty(R * S if has_rgb else 0, H)
@@ -88,19 +94,20 @@ def render_bwd(saved, upstream, options):
     programs, launch = sample_launch(R * S, options)
     scratch = new_scratch(volume, programs, 2 * (options["SDF_LAYERS"] - 1), H)
     d_volume, d_sdf_mlp = torch.zeros_like(volume), volume.new_zeros(programs, *sdf_mlp.shape)
-    d_slope = volume.new_empty(0 if scatter else R * S, C)
-    cell = torch.empty(len(d_slope), dtype=torch.int32, device=volume.device)
+    feature_hat = volume.new_empty(0 if scatter else R * S, C)
+    cell = torch.empty(len(feature_hat), dtype=torch.int32, device=volume.device)
     _sdf_render_bwd_sdf_kernel[(programs,)](
         volume_ptr=volume, origins_ptr=saved["origins_ptr"], directions_ptr=saved["directions_ptr"],
         volume_idx_ptr=saved["volume_idx_ptr"], edges_ptr=edges,
         cells_per_unit_ptr=saved["cells_per_unit_ptr"], cell_offset_ptr=saved["cell_offset_ptr"], sdf_mlp_ptr=sdf_mlp,
         d_sdf_ptr=d_sdf, d_gradient_ptr=d_gradient, d_feature_ptr=d_feature, d_geometry_ptr=d_geometry,
-        d_sdf_mlp_ptr=d_sdf_mlp, d_volume_ptr=d_volume, scratch_ptr=scratch, d_slope_ptr=d_slope, cell_idx_ptr=cell,
+        d_sdf_mlp_ptr=d_sdf_mlp, d_volume_ptr=d_volume, scratch_ptr=scratch,
+        feature_hat_ptr=feature_hat, cell_idx_ptr=cell,
         N=R * S, **sizes, **options, SCATTER=scatter, **launch,
     )  # fmt: skip
     if not scatter:
         cell_sum(
-            d_volume, cell, d_feature, d_slope, d_gradient,
+            d_volume, cell, d_feature, feature_hat, d_gradient,
             origins=saved["origins_ptr"], directions=saved["directions_ptr"], edges=edges,
             cells_per_unit=saved["cells_per_unit_ptr"], cell_offset=saved["cell_offset_ptr"],
         )  # fmt: skip
@@ -109,19 +116,20 @@ def render_bwd(saved, upstream, options):
 
 @triton.jit
 def opacity_bwd(d_alpha, sdf, gradient, direction, delta, density_param, NEUS: tl.constexpr):
-    """Gradients w.r.t. the distance, its slope along the ray, and `density_param`; [M] each."""
-    alpha, slope, a, b = opacity(sdf, gradient, direction, delta, density_param, NEUS)
+    """Gradients w.r.t. the distance, its slope along the ray, and `density_param`, [M] each; as in sdf_alpha.py."""
     if NEUS:
+        alpha, slope, prev_cdf, next_cdf = opacity(sdf, gradient, direction, delta, density_param, NEUS)
         half = tl.minimum(slope, 0.0) * delta / 2
-        d_alpha = tl.where((alpha >= 0) & (alpha <= 1), d_alpha, 0.0) / (a + 1e-5)
-        d_prev = d_alpha * b / (a + 1e-5) * a * (1.0 - a)
-        d_next = -d_alpha * b * (1.0 - b)
-        d_slope = tl.where(slope < 0, density_param * (d_next - d_prev) * delta / 2, 0.0)
-        return density_param * (d_prev + d_next), d_slope, d_prev * (sdf - half) + d_next * (sdf + half)
+        d_alpha = tl.where((alpha >= 0) & (alpha <= 1), d_alpha, 0.0) / (prev_cdf + 1e-5)
+        a = d_alpha * next_cdf / (prev_cdf + 1e-5) * prev_cdf * (1.0 - prev_cdf)
+        b = -d_alpha * next_cdf * (1.0 - next_cdf)
+        d_slope = tl.where(slope < 0, density_param * (b - a) * delta / 2, 0.0)
+        return density_param * (a + b), d_slope, a * (sdf - half) + b * (sdf + half)
     else:
-        d_laplace = d_alpha * delta * tl.exp(-b * delta)
-        d_sdf = -d_laplace * a / (density_param * density_param)
-        return d_sdf, tl.zeros_like(d_sdf), -(d_laplace * b + d_sdf * sdf) / density_param
+        _, _, tail, density = opacity(sdf, gradient, direction, delta, density_param, NEUS)
+        d_density = d_alpha * delta * tl.exp(-density * delta)
+        d_sdf = -d_density * tail / (density_param * density_param)
+        return d_sdf, tl.zeros_like(d_sdf), -(d_density * density + d_sdf * sdf) / density_param
 
 
 @jit(varying=("R",))
@@ -132,7 +140,8 @@ def _sdf_render_bwd_rgb_kernel(
     sdf_mlp_ptr, rgb_mlp_ptr, density_param_ptr,  # packed, packed, [1]
     depth_ptr, total_ptr,  # [R], [R] sum of the weights
     weights_ptr, trans_ptr, sdf_ptr, gradient_ptr, colors_ptr,  # [N] x 3, [N, 3], [N, 3]
-    up_rgb_ptr, up_depth_ptr, up_weights_ptr, up_sdf_ptr, up_gradient_ptr,  # [R, 3], [R], [N] x 2, [N, 3]
+    # upstream gradients: [R, 3], [R], [N], [N], [N, 3]
+    up_rgb_ptr, up_depth_ptr, up_weights_ptr, up_sdf_ptr, up_gradient_ptr,
     d_sdf_ptr, d_gradient_ptr, d_feature_ptr, d_geometry_ptr,  # [N], [N, 3], [N, C], [N, H]
     d_rgb_mlp_ptr, d_density_param_ptr,  # [programs, packed] zeros, [programs]
     scratch_ptr,  # [programs, RGB_LAYERS - 1, M, H] scratch
@@ -160,20 +169,22 @@ def _sdf_render_bwd_rgb_kernel(
             gradient = load3(gradient_ptr, n, ok)
             sdf = tl.load(sdf_ptr + n, mask=ok, other=0.0)
             weight = tl.load(weights_ptr + n, mask=ok, other=0.0)
-            d_depth = tl.load(up_depth_ptr + r, mask=ok, other=0.0) / (
+            # depth = depth_sum / (total + 1e-10), depth_sum = sum of weight * start
+            d_depth_sum = tl.load(up_depth_ptr + r, mask=ok, other=0.0) / (
                 tl.load(total_ptr + r, mask=ok, other=1.0) + 1e-10
             )
             d_weight = tl.load(up_weights_ptr + n, mask=ok, other=0.0)
-            d_weight += d_depth * (start - tl.load(depth_ptr + r, mask=ok, other=0.0))
+            d_weight += d_depth_sum * (start - tl.load(depth_ptr + r, mask=ok, other=0.0))
             if RGB_LAYERS > 0:
                 channel = tl.arange(0, COLORS)[None, :]
                 color_ok = ok[:, None] & (channel < 3)
                 color = tl.load(colors_ptr + 3 * n[:, None] + channel, mask=color_ok, other=0.0)
-                d_color = tl.load(up_rgb_ptr + 3 * r[:, None] + channel, mask=color_ok, other=0.0)
-                d_weight += tl.sum(d_color * color, axis=1)
+                d_rgb = tl.load(up_rgb_ptr + 3 * r[:, None] + channel, mask=color_ok, other=0.0)
+                d_weight += tl.sum(d_rgb * color, axis=1)
 
             term = tl.reshape(weight * d_weight, (BLOCK_R, BLOCK_S))
-            # summed for every sample: a running sum minus the sample's own term would round away small terms behind it
+            # summed anew for each sample: a cumulative sum minus the sample's own term would round away small terms
+            # behind it
             sum_behind = behind[:, None] + tl.sum(tl.where(is_behind, term[:, None, :], 0.0), axis=2)
             behind += tl.sum(term, axis=1)
             alpha, _, _, _ = opacity(sdf, gradient, direction, delta, density_param, NEUS)
@@ -191,12 +202,13 @@ def _sdf_render_bwd_rgb_kernel(
 
             if RGB_LAYERS > 0:
                 feature = interpolate(volume_ptr, grid_coords, ok, Z, Y, X, CHANNELS, C)
+                # not stored (False): only the geometry is needed here
                 x = sdf_hidden(sdf_inputs(point, 1.0), feature, sdf_mlp_ptr, scratch_ptr, False, C, H, SDF_LAYERS, PREC)
                 geo = geometry(x, feature, sdf_mlp_ptr, C, H, SDF_LAYERS, PREC)
                 e = rgb_inputs(point, direction, gradient)
                 x = rgb_hidden(e, feature, geo, rgb_mlp_ptr, scratch_ptr, True, C, H, RGB_LAYERS, PREC)
-                tl.debug_barrier()  # other threads read the scratch
-                d_out = d_color * weight[:, None] * color * (1.0 - color)
+                tl.debug_barrier()  # CUDA's __syncthreads: other threads read the scratch
+                d_out = d_rgb * weight[:, None] * color * (1.0 - color)  # before the sigmoid
                 zeros_c, zeros_h = tl.zeros((1, C), tl.float32), tl.zeros((1, H), tl.float32)
                 zeros_e = tl.zeros((1, INPUTS), tl.float32)
                 d_x, d_feature, d_geo, d_e = _rgb_layer_bwd(
@@ -211,10 +223,10 @@ def _sdf_render_bwd_rgb_kernel(
                         d_z, x, feature, geo, e, rgb_mlp_ptr + l * H * STRIDE, d_mlp_ptr + l * H * STRIDE,
                         d_feature, d_geo, d_e, C, H, PREC,
                     )  # fmt: skip
-                qx, qy, qz = columns(d_e, 7)
-                vx += qx
-                vy += qy
-                vz += qz
+                d_gx, d_gy, d_gz = columns(d_e, 7)  # e has the SDF's gradient in columns 7 to 9
+                vx += d_gx
+                vy += d_gy
+                vz += d_gz
                 rows = n[:, None]
                 tl.store(d_feature_ptr + rows * C + tl.arange(0, C)[None, :], d_feature, mask=ok[:, None])
                 tl.store(d_geometry_ptr + rows * H + tl.arange(0, H)[None, :], d_geo, mask=ok[:, None])
@@ -249,7 +261,7 @@ def _sdf_render_bwd_sdf_kernel(
     d_sdf_ptr, d_gradient_ptr, d_feature_ptr, d_geometry_ptr,  # [N], [N, 3], [N, C], [N, H]
     d_sdf_mlp_ptr, d_volume_ptr,  # [programs, packed] zeros, [B, Z, Y, X, CHANNELS] zeros
     scratch_ptr,  # [programs, 2, SDF_LAYERS - 1, M, H] scratch
-    d_slope_ptr, cell_idx_ptr,  # [N, C], [N]: without SCATTER these and d_feature are written instead of d_volume
+    feature_hat_ptr, cell_idx_ptr,  # [N, C], [N]: without SCATTER these and d_feature are written instead of d_volume
     N, S, Z, Y, X, CHANNELS,
     NEUS: tl.constexpr, PREC: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
     SDF_LAYERS: tl.constexpr, RGB_LAYERS: tl.constexpr, SCATTER: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -269,7 +281,7 @@ def _sdf_render_bwd_sdf_kernel(
             origins_ptr, directions_ptr, volume_idx_ptr, cells_per_unit_ptr, cell_offset_ptr, r, start, ok, Z
         )
         v = load3(d_gradient_ptr, n, ok)
-        vx = v[0] * tl.load(cells_per_unit_ptr)  # in cells
+        vx = v[0] * tl.load(cells_per_unit_ptr)  # v in cells
         vy = v[1] * tl.load(cells_per_unit_ptr + 1)
         vz = v[2] * tl.load(cells_per_unit_ptr + 2)
         feature = interpolate(volume_ptr, grid_coords, ok, Z, Y, X, CHANNELS, C)
@@ -310,9 +322,9 @@ def _sdf_render_bwd_sdf_kernel(
             linear_bwd_weight(d_mlp_ptr + last + STRIDE + H + C, STRIDE, d_geo, e, None, PREC)
         for i in range(SDF_LAYERS - 1):
             l = SDF_LAYERS - 2 - i
-            slope, curvature = softplus_grads(x)
-            d_z = d_x * slope + x_hat * x_dot * curvature
-            z_hat = x_hat * slope
+            act_grad, ratio = softplus_grads(x)  # act', act'' / act'
+            d_z = d_x * act_grad + x_hat * x_dot * ratio  # x_dot * ratio = act'' z_dot
+            z_hat = x_hat * act_grad
             x = tl.load(activation_ptr(scratch_ptr, l, BLOCK_M, H))
             x_dot = tl.load(activation_ptr(tangents_ptr, l, BLOCK_M, H))
             layer_ptr, d_layer_ptr = sdf_mlp_ptr + l * H * STRIDE, d_mlp_ptr + l * H * STRIDE
@@ -335,12 +347,12 @@ def _sdf_render_bwd_sdf_kernel(
             vx = v[0] * tl.load(cells_per_unit_ptr)
             vy = v[1] * tl.load(cells_per_unit_ptr + 1)
             vz = v[2] * tl.load(cells_per_unit_ptr + 2)
-            for k in range(8):  # rolled: an atomic add has no latency to hide
+            for k in range(8):  # not unrolled: an atomic add has no latency to hide
                 row, row_ok, weight, bx, by, bz = corner(grid_coords, ok, Z, Y, X, k)
                 d_row = weight[:, None] * d_feature + (bx * vx + by * vy + bz * vz)[:, None] * feature_hat
                 c_ok = row_ok[:, None] & (c < CHANNELS)
                 tl.atomic_add(d_volume_ptr + row[:, None] * CHANNELS + c, d_row, mask=c_ok, sem="relaxed")
         else:
             tl.store(d_feature_ptr + n[:, None] * C + c, d_feature, mask=ok[:, None])
-            tl.store(d_slope_ptr + n[:, None] * C + c, feature_hat, mask=ok[:, None])
+            tl.store(feature_hat_ptr + n[:, None] * C + c, feature_hat, mask=ok[:, None])
             tl.store(cell_idx_ptr + n, cell_of(grid_coords, Z, Y, X), mask=ok)

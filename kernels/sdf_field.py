@@ -1,19 +1,21 @@
 """The neural field on a tile of samples: device functions of the kernels of `sdf_render`.
 
-Both MLPs (UniPAD's decoders) get the point p and a conditioning vector in every layer. With products of their matrices
-multiplied out,
+Both MLPs (UniPAD's decoders) get the point p, and in every layer a conditioning vector (see `sdf_reference`). With
+products of their matrices multiplied out,
 
     z_l = W_l x_l + A_l f + G_l geometry + E_l e,   x_{l+1} = act(z_l),   x_0 = 0,   e = (p, 1, direction, gradient)
 
-where f is the interpolated feature. The distance MLP (softplus) has no G, and its e is only (p, 1); the color MLP
-(ReLU) has all terms. The distance MLP's last z is (distance, geometry). The derivative of the softplus follows from its
+where f is the interpolated feature; in E_l, the columns of p are 0 for l > 0, and the column of 1 is the bias. The
+distance MLP (softplus) has no G, and its e is only (p, 1); the color MLP (ReLU) has all terms. The distance MLP's last
+z is (distance, geometry): geometry, [H], is an input of the color MLP. The derivative of the softplus follows from its
 value, act'(z) = 1 - exp(-100 act(z)), so no second array of activations is stored.
 
 An MLP is packed into one matrix [rows, STRIDE]: one row per output unit, layer after layer, with the columns of W, A, G
-and E side by side. Widths are powers of two from 16 on. `pack` pads with zeros, which changes no result: the outputs of
-padded rows are multiplied by padded columns only.
+and E side by side. C and H are powers of two from 16 on. `pack` pads with zeros, which changes no result: the outputs
+of padded rows are multiplied by padded columns only.
 
-Sizes: M samples per tile, C channels and H hidden units (padded), LAYERS of the MLP. PREC: input precision of `tl.dot`.
+Sizes: M samples per tile, CHANNELS of the volume and C the same padded, H hidden units (padded), LAYERS of the MLP.
+PREC: input precision of `tl.dot`. `tl.debug_barrier` is CUDA's __syncthreads.
 """
 
 import torch
@@ -24,34 +26,39 @@ from unipad.kernels.sdf_alpha import sigmoid
 from unipad.kernels.trilinear import axis_corner
 
 COLORS = tl.constexpr(16)  # rows of the color MLP's last layer: 3 and padding up to the minimum of tl.dot
-INPUTS = tl.constexpr(16)  # columns of E: p 3, 1, direction 3, gradient 3 and padding
+INPUTS = tl.constexpr(16)  # columns of E: p 0 to 2, the bias 3, direction 4 to 6, gradient 7 to 9, padding
 
 
 def pack(mlp, channels, rgb):
     """An MLP packed into one matrix [rows, STRIDE] for the kernels; autograd splits its gradient.
 
-    mlp: as in `sdf_reference`. With `rgb` it is the color MLP, conditioned on (direction, feature, gradient, geometry).
+    mlp: as in `sdf_reference`. With `rgb` it is the color MLP, conditioned on (direction, feature, gradient, geometry);
+    else the distance MLP, conditioned on the feature. channels: of the feature.
     """
-    A, bias, P, W = fold_batched(mlp)
-    hidden, zeros = len(P), A.new_zeros(len(A), INPUTS.value)
+    A, bias, WP, W = fold_batched(mlp)
+    hidden, zeros = len(WP), A.new_zeros(len(A), INPUTS.value)
     C, H = padded_width(channels), padded_width(hidden)
     pieces = A.split([3, channels, 3, hidden] if rgb else [channels], dim=1)
     direction, feature, gradient, geometry = pieces if rgb else (zeros[:, :3], *pieces, zeros[:, :3], zeros[:, :0])
     columns = [
-        F.pad(torch.cat(W[1:]), (0, H - hidden, hidden, 0)),
+        F.pad(torch.cat(W[1:]), (0, H - hidden, hidden, 0)),  # 0 in the rows of layer 0: x_0 = 0
         F.pad(feature, (0, C - channels)) if C > channels else feature,
         F.pad(geometry, (0, H - hidden)) if rgb and H > hidden else geometry,
-        F.pad(P, (0, 0, 0, len(A) - hidden)), bias, direction, gradient, zeros[:, :6],
+        F.pad(WP, (0, 0, 0, len(A) - hidden)), bias, direction, gradient, zeros[:, :6],  # E
     ]  # fmt: skip
     out = torch.cat(columns, dim=1)
     if H > hidden:
         layers = out.split([hidden] * (len(W) - 1) + [len(W[-1])])
         out = torch.cat([F.pad(layer, (0, 0, 0, H - hidden)) for layer in layers])
+    # the color MLP's last layer: from 3 + H - hidden rows to COLORS (removes rows of zeros if negative)
     return F.pad(out, (0, 0, 0, COLORS.value - 3 - (H - hidden))) if rgb else out
 
 
 def fold_batched(mlp):
-    """`sdf_reference.fold` in batched products: for six layers 25 operators instead of 55, forward and backward."""
+    """`sdf_reference.fold` in batched products: for six layers 25 operators instead of 55, forward and backward.
+
+    Needs as many outputs as hidden units in every layer but the last.
+    """
     P, q, *layers = mlp
     C, d, W, b = (layers[i::4] for i in range(4))
     inner = torch.stack(W[:-1])  # [L - 1, H, H]
@@ -71,21 +78,24 @@ def precision(exact):
     return "ieee" if torch.version.hip else "tf32x3" if exact else "tf32"
 
 
-# Launch parameters; untuned: never timed on a GPU
+# Launch parameters; untuned: on a GPU, no others were timed
 BLOCK_S = 32  # samples of a ray per tile, at most, in the kernels that walk along rays
 BLOCK_M = 64  # samples per tile (along rays: 2 rays x BLOCK_S); the rows of a Hopper matrix instruction
 WARPS = 4
-NARROW = 32  # fields with more channels or hidden units use tiles of half as many samples
-EXACT = 4  # factor by which tiles are smaller under tf32x3, which holds every operand in two parts
+MAX_NARROW = 32  # fields with more channels or hidden units ("wide") use tiles of half as many samples
+TF32X3_DIVISOR = 4  # tiles of BLOCK_M / 4 under tf32x3, in narrow and wide fields: it holds every operand in two parts
 PROGRAMS = 528  # programs per launch, at most: 4 per multiprocessor of an H100; each writes partial MLP gradients
 
 
 def sample_launch(N, options):
-    """Number of programs and launch options for kernels over N samples. A program loops over several tiles."""
-    narrow = max(options["C"], options["H"]) <= NARROW
+    """Number of programs and launch options for kernels over N samples. A program loops over several tiles.
+
+    options: constexpr arguments; C, H and PREC are read.
+    """
+    narrow = max(options["C"], options["H"]) <= MAX_NARROW
     block, warps = BLOCK_M if narrow else BLOCK_M // 2, WARPS
     if options["PREC"] == "tf32x3":  # when compiled with more warps, narrow fields spill more, wide ones less
-        block, warps = BLOCK_M // EXACT, WARPS // 2 if narrow else WARPS * 2
+        block, warps = BLOCK_M // TF32X3_DIVISOR, WARPS // 2 if narrow else WARPS * 2
     return min(PROGRAMS, triton.cdiv(N, block)), dict(BLOCK_M=block, num_warps=warps, num_stages=1)
 
 
@@ -99,7 +109,7 @@ def ray_launch(R, options):
 
 
 def new_scratch(like, programs, layers, H):
-    """[programs, layers, M, H] memory in which a program stores the activations of a tile."""
+    """Memory in which each program stores the activations of a tile, [programs, layers, M, H] with M <= BLOCK_M."""
     return like.new_empty(programs, layers, BLOCK_M, H)
 
 
@@ -126,12 +136,12 @@ def sample_on_ray(
 
 
 @triton.jit
-def corner(grid_coords, ok, Z, Y, X, K: tl.constexpr):
-    """Corner K of each sample's cell: its row in the volume, whether it exists, its weight, d weight / d (x, y, z)."""
+def corner(grid_coords, ok, Z, Y, X, k):
+    """Corner k of each sample's cell: its row in the volume, whether it exists, its weight, d weight / d (x, y, z)."""
     ux, uy, uz, first = grid_coords
-    z, z_ok, az, bz = axis_corner(uz, Z, K // 4)
-    y, y_ok, ay, by = axis_corner(uy, Y, K // 2 % 2)
-    x, x_ok, ax, bx = axis_corner(ux, X, K % 2)
+    z, z_ok, az, bz = axis_corner(uz, Z, k // 4)
+    y, y_ok, ay, by = axis_corner(uy, Y, k // 2 % 2)
+    x, x_ok, ax, bx = axis_corner(ux, X, k % 2)
     row = ((first + z) * Y + y) * X + x
     return row, ok & x_ok & y_ok & z_ok, az * ay * ax, az * ay * bx, az * by * ax, bz * ay * ax
 
@@ -156,11 +166,11 @@ def interpolate(volume_ptr, grid_coords, ok, Z, Y, X, CHANNELS, C: tl.constexpr)
 @triton.jit
 def interpolate_along(volume_ptr, grid_coords, ok, vx, vy, vz, Z, Y, X, CHANNELS, C: tl.constexpr):
     """Derivative [M, C] of the feature along v (in cells)."""
-    feature = tl.zeros((vx.shape[0], C), tl.float32)
+    along = tl.zeros((vx.shape[0], C), tl.float32)
     for k in range(8):
         row, row_ok, _, bx, by, bz = corner(grid_coords, ok, Z, Y, X, k)
-        feature += (bx * vx + by * vy + bz * vz)[:, None] * load_features(volume_ptr, row, row_ok, CHANNELS, C)
-    return feature
+        along += (bx * vx + by * vy + bz * vz)[:, None] * load_features(volume_ptr, row, row_ok, CHANNELS, C)
+    return along
 
 
 @triton.jit
@@ -187,8 +197,10 @@ def load_row(ptr, N: tl.constexpr):
 def to_tf32(x):
     """x rounded to tf32's 10-bit mantissa, ties away from 0; tensor cores would truncate.
 
-    Adds half a unit in the last place in fp32 arithmetic, which preserves infinities and NaNs.
+    Adds half a unit in the last place in fp32 arithmetic, which preserves infinities and NaNs (integer arithmetic on
+    the bits would not), and clears the other 13 bits.
     """
+    # the sign and exponent of x: +-2^e; half a unit is 2^(e - 11)
     power = (x.to(tl.int32, bitcast=True) & -0x800000).to(tl.float32, bitcast=True)
     return ((x + power * (1 / 2048)).to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
 
@@ -219,7 +231,7 @@ def linear_bwd_input(d_z, ptr, STRIDE: tl.constexpr, out, K: tl.constexpr, PREC:
 
 @triton.jit
 def linear_bwd_weight(ptr, STRIDE: tl.constexpr, a, b, out, PREC: tl.constexpr):
-    """Add out + a^T b ([M, N], [M, K] -> [N, K]) to columns of a packed gradient that only this program writes."""
+    """Add out (may be None) + a^T b ([M, N], [M, K] -> [N, K]) to columns of this program's own packed gradient."""
     out = product(tl.trans(a), b, out, PREC)
     out_ptr = ptr + tl.arange(0, out.shape[0])[:, None] * STRIDE + tl.arange(0, out.shape[1])[None, :]
     tl.store(out_ptr, tl.load(out_ptr) + out)
@@ -227,7 +239,7 @@ def linear_bwd_weight(ptr, STRIDE: tl.constexpr, a, b, out, PREC: tl.constexpr):
 
 @triton.jit
 def add_row(ptr, value):
-    """Add value [K] to a row of a packed gradient that only this program writes."""
+    """Add value [K] to a row of this program's own packed gradient."""
     out_ptr = ptr + tl.arange(0, value.shape[0])
     tl.store(out_ptr, tl.load(out_ptr) + value)
 
@@ -243,7 +255,7 @@ def columns(a, at: tl.constexpr):
 
 @triton.jit
 def sdf_inputs(point, one):
-    """e [M, INPUTS] of the distance MLP; with one = 0, its tangent along `point`."""
+    """e [M, INPUTS] of the distance MLP at `point`; given a vector v and one = 0, its tangent along v."""
     k = tl.arange(0, INPUTS)[None, :]
     x, y, z = point
     e = tl.where(k == 0, x[:, None], tl.where(k == 1, y[:, None], tl.where(k == 2, z[:, None], 0.0)))
@@ -263,7 +275,7 @@ def rgb_inputs(point, direction, gradient):
 
 @triton.jit
 def softplus(z):
-    """log(1 + exp(100 z)) / 100; exactly z above the threshold of torch's softplus."""
+    """log(1 + exp(100 z)) / 100; exactly z where 100 z > 20. Both numbers are those of `sdf_reference`."""
     value = tl.maximum(z, 0.0) + 0.01 * tl.log(1.0 + tl.exp(-100.0 * tl.abs(z)))
     return tl.where(100.0 * z > 20.0, z, value)
 
@@ -301,15 +313,15 @@ def sdf_hidden(
 
 @triton.jit
 def distance(x, feature, mlp_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr):
-    """The distance [M], from the last layer's input x."""
+    """The distance [M], from the last layer's input x: row 0 of that layer."""
     layer_ptr = mlp_ptr + (LAYERS - 1) * H * (C + H + INPUTS)
     sdf = tl.sum(x * load_row(layer_ptr, H), axis=1) + tl.sum(feature * load_row(layer_ptr + H, C), axis=1)
-    return sdf + tl.load(layer_ptr + H + C + 3)
+    return sdf + tl.load(layer_ptr + H + C + 3)  # the bias
 
 
 @triton.jit
 def geometry(x, feature, mlp_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr):
-    """The geometry [M, H], from the last layer's input x."""
+    """The geometry [M, H], from the last layer's input x: the rows from 1 on of that layer."""
     STRIDE: tl.constexpr = C + H + INPUTS
     layer_ptr = mlp_ptr + ((LAYERS - 1) * H + 1) * STRIDE
     bias = tl.load(layer_ptr + C + H + 3 + tl.arange(0, H) * STRIDE)[None, :]
@@ -335,10 +347,11 @@ def distance_bwd(
         d_feature = linear_bwd_input(d_z, layer_ptr + H, STRIDE, d_feature, C, PREC)
         d_x = linear_bwd_input(d_z, layer_ptr, STRIDE, tl.zeros((1, H), tl.float32), H, PREC)
         x = tl.load(activation_ptr(scratch_ptr, l, M, H))
-    px = tl.load(mlp_ptr + C + H + tl.arange(0, H) * STRIDE)[None, :]
-    py = tl.load(mlp_ptr + C + H + 1 + tl.arange(0, H) * STRIDE)[None, :]
-    pz = tl.load(mlp_ptr + C + H + 2 + tl.arange(0, H) * STRIDE)[None, :]
-    return tl.sum(d_z * px, axis=1), tl.sum(d_z * py, axis=1), tl.sum(d_z * pz, axis=1), d_feature
+    # d_z is now that of layer 0; columns of p in E_0
+    ex = tl.load(mlp_ptr + C + H + tl.arange(0, H) * STRIDE)[None, :]
+    ey = tl.load(mlp_ptr + C + H + 1 + tl.arange(0, H) * STRIDE)[None, :]
+    ez = tl.load(mlp_ptr + C + H + 2 + tl.arange(0, H) * STRIDE)[None, :]
+    return tl.sum(d_z * ex, axis=1), tl.sum(d_z * ey, axis=1), tl.sum(d_z * ez, axis=1), d_feature
 
 
 @triton.jit
@@ -364,7 +377,7 @@ def rgb_hidden(
 def color_of(
     x, e, feature, geo, mlp_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr
 ):  # fmt: skip
-    """The color [M, COLORS] in [0, 1], from the last layer's input x."""
+    """The color [M, COLORS] in [0, 1], from the last layer's input x; columns from 3 on are padding (0.5)."""
     STRIDE: tl.constexpr = C + 2 * H + INPUTS
     layer_ptr = mlp_ptr + (LAYERS - 1) * H * STRIDE
     z = linear(e, layer_ptr + C + 2 * H, STRIDE, tl.zeros((1, COLORS), tl.float32), COLORS, PREC)
@@ -374,9 +387,10 @@ def color_of(
 
 @triton.jit
 def opacity(sdf, gradient, direction, delta, density_param, NEUS: tl.constexpr):
-    """alpha before clipping, the slope along the ray (VolSDF: unused) and two values for the backward, each [M].
+    """alpha before clipping, the SDF's slope along the ray before clipping, and two values for the backward; [M] each.
 
-    The two values are NeuS's CDFs at the interval's ends, or VolSDF's tail and density.
+    The two values are NeuS's CDFs at the interval's ends, or VolSDF's tail and density (see `sdf_alpha`). VolSDF needs
+    no slope: the distance stands in its place.
     """
     if NEUS:
         slope = gradient[0] * direction[0] + gradient[1] * direction[1] + gradient[2] * direction[2]
@@ -385,13 +399,16 @@ def opacity(sdf, gradient, direction, delta, density_param, NEUS: tl.constexpr):
         return (prev_cdf - next_cdf + 1e-5) / (prev_cdf + 1e-5), slope, prev_cdf, next_cdf
     else:
         tail = tl.exp(-tl.abs(sdf) / density_param) / 2
-        laplace = tl.where(sdf < 0, 1.0 - tail, tail) / density_param
-        return 1.0 - tl.exp(-laplace * delta), sdf, tail, laplace
+        density = tl.where(sdf < 0, 1.0 - tail, tail) / density_param
+        return 1.0 - tl.exp(-density * delta), sdf, tail, density
 
 
 @triton.jit
 def ray_tile(edges_ptr, group, tile, R, S, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Samples [BLOCK_R * BLOCK_S] of a tile, ray by ray: ray and sample index, whether it exists, start and length."""
+    """Samples [BLOCK_R * BLOCK_S] of a tile, ray by ray: ray and sample index, whether it exists, start and length.
+
+    group: index of the BLOCK_R rays; tile: index of the BLOCK_S samples on them; sample index: of all R * S.
+    """
     m = tl.arange(0, BLOCK_R * BLOCK_S).to(tl.int64)
     r = group * BLOCK_R + m // BLOCK_S
     s = tile * BLOCK_S + m % BLOCK_S

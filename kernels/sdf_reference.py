@@ -9,15 +9,16 @@ W_l C_l (stacked: A), W_0 P and the biases are multiplied out once per call, so 
 
     z_0 = A_0 c + W_0 P p,   z_l = A_l c + W_l x_l      (biases likewise)
 
-The gradient of the distance is a reverse pass written in ordinary torch operations, with z^_l = d sdf / d z_l and the
+The last z of the distance MLP is (distance, geometry); the geometry [H] is an input of the color MLP. The gradient of
+the distance is a reverse pass written in ordinary torch operations, with z^_l = d sdf / d z_l, L layers, and the
 interpolated feature f, which is the conditioning vector of the distance MLP:
 
-    z^_{L-1} = e_0,   z^_{l-1} = act'(z_{l-1}) * (W_l^T z^_l)
+    z^_{L-1} = (1, 0, ...),   z^_{l-1} = act'(z_{l-1}) * (W_l^T z^_l)
     d sdf / d f = sum_l A_l^T z^_l,   gradient = (W_0 P)^T z^_0 + sum_i (d sdf / d f_i) (d f_i / d p)
 
-so first-order autograd trains through it: no double backward. Samples are the columns of every matrix here: the rows
-of one layer are then contiguous. An MLP is a list of tensors: P [H, 3], q [H], then C_l [H, K], d_l [H], W_l [n_l, H],
-b_l [n_l] of each layer, at least two.
+so first-order autograd trains through it: no double backward. Samples are the columns of x, z and z^: the rows of one
+layer are then contiguous. An MLP is a list of tensors: P [H, 3], q [H], then C_l [H, K], d_l [H], W_l [n_l, H],
+b_l [n_l] of each layer, at least two layers. H hidden units, K entries of c; n_l = H but in the last layer.
 """
 
 import torch
@@ -66,10 +67,11 @@ def decode(feature, slope, points, directions, mlps, cells_per_unit):
     feature, slope = feature.flatten(0, 1), slope.flatten(0, 1)  # [N, C], [N, 3, C] with N = R * S
     points = points.flatten(0, 1).t()  # [3, N]
 
-    A, bias, P, W = fold(sdf_mlp)
+    A, bias, WP, W = fold(sdf_mlp)
     widths = [len(w) for w in W]
+    # A_l f and the biases, by layer
     first, *inner, last = torch.addmm(bias, A, feature.t()).split(widths)
-    x, act_grad = Softplus.apply(torch.addmm(first, P, points))
+    x, act_grad = Softplus.apply(torch.addmm(first, WP, points))
     act_grads = [act_grad]
     for w, a in zip(W[1:], inner, strict=False):
         x, act_grad = Softplus.apply(torch.addmm(a, w, x))
@@ -77,22 +79,22 @@ def decode(feature, slope, points, directions, mlps, cells_per_unit):
     last = torch.addmm(last, W[-1], x)
     sdf, geometry = last[0], last[1:]
 
-    z_hat = [W[-1][0][:, None] * act_grads.pop()]
+    z_hat = [W[-1][0][:, None] * act_grads.pop()]  # of the layers before the last, backwards
     for w in W[-2:0:-1]:
         z_hat.append((w.t() @ z_hat[-1]) * act_grads.pop())
-    rows = sum(widths[:-1])
-    d_feature = torch.addmm(A[rows], torch.cat(z_hat[::-1]).t(), A[:rows])  # [N, C]
-    gradient = z_hat[-1].t() @ P + cells_per_unit * (slope * d_feature[:, None]).sum(-1)  # [N, 3]
+    rows = sum(widths[:-1])  # of A before the last layer; row 0 of the last layer is the distance's
+    sdf_by_feature = torch.addmm(A[rows], torch.cat(z_hat[::-1]).t(), A[:rows])  # [N, C] d sdf / d f
+    gradient = z_hat[-1].t() @ WP + cells_per_unit * (slope * sdf_by_feature[:, None]).sum(-1)  # [N, 3]
 
     if rgb_mlp is None:
         return sdf.view(R, S), gradient.view(R, S, 3), points.new_zeros(R, S, 3)
     directions = directions.t()[:, :, None].expand(3, R, S).flatten(1)
-    A, out, P, W = fold(rgb_mlp)
+    A, out, WP, W = fold(rgb_mlp)  # out: the biases, to which the products with A are added
     conditions = [directions, feature.t(), gradient.t(), geometry]
     for a, part in zip(A.split([len(part) for part in conditions], dim=1), conditions, strict=True):
         out = torch.addmm(out, a, part)
     first, *inner = out.split([len(w) for w in W])
-    x = torch.addmm(first, P, points)
+    x = torch.addmm(first, WP, points)
     for w, a in zip(W[1:], inner, strict=True):
         x = torch.addmm(a, w, x.relu())
     return sdf.view(R, S), gradient.view(R, S, 3), x.sigmoid().t().reshape(R, S, 3)
@@ -101,18 +103,18 @@ def decode(feature, slope, points, directions, mlps, cells_per_unit):
 def decode_sdf(feature, points, sdf_mlp):
     """Signed distance [R, S] from features [R, S, C] at points [R, S, 3]; differentiable like `decode`."""
     feature, shape, points = feature.flatten(0, 1), points.shape[:2], points.flatten(0, 1).t()
-    A, bias, P, W = fold(sdf_mlp)
+    A, bias, WP, W = fold(sdf_mlp)
     widths = [*(len(w) for w in W[:-1]), 1]  # of the last layer, only the distance
     rows = sum(widths)
     first, *inner, last = torch.addmm(bias[:rows], A[:rows], feature.t()).split(widths)
-    x, _ = Softplus.apply(torch.addmm(first, P, points))
+    x, _ = Softplus.apply(torch.addmm(first, WP, points))
     for w, a in zip(W[1:], inner, strict=False):
         x, _ = Softplus.apply(torch.addmm(a, w, x))
     return torch.addmm(last, W[-1][:1], x)[0].view(shape)
 
 
 def fold(mlp):
-    """A [sum n_l, K], the biases [sum n_l, 1], W_0 P [H, 3], and the list of W_l."""
+    """A [sum n_l, K], the biases [sum n_l, 1], W_0 P [H, 3] (WP in the code), and the list of W_l."""
     P, q, *layers = mlp
     C, d, W, b = (layers[i::4] for i in range(4))
     A = torch.cat([w @ c for w, c in zip(W, C, strict=True)])
@@ -126,15 +128,15 @@ class Softplus(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z):
-        # Beyond the threshold, 80 acts as infinity: the slope is exactly 1 and the value exactly z, as in torch.
+        # Beyond the threshold, 80 acts as infinity: the derivative is exactly 1, the value exactly z, as in torch.
         # log(sigmoid(|x|)), not -log1p(exp(-|x|)): exp and log1p take a slow path on a CPU where results are tiny.
         x = F.threshold(-SHARPNESS * z, -THRESHOLD, -80, inplace=True).clamp_(max=80)  # -SHARPNESS z
-        slope = x.neg().sigmoid_()
-        ctx.save_for_backward(slope)
-        return z.relu().sub_(x.abs_().sigmoid_().log_(), alpha=1 / SHARPNESS), slope
+        act_grad = x.neg().sigmoid_()
+        ctx.save_for_backward(act_grad)
+        return z.relu().sub_(x.abs_().sigmoid_().log_(), alpha=1 / SHARPNESS), act_grad
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, d_out, d_slope):
-        (slope,) = ctx.saved_tensors
-        return slope * (d_out + SHARPNESS * d_slope * (1 - slope))
+    def backward(ctx, d_out, d_act_grad):
+        (act_grad,) = ctx.saved_tensors
+        return act_grad * (d_out + SHARPNESS * d_act_grad * (1 - act_grad))

@@ -1,11 +1,14 @@
 """Render rays through a feature volume to depth and color, with one hand-written backward.
 
-    f = volume at p,  (sdf, geometry) = MLP(p, f),  g = d sdf / d p,  rgb = MLP(p, direction, f, g, geometry)
+    f = volume at p,  (sdf, geometry) = distance MLP(p, f),  g = d sdf / d p
+    rgb = color MLP(p, direction, f, g, geometry)
     alpha from (sdf, g) as in `sdf_alpha`,  compositing as in `composite`
 
-Colors and opacities depend on g, so training needs second derivatives of the distance: see kernels/sdf_backward.py.
+where geometry is a vector of H numbers. Colors and opacities depend on g, so training needs second derivatives of the
+distance: see kernels/sdf_backward.py.
 
-Sizes: R rays, S samples on each, N = R * S, C channels, H hidden units, M samples per tile.
+Sizes: R rays, S samples on each, N = R * S, C channels, H hidden units, M samples per tile. In kernels, C and H are
+padded, CHANNELS is the volume's C.
 """
 
 from collections.abc import Sequence
@@ -44,16 +47,16 @@ from unipad.kernels.sdf_field import (
 from unipad.kernels.sdf_reference import field_ref, values_ref
 
 METHODS = ("neus", "volsdf")
-WIDTHS, LAYERS = (16, 64), (2, 8)  # (smallest, largest): channels and hidden units, layers of an MLP
+WIDTH_RANGE, LAYERS_RANGE = (16, 64), (2, 8)  # (smallest, largest): channels and hidden units, layers of an MLP
 
 
 def kernels_support(
     method: str, dtype: torch.dtype, channels: int, hidden: int, sdf_layers: int, rgb_layers: int
 ) -> bool:
     """Whether the kernels support a field of these sizes. `rgb_layers`: 0 if color is not rendered."""
-    wide = all(WIDTHS[0] <= n <= WIDTHS[1] for n in (channels, hidden))
-    deep = all(LAYERS[0] <= n <= LAYERS[1] for n in (sdf_layers, rgb_layers or sdf_layers))
-    return method in METHODS and dtype == torch.float32 and wide and deep
+    width_fits = all(WIDTH_RANGE[0] <= n <= WIDTH_RANGE[1] for n in (channels, hidden))
+    depth_fits = all(LAYERS_RANGE[0] <= n <= LAYERS_RANGE[1] for n in (sdf_layers, rgb_layers or sdf_layers))
+    return method in METHODS and dtype == torch.float32 and width_fits and depth_fits
 
 
 def sdf_render(
@@ -77,21 +80,22 @@ def sdf_render(
         exact:  compute the MLPs' matrix products with fp32 accuracy (tf32x3) instead of tf32 (operands rounded to a
                 10-bit mantissa). tf32x3 computes three products instead of one, in tiles of a quarter of the samples;
                 its cost was not measured on a GPU.
-        stop:   transmittance below which kernels stop marching a ray; rays that miss count as stopped. 0: off; above 0
-                only under `no_grad`. Skipped samples have weight, distance and gradient 0; `rgb` is off by less than
-                `stop`, `depth` by less than `stop` times the ray's length.
+        stop:   transmittance below which a ray needs no more samples; a ray that misses needs none. Kernels skip the
+                tiles of samples, from the second on, that no ray in them needs. 0: off; above 0 only under `no_grad`.
+                Skipped samples have weight, distance and gradient 0; `rgb` is off by less than `stop`, `depth` by
+                less than `stop` times the ray's length.
 
     Returns:
         rgb:      [R, 3], black background; 0 without the color MLP.
-        depth:    [R] sum of weight * start, divided by the sum of weights + 1e-10.
+        depth:    [R] sum of weight * start of the interval, divided by the sum of weights + 1e-10.
         weights:  [R, S] weight of each sample.
         sdf:      [R, S] signed distance at the samples.
         gradient: [R, S, 3] d sdf / d point.
 
     Differentiable once, through every output, w.r.t. `volume`, the MLPs and `density_param`. fp32. The host never waits
     for the device. Kernels add atomically to the gradient of `volume`, so its last bits vary from run to run; under
-    strict determinism samples are sorted by cell and summed instead. Raises AssertionError if shapes do not match or
-    `kernels_support` is False for the field.
+    `torch.use_deterministic_algorithms(True)` samples are sorted by cell and summed instead. Raises AssertionError if
+    shapes do not match, `kernels_support` is False for the field, or `stop` is above 0 with gradients enabled.
     """
     _check(volume, rays, edges, mlps, density_param, cells, method)
     assert not (stop and torch.is_grad_enabled()), "rays that stop early have no gradients: render under no_grad"
@@ -188,7 +192,7 @@ def _check_field(volume, rays, starts, sdf_mlp, cells):
 def _pack(volume, mlps):
     """Both packed MLPs (an empty tensor without a color MLP) and the kernels' sizes."""
     (sdf, rgb), channels = mlps, volume.shape[4]
-    packs = [pack(sdf, channels, False), volume.new_empty(0) if rgb is None else pack(rgb, channels, True)]
+    packs = [pack(sdf, channels, rgb=False), volume.new_empty(0) if rgb is None else pack(rgb, channels, rgb=True)]
     sizes = dict(C=padded_width(channels), H=padded_width(len(sdf[0])))
     return packs, sizes | dict(SDF_LAYERS=len(sdf[2::4]), RGB_LAYERS=0 if rgb is None else len(rgb[2::4]))
 
@@ -249,6 +253,7 @@ def _sdf_values_kernel(
         origins_ptr, directions_ptr, volume_idx_ptr, cells_per_unit_ptr, cell_offset_ptr, r, start, ok, Z
     )
     feature = interpolate(volume_ptr, grid_coords, ok, Z, Y, X, CHANNELS, C)
+    # False: nothing is stored, so the second mlp_ptr, in place of scratch, is not used
     x = sdf_hidden(sdf_inputs(point, 1.0), feature, mlp_ptr, mlp_ptr, False, C, H, LAYERS, PREC)
     tl.store(sdf_ptr + n, distance(x, feature, mlp_ptr, C, H, LAYERS), mask=ok)
 
@@ -285,9 +290,11 @@ def _sdf_render_fwd_kernel(
             feature = interpolate(volume_ptr, grid_coords, ok, Z, Y, X, CHANNELS, C)
             x = sdf_hidden(sdf_inputs(point, 1.0), feature, sdf_mlp_ptr, scratch_ptr, True, C, H, SDF_LAYERS, PREC)
             sdf = distance(x, feature, sdf_mlp_ptr, C, H, SDF_LAYERS)
-            tl.debug_barrier()  # other threads read the scratch
-            qx, qy, qz, d_feature = distance_bwd(x, sdf_mlp_ptr, scratch_ptr, C, H, SDF_LAYERS, PREC)
-            gx, gy, gz = interpolate_bwd_coords(volume_ptr, grid_coords, ok, d_feature, Z, Y, X, CHANNELS, C)
+            tl.debug_barrier()  # CUDA's __syncthreads: other threads read the scratch
+            # d sdf / d p at a fixed feature, d sdf / d f
+            qx, qy, qz, sdf_by_feature = distance_bwd(x, sdf_mlp_ptr, scratch_ptr, C, H, SDF_LAYERS, PREC)
+            # ... through the feature, per cell
+            gx, gy, gz = interpolate_bwd_coords(volume_ptr, grid_coords, ok, sdf_by_feature, Z, Y, X, CHANNELS, C)
             gx = gx * tl.load(cells_per_unit_ptr) + qx
             gy = gy * tl.load(cells_per_unit_ptr + 1) + qy
             gz = gz * tl.load(cells_per_unit_ptr + 2) + qz
@@ -296,13 +303,13 @@ def _sdf_render_fwd_kernel(
             alpha, _, _, _ = opacity(sdf, gradient, direction, delta, density_param, NEUS)
             hit = ok & tl.load(hit_ptr + r, mask=ok, other=0)
             alpha = tl.reshape(tl.where(hit, tl.minimum(tl.maximum(alpha, 0.0), 1.0), 0.0), (BLOCK_R, BLOCK_S))
-            # 1 behind the last sample; k >= 1e-7, so dividing by it is safe
+            # transmittance of each sample, 1 beyond the last; k >= 1e-7, so dividing by it is safe
             k = tl.where(tl.reshape(ok, (BLOCK_R, BLOCK_S)), 1.0 - alpha + 1e-7, 1.0)
-            through = passed[:, None] * tl.cumprod(k, axis=1)
-            trans = through / k
+            through = passed[:, None] * tl.cumprod(k, axis=1)  # transmittance behind the sample
+            trans = through / k  # before the sample
             weight = trans * alpha
-            last = tl.arange(0, BLOCK_S)[None, :] == BLOCK_S - 1
-            passed = tl.sum(tl.where(last, through, 0.0), axis=1)
+            is_last = tl.arange(0, BLOCK_S)[None, :] == BLOCK_S - 1
+            passed = tl.sum(tl.where(is_last, through, 0.0), axis=1)
             total += tl.sum(weight, axis=1)
             depth_sum += tl.sum(weight * tl.reshape(start, (BLOCK_R, BLOCK_S)), axis=1)
             flat_weight = tl.reshape(weight, (BLOCK_R * BLOCK_S,))
@@ -313,6 +320,7 @@ def _sdf_render_fwd_kernel(
             if RGB_LAYERS > 0:
                 geo = geometry(x, feature, sdf_mlp_ptr, C, H, SDF_LAYERS, PREC)
                 e = rgb_inputs(point, direction, gradient)
+                # False: stores nothing
                 x = rgb_hidden(e, feature, geo, rgb_mlp_ptr, scratch_ptr, False, C, H, RGB_LAYERS, PREC)
                 color = color_of(x, e, feature, geo, rgb_mlp_ptr, C, H, RGB_LAYERS, PREC)
                 channel = tl.arange(0, COLORS)[None, :]
@@ -324,7 +332,7 @@ def _sdf_render_fwd_kernel(
             tl.debug_barrier()  # the next tile overwrites the scratch
             tile += 1
             if STOP > 0:
-                tiles = tl.where(tl.max(passed, axis=0) < STOP, tile, tiles)
+                tiles = tl.where(tl.max(passed, axis=0) < STOP, tile, tiles)  # ends the loop
         r = group * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
         tl.store(depth_ptr + r, depth_sum / (total + 1e-10), mask=r < R)
         tl.store(total_ptr + r, total, mask=r < R)

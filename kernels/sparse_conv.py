@@ -30,7 +30,8 @@ def sparse_conv(
         weight:       [Cout, kz, ky, kx, Cin] any floating type, rounded to the features' type; K = kz * ky * kx.
         neighbor_idx: [K, M] int32, the row of `features` that an output reads at an offset, -1 for none; no row is
                       read twice at one offset. Not checked. Or a `NeighborTable`, which caches the layouts that kernels
-                      derive from it for all convolutions and gradients; for a tensor they are computed on every call.
+                      derive from it for all convolutions and gradients; for a tensor they are computed on every call,
+                      unless a `NeighborTable` of this tensor exists.
         inverse_idx:  [K, N] int32, the inverse: m where neighbor_idx[k, m] = n, else -1. Not checked. Or its
                       `NeighborTable`. None: the inverse is neighbor_idx.flip(0), as for a submanifold convolution
                       with an odd kernel; gradients then use the cache of `neighbor_idx`.
@@ -52,7 +53,7 @@ def sparse_conv_ref(features, weight, neighbor_idx, inverse_idx, allow_tf32=Fals
     """`sparse_conv` in plain PyTorch; multiplies in the accumulation type."""
     _check_inverse(features, neighbor_idx, inverse_idx)
     features = _check(features, weight, neighbor_idx)
-    return _run(features, weight, neighbor_idx, inverse_idx, allow_tf32, True)
+    return _run(features, weight, neighbor_idx, inverse_idx, allow_tf32, reference=True)
 
 
 def sparse_conv_act(
@@ -81,7 +82,7 @@ def sparse_conv_act_ref(
 ):  # fmt: skip
     """`sparse_conv_act` in plain PyTorch."""
     return _run_act(
-        *_check_act(features, weight, neighbor_idx, scale, shift, residual), relu, allow_tf32, True
+        *_check_act(features, weight, neighbor_idx, scale, shift, residual), relu, allow_tf32, reference=True
     )  # fmt: skip
 
 
@@ -127,7 +128,8 @@ def _tensor(table):
     return table.idx if isinstance(table, NeighborTable) else table
 
 
-def _run(features, weight, neighbor_idx, inverse_idx, *options):
+def _run(features, weight, neighbor_idx, inverse_idx, allow_tf32, reference):
+    options = allow_tf32, reference
     if torch.compiler.is_compiling():
         return _sparse_conv_op(features, weight, _tensor(neighbor_idx), _tensor(inverse_idx), *options)
     table = NeighborTable.of(neighbor_idx)
@@ -137,25 +139,27 @@ def _run(features, weight, neighbor_idx, inverse_idx, *options):
     return SparseConv.apply(features, weight, table, inverse, *options)
 
 
-def _run_act(features, weight, neighbor_idx, *rest):
+def _run_act(features, weight, neighbor_idx, scale, shift, residual, relu, allow_tf32, reference):
+    rest = scale, shift, residual, relu, allow_tf32, reference
     if torch.compiler.is_compiling():
         return _sparse_conv_act_op(features, weight, _tensor(neighbor_idx), *rest)
     return _forward_act(features, weight, neighbor_idx, *rest)
 
 
-# The registered ops call these three functions with tensors; eager mode calls them with `NeighborTable`s too
+# Compiled code calls these three functions with tensors, through the `torch.library` ops below; eager mode calls them
+# with `NeighborTable`s too
 
 
 def _forward(
     features: Tensor, weight: Tensor, neighbor_idx: Tensor, inverse_idx: Tensor | None, allow_tf32: bool,
     reference: bool,
 ) -> Tensor:  # fmt: skip
-    """`sparse_conv`; `inverse_idx` is for the backward."""
+    """`sparse_conv`; `inverse_idx` is not read: the backward takes it from the arguments."""
     table = NeighborTable.of(neighbor_idx)
-    kernel = weight.to(features.dtype).flatten(1, 3)  # [Cout, K, Cin]
+    flat = weight.to(features.dtype).flatten(1, 3)  # [Cout, K, Cin]
     if reference:
-        return gather_gemm_ref(features, kernel.permute(1, 2, 0), table).to(features.dtype)
-    return gather_gemm(features, kernel, table, allow_tf32)
+        return gather_gemm_ref(features, flat.permute(1, 2, 0), table).to(features.dtype)
+    return gather_gemm(features, flat, table, allow_tf32)
 
 
 def _forward_act(
@@ -164,9 +168,10 @@ def _forward_act(
 ) -> Tensor:  # fmt: skip
     """`sparse_conv_act`."""
     table = NeighborTable.of(neighbor_idx)
-    kernel = weight.to(features.dtype).flatten(1, 3)
-    if not reference and min(*features.shape, *kernel.shape, table.idx.shape[1]):
-        return gather_gemm(features, kernel, table, allow_tf32, act=(scale, shift, residual, relu))
+    flat = weight.to(features.dtype).flatten(1, 3)  # [Cout, K, Cin]
+    # if anything is empty, `gather_gemm` returns zeros, without shift and residual
+    if not reference and min(*features.shape, *flat.shape, table.idx.shape[1]):
+        return gather_gemm(features, flat, table, allow_tf32, act=(scale, shift, residual, relu))
 
     def finish(out, rows):
         if scale is not None:
@@ -178,7 +183,7 @@ def _forward_act(
         if relu:
             out.relu_()
 
-    return gather_gemm_ref(features, kernel.permute(1, 2, 0), table, finish).to(features.dtype)
+    return gather_gemm_ref(features, flat.permute(1, 2, 0), table, finish).to(features.dtype)
 
 
 def _backward(
@@ -186,26 +191,27 @@ def _backward(
     for_features: bool, for_weight: bool, allow_tf32: bool, reference: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients w.r.t. the features and the weights; empty where not needed."""
-    mirrored = inverse_idx is None
+    mirrored = inverse_idx is None  # the inverse is neighbor_idx.flip(0), read in place of being made
     table = NeighborTable.of(neighbor_idx)
     inverse = table if mirrored else NeighborTable.of(inverse_idx)
     if reference:
-        kernel = weight.to(features.dtype).flatten(1, 3)
-        d_features, d_weight = backward_ref(features, kernel, d_out, inverse, mirrored, for_features, for_weight)
+        flat = weight.to(features.dtype).flatten(1, 3)  # [Cout, K, Cin]
+        d_features, d_weight = backward_ref(features, flat, d_out, inverse, mirrored, for_features, for_weight)
     else:
         if for_features:
             # one copy casts and transposes: [Cin, K, Cout]
-            kernel = weight.flatten(1, 3).permute(2, 1, 0).to(features.dtype, memory_format=torch.contiguous_format)
-            d_features = gather_gemm(d_out, kernel, inverse, allow_tf32, mirrored)
+            flat = weight.flatten(1, 3).permute(2, 1, 0).to(features.dtype, memory_format=torch.contiguous_format)
+            d_features = gather_gemm(d_out, flat, inverse, allow_tf32, mirrored)
         if for_weight:
-            d_weight = d_weight_of(features, d_out, table, allow_tf32, mirrored)
+            d_weight = d_weight_of(features, d_out, table, allow_tf32, submanifold=mirrored)
     return (
         d_features.to(features.dtype) if for_features else features.new_empty(0),
         d_weight.to(weight.dtype).reshape(weight.shape) if for_weight else weight.new_empty(0),
     )
 
 
-# For torch.compile, which does not trace into these. Not used otherwise: a call costs tens of microseconds more.
+# For torch.compile, which does not trace into these. Not used otherwise: a call costs tens of microseconds more than
+# one of the function.
 _sparse_conv_op = torch.library.custom_op("unipad::sparse_conv", _forward, mutates_args=())
 _sparse_conv_act_op = torch.library.custom_op("unipad::sparse_conv_act", _forward_act, mutates_args=())
 _sparse_conv_bwd_op = torch.library.custom_op("unipad::sparse_conv_bwd", _backward, mutates_args=())
@@ -230,7 +236,7 @@ def _(features, weight, neighbor_idx, inverse_idx, d_out, for_features, for_weig
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.allow_tf32, ctx.reference = inputs
     ctx.save_for_backward(*tensors)
-    ctx.tables = ()
+    ctx.tables = ()  # they are among the tensors
 
 
 def _gradients(ctx, d_out, backward):
@@ -243,7 +249,7 @@ _sparse_conv_op.register_autograd(partial(_gradients, backward=_sparse_conv_bwd_
 
 
 class SparseConv(torch.autograd.Function):
-    """`sparse_conv` for two `NeighborTable`s."""
+    """`sparse_conv` in eager mode: neighbor_idx is a `NeighborTable`, inverse_idx another or None."""
 
     forward = staticmethod(_forward)
 

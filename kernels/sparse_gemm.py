@@ -22,7 +22,8 @@ def gather_gemm(features, weight, table, allow_tf32, mirrored=False, act=(None, 
     mirrored: the table's offsets are in the reverse order of the weights'.
     act:      scale, shift, residual and relu of `sparse_conv_act`.
 
-    Every output is summed by one program, in the order of the offsets.
+    Every output is summed by one program, in the order of the offsets. If anything is empty, returns zeros, without
+    `act`.
     """
     (O, K, I), M = weight.shape, table.idx.shape[1]
     features, weight = features.contiguous(), weight.contiguous()
@@ -50,30 +51,31 @@ def gather_gemm(features, weight, table, allow_tf32, mirrored=False, act=(None, 
     return out
 
 
-def d_weight_of(features, d_out, table, allow_tf32, mirrored=False):
+def d_weight_of(features, d_out, table, allow_tf32, submanifold=False):
     """Features [N, I], d_out [M, O] and a `NeighborTable` [K, M] -> [O, K, I] fp32, offsets in the order of the table.
 
-    mirrored: the table is that of a submanifold convolution with an odd kernel, where most rows have several neighbors
-        and share many of them.
+    submanifold: the table is that of a submanifold convolution with an odd kernel, where most rows have several
+        neighbors and share many of them.
 
-    The sums of chunks of pairs, or of blocks of rows, are added in a fixed order.
+    The sums of chunks of pairs, or of parts of the rows, are added in a fixed order.
     """
     (N, I), (M, O), K = features.shape, d_out.shape, len(table.idx)
     d_weight = features.new_empty(O, K, I, dtype=torch.float32)
     if not min(N, M, I, O):
         return d_weight.zero_()
     features, d_out = features.contiguous(), d_out.contiguous()
-    if _in_groups(features.dtype, K, I, O, mirrored):
+    if _in_groups(features.dtype, K, I, O, submanifold):
         return _d_weight_of_groups(features, d_out, table.idx)
-    max_block = min(_limits(features.dtype, I, O, allow_tf32)[1], 128)
+    _, max_block = _limits(features.dtype, I, O, allow_tf32)
     block_i, block_o = (_block(channels, max_block) for channels in (I, O))
-    grid = triton.cdiv(I, block_i) * triton.cdiv(O, block_o)
-    chunks = table.chunks(_max_chunks(K, M, I, O, grid), MIN_PAIRS, 2 * BLOCK_R)
+    tiles = triton.cdiv(I, block_i) * triton.cdiv(O, block_o)  # of [O, I]
+    # chunks are multiples of the largest candidate's step
+    chunks = table.chunks(_max_chunks(K, M, I, O, tiles), min_pairs=MIN_PAIRS, multiple=2 * BLOCK_R)
     partial = features.new_empty(len(chunks.first), O, I, dtype=torch.float32)
 
     def launch(candidate):
         (block_r, stages), pairs = candidate, table.pairs()
-        _d_weight_kernel[(len(chunks.first), grid)](
+        _d_weight_kernel[(len(chunks.first), tiles)](
             features_ptr=features, d_out_ptr=d_out, read_idx_ptr=pairs.read_idx, row_idx_ptr=pairs.row_idx,
             first_ptr=chunks.first, end_ptr=chunks.end, partial_ptr=partial, I=I, O=O,
             PRECISION=_precision(allow_tf32), WIDEN=_widen(features),
@@ -82,7 +84,7 @@ def d_weight_of(features, d_out, table, allow_tf32, mirrored=False):
         )  # fmt: skip
 
     kind = "d_weight", features.dtype, allow_tf32, K, I, O, M
-    candidates = [(BLOCK_R, STAGES), (2 * BLOCK_R, STAGES), (BLOCK_R, FEWER_STAGES)]
+    candidates = [(BLOCK_R, STAGES), (2 * BLOCK_R, STAGES), (BLOCK_R, FEWER_STAGES)]  # (pairs per step, stages)
     if features.dtype == torch.float32 and not allow_tf32:
         candidates = candidates[2:]  # the others spill on sm_80
     launch(tuning.choose(kind, candidates, launch, features.device))
@@ -94,13 +96,13 @@ def d_weight_of(features, d_out, table, allow_tf32, mirrored=False):
 
 
 def _d_weight_of_groups(features, d_out, neighbor_idx):
-    """`d_weight_of` for dense tables and few channels: by blocks of rows, several offsets at once.
+    """`d_weight_of` for dense tables and few channels: a program sums part of the rows, for a group of offsets at once.
 
-    A block reads its rows of d_out once for all offsets of a group, which read mostly the same features. It also
+    It reads its rows of d_out once for all offsets of the group, which read mostly the same features. It also
     multiplies zeros for missing neighbors, which is cheap with few channels.
     """
     I, (M, O), K = features.shape[1], d_out.shape, len(neighbor_idx)
-    group, block_o = GROUP[I], _block(O, 64)
+    group, block_o = GROUP_OF[I], _block(O, 64)
     groups, rows = triton.cdiv(K, group), _group_rows(K, M, I)
     parts = triton.cdiv(M, rows)
     partial = features.new_empty(parts, O, K, I, dtype=torch.float32)
@@ -112,17 +114,22 @@ def _d_weight_of_groups(features, d_out, neighbor_idx):
     return partial.sum(dim=0) if parts > 1 else partial[0]
 
 
-def _in_groups(dtype, K, I, O, mirrored):
-    return mirrored and dtype != torch.float32 and K <= 27 and I in GROUP and O <= 64
+def _in_groups(dtype, K, I, O, submanifold):
+    """Whether `_d_weight_of_groups` computes the gradient of the weights."""
+    return submanifold and dtype != torch.float32 and K <= 27 and I in GROUP_OF and O <= 64
 
 
 def _group_rows(K, M, I):
     """Rows that a program sums for a group of offsets."""
-    return triton.cdiv(triton.cdiv(M, triton.cdiv(GROUP_PROGRAMS, triton.cdiv(K, GROUP[I]))), BLOCK_R) * BLOCK_R
+    parts = triton.cdiv(GROUP_PROGRAMS, triton.cdiv(K, GROUP_OF[I]))
+    return triton.cdiv(triton.cdiv(M, parts), BLOCK_R) * BLOCK_R
 
 
 def _max_chunks(K, M, I, O, tiles):
-    """Maximum number of chunks of pairs, not counting the last, shorter chunk of each offset."""
+    """Maximum number of chunks of pairs, not counting the last, shorter chunk of each offset.
+
+    tiles: programs per chunk, each for a tile of channels.
+    """
     return max(1, min(-(-PROGRAMS // tiles), -(-K * M // MIN_PAIRS), MAX_PARTIAL // (O * I)))
 
 
@@ -139,18 +146,20 @@ class Blocks(NamedTuple):
     sort: bool  # sort rows so that those with the same offsets share tiles
 
 
-# All untuned: chosen from the counts of benchmarks/count_sparse_conv.py and the compiler's output for sm_90
-# Pipeline stages: indices and rows are each loaded two steps ahead, or one; AMD GPUs have less shared memory for that
+# All untuned: chosen from the counts of benchmarks/count_sparse_conv.py and the compiler's output for sm_90.
+# Pipeline stages, (default, fewer). With 5, indices are loaded two steps before the rows that they name, and rows two
+# steps before their product; with 3, one step each. AMD GPUs have less shared memory for that.
 STAGES_OF = {"nvidia": (5, 3), "amd": (2, 1)}
 STAGES, FEWER_STAGES = STAGES_OF["amd" if torch.version.hip else "nvidia"]
-# Up to this many rows, tiles have 64 rows; tiles of 128 read the weights half as often (at the LiDAR encoder's stage 4,
-# 45 MB, not 89)
+# Up to this many rows, tiles have 64 rows by default, else 128, which read the weights half as often (at the LiDAR
+# encoder's stage 4, 45 MB, not 89) but leave half as many programs.
 FEW_ROWS = 8192
-BLOCK_R = 64  # pairs per step of the gradient of the weights
+BLOCK_R = 64  # pairs, or rows of a part, per step of the gradient of the weights
 MIN_PAIRS = 1024  # pairs per chunk, at least: reading their rows then outweighs writing the chunk's sums
-PROGRAMS = 1024  # chunks (not counting the last of an offset) x tiles of channels, at most; eight per multiprocessor
-MAX_PARTIAL = 2**23  # partial sums: 32 MB, which stay in the L2
-GROUP = {8: 16, 16: 8, 32: 8, 64: 4}  # input channels -> offsets whose gradients a program sums at once
+# Chunks (not counting the last of an offset) x tiles of channels, at most; eight per multiprocessor of an H100
+PROGRAMS = 1024
+MAX_PARTIAL = 2**23  # partial sums, at most: 32 MB, which stay in the L2
+GROUP_OF = {8: 16, 16: 8, 32: 8, 64: 4}  # input channels -> offsets whose gradients a program sums at once
 GROUP_PROGRAMS = 192  # programs of `_d_weight_of_groups_kernel`, about; more would write and read more partial sums
 BLOCK_E = 1024  # elements per program of the final sum over chunks
 
@@ -162,10 +171,12 @@ def _blocks(dtype, few_rows, I, O, allow_tf32):
     pack = max(1, step // I)
     i, o = step if pack > 1 else _block(I, step), _block(O, max_o)
     if _elementwise(I, O) or dtype == torch.float32 and not allow_tf32:
-        return [Blocks(64, i, o, pack, 4, STAGES, True, True), Blocks(64, i, o, pack, 4, STAGES, True, False)]
+        default = Blocks(m=64, i=i, o=o, pack=pack, warps=4, stages=STAGES, via_l1=True, sort=True)
+        return [default, default._replace(sort=False)]
     ms = (64, 128) if few_rows else (128, 64)
     # a tile reads each of its rows two to three times: only timing on a GPU can tell whether they are still in the L1,
     # and whether fewer empty products are worth reading rows that are farther apart
+    # stages, via_l1, sort
     candidates = [(STAGES, True, True), (STAGES, False, True), (FEWER_STAGES, True, True), (STAGES, True, False)]
     return [Blocks(m, i, o, pack, 8 if m * o > 8192 else 4, *candidate) for candidate in candidates for m in ms]
 
@@ -174,8 +185,10 @@ def _limits(dtype, I, O, allow_tf32):
     """Maximum columns per step and output channels per tile."""
     if dtype != torch.float32:
         step, max_o = 64, 128
+    elif allow_tf32:
+        step, max_o = 32, 64
     else:
-        step, max_o = 32, 64 if allow_tf32 else 32  # without tensor cores, registers are the limit
+        step, max_o = 32, 32  # without tensor cores, registers are the limit
     return (step // 2, max_o // 2) if _elementwise(I, O) else (step, max_o)
 
 
@@ -205,7 +218,7 @@ def _gather_gemm_kernel(
     scale_ptr, shift_ptr, residual_ptr,  # [O], [O], [M, O]; each or None
     K, I, O,  # offsets, input and output channels
     RELU: tl.constexpr, MIRRORED: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-    C: tl.constexpr, PACK: tl.constexpr, STEPS: tl.constexpr,  # C = I where PACK > 1; STEPS blocks of I per offset
+    C: tl.constexpr, PACK: tl.constexpr, STEPS: tl.constexpr,  # C = I if PACK > 1, else 0 and STEPS steps per offset
     VIA_L1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
@@ -221,15 +234,16 @@ def _gather_gemm_kernel(
 
     acc = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
     for step in range(tl.cdiv(count, PACK) if PACK > 1 else count * STEPS):
-        if PACK > 1:  # columns are the channels of several offsets
+        if PACK > 1:  # columns are the channels of several offsets; slot: position in the tile's list of offsets
             slot, c = step * PACK + j // C, j % C
             c_ok = (slot < count) & (j < PACK * C)
             k = tl.load(offset_idx_ptr + slot, mask=c_ok, other=0)
             if C % 8 == 0:  # a thread's columns belong to one offset: one index for all
                 n = tl.full((BLOCK_M, BLOCK_I), -1, tl.int32)
                 for p in tl.static_range(PACK):
-                    at = step * PACK + p
-                    rows = tl.load(read_idx_ptr + at * BLOCK_M + lane, mask=lane < (count - at) * BLOCK_M, other=-1)
+                    slot_p = step * PACK + p
+                    lane_ok = lane < (count - slot_p) * BLOCK_M  # everywhere, or nowhere beyond the list
+                    rows = tl.load(read_idx_ptr + slot_p * BLOCK_M + lane, mask=lane_ok, other=-1)
                     n = tl.where((j // C == p)[None, :], rows[:, None], n)
             else:
                 n = tl.load(read_idx_ptr + slot[None, :] * BLOCK_M + lane[:, None], mask=c_ok[None, :], other=-1)
@@ -292,7 +306,7 @@ def _d_weight_kernel(
             g, x = g.to(tl.float32), x.to(tl.float32)
         acc = tl.dot(tl.trans(g), x, acc, input_precision=PRECISION)
     at = (chunk * O + o[:, None]) * I + i[None, :]
-    o_end = tl.where(first < end, O, 0)  # sums of empty chunks are not read
+    o_end = tl.where(first < end, O, 0)  # an empty chunk stores nothing: its sum is not read
     tl.store(partial_ptr + at, acc, mask=(o < o_end)[:, None] & i_ok)
 
 
@@ -335,9 +349,10 @@ def _sum_chunks_kernel(
     BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     k = tl.program_id(0)
+    # chunks of offset k
     first = tl.load(chunk_end_idx_ptr + k - 1, mask=k > 0, other=0)
     end = tl.load(chunk_end_idx_ptr + k)
-    e = tl.program_id(1).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)  # of [O, I]
+    e = tl.program_id(1).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)  # element of [O, I]
     e_ok = e < O * I
     partial_ptr += first.to(tl.int64) * O * I
     acc = tl.zeros((BLOCK_E,), tl.float32)

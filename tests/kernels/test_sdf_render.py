@@ -384,7 +384,7 @@ def test_rejects_invalid_arguments():
 def test_reproduces_the_original_renderer(monkeypatch):
     """The original's NeuS renderer, sampling included, through `Renderer`."""
     if not HAS_GPU:  # the interpreter is slow: few large tiles, beyond any GPU's shared memory
-        monkeypatch.setattr(sdf_field, "BLOCK_M", 512 * sdf_field.EXACT)
+        monkeypatch.setattr(sdf_field, "BLOCK_M", 512 * sdf_field.TF32X3_DIVISOR)
     record = {name: value.to(DEVICE) for name, value in load("render_neus_eval")[0].items()}
     grid = Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(5.4, 6.0, 1.6))
     losses = dict(free_space_weight=1.0, sdf_weight=10.0, eikonal_weight=0.01, truncation=1.5)

@@ -8,7 +8,7 @@ import torch
 from tests.ahead_of_time import ASSEMBLED, Launch
 from tests.check import launches
 from unipad.kernels import tuning
-from unipad.kernels.sparse_gemm import BLOCK_E, BLOCK_R, GROUP, STAGES_OF, d_weight_of, gather_gemm
+from unipad.kernels.sparse_gemm import BLOCK_E, BLOCK_R, GROUP_OF, STAGES_OF, d_weight_of, gather_gemm
 from unipad.kernels.sparse_tiles import NeighborTable
 
 IEEE, TF32 = dict(PRECISION="ieee", WIDEN=False), dict(PRECISION="tf32", WIDEN=False)
@@ -82,8 +82,8 @@ LAUNCHES = [
     ]
 ] + [
     Launch(
-        "_d_weight_of_groups_kernel", dict(WIDEN=False, BLOCK_R=BLOCK_R, C=c, GROUP=GROUP[c], BLOCK_O=max(c, 16)),
-        dict(partial_ptr="*fp32"), ("O", "R"), BF16, num_warps=8 if GROUP[c] * c * c >= 8192 else 4, num_stages=MORE,
+        "_d_weight_of_groups_kernel", dict(WIDEN=False, BLOCK_R=BLOCK_R, C=c, GROUP=GROUP_OF[c], BLOCK_O=max(c, 16)),
+        dict(partial_ptr="*fp32"), ("O", "R"), BF16, num_warps=8 if GROUP_OF[c] * c * c >= 8192 else 4, num_stages=MORE,
         registers=registers, shared=shared, mma="HGMMA", budgets=targets,
     )
     for c, registers, shared, targets in [

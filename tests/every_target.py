@@ -1,4 +1,5 @@
-"""The checks of test_compiles.py for every launch and target, which take too long for the test suite:
+"""The checks of test_compiles.py for every launch and target, too slow for the test suite: pytest does not collect this
+file unless it is named:
 
 python -m pytest tests/every_target.py
 """

@@ -18,7 +18,7 @@ from tests import golden
 
 REPO = Path(__file__).parent.parent
 TABLE = REPO / "docs" / "faithfulness.md"
-# Record -> its contents
+# Record (a name in tests/golden) -> what it contains, as in the table
 RECORDS = {
     "convnext_mask": "masked ConvNeXt, outputs and all gradients",
     "convnext_nomask": "the same without a mask",
@@ -59,7 +59,10 @@ arrays of records marked "equal", are bitwise equal. Written by `python -m tests
 
 
 class Collector:
-    """A pytest plugin: selects the tests that load a record, and collects the errors of their comparisons."""
+    """A pytest plugin: selects the tests that load a record, and collects the errors of their comparisons.
+
+    A comparison counts for the record that the test loaded last.
+    """
 
     def __init__(self):
         self.errors = defaultdict(list)  # record -> (error, tolerance) of each comparison
@@ -85,15 +88,16 @@ class Collector:
 def loads_a_record(function):
     """Whether a test calls `golden.load`, directly or through functions of its module."""
     functions = dict(inspect.getmembers(sys.modules[function.__module__], inspect.isfunction))
-    functions = {n: inspect.getsource(f) for n, f in functions.items() if f.__module__ == function.__module__}
+    sources = {n: inspect.getsource(f) for n, f in functions.items() if f.__module__ == function.__module__}
     loading = {"load"}
-    while more := {n for n, text in functions.items() if n not in loading and _calls(text, loading)}:
+    while more := {n for n, source in sources.items() if n not in loading and _calls(source, loading)}:
         loading |= more
     return function.__name__ in loading
 
 
-def _calls(text, names):
-    return any(re.search(rf"(?<!torch\.)(?<!def )\b{name}\(", text) for name in names)
+def _calls(source, names):
+    """Whether a source text calls one of these functions, with or without a module in front, except `torch.load`."""
+    return any(re.search(rf"(?<!torch\.)(?<!def )\b{name}\(", source) for name in names)
 
 
 def table(errors):
@@ -103,19 +107,21 @@ def table(errors):
         if not errors[record]:
             rows.append(f"| `{record}` | {contents} | | equal | equal | |")
             continue
-        by_size = sorted(error for error, _ in errors[record])
-        median = by_size[len(by_size) // 2]
-        used = max(error / tolerance for error, tolerance in errors[record])
-        rows.append(f"| `{record}` | {contents} | {len(by_size)} | {median:.1e} | {by_size[-1]:.1e} | {used:.0%} |")
+        ascending = sorted(error for error, _ in errors[record])
+        median, largest = ascending[len(ascending) // 2], ascending[-1]
+        of_tolerance = max(error / tolerance for error, tolerance in errors[record])
+        rows.append(
+            f"| `{record}` | {contents} | {len(ascending)} | {median:.1e} | {largest:.1e} | {of_tolerance:.0%} |"
+        )
     return HEAD + "\n".join(rows) + "\n"
 
 
 def main():
     files = sorted(file for file in (REPO / "tests").rglob("test_*.py") if _calls(file.read_text(), {"load"}))
     collector = Collector()
-    code = pytest.main(["-n", "0", "-q", "-p", "no:cacheprovider", *map(str, files)], plugins=[collector])
+    exit_code = pytest.main(["-n", "0", "-q", "-p", "no:cacheprovider", *map(str, files)], plugins=[collector])
     absent = RECORDS.keys() - collector.errors.keys()
-    if code or absent:
+    if exit_code or absent:
         sys.exit(f"{TABLE} is unchanged: " + (f"no test loads {', '.join(absent)}" if absent else "tests failed"))
     TABLE.write_text(table(collector.errors))
 

@@ -1,7 +1,7 @@
 """Records of runs of the original UniPAD: `tests/golden/<name>.npz` has arrays, `<name>.json` says what was called.
 
 Array names: `state/<key>` weights, by their keys in the original state_dict, `in/<name>` inputs, `out/<name>` outputs,
-`grad/<name>` gradients of the sum that the JSON file names.
+`grad/<name>` gradients of the scalar that the JSON file defines (mostly in "call"), w.r.t. <name>.
 """
 
 import json
@@ -13,7 +13,8 @@ import torch
 from unipad.names import from_original
 
 FOLDER = Path(__file__).parent / "golden"
-log = None  # while `tests.faithfulness` runs, a list of loaded records (names) and comparisons (error, tolerance)
+# While a test runs under `tests.faithfulness`: names of loaded records and (error, tolerance) of comparisons, in order
+log = None
 
 
 def load(name):
@@ -31,8 +32,12 @@ def strip_prefix(arrays, prefix):
 
 
 def weights(arrays, prefix, kind="state/"):
-    """State dict of our model's module at `prefix`, such as "project.". kind: "state/", or "grad/" for gradients."""
-    return strip_prefix(from_original(strip_prefix(arrays, kind))[0], prefix)
+    """State dict of our model's module at `prefix`, such as "project.".
+
+    kind: start of the array names: "state/", or that of other arrays of the same keys, such as "grad/" for gradients.
+    """
+    ours, _ = from_original(strip_prefix(arrays, kind))
+    return strip_prefix(ours, prefix)
 
 
 def assert_close_to_max(actual, expected, rel, name=""):

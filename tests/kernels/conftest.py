@@ -22,7 +22,8 @@ def kernels_run_without_a_gpu(monkeypatch):
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """torch.empty is filled with NaN (or the largest integer), so that a kernel that leaves outputs unwritten fails."""
-    # also turns on torch.utils.deterministic.fill_uninitialized_memory
+    # torch.utils.deterministic.fill_uninitialized_memory, on by default, takes effect only in deterministic mode;
+    # with warn_only, ops that add atomically still run their kernels (see `backend.on_triton`)
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)

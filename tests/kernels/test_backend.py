@@ -12,43 +12,45 @@ from unipad.kernels.backend import host_wait, jit, on_triton, references, tl, to
 
 
 @jit(varying=("N",))
-def _double_kernel(x_ptr, N, WIDTH, BLOCK: tl.constexpr):
+def _double_kernel(x_ptr, N, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(x_ptr + i, 2 * tl.load(x_ptr + i, mask=i < N, other=0.0), mask=i < N)
 
 
 class FakeTensor:
-    """What `torch.cuda.device_of` needs of a tensor on GPU `index`."""
-
-    is_cuda = True
-
-    def __init__(self, index):
-        self.index = index
+    """Stands for a tensor on GPU 3."""
 
     def get_device(self):
-        return self.index
+        return 3
 
 
-@pytest.mark.parametrize("x, N", [(FakeTensor(3), 5), ((FakeTensor(3), FakeTensor(3)), 5), (None, FakeTensor(3))])
+@pytest.mark.parametrize(
+    "x, N",
+    [
+        (FakeTensor(), 5),
+        ((FakeTensor(), FakeTensor()), 5),  # a tuple of tensors
+        (None, FakeTensor()),  # the first tensor is the second argument
+    ],
+)
 def test_a_kernel_runs_on_the_gpu_of_its_first_tensor_with_fp_fusion(monkeypatch, x, N):
-    guarded, launched = [], []
-    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: guarded.append(tensor.index) or nullcontext())
-    monkeypatch.setattr(type(_double_kernel), "run", lambda kernel, **given: launched.append(given))
+    gpus, launches = [], []
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: gpus.append(tensor.get_device()) or nullcontext())
+    monkeypatch.setattr(type(_double_kernel), "run", lambda kernel, **given: launches.append(given))
     _double_kernel[(1,)](x_ptr=x, N=N, BLOCK=8)
-    assert guarded == [3]
-    assert launched == [dict(grid=(1,), warmup=False, x_ptr=x, N=N, BLOCK=8, enable_fp_fusion=True)]
+    assert gpus == [3]
+    assert launches == [dict(grid=(1,), warmup=False, x_ptr=x, N=N, BLOCK=8, enable_fp_fusion=True)]
     _double_kernel[(1,)](x_ptr=x, N=N, BLOCK=8, enable_fp_fusion=False)
-    assert not launched[1]["enable_fp_fusion"]
+    assert not launches[1]["enable_fp_fusion"]
 
 
 def test_positional_arguments_of_a_launch_are_rejected():
     with pytest.raises(TypeError, match="positional"):
-        _double_kernel[(1,)](torch.arange(8.0), 5, 8, BLOCK=8)
+        _double_kernel[(1,)](torch.arange(8.0), 5, BLOCK=8)
 
 
 def test_a_launched_kernel_writes_its_result(device):
     x = torch.arange(8.0, device=device)
-    _double_kernel[(1,)](x_ptr=x, N=5, WIDTH=8, BLOCK=8)
+    _double_kernel[(1,)](x_ptr=x, N=5, BLOCK=8)
     assert x.tolist() == [0, 2, 4, 6, 8, 5, 6, 7]
 
 
@@ -66,7 +68,7 @@ def test_references_replace_kernels_inside_the_context(monkeypatch):
     assert on_triton(x)
     with pytest.raises(ZeroDivisionError), references():
         assert not on_triton(x)
-        raise ZeroDivisionError
+        raise ZeroDivisionError  # kernels run again after an exception too
     assert on_triton(x)
 
 
@@ -83,18 +85,18 @@ def test_waiting_for_is_the_reason_of_the_innermost_host_wait(device):
     assert backend.waiting_for is None
 
 
-@triton.jit
-def _chase_kernel(x_ptr):
+@jit
+def _racing_kernel(x_ptr):
+    """Each program reads what the previous one writes."""
     i = tl.program_id(0)
     tl.store(x_ptr + i + 1, tl.load(x_ptr + i) + 1)
 
 
 @pytest.mark.skipif(HAS_GPU, reason="on a GPU programs have no order")
 def test_reversed_programs_reveal_a_race(monkeypatch):
-    """Each program reads what the previous one wrote."""
-    forward, backward = torch.zeros(5), torch.zeros(5)
-    monkeypatch.undo()  # also undoes --reverse-programs
-    _chase_kernel[(4,)](forward)
+    in_order, reversed_order = torch.zeros(5), torch.zeros(5)
+    monkeypatch.undo()  # of the fixtures, --reverse-programs included
+    _racing_kernel[(4,)](x_ptr=in_order)
     monkeypatch.setattr(*reversed_programs())
-    _chase_kernel[(4,)](backward)
-    assert forward.tolist() == [0, 1, 2, 3, 4] and backward.tolist() == [0, 1, 1, 1, 1]
+    _racing_kernel[(4,)](x_ptr=reversed_order)
+    assert in_order.tolist() == [0, 1, 2, 3, 4] and reversed_order.tolist() == [0, 1, 1, 1, 1]

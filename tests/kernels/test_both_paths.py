@@ -11,7 +11,7 @@ from unipad.kernels.voxelize import grid_sample
 from unipad.selfcheck import checks
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
-# The first case of each op: in reverse order, it replaces the later ones
+# Op name -> its first case in the self-check, at the small size: in reverse order, it replaces the later ones
 CASES = {case.name.split(",")[0].split()[0]: case for case in reversed(list(checks(("small",))))}
 PATHS = {"kernel": nullcontext, "reference": references}
 
@@ -25,7 +25,8 @@ def both_resamplers(**wrong):
     return [("sample_pdf", wrong), ("resample", wrong)]
 
 
-# op, wrong arguments (or functions that make them from the valid ones), part of the message
+# op, wrong arguments (or functions that make them from the valid ones), part of the message. The sizes in the messages
+# (33 rays, 40 boxes) are those of the self-check's small cases.
 REJECTED = [
     (*call, message)
     for calls, message in [
@@ -82,6 +83,7 @@ def test_kernel_and_reference_reject_the_same_arguments(op, wrong, message, path
 
 
 def test_grid_sample_rejects_invalid_arguments():
+    """Not a case above: it has no kernel."""
     points = torch.rand(5, 3, device=DEVICE)
     with pytest.raises(AssertionError, match=r"noise \(4,\) does not match 5 points"):
         grid_sample(points, [5], 0.5, torch.rand(4, device=DEVICE))

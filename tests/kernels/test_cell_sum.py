@@ -3,7 +3,7 @@ from torch.nn import functional as F
 
 from tests.ahead_of_time import Launch
 from tests.golden import assert_close_to_max
-from unipad.kernels.cell_sum import cell_sum
+from unipad.kernels.cell_sum import BLOCK_N, cell_sum
 from unipad.kernels.trilinear import trilinear_ref
 
 LAUNCHES = [
@@ -14,8 +14,11 @@ LAUNCHES = [
 ]  # fmt: skip
 
 
+OUTSIDE = 2**31 - 1  # `cell_of` samples in no cell
+
+
 def make_inputs(R, S, channels, B=2, Z=2, Y=3, X=2):
-    """Arguments of `cell_sum`, and what `trilinear` needs: points in voxels [R, S, 3], volume indices [R].
+    """Arguments of `cell_sum`, and what `trilinear` needs: grid coordinates [R, S, 3], volume indices [R].
 
     The rays leave their volumes; the first runs along cell faces, with more than BLOCK_N samples per cell.
     """
@@ -30,7 +33,7 @@ def make_inputs(R, S, channels, B=2, Z=2, Y=3, X=2):
     x, y, z = (grid_coords.flatten(0, 1).floor() + 1).long().unbind(1)  # cells start one voxel before the volume
     inside = (x >= 0) & (x <= X) & (y >= 0) & (y <= Y) & (z >= 0) & (z <= Z)
     cell = ((volume_idx.repeat_interleave(S) * (Z + 1) + z) * (Y + 1) + y) * (X + 1) + x
-    cell = torch.where(inside, cell, 2**31 - 1).int()
+    cell = torch.where(inside, cell, OUTSIDE).int()
     d_volume = torch.empty(B, Z, Y, X, channels)
     inputs = dict(
         d_volume=d_volume, cell=cell, d_value=d_value, d_slope=d_slope, v=v, origins=origins, directions=directions,
@@ -40,14 +43,17 @@ def make_inputs(R, S, channels, B=2, Z=2, Y=3, X=2):
 
 
 def test_cell_sum_is_the_gradient_of_trilinear(device):
-    inputs, grid_coords, volume_idx = make_inputs(3, 140, 5)
-    _, counts = inputs["cell"].unique(return_counts=True)
-    assert counts[:-1].max() > 32 and inputs["cell"].max() == 2**31 - 1  # more than BLOCK_N; samples outside
+    """The gradient of both its outputs: of the value, and of the spatial gradient through its product with v."""
+    R, S, channels = 3, 140, 5
+    inputs, grid_coords, volume_idx = make_inputs(R, S, channels)
+    cells, counts = inputs["cell"].unique(return_counts=True)
+    assert counts[:-1].max() > BLOCK_N and cells[-1] == OUTSIDE
     volume = torch.zeros_like(inputs["d_volume"], dtype=torch.float64).requires_grad_()
     value, gradient = trilinear_ref(volume, grid_coords.double(), volume_idx)
-    along_v = ((inputs["cells_per_unit"] * inputs["v"]).view(3, 140, 3, 1) * gradient).sum(2)
-    upstream = [inputs[d].double().view(3, 140, 16)[..., :5] for d in ("d_value", "d_slope")]
-    (expected,) = torch.autograd.grad([value, along_v], volume, upstream)
+    # `gradient` [R, S, 3, C] is per voxel, v per unit of length
+    slope = ((inputs["cells_per_unit"] * inputs["v"]).view(R, S, 3, 1) * gradient).sum(2)
+    upstream = [inputs[d].double().view(R, S, 16)[..., :channels] for d in ("d_value", "d_slope")]
+    (expected,) = torch.autograd.grad([value, slope], volume, upstream)
     inputs = {name: t.to(device) for name, t in inputs.items()}
     cell_sum(**inputs)
     assert_close_to_max(inputs["d_volume"].cpu(), expected, 1e-5)

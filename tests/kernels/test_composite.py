@@ -28,8 +28,8 @@ def make_inputs(R, S, C, device):
         (1, 1, 1),
         (7, 5, 3),  # odd sizes
         (32, 24, 3),  # exactly one block
-        (33, 24, 32),  # one ray more than a block
-        (5, 7, 65),  # fewer rays per program, so that its tile stays small
+        (33, 24, 32),  # one ray more than two blocks, of 16 rays with this many channels
+        (5, 7, 65),  # blocks of 4 rays, so that the tile of rays x channels stays small
         (0, 24, 3),  # no rays
         (5, 0, 3),  # no samples
         (5, 24, 0),  # no channels
@@ -40,7 +40,10 @@ def test_matches_reference(R, S, C, dtype, device):
 
 
 def test_by_hand(device):
-    """Worked on paper: T = 1, .5, 0; w = .5, .5, 0. Tolerances allow for the 1e-7 that an opaque sample transmits."""
+    """Worked on paper, with the symbols of composite.py: T = 1, .5, 0; w = .5, .5, 0.
+
+    Tolerances allow for the 1e-7 that an opaque sample transmits.
+    """
     alpha = torch.tensor([[0.5, 1.0, 0.7]], device=device)
     values = torch.tensor([[[2.0], [4.0], [100.0]]], device=device)
     out, weights = composite(alpha, values)
@@ -49,8 +52,8 @@ def test_by_hand(device):
 
 
 @pytest.mark.parametrize("fn", [composite, composite_ref])
-def test_opaque_samples_have_transmittance_epsilon(fn, device):
-    """Worked on paper, e = 1e-7: w = 1, e, e^2 and d(sum w) / d alpha = -e, 0, e^2."""
+def test_opaque_samples_transmit_epsilon(fn, device):
+    """Three opaque samples, worked on paper, e = 1e-7: w = 1, e, e^2 and d(sum w) / d alpha = -e, 0, e^2."""
     alpha = torch.ones(1, 3, device=device, dtype=torch.float64, requires_grad=True)
     out, weights = fn(alpha, torch.ones_like(alpha)[..., None])
     (d_alpha,) = torch.autograd.grad(out, alpha)
@@ -58,7 +61,7 @@ def test_opaque_samples_have_transmittance_epsilon(fn, device):
     torch.testing.assert_close(d_alpha, alpha.new_tensor([[-1e-7, 0, 1e-14]]), rtol=1e-7, atol=1e-15)
 
 
-def test_gradient_is_exact_at_opaque_and_empty_samples(device):
+def test_opaque_and_empty_samples_match_reference(device):
     """alpha == 1 and alpha == 0, where a formula that divides by (1 - alpha) breaks."""
     inputs = make_inputs(4, 6, 2, device)
     inputs["alpha"][:, 2] = 1.0

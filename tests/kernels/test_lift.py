@@ -11,7 +11,7 @@ from unipad.kernels.lift import lift, lift_ref
 
 
 def launch(kernel, levels, channels, divisible, elements, registers, shared, gathered=()):
-    """gathered: the levels whose gradients are gathered by `pixel_sum` instead of added atomically."""
+    """levels: their number. gathered: those whose gradients `pixel_sum` gathers; atomic adds compute the others'."""
     forward = kernel == "_lift_fwd_kernel"
     tile = unipad.kernels.lift.FWD_TILE if forward else unipad.kernels.lift.BWD_TILE
     constexprs = unipad.kernels.lift._blocks(tile // (4 if "fp32" in elements else 2), channels)  # tiles are in bytes
@@ -45,7 +45,7 @@ IMAGE = (24, 40)  # pixels
 
 
 def views(B, N, device):
-    """lidar2image [B, N, 4, 4] of cameras at the origin that look along y, slightly rotated and scaled."""
+    """lidar2image [B, N, 4, 4] of cameras near the origin that look along y; each matrix is slightly perturbed."""
     intrinsics = torch.tensor([[20.0, 0, 20, 0], [0, 20, 12, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
     extrinsics = torch.tensor([[1.0, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]])  # x right, y ahead, z up
     perturbed = extrinsics + 0.05 * torch.randn(B, N, 4, 4) * torch.tensor([1.0, 1, 1, 0])[:, None]
@@ -53,7 +53,10 @@ def views(B, N, device):
 
 
 def make_inputs(B, N, sizes, C, D, shape, device):
-    """A grid of 12 x 12 x 4 m ahead of the cameras, which see about half of it, its first voxel included."""
+    """Arguments of `lift`, in its sizes; `sizes`: (h, w) of each level.
+
+    A grid of 12 x 12 x 4 m ahead of the cameras, which see about half of it, its first voxel included.
+    """
     extent = 12.0, 12.0, 4.0
     return dict(
         features=[torch.randn(B, N, h, w, C, device=device, dtype=torch.float64) for h, w in sizes],
@@ -67,6 +70,7 @@ def make_inputs(B, N, sizes, C, D, shape, device):
     )
 
 
+# coarse: voxels per pixel from which a level's gradients are gathered; 0: always, 10**9: never
 @pytest.mark.parametrize(
     "dtype, coarse",
     [(torch.float32, 0), (torch.float32, 10**9), (torch.float16, 10**9), (torch.bfloat16, 0)],
@@ -77,8 +81,8 @@ def make_inputs(B, N, sizes, C, D, shape, device):
     [
         (1, 1, [(1, 1)], 1, 1, (1, 1, 1)),
         (3, 2, [(5, 7), (3, 5)], 3, 5, (5, 7, 1)),  # odd sizes
-        (1, 2, [(3, 5)], 4, 8, (8, 4, 2)),  # exactly one block per slice
-        (1, 1, [(6, 10), (3, 5), (2, 3), (1, 2)], 32, 16, (9, 3, 1)),  # one voxel more than a block; all four levels
+        (1, 2, [(3, 5)], 4, 8, (8, 4, 2)),  # exactly one block per slice of Z
+        (1, 1, [(6, 10), (3, 5), (2, 3), (1, 2)], 32, 16, (9, 3, 1)),  # one voxel in x more than a block; four levels
         (1, 1, [(3, 5)], 65, 4, (3, 3, 1)),  # fewer voxels per program, so that its tile stays small
         (1, 1, [(2, 3)], 512, 4, (2, 3, 1)),  # many channels
         (1, 12, [(2, 3)], 2, 3, (4, 3, 1)),  # two frames of six views
@@ -91,7 +95,7 @@ def make_inputs(B, N, sizes, C, D, shape, device):
 def test_matches_reference(B, N, sizes, C, D, shape, dtype, coarse, device, monkeypatch):
     monkeypatch.setattr(unipad.kernels.lift, "COARSE", coarse)
     if not HAS_GPU:
-        monkeypatch.setattr(unipad.kernels.pixel_sum, "TILE", 2**13)
+        monkeypatch.setattr(unipad.kernels.pixel_sum, "TILE", 2**13)  # fewer programs: the interpreter is slow
     inputs = make_inputs(B, N, sizes, C, D, shape, device)
     assert lift_ref(**inputs).any() or not B * N * C * min(shape), "no voxel is visible"
     check_against_ref(lift, lift_ref, inputs, dtype, wrt=("features", "depths"))
@@ -117,7 +121,10 @@ def large_blocks(monkeypatch):
 
 @pytest.mark.parametrize("op", [lift, lift_ref])
 def test_reproduces_the_original(op, device, large_blocks, monkeypatch):
-    """Volume and gradients of Uni3DViewTrans: 2 samples, 6 views, 2 levels; the coarse one gathers gradients."""
+    """Volume and gradients of Uni3DViewTrans: 2 samples, 6 views, 2 levels; the coarse one's gradients are gathered.
+
+    `w_out` is the gradient w.r.t. the volume. The record's arrays are channels first, ours channels last.
+    """
     monkeypatch.setattr(unipad.kernels.lift, "COARSE", 2)
     arrays = {name: array.to(device) for name, array in golden.load("view_trans_2lvl")[0].items()}
     features = [arrays[f"in/feat_{l}"].permute(0, 1, 3, 4, 2).requires_grad_() for l in range(2)]
@@ -149,35 +156,48 @@ def flat_view(device):
 
 @pytest.mark.parametrize("op", [lift, lift_ref])
 def test_by_hand(op, device):
-    """Worked on paper: an image of 4 x 4 pixels and 3 x 3 features 10 row + column, so 5 y + x / 2 at pixel (x, y);
-    depth 1 in the range (0, 2) is midway between two bins: 0.375. Voxels on the image's border count as outside."""
+    """Worked on paper: an image of 4 x 4 pixels and 3 x 3 features, each 10 row + column: 5 y + x / 2 at pixel (x, y).
+
+    Depth 1 in the range (0, 2) is midway between two bins, 0.25 and 0.5: 0.375. Voxel corners on the image's border
+    count as outside.
+    """
     row, column = torch.meshgrid(torch.arange(3.0), torch.arange(3.0), indexing="ij")
     feature = (10 * row + column).view(1, 1, 3, 3, 1).to(device).requires_grad_()
     depth = torch.tensor([0.25, 0.5], device=device).expand(1, 1, 3, 3, 2).contiguous().requires_grad_()
-    volume = op([feature], [depth], flat_view(device), (0, 0, 0), (1, 1, 1), (5, 5, 1), (4, 4), (0, 2))
+    volume = op(
+        [feature], [depth], flat_view(device),
+        low=(0, 0, 0), cell=(1, 1, 1), shape=(5, 5, 1), image_size=(4, 4), depth_range=(0, 2),
+    )  # fmt: skip
 
     y, x = torch.meshgrid(torch.arange(5.0), torch.arange(5.0), indexing="ij")
     inside = (x > 0) & (x < 4) & (y > 0) & (y < 4)
     expected = torch.where(inside, 0.375 * (5 * y + x / 2), 0).view(1, 1, 5, 5, 1).to(device)
     torch.testing.assert_close(volume, expected, rtol=0, atol=0)
 
-    d_feature, d_depth = torch.autograd.grad(volume[0, 0, 2, 1, 0], (feature, depth))  # between features 1, 0 and 1, 1
+    # the voxel at x = 1, y = 2, midway between the features of row 1, columns 0 and 1
+    d_feature, d_depth = torch.autograd.grad(volume[0, 0, 2, 1, 0], (feature, depth))
     expected = torch.zeros(3, 3, device=device)
     expected[1, :2] = 0.5 * 0.375
     torch.testing.assert_close(d_feature[0, 0, ..., 0], expected, rtol=0, atol=0)
     expected = torch.zeros(3, 3, 2, device=device)
-    expected[1, :2] = 0.5 * 0.5 * 10.5  # weights of column and bin, interpolated feature
+    expected[1, :2] = 0.5 * 0.5 * 10.5  # weight of the column, weight of the bin, interpolated feature
     torch.testing.assert_close(d_depth[0, 0], expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("op", [lift, lift_ref])
 def test_corners_are_those_of_a_float32_arange(op, device):
-    """Corner 179 of -54, -53.4, ... is 53.400005, not fp32's 53.4: just inside an image whose border is at 53.4."""
+    """As in the original, corner 179 of -54, -53.4, ... is at x = 53.400005, not at fp32's 53.4.
+
+    So it is just inside an image whose left border is at x = 53.4.
+    """
     view = flat_view(device).clone()
     view[..., 0, 3] = -53.4
     view[..., 1, 3] = 0.5
     ones = [torch.ones(1, 1, 1, 1, 1, device=device)]
-    volume = op(ones, ones, view, (-54.0, 0.0, 0.0), (0.6, 1.0, 1.0), (180, 1, 1), (1, 1), (0.0, 2.0))
+    volume = op(
+        ones, ones, view,
+        low=(-54.0, 0.0, 0.0), cell=(0.6, 1.0, 1.0), shape=(180, 1, 1), image_size=(1, 1), depth_range=(0.0, 2.0),
+    )  # fmt: skip
     assert volume.flatten().nonzero().flatten().tolist() == [179]
 
 
@@ -187,13 +207,16 @@ def test_invisible_voxels_are_zero(op, device):
     view = torch.eye(4, device=device).expand(1, 2, 4, 4).clone()  # depth is z, pixel (x, y) / z
     view[:, 1] = torch.nan
     ones = [torch.ones(1, 2, 1, 1, 1, device=device)]
-    volume = op(ones, ones, view, (0.5, 0.5, -1.0), (1.0, 1.0, 1.0), (1, 1, 6), (2, 2), (1.0, 4.0))
-    assert volume.flatten().tolist() == [0, 0, 0, 1, 1, 0]  # depth -1, 0, 1, 2, 3, 4
+    volume = op(
+        ones, ones, view,
+        low=(0.5, 0.5, -1.0), cell=(1.0, 1.0, 1.0), shape=(1, 1, 6), image_size=(2, 2), depth_range=(1.0, 4.0),
+    )  # fmt: skip
+    assert volume.flatten().tolist() == [0, 0, 0, 1, 1, 0]  # at depths -1, 0, 1, 2, 3, 4
 
 
 def test_views_of_one_voxel_are_summed(device):
-    """In every view the same voxels project onto the same pixels, so atomic adds collide."""
-    inputs = make_inputs(1, 1, [(2, 2)], 4, 2, (4, 4, 2), device)
+    """Three equal views, so that each sees the same voxels; in each, atomic adds of many voxels to a pixel collide."""
+    inputs = make_inputs(B=1, N=1, sizes=[(2, 2)], C=4, D=2, shape=(4, 4, 2), device=device)
     inputs["lidar2image"] = inputs["lidar2image"].expand(1, 3, 4, 4)
     for name in ("features", "depths"):
         inputs[name] = [level.expand(1, 3, *level.shape[2:]) for level in inputs[name]]
@@ -202,30 +225,30 @@ def test_views_of_one_voxel_are_summed(device):
 
 def test_each_gradient_has_the_type_of_its_input(device):
     """Features in bf16, depths in fp32."""
-    inputs = make_inputs(1, 1, [(3, 5)], 8, 4, (4, 4, 2), device)
+    inputs = make_inputs(B=1, N=1, sizes=[(3, 5)], C=8, D=4, shape=(4, 4, 2), device=device)
     features = [level.to(torch.bfloat16).requires_grad_() for level in inputs.pop("features")]
     depths = [level.float().requires_grad_() for level in inputs.pop("depths")]
-    ours, truth = (op(features, depths, **inputs) for op in (lift, lift_ref))
-    assert ours.dtype == truth.dtype == torch.bfloat16
-    torch.testing.assert_close(ours, truth, rtol=1e-2, atol=1e-2)
-    d_ours, d_truth = (torch.autograd.grad(out.float().sum(), (*features, *depths)) for out in (ours, truth))
+    ours, expected = (op(features, depths, **inputs) for op in (lift, lift_ref))
+    assert ours.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, expected, rtol=1e-2, atol=1e-2)
+    d_ours, d_expected = (torch.autograd.grad(out.float().sum(), (*features, *depths)) for out in (ours, expected))
     assert [d.dtype for d in d_ours] == [torch.bfloat16, torch.float32]
-    for a, b in zip(d_ours, d_truth, strict=True):
+    for a, b in zip(d_ours, d_expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
 
 
 def test_gradcheck(device):
-    inputs = make_inputs(1, 1, [(2, 3), (1, 2)], 2, 2, (2, 2, 1), device)
+    inputs = make_inputs(B=1, N=1, sizes=[(2, 3), (1, 2)], C=2, D=2, shape=(2, 2, 1), device=device)
     features, depths = inputs.pop("features"), inputs.pop("depths")
     leaves = [level.requires_grad_() for level in features + depths]
     torch.autograd.gradcheck(lambda *levels: lift(levels[:2], levels[2:], **inputs), leaves)
 
 
-@pytest.mark.parametrize("strict, coarse, gathered", [(True, 10**9, 2), (False, 10, 1), (False, 10**9, 0)])
-def test_coarse_levels_gather_their_gradients(strict, coarse, gathered, device, large_blocks, monkeypatch):
-    """Levels with many voxels per pixel, or under strict determinism all levels: here 200 voxels, 15 and 60 pixels."""
+@pytest.mark.parametrize("strict, coarse, gathered_levels", [(True, 10**9, 2), (False, 10, 1), (False, 10**9, 0)])
+def test_gradients_of_coarse_levels_are_gathered(strict, coarse, gathered_levels, device, large_blocks, monkeypatch):
+    """Those of levels with at least `coarse` voxels per pixel (here 200 / 15 and 200 / 60); when strict, of all."""
     monkeypatch.setattr(unipad.kernels.lift, "COARSE", coarse)
-    inputs = make_inputs(1, 1, [(3, 5), (6, 10)], 3, 4, (10, 10, 2), device)
+    inputs = make_inputs(B=1, N=1, sizes=[(3, 5), (6, 10)], C=3, D=4, shape=(10, 10, 2), device=device)
     features, depths = inputs.pop("features"), inputs.pop("depths")
     leaves = [level.float().requires_grad_() for level in features + depths]
     if strict:
@@ -235,19 +258,19 @@ def test_coarse_levels_gather_their_gradients(strict, coarse, gathered, device, 
         with launches() as launched:
             volume = lift(leaves[:2], leaves[2:], **inputs)
             runs.append(torch.autograd.grad(volume.square().sum(), leaves))
-        assert launched == ["_lift_fwd_kernel", "_lift_bwd_kernel"] + gathered * ["_pixel_sum_kernel"]
+        assert launched == ["_lift_fwd_kernel", "_lift_bwd_kernel"] + gathered_levels * ["_pixel_sum_kernel"]
     if strict:
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 @pytest.mark.parametrize("op", [lift, lift_ref])
 def test_a_feature_changes_only_voxels_on_its_ray(op, device, large_blocks):
-    """Exactly the voxels that project to less than one pixel from the feature."""
-    inputs = make_inputs(1, 2, [(5, 7)], 3, 4, (8, 8, 3), device)
+    """Exactly the voxels that project to less than one column and row of the feature map from it."""
+    inputs = make_inputs(B=1, N=2, sizes=[(5, 7)], C=3, D=4, shape=(8, 8, 3), device=device)
     before = op(**inputs)
-    inputs["features"][0][0, 1, 2, 3] += 1
+    inputs["features"][0][0, 1, 2, 3] += 1  # level 0; sample 0, view 1, row 2, column 3
     changed = (op(**inputs) != before).any(-1)
-    geometry = list(inputs.values())[2:]
+    geometry = list(inputs.values())[2:]  # without features and depths
     (u, v, _), visible = unipad.kernels.lift._project_ref(*geometry)
     near = ((u + 1) * 3 - 3).abs() < 1  # u in [-1, 1]: less than one column from column 3 of 0 to 6
     near &= ((v + 1) * 2 - 2).abs() < 1  # less than one row from row 2 of 0 to 4
@@ -255,16 +278,16 @@ def test_a_feature_changes_only_voxels_on_its_ray(op, device, large_blocks):
 
 
 def test_more_cells_than_fit_16_bits_match_reference(device, large_blocks, monkeypatch):
-    """The hits are then sorted by 32-bit keys: each level alone has 182^2 = 2^15 + 356 cells."""
+    """The hits are then sorted by 32-bit keys: each level alone has 182^2 = 2^15 + 356 cells, one per pixel."""
     monkeypatch.setattr(unipad.kernels.lift, "COARSE", 0)
-    inputs = make_inputs(1, 1, [(182, 182), (182, 182)], 1, 1, (4, 4, 1), device)
+    inputs = make_inputs(B=1, N=1, sizes=[(182, 182), (182, 182)], C=1, D=1, shape=(4, 4, 1), device=device)
     # positions in 182 pixels are rounded to 1e-5 of a pixel, differently on a GPU than in the reference
     check_against_ref(lift, lift_ref, inputs, torch.float32, wrt=("features", "depths"), slack=1e-4)
 
 
 def test_frames_can_be_passed_as_more_views(device, large_blocks):
     """One call with two frames of two views each gives the sum of a call per frame."""
-    inputs = make_inputs(2, 4, [(3, 5)], 3, 4, (5, 4, 2), device)
+    inputs = make_inputs(B=2, N=4, sizes=[(3, 5)], C=3, D=4, shape=(5, 4, 2), device=device)
     frames = [
         inputs
         | {name: [inputs[name][0][:, frame]] for name in ("features", "depths")}
@@ -274,8 +297,8 @@ def test_frames_can_be_passed_as_more_views(device, large_blocks):
     torch.testing.assert_close(lift(**inputs), sum(lift(**frame) for frame in frames), rtol=1e-12, atol=1e-12)
 
 
-def test_rejects_mismatched_shapes(device):
-    inputs = make_inputs(1, 2, [(3, 5)], 3, 4, (2, 2, 2), device)
+def test_rejects_invalid_arguments(device):
+    inputs = make_inputs(B=1, N=2, sizes=[(3, 5)], C=3, D=4, shape=(2, 2, 2), device=device)
     with pytest.raises(AssertionError, match="does not match"):
         lift(**inputs | dict(lidar2image=views(1, 3, device)))
     with pytest.raises(AssertionError, match="does not match"):

@@ -11,7 +11,7 @@ def launch(lanes_per_pixel, channels, bins, registers):
     types = dict(begin_ptr="*i32", order_ptr="*i64", hit_ptr="*fp32", h="i32", w="i32")
     blocks = unipad.kernels.pixel_sum._blocks(lanes_per_pixel, channels, bins)
     return Launch(
-        "_pixel_sum_kernel", blocks, types, ("C", "D"), ("bf16",),
+        "_pixel_sum_kernel", blocks, types, divisible=("C", "D"), elements=("bf16",),
         registers=registers, shared=2048, budgets=ASSEMBLED,
     )  # fmt: skip
 
@@ -21,9 +21,12 @@ LAUNCHES = [launch(8, 128, 64, 64), launch(1, 128, 64, 104)]
 
 
 def test_pixel_sum_is_the_gradient_of_interpolation(device, monkeypatch):
-    """Hits of two levels, of which those of the second are summed; some lie exactly on a column or row of pixels."""
+    """Hits of two levels, of which those of the second are summed; some lie exactly on a column or row of pixels.
+
+    The interpolation weights are written here as dense matrices, over all rows, columns and bins.
+    """
     if not HAS_GPU:
-        monkeypatch.setattr(unipad.kernels.pixel_sum, "TILE", 2**9)
+        monkeypatch.setattr(unipad.kernels.pixel_sum, "TILE", 2**9)  # so that the 72 pixels take several programs
     B, N, h, w, C, D, V = 2, 3, 3, 4, 5, 6, 20
     hits = torch.rand(2, B, N, V, HIT.value, dtype=torch.float64)
     hits[..., :3] *= torch.tensor([w - 1, h - 1, D - 1])
@@ -32,9 +35,9 @@ def test_pixel_sum_is_the_gradient_of_interpolation(device, monkeypatch):
     visible = torch.rand(B, N, V) < 0.6
     d_volume = torch.randn(B, 1, 4, 5, C, dtype=torch.float64)
 
-    x, y, z, probability, dot = hits[1].unbind(-1)  # [B, N, V] each; dot: of feature and gradient
+    x, y, z, probability, d_probability = hits[1].unbind(-1)  # [B, N, V] each
     view = torch.arange(B * N).view(B, N, 1)
-    cell = ((view * h + y.floor()) * w + x.floor()).where(visible, B * N * h * w).long()
+    cell = ((view * h + y.floor()) * w + x.floor()).where(visible, B * N * h * w).long()  # invisible: after all cells
     first_level = torch.full_like(cell, -1)  # its hits are sorted before all cells of the second and are not read
     by_cell, order = torch.stack([first_level, cell]).flatten().sort(stable=True)
     begin = torch.searchsorted(by_cell, torch.arange(B * N * h * w + 1), out_int32=True)
@@ -44,7 +47,7 @@ def test_pixel_sum_is_the_gradient_of_interpolation(device, monkeypatch):
     bins = (1 - (z[..., None] - torch.arange(D)).abs()).clamp(min=0)
     weight = rows[..., None] * columns[..., None, :] * visible[..., None, None]  # [B, N, V, h, w]
     expected = torch.einsum("bnvhw,bnv,bvc->bnhwc", weight, probability, d_volume.view(B, V, C))
-    expected_depth = torch.einsum("bnvhw,bnv,bnvd->bnhwd", weight, dot, bins)
+    expected_depth = torch.einsum("bnvhw,bnv,bnvd->bnhwd", weight, d_probability, bins)
 
     for many_hits in (False, True):
         d_feature, d_depth = torch.empty_like(expected, device=device), torch.empty_like(expected_depth, device=device)

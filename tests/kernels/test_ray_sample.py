@@ -55,7 +55,7 @@ def resample_inputs(R, S, n, jittered, device):
 
 
 @DTYPES
-@pytest.mark.parametrize("R", [1, 7, 512, 513, 0])
+@pytest.mark.parametrize("R", [1, 7, 512, 513, 0])  # a block has 512 rays
 def test_clip_rays_matches_reference(R, dtype, device):
     origins = uniform(R, 3, device=device)
     directions = torch.nn.functional.normalize(uniform(R, 3, device=device) - 0.5, dim=1)
@@ -63,7 +63,7 @@ def test_clip_rays_matches_reference(R, dtype, device):
     check_against_ref(clip_rays, clip_rays_ref, inputs, dtype, wrt=[])
 
 
-@pytest.mark.filterwarnings("ignore:divide by zero")  # the fourth ray, in the interpreter
+@pytest.mark.filterwarnings("ignore:divide by zero")  # the ray with a component of -1e-6, in the interpreter
 @pytest.mark.parametrize("fn", [clip_rays, clip_rays_ref])
 @pytest.mark.parametrize(
     "origin, direction, expected",
@@ -81,12 +81,13 @@ def test_clip_rays_matches_reference(R, dtype, device):
     ],
 )
 def test_clip_rays_by_hand(fn, origin, direction, expected, device):
+    """expected: near and far; None: the ray misses, or leaves the box before `near` = 1."""
     origins, directions = (torch.tensor([v], device=device, dtype=torch.float32) for v in (origin, direction))
     near, far, hit = fn(origins, directions, (-2, -4, -1), (2, 4, 3), near=1.0)
     assert hit.tolist() == [expected is not None]
     near_far = torch.stack([near, far]).flatten().cpu()
     expected = torch.tensor(expected or (1, 2), dtype=torch.float32)  # a ray that misses gets near and near + 1
-    torch.testing.assert_close(near_far, expected, rtol=3e-6, atol=0)
+    torch.testing.assert_close(near_far, expected, rtol=3e-6, atol=0)  # distances are over direction + 1e-6
 
 
 @DTYPES
@@ -111,18 +112,17 @@ def test_stratified_edges_matches_reference(R, S, jittered, dtype, device):
 @pytest.mark.parametrize("fn", [stratified_edges, stratified_edges_ref])
 def test_stratified_edges_by_hand(fn, device):
     near, far = torch.tensor([1.0, 2.0], device=device), torch.tensor([5.0, 10.0], device=device)
-    assert fn(near, far, 4).tolist() == [[1, 2, 3, 4, 5], [2, 4, 6, 8, 10]]
+    assert fn(near, far, S=4).tolist() == [[1, 2, 3, 4, 5], [2, 4, 6, 8, 10]]
     jitter = torch.tensor([0.0, 0.5], device=device)
-    assert fn(near, far, 4, jitter).tolist() == [[1, 1.5, 2.5, 3.5, 4.5], [2.5, 4, 6, 8, 9.5]]
+    assert fn(near, far, S=4, jitter=jitter).tolist() == [[1, 1.5, 2.5, 3.5, 4.5], [2.5, 4, 6, 8, 9.5]]
 
 
 @pytest.mark.parametrize("fn", [stratified_edges, stratified_edges_ref])
-def test_edges_of_the_shortest_ray_ascend(fn, device):
-    """far - near is a few ulps of fp32: 33 edges round to a few distinct numbers, but never descend."""
+def test_edges_of_the_shortest_rays_do_not_descend(fn, device):
+    """far - near is 1e-6, the least that `clip_rays` returns: with near > 0.5, 33 edges round to under 20 numbers."""
     near = uniform(16, device=device).float()
-    far = torch.maximum(near, near + 1e-6)
     for jitter in (None, uniform(16, device=device).float()):
-        assert (fn(near, far, 32, jitter).diff(dim=1) >= 0).all()
+        assert (fn(near, near + 1e-6, S=32, jitter=jitter).diff(dim=1) >= 0).all()
 
 
 @DTYPES
@@ -139,16 +139,15 @@ def test_resample_matches_reference(R, S, n, jittered, dtype, device):
     check_against_ref(resample, resample_ref, resample_inputs(R, S, n, jittered, device), dtype, wrt=[])
 
 
-@pytest.mark.parametrize("sample_op", [sample_pdf, sample_pdf_ref])
-@pytest.mark.parametrize("resample_op", [resample, resample_ref])
+@pytest.mark.parametrize("sample_op, resample_op", [(sample_pdf, resample), (sample_pdf_ref, resample_ref)])
 def test_resample_by_hand(sample_op, resample_op, device):
-    """Weights 1, 0, 1: the CDF is 0, 1/2, 1/2, 1 at the edges."""
+    """Weights 1, 0, 1: the CDF is 0, 1/2, 1/2, 1 at the edges. One new sample: its start and its end are drawn."""
     edges, weights = torch.tensor([[0.0, 1, 2, 4]], device=device), torch.tensor([[1.0, 0, 1]], device=device)
-    assert sample_op(edges, weights, 1).tolist() == [[0.5, 3]]  # u = 1/4, 3/4
-    assert resample_op(edges, weights, 1).tolist() == [[0, 0.5, 1, 2, 4]]
-    start = torch.zeros(1, device=device)
-    assert sample_op(edges, weights, 1, start).tolist() == [[0, 2]]  # u = 0, 1/2: past the empty interval
-    assert resample_op(edges, weights, 1, start).tolist() == [[0, 0, 1, 2, 4]]
+    assert sample_op(edges, weights, n=1).tolist() == [[0.5, 3]]  # at CDF values u = 1/4, 3/4
+    assert resample_op(edges, weights, n=1).tolist() == [[0, 0.5, 1, 2, 4]]
+    jitter = torch.zeros(1, device=device)
+    assert sample_op(edges, weights, 1, jitter).tolist() == [[0, 2]]  # u = 0, 1/2: past the empty interval
+    assert resample_op(edges, weights, 1, jitter).tolist() == [[0, 0, 1, 2, 4]]
 
 
 @pytest.mark.parametrize("fn", [sample_pdf, sample_pdf_ref])
@@ -156,8 +155,8 @@ def test_rays_of_almost_no_weight_are_sampled_evenly(fn, device):
     edges = torch.linspace(0, 1, 5, device=device).repeat(3, 1)
     weights = torch.zeros(3, 4, device=device)
     weights[1] = 1e-8  # a sum below 1e-5 is padded evenly to 1e-5
-    weights[2] = torch.tensor([0.0, 5e-6, 0.0, 0.0])  # so half of the sum is padding: 1/8, 5/8, 1/8, 1/8
-    new = fn(edges, weights, 3)
+    weights[2] = torch.tensor([0.0, 5e-6, 0.0, 0.0])  # half padding: masses 1/8, 5/8, 1/8, 1/8, sampled by these
+    new = fn(edges, weights, n=3)
     even = torch.tensor([1, 3, 5, 7], device=device) / 8
     torch.testing.assert_close(new[:2], even.repeat(2, 1), rtol=1e-3, atol=0)
     torch.testing.assert_close(new[2], torch.tensor([0.25, 0.35, 0.45, 0.75], device=device), rtol=1e-3, atol=0)
@@ -165,10 +164,10 @@ def test_rays_of_almost_no_weight_are_sampled_evenly(fn, device):
 
 @pytest.mark.parametrize("fn", [sample_pdf, sample_pdf_ref])
 def test_samples_stay_between_the_edges_when_u_rounds_to_one(fn, device):
-    """The largest jitter below 1 makes the last u 1 in fp32; the CDF may end below it by rounding."""
+    """The largest jitter below 1 rounds the last CDF value u to 1 in fp32; the CDF may end below it by rounding."""
     edges = torch.linspace(0.1, 0.7, 8, device=device).repeat(20, 1)
     jitter = torch.tensor(1.0).nextafter(torch.tensor(0.0)).expand(20).to(device)
-    new = fn(edges, uniform(20, 7, device=device).float(), 24, jitter)
+    new = fn(edges, uniform(20, 7, device=device).float(), n=24, jitter=jitter)
     assert (new.diff(dim=1) >= 0).all() and (new >= 0.1).all() and (new <= edges[:, -1:]).all()
     torch.testing.assert_close(new[:, -1], edges[:, -1], rtol=1e-5, atol=0)
 
@@ -178,12 +177,23 @@ def test_all_samples_lie_in_the_only_interval_with_mass(fn, device):
     """All mass lies between two equal edges, so all new samples equal these edges."""
     edges = torch.tensor([[0.0, 0.25, 0.25, 1.0]], device=device)
     weights = torch.tensor([[0.0, 1.0, 0.0]], device=device)
-    assert fn(edges, weights, 3).tolist() == [[0, 0.25, 0.25, 0.25, 0.25, 0.25, 1]]
+    assert fn(edges, weights, n=3).tolist() == [[0, 0.25, 0.25, 0.25, 0.25, 0.25, 1]]
 
 
-@pytest.mark.parametrize("R, S, n", [(1, 1, 1), (7, 5, 3), (16, 24, 8), (17, 9, 8), (3, 5, 9), (3, 4, 0), (0, 4, 4)])
+@pytest.mark.parametrize(
+    "R, S, n",
+    [
+        (1, 1, 1),
+        (7, 5, 3),  # odd sizes
+        (16, 24, 8),  # exactly one block
+        (17, 9, 8),  # one ray more than a block
+        (3, 5, 9),
+        (3, 4, 0),  # no new samples
+        (0, 4, 4),  # no rays
+    ],
+)
 def test_merge_matches_reference(R, S, n, device):
-    """Values from 0 to 9, so that most starts coincide: the order distinguishes old from new."""
+    """Integers from 0 to 9, so that many starts coincide and only `order` tells old from new."""
     old, new = (torch.randint(10, (R, k + 1), device=device).sort(dim=1).values.double() for k in (S, n))
     check_against_ref(merge, merge_ref, dict(edges=old, new_edges=new), torch.float32, wrt=[])
 
@@ -198,4 +208,4 @@ def test_merge_by_hand(fn, device):
 @pytest.mark.parametrize("fn", [resample, sample_pdf])
 def test_rejects_mismatched_shapes(fn, device):
     with pytest.raises(AssertionError, match="do not match"):
-        fn(torch.rand(2, 4, device=device), torch.rand(2, 4, device=device), 3)
+        fn(edges=torch.rand(2, 4, device=device), weights=torch.rand(2, 4, device=device), n=3)

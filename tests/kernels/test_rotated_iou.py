@@ -20,16 +20,17 @@ from unipad.kernels.rotated_iou import (
     rotated_nms_ref,
 )
 
+BEV = [0, 1, 3, 4, 6]  # columns x, y, w, l, yaw of a 3D box
 TYPES = dict(order_ptr="*i64", suppressed_ptr="*i32", kept_ptr="*i1")
-# stack=32: the cosine reduces huge angles, for which Triton 3.6 puts 32 bytes on the stack, 3.9 none.
-# No fp64, which only checks use: it needs more stack for huge angles, and twice the registers per pair
+# stack=32: the cosine's range reduction for huge angles takes 32 bytes of stack with Triton 3.6, none with 3.9.
+# No fp64, which only checks use: it takes more stack for huge angles, and twice the registers per pair.
 LAUNCHES = [
     Launch(kernel, blocks, TYPES, elements=("fp32",), num_warps=warps, registers=registers, shared=shared, stack=32)
     for kernel, blocks, warps, registers, shared in [
         ("_iou_kernel", dict(BLOCK_N=BLOCK_N, BLOCK_M=BLOCK_M), 8, 64, 0),
         ("_suppress_kernel", {}, 8, 96, 128),
-        ("_greedy_kernel", dict(BLOCK_W=32), 1, 96, 0),
-        ("_greedy_kernel", dict(BLOCK_W=256), 8, 112, 32),
+        ("_greedy_kernel", dict(BLOCK_W=32), 1, 96, 0),  # up to 1024 boxes: 32 words of 32 bits
+        ("_greedy_kernel", dict(BLOCK_W=256), 8, 112, 32),  # up to 8192 boxes
         ("_paired_kernel", dict(BLOCK_P=BLOCK_P), 4, 48, 0),
     ]
 ]
@@ -46,10 +47,10 @@ def make_boxes(N, device):
     boxes[2::10] = (boxes[2::10] * 2).round() / 2
     boxes[1::10, 4] = (boxes[1::10, 4] / (pi / 2)).round() * (pi / 2)  # ... and axis-aligned
     boxes[2::10, 4] = (boxes[2::10, 4] / (pi / 2)).round() * (pi / 2)
-    boxes[3::10] = boxes[2:-1:10]  # the same box
-    boxes[4::10] = boxes[2:-2:10] + boxes.new_tensor([0, 0, 0, 0, 1e-7])  # almost parallel to it
+    boxes[3::10] = boxes[2:-1:10]  # the same box as the one before
+    boxes[4::10] = boxes[2:-2:10] + boxes.new_tensor([0, 0, 0, 0, 1e-7])  # almost parallel to both
     boxes[5::10, 2:4] = boxes.new_tensor([0.1, 12])  # thin
-    boxes[6::10, 2 + N % 2] = 0  # no area
+    boxes[6::10, 2 + N % 2] = 0  # no area: no width for even N, no length for odd N
     # rounded to fp32, so that every type gets the same boxes
     return boxes.float().double()
 
@@ -109,15 +110,14 @@ def test_iou_matches_polygon_clipping(fn, dtype, atol, device):
 
 @pytest.mark.parametrize("bev, paired", [(rotated_iou_bev, paired_iou_3d), (rotated_iou_bev_ref, paired_iou_3d_ref)])
 def test_boxes_of_negative_size_have_no_area(bev, paired, device):
-    """Also paired with themselves, and with two negative sizes, whose product is positive."""
+    """Also compared with themselves, and with two negative sizes, whose product is positive."""
     solid = torch.tensor([0.0, 0, 0, 2, 4, 1, 0.3], device=device)
     boxes = solid.repeat(8, 1) * torch.tensor(
         [[1, 1, 1, w, l, h, 1] for w in (1, -1) for l in (1, -1) for h in (1, -1)], device=device
     )
     expected = torch.tensor([1.0, 0, 0, 0, 0, 0, 0, 0], device=device)  # only the first has no negative size
-    columns = [0, 1, 3, 4, 6]
-    flat = bev(boxes[::2, columns], boxes[::2, columns])
-    torch.testing.assert_close(flat, torch.diag(expected[:4]), rtol=0, atol=1e-6)
+    flat = boxes[::2, BEV]  # those of positive height
+    torch.testing.assert_close(bev(flat, flat), torch.diag(expected[:4]), rtol=0, atol=1e-6)
     for a, b in ((boxes, solid.expand(8, 7)), (solid.expand(8, 7), boxes), (boxes, boxes)):
         torch.testing.assert_close(paired(a, b), expected, rtol=0, atol=1e-6)
 
@@ -128,10 +128,9 @@ def test_paired_matches_polygon_clipping_times_height(fn, dtype, atol, device):
     N = 10000 if fn is paired_iou_3d_ref else 2000  # the interpreter is slow
     a, b = make_boxes_3d(N, device), make_boxes_3d(N, device)
     b[::9] = a[::9]
-    bev = [0, 1, 3, 4, 6]
     height = torch.minimum(a[:, 2] + a[:, 5] / 2, b[:, 2] + b[:, 5] / 2)
     height = (height - torch.maximum(a[:, 2] - a[:, 5] / 2, b[:, 2] - b[:, 5] / 2)).clamp(min=0)
-    intersection = intersection_area(a[:, bev], b[:, bev]).to(device) * height
+    intersection = intersection_area(a[:, BEV], b[:, BEV]).to(device) * height
     union = a[:, 3:6].prod(dim=1) + b[:, 3:6].prod(dim=1) - intersection
     expected = torch.where(union > 0, intersection / union, 0)
     iou = fn(a.to(dtype), b.to(dtype))
@@ -139,10 +138,10 @@ def test_paired_matches_polygon_clipping_times_height(fn, dtype, atol, device):
     torch.testing.assert_close(iou.double(), expected, rtol=0, atol=atol)
 
 
-BY_HAND = [  # a, b, IoU: x, y, w, l, yaw
+BY_HAND = [  # a and b, each x, y, w, l, yaw; their IoU
     ((0, 0, 1, 1, 0), (0.5, 0, 1, 1, 0), 1 / 3),
     ((0, 0, 1, 1, 0), (0.5, 0.5, 1, 1, 0), 1 / 7),
-    ((0, 0, 2, 2, 0), (0, 0, 2, 2, pi / 4), 1 / sqrt(2)),  # an octagon of 8 (sqrt 2 - 1)
+    ((0, 0, 2, 2, 0), (0, 0, 2, 2, pi / 4), 1 / sqrt(2)),  # the intersection is an octagon of area 8 (sqrt 2 - 1)
     ((0, 0, 1, 4, pi / 2), (0, 0, 4, 1, 0), 1),  # l lies along the heading
     ((0, 0, 2, 8, pi / 4), (2, 2, 1, 1, 0.3), 1 / 16),  # counter-clockwise yaw: a contains b ...
     ((0, 0, 2, 8, pi / 4), (2, -2, 1, 1, 0.3), 0),  # ... but not b mirrored
@@ -164,8 +163,8 @@ BY_HAND = [  # a, b, IoU: x, y, w, l, yaw
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 5e-7), (torch.float64, 1e-14)], ids=str)
 def test_iou_by_hand(fn, dtype, atol, device):
     a, b, expected = (torch.tensor(t, dtype=torch.float64, device=device).to(dtype) for t in zip(*BY_HAND, strict=True))
-    for pair, reverse in ((a, b), (b, a)):
-        torch.testing.assert_close(fn(pair, reverse).diagonal(), expected, rtol=0, atol=atol)
+    for first, second in ((a, b), (b, a)):
+        torch.testing.assert_close(fn(first, second).diagonal(), expected, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("fn", [paired_iou_3d, paired_iou_3d_ref])
@@ -183,34 +182,38 @@ def test_paired_by_hand(fn, device):
 
 
 def test_iou_is_symmetric_and_invariant_to_similarity_transforms(device):
-    """Up to fp32 rounding; exactly for a shift by powers of two, which does not round the coordinates."""
+    """Up to fp32 rounding; exactly for a shift by powers of two, which does not round the coordinates.
+
+    Also the same if a box is written with width and length swapped and the yaw a quarter turn further.
+    """
     a, b = (make_boxes(40, device).float() for _ in range(2))
     for boxes in (a, b):
         boxes[:, :2] = (boxes[:, :2] * 64).round() / 64
-        boxes[:, 2:4] = boxes[:, 2:4].clamp(min=0.3)
+        boxes[:, 2:4] = boxes[:, 2:4].clamp(min=0.3)  # IoUs of thinner boxes are less accurate
     iou = rotated_iou_bev(a, b)
     close = dict(rtol=0, atol=1e-5)
     torch.testing.assert_close(rotated_iou_bev(b, a).T, iou, **close)
-    far = a.new_tensor([4096, -8192, 0, 0, 0])
-    assert torch.equal(rotated_iou_bev(a + far, b + far), iou)
+    shift = a.new_tensor([4096, -8192, 0, 0, 0])
+    assert torch.equal(rotated_iou_bev(a + shift, b + shift), iou)
     rotated = [rotate(boxes.double(), 0.777).float() for boxes in (a, b)]
     torch.testing.assert_close(rotated_iou_bev(*rotated), iou, **close)
     mirror = a.new_tensor([1, -1, 1, 1, -1])
     torch.testing.assert_close(rotated_iou_bev(a * mirror, b * mirror), iou, **close)
-    size = a.new_tensor([8, 8, 8, 8, 1])
-    torch.testing.assert_close(rotated_iou_bev(a * size, b * size), iou, **close)
+    scale = a.new_tensor([8, 8, 8, 8, 1])
+    torch.testing.assert_close(rotated_iou_bev(a * scale, b * scale), iou, **close)
     swapped = a[:, [0, 1, 3, 2, 4]] + a.new_tensor([0, 0, 0, 0, pi / 2])
     torch.testing.assert_close(rotated_iou_bev(swapped, b), iou, **close)
 
 
 def rotate(boxes, angle):
+    """Boxes [N, 5] rotated about the origin."""
     x, y, w, l, yaw = boxes.unbind(1)
     angle = torch.tensor(angle, dtype=boxes.dtype)
     c, s = angle.cos(), angle.sin()
     return torch.stack([c * x - s * y, s * x + c * y, w, l, yaw + angle], dim=1)
 
 
-def greedy(boxes, scores, threshold):
+def kept_by_definition(boxes, scores, threshold):
     """Rows that are kept, by the definition of greedy NMS."""
     iou = rotated_iou_bev_ref(boxes.double(), boxes.double())
     rows = sorted(range(len(boxes)), key=lambda row: (-scores[row].item(), row))
@@ -229,8 +232,8 @@ def test_nms_is_greedy(fn, N, threshold, device):
     with launches() as launched:
         rows = fn(boxes, scores, threshold)
     assert bool(launched) == (fn is rotated_nms)
-    assert rows.dtype == torch.int64 and rows.tolist() == greedy(boxes, scores, threshold)
-    assert torch.equal(fn(boxes, scores, threshold), rows)
+    assert rows.dtype == torch.int64 and rows.tolist() == kept_by_definition(boxes, scores, threshold)
+    assert torch.equal(fn(boxes, scores, threshold), rows)  # deterministic
 
 
 @pytest.mark.parametrize("fn", [rotated_nms, rotated_nms_ref])
@@ -256,17 +259,17 @@ def test_nms_keeps_every_other_box_of_a_chain(fn, device):
 
 
 def test_nms_of_more_boxes_than_a_warp_holds(device):
-    """1100 boxes are 35 words of 32 bits, the last ones in a lane's second register or in another warp. Random bits."""
+    """1100 boxes are 35 words of 32 bits, the last ones in a second warp. Which box suppresses which is random."""
     N, W = 1100, 35
-    over = torch.zeros(32 * W, 32 * W, dtype=torch.bool, device=device)
-    over[:N, :N] = (torch.rand(N, N, device=device) < 0.01).triu(diagonal=1)
-    bits = over.view(32 * W, W, 32) * 2 ** torch.arange(32, device=device)
+    suppresses = torch.zeros(32 * W, 32 * W, dtype=torch.bool, device=device)
+    suppresses[:N, :N] = (torch.rand(N, N, device=device) < 0.01).triu(diagonal=1)
+    bits = suppresses.view(32 * W, W, 32) * 2 ** torch.arange(32, device=device)
     with launches() as launched:
         kept = _greedy(bits.sum(dim=2).int(), N)
     assert launched == ["_greedy_kernel"]
     expected = torch.ones(N, dtype=torch.bool, device=device)
     for i in range(N):
-        expected &= ~(over[i, :N] & expected[i])
+        expected &= ~(suppresses[i, :N] & expected[i])
     assert torch.equal(kept, expected) and 100 < expected.sum() < 1000
 
 
@@ -283,15 +286,14 @@ def from_mmdet3d(boxes):
 def test_matches_the_original(bev, paired, nms, device):
     arrays, _ = golden.load("det_box_utils")
     a, b, to_nms = (from_mmdet3d(arrays[f"in/{name}"]).to(device) for name in ("boxes", "boxes_b", "nms_boxes"))
-    columns = [0, 1, 3, 4, 6]
-    golden.assert_close_to_max(bev(a[:, columns], b[:, columns]).cpu(), arrays["out/bev_iou"], 1e-5)
+    golden.assert_close_to_max(bev(a[:, BEV], b[:, BEV]).cpu(), arrays["out/bev_iou"], 1e-5)
     golden.assert_close_to_max(paired(a, b).cpu(), arrays["out/paired_iou3d"], 1e-5)
-    rows = nms(to_nms[:, columns], arrays["in/nms_scores"].to(device), arrays["in/nms_threshold"].item())
+    rows = nms(to_nms[:, BEV], arrays["in/nms_scores"].to(device), arrays["in/nms_threshold"].item())
     assert torch.equal(rows.cpu(), arrays["out/nms_keep"])
 
 
 @pytest.mark.parametrize("fn, columns", [(rotated_iou_bev, 5), (paired_iou_3d, 7)])
-def test_rejects_mismatched_boxes(fn, columns, device):
+def test_rejects_boxes_of_wrong_shape_or_type(fn, columns, device):
     boxes = torch.rand(4, columns, device=device)
     with pytest.raises(AssertionError, match=rf"\[N, {columns}\]"):
         fn(boxes, boxes[:, :4])

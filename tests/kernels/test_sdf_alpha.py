@@ -33,6 +33,9 @@ SHAPES = pytest.mark.parametrize(
         (0, 96),  # no rays
     ],
 )
+# Opacities are differences of CDFs or exponentials of about 1. If all are smaller than this, as may happen with one
+# sample, tolerances do not shrink with them.
+MAGNITUDE = 0.1
 
 
 def random(*shape, device):
@@ -60,23 +63,22 @@ def volsdf_inputs(R, S, device, beta=0.1):
 @DTYPES
 @SHAPES
 def test_neus_alpha_matches_reference(R, S, dtype, device):
-    check_against_ref(
-        neus_alpha, neus_alpha_ref, neus_inputs(R, S, device), dtype, wrt=["sdf", "gradient", "inv_s"], magnitude=0.1
-    )
+    inputs, wrt = neus_inputs(R, S, device), ["sdf", "gradient", "inv_s"]
+    check_against_ref(neus_alpha, neus_alpha_ref, inputs, dtype, wrt, magnitude=MAGNITUDE)
 
 
 @DTYPES
 @SHAPES
 def test_interval_alpha_matches_reference(R, S, dtype, device):
     inputs = dict(sdf=random(R, S, device=device), deltas=random(R, S, device=device).abs(), inv_s=64.0)
-    check_against_ref(interval_alpha, interval_alpha_ref, inputs, dtype, wrt=[], magnitude=0.1)
+    check_against_ref(interval_alpha, interval_alpha_ref, inputs, dtype, wrt=[], magnitude=MAGNITUDE)
 
 
 @DTYPES
 @SHAPES
 def test_volsdf_alpha_matches_reference(R, S, dtype, device):
     check_against_ref(
-        volsdf_alpha, volsdf_alpha_ref, volsdf_inputs(R, S, device), dtype, wrt=["sdf", "beta"], magnitude=0.1
+        volsdf_alpha, volsdf_alpha_ref, volsdf_inputs(R, S, device), dtype, wrt=["sdf", "beta"], magnitude=MAGNITUDE
     )
 
 
@@ -87,10 +89,10 @@ def test_rays_without_samples_match_reference(device):
 
 @pytest.mark.parametrize("fn", [neus_alpha, neus_alpha_ref])
 def test_neus_alpha_by_hand(fn, device):
-    """A ray that approaches (slope -1), one that recedes, one parallel to the surface; interval 2, sdf 0, inv_s ln 3.
+    """Three rays: towards the surface (slope -1), away from it and along it; intervals of length 2, sdf 0, inv_s ln 3.
 
-    Approaching: prev = 1, next = -1, P = 3/4, N = 1/4, alpha = (1/2 + e) / (3/4 + e). The others: P = N = 1/2,
-    alpha = e / (1/2 + e).
+    With the symbols of sdf_alpha.py, e = 1e-5. Towards: prev = 1, next = -1, P = 3/4, N = 1/4,
+    alpha = (1/2 + e) / (3/4 + e). The others: P = N = 1/2, alpha = e / (1/2 + e).
     """
     gradient = torch.tensor([[[0.0, 0, -1]], [[0.0, 0, 1]], [[1.0, 0, 0]]], device=device, dtype=torch.float64)
     directions = torch.tensor([[0.0, 0, 1]] * 3, device=device, dtype=torch.float64)
@@ -105,7 +107,7 @@ def test_neus_alpha_by_hand(fn, device):
 def test_interval_alpha_by_hand(fn, device):
     """SDF 1, 0, 1, -3 at unit distances: slopes -1, 1, -4; the minimum of each and its predecessor: -1, -1, -4."""
     sdf = torch.tensor([[1.0, 0, 1, -3]], device=device, dtype=torch.float64)
-    alpha = fn(sdf, torch.full_like(sdf, 1.0), torch.tensor(3.0).log().item())
+    alpha = fn(sdf, torch.full_like(sdf, 1.0), inv_s=torch.tensor(3.0).log().item())
 
     # sigmoid of ln 3, 0 and -3 ln 3: 3/4, 1/2, 1/28
     by_hand = [0.25001 / 0.75001, 0.25001 / 0.75001, (3 / 4 - 1 / 28 + 1e-5) / 0.75001, 0]
@@ -114,9 +116,9 @@ def test_interval_alpha_by_hand(fn, device):
 
 @pytest.mark.parametrize("fn", [interval_alpha, interval_alpha_ref])
 def test_interval_alpha_of_coincident_samples_is_finite(fn, device):
-    """The SDF jumps within distance 0: the slope is limited to -1000, which the next interval inherits."""
+    """The SDF jumps in an interval of length 0: the slope is clipped to -1000, and the next interval inherits it."""
     sdf = torch.tensor([[0.5, -0.5, -0.5, -0.5]], device=device)
-    alpha = fn(sdf, torch.tensor([[0.0, 1.0, 1.0, 1.0]], device=device), 64.0)
+    alpha = fn(sdf, torch.tensor([[0.0, 1.0, 1.0, 1.0]], device=device), inv_s=64.0)
     torch.testing.assert_close(alpha[0, 0].item(), 1e-5 / 0.50001, rtol=1e-5, atol=0)
     torch.testing.assert_close(alpha[0, 1].item(), 1.0, rtol=1e-5, atol=0)
     assert alpha[0, 3] == 0
@@ -124,9 +126,9 @@ def test_interval_alpha_of_coincident_samples_is_finite(fn, device):
 
 @pytest.mark.parametrize("fn", [volsdf_alpha, volsdf_alpha_ref])
 def test_volsdf_alpha_by_hand(fn, device):
-    """beta = 1/2: density 2 (1 - e^-1 / 2) half a unit inside, 1 at the surface, e^-1 half a unit outside."""
+    """beta = 1/2: density 2 (1 - e^-0.5 / 2) a quarter inside, 1 at the surface, e^-1 half a unit outside."""
     sdf = torch.tensor([[-0.25, 0.0, 0.5]], device=device, dtype=torch.float64)
-    alpha = fn(sdf, torch.full_like(sdf, 2.0), sdf.new_tensor([0.5]))
+    alpha = fn(sdf, deltas=torch.full_like(sdf, 2.0), beta=sdf.new_tensor([0.5]))
     densities = sdf.new_tensor([[2 * (1 - torch.tensor(-0.5).double().exp().item() / 2), 1.0, 0.36787944117144233]])
     torch.testing.assert_close(alpha, 1 - torch.exp(-2 * densities), rtol=1e-12, atol=0)
 
@@ -146,14 +148,14 @@ def test_unisurf_alpha_is_a_sigmoid(device):
 
 @pytest.mark.parametrize("inv_s", [1e-6, 1.0, 1e6])
 def test_neus_alpha_matches_reference_at_the_limits_of_inv_s(inv_s, device):
-    """exp(10 * variance) is clipped to these limits: no overflow, no NaN, and the gradients of the reference."""
+    """The field clips inv_s to [1e-6, 1e6]: no overflow and no NaN at the limits."""
     check_against_ref(
         neus_alpha, neus_alpha_ref, neus_inputs(4, 9, device, inv_s), torch.float32, wrt=["sdf", "gradient", "inv_s"]
     )
 
 
-def test_clipped_opacity_passes_no_gradient(device):
-    """Behind the surface P and N vanish: alpha is 1. In intervals of negative length it is clipped to 0."""
+def test_opacity_at_its_bounds_passes_no_gradient(device):
+    """Behind the surface P and N vanish, so alpha is 1. In intervals of negative length it is clipped to 0."""
     inputs = neus_inputs(2, 3, device, inv_s=1e4)
     inputs["gradient"] = -inputs["directions"][:, None].expand(2, 3, 3).contiguous()  # slope -1
     inputs["sdf"][:] = torch.tensor([[-1.0, 0.0, 0.0], [0.0, 1.0, -1.0]])
@@ -165,13 +167,13 @@ def test_clipped_opacity_passes_no_gradient(device):
     torch.testing.assert_close(alpha[0], alpha.new_tensor([1.0, 0.0, 1.0]), rtol=0, atol=2e-5)
     assert alpha[1, 0] == 0
     d_sdf, d_gradient = torch.autograd.grad(alpha.sum(), leaves[:2])
-    clipped = ([0, 0, 1, 1], [0, 1, 0, 2])  # rays, samples
-    assert not d_sdf[clipped].any() and not d_gradient[clipped].any()
-    assert d_sdf[0, 2] != 0
+    at_bounds = ([0, 0, 1, 1], [0, 1, 0, 2])  # rays, samples: two behind the surface, two clipped to 0
+    assert not d_sdf[at_bounds].any() and not d_gradient[at_bounds].any()
+    assert d_sdf[0, 2] != 0  # at the surface: opaque, but not clipped
 
 
 def test_volsdf_alpha_has_a_gradient_at_the_surface(device):
-    """At sdf 0 both halves of the density have the same slope; through |sdf|, autograd would give 0."""
+    """The density has the same slope on both sides of sdf 0; that of |sdf|, in its formula, is 0 in autograd."""
     inputs = volsdf_inputs(3, 4, device)
     inputs["sdf"][1] = 0.0
     check_against_ref(volsdf_alpha, volsdf_alpha_ref, inputs, torch.float32, wrt=["sdf", "beta"])
@@ -180,7 +182,7 @@ def test_volsdf_alpha_has_a_gradient_at_the_surface(device):
 
 
 def test_volsdf_alpha_with_a_sharp_density_matches_reference(device):
-    """beta at its minimum, 1e-4: samples far inside are opaque, far outside empty."""
+    """beta at the field's minimum, 1e-4: samples far inside are opaque, far outside empty."""
     inputs = volsdf_inputs(4, 9, device, beta=1e-4)
     check_against_ref(volsdf_alpha, volsdf_alpha_ref, inputs, torch.float32, wrt=["sdf", "beta"])
 

@@ -35,7 +35,8 @@ from unipad.kernels.sdf_render import sdf_render
 from unipad.model.rays import Rays
 from unipad.model.render import Renderer
 
-ADD = dict(SCATTER=True)  # atomic adds to the volume's gradient
+# the volume's gradient: by atomic adds, or summed by `cell_sum` under strict determinism
+ADD, BY_CELL = dict(SCATTER=True), dict(SCATTER=False)
 # kernel, constexprs, targets, registers, shared, stack, mma, warps: see the comment on stacks in test_sdf_render.py
 LAUNCHES = [
     launch("_sdf_render_bwd_rgb_kernel", RGB | ALONG, NVIDIA, 255, 36864, 640, "HGMMA"),
@@ -46,12 +47,12 @@ LAUNCHES = [
     launch("_sdf_render_bwd_rgb_kernel", NO_RGB | ALONG | IEEE, AMD),
     launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | ADD, NVIDIA, 255, 61440, 600, "HGMMA"),
     launch("_sdf_render_bwd_sdf_kernel", NO_RGB | TILE | ADD, NVIDIA, 255, 61440, 240, "HGMMA"),
-    launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | dict(SCATTER=False), HOPPER, 255, 61440, 440, "HGMMA"),
+    launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | BY_CELL, HOPPER, 255, 61440, 440, "HGMMA"),
     launch("_sdf_render_bwd_sdf_kernel", EXACT | SMALL_TILE | ADD, HOPPER, 255, 8192, 400, "HMMA", 2),
     launch("_sdf_render_bwd_sdf_kernel", WIDE | HALF_TILE | ADD, HOPPER, 255, 49152, 600, "HGMMA"),
     launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | ADD | IEEE, AMD),
     launch("_sdf_render_bwd_sdf_kernel", NO_RGB | TILE | ADD | IEEE, AMD),
-    launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | dict(SCATTER=False) | IEEE, AMD),
+    launch("_sdf_render_bwd_sdf_kernel", RGB | TILE | BY_CELL | IEEE, AMD),
 ]
 
 
@@ -59,8 +60,8 @@ def test_launches_have_the_tiles_that_the_code_chooses():
     assert_tiles_are_as_chosen(LAUNCHES)
 
 
-def test_zero_upstream_gradient_gives_zero():
-    inputs = make_inputs(2, 5, sdf_layers=2, rgb_layers=2)
+def test_zero_upstream_gradient_gives_a_zero_volume_gradient():
+    inputs = make_inputs(R=2, S=5, sdf_layers=2, rgb_layers=2)
     inputs["volume"].requires_grad_()
     outs = called(sdf_render)(**inputs)
     (d_volume,) = torch.autograd.grad(outs, inputs["volume"], [torch.zeros_like(o) for o in outs])
@@ -68,8 +69,8 @@ def test_zero_upstream_gradient_gives_zero():
 
 
 def test_strict_determinism_sums_by_cell():
-    """By `cell_sum`: no atomic adds, not the reference; some samples lie on cell faces or outside the volume."""
-    inputs = make_inputs(2, 20, channels=16, sdf_layers=2, rgb_layers=2, B=1)
+    """The kernels still run, with `cell_sum` instead of atomic adds. Some samples lie on cell faces or outside."""
+    inputs = make_inputs(R=2, S=20, channels=16, sdf_layers=2, rgb_layers=2, B=1)
     inputs["volume"] = inputs["volume"][:, :2, :3, :3]
     inputs["cells_per_unit"], inputs["cell_offset"] = torch.tensor([[1.0, 1, 2], [1.0, 1, 0.5]], device=DEVICE)
     inputs["edges"] = torch.arange(21, device=DEVICE).expand(2, 21) / 8
@@ -85,7 +86,7 @@ def test_strict_determinism_sums_by_cell():
 
 
 def training_step(method):
-    """A step of a fused renderer on fixed tensors: (those inputs, a function that returns losses and gradients)."""
+    """A step of a fused renderer: (tensors that every call reads, a function that returns losses and gradients)."""
     cfg = Render(
         method=method, channels=16, samples=6, importance=4, sdf_layers=2, rgb_layers=2,
         truncation=1.5, free_space_weight=1.0, sdf_weight=10.0, eikonal_weight=0.01, points_weight=1.0,
@@ -108,8 +109,8 @@ def training_step(method):
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_a_training_step_never_waits_for_the_device(deterministic):
-    """Sampling, forward, losses and backward: a CUDA graph requires this, and a CPU can check it."""
+def test_only_volsdfs_sampler_waits_for_the_device_in_a_training_step(deterministic):
+    """Sampling, forward, losses and backward: a step without waits can be a CUDA graph. A CPU can check it."""
     _, step = training_step("neus")
     torch.use_deterministic_algorithms(True, warn_only=not deterministic)
     with launches() as launched, WaitRecorder() as waits:
@@ -131,13 +132,13 @@ def test_volsdf_uses_no_cumsum_of_floats():
         values = step()
     assert "_cell_sum_kernel" in launched and all(t.isfinite().all() for t in values)
     with pytest.raises(AssertionError, match="not deterministic"), NoFloatCumsum():
-        torch.ones(3).cumsum(0)
+        torch.ones(3).cumsum(0)  # the check detects one
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="CUDA graphs need a GPU")
 def test_a_training_step_replayed_as_a_cuda_graph_matches():
-    """Captured once and replayed on new values: the same as the step without a graph."""
-    written_to, step = training_step("neus")
+    """Captured once and replayed on new values: the same losses and gradients as a step without a graph."""
+    read_by_step, step = training_step("neus")
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # compiles the kernels and lets the libraries allocate
@@ -148,7 +149,7 @@ def test_a_training_step_replayed_as_a_cuda_graph_matches():
     with torch.cuda.graph(graph):
         captured = step()
     with torch.no_grad():
-        for tensor in written_to:
+        for tensor in read_by_step:
             tensor.copy_(tensor.flip(0))
     graph.replay()
     for value, expected in zip(captured, step(), strict=True):

@@ -1,4 +1,6 @@
-"""`fold` and `Softplus` of the reference; test_sdf_render.py checks the whole field."""
+"""`fold` of the reference, compared with the kernels' batched form, and `Softplus`; test_sdf_render.py checks the whole
+field.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +12,16 @@ from unipad.kernels.sdf_reference import Softplus, fold
 
 def test_batched_folding_matches_fold():
     mlp = [t.double() for t in random_mlp(conditions=5, outputs=3, hidden=7, layers=4)]
+    # without the last result, the list of W, which both return as it is
     for batched, looped in zip(fold_batched(mlp)[:3], fold(mlp)[:3], strict=True):
         torch.testing.assert_close(batched, looped, rtol=1e-14, atol=1e-14)
 
 
 def test_softplus_is_linear_beyond_the_threshold():
-    """Value, slope and curvature are those of torch; beyond beta z = 20, so z = 0.2, exactly z, 1 and 0."""
+    """Value, slope and curvature are those of torch's softplus; with beta = 100, z = 0.2 is its threshold beta z = 20.
+
+    Beyond it, they are exactly z, 1 and 0.
+    """
     z = torch.tensor([-3.0, -0.2, -0.01, 0.0, 0.01, 0.199, 0.201, 0.3, 5.0], dtype=torch.float64, requires_grad=True)
     out, slope = Softplus.apply(z)
     expected = F.softplus(z, beta=100)

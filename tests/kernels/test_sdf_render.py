@@ -27,12 +27,13 @@ CELLS_PER_UNIT, CELL_OFFSET = torch.tensor([[4.0, 4.0, 8.0], [4.0, 4.0, 2.0]], d
 AMPERE, HOPPER, AMD = ("sm_80",), ("sm_90",), ("gfx942",)
 NVIDIA = AMPERE + HOPPER
 OTHERS = ("sm_86", "sm_89", "sm_100", "sm_120")  # launches for HOPPER compile for these too, without budgets
-# tiles of 64 samples: of any rays; of two rays, 32 each
+# tiles of 64 samples: TILE of any rays; ALONG of two rays, 32 samples along each
 TILE, ALONG = dict(BLOCK_M=64), dict(BLOCK_R=2, BLOCK_S=32)
-FIELD = dict(C=32, H=16, PREC="tf32")  # of every preset
+FIELD = dict(C=32, H=16, PREC="tf32")  # the field of every preset
 RGB = FIELD | dict(NEUS=True, SDF_LAYERS=6, RGB_LAYERS=4)
 NO_RGB = RGB | dict(RGB_LAYERS=0)  # LiDAR only
-IEEE, TRAIN = dict(PREC="ieee"), dict(STOP=0.0)  # products in fp32; rays do not stop early
+IEEE = dict(PREC="ieee")  # matrix products in fp32, as on AMD GPUs
+TRAIN = dict(STOP=0.0)  # rays do not stop early
 WIDE = RGB | dict(C=64, H=64)  # the widest field; its tiles have half as many samples
 EXACT = RGB | dict(PREC="tf32x3")  # its tiles have a quarter as many samples, and two warps
 HALF_TILE, HALF_ALONG = dict(BLOCK_M=32), dict(BLOCK_R=1, BLOCK_S=32)
@@ -40,23 +41,24 @@ SMALL_TILE, SMALL_ALONG = dict(BLOCK_M=16), dict(BLOCK_R=1, BLOCK_S=16)
 
 
 def launch(kernel, constexprs, targets, registers=255, shared=0, stack=0, mma="", warps=4):
+    """The limits hold on NVIDIA; for AMD, launches are only compiled."""
     budgets = [target for target in targets if target in NVIDIA]
     targets = targets + OTHERS if HOPPER[0] in targets else targets
     # every preset renders 96 samples per ray; `sdf_values` runs on the 72 before resampling, no multiple of 16
     divisible = ("CHANNELS",) if kernel == "_sdf_values_kernel" else ("S", "CHANNELS")
     return Launch(
-        kernel, constexprs, dict(hit_ptr="*i1"), divisible, ("fp32",), targets, warps, 1,
-        registers, shared, stack, mma, budgets,
+        kernel, constexprs, dict(hit_ptr="*i1"), divisible, elements=("fp32",), targets=targets, num_warps=warps,
+        num_stages=1, registers=registers, shared=shared, stack=stack, mma=mma, budgets=budgets,
     )  # fmt: skip
 
 
-# kernel, constexprs, targets, registers, shared, stack, mma, warps.
+# kernel, constexprs, targets, registers, shared (bytes), stack (bytes), mma, warps.
 # Stack (spilled registers): a tile of 64 samples, the size of a Hopper matrix instruction, needs a few more registers
 # than there are. Tiles of half as many samples spill a fifth as much, but take 1.6 times the instructions per sample.
-# Budgets: the higher of the costs with Triton 3.9 and with 3.6 (the latter before operands were rounded); for WIDE and
-# EXACT, those with 3.9. A wide field has 4 times the activations per sample. No launch is both wide and exact: no
-# preset has such a field, and compiling it takes minutes; its stack with 3.9 on sm_90 is 2288 bytes in the forward
-# kernel, and 1016 and 416 in the backward kernels.
+# Budgets: the higher of the costs with Triton 3.9 and with 3.6 (the latter measured before the kernels rounded operands
+# to tf32); for WIDE and EXACT, those with 3.9. A wide field has 4 times the activations per sample. No launch is both
+# wide and exact: no preset has such a field, and compiling it takes minutes; its stack with 3.9 on sm_90 is 2288 bytes
+# in the forward kernel, and 1016 and 416 in the backward kernels.
 LAUNCHES = [
     launch("_sdf_values_kernel", FIELD | TILE | dict(LAYERS=6), NVIDIA, 168, 20480, 0, "HGMMA"),
     launch("_sdf_render_fwd_kernel", RGB | ALONG | TRAIN, AMPERE, 255, 20480, 176, "HMMA"),
@@ -70,6 +72,7 @@ LAUNCHES = [
     launch("_sdf_render_fwd_kernel", RGB | ALONG | TRAIN | IEEE, AMD),
     launch("_sdf_render_fwd_kernel", NO_RGB | ALONG | TRAIN | IEEE, AMD),
 ]
+# inputs with a gradient
 GRADIENTS = ["volume", "sdf_mlp", "rgb_mlp", "density_param"]
 # Largest error under tf32, the default, of outputs and of gradients, as a fraction of the largest entry in fp64.
 # Operands keep a 10-bit mantissa; ten layers and a softplus with beta = 100 amplify their errors.
@@ -80,15 +83,18 @@ def random_mlp(conditions, outputs, hidden, layers):
     """The tensors of an MLP of sdf_reference.py, initialized like `nn.Linear`. conditions: size of its vector c."""
     widths = [(hidden, 3), *[(hidden, conditions), (hidden, hidden)] * (layers - 1), (hidden, conditions)]
     widths.append((outputs, hidden))
-    leaves = []
-    for rows, columns in widths:
+    tensors = []
+    for rows, columns in widths:  # a matrix and its bias: P and q; of every layer C_l and d_l, W_l and b_l
         bound = columns**-0.5
-        leaves += [(torch.rand(rows, columns) * 2 - 1) * bound, (torch.rand(rows) * 2 - 1) * bound]
-    return leaves
+        tensors += [(torch.rand(rows, columns) * 2 - 1) * bound, (torch.rand(rows) * 2 - 1) * bound]
+    return tensors
 
 
 def make_inputs(R, S, channels=32, hidden=16, sdf_layers=6, rgb_layers=4, density_param=20.0, B=2):
-    """Rays that start near the middle of B volumes; a third of each ray lies outside. Ray 3 is marked as a miss."""
+    """R rays of S samples that start near the middle of B volumes; ray 3 is marked as a miss.
+
+    On average, a third of the samples have no voxel around them.
+    """
     rgb = random_mlp(3 + channels + 3 + hidden, 3, hidden, rgb_layers) if rgb_layers else None
     inputs = dict(
         volume=torch.randn(B, 5, 9, 9, channels),
@@ -171,9 +177,9 @@ def _tensors(value):
 def assert_tiles_are_as_chosen(rows):
     """Assert that LAUNCHES have the tiles and warps that the code chooses for their field."""
     for row in rows:
-        sizes = row.constexprs
-        _, launched = (sample_launch if "BLOCK_M" in sizes else ray_launch)(1, sizes)
-        assert launched == {name: sizes.get(name, getattr(row, name, None)) for name in launched}, row
+        _, chosen = (sample_launch if "BLOCK_M" in row.constexprs else ray_launch)(1, row.constexprs)
+        # blocks are constexprs of the launch; warps and stages are fields of their own
+        assert chosen == {name: row.constexprs.get(name, getattr(row, name, None)) for name in chosen}, row
 
 
 def test_launches_have_the_tiles_that_the_code_chooses():
@@ -189,14 +195,14 @@ def assert_as_composed(inputs, method, rel, op=sdf_render, dtype=torch.float32, 
 
 @pytest.mark.parametrize("seed", [2, 3])
 def test_field_of_the_presets_matches_the_formulas(seed):
-    """All 46 gradients; samples outside the box, rays towards the surface and away from it, tiles half full.
+    """All 46 gradients; samples outside the volume, rays towards the surface and away from it, a tile half full.
 
     The largest error of an output or gradient, compared with the composed formulas in fp64, is at most 1e-5 of the
     largest entry; where fp32 itself loses more (`d_density_param`, one number summed over all samples, with seed
     2), at most twice the largest error of the composed formulas in fp32.
     """
     torch.manual_seed(seed)
-    inputs = make_inputs(3, 40)
+    inputs = make_inputs(R=3, S=40)
     truth = results(composed("neus"), inputs, torch.float64)
     plain = results(composed("neus"), inputs)
     with launches() as launched:
@@ -233,7 +239,7 @@ def tensor_cores(monkeypatch):
 
 def test_tf32_errors_are_within_bounds(tensor_cores):
     """Errors of outputs are below TF32, of gradients below TF32_GRADIENT; the SDF's show that tf32 was used."""
-    inputs = make_inputs(5, 40)
+    inputs = make_inputs(R=5, S=40)
     truth, ours = results(composed("neus"), inputs, torch.float64), results(called(sdf_render), inputs)
     for name, value in ours.items():
         assert_close_to_max(value, truth[name], TF32_GRADIENT if name.startswith("d_") else TF32, name)
@@ -256,7 +262,7 @@ def test_tf32_errors_have_no_bias(tensor_cores):
     """
     errors = []
     for _ in range(12):
-        inputs = make_inputs(2, 32, rgb_layers=0)
+        inputs = make_inputs(R=2, S=32, rgb_layers=0)
         inputs["sdf_mlp"] = [2 * t for t in inputs["sdf_mlp"]]
         errors.append(sdf_at_starts(sdf_values, inputs) - sdf_at_starts(sdf_values_ref, inputs, torch.float64))
     bias = torch.stack(errors).mean(dim=(1, 2))  # per field
@@ -265,7 +271,7 @@ def test_tf32_errors_have_no_bias(tensor_cores):
 
 def test_rounding_keeps_nan():
     """A GPU's NaN has the bits 0x7fffffff: rounding in integers would carry into the sign and give -0."""
-    inputs = make_inputs(2, 3, sdf_layers=2, rgb_layers=0)
+    inputs = make_inputs(R=2, S=3, sdf_layers=2, rgb_layers=0)
     inputs["edges"] *= 0.01  # near the middle
     inputs["volume"][1] = torch.tensor(2**31 - 1, dtype=torch.int32).view(torch.float32)
     sdf = sdf_at_starts(sdf_values, inputs)
@@ -275,10 +281,11 @@ def test_rounding_keeps_nan():
 @pytest.mark.parametrize(
     "method, sizes",
     [
-        ("volsdf", dict(R=3, S=33, channels=20, hidden=24, sdf_layers=2, rgb_layers=3, density_param=0.1)),  # odd
+        ("volsdf", dict(R=3, S=33, channels=20, hidden=24, sdf_layers=2, rgb_layers=3, density_param=0.1)),  # odd sizes
         ("neus", dict(R=1, S=1, sdf_layers=3, rgb_layers=0)),  # one sample, no color
-        ("volsdf", dict(R=2, S=32, channels=16, sdf_layers=2, rgb_layers=0, density_param=0.1)),  # exactly one tile
-        # wide, in smaller tiles; one sample more than a tile
+        # exactly two tiles of 16 samples per ray
+        ("volsdf", dict(R=2, S=32, channels=16, sdf_layers=2, rgb_layers=0, density_param=0.1)),
+        # one sample more than two tiles; a wide field
         ("neus", dict(R=1, S=33, channels=64, hidden=64, sdf_layers=2, rgb_layers=2)),
         ("neus", dict(R=0, S=5)),  # no rays
     ],
@@ -292,13 +299,13 @@ def test_supported_fields_match_the_formulas(method, sizes):
 @pytest.mark.parametrize("method, rgb_layers", [("neus", 4), ("volsdf", 0)])
 def test_reference_matches_the_formulas(method, rgb_layers):
     """In fp64; errors up to 1e-7 come from the softplus, which drops a term of exp(-20) at its threshold."""
-    inputs = make_inputs(7, 13, channels=5, hidden=7, sdf_layers=3, rgb_layers=rgb_layers, density_param=5.0)
+    inputs = make_inputs(R=7, S=13, channels=5, hidden=7, sdf_layers=3, rgb_layers=rgb_layers, density_param=5.0)
     assert_as_composed(inputs, method, 1e-7, sdf_render_ref, torch.float64)
 
 
 def test_samples_on_cell_faces_match_the_formulas():
     """Rays along the axes, with samples at multiples of half a cell; on a face the slopes are the upper cell's."""
-    inputs = make_inputs(2, 16, sdf_layers=2, rgb_layers=2)
+    inputs = make_inputs(R=2, S=16, sdf_layers=2, rgb_layers=2)
     inputs["origins"] = torch.zeros(2, 3, device=DEVICE)
     inputs["directions"] = torch.tensor([[1.0, 0, 0], [0, -1, 0]], device=DEVICE)
     inputs["edges"] = torch.arange(17, device=DEVICE).expand(2, 17) / 8
@@ -307,10 +314,11 @@ def test_samples_on_cell_faces_match_the_formulas():
 
 def test_opacity_clipped_to_0_and_1_matches_the_formulas():
     """A sharp surface, behind which alpha is 1; rays with negative intervals, where it would fall below 0."""
-    inputs = make_inputs(3, 12, sdf_layers=2, rgb_layers=2, density_param=1e6)
+    inputs = make_inputs(R=3, S=12, sdf_layers=2, rgb_layers=2, density_param=1e6)
     inputs["edges"][1:] = inputs["edges"][1:].flip(1)
     before = results(composed("neus"), inputs, torch.float64)
     cosine = (before["gradient"] * inputs["directions"][:, None]).sum(-1)
+    # (ray, sample) among the negative intervals where the distance falls fastest along the ray
     steepest = 1 + cosine[1:].amin(dim=1).argmin(), cosine[1:].amin(dim=0).argmin()
     inputs["sdf_mlp"][-1][0] -= before["sdf"][steepest].float()  # the output bias: moves the surface to that sample
     truth = results(composed("neus"), inputs, torch.float64)
@@ -319,8 +327,8 @@ def test_opacity_clipped_to_0_and_1_matches_the_formulas():
 
 
 def test_units_beyond_the_softplus_threshold_match_the_formulas():
-    """Hidden units far in the linear part of the softplus, and far in the flat part."""
-    inputs = make_inputs(2, 12, sdf_layers=3, rgb_layers=2)
+    """Hidden units far in the linear part of the softplus, and far in the flat part, by the first layer's bias q."""
+    inputs = make_inputs(R=2, S=12, sdf_layers=3, rgb_layers=2)
     inputs["sdf_mlp"][1][::2] += 1.0
     inputs["sdf_mlp"][1][1::4] -= 1.0
     check_against_ref(called(sdf_render, exact=True), composed("neus"), inputs, torch.float32, GRADIENTS)
@@ -328,14 +336,15 @@ def test_units_beyond_the_softplus_threshold_match_the_formulas():
 
 def test_rays_stop_at_low_transmittance():
     """A solid volume: two rays run far into it, two are short, one misses. Tiles have two rays, the last has one."""
-    inputs = make_inputs(5, 96, sdf_layers=2, rgb_layers=2, density_param=0.1)
-    inputs["sdf_mlp"][-1][0] -= 2.0
+    inputs = make_inputs(R=5, S=96, sdf_layers=2, rgb_layers=2, density_param=0.1)
+    inputs["sdf_mlp"][-1][0] -= 2.0  # the output bias: the distance is negative everywhere
     inputs["edges"][2:] *= 0.01
     stop = 1e-3
     with torch.no_grad():
         rgb, depth, *whole = called(sdf_render, "volsdf")(**inputs)
         stopped_rgb, stopped_depth, *stopped = called(sdf_render, "volsdf", stop=stop)(**inputs)
-    assert (whole[1] < 0).all() and whole[0][4].sum() < 0.5
+    weights, sdf, _ = whole
+    assert (sdf < 0).all() and weights[4].sum() < 0.5
     for before, after in zip(whole, stopped, strict=True):
         assert not after[:2, 64:].any()  # stopped after at most two tiles of 32 samples
         assert_close_to_max(after[:2, :64], before[:2, :64], TF32)  # two kernels may round the same formula differently
@@ -346,7 +355,8 @@ def test_rays_stop_at_low_transmittance():
 
 
 def test_rays_that_miss_stop_at_once():
-    inputs = make_inputs(1, 65, sdf_layers=2, rgb_layers=2)
+    """After the first tile of 32 samples, whose distances are still computed."""
+    inputs = make_inputs(R=1, S=65, sdf_layers=2, rgb_layers=2)
     inputs["hit"][:] = False
     with torch.no_grad():
         rgb, depth, weights, sdf, _ = called(sdf_render, stop=1e-3)(**inputs)
@@ -354,7 +364,7 @@ def test_rays_that_miss_stop_at_once():
 
 
 def test_sdf_values_match_the_formulas():
-    inputs = make_inputs(5, 17, sdf_layers=3)
+    inputs = make_inputs(R=5, S=17, sdf_layers=3)
     rays = inputs["origins"], inputs["directions"], inputs["volume_idx"]
     starts, cells = inputs["edges"][:, :-1], (CELLS_PER_UNIT, CELL_OFFSET)
     truth = results(composed("neus"), inputs, torch.float64)["sdf"]
@@ -365,7 +375,7 @@ def test_sdf_values_match_the_formulas():
 
 
 def test_rejects_invalid_arguments():
-    inputs = make_inputs(2, 3, sdf_layers=2, rgb_layers=0)
+    inputs = make_inputs(R=2, S=3, sdf_layers=2, rgb_layers=0)
     for wrong, message in [
         (dict(hit=inputs["hit"][:1]), "do not match"),
         (dict(edges=inputs["edges"][:, :1]), "do not match"),
@@ -383,12 +393,12 @@ def test_rejects_invalid_arguments():
 
 def test_reproduces_the_original_renderer(monkeypatch):
     """The original's NeuS renderer, sampling included, through `Renderer`."""
-    if not HAS_GPU:  # the interpreter is slow: few large tiles, beyond any GPU's shared memory
+    if not HAS_GPU:  # the interpreter is slow: few tiles of 512 samples, too large for any GPU's shared memory
         monkeypatch.setattr(sdf_field, "BLOCK_M", 512 * sdf_field.TF32X3_DIVISOR)
     record = {name: value.to(DEVICE) for name, value in load("render_neus_eval")[0].items()}
     grid = Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(5.4, 6.0, 1.6))
-    losses = dict(free_space_weight=1.0, sdf_weight=10.0, eikonal_weight=0.01, truncation=1.5)
-    renderer = Renderer(Render(**losses), grid).to(DEVICE).eval()
+    cfg = Render(free_space_weight=1.0, sdf_weight=10.0, eikonal_weight=0.01, truncation=1.5)
+    renderer = Renderer(cfg, grid).to(DEVICE).eval()
     renderer.exact = True
     renderer.field.load_state_dict(strip_prefix(record, "state/pts_bbox_head.render_model.field."))
     R, unscale = len(record["in/ray_o"]), 1 / grid.scale
@@ -419,14 +429,14 @@ def test_reproduces_the_original_renderer(monkeypatch):
     assert launched == ["_sdf_render_bwd_rgb_kernel", "_sdf_render_bwd_sdf_kernel"]
     assert_close_to_max(volume.grad, record["grad/feature_volume"], 1e-3, "volume")
     expected = strip_prefix(record, "grad/pts_bbox_head.render_model.field.")
-    assert len(expected) == 45
+    assert len(expected) == 45  # both MLPs and the variance, from which inv_s is computed
     for name, value in expected.items():
         assert_close_to_max(renderer.field.get_parameter(name).grad, value, 1e-3, name)
 
 
 @pytest.mark.parametrize("method, channels, fuses", [("volsdf", 16, True), ("neus", 8, False), ("unisurf", 16, False)])
 def test_the_renderer_fuses_supported_fields(method, channels, fuses, monkeypatch):
-    """Losses and gradients equal those of the separate ops, which fields without a kernel use."""
+    """Losses and gradients equal those of the separate ops' references; other fields run the separate ops' kernels."""
     cfg = Render(
         method=method, channels=channels, samples=6, importance=4, search=8, sdf_layers=2, rgb_layers=2,
         truncation=1.5, free_space_weight=1.0, sdf_weight=10.0, eikonal_weight=0.01,

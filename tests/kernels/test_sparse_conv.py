@@ -9,14 +9,16 @@ from unipad.kernels import sparse_gemm
 from unipad.kernels.sparse_conv import sparse_conv, sparse_conv_act, sparse_conv_act_ref, sparse_conv_ref
 
 ONE, THREE = (1, 1, 1), (3, 3, 3)
-# kind, kernel, batch, grid (Z, Y, X), voxels, Cin, Cout
+# kind, kernel, batch size, grid (Z, Y, X), voxels, Cin, Cout. A tile has 64 rows. A step of the GEMM multiplies 64
+# channels in half precision, 32 in fp32 (half as many if Cin or Cout is neither 8 nor a multiple of 16), of one offset
+# or of several.
 CASES = [
     ("submanifold", THREE, 3, (3, 4, 5), 37, 5, 18),  # odd sizes; the second sample is empty
     ("submanifold", THREE, 1, THREE, 27, 18, 5),  # every cell occupied
     ("submanifold", THREE, 2, (4, 5, 6), 64, 16, 16),  # exactly one tile
-    ("submanifold", THREE, 2, (4, 5, 6), 65, 1, 16),  # one more than a tile; many offsets per step
-    ("submanifold", THREE, 1, (3, 4, 5), 33, 32, 8),  # two offsets per step, eight in the backward
-    ("submanifold", (3, 1, 1), 1, (4, 4, 9), 129, 128, 128),  # one more than two tiles; two steps per offset
+    ("submanifold", THREE, 2, (4, 5, 6), 65, 1, 16),  # one more than a tile; 16 or 32 offsets per step
+    ("submanifold", THREE, 1, (3, 4, 5), 33, 32, 8),  # in half precision two offsets per step, eight in the backward
+    ("submanifold", (3, 1, 1), 1, (4, 4, 9), 129, 128, 128),  # one more than two tiles; several steps per offset
     ("submanifold", ONE, 1, (2, 3, 4), 20, 5, 18),
     ("submanifold", THREE, 1, (4, 4, 4), 1, 5, 16),
     ("submanifold", THREE, 2, (4, 4, 4), 0, 5, 16),
@@ -40,8 +42,8 @@ def voxels(B, shape, N, device, generator):
     return chosen[torch.randperm(N, generator=generator)].to(device)
 
 
-def convolved(kind, kernel, coords, shape):
-    """Coordinates [M, 4] of the outputs, their grid and the table [K, M], found cell by cell without sparse_map.py."""
+def outputs_and_table(kind, kernel, coords, shape):
+    """Output coordinates [M, 4], their grid, neighbor table [K, M], found cell by cell without sparse_map.py."""
     padding = torch.tensor(PADDING[kernel]).expand(3).tolist()
     stride = ONE if kind == "submanifold" else STRIDE
     row = {tuple(c): n for n, c in enumerate(coords.tolist())}
@@ -84,7 +86,7 @@ def make_inputs(kind, kernel, B, shape, N, Cin, Cout, device, dtype=torch.float6
     """Arguments of `sparse_conv`, then its input voxels and its output voxels as (coords, grid)."""
     gen = torch.Generator().manual_seed(0)
     coords = voxels(B, shape, N, device, gen)
-    out_coords, out_shape, table = convolved("strided" if kind == "inverse" else kind, kernel, coords, shape)
+    out_coords, out_shape, table = outputs_and_table("strided" if kind == "inverse" else kind, kernel, coords, shape)
     sides = [(coords, shape), (out_coords, out_shape)]
     tables = [table, inverted(table, N)]
     if kind == "inverse":
@@ -99,6 +101,7 @@ def make_inputs(kind, kernel, B, shape, N, Cin, Cout, device, dtype=torch.float6
 
 
 def grads(out, *leaves):
+    """Gradients w.r.t. the leaves, for a fixed random gradient w.r.t. `out`."""
     gen = torch.Generator().manual_seed(1)
     up = torch.randn(out.shape, generator=gen, dtype=torch.float64).to(out)
     return torch.autograd.grad(out, leaves, up)
@@ -124,32 +127,34 @@ def test_gradient_of_only_one_input_matches_reference(wrt, device):
 
 def test_wide_tiles_match_reference(monkeypatch, device):
     """The block sizes chosen for many rows and channels."""
-    monkeypatch.setattr(sparse_gemm, "FEW_ROWS", 1)
-    inputs, *_ = make_inputs("submanifold", (3, 1, 1), 1, (4, 5, 9), 150, 144, 272, device)
+    monkeypatch.setattr(sparse_gemm, "FEW_ROWS", 1)  # 150 rows count as many
+    inputs, *_ = make_inputs("submanifold", (3, 1, 1), B=1, shape=(4, 5, 9), N=150, Cin=144, Cout=272, device=device)
     check_against_ref(sparse_conv, sparse_conv_ref, inputs, torch.float16)
 
 
 @pytest.mark.parametrize("fn", [sparse_conv, sparse_conv_ref])
-def test_a_table_that_is_its_own_mirror_image_needs_no_inverse(fn, device):
+def test_a_table_whose_inverse_is_its_flip_needs_no_inverse(fn, device):
     """The kernels then use one set of tiles for the forward and both gradients."""
-    inputs, *_ = make_inputs("submanifold", THREE, 2, (4, 5, 6), 90, 5, 16, device, torch.float32)
+    inputs, *_ = make_inputs("submanifold", THREE, 2, (4, 5, 6), 90, Cin=5, Cout=16, device=device, dtype=torch.float32)
     assert torch.equal(inputs["inverse_idx"], inputs["neighbor_idx"].flip(0))
     leaves = inputs["features"].requires_grad_(), inputs["weight"].requires_grad_()
-    truth = fn(**inputs)
-    truth = truth, *grads(truth, *leaves)
+    expected = fn(**inputs)
+    expected = expected, *grads(expected, *leaves)
     with launches() as launched:
+        # a copy of the table, for which no tiles are cached
         out = fn(**inputs | dict(inverse_idx=None, neighbor_idx=inputs["neighbor_idx"].clone()))
         out = out, *grads(out, *leaves)
-    assert launched.count("_tiles_kernel") == (fn is sparse_conv)
-    for ours, theirs in zip(out, truth, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+    assert launched.count("_tiles_kernel") == (1 if fn is sparse_conv else 0)
+    for without_inverse, with_inverse in zip(out, expected, strict=True):
+        atol = 1e-5 * with_inverse.abs().max().item()
+        torch.testing.assert_close(without_inverse, with_inverse, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kernel, c_in, c_out", [(THREE, 8, 5), (THREE, 32, 16), ((3, 1, 1), 64, 40)])
 def test_weights_gradient_of_groups_of_offsets_matches_reference(kernel, c_in, c_out, dtype, device):
     """With a table whose inverse is its flip (`inverse_idx` None) and few channels, in three blocks of rows."""
-    inputs, *_ = make_inputs("submanifold", kernel, 1, (4, 5, 9), 150, c_in, c_out, device)
+    inputs, *_ = make_inputs("submanifold", kernel, 1, (4, 5, 9), N=150, Cin=c_in, Cout=c_out, device=device)
     inputs["inverse_idx"] = None
     with launches() as launched:
         check_against_ref(sparse_conv, sparse_conv_ref, inputs, dtype)
@@ -160,7 +165,7 @@ def test_weights_gradient_in_many_chunks_matches_reference(monkeypatch, device):
     """Three offsets with 93, 150 and 93 pairs, in three to five chunks each; then in more chunks than PROGRAMS."""
     monkeypatch.setattr(sparse_gemm, "MIN_PAIRS", 8)
     monkeypatch.setattr(sparse_gemm, "BLOCK_R", 16)
-    inputs, *_ = make_inputs("submanifold", (3, 1, 1), 1, (4, 5, 9), 150, 3, 20, device)
+    inputs, *_ = make_inputs("submanifold", (3, 1, 1), 1, (4, 5, 9), N=150, Cin=3, Cout=20, device=device)
     check_against_ref(sparse_conv, sparse_conv_ref, inputs, torch.float32, wrt=("weight",))
     monkeypatch.setattr(sparse_gemm, "PROGRAMS", 2)
     check_against_ref(sparse_conv, sparse_conv_ref, inputs, torch.float32, wrt=("weight",))
@@ -172,15 +177,16 @@ ACTS = [(True, True, True, True), (True, True, False, False), (False, True, Fals
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("act", ACTS, ids=str)
-@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[9]], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[9]], ids=str)  # odd sizes, one tile, strided
 def test_act_applies_the_epilogue_and_rounds_once(case, act, dtype, device):
-    """Rounded once: the error w.r.t. fp64 is at most half a unit in the last place plus that of fp32 sums."""
+    """The error w.r.t. fp64 is at most half a unit in the last place, of one rounding, plus that of fp32 sums."""
     inputs, *_ = make_inputs(*case, device)
     del inputs["inverse_idx"]
     gen = torch.Generator().manual_seed(2)
     M, O = inputs["neighbor_idx"].shape[1], len(inputs["weight"])
     scale, shift, residual = (torch.randn(size, generator=gen).to(device) for size in (O, O, (M, O)))
-    scale, shift, residual = (v if given else None for v, given in zip((scale, shift, residual), act, strict=False))
+    *given, relu = act
+    scale, shift, residual = (v if g else None for v, g in zip((scale, shift, residual), given, strict=True))
 
     ours = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     exact = {k: v.double() if v.is_floating_point() else v for k, v in ours.items()}
@@ -188,12 +194,12 @@ def test_act_applies_the_epilogue_and_rounds_once(case, act, dtype, device):
     truth = truth if scale is None else truth * scale
     truth = truth if shift is None else truth + shift
     truth = truth if residual is None else truth + residual.to(dtype)
-    truth = truth.relu() if act[3] else truth
+    truth = truth.relu() if relu else truth
     ulps = 0.51 if dtype != torch.bfloat16 or device != "cpu" else 1.01  # the interpreter truncates bf16
     bound = ulps * torch.finfo(dtype).eps * truth.abs() + 1e-6 * truth.abs().max()
     for fn in (sparse_conv_act, sparse_conv_act_ref):
         with launches() as launched:
-            out = fn(**ours, scale=scale, shift=shift, residual=residual, relu=act[3])
+            out = fn(**ours, scale=scale, shift=shift, residual=residual, relu=relu)
         assert bool(launched) == (fn is sparse_conv_act and dtype != torch.float64)
         assert out.dtype == dtype and ((out - truth).abs() <= bound).all()
 
@@ -201,15 +207,15 @@ def test_act_applies_the_epilogue_and_rounds_once(case, act, dtype, device):
 @pytest.mark.parametrize("fn", [sparse_conv_act, sparse_conv_act_ref])
 @pytest.mark.parametrize("N, M", [(0, 70), (3, 70), (3, 0)])
 def test_act_of_outputs_without_neighbors_is_the_shift(fn, N, M, device):
-    """The convolution is 0 there: scale has no effect, and the ReLU follows."""
+    """The convolution is 0 there, so scale has no effect; the ReLU follows the shift."""
     features, weight = torch.ones(N, 5, device=device), torch.ones(7, *THREE, 5, device=device)
     nothing = torch.full((27, M), -1, dtype=torch.int32, device=device)
     shift = torch.arange(-3.0, 4, device=device)
-    out = fn(features, weight, nothing, 2 * shift, shift, relu=True)
+    out = fn(features, weight, nothing, scale=2 * shift, shift=shift, relu=True)
     assert torch.equal(out, shift.relu().expand(M, 7))
 
 
-def test_act_has_no_gradient(device):
+def test_act_rejects_gradients_and_a_shift_of_wrong_size(device):
     inputs, *_ = make_inputs(*CASES[0], device, torch.float32)
     del inputs["inverse_idx"]
     inputs["weight"].requires_grad_()
@@ -217,22 +223,25 @@ def test_act_has_no_gradient(device):
         sparse_conv_act(**inputs)
     with torch.no_grad():
         sparse_conv_act(**inputs)
-    with pytest.raises(AssertionError, match="18 channels|are \\[18\\]"), torch.no_grad():
+    with pytest.raises(AssertionError, match=r"are \[18\]"), torch.no_grad():
         sparse_conv_act(**inputs, shift=torch.ones(5, device=device))
 
 
-def test_tf32_is_opt_in(device):
-    """The interpreter multiplies in fp32; there this shows only that the flag reaches the kernel."""
-    inputs, *_ = make_inputs("submanifold", ONE, 1, (2, 3, 4), 20, 40, 80, device, torch.float32)
+def test_allow_tf32_multiplies_in_tf32(device):
+    """On a GPU. The interpreter multiplies in fp32: there this shows only that the kernel takes the flag."""
+    inputs, *_ = make_inputs("submanifold", ONE, 1, (2, 3, 4), 20, Cin=40, Cout=80, device=device, dtype=torch.float32)
     truth = sparse_conv_ref(**inputs)
     error = (sparse_conv(**inputs, allow_tf32=True) - truth).abs().max() / truth.abs().max()
     assert error < 2e-3
     assert error > 1e-5 or device == "cpu"
 
 
-@pytest.mark.parametrize("case", [FIVE, *(c for c in CASES if c[4])], ids=str)
-def test_matches_dense_convolution(case, device):
-    """fp64, forward and both gradients, for every kind: scatter, convolve densely, gather at the output voxels."""
+@pytest.mark.parametrize("case", [FIVE, *(c for c in CASES if c[4])], ids=str)  # all with voxels
+def test_reference_matches_dense_convolution(case, device):
+    """In fp64, which runs the reference: forward and both gradients, for every kind.
+
+    The dense convolution is of features scattered into the grid, and is gathered at the output voxels.
+    """
     kind, kernel, B = case[:3]
     inputs, (coords, shape), (out_coords, out_shape) = make_inputs(*case, device)
     features, weight = inputs["features"].requires_grad_(), inputs["weight"].requires_grad_()
@@ -250,15 +259,15 @@ def test_matches_dense_convolution(case, device):
     truth = truth.permute(0, 2, 3, 4, 1)[tuple(out_coords.T)]
 
     out = sparse_conv(**inputs)
-    for ours, theirs in zip(
+    for ours, of_dense in zip(
         (out, *grads(out, features, weight)), (truth, *grads(truth, features, weight)), strict=True
     ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(ours, of_dense, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("fn", [sparse_conv, sparse_conv_ref])
 def test_by_hand(fn, device):
-    """Three voxels side by side along x and a fourth alone; the weights are 1, 10, 100 along x."""
+    """Three voxels side by side along x and a fourth alone; the weights of left, own and right voxel are 1, 10, 100."""
     features = torch.tensor([[1.0], [2], [3], [4]], device=device, requires_grad=True)
     weight = torch.tensor([1.0, 10, 100], device=device).view(1, 1, 1, 3, 1).requires_grad_()
     left, here, right = [-1, 0, 1, -1], [0, 1, 2, 3], [1, 2, -1, -1]
@@ -282,8 +291,9 @@ def test_outputs_without_neighbors_are_zero(fn, N, device):
     assert not out.any() and not d_features.any() and not d_weight.any()
 
 
-def test_gradcheck(device):
-    inputs, *_ = make_inputs("strided", THREE, 1, (3, 3, 3), 6, 2, 3, device)
+def test_gradcheck_of_the_reference(device):
+    """fp64, which gradcheck needs, runs the reference."""
+    inputs, *_ = make_inputs("strided", THREE, 1, (3, 3, 3), N=6, Cin=2, Cout=3, device=device)
     inputs["features"].requires_grad_(), inputs["weight"].requires_grad_()
     torch.autograd.gradcheck(sparse_conv, tuple(inputs.values()))
 
@@ -291,7 +301,7 @@ def test_gradcheck(device):
 @pytest.mark.parametrize("fn", [sparse_conv, sparse_conv_ref])
 @pytest.mark.parametrize("dtype, mirrored", [(torch.float32, False), (torch.float16, True)], ids=str)
 def test_bit_equal_from_run_to_run(dtype, mirrored, fn, device):
-    inputs, *_ = make_inputs("submanifold", THREE, 2, (4, 5, 6), 130, 8, 16, device, dtype)
+    inputs, *_ = make_inputs("submanifold", THREE, 2, (4, 5, 6), N=130, Cin=8, Cout=16, device=device, dtype=dtype)
     inputs["inverse_idx"] = None if mirrored else inputs["inverse_idx"]
     leaves = inputs["features"].requires_grad_(), inputs["weight"].requires_grad_()
     first, second = ((out, *grads(out, *leaves)) for out in (fn(**inputs), fn(**inputs)))
@@ -301,7 +311,7 @@ def test_bit_equal_from_run_to_run(dtype, mirrored, fn, device):
 @pytest.mark.parametrize("fn", [sparse_conv, sparse_conv_ref])
 def test_compiled_matches_eager(fn, device):
     compiled = torch.compile(fn, backend="aot_eager", fullgraph=True, dynamic=True)
-    for case in (CASES[0], ("submanifold", THREE, 2, (3, 4, 5), 40, 5, 18)):  # other sizes, the same graph
+    for case in (CASES[0], ("submanifold", THREE, 2, (3, 4, 5), 40, 5, 18)):  # other batch size and voxels
         inputs, *_ = make_inputs(*case, device, torch.float32)
         leaves = inputs["features"].requires_grad_(), inputs["weight"].requires_grad_()
         for a, b in zip(*((out, *grads(out, *leaves)) for out in (fn(**inputs), compiled(**inputs))), strict=True):
@@ -320,14 +330,14 @@ def test_act_compiled_matches_eager(device):
 @pytest.mark.parametrize("reference", [False, True])
 def test_custom_ops_pass_opcheck(reference, device):
     """Schema, fake results and gradients, as PyTorch itself checks them."""
-    inputs, *_ = make_inputs("strided", (2, 2, 2), 2, (4, 4, 4), 9, 5, 3, device, torch.float32)
+    inputs, *_ = make_inputs("strided", (2, 2, 2), 2, (4, 4, 4), 9, Cin=5, Cout=3, device=device, dtype=torch.float32)
     inputs["features"].requires_grad_(), inputs["weight"].requires_grad_()
-    torch.library.opcheck(torch.ops.unipad.sparse_conv, (*inputs.values(), False, reference))
+    allow_tf32, relu, scale, residual = False, True, None, None
+    torch.library.opcheck(torch.ops.unipad.sparse_conv, (*inputs.values(), allow_tf32, reference))
     features, weight, table, _ = (t.detach() for t in inputs.values())
     shift = torch.ones(3, device=device)
-    torch.library.opcheck(
-        torch.ops.unipad.sparse_conv_act, (features, weight, table, None, shift, None, True, False, reference)
-    )
+    arguments = features, weight, table, scale, shift, residual, relu, allow_tf32, reference
+    torch.library.opcheck(torch.ops.unipad.sparse_conv_act, arguments)
 
 
 @pytest.mark.parametrize("fn", [sparse_conv, sparse_conv_ref])
@@ -367,7 +377,7 @@ def test_a_table_modified_in_place_is_read_again(device):
 
 
 def test_rejects_invalid_arguments(device):
-    inputs, *_ = make_inputs("strided", THREE, 1, THREE, 5, 2, 3, device, torch.float32)
+    inputs, *_ = make_inputs("strided", THREE, 1, (3, 3, 3), 5, Cin=2, Cout=3, device=device, dtype=torch.float32)
     features, weight, table, inverse = inputs.values()
     for args, message in [
         ((features[:, :1], weight, table, inverse), "do not match"),

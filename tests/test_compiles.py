@@ -32,7 +32,7 @@ def test_every_kernel_compiles_within_its_budget(kernel_file):
 def check(kernel_file, which):
     """Compile the kernels of a file in a process without the interpreter, and check their cost against `LAUNCHES`.
 
-    which: "all", or "first" for one launch of each kernel, as in `launches_of`.
+    which: a target, or "first" for one launch of each kernel, as in `launches_of`.
     """
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
     expected = launches_of(kernel_file, which)

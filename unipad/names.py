@@ -1,7 +1,7 @@
-"""Names and layouts of weights in other projects and in ours: one table for UniPAD, read in both directions, and one
-for ImageNet weights.
+"""Names and layouts of weights in other projects and in ours.
 
-UniPAD's own checkpoints, with sparse convolutions of spconv 1 or 2, and ImageNet's ConvNeXt of four libraries.
+One table is for UniPAD's own checkpoints, with sparse convolutions of spconv 1 or 2, and is read in both directions;
+one is for ImageNet weights of ConvNeXt from four libraries, and is only read towards ours.
 """
 
 import re
@@ -10,10 +10,12 @@ from functools import cache
 import torch
 
 DECODER = "pts_bbox_head.transformer.decoder.layers.*."
+# UniPAD's heads without and with denoising keep their reference points under two keys, ours under one
 PLAIN_REFERENCES = ("pts_bbox_head.transformer.reference_points.", "head.reference_points.")
 DENOISING_REFERENCES = ("pts_bbox_head.reference_points.", "head.reference_points.")
+THEIRS, OURS = 0, 1  # columns of the tables
 # (prefix of the original's keys, prefix of ours); * matches a number. In both directions, the first match counts.
-# A third entry names the layout of the weights where it differs, see `LAYOUTS`.
+# A third entry is the key in `LAYOUTS` of weights whose layout differs.
 UNIPAD = [
     ("img_backbone.", "encoder.camera.backbone."),
     ("img_neck.lateral_convs.*.conv.", "encoder.camera.neck.lateral_convs.*."),
@@ -45,9 +47,9 @@ UNIPAD = [
     PLAIN_REFERENCES,
     DENOISING_REFERENCES,
 ]
-CODE_WEIGHTS = "pts_bbox_head.code_weights"
+CODE_WEIGHTS = "pts_bbox_head.code_weights"  # a setting that the original keeps among the weights; not renamed here
 
-# The same for ConvNeXt, whose names here are the official ones; read in this direction only
+# The same for ConvNeXt, whose names here are those of the official repository; read from left to right only
 IMAGENET = [
     ("backbone.downsample_layers.", "downsample_layers."),  # mmpretrain
     ("backbone.stages.*.*.depthwise_conv.", "stages.*.*.dwconv."),
@@ -85,29 +87,30 @@ def from_original(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tenso
 
     Returns (tensors by name, keys without a name here).
     """
-    return _renamed(state, UNIPAD, 0, 1)
+    return _renamed(state, UNIPAD, THEIRS, OURS)
 
 
 def to_original(state: dict[str, torch.Tensor], spconv: int = 1) -> tuple[dict[str, torch.Tensor], list[str]]:
     """The inverse of `from_original`; spconv: 1 or 2, the layout of the weights of sparse convolutions."""
-    other = DENOISING_REFERENCES if "head.reference_points.bias" in state else PLAIN_REFERENCES
-    return _renamed(state, [row for row in UNIPAD if row is not other], 1, 0, spconv)
+    # they are a linear layer, which has a bias, in the plain head and an embedding in the denoising one
+    unused = DENOISING_REFERENCES if "head.reference_points.bias" in state else PLAIN_REFERENCES
+    return _renamed(state, [row for row in UNIPAD if row is not unused], OURS, THEIRS, spconv)
 
 
 def from_imagenet(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Weights of an ImageNet ConvNeXt in the names of `model.camera.ConvNeXt`; returns what `from_original` does."""
-    return _renamed(state, IMAGENET, 0, 1)
+    return _renamed(state, IMAGENET, THEIRS, OURS)
 
 
 def _renamed(state, rows, source, target, spconv=1):
-    """(tensors by new key, keys without one); source, target: entries of `rows` to convert from and to."""
+    """(tensors by new key, keys without one); source, target: columns of `rows` to convert from and to."""
     renamed, unknown = {}, []
     for key, value in state.items():
         name, layout = _rename(key, rows, source, target)
         if name is None:
             unknown.append(key)
         else:
-            renamed[name] = LAYOUTS[layout](value, target == 1, spconv) if layout else value
+            renamed[name] = LAYOUTS[layout](value, target == OURS, spconv) if layout else value
     return renamed, unknown
 
 
@@ -136,10 +139,11 @@ def _sparse(weight, to_ours, spconv):
         return weight
     if not to_ours and spconv == 1:
         return weight.permute(1, 2, 3, 4, 0).contiguous()
-    if to_ours and weight.shape[0] == weight.shape[1] == weight.shape[2]:
+    if to_ours and weight.shape[0] == weight.shape[1] == weight.shape[2]:  # kernels are cubes: spconv 1's kz, ky, kx
         return weight.permute(4, 0, 1, 2, 3).contiguous()
     if weight.shape[1:4].numel() > 1:
         return weight
+    # 1 x 1 x 1 of spconv 2
     out, *_, channels = weight.shape
     if to_ours:
         return weight.reshape(channels, out).t().reshape(weight.shape)
@@ -156,6 +160,7 @@ def _slices(weight, to_ours, _):
 LAYOUTS = {
     "sparse": _sparse,
     "slices": _slices,
-    "matrix": lambda weight, *_: weight.flatten(1) if weight.dim() > 1 else weight,  # 1 x 1 convolutions
-    "vector": lambda weight, *_: weight.flatten(),
+    # 1 x 1 convolutions there are linear layers here
+    "matrix": lambda weight, *_: weight.flatten(1) if weight.dim() > 1 else weight,
+    "vector": lambda weight, *_: weight.flatten(),  # torchvision's layer_scale is (C, 1, 1)
 }

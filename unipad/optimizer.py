@@ -39,7 +39,7 @@ def lr_at(cfg: Optim, step: int, steps: int) -> float:
         return _one_cycle(cfg, step, steps, cfg.start, 1.0, cfg.final)
     warmed = step / cfg.warmup_steps if step < cfg.warmup_steps else 1.0
     warm = cfg.start + (1 - cfg.start) * warmed
-    return warm * _cosine(1.0, cfg.final, step / steps)
+    return warm * _cosine(1.0, cfg.final, step / steps)  # the cosine decays during the warm-up, too
 
 
 def momentum_at(cfg: Optim, step: int, steps: int) -> float:
@@ -49,14 +49,14 @@ def momentum_at(cfg: Optim, step: int, steps: int) -> float:
     return cfg.momentum
 
 
-def _one_cycle(cfg, step, steps, start, peak, end):
-    """From start to peak in the first `cfg.rise` of the steps, then to end."""
-    rise = cfg.rise * steps
-    if step < rise:
-        return _cosine(start, peak, step / rise)
-    return _cosine(peak, end, (step - rise) / (steps - rise))
+def _one_cycle(cfg, step, steps, start, middle, end):
+    """From start to middle in the first `cfg.rise` (a fraction) of the steps, then to end."""
+    first_part = cfg.rise * steps
+    if step < first_part:
+        return _cosine(start, middle, step / first_part)
+    return _cosine(middle, end, (step - first_part) / (steps - first_part))
 
 
 def _cosine(start, end, fraction):
-    """From start to end along half a cosine."""
+    """From start (fraction 0) to end (fraction 1) along half a cosine."""
     return end + (start - end) * (1 + math.cos(math.pi * fraction)) / 2

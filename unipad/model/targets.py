@@ -21,14 +21,15 @@ from unipad.kernels.backend import host_wait
 from unipad.kernels.rotated_iou import paired_iou_3d
 
 COMPARED = 8  # number of entries of a code that the assignment compares: all but the velocity
-IMPOSSIBLE = 1e8  # replaces costs that are not finite; negative in place of -inf
+IMPOSSIBLE = 1e8  # replaces costs that are not finite, as of boxes without a size; negative in place of -inf
 
 
 @dataclass(frozen=True)
 class Noisy:
     """Ground truth with noise, as queries that learn to reconstruct it (denoising, arXiv 2203.01305).
 
-    Each sample has G groups of P slots; sample b uses the first n_b of each group, M = sum of n_b.
+    Sample b has n_b boxes, M = sum of n_b, P = largest n_b. Each sample has G groups of P slots and uses the first n_b
+    of each group.
     """
 
     references: Tensor  # [B, G * P, 3] fraction of the range, in [0, 1]; 0 in unused slots
@@ -37,7 +38,7 @@ class Noisy:
     sample: Tensor  # [M] int64 sample of each box
     slot: Tensor  # [G, M] int64 noisy query of each box in each group, in [0, G * P)
     boxes: Tensor  # [M, 9] without noise
-    labels: Tensor  # [G, M] int64; K, the background, where the noise is large
+    labels: Tensor  # [G, M] int64; where the noise is large, background: the number of classes, K
 
     def __len__(self) -> int:
         """Noisy queries per sample."""
@@ -45,7 +46,7 @@ class Noisy:
 
 
 def draw_noise(cfg: Detect, counts: list[int], generators: Sequence[torch.Generator]) -> Tensor:
-    """[groups, M, 3] uniform in [0, 1) for `noisy_queries`; a sample's noise does not depend on the other samples."""
+    """[noise_groups, M, 3] uniform in [0, 1) for `noisy_queries`; a sample's noise does not depend on the others."""
     pairs = zip(counts, generators, strict=True)
     draws = [torch.rand(cfg.noise_groups, n, 3, generator=g, device=g.device) for n, g in pairs]
     return torch.cat(draws, dim=1)
@@ -57,7 +58,7 @@ def noisy_queries(cfg: Detect, grid: Grid, boxes: Tensor, labels: Tensor, counts
     Args:
         grid:   references are fractions of its range.
         boxes:  [M, 9]; labels: [M] int64; counts: B ints.
-        noise:  [groups, M, 3] uniform in [0, 1); the last groups are not used if a sample has many boxes.
+        noise:  [noise_groups, M, 3] uniform in [0, 1); the last groups are not used if a sample has many boxes.
     """
     sample, slot = _rows(counts, boxes.device)
     P = max(counts, default=0)
@@ -82,7 +83,8 @@ def assign(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The one-to-one assignment of boxes to queries of lowest cost, per layer and sample (Hungarian method).
 
-    cost = class_weight * (focal loss as the box's class - as background) + box_weight * |weighted code - box's|_1
+    cost = class_weight * (focal loss as the box's class - as background) + box_weight * |weighted code - box's|_1,
+    without the velocities
 
     Args:
         logits: [L, B, Q, K]; codes: [L, B, Q, 10].
@@ -93,7 +95,7 @@ def assign(
     """
     L, B, Q, _ = logits.shape
     cost = assignment_cost(cfg, logits, codes, boxes, labels, counts)
-    # scipy rejects NaN; the loss is not finite then either, which the training loop handles
+    # scipy rejects NaN. Where predictions are NaN, so is the loss, which the training loop handles.
     with host_wait("assignment costs for the Hungarian method"):
         cost = cost.cpu().numpy()
     cost = np.nan_to_num(cost, nan=IMPOSSIBLE, posinf=IMPOSSIBLE, neginf=-IMPOSSIBLE)
@@ -112,7 +114,7 @@ def assign(
 def assignment_cost(
     cfg: Detect, logits: Tensor, codes: Tensor, boxes: Tensor, labels: Tensor, counts: list[int]
 ) -> Tensor:
-    """[L, B, Q, P] cost of assigning each box of a sample to each query; only the first n_b of P are valid."""
+    """[L, B, Q, P] cost of assigning each box of a sample to each query; P = largest n_b, the first n_b are valid."""
     sample, slot = _rows(counts, boxes.device)
     P = max(counts, default=0)
     box_label = labels.new_zeros(len(counts), P)
@@ -143,34 +145,36 @@ def detection_losses(
     Returns name -> [L] weighted loss of each layer, summed over queries:
         class        focal loss of all queries, per assigned box
         box          |code - box's code|, weighted per entry, of assigned queries, per assigned box
-        iou          |iou - (2 IoU - 1)| of assigned queries that overlap their box, per such query (with an IoU branch)
-        noisy_*      the same for the noisy queries; `noisy_class` per expected foreground query
-    Numbers of boxes are means over all processes, as in the original. Without boxes the losses of box and IoU are 0,
-    with a gradient of 0 for every weight.
+        iou          |predicted iou - (2 IoU - 1)| of assigned queries that overlap their box, per such query (with an
+                     IoU branch)
+        noisy_*      the same for the noisy queries; `noisy_class` per expected foreground query, `noisy_box` per query
+    The divisors of `class`, `box` and `noisy_box` are means over all processes, the others are counts of this one.
+    Without boxes the losses of box and IoU are 0, with a gradient of 0 (not None) for every weight.
     """
     sample, query, box = assign(cfg, predictions.logits, predictions.codes, boxes, labels, counts)
     layer = torch.arange(len(query), device=query.device)[:, None]  # [L, 1]
     target_class = torch.full(predictions.logits.shape[:3], cfg.classes, device=labels.device)  # [L, B, Q]
     target_class[layer, sample, query] = labels[box]
     numbers = [query.shape[1]] if noisy is None else [query.shape[1], noisy.slot.numel()]
-    assigned, *denoised = _mean_over_processes(numbers, boxes).clamp(min=1)
+    divisors = _mean_over_processes(numbers, boxes).clamp(min=1)  # assigned queries, noisy queries
 
-    losses = {"class": cfg.class_weight * _focal(cfg, predictions.logits, target_class).sum(dim=(1, 2)) / assigned}
-    losses |= _box_losses(cfg, predictions, (layer, sample, query), boxes[box], assigned)
+    losses = {"class": cfg.class_weight * _focal(cfg, predictions.logits, target_class).sum(dim=(1, 2)) / divisors[0]}
+    losses |= _box_losses(cfg, predictions, (layer, sample, query), boxes[box], divisors[0])
     if noisy is not None:
         sample, slot = noisy.sample.repeat(len(noisy.slot)), noisy.slot.flatten()  # [G * M]
-        # expected number of foreground queries: `shift` lies in a ball of radius `noise_split`, of a cube of edge 2
+        # Expected number of foreground queries: their `shift`, uniform in a cube of edge 2, lies in the ball of radius
+        # `noise_split`, which is pi / 6 * noise_split^3 of the cube's volume.
         foreground = max(noisy.slot.numel() * math.pi / 6 * cfg.noise_split**3, 1.0)
         logits, target_class = noisy_predictions.logits[:, sample, slot], noisy.labels.flatten().expand(len(layer), -1)
         terms = {"class": cfg.class_weight * _focal(cfg, logits, target_class).sum(dim=1) / foreground}
         truth = noisy.boxes.repeat(len(noisy.slot), 1)
-        terms |= _box_losses(cfg, noisy_predictions, (layer, sample, slot), truth, *denoised)
+        terms |= _box_losses(cfg, noisy_predictions, (layer, sample, slot), truth, divisors[1])
         losses |= {f"noisy_{name}": cfg.noise_weight * value for name, value in terms.items()}
     return losses
 
 
 def _focal(cfg, logits, target_class):
-    """Focal loss (arXiv 1708.02002) of logits [..., K] for classes [...], K = background; summed over K."""
+    """Focal loss (arXiv 1708.02002) of logits [..., K] for classes [...], where K is background; summed over classes."""
     truth = (target_class[..., None] == torch.arange(cfg.classes, device=target_class.device)).to(logits.dtype)
     prob = logits.sigmoid()
     wrong = truth * (1 - prob) + (1 - truth) * prob
@@ -178,14 +182,17 @@ def _focal(cfg, logits, target_class):
     return (weight * F.binary_cross_entropy_with_logits(logits, truth, reduction="none")).sum(dim=-1)
 
 
-def _box_losses(cfg, predictions, at, boxes, count):
-    """Losses of codes and IoUs of the predictions `at` (layer, sample, query) for boxes [L, N, 9] or [N, 9]."""
+def _box_losses(cfg, predictions, at, boxes, divisor):
+    """Losses of codes and IoUs of the predictions `at` (layer, sample, query) for boxes [L, N, 9] or [N, 9].
+
+    divisor: of the loss of the codes; that of the IoUs is a mean.
+    """
     codes = predictions.codes[at]  # [L, N, 10]
     target = encode_boxes(boxes).expand_as(codes)
-    # boxes without a size or with unknown velocity do not count
+    # boxes without a size or with an unknown (NaN) velocity add nothing to the losses
     known = target.isfinite().all(dim=-1, keepdim=True)
     error = (codes - torch.where(known, target, 0)).abs() * known
-    losses = {"box": cfg.box_weight * (error * tensor_like(cfg.code_weights, codes)).sum(dim=(1, 2)) / count}
+    losses = {"box": cfg.box_weight * (error * tensor_like(cfg.code_weights, codes)).sum(dim=(1, 2)) / divisor}
     if predictions.iou is not None:
         predicted = decode_boxes(codes.detach())[..., :7]
         with torch.no_grad():
@@ -210,7 +217,7 @@ def tensor_like(numbers: Sequence[float], like: Tensor) -> Tensor:
 
 
 def _mean_over_processes(numbers, like):
-    """[len(numbers)] with the dtype and device of `like`."""
+    """The means of `numbers` over all processes, [len(numbers)] with the dtype and device of `like`."""
     mean = tensor_like(numbers, like)
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(mean)

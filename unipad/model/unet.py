@@ -4,6 +4,8 @@ Names inside `Unet` are those of the original's SpUNetBase, after Pointcept: 5 x
 their inverses up, skip connections. One difference: the voxel grid is aligned with the LiDAR's origin, in Pointcept
 with each sample's smallest coordinates; so features here depend neither on a sample's farthest point nor on the rest
 of the batch.
+
+A voxel is one of the U-Net's, of edge `UnetConfig.cell`; a cell is one of the volume's, in `Grid`.
 """
 
 from collections.abc import Sequence
@@ -28,7 +30,7 @@ from unipad.model.sparse import (
     in_fp32,
 )
 
-INTENSITY = 255.0  # maximum in nuScenes
+MAX_INTENSITY = 255.0  # of a LiDAR point in nuScenes
 
 
 class UnetEncoder(nn.Module):
@@ -41,10 +43,10 @@ class UnetEncoder(nn.Module):
         self.cfg, self.grid = cfg, grid
         self.encoder = Unet(point_channels, cfg.stem, cfg.widths, cfg.blocks)
         extents = list(zip(grid.low, grid.high, strict=True))[::-1]  # z, y, x
-        # index of the grid's first voxel, counted from the LiDAR
-        self.first = [round(low / cfg.cell) for low, _ in extents]
-        self.cells = [round((high - low) / cfg.cell) for low, high in extents]
-        self.mask_shape = tuple(-(-size // cfg.mask_block) for size in self.cells)  # blocks (z, y, x)
+        # the first voxel inside the grid, counted from the LiDAR, and how many are inside
+        self.first_voxel = [round(low / cfg.cell) for low, _ in extents]
+        self.voxel_counts = [round((high - low) / cfg.cell) for low, high in extents]
+        self.mask_shape = tuple(-(-count // cfg.mask_block) for count in self.voxel_counts)  # blocks (z, y, x)
 
     def forward(self, points: Tensor, point_counts: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Encode the points of a batch, all inside the grid.
@@ -53,15 +55,15 @@ class UnetEncoder(nn.Module):
         noise: [B, *mask_shape] uniform in [0, 1): which blocks of voxels are hidden; None: none.
 
         Returns:
-            volume:      [B, C, Z, Y, X] in memory format channels_last_3d: the mean feature of the points in each cell,
-                         0 in empty cells.
-            grid_coords: [M, 4] int32 (b, z, y, x) from the grid's lower corner, the visible voxels.
+            volume:      [B, C, Z, Y, X] in memory format channels_last_3d: the mean feature of the visible voxels whose
+                         points are in each cell, 0 in empty cells.
+            grid_coords: [M, 4] int32 (b, z, y, x) of the visible voxels, counted from the grid's lower corner.
         """
         rows, coords, _, extent = grid_sample(points, point_counts, self.cfg.cell)
-        sample, *cells = coords.unbind(1)
+        sample, *zyx = coords.unbind(1)
         # a point just below the grid's upper border may be rounded up to it
-        axes = zip(cells, self.first, self.cells, strict=True)
-        grid_coords = torch.stack([sample, *((cell - first).clamp(0, size - 1) for cell, first, size in axes)], dim=1)
+        axes = zip(zyx, self.first_voxel, self.voxel_counts, strict=True)
+        grid_coords = torch.stack([sample, *((v - first).clamp(0, count - 1) for v, first, count in axes)], dim=1)
         if noise is not None and self.cfg.mask_ratio > 0:
             visible = draw_voxel_mask(grid_coords, noise, self.cfg.mask_block, self.cfg.mask_ratio)
             with host_wait("indices of the visible voxels"):
@@ -87,13 +89,14 @@ class UnetEncoder(nn.Module):
         Also runs without points, since other processes wait in their synchronized batch norms.
         """
         features = points.to(self.encoder.conv_input[0].weight.dtype, copy=True)
-        features[:, 3] *= 1 / INTENSITY
+        features[:, 3] *= 1 / MAX_INTENSITY
         step = 2 ** len(self.encoder.down)
-        # Start and end at multiples of the coarsest voxels, whatever the batch: else the last voxel has no parent.
+        # The grid starts and ends at multiples of the coarsest voxels' size: which voxels have the same parent does not
+        # depend on the batch, and the last voxel has a parent.
         low = [first // step * step for first in extent[0]]
         shape = [-(-(last + 1 - l) // step) * step for last, l in zip(extent[1], low, strict=True)]
-        sample, *cells = coords.unbind(1)
-        coords = torch.stack([sample, *(cell - l for cell, l in zip(cells, low, strict=True))], dim=1)
+        sample, *zyx = coords.unbind(1)
+        coords = torch.stack([sample, *(v - l for v, l in zip(zyx, low, strict=True))], dim=1)
         return self.encoder(SparseTensor(features, VoxelSet(coords, shape, B, in_order=True, check=False))).features
 
     def _volume(self, features, xyz, sample, B):
@@ -128,7 +131,7 @@ class Unet(nn.Module):
         above = stem  # channels of the next finer stage, on the way down
         for s in range(stages):
             down, up = widths[s], widths[-1 - s]
-            below = widths[-2 - s]  # of the next coarser stage, on the way up; for the coarsest, its own
+            below = widths[-2 - s]  # of the next coarser stage, on the way up; for the coarsest, `down`
             self.down.append(ConvNormReLU(SparseConv3d(above, down, 2, 2, bias=False)))
             self.enc.append(_blocks(down, down, blocks[s]))
             self.up.append(ConvNormReLU(SparseInverseConv3d(below, up, 2, bias=False)))
@@ -136,7 +139,7 @@ class Unet(nn.Module):
             above = down
 
     def forward(self, x: SparseTensor) -> SparseTensor:
-        x = in_fp32(self.conv_input, x)
+        x = in_fp32(self.conv_input, x)  # it reads coordinates
         skips = []
         for down, enc in zip(self.down, self.enc, strict=True):
             skips.append(x)

@@ -26,7 +26,8 @@ def view_transform(grid: config.Grid, camera: config.CameraConfig) -> nn.Module:
 
 
 class GatherLift(nn.Module):
-    """Each voxel gathers feature times depth probability from the views that see its lower corner. No parameters."""
+    """Each voxel gathers feature times depth probability from the views that see its lower corner (as in the original,
+    not its center). No parameters."""
 
     def __init__(self, grid: config.Grid, camera: config.CameraConfig):
         super().__init__()
@@ -66,7 +67,7 @@ class VoxelPoolLift(nn.Module):
         """As `GatherLift.forward`, with one level."""
         (feature,), (depth,) = features, depths
         grid = self.grid
-        stride = image_size[0] // feature.shape[2]
+        stride = image_size[0] // feature.shape[2]  # pixels per cell of the feature map
         volume = voxel_pool(
             feature, depth, lidar2image, grid.low, grid.cell, grid.shape, stride, self.depth_range, self.truncate
         )
@@ -74,7 +75,7 @@ class VoxelPoolLift(nn.Module):
 
 
 class FrameFusion(nn.Module):
-    """Fuse the volumes of several frames: the age of each is appended as a channel, then all channels are mixed.
+    """Fuse the volumes of several frames: the lag of each is appended as a channel, then all channels are mixed.
 
     UVTR's `sweep_cat_with_time` (arXiv 2206.00630), with the names of its parameters.
     """
@@ -88,14 +89,15 @@ class FrameFusion(nn.Module):
         )
 
     def forward(self, volumes: Tensor, lags: Tensor) -> Tensor:
-        """volumes: [B * frames, C, Z, Y, X], of each sample the keyframe's first; lags: [B, frames] seconds.
+        """volumes: [B * frames, C, Z, Y, X], of each sample the keyframe's first; lags: [B, frames] seconds from each
+        frame to the keyframe.
 
         Returns [B, C, Z, Y, X] in memory format channels_last_3d.
         """
-        with_age, mix = self.time_conv[0], self.trans_conv[0]
-        weight = with_age.weight.flatten(1)
-        # The age is a constant channel, so it goes into the bias instead of copying the volume.
-        bias = with_age.bias + lags.flatten()[:, None] * weight[:, -1]  # [B * frames, C]
+        add_lag, mix = self.time_conv[0], self.trans_conv[0]  # the convolutions
+        weight = add_lag.weight.flatten(1)
+        # The lag is a constant channel, so it goes into the bias instead of copying the volume.
+        bias = add_lag.bias + lags.flatten()[:, None] * weight[:, -1]  # [B * frames, C]
         x = F.linear(volumes.permute(0, 2, 3, 4, 1), weight[:, :-1])  # [B * frames, Z, Y, X, C]
         x = x + bias[:, None, None, None].to(x.dtype)
         x = self.time_conv[1:](x.permute(0, 4, 1, 2, 3))
@@ -134,7 +136,7 @@ class Conv3x3x3(nn.Conv3d):
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True):
         super().__init__(in_channels, out_channels, kernel_size=3, padding=1, bias=bias)
-        self.to(memory_format=torch.channels_last_3d)  # as the volume is, else cuDNN converts it at every call
+        self.to(memory_format=torch.channels_last_3d)  # as the volume is, else cuDNN converts the weight at every call
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda:

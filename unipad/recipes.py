@@ -44,14 +44,15 @@ CAMERA_BEVDEPTH = replace(CAMERA_075, channels=128)
 # L2CS3-R101, which has three frames.
 THREE_FRAMES = Data(sweeps=10, camera_sweeps=3)
 
-# For LiDAR fine-tuning and for pre-training for segmentation
+# For fine-tuning detection from LiDAR and for pre-training for segmentation; angles in radians, lengths in meters
 LIDAR_AUGMENT = Augment(
     rotation=0.785, scale=(0.9, 1.1), translation=(0.5, 0.5, 0.5), flip_x=0.5, flip_y=0.5, shuffle=True
 )
 
-# For two CPU cores and a few minutes, from scratch: a small coarse volume, few rays, a high initial `variance`.
+# For two CPU cores and a few minutes, from scratch: a small coarse volume, few rays, and a high initial `variance`,
+# which in `Render` means a sharp surface.
 TINY_GRID = Grid(low=(-40.0, -40.0, -3.0), high=(40.0, 40.0, 9.0), cell=(1.25, 1.25, 2.0))
-TINY_CAMERA = CameraConfig(  # a quarter of ConvNeXt-tiny's width
+TINY_CAMERA = CameraConfig(  # a quarter of ConvNeXt-tiny's width, fewer blocks
     depths=(2, 2, 4, 2),
     widths=(24, 48, 96, 192),
     drop_path=0.0,
@@ -61,7 +62,7 @@ TINY_CAMERA = CameraConfig(  # a quarter of ConvNeXt-tiny's width
 )
 TINY_LIDAR = LidarConfig(
     cell=(0.3125, 0.3125, 0.5),
-    mask_block=2,  # 0.6 m, as the paper's 8 voxels
+    mask_block=2,  # 0.6 m in x and y, as the paper's 8 voxels of 0.075 m
     widths=(16, 32, 32),
     blocks=1,
     sparse_channels=32,
@@ -69,7 +70,7 @@ TINY_LIDAR = LidarConfig(
     neck_strides=(1, 2),
     neck_layers=1,
     channels=32,
-    norm_momentum=0.1,  # after 100 steps, 0.01 leaves a third of the initial statistics
+    norm_momentum=0.1,  # after 100 steps, the default 0.01 leaves a third of the initial statistics
 )
 TINY_UNET = UnetConfig(
     cell=0.3,
@@ -79,7 +80,7 @@ TINY_UNET = UnetConfig(
     blocks=(1, 1, 1, 1, 1, 1),
     norm_momentum=0.1,
 )
-TINY_RAYS = RayChoice(per_view=64, lidar_per_view=40, sky=0.0)  # the other 24 go through pixels of a grid
+TINY_RAYS = RayChoice(per_view=64, lidar_per_view=40, sky=0.0)  # the other 24 of a view go through pixels of a grid
 TINY_RENDER = Render(samples=40, importance=16, variance=0.5)
 TINY_OPTIM = Optim(lr=2e-3, backbone_lr=1.0, warmup_steps=20, epochs=6.5, batch_size=1)
 
@@ -87,7 +88,7 @@ CAMERA_075_PRETRAIN = PretrainRecipe(
     grid=GRID_075, data=Data(sweeps=10), camera=CAMERA_075, rays=RayChoice(far_radius=100.0)
 )
 
-# modality -> name -> recipe
+# Pre-training: modality -> name -> recipe. Comments name the released configs, such as uvtr_cam_vs0.075_pretrain.
 PRETRAIN = {
     "camera": {
         "tiny": PretrainRecipe(
@@ -103,7 +104,8 @@ PRETRAIN = {
         "camera-0.075-sweeps": replace(CAMERA_075_PRETRAIN, data=THREE_FRAMES),
         "camera-0.1-bevdet": PretrainRecipe(camera=CAMERA_BEVDET),
         "camera-0.1-bevdepth": PretrainRecipe(camera=CAMERA_BEVDEPTH),
-        # The paper's ablation recipe for cameras (uvtr_cam_vs0.1_pretrain); nuScenes at 900 x 1600.
+        # The paper's ablation recipe for cameras (uvtr_cam_vs0.1_pretrain): the defaults of `config`, images as stored
+        # (in nuScenes 900 x 1600)
         "camera-0.1": PretrainRecipe(camera=CameraConfig()),
     },
     "lidar": {
@@ -113,8 +115,8 @@ PRETRAIN = {
             augment=Augment(rotation=0.3925, scale=(0.95, 1.05), shuffle=True),
             lidar=TINY_LIDAR,
             rays=replace(TINY_RAYS, lidar_per_view=64),
-            # With the depth loss alone, a sharp surface that has vanished has no gradient: half of the runs never
-            # recovered it.
+            # The default variance, not TINY_RENDER's: with the depth loss alone, a sharp surface that has vanished has
+            # no gradient, and half of the runs never recovered it.
             render=replace(TINY_RENDER, rgb_weight=0.0, variance=0.3),
             optim=TINY_OPTIM,
         ),
@@ -170,7 +172,9 @@ PRETRAIN = {
     },
 }
 
-# Head of the camera ablation: all code weights are 1, no NMS
+# Fine-tuning for detection
+
+# Head of the camera ablations: no denoising, all code weights are 1, no NMS
 PLAIN_HEAD = Detect(denoising=False, code_weights=(1.0,) * 10, nms=())
 LIDAR_OPTIM = Optim(schedule="one_cycle", lr=1e-3, start=0.1, final=1e-5, clip=10.0, epochs=20, batch_size=16)
 CAMERA_AUGMENT = Augment(rotation=0.3925, scale=(0.95, 1.05), photometric=True, grid_mask=0.7)
@@ -182,19 +186,19 @@ TINY_DETECT_OPTIM = Optim(lr=1e-3, backbone_lr=1.0, warmup_steps=50, epochs=15, 
 
 
 def _unmasked(encoder, **others):
-    """An encoder of the paper as fine-tuning uses it: nothing is masked, and its volume is convolved."""
+    """A full-size encoder as fine-tuning uses it: nothing is masked, and three convolutions on its volume are added."""
     return replace(encoder, mask_ratio=0.0, volume_convs=3, **others)
 
 
-CAMERA_075_FINAL = _unmasked(CAMERA_075, depth_weight=1.0)  # LiDAR supervises the depth head
-LIDAR_FINAL = _unmasked(LidarConfig())
+CAMERA_075_UNMASKED = _unmasked(CAMERA_075, depth_weight=1.0)  # LiDAR supervises the depth head
+LIDAR_UNMASKED = _unmasked(LidarConfig())
 TINY_CAMERA_UNMASKED = replace(TINY_CAMERA, mask_ratio=0.0, depth_weight=1.0)
 TINY_LIDAR_UNMASKED = replace(TINY_LIDAR, mask_ratio=0.0)
 CAMERA_075_DETECT = DetectRecipe(
     grid=GRID_075,
     data=Data(sweeps=10),
     augment=CAMERA_AUGMENT,
-    camera=CAMERA_075_FINAL,
+    camera=CAMERA_075_UNMASKED,
     detect=Detect(iou_in_score=False, nms=()),
     optim=Optim(epochs=24),
 )
@@ -202,8 +206,8 @@ CAMERA_01_ABLATION = DetectRecipe(
     augment=CAMERA_AUGMENT, camera=_unmasked(CameraConfig()), detect=PLAIN_HEAD, label_fraction=0.5
 )
 
-# modality -> name -> recipe. The released configs state samples per GPU, but not how many GPUs: batch sizes
-# here are for four.
+# modality -> name -> recipe. The released configs state samples per GPU, but not how many GPUs: batch sizes here are
+# for four GPUs. Comments name the released configs.
 DETECT = {
     "camera": {
         "tiny": DetectRecipe(
@@ -237,7 +241,7 @@ DETECT = {
             grid=GRID_075,
             data=Data(cameras=False, sweeps=10),
             augment=LIDAR_AUGMENT,
-            lidar=LIDAR_FINAL,
+            lidar=LIDAR_UNMASKED,
             detect=Detect(nms=()),
             optim=LIDAR_OPTIM,
             label_fraction=0.2,
@@ -247,7 +251,7 @@ DETECT = {
             grid=GRID_075,
             data=Data(cameras=False, sweeps=10),
             augment=LIDAR_AUGMENT,
-            lidar=LIDAR_FINAL,
+            lidar=LIDAR_UNMASKED,
             optim=LIDAR_OPTIM,
             balanced=True,
             paste=Paste(),
@@ -268,8 +272,8 @@ DETECT = {
             grid=GRID_075,
             data=Data(sweeps=10),
             augment=FUSION_AUGMENT,
-            camera=CAMERA_075_FINAL,
-            lidar=LIDAR_FINAL,
+            camera=CAMERA_075_UNMASKED,
+            lidar=LIDAR_UNMASKED,
             optim=replace(FUSION_OPTIM, epochs=12),
             label_fraction=0.2,
         ),
@@ -278,15 +282,17 @@ DETECT = {
             grid=GRID_075,
             data=Data(sweeps=10),
             augment=FUSION_AUGMENT,
-            camera=CAMERA_075_FINAL,
-            lidar=LIDAR_FINAL,
+            camera=CAMERA_075_UNMASKED,
+            lidar=LIDAR_UNMASKED,
             optim=FUSION_OPTIM,
             paste=Paste(),
         ),
     },
 }
 
-# With flips: the classes of points have no heading
+# Fine-tuning for segmentation
+
+# With flips, also in the tiny recipe: the classes of points do not depend on a heading, unlike boxes
 SEGMENT_AUGMENT = Augment(rotation=math.pi, scale=(0.9, 1.1), flip_x=0.5, flip_y=0.5, shuffle=True)
 
 # modality -> name -> recipe
@@ -321,5 +327,5 @@ SEGMENT = {
     },
 }
 
-# Default presets with --data-root, by modality (for segmentation: "segment"); on the synthetic city it is "tiny".
+# Default presets with --data-root, by modality, or by "segment" with --task segment; on the synthetic city it is "tiny"
 DEFAULT_PRESET = {"camera": "camera-0.1", "lidar": "lidar-0.075", "fusion": "fusion-0.075", "segment": "segment"}

@@ -73,7 +73,7 @@ def _find_run(root, out, resume, closing):
             saved = read_training(last_checkpoint(path)) if last_checkpoint(path) else None
             if out or saved["step"] < saved["config"]["steps"]:
                 return path, saved
-            lock.close()
+            lock.close()  # the newest run is finished, so this is a new one
     if out:
         closing.enter_context(_locked(out))
         if last_checkpoint(out):
@@ -105,7 +105,7 @@ def lock_folder(folder: Path, world: World):
 
 @contextlib.contextmanager
 def _locked(path):
-    """Lock a folder against other programs, on any machine that shares it; an empty folder is removed at the end.
+    """Lock a folder against other programs, on any machine that shares it; if empty at the end, it is removed.
 
     The system releases the lock when this process ends, however it ends. It is a POSIX lock: unlike one of `flock`,
     child processes do not inherit it, so data loading processes that outlive a killed run do not block its resumption.
@@ -116,13 +116,13 @@ def _locked(path):
         try:
             if fcntl:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except OSError as error:  # if not of these two kinds, the file system has no locks: go on without one
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 lock.seek(0)
                 raise UserError(
                     f"{path} is in use by another program ({lock.read(200).strip() or 'which has just started'}): wait "
                     "for its end, or choose another folder with --out."
-                ) from None  # other errors: the file system has no locks, so go on without one
+                ) from None
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
@@ -153,7 +153,7 @@ class RunFolder:
             return
         for name in ("checkpoints", "images"):
             (path / name).mkdir(parents=True, exist_ok=True)
-            remove_parts(path / name)
+            remove_parts(path / name)  # of files that a killed process was writing
         remove_parts(path)
         (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         first = saved["step"] if saved else 0
@@ -166,7 +166,7 @@ class RunFolder:
         world.closing.callback(self.close)
 
     def tune(self):
-        """Autotune kernel launches on this GPU until the run is closed; the fastest are kept in tuning.json."""
+        """Autotune kernels' launch parameters on this GPU until the run is closed; tuning.json keeps the fastest."""
         file = self.path / "tuning.json"
         try:
             tuning.enable(file)
@@ -215,8 +215,8 @@ class RunFolder:
     def validation(self, step: int, parts: dict, metrics: dict):
         """Context in which to validate `step`, already saved, and update `metrics`; then saves a checkpoint to keep.
 
-        A run that is killed inside validates again when it resumes. A run whose validation raises an exception does
-        not: the step is saved as validated, and a `UserError` is raised.
+        Step 0 is not saved. A run that is killed inside validates again when it resumes. A run whose validation raises
+        an exception does not: the step is saved as validated, and a `UserError` is raised.
         """
         failed = None
         try:
@@ -302,15 +302,15 @@ def _drop_records_after(step, log):
     if log.is_dir():
         raise UserError(f"{log} is a folder; remove it to resume the run.")
     if log.exists():
-        part, invalid = log.with_name(f".{log.name}.{os.getpid()}"), 0
-        with part.open("wb") as f:
+        unfinished, invalid = log.with_name(f".{log.name}.{os.getpid()}"), 0
+        with unfinished.open("wb") as f:
             for line in filter(None, log.read_bytes().split(b"\n")):
                 try:
                     if json.loads(line).get("step", 0) <= step:
                         f.write(line + b"\n")
                 except (ValueError, AttributeError, TypeError, RecursionError):
                     invalid += 1
-        part.replace(log)
+        unfinished.replace(log)
         if invalid:
             print(f"{log}: {invalid} damaged lines are left out.", file=sys.stderr)
 
@@ -367,8 +367,10 @@ def _flatten(settings, prefix=""):
 def run_config(args, steps: int, contents: str = "", saved: dict | None = None) -> dict:
     """What config.json holds: a script's flags, its recipe, the steps of the schedule, and which data it trains on.
 
-    contents: `DrivingDataset.contents` of the training set. saved: the checkpoint that the run resumes from. --init and
-    --pretrained are recorded as absolute paths of checkpoint files, since the newest run in a folder changes.
+    contents: `DrivingDataset.contents` of the training set.
+    saved:    the checkpoint that the run resumes from.
+
+    --init and --pretrained are recorded as absolute paths of checkpoint files: the newest run in a folder changes.
     """
     flags = to_dict(args)
     for name in SOURCES & flags.keys():
@@ -390,7 +392,8 @@ class Progress:
     """Reports of a training loop: losses and speed, in the log and the terminal; each unreadable frame once."""
 
     def __init__(self, run, world: World, step: int, last: int, steps: int, batch_size: int):
-        """step: steps done so far; last: the step at which this process stops; steps: length of the schedule."""
+        """step: steps done so far; last: the step at which this program stops; steps: length of the schedule, which may
+        end later; batch_size: samples per step over all processes."""
         self.run, self.world, self.last, self.steps, self.batch_size = run, world, last, steps, batch_size
         self.unreadable = set()
         self.restart(step)
@@ -414,7 +417,7 @@ class Progress:
     def finite(self, values: dict[str, torch.Tensor], scaler, step: int) -> dict[str, float]:
         """Means of `values` over processes. Raises `UserError` if training has diverged, so that it is not saved."""
         values = mean_over_processes(values)
-        # fp16 skips a step whose gradient overflows, and lowers its scale
+        # with fp16, an infinite gradient is no divergence: the scaler skips the step and lowers its scale
         if not math.isfinite(values["loss"] + (0 if scaler.is_enabled() else values["grad_norm"])):
             raise _diverged(step)
         return values
@@ -436,7 +439,10 @@ class Progress:
             raise _diverged(step) from None
 
     def report(self, step: int, values: dict[str, float], lr: float, rays_per_sample: int = 0):
-        """Log the values of `step` and print them, with the speed since the last report."""
+        """Log the values of `step` and print them, with the speed of all processes since the last report.
+
+        rays_per_sample: to log the rays per second, too; 0: do not.
+        """
         speed = self.batch_size * (step - self.since) / (time.perf_counter() - self.clock)
         self.restart(step)
         rates = {"lr": lr, "samples_per_s": speed, **memory_mb(self.world.device)}
@@ -467,7 +473,7 @@ def format_metrics(values: dict[str, float]) -> str:
 
 
 def memory_mb(device: torch.device) -> dict[str, float]:
-    """Peak memory so far, of the GPU or of this process."""
+    """Peak memory so far in MiB, of the GPU or of this process."""
     if device.type == "cuda":
         return {"gpu_mem_mb": torch.cuda.max_memory_allocated(device) / 2**20}
     if resource is None:

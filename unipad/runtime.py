@@ -37,7 +37,7 @@ class World:
     def main_first(self):
         """Context whose body the main process runs before the others do; they raise its `UserError` too."""
         if not self.is_main:
-            on_main(None, self)
+            on_main(None, self)  # waits for one of the broadcasts below
         try:
             yield
         except UserError as error:
@@ -67,8 +67,9 @@ class World:
         return range(first, first + micro_batch)
 
 
-# Gloo's destructor waits for a thread that may wait for the GIL. Python's own reference is dropped without the GIL, the
-# one in DistributedDataParallel with it: so Python's must be the last to be dropped, or a process may never end.
+# Process groups. Gloo's destructor waits for a thread that may wait for the GIL. Python's own reference is dropped
+# without holding the GIL, the one in DistributedDataParallel while holding it: so Python's, kept here, must be the last
+# to be dropped, or a process may never end.
 _GROUPS = []
 
 
@@ -117,7 +118,7 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float
 
 
 def mixed_precision(precision: str | None, device: torch.device) -> tuple[torch.autocast, torch.amp.GradScaler]:
-    """(autocast, gradient scaler) for a name in `PRECISIONS`; None: on a GPU bf16, or fp16 if it lacks bf16; else fp32.
+    """(autocast, gradient scaler) for a name in `PRECISIONS`; None: bf16 on GPUs (fp16 if they lack it), fp32 on CPUs.
 
     Raises `UserError` for bf16 on a GPU without it, where compilers emulate it slowly or fail.
     """
@@ -131,7 +132,7 @@ def mixed_precision(precision: str | None, device: torch.device) -> tuple[torch.
 
 
 def has_bf16(device: torch.device) -> bool:
-    """False for NVIDIA GPUs before Ampere. On ROCm, capabilities start at 9 and every supported GPU has bf16."""
+    """False only for NVIDIA GPUs before Ampere. On ROCm, capabilities start at 9 and every supported GPU has bf16."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -155,7 +156,7 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 def on_main(make: Callable | None, world: World):
     """Call `make` in the main process; every process returns its result, sent pickled, or raises its `UserError`.
 
-    Collective: all processes must call it.
+    make: only the main process needs it, others may pass None. Collective: all processes must call `on_main`.
     """
     if world.size == 1:
         return make()
@@ -197,7 +198,7 @@ def mean_over_processes(values: dict[str, torch.Tensor]) -> dict[str, float]:
 def local_gradients(model, more: bool):
     """Context in which `model`'s gradients stay in this process, if `more` micro-batches of the step follow.
 
-    The backward pass of the last one averages over processes.
+    The backward pass of the step's last micro-batch averages the gradients over processes.
     """
     return model.no_sync() if more and hasattr(model, "no_sync") else contextlib.nullcontext()
 
@@ -221,7 +222,10 @@ class StopOnSignal:
 
     @contextlib.contextmanager
     def at_once(self):
-        """Context with nothing to save: a signal ends the program at once; several processes wait, to stop together."""
+        """Context with nothing to save: a signal ends the program at once.
+
+        With several processes the signal waits for `asked`, as it does outside, so that all stop together.
+        """
         self.deferred = self.world.size > 1
         self._end_unless_deferred()
         try:
@@ -233,7 +237,7 @@ class StopOnSignal:
         """True in all processes once one of them was signaled. Collective.
 
         host_waits: whether the host waits for the GPU in this step anyway; only then do several GPU processes exchange
-            signals.
+            signals, otherwise they return False.
         """
         if self.world.size > 1 and (host_waits or self.world.device.type == "cpu"):
             number = torch.tensor(self.number, device=self.world.device)
@@ -243,5 +247,5 @@ class StopOnSignal:
         return self.world.size == 1 and self.number > 0
 
     def end(self, sentence: str):
-        """End the program, with the exit code of the signal."""
+        """End the program with the exit code of the signal, and with `sentence` on stderr."""
         raise Stopped(self.number, sentence)

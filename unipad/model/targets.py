@@ -174,7 +174,7 @@ def detection_losses(
 
 
 def _focal(cfg, logits, target_class):
-    """Focal loss (arXiv 1708.02002) of logits [..., K] for classes [...], where K is background; summed over classes."""
+    """Focal loss (arXiv 1708.02002) of logits [..., K] for classes [...], K: background; summed over classes."""
     truth = (target_class[..., None] == torch.arange(cfg.classes, device=target_class.device)).to(logits.dtype)
     prob = logits.sigmoid()
     wrong = truth * (1 - prob) + (1 - truth) * prob

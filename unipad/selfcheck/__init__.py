@@ -1,6 +1,8 @@
-"""Compare every op with its PyTorch reference in fp64: `python -m unipad.selfcheck`.
+"""Compare every op with its PyTorch reference, mostly in fp64: `python -m unipad.selfcheck`.
 
-cases.py        the cases: ops of cameras, boxes, rays and the renderer
+A case is one op with given inputs, in one type.
+
+cases.py        all cases; defines those of the ops of cameras, boxes, rays and the renderer
 lidar_cases.py  the cases of LiDAR: voxels and sparse convolutions
 check.py        runs one case and compares outputs and gradients
 processes.py    runs cases in worker processes, which may crash

@@ -4,13 +4,15 @@
     python -m unipad.selfcheck --sizes small             small sizes only
     python -m unipad.selfcheck --ops lift sdf_render     ops whose names start with one of these
 
-Prints one line per check: the largest error of outputs and gradients, its bound, and, for information, the time of
-forward and backward. The exit code is 1 if a check fails. A check at recipe size that does not fit into the GPU's
-memory is skipped. Without a GPU, the references run at small sizes.
+Prints one line per check: the error of the output or gradient that comes closest to its bound, the bound, and, for
+information, the time of forward and backward. The exit code is 1 if a check fails. A check at recipe size that does not
+fit into the GPU's memory is skipped. Without a GPU, the references run at small sizes.
 
-An error is the largest absolute difference of an output or gradient, as a fraction of its largest true value. It may be
-twice the error of the reference in the same type, plus a slack. The true values are computed in fp64 from inputs
-rounded to the type, which are what the kernels read. Integers and booleans must be equal. NaN and infinity always fail.
+An error is the largest absolute difference of an output or gradient, as a fraction of its largest true value. Its bound
+is twice the error of the reference in the same type, plus a slack. The true values are computed by the reference in
+fp64 (for voxels and their neighbor tables in fp32) from inputs rounded to the type, which are what the kernels read.
+Integers and booleans must be equal. NaN and infinity always fail. A check named bit-equal runs the op twice under
+PyTorch's strict determinism; the results must also be equal to the bit.
 
 A faulting kernel can corrupt the GPU context of its process. So the checks run in a separate process, and after a crash
 the remaining ones continue in a new process.
@@ -37,14 +39,14 @@ from unipad.selfcheck.processes import results, work
 
 @dataclass
 class Args:
-    sizes: tuple[Literal["small", "recipe"], ...] = SIZES  # sizes of the inputs
+    sizes: tuple[Literal["small", "recipe"], ...] = SIZES  # sizes of the inputs: small, or those of a recipe
     ops: tuple[str, ...] = ()  # prefixes of op names (default: all ops)
 
 
 def main(args):
     """Print a line per check and what to report; returns the exit code."""
-    on_gpu = torch.cuda.is_available()
-    if not (on_gpu or on_triton(torch.empty(0))):
+    interpreted = on_triton(torch.empty(0))  # a CPU tensor: kernels run on it in Triton's interpreter, if at all
+    if not (torch.cuda.is_available() or interpreted):
         print("There is no GPU to check: the PyTorch references run instead of the kernels, at small sizes.")
         args = replace(args, sizes=("small",))
     cases = [case for case in checks(args.sizes) if not args.ops or case.name.startswith(args.ops)]

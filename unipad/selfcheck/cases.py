@@ -1,4 +1,8 @@
-"""The cases of the self-check, each at a small size and at the size of a recipe."""
+"""The cases of the self-check, each at a small size and at the size of a recipe.
+
+A function `_*_cases` makes those of one size; its local functions make the inputs of an op: (device, dtype) ->
+arguments by name.
+"""
 
 import math
 from functools import partial
@@ -52,7 +56,8 @@ def checks(sizes=SIZES):
     bf16 = has_bf16(torch.device(default_device()))
     for size in sizes:
         for group in (voxel_cases, sparse_cases, _view_cases, _box_cases, _ray_cases, _field_cases):
-            yield from (case for case in group(size, size == "recipe") if bf16 or case.dtype != "bf16")
+            cases = group(size, recipe=size == "recipe")
+            yield from (case for case in cases if bf16 or case.dtype != "bf16")
 
 
 def _each(dtypes, name, size, op, ref, inputs, wrt=(), **flags):
@@ -65,8 +70,8 @@ def _each(dtypes, name, size, op, ref, inputs, wrt=(), **flags):
 
 
 def _rig(scale, device):
-    """[1, 6, 4, 4] LiDAR meters -> pixels of images `scale` times 1600 wide, with nuScenes' yaws and focal lengths."""
-    views = []
+    """[1, 6, 4, 4] LiDAR meters -> pixels of images `scale` * 1600 wide, with about nuScenes' cameras."""
+    views = []  # of yaw in degrees and focal length in pixels of the full image
     for yaw, focal in ((0, 1266), (-55, 1266), (-110, 1266), (180, 809), (110, 1266), (55, 1266)):
         s, c = math.sin(math.radians(yaw)), math.cos(math.radians(yaw))
         intrinsics = torch.eye(4)
@@ -110,8 +115,8 @@ def _view_cases(size, recipe):
         )  # fmt: skip
 
     wrt = ("features", "depths")
-    # Image positions are fp32 for every type: in 200 columns they are off by 2e-5, as are interpolation weights. How
-    # they round depends on the compiler.
+    # Image positions are fp32 for every type: among 200 columns they are off by up to 2e-5 columns, and so are
+    # interpolation weights. How they round depends on the compiler, so fp32 needs a larger slack than its own.
     yield from _each("fp32", "lift", size, lift, lift_ref, lifted, wrt, slack=1e-4)
     yield from _each("fp32", "lift, bit-equal", size, lift, lift_ref, lifted, wrt, slack=1e-4, strict=True)
     yield from _each("fp16 bf16", "lift", size, lift, lift_ref, lifted, wrt)
@@ -125,7 +130,7 @@ def _view_cases(size, recipe):
 
 def _box_cases(size, recipe):
     def boxes(N, device):
-        """[N, 7] boxes of the size of road users, three around each location."""
+        """[N, 7] boxes of the size of road users, on average three around each location, so that many overlap."""
         locations = N // 3 + 1
         location = torch.randint(locations, (N,), device=device)
         center = (torch.rand(locations, 3, device=device) - 0.5) * torch.tensor([108.0, 108, 2], device=device)
@@ -147,7 +152,8 @@ def _box_cases(size, recipe):
         return dict(a=a, b=a + 0.3 * torch.randn_like(a) * a.new_tensor([1, 1, 1, 0, 0, 0, 1]))
 
     def overlapping(device, dtype):
-        """Boxes and a threshold far from all their IoUs, so that rounding does not change which are suppressed."""
+        """Boxes and a threshold in the widest gap between their IoUs from 0.1 to 0.3, so that rounding does not change
+        which are suppressed."""
         rectangles = bev_boxes(N, device)
         iou = rotated_iou_bev_ref(rectangles.double(), rectangles.double()).flatten()
         near = iou[(iou > 0.1) & (iou < 0.3)].sort().values
@@ -181,7 +187,7 @@ def _ray_cases(size, recipe):
         weights = torch.rand(R, S, device=device) ** 4 + 0.01  # no weight so small that rounding moves samples
         return dict(edges=edges, weights=weights, n=n, jitter=torch.rand(R, device=device))
 
-    def lists(device, dtype):
+    def two_lists(device, dtype):
         edges, new_edges = (torch.rand(R, k + 1, device=device).sort(dim=1).values for k in (S, n))
         return dict(edges=edges, new_edges=new_edges)
 
@@ -189,10 +195,11 @@ def _ray_cases(size, recipe):
     yield from _each("fp32", "stratified_edges", size, stratified_edges, stratified_edges_ref, ends)
     yield from _each("fp32", "sample_pdf", size, sample_pdf, sample_pdf_ref, weighted)
     yield from _each("fp32", "resample", size, resample, resample_ref, weighted)
-    yield from _each("fp32", "merge", size, merge, merge_ref, lists)
+    yield from _each("fp32", "merge", size, merge, merge_ref, two_lists)
 
     def at_points(device, dtype):
         sizes = (5, 180, 180, 32) if recipe else (2, 3, 4, 5)
+        # x, y, z in voxels, from -2 to one voxel beyond the end: some are outside
         points = torch.rand(R, S + n, 3, device=device) * (torch.tensor(sizes[2::-1], device=device) + 3) - 2
         volume_idx = torch.randint(2, (R,), device=device, dtype=torch.int32)
         return dict(volume=torch.randn(2, *sizes, device=device).to(dtype), points=points, volume_idx=volume_idx)
@@ -202,7 +209,7 @@ def _ray_cases(size, recipe):
     yield from _each("fp32", "trilinear, bit-equal", size, trilinear, trilinear_ref, at_points, wrt, strict=True)
     yield from _each("fp32", "trilinear_value", size, trilinear_value, trilinear_value_ref, at_points)
 
-    def distances(device, dtype):
+    def sdf_and_deltas(device, dtype):
         randn = partial(torch.randn, device=device)
         return dict(sdf=(randn(R, S + n) / 10).to(dtype), deltas=(randn(R, S + n).abs() / 10).to(dtype))
 
@@ -210,23 +217,23 @@ def _ray_cases(size, recipe):
         gradient = torch.randn(R, S + n, 3, device=device).to(dtype)
         directions = F.normalize(torch.randn(R, 3, device=device), dim=1).to(dtype)
         inv_s = torch.tensor([20.0], device=device, dtype=dtype)
-        return distances(device, dtype) | dict(gradient=gradient, directions=directions, inv_s=inv_s)
+        return sdf_and_deltas(device, dtype) | dict(gradient=gradient, directions=directions, inv_s=inv_s)
 
     def volsdf(device, dtype):
-        return distances(device, dtype) | dict(beta=torch.tensor([0.1], device=device).to(dtype))
+        return sdf_and_deltas(device, dtype) | dict(beta=torch.tensor([0.1], device=device).to(dtype))
 
     def interval(device, dtype):
-        return distances(device, dtype) | dict(inv_s=64.0)
+        return sdf_and_deltas(device, dtype) | dict(inv_s=64.0)
 
-    def alone(device, dtype):
-        return dict(sdf=distances(device, dtype)["sdf"])
+    def sdf_only(device, dtype):
+        return dict(sdf=sdf_and_deltas(device, dtype)["sdf"])
 
     wrt = ("sdf", "gradient", "inv_s")
     yield from _each("fp32 bf16", "neus_alpha", size, neus_alpha, neus_alpha_ref, neus, wrt)
     yield from _each("fp32 bf16", "volsdf_alpha", size, volsdf_alpha, volsdf_alpha_ref, volsdf, ("sdf", "beta"))
     yield from _each("fp32", "interval_alpha", size, interval_alpha, interval_alpha_ref, interval)
-    # plain PyTorch on every device: it has no kernel
-    yield from _each("fp32", "unisurf_alpha", size, unisurf_alpha, unisurf_alpha, alone, ("sdf",))
+    # it has no kernel, being plain PyTorch on every device: so it is its own reference
+    yield from _each("fp32", "unisurf_alpha", size, unisurf_alpha, unisurf_alpha, sdf_only, ("sdf",))
 
     def samples(device, dtype):
         alpha, values = torch.rand(R, S + n, device=device), torch.randn(R, S + n, 4, device=device)
@@ -237,17 +244,21 @@ def _ray_cases(size, recipe):
 
 # The fused renderer
 
-CLEAR = 2e-4  # cells: smallest distance between a sample and a cell face, where the volume's gradient jumps
-OFF_KINK = 3.0  # bias of the color MLP's hidden units: five standard deviations, so that rounding flips no ReLU
+CLEARANCE = 2e-4  # cells: smallest distance between a sample and a cell face, where the volume's gradient jumps
+OFF_KINK = 3.0  # added to biases of the color MLP's hidden units: five standard deviations, so rounding flips no ReLU
 
 
 def _mlp(conditions, outputs, hidden, layers, bias, device):
-    """Parameters distributed as those of `nn.Linear`, in the order that `sdf_render` takes."""
-    widths = [(hidden, 3), *[(hidden, conditions), (hidden, hidden)] * (layers - 1), (hidden, conditions)]
+    """Parameters as `nn.Linear` initializes them: P, q, then C_l, d_l, W_l, b_l of every layer, as in `sdf_render`.
+
+    conditions: channels that C_l reads; bias: added to every b_l but the last.
+    """
+    shapes = [(hidden, 3), *[(hidden, conditions), (hidden, hidden)] * (layers - 1)]
+    shapes += [(hidden, conditions), (outputs, hidden)]
     leaves = []
-    for rows, columns in [*widths, (outputs, hidden)]:
+    for rows, columns in shapes:
         leaves += [(torch.rand(*n, device=device) * 2 - 1) * columns**-0.5 for n in ((rows, columns), (rows,))]
-    for b in leaves[5:-1:4]:  # of lin0, lin1, .., except the output layer's
+    for b in leaves[5:-1:4]:  # b_l of every layer but the last
         b += bias
     return leaves
 
@@ -257,9 +268,9 @@ def _field_cases(size, recipe):
 
     def inputs(method, C=32, hidden=16, sdf_layers=6, rgb_layers=4):
         def make(device, dtype):
-            # cells per unit, and offset: the volume covers -1 to 1 in x and y, -0.1 to 0.1 in z
+            # cells per unit, and offset, of x, y, z: the volume covers -1 to 1 in x and y, -0.1 to 0.1 in z
             cells = torch.tensor([[X / 2, Y / 2, 5 * Z], [X / 2, Y / 2, Z / 2]], device=device).unbind()
-            candidates = 2 * R
+            candidates = 2 * R  # rays, of which the first R that stay clear of cell faces are taken
             origins = torch.randn(candidates, 3, device=device) * 0.02
             directions = F.normalize(
                 torch.randn(candidates, 3, device=device) * torch.tensor([1, 1, 0.1], device=device)
@@ -267,7 +278,7 @@ def _field_cases(size, recipe):
             edges = (0.02 + 1.3 * torch.rand(candidates, S + 1, device=device)).sort(dim=1).values
             points = origins[:, None].double() + directions[:, None].double() * edges[:, :-1, None].double()
             cell = points * cells[0] + cells[1]
-            clear = ((cell - cell.round()).abs() > CLEAR).all(dim=2).all(dim=1).nonzero()[:R, 0]
+            clear = ((cell - cell.round()).abs() > CLEARANCE).all(dim=2).all(dim=1).nonzero()[:R, 0]
             assert len(clear) == R, "too few rays stay clear of cell faces"
             i = torch.arange(R, device=device)
             rays = origins[clear], directions[clear], (i % 2).int(), i % 10 != 3  # one ray in ten counts as a miss
@@ -299,13 +310,13 @@ def _field_cases(size, recipe):
     for dtype, exact in (("tf32", False), ("fp32", True)):
         render, look_up = partial(sdf_render, exact=exact), partial(sdf_values, exact=exact)
         for kind, make in kinds.items():
-            if not (exact and "channels" in kind):  # exact and wide: takes minutes to compile, and no preset uses it
+            if not (exact and "channels" in kind):  # these would compile for minutes, and no preset uses them
                 yield Case(f"sdf_render {kind}", size, dtype, make, render, sdf_render_ref, wrt)
         yield Case("sdf_render neus, bit-equal", size, dtype, kinds["neus"], render, sdf_render_ref, wrt, strict=True)
         yield Case("sdf_render neus, no gradients", size, dtype, kinds["neus"], render, sdf_render_ref)
         yield Case("sdf_values", size, dtype, values, look_up, sdf_values_ref)
     early = partial(sdf_render, stop=1e-4, exact=True)
-    # samples after the stop have no distance: compare color and depth only
+    # Skipped samples have no signed distance: compare color and depth only. The error made by stopping is in the slack.
     yield Case(
         "sdf_render neus, stops early", size, "fp32", kinds["neus"], lambda **given: early(**given)[:2],
         lambda **given: sdf_render_ref(**given)[:2], slack=1e-3,

@@ -11,8 +11,9 @@ from functools import partial
 import torch
 
 TYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# By type, as a fraction of the largest true value. tf32 has the mantissa of fp16, and Hopper truncates operands instead
-# of rounding them, which accumulates over the layers of a field instead of averaging out.
+# Error allowed besides twice that of the reference in the same type, as a fraction of the largest true value. tf32 has
+# the mantissa of fp16, but more slack: Hopper truncates operands instead of rounding them, which accumulates over the
+# layers of a field instead of averaging out.
 SLACK = {"fp32": 1e-5, "tf32": 1e-2, "fp16": 1e-3, "bf16": 1e-2}
 TIMED_RUNS = 3  # the time of the fastest is reported
 
@@ -28,8 +29,9 @@ class Case:
     op: Callable
     ref: Callable
     wrt: tuple = ()  # names of the inputs whose gradients are compared
-    slack: float | None = None  # allowed error besides that of `ref` in the same type; None: SLACK of the type
-    double: bool = True  # run `ref` in fp64; False: in fp32, since rounding decides e.g. which cell a point lies in
+    slack: float | None = None  # as in SLACK; None: SLACK of the type
+    # the true values are those of `ref` in fp64; False: in the type, since rounding decides e.g. a point's cell
+    double: bool = True
     strict: bool = False  # run under strict determinism, twice: both runs must be bitwise equal
 
     def __str__(self):
@@ -43,9 +45,9 @@ class Result:
     dtype: str
     status: str  # "ok", "FAIL" or "skipped"
     message: str = ""  # why it failed or was skipped
-    error: float = math.nan  # of the output or gradient with the largest error relative to its bound
-    bound: float = math.nan
-    ms: float = math.nan  # forward and backward of the op
+    error: float = math.nan  # of the output or gradient with the largest error relative to its bound, see `_error`
+    bound: float = math.nan  # of that error
+    ms: float = math.nan  # forward and backward of the op; NaN without a GPU
 
     def __str__(self):
         ms = "" if math.isnan(self.ms) else f"  {self.ms:8.3f} ms"
@@ -60,11 +62,11 @@ def run(case):
         torch.manual_seed(0)
         inputs = case.inputs(default_device(), TYPES[case.dtype])
         truth = _run(case.ref, inputs, case, torch.float64 if case.double else None)
-        same_type = _run(case.ref, inputs, case)
+        ref_in_type = _run(case.ref, inputs, case)
         with _strict_determinism(case.strict):
             ours = _run(case.op, inputs, case)
             again = _run(case.op, inputs, case) if case.strict else ours
-        error, bound, message = _compare(ours, same_type, truth, case)
+        error, bound, message = _compare(ours, ref_in_type, truth, case)
         differ = [name for name in ours if not torch.equal(ours[name], again[name])]
         if not message and differ:
             message = f"{differ[0]} differs from run to run"
@@ -129,8 +131,8 @@ def _upstream(outs, case):
     return [torch.randn(o.shape, generator=gen, dtype=TYPES[case.dtype], device=o.device).to(o) for o in outs]
 
 
-def _compare(ours, same_type, truth, case):
-    """Error and bound of the worst output or gradient, and a message: "" if all are within their bounds."""
+def _compare(ours, ref_in_type, truth, case):
+    """Error and bound of the output or gradient whose error / bound is largest, and a message: "" if all are within."""
     slack = SLACK[case.dtype] if case.slack is None else case.slack
     worst, error, bound, message = -1.0, 0.0, slack, ""
     for name, true in truth.items():
@@ -146,7 +148,7 @@ def _compare(ours, same_type, truth, case):
             return math.nan, slack, f"{name}: the reference is not finite"
         if not value.isfinite().all():
             return math.nan, slack, f"{name}: {(~value.isfinite()).sum().item()} of {true.numel()} are not finite"
-        own_error, own_bound = _error(value, true), 2 * _error(same_type[name], true) + slack
+        own_error, own_bound = _error(value, true), 2 * _error(ref_in_type[name], true) + slack
         if own_error / own_bound > worst:
             worst, error, bound = own_error / own_bound, own_error, own_bound
             message = "" if error <= bound else f"{name}: error {error:.1e} exceeds {bound:.1e}"
@@ -154,7 +156,7 @@ def _compare(ours, same_type, truth, case):
 
 
 def _error(value, true):
-    """Largest absolute difference, as a fraction of the largest true value."""
+    """Largest absolute difference, as a fraction of the largest absolute true value."""
     if not true.numel():
         return 0.0
     scale = true.double().abs().max().item()
@@ -163,7 +165,7 @@ def _error(value, true):
 
 @contextlib.contextmanager
 def _strict_determinism(on):
-    """Strict determinism, as under `--deterministic`."""
+    """Context in which strict determinism, as under `--deterministic`, is `on` or off."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(on)
     try:

@@ -41,7 +41,8 @@ def _grid(recipe):
 
 
 def _points(recipe, device):
-    """[P, 5] x, y, z meters, intensity, time lag: ten sweeps of 32 beams over a street between walls.
+    """[P, 5] x, y, z meters, intensity, time lag: ten sweeps of 32 beams over a street between walls, of whose points
+    two in five return; at the small size, 300 random points in and around the grid.
 
     The work of a sparse convolution depends on the number of neighbors. Random cells have none; surfaces scanned by a
     moving sensor have about as many as in nuScenes.
@@ -56,9 +57,11 @@ def _points(recipe, device):
     for sweep in range(10):
         elevation = torch.linspace(-30.67, 10.67, 32, device=device).deg2rad()[:, None]
         azimuth = (torch.arange(1084, device=device) + torch.rand((), device=device)) * (2 * math.pi / 1084)
-        facet = (azimuth * (40 / (2 * math.pi))).long() % 40  # one of 40 sectors, each with a wall at some distance
+        facet = (azimuth * (40 / (2 * math.pi))).long() % 40  # one of 40 sectors, each with a wall
+        # distance of each wall, meters; the same in every sweep
         wall = 4 + 30 * torch.rand(40, generator=torch.Generator().manual_seed(2)).to(device) ** 2
-        to_wall = wall[facet] / ((azimuth * 40 / (2 * math.pi)) % 1 - 0.5).mul(2 * math.pi / 40).cos()  # horizontal
+        # horizontal distance along each azimuth
+        to_wall = wall[facet] / ((azimuth * 40 / (2 * math.pi)) % 1 - 0.5).mul(2 * math.pi / 40).cos()
         # ranges, meters: to the wall or to the ground, 1.84 m below; noise; one in ten is 0.5 m longer on average
         t = torch.minimum(to_wall / elevation.cos(), torch.where(elevation < 0, -1.84 / elevation.sin(), math.inf))
         t = t + 0.02 * torch.randn_like(t) + (torch.rand_like(t) < 0.1) * -0.5 * torch.rand_like(t).log()
@@ -72,17 +75,19 @@ def _points(recipe, device):
 
 
 def _stage(number, recipe, device):
-    """Coordinates [N, 4] and grid (Z, Y, X) of a stage of the encoder, computed by the references."""
+    """Coordinates [N, 4] and grid (Z, Y, X) of the encoder's stage `number`, from 0, computed by the references."""
     low, cell, (Z, Y, X) = _grid(recipe)
     points = _points(recipe, device)
-    coords = voxelize_ref(points, [len(points)], low, cell, (Z, Y, X), 10, 120000)[1]
-    shape = (Z + 1, Y, X)
+    coords = voxelize_ref(points, [len(points)], low, cell, (Z, Y, X), max_points=10, max_voxels=120000)[1]
+    shape = (Z + 1, Y, X)  # one more slice than there are voxels, as in `LidarEncoder`
     for geometry in DOWN[:number]:
         coords, shape = strided_map_ref(coords, shape, *geometry)[0], out_shape(shape, *geometry)
     return coords, shape
 
 
 def voxel_cases(size, recipe):
+    """Cases of voxelization and of the tables of neighbors. Names count the encoder's stages from 1."""
+
     def points(device, dtype):
         low, cell, shape = _grid(recipe)
         one, other = _points(recipe, device), _points(recipe, device).flip(0)
@@ -133,6 +138,8 @@ def voxel_cases(size, recipe):
 
 
 def sparse_cases(size, recipe):
+    """Cases of the sparse convolutions. Names count the encoder's stages from 1."""
+
     def inputs(kind, number, kernel, c_in, c_out):
         def make(device, dtype):
             coords, shape = _stage(number if recipe else 0, recipe, device)  # the small scene has only stage 0
@@ -156,7 +163,7 @@ def sparse_cases(size, recipe):
         return make
 
     def inference(make):
-        """Arguments of the inference op."""
+        """Arguments of `sparse_conv_act`, an op for inference, from those of `sparse_conv`."""
 
         def act(device, dtype):
             given = make(device, dtype)
@@ -169,6 +176,7 @@ def sparse_cases(size, recipe):
         return act
 
     def conv(dtypes, name, *what):
+        """what: kind, stage from 0, kernel, c_in, c_out, as `inputs` takes them."""
         wrt = ("features", "weight")
         for dtype in dtypes.split():
             op = partial(sparse_conv, allow_tf32=True) if dtype == "tf32" else sparse_conv
@@ -177,13 +185,14 @@ def sparse_cases(size, recipe):
     sub = "submanifold"
     yield from conv("fp32 bf16", "5 -> 16, stem", sub, 0, THREE, 5, 16)
     for number, width in enumerate(WIDTHS):
+        # at the small size, every type only with the fewest and the most channels
         dtypes = "fp32 tf32 fp16 bf16" if number in (0, 3) or recipe else "bf16"
         yield from conv(dtypes, f"{width}, stage {number + 1}", sub, number, THREE, width, width)
-    yield from conv("fp16", "8 -> 32", sub, 0, THREE, 8, 32)  # few channels: groups of offsets
+    yield from conv("fp16", "8 -> 32", sub, 0, THREE, 8, 32)  # few channels: d_weight is computed for groups of offsets
     yield from conv("bf16", "5x5x5, 5 -> 32", sub, 0, (5, 5, 5), 5, 32)  # SpUNet's stem
     yield from conv("bf16", "96", sub, 1, THREE, 96, 96)  # SpUNet's decoder
     yield from conv("fp16", "256", sub, 3, THREE, 256, 256)
-    for number in range(3):
+    for number in range(len(DOWN)):
         what = THREE, WIDTHS[number], WIDTHS[number + 1]
         yield from conv("fp32 bf16" if not number else "bf16", f"strided, stage {number + 1}", "strided", number, *what)
     yield from conv("bf16", "inverse", "inverse", 1, THREE, 64, 32)

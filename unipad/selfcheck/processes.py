@@ -14,7 +14,7 @@ from unipad.selfcheck.cases import checks
 from unipad.selfcheck.check import Result, compile_op, run
 
 CASE_TIMEOUT = 240  # seconds per check, including compilation; then its process is killed
-JOBS = 16  # processes that compile in parallel, at most
+MAX_JOBS = 16  # processes that compile in parallel, at most
 
 
 def results(cases, isolate=None):
@@ -35,6 +35,7 @@ def results(cases, isolate=None):
                 with contextlib.suppress(ValueError):  # printed by another library
                     yield Result(**json.loads(line))
                     left.pop(0)
+        # otherwise, with cases left, the worker ended after a result that it reported: the next one continues
         if left and (worker.returncode or len(left) == left_before):
             case = left.pop(0)
             message = f"its process ended with exit code {worker.returncode} before the result was known"
@@ -42,8 +43,11 @@ def results(cases, isolate=None):
 
 
 def _compile(cases):
-    """Run all cases once in parallel processes, since compiling takes longest. Failures are reported later."""
-    jobs = min(JOBS, os.cpu_count())
+    """Run all cases once in parallel processes, so that their kernels are compiled, which takes longest, and cached.
+
+    Failures are ignored here: the check of the case reports them.
+    """
+    jobs = min(MAX_JOBS, os.cpu_count())
     kinds = list(dict.fromkeys(_kind(case) for case in cases))
     parts = [[case for case in cases if kinds.index(_kind(case)) % jobs == i] for i in range(jobs)]
     for worker in [_worker("compile", part, subprocess.DEVNULL) for part in parts if part]:
@@ -51,7 +55,7 @@ def _compile(cases):
 
 
 def _kind(case):
-    """Cases of one kind share kernels, across sizes."""
+    """Cases of one kind share kernels, across sizes, so one process compiles them."""
     return case.name.split(",")[0], case.dtype
 
 
@@ -67,7 +71,7 @@ def _worker(task, cases, stdout):
 def work(task):
     """A worker process: run the cases named on stdin.
 
-    task: "compile", or "check", which prints a line per case and exits early if the GPU context is lost.
+    task: "compile", or "check", which prints a JSON line per `Result` and exits early if the GPU context is lost.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for strict cases
     known = {str(case): case for case in checks()}

@@ -148,8 +148,8 @@ def detection_losses(
         iou          |predicted iou - (2 IoU - 1)| of assigned queries that overlap their box, per such query (with an
                      IoU branch)
         noisy_*      the same for the noisy queries; `noisy_class` per expected foreground query, `noisy_box` per query
-    The divisors of `class`, `box` and `noisy_box` are means over all processes, the others are counts of this one.
-    Without boxes the losses of box and IoU are 0, with a gradient of 0 (not None) for every weight.
+    The divisors of `class`, `box` and `noisy_box` are means over all processes, those of the others count in this
+    process. Without boxes the losses of box and IoU are 0, with a gradient of 0 (not None) for every weight.
     """
     sample, query, box = assign(cfg, predictions.logits, predictions.codes, boxes, labels, counts)
     layer = torch.arange(len(query), device=query.device)[:, None]  # [L, 1]

@@ -283,7 +283,8 @@ def _field_cases(size, recipe):
             i = torch.arange(R, device=device)
             rays = origins[clear], directions[clear], (i % 2).int(), i % 10 != 3  # one ray in ten counts as a miss
             sdf_mlp = _mlp(C, 1 + hidden, hidden, sdf_layers, 0.0, device)
-            rgb_mlp = _mlp(6 + C + hidden, 3, hidden, rgb_layers, OFF_KINK, device) if rgb_layers else None
+            conditions = 3 + C + 3 + hidden  # direction, feature, gradient, geometry
+            rgb_mlp = _mlp(conditions, 3, hidden, rgb_layers, OFF_KINK, device) if rgb_layers else None
             return dict(
                 volume=torch.randn(2, Z, Y, X, C, device=device), rays=rays, edges=edges[clear],
                 mlps=(sdf_mlp, rgb_mlp), density_param=torch.tensor([20.0 if method == "neus" else 0.1], device=device),
@@ -301,10 +302,9 @@ def _field_cases(size, recipe):
 
     kinds = {"neus": inputs("neus"), "volsdf": inputs("volsdf"), "neus without color": inputs("neus", rgb_layers=0)}
     if not recipe:
-        wide = dict(C=64, hidden=64, sdf_layers=2, rgb_layers=2)
         kinds |= {
-            "volsdf of 20 channels": inputs("volsdf", 20, 24, 2, 3),
-            "neus of 64 channels": inputs("neus", **wide),
+            "volsdf of 20 channels": inputs("volsdf", C=20, hidden=24, sdf_layers=2, rgb_layers=3),
+            "neus of 64 channels": inputs("neus", C=64, hidden=64, sdf_layers=2, rgb_layers=2),
         }
     wrt = ("volume", "mlps", "density_param")
     for dtype, exact in (("tf32", False), ("fp32", True)):

@@ -35,7 +35,7 @@ def results(cases, isolate=None):
                 with contextlib.suppress(ValueError):  # printed by another library
                     yield Result(**json.loads(line))
                     left.pop(0)
-        # otherwise, with cases left, the worker ended after a result that it reported: the next one continues
+        # a worker that reported a result and ended with exit code 0 had lost its GPU context: the next one continues
         if left and (worker.returncode or len(left) == left_before):
             case = left.pop(0)
             message = f"its process ended with exit code {worker.returncode} before the result was known"

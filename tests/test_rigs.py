@@ -131,6 +131,7 @@ def test_a_rig_is_read_as_its_tables_say(rig, city):
 
 @pytest.mark.parametrize("rig", [5], indirect=True)
 def test_training_with_augmentation_and_pasting_on_a_mixed_rig(rig):
+    """Gradients of a step are finite, and the rendered views of all five cameras can be drawn."""
     root, _ = rig
     recipe = PRETRAIN["fusion"]["tiny"]
     recipe = replace(recipe, rays=replace(recipe.rays, per_view=8))

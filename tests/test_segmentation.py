@@ -52,7 +52,7 @@ def test_the_synthetic_dataset_has_every_class_in_both_splits(split, city):
 
 
 def files_of(validation, folder):
-    """The files of predicted classes, one per frame."""
+    """The files of predicted classes of mini_val, one per frame."""
     index = validation.index
     return [folder / "lidarseg" / "mini_val" / f"{token.decode()}_lidarseg.bin" for token in index.lidar_tokens]
 

@@ -24,6 +24,7 @@ FILES = [file.stem for file in Path(unipad.kernels.__path__[0]).glob("[!_]*.py")
 
 @pytest.fixture
 def with_kernels(monkeypatch):
+    """Without a GPU, ops run their kernels in Triton's interpreter instead of the references."""
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
     monkeypatch.setattr(backend, "interpret", not HAS_GPU)
 
@@ -45,6 +46,7 @@ ONE_EACH = {op_of(case): case for case in reversed(SMALL)}  # the first of each 
 
 @pytest.mark.parametrize("op", ONE_EACH)
 def test_every_op_matches_its_reference(op, with_kernels):
+    """In the first of its small cases."""
     with launches() as launched:
         result = run(ONE_EACH[op])
     assert result.status == "ok", result

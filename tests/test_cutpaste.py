@@ -120,7 +120,7 @@ def test_a_sample_is_filled_up_without_overlaps(sample, objects, empty):
         assert objects.labels[rows].tolist() == after.labels[n:].tolist()
         clouds = np.concatenate([objects._points(k) for k in rows])
         np.testing.assert_array_equal(after.points[kept.sum() :], clouds)
-    assert (pasted_of_class > 0).sum() >= (9 if empty else 2)  # classes, of 10; the others were full or absent
+    assert (pasted_of_class > 0).sum() >= (9 if empty else 2)  # of 10 classes; the others may be full
 
 
 def test_pasting_depends_only_on_the_generator(sample, objects):

@@ -46,7 +46,7 @@ def test_receptive_field_of_aspp():
     reached = {tuple(cell) for cell in (x.grad[0] != 0).any(0).nonzero().sub(20).tolist()}
     dilations = [0, 6, 12, 18]  # 0: the 1 x 1 convolution
     taps = {(d * a, d * b) for d in dilations for a in (-1, 0, 1) for b in (-1, 0, 1)}
-    assert reached <= taps and {max(map(abs, cell)) for cell in reached} == set(dilations)  # rings that are reached
+    assert reached <= taps and {max(map(abs, cell)) for cell in reached} == set(dilations)  # every ring is reached
 
 
 def test_dropout_is_drawn_per_sample():
@@ -123,7 +123,7 @@ def test_loss_matches_the_original():
     assert_close_to_max(depths.grad.permute(0, 1, 4, 2, 3).flatten(0, 1), arrays["grad/depth"], 1e-5, "depths")
 
 
-def test_targets_are_the_same_with_a_gpus_division_by_numbers():
+def test_targets_do_not_depend_on_how_a_gpu_divides():
     """Depths at and just below bin borders, some of which would get another bin if they were multiplied by the
     reciprocal of the bin size, as a GPU does when it divides by a Python number."""
     near, far, bins = 3.0, 8.0, 100
@@ -184,7 +184,7 @@ def test_loss_is_zero_without_points_and_finite_where_the_probability_is_0():
     assert depth_loss([depths], make_batch([[]], views=1), cfg) == 0
     wrong = depth_loss([depths], make_batch([[[0.0, 6.0, 2.0]]], views=1), cfg)
     (grad,) = torch.autograd.grad(wrong, depths)
-    # bin 0 should be 1, bin 2 should be 0: twice -ln(smallest normal fp32 number) = 87
+    # bin 0 should be 1 and bin 2 should be 0: each adds 87, -ln of the smallest normal fp32 number
     assert wrong.isfinite() and grad.isfinite().all() and 150 < wrong < 200
 
 

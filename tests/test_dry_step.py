@@ -60,7 +60,7 @@ def test_every_recipe_is_covered():
 
 
 def test_seeded_faults_are_detected():
-    """Operations with one deliberate ("seeded") fault each -> what the dry run reports; None: there is no fault to report.
+    """Operations with one deliberate ("seeded") fault each -> what the dry run reports; None: there is no fault.
 
     Reports are the name of an exception, a launch's arguments on which another size would compile the kernel again, or
     "shared" for more shared memory than a GPU of 99 KB has.

@@ -23,14 +23,15 @@ def test_two_processes_have_the_gradients_of_one(city, tmp_path):
         assert done.returncode == 0, done.stderr[-4000:]
         results.append(torch.load(tmp_path / "gradients.pt", weights_only=True))
     for modality in MODALITIES:
-        (one, loss_of_one, fp32_loss_of_one), (two, loss_of_two, fp32_loss_of_two) = (r[modality] for r in results)
+        (grads_of_one, loss_of_one, fp32_loss_of_one), of_two = (result[modality] for result in results)
+        grads_of_two, loss_of_two, fp32_loss_of_two = of_two
         assert loss_of_two == pytest.approx(loss_of_one, rel=1e-9)
         assert fp32_loss_of_two == pytest.approx(fp32_loss_of_one, rel=2e-5)
-        assert one.keys() == two.keys()
-        whole = torch.stack([grad.norm() for grad in one.values()]).norm()
-        for name, grad in one.items():
-            assert (grad - two[name]).norm() <= 1e-7 * whole, name
-        assert sum(grad.norm() > 1e-4 * whole for grad in one.values()) > 50, "almost all gradients are zero"
+        assert grads_of_one.keys() == grads_of_two.keys()
+        whole = torch.stack([grad.norm() for grad in grads_of_one.values()]).norm()
+        for name, grad in grads_of_one.items():
+            assert (grad - grads_of_two[name]).norm() <= 1e-7 * whole, name
+        assert sum(grad.norm() > 1e-4 * whole for grad in grads_of_one.values()) > 50, "almost all gradients are zero"
 
 
 def save_gradients(city, file):

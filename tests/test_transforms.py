@@ -273,8 +273,8 @@ PIXEL = (200, 100, 50)
         ("tttttt", [], PIXEL),
         ("httttt", [(BRIGHTNESS, 30)], (230, 130, 80)),
         ("hhhttt", [(BRIGHTNESS, 30), (CONTRAST, 0.5)], (115, 65, 40)),
-        ("hthttt", [(BRIGHTNESS, -60), (CONTRAST, 1.5)], (210, 60, 0)),  # -15 is clipped
-        ("tthttt", [(CONTRAST, 1.5)], (255, 150, 75)),  # 300 is clipped
+        ("hthttt", [(BRIGHTNESS, -60), (CONTRAST, 1.5)], (210, 60, 0)),  # (50 - 60) * 1.5 is clipped
+        ("tthttt", [(CONTRAST, 1.5)], (255, 150, 75)),  # 200 * 1.5 is clipped
         ("ttthtt", [(SATURATION, 0.5)], (200, 150, 125)),
         ("ttttht", [(HUE, 18)], "hue"),
         ("ttttth", [np.array([2, 0, 1])], (50, 200, 100)),

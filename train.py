@@ -139,7 +139,7 @@ def main(args: Args):
         batches = step_batches(
             train_set,
             micro_batch,
-            start=first * args.accumulate,
+            start=first * args.accumulate,  # counted in micro-batches
             seed=args.seed,
             rank=world.rank,
             world=world.size,

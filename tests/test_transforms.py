@@ -1,5 +1,7 @@
 """Data augmentation: points, cameras and boxes stay consistent; image augmentations match the original.
 
+Also batches without images.
+
 Columns of boxes: x, y, z, w, l, h, yaw, vx, vy. Columns of points: x, y, z, intensity, time lag.
 """
 

@@ -33,7 +33,7 @@ def test_matches_the_original():
     shape = [-(-size // 16) * 16 for size in (coords[:, 1:].amax(dim=0) + 1).tolist()]
     out = net(SparseTensor(features, VoxelSet(coords, shape, int(arrays["in/batch_size"])))).features
     assert_close_to_max(out, arrays["out/features"], 1e-5)
-    (out * arrays["in/w_out"]).sum().backward()
+    (out * arrays["in/w_out"]).sum().backward()  # the sum whose gradients were recorded
     assert_close_to_max(features.grad, arrays["grad/voxel_features"], 1e-5, "features")
     gradients = weights(arrays, "encoder.lidar.encoder.", "grad/")
     assert gradients.keys() == dict(net.named_parameters()).keys()

@@ -165,6 +165,7 @@ def _check_types(values, types):
     for name, kind in types.items():
         if not isinstance(values, dict) or name not in values:
             raise TypeError(f"it has no {name}")
+        # exactly `kind`, since a bool is an int too; but an OrderedDict is a dict
         if type(values[name]) is not kind and not (kind is dict and isinstance(values[name], dict)):
             raise TypeError(f"its {name} is a {type(values[name]).__name__}")
 

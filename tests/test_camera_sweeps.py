@@ -383,9 +383,10 @@ def test_checkpoints_of_several_frames_convert_both_ways(finetuned):
     back, report = convert.convert_ours(ours)
     assert not report.faults and back["state_dict"].keys() == state.keys()
     assert all(torch.equal(back["state_dict"][k], v) for k, v in state.items())
-    assert not any("measured ages" in line for line in report.notes)
-    ours["config"]["recipe"]["data"]["camera_rate"] = 0.0
-    assert any("trained with measured ages" in line for line in convert.convert_ours(ours)[1].notes)
+    assert not any("trained with" in line for line in report.notes)
+    for rate, words in ((0.0, "measured ones"), (6.0, "n / 6.0 s")):
+        ours["config"]["recipe"]["data"]["camera_rate"] = rate
+        assert any(f"sweeps of {words}; the original" in line for line in convert.convert_ours(ours)[1].notes)
 
 
 def test_a_camera_checkpoint_of_several_frames_is_merged_for_fusion():

@@ -166,7 +166,8 @@ def convert_ours(saved: dict, spconv: int = 1) -> tuple[dict, Report]:
         state["img_backbone." + key.removeprefix(BACKBONE)] = torch.full((width,), fill)
         report.notes.append(f"supplied: {key}, which is never read")
     if recipe.camera is not None and recipe.data.camera_sweeps > 1 and recipe.data.camera_rate != CAMERA_RATE:
-        report.notes.append(f"trained with measured ages of camera sweeps; the original has n / {CAMERA_RATE} s")
+        lags = f"n / {recipe.data.camera_rate} s" if recipe.data.camera_rate else "measured ones"
+        report.notes.append(f"trained with time lags of camera sweeps of {lags}; the original has n / {CAMERA_RATE} s")
     if isinstance(recipe, DetectRecipe):
         state[CODE_WEIGHTS] = torch.tensor(recipe.detect.code_weights)
         report.notes.append(f"supplied: {CODE_WEIGHTS}, from the recipe")

@@ -120,7 +120,7 @@ def test_files_poses_and_times_of_sweeps_match_the_devkit(nusc, city):
     """Also at the start of a scene, where the first frame is repeated."""
     dataset = NuScenesDataset(city, VERSION, "mini_val", Data(camera_sweeps=6))
     for i in range(KEYFRAMES):
-        sample, sweeps = dataset[i], dataset.camera_sweeps
+        sample, sweeps = dataset[i], dataset.camera_sweep_index
         lidar = nusc.get("sample_data", nusc.get("sample", sample.token)["data"]["LIDAR_TOP"])
         for n, camera in enumerate(CAMERAS):
             chain = sample_data_chain(nusc, sample, camera, 5)

@@ -182,8 +182,8 @@ class NuScenesDataset(DrivingDataset):
         return classes
 
     def _read_image(self, path, height, width):
-        """The image as [H, W, 3] uint8 RGB, resized to `data.image_size`, and the [4, 4] matrix to its pixels from those
-        of an image of the size in the tables, `height` x `width`."""
+        """The image as [H, W, 3] uint8 RGB, resized to `data.image_size`, and the [4, 4] matrix to its pixels from
+        those of an image of the size in the tables, `height` x `width`."""
         path = self._path(path)
         data = _load_bytes(path)
         h, w = _size_of_image(path, data)

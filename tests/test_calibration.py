@@ -58,7 +58,7 @@ def test_a_point_is_drawn_at_its_pixel_in_the_color_of_its_depth(sample):
     pixel, depth = calibration._visible(one.points[:, :3].astype(float), one.lidar2image[0], 200, 200)
     np.testing.assert_allclose(pixel[0], [50, 100])
     assert depth.tolist() == [12, 12]  # the point behind the camera is not visible
-    color = 255 * np.array(calibration.DEPTHS(12 / calibration.FAR)[:3])
+    color = 255 * np.array(calibration.DEPTH_COLORS(12 / calibration.FAR)[:3])
     near = np.abs(calibration_view(one, width=160)[:, 480:620] - color).max(axis=-1) < 20  # left of the color bar
     assert 0 < near.sum() < 100
     first = report(one).splitlines()[1].split()  # name, size, position, direction, field of view, points

@@ -45,7 +45,10 @@ def check_numbers(value, name: str = ""):
 
 
 def check_memory(needed: float, what: str):
-    """Raises `UserError` if this machine has less memory than `needed` bytes. what: the user of it, with its flag."""
+    """Raises `UserError` if this machine has less memory than `needed` bytes.
+
+    what: what needs them, with its flag; the message begins with it.
+    """
     if not hasattr(os, "sysconf"):  # Windows
         return
     has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

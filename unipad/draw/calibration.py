@@ -49,7 +49,7 @@ def calibration_view(sample: Sample, width: int = 640) -> np.ndarray:
     cameras, points have colors by depth. Boxes have the colors of their classes.
     width: pixels of a camera's column.
     """
-    points = sample.points[sample.points[:, 4] == 0, :3].astype(np.float64)
+    points = sample.points[sample.points[:, 4] == 0, :3].astype(np.float64)  # of the keyframe, not of sweeps
     corners = box_corners(sample.boxes)
     colors = [COLORS[label] for label in sample.labels]
     cameras = len(sample.images)

@@ -59,7 +59,7 @@ def test_a_point_has_its_pixel_and_the_color_of_its_depth(sample):
     pixels, depths = calibration._visible(one.points[:, :3].astype(float), one.lidar2image[0], 200, 200)
     np.testing.assert_allclose(pixels[0], [50, 100])
     assert depths.tolist() == [12, 12]  # of the first and the last: `_visible` does not look at lags
-    color = 255 * np.array(calibration.DEPTHS(12 / calibration.FAR)[:3])
+    color = 255 * np.array(calibration.DEPTH_COLORS(12 / calibration.FAR)[:3])
     image = calibration_view(one, width=160)[:, 480:620]  # between the view from above and the color bar
     of_color = np.abs(image - color).max(axis=-1) < 20
     assert 0 < of_color.sum() < 100

@@ -88,7 +88,7 @@ def test_unreadable_frames_are_named_and_get_no_boxes(city, tmp_path, capsys):
     lidar = [root / dataset.index.lidar_files[row].decode() for row in dataset.index.frame_lidar]
     lidar[1].write_bytes(lidar[1].read_bytes()[:-7])
     model = tiny_detector()
-    detected = detect_all(model, dataset, ONE_PROCESS, perfect_detector, size=2)
+    detected = detect_all(model, dataset, ONE_PROCESS, perfect_detector, batch_size=2)
     assert list(detected) == [tokens(dataset)[i] for i in (0, 2)]
     out, err = capsys.readouterr()
     assert f"skipped {lidar[1]}: is truncated" in err

@@ -61,7 +61,7 @@ def files_of(validation, folder):
 def perfect(validation, tmp_path_factory):
     """(folder, metrics) of the ground truth as predictions, written to files and scored."""
     folder, model = tmp_path_factory.mktemp("perfect"), Segmenter(RECIPE).train()
-    metrics = evaluate_segmentation(model, validation, folder, ONE_PROCESS, perfect_segmenter, size=2)
+    metrics = evaluate_segmentation(model, validation, folder, ONE_PROCESS, perfect_segmenter, batch_size=2)
     assert model.training  # restored
     return folder, metrics
 

@@ -21,7 +21,7 @@ from unipad.config import Augment, CameraConfig, Data
 from unipad.data.dataset import collate
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.transforms import (
-    HIDDEN,
+    HIDDEN_COLOR,
     apply_transform,
     augment_sample,
     grid_mask,
@@ -228,7 +228,7 @@ def test_grid_mask_is_the_same_in_all_images_and_zero_after_normalization(sample
     )
     for seed in range(100):
         varied = augment_sample(white, np.random.default_rng(seed), Augment(grid_mask=0.7))
-        hidden = (varied.images[0] == HIDDEN).all(axis=2)
+        hidden = (varied.images[0] == HIDDEN_COLOR).all(axis=2)
         assert all((image == varied.images[0]).all() for image in varied.images)
         assert (varied.images[0][~hidden] == 255).all()
         hidden_fractions.append(hidden.mean())
@@ -237,7 +237,7 @@ def test_grid_mask_is_the_same_in_all_images_and_zero_after_normalization(sample
     assert 0.55 < (hidden_fractions > 0).mean() < 0.8 and 0.1 < hidden_fractions.mean() < 0.25, hidden_fractions
     assert (white.images[0] == 255).all()  # the original image is not modified
     encoder = CameraEncoder(CameraConfig(depths=(1,) * 4, widths=(4,) * 4, channels=4, depth_bins=2))
-    normalized = encoder.normalize(torch.from_numpy(HIDDEN).view(1, 1, 3, 1, 1) / 255, torch.tensor([[[1, 1]]]))
+    normalized = encoder.normalize(torch.from_numpy(HIDDEN_COLOR).view(1, 1, 3, 1, 1) / 255, torch.tensor([[[1, 1]]]))
     assert normalized.abs().max() < 0.01
 
 

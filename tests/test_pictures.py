@@ -41,6 +41,7 @@ def test_points_have_the_colors_of_their_classes():
         images=torch.zeros(1, 0, 3, 32, 32),
         cameras=(),
     )
+    batch.keyframe = lambda: batch
     predicted = torch.where(labels == 3, 10, 4).byte()
     picture = segment_views(batch, predicted)
     # two views of 600 pixels above a legend of 70: a view has 47 % of the height
@@ -64,6 +65,8 @@ def test_the_nearer_of_two_lidar_points_is_drawn_on_top():
     canvas = onto_views(batch, points)
     assert canvas[0, 6, 8] == 5
     assert canvas.isfinite().sum() == 9  # 3 x 3 pixels; the point behind is not drawn
+    right = torch.tensor([[0.9, 0, 9]])  # in the next pixel: its surroundings are behind those of the near point
+    assert (onto_views(batch, torch.cat([points, right]))[0, 5:8, 7:10] == 5).all()
 
 
 def test_edges_of_a_box_around_the_camera_end_in_front_of_it():

@@ -33,6 +33,7 @@ def segment_views(batch: Batch, predicted: torch.Tensor, width: int = 300) -> np
     Points without a label are gray, in the ground truth and in the predictions. A batch without labels shows only the
     predictions.
     """
+    batch = batch.keyframe()
     points = batch.points[: batch.point_counts[0]]
     is_keyframe = points[:, 4] == 0  # points of sweeps have a time lag
     points, predicted = points[is_keyframe, :3].cpu().numpy(), predicted.cpu().numpy()

@@ -136,18 +136,16 @@ def onto_views(batch, points):
 
 
 def _painted(pixels, visible, depth, H, W, thick):
-    """[N, H, W]: every visible point paints its depth onto its pixel and those up to `thick` away. Of points in one
-    pixel, the nearest is on top; the surroundings of different pixels overlap regardless of depth."""
+    """[N, H, W]: visible points paint their depths onto the pixels up to `thick` away from theirs, the nearest on top."""
     pixels, visible, depth = pixels.cpu(), visible.cpu(), depth.cpu()
-    canvas = torch.full((len(pixels), H, W), torch.nan)
-    for view in range(len(pixels)):
-        rows = visible[view].nonzero()[:, 0]
-        near_last = rows[depth[view, rows].argsort(descending=True)]
-        u, v, d = pixels[view, near_last, 0].long(), pixels[view, near_last, 1].long(), depth[view, near_last]
+    canvas = torch.full((len(pixels), H * W), torch.inf)
+    for painted, uv, d, mask in zip(canvas, pixels, depth, visible, strict=True):
+        u, v = uv[mask, 0].long(), uv[mask, 1].long()
         for dv in range(-thick, thick + 1):
             for du in range(-thick, thick + 1):
-                canvas[view, (v + dv).clamp(0, H - 1), (u + du).clamp(0, W - 1)] = d
-    return canvas
+                at = (v + dv).clamp(0, H - 1) * W + (u + du).clamp(0, W - 1)
+                painted.scatter_reduce_(0, at, d[mask], "amin")
+    return canvas.where(canvas.isfinite(), torch.nan).view(-1, H, W)
 
 
 def _sheet(rows, titles, width):

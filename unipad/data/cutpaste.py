@@ -281,7 +281,7 @@ def _at_image_time(sample, view, boxes):
         return boxes
     boxes = boxes.copy()
     frame = view * len(sample.frame_lags) // len(sample.images)  # views are in the order of frames, cameras in each
-    boxes[:, :2] -= sample.frame_lags[frame] * boxes[:, 7:]  # a lag is how much earlier than the keyframe; 7: velocity
+    boxes[:, :2] -= sample.frame_lags[frame] * boxes[:, 7:]  # a lag is an age; columns 7, 8: velocity
     return boxes
 
 

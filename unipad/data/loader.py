@@ -160,15 +160,13 @@ def load_items(items: Dataset, keys: Iterable, workers: int, pinned: bool = Fals
             # When a worker dies, PyTorch raises a RuntimeError of its own or, as a connection closes, one of the other
             # types. What the dataset raises in a worker keeps its type, but its message then begins with "Caught".
             died = not isinstance(error, RuntimeError) or re.match(r"DataLoader worker \(pid|Pin memory", str(error))
-            if (
-                not workers
-                or not re.search(SHARED_MEMORY_ERROR, str(error))
-                and (not died or str(error).startswith("Caught"))
-            ):
+            died = died and not str(error).startswith("Caught")
+            no_shared_memory = re.search(SHARED_MEMORY_ERROR, str(error))
+            if not workers or not (died or no_shared_memory):
                 raise
             error.__traceback__ = None  # its stack frames refer to the loader, which must end before the next one
             reason = f"{workers} data loading processes need more shared memory (/dev/shm; docker run --shm-size)"
-            if not re.search(SHARED_MEMORY_ERROR, str(error)):
+            if not no_shared_memory:
                 reason = f"one of {workers} data loading processes died, as when memory is short"
         del loaded  # ends the other workers
         workers //= 2

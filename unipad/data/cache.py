@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unipad.checkpoint import remove_parts
+from unipad.checkpoint import remove_unfinished
 
 
 def cache_paths(root: Path, name: str) -> tuple[Path, Path]:
@@ -36,7 +36,7 @@ def write_arrays(paths: tuple[Path, ...], arrays: dict) -> None:
         part = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            remove_parts(path.parent, path.name)
+            remove_unfinished(path.parent, path.name)
             with open(part, "wb") as file:
                 np.savez_compressed(file, **arrays)
             os.replace(part, path)

@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from unipad.boxes import box_corners, footprint, points_in_boxes
-from unipad.checkpoint import remove_parts
+from unipad.checkpoint import remove_unfinished
 from unipad.config import Paste
 from unipad.data.cache import cache_paths, read_arrays
 from unipad.data.dataset import BadFrame, DataError, DrivingDataset, Sample
@@ -173,7 +173,7 @@ def _cut_out(dataset, paste, paths, workers):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             pattern = f"{path.stem.rpartition('-')[0]}-*"
-            remove_parts(path.parent, pattern)
+            remove_unfinished(path.parent, pattern)
             arrays_and_file = _write(dataset, paste, path, workers)
             for old in path.parent.glob(pattern):
                 if path.stem not in old.name:  # of an earlier state of the tables

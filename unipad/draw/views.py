@@ -136,7 +136,7 @@ def onto_views(batch, points):
 
 
 def _painted(pixels, visible, depth, H, W, thick):
-    """[N, H, W]: visible points paint their depths onto the pixels up to `thick` away from theirs, the nearest on top."""
+    """[N, H, W]: visible points paint their depths onto the pixels up to `thick` away, the nearest on top."""
     pixels, visible, depth = pixels.cpu(), visible.cpu(), depth.cpu()
     canvas = torch.full((len(pixels), H * W), torch.inf)
     for painted, uv, d, mask in zip(canvas, pixels, depth, visible, strict=True):

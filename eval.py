@@ -55,7 +55,7 @@ from unipad.draw.mesh import check_mesh, distances, surface, write_ply
 from unipad.draw.segments import segment_views
 from unipad.draw.views import rendered_views, write_video
 from unipad.errors import UserError, check_ranges
-from unipad.evaluate.detection import detect_all, submit
+from unipad.evaluate.detection import detect_all, write_detections
 from unipad.evaluate.rendering import evaluate_rendering
 from unipad.evaluate.segmentation import (
     score_segmentation,
@@ -212,7 +212,7 @@ def detect(args, model, dataset, out, world):
     detections = detect_all(model, dataset, world, predict, args.batch_size, world.workers(args.workers))
     if not world.is_main:
         return
-    file = submit(detections, model.recipe, dataset, out)
+    file = write_detections(detections, model.recipe, dataset, out)
     if dataset.split == "test":
         world.print0(f"the test split has no public annotations: no metrics, but a submission in {file}")
     else:

@@ -88,11 +88,9 @@ def parse(argv=None) -> Args:
         return cli.run_args(args) or cli.with_preset(args, PRETRAIN, args.modality, DEFAULT_PRESET[args.modality])
 
     args = cli.parse(Args, choose, __doc__, argv)
-    positive = ("steps", "stop_at", "accumulate", "log_every", "val_samples", "picture_stride")
-    positive += ("save_every", "recipe.optim.epochs", "recipe.optim.batch_size", "recipe.optim.lr")
-    check_ranges(
-        args, (*positive, "recipe.rays.per_view"), ("workers", "seed", "val_every", "recipe.render.rgb_weight")
-    )
+    above_0 = ("steps", "stop_at", "accumulate", "log_every", "val_samples", "picture_stride", "save_every")
+    above_0 += ("recipe.optim.epochs", "recipe.optim.batch_size", "recipe.optim.lr", "recipe.rays.per_view")
+    check_ranges(args, above_0, not_below_0=("workers", "seed", "val_every", "recipe.render.rgb_weight"))
     cli.check_recipe(args.recipe)
     return args
 
@@ -102,7 +100,7 @@ def main(args: Args):
     with start(args.device, args.deterministic) as world:
         device, print0 = world.device, world.print0
         kind = "segment" if isinstance(recipe.lidar, UnetConfig) else args.modality
-        path, saved = find_run(f"train-{kind}", args.out, args.resume, world)
+        path, saved = find_run(f"train-{kind}", args.out, args.resume, world)  # saved: the checkpoint to resume from
         if not saved:
             cli.check_frozen(recipe, args.init, "--init")
 
@@ -141,7 +139,7 @@ def main(args: Args):
         batches = step_batches(
             train_set,
             micro_batch,
-            start=first * args.accumulate,
+            start=first * args.accumulate,  # counted in micro-batches
             seed=args.seed,
             rank=world.rank,
             world=world.size,
@@ -151,6 +149,7 @@ def main(args: Args):
         stop = StopOnSignal(world)
         progress = Progress(run, world, first, last, steps, optim.batch_size)
 
+        # step: steps done so far; after the last one there is only a validation
         for step in range(first, last + 1):
             if val_every and (step % val_every == 0 or step == last) and step > run.last_validated_step:
                 with run.validation(step, parts, metrics), stop.at_once(), autocast:
@@ -180,9 +179,10 @@ def main(args: Args):
 
             done = step + 1
             report_now = done % args.log_every == 0 or done == last
-            stop_now = stop.asked(report_now)
+            stop_now = stop.asked(host_waits=report_now)
             save_now = done % save_every == 0 or stop_now or done == last or val_every and done % val_every == 0
-            if report_now or save_now:  # waits for the GPU, as do `backend.host_wait` and fp16's scaler
+            # The host waits for the GPU here; elsewhere in a step only in `backend.host_wait` and in fp16's scaler.
+            if report_now or save_now:
                 values = progress.finite(values, scaler, done)
             if report_now:
                 # without images, the LiDAR casts as many rays as six cameras
@@ -199,7 +199,7 @@ def main(args: Args):
 
 
 def open_datasets(args, world):
-    """(args, training set, validation set); in args, unset flags are filled in: folder, version, origin of the rays."""
+    """(args, training set, validation set); in args, the dataset's folder and version and the rays' origin are set."""
     recipe = args.recipe
     dataset = dataset_class(args.dataset)
     version = args.version or dataset.default_version
@@ -216,7 +216,7 @@ def open_datasets(args, world):
 def with_ray_origins(recipe, has_images, print0):
     """A LiDAR recipe adapted to the dataset: without images, rays start at the LiDAR.
 
-    Raises `UserError` if these have no color but the recipe has a color loss.
+    Raises `UserError` if the recipe has a color loss then, since these rays have no color.
     """
     if recipe.data.cameras and has_images:
         return recipe
@@ -234,9 +234,10 @@ def validate(net, val_set, run, args, world, step):
     if world.is_main:
         _, frame = next(held_out_batches(val_set, 1))
         frame = frame.to(world.device)
-        rngs = generators(args.seed, 0, [0], world.device)
+        # picture and 3D view each get new generators of the same state: so both have the same mask, at every validation
+        rngs = generators(args.seed, step=0, positions=[0], device=world.device)
         run.picture("val", rendered_views(net, frame, rngs, args.picture_stride), step)
-        rngs = generators(args.seed, 0, [0], world.device)
+        rngs = generators(args.seed, step=0, positions=[0], device=world.device)
         run.scene("val", rendered_scene(net, frame, rngs, stride=max(1, args.picture_stride // 2)), step)
     run.scalars({f"val/{name}": value for name, value in metrics.items()}, step)
     world.print0(f"step {step}/{run.config['steps']}  held-out frames: {format_metrics(metrics)}")

@@ -1,4 +1,4 @@
-"""Collating samples into batches, and the streams of batches, with fake samples."""
+"""Collating samples into batches, and the loader's streams of batches, with fake samples."""
 
 import itertools
 
@@ -13,7 +13,10 @@ from unipad.data.loader import held_out_batches, step_batches
 
 
 def sample(token, points=3, boxes=2, size=(40, 33), labeled=True):
-    """A sample in which every value is the number `token`; pixels have the value token + index of the view."""
+    """A sample in which every value is the number `token`; pixels have the value token + index of the view.
+
+    points, boxes: their numbers. size: (height, width) of the images. labeled: whether the points have labels.
+    """
     views = len(CAMERAS)
     return Sample(
         images=[np.full((*size, 3), token + view, np.uint8) for view in range(views)],
@@ -43,7 +46,7 @@ class FakeDataset(torch.utils.data.Dataset):
 
 
 def tokens_of(n, count, **stream):
-    """Tokens of each of the first `count` micro-batches of `step_batches` with arguments `stream`."""
+    """Tokens of each of the first `count` micro-batches of `step_batches` over n samples, with arguments `stream`."""
     batches = itertools.islice(step_batches(FakeDataset(n), **stream), count)
     return [tuple(int(t) for t in batch.tokens) for batch, _ in batches]
 
@@ -75,7 +78,7 @@ def test_ragged_fields_are_concatenated_with_counts():
     assert batch.point_labels.dtype == torch.uint8
 
 
-def test_point_labels_of_unlabeled_samples_are_none():
+def test_point_labels_of_unlabeled_points_are_none():
     batch = collate([sample(1, labeled=False)])
     assert batch.point_labels is None
     assert batch.to("cpu").point_labels is None
@@ -84,16 +87,16 @@ def test_point_labels_of_unlabeled_samples_are_none():
 def test_to_moves_all_but_the_counts():
     batch = collate([sample(1)]).to("meta")
     devices = {name: v.device.type for name, v in vars(batch).items() if isinstance(v, torch.Tensor)}
-    assert len(devices) == 10
+    assert len(devices) == 10  # tensors of a batch without camera sweeps
     assert {name for name, device in devices.items() if device == "cpu"} == {"point_counts", "box_counts"}
     assert batch.tokens == ("1",)
 
 
 def test_every_frame_appears_exactly_once_per_epoch():
-    order = sum(tokens_of(5, count=5, micro_batch=2), ())
+    order = sum(tokens_of(5, count=5, micro_batch=2), ())  # 10 samples: two epochs
     assert sorted(order[:5]) == sorted(order[5:]) == list(range(5))
     assert order[:5] != order[5:]
-    assert order != sum(tokens_of(5, count=5, micro_batch=2, seed=1), ())
+    assert order != sum(tokens_of(5, count=5, micro_batch=2, seed=1), ())  # the default seed is 0
 
 
 def test_a_stream_with_start_skips_that_many_micro_batches():
@@ -133,9 +136,9 @@ def test_bad_frames_are_replaced_and_named(workers):
 def test_bad_frames_are_replaced_by_uniformly_drawn_ones():
     """Only frames 0 and 11 of twelve can be read; replacing a bad frame by the next one would favor frame 11."""
     batches = itertools.islice(step_batches(FakeDataset(12, bad=range(1, 11)), micro_batch=12), 20)
-    shown = [token for batch, _ in batches for token in batch.tokens]
-    # once in each of 20 batches, and in half of the 200 replacements; 5 sigma
-    assert abs(shown.count("0") - 120) < 5 * np.sqrt(200 / 4)
+    loaded = [token for batch, _ in batches for token in batch.tokens]
+    # frame 0 itself once in each of 20 batches, and as half of the 200 replacements; 5 sigma
+    assert abs(loaded.count("0") - 120) < 5 * np.sqrt(200 / 4)
 
 
 def test_a_dataset_without_readable_frames_is_a_user_error(monkeypatch):
@@ -145,8 +148,8 @@ def test_a_dataset_without_readable_frames_is_a_user_error(monkeypatch):
 
 
 def test_held_out_frames_are_evenly_spaced_and_divided_among_processes():
-    frames = [(position, batch.tokens) for position, batch in held_out_batches(FakeDataset(10), 4)]
+    frames = [(position, batch.tokens) for position, batch in held_out_batches(FakeDataset(10), count=4)]
     assert frames == [(0, ("0",)), (1, ("2",)), (2, ("5",)), (3, ("7",))]
-    by_rank = [list(held_out_batches(FakeDataset(10), 4, rank, 2)) for rank in range(2)]
+    by_rank = [list(held_out_batches(FakeDataset(10), 4, rank=rank, world=2)) for rank in range(2)]
     assert [[position for position, _ in batches] for batches in by_rank] == [[0, 2], [1, 3]]
-    assert len(list(held_out_batches(FakeDataset(3), 8))) == 3
+    assert len(list(held_out_batches(FakeDataset(3), count=8))) == 3  # not more than the dataset has

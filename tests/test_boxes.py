@@ -1,3 +1,8 @@
+"""Boxes in our format, as the head's codes, as the original's (mmdet3d 0.17) and as nuScenes' global boxes.
+
+yaw is counterclockwise from +x; the original's, yaw' = -yaw - pi / 2, is clockwise from -y.
+"""
+
 import math
 
 import numpy as np
@@ -16,7 +21,7 @@ from unipad.boxes import (
     footprint,
 )
 
-# One box with yaw 30 degrees, counterclockwise from +x
+# One box: x, y, z of the center, w, l, h, yaw (30 degrees), vx, vy
 BOX = torch.tensor([[1.0, 2.0, 3.0, 2.0, 4.0, 1.5, math.pi / 6, 5.0, -6.0]], dtype=torch.float64)
 
 
@@ -28,27 +33,27 @@ def random_boxes(n):
 
 
 def at_center(boxes):
-    """Boxes as in `Batch` from boxes of the original whose z is that of the center, as in its box coder."""
+    """Boxes as in `Batch` from those of the original's box coder, whose z is the center's (elsewhere the bottom's)."""
     ours = boxes_from_original(boxes)
-    ours[..., 2] -= ours[..., 5] / 2
+    ours[..., 2] -= ours[..., 5] / 2  # undoes the shift from the bottom to the center
     return ours
 
 
 def test_conversions_by_hand():
-    # x, y, log w, log l, z, log h, sin and cos of yaw', vx, vy
+    # x, y, log w, log l, z, log h, sin and cos of yaw' = -30 - 90 degrees, vx, vy
     code = torch.tensor([[1, 2, math.log(2), math.log(4), 3, math.log(1.5), -(0.75**0.5), -0.5, 5, -6]])
     assert torch.allclose(encode_boxes(BOX), code.double(), rtol=0, atol=1e-7)
     original = boxes_to_original(BOX)
-    # z of the bottom: 3 - 1.5 / 2; yaw' = -30 - 90 degrees
+    # z of the bottom: 3 - 1.5 / 2
     assert original[0, 2] == 2.25 and original[0, 6].item() == pytest.approx(-2 * math.pi / 3)
     assert footprint(BOX).tolist() == [[1, 2, 2, 4, math.pi / 6]]
 
 
-@pytest.mark.parametrize("yaw, original", [(-math.pi / 2, 0.0), (math.pi, math.pi / 2), (0.0, -math.pi / 2)])
-def test_the_originals_yaw_is_clockwise_from_minus_y(yaw, original):
+@pytest.mark.parametrize("yaw, original_yaw", [(-math.pi / 2, 0.0), (math.pi, math.pi / 2), (0.0, -math.pi / 2)])
+def test_the_originals_yaw_is_clockwise_from_minus_y(yaw, original_yaw):
     box = BOX.clone()
     box[0, 6] = yaw
-    assert boxes_to_original(box)[0, 6].item() == pytest.approx(original)
+    assert boxes_to_original(box)[0, 6].item() == pytest.approx(original_yaw)
 
 
 def test_inverse_conversions_restore_the_boxes():
@@ -67,19 +72,20 @@ def test_box_codes_match_the_original():
     assert_close_to_max(encode_boxes(boxes), arrays["out/normalized"], 1e-6)
     decoded = decode_boxes(arrays["out/normalized"])
     yaw_error = (decoded - at_center(arrays["out/denormalized"]))[:, 6]
-    assert torch.allclose(yaw_error.cos(), torch.ones(40))
-    assert_close_to_max(decoded[:, [0, 1, 2, 3, 4, 5, 7, 8]], boxes[:, [0, 1, 2, 3, 4, 5, 7, 8]], 1e-6)
+    assert torch.allclose(yaw_error.cos(), torch.ones(40))  # equal up to multiples of 2 pi
+    rest = [0, 1, 2, 3, 4, 5, 7, 8]
+    assert_close_to_max(decoded[:, rest], boxes[:, rest], 1e-6)
 
 
-def test_a_box_has_the_corners_that_the_original_gives_it():
-    """mmdet3d 0.17: corners of a box with w along x and l along y, rotated clockwise by yaw'."""
+def test_the_front_left_corner_is_the_originals():
+    """mmdet3d 0.17 puts w along x and l along y, then rotates clockwise by yaw'."""
     boxes = random_boxes(20)
     for box, original in zip(boxes, boxes_to_original(boxes), strict=True):
         w, l, yaw = box[3], box[4], box[6]
         ahead, left = torch.stack([yaw.cos(), yaw.sin()]), torch.stack([-yaw.sin(), yaw.cos()])
         front_left = box[:2] + l / 2 * ahead + w / 2 * left
         cos, sin = original[6].cos(), original[6].sin()
-        dx, dy = original[3] / 2, -original[4] / 2  # of the front left corner; yaw' = 0 heads along -y
+        dx, dy = original[3] / 2, -original[4] / 2  # w / 2, -l / 2: front left, since yaw' = 0 heads along -y
         rotated = torch.stack([dx * cos + dy * sin, -dx * sin + dy * cos])
         assert torch.allclose(original[:2] + rotated, front_left, atol=1e-12)
 
@@ -94,13 +100,13 @@ def test_to_global_is_the_inverse_of_from_global():
     box2global[:, :3, 3] = translation
     back = boxes_from_global(box2global, size, velocity, np.tile(lidar2global, (8, 1, 1)))
     np.testing.assert_allclose(back[:, :7], boxes[:, :7], rtol=0, atol=2e-5)
-    np.testing.assert_allclose(back[:, 7:], boxes[:, 7:], rtol=0, atol=0.05)  # the LiDAR is tilted, and vz is lost
+    np.testing.assert_allclose(back[:, 7:], boxes[:, 7:], rtol=0, atol=0.05)  # m/s: the LiDAR is tilted, and vz is lost
     assert [len(t) for t in boxes_to_global(boxes[:0], lidar2global)] == [0, 0, 0, 0]
 
 
 def test_to_global_by_hand():
     lidar2global = np.eye(4)
-    lidar2global[:2, :2] = [[0, -1], [1, 0]]
+    lidar2global[:2, :2] = [[0, -1], [1, 0]]  # 90 degrees counterclockwise
     lidar2global[:3, 3] = (10, 20, 30)
     translation, size, rotation, velocity = boxes_to_global(BOX, lidar2global)
     assert translation.tolist() == [[8, 21, 33]] and size.tolist() == [[2, 4, 1.5]] and velocity.tolist() == [[6, 5]]
@@ -111,7 +117,7 @@ def test_to_global_by_hand():
 def test_corners_by_hand():
     """A box that heads along +y, so that its left side is at -x."""
     corners = box_corners(np.array([[1.0, 2, 3, 2, 4, 6, math.pi / 2, 0, 0]]))
-    bottom = [[0, 4], [2, 4], [2, 0], [0, 0]]
+    bottom = [[0, 4], [2, 4], [2, 0], [0, 0]]  # front left, front right, back right, back left
     expected = [[x, y, z] for z in (0, 6) for x, y in bottom]
     np.testing.assert_allclose(corners, [expected], rtol=0, atol=1e-12)
     assert box_corners(np.zeros((0, 9))).shape == (0, 8, 3)

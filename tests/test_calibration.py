@@ -20,29 +20,30 @@ def sample(city):
     return NuScenesDataset(city, "v1.0-mini", "mini_val", Data())[0]
 
 
-def rig(sample, cameras):
-    """The sample with another number of cameras; every second image has half the size."""
-    views = [k % len(sample.images) for k in range(cameras)]
-    scales = np.stack([np.diag([1 / (1 + k % 2), 1 / (1 + k % 2), 1, 1]) for k in range(cameras)])
+def rig(sample, count):
+    """The sample with `count` cameras, repeated if it has fewer; every second image has half the size."""
+    views = [k % len(sample.images) for k in range(count)]
+    scales = np.stack([np.diag([1 / (1 + k % 2), 1 / (1 + k % 2), 1, 1]) for k in range(count)])
     return replace(
         sample,
         images=[sample.images[v][:: 1 + k % 2, :: 1 + k % 2] for k, v in enumerate(views)],
         lidar2image=np.float32(scales @ sample.lidar2image[views]),
         lidar2camera=sample.lidar2camera[views],
-        cameras=tuple(f"EYE_{k}" for k in range(cameras)),
+        cameras=tuple(f"EYE_{k}" for k in range(count)),
     )
 
 
-@pytest.mark.parametrize("cameras", [1, 5, 6, 8])
-def test_any_number_of_cameras_is_drawn(sample, cameras):
-    picture = calibration_view(rig(sample, cameras), width=160)
-    columns = min(cameras, 3 if cameras < 7 else 4)  # of images, each 160 pixels wide
+@pytest.mark.parametrize("count", [1, 5, 6, 8])
+def test_pictures_and_reports_have_room_for_any_number_of_cameras(sample, count):
+    picture = calibration_view(rig(sample, count), width=160)
+    columns = min(count, 3 if count < 7 else 4)  # of images, each 160 pixels wide, right of the view from above
     assert picture.dtype == np.uint8 and picture.shape[0] >= 480 and picture.shape[1] > columns * 160
-    assert len(report(rig(sample, cameras)).splitlines()) == cameras + 2
+    assert len(report(rig(sample, count)).splitlines()) == count + 2  # a header, the cameras, the number of boxes
 
 
-def test_a_point_is_drawn_at_its_pixel_in_the_color_of_its_depth(sample):
-    """One camera that looks along +y, and a point at depth 12 m that projects to the middle of its left half."""
+def test_a_point_has_its_pixel_and_the_color_of_its_depth(sample):
+    """One camera that looks along +y, and three points: 12 m ahead, in the middle of the image's left half; behind the
+    camera; and one of an earlier sweep (lag 0.05 s), which the report does not count."""
     ahead = np.array([[1, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]], np.float32)
     pixels = np.array([[100, 0, 100, 0], [0, 100, 100, 0], [0, 0, 1, 0], [0, 0, 0, 1]], np.float32)
     one = replace(
@@ -55,15 +56,16 @@ def test_a_point_is_drawn_at_its_pixel_in_the_color_of_its_depth(sample):
         labels=sample.labels[:0],
         cameras=(),
     )
-    pixel, depth = calibration._visible(one.points[:, :3].astype(float), one.lidar2image[0], 200, 200)
-    np.testing.assert_allclose(pixel[0], [50, 100])
-    assert depth.tolist() == [12, 12]  # the point behind the camera is not visible
-    color = 255 * np.array(calibration.DEPTHS(12 / calibration.FAR)[:3])
-    near = np.abs(calibration_view(one, width=160)[:, 480:620] - color).max(axis=-1) < 20  # left of the color bar
-    assert 0 < near.sum() < 100
-    first = report(one).splitlines()[1].split()  # name, size, position, direction, field of view, points
-    assert first[:5] == ["camera", "0", "200", "x", "200"] and first[5:8] == ["0.00", "0.00", "0.00"]
-    assert first[8:] == ["0°", "90°", "1"]  # points of earlier sweeps are not counted
+    pixels, depths = calibration._visible(one.points[:, :3].astype(float), one.lidar2image[0], 200, 200)
+    np.testing.assert_allclose(pixels[0], [50, 100])
+    assert depths.tolist() == [12, 12]  # of the first and the last: `_visible` does not look at lags
+    color = 255 * np.array(calibration.DEPTH_COLORS(12 / calibration.FAR)[:3])
+    image = calibration_view(one, width=160)[:, 480:620]  # between the view from above and the color bar
+    of_color = np.abs(image - color).max(axis=-1) < 20
+    assert 0 < of_color.sum() < 100
+    fields = report(one).splitlines()[1].split()  # name, size, position, direction, field of view, points
+    assert fields[:5] == ["camera", "0", "200", "x", "200"] and fields[5:8] == ["0.00", "0.00", "0.00"]
+    assert fields[8:] == ["0°", "90°", "1"]
 
 
 def test_the_command_writes_pictures_and_prints_a_report(city, tmp_path, capsys):
@@ -71,10 +73,10 @@ def test_the_command_writes_pictures_and_prints_a_report(city, tmp_path, capsys)
     pictures = sorted(tmp_path.glob("*.png"))
     assert len(pictures) == 2 and np.asarray(Image.open(pictures[0])).std() > 20
     printed = capsys.readouterr().out
-    counts = [line.split()[-1] for line in printed.splitlines() if "°" in line]
-    assert len(counts) == 12 and all(int(count) > 0 for count in counts)
-    inside, boxes = next(line for line in printed.splitlines() if "boxes" in line).split()[:3:2]
-    assert 0 < int(inside) <= int(boxes)
+    points = [line.split()[-1] for line in printed.splitlines() if "°" in line]  # in each camera of both frames
+    assert len(points) == 2 * 6 and all(int(count) > 0 for count in points)
+    filled, boxes = next(line for line in printed.splitlines() if "boxes" in line).split()[:3:2]  # "3 of 7 boxes have"
+    assert 0 < int(filled) <= int(boxes)
 
 
 def test_zero_frames_are_refused(city, tmp_path):

@@ -1,3 +1,5 @@
+"""Camera encoder: ConvNeXt, masks and FPN, compared with records of the original and by hand."""
+
 from dataclasses import replace
 
 import pytest
@@ -34,12 +36,12 @@ def test_convnext_matches_the_original(name):
 
 
 @pytest.mark.parametrize(
-    "record, widths, levels, first",
+    "record, widths, levels, first",  # first: index of the first recorded input that the FPN reads
     [("fpn_vs01", [16, 32, 64], 4, 1), ("custom_fpn_single", [64], 1, 0)],  # custom_fpn_single: on the last stage only
 )
 def test_fpn_matches_mmdet(record, widths, levels, first):
     arrays, _ = load(record)
-    net = FPN(widths, 24, levels)
+    net = FPN(widths, channels=24, levels=levels)
     net.load_state_dict(weights(arrays, "encoder.camera.neck."))
     inputs = [arrays[f"in/x_{i}"].requires_grad_() for i in range(first, first + len(widths))]
     outs = net(inputs)
@@ -55,27 +57,27 @@ def test_fpn_matches_mmdet(record, widths, levels, first):
 
 def test_mask_matches_the_original():
     arrays, _ = load("convnext_mask")
-    assert torch.equal(draw_mask(arrays["in/rand_masking"], 3, 5, 0.3), arrays["in/mask"])
+    assert torch.equal(draw_mask(arrays["in/rand_masking"], h=3, w=5, ratio=0.3), arrays["in/mask"])
 
 
-@pytest.mark.parametrize("ratio, kept", [(0.0, 15), (0.3, 10), (0.5, 8), (0.1, 14)])  # round(15 * (1 - ratio))
+@pytest.mark.parametrize("ratio, kept", [(0.0, 15), (0.3, 10), (0.5, 8), (0.1, 14)])  # round(15 * (1 - ratio)), to even
 def test_mask_hides_a_fixed_number_of_patches(ratio, kept):
-    mask = draw_mask(torch.rand(4, 15), 3, 5, ratio)
+    mask = draw_mask(torch.rand(4, 15), h=3, w=5, ratio=ratio)
     assert mask.shape == (4, 1, 3, 5) and mask.flatten(1).sum(1).tolist() == [kept] * 4
 
 
 def test_fpn_applies_relu_only_before_the_second_extra_level():
-    net = FPN([3], 4, 3)
+    net = FPN([3], channels=4, levels=3)
     x = torch.randn(1, 3, 8, 8)
-    first, second, third = net([x])
-    torch.testing.assert_close(second, net.fpn_convs[1](first), rtol=0, atol=0)
-    torch.testing.assert_close(third, net.fpn_convs[2](second.relu()), rtol=0, atol=0)
-    assert (first < 0).any() and (second < 0).any()  # so the ReLU makes a difference
+    level, extra1, extra2 = net([x])
+    torch.testing.assert_close(extra1, net.fpn_convs[1](level), rtol=0, atol=0)
+    torch.testing.assert_close(extra2, net.fpn_convs[2](extra1.relu()), rtol=0, atol=0)
+    assert (level < 0).any() and (extra1 < 0).any()  # so the ReLU makes a difference
 
 
 def test_fpn_upsamples_to_odd_sizes():
     shapes = [(1, 2, 7, 5), (1, 2, 4, 3), (1, 2, 2, 2)]
-    outs = FPN([2, 2, 2], 6, 3)([torch.randn(s) for s in shapes])
+    outs = FPN([2, 2, 2], channels=6, levels=3)([torch.randn(s) for s in shapes])
     assert [tuple(o.shape) for o in outs] == [(1, 6, 7, 5), (1, 6, 4, 3), (1, 6, 2, 2)]
 
 
@@ -98,12 +100,12 @@ def test_each_fpn_level_halves_the_resolution():
     features, depths = make_encoder()(*make_images())
     assert [tuple(f.shape) for f in features] == [(2, 3, 8, 12, 8), (2, 3, 4, 6, 8), (2, 3, 2, 3, 8), (2, 3, 1, 2, 8)]
     for feature, depth in zip(features, depths, strict=True):
-        assert depth.shape == (*feature.shape[:-1], 5)
+        assert depth.shape == (*feature.shape[:-1], SMALL.depth_bins)
         assert feature.is_contiguous() and depth.is_contiguous()
         torch.testing.assert_close(depth.sum(-1), torch.ones(depth.shape[:-1]))
 
 
-def test_the_depth_head_takes_the_output_of_the_fpn():
+def test_the_depth_head_takes_the_returned_features():
     encoder = make_encoder()
     (feature, *_), (depth, *_) = encoder(*make_images())
     weight, bias = encoder.depth_net.weight[:, :, 0, 0], encoder.depth_net.bias
@@ -113,7 +115,7 @@ def test_the_depth_head_takes_the_output_of_the_fpn():
 def test_padding_is_zero_after_normalization():
     images, sizes = make_images()
     images[0, 0, :, 0, 0] = torch.tensor([1.0, 0.5, 0.0])
-    out = make_encoder().normalize(images, sizes)
+    out = make_encoder().normalize(images, sizes)  # 50 x 90 before padding
     assert (out[..., 50:, :] == 0).all() and (out[..., 90:] == 0).all()
     by_hand = [(v - m) / s for v, m, s in zip((1.0, 0.5, 0.0), MEAN, STD, strict=True)]
     torch.testing.assert_close(out[0, 0, :, 0, 0], torch.tensor(by_hand))
@@ -126,7 +128,8 @@ def test_each_image_has_its_own_padding():
 
 
 def test_padding_at_most_doubles_the_norm_of_gradients():
-    """Images are padded to 128 x 224; in an untrained encoder all features of the padding are 0."""
+    """Images are padded to 128 x 224; the first has that size. In an untrained encoder the padding's features are 0,
+    where each LayerNorm would multiply gradients by up to 1000."""
     encoder = CameraEncoder(SMALL)
     norms = []
     for unpadded in ((128, 224), (120, 200), (124, 220), (97, 193)):
@@ -149,7 +152,7 @@ def test_image_sizes_stop_gradients_of_the_padding_and_change_no_output():
     assert all(torch.equal(a, b) for a, b in zip(outs, plain, strict=True))
     sum((out * torch.randn_like(out)).sum() for out in outs).backward()
     reached = images.grad.ne(0).any(dim=1)
-    for view, (bottom, right) in zip(reached, [(52, 92), (64, 32)], strict=True):  # sizes rounded up to multiples of 4
+    for view, (bottom, right) in zip(reached, [(52, 92), (64, 32)], strict=True):  # sizes rounded up to 4-pixel cells
         assert view[:bottom, :right].all() and not view[bottom:].any() and not view[:, right:].any()
 
 
@@ -182,16 +185,15 @@ def test_mask_of_ratio_zero_changes_nothing():
     torch.testing.assert_close(encoder(*images, everything), encoder(*images), rtol=0, atol=0)
 
 
-def test_frozen_stages_get_no_gradient():
+def test_frozen_stages_get_no_gradient_and_no_drop_path():
     net = ConvNeXt(DEPTHS, WIDTHS, drop_path=0.9, frozen_stages=2, out_stages=(1, 2, 3)).train()
     frozen = ("downsample_layers.0", "downsample_layers.1", "stages.0", "stages.1")
     images = torch.randn(4, 3, 32, 32)
-    outs = net(images, drop_noise=torch.rand(4, 7))
+    outs = net(images, drop_noise=torch.rand(4, 7))  # 4 images, 7 blocks
     sum(out.sum() for out in outs).backward()
     for name, param in net.named_parameters():
         assert (param.grad is None) == name.startswith(frozen), name
     assert [block.drop_path for stage in net.stages[:2] for block in stage] == [0, 0, 0]
-    assert net.train() is net
 
 
 def test_drop_path_rates_rise_linearly_to_the_last_block():
@@ -203,7 +205,7 @@ def test_drop_path_rates_rise_linearly_to_the_last_block():
 def test_drop_path_skips_or_amplifies_a_branch():
     net = ConvNeXt((1, 1), (4, 4), drop_path=0.25, out_stages=(0,)).train()
     torch.nn.init.ones_(net.stages[0][0].gamma)
-    net.stages[0][0].drop_path = 0.25
+    net.stages[0][0].drop_path = 0.25  # by default 0 in the first block
     net.norm0 = torch.nn.Identity()
     image = torch.randn(1, 3, 32, 32).expand(2, -1, -1, -1)
     dropped, kept = net(image, drop_noise=torch.tensor([[0.2499, 0.0], [0.25, 0.0]]))[0]
@@ -233,7 +235,7 @@ def test_views_are_independent():
     images, sizes = make_images()
     mask = draw_mask(torch.rand(6, 6), 2, 3, 0.3)
     features, _ = encoder(images, sizes, mask)
-    alone, _ = encoder(images[1:, 2:], sizes[1:, 2:], mask[5:])
+    alone, _ = encoder(images[1:, 2:], sizes[1:, 2:], mask[5:])  # the last view of the last sample
     for whole, part in zip(features, alone, strict=True):
         torch.testing.assert_close(whole[1, 2], part[0, 0])
 
@@ -244,10 +246,10 @@ def test_autocast_returns_bf16_close_to_fp32():
     mask = draw_mask(torch.rand(6, 6), 2, 3, 0.3)
     exact, _ = encoder(images, sizes, mask)
     with torch.autocast("cpu", torch.bfloat16):
-        features, depths = encoder(images, sizes, mask, torch.rand(6, 5))
+        features, depths = encoder(images, sizes, mask)
     assert {t.dtype for t in features + depths} == {torch.bfloat16}
-    for half, full in zip(features, exact, strict=True):
-        assert_close_to_max(half, full, 0.1)
+    for bf16, fp32 in zip(features, exact, strict=True):
+        assert_close_to_max(bf16, fp32, 0.1)
     sum(t.float().square().sum() for t in features + depths).backward()
     for name, param in encoder.named_parameters():
         assert param.grad.dtype == torch.float32 and param.grad.isfinite().all(), name
@@ -263,13 +265,14 @@ def test_every_trained_parameter_gets_a_gradient():
 
 def test_fewer_levels_than_stages_are_rejected():
     with pytest.raises(UserError, match="start the FPN"):
-        FPN([8, 16, 32], 4, 2)
+        FPN([8, 16, 32], channels=4, levels=2)
 
 
 def test_checkpointing_is_bitwise_equal(monkeypatch):
-    """Activation checkpointing, with a mask, drop path and a frozen stage: trained blocks run forward twice."""
+    """With a mask, drop path and a frozen stage: the results are the same, but trained blocks run forward twice."""
     encoder = make_encoder(replace(SMALL, drop_path=0.3, frozen_stages=1)).train()
-    images, mask, noise = make_images(1, 2), draw_mask(torch.rand(2, 6), 2, 3, 0.3), torch.rand(2, 5)
+    images, mask = make_images(1, 2), draw_mask(torch.rand(2, 6), 2, 3, 0.3)
+    drop_noise = torch.rand(2, 5)  # 2 images, 5 blocks
     calls, forward = [], Block.forward
     monkeypatch.setattr(Block, "forward", lambda self, *args: (calls.append(self), forward(self, *args))[1])
     results = []
@@ -277,7 +280,7 @@ def test_checkpointing_is_bitwise_equal(monkeypatch):
         encoder.backbone.checkpointing = on
         encoder.zero_grad()
         calls.clear()
-        features, depths = encoder(*images, mask, noise)
+        features, depths = encoder(*images, mask, drop_noise)
         sum(t.square().sum() for t in features + depths).backward()
         grads = {name: p.grad for name, p in encoder.named_parameters() if p.requires_grad}
         results.append((features + depths, grads, len(calls)))

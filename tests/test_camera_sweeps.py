@@ -33,7 +33,7 @@ from unipad.data.cutpaste import cut_out, load_objects, visible_rectangles
 from unipad.data.dataset import DataError, Sample, collate
 from unipad.data.loader import step_batches
 from unipad.data.nuscenes import NuScenesDataset
-from unipad.data.transforms import HIDDEN
+from unipad.data.transforms import HIDDEN_COLOR
 from unipad.draw.views import rendered_views
 from unipad.errors import UserError
 from unipad.evaluate.rendering import RAYS_PER_VIEW, evaluate_rendering
@@ -120,7 +120,7 @@ def test_files_poses_and_times_of_sweeps_match_the_devkit(nusc, city):
     """Also at the start of a scene, where the first frame is repeated."""
     dataset = NuScenesDataset(city, VERSION, "mini_val", Data(camera_sweeps=6))
     for i in range(KEYFRAMES):
-        sample, sweeps = dataset[i], dataset.camera_sweeps
+        sample, sweeps = dataset[i], dataset.camera_sweep_index
         lidar = nusc.get("sample_data", nusc.get("sample", sample.token)["data"]["LIDAR_TOP"])
         for n, camera in enumerate(CAMERAS):
             chain = sample_data_chain(nusc, sample, camera, 5)
@@ -191,7 +191,7 @@ def test_all_frames_are_augmented_together(city):
     old, new = (s.lidar2image.astype(float) @ np.c_[s.points[:, :3], np.ones(len(s.points))].T for s in (plain, moved))
     np.testing.assert_allclose(old, new, atol=2e-2)
     hidden = np.any(np.array(plain.images) != moved.images, axis=(0, 3))
-    assert 0.1 < hidden.mean() < 0.9 and (np.array(moved.images)[:, hidden] == HIDDEN).all()
+    assert 0.1 < hidden.mean() < 0.9 and (np.array(moved.images)[:, hidden] == HIDDEN_COLOR).all()
     streams = (step_batches(varied, 1, start=start) for start in (0, 1))
     first, second = next(streams), next(streams)
     next(first)
@@ -383,9 +383,10 @@ def test_checkpoints_of_several_frames_convert_both_ways(finetuned):
     back, report = convert.convert_ours(ours)
     assert not report.faults and back["state_dict"].keys() == state.keys()
     assert all(torch.equal(back["state_dict"][k], v) for k, v in state.items())
-    assert not any("measured ages" in line for line in report.notes)
-    ours["config"]["recipe"]["data"]["camera_rate"] = 0.0
-    assert any("trained with measured ages" in line for line in convert.convert_ours(ours)[1].notes)
+    assert not any("trained with" in line for line in report.notes)
+    for rate, words in ((0.0, "measured ones"), (6.0, "n / 6.0 s")):
+        ours["config"]["recipe"]["data"]["camera_rate"] = rate
+        assert any(f"sweeps of {words}; the original" in line for line in convert.convert_ours(ours)[1].notes)
 
 
 def test_a_camera_checkpoint_of_several_frames_is_merged_for_fusion():

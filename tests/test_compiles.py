@@ -1,8 +1,9 @@
 """Every kernel compiles, also on machines without a GPU, within its budgets and its target's shared memory.
 
-The interpreter checks what a kernel computes; this checks that the real compiler accepts it. How kernels are launched
-and what they may cost is defined next to their tests: `LAUNCHES` in tests/kernels/test_<file>.py. The suite compiles
-one launch of each kernel for sm_90; `python -m pytest tests/every_target.py` compiles every launch for every target.
+Triton's interpreter checks what a kernel computes; this checks that the real compiler accepts it. How kernels are
+launched and what they may cost (registers, stack, shared memory) is defined next to their tests: `LAUNCHES` in
+tests/kernels/test_<file>.py. The suite compiles one launch of each kernel for sm_90; `python -m pytest
+tests/every_target.py` compiles every launch for every target.
 """
 
 import json
@@ -32,7 +33,7 @@ def test_every_kernel_compiles_within_its_budget(kernel_file):
 def check(kernel_file, which):
     """Compile the kernels of a file in a process without the interpreter, and check their cost against `LAUNCHES`.
 
-    which: a target, or "first" for one launch of each kernel, as in `launches_of`.
+    which: a target, for all launches, or "first" for one launch of each kernel on sm_90, as in `launches_of`.
     """
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
     expected = launches_of(kernel_file, which)
@@ -47,7 +48,7 @@ def check(kernel_file, which):
         assert (cost["kernel"], cost["element"], cost["target"]) == (launch.kernel, element, target)
         assert not cost.get("int32_products"), "widen to int64 first, or explain in tests/addresses.py why not"
         assert cost["shared"] <= MAX_SHARED[target], f"{cost}: {target} has {MAX_SHARED[target]} bytes for {launch}"
-        assert ("stack" in cost) == (target in launch.budgets)
+        assert ("stack" in cost) == (target in launch.budgets)  # without a budget only shared memory is read
         if target not in launch.budgets:
             continue
         for resource in ("stack",) if target in AMD else ("registers", "stack", "shared"):
@@ -66,7 +67,7 @@ def test_kernels_are_decorated_by_the_backend():
 
 
 def test_precision_and_stages_on_amd_gpus():
-    """The numbers of stages are set when the kernels are imported, hence the separate process."""
+    """No tf32, and fewer pipeline stages than on NVIDIA's. Stages are set on import, hence the separate process."""
     code = """
 import torch
 torch.version.hip = "7.0"

@@ -1,4 +1,4 @@
-"""Every preset builds a model, is restored from a checkpoint and is documented."""
+"""Presets: their models, values and documentation; recipes as dicts; a run's saved launch parameters."""
 
 import re
 from pathlib import Path
@@ -17,10 +17,10 @@ from unipad.run_folder import RunFolder
 from unipad.runtime import World
 
 PAGE = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
-EVERY_PRESET = [(modality, name) for modality, presets in PRETRAIN.items() for name in presets]
+PRETRAIN_PRESETS = [(modality, name) for modality, presets in PRETRAIN.items() for name in presets]
 
 
-@pytest.mark.parametrize("modality, name", EVERY_PRESET)
+@pytest.mark.parametrize("modality, name", PRETRAIN_PRESETS)
 def test_a_preset_builds_the_encoders_of_its_modality(modality, name):
     recipe = PRETRAIN[modality][name]
     with torch.device("meta"):  # allocates no memory for full-size models
@@ -35,8 +35,8 @@ def test_recipes_of_the_paper():
     camera, lidar = PRETRAIN["camera"]["camera-0.1"], PRETRAIN["lidar"]["lidar-0.075"]
     assert camera.grid.shape == (128, 128, 5) and lidar.grid.shape == (180, 180, 5)
     assert lidar.data.sweeps == 10 and lidar.render.rgb_weight == 0 and lidar.optim.batch_size == 16
-    assert lidar.optim.lr * lidar.optim.start == pytest.approx(2e-5)
-    assert lidar.grid.scale == 1 / 54  # the range ends at 54 m
+    assert lidar.optim.lr * lidar.optim.start == pytest.approx(2e-5)  # learning rate at step 0
+    assert lidar.grid.scale == 1 / 54  # meters to the renderer's unit: the range ends at 54 m
 
 
 @pytest.mark.parametrize("recipe", [PRETRAIN["lidar"]["segment"], PRETRAIN["lidar"]["tiny"], SEGMENT["lidar"]["tiny"]])
@@ -46,45 +46,52 @@ def test_from_dict_recognizes_the_classes_of_recipe_and_lidar_encoder(recipe):
 
 @pytest.mark.parametrize("paste", [None, Paste(counts=(1,) * 10)])
 def test_a_recipe_is_restored_from_its_dict(paste):
+    """Also tuples, which JSON makes lists, and an optional section."""
     recipe = DetectRecipe(augment=Augment(translation=(0.5, 0.5, 0.0)), balanced=True, paste=paste)
     assert from_dict(DetectRecipe, to_dict(recipe)) == recipe
 
 
 def test_number_of_parameters_of_the_final_camera_model():
-    """Released config uvtr_cam_vs0.075_pretrain."""
+    """As many as in a model of the released config uvtr_cam_vs0.075_pretrain."""
     with torch.device("meta"):
         net = Pretrain(PRETRAIN["camera"]["camera-0.075"])
     assert sum(p.numel() for p in net.parameters()) == 55_538_029
 
 
 def test_a_run_reuses_the_launch_parameters_in_its_tuning_json(tmp_path):
-    run = RunFolder(tmp_path, {}, World(0, 1, torch.device("cpu")))
+    cpu = torch.device("cpu")
+    run = RunFolder(tmp_path, config={}, world=World(rank=0, size=1, device=cpu))
+
+    def choice():
+        """Of two candidates for a made-up op at size 4; the first is the default."""
+        return tuning.choose(("op", 4), candidates=[(1,), (2,)], run=None, device=cpu)
+
     try:
         run.tune()
-        assert tuning.choose(("op", 4), [(1,), (2,)], None, torch.device("cpu")) == (1,)  # on a CPU nothing is timed
+        assert choice() == (1,)  # on a CPU nothing is timed
         (tmp_path / "tuning.json").write_text('{"cpu": {"op 4": [2]}}')
         run.tune()
-        assert tuning.choose(("op", 4), [(1,), (2,)], None, torch.device("cpu")) == (2,)
+        assert choice() == (2,)
         for damaged in ('{"cpu": {"op"', "[1]", '{"cpu": 3}', "\xff"):
             (tmp_path / "tuning.json").write_text(damaged, encoding="latin-1")
             with pytest.raises(UserError, match="tuning.json is damaged; remove it"):
                 run.tune()
     finally:
         run.close()
-    assert tuning.choose(("op", 4), [(1,), (2,)], None, torch.device("cpu")) == (1,)
+    assert choice() == (1,)  # tuning ends with the run
 
 
 @pytest.mark.parametrize("command", sorted(set(re.findall(r"`python ((?:train|finetune)\.py .*?)`", PAGE))))
 def test_a_command_of_the_recipes_page_parses(command):
     script, *flags = command.split()
     args = {"train.py": train, "finetune.py": finetune}[script].parse(flags)
-    encoders = args.recipe.camera is not None, args.recipe.lidar is not None
-    assert encoders == (args.modality != "lidar", args.modality != "camera")
+    has_encoders = args.recipe.camera is not None, args.recipe.lidar is not None
+    assert has_encoders == (args.modality != "lidar", args.modality != "camera")
     if args.backbone:
-        assert args.recipe.camera.widths[0] == 128  # ConvNeXt-B
+        assert args.recipe.camera.widths[0] == 128  # the page's commands only name ConvNeXt-B
 
 
-def test_every_preset_is_on_the_recipes_page():
+def test_every_full_size_preset_is_on_the_recipes_page():
     tables = {f"train.py --modality {modality}": presets for modality, presets in PRETRAIN.items()}
     tables |= {f"finetune.py --modality {modality}": presets for modality, presets in DETECT.items()}
     tables |= {"finetune.py --task segment": SEGMENT["lidar"]}

@@ -1,5 +1,5 @@
-"""Checkpoints of the original are converted to ours and back, and ConvNeXt weights to ours, bit for bit; all other
-files are rejected.
+"""Checkpoints of the original are converted to ours and back, and ConvNeXt weights to ours, bit for bit; encoders are
+merged; all other files are rejected.
 """
 
 import json
@@ -38,12 +38,12 @@ PRESET_OF = {  # released config -> preset
 
 def released(name):
     """A full-size state dict of random numbers: overlapping views of one buffer, to save memory."""
-    noise = torch.rand(1 << 23)
+    noise = torch.rand(1 << 23)  # more numbers than the largest weight has
     state = {}
     for i, (key, (shape, dtype)) in enumerate(RELEASED[name].items()):
         shape = torch.Size(shape)
         state[key] = noise[i : i + shape.numel()].view(shape) if dtype == "float32" else torch.tensor(i)
-        if "norm0" in key:  # the original never trains it, so it has its initial values
+        if "norm0" in key:  # of a stage that the FPN never reads: untrained, so it has its initial values
             state[key] = torch.full(shape, float(key.endswith("weight")))
     return state
 
@@ -65,6 +65,7 @@ def test_every_released_config_converts_to_ours_and_back_bit_for_bit(name):
     assert not report.faults, report
     assert ours["config"]["args"]["preset"] == PRESET_OF[name]
     dropped = {k for k, w in state.items() if not from_original({k: w})[0].keys() & ours["model"].keys()}
+    # restored on the way back: norm0 with its initial values, code_weights from the recipe
     assert dropped == {k for k in state if "norm0" in k or k.endswith("code_weights")}
     back, report = convert_ours(ours)
     assert not report.faults and back.keys() == {"meta", "state_dict"}
@@ -80,20 +81,21 @@ def test_every_released_config_converts_to_ours_and_back_bit_for_bit(name):
 )
 def test_checkpoint_files_are_converted_to_ours_and_back(modality, finetuned, tmp_path, capsys):
     """A checkpoint of a tiny model as mmcv saves it, with the original's keys; the converted one loads strictly."""
-    kind, presets, build = (DetectRecipe, DETECT, Detector) if finetuned else (PretrainRecipe, PRETRAIN, Pretrain)
+    detect, pretrain = (DetectRecipe, DETECT, Detector), (PretrainRecipe, PRETRAIN, Pretrain)
+    recipe_type, presets, build = detect if finetuned else pretrain
     net = build(presets[modality]["tiny"])
     state, unknown = to_original(net.state_dict())
     assert not unknown
     if finetuned:
         state["pts_bbox_head.code_weights"] = torch.rand(10)
-    if modality != "lidar":
+    if modality != "lidar":  # of the first stage, 24 channels, which the FPN never reads
         state |= {"img_backbone.norm0.weight": torch.ones(24), "img_backbone.norm0.bias": torch.zeros(24)}
     source, ours, back = (tmp_path / name for name in ("epoch_12.pth", "ours.pt", "back.pth"))
     torch.save({"meta": {"epoch": 12}, "state_dict": state, "optimizer": {"state": {0: {"step": 7}}}}, source)
     main(Args((source, ours)))
     saved = read_checkpoint(ours)
     assert f"{modality} tiny" in capsys.readouterr().out and saved["config"]["args"]["modality"] == modality
-    recipe = from_dict(kind, saved["config"]["recipe"])
+    recipe = from_dict(recipe_type, saved["config"]["recipe"])
     if finetuned:
         assert torch.equal(torch.tensor(recipe.detect.code_weights), state["pts_bbox_head.code_weights"])
     assert_same(saved["model"], net.state_dict())
@@ -102,7 +104,7 @@ def test_checkpoint_files_are_converted_to_ours_and_back(modality, finetuned, tm
     assert_same(read_checkpoint(back)["state_dict"], state)
 
 
-def test_converted_checkpoints_truncate_pooling_indices_as_the_original():
+def test_converted_recipes_truncate_voxel_coordinates_as_the_original():
     ours, _ = convert_unipad(released("uvtr_cam_vs0.075_pretrain"))
     recipe = from_dict(PretrainRecipe, ours["config"]["recipe"])
     assert recipe.camera.truncate and not PRETRAIN["camera"]["camera-0.075"].camera.truncate
@@ -110,8 +112,9 @@ def test_converted_checkpoints_truncate_pooling_indices_as_the_original():
 
 def test_a_larger_convnext_is_recognized():
     state = released("uvtr_cam_vs0.1_pretrain")
-    wider = {k: torch.zeros(_wider(k, v.shape)) if k.startswith("img_backbone") else v for k, v in state.items()}
-    for i, width in enumerate(CONVNEXT["base"][1][1:]):
+    wider = {k: torch.zeros(_wider(v.shape)) if k.startswith("img_backbone") else v for k, v in state.items()}
+    _, widths = CONVNEXT["base"]
+    for i, width in enumerate(widths[1:]):  # the stages that the FPN reads, with 128 channels
         wider[f"img_neck.lateral_convs.{i}.conv.weight"] = torch.zeros(128, width, 1, 1)
     ours, report = convert_unipad(wider)
     assert not report.faults, report
@@ -119,9 +122,10 @@ def test_a_larger_convnext_is_recognized():
     assert (recipe.camera.depths, recipe.camera.widths) == CONVNEXT["base"]
 
 
-def _wider(key, shape):
-    """The shape in ConvNeXt-B of a weight of ConvNeXt-S: all but kernel sizes and the 3 input channels times 4/3."""
-    return [n if key.endswith("dwconv.weight") and i == 1 or n <= 7 else n * 4 // 3 for i, n in enumerate(shape)]
+def _wider(shape):
+    """The shape in ConvNeXt-B of a weight of ConvNeXt-S: channels times 4/3, but not kernel sizes (at most 7), the 3
+    colors and the 1 of depthwise convolutions."""
+    return [n if n <= 7 else n * 4 // 3 for n in shape]
 
 
 def test_names_and_layouts_by_hand():
@@ -132,7 +136,7 @@ def test_names_and_layouts_by_hand():
         "pts_neck.deblocks.1.0.weight": torch.randn(4, 6, 1, 2, 2),
         "pts_neck.extra_blocks.7.bias": torch.randn(4),
         "pts_bbox_head.transformer.decoder.layers.2.attentions.0.attn.in_proj_weight": torch.randn(6, 2),
-        "pts_bbox_head.loss.weight": torch.randn(3),
+        "pts_bbox_head.loss.weight": torch.randn(3),  # does not exist
     }
     ours, unknown = from_original(state)
     assert unknown == ["pts_bbox_head.loss.weight"]
@@ -186,7 +190,10 @@ WRAPPERS = {"official": "model", "mmpretrain": "state_dict"}
 
 
 def imagenet(library, net):
-    """The checkpoint of a library with the weights of `net`, a `ConvNeXt` of two stages with one block each."""
+    """The checkpoint of a library with the weights of `net`, a `ConvNeXt` of two stages with one block each.
+
+    The classifier and the norm before it, which `net` lacks, are zeros.
+    """
     state, weights = {}, net.state_dict()
     for ours, theirs in zip(MODULES["official"].split(), MODULES[library].split(), strict=True):
         for end in ("weight", "bias"):
@@ -216,6 +223,7 @@ def test_a_camera_encoder_starts_from_imagenet_weights(tmp_path):
     net, lines = Pretrain(PRETRAIN["camera"]["tiny"]), []
     taken = take_weights(net, "encoder.", [tmp_path / "convnext.pt"], "--init", lines.append)
     new = {n for n in net.state_dict() if n.startswith("encoder.camera.backbone.")} - taken
+    # ImageNet's have no norms of stages; the FPN reads stages 1 to 3
     assert new == {f"encoder.camera.backbone.norm{i}.{end}" for i in (1, 2, 3) for end in ("weight", "bias")}
     weights = read_checkpoint(tmp_path / "convnext.pt")["model"]
     assert_same({n: net.state_dict()[n] for n in taken}, weights)
@@ -256,41 +264,41 @@ class Code:
         return Path.touch, (Path("executed"),)
 
 
-def broken(kind, folder):
-    """The path of a file that cannot be converted for the reason `kind`, or that can: "whole"."""
-    file = folder / f"{kind}.pth"
+def broken(fault, folder):
+    """The path of a file that cannot be converted because of `fault`, or of one that can: "whole"."""
+    file = folder / f"{fault}.pth"
     shapes = {key: shape for key, (shape, _) in RELEASED["uvtr_cam_vs0.1_pretrain"].items()}
     state = {"state_dict": {key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}}
-    if kind == "truncated":
+    if fault == "truncated":
         torch.save(state, folder / "whole.pth")
         file.write_bytes((folder / "whole.pth").read_bytes()[:-200])
-    elif kind == "code":
+    elif fault == "code":
         torch.save(state | {"meta": Code()}, file)
-    elif kind == "code in an old file":
+    elif fault == "code in an old file":
         torch.save(state | {"meta": Code()}, file, _use_new_zipfile_serialization=False)
-    elif kind == "text":
+    elif fault == "text":
         file.write_text("<!DOCTYPE html><title>Not found</title>")
-    elif kind == "another project":
+    elif fault == "another project":
         torch.save({"state_dict": {"layer1.0.conv1.weight": torch.zeros(2)}}, file)
-    elif kind == "a list":
+    elif fault == "a list":
         torch.save([torch.zeros(2)], file)
-    elif kind == "one key less":
+    elif fault == "one key less":
         state["state_dict"].pop("input_proj.bias")
         torch.save(state, file)
-    elif kind == "one key more":
+    elif fault == "one key more":
         state["state_dict"]["img_backbone.mtoken3"] = torch.zeros(1)
         torch.save(state, file)
-    elif kind == "other blocks":
+    elif fault == "no blocks":
         torch.save({"stem.conv.weight": torch.zeros(2)}, file)
-    elif kind == "new recipe":
+    elif fault == "newer recipe":
         torch.save({"model": {}, "config": {"recipe": {"rays": {}, "radar": {"channels": 3}}}}, file)
-    elif kind == "whole":
+    elif fault == "whole":
         torch.save(state, file)
     return file
 
 
 @pytest.mark.parametrize(
-    "kind, flags, words",
+    "fault, flags, words",
     [
         ("absent", {}, "there is no checkpoint"),
         ("truncated", {}, "is truncated or damaged"),
@@ -301,17 +309,17 @@ def broken(kind, folder):
         ("a list", {}, "has no weights: it is a list"),
         ("one key less", {}, "1 weights are missing, 0 unexpected, 0 unfit.*input_proj.bias; --no-strict"),
         ("one key more", {}, "0 weights are missing, 1 unexpected, .*such as .*mtoken3"),
-        ("other blocks", {}, "no ConvNeXt blocks"),
-        ("new recipe", {}, r"from another version of this project \(.*\): train or convert again"),
+        ("no blocks", {}, "no ConvNeXt blocks"),
+        ("newer recipe", {}, r"from another version of this project \(.*\): train or convert again"),
         ("whole", {"preset": "camera-0.075"}, "does not fit preset camera-0.075: .* unfit, such as .* the shape"),
         ("whole", {"preset": "lidar-0.075"}, "--preset lidar-0.075 is not known; use tiny, camera-0.075, "),
         ("whole", {"kind": "convnext"}, "--kind convnext: .* is of kind unipad"),
     ],
 )  # fmt: skip
-def test_unusable_files_are_rejected_in_one_sentence_and_not_executed(kind, flags, words, tmp_path, monkeypatch):
+def test_unusable_files_are_rejected_in_one_sentence_and_not_executed(fault, flags, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=words) as caught:
-        main(Args((broken(kind, tmp_path), tmp_path / "out.pt"), **flags))
+        main(Args((broken(fault, tmp_path), tmp_path / "out.pt"), **flags))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "executed").exists() and not (tmp_path / "out.pt").exists()
 
@@ -320,17 +328,18 @@ def test_no_strict_converts_what_fits(tmp_path, capsys):
     main(Args((broken("one key less", tmp_path), tmp_path / "out.pt"), strict=False))
     out = capsys.readouterr().out
     assert "missing: encoder.camera.input_proj.bias" in out
-    # 420 of the checkpoint, without the missing one and the two of norm0, which our model lacks
+    # the config has 420 weights; without the missing one and the two of norm0, which our model lacks
     assert len(read_checkpoint(tmp_path / "out.pt")["model"]) == 417
 
 
 @pytest.mark.parametrize("paths, merge", [("", False), ("a", False), ("abc", False), ("ab", True)])
 def test_a_wrong_number_of_paths_is_rejected(paths, merge):
+    """paths: each letter is a path."""
     with pytest.raises(UserError, match="SOURCE OUT"):
         main(Args(tuple(map(Path, paths)), merge=merge))
 
 
-def test_nothing_is_overwritten_unless_asked(tmp_path):
+def test_nothing_is_overwritten_without_overwrite(tmp_path):
     file = broken("whole", tmp_path)
     with pytest.raises(UserError, match="overwrite its own source"):
         main(Args((file, file)))
@@ -340,8 +349,8 @@ def test_nothing_is_overwritten_unless_asked(tmp_path):
     out.write_text("precious")
     with pytest.raises(UserError, match="out.pt exists; give another file, or --overwrite"):
         main(Args((file, out)))
-    (tmp_path / ".out.pt.999999999").write_text("what a killed conversion left")
     assert out.read_text() == "precious"
+    (tmp_path / ".out.pt.999999999").write_text("what a killed conversion left")
     main(Args((file, out), overwrite=True))
     assert read_checkpoint(out)["model"] and not list(tmp_path.glob(".out*"))
 
@@ -353,7 +362,7 @@ def test_merging_takes_no_preset():
 
 def test_only_encoders_with_the_same_grid_are_merged(tmp_path):
     full, _ = convert_unipad(released("uvtr_lidar_vs0.075_pretrain"))
-    tiny = {"model": {}, "config": {"recipe": convert.to_dict(PRETRAIN["camera"]["tiny"])}}
+    tiny = {"model": {}, "config": {"recipe": to_dict(PRETRAIN["camera"]["tiny"])}}
     with pytest.raises(UserError, match="the same grid"):
         convert.merge(tiny, full)
     with pytest.raises(UserError, match="camera encoder first"):
@@ -369,7 +378,7 @@ def test_only_encoders_with_the_same_grid_are_merged(tmp_path):
         ("run out.pth --spconv 2", Args((Path("run"), Path("out.pth")), spconv=2)),
     ],
 )
-def test_command_lines_of_the_docstring_parse(line, args):
+def test_command_lines_are_parsed(line, args):
     assert tyro.cli(Args, args=line.split()) == args
 
 

@@ -1,4 +1,7 @@
-"""Cut-and-paste augmentation: which objects are cut out, where and in which order they are pasted, and their cache."""
+"""Cut-and-paste augmentation: which objects are cut out, where and in which order they are pasted, and their cache.
+
+`Objects` are the database: boxes, points and pictures (parts of images) of annotated objects.
+"""
 
 import json
 import os
@@ -111,12 +114,13 @@ def test_a_sample_is_filled_up_without_overlaps(sample, objects, empty):
         kept = ~points_in_boxes(sample.points, after.boxes[n:]).any(axis=0)
         np.testing.assert_array_equal(after.points[: kept.sum()], sample.points[kept])
         np.testing.assert_array_equal(after.point_labels[: kept.sum()], sample.point_labels[kept])
-        assert len(after.point_labels) == len(after.points) and not after.point_labels[kept.sum() :].any()
+        assert len(after.point_labels) == len(after.points)
+        assert not after.point_labels[kept.sum() :].any()  # pasted points have label 0, which is ignored
         rows = [np.flatnonzero((objects.boxes == box).all(axis=1)).item() for box in after.boxes[n:]]
         assert objects.labels[rows].tolist() == after.labels[n:].tolist()
         clouds = np.concatenate([objects._points(k) for k in rows])
         np.testing.assert_array_equal(after.points[kept.sum() :], clouds)
-    assert (pasted_of_class > 0).sum() >= (9 if empty else 2)
+    assert (pasted_of_class > 0).sum() >= (9 if empty else 2)  # of 10 classes; the others may be full
 
 
 def test_pasting_depends_only_on_the_generator(sample, objects):
@@ -172,7 +176,7 @@ def test_pictures_are_pasted_from_far_to_near(tmp_path):
     columns = {"boxes": [], "labels": [], "points": [], "pictures": []}
     with open(tmp_path / "objects.bin", "wb") as file:
         for k, name in enumerate(("green", "red")):
-            (cut,) = cut_out(sample_with(name, [filled[name]] * 2), 5)
+            (cut,) = cut_out(sample_with(name, [filled[name]] * 2), min_points=5)
             columns["boxes"].append(cut.box)
             columns["labels"].append(cut.label)
             columns["points"].append((file.tell(), len(cut.points)))
@@ -180,7 +184,8 @@ def test_pictures_are_pasted_from_far_to_near(tmp_path):
             for view, jpeg in cut.pictures[: 2 - k]:  # the red object has no picture for the second camera
                 columns["pictures"].append((k, view, file.tell(), len(jpeg)))
                 file.write(jpeg)
-    objects = Objects((3,), file=tmp_path / "objects.bin", **{name: np.array(rows) for name, rows in columns.items()})
+    arrays = {name: np.array(rows) for name, rows in columns.items()}
+    objects = Objects(counts=(3,), file=tmp_path / "objects.bin", **arrays)
 
     image = gray.copy()
     expected = {}
@@ -196,7 +201,7 @@ def test_pictures_are_pasted_from_far_to_near(tmp_path):
     assert len(after.boxes) == 3 and len(after.points) == 15
     for view in range(2):
         np.testing.assert_allclose(after.images[view].astype(int), expected[view], atol=4)  # JPEG
-        # gray and the colors of the pasted and the sample's objects: no red in the second camera
+        # number of colors: gray and one per object, without red in the second camera
         assert len(np.unique(expected[view].reshape(-1, 3), axis=0)) == 4 - view
     np.testing.assert_array_equal(scene.images[0], image)
 
@@ -227,7 +232,8 @@ def dataset_of(root, sweeps=1, split="mini_train", **settings):
     return NuScenesDataset(root, VERSION, split, Data(cameras=False, sweeps=sweeps), **settings)
 
 
-def files(root):
+def cache_files(root):
+    """Names of the objects' caches, two files each: .npz and .bin."""
     return sorted(f.name for f in (root / "unipad-index").glob("*objects*"))
 
 
@@ -235,15 +241,16 @@ def test_objects_are_cut_out_once(copy, monkeypatch):
     cuts = count_cuts(monkeypatch)
     first, again = (load_objects(dataset_of(copy), PASTE) for _ in range(2))
     n = len(dataset_of(copy))  # frames
-    assert len(cuts) == n and len(files(copy)) == 2
+    assert len(cuts) == n and len(cache_files(copy)) == 2
     for name, value in vars(first).items():
         np.testing.assert_array_equal(value, getattr(again, name))
     load_objects(dataset_of(copy), replace(PASTE, counts=(1,) * 10))
-    assert len(cuts) == n
+    assert len(cuts) == n  # `counts` only matter for pasting
     load_objects(dataset_of(copy, sweeps=2), PASTE)
     load_objects(dataset_of(copy), replace(PASTE, min_points=9))
     load_objects(dataset_of(copy, label_fraction=0.5), PASTE)
-    assert len(cuts) == 3 * n + (n + 1) // 2 and len(files(copy)) == 8
+    # with 2 sweeps or another minimum all frames again, with half of the labels every second one
+    assert len(cuts) == 3 * n + (n + 1) // 2 and len(cache_files(copy)) == 8
 
 
 def test_objects_are_cut_out_again_when_the_tables_change(copy):
@@ -256,7 +263,7 @@ def test_objects_are_cut_out_again_when_the_tables_change(copy):
     table.write_text(json.dumps(records))
     after = load_objects(dataset_of(copy), PASTE)
     assert after.boxes[:, 5].mean() > before.boxes[:, 5].mean() + 0.5
-    assert len(files(copy)) == 2 and after.file.exists() and not before.file.exists()
+    assert len(cache_files(copy)) == 2 and after.file.exists() and not before.file.exists()
 
 
 @pytest.mark.parametrize("kind", ["bin", "npz"])
@@ -273,7 +280,7 @@ def test_damaged_files_are_rebuilt(copy, monkeypatch, kind):
         assert len(cuts) == times * len(dataset_of(copy)) and path.read_bytes() == content
 
 
-def test_workers_write_the_same_files(copy):
+def test_the_cache_is_the_same_with_a_worker(copy):
     objects = load_objects(dataset_of(copy), PASTE)
     contents = objects.file.read_bytes()
     objects.file.unlink()
@@ -291,10 +298,10 @@ def test_a_frame_that_cannot_be_read_is_named_and_left_out(copy, capsys):
     assert 0 < len(after.labels) < len(before.labels)
 
 
-def test_objects_are_cached_elsewhere_if_the_root_is_read_only(copy, tmp_path):
+def test_objects_are_cached_elsewhere_if_there_is_no_folder_next_to_the_data(copy, tmp_path):
     (copy / "unipad-index").write_text("a file where the folder should be")
     objects = load_objects(dataset_of(copy), PASTE)
-    assert objects.file.is_relative_to(tmp_path / "cache")
+    assert objects.file.is_relative_to(tmp_path / "cache")  # the user's cache, see `own_user_cache`
     shutil.rmtree(tmp_path / "cache")
     (tmp_path / "cache").write_text("another one")
     with pytest.raises(DataError, match=r"can be written neither to .*unipad-index nor to .*cache.*; make") as refused:
@@ -306,7 +313,7 @@ def test_a_dataset_without_objects_is_a_user_error(copy):
     with pytest.raises(DataError, match="no frame of .* mini_train has an object of 1000000 LiDAR points") as refused:
         load_objects(dataset_of(copy), replace(PASTE, min_points=10**6))
     assert "\n" not in str(refused.value) and str(refused.value).endswith(".")
-    for table in ("sample_annotation", "instance"):
+    for table in ("sample_annotation", "instance"):  # no boxes at all
         (copy / VERSION / f"{table}.json").write_text("[]")
     with pytest.raises(DataError, match="has an object of 5 LiDAR points"):
         load_objects(dataset_of(copy), PASTE)
@@ -316,4 +323,4 @@ def test_no_partial_file_is_left(copy, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(DataError, match="No space left"):
         load_objects(dataset_of(copy), PASTE)
-    assert not files(copy)
+    assert not cache_files(copy)

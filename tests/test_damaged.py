@@ -1,4 +1,5 @@
-"""Damaged files of every kind are refused in one sentence, skipped with a message, or read with the same result.
+"""Damaged files of every kind are refused in one sentence, skipped with a message, or read with the same result; with
+another result only where no check can detect the damage (see tests/damage.py).
 
 Two random cases of each kind; `python -m tests.damage` runs thousands. `EXAMPLES` are cases that once gave a traceback
 or a wrong result without a message.
@@ -26,7 +27,7 @@ CASES = 2  # of each kind
 
 @pytest.fixture(scope="module")
 def outcomes(city):
-    """name -> `Result` of every case. Run in a separate process, since forked children would inherit threads."""
+    """name -> `Result` of every case. Run in a process without threads, since each case is read in a fork of it."""
     code = "import sys, tests.test_damaged as t; t.run_all_cases(sys.argv[1])"
     done = scripts.run("-c", code, city)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -40,10 +41,11 @@ def run_all_cases(city):
         results = {}
         for kind in KINDS:
             for number in range(CASES):
-                result = harness.read_damaged(*harness.case(0, number, kind))
+                result = harness.read_damaged(*harness.case(seed=0, number=number, kind=kind))
                 results[f"{kind} {number}"] = result.outcome, result.reason
         for name, (kind, pattern, change) in EXAMPLES.items():
             file = sorted(harness.intact.glob(pattern))[0].relative_to(harness.intact)
+            # "wrong type" is one of `damage.DETECTABLE`: another result than the intact file's is a fault
             result = harness.read_damaged(kind, file, "wrong type", lambda path, change=change: rewrite(path, change))
             results[name] = result.outcome, result.reason
     print(json.dumps(results))
@@ -61,7 +63,7 @@ def rewrite(path, change):
 
 
 def in_json(change):
-    """A function that changes the bytes of a JSON file: `change` modifies the parsed tree or returns another one."""
+    """bytes -> changed bytes of a JSON file: `change` modifies the parsed tree or returns another one."""
 
     def rewritten(data):
         tree = json.loads(data)
@@ -117,7 +119,7 @@ def fill(*path):
 
 
 def put_float(index, value):
-    """Overwrite the float32 number at `index` of a file."""
+    """Overwrite number `index` of a file of float32; a LiDAR point has five."""
 
     def change(data):
         numbers = np.frombuffer(data, np.float32).copy()
@@ -128,7 +130,7 @@ def put_float(index, value):
 
 
 def overwrite(fraction, size, byte):
-    """Overwrite `size` bytes by `byte`, from this fraction of the file on."""
+    """Overwrite `size` bytes by `byte`, beginning at this fraction of the file."""
 
     def change(data):
         first = int(fraction * len(data))
@@ -138,8 +140,8 @@ def overwrite(fraction, size, byte):
 
 
 TABLE, LAST = "city/v1.0-mini/", "run/checkpoints/last.pt"
-WEIGHT = "model", "encoder.lidar.encoder.encoder_layers.encoder_layer1.0.bn1.bias"
-# name -> (kind, pattern of the file, change of its bytes)
+WEIGHT = "model", "encoder.lidar.encoder.encoder_layers.encoder_layer1.0.bn1.bias"  # path in the checkpoint
+# name -> (kind of `readers.KINDS`, pattern of the file, change of its bytes). "original": a checkpoint of UniPAD
 EXAMPLES = {
     # tables
     "deep nesting": ("tables", TABLE + "visibility.json", lambda data: b"[" * 100_000 + data + b"]" * 100_000),
@@ -147,7 +149,7 @@ EXAMPLES = {
     "a record is a number": ("tables", TABLE + "sample_data.json", in_json(put(0, 7.5))),
     "a name is a dict": ("tables", TABLE + "scene.json", in_json(put(0, "name", {}))),
     "a size is NaN": ("tables", TABLE + "sample_annotation.json", in_json(put(0, "size", [float("nan")] * 3))),
-    "a log is a text": ("tables", TABLE + "log.json", in_json(lambda tree: ["text"])),
+    "a record of a log is a text": ("tables", TABLE + "log.json", in_json(lambda tree: ["text"])),
     "a table is not UTF-8": ("tables", TABLE + "log.json", lambda data: b"\xb7" + data),
     "an intrinsic is empty": ("tables", TABLE + "calibrated_sensor.json", in_json(put(1, "camera_intrinsic", [[]]))),
     # LiDAR
@@ -155,14 +157,14 @@ EXAMPLES = {
     "points are zeros": ("LiDAR keyframe", "city/samples/LIDAR_TOP/*", lambda data: bytes(len(data))),
     "a coordinate is 3e38": ("LiDAR keyframe", "city/samples/LIDAR_TOP/*", put_float(0, 3e38)),
     # caches
-    "objects with zeros": ("objects", "city/unipad-index/*-objects-*.bin", overwrite(0.5, 4096, 0)),
-    "objects with 0xff": ("objects", "city/unipad-index/*-objects-*.bin", overwrite(0.2, 4096, 255)),
-    "an index with zeros": ("index", "city/unipad-index/*mini_train.npz", overwrite(0.5, 64, 0)),
+    "objects with zeros": ("objects", "city/unipad-index/*-objects-*.bin", overwrite(0.5, size=4096, byte=0)),
+    "objects with 0xff": ("objects", "city/unipad-index/*-objects-*.bin", overwrite(0.2, size=4096, byte=255)),
+    "an index with zeros": ("index", "city/unipad-index/*mini_train.npz", overwrite(0.5, size=64, byte=0)),
     # checkpoints
-    "weights with zeros": ("evaluated", "detector.pt", overwrite(0.5, 8192, 0)),
-    "weights with 0xff": ("init", LAST, overwrite(0.2, 8192, 255)),
-    "weights of an original with zeros": ("original", "original.pth", overwrite(0.5, 8192, 0)),
-    "a state with zeros": ("resumed", LAST, overwrite(0.7, 8192, 0)),
+    "weights with zeros": ("evaluated", "detector.pt", overwrite(0.5, size=8192, byte=0)),
+    "weights with 0xff": ("init", LAST, overwrite(0.2, size=8192, byte=255)),
+    "weights of an original with zeros": ("original", "original.pth", overwrite(0.5, size=8192, byte=0)),
+    "a state with zeros": ("resumed", LAST, overwrite(0.7, size=8192, byte=0)),
     "a checkpoint is {}": ("resumed", LAST, in_checkpoint(lambda tree: {"": 0})),
     "a checkpoint is a list": ("resumed", LAST, in_checkpoint(lambda tree: [tree])),
     "a step is a list": ("resumed", LAST, in_checkpoint(put("step", []))),
@@ -218,8 +220,8 @@ EXAMPLES = {
     "a log line is a number": ("log", "run/log.jsonl", lambda data: b"3\n" + data),
     "a log line is not UTF-8": ("log", "run/log.jsonl", lambda data: b"\xff\n" + data),
     "a log is a folder": ("log", "run/log.jsonl", lambda data: None),
-    "choices are nested": ("tuning", "run/tuning.json", lambda data: b"[" * 100_000 + data),
-    "choices are a list": ("tuning", "run/tuning.json", lambda data: b"[]"),
+    "tuning results are nested": ("tuning", "run/tuning.json", lambda data: b"[" * 100_000 + data),
+    "tuning results are a list": ("tuning", "run/tuning.json", lambda data: b"[]"),
     # results
     "results are cut": ("submission", "results_nusc.json", lambda data: data[: len(data) // 2]),
     "classes of points are a folder": ("segments", "segments/lidarseg/*/*.bin", lambda data: None),
@@ -244,15 +246,16 @@ def test_damage_that_once_caused_a_fault_causes_none(name, outcomes):
     assert outcomes[name].outcome not in damage.FAULTS, outcomes[name].reason
 
 
-# what a fake reader does -> (the reader, expected outcome)
+# What a fake reader does -> (the reader, expected outcome). Where SILENT is expected, the file has a checksum, so that
+# a result which is possible elsewhere (`other`) is a fault.
 READERS = {
     "refuses": (lambda folder: _refuse(f"{folder}/file is damaged."), "refused"),
     "refuses without a name": (lambda folder: _refuse("it is damaged."), "TRACEBACK"),
     "raises": (lambda folder: {}["x"], "TRACEBACK"),
     "exits": (lambda folder: exit(2), "TRACEBACK"),
     "sleeps": (lambda folder: time.sleep(60), "HANG"),
-    "reads what it must not": (lambda folder: Readout({"part": digest_of(folder)}), "SILENT"),
-    "reads what is possible": (lambda folder: Readout({"part": digest_of(folder)}), "other"),
+    "reads what it must not": (lambda folder: Readout({"part": content_of(folder)}), "SILENT"),
+    "reads what is possible": (lambda folder: Readout({"part": content_of(folder)}), "other"),
     "reads the impossible": (lambda folder: Readout({}, faults=["violated: a condition"]), "SILENT"),
     "computes it again": (lambda folder: Readout({"part": "1"}), "same"),
     "skips": (lambda folder: Readout({}, {"part": f"{folder}/file: is damaged"}), "skipped"),
@@ -265,7 +268,8 @@ def _refuse(sentence):
     raise UserError(sentence)
 
 
-def digest_of(folder):
+def content_of(folder):
+    """Stands for a digest."""
     return (folder / "file").read_text()
 
 
@@ -274,7 +278,7 @@ def test_outcomes_are_classified(name, tmp_path):
     """`Harness.read_damaged` with fake readers, for a file that contains "1" and is changed to "2"."""
     read, outcome = READERS[name]
     kind = Kind("file", read, checked=outcome == "SILENT")
-    harness = damage.Harness.__new__(damage.Harness)
+    harness = damage.Harness.__new__(damage.Harness)  # without `__init__`, which makes files of all kinds
     harness.folder, harness.intact, harness.kinds = tmp_path, tmp_path / "intact", {"kind": kind}
     harness.expected = {"kind": Readout({"part": "1"})}
     harness.intact.mkdir()
@@ -286,14 +290,14 @@ def test_outcomes_are_classified(name, tmp_path):
 
 
 def test_a_case_is_determined_by_its_number(tmp_path):
-    """So that --only can run it again."""
-    harness = damage.Harness.__new__(damage.Harness)
+    """So that `python -m tests.damage --only NUMBER` can run it again."""
+    harness = damage.Harness.__new__(damage.Harness)  # without `__init__`, which makes files of all kinds
     harness.kinds, harness.intact, harness.others = KINDS, tmp_path / "intact", [tmp_path / "other"]
     harness.others[0].write_bytes(b"other")
     harness.files = {name: [harness.intact / "file", harness.intact / "another"] for name in KINDS}
 
     def damaged(number):
-        kind, file, name, change = harness.case(1, number, "image")
+        kind, file, name, change = harness.case(seed=1, number=number, kind="image")
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}"
         path.write_bytes(bytes(range(200)))
         change(path)

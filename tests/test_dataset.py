@@ -18,7 +18,7 @@ from unipad.recipes import PRETRAIN
 from unipad.runtime import generators
 
 TOY = '''
-"""Three frames: one camera that looks forward, a wall of LiDAR points in front of it; the last frame is broken."""
+"""Three frames: one camera that looks ahead (+y), a wall of LiDAR points 12 m ahead; the last frame is missing."""
 
 from pathlib import Path
 
@@ -64,7 +64,7 @@ class Unrelated:
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    """The class `Toy`, imported by its name as --dataset does."""
+    """The class `Toy`, imported by its name from a file outside the package, as --dataset does."""
     (tmp_path / "toy_set.py").write_text(TOY)
     monkeypatch.syspath_prepend(tmp_path)
     yield dataset_class("toy_set:Toy")
@@ -81,10 +81,10 @@ def test_training_on_a_custom_dataset(toy, tmp_path, modality):
     net = Pretrain(recipe)
     optimizer = make_optimizer(net, recipe.optim)
     before = [p.detach().clone() for p in net.parameters()]
-    for step, (batch, bad_frames) in zip(range(2), step_batches(dataset, 2), strict=False):
+    for step, (batch, bad_frames) in zip(range(2), step_batches(dataset, micro_batch=2), strict=False):
         assert set(batch.tokens) <= {"toy-0", "toy-1"}
         assert all(bad == f"{tmp_path / '2.npy'}: is missing" for bad in bad_frames)
-        losses, _ = net(batch, generators(0, step, range(2), "cpu"))
+        losses, _ = net(batch, generators(seed=0, step=step, positions=range(2), device="cpu"))
         loss = sum(losses.values())
         assert loss.isfinite()
         loss.backward()
@@ -93,9 +93,9 @@ def test_training_on_a_custom_dataset(toy, tmp_path, modality):
     assert any(not torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
 
     val_set = toy(tmp_path, "any", val_split, recipe.data, point_range=point_range)
-    ((_, batch),) = held_out_batches(val_set, 1)
+    ((_, batch),) = held_out_batches(val_set, count=1)
     assert batch.tokens == ("toy-0",)
-    assert rendered_views(net, batch, None, stride=16).shape[2] == 3
+    assert rendered_views(net, batch, generators=None, stride=16).shape[2] == 3  # an RGB picture
     assert [bad for _, bad in all_batches(val_set)] == [[], [], [f"{tmp_path / '2.npy'}: is missing"]]
 
 
@@ -109,19 +109,19 @@ def test_defaults_of_the_dataset_interface(toy, tmp_path):
         dataset.require_point_labels()
     dataset.frames = dataset.frames[:2]  # frame 0 has class 0, frame 1 has classes 0 and 1
     balanced = dataset.balanced(seed=0)
-    assert len(balanced) == 2 and balanced.frames[1] == 1
+    assert len(balanced) == 2 and balanced.frames[1] == 1  # one frame drawn per class; only frame 1 has class 1
 
 
 @pytest.mark.parametrize("modality", ["camera", "fusion"])
 def test_a_camera_encoder_without_images_is_a_user_error(modality, toy, tmp_path, monkeypatch):
     monkeypatch.setattr(toy, "has_images", classmethod(lambda *_: False))
     with pytest.raises(DataError, match=f"{tmp_path} any has no images, which a camera encoder needs; use --modality"):
-        toy.train_and_val(tmp_path, "any", PRETRAIN[modality]["tiny"], 1.0, None)
+        toy.train_and_val(tmp_path, "any", PRETRAIN[modality]["tiny"], label_fraction=1.0, point_range=None)
 
 
 def test_label_fractions_are_checked_for_every_dataset(toy, tmp_path):
     data = PRETRAIN["camera"]["tiny"].data
-    assert len(toy(tmp_path, "any", "all", data, label_fraction=0.5)) == 2
+    assert len(toy(tmp_path, "any", "all", data, label_fraction=0.5)) == 2  # frames 0 and 2
     with pytest.raises(DataError, match="--label-fraction 0.7 is not 1/k"):
         toy(tmp_path, "any", "all", data, label_fraction=0.7)
 

@@ -1,4 +1,4 @@
-"""A run whose weights are no longer finite ends with one sentence, whichever exception they cause."""
+"""A run whose weights are no longer finite ends with a one-sentence error, whichever exception the weights cause."""
 
 import pytest
 import torch
@@ -11,24 +11,26 @@ from unipad.runtime import World
 
 
 def test_a_diverging_run_ends_with_one_sentence(city, tmp_path):
-    """At the second step neither the SDF nor the ray samples are finite; the loss is logged at the fourth."""
+    """From the second step on, neither the SDF nor the ray samples are finite; that is noticed at the fourth, where the
+    loss is logged."""
     flags = ["--modality", "lidar", "--preset", "tiny", "--data-root", city, "--steps", 4, "--log-every", 4]
     done = train(*flags, "--lr", 1e5, cwd=tmp_path, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "the loss is not finite at step 4: lower --lr or use --precision fp32" in done.stderr
-    assert not list(tmp_path.glob("outputs/*/*/checkpoints/*.pt"))
+    assert not list(tmp_path.glob("outputs/*/*/checkpoints/*.pt"))  # diverged weights are not saved
 
 
 def test_errors_of_diverged_weights_are_explained():
     """A `UserError`, and any error while all weights are finite, is raised unchanged."""
-    net, progress = nn.Linear(2, 1), Progress(None, World(0, 1, torch.device("cpu")), 0, 1, 1, 1)
-    with progress.explains_divergence(net, 3):
+    world = World(rank=0, size=1, device=torch.device("cpu"))
+    net, progress = nn.Linear(2, 1), Progress(run=None, world=world, step=0, last=1, steps=1, batch_size=1)
+    with progress.explains_divergence(net, step=3):
         pass
     for error in (IndexError, UserError):
-        with pytest.raises(error), progress.explains_divergence(net, 3):
+        with pytest.raises(error), progress.explains_divergence(net, step=3):
             raise error
     nn.init.constant_(net.bias, torch.nan)
-    with pytest.raises(UserError, match="not finite at step 3: lower --lr"), progress.explains_divergence(net, 3):
+    with pytest.raises(UserError, match="not finite at step 3: lower --lr"), progress.explains_divergence(net, step=3):
         raise IndexError
-    with pytest.raises(UserError, match="^of the user$"), progress.explains_divergence(net, 3):
+    with pytest.raises(UserError, match="^of the user$"), progress.explains_divergence(net, step=3):
         raise UserError("of the user")

@@ -9,6 +9,7 @@ import pytest
 
 REPO = Path(__file__).parents[1]
 TEXT = (REPO / "docs/kernels.md").read_text()
+# Title of a section that begins with an example -> its code
 EXAMPLES = dict(re.findall(r"^## ([^\n]*)\n\n```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE))
 
 
@@ -34,4 +35,4 @@ def test_every_op_is_in_the_table():
         ops |= {name for name in functions if f"{name}_ref" in functions and name[0] != "_"}
     assert len(ops) > 15
     missing = {op for op in ops if not re.search(rf"^\|.*`{op}`", TEXT, re.MULTILINE)}
-    assert missing == {"trilinear_value", "voxel_keys"}  # parts of `trilinear` and `sort_voxels`
+    assert missing == {"trilinear_value", "voxel_keys"}  # internal parts of `trilinear` and `sort_voxels`

@@ -55,12 +55,13 @@ def test_ground_truth_scores_one(city, tmp_path):
     """The boxes pass through the box coder, the JSON file and the devkit."""
     model = tiny_detector().train()
     metrics = evaluate_detections(model, validation(city), tmp_path / "eval", ONE_PROCESS, perfect_detector)
-    assert model.training
+    assert model.training  # its mode was restored
     summary = json.loads((tmp_path / "eval" / "metrics_summary.json").read_text())
     print(table(summary))
+    # NDS also counts the attributes, which are guessed from class and speed
     assert metrics["NDS"] == summary["nd_score"] >= 0.99 and metrics["mAP"] > 0.999
     assert max(metrics[name] for name in ("mATE", "mASE", "mAOE")) < 1e-3
-    assert metrics["mAVE"] < 0.05
+    assert metrics["mAVE"] < 0.05  # m/s
 
 
 def test_no_detections_score_zero(city, tmp_path):
@@ -71,10 +72,10 @@ def test_no_detections_score_zero(city, tmp_path):
     assert set(written["results"]) == set(tokens(validation(city))) and not any(written["results"].values())
     words = table(json.loads((tmp_path / "metrics_summary.json").read_text()))
     assert "mAP: 0.0000" in words and "NDS: 0.0000" in words
-    lines = {line.split()[0]: line.split()[1:] for line in words.splitlines()[-10:]}
+    lines = {line.split()[0]: line.split()[1:] for line in words.splitlines()[-10:]}  # class -> AP, five errors
     assert lines.keys() == set(CLASSES)
     assert lines["car"] == ["0.000"] + 5 * ["1.000"]
-    assert lines["traffic_cone"] == ["0.000", "1.000", "1.000", "nan", "nan", "nan"]  # has no orientation
+    assert lines["traffic_cone"] == ["0.000", "1.000", "1.000", "nan", "nan", "nan"]  # no heading, velocity, attribute
 
 
 def tokens(dataset):
@@ -87,17 +88,17 @@ def test_unreadable_frames_are_named_and_get_no_boxes(city, tmp_path, capsys):
     lidar = [root / dataset.index.lidar_files[row].decode() for row in dataset.index.frame_lidar]
     lidar[1].write_bytes(lidar[1].read_bytes()[:-7])
     model = tiny_detector()
-    detected = detect_all(model, dataset, ONE_PROCESS, perfect_detector, size=2)
+    detected = detect_all(model, dataset, ONE_PROCESS, perfect_detector, batch_size=2)
     assert list(detected) == [tokens(dataset)[i] for i in (0, 2)]
     out, err = capsys.readouterr()
     assert f"skipped {lidar[1]}: is truncated" in err
     assert "incomplete: 1 of 3 frames of mini_val have no prediction" in out and "frames without detections" in out
-    lidar[2].rename(lidar[2].with_suffix(".away"))  # left out from the start
+    lidar[2].rename(lidar[2].with_suffix(".away"))  # where a file is missing, the dataset lacks the frame
     detect_all(model, validation(root), ONE_PROCESS, perfect_detector)
     assert "incomplete: 2 of 3 frames of mini_val have no prediction" in capsys.readouterr().out
     lidar[2].with_suffix(".away").rename(lidar[2])
     metrics = evaluate_detections(model, dataset, tmp_path / "eval", ONE_PROCESS, perfect_detector)
-    assert 0.3 < metrics["mAP"] < 0.9
+    assert 0.3 < metrics["mAP"] < 0.9  # one of the three frames has no detections
     for file in lidar:
         file.unlink()
     with pytest.raises(UserError, match="none of the 3 frames can be read .*is missing"):
@@ -109,7 +110,7 @@ def test_a_submission_by_hand(city, tmp_path):
     dataset = validation(city)
     index = replace(dataset.index, lidar2global=np.tile(np.eye(4), (len(dataset.index.lidar2global), 1, 1)))
     boxes = torch.tensor([[1.0, 2, 3, 2, 4, 1.5, 0, 0, 0]]).repeat(7, 1)
-    boxes[1, 7] = boxes[3, 8] = 0.21  # m/s, above the limit of moving objects
+    boxes[1, 7] = boxes[3, 8] = 0.21  # velocity in m/s: above 0.2, objects count as moving
     boxes[4, 3], boxes[5, 0] = 0, math.nan  # rejected by the devkit
     names = ["car", "car", "pedestrian", "bicycle", "car", "car", "barrier"]
     labels = torch.tensor([CLASSES.index(name) for name in names])
@@ -171,12 +172,13 @@ def camera_run(city, tmp_path_factory):
 
 
 def evaluate(run, *flags):
+    """Run eval.py in this process."""
     main(parse([run, "--device", "cpu", "--workers", 0, *flags]))
 
 
-def script(checkpoint, *flags, run=scripts.run):
+def script(checkpoint, *flags, start=scripts.run):
     """Run eval.py as a user does, in its own process."""
-    return run("eval.py", checkpoint, "--device", "cpu", "--workers", 0, *flags)
+    return start("eval.py", checkpoint, "--device", "cpu", "--workers", 0, *flags)
 
 
 def test_a_detector_is_evaluated_and_its_boxes_are_drawn(detector_run):
@@ -187,11 +189,11 @@ def test_a_detector_is_evaluated_and_its_boxes_are_drawn(detector_run):
     written = json.loads((out / "results_nusc.json").read_text())["results"]
     assert len(written) == 3 and all(len(boxes) > 100 for boxes in written.values())
     assert json.loads((out / "metrics_summary.json").read_text())["mean_ap"] < 0.05
-    assert np.asarray(Image.open(out / "boxes_0.png")).std() > 20
+    assert np.asarray(Image.open(out / "boxes_0.png")).std() > 20  # not blank
 
 
 def test_a_folder_of_results_that_another_program_uses_is_refused(detector_run, tmp_path):
-    """A lock of this process would not be seen by itself, so another one holds it."""
+    """POSIX locks do not exclude the process that holds them, so another process holds the lock here."""
     code = "import sys, time, unipad.run_folder as f\nwith f._locked(f.Path(sys.argv[1])): time.sleep(60)"
     holder, lock = scripts.Script("-c", code, tmp_path / "eval"), tmp_path / "eval" / ".lock"
     wait_for(lambda: lock.exists() and lock.read_text(), holder)
@@ -212,7 +214,7 @@ def test_a_converted_checkpoint_is_evaluated_on_the_synthetic_dataset(city, tmp_
 
 
 def test_two_processes_have_the_detections_of_one(detector_run, tmp_path):
-    done = script(detector_run, "--pictures", 1, "--out", tmp_path / "two", run=scripts.run_two)
+    done = script(detector_run, "--pictures", 1, "--out", tmp_path / "two", start=scripts.run_two)
     assert done.returncode == 0, done.stderr[-4000:]
     evaluate(detector_run, "--pictures", 1, "--out", tmp_path / "one")
     one, two = ((tmp_path / name / "results_nusc.json").read_text() for name in ("one", "two"))
@@ -240,7 +242,8 @@ def test_the_test_split_gives_only_a_submission(detector_run, city, tmp_path, ca
     evaluate(detector_run, *flags, "--out", tmp_path / "eval")
     assert "no metrics" in capsys.readouterr().out
     written = json.loads((tmp_path / "eval" / "results_nusc.json").read_text())["results"]
-    assert len(written) == 6 and not (tmp_path / "eval" / "metrics_summary.json").exists()
+    assert len(written) == 2 * 3  # scenes x keyframes
+    assert not (tmp_path / "eval" / "metrics_summary.json").exists()
 
 
 def test_eval_writes_metrics_frames_a_video_and_meshes_of_a_scene(camera_run, tmp_path, capsys):
@@ -253,7 +256,8 @@ def test_eval_writes_metrics_frames_a_video_and_meshes_of_a_scene(camera_run, tm
     assert written["frames"] == [0, 1, 2] and 0 < written["psnr"] < 30
     video = Image.open(tmp_path / "scene-0103.gif")
     assert video.n_frames == 3 and video.size == Image.open(tmp_path / "frame_00002.png").size
-    assert video.size[0] > 6 * 240  # six cameras and a column of captions
+    assert video.size[0] > 6 * 240  # pixels: six cameras, at least 240 wide each, and a column of captions
+    assert len(list(tmp_path.glob("mesh_*.ply"))) == 3
     header, _ = (tmp_path / "mesh_00000.ply").read_bytes().split(b"end_header\n")
     assert b"element vertex" in header
     write_video(sorted(tmp_path.glob("frame_*.png")), tmp_path / "video.mp4", fps=4)
@@ -275,7 +279,7 @@ def test_frames_are_rendered_by_number_with_and_without_masks(camera_run, tmp_pa
 
 
 def test_the_mesh_of_a_ball_faces_outward(tmp_path):
-    """Radius 3 m around (1, -2, 0): all vertices lie on it, and the triangles enclose its volume."""
+    """A ball of radius 3 m around (1, -2, 0): vertices lie on its surface, and the triangles enclose its volume."""
     pytest.importorskip("skimage")
     cell, low = 0.25, np.array([-4.0, -7, -5])
     axes = [np.arange(l, l + 10, cell) for l in low]
@@ -285,13 +289,14 @@ def test_the_mesh_of_a_ball_faces_outward(tmp_path):
     assert np.linalg.norm(vertices - [1, -2, 0], axis=1) == pytest.approx(3, abs=0.01)
     # the signed volume is positive, so the triangles are counter-clockwise seen from outside
     a, b, c = (vertices[triangles[:, i]] for i in range(3))
-    assert (np.cross(a, b) * c).sum() / 6 == pytest.approx(4 / 3 * math.pi * 27, rel=0.02)
+    assert (np.cross(a, b) * c).sum() / 6 == pytest.approx(4 / 3 * math.pi * 3**3, rel=0.02)
     write_ply(tmp_path / "ball.ply", vertices, triangles)
     header, body = (tmp_path / "ball.ply").read_bytes().split(b"end_header\n")
-    assert f"element vertex {len(vertices)}\n".encode() in header and len(body) == 12 * len(vertices) + 13 * len(
-        triangles
-    )
-    assert np.array_equal(np.frombuffer(body[: 12 * len(vertices)], "<f4").reshape(-1, 3), vertices)
+    assert f"element vertex {len(vertices)}\n".encode() in header
+    # bytes: three fp32 coordinates per vertex; a 1-byte count and three int32 indices per triangle
+    vertex_bytes, triangle_bytes = 3 * 4 * len(vertices), (1 + 3 * 4) * len(triangles)
+    assert len(body) == vertex_bytes + triangle_bytes
+    assert np.array_equal(np.frombuffer(body[:vertex_bytes], "<f4").reshape(-1, 3), vertices)
     assert [len(array) for array in surface(np.ones((3, 3, 3)), low, cell)] == [0, 0]  # all outside: no surface
 
 
@@ -302,6 +307,7 @@ def test_distances_are_the_sdf_in_meters():
     volume = torch.randn(1, recipe.render.channels, Z, Y, X)
     values = distances(model, volume, 4.0)
     assert values.shape == (20, 20, 3)  # a range of 80 x 80 x 12 m in steps of 4 m
+    # the field takes and returns lengths in units of 1 / grid.scale meters
     point = (torch.tensor(grid.low) + 4 * torch.tensor([3, 7, 1])) * grid.scale
     sdf = model.renderer.field.sdf(
         volume.permute(0, 2, 3, 4, 1).contiguous(), point[None, None], torch.zeros(1, dtype=torch.int32)
@@ -309,6 +315,7 @@ def test_distances_are_the_sdf_in_meters():
     assert values[3, 7, 1].item() == pytest.approx(sdf.item() / grid.scale, rel=1e-4, abs=1e-4)
 
 
+# Run, flags, parts of the error message
 USER_ERRORS = [
     ("detector", ["--task", "render"], ["--task render", "train.py"]),
     ("camera", ["--task", "detect"], ["--task detect", "finetune.py"]),
@@ -347,7 +354,8 @@ def test_a_user_error_is_one_sentence(run, flags, words, detector_run, camera_ru
     assert all(word in sentence for word in words) and "\n" not in sentence, sentence
 
 
-def test_a_setting_of_the_recipe_is_changed_for_evaluation(detector_run, tmp_path):
+def test_settings_of_the_recipe_are_changed_for_evaluation(detector_run, tmp_path):
+    """--detect.nms without values turns NMS off, which could leave fewer than `max_detections` boxes."""
     evaluate(detector_run, "--detect.max-detections", 7, "--detect.nms", "--pictures", 1, "--out", tmp_path)
     written = json.loads((tmp_path / "results_nusc.json").read_text())["results"]
     assert {len(boxes) for boxes in written.values()} == {7}

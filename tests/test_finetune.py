@@ -52,7 +52,7 @@ def test_a_run_writes_all_its_files(uninterrupted):
 def test_a_stopped_and_resumed_run_is_bit_equal(uninterrupted, city, tmp_path):
     run(tmp_path / "run", city, "--stop-at", 2)
     assert checkpoint(tmp_path / "run")["step"] == 2
-    run(tmp_path / "run", city, "--resume", "auto", "--tune")
+    run(tmp_path / "run", city, "--resume", "auto", "--tune")  # --tune changes no result on a CPU
     assert_same_weights(tmp_path / "run", uninterrupted[0])
     assert curve(tmp_path / "run") == curve(uninterrupted[0])
 
@@ -65,7 +65,7 @@ def test_camera_and_fusion_detectors_train(modality, city, tmp_path):
 
 
 def test_objects_are_pasted_until_the_last_epochs(city, tmp_path, monkeypatch):
-    """Four steps are four epochs here, and off_epochs is 1: nothing is pasted in the last step."""
+    """The schedule has four epochs and is run in four steps, and off_epochs is 1: the last step pastes nothing."""
     tiny = recipes.DETECT["lidar"]["tiny"]
     optim = replace(tiny.optim, epochs=4)
     paste = Paste(counts=(12,) * 10, min_points=1, off_epochs=1)
@@ -86,12 +86,13 @@ def test_objects_are_pasted_until_the_last_epochs(city, tmp_path, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(finetune.Detector, "forward", recording)
-            run(tmp_path / name, city, "--lr", 1e-9)
+            run(tmp_path / name, city, "--lr", 1e-9)  # nothing is learned: only the data matters
     assert boxes["plain"][3] == boxes["pasted"][3]
     assert sum(boxes["pasted"][:3]) > sum(boxes["plain"][:3])
     assert sum(boxes["balanced and pasted"][:3]) > sum(boxes["balanced"][:3])
     assert boxes["balanced and pasted"][3] == boxes["balanced"][3]
-    run(tmp_path / "again", city, "--lr", 1e-9, "--stop-at", 2)  # resumed: pastes the same objects
+    # with the last of these recipes: a resumed run pastes the same objects
+    run(tmp_path / "again", city, "--lr", 1e-9, "--stop-at", 2)
     run(tmp_path / "again", city, "--lr", 1e-9, "--resume", "auto")
     assert curve(tmp_path / "again") == curve(tmp_path / "balanced and pasted")
 
@@ -118,6 +119,7 @@ def test_pretrained_encoders_are_loaded_and_the_rest_is_listed(city, tmp_path, c
     assert "took 0.25 M weights, encoder.lidar.backbone, encoder.lidar.encoder, encoder.lidar.neck" in output
     assert "ignored project, renderer" in output
     source, weights = checkpoint(tmp_path / "runs" / "pre")["model"], checkpoint(out)["model"]
+    # --lr 1e-12 keeps the weights, but the step updates the statistics of batch norms
     taken = [name for name in weights if name.startswith("encoder.") and "running" not in name and "num" not in name]
     for name in taken:
         torch.testing.assert_close(weights[name], source[name], rtol=1e-5, atol=1e-9)

@@ -11,7 +11,7 @@ from unipad.kernels.ray_sample import clip_rays, merge, resample, sample_pdf, st
 from unipad.kernels.sdf_alpha import laplace_density, neus_alpha, volsdf_alpha
 
 # Tolerance for sample positions, as a fraction of the largest. Where the PDF is small, inverting the CDF magnifies
-# rounding, and the original converts to distances after resampling, not before.
+# rounding, and the original resamples in [0, 1] and converts to distances afterwards, while we resample distances.
 EDGE_TOLERANCE = 3e-6
 
 
@@ -35,6 +35,7 @@ def record(name, device):
 
 
 def assert_edges(edges, arrays, case):
+    """Compare an edge list (see kernels/ray_sample.py) with the starts and ends of samples in a record."""
     assert_close_to_max(edges[:, :-1], arrays[f"out/{case}_starts"], EDGE_TOLERANCE, f"{case} starts")
     assert_close_to_max(edges[:, 1:], arrays[f"out/{case}_ends"], EDGE_TOLERANCE, f"{case} ends")
 
@@ -62,24 +63,24 @@ def test_rays_that_fail_an_assertion_of_the_original_are_marked_as_misses(device
 
 def test_uniform_samples(device):
     rec = record("render_samplers", device)
-    edges = stratified_edges(rec["in/nears"], rec["in/fars"], 12)
+    edges = stratified_edges(rec["in/nears"], rec["in/fars"], S=12)
     assert_edges(edges, rec, "UniformSampler_eval")
 
 
 def test_importance_samples(device):
     rec = record("render_samplers", device)
-    edges = stratified_edges(rec["in/nears"], rec["in/fars"], 40)
-    new = sample_pdf(edges, rec["in/pdf_weights"], 24)
+    edges = stratified_edges(rec["in/nears"], rec["in/fars"], S=40)
+    new = sample_pdf(edges, rec["in/pdf_weights"], n=24)
     assert_edges(new, rec, "PDFSampler_eval")
     assert_edges(merge(edges, new)[0], rec, "merge_uniform40_pdf24")
-    assert_edges(resample(edges, rec["in/pdf_weights"], 24), rec, "merge_uniform40_pdf24")
+    assert_edges(resample(edges, rec["in/pdf_weights"], n=24), rec, "merge_uniform40_pdf24")
 
 
 def test_order_of_merged_samples(device):
     """The order may differ from the original's only between samples that are equal up to rounding."""
     rec = record("render_samplers", device)
-    edges = stratified_edges(rec["in/nears"], rec["in/fars"], 40)
-    new = sample_pdf(edges, rec["in/pdf_weights"], 24)
+    edges = stratified_edges(rec["in/nears"], rec["in/fars"], S=40)
+    new = sample_pdf(edges, rec["in/pdf_weights"], n=24)
     merged, order = merge(edges, new)
     starts = torch.cat([edges[:, :-1], new[:, :-1]], dim=1)
     assert torch.equal(starts.gather(1, order), merged[:, :-1])
@@ -90,19 +91,19 @@ def test_order_of_merged_samples(device):
 
 def test_jittered_samples(device):
     rec = record("render_samplers", device)
-    edges = stratified_edges(rec["in/nears"], rec["in/fars"], 40, rec["in/rand_uniform_single_jitter"])
+    edges = stratified_edges(rec["in/nears"], rec["in/fars"], S=40, jitter=rec["in/rand_uniform_single_jitter"])
     assert_edges(edges, rec, "UniformSampler_train_single_jitter")
-    new = sample_pdf(edges, rec["in/pdf_weights"], 24, rec["in/rand_pdf_single_jitter"])
+    new = sample_pdf(edges, rec["in/pdf_weights"], n=24, jitter=rec["in/rand_pdf_single_jitter"])
     assert_edges(new, rec, "PDFSampler_train_single_jitter")
 
 
 def test_importance_samples_of_neus(device):
     """From the recorded weights of 72 uniform samples to the 96 samples that are rendered: 24 are added."""
     rec = record("render_neus_eval", device)
-    uniform = stratified_edges(rec["out/nears"], rec["out/fars"], 72)
+    uniform = stratified_edges(rec["out/nears"], rec["out/fars"], S=72)
     points = rec["in/ray_o"][:, None] + uniform[:, :-1, None] * rec["in/ray_d"][:, None]
     assert_close_to_max(points, rec["out/init_sampled_points"], 1e-6)
-    edges = resample(uniform, rec["out/init_weights"], 24)
+    edges = resample(uniform, rec["out/init_weights"], n=24)
     assert_close_to_max(edges[:, :-1], rec["out/z_vals"], EDGE_TOLERANCE)
     assert_close_to_max(edges[:, 1:], rec["out/ends"], EDGE_TOLERANCE)
 
@@ -114,10 +115,11 @@ def test_alpha_of_neus(device):
     assert_close_to_max(alpha, rec["out/alphas"], 1e-6)
 
 
-def test_density_of_volsdf(device):
+def test_density_and_alpha_of_volsdf(device):
     rec = record("render_volsdf_eval", device)
     field = "state/pts_bbox_head.render_model.field.laplace_density."
     beta = rec[field + "beta"].abs() + rec[field + "beta_min"]
     assert_close_to_max(laplace_density(rec["out/sdf"], beta), rec["out/density"], 1e-6)
+    # the record has no alpha, but the density and the lengths of intervals that determine it
     alpha = volsdf_alpha(rec["out/sdf"], rec["out/deltas"], beta)
     assert_close_to_max(alpha, 1 - torch.exp(-rec["out/density"] * rec["out/deltas"]), 1e-6)

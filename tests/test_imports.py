@@ -22,7 +22,7 @@ MODULES = {module_of(file): file for file in FILES}
 
 @cache
 def imports(module):
-    """{(module of this project, name imported from it or None)} for all imports of a module."""
+    """{(imported module of this project, name imported from it or None)} for all imports of a module."""
     tree = ast.parse((REPO / MODULES[module]).read_text())
     imported = set()
     for node in ast.walk(tree):

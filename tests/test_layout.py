@@ -1,4 +1,4 @@
-"""Features are channels-last from the images to the volume, and no op copies them to another memory format."""
+"""Features are channels-last from the images to the volume, so that kernels and cuDNN need no copies of them."""
 
 from dataclasses import replace
 
@@ -34,7 +34,7 @@ class LayoutRecorder(TorchDispatchMode):
         if name in ("convolution", "convolution_backward", "native_layer_norm"):
             self.calls += 1
             features = [*args[: 2 if name == "convolution_backward" else 1], out if torch.is_tensor(out) else out[0]]
-            for x in filter(torch.is_tensor, features):  # images have no gradient
+            for x in filter(torch.is_tensor, features):  # the gradient of images is None
                 layout = CHANNELS_LAST[x.dim()] if name.startswith("convolution") else torch.contiguous_format
                 if not x.is_contiguous(memory_format=layout):
                     self.not_channels_last.append((name, tuple(x.shape), x.stride()))
@@ -43,19 +43,20 @@ class LayoutRecorder(TorchDispatchMode):
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("camera", [TINY_CAMERA, POOL], ids=["gather", "pool"])
-def test_no_layer_changes_the_memory_format(camera, precision):
+def test_convolutions_and_layer_norms_are_channels_last(camera, precision):
     net = Pretrain(config.PretrainRecipe(grid=GRID, camera=camera, rays=config.RayChoice(per_view=4)))
     batch = make_batch([[]], size=(64, 96), unpadded=(60, 90))
     with LayoutRecorder() as recorder, torch.autocast("cpu", precision, enabled=precision != torch.float32):
         volume, _ = net.encode(batch, generators(0))
         volume.square().sum().backward()
     assert volume.is_contiguous(memory_format=torch.channels_last_3d)
-    assert recorder.calls > 60 and not recorder.not_channels_last
+    assert recorder.calls > 60  # forward and backward
+    assert not recorder.not_channels_last
 
 
 @pytest.mark.parametrize("depth", ["simple", "complex"])
 def test_levels_are_contiguous_without_a_copy(depth, monkeypatch):
-    """The kernels need contiguous tensors; `.contiguous()` must never have to copy."""
+    """The kernels need contiguous [..., C] tensors; `.contiguous()` must never have to copy to make them."""
     copied, original = [], torch.Tensor.contiguous
 
     def recording(tensor, *args, **kwargs):
@@ -79,16 +80,16 @@ def test_weights_of_the_volume_convolution_are_channels_last():
 
 def test_depth_probabilities_keep_the_dtype_of_their_logits():
     """Under autocast a softmax returns fp32, with twice the memory of bf16, though only its sums need fp32."""
-    encoder = CameraEncoder(replace(TINY_CAMERA, depth_bins=64)).double()
+    encoder = CameraEncoder(replace(TINY_CAMERA, depth_bins=64))
     logits = 5 * torch.randn(1, 64, 3, 4, dtype=torch.bfloat16)
-    modules = dict(
+    stubs = dict(  # the depth head returns `logits`
         backbone=lambda *args: [], neck=lambda levels: [logits], input_proj=lambda x: x, depth_net=lambda x, _: x
     )
-    for name, function in modules.items():
+    for name, function in stubs.items():
         delattr(encoder, name)
         setattr(encoder, name, function)
     with torch.autocast("cpu", torch.bfloat16):
         _, (depth,) = encoder(torch.rand(1, 1, 3, 96, 128), torch.tensor([[[96, 128]]]))
     assert depth.dtype == torch.bfloat16
     expected = logits.double().softmax(1).permute(0, 2, 3, 1)[None]
-    torch.testing.assert_close(depth.double(), expected, rtol=2**-8, atol=1e-30)  # rounded once
+    torch.testing.assert_close(depth.double(), expected, rtol=2**-8, atol=1e-30)  # only the result is rounded

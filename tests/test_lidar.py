@@ -25,7 +25,7 @@ TINY = config.LidarConfig(
 
 
 def recorded_noise(arrays):
-    """The record's uniform random numbers, one per occupied block, scattered to [2, 6, 20, 20] blocks."""
+    """The record's uniform random numbers, one per occupied block, scattered to 2 samples of 6 x 20 x 20 blocks."""
     noise = torch.zeros(2, 6, 20, 20)
     drawn = torch.cat([arrays["in/rand_masking_0"][0], arrays["in/rand_masking_1"][0]])
     noise[tuple(arrays["out/block_coords"].long().unbind(1))] = drawn
@@ -34,24 +34,25 @@ def recorded_noise(arrays):
 
 def test_mask_matches_the_original():
     arrays, record = load("sparse_encoder_mask_eval")
-    mask = record["config"]["mae_cfg"]
-    coords = arrays["in/coors"]
-    visible = draw_voxel_mask(coords, recorded_noise(arrays), mask["downsample_scale"], mask["mask_ratio"])
+    coords, mask = arrays["in/coors"], record["config"]["mae_cfg"]
+    edge = mask["downsample_scale"]  # voxels
+    visible = draw_voxel_mask(coords, recorded_noise(arrays), edge, mask["mask_ratio"])
     kept = {tuple(c) for c in arrays["out/block_coords"][arrays["out/block_active"]].tolist()}
-    assert visible.tolist() == [(b, z // 8, y // 8, x // 8) in kept for b, z, y, x in coords.tolist()]
+    assert visible.tolist() == [(b, z // edge, y // edge, x // edge) in kept for b, z, y, x in coords.tolist()]
 
 
 @pytest.mark.parametrize("name", ["sparse_encoder_eval", "sparse_encoder_mask_eval"])
 def test_sparse_encoder_matches_the_original(name):
     arrays, record = load(name)
-    net = SparseEncoder(5, [stage[0] for stage in record["config"]["encoder_channels"]], 2, 32).eval()
+    widths = [stage[0] for stage in record["config"]["encoder_channels"]]
+    net = SparseEncoder(in_channels=5, widths=widths, blocks=2, out_channels=32).eval()
     net.load_state_dict(weights(arrays, "encoder.lidar.encoder."))
     features = arrays["in/voxel_features"].requires_grad_()
     visible = torch.ones(len(features), dtype=torch.bool)
     if "mask" in name:
-        visible = draw_voxel_mask(arrays["in/coors"], recorded_noise(arrays), 8, 0.8)
+        visible = draw_voxel_mask(arrays["in/coors"], recorded_noise(arrays), block=8, ratio=0.8)
     rows = visible.nonzero()[:, 0]
-    out = net(SparseTensor(features[rows], VoxelSet(arrays["in/coors"][rows], (41, 160, 160), 2)))
+    out = net(SparseTensor(features[rows], VoxelSet(arrays["in/coors"][rows], (41, 160, 160), batch_size=2)))
     assert_close_to_max(out.dense(), arrays["out/dense"], 1e-5)
     assert out.voxels.shape == tuple(arrays["out/out_spatial_shape"].tolist())
     active = {tuple(c) for c in arrays["out/out_active_indices"].tolist()}
@@ -67,7 +68,8 @@ def test_sparse_encoder_matches_the_original(name):
 def test_neck_matches_the_original():
     arrays, record = load("second3d_fpn_eval")
     widths, strides = record["config"]["backbone"]["out_channels"], record["config"]["backbone"]["layer_strides"]
-    backbone, neck = Second(32, widths, strides, 2).eval(), SecondFPN(widths, strides, 24).eval()
+    backbone = Second(in_channels=32, widths=widths, strides=strides, layers=2).eval()
+    neck = SecondFPN(widths, strides, channels=24).eval()
     backbone.load_state_dict(weights(arrays, "encoder.lidar.backbone."))
     neck.load_state_dict(weights(arrays, "encoder.lidar.neck."))
     x = arrays["in/x"].requires_grad_()
@@ -86,7 +88,8 @@ def test_neck_matches_the_original():
 
 
 def test_size_of_the_paper_model():
-    """Shapes of the voxel grid and of the mask, and number of parameters, of uvtr_lidar_vs0.075_pretrain."""
+    """Shapes of the voxel grid and of the mask, and the number of parameters, of the original's
+    uvtr_lidar_vs0.075_pretrain, whose sizes are the defaults of `LidarConfig`."""
     grid = config.Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(0.6, 0.6, 1.6))
     with torch.device("meta"):
         encoder = LidarEncoder(config.LidarConfig(), grid)
@@ -97,19 +100,19 @@ def test_size_of_the_paper_model():
 @pytest.mark.parametrize("ratio, kept", [(0.0, [5, 10, 0]), (0.8, [1, 2, 0]), (0.5, [2, 5, 0]), (0.25, [4, 8, 0])])
 def test_mask_hides_a_fraction_of_the_occupied_blocks(ratio, kept):
     """Samples with 5, 10 and no occupied blocks of up to 8 voxels; 1 - ratio of them are kept, rounded half to even."""
-    blocks = [torch.randperm(3 * 4 * 5)[:n] for n in (5, 10)]
+    occupied = [torch.randperm(3 * 4 * 5)[:n] for n in (5, 10)]  # indices into 3 x 4 x 5 blocks (z, y, x) of a sample
     coords = []
-    for b, cells in enumerate(blocks):
-        z, y, x = cells // 20, cells // 5 % 4, cells % 5
+    for b, index in enumerate(occupied):
+        z, y, x = index // (4 * 5), index // 5 % 4, index % 5
         for dz, dy, dx in torch.cartesian_prod(*[torch.arange(2)] * 3)[: 8 - b]:
             coords.append(torch.stack([torch.full_like(z, b), z * 2 + dz, y * 2 + dy, x * 2 + dx], dim=1))
     coords = torch.cat(coords).int()
     coords = coords[torch.randperm(len(coords))]
-    noise = torch.rand(3, 3, 4, 5)
-    visible = draw_voxel_mask(coords, noise, 2, ratio)
+    noise = torch.rand(3, 3, 4, 5)  # of 3 samples
+    visible = draw_voxel_mask(coords, noise, block=2, ratio=ratio)
     block = coords.clone()
     block[:, 1:] //= 2
-    visible_blocks, masked_blocks = ({tuple(c) for c in block[m].tolist()} for m in (visible, ~visible))
+    visible_blocks, masked_blocks = ({tuple(c) for c in block[rows].tolist()} for rows in (visible, ~visible))
     assert not visible_blocks & masked_blocks
     assert [sum(c[0] == b for c in visible_blocks) for b in range(3)] == kept
     for b in range(2):  # blocks with the smallest noise are visible
@@ -167,7 +170,8 @@ def test_volume_fits_the_grid_and_every_parameter_gets_a_gradient():
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
 def test_evaluation_without_gradients_is_fused(precision):
-    """Convolution, norm and ReLU are one op, with the same results as three, also after the norms have changed."""
+    """Convolution, norm and ReLU are one op, with the same results as three, also after a change of the norms, whose
+    scale and shift are cached."""
     encoder = make_encoder(blocks=2).eval()
     features, voxels = (x := sparse_part(encoder, *cloud())[0]).features, x.voxels
     net, cast = encoder.encoder, torch.autocast("cpu", precision, enabled=precision != torch.float32)
@@ -209,15 +213,15 @@ def test_masked_blocks_are_not_encoded():
     noise = noise_of(encoder, 1)
     size = torch.tensor(TINY.cell) * TINY.mask_block
     x, y, z = ((points[:, :3] - torch.tensor(GRID.low)) / size).long().unbind(1)
-    block = torch.stack([torch.zeros_like(z), z, y, x], dim=1)
-    visible = draw_voxel_mask(block.int(), noise, 1, TINY.mask_ratio)
+    block_of_point = torch.stack([torch.zeros_like(z), z, y, x], dim=1)
+    visible = draw_voxel_mask(block_of_point.int(), noise, block=1, ratio=TINY.mask_ratio)  # of points
     assert 0 < visible.sum() < len(points)
-    moved = points.clone()
-    moved[~visible, 3] += 1  # their voxels stay the same, their features do not
+    brighter = points.clone()
+    brighter[~visible, 3] += 1  # intensity: their voxels stay the same, their features do not
     volume = encoder(points, counts, noise)[0]
-    assert torch.equal(encoder(moved, counts, noise)[0], volume)
+    assert torch.equal(encoder(brighter, counts, noise)[0], volume)
     assert_close_to_max(encoder(points[visible], visible.sum()[None])[0], volume, 1e-5)
-    assert not torch.equal(encoder(moved, counts)[0], encoder(points, counts)[0])
+    assert not torch.equal(encoder(brighter, counts)[0], encoder(points, counts)[0])  # without a mask
 
 
 def test_mask_of_ratio_zero_changes_nothing():
@@ -260,6 +264,7 @@ def test_a_batch_without_points_works():
 
 
 def test_max_voxels_differs_between_training_and_evaluation():
+    """Both of the two samples have more voxels than that."""
     encoder = make_encoder(max_voxels=(7, 40))
     assert len(sparse_part(encoder, *cloud())[0].voxels) == 2 * 7
     assert len(sparse_part(encoder.eval(), *cloud())[0].voxels) == 2 * 40
@@ -291,7 +296,7 @@ def test_runs_are_bit_equal():
 
 
 def test_a_step_only_waits_for_sizes(monkeypatch, device):
-    """The kernels are run, except those of modules whose results determine no size."""
+    """On a CPU in the interpreter; kernels whose results determine no size are not run, to save time."""
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
     monkeypatch.setattr(backend, "interpret", device == "cpu")
     encoder = LidarEncoder(TINY, GRID).to(device)

@@ -10,14 +10,14 @@ from unipad.model.norm import SyncedBatchNorm
 
 
 def batch(dtype):
-    """Four samples whose mean is far from 0, and an upstream gradient."""
+    """Four samples, whose mean is far from 0, and the gradient of the loss w.r.t. the output."""
     gen = torch.Generator().manual_seed(0)
     x = torch.randn(4, 3, 2, 3, 5, generator=gen, dtype=torch.float64) * 2 + 30
     return x.to(dtype), torch.randn(x.shape, generator=gen, dtype=torch.float64).to(dtype)
 
 
 def norm_step(norm, x, d_out):
-    """One training step of `norm`: its output, gradients and buffers."""
+    """The output, gradients and buffers of `norm`, with fixed random weights, after one forward and backward pass."""
     nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(1))
     x = x.clone().requires_grad_()
     out = norm(x)
@@ -39,7 +39,7 @@ def norm_step(norm, x, d_out):
     ],
 )
 def test_one_process_is_accurate_to_fp32(shape, memory_format):
-    """Compared with fp64. PyTorch's batch norm sums rows one by one in fp32, with errors of 1e-5."""
+    """Compared with PyTorch's batch norm in fp64; in fp32 it sums rows one by one on a CPU, with errors of 1e-5."""
     settings = dict(eps=1e-3, momentum=0.01)
     ours, exact = SyncedBatchNorm(3, **settings), nn.modules.batchnorm._BatchNorm(3, **settings).double()
     exact._check_input_dim = lambda x: None  # any number of dimensions
@@ -92,7 +92,7 @@ def test_two_processes_match_one(tmp_path):
         for name in ("out", "d_x"):
             assert a[name].dtype == dtype
             golden.assert_close_to_max(torch.cat([a[name], b[name]]), whole[name], rel, name)
-        for name in ("d_weight", "d_bias"):  # per process: DistributedDataParallel would add them up
+        for name in ("d_weight", "d_bias"):  # of each process's samples, as DistributedDataParallel expects
             golden.assert_close_to_max(a[name] + b[name], whole[name], rel, name)
         for name in ("mean", "var", "steps"):
             assert torch.equal(a[name], b[name])

@@ -62,7 +62,7 @@ def test_frames_are_the_keyframes_of_the_split_sorted_by_time(nusc, dataset):
         nusc.get("scene", nusc.get("sample", dataset[i].token)["scene_token"])["name"] for i in range(len(dataset))
     }
     assert stamps == sorted(stamps)
-    assert names <= {"scene-0103", "scene-0916"}
+    assert names <= {"scene-0103", "scene-0916"}  # the scenes of mini_val
     assert len(dataset) == sum(s["nbr_samples"] for s in nusc.scene if s["name"] in names)
 
 
@@ -77,7 +77,7 @@ def test_boxes_match_the_devkit(nusc, dataset):
         for ours, theirs, label in zip(boxes_of(sample), expected, sample.labels, strict=True):
             np.testing.assert_allclose(ours.center, theirs.center, atol=1e-4)
             np.testing.assert_allclose(ours.wlh, theirs.wlh, atol=1e-5)
-            heading = theirs.orientation.rotation_matrix[:2, 0]
+            heading = theirs.orientation.rotation_matrix[:2, 0]  # ours have yaw only
             np.testing.assert_allclose(
                 ours.orientation.rotation_matrix[:2, 0], heading / np.linalg.norm(heading), atol=1e-5
             )
@@ -85,7 +85,7 @@ def test_boxes_match_the_devkit(nusc, dataset):
 
 
 def test_velocity_moves_a_box_to_its_next_keyframe(nusc, dataset):
-    """At the first keyframe: the velocity in the global frame times dt is the displacement to the next annotation."""
+    """At the first keyframe of a scene, where velocities are differences to the next one; later, between neighbors."""
     sample = dataset[0]
     record = nusc.get("sample_data", nusc.get("sample", sample.token)["data"]["LIDAR_TOP"])
     ego = nusc.get("ego_pose", record["ego_pose_token"])
@@ -106,6 +106,7 @@ def test_boxes_contain_at_least_90_percent_of_num_lidar_pts(nusc, dataset):
     sample = dataset[0]
     keyframe = sample.points[sample.points[:, 4] == 0]
     for box, annotation in zip(boxes_of(sample), annotations_of(nusc, sample), strict=True):
+        # 15 % larger, for points on its surface
         inside = points_in_box(box, keyframe[:, :3].T, wlh_factor=1.15).sum()
         assert inside >= 0.9 * annotation["num_lidar_pts"]
 
@@ -141,7 +142,7 @@ def test_lidar_points_project_as_in_the_devkit(nusc, city):
         w, h = image.size
         (u, v), margin = pixels, 1  # pixel, as in the devkit
         inside = (d > 1) & (u > margin) & (u < w - margin) & (v > margin) & (v < h - margin)
-        if inside.sum() == len(depths):  # rounding may move a point over the margin
+        if inside.sum() == len(depths):  # else rounding moved a point over the margin: the points cannot be paired
             np.testing.assert_allclose(pixels[:, inside], expected[:2], atol=0.02)
             np.testing.assert_allclose(d[inside], depths, atol=1e-3)
             compared += inside.sum() > 0
@@ -180,8 +181,8 @@ def test_sweeps_match_the_devkit(nusc, city, sweeps):
         sample = dataset[i]
         record = nusc.get("sample", sample.token)
         expected, lags = LidarPointCloud.from_file_multisweep(nusc, record, "LIDAR_TOP", "LIDAR_TOP", sweeps)
-        on_the_car = (sample.points[:, 4] == 0) & (np.abs(sample.points[:, :2]) < 1).all(axis=1)
-        points = sample.points[~on_the_car]
+        on_the_ego_vehicle = (sample.points[:, 4] == 0) & (np.abs(sample.points[:, :2]) < 1).all(axis=1)
+        points = sample.points[~on_the_ego_vehicle]
         np.testing.assert_allclose(points[:, :4], expected.points.T, atol=1e-3)
         np.testing.assert_allclose(points[:, 4], lags[0], atol=1e-6)
     keyframe = LidarPointCloud.from_file(nusc.get_sample_data_path(record["data"]["LIDAR_TOP"]))
@@ -241,6 +242,8 @@ def test_points_outside_the_range_are_left_out(city):
 
 
 def test_label_fraction_keeps_every_kth_frame(city):
+    """A fraction 1/k; others are rejected."""
+
     def tokens(fraction):
         dataset = NuScenesDataset(city, VERSION, "mini_train", Data(), fraction)
         return [dataset[i].token for i in range(len(dataset))]
@@ -254,8 +257,9 @@ def test_label_fraction_keeps_every_kth_frame(city):
 
 @pytest.fixture
 def uneven(city):
-    """Twelve frames: cars in all, a bus in the last six, pedestrians in every fourth, no box in the first."""
+    """Twelve frames: no box in the first, cars in all others, a bus in the last six, pedestrians in every fourth."""
     dataset = NuScenesDataset(city, VERSION, "mini_train", Data())
+    # classes: 0 car, 3 bus, 8 pedestrian
     per_frame = [[0, 0] + [3] * (f >= 6) + [8, 8] * (f % 4 == 3) if f else [] for f in range(12)]
     labels = np.array(sum(per_frame, []))
     offsets = np.cumsum([0] + [len(frame) for frame in per_frame])
@@ -278,8 +282,8 @@ def test_balanced_frames_have_each_class_equally_often(uneven):
 
 def test_balanced_frames_are_drawn_from_the_frames_in_use(uneven):
     uneven.frames = uneven.frames[::4]  # 0 without boxes, 4 with cars, 8 with cars and a bus
-    cars, bus = uneven.balanced(seed=0).frames
-    assert cars in (4, 8) and bus == 8
+    with_cars, with_bus = uneven.balanced(seed=0).frames  # (2 + 1) // 2 frames for each of the two classes
+    assert with_cars in (4, 8) and with_bus == 8
 
 
 def test_balancing_without_boxes_is_a_user_error(uneven):
@@ -379,14 +383,14 @@ def test_an_image_of_a_huge_size_is_rejected_before_decoding(copy, monkeypatch):
     dataset = NuScenesDataset(copy, VERSION, "mini_val", Data())
     path = first_file(copy, dataset, "image")
     content = bytearray(path.read_bytes())
-    start = content.index(b"\xff\xc0") + 5  # height and width in a JPEG's frame header
+    start = content.index(b"\xff\xc0") + 5  # height and width (2 bytes each) in a JPEG's frame header
     content[start : start + 4] = (30_000).to_bytes(2, "big") * 2
     path.write_bytes(content)
     decoded, decode = [], cv2.imdecode
     monkeypatch.setattr(cv2, "imdecode", lambda *a: decoded.append(decode(*a)) or decoded[-1])
     with pytest.raises(BadFrame, match="is 30000 x 30000, neither"):
         dataset[0]
-    assert max((image.size for image in decoded), default=0) <= 3 * 72 * 128
+    assert max((image.size for image in decoded), default=0) <= 3 * 72 * 128  # no more than an image of the city
 
 
 def test_a_broken_sweep_affects_only_the_frames_that_use_it(copy):

@@ -12,9 +12,10 @@ from unipad.recipes import PRETRAIN
 
 
 def test_cosine_by_hand():
-    """A linear warm-up from 1/3 to 1, times a half cosine from 1 to 0.1 over all steps; factors of the peak rate."""
+    """A linear warm-up from 1/3 to 1, times a half cosine from 1 to 0.1 over all 100 steps; factors of the peak rate.
+    The momentum is constant."""
     cfg = Optim(start=1 / 3, final=0.1, warmup_steps=10)
-    cosine = {0: 1.0, 50: 0.55, 100: 0.1}
+    cosine = {0: 1.0, 50: 0.55, 100: 0.1}  # step -> factor
     assert lr_at(cfg, 0, 100) == pytest.approx(1 / 3)
     assert lr_at(cfg, 50, 100) == pytest.approx(cosine[50])
     assert lr_at(replace(cfg, warmup_steps=75), 50, 100) == pytest.approx(cosine[50] * (1 / 3 + 2 / 3 * 50 / 75))
@@ -42,7 +43,7 @@ def test_backbone_encoders_and_the_rest_have_separate_learning_rates():
     with torch.device("meta"):
         net = Pretrain(replace(recipe, camera=replace(recipe.camera, frozen_stages=1)))
     optimizer = make_optimizer(net, cfg)
-    set_rates(optimizer, cfg, 0, 100)
+    set_rates(optimizer, cfg, step=0, steps=100)
     rate = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
     for name, p in net.named_parameters():
         if not p.requires_grad:

@@ -1,4 +1,4 @@
-"""What `pip install` installs, according to pyproject.toml, without a network."""
+"""pyproject.toml: what the wheel contains, which dependencies it declares, and the version of ruff."""
 
 import ast
 import re
@@ -17,7 +17,7 @@ SCRIPTS = ["train.py", "finetune.py", "eval.py"]
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """Names of the files in the wheel."""
+    """Names of the files in the wheel, which is built without a network."""
     folder = tmp_path_factory.mktemp("wheel")
     # links, since a build writes next to its sources
     for name in ("pyproject.toml", "README.md", "LICENSE", "unipad", "kernels"):
@@ -40,6 +40,7 @@ def test_wheel_has_every_module(installed):
 
 
 def test_every_import_is_declared():
+    # in the part before the optional dependencies, one per line
     declared = {name.lower() for name in re.findall(r'^    "([\w-]+)', PROJECT.split("[project.optional")[0], re.M)}
     optional = {"triton", "skimage"}  # GPU builds of torch depend on Triton, CPUs do not need it; skimage: extra `mesh`
     files = [*REPO.glob("unipad/**/*.py"), *REPO.glob("kernels/*.py"), *(REPO / name for name in SCRIPTS)]

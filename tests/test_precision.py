@@ -12,7 +12,8 @@ VOLTA, TURING, AMPERE = (7, 0), (7, 5), (8, 0)  # compute capabilities
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A function that simulates a GPU of a given compute capability; autocast and GradScaler return their arguments."""
+    """A function that simulates a GPU of a given compute capability, always called Tesla T4; autocast and GradScaler
+    return their arguments."""
 
     def pretend(capability):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -35,6 +36,7 @@ def gpu(monkeypatch):
     ],
 )
 def test_precision_of_a_gpu(capability, precision, dtype, scaled, gpu):
+    """dtype: of autocast, which is off for fp32; scaled: whether gradients are scaled."""
     gpu(capability)
     assert mixed_precision(precision, GPU) == (("cuda", dtype, dtype != torch.float32), scaled)
 

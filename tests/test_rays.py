@@ -59,8 +59,8 @@ def point_cloud(count, seed=0):
 def test_rays_match_the_original():
     arrays, meta = load("sample_rays_default")
     cfg = RayChoice(per_view=64, near_radius=3.0, far_radius=100.0)
-    scale = 1 / max(map(abs, meta["pc_range"]))
-    lidar2image, lidar2camera = arrays["in/lidar2img"][:, :, 0], arrays["in/lidar2cam"][:, :, 0]
+    scale = 1 / max(map(abs, meta["pc_range"]))  # the record's lengths are meters * scale
+    lidar2image, lidar2camera = arrays["in/lidar2img"][:, :, 0], arrays["in/lidar2cam"][:, :, 0]  # of one frame
     batch = replace(
         make_batch([[], []]),
         images=arrays["in/raw_image_uint8"].float() / 255,
@@ -69,7 +69,8 @@ def test_rays_match_the_original():
         lidar2camera=lidar2camera,
     )
     H, W = batch.images.shape[-2:]
-    drawn = iter(arrays[f"in/choice_{i}"] for i in range(24))
+    # what the original drew: for each of 2 x 6 views, indices of LiDAR points, then of pixels
+    drawn = iter(arrays[f"in/choice_{i}"] for i in range(2 * 6 * 2))
     for b in range(2):
         points = arrays[f"in/points_{b}"][:, :3]
         radius = points[:, :2].norm(dim=1)
@@ -92,8 +93,8 @@ def test_rays_match_the_original():
 
 
 def test_a_ray_to_a_point_on_the_optical_axis():
-    """5 m ahead of the camera of view 0, which is at y = 1, on its optical axis."""
-    rays = lidar_rays(make_batch([[0.0, 6.0, 2.0]]), ALL_RADII, 1, generators(0))
+    """The point is 5 m ahead of the camera of view 0, which is at y = 1."""
+    rays = lidar_rays(make_batch([[0.0, 6.0, 2.0]]), ALL_RADII, per_view=1, generators=generators(0))
     torch.testing.assert_close(rays.origins, torch.tensor([[0.0, 1.0, 2.0]]).expand(2, 3))
     torch.testing.assert_close(rays.directions[0], torch.tensor([0.0, 1.0, 0.0]))
     assert rays.depth.tolist() == [5.0, -1.0]  # view 1 looks the other way
@@ -101,8 +102,8 @@ def test_a_ray_to_a_point_on_the_optical_axis():
 
 
 def test_depth_is_the_distance_along_the_ray():
-    """3 m to the right and 4 m ahead of view 0: 5 m away. The color is that of (16 + 10 * 3 / 4, 8), truncated."""
-    rays = lidar_rays(make_batch([[3.0, 5.0, 2.0]]), ALL_RADII, 1, generators(0))
+    """A point 3 m to the right and 4 m ahead of view 0 is 5 m away. Its pixel is (16 + 10 * 3 / 4, 8), truncated."""
+    rays = lidar_rays(make_batch([[3.0, 5.0, 2.0]]), ALL_RADII, per_view=1, generators=generators(0))
     torch.testing.assert_close(rays.depth[0], torch.tensor(5.0))
     torch.testing.assert_close(rays.directions[0], torch.tensor([0.6, 0.8, 0.0]))
     torch.testing.assert_close(rays.rgb[0], torch.tensor([23 / 32, 8 / 16, 0.0]))
@@ -118,7 +119,7 @@ def test_depth_is_the_distance_along_the_ray():
         ((28.75, 10.75), 1.0, True),
         ((1.0, 11.0), 1.0, False),  # height 12
         ((1.0, 1.0), -1.0, False),  # behind the camera
-        ((16.0, 8.0), 0.0, False),  # at the center of the camera
+        ((16.0, 8.0), 0.0, False),  # at the camera itself
     ],
 )
 def test_only_points_strictly_inside_the_unpadded_image_are_visible(pixel, depth, visible):
@@ -169,11 +170,12 @@ def test_every_point_is_drawn_equally_often():
     rays = choose_rays(batch, replace(ALL_RADII, per_view=3), generators(*range(600)))
     drawn = (rays.origins + rays.directions * rays.depth[:, None])[:, 0]  # x
     counts = (drawn[:, None] - points[:, 0]).abs().lt(1e-3).sum(0)
-    assert counts.sum() == 1800 and (counts - 300).abs().max() < 5 * 12
+    assert counts.sum() == 600 * 3 and (counts - 300).abs().max() < 5 * 12
 
 
 @pytest.mark.parametrize("points", [[], [[0.0, 6.0, 2.0]]], ids=["no points", "one, in the other view"])
 def test_a_view_without_points_casts_pixels(points):
+    """View 1, whose rays are the last eight."""
     rays = choose_rays(make_batch([points]), ALL_RADII, generators(0))
     assert len(rays) == 16 and (rays.depth[8:] == -1).all()
     torch.testing.assert_close(rays.directions.norm(dim=1), torch.ones(16))
@@ -218,8 +220,9 @@ def test_nothing_waits_for_the_gpu(strategy):
     fake = replace(batch, **{name: mode.from_tensor(getattr(batch, name)) for name in names})
     with mode:
         choose_rays(fake, replace(ALL_RADII, strategy=strategy), generators(0, 1))
-        rays = lidar_rays(fake, ALL_RADII, 8, generators(0, 1))
-        assert rays.directions.shape == (32, 3)
+        rays = lidar_rays(fake, ALL_RADII, per_view=8, generators=generators(0, 1))
+        assert rays.directions.shape == (2 * 2 * 8, 3)  # samples * views * per_view
+        # a wait would have been noticed
         with pytest.raises(DataDependentOutputException):
             rays.depth.max().item()
 
@@ -235,7 +238,8 @@ def test_random_pixels_cover_the_unpadded_image():
 def test_dilation_takes_every_pixel_of_its_grid():
     cfg = replace(ALL_RADII, strategy="dilation", dilation=5)
     rays = choose_rays(make_batch([[]], views=1), cfg, generators(0))
-    assert len(rays) == 4 * 7  # grid of the padded 16 x 32 image; 3 x 6 of its pixels lie in the unpadded one
+    # 4 x 7 pixels of the padded 16 x 32 image, of which 3 x 6 lie in the unpadded one: some of these are repeated
+    assert len(rays) == 4 * 7
     pixels = {(round(u * 32), round(v * 16)) for u, v, _ in rays.rgb.tolist()}
     assert pixels == {(u, v) for u in range(0, 30, 5) for v in range(0, 12, 5)}
 
@@ -252,28 +256,31 @@ def test_pixels_get_the_depth_of_the_nearest_point_in_them():
 
 def test_lidar_rays_all_have_depth():
     batch = make_batch([point_cloud(30)])
-    rays = lidar_rays(batch, ALL_RADII, 50, generators(0))
+    rays = lidar_rays(batch, ALL_RADII, per_view=50, generators=generators(0))
     assert len(rays) == 100 and (rays.depth > 0).all()
     ends = rays.origins + rays.directions * rays.depth[:, None]
     assert (ends[:, None] - batch.points[:, :3]).norm(dim=-1).amin(1).max() < 1e-4
 
 
 def test_lidar_rays_of_an_empty_sample_have_no_depth():
-    rays = lidar_rays(make_batch([[], [[0.0, 6.0, 2.0]]]), ALL_RADII, 4, generators(0, 1))
+    """Nor have those of view 1 of the other sample, whose point is in view 0."""
+    batch = make_batch([[], [[0.0, 6.0, 2.0]]])
+    rays = lidar_rays(batch, ALL_RADII, per_view=4, generators=generators(0, 1))
     assert rays.depth.tolist() == [-1.0] * 8 + [5.0] * 4 + [-1.0] * 4
     assert rays.directions.isfinite().all()
 
 
 def test_pixel_rays_lie_on_the_grid():
     batch = make_batch([[], []])
-    rays = pixel_rays(batch, 1, 5)
-    assert len(rays) == 2 * 3 * 6
+    rays = pixel_rays(batch, sample=1, stride=5)
+    assert len(rays) == 2 * 3 * 6  # views * rows * columns
     assert (rays.depth == -1).all() and (rays.volume_idx == 1).all()
     rgb = rays.rgb.view(2, 3, 6, 3)
-    # view 1, row 2 * 5 and column 3 * 5
+    # view 1, row 2 * 5 and column 3 * 5; the color's last entry is the view
     torch.testing.assert_close(rgb[1, 2, 3], torch.tensor([15 / 32, 10 / 16, 1.0]))
     projected, _ = project_points(rays.origins + 7 * rays.directions, batch.lidar2image[1], batch.image_sizes[1])
-    torch.testing.assert_close(projected.view(2, 2, 3, 6, 3)[1, 1, 2, 3, :2], torch.tensor([15.0, 10.0]))
+    projected = projected.view(2, 2, 3, 6, 3)  # into each view, of the rays of each view
+    torch.testing.assert_close(projected[1, 1, 2, 3, :2], torch.tensor([15.0, 10.0]))
 
 
 def test_unknown_strategy_is_rejected():
@@ -285,16 +292,15 @@ def test_without_cameras_rays_go_from_the_lidar_to_the_keyframes_points():
     points = torch.tensor([
         [6.0, 0, 8, 0, 0],  # radius 6, distance 10
         [0, 5, 0, 0, 0.05],  # lag > 0: from an earlier sweep
-        [2, 0, 0, 0, 0],  # within near_radius
+        [2, 0, 0, 0, 0],  # nearer than near_radius
         [0, -4, 3, 0, 0],  # radius 4, distance 5
     ])  # fmt: skip
     batch = replace(make_batch([[], []]), points=points, point_counts=torch.tensor([4, 0]))
     batch = replace(batch, images=batch.images[:, :0])
     cfg = RayChoice(per_view=3, lidar_per_view=3, near_radius=3.0, far_radius=50.0)
-    generators = [torch.Generator().manual_seed(b) for b in range(2)]
-    rays = choose_rays(batch, cfg, generators)
-    assert len(rays) == 2 * 6 * 3 and not rays.origins.any()  # samples * 6 * per_view
+    rays = choose_rays(batch, cfg, generators(0, 1))
+    assert len(rays) == 2 * 6 * 3 and not rays.origins.any()  # samples * 6 (as nuScenes' cameras) * per_view
     full, empty = rays[rays.volume_idx == 0], rays[rays.volume_idx == 1]
     ends = (full.directions * full.depth[:, None]).round(decimals=4)
     assert {tuple(e) for e in ends.tolist()} == {(6, 0, 8), (0, -4, 3)}
-    assert (empty.depth == -1).all() and torch.allclose(empty.directions.norm(dim=1), torch.ones(18))
+    assert (empty.depth == -1).all() and torch.allclose(empty.directions.norm(dim=1), torch.ones(6 * 3))

@@ -1,4 +1,4 @@
-"""The README's commands run, at small sizes."""
+"""The README's commands run at small sizes, its file list is complete, frozen encoders are given weights."""
 
 import re
 import shlex
@@ -14,12 +14,13 @@ from unipad import cli
 from unipad.errors import UserError
 
 README = (REPO / "README.md").read_text()
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)  # not ```sh, whose commands need a cluster, a GPU or files
+# Not ```sh: commands that need the network, downloaded weights or a cluster
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.strip().splitlines()]
 
 QUICK = "--device cpu --preset tiny --steps 2 --val-every 2 --save-every 9 --workers 0"
 FEW_RAYS = "--rays.per-view 8 --val-samples 1 --picture-stride 16 --render.samples 12 --render.importance 4"
-# Replacements that make the README's commands small: sizes, folders, launchers
+# Regular expression -> replacement, applied in this order: smaller sizes, folders and weights that the test has
 SMALLER = [
     (r"^pip install .* && ", ""),
     (r"^python ", "{python} "),
@@ -30,6 +31,7 @@ SMALLER = [
     (r"--data-root /data/nuscenes --version v1.0-trainval", "--data-root data/synthetic"),
     (r"--init convnext.pt", "--init outputs/train-camera"),
     (r"(train\.py --modality.*)$", rf"\1 {QUICK} {FEW_RAYS}"),
+    # the last --preset would count, but the encoder of QUICK's "tiny" is not that of segmentation
     (r"--preset segment(?:-tiny)?(.*) --preset tiny", r"--preset segment-tiny\1"),
     (r"(finetune\.py .*)$", rf"\1 {QUICK}"),
     (r"(eval\.py .*)$", r"\1 --device cpu --workers 0"),
@@ -57,14 +59,15 @@ def test_command_runs(command, city, tmp_path):
         command = re.sub(pattern, smaller, command)
     command = command.format(python=sys.executable)
     prerequisites = {"train": (train, FEW_RAYS.split()), "finetune": (finetune, [])}
-    for name, modality in re.findall(r"outputs/(train|finetune)-(\w+)", command):  # runs that the command needs
+    # runs that the command needs; kind: a modality or "segment"
+    for name, kind in re.findall(r"outputs/(train|finetune)-(\w+)", command):
         script, flags = prerequisites[name]
-        recipe_flags = ["--modality", modality]
-        if modality == "segment":
+        recipe_flags = ["--modality", kind]
+        if kind == "segment":
             recipe_flags = (
                 ["--modality", "lidar", "--preset", "segment-tiny"] if script is train else ["--task", "segment"]
             )
-        out = tmp_path / f"outputs/{name}-{modality}" / "run"
+        out = tmp_path / f"outputs/{name}-{kind}" / "run"
         one_step = "--preset tiny --device cpu --workers 0 --steps 1 --val-every 0".split()
         flags = [*one_step, "--data-root", city, *flags]
         script.main(script.parse([*flags, *recipe_flags, "--out", out]))
@@ -76,7 +79,7 @@ def test_command_runs(command, city, tmp_path):
         assert list(tmp_path.glob("outputs/train-*/*/images/val_000002.png"))
 
 
-def test_the_files_section_names_every_script_folder_kernel_and_page():
+def test_the_files_section_names_every_script_subpackage_kernel_file_and_page():
     files = README.split("## Files")[1]
     for path in [*REPO.glob("*.py"), *REPO.glob("unipad/*/"), *REPO.glob("kernels/*.py"), *REPO.glob("docs/*.md")]:
         if path.name not in ("__init__.py", "__pycache__"):
@@ -93,8 +96,9 @@ def paper_commands():
 
 
 def test_paper_commands_start_frozen_stages_from_trained_weights():
+    """Each command whose recipe freezes camera stages has --init or --pretrained."""
     commands = paper_commands()
-    assert len(commands) >= 29
+    assert len(commands) >= 29  # 4 of the README and 25 rows of docs/recipes.md
     for command in commands:
         _, script, *flags = shlex.split(command)
         script, flag = {"train.py": (train, "--init"), "finetune.py": (finetune, "--pretrained")}[script]

@@ -1,4 +1,4 @@
-"""The renderer compared with records of the original, with a double backward in plain PyTorch, and by hand."""
+"""The renderer compared with records of the original, a double backward in plain PyTorch, and values by hand."""
 
 from dataclasses import replace
 
@@ -22,22 +22,26 @@ from unipad.model.volume import ConvNormReLU3d
 
 FIELD = "pts_bbox_head.render_model.field."
 RECORDED_GRID = Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(5.4, 6.0, 1.6))
-ALL_LOSSES = dict(free_space_weight=1.0, sdf_weight=10.0, eikonal_weight=0.01)
+# With `rgb` and `depth`, on by default, all losses of the records; `points` is off
+RECORDED_LOSSES = dict(free_space_weight=1.0, sdf_weight=10.0, eikonal_weight=0.01)
 SMALL_GRID = Grid(low=(-8.0, -8.0, -2.0), high=(8.0, 8.0, 2.0), cell=(2.0, 2.0, 1.0))
-SMALL = Render(samples=12, importance=6, channels=8, truncation=1.5, **ALL_LOSSES)
+SMALL = Render(samples=12, importance=6, channels=8, truncation=1.5, **RECORDED_LOSSES)
 
 
-def recorded_rays(record, sample=""):
-    """Rays and targets of a record, converted to meters. sample: suffix of the array names, such as "_1"."""
+def recorded_rays(record, suffix=""):
+    """Rays and targets of a record, converted from scaled meters. suffix: "_1" for the arrays of batch sample 1."""
     unscale = 1 / RECORDED_GRID.scale
-    names = ("ray_o", "ray_d", "target_depth", "target_rgb") if not sample else ("ray_o", "ray_d", "depth", "rgb")
-    origins, directions, depth, rgb = (record[f"in/{name}{sample}"] for name in names)
-    idx = torch.full((len(depth),), int(sample[1:] or 0), dtype=torch.int32)
+    names = ("ray_o", "ray_d", "target_depth", "target_rgb") if not suffix else ("ray_o", "ray_d", "depth", "rgb")
+    origins, directions, depth, rgb = (record[f"in/{name}{suffix}"] for name in names)
+    idx = torch.full((len(depth),), int(suffix[1:] or 0), dtype=torch.int32)
     return Rays(origins * unscale, directions, depth[:, 0] * unscale, rgb, idx)
 
 
 def random_scene(B=2, per_sample=(9, 14), channels=8, grid=SMALL_GRID, dtype=torch.float32):
-    """A random volume and rays that start near its center, of all samples in random order, 30 % without depth."""
+    """A random volume and rays that start near its center, some 30 % of them without depth.
+
+    per_sample: number of rays of each batch sample; the rays of all samples are shuffled.
+    """
     X, Y, Z = grid.shape
     volume = torch.randn(B, channels, Z, Y, X, dtype=dtype)
     idx = torch.cat([torch.full((n,), b) for b, n in enumerate(per_sample)]).int()
@@ -75,6 +79,7 @@ def test_field_equals_the_original():
     with torch.no_grad():
         assert_close_to_max(field.sdf(*inputs, idx), record["out/sdf"][..., 0], 1e-5, "sdf alone, without gradients")
 
+    # in/w_*: the upstream gradients
     sum((value * record[f"in/w_{name}"]).sum() for name, value in out.items()).backward()
     assert_close_to_max(volume.grad, record["grad/feature_volume"], 1e-4, "volume")
     for name, expected in weights(record, "renderer.field.", "grad/").items():
@@ -82,14 +87,14 @@ def test_field_equals_the_original():
 
 
 @pytest.mark.parametrize(
-    "name, cfg, weights_rel",
+    "name, cfg, weights_tolerance",
     [
-        ("render_neus_eval", Render(**ALL_LOSSES), 5e-3),
-        ("render_volsdf_eval", Render(method="volsdf", samples=16, importance=48, search=64, **ALL_LOSSES), 2e-2),
+        ("render_neus_eval", Render(**RECORDED_LOSSES), 5e-3),
+        ("render_volsdf_eval", Render(method="volsdf", samples=16, importance=48, search=64, **RECORDED_LOSSES), 2e-2),
     ],
 )
-def test_rendering_equals_the_original(name, cfg, weights_rel):
-    """Outputs, every loss with two truncations, and all gradients."""
+def test_rendering_equals_the_original(name, cfg, weights_tolerance):
+    """Outputs, every recorded loss with two truncations, and all gradients."""
     record, meta = load(name)
     renderer = Renderer(replace(cfg, truncation=1.5), RECORDED_GRID).eval()
     renderer.field.load_state_dict(weights(record, "renderer.field."))
@@ -104,13 +109,13 @@ def test_rendering_equals_the_original(name, cfg, weights_rel):
     assert_close_to_max(out.sdf, record["out/sdf"][..., 0], 1e-3, "sdf")
     assert_close_to_max(out.gradient, record["out/gradients"], 1e-3, "gradient")
     # rounding shifts weight between samples that nearly coincide: see fp32_noise_floor in the record's JSON file
-    assert_close_to_max(out.weights, record["out/weights"][..., 0], weights_rel, "weights")
+    assert_close_to_max(out.weights, record["out/weights"][..., 0], weights_tolerance, "weights")
 
     losses = renderer.loss(out, rays)
     assert list(losses) == ["rgb", "depth", "free_space", "sdf", "eikonal"]
     for term, value in losses.items():
         assert_close_to_max(value, record[f"out/{term}_loss"], 1e-5, term)
-    narrow = Renderer(replace(cfg, truncation=0.1), RECORDED_GRID)
+    narrow = Renderer(replace(cfg, truncation=0.1), RECORDED_GRID)  # its weights do not matter: only `loss` is used
     for term, value in narrow.loss(out, rays).items():
         assert_close_to_max(value, record[f"out/trunc0.1_{term}_loss"], 1e-5, f"{term}, truncation 0.1")
 
@@ -133,11 +138,12 @@ def test_unisurf_places_samples_as_the_original():
     origins, directions = record["in/origins"], record["in/directions"]
     idx = torch.zeros(len(origins), dtype=torch.int32)
     near, far = record["in/nears"][:, 0], record["in/fars"][:, 0]
+
+    def sdf_at(starts):
+        return field.sdf(volume, origins[:, None] + directions[:, None] * starts[..., None], idx)
+
     with torch.no_grad():
-        edges = unisurf_edges(
-            cfg, lambda t: field.sdf(volume, origins[:, None] + directions[:, None] * t[..., None], idx),
-            near, far, [None] * 3, None,
-        )  # fmt: skip
+        edges = unisurf_edges(cfg, sdf_at, near, far, jitter=[None] * 3, beta=None)
     assert_close_to_max(edges[:, :-1], record["out/starts"][..., 0], 1e-4, "starts")
     assert_close_to_max(edges[:, 1:], record["out/ends"][..., 0], 1e-4, "ends")
     # where the SDF changes sign along a ray, samples are close together: 10 times closer than 24 uniform ones
@@ -145,7 +151,10 @@ def test_unisurf_places_samples_as_the_original():
 
 
 def test_training_step_of_the_render_head_equals_the_original():
-    """Lift from two levels, projection with batch statistics, two samples rendered with the recorded jitter."""
+    """Lift from two levels, projection with batch statistics, two batch samples rendered with the recorded jitter.
+
+    Losses, all gradients, and the running statistics afterwards; no optimizer step.
+    """
     record, _ = load("render_head_viewtrans_train")
     levels = [record[f"in/{kind}_{l}"].requires_grad_() for kind in ("feat", "depth_map") for l in (0, 1)]
     features = [f.permute(0, 1, 3, 4, 2) for f in levels[:2]]  # [B, N, h, w, C]
@@ -153,7 +162,8 @@ def test_training_step_of_the_render_head_equals_the_original():
     H, W = record["in/img_shape"][0, 0, :2].tolist()
     lidar2image = record["in/lidar2img"][:, :, 0]
     low, cell, shape = RECORDED_GRID.low, RECORDED_GRID.cell, RECORDED_GRID.shape
-    volume = lift(features, depths, lidar2image, low, cell, shape, (H, W), (0.0, 64.0)).permute(0, 4, 1, 2, 3)
+    volume = lift(features, depths, lidar2image, low, cell, shape, image_size=(H, W), depth_range=(0.0, 64.0))
+    volume = volume.permute(0, 4, 1, 2, 3)
     assert_close_to_max(volume, record["out/unified_volume"], 1e-5, "unified volume")
 
     head = torch.nn.ModuleDict({"project": ConvNormReLU3d(12, 32), "renderer": Renderer(Render(), RECORDED_GRID)})
@@ -162,6 +172,7 @@ def test_training_step_of_the_render_head_equals_the_original():
     assert_close_to_max(volume, record["out/render_volume"], 1e-5, "render volume")
     parts = [recorded_rays(record, f"_{b}") for b in range(2)]
     rays = Rays(*(torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])))
+    # [R, 2]: rand_0 and rand_1 are of batch sample 0 (stratified, importance), rand_2 and rand_3 of 1
     jitter = torch.cat([torch.cat([record[f"in/rand_{2 * b + i}"] for i in range(2)], dim=1) for b in range(2)])
     out = head["renderer"](volume, rays, jitter)
     for name, rel in (("rgb", 1e-4), ("depth", 1e-4), ("sdf", 5e-3), ("weights", 5e-3)):
@@ -179,11 +190,12 @@ def test_training_step_of_the_render_head_equals_the_original():
     for name, expected in weights(record, "", "grad/").items():
         if name != "project.0.bias":  # before a batch norm: 0 except for rounding
             assert_close_to_max(head.get_parameter(name).grad, expected, 5e-3, name)
-    for name, expected in weights(record, "", "out/after/").items():
+    for name, expected in weights(record, "", "out/after/").items():  # running mean and variance
         assert_close_to_max(head.state_dict()[name], expected, 1e-5, name)
 
 
 def test_rays_that_the_original_rejects_do_not_hit():
+    """Where the original fails an assertion since a ray misses the box, ours renders black at depth 0."""
     record, _ = load("render_collider")
     hits, misses = len(record["in/origins"]), len(record["in/miss_origins"])
     assert record["out/miss_assert_fired"].all()
@@ -192,7 +204,7 @@ def test_rays_that_the_original_rejects_do_not_hit():
     R = len(origins)
     rays = Rays(origins, directions, torch.full((R,), 5.0), torch.rand(R, 3), torch.zeros(R, dtype=torch.int32))
     renderer = Renderer(replace(SMALL, channels=4), RECORDED_GRID)
-    out = renderer(torch.randn(1, 4, 5, 18, 20), rays)
+    out = renderer(torch.randn(1, 4, *RECORDED_GRID.shape[::-1]), rays)
     assert out.hit.tolist() == [True] * hits + [False] * misses
     assert_close_to_max(out.starts[:hits, 0], record["out/nears"][:, 0], 1e-6, "near")
     assert (out.starts[:hits, -1] < record["out/fars"][:, 0] * (1 + 1e-6)).all()
@@ -223,14 +235,18 @@ def test_gradients_equal_double_backward(twice, monkeypatch):
         assert_close_to_max(value, expected[name], 1e-8, name)
 
 
-def test_gradient_is_the_derivative_of_the_distance():
-    """In fp64, compared with first-order autograd of only the distance; most of the points are outside the volume."""
+def test_sdf_gradient_is_the_derivative_of_the_distance():
+    """In fp64, compared with first-order autograd of only the distance; most of the points are outside the volume.
+
+    In scaled meters, the volume is 2 x 2 x 0.5 and the points are in a cube of side 2.2, both around the origin.
+    """
     field = Field(SMALL, SMALL_GRID).double()
     volume, _ = random_scene(dtype=torch.float64)
     volume = volume.permute(0, 2, 3, 4, 1).contiguous()
     points = (torch.rand(6, 20, 3, dtype=torch.float64) * 2.2 - 1.1).requires_grad_()
     idx = torch.arange(6).int() % 2
-    _, gradient, _ = field(volume, points, torch.zeros(6, 3, dtype=torch.float64), idx)
+    directions = torch.zeros(6, 3, dtype=torch.float64)  # only the color depends on them
+    _, gradient, _ = field(volume, points, directions, idx)
     (expected,) = torch.autograd.grad(field.sdf(volume, points, idx).sum(), points)
     assert_close_to_max(gradient, expected, 1e-12)
 
@@ -240,6 +256,7 @@ def test_rays_that_miss_do_not_count(method):
     cfg = replace(SMALL, method=method, search=16)
     volume, rays = random_scene(dtype=torch.float64)
     volume.requires_grad_()
+    # 30 m away, and all with a target depth: -1, for none, becomes 1
     misses = Rays(rays.origins[:3] + 30, rays.directions[:3], rays.depth[:3].abs(), rays.rgb[:3], rays.volume_idx[:3])
     both = Rays(*(torch.cat([a, b]) for a, b in zip(vars(misses).values(), vars(rays).values(), strict=True)))
     renderer = Renderer(cfg, SMALL_GRID).double()
@@ -268,8 +285,8 @@ def test_only_misses_and_no_rays_at_all():
 
 
 @pytest.mark.parametrize("method", ["neus", "unisurf"])
-def test_a_batch_is_the_mean_of_its_samples(method):
-    """Two samples with unequal numbers of rays. Not VolSDF: its sampler stops when all rays have converged."""
+def test_losses_of_a_batch_are_the_mean_of_those_of_its_samples(method):
+    """Two samples with unequal numbers of rays. Not VolSDF: how often it samples depends on all rays of the call."""
     volume, rays = random_scene()
     renderer = Renderer(replace(SMALL, method=method, search=16), SMALL_GRID)
     jitter = torch.rand(len(rays), renderer.jitters)
@@ -307,7 +324,7 @@ def test_losses_by_hand():
     )  # fmt: skip
     expected = {
         "rgb": 2 * (0.25 + 0.5 + 0.3) / 6,
-        "depth": 8 * (4 - 3) / 8,
+        "depth": 8.0 * (4 - 3) / 8,  # weight 8; 1 m is 1 / 8 unit
         "free_space": 0.05 / 2,  # starts 0.1 and 0.25 lie before 0.3: relu(0.2 - 0.3), relu(0.2 - 0.15)
         "sdf": (0.1 + 0.1) / 2,  # |0.4 + 0.2 - 0.5|, |0.6 - 0.2 - 0.5|
         "eikonal": (5 - 1) ** 2,
@@ -320,7 +337,8 @@ def test_losses_by_hand():
 
 
 def test_points_loss_is_the_mean_distance_at_lidar_points():
-    """The mean |SDF| at the points of each sample, averaged over samples; it has a gradient w.r.t. the volume."""
+    """The mean |SDF| at the points of each sample, averaged over samples; index -1: not used. Its gradient reaches the
+    volumes of both samples."""
     volume, rays = random_scene()
     volume.requires_grad_()
     renderer = Renderer(replace(SMALL, points_weight=1.0), SMALL_GRID)
@@ -362,23 +380,23 @@ def test_autocast_has_no_effect():
 
 @pytest.mark.parametrize("method", ["neus", "volsdf", "unisurf"])
 def test_kernels_render_what_the_references_render(method, device, monkeypatch):
-    """All ops run their kernels. In fp64, since rounding in fp32 may move samples."""
+    """In fp64, since rounding in fp32 may move samples. So the ops run one by one: the fused op has no fp64."""
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
     volume, rays = random_scene(per_sample=(2, 3), dtype=torch.float64)
     renderer = Renderer(replace(SMALL, method=method, search=16), SMALL_GRID).double()
     jitter = torch.rand(len(rays), renderer.jitters, dtype=torch.float64)
 
-    def step(device):
+    def render_and_backward(device):
         net, leaf = renderer.to(device), volume.detach().to(device).requires_grad_()
         device_rays = Rays(*(value.to(device) for value in vars(rays).values()))
         out = net(leaf, device_rays, jitter.to(device))
         losses = net.loss(out, device_rays)
         return {"rgb": out.rgb, "depth": out.depth, "starts": out.starts} | gradients(losses, net, leaf)
 
-    expected = step("cpu")
-    monkeypatch.setattr(backend, "interpret", not HAS_GPU)
+    expected = render_and_backward("cpu")
+    monkeypatch.setattr(backend, "interpret", not HAS_GPU)  # without a GPU, kernels run in the interpreter from here on
     with launches() as names:
-        computed = step(device)
+        computed = render_and_backward(device)
     assert {"_clip_rays_kernel", "_trilinear_fwd_kernel", "_trilinear_bwd_kernel", "_composite_bwd_kernel"} <= {*names}
     for name, value in expected.items():
         assert_close_to_max(computed[name].cpu(), value, 1e-4, name)

@@ -41,6 +41,12 @@ RIGS = {
     },
     8: {f"cam{i}": ("CAM_FRONT", (32 + 2 * i, 64 + 4 * i), (".jpg", ".png")[i % 2]) for i in range(8)},
 }
+# Table -> its fields with tokens of one camera: made distinct when a camera is copied
+TOKENS_OF_CAMERA = {
+    "sensor": ["token"],
+    "calibrated_sensor": ["token", "sensor_token"],
+    "sample_data": ["token", "prev", "next", "calibrated_sensor_token"],
+}
 
 
 def read(root, name):
@@ -53,9 +59,11 @@ def write(root, name, rows):
 
 
 def set_rig(root, rig):
-    """Replace the cameras of a synthetic dataset, in its tables and files. rig: as in `RIGS`."""
-    names = ("sensor", "calibrated_sensor", "sample_data")
-    tables = {name: read(root, name) for name in names}
+    """Replace the cameras of a synthetic dataset, in its tables and files. rig: as in `RIGS`.
+
+    Every row gets a field `channel`, the name of its sensor, which only sensor.json has in nuScenes.
+    """
+    tables = {name: read(root, name) for name in TOKENS_OF_CAMERA}
     channel_of_sensor = {row["token"]: row["channel"] for row in tables["sensor"]}
     for row in tables["calibrated_sensor"]:
         row["channel"] = channel_of_sensor[row["sensor_token"]]
@@ -63,22 +71,19 @@ def set_rig(root, rig):
     for row in tables["sample_data"]:
         row["channel"] = channel_of_calibration[row["calibrated_sensor_token"]]
     new = {name: [row for row in rows if row["channel"] == "LIDAR_TOP"] for name, rows in tables.items()}
-    for name, (source, size, ending) in rig.items():
-        for table, fields in zip(
-            names,
-            (["token"], ["token", "sensor_token"], ["token", "prev", "next", "calibrated_sensor_token"]),
-            strict=True,
-        ):
+    for camera, (source, size, ending) in rig.items():
+        for table, fields in TOKENS_OF_CAMERA.items():
             for row in (row for row in tables[table] if row["channel"] == source):
-                row = row | {field: row[field] and f"{row[field]}-{name}" for field in fields} | {"channel": name}
+                tokens = {field: row[field] and f"{row[field]}-{camera}" for field in fields}  # "" stays
+                row = row | tokens | {"channel": camera}
                 new[table].append(row)
                 if table == "calibrated_sensor":
-                    row["camera_intrinsic"] = [
+                    row["camera_intrinsic"] = [  # from the 72 x 128 of `city` to `size`
                         [value * scale for value in line]
                         for line, scale in zip(row["camera_intrinsic"], (size[1] / 128, size[0] / 72, 1), strict=True)
                     ]
                 if table == "sample_data":
-                    old, file = root / row["filename"], f"samples/{name}/{row['token']}{ending}"
+                    old, file = root / row["filename"], f"samples/{camera}/{row['token']}{ending}"
                     row |= {"filename": file, "height": size[0], "width": size[1]}
                     (root / file).parent.mkdir(exist_ok=True)
                     cv2.imencode(ending, cv2.resize(cv2.imread(str(old)), size[::-1]))[1].tofile(root / file)
@@ -94,7 +99,7 @@ def rig(request, copy):
 
 
 def test_a_rig_is_read_as_its_tables_say(rig, city):
-    """Names, order, sizes, pixels and projections of the cameras; and all kinds of pictures can be drawn."""
+    """Names, order, sizes, mean colors and projections of the cameras; detections and segments can be drawn."""
     root, cameras = rig
     original = NuScenesDataset(city, VERSION, "mini_val", Data())[1]
     dataset = NuScenesDataset(root, VERSION, "mini_val", Data())
@@ -112,27 +117,28 @@ def test_a_rig_is_read_as_its_tables_say(rig, city):
 
     batch = collate([dataset[0], sample])
     H, W = (max(size[i] for _, size, _ in cameras.values()) for i in range(2))
-    assert batch.images.shape[-2:] == (-(-H // 32) * 32, -(-W // 32) * 32)
+    assert batch.images.shape[-2:] == (-(-H // 32) * 32, -(-W // 32) * 32)  # padded to multiples of 32
     assert sorted(view for row in camera_rows(batch) for view in row) == list(range(len(cameras)))
     detected = Detections(batch.boxes[:1], torch.ones(1), batch.labels[:1])
-    columns = -(-len(cameras) // 2)  # cameras are drawn in two rows
+    columns = -(-len(cameras) // 2)  # cameras are drawn in two rows, 520 and 300 pixels wide, beside a bird's-eye view
     assert detection_views(batch, detected).shape[1] > 520 * columns
     keyframe_count = (batch.points[: batch.point_counts[0], 4] == 0).sum()
     assert segment_views(batch, torch.ones(keyframe_count, dtype=torch.uint8)).shape[1] > 300 * columns
-    rays = pixel_rays(batch, 0, 8)
+    rays = pixel_rays(batch, sample=0, stride=8)
     assert len(rays) == sum(-(-h // 8) * -(-w // 8) for _, (h, w), _ in cameras.values())
     assert (rays.rgb.sum(dim=1) > 0).all()  # none in the padding
 
 
 @pytest.mark.parametrize("rig", [5], indirect=True)
 def test_training_with_augmentation_and_pasting_on_a_mixed_rig(rig):
-    root, cameras = rig
+    """Gradients of a step are finite, and the rendered views of all five cameras can be drawn."""
+    root, _ = rig
     recipe = PRETRAIN["fusion"]["tiny"]
     recipe = replace(recipe, rays=replace(recipe.rays, per_view=8))
     augment = Augment(rotation=0.3, flip_x=0.5, photometric=True, grid_mask=1.0)
     dataset = NuScenesDataset(root, VERSION, "mini_train", recipe.data, augment=augment)
     objects = load_objects(dataset, Paste())
-    assert set(objects.pictures[:, 1]) <= set(range(5)) and len(objects.pictures)
+    assert set(objects.pictures[:, 1]) <= set(range(5)) and len(objects.pictures)  # column 1: the view
     rng = np.random.default_rng(0)
     batch = collate([dataset.with_objects(objects).read(i, rng) for i in range(2)])
     net = Pretrain(recipe)
@@ -141,28 +147,29 @@ def test_training_with_augmentation_and_pasting_on_a_mixed_rig(rig):
     gradients = [p.grad for p in net.parameters() if p.grad is not None]
     assert gradients and all(gradient.isfinite().all() for gradient in gradients)
     picture = rendered_views(net, batch, generators(0, 1), stride=16)
-    assert picture.shape[1] > 5 * 240
+    assert picture.shape[1] > 5 * 240  # five cameras, each 240 pixels wide
 
 
 @pytest.mark.slow
 def test_eight_cameras_of_eight_sizes_through_all_scripts(copy, tmp_path):
-    """Half of the cameras have PNGs, half of the images are smaller than the tables say, two frames miss a file."""
+    """Half of the cameras have PNGs, half of the images are smaller than the tables say, one frame of each split misses
+    a file."""
     set_rig(copy, RIGS[8])
     rows = [row for row in read(copy, "sample_data") if "cam" in row["filename"]]
     for row in rows[::2]:
         file = copy / row["filename"]
         image = cv2.imread(str(file))
         cv2.imwrite(str(file), cv2.resize(image, (row["width"] // 2, row["height"] // 2)))
-    (copy / rows[0]["filename"]).unlink()
-    (copy / rows[-1]["filename"]).unlink()
+    (copy / rows[0]["filename"]).unlink()  # of mini_train
+    (copy / rows[-1]["filename"]).unlink()  # of mini_val
     train = ["train.py", *FEW_RAYS, "--val-every", 1, "--out", tmp_path / "train"]
     finetune = ["finetune.py", *SMALL, "--pretrained", tmp_path / "train", "--out", tmp_path / "finetune"]
     for script in (train, finetune):
         done = scripts.run(*script, "--modality", "camera", "--preset", "tiny", "--data-root", copy, "--steps", 1)
         assert done.returncode == 0 and done.stderr.count("1 of 3 frames are left out") == 2, done.stderr
     assert curve(tmp_path / "train", "val/psnr")[1] > 0 and curve(tmp_path / "finetune")[1] > 0
-    for run, flag in (("train", "--picture-stride"), ("finetune", "--batch-size")):
-        done = scripts.run("eval.py", tmp_path / run, flag, 8, "--pictures", 1, "--device", "cpu", "--workers", 0)
+    for run, flags in (("train", ["--picture-stride", 8]), ("finetune", ["--batch-size", 8])):
+        done = scripts.run("eval.py", tmp_path / run, *flags, "--pictures", 1, "--device", "cpu", "--workers", 0)
         assert done.returncode == 0, done.stderr
         assert len(list((tmp_path / run / "eval").glob("*.png"))) == 1
 
@@ -191,12 +198,12 @@ def test_a_dataset_without_cameras_is_read(copy):
 
 @pytest.mark.parametrize("scale", [0.5, 1.5])
 def test_a_scaled_copy_of_an_image_keeps_its_geometry(copy, scale):
-    """If files have another size than the tables say, intrinsics are scaled, with and without `image_size`."""
+    """If files are not 72 x 128 as the tables say, intrinsics are scaled, with and without `image_size`."""
     before = NuScenesDataset(copy, VERSION, "mini_val", Data())[0]
     resized = NuScenesDataset(copy, VERSION, "mini_val", Data(image_size=(40, 60)))[0]
     for file in copy.glob("samples/CAM_*/*.jpg"):
         image = cv2.imread(str(file))
-        # one pixel lower than the exact size, as rounding may give it
+        # one row less than the exact size, as rounding may give it
         cv2.imwrite(str(file), cv2.resize(image, (round(128 * scale), round(72 * scale) - 1)))
     after = NuScenesDataset(copy, VERSION, "mini_val", Data())[0]
     h, w = after.images[0].shape[:2]
@@ -218,16 +225,17 @@ def test_the_orientation_in_exif_data_is_ignored(copy):
         with Image.open(file) as image:
             image.save(file, exif=exif, quality=100)
     after = NuScenesDataset(copy, VERSION, "mini_val", Data())[0].images
-    assert max(np.abs(a.astype(int) - b).mean() for a, b in zip(after, before, strict=True)) < 3
+    assert max(np.abs(a.astype(int) - b).mean() for a, b in zip(after, before, strict=True)) < 3  # of 255: JPEG
 
 
 def test_frames_with_missing_files_are_left_out_and_named(copy, capsys):
     """Only files that are read count: a LiDAR run needs no image."""
     index = NuScenesDataset(copy, VERSION, "mini_val", Data(sweeps=2)).index
+    # an image of frame 0, and the sweep before the keyframe of frame 2
     removed = [index.image_files[0, 3].decode(), index.lidar_files[index.lidar_prev[index.frame_lidar[2]]].decode()]
     for name in removed:
         (copy / name).unlink()
-    # (cameras, sweeps) -> frames
+    # (cameras, sweeps) -> frames that are left
     expected = {(True, 1): [1, 2], (True, 2): [1], (False, 1): [0, 1, 2], (False, 2): [0, 1]}
     for (cameras, sweeps), frames in expected.items():
         capsys.readouterr()
@@ -265,4 +273,5 @@ def test_a_dataset_without_its_sweep_files_is_a_user_error(copy):
             row["prev"] = sweeps[row["prev"]]["prev"]
     write(copy, "sample_data", [row for row in rows if row["token"] not in sweeps])
     dataset = NuScenesDataset(copy, VERSION, "mini_val", Data(sweeps=10))
+    # time lags: one for each keyframe whose points are in the cloud
     assert [len(set(dataset[i].points[:, 4])) for i in range(3)] == [1, 2, 3]

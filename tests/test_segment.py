@@ -1,5 +1,6 @@
 """The segmentation losses compared with their definitions, and a model that learns with them."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -16,8 +17,8 @@ RECIPE = SEGMENT["lidar"]["tiny"]
 
 
 def by_definition(probabilities, labels):
-    """The Lovász extension of 1 - IoU, mean over classes: the errors of the points in descending order, each times the
-    increase of 1 - IoU when this point becomes wrong after those before it."""
+    """The Lovász extension of 1 - IoU, mean over the classes that occur: the errors of the points in descending order,
+    each times the increase of 1 - IoU when this point becomes wrong after those before it."""
     values = []
     for c in labels.unique().tolist():
         true = {i for i, label in enumerate(labels.tolist()) if label == c}
@@ -33,9 +34,10 @@ def by_definition(probabilities, labels):
     return sum(values) / len(values)
 
 
-@pytest.mark.parametrize("P, K", [(1, 2), (7, 3), (40, 5), (40, 60)])
-def test_lovasz_softmax_matches_its_definition(P, K):
-    probabilities, labels = torch.randn(P, K, dtype=torch.float64).softmax(dim=1), torch.randint(K, (P,))
+@pytest.mark.parametrize("points, classes", [(1, 2), (7, 3), (40, 5), (40, 60)])
+def test_lovasz_softmax_matches_its_definition(points, classes):
+    probabilities = torch.randn(points, classes, dtype=torch.float64).softmax(dim=1)
+    labels = torch.randint(classes, (points,))
     assert lovasz_softmax(probabilities, labels).item() == pytest.approx(
         by_definition(probabilities, labels), abs=1e-12
     )
@@ -46,7 +48,7 @@ def test_lovasz_softmax_has_the_gradient_of_its_value():
     assert torch.autograd.gradcheck(lambda x: lovasz_softmax(x.softmax(dim=1), labels), logits)
 
 
-def test_lovasz_softmax_of_hard_predictions_is_one_minus_iou():
+def test_lovasz_softmax_of_hard_predictions_is_one_minus_mean_iou():
     labels, predicted = torch.randint(4, (200,)), torch.randint(4, (200,))
     ious = [((labels == c) & (predicted == c)).sum() / ((labels == c) | (predicted == c)).sum() for c in range(4)]
     hard = torch.nn.functional.one_hot(predicted, 4).double()
@@ -55,16 +57,15 @@ def test_lovasz_softmax_of_hard_predictions_is_one_minus_iou():
 
 def test_losses_by_hand():
     """A point of class 1 with probability 1/3, a point of class 3 with probability 3/4, and one without a label."""
-    logits = torch.tensor([[0.0, 0, 0], [0, 0, 6], [9, 0, 0]]).double()
-    logits[1, 2] = torch.tensor(6.0).log()
+    logits = torch.tensor([[0.0, 0, 0], [0, 0, math.log(6)], [9, 0, 0]]).double()
     values = losses(Segment(classes=3), logits, torch.tensor([1, 3, 0], dtype=torch.uint8))
     assert values["cross_entropy"].item() == pytest.approx((torch.tensor(3.0).log() + torch.tensor(4 / 3).log()) / 2)
     # class 1: errors 2/3 (its point) and 1/8; 1 - IoU is 1 with the first wrong, 1 with both
     # class 3: errors 1/3 and 1/4 (its point); 1 - IoU is 1/2 with the first wrong, 1 with both
     assert values["lovasz"].item() == pytest.approx((2 / 3 + (1 / 6 + 1 / 8)) / 2)
-    none = losses(Segment(), logits.requires_grad_(), torch.zeros(3, dtype=torch.uint8))
-    sum(none.values()).backward()
-    assert not any(none.values()) and not logits.grad.any()
+    unlabeled = losses(Segment(), logits.requires_grad_(), torch.zeros(3, dtype=torch.uint8))
+    sum(unlabeled.values()).backward()
+    assert not any(unlabeled.values()) and not logits.grad.any()
     weighted = losses(Segment(cross_entropy_weight=2.0, lovasz_weight=0.5), logits, torch.tensor([1, 3, 0]).byte())
     for name, factor in {"cross_entropy": 2, "lovasz": 0.5}.items():
         assert weighted[name].item() == pytest.approx(factor * values[name].item())
@@ -72,10 +73,10 @@ def test_losses_by_hand():
 
 def test_sweeps_are_encoded_but_not_classified(city):
     """The points of all sweeps are encoded; only those of the keyframe get a class, in the order of the file."""
-    data = replace(RECIPE.data, sweeps=2)
+    data = replace(RECIPE.data, sweeps=2)  # frame 0 has no sweep before it
     batch = collate([NuScenesDataset(city, "v1.0-mini", "mini_train", data)[i] for i in (1, 2)])
     keyframes = [NuScenesDataset(city, "v1.0-mini", "mini_train", RECIPE.data)[i] for i in (1, 2)]
-    # of the true class, and of class 1 for points without a label
+    # one-hot for the true class, or for class 1 where a point has no label
     logits = torch.nn.functional.one_hot((batch.point_labels.long() - 1).clamp(min=0), 16)
     predicted = classes_of(batch, logits)
     assert batch.point_counts[0] > len(keyframes[0].points)

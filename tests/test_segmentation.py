@@ -30,6 +30,7 @@ from unipad.model.segment import Segmenter, classes_of
 from unipad.recipes import PRETRAIN, SEGMENT
 
 RECIPE = SEGMENT["lidar"]["tiny"]
+BUS, CAR = (1 + LIDARSEG_CLASSES.index(name) for name in ("bus", "car"))  # 0: no label
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +48,11 @@ def perfect_segmenter(batch):
 def test_the_synthetic_dataset_has_every_class_in_both_splits(split, city):
     dataset = NuScenesDataset(city, "v1.0-mini", split, RECIPE.data)
     labels = np.concatenate([dataset[i].point_labels for i in range(len(dataset))])
-    assert np.bincount(labels, minlength=17).all()
+    assert np.bincount(labels, minlength=17).all()  # 16 classes, and 0 for points without a label
 
 
 def files_of(validation, folder):
-    """The files of predicted classes, one per frame."""
+    """The files of predicted classes of mini_val, one per frame."""
     index = validation.index
     return [folder / "lidarseg" / "mini_val" / f"{token.decode()}_lidarseg.bin" for token in index.lidar_tokens]
 
@@ -60,8 +61,8 @@ def files_of(validation, folder):
 def perfect(validation, tmp_path_factory):
     """(folder, metrics) of the ground truth as predictions, written to files and scored."""
     folder, model = tmp_path_factory.mktemp("perfect"), Segmenter(RECIPE).train()
-    metrics = evaluate_segmentation(model, validation, folder, ONE_PROCESS, perfect_segmenter, size=2)
-    assert model.training
+    metrics = evaluate_segmentation(model, validation, folder, ONE_PROCESS, perfect_segmenter, batch_size=2)
+    assert model.training  # restored
     return folder, metrics
 
 
@@ -75,7 +76,7 @@ def test_ground_truth_scores_one(perfect, validation):
     meta = json.loads((folder / "mini_val" / "submission.json").read_text())["meta"]
     assert meta["use_lidar"] and not any(used for name, used in meta.items() if name != "use_lidar")
     sizes = [len(validation[i].points) for i in range(len(validation))]
-    assert [file.stat().st_size for file in files_of(validation, folder)] == sizes
+    assert [file.stat().st_size for file in files_of(validation, folder)] == sizes  # one byte per point
 
 
 def test_the_devkits_check_accepts_the_folder(perfect, validation, city):
@@ -90,20 +91,21 @@ def test_the_devkits_check_accepts_the_folder(perfect, validation, city):
 
 
 def test_metrics_by_hand(perfect, validation, tmp_path):
-    """Every second point of a car is predicted as bus: the devkit's metrics equal those computed from counts."""
+    """Every second point on a car is predicted as bus: the devkit's metrics equal those computed from counts."""
     predicted = {}
     for i in range(len(validation)):
         sample = validation[i]
         classes = sample.point_labels.clip(1)
-        car = np.flatnonzero(sample.point_labels == 4)
-        classes[car[::2]] = 3
+        points_on_cars = np.flatnonzero(sample.point_labels == CAR)
+        classes[points_on_cars[::2]] = BUS
         predicted[sample.token] = torch.from_numpy(classes)
     labels = np.concatenate([validation[i].point_labels for i in range(len(validation))])
     classes = np.concatenate([c.numpy() for c in predicted.values()])
     write_segmentation(predicted, validation, tmp_path)
     summary = score_segmentation(tmp_path, validation)
-    cars, buses, labeled = (labels == 4).sum(), (labels == 3).sum(), (labels > 0).sum()
-    wrong = ((labels == 4) & (classes == 3)).sum()
+    # numbers of points
+    cars, buses, labeled = (labels == CAR).sum(), (labels == BUS).sum(), (labels > 0).sum()
+    wrong = ((labels == CAR) & (classes == BUS)).sum()
     assert summary["iou_per_class"]["car"] == pytest.approx(1 - wrong / cars)
     assert summary["iou_per_class"]["bus"] == pytest.approx(buses / (buses + wrong))
     # 14 of the 16 classes are perfect, and the recall of bus is 1
@@ -154,10 +156,11 @@ def test_unreadable_frames_are_named_and_do_not_count(city, tmp_path, capsys):
 
 
 def test_logits_of_views_are_summed_per_point(validation):
-    """A perfect segmenter stays perfect. The logits x and y cancel in the sum over all eight views, not over seven."""
-    eight = tta_views(angles=np.radians([0, 90]))
+    """Ground truth as logits stays perfect. Logits equal to x and y cancel in the sum over all eight views, not over
+    seven."""
+    eight = tta_views(angles=np.radians([0, 90]))  # each with four flips
     linear_parts = {tuple(np.round(view[:2, :2], 6).flatten() + 0) for view in eight}  # + 0: no -0
-    assert len(linear_parts) == 8
+    assert len(linear_parts) == 8  # no two views are the same
 
     def logits(batch):
         return torch.nn.functional.one_hot((batch.point_labels.long() - 1).clamp(min=0), 16)
@@ -180,7 +183,7 @@ SMALL = ["--preset", "tiny", "--device", "cpu", "--workers", 0, "--log-every", 1
 
 @pytest.fixture(scope="module")
 def runs(city, tmp_path_factory):
-    """Parent of two run folders: `pre`, a pre-trained model, and `run`, two steps of fine-tuning from it.
+    """Parent of two run folders: `pre`, of pre-training but with random weights, and `run`, two steps from it.
 
     The learning rate is so small that the weights stay those of `pre`.
     """
@@ -196,7 +199,7 @@ def parse(city, out, *flags):
 
 def test_a_run_writes_all_its_files(runs):
     run = runs / "run"
-    assert sorted(curve(run)) == [1, 2] and 0 <= curve(run, "val/mIoU")[2] < 0.3
+    assert sorted(curve(run)) == [1, 2] and 0 <= curve(run, "val/mIoU")[2] < 0.3  # the model is untrained
     assert curve(run, "train/lovasz")[1] > 0 and curve(run, "train/cross_entropy")[1] > 0
     assert (run / "images" / "val_000002.png").stat().st_size > 10_000
     assert json.loads((run / "config.json").read_text())["args"]["modality"] == "lidar"
@@ -204,7 +207,7 @@ def test_a_run_writes_all_its_files(runs):
 
 def test_the_unet_is_taken_from_pre_training(runs):
     source, weights = (checkpoint(runs / name)["model"] for name in ("pre", "run"))
-    # without the buffers of batch norms
+    # without the buffers of batch norms, which change at any learning rate
     taken = [name for name in weights if name.startswith("encoder.") and "running" not in name and "num" not in name]
     assert len(taken) > 50
     for name in taken:
@@ -234,11 +237,12 @@ def test_the_test_split_gives_only_a_submission(runs, city, tmp_path, capsys):
     tables = root / "v1.0-test"
     (root / "v1.0-mini").rename(tables)
     scenes = json.loads((tables / "scene.json").read_text())
-    (tables / "scene.json").write_text(json.dumps([s | {"name": f"scene-{77 + i:04}"} for i, s in enumerate(scenes)]))
+    names = ("scene-0077", "scene-0078")  # of nuScenes' test split
+    (tables / "scene.json").write_text(json.dumps([s | {"name": name} for s, name in zip(scenes, names, strict=True)]))
     flags = ["--data-root", root, "--version", "v1.0-test", "--split", "test", "--pictures", 1]
     evaluate(runs / "run", *flags, "--out", tmp_path / "eval")
     assert "no metrics" in capsys.readouterr().out
-    assert len(list((tmp_path / "eval" / "lidarseg" / "test").glob("*_lidarseg.bin"))) == 6
+    assert len(list((tmp_path / "eval" / "lidarseg" / "test").glob("*_lidarseg.bin"))) == 6  # frames
     assert (tmp_path / "eval" / "test" / "submission.json").exists() and (tmp_path / "eval" / "segments_0.png").exists()
 
 

@@ -24,6 +24,7 @@ FILES = [file.stem for file in Path(unipad.kernels.__path__[0]).glob("[!_]*.py")
 
 @pytest.fixture
 def with_kernels(monkeypatch):
+    """Without a GPU, ops run their kernels in Triton's interpreter instead of the references."""
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
     monkeypatch.setattr(backend, "interpret", not HAS_GPU)
 
@@ -35,6 +36,7 @@ def in_process(monkeypatch):
 
 
 def op_of(case):
+    """The op in the name of a case, such as "lift, bit-equal" or "sdf_render neus"."""
     return case.name.split(",")[0].split()[0]
 
 
@@ -44,6 +46,7 @@ ONE_EACH = {op_of(case): case for case in reversed(SMALL)}  # the first of each 
 
 @pytest.mark.parametrize("op", ONE_EACH)
 def test_every_op_matches_its_reference(op, with_kernels):
+    """In the first of its small cases."""
     with launches() as launched:
         result = run(ONE_EACH[op])
     assert result.status == "ok", result
@@ -84,7 +87,9 @@ def not_deterministic(**inputs):
     return out + 1e-7 * torch.randn_like(out), weights
 
 
+# Fault -> (changes of the `Case` of composite, start of the message)
 FAULTS = {
+    # d_alpha, since a message names the output or gradient with the largest error in relation to its bound
     "inaccurate": (dict(op=inaccurate), "d_alpha: error 1.1e-03 exceeds "),
     "not a number": (dict(op=with_nan), "out1: 1 of "),
     "raises": (dict(op=raises), "RuntimeError: PassManager::run failed (test_selfcheck.py:"),
@@ -94,7 +99,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_reported(fault, in_process, monkeypatch, capsys):
-    """The cases before and after it still run."""
+    """Cases before and after the faulty one still run."""
     changes, message = FAULTS[fault]
     cases = [ONE_EACH["merge"], replace(ONE_EACH["composite"], **changes), ONE_EACH["clip_rays"]]
     monkeypatch.setattr(__main__, "checks", lambda sizes: cases)
@@ -150,7 +155,7 @@ def test_no_bf16_cases_on_a_gpu_without_it(monkeypatch):
 
 def test_without_a_gpu_references_run(in_process, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(Args(ops=("merge", "rotated"))) == 0
+    assert main(Args(ops=("merge", "rotated"))) == 0  # merge, rotated_iou_bev, rotated_nms
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("There is no GPU to check") and lines[-1].startswith("All 3 checks passed")
     assert all(" small " in line for line in lines[1:-1]), "recipe sizes take minutes on a CPU"
@@ -158,6 +163,7 @@ def test_without_a_gpu_references_run(in_process, monkeypatch, capsys):
         main(Args(ops=("nothing",)))
 
 
+# Stands in for `python -m unipad.selfcheck --worker check`
 WORKER = """
 import json, os, sys
 for name in json.load(sys.stdin):
@@ -165,9 +171,9 @@ for name in json.load(sys.stdin):
     if op == "crashes":
         os._exit(139)
     print("printed by a library")
-    print(json.dumps(dict(name=op, size=size, dtype=dtype, status="FAIL" if op == "last" else "ok")))
+    print(json.dumps(dict(name=op, size=size, dtype=dtype, status="FAIL" if op == "loses context" else "ok")))
     sys.stdout.flush()
-    if op == "last":
+    if op == "loses context":
         os._exit(0)
 """
 
@@ -177,7 +183,7 @@ def test_a_crash_does_not_affect_other_cases(monkeypatch):
     monkeypatch.setattr(processes, "_compile", lambda cases: None)
     original = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda _, **kw: original([sys.executable, "-c", WORKER], **kw))
-    names = ["first", "crashes", "second", "last", "third"]
+    names = ["first", "crashes", "second", "loses context", "third"]
     cases = [Case(name, "small", "fp32", None, None, None) for name in names]
     reported = list(results(cases, isolate=True))
     assert [result.name for result in reported] == names

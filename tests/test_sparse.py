@@ -1,4 +1,4 @@
-"""Sparse convolutions and norms compared with dense PyTorch layers; caching, autocast and torch.compile."""
+"""Sparse convolutions and norms compared with PyTorch's layers; caching, autocast and torch.compile."""
 
 import copy
 import gc
@@ -21,9 +21,9 @@ from unipad.model.sparse import (
     make_tables,
 )
 
-SHAPE = (6, 9, 7)
+SHAPE = (6, 9, 7)  # Z, Y, X
 KERNELS = [1, 2, 3, 5, (3, 1, 1)]
-CHANNELS = [(1, 5), (5, 16), (16, 18), (18, 1)]
+CHANNELS = [(1, 5), (5, 16), (16, 18), (18, 1)]  # (in, out): a test uses one pair per kernel or geometry, in turn
 
 
 def coords_of(name, shape=SHAPE):
@@ -47,6 +47,7 @@ def coords_of(name, shape=SHAPE):
 
 
 def sparse(name, channels, shape=SHAPE, dtype=torch.float64, device="cpu"):
+    """A SparseTensor of random features [N, channels] on the voxels of `coords_of(name)`."""
     coords, batch_size = coords_of(name, shape)
     features = torch.randn(len(coords), channels, dtype=dtype)
     return SparseTensor(features.to(device).requires_grad_(), VoxelSet(coords.to(device), shape, batch_size))
@@ -68,7 +69,7 @@ def dense_of(x):
     return cells.permute(0, 4, 1, 2, 3)
 
 
-def geometry_of(conv):
+def transpose_args(conv):
     """Arguments of F.conv_transpose3d after the bias: stride, padding, output_padding, groups, dilation."""
     return conv.stride, conv.padding, 0, 1, conv.dilation
 
@@ -104,7 +105,7 @@ def test_submanifold_matches_masked_conv3d(name, kernel, dilation, device):
     x = sparse(name, channels[0], device=device)
 
     def convolve(cells, weight):
-        pad = []
+        pad = []  # so that offset k // 2 of the kernel is at the output voxel
         for k, d in zip(reversed(conv.kernel), reversed(conv.dilation), strict=True):
             pad += [k // 2 * d, (k - 1 - k // 2) * d]
         return F.conv3d(F.pad(cells, pad), weight, dilation=conv.dilation)
@@ -142,7 +143,7 @@ def test_strided_matches_conv3d(name, geometry, device):
     ones = x.features.new_ones(1, 1, *conv.kernel)
     assert_is_dense_convolution(conv, x, convolve, (convolve(occupancy(x.voxels), ones) > 0.5).double())
     if geometry != POINTWISE:
-        assert (conv(x).voxels.keys().diff() > 0).all()
+        assert (conv(x).voxels.keys().diff() > 0).all()  # in ascending order
 
 
 @pytest.mark.parametrize("geometry", [g for g in GEOMETRIES if g != POINTWISE], ids=str)
@@ -156,11 +157,12 @@ def test_inverse_matches_conv_transpose3d_at_the_voxels_before_the_convolution(n
     x = coarse.replace(coarse.features.detach().requires_grad_())
 
     # output padding, for the last cells, which no window of the kernel covers and conv_transpose3d would leave out
-    full = F.conv_transpose3d(x.dense()[:, :1], x.features.new_ones(1, 1, *down.kernel), None, *geometry_of(down))
+    # `full` is computed for its shape
+    full = F.conv_transpose3d(x.dense()[:, :1], x.features.new_ones(1, 1, *down.kernel), None, *transpose_args(down))
     output_padding = [size - covered for size, covered in zip(SHAPE, full.shape[2:], strict=True)]
 
     def convolve(cells, weight):
-        stride, padding, _, groups, dilation = geometry_of(down)
+        stride, padding, _, groups, dilation = transpose_args(down)
         return F.conv_transpose3d(
             cells, weight.transpose(0, 1), None, stride, padding, output_padding, groups, dilation
         )
@@ -187,7 +189,7 @@ def test_weight_layout_and_initialization():
     assert text in repr(conv)
 
 
-def test_kernel_maps_are_built_once():
+def test_neighbor_tables_are_built_once_per_geometry():
     x = sparse("scattered", 2)
     assert x.voxels.submanifold((3, 3, 3), (1, 1, 1)) is x.voxels.submanifold((3, 3, 3), (1, 1, 1))
     assert x.voxels.submanifold((3, 3, 3), (1, 1, 1)) is not x.voxels.submanifold((3, 3, 3), (2, 2, 2))
@@ -198,7 +200,8 @@ def test_kernel_maps_are_built_once():
 
 
 def test_a_cuda_graph_reuses_tables_of_its_warm_up_and_caches_none(monkeypatch):
-    """Warmed up on stream 1, captured on stream 2; stream 3 does not get tables that stream 1 may still compute."""
+    """Warmed up on stream 1, captured on stream 2, after `torch.cuda.graph` has synchronized the device. Stream 3 does
+    not get tables that stream 1 may still compute."""
     voxels, kernel, one = sparse("scattered", 2).voxels, (3, 3, 3), (1, 1, 1)
     monkeypatch.setattr(backend, "stream", lambda device: 1)
     table, output = voxels.submanifold(kernel, one), voxels.strided(kernel, (2, 2, 2), one, one)
@@ -255,7 +258,7 @@ def test_batch_norm_is_over_the_voxels():
     torch.testing.assert_close(ours(x).features, plain(x.features))
     assert ours(x).voxels is x.voxels
     ours.eval(), plain.eval()
-    plain.load_state_dict(ours.state_dict())
+    plain.load_state_dict(ours.state_dict())  # ours has updated its statistics twice, plain once
     torch.testing.assert_close(ours(x).features, plain(x.features))
 
 
@@ -286,7 +289,7 @@ def step(net, call, x):
 
 
 def assert_compiled_matches_eager(call, eager, compiled, names):
-    """Compare a `step` of `compiled`, called as `call`, with one of `eager`, on the voxels of `coords_of(name)`."""
+    """For each of `names`, as in `coords_of`, a `step` of `compiled`, called as `call`, equals one of `eager`."""
     for name in names:
         x = sparse(name, 3, dtype=torch.float32)
         a, b = step(eager, eager, x), step(compiled, call, x)
@@ -337,6 +340,7 @@ def test_a_norm_caches_scale_and_shift_until_its_weights_change(monkeypatch):
     first = norm.scale_and_shift()
     assert norm.scale_and_shift() is first
     norm.load_state_dict({name: value + 1 for name, value in norm.state_dict().items()})
+    # weight and variance, 1 before, are 2
     assert norm.scale_and_shift()[0].tolist() == pytest.approx([2 / (2 + norm.eps) ** 0.5] * 3)
     before = norm.scale_and_shift()
     monkeypatch.setattr(backend, "capturing", lambda device: True)
@@ -349,4 +353,4 @@ def test_a_norm_caches_scale_and_shift_until_its_weights_change(monkeypatch):
     assert kept is not in_graph and norm.scale_and_shift() is kept
     monkeypatch.setattr(backend, "stream", lambda device: 1)
     assert norm.scale_and_shift() is not kept  # the other stream may still compute it
-    assert copy.deepcopy(norm).scale_and_shift() is not kept
+    assert copy.deepcopy(norm).scale_and_shift() is not kept  # a copy has its own weights

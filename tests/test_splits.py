@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("own_user_cache")
 def root(copy):
     """Root of a dataset with version rig-7 and scenes harbor and tunnel."""
     folder = (copy / "v1.0-mini").rename(copy / "rig-7")
-    (folder / "lidarseg.json").unlink()
+    (folder / "lidarseg.json").unlink()  # the devkit would look for its labels in lidarseg/rig-7, which is missing
     table = folder / "scene.json"
     table.write_text(table.read_text().replace("scene-0061", "harbor").replace("scene-0103", "tunnel"))
     write(copy, {"city_train": ["harbor"], "city_val": ["tunnel"], "dark": ["tunnel"]})
@@ -29,19 +29,20 @@ def write(root, splits):
     (root / "rig-7/splits.json").write_text(json.dumps(splits))
 
 
-def names(root, split):
+def scene_names(root, split):
     return list(NuScenesDataset(root, "rig-7", split, Data()).scenes())
 
 
 def test_custom_splits_are_read_and_scored(root, tmp_path):
-    """Scoring with the devkit uses the same splits: the ground truth of city_val scores 1."""
+    """The devkit scores the same scenes: with the ground truth of city_val as detections, AP of cars is 1."""
     assert NuScenesDataset.splits(root, "rig-7") == {"train": "city_train", "val": "city_val", "dark": "dark"}
     assert NuScenesDataset.train_val_splits(root, "rig-7") == ("city_train", "city_val")
-    assert names(root, "city_train") == ["harbor"] and names(root, "city_val") == names(root, "dark") == ["tunnel"]
+    assert scene_names(root, "city_train") == ["harbor"]
+    assert scene_names(root, "city_val") == scene_names(root, "dark") == ["tunnel"]
     dataset, ground_truth = NuScenesDataset(root, "rig-7", "city_val", Data()), {}
     for sample in (dataset[i] for i in range(len(dataset))):
         boxes, labels = torch.from_numpy(sample.boxes), torch.from_numpy(sample.labels)
-        ground_truth[sample.token] = Detections(boxes, torch.ones(len(boxes)), labels)
+        ground_truth[sample.token] = Detections(boxes, scores=torch.ones(len(boxes)), labels=labels)
     file = tmp_path / "results_nusc.json"
     write_submission(ground_truth, dataset.index, file, use_camera=False, use_lidar=True)
     summary = score_submission(file, dataset.root, "rig-7", "city_val")
@@ -49,9 +50,9 @@ def test_custom_splits_are_read_and_scored(root, tmp_path):
 
 
 def test_a_changed_splits_json_takes_effect(root):
-    assert names(root, "city_train") == ["harbor"]
+    assert scene_names(root, "city_train") == ["harbor"]
     write(root, {"city_train": ["tunnel"], "city_val": ["harbor"]})
-    assert names(root, "city_train") == ["tunnel"]
+    assert scene_names(root, "city_train") == ["tunnel"]
 
 
 def test_splits_json_adds_to_the_splits_of_nuscenes(copy):
@@ -77,5 +78,5 @@ def test_splits_json_adds_to_the_splits_of_nuscenes(copy):
 def test_a_wrong_splits_json_is_a_one_sentence_error(root, splits, words):
     (root / "rig-7/splits.json").write_text(splits)
     with pytest.raises(DataError, match=words) as refused:
-        names(root, "city_train")
+        scene_names(root, "city_train")
     assert "rig-7/splits.json" in str(refused.value) and "\n" not in str(refused.value)

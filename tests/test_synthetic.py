@@ -48,10 +48,11 @@ def nusc(city):
 @pytest.fixture(scope="module")
 def scene():
     """A drive of 2 seconds that turns left."""
-    return Scene(0, 1, 2.0)
+    return Scene(seed=0, index=1, duration=2.0)
 
 
 def validation(nusc):
+    """The sample records of mini_val."""
     names = create_splits_scenes()["mini_val"]
     return [s for s in nusc.sample if nusc.get("scene", s["scene_token"])["name"] in names]
 
@@ -62,7 +63,7 @@ def test_the_devkit_loads_and_draws_the_dataset(nusc, tmp_path):
         "sample_annotation", "sample_data", "scene", "sensor", "visibility", "lidarseg",
     }  # fmt: skip
     assert [len(nusc.scene), len(nusc.sample)] == [3, 9]
-    assert len(nusc.sample_data) == 3 * (6 * 3 + 3 + 2 * 9)  # scenes * (images + LiDAR keyframes + LiDAR sweeps)
+    assert len(nusc.sample_data) == 3 * (6 * 3 + 3 + 2 * 9)  # scenes * (images + LiDAR keyframes + sweeps)
     assert len(nusc.lidarseg) == 9
     assert all((Path(nusc.dataroot) / d["filename"]).is_file() for d in nusc.sample_data)
     sample = nusc.sample[1]
@@ -89,7 +90,7 @@ def test_prev_next_and_timestamps_are_as_in_nuscenes(nusc):
         assert first["prev"] == last["next"] == ""
         frames = follow(nusc, "sample_data", first["data"]["LIDAR_TOP"])
         assert [f["is_key_frame"] for f in frames] == [True] + ([False] * 9 + [True]) * 2
-        assert set(np.diff([f["timestamp"] for f in frames])) == {50_000}
+        assert set(np.diff([f["timestamp"] for f in frames])) == {50_000}  # microseconds
         keyframe = first
         for frame in frames:  # a sweep belongs to the keyframe after it
             if frame["timestamp"] > keyframe["timestamp"]:
@@ -125,9 +126,9 @@ def test_ego_and_traffic_move_at_plausible_speeds(nusc):
     for scene in nusc.scene:
         frames = follow(nusc, "sample_data", nusc.get("sample", scene["first_sample_token"])["data"]["LIDAR_TOP"])
         track = np.array([nusc.get("ego_pose", f["ego_pose_token"])["translation"] for f in frames])
-        speed = np.linalg.norm(np.diff(track, axis=0), axis=1) / 0.05
+        speed = np.linalg.norm(np.diff(track, axis=0), axis=1) / 0.05  # m/s: LiDAR frames are 0.05 s apart
         assert (speed > 4).all() and (speed < 10).all()
-        assert (track[:, :2] > 0).all()
+        assert (track[:, :2] > 0).all()  # the origin is the lower left corner of the map
     speeds = {}
     for annotation in nusc.sample_annotation:
         speed = np.linalg.norm(nusc.box_velocity(annotation["token"]))
@@ -140,7 +141,7 @@ def test_ego_and_traffic_move_at_plausible_speeds(nusc):
 def test_poses_in_the_tables_are_those_of_the_rendered_views(nusc):
     for record in validation(nusc)[:2]:
         name = nusc.get("scene", record["scene_token"])["name"]
-        scene = Scene(0, SCENES.index(name), (SMALL["keyframes"] - 1) * 0.5)
+        scene = Scene(seed=0, index=SCENES.index(name), duration=(SMALL["keyframes"] - 1) * 0.5)
         start = nusc.get("sample", nusc.get("scene", record["scene_token"])["first_sample_token"])["timestamp"]
         for channel in rig.CAMERAS:
             frame = nusc.get("sample_data", record["data"][channel])
@@ -164,9 +165,10 @@ def test_points_lie_on_the_ground_and_in_their_boxes(nusc):
         assert len(labels) == points.shape[1]
         assert points[3].min() >= 0 and points[3].max() <= 255
         flat = np.isin(labels, [CATEGORY[n] for n in CATEGORIES if n.startswith("flat")])
-        assert np.abs(points[2, flat] + rig.LIDAR_POSITION[2]).max() < 0.06
+        assert np.abs(points[2, flat] + rig.LIDAR_POSITION[2]).max() < 0.06  # meters: range noise
         in_boxes = np.zeros(len(labels), bool)
         for box in boxes:
+            # 1.1: noise moves some points out of their box
             inside = points_in_box(box, points[:3], wlh_factor=1.1) & (labels == CATEGORY[box.name])
             assert inside.sum() >= nusc.get("sample_annotation", box.token)["num_lidar_pts"]
             in_boxes |= inside
@@ -209,6 +211,7 @@ def test_labels_as_predictions_score_one_on_all_classes(nusc, tmp_path):
         record = nusc.get("lidarseg", sample["data"]["LIDAR_TOP"])
         truth = mapper.convert_label(np.fromfile(Path(nusc.dataroot) / record["filename"], np.uint8))
         classes |= set(truth.tolist())
+        # a submission must not contain 0
         np.maximum(truth, 1).astype(np.uint8).tofile(folder / f"{record['sample_data_token']}_lidarseg.bin")
     assert classes == set(range(17))  # 0, to be ignored, is the ego vehicle
     assert LidarSegEval(nusc, str(tmp_path), "mini_val").evaluate()["miou"] == pytest.approx(1.0)
@@ -217,7 +220,7 @@ def test_labels_as_predictions_score_one_on_all_classes(nusc, tmp_path):
 def test_lidar_and_cameras_agree(scene):
     """At one instant, LiDAR points project to pixels of their depth, unless they are occluded from the camera."""
     t, size = 1.0, (450, 800)
-    scan = rig.scan(scene, t, 360, np.random.default_rng(0))
+    scan = rig.scan(scene, t, columns=360, rng=np.random.default_rng(0))
     points = scan.points[scan.category != CATEGORY["vehicle.ego"], :3].astype(np.float64)
     rotation, translation = rig.ego_pose(scene, t)
     points = points @ (rotation * rig.LIDAR_ROTATION).rotation_matrix.T
@@ -243,15 +246,17 @@ def test_lidar_and_cameras_agree(scene):
 
 
 def test_cast_returns_distances_computed_by_hand():
+    # center of the bottom, yaw, (length, width, height); the wedge's front leans inwards by 1 m per meter of height
     box = solid((10, 0, 0), 0.0, (2, 2, 2), "plain", (1, 1, 1), "static.manmade")
     ball = solid((0, 10, 0), 0.0, (2, 4, 2), "plain", (1, 1, 1), "static.vegetation", is_round=True)
     wedge = solid((-10, 0, 0), 0.0, (4, 4, 2), "plain", (1, 1, 1), "static.manmade", taper=(1, 0, 0))
     solids = np.array([box, ball, wedge], dtype=SOLID)
-    view = LidarView(np.array([0.0, 0, 1]), 0.0, np.radians([-45.0, 0, 45]), 4)
+    view = LidarView(np.array([0.0, 0, 1]), yaw=0.0, elevations=np.radians([-45.0, 0, 45]), columns=4)
     distance, hit = (a.reshape(view.shape) for a in cast(view, solids))
     # horizontal rays towards +x, +y, -x, -y hit: face of the box, nearest point of the ball, face of the wedge, nothing
     np.testing.assert_allclose(distance[1, :3], [9, 8, 9], atol=1e-5)
     assert hit[1].tolist() == [0, 1, 2, SKY]
+    # rays 45 degrees down hit the ground 1 m below; those 45 degrees up hit nothing
     np.testing.assert_allclose(distance[0], 2**0.5, atol=1e-5)
     assert (hit[0] == GROUND).all() and (hit[2] == SKY).all()
 
@@ -261,11 +266,12 @@ def test_ray_windows_miss_no_hit(scene, kind, monkeypatch):
     """Intersecting each solid with the rays of its window gives the same result as with all rays."""
     solids = scene.solids(0.5)
     if kind == "camera":
-        view = rig.camera_view(scene, "CAM_FRONT_LEFT", (40, 64), 0.5)
+        view = rig.camera_view(scene, "CAM_FRONT_LEFT", size=(40, 64), t=0.5)
     else:
-        view = rig.lidar_view(scene, 90, 0.5)
+        view = rig.lidar_view(scene, columns=90, t=0.5)
     with_windows = cast(view, solids)
     n, (rows, columns) = len(solids), view.shape
+    # as `windows` returns them: solid, row begin and end, column begin and end
     all_rays = np.arange(n), np.zeros(n, int), np.full(n, rows), np.zeros(n, int), np.full(n, columns)
     monkeypatch.setattr(CameraView if kind == "camera" else LidarView, "windows", lambda self, solids: all_rays)
     for windowed, full in zip(with_windows, cast(view, solids), strict=True):
@@ -312,6 +318,7 @@ def contents(root):
 
 
 def test_a_failure_leaves_the_old_dataset_in_place(tmp_path, monkeypatch):
+    """While tables are made, and while the new dataset, complete, is renamed to the place of the old one."""
     root = synthetic.generate(tmp_path / "set", workers=1, **TINY)
     before = contents(root)
     monkeypatch.setattr(synthetic, "make_tables", lambda *_: 1 / 0)
@@ -323,12 +330,12 @@ def test_a_failure_leaves_the_old_dataset_in_place(tmp_path, monkeypatch):
 
     rename = Path.rename
 
-    def fails_for_the_new_one(path, target):
+    def fails_for_the_new_dataset(path, target):
         if ".partial-" in path.name:
             raise OSError("no")
         return rename(path, target)
 
-    monkeypatch.setattr(Path, "rename", fails_for_the_new_one)
+    monkeypatch.setattr(Path, "rename", fails_for_the_new_dataset)
     with pytest.raises(OSError, match="no"):
         synthetic.generate(root, workers=1, seed=1, **TINY)
     assert contents(root) == before and list(tmp_path.iterdir()) == [root]

@@ -10,26 +10,31 @@ from tests import scripts
 from tests.scripts import Script
 
 pytestmark = pytest.mark.slow
+# Few rays and samples; checkpoints and validations only where a test asks for them, or at the end of the run
 SMALL = ["--device", "cpu", "--workers", "0", "--rays.per-view", "8", "--log-every", "1", "--save-every", "99"]
 SMALL += ["--val-every", "0", "--val-samples", "1", "--picture-stride", "16"]
 SMALL += ["--render.samples", "12", "--render.importance", "4"]
 
 
-def train(*flags, cwd, run=scripts.run, check=True):
-    """Run train.py in `cwd` with the flags SMALL and `flags`, which override them; returns the finished process."""
-    done = run("train.py", *SMALL, *flags, cwd=cwd)
+def train(*flags, cwd, launch=scripts.run, check=True):
+    """Run train.py in `cwd` with the flags SMALL and `flags`, which override them; returns the finished process.
+
+    launch: `scripts.run`, or `scripts.run_two` for two processes. check: assert that the exit code is 0.
+    """
+    done = launch("train.py", *SMALL, *flags, cwd=cwd)
     if check:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
 
 
 def curve(run, name="train/loss"):
-    """step -> value of a scalar in a run's log."""
+    """{step: value} of the scalar `name` in the log of a run folder."""
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return {r["step"]: r[name] for r in records if name in r}
 
 
 def checkpoint(run):
+    """The last checkpoint of a run folder."""
     return torch.load(run / "checkpoints" / "last.pt", weights_only=True)
 
 
@@ -55,7 +60,7 @@ def test_a_run_writes_all_its_files(uninterrupted):
     assert "depth_abs_rel" in done.stdout and "tensorboard --logdir" in done.stdout
 
 
-def test_tensorboard_has_all_tags(uninterrupted):
+def test_tensorboard_has_curves_and_pictures(uninterrupted):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(uninterrupted[0] / "tensorboard")).Reload()
@@ -66,6 +71,7 @@ def test_tensorboard_has_all_tags(uninterrupted):
 
 
 def test_a_stopped_and_resumed_run_is_bit_equal(uninterrupted, city, tmp_path):
+    """In its weights, to an uninterrupted run that also validates."""
     flags = ["--data-root", city, "--preset", "tiny", "--steps", 8, "--out", tmp_path / "run"]
     train(*flags, "--stop-at", 3, cwd=tmp_path)
     assert checkpoint(tmp_path / "run")["step"] == 3
@@ -75,7 +81,7 @@ def test_a_stopped_and_resumed_run_is_bit_equal(uninterrupted, city, tmp_path):
 
 
 def test_a_killed_and_resumed_run_is_bit_equal(uninterrupted, city, tmp_path):
-    """kill -9 in the middle; --resume auto finds the newest run."""
+    """Killed with kill -9 in the middle; --resume auto finds it. Weights and logged losses are those of a whole run."""
     flags = ["--data-root", str(city), "--preset", "tiny", "--steps", "8", "--save-every", "1"]
     process = Script("train.py", *SMALL, *flags, cwd=tmp_path)
     last = wait_for(lambda: list(tmp_path.glob("outputs/train-camera/*/checkpoints/last.pt")), process)[0]
@@ -84,7 +90,8 @@ def test_a_killed_and_resumed_run_is_bit_equal(uninterrupted, city, tmp_path):
     run = last.parent.parent
     killed_after = checkpoint(run)["step"]
     assert 0 < killed_after < 8
-    with (run / "log.jsonl").open("a") as log:  # as if it was killed while logging step 8
+    # as if it had logged steps after its last checkpoint, and was killed while it wrote the line of step 8
+    with (run / "log.jsonl").open("a") as log:
         log.write('{"step": 7, "train/loss": 99.0}\n{"step": 8, "train/l')
     done = train(*flags, "--resume", "auto", cwd=tmp_path)
     assert f"steps {killed_after} to 8" in done.stdout
@@ -97,7 +104,8 @@ def test_a_killed_and_resumed_run_is_bit_equal(uninterrupted, city, tmp_path):
 def test_resuming_a_finished_run_prints_its_results(uninterrupted, city, tmp_path):
     run, first = uninterrupted
     done = train("--data-root", city, "--preset", "tiny", "--steps", 8, "--resume", run, cwd=tmp_path)
-    assert done.stdout.splitlines()[-8:-3] == first.stdout.splitlines()[-8:-3]  # the table of metrics
+    metrics = slice(-8, -3)  # header and four metrics; the last three lines say where the results are
+    assert done.stdout.splitlines()[metrics] == first.stdout.splitlines()[metrics]
 
 
 @pytest.mark.parametrize(
@@ -110,8 +118,8 @@ def test_resuming_a_finished_run_prints_its_results(uninterrupted, city, tmp_pat
     ],
     ids=" ".join,
 )
-def test_each_precision_trains_and_deterministic_runs_are_equal(flags, city, tmp_path):
-    """On a GPU if there is one; two runs with --deterministic must have the same losses."""
+def test_half_precisions_train_and_deterministic_runs_have_equal_losses(flags, city, tmp_path):
+    """On a GPU if there is one. --deterministic runs twice; --precision bf16 also validates."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     runs = [tmp_path / name for name in (("a", "b") if "--deterministic" in flags else ("a",))]
     for run in runs:
@@ -132,7 +140,7 @@ def test_lidar_and_fusion_train_and_resume_bit_equal(modality, city, tmp_path):
 
 
 def test_lidar_trains_without_images(city, tmp_path):
-    """Without image files; where they exist, --data.no-cameras ignores them, with the same losses."""
+    """Where there are no image files; and where --data.no-cameras ignores them, with the same losses."""
     root = tmp_path / "set"
     root.mkdir()
     for part in ("v1.0-mini", "sweeps", "lidarseg", "maps"):
@@ -151,28 +159,26 @@ def test_fusion_starts_from_a_camera_and_a_lidar_run(uninterrupted, city, tmp_pa
     flags = ["--data-root", city, "--preset", "tiny", "--steps", 1]
     train(*flags, "--modality", "lidar", "--out", tmp_path / "lidar", cwd=tmp_path)
     init = ["--init", uninterrupted[0], tmp_path / "lidar"]
+    # with this learning rate, the one step hardly changes the weights
     train(*flags, "--modality", "fusion", *init, "--lr", 1e-12, "--out", tmp_path / "fusion", cwd=tmp_path)
-    sources = checkpoint(uninterrupted[0])["model"], checkpoint(tmp_path / "lidar")["model"]
+    camera, lidar = checkpoint(uninterrupted[0])["model"], checkpoint(tmp_path / "lidar")["model"]
     weights = checkpoint(tmp_path / "fusion")["model"]
     taken = 0
     for name, weight in weights.items():
-        source = sources[name.startswith("encoder.lidar.")]
-        if (
-            name.startswith(("encoder.camera.", "encoder.lidar."))
-            and "running_" not in name
-            and "num_batches" not in name
-        ):
+        source = lidar if name.startswith("encoder.lidar.") else camera
+        of_batch_norm = "running_" in name or "num_batches" in name  # statistics, which the step changes
+        if name.startswith(("encoder.camera.", "encoder.lidar.")) and not of_batch_norm:
             torch.testing.assert_close(weight, source[name], rtol=1e-6, atol=1e-9)
             taken += 1
     assert taken > 100
 
 
 def test_two_processes_have_the_losses_of_one(city, tmp_path):
-    """The learning rate is small: AdamW's first updates are signs of gradients, which amplify rounding errors."""
+    """Up to rounding, with a small learning rate: AdamW's first updates are signs of gradients, which amplify it."""
     flags = ["--data-root", city, "--preset", "tiny", "--steps", 4, "--batch-size", 2, "--lr", 3e-5]
     flags += ["--val-every", 4]
     train(*flags, "--out", tmp_path / "one", cwd=tmp_path)
-    train(*flags, "--out", tmp_path / "two", cwd=tmp_path, run=scripts.run_two)
+    train(*flags, "--out", tmp_path / "two", cwd=tmp_path, launch=scripts.run_two)
     tolerances = {"train/loss": 2e-3, "train/rgb": 2e-3, "train/depth": 2e-3, "train/grad_norm": 2e-2, "val/psnr": 1e-4}
     for name, tolerance in tolerances.items():
         one, two = curve(tmp_path / "one", name), curve(tmp_path / "two", name)
@@ -180,8 +186,8 @@ def test_two_processes_have_the_losses_of_one(city, tmp_path):
         assert all(one[s] == pytest.approx(two[s], rel=tolerance) for s in one), (name, one, two)
 
 
-def test_accumulated_micro_batches_have_the_gradient_of_a_batch(city, tmp_path):
-    """Losses agree only roughly, since batch norm gets half of the samples at a time; the schedule agrees exactly."""
+def test_accumulated_micro_batches_have_about_the_loss_and_gradient_norm_of_a_batch(city, tmp_path):
+    """Only roughly, since batch norm gets one of the two samples at a time; the schedule is exactly the same."""
     flags = ["--data-root", city, "--preset", "tiny", "--steps", 2, "--batch-size", 2]
     train(*flags, "--out", tmp_path / "whole", cwd=tmp_path)
     train(*flags, "--out", tmp_path / "halves", "--accumulate", 2, cwd=tmp_path)
@@ -192,7 +198,7 @@ def test_accumulated_micro_batches_have_the_gradient_of_a_batch(city, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags, words",
+    "flags, words",  # words that the message must contain
     [
         (["--preset", "huge"], ["--preset huge", "tiny"]),
         (["--version", "v1.0-test"], ["--version v1.0-test", "v1.0-mini"]),
@@ -214,6 +220,7 @@ def test_accumulated_micro_batches_have_the_gradient_of_a_batch(city, tmp_path):
     ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
 )
 def test_a_user_error_is_one_sentence(flags, words, city, tmp_path):
+    """It is the last line of stderr, and there is no traceback."""
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("this machine has a GPU: asking for it is no mistake")
     defaults = [] if "--data-root" in flags else ["--data-root", city]
@@ -226,15 +233,17 @@ def test_a_user_error_is_one_sentence(flags, words, city, tmp_path):
 
 
 def test_a_run_does_not_resume_with_other_settings(uninterrupted, city, tmp_path):
+    """Nor does a new run start in its folder, nor does it resume into another folder."""
     run, _ = uninterrupted
-    flags = ["--data-root", city, "--preset", "tiny", "--steps", 8, "--out", run]
+    settings = ["--data-root", city, "--preset", "tiny", "--steps", 8]
+    flags = [*settings, "--out", run]
     again = train(*flags, cwd=tmp_path, check=False)
     assert again.returncode == 2 and "has a run already" in again.stderr
     other = train(*flags, "--seed", 1, "--resume", "auto", cwd=tmp_path, check=False)
     assert other.returncode == 2 and "was started with --seed 0, not 1" in other.stderr
     other = train(*flags, "--render.samples", 9, "--resume", run, cwd=tmp_path, check=False)
     assert other.returncode == 2 and "was started with --render.samples 12, not 9" in other.stderr
-    other = train(*flags[:-1], tmp_path / "other", "--resume", run, cwd=tmp_path, check=False)
+    other = train(*settings, "--out", tmp_path / "other", "--resume", run, cwd=tmp_path, check=False)
     assert other.returncode == 2 and f"is not the run that --resume {run} names" in other.stderr
 
 
@@ -246,7 +255,7 @@ def wait_for(condition, process, seconds=120):
             return value
         assert process.poll() is None, "the run ended before it could be interrupted"
         time.sleep(0.02)
-    raise AssertionError("nothing happened in time")
+    raise AssertionError(f"the condition was not met within {seconds} s")
 
 
 def assert_same_weights(a, b):

@@ -1,4 +1,9 @@
-"""Data augmentation: points, cameras and boxes stay consistent; image augmentations match the original."""
+"""Data augmentation: points, cameras and boxes stay consistent; image augmentations match the original.
+
+Also batches without images.
+
+Columns of boxes: x, y, z, w, l, h, yaw, vx, vy. Columns of points: x, y, z, intensity, time lag.
+"""
 
 import colorsys
 import itertools
@@ -16,7 +21,7 @@ from unipad.config import Augment, CameraConfig, Data
 from unipad.data.dataset import collate
 from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.transforms import (
-    HIDDEN,
+    HIDDEN_COLOR,
     apply_transform,
     augment_sample,
     grid_mask,
@@ -27,12 +32,12 @@ from unipad.model.camera import CameraEncoder
 from unipad.model.rays import cast_rays, project_points
 
 TRANSFORMS = {
-    "rotated and scaled": make_transform(0.3, 1.05),
+    "rotated and scaled": make_transform(angle=0.3, scale=1.05),
     "shifted": make_transform(shift=(0.7, -0.4, 0.2)),
-    "left and right": make_transform(flip_x=True),
-    "front and back": make_transform(flip_y=True),
-    "all": make_transform(-0.7, 0.9, (-0.3, 0.5, 0.4), flip_x=True, flip_y=True),
-    "all, left-handed": make_transform(0.7, 1.1, (-0.3, 0.5, 0.4), flip_y=True),
+    "left and right swapped": make_transform(flip_x=True),
+    "front and back swapped": make_transform(flip_y=True),
+    "all": make_transform(angle=-0.7, scale=0.9, shift=(-0.3, 0.5, 0.4), flip_x=True, flip_y=True),
+    "all but flip_x": make_transform(angle=0.7, scale=1.1, shift=(-0.3, 0.5, 0.4), flip_y=True),  # left-handed
 }
 every_transform = pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
 
@@ -42,8 +47,8 @@ def sample(city):
     return NuScenesDataset(city, "v1.0-mini", "mini_val", Data(sweeps=2))[0]
 
 
-def test_a_rotation_by_90_degrees_by_hand(sample):
-    rotated = apply_transform(sample, make_transform(np.pi / 2, 2.0))
+def test_a_rotation_by_90_degrees_and_scaling_by_2_by_hand(sample):
+    rotated = apply_transform(sample, make_transform(angle=np.pi / 2, scale=2.0))
     x, y, z = sample.points[:, :3].T
     np.testing.assert_allclose(rotated.points[:, :3], np.stack([-2 * y, 2 * x, 2 * z], axis=1), rtol=1e-6, atol=1e-5)
     assert (rotated.points[:, 3:] == sample.points[:, 3:]).all()
@@ -56,8 +61,8 @@ def test_a_rotation_by_90_degrees_by_hand(sample):
 
 
 def test_flips_by_hand(sample):
-    """As in the original, with its yaw': flip_x negates x, vx and yaw'; flip_y negates y and vy, and yaw' becomes
-    pi - yaw'."""
+    """As in the original, with its yaw' (see `unipad.boxes`): flip_x negates x, vx and yaw'; flip_y negates y and vy,
+    and yaw' becomes pi - yaw'."""
     x, y, z, w, l, h, yaw, vx, vy = boxes_to_original(torch.from_numpy(sample.boxes)).T
     flipped = {
         "x": torch.stack([-x, y, z, w, l, h, -yaw, -vx, vy], dim=1),
@@ -81,14 +86,14 @@ def test_transforms_are_in_the_originals_order():
 
 @every_transform
 def test_points_stay_in_their_boxes(sample, transform):
-    """Except for points within rounding of a face."""
+    """Points inside a box 1 % smaller stay inside; points outside a box 1 % larger do not get inside."""
     after = apply_transform(sample, transform)
     grown = sample.boxes * np.float32([1, 1, 1, 1.01, 1.01, 1.01, 1, 1, 1])
     shrunk = sample.boxes * np.float32([1, 1, 1, 0.99, 0.99, 0.99, 1, 1, 1])
     inside = points_in_boxes(after.points, after.boxes)
-    surely, perhaps = points_in_boxes(sample.points, shrunk), points_in_boxes(sample.points, grown)
+    surely, at_most = points_in_boxes(sample.points, shrunk), points_in_boxes(sample.points, grown)
     assert surely.sum() > 100 and len(after.boxes)
-    assert inside[surely].all() and perhaps[inside].all()
+    assert inside[surely].all() and at_most[inside].all()
 
 
 @every_transform
@@ -127,8 +132,8 @@ def test_rays_end_on_the_transformed_points(sample, transform):
     batch = collate([apply_transform(sample, transform)])
     points = batch.points[:, :3]
     pixels, visible = project_points(points, batch.lidar2image[0], batch.image_sizes[0])
-    indices = [view.nonzero()[:50, 0] for view in visible]  # of visible points, per view
-    count = min(map(len, indices))
+    indices = [view.nonzero()[:50, 0] for view in visible]  # of at most 50 visible points, per view
+    count = min(map(len, indices))  # every view casts equally many rays
     chosen = torch.stack([view[i[:count]] for view, i in zip(pixels, indices, strict=True)])  # [N, count, 3]
     rays = cast_rays(batch, 0, chosen)
     ends = rays.origins + rays.directions * rays.depth[:, None]
@@ -137,13 +142,13 @@ def test_rays_end_on_the_transformed_points(sample, transform):
     torch.testing.assert_close(ends, targets, rtol=1e-3, atol=1e-2)
 
 
-def test_augmentation_stays_in_its_limits_and_labels_stay_with_points(sample):
+def test_scales_stay_in_their_limits_and_labels_stay_with_points(sample):
     cfg = Augment(rotation=0.4, scale=(0.9, 1.1), shuffle=True)
-    length = np.linalg.norm(sample.points[:, :3], axis=1).sum()
+    distances = np.linalg.norm(sample.points[:, :3], axis=1).sum()  # from the origin
     scales = set()
     for seed in range(5):
         varied = augment_sample(sample, np.random.default_rng(seed), cfg)
-        scale = np.linalg.norm(varied.points[:, :3], axis=1).sum() / length
+        scale = np.linalg.norm(varied.points[:, :3], axis=1).sum() / distances
         assert 0.9 <= scale <= 1.1
         scales.add(round(float(scale), 3))
         # intensity and lag do not change, so they identify a point
@@ -167,6 +172,7 @@ def test_disabled_augmentations_draw_no_random_numbers(sample):
 
 def test_shifts_and_flips_are_distributed_as_configured(sample):
     """The transform that was drawn is recovered from the first camera's matrix before and after."""
+    # one point: points do not matter here
     small = replace(sample, points=sample.points[:1], point_labels=None)
     cfg = Augment(translation=(0.5, 1.0, 0.0), flip_x=0.5, flip_y=0.2)
     transforms = []
@@ -174,17 +180,17 @@ def test_shifts_and_flips_are_distributed_as_configured(sample):
         varied = augment_sample(small, np.random.default_rng(seed), cfg)
         transforms.append(np.linalg.inv(varied.lidar2camera[0].astype(float)) @ sample.lidar2camera[0])
     transforms = np.array(transforms)  # LiDAR frame before -> after
-    mirrored = transforms[:, [0, 1], [0, 1]] < 0
+    mirrored = transforms[:, [0, 1], [0, 1]] < 0  # without rotation, a flip makes its axis' diagonal entry negative
     np.testing.assert_allclose(mirrored.mean(axis=0), [0.5, 0.2], atol=0.08)
-    shift = np.where(mirrored, -1, 1) * transforms[:, :2, 3]
+    shift = np.where(mirrored, -1, 1) * transforms[:, :2, 3]  # before the flip, which comes last
     np.testing.assert_allclose(shift.std(axis=0), [0.5, 1.0], rtol=0.15)
     assert np.abs(transforms[:, 2, 3]).max() < 1e-5
 
 
 def test_points_and_boxes_are_cropped_after_the_transform(city):
     """Boxes are cropped only by `read` with a random generator, as in training."""
-    point_range = ((-20.0, -20.0, -5.0), (20.0, 20.0, 3.0))
-    dataset = NuScenesDataset(city, "v1.0-mini", "mini_train", Data(), 1.0, point_range, Augment(rotation=0.7))
+    point_range, cfg = ((-20.0, -20.0, -5.0), (20.0, 20.0, 3.0)), Augment(rotation=0.7)
+    dataset = NuScenesDataset(city, "v1.0-mini", "mini_train", Data(), point_range=point_range, augment=cfg)
     plain, varied = dataset[0], dataset.read(0, np.random.default_rng(0))
     assert len(plain.points) != len(varied.points)
     for points in (plain.points, varied.points):
@@ -212,7 +218,7 @@ def test_a_grid_by_hand():
     is a bar, which is visible."""
     rows, columns = "1010", "101010"
     expected = [[r == "1" or c == "1" for c in columns] for r in rows]
-    assert grid_mask(4, 6, 2, 1, 1).tolist() == expected
+    assert grid_mask(4, 6, period=2, top=1, left=1).tolist() == expected
 
 
 def test_grid_mask_is_the_same_in_all_images_and_zero_after_normalization(sample):
@@ -222,21 +228,25 @@ def test_grid_mask_is_the_same_in_all_images_and_zero_after_normalization(sample
     )
     for seed in range(100):
         varied = augment_sample(white, np.random.default_rng(seed), Augment(grid_mask=0.7))
-        hidden = (varied.images[0] == HIDDEN).all(axis=2)
+        hidden = (varied.images[0] == HIDDEN_COLOR).all(axis=2)
         assert all((image == varied.images[0]).all() for image in varied.images)
         assert (varied.images[0][~hidden] == 255).all()
         hidden_fractions.append(hidden.mean())
     hidden_fractions = np.array(hidden_fractions)
+    # expected: a grid with probability 0.7, which hides about a quarter of the pixels
     assert 0.55 < (hidden_fractions > 0).mean() < 0.8 and 0.1 < hidden_fractions.mean() < 0.25, hidden_fractions
-    assert (white.images[0] == 255).all()
+    assert (white.images[0] == 255).all()  # the original image is not modified
     encoder = CameraEncoder(CameraConfig(depths=(1,) * 4, widths=(4,) * 4, channels=4, depth_bins=2))
-    normalized = encoder.normalize(torch.from_numpy(HIDDEN).view(1, 1, 3, 1, 1) / 255, torch.tensor([[[1, 1]]]))
+    normalized = encoder.normalize(torch.from_numpy(HIDDEN_COLOR).view(1, 1, 3, 1, 1) / 255, torch.tensor([[[1, 1]]]))
     assert normalized.abs().max() < 0.01
 
 
-class Script:
-    """A fake random generator. `random` returns 0 for each "h" (heads) and 0.9 for each "t" (tails) of `coins`;
-    `uniform` and `permutation` return the given values."""
+class ScriptedRandom:
+    """A fake random generator.
+
+    coins:  `random` returns 0 for each "h" (heads, yes) and 0.9 for each "t" (tails, no).
+    values: what the other calls return: (expected limits, value) for `uniform`, an array for `permutation`.
+    """
 
     def __init__(self, coins, values):
         self.coins, self.values = [0.0 if c == "h" else 0.9 for c in coins], list(values)
@@ -245,15 +255,16 @@ class Script:
         return self.coins.pop(0)
 
     def uniform(self, low, high):
-        (expected, value) = self.values.pop(0)
-        assert (low, high) == expected
+        limits, value = self.values.pop(0)
+        assert (low, high) == limits
         return value
 
     def permutation(self, n):
         return self.values.pop(0)
 
 
-BRIGHT, CONTRAST, HUE = (-32, 32), (0.5, 1.5), (-18, 18)
+# Limits of the uniform distributions of the original; hue in degrees
+BRIGHTNESS, CONTRAST, SATURATION, HUE = (-32, 32), (0.5, 1.5), (0.5, 1.5), (-18, 18)
 PIXEL = (200, 100, 50)
 
 
@@ -262,11 +273,11 @@ PIXEL = (200, 100, 50)
     "coins, values, expected",
     [
         ("tttttt", [], PIXEL),
-        ("httttt", [(BRIGHT, 30)], (230, 130, 80)),
-        ("hhhttt", [(BRIGHT, 30), (CONTRAST, 0.5)], (115, 65, 40)),
-        ("hthttt", [(BRIGHT, -60), (CONTRAST, 1.5)], (210, 60, 0)),  # clipped to 0 and 255
-        ("tthttt", [(CONTRAST, 1.5)], (255, 150, 75)),
-        ("ttthtt", [(CONTRAST, 0.5)], (200, 150, 125)),
+        ("httttt", [(BRIGHTNESS, 30)], (230, 130, 80)),
+        ("hhhttt", [(BRIGHTNESS, 30), (CONTRAST, 0.5)], (115, 65, 40)),
+        ("hthttt", [(BRIGHTNESS, -60), (CONTRAST, 1.5)], (210, 60, 0)),  # (50 - 60) * 1.5 is clipped
+        ("tthttt", [(CONTRAST, 1.5)], (255, 150, 75)),  # 200 * 1.5 is clipped
+        ("ttthtt", [(SATURATION, 0.5)], (200, 150, 125)),
         ("ttttht", [(HUE, 18)], "hue"),
         ("ttttth", [np.array([2, 0, 1])], (50, 200, 100)),
     ],
@@ -276,9 +287,9 @@ def test_colors_by_hand(sample, coins, values, expected):
         h, s, v = colorsys.rgb_to_hsv(*PIXEL)
         expected = colorsys.hsv_to_rgb(h + 18 / 360, s, v)
     image = np.full((2, 3, 3), PIXEL, np.uint8)
-    script = Script(coins * 2, values * 2)
-    after = photometric_distortion(replace(sample, images=[image, image]), script).images
-    assert not script.coins and not script.values and len(after) == 2
+    rng = ScriptedRandom(coins * 2, values * 2)  # for two images
+    after = photometric_distortion(replace(sample, images=[image, image]), rng).images
+    assert not rng.coins and not rng.values and len(after) == 2
     for image in after:
         assert image.dtype == np.uint8
         np.testing.assert_allclose(image, np.broadcast_to(expected, image.shape), atol=0.51)

@@ -16,7 +16,7 @@ from unipad.evaluate.submission import MAX_BOXES
 from unipad.evaluate.tta import detect_tta, merged, transformed_batch, tta_views
 from unipad.model.detect import Detections
 
-VIEWS = tta_views((1.0, 1.06, 0.96), (0.0, 0.3), flips=True)
+VIEWS = tta_views(scales=(1.0, 1.06, 0.96), angles=(0.0, 0.3), flips=True)
 
 
 def first_frames(root, count, **settings):
@@ -26,15 +26,15 @@ def first_frames(root, count, **settings):
 
 
 def test_views_by_hand():
-    assert len(VIEWS) == 24 and np.array_equal(VIEWS[0], np.eye(4))
+    assert len(VIEWS) == 3 * 2 * 4 and np.array_equal(VIEWS[0], np.eye(4))
     assert [np.diag(view).tolist() for view in tta_views()] == [[x, y, 1, 1] for x in (1, -1) for y in (1, -1)]
-    (view,) = tta_views((2.0,), (math.pi / 2,), flips=False)
+    (view,) = tta_views(scales=(2.0,), angles=(math.pi / 2,), flips=False)
     assert view @ [1, 0, 0, 1] == pytest.approx([0, 2, 0, 1])
 
 
 @pytest.mark.parametrize("transform", VIEWS[1::5], ids=lambda t: f"{t[0, 0]:.2f} {t[0, 1]:.2f}")
 def test_points_and_cameras_are_transformed_together(transform, city):
-    """Points are transformed, and project to the same pixels as before."""
+    """Points are transformed; pixels and depths that they project to, and their camera coordinates, are as before."""
     batch = first_frames(city, 1, cameras=True)
     after = transformed_batch(batch, transform)
     homogeneous = torch.cat([batch.points[:, :3].double(), torch.ones(len(batch.points), 1).double()], dim=1)
@@ -42,14 +42,14 @@ def test_points_and_cameras_are_transformed_together(transform, city):
     assert torch.allclose(after.points[:, :3].double(), expected, atol=1e-4)
     assert torch.equal(after.points[:, 3:], batch.points[:, 3:]) and after.images is batch.images
     for name in ("lidar2image", "lidar2camera"):
-        pixels, pixels_after = (
+        projected, projected_after = (
             getattr(b, name)[0] @ torch.cat([b.points[:, :3], torch.ones(len(b.points), 1)], dim=1).T
             for b in (batch, after)
         )
-        assert torch.allclose(pixels, pixels_after, rtol=1e-4, atol=2e-2)
+        assert torch.allclose(projected, projected_after, rtol=1e-4, atol=2e-2)
 
 
-def test_detections_are_mapped_back_exactly(city):
+def test_detections_are_mapped_back_and_merged(city):
     """A perfect detector finds every box in the frame of each view; after merging, each box is there once."""
     batch = first_frames(city, 2)
     views = []  # that the detector was called with
@@ -60,22 +60,23 @@ def test_detections_are_mapped_back_exactly(city):
         boxes = torch.from_numpy(transform_boxes(batch.boxes.numpy(), views[-1]))
         return perfect_detector(replace(view_batch, boxes=boxes))
 
-    of_views = detect_tta(detect, VIEWS, batch)
+    detections = detect_tta(detect, VIEWS, batch)
     assert all(a is b for a, b in zip(views, VIEWS, strict=True))
-    for ours, ground_truth in zip(of_views, perfect_detector(batch), strict=True):
-        # merged, since some ground-truth boxes overlap: a rider on a parked cycle is suppressed
+    for ours, ground_truth in zip(detections, perfect_detector(batch), strict=True):
+        # Ground-truth boxes of a class may overlap, such as a cyclist's and a riderless bicycle's: one is dropped.
         expected = merged([ground_truth])
         assert len(ours.boxes) == len(expected.boxes) > 20
         order, expected_order = (t.boxes[:, 0].argsort() for t in (ours, expected))
         a, b = ours.boxes[order], expected.boxes[expected_order]
-        assert torch.allclose(a[:, [0, 1, 2, 3, 4, 5, 7, 8]], b[:, [0, 1, 2, 3, 4, 5, 7, 8]], atol=2e-5)
-        assert (a[:, 6] - b[:, 6]).cos().min() > 1 - 1e-6
+        yaw, others = 6, [0, 1, 2, 3, 4, 5, 7, 8]
+        assert torch.allclose(a[:, others], b[:, others], atol=2e-5)
+        assert (a[:, yaw] - b[:, yaw]).cos().min() > 1 - 1e-6
         assert torch.equal(ours.labels[order], expected.labels[expected_order])
 
 
 def test_merging_equal_detections_changes_nothing():
     boxes = torch.zeros(40, 9)
-    boxes[:, 0] = torch.arange(40.0) * 3
+    boxes[:, 0] = torch.arange(40.0) * 3  # x: 3 m apart, so that no boxes overlap
     boxes[:, 3:6] = torch.tensor([2.0, 1.5, 1.0])
     boxes[:, 6] = torch.linspace(-3, 3, 40)
     detected = Detections(boxes, torch.linspace(0.9, 0.1, 40), torch.arange(40) % 10)
@@ -99,12 +100,15 @@ def test_merging_keeps_the_better_box_of_each_class():
     kept = merged(of_views)
     assert kept.scores.tolist() == pytest.approx([0.6, 0.4]) and kept.labels.tolist() == [0, 3]
     assert torch.equal(kept.boxes, torch.cat([near, near]))
+
+
+def test_merging_keeps_as_many_boxes_as_are_allowed():
     many = torch.zeros(600, 9)
-    many[:, 0] = torch.arange(600.0) * 10
+    many[:, 0] = torch.arange(600.0) * 10  # x: far apart
     many[:, 3:6] = 1
-    scores = torch.arange(600) / 600
+    scores = torch.arange(600) / 600  # the last box has the best score
     most = merged([Detections(many, scores, torch.zeros(600, dtype=torch.int64))])
-    assert len(most.boxes) == MAX_BOXES and most.scores[-1] == scores[100]
+    assert len(most.boxes) == MAX_BOXES and most.scores[-1] == scores[600 - MAX_BOXES]
 
 
 def test_the_identity_view_alone_only_merges_detections(city):

@@ -12,13 +12,14 @@ from unipad.model.unet import Unet, UnetEncoder
 from unipad.names import to_original
 
 GRID = config.Grid(low=(-8.0, -8.0, -2.0), high=(8.0, 8.0, 4.0), cell=(1.0, 1.0, 2.0))  # 16 x 16 x 3 cells
+# Two stages down, two up; features have 5 channels, as many as points have columns
 SMALL = config.UnetConfig(cell=0.5, mask_block=2, stem=4, widths=(4, 6, 6, 5), blocks=(1, 1, 1, 1))
 
 
 def cloud(counts=(300, 200)):
-    """Random points [P, 5] inside `GRID`, and their counts."""
-    points = torch.rand(sum(counts), 5) * torch.tensor([15.8, 15.8, 5.8, 255, 0]) - torch.tensor([7.9, 7.9, 1.9, 0, 0])
-    return points, torch.tensor(counts)
+    """Random points [P, 5] of the keyframe, at least 0.1 m inside `GRID`, and the counts of both samples."""
+    low, extent = torch.tensor([-7.9, -7.9, -1.9, 0, 0]), torch.tensor([15.8, 15.8, 5.8, 255, 0])
+    return low + torch.rand(sum(counts), 5) * extent, torch.tensor(counts)
 
 
 def test_matches_the_original():
@@ -28,10 +29,11 @@ def test_matches_the_original():
     net.load_state_dict(weights(arrays, "encoder.lidar.encoder."))
     coords = arrays["in/coors"].int()
     features = arrays["in/voxel_features"].requires_grad_()
+    # multiples of 16: the record's net halves the resolution four times
     shape = [-(-size // 16) * 16 for size in (coords[:, 1:].amax(dim=0) + 1).tolist()]
     out = net(SparseTensor(features, VoxelSet(coords, shape, int(arrays["in/batch_size"])))).features
     assert_close_to_max(out, arrays["out/features"], 1e-5)
-    (out * arrays["in/w_out"]).sum().backward()
+    (out * arrays["in/w_out"]).sum().backward()  # the sum whose gradients were recorded
     assert_close_to_max(features.grad, arrays["grad/voxel_features"], 1e-5, "features")
     gradients = weights(arrays, "encoder.lidar.encoder.", "grad/")
     assert gradients.keys() == dict(net.named_parameters()).keys()
@@ -50,10 +52,11 @@ def test_weights_convert_back_to_the_originals_keys():
 
 
 def test_size_of_the_default_unet():
-    """Pointcept reports 39.2 M parameters, which include a head for 20 classes (96 * 20 + 20)."""
+    """In parameters and mask blocks. Pointcept reports 39.2 M parameters, which include a head for 20 classes
+    (96 * 20 + 20)."""
     with torch.device("meta"):
         net = UnetEncoder(config.UnetConfig(), config.Grid((-54.0, -54.0, -5.0), (54.0, 54.0, 3.0), (0.6, 0.6, 1.6)))
-    assert net.mask_shape == (10, 135, 135)
+    assert net.mask_shape == (10, 135, 135)  # z, y, x: blocks of 0.8 m
     assert sum(p.numel() for p in net.parameters()) == pytest.approx(39.2e6, rel=2e-3)
 
 
@@ -62,16 +65,19 @@ def test_points_have_the_features_of_their_voxels_in_any_batch():
     points, counts = cloud()
     net = UnetEncoder(SMALL, GRID).eval()
     features, rows, voxel_of = net.voxel_features(points, counts)
-    assert features.shape == (len(rows), 5)
-    assert torch.equal((points[:, :3] / 0.5).floor(), (points[rows[voxel_of], :3] / 0.5).floor())
+    assert features.shape == (len(rows), SMALL.channels)
+    # every point is in the same voxel as the point that was chosen for it
+    assert torch.equal((points[:, :3] / SMALL.cell).floor(), (points[rows[voxel_of], :3] / SMALL.cell).floor())
     assert torch.equal(voxel_of[rows], torch.arange(len(rows)))
     far = torch.tensor([[-91.3, 70.0, 9.0, 1.0, 0.0]])
+    # the second sample alone, with that point
     alone, _, alone_of = net.voxel_features(torch.cat([points[300:], far]), [201])
     torch.testing.assert_close(alone[alone_of[:200]], features[voxel_of[300:]], rtol=1e-4, atol=1e-5)
 
 
 def test_without_points_every_layer_runs_and_has_a_gradient():
-    """Otherwise, in distributed training, processes that have points would wait for this one forever."""
+    """A gradient of zero; without any, in distributed training, processes that have points would wait for this one
+    forever."""
     net = UnetEncoder(SMALL, GRID)
     features, rows, voxel_of = net.voxel_features(torch.zeros(0, 5), [0, 0])
     assert features.shape == (0, 5) and not len(rows) and not len(voxel_of)
@@ -90,16 +96,17 @@ def test_a_cell_of_the_volume_is_the_mean_of_its_voxels():
     assert volume.shape == (2, 5, 3, 16, 16) and volume.is_contiguous(memory_format=torch.channels_last_3d)
     features, rows, _ = net.voxel_features(points, counts)
     x, y, z = ((points[rows, :3] - torch.tensor(GRID.low)) / torch.tensor(GRID.cell)).long().unbind(1)
-    sample = (rows >= 300).long()
+    sample = (rows >= 300).long()  # the first sample has 300 points
     total, count = torch.zeros(2, 3, 16, 16, 5), torch.zeros(2, 3, 16, 16, 1)
     total.index_put_((sample, z, y, x), features, accumulate=True)
     count.index_put_((sample, z, y, x), torch.ones(len(rows), 1), accumulate=True)
     torch.testing.assert_close(volume, (total / count.clamp(min=1)).permute(0, 4, 1, 2, 3), rtol=1e-4, atol=1e-5)
-    assert torch.equal(grid_coords[:, 1:], ((points[rows, :3] - torch.tensor(GRID.low)) / 0.5).int().flip(1))
+    assert torch.equal(grid_coords[:, 1:], ((points[rows, :3] - torch.tensor(GRID.low)) / SMALL.cell).int().flip(1))
 
 
 def test_a_step_only_waits_for_sizes(monkeypatch, device):
-    """The kernels are run, except those of modules whose results determine no size."""
+    """The host waits for a GPU only to learn how large tensors must be. Kernels that do not determine sizes are left
+    out, to save time."""
     pytest.importorskip("triton", reason="Triton has wheels for Linux only")
     monkeypatch.setattr(backend, "interpret", device == "cpu")
     net = UnetEncoder(SMALL, GRID).to(device)
@@ -107,13 +114,15 @@ def test_a_step_only_waits_for_sizes(monkeypatch, device):
     points, noise = points.to(device), torch.rand(2, *net.mask_shape, device=device)
     with WaitRecorder(without=("unipad.kernels.sparse_tiles", "unipad.kernels.sparse_gemm")) as waits:
         net(points, counts, noise)[0].square().sum().backward()
-    occupied, output_size = "number and extent of occupied cells", "number of a convolution's output voxels"
-    assert waits.named == [occupied, "indices of the visible voxels", output_size, output_size]
+    occupied, visible = "number and extent of occupied cells", "indices of the visible voxels"
+    outputs = "number of a convolution's output voxels"
+    assert waits.named == [occupied, visible, outputs, outputs]  # two strided convolutions
     assert set(waits.unnamed) <= {"_local_scalar_dense"}  # from point counts, which are on the host
 
 
 def test_cells_of_points_are_the_same_on_a_gpu():
-    """Cells of 0.3 m: multiplied by the reciprocal of 0.3, instead of divided, some points would get another cell."""
+    """PyTorch on a GPU divides by a number by multiplying with its reciprocal: for cells of 0.3 m, that would move some
+    points to other cells."""
     net = UnetEncoder(SMALL, config.Grid(low=(-3.0, -3.0, -2.0), high=(3.0, 3.0, 4.0), cell=(0.3, 0.3, 2.0)))
     x = (torch.arange(1, 20).double() * 0.3 - 3).float()
     points = torch.stack([x, x, torch.zeros_like(x)], dim=1)
@@ -125,8 +134,9 @@ def test_cells_of_points_are_the_same_on_a_gpu():
 
 
 def test_masked_blocks_are_not_encoded():
-    """Visible blocks are encoded as if there were no masked ones; a point at the upper border of the grid is inside."""
+    """Visible blocks are encoded as if there were no masked ones."""
     points, counts = cloud((400, 200))
+    # just below the grid's upper border, where rounding must not put it outside
     points[0, :3] = torch.tensor([8.0, 8.0, 4.0]).nextafter(torch.zeros(3))
     net = UnetEncoder(SMALL, GRID).eval()
     noise = torch.rand(2, *net.mask_shape)
@@ -139,9 +149,10 @@ def test_masked_blocks_are_not_encoded():
     for b in range(2):
         kept, occupied = (sum(c[0] == b for c in block_coords) for block_coords in blocks)
         assert kept == round(occupied * 0.2)  # 1 - mask_ratio
-    block = ((points[:, :3] - torch.tensor(GRID.low)) / 0.5).long().flip(1) // 2
+    voxel = ((points[:, :3] - torch.tensor(GRID.low)) / SMALL.cell).long().flip(1)
+    block = voxel.clamp(max=torch.tensor([11, 31, 31])) // SMALL.mask_block  # z, y, x; the last voxels of the grid
     sample = torch.tensor([0, 1]).repeat_interleave(counts)
-    visible = torch.tensor([(b, *p) in blocks[0] for b, p in zip(sample.tolist(), block.tolist(), strict=True)])
+    visible = torch.tensor([(b, *zyx) in blocks[0] for b, zyx in zip(sample.tolist(), block.tolist(), strict=True)])
     alone, _ = net(points[visible], [int(visible[:400].sum()), int(visible[400:].sum())])
     torch.testing.assert_close(volume, alone, rtol=1e-4, atol=1e-5)
     volume.square().sum().backward()

@@ -15,6 +15,7 @@ from unipad.model.volume import Conv3x3x3, ConvNormReLU3d, GatherLift, VoxelPool
 from unipad.recipes import CAMERA_075
 
 GRID = config.Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(5.4, 6.0, 1.6))  # of the records
+# The records have 2 samples of 6 views, one frame each, and images of 256 x 448 pixels.
 
 
 def test_gather_lift_reproduces_the_original():
@@ -36,7 +37,7 @@ def test_voxel_pool_lift_reproduces_the_original():
     assert volume.is_contiguous(memory_format=torch.channels_last_3d)
 
 
-def test_voxel_pooling_rejects_several_levels():
+def test_several_pooled_levels_and_unknown_view_transforms_are_errors():
     with pytest.raises(UserError, match="one level"):
         view_transform(GRID, config.CameraConfig(view="pool", fpn_levels=4))
     with pytest.raises(ValueError, match="choose gather or pool"):
@@ -44,14 +45,15 @@ def test_voxel_pooling_rejects_several_levels():
 
 
 def test_every_parameter_of_the_final_camera_encoder_gets_a_gradient():
-    """The structure of `CAMERA_075` at a small size; `encode` returns depths with the volume."""
+    """The structure of `CAMERA_075`, the encoder of the paper's final recipes, at a small size. Also the shapes of its
+    outputs, and that in evaluation equal generators give equal volumes."""
     camera = replace(CAMERA_075, depths=(1, 1, 1, 1), widths=(4, 8, 16, 32), channels=8, aspp_channels=4)
     camera = replace(camera, depth_bins=20, frozen_stages=0)
     encoder = Encoder(config.Recipe(grid=GRID, camera=camera))
-    batch = make_batch([[], []], size=(64, 96), unpadded=(60, 90))
+    batch = make_batch([[], []], size=(64, 96), unpadded=(60, 90))  # two samples of two views, without points
     encoded = encoder.encode(batch, generators(0, 1))
     assert encoded.volume.shape == (2, 8, 5, 18, 20) and encoded.volume.any()
-    assert [tuple(d.shape) for d in encoded.depths] == [(2, 2, 2, 3, 20)]
+    assert [tuple(d.shape) for d in encoded.depths] == [(2, 2, 2, 3, 20)]  # one level, of stride 32
     assert encoded.masks["camera"].shape == (2, 2, 2, 3)
     (encoded.volume.square().sum() + encoded.depths[0].square().sum()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
@@ -66,8 +68,9 @@ def test_render_projection_reproduces_the_original():
     project = ConvNormReLU3d(12, 32)
     project.load_state_dict(golden.weights(arrays, "project."))
     golden.assert_close_to_max(project(arrays["out/unified_volume"]), arrays["out/render_volume"], 1e-5)
-    for name, after in golden.weights(arrays, "project.", "out/after/").items():
-        golden.assert_close_to_max(project.state_dict()[name], after, 1e-5, name)
+    # the running statistics of the batch norm after this forward pass
+    for name, statistic in golden.weights(arrays, "project.", "out/after/").items():
+        golden.assert_close_to_max(project.state_dict()[name], statistic, 1e-5, name)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d], ids=str)

@@ -5,7 +5,7 @@ recipes.py     presets: the paper's, the released configs', tiny ones
 batch.py       the batch: the interface between data and model
 boxes.py       box geometry, for data and model
 errors.py      user-facing errors, one sentence each
-runtime.py     device, processes, random numbers, signals
+runtime.py     device, processes, random numbers, stopping on a signal
 exit.py        how a program ends: exit codes, and one line instead of a traceback
 run_folder.py  what a training run leaves: folder, log, checkpoints
 checkpoint.py  reading checkpoints and runs, and taking weights from them
@@ -16,13 +16,13 @@ cli.py         command lines: a script's flags and every setting of the recipe
 data/          datasets read into batches, and the synthetic city
 model/         encoders, volumes, rays, renderer, heads
 evaluate/      metrics: PSNR and depth errors, NDS and mAP, mIoU
-draw/          pictures, videos, meshes
+draw/          pictures, videos, meshes, the 3D view of TensorBoard
 selfcheck/     every op compared with its reference in fp64
 """
 
 from pathlib import Path
 
-# In a checkout `unipad.kernels` is the folder next to this one. It is not a top-level package, since another
-# distribution has that name.
+# `unipad.kernels`: once installed, a folder in this one; in a checkout, the folder next to this one, so that the
+# checkout's root is searched too. It is not a top-level package, since another distribution has that name.
 if not (Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(Path(__file__).parents[1]))

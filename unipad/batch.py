@@ -1,6 +1,7 @@
 """The batch: the one interface between data and model.
 
-Frames: LiDAR x right, y forward, z up; camera x right, y down, z forward. Meters, seconds, pixels.
+Coordinates: LiDAR x right, y forward, z up; camera x right, y down, z forward. Meters, seconds, pixels, radians.
+A frame is what was recorded at one time, except in "LiDAR frame", which is the LiDAR's coordinate system.
 Ragged fields are concatenated over the samples, with the counts in a separate field.
 """
 
@@ -57,7 +58,7 @@ LIDARSEG_CLASSES = (
 @dataclass(frozen=True)
 class Batch:
     """B samples of N views: the keyframe's cameras (in nuScenes in the order of `CAMERAS`), then, with camera sweeps,
-    those of each frame before it, the newest first. N = 0 without images. Images may differ in size.
+    those of each camera frame before it, the newest first. N = 0 without images. Images may differ in size.
 
     All views are encoded; only those of `keyframe()` are rendered, compared and drawn.
     """
@@ -66,14 +67,14 @@ class Batch:
     image_sizes: Tensor  # [B, N, 2] int64 height, width before padding
     lidar2image: Tensor  # [B, N, 4, 4] LiDAR meters of the keyframe -> (u*d, v*d, d, 1), pixels of `images`
     lidar2camera: Tensor  # [B, N, 4, 4] LiDAR meters of the keyframe -> camera meters when the image was taken
-    points: Tensor  # [P, 5] x, y, z meters (LiDAR frame of the keyframe), intensity, time lag seconds
+    points: Tensor  # [P, 5] x, y, z meters (LiDAR frame of the keyframe), intensity, seconds before the keyframe
     point_counts: Tensor  # [B] int64, on the host
-    boxes: Tensor  # [M, 9] x, y, z center, w, l, h meters, yaw, vx, vy in the LiDAR frame
+    boxes: Tensor  # [M, 9] x, y, z center, w, l, h meters, yaw (of l, from x towards y), vx, vy m/s; LiDAR frame
     labels: Tensor  # [M] int64 detection class 0-9, see `CLASSES`
     box_counts: Tensor  # [B] int64, on the host
     point_labels: Tensor | None  # [P] uint8 lidarseg class 0-16, 0 is ignored, see `LIDARSEG_CLASSES`; None: no labels
     tokens: tuple[str, ...]  # sample tokens
-    frame_lags: Tensor | None = None  # [B, S] seconds from each of S frames to the keyframe, 0 first; None: S = 1
+    frame_lags: Tensor | None = None  # [B, S] seconds from each camera frame to the keyframe, 0 first; None: S = 1
     cameras: tuple[str, ...] = ()  # names of the keyframe's cameras; () where the dataset does not name them
 
     def __len__(self) -> int:
@@ -103,5 +104,6 @@ class Batch:
         return replace(self, **{k: t.pin_memory() for k, t in self._tensors().items()})
 
     def _tensors(self) -> dict[str, Tensor]:
+        """The fields that are tensors, by name."""
         named = {f.name: getattr(self, f.name) for f in fields(self)}
         return {k: v for k, v in named.items() if isinstance(v, Tensor)}

@@ -2,7 +2,7 @@
 
     code      what the head regresses: x, y, log w, log l, z center, log h, sin yaw', cos yaw', vx, vy
               yaw' is mmdet3d 0.17's, clockwise from -y: yaw' = -yaw - pi / 2, sin yaw' = -cos yaw, cos yaw' = -sin yaw
-    nuScenes  center, (w, l, h), a quaternion and a velocity, each in the global frame
+    nuScenes  center, (w, l, h), a quaternion and a velocity; center, rotation and velocity in the global frame
 
 None of these is the format of mmdet3d 1.0 and later, which swaps w and l and rotates the other way.
 """
@@ -56,10 +56,10 @@ def points_in_boxes(points: np.ndarray, boxes: np.ndarray) -> np.ndarray:
 
 
 def transform_boxes(boxes: np.ndarray, transform: np.ndarray) -> np.ndarray:
-    """Boxes [M, 9] after `transform`: [4, 4], from `transforms.make_transform`, or the inverse of such a transform."""
+    """Boxes [M, 9] after `transform`: [4, 4], from `data.transforms.make_transform`, or an inverse of one."""
     boxes, linear = boxes.copy(), transform[:3, :3]
     boxes[:, :3] = boxes[:, :3] @ linear.T + transform[:3, 3]
-    boxes[:, 3:6] *= np.linalg.norm(linear[:, 0])
+    boxes[:, 3:6] *= np.linalg.norm(linear[:, 0])  # the scale
     heading = np.stack([np.cos(boxes[:, 6]), np.sin(boxes[:, 6])], axis=1) @ linear[:2, :2].T
     boxes[:, 6] = np.arctan2(heading[:, 1], heading[:, 0])
     boxes[:, 7:] = boxes[:, 7:] @ linear[:2, :2].T
@@ -98,4 +98,4 @@ def boxes_to_global(boxes: np.ndarray, lidar2global: np.ndarray) -> tuple[np.nda
     rotation = Rotation.from_matrix(lidar_rotation) * Rotation.from_euler("z", boxes[:, 6:7])
     translation = boxes[:, :3] @ lidar_rotation.T + lidar2global[:3, 3]
     velocity = boxes[:, 7:] @ lidar_rotation[:2, :2].T  # boxes have no vertical velocity
-    return translation, boxes[:, 3:6].copy(), rotation.as_quat()[:, [3, 0, 1, 2]], velocity
+    return translation, boxes[:, 3:6].copy(), rotation.as_quat()[:, [3, 0, 1, 2]], velocity  # from scipy's x, y, z, w

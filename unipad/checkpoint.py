@@ -19,36 +19,38 @@ from unipad.exit import has_ended
 
 def write_checkpoint(state: dict, file: Path):
     """Save under a temporary name and rename, so that a crash leaves the previous file intact."""
-    remove_parts(file.parent, file.name)
-    part = file.with_name(f".{file.name}.{os.getpid()}")
+    remove_unfinished(file.parent, file.name)
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        with part.open("wb") as f:
+        with unfinished.open("wb") as f:
             torch.save(state, f)
             f.flush()
             os.fsync(f.fileno())
-        part.replace(file)
+        unfinished.replace(file)
     except BaseException as error:
         with contextlib.suppress(OSError):
-            part.unlink()
-        while error and not isinstance(error, OSError):  # torch's zip writer wraps the file's OSError
+            unfinished.unlink()
+        # torch's zip writer raises its own error on top of the file's OSError, which says what went wrong
+        while error and not isinstance(error, OSError):
             error = error.__context__
         if error:
             raise OSError(error.errno, error.strerror, str(file)) from None
         raise
 
 
-def remove_parts(folder: Path, name: str = "*"):
-    """Remove unfinished files `.<name>.<process id>` that killed processes left in `folder`."""
-    for part in folder.glob(f".{name}.*"):
-        if part.suffix[1:].isdigit() and has_ended(int(part.suffix[1:])):
+def remove_unfinished(folder: Path, name: str = "*"):
+    """Remove unfinished files `.<name>.<process id>` that killed processes left in `folder`; name: a glob pattern."""
+    for file in folder.glob(f".{name}.*"):
+        process = file.suffix[1:]
+        if process.isdigit() and has_ended(int(process)):
             with contextlib.suppress(OSError):
-                part.unlink()
+                file.unlink()
 
 
 def read_checkpoint(file: Path, lazily: bool = False) -> dict:
     """Load a checkpoint as data, never as code, onto the CPU. Raises `UserError` where that is not possible.
 
-    lazily: read weights only when they are used, without checking checksums.
+    lazily: map the file into memory, so that weights are read when they are used; no checksums are checked.
     """
     try:
         damaged = None if lazily else _damaged_record(file)
@@ -104,11 +106,11 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def read_run(path: Path, lazily: bool = False) -> tuple[dict, Recipe, Path]:
-    """(last checkpoint, recipe, folder) of a run.
+    """(last checkpoint, recipe, folder) of a run; of a checkpoint outside a run, the folder that contains it.
 
-    path:   as for `find_checkpoint`; the folder of a checkpoint outside a run is the one that contains it.
+    path:   as for `find_checkpoint`.
     lazily: as for `read_checkpoint`.
-    Raises `UserError` if there is no such checkpoint.
+    Raises `UserError` if there is no such checkpoint, or it has no model and recipe.
     """
     file = find_checkpoint(path)
     saved = read_checkpoint(file, lazily)
@@ -116,7 +118,7 @@ def read_run(path: Path, lazily: bool = False) -> tuple[dict, Recipe, Path]:
         _check_types(saved, {"model": dict, "step": int})
         recipe = recipe_of(saved["config"])
         _check_types(saved["config"], {"args": dict})
-        _check_names(saved["config"]["args"], ("dataset", "version", "data_root"))
+        _check_strings(saved["config"]["args"], ("dataset", "version", "data_root"))
     except (KeyError, TypeError, UserError) as error:
         raise UserError(
             f"{file} has no model with a recipe of this version of the project: {str(error).rstrip('.')}."
@@ -143,8 +145,8 @@ def read_training(file: Path) -> dict:
     """The last checkpoint of a training run, to resume it. Raises `UserError` for anything else."""
     saved = read_checkpoint(file)
     try:
-        parts = ("model", "optimizer", "scaler", "metrics", "config")
-        _check_types(saved, {**dict.fromkeys(parts, dict), "step": int, "validated": int})
+        dicts = ("model", "optimizer", "scaler", "metrics", "config")
+        _check_types(saved, {**dict.fromkeys(dicts, dict), "step": int, "validated": int})
         _check_plain(saved["config"])
         _check_types(saved["config"], {"args": dict, "recipe": dict, "steps": int})
         _check_metrics(saved["metrics"])
@@ -163,11 +165,12 @@ def _check_types(values, types):
     for name, kind in types.items():
         if not isinstance(values, dict) or name not in values:
             raise TypeError(f"it has no {name}")
+        # exactly `kind`, since a bool is an int too; but an OrderedDict is a dict
         if type(values[name]) is not kind and not (kind is dict and isinstance(values[name], dict)):
             raise TypeError(f"its {name} is a {type(values[name]).__name__}")
 
 
-def _check_names(args, flags):
+def _check_strings(args, flags):
     """Raises TypeError unless each of `flags` is a string in `args`, or None, or missing."""
     for flag in flags:
         if not isinstance(args.get(flag), str | None):
@@ -175,7 +178,7 @@ def _check_names(args, flags):
 
 
 def _check_metrics(metrics):
-    """Raises TypeError unless `metrics` is {name: number}, or {"before": ..., "after": ...} of two such dicts."""
+    """Raises TypeError unless `metrics` is {name: number}, or such dicts under "before", "after" or both."""
     tables = [table for table in metrics.values() if isinstance(table, dict)] or [metrics]
     if len(tables) not in (1, len(metrics)) or any(table.keys() != tables[0].keys() for table in tables):
         raise TypeError("its metrics differ in their names")
@@ -196,11 +199,11 @@ def weight_fault(name: str, weight, target: torch.Tensor) -> str | None:
     return None if weight.isfinite().all() else f"{name} has values that are not finite"
 
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # converted when they are loaded
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # converted to the model's type when loaded
 
 
 def load_weights(net: nn.Module, weights: dict, path: Path):
-    """Load all weights of `net`, as `path` has them. Raises `UserError` where they do not fit."""
+    """Load `weights`, all that `net` has, from the file `path`. Raises `UserError` where they do not fit."""
     if fault := weights_fault(net.state_dict(), weights):
         raise UserError(f"the weights of {path} do not fit the recipe: {fault}.")
     net.load_state_dict(weights)
@@ -255,6 +258,7 @@ def take_weights(net: nn.Module, prefix: str, paths: Sequence[Path], flag: str, 
             "recipe does not train; name a run or checkpoint that has them too."
         )
     if paths and new:
+        # parts that were only partly taken: their new weights are listed one by one
         mixed = {part_of(name) for name in new} & {part_of(name) for name in taken}
         new_parts = _parts(name for name in new if part_of(name) not in mixed)
         new_weights = ", ".join(sorted(name for name in new if part_of(name) in mixed))
@@ -263,10 +267,10 @@ def take_weights(net: nn.Module, prefix: str, paths: Sequence[Path], flag: str, 
 
 
 def part_of(name: str) -> str:
-    """The module that a weight belongs to: in an encoder such as `encoder.lidar.neck`, else its first name."""
+    """The part of a model that a weight belongs to: such as `encoder.lidar.neck`, or `head` outside the encoder."""
     return ".".join(name.split(".")[: 3 if name.startswith("encoder.") else 1])
 
 
 def _parts(names: Iterable[str]) -> str:
-    """The modules that the weights `names` belong to, for a message."""
+    """The parts that the weights `names` belong to, for a message."""
     return ", ".join(sorted({part_of(name) for name in names}))

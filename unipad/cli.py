@@ -23,10 +23,11 @@ from unipad.data.dataset import DEFAULT_DATASET, check_recorded
 from unipad.errors import UserError, check_choices, check_numbers
 
 A = TypeVar("A")
-# Integer settings of recipes that may be 0; all others are at least 1
+# Settings of recipes, by their names in any section. Integers that may be 0; all others are at least 1
 MAY_BE_0 = {"frozen_stages", "fpn_start", "volume_convs", "blocks", "lidar_per_view", "importance", "noise_groups"}
 MAY_BE_0 |= {"counts", "min_points", "warmup_steps", "nms"}
-# Other settings: those that may be negative, those from 0 to 1, and those from 0 to below 1; all others are at least 0
+# Floats that may be negative, those from 0 to 1, and those from 0 to below 1; all others are at least 0.
+# `nms` has an integer and a float: a class, which may be 0, and an IoU.
 SIGNED = {"low", "high", "center_low", "center_high", "variance"}
 UP_TO_1 = {
     "flip_x",
@@ -53,7 +54,7 @@ def parse(kind: type[A], choose: Callable[[A], A], description: str, argv: Seque
     argv:   the flags (default: those of this process).
 
     Exits with code 2 where tyro cannot parse a flag. Raises `UserError` for a flag of a section that the recipe lacks,
-    for a flag that contradicts an earlier run's recipe, and for a number out of range.
+    for a flag that would choose another recipe than the earlier run's, and for a number out of range.
     """
     argv = list(map(str, sys.argv[1:] if argv is None else argv))
     read = partial(
@@ -68,7 +69,7 @@ def parse(kind: type[A], choose: Callable[[A], A], description: str, argv: Seque
     chosen = choose(script_flags)
     for flag in argv:
         section = re.match(r"--(\w+)\.", flag)
-        if section and getattr(chosen.recipe, section[1], flag) is None:
+        if section and getattr(chosen.recipe, section[1], "unknown") is None:  # tyro refuses an unknown section
             raise UserError(f"{flag} has no effect: this recipe has no {section[1]} section; leave it out.")
     args = read(default=chosen)
     for name in RECIPE_FLAGS:
@@ -110,11 +111,12 @@ def run_args(args: A) -> A | None:
 
 
 def with_preset(args: A, presets: dict[str, dict[str, Recipe]], modality: str, default: str) -> A:
-    """The flags, with the field `recipe` set to the preset that they choose.
+    """The flags, with `preset`, `modality` and `recipe` set to the preset that they choose and its recipe.
 
     presets:  modality -> name -> recipe, of one task.
     modality: key of `presets`.
-    default:  preset if only --data-root is given; without it, the dataset is the synthetic city and the preset "tiny".
+    default:  preset with --data-root but without --preset. Without both, the dataset is the synthetic city and the
+              preset "tiny".
     """
     name = args.preset or (default if args.data_root else "tiny")
     check_choices(preset=(name, presets[modality]))
@@ -131,10 +133,10 @@ def check_recipe(recipe: Recipe):
     """Raises `UserError` for settings out of their range, and for those that cannot be combined."""
     for section, settings in vars(recipe).items():
         for name, value in vars(settings).items() if dataclasses.is_dataclass(settings) else ():
-            flag = f"--{section}.{name}".replace("_", "-")
-            for number in _numbers(value):
-                if type(number) is int and number < (name not in MAY_BE_0):
-                    raise UserError(f"{flag} {number} must be at least {int(name not in MAY_BE_0)}.")
+            flag, least = f"--{section}.{name}".replace("_", "-"), 0 if name in MAY_BE_0 else 1
+            for number in _leaves(value):
+                if type(number) is int and number < least:
+                    raise UserError(f"{flag} {number} must be at least {least}.")
                 if type(number) is float and name in UP_TO_1 and not 0 <= number <= 1:
                     raise UserError(f"{flag} {number} must be from 0 to 1.")
                 if type(number) is float and name in BELOW_1 and not 0 <= number < 1:
@@ -147,11 +149,11 @@ def check_recipe(recipe: Recipe):
         raise UserError("--data.camera-sweeps needs a camera encoder, which this recipe does not have; leave it out.")
 
 
-def _numbers(value):
-    """Yield the numbers of a setting, also those of nested tuples."""
+def _leaves(value):
+    """Yield a setting or, if it is a tuple, its entries, those of nested tuples too."""
     if isinstance(value, tuple):
         for inner in value:
-            yield from _numbers(inner)
+            yield from _leaves(inner)
     else:
         yield value
 

@@ -1,4 +1,4 @@
-"""Every setting of the method as frozen dataclasses. `recipes` has the values that the paper used.
+"""Every setting of the method as frozen dataclasses. `unipad.recipes` has the values of the paper and others.
 
 A recipe says what is computed; where, and with how many workers, is up to the scripts' own flags. Every field is also
 a flag of the scripts, prefixed with its section (`--grid.cell 0.6 0.6 1.6`); the comment after it is the flag's help.
@@ -37,7 +37,7 @@ def cells_of_range(low, high, cell, flag: str) -> tuple[int, int, int]:
 
 
 def check_below(lower_flag: str, lower, upper_flag: str, upper, equal: bool = False):
-    """Raises `UserError` unless `lower` is below `upper`, for tuples number by number; equal: or equal to it."""
+    """Raises `UserError` unless `lower` is below `upper`, for tuples number by number; equal: they may be equal."""
     pairs = zip(lower, upper, strict=True) if isinstance(lower, tuple) else [(lower, upper)]
     if not all(low < high or equal and low == high for low, high in pairs):
         must = "must not be above" if equal else "must be below"
@@ -108,8 +108,9 @@ class Paste:
 class CameraConfig:
     """Camera encoder: masked ConvNeXt, FPN, depth head and view transform.
 
-    View gather: every voxel samples the views at its lower corner; the first and last depth bin are the range's ends.
-    View pool: every pixel adds to the voxels along its ray; a depth bin counts as its near edge; one FPN level.
+    View gather: every voxel samples the views at its lower corner; the depths of the bins go from one end of
+    `depth_range` to the other. View pool: every pixel adds to the voxels along its ray; a bin has the depth of its near
+    edge; one FPN level. Comments on settings that have an effect with one view or depth head only begin with its name.
     """
 
     depths: tuple[int, ...] = (3, 3, 27, 3)  # blocks per stage
@@ -125,7 +126,7 @@ class CameraConfig:
     volume_convs: int = 0  # 3 x 3 x 3 convolutions on the volume; pre-training has none
     depth: Literal["simple", "complex"] = "simple"  # depth head: a 1 x 1 convolution, or residual blocks and ASPP
     aspp_channels: int = 96  # complex depth head: channels of each ASPP branch
-    depth_weight: float = 0.0  # weight of the depth head's LiDAR loss; fine-tuning of the final recipes has 1
+    depth_weight: float = 0.0  # weight of the loss of depth bins against LiDAR depths; final fine-tuning recipes have 1
     view: Literal["gather", "pool"] = "gather"  # view transform
     truncate: bool = False  # pool: round cell coordinates towards zero, as the original does, instead of down
 
@@ -193,16 +194,16 @@ class UnetConfig:
 
 @dataclass(frozen=True)
 class RayChoice:
-    """Which rays a training step casts."""
+    """Which rays a training step casts. Comments on settings that only one strategy uses begin with its name."""
 
     strategy: Literal["depth", "random", "dilation"] = "depth"  # LiDAR points first, random pixels, or a pixel grid
-    per_view: int = 512  # rays per camera and step
+    per_view: int = 512  # rays per camera of a sample; dilation has one per pixel of its grid
     lidar_per_view: int = 512  # depth: at most this many of the per_view rays go through LiDAR points
     near_radius: float = 3.0  # meters in the ground plane: LiDAR points nearer to the LiDAR are ignored
     far_radius: float = 50.0  # meters in the ground plane: LiDAR points farther from the LiDAR are ignored
     pixel_interval: int = 4  # depth: spacing in pixels of the grid that a view's other rays are chosen from
     dilation: int = 16  # dilation: spacing of rays in pixels
-    sky: float = 0.4  # depth: top fraction of an image where this grid has no pixels
+    sky: float = 0.4  # depth: top fraction of an image that the grid of pixel_interval leaves out
 
     def __post_init__(self):
         check_below("--rays.near-radius", self.near_radius, "--rays.far-radius", self.far_radius)
@@ -217,11 +218,11 @@ class Render:
     hidden: int = 16  # width of both decoders and of the geometry feature
     sdf_layers: int = 6  # layers of the SDF decoder
     rgb_layers: int = 4  # layers of the color decoder
-    variance: float = 0.3  # initial value; NeuS's inverse scale is exp(10 * variance)
-    near: float = 1.0  # meters from the camera at which rays start
+    variance: float = 0.3  # initial value: NeuS's inverse scale is exp(10 * variance), VolSDF's beta is variance
+    near: float = 1.0  # meters from the camera, or LiDAR, at which rays start
     samples: int = 72  # stratified samples per ray
     importance: int = 24  # importance samples per ray, around the estimated surface
-    search: int = 128  # volsdf, unisurf: samples that search for the surface and are not rendered
+    search: int = 128  # volsdf, unisurf: samples per ray that search for the surface and are not rendered
     truncation: float = 0.1  # meters around the LiDAR depth, for the SDF losses
     depth_weight: float = 10.0  # weight of the depth loss
     rgb_weight: float = 10.0  # weight of the color loss; 0: learn from depth alone
@@ -233,7 +234,7 @@ class Render:
 
 @dataclass(frozen=True)
 class Detect:
-    """Detection head on the volume, and its losses. Classes in the order of `batch.CLASSES`."""
+    """Detection head on the volume, and its losses. Classes in the order of `batch.CLASSES`, codes as in `boxes`."""
 
     denoising: bool = True  # UVTR-DN, which also learns from noisy ground truth and predicts IoUs; off: UVTR
     queries: int = 900  # object queries per sample
@@ -246,12 +247,12 @@ class Detect:
     focal_alpha: float = 0.25  # alpha of the focal loss
     class_weight: float = 2.0  # weight of the class term in the loss and in the assignment cost
     box_weight: float = 0.25  # weight of the box term in the loss and in the assignment cost
-    code_weights: tuple[float, ...] = (2.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.2, 0.2)  # weights of a box code
+    code_weights: tuple[float, ...] = (2.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.2, 0.2)  # weights of box code entries
     iou_weight: float = 0.5  # denoising: weight of the IoU loss
     noise_weight: float = 1.0  # denoising: weight of all losses on noisy ground truth
     noise_groups: int = 10  # denoising: noisy copies of the ground truth; fewer if they would outnumber the queries
-    noise_scale: float = 1.0  # denoising: largest shift of a center, in half box sizes
-    noise_split: float = 0.75  # denoising: fraction of that shift beyond which a copy is background
+    noise_scale: float = 1.0  # denoising: largest shift of a center along each axis, in half box sizes
+    noise_split: float = 0.75  # denoising: a copy shifted farther than this fraction of noise_scale is background
     max_detections: int = 300  # boxes per sample, before NMS
     min_score: float = 0.0  # lowest score of a box
     center_low: tuple[float, float, float] = (-61.2, -61.2, -10.0)  # meters: lower limits of box centers
@@ -294,7 +295,7 @@ class Optim:
     warmup_steps: int = 500  # cosine: steps of the warm-up
     rise: float = 0.4  # one_cycle: fraction of the steps up to the peak
     momentum: float = 0.9  # AdamW's first beta
-    min_momentum: float = 0.9 * 0.85 / 0.95  # one_cycle: momentum at the peak of lr
+    min_momentum: float = 0.9 * 0.85 / 0.95  # one_cycle: momentum at the peak of lr; mmdet3d's ratio
     epochs: Annotated[float, arg(aliases=["--epochs"])] = 12  # passes over the training frames
     batch_size: Annotated[int, arg(aliases=["--batch-size"])] = 4  # samples per step, over all processes
 
@@ -358,13 +359,15 @@ def from_dict(kind, value, name=""):
 
     Raises TypeError, with the dotted name of the field, where the fields are not exactly those of a dataclass of
     `kind`, or a value is not of its field's type.
+
+    name: dotted name of the field that has the value, for messages; "" for a whole config.
     """
     if isinstance(value, dict):
         for choice in filter(dataclasses.is_dataclass, _choices(kind)):
             if value.keys() == choice.__dataclass_fields__.keys():
                 hints = typing.get_type_hints(choice)
-                inner = {field: f"{name}.{field}".lstrip(".") for field in hints}
-                return choice(**{field: from_dict(hints[field], value[field], inner[field]) for field in hints})
+                names = {field: f"{name}.{field}".lstrip(".") for field in hints}
+                return choice(**{field: from_dict(hints[field], value[field], names[field]) for field in hints})
         raise TypeError(f"no {kind} has the fields {', '.join(map(str, value))}")
     for choice in _choices(kind):
         if (result := _as(choice, value, name)) is not _NO_MATCH:
@@ -381,7 +384,7 @@ def _choices(kind):
 
 
 def _as(kind, value, name):
-    """The JSON value as an instance of `kind`, which is not a dataclass; `_NO_MATCH` if it is not of this type."""
+    """The JSON value as an instance of `kind`, neither a dataclass nor a union; `_NO_MATCH` if it is none."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
         return value if value in inner else _NO_MATCH

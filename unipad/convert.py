@@ -45,7 +45,7 @@ from unipad.recipes import DEFAULT_PRESET, DETECT, PRETRAIN
 
 BACKBONE = "encoder.camera.backbone."
 FRAME_FUSION = "encoder.frame_fusion.trans_conv.0.weight"
-CODE_WEIGHTS_LIKE = torch.tensor(Detect().code_weights)  # for its shape and type
+CODE_WEIGHTS_LIKE = torch.tensor(Detect().code_weights)  # a tensor of the shape and type that code weights must have
 CAMERA_RATE = 12.0  # Hz; the original takes camera sweep n to be n / CAMERA_RATE seconds old
 # Prefixes of the classifier in an ImageNet checkpoint, and of the norm before it
 CLASSIFIER = ("head.", "classifier.", "norm.", "backbone.norm")
@@ -58,15 +58,17 @@ class Report:
     taken: dict = field(default_factory=dict)  # name -> tensor
     missing: list = field(default_factory=list)  # names only in the model
     unexpected: list = field(default_factory=list)  # keys only in the file
-    unfit: list = field(default_factory=list)  # names in both, with why the value in the file cannot be taken
+    unfit: list = field(default_factory=list)  # sentences: name in both, and why its value cannot be taken
     notes: list = field(default_factory=list)  # which weights were dropped or added on purpose
 
     @property
     def faults(self) -> int:
+        """Number of weights that keep the file from fitting."""
         return len(self.missing) + len(self.unexpected) + len(self.unfit)
 
     def __str__(self):
         columns = {"taken": self.taken, "missing": self.missing, "unexpected": self.unexpected, "unfit": self.unfit}
+        # split: entries of `unfit` are sentences that begin with the name
         counts = {name: Counter(part_of(key.split()[0]) for key in keys) for name, keys in columns.items()}
         lines = [f"{'part':<32}" + "".join(f"{name:>12}" for name in columns)]
         for part in sorted(set().union(*counts.values())):
@@ -96,14 +98,14 @@ def read_weights(path: Path) -> tuple[dict, str, dict]:
     if not isinstance(state, dict):
         raise UserError(f"{file} has no weights: it is a {type(saved).__name__}, not a state dict.")
     state = {str(k).removeprefix("module."): v for k, v in state.items() if torch.is_tensor(v)}
-    unipad, convnext = (len(rename(state)[0]) for rename in (from_original, from_imagenet))
-    if not unipad and not convnext:
+    in_unipad, in_convnext = (len(rename(state)[0]) for rename in (from_original, from_imagenet))  # known names
+    if not in_unipad and not in_convnext:
         example = f" (such as {next(iter(state))})" if state else ""
         raise UserError(
             f"{file} is not a checkpoint of UniPAD, of a ConvNeXt or of this project: "
             f"none of its {len(state)} weights{example} has a known name."
         )
-    return state, "unipad" if unipad >= convnext else "convnext", saved
+    return state, "unipad" if in_unipad >= in_convnext else "convnext", saved
 
 
 def convert_unipad(state: dict[str, torch.Tensor], preset: str | None = None) -> tuple[dict, Report]:
@@ -120,7 +122,8 @@ def convert_unipad(state: dict[str, torch.Tensor], preset: str | None = None) ->
     check_choices(preset=(preset, presets))
     reports = {}
     default = DEFAULT_PRESET[modality]
-    for name in [preset] if preset else [default, *(n for n in reversed(presets) if n != default)]:
+    candidates = [default, *(n for n in reversed(presets) if n != default)]  # tiny ones, listed first, come last
+    for name in [preset] if preset else candidates:
         recipe = _with_sizes(presets[name], ours, code_weights)
         report = Report(unexpected=[key for key in unknown if key != CODE_WEIGHTS], unfit=unfit.copy())
         _compare(ours, _targets(recipe), report, _unread_norms(recipe))
@@ -163,7 +166,8 @@ def convert_ours(saved: dict, spconv: int = 1) -> tuple[dict, Report]:
         state["img_backbone." + key.removeprefix(BACKBONE)] = torch.full((width,), fill)
         report.notes.append(f"supplied: {key}, which is never read")
     if recipe.camera is not None and recipe.data.camera_sweeps > 1 and recipe.data.camera_rate != CAMERA_RATE:
-        report.notes.append(f"trained with measured ages of camera sweeps; the original has n / {CAMERA_RATE} s")
+        lags = f"n / {recipe.data.camera_rate} s" if recipe.data.camera_rate else "measured ones"
+        report.notes.append(f"trained with time lags of camera sweeps of {lags}; the original has n / {CAMERA_RATE} s")
     if isinstance(recipe, DetectRecipe):
         state[CODE_WEIGHTS] = torch.tensor(recipe.detect.code_weights)
         report.notes.append(f"supplied: {CODE_WEIGHTS}, from the recipe")
@@ -173,22 +177,24 @@ def convert_ours(saved: dict, spconv: int = 1) -> tuple[dict, Report]:
 def merge(camera: dict, lidar: dict) -> tuple[dict, Report]:
     """The encoders of a camera and of a LiDAR checkpoint of ours, as (checkpoint to initialize fusion, `Report`).
 
-    Heads are dropped: they were trained on other volumes. The convolution that fuses the volumes is new.
+    Heads are dropped: they were trained on other volumes. The convolution that fuses the volumes is left out, so
+    training initializes it.
     """
-    recipes = saved_recipe(camera), saved_recipe(lidar)
-    if recipes[0].camera is None or not isinstance(recipes[1].lidar, LidarConfig):
+    of_camera, of_lidar = saved_recipe(camera), saved_recipe(lidar)
+    if of_camera.camera is None or not isinstance(of_lidar.lidar, LidarConfig):
         raise UserError("--merge takes a checkpoint with a camera encoder first and one with a LiDAR encoder second.")
-    if recipes[0].grid != recipes[1].grid or type(recipes[0]) is not type(recipes[1]):
+    if of_camera.grid != of_lidar.grid or type(of_camera) is not type(of_lidar):
         raise UserError("--merge takes checkpoints with the same grid, both pre-trained or both fine-tuned.")
-    presets = DETECT if isinstance(recipes[0], DetectRecipe) else PRETRAIN
+    presets = DETECT if isinstance(of_camera, DetectRecipe) else PRETRAIN
     recipe = presets["fusion"][DEFAULT_PRESET["fusion"]]
-    recipe = replace(recipe, grid=recipes[0].grid, camera=recipes[0].camera, lidar=recipes[1].lidar)
-    images = {name: getattr(recipes[0].data, name) for name in ("camera_sweeps", "camera_rate")}
-    recipe = replace(recipe, data=replace(recipe.data, **images))
+    recipe = replace(recipe, grid=of_camera.grid, camera=of_camera.camera, lidar=of_lidar.lidar)
+    frames = {name: getattr(of_camera.data, name) for name in ("camera_sweeps", "camera_rate")}
+    recipe = replace(recipe, data=replace(recipe.data, **frames))
     report = Report()
-    of_images = ("encoder.camera.", "encoder.frame_fusion.", "encoder.lift_convs.")
-    for saved, parts in ((camera, of_images), (lidar, ("encoder.lidar",))):
-        report.taken |= {name: w for name, w in saved["model"].items() if name.startswith(parts)}
+    camera_parts = ("encoder.camera.", "encoder.frame_fusion.", "encoder.lift_convs.")
+    lidar_parts = ("encoder.lidar.", "encoder.lidar_convs.")
+    for saved, prefixes in ((camera, camera_parts), (lidar, lidar_parts)):
+        report.taken |= {name: w for name, w in saved["model"].items() if name.startswith(prefixes)}
         others = {part_of(name) for name in saved["model"].keys() - report.taken}
         report.notes += [f"dropped: {part}" for part in sorted(others)]
     args = {"modality": "fusion", "preset": DEFAULT_PRESET["fusion"]}
@@ -213,8 +219,8 @@ def _presets(ours):
 
 
 def _with_sizes(recipe, ours, code_weights):
-    """`recipe` with the ConvNeXt size, number of camera sweeps and code weights of the file, and with the original's
-    sweep times and rounding in voxel pooling."""
+    """`recipe` with the ConvNeXt size, number of camera sweeps, learnable token and code weights of the file, and with
+    the original's sweep times and rounding in voxel pooling."""
     if recipe.camera is not None:
         backbone = {name.removeprefix(BACKBONE): w for name, w in ours.items() if name.startswith(BACKBONE)}
         depths, widths = _convnext_sizes(backbone)
@@ -226,14 +232,15 @@ def _with_sizes(recipe, ours, code_weights):
         recipe = replace(recipe, data=replace(recipe.data, camera_sweeps=sweeps, camera_rate=CAMERA_RATE))
     if isinstance(recipe.lidar, LidarConfig) and "encoder.lidar.mask_token" in ours:
         recipe = replace(recipe, lidar=replace(recipe.lidar, learnable_token=True))
-    known = torch.tensor(recipe.detect.code_weights) if isinstance(recipe, DetectRecipe) else code_weights
-    if code_weights is not None and not torch.equal(code_weights, known):
-        recipe = replace(recipe, detect=replace(recipe.detect, code_weights=tuple(code_weights.tolist())))
+    if code_weights is not None and isinstance(recipe, DetectRecipe):
+        # equal ones stay as they are: converted from fp32, 0.2 would become 0.200000003
+        if not torch.equal(code_weights, torch.tensor(recipe.detect.code_weights)):
+            recipe = replace(recipe, detect=replace(recipe.detect, code_weights=tuple(code_weights.tolist())))
     return recipe
 
 
 def _convnext_sizes(state):
-    """(blocks, channels) of each stage."""
+    """(blocks of each stage, channels of each stage), from the layer scales `gamma`: one per block, of all channels."""
     widths = {int(n.split(".")[1]): w.numel() for n, w in state.items() if re.fullmatch(r"stages\.\d+\.0\.gamma", n)}
     blocks = Counter(int(n.split(".")[1]) for n in state if re.fullmatch(r"stages\.\d+\.\d+\.gamma", n))
     stages = sorted(widths)
@@ -323,6 +330,7 @@ def main(args: Args):
 
 
 def _as_ours(path, args):
+    """The checkpoint at `path`, ours or the original's, as one of ours. Raises `UserError` if it does not fit."""
     state, kind, saved = read_weights(path)
     if kind == "convnext":
         raise UserError(f"--merge {path} is an ImageNet ConvNeXt; give trained encoders.")
@@ -339,6 +347,7 @@ def _as_ours(path, args):
 
 
 def _refuse_faults(report, path, args):
+    """Raises `UserError` if the file at `path` has faults, unless --no-strict."""
     if args.strict and report.faults:
         first = (report.unfit + report.missing + report.unexpected)[0]
         preset = f"preset {args.preset}" if args.preset else "any recipe"

@@ -1,4 +1,5 @@
-"""User-facing errors: one sentence, exit code 2. Does not import torch, so that plotting processes start without it."""
+"""User-facing errors: one sentence, exit code 2. Does not import torch, so that the workers of the synthetic city
+start without it."""
 
 import dataclasses
 import os
@@ -26,7 +27,8 @@ def check_ranges(args, above_0: Sequence[str] = (), not_below_0: Sequence[str] =
 
 
 def check_numbers(value, name: str = ""):
-    """Refuse numbers that make no sense as a setting: infinite, NaN, or out of the range of fp32 and int32.
+    """Refuse numbers that make no sense as a setting: infinite, NaN, or too large or small for fp32 and int32
+    (a seed: int64).
 
     value: a number, tuple or dataclass, whose fields are checked recursively; name: of the flag. Raises `UserError`.
     """
@@ -43,7 +45,10 @@ def check_numbers(value, name: str = ""):
 
 
 def check_memory(needed: float, what: str):
-    """Raises `UserError` if this machine has less memory than `needed` bytes. what: that needs it, with its flag."""
+    """Raises `UserError` if this machine has less memory than `needed` bytes.
+
+    what: what needs them, with its flag; the message begins with it.
+    """
     if not hasattr(os, "sysconf"):  # Windows
         return
     has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -52,4 +57,5 @@ def check_memory(needed: float, what: str):
 
 
 def _flag(name):
+    """The flag of a dotted field, written without the prefix "recipe."."""
     return "--" + name.removeprefix("recipe.").replace("_", "-")

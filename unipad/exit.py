@@ -1,4 +1,6 @@
-"""How a program ends: an exit code, and one line on stderr instead of a traceback. Does not import torch.
+"""How a program ends: an exit code, and one line on stderr instead of a traceback.
+
+This module does not import torch, so that the scripts can call `end_at_once` before their slow imports.
 
     2          a user's error, a damaged file, a full disk, too little memory
     128 + N    signal N: Ctrl-C (130), SIGTERM (143), SIGHUP (129), or a closed output pipe, as after `| head` (141)
@@ -19,7 +21,7 @@ from collections.abc import Callable
 from unipad.errors import UserError
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-SIGPIPE = 13  # which Windows does not have
+SIGPIPE = 13  # Windows has no `signal.SIGPIPE`
 
 # System errors that a user can fix, with the fix; any other is a bug of this program and gets a traceback
 FIXES = {
@@ -45,7 +47,10 @@ FIXES = {
 
 
 class Stopped(BaseException):
-    """The program was told to end. Not an Exception, so that no `except Exception` catches it."""
+    """The program was told to end by signal `number`. Not an Exception, so that no `except Exception` catches it.
+
+    sentence: what is printed; None: "stopped by" and the signal's name.
+    """
 
     def __init__(self, number: int, sentence: str | None = None):
         self.number = number
@@ -92,13 +97,13 @@ def exit_on_user_error():
     sys.exit(code)
 
 
-def has_ended(process: int) -> bool:
+def has_ended(process_id: int) -> bool:
     """Whether no process on this machine has this id; False on Windows, where that cannot be checked."""
     if os.name == "nt":
         return False
     try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
+        os.kill(process_id, 0)  # signal 0 only checks
+    except (ProcessLookupError, OverflowError):  # OverflowError: larger than any id
         return True
     except OSError:  # another user's
         pass
@@ -118,12 +123,15 @@ def _sentence_of(error):
 
 
 def _say(sentence, code):
-    """Print one line, in the main process only, and write a user's error to torchrun's report; returns `code`."""
+    """Print one line and write a user's error to torchrun's report; returns `code`.
+
+    Only the main process prints; a user's error without torchrun, whose report would show it, is printed by all.
+    """
     handle_signals(signal.SIG_DFL)
     file, is_main = os.environ.get("TORCHELASTIC_ERROR_FILE"), os.environ.get("RANK", "0") == "0"
     if file and code == 2 and not is_main:
         time.sleep(5)  # the main process raises the same error, and then torchrun ends this one
-    with contextlib.suppress(OSError):  # neither stderr nor the report can be written
+    with contextlib.suppress(OSError):  # where the report or stderr cannot be written
         if file and code == 2:
             extra = {"py_callstack": str(sentence), "timestamp": str(int(time.time()))}
             with open(file, "w") as f:
@@ -135,21 +143,23 @@ def _say(sentence, code):
 
 @contextlib.contextmanager
 def _quiet_threads():
-    """Context in which a full disk prints no traceback of TensorBoard's thread; the main thread gets the error too."""
+    """Context in which a full disk, or another error of `FIXES`, prints no traceback of a thread such as TensorBoard's;
+    the main thread gets the error too."""
 
     def failed(args):
         if not (isinstance(args.exc_value, OSError) and args.exc_value.errno in FIXES):
-            before(args)
+            previous_hook(args)
 
-    before, threading.excepthook = threading.excepthook, failed
+    previous_hook, threading.excepthook = threading.excepthook, failed
     try:
         yield
     finally:
-        threading.excepthook = before
+        threading.excepthook = previous_hook
 
 
 @contextlib.contextmanager
 def _guarded(name):
+    """Context in which `sys.stdout` or `sys.stderr`, as `name` says, is wrapped in `_Guarded`."""
     stream = getattr(sys, name)
     setattr(sys, name, _Guarded(stream))
     try:
@@ -180,6 +190,6 @@ class _Guarded:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self._stream.fileno())
             os.close(null)
-            handler = signal.getsignal(signal.SIGTERM)  # may save a checkpoint first
+            handler = signal.getsignal(signal.SIGTERM)  # that of all SIGNALS; a run's saves a checkpoint first
             if callable(handler):
                 handler(SIGPIPE, None)

@@ -29,7 +29,7 @@ from unipad.checkpoint import (
     find_checkpoint,
     last_checkpoint,
     read_training,
-    remove_parts,
+    remove_unfinished,
     weights_fault,
     write_checkpoint,
 )
@@ -153,8 +153,8 @@ class RunFolder:
             return
         for name in ("checkpoints", "images"):
             (path / name).mkdir(parents=True, exist_ok=True)
-            remove_parts(path / name)  # of files that a killed process was writing
-        remove_parts(path)
+            remove_unfinished(path / name)
+        remove_unfinished(path)
         (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         first = saved["step"] if saved else 0
         self._board = SummaryWriter(path / "tensorboard", purge_step=first + 1 if first else None)

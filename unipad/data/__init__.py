@@ -1,17 +1,17 @@
 """Data: from files to batches, and a synthetic city in the nuScenes format.
 
-dataset.py    the interface of a dataset, and samples -> batch
+dataset.py    the interface of a dataset, and `collate`: samples -> one batch
 nuscenes.py   the nuScenes dataset, real or synthetic
-tables.py     the nuScenes tables on disk, and their indices, cached
+tables.py     finds the nuScenes tables on disk, and loads or rebuilds the cached index of each split
 index.py      tables -> index: what samples need, as flat arrays
 schema.py     what the tables must contain: rows are checked when they are read
 splits.py     scenes of each split: nuScenes' own, or those of a splits.json
 transforms.py augmentation: points, cameras and boxes together; colors of images
 cutpaste.py   objects of other frames pasted into a sample
 cache.py      files computed from a dataset once: the indices, and the objects to paste
-loader.py     samples -> batches, split over processes
+loader.py     which frames each batch of a run has: order, ranks, worker processes, unreadable frames
 synthetic.py  writes the city to disk in the nuScenes format (also a command line)
 city/         the city itself: streets, traffic, ray casting, paint
 
-Nothing here imports unipad.model, or the other way round: they exchange batches.
+Neither unipad.data nor unipad.model imports the other: the interface between them is unipad.batch.
 """

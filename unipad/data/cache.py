@@ -1,4 +1,4 @@
-"""Files computed from a dataset once and read by later runs. A damaged or missing one is computed again."""
+"""Files computed from a dataset once and read by later runs. Callers compute a damaged or missing one again."""
 
 import contextlib
 import hashlib
@@ -8,21 +8,21 @@ from pathlib import Path
 
 import numpy as np
 
-from unipad.checkpoint import remove_parts
+from unipad.checkpoint import remove_unfinished
 
 
 def cache_paths(root: Path, name: str) -> tuple[Path, Path]:
-    """Where to cache a file of this name: next to the data or, if that is read-only, in the user's cache folder."""
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
-    return root / "unipad-index" / name, user / "unipad" / folder / name
+    """Where to cache a file `name` of the dataset in `root`: below it or, if that is read-only, in the user's cache."""
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    dataset = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
+    return root / "unipad-index" / name, user_cache / "unipad" / dataset / name
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
     """The arrays of a cached .npz file; None if it is missing or damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:  # reading the arrays would not check every byte of the file
+            if archive.testzip() is not None:  # a wrong checksum; np.load alone would not check every byte
                 return None
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
@@ -31,12 +31,12 @@ def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
 
 
 def write_arrays(paths: tuple[Path, ...], arrays: dict) -> None:
-    """Write an .npz file to the first of `paths` that can be written, if any; it is replaced atomically."""
+    """Write an .npz file, atomically, to the first of `paths` where that is possible; if there is none, do nothing."""
     for path in paths:
         part = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            remove_parts(path.parent, path.name)
+            remove_unfinished(path.parent, path.name)  # unfinished files of killed processes
             with open(part, "wb") as file:
                 np.savez_compressed(file, **arrays)
             os.replace(part, path)

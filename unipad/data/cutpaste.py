@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from unipad.boxes import box_corners, footprint, points_in_boxes
-from unipad.checkpoint import remove_parts
+from unipad.checkpoint import remove_unfinished
 from unipad.config import Paste
 from unipad.data.cache import cache_paths, read_arrays
 from unipad.data.dataset import BadFrame, DataError, DrivingDataset, Sample
@@ -39,14 +39,15 @@ class Objects:
     """K objects to paste and their R pictures. Boxes are in memory; points and pictures are read from `file`."""
 
     counts: tuple[int, ...]  # per class: objects are pasted until a sample has this many
-    file: Path  # points [n, 5] float32, x, y, z meters from the box's center; pictures as JPEG
+    file: Path  # points [n, 5] float32 as in `Sample`, but x, y, z meters from the box's center; pictures as JPEG
     boxes: np.ndarray  # [K, 9] float32 as in `Batch`
     labels: np.ndarray  # [K] int64
-    points: np.ndarray  # [K, 2] int64 first byte, number of points
-    pictures: np.ndarray  # [R, 4] int64 object (ascending), view, first byte, size in bytes
+    points: np.ndarray  # [K, 2] int64 where they are in `file`: first byte, number of points
+    pictures: np.ndarray  # [R, 4] int64 object (ascending), view, and where it is in `file`: first byte, size in bytes
 
     def paste_into(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        """The sample with objects appended to its points and boxes; pasted points have label 0."""
+        """The sample with objects pasted into its images and appended to its points and boxes; pasted points have label
+        0."""
         chosen = self._chosen(sample, rng)
         if not len(chosen):
             return sample
@@ -66,7 +67,7 @@ class Objects:
         )
 
     def _chosen(self, sample, rng):
-        """Rows of objects, sampled class by class, that overlap neither the sample's boxes nor each other."""
+        """Indices of objects, sampled class by class, that overlap neither the sample's boxes nor each other."""
         candidates = []
         for label, count in enumerate(self.counts):
             of_class = np.flatnonzero(self.labels == label)
@@ -77,21 +78,21 @@ class Objects:
         boxes = np.concatenate([sample.boxes, self.boxes[candidates]]).astype(np.float64)
         boxes = footprint(torch.from_numpy(boxes))
         overlap = (rotated_iou_bev(boxes[own:], boxes) > 0).numpy()  # [candidates, own + candidates]
-        placed = np.zeros(len(boxes), bool)
+        placed = np.zeros(len(boxes), bool)  # the sample's own boxes, and the candidates that fit in so far
         placed[:own] = True
         for i in range(len(candidates)):
             placed[own + i] = not (overlap[i] & placed).any()
         return candidates[placed[own:]]
 
     def _points(self, k):
-        """[n, 5] float32 points of object k in its LiDAR frame."""
+        """[n, 5] float32 points of object k in LiDAR coordinates, as in the frame that it was cut from."""
         first, count = self.points[k]
         points = np.fromfile(self.file, np.float32, 5 * count, offset=first).reshape(-1, 5)
         points[:, :3] += self.boxes[k, :3]
         return points
 
     def _picture(self, k, view):
-        """[h, w, 3] uint8 RGB: object k in `view`; None where it is not visible."""
+        """[h, w, 3] uint8 RGB: object k in `view`; None if it was not visible there."""
         rows = slice(*np.searchsorted(self.pictures[:, 0], [k, k + 1]))
         for _, picture_view, first, size in self.pictures[rows]:
             if picture_view == view:
@@ -109,6 +110,7 @@ class Objects:
                 picture = sample.images[view][top:bottom, left:right]
             else:
                 picture = self._picture(chosen[row - own], view)
+                # resized, since the rectangle differs a little: the frames' calibrations and ego motions differ
                 picture = None if picture is None else cv2.resize(picture, (right - left, bottom - top))
             if picture is not None:
                 image[top:bottom, left:right] = picture
@@ -121,15 +123,15 @@ def load_objects(dataset: DrivingDataset, paste: Paste, workers: int = 0) -> Obj
     dataset: must not be `balanced`: objects would be cut out of a frame as often as it occurs.
     workers: processes that read frames; 0 reads in this one.
 
-    Objects are cut out again when the dataset, the part of it that is read (sweeps, cameras, image size, frames) or
-    `paste.min_points` changes. Frames that cannot be read are reported on stderr and left out.
-    Raises `DataError` where there is no object, or no room for the files.
+    Objects are cut out again when the tables, the part of the dataset that is read (sweeps, cameras, image size,
+    frames) or `paste.min_points` change. Frames that cannot be read are reported on stderr and left out.
+    Raises `DataError` if there is no object, or if the files can be written nowhere.
     """
     settings = _digest(f"{FORMAT} {dataset.data} {paste.min_points} {dataset.frames.tolist()}")
     name = f"{dataset.version}-{dataset.split}-objects-{settings}"
     tables = _digest(dataset.fingerprint())
     paths = cache_paths(dataset.root, f"{name}-{tables}.npz")
-    arrays, file = next(filter(None, map(_read, paths)), None) or _cut_out(dataset, paste, paths, workers)
+    arrays, file = next(filter(None, map(_read, paths)), None) or _make_cache(dataset, paste, paths, workers)
     if not len(arrays["labels"]):
         raise DataError(
             f"no frame of {dataset.root / dataset.version} {dataset.split} has an object of {paste.min_points} LiDAR "
@@ -167,13 +169,13 @@ def _checksum(path):
     return checksum
 
 
-def _cut_out(dataset, paste, paths, workers):
-    """What `_read` returns, computed from the dataset and written to the first of `paths` that can be written."""
+def _make_cache(dataset, paste, paths, workers):
+    """Cut the objects out and write them to the first of `paths` where that is possible; returns what `_read` does."""
     for path in paths:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            pattern = f"{path.stem.rpartition('-')[0]}-*"
-            remove_parts(path.parent, pattern)
+            pattern = f"{path.stem.rpartition('-')[0]}-*"  # caches of the same settings, from any state of the tables
+            remove_unfinished(path.parent, pattern)  # unfinished files of killed processes
             arrays_and_file = _write(dataset, paste, path, workers)
             for old in path.parent.glob(pattern):
                 if path.stem not in old.name:  # of an earlier state of the tables
@@ -188,8 +190,9 @@ def _cut_out(dataset, paste, paths, workers):
 
 
 def _write(dataset, paste, path, workers):
-    """Cut the objects out, write both files and return what `_read` returns. Each file is renamed when complete, the
-    large one first: the small one never exists alone."""
+    """Cut the objects out, write the arrays to `path` (small) and points and pictures to a file next to it (large), and
+    return what `_read` does. Each file is renamed when complete, the large one first: the small one never exists alone.
+    """
     frames = load_items(_Frames(dataset, paste.min_points), range(len(dataset)), workers)
     title = f"cutting objects out of {dataset.version} {dataset.split}"
     boxes, labels, points, pictures = [], [], [], []
@@ -225,7 +228,7 @@ def _write(dataset, paste, path, workers):
 
 
 class _Frames(Dataset):
-    """Item i: (list of the `Cut`s of frame i, list of `path: reason`, empty if the frame could be read)."""
+    """Item i: (list of the `Cut`s of frame i, list of `path: reason` if it could not be read, else empty)."""
 
     def __init__(self, dataset, min_points):
         self.dataset, self.min_points = dataset, min_points
@@ -251,7 +254,7 @@ class Cut:
 
 
 def cut_out(sample: Sample, min_points: int) -> list[Cut]:
-    """The objects of a sample with at least `min_points` points."""
+    """The objects of a sample with at least `min_points` LiDAR points, with their pictures from all views."""
     pictures = [[] for _ in sample.boxes]
     inside = points_in_boxes(sample.points, sample.boxes)
     enough = inside.sum(axis=1) >= min_points
@@ -277,7 +280,8 @@ def _at_image_time(sample, view, boxes):
     if sample.frame_lags is None:
         return boxes
     boxes = boxes.copy()
-    boxes[:, :2] -= sample.frame_lags[view * len(sample.frame_lags) // len(sample.images)] * boxes[:, 7:]
+    frame = view * len(sample.frame_lags) // len(sample.images)  # views are in the order of frames, cameras in each
+    boxes[:, :2] -= sample.frame_lags[frame] * boxes[:, 7:]  # a lag is an age; columns 7, 8: velocity
     return boxes
 
 
@@ -287,18 +291,18 @@ def visible_rectangles(
     """Rectangles around boxes [M, 9] in an image of `size` (height, width).
 
     Returns rows [S] of the visible boxes, far ones first, and rectangles [S, 4] int left, top, right, bottom pixels,
-    the last two exclusive: around all corners, clipped to the image. A box is visible if it is entirely in front of
-    the camera and its rectangle is at least two pixels wide and high.
+    the last two exclusive: around all corners, clipped to the image without its last row and column. A box is visible
+    if it is entirely in front of the camera and its rectangle is at least two pixels wide and high.
     """
     height, width = size
     corners = box_corners(boxes)
     corners = np.concatenate([corners, np.ones_like(corners[..., :1])], axis=-1)
     pixels = corners @ lidar2image.T.astype(np.float64)  # [M, 8, 4]
     rows = np.flatnonzero((pixels[..., 2] > 0).all(axis=1))
-    depth = pixels[rows, :, 2]
+    depth = pixels[rows, :, 2]  # meters along the optical axis
     uv = pixels[rows, :, :2] / depth[..., None]
     ends = np.concatenate([uv.min(axis=1), uv.max(axis=1)], axis=1)
     rectangles = ends.clip(0, [width - 1, height - 1] * 2).astype(np.int64)
-    wide = (rectangles[:, 2:] - rectangles[:, :2] > 1).all(axis=1)
-    order = np.argsort(-depth[wide].mean(axis=1), kind="stable")
-    return rows[wide][order], rectangles[wide][order]
+    large = (rectangles[:, 2:] - rectangles[:, :2] > 1).all(axis=1)
+    order = np.argsort(-depth[large].mean(axis=1), kind="stable")
+    return rows[large][order], rectangles[large][order]

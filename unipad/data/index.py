@@ -14,13 +14,12 @@ from unipad.batch import CAMERAS, CLASSES
 from unipad.boxes import boxes_from_global
 from unipad.data.schema import box_fault, fault
 
-NO_CATEGORY = 255  # class of label values that are no category's index
-CAMERA_SWEEPS = 5  # cameras at 12 Hz, keyframes at 2 Hz: all images between two keyframes
+NO_CATEGORY = 255  # stands for a class where a label in a file is no category's index
+CAMERA_SWEEPS = 5  # of each camera before a keyframe: all between two keyframes (cameras at 12 Hz, keyframes at 2 Hz)
 MAX_DISTANCE = 1e4  # meters from the LiDAR: points farther away are an error, boxes are left out
-MAX_SPEED = 200.0  # m/s: an object's velocity above it counts as unknown, the ego vehicle's as an error
-MAX_OFFSET = (
-    200.0  # meters from the LiDAR to a camera or, see `_check_motion`, to its previous frame: more is a wrong pose
-)
+MAX_SPEED = 200.0  # m/s: a higher velocity of an object counts as unknown, one of the ego vehicle is an error
+# meters from the LiDAR to a camera or (unless `MAX_SPEED` allows more) to its own previous frame: more is a wrong pose
+MAX_OFFSET = 200.0
 MAX_GAP = 1e9  # microseconds between successive frames of a scene: more, or less than 0, means a wrong timestamp
 FORMAT = 3  # version of the cached index; increment when the meaning of a field changes
 
@@ -31,17 +30,17 @@ class Index:
 
     F keyframes in the order of time, N cameras, M boxes, L LiDAR frames (keyframes and the sweeps between them).
     Text is in bytes, paths are relative to the data root. The cameras are those of which any keyframe has an image:
-    where another keyframe has none, the file's name is empty and the matrices are the identity.
+    where another keyframe has none, the file's name is empty, and size and matrices have no meaning.
     """
 
     cameras: np.ndarray  # [N] names: nuScenes' in the order of `CAMERAS`, then others by name
     tokens: np.ndarray  # [F] sample tokens
     frame_lidar: np.ndarray  # [F] row of the keyframe among the LiDAR frames
-    lidar_tokens: np.ndarray  # [F] sample_data tokens of LIDAR_TOP
+    lidar_tokens: np.ndarray  # [F] sample_data tokens of LIDAR_TOP's keyframes
     image_files: np.ndarray  # [F, N]
     image_sizes: np.ndarray  # [F, N, 2] int64 height, width according to the tables
-    intrinsics: np.ndarray  # [F, N, 4, 4] camera meters -> (u*d, v*d, d, 1), pixels of an image of that size
-    lidar2camera: np.ndarray  # [F, N, 4, 4]
+    intrinsics: np.ndarray  # [F, N, 4, 4] camera meters -> (u*d, v*d, d, 1), pixels of an image of `image_sizes`
+    lidar2camera: np.ndarray  # [F, N, 4, 4] from the LiDAR at its own timestamp to the camera at its own
     box_offsets: np.ndarray  # [F + 1] keyframe f has boxes box_offsets[f] to box_offsets[f + 1], exclusive
     boxes: np.ndarray  # [M, 9] float32 as in `Batch`
     labels: np.ndarray  # [M] int64
@@ -50,31 +49,32 @@ class Index:
     lidar2global: np.ndarray  # [L, 4, 4]
     lidar_prev: np.ndarray  # [L] row of the previous LiDAR frame, -1 at the start of a scene
     lidarseg_files: np.ndarray  # [F] empty where a keyframe has no labels
-    lidarseg_classes: np.ndarray  # [256] uint8 category in the files -> class 0-16, or `NO_CATEGORY`
+    lidarseg_classes: np.ndarray  # [256] uint8 label in the files (a category's index) -> class 0-16, or `NO_CATEGORY`
     left_out: np.ndarray  # [K] messages "row <number>: <reason>": rows of sample_annotation that cannot be used
 
 
 @dataclass(frozen=True)
 class CameraSweeps:
-    """The images before each keyframe of a split: a separate index, since it is six times as large.
+    """The images before each keyframe of a split: a separate index, since only runs with camera sweeps need it.
 
-    F keyframes in the order of the `Index`, W = `CAMERA_SWEEPS` frames before each, the newest first, N cameras. These
-    include earlier keyframes; where the scene does not go back that far, its first frame is repeated (the original
-    never uses a scene's first frame as a sweep).
+    F keyframes in the order of the `Index`, W = `CAMERA_SWEEPS` frames before each, the newest first, N cameras. Among
+    these frames may be earlier keyframes; where the scene does not go back that far, its first frame is repeated (the
+    original never uses a scene's first frame as a sweep).
     """
 
     image_files: np.ndarray  # [F, W, N]
     image_sizes: np.ndarray  # [F, W, N, 2] int64 as in `Index`
     intrinsics: np.ndarray  # [F, W, N, 4, 4] float32 as in `Index`
     lidar2camera: np.ndarray  # [F, W, N, 4, 4] float32 from the LiDAR at the keyframe's time to the camera at its own
-    numbers: np.ndarray  # [F, W] int64 frames before the keyframe's own, from 1, of the keyframe's first camera
-    lags: np.ndarray  # [F, W] float32 seconds before the keyframe's own, of the keyframe's first camera
+    # of the images of the first camera that has one in the keyframe:
+    numbers: np.ndarray  # [F, W] int64 how many frames before the keyframe: 1, 2, ...; 0 where the keyframe is repeated
+    lags: np.ndarray  # [F, W] float32 how many seconds before the keyframe's image
 
 
 def build_index(nusc, split: str, scenes: set[str], verbose: bool) -> Index:
     """The index of a split from the tables.
 
-    nusc:    from `schema.open_tables`.
+    nusc:    the devkit's `NuScenes`, from `schema.open_tables`.
     split:   its name, for the progress bar that `verbose` shows.
     scenes:  names of its scenes.
 
@@ -92,16 +92,16 @@ def build_index(nusc, split: str, scenes: set[str], verbose: bool) -> Index:
     lidar_times = np.array([r["timestamp"] for r in lidar], np.int64)
     lidar_prev = np.array([row.get(r["prev"], -1) for r in lidar], np.int64)
     _check_motion(nusc, lidar, lidar2global, lidar_times, lidar_prev)
-    cameras = [nusc.get("sample_data", s["data"][c]) if c in s["data"] else None for s in samples for c in names]
-    samples_shown = tqdm(samples, f"indexing {nusc.version} {split}", disable=not verbose, unit="frame")
+    images = [nusc.get("sample_data", s["data"][c]) if c in s["data"] else None for s in samples for c in names]
+    samples_and_bar = tqdm(samples, f"indexing {nusc.version} {split}", disable=not verbose, unit="frame")
     lidarseg, classes = _lidarseg(nusc)
     return Index(
         cameras=_text(names),
         tokens=_text(s["token"] for s in samples),
         frame_lidar=frame_lidar,
         lidar_tokens=_text(s["data"]["LIDAR_TOP"] for s in samples),
-        **_images(nusc, cameras, (len(samples), len(names)), lidar2global[frame_lidar]),
-        **_boxes(nusc, samples_shown, lidar2global[frame_lidar]),
+        **_images(nusc, images, (len(samples), len(names)), lidar2global[frame_lidar]),
+        **_boxes(nusc, samples_and_bar, lidar2global[frame_lidar]),
         lidar_files=_text(r["filename"] for r in lidar),
         lidar_times=lidar_times,
         lidar2global=lidar2global,
@@ -112,7 +112,7 @@ def build_index(nusc, split: str, scenes: set[str], verbose: bool) -> Index:
 
 
 def _check_motion(nusc, lidar, lidar2global, times, prev):
-    """Raise `DataError` for a LiDAR frame too far from the previous one, in time (`MAX_GAP`) or space (`MAX_SPEED`)."""
+    """Raise `DataError` for a LiDAR frame too far from the previous one in time (`MAX_GAP`) or space (`MAX_OFFSET`)."""
     for i in np.flatnonzero(prev >= 0):
         gap, step = int(times[i] - times[prev[i]]), lidar2global[i, :3, 3] - lidar2global[prev[i], :3, 3]
         _check_gap(nusc, lidar[i], gap)
@@ -139,6 +139,7 @@ def _boxes(nusc, samples, lidar2global):
     for f, sample in enumerate(samples):
         for annotation in (nusc.get("sample_annotation", token) for token in sample["anns"]):
             name = category_to_detection_name(annotation["category_name"])
+            # as in the devkit's evaluation: no box without a LiDAR or radar point
             if name is None or not annotation["num_lidar_pts"] + annotation["num_radar_pts"] > 0:
                 continue
             if reason := box_fault(annotation):
@@ -151,7 +152,7 @@ def _boxes(nusc, samples, lidar2global):
     frames = np.array(frames, np.int64)
     sizes = np.array([a["size"] for a in annotations], np.float64).reshape(-1, 3)
     velocities = np.array(velocities, np.float64).reshape(-1, 2)
-    velocities[~(np.abs(velocities) < MAX_SPEED).all(axis=1)] = 0
+    velocities[~(np.abs(velocities) < MAX_SPEED).all(axis=1)] = 0  # NaN too: unknown velocities are 0 in `Batch`
     boxes = boxes_from_global(_matrices(annotations), sizes, velocities, lidar2global[frames])
     near = (np.abs(boxes[:, :3]) < MAX_DISTANCE).all(axis=1)
     for i in np.flatnonzero(~near):
@@ -172,9 +173,10 @@ def build_camera_sweeps(nusc, split: str, scenes: set[str], verbose: bool) -> Ca
     for sample in tqdm(samples, f"camera sweeps of {nusc.version} {split}", disable=not verbose, unit="frame"):
         keys = [nusc.get("sample_data", sample["data"][c]) if c in sample["data"] else None for c in names]
         of_cameras = [_chain_before(nusc, key) for key in keys]
-        chains += zip(*of_cameras, strict=True)
+        chains += zip(*of_cameras, strict=True)  # W tuples of N records
         key, chain = next(((k, chain) for k, chain in zip(keys, of_cameras, strict=True) if k), (None, []))
-        lags.append([key["timestamp"] - record["timestamp"] for record in chain] or [0] * CAMERA_SWEEPS)  # microseconds
+        # microseconds; 0 where the keyframe has no image
+        lags.append([key["timestamp"] - record["timestamp"] for record in chain] or [0] * CAMERA_SWEEPS)
         numbers.append(np.cumsum(np.diff([0, *lags[-1]]) != 0))  # a repeated frame has the same number
     records, shape = [record for frame in chains for record in frame], (len(samples), CAMERA_SWEEPS, len(names))
     images = _images(nusc, records, shape, lidar2global)
@@ -186,7 +188,8 @@ def build_camera_sweeps(nusc, split: str, scenes: set[str], verbose: bool) -> Ca
 
 
 def _chain_before(nusc, record):
-    """The `CAMERA_SWEEPS` sample_data records before `record`, the newest first, the scene's first one repeated."""
+    """The `CAMERA_SWEEPS` sample_data records before `record`, the newest first, the scene's first one repeated;
+    for None as many times None."""
     chain = []
     for _ in range(CAMERA_SWEEPS):
         if record and record["prev"]:
@@ -245,7 +248,8 @@ def _samples(nusc, scenes):
 
 
 def _intrinsics(nusc, records):
-    """[len(records), 4, 4] of sample_data records of cameras: camera meters -> (u*d, v*d, d, 1), pixels of the file."""
+    """[len(records), 4, 4] of sample_data records of cameras: camera meters -> (u*d, v*d, d, 1), pixels of an
+    image of the size in the tables."""
     intrinsics = np.tile(np.eye(4), (len(records), 1, 1))
     for matrix, record in zip(intrinsics, records, strict=True):
         sensor = nusc.get("calibrated_sensor", record["calibrated_sensor_token"])
@@ -256,7 +260,7 @@ def _intrinsics(nusc, records):
 
 
 def _sensor2global(nusc, records):
-    """[len(records), 4, 4] of sample_data records, each at its own timestamp."""
+    """[len(records), 4, 4] sensor -> global of sample_data records, each at its own timestamp."""
     sensor2ego = _matrices([nusc.get("calibrated_sensor", r["calibrated_sensor_token"]) for r in records])
     return _matrices([nusc.get("ego_pose", r["ego_pose_token"]) for r in records]) @ sensor2ego
 
@@ -272,7 +276,7 @@ def _matrices(records):
 
 
 def _lidarseg(nusc):
-    """({LiDAR sample_data token: label file}, `Index.lidarseg_classes`); empty without lidarseg."""
+    """({LiDAR sample_data token: label file}, `Index.lidarseg_classes`); without lidarseg ({}, all `NO_CATEGORY`)."""
     from nuscenes.eval.lidarseg.utils import LidarsegClassMapper
 
     classes = np.full(256, NO_CATEGORY, np.uint8)
@@ -289,4 +293,5 @@ def _text(strings):
 
 
 def _fault(nusc, table, record, what):
+    """The `DataError` that says what is wrong with a record."""
     return fault(Path(nusc.table_root), table, nusc.getind(table, record["token"]), what)

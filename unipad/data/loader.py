@@ -1,9 +1,11 @@
 """Samples in the order of training: micro-batch i is a function of i and the seed alone.
 
 Position p of the stream is frame `permutation(seed, p // n)[p % n]` of a dataset with n frames. The i-th micro-batches
-of all processes together cover the i-th group of micro_batch * world positions, split into one contiguous range per
-process. So a stream started at a later micro-batch resumes exactly where another one stopped, two processes together
-load the same frames as one, and no frame is dropped at the end of an epoch.
+of all ranks together cover the i-th group of micro_batch * world positions, split into one contiguous range per rank.
+So a stream started at a later micro-batch resumes exactly where another one stopped, two ranks together load the same
+frames as one with twice the micro-batch, and no frame is dropped at the end of an epoch.
+
+A rank is one of the `world` training processes; workers are processes of a rank that only load.
 """
 
 import collections
@@ -40,12 +42,12 @@ def step_batches(
 ) -> Iterator[tuple[Batch, list[str]]]:
     """Yield (Batch, bad_frames) for the micro-batches from `start` on, endlessly.
 
-    micro_batch: samples in a micro-batch of one of the `world` processes; this one is `rank`.
+    micro_batch: samples in a micro-batch of one of the `world` ranks; this one is `rank`.
     workers:     processes that load; 0 loads in this one.
     pinned:      put batches in pinned memory, so that copies to a GPU are asynchronous.
     paste_until: objects are pasted only into samples at positions of the stream below this.
     bad_frames:  `path: reason` of each frame that could not be read. Another one, drawn at random, takes its place; a
-        bad frame is reported each time it would be read.
+        bad frame is listed each time it would be read.
 
     Raises `DataError` when `TRIES` frames in a row cannot be read for one position.
     """
@@ -58,10 +60,11 @@ def step_batches(
 
 
 def held_out_batches(dataset: DrivingDataset, count: int, rank: int = 0, world: int = 1) -> Iterator[tuple[int, Batch]]:
-    """Yield (position, Batch of one) for `count` frames spread evenly over the dataset, in order.
+    """Yield (position, Batch of one) for `count` frames spread evenly over the dataset, in order; position: 0 to
+    count - 1.
 
-    Process `rank` of `world` gets every world-th of them. A frame that cannot be read is reported on stderr and
-    replaced by the next one. Raises `DataError` when `TRIES` of them in a row cannot be read.
+    `rank` of `world` gets every world-th of them. A frame that cannot be read is reported on stderr and replaced by the
+    next one of the dataset. Raises `DataError` when `TRIES` in a row, or all frames, cannot be read.
     """
     count = min(count, len(dataset))
     for position in range(rank, count, world):
@@ -71,15 +74,15 @@ def held_out_batches(dataset: DrivingDataset, count: int, rank: int = 0, world: 
         sample = _first_readable(dataset, following, bad_frames)
         if sample is None:
             raise _none_readable(bad_frames)
-        for frame in bad_frames:
-            print(f"skipped {frame}", file=sys.stderr)
+        for bad in bad_frames:
+            print(f"skipped {bad}", file=sys.stderr)
         yield position, collate([sample])
 
 
 def all_batches(
     dataset: DrivingDataset, size: int = 1, rank: int = 0, world: int = 1, workers: int = 0, pinned: bool = False
 ) -> Iterator[tuple[Batch | None, list[str]]]:
-    """Yield (Batch, bad_frames) over every frame once, in order; process `rank` of `world` gets every world-th frame.
+    """Yield (Batch, bad_frames) over every frame once, in order; `rank` of `world` gets every world-th frame.
 
     size:       samples per batch.
     bad_frames: `path: reason` of each frame that could not be read. Nothing takes its place: the batch has fewer
@@ -96,13 +99,14 @@ def _check_batch_size(dataset, size, workers):
     # smaller batches are assumed to fit, so that no frame is read here
     sample = _first_readable(dataset, range(len(dataset)), []) if size > 64 else None
     if sample is not None:
-        of_sample = sum(4 * image.size for image in sample.images) + sample.points.nbytes
+        of_sample = sum(4 * image.size for image in sample.images) + sample.points.nbytes  # bytes; images become fp32
         # PyTorch's loader prefetches two batches per worker
         check_memory(of_sample * size * (1 + 2 * workers), f"loading with --batch-size, {size} samples per process,")
 
 
 class ReadableFrames(Dataset):
-    """Item `frames`, a range of indices: (`Batch` of those that can be read, or None; `path: reason` of each other)."""
+    """Item `frames`, a range of indices: (`Batch` of those that can be read, None without any; list of `path: reason`
+    of the others)."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -141,7 +145,7 @@ def load_items(items: Dataset, keys: Iterable, workers: int, pinned: bool = Fals
                 num_workers=workers,
                 worker_init_fn=init_worker,
                 pin_memory=pinned,
-                generator=torch.Generator(),  # else the loader would use the global one
+                generator=torch.Generator(),  # else the loader would draw from the global one, which training uses
             )
         )
         if workers and hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
@@ -153,13 +157,16 @@ def load_items(items: Dataset, keys: Iterable, workers: int, pinned: bool = Fals
                 yield item
             return
         except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
-            # messages of exceptions in the dataset begin with "Caught"; when a worker dies, its connection closes
+            # When a worker dies, PyTorch raises a RuntimeError of its own or, as a connection closes, one of the other
+            # types. What the dataset raises in a worker keeps its type, but its message then begins with "Caught".
             died = not isinstance(error, RuntimeError) or re.match(r"DataLoader worker \(pid|Pin memory", str(error))
-            if not workers or not re.search(SHARED, str(error)) and (not died or str(error).startswith("Caught")):
+            died = died and not str(error).startswith("Caught")
+            no_shared_memory = re.search(SHARED_MEMORY_ERROR, str(error))
+            if not workers or not (died or no_shared_memory):
                 raise
             error.__traceback__ = None  # its stack frames refer to the loader, which must end before the next one
             reason = f"{workers} data loading processes need more shared memory (/dev/shm; docker run --shm-size)"
-            if not re.search(SHARED, str(error)):
+            if not no_shared_memory:
                 reason = f"one of {workers} data loading processes died, as when memory is short"
         del loaded  # ends the other workers
         workers //= 2
@@ -167,7 +174,7 @@ def load_items(items: Dataset, keys: Iterable, workers: int, pinned: bool = Fals
 
 
 # Regex of PyTorch's messages where shared memory, or the number of files open at a time, is too small
-SHARED = "shared memory|ancdata|Too many open files"
+SHARED_MEMORY_ERROR = "shared memory|ancdata|Too many open files"
 
 
 def _shared(batch):
@@ -189,13 +196,14 @@ class MicroBatches(Dataset):
     def __getitem__(self, i):
         samples, bad_frames = [], []
         for position, frame in self.frames(i):
+            # 1: augmentation; 3, below: replacements; 2 is that of `DrivingDataset.balanced`
             rng = np.random.default_rng([self.seed, position, 1])
-            unreadable = len(bad_frames)
+            earlier = len(bad_frames)  # those of earlier positions
             sample = _first_readable(
                 self.dataset, self._candidates(frame, position), bad_frames, rng, position < self.paste_until
             )
             if sample is None:
-                return None, bad_frames[unreadable:]
+                return None, bad_frames[earlier:]
             samples.append(sample)
         return _shared(collate(samples)), bad_frames
 
@@ -207,19 +215,21 @@ class MicroBatches(Dataset):
         yield from (int(other) for other in others if other != frame)
 
     def frames(self, i):
-        """Positions in the stream of this process's micro-batch i, and their indices into the dataset."""
+        """(position in the stream, index into the dataset) of each sample of this rank's micro-batch i."""
         n = len(self.dataset)
         first = (i * self.world + self.rank) * self.micro_batch
         positions = range(first, first + self.micro_batch)
+        # e: epoch
         order = {e: np.random.default_rng([self.seed, e]).permutation(n) for e in {p // n for p in positions}}
         return [(p, int(order[p // n][p % n])) for p in positions]
 
 
-TRIES = 256  # frames in a row: if nine of ten cannot be read, so many bad ones in a row have probability 2e-12
+TRIES = 256  # frames in a row: even if nine of ten cannot be read, so many bad ones in a row have probability 2e-12
 
 
 def _first_readable(dataset, frames, bad_frames, rng=None, paste=False):
-    """The sample of the first of `frames` that can be read, at most `TRIES`; bad ones are added to `bad_frames`."""
+    """The sample of the first of `frames` that can be read, of at most `TRIES`; None if none can. Bad ones are added to
+    `bad_frames`. rng, paste: as in `DrivingDataset.read`."""
     for frame in itertools.islice(frames, TRIES):
         try:
             return dataset.read(frame, rng, paste)
@@ -229,6 +239,7 @@ def _first_readable(dataset, frames, bad_frames, rng=None, paste=False):
 
 
 def _none_readable(bad_frames):
+    """The error when `_first_readable` returns None."""
     return DataError(
         f"none of the {len(bad_frames)} frames can be read ({bad_frames[0]}); correct the files, or unpack them again."
     )
@@ -237,8 +248,8 @@ def _none_readable(bad_frames):
 def init_worker(_):
     """Run first in each worker process of a DataLoader.
 
-    Workers ignore signals, which a terminal or job sends to all processes: the main process decides and ends its
-    workers.
+    Workers ignore signals, which a terminal or job sends to all processes: the main process decides, and ends its
+    workers with SIGTERM.
     """
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
@@ -247,7 +258,7 @@ def init_worker(_):
     if hasattr(signal, "sigwaitinfo"):  # on Linux, where a process can see who sent the signal
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=_exit_on_sigterm_from, args=(os.getppid(),), daemon=True).start()
-    else:
+    else:  # a SIGTERM to all processes ends the workers, too
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 

@@ -5,13 +5,13 @@ As in the original UniPAD:
                camera sweeps: from the keyframe's LiDAR frame to the camera when it took the image
     sweeps     transformed into the keyframe's LiDAR frame; time lag is keyframe time minus sweep time, 0 for the
                keyframe; points with |x| and |y| < 1 m (ego vehicle) are removed from sweeps, not from the keyframe
-    intensity  as in the file, 0-255
+    intensity  as in the file; 0-255 in nuScenes
     boxes      those with at least one LiDAR or radar point; a velocity that the tables do not have is 0
 The rig is that of the tables: any number of cameras, of any name and size. Frames of which a file is missing are left
 out from the start; a damaged file is reported when it is read. Images may be scaled copies of the tables' size: the
 intrinsics, which are for the size in the tables, are scaled.
-Unlike in the original: the nearest sweeps are taken (in the original, 9 of the last 10 at random), and at the start of
-a scene a keyframe has no LiDAR sweeps (the original repeats the keyframe, as is done here for camera sweeps).
+Unlike in the original: the latest sweeps before the keyframe are taken (in the original, 9 of the last 10 at random),
+and a scene's first keyframe has no LiDAR sweeps (the original repeats the keyframe, as is done here for camera sweeps).
 """
 
 import hashlib
@@ -32,7 +32,7 @@ from unipad.data.splits import splits_of
 from unipad.data.synthetic import ensure_city
 from unipad.data.tables import find_root, load_camera_sweeps, load_index, scene_tokens, tables_state
 
-BRIGHTEST = 65535.0  # the largest valid intensity: some LiDARs have 16 bits, nuScenes' has 8
+MAX_INTENSITY = 65535.0  # a larger one means a damaged file: some LiDARs have 16 bits, nuScenes' has 8
 MAX_ENLARGEMENT = 2  # largest accepted ratio of an image's width to the width in the tables
 MAX_LISTED = 3  # files or rows that a message lists, at most
 
@@ -40,7 +40,8 @@ MAX_LISTED = 3  # files or rows that a message lists, at most
 class NuScenesDataset(DrivingDataset):
     """Keyframes of one split in the order of time.
 
-    root: folder that holds samples/, sweeps/ and <version>/ (or <version>/<version>/, as in OpenPCDet's layout).
+    root: folder that holds samples/, sweeps/ and <version>/; or one whose subfolder <version>/ holds all these, as in
+    OpenPCDet's layout. The other arguments are those of `DrivingDataset`.
     """
 
     default_version = "v1.0-mini"
@@ -57,9 +58,9 @@ class NuScenesDataset(DrivingDataset):
         augment: Augment | None = None,
     ):
         root = find_root(root, version)
-        self.index, self.camera_sweeps = load_index(root, version, split), None
-        if data.cameras and data.camera_sweeps > 1:
-            self.camera_sweeps = load_camera_sweeps(root, version, split)
+        self.index, self.camera_sweep_index = load_index(root, version, split), None
+        if data.cameras and data.camera_sweeps > 1:  # `Data` counts the keyframe as a sweep
+            self.camera_sweep_index = load_camera_sweeps(root, version, split)
         settings = (label_fraction, point_range, augment)
         super().__init__(len(self.index.tokens), root, version, split, data, *settings)
         self.frames = self._complete_frames()
@@ -75,11 +76,11 @@ class NuScenesDataset(DrivingDataset):
     @classmethod
     def default_root(cls, data):
         """A synthetic city, generated if it does not exist yet."""
-        return ensure_city(data.camera_sweeps - 1)
+        return ensure_city(data.camera_sweeps - 1)  # `Data` counts the keyframe, the city does not
 
     @classmethod
     def has_images(cls, root, version, split):
-        """Whether any keyframe has an image of each camera: some of the images may not be unpacked."""
+        """Whether some keyframe has the images of all cameras on disk: not all images may be unpacked."""
         root = find_root(root, version)
         files = load_index(root, version, split).image_files
         return bool(files.size) and bool(on_disk(root, files).all(axis=1).any())
@@ -97,7 +98,8 @@ class NuScenesDataset(DrivingDataset):
         return tables_state(self.root, self.version)
 
     def contents(self):
-        exact = [array for array in vars(self.index).values() if array.dtype.kind in "iuS"]  # floats may be rounded
+        # without floats, whose rounding may differ between machines
+        exact = [array for array in vars(self.index).values() if array.dtype.kind in "iuS"]
         # the index has all frames of the split, `frames` those whose files exist
         return hashlib.sha256(b"".join(array.tobytes() for array in [*exact, self.frames])).hexdigest()[:16]
 
@@ -133,32 +135,33 @@ class NuScenesDataset(DrivingDataset):
         )
 
     def _views(self, frame):
-        """(files [N], sizes [N, 2], intrinsics [N, 4, 4], lidar2camera [N, 4, 4]) of the views of a keyframe, as in
-        `Batch`."""
+        """(files [N], sizes [N, 2], intrinsics [N, 4, 4], lidar2camera [N, 4, 4]) of the views of a keyframe, in
+        the order of `Batch`."""
         names = ("image_files", "image_sizes", "intrinsics", "lidar2camera")
         views = [getattr(self.index, name)[frame, : None if self.data.cameras else 0] for name in names]
-        if self.camera_sweeps is not None:
-            before = [getattr(self.camera_sweeps, name)[frame, : self.data.camera_sweeps - 1] for name in names]
+        if self.camera_sweep_index is not None:
+            before = [getattr(self.camera_sweep_index, name)[frame, : self.data.camera_sweeps - 1] for name in names]
             views = [np.concatenate([key, *frames]) for key, frames in zip(views, before, strict=True)]
         return views
 
     def _frame_lags(self, frame):
         """[S] float32 seconds, 0 first; None without camera sweeps."""
-        if self.camera_sweeps is None:
+        if self.camera_sweep_index is None:
             return None
-        rate, sweeps = self.data.camera_rate, self.camera_sweeps
+        rate, sweeps = self.data.camera_rate, self.camera_sweep_index
         lags = sweeps.numbers[frame] / rate if rate else sweeps.lags[frame]
         return np.concatenate([[0], lags[: self.data.camera_sweeps - 1]]).astype(np.float32)
 
     def _read_points(self, key):
-        """List of [P, 5]: the points of the LiDAR frame in row `key`, then of the sweeps before it in its scene."""
+        """List of [P, 5], columns as in `Batch.points`: the LiDAR frame in row `key` of the index, then the sweeps
+        before it in its scene, the latest first."""
         index = self.index
         points = _load_points(self._path(index.lidar_files[key]))
-        points[:, 4] = 0
+        points[:, 4] = 0  # the time lag takes the place of the ring
         clouds, sweep = [points], index.lidar_prev[key]
         while len(clouds) < self.data.sweeps and sweep >= 0:
             points = _load_points(self._path(index.lidar_files[sweep]))
-            points = points[(np.abs(points[:, :2]) >= 1).any(axis=1)]
+            points = points[(np.abs(points[:, :2]) >= 1).any(axis=1)]  # without the ego vehicle
             to_key = np.linalg.inv(index.lidar2global[key]) @ index.lidar2global[sweep]
             points[:, :3] = points[:, :3] @ to_key[:3, :3].T + to_key[:3, 3]
             points[:, 4] = 1e-6 * (index.lidar_times[key] - index.lidar_times[sweep])
@@ -179,8 +182,8 @@ class NuScenesDataset(DrivingDataset):
         return classes
 
     def _read_image(self, path, height, width):
-        """The image as [h, w, 3] uint8 RGB, resized to `data.image_size`, and the [4, 4] scaling of the pixels of an
-        image of the `height` and `width` in the tables."""
+        """The image as [H, W, 3] uint8 RGB, resized to `data.image_size`, and the [4, 4] matrix to its pixels from
+        those of an image of the size in the tables, `height` x `width`."""
         path = self._path(path)
         data = _load_bytes(path)
         h, w = _size_of_image(path, data)
@@ -226,8 +229,11 @@ class NuScenesDataset(DrivingDataset):
         return self.frames[whole]
 
     def _files(self):
-        """{kind: [F, number]} the files that `load` reads for each of `frames`. Where the tables have no such sweep or
-        labels, the keyframe's LiDAR file, needed anyway, is listed instead; where they have no image, an empty name."""
+        """{kind: [F, number]} the files that `load` reads for each of `frames`; two kinds are named as flags of `Data`.
+
+        Where the tables have no such sweep or labels, the keyframe's LiDAR file, needed anyway, is listed instead;
+        where they have no image, an empty name.
+        """
         index, frames, data = self.index, self.frames, self.data
         key = index.frame_lidar[frames]
         chain = [key]
@@ -239,8 +245,9 @@ class NuScenesDataset(DrivingDataset):
         labels = np.where(labels == b"", lidar[:, :1], labels)
         images = index.image_files[frames, : None if data.cameras else 0]
         sweep_images = images[:, :0]  # none
-        if self.camera_sweeps is not None:
-            sweep_images = self.camera_sweeps.image_files[frames, : data.camera_sweeps - 1].reshape(len(frames), -1)
+        if self.camera_sweep_index is not None:
+            sweep_images = self.camera_sweep_index.image_files[frames, : data.camera_sweeps - 1]
+            sweep_images = sweep_images.reshape(len(frames), -1)
         keyframe = np.concatenate([lidar[:, :1], labels, images], axis=1)
         return {"keyframe": keyframe, "sweeps": lidar[:, 1:], "camera-sweeps": sweep_images}
 
@@ -269,8 +276,8 @@ def _size_of_image(path, data):
 
 def _decoded(path, data):
     """[h, w, 3] uint8 BGR, as stored: calibration knows nothing of the rotation that EXIF data asks for."""
-    # OpenCV fills what a truncated JPEG lacks with gray, so look for the end marker after the last scan's start: the
-    # end of a thumbnail comes before it. Of other formats it decodes nothing that is not complete.
+    # OpenCV fills what a truncated JPEG lacks with gray, so look for the end marker, FF D9, after the start of the last
+    # scan, FF DA (a thumbnail's end comes before it). OpenCV itself rejects truncated files of other formats.
     content = data.tobytes()
     if content.startswith(b"\xff\xd8") and content.rfind(b"\xff\xd9") <= content.rfind(b"\xff\xda"):
         raise BadFrame(path, "the JPEG is truncated")
@@ -293,9 +300,9 @@ def _load_points(path):
         raise BadFrame(path, "has values that are not finite")
     if not points[:, :3].any():
         raise BadFrame(path, "has only zeros as coordinates")
-    farthest, brightest = (np.abs(values).max() for values in (points[:, :3], points[:, 3]))
-    if farthest > MAX_DISTANCE or brightest > BRIGHTEST:
-        raise BadFrame(path, f"has a point at {farthest:.3g} m, or of intensity {brightest:.3g}: the file is damaged")
+    farthest, strongest = (np.abs(values).max() for values in (points[:, :3], points[:, 3]))
+    if farthest > MAX_DISTANCE or strongest > MAX_INTENSITY:
+        raise BadFrame(path, f"has a point at {farthest:.3g} m, or of intensity {strongest:.3g}: the file is damaged")
     return points
 
 

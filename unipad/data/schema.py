@@ -11,8 +11,8 @@ from pathlib import Path
 from unipad.data.dataset import DataError
 
 MAX_LENGTH = 1000  # characters of a name; fixed-width arrays are as wide as the longest one
-MAX_INTEGER = 2**62  # for times in microseconds too: the difference of two still fits into int64
-MAX_TRANSLATION = {"calibrated_sensor": 100.0, "ego_pose": 1e8}  # meters; UTM coordinates reach 1e7
+MAX_INTEGER = 2**62  # integers are smaller: so the difference of two times, in microseconds, fits into int64
+MAX_TRANSLATION = {"calibrated_sensor": 100.0, "ego_pose": 1e8}  # meters per axis; UTM coordinates reach 1e7
 
 
 def read_table(folder: Path, name: str) -> list[dict]:
@@ -37,7 +37,10 @@ def read_table(folder: Path, name: str) -> list[dict]:
 
 
 def open_tables(root: Path, version: str, verbose: bool):
-    """The devkit's `NuScenes`, with every row checked. Raises `DataError`, and whatever else the devkit raises."""
+    """The devkit's `NuScenes`, with every row checked; `verbose`: the devkit prints its progress.
+
+    Raises `DataError`, and whatever else the devkit raises.
+    """
     from nuscenes import NuScenes
 
     folder = root / version
@@ -64,7 +67,7 @@ def fault(folder: Path, table: str, row: int, what: str) -> DataError:
 def box_fault(annotation: dict) -> str | None:
     """Why the box of a row of sample_annotation cannot be used; None if it can."""
     size, (center, rotation) = annotation["size"], (annotation[name] for name in ("translation", "rotation"))
-    if not all(0 < edge <= 100 for edge in size):  # also where it is NaN; the longest road trains have 54 m
+    if not all(0 < edge <= 100 for edge in size):  # also where one is NaN; the longest road trains have 54 m
         return f"size {size} is not between 0 and 100 m"
     if not all(abs(meters) <= MAX_TRANSLATION["ego_pose"] for meters in center):
         return f"translation {center} is not a place"
@@ -82,11 +85,12 @@ def _check_references(tables, folder):
             number = next(i for i, row in enumerate(rows) if row["token"] in seen or seen.add(row["token"]))
             raise fault(folder, name, number, f"has the token of an earlier row, {rows[number]['token']}")
     for name, fields in REFERENCES.items():
-        for field, target in fields.items() if name in tokens else ():
+        for field, target in fields.items() if name in tokens else ():  # lidarseg is optional
             known = tokens[target] | ({""} if target == name else set())  # a chain ends with ""
             for number, row in enumerate(getattr(tables, name)):
                 if row[field] not in known:
                     raise fault(folder, name, number, f"{field} {row[field]} is in no row of {target}.json")
+    # The devkit looks up the map of every log
     mapped = {token for row in tables.map for token in row["log_tokens"]}
     for number, row in enumerate(tables.log):
         if row["token"] not in mapped:
@@ -97,7 +101,7 @@ def _is_name(value):
     """Text that is safe as a token, or as a file's name."""
     if not isinstance(value, str) or len(value) > MAX_LENGTH or "\0" in value:
         return False
-    return value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value)  # halves of a pair are not UTF-8
+    return value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value)  # a surrogate has no UTF-8
 
 
 def _is_file(value):
@@ -157,18 +161,18 @@ COUNT = _is_count, "a number that is 0 or more"
 TIME = _is_time, "a time in microseconds"
 FLAG = (lambda value: value in (0, 1)), "true or false"
 ROTATION = (lambda value: _is_quaternion(value) and _is_unit(value)), "a unit quaternion w, x, y, z"
-NAMES = (lambda value: isinstance(value, list) and all(map(_is_name, value))), "a list of tokens"
-BYTE = (lambda value: value is None or (type(value) is int and 0 <= value < 256)), "a number from 0 to 255"
+TOKENS = (lambda value: isinstance(value, list) and all(map(_is_name, value))), "a list of tokens"
+BYTE = (lambda value: value is None or (type(value) is int and 0 <= value < 256)), "a number from 0 to 255"  # or absent
 
 
 def _translation(table):
     return _is_translation(MAX_TRANSLATION[table]), f"three numbers of at most {MAX_TRANSLATION[table]:.0f} meters"
 
 
-# table -> field -> check, of the fields that are read; tokens and references are checked too. `box_fault` checks the
-# values of boxes.
+# table -> field -> check, of the fields that are read; `read_table` adds tokens and references. Of boxes only the types
+# are checked: a box with impossible values is left out (`box_fault`), while a fault found here rejects the dataset.
 FIELDS = {
-    "category": {"name": NAME, "index": BYTE},  # without an index where there is no lidarseg
+    "category": {"name": NAME, "index": BYTE},  # only lidarseg needs the index
     "attribute": {"name": NAME},
     "sensor": {"channel": NAME, "modality": NAME},
     "calibrated_sensor": {
@@ -178,7 +182,7 @@ FIELDS = {
     },
     "ego_pose": {"translation": _translation("ego_pose"), "rotation": ROTATION},
     "scene": {"name": NAME},
-    "map": {"log_tokens": NAMES, "filename": FILE},
+    "map": {"log_tokens": TOKENS, "filename": FILE},
     "sample": {"timestamp": TIME},
     "sample_data": {"timestamp": TIME, "is_key_frame": FLAG, "filename": FILE},
     "sample_annotation": {

@@ -2,9 +2,8 @@
 
     {"city_train": ["scene-1", "scene-2"], "city_val": ["scene-3"]}
 
-The devkit reads this file for custom splits, so its evaluation supports them too. A split whose name
-ends in _train, _val or _test has that purpose. Names of nuScenes' splits are refused: the devkit would use nuScenes'
-scenes.
+The devkit reads this file for custom splits, so its evaluation supports them too. A split whose name ends in _train,
+_val or _test has that purpose. Names of nuScenes' splits are refused: the devkit would use nuScenes' scenes.
 """
 
 import json
@@ -13,22 +12,22 @@ from pathlib import Path
 
 from unipad.data.dataset import DataError
 
-# nuScenes' own, by the version's suffix
+# {suffix of the version: {purpose: split}} of nuScenes' own splits
 SPLITS = {
     "trainval": {"train": "train", "val": "val"},
     "test": {"test": "test"},
     "mini": {"train": "mini_train", "val": "mini_val"},
 }
 PURPOSES = ("train", "val", "test")
-# Names of the devkit's own splits, not all of them for detection
+# Names of all of the devkit's own splits; train_detect and train_track are two parts of train, not used here
 RESERVED = {"train", "val", "test", "mini_train", "mini_val", "train_detect", "train_track"}
 
 
 def splits_of(root: Path, version: str) -> dict[str, str]:
     """{purpose: split} of a version; a split without a purpose has its name as key. root: from `tables.find_root`.
 
-    Those of splits.json come before nuScenes' own. Raises `DataError` for a version that has none, and for a
-    malformed splits.json.
+    A split of splits.json replaces nuScenes' own of the same purpose. Raises `DataError` for a version that has none,
+    and for a malformed splits.json.
     """
     own = {}
     for name in own_splits(root, version):
@@ -48,7 +47,8 @@ def splits_of(root: Path, version: str) -> dict[str, str]:
 
 
 def own_splits(root: Path, version: str) -> dict[str, list[str]]:
-    """{split: names of its scenes} of `<version>/splits.json`; {} without such a file. Raises `DataError`."""
+    """{split: names of its scenes} of `<version>/splits.json`; {} without such a file. Raises `DataError`
+    for a malformed one."""
     file = root / version / "splits.json"
     try:
         splits = json.loads(file.read_text())

@@ -43,7 +43,7 @@ from unipad.errors import UserError
 from unipad.exit import exit_on_user_error, has_ended
 
 MAP_CELL = 0.1  # meters per pixel of the map, as the devkit assumes
-MAP_COARSE = 4  # pixels: side of the squares of which the map is drawn
+MAP_SQUARE = 4  # pixels: side of the squares, each of one color, of which the map consists
 
 README = """Synthetic data: a procedural city, ray cast and written in the nuScenes format by unipad.data.synthetic.
 
@@ -113,7 +113,7 @@ def generate(
     )
     _check(args)
     root = args.out.resolve()
-    for folder in root.parent.glob(f".{root.name}.*-*"):  # of killed processes
+    for folder in root.parent.glob(f".{root.name}.*-*"):  # left by killed processes
         state, _, process = folder.name.removeprefix(f".{root.name}.").partition("-")
         if state in ("partial", "old") and process.isdigit() and has_ended(int(process)):
             shutil.rmtree(folder, ignore_errors=True)
@@ -181,9 +181,9 @@ def _write(args, root, progress):
     tasks = [(args, root, name, k) for name in names for k in range(args.keyframes)]
     workers = min(args.workers or min(16, os.cpu_count()), len(tasks))
     with tqdm(total=len(tasks), desc="synthetic city", unit="keyframe", disable=not progress) as bar:
-        counts = _render_all(tasks, workers, bar.update)
-    counts = {name: counts[i * args.keyframes : (i + 1) * args.keyframes] for i, name in enumerate(names)}
-    for name, records in make_tables(args, counts).items():
+        results = _render_all(tasks, workers, bar.update)
+    censuses = {name: results[i * args.keyframes : (i + 1) * args.keyframes] for i, name in enumerate(names)}
+    for name, records in make_tables(args, censuses).items():
         (root / VERSION / f"{name}.json").write_text(json.dumps(records, indent=0))
     _draw_map(args, root)
     settings = "\n".join(f"{name}: {value}" for name, value in vars(args).items() if name not in ("out", "workers"))
@@ -195,26 +195,26 @@ def _render_all(tasks, workers, done):
 
     If a worker dies, as when memory is short, rendering continues with half as many, and finally in this process.
     """
-    counts = []
-    while workers > 1 and len(counts) < len(tasks):
+    results = []
+    while workers > 1 and len(results) < len(tasks):
         others = set(multiprocessing.active_children())
         # Ctrl-C reaches every process of the terminal: workers ignore it, and this process ends them
         with multiprocessing.get_context("spawn").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
             processes = set(multiprocessing.active_children()) - others
-            rendered = pool.imap(_render, tasks[len(counts) :])
-            while len(counts) < len(tasks):
+            rendered = pool.imap(_render, tasks[len(results) :])
+            while len(results) < len(tasks):
                 try:
-                    counts.append(rendered.next(timeout=1))
+                    results.append(rendered.next(timeout=1))
                     done()
                 except multiprocessing.TimeoutError:
                     if not all(process.is_alive() for process in processes):  # its task is lost: the pool would wait
                         print(f"one of {workers} processes died: going on with {workers // 2}", file=sys.stderr)
                         break
         workers //= 2
-    for task in tasks[len(counts) :]:
-        counts.append(_render(task))
+    for task in tasks[len(results) :]:
+        results.append(_render(task))
         done()
-    return counts
+    return results
 
 
 @lru_cache(maxsize=1)
@@ -223,34 +223,34 @@ def _shadows(scene):
 
 
 def _render(task):
-    """Write the files of a keyframe and of the sweeps before it; returns points and visible fraction of each actor."""
+    """Write the files of a keyframe and of the sweeps before it; returns the `rig.census` of the keyframe."""
     args, root, name, k = task
     scene = scene_of(args, name)
     for channel in rig.CAMERAS:
-        for stamp, is_key in frames_of(args, channel, k):
+        for stamp, is_key in frames_of(args, channel, k):  # stamp: microseconds since the start of the scene
             view, solids = rig.camera_view(scene, channel, args.image_size, stamp / 1e6), scene.solids(stamp / 1e6)
             image = photograph(scene, view, solids, *cast(view, solids), _shadows(scene).at(solids))
             path = root / data_file(name, channel, stamp, is_key)
             _, jpeg = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
             path.write_bytes(jpeg)  # raises an error if the disk is full; OpenCV's and NumPy's writers do not
     for stamp, is_key in frames_of(args, rig.LIDAR, k):
-        rng = np.random.default_rng(
-            [args.seed, 5, SCENES.index(name), stamp]
-        )  # 5: the streets and the traffic use 1 to 4
+        # 5: the streets and the traffic use 1 to 4
+        rng = np.random.default_rng([args.seed, 5, SCENES.index(name), stamp])
         scan = rig.scan(scene, stamp / 1e6, args.columns, rng)
         (root / data_file(name, rig.LIDAR, stamp, is_key)).write_bytes(scan.points.tobytes())
+    # `stamp` and `scan` are now the keyframe's, which is the last frame of the loop
     (root / labels_file(args, name, stamp)).write_bytes(scan.category.tobytes())
     return rig.census(scene, stamp / 1e6, args.columns, scan)
 
 
 def _draw_map(args, root):
     """The semantic prior map, white where vehicles or pedestrians may be; row 0 is the largest y."""
-    count = int(STREETS * PITCH / MAP_CELL) // MAP_COARSE
-    middle = ((np.arange(count) + 0.5) * MAP_CELL * MAP_COARSE).astype(np.float32)
+    count = int(STREETS * PITCH / MAP_CELL) // MAP_SQUARE
+    middle = ((np.arange(count) + 0.5) * MAP_CELL * MAP_SQUARE).astype(np.float32)
     x, y = np.meshgrid(middle, middle[::-1])
     category, _, _ = City.of(args.seed).ground(x.ravel(), y.ravel())
     allowed = np.isin(category, [CATEGORY["flat.driveable_surface"], CATEGORY["flat.sidewalk"]]).reshape(count, count)
-    image = (allowed * np.uint8(255)).repeat(MAP_COARSE, axis=0).repeat(MAP_COARSE, axis=1)
+    image = (allowed * np.uint8(255)).repeat(MAP_SQUARE, axis=0).repeat(MAP_SQUARE, axis=1)
     _, png = cv2.imencode(".png", image)
     (root / map_file(args)).write_bytes(png)
 

@@ -81,6 +81,7 @@ def load_camera_sweeps(root: Path, version: str, split: str) -> CameraSweeps:
 
 
 def _load(kind, build, root, version, split, ending=""):
+    """The index of class `kind`, made by `build`, of a split; `ending` of the name of its cache file."""
     splits = tuple(splits_of(root, version).values())
     if split not in splits:
         owner = next(
@@ -100,7 +101,7 @@ def _load(kind, build, root, version, split, ending=""):
 
 
 def tables_state(root: Path, version: str) -> str:
-    """A string that changes when the tables do: their names, sizes and times."""
+    """A string that changes when the tables do: their names, sizes and modification times."""
     tables = sorted((root / version).glob("*.json"))
     return " ".join(f"{t.name}:{t.stat().st_size}:{t.stat().st_mtime_ns}" for t in tables)
 
@@ -115,7 +116,7 @@ def _read_index(kind, path, state):
 
 def _build(build, root, version, splits, verbose):
     """{split: result of `build`} from the tables; `verbose` shows progress."""
-    # The devkit takes seconds to import and imports matplotlib; a cached index needs neither.
+    # Imported only here: a cached index does without the devkit, which takes seconds to import, with matplotlib.
     from nuscenes.utils.splits import create_splits_scenes
 
     try:
@@ -126,6 +127,6 @@ def _build(build, root, version, splits, verbose):
         return {split: build(nusc, split, set(scenes[split]), verbose) for split in splits}
     except DataError:
         raise
-    except Exception as error:  # the devkit trusts the tables: any error, for a fault that no check of ours detects
+    except Exception as error:  # a fault that our checks miss may raise anything in the devkit, which trusts the tables
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise DataError(f"{root / version} is not a complete nuScenes dataset ({reason}); unpack it again.") from error

@@ -15,8 +15,8 @@ import numpy as np
 from unipad.boxes import transform_boxes
 from unipad.config import Augment
 
-# ImageNet's mean color, which the encoder normalizes to 0; the original hides pixels after normalization.
-HIDDEN = np.array([124, 116, 104], np.uint8)
+# Color of hidden pixels: ImageNet's mean, which the encoder normalizes to 0; the original sets normalized pixels to 0.
+HIDDEN_COLOR = np.array([124, 116, 104], np.uint8)
 
 
 def augment_sample(sample, rng: np.random.Generator, cfg: Augment):
@@ -46,7 +46,7 @@ def make_transform(
     flip_y: bool = False,
 ) -> np.ndarray:
     """[4, 4] old LiDAR frame -> new one: rotate by `angle` radians, x towards y; scale all lengths; shift by meters
-    x, y, z; then change the sign of x or y, which leaves a left-handed frame.
+    x, y, z; then change the sign of x or y; either of these alone makes the frame left-handed.
     """
     cos, sin = np.cos(angle), np.sin(angle)
     transform = np.eye(4)
@@ -59,7 +59,7 @@ def apply_transform(sample, transform: np.ndarray):
     """The sample transformed by `transform`, [4, 4] from `make_transform`.
 
     Images do not change: the new projections map the new points to the same pixels. Depths along the optical axis
-    stay in the camera's meters; distances between camera and points are those of the new frame.
+    stay in the camera's meters, not scaled; distances between camera and points are those of the new frame, scaled.
     """
     points, inverse = sample.points.copy(), np.linalg.inv(transform)
     points[:, :3] = points[:, :3] @ transform[:3, :3].T + transform[:3, 3]
@@ -112,7 +112,7 @@ def _behind_grid(images, rng):
     height = min(_padded(image.shape[0]) for image in images)  # a longer period could hide all of the smallest image
     period = rng.integers(2, height)
     top, left = rng.integers(period, size=2)
-    return [np.where(_grid_of(image, period, top, left)[..., None], image, HIDDEN) for image in images]
+    return [np.where(_grid_of(image, period, top, left)[..., None], image, HIDDEN_COLOR) for image in images]
 
 
 def _grid_of(image, period, top, left):
@@ -127,10 +127,12 @@ def _padded(length):
 
 
 def grid_mask(height: int, width: int, period: int, top: int, left: int) -> np.ndarray:
-    """[height, width] bool, True = visible: rows and columns of bars, half as wide as the `period`.
+    """[height, width] bool, True = visible: rows and columns of bars, half as wide as the `period`; the squares between
+    them are hidden.
 
     The grid covers an area 1.5 times as high and wide as the image, which lies in its middle; the first bars start
-    `top` and `left` pixels from its corner. As in the original, no bar starts where less than a whole period is left.
+    `top` and `left` pixels from the area's corner. As in the original, no bar starts where less than a whole period is
+    left.
     """
     bar = min(max(int(period * 0.5 + 0.5), 1), period - 1)
     rows, columns = _bars(height, period, top, bar), _bars(width, period, left, bar)
@@ -138,7 +140,7 @@ def grid_mask(height: int, width: int, period: int, top: int, left: int) -> np.n
 
 
 def _bars(length, period, first, bar):
-    """[length] bool, True on a bar."""
+    """[length] bool, True on a bar: bars `bar` pixels wide, the first one `first` pixels from the start of the area."""
     area = int(1.5 * length)
     index, offset = np.divmod(np.arange(length) + (area - length) // 2 - first, period)
     return (offset < bar) & (index >= 0) & (index < area // period)

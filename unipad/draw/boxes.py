@@ -11,16 +11,16 @@ from matplotlib.lines import Line2D
 
 from unipad.batch import CAMERAS, CLASSES, Batch
 from unipad.boxes import box_corners
-from unipad.draw.views import DPI, picture_of, titles
+from unipad.draw.views import DPI, camera_names, picture_of
 from unipad.model.detect import Detections
 
 TITLE_HEIGHT = 24  # pixels above an image
-SIDE = 380  # smallest side of a bird's-eye view, pixels
+MIN_SIDE = 380  # pixels: smallest side of a bird's-eye view next to camera images
 BEV_LIMITS = (-52.0, 52.0)  # meters in x and y that the bird's-eye view shows; objects beyond 50 m are not evaluated
 ROWS = (5, 0, 1), (4, 3, 2)  # nuScenes' cameras as mounted: front left, front, front right; the back ones below
 # Polylines through the corners of `box_corners`, by index, that draw all edges of a box
 SKELETON = (0, 1, 2, 3, 0, 4, 5, 6, 7, 4), (1, 5), (2, 6), (3, 7)
-NEAR = 0.1  # meters in front of a camera at which edges are clipped
+NEAR = 0.1  # meters in front of a camera: the plane at which edges are clipped
 COLORS = matplotlib.colormaps["tab10"].colors
 
 
@@ -34,15 +34,15 @@ def detection_views(batch: Batch, detections: Detections, min_score: float = 0.3
     truth = batch.boxes[: batch.box_counts[0]].cpu()
     shown = detections.scores >= min_score
     boxes, labels = detections.boxes[shown].float().cpu(), detections.labels[shown].cpu()
-    height, across = camera_area(batch, width)
-    height = max(height, SIDE) if across else 640  # pixels
-    figure = Figure(figsize=((height + across) / DPI, height / DPI), dpi=DPI, layout="constrained")
+    height, cameras_width = camera_area(batch, width)
+    height = max(height, MIN_SIDE) if cameras_width else 640  # pixels; the bird's-eye view is a square
+    figure = Figure(figsize=((height + cameras_width) / DPI, height / DPI), dpi=DPI, layout="constrained")
     figure.set_facecolor("0.1")
-    widths = [height, across] if across else [height]
-    above, *others = figure.subfigures(1, len(widths), width_ratios=widths, squeeze=False)[0]
+    widths = [height, cameras_width] if cameras_width else [height]
+    bev, *cameras = figure.subfigures(1, len(widths), width_ratios=widths, squeeze=False)[0]
     points = batch.points[: batch.point_counts[0]]
-    _from_above(above, points[points[:, 4] == 0, :3].cpu().numpy(), truth, boxes, labels)
-    for subfigure in others:
+    _from_above(bev, points[points[:, 4] == 0, :3].cpu().numpy(), truth, boxes, labels)
+    for subfigure in cameras:  # one, or none
         for axis, image, lidar2image in camera_axes(subfigure, batch):
             _in_camera(axis, image, lidar2image, truth, boxes, labels)
     return picture_of(figure)
@@ -78,13 +78,14 @@ def camera_axes(subfigure, batch: Batch, fontsize: float = 12):
             axis.set_axis_off()
         for axis, view in zip(axes, row, strict=False):
             H, W = batch.image_sizes[0, view].tolist()
-            axis.set_title(titles(batch)[view], color="white", fontsize=fontsize)
+            axis.set_title(camera_names(batch)[view], color="white", fontsize=fontsize)
             image = batch.images[0, view, :, :H, :W].permute(1, 2, 0).cpu().numpy()
             yield axis, image, batch.lidar2image[0, view].cpu().numpy()
 
 
 def _from_above(subfigure, points, truth, boxes, labels):
-    """Boxes over the keyframe's `points` [K, 3] in bird's-eye view; a line from the center shows a box's front."""
+    """Boxes over the keyframe's `points` [K, 3], gray by height, in bird's-eye view; a line from the center shows a
+    box's front."""
     axis = subfigure.subplots()
     axis.set(xlim=BEV_LIMITS, ylim=BEV_LIMITS, xticks=[], yticks=[], aspect="equal", facecolor="black")
     axis.scatter(points[:, 0], points[:, 1], s=0.8, c=points[:, 2], cmap="gray", vmin=-5, vmax=3, linewidths=0)
@@ -113,19 +114,21 @@ def _in_camera(axis, image, lidar2image, truth, boxes, labels):
 
 
 def edges(corners, lidar2image):
-    """Pixels [E, 2, 2] of both ends of every visible edge, clipped at the near plane, and the edge's box [E].
+    """Pixels [E, 2, 2] of both ends of every edge in front of the camera, clipped at the near plane, and the index [E]
+    of its box.
 
-    corners: [K, 8, 3] as `box_corners` gives them.
+    corners: [K, 8, 3] as `box_corners` gives them. lidar2image: [4, 4] of the camera.
     """
     projected = corners @ lidar2image[:3, :3].T + lidar2image[:3, 3]  # [K, 8, 3] u*d, v*d, d
     pairs = [pair for path in SKELETON for pair in zip(path, path[1:], strict=False)]
     a, b = (projected[:, [pair[end] for pair in pairs]].reshape(-1, 3) for end in (0, 1))  # [K * 12, 3]
-    front = np.maximum(a[:, 2], b[:, 2]) > NEAR
-    box = np.repeat(np.arange(len(corners)), len(pairs))[front]
-    a, b = a[front], b[front]
+    in_front = np.maximum(a[:, 2], b[:, 2]) > NEAR
+    box = np.repeat(np.arange(len(corners)), len(pairs))[in_front]
+    a, b = a[in_front], b[in_front]
     ends = []
     for end, other in ((a, b), (b, a)):
-        t = np.clip((NEAR - end[:, 2:]) / np.where(other == end, 1, other - end)[:, 2:], 0, 1)
+        step = np.where(other == end, 1, other - end)[:, 2:]  # 1: no division by 0
+        t = np.clip((NEAR - end[:, 2:]) / step, 0, 1)  # where the edge, from `end` to `other`, crosses the near plane
         end = np.where(end[:, 2:] < NEAR, end + t * (other - end), end)
         ends.append(end[:, :2] / end[:, 2:])
     return np.stack(ends, axis=1), box

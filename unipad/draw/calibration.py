@@ -28,7 +28,7 @@ from unipad.errors import UserError, check_ranges
 from unipad.exit import exit_on_user_error
 
 VIEW_LINE = 15.0  # meters: length of the lines that bound a camera's field of view
-DEPTHS = matplotlib.colormaps["turbo_r"]
+DEPTH_COLORS = matplotlib.colormaps["turbo_r"]
 
 
 @dataclass(frozen=True)
@@ -49,49 +49,52 @@ def calibration_view(sample: Sample, width: int = 640) -> np.ndarray:
     cameras, points have colors by depth. Boxes have the colors of their classes.
     width: pixels of a camera's column.
     """
-    points = sample.points[sample.points[:, 4] == 0, :3].astype(np.float64)
+    points = sample.points[sample.points[:, 4] == 0, :3].astype(np.float64)  # of the keyframe, not of sweeps
     corners = box_corners(sample.boxes)
     colors = [COLORS[label] for label in sample.labels]
     cameras = len(sample.images)
     columns = min(cameras, 3 if cameras < 7 else 4)
     rows = -(-cameras // columns)
     tallest = max(image.shape[0] / image.shape[1] for image in sample.images)
-    height = max(rows * (width * tallest + TITLE_HEIGHT), 480)
+    height = max(rows * (width * tallest + TITLE_HEIGHT), 480)  # pixels; the view from above is a square
     figure = Figure(figsize=((height + columns * width) / DPI, height / DPI), dpi=DPI, layout="constrained")
     figure.set_facecolor("0.1")
     left, right = figure.subfigures(1, 2, width_ratios=[height, columns * width])
     _from_above(left.subplots(), sample, points, corners, colors)
     axes = right.subplots(rows, columns, squeeze=False)
     for axis in axes.flat[cameras:]:
-        axis.set_axis_off()
-    for axis, image, matrix, name in zip(axes.flat, sample.images, sample.lidar2image, _names(sample), strict=False):
+        axis.set_axis_off()  # stays empty
+    views = zip(axes.flat, sample.images, sample.lidar2image, _names(sample), strict=False)
+    for axis, image, lidar2image, name in views:
         h, w = image.shape[:2]
-        pixels, depth = _visible(points, matrix, h, w)
-        lines, box = edges(corners, matrix.astype(np.float64))
+        pixels, depth = _visible(points, lidar2image, h, w)
+        lines, box = edges(corners, lidar2image.astype(np.float64))
         axis.imshow(image, interpolation="antialiased")
-        axis.scatter(*pixels.T, c=depth, s=6, cmap=DEPTHS, vmin=0, vmax=FAR, linewidths=0)
+        axis.scatter(*pixels.T, c=depth, s=6, cmap=DEPTH_COLORS, vmin=0, vmax=FAR, linewidths=0)
         axis.add_collection(LineCollection(lines, colors=[colors[b] for b in box], linewidths=1.2))
         axis.set(xlim=(-0.5, w - 0.5), ylim=(h - 0.5, -0.5), xticks=[], yticks=[])
         axis.set_title(f"{name}, {w} x {h}", color="white")
-    bar = right.colorbar(ScalarMappable(Normalize(0, FAR), DEPTHS), ax=axes, fraction=0.02, pad=0.01)
+    bar = right.colorbar(ScalarMappable(Normalize(0, FAR), DEPTH_COLORS), ax=axes, fraction=0.02, pad=0.01)
     bar.set_label("meters along the optical axis", color="white")
     bar.ax.tick_params(colors="white")
     return picture_of(figure)
 
 
 def report(sample: Sample) -> str:
-    """What a sample's calibration says, as a table: position, viewing direction and field of view of each camera,
-    the number of LiDAR points in its image, and how many boxes have LiDAR points inside."""
+    """What a sample's calibration says, as a table: position, viewing direction ("looks", clockwise from ahead) and
+    horizontal field of view ("sees") of each camera, the number of LiDAR points in its image, and how many boxes have
+    LiDAR points inside."""
     points = sample.points[sample.points[:, 4] == 0, :3].astype(np.float64)
     lines = [f"{'camera':<18}{'pixels':>12}{'x, y, z meters':>24}{'looks':>8}{'sees':>8}{'points':>9}"]
-    for name, image, matrix, pose in zip(
+    for name, image, lidar2image, lidar2camera in zip(
         _names(sample), sample.images, sample.lidar2image, sample.lidar2camera, strict=True
     ):
         h, w = image.shape[:2]
-        center, (left, right) = _field_of_view(matrix, pose, h, w)
-        azimuths = np.degrees(np.arctan2(*np.stack([left, right, pose[2, :3]])[:, :2].T))  # clockwise from ahead
+        center, (left, right) = _field_of_view(lidar2image, lidar2camera, h, w)
+        directions = np.stack([left, right, lidar2camera[2, :3]])  # the last one is the optical axis
+        azimuths = np.degrees(np.arctan2(*directions[:, :2].T))  # atan2(x, y): clockwise from ahead
         azimuths = np.round(azimuths) + 0.0  # no -0
-        visible = len(_visible(points, matrix, h, w)[0])
+        visible = len(_visible(points, lidar2image, h, w)[0])
         position = " ".join(f"{v:7.2f}" for v in np.round(center, 2) + 0.0)
         angle = (azimuths[1] - azimuths[0]) % 360
         lines.append(f"{name:<18}{f'{w} x {h}':>12}{position:>24}{azimuths[2]:>7.0f}°{angle:>7.0f}°{visible:>9}")
@@ -104,7 +107,7 @@ def _names(sample):
 
 
 def _visible(points, lidar2image, height, width):
-    """Pixels [K, 2] and depths [K] of those points that lie in the image."""
+    """Pixels [K, 2] and depths [K], along the optical axis, of those points that lie in the image."""
     projected = points @ lidar2image[:3, :3].T + lidar2image[:3, 3]
     projected = projected[projected[:, 2] > 0]
     pixels = projected[:, :2] / projected[:, 2:]
@@ -113,7 +116,8 @@ def _visible(points, lidar2image, height, width):
 
 
 def _field_of_view(lidar2image, lidar2camera, height, width):
-    """Center [3] of a camera, and the unit directions [2, 3] through the middle of its left and right edge."""
+    """In the LiDAR frame: center [3] of a camera, and unit directions [2, 3] through the middle of the left and of the
+    right edge of its image."""
     borders = np.array([[0, height / 2, 1], [width, height / 2, 1]])
     directions = borders @ np.linalg.inv(lidar2image[:3, :3].astype(np.float64)).T
     return np.linalg.inv(lidar2camera)[:3, 3], directions / np.linalg.norm(directions, axis=1, keepdims=True)
@@ -127,14 +131,14 @@ def _from_above(axis, sample, points, corners, colors):
     fronts = np.stack([corners[:, :4, :2].mean(axis=1), corners[:, :2, :2].mean(axis=1)], axis=1)
     for lines in (outlines, fronts):
         axis.add_collection(LineCollection(lines, colors=colors, linewidths=1.2))
-    for name, image, matrix, pose in zip(
+    for name, image, lidar2image, lidar2camera in zip(
         _names(sample), sample.images, sample.lidar2image, sample.lidar2camera, strict=True
     ):
-        center, directions = _field_of_view(matrix, pose, *image.shape[:2])
+        center, directions = _field_of_view(lidar2image, lidar2camera, *image.shape[:2])
         left, right = center + VIEW_LINE * directions
         axis.plot(*np.stack([left, center, right])[:, :2].T, color="white", linewidth=0.8)
-        ahead = center + 1.4 * VIEW_LINE * pose[2, :3]
-        axis.text(*ahead[:2], name, color="white", fontsize=8, ha="center", va="center", clip_on=True)
+        beyond = center + 1.4 * VIEW_LINE * lidar2camera[2, :3]  # on the optical axis
+        axis.text(*beyond[:2], name, color="white", fontsize=8, ha="center", va="center", clip_on=True)
     axis.set_title("from above: x to the right, y (ahead) up", color="white")
 
 

@@ -22,16 +22,16 @@ def check_mesh(grid: Grid, cell: float):
             f"--mesh-cell {cell} is too coarse for a volume whose shortest side is {2 * most} m; use at most {most}."
         )
     points = math.prod((h - l) / cell for l, h in zip(grid.low, grid.high, strict=True))
-    check_memory(12 * points, f"a mesh with --mesh-cell {cell}")  # bytes: the distances, and marching cubes on them
+    check_memory(12 * points, f"a mesh with --mesh-cell {cell}")  # bytes per point: its distance, and marching cubes
     if importlib.util.find_spec("skimage") is None:
         raise UserError("--mesh needs scikit-image: pip install -e '.[mesh]'.")
 
 
 @torch.no_grad()
 def distances(model: Pretrain, volume: torch.Tensor, cell: float) -> torch.Tensor:
-    """Signed distance, [X, Y, Z] meters, at points `cell` meters apart, starting at the grid's lower corner.
+    """Signed distance, [nx, ny, nz] meters, at points `cell` meters apart, starting at the grid's lower corner.
 
-    volume: [1, C, Z, Y, X], from `Pretrain.encode`.
+    volume: [1, C, Z, Y, X], of voxels of another size, from `Pretrain.encode`.
     """
     renderer, grid = model.renderer, model.recipe.grid
     with torch.autocast(volume.device.type, enabled=False):
@@ -39,16 +39,16 @@ def distances(model: Pretrain, volume: torch.Tensor, cell: float) -> torch.Tenso
         x, y, z = (torch.arange(l, h, cell, device=volume.device) for l, h in zip(grid.low, grid.high, strict=True))
         parts = []
         for x_part in x.split(max(1, CHUNK // (len(y) * len(z)))):
-            points = torch.cartesian_prod(x_part, y, z).to(volume.dtype) * renderer.scale  # [len(x_part) * Y * Z, 3]
-            first = torch.zeros(len(points), dtype=torch.int32, device=volume.device)
-            parts.append(renderer.field.sdf(volume, points[:, None], first)[:, 0].float() / renderer.scale)
+            points = torch.cartesian_prod(x_part, y, z).to(volume.dtype) * renderer.scale  # scaled meters
+            volume_idx = torch.zeros(len(points), dtype=torch.int32, device=volume.device)  # there is one volume
+            parts.append(renderer.field.sdf(volume, points[:, None], volume_idx)[:, 0].float() / renderer.scale)
     return torch.cat(parts).view(len(x), len(y), len(z))
 
 
 def surface(values: np.ndarray, low: tuple, cell: float) -> tuple[np.ndarray, np.ndarray]:
-    """The zero level set by marching cubes (Lorensen and Cline, 1987).
+    """The zero level set by marching cubes (the variant of Lewiner et al., 2003).
 
-    values: [X, Y, Z] signed distances, positive outside; low: (x, y, z) meters of the first one.
+    values: [nx, ny, nz] signed distances, positive outside, from `distances`; low: (x, y, z) meters of the first one.
 
     Returns vertices [V, 3] float32 meters and triangles [T, 3] int32, counter-clockwise seen from outside; both empty
     where the sign never changes.

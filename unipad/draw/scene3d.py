@@ -20,7 +20,7 @@ from unipad.model.pretrain import Pretrain
 
 MAX_POINTS = 20_000  # per 3D view; of more points, every k-th is drawn
 POINT_SIZE, EDGE_SIZE = 0.12, 0.1  # meters
-JUMP = 1.2  # largest ratio of depths of neighboring rays whose ends the surface connects
+JUMP = 1.2  # largest ratio, farthest to nearest, of the depths of neighboring rays whose ends the surface connects
 # Colors of ground-truth boxes and of points, on TensorBoard's white background
 TRUTH, GRAY = (0.0, 0.0, 0.0), (0.35, 0.35, 0.35)
 CORNERS = np.eye(3) - 1 / 3  # of the triangle drawn for a point: tilted, so visible from above and from all sides
@@ -44,7 +44,7 @@ class Mesh:
 def rendered_scene(model: Pretrain, batch: Batch, generators: list[torch.Generator], stride: int = 1) -> Mesh:
     """The first sample's surface as rendered from the LiDAR, its points (gray) and its boxes (black).
 
-    generators: one per sample, for the masks.
+    generators: one per sample, for the masks of the encoder's input.
     stride:     degrees between rendered rays.
     """
     was_training = model.training
@@ -87,19 +87,22 @@ def boxes(boxes: torch.Tensor, colors) -> Mesh:
     edges = [edge for path in SKELETON for edge in zip(path, path[1:], strict=False)]  # 12 pairs of corners
     ends = box_corners(boxes.float().cpu().numpy())[:, edges]  # [M, 12, 2, 3]
     vertices = ends[:, :, :, None] + EDGE_SIZE * CORNERS  # [M, 12, 2, 3, 3]: a triangle at each end
-    per_box = np.broadcast_to(np.reshape(colors, (-1, 3)), (len(boxes), 3))
-    first = 6 * np.arange(12 * len(boxes))[:, None, None]  # first vertex of each bar
-    return Mesh.of(vertices.reshape(-1, 3), per_box.repeat(72, axis=0), (first + BAR).reshape(-1, 3))
+    color_of_box = np.broadcast_to(np.reshape(colors, (-1, 3)), (len(boxes), 3))
+    first = 6 * np.arange(12 * len(boxes))[:, None, None]  # first vertex of each bar: a bar has 6, a box 12 bars
+    return Mesh.of(vertices.reshape(-1, 3), color_of_box.repeat(12 * 6, axis=0), (first + BAR).reshape(-1, 3))
 
 
 def surface(ends: np.ndarray, columns: int = PANORAMA[1]) -> Mesh:
-    """The ends [rows * columns, 3] of a panorama's rays as a closed strip, colored by depth as in the pictures."""
+    """The ends [rows * columns, 3] of a panorama's rays as a strip around the LiDAR, in the depth colors of pictures.
+
+    Rays that miss the volume have depth 0 and are not connected.
+    """
     depth = np.linalg.norm(ends, axis=1)
     left = np.arange(len(ends)).reshape(-1, columns)
     right = np.roll(left, -1, axis=1)
     quads = np.stack([left[:-1], left[1:], right[:-1], right[1:]], axis=-1).reshape(-1, 4)
     near, far = depth[quads].min(axis=1), depth[quads].max(axis=1)
-    quads = quads[far < JUMP * near]  # a larger ratio: one object hides another
+    quads = quads[far < JUMP * near]  # beyond it, one object hides another
     colors = matplotlib.colormaps["turbo_r"](depth / FAR)[:, :3]
     return Mesh.of(ends, colors, np.concatenate([quads[:, :3], quads[:, 1:]]))
 

@@ -6,11 +6,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from unipad.batch import LIDARSEG_CLASSES, Batch
-from unipad.draw.boxes import NEAR, SIDE, camera_area, camera_axes
+from unipad.draw.boxes import MIN_SIDE, NEAR, camera_area, camera_axes
 from unipad.draw.views import DPI, picture_of
 
 BEV_LIMITS = (-40.0, 40.0)  # meters in x and y that the bird's-eye view shows
-# Classes 0 to 16. Based on the devkit's colors, in which all vehicles are shades of one orange
+LEGEND_HEIGHT = 70  # pixels
+# Classes 0 (no label) to 16. Based on the devkit's colors, whose vehicles, all shades of orange, are hard to tell apart
 COLORS = (
     np.array(
         [
@@ -32,6 +33,7 @@ def segment_views(batch: Batch, predicted: torch.Tensor, width: int = 300) -> np
     Points without a label are gray, in the ground truth and in the predictions. A batch without labels shows only the
     predictions.
     """
+    batch = batch.keyframe()
     points = batch.points[: batch.point_counts[0]]
     is_keyframe = points[:, 4] == 0  # points of sweeps have a time lag
     points, predicted = points[is_keyframe, :3].cpu().numpy(), predicted.cpu().numpy()
@@ -39,17 +41,18 @@ def segment_views(batch: Batch, predicted: torch.Tensor, width: int = 300) -> np
     if batch.point_labels is not None:
         truth = batch.point_labels[: batch.point_counts[0]][is_keyframe].cpu().numpy()
         rows = {"true": truth, "predicted": np.where(truth > 0, predicted, 0)}
-    height, across = camera_area(batch, width)  # pixels, of one of `rows`
-    height = max(height, SIDE) if across else 2 * width
-    figure = Figure(figsize=((height + across) / DPI, (len(rows) * height + 70) / DPI), dpi=DPI)
+    height, cameras_width = camera_area(batch, width)  # pixels, of one of `rows`
+    height = max(height, MIN_SIDE) if cameras_width else 2 * width  # the bird's-eye view is a square
+    size = height + cameras_width, len(rows) * height + LEGEND_HEIGHT
+    figure = Figure(figsize=(size[0] / DPI, size[1] / DPI), dpi=DPI)
     figure.set_layout_engine("constrained", w_pad=0.01, h_pad=0.04, wspace=0, hspace=0)
     figure.set_facecolor("0.1")
-    *lines, foot = figure.subfigures(len(rows) + 1, 1, height_ratios=[height] * len(rows) + [70])
-    for line, (name, classes) in zip(lines, rows.items(), strict=True):
-        widths = [height, across] if across else [height]
-        above, *others = line.subfigures(1, len(widths), width_ratios=widths, squeeze=False)[0]
-        _from_above(above.subplots(), points, classes, name)
-        for subfigure in others:
+    *row_figures, foot = figure.subfigures(len(rows) + 1, 1, height_ratios=[height] * len(rows) + [LEGEND_HEIGHT])
+    for row_figure, (name, classes) in zip(row_figures, rows.items(), strict=True):
+        widths = [height, cameras_width] if cameras_width else [height]
+        bev, *cameras = row_figure.subfigures(1, len(widths), width_ratios=widths, squeeze=False)[0]
+        _from_above(bev.subplots(), points, classes, name)
+        for subfigure in cameras:  # one, or none
             for axis, image, lidar2image in camera_axes(subfigure, batch, fontsize=8):
                 _in_camera(axis, image, lidar2image, points, classes)
     handles = [
@@ -76,8 +79,8 @@ def _in_camera(axis, image, lidar2image, points, classes):
     height, width = image.shape[:2]
     axis.imshow(image * 0.4)
     axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), xticks=[], yticks=[])
-    projected = points @ lidar2image[:3, :3].T + lidar2image[:3, 3]  # [P, 3] u*d, v*d, d
-    rows = np.flatnonzero(projected[:, 2] > NEAR)
-    rows = rows[np.argsort(-projected[rows, 2], kind="stable")]
-    u, v = (projected[rows, :2] / projected[rows, 2:]).T
-    axis.scatter(u, v, s=10, c=COLORS[classes[rows]], linewidths=0)
+    projected = points @ lidar2image[:3, :3].T + lidar2image[:3, 3]  # [K, 3] u*d, v*d, d
+    visible = np.flatnonzero(projected[:, 2] > NEAR)
+    visible = visible[np.argsort(-projected[visible, 2], kind="stable")]
+    u, v = (projected[visible, :2] / projected[visible, 2:]).T
+    axis.scatter(u, v, s=10, c=COLORS[classes[visible]], linewidths=0)

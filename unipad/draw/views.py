@@ -24,7 +24,7 @@ from unipad.model.rays import cast_rays, grid_of_views, project_points, rays_fro
 FAR = 60.0  # meters at the far end of the color scale
 PANORAMA = (42, 360)  # rows and columns of one degree each, clockwise around the LiDAR; forward is column 90
 TOP = 11.0  # elevation of a panorama's first row, degrees: nuScenes' LiDAR covers -30.7 to 10.7
-CHUNK = 2**18  # rays rendered at once; those of six full images would take gigabytes
+CHUNK = 2**18  # rays cast at once, over all views; those of six full images would take gigabytes
 DPI = 80
 
 
@@ -32,10 +32,10 @@ DPI = 80
 def rendered_views(
     model: Pretrain, batch: Batch, generators: list | None, stride: int = 2, normals: bool = False, width: int = 240
 ) -> np.ndarray:
-    """The batch's first sample in rows: images, masked images, rendered color, LiDAR depth, masked voxels, rendered
-    depth and, on request, normals. One column per camera; without cameras, one panorama from the LiDAR.
+    """The batch's first sample in rows: images, their visible patches, rendered color, LiDAR depth, visible voxels,
+    rendered depth and, on request, normals. One column per camera; without cameras, one panorama from the LiDAR.
 
-    generators: one per sample, for the masks; None: no masking.
+    generators: one per sample, for the masks of the encoder's input; None: no masking.
     stride:     pixels between rendered rays of a camera.
     normals:    render surface normals too, as colors: red right, green ahead, blue up.
     width:      pixels of a camera's column.
@@ -54,7 +54,7 @@ def rendered_views(
     rows = {}
 
     def add(name, pictures, step=1):
-        """pictures: [N, h, w] or [N, h, w, 3], one pixel for `step` of the image; their padding is cut off."""
+        """pictures: [N, h, w] or [N, h, w, 3], of every `step`-th row and column; their padding is cut off."""
         pictures = pictures.float().cpu().numpy()
         rows[name] = [p[: -(-h // step), : -(-w // step)] for p, (h, w) in zip(pictures, sizes, strict=True)]
 
@@ -63,22 +63,22 @@ def rendered_views(
     if cameras:
         add("image", images.permute(0, 2, 3, 1))
     if "camera" in masks:
-        visible = masks["camera"][0, : len(images), None].float()
+        visible = masks["camera"][0, : len(images), None].float()  # the keyframe's views come first
         visible = F.interpolate(visible, scale_factor=MASK_BLOCK)
         add("image, as the encoder sees it", (images * visible).permute(0, 2, 3, 1))
     if model.renders_color(batch):
         add("rendered", rgb, step)
     points = batch.points[: batch.point_counts[0]]
-    add("LiDAR depth", project(batch, points[points[:, 4] == 0, :3]))
+    add("LiDAR depth", project(batch, points[points[:, 4] == 0, :3]))  # of the keyframe, not of sweeps
     if "lidar" in masks:
         add("voxels, as the encoder sees them", project(batch, _centers(model.recipe, masks["lidar"])))
     add("rendered depth", depth, step)
     if normals:
         add("rendered normals", (normal + 1) / 2 * (normal.norm(dim=-1, keepdim=True) > 0), step)
-    return _sheet(rows, titles(batch) if cameras else ["all around the LiDAR"], width)
+    return _sheet(rows, camera_names(batch) if cameras else ["all around the LiDAR"], width)
 
 
-def titles(batch: Batch) -> Sequence[str]:
+def camera_names(batch: Batch) -> Sequence[str]:
     """The names of a keyframe's cameras."""
     return batch.cameras or [f"camera {i}" for i in range(batch.images.shape[1])]
 
@@ -108,7 +108,7 @@ def panorama_rays(device, stride: int = 1):
 
 
 def _centers(recipe, voxels):
-    """[P, 3] meters, the centers of those `voxels` [M, 4] that belong to the first sample."""
+    """[P, 3] meters, the centers of those `voxels` [M, 4] (b, z, y, x) that belong to the first sample."""
     low, cell = (torch.tensor(t, device=voxels.device) for t in (recipe.grid.low, recipe.lidar.cell))
     return low + (voxels[voxels[:, 0] == 0, 1:].flip(-1) + 0.5) * cell
 
@@ -119,6 +119,7 @@ def _onto_panorama(_, points):
     elevation = torch.rad2deg(torch.asin(points[:, 2] / depth.clamp(min=1e-3)))
     azimuth = torch.rad2deg(math.pi - torch.atan2(points[:, 1], points[:, 0])) % 360  # clockwise
     rows, columns = PANORAMA
+    # `_painted` truncates to whole columns; `% 360` may round up to 360, beyond the last one
     pixels = torch.stack([azimuth.clamp(max=columns - 1), (TOP - elevation).round()], dim=-1)[None]  # [1, P, 2]
     visible = (pixels[0, :, 1] >= 0) & (pixels[0, :, 1] < rows)
     return _painted(pixels, visible[None], depth[None], rows, columns, thick=0)
@@ -135,17 +136,16 @@ def onto_views(batch, points):
 
 
 def _painted(pixels, visible, depth, H, W, thick):
-    """[N, H, W]: every visible point paints its depth onto its pixel and those up to `thick` away, nearest on top."""
+    """[N, H, W]: visible points paint their depths onto the pixels up to `thick` away, the nearest on top."""
     pixels, visible, depth = pixels.cpu(), visible.cpu(), depth.cpu()
-    canvas = torch.full((len(pixels), H, W), torch.nan)
-    for view in range(len(pixels)):
-        rows = visible[view].nonzero()[:, 0]
-        near_last = rows[depth[view, rows].argsort(descending=True)]
-        u, v, d = pixels[view, near_last, 0].long(), pixels[view, near_last, 1].long(), depth[view, near_last]
+    canvas = torch.full((len(pixels), H * W), torch.inf)
+    for painted, uv, d, mask in zip(canvas, pixels, depth, visible, strict=True):
+        u, v = uv[mask, 0].long(), uv[mask, 1].long()
         for dv in range(-thick, thick + 1):
             for du in range(-thick, thick + 1):
-                canvas[view, (v + dv).clamp(0, H - 1), (u + du).clamp(0, W - 1)] = d
-    return canvas
+                at = (v + dv).clamp(0, H - 1) * W + (u + du).clamp(0, W - 1)
+                painted.scatter_reduce_(0, at, d[mask], "amin")
+    return canvas.where(canvas.isfinite(), torch.nan).view(-1, H, W)
 
 
 def _sheet(rows, titles, width):
@@ -155,7 +155,7 @@ def _sheet(rows, titles, width):
     """
     shapes = [picture.shape for picture in next(iter(rows.values()))]
     views = len(shapes)
-    width = width if views > 1 else 6 * width
+    width = width if views > 1 else 6 * width  # one view is as wide as six
     heights = [round(width * shape[0] / shape[1]) for shape in shapes]
     height = max(heights)
     left, top, right, gap = 44, 24, 76, 6  # pixels for row names, titles, color bar; between pictures

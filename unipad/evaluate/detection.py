@@ -17,31 +17,32 @@ def evaluate_detections(
     folder: Path,
     world: World,
     detect: Callable | None = None,
-    size: int = 1,
+    batch_size: int = 1,
     workers: int = 0,
 ) -> dict[str, float]:
     """Detect in every frame of a split and score with the devkit.
 
-    model, dataset, world, detect, size, workers: as for `detect_all`.
+    model, dataset, world, detect, batch_size, workers: as for `detect_all`.
     folder: for `results_nusc.json` and `metrics_summary.json`, the devkit's summary.
 
     Returns NDS, mAP, mATE (meters), mASE, mAOE (radians), mAVE (m/s), mAAE; the same in every process. A frame of
     which a file is missing or cannot be read counts as one without detections, since the devkit scores whole splits.
     """
-    detections = detect_all(model, dataset, world, detect, size, workers)
+    detections = detect_all(model, dataset, world, detect, batch_size, workers)
 
     def score():
-        file = submit(detections, model.recipe, dataset, folder)
+        file = write_detections(detections, model.recipe, dataset, folder)
         return headline(score_submission(file, dataset.root, dataset.version, dataset.split))
 
     return on_main(score, world)
 
 
-def submit(detections: dict[str, Detections], recipe: Recipe, dataset: NuScenesDataset, folder: Path) -> Path:
-    """Write the result of `detect_all` to folder/results_nusc.json; returns the file."""
+def write_detections(detections: dict[str, Detections], recipe: Recipe, dataset: NuScenesDataset, folder: Path) -> Path:
+    """Write the result of `detect_all` to folder/results_nusc.json, as a submission to nuScenes; returns the file."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "results_nusc.json"
-    write_submission(detections, dataset.index, file, recipe.camera is not None, recipe.lidar is not None)
+    uses = {"use_camera": recipe.camera is not None, "use_lidar": recipe.lidar is not None}
+    write_submission(detections, dataset.index, file, **uses)
     return file
 
 
@@ -50,13 +51,13 @@ def detect_all(
     dataset: NuScenesDataset,
     world: World,
     detect: Callable | None = None,
-    size: int = 1,
+    batch_size: int = 1,
     workers: int = 0,
 ) -> dict[str, Detections] | None:
     """{sample token: `Detections` on the host} for every frame, in the main process; None in the others.
 
-    dataset, world, size, workers: as for `predict_all`, which describes how bad frames are handled.
-    detect: function of a batch in place of `model.detect`, such as `tta.detect_tta`.
+    model, dataset, world, batch_size, workers: as for `predict_all`, which describes how bad frames are handled.
+    detect: function of a batch in place of `model.detect`, such as `partial(tta.detect_tta, model.detect, views)`.
     """
 
     def predict(batch):
@@ -64,4 +65,4 @@ def detect_all(
         return [Detections(one.boxes.float().cpu(), one.scores.float().cpu(), one.labels.cpu()) for one in detections]
 
     consequence = "they count as frames without detections"
-    return predict_all(model, dataset, world, predict, size, workers, "detecting", consequence)
+    return predict_all(model, dataset, world, predict, batch_size, workers, "detecting", consequence)

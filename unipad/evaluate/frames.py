@@ -20,7 +20,7 @@ def predict_all(
     dataset: DrivingDataset,
     world: World,
     predict: Callable[[Batch], list],
-    size: int,
+    batch_size: int,
     workers: int,
     desc: str,
     consequence: str,
@@ -30,11 +30,13 @@ def predict_all(
     model:   put in eval mode here; its mode is restored afterwards.
     dataset: all frames of a split; each process takes every `world.size`-th frame.
     predict: from a batch on the device to one prediction per sample, on the host.
-    size:    samples per batch. workers: data loading processes per process. desc: label of the progress bar.
-    consequence: what it means for the metrics that frames have no prediction; printed if there are any.
+    batch_size: samples per batch and process. workers: data loading processes per process.
+    desc:    label of the progress bar.
+    consequence: what becomes of frames without a prediction; printed if there are any, after their number.
 
-    A frame that cannot be read is reported on stderr and missing from the result, as are frames that the dataset
-    left out since a file is missing; their total is printed. Raises `UserError` if no frame can be read.
+    A frame that cannot be read is reported on stderr. It is missing from the result, as are the frames that the dataset
+    itself left out since a file is missing; the number of all these is printed. Raises `UserError` if no frame can be
+    read.
     """
     was_training = model.training
     model.eval()
@@ -42,11 +44,11 @@ def predict_all(
     pinned = world.device.type == "cuda"
     silent = None if world.is_main else True  # None: no bar where there is no terminal
     with tqdm(total=len(dataset), desc=desc, unit="frame", leave=False, disable=silent) as bar:
-        for batch, bad_frames in all_batches(dataset, size, world.rank, world.size, workers, pinned):
+        for batch, bad_frames in all_batches(dataset, batch_size, world.rank, world.size, workers, pinned):
             unreadable += bad_frames
             if batch is not None:
                 predictions |= zip(batch.tokens, predict(batch.to(world.device)), strict=True)
-            bar.update(size * world.size)
+            bar.update(batch_size * world.size)  # the other processes are about as far
     model.train(was_training)
     for frame in unreadable:
         print(f"skipped {frame}", file=sys.stderr)
@@ -65,6 +67,6 @@ def predict_all(
         return None
     predictions = {token: one for part, _ in parts for token, one in part.items()}
     if missing := dataset.frame_count - len(predictions):
-        split = f"{dataset.frame_count} frames of {dataset.split}"
-        print(f"incomplete: {missing} of {split} have no prediction, since files are missing or damaged: {consequence}")
+        frames = f"{missing} of {dataset.frame_count} frames of {dataset.split}"
+        print(f"incomplete: {frames} have no prediction, since files are missing or damaged: {consequence}")
     return predictions

@@ -21,8 +21,8 @@ def evaluate_rendering(
     """Render held-out frames and compare them with their images and LiDAR points.
 
     model:   put in eval mode here; its mode is restored afterwards.
-    batches: pairs (position, batch). The position seeds the masks and the choice of LiDAR rays, so that every
-             evaluation of a run has the same ones.
+    batches: pairs (position of the first sample among those evaluated, batch). The position seeds the masks and the
+             choice of LiDAR rays, so that every evaluation of a run has the same ones.
     masked:  mask the encoder's input as in training.
 
     Returns dict: psnr (dB, over a grid of pixels; absent without images or where color is not learned),
@@ -31,10 +31,10 @@ def evaluate_rendering(
     """
     was_training = model.training
     model.eval()
-    sums = torch.zeros(6, dtype=torch.float64, device=device)  # squared color error, pixels, `depth_sums`
+    sums = torch.zeros(6, dtype=torch.float64, device=device)  # squared color error, pixels, the four `depth_sums`
     for position, batch in batches:
         batch = batch.to(device)
-        rngs = generators(seed, 0, range(position, position + len(batch)), device)
+        rngs = generators(seed, step=0, positions=range(position, position + len(batch)), device=device)
         volume, _ = model.encode(batch, rngs if masked else None)
         batch = batch.keyframe()
         for i in range(len(batch) if model.renders_color(batch) else 0):
@@ -46,14 +46,14 @@ def evaluate_rendering(
         _, depth = model.render(volume, rays)
         sums[2:] += depth_sums(depth, rays.depth)
     model.train(was_training)
-    squared, pixels, abs_rel, squared_depth, close, depths = all_reduce_sum(sums).tolist()
-    if not depths:
+    squared_color, pixels, abs_rel, squared_depth, close, ray_count = all_reduce_sum(sums).tolist()
+    if not ray_count:
         raise UserError("none of these frames has a LiDAR point in view: use more frames.")
-    psnr = {"psnr": -10 * torch.tensor(squared / pixels).log10().item()} if pixels else {}
+    psnr = {"psnr": -10 * torch.tensor(squared_color / pixels).log10().item()} if pixels else {}
     return psnr | {
-        "depth_abs_rel": abs_rel / depths,
-        "depth_rmse": (squared_depth / depths) ** 0.5,
-        "depth_delta1": close / depths,
+        "depth_abs_rel": abs_rel / ray_count,
+        "depth_rmse": (squared_depth / ray_count) ** 0.5,
+        "depth_delta1": close / ray_count,
     }
 
 

@@ -4,7 +4,7 @@
     <folder>/<split>/submission.json                                        the sensors that were used
 
 The devkit's evaluation requires every scene of the official split, and stops at an invalid file without
-naming it. Here it scores the frames that exist, after every file has been validated.
+naming it. Here it scores the frames that have a prediction, after every file has been validated.
 """
 
 import json
@@ -31,17 +31,17 @@ def evaluate_segmentation(
     folder: Path,
     world: World,
     segment: Callable | None = None,
-    size: int = 1,
+    batch_size: int = 1,
     workers: int = 0,
 ) -> dict[str, float]:
     """Segment every frame of a split and score with the devkit.
 
-    model, dataset, world, segment, size, workers: as for `segment_all`.
+    model, dataset, world, segment, batch_size, workers: as for `segment_all`.
     folder: for the files and `segmentation_summary.json` (see `score_segmentation`).
 
     Returns mIoU, mAcc, allAcc, the same in every process. A frame that cannot be read does not count.
     """
-    predictions = segment_all(model, dataset, world, segment, size, workers)
+    predictions = segment_all(model, dataset, world, segment, batch_size, workers)
 
     def score():
         write_segmentation(predictions, dataset, folder)
@@ -55,25 +55,26 @@ def segment_all(
     dataset: NuScenesDataset,
     world: World,
     segment: Callable | None = None,
-    size: int = 1,
+    batch_size: int = 1,
     workers: int = 0,
 ) -> dict[str, torch.Tensor] | None:
     """{sample token: [K] uint8 classes of its points, on the host}, in the main process; None in the others.
 
-    dataset, world, size, workers: as for `predict_all`, which describes how bad frames are handled; the dataset must
-        not crop points.
-    segment: function of a batch in place of `model.segment`.
+    model, dataset, world, batch_size, workers: as for `predict_all`, which describes how bad frames are handled; the
+        dataset must not crop points (`point_range`), since each of them needs a class.
+    segment: function of a batch in place of `model.segment`, such as `partial(tta.segment_tta, model.logits, views)`.
     """
 
     def predict(batch):
         return [classes.cpu() for classes in (segment or model.segment)(batch)]
 
     consequence = "they are not scored and have no file"
-    return predict_all(model, dataset, world, predict, size, workers, "segmenting", consequence)
+    return predict_all(model, dataset, world, predict, batch_size, workers, "segmenting", consequence)
 
 
 def write_segmentation(predictions: dict[str, torch.Tensor], dataset: NuScenesDataset, folder: Path):
-    """Write the result of `segment_all` as a submission to nuScenes; files of earlier predictions are removed."""
+    """Write the result of `segment_all` as a submission to nuScenes; a frame without prediction must have no
+    file, so one of an earlier evaluation is removed."""
     files = _files(dataset, folder)
     for subfolder in (folder / "lidarseg" / dataset.split, folder / dataset.split):
         subfolder.mkdir(parents=True, exist_ok=True)
@@ -92,9 +93,10 @@ def score_segmentation(folder: Path, dataset: NuScenesDataset, tokens: Iterable[
     dataset: all frames of the split.
     tokens:  of the samples to score; None: all of the split.
 
-    Returns miou, freq_weighted_iou, macc and allacc in [0, 1], iou_per_class and acc_per_class: class -> value, NaN for
-    a class that is neither true nor predicted anywhere. The accuracies come from the devkit's confusion matrix; classes
-    that do not occur do not count. Raises `UserError` for a missing or invalid file, and where the devkit fails.
+    Returns miou, freq_weighted_iou, macc and allacc in [0, 1], iou_per_class and acc_per_class: class -> value. The
+    accuracies come from the devkit's confusion matrix. A class without true points has accuracy NaN, and IoU NaN if it
+    is not predicted either; the means leave out what is NaN.
+    Raises `UserError` for a missing or invalid file, and where the devkit fails.
     """
     os.environ.setdefault("MPLBACKEND", "Agg")  # the devkit imports pyplot, which looks for a display
     from nuscenes import NuScenes
@@ -111,13 +113,14 @@ def score_segmentation(folder: Path, dataset: NuScenesDataset, tokens: Iterable[
         mapper = LidarsegClassMapper(nusc)
         names = {number: name for name, number in mapper.coarse_name_2_coarse_idx_mapping.items()}
         confusions = ConfusionMatrix(len(names), mapper.ignore_class["index"])
+        # The constructor of LidarSegEval refuses a split that lacks a scene, so this stands in for its `self`
         evaluation = SimpleNamespace(
             nusc=nusc, mapper=mapper, id2name=names, global_cm=confusions, verbose=False,
             results_folder=str(folder), eval_set=dataset.split, sample_tokens=list(tokens),
         )  # fmt: skip
         summary = LidarSegEval.evaluate(evaluation)
     ious = {name: float(iou) for name, iou in summary["iou_per_class"].items() if name in LIDARSEG_CLASSES}
-    counts = confusions.global_cm[1:, 1:]  # [16 true, 16 predicted]
+    counts = confusions.global_cm[1:, 1:]  # [16 true, 16 predicted], without class 0, which is ignored
     points, right = counts.sum(axis=1), counts.diagonal()
     accuracies = np.divide(right, points, out=np.full(len(points), np.nan), where=points > 0)
     summary |= {

@@ -1,7 +1,7 @@
 """Detections -> `results_nusc.json` in nuScenes' format, scored by the unmodified devkit.
 
-The devkit fails on a file without a single box (an untrained model's), on numbers that are not finite and on boxes
-without a size. Such boxes are dropped here, and a file without boxes gets mAP and NDS 0 and all errors 1.
+The devkit fails on boxes with numbers that are not finite or without a size: they are not written. It also fails on a
+file without a single box (an untrained model's): that gets mAP and NDS 0 and all errors 1.
 """
 
 import json
@@ -38,20 +38,20 @@ ATTRIBUTES = {
     "traffic_cone": ("", ""),
 }
 
-# Keys of the devkit's summary, in the order in which papers print them
+# Mean error as papers call it, in their order -> its key in the devkit's summary
 ERRORS = {"mATE": "trans_err", "mASE": "scale_err", "mAOE": "orient_err", "mAVE": "vel_err", "mAAE": "attr_err"}
 
 
 def write_submission(detections: dict[str, Detections], index: Index, file: Path, use_camera: bool, use_lidar: bool):
-    """Write the detections of a split; every sample of it becomes a key.
+    """Write the detections of a split; every sample of it becomes a key of `results`.
 
     detections: by sample token, on the host, in the LiDAR frame of the keyframe; samples may be missing.
     index:      of the split.
     """
     results = {}
-    for token, lidar in zip(index.tokens, index.frame_lidar, strict=True):
-        token = token.decode()
-        results[token] = _records(detections[token], token, index.lidar2global[lidar]) if token in detections else []
+    for token, lidar_row in zip(index.tokens, index.frame_lidar, strict=True):
+        token, lidar2global = token.decode(), index.lidar2global[lidar_row]
+        results[token] = _records(detections[token], token, lidar2global) if token in detections else []
     uses = {"use_camera": use_camera, "use_lidar": use_lidar, "use_radar": False, "use_map": False}
     file.write_text(json.dumps({"meta": uses | {"use_external": False}, "results": results}))
 
@@ -63,7 +63,7 @@ def _records(detections, token, lidar2global):
     rows = np.nonzero(valid)[0]
     rows = rows[np.argsort(-scores[rows], kind="stable")][:MAX_BOXES]
     centers, sizes, rotations, velocities = (a.tolist() for a in boxes_to_global(boxes[rows], lidar2global))
-    moving = np.hypot(*boxes[rows, 7:].T) > MOVING
+    moving = np.hypot(*boxes[rows, 7:].T) > MOVING  # speed from vx, vy
     names = [CLASSES[label] for label in labels[rows]]
     return [
         {
@@ -85,8 +85,8 @@ def _records(detections, token, lidar2global):
 def score_submission(file: Path, root: Path, version: str, split: str) -> dict:
     """The devkit's summary of the detection metrics (CVPR 2019); writes `metrics_summary.json` next to `file`.
 
-    root: from `tables.find_root`. Takes half a minute and several GB for the full set. Raises `UserError` where the
-    devkit fails.
+    root: the data set's folder, from `unipad.data.tables.find_root`. On the full nuScenes this takes half a minute and
+    several GB of memory. Raises `UserError` where the devkit fails.
     """
     os.environ.setdefault("MPLBACKEND", "Agg")  # the devkit imports pyplot, which looks for a display
     from nuscenes import NuScenes
@@ -97,14 +97,15 @@ def score_submission(file: Path, root: Path, version: str, split: str) -> dict:
     config = config_factory("detection_cvpr_2019")
     try:
         written = json.loads(file.read_text())
-        scored = any(written["results"].values())
+        has_boxes = any(written["results"].values())
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} does not hold the results of a detector ({type(error).__name__}).") from None
-    if scored:
+    if has_boxes:
         with devkit_errors(root / version), tempfile.TemporaryDirectory() as plots:  # it requires a folder for plots
             nusc = NuScenes(version, str(root), verbose=False)
             metrics, _ = DetectionEval(nusc, config, str(file), split, plots, verbose=False).evaluate()
     else:
+        # without the constructor, which fails: `evaluate` reads only these attributes of `self`
         nothing = {"gt_boxes": EvalBoxes(), "pred_boxes": EvalBoxes()}
         metrics, _ = DetectionEval.evaluate(SimpleNamespace(cfg=config, verbose=False, **nothing))
     summary = metrics.serialize() | {"meta": written["meta"]}
@@ -114,7 +115,7 @@ def score_submission(file: Path, root: Path, version: str, split: str) -> dict:
 
 @contextmanager
 def devkit_errors(tables: Path):
-    """Context in which the devkit scores; raises `UserError` where it fails, as on a split without boxes."""
+    """Context in which the devkit scores; raises `UserError` where it fails, as on a split without true boxes."""
     try:
         yield
     except Exception as error:
@@ -134,7 +135,7 @@ def table(summary: dict) -> str:
     lines = [f"{name}: {values[name]:.4f}" for name in ("mAP", *ERRORS, "NDS")]
     heads = ("AP", *(name[1:] for name in ERRORS))
     lines += ["", "Per-class results:", f"{'Object Class':<22}" + "".join(f"{head:>8}" for head in heads)]
-    for name, precision in summary["mean_dist_aps"].items():
+    for name, ap in summary["mean_dist_aps"].items():
         errors = [summary["label_tp_errors"][name][key] for key in ERRORS.values()]
-        lines.append(f"{name:<22}" + "".join(f"{value:>8.3f}" for value in (precision, *errors)))
+        lines.append(f"{name:<22}" + "".join(f"{value:>8.3f}" for value in (ap, *errors)))
     return "\n".join(lines)

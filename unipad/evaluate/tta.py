@@ -1,9 +1,9 @@
 """Test-time augmentation: predictions for rotated, scaled and flipped views of a batch, merged.
 
-A view is the batch after one such transform. As in the original's final fusion recipe, boxes that overlap one of their
-class with a higher score are dropped, whichever view they come from; logits of points are summed. Images keep their
-pixels and the cameras move with the points, so every view encodes the same images again, which takes most of the time
-of a camera or fusion model.
+A view here is the batch after one such transform, not a camera's image. As in the original's final fusion recipe,
+boxes that overlap one of their class with a higher score are dropped, whichever view they come from; logits of points
+are summed. Images keep their pixels and the cameras move with the points, so every view encodes the same images again,
+which takes most of the time of a camera or fusion model.
 """
 
 import itertools
@@ -26,22 +26,22 @@ OVERLAP = 0.1  # bird's-eye IoU above which the lower-scored of two boxes is dro
 def tta_views(
     scales: Sequence[float] = (1.0,), angles: Sequence[float] = (0.0,), flips: bool = True
 ) -> list[np.ndarray]:
-    """All combinations as transforms [4, 4]: scale factors, radians from x towards y, and with `flips` also
-    x, y or both flipped."""
+    """All combinations of `scales` (factors), `angles` (radians, x towards y) and, with `flips`, the signs of x and y,
+    as transforms [4, 4] from the batch's LiDAR frame to a view's."""
     flipped = list(itertools.product((False, True), repeat=2)) if flips else [(False, False)]
     return [make_transform(a, s, flip_x=x, flip_y=y) for a, s, (x, y) in itertools.product(angles, scales, flipped)]
 
 
 def detect_tta(detect: Callable[[Batch], list[Detections]], views: list[np.ndarray], batch: Batch) -> list[Detections]:
-    """Merged detections of all views of a batch, in its own frame, best score first, `MAX_BOXES` per sample at most.
+    """Merged detections of all views, in the frame of `batch`, best score first, `MAX_BOXES` per sample at most.
 
     detect: such as `Detector.detect`. views: from `tta_views`.
     """
-    detections = []  # a list of samples for each view
+    detections = []  # for each view a list with the `Detections` of each sample
     for view in views:
         back = np.linalg.inv(view)
-        detections.append([_transformed(of_sample, back) for of_sample in detect(transformed_batch(batch, view))])
-    return [merged(of_sample) for of_sample in zip(*detections, strict=True)]
+        detections.append([_transformed(found, back) for found in detect(transformed_batch(batch, view))])
+    return [merged(of_views) for of_views in zip(*detections, strict=True)]
 
 
 def segment_tta(logits: Callable[[Batch], torch.Tensor], views: list[np.ndarray], batch: Batch) -> list[torch.Tensor]:
@@ -66,8 +66,8 @@ def transformed_batch(batch: Batch, transform: np.ndarray) -> Batch:
 
 
 def merged(detections: Sequence[Detections]) -> Detections:
-    """All `detections` of one sample, in the same frame, as one: without boxes that overlap a higher-scored
-    one of their class, best score first, `MAX_BOXES` at most."""
+    """One `Detections` from several of the same sample and frame: without boxes that overlap a higher-scored one of
+    their class, best score first, `MAX_BOXES` at most."""
     together = Detections(
         *(torch.cat([getattr(one, name) for one in detections]) for name in ("boxes", "scores", "labels"))
     )

@@ -1,4 +1,5 @@
-"""The model. Coordinates are in the LiDAR frame, in meters; a volume is [B, C, Z, Y, X]; a ray has its volume's index.
+"""The model. Coordinates are in the LiDAR frame, in meters (field.py, samplers.py and the inside of render.py: meters *
+`Grid.scale`); a volume is [B, C, Z, Y, X]; a ray has the index in the batch of the volume that it crosses.
 
 encoder.py   images, points or both -> one volume: what pre-training trains and fine-tuning starts from
 mask.py      random masks of image patches and of blocks of voxels

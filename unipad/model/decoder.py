@@ -31,7 +31,7 @@ class DecoderLayer(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(3))
         for matrix in (p for p in self.parameters() if p.dim() > 1):
             nn.init.xavier_uniform_(matrix)
-        nn.init.zeros_(self.cross.attention_weights.weight)
+        nn.init.zeros_(self.cross.attention_weights.weight)  # at first all gates are 1/2, as in the original
 
     def forward(
         self,
@@ -94,7 +94,10 @@ class SelfAttention(nn.Module):
 
 
 class VolumeAttention(nn.Module):
-    """Each query reads the volume at its reference point, scaled by its gate."""
+    """Each query reads the volume at its reference point, scaled by its gate: W (g V) of this module's formulas.
+
+    `position_encoder` is their e, which `DecoderLayer` adds after dropout.
+    """
 
     def __init__(self, channels: int):
         super().__init__()

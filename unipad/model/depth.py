@@ -11,7 +11,7 @@ from unipad.model.dropout import Dropout
 from unipad.model.norm import SyncedBatchNorm
 from unipad.model.rays import project_points
 
-DILATIONS = (1, 6, 12, 18)  # of ASPP's 3x3 convolutions, in cells; the first is 1x1
+DILATIONS = (1, 6, 12, 18)  # of ASPP's convolutions, in cells of the feature map: the first is 1x1, the others 3x3
 DROPOUT = 0.5  # of ASPP's output
 NEAR_RADIUS = 3.0  # meters from the LiDAR's vertical axis; nearer points lie on the ego vehicle
 
@@ -34,7 +34,7 @@ class SimpleDepth(nn.Conv2d):
 
 
 class ComplexDepth(nn.Module):
-    """The original's DepthNet, with its names: three residual blocks, ASPP, a 1x1 convolution."""
+    """The original's DepthNet, with its parameter names: three residual blocks, ASPP, a 1x1 convolution."""
 
     def __init__(self, channels: int, bins: int, aspp_channels: int):
         super().__init__()
@@ -113,12 +113,12 @@ class DilatedConv(nn.Module):
 
 
 def depth_loss(depths: list[Tensor], batch: Batch, cfg: CameraConfig) -> Tensor:
-    """Binary cross entropy between the probability of each depth bin and the bin of the nearest LiDAR point.
+    """Binary cross entropy of the depth bins' probabilities in each cell; true is the bin of its nearest LiDAR point.
 
     depths: per level [B, N, h, w, D] probabilities, from `Encoder.encode`.
     batch:  the batch they were computed from; views of camera sweeps, too, are compared with the keyframe's points.
 
-    Returns the sum over bins, mean over features with a LiDAR point (0 without any) and sum over levels, times
+    Returns the sum over bins, mean over cells with a LiDAR point (0 without any) and sum over levels, times
     `cfg.depth_weight`. Computed in fp32 or better; log(0) is replaced by the log of the smallest normal number.
     Follows Uni3DVoxelPoolDepth.loss of the original.
     """
@@ -153,7 +153,7 @@ def depth_targets(batch: Batch, h: int, w: int, bins: int, depth_range: tuple[fl
         u, v, z = projected.unbind(-1)  # [N, P] each
         visible &= (z > near) & (z < far) & (points[:, :2].norm(dim=1) > NEAR_RADIUS)
         cell = v.round().long() // stride * w + u.round().long() // stride
-        nearest = z.new_full((len(z), h * w), torch.inf)
+        nearest = z.new_full((len(z), h * w), torch.inf)  # inf: no point
         nearest = nearest.scatter_reduce(1, cell.where(visible, 0), z.where(visible, torch.inf), "amin")
         # divide by a tensor: a GPU multiplies by the reciprocal of a number instead, which moves points to other bins
         bin_ = (nearest - near) / nearest.new_full((), (far - near) / bins)

@@ -1,9 +1,10 @@
 """UVTR's detection heads (arXiv 2206.00630): queries search the volume for boxes, with or without denoising.
 
-head        queries start from                                besides class and box       scores
-plain       learned features, positions, reference points     -                           p
-denoising   zeros; positions are embedded reference points    noisy queries in training,  sqrt(p * IoU), or p if the
-                                                              predicted IoU               recipe says so
+                  plain (UVTR)                                 denoising (UVTR-DN)
+queries start     as learned features, positions, references   as zeros, with embedded learned references as positions
+also trained on   -                                            noisy queries
+predicts          class and box                                class, box and IoU with the true box
+score             p, the probability of the class              sqrt(p * IoU), or p if the recipe says so
 
 Which classes rotated NMS applies to is the recipe's choice.
 """
@@ -32,7 +33,7 @@ PRIOR = 0.01  # initial score of every class (focal loss, arXiv 1708.02002)
 
 @dataclass(frozen=True)
 class Predictions:
-    """Predictions of L decoder layers for Q queries in B samples."""
+    """Predictions of L decoder layers for Q queries in B samples and K classes."""
 
     logits: Tensor  # [L, B, Q, K] of the classes
     codes: Tensor  # [L, B, Q, 10] as from `boxes.encode_boxes`
@@ -47,11 +48,11 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Detections:
-    """The boxes detected in one sample, as from `detections` in descending order of the class score."""
+    """D boxes detected in one sample. The function `detections` sorts them by p, the best first, not by `scores`."""
 
-    boxes: Tensor  # [K, 9] as in `Batch`
-    scores: Tensor  # [K] in [0, 1]
-    labels: Tensor  # [K] int64
+    boxes: Tensor  # [D, 9] as in `Batch`
+    scores: Tensor  # [D] in [0, 1]
+    labels: Tensor  # [D] int64
 
 
 class Detector(nn.Module):
@@ -138,7 +139,7 @@ class Head(nn.Module):
             logits, codes, ious = [], [], []
             for i, layer in enumerate(self.layers):
                 x = layer(x, position, reference, volume, blocked, dropout)
-                raw = self.reg_branches[i](x)  # [B, Q, 10]
+                raw = self.reg_branches[i](x)  # [B, Q, 10], a code (see `unipad.boxes`): x, y are 0 and 1, z is 4
                 offset = torch.cat([raw[..., :2], raw[..., 4:5]], dim=-1)  # of x, y, z, in logits
                 center = self.low + (self.high - self.low) * (offset + self._anchor(reference)).sigmoid()
                 codes.append(torch.cat([center[..., :2], raw[..., 2:4], center[..., 2:], raw[..., 5:]], dim=-1))
@@ -147,6 +148,7 @@ class Head(nn.Module):
                     ious.append(self.iou_branches[i](x)[..., 0])
                 reference = (reference + offset).detach()
             predictions = Predictions(torch.stack(logits), torch.stack(codes), torch.stack(ious) if ious else None)
+        # noisy queries come first, their predictions are returned second
         return (predictions, None) if noisy is None else predictions.split(len(noisy))[::-1]
 
     def losses(
@@ -162,8 +164,8 @@ class Head(nn.Module):
 
         Args:
             volume:     as for `forward`.
-            boxes:      [M, 9], labels [M], counts [B]: as in `Batch`.
-            generators: one per sample, for noise and dropout; None: no dropout, and `noise` is required.
+            boxes:      [M, 9], labels [M], counts [B]: `boxes`, `labels`, `box_counts` of a `Batch`.
+            generators: one per sample, for noise and dropout; None: no dropout, and a denoising head needs `noise`.
             noise:      [groups, M, 3] uniform in [0, 1) instead of drawn noise.
 
         Returns name -> weighted value, summed over the layers: class, box, and with denoising iou, noisy_class,
@@ -202,9 +204,9 @@ class Head(nn.Module):
 def detections(cfg: Detect, predictions: Predictions) -> list[Detections]:
     """The boxes that the last layer predicts, per sample. Not differentiable; waits for the device.
 
-    Of all (query, class) pairs, the `max_detections` with the highest class score; of these, those inside `center_low`
-    to `center_high`, with at least `min_score`, and not suppressed by a higher-scored one of their class if `nms` has a
-    threshold for it.
+    Of all (query, class) pairs, the `max_detections` with the highest p; of these, those inside `center_low` to
+    `center_high`, with a score of at least `min_score`, and not suppressed by a higher-scored one of their class if
+    `nms` has a threshold for it.
     """
     prob = predictions.logits[-1].detach().sigmoid().flatten(1)  # [B, Q * K]
     prob, query = prob.topk(min(cfg.max_detections, prob.shape[1]))
@@ -226,7 +228,7 @@ def detections(cfg: Detect, predictions: Predictions) -> list[Detections]:
 def suppress(detections: Detections, nms: Iterable[tuple[int, float]]) -> Detections:
     """Rotated NMS: `detections` without boxes that overlap a higher-scored one of their class.
 
-    nms: pairs (class, largest IoU allowed).
+    nms: pairs (class, largest bird's-eye IoU allowed); a class without a pair keeps all its boxes.
     """
     keep = torch.ones_like(detections.scores, dtype=torch.bool)
     for label, threshold in nms:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Dropout:
-    """Dropout with masks from one `torch.Generator` per sample; without generators nothing is dropped."""
+    """Dropout with masks from one `torch.Generator` per sample; without generators, as in evaluation, drops nothing."""
 
     def __init__(self, rate: float = 0.0, generators: Sequence[torch.Generator] | None = None):
         self.rate, self.generators = rate, generators

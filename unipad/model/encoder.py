@@ -41,8 +41,8 @@ class Encoder(nn.Module):
     def __init__(self, recipe: config.Recipe):
         super().__init__()
         self.recipe = recipe
-        encoders = [encoder for encoder in (recipe.camera, recipe.lidar) if encoder is not None]
-        self.channels, *other = {encoder.channels for encoder in encoders}
+        cfgs = [cfg for cfg in (recipe.camera, recipe.lidar) if cfg is not None]
+        self.channels, *other = {cfg.channels for cfg in cfgs}
         if other:
             raise UserError(
                 f"the encoders' volumes have {recipe.camera.channels} and {recipe.lidar.channels} channels; make "
@@ -59,10 +59,11 @@ class Encoder(nn.Module):
             self.lidar = (UnetEncoder if unet else LidarEncoder)(recipe.lidar, recipe.grid)
             convs = 0 if unet else recipe.lidar.volume_convs
             self.lidar_convs = volume_convs(self.channels, convs, bias=False, **NORM)
+            # instead of the momentum of NORM
             for module in (*self.lidar.modules(), *self.lidar_convs.modules()):
                 if isinstance(module, SyncedBatchNorm):
                     module.momentum = recipe.lidar.norm_momentum
-        if len(encoders) > 1:
+        if len(cfgs) > 1:
             self.fuse = ConvNormReLU3d(self.channels, self.channels)
 
     def set_checkpointing(self, on: bool):
@@ -82,7 +83,7 @@ class Encoder(nn.Module):
 
         batch:      on the model's device.
         generators: one per sample, on that device; None: nothing random, so no mask, no drop path, no dropout.
-        masked:     mask image patches and blocks of voxels, in training and in evaluation.
+        masked:     mask image patches and blocks of voxels, also in eval mode.
         """
         masked = masked and generators is not None
         volumes, masks, depths = [], {}, None
@@ -111,10 +112,12 @@ class Encoder(nn.Module):
             masks["camera"] = mask.view(B, N, h, w)
         drop_noise = None
         if generators is not None:
-            drop_noise = _per_sample(generators, (N, sum(cfg.depths))).flatten(0, 1)
+            blocks = sum(cfg.depths)  # of the ConvNeXt: here depths are numbers of blocks per stage
+            drop_noise = _per_sample(generators, (N, blocks)).flatten(0, 1)  # for drop path
         features, depths = self.camera(batch.images, batch.image_sizes, mask, drop_noise, generators)
-        of_frames = [_by_frame(t, frames) for t in (features, depths, [batch.lidar2image])]
-        volume = self.lift(*of_frames[:2], *of_frames[2], (H, W))
+        of_frames = [_by_frame(tensors, frames) for tensors in (features, depths, [batch.lidar2image])]
+        frame_features, frame_depths, (frame_lidar2image,) = of_frames
+        volume = self.lift(frame_features, frame_depths, frame_lidar2image, (H, W))
         if frames > 1:
             volume = self.frame_fusion(volume, batch.frame_lags)
         return self.lift_convs(volume), depths

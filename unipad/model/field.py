@@ -20,8 +20,11 @@ class Field(nn.Module):
 
     def __init__(self, cfg: Render, grid: Grid):
         super().__init__()
-        self.sdf_decoder = Decoder(cfg.channels, 1 + cfg.hidden, cfg.hidden, cfg.sdf_layers)
-        self.rgb_decoder = Decoder(3 + cfg.channels + 3 + cfg.hidden, 3, cfg.hidden, cfg.rgb_layers)
+        # feature -> signed distance, geometry feature
+        self.sdf_decoder = Decoder(cfg.channels, 1 + cfg.hidden, hidden=cfg.hidden, layers=cfg.sdf_layers)
+        # direction, feature, gradient, geometry feature -> color
+        self.rgb_decoder = Decoder(3 + cfg.channels + 3 + cfg.hidden, 3, hidden=cfg.hidden, layers=cfg.rgb_layers)
+        # of VolSDF and NeuS; one setting initializes both, as in the original
         self.laplace_density = nn.ParameterDict({
             "beta_min": nn.Parameter(torch.full((1,), 1e-4), requires_grad=False),
             "beta": nn.Parameter(torch.full((1,), cfg.variance)),
@@ -29,9 +32,9 @@ class Field(nn.Module):
         self.deviation_network = nn.ParameterDict({"variance": nn.Parameter(torch.full((1,), cfg.variance))})
         # The centers of the first and last voxel lie on the limits of the range, as with align_corners=True.
         per_meter = [(n - 1) / (h - l) for n, l, h in zip(grid.shape, grid.low, grid.high, strict=True)]
-        first = [-l * k for l, k in zip(grid.low, per_meter, strict=True)]
+        at_zero = [-l * k for l, k in zip(grid.low, per_meter, strict=True)]  # voxel coordinates of the point 0
         self.register_buffer("cells_per_unit", torch.tensor(per_meter) / grid.scale, persistent=False)  # [3]
-        self.register_buffer("cell_offset", torch.tensor(first), persistent=False)  # [3]
+        self.register_buffer("cell_offset", torch.tensor(at_zero), persistent=False)  # [3]
 
     def forward(
         self, volume: Tensor, points: Tensor, directions: Tensor, volume_idx: Tensor
@@ -51,7 +54,7 @@ class Field(nn.Module):
 
         Differentiable once in `volume` and the parameters.
         """
-        feature, slope = trilinear(volume, self.cells(points), volume_idx)
+        feature, slope = trilinear(volume, self.cells(points), volume_idx)  # slope: d feature / d voxel coordinates
         mlps = self.sdf_decoder.leaves(), self.rgb_decoder.leaves()
         return decode(feature, slope, points, directions, mlps, self.cells_per_unit)
 
@@ -61,7 +64,7 @@ class Field(nn.Module):
         if torch.is_grad_enabled():
             feature, _ = trilinear(volume, cells, volume_idx)
         else:
-            feature = trilinear_value(volume, cells, volume_idx)
+            feature = trilinear_value(volume, cells, volume_idx)  # not differentiable, and cheaper
         return decode_sdf(feature, points, self.sdf_decoder.leaves())
 
     def cells(self, points: Tensor) -> Tensor:
@@ -70,7 +73,7 @@ class Field(nn.Module):
 
     @property
     def inv_s(self) -> Tensor:
-        """[1] sharpness of NeuS's logistic distribution."""
+        """[1] inverse scale (sharpness) of NeuS's logistic distribution, 1 / scaled meters."""
         return torch.exp(10 * self.deviation_network["variance"]).clip(1e-6, 1e6)
 
     @property
@@ -80,7 +83,10 @@ class Field(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The parameters of one MLP, under the original's names: lin0, lin1, ..; fc_c.0, fc_c.1, ..; fc_p."""
+    """The parameters of one MLP, under the original's names: lin0, lin1, ..; fc_c.0, fc_c.1, ..; fc_p.
+
+    fc_p reads the point; every fc_c reads the same `inputs` numbers, and its output is added to its layer's input.
+    """
 
     def __init__(self, inputs: int, outputs: int, hidden: int, layers: int):
         super().__init__()

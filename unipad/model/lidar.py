@@ -36,6 +36,7 @@ class LidarEncoder(nn.Module):
     """
 
     def __init__(self, cfg: config.LidarConfig, grid: config.Grid, point_channels: int = 5):
+        """point_channels: of `Batch.points`: x, y, z, intensity, time lag."""
         super().__init__()
         self.cfg, self.low = cfg, grid.low
         stride = 2 ** (len(cfg.widths) - 1)
@@ -53,7 +54,7 @@ class LidarEncoder(nn.Module):
                 f"--lidar.neck-strides {cfg.neck_strides} needs a volume whose sides in x and y are multiples of "
                 f"{coarse}, not {grid.shape[:2]}; change it or --grid.cell."
             )
-        self.cells = cells[::-1]  # (Z, Y, X)
+        self.cells = cells[::-1]  # voxels of the range (Z, Y, X)
         self.mask_shape = tuple(-(-size // cfg.mask_block) for size in self.cells)  # blocks (z, y, x)
         self.encoder = SparseEncoder(point_channels, cfg.widths, cfg.blocks, cfg.sparse_channels)
         self.backbone = Second(cfg.sparse_channels, cfg.neck_widths, cfg.neck_strides, cfg.neck_layers)
@@ -70,10 +71,11 @@ class LidarEncoder(nn.Module):
         """Encode the points of a batch.
 
         Args:
-            points:       [P, F] fp32 x, y, z meters in the LiDAR frame, ..., sample after sample.
+            points:       [P, point_channels] fp32, the first three x, y, z meters in the LiDAR frame, sample after
+                          sample.
             point_counts: [B] points of each sample, on the host.
-            noise:        [B, *mask_shape] uniform in [0, 1): which blocks of voxels are hidden, in training and in
-                          evaluation; None: none.
+            noise:        [B, *mask_shape] uniform in [0, 1), from which the hidden blocks of voxels are chosen, also in
+                          eval mode; None: no block is hidden.
 
         Returns:
             volume:         [B, C, Z, Y, X] in memory format channels_last_3d.
@@ -82,7 +84,8 @@ class LidarEncoder(nn.Module):
         cfg = self.cfg
         max_voxels = cfg.max_voxels[0 if self.training else 1]
         features, coords = voxelize(points, point_counts, self.low, cfg.cell, self.cells, cfg.max_points, max_voxels)
-        # One more slice in z, always empty, as in SECOND (40 -> 41): 8 L + 1 slices become 4 L + 1, 2 L + 1, L.
+        # One more slice in z, always empty, as in SECOND (40 -> 41). With L slices in the volume and 4 stages, 8 L + 1
+        # slices become 4 L + 1, 2 L + 1, L.
         shape = (self.cells[0] + 1, *self.cells[1:])
         # Sorted, so that voxels near each other in the grid, which are read together, are near each other in memory.
         _, order = sort_voxels(coords, shape, check=False)
@@ -109,7 +112,7 @@ class SparseEncoder(nn.Module):
 
     in_channels:  of the voxels' features.
     widths:       channels of each stage.
-    blocks:       residual blocks in each.
+    blocks:       residual blocks of each stage.
     out_channels: after a last 1 x 1 x 1 convolution.
     """
 
@@ -120,7 +123,7 @@ class SparseEncoder(nn.Module):
         for i, width in enumerate(widths):
             stage = nn.Sequential(*[SparseBlock(width) for _ in range(blocks)])
             if i < len(widths) - 1:
-                # the last strided convolution is not padded in z: 2 L + 1 slices become L
+                # the last strided convolution is not padded in z: its 2 L + 1 slices become the L of the volume
                 padding = (0, 1, 1) if i == len(widths) - 2 else 1
                 stage.append(ConvNormReLU(SparseConv3d(width, widths[i + 1], 3, 2, padding, bias=False)))
             self.encoder_layers.add_module(f"encoder_layer{i + 1}", stage)
@@ -132,9 +135,9 @@ class SparseEncoder(nn.Module):
 
 
 class Second(nn.Module):
-    """SECOND3D with parallel branches: all read the same input, each with its own stride in x and y.
+    """The original's SECOND3D, as parallel branches: all read the same input, each with its own stride in x and y.
 
-    Its 1 x 3 x 3 kernels do not mix z levels, so they are 2D convolutions of all levels of all samples.
+    The original's 1 x 3 x 3 kernels do not mix z levels: here they are 2D convolutions of all levels of all samples.
 
     widths, strides: per branch.
     layers:          of each branch, after the strided one.
@@ -146,8 +149,8 @@ class Second(nn.Module):
         for width, stride in zip(widths, strides, strict=True):
             branch = []
             for i in range(layers + 1):
-                a, s = (in_channels, stride) if i == 0 else (width, 1)
-                conv = nn.Conv2d(a, width, 3, stride=s, padding=1, bias=False)
+                inputs, step = (in_channels, stride) if i == 0 else (width, 1)
+                conv = nn.Conv2d(inputs, width, 3, stride=step, padding=1, bias=False)
                 nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
                 branch += [conv, SyncedBatchNorm(width, **NORM), nn.ReLU(inplace=True)]
             self.blocks.append(nn.Sequential(*branch))
@@ -158,7 +161,7 @@ class Second(nn.Module):
 
 
 class SecondFPN(nn.Module):
-    """SECOND3DFPN: the branches, each upsampled to the finest resolution with `channels`, and summed."""
+    """The original's SECOND3DFPN: the branches, each upsampled to the finest resolution with `channels`, and summed."""
 
     def __init__(self, widths: Sequence[int], strides: Sequence[int], channels: int):
         super().__init__()
@@ -178,7 +181,7 @@ class SecondFPN(nn.Module):
 
 
 def _as_images(x):
-    """[B, C, Z, Y, X] -> [B * Z, C, Y, X], channels last: a view, if x is channels_last_3d."""
+    """[B, C, Z, Y, X] -> [B * Z, C, Y, X], channels last; no copy if x is channels_last_3d."""
     return x.permute(0, 2, 3, 4, 1).flatten(0, 1).permute(0, 3, 1, 2)
 
 

@@ -31,10 +31,10 @@ def draw_voxel_mask(coords: Tensor, noise: Tensor, block: int, ratio: float) -> 
     """
     _, Z, Y, X = noise.shape
     b, z, y, x = torch.cat([coords[:, :1], coords[:, 1:] // block], dim=1).long().unbind(1)
-    cell = ((b * Z + z) * Y + y) * X + x
+    block_of = ((b * Z + z) * Y + y) * X + x  # [N] linear index of each voxel's block
     occupied = torch.zeros(noise.numel(), dtype=torch.bool, device=noise.device)
-    occupied = occupied.index_fill(0, cell, True).view(len(noise), -1)
-    count = (occupied.sum(1, keepdim=True).double() * (1 - ratio)).round()  # [B, 1]
-    order = noise.flatten(1).masked_fill(~occupied, 2).argsort(dim=1, stable=True)
+    occupied = occupied.index_fill(0, block_of, True).view(len(noise), -1)
+    count = (occupied.sum(1, keepdim=True).double() * (1 - ratio)).round()  # [B, 1] visible blocks
+    order = noise.flatten(1).masked_fill(~occupied, 2).argsort(dim=1, stable=True)  # empty blocks last: noise is < 1
     first = torch.arange(order.shape[1], device=order.device) < count  # [B, blocks]
-    return torch.zeros_like(occupied).scatter(1, order, first).flatten()[cell]
+    return torch.zeros_like(occupied).scatter(1, order, first).flatten()[block_of]

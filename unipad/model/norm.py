@@ -1,4 +1,4 @@
-"""Batch normalization over the samples of all processes."""
+"""Batch normalization with the statistics of all processes."""
 
 import torch
 import torch.distributed as dist
@@ -6,14 +6,14 @@ from torch import Tensor, nn
 
 
 class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch normalization of [N, C, ...] with statistics over the rows of all processes.
+    """Batch normalization of [N, C, ...] with statistics over the rows of all processes; a row is one vector [C].
 
     Unlike `nn.SyncBatchNorm` it also runs on CPUs, and a process, or all of them, may have no row or a single one, as
     happens with sparse features: the output of a single row is the bias, and without rows the running statistics do
     not change.
-    On a GPU, in eval mode and in a single process with more rows, it is the same as `nn.BatchNorm1d`, `2d` and `3d`.
-    On a CPU it is more accurate: PyTorch 2.13 adds up the rows of [N, C] and of channels-last tensors one by one in
-    fp32, which for 10^5 rows is off by 1e-5 of the largest entry.
+    On a GPU, in eval mode or if a single process trains on at least two rows, it is the same as `nn.BatchNorm1d`, `2d`
+    and `3d`. On a CPU it is more accurate than these: PyTorch 2.13 adds up the rows of [N, C] and of channels-last
+    tensors one by one in fp32, which for 10^5 rows is off by 1e-5 of the largest entry.
     Statistics and the result are computed in fp32 or better; the output has the dtype of x. Differentiable once.
     """
 
@@ -23,7 +23,7 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
-        if x.is_cuda and (not self.training or (alone and x.numel() > x.shape[1])):
+        if x.is_cuda and (not self.training or (alone and x.numel() > x.shape[1])):  # two rows or more
             return super().forward(x)
         self._check_input_dim(x)
         dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
@@ -37,12 +37,12 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.num_batches_tracked += 1
             momentum = self.momentum * (count > 0)
             self.running_mean.lerp_(mean, momentum)
-            self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), momentum)
+            self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), momentum)  # unbiased, as PyTorch's
         return out.to(dtype)
 
 
 class BatchNorm(torch.autograd.Function):
-    """(output, mean [C], biased variance [C], rows of all processes); the last three have no gradient."""
+    """(output, mean [C], biased variance [C], number of rows of all processes); the last three have no gradient."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps, synced):
@@ -69,7 +69,7 @@ class BatchNorm(torch.autograd.Function):
         d_bias, d_weight = d_out.sum(dims), (d_out * centered).sum(dims) * inv_std
         # means over the rows of all processes, since every process's loss depends on the statistics
         means = _over_processes(torch.stack([d_bias, d_weight * inv_std]), ctx.synced) / count.clamp(min=1)
-        mean, slope = means.view(2, *shape)
+        mean, slope = means.view(2, *shape)  # of d_out: its mean, and its regression slope on `centered`
         d_x = torch.addcmul(d_out - mean, centered, slope, value=-1).mul_((weight * inv_std).view(shape))
         return d_x, d_weight, d_bias, None, None
 

@@ -16,7 +16,8 @@ from unipad.model.rays import Rays, choose_rays, lidar_points
 from unipad.model.render import Renderer
 from unipad.model.volume import ConvNormReLU3d
 
-STOP = 1e-4  # transmittance at which rays of pictures end on a GPU: an error of 0.03 gray levels of 255, 1 cm at 100 m
+# Transmittance at which rays of pictures end on a GPU: errors of at most 0.03 of 255 gray levels and 1 cm of 100 m
+STOP = 1e-4
 
 
 class Pretrain(nn.Module):
@@ -40,7 +41,7 @@ class Pretrain(nn.Module):
             missed: fraction of rays that do not cross the volume, and so do not count in the losses.
         """
         volume, _ = self.encode(batch, generators)
-        batch = batch.keyframe()  # the volume shows the keyframe: views and points of other times do not match it
+        batch = batch.keyframe()  # the volume shows the keyframe: views of earlier frames do not match it
         rays = choose_rays(batch, self.recipe.rays, generators)
         shape = (len(rays) // len(batch), self.renderer.jitters)
         jitter = torch.stack([torch.rand(shape, generator=g, device=g.device) for g in generators])
@@ -63,8 +64,9 @@ class Pretrain(nn.Module):
 
     @torch.no_grad()
     def render_surface(self, volume: Tensor, rays: Rays) -> tuple[Tensor, Tensor, Tensor]:
-        """`render` and the surface normals [R, 3]: unit vectors, LiDAR frame; 0 for rays that miss the volume."""
-        chunk = 8192 if volume.is_cuda else 512  # rays; a CPU needs a third less time if they fit its caches
+        """What `render` returns, and the surface normals [R, 3]: unit vectors, LiDAR frame; 0 for rays that miss the
+        volume."""
+        chunk = 8192 if volume.is_cuda else 512  # rays; 512 fit a CPU's caches: a third less time than with 8192
         parts = []
         for i in range(0, len(rays), chunk):
             rendered = self.renderer(volume, rays[i : i + chunk], stop=STOP)

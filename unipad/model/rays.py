@@ -20,10 +20,10 @@ MIN_DEPTH = 1e-5  # meters in front of the camera; as in the original
 class Rays:
     """R rays of all samples and views of a batch; meters, LiDAR frame."""
 
-    origins: Tensor  # [R, 3] camera centers
+    origins: Tensor  # [R, 3] camera centers, or the LiDAR
     directions: Tensor  # [R, 3] unit vectors
     depth: Tensor  # [R] distance along the ray to the LiDAR point, -1: unknown
-    rgb: Tensor  # [R, 3] color of the pixel, in [0, 1]
+    rgb: Tensor  # [R, 3] color of the pixel, in [0, 1]; 0 for rays from the LiDAR
     volume_idx: Tensor  # [R] int32 the sample whose volume the ray crosses
 
     def __len__(self) -> int:
@@ -34,7 +34,7 @@ class Rays:
 
 
 def choose_rays(batch: Batch, cfg: RayChoice, generators: Sequence[torch.Generator]) -> Rays:
-    """The rays of one training step.
+    """The rays of one training step, by `cfg.strategy`:
 
     depth:    at most `lidar_per_view` LiDAR points, without replacement; the rest are pixels of a grid.
     random:   pixels, uniformly with replacement.
@@ -56,12 +56,12 @@ def choose_rays(batch: Batch, cfg: RayChoice, generators: Sequence[torch.Generat
         if cfg.strategy == "depth":
             pixels, inside = pixel_grid(batch.image_sizes[b], H, W, cfg.pixel_interval, cfg.sky)
             candidates = torch.cat([projected, pixels], dim=1)
-            points = _at_most(visible, cfg.lidar_per_view, generators[b])
-            rank = torch.cat([2 * points, 1 * inside], dim=1)
+            eligible = _at_most(visible, cfg.lidar_per_view, generators[b])
+            rank = torch.cat([2 * eligible, 1 * inside], dim=1)  # LiDAR points before pixels
             chosen = _draw(candidates, rank, cfg.per_view, generators[b])
         elif cfg.strategy == "random":
             uniform = torch.rand(len(projected), cfg.per_view, 2, generator=generators[b], device=projected.device)
-            chosen = (uniform * batch.image_sizes[b].flip(-1)[:, None]).floor()  # [N, per_view, 2]
+            chosen = (uniform * batch.image_sizes[b].flip(-1)[:, None]).floor()  # [N, per_view, 2] u, v
             chosen = _with_lidar_depth(chosen, projected, visible, H, W)
         elif cfg.strategy == "dilation":
             pixels, inside = pixel_grid(batch.image_sizes[b], H, W, cfg.dilation)
@@ -74,7 +74,7 @@ def choose_rays(batch: Batch, cfg: RayChoice, generators: Sequence[torch.Generat
 
 
 def lidar_rays(batch: Batch, cfg: RayChoice, per_view: int, generators: Sequence[torch.Generator]) -> Rays:
-    """`per_view` rays through LiDAR points for each view; without cameras, six times as many from the LiDAR.
+    """`per_view` rays from each camera through LiDAR points; without cameras, six times as many from the LiDAR.
 
     In a view with fewer points, some rays are repeated; without any, the rays have unknown depth. Rays from the LiDAR
     go only to the keyframe's points, since sweeps were recorded from other positions.
@@ -82,7 +82,7 @@ def lidar_rays(batch: Batch, cfg: RayChoice, per_view: int, generators: Sequence
     if not batch.images.shape[1]:
         parts = []
         for b, points in enumerate(batch.points.split(batch.point_counts.tolist())):
-            allowed = _between_radii(points, cfg) & (points[:, 4] == 0)
+            allowed = _between_radii(points, cfg) & (points[:, 4] == 0)  # time lag 0: the keyframe's
             targets = _draw(points[None, :, :3], 1 * allowed[None], len(CAMERAS) * per_view, generators[b])
             parts.append(rays_from_lidar(targets[0], b))
         return _concatenated(parts)
@@ -97,7 +97,7 @@ def rays_from_lidar(targets: Tensor, sample: int) -> Rays:
     straight ahead with unknown depth."""
     distance = targets.norm(dim=1)  # [K]
     known = distance > 0
-    ahead = torch.eye(3, device=targets.device)[1]
+    ahead = torch.eye(3, device=targets.device)[1]  # +y
     return Rays(
         origins=torch.zeros_like(targets),
         directions=torch.where(known[:, None], targets / distance[:, None], ahead),
@@ -172,7 +172,7 @@ def cast_rays(batch: Batch, sample: int, chosen: Tensor) -> Rays:
     """
     N, K, _ = chosen.shape
     known = chosen[..., 2] > 0
-    z = chosen[..., 2:].where(known[..., None], 1.0)
+    z = chosen[..., 2:].where(known[..., None], 1.0)  # any depth gives the direction
     ends = _transform(_inverse(batch.lidar2image[sample]), torch.cat([chosen[..., :2] * z, z], dim=-1))  # [N, K, 3]
     origins = _inverse(batch.lidar2camera[sample])[:, None, :3, 3].expand_as(ends)
     distance = (ends - origins).norm(dim=-1)
@@ -189,14 +189,14 @@ def cast_rays(batch: Batch, sample: int, chosen: Tensor) -> Rays:
 
 
 def lidar_points(batch: Batch, cfg: RayChoice) -> tuple[Tensor, Tensor]:
-    """All points and their samples: [P, 3] meters, [P] int32, -1 for points not between the two radii."""
+    """All points [P, 3] meters, and [P] int32 the sample of each, -1 for points not between the two radii of `cfg`."""
     sample = torch.arange(len(batch), dtype=torch.int32).repeat_interleave(batch.point_counts)
     sample = sample.to(batch.points.device, non_blocking=True)
     return batch.points[:, :3], torch.where(_between_radii(batch.points, cfg), sample, -1)
 
 
 def _lidar_in_views(batch, cfg):
-    """For each sample, `project_points` of its points; only those between the two radii are visible."""
+    """For each sample, `project_points` of its points; those not between the two radii of `cfg` count as invisible."""
     for b, points in enumerate(batch.points.split(batch.point_counts.tolist())):
         projected, visible = project_points(points[:, :3], batch.lidar2image[b], batch.image_sizes[b])
         yield projected, visible & _between_radii(points, cfg)
@@ -209,13 +209,13 @@ def _between_radii(points, cfg):
 
 
 def _draw(candidates, rank, count, generator):
-    """Sample `count` candidates per view without replacement: those of the highest rank first, none of rank 0.
+    """Draw `count` candidates per view without replacement: those of the highest rank first, none of rank 0.
 
     candidates: [N, K, 3]; rank: [N, K] int.
 
     Returns [N, count, 3]. If too few candidates have a rank above 0, they are repeated cyclically; without any, zeros.
     """
-    key = rank + torch.rand(rank.shape, generator=generator, device=rank.device)
+    key = rank + torch.rand(rank.shape, generator=generator, device=rank.device)  # random order within a rank
     key, index = key.topk(min(count, key.shape[1]), dim=1)
     if not index.shape[1]:
         return candidates.new_zeros(len(candidates), count, 3)
@@ -235,9 +235,9 @@ def _at_most(chosen, count, generator):
 
 def _with_lidar_depth(pixels, projected, visible, H, W):
     """Pixels [N, K, 2] with the depth of the nearest visible point that falls into each, 0 = none: [N, K, 3]."""
-    cell = (projected[..., 1].long() * W + projected[..., 0].long()).where(visible, 0)  # [N, P]
+    pixel_of = (projected[..., 1].long() * W + projected[..., 0].long()).where(visible, 0)  # [N, P] linear index
     depth = projected[..., 2].where(visible, torch.inf)
-    nearest = depth.new_full((len(projected), H * W), torch.inf).scatter_reduce(1, cell, depth, "amin")
+    nearest = depth.new_full((len(projected), H * W), torch.inf).scatter_reduce(1, pixel_of, depth, "amin")
     z = nearest.gather(1, pixels[..., 1].long() * W + pixels[..., 0].long())  # [N, K]
     return torch.cat([pixels, z.where(z < torch.inf, 0.0)[..., None]], dim=-1)
 

@@ -1,9 +1,10 @@
-"""Where along a ray the field is sampled, one function per renderer: edges [R, S + 1] of S = samples + importance
-intervals.
+"""Where along a ray the field is sampled, one function per renderer: returns the edges [R, S + 1] of
+S = `cfg.samples` + `cfg.importance` intervals, whose starts are the samples.
 
 Each first searches for the surface with `sdf_at` (starts [R, n] -> signed distance [R, n]) and then places the samples
-that are rendered. Lengths are scaled meters. `jitter` is a list of [R] uniforms or Nones, one per set of samples, in
-the order in which they are placed. Nothing here is differentiable.
+that are rendered, from `near` to `far` ([R] each). Lengths are scaled meters. `jitter` is a list of [R] uniforms or
+Nones, one per set of samples, in the order in which they are placed. `beta` is used by VolSDF only. Nothing here is
+differentiable.
 """
 
 import math
@@ -18,15 +19,15 @@ from unipad.kernels.composite import composite
 from unipad.kernels.ray_sample import merge, resample, sample_pdf, stratified_edges
 from unipad.kernels.sdf_alpha import interval_alpha, laplace_density, unisurf_alpha
 
-INV_S = 64.0  # NeuS's fixed inverse scale while it searches for the surface (its first round)
-ERROR = 0.1  # VolSDF: upper bound on the opacity's error that the samples must satisfy
+INV_S = 64.0  # NeuS's fixed inverse scale in its first round of the search for the surface; here there is no other
+ERROR = 0.1  # VolSDF: the largest error of the opacity that its bound may allow (epsilon)
 ROUNDS = 5  # VolSDF: maximum number of rounds of sampling
-BISECTIONS = 10  # VolSDF: steps that narrow down beta in one round
+BISECTIONS = 10  # VolSDF: steps that narrow down beta+ in one round
 INTERVAL = 0.05  # UniSurf: half the interval around the surface, as a fraction of the ray inside the box
 
 
 def neus_edges(cfg: Render, sdf_at: Callable, near: Tensor, far: Tensor, jitter: Sequence, beta: Tensor) -> Tensor:
-    """`samples` stratified over the ray, `importance` sampled from the NeuS weights at inverse scale INV_S."""
+    """`samples` stratified over the ray, `importance` drawn from the NeuS weights of those at inverse scale INV_S."""
     edges = stratified_edges(near, far, cfg.samples, jitter[0])
     alpha = interval_alpha(sdf_at(edges[:, :-1]), edges.diff(dim=1), INV_S)
     return resample(edges, _weights(alpha), cfg.importance, jitter[1])
@@ -35,13 +36,14 @@ def neus_edges(cfg: Render, sdf_at: Callable, near: Tensor, far: Tensor, jitter:
 def volsdf_edges(cfg: Render, sdf_at: Callable, near: Tensor, far: Tensor, jitter: Sequence, beta: Tensor) -> Tensor:
     """`importance` by algorithm 1 of VolSDF (arXiv 2106.12052) and `samples` stratified over the ray.
 
-    Starting from `search` samples, each round adds as many where the opacity's error bound is largest, until a Laplace
-    density of the field's own `beta` [1] meets the bound on every ray of the call: rays rendered together stop together
-    (as in the original), for which the host waits for the device once per round.
+    Starting from `search` samples, each round adds as many where the opacity's error bound is largest, until the bound
+    is at most ERROR with the field's own `beta` [1] on every ray of the call: rays rendered together stop together (as
+    in the original), for which the host waits for the device once per round. Until then rays use beta+, a larger beta.
     """
     edges = stratified_edges(near, far, cfg.search, jitter[0])
     sdf = sdf_at(edges[:, :-1])
-    beta_plus = (edges.diff(dim=1).square().sum(dim=1) / (4 * math.log(1 + ERROR))).sqrt()  # [R], VolSDF's lemma 2
+    # [R], large enough to meet the bound with any distances: VolSDF's lemma 2
+    beta_plus = (edges.diff(dim=1).square().sum(dim=1) / (4 * math.log(1 + ERROR))).sqrt()
     for i in range(1, ROUNDS + 1):
         deltas = edges.diff(dim=1)
         clearance = _clearance(sdf, deltas)
@@ -82,18 +84,20 @@ SAMPLERS = {"neus": (neus_edges, 2), "volsdf": (volsdf_edges, ROUNDS + 2), "unis
 
 def _weights(alpha):
     """[R, S] weights of samples with opacity `alpha` [R, S] in the rendered color."""
-    return composite(alpha, alpha[..., None])[1]
+    return composite(alpha, alpha[..., None])[1]  # the values, here alpha too, do not matter
 
 
 def _clearance(sdf, deltas):
     """d* of VolSDF's theorem 1: a lower bound on each interval's distance to the surface, [R, S]; 0 if they intersect.
 
-    The signed distances are radii of surface-free balls around the interval's ends. The last column is repeated.
+    The signed distances are radii of surface-free balls around the interval's ends. The last interval, whose end has no
+    known distance, gets the value of the one before.
     """
     length, before, after = deltas[:, :-1], sdf[:, :-1].abs(), sdf[:, 1:].abs()
     s = (length + before + after) / 2
     area = (s * (s - length) * (s - before) * (s - after)).clamp(min=0).sqrt()  # Heron's formula
     height = torch.where(before + after > length, 2 * area / length, 0)
+    # in an obtuse triangle the nearer end, not the foot of the height, is the nearest point of the interval
     height = torch.where(length**2 + before**2 <= after**2, before, height)
     height = torch.where(length**2 + after**2 <= before**2, after, height)
     height = torch.where(sdf[:, :-1].sign() * sdf[:, 1:].sign() == 1, height, 0)
@@ -101,20 +105,23 @@ def _clearance(sdf, deltas):
 
 
 def _transmittance_and_error(beta, sdf, deltas, clearance):
-    """Transmittance before each sample, and the bound on the opacity's relative error up to its end, [R, S] each."""
+    """Transmittance before each interval, and the bound on the opacity's error up to its end, as a multiple of this
+    transmittance, [R, S] each."""
+    S = deltas.shape[1]
     optical_depth = deltas * laplace_density(sdf, beta)
     error = torch.exp(-clearance / beta) * deltas**2 / (4 * beta**2)
     # running sums as products with triangular matrices: on a GPU, a cumsum of floats is not deterministic
-    up_to = torch.ones(2 * deltas.shape[1:], dtype=deltas.dtype, device=deltas.device).triu()  # [S, S]
+    up_to = torch.ones(S, S, dtype=deltas.dtype, device=deltas.device).triu()
     transmittance = torch.exp(-(optical_depth @ up_to.triu(1)))
     return transmittance, torch.exp(error @ up_to).clamp(max=1e6) - 1
 
 
 def _tighten(beta, beta_plus, sdf, deltas, clearance):
-    """The smallest beta per ray, [R], with an error up to ERROR: the field's own if possible, else by bisection."""
+    """The smallest beta+ per ray, [R], with an error up to ERROR: the field's own `beta` [1] if possible, else found by
+    bisection between it and the last round's `beta_plus` [R]."""
 
-    def meets(beta):
-        transmittance, error = _transmittance_and_error(beta, sdf, deltas, clearance)
+    def meets(width):
+        transmittance, error = _transmittance_and_error(width, sdf, deltas, clearance)
         return (transmittance * error).amax(dim=1) <= ERROR  # [R]
 
     high = torch.where(meets(beta), beta, beta_plus)

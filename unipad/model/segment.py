@@ -3,7 +3,7 @@
     Lovász softmax (arXiv 1705.08790): the mean, over the classes c that occur, of sum_i e_i (J_i - J_{i-1})
 
 with e_i the errors of class c, 1 - p_c at points of class c and p_c elsewhere, in descending order, and J_i = 1 - IoU
-of c if the first i points were wrong and no others: the convex extension of 1 - IoU.
+of c if the i points with the largest errors were wrong and no others: the convex extension of 1 - IoU.
 """
 
 import torch
@@ -35,16 +35,18 @@ class Segmenter(nn.Module):
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
-        """[P, classes]; a point has those of its voxel. Put the model in eval mode first."""
+        """[P, classes] of all points of a batch, sweeps included; a point has those of its voxel. Put the model in eval
+        mode first."""
         logits, _, voxel_of = self._voxel_logits(batch)
         return logits[voxel_of]
 
     def segment(self, batch: Batch) -> list[Tensor]:
-        """Per sample, [K] uint8 classes from 1 up of the keyframe's points, in their order."""
+        """Per sample, the classes (uint8, from 1 up) of the keyframe's points, in their order. Needs eval mode too."""
         return classes_of(batch, self.logits(batch))
 
     def _voxel_logits(self, batch):
-        """Logits [V, classes] of one point per voxel; `rows` and `voxel_of` from `UnetEncoder.voxel_features`."""
+        """Logits [V, classes] of one point per voxel; [V] these points' rows and [P] each point's voxel, which is a row
+        of the logits."""
         features, rows, voxel_of = self.encoder.lidar.voxel_features(batch.points, batch.point_counts)
         with torch.autocast(features.device.type, enabled=False):
             return self.head(features.to(self.head.weight.dtype)), rows, voxel_of
@@ -55,7 +57,7 @@ def classes_of(batch: Batch, logits: Tensor) -> list[Tensor]:
     classes = logits.argmax(dim=1).to(torch.uint8) + 1
     is_keyframe = batch.points[:, 4] == 0  # points of sweeps have a time lag
     samples = zip(*(t.split(batch.point_counts.tolist()) for t in (classes, is_keyframe)), strict=True)
-    return [classes[rows] for classes, rows in samples]
+    return [of_sample[rows] for of_sample, rows in samples]
 
 
 def losses(cfg: config.Segment, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -73,18 +75,19 @@ def losses(cfg: config.Segment, logits: Tensor, labels: Tensor) -> dict[str, Ten
 
 
 def lovasz_softmax(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """The Lovász softmax of probabilities [P, K] and labels [P] from 0 up, over all points at once; 0 without points.
+    """The Lovász softmax of probabilities [P, K] and labels [P] from 0 up, over all samples at once; 0 without points.
 
     Differentiable once; where errors are equal, their order decides between subgradients.
     """
     if not len(labels):
-        return probabilities.sum()
+        return probabilities.sum()  # 0, with a gradient for every weight, as DDP expects
     true = F.one_hot(labels, probabilities.shape[1])  # [P, K] int64: a cumsum of floats is not deterministic
     errors, order = (true - probabilities).abs().sort(dim=0, descending=True)
+    # of the first i points: false negatives (points of class c) and false positives
     missed = true.gather(0, order).cumsum(dim=0)
-    count = missed[-1]
+    count = missed[-1]  # [K] points of each class
     false = torch.arange(1, len(labels) + 1, device=labels.device)[:, None] - missed
     loss = 1 - (count - missed).to(errors.dtype) / (count + false)  # [P, K] J_i
-    steps = torch.cat([loss[:1], loss[1:] - loss[:-1]])
+    steps = torch.cat([loss[:1], loss[1:] - loss[:-1]])  # J_0 = 0
     present = (count > 0).to(errors.dtype)
     return ((errors * steps).sum(dim=0) * present).sum() / present.sum()

@@ -37,10 +37,10 @@ class Table(NamedTuple):
 
 
 class VoxelSet:
-    """The occupied voxels of a batch of grids, and a `StreamCache` of the tables of the convolutions on them.
+    """The occupied voxels of a batch of grids, and a cache (per CUDA stream) of the tables of the convolutions on them.
 
-    The output set of a strided convolution refers to its input set (`source`) and to the table between them. The input
-    set refers to it only weakly: the next convolution of that geometry finds the output set as long as it is in use,
+    The output set of a strided convolution refers to its input set and to the table between them (`source`). The input
+    set refers to the output set only weakly: the next convolution of that geometry finds it as long as it is in use,
     and the voxels of past batches do not stay on the device.
     """
 
@@ -56,7 +56,7 @@ class VoxelSet:
         coords:     [N, 4] int32 (b, z, y, x), each voxel once.
         shape:      cells (Z, Y, X).
         batch_size: number of grids; some may be empty.
-        in_order:   the voxels are already in ascending order, and need not be sorted.
+        in_order:   the voxels are already in ascending order of (b, z, y, x), and need not be sorted.
         check:      raise ValueError for a voxel that is outside or occurs twice; waits for the device.
         """
         assert coords.dim() == 2 and coords.shape[1] == 4, f"coordinates are [N, 4], not {tuple(coords.shape)}"
@@ -65,7 +65,7 @@ class VoxelSet:
         self.coords, self.shape, self.batch_size = coords.contiguous(), tuple(shape), batch_size
         self.source = None  # (VoxelSet, kernel, Table) of the convolution that made this set
         self._cache, self._is_in_order = StreamCache(), in_order
-        self.keys()
+        self.keys()  # fills the cache, which compiled code only reads
         if check:
             self._cache.put("sorted", coords.device, voxel_keys.sort_voxels(self.coords, self.shape))
             last = backend.to_host(self.coords[:, 0].max(), "largest batch index of a voxel") if len(coords) else -1
@@ -108,12 +108,13 @@ class VoxelSet:
             self.coords, self.shape, *geometry, self.batch_size, *self._sorted_keys()
         )
         outputs = VoxelSet(coords, shape, self.batch_size, in_order=True, check=False)
-        outputs.source = (self, geometry[0], Table.of(neighbor_idx, sparse_map.inverse_map(neighbor_idx, len(self))))
+        kernel, *_ = geometry
+        outputs.source = (self, kernel, Table.of(neighbor_idx, sparse_map.inverse_map(neighbor_idx, len(self))))
         self._cache.put(geometry, self.coords.device, weakref.ref(outputs))
         return outputs
 
     def _sorted_keys(self):
-        """(ascending keys, index of the voxel of each key); the second is None if the voxels are already in order."""
+        """(ascending keys, index of the voxel of each key); the second is None if the voxels are in order as given."""
         if self._is_in_order:
             return self.keys(), None
         make = partial(voxel_keys.sort_voxels, self.coords, self.shape, check=False)
@@ -145,7 +146,7 @@ class _SparseConvolution(nn.Module):
     weight: (Cout, kz, ky, kx, Cin), as in spconv 2; initialized as in `nn.Conv3d`.
     """
 
-    allow_tf32 = False  # multiply fp32 features in tf32
+    allow_tf32 = False  # True: multiply fp32 features in tf32
 
     def __init__(self, in_channels, out_channels, kernel, bias=True):
         super().__init__()
@@ -206,7 +207,8 @@ class SparseConv3d(_SparseConvolution):
         if (self.kernel, self.stride, self.padding) == ((1, 1, 1), (1, 1, 1), (0, 0, 0)):
             return voxels, None
         outputs = voxels.strided(self.kernel, self.stride, self.padding, self.dilation)
-        return outputs, outputs.source[2]
+        _, _, table = outputs.source
+        return outputs, table
 
 
 class SparseInverseConv3d(_SparseConvolution):
@@ -225,13 +227,14 @@ class SparseInverseConv3d(_SparseConvolution):
 class SparseBatchNorm(SyncedBatchNorm):
     """Batch normalization over the occupied voxels of all samples of all processes."""
 
-    _cache = _versions = _inputs = None  # scale and shift; versions of the tensors they depend on; these tensors
+    # Scale and shift; ids and versions of the tensors that they depend on; these tensors, held so that ids stay unique
+    _cache = _versions = _inputs = None
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         return x.replace(super().forward(x.features))
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """([C], [C]): the layer in evaluation mode.
+        """(scale [C], shift [C]) of the layer in evaluation mode: x * scale + shift.
 
         Cached until the mode, a parameter or a statistic changes; changes through `.data`, which autograd does not
         record, go unnoticed. A CUDA graph that reads it must not be replayed after a change.
@@ -258,7 +261,8 @@ class SparseBatchNorm(SyncedBatchNorm):
 def conv_norm_relu(
     conv: _SparseConvolution, norm: SparseBatchNorm, x: SparseTensor, residual: Tensor | None = None
 ) -> SparseTensor:
-    """relu(norm(conv(x)) + residual); in evaluation mode without gradients, in one kernel.
+    """relu(norm(conv(x)) + residual); in evaluation mode without gradients, in one kernel, unless the convolution has a
+    bias or no table (K = 1).
 
     residual: [M, Cout] or None.
     """
@@ -267,12 +271,15 @@ def conv_norm_relu(
     if table is None:
         y = norm(conv(x))
         return y.replace((y.features if residual is None else y.features + residual).relu())
-    act = *norm.scale_and_shift(), residual, True
-    return SparseTensor(sparse_conv_act(x.features, conv.weight, table.neighbors, *act, conv.allow_tf32), voxels)
+    scale, shift = norm.scale_and_shift()
+    out = sparse_conv_act(
+        x.features, conv.weight, table.neighbors, scale, shift, residual, relu=True, allow_tf32=conv.allow_tf32
+    )
+    return SparseTensor(out, voxels)
 
 
 def in_fp32(stem: nn.Module, x: SparseTensor) -> SparseTensor:
-    """The first convolution in fp32, its result in autocast's dtype.
+    """stem(x), an encoder's first convolution, computed in fp32; its result in autocast's dtype.
 
     The features that it reads include coordinates, and bf16 resolves 50 m only in steps of 25 cm.
     """

@@ -1,10 +1,10 @@
-"""The synthetic city: a function of seed, position and time, seen by simulated cameras and LiDAR.
+"""The synthetic city: a function of seed, scene and time, seen by simulated cameras and LiDAR.
 
-    records.py   scenes, names of files, and the tables of the nuScenes format
+    records.py   names of scenes and files, times of frames, and the tables of the nuScenes format
     rig.py       the sensors on the ego vehicle
-    paint.py     appearance: colors, textures, sun and sky
+    paint.py     appearance: colors, textures, sun, shadows and sky; LiDAR intensity
     raycast.py   exact ray casting, for cameras and LiDAR alike
-    traffic.py   road users, and scenes: drives through the city in traffic
+    traffic.py   road users, and `Scene`: a drive through the city in traffic
     streets.py   the static city: ground, houses, trees
     solids.py    the primitives: tapered boxes and ellipsoids, with their lidarseg categories
 

@@ -1,6 +1,7 @@
 """Appearance of the city: colors and textures, sun with shadows on the ground, sky.
 
-Colors are RGB in [0, 1]. Light = sky light from above + sun by Lambert's law; distant surfaces fade into haze.
+Colors are RGB in [0, 1]. Light = sky light from above + sun by Lambert's law; distant surfaces fade into haze. Shadows
+fall on the ground only, not on solids.
 """
 
 import cv2
@@ -8,19 +9,19 @@ import numpy as np
 
 from unipad.data.city.raycast import CHUNK, GROUND, SKY, surface
 from unipad.data.city.solids import CATEGORY, MATERIALS, corners
-from unipad.data.city.streets import CURB, WHITE, YELLOW
+from unipad.data.city.streets import CURB, NO_MARK, WHITE, YELLOW
 
-HAZE = np.array([0.76, 0.82, 0.88], np.float32)
-ZENITH = np.array([0.32, 0.52, 0.82], np.float32)
-HAZE_LENGTH = 320.0  # meters after which 1/e of a color remains
-SUN, SKYLIGHT = np.float32(0.75), np.float32(0.42)  # brightness
+HAZE = np.array([0.76, 0.82, 0.88], np.float32)  # color of the horizon and of very distant surfaces
+ZENITH = np.array([0.32, 0.52, 0.82], np.float32)  # color of the sky above
+HAZE_LENGTH = 320.0  # meters after which 1/e of a surface's color remains, the rest being haze
+SUN, SKYLIGHT = np.float32(0.75), np.float32(0.42)  # factors of a surface's color
 GROUND_COLORS = {  # without texture
     "flat.driveable_surface": (0.34, 0.34, 0.36),
     "flat.other": (0.60, 0.47, 0.40),
     "flat.sidewalk": (0.63, 0.61, 0.57),
     "flat.terrain": (0.33, 0.43, 0.19),
 }
-# colors of road markings and curbs
+# colors of road markings and curbs, by `mark` of `City.ground`
 MARK_COLORS = {WHITE: (0.92, 0.92, 0.90), YELLOW: (0.85, 0.66, 0.18), CURB: (0.74, 0.73, 0.70)}
 GLASS = np.array([0.13, 0.17, 0.21], np.float32)
 
@@ -30,12 +31,12 @@ def photograph(scene, view, solids, distance, hit, shadow):
     image = np.empty((len(hit), 3), np.uint8)
     for begin in range(0, len(hit), CHUNK):
         part = slice(begin, begin + CHUNK)
-        rgb = _light(scene, view.origin, view.directions[:, part], solids, distance[part], hit[part], shadow)
+        rgb = _ray_colors(scene, view.origin, view.directions[:, part], solids, distance[part], hit[part], shadow)
         image[part] = (rgb.clip(0, 1) * 255 + 0.5).astype(np.uint8)
     return image.reshape(*view.shape, 3)
 
 
-def _light(scene, origin, directions, solids, distance, hit, shadow):
+def _ray_colors(scene, origin, directions, solids, distance, hit, shadow):
     """[n, 3] colors of the n rays from `origin`; directions: [3, n]."""
     rgb = np.empty((len(hit), 3), np.float32)
     # indices of the rays that hit nothing, the ground and solids
@@ -50,12 +51,12 @@ def _light(scene, origin, directions, solids, distance, hit, shadow):
     solid = hit[to_solid]
     local, normal = surface(solids, solid, points)
     c, s = np.cos(solids["yaw"]), np.sin(solids["yaw"])
-    # [3, number of solids]: direction of the sun in each solid's axes
+    # [3, number of solids]: direction of the sun in each solid's axes (0 * c: the same z for every solid)
     sun = np.stack([c * scene.sun[0] + s * scene.sun[1], c * scene.sun[1] - s * scene.sun[0], scene.sun[2] + 0 * c])
-    to_sun = sum(normal[:, i] * sun[i].astype(np.float32)[solid] for i in range(3))  # cosine of normal and sun
-    # low or downward-facing surfaces get less sky light
+    cosine = sum(normal[:, i] * sun[i].astype(np.float32)[solid] for i in range(3))  # of the angle normal - sun
+    # points below 1 m and surfaces that face down get less sky light; 1.25: an upright wall gets about SKYLIGHT
     open_sky = (0.75 + 0.25 * normal[:, 2]) * np.clip(0.65 + 0.35 * points[:, 2].astype(np.float32), 0, 1)
-    light = SKYLIGHT * 1.25 * open_sky + SUN * np.maximum(to_sun, 0)
+    light = SKYLIGHT * 1.25 * open_sky + SUN * np.maximum(cosine, 0)
     rgb[to_solid] = solid_color(solids, solid, local, normal) * light[:, None]
 
     not_sky = np.nonzero(hit != SKY)[0]
@@ -79,27 +80,28 @@ def sky(directions, sun):
 
 
 def ground_color(city, x, y, distance):
-    """[n, 3] colors of the ground at world x, y ([n] float32 meters); fine texture fades with `distance` [n] meters."""
-    category, mark, depth = city.ground(x, y)
+    """[n, 3] colors of the ground at world x, y ([n] float32 meters); fine texture fades
+    with `distance` ([n] meters from the camera)."""
+    category, mark, behind_curb = city.ground(x, y)
     rgb = GROUND_TABLE[category]
     grass, sidewalk = category == CATEGORY["flat.terrain"], category == CATEGORY["flat.sidewalk"]
     # texture of two scales; the finer one fades beyond 9 m
     grain = noise(x * 24, y * 24) * np.minimum(9 / np.maximum(distance, 1), 1)
     rough = np.where(grass, 0.22, 0.10) * grain + np.where(grass, 0.16, 0.07) * noise(x * 2, y * 2)
     rgb = rgb * (1 + rough)[:, None]
-    # joints between the slabs of a sidewalk, and a checkerboard of 0.5 m; neither in the distance
-    joint = sidewalk & ((depth % 1.2 < 0.05) | ((x + y) % 1.7 < 0.05)) & (distance < 25)
+    # joints between the slabs of a sidewalk, parallel to the curb and diagonal; a checkerboard of 0.5 m on paved lots
+    joint = sidewalk & ((behind_curb % 1.2 < 0.05) | ((x + y) % 1.7 < 0.05)) & (distance < 25)
     rgb[joint] *= 0.8
     tile = (category == CATEGORY["flat.other"]) & (((x % 1.0) < 0.5) == ((y % 1.0) < 0.5)) & (distance < 40)
     rgb[tile] *= 0.9
-    painted = mark > 0  # road markings and curbs
+    painted = mark != NO_MARK  # road markings and curbs
     wear = 1 + 0.5 * rough[painted]
     rgb[painted] = MARK_TABLE[mark[painted]] * wear[:, None]
     return rgb.astype(np.float32)
 
 
 def solid_color(solids, hit, local, normal):
-    """[n, 3] colors of points on `solids[hit]`; local, normal: [n, 3] from `surface`."""
+    """[n, 3] textured colors of points, the i-th on `solids[hit[i]]`; local, normal: [n, 3] from `surface`."""
     x, y, z = local.T
     rgb = solids["color"][hit] * (1 + np.float32(0.06) * noise(x * 9 + z * 7, y * 9 + z * 5))[:, None]
     material = solids["material"][hit]
@@ -111,10 +113,13 @@ def solid_color(solids, hit, local, normal):
     return rgb
 
 
+# Textures: arguments and results are described at `TEXTURES` below
+
+
 def _facade(rgb, p, normal, half):
     """Windows in stories of 3.1 m and bays of 2.7 m, of different brightness; shop windows at the bottom."""
-    story_height, bay_width = 3.1, 2.7  # meters, as all lengths below
-    along_y = np.abs(normal[:, 0]) > 0.5  # front and back wall; the others are along x
+    story_height, bay_width = 3.1, 2.7  # meters, as all lengths below; `streets.house` has stories of 3.1 m, too
+    along_y = np.abs(normal[:, 0]) > 0.5  # front and back wall run along y, the others along x
     along, half_width = np.where(along_y, p[:, 1], p[:, 0]), np.where(along_y, half[:, 1], half[:, 0])
     z = p[:, 2] + half[:, 2]  # above the ground
     story, bay = z // story_height, (along + half_width) // bay_width
@@ -125,7 +130,7 @@ def _facade(rgb, p, normal, half):
     half_window = np.where(shop, 1.05, 0.6)
     window = (v > bottom) & (v < top) & (off_center < half_window)
     window &= (z < 2 * half[:, 2] - 0.6) & (half_width - np.abs(along) > 0.4)  # none near the roof and the corners
-    bars = window & ((off_center < 0.05) | (np.abs(v - 1.7) < 0.04))  # one vertical, one horizontal
+    bars = window & ((off_center < 0.05) | (np.abs(v - 1.7) < 0.04))  # of each window: a vertical and a horizontal one
     tint = noise(bay * 37 + half[:, 0] * 91, story * 53 + half[:, 1] * 77)  # the same for all points of a window
     glass = GLASS * 1.3 + (0.18 + 0.22 * tint)[:, None] * np.array([0.9, 1.0, 1.1], np.float32)
     ledge = (v < 0.12) & ~shop
@@ -144,7 +149,7 @@ def _foliage(rgb, p, normal, half):
 
 def _signal(rgb, p, normal, half):
     """Three lamps, the lowest lit."""
-    # coordinates on a face, in [-1, 1]
+    # coordinates on a face, in [-1, 1]; the head is square, so half[:, 0] is half the width of every face
     z = p[:, 2] / half[:, 2]
     lateral = np.where(np.abs(normal[:, 0]) > 0.5, p[:, 1], p[:, 0]) / half[:, 0]
     # z of the center, color: red and yellow, off, and green, lit
@@ -155,20 +160,20 @@ def _signal(rgb, p, normal, half):
 
 
 def _body(rgb, p, normal, half):
-    """The lower half of a vehicle: wheels, sill, lights, license plates. Lengths in meters."""
+    """The lower half of a vehicle: wheels, sill, head and tail lights, license plates. Lengths in meters."""
     side = np.abs(normal[:, 1]) > 0.5
     z = p[:, 2] + half[:, 2]  # above the bottom of the body
     rgb[z < 0.14] = 0.08  # sill
-    wheel_height, tire_radius, rim_radius = 0.20, 0.36, 0.17
+    axle_height, tire_radius, rim_radius = 0.20, 0.36, 0.17
     for axle in (-0.62, 0.62):  # rear and front, as fractions of half the length
-        squared_distance = (p[:, 0] - axle * half[:, 0]) ** 2 + (z - wheel_height) ** 2
+        squared_distance = (p[:, 0] - axle * half[:, 0]) ** 2 + (z - axle_height) ** 2
         rgb[side & (squared_distance < tire_radius**2)] = 0.06
         rgb[side & (squared_distance < rim_radius**2)] = 0.55
     front, back = normal[:, 0] > 0.5, normal[:, 0] < -0.5
-    # lights: the outer 40 % of the width, in a band mostly above the middle
-    light = (np.abs(p[:, 1]) > 0.6 * half[:, 1]) & (np.abs(p[:, 2] - 0.25 * half[:, 2]) < 0.35 * half[:, 2])
-    rgb[front & light] = (0.95, 0.95, 0.88)
-    rgb[back & light] = (0.75, 0.06, 0.05)
+    # head and tail lights: the outer 40 % of the width, in a band mostly above the middle
+    lamps = (np.abs(p[:, 1]) > 0.6 * half[:, 1]) & (np.abs(p[:, 2] - 0.25 * half[:, 2]) < 0.35 * half[:, 2])
+    rgb[front & lamps] = (0.95, 0.95, 0.88)
+    rgb[back & lamps] = (0.75, 0.06, 0.05)
     # 0.54 m x 0.14 m, a little below the middle
     plate = (np.abs(p[:, 1]) < 0.27) & (np.abs(p[:, 2] + 0.2 * half[:, 2]) < 0.07)
     rgb[(front | back) & plate] = 0.85
@@ -203,7 +208,7 @@ def _coach(rgb, p, normal, half):
 def _cargo(rgb, p, normal, half):
     """Corrugated sheet with a dark frame."""
     side = np.abs(normal[:, 1]) > 0.5
-    rib = np.where(side, p[:, 0], p[:, 1]) % 0.6 < 0.12  # every 0.6 m, 0.12 m wide, as the frame
+    rib = np.where(side, p[:, 0], p[:, 1]) % 0.6 < 0.12  # every 0.6 m, as wide as the frame: 0.12 m
     frame = (half[:, 2] - np.abs(p[:, 2]) < 0.12) | (side & (half[:, 0] - np.abs(p[:, 0]) < 0.12))
     rgb = rgb * np.where(rib, 0.85, 1)[:, None]
     rgb[frame & (normal[:, 2] < 0.5)] *= 0.6
@@ -235,8 +240,8 @@ def _table(colors, length):
     return table
 
 
-GROUND_TABLE = _table({CATEGORY[name]: color for name, color in GROUND_COLORS.items()}, 32)
-MARK_TABLE = _table(MARK_COLORS, 4)
+GROUND_TABLE = _table({CATEGORY[name]: color for name, color in GROUND_COLORS.items()}, len(CATEGORY))
+MARK_TABLE = _table(MARK_COLORS, len(MARK_COLORS) + 1)  # row NO_MARK = 0 is not used
 
 
 def _noise_table():
@@ -252,7 +257,8 @@ NOISE = _noise_table()
 
 
 def noise(x, y):
-    """[n] noise in [-1, 1] at x, y: [n], in cells of the periodic table `NOISE`."""
+    """[n] noise in [-1, 1] at x, y: [n], counted in cells of the periodic table `NOISE`: noise(24 * x, ...) has cells
+    of 1/24 of the unit of x."""
     return NOISE[np.floor(x).astype(np.int64) & 255, np.floor(y).astype(np.int64) & 255]
 
 
@@ -260,7 +266,7 @@ def intensity(city, view, solids, distance, hit):
     """LiDAR intensity and category along each ray, both 0 for the sky. distance, hit: from `cast`.
 
     Returns:
-        [n] float32 intensity in [0, 255], from the surface's color without texture.
+        [n] float32 intensity on the scale 0-255, at most 70, from the surface's color without texture.
         [n] uint8 lidarseg index.
     """
     category = np.zeros(len(hit), np.uint8)
@@ -268,7 +274,7 @@ def intensity(city, view, solids, distance, hit):
     to_ground, to_solid = np.nonzero(hit == GROUND)[0], np.nonzero(hit >= 0)[0]
     x, y = (np.float32(view.origin[i]) + view.directions[i, to_ground] * distance[to_ground] for i in range(2))
     category[to_ground], mark, _ = city.ground(x, y)
-    rgb = np.where((mark > 0)[:, None], MARK_TABLE[mark], GROUND_TABLE[category[to_ground]])
+    rgb = np.where((mark != NO_MARK)[:, None], MARK_TABLE[mark], GROUND_TABLE[category[to_ground]])
     brightness[to_ground] = rgb.mean(axis=1)
     category[to_solid] = solids["category"][hit[to_solid]]
     brightness[to_solid] = solids["color"][hit[to_solid]].mean(axis=1)
@@ -278,23 +284,23 @@ def intensity(city, view, solids, distance, hit):
 class Shadows:
     """Shadows on the ground, on a raster around the ego vehicle's path in a scene."""
 
-    CELL = 0.125  # meters
+    CELL = 0.125  # meters per pixel of the raster
     MARGIN = 60.0  # meters around the path; no shadows beyond
 
     def __init__(self, scene):
         self.sun = scene.sun
         track = scene.track
-        self.low = track.min(axis=0) - self.MARGIN
+        self.low = track.min(axis=0) - self.MARGIN  # world x, y of the raster's corner
         width, height = np.ceil((track.max(axis=0) + self.MARGIN - self.low) / self.CELL).astype(int)
-        self.fixed = np.zeros((height, width), np.uint8)
-        self._draw(self.fixed, scene.fixed)
-        self.fixed = cv2.GaussianBlur(self.fixed, (5, 5), 1.2)
+        raster = np.zeros((height, width), np.uint8)
+        self._draw(raster, scene.fixed)
+        self.static_raster = cv2.GaussianBlur(raster, (5, 5), 1.2)  # soft edges
 
     def at(self, solids):
         """A function: world x, y ([n] meters) -> shadow [n], from 0 to 1 (full shadow), of the static solids and of the
         actors in `solids`."""
-        raster = self.fixed.copy()
-        self._draw(raster, solids[solids["owner"] >= 0])
+        raster = self.static_raster.copy()
+        self._draw(raster, solids[solids["owner"] >= 0])  # the actors; not blurred
         height, width = raster.shape
 
         def shade(x, y):
@@ -316,7 +322,7 @@ class Shadows:
         (`shift=4`)."""
         p = corners(solids)  # [n, 8, 3]
         top = p[..., 2:] > solids["center"][:, None, 2:]
-        # an ellipsoid counts as the box of equal shadow area, a tapered box is narrowed at the top
+        # an ellipsoid counts as a box of roughly equal shadow area, a tapered box is narrowed at the top
         narrowing = solids["taper"].mean(axis=1) * 2 * solids["half"][:, 2] / solids["half"][:, :2].max(axis=1)
         shrink = np.where(solids["round"], 0.78, 1)[:, None, None]
         width = np.where(top, 1 - narrowing.clip(0, 1)[:, None, None], 1)

@@ -14,7 +14,7 @@ import numpy as np
 from unipad.data.city.solids import EDGES, corners, to_local
 
 GROUND, SKY = -1, -2  # values of `hit` where a ray hits no solid
-NEAR = 0.05  # meters; nothing nearer to the origin is hit
+NEAR = 0.05  # meters from the rays' origin; no solid nearer than this is hit
 
 
 class CameraView:
@@ -31,19 +31,21 @@ class CameraView:
         self.directions = np.stack([(r[i, 0] * x + r[i, 1] * y + r[i, 2]) / norm for i in range(3)]).astype(np.float32)
 
     def windows(self, solids):
-        """Rectangles of pixels that may see a solid: (solid's index, row begin, end, column begin, end), each [k]."""
+        """Rectangles of pixels that may see a solid: (solid's index, row begin, end, column begin, end), each [k]; ends
+        are exclusive."""
         corner = np.einsum("nkj,ji->nki", corners(solids) - self.origin, self.rotation)  # [n, 8, 3] in the camera frame
         a, b = corner[:, EDGES[0]], corner[:, EDGES[1]]  # both ends of each edge, [n, 12, 3]
         za, zb = a[..., 2:], b[..., 2:]
         with np.errstate(divide="ignore", invalid="ignore"):
-            s = (NEAR - za) / (zb - za)  # where an edge crosses the near plane
+            s = (NEAR - za) / (zb - za)  # where an edge crosses the near plane z = NEAR, as a fraction of the edge
             a, b = np.where(za < NEAR, a + s * (b - a), a), np.where(zb < NEAR, a + s * (b - a), b)
             p = np.concatenate([a, b], axis=1)  # [n, 24, 3]
             u = self.intrinsic[0, 0] * p[..., 0] / p[..., 2] + self.intrinsic[0, 2]
             v = self.intrinsic[1, 1] * p[..., 1] / p[..., 2] + self.intrinsic[1, 2]
-        # both ends of edges that lie entirely behind the near plane
+        # [n, 24] both ends of edges that lie entirely behind the near plane
         hidden = np.concatenate([(za < NEAR) & (zb < NEAR)] * 2, axis=1)[..., 0]
         h, w = self.shape
+        # [2, n]: rows and columns of pixels
         low, high = np.where(hidden, np.inf, (v, u)).min(axis=2), np.where(hidden, -np.inf, (v, u)).max(axis=2)
         limit = np.array([[h], [w]])
         begin = np.clip(np.floor(low), 0, limit).astype(np.int64)
@@ -59,7 +61,7 @@ class LidarView:
         """origin: [3]; yaw: radians of column 0 in the world; elevations: [rings] radians, ascending."""
         self.origin, self.yaw, self.elevations = origin, yaw, elevations
         self.shape = (len(elevations), columns)
-        self.step = 2 * np.pi / columns
+        self.step = 2 * np.pi / columns  # radians
         azimuth = yaw + self.step * np.arange(columns)
         horizontal, vertical = np.cos(elevations)[:, None], np.sin(elevations)[:, None] + np.zeros(columns)
         directions = np.stack([horizontal * np.cos(azimuth), horizontal * np.sin(azimuth), vertical])
@@ -73,10 +75,10 @@ class LidarView:
         angle = np.arctan2(corner[..., 1], corner[..., 0]) - middle[:, None]
         angle = (angle + np.pi) % (2 * np.pi) - np.pi
         # bounds of its elevations, from its smallest and largest horizontal distance
-        local = to_local(solids, self.origin)[:, :2]
-        smallest = np.hypot(*np.maximum(np.abs(local) - solids["half"][:, :2], 0).T)
+        lidar = to_local(solids, self.origin)[:, :2]  # the LiDAR's position in the axes of each solid
+        smallest = np.hypot(*np.maximum(np.abs(lidar) - solids["half"][:, :2], 0).T)
         largest = np.hypot(corner[..., 0], corner[..., 1]).max(axis=1)
-        top, bottom = corner[..., 2].max(axis=1), corner[..., 2].min(axis=1)
+        top, bottom = corner[..., 2].max(axis=1), corner[..., 2].min(axis=1)  # meters above the LiDAR
         highest = np.arctan2(top, np.where(top > 0, np.maximum(smallest, 1e-3), largest))
         lowest = np.arctan2(bottom, np.where(bottom > 0, largest, np.maximum(smallest, 1e-3)))
         margin = 1e-4  # radians, far above the rounding of the directions
@@ -88,7 +90,7 @@ class LidarView:
         col1 = np.ceil((middle + angle.max(axis=1) - self.yaw + margin) / self.step).astype(np.int64) + 1
         begin = np.where(around, 0, col0 % columns)
         end = begin + np.where(around, columns, np.minimum(col1 - col0, columns))
-        # a rectangle across the last column becomes two
+        # a rectangle across the last column becomes two: up to that column, and from column 0 on
         index = np.tile(np.arange(len(solids)), 2)
         begin = np.concatenate([begin, np.zeros_like(begin)])
         end = np.concatenate([np.minimum(end, columns), end - columns])
@@ -119,7 +121,7 @@ def cast(view, solids):
 
 
 def crossings(view, solids):
-    """Yields (ray, solid, distance), each [k], of all hits, also those behind other solids."""
+    """Yields, chunk by chunk, (ray, solid, distance), each [k], of all hits, also those behind other solids."""
     solid, row0, row1, col0, col1 = view.windows(solids)
     area = (row1 - row0) * (col1 - col0)
     for is_round, entry in ((False, _box_entry), (True, _ellipsoid_entry)):
@@ -134,7 +136,7 @@ def crossings(view, solids):
                 yield ray[hit], np.repeat(solid[part], area[part])[hit], distance[hit]
 
 
-# (ray, solid) pairs that are tested at once, and rays that `paint` colors at once: temporaries stay in the CPU's caches
+# (ray, solid) pairs tested at once, about, and rays that `paint` colors at once: temporaries stay in the CPU's caches
 CHUNK = 1 << 16
 
 
@@ -156,7 +158,7 @@ def surface(solids, hit, points):
     half, taper, ball = (solids[field][hit] for field in ("half", "taper", "round"))
     height = local[:, 2] + half[:, 2]
     front, back, side = taper.T
-    slack = np.stack(  # meters inside each plane; the face hit has the least
+    slack = np.stack(  # how far inside each plane a point is, in meters; 0, up to rounding, for the face that it is on
         [
             half[:, 0] - front * height - local[:, 0],
             half[:, 0] - back * height + local[:, 0],
@@ -180,7 +182,7 @@ def _key(distance, index):
 
 
 def _rays(row0, row1, col0, col1, width):
-    """Indices of the rays in each rectangle, row by row, concatenated. width: columns of the view."""
+    """Indices of the rays in all rectangles, rectangle by rectangle and row by row. width: columns of the view."""
     rows = row1 - row0
     row = np.arange(rows.sum()) + np.repeat(row0 - np.cumsum(rows) + rows, rows)
     length = np.repeat(col1 - col0, rows)
@@ -189,7 +191,7 @@ def _rays(row0, row1, col0, col1, width):
 
 
 def _local_rays(solids, d, count):
-    """x, y, z of the directions `d` in the axes of the solids; arguments as of `_box_entry`."""
+    """x, y, z, each [n], of the directions `d` in the axes of each ray's solid; arguments as of `_box_entry`."""
     c, s = (np.repeat(f(solids["yaw"]).astype(np.float32), count) for f in (np.cos, np.sin))
     return c * d[0] + s * d[1], c * d[1] - s * d[0], d[2]
 
@@ -197,8 +199,11 @@ def _local_rays(solids, d, count):
 def _box_entry(solids, origin, d, count):
     """[n] distances at which rays enter tapered boxes; inf: a miss.
 
-    d:     directions of the rays: world x, y, z, each [n].
-    count: [k] number of consecutive rays for each of the solids.
+    Each ray is tested against one solid: the first count[0] against solids[0], the next count[1] against solids[1].
+
+    solids: [k] of dtype `SOLID`.
+    d:      directions of the rays: world x, y, z, each [n].
+    count:  [k], with the sum n.
     """
     o, half = to_local(solids, origin), solids["half"]
     height = o[:, 2] + half[:, 2]
@@ -223,14 +228,14 @@ def _box_entry(solids, origin, d, count):
         entering = along < 0
         np.maximum(enter, t, out=enter, where=entering)
         np.minimum(leave, t, out=leave, where=~entering)
-    # a ray that starts inside does not enter
+    # enter is still NEAR where a ray starts inside the box: that is no hit
     return np.where((enter < leave) & (enter > NEAR), enter, np.float32(np.inf))
 
 
 def _ellipsoid_entry(solids, origin, d, count):
     """As `_box_entry`, for ellipsoids."""
     half = solids["half"]
-    # scaled to unit spheres: |q + t v|^2 - 1 = a t^2 + 2 b t + c = 0
+    # origin q and direction v, scaled so that the ellipsoid is the unit sphere: |q + t v|^2 - 1 = a t^2 + 2 b t + c = 0
     q = to_local(solids, origin) / half
     v = [axis / np.repeat(half[:, i], count) for i, axis in enumerate(_local_rays(solids, d, count))]
     q_i = [np.repeat(q[:, i].astype(np.float32), count) for i in range(3)]

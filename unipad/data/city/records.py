@@ -3,8 +3,8 @@
 As in nuScenes, boxes and samples have the LiDAR's timestamp and cameras fire a little earlier, a sweep belongs to the
 keyframe after it, and an ego pose has the token of its sample_data.
 
-`args` are the `Args` of unipad/data/synthetic.py; `name` is that of a scene; a `stamp` is the time of a frame in
-microseconds since the start of its scene.
+`args` are the `Args` of unipad/data/synthetic.py; `name` is that of a scene; `k` is the number of a keyframe in its
+scene; a `stamp` is the time of a frame in microseconds since keyframe 0 of its scene.
 """
 
 from functools import lru_cache
@@ -19,6 +19,7 @@ from unipad.data.city.solids import CATEGORIES
 from unipad.data.city.traffic import KINDS, VIEW_DISTANCE, Scene
 
 VERSION = "v1.0-mini"
+# scenes of nuScenes' mini_train and mini_val
 TRAIN = (
     "scene-0061", "scene-0553", "scene-0655", "scene-0757", "scene-0796", "scene-1077", "scene-1094", "scene-1100",
 )  # fmt: skip
@@ -26,7 +27,7 @@ VAL = ("scene-0103", "scene-0916")
 SCENES = sorted(TRAIN + VAL)
 
 KEYFRAME, SWEEP, CAMERA_SWEEP = 500_000, 50_000, 83_333  # intervals in microseconds
-START = 1_532_402_927_000_000  # microseconds: time at which the first scene starts
+START = 1_532_402_927_000_000  # microseconds since 1970: time at which the first scene starts
 SCENE_INTERVAL = 100_000_000  # microseconds between the starts of successive scenes
 
 ATTRIBUTES = (
@@ -39,7 +40,7 @@ VISIBILITY = ("v0-40", "v40-60", "v60-80", "v80-100")  # percent; their tokens a
 def scene_names(count: int) -> list[str]:
     """`count` scene names of nuScenes mini, sorted; both validation scenes are among them, or one if `count` is 2.
 
-    The devkit's LidarSegEval requires every scene of a split.
+    Both, because the devkit's LidarSegEval requires every scene of the split that it evaluates.
     """
     val = min(2, count - 1)
     return sorted(VAL[:val] + TRAIN[: count - val])
@@ -50,11 +51,11 @@ def scene_of(args, name: str) -> Scene:
     return _cached_scene(args.seed, SCENES.index(name), (args.keyframes - 1) * KEYFRAME / 1e6)
 
 
-_cached_scene = lru_cache(maxsize=1)(Scene)  # making one takes longer than a record
+_cached_scene = lru_cache(maxsize=1)(Scene)  # making a scene takes longer than making a record of it
 
 
 def frames_of(args, channel: str, k: int) -> list[tuple[int, bool]]:
-    """(stamp, is keyframe) of each frame of a channel after its keyframe k - 1, up to keyframe k."""
+    """(stamp, is keyframe) of each frame of a channel after its keyframe k - 1, up to and with keyframe k."""
     if channel in rig.CAMERAS:
         sweeps, step, early = args.camera_sweeps, CAMERA_SWEEP, round(rig.CAMERAS[channel].early * 1e6)
     else:
@@ -63,31 +64,31 @@ def frames_of(args, channel: str, k: int) -> list[tuple[int, bool]]:
 
 
 def data_file(name: str, channel: str, stamp: int, is_key: bool) -> str:
-    """Path below the root of an image or of LiDAR points."""
+    """Path below the dataset's root of an image or of LiDAR points."""
     folder, end = "samples" if is_key else "sweeps", "jpg" if channel in rig.CAMERAS else "pcd.bin"
     return f"{folder}/{channel}/{_logfile(name)}__{channel}__{_time(name, stamp)}.{end}"
 
 
 def labels_file(args, name: str, stamp: int) -> str:
-    """Path below the root of the lidarseg labels of a keyframe."""
+    """Path below the dataset's root of the lidarseg labels of a keyframe."""
     return f"lidarseg/{VERSION}/{_token(args, 'sample_data', name, rig.LIDAR, stamp)}_lidarseg.bin"
 
 
 def map_file(args) -> str:
-    """Path below the root of the map."""
+    """Path below the dataset's root of the map."""
     return f"maps/{_token(args, 'map')}.png"
 
 
-def make_tables(args, counts: dict[str, list]) -> dict[str, list[dict]]:
+def make_tables(args, censuses: dict[str, list]) -> dict[str, list[dict]]:
     """All tables as lists of records.
 
-    counts: for each scene, the result of `rig.census` at each keyframe.
+    censuses: for each scene, the result of `rig.census` at each keyframe.
     """
     channels = {**dict.fromkeys(rig.CAMERAS, "camera"), rig.LIDAR: "lidar"}
     tables = {
         "category": [
-            {"token": _token(args, "category", name), "name": name, "description": "", "index": index}
-            for index, name in enumerate(CATEGORIES)
+            {"token": _token(args, "category", category), "name": category, "description": "", "index": index}
+            for index, category in enumerate(CATEGORIES)
         ],
         "attribute": [{"token": _token(args, "attribute", a), "name": a, "description": ""} for a in ATTRIBUTES],
         "visibility": [
@@ -101,16 +102,16 @@ def make_tables(args, counts: dict[str, list]) -> dict[str, list[dict]]:
         "map": [
             {
                 "token": _token(args, "map"),
-                "log_tokens": [_token(args, "log", name) for name in counts],
+                "log_tokens": [_token(args, "log", name) for name in censuses],
                 "category": "semantic_prior",
                 "filename": map_file(args),
             }
         ],
     }
-    for name in ("log", "scene", "sample", "calibrated_sensor", "ego_pose", "sample_data", "lidarseg", "instance"):
-        tables[name] = []
+    for table in ("log", "scene", "sample", "calibrated_sensor", "ego_pose", "sample_data", "lidarseg", "instance"):
+        tables[table] = []
     tables["sample_annotation"] = []
-    for name, of_scene in counts.items():
+    for name, of_scene in censuses.items():
         _scene_records(tables, args, name)
         for channel in channels:
             _channel_records(tables, args, name, channel)
@@ -119,7 +120,7 @@ def make_tables(args, counts: dict[str, list]) -> dict[str, list[dict]]:
 
 
 def _scene_records(tables, args, name):
-    scene, samples = scene_of(args, name), [("sample", name, k) for k in range(args.keyframes)]
+    scene, ids = scene_of(args, name), [("sample", name, k) for k in range(args.keyframes)]
     content = f"towards a crossing, then {scene.turn}; roadworks, {len(scene.actors)} objects"
     tables["log"].append(
         {
@@ -135,13 +136,13 @@ def _scene_records(tables, args, name):
             "token": _token(args, "scene", name),
             "log_token": _token(args, "log", name),
             "nbr_samples": args.keyframes,
-            "first_sample_token": _token(args, *samples[0]),
-            "last_sample_token": _token(args, *samples[-1]),
+            "first_sample_token": _token(args, *ids[0]),
+            "last_sample_token": _token(args, *ids[-1]),
             "name": name,
             "description": f"Synthetic city: {content}",
         }
     )
-    for k, chain in enumerate(_chain(args, samples)):
+    for k, chain in enumerate(_chain(args, ids)):
         tables["sample"].append(
             {**chain, "timestamp": _time(name, k * KEYFRAME), "scene_token": _token(args, "scene", name)}
         )
@@ -163,10 +164,10 @@ def _channel_records(tables, args, name, channel):
         }
     )
     scene = scene_of(args, name)
-    stamps = [frame for k in range(args.keyframes) for frame in frames_of(args, channel, k)]
-    keys = [("sample_data", name, channel, stamp) for stamp, _ in stamps]
-    sample = 0
-    for (stamp, is_key), chain in zip(stamps, _chain(args, keys), strict=True):
+    frames = [frame for k in range(args.keyframes) for frame in frames_of(args, channel, k)]
+    ids = [("sample_data", name, channel, stamp) for stamp, _ in frames]
+    k = 0  # keyframe that the frame belongs to: itself, or the next one
+    for (stamp, is_key), chain in zip(frames, _chain(args, ids), strict=True):
         rotation, translation = rig.ego_pose(scene, stamp / 1e6)
         tables["ego_pose"].append(
             {
@@ -179,7 +180,7 @@ def _channel_records(tables, args, name, channel):
         tables["sample_data"].append(
             {
                 **chain,
-                "sample_token": _token(args, "sample", name, sample),
+                "sample_token": _token(args, "sample", name, k),
                 "ego_pose_token": chain["token"],
                 "calibrated_sensor_token": calibration,
                 "timestamp": _time(name, stamp),
@@ -193,13 +194,13 @@ def _channel_records(tables, args, name, channel):
         if is_key and not is_camera:
             record = {"token": chain["token"], "sample_data_token": chain["token"]}
             tables["lidarseg"].append({**record, "filename": labels_file(args, name, stamp)})
-        sample += is_key
+        k += is_key
 
 
-def _actor_records(tables, args, name, counts):
+def _actor_records(tables, args, name, censuses):
     """Instances and their annotations, from the first to the last keyframe in which an actor is within VIEW_DISTANCE.
 
-    counts: the result of `rig.census` at each keyframe.
+    censuses: the result of `rig.census` at each keyframe.
     """
     scene = scene_of(args, name)
     times = np.arange(args.keyframes) * KEYFRAME / 1e6
@@ -209,20 +210,20 @@ def _actor_records(tables, args, name, counts):
         near = np.nonzero(np.hypot(*(track - ego)[:, :2].T) < VIEW_DISTANCE)[0]
         if not len(near):
             continue
-        frames = range(near[0], near[-1] + 1)
-        keys = [("sample_annotation", name, i, k) for k in frames]
+        keyframes = range(near[0], near[-1] + 1)
+        ids = [("sample_annotation", name, i, k) for k in keyframes]
         tables["instance"].append(
             {
                 "token": _token(args, "instance", name, i),
                 "category_token": _token(args, "category", KINDS[actor.kind].category),
-                "nbr_annotations": len(keys),
-                "first_annotation_token": _token(args, *keys[0]),
-                "last_annotation_token": _token(args, *keys[-1]),
+                "nbr_annotations": len(ids),
+                "first_annotation_token": _token(args, *ids[0]),
+                "last_annotation_token": _token(args, *ids[-1]),
             }
         )
-        for k, chain in zip(frames, _chain(args, keys), strict=True):
+        for k, chain in zip(keyframes, _chain(args, ids), strict=True):
             x, y, yaw = track[k]
-            inside, visible = (column[i] for column in counts[k])
+            inside, visible = (of_actors[i] for of_actors in censuses[k])
             tables["sample_annotation"].append(
                 {
                     **chain,
@@ -239,18 +240,20 @@ def _actor_records(tables, args, name, counts):
             )
 
 
-def _chain(args, keys):
-    """Yield the fields token, prev and next of consecutive records, whose tokens are made from `keys`."""
-    tokens = ["", *(_token(args, *key) for key in keys), ""]
+def _chain(args, ids):
+    """Yield the fields token, prev and next of consecutive records, whose tokens `_token` makes from `ids`."""
+    tokens = ["", *(_token(args, *id_) for id_ in ids), ""]
     for before, token, after in zip(tokens, tokens[1:], tokens[2:], strict=False):
         yield {"token": token, "prev": before, "next": after}
 
 
-def _token(args, *key):
-    return md5("/".join(map(str, (args.seed, *key))).encode()).hexdigest()
+def _token(args, *id_):
+    """The token of the record that `id_` identifies: the kind of record, and which one."""
+    return md5("/".join(map(str, (args.seed, *id_))).encode()).hexdigest()
 
 
 def _time(name, stamp):
+    """Microseconds since 1970."""
     return START + SCENES.index(name) * SCENE_INTERVAL + stamp
 
 

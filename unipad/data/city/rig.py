@@ -34,7 +34,7 @@ CAMERAS = {
     "CAM_BACK_LEFT": Camera((1.04, 0.48, 1.59), 108.6, -0.9, 1256.7, (792.1, 492.8), 0.0005),
     "CAM_FRONT_LEFT": Camera((1.52, 0.49, 1.51), 55.2, 0.1, 1272.6, (826.6, 479.8), 0.0431),
 }
-FULL_SIZE = (900, 1600)
+FULL_SIZE = (900, 1600)  # height and width of nuScenes' images
 CAMERA_AXES = Quaternion(0.5, -0.5, 0.5, -0.5)  # camera -> ego, looking ahead
 
 LIDAR = "LIDAR_TOP"
@@ -45,7 +45,8 @@ LIDAR_RANGE = 70.0  # meters; beams that hit nothing nearer than this return not
 RANGE_NOISE, INTENSITY_NOISE = 0.01, 2.0  # standard deviations, in meters and on the scale 0-255
 DROPOUT = 0.02  # fraction of beams that return nothing although they hit something in range
 
-# The ego vehicle in its own frame. Only the LiDAR sees it, since the cameras look outwards.
+# The ego vehicle in its own frame. Only `scan` adds it to the solids of a scene: the cameras look outwards.
+# Arguments of `solid`: center of the bottom, yaw, size, material, color, category, taper.
 EGO = np.array(
     [
         solid((1.39, 0, 0.2), 0.0, (4.08, 1.73, 0.7), "body", (0.9,) * 3, "vehicle.ego"),
@@ -56,13 +57,13 @@ EGO = np.array(
 
 
 def ego_pose(scene, t):
-    """Ego -> world at time t: rotation, translation [3]."""
+    """Ego -> world at time t: rotation (a quaternion), translation [3]."""
     x, y, yaw = scene.ego.pose(t)
     return Quaternion(axis=(0, 0, 1), radians=yaw), np.array([x, y, 0.0])
 
 
 def camera_rotation(channel):
-    """Camera -> ego."""
+    """Camera -> ego, a quaternion."""
     camera = CAMERAS[channel]
     rotation = Quaternion(axis=(0, 0, 1), degrees=camera.yaw) * Quaternion(axis=(0, 1, 0), degrees=-camera.pitch)
     return rotation * CAMERA_AXES
@@ -83,7 +84,7 @@ def camera_view(scene, channel, size, t):
 
 
 def lidar_view(scene, columns, t):
-    """The beams of the LiDAR at time t; the first column points along its x axis, to the right."""
+    """The beams of the LiDAR at time t; the first column points along the LiDAR's x axis, to the right."""
     rotation, translation = ego_pose(scene, t)
     origin = rotation.rotate(np.array(LIDAR_POSITION)) + translation
     return LidarView(origin, scene.ego.pose(t)[2] - np.pi / 2, BEAMS, columns)
@@ -100,7 +101,7 @@ class Scan:
 
 
 def scan(scene, t, columns, rng):
-    """Scan the scene at time t, all beams at once; columns: number of azimuths; rng: for noise and dropout."""
+    """Scan the scene at time t, all beams fired at once; columns: number of azimuths; rng: for noise and dropout."""
     view = lidar_view(scene, columns, t)
     rotation, translation = ego_pose(scene, t)
     ego = EGO.copy()
@@ -108,21 +109,22 @@ def scan(scene, t, columns, rng):
     ego["yaw"] = scene.ego.pose(t)[2]
     solids = np.concatenate([scene.solids(t), ego])
     distance, hit = cast(view, solids)
-    bright, category = intensity(scene.city, view, solids, distance, hit)
+    intensities, category = intensity(scene.city, view, solids, distance, hit)
     owner = np.where(hit >= 0, solids["owner"][hit], -1)
     hits = np.bincount(owner[owner >= 0], minlength=len(scene.actors))
 
     n = len(hit)
     returned = (rng.random(n) > DROPOUT) & (distance < LIDAR_RANGE)
-    measured = np.where(returned, distance, 0) + rng.normal(0, RANGE_NOISE, n)
-    bright = (bright + rng.normal(0, INTENSITY_NOISE, n)).clip(0, 255)
+    # 0 instead of inf, without effect: only beams that returned are kept below
+    ranges = np.where(returned, distance, 0) + rng.normal(0, RANGE_NOISE, n)
+    intensities = (intensities + rng.normal(0, INTENSITY_NOISE, n)).clip(0, 255)
     azimuth = view.step * np.arange(columns)
     horizontal, up = np.cos(BEAMS)[:, None], np.sin(BEAMS)[:, None] + 0 * azimuth  # `up` for every azimuth too
-    x, y, z = (axis.ravel() * measured for axis in (horizontal * np.cos(azimuth), horizontal * np.sin(azimuth), up))
+    x, y, z = (axis.ravel() * ranges for axis in (horizontal * np.cos(azimuth), horizontal * np.sin(azimuth), up))
     ring = np.repeat(np.arange(len(BEAMS)), columns)
     order = np.arange(n).reshape(view.shape).T.ravel()  # azimuth by azimuth instead of ring by ring
     order = order[returned[order]]
-    points = np.stack([x, y, z, bright, ring], axis=1)[order].astype(np.float32)
+    points = np.stack([x, y, z, intensities, ring], axis=1)[order].astype(np.float32)
     return Scan(points, category[order], owner[order], hits)
 
 
@@ -132,12 +134,12 @@ def census(scene, t, columns, scan):
     scan: the `Scan` of `scene` at time `t` with this number of `columns`.
 
     Returns:
-        inside:  [actors] int64 returns from the actor that lie inside its box.
+        inside:  [actors] int64 number of returns from the actor that lie inside its annotation box.
         visible: [actors] fraction of the beams towards it that are not occluded; 0 if no beam points at it.
     """
     of_actors = np.nonzero(scan.owner >= 0)[0]
     owner, (x, y, z) = scan.owner[of_actors], scan.points[of_actors, :3].astype(np.float64).T
-    ahead, left = y + LIDAR_POSITION[0], LIDAR_POSITION[1] - x  # LIDAR_ROTATION, written out
+    ahead, left = y + LIDAR_POSITION[0], LIDAR_POSITION[1] - x  # LiDAR -> ego: LIDAR_ROTATION, written out
     ego_x, ego_y, heading = scene.ego.pose(t)
     c, s = np.cos(heading), np.sin(heading)
     world = np.stack([ego_x + c * ahead - s * left, ego_y + s * ahead + c * left, z + LIDAR_POSITION[2]], axis=1)
@@ -149,7 +151,7 @@ def census(scene, t, columns, scan):
     pieces = solids[solids["owner"] >= 0]
     view = lidar_view(scene, columns, t)
     n = view.directions.shape[1]
-    # rays that would hit each actor if nothing else were there
+    # rays that would hit each actor if nothing else were there, as owner * n + ray; `unique`: a ray may hit two pieces
     alone = [pieces["owner"][piece] * np.int64(n) + ray for ray, piece, _ in crossings(view, pieces)]
     possible = np.bincount(np.unique(np.concatenate([np.empty(0, np.int64), *alone])) // n, minlength=len(inside))
     return inside, scan.hits / np.maximum(possible, 1)

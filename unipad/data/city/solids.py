@@ -1,9 +1,9 @@
-"""Upright convex solids, the primitives of the city, as rows of a structured array."""
+"""Tapered boxes and ellipsoids, rotated about z only: the primitives of the city, as rows of a structured array."""
 
 import numpy as np
 
-# One solid. `taper`: how far the front face, the back face and both side faces lean inwards, in meters per meter of
-# height.
+# One solid. `taper`: how far the front face, the back face and each side face lean inwards, in meters per meter of
+# height above the bottom, which has the size `half`.
 SOLID = np.dtype(
     [
         ("center", "f8", 3),  # world, meters
@@ -36,7 +36,8 @@ CATEGORY = {name: index for index, name in enumerate(CATEGORIES)}
 
 
 def solid(base, yaw, size, material, color, category, taper=(0, 0, 0), is_round=False, owner=-1):
-    """A row of a SOLID array, as a tuple. base: x, y, z of the center of the bottom; size: length, width, height."""
+    """A row of a SOLID array, as a tuple. base: x, y, z of the center of the bottom; size: length, width, height (an
+    actor's is width, length, height, as in nuScenes); taper: of front, back and sides."""
     x, y, z = base
     half = tuple(v / 2 for v in size)
     index = MATERIALS.index(material)
@@ -57,7 +58,8 @@ EDGES = np.array([(i, i + k) for k in (1, 2, 4) for i in range(8) if not i & k])
 
 
 def to_local(solids, points):
-    """[n, 3] world points ([3] or [n, 3]) relative to the center of each solid, x along its heading."""
+    """[n, 3] coordinates relative to the center of each of n solids, x along its heading, of one world point [3] or of
+    one for each solid [n, 3]."""
     p = points - solids["center"]
     c, s = np.cos(solids["yaw"]), np.sin(solids["yaw"])
     return np.stack([c * p[:, 0] + s * p[:, 1], c * p[:, 1] - s * p[:, 0], p[:, 2]], axis=1)

@@ -1,4 +1,4 @@
-"""Road users, and scenes: drives through the city in traffic.
+"""Road users, and `Scene`: a drive through the city in traffic.
 
 Every scene has all ten detection classes near its start: the large ones parked along the curb on both sides,
 a construction site with cones and barriers, people on the sidewalks and moving traffic. Nothing ever collides:
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from unipad.data.city.solids import SOLID, solid
-from unipad.data.city.streets import AXES, CROSSWALK, LANE, PITCH, ROAD, STREETS, City
+from unipad.data.city.streets import AXES, CROSSWALK, HALF_ROAD, LANE_MIDDLE, PITCH, STREETS, City
 
 # meters from the ego vehicle up to which the sensors see houses, and all other solids
 HOUSE_VIEW_DISTANCE, VIEW_DISTANCE = 140.0, 90.0
@@ -24,9 +24,9 @@ class Kind:
     of its height, from the ground."""
 
     category: str
-    size: tuple[float, float, float]  # width, length, height
+    size: tuple[float, float, float]  # width, length, height; meters, mean: actors differ by up to 6 %
     colors: tuple  # RGB in [0, 1]; each actor gets one of them
-    pieces: tuple  # (x range, y range, z range, material, color or None for the actor's own, taper, is round)
+    pieces: tuple  # of (x range, y range, z range, material, color or None for the actor's own, taper, is round)
     moving: str = ""  # nuScenes attribute when it moves
     still: str = ""  # and when it stands still
 
@@ -62,6 +62,12 @@ MOTORCYCLE = (
     ((0.18, 0.26), (-0.5, 0.5), (0.84, 1.0), "plain", GRAY, NO_TAPER, False),
     ((0.20, 0.34), (-0.2, 0.2), (0.50, 0.88), "plain", None, NO_TAPER, False),
 )
+PEDESTRIAN = (
+    ((-0.16, 0.16), (-0.34, 0.34), (0, 0.50), "plain", DENIM, NO_TAPER, False),
+    ((-0.22, 0.22), (-0.37, 0.37), (0.40, 0.88), "plain", None, NO_TAPER, True),
+    ((-0.24, 0.24), (-0.48, 0.48), (0.55, 0.75), "plain", None, (0.5, 0.5, 0.7), False),
+    ((-0.16, 0.18), (-0.17, 0.17), (0.85, 1), "plain", SKIN, NO_TAPER, True),
+)
 
 
 def lowered(pieces, fraction):
@@ -69,16 +75,11 @@ def lowered(pieces, fraction):
     return tuple((x, y, (z[0] * fraction, z[1] * fraction), *rest) for x, y, z, *rest in pieces)
 
 
-# Attributes as the original assigns them to detections: a stationary bus is at its stop, other vehicles are parked.
+# nuScenes attributes, as the original UniPAD assigns them to detections: a stationary bus is at its stop
+# (vehicle.stopped), other vehicles are parked.
 VEHICLE = {"moving": "vehicle.moving", "still": "vehicle.parked"}
 RIDDEN = {"moving": "cycle.with_rider", "still": "cycle.with_rider"}
 RIDERLESS = {"moving": "cycle.without_rider", "still": "cycle.without_rider"}
-PEDESTRIAN = (
-    ((-0.16, 0.16), (-0.34, 0.34), (0, 0.50), "plain", DENIM, NO_TAPER, False),
-    ((-0.22, 0.22), (-0.37, 0.37), (0.40, 0.88), "plain", None, NO_TAPER, True),
-    ((-0.24, 0.24), (-0.48, 0.48), (0.55, 0.75), "plain", None, (0.5, 0.5, 0.7), False),
-    ((-0.16, 0.18), (-0.17, 0.17), (0.85, 1), "plain", SKIN, NO_TAPER, True),
-)
 
 KINDS = {
     "car": Kind(
@@ -149,10 +150,10 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Actor:
-    """An object with an annotation box: it follows `path` from `start` meters along it, at `speed` m/s."""
+    """An object with an annotation box: it follows `path` from `start` meters along it, at `speed` m/s (0: at rest)."""
 
     kind: str  # a key of KINDS
-    size: tuple[float, float, float]  # width, length, height
+    size: tuple[float, float, float]  # width, length, height; meters
     color: tuple[float, float, float]
     path: "Path"
     start: float
@@ -168,7 +169,7 @@ class Actor:
         return KINDS[self.kind].moving if self.speed else KINDS[self.kind].still
 
     def solids(self, owner):
-        """Rows of a SOLID array, relative to the center of the box's bottom."""
+        """Rows of a SOLID array, relative to the center of the box's bottom. owner: index of the actor in its scene."""
         (width, length, height), kind = self.size, KINDS[self.kind]
         for *ranges, material, color, taper, is_round in kind.pieces:
             begin, end = np.array(ranges).T * (length, width, height)
@@ -184,13 +185,13 @@ class Path:
     def __init__(self, points):
         step = np.diff(points, axis=0)
         self.points = points
-        self.length = np.append(0, np.hypot(*step.T).cumsum())
-        self.middles = (self.length[1:] + self.length[:-1]) / 2
+        self.arc_lengths = np.append(0, np.hypot(*step.T).cumsum())  # [n], of `points`
+        self.middles = (self.arc_lengths[1:] + self.arc_lengths[:-1]) / 2  # [n - 1] arc lengths, of the segments
         self.yaw = np.unwrap(np.arctan2(step[:, 1], step[:, 0]))
 
     def at(self, s):
         """[..., 3] x, y, yaw at arc lengths `s`, meters."""
-        x, y = (np.interp(s, self.length, self.points[:, i]) for i in range(2))
+        x, y = (np.interp(s, self.arc_lengths, self.points[:, i]) for i in range(2))
         return np.stack([x, y, np.interp(s, self.middles, self.yaw)], axis=-1)
 
 
@@ -202,25 +203,26 @@ class Scene:
     fixed: np.ndarray  # [n] SOLID, the solids of the static city near `track`
 
     def __init__(self, seed, index, duration):
-        """index: number of the scene in its dataset, from 0; duration: seconds it lasts."""
+        """index: number of the scene in `records.SCENES`; duration: seconds it lasts."""
         self.city, self.index, self.duration = City.of(seed), index, duration
         self.rng = rng = np.random.default_rng([seed, 3, index])
-        # scenes have different intersections, away from the border of the map, as long as there are enough
+        # every scene has its own intersection, away from the border of the map, as long as there are enough
         inner = STREETS - 3
         order = np.random.default_rng([seed, 4]).permutation(inner * inner)
-        # the center of that intersection: grid x, y in meters
+        # the center of the scene's intersection: grid x, y in meters
         self.node = (np.array(divmod(order[index % len(order)], inner)) + 2) * PITCH
-        self.heading = int(rng.integers(4))  # index into AXES
+        self.heading = int(rng.integers(4))  # in which the ego vehicle arrives at the intersection: index into AXES
         self.turn = ("straight", "left", "right")[index % 3]
         # after the first turn always right, so that a long scene circles a block instead of leaving the city
-        turns = [self.turn] + ["right"] * (2 + int(duration * 8 / PITCH))  # enough at 8 m/s
+        turns = [self.turn] + ["right"] * (2 + int(duration * 8 / PITCH))  # two more than blocks passed at 8 m/s
         speed = rng.uniform(6.5, 8.5) if self.turn == "straight" else rng.uniform(5.5, 6.5)
-        self.before = rng.uniform(26, 32)  # meters from the start to the intersection
+        self.approach = rng.uniform(26, 32)  # meters from the start to the center of the intersection
         path = self._lane_path(self.heading, turns)
-        self.ego = Actor("car", (1.73, 4.08, 1.56), WHITE, path, PITCH - self.before, speed)
+        # the path begins PITCH before the intersection
+        self.ego = Actor("car", (1.73, 4.08, 1.56), WHITE, path, PITCH - self.approach, speed)
 
-        self._times = np.arange(0, duration + 0.25, 0.25)
-        self._taken = [self._discs(self.ego)]
+        self._times = np.arange(0, duration + 0.25, 0.25)  # at which `_add` looks for collisions
+        self._taken = [self._discs(self.ego)]  # where the ego vehicle and every actor are
         self.actors = []
         self._add_parked()
         self._add_people()
@@ -228,6 +230,7 @@ class Scene:
 
         self._start_poses = np.array([a.pose(0.0) for a in self.actors])
         self._movers = [i for i, a in enumerate(self.actors) if a.speed]
+        # the actors' solids, relative to their actors, which `owner` numbers
         self._pieces = np.array([row for i, a in enumerate(self.actors) for row in a.solids(i)], dtype=SOLID)
         self.track = self.ego.pose(np.linspace(0, duration, 50))[:, :2]
         offsets = range(-2, 3)  # two blocks more on every side: 144 m, above HOUSE_VIEW_DISTANCE
@@ -239,7 +242,7 @@ class Scene:
         self.sun = np.array([horizontal * np.cos(azimuth), horizontal * np.sin(azimuth), np.sin(elevation)])
 
     def poses(self, t):
-        """[actors, 3] x, y, yaw at time t."""
+        """[actors, 3] x, y, yaw at time t. As in all methods, the ego vehicle is not one of the actors."""
         poses = self._start_poses.copy()
         for i in self._movers:
             poses[i] = self.actors[i].pose(t)
@@ -257,6 +260,7 @@ class Scene:
         """All solids within view distance at time t except the ego vehicle, a SOLID array."""
         here = self.ego.pose(t)[:2]
         distance = np.hypot(*(self.fixed["center"][:, :2] - here).T)
+        # houses: only they are longer, wider or higher than 8 m
         limit = np.where(self.fixed["half"].max(axis=1) > 4, HOUSE_VIEW_DISTANCE, VIEW_DISTANCE)
         pieces = self._pieces.copy()
         x, y, yaw = self.poses(t)[pieces["owner"]].T
@@ -269,13 +273,14 @@ class Scene:
         return np.concatenate([self.fixed[distance < limit], pieces[near]])
 
     def _add_parked(self):
-        """Park along the curbs: each large kind on one side of the start; a random mix in all streets of the
-        intersection."""
+        """Park along the curbs: where the ego vehicle starts, the large kinds (two on each side, among cars); in all
+        streets that leave the intersection, a random mix."""
         rng = self.rng
+        # side: -1 right, 1 left
         for side, kinds in ((-1, ["site", "truck"]), (1, ["bus", "trailer"])):
             # meters ahead of the intersection: from 18 m behind the start to 1.5 m before the crosswalk; a construction
             # site takes 12.5 m
-            begin, end = -self.before - 18, -ROAD - CROSSWALK[1] - 1.5
+            begin, end = -self.approach - 18, -HALF_ROAD - CROSSWALK[1] - 1.5
             room = end - begin - sum(12.5 if k == "site" else KINDS[k].size[1] + 2 for k in kinds)
             kinds += ["car"] * int(room / (KINDS["car"].size[1] + 1.5))
             for kind in rng.permutation(kinds):
@@ -284,9 +289,9 @@ class Scene:
                     begin += 12.5
                 else:
                     begin = self._park_at_curb(kind, self.heading, begin, side) + rng.uniform(0.8, 1.4)
-        for direction in range(4):  # of the streets that leave the intersection, indices into AXES
+        for direction in range(4):  # of the streets that leave the intersection: index into AXES
             for side in (-1, 1):
-                begin = ROAD + 11
+                begin = HALF_ROAD + 11
                 while begin < PITCH - 24:
                     kind = rng.choice(["car", "truck", "motorcycle", "none"], p=[0.55, 0.06, 0.07, 0.32])
                     begin = (
@@ -297,10 +302,11 @@ class Scene:
 
     def _park_at_curb(self, kind, heading, begin, side):
         """Park an actor at the curb on one side (1 left, -1 right) of a street, from `begin` meters ahead of the
-        intersection on; returns where it ends, or would end if it did not collide."""
+        intersection on, in the direction of the traffic on that side. Returns where it ends or, where it would collide
+        and is left out, would end."""
         width, length, _ = KINDS[kind].size
         spot = self._point_path(
-            begin + length / 2, side * (ROAD - width / 2 - 0.3), heading, 0.0 if side < 0 else np.pi
+            begin + length / 2, side * (HALF_ROAD - width / 2 - 0.3), heading, 0.0 if side < 0 else np.pi
         )
         self._add(kind, spot)
         return begin + length
@@ -309,57 +315,57 @@ class Scene:
         """A construction site on 11 m of the parking lane: an excavator between barriers, cones towards the traffic."""
         rotation = 0.0 if side < 0 else np.pi
         for ahead in (0.4, 10.8):
-            self._add("barrier", self._point_path(begin + ahead, side * (ROAD - 1.4), rotation=rotation))
-        self._add("construction", self._point_path(begin + 5.6, side * (ROAD - 1.5), rotation=rotation))
+            self._add("barrier", self._point_path(begin + ahead, side * (HALF_ROAD - 1.4), rotation=rotation))
+        self._add("construction", self._point_path(begin + 5.6, side * (HALF_ROAD - 1.5), rotation=rotation))
         for ahead in (0.6, 3.2, 5.8, 8.4, 10.6):
-            self._add("cone", self._point_path(begin + ahead, side * (ROAD - 3.1)), gap=0.0)
+            self._add("cone", self._point_path(begin + ahead, side * (HALF_ROAD - 3.1)), gap=0.0)
 
     def _add_people(self):
         """Add people and riderless cycles on the sidewalks, people on the crosswalks."""
         rng = self.rng
-        start_ahead = -self.before  # of the ego vehicle, meters ahead of the intersection
+        start_ahead = -self.approach  # of the ego vehicle, meters ahead of the intersection
         for kind in ("bicycle", "bicycle", "motorcycle"):
             self._add_at_random(
-                kind, lambda: self._point_path(rng.uniform(start_ahead, -15), rng.choice([-1, 1]) * (ROAD + 0.7))
+                kind, lambda: self._point_path(rng.uniform(start_ahead, -15), rng.choice([-1, 1]) * (HALF_ROAD + 0.7))
             )
         self._add_at_random(
             "pedestrian",
-            lambda: self._point_path(rng.uniform(start_ahead, -12), -ROAD - 1.6, rotation=rng.uniform(0, 6)),
+            lambda: self._point_path(rng.uniform(start_ahead, -12), -HALF_ROAD - 1.6, rotation=rng.uniform(0, 6)),
         )
         for _ in range(7):
-            left = rng.choice([-1, 1]) * (ROAD + rng.uniform(1.1, 2.2))
+            left = rng.choice([-1, 1]) * (HALF_ROAD + rng.uniform(1.1, 2.2))
             ends = rng.permutation([(-58, left), (-12, left)])
-            self._add_at_random("pedestrian", lambda ends=ends: self._straight_path(*ends), 46, (0.8, 1.6))
-        for ahead in (-12.5, -12.5, 12.5):  # in the middle of crosswalks
+            self._add_at_random("pedestrian", lambda ends=ends: self._straight_path(*ends), start=46, speed=(0.8, 1.6))
+        for ahead in (-12.5, -12.5, 12.5):  # on crosswalks, which are 11.5 to 14.5 m from the intersection's center
             ends = rng.permutation([(ahead, -9), (ahead, 9)])
-            self._add_at_random("pedestrian", lambda ends=ends: self._straight_path(*ends), 12, (0.7, 1.5))
+            self._add_at_random("pedestrian", lambda ends=ends: self._straight_path(*ends), start=12, speed=(0.7, 1.5))
 
     def _add_traffic(self):
         """Add traffic: ahead of and behind the ego vehicle, a cyclist, and others from all directions."""
         rng, ego = self.rng, self.ego
         self._add("car", ego.path, ego.start + rng.uniform(13, 18), ego.speed)
         self._add("motorcyclist", ego.path, ego.start - rng.uniform(8, 11), ego.speed)
-        edge = self._lane_path(self.heading, ["straight"] * 3, left=-LANE - 1.45)
-        self._add_at_random("cyclist", lambda: edge, (ego.start + 4, ego.start + 18), (3.0, 5.0), gap=0.3)
+        edge = self._lane_path(self.heading, ["straight"] * 3, left=-LANE_MIDDLE - 1.45)
+        self._add_at_random("cyclist", lambda: edge, start=(ego.start + 4, ego.start + 18), speed=(3.0, 5.0), gap=0.3)
         for _ in range(9):
             kind = rng.choice(["car", "truck", "bus", "motorcyclist"], p=[0.7, 0.1, 0.07, 0.13])
             turns = [rng.choice(["straight", "left", "right"], p=[0.6, 0.2, 0.2])]
             turns += ["straight"] * (1 + int(self.duration * 9 / PITCH))
             path = self._lane_path(int(rng.integers(4)), turns)
-            self._add_at_random(kind, lambda path=path: path, 1.6 * PITCH, (4.0, 9.0), gap=2.0, tries=4)
+            self._add_at_random(kind, lambda path=path: path, start=1.6 * PITCH, speed=(4.0, 9.0), gap=2.0, tries=4)
 
     def _add_at_random(self, kind, make_path, start=0.0, speed=(0.0, 0.0), gap=0.8, tries=12):
-        """Add an actor where it collides with no other. Each try draws a path, a start on it (0 to `start` meters, or
-        the range `start`) and a speed from the range `speed`."""
+        """Add an actor where it collides with no other. Each try draws a path, a start on it (from 0 to `start`
+        meters, or from the range `start`) and a speed from the range `speed`."""
         begin, end = start if isinstance(start, tuple) else (0.0, start)
         for _ in range(tries):
             if self._add(kind, make_path(), self.rng.uniform(begin, end), self.rng.uniform(*speed), gap):
                 break
 
-    def _lane_path(self, heading, turns, left=-LANE):
+    def _lane_path(self, heading, turns, left=-LANE_MIDDLE):
         """Path along a lane, `left` meters to the left of the street's center line, from one street before the
-        intersection. Turns begin and end 9.5 m from the centers of intersections."""
-        node, k, points = self.node.astype(float), heading, []
+        intersection. Turns begin and end 9.5 m from the centers of intersections. heading: index into AXES."""
+        node, k, points = self.node.astype(float), heading, []  # k: heading on arrival at `node`
         points.append((node - PITCH * AXES[k] + left * AXES[(k + 1) % 4])[None])
         for turn in turns:
             enter = node - 9.5 * AXES[k] + left * AXES[(k + 1) % 4]
@@ -374,21 +380,23 @@ class Scene:
         return self._warped_path(np.concatenate(points))
 
     def _warped_path(self, corners):
-        """Path through grid points, warped like the streets."""
+        """Path through `corners`, grid points, warped like the streets."""
         corners = np.asarray(corners, float)
-        length = np.append(0, np.hypot(*np.diff(corners, axis=0).T).cumsum())
-        s = np.arange(0, length[-1], 0.5)
-        grid = np.stack([np.interp(s, length, corners[:, i]) for i in range(2)], axis=1)
+        arc_lengths = np.append(0, np.hypot(*np.diff(corners, axis=0).T).cumsum())
+        s = np.arange(0, arc_lengths[-1], 0.5)
+        grid = np.stack([np.interp(s, arc_lengths, corners[:, i]) for i in range(2)], axis=1)
         return Path(self.city.to_world(grid))
 
     def _straight_path(self, begin, end):
-        """Path between two points (ahead, left), in meters from the intersection, along the first street."""
+        """Path between two points (ahead, left), in meters from the intersection, in the axes of the street
+        in which the ego vehicle arrives."""
         axes = AXES[[self.heading, (self.heading + 1) % 4]]
         return self._warped_path(self.node + np.array([begin, end]) @ axes)
 
     def _point_path(self, ahead, left, heading=None, rotation=0.0):
         """Path for an actor at rest, `ahead` meters ahead of the intersection and `left` meters to the
-        left of the center line."""
+        left of the center line. heading: of the street, index into AXES (default: that in which the ego vehicle
+        arrives); rotation: of the actor relative to the street, radians."""
         x, y, yaw = self.city.street_pose(self.node, self.heading if heading is None else heading, ahead, left)
         yaw += rotation
         return Path(np.array([(x, y), (x + 0.1 * np.cos(yaw), y + 0.1 * np.sin(yaw))]))
@@ -409,9 +417,9 @@ class Scene:
         return True
 
     def _discs(self, actor):
-        """Discs that cover an actor's footprint at each of `_times`: centers [times, 5, 2], radius."""
+        """Discs over an actor's footprint but for its corners at each of `_times`: centers [times, 5, 2], radius."""
         width, length, _ = actor.size
-        if length < width:
+        if length < width:  # a barrier
             width, length, across = length, width, np.pi / 2
         else:
             across = 0.0

@@ -205,7 +205,7 @@ def main(args: Args):
             values = {}
             for i in range(args.accumulate):
                 batch, bad_frames = next(batches)
-                progress.skip(bad_frames)
+                progress.report_unreadable(bad_frames)
                 rngs = generators(args.seed, step, world.positions(i, micro_batch), device)
                 with local_gradients(model, more=i < args.accumulate - 1):
                     with autocast, progress.explains_divergence(net, step + 1):
@@ -226,7 +226,7 @@ def main(args: Args):
             save_now = done % save_every == 0 or stop_now or done == last or val_every and done % val_every == 0
             # waits for the GPU; other steps wait only in fp16's scaler and in `backend.host_wait`
             if report_now or save_now:
-                values = progress.finite(values, scaler, done)
+                values = progress.checked_means(values, scaler, done)
             if report_now:
                 progress.report(done, values, lr=optim.lr * lr_at(optim, step, steps))
             if save_now:

@@ -2,19 +2,20 @@
 
     python -m benchmarks.count_sparse_conv
 
-Needs no GPU: voxels come from benchmarks/lidar_scene.py. The machine code is compiled from the tests' launches, so its
-table needs the test dependencies (pip install -e '.[test]').
+Needs no GPU: voxels come from benchmarks/lidar_scene.py. The machine code is compiled from `LAUNCHES` of
+tests/kernels/test_sparse_*.py, so its table needs the test dependencies (pip install -e '.[test]').
 
 A pair is an output row and a neighbor that it reads at one offset; it needs one product, of the neighbor's row and a
-[Cin, Cout] matrix. "waste": products computed / products needed, since a tile multiplies all its rows at every offset
-at which one of them has a neighbor. "reuse": pairs / distinct rows that a tile reads, both summed over the tiles.
+[Cin, Cout] matrix. "waste": products computed / products needed, since a tile (the output rows of a program) multiplies
+all its rows at every offset at which one of them has a neighbor; for the weights' gradient, since chunks are padded to
+blocks or missing neighbors are multiplied as zeros. "reuse": pairs / distinct rows that a tile reads, summed over tiles.
 Bytes are L2 requests: indices, rows, weights, sums and results. A row that an earlier offset of a tile has read comes
 from the L1 if still cached (column "MB, L1 hits"), or from the L2 again (column "MB, L1 misses"). The minimum reads
-every row, weight and index of a pair once, and writes the results.
+every input row and every weight once and one index per pair, and writes the results; for the weights' gradient it reads
+the rows of both sides and no weights.
 """
 
 import importlib.util
-import os
 from dataclasses import dataclass
 
 import torch
@@ -134,7 +135,7 @@ def print_orders(all_layers, block_m=64):
 @dataclass
 class Cost:
     waste: float  # products computed / needed
-    padded_waste: float  # the same in FLOP: with the padding of channels, or of offsets, to blocks
+    padded_waste: float  # the same in FLOP: with channels padded to blocks, and offsets to those of a group
     bytes_cached: float  # from the L2, if rows read earlier by a tile come from the L1
     bytes_uncached: float  # from the L2, if they do not
     bytes_minimum: float
@@ -174,7 +175,8 @@ def d_weight_of_groups(table, c_in, c_out):
     groups, parts = -(-K // group), -(-M // sparse_gemm._group_rows(K, M, c_in))
     # if the L1 hits: for one block of outputs, a row that several offsets of a group read comes from the L2 once
     rows_read = sum(
-        (part >= 0).sum().item() / waste_and_reuse(part, torch.arange(M), block_r)[1] for part in table.split(group)
+        (offsets >= 0).sum().item() / waste_and_reuse(offsets, torch.arange(M), block_r)[1]
+        for offsets in table.split(group)
     )
     # the table (int32), the gradients of the outputs, and sums (fp32): of each part written and read, the total written
     rest = 4 * K * M + groups * M * c_out * BYTES + (2 * parts + 1) * 4 * K * c_in * c_out
@@ -240,14 +242,13 @@ def print_layers(all_layers):
     print(f"\nForward and backward of all: {gflop:.0f} GFLOP needed, {computed:.0f} computed; ", end="")
     print(f"{cached:.0f} MB if the L1 hits, {uncached:.0f} MB if it misses, minimum {minimum:.0f} MB.")
     tables = {id(t): t.nbytes for layer in all_layers for t in (layer.table, layer.inverse)}
-    print(f"Tables, read and written once each to make their tiles: {sum(tables.values()) / 1e6:.0f} MB.\n")
+    print(f"Size of the tables, which making their tiles reads once: {sum(tables.values()) / 1e6:.0f} MB.\n")
 
 
 # Machine code
 
 
 def print_kernels():
-    os.environ.pop("TRITON_INTERPRET", None)  # else the kernels are not compiled
     if importlib.util.find_spec("pytest") is None:
         return print("The machine code is left out: pip install -e '.[test]' first.")
     ahead_of_time = importlib.import_module("tests.ahead_of_time")
@@ -270,7 +271,7 @@ def print_kernels():
 
 if __name__ == "__main__":
     all_layers = layers()
-    print("| stage | voxels | nuScenes | neighbors of 27 | nuScenes |\n|---|---|---|---|---|")
+    print("| stage | voxels | voxels, nuScenes | neighbors of 27 | neighbors, nuScenes |\n|---|---|---|---|---|")
     stages = [layer for layer in all_layers if layer.name.startswith("stage")]
     for layer, (N, neighbors) in zip(stages, NUSCENES, strict=True):
         pairs, M = (layer.table >= 0).sum().item(), layer.table.shape[1]

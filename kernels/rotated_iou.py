@@ -14,7 +14,7 @@ no corners are sorted, and there is no list of vertices to index. The integral i
 on the border of a, parallel to it, or of length 0 needs no special case, as it would in polygon clipping. Corners are
 relative to a's center, so that no precision is lost far from the origin.
 
-Sizes: N and M boxes, P pairs; W words of 32 bits, one bit per box.
+Sizes: N and M boxes, or N pairs of boxes; W words of 32 bits, one bit per box.
 """
 
 import torch
@@ -209,6 +209,7 @@ def _edges_ref(px, py, qx, qy, half_l, half_w):
     beyond = torch.maximum(high, half_l) - torch.maximum(low, half_l)
     beyond = beyond - (torch.minimum(high, -half_l) - torch.minimum(low, -half_l))
     along = (high_in + low_in) * (high_in - low_in) / 2 + half_l * beyond  # integral of clamp(x) dx
+    # mean of clamp(x) over that part; times its extent along y it is the integral over dy
     mean = torch.where(high > low, along / torch.where(high > low, high - low, 1), low_in)
     return (y1 - y0) * mean
 
@@ -218,7 +219,7 @@ def _ratio_ref(intersection, size_a, size_b):
     return torch.where(union > 0, intersection / union, 0)
 
 
-BLOCK_N = 16  # boxes of a per program, of 8 warps: two pairs per lane (with four, ptxas spills)
+BLOCK_N = 16  # boxes of a per program of the IoU kernel, with 8 warps: two pairs per lane; with four it spills
 BLOCK_M = 32  # boxes of b per program
 BLOCK_P = 128  # pairs per program: one per lane
 
@@ -377,6 +378,7 @@ def _edge(px, py, qx, qy, half_l, half_w):
     beyond = tl.maximum(high, half_l) - tl.maximum(low, half_l)
     beyond -= tl.minimum(high, -half_l) - tl.minimum(low, -half_l)
     along = (high_in + low_in) * (high_in - low_in) / 2 + half_l * beyond  # integral of clamp(x) dx
+    # mean of clamp(x) over that part; times its extent along y it is the integral over dy
     mean = tl.where(high > low, along / tl.where(high > low, high - low, 1.0), low_in)
     return (y1 - y0) * mean
 

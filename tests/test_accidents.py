@@ -93,7 +93,7 @@ from unipad.runtime import start
 
 with start("cpu", deterministic=False) as world:
     progress = Progress(None, world, step=0, last=1, steps=1, batch_size=2)
-    progress.skip(["file: is missing", f"file of process {world.rank}: is missing"])
+    progress.report_unreadable(["file: is missing", f"file of process {world.rank}: is missing"])
     progress.sum_up()
 """
     assert "3 unreadable frames, named above, were replaced" in scripts.run_two("-c", code).stdout
@@ -250,7 +250,7 @@ def changed(change, *path):
         (changed(lambda _: None, "optimizer", "state", 0), "its optimizer does not fit"),
         (changed(lambda _: torch.zeros(3), "optimizer", "state", 0, "exp_avg"), "has other shapes than the weights"),
         (changed(lambda mean: mean / 0, "optimizer", "state", 0, "exp_avg"), "its state has impossible values"),
-        (changed(lambda _: torch.tensor(9.0), "optimizer", "state", 0, "step"), "it has done 9.0 of 1 steps"),
+        (changed(lambda _: torch.tensor(9.0), "optimizer", "state", 0, "step"), "its state is of step 9, the check"),
         (without("optimizer", "state", 3), "it has no state of some weights"),
         (changed(lambda _: [], "optimizer", "param_groups", 1, "params"), "it has other groups of weights"),
         (changed(lambda _: torch.zeros(2), "config", "args", "seed"), "is not the checkpoint of a training run"),
@@ -352,7 +352,7 @@ def test_a_run_resumes_after_its_dataset_has_moved(half_a_run, city, copy, tmp_p
         os.utime(table)  # changes the modification time
     with monkeypatch.context() as patch:
         patch.setattr(NuScenesDataset, "contents", lambda self: "digest of other frames")
-        with pytest.raises(UserError, match="was trained on other frames than .* has; give its dataset as --data-root"):
+        with pytest.raises(UserError, match="was trained on other frames than .* has; give the folder of"):
             pretrain(copy, run, "--resume", "auto")
     pretrain(copy, run, "--resume", "auto")
     assert json.loads((run / "config.json").read_text())["args"]["data_root"] == str(copy)
@@ -392,4 +392,4 @@ def test_invalid_lines_and_later_steps_are_dropped_from_a_log(tmp_path, capsys):
     log.write_bytes(b'{"step": 1}\n\xff\xfe{"step"\n[3]\n{"step": "x"}\n{"step": 3}\n{"command": []}\n{"st')
     _drop_records_after(2, log)
     assert log.read_bytes() == b'{"step": 1}\n{"command": []}\n'
-    assert f"{log}: 4 damaged lines are left out." in capsys.readouterr().err
+    assert f"{log}: removed 4 damaged lines." in capsys.readouterr().err

@@ -67,7 +67,7 @@ def nusc(city):
 
 
 def sample_data_chain(nusc, sample, camera, count):
-    """A camera's `sample_data` at the keyframe and `count` before it (`prev`), repeating the first of the scene."""
+    """A camera's `sample_data` at the keyframe and `count` before it, or the scene's first again."""
     chain = [nusc.get("sample_data", nusc.get("sample", sample.token)["data"][camera])]
     while len(chain) <= count:
         chain.append(nusc.get("sample_data", chain[-1]["prev"]) if chain[-1]["prev"] else chain[-1])
@@ -90,7 +90,7 @@ def test_a_sweep_later_than_its_next_one_is_refused(city, tmp_path):
     sweep["timestamp"] += 10_000_000
     table.write_text(json.dumps(rows))
     with pytest.raises(DataError, match="sample_data.json, row .*: its time is -10 s after that of its prev"):
-        for split in ("mini_train", "mini_val"):
+        for split in ("mini_train", "mini_val"):  # whichever the sweep is in
             NuScenesDataset(root, VERSION, split, THREE)
 
 
@@ -264,8 +264,8 @@ def test_frame_fusion_is_that_of_uvtr():
 
 
 def with_earlier_frames(batch, frames, shift=0.5):
-    """A batch of several frames of two cameras: the keyframe's images repeated, each frame taken `shift` meters
-    further back."""
+    """A batch of several frames of two cameras: the keyframe's images repeated, each frame taken from
+    `shift` meters further behind."""
     moved = [batch.lidar2camera.clone() for _ in range(frames)]
     for frame, matrix in enumerate(moved):
         matrix[:, :, 2, 3] += shift * frame * torch.tensor([1.0, -1.0])  # depths ahead grow, behind shrink
@@ -280,9 +280,10 @@ def with_earlier_frames(batch, frames, shift=0.5):
     )
 
 
-@pytest.mark.parametrize("view", ["gather", "pool"])
-def test_each_frame_is_lifted_separately_and_changes_the_volume(view):
-    levels = {"fpn_levels": 1, "fpn_start": 3, "view": "pool"} if view == "pool" else {}
+@pytest.mark.parametrize("transform", ["gather", "pool"])
+def test_each_frame_is_lifted_separately_and_changes_the_volume(transform):
+    # pooling reads one FPN level
+    levels = {"fpn_levels": 1, "fpn_start": 3, "view": "pool"} if transform == "pool" else {}
     camera = replace(TINY_CAMERA, **levels)
     encoder = Encoder(config.Recipe(grid=GRID, data=THREE, camera=camera)).eval()
     batch = with_earlier_frames(make_batch([[], []], size=(64, 96), unpadded=(60, 90)), 3)
@@ -338,7 +339,8 @@ def test_rays_are_cast_from_the_keyframe_only(city):
     ray_count = sum(len(r) for r in rays[1:])
     height, width = SIZE
     assert ray_count == 6 * (height // 8) * (width // 8) + 6 * RAYS_PER_VIEW  # of pixels, and of LiDAR points
-    assert 6 * 200 < rendered_views(net, batch, generators(0), stride=32).shape[1] < 12 * 200  # columns of 240 pixels
+    # six columns of 240 pixels, one per camera, not twelve
+    assert 6 * 240 < rendered_views(net, batch, generators(0), stride=32).shape[1] < 12 * 240
 
 
 def test_finetuning_with_sweeps_starts_the_frame_fusion_from_scratch(city, tmp_path):

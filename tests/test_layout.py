@@ -45,12 +45,12 @@ class LayoutRecorder(TorchDispatchMode):
 @pytest.mark.parametrize("camera", [TINY_CAMERA, POOL], ids=["gather", "pool"])
 def test_convolutions_and_layer_norms_are_channels_last(camera, precision):
     net = Pretrain(config.PretrainRecipe(grid=GRID, camera=camera, rays=config.RayChoice(per_view=4)))
-    batch = make_batch([[]], size=(64, 96), unpadded=(60, 90))
+    batch = make_batch([[]], size=(64, 96), unpadded=(60, 90))  # one sample without points
     with LayoutRecorder() as recorder, torch.autocast("cpu", precision, enabled=precision != torch.float32):
         volume, _ = net.encode(batch, generators(0))
         volume.square().sum().backward()
     assert volume.is_contiguous(memory_format=torch.channels_last_3d)
-    assert recorder.calls > 60  # forward and backward
+    assert recorder.calls > 60  # layer norms forward, convolutions forward and backward
     assert not recorder.not_channels_last
 
 
@@ -79,7 +79,7 @@ def test_weights_of_the_volume_convolution_are_channels_last():
 
 
 def test_depth_probabilities_keep_the_dtype_of_their_logits():
-    """Under autocast a softmax returns fp32, with twice the memory of bf16, though only its sums need fp32."""
+    """Not a layout, but memory too: under autocast a softmax returns fp32, though only its sums need fp32."""
     encoder = CameraEncoder(replace(TINY_CAMERA, depth_bins=64))
     logits = 5 * torch.randn(1, 64, 3, 4, dtype=torch.bfloat16)
     stubs = dict(  # the depth head returns `logits`

@@ -350,7 +350,7 @@ def halve_with_thumbnail(path):
         ("lidar", lambda p: p.unlink(), "missing"),
         ("lidar", lambda p: write_points(p, y=np.nan), "not finite"),
         ("lidar", lambda p: write_points(p, x=1e10), "a point at 1e"),
-        ("lidar", lambda p: write_points(p, i=3e38), "of intensity 3e"),
+        ("lidar", lambda p: write_points(p, x=1, i=3e38), "of intensity 3e"),
         ("image", lambda p: p.unlink(), "missing"),
         ("image", lambda p: truncate(p, -100), "truncated"),
         ("image", halve_with_thumbnail, "truncated"),

@@ -62,10 +62,10 @@ def test_every_op_has_a_case():
         for name, value in vars(module).items()
         if hasattr(module, f"{name}_ref") and value.__module__ == module.__name__ and name[0] != "_"
     }
-    assert ops == ONE_EACH.keys() - {"unisurf_alpha"}, "every op with a reference has a case"
+    assert ops == ONE_EACH.keys() - {"unisurf_alpha"}, "an op with a reference has no case"
     assert {op_of(case) for case in checks(("recipe",))} == ONE_EACH.keys()
     names = [str(case) for case in checks()]
-    assert len(set(names)) == len(names), "worker processes find a case by its name"
+    assert len(set(names)) == len(names), "two cases have the same name, by which worker processes find them"
 
 
 def inaccurate(**inputs):
@@ -106,7 +106,7 @@ def test_a_fault_is_reported(fault, in_process, monkeypatch, capsys):
     assert main(Args()) == 1
     printed = capsys.readouterr().out
     assert printed.count("  ok  ") == 2
-    assert printed.count(f"  FAIL  {message}") == 2, "once as it happens, once at the end"
+    assert printed.count(f"  FAIL  {message}") == 2, "not reported twice: as it happens and at the end"
     assert "1 of 3 checks failed. Please report" in printed and torch.__version__ in printed
 
 
@@ -158,7 +158,7 @@ def test_without_a_gpu_references_run(in_process, monkeypatch, capsys):
     assert main(Args(ops=("merge", "rotated"))) == 0  # merge, rotated_iou_bev, rotated_nms
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("There is no GPU to check") and lines[-1].startswith("All 3 checks passed")
-    assert all(" small " in line for line in lines[1:-1]), "recipe sizes take minutes on a CPU"
+    assert all(" small " in line for line in lines[1:-1]), "recipe sizes ran, which take minutes on a CPU"
     with pytest.raises(UserError, match="no op"):
         main(Args(ops=("nothing",)))
 

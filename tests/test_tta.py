@@ -50,7 +50,7 @@ def test_points_and_cameras_are_transformed_together(transform, city):
 
 
 def test_detections_are_mapped_back_and_merged(city):
-    """A perfect detector finds every box in the frame of each view; after merging, each box is there once."""
+    """A perfect detector finds every box in the coordinates of each view; after merging, each box is there once."""
     batch = first_frames(city, 2)
     views = []  # that the detector was called with
 
@@ -63,7 +63,7 @@ def test_detections_are_mapped_back_and_merged(city):
     detections = detect_tta(detect, VIEWS, batch)
     assert all(a is b for a, b in zip(views, VIEWS, strict=True))
     for ours, ground_truth in zip(detections, perfect_detector(batch), strict=True):
-        # Ground-truth boxes of a class may overlap, such as a cyclist's and a riderless bicycle's: one is dropped.
+        # with the same suppression, though no boxes overlap in this data
         expected = merged([ground_truth])
         assert len(ours.boxes) == len(expected.boxes) > 20
         order, expected_order = (t.boxes[:, 0].argsort() for t in (ours, expected))
@@ -111,7 +111,7 @@ def test_merging_keeps_as_many_boxes_as_are_allowed():
     assert len(most.boxes) == MAX_BOXES and most.scores[-1] == scores[600 - MAX_BOXES]
 
 
-def test_the_identity_view_alone_only_merges_detections(city):
+def test_tta_with_only_the_identity_view_is_merging(city):
     model = tiny_detector().eval()
     _, batch = next(held_out_batches(NuScenesDataset(city, "v1.0-mini", "mini_val", RECIPE.data), 1))
     (plain,) = model.detect(batch)

@@ -17,7 +17,7 @@ from pathlib import Path
 try:
     import fcntl
     import resource
-except ImportError:  # on Windows: no locks, and no memory in the log
+except ImportError:  # on Windows: no locks, and no host memory in the log
     fcntl = resource = None
 
 import numpy as np
@@ -59,7 +59,7 @@ def _find_run(root, out, resume, closing):
         if not last_checkpoint(path):
             raise UserError(f"--resume {path} has no checkpoints/last.pt; give the folder of a run.")
         if out and out.resolve() != path.resolve():
-            raise UserError(f"--out {out} is not the run that --resume {path} names, which stays there; leave it out.")
+            raise UserError(f"--resume {path} goes on in {path}, so --out {out} does not apply; leave out --out.")
         closing.enter_context(_locked(path))
         return path, read_training(last_checkpoint(path))
     if out and out.is_file():
@@ -135,7 +135,8 @@ def _locked(path):
 
 
 class RunFolder:
-    """A run's folder: config.json, log.jsonl, tensorboard/, checkpoints/, images/, and tuning.json with --tune.
+    """A run's folder: config.json, log.jsonl, tensorboard/, checkpoints/, images/, .lock, eval/ of fine-tuning, and
+    tuning.json with --tune.
 
     Only the main process writes, except for tuning.json: each process tunes its own GPU, and the last write wins.
     """
@@ -284,7 +285,7 @@ def _load_optimizer(optimizer, saved):
         if {name: getattr(value, "shape", None) for name, value in state.items()} != shapes:
             raise ValueError("its state has other shapes than the weights")
         if not 0 < state["step"] <= saved["step"]:
-            raise ValueError(f"it has done {state['step'].item()} of {saved['step']} steps")
+            raise ValueError(f"its state is of step {state['step'].item():.0f}, the checkpoint of step {saved['step']}")
         mean, square = state["exp_avg"], state["exp_avg_sq"]
         if not (mean.isfinite().all() and square.isfinite().all() and (square >= 0).all()):
             raise ValueError("its state has impossible values")
@@ -312,10 +313,10 @@ def _drop_records_after(step, log):
                     invalid += 1
         unfinished.replace(log)
         if invalid:
-            print(f"{log}: {invalid} damaged lines are left out.", file=sys.stderr)
+            print(f"{log}: removed {invalid} damaged lines.", file=sys.stderr)
 
 
-# Flags that may differ when a run resumes: they change where it runs and what it logs, not what it computes.
+# Flags that may differ when a run resumes: they do not change the training, except for rounding (device, tune).
 FREE_FLAGS = {
     "config",
     "data_root",
@@ -341,7 +342,7 @@ def _check_same_settings(old, new, path):
         (dict(_flatten(old["recipe"])), dict(_flatten(new["recipe"]))),
     ):
         if was.keys() != now.keys():
-            raise UserError(f"{path} was made by another version of this project; start a new run.")
+            raise UserError(f"{path} was made by another script or another version of this project; start a new run.")
         for name in now:
             if name not in FREE_FLAGS and was[name] != now[name]:
                 flag = "--" + name.replace("_", "-")
@@ -351,7 +352,8 @@ def _check_same_settings(old, new, path):
                 )
     if old.get("data") != new["data"]:
         raise UserError(
-            f"{path} was trained on other frames than {new['args']['data_root']} has; give its dataset as --data-root."
+            f"{path} was trained on other frames than {new['args']['data_root']} has; give the folder of the run's "
+            "dataset as --data-root."
         )
 
 
@@ -370,7 +372,8 @@ def run_config(args, steps: int, contents: str = "", saved: dict | None = None) 
     contents: `DrivingDataset.contents` of the training set.
     saved:    the checkpoint that the run resumes from.
 
-    --init and --pretrained are recorded as absolute paths of checkpoint files: the newest run in a folder changes.
+    --init and --pretrained are recorded as absolute paths of checkpoint files: a folder of runs means its newest, which
+    may be another one when the run resumes.
     """
     flags = to_dict(args)
     for name in SOURCES & flags.keys():
@@ -383,7 +386,8 @@ SOURCES = {"init", "pretrained"}  # flags that name runs or checkpoints
 
 
 def _source(path, known):
-    """The checkpoint file that `path` means: that in `path` which the resumed run recorded (`known`), or the newest."""
+    """The checkpoint file that `path` means: of `known`, those that a resumed run has recorded, the one that is `path` or
+    lies inside it; else that of `find_checkpoint`."""
     inside = [file for file in known if Path(str(file)).is_relative_to(path.resolve())]
     return inside[0] if inside else str(find_checkpoint(path).resolve())
 
@@ -402,8 +406,8 @@ class Progress:
         """Measure the speed from now on, at `step`."""
         self.since, self.clock = step, time.perf_counter()
 
-    def skip(self, bad_frames: list[str]):
-        """Name frames that could not be read."""
+    def report_unreadable(self, bad_frames: list[str]):
+        """Print each frame that could not be read, once."""
         for frame in set(bad_frames) - self.unreadable:
             print(f"skipped {frame}", file=sys.stderr)
         self.unreadable.update(bad_frames)
@@ -414,8 +418,9 @@ class Progress:
         if unreadable:
             print(f"{len(unreadable)} unreadable frames, named above, were replaced by others.")
 
-    def finite(self, values: dict[str, torch.Tensor], scaler, step: int) -> dict[str, float]:
-        """Means of `values` over processes. Raises `UserError` if training has diverged, so that it is not saved."""
+    def checked_means(self, values: dict[str, torch.Tensor], scaler, step: int) -> dict[str, float]:
+        """Means of `values` over processes. Raises `UserError` if training has diverged, before diverged weights are
+        saved."""
         values = mean_over_processes(values)
         # with fp16, an infinite gradient is no divergence: the scaler skips the step and lowers its scale
         if not math.isfinite(values["loss"] + (0 if scaler.is_enabled() else values["grad_norm"])):
@@ -424,7 +429,7 @@ class Progress:
 
     @contextlib.contextmanager
     def explains_divergence(self, net: torch.nn.Module, step: int):
-        """Context in which an exception caused by weights that are not finite becomes the `UserError` of `finite`.
+        """Context in which an exception due to weights that are not finite becomes the error of `checked_means`.
 
         A loss that is not finite makes weights infinite or NaN, and then the model may raise any exception before the
         next report. Weights are read only after an exception: other steps do not wait for the device.

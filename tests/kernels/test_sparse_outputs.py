@@ -21,16 +21,16 @@ from unipad.kernels.voxel_keys import NO_KEY, NO_KEY_SHORT, voxel_keys_ref
 
 TYPES = dict.fromkeys(["slots", "kernel_size", "stride", "padding", "dilation"], ("i32",) * 3) | dict(coords_ptr="*i32")
 LONG, SHORT = TYPES | dict(keys_ptr="*i64"), TYPES | dict(keys_ptr="*i32")  # types with 64-bit and 32-bit keys
-VOXELS, PAIRS = dict(BLOCK=BLOCK), dict(BLOCK_PAIRS=BLOCK_PAIRS)
+COORDS_BLOCK, KEYS_BLOCK = dict(BLOCK=BLOCK), dict(BLOCK_PAIRS=BLOCK_PAIRS)
 LAUNCHES = [
     Launch(kernel, flags, types, elements=("fp32",), registers=registers, shared=shared)
     for kernel, flags, types, registers, shared in [
-        ("_reached_keys_kernel", PAIRS | dict(TRANSPOSED=False, NO_KEY=NO_KEY), LONG, 112, 0),
-        ("_reached_keys_kernel", PAIRS | dict(TRANSPOSED=False, NO_KEY=NO_KEY_SHORT), SHORT, 112, 0),
-        ("_reached_keys_kernel", PAIRS | dict(TRANSPOSED=True, NO_KEY=NO_KEY), LONG, 112, 0),
-        ("_reached_keys_kernel", PAIRS | dict(TRANSPOSED=True, NO_KEY=NO_KEY_SHORT), SHORT, 112, 0),
-        ("_coords_kernel", VOXELS, LONG, 40, 1024),
-        ("_coords_kernel", VOXELS, SHORT, 40, 1024),
+        ("_reached_keys_kernel", KEYS_BLOCK | dict(TRANSPOSED=False, NO_KEY=NO_KEY), LONG, 112, 0),
+        ("_reached_keys_kernel", KEYS_BLOCK | dict(TRANSPOSED=False, NO_KEY=NO_KEY_SHORT), SHORT, 112, 0),
+        ("_reached_keys_kernel", KEYS_BLOCK | dict(TRANSPOSED=True, NO_KEY=NO_KEY), LONG, 112, 0),
+        ("_reached_keys_kernel", KEYS_BLOCK | dict(TRANSPOSED=True, NO_KEY=NO_KEY_SHORT), SHORT, 112, 0),
+        ("_coords_kernel", COORDS_BLOCK, LONG, 40, 1024),
+        ("_coords_kernel", COORDS_BLOCK, SHORT, 40, 1024),
     ]
 ]
 
@@ -41,7 +41,8 @@ ONE = (1, 1, 1)
 @pytest.mark.parametrize("batch_size_known", [True, False])
 def test_outputs_match_the_reference(transposed, batch_size_known, device):
     """Keys have 32 bits if the batch size is known and the grid small, as it is here."""
-    (B, shape, N), geometry = SOME, ((2, 3, 4), (3, 1, 2), (1, 0, 2), (2, 3, 1))  # different on every axis
+    B, shape, N = SOME
+    geometry = (2, 3, 4), (3, 1, 2), (1, 0, 2), (2, 3, 1)  # kernel, stride, padding, dilation: different on every axis
     coords = random_voxels(B, shape, N, device)
     map_ref, size_of = (transposed_map_ref, transposed_out_shape) if transposed else (strided_map_ref, out_shape)
     expected, grid = map_ref(coords, shape, *geometry)[0], size_of(shape, *geometry)

@@ -8,7 +8,7 @@ tests/kernels/test_sparse_*.py, so its table needs the test dependencies (pip in
 A pair is an output row and a neighbor that it reads at one offset; it needs one product, of the neighbor's row and a
 [Cin, Cout] matrix. "waste": products computed / products needed, since a tile (the output rows of a program) multiplies
 all its rows at every offset at which one of them has a neighbor; for the weights' gradient, since chunks are padded to
-blocks or missing neighbors are multiplied as zeros. "reuse": pairs / distinct rows that a tile reads, summed over tiles.
+blocks or missing neighbors are multiplied as zeros. "reuse": pairs / distinct rows that a tile reads, each summed.
 Bytes are L2 requests: indices, rows, weights, sums and results. A row that an earlier offset of a tile has read comes
 from the L1 if still cached (column "MB, L1 hits"), or from the L2 again (column "MB, L1 misses"). The minimum reads
 every input row and every weight once and one index per pair, and writes the results; for the weights' gradient it reads

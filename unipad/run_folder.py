@@ -386,8 +386,8 @@ SOURCES = {"init", "pretrained"}  # flags that name runs or checkpoints
 
 
 def _source(path, known):
-    """The checkpoint file that `path` means: of `known`, those that a resumed run has recorded, the one that is `path` or
-    lies inside it; else that of `find_checkpoint`."""
+    """The checkpoint file that `path` means: of `known`, those that a resumed run has recorded, the one that is `path`
+    or lies inside it; else that of `find_checkpoint`."""
     inside = [file for file in known if Path(str(file)).is_relative_to(path.resolve())]
     return inside[0] if inside else str(find_checkpoint(path).resolve())
 

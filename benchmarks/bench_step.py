@@ -1,8 +1,9 @@
 """A whole training step: ours, and the same model built from the original's formulas.   python -m benchmarks.bench_step
 
 The eager model has the same weights, image encoder, rays and random numbers; its lift fills a dense volume per view,
-its convolution before the renderer is `nn.Conv3d`, its renderer differentiates twice through autograd. Ours is timed
-only if both losses agree. A step is forward, backward and optimizer, in fp32 on random data; "fwd ms" is all of it.
+its convolution before the renderer is a plain `nn.Conv3d`, its renderer differentiates twice through autograd. Ours is
+timed only if the two models' losses agree. A step is forward, backward and optimizer without autocast, on random data;
+"fwd ms" is all of it, "of copy" means nothing here. The row "reference" is the eager model.
 """
 
 from copy import deepcopy
@@ -18,8 +19,10 @@ from unipad.model.pretrain import Pretrain
 from unipad.recipes import PRETRAIN
 from unipad.runtime import generators
 
-# Six cameras around the vehicle, 60 degrees apart, on flat ground
-HEIGHT, FOCAL, POINTS = 1.5, 0.8, 12_000  # LiDAR and cameras in meters above ground, focal length / image width, points
+HEIGHT = 1.5  # meters above ground, of the LiDAR and the cameras
+FOCAL = 0.8  # focal length / image width
+POINTS = 12_000  # of the LiDAR
+PRESETS = tuple(name for name, recipe in PRETRAIN["camera"].items() if recipe.camera.view == "gather")  # eager_lift's
 
 
 def random_batch(recipe):
@@ -97,13 +100,13 @@ def step_of(net, batch):
     return step
 
 
-def main(preset: Literal[tuple(PRETRAIN["camera"])] = "tiny"):
+def main(preset: Literal[PRESETS] = "tiny"):
     recipe = PRETRAIN["camera"][preset]
     torch.manual_seed(0)
     batch, net = random_batch(recipe), Pretrain(recipe).to(DEVICE)
     steps = {"ours": step_of(net, batch), "eager": step_of(eager_twin(net), batch)}
     case = Case(f"{recipe.rays.per_view} rays per view", inputs=(), fwd_bytes=batch.images.nbytes)
-    peers = {"ours": steps["ours"]} if DEVICE == "cpu" else {}
+    peers = {"ours": steps["ours"]} if DEVICE == "cpu" else {}  # `compare` runs the op itself on a GPU only
     compare("step", steps["eager"], steps["ours"], peers, [case])
 
 

@@ -78,12 +78,12 @@ def sdf_render(
                 cell_offset; integers are voxel centers.
         method: "neus" or "volsdf".
         exact:  compute the MLPs' matrix products with fp32 accuracy (tf32x3) instead of tf32 (operands rounded to a
-                10-bit mantissa). tf32x3 computes three products instead of one, in tiles of a quarter of the samples;
-                its cost was not measured on a GPU.
-        stop:   transmittance below which a ray needs no more samples; a ray that misses needs none. Kernels skip the
-                tiles of samples, from the second on, that no ray in them needs. 0: off; above 0 only under `no_grad`.
-                Skipped samples have weight, distance and gradient 0; `rgb` is off by less than `stop`, `depth` by
-                less than `stop` times the ray's length.
+                10-bit mantissa). tf32x3 computes three products instead of one, in smaller tiles; its cost was not
+                measured on a GPU.
+        stop:   transmittance below which a ray needs no more samples; one that misses needs none. A group of rays
+                ends with the first tile behind which none of them needs more. 0: off; above 0 only under `no_grad`.
+                `weights`, `sdf` and `gradient` of the samples behind are 0; `rgb` is off by less than `stop`, `depth`
+                by less than `stop` times the ray's length.
 
     Returns:
         rgb:      [R, 3], black background; 0 without the color MLP.

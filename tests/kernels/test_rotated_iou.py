@@ -23,7 +23,7 @@ from unipad.kernels.rotated_iou import (
 BEV = [0, 1, 3, 4, 6]  # columns x, y, w, l, yaw of a 3D box
 TYPES = dict(order_ptr="*i64", suppressed_ptr="*i32", kept_ptr="*i1")
 # stack=32: the cosine's range reduction for huge angles takes 32 bytes of stack with Triton 3.6, none with 3.9.
-# No fp64, which only checks use: it takes more stack for huge angles, and twice the registers per pair.
+# Not for fp64, in which only tests run the kernels: it takes more stack, and twice the registers per pair.
 LAUNCHES = [
     Launch(kernel, blocks, TYPES, elements=("fp32",), num_warps=warps, registers=registers, shared=shared, stack=32)
     for kernel, blocks, warps, registers, shared in [
@@ -48,7 +48,7 @@ def make_boxes(N, device):
     boxes[1::10, 4] = (boxes[1::10, 4] / (pi / 2)).round() * (pi / 2)  # ... and axis-aligned
     boxes[2::10, 4] = (boxes[2::10, 4] / (pi / 2)).round() * (pi / 2)
     boxes[3::10] = boxes[2:-1:10]  # the same box as the one before
-    boxes[4::10] = boxes[2:-2:10] + boxes.new_tensor([0, 0, 0, 0, 1e-7])  # almost parallel to both
+    boxes[4::10] = boxes[2:-2:10] + boxes.new_tensor([0, 0, 0, 0, 1e-7])  # almost equal to those two, or equal in fp32
     boxes[5::10, 2:4] = boxes.new_tensor([0.1, 12])  # thin
     boxes[6::10, 2 + N % 2] = 0  # no area: no width for even N, no length for odd N
     # rounded to fp32, so that every type gets the same boxes
@@ -182,7 +182,7 @@ def test_paired_by_hand(fn, device):
 
 
 def test_iou_is_symmetric_and_invariant_to_similarity_transforms(device):
-    """Up to fp32 rounding; exactly for a shift by powers of two, which does not round the coordinates.
+    """Up to fp32 rounding; exactly for a shift, which does not round centers that are multiples of 1/64 m.
 
     Also the same if a box is written with width and length swapped and the yaw a quarter turn further.
     """
@@ -238,7 +238,8 @@ def test_nms_is_greedy(fn, N, threshold, device):
 
 @pytest.mark.parametrize("fn", [rotated_nms, rotated_nms_ref])
 def test_nms_by_hand(fn, device):
-    """Squares of 1 m on a line: 2 suppresses 1, so 0, which overlaps 1, is kept; 3 equals 2, but comes later."""
+    """Squares of 1 m on a line. At threshold 0.2 box 2 suppresses box 1, so that box 0, which overlaps box 1, is kept;
+    box 3 equals box 2, but is in a later row."""
     boxes = torch.zeros(5, 5, device=device)
     boxes[:, 0] = torch.tensor([0.8, 0.4, 0, 0, 1.6], device=device)
     boxes[:, 2:4] = 1

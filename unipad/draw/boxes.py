@@ -49,7 +49,7 @@ def detection_views(batch: Batch, detections: Detections, min_score: float = 0.3
 
 
 def camera_rows(batch: Batch) -> list[Sequence[int]]:
-    """The views of a keyframe in the rows in which they are drawn: at most two, the second no longer than the first."""
+    """The views of a `Batch.keyframe()` in the rows in which they are drawn: at most two, the first the longer one."""
     if batch.cameras == CAMERAS:
         return list(ROWS)
     views = range(batch.images.shape[1])
@@ -58,8 +58,8 @@ def camera_rows(batch: Batch) -> list[Sequence[int]]:
 
 
 def camera_area(batch: Batch, width: int) -> tuple[float, int]:
-    """Height and width in pixels of the pictures of a keyframe's cameras, each of them `width` wide; (0, 0) without
-    cameras."""
+    """Height and width in pixels of the pictures of the cameras of a `Batch.keyframe()`, each of them `width` wide;
+    (0, 0) without cameras."""
     rows = camera_rows(batch)
     if not rows:
         return 0, 0
@@ -68,9 +68,9 @@ def camera_area(batch: Batch, width: int) -> tuple[float, int]:
 
 
 def camera_axes(subfigure, batch: Batch, fontsize: float = 12):
-    """Yield (axis, image [h, w, 3], lidar2image [4, 4]) for each camera of the first sample of a keyframe.
+    """Yield (axis, image [h, w, 3], lidar2image [4, 4]) for each camera of the batch's first sample.
 
-    subfigure: to divide. fontsize: of the cameras' names, in points.
+    subfigure: gets one axis per camera. batch: from `Batch.keyframe()`. fontsize: of the cameras' names, in points.
     """
     rows = camera_rows(batch)
     for axes, row in zip(subfigure.subplots(len(rows), len(rows[0]), squeeze=False), rows, strict=True):

@@ -1,9 +1,9 @@
 """Test-time augmentation: predictions for rotated, scaled and flipped views of a batch, merged.
 
-A view here is the batch after one such transform, not a camera's image. As in the original's final fusion recipe,
-boxes that overlap one of their class with a higher score are dropped, whichever view they come from; logits of points
-are summed. Images keep their pixels and the cameras move with the points, so every view encodes the same images again,
-which takes most of the time of a camera or fusion model.
+A view here is the batch after one such transform, not a camera's image; `views` are the transforms. As in the
+original's final fusion recipe, boxes that overlap one of their class with a higher score are dropped, whichever view
+they come from; logits of points are summed. Images keep their pixels and the cameras move with the points, so every
+view encodes the same images again, which takes most of the time of a camera or fusion model.
 """
 
 import itertools

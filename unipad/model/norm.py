@@ -8,11 +8,11 @@ from torch import Tensor, nn
 class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch normalization of [N, C, ...] with statistics over the rows of all processes; a row is one vector [C].
 
-    Unlike `nn.SyncBatchNorm` it also runs on CPUs, and a process, or all of them, may have no row or a single one, as
-    happens with sparse features: the output of a single row is the bias, and without rows the running statistics do
-    not change.
-    On a GPU, in eval mode or if a single process trains on at least two rows, it is the same as `nn.BatchNorm1d`, `2d`
-    and `3d`. On a CPU it is more accurate than these: PyTorch 2.13 adds up the rows of [N, C] and of channels-last
+    Unlike `nn.SyncBatchNorm` it also synchronizes on CPUs, and all processes together may have a single row or none, as
+    happens with sparse features: in training, the output of a single row is the bias, and without rows the running
+    statistics do not change.
+    On a GPU it is the same as `nn.BatchNorm1d`, `2d` and `3d` in eval mode, and in training in a single process with at
+    least two rows. On a CPU it is more accurate: PyTorch 2.13 adds up the rows of [N, C] and of channels-last
     tensors one by one in fp32, which for 10^5 rows is off by 1e-5 of the largest entry.
     Statistics and the result are computed in fp32 or better; the output has the dtype of x. Differentiable once.
     """

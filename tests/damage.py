@@ -352,7 +352,8 @@ def _judge(kind, folder, file, detectable, expected):
         return Result("SILENT", readout.faults[0])
     parts = expected.parts.keys() | readout.parts.keys()
     changed = sorted(p for p in parts - readout.skipped.keys() if readout.parts.get(p) != expected.parts.get(p))
-    reported = ("left out", "skipped ", "removed ")  # words of a printed line that names unusable frames, boxes or log lines
+    # words of a printed line that names unusable frames, boxes or log lines
+    reported = ("left out", "skipped ", "removed ")
     left_out = changed and any(file.name in l and any(r in l for r in reported) for l in printed.splitlines())
     if left_out:
         changed = []

@@ -46,8 +46,9 @@ from unipad.evaluate.segmentation import evaluate_segmentation
 from unipad.model.detect import Detector
 from unipad.model.segment import Segmenter
 from unipad.optimizer import lr_at, make_optimizer, set_rates
+from unipad.progress import Progress, format_metrics
 from unipad.recipes import DEFAULT_PRESET, DETECT, SEGMENT
-from unipad.run_folder import Progress, RunFolder, find_run, format_metrics, lock_folder, resumed, run_config
+from unipad.run_folder import RunFolder, find_run, lock_folder, resumed, run_config
 from unipad.runtime import StopOnSignal, generators, local_gradients, mixed_precision, start
 
 

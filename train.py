@@ -47,8 +47,9 @@ from unipad.errors import UserError, check_ranges
 from unipad.evaluate.rendering import evaluate_rendering
 from unipad.model.pretrain import Pretrain
 from unipad.optimizer import lr_at, make_optimizer, set_rates
+from unipad.progress import Progress, format_metrics
 from unipad.recipes import DEFAULT_PRESET, PRETRAIN
-from unipad.run_folder import Progress, RunFolder, find_run, format_metrics, resumed, run_config
+from unipad.run_folder import RunFolder, find_run, resumed, run_config
 from unipad.runtime import StopOnSignal, generators, local_gradients, mixed_precision, start
 
 

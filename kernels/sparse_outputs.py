@@ -2,6 +2,7 @@
 
 A cell of the output grid is a voxel if at least one input contributes to it (kernels/sparse_map.py has the formulas).
 A Triton kernel writes the keys of all cells that each input reaches; their distinct values are the keys of the outputs.
+References: `strided_map_ref` and `transposed_map_ref`; benchmark: benchmarks/bench_sparse_map.py.
 
 Sizes: N inputs, M outputs. All triples are (z, y, x).
 """

@@ -88,7 +88,7 @@ def test_a_run_goes_on_after_a_data_loading_process_is_killed(city, tmp_path):
 def test_unreadable_frames_of_all_processes_are_counted():
     """A frame that several processes met counts once."""
     code = """
-from unipad.run_folder import Progress
+from unipad.progress import Progress
 from unipad.runtime import start
 
 with start("cpu", deterministic=False) as world:

@@ -6,7 +6,7 @@ from torch import nn
 
 from tests.test_train import train
 from unipad.errors import UserError
-from unipad.run_folder import Progress
+from unipad.progress import Progress
 from unipad.runtime import World
 
 

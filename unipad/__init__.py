@@ -4,10 +4,11 @@ config.py      all settings, as frozen dataclasses
 recipes.py     presets: the paper's, the released configs', tiny ones
 batch.py       the batch: the interface between data and model
 boxes.py       box geometry, for data and model
-errors.py      user-facing errors, one sentence each
+errors.py      the errors that users see: sentences that name the fix
 runtime.py     device, processes, random numbers, stopping on a signal
 exit.py        how a program ends: exit codes, and one line instead of a traceback
 run_folder.py  what a training run leaves: folder, log, checkpoints
+progress.py    what it prints and logs as it goes, and how it ends if it diverges
 checkpoint.py  reading checkpoints and runs, and taking weights from them
 convert.py     the original's checkpoints and ImageNet's ConvNeXt -> ours, and ours -> the original's
 names.py       parameter names: the original's <-> ours

@@ -8,6 +8,7 @@ It has the version and scene names of nuScenes mini, so that every tool knows it
 descriptions and a README.txt in its root say that it is synthetic. unipad/data/city/ computes what is written.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -27,15 +28,19 @@ from unipad.data.city import rig
 from unipad.data.city.paint import Shadows, photograph
 from unipad.data.city.raycast import cast
 from unipad.data.city.records import (
-    SCENES,
-    VERSION,
+    VERSIONS,
     data_file,
+    districts_of,
     frames_of,
+    is_large,
     labels_file,
     make_tables,
     map_file,
     scene_names,
+    scene_number,
     scene_of,
+    splits_of,
+    version_of,
 )
 from unipad.data.city.solids import CATEGORY
 from unipad.data.city.streets import PITCH, STREETS, City
@@ -47,8 +52,8 @@ MAP_SQUARE = 4  # pixels: side of the squares, each of one color, of which the m
 
 README = """Synthetic data: a procedural city, ray cast and written in the nuScenes format by unipad.data.synthetic.
 
-It has the version and scene names of nuScenes mini, so that the same tools and splits work, but contains no
-nuScenes data, and results on it say nothing about the real world.
+It contains no nuScenes data, and results on it say nothing about the real world. Up to 10 scenes have the version and
+scene names of nuScenes mini, so that the same tools and splits work.
 
 {settings}
 """
@@ -61,7 +66,8 @@ class Args:
     out: Path
     """Folder to write: new, empty, or an older synthetic dataset, which is replaced."""
     scenes: int = 10
-    """Scenes, 2 to 10; two are for validation (one if there are only 2), as in nuScenes mini."""
+    """Scenes, 2 to 1000. Up to 10 are those of nuScenes mini, two of them for validation (one if there are only 2). More
+    are in several districts and in any weather, with splits of their own: --version city."""
     keyframes: int = 10
     """Keyframes per scene, at 2 Hz; 2 to 400."""
     image_size: tuple[int, int] = (144, 256)
@@ -133,11 +139,12 @@ def generate(
 
 def is_synthetic(root):
     """Whether a folder contains a dataset written by this module; False if its log.json is missing or damaged."""
-    log = Path(root) / VERSION / "log.json"
-    try:
-        return {record["vehicle"] for record in json.loads(log.read_bytes())} == {"synthetic"}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
+    for version in VERSIONS:
+        log = Path(root) / version / "log.json"
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            if {record["vehicle"] for record in json.loads(log.read_bytes())} == {"synthetic"}:
+                return True
+    return False
 
 
 def ensure_city(camera_sweeps=0):
@@ -151,7 +158,7 @@ def ensure_city(camera_sweeps=0):
 
 def _check(args):
     limits = {
-        "scenes": (2, 10),
+        "scenes": (2, 1000),
         "keyframes": (2, 400),
         "columns": (16, 4096),
         "sweeps": (0, 9),
@@ -175,17 +182,21 @@ def _check(args):
 
 def _write(args, root, progress):
     folders = [f"{kind}/{channel}" for kind in ("samples", "sweeps") for channel in (*rig.CAMERAS, rig.LIDAR)]
-    for folder in (*folders, "maps", VERSION, f"lidarseg/{VERSION}"):
+    version = version_of(args)
+    for folder in (*folders, "maps", version, f"lidarseg/{version}"):
         (root / folder).mkdir(parents=True)
-    names = scene_names(args.scenes)
+    names = scene_names(args)
     tasks = [(args, root, name, k) for name in names for k in range(args.keyframes)]
     workers = min(args.workers or min(16, os.cpu_count()), len(tasks))
     with tqdm(total=len(tasks), desc="synthetic city", unit="keyframe", disable=not progress) as bar:
         results = _render_all(tasks, workers, bar.update)
     censuses = {name: results[i * args.keyframes : (i + 1) * args.keyframes] for i, name in enumerate(names)}
     for name, records in make_tables(args, censuses).items():
-        (root / VERSION / f"{name}.json").write_text(json.dumps(records, indent=0))
-    _draw_map(args, root)
+        (root / version / f"{name}.json").write_text(json.dumps(records, indent=0))
+    if is_large(args):
+        (root / version / "splits.json").write_text(json.dumps(splits_of(args), indent=0))
+    for district in districts_of(args):
+        _draw_map(args, root, district)
     settings = "\n".join(f"{name}: {value}" for name, value in vars(args).items() if name not in ("out", "workers"))
     (root / "README.txt").write_text(README.format(settings=settings))
 
@@ -235,7 +246,7 @@ def _render(task):
             path.write_bytes(jpeg)  # raises an error if the disk is full; OpenCV's and NumPy's writers do not
     for stamp, is_key in frames_of(args, rig.LIDAR, k):
         # 5: the streets and the traffic use 1 to 4
-        rng = np.random.default_rng([args.seed, 5, SCENES.index(name), stamp])
+        rng = np.random.default_rng([args.seed, 5, scene_number(name), stamp])
         scan = rig.scan(scene, stamp / 1e6, args.columns, rng)
         (root / data_file(name, rig.LIDAR, stamp, is_key)).write_bytes(scan.points.tobytes())
     # `stamp` and `scan` are now the keyframe's, which is the last frame of the loop
@@ -243,16 +254,16 @@ def _render(task):
     return rig.census(scene, stamp / 1e6, args.columns, scan)
 
 
-def _draw_map(args, root):
-    """The semantic prior map, white where vehicles or pedestrians may be; row 0 is the largest y."""
+def _draw_map(args, root, district):
+    """The semantic prior map of a district, white where vehicles or pedestrians may be; row 0 is the largest y."""
     count = int(STREETS * PITCH / MAP_CELL) // MAP_SQUARE
     middle = ((np.arange(count) + 0.5) * MAP_CELL * MAP_SQUARE).astype(np.float32)
     x, y = np.meshgrid(middle, middle[::-1])
-    category, _, _ = City.of(args.seed).ground(x.ravel(), y.ravel())
+    category, _, _ = City.of(args.seed, district).ground(x.ravel(), y.ravel())
     allowed = np.isin(category, [CATEGORY["flat.driveable_surface"], CATEGORY["flat.sidewalk"]]).reshape(count, count)
     image = (allowed * np.uint8(255)).repeat(MAP_SQUARE, axis=0).repeat(MAP_SQUARE, axis=1)
     _, png = cv2.imencode(".png", image)
-    (root / map_file(args)).write_bytes(png)
+    (root / map_file(args, district)).write_bytes(png)
 
 
 def main():

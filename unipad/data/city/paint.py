@@ -13,8 +13,7 @@ from unipad.data.city.streets import CURB, NO_MARK, WHITE, YELLOW
 
 HAZE = np.array([0.76, 0.82, 0.88], np.float32)  # color of the horizon and of very distant surfaces
 ZENITH = np.array([0.32, 0.52, 0.82], np.float32)  # color of the sky above
-HAZE_LENGTH = 320.0  # meters after which 1/e of a surface's color remains, the rest being haze
-SUN, SKYLIGHT = np.float32(0.75), np.float32(0.42)  # factors of a surface's color
+OVERCAST = np.array([0.66, 0.69, 0.72], np.float32)  # color of the sky above under clouds
 GROUND_COLORS = {  # without texture
     "flat.driveable_surface": (0.34, 0.34, 0.36),
     "flat.other": (0.60, 0.47, 0.40),
@@ -41,42 +40,47 @@ def _ray_colors(scene, origin, directions, solids, distance, hit, shadow):
     rgb = np.empty((len(hit), 3), np.float32)
     # indices of the rays that hit nothing, the ground and solids
     to_sky, to_ground, to_solid = (np.nonzero(chosen)[0] for chosen in (hit == SKY, hit == GROUND, hit >= 0))
-    rgb[to_sky] = sky(directions[:, to_sky], scene.sun)
+    weather = scene.weather
+    sunlight, skylight = np.float32(weather.sunlight), np.float32(weather.skylight)
+    rgb[to_sky] = sky(directions[:, to_sky], weather)
 
     x, y = (np.float32(origin[i]) + directions[i, to_ground] * distance[to_ground] for i in range(2))
-    light = SKYLIGHT + SUN * np.float32(scene.sun[2]) * (1 - shadow(x, y))
+    light = skylight + sunlight * np.float32(weather.sun[2]) * (1 - shadow(x, y))
     rgb[to_ground] = ground_color(scene.city, x, y, distance[to_ground]) * light[:, None]
 
     points = origin + (directions[:, to_solid] * distance[to_solid]).T  # [k, 3]
     solid = hit[to_solid]
     local, normal = surface(solids, solid, points)
     c, s = np.cos(solids["yaw"]), np.sin(solids["yaw"])
-    # [3, number of solids]: direction of the sun in each solid's axes (0 * c: the same z for every solid)
-    sun = np.stack([c * scene.sun[0] + s * scene.sun[1], c * scene.sun[1] - s * scene.sun[0], scene.sun[2] + 0 * c])
+    # [3, number of solids]: direction of the sun in each solid's axes
+    x, y, z = weather.sun
+    sun = np.stack([c * x + s * y, c * y - s * x, z + 0 * c])  # 0 * c: the same z for every solid
     cosine = sum(normal[:, i] * sun[i].astype(np.float32)[solid] for i in range(3))  # of the angle normal - sun
-    # points below 1 m and surfaces that face down get less sky light; 1.25: an upright wall gets about SKYLIGHT
+    # points below 1 m and surfaces that face down get less sky light; 1.25: an upright wall gets about `skylight`
     open_sky = (0.75 + 0.25 * normal[:, 2]) * np.clip(0.65 + 0.35 * points[:, 2].astype(np.float32), 0, 1)
-    light = SKYLIGHT * 1.25 * open_sky + SUN * np.maximum(cosine, 0)
+    light = skylight * 1.25 * open_sky + sunlight * np.maximum(cosine, 0)
     rgb[to_solid] = solid_color(solids, solid, local, normal) * light[:, None]
 
     not_sky = np.nonzero(hit != SKY)[0]
-    transmittance = np.exp(-distance[not_sky] / np.float32(HAZE_LENGTH))[:, None]
+    transmittance = np.exp(-distance[not_sky] / np.float32(weather.haze_length))[:, None]
     rgb[not_sky] = rgb[not_sky] * transmittance + HAZE * (1 - transmittance)
     return rgb
 
 
-def sky(directions, sun):
+def sky(directions, weather):
     """[n, 3] float32 colors of the sky: haze at the horizon, blue above, light clouds, a glow around the sun.
 
-    directions: [3, n] unit vectors of the rays; sun: [3] unit vector towards the sun.
+    directions: [3, n] unit vectors of the rays. Clouds hide blue and sun as far as `weather.clouds` says.
     """
+    sun = weather.sun
     up = np.maximum(directions[2], 0.02)  # not 0, which would put the clouds at the horizon infinitely far away
     rgb = HAZE + (ZENITH - HAZE) * np.minimum(up * 1.6, 1)[:, None]
     x, y = 3 * directions[0] / up, 3 * directions[1] / up  # on a horizontal layer of clouds
     cloud = noise(x, y) + noise(3 * x, 3 * y) / 2
     rgb += (np.clip(cloud - 0.25, 0, 0.5) * np.minimum(up * 4, 1))[:, None] * (1 - rgb)
     glow = np.maximum(directions[0] * sun[0] + directions[1] * sun[1] + directions[2] * sun[2], 0) ** 24
-    return (rgb + 0.35 * glow[:, None]).astype(np.float32)
+    rgb = (rgb + 0.35 * glow[:, None]).astype(np.float32)
+    return rgb + np.float32(weather.clouds) * (OVERCAST - rgb) if weather.clouds else rgb
 
 
 def ground_color(city, x, y, distance):
@@ -288,7 +292,7 @@ class Shadows:
     MARGIN = 60.0  # meters around the path; no shadows beyond
 
     def __init__(self, scene):
-        self.sun = scene.sun
+        self.sun = scene.weather.sun
         track = scene.track
         self.low = track.min(axis=0) - self.MARGIN  # world x, y of the raster's corner
         width, height = np.ceil((track.max(axis=0) + self.MARGIN - self.low) / self.CELL).astype(int)

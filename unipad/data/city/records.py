@@ -16,9 +16,11 @@ from pyquaternion import Quaternion
 
 from unipad.data.city import rig
 from unipad.data.city.solids import CATEGORIES
-from unipad.data.city.traffic import KINDS, VIEW_DISTANCE, Scene
+from unipad.data.city.traffic import KINDS, VIEW_DISTANCE, Scene, district_of
 
-VERSION = "v1.0-mini"
+# Up to 10 scenes have the version and the names of nuScenes mini; more are a version of their own, with a splits.json
+MINI, LARGE = "v1.0-mini", "city"
+VERSIONS = MINI, LARGE
 # scenes of nuScenes' mini_train and mini_val
 TRAIN = (
     "scene-0061", "scene-0553", "scene-0655", "scene-0757", "scene-0796", "scene-1077", "scene-1094", "scene-1100",
@@ -37,18 +39,44 @@ ATTRIBUTES = (
 VISIBILITY = ("v0-40", "v40-60", "v60-80", "v80-100")  # percent; their tokens are "1" to "4"
 
 
-def scene_names(count: int) -> list[str]:
-    """`count` scene names of nuScenes mini, sorted; both validation scenes are among them, or one if `count` is 2.
+def is_large(args) -> bool:
+    """Whether there are more scenes than in nuScenes mini."""
+    return args.scenes > len(SCENES)
 
-    Both, because the devkit's LidarSegEval requires every scene of the split that it evaluates.
+
+
+def version_of(args) -> str:
+    return LARGE if is_large(args) else MINI
+
+
+def scene_names(args) -> list[str]:
+    """Names of the scenes, sorted.
+
+    Those of nuScenes mini include both validation scenes, or one if there are only two scenes: the devkit's
+    LidarSegEval requires every scene of the split that it evaluates.
     """
-    val = min(2, count - 1)
-    return sorted(VAL[:val] + TRAIN[: count - val])
+    if is_large(args):
+        return [f"city-{number:04d}" for number in range(args.scenes)]
+    val = min(2, args.scenes - 1)
+    return sorted(VAL[:val] + TRAIN[: args.scenes - val])
+
+
+def splits_of(args) -> dict[str, list[str]]:
+    """The splits.json of a large city: the last fifth of the scenes for validation, the tenth before them for choosing
+    settings, the others for training."""
+    names = scene_names(args)
+    dev, val = round(0.7 * len(names)), round(0.8 * len(names))
+    return {"city_train": names[:dev], "city_dev": names[dev:val], "city_val": names[val:]}
+
+
+def scene_number(name: str) -> int:
+    """The number of the scene of this name, from 0."""
+    return SCENES.index(name) if name in SCENES else int(name.removeprefix("city-"))
 
 
 def scene_of(args, name: str) -> Scene:
     """The scene of this name, which lasts until its last keyframe."""
-    return _cached_scene(args.seed, SCENES.index(name), (args.keyframes - 1) * KEYFRAME / 1e6)
+    return _cached_scene(args.seed, scene_number(name), (args.keyframes - 1) * KEYFRAME / 1e6, is_large(args))
 
 
 _cached_scene = lru_cache(maxsize=1)(Scene)  # making a scene takes longer than making a record of it
@@ -71,12 +99,17 @@ def data_file(name: str, channel: str, stamp: int, is_key: bool) -> str:
 
 def labels_file(args, name: str, stamp: int) -> str:
     """Path below the dataset's root of the lidarseg labels of a keyframe."""
-    return f"lidarseg/{VERSION}/{_token(args, 'sample_data', name, rig.LIDAR, stamp)}_lidarseg.bin"
+    return f"lidarseg/{version_of(args)}/{_token(args, 'sample_data', name, rig.LIDAR, stamp)}_lidarseg.bin"
 
 
-def map_file(args) -> str:
-    """Path below the dataset's root of the map."""
-    return f"maps/{_token(args, 'map')}.png"
+def map_file(args, district: int) -> str:
+    """Path below the dataset's root of the map of a district."""
+    return f"maps/{_token(args, 'map', district)}.png"
+
+
+def districts_of(args) -> list[int]:
+    """Numbers of the districts in which the scenes are."""
+    return sorted({district_of(scene_number(name), is_large(args)) for name in scene_names(args)})
 
 
 def make_tables(args, censuses: dict[str, list]) -> dict[str, list[dict]]:
@@ -101,11 +134,16 @@ def make_tables(args, censuses: dict[str, list]) -> dict[str, list[dict]]:
         ],
         "map": [
             {
-                "token": _token(args, "map"),
-                "log_tokens": [_token(args, "log", name) for name in censuses],
+                "token": _token(args, "map", district),
+                "log_tokens": [
+                    _token(args, "log", name)
+                    for name in censuses
+                    if district_of(scene_number(name), is_large(args)) == district
+                ],
                 "category": "semantic_prior",
-                "filename": map_file(args),
+                "filename": map_file(args, district),
             }
+            for district in districts_of(args)
         ],
     }
     for table in ("log", "scene", "sample", "calibrated_sensor", "ego_pose", "sample_data", "lidarseg", "instance"):
@@ -254,7 +292,7 @@ def _token(args, *id_):
 
 def _time(name, stamp):
     """Microseconds since 1970."""
-    return START + SCENES.index(name) * SCENE_INTERVAL + stamp
+    return START + scene_number(name) * SCENE_INTERVAL + stamp
 
 
 def _logfile(name):

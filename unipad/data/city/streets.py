@@ -27,17 +27,22 @@ AXES = np.array([(1.0, 0.0), (0, 1), (-1, 0), (0, -1)])  # the four directions o
 
 
 class City:
-    """The city of a seed."""
+    """A district of the city of a seed."""
 
     @classmethod
     @lru_cache(maxsize=1)
-    def of(cls, seed):
-        """The city of a seed, built once and shared by all scenes."""
-        return cls(seed)
+    def of(cls, seed, district=0):
+        """A district, built once and shared by its scenes."""
+        return cls(seed, district)
 
-    def __init__(self, seed):
-        self.seed = seed
-        self.phase = np.random.default_rng([seed, 1]).uniform(0, 2 * np.pi, 2)
+    def __init__(self, seed, district=0):
+        self.seed = (seed, district) if district else (seed,)  # of all random numbers
+        rng = np.random.default_rng([*self.seed, 1])
+        self.phase = rng.uniform(0, 2 * np.pi, 2)
+        # fractions of blocks that are parks, and of places for trees that have one; floors per floor of district 0
+        self.parks, self.trees, self.floors = 0.15, 0.7, 1.0
+        if district:
+            self.parks, self.trees, self.floors = rng.uniform(0, 0.4), rng.uniform(0.2, 1), rng.uniform(0.5, 2)
 
     def to_grid(self, x, y):
         """World x, y ([n] each) to grid x, y, where streets are straight; meters."""
@@ -99,9 +104,9 @@ class City:
     @cache  # noqa: B019 (a process holds one city)
     def block(self, column, row):
         """SOLID array of the block between streets `column`, `column` + 1 and `row`, `row` + 1."""
-        rng = np.random.default_rng([self.seed, 2, column + 99, row + 99])  # + 99, since seeds must not be negative
+        rng = np.random.default_rng([*self.seed, 2, column + 99, row + 99])  # + 99, since seeds must not be negative
         solids = []
-        is_park = rng.random() < 0.15
+        is_park = rng.random() < self.parks
         usual_wall = rng.integers(len(WALLS))  # the color of most houses: neighbors look alike
         for side in range(4):  # counter-clockwise, with the block on the left of the street
             origin = (np.array([column, row]) + [(0, 0), (1, 0), (1, 1), (0, 1)][side]) * PITCH
@@ -118,7 +123,7 @@ class City:
                 front = HALF_ROAD + SIDEWALK + rng.uniform(3.5, 5)
                 spot = self.street_pose(origin, side, along + width / 2, front + deep / 2)
                 wall = WALLS[usual_wall if rng.random() < 0.5 else rng.integers(len(WALLS))]
-                solids += house(rng, spot, (width, deep), wall)
+                solids += house(rng, spot, (width, deep), wall, self.floors)
                 along += width + rng.uniform(1, 5)
         return np.array(solids, dtype=SOLID)
 
@@ -127,7 +132,7 @@ class City:
         solids = []
         # `along`: meters from the center of the intersection at `origin`
         for along in np.arange(HALF_ROAD + 9, PITCH - HALF_ROAD - 9, 9.0):  # trees on the sidewalk, hedges behind it
-            if rng.random() < 0.7:
+            if rng.random() < self.trees:
                 solids += tree(rng, self.street_pose(origin, side, along + rng.uniform(-2, 2), HALF_ROAD + 2.9))
             if rng.random() < 0.5:
                 x, y, yaw = self.street_pose(origin, side, along + rng.uniform(-4, 4), HALF_ROAD + SIDEWALK + 1.2)
@@ -166,15 +171,15 @@ def tree(rng, spot):
     return [stem, solid((x, y, trunk_height), yaw, size, "foliage", leaf_color, "static.vegetation", is_round=True)]
 
 
-def house(rng, spot, footprint, wall):
+def house(rng, spot, footprint, wall, floors_factor):
     """The solids of a house, rows of a SOLID array.
 
-    spot: x, y, heading; footprint: length along the heading, width; wall: color.
+    spot: x, y, heading; footprint: length along the heading, width; wall: color; floors_factor: of the number of floors.
     """
     x, y, yaw = spot
     wall = tuple(c * rng.uniform(0.85, 1.1) for c in wall)
     gabled = rng.random() < 0.45
-    floors = rng.integers(1, 4) if gabled else rng.integers(3, 8)
+    floors = max(1, round(floors_factor * (rng.integers(1, 4) if gabled else rng.integers(3, 8))))
     height = 3.1 * floors + 0.6  # stories as in `paint._facade`
     walls = solid((x, y, 0), yaw, (*footprint, height), "facade", wall, "static.manmade")
     roof = ROOFS[rng.integers(len(ROOFS))]

@@ -195,16 +195,50 @@ class Path:
         return np.stack([x, y, np.interp(s, self.middles, self.yaw)], axis=-1)
 
 
+def district_of(index, varied):
+    """Number of the district in which scene `index` is: with as many scenes as it has intersections, if `varied`."""
+    return index // (STREETS - 3) ** 2 if varied else 0
+
+
+@dataclass(frozen=True)
+class Weather:
+    """Light and air of a scene; brightness and colors as in unipad/data/city/paint.py."""
+
+    sun: np.ndarray  # [3] unit, towards the sun
+    sunlight: float  # brightness of what the sun lights at a right angle
+    skylight: float  # brightness of what the whole sky lights
+    clouds: float  # 0: blue sky with some clouds; 1: overcast
+    haze_length: float  # meters after which 1/e of a color remains
+
+    @classmethod
+    def draw(cls, rng, varied):
+        """Random weather: a sunny day at about noon or, if `varied`, any light and air."""
+        elevation, azimuth = rng.uniform(0.6, 0.95), rng.uniform(0, 2 * np.pi)
+        sunlight, skylight, clouds, haze_length = 0.75, 0.42, 0.0, 320.0
+        if varied:
+            elevation = rng.uniform(0.2, 1.2)
+            clouds = max(0.0, rng.uniform(-0.7, 1.0))  # two fifths of the scenes are clear
+            sunlight, skylight = 0.85 * (1 - clouds) * rng.uniform(0.7, 1), rng.uniform(0.3, 0.6)
+            haze_length = np.exp(rng.uniform(np.log(60), np.log(600)))
+        horizontal = np.cos(elevation)
+        sun = np.array([horizontal * np.cos(azimuth), horizontal * np.sin(azimuth), np.sin(elevation)])
+        return cls(sun, sunlight, skylight, clouds, haze_length)
+
+
 class Scene:
     """A drive through the city, with the traffic around it."""
 
-    sun: np.ndarray  # [3] unit, towards the sun
+    weather: Weather
     track: np.ndarray  # [n, 2] positions of the ego vehicle, meters
     fixed: np.ndarray  # [n] SOLID, the solids of the static city near `track`
 
-    def __init__(self, seed, index, duration):
-        """index: number of the scene in `records.SCENES`; duration: seconds it lasts."""
-        self.city, self.index, self.duration = City.of(seed), index, duration
+    def __init__(self, seed, index, duration, varied=False):
+        """index: number of the scene in its dataset, from 0; duration: seconds it lasts.
+
+        varied: every 16 scenes are in another district, and each has weather of its own; otherwise, sunny days in one
+        district.
+        """
+        self.city, self.index, self.duration = City.of(seed, district_of(index, varied)), index, duration
         self.rng = rng = np.random.default_rng([seed, 3, index])
         # every scene has its own intersection, away from the border of the map, as long as there are enough
         inner = STREETS - 3
@@ -237,9 +271,7 @@ class Scene:
         blocks = {tuple(b) for b in np.floor(self.track / PITCH).astype(int)}
         blocks = sorted({(i + di, j + dj) for i, j in blocks for di in offsets for dj in offsets})
         self.fixed = np.concatenate([self.city.block(*b) for b in blocks])
-        elevation, azimuth = rng.uniform(0.6, 0.95), rng.uniform(0, 2 * np.pi)
-        horizontal = np.cos(elevation)
-        self.sun = np.array([horizontal * np.cos(azimuth), horizontal * np.sin(azimuth), np.sin(elevation)])
+        self.weather = Weather.draw(rng, varied)
 
     def poses(self, t):
         """[actors, 3] x, y, yaw at time t. As in all methods, the ego vehicle is not one of the actors."""

@@ -61,6 +61,7 @@ class Args:
     config: Path | None = None  # take all settings from this run or config.json; other flags override them
     resume: str = "never"  # a run's folder: resume it with its settings; auto: the run in --out, or the newest
     pretrained: tuple[Path, ...] = ()  # runs or checkpoints to take encoders from; for fusion, one or two
+    freeze_encoder: bool = False  # train only the head, to probe what the encoder has learned; its norms still adapt
     data_root: Path | None = None  # folder of the dataset; None: a synthetic city, generated in data/synthetic
     version: str | None = None  # version of the dataset, such as v1.0-trainval; None: its default, v1.0-mini
     dataset: str = DEFAULT_DATASET  # package.module:Class of another dataset; see unipad/data/dataset.py
@@ -159,6 +160,8 @@ def main(args: Args):
         net.encoder.set_checkpointing(args.checkpointing)
         if not saved:
             take_weights(net, "encoder.", args.pretrained, "--pretrained", print0)
+        if args.freeze_encoder:
+            net.encoder.requires_grad_(False)
         # DistributedDataParallel broadcasts the main process's weights
         model = torch.nn.parallel.DistributedDataParallel(net) if world.size > 1 else net
         optimizer = make_optimizer(net, optim)

@@ -66,8 +66,8 @@ class Args:
     out: Path
     """Folder to write: new, empty, or an older synthetic dataset, which is replaced."""
     scenes: int = 10
-    """Scenes, 2 to 1000. Up to 10 are those of nuScenes mini, two of them for validation (one if there are only 2). More
-    are in several districts and in any weather, with splits of their own: --version city."""
+    """Scenes, 2 to 1000. Up to 10 have the names of nuScenes mini's, two of them for validation (one if there are only
+    2). More are in several districts and in any weather, with splits of their own: --version city."""
     keyframes: int = 10
     """Keyframes per scene, at 2 Hz; 2 to 400."""
     image_size: tuple[int, int] = (144, 256)

@@ -44,7 +44,6 @@ def is_large(args) -> bool:
     return args.scenes > len(SCENES)
 
 
-
 def version_of(args) -> str:
     return LARGE if is_large(args) else MINI
 

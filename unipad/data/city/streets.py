@@ -174,7 +174,8 @@ def tree(rng, spot):
 def house(rng, spot, footprint, wall, floors_factor):
     """The solids of a house, rows of a SOLID array.
 
-    spot: x, y, heading; footprint: length along the heading, width; wall: color; floors_factor: of the number of floors.
+    spot: x, y, heading; footprint: length along the heading, width; wall: color; floors_factor: multiplies the
+    number of floors.
     """
     x, y, yaw = spot
     wall = tuple(c * rng.uniform(0.85, 1.1) for c in wall)

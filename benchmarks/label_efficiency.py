@@ -1,23 +1,24 @@
-"""What pre-training gains with few labels, and how good the features are that it has learned.
+"""What pre-training gains with few labels, and how good the features are that it learns.
 
-    python -m benchmarks.label_efficiency --modality lidar                 # on a synthetic city, a few minutes a run
+    python -m benchmarks.label_efficiency --modality lidar               # a synthetic city, a few minutes per run
     python -m benchmarks.label_efficiency --task segment --fractions 0.05 0.2 --seeds 0 1 2 --jobs 2
     python -m benchmarks.label_efficiency --modality lidar --data-root /data/nuscenes --version v1.0-trainval \
-        --pretrained RUN --preset lidar-0.075-ablation --arms scratch pretrained --fractions 0.2 --steps 7000
-    python -m benchmarks.label_efficiency --figure docs/label_efficiency.png          # of all results so far
+        --preset lidar-0.075-ablation --pretrained RUN --arms scratch pretrained --fractions 0.2 --steps 7000 --gpus 4
+    python -m benchmarks.label_efficiency --figure docs/label_efficiency.png         # draw all results so far
 
-Pre-trains once on all frames of the training split (or takes --pretrained). Then, for each label fraction, seed and
-number of steps, it fine-tunes the arms:
+Pre-trains once on all training frames (or takes --pretrained). Then, for each label fraction, seed and number of steps,
+it fine-tunes the arms of the experiment:
 
     scratch            all weights start at random
     pretrained         the encoder starts from the pre-trained one
     frozen-random      only the head is trained, on a random encoder
     frozen-pretrained  only the head is trained, on the pre-trained encoder
 
-The arms of a seed see the same frames in the same order. Each run is evaluated on --split by `eval.py`. Results are
-appended to results.csv in --out as they come; a command that is repeated runs only what is missing, and resumes what
-was interrupted. Choose settings with --split city_dev, scenes of the city that are in neither the training nor the
-validation split.
+The arms of a seed see the same frames in the same order. `eval.py` evaluates each run on --split. Rows are appended to
+results.csv in --out as they come; the same command again runs only what is missing, and resumes what was interrupted.
+On a CPU, each run computes with one thread, so that its result does not depend on the number of cores: use --jobs.
+
+Choose settings with --split city_dev, whose scenes are in neither the training nor the validation split.
 """
 
 import csv
@@ -25,8 +26,7 @@ import json
 import os
 import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
@@ -36,142 +36,206 @@ import matplotlib
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 from unipad.data.synthetic import generate, is_synthetic
+from unipad.errors import UserError
+from unipad.exit import exit_on_user_error
 from unipad.run_folder import commit
 
+Arm = Literal["scratch", "pretrained", "frozen-random", "frozen-pretrained"]
 ARMS = ("scratch", "pretrained", "frozen-random", "frozen-pretrained")
-CITY = Path("data/label-efficiency")  # 64 scenes of 6 keyframes: 270 for training, 36 for choosing settings, 78 for val
-METRICS = {"detect": ("NDS", "mAP"), "segment": ("mIoU",)}
+CITY = Path("data/label-efficiency")
+CITY_SIZE = {"scenes": 128, "keyframes": 4}  # 360 keyframes to train on, 48 to choose settings with, 104 to validate on
+# Metrics by task: name -> (file of eval.py, its key)
+METRICS = {
+    "detect": {"NDS": ("metrics_summary.json", "nd_score"), "mAP": ("metrics_summary.json", "mean_ap")},
+    "segment": {"mIoU": ("segmentation_summary.json", "miou")},
+}
 
 
 @dataclass(frozen=True)
 class Args:
     task: Literal["detect", "segment"] = "detect"  # task of fine-tuning
     modality: Literal["camera", "lidar", "fusion"] = "lidar"  # input of the encoder
-    arms: tuple[Literal["scratch", "pretrained", "frozen-random", "frozen-pretrained"], ...] = ARMS  # what to compare
-    fractions: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5, 1.0)  # label fractions: of the training frames, 1/k each
+    arms: tuple[Arm, ...] = ARMS  # arms to compare
+    fractions: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5, 1.0)  # label fractions: 1/k of the training frames each
     seeds: tuple[int, ...] = (0, 1, 2)  # seeds of the fine-tuning runs
-    steps: tuple[int, ...] = (600,)  # steps of each fine-tuning run; several: until more steps gain nothing
-    pretrained: Path | None = None  # pre-training run; None: train one with --pretrain-flags
+    steps: tuple[int, ...] = (1000,)  # steps of a fine-tuning run; several: one run each, to find where gains end
+    pretrained: Path | None = None  # pre-training run; None: pre-train, or resume, the variant's own
     pretrain_steps: int | None = None  # steps of pre-training; None: its preset's
-    pretrain_flags: str = ""  # more flags of train.py
-    flags: str = ""  # more flags of finetune.py
-    init: Path | None = None  # ImageNet weights of the camera encoder, for all arms
+    pretrain_flags: str = ""  # more flags of train.py, in one string
+    flags: str = ""  # more flags of finetune.py, in one string
+    init: Path | None = None  # ImageNet weights of the camera encoder, for pre-training and the arms without it
     preset: str | None = None  # preset of fine-tuning; None: tiny; with --data-root finetune.py's
-    data_root: Path | None = None  # folder of a nuScenes dataset; None: a synthetic city of 64 scenes
+    data_root: Path | None = None  # folder of a nuScenes dataset; None: a synthetic city of 128 scenes
     version: str = "city"  # version of the dataset
     split: str = "val"  # split to evaluate on
-    variant: str = "default"  # name of these settings in the results, to compare with other --flags
-    jobs: int = 1  # runs at once; each gets one thread if there are several
-    out: Path = Path("outputs/label-efficiency")  # folder of all runs and of results.csv
-    figure: Path | None = None  # only draw the results so far into this file
+    variant: str = "default"  # name of these settings in results.csv; other --flags need another name
+    jobs: int = 1  # fine-tuning runs at once
+    gpus: int = 0  # GPUs per run, with torchrun; 0: one GPU, or the CPU
+    out: Path = Path("outputs/label-efficiency")  # folder of results.csv and of all runs
+    figure: Path | None = None  # draw the validation results of results.csv in --out as this picture, and do no more
 
 
 @dataclass(frozen=True)
 class Row:
-    """One result of results.csv."""
+    """A line of results.csv: one metric of one run."""
 
     task: str
     modality: str
     variant: str
     split: str
     arm: str
-    fraction: float
+    fraction: float  # of the labels
     seed: int
     steps: int
     metric: str
     value: float
-    seconds: float  # of fine-tuning and evaluation, wall-clock
+    cpu_seconds: float  # of fine-tuning and evaluation, since the last interruption
     commit: str
     flags: str
+    pretrained: str  # the pre-training run and its steps; empty for arms that need none
+
+    @property
+    def case(self):
+        """What tells a variant's runs apart."""
+        return self.split, self.arm, self.fraction, self.seed, self.steps
 
 
 def main(args: Args):
+    file = args.out / "results.csv"
     if args.figure:
-        draw(read_rows(args.out / "results.csv"), args.figure)
+        draw(read_rows(file), args.figure)
         return
-    root = args.data_root or ensure_city()
+    for script_flags in (args.flags, args.pretrain_flags):
+        if "--seed" in script_flags.split() or "--steps" in script_flags.split():
+            raise UserError("--seed and --steps do not go into --flags or --pretrain-flags; use --seeds and --steps.")
     folder = args.out / (args.modality if args.task == "detect" else args.task) / args.variant
-    common = ["--modality", args.modality, "--data-root", root, "--version", args.version]
-    pretrained = args.pretrained or folder / "pretrained"
-    if not args.pretrained and any(arm.endswith("pretrained") for arm in args.arms):
-        run("train.py", pretrained, *common, *pretraining_flags(args))
-    done = {(r.split, r.arm, r.fraction, r.seed, r.steps) for r in read_rows(args.out / "results.csv") if of(args, r)}
-    cases = product(args.steps, args.seeds, args.fractions, args.arms)
-    cases = [(arm, fraction, seed, steps) for steps, seed, fraction, arm in cases]
+    cases = [case[::-1] for case in product(args.steps, args.seeds, args.fractions, args.arms)]
+    rows = [row for row in read_rows(file) if is_of(args, row)]
+    others = {row.flags for row in rows} - {args.flags}
+    if others:
+        raise UserError(
+            f"{file} has runs of --variant {args.variant} with --flags '{others.pop()}'; name a new variant."
+        )
+    done = {row.case for row in rows}
+    missing = [
+        (arm, fraction, seed, steps)
+        for arm, fraction, seed, steps in cases
+        if (args.split, arm, fraction, seed, steps) not in done
+    ]
+    if missing:
+        prepare(args, folder)
     with ThreadPoolExecutor(args.jobs) as pool:
-        futures = [
-            pool.submit(measure, args, folder, common, pretrained, *case)
-            for case in cases
-            if (args.split, *case) not in done
-        ]
-        for future in futures:
-            future.result()
-    print_table([row for row in read_rows(args.out / "results.csv") if of(args, row) and row.split == args.split])
+        runs = {pool.submit(measure, args, folder, *case): case for case in missing}
+        try:
+            for number, run in enumerate(as_completed(runs), 1):
+                append_rows(file, run.result())
+                values = "  ".join(f"{row.metric} {row.value:.3f}" for row in run.result())
+                arm, fraction, seed, steps = runs[run]
+                print(
+                    f"{number} of {len(runs)}: {arm}, {fraction:g} of the labels, seed {seed}, {steps} steps: {values}",
+                    flush=True,
+                )
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    rows = [row for row in read_rows(file) if is_of(args, row) and row.split == args.split]
+    print("\n".join(table(rows)))
 
 
-def of(args, row):
+def is_of(args, row):
     return (row.task, row.modality, row.variant) == (args.task, args.modality, args.variant)
 
 
-def ensure_city():
-    """The root of the synthetic city for this experiment, which is generated if it does not exist yet."""
-    if not is_synthetic(CITY):
-        generate(CITY, scenes=64, keyframes=6)
-    return CITY
+def prepare(args, folder):
+    """Generate the city and pre-train, unless this has been done."""
+    if args.data_root is None and not is_synthetic(CITY):
+        generate(CITY, **CITY_SIZE)
+    if args.pretrained is None and any(arm.endswith("pretrained") for arm in args.arms):
+        preset = {"segment": "segment" if args.data_root else "segment-tiny"}.get(args.task)
+        preset = preset or (None if args.data_root else "tiny")
+        flags = ["--preset", preset] if preset else []
+        flags += ["--steps", args.pretrain_steps] if args.pretrain_steps else []
+        flags += ["--init", args.init] if args.init else []
+        train(args, "train.py", folder / "pretrained", *flags, *args.pretrain_flags.split())
 
 
-def pretraining_flags(args):
-    preset = {"segment": "segment" if args.data_root else "segment-tiny"}.get(args.task)
-    preset = preset or (None if args.data_root else "tiny")
-    flags = ["--preset", preset] if preset else []
-    flags += ["--steps", args.pretrain_steps] if args.pretrain_steps else []
-    flags += ["--init", args.init] if args.init else []
-    return [*flags, *args.pretrain_flags.split()]
-
-
-def measure(args, folder, common, pretrained, arm, fraction, seed, steps):
-    """Fine-tune one arm, evaluate it, and append its results."""
-    path, began = folder / f"{arm}-{fraction}-{steps}-{seed}", time.monotonic()
-    source = pretrained if arm.endswith("pretrained") else args.init
+def measure(args, folder, arm, fraction, seed, steps):
+    """Fine-tune one arm and evaluate it: its rows."""
+    path = folder / f"{arm}-{fraction:g}-{steps}-{seed}"
+    from_pretrained = arm.endswith("pretrained")
+    source = (args.pretrained or folder / "pretrained") if from_pretrained else args.init
     flags = ["--task", args.task, "--label-fraction", fraction, "--seed", seed, "--steps", steps, "--val-every", 0]
     preset = args.preset or (None if args.data_root else "tiny")
     flags += ["--preset", preset] if preset else []
     flags += ["--pretrained", source] if source else []
     flags += ["--freeze-encoder"] if arm.startswith("frozen") else []
-    run("finetune.py", path, *common, *flags, *args.flags.split(), threads=1 if args.jobs > 1 else None)
-    evaluation = path / f"eval-{args.split}"
-    execute("eval.py", path, "--split", args.split, "--out", evaluation, threads=1 if args.jobs > 1 else None)
-    names = {"detect": "metrics_summary.json", "segment": "segmentation_summary.json"}
-    summary = json.loads((evaluation / names[args.task]).read_text())
-    keys = {"NDS": "nd_score", "mAP": "mean_ap", "mIoU": "miou"}
-    seconds = round(time.monotonic() - began, 1)
-    rows = [
+    seconds = train(args, "finetune.py", path, *flags, *args.flags.split())
+    results = path / f"eval-{args.split}"
+    seconds += execute(args, log_of(path), "eval.py", path, "--split", args.split, "--out", results)
+    origin = f"{source}, {pretraining_steps(source)} steps" if from_pretrained else ""
+    return [
         Row(
-            args.task, args.modality, args.variant, args.split, arm, fraction, seed, steps,
-            metric, summary[keys[metric]], seconds, commit() or "", args.flags,
+            task=args.task,
+            modality=args.modality,
+            variant=args.variant,
+            split=args.split,
+            arm=arm,
+            fraction=fraction,
+            seed=seed,
+            steps=steps,
+            metric=metric,
+            value=json.loads((results / name).read_text())[key],
+            cpu_seconds=round(seconds),
+            commit=commit() or "",
+            flags=args.flags,
+            pretrained=origin,
         )
-        for metric in METRICS[args.task]
-    ]  # fmt: skip
-    append_rows(args.out / "results.csv", rows)
+        for metric, (name, key) in METRICS[args.task].items()
+    ]
 
 
-def run(script, folder, *flags, threads=None):
-    """Run a training script into `folder`, or resume a run there."""
-    execute(script, "--out", folder, "--resume", "auto", *flags, threads=threads)
+def pretraining_steps(run):
+    """Steps of a pre-training run; "?" for a checkpoint outside a run's folder."""
+    file = Path(run) / "config.json"
+    return json.loads(file.read_text())["steps"] if file.exists() else "?"
 
 
-def execute(*command, threads=None):
-    """Run a script of this repository; exit if it fails."""
-    variables = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    done = subprocess.run([sys.executable, *map(str, command)], env=variables)
-    if done.returncode:
-        sys.exit(done.returncode)
+def log_of(folder):
+    """The file next to a run's folder with all that its scripts print."""
+    return folder.with_name(f"{folder.name}.log")
+
+
+def train(args, script, folder, *flags):
+    """Run a training script into `folder`, or resume the run there; returns CPU seconds."""
+    common = ["--modality", args.modality, "--data-root", args.data_root or CITY, "--version", args.version]
+    return execute(args, log_of(folder), script, "--out", folder, "--resume", "auto", *common, *flags)
+
+
+def execute(args, log, *command):
+    """Run a script of this repository, its output appended to `log`; returns CPU seconds. Exits if the script fails."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    launcher = [sys.executable]
+    if args.gpus:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.gpus)]
+    with log.open("a") as output:
+        print("\n" + " ".join(map(str, command)), file=output, flush=True)
+        process = subprocess.Popen(
+            [*launcher, *map(str, command)], env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=output, stderr=output
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        print(f"{command[0]} ended with {process.returncode}; the end of {log}:", file=sys.stderr)
+        print("\n".join(log.read_text().splitlines()[-5:]), file=sys.stderr)
+        sys.exit(1)
+    return usage.ru_utime + usage.ru_stime
 
 
 def read_rows(file: Path) -> list[Row]:
-    """The rows of a results.csv; none without the file."""
+    """The rows of a results.csv; none if the file does not exist."""
     if not file.exists():
         return []
     with file.open(newline="") as lines:
@@ -179,7 +243,7 @@ def read_rows(file: Path) -> list[Row]:
 
 
 def append_rows(file: Path, rows: list[Row]):
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """Append rows to a results.csv, which is made if it does not exist."""
     is_new = not file.exists()
     with file.open("a", newline="") as lines:
         writer = csv.DictWriter(lines, [f.name for f in fields(Row)])
@@ -188,59 +252,75 @@ def append_rows(file: Path, rows: list[Row]):
         writer.writerows(vars(row) for row in rows)
 
 
-def groups(rows: list[Row]) -> dict[tuple, list[float]]:
-    """{(task, modality, variant, split, metric, steps, fraction, arm): values over the seeds}."""
+def by_seed(rows: list[Row], *names: str) -> dict[tuple, dict[int, float]]:
+    """{the rows' values of the fields `names`: {seed: value of the metric}}."""
     found = {}
-    for r in rows:
-        key = r.task, r.modality, r.variant, r.split, r.metric, r.steps, r.fraction, r.arm
-        found.setdefault(key, []).append(r.value)
+    for row in rows:
+        found.setdefault(tuple(getattr(row, name) for name in names), {})[row.seed] = row.value
     return found
 
 
-def print_table(rows: list[Row]):
-    """Mean and standard deviation over the seeds, as Markdown."""
-    values = groups(rows)
+def table(rows: list[Row]) -> list[str]:
+    """Lines of Markdown: mean ± standard deviation over seeds; gain: of `pretrained` over `scratch`, seed by seed."""
+    line_of = ("task", "modality", "variant", "split", "metric", "steps", "fraction")
+    values = by_seed(rows, *line_of, "arm")
     arms = [arm for arm in ARMS if any(key[-1] == arm for key in values)]
-    print("\n| task | modality | variant | split | metric | steps | labels | " + " | ".join(arms) + " |")
-    print("|---" * (7 + len(arms)) + "|")
-    for *line, fraction in sorted({key[:-1] for key in values}, key=str):
-        cells = [_cell(values.get((*line, fraction, arm))) for arm in arms]
-        print(f"| {' | '.join(map(str, line))} | {fraction:.0%} | {' | '.join(cells)} |")
+    lines = [f"| task | modality | variant | split | metric | steps | labels | {' | '.join(arms)} | gain |"]
+    lines += ["|---" * (8 + len(arms)) + "|"]
+    for key in sorted({key[:-1] for key in values}):
+        of_arm = {arm: values.get((*key, arm), {}) for arm in arms}
+        scratch, pretrained = of_arm.get("scratch", {}), of_arm.get("pretrained", {})
+        gains = [pretrained[seed] - scratch[seed] for seed in scratch.keys() & pretrained.keys()]
+        cells = [spread(list(of_arm[arm].values())) for arm in arms] + [spread(gains, "+")]
+        lines += [f"| {' | '.join(map(str, key[:-1]))} | {100 * key[-1]:g} % | {' | '.join(cells)} |"]
+    return lines
 
 
-def _cell(values):
-    if values is None:
+def spread(values: list[float], sign: str = "") -> str:
+    """`mean ± standard deviation (number of values)`."""
+    if not values:
         return "-"
-    spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.3f}{spread} ({len(values)})"
+    deviation = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):{sign}.3f}{deviation} ({len(values)})"
 
 
 def draw(rows: list[Row], file: Path):
-    """Draw label fraction against metric: one panel for each task, modality and metric, one line for each arm."""
-    values = groups([row for row in rows if row.variant == "default" and row.split == "val"])
-    panels = sorted({(key[0], key[1], key[4]) for key in values})
-    figure = Figure(figsize=(3.2 * len(panels), 3.2), dpi=120, layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    """Draw metrics over label fractions: a panel per task, modality and metric; a line per arm and number of steps."""
+    rows = [row for row in rows if row.variant == "default" and row.split == "val"]
+    if not rows:
+        raise UserError(
+            "results.csv in --out has no rows of the variant `default` on the split `val`: nothing to draw."
+        )
+    panels = sorted({(row.task, row.modality, row.metric) for row in rows})
+    columns = min(4, len(panels))
+    figure = Figure(figsize=(3.2 * columns, 3 * -(-len(panels) // columns)), dpi=120, layout="constrained")
+    axes = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).ravel()
     colors = dict(zip(ARMS, matplotlib.colormaps["tab10"].colors, strict=False))
-    for axis, panel in zip(axes, panels, strict=True):
-        for arm in ARMS:
-            line = {
-                100 * key[6]: found for key, found in values.items()
-                if (key[0], key[1], key[4]) == panel and key[7] == arm
-            }  # fmt: skip
-            if line:
-                x = sorted(line)
-                mean, spread = ([f(line[fraction]) for fraction in x] for f in (np.mean, np.std))
-                axis.errorbar(x, mean, spread, color=colors[arm], label=arm, marker="o", markersize=3, capsize=2)
-        axis.set(xscale="log", xlabel="labels, %", title=f"{panel[0]}, {panel[1]}", ylabel=panel[2])
-        axis.set_xticks(sorted({100 * key[6] for key in values}), minor=False)
-        axis.get_xaxis().set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-        axis.minorticks_off()
+    for axis, panel in zip(axes, panels, strict=False):
+        of_panel = [row for row in rows if (row.task, row.modality, row.metric) == panel]
+        values = by_seed(of_panel, "arm", "steps", "fraction")
+        for arm, steps in sorted({key[:2] for key in values}, key=lambda line: ARMS.index(line[0])):
+            x = sorted(key[2] for key in values if key[:2] == (arm, steps))
+            points = [list(values[arm, steps, fraction].values()) for fraction in x]
+            deviations = [np.std(found, ddof=1) if len(found) > 1 else 0 for found in points]
+            percent = [100 * fraction for fraction in x]
+            axis.errorbar(
+                percent, [np.mean(found) for found in points], deviations,
+                color=colors[arm], label=f"{arm}, {steps} steps", marker="o", markersize=3, capsize=2,
+            )  # fmt: skip
+        task, modality, metric = panel
+        axis.set(xscale="log", xlabel="labels, %", ylabel=metric, title=f"{task}, {modality}", ylim=(0, None))
+        axis.set_xticks(sorted({100 * row.fraction for row in of_panel}))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.xaxis.set_minor_locator(NullLocator())
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+        axis.legend(fontsize=7)
+    for axis in axes[len(panels) :]:
+        axis.axis("off")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    with exit_on_user_error():
+        main(tyro.cli(Args, description=__doc__))

@@ -130,6 +130,21 @@ def test_pretrained_encoders_are_loaded_and_the_rest_is_listed(city, tmp_path, c
         run(tmp_path / "other", city, "--pretrained", tmp_path / "broken.pt")
 
 
+@pytest.mark.parametrize("modality", ["camera", "lidar"])
+def test_a_frozen_encoder_keeps_its_weights(modality, city, tmp_path):
+    """The weights of the encoder stay; the statistics of its batch norms and the head do not."""
+    flags = ["--modality", modality, "--freeze-encoder"]
+    out = run(tmp_path / "run", city, *flags, "--stop-at", 1)
+    before = checkpoint(out)["model"]
+    run(out, city, *flags, "--resume", "auto")
+    after = checkpoint(out)["model"]
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    assert {name for name in changed if name.startswith("encoder.") and not name.endswith(statistics)} == set()
+    assert any(name.startswith("head.") for name in changed)
+    assert any(name.endswith("running_mean") for name in changed) == (modality == "lidar")
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [

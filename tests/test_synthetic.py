@@ -21,13 +21,16 @@ from nuscenes.utils.geometry_utils import points_in_box
 from nuscenes.utils.splits import create_splits_scenes
 from pyquaternion import Quaternion
 
+from unipad.config import Data
 from unipad.data import synthetic
 from unipad.data.city import rig
 from unipad.data.city.raycast import GROUND, SKY, CameraView, LidarView, cast
-from unipad.data.city.records import SCENES, VERSION, scene_names
+from unipad.data.city.records import SCENES, scene_names
 from unipad.data.city.solids import CATEGORIES, CATEGORY, SOLID, solid
 from unipad.data.city.traffic import Scene
+from unipad.data.nuscenes import NuScenesDataset
 
+VERSION = "v1.0-mini"
 SMALL = {"scenes": 3, "keyframes": 3, "image_size": (72, 128), "workers": 2}
 TINY = {"scenes": 2, "keyframes": 2, "image_size": (32, 48), "columns": 60, "progress": False}
 # "meta" of a submission
@@ -346,15 +349,45 @@ def test_a_failure_leaves_the_old_dataset_in_place(tmp_path, monkeypatch):
 
 def test_any_number_of_scenes_has_both_splits():
     splits = create_splits_scenes()
-    assert scene_names(10) == sorted(splits["mini_train"] + splits["mini_val"])
+    assert scene_names(settings(scenes=10)) == sorted(splits["mini_train"] + splits["mini_val"])
     for count in range(2, 10):
-        names = scene_names(count)
+        names = scene_names(settings(scenes=count))
         assert len(names) == count
         assert set(names) & set(splits["mini_train"]) and set(names) & set(splits["mini_val"])
 
 
+def settings(**others):
+    return synthetic.Args(out=Path("unused"), **others)
+
+
+def test_a_city_of_many_scenes_has_splits_of_its_own(tmp_path):
+    root = synthetic.generate(tmp_path / "set", **TINY | {"scenes": 12})
+    assert synthetic.is_synthetic(root)
+    nusc = NuScenes(version="city", dataroot=str(root), verbose=False)
+    assert [scene["name"] for scene in nusc.scene] == [f"city-{n:04d}" for n in range(12)]
+    assert len({nusc.get("map", m["token"])["filename"] for m in nusc.map}) == 1  # 12 scenes fit into one district
+    splits = json.loads((root / "city" / "splits.json").read_text())
+    assert [len(splits[name]) for name in ("city_train", "city_dev", "city_val")] == [8, 2, 2]
+    assert sorted(sum(splits.values(), [])) == [scene["name"] for scene in nusc.scene]
+    assert NuScenesDataset.splits(root, "city")["val"] == "city_val"
+    assert len(NuScenesDataset(root, "city", "city_dev", Data())) == 2 * TINY["keyframes"]
+
+
+def test_many_scenes_are_in_several_districts_and_in_any_weather():
+    scenes = [Scene(seed=0, index=index, duration=0.5, varied=True) for index in (0, 15, 16)]
+    assert scenes[0].city is scenes[1].city and scenes[1].city is not scenes[2].city
+    blocks = [city.block(3, 3) for city in (scenes[0].city, scenes[2].city)]
+    assert len(blocks[0]) != len(blocks[1]) or not np.array_equal(*blocks)
+    assert len({scene.weather.haze_length for scene in scenes}) == 3
+    assert {scene.weather.clouds > 0 for scene in scenes} == {False, True}
+    # the default city keeps its sunny days
+    sunny = [Scene(seed=0, index=index, duration=0.5).weather for index in (0, 1)]
+    assert {(w.sunlight, w.skylight, w.clouds, w.haze_length) for w in sunny} == {(0.75, 0.42, 0.0, 320.0)}
+
+
 @pytest.mark.parametrize(
-    "setting", [{"scenes": 1}, {"keyframes": 1}, {"image_size": (8, 8)}, {"workers": 0}, {"camera_sweeps": 6}]
+    "setting",
+    [{"scenes": 1}, {"scenes": 1001}, {"keyframes": 1}, {"image_size": (8, 8)}, {"workers": 0}, {"camera_sweeps": 6}],
 )
 def test_invalid_settings_are_rejected(tmp_path, setting):
     with pytest.raises(synthetic.SettingError, match=next(iter(setting)).replace("_", "-")):

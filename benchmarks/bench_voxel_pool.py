@@ -3,8 +3,8 @@
     python -m benchmarks.bench_voxel_pool
 
 Peers: UniPAD's formulas, eager and compiled; on a GPU BEVPoolv2 and BEVFusion's bev_pool, if mmdet3d is installed.
-Every timed call finds the voxels of the frustum points and sorts them, since augmentation changes the camera matrices
-at every training step.
+Every timed call finds the voxels of the frustum points and sorts them, since the camera matrices differ from sample to
+sample.
 """
 
 import importlib

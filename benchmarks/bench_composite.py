@@ -1,4 +1,4 @@
-"""composite: kernel, reference, and the original's formula, eager.   python -m benchmarks.bench_composite"""
+"""composite: kernel, reference, and UniPAD's formula in eager PyTorch.   python -m benchmarks.bench_composite"""
 
 import torch
 
@@ -6,7 +6,7 @@ from benchmarks.harness import DEVICE, Case, compare
 from unipad.kernels.composite import EPS, composite, composite_ref
 
 # Rays, samples of each, channels composited. UniPAD: 6 cameras x 512 rays, 72 + 24 samples, RGB and depth; then more
-# channels, then more rays. On a CPU first the tiny preset's 6 x 64 rays, 48 + 16 samples
+# channels, then more rays. On a CPU first about the tiny preset's sizes: 6 x 64 rays, 40 + 16 samples
 GPU_SIZES = [(3072, 96, 4), (3072, 96, 32), (24576, 96, 32)]
 CPU_SIZES = [(384, 64, 4), (3072, 96, 4)]
 
@@ -20,7 +20,7 @@ def case(R, S, C):
 
 
 def eager(alpha, values):
-    """The original's formula: weights, then a sum over a tensor of the size of `values`."""
+    """UniPAD's formula: weights, then a sum over a tensor of the size of `values`."""
     trans = torch.cat([torch.ones_like(alpha[:, :1]), 1 - alpha + EPS], dim=1).cumprod(dim=1)[:, :-1]
     weights = alpha * trans
     return (weights[..., None] * values).sum(dim=1), weights

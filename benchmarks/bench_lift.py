@@ -1,4 +1,4 @@
-"""lift: kernel, reference, the original's formulas (eager and compiled); then more and fewer views, voxels, channels.
+"""lift: kernel, reference, UniPAD's formulas (eager and compiled); then with more and fewer views, voxels, channels.
 
     python -m benchmarks.bench_lift
     OMP_NUM_THREADS=1 python -m benchmarks.bench_lift --paper      on a CPU: paper size too
@@ -20,11 +20,11 @@ from unipad.recipes import PRETRAIN
 
 # preset, padded image (H, W), width before padding / 1600, strides of the levels
 PAPER = ("camera-0.1", (928, 1600), 1.0, (8, 16, 32, 64))
-TINY = ("tiny", (160, 256), 0.16, (8, 16, 32))
+TINY = ("tiny", (160, 256), 0.16, (8, 16, 32))  # images a little larger than the preset's 128 x 224
 # nuScenes' rig at 900 x 1600: yaw in degrees, counter-clockwise from ahead; focal length in pixels
 CAMERAS = [(0, 1266), (-55, 1266), (-110, 1266), (180, 809), (110, 1266), (55, 1266)]
 CENTER = (816, 491)  # principal point (u, v) in pixels of nuScenes' front camera, used for all six
-# For bf16 and fp16: bf16 results that one implementation rounds up and another down differ by up to 4e-3
+# AGREE for bf16 and fp16: bf16 results that one implementation rounds up and another down differ by up to 4e-3
 AGREE_HALF = 1e-2
 
 
@@ -36,9 +36,9 @@ def case(preset, image_size, scale, strides, dtype=torch.float32, views=6, chann
         shape = (across, across, shape[2])
         cell = (*((h - l) / across for l, h in zip(grid.low[:2], grid.high[:2], strict=True)), cell[2])
     sizes = [(math.ceil(image_size[0] / s), math.ceil(image_size[1] / s)) for s in strides]
-    rand = partial(torch.randn, device=DEVICE)
-    features = [rand(1, views, h, w, channels) for h, w in sizes]
-    depths = [rand(1, views, h, w, camera.depth_bins).softmax(-1) for h, w in sizes]
+    randn = partial(torch.randn, device=DEVICE)
+    features = [randn(1, views, h, w, channels) for h, w in sizes]
+    depths = [randn(1, views, h, w, camera.depth_bins).softmax(-1) for h, w in sizes]
     features, depths = ([t.to(dtype).requires_grad_() for t in levels] for levels in (features, depths))
     geometry = (rig(scale, views), grid.low, cell, shape, image_size, camera.depth_range)
     out_bytes = math.prod(shape) * channels * features[0].element_size()
@@ -65,7 +65,10 @@ def rig(scale, count=6):
 
 
 def deterministic(*inputs):
-    """`lift` whose backward gathers on every level; by default it adds atomically on fine ones."""
+    """`lift` whose backward gathers on every level; by default it adds atomically on fine ones.
+
+    The forward notes the mode for its backward, which runs after the mode is reset.
+    """
     torch.use_deterministic_algorithms(True)
     try:
         return lift(*inputs)

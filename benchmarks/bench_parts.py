@@ -29,9 +29,9 @@ PRECISION = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 class Part:
     name: str
     run: object  # function: inputs -> list of tensors; for the backward, their mean squares are summed
-    inputs: list  # tensors that get gradients too
-    parameters: list
-    times: int = 1  # how often a step runs it
+    inputs: list  # tensors; the backward computes their gradients
+    parameters: list  # the backward computes their gradients too
+    per_step: int = 1  # how often a step runs it
 
 
 def autocast():
@@ -48,7 +48,7 @@ def parts(net, batch):
         shape = len(images), stage[0].dwconv.in_channels, H // 2 ** (i + 2), W // 2 ** (i + 2)
         for name, layout in {"": torch.channels_last, ", contiguous": torch.contiguous_format}.items():
             x = torch.randn(shape, device=DEVICE, dtype=PRECISION).contiguous(memory_format=layout)
-            yield _convolution(f"depthwise 7x7, stage {i}{name}", stage[0].dwconv, x, layout, times=len(stage))
+            yield _convolution(f"depthwise 7x7, stage {i}{name}", stage[0].dwconv, x, layout, per_step=len(stage))
     yield Part("backbone", camera.backbone, [images], list(camera.backbone.parameters()))
 
     def encode(*_):
@@ -84,13 +84,13 @@ def parts(net, batch):
     yield Part("whole step, without the optimizer", step, [], list(net.parameters()))
 
 
-def _convolution(name, conv, x, layout, times=1):
-    """The `Part` of a convolution that runs `times` per step, timed in the memory format `layout`."""
+def _convolution(name, conv, x, layout, per_step=1):
+    """The `Part` of a convolution that runs `per_step` times per step, timed in the memory format `layout`."""
     conv = deepcopy(conv).to(memory_format=layout)  # a library follows the layout of the input or of the weights
     with torch.no_grad(), autocast():
         out = conv(x)
     assert out.is_contiguous(memory_format=layout) or DEVICE == "cpu", f"{name} does not keep its layout"
-    return Part(name, lambda x: [conv(x)], [x], list(conv.parameters()), times)
+    return Part(name, lambda x: [conv(x)], [x], list(conv.parameters()), per_step)
 
 
 def forward_backward(part, inputs):
@@ -102,14 +102,14 @@ def forward_backward(part, inputs):
 
 
 def measure(part):
-    """Milliseconds per step: forward, forward + backward."""
+    """Milliseconds that the part takes of a step: [forward, forward + backward]."""
     inputs = [t.detach().requires_grad_() for t in part.inputs]
 
     def forward():
         with autocast(), torch.no_grad():
             part.run(*inputs)
 
-    return [part.times * milliseconds(fn)[0] for fn in (forward, lambda: forward_backward(part, inputs))]
+    return [part.per_step * milliseconds(fn)[0] for fn in (forward, lambda: forward_backward(part, inputs))]
 
 
 def main(preset: Literal[tuple(PRETRAIN["camera"])] = "tiny"):
@@ -119,7 +119,7 @@ def main(preset: Literal[tuple(PRETRAIN["camera"])] = "tiny"):
     print("| part | times per step | forward ms | forward + backward ms |\n|---|---|---|---|")
     for part in parts(net, random_batch(recipe)):
         forward, both = measure(part)
-        print(f"| {part.name} | {part.times} | {forward:.3f} | {both:.3f} |", flush=True)
+        print(f"| {part.name} | {part.per_step} | {forward:.3f} | {both:.3f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from unipad.kernels.ray_sample import (
     stratified_edges_ref,
 )
 
-# Rays, samples, new samples. UniPAD: 6 cameras x 512 rays, 72 + 24; on the CPU 6 x 64 rays, about the tiny presets'
+# Rays, samples of each, new samples (of `resample` only). UniPAD: 6 cameras x 512 rays, 72 + 24; on a CPU first about
+# the tiny preset's sizes: 6 x 64 rays, 40 + 16
 GPU_SIZES = [(3072, 72, 24), (24576, 72, 24), (24576, 128, 128)]
 CPU_SIZES = [(384, 48, 16), (3072, 72, 24)]
 
@@ -21,13 +22,15 @@ CPU_SIZES = [(384, 48, 16), (3072, 72, 24)]
 def clip_case(R):
     origins = torch.rand(R, 3, device=DEVICE) - 0.5
     directions = F.normalize(torch.randn(R, 3, device=DEVICE), dim=1)
-    box = ((-1.0, -1.0, -0.1), (1.0, 1.0, 0.06))
-    near = 0.02
+    box = ((-1.0, -1.0, -0.1), (1.0, 1.0, 0.06))  # about UniPAD's volume, in units of half its width
+    near = 0.02  # about 1 m
+    # read origin and direction; write enter and leave, and hit (1 byte)
     return Case(name=f"R={R}", inputs=(origins, directions, *box, near), fwd_bytes=(6 * 4 + 2 * 4 + 1) * R)
 
 
 def edges_case(R, S):
     near, jitter = torch.rand(R, device=DEVICE), torch.rand(R, device=DEVICE)
+    # read near, far and jitter; write the edges
     return Case(name=f"R={R} S={S}", inputs=(near, near + 1, S, jitter), fwd_bytes=4 * R * (3 + S + 1))
 
 
@@ -35,6 +38,7 @@ def resample_case(R, S, n):
     edges = torch.rand(R, S + 1, device=DEVICE).sort(dim=1).values
     weights = torch.rand(R, S, device=DEVICE) ** 4 + 0.01  # peaked; no mass so small that rounding moves samples
     inputs = (edges, weights, n, torch.rand(R, device=DEVICE))
+    # read edges (S + 1), weights (S) and jitter; write the merged edges
     return Case(name=f"R={R} S={S} n={n}", inputs=inputs, fwd_bytes=4 * R * (2 * S + 2 + S + n + 1))
 
 

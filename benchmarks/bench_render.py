@@ -1,12 +1,12 @@
-"""The NeuS renderer: ours, and the original's formulas in eager PyTorch.   python -m benchmarks.bench_render
+"""The NeuS renderer: ours, and UniPAD's formulas in eager PyTorch.   python -m benchmarks.bench_render
 
-Forward: rays through a volume to color, depth and the loss of the camera recipe. Backward: to the volume and to
-every parameter. "reference" is the eager peer; both run on the same parameters, rays and jitter.
+Forward: rays through a volume to color, depth and the sum of the losses. Backward: to the volume and to every
+parameter. The row "reference" is the eager renderer; both run on the same parameters, rays and jitter.
 
-Both are asserted to agree in fp64 (where ours runs op by op on a GPU too: the fused op has no fp64) to AGREE_FP64 of
-the largest entry. In fp32 rounding moves some importance samples (the inverse CDF jumps over intervals of almost no
-mass), which alone changes gradients by up to AGREE on a CPU; on a GPU the fused op's products are in tf32, whose errors
-of distances reach a hundredth of the largest distance.
+Outputs and gradients are asserted to agree in fp64 (where ours runs op by op on a GPU too: the fused op has no fp64)
+to AGREE_FP64, a fraction of each one's largest entry, as AGREE is. In fp32 rounding moves some importance samples (the
+inverse CDF jumps over intervals of almost no mass), which alone changes gradients by up to AGREE on a CPU; on a GPU the
+fused op's products are in tf32, whose errors of distances reach a hundredth of the largest distance.
 """
 
 from copy import deepcopy
@@ -22,8 +22,9 @@ from unipad.model.render import Renderer
 from unipad.recipes import PRETRAIN
 
 VIEWS = 6
-AGREE_FP64, AGREE = 1e-5, 5e-2 if DEVICE == "cuda" else 1e-2
-# settings of the cases "all losses": beside the recipe's losses of color and depth, those of the SDF
+AGREE_FP64 = 1e-5
+AGREE = 5e-2 if DEVICE == "cuda" else 1e-2
+# Settings of the case "all losses": beside the recipe's losses of color and depth, those of the SDF along the rays
 LOSSES = dict(free_space_weight=1.0, sdf_weight=10.0, eikonal_weight=0.01, truncation=1.5)
 
 

@@ -1,7 +1,7 @@
 """IoU of rotated boxes and NMS: kernels, references and peers.   python -m benchmarks.bench_rotated_iou
 
-Peers: polygon clipping that sorts edge crossings and enclosed corners by angle, as the usual CUDA kernels do, in eager
-PyTorch; NMS by a loop over the rows of the IoU matrix; on a CPU shapely, if installed.
+Peers of the IoU: polygon clipping that sorts edge crossings and enclosed corners by angle, as the usual CUDA kernels
+do, in eager PyTorch; on a CPU also shapely, if installed. Peer of NMS: a loop over the rows of the IoU matrix.
 """
 
 import torch
@@ -21,7 +21,7 @@ from unipad.kernels.rotated_iou import (
 # busy frame; then a matrix that fills a GPU
 GPU_SIZES = [(300, 300), (900, 100), (4096, 4096)]
 CPU_SIZES = [(300, 300), (900, 100)]
-# Boxes given to NMS, at most: the head decodes 300, test-time augmentation merges 3600
+# Boxes given to NMS. UniPAD: at most 300 decoded by the head, at most 3600 merged by test-time augmentation
 GPU_NMS = [300, 1000, 3000, 10000]
 CPU_NMS = [300, 3000]
 THRESHOLD = 0.2  # IoU, the default of config.Detect.nms
@@ -75,7 +75,8 @@ def cross(u, v):
 
 
 def sorted_corners(a, b):
-    """IoU by the corners of the intersection polygon: 16 edge crossings, 8 enclosed corners, sorted by angle."""
+    """IoU by the corners of the intersection polygon: of 16 edge crossings and 8 box corners, those that exist or are
+    enclosed, sorted by angle."""
     N, M = len(a), len(b)
     p = (corners(a)[:, None] - a[:, None, None, :2]).expand(N, M, 4, 2)  # corners of a and b, relative to a's center
     q = corners(b)[None, :] - a[:, None, None, :2]

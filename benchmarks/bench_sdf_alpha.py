@@ -1,4 +1,4 @@
-"""sdf_alpha: kernels; reference, on a GPU also compiled.   python -m benchmarks.bench_sdf_alpha"""
+"""sdf_alpha: kernels, and the references, on a GPU also compiled.   python -m benchmarks.bench_sdf_alpha"""
 
 import torch
 import torch.nn.functional as F
@@ -13,14 +13,14 @@ from unipad.kernels.sdf_alpha import (
     volsdf_alpha_ref,
 )
 
-# Rays, samples of each. UniPAD: 6 cameras x 512 rays, 72 + 24 samples; on a CPU first the tiny preset's 6 x 64 rays,
-# 48 + 16 samples
+# Rays, samples of each. UniPAD: 6 cameras x 512 rays, 72 + 24 samples; on a CPU first about the tiny preset's sizes:
+# 6 x 64 rays, 40 + 16 samples
 GPU_SIZES = [(3072, 96), (24576, 96)]
 CPU_SIZES = [(384, 64), (3072, 96)]
 
 
 def sdf_and_deltas(R, S):
-    """Rays of length about 1 that meet a surface half-way, with noise on the SDF; and the distances between samples."""
+    """SDF on rays of length about 1 that meet a surface half-way, with noise; and the distances between samples."""
     deltas = torch.rand(R, S, device=DEVICE) * 2 / S
     return 0.5 - deltas.cumsum(dim=1) + 0.01 * torch.randn(R, S, device=DEVICE), deltas
 
@@ -29,15 +29,15 @@ def neus_case(R, S):
     sdf, deltas = sdf_and_deltas(R, S)
     directions = F.normalize(torch.randn(R, 3, device=DEVICE), dim=1)
     gradient = 0.2 * torch.randn(R, S, 3, device=DEVICE) - directions[:, None]  # about against the ray
-    inv_s = torch.full((1,), 20.0, device=DEVICE)
+    inv_s = torch.full((1,), 20.0, device=DEVICE)  # about the initial value, exp(10 * 0.3)
     inputs = (sdf.requires_grad_(), gradient.requires_grad_(), directions, deltas, inv_s.requires_grad_())
-    # per sample: SDF, gradient (3), distance, opacity; per ray: direction
+    # numbers per sample: SDF, gradient (3), delta, opacity; per ray: direction (3)
     return Case(name=f"R={R} S={S}", inputs=inputs, fwd_bytes=4 * R * (6 * S + 3))
 
 
 def interval_case(R, S):
-    inv_s = 64.0  # of the first round of importance sampling
-    # per sample: SDF, distance, opacity
+    inv_s = 64.0  # as NeuS's sampler sets it, see INV_S of unipad/model/samplers.py
+    # numbers per sample: SDF, delta, opacity
     return Case(name=f"R={R} S={S}", inputs=(*sdf_and_deltas(R, S), inv_s), fwd_bytes=4 * R * 3 * S)
 
 
@@ -45,6 +45,7 @@ def volsdf_case(R, S):
     sdf, deltas = sdf_and_deltas(R, S)
     beta = torch.full((1,), 0.1, device=DEVICE)
     inputs = (sdf.requires_grad_(), deltas, beta.requires_grad_())
+    # numbers per sample: SDF, delta, opacity
     return Case(name=f"R={R} S={S}", inputs=inputs, fwd_bytes=4 * R * 3 * S)
 
 

@@ -3,13 +3,13 @@
 Forward: from rays through a volume to color and depth, by sampling, field and compositing. Backward: to the volume and
 every parameter.
 
-    reference       the original's formulas in eager PyTorch, with a double backward through the gradient of the SDF
+    reference       UniPAD's formulas in eager PyTorch, with a double backward through the gradient of the SDF
     triton          `unipad.kernels.sdf_render` (GPU), products in tf32
     triton, exact   the same with products of fp32 accuracy (GPU)
     triton, unfused the same renderer, op by op (GPU); "unfused" on a CPU, which has no fused op
     compiled        the reference under torch.compile, or the error that it raises
 
-Only what agrees with the reference to AGREE of `benchmarks.bench_render` is timed, which explains its size.
+Only what agrees with the reference to AGREE is timed; `benchmarks.bench_render`, which defines it, explains its value.
 """
 
 from copy import copy

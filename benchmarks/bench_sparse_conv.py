@@ -4,9 +4,9 @@
     python -m benchmarks.bench_sparse_conv --tune                 our launches autotuned
     OMP_NUM_THREADS=1 python -m benchmarks.bench_sparse_conv      on a CPU: with more threads spconv has data races
 
-Voxels come from benchmarks/lidar_scene.py, whose statistics are printed next to those of nuScenes. "cold" builds the
-neighbor tables in every run, from unsorted coordinates as a peer does; otherwise ("warm" in the code) they are built
-once. Errors are w.r.t. fp64.
+Voxels come from benchmarks/lidar_scene.py, whose statistics are printed next to those of nuScenes. In results named
+"cold" every run builds the neighbor tables, from unsorted coordinates as a peer does; in others ("warm" in the code)
+they are built once. Errors are relative to results computed in fp64.
 Peers, if installed: spconv (pip install spconv-cu126; spconv for a CPU) and spconv-triton, with spconv's interface.
 """
 
@@ -117,8 +117,8 @@ class Encoders:
                 # keeps the ReLUs' inputs away from 0, where rounding decides whether a gradient passes: with a bias of
                 # 0, gradients in fp32 differ from those in fp64 by up to 12 %
                 nn.init.constant_(module.bias, 8)
-        # The weights of the convolutions only: a norm largely removes the effect of the biases before it, so rounding
-        # errors would dominate their gradients.
+        # The weights of the convolutions only: a norm largely removes the effect of the bias of the norm before it, so
+        # rounding errors would dominate that bias's gradient.
         self.names = [name for name, p in self.encoder.named_parameters() if p.dim() == 5]
         self.weights = [self.encoder.get_parameter(name) for name in self.names]
 

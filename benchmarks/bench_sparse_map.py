@@ -40,7 +40,7 @@ def stages(batch):
 
 
 def sort_case(name, coords, shape):
-    inputs = coords, shape, False  # without checks
+    inputs = coords, shape, False  # False: no check of the coordinates
     moved = coords.nbytes + 2 * 8 * len(coords)  # write keys and order, int64
     return Case(f"{name} N={len(coords)}", inputs, moved)
 
@@ -78,12 +78,12 @@ def all_cells(coords, keys, order, shape, kernel, dilation):
     below = [k // 2 * d for k, d in zip(kernel, dilation, strict=True)]
     size = [n + (k - 1) * d for n, k, d in zip(shape, kernel, dilation, strict=True)]
     b, z, y, x = coords.long().unbind(1)
-    table = torch.full((int(b.max()) + 1, *size), -1, dtype=torch.int32, device=coords.device)
-    table[b, z + below[0], y + below[1], x + below[2]] = torch.arange(len(b), dtype=torch.int32, device=b.device)
+    row_at = torch.full((int(b.max()) + 1, *size), -1, dtype=torch.int32, device=coords.device)
+    row_at[b, z + below[0], y + below[1], x + below[2]] = torch.arange(len(b), dtype=torch.int32, device=b.device)
     offsets = torch.tensor([*product(*(range(k) for k in kernel))], device=b.device)
     shift = (offsets * torch.tensor(dilation, device=b.device)).T[:, :, None]  # [3, K, 1]
     z, y, x = torch.stack([z, y, x])[:, None] + shift  # [K, N] each
-    return table[b, z, y, x]
+    return row_at[b, z, y, x]
 
 
 if __name__ == "__main__":

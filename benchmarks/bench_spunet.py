@@ -3,9 +3,9 @@
     python -m benchmarks.bench_spunet                      # 23.5k voxels, and on a GPU 120k
     OMP_NUM_THREADS=1 python -m benchmarks.bench_spunet    # on a CPU: with more threads the spconv wheel has data races
 
-Voxels of 0.05 m, as in fine-tuning, of the newest points of benchmarks/lidar_scene.py: one sweep gives 21k voxels,
-eight 120k. Every run builds its tables from the voxels, as every training step does. Peers, if installed: spconv and
-spconv-triton, see bench_sparse_conv.
+Voxels of 0.05 m, as in fine-tuning, of the newest points of benchmarks/lidar_scene.py: 23.5k are a little more than
+those of one sweep, 120k those of eight. Every run builds its tables from the voxels, as every training step
+does. Peers, if installed: spconv and spconv-triton, see bench_sparse_conv.
 """
 
 import copy
@@ -43,7 +43,8 @@ class Nets:
         self.net = Unet(5, CFG.stem, CFG.widths, CFG.blocks).to(DEVICE)
         for module in self.net.modules():
             if isinstance(module, sparse.SparseBatchNorm):
-                # keeps the ReLUs' inputs away from 0, where rounding decides; see bench_sparse_conv
+                # keeps the ReLUs' inputs away from 0, where rounding decides whether a gradient passes, as in
+                # bench_sparse_conv
                 nn.init.constant_(module.bias, 8)
         self.weights = [p for p in self.net.parameters() if p.dim() == 5]  # of the convolutions only, as there
         self.stride = 2 ** len(self.net.down)  # of the deepest level

@@ -1,9 +1,9 @@
-"""A whole training step: ours, and the same model built from the original's formulas.   python -m benchmarks.bench_step
+"""A whole training step: ours, and the same model built from UniPAD's formulas.   python -m benchmarks.bench_step
 
 The eager model has the same weights, image encoder, rays and random numbers; its lift fills a dense volume per view,
 its convolution before the renderer is a plain `nn.Conv3d`, its renderer differentiates twice through autograd. Ours is
-timed only if the two models' losses agree. A step is forward, backward and optimizer without autocast, on random data;
-"fwd ms" is all of it, "of copy" means nothing here. The row "reference" is the eager model.
+timed only if the two models' losses agree. A step is forward, backward and optimizer without autocast, on random data.
+Column "fwd ms" is all of it; "of copy" means nothing here. The row "reference" is the eager model.
 """
 
 from copy import deepcopy
@@ -22,7 +22,8 @@ from unipad.runtime import generators
 HEIGHT = 1.5  # meters above ground, of the LiDAR and the cameras
 FOCAL = 0.8  # focal length / image width
 POINTS = 12_000  # of the LiDAR
-PRESETS = tuple(name for name, recipe in PRETRAIN["camera"].items() if recipe.camera.view == "gather")  # eager_lift's
+# `eager_lift` is the peer of the view transform "gather" only
+PRESETS = tuple(name for name, recipe in PRETRAIN["camera"].items() if recipe.camera.view == "gather")
 
 
 def random_batch(recipe):
@@ -31,7 +32,7 @@ def random_batch(recipe):
     padded = [-(-s // 32) * 32 for s in (H, W)]  # as `Batch.images` is
     images = torch.zeros(1, 6, 3, *padded)
     images[..., :H, :W] = torch.rand(1, 6, 3, H, W)
-    # counter-clockwise from ahead (y); negative, since the cameras go around clockwise
+    # yaw of each camera, counter-clockwise from ahead (y); negative, since they are numbered clockwise
     yaw = torch.arange(6) * (-torch.pi / 3)
     right = torch.stack([yaw.cos(), yaw.sin(), 0 * yaw], dim=1)
     ahead = torch.stack([-yaw.sin(), yaw.cos(), 0 * yaw], dim=1)
@@ -74,7 +75,7 @@ class EagerLift(torch.nn.Module):
 
 
 def eager_twin(net):
-    """A copy of the model that computes the original's formulas."""
+    """A copy of the model that computes UniPAD's formulas."""
     twin = deepcopy(net)
     twin.encoder.lift = EagerLift(twin.encoder.lift)
     conv = twin.project[0]
@@ -86,13 +87,13 @@ def eager_twin(net):
 
 def step_of(net, batch):
     """A function that runs one training step and returns its loss; every call draws the same random numbers."""
-    optimizer = torch.optim.AdamW(net.parameters(), lr=0.0)  # the same weights at every call
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.0)  # 0: the same weights at every call
 
     def step():
         losses, _ = net(batch, generators(seed=0, step=0, positions=[0], device=DEVICE))
         loss = sum(losses.values())
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), max_norm=35.0)
+        torch.nn.utils.clip_grad_norm_(net.parameters(), max_norm=35.0)  # `Optim.clip` of the camera recipes
         optimizer.step()
         optimizer.zero_grad()
         return loss.detach()

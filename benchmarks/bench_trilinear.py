@@ -13,13 +13,16 @@ from benchmarks.harness import DEVICE, Case, compare
 from unipad.kernels.trilinear import trilinear, trilinear_ref, trilinear_value, trilinear_value_ref
 
 # Volume (Z, Y, X, C), rays, samples of each. UniPAD: 6 cameras x 512 rays, 72 + 24 samples; then more rays; then more
-# voxels and channels. On a CPU the tiny preset's 6 x 64 rays
+# voxels and channels. On a CPU the tiny preset's 6 x 64 rays (there 40 + 16 samples)
 GPU_SIZES = [((5, 128, 128, 32), 3072, 96), ((5, 128, 128, 32), 24576, 96), ((5, 180, 180, 256), 3072, 96)]
 CPU_SIZES = [((5, 64, 64, 32), 384, 64), ((5, 64, 64, 32), 384, 96)]
 
 
 def case(shape, R, S, gradients=True):
-    """Rays from the center of a volume outwards. gradients: of `trilinear`; else of `trilinear_value`."""
+    """Rays from the center of a volume outwards.
+
+    gradients: a `Case` of `trilinear`; False: of `trilinear_value`.
+    """
     Z, Y, X, C = shape
     volume = torch.randn(1, *shape, device=DEVICE, requires_grad=gradients)
     size = torch.tensor([X, Y, Z], device=DEVICE)
@@ -29,7 +32,7 @@ def case(shape, R, S, gradients=True):
     points = points.floor() + 0.05 + 0.9 * points.frac()
     volume_idx = torch.zeros(R, dtype=torch.int32, device=DEVICE)
     d_value = torch.randn(R, S, C, device=DEVICE)
-    # write the features and, per point, their gradient along x, y and z
+    # read volume and points; write the features and, per point, their gradient along x, y and z
     moved = volume.nbytes + points.nbytes + d_value.nbytes * (4 if gradients else 1)
     inputs = (volume, points, volume_idx) + ((d_value,) if gradients else ())
     return Case(name=f"ZYXC={shape} R={R} S={S}", inputs=inputs, fwd_bytes=moved)
@@ -45,14 +48,14 @@ def with_gradient(op):
     return run
 
 
-def grid_sample(volume, points, volume_idx):  # there is one volume
+def grid_sample(volume, points, volume_idx):  # there is one volume: `volume_idx` is all 0
     Z, Y, X = volume.shape[1:4]
     normalized = points * (2 / torch.tensor([X - 1, Y - 1, Z - 1], device=points.device)) - 1
     value = F.grid_sample(volume.permute(0, 4, 1, 2, 3), normalized[None, None], align_corners=True)
     return value[0, :, 0].permute(1, 2, 0)
 
 
-def gathers(volume, points, volume_idx):  # there is one volume
+def gathers(volume, points, volume_idx):  # likewise
     size = points.new_tensor(volume.shape[3:0:-1])
     return gathered_sample(volume[0].permute(3, 0, 1, 2), points * (2 / (size - 1)) - 1)
 

@@ -1,9 +1,10 @@
-"""voxel_pool: kernel, reference and peers; then more and fewer views, voxels and channels.
+"""voxel_pool: kernel, reference and peers; then with more and fewer views, voxels and channels.
 
     python -m benchmarks.bench_voxel_pool
 
-Peers: the original's formulas, eager and compiled; on a GPU BEVPoolv2 and BEVFusion's bev_pool, if mmdet3d is
-installed. Every timed call finds the points' voxels and sorts them, since cameras change at every training step.
+Peers: UniPAD's formulas, eager and compiled; on a GPU BEVPoolv2 and BEVFusion's bev_pool, if mmdet3d is installed.
+Every timed call finds the voxels of the frustum points and sorts them, since the camera matrices differ from sample to
+sample.
 """
 
 import importlib
@@ -21,32 +22,31 @@ from unipad.recipes import GRID_075, TINY_GRID
 
 # name, grid, channels, depth bins, (nearest, farthest) meters, padded image (H, W), width before padding / 1600, stride
 PAPER = ("camera-0.075", GRID_075, 256, 118, (1.0, 60.0), (928, 1600), 1.0, 32)
-TINY = ("tiny", TINY_GRID, 32, 64, (1.0, 65.0), (160, 256), 0.16, 8)
+TINY = ("tiny", TINY_GRID, 32, 64, (1.0, 65.0), (160, 256), 0.16, 8)  # no preset: the tiny ones do not pool
 PEERS = {"BEVPoolv2": "mmdet3d.ops.bev_pool_v2.bev_pool", "bev_pool": "mmdet3d.ops.bev_pool"}  # name -> module
 
 
 def case(size, dtype=torch.float32, views=6, channels=None, across=None):
-    """A `Case`. channels: instead of the size's; across: voxels along x and along y, instead of the grid's."""
+    """A `Case` of size PAPER or TINY. channels, across (voxels along x and along y): instead of that size's."""
     name, grid, C, bins, depth_range, image_size, scale, stride = size
     C, shape, cell = channels or C, grid.shape, grid.cell
     if across:
         shape = (across, across, shape[2])
         cell = (*((h - l) / across for l, h in zip(grid.low[:2], grid.high[:2], strict=True)), cell[2])
     lidar2image = rig(scale, views)
-    sizes = (*lidar2image.shape[:2], *(size // stride for size in image_size))
-    features = torch.randn(*sizes, C, device=DEVICE).to(dtype).requires_grad_()
-    depths = torch.randn(*sizes, bins, device=DEVICE).softmax(-1).to(dtype).requires_grad_()
+    pixels = (*lidar2image.shape[:2], *(s // stride for s in image_size))  # 1, views, h, w
+    features = torch.randn(*pixels, C, device=DEVICE).to(dtype).requires_grad_()
+    depths = torch.randn(*pixels, bins, device=DEVICE).softmax(-1).to(dtype).requires_grad_()
     # shifted so that no plane of a camera's points lies on voxel faces: peers would round these points to either side
     low = tuple(l + 0.0137 for l in grid.low)
     geometry = (lidar2image, low, cell, shape, stride, depth_range)
     out_bytes = math.prod(shape) * C * features.element_size()
-    size = f"{views} views, {shape[0]} x {shape[1]} x {shape[2]}, C {C}"
-    name = f"{name} {str(dtype).removeprefix('torch.')}, {size}"
+    name = f"{name} {str(dtype).removeprefix('torch.')}, {views} views, {shape[0]} x {shape[1]} x {shape[2]}, C {C}"
     return Case(name, (features, depths, *geometry), out_bytes + features.nbytes + depths.nbytes)
 
 
 class Peer:
-    """An op of mmdet3d with the signature of `voxel_pool`; PyTorch finds the points, as in mmdet3d's models."""
+    """An op of mmdet3d with the signature of `voxel_pool`; PyTorch finds the points' voxels, as in mmdet3d's models."""
 
     def __init__(self, name, module):
         self.call_op = getattr(self, f"_{name.lower()}")
@@ -59,7 +59,7 @@ class Peer:
         return self.call_op(features.float(), depths.float(), point, voxel[point], shape).to(features.dtype)
 
     def _bevpoolv2(self, features, depths, point, voxel, shape):
-        # pixel: row of the features; k: depth bin; first, lengths: points of each voxel, which are contiguous
+        # pixel: row of the features; k: depth bin; first, lengths: range of each voxel's points, once sorted
         voxel, order = voxel.sort()
         point, D = point[order], depths.shape[4]
         pixel, k = point // D, point % D

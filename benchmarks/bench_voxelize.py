@@ -10,7 +10,7 @@ from benchmarks.lidar_scene import CELL, LOW, SHAPE, scene
 from unipad.kernels.voxelize import grid_sample, voxelize, voxelize_ref
 
 BATCHES = [1, 4] if DEVICE == "cuda" else [1]
-SEGMENTATION_CELL = 0.05  # meters
+SEGMENTATION_CELL = 0.05  # meters, of fine-tuning for segmentation
 
 
 def points_of(batch):
@@ -21,7 +21,8 @@ def points_of(batch):
 
 def voxelize_case(batch):
     points, counts = points_of(batch)
-    shape, max_points, max_voxels = (SHAPE[0] - 1, *SHAPE[1:]), 10, 120000  # of the LiDAR recipe
+    # of the LiDAR recipe; the encoder's SHAPE has one more slice in z, which is always empty
+    shape, max_points, max_voxels = (SHAPE[0] - 1, *SHAPE[1:]), 10, 120000
     inputs = (points, counts, LOW, CELL, shape, max_points, max_voxels)
     features, coords = voxelize(*inputs)
     moved = points.nbytes + features.nbytes + coords.nbytes
@@ -29,6 +30,7 @@ def voxelize_case(batch):
 
 
 def sample_case(batch, noisy):
+    """noisy: of each cell a random point is taken, not the first."""
     points, counts = points_of(batch)
     noise = torch.rand(len(points), device=DEVICE) if noisy else None
     rows, *_ = grid_sample(points, counts, SEGMENTATION_CELL, noise)
@@ -38,7 +40,7 @@ def sample_case(batch, noisy):
 
 
 def sampled(*inputs):
-    """The tensors that `grid_sample` returns; its fourth result is two lists."""
+    """The tensors that `grid_sample` returns, for `compare`; its fourth result is two lists."""
     return grid_sample(*inputs)[:3]
 
 

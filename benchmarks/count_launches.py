@@ -4,7 +4,7 @@
 
 Needs no GPU. Launches are counted in Triton's interpreter on a small scene, since they do not depend on its size: those
 of the project's kernels, and PyTorch's operators (on a GPU one launch or more each) except views and allocations. Times
-cover everything above the launches: kernels are not run, and operators have almost no voxels to process.
+are of the host code alone, or nearly: kernels are not run, and operators have almost no voxels to process.
 """
 
 import os
@@ -25,7 +25,7 @@ from unipad.model.lidar import SparseEncoder
 from unipad.model.sparse import SparseTensor, VoxelSet, make_tables
 
 N, SHAPE = 200, (41, 16, 200)  # voxels, cells (Z, Y, X)
-WIDTHS = (16, 32, 64, 128)
+WIDTHS = (16, 32, 64, 128)  # channels of the stages, as in the recipe
 ALLOCATES = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 
 
@@ -124,7 +124,7 @@ def main():
         most = ", ".join(f"{launch} {n}" for launch, n in counts.most_common(8))
         print(f"| {name} | {counts.total()} | {ours} | {most} |")
     encoder.eval()
-    infer()  # fills the norms' caches
+    infer()  # the norms cache their scale and shift
     with counted() as counts:
         infer()
     print(f"| forward, inference | {counts.total()} |")

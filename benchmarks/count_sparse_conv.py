@@ -6,9 +6,10 @@ Needs no GPU: voxels come from benchmarks/lidar_scene.py. The machine code is co
 tests/kernels/test_sparse_*.py, so its table needs the test dependencies (pip install -e '.[test]').
 
 A pair is an output row and a neighbor that it reads at one offset; it needs one product, of the neighbor's row and a
-[Cin, Cout] matrix. "waste": products computed / products needed, since a tile (the output rows of a program) multiplies
-all its rows at every offset at which one of them has a neighbor; for the weights' gradient, since chunks are padded to
-blocks or missing neighbors are multiplied as zeros. "reuse": pairs / distinct rows that a tile reads, each summed.
+[Cin, Cout] matrix. "waste": products computed / products needed, above 1 since a tile (the output rows of a program)
+multiplies all its rows at every offset at which one of them has a neighbor; for the weights' gradient, since chunks are
+padded to blocks or missing neighbors are multiplied as zeros. "reuse": pairs / distinct rows that a tile reads, both
+summed over the tiles.
 Bytes are L2 requests: indices, rows, weights, sums and results. A row that an earlier offset of a tile has read comes
 from the L1 if still cached (column "MB, L1 hits"), or from the L2 again (column "MB, L1 misses"). The minimum reads
 every input row and every weight once and one index per pair, and writes the results; for the weights' gradient it reads
@@ -135,7 +136,7 @@ def print_orders(all_layers, block_m=64):
 @dataclass
 class Cost:
     waste: float  # products computed / needed
-    padded_waste: float  # the same in FLOP: with channels padded to blocks, and offsets to those of a group
+    padded_waste: float  # the same in FLOP: channels are padded to blocks, offsets to whole groups
     bytes_cached: float  # from the L2, if rows read earlier by a tile come from the L1
     bytes_uncached: float  # from the L2, if they do not
     bytes_minimum: float

@@ -38,31 +38,31 @@ def count_lift():
         rows, _ = lift._nodes_ref(v[n, voxel], h)
         pixels[stride] = h * w, (((n * h + rows)[:, None]) * w + columns).flatten(0, 1)
 
-    pairs, voxels = N * X * Y * Z, X * Y * Z
-    print(
-        f"## lift\n\n{len(voxel)} of {pairs} pairs of view and voxel are visible, {len(voxel) / voxels:.2f} per voxel;"
-    )
+    visible_pairs, all_pairs, voxels = len(voxel), N * X * Y * Z, X * Y * Z
+    print(f"## lift\n\n{visible_pairs} of {all_pairs} pairs of view and voxel are visible, ", end="")
+    print(f"{visible_pairs / voxels:.2f} per voxel;")
     # the table below: what is skipped by programs of several voxels
-    print(f"with one voxel per program, {1 - len(voxel) / pairs:.1%} of the views would be skipped\n")
+    print(f"with one voxel per program, {1 - visible_pairs / all_pairs:.1%} of the views would be skipped\n")
     print("| block x, y, z | programs | views skipped | active lanes | reads per row |", end="")
     print("".join(f" stride {s} |" for s in strides) + "\n|" + "---|" * (5 + len(strides)))
     for bx, by, bz in BLOCKS:
-        across, down = -(-X // bx), -(-Y // by)
-        programs = across * down * -(-Z // bz)
-        block = (z // bz * down + y // by) * across + x // bx
+        blocks_x, blocks_y = -(-X // bx), -(-Y // by)
+        programs = blocks_x * blocks_y * -(-Z // bz)
+        block = (z // bz * blocks_y + y // by) * blocks_x + x // bx
         passes = len((block * N + n).unique())  # pairs of program and view with a visible voxel
-        distinct = [len((block * N * size + pixel).unique()) for size, pixel in pixels.values()]  # rows read, by stride
+        # rows that a program reads, each once, summed over the programs; by stride
+        distinct = [len((block * N * per_view + pixel).unique()) for per_view, pixel in pixels.values()]
         # four pixels per pair of view and voxel; first the ratio for all strides together
-        reads = " | ".join(f"{4 * len(voxel) / rows:.2f}" for rows in [sum(distinct) / len(distinct), *distinct])
-        lanes = len(voxel) / (passes * bx * by * bz)
+        reads = " | ".join(f"{4 * visible_pairs / rows:.2f}" for rows in [sum(distinct) / len(distinct), *distinct])
+        lanes = visible_pairs / (passes * bx * by * bz)
         print(f"| {bx}, {by}, {bz} | {programs} | {1 - passes / (programs * N):.1%} | {lanes:.1%} | {reads} |")
 
     print(
         "\n| stride | pixels | with a hit | hits per pixel, mean | max | elements added atomically, if not gathered |"
     )
     print("|---|---|---|---|---|---|")
-    for stride, (size, pixel) in pixels.items():
-        hits = torch.bincount(pixel.flatten(), minlength=N * size)
+    for stride, (per_view, pixel) in pixels.items():
+        hits = torch.bincount(pixel.flatten(), minlength=N * per_view)  # each projection hits four pixels
         nonzero = hits[hits > 0].float()
         added = hits.sum() * recipe.camera.channels / 1e6
         print(

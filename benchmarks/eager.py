@@ -1,4 +1,4 @@
-"""Peers: parts of the model by the formulas of the original (UniPAD's code), in eager PyTorch, on our parameters.
+"""Peers: parts of the model by the formulas of the original (UniPAD's code), in eager PyTorch, with our parameters.
 
 They have no kernels, no folded weights and no hand-written derivatives; our speed and, in tests, our gradients are
 compared with theirs.
@@ -24,7 +24,7 @@ def eager_lift(features, depths, lidar2image, low, cell, shape, image_size, dept
     u, v = ud / d.clamp(min=1e-5) / W, vd / d.clamp(min=1e-5) / H
     uvd = torch.stack([u, v, (d - near) / (far - near)], dim=-1) * 2 - 1
     visible = (d > 1e-5) & (uvd.abs() < 1).all(-1)
-    voxels = [s.nonzero()[:, 0] for s in visible]  # of each view; padded below to the largest number in a view
+    voxels = [s.nonzero()[:, 0] for s in visible]  # of each view; then padded to the largest number in a view
     uvd = nn.utils.rnn.pad_sequence([p[i] for p, i in zip(uvd, voxels, strict=True)], batch_first=True)
     volume = 0
     for feature, depth in zip(features, depths, strict=True):
@@ -98,7 +98,7 @@ class EagerRenderer(nn.Module):
         assert renderer.cfg.method == "neus", f"no eager peer of {renderer.cfg.method}"
         self.field, self.cfg, self.scale = renderer.field, renderer.cfg, renderer.scale
         self.jitters = 2  # random numbers per ray: for the stratified and for the importance samples
-        self.low, self.high = renderer.box  # scaled meters
+        self.low, self.high = renderer.box  # scaled meters: meters * grid.scale
 
     def forward(self, volume, rays, jitter=None, points=None, stop=0.0):
         """As `Renderer.forward`; ignores `points` and `stop`."""
@@ -123,7 +123,8 @@ class EagerRenderer(nn.Module):
         cfg, dtype = self.cfg, volume.dtype
         origins, directions = origins.to(dtype) * self.scale, directions.to(dtype)
         low, high = origins.new_tensor(self.low), origins.new_tensor(self.high)
-        faces = torch.stack([low - origins, high - origins]) / (directions + 1e-6)  # [2, R, 3]
+        # [2, R, 3]; 1e-6 as in the original, against directions with a component 0
+        faces = torch.stack([low - origins, high - origins]) / (directions + 1e-6)
         near = faces.amin(0).amax(1, keepdim=True).clamp(min=cfg.near * self.scale)
         far = faces.amax(0).amin(1, keepdim=True)
         hit = near < far
@@ -140,8 +141,8 @@ class EagerRenderer(nn.Module):
         with torch.no_grad():
             weights = self._stratified_weights(volume, origins, directions, near + x * (far - near))
             new = _inverse_cdf(x, weights, cfg.importance, None if jitter is None else jitter[:, 1:])
-        starts = torch.cat([x[:, :-1], new[:, :-1]], 1).sort(1).values
-        edges = near + torch.cat([starts, torch.maximum(x[:, -1:], new[:, -1:])], 1) * (far - near)
+        x_starts = torch.cat([x[:, :-1], new[:, :-1]], 1).sort(1).values
+        edges = near + torch.cat([x_starts, torch.maximum(x[:, -1:], new[:, -1:])], 1) * (far - near)
         starts, deltas = edges[:, :-1], edges.diff(dim=1)
 
         points = origins[:, None] + directions[:, None] * starts[..., None]

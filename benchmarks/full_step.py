@@ -5,8 +5,8 @@
 
 Uses one sample of the synthetic city, at 900 x 1600 pixels (on a CPU 144 x 256) and with the recipe's number of sweeps.
 The step is that of train.py and finetune.py: bf16 on a GPU, forward, backward, gradient clipping and AdamW, but with
-batch size 1 and a learning rate of 0, so that every step is the same. Loss and gradient norm are printed next to those of the
-same step on the PyTorch references, unless the references run out of memory. The gradient norm of an untrained camera
+batch size 1 and a learning rate of 0, so that every step is the same. Loss and gradient norm are printed next to those
+of the same step on the PyTorch references, unless these run out of memory. The gradient norm of an untrained camera
 encoder means little: its gradients are large and mostly rounding error.
 """
 

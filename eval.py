@@ -143,7 +143,7 @@ def parse(argv=None) -> Args:
         return tyro.cli(Args, args=argv, description=__doc__, config=(tyro.conf.AvoidSubcommands,))
     args = cli.parse(Args, with_settings, __doc__, argv)
     positive = ("batch_size", "pictures", "video_fps", "picture_stride", "mesh_cell")
-    check_ranges(args, positive, ("workers", "seed", "min_score"))
+    check_ranges(args, above_0=positive, not_below_0=("workers", "seed", "min_score"))
     cli.check_recipe(args.recipe)
     if () in (args.tta_scales, args.tta_angles) or not all(0.1 <= s <= 10 for s in args.tta_scales or ()):
         raise UserError("--tta-scales are from 0.1 to 10, and --tta-scales and --tta-angles need a value each.")
@@ -175,21 +175,21 @@ def main(args: Args):
         recipe = replace(recipe, **{name: part for name, part in vars(args.recipe).items() if part is not None})
         task = task_of(args, recipe)
         train_args = saved["config"]["args"]
-        name = args.dataset or train_args.get("dataset", DEFAULT_DATASET)
+        dataset_name = args.dataset or train_args.get("dataset", DEFAULT_DATASET)
         if args.dataset is None:
-            check_recorded(name, args.checkpoint)
-        dataset_type = dataset_class(name)
+            check_recorded(dataset_name, args.checkpoint)
+        dataset_type = dataset_class(dataset_name)
         if task != "render" and task not in dataset_type.tasks:
-            raise UserError(f"--dataset {name} does not support --task {task}; see unipad/data/dataset.py.")
+            raise UserError(f"--dataset {dataset_name} does not support --task {task}; see unipad/data/dataset.py.")
         version = args.version or train_args.get("version", dataset_type.default_version)
-        with world.main_first():  # generates the city, builds the index
+        with world.main_first():  # which may generate the city and build the index
             root = Path(
                 os.path.expanduser(
                     args.data_root or train_args.get("data_root") or dataset_type.default_root(recipe.data)
                 )
             )
             split = dataset_type.splits(root, version).get(args.split, args.split)
-            # None keeps all points: augmentation may move them into the grid, segmentation classifies those outside too
+            # None keeps all points: --tta may move those outside the grid into it, and segmentation classifies them too
             point_range = None if args.tta or task == "segment" else (recipe.grid.low, recipe.grid.high)
             dataset = dataset_type(root, version, split, recipe.data, point_range=point_range)
 
@@ -300,7 +300,8 @@ def render(args, model, dataset, out, world):
 
 def frames_to_render(args, dataset, world):
     """The frames to render: {number in the split: index in the dataset, which skips frames with missing files}."""
-    numbers, count = dataset.frames.tolist(), dataset.frame_count  # numbers[index] in a split of `count` frames
+    # the frame at an index of the dataset is number numbers[index] of the `count` frames of the split
+    numbers, count = dataset.frames.tolist(), dataset.frame_count
     if args.scene:
         scenes = dataset.scenes()
         if args.scene not in scenes:

@@ -5,8 +5,9 @@
     python -m benchmarks.full_size --device cuda
 
 Generates a synthetic city of 900 x 1600 images once (data/full-size) and runs train.py or finetune.py on it, with batch
-1 and, for cameras, activation checkpointing of the ConvNeXt. Seconds are those of the whole process, including data
-loading and validation. Memory is the peak on the GPU, or of the process on the CPU.
+size 1 and, for camera and fusion recipes, activation checkpointing of the ConvNeXt. Seconds are those of the whole
+process, including imports, data loading and validation. Memory (in GiB) is the peak until the end of the step: on the
+GPU, or of the process on the CPU.
 """
 
 import json
@@ -27,7 +28,7 @@ from unipad.recipes import DETECT, PRETRAIN, SEGMENT
 
 CITY = Path("data/full-size")
 COMMON = ["--steps", "1", "--batch-size", "1", "--workers", "0", "--data-root", str(CITY)]
-# task -> script, presets by modality, flag for initial weights, other flags (of train.py, to keep the validation short)
+# task -> script, presets by modality, flag for initial weights, other flags (those of train.py shorten its validation)
 SCRIPTS = {
     "train": ("train.py", PRETRAIN, "--init", ["--val-samples", "1", "--picture-stride", "64"]),
     "finetune": ("finetune.py", DETECT, "--pretrained", []),
@@ -46,27 +47,27 @@ def main(args: Args):
     if not CITY.exists():
         generate(CITY, scenes=2, keyframes=2, image_size=(900, 1600), camera_sweeps=2)
     print(f"{'script':<12}{'modality':<10}{'preset':<24}{'seconds':>9}{'peak GB':>9}  loss", flush=True)
-    for task, (script, by_modality, init, flags) in SCRIPTS.items():
+    for task, (script, by_modality, init_flag, flags) in SCRIPTS.items():
         for modality, presets in by_modality.items():
             for name, recipe in presets.items():
                 if not name.endswith("tiny") and name in (args.presets or presets) and task == (args.task or task):
                     checkpointing = ["--checkpointing"] if modality != "lidar" else []
                     preset = ["--modality", modality, "--preset", name, "--device", args.device]
-                    cells = measure(script, [*flags, *checkpointing, *preset], recipe, init)
+                    cells = measure(script, [*flags, *checkpointing, *preset], recipe, init_flag)
                     print(f"{script:<12}{modality:<10}{name:<24}{cells}", flush=True)
 
 
-def measure(script, flags, recipe, init):
+def measure(script, flags, recipe, init_flag):
     """Run one step of a script; returns its seconds, peak memory and loss as cells of the table, in one string.
 
-    init: the script's flag for initial weights. The scripts require some where stages of the camera encoder are frozen;
-        here they are random.
+    init_flag: the script's flag for initial weights, without which it refuses a camera encoder with frozen stages. The
+        weights given here are random.
     """
     with tempfile.TemporaryDirectory() as folder:
         if recipe.camera is not None:
             weights = Encoder(recipe).state_dict(prefix="encoder.")
             write_checkpoint({"model": weights}, Path(folder, "init.pt"))
-            flags = [*flags, init, f"{folder}/init.pt"]
+            flags = [*flags, init_flag, f"{folder}/init.pt"]
         begin = time.perf_counter()
         command = [sys.executable, script, *COMMON, *flags, "--out", f"{folder}/run"]
         done = subprocess.run(command, capture_output=True, text=True)

@@ -1,12 +1,12 @@
 """One training step of every recipe at full size: its loss, gradient norm, time, and most expensive GPU kernels.
 
-    python -m benchmarks.full_step                            every recipe but the tiny ones; on a CPU only these
+    python -m benchmarks.full_step                            every full-size recipe; on a CPU every tiny one
     python -m benchmarks.full_step train/camera/camera-0.1
 
-Uses one sample of the synthetic city (batch 1), at 900 x 1600 pixels (on a CPU 144 x 256) and with the recipe's number
-of sweeps. The step is that of train.py and finetune.py: bf16 on a GPU, forward, backward, gradient clipping and AdamW,
-but with a learning rate of 0, so that every step is the same. Loss and gradient norm are printed next to those of the
-same step on the PyTorch references, unless the references run out of memory. The gradient norm of an untrained camera
+Uses one sample of the synthetic city, at 900 x 1600 pixels (on a CPU 144 x 256) and with the recipe's number of sweeps.
+The step is that of train.py and finetune.py: bf16 on a GPU, forward, backward, gradient clipping and AdamW, but with
+batch size 1 and a learning rate of 0, so that every step is the same. Loss and gradient norm are printed next to those
+of the same step on the PyTorch references, unless these run out of memory. The gradient norm of an untrained camera
 encoder means little: its gradients are large and mostly rounding error.
 """
 
@@ -99,7 +99,10 @@ class Step:
 
 
 def measure(name, recipe, model, root):
-    """Loss, gradient norm, times and memory of a recipe's step: a dict; None for what was not measured."""
+    """Loss, gradient norm, times and memory of a recipe's step, with "_ref" those on the references: a dict.
+
+    None for what was not measured; on a CPU it lacks the entries of `_profile`.
+    """
     began = time.perf_counter()
     step = Step(recipe, model, root)
     loss, norm = step().tolist()
@@ -129,7 +132,10 @@ def _milliseconds(step, runs):
 
 
 def _profile(step, ms):
-    """GPU kernels and copies in a step: number, total time, the most expensive ones; fraction of `ms` without any."""
+    """GPU kernels and copies in a step: total ms, number, the most expensive ones; idle: fraction of `ms` without any.
+
+    ms: time of the step.
+    """
     events = gpu_events(step)
     cost, count = Counter(), Counter()
     for event in events:
@@ -141,12 +147,16 @@ def _profile(step, ms):
 
 
 def rows(record):
-    """A recipe's record as rows of results.csv: with our kernels, and on the references if they fit into memory."""
+    """A recipe's record as rows of results.csv: with our kernels, and on the references if they fit into memory.
+
+    record: of `measure` on a GPU, with `machine()`.
+    """
     none = dict.fromkeys(MEASUREMENTS)
     where = {key: record[key] for key in machine()}
     name = {"op": f"step of {record['recipe']}", "case": "batch 1, 900 x 1600", "note": ""}
     ours = {"both_ms": record["ms"], "gpu_ms": record["gpu_ms"], "peak_mb": record["mem_mb"]}
     if record["loss_ref"] is not None:
+        # of the loss, relative; in other rows of results.csv it is that of outputs and gradients
         ours["error"] = abs(record["loss"] - record["loss_ref"]) / abs(record["loss_ref"])
     yield Row(**none | name | ours, impl="triton", **where)
     if record["ms_ref"] is not None:
@@ -157,7 +167,7 @@ def main(args: Args, write=None):
     """Measure and print. write: called with the record (a dict) of each recipe as soon as it is known."""
     root, known = city(), recipes()
     for name in args.recipes or known:
-        if time.monotonic() > harness.deadline:
+        if time.monotonic() > harness.deadline:  # set by `benchmarks.gpu`
             print(f"{name}: skipped, out of time")
             continue
         if DEVICE == "cuda":

@@ -1,6 +1,6 @@
 """Verify and benchmark everything on a GPU with one command.
 
-    python -m benchmarks.gpu                          eight minutes; what does not fit is left out
+    python -m benchmarks.gpu                          as much as eight minutes allow
     python -m benchmarks.gpu --minutes 15 --stages steps ops
     python -m benchmarks.gpu --report outputs/gpu/<time>        rewrite the report and the README's table
 
@@ -11,13 +11,13 @@ Stages, the most important first, each with a fraction of the time:
     steps       one training step of every recipe at full size (benchmarks.full_step)
     ops         every op timed against other implementations (the benchmarks.bench_* of `OPS`), spconv-cu126 and
                 spconv-triton among them if installed
-    tests       the kernel tests, compiled, on all cores
+    tests       the kernel tests, with compiled kernels, on up to 16 cores
     training    train.py --modality camera on the tiny recipe, and its loss curve compared with that on a CPU
 
 Results are written as soon as they are known: records.jsonl, results.csv, log.txt and report.md in --out. If a stage
-fails, crashes or runs out of time, its results so far are kept and the next stage runs. At the end the rows of
-results.csv are added to benchmarks/results.csv, and the README's table is generated from it. On a CPU everything runs
-at tiny sizes, to try it out, and benchmarks/results.csv and the README do not change.
+fails, crashes or runs out of time, its results so far are kept and the next stage runs. At the end the rows of that
+results.csv are added to benchmarks/results.csv, from which the README's table is generated. On a CPU everything runs at
+tiny sizes, to try it out, and benchmarks/results.csv and the README do not change.
 """
 
 import csv
@@ -74,7 +74,7 @@ def measure_machine(folder):
     torch.backends.cuda.matmul.allow_tf32 = True
     for name, dtype in {"tf32": torch.float32, "bf16": torch.bfloat16}.items():
         x, y = (torch.randn(n, n, device=DEVICE, dtype=dtype) for _ in range(2))
-        found[f"{name}_tflop_s"] = 2e-9 * n**3 / _ms_per_run(lambda x=x, y=y: x @ y)
+        found[f"{name}_tflop_s"] = 2 * n**3 / _ms_per_run(lambda x=x, y=y: x @ y) * 1e-9
     print(found)
     folder.write("machine", found)
 
@@ -83,7 +83,7 @@ def _copy_gb_s(size):
     """GB/s, read plus written, of back-to-back copies of `size` bytes; of the L2 if source and target fit in it."""
     source = torch.randint(255, (size,), dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
-    return 2e-6 * size / _ms_per_run(lambda: target.copy_(source))
+    return 2 * size / _ms_per_run(lambda: target.copy_(source)) * 1e-6
 
 
 def _ms_per_run(fn, runs=20):
@@ -136,13 +136,13 @@ def run_tests(folder):
     flags = ["-q", "-p", "no:cacheprovider", "--durations=10", "-o", "addopts="]
     command = [sys.executable, "-m", "pytest", *flags, *paths]
     process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE)
-    # interrupted, pytest still lists the tests that failed; at most an hour, since the deadline may be infinite
+    # On SIGINT, pytest still lists the tests that failed. At most an hour: without `work` the deadline is infinite
     interrupt = threading.Timer(min(harness.deadline - time.monotonic(), 3600), process.send_signal, [signal.SIGINT])
     interrupt.daemon = True
     interrupt.start()
     for line in process.stdout:
         print(line, end="", flush=True)
-        # "!": that pytest was interrupted
+        # a line of "!!!" says that pytest was interrupted
         if line.startswith(("FAILED", "ERROR", "!")) or " passed" in line or " failed" in line:
             folder.write("tests", {"line": line.strip()})
     interrupt.cancel()
@@ -150,9 +150,12 @@ def run_tests(folder):
 
 
 def train_tiny(folder):
-    """Train the tiny camera recipe on this device, and its first steps on a CPU; records the loss of every step."""
+    """Train the tiny camera recipe on the GPU, if there is one, and for CURVE_STEPS steps on the CPU.
+
+    Records the loss of every step.
+    """
     common = ["--modality", "camera", "--log-every", "1", "--val-samples", "2", "--picture-stride", "8"]
-    # on a GPU the default preset and city; on a CPU a smaller city: its --data-root alone would mean the paper's preset
+    # Without a GPU on a smaller city. "tiny" must then be named: with --data-root, the default preset is the paper's
     common += [] if ON_GPU else ["--data-root", str(full_step.city()), "--preset", "tiny"]
     first_steps = ["--stop-at", str(CURVE_STEPS)]
     runs = {"cpu": ["--device", "cpu", *first_steps]} | ({"cuda": []} if ON_GPU else {})
@@ -161,7 +164,7 @@ def train_tiny(folder):
         began = time.perf_counter()
         command = [sys.executable, "train.py", *common, *flags, "--out", str(out)]
         try:
-            left = min(harness.deadline - time.monotonic(), 3600)
+            left = min(harness.deadline - time.monotonic(), 3600)  # as in `run_tests`
             ended = f"exit code {subprocess.run(command, cwd=ROOT, timeout=left).returncode}"
         except subprocess.TimeoutExpired:
             ended = "out of time"
@@ -257,7 +260,7 @@ def _print_record(record):
 
 
 def work(path, code_commit, end, names, later):
-    """The worker process of `run`: its stages, one after the other."""
+    """The worker process of `run`: its stages, one after the other. The arguments are strings: see `_worker`."""
     folder, end = Folder(Path(path)), float(end)
     harness.code_commit, harness.RESULTS = code_commit or None, folder.path / "results.csv"
     names, later = ([name for name in text.split(",") if name] for text in (names, later))
@@ -278,7 +281,8 @@ def work(path, code_commit, end, names, later):
 
 
 def save_rows(folder):
-    """Add the rows of a run to results.csv, without duplicates, and generate the README's table from it."""
+    """Add the rows of a run to benchmarks/results.csv, without duplicates, and generate the README's table from it."""
+    # only in workers is `harness.RESULTS` the results.csv of the run
     known, new = read_rows(harness.RESULTS), folder.rows()
     if not new:
         return
@@ -292,7 +296,7 @@ def save_rows(folder):
 
 
 def finish(folder):
-    """Write report.md, results.csv and the README's table; returns the report."""
+    """Write the run's report.md, benchmarks/results.csv and the README's table; returns the report."""
     text = page(folder)
     (folder.path / "report.md").write_text(text)
     save_rows(folder)

@@ -2,10 +2,10 @@
 
 An implementation is timed only if its outputs and gradients agree with the true values (a reference's, see `compare`);
 one that disagrees or raises gets a row without times, and the others still run. Times are medians of forward (with the
-20th and 80th percentiles), backward, and both together, with the L2 flushed before each run. They include launching
-from Python, which dominates for small ops. "gpu ms" is the GPU time of forward and backward: the sum of its kernels'
-times from the profiler, with caches as the previous run left them. "of copy" is the forward's bandwidth (its minimum
-traffic over its time) as a fraction of what a copy reached on the same device just before.
+20th and 80th percentiles), backward, and both together; on a GPU the L2 is flushed before each run. They include
+launching from Python, which dominates for small ops. "gpu ms" is the GPU time of forward and backward: the summed times
+of their kernels and copies from the profiler, averaged over runs, with caches as the previous run left them. "of
+copy" is the forward's bandwidth (its minimum traffic over its time) as a fraction of that of a copy, measured first.
 
 On a GPU: the op (its kernels), its peers (other implementations) and its reference; rows are appended to results.csv.
 On a CPU: the reference, which is what the op runs there, and its peers; nothing is appended.
@@ -44,17 +44,17 @@ class Case:
 
 @dataclass
 class Row:
-    """One line of results.csv. Milliseconds are medians; None: not measured (no gradient, no GPU, not timed)."""
+    """One line of results.csv. None: not measured (no gradient, no GPU, not timed)."""
 
     op: str
     case: str
     impl: str  # "triton" (the op), "reference" or the name of a peer
-    fwd_ms: float | None
-    fwd_p20: float | None
+    fwd_ms: float | None  # median time of the forward in ms
+    fwd_p20: float | None  # 20th and 80th percentile of that time in ms
     fwd_p80: float | None
-    bwd_ms: float | None
-    both_ms: float | None
-    gpu_ms: float | None  # GPU time of forward and backward
+    bwd_ms: float | None  # median in ms
+    both_ms: float | None  # forward and backward together, median in ms
+    gpu_ms: float | None  # GPU time of forward and backward, mean in ms
     peak_mb: float | None  # peak memory of forward and backward in MiB, without the inputs
     of_copy: float | None  # bandwidth of the forward (`Case.fwd_bytes` over its time) over that of a copy
     error: float | None  # largest error of outputs and gradients, as a fraction of each one's largest true value
@@ -80,20 +80,22 @@ def compare(op, reference, kernels, peers, cases, agree=AGREE, exact=None):
 
     Args:
         op:        the op's name.
-        reference: the function that all others must agree with.
-        kernels:   the op itself; skipped on a CPU, where it is the reference.
+        reference: the op in PyTorch; all others must agree with its results, or with those of `exact`.
+        kernels:   the op itself, "triton" in the table; skipped on a CPU, where it is the reference.
         peers:     {name: function} other implementations. All functions take a case's inputs.
         cases:     list of `Case`.
         agree:     largest error allowed, defined like AGREE; raise it only where rounding is known to cause more.
-        exact:     computes the true values from fp64 inputs; None: the reference does, in the inputs' own type.
+        exact:     a function that computes the true values, from the inputs in fp64; None: the reference computes them,
+                   from the inputs as they are.
 
     Returns the list of `Row`.
     """
     rows, where = [], machine()
     ours = {"triton": kernels} if DEVICE == "cuda" else {}
-    compiled = {name: peer for name, peer in peers.items() if name.startswith("compiled")}
-    # compiled peers last: compiling may take longer than all the rest
-    impls = ours | {name: peers[name] for name in peers if name not in compiled} | {"reference": reference} | compiled
+    with_compile = {name: peer for name, peer in peers.items() if name.startswith("compiled")}
+    others = {name: peer for name, peer in peers.items() if name not in with_compile}
+    # those under torch.compile last: compiling may take longer than all the rest
+    impls = ours | others | {"reference": reference} | with_compile
     copy_gb_s = _copy_gb_s()
     print(f"## {op}\n\n{', '.join(f'{k} {v}' for k, v in where.items())}, copy {copy_gb_s:.0f} GB/s\n")
     print("| case | impl | fwd ms (p20-p80) | bwd ms | fwd+bwd ms | gpu ms | peak MB | of copy | error |")
@@ -116,7 +118,7 @@ def compare(op, reference, kernels, peers, cases, agree=AGREE, exact=None):
             row = Row(op, case.name, name, **measured, **where)
             print(_line(row), flush=True)
             rows.append(row)
-            if name in compiled and row.error is None:
+            if name in with_compile and row.error is None:
                 del impls[name]  # it failed to compile and would for every case
             if DEVICE == "cuda":
                 append(row)
@@ -139,9 +141,9 @@ def _checked(fn, case, upstream, truth, agree, copy_gb_s, quick):
         if not measured["error"] <= agree:  # NaN too
             return measured | {"note": f"error {measured['error']:.1e} exceeds {agree:.0e}: not timed"}
         return measured | _measure(fn, case, upstream, copy_gb_s, quick) | {"note": ""}
-    except Exception as error:  # e.g. from a peer that is not built for this machine
-        reason = (str(error).strip().splitlines() or [""])[0]
-        return measured | {"note": f"{type(error).__name__}: {reason}"[:200]}
+    except Exception as exception:  # e.g. from a peer that is not built for this machine
+        reason = (str(exception).strip().splitlines() or [""])[0]
+        return measured | {"note": f"{type(exception).__name__}: {reason}"[:200]}
 
 
 def _line(row):
@@ -160,13 +162,16 @@ def compiled(fn):
 
 
 def largest_error(fn, reference, inputs):
-    """Largest error of outputs and gradients, as a fraction of each one's largest true value; NaN if any is NaN."""
+    """Largest error of outputs and gradients, as a fraction of each one's largest true value; NaN if any is NaN.
+
+    The true values are the reference's.
+    """
     upstream = _upstream(reference, inputs)
     return _largest_error(_forward_backward(fn, inputs, upstream), _forward_backward(reference, inputs, upstream))
 
 
-def _largest_error(ours, truth):
-    return torch.tensor([_error(a, b) for a, b in zip(ours, truth, strict=True)]).max().item()
+def _largest_error(results, truths):
+    return torch.tensor([_error(result, truth) for result, truth in zip(results, truths, strict=True)]).max().item()
 
 
 def _double(value):
@@ -227,21 +232,21 @@ def _wanted(inputs):
     return [t for t in flat if torch.is_tensor(t) and t.requires_grad]
 
 
-def _error(ours, truth):
+def _error(result, truth):
     if not truth.numel():
         return 0.0
-    worst, scale = (ours.double() - truth.double()).abs().max().item(), truth.double().abs().max().item()
+    worst, scale = (result.double() - truth.double()).abs().max().item(), truth.double().abs().max().item()
     return worst / scale if scale else worst
 
 
 def milliseconds(fn, quick=False):
     """Median, 20th and 80th percentile of the times of several runs, in ms.
 
-    GPU: 100 runs, or as many as fit in two seconds; CPU: as many as fit in one second; at least 5
-    (on a CPU fewer once `deadline` has passed). quick: three runs.
+    GPU: as many runs as fit in two seconds, at most 100; CPU: as many as fit in one second. Both at least 5 (on a CPU
+    fewer once `deadline` has passed). quick: three runs.
     """
     if DEVICE == "cuda":
-        times = _gpu_runs(fn, 3)
+        times = _gpu_runs(fn, 3)  # unless `quick`, to warm up and to estimate the time of a run
         if not quick:
             times = _gpu_runs(fn, min(100, max(5, int(2000 / statistics.median(times)))))
     else:

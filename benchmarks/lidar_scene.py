@@ -10,20 +10,21 @@ import math
 
 import torch
 
-LOW, CELL, SHAPE = (-54.0, -54.0, -5.0), (0.075, 0.075, 0.2), (41, 1440, 1440)  # LiDAR recipe, grid (Z, Y, X)
-# Convolutions between the stages: (kernel, stride, padding, dilation)
+# Grid of the LiDAR recipe: lower corner and size of a cell, (x, y, z) in meters; cells (Z, Y, X)
+LOW, CELL, SHAPE = (-54.0, -54.0, -5.0), (0.075, 0.075, 0.2), (41, 1440, 1440)
+# Convolutions between the four stages of its sparse encoder: (kernel, stride, padding, dilation), each (z, y, x)
 DOWNSAMPLES = [((3, 3, 3), (2, 2, 2), p, (1, 1, 1)) for p in ((1, 1, 1), (1, 1, 1), (0, 1, 1))]
 # One nuScenes frame: voxels of stages 1 to 4, and how many of the 27 cells of a voxel's 3 x 3 x 3 neighborhood, its own
 # included, are occupied on average
 NUSCENES = [(79.7e3, 7.4), (69.3e3, 14.0), (29.7e3, 16.3), (10.3e3, 16.6)]
 
-BEAMS, AZIMUTHS, SWEEPS = 32, 1084, 10
+BEAMS, AZIMUTHS, SWEEPS = 32, 1084, 10  # a sweep has BEAMS x AZIMUTHS rays
 HEIGHT = 1.84  # meters, of the sensor above the ground
 SPEED = 0.6  # meters between sweeps: 12 m/s at 20 Hz
-# Object counts and sizes, return rate and penetration depth are tuned to match NUSCENES.
+# Numbers and sizes of objects, RETURNED and PENETRATION are tuned to match NUSCENES.
 HOUSES, CARS, SHRUBS = 12, 40, 160
-RETURNED = 0.75  # fraction of the rays that hit something in range which return
-DEPTH = 0.7  # mean distance in meters from where a ray enters a shrub to its return
+RETURNED = 0.75  # of the rays that hit something in range, the fraction that gives a point
+PENETRATION = 0.7  # mean distance in meters that a ray travels inside a shrub before it hits
 
 
 def scene(seed=0, device="cpu"):
@@ -33,9 +34,10 @@ def scene(seed=0, device="cpu"):
     def uniform(n, low, high):
         return torch.rand(n, generator=gen) * (high - low) + low
 
-    solid = torch.cat([_boxes(uniform, HOUSES, (5, 25), 12, 70), _boxes(uniform, CARS, (1.7, 4.5), 1.7, 30)])
-    shrubs = _boxes(uniform, SHRUBS, (0.3, 2), 4, 60)
-    elevation = torch.linspace(-30.67, 10.67, BEAMS).deg2rad()[:, None]
+    houses = _boxes(uniform, HOUSES, size=(5, 25), height=12, far=70)
+    cars = _boxes(uniform, CARS, size=(1.7, 4.5), height=1.7, far=30)
+    solid, shrubs = torch.cat([houses, cars]), _boxes(uniform, SHRUBS, size=(0.3, 2), height=4, far=60)
+    elevation = torch.linspace(-30.67, 10.67, BEAMS).deg2rad()[:, None]  # as of the HDL-32E, nuScenes' LiDAR
     azimuth = torch.arange(AZIMUTHS) * (2 * math.pi / AZIMUTHS)
     sweeps = []
     for sweep in range(SWEEPS):
@@ -45,10 +47,10 @@ def scene(seed=0, device="cpu"):
         ).flatten(0, 1)  # [R, 3]
         origin = torch.tensor([0.0, -SPEED * sweep, 0.0])
         ground = torch.where(ray[:, 2] < 0, -HEIGHT / ray[:, 2], math.inf)
-        shrub = _distance(origin, ray, shrubs) - DEPTH * uniform(len(ray), 0, 1).log()
+        shrub = _distance(origin, ray, shrubs) - PENETRATION * uniform(len(ray), 0, 1).log()
         t = torch.minimum(ground, torch.minimum(shrub, _distance(origin, ray, solid)))
         t = t + 0.02 * torch.randn(t.shape, generator=gen)  # range noise of the sensor
-        hit = (t > 2) & (t < 70) & (uniform(len(t), 0, 1) < RETURNED)
+        hit = (t > 2) & (t < 70) & (uniform(len(t), 0, 1) < RETURNED)  # in range: from 2 to 70 m
         point = origin + ray[hit] * t[hit, None]
         rest = torch.stack([uniform(len(point), 0, 1), torch.full((len(point),), 0.05 * sweep)], dim=1)
         sweeps.append(torch.cat([point, rest], dim=1))
@@ -72,9 +74,10 @@ def _boxes(uniform, n, size, height, far):
 
 def _distance(origin, ray, boxes):
     """[R] distance in meters along each ray to the first box; infinite where there is none."""
-    enter, leave = (((corner - origin) / ray[:, None]) for corner in (boxes[:, :3], boxes[:, 3:]))  # [R, n, 3]
-    first, last = torch.minimum(enter, leave).amax(dim=2), torch.maximum(enter, leave).amin(dim=2)
-    return torch.where((first < last) & (first > 0), first, math.inf).amin(dim=1)
+    # distances to the faces: lower and upper ones along each axis
+    lower, upper = (((corner - origin) / ray[:, None]) for corner in (boxes[:, :3], boxes[:, 3:]))  # [R, n, 3]
+    enter, leave = torch.minimum(lower, upper).amax(dim=2), torch.maximum(lower, upper).amin(dim=2)
+    return torch.where((enter < leave) & (enter > 0), enter, math.inf).amin(dim=1)
 
 
 def voxels(batch=1, device="cpu"):
@@ -84,7 +87,8 @@ def voxels(batch=1, device="cpu"):
     scenes = [scene(seed, device) for seed in range(batch)]
     counts = [len(points) for points in scenes]
     shape = (SHAPE[0] - 1, *SHAPE[1:])  # SHAPE has an empty slice above the range, as in SECOND
-    return voxelize(torch.cat(scenes), counts, LOW, CELL, shape, max_points=10, max_voxels=120000)[1]
+    _, coords = voxelize(torch.cat(scenes), counts, LOW, CELL, shape, max_points=10, max_voxels=120000)
+    return coords
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ README_CASES = {
 class Folder:
     """The results of a run; a record is on disk when `write` returns.
 
-    stage: one of `benchmarks.gpu`; or "begun" or "ended", for the records of when each of them did.
+    stage: one of `benchmarks.gpu`; or "begun" or "ended", for the records that say when and how stages began and ended.
     """
 
     def __init__(self, path):
@@ -113,7 +113,7 @@ def _steps(records):
 
 
 def _curves(runs):
-    """Lines on the training on each device, and the mean losses of every 20 steps that ran on both."""
+    """Yield a line about the training on each device, and one per 20 steps that ran on both with their mean losses."""
     for r in runs:
         metrics = ", ".join(f"{k} {v:.3f}" for k, v in r.items() if k.startswith("val/"))
         steps = len(r["curve"])

@@ -6,8 +6,10 @@
     sparse_map.py   neighbor tables: which voxels each offset of a sparse convolution reads
     sparse_outputs.py ... the output voxels of strided and transposed convolutions
     sparse_conv.py  convolution over a neighbor table; for inference, with a fused epilogue
-    sparse_gemm.py  ... its GEMMs; sparse_tiles.py, table layouts that they read; sparse_reference.py, in plain PyTorch
-    tuning.py       autotuning of an op's launches, saved in a file; off by default
+    sparse_gemm.py  ... its GEMMs
+    sparse_tiles.py ... layouts of the neighbor table that the GEMMs read
+    sparse_reference.py ... its reference
+    tuning.py       autotuning of an op's launch parameters, saved in a file; off by default
     lift.py         voxel <- sum over views and levels of bilinear feature x trilinear depth probability
     pixel_sum.py    ... its gradients without atomics
     voxel_pool.py   voxel <- sum of feature x depth probability over the frustum points inside it
@@ -18,7 +20,8 @@
     composite.py    front-to-back compositing of samples along rays
     sdf_render.py   trilinear, the field's MLPs, sdf_alpha and composite fused, with one custom backward
     sdf_backward.py ... its backward
-    sdf_field.py    ... its MLPs on a tile of samples, inside a kernel; sdf_reference.py, in plain PyTorch
+    sdf_field.py    ... its MLPs on a tile of samples, inside a kernel
+    sdf_reference.py ... its MLPs in the reference
     cell_sum.py     ... the volume's gradient without atomics
 
 A file holds an op, or some that are used together, with the PyTorch reference (same signature, suffix `_ref`; also the

@@ -17,7 +17,7 @@ except ModuleNotFoundError:  # Triton has wheels for Linux only
     class _Absent:
         """Stands in for `triton` and `tl` so that kernel files can be imported; runs nothing."""
 
-        constexpr = int
+        constexpr = int  # kernels have it as an annotation
 
         def jit(self, kernel, **_):
             return kernel
@@ -44,9 +44,9 @@ def references():
 def jit(kernel=None, *, varying=()):
     """Decorator for kernels launched from the host; device functions, called by kernels, use plain `triton.jit`.
 
-    Launch the kernel with keyword arguments, tensors first: it runs on the GPU of the first tensor, whichever device is
-    current. `enable_fp_fusion` is always passed, by default True: Triton's own default varies by version, and with it
-    the rounding.
+    Launch the kernel with keyword arguments, tensors (or tuples of them) first: it runs on the GPU of the first tensor,
+    whichever device is current. `enable_fp_fusion` is always passed, by default True: Triton's own default varies by
+    version, and with it the rounding.
 
     varying: names of integers that change with the data, such as the number of voxels (Triton's `do_not_specialize`).
         Otherwise Triton compiles a kernel again for values that are 1 or a multiple of 16, which can stall any step.

@@ -3,12 +3,15 @@
 A cell is the cube between 8 neighboring voxel centers, whose values are interpolated in it. Z voxels along an axis have
 Z + 1 cells: the first and the last are bounded by voxels on one side only, beyond which values are 0.
 
+The loss depends on a sample's interpolated value, and on its slope: the derivative of the value along a vector v.
+
     d_volume_voxel = sum over its 8 cells, over the samples in each:  w d_value + (b . v) d_slope
 
-where w is the voxel's interpolation weight for the sample, b = dw / dpoint, and v the direction of the derivative whose
-gradient is d_slope. The sort is stable, so each cell sums its samples in a fixed order.
+where w is the voxel's interpolation weight for the sample, b = dw / dpoint, and d_value, d_slope are the gradients
+w.r.t. the sample's value and slope. The sort is stable, so each cell sums its samples in a fixed order.
 
-Part of `sdf_render`: the reference is the gradient of `trilinear_ref`; timed by benchmarks.bench_sdf_render.
+Part of `sdf_render`, which uses it under strict determinism: the reference is the gradient of `trilinear_ref`. No
+benchmark times it.
 """
 
 import torch
@@ -22,8 +25,8 @@ def cell_sum(d_volume, cell, d_value, d_slope, v, *, origins, directions, edges,
     Args:
         cell:    [N] int32, each sample's cell, from `cell_of`.
         d_value: [N, C] gradient w.r.t. the interpolated value; columns from CHANNELS on are padding.
-        d_slope: [N, C] gradient w.r.t. the value's directional derivative along v.
-        v:       [N, 3] that direction (x, y, z), in the unit of the points, not normalized.
+        d_slope: [N, C] gradient w.r.t. the value's derivative along v; padded likewise.
+        v:       [N, 3] that vector (x, y, z), in the unit of the points, not normalized.
         origins, directions: [R, 3] each, of the rays.
         edges:   [R, S + 1] distances along the rays; sample n = r * S + s lies at the start of interval s of ray r.
         cells_per_unit, cell_offset: [3] each: grid coordinates = point * cells_per_unit + cell_offset.
@@ -31,10 +34,10 @@ def cell_sum(d_volume, cell, d_value, d_slope, v, *, origins, directions, edges,
     Deterministic. Tensors must be contiguous. GPU and interpreter only.
     """
     B, Z, Y, X, CHANNELS = d_volume.shape
-    cell, order = cell.sort(stable=True)
+    sorted_cell, order = cell.sort(stable=True)
     all_cells = torch.arange(B * (Z + 1) * (Y + 1) * (X + 1) + 1, dtype=torch.int32, device=cell.device)
     _cell_sum_kernel[(B * Z * Y * X,)](
-        order_ptr=order, first_of_cell_ptr=torch.searchsorted(cell, all_cells),
+        order_ptr=order, first_of_cell_ptr=torch.searchsorted(sorted_cell, all_cells),
         origins_ptr=origins, directions_ptr=directions, edges_ptr=edges,
         cells_per_unit_ptr=cells_per_unit, cell_offset_ptr=cell_offset,
         d_value_ptr=d_value, d_slope_ptr=d_slope, v_ptr=v, d_volume_ptr=d_volume,
@@ -47,21 +50,21 @@ BLOCK_N = 32  # samples of a cell per iteration
 
 @triton.jit
 def cell_of(grid_coords, Z, Y, X):
-    """Index of each sample's cell; the largest int32 if no corner of the cell is a voxel of the volume.
+    """Index of each sample's cell; the largest int32, sorted after all cells, if no corner of it is in the volume.
 
     grid_coords: as `sample_on_ray` in sdf_field.py returns them.
     """
     ux, uy, uz, first = grid_coords  # first: volume index * Z
     x, y, z = tl.floor(ux) + 1, tl.floor(uy) + 1, tl.floor(uz) + 1  # cell 0 ends at voxel 0
     inside = (x >= 0) & (x <= X) & (y >= 0) & (y <= Y) & (z >= 0) & (z <= Z)
-    z = first // Z * (Z + 1) + tl.where(inside, z, 0.0).to(tl.int64)
+    z = first // Z * (Z + 1) + tl.where(inside, z, 0.0).to(tl.int64)  # now of all volumes' slices of cells
     cell = (z * (Y + 1) + tl.where(inside, y, 0.0).to(tl.int64)) * (X + 1) + tl.where(inside, x, 0.0).to(tl.int64)
     return tl.where(inside, cell, 2147483647).to(tl.int32)
 
 
 @jit
 def _cell_sum_kernel(
-    order_ptr, first_of_cell_ptr,  # [N] int64 sample indices sorted by cell; [cells + 1] int64, where each cell begins
+    order_ptr, first_of_cell_ptr,  # [N] int64 samples sorted by cell; [cells + 1] int64, where each cell's begin there
     origins_ptr, directions_ptr, edges_ptr, cells_per_unit_ptr, cell_offset_ptr,  # [R, 3] x 2, [R, S + 1], [3], [3]
     d_value_ptr, d_slope_ptr, v_ptr,  # [N, C], [N, C], [N, 3]
     d_volume_ptr,  # [B, Z, Y, X, CHANNELS]
@@ -80,8 +83,8 @@ def _cell_sum_kernel(
             i = i + tl.arange(0, BLOCK_N)
             ok = i < end
             n = tl.load(order_ptr + i, mask=ok, other=0)
-            start = tl.load(edges_ptr + n + n // S, mask=ok, other=0.0)
             r = n // S
+            start = tl.load(edges_ptr + n + r, mask=ok, other=0.0)  # n + r = r * (S + 1) + s
             ax, bx = _weight(origins_ptr, directions_ptr, cells_per_unit_ptr, cell_offset_ptr, 0, r, start, ok, x, kx)
             ay, by = _weight(origins_ptr, directions_ptr, cells_per_unit_ptr, cell_offset_ptr, 1, r, start, ok, y, ky)
             az, bz = _weight(origins_ptr, directions_ptr, cells_per_unit_ptr, cell_offset_ptr, 2, r, start, ok, z, kz)
@@ -107,5 +110,5 @@ def _weight(origins_ptr, directions_ptr, cells_per_unit_ptr, cell_offset_ptr, AX
     cells_per_unit = tl.load(cells_per_unit_ptr + AXIS)
     coord = point * cells_per_unit + tl.load(cell_offset_ptr + AXIS)
     sign = 2 * upper - 1
-    # 1 - upper + sign * (coord - low) with the cell's lower end low = voxel - upper
+    # 1 - |coord - voxel|: the cell lies below a voxel that is its upper end, else above
     return 1 + sign * (coord - voxel), sign * cells_per_unit

@@ -3,11 +3,11 @@
     k_s = 1 - alpha_s + 1e-7   (what sample s lets through; 1e-7 as in the original)
     T_s = prod_{t<s} k_t (transmittance up to sample s),   w_s = T_s * alpha_s,   out = sum_s w_s * value_s
 
-    dL/dalpha_s = T_s * (g_s - B_s),   g_s = dL/dw_s + dL/dout . value_s
+    dL/dalpha_s = T_s * (g_s - B_s),   g_s = d_weights_s + d_out . value_s
     B_{s-1} = alpha_s * g_s + k_s * B_s,   B_{S-1} = 0
 
-B_s = dL/dT_{s+1}, from the samples behind s, is accumulated from the far end; no division by k, so the gradient is
-exact where alpha is 0 or 1.
+d_weights and d_out are the upstream gradients: the weights are an output too. B_s = dL/dT_{s+1}, through the samples
+behind s, is accumulated from the far end. Nothing is divided by k, so the gradient is exact where alpha is 0 or 1.
 """
 
 import torch
@@ -82,7 +82,7 @@ class Composite(torch.autograd.Function):
 
 
 BLOCK_R = 32  # rays per program, at most: one warp, one ray per lane
-TILE = 512  # rays x channels per program, at most: 16 registers per lane
+TILE = 512  # rays x channels per program, at most, unless one ray has more channels: 16 registers per lane
 
 
 def _blocks(R, C):

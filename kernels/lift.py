@@ -4,16 +4,16 @@
 
     dL/dF_nl = P_nl * g,   dL/dP_nl = <g, F_nl>,   g = dL/dvolume[x]
 
-F_nl(u, v) is the bilinearly interpolated feature of level l of view n, P_nl(u, v, d) the trilinearly interpolated
-probability that the surface visible there lies at depth d; both gradients are distributed over the taps (the pixels and
-bins interpolated) with the weights of the forward. Every voxel is projected into every view, but features are read only
-from views that see it: with nuScenes' six cameras, 1.1 on average.
+x is that corner, F_nl(u, v) the bilinearly interpolated feature of level l of view n, P_nl(u, v, d) the trilinearly
+interpolated probability that the surface visible there lies at depth d; both gradients are distributed over the taps
+(the pixels and bins interpolated) with the weights of the forward. Every voxel is projected into every view, but
+features are read only from views that see it: 1.1 on average with nuScenes' six cameras.
 
 A program handles a block of voxels adjacent in x and y, most of which project into the same view and pixels. The
 backward adds atomically to the gradients of fine levels, where few voxels project onto a pixel. On coarse levels, where
 many do, and on every level under strict determinism, it records each projection (a "hit") instead: the hits are sorted
-by the cell between four pixels that they lie in, and each pixel gathers its gradients from the cells around it. Such a
-level is called gathered.
+by the square between four pixels (a "quad") that they lie in, and each pixel gathers its gradients from the quads
+around it. Such a level is called gathered.
 """
 
 import math
@@ -45,8 +45,8 @@ def lift(
         depth_range: (nearest, farthest) meters along the optical axis.
 
     Returns:
-        [B, Z, Y, X, C] in the features' type. A view sees a corner strictly inside its image and the depth range, and
-        deeper than 1e-5 m; a voxel that no view sees is 0.
+        [B, Z, Y, X, C] in the features' type. A view sees a corner that lies strictly inside its image and the depth
+        range, and deeper than 1e-5 m; a voxel that no view sees is 0.
 
     Differentiable once w.r.t. `features` and `depths`. Accumulates in fp32 (fp64 for fp64 features); projects in fp32.
     Gradients of fine levels are added atomically, so their last bits vary from run to run, except under
@@ -112,7 +112,8 @@ def _project_ref(lidar2image, low, cell, shape, image_size, depth_range):
     X, Y, Z = shape
     low, cell = (torch.tensor(t, dtype=torch.float32, device=lidar2image.device).double() for t in (low, cell))
     index = torch.arange(max(shape), device=lidar2image.device)[:, None]
-    x, y, z = (index * cell + low).float().T  # rounded once, like the fused multiply-add of torch.arange on a GPU
+    # in fp64, rounded once, like a fused multiply-add: a corner off by one ulp could cross an image border
+    x, y, z = (index * cell + low).float().T
     x, y, z = x[:X], y[:Y, None], z[:Z, None, None]  # [X], [Y, 1], [Z, 1, 1]
 
     rows = lidar2image.float()[..., None, None, None]  # [B, N, 4, 4, 1, 1, 1]
@@ -175,40 +176,40 @@ def _backward(d_volume, features, depths, lidar2image, geometry, deterministic):
     coarse = [V >= COARSE * N * feature.shape[2:4].numel() for feature in features]
     gathered = [l for l in range(len(features)) if coarse[l] or deterministic]
     pixels = [B * N * features[l].shape[2:4].numel() for l in gathered]
-    ends, cells = list(accumulate(pixels)), sum(pixels)
+    ends, quads = list(accumulate(pixels)), sum(pixels)  # a quad per pixel: the one right of and below it
     # a radix sort takes half as many passes with 16-bit keys as with 32-bit ones
-    key_type = torch.int16 if cells < 2**15 else torch.int32
-    # where a view does not see a voxel, `cells`: sorted after all cells
-    cell_idx = torch.full((len(gathered), B * N * V), cells, dtype=key_type, device=d_volume.device)
+    key_type = torch.int16 if quads < 2**15 else torch.int32
+    # stays `quads`, sorted after all of them, where a view does not see a voxel
+    quad_idx = torch.full((len(gathered), B * N * V), quads, dtype=key_type, device=d_volume.device)
     hits = torch.empty(len(gathered), B * N * V, HIT.value, dtype=acc_type, device=d_volume.device)
 
-    outs, first_cells = [], []
+    outs, first_quads = [], []  # what the kernel writes, per level: hits if gathered, else the gradients
     for l, (feature, depth) in enumerate(zip(features, depths, strict=True)):
         if l in gathered:
             i = gathered.index(l)
-            outs.append((cell_idx[i], hits[i]))
-            first_cells.append(ends[i] - pixels[i])
+            outs.append((quad_idx[i], hits[i]))
+            first_quads.append(ends[i] - pixels[i])
         else:
             outs.append((torch.zeros_like(feature, dtype=acc_type), torch.zeros_like(depth, dtype=acc_type)))
-            first_cells.append(0)
+            first_quads.append(0)
     _launch(
         _lift_bwd_kernel, BWD_TILE, features, depths, lidar2image, geometry, d_volume_ptr=d_volume,
-        out_ptrs=tuple(outs), first_cells=tuple(first_cells), GATHERED=sum(1 << l for l in gathered),
+        out_ptrs=tuple(outs), first_quads=tuple(first_quads), GATHERED=sum(1 << l for l in gathered),
     )  # fmt: skip
 
     if gathered:
-        sorted_idx, order = cell_idx.flatten().sort(stable=True)
-        all_cells = torch.arange(cells + 1, dtype=key_type, device=cell_idx.device)
-        begin = torch.searchsorted(sorted_idx, all_cells, out_int32=True)
+        sorted_idx, order = quad_idx.flatten().sort(stable=True)
+        all_quads = torch.arange(quads + 1, dtype=key_type, device=quad_idx.device)
+        begin = torch.searchsorted(sorted_idx, all_quads, out_int32=True)
     for l in gathered:
         outs[l] = torch.empty_like(features[l]), torch.empty_like(depths[l])
-        pixel_sum(*outs[l], begin[first_cells[l] :], order, hits, d_volume, many_hits=coarse[l])
+        pixel_sum(*outs[l], begin[first_quads[l] :], order, hits, d_volume, many_hits=coarse[l])
     d_features, d_depths = zip(*outs, strict=True)
     return [d.to(level.dtype) for d, level in zip((*d_features, *d_depths), (*features, *depths), strict=True)]
 
 
 # All untuned: chosen from the compiler's output for sm_90, without timing on a GPU
-FWD_TILE = 4096  # bytes of features per program: voxels x channels
+FWD_TILE = 4096  # bytes of features per program: voxels x channels x size of a number
 BWD_TILE = 2048  # the same; 4096 would spill registers
 MAX_VOXELS = 32  # per program, at most: with few channels the tiles would hold so many that projecting them dominates
 COARSE = 4  # a level is coarse if the volume has at least this many voxels per pixel of the level's views
@@ -230,7 +231,7 @@ def _blocks(tile, C):
     """Block sizes of a program with `tile` values, voxels x channels."""
     BLOCK_C = triton.next_power_of_2(C)
     voxels = min(max(tile // BLOCK_C, 1), MAX_VOXELS)
-    BLOCK_X = 1 << (voxels.bit_length() // 2)  # BLOCK_Y or 2 * BLOCK_Y
+    BLOCK_X = 1 << (voxels.bit_length() // 2)  # equal to BLOCK_Y or twice as large
     return dict(BLOCK_X=BLOCK_X, BLOCK_Y=voxels // BLOCK_X, BLOCK_C=BLOCK_C)
 
 
@@ -258,7 +259,7 @@ def _lift_fwd_kernel(
             for l in tl.static_range(len(feature_ptrs)):
                 h, w = sizes[l]
                 pixels, weights = _taps(view, u, v, h, w)
-                feature, probability = _gather(
+                feature, probability = _interpolate(
                     feature_ptrs[l], depth_ptrs[l], pixels, weights, z0, z1, z_weight, visible, mask, c, C, D, acc_ty
                 )
                 acc += feature * probability[:, None]
@@ -270,8 +271,8 @@ def _lift_fwd_kernel(
 def _lift_bwd_kernel(
     feature_ptrs, depth_ptrs,  # per level [B, N, h, w, C], [B, N, h, w, D]
     d_volume_ptr,  # [B, Z, Y, X, C]
-    out_ptrs,  # per level (d_feature, d_depth), added to; for a gathered one (cell_idx [B, N, V], hits [B, N, V, HIT])
-    first_cells,  # per level, index of its first cell among those of all gathered levels; as many cells as pixels
+    out_ptrs,  # per level (d_feature, d_depth), added to; for a gathered one (quad_idx [B, N, V], hits [B, N, V, HIT])
+    first_quads,  # per level, index of its first quad among those of all gathered levels; 0 if it is not gathered
     lidar2image_ptr,  # [B, N, 4, 4]
     sizes, low, cell, shape, image_size, depth_range,  # per level (h, w); the rest as in `lift`
     N, C, D,
@@ -296,13 +297,13 @@ def _lift_bwd_kernel(
             for l in tl.static_range(len(feature_ptrs)):
                 h, w = sizes[l]
                 pixels, weights = _taps(view, u, v, h, w)
-                feature, probability = _gather(
+                feature, probability = _interpolate(
                     feature_ptrs[l], depth_ptrs[l], pixels, weights, z0, z1, z_weight, visible, mask, c, C, D, acc_ty
                 )
                 d_probability = tl.sum(g * feature, axis=1)
                 if GATHERED & (1 << l):
-                    tl.store(out_ptrs[l][0] + view * V + i, first_cells[l] + pixels[0], mask=visible)
-                    hit_ptr = out_ptrs[l][1] + (view * V + i) * HIT
+                    tl.store(out_ptrs[l][0] + view * V + i, first_quads[l] + pixels[0], mask=visible)
+                    hit_ptr = out_ptrs[l][1] + (view * V + i) * HIT  # as `pixel_sum` reads it
                     tl.store(hit_ptr, _position(u, w), mask=visible)
                     tl.store(hit_ptr + 1, _position(v, h), mask=visible)
                     tl.store(hit_ptr + 2, _position(d, D), mask=visible)
@@ -349,7 +350,7 @@ def _project(p, x, y, z, ok, image_size, depth_range):
 
 @triton.jit
 def _clamp(coord):
-    """Clamped to [-1, 1], which also replaces NaN: invisible points load 0, but 0 * inf and 0 * NaN are NaN."""
+    """Clamped to [-1, 1], NaN replaced: invisible points load 0, but 0 times a weight of inf or NaN would be NaN."""
     return tl.minimum(tl.maximum(coord, -1.0), 1.0)
 
 
@@ -380,7 +381,9 @@ def _position(coord, size):
 
 
 @triton.jit
-def _gather(feature_ptr, depth_ptr, pixels, weights, z0, z1, z_weight, visible, mask, c, C, D, acc_ty: tl.constexpr):
+def _interpolate(
+    feature_ptr, depth_ptr, pixels, weights, z0, z1, z_weight, visible, mask, c, C, D, acc_ty: tl.constexpr
+):  # fmt: skip
     """One level's bilinear features [BLOCK_V, BLOCK_C] and trilinear probabilities [BLOCK_V]; 0 where not visible."""
     feature = tl.zeros(mask.shape, acc_ty)
     probability = tl.zeros(visible.shape, acc_ty)
@@ -397,7 +400,7 @@ def _gather(feature_ptr, depth_ptr, pixels, weights, z0, z1, z_weight, visible, 
 def _scatter(
     d_feature_ptr, d_depth_ptr, d_feature, d_probability, pixels, weights, z0, z1, z_weight, visible, mask, c, C, D
 ):  # fmt: skip
-    """Add the gradients of what `_gather` returned to one level's features and depths."""
+    """Add the gradients of what `_interpolate` returned to one level's features and depths."""
     for k in tl.static_range(4):
         # relaxed: only then does the compiler emit vector reductions (four channels) without a result to wait for
         row = pixels[k][:, None] * C + c[None, :]

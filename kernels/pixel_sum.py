@@ -1,11 +1,11 @@
-"""Gradients of one level of `lift`, without atomics: hits (projections of voxels into views) are sorted by cell.
+"""Gradients of one level of `lift`, without atomics: hits (projections of voxels into views) are sorted by quad.
 
-    d_feature_pixel = sum over its 4 cells, over the hits in each:  s probability g
-    d_depth_pixel,k = sum over its 4 cells, over the hits in each:  s max(0, 1 - |z - k|) <g, feature>
+    d_feature_pixel = sum over its 4 quads, over the hits in each:  weight probability g
+    d_depth_pixel,k = sum over its 4 quads, over the hits in each:  weight max(0, 1 - |z - k|) <g, feature>
 
-A cell lies between four pixels. For each hit, s is the pixel's bilinear weight, z the depth in bins (k is a bin), g the
-gradient w.r.t. the voxel; probability and feature are those interpolated in the forward. The sort is stable, so each
-cell sums its hits in a fixed order.
+A quad is the square between four neighboring pixels. For each hit, weight is the pixel's bilinear weight, z the depth
+in bins (k is a bin), g the gradient w.r.t. the voxel; probability and feature are those interpolated in the forward.
+The sort is stable, so each quad sums its hits in a fixed order.
 
 Part of `lift`: the reference is the gradient of `lift_ref`; timed by benchmarks.bench_lift.
 """
@@ -17,9 +17,9 @@ def pixel_sum(d_feature, d_depth, begin, order, hits, d_volume, many_hits):
     """Fill d_feature [B, N, h, w, C] and d_depth [B, N, h, w, D].
 
     Args:
-        begin:     [>= P + 1] int32 start of each cell's hits in `order`, then the end of the last cell's. A cell has
-                   the index of its upper left pixel among the P pixels of all views.
-        order:     [levels * B * N * V] int64 rows of all levels' `hits` by cell; only this level's are read.
+        begin:     [>= P + 1] int32 start of each quad's hits in `order`, then the end of the last quad's. A quad has
+                   the index of its upper left pixel among the P pixels of the level's views.
+        order:     [levels * B * N * V] int64 rows of all gathered levels' `hits` by quad; only this level's are read.
         hits:      [levels, B * N * V, HIT] for each view and each of V voxels: column and row in pixels, depth in bins,
                    probability, <g, feature>.
         d_volume:  [B, Z, Y, X, C].
@@ -31,15 +31,15 @@ def pixel_sum(d_feature, d_depth, begin, order, hits, d_volume, many_hits):
     P, V = B * N * h * w, d_volume[0, ..., 0].numel()
     blocks = _blocks(MAX_LANES if many_hits else 1, C, D)
     _pixel_sum_kernel[(triton.cdiv(P, blocks["BLOCK_P"]),)](
-        begin_ptr=begin, order_ptr=order, hit_ptr=hits, d_volume_ptr=d_volume,
+        begin_ptr=begin, order_ptr=order, hits_ptr=hits, d_volume_ptr=d_volume,
         d_feature_ptr=d_feature, d_depth_ptr=d_depth, P=P, h=h, w=w, B=B, N=N, V=V, C=C, D=D, **blocks,
     )  # fmt: skip
 
 
 HIT = tl.constexpr(5)  # values per hit
 # Untuned: chosen from the compiler's output for sm_90, without timing on a GPU
-TILE = 1024  # lanes (rows of the tile: one hit at a time) x channels or bins, per program
-MAX_LANES = 8  # lanes that share the hits of a pixel
+TILE = 1024  # per program: rows ("lanes", not of a warp: each sums one hit at a time) x channels or bins
+MAX_LANES = 8  # lanes that share the hits of a pixel, at most
 
 
 def _blocks(lanes_per_pixel, C, D):
@@ -52,13 +52,13 @@ def _blocks(lanes_per_pixel, C, D):
 
 @jit(varying=("P", "B"))
 def _pixel_sum_kernel(
-    begin_ptr, order_ptr, hit_ptr,  # [P + 1], [levels * B * N * V], [levels, B, N, V, HIT]
+    begin_ptr, order_ptr, hits_ptr,  # [P + 1], [levels * B * N * V], [levels, B, N, V, HIT]
     d_volume_ptr,  # [B, V, C]
     d_feature_ptr, d_depth_ptr,  # [P, C], [P, D]
     P, h, w, B, N, V, C, D,  # P pixels of all views of a level
     BLOCK_P: tl.constexpr, LANES: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    acc_ty: tl.constexpr = hit_ptr.dtype.element_ty
+    acc_ty: tl.constexpr = hits_ptr.dtype.element_ty
     lane = tl.arange(0, BLOCK_P * LANES)
     p = tl.program_id(0) * BLOCK_P + lane // LANES
     x, y = p % w, p // w % h
@@ -66,23 +66,24 @@ def _pixel_sum_kernel(
     k = tl.arange(0, BLOCK_D)[None, :]
     d_feature = tl.zeros((BLOCK_P * LANES, BLOCK_C), acc_ty)
     d_depth = tl.zeros((BLOCK_P * LANES, BLOCK_D), acc_ty)
-    for up in range(2):  # cells below and above the pixel; the left and the right one are adjacent in `order`
+    for up in range(2):  # the two quads below the pixel, then those above: left and right are adjacent in `order`
         ok = (p < P) & (y >= up)
-        cell = p - up * w
-        begin = tl.load(begin_ptr + cell - (x > 0).to(tl.int32), mask=ok, other=0)
-        end = tl.load(begin_ptr + cell + 1, mask=ok, other=0)
+        quad = p - up * w  # the right one
+        begin = tl.load(begin_ptr + quad - (x > 0).to(tl.int32), mask=ok, other=0)
+        end = tl.load(begin_ptr + quad + 1, mask=ok, other=0)
         for i in range(0, tl.max(end - begin, axis=0), LANES):
             at = begin + i + lane % LANES
             at_ok = at < end
             hit = tl.load(order_ptr + at, mask=at_ok, other=0).to(tl.int32)
-            at_ptr = hit_ptr + hit.to(tl.int64) * HIT
-            hit_x = tl.load(at_ptr, mask=at_ok, other=0.0)
-            hit_y = tl.load(at_ptr + 1, mask=at_ok, other=0.0)
-            hit_z = tl.load(at_ptr + 2, mask=at_ok, other=0.0)
-            probability = tl.load(at_ptr + 3, mask=at_ok, other=0.0)
-            d_probability = tl.load(at_ptr + 4, mask=at_ok, other=0.0)
+            hit_ptr = hits_ptr + hit.to(tl.int64) * HIT
+            hit_x = tl.load(hit_ptr, mask=at_ok, other=0.0)
+            hit_y = tl.load(hit_ptr + 1, mask=at_ok, other=0.0)
+            hit_z = tl.load(hit_ptr + 2, mask=at_ok, other=0.0)
+            probability = tl.load(hit_ptr + 3, mask=at_ok, other=0.0)
+            d_probability = tl.load(hit_ptr + 4, mask=at_ok, other=0.0)
             weight = (1 - tl.abs(hit_x - x)) * (1 - tl.abs(hit_y - y))
-            row = (hit // V // N % B * V + hit % V).to(tl.int64)[:, None] * C + c
+            voxel = hit // V // N % B * V + hit % V  # of all volumes; hit = ((level * B + b) * N + n) * V + voxel of b
+            row = voxel.to(tl.int64)[:, None] * C + c
             g = tl.load(d_volume_ptr + row, mask=at_ok[:, None] & (c < C), other=0.0).to(acc_ty)
             d_feature += (weight * probability)[:, None] * g
             d_depth += (weight * d_probability)[:, None] * tl.maximum(1 - tl.abs(hit_z[:, None] - k), 0)

@@ -2,15 +2,16 @@
 
     clip:        t = (face - origin) / (direction + 1e-6) for six faces; from the last entry to the first exit
     stratified:  edge_s = near + x_s (far - near), x_s = s / S or jittered between the adjacent midpoints
-    resampling:  new_j = CDF^-1((j + jitter) / (n + 1)), the CDF linear in each interval; lists merged by rank
+    resampling:  new_j = CDF^-1((j + jitter) / (n + 1)), the CDF linear in each interval; merged with the old edges
 
 An *edge list* [R, S + 1] holds the starts of S samples and the end of the last one, ascending; a sample lies at its
 start and extends to the next: `starts = edges[:, :-1]`, `deltas = edges.diff(dim=1)`. Edges are distances along the
 ray. The original resamples in [0, 1] and maps to [near, far] afterwards. That map is affine, and the inverse CDF and
 the merge commute with it, so resampling does not need near and far; results differ by rounding only.
 
-Ranks are found by counting, not by sorting: a new start lies in the interval that its CDF value selected, so one sweep
-along the ray inverts the CDF and merges. Nothing here is differentiable: it only decides where the field is sampled.
+Ranks (positions in the merged list) are found by counting, not by sorting: a new start lies in the interval that its
+CDF value selects, so one sweep along the ray inverts the CDF and merges. Nothing here is differentiable: it only
+decides where the field is sampled.
 
 Sizes: R rays, S samples on each before resampling, N new ones (the argument `n`).
 """
@@ -115,7 +116,7 @@ def stratified_edges_ref(near, far, S, jitter=None):
         middles = (x[:, 1:] + x[:, :-1]) / 2  # [1, S]
         lower, upper = torch.cat([x[:, :1], middles], dim=1), torch.cat([middles, x[:, -1:]], dim=1)  # [1, S + 1]
         x = lower + (upper - lower) * jitter[:, None]  # [R, S + 1]
-    # x far + (1 - x) near could be out of order by rounding where near ~ far
+    # not x far + (1 - x) near, which could be out of order by rounding where near ~ far
     return near[:, None] + x * (far - near)[:, None]
 
 
@@ -125,15 +126,16 @@ def sample_pdf(edges: Tensor, weights: Tensor, n: int, jitter: Tensor | None = N
 
     Args:
         edges:   [R, S + 1] ascending, S at least 1.
-        weights: [R, S] mass of each interval, >= 0, not normalized; rows that sum to less than 1e-5 are padded evenly.
+        weights: [R, S] mass of each interval, >= 0, not normalized; a row that sums to less than 1e-5 is raised evenly
+                 to that sum.
         n:       number of samples drawn, at least 0.
         jitter:  [R] in [0, 1), one number per ray: the position inside each of n + 1 strata of equal mass. None: 0.5.
 
     Returns:
-        new_edges: [R, n + 1] ascending, within `edges`: n starts and the end of the last.
+        new_edges: [R, n + 1] ascending, in the range of `edges`: n starts and the end of the last.
 
-    The kernel sums the CDF in fp64: divided by as little as 1e-5, an fp32 sum would visibly move samples. Raises
-    AssertionError if shapes do not match.
+    The kernel sums the CDF in fp64: errors of an fp32 sum, divided by an interval's mass, as little as 1e-5, would
+    visibly move samples. Raises AssertionError if shapes do not match.
     """
     _check(edges, weights, n, jitter)
     if not on_triton(edges):
@@ -158,7 +160,7 @@ def sample_pdf_ref(edges, weights, n, jitter=None):
     low, high = edges.gather(1, below), edges.gather(1, above)
     mass = cdf_above - cdf_below
     t = ((u - cdf_below) / torch.where(mass < 1e-5, 1, mass)).clamp(0, 1)
-    return torch.minimum(low + t * (high - low), high)
+    return torch.minimum(low + t * (high - low), high)  # rounding must not move a sample past its interval
 
 
 @torch.no_grad()
@@ -171,8 +173,8 @@ def merge(edges: Tensor, new_edges: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         merged: [R, S + n + 1] ascending; its last edge is the larger of the two last ones.
-        order:  [R, S + n] int64: `torch.cat([old, new], dim=1).gather(1, order)` puts per-sample values into the merged
-                order.
+        order:  [R, S + n] int64: `torch.cat([old, new], dim=1).gather(1, order)` puts values of the old and of the new
+                samples, [R, S] and [R, n], into the merged order.
 
     Raises AssertionError if shapes do not match.
     """
@@ -244,7 +246,7 @@ PAIRS = 256  # rays x new edges per program
 
 
 def _tile(n):
-    """Rays and new edges per program."""
+    """Block sizes of a program: rays and new edges."""
     block_n = triton.next_power_of_2(n + 1)
     return max(1, PAIRS // block_n), block_n
 

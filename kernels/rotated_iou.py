@@ -1,11 +1,11 @@
 """IoU of boxes rotated about z, in bird's-eye view and in 3D, and non-maximum suppression.
 
 A BEV box is x, y, w, l, yaw: center and size in meters (a negative size counts as 0), and yaw in radians
-counter-clockwise from x to the heading; l lies along the heading, w across. A 3D box is x, y, z, w, l, h, yaw, with z
+counter-clockwise from x to the heading; l lies along the heading, w across. A 3D box is x, y, z, w, l, h, yaw: x, y, z
 of the center.
 
 The area of the intersection of a and b is an integral along the outline of b alone (Green's theorem). In a's frame, x
-along its heading, a is |x| <= l / 2, |y| <= w / 2, and
+along its heading and l, w its size, a is |x| <= l / 2, |y| <= w / 2, and
 
     area = sum over the edges of b, counter-clockwise, of   integral of clamp(x, -l / 2, l / 2) dy  over |y| <= w / 2
 
@@ -34,8 +34,8 @@ def rotated_iou_bev(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         iou: [N, M] in [0, 1]; 0 for disjoint boxes and for boxes without area.
 
-    In fp32 the error is at most 1e-5 for boxes of usual shape; corners are off by about 1e-7 of the box size, which
-    matters for thin boxes. Deterministic. Not differentiable. Raises AssertionError on other shapes or types.
+    In fp32 the IoU's error is at most 1e-5 for boxes of usual shape; corners are off by about 1e-7 of the box size,
+    which matters for thin boxes. Deterministic. Not differentiable. Raises AssertionError on other shapes or types.
     """
     _check(5, a, b)
     if not on_triton(a):
@@ -176,23 +176,22 @@ def _clamp_sizes(boxes, first, end):
 
 def _overlap_ref(a, b):
     """[P] area in square meters of the intersection of a [P, 5] and b [P, 5]."""
-    (dx, dy), half_a, half_b = (b - a)[:, :2].T, a[:, 2:4].T / 2, b[:, 2:4].T / 2
-    half_w, half_l = half_a
+    (dx, dy), (half_w, half_l), (half_w_b, half_l_b) = (b - a)[:, :2].T, a[:, 2:4].T / 2, b[:, 2:4].T / 2
     cos_a, sin_a, yaw = a[:, 4].cos(), a[:, 4].sin(), b[:, 4] - a[:, 4]
-    # b in a's frame: center, half axes along and across its heading
+    # b in a's frame: center, heading, half axes along and across the heading
     x, y = dx * cos_a + dy * sin_a, dy * cos_a - dx * sin_a
     cos, sin = yaw.cos(), yaw.sin()
-    along_x, along_y, across_x, across_y = cos * half_b[1], sin * half_b[1], -sin * half_b[0], cos * half_b[0]
+    along_x, along_y, across_x, across_y = cos * half_l_b, sin * half_l_b, -sin * half_w_b, cos * half_w_b
     # b's corners front right, front left, back left, back right: [P, 4]
     px = x[:, None] + torch.stack([along_x - across_x, along_x + across_x, across_x - along_x, -along_x - across_x], 1)
     py = y[:, None] + torch.stack([along_y - across_y, along_y + across_y, across_y - along_y, -along_y - across_y], 1)
     area = _edges_ref(px, py, px.roll(-1, 1), py.roll(-1, 1), half_l[:, None], half_w[:, None]).sum(dim=1)
 
-    # disjoint boxes are separated along one of the four axes; their `area` is not 0 but the sum's rounding errors
+    # disjoint boxes are separated along one of their four axes; `area` then is not 0 but the sum's rounding errors
     disjoint = x.abs() >= half_l + along_x.abs() + across_x.abs()
     disjoint |= y.abs() >= half_w + along_y.abs() + across_y.abs()
-    disjoint |= (x * cos + y * sin).abs() >= half_b[1] + half_l * cos.abs() + half_w * sin.abs()
-    disjoint |= (y * cos - x * sin).abs() >= half_b[0] + half_l * sin.abs() + half_w * cos.abs()
+    disjoint |= (x * cos + y * sin).abs() >= half_l_b + half_l * cos.abs() + half_w * sin.abs()
+    disjoint |= (y * cos - x * sin).abs() >= half_w_b + half_l * sin.abs() + half_w * cos.abs()
     max_area = torch.minimum(a[:, 2] * a[:, 3], b[:, 2] * b[:, 3])
     return torch.where(disjoint, 0, torch.minimum(area.clamp(min=0), max_area))
 
@@ -208,9 +207,9 @@ def _edges_ref(px, py, qx, qy, half_l, half_w):
     # of that part's extent along x: length in front of a (x > half_l) minus length behind it (x < -half_l)
     beyond = torch.maximum(high, half_l) - torch.maximum(low, half_l)
     beyond = beyond - (torch.minimum(high, -half_l) - torch.minimum(low, -half_l))
-    along = (high_in + low_in) * (high_in - low_in) / 2 + half_l * beyond  # integral of clamp(x) dx
+    integral = (high_in + low_in) * (high_in - low_in) / 2 + half_l * beyond  # of clamp(x) dx
     # mean of clamp(x) over that part; times its extent along y it is the integral over dy
-    mean = torch.where(high > low, along / torch.where(high > low, high - low, 1), low_in)
+    mean = torch.where(high > low, integral / torch.where(high > low, high - low, 1), low_in)
     return (y1 - y0) * mean
 
 
@@ -219,9 +218,9 @@ def _ratio_ref(intersection, size_a, size_b):
     return torch.where(union > 0, intersection / union, 0)
 
 
-BLOCK_N = 16  # boxes of a per program of the IoU kernel, with 8 warps: two pairs per lane; with four it spills
+BLOCK_N = 16  # boxes of a per program of the IoU kernel, of 8 warps: two pairs per lane; four pairs would spill
 BLOCK_M = 32  # boxes of b per program
-BLOCK_P = 128  # pairs per program: one per lane
+BLOCK_P = 128  # pairs per program of `paired_iou_3d`, of 4 warps: one per lane
 
 
 @jit(varying=("N", "M"))
@@ -239,7 +238,7 @@ def _iou_kernel(
 @jit(varying=("N", "W"))
 def _suppress_kernel(
     boxes_ptr, order_ptr,  # [N, 5], [N]
-    suppressed_ptr,  # [32 W, W]; boxes by rank; row i, word w, bit k: i < 32 w + k and their IoU exceeds the threshold
+    suppressed_ptr,  # [32 W, W], by rank: bit k of word w of row i is set if box i, if kept, suppresses box 32 w + k
     N, W, threshold,
 ):  # fmt: skip
     i = tl.program_id(0) * 32 + tl.arange(0, 32)
@@ -343,7 +342,7 @@ def _shape_3d(ptr, ok):
 def _overlap(dx, dy, w_a, l_a, cos_a, sin_a, w_b, l_b, cos_b, sin_b):
     """Area of the intersection of a and b; dx, dy from the center of a to that of b."""
     half_w, half_l = w_a / 2, l_a / 2
-    # b in a's frame: center, half axes along and across its heading
+    # b in a's frame: center, heading, half axes along and across the heading
     x, y = dx * cos_a + dy * sin_a, dy * cos_a - dx * sin_a
     cos, sin = cos_b * cos_a + sin_b * sin_a, sin_b * cos_a - cos_b * sin_a
     along_x, along_y = cos * (l_b / 2), sin * (l_b / 2)
@@ -357,7 +356,7 @@ def _overlap(dx, dy, w_a, l_a, cos_a, sin_a, w_b, l_b, cos_b, sin_b):
     area += _edge(x - right_x, y - right_y, x - left_x, y - left_y, half_l, half_w)
     area += _edge(x - left_x, y - left_y, x + right_x, y + right_y, half_l, half_w)
 
-    # disjoint boxes are separated along one of the four axes; their `area` is not 0 but the sum's rounding errors
+    # disjoint boxes are separated along one of their four axes; `area` then is not 0 but the sum's rounding errors
     disjoint = tl.abs(x) >= half_l + tl.abs(along_x) + tl.abs(across_x)
     disjoint |= tl.abs(y) >= half_w + tl.abs(along_y) + tl.abs(across_y)
     disjoint |= tl.abs(x * cos + y * sin) >= l_b / 2 + half_l * tl.abs(cos) + half_w * tl.abs(sin)
@@ -377,9 +376,9 @@ def _edge(px, py, qx, qy, half_l, half_w):
     # of that part's extent along x: length in front of a (x > half_l) minus length behind it (x < -half_l)
     beyond = tl.maximum(high, half_l) - tl.maximum(low, half_l)
     beyond -= tl.minimum(high, -half_l) - tl.minimum(low, -half_l)
-    along = (high_in + low_in) * (high_in - low_in) / 2 + half_l * beyond  # integral of clamp(x) dx
+    integral = (high_in + low_in) * (high_in - low_in) / 2 + half_l * beyond  # of clamp(x) dx
     # mean of clamp(x) over that part; times its extent along y it is the integral over dy
-    mean = tl.where(high > low, along / tl.where(high > low, high - low, 1.0), low_in)
+    mean = tl.where(high > low, integral / tl.where(high > low, high - low, 1.0), low_in)
     return (y1 - y0) * mean
 
 

@@ -1,7 +1,7 @@
 """Signed distance to opacity: NeuS, VolSDF, UniSurf.
 
-NeuS (eq. 13, as in UniPAD's get_alpha): `slope` is the change of the SDF per unit length of the ray, where it falls;
-prev and next are the SDF extrapolated by half an interval to both sides of the sample; sigma is the sigmoid.
+NeuS (eq. 13, as in UniPAD's get_alpha): `slope` is the change of the SDF per unit length along the ray, 0 where it
+rises; prev and next are the SDF extrapolated by half an interval to both sides of the sample; sigma is the sigmoid.
 
     slope = min(direction . gradient, 0),   prev, next = sdf -+ slope * delta / 2
     P = sigma(prev * inv_s),   N = sigma(next * inv_s),   alpha = clip((P - N + e) / (P + e), 0, 1),   e = 1e-5
@@ -96,8 +96,9 @@ class NeusAlpha(torch.autograd.Function):
 def interval_alpha(sdf: Tensor, deltas: Tensor, inv_s: float) -> Tensor:
     """Opacity of the intervals between samples from SDF values alone, for NeuS's importance sampling.
 
-    The slope of an interval is the smaller of its own and its predecessor's difference quotient (0 before the first),
-    clipped to [-1000, 0] as in the original. The opacity needs no clipping: with a slope of at most 0 it is in [0, 1].
+    The slope of an interval is the smaller of its own and its predecessor's difference quotient (0 for the missing
+    predecessor of the first), clipped to [-1000, 0] as in the original. The opacity needs no clipping: with a slope of
+    at most 0 it is in [0, 1].
 
     Args:
         sdf:    [R, S] signed distance at the samples, S at least 1.
@@ -227,15 +228,16 @@ def _neus_interval(sdf_ptr, gradient_ptr, directions_ptr, deltas_ptr, i, r, ok, 
     The latter is delta / 2 * direction where the SDF falls along the ray, else 0; d prev / d gradient is its negative.
     """
     sdf = tl.load(sdf_ptr + i, mask=ok, other=0.0).to(acc_ty)
-    half = tl.load(deltas_ptr + i, mask=ok, other=0.0).to(acc_ty) / 2
+    half_delta = tl.load(deltas_ptr + i, mask=ok, other=0.0).to(acc_ty) / 2
     dir_x = tl.load(directions_ptr + 3 * r, mask=ok, other=0.0).to(acc_ty)
     dir_y = tl.load(directions_ptr + 3 * r + 1, mask=ok, other=0.0).to(acc_ty)
     dir_z = tl.load(directions_ptr + 3 * r + 2, mask=ok, other=0.0).to(acc_ty)
     slope = tl.load(gradient_ptr + 3 * i, mask=ok, other=0.0).to(acc_ty) * dir_x
     slope += tl.load(gradient_ptr + 3 * i + 1, mask=ok, other=0.0).to(acc_ty) * dir_y
     slope += tl.load(gradient_ptr + 3 * i + 2, mask=ok, other=0.0).to(acc_ty) * dir_z
-    half = tl.where(slope < 0, half, 0.0)  # slope itself is not clipped: only products with half are used
-    return sdf - slope * half, sdf + slope * half, half * dir_x, half * dir_y, half * dir_z
+    half_delta = tl.where(slope < 0, half_delta, 0.0)  # instead of clipping slope: only their product is used
+    prev_sdf, next_sdf = sdf - slope * half_delta, sdf + slope * half_delta
+    return prev_sdf, next_sdf, half_delta * dir_x, half_delta * dir_y, half_delta * dir_z
 
 
 @jit(varying=("R",))

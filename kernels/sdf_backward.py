@@ -1,24 +1,26 @@
 """The backward of `sdf_render`, in two kernels: compositing and the color MLP along rays; then the distance MLP.
 
-Compositing, with the transmittance T_s of the ray up to sample s and the weight w_s = T_s alpha_s (see `composite`):
+Compositing, with the transmittance T_s of the ray up to sample s and the weight w_s = T_s alpha_s:
 
     dL/dalpha_s = T_s dL/dw_s - (sum over t > s of w_t dL/dw_t) / (1 - alpha_s + 1e-7)
+
+(the recursion of `composite` written as a sum, since the samples of a tile are computed in parallel).
 
 Colors and opacities depend on the gradient g of the distance, so training needs second derivatives. With v = dL/dg,
 
     dL/dtheta through g = v^T dg/dtheta = d(g . v)/dtheta at fixed v :
 
 the gradient of *one* number, the derivative g . v of the distance along v. The backward of the distance is therefore
-reverse mode over the MLP and its tangent along v. z. (in the code z_dot) is the derivative of z along v, z- (d_z) that
-of L w.r.t. z, z^ (z_hat) that of the distance w.r.t. z:
+reverse mode over the MLP and its tangent along v. z. (in the code z_dot; of f: along) is the derivative of z along v,
+z- (d_z) that of L w.r.t. z, z^ (z_hat) that of the distance w.r.t. z:
 
     z._l = W_l x._l + A_l f. + E_l (v, 0),   x._{l+1} = act'(z_l) z._l,   f. = (df / dp) v
     x^_l = W_l^T z^_l,   z^_{l-1} = act'(z_{l-1}) x^_l,   z^_last = (1, 0, ...)   (the reverse pass that gave g)
-    x-_l = W_l^T z-_l,   z-_{l-1} = act'(z_{l-1}) x-_l + act''(z_{l-1}) z._{l-1} x^_l
+    x-_l = W_l^T z-_l,   z-_{l-1} = act'(z_{l-1}) x-_l + act''(z_{l-1}) z._{l-1} x^_l,   z-_last = dL/dz_last
     W-_l = z-_l x_l^T + z^_l x._l^T,   A-_l = z-_l f^T + z^_l f.^T,   f- = sum_l A_l^T z-_l,   f^ = sum_l A_l^T z^_l
 
-(E- as W-), with the matrices of `sdf_field`. A corner of the cell with weight w and db = dw / dp adds
-w f- + (db . v) f^ to the gradient of its voxel.
+(E- as W-; f- also has the gradient through the color MLP), with the matrices of `sdf_field`. A corner of a sample's
+cell with interpolation weight a and b = da / dp adds a f- + (b . v) f^ to the gradient of its voxel.
 
 The reference is the gradient of `sdf_render_ref` by autograd; timed by benchmarks.bench_sdf_render.
 Sizes as in `sdf_render`.
@@ -65,7 +67,7 @@ def render_bwd(saved, upstream, options):
 
     saved:    inputs of the forward kernel and its outputs except `rgb`, by name of the kernel argument.
     upstream: gradients w.r.t. the outputs of `sdf_render`, also by name of the kernel argument.
-    options:  constexpr arguments of the kernels, without blocks.
+    options:  constexpr arguments of the kernels, without the block sizes.
     """
     volume, sdf_mlp, rgb_mlp, edges = (saved[f"{name}_ptr"] for name in ("volume", "sdf_mlp", "rgb_mlp", "edges"))
     R, S, C, H = len(edges), edges.shape[1] - 1, options["C"], options["H"]
@@ -92,7 +94,7 @@ def render_bwd(saved, upstream, options):
     d_rgb_mlp = d_rgb_mlp.sum(0)  # summed now, to free the programs' sums before the next are allocated
 
     programs, launch = sample_launch(R * S, options)
-    scratch = new_scratch(volume, programs, 2 * (options["SDF_LAYERS"] - 1), H)
+    scratch = new_scratch(volume, programs, 2 * (options["SDF_LAYERS"] - 1), H)  # x_l and its derivative along v
     d_volume, d_sdf_mlp = torch.zeros_like(volume), volume.new_zeros(programs, *sdf_mlp.shape)
     feature_hat = volume.new_empty(0 if scatter else R * S, C)
     cell = torch.empty(len(feature_hat), dtype=torch.int32, device=volume.device)
@@ -116,7 +118,10 @@ def render_bwd(saved, upstream, options):
 
 @triton.jit
 def opacity_bwd(d_alpha, sdf, gradient, direction, delta, density_param, NEUS: tl.constexpr):
-    """Gradients w.r.t. the distance, its slope along the ray, and `density_param`, [M] each; as in sdf_alpha.py."""
+    """Gradients w.r.t. the distance, its slope along the ray, and `density_param`, [M] each.
+
+    Formulas and names as in sdf_alpha.py, with inv_s or beta called `density_param`.
+    """
     if NEUS:
         alpha, slope, prev_cdf, next_cdf = opacity(sdf, gradient, direction, delta, density_param, NEUS)
         half = tl.minimum(slope, 0.0) * delta / 2
@@ -158,7 +163,7 @@ def _sdf_render_bwd_rgb_kernel(
     d_density_param = tl.zeros((BLOCK_R * BLOCK_S,), tl.float32)
     tiles = tl.cdiv(S, BLOCK_S)
     s = tl.arange(0, BLOCK_S)
-    is_behind = s[None, :, None] < s[None, None, :]
+    is_behind = s[None, :, None] < s[None, None, :]  # [1, sample, other sample]: the other is behind
     for group in range(tl.program_id(0), tl.cdiv(R, BLOCK_R), tl.num_programs(0)):
         behind = tl.zeros((BLOCK_R,), tl.float32)  # sum of weight * d_weight over the tiles behind
         for i in range(tiles):
@@ -208,7 +213,7 @@ def _sdf_render_bwd_rgb_kernel(
                 e = rgb_inputs(point, direction, gradient)
                 x = rgb_hidden(e, feature, geo, rgb_mlp_ptr, scratch_ptr, True, C, H, RGB_LAYERS, PREC)
                 tl.debug_barrier()  # CUDA's __syncthreads: other threads read the scratch
-                d_out = d_rgb * weight[:, None] * color * (1.0 - color)  # before the sigmoid
+                d_out = d_rgb * weight[:, None] * color * (1.0 - color)  # w.r.t. the input of the color's sigmoid
                 zeros_c, zeros_h = tl.zeros((1, C), tl.float32), tl.zeros((1, H), tl.float32)
                 zeros_e = tl.zeros((1, INPUTS), tl.float32)
                 d_x, d_feature, d_geo, d_e = _rgb_layer_bwd(
@@ -230,7 +235,7 @@ def _sdf_render_bwd_rgb_kernel(
                 rows = n[:, None]
                 tl.store(d_feature_ptr + rows * C + tl.arange(0, C)[None, :], d_feature, mask=ok[:, None])
                 tl.store(d_geometry_ptr + rows * H + tl.arange(0, H)[None, :], d_geo, mask=ok[:, None])
-                tl.debug_barrier()  # other threads add to the sums and overwrite the scratch
+                tl.debug_barrier()  # next, other threads add to the same MLP gradients and overwrite the scratch
             store3(d_gradient_ptr, n, (vx, vy, vz), ok)
     tl.store(d_density_param_ptr + tl.program_id(0), tl.sum(d_density_param, axis=0))
 
@@ -240,7 +245,7 @@ def _rgb_layer_bwd(
     d_z, x, feature, geo, e, mlp_ptr, d_mlp_ptr, d_feature, d_geo, d_e,
     C: tl.constexpr, H: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """One layer of the color MLP: adds to its weights' gradients; returns d_x and the sums d_feature, d_geo, d_e."""
+    """One layer of the color MLP: adds to its gradients and to d_feature, d_geo, d_e; returns d_x and these."""
     STRIDE: tl.constexpr = C + 2 * H + INPUTS
     linear_bwd_weight(d_mlp_ptr, STRIDE, d_z, x, None, PREC)
     linear_bwd_weight(d_mlp_ptr + H, STRIDE, d_z, feature, None, PREC)
@@ -281,7 +286,7 @@ def _sdf_render_bwd_sdf_kernel(
             origins_ptr, directions_ptr, volume_idx_ptr, cells_per_unit_ptr, cell_offset_ptr, r, start, ok, Z
         )
         v = load3(d_gradient_ptr, n, ok)
-        vx = v[0] * tl.load(cells_per_unit_ptr)  # v in cells
+        vx = v[0] * tl.load(cells_per_unit_ptr)  # v in grid coordinates
         vy = v[1] * tl.load(cells_per_unit_ptr + 1)
         vz = v[2] * tl.load(cells_per_unit_ptr + 2)
         feature = interpolate(volume_ptr, grid_coords, ok, Z, Y, X, CHANNELS, C)
@@ -310,7 +315,7 @@ def _sdf_render_bwd_sdf_kernel(
         feature_hat = tl.broadcast_to(load_row(sdf_mlp_ptr + last + H, C), (BLOCK_M, C))  # f^
         add_row(d_mlp_ptr + last, tl.sum(d_sdf * x + x_dot, axis=0))
         add_row(d_mlp_ptr + last + H, tl.sum(d_sdf * feature + along, axis=0))
-        add_row(d_mlp_ptr + last + H + C, tl.sum(d_sdf * e, axis=0))
+        add_row(d_mlp_ptr + last + H + C, tl.sum(d_sdf * e, axis=0))  # without e_dot: only layer 0 reads the point
         if RGB_LAYERS > 0:
             h = tl.arange(0, H)[None, :]
             d_feature += tl.load(d_feature_ptr + n[:, None] * C + c, mask=ok[:, None], other=0.0)
@@ -335,7 +340,7 @@ def _sdf_render_bwd_sdf_kernel(
             feature_hat = linear_bwd_input(z_hat, layer_ptr + H, STRIDE, feature_hat, C, PREC)
             d_x = linear_bwd_input(d_z, layer_ptr, STRIDE, zero, H, PREC)
             x_hat = linear_bwd_input(z_hat, layer_ptr, STRIDE, zero, H, PREC)
-        tl.debug_barrier()  # other threads add to the sums and overwrite the scratch
+        tl.debug_barrier()  # next, other threads add to the same MLP gradients and overwrite the scratch
 
         # recomputed: otherwise `grid_coords` and v would occupy registers throughout the layers
         start = tl.load(edges_ptr + n + r, mask=ok, other=0.0)
@@ -347,7 +352,7 @@ def _sdf_render_bwd_sdf_kernel(
             vx = v[0] * tl.load(cells_per_unit_ptr)
             vy = v[1] * tl.load(cells_per_unit_ptr + 1)
             vz = v[2] * tl.load(cells_per_unit_ptr + 2)
-            for k in range(8):  # not unrolled: an atomic add has no latency to hide
+            for k in range(8):
                 row, row_ok, weight, bx, by, bz = corner(grid_coords, ok, Z, Y, X, k)
                 d_row = weight[:, None] * d_feature + (bx * vx + by * vy + bz * vz)[:, None] * feature_hat
                 c_ok = row_ok[:, None] & (c < CHANNELS)

@@ -5,10 +5,11 @@ products of their matrices multiplied out,
 
     z_l = W_l x_l + A_l f + G_l geometry + E_l e,   x_{l+1} = act(z_l),   x_0 = 0,   e = (p, 1, direction, gradient)
 
-where f is the interpolated feature; in E_l, the columns of p are 0 for l > 0, and the column of 1 is the bias. The
-distance MLP (softplus) has no G, and its e is only (p, 1); the color MLP (ReLU) has all terms. The distance MLP's last
-z is (distance, geometry): geometry, [H], is an input of the color MLP. The derivative of the softplus follows from its
-value, act'(z) = 1 - exp(-100 act(z)), so no second array of activations is stored.
+where f is the interpolated feature. Unlike in `sdf_reference`, x_0 is 0: its part of z_0 is in E_0 e. In E_l, the
+columns of p are 0 for l > 0, and the column of 1 is the bias. The distance MLP (softplus) has no G, and its e is only
+(p, 1); the color MLP (ReLU) has all terms. The distance MLP's last z is (distance, geometry): geometry, [H], is an
+input of the color MLP. The derivative of the softplus follows from its value, act'(z) = 1 - exp(-100 act(z)), so z is
+not stored.
 
 An MLP is packed into one matrix [rows, STRIDE]: one row per output unit, layer after layer, with the columns of W, A, G
 and E side by side. C and H are powers of two from 16 on. `pack` pads with zeros, which changes no result: the outputs
@@ -44,13 +45,13 @@ def pack(mlp, channels, rgb):
         F.pad(torch.cat(W[1:]), (0, H - hidden, hidden, 0)),  # 0 in the rows of layer 0: x_0 = 0
         F.pad(feature, (0, C - channels)) if C > channels else feature,
         F.pad(geometry, (0, H - hidden)) if rgb and H > hidden else geometry,
-        F.pad(WP, (0, 0, 0, len(A) - hidden)), bias, direction, gradient, zeros[:, :6],  # E
+        F.pad(WP, (0, 0, 0, len(A) - hidden)), bias, direction, gradient, zeros[:, 10:],  # E: 10 columns and padding
     ]  # fmt: skip
     out = torch.cat(columns, dim=1)
     if H > hidden:
         layers = out.split([hidden] * (len(W) - 1) + [len(W[-1])])
         out = torch.cat([F.pad(layer, (0, 0, 0, H - hidden)) for layer in layers])
-    # the color MLP's last layer: from 3 + H - hidden rows to COLORS (removes rows of zeros if negative)
+    # the color MLP's last layer: from 3 + H - hidden rows to COLORS (F.pad removes rows, of zeros, if negative)
     return F.pad(out, (0, 0, 0, COLORS.value - 3 - (H - hidden))) if rgb else out
 
 
@@ -88,7 +89,7 @@ PROGRAMS = 528  # programs per launch, at most: 4 per multiprocessor of an H100;
 
 
 def sample_launch(N, options):
-    """Number of programs and launch options for kernels over N samples. A program loops over several tiles.
+    """Number of programs and launch options for kernels over N samples; with more than PROGRAMS tiles, programs loop.
 
     options: constexpr arguments; C, H and PREC are read.
     """
@@ -100,7 +101,7 @@ def sample_launch(N, options):
 
 
 def ray_launch(R, options):
-    """The same for kernels that walk along R rays."""
+    """Number of programs and launch options for kernels that walk along R rays."""
     _, launch = sample_launch(0, options)
     block = launch.pop("BLOCK_M")
     block_s = min(BLOCK_S, block)
@@ -109,7 +110,7 @@ def ray_launch(R, options):
 
 
 def new_scratch(like, programs, layers, H):
-    """Memory in which each program stores the activations of a tile, [programs, layers, M, H] with M <= BLOCK_M."""
+    """Memory in which each program stores the activations of a tile: the kernels use [programs, layers, M, H] of it."""
     return like.new_empty(programs, layers, BLOCK_M, H)
 
 
@@ -165,7 +166,7 @@ def interpolate(volume_ptr, grid_coords, ok, Z, Y, X, CHANNELS, C: tl.constexpr)
 
 @triton.jit
 def interpolate_along(volume_ptr, grid_coords, ok, vx, vy, vz, Z, Y, X, CHANNELS, C: tl.constexpr):
-    """Derivative [M, C] of the feature along v (in cells)."""
+    """Derivative [M, C] of the feature along v, given in grid coordinates."""
     along = tl.zeros((vx.shape[0], C), tl.float32)
     for k in range(8):
         row, row_ok, _, bx, by, bz = corner(grid_coords, ok, Z, Y, X, k)
@@ -231,7 +232,7 @@ def linear_bwd_input(d_z, ptr, STRIDE: tl.constexpr, out, K: tl.constexpr, PREC:
 
 @triton.jit
 def linear_bwd_weight(ptr, STRIDE: tl.constexpr, a, b, out, PREC: tl.constexpr):
-    """Add out (may be None) + a^T b ([M, N], [M, K] -> [N, K]) to columns of this program's own packed gradient."""
+    """Add out (None: 0) + a^T b ([M, N], [M, K] -> [N, K]) to columns of this program's own packed gradient."""
     out = product(tl.trans(a), b, out, PREC)
     out_ptr = ptr + tl.arange(0, out.shape[0])[:, None] * STRIDE + tl.arange(0, out.shape[1])[None, :]
     tl.store(out_ptr, tl.load(out_ptr) + out)
@@ -255,7 +256,7 @@ def columns(a, at: tl.constexpr):
 
 @triton.jit
 def sdf_inputs(point, one):
-    """e [M, INPUTS] of the distance MLP at `point`; given a vector v and one = 0, its tangent along v."""
+    """e [M, INPUTS] of the distance MLP at `point` (one = 1); e's derivative along v, for point = v and one = 0."""
     k = tl.arange(0, INPUTS)[None, :]
     x, y, z = point
     e = tl.where(k == 0, x[:, None], tl.where(k == 1, y[:, None], tl.where(k == 2, z[:, None], 0.0)))
@@ -275,7 +276,7 @@ def rgb_inputs(point, direction, gradient):
 
 @triton.jit
 def softplus(z):
-    """log(1 + exp(100 z)) / 100; exactly z where 100 z > 20. Both numbers are those of `sdf_reference`."""
+    """log(1 + exp(100 z)) / 100; exactly z where 100 z > 20. See SHARPNESS and THRESHOLD in sdf_reference.py."""
     value = tl.maximum(z, 0.0) + 0.01 * tl.log(1.0 + tl.exp(-100.0 * tl.abs(z)))
     return tl.where(100.0 * z > 20.0, z, value)
 
@@ -298,7 +299,7 @@ def sdf_hidden(
     e, feature, mlp_ptr, scratch_ptr,
     STORE: tl.constexpr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """Input of the last layer, [M, H]; with STORE, those of the layers before it are written to scratch."""
+    """Input of the last layer, [M, H]; with STORE, those of the layers before it are written to the scratch."""
     STRIDE: tl.constexpr = C + H + INPUTS
     M: tl.constexpr = e.shape[0]
     x = tl.zeros((M, H), tl.float32)
@@ -332,26 +333,26 @@ def geometry(x, feature, mlp_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.c
 def distance_bwd(
     x, mlp_ptr, scratch_ptr, C: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr, PREC: tl.constexpr
 ):  # fmt: skip
-    """After `sdf_hidden`: derivatives of the distance w.r.t. the point at a fixed feature, three of [M], and w.r.t. the
-    feature, [M, C]."""
+    """After `sdf_hidden` with STORE: derivatives of the distance w.r.t. the point at a fixed feature, three of [M], and
+    w.r.t. the feature, [M, C]. x_hat, z_hat: w.r.t. x, z, as in `sdf_backward`."""
     STRIDE: tl.constexpr = C + H + INPUTS
     M: tl.constexpr = x.shape[0]
     layer_ptr = mlp_ptr + (LAYERS - 1) * H * STRIDE
-    d_feature = tl.broadcast_to(load_row(layer_ptr + H, C), (M, C))
-    d_x = tl.broadcast_to(load_row(layer_ptr, H), (M, H))
-    d_z = d_x
+    feature_hat = tl.broadcast_to(load_row(layer_ptr + H, C), (M, C))
+    x_hat = tl.broadcast_to(load_row(layer_ptr, H), (M, H))
+    z_hat = x_hat
     for i in range(LAYERS - 1):
         l = LAYERS - 2 - i
         layer_ptr = mlp_ptr + l * H * STRIDE
-        d_z = d_x * softplus_grads(x)[0]
-        d_feature = linear_bwd_input(d_z, layer_ptr + H, STRIDE, d_feature, C, PREC)
-        d_x = linear_bwd_input(d_z, layer_ptr, STRIDE, tl.zeros((1, H), tl.float32), H, PREC)
+        z_hat = x_hat * softplus_grads(x)[0]
+        feature_hat = linear_bwd_input(z_hat, layer_ptr + H, STRIDE, feature_hat, C, PREC)
+        x_hat = linear_bwd_input(z_hat, layer_ptr, STRIDE, tl.zeros((1, H), tl.float32), H, PREC)
         x = tl.load(activation_ptr(scratch_ptr, l, M, H))
-    # d_z is now that of layer 0; columns of p in E_0
+    # z_hat is now that of layer 0; columns of p in E_0
     ex = tl.load(mlp_ptr + C + H + tl.arange(0, H) * STRIDE)[None, :]
     ey = tl.load(mlp_ptr + C + H + 1 + tl.arange(0, H) * STRIDE)[None, :]
     ez = tl.load(mlp_ptr + C + H + 2 + tl.arange(0, H) * STRIDE)[None, :]
-    return tl.sum(d_z * ex, axis=1), tl.sum(d_z * ey, axis=1), tl.sum(d_z * ez, axis=1), d_feature
+    return tl.sum(z_hat * ex, axis=1), tl.sum(z_hat * ey, axis=1), tl.sum(z_hat * ez, axis=1), feature_hat
 
 
 @triton.jit

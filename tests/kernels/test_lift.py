@@ -20,7 +20,7 @@ def launch(kernel, levels, channels, divisible, elements, registers, shared, gat
         feature_ptrs=("*",) * levels,
         depth_ptrs=("*",) * levels,
         out_ptrs=tuple(("*i16" if l in gathered else "*fp32", "*fp32") for l in range(levels)),
-        first_cells=("i32",) * levels,
+        first_quads=("i32",) * levels,
         lidar2image_ptr="*fp32",
         sizes=(("i32", "i32"),) * levels,
         low=("fp32",) * 3,
@@ -277,8 +277,8 @@ def test_a_feature_changes_only_voxels_on_its_ray(op, device, large_blocks):
     assert torch.equal(changed.flatten(), (visible & near)[0, 1]) and 1 < changed.sum() < visible[0, 1].sum()
 
 
-def test_more_cells_than_fit_16_bits_match_reference(device, large_blocks, monkeypatch):
-    """The hits are then sorted by 32-bit keys: each level alone has 182^2 = 2^15 + 356 cells, one per pixel."""
+def test_more_quads_than_fit_16_bits_match_reference(device, large_blocks, monkeypatch):
+    """The hits are then sorted by 32-bit keys: each level alone has 182^2 = 2^15 + 356 quads, one per pixel."""
     monkeypatch.setattr(unipad.kernels.lift, "COARSE", 0)
     inputs = make_inputs(B=1, N=1, sizes=[(182, 182), (182, 182)], C=1, D=1, shape=(4, 4, 1), device=device)
     # positions in 182 pixels are rounded to 1e-5 of a pixel, differently on a GPU than in the reference

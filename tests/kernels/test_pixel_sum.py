@@ -8,7 +8,7 @@ from unipad.kernels.pixel_sum import HIT, pixel_sum
 
 
 def launch(lanes_per_pixel, channels, bins, registers):
-    types = dict(begin_ptr="*i32", order_ptr="*i64", hit_ptr="*fp32", h="i32", w="i32")
+    types = dict(begin_ptr="*i32", order_ptr="*i64", hits_ptr="*fp32", h="i32", w="i32")
     blocks = unipad.kernels.pixel_sum._blocks(lanes_per_pixel, channels, bins)
     return Launch(
         "_pixel_sum_kernel", blocks, types, divisible=("C", "D"), elements=("bf16",),
@@ -37,10 +37,10 @@ def test_pixel_sum_is_the_gradient_of_interpolation(device, monkeypatch):
 
     x, y, z, probability, d_probability = hits[1].unbind(-1)  # [B, N, V] each
     view = torch.arange(B * N).view(B, N, 1)
-    cell = ((view * h + y.floor()) * w + x.floor()).where(visible, B * N * h * w).long()  # invisible: after all cells
-    first_level = torch.full_like(cell, -1)  # its hits are sorted before all cells of the second and are not read
-    by_cell, order = torch.stack([first_level, cell]).flatten().sort(stable=True)
-    begin = torch.searchsorted(by_cell, torch.arange(B * N * h * w + 1), out_int32=True)
+    quad = ((view * h + y.floor()) * w + x.floor()).where(visible, B * N * h * w).long()  # invisible: after all quads
+    first_level = torch.full_like(quad, -1)  # its hits are sorted before all quads of the second and are not read
+    by_quad, order = torch.stack([first_level, quad]).flatten().sort(stable=True)
+    begin = torch.searchsorted(by_quad, torch.arange(B * N * h * w + 1), out_int32=True)
 
     rows = (1 - (y[..., None] - torch.arange(h)).abs()).clamp(min=0)  # [B, N, V, h]
     columns = (1 - (x[..., None] - torch.arange(w)).abs()).clamp(min=0)

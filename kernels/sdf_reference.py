@@ -9,16 +9,17 @@ W_l C_l (stacked: A), W_0 P and the biases are multiplied out once per call, so 
 
     z_0 = A_0 c + W_0 P p,   z_l = A_l c + W_l x_l      (biases likewise)
 
-The last z of the distance MLP is (distance, geometry); the geometry [H] is an input of the color MLP. The gradient of
-the distance is a reverse pass written in ordinary torch operations, with z^_l = d sdf / d z_l, L layers, and the
-interpolated feature f, which is the conditioning vector of the distance MLP:
+act is the softplus in the distance MLP, ReLU in the color MLP. The distance MLP has c = f, the interpolated feature,
+and its last z is (distance, geometry [H]); the color MLP has c = (direction, f, gradient, geometry). The gradient of
+the distance is a reverse pass written in ordinary torch operations, with z^_l = d sdf / d z_l and L layers:
 
     z^_{L-1} = (1, 0, ...),   z^_{l-1} = act'(z_{l-1}) * (W_l^T z^_l)
     d sdf / d f = sum_l A_l^T z^_l,   gradient = (W_0 P)^T z^_0 + sum_i (d sdf / d f_i) (d f_i / d p)
 
-so first-order autograd trains through it: no double backward. Samples are the columns of x, z and z^: the rows of one
-layer are then contiguous. An MLP is a list of tensors: P [H, 3], q [H], then C_l [H, K], d_l [H], W_l [n_l, H],
-b_l [n_l] of each layer, at least two layers. H hidden units, K entries of c; n_l = H but in the last layer.
+so first-order autograd trains through it: no double backward. Samples are the columns of x, z and z^: the rows of A c
+that belong to one layer are then contiguous. An MLP is a list of tensors: P [H, 3], q [H], then C_l [H, K], d_l [H],
+W_l [n_l, H], b_l [n_l] of each layer, at least two layers. H hidden units, K entries of c; n_l = H but in the last
+layer.
 """
 
 import torch
@@ -73,16 +74,17 @@ def decode(feature, slope, points, directions, mlps, cells_per_unit):
     first, *inner, last = torch.addmm(bias, A, feature.t()).split(widths)
     x, act_grad = Softplus.apply(torch.addmm(first, WP, points))
     act_grads = [act_grad]
-    for w, a in zip(W[1:], inner, strict=False):
+    for w, a in zip(W[1:-1], inner, strict=True):
         x, act_grad = Softplus.apply(torch.addmm(a, w, x))
         act_grads.append(act_grad)
     last = torch.addmm(last, W[-1], x)
     sdf, geometry = last[0], last[1:]
 
-    z_hat = [W[-1][0][:, None] * act_grads.pop()]  # of the layers before the last, backwards
+    # z^ of the layers before the last, backwards; row 0 of W_{L-1} is W_{L-1}^T (1, 0, ...)
+    z_hat = [W[-1][0][:, None] * act_grads.pop()]
     for w in W[-2:0:-1]:
         z_hat.append((w.t() @ z_hat[-1]) * act_grads.pop())
-    rows = sum(widths[:-1])  # of A before the last layer; row 0 of the last layer is the distance's
+    rows = sum(widths[:-1])  # of A before the last layer; A[rows] is the distance's row
     sdf_by_feature = torch.addmm(A[rows], torch.cat(z_hat[::-1]).t(), A[:rows])  # [N, C] d sdf / d f
     gradient = z_hat[-1].t() @ WP + cells_per_unit * (slope * sdf_by_feature[:, None]).sum(-1)  # [N, 3]
 
@@ -108,7 +110,7 @@ def decode_sdf(feature, points, sdf_mlp):
     rows = sum(widths)
     first, *inner, last = torch.addmm(bias[:rows], A[:rows], feature.t()).split(widths)
     x, _ = Softplus.apply(torch.addmm(first, WP, points))
-    for w, a in zip(W[1:], inner, strict=False):
+    for w, a in zip(W[1:-1], inner, strict=True):
         x, _ = Softplus.apply(torch.addmm(a, w, x))
     return torch.addmm(last, W[-1][:1], x)[0].view(shape)
 
@@ -119,7 +121,7 @@ def fold(mlp):
     C, d, W, b = (layers[i::4] for i in range(4))
     A = torch.cat([w @ c for w, c in zip(W, C, strict=True)])
     d = [d[0] + q, *d[1:]]
-    bias = torch.cat([w @ inner + outer for w, inner, outer in zip(W, d, b, strict=True)])
+    bias = torch.cat([w @ d_l + b_l for w, d_l, b_l in zip(W, d, b, strict=True)])
     return A, bias[:, None], W[0] @ P, W
 
 
@@ -128,8 +130,9 @@ class Softplus(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z):
-        # Beyond the threshold, 80 acts as infinity: the derivative is exactly 1, the value exactly z, as in torch.
-        # log(sigmoid(|x|)), not -log1p(exp(-|x|)): exp and log1p take a slow path on a CPU where results are tiny.
+        # 80 acts as infinity: beyond the threshold, the derivative is exactly 1 and the value exactly z, as in torch.
+        # log(sigmoid(|x|)), not -log1p(exp(-|x|)), and |x| at most 80: exp and log1p take a slow path on a CPU where
+        # results are tiny.
         x = F.threshold(-SHARPNESS * z, -THRESHOLD, -80, inplace=True).clamp_(max=80)  # -SHARPNESS z
         act_grad = x.neg().sigmoid_()
         ctx.save_for_backward(act_grad)

@@ -4,11 +4,11 @@
     rgb = color MLP(p, direction, f, g, geometry)
     alpha from (sdf, g) as in `sdf_alpha`,  compositing as in `composite`
 
-where geometry is a vector of H numbers. Colors and opacities depend on g, so training needs second derivatives of the
-distance: see kernels/sdf_backward.py.
+where geometry is a vector of H numbers. Colors and NeuS's opacities depend on g, so training needs second derivatives
+of the distance: see kernels/sdf_backward.py.
 
-Sizes: R rays, S samples on each, N = R * S, C channels, H hidden units, M samples per tile. In kernels, C and H are
-padded, CHANNELS is the volume's C.
+Sizes: R rays, S samples on each, N = R * S, C channels, H hidden units, M samples per tile, which a program computes at
+once. In kernels, C and H are padded, CHANNELS is the volume's C.
 """
 
 from collections.abc import Sequence
@@ -68,7 +68,7 @@ def sdf_render(
 
     Args:
         volume: [B, Z, Y, X, C] features, at least one voxel.
-        rays:   origins [R, 3], unit directions [R, 3], volume_idx [R] int32 and hit [R] bool (False: transparent);
+        rays:   origins [R, 3], unit directions [R, 3], volume_idx [R] int32 and hit [R] bool (False: weights are 0);
                 origins and `edges` in any unit of length, in the volume's frame (here LiDAR).
         edges:  [R, S + 1] ascending distances: S samples, each at the start of its interval.
         mlps:   (distance MLP, color MLP or None: color is not rendered). Each is a list of tensors: P, q,
@@ -80,10 +80,10 @@ def sdf_render(
         exact:  compute the MLPs' matrix products with fp32 accuracy (tf32x3) instead of tf32 (operands rounded to a
                 10-bit mantissa). tf32x3 computes three products instead of one, in smaller tiles; its cost was not
                 measured on a GPU.
-        stop:   transmittance below which a ray needs no more samples; one that misses needs none. A group of rays
-                ends with the first tile behind which none of them needs more. 0: off; above 0 only under `no_grad`.
-                `weights`, `sdf` and `gradient` of the samples behind are 0; `rgb` is off by less than `stop`, `depth`
-                by less than `stop` times the ray's length.
+        stop:   transmittance below which a ray needs no more samples; one that does not hit needs none. Rays whose
+                samples share tiles end together, with the first tile behind which none of them needs more. `weights`,
+                `sdf` and `gradient` of the samples behind are 0; `rgb` is off by less than `stop`, `depth` by less than
+                `stop` times the ray's length. 0: off; above 0 only under `no_grad`.
 
     Returns:
         rgb:      [R, 3], black background; 0 without the color MLP.
@@ -133,7 +133,7 @@ def sdf_values(
     volume: Tensor, rays: tuple[Tensor, Tensor, Tensor], starts: Tensor, sdf_mlp: Sequence[Tensor],
     cells: tuple[Tensor, Tensor], exact: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Signed distance [R, S] at distances `starts` [R, S]; arguments as for `sdf_render`, `rays` without `hit`.
+    """Signed distance [R, S] at `starts` [R, S] along the rays; arguments as for `sdf_render`, `rays` without `hit`.
 
     Not differentiable: used to search for the surface along rays. Raises AssertionError if shapes do not match.
     """
@@ -169,10 +169,10 @@ def sdf_values_ref(volume, rays, starts, sdf_mlp, cells, exact=False):
 def _check(volume, rays, edges, mlps, density_param, cells, method):
     assert edges.dim() == 2 and edges.shape[1] > 1, f"edges {tuple(edges.shape)} do not match: [R, S + 1], S > 0"
     _check_field(volume, rays, edges, mlps[0], cells)
-    hit, layers = rays[3], [0 if m is None else len(m[2::4]) for m in mlps]
+    hit, layers = rays[3], [0 if m is None else len(m[2::4]) for m in mlps]  # one C_l per layer
     assert hit.shape == edges.shape[:1], f"hit {tuple(hit.shape)} and edges {tuple(edges.shape)} do not match"
     assert density_param.shape == (1,), f"density_param is [1], not {tuple(density_param.shape)}"
-    H, C = mlps[0][2].shape
+    H, C = mlps[0][2].shape  # C_0
     assert kernels_support(method, volume.dtype, C, H, *layers), (
         f"no kernel for {method}, {volume.dtype}, {C=}, {H=}, {layers=}"
     )
@@ -185,7 +185,7 @@ def _check_field(volume, rays, starts, sdf_mlp, cells):
     assert fits and starts.dim() == 2, f"volume, origins, directions, volume_idx, distances of {shapes} do not match"
     assert min(volume.shape[1:4]) > 0, f"volume {tuple(volume.shape)} has no voxels"
     assert all(t.shape == (3,) for t in cells), f"cells are [3] each, not {[tuple(t.shape) for t in cells]}"
-    C = sdf_mlp[2].shape[1]
+    C = sdf_mlp[2].shape[1]  # of C_0 [H, C]
     assert C == volume.shape[4], f"an MLP for {C} channels does not match volume {tuple(volume.shape)}"
 
 
@@ -193,7 +193,7 @@ def _pack(volume, mlps):
     """Both packed MLPs (an empty tensor without a color MLP) and the kernels' sizes."""
     (sdf, rgb), channels = mlps, volume.shape[4]
     packs = [pack(sdf, channels, rgb=False), volume.new_empty(0) if rgb is None else pack(rgb, channels, rgb=True)]
-    sizes = dict(C=padded_width(channels), H=padded_width(len(sdf[0])))
+    sizes = dict(C=padded_width(channels), H=padded_width(len(sdf[0])))  # sdf[0] is P [H, 3]
     return packs, sizes | dict(SDF_LAYERS=len(sdf[2::4]), RGB_LAYERS=0 if rgb is None else len(rgb[2::4]))
 
 
@@ -253,7 +253,7 @@ def _sdf_values_kernel(
         origins_ptr, directions_ptr, volume_idx_ptr, cells_per_unit_ptr, cell_offset_ptr, r, start, ok, Z
     )
     feature = interpolate(volume_ptr, grid_coords, ok, Z, Y, X, CHANNELS, C)
-    # False: nothing is stored, so the second mlp_ptr, in place of scratch, is not used
+    # False: activations are not stored, so the second mlp_ptr, in place of scratch, is not used
     x = sdf_hidden(sdf_inputs(point, 1.0), feature, mlp_ptr, mlp_ptr, False, C, H, LAYERS, PREC)
     tl.store(sdf_ptr + n, distance(x, feature, mlp_ptr, C, H, LAYERS), mask=ok)
 
@@ -293,7 +293,7 @@ def _sdf_render_fwd_kernel(
             tl.debug_barrier()  # CUDA's __syncthreads: other threads read the scratch
             # d sdf / d p at a fixed feature, d sdf / d f
             qx, qy, qz, sdf_by_feature = distance_bwd(x, sdf_mlp_ptr, scratch_ptr, C, H, SDF_LAYERS, PREC)
-            # ... through the feature, per cell
+            # ... and through the feature, per cell
             gx, gy, gz = interpolate_bwd_coords(volume_ptr, grid_coords, ok, sdf_by_feature, Z, Y, X, CHANNELS, C)
             gx = gx * tl.load(cells_per_unit_ptr) + qx
             gy = gy * tl.load(cells_per_unit_ptr + 1) + qy
@@ -303,10 +303,10 @@ def _sdf_render_fwd_kernel(
             alpha, _, _, _ = opacity(sdf, gradient, direction, delta, density_param, NEUS)
             hit = ok & tl.load(hit_ptr + r, mask=ok, other=0)
             alpha = tl.reshape(tl.where(hit, tl.minimum(tl.maximum(alpha, 0.0), 1.0), 0.0), (BLOCK_R, BLOCK_S))
-            # transmittance of each sample, 1 beyond the last; k >= 1e-7, so dividing by it is safe
+            # what each sample lets through, 1 beyond the last; k >= 1e-7, so dividing by it is safe
             k = tl.where(tl.reshape(ok, (BLOCK_R, BLOCK_S)), 1.0 - alpha + 1e-7, 1.0)
             through = passed[:, None] * tl.cumprod(k, axis=1)  # transmittance behind the sample
-            trans = through / k  # before the sample
+            trans = through / k  # in front of it
             weight = trans * alpha
             is_last = tl.arange(0, BLOCK_S)[None, :] == BLOCK_S - 1
             passed = tl.sum(tl.where(is_last, through, 0.0), axis=1)
@@ -320,7 +320,7 @@ def _sdf_render_fwd_kernel(
             if RGB_LAYERS > 0:
                 geo = geometry(x, feature, sdf_mlp_ptr, C, H, SDF_LAYERS, PREC)
                 e = rgb_inputs(point, direction, gradient)
-                # False: stores nothing
+                # False: activations are not stored
                 x = rgb_hidden(e, feature, geo, rgb_mlp_ptr, scratch_ptr, False, C, H, RGB_LAYERS, PREC)
                 color = color_of(x, e, feature, geo, rgb_mlp_ptr, C, H, RGB_LAYERS, PREC)
                 channel = tl.arange(0, COLORS)[None, :]

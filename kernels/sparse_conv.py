@@ -29,11 +29,11 @@ def sparse_conv(
         features:     [N, Cin] fp16, bf16 or fp32; fp64 runs the reference.
         weight:       [Cout, kz, ky, kx, Cin] any floating type, rounded to the features' type; K = kz * ky * kx.
         neighbor_idx: [K, M] int32, the row of `features` that an output reads at an offset, -1 for none; no row is
-                      read twice at one offset. Not checked. Or a `NeighborTable`, which caches the layouts that kernels
-                      derive from it for all convolutions and gradients; for a tensor they are computed on every call,
-                      unless a `NeighborTable` of this tensor exists.
-        inverse_idx:  [K, N] int32, the inverse: m where neighbor_idx[k, m] = n, else -1. Not checked. Or its
-                      `NeighborTable`. None: the inverse is neighbor_idx.flip(0), as for a submanifold convolution
+                      read twice at one offset. Entries are not checked. Or a `NeighborTable`, which caches the layouts
+                      that kernels derive from it for all convolutions and gradients; for a tensor they are computed on
+                      every call, unless a `NeighborTable` of this tensor exists.
+        inverse_idx:  [K, N] int32, the inverse: m where neighbor_idx[k, m] = n, else -1. Entries are not checked. Or
+                      its `NeighborTable`. None: the inverse is neighbor_idx.flip(0), as for a submanifold convolution
                       with an odd kernel; gradients then use the cache of `neighbor_idx`.
         allow_tf32:   multiply fp32 features in tf32 (10-bit mantissa).
 
@@ -154,7 +154,7 @@ def _forward(
     features: Tensor, weight: Tensor, neighbor_idx: Tensor, inverse_idx: Tensor | None, allow_tf32: bool,
     reference: bool,
 ) -> Tensor:  # fmt: skip
-    """`sparse_conv`; `inverse_idx` is not read: the backward takes it from the arguments."""
+    """`sparse_conv`; `inverse_idx` is not read: it is an argument so that autograd saves it for the backward."""
     table = NeighborTable.of(neighbor_idx)
     flat = weight.to(features.dtype).flatten(1, 3)  # [Cout, K, Cin]
     if reference:
@@ -169,7 +169,7 @@ def _forward_act(
     """`sparse_conv_act`."""
     table = NeighborTable.of(neighbor_idx)
     flat = weight.to(features.dtype).flatten(1, 3)  # [Cout, K, Cin]
-    # if anything is empty, `gather_gemm` returns zeros, without shift and residual
+    # if anything is empty, the reference runs: `gather_gemm` would return zeros, without shift and residual
     if not reference and min(*features.shape, *flat.shape, table.idx.shape[1]):
         return gather_gemm(features, flat, table, allow_tf32, act=(scale, shift, residual, relu))
 
@@ -191,7 +191,7 @@ def _backward(
     for_features: bool, for_weight: bool, allow_tf32: bool, reference: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients w.r.t. the features and the weights; empty where not needed."""
-    mirrored = inverse_idx is None  # the inverse is neighbor_idx.flip(0), read in place of being made
+    mirrored = inverse_idx is None  # the inverse is neighbor_idx.flip(0): the same table, its offsets reversed
     table = NeighborTable.of(neighbor_idx)
     inverse = table if mirrored else NeighborTable.of(inverse_idx)
     if reference:

@@ -69,7 +69,7 @@ def d_weight_of(features, d_out, table, allow_tf32, submanifold=False):
     _, max_block = _limits(features.dtype, I, O, allow_tf32)
     block_i, block_o = (_block(channels, max_block) for channels in (I, O))
     tiles = triton.cdiv(I, block_i) * triton.cdiv(O, block_o)  # of [O, I]
-    # chunks are multiples of the largest candidate's step
+    # a chunk's length is a multiple of the largest candidate's step
     chunks = table.chunks(_max_chunks(K, M, I, O, tiles), min_pairs=MIN_PAIRS, multiple=2 * BLOCK_R)
     partial = features.new_empty(len(chunks.first), O, I, dtype=torch.float32)
 
@@ -115,7 +115,7 @@ def _d_weight_of_groups(features, d_out, neighbor_idx):
 
 
 def _in_groups(dtype, K, I, O, submanifold):
-    """Whether `_d_weight_of_groups` computes the gradient of the weights."""
+    """Whether `_d_weight_of_groups` computes the gradient of the weights: kernels up to 3 x 3 x 3, few channels."""
     return submanifold and dtype != torch.float32 and K <= 27 and I in GROUP_OF and O <= 64
 
 
@@ -139,14 +139,15 @@ class Blocks(NamedTuple):
     m: int  # outputs per tile
     i: int  # columns of the features per step: input channels, of `pack` offsets side by side
     o: int  # output channels per tile
-    pack: int
+    pack: int  # offsets per step
     warps: int
     stages: int
     via_l1: bool  # read rows through the L1, which asynchronous 16-byte loads otherwise bypass
     sort: bool  # sort rows so that those with the same offsets share tiles
 
 
-# All untuned: chosen from the counts of benchmarks/count_sparse_conv.py and the compiler's output for sm_90.
+# All untuned: chosen from the counts of benchmarks/count_sparse_conv.py and the compiler's output for sm_90. Tiles of
+# more than 8192 sums have 8 warps: with 4, each thread would hold more than 64 sums.
 # Pipeline stages, (default, fewer). With 5, indices are loaded two steps before the rows that they name, and rows two
 # steps before their product; with 3, one step each. AMD GPUs have less shared memory for that.
 STAGES_OF = {"nvidia": (5, 3), "amd": (2, 1)}
@@ -156,9 +157,9 @@ STAGES, FEWER_STAGES = STAGES_OF["amd" if torch.version.hip else "nvidia"]
 FEW_ROWS = 8192
 BLOCK_R = 64  # pairs, or rows of a part, per step of the gradient of the weights
 MIN_PAIRS = 1024  # pairs per chunk, at least: reading their rows then outweighs writing the chunk's sums
-# Chunks (not counting the last of an offset) x tiles of channels, at most; eight per multiprocessor of an H100
+# Chunks (not counting the last of an offset) x tiles of channels, at most; about eight per multiprocessor of an H100
 PROGRAMS = 1024
-MAX_PARTIAL = 2**23  # partial sums, at most: 32 MB, which stay in the L2
+MAX_PARTIAL = 2**23  # partial sums of these chunks, at most: 32 MB, which stay in the L2
 GROUP_OF = {8: 16, 16: 8, 32: 8, 64: 4}  # input channels -> offsets whose gradients a program sums at once
 GROUP_PROGRAMS = 192  # programs of `_d_weight_of_groups_kernel`, about; more would write and read more partial sums
 BLOCK_E = 1024  # elements per program of the final sum over chunks
@@ -174,9 +175,8 @@ def _blocks(dtype, few_rows, I, O, allow_tf32):
         default = Blocks(m=64, i=i, o=o, pack=pack, warps=4, stages=STAGES, via_l1=True, sort=True)
         return [default, default._replace(sort=False)]
     ms = (64, 128) if few_rows else (128, 64)
-    # a tile reads each of its rows two to three times: only timing on a GPU can tell whether they are still in the L1,
-    # and whether fewer empty products are worth reading rows that are farther apart
-    # stages, via_l1, sort
+    # (stages, via_l1, sort): a tile reads each of its rows two to three times; only timing on a GPU can tell whether
+    # they are still in the L1, and whether the sort's fewer empty products are worth reading rows farther apart
     candidates = [(STAGES, True, True), (STAGES, False, True), (FEWER_STAGES, True, True), (STAGES, True, False)]
     return [Blocks(m, i, o, pack, 8 if m * o > 8192 else 4, *candidate) for candidate in candidates for m in ms]
 
@@ -193,7 +193,7 @@ def _limits(dtype, I, O, allow_tf32):
 
 
 def _elementwise(*channels):
-    """Whether rows are read element by element, not in vectors, which takes more registers."""
+    """Whether rows are read element by element, which takes more registers than reading vectors."""
     return any(c % 16 and c != 8 for c in channels)
 
 
@@ -242,7 +242,7 @@ def _gather_gemm_kernel(
                 n = tl.full((BLOCK_M, BLOCK_I), -1, tl.int32)
                 for p in tl.static_range(PACK):
                     slot_p = step * PACK + p
-                    lane_ok = lane < (count - slot_p) * BLOCK_M  # everywhere, or nowhere beyond the list
+                    lane_ok = lane < (count - slot_p) * BLOCK_M  # slot_p < count, for all lanes
                     rows = tl.load(read_idx_ptr + slot_p * BLOCK_M + lane, mask=lane_ok, other=-1)
                     n = tl.where((j // C == p)[None, :], rows[:, None], n)
             else:
@@ -313,7 +313,7 @@ def _d_weight_kernel(
 @jit(varying=("M", "R"))
 def _d_weight_of_groups_kernel(
     features_ptr, d_out_ptr, table_idx_ptr, partial_ptr,  # [N, C], [M, O], [K, M], [parts, O, K, C]
-    M, K, O, R,  # outputs, offsets, output channels, outputs per part
+    M, K, O, R,  # outputs, offsets, output channels, outputs per part; C = I
     WIDEN: tl.constexpr, BLOCK_R: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0).to(tl.int64)
@@ -326,7 +326,7 @@ def _d_weight_of_groups_kernel(
     for r in range(0, R, BLOCK_R):
         m = part * R + r + tl.arange(0, BLOCK_R)
         n = tl.full((BLOCK_R, GROUP * C), -1, tl.int32)
-        for p in tl.static_range(GROUP):
+        for p in tl.static_range(GROUP):  # the last group may have fewer offsets
             k = (first + p).to(tl.int64)
             rows = tl.load(table_idx_ptr + k * M + m, mask=m < tl.where(first + p < K, end, 0), other=-1)
             n = tl.where((j // C == p)[None, :], rows[:, None], n)

@@ -69,7 +69,8 @@ def submanifold_map_ref(coords, keys, order, shape, kernel, dilation):
     if order is None:
         order = torch.arange(N, device=coords.device)
     z, y, x = (coords[:, 1 + axis].index_select(0, order) for axis in range(3))  # [N] each, sorted by key
-    # consecutive keys may lie in different rows of cells, so borders are checked on each axis
+    # in_z[i], [N]: whether offset i along z leads to a cell inside the grid; keys do not tell: consecutive ones may lie
+    # in different rows of cells
     in_z, in_y, in_x = (
         [(cell + (i - width // 2) * d >= 0) & (cell + (i - width // 2) * d < size) for i in range(width)]
         for cell, size, width, d in zip((z, y, x), shape, kernel, dilation, strict=True)
@@ -78,13 +79,13 @@ def submanifold_map_ref(coords, keys, order, shape, kernel, dilation):
     for column in range(kz * ky // 2 + 1 if mirrored else kz * ky):
         iz, iy = divmod(column, ky)
         in_column = in_z[iz] & in_y[iy]
-        wanted = keys + (((iz - kz // 2) * dz * Y + (iy - ky // 2) * dy) * X - kx // 2 * dx)
+        wanted = keys + (((iz - kz // 2) * dz * Y + (iy - ky // 2) * dy) * X - kx // 2 * dx)  # of the first cell
         at = torch.searchsorted(keys, wanted)  # the first key >= wanted
         key = padded_keys.index_select(0, at)
         for i in range(kx):
             k = column * kx + i
             if mirrored and k == K // 2:
-                break
+                break  # the offsets from here on are those filled by mirroring
             i_sorted = (in_column & in_x[i] & (key == wanted)).nonzero()[:, 0]
             reader, read = order.index_select(0, i_sorted), order.index_select(0, at.index_select(0, i_sorted))
             neighbor_idx[k].index_copy_(0, reader, read.int())

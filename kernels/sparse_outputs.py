@@ -20,7 +20,7 @@ from unipad.kernels.voxel_keys import NO_KEY, NO_KEY_SHORT, key_of, load_voxels
 def out_shape(shape, kernel, stride, padding, dilation):
     """Cells (Z, Y, X) of the output of a strided convolution, as torch's conv3d.
 
-    Raises ValueError where there are none, naming axis and kernel.
+    Raises ValueError, naming the axis, where there are none, and for an invalid kernel, stride, padding or dilation.
     """
 
     def extent(n, k, s, p, d):  # cells, kernel, stride, padding and dilation of an axis
@@ -39,7 +39,7 @@ def transposed_out_shape(shape, kernel, stride, padding, dilation):
 
 
 def _extents(extent, shape, *geometry):
-    """`extent` of each axis, after checks of the geometry (kernel, stride, padding, dilation), and at least 1."""
+    """`extent` of each axis, checked to be at least 1; also checks the geometry (kernel, stride, padding, dilation)."""
     out = []
     for axis, n, k, s, p, d in zip("zyx", shape, *geometry, strict=True):
         sizes = f"kernel {k}, stride {s}, padding {p}, dilation {d}"
@@ -59,7 +59,7 @@ def max_readers(kernel, stride, dilation):
 def output_keys(
     coords: Tensor, out: Sequence[int], geometry: Sequence[Sequence[int]], batch_size: int | None, transposed: bool
 ) -> Tensor:
-    """[M] int64 keys of the output voxels, ascending; int32 if all keys fit. Launches Triton kernels.
+    """[M] int64 keys of the output voxels, ascending; int32 if all keys fit. Launches a Triton kernel.
 
     Args:
         coords:     [N, 4] int32 (b, z, y, x) of the inputs, contiguous.

@@ -18,12 +18,13 @@ def gather_gemm_ref(features, weight, table, finish=None):
     out = x.new_zeros(table.idx.shape[1], weight.shape[2])
     chunks = _chunks(table, max(weight.shape[1:]))
     x_rows, products = _buffer(x, chunks), _buffer(out, chunks)
-    for first, n, _, counts, order, starts in chunks:  # P pairs each, see `_chunks`
+    for first, n, _, counts, order, starts in chunks:  # see `_chunks`
         P = len(n)
         torch.index_select(x, 0, n, out=x_rows[:P])
         for a, b, product in zip(x_rows[:P].split(counts), w, products[:P].split(counts), strict=True):
             torch.mm(a, b, out=product)
         rows = slice(first, first + len(starts))
+        # a bag per output, the sum of its products
         out[rows] = F.embedding_bag(order, products[:P], starts, mode="sum")
         if finish is not None:
             finish(out[rows], rows)
@@ -45,7 +46,7 @@ def backward_ref(features, weight, d_out, inverse, mirrored, for_features, for_w
     w, d_w = _wide(weight).unbind(1)[in_order], d_weight.unbind()[in_order] if for_weight else None
     chunks = _chunks(inverse, max(g.shape[1], x.shape[1]))
     g_rows, x_rows = _buffer(g, chunks), _buffer(x, chunks)  # x_rows is reused for products
-    for first, m, n, counts, order, starts in chunks:  # m and n exchanged: here m is read
+    for first, m, n, counts, order, starts in chunks:  # n and m of `_chunks` exchanged: m is read
         P, rows = len(m), slice(first, first + len(starts))
         torch.index_select(g, 0, m, out=g_rows[:P])
         by_offset = g_rows[:P].split(counts), x_rows[:P].split(counts)

@@ -57,7 +57,7 @@ BLOCK_K = 8  # offsets per step of a loop, or per program
 BLOCK_C = 16  # chunks per program
 # Bits of the sort key, one per offset; with more than 48, consecutive offsets share a bit and may carry into the next.
 # The rest of an int64 holds the row's number in the window. With more than MAX_SORTED offsets, 16 per bit, keys could
-# reach that of the padding, 1 << 52, so that rows are not sorted.
+# reach that of the padding, 1 << 52, so rows are not sorted then.
 KEY_BITS, MAX_SORTED = 48, 768
 
 _tables = weakref.WeakValueDictionary()  # id of an index tensor -> its `NeighborTable`
@@ -110,7 +110,7 @@ class NeighborTable:
         """`Pairs`, for M > 0."""
 
         def make():
-            # pairs per offset and window: the same for every block_m, so 64 is any
+            # pairs per offset and window: the same for every block_m; 64 is arbitrary
             counts = self.cache.find("counts", self.idx.device)
             return _make_pairs(self.idx, self.tiles(64).pairs_idx if counts is None else counts)
 
@@ -150,7 +150,7 @@ def _make_tiles(table, block_m, sort):
         table_idx_ptr=table, row_idx_ptr=tiles.row_idx, count_idx_ptr=tiles.count_idx, offset_idx_ptr=tiles.offset_idx,
         read_idx_ptr=tiles.read_idx, pairs_idx_ptr=tiles.pairs_idx, M=M, K=K, W=windows,
         SORT=sort, OFFSETS_PER_BIT=triton.cdiv(K, KEY_BITS), WINDOW=window, BLOCK_M=block_m, BLOCK_K=BLOCK_K,
-        num_warps=16,
+        num_warps=16,  # 8 spill registers
     )  # fmt: skip
     return tiles
 
@@ -265,7 +265,7 @@ def _chunks_kernel(
     k = tl.arange(0, BLOCK_OFFSETS)
     end = tl.load(ends_ptr + (k + 1).to(tl.int64) * W - 1, mask=k < K, other=0)
     begin = tl.load(ends_ptr + k.to(tl.int64) * W - 1, mask=(k > 0) & (k < K), other=0)  # end of the offset before
-    size = tl.maximum(tl.cdiv(tl.max(end, axis=0), MAX_CHUNKS), MIN_PAIRS)
+    size = tl.maximum(tl.cdiv(tl.max(end, axis=0), MAX_CHUNKS), MIN_PAIRS)  # the largest end: the number of all pairs
     size = tl.cdiv(size, MULTIPLE) * MULTIPLE
     count = tl.where(k < K, tl.cdiv(end - begin, size), 0)  # chunks of each offset, `size` pairs long
     chunk_end = tl.cumsum(count, axis=0)

@@ -151,7 +151,7 @@ def _forward(volume, points, volume_idx, with_gradient):
     R, S, _ = points.shape
     C = volume.shape[4]
     value = volume.new_empty(R, S, C, dtype=torch.promote_types(volume.dtype, points.dtype))
-    gradient = value.new_empty(R, S, 3, C) if with_gradient else value
+    gradient = value.new_empty(R, S, 3, C) if with_gradient else value  # a placeholder
     if value.numel():
         grid, sizes = _launch(volume, points)
         _trilinear_fwd_kernel[grid](
@@ -260,7 +260,7 @@ def _trilinear_bwd_kernel(
 
 @triton.jit
 def _load_points(points_ptr, volume_idx_ptr, n, n_ok, S, Z, acc_ty: tl.constexpr):
-    """Coordinates of the points, and the first z slice, of all volumes' slices, of the volume that each one reads."""
+    """Coordinates of the points, and where the volume that each reads begins, counted in z slices of all volumes."""
     px = tl.load(points_ptr + n * 3, mask=n_ok, other=0.0).to(acc_ty)
     py = tl.load(points_ptr + n * 3 + 1, mask=n_ok, other=0.0).to(acc_ty)
     pz = tl.load(points_ptr + n * 3 + 2, mask=n_ok, other=0.0).to(acc_ty)
@@ -270,7 +270,10 @@ def _load_points(points_ptr, volume_idx_ptr, n, n_ok, S, Z, acc_ty: tl.constexpr
 
 @triton.jit
 def axis_corner(p, size, upper):
-    """Along one axis: index of the lower or upper corner, whether it is inside, its weight and slope (0 outside)."""
+    """Along one axis: index of a corner, whether it is inside, its weight and slope (0 outside).
+
+    upper: 1 for the upper corner, 0 for the lower.
+    """
     low = tl.floor(p)
     corner = low + upper
     inside = (corner >= 0) & (corner < size)

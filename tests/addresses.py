@@ -59,7 +59,7 @@ OPAQUE = {"tt.load", "tt.atomic_rmw", "tt.atomic_cas", "arith.cmpi", "arith.cmpf
 
 @dataclass
 class Op:
-    """What defines a value: an op of the TTIR, or a loop that "carried" the value or has it as its "counter"."""
+    """What defines a value: an op of the TTIR, or a loop that carries it ("carried") or counts with it ("counter")."""
 
     name: str
     operands: list  # names of values; of a counter: start, end and step

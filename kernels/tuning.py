@@ -1,13 +1,14 @@
 """Autotuning: the candidate launches of an op are timed once per kind of work; the fastest is saved in a file.
 
-A candidate is a tuple of launch settings, such as block sizes. Its time includes all the work it causes, such as tiles
-of the neighbor table that no earlier layer has computed, since every training step computes them again. Runs are timed
-as in a training step: back to back, with the L2 cache as the previous run leaves it and the host ahead of the device.
-The lowest median wins.
+A candidate is a tuple of launch settings, such as block sizes. Its time includes preparing its inputs, such as a
+neighbor table's tiles of its size (sparse_tiles.py) where no earlier layer has built them: every training step builds
+them again. Runs are timed as in a training step: back to back, with the L2 cache as the previous run leaves it and the
+host ahead of the device. The lowest median wins.
 
 Off until `enable` is called: every op uses the first of its candidates, a sensible default. Candidates may sum in
 different orders, so results are bitwise equal only between runs with the same choices: tuning off, or the same file.
-Under `torch.use_deterministic_algorithms(True)` nothing is timed, so that timing cannot change results.
+Under `torch.use_deterministic_algorithms(True)` nothing is timed, so that timing cannot change results; choices made
+before, or in the file, still hold.
 """
 
 import json
@@ -28,7 +29,7 @@ from unipad.kernels.backend import capturing, host_wait, strictly_deterministic,
 class _State:
     on: bool = False
     path: Path | None = None
-    timer: object = None
+    timer: Callable | None = None
     known: dict = field(default_factory=dict)  # the file: name of device -> kind of work -> fastest candidate, a list
     chosen: dict = field(default_factory=dict)  # in this process: (device, *kind of work) -> candidate
 
@@ -65,19 +66,19 @@ def bucket(n):
 
 
 def choose(kind, candidates, run, device):
-    """The fastest of the candidates.
+    """The fastest of the candidates; the first where tuning is off or nothing can be timed.
 
     Args:
-        kind:       tuple that identifies the work: name of the op, types, sizes. `bucket` rounds the last size.
+        kind:       tuple that identifies the work: op, types, sizes; `bucket` rounds its last entry, a size.
         candidates: tuples; the first is the default.
         run:        takes a candidate and does the work, including what only this candidate needs; called many times
                     per candidate, and must not make later calls cheaper, e.g. by caching.
-        device:     to run on.
+        device:     `torch.device` of the tensors.
     """
     if not _state.on or len(candidates) == 1:
         return candidates[0]
     work = device, *kind[:-1], bucket(kind[-1])
-    if _state.chosen.get(work) not in candidates:
+    if _state.chosen.get(work) not in candidates:  # None, or chosen among other candidates
         fastest = _look_up(work, candidates) or _search(work, candidates, run)
         if fastest is None:
             return candidates[0]
@@ -87,8 +88,8 @@ def choose(kind, candidates, run, device):
 
 def _look_up(work, candidates):
     """The candidate that the file names for the work; None if there is none or it is no longer a candidate."""
-    known, name = _known(work)
-    return next((c for c in candidates if list(c) == known.get(name)), None)
+    results, key = _results_on_device(work)
+    return next((c for c in candidates if list(c) == results.get(key)), None)
 
 
 def _search(work, candidates, run):
@@ -99,20 +100,20 @@ def _search(work, candidates, run):
         return None
     times = [_time(lambda c=c: run(c), device) for c in candidates]
     fastest = candidates[times.index(min(times))]
-    known, name = _known(work)
-    known[name] = list(fastest)
+    results, key = _results_on_device(work)
+    results[key] = list(fastest)
     _save()
     return fastest
 
 
-def _known(work):
-    """The results for the device, and the key of the work among them."""
+def _results_on_device(work):
+    """The file's part for the work's device, and the key of the work in it."""
     device, *kind = work
-    device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return _state.known.setdefault(device, {}), " ".join(map(str, kind))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return _state.known.setdefault(name, {}), " ".join(map(str, kind))
 
 
-RUNS = 21  # timed, of each candidate
+RUNS = 21  # timed runs of each candidate
 SPIN = 2**22  # clock cycles that the device waits, 2 to 3 ms at 1.4 to 2 GHz: the host launches all runs meanwhile
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from unipad.kernels.backend import host_wait, jit, on_triton, opaque, tl, to_host, triton
 
 NO_KEY = 2**62  # sorts after every voxel; a power of two, since F.pad takes its value as fp64
-NO_KEY_SHORT = 2**31 - 1  # the same for 32-bit keys
+NO_KEY_SHORT = 2**31 - 1  # the same for the 32-bit keys of sparse_outputs.py
 
 
 @opaque(lambda coords, shape: coords.new_empty(len(coords), dtype=torch.int64))
@@ -86,7 +86,7 @@ def _raise_on_faults(coords, shape, keys, order):
     outside = (coords < 0).any(dim=1)
     for axis, size in enumerate(shape):
         outside |= coords[:, 1 + axis] >= size
-    twice = F.pad(keys[1:] == keys[:-1], (0, 1))[: len(keys)]
+    twice = F.pad(keys[1:] == keys[:-1], (0, 1))[: len(keys)]  # [N] by position in `keys`; cut where N is 0
     any_outside, any_twice = to_host(torch.stack([outside.any(), twice.any()]), "whether any voxel is invalid")
     with host_wait("an invalid voxel"):
         if any_outside:
@@ -98,7 +98,10 @@ def _raise_on_faults(coords, shape, keys, order):
 
 
 def checked(coords, shape, *triples):
-    """`coords`, contiguous, after checks: it is [N, 4] int32, shape and `triples` have 3 entries each, `check_grid`."""
+    """`coords`, contiguous. Asserts that it is [N, 4] int32, and that shape and `triples` have 3 entries each.
+
+    Raises ValueError for a grid that `check_grid` rejects.
+    """
     assert coords.dim() == 2 and coords.shape[1] == 4, f"coordinates are [N, 4], not {tuple(coords.shape)}"
     assert coords.dtype == torch.int32, f"coordinates are int32, not {coords.dtype}"
     assert all(len(t) == 3 for t in (shape, *triples)), f"not triples (z, y, x): {shape}, {triples}"
@@ -107,7 +110,9 @@ def checked(coords, shape, *triples):
 
 
 def check_grid(shape, batch_size=1):
-    """Raise ValueError if coordinates in a grid of (Z, Y, X) cells exceed int32, or keys of a batch exceed `NO_KEY`.
+    """Raise ValueError if coordinates in a grid of (Z, Y, X) cells exceed int32, or keys of a batch reach `NO_KEY`.
+
+    batch_size: number of samples; 1 where the caller does not know it.
 
     A convolution passes its grid enlarged by the cells outside that it reaches, whose coordinates it computes in int32.
     """
@@ -122,7 +127,7 @@ BLOCK = 256  # voxels per program
 
 
 @jit(varying=("N", "Z", "Y", "X"))
-def _keys_kernel(coords_ptr, keys_ptr, N, Z, Y, X, BLOCK: tl.constexpr):
+def _keys_kernel(coords_ptr, keys_ptr, N, Z, Y, X, BLOCK: tl.constexpr):  # [N, 4], [N]
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     i_ok = i < N
     b, z, y, x = load_voxels(coords_ptr, i, i_ok)

@@ -11,6 +11,7 @@ runs are summed in order by one program; where a voxel has many, an earlier kern
 the backward a program handles a block of pixels and walks along their rays. No atomics.
 
 Sizes: R pixels of the feature maps of all views, with D depth bins each, so P = R * D points; V voxels of all samples.
+`depths` are the probabilities, `bins` the depths of the bins in meters.
 """
 
 from collections.abc import Sequence
@@ -48,8 +49,9 @@ def voxel_pool(
     matrix are dropped. To pool several frames into one volume, pass them as more views. Raises AssertionError if shapes
     do not match. Follows Uni3DVoxelPoolDepth of the original.
     """
-    fits, triples = features.dim() == depths.dim() == 5, (low, cell, shape)
+    fits = features.dim() == depths.dim() == 5
     assert fits, f"features {tuple(features.shape)} and depths {tuple(depths.shape)} are not [B, N, h, w, channels]"
+    triples = low, cell, shape
     assert all(len(t) == 3 for t in triples), f"low, cell and shape are (x, y, z) each, not {triples}"
     (B, N, h, w, _), D = features.shape, depths.shape[4]
     assert lidar2image.shape == (B, N, 4, 4), f"lidar2image {tuple(lidar2image.shape)} does not match {B} x {N} views"
@@ -89,10 +91,10 @@ def voxel_pool_ref(features, depths, lidar2image, low, cell, shape, stride, dept
 
 
 def _geometry(lidar2image, low, cell, depth_range, D):
-    """In fp64: matrices (u*d, v*d, d, 1) -> cell coordinates (x, y, z) [B, N, 3, 4], and the depths of the bins [D]."""
+    """In fp64: matrices (u*d, v*d, d, 1) -> cell coordinates (x, y, z) [B, N, 3, 4], and bins' depths, meters [D]."""
     # unlike `torch.inverse`, does not wait for the device to check for errors
-    meters = torch.linalg.inv_ex(lidar2image.double()).inverse[..., :3, :]
-    rows = [torch.cat([meters[..., i, :3], meters[..., i, 3:] - low[i]], dim=-1) for i in range(3)]
+    image2lidar = torch.linalg.inv_ex(lidar2image.double()).inverse[..., :3, :]
+    rows = [torch.cat([image2lidar[..., i, :3], image2lidar[..., i, 3:] - low[i]], dim=-1) for i in range(3)]
     # on a GPU, dividing by a Python number multiplies by its reciprocal, which moves points on cell faces
     rows = [row / row.new_full((), size) for row, size in zip(rows, cell, strict=True)]
     near, far = depth_range
@@ -101,15 +103,15 @@ def _geometry(lidar2image, low, cell, depth_range, D):
 
 
 def _voxels_ref(matrices, bins, sizes, shape, stride, truncate):
-    """[P] index of each point's voxel among those of all samples; V for points outside the grid. sizes: of features."""
+    """[P] index of each point's voxel in the volumes of all samples; V for points outside. sizes: features.shape."""
     B, _, h, w, _ = sizes
     X, Y, Z = shape
     u = torch.arange(w, device=bins.device)[:, None] * stride  # [w, 1]
     v = torch.arange(h, device=bins.device)[:, None, None] * stride  # [h, 1, 1]
     cells, inside = [], True
     for row, size in zip(matrices[..., None, None, None].unbind(2), shape, strict=True):  # [B, N, 4, 1, 1, 1]
-        a, b, c, d = row.unbind(2)
-        coord = (a * u + b * v + c) * bins + d  # [B, N, h, w, D]
+        a, b, c, shift = row.unbind(2)
+        coord = (a * u + b * v + c) * bins + shift  # [B, N, h, w, D]
         coord = coord.trunc() if truncate else coord.floor()
         inside = inside & (coord >= 0) & (coord < size)
         cells.append(torch.where(inside, coord, 0).long())
@@ -135,7 +137,7 @@ class VoxelPool(torch.autograd.Function):
         ctx.save_for_backward(features, depths, voxel)
         ctx.V = V
         acc_type = torch.float64 if features.dtype == torch.float64 else torch.float32
-        weight = torch.empty(P, dtype=acc_type, device=features.device)  # of each run
+        weight = torch.empty(P, dtype=acc_type, device=features.device)  # of each run, at most P runs
         _runs_kernel[(triton.cdiv(P, BLOCK_P),)](
             depths_ptr=depths, voxel_idx_ptr=voxel, order_idx_ptr=order, begin_idx_ptr=begin, weight_ptr=weight,
             P=P, V=V, D=D, BLOCK_P=BLOCK_P,
@@ -178,9 +180,9 @@ def _find_points(lidar2image, sizes, D, low, cell, shape, stride, depth_range, t
 
     Returns, all int32:
         voxel: [P] voxel of each point; V for points outside the grid.
-        order: [P] first point of each run, sorted by voxel, then all other points.
+        order: [P] first point of each run inside the grid, sorted by voxel, then all other points.
         pixel: [P] pixel of each point of `order`.
-        begin: [V + 1] position in `order` of each voxel's first run; then the number of runs.
+        begin: [V + 1] position in `order` of each voxel's first run; then the number of runs inside the grid.
     """
     (B, N, h, w, _), (X, Y, Z) = sizes, shape
     P, V = B * N * h * w * D, B * X * Y * Z
@@ -202,7 +204,7 @@ def _find_points(lidar2image, sizes, D, low, cell, shape, stride, depth_range, t
 # All untuned: chosen from the compiler's output for sm_90, without timing on a GPU
 BLOCK_P = 256  # points per program
 TILE = 1024  # elements per program: channels x voxels, chunks or pixels
-CHUNK = 64  # runs per chunk; a voxel with at least 2 * CHUNK - 1 runs contains a whole chunk
+CHUNK = 64  # runs per chunk; chunks begin at multiples of it, so a voxel of 2 * CHUNK - 1 runs contains a whole chunk
 UNROLL = tl.constexpr(4)  # loop iterations, over runs or depth bins, whose loads are in flight together
 
 
@@ -257,7 +259,7 @@ def _runs_kernel(
     """The weight of each sorted run: the sum of its points' probabilities."""
     i = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)  # [BLOCK_P]
     p = tl.load(order_idx_ptr + i, mask=i < P, other=0)
-    ok = i < tl.load(begin_idx_ptr + V)  # the number of runs
+    ok = i < tl.load(begin_idx_ptr + V)  # the number of runs inside the grid
     voxel = tl.load(voxel_idx_ptr + p, mask=ok, other=0)
     weight = tl.zeros((BLOCK_P,), weight_ptr.dtype.element_ty)
     continues, k = ok, 0

@@ -1,7 +1,7 @@
-"""Points to voxels: the mean of the first points of each occupied cell, or one point per cell.
+"""Points to voxels: the mean of the first `max_points` points of each occupied cell, or one point per cell.
 
     cell coordinates = floor((point - low) / size of a cell)   in float32, as in the original
-    feature of a voxel (an occupied cell) = mean of its points
+    feature of a voxel (an occupied cell) = mean of its first `max_points` points
 
 Points are sorted stably by the key of their cell, so those of a cell are adjacent, in input order: which points are
 used and the order of summation are the same from run to run. No atomics.
@@ -25,7 +25,7 @@ def voxelize(
     points: Tensor, point_counts: Tensor | Sequence[int], low: Sequence[float], cell: Sequence[float],
     shape: Sequence[int], max_points: int, max_voxels: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Mean of the points in each occupied cell of a grid.
+    """Mean of the first points in each occupied cell of a grid.
 
     Args:
         points:       [P, C] fp32, first x, y, z in meters; samples concatenated. Non-finite points are dropped.
@@ -33,7 +33,7 @@ def voxelize(
         low, cell:    (x, y, z) meters: lower corner of the grid, size of a cell.
         shape:        cells (Z, Y, X). A point on the lower border is inside, one on the upper border is not.
         max_points:   per voxel, at least 1; later points are dropped.
-        max_voxels:   per sample; later voxels are dropped.
+        max_voxels:   per sample; voxels whose first points come later are dropped.
 
     Returns:
         features: [V, C] means.
@@ -56,7 +56,7 @@ def voxelize(
     points = points.contiguous()
     device_counts = counts.to(points.device, non_blocking=True)
     ends = device_counts.cumsum(0)
-    # rounded to fp32 as for a compiled kernel; the interpreter would pass fp64
+    # a compiled kernel receives floats as fp32; the interpreter would pass them as fp64
     low, cell = (tuple(np.float32(t).tolist()) for t in (low, cell))
 
     keys = torch.empty(P, dtype=torch.int64, device=points.device)
@@ -66,16 +66,17 @@ def voxelize(
         NO_KEY=NO_KEY, BLOCK_P=BLOCK_P,
     )  # fmt: skip
     keys, order = keys.sort(stable=True)
-    start = torch.empty(P, dtype=torch.int32, device=points.device)  # see `_mark_first_kernel`
+    # for the first point of each voxel, where the voxel's points start in `order`; -1 for other points
+    start = torch.empty(P, dtype=torch.int32, device=points.device)
     _mark_first_kernel[grid](
         keys_ptr=keys, order_ptr=order, start_idx_ptr=start, P=P, NO_KEY=NO_KEY, BLOCK_P=BLOCK_P
     )  # fmt: skip
 
     kept = start >= 0  # [P] whether a point is the first of a voxel
-    if int(counts.max()) > max_voxels:
-        number = F.pad(kept.cumsum(0), (1, 0))  # voxels before each point
-        before = number[ends - device_counts].repeat_interleave(device_counts, output_size=P)  # ... before its sample
-        kept &= number[:-1] - before < max_voxels
+    if int(counts.max()) > max_voxels:  # else no sample has too many: voxels are at most as many as points
+        number = F.pad(kept.cumsum(0), (1, 0))  # [P + 1] number of voxels that start before each point, then of all
+        before_sample = number[ends - device_counts].repeat_interleave(device_counts, output_size=P)
+        kept &= number[:-1] - before_sample < max_voxels
     with host_wait("number of occupied voxels"):
         first = kept.nonzero()[:, 0]  # [V] first point of each voxel
     V = len(first)
@@ -259,8 +260,8 @@ def _mean_kernel(
     count = tl.zeros((BLOCK_V,), tl.int32)
     member = v_ok
     while tl.max(member.to(tl.int32), axis=0) > 0:
-        row = tl.load(order_ptr + q + count, mask=member, other=0)
-        total += tl.load(points_ptr + row[:, None] * C + c, mask=member[:, None] & (c < C), other=0.0)
+        p = tl.load(order_ptr + q + count, mask=member, other=0)
+        total += tl.load(points_ptr + p[:, None] * C + c, mask=member[:, None] & (c < C), other=0.0)
         count += member.to(tl.int32)
         member &= (count < max_points) & (q + count < P)
         member &= tl.load(keys_ptr + q + count, mask=member, other=NO_KEY) == key
@@ -269,7 +270,7 @@ def _mean_kernel(
 
     Z, Y, X = shape
     voxel_ptr = coords_ptr + v.to(tl.int64) * 4
-    row = key // X  # (b Z + z) Y + y
+    row = key // X  # of cells: (b Z + z) Y + y
     tl.store(voxel_ptr, (row // Y // Z).to(tl.int32), mask=v_ok)
     tl.store(voxel_ptr + 1, (row // Y % Z).to(tl.int32), mask=v_ok)
     tl.store(voxel_ptr + 2, (row % Y).to(tl.int32), mask=v_ok)

@@ -2,15 +2,15 @@
 
     python -m tests.accidents --moments 20 --seed 0             # a line each, then a summary; exit code 1 after a fault
     python -m tests.accidents --moments 9 --only "full disk"    # one kind of accident
-    python -m tests.accidents --moment 12                       # one moment, with the run's stderr
+    python -m tests.accidents --moment 12                       # the moment of number 12 only, with the run's stderr
 
 Each moment starts train.py or finetune.py, with a data loading process and without a cached index, and waits until it
 has used a random part of the CPU time of an undisturbed run. It may then be at the imports, the indexing of the
 dataset, a step, the writing of a checkpoint or a validation. Then one of `ACCIDENTS` happens. The run must end with the
 exit code that the README promises and a last line that fits it, without a traceback, and leave neither partial files
-(kill -9 may: the resumed run removes them) nor processes. Its last checkpoint must be intact and recent enough. With
-`--resume auto` it must reach the end, and all numbers in the log, but speed and memory, and all weights must equal
-those of the undisturbed run.
+(kill -9 may: the resumed run removes them) nor data loading processes. Its last checkpoint must be intact and recent
+enough. With `--resume auto` it must reach the end, and all numbers in the log, but speed and memory, and all weights
+must equal those of the undisturbed run.
 
 Linux only. The full disk is a tmpfs where this user may mount one, otherwise a limit on the size of files.
 """
@@ -181,13 +181,14 @@ class Harness:
         with disk(self.folder / "disk") as sandbox:
             (sandbox / "city").mkdir()
             for part in self.city.iterdir():
-                if part.name.startswith("v1.0"):
+                if part.name.startswith("v1.0"):  # the tables
                     shutil.copytree(part, sandbox / "city" / part.name)
                 elif part.name != "unipad-index":
                     (sandbox / "city" / part.name).symlink_to(part)
             yield sandbox
 
     def _flags(self, program, sandbox):
+        """For the first start as well as for the resumption: `--resume auto` starts anew where nothing is saved."""
         flags = [*PROGRAMS[program], "--data-root", sandbox / "city", "--out", sandbox / "run", "--resume", "auto"]
         return list(map(str, flags))
 
@@ -204,6 +205,7 @@ class Harness:
         )
 
     def _results(self, run):
+        """`log_of` a finished run, and its weights by name."""
         weights = read_training(run / "checkpoints" / "last.pt")["model"]
         return log_of(run), {name: weight.clone() for name, weight in weights.items()}
 
@@ -251,7 +253,7 @@ class Harness:
             with suppress(ProcessLookupError):
                 fill(sandbox, process.pid, left)
         while accident == "worker killed" and process.poll() is None:
-            if loaders := loaders_of(process.pid):
+            if loaders := loaders_of(process.pid):  # there may be none yet
                 os.kill(loaders[0], signal.SIGKILL)
                 break
             time.sleep(0.01)

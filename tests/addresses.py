@@ -59,9 +59,11 @@ OPAQUE = {"tt.load", "tt.atomic_rmw", "tt.atomic_cas", "arith.cmpi", "arith.cmpf
 
 @dataclass
 class Op:
+    """What defines a value: an op of the TTIR, or a loop that carries it ("carried") or counts with it ("counter")."""
+
     name: str
-    operands: list
-    text: str = ""
+    operands: list  # names of values; of a counter: start, end and step
+    text: str = ""  # the line after the op's name
     sources: list = field(default_factory=list)  # values its result derives from: operands, or what its regions yield
 
 
@@ -85,7 +87,7 @@ def int32_products(ttir):
 
 
 def _read(ttir):
-    """The op that defines each value, by name of the value, and the values used as pointer offsets."""
+    """The `Op` that defines each value, by name of the value, and the values used as pointer offsets."""
     ops, addresses = {}, []
     regions = []  # one per enclosing op: (its results, the values that a loop carries)
     for line in ttir.splitlines():
@@ -142,7 +144,7 @@ def _kind(value, ops):
         case "tt.get_program_id":
             return "block"
         case "counter":
-            end = ops.get(op.operands[1])  # operands: start, end, step
+            end = ops.get(op.operands[1])
             in_blocks = end and end.name == "arith.divsi" and _kind(end.operands[1], ops) == "constant"  # a cdiv
             return "constant" if set(kinds) == {"constant"} else "block" if in_blocks else None
         case "arith.remsi" | "arith.andi" if kinds[1] == "constant":

@@ -1,9 +1,10 @@
 """Compile kernels for GPUs that this machine does not have, and read their resource use from the machine code.
 
-    python -m tests.ahead_of_time composite        prints one JSON line per kernel and element type, for sm_90
-    python -m tests.ahead_of_time composite sm_80  the same for every launch, for one target
+    python -m tests.ahead_of_time composite        the first launch of each kernel in each element type, for sm_90
+    python -m tests.ahead_of_time composite sm_80  all `LAUNCHES` of tests/kernels/test_composite.py, for sm_80
 
-Runs in its own process, without TRITON_INTERPRET. No GPU is needed: Triton ships the assemblers.
+Prints one JSON line for each. Must run without TRITON_INTERPRET, so tests start it as a process. No GPU is needed:
+Triton ships the assemblers.
 """
 
 import importlib
@@ -57,7 +58,8 @@ class Launch:
 def launches_of(kernel_file, which):
     """(launch, element type, target) for the LAUNCHES of tests/kernels/test_<kernel_file>.py.
 
-    which: one of TARGETS, or "first": only the first launch of each kernel with a budget for sm_90, for sm_90.
+    which: one of TARGETS, for all launches; or "first": of each kernel, only the first launch that has a budget for
+        sm_90, for sm_90.
     """
     launches = importlib.import_module(f"tests.kernels.test_{kernel_file}").LAUNCHES
     if which == "first":  # reversed: the first launch of a kernel is the last written into the dict
@@ -67,9 +69,8 @@ def launches_of(kernel_file, which):
 
 
 def compile_launches(kernel_file, which="first"):
-    """Print the cost of every launch as a JSON line: shared memory, and on targets in its `budgets` what `_cost` reads.
-
-    For targets in ASSEMBLED, the line also has the launch's `int32_products`. which: as in `launches_of`.
+    """Print a JSON line for each of `launches_of`: shared memory, and on targets in the launch's `budgets` what `_cost`
+    reads. For targets in ASSEMBLED, the line also has the launch's `int32_products`.
     """
     module = importlib.import_module(f"unipad.kernels.{kernel_file}")
     for launch, element, target in launches_of(kernel_file, which):
@@ -121,7 +122,7 @@ def compile_launch(kernel, launch, element, target):
         {(kernel.arg_names.index(a),): v for a, v in launch.constexprs.items()},
         {path: [["tt.divisibility", 16]] for path in aligned},
     )
-    options = {"num_warps": launch.num_warps, "enable_fp_fusion": True}  # True as in `backend.jit`
+    options = {"num_warps": launch.num_warps, "enable_fp_fusion": True}  # True: default of `backend.jit`
     if launch.num_stages is not None:
         vendor, stages = "amd" if target in AMD else "nvidia", launch.num_stages
         options["num_stages"] = stages[vendor] if isinstance(stages, dict) else stages
@@ -129,6 +130,7 @@ def compile_launch(kernel, launch, element, target):
 
 
 def _type(name, launch, element):
+    """Triton's name of an argument's type, or a tuple of them."""
     if name in launch.constexprs:
         return "constexpr"
     if name in launch.types:
@@ -139,6 +141,7 @@ def _type(name, launch, element):
 
 
 def _of_element(type_, element):
+    """A type of `Launch.types`, with "*" replaced by a pointer to the element type."""
     if isinstance(type_, tuple):
         return tuple(_of_element(t, element) for t in type_)
     return f"*{element}" if type_ == "*" else type_

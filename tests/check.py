@@ -15,11 +15,12 @@ def check_against_ref(op, ref, inputs, dtype, wrt=None, slack=None, magnitude=0.
     """Assert that the error of `op` w.r.t. `ref` in fp64 is at most twice that of `ref` in `dtype`, plus some slack.
 
     op, ref:   same signature, return a tensor or a tuple of tensors; integer and bool outputs must be equal.
-    inputs:    dict name -> value. fp64 tensors are cast to `dtype`; fp32 ones are geometry and stay fp32;
-               lists of tensors are handled element by element; anything else is passed through.
+    inputs:    dict name -> value. fp64 tensors are cast to `dtype`; fp32 ones are geometry and stay fp32, except in the
+               fp64 run; lists of tensors are handled element by element; anything else is passed through.
     wrt:       names of the inputs whose gradients are compared too; None: all floating-point tensors.
-    slack:     as a fraction of the largest fp64 value; None: SLACK of the type.
-    magnitude: size of terms that cancel in outputs or gradients; if larger, `slack` is a fraction of it instead.
+    slack:     as a fraction of the largest |fp64 value| of each output or gradient; None: SLACK of the type.
+    magnitude: size of terms that cancel in outputs or gradients; where it is larger than the largest |fp64 value|,
+               `slack` is a fraction of it instead.
 
     Also asserts that `op` launched a kernel if no output or gradient is empty, and none if all its outputs are.
     """

@@ -4,8 +4,9 @@
     python -m tests.as_on_a_gpu tests/kernels/test_lift.py -k hand  some tests; arguments go to pytest
     python -m tests.as_on_a_gpu --env PATH ...                      in the virtual environment PATH, created if missing
 
-Linux, Python 3.11 or newer. The first run creates a virtual environment in ~/.cache/unipad-triton. The PyPI package
-ttsem compiles every launch to TTIR for sm_90 with Triton's front end and executes it on the CPU. The exit code is 1 on
+Linux, Python 3.11 or newer. The first run creates a virtual environment in ~/.cache/unipad-triton, unless this Python
+has the packages of `PINS`. The PyPI package ttsem compiles every launch to TTIR for sm_90 with Triton's front end and
+executes it on the CPU. The exit code is 1 on
   - an access outside the tensors passed to a kernel,
   - a race: two programs of a launch access the same element, at least one writes it, and not both are atomic,
   - use of uninitialized memory: `torch.empty` fills with NaN (integers: the largest value), which comparisons catch,
@@ -17,8 +18,8 @@ Kernel faults are reported with their source line. `seeded_faults.py` has delibe
 
 Not checked: the order between threads of one program (check `debug_barrier`s by reading), shared memory and registers
 (tests/test_compiles.py), everything below TTIR (layouts, PTX), tf32x3 (computed in fp32), cuBLAS and cuDNN (replaced by
-the CPU's matrix products and convolutions; autocast uses the CPU's lists), several streams or GPUs, host waits, and
-speed. Tests that cannot run this way are skipped and listed, each with its reason (`plugin.UNSUPPORTED`).
+the CPU's matrix products and convolutions; autocast uses the CPU's lists of operators), several streams or GPUs, host
+waits, and speed. Tests that cannot run this way are skipped and listed, each with its reason (`plugin.UNSUPPORTED`).
 """
 
 import argparse
@@ -44,7 +45,7 @@ def main(argv):
     args, for_pytest = parser.parse_known_args(argv)
     if {"-h", "--help"} & set(for_pytest):
         return print(__doc__)
-    python = sys.executable if args.env is None and _is_ready() else environment(args.env)
+    python = sys.executable if args.env is None and _is_ready() else virtual_environment(args.env)
     if not any((REPO / a.split("::")[0]).exists() for a in for_pytest):  # only options, no test file or folder
         for_pytest = ALL_TESTS + for_pytest
     # without the addopts of pyproject.toml, which set another number of workers
@@ -60,8 +61,8 @@ def _is_ready():
         return False
 
 
-def environment(folder):
-    """The Python executable of the environment in `folder` (None: one in ~/.cache), created if missing."""
+def virtual_environment(folder):
+    """The Python executable of the virtual environment in `folder` (None: one in ~/.cache), created if missing."""
     pins = hashlib.sha256(repr((PINS, OTHERS, sys.version_info[:2])).encode()).hexdigest()[:8]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     default = cache / "unipad-triton" / f"as-on-a-gpu-{pins}"

@@ -1,6 +1,6 @@
-"""Deliberate faults, which the check must find: a check that cannot fail proves nothing.
+"""Deliberate faults, which `python -m tests.as_on_a_gpu` must find: a check that cannot fail proves nothing.
 
-Run by `python -m tests.as_on_a_gpu` only.
+Run by that command only.
 """
 
 import pytest
@@ -42,13 +42,13 @@ def double(x, fault=""):
     return out
 
 
-def check(fault):
+def check_double(fault):
     x = torch.rand(2 * BLOCK - 3, device="cuda", dtype=torch.float64)  # two programs, the last one partly masked
     check_against_ref(lambda x: double(x, fault), lambda x: 2 * x, {"x": x}, torch.float32, wrt=())
 
 
 def test_a_kernel_without_a_fault_passes():
-    check("")
+    check_double("")
 
 
 @pytest.mark.parametrize(
@@ -60,15 +60,15 @@ def test_a_kernel_without_a_fault_passes():
         ("two values", "two lanes of one store"),
     ],
 )
-def test_a_fault_is_reported_with_its_source_line(fault, message):
+def test_a_fault_is_reported_with_its_file(fault, message):
     with pytest.raises(KernelFault, match=message) as raised:
-        check(fault)
+        check_double(fault)
     assert __file__.endswith(raised.value.fault.source_file.rpartition("/")[2])
 
 
 def test_an_unwritten_output_is_detected():
     with pytest.raises(AssertionError, match="not finite"):
-        check("unwritten")
+        check_double("unwritten")
 
 
 def custom_gradient(gradient):

@@ -34,7 +34,7 @@ def simulated_gpu():
         patch(mlir, "parse", functools.cache(mlir.parse))
         patch(Memory, "atomic", _vectorized(Memory.atomic))
         stack.enter_context(sanitize.session(SM, "<as on a GPU>", on_unchecked=_refuse_unchecked))
-        (ttsem_mode,) = _get_current_function_mode_stack()  # replaces "cuda" by the CPU
+        (ttsem_mode,) = _get_current_function_mode_stack()  # of the session; replaces "cuda" by the CPU
         requests = DeviceRequests()
         patch(JITFunction, "run", _launch_on_cuda_tensors_only(JITFunction.run))
         run_backward = _with_modes(torch.autograd._engine_run_backward, ttsem_mode, requests)
@@ -71,7 +71,7 @@ _state = _State()
 
 
 def device_type(tensor):
-    """ "cuda", "cpu", or None for a tensor that PyTorch created internally: used with either, it says it is on the GPU.
+    """ "cuda", "cpu", or None for a tensor that PyTorch created internally: usable with either, it reports "cuda".
 
     It is an attribute of the storage, so that views have the device of their base.
     """
@@ -145,6 +145,7 @@ EMPTY = {
 
 
 def _refuse_mixed(op, args, inputs):
+    """Raise PyTorch's error, unless CUDA allows this mix of devices."""
     if op in INDEXING and device_type(args[0]) == "cuda":
         inputs = [args[0], *args[2:3]]  # the indexed tensor and the values; indices, args[1], may be on the CPU
     on_cpu = [tuple(t.shape) for t in inputs if device_type(t) == "cpu" and t.dim()]  # and so may scalars
@@ -175,7 +176,7 @@ class DeviceRequests(TorchFunctionMode):
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
         if name == "pin_memory":
             return tensor.clone()
-        if name == "is_pinned":  # pinning is not simulated
+        if name == "is_pinned":  # of any tensor: pinning is not simulated
             return True
         if name == "record_stream":
             return None
@@ -228,7 +229,7 @@ def _created(func, name, tensor, args, kwargs):
 
 
 def _with_modes(run_backward, *modes):
-    """Enter the modes again for the autograd engine: PyTorch disables a mode while it handles `backward`."""
+    """`run_backward` with the modes entered again: PyTorch disables a mode while that mode handles `backward`."""
 
     def run(*args, **kwargs):
         with contextlib.ExitStack() as stack:
@@ -244,6 +245,8 @@ def _with_modes(run_backward, *modes):
 
 
 def _launch_on_cuda_tensors_only(run):
+    """`run`, ttsem's `JITFunction.run`, preceded by Triton's error for tensors on the CPU."""
+
     def launch(kernel, *args, grid, warmup, **kwargs):
         __tracebackhide__ = True
         for name, arg in [*zip(kernel.arg_names, args, strict=False), *kwargs.items()]:
@@ -284,7 +287,7 @@ def _vectorized(one_by_one):
         values = np.broadcast_to(values, shape).reshape(-1)[live]
         before = np.zeros(np.prod(shape, dtype=int), values.dtype)
         if memory.tracing and live.size:
-            memory._log("a", addrs, values.itemsize, None)  # "a": atomic
+            memory._log("a", addrs, values.itemsize, None)  # for the race check; "a": atomic
         order = np.argsort(addrs, kind="stable")
         first = np.flatnonzero(np.diff(addrs[order], prepend=-1))  # the first lane of each element
         rank = np.arange(len(order)) - np.repeat(first, np.diff(first, append=len(order)))  # 0, 1, ... in each element
@@ -305,7 +308,7 @@ def _refuse_unchecked():
 
 
 class _Stream:
-    """The only stream, and its events: all work is already done."""
+    """The only stream, and also any event: all work is already done."""
 
     device, cuda_stream = torch.device("cuda", 0), 0
 

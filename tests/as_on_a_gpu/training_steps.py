@@ -1,7 +1,8 @@
 """One step of each tiny pre-training recipe: loss and gradients on the simulated GPU compared with those on the CPU.
 
 Run by `python -m tests.as_on_a_gpu` only. Both devices start from the same weights and draw the same random numbers.
-Everything is in fp32, the renderer's MLPs too, which run in its exact mode: only the order of sums differs.
+Everything is in fp32, the renderer's MLPs too, which run in its exact mode: only the order of sums differs, and batch
+norm (see `CASES`).
 """
 
 from copy import deepcopy
@@ -21,8 +22,8 @@ from unipad.runtime import generators, mixed_precision
 
 # Recipe, and the largest relative errors allowed: of the loss, and of any parameter's gradient (in the L2 norm). On the
 # simulated GPU, batch norm is PyTorch's, whose error on a CPU is 1e-5 for channels-last tensors (docs/log.md); for CPU
-# tensors, `SyncedBatchNorm` uses a more accurate one.
-STEPS = {
+# tensors, `SyncedBatchNorm` uses its own, which is more accurate.
+CASES = {
     "camera": (PRETRAIN["camera"]["tiny"], 2e-5, 5e-3),
     "lidar": (PRETRAIN["lidar"]["tiny"], 1e-5, 2e-4),
     "fusion": (PRETRAIN["fusion"]["tiny"], 5e-6, 1e-3),
@@ -63,9 +64,9 @@ def step(net, batch, device):
     return loss.item(), gradients
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", CASES)
 def test_a_step_matches_the_cpu(name, city):
-    recipe, loss_bound, gradient_bound = STEPS[name]
+    recipe, loss_bound, gradient_bound = CASES[name]
     recipe = small(recipe)
     box = recipe.grid.low, recipe.grid.high
     batch, _ = next(step_batches(NuScenesDataset(city, "v1.0-mini", "mini_train", recipe.data, point_range=box), 1))

@@ -9,7 +9,8 @@ import signal
 
 # The processes of pytest-xdist share the cores. Must be set before torch loads OpenMP.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Without this cuBLAS raises under strict determinism (see also `unipad.runtime.start`). Must be set before CUDA starts.
+# Without this, matrix products on a GPU raise under `torch.use_deterministic_algorithms(True)`. Must be set before CUDA
+# starts; a program with --deterministic sets it itself, but tests run `main` in this process.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
@@ -36,9 +37,10 @@ def faster_interpreter():
     plain = interpreter._patch_lang
 
     def patch(fn):
-        languages = [module for module in fn.__globals__.values() if module is tl or module is tl.core]
-        patched = languages and not any(tl.core.is_builtin(module.load) for module in languages)
-        return interpreter._LangPatchScope() if patched else plain(fn)  # an empty scope: nothing to restore
+        modules = [module for module in fn.__globals__.values() if module is tl or module is tl.core]
+        # the interpreter replaces the built-in `load`
+        already_patched = modules and not any(tl.core.is_builtin(module.load) for module in modules)
+        return interpreter._LangPatchScope() if already_patched else plain(fn)  # an empty scope: nothing to restore
 
     with pytest.MonkeyPatch.context() as context:
         context.setattr(interpreter, "_patch_lang", patch)
@@ -57,7 +59,7 @@ def fixed_seed():
 
 @pytest.fixture(autouse=True, scope="module")
 def signal_handlers():
-    """Restore the signal handlers: programs set them until their process ends, but this process goes on."""
+    """Restore the signal handlers after each test file: a program whose `main` a test calls here leaves its own set."""
     from unipad.exit import SIGNALS
 
     before = {number: signal.getsignal(number) for number in SIGNALS}
@@ -78,7 +80,7 @@ def city(tmp_path_factory):
 
 @pytest.fixture
 def copy(city, tmp_path, own_user_cache):
-    """Root of a copy of `city` that the test may modify. Nothing is cached, neither there nor in the user's folder."""
+    """Root of a copy of `city` that the test may modify; no index is cached, in it or in the user's cache folder."""
     return shutil.copytree(city, tmp_path / "city", ignore=shutil.ignore_patterns("unipad-index"))
 
 

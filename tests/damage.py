@@ -2,7 +2,7 @@
 
     python -m tests.damage --cases 2000 --processes 2   # a table of outcomes; exit code 1 if any is a fault (capitals)
     python -m tests.damage --cases 500 --kind tables    # one kind of file
-    python -m tests.damage --only 1234                  # one case, with its traceback; repeat --seed and --kind
+    python -m tests.damage --only 1234                  # one case and its traceback; --seed and --kind as before
 
 The seed and the number of a case determine a kind of file, a file of that kind, and a way to damage it. A forked child
 with limits of time and memory reads the damaged file as the scripts do. The outcomes:
@@ -11,12 +11,12 @@ with limits of time and memory reads the damaged file as the scripts do. The out
     skipped    what is damaged is left out, in a message that names the file; all else is read as before
     same       the result equals that of the undamaged file: the bytes did not matter, or a cache was rebuilt
     other      another result, accepted without a message: no check can detect the damage, see below
-    SILENT     the same although the damage can be detected, or an impossible result
-    TRACEBACK  an exception that is not meant for users, or a crash of the process
+    SILENT     another result without a message although the damage can be detected, or an impossible result
+    TRACEBACK  an exception or a message that is not fit for users, or a crash of the process
     HANG       no result within the time limit
 
 Which damage can be detected? Checkpoints, PNGs and caches have checksums, so a result that differs without a message is
-SILENT. So it is, in every format, after damage of the kinds in `DETECTABLE`: values of a wrong type, missing fields,
+SILENT. In every format, the damages in `DETECTABLE` can be detected too: values of a wrong type, missing fields,
 numbers that are not finite, files that are empty, missing or all zeros. Any other changed result is `other`: not
 harmless, but no check can detect it:
 
@@ -24,8 +24,8 @@ harmless, but no check can detect it:
                zeros for rays without a return; a range removed, if the size still is that of whole points
     JPEG       other coefficients. libjpeg notices most damage of more than one bit and prints a warning without the
                file's name, but OpenCV returns the image as if it were intact
-    labels     another class, also 0 (unlabeled) in the whole file; no table of labels at all
-    JSON       another number or name that is possible; a record missing, repeated or moved that no other refers to
+    lidarseg   another class, also 0 (unlabeled) in the whole file; no table of point labels at all
+    JSON       another number or name that is possible; a record that no other refers to, missing, repeated or moved
     any        replaced by another file of its kind
 
 In these cases, the result only has to be possible (`readers.sample_faults`). Only a checksum would detect it.
@@ -59,7 +59,7 @@ from unipad.errors import UserError
 
 REPO = Path(__file__).parents[1]
 OUTCOMES = ("refused", "skipped", "same", "other", "SILENT", "TRACEBACK", "HANG")
-FAULTS = OUTCOMES[4:]
+FAULTS = OUTCOMES[4:]  # those in capitals
 SECONDS = 60  # time limit of a case; one that does not hang takes less than a second
 MEMORY = 6 * 2**30  # bytes that a case may add to its address space: a damaged size must not exhaust the machine
 
@@ -88,7 +88,7 @@ def splice(rng, data, _):
     return data[:first] + data[last:]
 
 
-BYTES = {
+BYTES = {  # for files of any format
     "one bit flipped": flip,
     "64 bits flipped": partial(flip, bits=64),
     "cut": lambda rng, data, _: data[: int(rng.integers(len(data) + 1))],
@@ -102,6 +102,7 @@ BYTES = {
     "appended": lambda rng, data, _: data + rng.bytes(int(rng.integers(1, 100))),
     "doubled": lambda rng, data, _: data + data,
     "as text": lambda rng, data, _: data.replace(b"\n", b"\r\n"),  # as after an FTP transfer in text mode
+    # an intact file of any kind, sometimes of its own
     "another kind": lambda rng, data, others: others[int(rng.integers(len(others)))].read_bytes(),
     "missing": None,  # this and the next: see `Harness._damage`
     "a folder": None,
@@ -113,7 +114,7 @@ NUMBERS = (0, -1, 1e9, -1e30, 1e308, 2**31, 2**63, 10**30, 1e-320)
 
 
 def wrong_type(rng, data, _):
-    """Replace a random value of a JSON file by one of a wrong type, or delete it."""
+    """Replace a random value of a JSON file by one of a wrong type, NaN or infinity, or delete its field."""
     tree = json.loads(data)
     holder, key = _node(rng, tree, lambda value: True)
     wrong = [w for w in WRONG if type(w) is not type(holder[key]) or isinstance(w, float)]
@@ -134,7 +135,7 @@ def wrong_number(rng, data, _):
 
 
 def wrong_record(rng, data, _):
-    """Remove a record, duplicate it, or move it to the end."""
+    """Remove a record, move it to the end, or move it there twice."""
     tree = json.loads(data)
     if not isinstance(tree, list) or not tree:
         return data
@@ -149,7 +150,7 @@ def nested(rng, data, _):
 
 
 def _node(rng, tree, chosen):
-    """(dict or list, key) of a random value in a tree for which `chosen(value)` is true; (None, None) without one."""
+    """(dict or list, key) of a random value in a tree, among those with `chosen(value)`; (None, None) without one."""
     nodes, open_nodes = [], [tree]
     while open_nodes:
         holder = open_nodes.pop()
@@ -200,7 +201,7 @@ SPECIAL = {"json": JSON, "json lines": {"wrong line": wrong_line}, "checkpoint":
 
 # Damages that can always be detected, unlike a lost record, another number or another byte
 DETECTABLE = {"wrong type", "wrong line", "wrong object", "nested", "empty", "missing", "a folder", "only zeros"}
-# (pattern of the file, damage): exceptions to DETECTABLE, since an intact dataset may have such a file
+# (pattern of the file, damage): exceptions to DETECTABLE, since an intact dataset may look like this
 PLAUSIBLE = (
     ("city/lidarseg/*/*.bin", "only zeros"),  # class 0: unlabeled points
     ("city/*/lidarseg.json", "missing"),  # a dataset without labels of points; tasks that need them are refused
@@ -228,7 +229,8 @@ class Harness:
         assert not empty, f"no files of {empty}"
         self.others = [files[0] for files in self.files.values()]
         warm_up()
-        expected = {read: self._expected(read) for read in {kind.read: None for kind in kinds.values()}}
+        readers = dict.fromkeys(kind.read for kind in kinds.values())  # several kinds share one
+        expected = {read: self._expected(read) for read in readers}
         self.expected = {name: expected[kind.read] for name, kind in kinds.items()}
 
     def _expected(self, read):
@@ -239,7 +241,7 @@ class Harness:
 
     @contextlib.contextmanager
     def _copy(self):
-        """A folder with the same files. Readers may write into JSON files; the others are linked."""
+        """A temporary folder with the intact files: copies of JSON files, which readers may modify, links to others."""
         folder = Path(tempfile.mkdtemp(dir=self.folder))
 
         def copy(source, target):
@@ -275,10 +277,14 @@ class Harness:
             path.mkdir()
         elif name != "missing":
             damaged = function(rng, data, self.others)
-            path.write_bytes(flip(rng, data, None) if damaged == data else damaged)  # such as CRLF in a file without LF
+            # a damage without effect, such as CRLF in a file without LF, becomes one bit flipped
+            path.write_bytes(flip(rng, data, None) if damaged == data else damaged)
 
     def read_damaged(self, kind: str, file: Path, name: str, damage: Callable, seconds: float = SECONDS) -> Result:
-        """Damage `file` in a copy of all files with `damage`, and read the copy with the reader of `kind`."""
+        """Damage `file` in a copy of all files with `damage(path)`, and read the copy with the reader of `kind`.
+
+        name: of the damage.
+        """
         with self._copy() as folder:
             damage(folder / file)
             plausible = any(file.match(pattern) and name == damage_name for pattern, damage_name in PLAUSIBLE)
@@ -314,7 +320,7 @@ def _child(function, sender, output):
     for fd in (1, 2):
         os.dup2(output.fileno(), fd)
     sys.stdout, sys.stderr = (os.fdopen(os.dup(output.fileno()), "w", buffering=1) for _ in range(2))
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()  # bytes of address space
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     try:
         result = function()
@@ -341,7 +347,7 @@ def _judge(kind, folder, file, detectable, expected):
             return Result("TRACEBACK", f"not one sentence with a file, folder or flag: {sentence}")
         return Result("refused", sentence.replace(str(folder), ""))
     sys.stderr.flush()
-    with open("/proc/self/fd/2", "rb") as output:
+    with open("/proc/self/fd/2", "rb") as output:  # what `_child` has redirected to a file, from its start
         printed = output.read().decode(errors="replace")
     # a damaged table may refer to a wrong file: then the message names that one
     unnamed = [r for r in readout.skipped.values() if not re.search(rf"{folder}/.*: ", r)]

@@ -5,7 +5,7 @@ same code as on a GPU, and
 
     a tensor left on the CPU       raises, as on a GPU
     a host wait for the device     raises outside of `backend.host_wait`; inside, returns a preset value (`answers`)
-    a launch                       is recorded, with the types, divisibility and constants that Triton specializes on
+    a launch of a Triton kernel    is recorded, with the types, divisibility and constants that Triton specializes on
 
 Patches replace only what PyTorch refuses to do without CUDA, nothing of this project.
 """
@@ -57,8 +57,8 @@ class DryRun(contextlib.ExitStack):
                of such values, returned one after the other, and then from the first again
     calls:     (kernel, arguments by name) of every launch
     launches:  a `Launch` for every launch
-    operators: name -> number of calls of each PyTorch operator on the GPU, which launches one kernel or more; without
-               views and allocations
+    operators: name -> number of calls of each PyTorch operator on the GPU, except views and allocations, which launch
+               no kernel
 
     The device is an AMD GPU if `torch.version.hip` is set.
     """
@@ -96,7 +96,7 @@ class DryRun(contextlib.ExitStack):
             raise DeviceMismatch(f"{kernel.__name__} is launched with CPU tensors: {on_cpu}")
         assert all(isinstance(n, int) and n > 0 for n in grid), f"{kernel.__name__} is launched with grid {grid}"
         self.calls.append((kernel, given))
-        target = gpu("gfx942" if torch.version.hip else "sm_90")  # any of the vendor: all have the same specializations
+        target = gpu("gfx942" if torch.version.hip else "sm_90")  # any GPU of a vendor: Triton specializes alike
         self.launches.append(Launch.of(kernel, args, kwargs, target))
 
 
@@ -110,7 +110,7 @@ class _FakeDevice(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is torch.ops.prim.device.default:
+        if func is torch.ops.prim.device.default:  # `tensor.device`
             return args[0].fake_device
         tensors = _tensors((args, kwargs))
         from_gpu, to = any(t.is_cuda for t in tensors), kwargs.get("device")
@@ -129,7 +129,7 @@ class _FakeDevice(TorchDispatchMode):
         if func in _SIZED_BY_DATA or _indexes_by_mask(func, args):
             return self._sized_by_data(func, args)
         if not all(isinstance(t, FakeTensor) for t in tensors):
-            # A CPU scalar is allowed: it is passed with the launch.
+            # A CPU scalar is allowed: it is passed with the launch. For any other CPU tensor the fake operator raises.
             faked = self.dry.fake.from_tensor
             args, kwargs = tree_map_only(
                 torch.Tensor, lambda t: t if isinstance(t, FakeTensor) else faked(t), (args, kwargs)
@@ -276,7 +276,7 @@ def _call_node(node, d_outs):
     d_outs = [g if g is not None else torch.zeros(m.shape, dtype=m.dtype, device=m.device)
               for g, m in zip(d_outs, node._input_metadata, strict=True)]  # fmt: skip
     out = node.apply(*d_outs)
-    out = out if isinstance(out, tuple) else (out,)
+    out = out if isinstance(out, tuple) else (out,)  # one gradient per argument; an edge per tensor argument
     grads = iter([g for g, needed in zip(out, node.needs_input_grad, strict=True) if needed])
     return [None if next_node is None else next(grads) for next_node, _ in node.next_functions]
 
@@ -302,7 +302,7 @@ class Launch:
     module: str  # Python module of the kernel
     kernel: str
     signature: tuple  # (argument, type) pairs
-    constants: tuple  # (path, value) pairs
+    constants: tuple  # (path, value) pairs; path: (position of the argument, position in it if it is a tuple, ...)
     attributes: tuple  # (path, attributes such as divisibility) pairs
     options: tuple  # (name, value) pairs: warps, stages
 
@@ -314,8 +314,8 @@ class Launch:
 
         compiler = triton.compiler.make_backend(target)
         bind = create_function_from_signature(kernel.signature, kernel.params, compiler)
-        bound, specialization, chosen = bind(*args, **kwargs)
-        _, signature, constants, attributes = kernel._pack_args(compiler, kwargs, bound, specialization, chosen)
+        bound, specialization, options = bind(*args, **kwargs)
+        _, signature, constants, attributes = kernel._pack_args(compiler, kwargs, bound, specialization, options)
         return cls(
             kernel.__module__,
             kernel.__name__,

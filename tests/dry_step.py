@@ -36,7 +36,7 @@ from unipad.recipes import DETECT, PRETRAIN, SEGMENT
 # Bytes of shared memory per program, at most. sm_80 stands for sm_86 and sm_89 too, so it gets their smaller limit.
 SHARED = {"sm_80": 101_376, "sm_90": 232_448, "sm_120": 101_376, "gfx942": 65_536}
 MAIN = ("train camera-0.1", "detect lidar-0.075", "segment segment")
-# With the other precisions, and with --deterministic
+# These also run with the other precisions, and with --deterministic
 WITH_VARIANTS = ("train camera-0.1", "train lidar-0.075", "detect camera-0.075", "segment segment")
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 VOXELS = 90_000  # occupied voxels per sample
@@ -51,7 +51,7 @@ class Step:
 
 
 def steps():
-    """Every recipe of train.py and finetune.py, and variants, named by their flags where there are any."""
+    """Every recipe of train.py and finetune.py, and variants of some; names have their flags, if there are any."""
     all_steps = []
     for task, presets in (("train", PRETRAIN), ("detect", DETECT), ("segment", SEGMENT)):
         for modality, named in presets.items():
@@ -77,7 +77,7 @@ def steps():
 
 
 def dry_step(step, scene=0):
-    """Run a step and return its `DryRun`. scene: an index that changes the numbers of points, voxels and boxes."""
+    """Run a step and return its `DryRun`. scene: any integer; changes the numbers of points, voxels and boxes."""
     recipe, precision = _shallow(step.recipe), PRECISIONS[step.precision]
     model = {PretrainRecipe: Pretrain, DetectRecipe: Detector}.get(type(recipe), Segmenter)
     with torch.device("meta"):
@@ -87,7 +87,7 @@ def dry_step(step, scene=0):
         batch = make_batch(recipe, scene)
         with torch.autocast("cuda", precision, enabled=precision != torch.float32):
             losses = net(batch, [Generator() for _ in range(len(batch))])
-        losses = losses[0] if model is Pretrain else losses
+        losses = losses[0] if model is Pretrain else losses  # `Pretrain` returns (losses, missed rays)
         backward(sum(losses.values()))
         torch.nn.utils.clip_grad_norm_(net.parameters(), recipe.optim.clip)
         missing = [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None]
@@ -153,7 +153,7 @@ def answers(recipe, scene):
     return {
         "assignment costs for the Hungarian method": None,  # a copy of a tensor: `DryRun` returns zeros
         "number of occupied voxels": voxels,
-        # the number, then lowest and highest cell (z, y, x)
+        # the number of cells, then the lowest and the highest cell (z, y, x)
         "number and extent of occupied cells": [voxels, 0, 0, 0, 39, 1023 - 16 * scene, 1023 - scene],
         "indices of the visible voxels": voxels // 5,  # that many: masking hides the rest
         "number of a convolution's output voxels": voxels // 6,
@@ -163,11 +163,14 @@ def answers(recipe, scene):
 
 
 def specialized_on_data(calls, other_calls):
-    """(kernel, argument) pairs whose values differ between two scenes and that Triton specializes the kernel on."""
+    """(kernel, argument) pairs: integers that differ between two scenes and on which Triton may specialize the kernel.
+
+    calls, other_calls: `DryRun.calls` of the scenes.
+    """
     specialized = set()
     for (kernel, given), (other, other_given) in zip(calls, other_calls, strict=True):
         assert kernel is other, f"{kernel.__name__} is launched here, {other.__name__} in another scene"
-        # arguments without specialization; Triton always specializes on elements of tuples
+        # arguments that `jit` was told to vary; Triton specializes on elements of tuples even then
         generic = {p.name for p in kernel.params if p.do_not_specialize and not isinstance(given.get(p.name), tuple)}
         for name, value in given.items():
             numbers = [[n for n in tree_iter(v) if isinstance(n, int)] for v in (value, other_given[name])]
@@ -182,9 +185,10 @@ def count_specializations(scenes, first, seed=0):
     scenes: number of training steps, with a scene of 1 to 150,000 voxels each; about half of them have fewer than 1000.
     """
     rng = random.Random(seed)
+    # voxels; Triton compiles separately for 1 and for multiples of 16
     sizes = [1, 16, *(rng.randrange(1, rng.choice([1000, 150_000])) for _ in range(scenes - 2))]
-    # Output voxels of the strided convolutions, as fractions of a scene's voxels. A step reads two of them, so it does
-    # not get those of its own scene.
+    # Output voxels of the strided convolutions, as fractions of a scene's voxels. There are four per scene, but a step
+    # reads only the next two, so mostly not those of its own scene: the numbers only have to vary.
     out_voxels = [1 + int(n * fraction) for n in sizes for fraction in (0.9, 0.4, 0.1, 0.1)]
     with torch.device("meta"):
         net = SparseEncoder(in_channels=5, widths=(16, 32, 64), blocks=1, out_channels=128)
@@ -254,7 +258,7 @@ def _compile_line(work):
 
 
 def print_seeded_faults():
-    """Print a JSON line for each deliberate fault: the error that detects it, or None (tests/test_dry_step.py)."""
+    """Print a JSON line for each deliberate fault: what detects it, or None (asserted in tests/test_dry_step.py)."""
 
     def caught(fault):
         """The exception's name, or the `DryRun` if there was none."""
@@ -269,7 +273,7 @@ def print_seeded_faults():
     def respecialized(*sizes):
         """What `composite` specializes on that differs between two sizes (rays R, samples S)."""
         first, second = (
-            caught(lambda _, shape=(R, S): composite(*(torch.zeros(*shape, *n, device=CUDA) for n in ((), (3,)))))
+            caught(lambda _, R=R, S=S: composite(torch.zeros(R, S, device=CUDA), torch.zeros(R, S, 3, device=CUDA)))
             for R, S in sizes
         )
         return [f"{kernel} on {name}" for kernel, name in specialized_on_data(first.calls, second.calls)] or None
@@ -311,15 +315,15 @@ def print_seeded_faults():
         "a copy back": lambda x: x.cpu(),
     }
     for name, fault in faults.items():
-        error = caught(fault)
-        print(json.dumps({"seeded": name, "found": None if isinstance(error, DryRun) else error}))
+        found = caught(fault)
+        print(json.dumps({"seeded": name, "found": None if isinstance(found, DryRun) else found}))
     no_error = caught(lambda x: torch.ones(8).to(CUDA, non_blocking=True).add_(1.0).masked_fill_(x > 0, 1.0))
     print(json.dumps({"seeded": "no fault", "found": None if isinstance(no_error, DryRun) else no_error}))
-    # R may vary (`do_not_specialize`), S is specialized on
+    # (R, S) of two calls: R may vary (`do_not_specialize`), S is specialized on
     print(json.dumps({"seeded": "a specialized size", "found": respecialized((1600, 96), (1601, 97))}))
     print(json.dumps({"seeded": "a varying size", "found": respecialized((1600, 96), (1601, 96))}))
-    print(json.dumps({"seeded": "more than 99 KB", "found": too_large(9)}))
-    print(json.dumps({"seeded": "less than 99 KB", "found": too_large(2)}))
+    print(json.dumps({"seeded": "more than 99 KB", "found": too_large(stages=9)}))
+    print(json.dumps({"seeded": "less than 99 KB", "found": too_large(stages=2)}))
 
 
 # torch.version.hip must be set before the kernels are imported: their constants depend on it.

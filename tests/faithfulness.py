@@ -2,8 +2,8 @@
 
     python -m tests.faithfulness
 
-Runs the tests that load a record and collects the errors of their comparisons (`golden.assert_close_to_max`). Arrays
-that must be bitwise equal are not among them.
+Runs the tests that load a record and collects the errors of their comparisons (`golden.assert_close_to_max`). Checks
+that arrays are bitwise equal do not count as comparisons.
 """
 
 import inspect
@@ -119,6 +119,7 @@ def table(errors):
 def main():
     files = sorted(file for file in (REPO / "tests").rglob("test_*.py") if _calls(file.read_text(), {"load"}))
     collector = Collector()
+    # "-n 0": all tests in this process, so that one collector sees them
     exit_code = pytest.main(["-n", "0", "-q", "-p", "no:cacheprovider", *map(str, files)], plugins=[collector])
     absent = RECORDS.keys() - collector.errors.keys()
     if exit_code or absent:

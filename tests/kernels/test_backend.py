@@ -95,7 +95,7 @@ def _racing_kernel(x_ptr):
 @pytest.mark.skipif(HAS_GPU, reason="on a GPU programs have no order")
 def test_reversed_programs_reveal_a_race(monkeypatch):
     in_order, reversed_order = torch.zeros(5), torch.zeros(5)
-    monkeypatch.undo()  # of the fixtures, --reverse-programs included
+    monkeypatch.undo()  # what the fixtures patched, such as the order of programs with --reverse-programs
     _racing_kernel[(4,)](x_ptr=in_order)
     monkeypatch.setattr(*reversed_programs())
     _racing_kernel[(4,)](x_ptr=reversed_order)

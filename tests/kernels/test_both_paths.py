@@ -11,7 +11,7 @@ from unipad.kernels.voxelize import grid_sample
 from unipad.selfcheck import checks
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
-# Op name -> its first case in the self-check, at the small size: in reverse order, it replaces the later ones
+# Op name -> its first case in the self-check, at the small size (reversed, so that the first replaces the later ones)
 CASES = {case.name.split(",")[0].split()[0]: case for case in reversed(list(checks(("small",))))}
 PATHS = {"kernel": nullcontext, "reference": references}
 
@@ -25,8 +25,8 @@ def both_resamplers(**wrong):
     return [("sample_pdf", wrong), ("resample", wrong)]
 
 
-# op, wrong arguments (or functions that make them from the valid ones), part of the message. The sizes in the messages
-# (33 rays, 40 boxes) are those of the self-check's small cases.
+# op, wrong arguments (or functions that make them from the valid ones), pattern in the message. The sizes in the
+# messages (33 rays, 40 boxes) are those of the self-check's small cases.
 REJECTED = [
     (*call, message)
     for calls, message in [
@@ -100,7 +100,7 @@ def test_autocast_does_not_change_a_reference(op):
         return outs if isinstance(outs, tuple) else (outs,)
 
     with references():
-        plain = run()
+        plain = run()  # without autocast
         with torch.autocast(torch.device(DEVICE).type, torch.bfloat16):
             under_autocast = run()
     assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(plain, under_autocast, strict=True))

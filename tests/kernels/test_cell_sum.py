@@ -8,13 +8,14 @@ from unipad.kernels.trilinear import trilinear_ref
 
 LAUNCHES = [
     Launch(
-        "_cell_sum_kernel", dict(C=32, BLOCK_N=32), dict(order_ptr="*i64", first_of_cell_ptr="*i64"),
+        "_cell_sum_kernel", dict(C=32, BLOCK_N=BLOCK_N), dict(order_ptr="*i64", first_of_cell_ptr="*i64"),
         divisible=("CHANNELS",), elements=("fp32",), num_warps=1, registers=128, shared=256,
     )
 ]  # fmt: skip
 
 
-OUTSIDE = 2**31 - 1  # `cell_of` samples in no cell
+OUTSIDE = 2**31 - 1  # what `cell_of` returns for samples in no cell
+COLUMNS = 16  # of d_value and d_slope, padding included
 
 
 def make_inputs(R, S, channels, B=2, Z=2, Y=3, X=2):
@@ -27,7 +28,7 @@ def make_inputs(R, S, channels, B=2, Z=2, Y=3, X=2):
     origins[:1], directions[:1] = 0, torch.tensor([1.0, 0, 0])
     edges = (torch.arange(S + 1) / 64).expand(R, S + 1).contiguous()
     cells_per_unit, cell_offset = torch.tensor([1.0, 2.0, 1.0]), torch.tensor([0.5, 1.0, 0.5])
-    d_value, d_slope, v = torch.randn(R * S, 16), torch.randn(R * S, 16), torch.randn(R * S, 3)
+    d_value, d_slope, v = torch.randn(R * S, COLUMNS), torch.randn(R * S, COLUMNS), torch.randn(R * S, 3)
     points = origins[:, None] + directions[:, None] * edges[:, :-1, None]
     grid_coords = points * cells_per_unit + cell_offset
     x, y, z = (grid_coords.flatten(0, 1).floor() + 1).long().unbind(1)  # cells start one voxel before the volume
@@ -43,16 +44,16 @@ def make_inputs(R, S, channels, B=2, Z=2, Y=3, X=2):
 
 
 def test_cell_sum_is_the_gradient_of_trilinear(device):
-    """The gradient of both its outputs: of the value, and of the spatial gradient through its product with v."""
+    """W.r.t. the volume; both outputs of `trilinear` have one: the value, and the spatial gradient, here times v."""
     R, S, channels = 3, 140, 5
     inputs, grid_coords, volume_idx = make_inputs(R, S, channels)
     cells, counts = inputs["cell"].unique(return_counts=True)
-    assert counts[:-1].max() > BLOCK_N and cells[-1] == OUTSIDE
+    assert counts[:-1].max() > BLOCK_N and cells[-1] == OUTSIDE  # a cell with two iterations, samples in no cell
     volume = torch.zeros_like(inputs["d_volume"], dtype=torch.float64).requires_grad_()
     value, gradient = trilinear_ref(volume, grid_coords.double(), volume_idx)
-    # `gradient` [R, S, 3, C] is per voxel, v per unit of length
+    # `gradient` [R, S, 3, channels] is w.r.t. grid coordinates, v is a direction in the unit of the points
     slope = ((inputs["cells_per_unit"] * inputs["v"]).view(R, S, 3, 1) * gradient).sum(2)
-    upstream = [inputs[d].double().view(R, S, 16)[..., :channels] for d in ("d_value", "d_slope")]
+    upstream = [inputs[d].double().view(R, S, COLUMNS)[..., :channels] for d in ("d_value", "d_slope")]
     (expected,) = torch.autograd.grad([value, slope], volume, upstream)
     inputs = {name: t.to(device) for name, t in inputs.items()}
     cell_sum(**inputs)

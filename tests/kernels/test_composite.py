@@ -62,7 +62,7 @@ def test_opaque_samples_transmit_epsilon(fn, device):
 
 
 def test_opaque_and_empty_samples_match_reference(device):
-    """alpha == 1 and alpha == 0, where a formula that divides by (1 - alpha) breaks."""
+    """alpha == 1 and alpha == 0, where formulas that divide by 1 - alpha or by alpha break."""
     inputs = make_inputs(4, 6, 2, device)
     inputs["alpha"][:, 2] = 1.0
     inputs["alpha"][:, 4] = 0.0

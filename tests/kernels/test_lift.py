@@ -41,19 +41,19 @@ LAUNCHES = [
     launch("_lift_bwd_kernel", 1, 16, (), ("fp32",), 192, 128),
 ]
 
-IMAGE = (24, 40)  # pixels
+IMAGE = (24, 40)  # (H, W) pixels
 
 
 def views(B, N, device):
     """lidar2image [B, N, 4, 4] of cameras near the origin that look along y; each matrix is slightly perturbed."""
     intrinsics = torch.tensor([[20.0, 0, 20, 0], [0, 20, 12, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
     extrinsics = torch.tensor([[1.0, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]])  # x right, y ahead, z up
-    perturbed = extrinsics + 0.05 * torch.randn(B, N, 4, 4) * torch.tensor([1.0, 1, 1, 0])[:, None]
+    perturbed = extrinsics + 0.05 * torch.randn(B, N, 4, 4) * torch.tensor([1.0, 1, 1, 0])[:, None]  # not the last row
     return (intrinsics @ perturbed).to(device)
 
 
 def make_inputs(B, N, sizes, C, D, shape, device):
-    """Arguments of `lift`, in its sizes; `sizes`: (h, w) of each level.
+    """Arguments of `lift`, with its letters for sizes; `sizes`: (h, w) of each level.
 
     A grid of 12 x 12 x 4 m ahead of the cameras, which see about half of it, its first voxel included.
     """
@@ -112,7 +112,7 @@ RECORDED = dict(  # geometry of the golden record view_trans_2lvl
 
 @pytest.fixture
 def large_blocks(monkeypatch):
-    """The interpreter's time grows with the number of programs."""
+    """Larger blocks, so fewer programs, in the interpreter, whose time grows with their number."""
     if not HAS_GPU:
         for name, size in dict(FWD_TILE=2**17, BWD_TILE=2**17, MAX_VOXELS=2**10).items():
             monkeypatch.setattr(unipad.kernels.lift, name, size)
@@ -121,11 +121,11 @@ def large_blocks(monkeypatch):
 
 @pytest.mark.parametrize("op", [lift, lift_ref])
 def test_reproduces_the_original(op, device, large_blocks, monkeypatch):
-    """Volume and gradients of Uni3DViewTrans: 2 samples, 6 views, 2 levels; the coarse one's gradients are gathered.
+    """Volume and gradients of Uni3DViewTrans: 2 samples, 6 views, 2 levels; the second one's gradients are gathered.
 
     `w_out` is the gradient w.r.t. the volume. The record's arrays are channels first, ours channels last.
     """
-    monkeypatch.setattr(unipad.kernels.lift, "COARSE", 2)
+    monkeypatch.setattr(unipad.kernels.lift, "COARSE", 2)  # the levels have 0.7 and 2.7 voxels per pixel
     arrays = {name: array.to(device) for name, array in golden.load("view_trans_2lvl")[0].items()}
     features = [arrays[f"in/feat_{l}"].permute(0, 1, 3, 4, 2).requires_grad_() for l in range(2)]
     depths = [arrays[f"in/depth_{l}"].unflatten(0, (2, 6)).permute(0, 1, 3, 4, 2).requires_grad_() for l in range(2)]
@@ -158,8 +158,8 @@ def flat_view(device):
 def test_by_hand(op, device):
     """Worked on paper: an image of 4 x 4 pixels and 3 x 3 features, each 10 row + column: 5 y + x / 2 at pixel (x, y).
 
-    Depth 1 in the range (0, 2) is midway between two bins, 0.25 and 0.5: 0.375. Voxel corners on the image's border
-    count as outside.
+    Depth 1 in the range (0, 2) is midway between two bins of probability 0.25 and 0.5: 0.375. Voxel corners on the
+    image's border count as outside.
     """
     row, column = torch.meshgrid(torch.arange(3.0), torch.arange(3.0), indexing="ij")
     feature = (10 * row + column).view(1, 1, 3, 3, 1).to(device).requires_grad_()
@@ -246,7 +246,7 @@ def test_gradcheck(device):
 
 @pytest.mark.parametrize("strict, coarse, gathered_levels", [(True, 10**9, 2), (False, 10, 1), (False, 10**9, 0)])
 def test_gradients_of_coarse_levels_are_gathered(strict, coarse, gathered_levels, device, large_blocks, monkeypatch):
-    """Those of levels with at least `coarse` voxels per pixel (here 200 / 15 and 200 / 60); when strict, of all."""
+    """Those of levels with at least `coarse` voxels per pixel (of 200 / 15 and 200 / 60); if strict, of both levels."""
     monkeypatch.setattr(unipad.kernels.lift, "COARSE", coarse)
     inputs = make_inputs(B=1, N=1, sizes=[(3, 5), (6, 10)], C=3, D=4, shape=(10, 10, 2), device=device)
     features, depths = inputs.pop("features"), inputs.pop("depths")

@@ -28,12 +28,12 @@ def test_pixel_sum_is_the_gradient_of_interpolation(device, monkeypatch):
     if not HAS_GPU:
         monkeypatch.setattr(unipad.kernels.pixel_sum, "TILE", 2**9)  # so that the 72 pixels take several programs
     B, N, h, w, C, D, V = 2, 3, 3, 4, 5, 6, 20
-    hits = torch.rand(2, B, N, V, HIT.value, dtype=torch.float64)
-    hits[..., :3] *= torch.tensor([w - 1, h - 1, D - 1])
+    hits = torch.rand(2, B, N, V, HIT.value, dtype=torch.float64)  # [levels, ...]
+    hits[..., :3] *= torch.tensor([w - 1, h - 1, D - 1])  # column, row, depth bin
     hits[..., ::4, 0] = hits[..., ::4, 0].round()
     hits[..., ::3, 1] = hits[..., ::3, 1].round()
     visible = torch.rand(B, N, V) < 0.6
-    d_volume = torch.randn(B, 1, 4, 5, C, dtype=torch.float64)
+    d_volume = torch.randn(B, 1, 4, 5, C, dtype=torch.float64)  # V = 1 x 4 x 5 voxels
 
     x, y, z, probability, d_probability = hits[1].unbind(-1)  # [B, N, V] each
     view = torch.arange(B * N).view(B, N, 1)

@@ -47,7 +47,9 @@ def uniform(*shape, device):
 
 
 def resample_inputs(R, S, n, jittered, device):
-    """Edges and jitter are geometry and stay fp32; the weights have peaks and exact zeros."""
+    """Arguments of `sample_pdf` and `resample`. The weights, with peaks and exact zeros, are cast to the tested type;
+    edges and jitter are geometry and stay fp32.
+    """
     weights = uniform(R, S, device=device) ** 4
     weights[:, 1::3] = 0
     edges = uniform(R, S + 1, device=device).sort(dim=1).values.float()
@@ -81,13 +83,14 @@ def test_clip_rays_matches_reference(R, dtype, device):
     ],
 )
 def test_clip_rays_by_hand(fn, origin, direction, expected, device):
-    """expected: near and far; None: the ray misses, or leaves the box before `near` = 1."""
+    """expected: distances of entry and exit; None: the ray misses, or leaves the box before `near` = 1."""
     origins, directions = (torch.tensor([v], device=device, dtype=torch.float32) for v in (origin, direction))
-    near, far, hit = fn(origins, directions, (-2, -4, -1), (2, 4, 3), near=1.0)
+    enter, leave, hit = fn(origins, directions, low=(-2, -4, -1), high=(2, 4, 3), near=1.0)
     assert hit.tolist() == [expected is not None]
-    near_far = torch.stack([near, far]).flatten().cpu()
+    distances = torch.stack([enter, leave]).flatten().cpu()
     expected = torch.tensor(expected or (1, 2), dtype=torch.float32)  # a ray that misses gets near and near + 1
-    torch.testing.assert_close(near_far, expected, rtol=3e-6, atol=0)  # distances are over direction + 1e-6
+    # the op divides by direction + 1e-6, so distances are off by up to the fraction 1e-6 / 0.6
+    torch.testing.assert_close(distances, expected, rtol=3e-6, atol=0)
 
 
 @DTYPES
@@ -151,11 +154,11 @@ def test_resample_by_hand(sample_op, resample_op, device):
 
 
 @pytest.mark.parametrize("fn", [sample_pdf, sample_pdf_ref])
-def test_rays_of_almost_no_weight_are_sampled_evenly(fn, device):
+def test_weights_of_almost_no_sum_are_padded_evenly(fn, device):
     edges = torch.linspace(0, 1, 5, device=device).repeat(3, 1)
     weights = torch.zeros(3, 4, device=device)
     weights[1] = 1e-8  # a sum below 1e-5 is padded evenly to 1e-5
-    weights[2] = torch.tensor([0.0, 5e-6, 0.0, 0.0])  # half padding: masses 1/8, 5/8, 1/8, 1/8, sampled by these
+    weights[2] = torch.tensor([0.0, 5e-6, 0.0, 0.0])  # half of 1e-5 is padding: masses 1/8, 5/8, 1/8, 1/8
     new = fn(edges, weights, n=3)
     even = torch.tensor([1, 3, 5, 7], device=device) / 8
     torch.testing.assert_close(new[:2], even.repeat(2, 1), rtol=1e-3, atol=0)
@@ -187,7 +190,7 @@ def test_all_samples_lie_in_the_only_interval_with_mass(fn, device):
         (7, 5, 3),  # odd sizes
         (16, 24, 8),  # exactly one block
         (17, 9, 8),  # one ray more than a block
-        (3, 5, 9),
+        (3, 5, 9),  # more new samples than old ones
         (3, 4, 0),  # no new samples
         (0, 4, 4),  # no rays
     ],

@@ -23,7 +23,7 @@ from unipad.kernels.rotated_iou import (
 BEV = [0, 1, 3, 4, 6]  # columns x, y, w, l, yaw of a 3D box
 TYPES = dict(order_ptr="*i64", suppressed_ptr="*i32", kept_ptr="*i1")
 # stack=32: the cosine's range reduction for huge angles takes 32 bytes of stack with Triton 3.6, none with 3.9.
-# Not for fp64, in which only tests run the kernels: it takes more stack, and twice the registers per pair.
+# No fp64, which takes more stack and twice the registers per pair: only tests run the kernels in it.
 LAUNCHES = [
     Launch(kernel, blocks, TYPES, elements=("fp32",), num_warps=warps, registers=registers, shared=shared, stack=32)
     for kernel, blocks, warps, registers, shared in [
@@ -117,7 +117,7 @@ def test_boxes_of_negative_size_have_no_area(bev, paired, device):
     )
     expected = torch.tensor([1.0, 0, 0, 0, 0, 0, 0, 0], device=device)  # only the first has no negative size
     flat = boxes[::2, BEV]  # those of positive height
-    torch.testing.assert_close(bev(flat, flat), torch.diag(expected[:4]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(bev(flat, flat), torch.diag(expected[::2]), rtol=0, atol=1e-6)
     for a, b in ((boxes, solid.expand(8, 7)), (solid.expand(8, 7), boxes), (boxes, boxes)):
         torch.testing.assert_close(paired(a, b), expected, rtol=0, atol=1e-6)
 
@@ -244,7 +244,7 @@ def test_nms_by_hand(fn, device):
     boxes[:, 0] = torch.tensor([0.8, 0.4, 0, 0, 1.6], device=device)
     boxes[:, 2:4] = 1
     scores = torch.tensor([0.1, 0.5, 0.9, 0.9, 0.05], device=device)
-    assert fn(boxes, scores, 0.2).tolist() == [2, 0, 4]  # IoU of 0.4 m apart 3 / 7, of 0.8 m 1 / 9
+    assert fn(boxes, scores, 0.2).tolist() == [2, 0, 4]  # IoU is 3 / 7 at 0.4 m, 1 / 9 at 0.8 m
     assert fn(boxes, scores, 0.45).tolist() == [2, 1, 0, 4]
     assert fn(boxes, scores, 1.0).tolist() == [2, 3, 1, 0, 4]  # no IoU is greater than 1
     assert fn(boxes[:0], scores[:0], 0.2).tolist() == []

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ from unipad.kernels.sdf_alpha import (
     volsdf_alpha_ref,
 )
 
-LAUNCHES = [
+LAUNCHES = [  # checked by tests/test_compiles.py
     Launch("_neus_alpha_fwd_kernel", dict(BLOCK=512), registers=40),
     Launch("_neus_alpha_bwd_kernel", dict(BLOCK=512), types={"d_inv_s_ptr": "*fp32"}, registers=64, shared=2048),
     Launch("_interval_alpha_kernel", dict(BLOCK=512), registers=56),
@@ -33,29 +35,30 @@ SHAPES = pytest.mark.parametrize(
         (0, 96),  # no rays
     ],
 )
-# Opacities are differences of CDFs or exponentials of about 1. If all are smaller than this, as may happen with one
-# sample, tolerances do not shrink with them.
+# An opacity is a difference of two numbers up to 1 (CDFs, or 1 and an exponential), whose rounding errors remain where
+# it is small. If all opacities are below this, as may happen with one sample, the tolerance is a fraction of this.
 MAGNITUDE = 0.1
 
 
-def random(*shape, device):
+def normal(*shape, device):
+    """In fp64, which `check_against_ref` casts to each type."""
     return torch.randn(*shape, device=device, dtype=torch.float64)
 
 
 def neus_inputs(R, S, device, inv_s=20.0):
     return dict(
-        sdf=random(R, S, device=device) / 10,
-        gradient=random(R, S, 3, device=device),
-        directions=torch.nn.functional.normalize(random(R, 3, device=device), dim=1),
-        deltas=random(R, S, device=device).abs() / 10,
+        sdf=normal(R, S, device=device) / 10,
+        gradient=normal(R, S, 3, device=device),
+        directions=torch.nn.functional.normalize(normal(R, 3, device=device), dim=1),
+        deltas=normal(R, S, device=device).abs() / 10,
         inv_s=torch.tensor([inv_s], device=device, dtype=torch.float64),
     )
 
 
 def volsdf_inputs(R, S, device, beta=0.1):
     return dict(
-        sdf=random(R, S, device=device) / 10,
-        deltas=random(R, S, device=device).abs() / 10,
+        sdf=normal(R, S, device=device) / 10,
+        deltas=normal(R, S, device=device).abs() / 10,
         beta=torch.tensor([beta], device=device, dtype=torch.float64),
     )
 
@@ -70,7 +73,7 @@ def test_neus_alpha_matches_reference(R, S, dtype, device):
 @DTYPES
 @SHAPES
 def test_interval_alpha_matches_reference(R, S, dtype, device):
-    inputs = dict(sdf=random(R, S, device=device), deltas=random(R, S, device=device).abs(), inv_s=64.0)
+    inputs = dict(sdf=normal(R, S, device=device), deltas=normal(R, S, device=device).abs(), inv_s=64.0)
     check_against_ref(interval_alpha, interval_alpha_ref, inputs, dtype, wrt=[], magnitude=MAGNITUDE)
 
 
@@ -105,13 +108,13 @@ def test_neus_alpha_by_hand(fn, device):
 
 @pytest.mark.parametrize("fn", [interval_alpha, interval_alpha_ref])
 def test_interval_alpha_by_hand(fn, device):
-    """SDF 1, 0, 1, -3 at unit distances: slopes -1, 1, -4; the minimum of each and its predecessor: -1, -1, -4."""
+    """SDF 1, 0, 1, -3 at unit distances: slopes -1, 1, -4; the smaller of each and its predecessor: -1, -1, -4."""
     sdf = torch.tensor([[1.0, 0, 1, -3]], device=device, dtype=torch.float64)
     alpha = fn(sdf, torch.full_like(sdf, 1.0), inv_s=torch.tensor(3.0).log().item())
 
     # sigmoid of ln 3, 0 and -3 ln 3: 3/4, 1/2, 1/28
     by_hand = [0.25001 / 0.75001, 0.25001 / 0.75001, (3 / 4 - 1 / 28 + 1e-5) / 0.75001, 0]
-    torch.testing.assert_close(alpha, sdf.new_tensor([by_hand]), rtol=2e-5, atol=0)  # the slopes divide by delta + 1e-5
+    torch.testing.assert_close(alpha, sdf.new_tensor([by_hand]), rtol=2e-5, atol=0)  # slope = difference / (1 + 1e-5)
 
 
 @pytest.mark.parametrize("fn", [interval_alpha, interval_alpha_ref])
@@ -126,24 +129,24 @@ def test_interval_alpha_of_coincident_samples_is_finite(fn, device):
 
 @pytest.mark.parametrize("fn", [volsdf_alpha, volsdf_alpha_ref])
 def test_volsdf_alpha_by_hand(fn, device):
-    """beta = 1/2: density 2 (1 - e^-0.5 / 2) a quarter inside, 1 at the surface, e^-1 half a unit outside."""
+    """beta = 1/2: density 2 (1 - e^-0.5 / 2) at sdf -1/4, inside; 1 at the surface; e^-1 at sdf 1/2, outside."""
     sdf = torch.tensor([[-0.25, 0.0, 0.5]], device=device, dtype=torch.float64)
     alpha = fn(sdf, deltas=torch.full_like(sdf, 2.0), beta=sdf.new_tensor([0.5]))
-    densities = sdf.new_tensor([[2 * (1 - torch.tensor(-0.5).double().exp().item() / 2), 1.0, 0.36787944117144233]])
+    densities = sdf.new_tensor([[2 * (1 - math.exp(-0.5) / 2), 1.0, math.exp(-1)]])
     torch.testing.assert_close(alpha, 1 - torch.exp(-2 * densities), rtol=1e-12, atol=0)
 
 
 def test_laplace_density_broadcasts_beta(device):
-    sdf = random(3, 4, device=device)
+    sdf = normal(3, 4, device=device)
     beta = torch.tensor([[0.1], [0.2], [0.3]], device=device, dtype=torch.float64)
     rows = [laplace_density(sdf[r], beta[r]) for r in range(3)]
     torch.testing.assert_close(laplace_density(sdf, beta), torch.stack(rows), rtol=0, atol=0)
 
 
-def test_unisurf_alpha_is_a_sigmoid(device):
+def test_unisurf_alpha_at_and_far_from_the_surface_and_its_gradient(device):
     sdf = torch.tensor([[0.0, 1e6, -1e6]], device=device)
     assert unisurf_alpha(sdf).tolist() == [[0.5, 0.0, 1.0]]
-    torch.autograd.gradcheck(unisurf_alpha, random(3, 4, device=device).requires_grad_())
+    torch.autograd.gradcheck(unisurf_alpha, normal(3, 4, device=device).requires_grad_())
 
 
 @pytest.mark.parametrize("inv_s", [1e-6, 1.0, 1e6])
@@ -154,8 +157,8 @@ def test_neus_alpha_matches_reference_at_the_limits_of_inv_s(inv_s, device):
     )
 
 
-def test_opacity_at_its_bounds_passes_no_gradient(device):
-    """Behind the surface P and N vanish, so alpha is 1. In intervals of negative length it is clipped to 0."""
+def test_neus_alpha_far_behind_the_surface_or_clipped_to_0_passes_no_gradient(device):
+    """Far behind the surface P and N underflow to 0: alpha = e / e. Intervals of negative length are clipped to 0."""
     inputs = neus_inputs(2, 3, device, inv_s=1e4)
     inputs["gradient"] = -inputs["directions"][:, None].expand(2, 3, 3).contiguous()  # slope -1
     inputs["sdf"][:] = torch.tensor([[-1.0, 0.0, 0.0], [0.0, 1.0, -1.0]])
@@ -167,13 +170,13 @@ def test_opacity_at_its_bounds_passes_no_gradient(device):
     torch.testing.assert_close(alpha[0], alpha.new_tensor([1.0, 0.0, 1.0]), rtol=0, atol=2e-5)
     assert alpha[1, 0] == 0
     d_sdf, d_gradient = torch.autograd.grad(alpha.sum(), leaves[:2])
-    at_bounds = ([0, 0, 1, 1], [0, 1, 0, 2])  # rays, samples: two behind the surface, two clipped to 0
-    assert not d_sdf[at_bounds].any() and not d_gradient[at_bounds].any()
-    assert d_sdf[0, 2] != 0  # at the surface: opaque, but not clipped
+    behind_or_clipped = ([0, 1, 0, 1], [0, 2, 1, 0])  # rays, samples: two behind the surface, two clipped to 0
+    assert not d_sdf[behind_or_clipped].any() and not d_gradient[behind_or_clipped].any()
+    assert d_sdf[0, 2] != 0  # at the surface: alpha rounds to 1, but has a (tiny) gradient
 
 
 def test_volsdf_alpha_has_a_gradient_at_the_surface(device):
-    """The density has the same slope on both sides of sdf 0; that of |sdf|, in its formula, is 0 in autograd."""
+    """At sdf 0 the density has the same slope on both sides; autograd of its formula, with |sdf|, would give 0."""
     inputs = volsdf_inputs(3, 4, device)
     inputs["sdf"][1] = 0.0
     check_against_ref(volsdf_alpha, volsdf_alpha_ref, inputs, torch.float32, wrt=["sdf", "beta"])
@@ -202,7 +205,7 @@ def test_volsdf_alpha_gradcheck(device):
 
 
 @pytest.mark.parametrize("name", ["gradient", "directions", "deltas"])
-def test_rejects_mismatched_shapes(name, device):
+def test_neus_alpha_rejects_mismatched_shapes(name, device):
     inputs = neus_inputs(3, 4, device)
     inputs[name] = inputs[name][:2]
     with pytest.raises(AssertionError, match="match sdf"):

@@ -1,4 +1,7 @@
-"""The fused renderer's backward: compiled cost and training steps; test_sdf_render.py checks its gradients."""
+"""The fused renderer's backward: what its kernels may cost, its gradient under strict determinism, training steps.
+
+test_sdf_render.py compares its gradients with autograd's.
+"""
 
 import pytest
 import torch
@@ -23,9 +26,9 @@ from tests.kernels.test_sdf_render import (
     SMALL_TILE,
     TILE,
     WIDE,
+    adapted,
     assert_tiles_are_as_chosen,
-    called,
-    composed,
+    formulas,
     launch,
     make_inputs,
     results,
@@ -37,7 +40,7 @@ from unipad.model.render import Renderer
 
 # the volume's gradient: by atomic adds, or summed by `cell_sum` under strict determinism
 ADD, BY_CELL = dict(SCATTER=True), dict(SCATTER=False)
-# kernel, constexprs, targets, registers, shared, stack, mma, warps: see the comment on stacks in test_sdf_render.py
+# checked by tests/test_compiles.py; columns, constexprs and the reason for the stacks: see test_sdf_render.py
 LAUNCHES = [
     launch("_sdf_render_bwd_rgb_kernel", RGB | ALONG, NVIDIA, 255, 36864, 640, "HGMMA"),
     launch("_sdf_render_bwd_rgb_kernel", NO_RGB | ALONG, NVIDIA, 80, 256),
@@ -63,23 +66,23 @@ def test_launches_have_the_tiles_that_the_code_chooses():
 def test_zero_upstream_gradient_gives_a_zero_volume_gradient():
     inputs = make_inputs(R=2, S=5, sdf_layers=2, rgb_layers=2)
     inputs["volume"].requires_grad_()
-    outs = called(sdf_render)(**inputs)
+    outs = adapted(sdf_render)(**inputs)
     (d_volume,) = torch.autograd.grad(outs, inputs["volume"], [torch.zeros_like(o) for o in outs])
     assert d_volume.shape == inputs["volume"].shape and not d_volume.any()
 
 
 def test_strict_determinism_sums_by_cell():
-    """The kernels still run, with `cell_sum` instead of atomic adds. Some samples lie on cell faces or outside."""
+    """The fused kernels still run, and `cell_sum` replaces atomic adds. Some samples lie on cell faces or outside."""
     inputs = make_inputs(R=2, S=20, channels=16, sdf_layers=2, rgb_layers=2, B=1)
     inputs["volume"] = inputs["volume"][:, :2, :3, :3]
     inputs["cells_per_unit"], inputs["cell_offset"] = torch.tensor([[1.0, 1, 2], [1.0, 1, 0.5]], device=DEVICE)
     inputs["edges"] = torch.arange(21, device=DEVICE).expand(2, 21) / 8
     inputs["origins"] = torch.zeros(2, 3, device=DEVICE)
     inputs["directions"] = torch.tensor([[1.0, 0, 0], [0, 0.6, 0.8]], device=DEVICE)
-    truth = results(composed("neus"), inputs, torch.float64)
-    torch.use_deterministic_algorithms(True)
+    truth = results(formulas("neus"), inputs, torch.float64)
+    torch.use_deterministic_algorithms(True)  # until the end of this test, see conftest.py
     with launches() as launched:
-        ours = results(called(sdf_render, exact=True), inputs)
+        ours = results(adapted(sdf_render, exact=True), inputs)
     assert launched[-1] == "_cell_sum_kernel"
     for name, value in ours.items():
         assert_close_to_max(value, truth[name], 1e-5, name)
@@ -95,10 +98,11 @@ def training_step(method):
     renderer = Renderer(cfg, grid).to(DEVICE)
     volume = torch.randn(2, 16, 2, 4, 4, device=DEVICE).requires_grad_()
     directions = F.normalize(torch.randn(4, 3, device=DEVICE) * torch.tensor([1, 1, 0.2], device=DEVICE), dim=1)
-    depth, idx = torch.tensor([4.0, 5.0, -1.0, 6.0], device=DEVICE), torch.tensor([0, 1, 0, 1], device=DEVICE).int()
-    rays = Rays(torch.zeros_like(directions), directions, depth, torch.rand_like(directions), idx)
+    depth = torch.tensor([4.0, 5.0, -1.0, 6.0], device=DEVICE)  # -1: unknown
+    volume_idx = torch.tensor([0, 1, 0, 1], device=DEVICE).int()
+    rays = Rays(torch.zeros_like(directions), directions, depth, torch.rand_like(directions), volume_idx)
     jitter = torch.rand(4, renderer.jitters, device=DEVICE)
-    points = directions * 5, idx
+    points = directions * 5, volume_idx
     wrt = [volume, *(p for p in renderer.parameters() if p.requires_grad)]
 
     def step():
@@ -110,7 +114,10 @@ def training_step(method):
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_only_volsdfs_sampler_waits_for_the_device_in_a_training_step(deterministic):
-    """Sampling, forward, losses and backward: a step without waits can be a CUDA graph. A CPU can check it."""
+    """Sampling, forward, losses and backward; a step without waits can be captured as a CUDA graph.
+
+    `WaitRecorder` finds the waits on a CPU too.
+    """
     _, step = training_step("neus")
     torch.use_deterministic_algorithms(True, warn_only=not deterministic)
     with launches() as launched, WaitRecorder() as waits:
@@ -125,14 +132,14 @@ def test_only_volsdfs_sampler_waits_for_the_device_in_a_training_step(determinis
 
 
 def test_volsdf_uses_no_cumsum_of_floats():
-    """Its sampler needs running sums, which must be deterministic under `--deterministic`."""
+    """VolSDF's sampler needs running sums, which must be deterministic under `--deterministic`."""
     _, step = training_step("volsdf")
     torch.use_deterministic_algorithms(True)
     with launches() as launched, NoFloatCumsum():
         values = step()
     assert "_cell_sum_kernel" in launched and all(t.isfinite().all() for t in values)
     with pytest.raises(AssertionError, match="not deterministic"), NoFloatCumsum():
-        torch.ones(3).cumsum(0)  # the check detects one
+        torch.ones(3).cumsum(0)  # `NoFloatCumsum` detects it
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="CUDA graphs need a GPU")

@@ -17,11 +17,8 @@ def test_batched_folding_matches_fold():
         torch.testing.assert_close(batched, looped, rtol=1e-14, atol=1e-14)
 
 
-def test_softplus_is_linear_beyond_the_threshold():
-    """Value, slope and curvature are those of torch's softplus; with beta = 100, z = 0.2 is its threshold beta z = 20.
-
-    Beyond it, they are exactly z, 1 and 0.
-    """
+def test_softplus_equals_torchs_and_is_linear_beyond_the_threshold():
+    """Value, slope and curvature; the threshold, 100 z = 20, is at z = 0.2. Beyond it, they are exactly z, 1 and 0."""
     z = torch.tensor([-3.0, -0.2, -0.01, 0.0, 0.01, 0.199, 0.201, 0.3, 5.0], dtype=torch.float64, requires_grad=True)
     out, slope = Softplus.apply(z)
     expected = F.softplus(z, beta=100)

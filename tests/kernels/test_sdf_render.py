@@ -27,37 +27,37 @@ CELLS_PER_UNIT, CELL_OFFSET = torch.tensor([[4.0, 4.0, 8.0], [4.0, 4.0, 2.0]], d
 AMPERE, HOPPER, AMD = ("sm_80",), ("sm_90",), ("gfx942",)
 NVIDIA = AMPERE + HOPPER
 OTHERS = ("sm_86", "sm_89", "sm_100", "sm_120")  # launches for HOPPER compile for these too, without budgets
-# tiles of 64 samples: TILE of any rays; ALONG of two rays, 32 samples along each
+# tiles of 64 samples: TILE for kernels that ignore rays; ALONG for kernels that walk along rays: two rays, 32 of each
 TILE, ALONG = dict(BLOCK_M=64), dict(BLOCK_R=2, BLOCK_S=32)
 FIELD = dict(C=32, H=16, PREC="tf32")  # the field of every preset
 RGB = FIELD | dict(NEUS=True, SDF_LAYERS=6, RGB_LAYERS=4)
-NO_RGB = RGB | dict(RGB_LAYERS=0)  # LiDAR only
+NO_RGB = RGB | dict(RGB_LAYERS=0)  # presets for LiDAR only, which render no color
 IEEE = dict(PREC="ieee")  # matrix products in fp32, as on AMD GPUs
 TRAIN = dict(STOP=0.0)  # rays do not stop early
-WIDE = RGB | dict(C=64, H=64)  # the widest field; its tiles have half as many samples
-EXACT = RGB | dict(PREC="tf32x3")  # its tiles have a quarter as many samples, and two warps
+WIDE = RGB | dict(C=64, H=64)  # the widest supported field; its tiles (HALF_*) have half as many samples
+EXACT = RGB | dict(PREC="tf32x3")  # exact=True; its tiles (SMALL_*) have a quarter as many samples, and two warps
 HALF_TILE, HALF_ALONG = dict(BLOCK_M=32), dict(BLOCK_R=1, BLOCK_S=32)
 SMALL_TILE, SMALL_ALONG = dict(BLOCK_M=16), dict(BLOCK_R=1, BLOCK_S=16)
 
 
 def launch(kernel, constexprs, targets, registers=255, shared=0, stack=0, mma="", warps=4):
-    """The limits hold on NVIDIA; for AMD, launches are only compiled."""
+    """registers, shared, stack, mma: limits on sm_80 and sm_90 (those in `targets`); other targets only compile."""
     budgets = [target for target in targets if target in NVIDIA]
     targets = targets + OTHERS if HOPPER[0] in targets else targets
-    # every preset renders 96 samples per ray; `sdf_values` runs on the 72 before resampling, no multiple of 16
+    # S: all but the tiny presets render 96 samples per ray; `sdf_values` runs on the 72 before resampling, not 16 n
     divisible = ("CHANNELS",) if kernel == "_sdf_values_kernel" else ("S", "CHANNELS")
     return Launch(
-        kernel, constexprs, dict(hit_ptr="*i1"), divisible, elements=("fp32",), targets=targets, num_warps=warps,
-        num_stages=1, registers=registers, shared=shared, stack=stack, mma=mma, budgets=budgets,
+        kernel, constexprs, types=dict(hit_ptr="*i1"), divisible=divisible, elements=("fp32",), targets=targets,
+        num_warps=warps, num_stages=1, registers=registers, shared=shared, stack=stack, mma=mma, budgets=budgets,
     )  # fmt: skip
 
 
-# kernel, constexprs, targets, registers, shared (bytes), stack (bytes), mma, warps.
+# Checked by tests/test_compiles.py: kernel, constexprs, targets, registers, shared (bytes), stack (bytes), mma, warps.
 # Stack (spilled registers): a tile of 64 samples, the size of a Hopper matrix instruction, needs a few more registers
 # than there are. Tiles of half as many samples spill a fifth as much, but take 1.6 times the instructions per sample.
 # Budgets: the higher of the costs with Triton 3.9 and with 3.6 (the latter measured before the kernels rounded operands
 # to tf32); for WIDE and EXACT, those with 3.9. A wide field has 4 times the activations per sample. No launch is both
-# wide and exact: no preset has such a field, and compiling it takes minutes; its stack with 3.9 on sm_90 is 2288 bytes
+# wide and exact: no preset has a wide field, and compiling it takes minutes; its stack with 3.9 on sm_90 is 2288 bytes
 # in the forward kernel, and 1016 and 416 in the backward kernels.
 LAUNCHES = [
     launch("_sdf_values_kernel", FIELD | TILE | dict(LAYERS=6), NVIDIA, 168, 20480, 0, "HGMMA"),
@@ -72,15 +72,15 @@ LAUNCHES = [
     launch("_sdf_render_fwd_kernel", RGB | ALONG | TRAIN | IEEE, AMD),
     launch("_sdf_render_fwd_kernel", NO_RGB | ALONG | TRAIN | IEEE, AMD),
 ]
-# inputs with a gradient
+# inputs (of `make_inputs`) with a gradient
 GRADIENTS = ["volume", "sdf_mlp", "rgb_mlp", "density_param"]
 # Largest error under tf32, the default, of outputs and of gradients, as a fraction of the largest entry in fp64.
 # Operands keep a 10-bit mantissa; ten layers and a softplus with beta = 100 amplify their errors.
-TF32, TF32_GRADIENT = 2e-3, 2e-2
+TF32_BOUND, TF32_GRADIENT_BOUND = 2e-3, 2e-2
 
 
 def random_mlp(conditions, outputs, hidden, layers):
-    """The tensors of an MLP of sdf_reference.py, initialized like `nn.Linear`. conditions: size of its vector c."""
+    """The tensors of an MLP of sdf_reference.py, initialized like `nn.Linear`. conditions: size of the vector c."""
     widths = [(hidden, 3), *[(hidden, conditions), (hidden, hidden)] * (layers - 1), (hidden, conditions)]
     widths.append((outputs, hidden))
     tensors = []
@@ -93,9 +93,9 @@ def random_mlp(conditions, outputs, hidden, layers):
 def make_inputs(R, S, channels=32, hidden=16, sdf_layers=6, rgb_layers=4, density_param=20.0, B=2):
     """R rays of S samples that start near the middle of B volumes; ray 3 is marked as a miss.
 
-    On average, a third of the samples have no voxel around them.
+    On average, a third of the samples have no voxel around them. density_param: NeuS's inv_s, or VolSDF's beta.
     """
-    rgb = random_mlp(3 + channels + 3 + hidden, 3, hidden, rgb_layers) if rgb_layers else None
+    rgb_conditions = 3 + channels + 3 + hidden  # direction, feature, gradient, geometry
     inputs = dict(
         volume=torch.randn(B, 5, 9, 9, channels),
         origins=torch.randn(R, 3) * 0.05,
@@ -103,8 +103,8 @@ def make_inputs(R, S, channels=32, hidden=16, sdf_layers=6, rgb_layers=4, densit
         volume_idx=(torch.arange(R) % B).int(),
         hit=torch.arange(R) != 3,
         edges=(torch.rand(R, S + 1) * 1.3).sort(dim=1).values,
-        sdf_mlp=random_mlp(channels, 1 + hidden, hidden, sdf_layers),
-        rgb_mlp=rgb,
+        sdf_mlp=random_mlp(channels, 1 + hidden, hidden, sdf_layers),  # outputs: distance, geometry
+        rgb_mlp=random_mlp(rgb_conditions, 3, hidden, rgb_layers) if rgb_layers else None,
         density_param=torch.tensor([density_param]),
         cells_per_unit=CELLS_PER_UNIT,
         cell_offset=CELL_OFFSET,
@@ -112,8 +112,8 @@ def make_inputs(R, S, channels=32, hidden=16, sdf_layers=6, rgb_layers=4, densit
     return {name: _map(value, lambda t: t.to(DEVICE)) for name, value in inputs.items()}
 
 
-def called(op, method="neus", **options):
-    """`op` as a function of the arguments that `make_inputs` returns, like `composed`."""
+def adapted(op, method="neus", **options):
+    """`op` as a function of the arguments that `make_inputs` returns, like `formulas`."""
 
     def call(
         volume, origins, directions, volume_idx, hit, edges, sdf_mlp, rgb_mlp, density_param,
@@ -125,8 +125,11 @@ def called(op, method="neus", **options):
     return call
 
 
-def composed(method):
-    """The renderer as separate ops and MLP layers, a function like `called`; autograd gives the SDF's gradient."""
+def formulas(method):
+    """The renderer's formulas, as separate ops and MLP layers; a function of the arguments that `make_inputs` returns.
+
+    Autograd gives the SDF's gradient.
+    """
 
     def call(
         volume, origins, directions, volume_idx, hit, edges, sdf_mlp, rgb_mlp, density_param,
@@ -175,8 +178,9 @@ def _tensors(value):
 
 
 def assert_tiles_are_as_chosen(rows):
-    """Assert that LAUNCHES have the tiles and warps that the code chooses for their field."""
+    """Assert that `rows` of LAUNCHES have the tiles and warps that the code chooses for their field."""
     for row in rows:
+        # 1 ray or sample: only the number of programs depends on it
         _, chosen = (sample_launch if "BLOCK_M" in row.constexprs else ray_launch)(1, row.constexprs)
         # blocks are constexprs of the launch; warps and stages are fields of their own
         assert chosen == {name: row.constexprs.get(name, getattr(row, name, None)) for name in chosen}, row
@@ -186,10 +190,10 @@ def test_launches_have_the_tiles_that_the_code_chooses():
     assert_tiles_are_as_chosen(LAUNCHES)
 
 
-def assert_as_composed(inputs, method, rel, op=sdf_render, dtype=torch.float32, **options):
-    """Assert that every output and gradient differs from `composed` in fp64 by at most `rel` of its largest entry."""
-    truth = results(composed(method), inputs, torch.float64)
-    for name, value in results(called(op, method, **options), inputs, dtype).items():
+def assert_matches_formulas(inputs, method, rel, op=sdf_render, dtype=torch.float32, **options):
+    """Assert that every output and gradient differs from `formulas` in fp64 by at most `rel` of its largest entry."""
+    truth = results(formulas(method), inputs, torch.float64)
+    for name, value in results(adapted(op, method, **options), inputs, dtype).items():
         assert_close_to_max(value, truth[name], rel, name)
 
 
@@ -197,29 +201,29 @@ def assert_as_composed(inputs, method, rel, op=sdf_render, dtype=torch.float32, 
 def test_field_of_the_presets_matches_the_formulas(seed):
     """All 46 gradients; samples outside the volume, rays towards the surface and away from it, a tile half full.
 
-    The largest error of an output or gradient, compared with the composed formulas in fp64, is at most 1e-5 of the
-    largest entry; where fp32 itself loses more (`d_density_param`, one number summed over all samples, with seed
-    2), at most twice the largest error of the composed formulas in fp32.
+    The largest error of an output or gradient, compared with the formulas in fp64, is at most 1e-5 of the largest
+    entry; where fp32 itself loses more (`d_density_param`, one number summed over all samples, with seed 2), at most
+    twice the largest error of the formulas in fp32.
     """
     torch.manual_seed(seed)
     inputs = make_inputs(R=3, S=40)
-    truth = results(composed("neus"), inputs, torch.float64)
-    plain = results(composed("neus"), inputs)
+    truth = results(formulas("neus"), inputs, torch.float64)
+    in_fp32 = results(formulas("neus"), inputs)
     with launches() as launched:
-        ours = results(called(sdf_render, exact=True), inputs)
+        ours = results(adapted(sdf_render, exact=True), inputs)
     assert launched == ["_sdf_render_fwd_kernel", "_sdf_render_bwd_rgb_kernel", "_sdf_render_bwd_sdf_kernel"]
     assert len(truth) == 5 + 1 + 26 + 18 + 1  # outputs; gradients of volume, sdf_mlp, rgb_mlp, density_param
     for name, true in truth.items():
-        error, plain_error = ((value[name] - true).abs().max().item() for value in (ours, plain))
-        bound = max(1e-5 * true.abs().max().item(), 2 * plain_error)
-        assert error <= bound, f"{name}: off by {error:.2e} > {bound:.2e}, composed in fp32 by {plain_error:.2e}"
+        error, error_in_fp32 = ((value[name] - true).abs().max().item() for value in (ours, in_fp32))
+        bound = max(1e-5 * true.abs().max().item(), 2 * error_in_fp32)
+        assert error <= bound, f"{name}: off by {error:.2e} > {bound:.2e}, the formulas in fp32 by {error_in_fp32:.2e}"
     cosine = (truth["gradient"] * inputs["directions"][:, None]).sum(-1)
     assert (cosine > 0).any() and (cosine < 0).any()
 
 
 @pytest.fixture
 def tensor_cores(monkeypatch):
-    """Matrix products as on NVIDIA's tensor cores, in the interpreter too: tf32 drops 13 bits of the operands."""
+    """Matrix products as on NVIDIA's tensor cores, in the interpreter too: tf32 drops the operands' low 13 bits."""
     if HAS_GPU:
         return
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -238,16 +242,16 @@ def tensor_cores(monkeypatch):
 
 
 def test_tf32_errors_are_within_bounds(tensor_cores):
-    """Errors of outputs are below TF32, of gradients below TF32_GRADIENT; the SDF's show that tf32 was used."""
+    """The SDF's error must also be too large for fp32: it shows that tf32 was used."""
     inputs = make_inputs(R=5, S=40)
-    truth, ours = results(composed("neus"), inputs, torch.float64), results(called(sdf_render), inputs)
+    truth, ours = results(formulas("neus"), inputs, torch.float64), results(adapted(sdf_render), inputs)
     for name, value in ours.items():
-        assert_close_to_max(value, truth[name], TF32_GRADIENT if name.startswith("d_") else TF32, name)
+        assert_close_to_max(value, truth[name], TF32_GRADIENT_BOUND if name.startswith("d_") else TF32_BOUND, name)
     assert (ours["sdf"] - truth["sdf"]).abs().max() > 1e-5 * truth["sdf"].abs().max()
 
 
 def sdf_at_starts(op, inputs, dtype=torch.float32):
-    """[R, S] SDF at the samples, by `sdf_values` or its reference."""
+    """[R, S] SDF at the samples by `op`: `sdf_values` or its reference."""
     cast = {k: _map(v, lambda t: t.to(dtype) if t.is_floating_point() else t) for k, v in inputs.items()}
     rays = cast["origins"], cast["directions"], cast["volume_idx"]
     cells = cast["cells_per_unit"], cast["cell_offset"]
@@ -255,7 +259,7 @@ def sdf_at_starts(op, inputs, dtype=torch.float32):
 
 
 def test_tf32_errors_have_no_bias(tensor_cores):
-    """The mean error of a field's SDF, for twelve random fields whose weights are doubled to amplify errors.
+    """The mean error of a field's SDF is small, in twelve random fields with weights doubled to amplify errors.
 
     If the kernels did not round operands, tensor cores would truncate them and shrink all products: the mean error
     would be 1.6e-3 instead of 2e-4 (root mean square over the fields).
@@ -279,7 +283,7 @@ def test_rounding_keeps_nan():
 
 
 @pytest.mark.parametrize(
-    "method, sizes",
+    "method, sizes",  # density_param=0.1 is VolSDF's beta; NeuS's inv_s is 20 by default
     [
         ("volsdf", dict(R=3, S=33, channels=20, hidden=24, sdf_layers=2, rgb_layers=3, density_param=0.1)),  # odd sizes
         ("neus", dict(R=1, S=1, sdf_layers=3, rgb_layers=0)),  # one sample, no color
@@ -293,14 +297,14 @@ def test_rounding_keeps_nan():
 def test_supported_fields_match_the_formulas(method, sizes):
     inputs = make_inputs(**sizes)
     wrt = [name for name in GRADIENTS if inputs[name] is not None]
-    check_against_ref(called(sdf_render, method, exact=True), composed(method), inputs, torch.float32, wrt)
+    check_against_ref(adapted(sdf_render, method, exact=True), formulas(method), inputs, torch.float32, wrt)
 
 
 @pytest.mark.parametrize("method, rgb_layers", [("neus", 4), ("volsdf", 0)])
 def test_reference_matches_the_formulas(method, rgb_layers):
-    """In fp64; errors up to 1e-7 come from the softplus, which drops a term of exp(-20) at its threshold."""
+    """In fp64."""
     inputs = make_inputs(R=7, S=13, channels=5, hidden=7, sdf_layers=3, rgb_layers=rgb_layers, density_param=5.0)
-    assert_as_composed(inputs, method, 1e-7, sdf_render_ref, torch.float64)
+    assert_matches_formulas(inputs, method, 1e-7, sdf_render_ref, torch.float64)
 
 
 def test_samples_on_cell_faces_match_the_formulas():
@@ -309,29 +313,29 @@ def test_samples_on_cell_faces_match_the_formulas():
     inputs["origins"] = torch.zeros(2, 3, device=DEVICE)
     inputs["directions"] = torch.tensor([[1.0, 0, 0], [0, -1, 0]], device=DEVICE)
     inputs["edges"] = torch.arange(17, device=DEVICE).expand(2, 17) / 8
-    assert_as_composed(inputs, "neus", 1e-5, exact=True)
+    assert_matches_formulas(inputs, "neus", 1e-5, exact=True)
 
 
 def test_opacity_clipped_to_0_and_1_matches_the_formulas():
-    """A sharp surface, behind which alpha is 1; rays with negative intervals, where it would fall below 0."""
+    """A sharp surface, behind which alpha is 1; rays with negative intervals, where alpha would fall below 0."""
     inputs = make_inputs(R=3, S=12, sdf_layers=2, rgb_layers=2, density_param=1e6)
     inputs["edges"][1:] = inputs["edges"][1:].flip(1)
-    before = results(composed("neus"), inputs, torch.float64)
+    before = results(formulas("neus"), inputs, torch.float64)
     cosine = (before["gradient"] * inputs["directions"][:, None]).sum(-1)
     # (ray, sample) among the negative intervals where the distance falls fastest along the ray
     steepest = 1 + cosine[1:].amin(dim=1).argmin(), cosine[1:].amin(dim=0).argmin()
     inputs["sdf_mlp"][-1][0] -= before["sdf"][steepest].float()  # the output bias: moves the surface to that sample
-    truth = results(composed("neus"), inputs, torch.float64)
+    truth = results(formulas("neus"), inputs, torch.float64)
     assert cosine[steepest] < 0 and truth["weights"][steepest] == 0 and (truth["sdf"][0] < -0.01).any()
-    check_against_ref(called(sdf_render, exact=True), composed("neus"), inputs, torch.float32, GRADIENTS)
+    check_against_ref(adapted(sdf_render, exact=True), formulas("neus"), inputs, torch.float32, GRADIENTS)
 
 
 def test_units_beyond_the_softplus_threshold_match_the_formulas():
-    """Hidden units far in the linear part of the softplus, and far in the flat part, by the first layer's bias q."""
+    """The first layer's bias q puts hidden units far into the softplus's linear part, and others into its flat part."""
     inputs = make_inputs(R=2, S=12, sdf_layers=3, rgb_layers=2)
     inputs["sdf_mlp"][1][::2] += 1.0
     inputs["sdf_mlp"][1][1::4] -= 1.0
-    check_against_ref(called(sdf_render, exact=True), composed("neus"), inputs, torch.float32, GRADIENTS)
+    check_against_ref(adapted(sdf_render, exact=True), formulas("neus"), inputs, torch.float32, GRADIENTS)
 
 
 def test_rays_stop_at_low_transmittance():
@@ -341,14 +345,15 @@ def test_rays_stop_at_low_transmittance():
     inputs["edges"][2:] *= 0.01
     stop = 1e-3
     with torch.no_grad():
-        rgb, depth, *whole = called(sdf_render, "volsdf")(**inputs)
-        stopped_rgb, stopped_depth, *stopped = called(sdf_render, "volsdf", stop=stop)(**inputs)
+        rgb, depth, *whole = adapted(sdf_render, "volsdf")(**inputs)
+        stopped_rgb, stopped_depth, *stopped = adapted(sdf_render, "volsdf", stop=stop)(**inputs)
     weights, sdf, _ = whole
     assert (sdf < 0).all() and weights[4].sum() < 0.5
+    # not bit by bit: compiled with STOP > 0, the kernel may round differently
     for before, after in zip(whole, stopped, strict=True):
         assert not after[:2, 64:].any()  # stopped after at most two tiles of 32 samples
-        assert_close_to_max(after[:2, :64], before[:2, :64], TF32)  # two kernels may round the same formula differently
-        assert_close_to_max(after[2:], before[2:], TF32)
+        assert_close_to_max(after[:2, :64], before[:2, :64], TF32_BOUND)
+        assert_close_to_max(after[2:], before[2:], TF32_BOUND)
     assert 0 < (stopped_rgb - rgb).abs().max() < stop
     length = inputs["edges"][:, -1] - inputs["edges"][:, 0]
     assert ((stopped_depth - depth).abs() <= stop * length).all()
@@ -359,7 +364,7 @@ def test_rays_that_miss_stop_at_once():
     inputs = make_inputs(R=1, S=65, sdf_layers=2, rgb_layers=2)
     inputs["hit"][:] = False
     with torch.no_grad():
-        rgb, depth, weights, sdf, _ = called(sdf_render, stop=1e-3)(**inputs)
+        rgb, depth, weights, sdf, _ = adapted(sdf_render, stop=1e-3)(**inputs)
     assert not rgb.any() and not depth.any() and not weights.any() and sdf[:, :32].all() and not sdf[:, 32:].any()
 
 
@@ -367,7 +372,7 @@ def test_sdf_values_match_the_formulas():
     inputs = make_inputs(R=5, S=17, sdf_layers=3)
     rays = inputs["origins"], inputs["directions"], inputs["volume_idx"]
     starts, cells = inputs["edges"][:, :-1], (CELLS_PER_UNIT, CELL_OFFSET)
-    truth = results(composed("neus"), inputs, torch.float64)["sdf"]
+    truth = results(formulas("neus"), inputs, torch.float64)["sdf"]
     for fn in (sdf_values, sdf_values_ref):
         assert_close_to_max(fn(inputs["volume"], rays, starts, inputs["sdf_mlp"], cells, exact=True), truth, 1e-5)
     nothing = sdf_values(inputs["volume"], [t[:0] for t in rays], starts[:0], inputs["sdf_mlp"], cells)
@@ -378,17 +383,17 @@ def test_rejects_invalid_arguments():
     inputs = make_inputs(R=2, S=3, sdf_layers=2, rgb_layers=0)
     for wrong, message in [
         (dict(hit=inputs["hit"][:1]), "do not match"),
-        (dict(edges=inputs["edges"][:, :1]), "do not match"),
+        (dict(edges=inputs["edges"][:, :1]), "do not match"),  # no samples
         (dict(volume=inputs["volume"][:, :0]), "no voxel"),
         (dict(volume=inputs["volume"][..., :16]), "does not match volume"),
         (dict(volume=inputs["volume"].double()), "no kernel for"),
-        (dict(sdf_mlp=random_mlp(32, 9, 8, 2)), "no kernel for"),
+        (dict(sdf_mlp=random_mlp(conditions=32, outputs=9, hidden=8, layers=2)), "no kernel for"),
     ]:
         with pytest.raises(AssertionError, match=message):
-            called(sdf_render)(**inputs | wrong)
+            adapted(sdf_render)(**inputs | wrong)
     with pytest.raises(AssertionError, match="no gradients"):
-        called(sdf_render, stop=1e-4)(**inputs)
-    assert not kernels_support("unisurf", torch.float32, 32, 16, 6, 4)
+        adapted(sdf_render, stop=1e-4)(**inputs)
+    assert not kernels_support("unisurf", torch.float32, channels=32, hidden=16, sdf_layers=6, rgb_layers=4)
 
 
 def test_reproduces_the_original_renderer(monkeypatch):
@@ -458,6 +463,6 @@ def test_the_renderer_fuses_supported_fields(method, channels, fuses, monkeypatc
         ours = step(DEVICE)
     assert ("_sdf_render_bwd_sdf_kernel" in launched) == ("_sdf_values_kernel" in launched) == fuses
     assert ("_trilinear_bwd_kernel" in launched) == (not fuses)
-    monkeypatch.setattr(backend, "interpret", False)
+    monkeypatch.setattr(backend, "interpret", False)  # on a CPU, references run
     for value, expected in zip(ours, step("cpu"), strict=True):
         assert_close_to_max(value.cpu(), expected, 1e-3)

@@ -1,3 +1,5 @@
+"""Sparse convolutions: kernels compared with references, references with dense convolutions and by hand."""
+
 from itertools import product
 
 import pytest
@@ -9,9 +11,9 @@ from unipad.kernels import sparse_gemm
 from unipad.kernels.sparse_conv import sparse_conv, sparse_conv_act, sparse_conv_act_ref, sparse_conv_ref
 
 ONE, THREE = (1, 1, 1), (3, 3, 3)
-# kind, kernel, batch size, grid (Z, Y, X), voxels, Cin, Cout. A tile has 64 rows. A step of the GEMM multiplies 64
-# channels in half precision, 32 in fp32 (half as many if Cin or Cout is neither 8 nor a multiple of 16), of one offset
-# or of several.
+# kind, kernel, batch size, grid (Z, Y, X), voxels, Cin, Cout; the grid and the voxels are the convolution's inputs
+# ("inverse": its outputs). A tile has 64 rows. A step of the GEMM multiplies 64 channels in half precision, 32 in fp32
+# (half as many if Cin or Cout is neither 8 nor a multiple of 16), of one offset or of several.
 CASES = [
     ("submanifold", THREE, 3, (3, 4, 5), 37, 5, 18),  # odd sizes; the second sample is empty
     ("submanifold", THREE, 1, THREE, 27, 18, 5),  # every cell occupied
@@ -28,12 +30,14 @@ CASES = [
     ("inverse", THREE, 2, (5, 4, 7), 37, 16, 5),
     ("transposed", (2, 2, 2), 2, (3, 3, 4), 20, 5, 16),
 ]  # fmt: skip
-FIVE = ("submanifold", (5, 5, 5), 1, (3, 3, 4), 30, 16, 1)  # more offsets than bits in the sort key
-STRIDE, PADDING = (2, 2, 2), {ONE: 0, (2, 2, 2): 0, THREE: 1, (3, 1, 1): (1, 0, 0), (5, 5, 5): 2}
+# 125 offsets: more than the bits of the sort key in sparse_tiles.py
+FIVE = ("submanifold", (5, 5, 5), 1, (3, 3, 4), 30, 16, 1)
+STRIDE = (2, 2, 2)  # of all kinds but submanifold
+PADDING = {ONE: 0, (2, 2, 2): 0, THREE: 1, (3, 1, 1): (1, 0, 0), (5, 5, 5): 2}  # by kernel
 
 
 def voxels(B, shape, N, device, generator):
-    """[N, 4] distinct (b, z, y, x) in random order, corners of the grid among them; sample 1 of three is empty."""
+    """[N, 4] distinct (b, z, y, x) in random order, corners of the grid among them; with B = 3, sample 1 is empty."""
     cells = torch.tensor([c for c in product(*map(range, (B, *shape))) if B < 3 or c[0] != 1])
     corner = ((cells[:, 1:] == 0) | (cells[:, 1:] == torch.tensor(shape) - 1)).all(dim=1)
     rank = torch.rand(len(cells), generator=generator) - corner.float()  # corners first
@@ -153,7 +157,7 @@ def test_a_table_whose_inverse_is_its_flip_needs_no_inverse(fn, device):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kernel, c_in, c_out", [(THREE, 8, 5), (THREE, 32, 16), ((3, 1, 1), 64, 40)])
 def test_weights_gradient_of_groups_of_offsets_matches_reference(kernel, c_in, c_out, dtype, device):
-    """With a table whose inverse is its flip (`inverse_idx` None) and few channels, in three blocks of rows."""
+    """With a table whose inverse is its flip (`inverse_idx` None) and few channels, in three parts of up to 64 rows."""
     inputs, *_ = make_inputs("submanifold", kernel, 1, (4, 5, 9), N=150, Cin=c_in, Cout=c_out, device=device)
     inputs["inverse_idx"] = None
     with launches() as launched:
@@ -162,7 +166,7 @@ def test_weights_gradient_of_groups_of_offsets_matches_reference(kernel, c_in, c
 
 
 def test_weights_gradient_in_many_chunks_matches_reference(monkeypatch, device):
-    """Three offsets with 93, 150 and 93 pairs, in three to five chunks each; then in more chunks than PROGRAMS."""
+    """Three offsets with 93, 150 and 93 pairs, in three to five chunks each; then in one each, the minimum."""
     monkeypatch.setattr(sparse_gemm, "MIN_PAIRS", 8)
     monkeypatch.setattr(sparse_gemm, "BLOCK_R", 16)
     inputs, *_ = make_inputs("submanifold", (3, 1, 1), 1, (4, 5, 9), N=150, Cin=3, Cout=20, device=device)
@@ -301,6 +305,7 @@ def test_gradcheck_of_the_reference(device):
 @pytest.mark.parametrize("fn", [sparse_conv, sparse_conv_ref])
 @pytest.mark.parametrize("dtype, mirrored", [(torch.float32, False), (torch.float16, True)], ids=str)
 def test_bit_equal_from_run_to_run(dtype, mirrored, fn, device):
+    """mirrored: without `inverse_idx`, so that the gradients read the table in reverse order of its offsets."""
     inputs, *_ = make_inputs("submanifold", THREE, 2, (4, 5, 6), N=130, Cin=8, Cout=16, device=device, dtype=dtype)
     inputs["inverse_idx"] = None if mirrored else inputs["inverse_idx"]
     leaves = inputs["features"].requires_grad_(), inputs["weight"].requires_grad_()
@@ -341,7 +346,7 @@ def test_custom_ops_pass_opcheck(reference, device):
 
 
 @pytest.mark.parametrize("fn", [sparse_conv, sparse_conv_ref])
-def test_autocast_casts_features_and_keeps_the_weights_gradient(fn, device):
+def test_autocast_casts_features_but_not_the_weights_gradient(fn, device):
     inputs, *_ = make_inputs(*CASES[0], device, torch.float32)
     features, weight = inputs["features"].requires_grad_(), inputs["weight"].requires_grad_()
     with torch.autocast(device, torch.bfloat16):

@@ -11,13 +11,14 @@ from unipad.kernels import tuning
 from unipad.kernels.sparse_gemm import BLOCK_E, BLOCK_R, GROUP_OF, STAGES_OF, d_weight_of, gather_gemm
 from unipad.kernels.sparse_tiles import NeighborTable
 
+# products of fp32; WIDEN is for the interpreter only
 IEEE, TF32 = dict(PRECISION="ieee", WIDEN=False), dict(PRECISION="tf32", WIDEN=False)
 BF16, FP32 = ("bf16",), ("fp32",)  # element types
 BY_16 = ("I", "O")  # sizes that are multiples of 16
 EVERY, ONE_TARGET = ASSEMBLED, ("sm_90",)  # targets with budgets: all that are compiled to machine code, or one
 # the epilogue (scale, shift, residual, ReLU): none of it, all of it
 PLAIN, FULL = dict(scale_ptr=None, shift_ptr=None, residual_ptr=None, RELU=False), dict(RELU=True)
-# num_stages by vendor
+# num_stages by vendor: the default, and the tuner's alternative
 MORE, FEWER = ({vendor: stages[i] for vendor, stages in STAGES_OF.items()} for i in range(2))
 # C = 0 where PACK = 1: without packing, the kernel needs no compile-time channel count
 LAUNCHES = [
@@ -87,9 +88,9 @@ LAUNCHES = [
         registers=registers, shared=shared, mma="HGMMA", budgets=targets,
     )
     for c, registers, shared, targets in [
-        (8, 0, 0, ()),  # without budgets
+        (8, 0, 0, ()),  # only has to compile
         (16, 96, 59392, ONE_TARGET),
-        (32, 0, 0, ()),
+        (32, 0, 0, ()),  # likewise
         (64, 176, 124928, EVERY),
     ]
 ] + [
@@ -101,13 +102,14 @@ LAUNCHES = [
 
 
 @pytest.fixture
-def tuned():
+def tuning_ends():
+    """Disables tuning after a test that enables it."""
     yield
     tuning.disable()
 
 
-def test_every_candidate_gives_the_same_result_up_to_rounding(tuned, device):
-    """The clock makes each candidate the fastest in turn; block sizes change only the order of summation."""
+def test_every_candidate_gives_the_same_result_up_to_rounding(tuning_ends, device):
+    """The clock makes each candidate the fastest in turn; only the order of summation differs."""
     gen = torch.Generator().manual_seed(0)
     table = torch.where(torch.rand(3, 130, generator=gen) < 0.5, torch.randint(0, 130, (3, 130), generator=gen), -1)
     table = NeighborTable(table.int().to(device))
@@ -129,13 +131,13 @@ def test_every_candidate_gives_the_same_result_up_to_rounding(tuned, device):
             assert next(calls) == num_candidates
 
 
-def test_a_candidate_is_charged_for_tiles_that_no_earlier_layer_has_made(tuned, device):
+def test_a_candidate_is_charged_for_tiles_that_no_earlier_layer_has_made(tuning_ends, device):
     """The second of two layers on a table would be faster with other tiles, but by less than they cost."""
     idx = torch.where(torch.rand(3, 130) < 0.5, torch.randint(0, 130, (3, 130)), -1).int().to(device)
     x, narrow, wide = (torch.randn(size).half().to(device) for size in [(130, 16), (8, 3, 16), (32, 3, 16)])
     tables = NeighborTable(idx), NeighborTable(idx)
-    # ms for tiles of 64 rows, tiles of 128 rows and six other candidates, in each of three searches: `narrow`, then
-    # `wide` on tables[0], `wide` on tables[1]
+    # ms of the GEMM with tiles of 64 rows, of 128 rows and of six other candidates, in each of three searches: `narrow`
+    # and then `wide` on tables[0], `wide` on tables[1]; making tiles takes 10 ms more
     kernel_ms = itertools.chain([2, 1] + [2] * 6, [1, 2] + [3] * 6, [1, 2] + [3] * 6)
 
     def clock(fn):

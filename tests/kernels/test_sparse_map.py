@@ -1,4 +1,7 @@
-"""Map kernels against their references, references against dense convolutions. LAUNCHES: see tests/test_compiles.py."""
+"""Neighbor tables: kernels compared with references, references with dense convolutions.
+
+tests/test_compiles.py checks LAUNCHES.
+"""
 
 from itertools import product
 from math import prod
@@ -29,7 +32,8 @@ TYPES |= dict(coords_ptr="*i32", order_ptr="*i64", reader_order_ptr="*i64")
 LONG, SHORT = TYPES | dict(keys_ptr="*i64"), TYPES | dict(keys_ptr="*i32")  # types with 64-bit and 32-bit keys
 LONG_KEYS, SHORT_KEYS = (dict(BLOCK=BLOCK, NO_KEY=no_key) for no_key in (NO_KEY, NO_KEY_SHORT))
 SORTED = dict(reader_order_ptr=None, order_ptr=None)  # readers, and the voxels they read, are sorted by key
-SIZES = ["M", "N", "Z", "Y", "X", "KY", "DZ", "DY", "STEPS"]  # Triton compiles a size of 1 as a constant
+# Triton compiles integers of 1 as constants, unless they are `varying`, as all of these are but KY, DZ and DY
+SIZES = ["M", "N", "Z", "Y", "X", "KY", "DZ", "DY", "STEPS"]
 LAUNCHES = [
     Launch(kernel, flags, types, elements=("fp32",), registers=registers, shared=shared)
     for kernel, flags, types, registers, shared in [
@@ -82,6 +86,7 @@ def gather_conv(features, weight, neighbor_idx):
 
 
 def densify(values, coords, B, shape):
+    """[B, 1, *shape] with the values at the coordinates, 0 elsewhere."""
     dense = values.new_zeros(B, 1, *shape)
     b, z, y, x = coords.long().unbind(1)
     dense[b, 0, z, y, x] = values
@@ -90,9 +95,9 @@ def densify(values, coords, B, shape):
 
 @pytest.mark.parametrize("B, shape, N, geometry", [*CASES, (*SOME, FIVE)])
 def test_reference_matches_dense_convolution(B, shape, N, geometry, device):
-    """Exact: small integers in fp64, rounded since cuDNN may convolve by FFT.
+    """Exactly: in fp64, of small integers. Dense results are rounded, since cuDNN may convolve by FFT.
 
-    Active outputs are those where a convolution of the occupied cells with a kernel of ones is not 0.
+    Output voxels are the cells where a convolution of the occupied cells with a kernel of ones is not 0.
     """
     coords, (kernel, stride, padding, dilation) = random_voxels(B, shape, N, device), geometry
     features = torch.randint(1, 9, (N,), device=device).double()
@@ -132,11 +137,11 @@ def test_submanifold_by_hand(fn, device):
     shape = (1, 2, 4)
     keys, order = sort_voxels(coords, shape)
     assert keys.tolist() == [2, 3, 4, 8]
-    row = fn(coords, keys, order, shape, (1, 1, 3), ONE)
-    assert row.tolist() == [[-1, 0, -1, -1], [0, 1, 2, 3], [1, -1, -1, -1]]
-    plane = fn(coords, keys, order, shape, (1, 3, 3), (1, 1, 2))
+    along_x = fn(coords, keys, order, shape, (1, 1, 3), ONE)
+    assert along_x.tolist() == [[-1, 0, -1, -1], [0, 1, 2, 3], [1, -1, -1, -1]]
+    in_plane = fn(coords, keys, order, shape, (1, 3, 3), (1, 1, 2))
     # offsets (y, x): (-1, -2), (-1, 0), (-1, 2)
-    assert plane.tolist()[:3] == [[-1] * 4, [-1] * 4, [-1, -1, 0, -1]]
+    assert in_plane.tolist()[:3] == [[-1] * 4, [-1] * 4, [-1, -1, 0, -1]]
 
 
 @pytest.mark.parametrize("fn", [strided_map, strided_map_ref])
@@ -169,17 +174,18 @@ def test_inverse_map_twice_is_the_identity(fn, device):
     assert torch.equal(fn(neighbor_idx, 200), neighbor_idx.flip(0))
 
 
-@pytest.mark.parametrize("plain", [False, True], ids=["op", "ref"])
-def test_tables_of_a_grid_of_8e9_cells(plain, device):
-    """Two neighbors along x in each corner of two of three samples; their keys differ beyond 32 bits."""
+@pytest.mark.parametrize("use_ref", [False, True], ids=["op", "ref"])
+def test_tables_of_a_grid_of_8e9_cells(use_ref, device):
+    """Two neighbors along x in each corner of samples 0 and 2; their keys exceed 32 bits."""
     shape = (41, 10000, 20000)
+    # the voxels in the corners, and below each one's neighbor further inside
     outer = torch.tensor(list(product((0, 2), *((0, size - 1) for size in shape))), dtype=torch.int32, device=device)
     is_low = outer[:, 3] == 0
     inner = outer.clone()
     inner[:, 3] += torch.where(is_low, 1, -1)
     coords = torch.cat([outer, inner])  # row i and row (i + 16) % 32 are neighbors
-    make_sub, make_strided = (submanifold_map_ref, strided_map_ref) if plain else (submanifold_map, strided_map)
-    keys, order = (sort_voxels_ref if plain else sort_voxels)(coords, shape)
+    make_sub, make_strided = (submanifold_map_ref, strided_map_ref) if use_ref else (submanifold_map, strided_map)
+    keys, order = (sort_voxels_ref if use_ref else sort_voxels)(coords, shape)
     assert keys[-1] == 3 * prod(shape) - 1
 
     neighbor_idx = make_sub(coords, keys, order, shape, (3, 3, 3), ONE)
@@ -211,10 +217,10 @@ def test_transposed_map_reaches_the_last_int32_coordinate(fn, device):
             fn(coords, (1, 1, 2**29 + 1), kernel, stride, (0, 0, padding), ONE)
 
 
-@pytest.mark.parametrize("plain", [False, True], ids=["op", "ref"])
-def test_reached_cells_must_have_int32_coordinates(plain, device):
+@pytest.mark.parametrize("use_ref", [False, True], ids=["op", "ref"])
+def test_reached_cells_must_have_int32_coordinates(use_ref, device):
     """Cells outside the grid too: a kernel of 3 reaches one cell beyond each border, `size` + 2 in all."""
-    make_sub, make_strided = (submanifold_map_ref, strided_map_ref) if plain else (submanifold_map, strided_map)
+    make_sub, make_strided = (submanifold_map_ref, strided_map_ref) if use_ref else (submanifold_map, strided_map)
     coords = torch.tensor([[0, 0, 0, 2**31 - 5], [0, 0, 0, 2**31 - 4]], dtype=torch.int32, device=device)
     for size, fits in [(2**31 - 3, True), (2**31 - 2, False)]:
         shape = (1, 1, size)
@@ -230,14 +236,14 @@ def test_reached_cells_must_have_int32_coordinates(plain, device):
                     fn()
 
 
-@pytest.mark.parametrize("plain", [False, True], ids=["op", "ref"])
-def test_sorted_voxels_need_no_order(plain, device):
-    """With order None, the maps are those of the explicit order 0, 1, 2, ..."""
+@pytest.mark.parametrize("use_ref", [False, True], ids=["op", "ref"])
+def test_sorted_voxels_need_no_order(use_ref, device):
+    """For voxels sorted by key, the maps with order None are those with the order 0, 1, 2, ..."""
     shape = (5, 7, 9)
     coords = random_voxels(3, shape, 200, device)
     keys, order = sort_voxels(coords, shape)
     coords, identity = coords[order], torch.arange(200, device=device)
-    make_sub, make_strided = (submanifold_map_ref, strided_map_ref) if plain else (submanifold_map, strided_map)
+    make_sub, make_strided = (submanifold_map_ref, strided_map_ref) if use_ref else (submanifold_map, strided_map)
     for kernel in ((3, 3, 3), (2, 2, 2)):
         expected = make_sub(coords, keys, identity, shape, kernel, ONE)
         assert torch.equal(make_sub(coords, keys, None, shape, kernel, ONE), expected)
@@ -246,12 +252,12 @@ def test_sorted_voxels_need_no_order(plain, device):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("plain", [False, True], ids=["op", "ref"])
-def test_order_of_the_inputs_does_not_matter(plain, device):
+@pytest.mark.parametrize("use_ref", [False, True], ids=["op", "ref"])
+def test_order_of_the_inputs_does_not_matter(use_ref, device):
     shape, (kernel, _, _, dilation) = (5, 7, 9), HALVE
     coords = random_voxels(3, shape, 200, device)
     perm = torch.randperm(200, device=device)
-    make_sub, make_strided = (submanifold_map_ref, strided_map_ref) if plain else (submanifold_map, strided_map)
+    make_sub, make_strided = (submanifold_map_ref, strided_map_ref) if use_ref else (submanifold_map, strided_map)
 
     def unpermuted(neighbor_idx):
         """The table with rows of `coords` instead of rows of `coords[perm]`."""

@@ -1,4 +1,4 @@
-"""Output voxels of strided and transposed convolutions. LAUNCHES: see tests/test_compiles.py."""
+"""Output voxels of strided and transposed convolutions. tests/test_compiles.py checks LAUNCHES."""
 
 from contextlib import nullcontext
 

@@ -1,4 +1,4 @@
-"""The layouts that a `NeighborTable` makes of a table, and its cache. LAUNCHES: see tests/test_compiles.py."""
+"""The layouts that a `NeighborTable` makes of a table, and its cache. tests/test_compiles.py checks LAUNCHES."""
 
 import copy
 import gc
@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.ahead_of_time import Launch
+from tests.ahead_of_time import ASSEMBLED, Launch
 from tests.check import launches
 from tests.conftest import HAS_GPU
 from unipad.kernels import backend, sparse_tiles
@@ -16,7 +16,7 @@ from unipad.kernels.sparse_conv import sparse_conv, sparse_conv_act
 from unipad.kernels.sparse_gemm import BLOCK_R, MIN_PAIRS
 from unipad.kernels.sparse_tiles import BLOCK_C, BLOCK_K, WINDOW, NeighborTable
 
-INT = dict(elements=("i32",), budgets=("sm_80", "sm_90", "gfx942"))  # no argument has the element type
+INT = dict(elements=("i32",), budgets=ASSEMBLED)  # elements: any single type, as no argument has the element type
 LAUNCHES = [
     Launch(
         "_tiles_kernel", dict(SORT=sort, OFFSETS_PER_BIT=1, WINDOW=WINDOW, BLOCK_M=m, BLOCK_K=BLOCK_K),
@@ -29,6 +29,7 @@ LAUNCHES = [
         num_warps=8, registers=152, shared=1024, **INT,
     ),
     Launch(
+        # BLOCK_OFFSETS: the 125 of a 5 x 5 x 5 kernel, rounded up to a power of two
         "_chunks_kernel", dict(MIN_PAIRS=MIN_PAIRS, MULTIPLE=2 * BLOCK_R, BLOCK_C=BLOCK_C, BLOCK_OFFSETS=128),
         dict(ends_ptr="*i64", first_ptr="*i64", end_ptr="*i64"), registers=72, shared=128, **INT,
     ),

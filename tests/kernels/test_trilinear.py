@@ -4,17 +4,18 @@ from torch.nn import functional as F
 
 from tests.ahead_of_time import Launch
 from tests.check import check_against_ref, launches
-from unipad.kernels.trilinear import trilinear, trilinear_ref, trilinear_value, trilinear_value_ref
+from unipad.kernels.trilinear import TILE, trilinear, trilinear_ref, trilinear_value, trilinear_value_ref
 
+# types of all tensors but the volume (which has the element type) and `volume_idx`
 FP32 = dict.fromkeys(
     ["points_ptr", "value_ptr", "gradient_ptr", "d_value_ptr", "d_gradient_ptr", "d_volume_ptr", "d_points_ptr"],
     "*fp32",
 )
-BOTH = ("fp32", "bf16")
+BOTH = ("fp32", "bf16")  # element types
 LAUNCHES = [  # checked by tests/test_compiles.py
     Launch(
         kernel,
-        flags | dict(BLOCK_C=c, BLOCK_N=1024 // c),
+        flags | dict(BLOCK_C=c, BLOCK_N=TILE // c),
         FP32,
         divisible,
         elements,
@@ -46,7 +47,7 @@ SHAPES = [  # B, Z, Y, X, C, R rays, S points on each
 
 
 def make_inputs(B, Z, Y, X, C, R, S, device):
-    """Points between the outer voxel centers and up to two voxels beyond them."""
+    """Arguments of `trilinear`; on each axis, points from two voxels below the first center to two above the last."""
     size = torch.tensor([X, Y, Z], device=device)
     return dict(
         volume=torch.randn(B, Z, Y, X, C, device=device, dtype=torch.float64),
@@ -81,7 +82,7 @@ def test_by_hand(fn, device):
     points = torch.tensor(
         [
             [0.25, 0.5, 1.75],  # between voxel centers
-            [1, 1, 1],  # on a center: slopes towards the next, the same as from the previous one here
+            [1, 1, 1],  # on a center: slopes are those towards the next
             [2, 2, 2],  # on the last center: beyond it the value falls to 0
             [-0.5, 0, 0],  # half a voxel below the first center: half its value
             [-1, 0, 0],  # one voxel below the first center: 0, with a slope towards it
@@ -138,9 +139,8 @@ def test_gradcheck(fn, device):
     inputs = make_inputs(2, 2, 2, 2, 1, 2, 1, device)
     low = torch.tensor([[[0, 0, 0]], [[-1, 0, 1]]], device=device)
     points = low + 0.1 + 0.8 * torch.rand(2, 1, 3, device=device, dtype=torch.float64)  # not at integers: kinks
-    torch.autograd.gradcheck(
-        fn, (inputs["volume"].requires_grad_(), points.requires_grad_(), inputs["volume_idx"]), nondet_tol=1e-12
-    )
+    leaves = inputs["volume"].requires_grad_(), points.requires_grad_()
+    torch.autograd.gradcheck(fn, (*leaves, inputs["volume_idx"]), nondet_tol=1e-12)  # atomic adds: last bits vary
 
 
 @pytest.mark.parametrize("fn", [trilinear_ref, trilinear_value_ref])

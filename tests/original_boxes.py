@@ -1,5 +1,5 @@
-"""Boxes of the original (mmdet3d 0.17), as recorded in tests/golden: z of the bottom face, not of the center, and
-yaw' = -yaw - pi / 2, where yaw is that of our boxes (`Batch`).
+"""Boxes of the original (mmdet3d 0.17), as recorded in tests/golden: z of the bottom face, not of the center (except in
+records of its box coder and assigner), and yaw' = -yaw - pi / 2, where yaw is that of our boxes (`Batch`).
 """
 
 import math

@@ -1,7 +1,7 @@
 """The kinds of files that the project reads, and a reader for each; for `tests.damage`.
 
 A reader takes a folder with the files of `make_files`, one of which may be damaged, and a link `intact` to an undamaged
-copy of them. It reads files as the scripts do, up to where they would begin to compute, and returns a `Readout`.
+copy of them. It reads files as the scripts do, trains no step, and returns a `Readout`.
 """
 
 import contextlib
@@ -120,12 +120,13 @@ def sample_faults(sample) -> list[str]:
 
 
 def read_city(folder: Path, with_losses: bool = False) -> Readout:
-    """All frames of both splits; with_losses: also computes the losses of both `models` on them."""
+    """All frames of both splits; with_losses: both `models` must have finite losses on them, too."""
     root, readout, grid = folder / "city", Readout(), models()[0].recipe.grid
     readout.add(synthetic=is_synthetic(root))
     samples = []
     for split in ("mini_train", "mini_val"):
         dataset = NuScenesDataset(root, VERSION, split, Data(sweeps=3))
+        # for the models: without points outside their grid
         cropped = NuScenesDataset(root, VERSION, split, Data(sweeps=3), point_range=(grid.low, grid.high))
         readout.add(**{f"scenes of {split}": dataset.scenes()})
         for i in range(len(dataset)):
@@ -206,7 +207,7 @@ def start_training(script, *flags, **changes):
 
     with (
         mock.patch.multiple(script, resumed=resumed, take_weights=take_weights, step_batches=_end_reading),
-        mock.patch("unipad.run_folder.commit", return_value=None),  # `commit` starts a process
+        mock.patch("unipad.run_folder.commit", return_value=None),  # `commit` runs git
         contextlib.suppress(ReadingDone),
     ):
         args = script.parse(list(map(str, flags))) if flags else replace(new_run(script), **changes)
@@ -268,18 +269,18 @@ def read_run(folder):
 
 
 def read_config(folder):
-    """Start a run with the settings of another one."""
+    """Start a run with the settings of another one (--config)."""
     return start_training(train, "--config", folder / "run/config.json", "--out", folder / "new")
 
 
 def read_init(folder):
-    """Start a run from the weights of another one."""
+    """Start a run from the weights of another one (--init)."""
     changes = {"data_root": folder / "intact/city", "out": folder / "new"}
     return start_training(train, init=(folder / "run/checkpoints/last.pt",), **changes)
 
 
 def read_pretrained(folder):
-    """Fine-tune from the weights of a pre-training run."""
+    """Fine-tune from the weights of a pre-training run (--pretrained)."""
     changes = {"data_root": folder / "intact/city", "out": folder / "new"}
     return start_training(finetune, pretrained=(folder / "run",), **changes)
 
@@ -328,6 +329,7 @@ def read_conversion(folder, name, **flags):
 
 
 def read_submission(folder):
+    """Score a file of detections."""
     readout = Readout()
     summary = score_submission(folder / "results_nusc.json", folder / "intact/city", VERSION, "mini_val")
     readout.add(mAP=summary["mean_ap"], NDS=summary["nd_score"])
@@ -337,6 +339,7 @@ def read_submission(folder):
 
 
 def read_segments(folder):
+    """Score files of predicted point classes."""
     readout = Readout()
     summary = score_segmentation(
         folder / "segments", NuScenesDataset(folder / "intact/city", VERSION, "mini_val", Data())
@@ -368,12 +371,13 @@ KINDS = {
     "index": Kind("city/unipad-index/*mini_train.npz", read_city, checked=True),
     "camera sweeps": Kind("city/unipad-index/*mini_val-camera-sweeps.npz", read_camera_sweeps, checked=True),
     "objects": Kind("city/unipad-index/*-objects-*", read_objects, checked=True, weight=2),
+    # checkpoints, by what a user does with them
     "resumed": Kind("run/checkpoints/last.pt", read_run, "checkpoint", checked=True, weight=2),
     "init": Kind("run/checkpoints/last.pt", read_init, "checkpoint", checked=True),
     "pretrained": Kind("run/checkpoints/last.pt", read_pretrained, "checkpoint", checked=True),
     "evaluated": Kind("detector.pt", read_detector, "checkpoint", checked=True),
     "converted": Kind("detector.pt", partial(read_conversion, name="detector.pt"), "checkpoint", checked=True),
-    "original": Kind(
+    "original": Kind(  # with the key names of the original UniPAD
         "original.pth", partial(read_conversion, name="original.pth", preset="tiny"), "checkpoint", checked=True
     ),
     "config": Kind("run/config.json", read_config, "json", weight=2),

@@ -33,6 +33,7 @@ class Script:
     """A running program, with the methods of `subprocess.Popen` that tests use.
 
     args:      what follows `python`: a script of this repository, "-m" and a module, or "-c" and code; then its flags
+    cwd:       the program's working folder
     path:      an additional folder to import from
     variables: environment variables to set
     """
@@ -41,7 +42,7 @@ class Script:
         self.args = list(map(str, args))
         self.folder = tempfile.TemporaryDirectory()  # removed with this object
         self.output = Path(self.folder.name)
-        with mock.patch.dict(os.environ, environment(), clear=True):
+        with mock.patch.dict(os.environ, environment(), clear=True):  # the programs inherit the server's environment
             forkserver.ensure_running()
         self.process = SERVER.Process(target=_run, args=(self.args, str(cwd), str(path), variables, self.output))
         self.process.start()
@@ -61,6 +62,7 @@ class Script:
         os.kill(self.process.pid, number)
 
     def wait(self, timeout=None):
+        """Waits for the program; unlike that of `Popen`, kills it after `timeout` seconds."""
         self.process.join(timeout)
         if self.process.exitcode is None:
             self.process.kill()
@@ -81,7 +83,8 @@ def run(*args, cwd=REPO, path="", timeout=300):
 
 
 def run_two(*args, cwd=REPO, timeout=300):
-    """Run a program in two processes, as torchrun does; returns when both have exited, with the outputs of both."""
+    """Run a program in two processes, as torchrun does; returns when both have exited, with the outputs of both joined.
+    The exit code is 0 if that of both is."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting_point = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
@@ -93,6 +96,7 @@ def run_two(*args, cwd=REPO, timeout=300):
 
 
 def _run(args, cwd, path, variables, output):
+    """Become the program, in a process forked from the server; output: folder for the files stdout and stderr."""
     os.environ.update(variables or {})
     for fd, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{output}/{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), fd)

@@ -36,7 +36,7 @@ from unipad.runtime import StopOnSignal, World
 pytestmark = pytest.mark.slow
 SMALL = ["--modality", "lidar", "--preset", "tiny", "--device", "cpu", "--val-every", 0, "--log-every", 1]
 SMALL += ["--rays.per-view", 8, "--save-every", 500, "--render.samples", 12, "--render.importance", 4, "--workers", 0]
-ALONE = World(0, 1, torch.device("cpu"))
+ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 
 
 def start(city, out, *flags):
@@ -48,14 +48,14 @@ def start(city, out, *flags):
 
 
 def pretrain(city, out, *flags):
-    """train.py in this process."""
+    """Run train.py in this process; two steps, unless `flags` say otherwise."""
     train.main(train.parse([*SMALL, "--data-root", city, "--out", out, "--steps", 2, *flags]))
 
 
 @pytest.mark.parametrize(
     "signals, exit_code",
     [((signal.SIGTERM, signal.SIGTERM), 143), ((signal.SIGHUP,), 129), ((signal.SIGINT, signal.SIGINT), 130)],
-    ids=["SIGTERM", "SIGHUP", "Ctrl-C twice"],
+    ids=["SIGTERM twice", "SIGHUP", "Ctrl-C twice"],
 )
 def test_a_run_is_saved_when_all_its_processes_get_a_signal(signals, exit_code, city, tmp_path):
     """A terminal, systemd and Slurm signal the data loading processes too; here these get the signal first.
@@ -115,6 +115,7 @@ def test_without_shared_memory_items_are_loaded_in_this_process(capsys):
 
 
 def test_a_signal_ends_the_program_at_once_if_nothing_has_to_be_saved(capsys):
+    """First outside of a training loop, then in one, after the step was saved and before its validation."""
     with pytest.raises(SystemExit) as end, exit_on_user_error():
         signal.raise_signal(signal.SIGTERM)
     assert end.value.code == 143 and capsys.readouterr().err == "stopped by SIGTERM\n"
@@ -149,7 +150,7 @@ def test_a_finetuning_run_locks_its_eval_folder_against_other_programs(city, tmp
     flags = ["--modality", "lidar", "--preset", "tiny", "--device", "cpu", "--workers", 0, "--steps", 1]
     finetune.main(finetune.parse([*flags, "--data-root", city, "--out", run]))
     assert f"eval is in use by another program (process {os.getpid()} on " in others[0].stderr
-    assert not (run / "eval").exists()  # nothing was written
+    assert not (run / "eval").exists()  # `validate` wrote nothing, so the folder was removed at the end
 
 
 def test_under_torchrun_one_process_prints_the_error_and_torchruns_report_ends_with_it(tmp_path):
@@ -163,7 +164,7 @@ def test_under_torchrun_one_process_prints_the_error_and_torchruns_report_ends_w
     )
     done = scripts.run("-m", "torch.distributed.run", "--nproc-per-node", 2, program)
     sentence = "error: --flag is wrong; use another one."
-    *_, last, _ = done.stderr.splitlines()
+    *_, last, _ = done.stderr.splitlines()  # the report ends in a line of "="
     assert done.returncode == 1 and done.stderr.startswith(sentence) and last == f"  traceback : {sentence}"
     # once by the main process, once in the report
     assert done.stderr.count(sentence) == 2 and "exitcode  : 2 " in done.stderr
@@ -201,7 +202,8 @@ def test_a_resumed_run_repeats_an_interrupted_validation(city, tmp_path, monkeyp
     assert checkpoint(tmp_path / "run")["step"] == 2 and not curve(tmp_path / "run", "val/depth_rmse")
     monkeypatch.setattr(train, "validate", validate)
     pretrain(city, tmp_path / "run", *flags, "--resume", "auto")
-    assert 2 in curve(tmp_path / "run", "val/depth_rmse") and "after" in checkpoint(tmp_path / "run")["metrics"]
+    assert 2 in curve(tmp_path / "run", "val/depth_rmse")
+    assert "after" in checkpoint(tmp_path / "run")["metrics"]  # the metrics after training
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +215,7 @@ def half_a_run(city, tmp_path_factory):
 
 
 def without(*path):
-    """A function that deletes saved[path[0]][path[1]]... of a checkpoint."""
+    """A function that deletes saved[path[0]][path[1]]... of a checkpoint `saved`."""
 
     def apply(saved):
         for key in path[:-1]:
@@ -224,7 +226,7 @@ def without(*path):
 
 
 def changed(change, *path):
-    """A function that replaces saved[path[0]][path[1]]... of a checkpoint by `change` of it."""
+    """A function that replaces saved[path[0]][path[1]]... of a checkpoint `saved` by `change` of that value."""
 
     def apply(saved):
         for key in path[:-1]:
@@ -302,7 +304,8 @@ def full_disk(size):
 def test_a_full_disk_gives_a_one_sentence_error_and_keeps_the_last_checkpoint(half_a_run, city, tmp_path, capsys):
     run = shutil.copytree(half_a_run, tmp_path / "run")
     (run / "checkpoints" / ".last.pt.999999999").write_text("what a killed run left")
-    with full_disk(200_000), pytest.raises(SystemExit) as end, exit_on_user_error():  # less than a checkpoint
+    # a checkpoint is larger than 200 kB
+    with full_disk(200_000), pytest.raises(SystemExit) as end, exit_on_user_error():
         pretrain(city, run, "--resume", "auto")
     assert end.value.code == 2
     (sentence,) = capsys.readouterr().err.splitlines()
@@ -341,7 +344,7 @@ def test_an_impossible_folder_gives_a_one_sentence_error(out, reason, city, tmp_
 def test_partial_datasets_of_killed_processes_are_removed(tmp_path):
     (tmp_path / ".city.partial-999999999").mkdir()  # the suffix is a process id; no process has this one
     (tmp_path / f".city.partial-{os.getppid()}").mkdir()  # of a process that runs
-    with pytest.raises(OSError), full_disk(100):  # its own is removed too
+    with pytest.raises(OSError), full_disk(100):  # the partial dataset of this call is removed too
         generate(tmp_path / "city", scenes=2, keyframes=2, image_size=(16, 16), workers=1, progress=False)
     assert [folder.name for folder in tmp_path.iterdir()] == [f".city.partial-{os.getppid()}"]
 
@@ -349,7 +352,7 @@ def test_partial_datasets_of_killed_processes_are_removed(tmp_path):
 def test_a_run_resumes_after_its_dataset_has_moved(half_a_run, city, copy, tmp_path, monkeypatch):
     run = shutil.copytree(half_a_run, tmp_path / "run")
     for table in (copy / "v1.0-mini").iterdir():
-        os.utime(table)  # changes the modification time
+        os.utime(table)  # copied or unpacked tables have other modification times
     with monkeypatch.context() as patch:
         patch.setattr(NuScenesDataset, "contents", lambda self: "digest of other frames")
         with pytest.raises(UserError, match="was trained on other frames than .* has; give the folder of"):
@@ -359,6 +362,8 @@ def test_a_run_resumes_after_its_dataset_has_moved(half_a_run, city, copy, tmp_p
 
 
 def test_contents_are_equal_for_a_copied_dataset_and_differ_between_splits_and_frames(city, copy):
+    """The digest by which a resumed run checks that its frames are the same: of another split, or without one frame, it
+    differs."""
     data = PRETRAIN["lidar"]["tiny"].data
 
     def contents(root, split="mini_train"):

@@ -1,7 +1,7 @@
-"""`tests.addresses` finds int32 products in the addresses of kernels that have them, and none in a kernel without.
+"""`tests.addresses` finds the int32 products that may overflow in the address of an element, and allows harmless ones.
 
-Such a product overflows in tensors of more than 2^31 elements. A line that must be found ends in "# fault". The
-project's own kernels are checked where they are compiled anyway: tests/test_compiles.py.
+They overflow in tensors of more than 2^31 elements. A line that must be found ends in "# fault". The project's own
+kernels are checked where they are compiled anyway: tests/test_compiles.py.
 """
 
 import json
@@ -37,7 +37,7 @@ def carried(x_ptr, row_idx_ptr, N, C, BLOCK: tl.constexpr):
 
 @triton.jit
 def wide(x_ptr, row_idx_ptr, N, C, BLOCK: tl.constexpr):
-    for block in range(tl.program_id(0), tl.cdiv(N, BLOCK), 8):  # the blocks of one of 8 programs
+    for block in range(tl.program_id(0), tl.cdiv(N, BLOCK), 8):  # with 8 programs, every eighth block
         i = block * BLOCK + tl.arange(0, BLOCK)  # allowed: block * BLOCK is less than N
         row = tl.load(row_idx_ptr + i, mask=i * C < N * C, other=0)  # allowed: in the mask, not in the address
         c = tl.arange(0, BLOCK) // 4 * 4  # allowed: both factors are bounded at compile time

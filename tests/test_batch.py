@@ -31,7 +31,7 @@ def sample(token, points=3, boxes=2, size=(40, 33), labeled=True):
 
 
 class FakeDataset(torch.utils.data.Dataset):
-    """A dataset of n samples; those in `bad` cannot be read."""
+    """A dataset of n frames; frame i is a `sample` with token i, those in `bad` cannot be read."""
 
     def __init__(self, n, bad=()):
         self.n, self.bad = n, bad
@@ -46,14 +46,14 @@ class FakeDataset(torch.utils.data.Dataset):
 
 
 def tokens_of(n, count, **stream):
-    """Tokens of each of the first `count` micro-batches of `step_batches` over n samples, with arguments `stream`."""
+    """Tokens of each of the first `count` micro-batches of `step_batches` over n frames, with arguments `stream`."""
     batches = itertools.islice(step_batches(FakeDataset(n), **stream), count)
     return [tuple(int(t) for t in batch.tokens) for batch, _ in batches]
 
 
 def test_images_are_padded_at_the_right_and_bottom():
     batch = collate([sample(7), sample(200, size=(20, 70))])
-    assert batch.images.shape == (2, 6, 3, 64, 96)
+    assert batch.images.shape == (2, 6, 3, 64, 96)  # the largest height and width, rounded up to multiples of 32
     assert batch.image_sizes[:, 0].tolist() == [[40, 33], [20, 70]]
     for i, (token, h, w) in enumerate([(7, 40, 33), (200, 20, 70)]):
         for view in range(6):
@@ -93,7 +93,7 @@ def test_to_moves_all_but_the_counts():
 
 
 def test_every_frame_appears_exactly_once_per_epoch():
-    order = sum(tokens_of(5, count=5, micro_batch=2), ())  # 10 samples: two epochs
+    order = sum(tokens_of(5, count=5, micro_batch=2), ())  # 10 samples: two epochs of 5 frames
     assert sorted(order[:5]) == sorted(order[5:]) == list(range(5))
     assert order[:5] != order[5:]
     assert order != sum(tokens_of(5, count=5, micro_batch=2, seed=1), ())  # the default seed is 0
@@ -115,11 +115,11 @@ def test_workers_do_not_change_the_batches(workers):
 
 
 def test_a_micro_batch_may_be_larger_than_the_dataset():
-    (order,) = tokens_of(2, count=1, micro_batch=5)
+    (order,) = tokens_of(2, count=1, micro_batch=5)  # two epochs and a half
     assert sorted(order[:2]) == sorted(order[2:4]) == [0, 1]
 
 
-def test_the_stream_does_not_touch_the_global_generator():
+def test_the_stream_does_not_touch_the_global_random_generator():
     state = torch.get_rng_state()
     tokens_of(3, count=1, micro_batch=1, workers=1)
     assert torch.equal(torch.get_rng_state(), state)
@@ -142,7 +142,7 @@ def test_bad_frames_are_replaced_by_uniformly_drawn_ones():
 
 
 def test_a_dataset_without_readable_frames_is_a_user_error(monkeypatch):
-    monkeypatch.setattr(loader, "TRIES", 8)
+    monkeypatch.setattr(loader, "TRIES", 8)  # frames that are tried, of the 100
     with pytest.raises(DataError, match=r"none of the 8 frames can be read \(frame-\d+: is missing\)"):
         next(step_batches(FakeDataset(100, bad=range(100)), micro_batch=1))
 
@@ -150,6 +150,6 @@ def test_a_dataset_without_readable_frames_is_a_user_error(monkeypatch):
 def test_held_out_frames_are_evenly_spaced_and_divided_among_processes():
     frames = [(position, batch.tokens) for position, batch in held_out_batches(FakeDataset(10), count=4)]
     assert frames == [(0, ("0",)), (1, ("2",)), (2, ("5",)), (3, ("7",))]
-    by_rank = [list(held_out_batches(FakeDataset(10), 4, rank=rank, world=2)) for rank in range(2)]
+    by_rank = [list(held_out_batches(FakeDataset(10), count=4, rank=rank, world=2)) for rank in range(2)]
     assert [[position for position, _ in batches] for batches in by_rank] == [[0, 2], [1, 3]]
     assert len(list(held_out_batches(FakeDataset(3), count=8))) == 3  # not more than the dataset has

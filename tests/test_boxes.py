@@ -73,11 +73,11 @@ def test_box_codes_match_the_original():
     decoded = decode_boxes(arrays["out/normalized"])
     yaw_error = (decoded - at_center(arrays["out/denormalized"]))[:, 6]
     assert torch.allclose(yaw_error.cos(), torch.ones(40))  # equal up to multiples of 2 pi
-    rest = [0, 1, 2, 3, 4, 5, 7, 8]
+    rest = [0, 1, 2, 3, 4, 5, 7, 8]  # all but yaw
     assert_close_to_max(decoded[:, rest], boxes[:, rest], 1e-6)
 
 
-def test_the_front_left_corner_is_the_originals():
+def test_the_front_left_corner_is_where_the_original_has_it():
     """mmdet3d 0.17 puts w along x and l along y, then rotates clockwise by yaw'."""
     boxes = random_boxes(20)
     for box, original in zip(boxes, boxes_to_original(boxes), strict=True):
@@ -110,7 +110,7 @@ def test_to_global_by_hand():
     lidar2global[:3, 3] = (10, 20, 30)
     translation, size, rotation, velocity = boxes_to_global(BOX, lidar2global)
     assert translation.tolist() == [[8, 21, 33]] and size.tolist() == [[2, 4, 1.5]] and velocity.tolist() == [[6, 5]]
-    expected = Quaternion(axis=(0, 0, 1), degrees=120)
+    expected = Quaternion(axis=(0, 0, 1), degrees=120)  # the box's 30 + 90
     assert Quaternion(rotation[0]).rotation_matrix == pytest.approx(expected.rotation_matrix)
 
 

@@ -36,7 +36,8 @@ def rig(sample, count):
 @pytest.mark.parametrize("count", [1, 5, 6, 8])
 def test_pictures_and_reports_have_room_for_any_number_of_cameras(sample, count):
     picture = calibration_view(rig(sample, count), width=160)
-    columns = min(count, 3 if count < 7 else 4)  # of images, each 160 pixels wide, right of the view from above
+    # of images, each 160 pixels wide, right of the view from above, a square of at least 480 x 480 pixels
+    columns = min(count, 3 if count < 7 else 4)
     assert picture.dtype == np.uint8 and picture.shape[0] >= 480 and picture.shape[1] > columns * 160
     assert len(report(rig(sample, count)).splitlines()) == count + 2  # a header, the cameras, the number of boxes
 
@@ -44,13 +45,13 @@ def test_pictures_and_reports_have_room_for_any_number_of_cameras(sample, count)
 def test_a_point_has_its_pixel_and_the_color_of_its_depth(sample):
     """One camera that looks along +y, and three points: 12 m ahead, in the middle of the image's left half; behind the
     camera; and one of an earlier sweep (lag 0.05 s), which the report does not count."""
-    ahead = np.array([[1, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]], np.float32)
-    pixels = np.array([[100, 0, 100, 0], [0, 100, 100, 0], [0, 0, 1, 0], [0, 0, 0, 1]], np.float32)
+    lidar2camera = np.array([[1, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]], np.float32)
+    intrinsics = np.array([[100, 0, 100, 0], [0, 100, 100, 0], [0, 0, 1, 0], [0, 0, 0, 1]], np.float32)
     one = replace(
         sample,
         images=[np.zeros((200, 200, 3), np.uint8)],
-        lidar2image=(pixels @ ahead)[None],
-        lidar2camera=ahead[None],
+        lidar2image=(intrinsics @ lidar2camera)[None],
+        lidar2camera=lidar2camera[None],
         points=np.array([[-6.0, 12, 0, 1, 0], [0, -12, 0, 1, 0], [0, 12, 0, 1, 0.05]], np.float32),
         boxes=sample.boxes[:0],
         labels=sample.labels[:0],
@@ -62,7 +63,7 @@ def test_a_point_has_its_pixel_and_the_color_of_its_depth(sample):
     color = 255 * np.array(calibration.DEPTH_COLORS(12 / calibration.FAR)[:3])
     image = calibration_view(one, width=160)[:, 480:620]  # between the view from above and the color bar
     of_color = np.abs(image - color).max(axis=-1) < 20
-    assert 0 < of_color.sum() < 100
+    assert 0 < of_color.sum() < 100  # a small dot
     fields = report(one).splitlines()[1].split()  # name, size, position, direction, field of view, points
     assert fields[:5] == ["camera", "0", "200", "x", "200"] and fields[5:8] == ["0.00", "0.00", "0.00"]
     assert fields[8:] == ["0°", "90°", "1"]

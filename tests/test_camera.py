@@ -12,7 +12,7 @@ from unipad.model.camera import FPN, MEAN, STD, Block, CameraEncoder, ConvNeXt
 from unipad.model.mask import draw_mask
 from unipad.recipes import PRETRAIN
 
-DEPTHS, WIDTHS = (1, 2, 3, 1), (8, 16, 32, 64)  # of the ConvNeXt in the records of tests/golden
+DEPTHS, WIDTHS = (1, 2, 3, 1), (8, 16, 32, 64)  # blocks and channels per stage of the ConvNeXt in tests/golden
 SMALL = CameraConfig(
     depths=(1, 1, 2, 1), widths=(4, 8, 16, 32), drop_path=0.0, frozen_stages=0, channels=8, fpn_levels=4, depth_bins=5
 )
@@ -91,6 +91,7 @@ def make_encoder(cfg=SMALL):
 
 
 def make_images(B=2, N=3, size=(64, 96), unpadded=(50, 90)):
+    """Images of `unpadded` pixels (height, width), padded to `size`: (images, image_sizes) as in `Batch`."""
     images = torch.zeros(B, N, 3, *size)
     images[..., : unpadded[0], : unpadded[1]] = torch.rand(B, N, 3, *unpadded)
     return images, torch.tensor(unpadded).expand(B, N, 2)
@@ -128,8 +129,8 @@ def test_each_image_has_its_own_padding():
 
 
 def test_padding_at_most_doubles_the_norm_of_gradients():
-    """Images are padded to 128 x 224; the first has that size. In an untrained encoder the padding's features are 0,
-    where each LayerNorm would multiply gradients by up to 1000."""
+    """Images of four sizes are padded to 128 x 224; the first needs no padding. In an untrained encoder the padding's
+    features are 0, where each LayerNorm would multiply gradients by up to 1000 if they were not stopped."""
     encoder = CameraEncoder(SMALL)
     norms = []
     for unpadded in ((128, 224), (120, 200), (124, 220), (97, 193)):
@@ -181,8 +182,8 @@ def test_a_visible_patch_is_encoded_as_if_alone():
 
 def test_mask_of_ratio_zero_changes_nothing():
     encoder, images = make_encoder(), make_images(1, 2)
-    everything = draw_mask(torch.rand(2, 6), 2, 3, 0.0)
-    torch.testing.assert_close(encoder(*images, everything), encoder(*images), rtol=0, atol=0)
+    all_visible = draw_mask(torch.rand(2, 6), h=2, w=3, ratio=0.0)
+    torch.testing.assert_close(encoder(*images, all_visible), encoder(*images), rtol=0, atol=0)
 
 
 def test_frozen_stages_get_no_gradient_and_no_drop_path():
@@ -206,8 +207,9 @@ def test_drop_path_skips_or_amplifies_a_branch():
     net = ConvNeXt((1, 1), (4, 4), drop_path=0.25, out_stages=(0,)).train()
     torch.nn.init.ones_(net.stages[0][0].gamma)
     net.stages[0][0].drop_path = 0.25  # by default 0 in the first block
-    net.norm0 = torch.nn.Identity()
+    net.norm0 = torch.nn.Identity()  # outputs of stage 0 as they are
     image = torch.randn(1, 3, 32, 32).expand(2, -1, -1, -1)
+    # noise per image and block: the branch is dropped where it is less than the rate; stage 1 is not returned
     dropped, kept = net(image, drop_noise=torch.tensor([[0.2499, 0.0], [0.25, 0.0]]))[0]
     skipped = net.downsample_layers[0](image[:1])[0]
     whole = net.eval()(image[:1], drop_noise=torch.zeros(1, 2))[0][0]  # eval ignores the noise
@@ -233,7 +235,7 @@ def test_views_are_independent():
     """A view's features do not depend on the other views in the batch."""
     encoder = make_encoder()
     images, sizes = make_images()
-    mask = draw_mask(torch.rand(6, 6), 2, 3, 0.3)
+    mask = draw_mask(torch.rand(6, 6), h=2, w=3, ratio=0.3)
     features, _ = encoder(images, sizes, mask)
     alone, _ = encoder(images[1:, 2:], sizes[1:, 2:], mask[5:])  # the last view of the last sample
     for whole, part in zip(features, alone, strict=True):
@@ -243,7 +245,7 @@ def test_views_are_independent():
 def test_autocast_returns_bf16_close_to_fp32():
     encoder = make_encoder()
     images, sizes = make_images()
-    mask = draw_mask(torch.rand(6, 6), 2, 3, 0.3)
+    mask = draw_mask(torch.rand(6, 6), h=2, w=3, ratio=0.3)
     exact, _ = encoder(images, sizes, mask)
     with torch.autocast("cpu", torch.bfloat16):
         features, depths = encoder(images, sizes, mask)
@@ -251,14 +253,14 @@ def test_autocast_returns_bf16_close_to_fp32():
     for bf16, fp32 in zip(features, exact, strict=True):
         assert_close_to_max(bf16, fp32, 0.1)
     sum(t.float().square().sum() for t in features + depths).backward()
-    for name, param in encoder.named_parameters():
+    for name, param in encoder.named_parameters():  # autocast leaves the parameters in fp32
         assert param.grad.dtype == torch.float32 and param.grad.isfinite().all(), name
 
 
 def test_every_trained_parameter_gets_a_gradient():
     """DistributedDataParallel waits for each of them."""
     encoder = make_encoder(PRETRAIN["camera"]["tiny"].camera)
-    features, depths = encoder(*make_images(1, 2), draw_mask(torch.rand(2, 6), 2, 3, 0.3))
+    features, depths = encoder(*make_images(1, 2), draw_mask(torch.rand(2, 6), h=2, w=3, ratio=0.3))
     sum(t.square().sum() for t in features + depths).backward()
     assert all(p.grad is not None for p in encoder.parameters() if p.requires_grad)
 
@@ -271,7 +273,7 @@ def test_fewer_levels_than_stages_are_rejected():
 def test_checkpointing_is_bitwise_equal(monkeypatch):
     """With a mask, drop path and a frozen stage: the results are the same, but trained blocks run forward twice."""
     encoder = make_encoder(replace(SMALL, drop_path=0.3, frozen_stages=1)).train()
-    images, mask = make_images(1, 2), draw_mask(torch.rand(2, 6), 2, 3, 0.3)
+    images, mask = make_images(1, 2), draw_mask(torch.rand(2, 6), h=2, w=3, ratio=0.3)
     drop_noise = torch.rand(2, 5)  # 2 images, 5 blocks
     calls, forward = [], Block.forward
     monkeypatch.setattr(Block, "forward", lambda self, *args: (calls.append(self), forward(self, *args))[1])

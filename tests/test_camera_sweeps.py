@@ -36,7 +36,7 @@ from unipad.data.nuscenes import NuScenesDataset
 from unipad.data.transforms import HIDDEN_COLOR
 from unipad.draw.views import rendered_views
 from unipad.errors import UserError
-from unipad.evaluate.rendering import RAYS_PER_VIEW, evaluate_rendering
+from unipad.evaluate.rendering import PIXEL_STRIDE, RAYS_PER_VIEW, evaluate_rendering
 from unipad.model.detect import Detector
 from unipad.model.encoder import Encoder
 from unipad.model.pretrain import Pretrain
@@ -55,7 +55,7 @@ GRID = config.Grid(low=(-54.0, -54.0, -5.0), high=(54.0, 54.0, 3.0), cell=(5.4, 
 
 @pytest.fixture(scope="module")
 def city(tmp_path_factory):
-    """A synthetic dataset with two camera sweeps between keyframes; nuScenes has five."""
+    """A synthetic dataset with two camera sweeps between keyframes (nuScenes has five) and no LiDAR sweeps."""
     root = tmp_path_factory.mktemp("data") / "city"
     settings = {"scenes": 2, "keyframes": KEYFRAMES, "image_size": SIZE, "columns": 90, "sweeps": 0}
     return synthetic.generate(root, **settings, camera_sweeps=2, workers=1, progress=False)
@@ -67,7 +67,8 @@ def nusc(city):
 
 
 def sample_data_chain(nusc, sample, camera, count):
-    """A camera's `sample_data` at the keyframe and `count` before it, or the scene's first again."""
+    """A camera's `sample_data` records of the keyframe and of the `count` frames before it, newest first; where the
+    scene has fewer, its first one is repeated."""
     chain = [nusc.get("sample_data", nusc.get("sample", sample.token)["data"][camera])]
     while len(chain) <= count:
         chain.append(nusc.get("sample_data", chain[-1]["prev"]) if chain[-1]["prev"] else chain[-1])
@@ -75,7 +76,7 @@ def sample_data_chain(nusc, sample, camera, count):
 
 
 def sensor2global(nusc, record):
-    """[4, 4] from the devkit's tables, at the time of a `sample_data` record."""
+    """[4, 4] from the devkit's tables: pose of the sensor of a `sample_data` record, at its time."""
     sensor = nusc.get("calibrated_sensor", record["calibrated_sensor_token"])
     ego = nusc.get("ego_pose", record["ego_pose_token"])
     steps = (transform_matrix(r["translation"], Quaternion(r["rotation"])) for r in (ego, sensor))
@@ -106,6 +107,7 @@ def test_sample_data_of_cameras_are_linked_as_in_nuscenes(nusc, city):
                 frames.append(nusc.get("sample_data", frames[-1]["next"]))
                 assert frames[-1]["prev"] == frames[-2]["token"]
             assert [f["is_key_frame"] for f in frames] == [True] + [False, False, True] * (KEYFRAMES - 1)
+            # two sweeps and their keyframe each; the first keyframe has no sweeps
             owners = [s["token"] for s in samples for _ in range(3)][2:]
             assert [f["sample_token"] for f in frames] == owners
             microseconds = np.diff([f["timestamp"] for f in frames])
@@ -113,6 +115,7 @@ def test_sample_data_of_cameras_are_linked_as_in_nuscenes(nusc, city):
             for f in frames:
                 assert f["filename"].startswith("samples/" if f["is_key_frame"] else "sweeps/")
                 assert (city / f["filename"]).is_file()
+    # 2 scenes, 2 sweeps before each keyframe but the first
     assert {len(list((city / "sweeps" / camera).iterdir())) for camera in CAMERAS} == {2 * 2 * (KEYFRAMES - 1)}
 
 
@@ -130,14 +133,15 @@ def test_files_poses_and_times_of_sweeps_match_the_devkit(nusc, city):
                 intrinsic = np.eye(4)
                 sensor = nusc.get("calibrated_sensor", record["calibrated_sensor_token"])
                 intrinsic[:3, :3] = sensor["camera_intrinsic"]
-                view = 6 * frame + n
+                view = 6 * frame + n  # of 6 cameras
                 np.testing.assert_allclose(sample.lidar2camera[view], to_camera, atol=1e-5)
                 np.testing.assert_allclose(sample.lidar2image[view], intrinsic @ to_camera, atol=1e-2, rtol=1e-5)
         chain = sample_data_chain(nusc, sample, "CAM_FRONT", 5)
         lags = [1e-6 * (chain[0]["timestamp"] - record["timestamp"]) for record in chain]
         np.testing.assert_allclose(sample.frame_lags, lags, atol=1e-6)
-    # frames back from the keyframe; at the start of a scene the first is repeated
+    # a row per keyframe: frames back from it; at the start of a scene the first frame is repeated
     assert sweeps.numbers.tolist() == [[0] * 5, [1, 2, 3, 3, 3], [1, 2, 3, 4, 5]]
+    # with `camera_rate`, lags are nominal instead of measured
     nominal = NuScenesDataset(city, VERSION, "mini_val", replace(THREE, camera_rate=12.0))[1]
     np.testing.assert_allclose(nominal.frame_lags, [0, 1 / 12, 2 / 12], atol=1e-7)
 
@@ -145,12 +149,14 @@ def test_files_poses_and_times_of_sweeps_match_the_devkit(nusc, city):
 def test_static_points_project_onto_their_pixels_in_every_frame(city):
     """LiDAR points of the keyframe have the depths that ray casting finds in the pixels of every frame."""
     sample = NuScenesDataset(city, VERSION, "mini_val", THREE)[2]
-    scene = Scene(0, SCENES.index("scene-0103"), (KEYFRAMES - 1) * 0.5)  # seed 0; the only scene of mini_val
-    # Walls and trees: the depth of the ground at a pixel hardly differs between frames, so it would hide an error
+    # the only scene of mini_val, as it was generated
+    scene = Scene(seed=0, index=SCENES.index("scene-0103"), duration=(KEYFRAMES - 1) * 0.5)
+    # Walls and trees (classes 15, 16): the depth of the ground at a pixel hardly differs between frames, so it would
+    # hide an error
     points = sample.points[sample.point_labels >= 15, :3]
     points = np.c_[points, np.ones(len(points))]
     for frame, lag in enumerate(sample.frame_lags):
-        own, keyframes = [], []  # relative depth errors with the frame's own projection, and with the keyframe's
+        own, keyframes = [], []  # relative depth errors with the projection of the frame itself, and of the keyframe
         for n, camera in enumerate(CAMERAS):
             t = 1.0 - rig.CAMERAS[camera].early - lag  # keyframe 2 is at 1 s; each camera fires `early` seconds before
             view, solids = rig.camera_view(scene, camera, SIZE, t), scene.solids(t)
@@ -170,18 +176,21 @@ def test_the_keyframe_is_the_same_with_and_without_sweeps(city):
     datasets = [NuScenesDataset(city, VERSION, "mini_train", data) for data in (Data(), THREE)]
     one, three = (collate([dataset[1], dataset[2]]) for dataset in datasets)
     assert one.frame_lags is None and one.frames == 1 and three.frames == 3
-    assert three.images.shape == (2, 18, 3, 64, 96) and three.lidar2image.shape == (2, 18, 4, 4)
+    assert three.images.shape == (2, 18, 3, 64, 96)  # 18 views: 3 frames of 6 cameras
+    assert three.lidar2image.shape == (2, 18, 4, 4)
     assert three.image_sizes.shape == (2, 18, 2) and three.frame_lags.shape == (2, 3)
     assert three.frame_lags.dtype == torch.float32 and (three.frame_lags.diff() > 0).all()
     key = three.keyframe()
     for name, value in vars(one).items():
         assert torch.equal(value, getattr(key, name)) if torch.is_tensor(value) else value == getattr(key, name), name
-    assert key.images.data_ptr() == three.images.data_ptr()
+    assert key.images.data_ptr() == three.images.data_ptr()  # not a copy
+    # without sweeps, `keyframe` changes nothing
     assert all(torch.equal(t, getattr(one.keyframe(), n)) for n, t in vars(one).items() if torch.is_tensor(t))
 
 
 def test_all_frames_are_augmented_together(city):
-    """Points keep their pixels in every view; all views share one GridMask; a stream can be resumed."""
+    """Points keep their pixels in every view; all views share one GridMask; a stream started at the second micro-batch
+    has the augmentation of the whole stream."""
     dataset = NuScenesDataset(city, VERSION, "mini_train", THREE)
     plain = dataset[1]
     vary = Augment(rotation=0.4, scale=(0.9, 1.1), translation=(0.5,) * 3, flip_x=1.0, grid_mask=1.0)
@@ -193,9 +202,9 @@ def test_all_frames_are_augmented_together(city):
     hidden = np.any(np.array(plain.images) != moved.images, axis=(0, 3))
     assert 0.1 < hidden.mean() < 0.9 and (np.array(moved.images)[:, hidden] == HIDDEN_COLOR).all()
     streams = (step_batches(varied, 1, start=start) for start in (0, 1))
-    first, second = next(streams), next(streams)
-    next(first)
-    (a, _), (b, _) = next(first), next(second)
+    whole, resumed = next(streams), next(streams)
+    next(whole)
+    (a, _), (b, _) = next(whole), next(resumed)
     assert torch.equal(a.images, b.images) and torch.equal(a.lidar2image, b.lidar2image)
 
 
@@ -209,7 +218,7 @@ def test_crops_of_moving_objects_are_taken_where_they_were_in_each_frame():
     sample = Sample(
         images=images,
         lidar2image=np.stack([lidar2image] * 2),
-        lidar2camera=np.stack([np.eye(4, dtype=np.float32)] * 2),
+        lidar2camera=np.stack([np.eye(4, dtype=np.float32)] * 2),  # not used
         points=np.array([[1.0, 10, 0, 0, 0]], np.float32),
         point_labels=None,
         boxes=box,
@@ -217,7 +226,7 @@ def test_crops_of_moving_objects_are_taken_where_they_were_in_each_frame():
         token="",
         frame_lags=np.array([0, 0.5], np.float32),
     )
-    (cut,) = cut_out(sample, 1)
+    (cut,) = cut_out(sample, min_points=1)
     assert [view for view, _ in cut.pictures] == [0, 1]
     means = [cv2.imdecode(jpeg, cv2.IMREAD_COLOR).mean() for _, jpeg in cut.pictures]
     np.testing.assert_allclose(means, [200, 100], atol=2)
@@ -230,13 +239,14 @@ def test_objects_are_pasted_into_all_frames(city):
     plain = dataset[2]
     pasted = dataset.with_objects(objects).read(2, np.random.default_rng(0))
     new = pasted.boxes[len(plain.boxes) :]
-    assert (np.abs(new[:, 7:]).max(axis=1) > 1).any()
-    changed = 0
+    assert (np.abs(new[:, 7:]).max(axis=1) > 1).any()  # m/s: some of the pasted objects move
+    changed = 0  # number of views of earlier frames that differ
     for view, (before, after) in enumerate(zip(plain.images, pasted.images, strict=True)):
         lag = plain.frame_lags[view // 6]
         then = np.c_[new[:, :2] - lag * new[:, 7:], new[:, 2:]]
         covered = np.zeros(SIZE, bool)
-        for left, top, right, bottom in visible_rectangles(then, plain.lidar2image[view], SIZE)[1]:
+        _, rectangles = visible_rectangles(then, plain.lidar2image[view], SIZE)
+        for left, top, right, bottom in rectangles:
             covered[top:bottom, left:right] = True
         difference = (before != after).any(-1)
         assert not (difference & ~covered).any()
@@ -246,11 +256,11 @@ def test_objects_are_pasted_into_all_frames(city):
 
 def test_frame_fusion_is_that_of_uvtr():
     """Append the lag as a channel, 1 x 1 x 1 conv, norm, ReLU; concatenate all frames, 1 x 1 x 1 conv, norm, ReLU."""
-    fusion = FrameFusion(5, 3).double()
+    fusion = FrameFusion(channels=5, frames=3).double()
     for norm in (fusion.time_conv[1], fusion.trans_conv[1]):
         nn.init.normal_(norm.weight)
         nn.init.normal_(norm.bias)
-    volumes = torch.randn(2 * 3, 5, 2, 4, 3, dtype=torch.float64, requires_grad=True)
+    volumes = torch.randn(2 * 3, 5, 2, 4, 3, dtype=torch.float64, requires_grad=True)  # 2 samples of 3 frames
     lags = torch.tensor([[0.0, 0.1, 0.2], [0.0, 0.0, 0.5]], dtype=torch.float64)
     plane = lags.view(6, 1, 1, 1, 1).expand(-1, 1, 2, 4, 3)
     truth = fusion.trans_conv(fusion.time_conv(torch.cat([volumes, plane], 1)).view(2, 15, 2, 4, 3))
@@ -282,15 +292,17 @@ def with_earlier_frames(batch, frames, shift=0.5):
 
 @pytest.mark.parametrize("transform", ["gather", "pool"])
 def test_each_frame_is_lifted_separately_and_changes_the_volume(transform):
-    # pooling reads one FPN level
-    levels = {"fpn_levels": 1, "fpn_start": 3, "view": "pool"} if transform == "pool" else {}
-    camera = replace(TINY_CAMERA, **levels)
+    # "gather" is the default; "pool" reads one FPN level
+    settings = {"fpn_levels": 1, "fpn_start": 3, "view": "pool"} if transform == "pool" else {}
+    camera = replace(TINY_CAMERA, **settings)
     encoder = Encoder(config.Recipe(grid=GRID, data=THREE, camera=camera)).eval()
+    # 2 samples without points, of 3 frames of 2 views
     batch = with_earlier_frames(make_batch([[], []], size=(64, 96), unpadded=(60, 90)), 3)
     lifted = {}
     encoder.frame_fusion.register_forward_hook(lambda module, args, out: lifted.update(volumes=args[0]))
     encoded = encoder.encode(batch, None)
     assert encoded.volume.shape == (2, 8, 5, 18, 20) and encoded.depths[0].shape[:2] == (2, 6)
+    # the same weights for one frame, without frame fusion
     alone = Encoder(config.Recipe(grid=GRID, camera=camera)).eval()
     assert alone.load_state_dict(encoder.state_dict(), strict=False).missing_keys == []
     for index in range(3):  # of the frame
@@ -300,6 +312,7 @@ def test_each_frame_is_lifted_separately_and_changes_the_volume(transform):
         torch.testing.assert_close(lifted["volumes"].unflatten(0, (2, 3))[:, index], alone(frame, None)[0])
 
     def changed(**fields):
+        """The largest change of each sample's volume if `fields` of the batch are replaced."""
         return (encoder(replace(batch, **fields), None)[0] - encoded.volume).abs().amax((1, 2, 3, 4))
 
     other = batch.images.clone()
@@ -316,7 +329,8 @@ def test_every_weight_of_the_frame_fusion_gets_a_gradient_and_encoding_is_reprod
     batch = with_earlier_frames(make_batch([[], []], size=(64, 96), unpadded=(60, 90)), 3)
     encoded = encoder.encode(batch, generators(0, 1))
     masks = encoded.masks["camera"]
-    assert masks.shape == (2, 6, 2, 3) and not torch.equal(masks[:, :2], masks[:, 2:4])
+    assert masks.shape == (2, 6, 2, 3)
+    assert not torch.equal(masks[:, :2], masks[:, 2:4])  # of the keyframe, of the frame before it
     encoded.volume.square().sum().backward()
     assert all(p.grad.any() and p.grad.isfinite().all() for p in encoder.frame_fusion.parameters())
     assert torch.equal(encoder.encode(batch, generators(0, 1)).volume, encoded.volume)
@@ -334,11 +348,12 @@ def test_rays_are_cast_from_the_keyframe_only(city):
     losses, _ = net(batch, generators(0))
     sum(losses.values()).backward()
     assert len(rays[0]) == 6 * 8 and net.encoder.frame_fusion.trans_conv[0].weight.grad.any()
-    metrics = evaluate_rendering(net, [(0, batch)], 0, torch.device("cpu"))
+    metrics = evaluate_rendering(net, [(0, batch)], seed=0, device=torch.device("cpu"))
     assert metrics["psnr"] > 0 and metrics["depth_abs_rel"] > 0
     ray_count = sum(len(r) for r in rays[1:])
     height, width = SIZE
-    assert ray_count == 6 * (height // 8) * (width // 8) + 6 * RAYS_PER_VIEW  # of pixels, and of LiDAR points
+    # through every PIXEL_STRIDE-th pixel along both axes, and through LiDAR points
+    assert ray_count == 6 * (height // PIXEL_STRIDE) * (width // PIXEL_STRIDE) + 6 * RAYS_PER_VIEW
     # six columns of 240 pixels, one per camera, not twelve
     assert 6 * 240 < rendered_views(net, batch, generators(0), stride=32).shape[1] < 12 * 240
 
@@ -355,7 +370,7 @@ def test_finetuning_with_sweeps_starts_the_frame_fusion_from_scratch(city, tmp_p
     done = scripts.run("-c", both, tmp_path / "run", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "new, from scratch: encoder.frame_fusion.time_conv, encoder.frame_fusion.trans_conv" in done.stdout
-    assert "detect on 3 frames of mini_val" in done.stdout  # keyframes
+    assert "detect on 3 frames of mini_val" in done.stdout  # keyframes are counted, not sweeps
     assert (tmp_path / "run" / "eval" / "boxes_0.png").is_file()
 
 
@@ -370,6 +385,7 @@ def test_checkpoints_of_several_frames_convert_both_ways(finetuned):
     assert not unknown
     # the original also has a norm after stage 0, which its FPN does not read
     state |= {"img_backbone.norm0.weight": torch.ones(24), "img_backbone.norm0.bias": torch.zeros(24)}
+    # 32 channels and the lag; 32 channels of 4 frames
     shapes = {k: tuple(v.shape) for k, v in state.items() if "view_trans.t" in k and k.endswith("0.weight")}
     assert shapes == {
         "pts_bbox_head.view_trans.time_conv.0.weight": (32, 33, 1, 1, 1),
@@ -404,7 +420,7 @@ def test_a_camera_checkpoint_of_several_frames_is_merged_for_fusion():
     new = {
         name.split(".")[1] for name in Pretrain(recipe).encoder.state_dict(prefix="encoder.").keys() - merged["model"]
     }
-    assert new == {"fuse"}
+    assert new == {"fuse"}  # what fuses the volumes of camera and LiDAR
 
 
 def test_camera_sweeps_add_only_the_frame_fusion_and_need_a_camera():
@@ -416,7 +432,8 @@ def test_camera_sweeps_add_only_the_frame_fusion_and_need_a_camera():
         more = dict(three.named_parameters()).keys() - dict(one.named_parameters()).keys()
         count = sum(p.numel() for p in three.parameters()) - sum(p.numel() for p in one.parameters())
         assert {name.split(".")[1] for name in more} == {"frame_fusion"}
-        # weights of two 1 x 1 x 1 convolutions of 256 channels; a bias and a norm's weight and bias for each
+        # two 1 x 1 x 1 convolutions, from 256 channels and the lag to 256, and from three times 256 to 256: their
+        # weights, and for each a bias and a norm's weight and bias
         assert count == (257 + 3 * 256) * 256 + 2 * 3 * 256
     for script in (train, finetune):
         for modality in ("camera", "fusion"):

@@ -12,9 +12,9 @@ CANDIDATES = [(64, 4), (128, 4), (128, 8)]  # as (block size, warps); the first 
 
 
 class Clock:
-    """A timer that looks up the time of a candidate in `times`, and records in `ran` which candidates ran.
+    """A timer that looks up in `times` how long a candidate takes, and its method `run`, the work that is timed.
 
-    Without times, it raises if it has to time anything.
+    `run` records in `ran` which candidates ran. A clock without times raises if it has to time anything.
     """
 
     def __init__(self, times):
@@ -35,6 +35,7 @@ def tuning_off_afterwards():
 
 
 def choose(clock, n=1000, candidates=CANDIDATES):
+    """The candidate chosen for n voxels, with `clock` as the work; times come from the timer of `tuning.enable`."""
     return tuning.choose(("op", torch.bfloat16, n), candidates, clock.run, CPU)
 
 
@@ -56,9 +57,9 @@ def test_candidates_are_timed_once_for_each_kind_of_work():
     clock = Clock({(64, 4): 3.0, (128, 4): 1.0, (128, 8): 2.0})
     tuning.enable(timer=clock)
     assert choose(clock) == (128, 4) and clock.ran == CANDIDATES
-    assert choose(clock, n=513) == choose(clock, n=1024) == (128, 4) and len(clock.ran) == 3  # the same bucket
+    assert choose(clock, n=513) == choose(clock, n=1024) == (128, 4) and len(clock.ran) == 3  # the bucket of 1000
     clock.times[64, 4] = 0.5
-    assert choose(clock, n=1025) == (64, 4) and len(clock.ran) == 6
+    assert choose(clock, n=1025) == (64, 4) and len(clock.ran) == 6  # another bucket: timed again
 
 
 def test_choices_are_saved_in_a_file(tmp_path):
@@ -67,7 +68,7 @@ def test_choices_are_saved_in_a_file(tmp_path):
     tuning.enable(path, clock)
     assert choose(clock) == (128, 8)
     assert json.loads(path.read_text()) == {"cpu": {"op torch.bfloat16 1024": [128, 8]}}
-    assert list(path.parent.iterdir()) == [path]
+    assert list(path.parent.iterdir()) == [path]  # no temporary file is left
 
     tuning.enable(path, Clock({}))  # the choice comes from the file
     assert choose(clock) == (128, 8) and len(clock.ran) == 3
@@ -87,7 +88,7 @@ def test_candidates_beyond_shared_memory_are_skipped():
     def run(candidate):
         clock.run(candidate)
         if candidate == (64, 4):
-            raise triton.runtime.errors.OutOfResources(300000, 200000, "shared memory")
+            raise triton.runtime.errors.OutOfResources(300000, 200000, "shared memory")  # bytes needed, available
 
     tuning.enable(timer=clock)
     assert tuning.choose(("op", 5), CANDIDATES, run, CPU) == (128, 4)
@@ -97,7 +98,7 @@ def test_nothing_is_timed_under_strict_determinism(tmp_path):
     clock = Clock({(64, 4): 3.0, (128, 4): 1.0, (128, 8): 2.0})
     path = tmp_path / "tuning.json"
     tuning.enable(path, clock)
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True)  # strict: the fixture `poisoned_memory` sets it with warn_only
     assert choose(clock) == (64, 4) and not clock.ran
     torch.use_deterministic_algorithms(False)
     assert choose(clock) == (128, 4)
@@ -106,8 +107,8 @@ def test_nothing_is_timed_under_strict_determinism(tmp_path):
     assert choose(clock) == (128, 4) and len(clock.ran) == 3  # from the file
 
 
-def test_two_processes_with_the_same_pid_do_not_share_a_temporary_file(tmp_path, monkeypatch):
-    """The pids of two machines may be equal."""
+def test_two_saves_with_the_same_pid_do_not_share_a_temporary_file(tmp_path, monkeypatch):
+    """Processes of two machines may have the same pid; here one process saves twice."""
     path, temporary = tmp_path / "tuning.json", set()
     monkeypatch.setattr("os.getpid", lambda: 1)
     replace = Path.replace
@@ -123,7 +124,7 @@ def test_two_processes_with_the_same_pid_do_not_share_a_temporary_file(tmp_path,
 def test_runs_are_timed_back_to_back_by_their_median(monkeypatch):
     """With a simulated clock: the first run, which compiles, is not timed; the host is ahead of the device; nothing is
     flushed between runs; and an outlier does not matter."""
-    clock, log = [0.0], []
+    now, log = [0.0], []  # ms; what happens, in order
 
     class Event:
         def __init__(self, enable_timing):
@@ -131,7 +132,7 @@ def test_runs_are_timed_back_to_back_by_their_median(monkeypatch):
 
         def record(self):
             log.append("event")
-            self.at = clock[0]
+            self.at = now[0]
 
         def synchronize(self):
             log.append("wait")
@@ -141,7 +142,7 @@ def test_runs_are_timed_back_to_back_by_their_median(monkeypatch):
 
     def fn():
         log.append("run")
-        clock[0] += 50.0 if log.count("run") in (1, 7) else 2.0  # ms; slow: compiling, and one outlier
+        now[0] += 50.0 if log.count("run") in (1, 7) else 2.0  # slow: the first run, which compiles, and one outlier
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())

@@ -11,13 +11,12 @@ TYPES = dict(coords_ptr="*i32", keys_ptr="*i64")
 # checked by tests/test_compiles.py
 LAUNCHES = [Launch("_keys_kernel", dict(BLOCK=BLOCK), TYPES, elements=("fp32",), registers=32)]
 
-ONE = (1, 1, 1)
 # sets of voxels: B, (Z, Y, X), number of voxels
 SOME, FULL = (3, (5, 7, 9), 200), (1, (3, 3, 3), 27)  # some of the cells, all of them
 SETS = [
     SOME,
     FULL,
-    (1, ONE, 1),
+    (1, (1, 1, 1), 1),
     (2, (9, 8, 4), BLOCK),  # exactly one block
     (2, (9, 8, 4), BLOCK + 1),  # one more than a block
     (2, (5, 7, 9), 0),
@@ -33,6 +32,7 @@ def random_voxels(B, shape, N, device):
 @pytest.mark.parametrize("B, shape, N", SETS)
 def test_keys_and_sorting_match_reference(B, shape, N, device):
     coords = random_voxels(B, shape, N, device)
+    # float32 has no effect: all inputs and outputs are integers
     check_against_ref(voxel_keys, voxel_keys_ref, dict(coords=coords, shape=shape), torch.float32)
     for check in (True, False):
         inputs = dict(coords=coords, shape=shape, check=check)
@@ -46,7 +46,7 @@ def test_keys_and_sorting_match_reference(B, shape, N, device):
 @pytest.mark.parametrize("fn", [voxel_keys, voxel_keys_ref, sort_voxels, sort_voxels_ref])
 def test_grids_beyond_32_bit_coordinates_or_62_bit_keys_are_rejected(fn, device):
     coords = torch.tensor([[0, 0, 0, 2**31 - 2]], dtype=torch.int32, device=device)
-    fn(coords, (1, 1, 2**31 - 1))
+    fn(coords, (1, 1, 2**31 - 1))  # the longest axis that is accepted
     with pytest.raises(ValueError, match=r"\(1, 1, 2147483648\) cells in each of 1 samples"):
         fn(coords, (1, 1, 2**31))
     with pytest.raises(ValueError, match="too many"):

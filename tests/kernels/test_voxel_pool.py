@@ -76,7 +76,7 @@ def make_inputs(B, N, size, C, D, shape, device, truncate=False):
         (2, 2, (8, 8), 4, 4, (8, 8, 2)),  # exactly one block of pixels and of voxels
         (1, 1, (3, 3), 65, 9, (3, 3, 1)),  # one pixel and one voxel more than a block of this many channels
         (1, 1, (1, 2), 512, 3, (2, 2, 1)),  # many channels
-        (1, 3, (7, 10), 3, 9, (2, 3, 1)),  # whole chunks of runs in one voxel
+        (1, 3, (7, 10), 3, 9, (2, 3, 1)),  # whole chunks of runs (consecutive points of a ray) in one voxel
         (0, 2, (3, 5), 3, 4, (2, 2, 2)),  # no samples
         (2, 0, (3, 5), 3, 4, (2, 2, 2)),  # no views
         (1, 2, (3, 0), 3, 4, (2, 2, 2)),  # no pixels
@@ -112,18 +112,18 @@ def test_reproduces_the_original(op, device, monkeypatch):
     depths = arrays["in/depth"].unflatten(0, (2, 6)).permute(0, 1, 3, 4, 2).requires_grad_()
     volume = op(features, depths, arrays["in/lidar2img"][:, :, 0], **RECORDED)  # [:, :, 0]: the only sweep
     golden.assert_close_to_max(volume, arrays["out/volume"].permute(0, 2, 3, 4, 1), 1e-5, "volume")
-    d_features, d_depths = torch.autograd.grad(
-        volume, (features, depths), arrays["in/w_out"].permute(0, 2, 3, 4, 1)
-    )  # fmt: skip
+    upstream = arrays["in/w_out"].permute(0, 2, 3, 4, 1)
+    d_features, d_depths = torch.autograd.grad(volume, (features, depths), upstream)
     golden.assert_close_to_max(d_features.permute(0, 1, 4, 2, 3), arrays["grad/feat"], 1e-5, "features")
-    # the recorded gradient includes that of the depth loss, which is 0 at pixels without a target
+    # the recorded gradient w.r.t. depths includes that of the depth loss, which is 0 at pixels without a target
     no_target = arrays["out/downsampled_gt_onehot_argmax"].view(2, 6, 16, 28) < 0
     expected = arrays["grad/depth"].unflatten(0, (2, 6)).permute(0, 1, 3, 4, 2)
     golden.assert_close_to_max(d_depths[no_target], expected[no_target], 1e-5, "depths")
 
 
 def test_points_lie_where_the_original_puts_them():
-    """All points of the golden record; of 79955 in the grid, 7632 are there only by rounding towards zero."""
+    """All points of the golden record, placed by the reference; of 79955 in the grid, 7632 are there only because the
+    original rounds towards zero."""
     arrays, _ = golden.load("voxel_pool_depth")
     matrices, bins = unipad.kernels.voxel_pool._geometry(
         arrays["in/lidar2img"][:, :, 0], RECORDED["low"], RECORDED["cell"], RECORDED["depth_range"], D=30
@@ -139,20 +139,21 @@ def test_points_lie_where_the_original_puts_them():
     expected = torch.where(inside, ((b * 5 + z) * 18 + y) * 20 + x, V).flatten()
     assert torch.equal(truncated, expected)
     moved = truncated != floored
-    assert (truncated < V).sum() == 79955 and (floored[moved] == V).all() and moved.sum() == 7632  # 7632 move inside
+    assert (truncated < V).sum() == 79955 and (floored[moved] == V).all() and moved.sum() == 7632
 
 
 def straight_view(device):
-    """lidar2image [1, 1, 4, 4] of a point at depth d behind pixel (u, v) with x = u * d, y = v * d, z = d."""
+    """lidar2image [1, 1, 4, 4] of a camera for which pixel (u, v) at depth d is the point (u * d, v * d, d)."""
     return torch.eye(4, device=device)[None, None]
 
 
 @pytest.mark.parametrize("op", [voxel_pool, voxel_pool_ref])
 def test_by_hand(op, device):
-    """Worked on paper: a row of features at pixels 0 and 2, depths 1, 2, 3. The points of pixel 0 have x = 0, of
-    pixel 2 x = 2, 4, 6; two voxels, 4 m wide, start at x = -1, so they meet at 3. Points on the grid's upper face,
+    """Worked on paper: a row of features at pixels 0 and 2, bins at depths 1, 2, 3. The points of pixel 0 have x = 0,
+    of pixel 2 x = 2, 4, 6; two voxels, 4 m wide, start at x = -1, so they meet at 3. Points on the grid's upper face,
     z = 3, are outside."""
     features = torch.tensor([[1.0, 10.0], [2.0, 20.0]], device=device).view(1, 1, 1, 2, 2).requires_grad_()
+    # probabilities of the bins; 8: of points outside, which must not count
     depths = torch.tensor([[0.25, 0.5, 8.0], [0.125, 0.75, 8.0]], device=device).view(1, 1, 1, 2, 3).requires_grad_()
     grid = dict(low=(-1, 0, 1), cell=(4, 1, 2), shape=(2, 1, 1))
     volume = op(features, depths, straight_view(device), **grid, stride=2, depth_range=(1, 4))
@@ -171,9 +172,9 @@ def test_by_hand(op, device):
 @pytest.mark.parametrize("op", [voxel_pool, voxel_pool_ref])
 @pytest.mark.parametrize("truncate, counted", [(False, 1), (True, 2)])
 def test_points_below_the_grid_count_only_when_truncated(op, truncate, counted, device):
-    """Points at x = 0, 0.75 and 1.5 m; voxels of 1 m from 1 to 3. The first is a whole voxel below: always outside.
+    """Points at x = 0, 0.75 and 1.5 m; voxels of 1 m from 1 to 3. The point at 0, a voxel below, is always outside.
 
-    counted: points in the first voxel.
+    counted: number of points that go to the first voxel.
     """
     ones = torch.ones(1, 1, 1, 3, 1, device=device)
     view = straight_view(device) * torch.tensor([1 / 0.75, 1, 1, 1], device=device)
@@ -208,15 +209,15 @@ def test_points_on_faces_lie_on_the_same_side_for_kernel_and_reference(device):
     check_against_ref(voxel_pool, voxel_pool_ref, inputs, torch.float32, wrt=("features", "depths"))
 
 
-def test_points_are_placed_as_on_a_cpu(device):
-    """Grid coordinates are quotients on every device; multiplying by reciprocals would move some points."""
+def test_geometry_divides_by_the_voxel_size_on_a_gpu_too(device):
+    """Multiplying by its reciprocal would move some points."""
     inputs = make_inputs(1, 4, (5, 8), 3, 12, (9, 9, 5), device)
     cell = (0.7, 0.3, 1.1)
     geometry = {name: inputs[name] for name in ("lidar2image", "low", "depth_range")} | dict(cell=cell, D=12)
     matrices, bins = unipad.kernels.voxel_pool._geometry(**geometry)
     with DivideLikeGpu():
-        for ours, truth in zip(unipad.kernels.voxel_pool._geometry(**geometry), (matrices, bins), strict=True):
-            assert torch.equal(ours, truth)
+        matrices_on_gpu, bins_on_gpu = unipad.kernels.voxel_pool._geometry(**geometry)
+    assert torch.equal(matrices_on_gpu, matrices) and torch.equal(bins_on_gpu, bins)
     cell = matrices.new_tensor(cell)[:, None]
     assert (matrices * cell * (1 / cell) != matrices).any()  # reciprocals would give other numbers
 
@@ -240,15 +241,16 @@ def test_many_runs_of_a_voxel_are_summed_in_chunks(pixels, device):
 def test_cameras_are_not_cached(device):
     inputs = make_inputs(1, 2, (3, 5), 3, 6, (4, 4, 2), device)
     before = voxel_pool(**inputs)
-    inputs["lidar2image"].data[:, 0, 0, 3] += 40  # moves a camera by 2 m; `.data` keeps the version counter
+    inputs["lidar2image"].data[:, 0, 0, 3] += 40  # moves a camera by 2 m; `.data`: unnoticed by version counters
     volume = voxel_pool(**inputs)
     torch.testing.assert_close(volume, voxel_pool_ref(**inputs), rtol=1e-12, atol=1e-12)
     assert not torch.equal(volume, before)
 
 
-def test_points_of_a_ray_that_share_a_voxel_are_one_run(device):
+def test_consecutive_points_of_a_ray_in_one_voxel_are_one_run(device):
     """Pixels 0, 1, 2 at depths 1 to 9, so x = pixel * depth; five voxels of 4 m along x."""
-    *_, begin = unipad.kernels.voxel_pool._find_points(  # sizes: B, N, h, w and C, which it does not use
+    # begin: index of each voxel's first run, at last the number of runs; sizes: B, N, h, w and C, which is not used
+    *_, begin = unipad.kernels.voxel_pool._find_points(
         straight_view(device), sizes=(1, 1, 1, 3, 0), D=9, low=(0, -1, 0), cell=(4, 2, 20), shape=(5, 1, 1),
         stride=1, depth_range=(1, 10), truncate=False,
     )  # fmt: skip
@@ -281,12 +283,12 @@ def test_a_feature_changes_only_voxels_on_its_ray(device):
 
 def test_bit_equal_from_run_to_run(device):
     inputs = make_inputs(1, 2, (6, 10), 3, 9, (2, 2, 1), device)
-    runs = []
+    results = []
     for _ in range(2):
         leaves = {name: inputs[name].float().requires_grad_() for name in ("features", "depths")}
         volume = voxel_pool(**inputs | leaves)
-        runs.append([volume, *torch.autograd.grad(volume.square().sum(), list(leaves.values()))])
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+        results.append([volume, *torch.autograd.grad(volume.square().sum(), list(leaves.values()))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_each_gradient_has_the_type_of_its_input(device):

@@ -11,8 +11,8 @@ from unipad.kernels.voxelize import BLOCK_P, NO_KEY, TILE, grid_sample, voxelize
 TYPES = dict.fromkeys(["ends_ptr", "keys_ptr", "order_ptr", "first_ptr"], "*i64")
 TYPES |= dict(coords_ptr="*i32", low=("fp32",) * 3, cell=("fp32",) * 3, shape=("i32",) * 3, max_points="i32")
 LAUNCHES = [  # checked by tests/test_compiles.py
-    Launch(kernel, flags | dict(NO_KEY=NO_KEY), TYPES, elements=("fp32",), registers=registers, shared=shared)
-    for kernel, flags, registers, shared in [
+    Launch(kernel, blocks | dict(NO_KEY=NO_KEY), TYPES, elements=("fp32",), registers=registers, shared=shared)
+    for kernel, blocks, registers, shared in [
         ("_cell_keys_kernel", dict(BLOCK_P=BLOCK_P), 48, 2048),
         ("_mark_first_kernel", dict(BLOCK_P=BLOCK_P), 32, 2048),
         ("_mean_kernel", dict(BLOCK_V=TILE // 8, BLOCK_C=8), 64, 1024),
@@ -96,15 +96,16 @@ def test_matches_a_loop_over_points(fn, max_points, max_voxels, device):
 
 @pytest.mark.parametrize("fn", [voxelize, voxelize_ref])
 def test_by_hand(fn, device):
-    """Cells of 0.5 m along x, from -1 m on; the third point of the first voxel is dropped, so is the third voxel."""
+    """Cells of 0.5 m along x, from -1 m on. At most 2 points per voxel and 2 voxels per sample: in the first sample,
+    the third point of a cell is dropped, and so is the third occupied cell."""
     points = torch.tensor(
         [
-            [0.0, 0, 0, 8],  # first sample: cell 2, on its lower border
+            [0.0, 0, 0, 8],  # first sample: cell 2, on the lower border of the cell
             [-1.0, 0, 0, 1],  # cell 0, on the lower border of the grid
             [0.25, 0, 0, 4],  # cell 2
             [0.3, 0, 0, 100],  # cell 2, one too many
             [-0.5, 0, 0, 9],  # cell 1, one voxel too many
-            [-0.75, 0, 0, 3],  # cell 0: already a voxel, so its points are still used
+            [-0.75, 0, 0, 3],  # cell 0: already a voxel, so this point is still used
             [1.0, 0, 0, 7],  # upper border of the grid: outside
             [0.5, 0, 0, 2],  # second sample: cell 3
         ],
@@ -176,14 +177,14 @@ def test_grid_sample_by_hand(device):
     counts = [5, 2]
     rows, coords, cell_of, extent = grid_sample(points, counts, cell=0.5)
     assert extent == ([2, 0, -1], [2, 0, 1])  # lowest and highest (z, y, x)
-    assert rows.tolist() == [1, 0, 2, 6, 5]
+    assert rows.tolist() == [1, 0, 2, 6, 5]  # the first row of each cell
     assert coords.tolist() == [[0, 2, 0, -1], [0, 2, 0, 0], [0, 2, 0, 1], [1, 2, 0, -1], [1, 2, 0, 0]]
     assert cell_of.tolist() == [1, 0, 2, 1, 2, 4, 3]
-    rows, same_coords, cell_of, _ = grid_sample(points, counts, 0.5, noise)
+    rows, same_coords, cell_of, _ = grid_sample(points, counts, 0.5, noise)  # the row with the smallest noise
     assert rows.tolist() == [1, 3, 2, 6, 5]  # of rows 2 and 4, with equal noise, the first
     assert torch.equal(same_coords, coords) and cell_of.tolist() == [1, 0, 2, 1, 2, 4, 3]
-    *nothing, extent = grid_sample(points[:0], [0, 0], 0.5)
-    assert [t.shape for t in nothing] == [(0,), (0, 4), (0,)] and extent == ([0, 0, 0], [0, 0, 0])
+    *empty, extent = grid_sample(points[:0], [0, 0], 0.5)
+    assert [t.shape for t in empty] == [(0,), (0, 4), (0,)] and extent == ([0, 0, 0], [0, 0, 0])
 
 
 def test_grid_sample_divides_by_the_cell_size_on_a_gpu_too(device):
@@ -218,15 +219,16 @@ def test_grid_sample_takes_one_point_of_each_cell(device):
     points = torch.randn(3000, 4, device=device) * 3
     counts = [1000, 0, 2000]
     sample = torch.tensor([0, 2], device=device).repeat_interleave(torch.tensor([1000, 2000], device=device))
-    cells = torch.cat([sample[:, None], (points[:, :3] / 0.5).floor().long().flip(1)], dim=1)
-    occupied, cell = cells.unique(dim=0, return_inverse=True)
+    cells = torch.cat([sample[:, None], (points[:, :3] / 0.5).floor().long().flip(1)], dim=1)  # (b, z, y, x)
+    occupied, occupied_of = cells.unique(dim=0, return_inverse=True)  # occupied_of: row of `occupied` of each point
     for noise in (None, torch.rand(3000, device=device)):
         rows, coords, cell_of, _ = grid_sample(points, counts, cell=0.5, noise=noise)
-        assert torch.equal(coords.long(), occupied) and torch.equal(cell_of, cell)
-        assert torch.equal(cell[rows], torch.arange(len(occupied), device=device))
+        assert torch.equal(coords.long(), occupied) and torch.equal(cell_of, occupied_of)
+        assert torch.equal(occupied_of[rows], torch.arange(len(occupied), device=device))
+        # what the point taken has the smallest value of: its row in the input, or the noise
         value = torch.arange(3000, device=device).double() if noise is None else noise.double()
         smallest = torch.full((len(occupied),), 1e9, dtype=torch.float64, device=device)
-        smallest = smallest.scatter_reduce(0, cell, value, "amin")
+        smallest = smallest.scatter_reduce(0, occupied_of, value, "amin")
         assert torch.equal(value[rows], smallest)
 
 
@@ -235,7 +237,7 @@ def test_rejects_mismatched_arguments(fn, device):
     inputs = make_inputs([4, 5], 4, device)
     if isinstance(fn, partial):
         inputs = {name: inputs[name] for name in ("points", "point_counts")}
-    with pytest.raises(AssertionError, match="in all"):
+    with pytest.raises(AssertionError, match="points in the samples, 9 in all"):
         fn(**inputs | dict(point_counts=[4, 4]))
     with pytest.raises(AssertionError, match="float32"):
         fn(**inputs | dict(points=inputs["points"].double()))

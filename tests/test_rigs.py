@@ -120,7 +120,7 @@ def test_a_rig_is_read_as_its_tables_say(rig, city):
     assert batch.images.shape[-2:] == (-(-H // 32) * 32, -(-W // 32) * 32)  # padded to multiples of 32
     assert sorted(view for row in camera_rows(batch) for view in row) == list(range(len(cameras)))
     detected = Detections(batch.boxes[:1], torch.ones(1), batch.labels[:1])
-    # cameras are drawn in two rows beside a bird's-eye view, each 520 pixels wide with boxes and 300 with classes
+    # cameras, each 520 pixels wide with boxes and 300 with classes, are drawn in two rows beside a bird's-eye view
     columns = -(-len(cameras) // 2)
     assert detection_views(batch, detected).shape[1] > 520 * columns
     keyframe_count = (batch.points[: batch.point_counts[0], 4] == 0).sum()

@@ -72,7 +72,7 @@ def test_losses_by_hand():
 
 
 def test_only_points_of_the_keyframe_get_a_class(city):
-    """In the order of the file, although the batch has the points of a sweep before it, too."""
+    """In the order of the file; the batch also has the points of an earlier sweep."""
     data = replace(RECIPE.data, sweeps=2)  # frame 0 has no sweep before it
     batch = collate([NuScenesDataset(city, "v1.0-mini", "mini_train", data)[i] for i in (1, 2)])
     keyframes = [NuScenesDataset(city, "v1.0-mini", "mini_train", RECIPE.data)[i] for i in (1, 2)]
@@ -91,7 +91,7 @@ def test_the_loss_falls_in_a_few_steps_on_one_frame(city):
     curve = []
     for _ in range(8):
         optimizer.zero_grad()
-        with NoFloatCumsum():  # it would not be deterministic on a GPU
+        with NoFloatCumsum():  # a cumsum of floats is not deterministic on a GPU
             loss = sum(model(batch, None).values())
             loss.backward()
         optimizer.step()
